@@ -1,0 +1,119 @@
+"""The nouns: frozen values that the controller, the gateways and the deployments exchange.
+
+``*_unix_s`` is wall-clock time in seconds since the epoch, comparable between machines;
+``now_s`` anywhere in the core is monotonic and comes from the caller.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class EndpointState(StrEnum):
+    """Where an endpoint is in its life; the legal moves are in :mod:`controlplane.core.health`."""
+
+    STARTING = "starting"
+    """The engine process starts and does not answer yet."""
+    READY = "ready"
+    """Answers requests."""
+    RESTARTING = "restarting"
+    """The engine was lost; its supervisor is bringing it back."""
+    DRAINING = "draining"
+    """Finishes what it runs, takes nothing new."""
+    FAILED = "failed"
+    """The supervisor gave up; ``diagnosis`` says why."""
+    STOPPED = "stopped"
+    """Gone on purpose."""
+
+
+class Complexity(StrEnum):
+    """How much model a request needs, as its caller or a scorer says."""
+
+    SIMPLE = "simple"
+    MODERATE = "moderate"
+    COMPLEX = "complex"
+
+
+class Priority(StrEnum):
+    """Which requests go first when a tier is full."""
+
+    LOW = "low"
+    NORMAL = "normal"
+    HIGH = "high"
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What an engine can do beyond plain chat and completions."""
+
+    resume_by_token_ids: bool = False
+    """Gives token ids on request and continues a completion from token ids."""
+    embeddings: bool = False
+    responses: bool = False
+    """Serves ``/v1/responses``."""
+    messages: bool = False
+    """Serves ``/v1/messages``."""
+    tensor_parallel: bool = False
+    simulated: bool = False
+    """Its answers come from a timing model, not from a language model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One engine process, as the controller knows it and gateways use it."""
+
+    endpoint_id: str
+    """Stable for the life of the replica; a new engine process of the replica keeps it."""
+    tier: str
+    model: str
+    """The name the engine itself answers to in a request's ``model`` field."""
+    engine: str
+    base_url: str
+    """Scheme, host and port, with an optional path in front of ``/v1``; no trailing slash. Empty until
+    the engine has a port."""
+    state: EndpointState
+    concurrency_limit: int
+    secret: str = field(default="", repr=False)
+    """Sent as a bearer token. Never logged."""
+    generation: int = 0
+    """Counts engine processes of this replica, from 1; in-flight requests belong to one generation."""
+    phase: str = ""
+    """What the engine is doing while it is not ready, for people."""
+    capabilities: Capabilities = Capabilities()
+    node_id: str = ""
+    actor_id: str = ""
+    pid: int | None = None
+    gpu_uuids: tuple[str, ...] = ()
+    started_unix_s: float = 0.0
+    """When this generation's process was started."""
+    since_unix_s: float = 0.0
+    """When ``state`` was entered."""
+    restarts: int = 0
+    diagnosis: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayInfo:
+    """One gateway replica, as the controller knows it."""
+
+    gateway_id: str
+    node_id: str
+    url: str
+    """Its own port; empty if it only answers on Serve's ingress."""
+    in_flight: int = 0
+    queued: int = 0
+    in_flight_by_endpoint: tuple[tuple[str, int], ...] = ()
+    seen_unix_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterSnapshot:
+    """What the controller knows at one moment. ``(epoch, version)`` orders snapshots: a new epoch is a
+    new controller process, and inside an epoch the version only grows."""
+
+    epoch: str
+    version: int
+    unix_s: float
+    endpoints: tuple[Endpoint, ...] = ()
+    gateways: tuple[GatewayInfo, ...] = ()
