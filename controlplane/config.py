@@ -7,14 +7,11 @@ The file is a Serve config file; tierplane's own settings are the ``args`` of it
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from controlplane.core.domain import Complexity
-from controlplane.errors import ConfigError, Problem
 
 IMPORT_PATH = "deployments.app:build"
 """The builder that a Serve config file of tierplane names."""
