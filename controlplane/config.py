@@ -219,9 +219,8 @@ class PlaneConfig(Strict):
         for tier in self.tiers:
             for agent_type in tier.agent_types:
                 if agent_type in owners:
-                    wrong.append(
-                        f"agent type '{agent_type}' is served by both '{owners[agent_type]}' and '{tier.name}'"
-                    )
+                    owner = owners[agent_type]
+                    wrong.append(f"agent type '{agent_type}' is served by '{owner}' and '{tier.name}'")
                 owners[agent_type] = tier.name
         if self.gateway.default_tier and self.gateway.default_tier not in names:
             wrong.append(

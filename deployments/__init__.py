@@ -1,0 +1,1 @@
+"""What ``serve run`` imports: tierplane as one Ray Serve application."""
