@@ -1,0 +1,61 @@
+"""The command line ``tierplane``.
+
+Subcommands are loaded when they are asked for: ``tierplane validate`` must not wait for Ray to import.
+So the table below also holds each command's one-line help; a test keeps the two the same.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import click
+
+from controlplane import __version__
+from controlplane.errors import ConfigError, TierplaneError
+
+COMMANDS: dict[str, tuple[str, str]] = {}
+"""Name → (``module:attribute`` of the click command, its one-line help), in the order ``--help`` lists."""
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported on use, and which prints tierplane's errors as text.
+
+    Exit status: 0 done, 1 an error or a failed check, 2 wrong usage or a wrong configuration file.
+    """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All names in the table's order."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of that name, imported now; None if there is none."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        command = getattr(importlib.import_module(module), attribute)
+        if not isinstance(command, click.Command):
+            raise TypeError(f"{module}:{attribute} is no click command")
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list of ``--help``, from the table: nothing is imported for it."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, help_text) for name, (_, help_text) in COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; an error that tierplane raises on purpose ends it with a message, not a traceback."""
+        try:
+            return super().invoke(ctx)
+        except TierplaneError as error:
+            if ctx.params.get("debug"):
+                raise
+            click.echo(f"{click.style('Error:', fg='red', bold=True)} {error}", err=True)
+            ctx.exit(2 if isinstance(error, ConfigError) else 1)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="tierplane")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    """Serve tiers of small language models on vLLM through Ray Serve."""
