@@ -117,3 +117,31 @@ class ClusterSnapshot:
     unix_s: float
     endpoints: tuple[Endpoint, ...] = ()
     gateways: tuple[GatewayInfo, ...] = ()
+    warming: bool = False
+    """The controller has just started and may not know every endpoint yet: see
+    :func:`controlplane.core.snapshot.merge`."""
+    gone: tuple[str, ...] = ()
+    """While warming: endpoint ids that left since this epoch began."""
+
+
+@dataclass(frozen=True, slots=True)
+class TierSpec:
+    """What the configuration asks of a tier, as far as the controller needs it."""
+
+    name: str
+    model: str
+    engine: str
+    replicas: int
+    concurrency_limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened to an endpoint or a gateway, and why."""
+
+    unix_s: float
+    kind: str
+    subject: str
+    """An endpoint id, a gateway id, or ``controller``."""
+    reason: str
+    tier: str = ""

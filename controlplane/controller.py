@@ -1,0 +1,214 @@
+"""The controller's registry: which endpoints and gateways there are, as a versioned snapshot.
+
+All of it is soft state. Replicas and gateways report every ``heartbeat_s``; a new controller process starts
+empty with a new epoch, answers "unknown" to the first report of each endpoint, and so gets them all to
+register again. Until they have had the time to, its snapshots say ``warming`` (see
+:mod:`controlplane.core.snapshot`).
+
+This class knows neither Ray nor asyncio: :mod:`controlplane.adapters.ray_serve` puts it into an actor.
+Time comes in through two clocks.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from controlplane.core import health
+from controlplane.core.domain import ClusterSnapshot, Endpoint, EndpointState, Event, GatewayInfo, TierSpec
+from controlplane.errors import IllegalTransition
+
+MISSED_REPORTS = 5
+"""So many missed reports and an endpoint or a gateway counts as gone."""
+WARMING_REPORTS = 3
+"""A new controller's snapshots are incomplete for so many report intervals."""
+KEPT_EVENTS = 500
+KEPT_GONE = 1000
+
+
+class Controller:
+    """The registry. Not safe for use by several threads; one event loop owns it."""
+
+    def __init__(
+        self,
+        *,
+        epoch: str,
+        heartbeat_s: float,
+        now_s: Callable[[], float],
+        unix_s: Callable[[], float],
+    ) -> None:
+        self._epoch = epoch
+        self._heartbeat_s = heartbeat_s
+        self._now_s = now_s
+        self._unix_s = unix_s
+        self._version = 1
+        self._started_s = now_s()
+        self._looked_s = self._started_s
+        self._warming = True
+        self._tiers: tuple[TierSpec, ...] = ()
+        self._endpoints: dict[str, Endpoint] = {}
+        self._gateways: dict[str, GatewayInfo] = {}
+        self._heard_s: dict[str, float] = {}
+        self._gone: deque[str] = deque(maxlen=KEPT_GONE)
+        self._events: deque[Event] = deque(maxlen=KEPT_EVENTS)
+        self._empty_since_s: float | None = self._started_s
+        self._note("started", "controller", f"epoch {epoch}")
+
+    @property
+    def version(self) -> int:
+        """Grows whenever an endpoint changed or a gateway came or went."""
+        return self._version
+
+    @property
+    def epoch(self) -> str:
+        """Names this controller process."""
+        return self._epoch
+
+    @property
+    def tiers(self) -> tuple[TierSpec, ...]:
+        """What the configuration asks for, as the last gateway to start has it."""
+        return self._tiers
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """What happened lately, oldest first."""
+        return tuple(self._events)
+
+    def declare(self, tiers: Sequence[TierSpec], heartbeat_s: float) -> None:
+        """Take over what the configuration asks for; the last one to say so wins."""
+        self._tiers = tuple(tiers)
+        self._heartbeat_s = heartbeat_s
+
+    def register(self, endpoint: Endpoint) -> None:
+        """Make an endpoint known, or known again. What is known is replaced."""
+        known = self._endpoints.get(endpoint.endpoint_id)
+        self._heard(endpoint.endpoint_id)
+        if known == endpoint:
+            return
+        self._endpoints[endpoint.endpoint_id] = endpoint
+        if known is None:
+            self._note("registered", endpoint.endpoint_id, _describe(endpoint), endpoint.tier)
+        self._changed()
+
+    def report(self, endpoint: Endpoint) -> bool:
+        """Take an endpoint's state in; False if it is unknown here and has to register.
+
+        A report of an older generation, or of a state that can't follow the known one, is refused: the
+        registry stays as it was and an event says so.
+        """
+        known = self._endpoints.get(endpoint.endpoint_id)
+        if known is None:
+            return False
+        self._heard(endpoint.endpoint_id)
+        if endpoint == known:
+            return True
+        try:
+            health.check(known.state, endpoint.state)
+            if endpoint.generation < known.generation:
+                raise IllegalTransition(f"generation {endpoint.generation} came after {known.generation}")
+        except IllegalTransition as refused:
+            self._note("refused", endpoint.endpoint_id, str(refused), endpoint.tier)
+            return True
+        self._endpoints[endpoint.endpoint_id] = endpoint
+        if endpoint.state != known.state or endpoint.generation != known.generation:
+            self._note(endpoint.state.value, endpoint.endpoint_id, _describe(endpoint), endpoint.tier)
+        self._changed()
+        return True
+
+    def deregister(self, endpoint_id: str, reason: str) -> None:
+        """Forget an endpoint that leaves on purpose. An unknown one is remembered as gone while warming."""
+        if self._warming and endpoint_id not in self._gone:
+            self._gone.append(endpoint_id)
+            self._changed()
+        self._drop(endpoint_id, "deregistered", reason)
+
+    def gateway_report(self, info: GatewayInfo) -> None:
+        """Take a gateway's state in; an unknown gateway becomes known by it."""
+        new = info.gateway_id not in self._gateways
+        self._heard(info.gateway_id)
+        self._gateways[info.gateway_id] = replace(info, seen_unix_s=self._unix_s())
+        if new:
+            self._note("gateway", info.gateway_id, f"answers on {info.url or 'the ingress only'}")
+            self._changed()
+
+    def gateway_gone(self, gateway_id: str, reason: str) -> None:
+        """Forget a gateway that leaves on purpose."""
+        if self._gateways.pop(gateway_id, None) is not None:
+            self._heard_s.pop(gateway_id, None)
+            self._note("gateway gone", gateway_id, reason)
+            self._changed()
+
+    def expire(self) -> None:
+        """Drop whoever has not been heard of for ``MISSED_REPORTS`` intervals, and end the warming.
+
+        To be called every interval or so. If the controller itself stood still for longer than that, the
+        others could not be heard: the gap is not counted against them.
+        """
+        now_s = self._now_s()
+        gap_s = now_s - self._looked_s
+        self._looked_s = now_s
+        if gap_s > 2 * self._heartbeat_s:
+            self._heard_s = {key: heard_s + gap_s for key, heard_s in self._heard_s.items()}
+            self._note("stood still", "controller", f"for {gap_s:.1f} s; nobody is dropped for it")
+        limit_s = MISSED_REPORTS * self._heartbeat_s
+        for key, heard_s in list(self._heard_s.items()):
+            if now_s - heard_s > limit_s:
+                reason = f"not heard of for {now_s - heard_s:.1f} s"
+                self._drop(key, "dropped", reason)
+                self.gateway_gone(key, reason)
+        if self._warming and now_s - self._started_s >= WARMING_REPORTS * self._heartbeat_s:
+            self._warming = False
+            self._gone.clear()
+            self._changed()
+        if self._endpoints or self._gateways:
+            self._empty_since_s = None
+        elif self._empty_since_s is None:
+            self._empty_since_s = now_s
+
+    def empty_for_s(self) -> float:
+        """For how long no endpoint and no gateway has been known; 0 if there is one."""
+        return 0.0 if self._empty_since_s is None else self._now_s() - self._empty_since_s
+
+    def snapshot(self, *, secrets: bool) -> ClusterSnapshot:
+        """What is known now. Only gateways need ``secrets``."""
+        endpoints: tuple[Endpoint, ...] = tuple(
+            sorted(self._endpoints.values(), key=lambda endpoint: (endpoint.tier, endpoint.endpoint_id))
+        )
+        if not secrets:
+            endpoints = tuple(replace(endpoint, secret="") for endpoint in endpoints)
+        return ClusterSnapshot(
+            epoch=self._epoch,
+            version=self._version,
+            unix_s=self._unix_s(),
+            endpoints=endpoints,
+            gateways=tuple(sorted(self._gateways.values(), key=lambda gateway: gateway.gateway_id)),
+            warming=self._warming,
+            gone=tuple(self._gone),
+        )
+
+    def _heard(self, key: str) -> None:
+        self._heard_s[key] = self._now_s()
+        self._empty_since_s = None
+
+    def _drop(self, endpoint_id: str, kind: str, reason: str) -> None:
+        endpoint = self._endpoints.pop(endpoint_id, None)
+        if endpoint is not None:
+            self._heard_s.pop(endpoint_id, None)
+            self._note(kind, endpoint_id, reason, endpoint.tier)
+            self._changed()
+
+    def _changed(self) -> None:
+        self._version += 1
+
+    def _note(self, kind: str, subject: str, reason: str, tier: str = "") -> None:
+        self._events.append(Event(self._unix_s(), kind, subject, reason, tier))
+
+
+def _describe(endpoint: Endpoint) -> str:
+    parts = [f"{endpoint.state}, generation {endpoint.generation}"]
+    if endpoint.base_url and endpoint.state == EndpointState.READY:
+        parts.append(endpoint.base_url)
+    if endpoint.diagnosis:
+        parts.append(endpoint.diagnosis)
+    return ", ".join(parts)

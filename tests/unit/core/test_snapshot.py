@@ -1,0 +1,89 @@
+from hypothesis import given
+from hypothesis import strategies as st
+
+from controlplane.core.domain import ClusterSnapshot, Endpoint, EndpointState
+from controlplane.core.snapshot import is_newer, merge
+
+
+def endpoint(name: str, url: str = "http://127.0.0.1:1") -> Endpoint:
+    return Endpoint(
+        endpoint_id=name,
+        tier="balanced",
+        model="m",
+        engine="simulated",
+        base_url=url,
+        state=EndpointState.READY,
+        concurrency_limit=10,
+    )
+
+
+def snapshot(
+    epoch: str, version: int, *names: str, warming: bool = False, gone: tuple[str, ...] = ()
+) -> ClusterSnapshot:
+    return ClusterSnapshot(
+        epoch=epoch,
+        version=version,
+        unix_s=0.0,
+        endpoints=tuple(endpoint(name) for name in names),
+        warming=warming,
+        gone=gone,
+    )
+
+
+def ids(value: ClusterSnapshot) -> set[str]:
+    return {item.endpoint_id for item in value.endpoints}
+
+
+def test_the_first_snapshot_is_taken_as_it_is() -> None:
+    first = snapshot("a", 1, "x", warming=True)
+    assert merge(None, first) is first
+
+
+def test_an_older_or_equal_version_changes_nothing() -> None:
+    old = snapshot("a", 5, "x")
+    assert merge(old, snapshot("a", 5)) is old
+    assert merge(old, snapshot("a", 4)) is old
+
+
+def test_a_settled_snapshot_replaces() -> None:
+    assert ids(merge(snapshot("a", 5, "x", "y"), snapshot("a", 6, "y"))) == {"y"}
+    assert ids(merge(snapshot("a", 5, "x"), snapshot("b", 1))) == set()
+
+
+def test_a_restarted_controller_empties_nothing_until_it_is_warm() -> None:
+    known = snapshot("a", 50, "x", "y")
+    known = merge(known, snapshot("b", 1, warming=True))
+    assert ids(known) == {"x", "y"}
+    known = merge(known, snapshot("b", 2, "y", warming=True))
+    assert ids(known) == {"x", "y"}
+    known = merge(known, snapshot("b", 3, "y"))
+    assert ids(known) == {"y"}
+
+
+def test_while_warming_what_the_new_one_says_wins() -> None:
+    old = snapshot("a", 5, "x")
+    new = ClusterSnapshot("b", 1, 0.0, (endpoint("x", "http://127.0.0.1:2"),), warming=True)
+    assert [item.base_url for item in merge(old, new).endpoints] == ["http://127.0.0.1:2"]
+
+
+def test_while_warming_what_is_known_to_be_gone_is_not_kept() -> None:
+    assert ids(merge(snapshot("a", 5, "x", "y"), snapshot("b", 2, warming=True, gone=("x",)))) == {"y"}
+
+
+names = st.sets(st.sampled_from("abcdef"), max_size=6)
+
+
+@given(old=names, new=names, gone=names, warming=st.booleans(), same=st.booleans())
+def test_merge_never_loses_what_the_new_one_names_nor_keeps_what_is_gone(
+    old: set[str], new: set[str], gone: set[str], warming: bool, same: bool
+) -> None:
+    gone = gone - new
+    before = snapshot("a", 1, *sorted(old))
+    after = snapshot("a" if same else "b", 2, *sorted(new), warming=warming, gone=tuple(sorted(gone)))
+    merged = merge(before, after)
+    assert new <= ids(merged)
+    assert not gone & ids(merged)
+    assert ids(merged) <= old | new
+    assert (merged.epoch, merged.version) == (after.epoch, after.version)
+    assert len(merged.endpoints) == len(ids(merged))
+    assert not is_newer(merged, after)
