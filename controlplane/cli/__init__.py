@@ -44,7 +44,7 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, help_text) for name, (_, help_text) in COMMANDS.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; an error that tierplane raises on purpose ends it with a message, not a traceback."""
+        """Run the command; an error raised on purpose ends it with a message, not a traceback."""
         try:
             return super().invoke(ctx)
         except TierplaneError as error:

