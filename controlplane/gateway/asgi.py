@@ -1,0 +1,162 @@
+"""The gateway as an ASGI application: how Serve's ingress reaches the same handlers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from controlplane.errors import PayloadTooLarge
+from controlplane.gateway.http import Handler, Headers, Request, send_error
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+HIGH_WATER_MESSAGES = 64
+
+
+class _Answer:
+    """The :class:`~controlplane.gateway.http.Responder` of one ASGI request.
+
+    Handlers write without waiting; a task of this answer hands the messages on, so that their order
+    holds and ``drain`` can wait for a slow client.
+    """
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._messages: asyncio.Queue[Message | None] = asyncio.Queue()
+        self._below_high_water = asyncio.Event()
+        self._below_high_water.set()
+        self.started = False
+        self.finished = False
+        self.gone = False
+
+    def send(self, status: int, headers: Headers, body: bytes) -> None:
+        self.started = self.finished = True
+        length = (b"content-length", str(len(body)).encode())
+        self._put({"type": "http.response.start", "status": status, "headers": [*headers, length]})
+        self._put({"type": "http.response.body", "body": body, "more_body": False})
+        self._put(None)
+
+    def start(self, status: int, headers: Headers) -> None:
+        self.started = True
+        self._put({"type": "http.response.start", "status": status, "headers": headers})
+
+    def write(self, data: bytes) -> None:
+        if data:
+            self._put({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def drain(self) -> None:
+        await self._below_high_water.wait()
+
+    def finish(self) -> None:
+        if not self.finished:
+            self.finished = True
+            self._put({"type": "http.response.body", "body": b"", "more_body": False})
+            self._put(None)
+
+    def abort(self) -> None:
+        self.finished = True
+        self.gone = True
+        self._put(None)
+
+    def _put(self, message: Message | None) -> None:
+        self._messages.put_nowait(message)
+        if self._messages.qsize() >= HIGH_WATER_MESSAGES:
+            self._below_high_water.clear()
+
+    async def deliver(self) -> None:
+        """Hand messages on until the answer is whole or broken off."""
+        while (message := await self._messages.get()) is not None:
+            await self._send(message)
+            if self._messages.qsize() < HIGH_WATER_MESSAGES:
+                self._below_high_water.set()
+
+
+class AsgiApp:
+    """An ASGI application over ``handler``; bodies over ``max_body_bytes`` are answered with 413."""
+
+    def __init__(self, handler: Handler, *, max_body_bytes: int) -> None:
+        self._handler = handler
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await _lifespan(receive, send)
+            return
+        if scope["type"] != "http":
+            raise RuntimeError(f"no {scope['type']} here")
+        answer = _Answer(send)
+        body = await self._body(receive)
+        if body is None:
+            limit = self._max_body_bytes
+            send_error(answer, PayloadTooLarge(f"the body is over {limit} bytes (gateway.max_body_bytes)"))
+            await answer.deliver()
+            return
+        root = scope.get("root_path", "")
+        path = scope["path"]
+        request = Request(
+            scope["method"],
+            path[len(root) :] if root and path.startswith(root) else path,
+            scope.get("query_string", b"").decode("latin-1"),
+            dict(scope["headers"]),
+            body,
+        )
+        handling = asyncio.ensure_future(self._handle(request, answer))
+        watching = asyncio.ensure_future(_left(receive))
+        try:
+            delivering = asyncio.ensure_future(answer.deliver())
+            done, _ = await asyncio.wait((delivering, watching), return_when=asyncio.FIRST_COMPLETED)
+            if delivering in done:
+                await delivering
+                if not answer.finished or answer.gone:
+                    raise RuntimeError("the answer was broken off")
+            else:
+                answer.gone = True
+                delivering.cancel()
+        finally:
+            for task in (handling, watching):
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+
+    async def _handle(self, request: Request, answer: _Answer) -> None:
+        try:
+            await self._handler(request, answer)
+        finally:
+            if not answer.finished:
+                answer.abort()
+
+    async def _body(self, receive: Receive) -> bytes | None:
+        chunks: list[bytes] = []
+        size = 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return b""
+            chunk = message.get("body", b"")
+            size += len(chunk)
+            if size > self._max_body_bytes:
+                return None
+            chunks.append(chunk)
+            if not message.get("more_body", False):
+                return b"".join(chunks)
+
+
+async def _left(receive: Receive) -> None:
+    """Ends when the client has left."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _lifespan(receive: Receive, send: Send) -> None:
+    while True:
+        message = await receive()
+        if message["type"] == "lifespan.startup":
+            await send({"type": "lifespan.startup.complete"})
+        elif message["type"] == "lifespan.shutdown":
+            await send({"type": "lifespan.shutdown.complete"})
+            return

@@ -1,0 +1,322 @@
+"""HTTP/1.1 to the engines: one exchange at a time on keep-alive connections, bytes in and bytes out.
+
+A general client spends more time on a request than the rest of the relay together; this one knows its
+peer (an engine that answers ``POST`` with JSON or a stream of events) and leaves out everything else.
+Parsing is llhttp's (through httptools).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import Final
+from urllib.parse import urlsplit
+
+import httptools
+
+from controlplane.errors import EngineError
+
+HIGH_WATER_BYTES: Final = 256 * 1024
+"""Unread bytes of one answer at which the engine is made to wait."""
+MAX_HEAD_BYTES: Final = 64 * 1024
+MAX_IDLE_PER_ENDPOINT: Final = 256
+
+
+class UpstreamFailure(EngineError):
+    """An exchange ended before its answer was whole.
+
+    ``sent_nothing`` is true if the engine can't have worked on the request: the connection could not be
+    made, or a kept-alive one was found closed.
+    """
+
+    def __init__(self, kind: str, detail: str, *, sent_nothing: bool = False) -> None:
+        super().__init__(f"{kind}: {detail}")
+        self.kind = kind
+        self.detail = detail
+        self.sent_nothing = sent_nothing
+
+
+class Connection(asyncio.Protocol):
+    """One TCP connection to an engine; carries one exchange at a time.
+
+    The life of an exchange: :meth:`send`, ``await`` :meth:`head`, ``await`` :meth:`read` until it gives
+    ``b""``. Then the connection may be used again if :attr:`reusable`.
+    """
+
+    __slots__ = (
+        "_body",
+        "_buffered_bytes",
+        "_complete",
+        "_failure",
+        "_head_bytes",
+        "_head_done",
+        "_keep_alive",
+        "_parser",
+        "_paused",
+        "_transport",
+        "_waiter",
+        "closed",
+        "exchanges",
+        "headers",
+        "last_byte_s",
+        "loop",
+        "status",
+    )
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.closed = False
+        self.exchanges = 0
+        self.status = 0
+        self.headers: list[tuple[bytes, bytes]] = []
+        self.last_byte_s = 0.0
+        self._transport: asyncio.Transport | None = None
+        self._parser: httptools.HttpResponseParser | None = None
+        self._body: deque[bytes] = deque()
+        self._buffered_bytes = 0
+        self._head_bytes = 0
+        self._head_done = False
+        self._complete = False
+        self._keep_alive = False
+        self._paused = False
+        self._failure: UpstreamFailure | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    # -- the relay's side ------------------------------------------------------------------------
+
+    def send(self, request: bytes) -> None:
+        """Start an exchange with the bytes of a whole request."""
+        transport = self._transport
+        if transport is None or self.closed:
+            raise UpstreamFailure("closed", "the connection is closed", sent_nothing=True)
+        self.exchanges += 1
+        self.status = 0
+        self.headers = []
+        self._body.clear()
+        self._buffered_bytes = self._head_bytes = 0
+        self._head_done = self._complete = False
+        self._failure = None
+        self._parser = httptools.HttpResponseParser(self)
+        transport.write(request)
+
+    async def head(self) -> int:
+        """Wait for the answer's status and headers; gives the status."""
+        while not self._head_done:
+            if self._failure is not None:
+                raise self._failure
+            await self._wait()
+        return self.status
+
+    async def read(self) -> bytes:
+        """All body bytes that have come since the last call; ``b""`` when the answer is whole."""
+        while not self._body:
+            if self._complete:
+                return b""
+            if self._failure is not None:
+                raise self._failure
+            await self._wait()
+        body = self._body
+        data = body.popleft() if len(body) == 1 else b"".join(body)
+        body.clear()
+        self._buffered_bytes = 0
+        if self._paused and self._transport is not None:
+            self._paused = False
+            self._transport.resume_reading()
+        return data
+
+    def fail(self, kind: str, detail: str) -> None:
+        """End the exchange from outside (a time-out, a client that left) and close the connection."""
+        if self._failure is None and not self._complete:
+            self._failure = UpstreamFailure(kind, detail)
+        self.close()
+        self._wake()
+
+    @property
+    def complete(self) -> bool:
+        """The answer came whole."""
+        return self._complete
+
+    @property
+    def reusable(self) -> bool:
+        """The last answer came whole and the engine keeps the connection open."""
+        return self._complete and self._keep_alive and not self.closed
+
+    def close(self) -> None:
+        """Close the connection; the engine aborts what it was doing for it."""
+        self.closed = True
+        if self._transport is not None:
+            self._transport.abort()
+
+    async def _wait(self) -> None:
+        self._waiter = self.loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    # -- asyncio's side --------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Called by the event loop."""
+        self._transport = transport  # type: ignore[assignment]  # TCP transports are asyncio.Transport
+
+    def data_received(self, data: bytes) -> None:
+        """Called by the event loop."""
+        self.last_byte_s = self.loop.time()
+        parser = self._parser
+        if parser is None or self._complete:
+            self.close()  # bytes that nobody asked for: the connection can't be trusted
+            return
+        if not self._head_done:
+            self._head_bytes += len(data)
+        try:
+            parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self.fail("protocol", "the engine wants another protocol")
+            return
+        except httptools.HttpParserError as error:
+            self.fail("protocol", f"the engine's answer is not HTTP: {error}")
+            return
+        if not self._head_done and self._head_bytes > MAX_HEAD_BYTES:
+            self.fail("protocol", "the engine's headers are too large")
+            return
+        if self._buffered_bytes > HIGH_WATER_BYTES and not self._paused and self._transport is not None:
+            self._paused = True
+            self._transport.pause_reading()
+        self._wake()
+
+    def eof_received(self) -> bool:
+        """Called by the event loop: the engine closed its side."""
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Called by the event loop."""
+        idle = self._parser is None or self._complete
+        self.closed = True
+        if not idle and self._failure is None:
+            if self._head_done and not self._keep_alive and not self._framed():
+                self._complete = True  # an answer without a length ends with the connection
+            else:
+                reused_unanswered = self.exchanges > 1 and self._head_bytes == 0
+                self._failure = UpstreamFailure(
+                    "cut" if self._head_done else "reset",
+                    "the engine closed the connection" if exc is None else str(exc),
+                    sent_nothing=reused_unanswered,
+                )
+        self._wake()
+
+    def _framed(self) -> bool:
+        return any(
+            name == b"content-length" or (name == b"transfer-encoding" and b"chunked" in value.lower())
+            for name, value in self.headers
+        )
+
+    # -- llhttp's side ---------------------------------------------------------------------------
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Called by the parser."""
+        self.headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        """Called by the parser."""
+        parser = self._parser
+        if parser is None:
+            return
+        status = parser.get_status_code()
+        if status < 200:
+            self.headers = []
+            return
+        self.status = status
+        self._keep_alive = parser.should_keep_alive()
+        self._head_done = True
+
+    def on_body(self, data: bytes) -> None:
+        """Called by the parser, once per chunk."""
+        self._body.append(data)
+        self._buffered_bytes += len(data)
+
+    def on_message_complete(self) -> None:
+        """Called by the parser."""
+        if self._head_done:
+            self._complete = True
+
+
+class Origin:
+    """One engine process as an address: its connections and the fixed part of every request to it."""
+
+    __slots__ = (
+        "_closed",
+        "_connect_timeout_s",
+        "_host",
+        "_idle",
+        "_loop",
+        "_port",
+        "_prefix",
+        "_secure",
+        "_tail",
+    )
+
+    def __init__(
+        self, base_url: str, secret: str, *, connect_timeout_s: float, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        parts = urlsplit(base_url)
+        self._secure = parts.scheme == "https"
+        self._host = parts.hostname or ""
+        self._port = parts.port or (443 if self._secure else 80)
+        self._prefix = parts.path.rstrip("/")
+        authority = parts.netloc.rsplit("@", 1)[-1]
+        key = f"authorization: Bearer {secret}\r\n" if secret else ""
+        self._tail = f" HTTP/1.1\r\nhost: {authority}\r\n{key}content-type: application/json\r\n".encode()
+        self._connect_timeout_s = connect_timeout_s
+        self._loop = loop
+        self._idle: list[Connection] = []
+        self._closed = False
+
+    def request(self, method: str, path: str, request_id: str, body: bytes) -> bytes:
+        """The bytes of a request."""
+        start = f"{method} {self._prefix}{path}".encode("latin-1")
+        lengths = f"x-request-id: {request_id}\r\ncontent-length: {len(body)}\r\n\r\n".encode("latin-1")
+        return b"".join((start, self._tail, lengths, body))
+
+    async def acquire(self, *, fresh: bool = False) -> Connection:
+        """An open connection, kept from an earlier exchange if there is one and ``fresh`` is false.
+
+        Raises :class:`UpstreamFailure` (kind ``connect``) if none can be made in ``connect_timeout_s``.
+        """
+        while self._idle and not fresh:
+            connection = self._idle.pop()
+            if not connection.closed:
+                return connection
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                _, made = await self._loop.create_connection(
+                    self._new, self._host, self._port, ssl=True if self._secure else None
+                )
+        except TimeoutError:
+            detail = f"no connection after {self._connect_timeout_s:g} s"
+            raise UpstreamFailure("connect", detail, sent_nothing=True) from None
+        except OSError as error:
+            raise UpstreamFailure("connect", error.strerror or str(error), sent_nothing=True) from None
+        return made
+
+    def release(self, connection: Connection) -> None:
+        """Give a connection back after an exchange; it is kept if it can be used again."""
+        if connection.reusable and not self._closed and len(self._idle) < MAX_IDLE_PER_ENDPOINT:
+            self._idle.append(connection)
+        else:
+            connection.close()
+
+    def close(self) -> None:
+        """Close idle connections; running exchanges go on."""
+        self._closed = True
+        for connection in self._idle:
+            connection.close()
+        self._idle.clear()
+
+    def _new(self) -> Connection:
+        return Connection(self._loop)
