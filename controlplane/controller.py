@@ -23,6 +23,8 @@ MISSED_REPORTS = 5
 """So many missed reports and an endpoint or a gateway counts as gone."""
 WARMING_REPORTS = 3
 """A new controller's snapshots are incomplete for so many report intervals."""
+FAILED_KEPT_S = 600.0
+"""An endpoint that failed is shown for so long after it was last heard of, for its diagnosis."""
 KEPT_EVENTS = 500
 KEPT_GONE = 1000
 
@@ -51,7 +53,9 @@ class Controller:
         self._gateways: dict[str, GatewayInfo] = {}
         self._heard_s: dict[str, float] = {}
         self._gone: deque[str] = deque(maxlen=KEPT_GONE)
+        self._draining: dict[str, int] = {}
         self._events: deque[Event] = deque(maxlen=KEPT_EVENTS)
+        self._noted = 0
         self._empty_since_s: float | None = self._started_s
         self._note("started", "controller", f"epoch {epoch}")
 
@@ -86,10 +90,9 @@ class Controller:
         self._heard(endpoint.endpoint_id)
         if known == endpoint:
             return
-        self._endpoints[endpoint.endpoint_id] = endpoint
+        self._put(endpoint)
         if known is None:
             self._note("registered", endpoint.endpoint_id, _describe(endpoint), endpoint.tier)
-        self._changed()
 
     def report(self, endpoint: Endpoint) -> bool:
         """Take an endpoint's state in; False if it is unknown here and has to register.
@@ -110,10 +113,9 @@ class Controller:
         except IllegalTransition as refused:
             self._note("refused", endpoint.endpoint_id, str(refused), endpoint.tier)
             return True
-        self._endpoints[endpoint.endpoint_id] = endpoint
+        self._put(endpoint)
         if endpoint.state != known.state or endpoint.generation != known.generation:
             self._note(endpoint.state.value, endpoint.endpoint_id, _describe(endpoint), endpoint.tier)
-        self._changed()
         return True
 
     def deregister(self, endpoint_id: str, reason: str) -> None:
@@ -151,9 +153,10 @@ class Controller:
         if gap_s > 2 * self._heartbeat_s:
             self._heard_s = {key: heard_s + gap_s for key, heard_s in self._heard_s.items()}
             self._note("stood still", "controller", f"for {gap_s:.1f} s; nobody is dropped for it")
-        limit_s = MISSED_REPORTS * self._heartbeat_s
         for key, heard_s in list(self._heard_s.items()):
-            if now_s - heard_s > limit_s:
+            endpoint = self._endpoints.get(key)
+            failed = endpoint is not None and endpoint.state == EndpointState.FAILED
+            if now_s - heard_s > (FAILED_KEPT_S if failed else MISSED_REPORTS * self._heartbeat_s):
                 reason = f"not heard of for {now_s - heard_s:.1f} s"
                 self._drop(key, "dropped", reason)
                 self.gateway_gone(key, reason)
@@ -161,13 +164,30 @@ class Controller:
             self._warming = False
             self._gone.clear()
             self._changed()
-        if self._endpoints or self._gateways:
+        if self._gateways or any(item.state not in health.ENDED for item in self._endpoints.values()):
             self._empty_since_s = None
         elif self._empty_since_s is None:
             self._empty_since_s = now_s
 
+    def still_running(self, endpoint_id: str) -> int | None:
+        """Requests that gateways have in flight at a draining endpoint; None if that is not known yet.
+
+        It is known once every gateway has reported since it saw the endpoint draining: an earlier report
+        does not count what that gateway sent in the meantime.
+        """
+        since = self._draining.get(endpoint_id)
+        if since is None:
+            return None
+        total = 0
+        for gateway in self._gateways.values():
+            epoch, version = gateway.snapshot
+            if epoch != self._epoch or version < since:
+                return None
+            total += dict(gateway.in_flight_by_endpoint).get(endpoint_id, 0)
+        return total
+
     def empty_for_s(self) -> float:
-        """For how long no endpoint and no gateway has been known; 0 if there is one."""
+        """For how long no gateway and no living endpoint has been known; 0 if there is one."""
         return 0.0 if self._empty_since_s is None else self._now_s() - self._empty_since_s
 
     def snapshot(self, *, secrets: bool) -> ClusterSnapshot:
@@ -191,8 +211,15 @@ class Controller:
         self._heard_s[key] = self._now_s()
         self._empty_since_s = None
 
+    def _put(self, endpoint: Endpoint) -> None:
+        self._endpoints[endpoint.endpoint_id] = endpoint
+        self._changed()
+        if endpoint.state == EndpointState.DRAINING:
+            self._draining.setdefault(endpoint.endpoint_id, self._version)
+
     def _drop(self, endpoint_id: str, kind: str, reason: str) -> None:
         endpoint = self._endpoints.pop(endpoint_id, None)
+        self._draining.pop(endpoint_id, None)
         if endpoint is not None:
             self._heard_s.pop(endpoint_id, None)
             self._note(kind, endpoint_id, reason, endpoint.tier)
@@ -202,7 +229,8 @@ class Controller:
         self._version += 1
 
     def _note(self, kind: str, subject: str, reason: str, tier: str = "") -> None:
-        self._events.append(Event(self._unix_s(), kind, subject, reason, tier))
+        self._noted += 1
+        self._events.append(Event(self._noted, self._unix_s(), kind, subject, reason, tier))
 
 
 def _describe(endpoint: Endpoint) -> str:

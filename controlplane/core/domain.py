@@ -104,6 +104,8 @@ class GatewayInfo:
     in_flight: int = 0
     queued: int = 0
     in_flight_by_endpoint: tuple[tuple[str, int], ...] = ()
+    snapshot: tuple[str, int] = ("", 0)
+    """Epoch and version of the snapshot it goes by."""
     seen_unix_s: float = 0.0
 
 
@@ -139,6 +141,8 @@ class TierSpec:
 class Event:
     """Something that happened to an endpoint or a gateway, and why."""
 
+    number: int
+    """Counts the events of one controller process."""
     unix_s: float
     kind: str
     subject: str

@@ -1,6 +1,6 @@
 from dataclasses import replace
 
-from controlplane.controller import MISSED_REPORTS, WARMING_REPORTS, Controller
+from controlplane.controller import FAILED_KEPT_S, MISSED_REPORTS, WARMING_REPORTS, Controller
 from controlplane.core.domain import Endpoint, EndpointState, GatewayInfo, TierSpec
 
 HEARTBEAT_S = 2.0
@@ -173,3 +173,41 @@ def test_the_last_declaration_holds() -> None:
     controller.declare([spec], 1.0)
     controller.declare([replace(spec, replicas=2)], 1.0)
     assert controller.tiers == (replace(spec, replicas=2),)
+
+
+def test_an_event_has_a_number_of_its_own() -> None:
+    controller, _ = make()
+    controller.register(endpoint())
+    controller.deregister("balanced-1", "")
+    assert [event.number for event in controller.events] == [1, 2, 3]
+
+
+def test_a_failed_endpoint_is_shown_for_a_while_after_its_replica_is_gone() -> None:
+    controller, clock = make()
+    controller.register(replace(endpoint(state=EndpointState.FAILED), diagnosis="no such model"))
+    pass_time(controller, clock, 2 * MISSED_REPORTS * HEARTBEAT_S)
+    assert [item.diagnosis for item in controller.snapshot(secrets=False).endpoints] == ["no such model"]
+    assert controller.empty_for_s() > 0
+    pass_time(controller, clock, FAILED_KEPT_S)
+    assert controller.snapshot(secrets=False).endpoints == ()
+
+
+def test_what_runs_at_a_draining_endpoint_is_known_once_every_gateway_saw_it_draining() -> None:
+    controller, _ = make()
+    busy = GatewayInfo("g1", "n1", "", in_flight_by_endpoint=(("balanced-1", 2), ("balanced-2", 5)))
+    idle = GatewayInfo("g2", "n1", "")
+    controller.gateway_report(busy)
+    controller.gateway_report(idle)
+    controller.register(endpoint(state=EndpointState.READY))
+    assert controller.still_running("balanced-1") is None
+    controller.report(endpoint(state=EndpointState.DRAINING))
+    seen = ("e1", controller.version)
+    assert controller.still_running("balanced-1") is None
+    controller.gateway_report(replace(busy, snapshot=seen))
+    assert controller.still_running("balanced-1") is None
+    controller.gateway_report(replace(idle, snapshot=("e0", 999)))
+    assert controller.still_running("balanced-1") is None
+    controller.gateway_report(replace(idle, snapshot=seen))
+    assert controller.still_running("balanced-1") == 2
+    controller.gateway_gone("g1", "stopped")
+    assert controller.still_running("balanced-1") == 0

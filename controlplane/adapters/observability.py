@@ -1,0 +1,115 @@
+"""Logging: one structlog set-up for every process of the plane.
+
+A line is an event with key-value pairs: ``log.info("endpoint ready", tier=…, endpoint_id=…)``. On a terminal
+it is rendered for people, elsewhere as one JSON object per line. Replicas, gateways and the controller also
+write JSON to a file of their own in the run directory, which ``tierplane logs`` reads.
+"""
+
+from __future__ import annotations
+
+import logging
+import logging.handlers
+import os
+import sys
+from collections.abc import MutableMapping
+from pathlib import Path
+from typing import Any, Literal
+
+import structlog
+
+LOG_FILE_BYTES = 10 * 1024 * 1024
+LOG_FILES_KEPT = 2
+
+_PACKAGES = ("controlplane", "deployments")
+_HIDDEN_KEYS = frozenset({"secret", "api_key", "authorization", "token"})
+
+LogFormat = Literal["auto", "json", "console"]
+
+
+def setup(
+    log_format: LogFormat = "auto",
+    level: str = "info",
+    *,
+    file: Path | None = None,
+    **context: str,
+) -> None:
+    """Send what the plane's packages log to standard error, and to ``file`` as JSON.
+
+    ``context`` is added to every line of this process (component, tier, …). May be called again.
+    """
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            _adder(context),
+            structlog.stdlib.add_logger_name,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.StackInfoRenderer(),
+            _hide,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        cache_logger_on_first_use=True,
+    )
+    handlers: list[logging.Handler] = []
+    stream = logging.StreamHandler(sys.stderr)
+    stream.setFormatter(_formatter(resolve_format(log_format)))
+    handlers.append(stream)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        rotating = logging.handlers.RotatingFileHandler(
+            file, maxBytes=LOG_FILE_BYTES, backupCount=LOG_FILES_KEPT, encoding="utf-8"
+        )
+        rotating.setFormatter(_formatter("json"))
+        handlers.append(rotating)
+    for package in _PACKAGES:
+        logger = logging.getLogger(package)
+        for old in logger.handlers[:]:
+            logger.removeHandler(old)
+            old.close()
+        logger.handlers = handlers[:]
+        logger.setLevel(level.upper())
+        logger.propagate = False
+
+
+def resolve_format(log_format: LogFormat) -> Literal["json", "console"]:
+    """``auto`` is for people on a terminal and JSON elsewhere."""
+    if log_format != "auto":
+        return log_format
+    return "console" if sys.stderr.isatty() else "json"
+
+
+def _formatter(log_format: Literal["json", "console"]) -> structlog.stdlib.ProcessorFormatter:
+    rendering: list[Any]
+    if log_format == "json":
+        rendering = [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+    else:
+        colors = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+        rendering = [structlog.dev.ConsoleRenderer(colors=colors)]
+    return structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=[
+            structlog.stdlib.add_logger_name,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.stdlib.ExtraAdder(),
+            _hide,
+        ],
+        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *rendering],
+    )
+
+
+def _adder(context: dict[str, str]) -> structlog.typing.Processor:
+    def add(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        for key, value in context.items():
+            event.setdefault(key, value)
+        return event
+
+    return add
+
+
+def _hide(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """A last guard: what is named like a secret is not written."""
+    for key in event.keys() & _HIDDEN_KEYS:
+        event[key] = "(hidden)"
+    return event
