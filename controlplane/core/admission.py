@@ -1,0 +1,593 @@
+"""The bounded queue in front of full tiers: who waits, who goes next, and who is told at once to go.
+
+Order of service:
+
+1. the higher priority first;
+2. inside a priority callers take turns, by start-time fair queueing (P. Goyal, H. Vin, H. Cheng, 1996),
+   a ticket's ``cost`` being what a turn takes;
+3. among one caller's tickets the earliest deadline first;
+4. against starvation, a share of the slots (``aged_ratio``) goes to whoever has waited longest, once that
+   is longer than ``age_after_s``, whatever its priority. It is a share and not a growing priority: with
+   the latter, at lasting overload the low tickets' age would in the end lift all of them over the high.
+
+Tickets that can be served by the same endpoints stand in the same lane, so that a lane whose tiers are
+full never holds up another. All operations are O(log n) in tickets (amortised), times the number of
+lanes in use for :meth:`AdmissionQueue.next`. What left is taken out of the heaps lazily.
+
+A ticket that is offered ends exactly once: handed out by ``next``, given back by ``expire``, taken out
+by ``leave``, or evicted by another's ``offer``.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from heapq import heapify, heappop, heappush
+from math import inf
+from typing import Any, Final, NamedTuple
+
+from controlplane.core.domain import Priority
+
+BANDS: Final = (Priority.HIGH, Priority.NORMAL, Priority.LOW)
+_BAND_OF: Final = {priority: band for band, priority in enumerate(BANDS)}
+_ARRIVAL_MEMORY_S: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class AdmissionSettings:
+    """The queue's bounds."""
+
+    capacity: int = 1000
+    """Tickets in all."""
+    age_after_s: float = 5.0
+    aged_ratio: float = 0.1
+    """Share of the slots that goes by age alone while somebody has waited longer than ``age_after_s``."""
+    retry_after_min_s: float = 1.0
+    retry_after_max_s: float = 120.0
+    """``Retry-After`` is kept inside these."""
+
+
+class TicketState(StrEnum):
+    """How a ticket stands."""
+
+    NEW = "new"
+    WAITING = "waiting"
+    SERVED = "served"
+    EXPIRED = "expired"
+    LEFT = "left"
+    EVICTED = "evicted"
+
+
+class Ticket:
+    """One waiting request. Identity counts; ``payload`` is the caller's own."""
+
+    __slots__ = (
+        "_caller",
+        "_lane",
+        "_line",
+        "arrived_s",
+        "band",
+        "caller",
+        "cost",
+        "deadline_s",
+        "lane",
+        "needs_s",
+        "payload",
+        "state",
+        "tiers",
+    )
+
+    def __init__(
+        self,
+        *,
+        lane: Hashable,
+        tiers: Sequence[int],
+        priority: Priority,
+        caller: str,
+        arrived_s: float,
+        deadline_s: float,
+        needs_s: float = 0.0,
+        cost: float = 1.0,
+        payload: Any = None,
+    ) -> None:
+        self.lane = lane
+        """Tickets with equal lanes can be served by the same endpoints."""
+        self.tiers = tuple(sorted(tiers))
+        """Ranks of the tiers that may serve it; for predicting the wait."""
+        self.band = _BAND_OF[priority]
+        self.caller = caller
+        self.arrived_s = arrived_s
+        self.deadline_s = deadline_s
+        self.needs_s = needs_s
+        """How long before its deadline it must be served to be of any use."""
+        self.cost = cost
+        self.payload = payload
+        self.state = TicketState.NEW
+        self._lane: _Lane | None = None
+        self._line: _Line | None = None
+        self._caller: _Caller | None = None
+
+    @property
+    def priority(self) -> Priority:
+        """Its priority."""
+        return BANDS[self.band]
+
+
+class Why(StrEnum):
+    """Why a ticket was not let in."""
+
+    FULL = "full"
+    """The queue is full of what is not less important (429)."""
+    HOPELESS = "hopeless"
+    """It would not be served before its deadline (429)."""
+    TOO_LATE = "too_late"
+    """Its deadline has passed (408)."""
+
+    @property
+    def status(self) -> int:
+        """The HTTP status."""
+        return 408 if self is Why.TOO_LATE else 429
+
+
+class Queued(NamedTuple):
+    """The ticket waits."""
+
+    wait_s: float | None
+    """The predicted wait; None: nothing is known yet of how fast the tiers are."""
+    evicted: Ticket | None = None
+    """Who had to go for it: to be answered 429 with ``retry_after_s``."""
+    retry_after_s: float = 0.0
+
+
+class Rejected(NamedTuple):
+    """The ticket was not let in."""
+
+    why: Why
+    retry_after_s: float
+    """When a retry would find a place, as far as the observed speed tells."""
+    wait_s: float | None = None
+
+
+class _Caller:
+    """One caller inside a priority."""
+
+    __slots__ = ("count", "recent", "tag")
+
+    def __init__(self, tag: float) -> None:
+        self.tag = tag
+        """The start tag of its next ticket."""
+        self.count = 0
+        self.recent: deque[Ticket] = deque()
+        """In order of arrival; may hold tickets that left."""
+
+
+class _Line:
+    """One caller's tickets in one lane and priority, the earliest deadline first."""
+
+    __slots__ = ("caller", "heap", "live", "version")
+
+    def __init__(self, caller: str) -> None:
+        self.caller = caller
+        self.heap: list[tuple[float, int, Ticket]] = []
+        self.live = 0
+        self.version = 0
+        """Entries of the lane's heap with another version are void."""
+
+
+class _Row:
+    """The lines of one lane and priority."""
+
+    __slots__ = ("heads", "lines", "live")
+
+    def __init__(self) -> None:
+        self.lines: dict[str, _Line] = {}
+        self.heads: list[tuple[float, float, int, int, _Line]] = []
+        """(caller's tag, deadline, sequence number, version, line) of each line's first ticket."""
+        self.live = 0
+
+
+class _Lane:
+    __slots__ = ("credit", "key", "live", "recent", "rows", "tiers")
+
+    def __init__(self, key: Hashable, tiers: tuple[int, ...]) -> None:
+        self.key = key
+        self.tiers = tiers
+        self.rows = tuple(_Row() for _ in BANDS)
+        self.recent: deque[Ticket] = deque()
+        """In order of arrival; may hold tickets that left."""
+        self.live = 0
+        self.credit = 0.0
+        """Grows while others are served past its aged tickets; at 1 the oldest one is due."""
+
+
+class _Band:
+    """All callers of one priority."""
+
+    __slots__ = ("by_count", "callers", "largest", "live", "virtual")
+
+    def __init__(self) -> None:
+        self.callers: dict[str, _Caller] = {}
+        self.by_count: dict[int, dict[str, None]] = {}
+        """Callers by how many tickets they have waiting."""
+        self.largest = 0
+        self.live = 0
+        self.virtual = 0.0
+        """The tag of what was served last."""
+
+    def recount(self, name: str, caller: _Caller, change: int) -> None:
+        old, new = caller.count, caller.count + change
+        caller.count = new
+        self.live += change
+        if old:
+            group = self.by_count[old]
+            del group[name]
+            if not group:
+                del self.by_count[old]
+        if new:
+            self.by_count.setdefault(new, {})[name] = None
+        if new > self.largest or (old == self.largest and old not in self.by_count):
+            self.largest = new  # Counts change by one, so ``new`` is the next there is.
+
+
+class _Rate:
+    """Events a second, older ones counting less and less."""
+
+    __slots__ = ("_count", "_since_s")
+
+    def __init__(self) -> None:
+        self._count = 0.0
+        self._since_s = -inf
+
+    def add(self, now_s: float) -> None:
+        self._count = self._left(now_s) + 1.0
+        self._since_s = now_s
+
+    def per_s(self, now_s: float) -> float:
+        return self._left(now_s) / _ARRIVAL_MEMORY_S
+
+    def _left(self, now_s: float) -> float:
+        passed_s = now_s - self._since_s
+        return self._count * max(0.0, 1.0 - passed_s / _ARRIVAL_MEMORY_S) if passed_s != inf else 0.0
+
+
+class AdmissionQueue:
+    """The queue of one gateway replica."""
+
+    def __init__(self, settings: AdmissionSettings | None = None) -> None:
+        self.settings = settings or AdmissionSettings()
+        self._lanes: dict[Hashable, _Lane] = {}
+        self._bands = tuple(_Band() for _ in BANDS)
+        self._deadlines: list[tuple[float, int, Ticket]] = []
+        self._expired: list[Ticket] = []
+        self._arrivals: dict[tuple[int, ...], tuple[_Rate, ...]] = {}
+        self._sequence = 0
+        self._live = 0
+
+    def __len__(self) -> int:
+        """Tickets that wait."""
+        return self._live
+
+    def depth(self, priority: Priority) -> int:
+        """Tickets of that priority that wait."""
+        return self._bands[_BAND_OF[priority]].live
+
+    def waiting(self) -> list[Ticket]:
+        """All tickets that wait, in no order that matters."""
+        return [entry[2] for entry in self._deadlines if entry[2].state is TicketState.WAITING]
+
+    def next_deadline_s(self) -> float:
+        """When the next waiting ticket expires; infinity if none waits."""
+        heap = self._deadlines
+        while heap and heap[0][2].state is not TicketState.WAITING:
+            heappop(heap)
+        return heap[0][0] if heap else inf
+
+    def offer(
+        self, ticket: Ticket, now_s: float, rates_per_s: Sequence[float | None] = ()
+    ) -> Queued | Rejected:
+        """Lets a ticket in, or says why not.
+
+        ``rates_per_s[tier]`` is how many requests a second a tier finishes when full; None or missing:
+        unknown, then nothing is shed. The prediction is a mean: a ticket is shed if that says that it
+        would be served too late. Raises ValueError if the ticket was offered before.
+        """
+        if ticket.state is not TicketState.NEW:
+            raise ValueError(f"this ticket is {ticket.state}: offer a new one")
+        if ticket.deadline_s <= now_s:
+            return Rejected(Why.TOO_LATE, self.settings.retry_after_min_s)
+        self._collect_expired(now_s)
+        wait_s = self.predict_wait_s(ticket, now_s, rates_per_s)
+        self._note_arrival(ticket, now_s)
+        if wait_s is not None:
+            spare_s = ticket.deadline_s - ticket.needs_s - now_s
+            if wait_s > spare_s:
+                return Rejected(Why.HOPELESS, self._bounded(wait_s - spare_s), wait_s)
+        victim: Ticket | None = None
+        if self._live >= self.settings.capacity:
+            victim = self._victim(ticket)
+            if victim is None:
+                return Rejected(Why.FULL, self._bounded(wait_s or 0.0), wait_s)
+            self._take_out(victim, TicketState.EVICTED)
+        self._put_in(ticket)
+        if victim is None:
+            return Queued(wait_s)
+        return Queued(wait_s, victim, self._bounded(self.predict_wait_s(victim, now_s, rates_per_s) or 0.0))
+
+    def next(self, now_s: float, can_run: Callable[[Hashable, Priority], bool]) -> Ticket | None:
+        """Hands out the ticket that goes next, or None if none can run.
+
+        ``can_run(lane, priority)`` says whether an endpoint has room for such a ticket now; it is asked
+        at most once for each lane and priority. What has expired is never handed out.
+        """
+        self._collect_expired(now_s)
+        runnable = [
+            (lane, [bool(row.live) and can_run(lane.key, BANDS[band]) for band, row in enumerate(lane.rows)])
+            for lane in self._lanes.values()
+        ]
+        runnable = [(lane, bands) for lane, bands in runnable if any(bands)]
+        if not runnable:
+            return None
+        aged = [
+            (oldest, lane)
+            for lane, bands in runnable
+            if (oldest := self._oldest(lane, bands)) is not None
+            and now_s - oldest.arrived_s >= self.settings.age_after_s
+        ]
+        due = [entry for entry in aged if entry[1].credit >= 1.0]
+        if due:
+            ticket, lane = min(due, key=lambda entry: entry[0].arrived_s)
+            lane.credit -= 1.0
+        else:
+            ticket = self._first(runnable)
+        passed_over = [lane for oldest, lane in aged if oldest is not ticket]
+        for lane in passed_over:
+            lane.credit += self.settings.aged_ratio / len(passed_over)
+        self._charge(ticket)
+        self._take_out(ticket, TicketState.SERVED)
+        return ticket
+
+    def leave(self, ticket: Ticket) -> bool:
+        """The client went. True if the ticket was waiting."""
+        if ticket.state is not TicketState.WAITING:
+            return False
+        self._take_out(ticket, TicketState.LEFT)
+        return True
+
+    def expire(self, now_s: float) -> list[Ticket]:
+        """Takes out the tickets whose deadline has passed, and gives back those not given back before."""
+        self._collect_expired(now_s)
+        expired, self._expired = self._expired, []
+        return expired
+
+    def predict_wait_s(
+        self, ticket: Ticket, now_s: float, rates_per_s: Sequence[float | None]
+    ) -> float | None:
+        """How long a new ticket like this would wait; None: unknown.
+
+        Tickets ahead of it, plus itself, over the rate that is left to its priority: the tiers' rate
+        less what arrives with higher priority, but at least the share that goes by age. Ahead are all
+        of higher priority, and in its own as many as take their turn before it. A lane that shares only
+        some of its tiers counts in proportion.
+        """
+        known = [rates_per_s[tier] if tier < len(rates_per_s) else None for tier in ticket.tiers]
+        rate = sum(value for value in known if value is not None)
+        if rate <= 0.0 or any(value is None for value in known):
+            return None
+        ahead = 0.0
+        higher_per_s = 0.0
+        band = ticket.band
+        mine = 0.0
+        for lane in self._lanes.values():
+            part = _overlap(lane.tiers, ticket.tiers, rates_per_s)
+            if part:
+                ahead += part * sum(row.live for row in lane.rows[:band])
+                mine += part * lane.rows[band].live
+        for tiers, arrivals in self._arrivals.items():
+            part = _overlap(tiers, ticket.tiers, rates_per_s)
+            if part:
+                higher_per_s += part * sum(kind.per_s(now_s) for kind in arrivals[:band])
+        ahead += min(mine, self._turns_before(ticket))
+        return (ahead + 1.0) / max(rate - higher_per_s, rate * self.settings.aged_ratio)
+
+    def _turns_before(self, ticket: Ticket) -> float:
+        """Tickets of its own priority that go before it, by turns among its callers."""
+        band = self._bands[ticket.band]
+        active = sum(len(group) for group in band.by_count.values())
+        caller = band.callers.get(ticket.caller)
+        if caller is None or not caller.count:
+            return active
+        lane = self._lanes.get(ticket.lane)
+        line = lane.rows[ticket.band].lines.get(ticket.caller) if lane else None
+        first = line is not None and (not line.heap or ticket.deadline_s < line.heap[0][0])
+        return active * (1 if first else caller.count)
+
+    def _note_arrival(self, ticket: Ticket, now_s: float) -> None:
+        arrivals = self._arrivals.get(ticket.tiers)
+        if arrivals is None:
+            if len(self._arrivals) >= 64:  # Client-made lists of models: forget rather than grow.
+                self._arrivals.clear()
+            arrivals = self._arrivals[ticket.tiers] = tuple(_Rate() for _ in BANDS)
+        arrivals[ticket.band].add(now_s)
+
+    def _bounded(self, wait_s: float) -> float:
+        return min(max(wait_s, self.settings.retry_after_min_s), self.settings.retry_after_max_s)
+
+    # The order.
+
+    def _first(self, runnable: list[tuple[_Lane, list[bool]]]) -> Ticket:
+        """By priority, turn and deadline."""
+        for band in range(len(BANDS)):
+            best: tuple[float, float, int, int, _Line] | None = None
+            for lane, bands in runnable:
+                if bands[band]:
+                    head = self._head(lane.rows[band], self._bands[band])
+                    if head is not None and (best is None or head[:3] < best[:3]):
+                        best = head
+            if best is not None:
+                return best[4].heap[0][2]
+        raise AssertionError("a lane that can run has a ticket")  # pragma: no cover
+
+    def _head(self, row: _Row, band: _Band) -> tuple[float, float, int, int, _Line] | None:
+        """The row's first entry, after throwing out or renewing those that are no longer true."""
+        heads = row.heads
+        while heads:
+            entry = heads[0]
+            line = entry[4]
+            if entry[3] == line.version:
+                if entry[0] == band.callers[line.caller].tag:
+                    return entry
+                heappop(heads)
+                self._announce(row, line, band)
+            else:
+                heappop(heads)
+        return None
+
+    def _announce(self, row: _Row, line: _Line, band: _Band) -> None:
+        """Enters a line with its present first ticket."""
+        _drop_dead(line.heap)
+        line.version += 1
+        if line.heap:
+            deadline_s, sequence, _ = line.heap[0]
+            heappush(row.heads, (band.callers[line.caller].tag, deadline_s, sequence, line.version, line))
+
+    def _oldest(self, lane: _Lane, bands: list[bool]) -> Ticket | None:
+        """The longest waiting ticket of a lane, if its priority can run."""
+        recent = lane.recent
+        while recent and recent[0].state is not TicketState.WAITING:
+            recent.popleft()
+        return recent[0] if recent and bands[recent[0].band] else None
+
+    def _charge(self, ticket: Ticket) -> None:
+        """Its caller's turn is over."""
+        band = self._bands[ticket.band]
+        caller = band.callers[ticket.caller]
+        # A caller whose lane was closed for long gets one turn at once, not all that it missed.
+        start = max(caller.tag, band.virtual)
+        band.virtual = start
+        caller.tag = start + ticket.cost
+
+    def _victim(self, newcomer: Ticket) -> Ticket | None:
+        """Who goes for a newcomer: of the lowest priority the youngest ticket of the caller that has the
+        most. At equal priority only if that caller would still have at least as many as the newcomer's."""
+        for index in range(len(BANDS) - 1, newcomer.band - 1, -1):
+            band = self._bands[index]
+            if not band.live:
+                continue
+            if index == newcomer.band:
+                own = band.callers.get(newcomer.caller)
+                if band.largest < (own.count if own else 0) + 2:
+                    return None
+            name = next(iter(band.by_count[band.largest]))
+            recent = band.callers[name].recent
+            while recent[-1].state is not TicketState.WAITING:
+                recent.pop()
+            return recent[-1]
+        return None
+
+    # Putting in and taking out.
+
+    def _put_in(self, ticket: Ticket) -> None:
+        self._sequence += 1
+        sequence = self._sequence
+        ticket.state = TicketState.WAITING
+        lane = self._lanes.get(ticket.lane)
+        if lane is None:
+            lane = self._lanes[ticket.lane] = _Lane(ticket.lane, ticket.tiers)
+        band = self._bands[ticket.band]
+        caller = band.callers.get(ticket.caller)
+        if caller is None:
+            self._forget_callers(band)
+            caller = band.callers[ticket.caller] = _Caller(band.virtual)
+        elif not caller.count:
+            caller.tag = max(caller.tag, band.virtual)
+        row = lane.rows[ticket.band]
+        line = row.lines.get(ticket.caller)
+        if line is None:
+            line = row.lines[ticket.caller] = _Line(ticket.caller)
+        ticket._lane, ticket._line, ticket._caller = lane, line, caller
+        heappush(line.heap, (ticket.deadline_s, sequence, ticket))
+        line.live += 1
+        row.live += 1
+        lane.live += 1
+        self._live += 1
+        band.recount(ticket.caller, caller, 1)
+        lane.recent.append(ticket)
+        caller.recent.append(ticket)
+        heappush(self._deadlines, (ticket.deadline_s, sequence, ticket))
+        if line.heap[0][1] == sequence:
+            self._announce(row, line, band)
+
+    def _take_out(self, ticket: Ticket, state: TicketState) -> None:
+        lane, line, caller = ticket._lane, ticket._line, ticket._caller
+        assert lane is not None
+        assert line is not None
+        assert caller is not None
+        ticket.state = state
+        ticket._lane = ticket._line = ticket._caller = None
+        band = self._bands[ticket.band]
+        row = lane.rows[ticket.band]
+        line.live -= 1
+        row.live -= 1
+        lane.live -= 1
+        self._live -= 1
+        band.recount(ticket.caller, caller, -1)
+        if not line.live:
+            line.version += 1
+            del row.lines[ticket.caller]
+        elif line.heap[0][2] is ticket:
+            self._announce(row, line, band)
+        elif len(line.heap) > 2 * line.live + 8:
+            _compact_heap(line.heap)
+        if not lane.live:
+            del self._lanes[lane.key]
+        elif len(lane.recent) > 2 * lane.live + 8:
+            lane.recent = _compacted(lane.recent)
+        if len(row.heads) > 4 * len(row.lines) + 16:
+            row.heads = [entry for entry in row.heads if entry[3] == entry[4].version]
+            heapify(row.heads)
+        if len(caller.recent) > 2 * caller.count + 8:
+            caller.recent = _compacted(caller.recent)
+        if len(self._deadlines) > 2 * self._live + 64:
+            _compact_heap(self._deadlines)
+
+    def _collect_expired(self, now_s: float) -> None:
+        heap = self._deadlines
+        while heap and (heap[0][2].state is not TicketState.WAITING or heap[0][0] <= now_s):
+            ticket = heappop(heap)[2]
+            if ticket.state is TicketState.WAITING:
+                self._take_out(ticket, TicketState.EXPIRED)
+                self._expired.append(ticket)
+
+    def _forget_callers(self, band: _Band) -> None:
+        """Forgets the callers that wait for nothing, once they are many."""
+        if len(band.callers) > 2 * self.settings.capacity + 64:
+            band.callers = {name: caller for name, caller in band.callers.items() if caller.count}
+
+
+def _overlap(tiers: tuple[int, ...], mine: tuple[int, ...], rates_per_s: Sequence[float | None]) -> float:
+    """The share of the work of tickets for ``tiers`` that falls on the tiers ``mine``."""
+    if tiers == mine:
+        return 1.0
+    whole = part = 0.0
+    for tier in tiers:
+        rate = (rates_per_s[tier] if tier < len(rates_per_s) else None) or 0.0
+        whole += rate
+        if tier in mine:
+            part += rate
+    return part / whole if whole else float(any(tier in mine for tier in tiers))
+
+
+def _drop_dead(heap: list[tuple[float, int, Ticket]]) -> None:
+    while heap and heap[0][2].state is not TicketState.WAITING:
+        heappop(heap)
+
+
+def _compact_heap(heap: list[tuple[float, int, Ticket]]) -> None:
+    heap[:] = [entry for entry in heap if entry[2].state is TicketState.WAITING]
+    heapify(heap)
+
+
+def _compacted(tickets: deque[Ticket]) -> deque[Ticket]:
+    return deque(ticket for ticket in tickets if ticket.state is TicketState.WAITING)

@@ -1,0 +1,189 @@
+"""A circuit breaker per endpoint: stop sending to what keeps failing, and try again with one request.
+
+The life cycle is a table; an event that has no entry raises :class:`IllegalTransition` and changes
+nothing. Time comes from the caller as ``now_s`` (monotonic).
+
+On the request path the breaker is one comparison: an endpoint may be used when
+``now_s >= breaker.blocked_until_s``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from math import inf
+from typing import Final
+
+from controlplane.errors import IllegalTransition
+
+
+class BreakerState(StrEnum):
+    """Whether requests go through."""
+
+    CLOSED = "closed"
+    """All of them."""
+    OPEN = "open"
+    """None until the pause is over."""
+    HALF_OPEN = "half_open"
+    """One, the probe; its fate decides."""
+
+
+class BreakerEvent(StrEnum):
+    """What moves a breaker."""
+
+    TRIP = "trip"
+    """Too many failures."""
+    PROBE = "probe"
+    """The pause is over and a request goes out to see."""
+    PASS = "pass"  # noqa: S105 (an event, not a password)
+    """The probe got tokens."""
+    FAIL = "fail"
+    """The probe failed."""
+    ABANDON = "abandon"
+    """The probe's client left before it told anything."""
+
+
+MOVES: Final[dict[tuple[BreakerState, BreakerEvent], BreakerState]] = {
+    (BreakerState.CLOSED, BreakerEvent.TRIP): BreakerState.OPEN,
+    (BreakerState.OPEN, BreakerEvent.PROBE): BreakerState.HALF_OPEN,
+    # A probe that never reports must not bar the endpoint for good: after its time-out another may go.
+    (BreakerState.HALF_OPEN, BreakerEvent.PROBE): BreakerState.HALF_OPEN,
+    (BreakerState.HALF_OPEN, BreakerEvent.PASS): BreakerState.CLOSED,
+    (BreakerState.HALF_OPEN, BreakerEvent.FAIL): BreakerState.OPEN,
+    (BreakerState.HALF_OPEN, BreakerEvent.ABANDON): BreakerState.OPEN,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class BreakerSettings:
+    """When a breaker opens, and for how long."""
+
+    consecutive_failures: int = 3
+    """This many in a row open it."""
+    failure_ratio: float = 0.5
+    """So does this share of the requests of the window, once there were ``min_requests``."""
+    min_requests: int = 20
+    window_s: float = 10.0
+    open_initial_s: float = 1.0
+    """The first pause; it doubles each time a probe fails, up to ``open_max_s``."""
+    open_max_s: float = 30.0
+    probe_timeout_s: float = 30.0
+    """A probe that has not reported after this long no longer holds others back."""
+
+
+class Breaker:
+    """One endpoint's breaker. ``start`` when a request goes out, then one of ``success``, ``failure``,
+    ``abandoned`` with what ``start`` returned."""
+
+    __slots__ = (
+        "_bucket_since_s",
+        "_consecutive",
+        "_failures",
+        "_old_failures",
+        "_old_total",
+        "_pause_s",
+        "_probe",
+        "_total",
+        "blocked_until_s",
+        "opened",
+        "settings",
+        "state",
+    )
+
+    def __init__(self, settings: BreakerSettings | None = None) -> None:
+        self.settings = settings or BreakerSettings()
+        self.state = BreakerState.CLOSED
+        self.blocked_until_s = -inf
+        """Before this moment nothing goes through."""
+        self.opened = 0
+        """How often it opened, for metrics."""
+        self._pause_s = self.settings.open_initial_s
+        self._probe = 0
+        self._consecutive = 0
+        self._forget(-inf)
+
+    def allows(self, now_s: float) -> bool:
+        """May a request go out now?"""
+        return now_s >= self.blocked_until_s
+
+    def start(self, now_s: float) -> int:
+        """A request goes out. Returns the number of the probe that it is, 0 for an ordinary request.
+
+        Raises :class:`IllegalTransition` if nothing may go through now.
+        """
+        if self.state is BreakerState.CLOSED:
+            return 0
+        if now_s < self.blocked_until_s:
+            raise IllegalTransition(f"the breaker is {self.state} until {self.blocked_until_s:.3f} s")
+        self._move(BreakerEvent.PROBE)
+        self._probe += 1
+        self.blocked_until_s = now_s + self.settings.probe_timeout_s
+        return self._probe
+
+    def success(self, now_s: float, probe: int = 0) -> None:
+        """A request got tokens (or its whole answer)."""
+        if self.state is BreakerState.CLOSED:
+            self._consecutive = 0
+            if now_s - self._bucket_since_s >= self.settings.window_s:
+                self._rotate(now_s)
+            self._total += 1
+        elif self.state is BreakerState.HALF_OPEN and probe == self._probe:
+            self._move(BreakerEvent.PASS)
+            self.blocked_until_s = -inf
+            self._pause_s = self.settings.open_initial_s
+            self._forget(now_s)
+        # Else it went out before the breaker opened, which says nothing about now.
+
+    def failure(self, now_s: float, probe: int = 0, weight: int = 1) -> None:
+        """A request failed in a way that the endpoint is to blame for. ``weight`` counts it as so many
+        in a row: a refused connection is surer than a slow answer."""
+        if self.state is BreakerState.CLOSED:
+            if now_s - self._bucket_since_s >= self.settings.window_s:
+                self._rotate(now_s)
+            self._total += 1
+            self._failures += 1
+            self._consecutive += weight
+            if self._too_many(now_s):
+                self._move(BreakerEvent.TRIP)
+                self._open(now_s)
+        elif self.state is BreakerState.HALF_OPEN and probe == self._probe:
+            self._move(BreakerEvent.FAIL)
+            self._pause_s = min(self._pause_s * 2, self.settings.open_max_s)
+            self._open(now_s)
+
+    def abandoned(self, now_s: float, probe: int = 0) -> None:
+        """A request ended without telling anything about the endpoint. A probe's place is free again."""
+        if self.state is BreakerState.HALF_OPEN and probe == self._probe:
+            self._move(BreakerEvent.ABANDON)
+            self.blocked_until_s = now_s
+
+    def _move(self, event: BreakerEvent) -> None:
+        target = MOVES.get((self.state, event))
+        if target is None:
+            raise IllegalTransition(f"a breaker that is {self.state} has no move '{event}'")
+        self.state = target
+
+    def _open(self, now_s: float) -> None:
+        self.blocked_until_s = now_s + self._pause_s
+        self.opened += 1
+        self._forget(now_s)
+
+    def _forget(self, now_s: float) -> None:
+        self._bucket_since_s = now_s
+        self._consecutive = self._total = self._failures = self._old_total = self._old_failures = 0
+
+    def _rotate(self, now_s: float) -> None:
+        """The window slides in two buckets: the older one counts for what is left of it."""
+        recent = now_s - self._bucket_since_s < 2 * self.settings.window_s
+        self._old_total = self._total if recent else 0
+        self._old_failures = self._failures if recent else 0
+        self._total = self._failures = 0
+        self._bucket_since_s = now_s
+
+    def _too_many(self, now_s: float) -> bool:
+        if self._consecutive >= self.settings.consecutive_failures:
+            return True
+        rest = max(0.0, 1.0 - (now_s - self._bucket_since_s) / self.settings.window_s)
+        total = self._total + rest * self._old_total
+        failures = self._failures + rest * self._old_failures
+        return total >= self.settings.min_requests and failures >= self.settings.failure_ratio * total
