@@ -38,9 +38,12 @@ class Problem:
     path: str
     message: str
     remedy: str = ""
+    line: int = 0
+    """In the file it was read from, from 1; 0 if there is none."""
 
     def __str__(self) -> str:
         text = f"{self.path}: {self.message}" if self.path else self.message
+        text = f"line {self.line}: {text}" if self.line else text
         return f"{text} ({self.remedy})" if self.remedy else text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from controlplane.config.loading import ServeFile, load_plane, parse_plane
 from controlplane.config.plane import (
     BUNDLED_MODELS,
     BUNDLED_PREFIX,
@@ -10,11 +11,15 @@ from controlplane.config.plane import (
     ControllerConfig,
     EngineKind,
     GatewayConfig,
+    Name,
+    NonNegative,
     PlaneConfig,
+    Port,
+    Positive,
     RestartConfig,
-    Strict,
     TierConfig,
 )
+from controlplane.config.strict import Strict
 
 __all__ = [
     "BUNDLED_MODELS",
@@ -24,8 +29,15 @@ __all__ = [
     "ControllerConfig",
     "EngineKind",
     "GatewayConfig",
+    "Name",
+    "NonNegative",
     "PlaneConfig",
+    "Port",
+    "Positive",
     "RestartConfig",
+    "ServeFile",
     "Strict",
     "TierConfig",
+    "load_plane",
+    "parse_plane",
 ]

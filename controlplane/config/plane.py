@@ -1,16 +1,14 @@
-"""What ``configs/*.yaml`` may say: strict models that report every error at once.
-
-The file is a Serve config file; tierplane's own settings are the ``args`` of its application
-(:class:`PlaneConfig`). :func:`load_plane` reads a file, :func:`parse_plane` reads plain values.
-"""
+"""tierplane's own settings, the ``args`` of its Serve application: :class:`PlaneConfig`."""
 
 from __future__ import annotations
 
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
+from controlplane.config.flags import vllm_flag_findings
+from controlplane.config.strict import Finding, FindingsError, Strict
 from controlplane.core.domain import Complexity
 
 IMPORT_PATH = "deployments.app:build"
@@ -28,21 +26,15 @@ Port = Annotated[int, Field(ge=1, le=65535)]
 
 _FLAG = re.compile(r"^[a-z][a-z0-9-]*$")
 _SET_BY_TIERPLANE = {
-    "model": "model",
-    "host": "(set by tierplane)",
-    "port": "(set by tierplane)",
-    "api-key": "(set by tierplane)",
-    "served-model-name": "served_model_name",
-    "tensor-parallel-size": "tensor_parallel_size",
-    "pipeline-parallel-size": "pipeline_parallel_size",
-    "trust-remote-code": "trust_remote_code",
+    "model": "use the tier's 'model'",
+    "host": "remove it: tierplane sets it",
+    "port": "remove it: tierplane sets it",
+    "api-key": "remove it: tierplane makes a secret for each engine process",
+    "served-model-name": "use the tier's 'served_model_name'",
+    "tensor-parallel-size": "use the tier's 'tensor_parallel_size'",
+    "pipeline-parallel-size": "use the tier's 'pipeline_parallel_size'",
+    "trust-remote-code": "use the tier's 'trust_remote_code'",
 }
-
-
-class Strict(BaseModel):
-    """Unknown keys are errors, values are not coerced between kinds, instances don't change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
 class RestartConfig(Strict):
@@ -82,7 +74,7 @@ class TierConfig(Strict):
     replicas: Annotated[int, Field(ge=0)] = 1
     concurrency_limit: Annotated[int, Field(ge=1)] = 10
     """Requests in flight per replica before the tier counts as full."""
-    complexities: list[Complexity] | None = None
+    complexities: list[Annotated[Complexity, Field(strict=False)]] | None = None
     """What this tier serves; by default ``lightweight``, ``balanced`` and ``capable`` serve simple,
     moderate and complex."""
     agent_types: list[Name] = Field(default_factory=list)
@@ -103,50 +95,68 @@ class TierConfig(Strict):
     """Failed probes in a row before a running engine counts as hung and is replaced."""
     restart: RestartConfig = RestartConfig()
 
-    @field_validator("complexities", mode="before")
-    @classmethod
-    def _complexities_by_name(cls, value: Any) -> Any:
-        return _enum_list(value, Complexity)
-
     @field_validator("engine_args")
     @classmethod
     def _flags(cls, value: dict[str, Any]) -> dict[str, Any]:
+        found = []
         for flag in value:
             normal = flag.replace("_", "-")
             if normal in _SET_BY_TIERPLANE:
-                raise ValueError(f"'{flag}' is not set here: use {_SET_BY_TIERPLANE[normal]}")
-            if not _FLAG.match(normal):
-                raise ValueError(f"'{flag}' is no flag name: write it without leading dashes")
+                remedy = _SET_BY_TIERPLANE[normal]
+                found.append(Finding((flag,), "this flag is not set here", remedy))
+            elif not _FLAG.match(normal):
+                found.append(Finding((flag,), f"'{flag}' is no flag name", "write it without leading dashes"))
+        if found:
+            raise FindingsError(found)
         return {flag.replace("_", "-"): item for flag, item in value.items()}
 
-    @model_validator(mode="after")
-    def _consistent(self) -> TierConfig:
-        wrong: list[str] = []
+    def findings(self) -> list[Finding]:
+        """What doesn't fit together in this tier."""
+        found = [*self._address_findings(), *self._model_findings(), *self._size_findings()]
+        if self.engine == "vllm":
+            found += vllm_flag_findings(self.engine_args)
+        return found
+
+    def _address_findings(self) -> list[Finding]:
         if self.engine == "endpoint":
             if not self.url:
-                wrong.append("engine 'endpoint' needs 'url'")
-            elif not re.match(r"^https?://[^/\s]+(/\S*)?$", self.url):
-                wrong.append(f"'url' must look like http://host:port, not '{self.url}'")
-        else:
-            wrong += [
-                f"'{key}' is only for engine 'endpoint'"
-                for key in ("url", "api_key_env")
-                if getattr(self, key)
-            ]
+                remedy = "name the address in front of /v1, such as http://127.0.0.1:11434"
+                return [Finding(("url",), "engine 'endpoint' needs it", remedy, ("engine",))]
+            if not re.match(r"^https?://[^/\s]+(/\S*)?$", self.url):
+                return [Finding(("url",), f"'{self.url}' is no address", "it looks like http://host:port")]
+            return []
+        remedy = f"remove it, or use engine 'endpoint' instead of '{self.engine}'"
+        return [
+            Finding((key,), "only engine 'endpoint' has this", remedy, ("engine",))
+            for key in ("url", "api_key_env")
+            if getattr(self, key)
+        ]
+
+    def _model_findings(self) -> list[Finding]:
         if not self.model and self.engine != "simulated":
-            wrong.append("'model' is missing")
-        if self.model.startswith(BUNDLED_PREFIX) and self.model[len(BUNDLED_PREFIX) :] not in BUNDLED_MODELS:
-            wrong.append(
-                f"no bundled model '{self.model}': there is "
-                + ", ".join(BUNDLED_PREFIX + m for m in BUNDLED_MODELS)
-            )
+            remedy = f"name a hub id, a local path or {BUNDLED_PREFIX}{BUNDLED_MODELS[0]}"
+            return [Finding(("model",), "missing", remedy, ("engine",))]
+        if (
+            self.model.startswith(BUNDLED_PREFIX)
+            and self.model.removeprefix(BUNDLED_PREFIX) not in BUNDLED_MODELS
+        ):
+            known = ", ".join(BUNDLED_PREFIX + name for name in BUNDLED_MODELS)
+            return [Finding(("model",), f"there is no bundled model '{self.model}'", f"there is {known}")]
+        return []
+
+    def _size_findings(self) -> list[Finding]:
+        found = []
+        sizes = ("tensor_parallel_size", "pipeline_parallel_size")
         if self.gpu_share < 1 and self.world_size > 1:
-            wrong.append("'gpu_share' under 1 needs tensor_parallel_size and pipeline_parallel_size 1")
-        if self.world_size > 1 and self.engine != "vllm":
-            wrong.append(f"engine '{self.engine}' has no tensor or pipeline parallelism")
-        if wrong:
-            raise ValueError("; ".join(wrong))
-        return self
+            remedy = f"leave it at 1, or set {' and '.join(sizes)} to 1"
+            found.append(Finding(("gpu_share",), "a share of a GPU can't be parallel", remedy, sizes))
+        if self.engine != "vllm":
+            found += [
+                Finding((size,), f"engine '{self.engine}' has no such parallelism", "remove it", ("engine",))
+                for size in sizes
+                if getattr(self, size) > 1
+            ]
+        return found
 
     @property
     def world_size(self) -> int:
@@ -208,27 +218,25 @@ class PlaneConfig(Strict):
     gateway: GatewayConfig = GatewayConfig()
     controller: ControllerConfig = ControllerConfig()
 
-    @model_validator(mode="after")
-    def _whole(self) -> PlaneConfig:
-        wrong: list[str] = []
-        names = [tier.name for tier in self.tiers]
-        wrong += [
-            f"two tiers are named '{name}'" for name in sorted({n for n in names if names.count(n) > 1})
-        ]
-        owners: dict[str, str] = {}
-        for tier in self.tiers:
-            for agent_type in tier.agent_types:
-                if agent_type in owners:
-                    owner = owners[agent_type]
-                    wrong.append(f"agent type '{agent_type}' is served by '{owner}' and '{tier.name}'")
-                owners[agent_type] = tier.name
-        if self.gateway.default_tier and self.gateway.default_tier not in names:
-            wrong.append(
-                f"gateway.default_tier '{self.gateway.default_tier}' is no tier; there is {', '.join(names)}"
-            )
-        if wrong:
-            raise ValueError("; ".join(wrong))
-        return self
+    def findings(self) -> list[Finding]:
+        """What doesn't fit together between the tiers."""
+        found: list[Finding] = []
+        first_by_name: dict[str, int] = {}
+        owner_by_agent_type: dict[str, TierConfig] = {}
+        for i, tier in enumerate(self.tiers):
+            if first_by_name.setdefault(tier.name, i) != i:
+                message = f"'{tier.name}' is the name of tiers[{first_by_name[tier.name]}] too"
+                found.append(Finding(("tiers", i, "name"), message, "give each tier a name of its own"))
+            for j, agent_type in enumerate(tier.agent_types):
+                owner = owner_by_agent_type.setdefault(agent_type, tier)
+                if owner is not tier:
+                    message = f"agent type '{agent_type}' is served by tier '{owner.name}' already"
+                    found.append(Finding(("tiers", i, "agent_types", j), message, "name it in one tier only"))
+        default = self.gateway.default_tier
+        if default and default not in first_by_name:
+            remedy = f"there is {', '.join(first_by_name)}"
+            found.append(Finding(("gateway", "default_tier"), f"no tier is named '{default}'", remedy))
+        return found
 
     def tier(self, name: str) -> TierConfig:
         """The tier of that name; KeyError if there is none."""
@@ -236,11 +244,3 @@ class PlaneConfig(Strict):
             if tier.name == name:
                 return tier
         raise KeyError(name)
-
-
-def _enum_list(value: Any, kind: Any) -> Any:
-    """Strict mode takes enum members only; YAML has strings."""
-    if not isinstance(value, list):
-        return value
-    known = {str(member) for member in kind}
-    return [kind(item) if isinstance(item, str) and item in known else item for item in value]

@@ -1,0 +1,236 @@
+"""From pydantic's errors to problems that a person can act on: path, what is wrong, what to do."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from controlplane.config.strict import Finding, FindingsError, PathPart, Strict
+from controlplane.errors import Problem
+
+Path = tuple[PathPart, ...]
+
+_NAME_PATTERN_TEXT = "lower-case letters, digits, '-' and '_', a letter first, 40 at most"
+_NUMBER = re.compile(r"^[+-]?\d+(\.\d*)?([eE][+-]?\d+)?$")
+_NO_VALUE = object()
+
+
+def path_text(path: Iterable[PathPart]) -> str:
+    """``("tiers", 1, "engine_args", "foo")`` → ``tiers[1].engine_args.foo``."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def collect(model: type[Strict], values: Any, placeholders: Mapping[str, Any]) -> list[tuple[Path, Problem]]:
+    """Every problem of ``values`` as a ``model``, with paths from there; empty if it is valid.
+
+    pydantic looks at what fields must satisfy together only once each is right by itself. So that one wrong
+    value doesn't hide the rest, wrong values are left out (``placeholders`` stand in for required fields) and
+    what remains is looked at again; findings that depend on a field left out are not made.
+    """
+    problems: list[tuple[Path, Problem]] = []
+    gone: set[PathPart] = set()
+    while True:
+        found, wrong = _validate(model, values, gone)
+        problems += found
+        if not wrong or not isinstance(values, Mapping):
+            return problems
+        before, values = values, copy.deepcopy(dict(values))
+        for path in wrong:
+            gone |= _leave_out(values, path)
+        first = {path[0] for path in wrong}
+        values |= {name: value for name, value in placeholders.items() if name in first}
+        if values == before:
+            return problems
+
+
+def _leave_out(values: dict[PathPart, Any], path: Path) -> set[PathPart]:
+    """Delete what is at ``path`` from ``values``; the field itself, where the path leads through a list.
+
+    Returns the field if it was deleted or was never there.
+    """
+    here: Any = values
+    for part in path[:-1]:
+        here = here.get(part) if isinstance(here, dict) else None
+    if len(path) > 1 and isinstance(here, dict):
+        here.pop(path[-1], None)
+        return set()
+    values.pop(path[0], None)
+    return {path[0]}
+
+
+def _validate(
+    model: type[Strict], values: Any, gone: set[PathPart]
+) -> tuple[list[tuple[Path, Problem]], list[Path]]:
+    """Problems, and the paths of values that are wrong by themselves."""
+    try:
+        model.model_validate(values)
+    except ValidationError as error:
+        return _problems_of(error, model, values, gone)
+    return [], []
+
+
+def _problems_of(
+    error: ValidationError, model: type[Strict], values: Any, gone: set[PathPart]
+) -> tuple[list[tuple[Path, Problem]], list[Path]]:
+    problems: list[tuple[Path, Problem]] = []
+    wrong: list[Path] = []
+    by_path: dict[Path, list[ErrorDetails]] = {}
+    for item in error.errors():
+        cause = item.get("ctx", {}).get("error")
+        if isinstance(cause, FindingsError):
+            found = _from_findings(cause.findings, item["loc"], gone)
+            problems += found
+            if item["loc"]:
+                wrong += [path for path, _ in found]
+        else:
+            by_path.setdefault(_real_path(item, values), []).append(item)
+    for path, items in by_path.items():
+        message, remedy = _message(items, model, path)
+        problems.append((path, Problem(path_text(path), message, remedy)))
+        wrong += [path] if path else []
+    return problems, wrong
+
+
+def _from_findings(
+    findings: Sequence[Finding], prefix: Path, gone: set[PathPart]
+) -> list[tuple[Path, Problem]]:
+    kept = [finding for finding in findings if not gone & {*(prefix + finding.path)[:1], *finding.uses}]
+    return [
+        (prefix + finding.path, Problem(path_text(prefix + finding.path), finding.message, finding.remedy))
+        for finding in kept
+    ]
+
+
+def _real_path(item: ErrorDetails, values: Any) -> Path:
+    """The error's place in the values: pydantic adds the tried members of a union to it."""
+    path: list[PathPart] = []
+    here = values
+    for part in item["loc"]:
+        inner = _step(here, part)
+        if inner is _NO_VALUE:
+            return (*path, part) if item["type"] == "missing" else tuple(path)
+        path.append(part)
+        here = inner
+    return tuple(path)
+
+
+def _step(value: Any, part: PathPart) -> Any:
+    if isinstance(value, Mapping) and part in value:
+        return value[part]
+    if isinstance(value, list) and isinstance(part, int) and part < len(value):
+        return value[part]
+    return _NO_VALUE
+
+
+def _message(items: Sequence[ErrorDetails], model: type[Strict], path: Path) -> tuple[str, str]:
+    """What is wrong with the value at ``path``, and the remedy."""
+    item, value = items[0], items[0]["input"]
+    kinds = {each["type"] for each in items}
+    if "extra_forbidden" in kinds:
+        return f"unknown key '{path[-1]}'", _unknown_key_remedy(str(path[-1]), _model_at(model, path[:-1]))
+    if "missing" in kinds:
+        return "missing", _description(_model_at(model, path[:-1]), str(path[-1]))
+    shown = "" if "env" in path else f", not {_show(value)}"  # what is in an environment may be secret
+    if "string_pattern_mismatch" in kinds:
+        return f"takes {_NAME_PATTERN_TEXT}{shown}", ""
+    if kinds <= {"literal_error", "enum"}:
+        allowed = [
+            text.strip("'") for text in re.findall(r"'[^']*'|\d+", item.get("ctx", {}).get("expected", ""))
+        ]
+        return f"must be {_any_of(allowed)}{shown}", did_you_mean(str(value), allowed)
+    wanted = _any_of(list(dict.fromkeys(_wanted(each) for each in items)))
+    return f"must be {wanted}{shown}", _type_remedy(kinds, value)
+
+
+def _wanted(item: ErrorDetails) -> str:
+    texts: dict[str, str] = {
+        "string_type": "text",
+        "int_type": "a whole number",
+        "int_from_float": "a whole number",
+        "float_type": "a number",
+        "bool_type": "true or false",
+        "list_type": "a list",
+        "dict_type": "a mapping",
+        "model_type": "a mapping",
+        "model_attributes_type": "a mapping",
+        "literal_error": item.get("ctx", {}).get("expected", ""),
+    }
+    if item["type"] in texts:
+        return texts[item["type"]]
+    # "Input should be greater than 0", "List should have at least 1 item after validation, not 0"
+    text = re.sub(r"^\w+ should (be|have) ", lambda m: "" if m[1] == "be" else "with ", item["msg"])
+    return re.sub(r" after validation, not \d+$", "", text)
+
+
+def _type_remedy(kinds: set[str], value: Any) -> str:
+    number_wanted = kinds & {"int_type", "float_type"}
+    if isinstance(value, str) and number_wanted and _NUMBER.match(value):
+        return "write 1.0e+6: YAML takes 1e6 for text" if "e" in value.lower() else "remove the quotes"
+    if isinstance(value, str) and "bool_type" in kinds and value.lower() in {"true", "false", "yes", "no"}:
+        return "remove the quotes and write true or false"
+    if isinstance(value, bool | int | float) and "string_type" in kinds and len(kinds) == 1:
+        return "put it in quotes"
+    return ""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A remedy that names the known word nearest to ``word``, or all if none is near."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
+
+
+def _unknown_key_remedy(key: str, model: type[BaseModel] | None) -> str:
+    if model is None:
+        return "remove it"
+    close = difflib.get_close_matches(key.replace("-", "_"), model.model_fields, n=1, cutoff=0.75)
+    if not close and "engine_args" in model.model_fields:
+        return "remove it; an engine's own flags stand under 'engine_args'"
+    return f"did you mean '{close[0]}'?" if close else did_you_mean(key, model.model_fields)
+
+
+def _description(model: type[BaseModel] | None, name: str) -> str:
+    field = model.model_fields.get(name) if model else None
+    return (field.description or "").split("\n")[0] if field else ""
+
+
+def _model_at(model: type[BaseModel], path: Path) -> type[BaseModel] | None:
+    """The model of the values at ``path`` inside ``model``; None if they have none."""
+    here: type[BaseModel] | None = model
+    for part in path:
+        if isinstance(part, int):
+            continue
+        field = here.model_fields.get(part) if here else None
+        here = _find_model(field.annotation) if field else None
+    return here
+
+
+def _find_model(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for arg in get_args(annotation) if (found := _find_model(arg))), None)
+
+
+def _any_of(texts: Sequence[str]) -> str:
+    return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} or {texts[-1]}"
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    if isinstance(value, Mapping):
+        return "a mapping"
+    if isinstance(value, list):
+        return "a list" if len(value) != 1 else f"a list of {_show(value[0])}"
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    quoted = f"'{text}'" if isinstance(value, str) else text
+    return quoted if len(quoted) <= 60 else f"{quoted[:57]}…'"

@@ -1,0 +1,60 @@
+"""The part of a Serve config file around tierplane's own settings.
+
+Serve ignores keys that it doesn't know; here they are errors, since a misspelt ``http_options`` would
+quietly listen on another port. What Serve checks itself when it starts is left to it (``Any``).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from controlplane.config.plane import Port
+from controlplane.config.strict import Strict
+
+
+class HttpOptions(Strict):
+    """Serve's ingress; the defaults are Serve's."""
+
+    host: str = "0.0.0.0"  # noqa: S104 - Serve's default; the shipped files say 127.0.0.1
+    port: Port = 8000
+    root_path: Any = ""
+    request_timeout_s: Any = None
+    keep_alive_timeout_s: Any = None
+    ssl_keyfile: Any = None
+    ssl_certfile: Any = None
+    ssl_keyfile_password: Any = None
+    ssl_ca_certs: Any = None
+
+
+class ServeSettings(Strict):
+    """The top level of a Serve config file."""
+
+    applications: Annotated[list[Any], Field(min_length=1)]
+    """The applications to run; one of them is tierplane's."""
+    proxy_location: Literal["Disabled", "HeadOnly", "EveryNode"] = "EveryNode"
+    http_options: HttpOptions = HttpOptions()
+    grpc_options: Any = None
+    controller_options: Any = None
+    logging_config: Any = None
+    tracing_config: Any = None
+    target_capacity: Any = None
+
+
+class ServeApplication(Strict):
+    """One application of a Serve config file."""
+
+    import_path: str
+    """Of tierplane's application: deployments.app:build."""
+    args: Any
+    """tierplane's settings: tiers, gateway, controller."""
+    name: str = "default"
+    route_prefix: str | None = "/"
+    runtime_env: Any = None
+    host: Any = None
+    port: Any = None
+    deployments: Any = None
+    autoscaling_policy: Any = None
+    logging_config: Any = None
+    external_scaler_enabled: Any = False
