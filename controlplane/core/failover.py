@@ -120,7 +120,6 @@ class Resume(NamedTuple):
     """Go on with the stream on another endpoint of the same model."""
 
     reason: str
-    exact: bool
 
 
 class GiveUp(NamedTuple):
@@ -144,11 +143,8 @@ class Attempt(NamedTuple):
     deadline_s: float
     losses: int = 0
     """Earlier attempts of this request that were lost with their engine."""
-    resumable: bool = False
-    """:func:`controlplane.core.resume.judge` allows it."""
-    resume_exact: bool = False
-    resume_reason: str = ""
-    """Why it may or may not be resumed."""
+    not_resumable: str = ""
+    """Why the stream can't go on elsewhere; empty if it can. Only asked once bytes were sent."""
     engine_status: int | None = None
     """What the engine answered, if it did."""
 
@@ -158,14 +154,14 @@ def next_step(
 ) -> Step:
     """What to do about a failed attempt; spends from ``budget`` if the step needs it.
 
-    A resume is never refused for want of budget the first time its engine is lost, see :class:`Rule`.
+    The first time that a request's engine is lost, no budget is needed, see :class:`Rule`.
     """
     rule = RULES[failure]
     status = attempt.engine_status or rule.status
     if not rule.retry:
         return GiveUp(status, rule.code, f"{failure}: it would fail anywhere")
-    if attempt.sent and not attempt.resumable:
-        return GiveUp(502, "endpoint_lost", f"{failure} after tokens were sent; {attempt.resume_reason}")
+    if attempt.sent and attempt.not_resumable:
+        return GiveUp(502, "endpoint_lost", f"{failure} after tokens were sent; {attempt.not_resumable}")
     if attempt.number >= settings.max_attempts:
         return _given_up(attempt, rule, status, f"{failure} at the last of {settings.max_attempts} attempts")
     if now_s + settings.min_left_s >= attempt.deadline_s:
@@ -176,7 +172,7 @@ def next_step(
     if not free and not budget.spend(now_s):
         return _given_up(attempt, rule, status, f"{failure}; the retry budget is used up")
     if attempt.sent:
-        return Resume(str(failure), attempt.resume_exact)
+        return Resume(str(failure))
     return RetryElsewhere(str(failure))
 
 

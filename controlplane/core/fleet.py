@@ -15,7 +15,7 @@ from typing import Final
 from zlib import crc32
 
 from controlplane.core.breaker import Breaker, BreakerSettings
-from controlplane.core.domain import Endpoint, EndpointState
+from controlplane.core.domain import ClusterSnapshot, Endpoint, EndpointState
 from controlplane.core.tiers import TierTable, api_bits
 
 _ALPHA: Final = 0.2
@@ -51,6 +51,23 @@ def share(limit: int, index: int, count: int, offset: int = 0) -> int:
         raise ValueError(f"no share {index} of {count} in {limit}")
     each, left = divmod(limit, count)
     return each + (1 if (index - offset) % count < left else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """Which of how many gateways this one is."""
+
+    index: int = 0
+    count: int = 1
+
+
+def seat(snapshot: ClusterSnapshot, gateway_id: str, last: Seat | None = None) -> Seat:
+    """This gateway's seat among those of the snapshot. A controller that is warming up may not know all
+    of them yet: until then the ``last`` seat holds, or limits would be exceeded."""
+    if snapshot.warming and last is not None:
+        return last
+    ids = sorted({gateway_id, *(gateway.gateway_id for gateway in snapshot.gateways)})
+    return Seat(ids.index(gateway_id), len(ids))
 
 
 class EndpointLoad:
@@ -270,28 +287,28 @@ class TierPool:
 class Fleet:
     """All tiers' endpoints, as one gateway sees them."""
 
-    __slots__ = ("by_endpoint_id", "pools", "settings", "table")
+    __slots__ = ("by_endpoint_id", "pools", "seat", "settings", "table")
 
     def __init__(self, table: TierTable, settings: FleetSettings | None = None) -> None:
         self.table = table
         self.settings = settings or FleetSettings()
-        self.pools = tuple(TierPool(rank, spec.name) for rank, spec in enumerate(table.specs))
+        self.pools = tuple(TierPool(rank, policy.name) for rank, policy in enumerate(table.policies))
         self.by_endpoint_id: dict[str, EndpointLoad] = {}
+        self.seat: Seat | None = None
 
     def apply(
         self,
         endpoints: Iterable[Endpoint],
         *,
-        gateway_index: int = 0,
-        gateway_count: int = 1,
+        seat: Seat = Seat(),  # noqa: B008 (immutable)
         others_in_flight: Mapping[str, int] | None = None,
     ) -> bool:
         """Takes a snapshot's endpoints. What is no longer there is forgotten, a new generation starts
         afresh, the rest keeps what is known of it. Endpoints of unknown tiers are left out.
 
-        ``gateway_index`` of ``gateway_count`` decides this gateway's share of every limit;
-        ``others_in_flight`` is endpoint id → requests of the other gateways. Returns whether waiting
-        requests may now find a place (an endpoint became ready or a limit grew).
+        ``seat`` decides this gateway's share of every limit (:func:`share`); ``others_in_flight`` is
+        endpoint id → requests of the other gateways. Returns whether waiting requests may now find a
+        place (an endpoint became ready or a limit grew).
         """
         before = self.by_endpoint_id
         after: dict[str, EndpointLoad] = {}
@@ -311,7 +328,7 @@ class Fleet:
                 load.api_bits = api_bits(endpoint.capabilities)
             else:
                 load = EndpointLoad(endpoint, self.pools[rank], self.settings.breaker)
-            load.limit = share(endpoint.concurrency_limit, gateway_index, gateway_count, load.seed)
+            load.limit = share(endpoint.concurrency_limit, seat.index, seat.count, load.seed)
             load.others_in_flight = (others_in_flight or {}).get(endpoint.endpoint_id, 0)
             better = better or (load.ready and (not was_ready or load.limit > had_limit))
             after[endpoint.endpoint_id] = load
@@ -324,6 +341,17 @@ class Fleet:
             pool.loads = members
             pool.recount(self.settings.reserved_ratio)
         return better
+
+    def apply_snapshot(self, snapshot: ClusterSnapshot, gateway_id: str) -> bool:
+        """The same with all that a snapshot says; ``snapshot`` as merged by
+        :func:`controlplane.core.snapshot.merge`."""
+        self.seat = seat(snapshot, gateway_id, self.seat)
+        others: dict[str, int] = {}
+        for gateway in snapshot.gateways:
+            if gateway.gateway_id != gateway_id:
+                for endpoint_id, count in gateway.in_flight_by_endpoint:
+                    others[endpoint_id] = others.get(endpoint_id, 0) + count
+        return self.apply(snapshot.endpoints, seat=self.seat, others_in_flight=others)
 
     def next_probe_s(self, now_s: float) -> float:
         """When the next open breaker lets a request through; infinity: none is open."""

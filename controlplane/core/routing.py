@@ -286,14 +286,14 @@ def explain(
 
 def _tier_left_out(rank: int, route: Route, table: TierTable) -> str:
     """Why a tier is not for this request; empty if it is."""
-    name = table.specs[rank].name
+    name = table.policies[rank].name
     if route.refusal is not None:
         return route.message
     if rank in route.order:
         return ""
     if rank in route.spill or rank in route.bridge:
         return ""
-    wanted = table.specs[route.order[0]]
+    wanted = table.policies[route.order[0]]
     if rank < max(route.floor, table.own_floor[route.order[0]]):
         return f"tier '{name}' is below the quality floor"
     if not route.spill and not route.bridge:

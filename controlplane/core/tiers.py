@@ -73,8 +73,8 @@ def api_bits(capabilities: Capabilities) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class TierSpec:
-    """One tier, as far as routing cares."""
+class TierPolicy:
+    """What routing needs to know of one tier."""
 
     name: str
     model_id: str
@@ -153,7 +153,7 @@ class TierTable:
     """The tiers and every question that can be answered before a request comes. Make it with
     :meth:`build`."""
 
-    specs: tuple[TierSpec, ...]
+    policies: tuple[TierPolicy, ...]
     default: int
     rank_of: dict[str, int]
     tiers_of_model: dict[str, tuple[int, ...]]
@@ -164,41 +164,43 @@ class TierTable:
     own_floor: tuple[int, ...]
 
     @classmethod
-    def build(cls, specs: Sequence[TierSpec], default_tier: str | None = None) -> TierTable:
-        """The table of ``specs``, from the cheapest to the most capable.
+    def build(cls, policies: Sequence[TierPolicy], default_tier: str | None = None) -> TierTable:
+        """The table of ``policies``, from the cheapest to the most capable.
 
         ``default_tier`` is where ``auto`` goes without a hint; by default ``balanced``, or else the
         first. Raises ValueError if a name is used twice or a named tier is missing.
         """
-        if not specs:
+        if not policies:
             raise ValueError("there must be at least one tier")
-        rank_of = {spec.name: rank for rank, spec in enumerate(specs)}
-        if len(rank_of) != len(specs):
+        rank_of = {policy.name: rank for rank, policy in enumerate(policies)}
+        if len(rank_of) != len(policies):
             raise ValueError("two tiers have the same name")
         if AUTO in rank_of:
             raise ValueError(f"'{AUTO}' can't be a tier's name: it means that tierplane chooses")
-        for spec in specs:
-            if spec.floor is not None and spec.floor not in rank_of:
-                raise ValueError(f"tier '{spec.name}': floor '{spec.floor}' is no tier")
+        for policy in policies:
+            if policy.floor is not None and policy.floor not in rank_of:
+                raise ValueError(f"tier '{policy.name}': floor '{policy.floor}' is no tier")
         if default_tier is not None and default_tier not in rank_of:
             raise ValueError(f"default tier '{default_tier}' is no tier")
         default = rank_of[default_tier] if default_tier is not None else rank_of.get("balanced", 0)
 
         models: dict[str, tuple[int, ...]] = {}
-        for rank, spec in enumerate(specs):
-            models[spec.model_id] = (*models.get(spec.model_id, ()), rank)
+        for rank, policy in enumerate(policies):
+            models[policy.model_id] = (*models.get(policy.model_id, ()), rank)
 
-        own_floor = tuple(rank_of[spec.floor] if spec.floor is not None else 0 for spec in specs)
+        own_floor = tuple(rank_of[policy.floor] if policy.floor is not None else 0 for policy in policies)
         return cls(
-            specs=tuple(specs),
+            policies=tuple(policies),
             default=default,
             rank_of=rank_of,
             tiers_of_model=models,
-            tier_of_complexity=_complexity_map(specs, rank_of),
-            tier_of_agent=_agent_map(specs, rank_of),
+            tier_of_complexity=_complexity_map(policies, rank_of),
+            tier_of_agent=_agent_map(policies, rank_of),
             neighbours=tuple(
-                tuple(_neighbours(specs, rank, max(floor, own_floor[rank])) for floor in range(len(specs)))
-                for rank in range(len(specs))
+                tuple(
+                    _neighbours(policies, rank, max(floor, own_floor[rank])) for floor in range(len(policies))
+                )
+                for rank in range(len(policies))
             ),
             own_floor=own_floor,
         )
@@ -217,7 +219,7 @@ def resolve(
     if request.min_tier is not None:
         rank = table.rank_of.get(request.min_tier)
         if rank is None:
-            known = ", ".join(spec.name for spec in table.specs)
+            known = ", ".join(policy.name for policy in table.policies)
             return _refused(
                 Refusal.UNKNOWN_TIER, f"no tier '{request.min_tier}' for x-min-tier: there is {known}"
             )
@@ -236,9 +238,17 @@ def resolve(
         tier, reason = _hinted(request, table, score)
     if tier < floor:
         tier = floor
-        reason = f"{reason}, min_tier={table.specs[floor].name}"
+        reason = f"{reason}, min_tier={table.policies[floor].name}"
     spill, bridge = table.neighbours[tier][floor]
     return Route((tier,), (reason,), spill, bridge, auto, floor)
+
+
+def resume_route(table: TierTable, rank: int) -> Route:
+    """For a request that must go on with the model it began with: the tiers that serve the model of
+    ``rank``, that one first, and nowhere else."""
+    others = table.tiers_of_model[table.policies[rank].model_id]
+    order = (rank, *(other for other in others if other != rank))
+    return Route(order, ("resume",) * len(order))
 
 
 def _hinted(
@@ -269,7 +279,7 @@ def _pinned(model: str, floor: int, table: TierTable) -> Route:
     if not kept:
         return _refused(
             Refusal.BELOW_FLOOR,
-            f"model '{model}' is served below the tier '{table.specs[floor].name}' that x-min-tier asks for",
+            f"model '{model}' is below the tier '{table.policies[floor].name}' that x-min-tier asks for",
         )
     return Route(kept, ("model=" + model,) * len(kept), floor=floor)
 
@@ -295,13 +305,13 @@ def _from_list(models: tuple[str, ...], floor: int, table: TierTable) -> Route:
     if not order:
         return _refused(
             Refusal.BELOW_FLOOR,
-            f"all models asked for are below the tier '{table.specs[floor].name}' that x-min-tier asks for",
+            f"every model asked for is below '{table.policies[floor].name}', which x-min-tier asks for",
         )
     return Route(tuple(order), tuple(reasons), floor=floor)
 
 
 def _unknown(models: Iterable[str], table: TierTable) -> Route:
-    names = [AUTO, *(spec.name for spec in table.specs), *table.tiers_of_model]
+    names = [AUTO, *(policy.name for policy in table.policies), *table.tiers_of_model]
     wanted = ", ".join(f"'{model}'" for model in models)
     return _refused(Refusal.UNKNOWN_MODEL, f"no model {wanted}: there is {', '.join(dict.fromkeys(names))}")
 
@@ -310,18 +320,20 @@ def _refused(refusal: Refusal, message: str) -> Route:
     return Route((), (), refusal=refusal, message=message)
 
 
-def _neighbours(specs: Sequence[TierSpec], rank: int, floor: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    spec = specs[rank]
-    bridge = spec.bridge
+def _neighbours(
+    policies: Sequence[TierPolicy], rank: int, floor: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    policy = policies[rank]
+    bridge = policy.bridge
     if bridge is None:
-        bridge = Direction.NONE if spec.spill is Direction.NONE else Direction.BOTH
+        bridge = Direction.NONE if policy.spill is Direction.NONE else Direction.BOTH
     # Nearest first, and of two as near the more capable.
     others = sorted(
-        (other for other in range(len(specs)) if other != rank and other >= floor),
+        (other for other in range(len(policies)) if other != rank and other >= floor),
         key=lambda other: (abs(other - rank), -other),
     )
     return (
-        tuple(other for other in others if _leads(spec.spill, rank, other)),
+        tuple(other for other in others if _leads(policy.spill, rank, other)),
         tuple(other for other in others if _leads(bridge, rank, other)),
     )
 
@@ -332,21 +344,21 @@ def _leads(direction: Direction, rank: int, other: int) -> bool:
     return direction is (Direction.UP if other > rank else Direction.DOWN)
 
 
-def _complexity_map(specs: Sequence[TierSpec], rank_of: dict[str, int]) -> dict[Complexity, int]:
+def _complexity_map(policies: Sequence[TierPolicy], rank_of: dict[str, int]) -> dict[Complexity, int]:
     """Every complexity gets a tier. One that no tier claims goes to the cheapest tier that claims more,
     or else to the most capable that claims less: rather too good than too weak. If no tier claims any,
     the tiers without agent types share them out by rank."""
     claimed: dict[Complexity, int] = {}
-    for rank, spec in enumerate(specs):
-        for complexity in spec.complexities or ():
+    for rank, policy in enumerate(policies):
+        for complexity in policy.complexities or ():
             claimed.setdefault(complexity, rank)
     for name, complexity in DEFAULT_COMPLEXITIES.items():
         rank_by_name = rank_of.get(name)
-        if rank_by_name is not None and specs[rank_by_name].complexities is None:
+        if rank_by_name is not None and policies[rank_by_name].complexities is None:
             claimed.setdefault(complexity, rank_by_name)
     levels = list(Complexity)
     if not claimed:
-        general = [rank for rank, spec in enumerate(specs) if not _is_special(spec)]
+        general = [rank for rank, policy in enumerate(policies) if not _is_special(policy)]
         if not general:
             return {}
         return {levels[0]: general[0], levels[1]: general[len(general) // 2], levels[2]: general[-1]}
@@ -358,14 +370,14 @@ def _complexity_map(specs: Sequence[TierSpec], rank_of: dict[str, int]) -> dict[
     return result
 
 
-def _is_special(spec: TierSpec) -> bool:
-    return bool(spec.agent_types) or spec.name in DEFAULT_AGENT_TIERS.values()
+def _is_special(policy: TierPolicy) -> bool:
+    return bool(policy.agent_types) or policy.name in DEFAULT_AGENT_TIERS.values()
 
 
-def _agent_map(specs: Sequence[TierSpec], rank_of: dict[str, int]) -> dict[str, int]:
+def _agent_map(policies: Sequence[TierPolicy], rank_of: dict[str, int]) -> dict[str, int]:
     claimed: dict[str, int] = {}
-    for rank, spec in enumerate(specs):
-        for agent_type in spec.agent_types:
+    for rank, policy in enumerate(policies):
+        for agent_type in policy.agent_types:
             claimed.setdefault(agent_type, rank)
     for agent_type, tier in DEFAULT_AGENT_TIERS.items():
         if tier in rank_of:
