@@ -1,0 +1,31 @@
+"""Engines: what serves a tier's model. One line here for each kind.
+
+Importing this starts nothing and imports neither torch nor any engine's own package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from controlplane.config import TierConfig
+from controlplane.engines.base import Engine
+from controlplane.engines.endpoint import EndpointEngine
+from controlplane.engines.llamacpp import LlamaCppEngine
+from controlplane.engines.simulated import SimulatedEngine
+from controlplane.engines.vllm import VllmEngine
+
+ENGINES: Mapping[str, Engine] = MappingProxyType(
+    {
+        "vllm": VllmEngine(),
+        "llamacpp": LlamaCppEngine(),
+        "endpoint": EndpointEngine(),
+        "simulated": SimulatedEngine(),
+    }
+)
+"""Every kind of engine by its name in a tier's ``engine``."""
+
+
+def engine_for(tier: TierConfig) -> Engine:
+    """The engine that serves ``tier``."""
+    return ENGINES[tier.engine]

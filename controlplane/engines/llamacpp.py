@@ -1,0 +1,140 @@
+"""Engine ``llamacpp``: llama.cpp's OpenAI server on GGUF files, from the package ``xllamacpp``.
+
+For machines without a GPU: no torch, up in about a second. ``engine_args`` are the fields of llama.cpp's
+parameters (see :data:`ALIASES` for its command line's names of the common ones).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from typing import ClassVar
+
+from controlplane.config import TierConfig
+from controlplane.core.domain import Capabilities
+from controlplane.engines.base import Command, Diagnosis, Launch, MetricNames
+from controlplane.engines.output import find, last_error, port_taken, tail
+
+SECRET_ENV = "TIERPLANE_LLAMACPP_KEY"  # noqa: S105 - the variable's name, not a secret
+
+ALIASES = {
+    "ctx-size": "n_ctx",
+    "threads": "cpuparams.n_threads",
+    "threads-batch": "cpuparams_batch.n_threads",
+    "threads-http": "n_threads_http",
+    "parallel": "n_parallel",
+    "batch-size": "n_batch",
+    "ubatch-size": "n_ubatch",
+    "predict": "n_predict",
+    "n-gpu-layers": "n_gpu_layers",
+    "gpu-layers": "n_gpu_layers",
+    "embeddings": "embedding",
+    "jinja": "use_jinja",
+    "context-shift": "ctx_shift",
+    "cache-reuse": "n_cache_reuse",
+    "cache-ram": "cache_ram_mib",
+    "temp": "sampling.temp",
+    "top-k": "sampling.top_k",
+    "top-p": "sampling.top_p",
+    "min-p": "sampling.min_p",
+    "seed": "sampling.seed",
+}
+"""Names of llama.cpp's command line → fields of its parameters. Any other field goes by its own name."""
+
+OWN_FIELDS = frozenset({"api_keys", "hostnames", "port", "model_alias", "ssl_file_key", "ssl_file_cert"})
+"""Fields that tierplane sets; a tier may not."""
+
+_PHASES = (
+    (re.compile(r"loading model '"), "loading weights"),
+    (re.compile(r"initializing, n_slots"), "making slots"),
+    (re.compile(r"warming up"), "warming up"),
+    (re.compile(r"listening on http"), "ready"),
+)
+_CAUSES: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"tierplane: (?P<detail>.+)"), "{detail}"),
+    (
+        re.compile(r"No module named '?xllamacpp"),
+        "the package xllamacpp is not installed: pip install 'tierplane[llamacpp]'",
+    ),
+    (
+        re.compile(r"unknown model architecture: '(?P<detail>[^']+)'"),
+        "this llama.cpp does not know the architecture '{detail}': take a newer xllamacpp or another model",
+    ),
+    (
+        re.compile(r"invalid magic characters|gguf_init_from_file|not a GGUF|tensor .* data is not within"),
+        "the model's file is no valid GGUF file: fetch it again",
+    ),
+)
+_OUT_OF_MEMORY = re.compile(
+    r"failed to allocate|unable to allocate|ggml_aligned_malloc: insufficient memory|std::bad_alloc|"
+    r"cannot meet free memory target|out of memory",
+    re.IGNORECASE,
+)
+
+
+class LlamaCppEngine:
+    """llama.cpp behind its own OpenAI server."""
+
+    kind: ClassVar[str] = "llamacpp"
+    has_process: ClassVar[bool] = True
+    ready_path: ClassVar[str] = "/health"
+    metrics_path: ClassVar[str] = "/metrics"
+    metric_names: ClassVar[MetricNames] = MetricNames(
+        running="llamacpp:requests_processing",
+        waiting="llamacpp:requests_deferred",
+        generation_tokens_total="llamacpp:tokens_predicted_total",
+        prompt_tokens_total="llamacpp:prompt_tokens_total",
+    )
+
+    def command(self, tier: TierConfig, launch: Launch) -> Command:
+        """The server's command line. Its slots are as many as the tier's ``concurrency_limit`` allows,
+        up to four, unless ``parallel`` says otherwise."""
+        given = dict(tier.engine_args)
+        if not {"parallel", "n-parallel"} & given.keys():
+            given["parallel"] = min(tier.concurrency_limit, 4)
+        return Command(
+            argv=(
+                sys.executable,
+                "-m",
+                "controlplane.engines.llamacpp_server",
+                "--host",
+                launch.host,
+                "--port",
+                str(launch.port),
+                "--model",
+                launch.model,
+                "--alias",
+                tier.model_id,
+                "--params",
+                json.dumps(given),
+            ),
+            env={**tier.env, SECRET_ENV: launch.secret},
+        )
+
+    def capabilities(self, tier: TierConfig) -> Capabilities:
+        """Chat and completions, and the two newer interfaces; embeddings if asked for."""
+        embeds = any(tier.engine_args.get(name) is True for name in ("embeddings", "embedding"))
+        return Capabilities(embeddings=embeds, responses=True, messages=True)
+
+    def phase(self, line: str) -> str | None:
+        """The start-up phase from llama.cpp's log lines."""
+        return next((phase for pattern, phase in _PHASES if pattern.search(line)), None)
+
+    def diagnose(self, lines: Sequence[str], exit_code: int | None) -> Diagnosis:
+        """What the server itself says first; then memory; then the last error line."""
+        taken = port_taken(lines)
+        if taken:
+            return taken
+        for pattern, summary in _CAUSES:
+            match = find(pattern, lines)
+            if match:
+                text = summary.format(**match.groupdict())
+                return Diagnosis(text, permanent=True, last_lines=tail(lines))
+        if exit_code == -9 or find(_OUT_OF_MEMORY, lines):
+            return Diagnosis(
+                "memory ran out: lower ctx-size or parallel, or take a smaller model",
+                last_lines=tail(lines),
+            )
+        return last_error("llama.cpp", lines, exit_code)

@@ -1,0 +1,166 @@
+"""Engine ``simulated``: a real HTTP server with a token timing model instead of a language model.
+
+Everything above an engine can be tested and load-tested with it. It never passes for a model: every
+answer carries ``x-engine: simulated`` and ``"system_fingerprint": "simulated"``, its metrics begin with
+``simulated:`` and its capabilities say so.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from typing import Annotated, ClassVar
+
+from pydantic import Field, ValidationError
+
+from controlplane.config import Strict, TierConfig
+from controlplane.core.domain import Capabilities
+from controlplane.engines.base import Command, Diagnosis, Launch, MetricNames
+from controlplane.engines.output import last_error, port_taken
+from controlplane.errors import ConfigError, Problem
+
+SECRET_ENV = "TIERPLANE_SIMULATED_KEY"  # noqa: S105 - the variable's name, not a secret
+"""The environment variable that carries the secret to the server; none means that none is demanded."""
+
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+_PHASE = re.compile(r"^simulated: (?P<phase>[a-z ]+)$")
+
+
+class SimulatedSettings(Strict):
+    """The timing model and the faults; a tier gives them as ``engine_args``, a test also at run time."""
+
+    ttft_ms: NonNegative = 0.0
+    """Time to first token of an idle engine, without the prefill time."""
+    itl_ms: NonNegative = 0.0
+    """Time between two tokens of a stream when it runs alone; 0 sends as fast as the machine can."""
+    batch_slowdown: NonNegative = 0.0
+    """k in: inter-token time = itl_ms × (1 + k × (running − 1))."""
+    max_running: Annotated[int, Field(ge=1)] = 256
+    """Requests that generate at the same time; more wait in the queue."""
+    tokens: Annotated[int, Field(ge=1)] = 128
+    """The length at which an answer ends by itself. ``max_tokens`` cuts it shorter; ``ignore_eos`` and
+    ``min_tokens`` make it longer, as in vLLM."""
+    prefill_tokens_per_s: NonNegative = 0.0
+    """Prompt tokens read per second, added to ``ttft_ms``; 0 takes no time."""
+    jitter: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Each time is multiplied by a number between 1 − jitter and 1 + jitter."""
+    seed: int = 0
+    """Of the jitter and of the errors."""
+    load_s: NonNegative = 0.0
+    """How long the start takes."""
+    kv_cache_tokens: Annotated[int, Field(ge=1)] = 262_144
+    """Tokens the KV cache holds, for the usage gauge."""
+    max_model_len: Annotated[int, Field(ge=1)] = 32_768
+    embedding_dimensions: Annotated[int, Field(ge=1)] = 64
+
+    refuse: bool = False
+    """The port is closed and open connections are reset."""
+    hang: bool = False
+    """Connections are accepted and get no bytes, those of running answers neither."""
+    hang_after_tokens: Annotated[int, Field(ge=0)] | None = None
+    """Each answer stops for good after so many tokens, the connection stays open."""
+    cut_after_tokens: Annotated[int, Field(ge=0)] | None = None
+    """The connection is closed after so many tokens of an answer, without an ending."""
+    error_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The share of generating requests that get ``error_status``."""
+    error_status: Annotated[int, Field(ge=400, le=599)] = 500
+    health_fails: bool = False
+    """``/health`` answers 503."""
+    exit_code: Annotated[int, Field(ge=0, le=255)] | None = None
+    """The process ends with this code, at start once loaded, at run time at once."""
+    exit_after_s: NonNegative | None = None
+    """The process ends with code 1 so long after it was ready."""
+
+
+FAULTS = frozenset(
+    {
+        "refuse",
+        "hang",
+        "hang_after_tokens",
+        "cut_after_tokens",
+        "error_rate",
+        "error_status",
+        "health_fails",
+        "exit_code",
+        "exit_after_s",
+    }
+)
+"""The settings that make the engine misbehave."""
+
+
+def settings_of(tier: TierConfig) -> SimulatedSettings:
+    """The timing model that ``tier.engine_args`` describe; ConfigError names every wrong one."""
+    try:
+        return SimulatedSettings.model_validate(
+            {flag.replace("-", "_"): value for flag, value in tier.engine_args.items()}
+        )
+    except ValidationError as error:
+        raise ConfigError(
+            [
+                Problem(
+                    path=f"tiers.{tier.name}.engine_args.{'.'.join(str(part) for part in item['loc'])}",
+                    message=item["msg"],
+                    remedy="the settings of engine 'simulated' are: "
+                    + ", ".join(SimulatedSettings.model_fields),
+                )
+                for item in error.errors()
+            ]
+        ) from error
+
+
+class SimulatedEngine:
+    """The timing model as an engine."""
+
+    kind: ClassVar[str] = "simulated"
+    has_process: ClassVar[bool] = True
+    ready_path: ClassVar[str] = "/health"
+    metrics_path: ClassVar[str] = "/metrics"
+    metric_names: ClassVar[MetricNames] = MetricNames(
+        running="simulated:num_requests_running",
+        waiting="simulated:num_requests_waiting",
+        kv_usage_ratio="simulated:kv_cache_usage_perc",
+        generation_tokens_total="simulated:generation_tokens_total",
+        prompt_tokens_total="simulated:prompt_tokens_total",
+        ttft_seconds="simulated:time_to_first_token_seconds",
+        itl_seconds="simulated:inter_token_latency_seconds",
+        e2e_seconds="simulated:e2e_request_latency_seconds",
+        queue_seconds="simulated:request_queue_time_seconds",
+        success_total="simulated:request_success_total",
+    )
+
+    def command(self, tier: TierConfig, launch: Launch) -> Command:
+        """The server's command line; raises ConfigError for settings it does not know."""
+        settings = settings_of(tier)
+        return Command(
+            argv=(
+                sys.executable,
+                "-m",
+                "controlplane.engines.simulated_server",
+                "--host",
+                launch.host,
+                "--port",
+                str(launch.port),
+                "--model",
+                tier.model_id,
+                "--settings",
+                settings.model_dump_json(exclude_defaults=True),
+            ),
+            env={SECRET_ENV: launch.secret},
+        )
+
+    def capabilities(self, tier: TierConfig) -> Capabilities:
+        """Everything, and that it is simulated."""
+        return Capabilities(
+            resume_by_token_ids=True, embeddings=True, responses=True, messages=True, simulated=True
+        )
+
+    def phase(self, line: str) -> str | None:
+        """The server prints its phases itself."""
+        match = _PHASE.match(line)
+        return match["phase"] if match else None
+
+    def diagnose(self, lines: Sequence[str], exit_code: int | None) -> Diagnosis:
+        """A taken port or the last error line."""
+        return port_taken(lines) or last_error("the simulated engine", lines, exit_code)

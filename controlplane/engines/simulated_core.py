@@ -1,0 +1,400 @@
+"""The simulated engine's clockwork: who generates, who waits, and when each token falls due.
+
+One event loop, no locks. A :class:`Generation` is a request's answer in the making; it hands its tokens
+to a :class:`Sink` (the HTTP side) and knows nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Protocol
+
+from controlplane.engines.simulated import SimulatedSettings
+from controlplane.engines.simulated_text import END, WORD_TEXT, answered, decode, digest, speak
+
+_TEXT_BYTES = {token: text.encode() for token, text in WORD_TEXT.items()}
+_BURST_TOKENS = 256
+"""Tokens written in one go when time between tokens is 0."""
+_MAX_LAG_S = 0.002
+"""Timers have millisecond resolution: a token that late is caught up, a later one moves the schedule."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Why an answer ended: ``stop`` (by itself or at a stop string) or ``length``."""
+
+    reason: str
+    stop_string: str | None = None
+
+
+class Sink(Protocol):
+    """Where a generation's tokens go."""
+
+    def emit(self, ids: list[int], texts: list[bytes], finish: Finish | None) -> None:
+        """Tokens with their text as the inside of a JSON string; ``finish`` comes with the last ones."""
+        ...
+
+    def cut(self) -> None:
+        """Close the connection without an ending."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What a request wants generated."""
+
+    prompt_ids: Sequence[int]
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop: tuple[str, ...] = ()
+
+
+class Generation:
+    """One answer in the making."""
+
+    __slots__ = (
+        "_ask",
+        "_held",
+        "_left",
+        "_natural_left",
+        "_previous",
+        "_sent_text",
+        "_state",
+        "arrived_s",
+        "blocked",
+        "due_s",
+        "emitted",
+        "last_s",
+        "prompt_tokens",
+        "sink",
+        "stalled",
+        "started_s",
+        "timer",
+    )
+
+    def __init__(self, ask: Ask, settings: SimulatedSettings, sink: Sink, now_s: float) -> None:
+        ids = ask.prompt_ids
+        self.sink = sink
+        self.prompt_tokens = len(ids)
+        self.arrived_s = now_s
+        self.started_s = now_s
+        self.last_s = now_s
+        self.due_s = now_s
+        self.emitted = 0
+        self.stalled = False
+        self.blocked = False
+        self.timer: asyncio.TimerHandle | asyncio.Handle | None = None
+        self._ask = ask
+        self._state = digest(ids)
+        self._previous = ids[-1] if ids else END
+        room = max(settings.max_model_len - len(ids), 1)
+        self._left = room if ask.max_tokens is None else min(ask.max_tokens, room)
+        natural = max(settings.tokens - answered(ids), ask.min_tokens, 0)
+        self._natural_left = room + 1 if ask.ignore_eos else natural
+        self._held = ""
+        self._sent_text = ""
+
+    def take(self, count: int) -> tuple[list[int], list[bytes], Finish | None]:
+        """The next tokens, at most ``count``, their texts and whether the answer ends with them."""
+        spoken = min(count, self._left, self._natural_left)
+        ids, self._state = speak(self._state, self._previous, spoken)
+        self._left -= spoken
+        self._natural_left -= spoken
+        finish: Finish | None = None
+        if spoken < count and self._natural_left == 0 and self._left > 0:
+            ids.append(END)
+            self._left -= 1
+            finish = Finish("stop")
+        elif self._left == 0:
+            finish = Finish("length")
+        if ids:
+            self._previous = ids[-1]
+        self.emitted += len(ids)
+        if self._ask.stop:
+            return self._take_until_stop(ids, finish)
+        return ids, [_TEXT_BYTES[token] for token in ids], finish
+
+    def _take_until_stop(
+        self, ids: list[int], finish: Finish | None
+    ) -> tuple[list[int], list[bytes], Finish | None]:
+        """Holds back as much text as may be the beginning of a stop string, as vLLM does."""
+        texts: list[bytes] = []
+        hold = max(len(stop) for stop in self._ask.stop) - 1
+        for index, token in enumerate(ids):
+            self._held += decode([token])
+            hits = [(at, stop) for stop in self._ask.stop if (at := self._held.find(stop)) >= 0]
+            if hits:
+                at, stop = min(hits)
+                texts.append(_json_inside(self._held[:at]))
+                self.emitted -= len(ids) - index - 1
+                return ids[: index + 1], texts, Finish("stop", stop)
+            is_last = finish is not None and index == len(ids) - 1
+            cut = len(self._held) if is_last else max(len(self._held) - hold, 0)
+            texts.append(_json_inside(self._held[:cut]))
+            self._held = self._held[cut:]
+        return ids, texts, finish
+
+
+class Histogram:
+    """A Prometheus histogram that takes many equal values at once."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = tuple(bounds)
+        self.counts = [0] * (len(self.bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float, count: int = 1) -> None:
+        """``count`` observations of ``value``."""
+        self.counts[bisect_left(self.bounds, value)] += count
+        self.sum += value * count
+
+
+def _times() -> Histogram:
+    return Histogram(
+        (
+            0.001,
+            0.005,
+            0.01,
+            0.02,
+            0.04,
+            0.06,
+            0.08,
+            0.1,
+            0.25,
+            0.5,
+            0.75,
+            1.0,
+            2.5,
+            5.0,
+            10.0,
+            20.0,
+            40.0,
+            80.0,
+        )
+    )
+
+
+@dataclass(slots=True)
+class Counts:
+    """What the engine did so far."""
+
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    finished: dict[str, int] = field(default_factory=lambda: {"stop": 0, "length": 0, "abort": 0, "error": 0})
+    ttft_s: Histogram = field(default_factory=_times)
+    itl_s: Histogram = field(default_factory=_times)
+    e2e_s: Histogram = field(default_factory=_times)
+    queue_s: Histogram = field(default_factory=_times)
+
+
+class Clockwork:
+    """The running batch and the queue in front of it."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, settings: SimulatedSettings) -> None:
+        self._loop = loop
+        self.settings = settings
+        self._random = random.Random(settings.seed)
+        self._running: set[Generation] = set()
+        self._waiting: deque[Generation] = deque()
+        self.counts = Counts()
+
+    @property
+    def running(self) -> int:
+        """Requests that generate now."""
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._waiting)
+
+    @property
+    def kv_usage_ratio(self) -> float:
+        """The share of the KV cache that running requests hold."""
+        held = sum(g.prompt_tokens + g.emitted for g in self._running)
+        return min(held / self.settings.kv_cache_tokens, 1.0)
+
+    def errs(self) -> bool:
+        """Whether the next request is one of those that fail."""
+        rate = self.settings.error_rate
+        if rate > 0 and self._random.random() < rate:
+            self.counts.finished["error"] += 1
+            return True
+        return False
+
+    def submit(self, ask: Ask, sink: Sink) -> Generation:
+        """Run it now or queue it. Tokens may reach the sink before this returns."""
+        generation = Generation(ask, self.settings, sink, monotonic())
+        if len(self._running) < self.settings.max_running:
+            self._start(generation)
+        else:
+            self._waiting.append(generation)
+        return generation
+
+    def abort(self, generation: Generation) -> None:
+        """The client is gone: free the slot. Without effect on an answer that has ended."""
+        if generation in self._running:
+            self._release(generation, "abort")
+        elif generation in self._waiting:
+            self._waiting.remove(generation)
+            self.counts.finished["abort"] += 1
+
+    def block(self, generation: Generation) -> None:
+        """The client reads slower than tokens come: generate no more until :meth:`unblock`."""
+        generation.blocked = True
+
+    def unblock(self, generation: Generation) -> None:
+        """The client has read."""
+        generation.blocked = False
+        if generation in self._running and generation.timer is None and not generation.stalled:
+            self._step(generation)
+
+    def change(self, settings: SimulatedSettings) -> None:
+        """Take new settings for running answers too; stalled ones go on if nothing stalls them now."""
+        self.settings = settings
+        for generation in list(self._running):
+            if generation.stalled:
+                generation.stalled = False
+                self._step(generation)
+        self._fill()
+
+    def _start(self, generation: Generation) -> None:
+        now_s = monotonic()
+        settings = self.settings
+        self._running.add(generation)
+        generation.started_s = now_s
+        self.counts.queue_s.observe(now_s - generation.arrived_s)
+        self.counts.prompt_tokens += generation.prompt_tokens
+        delay_s = settings.ttft_ms / 1000
+        if settings.prefill_tokens_per_s:
+            delay_s += generation.prompt_tokens / settings.prefill_tokens_per_s
+        delay_s *= self._wobble()
+        generation.due_s = now_s + delay_s
+        if delay_s:
+            generation.timer = self._loop.call_later(delay_s, self._step, generation)
+        else:
+            self._step(generation)
+
+    def _step(self, generation: Generation) -> None:
+        generation.timer = None
+        settings = self.settings
+        if generation.blocked:
+            return
+        count = 1 if settings.itl_ms else _BURST_TOKENS
+        hang_after = 0 if settings.hang else settings.hang_after_tokens
+        if hang_after is not None:
+            count = min(count, hang_after - generation.emitted)
+            if count <= 0:
+                generation.stalled = True
+                return
+        cut_after = settings.cut_after_tokens
+        if cut_after is not None:
+            count = min(count, cut_after - generation.emitted)
+            if count <= 0:
+                self._cut(generation)
+                return
+        ids, texts, finish = generation.take(count)
+        now_s = monotonic()
+        self._measure(generation, len(ids), now_s)
+        if finish is not None:
+            self._release(generation, finish.reason)
+            generation.sink.emit(ids, texts, finish)
+            return
+        generation.sink.emit(ids, texts, None)
+        if cut_after is not None and generation.emitted >= cut_after:
+            self._cut(generation)
+        elif generation in self._running:
+            self._schedule(generation, now_s)
+
+    def _schedule(self, generation: Generation, now_s: float) -> None:
+        settings = self.settings
+        if not settings.itl_ms:
+            generation.timer = self._loop.call_soon(self._step, generation)
+            return
+        slower = 1 + settings.batch_slowdown * (len(self._running) - 1)
+        due_s = max(generation.due_s, now_s - _MAX_LAG_S) + settings.itl_ms / 1000 * slower * self._wobble()
+        generation.due_s = due_s
+        generation.timer = self._loop.call_later(max(due_s - now_s, 0.0), self._step, generation)
+
+    def _measure(self, generation: Generation, tokens: int, now_s: float) -> None:
+        counts = self.counts
+        counts.generation_tokens += tokens
+        if generation.emitted == tokens:
+            counts.ttft_s.observe(now_s - generation.arrived_s)
+            tokens -= 1
+            generation.last_s = now_s
+        if tokens > 0:
+            counts.itl_s.observe((now_s - generation.last_s) / tokens, tokens)
+        generation.last_s = now_s
+
+    def _cut(self, generation: Generation) -> None:
+        self._release(generation, "error")
+        generation.sink.cut()
+
+    def _release(self, generation: Generation, reason: str) -> None:
+        self._running.discard(generation)
+        if generation.timer is not None:
+            generation.timer.cancel()
+            generation.timer = None
+        self.counts.finished[reason] += 1
+        if reason in ("stop", "length"):
+            self.counts.e2e_s.observe(monotonic() - generation.arrived_s)
+        if self._waiting:
+            self._loop.call_soon(self._fill)
+
+    def _fill(self) -> None:
+        while self._waiting and len(self._running) < self.settings.max_running:
+            self._start(self._waiting.popleft())
+
+    def _wobble(self) -> float:
+        jitter = self.settings.jitter
+        return self._random.uniform(1 - jitter, 1 + jitter) if jitter else 1.0
+
+
+def metrics_text(clockwork: Clockwork, model: str) -> bytes:
+    """The clockwork's counts in Prometheus' text format."""
+    counts = clockwork.counts
+    label = f'model_name="{model}"'
+    lines: list[str] = []
+
+    def plain(name: str, kind: str, value: float) -> None:
+        lines.append(f"# TYPE simulated:{name} {kind}")
+        lines.append(f"simulated:{name}{{{label}}} {value}")
+
+    plain("num_requests_running", "gauge", clockwork.running)
+    plain("num_requests_waiting", "gauge", clockwork.waiting)
+    plain("kv_cache_usage_perc", "gauge", clockwork.kv_usage_ratio)
+    plain("prompt_tokens_total", "counter", counts.prompt_tokens)
+    plain("generation_tokens_total", "counter", counts.generation_tokens)
+    lines.append("# TYPE simulated:request_success_total counter")
+    lines += [
+        f'simulated:request_success_total{{{label},finished_reason="{reason}"}} {count}'
+        for reason, count in counts.finished.items()
+    ]
+    for name, histogram in (
+        ("time_to_first_token_seconds", counts.ttft_s),
+        ("inter_token_latency_seconds", counts.itl_s),
+        ("e2e_request_latency_seconds", counts.e2e_s),
+        ("request_queue_time_seconds", counts.queue_s),
+    ):
+        lines.append(f"# TYPE simulated:{name} histogram")
+        total = 0
+        for bound, count in zip((*histogram.bounds, "+Inf"), histogram.counts, strict=True):
+            total += count
+            lines.append(f'simulated:{name}_bucket{{{label},le="{bound}"}} {total}')
+        lines.append(f"simulated:{name}_sum{{{label}}} {histogram.sum}")
+        lines.append(f"simulated:{name}_count{{{label}}} {total}")
+    return ("\n".join(lines) + "\n").encode()
+
+
+def _json_inside(text: str) -> bytes:
+    """``text`` as the inside of a JSON string."""
+    return json.dumps(text)[1:-1].encode()

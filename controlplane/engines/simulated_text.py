@@ -1,0 +1,123 @@
+"""The simulated model's tokens: text ↔ ids, and the next token as a function of all ids before it.
+
+The next token depends on nothing but the ids so far, so a completion continued from
+``prompt ids + generated ids`` gives the very tokens the undisturbed run gives. That is what makes
+resuming a lost stream checkable without a model.
+
+Ids: 0 ends an answer, 1 marks where the answer begins, 16… are the words the model speaks (in small
+letters, then capitalised), 1024… are one to three raw bytes of text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+
+END = 0
+"""Ends an answer; no text."""
+ANSWER = 1
+"""Stands at the end of a prompt: what follows is the answer. No text."""
+
+_WORDS_FROM = 16
+_CAPITALS_FROM = _WORDS_FROM + 256
+_WORDS_END = _CAPITALS_FROM + 256
+_BYTES_FROM = 1024
+_MASK = (1 << 64) - 1
+_SEED = 0x243F6A8885A308D3
+_MULTIPLIER = 0x9E3779B97F4A7C15
+
+_ONSETS = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z", "br", "st")
+_RIMES = ("al", "an", "ar", "el", "en", "er", "il", "in", "ir", "ol", "on", "or", "ul", "un", "ur", "ay")
+_WORDS = tuple(onset + rime for onset in _ONSETS for rime in _RIMES)
+
+WORD_TEXT: dict[int, str] = {
+    END: "",
+    ANSWER: "",
+    **{_WORDS_FROM + i: f" {word}" for i, word in enumerate(_WORDS)},
+    **{_CAPITALS_FROM + i: word.capitalize() for i, word in enumerate(_WORDS)},
+}
+"""The text of every id the model itself can say. Needs no JSON escape."""
+
+_IDS = {text: token for token, text in WORD_TEXT.items() if text}
+_PIECES = re.compile(r" ?[A-Za-z0-9]+|[^A-Za-z0-9]", re.DOTALL)
+
+
+def encode(text: str) -> list[int]:
+    """The ids of ``text``; :func:`decode` gives the text back."""
+    ids: list[int] = []
+    for piece in _PIECES.findall(text):
+        ids += _of_piece(piece)
+    return ids
+
+
+@lru_cache(maxsize=65_536)
+def _of_piece(piece: str) -> tuple[int, ...]:
+    known = _IDS.get(piece)
+    if known is not None:
+        return (known,)
+    raw = piece.encode("utf-8", "surrogatepass")
+    return tuple(_pack(raw[start : start + 3]) for start in range(0, len(raw), 3))
+
+
+def decode(ids: Sequence[int]) -> str:
+    """The text of ``ids``. Unknown ids and broken UTF-8 become the replacement character."""
+    parts = bytearray()
+    for token in ids:
+        word = WORD_TEXT.get(token)
+        if word is not None:
+            parts += word.encode()
+        else:
+            parts += _unpack(token)
+    return parts.decode("utf-8", "replace")
+
+
+def digest(ids: Sequence[int]) -> int:
+    """The state after ``ids``: 64 bits from which the next token follows."""
+    state = _SEED
+    for token in ids:
+        state = ((state ^ token) * _MULTIPLIER) & _MASK
+    return state
+
+
+def speak(state: int, previous: int, count: int) -> tuple[list[int], int]:
+    """The next ``count`` tokens after ``state``, whose last id was ``previous``, and the state after."""
+    said: list[int] = []
+    for _ in range(count):
+        token = (_WORDS_FROM if _WORDS_FROM <= previous < _WORDS_END else _CAPITALS_FROM) + (state >> 56)
+        said.append(token)
+        state = ((state ^ token) * _MULTIPLIER) & _MASK
+        previous = token
+    return said, state
+
+
+def answered(ids: Sequence[int]) -> int:
+    """How many tokens of the answer ``ids`` already holds: those after the last :data:`ANSWER`."""
+    for back, token in enumerate(reversed(ids)):
+        if token == ANSWER:
+            return back
+    return 0
+
+
+def vector(ids: Sequence[int], dimensions: int) -> list[float]:
+    """A unit vector for ``ids``: the same for the same text, unrelated for another."""
+    state = digest(ids)
+    raw: list[float] = []
+    for _ in range(dimensions):
+        state = (state * _MULTIPLIER + 1) & _MASK
+        raw.append((state >> 40) / (1 << 23) - 1.0)
+    norm = sum(x * x for x in raw) ** 0.5 or 1.0
+    return [x / norm for x in raw]
+
+
+def _pack(raw: bytes) -> int:
+    return _BYTES_FROM + (0, 0, 1 << 8, (1 << 8) + (1 << 16))[len(raw)] + int.from_bytes(raw, "big")
+
+
+def _unpack(token: int) -> bytes:
+    value = token - _BYTES_FROM
+    for size in (1, 2, 3):
+        if 0 <= value < 1 << 8 * size:
+            return value.to_bytes(size, "big")
+        value -= 1 << 8 * size
+    return "\ufffd".encode()

@@ -1,0 +1,388 @@
+"""The simulated engine's answers in the shapes of vLLM 0.32: OpenAI's three interfaces and Anthropic's.
+
+A :class:`Shape` turns tokens into the body of one answer, whole or as server-sent events. Events are
+built from prepared bytes, for the engine must outrun what is tested with it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache
+from typing import Any
+
+from controlplane.engines.simulated_core import Finish
+
+FINGERPRINT = "simulated"
+DONE = b"data: [DONE]\n\n"
+
+
+class Shape:
+    """One answer's form. ``opening``, ``tokens`` and ``closing`` give lists of events, in order."""
+
+    def __init__(self, ident: str, model: str, created: int, prompt_ids: Sequence[int]) -> None:
+        self.ident = ident
+        self.model = model
+        self.created = created
+        self.prompt_ids = prompt_ids
+
+    def opening(self) -> list[bytes]:
+        """The events before the first token."""
+        return []
+
+    def tokens(self, ids: Sequence[int], texts: Sequence[bytes], finish: Finish | None) -> list[bytes]:
+        """One event for each token."""
+        raise NotImplementedError
+
+    def closing(self, count: int, finish: Finish) -> list[bytes]:
+        """The events after the last token."""
+        raise NotImplementedError
+
+    def whole(self, ids: Sequence[int], texts: Sequence[bytes], finish: Finish) -> bytes:
+        """The body of an answer that is not streamed."""
+        raise NotImplementedError
+
+    def _usage(self, count: int) -> bytes:
+        prompt = len(self.prompt_ids)
+        return b'{"prompt_tokens":%d,"total_tokens":%d,"completion_tokens":%d}' % (
+            prompt,
+            prompt + count,
+            count,
+        )
+
+    def _head(self, kind: bytes) -> bytes:
+        return b'{"id":"%s","object":"%s","created":%d,"model":%s,"system_fingerprint":"simulated"' % (
+            self.ident.encode(),
+            kind,
+            self.created,
+            _quoted(self.model),
+        )
+
+
+class ChatShape(Shape):
+    """``/v1/chat/completions``."""
+
+    def __init__(
+        self,
+        ident: str,
+        model: str,
+        created: int,
+        prompt_ids: Sequence[int],
+        *,
+        token_ids: bool = False,
+        include_usage: bool = False,
+    ) -> None:
+        super().__init__(f"chatcmpl-{ident}", model, created, prompt_ids)
+        self._token_ids = token_ids
+        self._include_usage = include_usage
+
+    @cached_property
+    def _chunk(self) -> bytes:
+        return b"data: " + self._head(b"chat.completion.chunk")
+
+    @cached_property
+    def _before(self) -> bytes:
+        return self._chunk + b',"choices":[{"index":0,"delta":{"content":"'
+
+    def opening(self) -> list[bytes]:
+        """The first events: vLLM's, in its order."""
+        prompt = b""
+        if self._token_ids:
+            prompt = b',"prompt_token_ids":%s,"prompt_text":null' % _numbers(self.prompt_ids)
+        return [
+            self._chunk
+            + b',"choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,'
+            + b'"finish_reason":null}]'
+            + prompt
+            + b"}\n\n"
+        ]
+
+    def tokens(self, ids: Sequence[int], texts: Sequence[bytes], finish: Finish | None) -> list[bytes]:
+        """One event for each token that has text to show."""
+        before = self._before
+        if self._token_ids:
+            middle = b'"},"logprobs":null,"finish_reason":null,"token_ids":[%d]}]}\n\n'
+            events = [before + text + middle % token for token, text in zip(ids, texts, strict=True)]
+        else:
+            after = b'"},"logprobs":null,"finish_reason":null}]}\n\n'
+            events = [before + text + after for text in texts]
+        if finish is not None:
+            ending = b'"},"logprobs":null,' + _ending(finish)
+            if self._token_ids:
+                ending += b',"token_ids":' + _numbers(ids[-1:])
+            events[-1:] = [before + b"".join(texts[-1:]) + ending + b"}]}\n\n"]
+        return events
+
+    def closing(self, count: int, finish: Finish) -> list[bytes]:
+        """The last events."""
+        if self._include_usage:
+            return [self._chunk + b',"choices":[],"usage":' + self._usage(count) + b"}\n\n", DONE]
+        return [DONE]
+
+    def whole(self, ids: Sequence[int], texts: Sequence[bytes], finish: Finish) -> bytes:
+        """The body in one piece."""
+        choice = (
+            b',"choices":[{"index":0,"message":{"role":"assistant","content":"%s"},"logprobs":null,%s,'
+            b'"token_ids":%s}],"usage":%s,"prompt_token_ids":%s}'
+        )
+        return self._head(b"chat.completion") + choice % (
+            b"".join(texts),
+            _ending(finish),
+            _numbers(ids) if self._token_ids else b"null",
+            self._usage(len(ids)),
+            _numbers(self.prompt_ids) if self._token_ids else b"null",
+        )
+
+
+class CompletionShape(Shape):
+    """``/v1/completions``."""
+
+    def __init__(
+        self,
+        ident: str,
+        model: str,
+        created: int,
+        prompt_ids: Sequence[int],
+        *,
+        token_ids: bool = False,
+        include_usage: bool = False,
+    ) -> None:
+        super().__init__(f"cmpl-{ident}", model, created, prompt_ids)
+        self._token_ids = token_ids
+        self._include_usage = include_usage
+        self._first = True
+
+    @cached_property
+    def _chunk(self) -> bytes:
+        return b"data: " + self._head(b"text_completion")
+
+    @cached_property
+    def _before(self) -> bytes:
+        return self._chunk + b',"choices":[{"index":0,"text":"'
+
+    def tokens(self, ids: Sequence[int], texts: Sequence[bytes], finish: Finish | None) -> list[bytes]:
+        """One event for each token that has text to show."""
+        events: list[bytes] = []
+        last = len(texts) - 1
+        for index, text in enumerate(texts):
+            ending = _ending(finish) if finish is not None and index == last else _RUNNING
+            extra = b""
+            if self._token_ids:
+                prompt = _numbers(self.prompt_ids) if self._first else b"null"
+                extra = b',"prompt_token_ids":%s,"token_ids":[%d]' % (prompt, ids[index])
+            self._first = False
+            events.append(self._before + text + b'","logprobs":null,' + ending + extra + b"}]}\n\n")
+        return events
+
+    def closing(self, count: int, finish: Finish) -> list[bytes]:
+        """The last events."""
+        if self._include_usage:
+            return [self._chunk + b',"choices":[],"usage":' + self._usage(count) + b"}\n\n", DONE]
+        return [DONE]
+
+    def whole(self, ids: Sequence[int], texts: Sequence[bytes], finish: Finish) -> bytes:
+        """The body in one piece."""
+        choice = (
+            b',"choices":[{"index":0,"text":"%s","logprobs":null,%s,"token_ids":%s,"prompt_token_ids":%s}],'
+            b'"usage":%s}'
+        )
+        return self._head(b"text_completion") + choice % (
+            b"".join(texts),
+            _ending(finish),
+            _numbers(ids) if self._token_ids else b"null",
+            _numbers(self.prompt_ids) if self._token_ids else b"null",
+            self._usage(len(ids)),
+        )
+
+
+class ResponsesShape(Shape):
+    """``/v1/responses``: events with names and sequence numbers."""
+
+    def __init__(
+        self,
+        ident: str,
+        model: str,
+        created: int,
+        prompt_ids: Sequence[int],
+        *,
+        asked: Mapping[str, Any],
+    ) -> None:
+        super().__init__(f"resp_{ident}", model, created, prompt_ids)
+        self._asked = asked
+        self._message = f"msg_{ident}"
+        self._sequence = 0
+        self._texts: list[bytes] = []
+
+    def opening(self) -> list[bytes]:
+        """The first events: vLLM's, in its order."""
+        started = self._response("in_progress", [], None, None)
+        item = {"id": self._message, "content": [], "role": "assistant", "type": "message"}
+        return [
+            self._event("response.created", response=started),
+            self._event("response.in_progress", response=started),
+            self._event("response.output_item.added", output_index=0, item={**item, "status": "in_progress"}),
+            self._event("response.content_part.added", **self._place(), part=_part("")),
+        ]
+
+    def tokens(self, ids: Sequence[int], texts: Sequence[bytes], finish: Finish | None) -> list[bytes]:
+        """One event for each token that has text to show."""
+        self._texts += texts
+        return [
+            self._event(
+                "response.output_text.delta",
+                **self._place(),
+                delta=json.loads(b'"' + text + b'"'),
+                logprobs=[],
+            )
+            for text in texts
+            if text
+        ]
+
+    def closing(self, count: int, finish: Finish) -> list[bytes]:
+        """The last events."""
+        text = json.loads(b'"' + b"".join(self._texts) + b'"')
+        item = self._item(text)
+        status = "incomplete" if finish.reason == "length" else "completed"
+        return [
+            self._event("response.output_text.done", **self._place(), text=text, logprobs=[]),
+            self._event("response.content_part.done", **self._place(), part=_part(text)),
+            self._event("response.output_item.done", output_index=0, item=item),
+            self._event("response.completed", response=self._response(status, [item], count, finish)),
+        ]
+
+    def whole(self, ids: Sequence[int], texts: Sequence[bytes], finish: Finish) -> bytes:
+        """The body in one piece."""
+        text = json.loads(b'"' + b"".join(texts) + b'"')
+        status = "incomplete" if finish.reason == "length" else "completed"
+        return json.dumps(self._response(status, [self._item(text)], len(ids), finish)).encode()
+
+    def _place(self) -> dict[str, Any]:
+        return {"content_index": 0, "item_id": self._message, "output_index": 0}
+
+    def _item(self, text: str) -> dict[str, Any]:
+        return {
+            "id": self._message,
+            "content": [_part(text)],
+            "role": "assistant",
+            "status": "completed",
+            "type": "message",
+        }
+
+    def _response(
+        self, status: str, output: list[dict[str, Any]], count: int | None, finish: Finish | None
+    ) -> dict[str, Any]:
+        prompt = len(self.prompt_ids)
+        cut = finish is not None and finish.reason == "length"
+        usage = count is not None and {
+            "input_tokens": prompt,
+            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "output_tokens": count,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": prompt + count,
+        }
+        return {
+            "id": self.ident,
+            "object": "response",
+            "created_at": self.created,
+            "model": self.model,
+            "status": status,
+            "output": output,
+            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+            "instructions": self._asked.get("instructions"),
+            "metadata": {"engine": FINGERPRINT},
+            "parallel_tool_calls": True,
+            "temperature": self._asked.get("temperature", 1.0),
+            "tool_choice": "none",
+            "tools": [],
+            "top_p": self._asked.get("top_p", 1.0),
+            "max_output_tokens": self._asked.get("max_output_tokens"),
+            "previous_response_id": None,
+            "truncation": "disabled",
+            "usage": usage or None,
+        }
+
+    def _event(self, name: str, **fields: Any) -> bytes:
+        data = {**fields, "sequence_number": self._sequence, "type": name}
+        self._sequence += 1
+        return f"event: {name}\ndata: {json.dumps(data, separators=(',', ':'))}\n\n".encode()
+
+
+class MessagesShape(Shape):
+    """Anthropic's ``/v1/messages``."""
+
+    def opening(self) -> list[bytes]:
+        """The first events: vLLM's, in its order."""
+        message = {**self._message([], None), "usage": self._counts(0)}
+        return [
+            _named("message_start", message=message),
+            _named("content_block_start", content_block={"type": "text", "text": ""}, index=0),
+        ]
+
+    def tokens(self, ids: Sequence[int], texts: Sequence[bytes], finish: Finish | None) -> list[bytes]:
+        """One event for each token that has text to show."""
+        return [
+            b'event: content_block_delta\ndata: {"type":"content_block_delta","delta":'
+            b'{"type":"text_delta","text":"' + text + b'"},"index":0}\n\n'
+            for text in texts
+            if text
+        ]
+
+    def closing(self, count: int, finish: Finish) -> list[bytes]:
+        """The last events."""
+        delta = {"stop_reason": _anthropic(finish), "stop_sequence": finish.stop_string}
+        return [
+            _named("content_block_stop", index=0),
+            _named("message_delta", delta=delta, usage=self._counts(count)),
+            _named("message_stop"),
+        ]
+
+    def whole(self, ids: Sequence[int], texts: Sequence[bytes], finish: Finish) -> bytes:
+        """The body in one piece."""
+        text = json.loads(b'"' + b"".join(texts) + b'"')
+        message = self._message([{"type": "text", "text": text}], finish)
+        return json.dumps({**message, "usage": self._counts(len(ids))}).encode()
+
+    def _message(self, content: list[dict[str, Any]], finish: Finish | None) -> dict[str, Any]:
+        return {
+            "id": f"msg_{self.ident}",
+            "type": "message",
+            "role": "assistant",
+            "content": content,
+            "model": self.model,
+            "stop_reason": _anthropic(finish) if finish else None,
+            "stop_sequence": finish.stop_string if finish else None,
+        }
+
+    def _counts(self, count: int) -> dict[str, int]:
+        return {"input_tokens": len(self.prompt_ids), "output_tokens": count}
+
+
+_RUNNING = b'"finish_reason":null,"stop_reason":null'
+
+
+def _ending(finish: Finish) -> bytes:
+    stop = b"null" if finish.stop_string is None else json.dumps(finish.stop_string).encode()
+    return b'"finish_reason":"%s","stop_reason":%s' % (finish.reason.encode(), stop)
+
+
+@lru_cache(maxsize=16)
+def _quoted(text: str) -> bytes:
+    return json.dumps(text).encode()
+
+
+def _numbers(ids: Sequence[int]) -> bytes:
+    return b"[" + ",".join(map(str, ids)).encode() + b"]"
+
+
+def _part(text: str) -> dict[str, Any]:
+    return {"annotations": [], "text": text, "type": "output_text", "logprobs": []}
+
+
+def _anthropic(finish: Finish) -> str:
+    if finish.stop_string is not None:
+        return "stop_sequence"
+    return "max_tokens" if finish.reason == "length" else "end_turn"
+
+
+def _named(name: str, **fields: Any) -> bytes:
+    return f"event: {name}\ndata: {json.dumps({'type': name, **fields}, separators=(',', ':'))}\n\n".encode()
