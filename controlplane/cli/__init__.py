@@ -14,7 +14,16 @@ import click
 from controlplane import __version__
 from controlplane.errors import ConfigError, TierplaneError
 
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "validate": (
+        "controlplane.cli.validate:command",
+        "Check a configuration file; every problem at once.",
+    ),
+    "bench": (
+        "controlplane.cli.bench:command",
+        "Measure; each benchmark prints a table, or JSON with --json.",
+    ),
+}
 """Name → (``module:attribute`` of the click command, its one-line help), in the order ``--help`` lists."""
 
 
@@ -41,7 +50,7 @@ class LazyGroup(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The list of ``--help``, from the table: nothing is imported for it."""
         with formatter.section("Commands"):
-            formatter.write_dl([(name, help_text) for name, (_, help_text) in COMMANDS.items()])
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; an error raised on purpose ends it with a message, not a traceback."""

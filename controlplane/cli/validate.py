@@ -1,0 +1,80 @@
+"""``tierplane validate``: check a configuration file without starting anything."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from controlplane.cli.configuration import load_checked
+from controlplane.config import ServeFile, TierConfig
+from controlplane.errors import ConfigError
+
+
+@click.command()
+@click.argument("config", type=click.Path(dir_okay=False))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_context
+def command(ctx: click.Context, config: str, as_json: bool) -> None:
+    """Check a configuration file; every problem at once."""
+    try:
+        file = load_checked(config)
+    except ConfigError as error:
+        if not as_json:
+            raise
+        problems = [asdict(problem) for problem in error.problems]
+        click.echo(json.dumps({"ok": False, "config": config, "problems": problems}, indent=2))
+        ctx.exit(2)
+    if as_json:
+        click.echo(json.dumps({"ok": True, "config": config, "problems": [], **_summary(file)}, indent=2))
+    else:
+        _show(file)
+
+
+def _summary(file: ServeFile) -> dict[str, Any]:
+    plane = file.plane
+    return {
+        "application": file.application,
+        "tiers": [
+            {
+                "name": tier.name,
+                "engine": tier.engine,
+                "model": tier.model,
+                "model_id": tier.model_id,
+                "replicas": tier.replicas,
+                "gpus": tier.gpus * tier.replicas,
+                "concurrency_limit": tier.concurrency_limit,
+            }
+            for tier in plane.tiers
+        ],
+        "gateway_port": plane.gateway.port,
+        "ingress_port": file.http_port,
+        "gpus": sum(tier.gpus * tier.replicas for tier in plane.tiers),
+    }
+
+
+def _show(file: ServeFile) -> None:
+    table = Table("tier", "engine", "model", "replicas", "GPUs", "requests at once", box=None)
+    for tier in file.plane.tiers:
+        table.add_row(
+            tier.name,
+            tier.engine,
+            tier.model or tier.model_id,
+            str(tier.replicas),
+            _gpus(tier),
+            str(tier.concurrency_limit * tier.replicas),
+        )
+    console = Console()
+    console.print(table)
+    gateway = file.plane.gateway
+    own = f"port {gateway.port}" if gateway.port else "no port of its own"
+    console.print(f"Gateway: {own}; Serve's ingress: port {file.http_port}", highlight=False)
+    console.print(f"{file.path}: no problem", style="green", highlight=False)
+
+
+def _gpus(tier: TierConfig) -> str:
+    return f"{tier.gpus * tier.replicas:g}" if tier.gpus else "-"
