@@ -1,0 +1,1 @@
+"""The thin side: what talks to Ray, drivers, engines and disks. Decides nothing."""

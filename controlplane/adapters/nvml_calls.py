@@ -1,0 +1,90 @@
+"""NVML's return codes in our words: a value, a missing reading with its reason, or a GPU or driver gone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+import pynvml
+
+from controlplane.core.samples import Absence, Missing, Reading
+
+T = TypeVar("T")
+
+GPU_LOST_CODES: Final = frozenset({pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_GPU_NOT_FOUND})
+DRIVER_GONE_CODES: Final = frozenset(
+    {
+        pynvml.NVML_ERROR_UNINITIALIZED,
+        pynvml.NVML_ERROR_DRIVER_NOT_LOADED,
+        pynvml.NVML_ERROR_LIBRARY_NOT_FOUND,
+        pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH,
+    }
+)
+LASTING_CODES: Final = frozenset(
+    {
+        pynvml.NVML_ERROR_NOT_SUPPORTED,
+        pynvml.NVML_ERROR_FUNCTION_NOT_FOUND,
+        pynvml.NVML_ERROR_ARGUMENT_VERSION_MISMATCH,
+        pynvml.NVML_ERROR_DEPRECATED,
+    }
+)
+"""Asking again would give the same answer until the driver changes."""
+
+_ABSENCES: Final = {
+    pynvml.NVML_ERROR_NO_PERMISSION: Absence.NO_PERMISSION,
+    pynvml.NVML_ERROR_NOT_SUPPORTED: Absence.NOT_SUPPORTED,
+    pynvml.NVML_ERROR_FUNCTION_NOT_FOUND: Absence.NO_FUNCTION,
+    pynvml.NVML_ERROR_ARGUMENT_VERSION_MISMATCH: Absence.NO_FUNCTION,
+    pynvml.NVML_ERROR_DEPRECATED: Absence.NO_FUNCTION,
+    **dict.fromkeys(GPU_LOST_CODES, Absence.GPU_LOST),
+    **dict.fromkeys(DRIVER_GONE_CODES, Absence.NO_DRIVER),
+}
+_REMEDIES: Final = {
+    pynvml.NVML_ERROR_NO_PERMISSION: "run the agent with access to /dev/nvidia*",
+    pynvml.NVML_ERROR_DRIVER_NOT_LOADED: "load the NVIDIA driver",
+    pynvml.NVML_ERROR_LIBRARY_NOT_FOUND: "no NVIDIA driver is installed here",
+    pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH: "the driver was updated: reload it or reboot",
+}
+
+_known: dict[tuple[str, int], Missing] = {}
+
+
+class GpuLostError(Exception):
+    """The driver says that this GPU is gone."""
+
+
+class DriverGoneError(Exception):
+    """The driver does not answer any more; ``missing`` says why."""
+
+    def __init__(self, missing: Missing) -> None:
+        super().__init__(missing.reason)
+        self.missing = missing
+
+
+def missing_for(what: str, error: pynvml.NVMLError) -> Missing:
+    """The reading that ``error`` leaves of ``what``; equal ones are one object, so that a ring of samples
+    stays small."""
+    key = (what, int(error.value))
+    if key not in _known:
+        text = f"{what}: {error}"
+        if key[1] in _REMEDIES:
+            text += f" ({_REMEDIES[key[1]]})"
+        _known[key] = Missing(_ABSENCES.get(key[1], Absence.ERROR), text)
+    return _known[key]
+
+
+def read(what: str, call: Callable[..., T], *args: object) -> Reading[T]:
+    """The call's value, or why there is none.
+
+    Raises GpuLostError or DriverGoneError when it is not about this value alone.
+    """
+    try:
+        return call(*args)
+    except pynvml.NVMLError as error:
+        if error.value in GPU_LOST_CODES:
+            raise GpuLostError(str(error)) from error
+        if error.value in DRIVER_GONE_CODES:
+            raise DriverGoneError(missing_for(what, error)) from error
+        return missing_for(what, error)
+    except UnicodeDecodeError:
+        return Missing(Absence.ERROR, f"{what}: the driver's answer is no text")
