@@ -188,6 +188,15 @@ class ControllerLink:
         except (RayActorError, RayError, OSError, RuntimeError) as error:
             raise ControllerUnavailable(f"the controller can't be reached: {_brief(error)}") from error
 
+    async def tell(self, method: str, *args: Any, timeout_s: float = 2.0) -> bool:
+        """Call a method if the controller is there; False if it is not. For what a leaving replica says."""
+        try:
+            await self.call(method, *args, timeout_s=timeout_s)
+        except ControllerUnavailable as error:
+            log.info("could not tell the controller", call=method, reason=str(error))
+            return False
+        return True
+
 
 class EndpointReporter:
     """Keeps the controller informed of one endpoint: at once on a change, and every ``heartbeat_s``."""
@@ -219,20 +228,12 @@ class EndpointReporter:
             except TimeoutError:
                 continue
 
-    async def flush(self, timeout_s: float = 2.0) -> bool:
-        """Report now, once; False if the controller could not be reached in time."""
+    async def flush(self) -> None:
+        """Report now, unless the controller is away."""
         try:
-            await asyncio.wait_for(self._report(), timeout_s)
-        except (ControllerUnavailable, TimeoutError):
-            return False
-        return True
-
-    async def leave(self, reason: str) -> None:
-        """Deregister, if the controller is there."""
-        try:
-            await self._link.call("deregister", self._endpoint.endpoint_id, reason, timeout_s=2.0)
+            await self._report()
         except ControllerUnavailable as error:
-            log.info("left without telling the controller", reason=str(error))
+            log.info("could not tell the controller", call="report", reason=str(error))
 
     async def _report(self) -> None:
         if not await self._link.call("report", self._endpoint):
@@ -240,16 +241,16 @@ class EndpointReporter:
 
 
 async def report_gateway(
-    link: ControllerLink, info: Callable[[], GatewayInfo], heartbeat_s: float
+    link: ControllerLink, info: Callable[[], GatewayInfo], interval_s: Callable[[], float]
 ) -> NoReturn:
-    """Report a gateway's load every ``heartbeat_s`` until cancelled."""
+    """Report a gateway's load until cancelled; ``interval_s`` says how long to wait each time."""
 
     async def report() -> None:
         await link.call("gateway_report", info())
 
     while True:
         await _patiently("gateway_report", report)
-        await asyncio.sleep(heartbeat_s)
+        await asyncio.sleep(interval_s())
 
 
 async def pull_snapshots(link: ControllerLink, apply: Callable[[ClusterSnapshot], None]) -> NoReturn:

@@ -1,0 +1,139 @@
+"""The plane from outside, as the command line sees it: connect to its Ray, deploy, ask, delete."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.schema import ApplicationStatus
+
+from controlplane.adapters.ray_serve import find_controller
+from controlplane.core.domain import ClusterSnapshot, Event, TierSpec
+from controlplane.errors import SetupError, TierplaneError
+
+SERVE_NAMESPACE = "serve"
+ASK_TIMEOUT_S = 10.0
+
+_FAILED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY)
+
+
+@dataclass(frozen=True, slots=True)
+class PlaneView:
+    """What the controller knows, without secrets."""
+
+    snapshot: ClusterSnapshot
+    tiers: tuple[TierSpec, ...]
+    events: tuple[Event, ...]
+
+
+def connect(address: str) -> None:
+    """Connect this process to a running Ray. Raises SetupError."""
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray counts CPUs and warns about it; what it says to a driver is not for our users' terminal.
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ray.init(
+                address=address,
+                namespace=SERVE_NAMESPACE,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=True,
+            )
+    except (ConnectionError, RuntimeError, RayError, OSError) as error:
+        raise SetupError(f"can't connect to Ray at {address}: {str(error).strip()}") from error
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+
+
+def disconnect() -> None:
+    """Leave Ray; nothing is stopped."""
+    if ray.is_initialized():
+        ray.shutdown()
+
+
+def deploy(config_path: Path, address: str) -> None:
+    """Do what ``serve run --non-blocking CONFIG`` does, in this process. Raises SetupError."""
+    from ray.serve.scripts import cli as serve_cli
+
+    output = io.StringIO()
+    arguments = ["run", "--non-blocking", "--address", address, str(config_path)]
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            serve_cli.main(args=arguments, standalone_mode=False)
+    except SystemExit as left:
+        raise SetupError(f"Serve did not take {config_path}:\n{output.getvalue().strip()}") from left
+
+
+def application_failure(names: tuple[str, ...]) -> str:
+    """Why an application could not be deployed, in Serve's words; empty if none failed."""
+    applications = serve.status().applications
+    for name in names:
+        application = applications.get(name)
+        if application is None or application.status not in _FAILED:
+            continue
+        messages = [application.message, *(item.message for item in application.deployments.values())]
+        return "\n".join(dict.fromkeys(message.strip() for message in messages if message.strip()))
+    return ""
+
+
+def applications_present(names: tuple[str, ...]) -> bool:
+    """Whether Serve still knows one of these applications."""
+    return any(name in serve.status().applications for name in names)
+
+
+def undeploy(names: tuple[str, ...], *, limit_s: float, on_wait: Callable[[float], None]) -> bool:
+    """Delete the applications, letting replicas drain; False if they were not gone after ``limit_s``."""
+    present = tuple(name for name in names if name in serve.status().applications)
+    for name in present:
+        serve.delete(name, _blocking=False)
+    began_s = time.monotonic()
+    while applications_present(present):
+        waited_s = time.monotonic() - began_s
+        if waited_s > limit_s:
+            return False
+        on_wait(waited_s)
+        time.sleep(0.2)
+    return True
+
+
+def stop_controller(namespace: str) -> bool:
+    """End the controller actor; False if there was none."""
+    actor = find_controller(namespace)
+    if actor is None:
+        return False
+    ray.kill(actor, no_restart=True)
+    return True
+
+
+def view(namespace: str) -> PlaneView | None:
+    """What the controller knows now; None if there is no controller or it does not answer yet."""
+    actor = find_controller(namespace)
+    if actor is None:
+        return None
+    try:
+        answer: Any = ray.get(actor.status.remote(), timeout=ASK_TIMEOUT_S)
+    except (RayError, TimeoutError):
+        return None
+    return PlaneView(*answer)
+
+
+def address_of_running(named: str | None) -> str | None:
+    """The Ray that a user means: the one named, or that of ``RAY_ADDRESS``; None if none is meant."""
+    return named or os.environ.get("RAY_ADDRESS") or None
+
+
+class PlaneNotRunning(TierplaneError):
+    """There is no plane to talk to."""

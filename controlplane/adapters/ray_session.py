@@ -1,0 +1,293 @@
+"""A Ray of our own on this machine: started with the environment that the plane wants, found and stopped
+again without touching any other Ray.
+
+It has its own folder for sockets and logs and free ports. All its processes inherit ``TIERPLANE_PLANE_ID``,
+by which :func:`processes` finds them, whatever became of the process that started them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from controlplane.errors import SetupError
+from controlplane.paths import run_dir
+
+PLANE_ID_VARIABLE = "TIERPLANE_PLANE_ID"
+START_TIMEOUT_S = 120.0
+OBJECT_STORE_BYTES = 128 * 1024 * 1024
+"""No token and no weight passes through Ray's object store."""
+DASHBOARD_PORT = 8265
+STREAM_LIFE_S = 3600
+"""HAProxy cuts streams that are older than this when its configuration changes."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """What ``tierplane up`` started, as kept in ``up.json`` of the run directory."""
+
+    plane_id: str
+    config: str
+    applications: tuple[str, ...]
+    namespace: str
+    up_pid: int
+    up_created_unix_s: float
+    started_unix_s: float
+    owns_ray: bool
+    ray_address: str = ""
+    temp_dir: str = ""
+    """Ray's folder if it is ours; removed when it is stopped."""
+    dashboard_url: str = ""
+    gateway_url: str = ""
+    ingress_url: str = ""
+    ready_unix_s: float = 0.0
+
+    def save(self) -> None:
+        """Write ``up.json`` in one step."""
+        path = record_path()
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        partial.replace(path)
+
+    def up_is_running(self) -> bool:
+        """Whether the ``tierplane up`` that wrote this is still there (not detached, not dead)."""
+        try:
+            process = psutil.Process(self.up_pid)
+            return process.is_running() and abs(process.create_time() - self.up_created_unix_s) < 1.0
+        except psutil.Error:
+            return False
+
+
+def record_path() -> Path:
+    """Where the record is kept."""
+    return run_dir() / "up.json"
+
+
+def load_record() -> RunRecord | None:
+    """The record of what runs; None if there is none. Raises SetupError if it can't be read."""
+    path = record_path()
+    try:
+        values = json.loads(path.read_text())
+        return RunRecord(**{**values, "applications": tuple(values["applications"])})
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise SetupError(f"{path} can't be read ({error}): stop what runs by hand and remove it") from error
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def port_is_free(port: int, host: str = "127.0.0.1") -> bool:
+    """Whether a server could listen there now."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+        return True
+
+
+def serve_environment() -> dict[str, str]:
+    """What Ray Serve reads when Ray starts, and which has no effect later."""
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(STREAM_LIFE_S),
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
+        # HAProxy on the same machine learns of a leaving replica in milliseconds.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+
+
+def _environment(plane_id: str, temp_dir: Path) -> dict[str, str]:
+    env = {key: value for key, value in os.environ.items() if key not in _NOT_INHERITED}
+    for key, value in serve_environment().items():
+        env.setdefault(key, value)
+    haproxy = temp_dir / "haproxy"
+    haproxy.mkdir(exist_ok=True)
+    env |= {
+        PLANE_ID_VARIABLE: plane_id,
+        "TIERPLANE_RUN_DIR": str(run_dir()),
+        "RAY_TMPDIR": str(temp_dir),
+        # Process titles are written over the environment otherwise, and processes are found by it.
+        "SPT_NOENV": "1",
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+    }
+    return env
+
+
+_NOT_INHERITED = frozenset({"RAY_ADDRESS", "RAY_TMPDIR", "PYTHONDONTWRITEBYTECODE"})
+
+
+def start(record: RunRecord, *, dashboard: bool) -> RunRecord:
+    """Start a Ray for ``record``, which is saved with what was started. Raises SetupError."""
+    # Ray puts sockets below this folder, and a socket's path may be 107 bytes long.
+    temp_dir = Path(tempfile.mkdtemp(prefix="tierplane-", dir="/tmp"))
+    record = replace(record, temp_dir=str(temp_dir))
+    record.save()
+    port = free_port()
+    dashboard_port = DASHBOARD_PORT if port_is_free(DASHBOARD_PORT) else free_port()
+    command = [
+        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head"),
+        *("--port", str(port), "--node-ip-address", "127.0.0.1"),
+        *("--min-worker-port", "0", "--max-worker-port", "0"),
+        *("--ray-client-server-port", "0", "--dashboard-agent-listen-port", "0"),
+        *("--object-store-memory", str(OBJECT_STORE_BYTES), "--disable-usage-stats"),
+        *("--include-dashboard", str(dashboard).lower(), "--include-log-monitor", "false"),
+        *("--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard_port)),
+        *("--log-color", "false"),
+    ]
+    try:
+        done = subprocess.run(
+            command,
+            env=_environment(record.plane_id, temp_dir),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=START_TIMEOUT_S,
+            check=False,
+            # Ctrl-C is for us: Ray is stopped in order, not interrupted.
+            start_new_session=True,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise SetupError(f"Ray did not start in {START_TIMEOUT_S:g} s; its logs are in {temp_dir}") from error
+    address_file = temp_dir / "ray" / "ray_current_cluster"
+    if done.returncode != 0 or not address_file.exists():
+        output = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
+        raise SetupError(f"Ray could not be started:\n{output}")
+    record = replace(
+        record,
+        ray_address=address_file.read_text().strip(),
+        dashboard_url=f"http://127.0.0.1:{dashboard_port}" if dashboard else "",
+    )
+    record.save()
+    return record
+
+
+def processes(plane_id: str) -> list[psutil.Process]:
+    """Every process of a plane that is alive now: Ray's, HAProxy's, the engines' and their children."""
+    mark = f"{PLANE_ID_VARIABLE}={plane_id}".encode()
+    found: dict[int, psutil.Process] = {}
+    for process in psutil.process_iter():
+        if process.pid in found or process.pid == os.getpid():
+            continue
+        if mark in _environ(process.pid).split(b"\0"):
+            found[process.pid] = process
+            for child in _children(process):
+                found.setdefault(child.pid, child)
+    return [process for process in found.values() if _alive(process)]
+
+
+def stop(record: RunRecord, *, grace_s: float = 8.0) -> int:
+    """Stop every process of the plane, keep Ray's last logs, remove its folder; how many were stopped.
+
+    Raises SetupError if one can't be stopped.
+    """
+    stopped: set[int] = set()
+    deadline_s = time.monotonic() + grace_s
+    # The raylet first: it ends its workers itself and would take their end for a failure otherwise.
+    first = [process for process in processes(record.plane_id) if _name(process) == "raylet"]
+    _signal(first, stopped, psutil.Process.terminate)
+    psutil.wait_procs(first, timeout=grace_s / 2)
+    _signal(processes(record.plane_id), stopped, psutil.Process.terminate)
+    while (left := processes(record.plane_id)) and time.monotonic() < deadline_s:
+        psutil.wait_procs(left, timeout=0.2)
+    deadline_s = time.monotonic() + 10.0
+    while left := processes(record.plane_id):
+        if time.monotonic() > deadline_s:
+            pids = ", ".join(f"{process.pid} ({_name(process)})" for process in left)
+            raise SetupError(f"these processes can't be stopped: {pids}")
+        _signal(left, stopped, psutil.Process.kill)
+        psutil.wait_procs(left, timeout=0.5)
+    if record.temp_dir:
+        _keep_logs(Path(record.temp_dir))
+        shutil.rmtree(record.temp_dir, ignore_errors=True)
+    return len(stopped)
+
+
+def _keep_logs(temp_dir: Path) -> None:
+    logs = (temp_dir / "ray" / "session_latest").resolve() / "logs"
+    if logs.is_dir():
+        kept = run_dir() / "ray-logs"
+        shutil.rmtree(kept, ignore_errors=True)
+        shutil.copytree(logs, kept, ignore_dangling_symlinks=True, dirs_exist_ok=True)
+
+
+def _signal(found: list[psutil.Process], stopped: set[int], how: Any) -> None:
+    for process in found:
+        try:
+            how(process)
+            stopped.add(process.pid)
+        except psutil.NoSuchProcess:
+            continue
+
+
+def _environ(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return b""
+
+
+def _children(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except psutil.Error:
+        return []
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.Error:
+        return "?"
+
+
+def memory_bytes(found: list[psutil.Process]) -> int:
+    """Memory that these processes hold: proportional set size, so that shared pages count once."""
+    total = 0
+    for process in found:
+        try:
+            total += process.memory_full_info().pss
+        except psutil.Error:
+            continue
+    return total
+
+
+def marked(env: Mapping[str, str]) -> bool:
+    """Whether a Ray of :func:`start` runs this process: then all of the plane is on one machine."""
+    return bool(env.get(PLANE_ID_VARIABLE))

@@ -1,0 +1,155 @@
+"""How tiers are shown: as a table, as a line, as JSON. Used by ``up`` and ``status``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from controlplane.core.domain import ClusterSnapshot, Endpoint, GatewayInfo
+from controlplane.core.status import EndpointStatus, TierStatus
+
+_STYLES = {
+    "ready": "green",
+    "starting": "yellow",
+    "restarting": "yellow",
+    "waiting": "dim",
+    "idle": "dim",
+    "degraded": "yellow",
+    "draining": "cyan",
+    "failed": "bold red",
+    "stopped": "dim",
+}
+
+
+def age(s: float) -> str:
+    """A duration for people: ``8 s``, ``3 m 20 s``, ``5 h 02 m``."""
+    whole = max(0, int(s))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} m {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} m"
+
+
+def what_it_does(tier: TierStatus) -> str:
+    """The diagnosis of what went wrong, or else the phase of what is under way."""
+    return tier.diagnosis or tier.phase
+
+
+def progress_table(tiers: Sequence[TierStatus], elapsed_s: float) -> Table:
+    """One row per tier while a plane starts."""
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=True, header_style="bold")
+    table.add_column("tier")
+    table.add_column("state", min_width=10)
+    table.add_column("ready", justify="right")
+    table.add_column(f"{elapsed_s:5.1f} s", overflow="fold")
+    for tier in tiers:
+        table.add_row(
+            tier.name, _state(tier.state), f"{tier.replicas_ready}/{tier.replicas_wanted}", what_it_does(tier)
+        )
+    return table
+
+
+def status_table(tiers: Sequence[TierStatus], unix_s: float) -> Table:
+    """One row per endpoint, under its tier."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for column in ("tier", "state", "ready", "model", "endpoint", "address", "age", "in flight", "restarts"):
+        right = column in {"ready", "age", "in flight", "restarts"}
+        table.add_column(column, justify="right" if right else "left")
+    table.add_column("", overflow="fold")
+    for tier in tiers:
+        ready = f"{tier.replicas_ready}/{tier.replicas_wanted}"
+        if not tier.endpoints:
+            table.add_row(tier.name, _state(tier.state), ready, tier.model, *[""] * 6)
+        for index, item in enumerate(tier.endpoints):
+            endpoint = item.endpoint
+            table.add_row(
+                tier.name if index == 0 else "",
+                _state(endpoint.state.value),
+                ready if index == 0 else "",
+                endpoint.model,
+                endpoint.endpoint_id,
+                endpoint.base_url,
+                age(unix_s - endpoint.since_unix_s) if endpoint.since_unix_s else "",
+                str(item.in_flight),
+                str(endpoint.restarts),
+                endpoint.diagnosis or ("" if endpoint.state == "ready" else endpoint.phase),
+            )
+    return table
+
+
+def gateway_table(gateways: Sequence[GatewayInfo], unix_s: float) -> Table:
+    """One row per gateway."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for column in ("gateway", "address", "in flight", "queued", "heard of"):
+        table.add_column(column)
+    for item in gateways:
+        table.add_row(
+            item.gateway_id,
+            item.url or "(Serve's ingress only)",
+            str(item.in_flight),
+            str(item.queued),
+            f"{age(unix_s - item.seen_unix_s)} ago",
+        )
+    return table
+
+
+def tier_json(tier: TierStatus, unix_s: float) -> dict[str, Any]:
+    """A tier for ``--json``."""
+    return {
+        "name": tier.name,
+        "state": tier.state,
+        "model": tier.model,
+        "engine": tier.engine,
+        "replicas_ready": tier.replicas_ready,
+        "replicas_wanted": tier.replicas_wanted,
+        "in_flight": tier.in_flight,
+        "restarts": tier.restarts,
+        "phase": tier.phase,
+        "diagnosis": tier.diagnosis,
+        "endpoints": [_endpoint_json(item, unix_s) for item in tier.endpoints],
+    }
+
+
+def gateways_json(snapshot: ClusterSnapshot) -> list[dict[str, Any]]:
+    """The gateways for ``--json``."""
+    return [
+        {
+            "gateway_id": item.gateway_id,
+            "url": item.url,
+            "node_id": item.node_id,
+            "in_flight": item.in_flight,
+            "queued": item.queued,
+            "seen_unix_s": item.seen_unix_s,
+        }
+        for item in snapshot.gateways
+    ]
+
+
+def _endpoint_json(item: EndpointStatus, unix_s: float) -> dict[str, Any]:
+    endpoint: Endpoint = item.endpoint
+    return {
+        "endpoint_id": endpoint.endpoint_id,
+        "state": endpoint.state.value,
+        "model": endpoint.model,
+        "base_url": endpoint.base_url,
+        "generation": endpoint.generation,
+        "pid": endpoint.pid,
+        "node_id": endpoint.node_id,
+        "actor_id": endpoint.actor_id,
+        "gpus": list(endpoint.gpu_uuids),
+        "age_s": round(unix_s - endpoint.since_unix_s, 1) if endpoint.since_unix_s else None,
+        "in_flight": item.in_flight,
+        "concurrency_limit": endpoint.concurrency_limit,
+        "restarts": endpoint.restarts,
+        "phase": endpoint.phase,
+        "diagnosis": endpoint.diagnosis,
+        "simulated": endpoint.capabilities.simulated,
+    }
+
+
+def _state(state: str) -> Text:
+    return Text(state, style=_STYLES.get(state, ""))

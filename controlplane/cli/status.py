@@ -1,0 +1,116 @@
+"""``tierplane status``: what runs, tier by tier."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import click
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from controlplane.adapters import plane, ray_session
+from controlplane.cli.show import gateway_table, gateways_json, status_table, tier_json
+from controlplane.core.status import TierStatus, tier_statuses
+from controlplane.errors import SetupError
+
+REFRESH_S = 1.0
+SHOWN_EVENTS = 8
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON; with --watch one object per line.")
+@click.option("--watch", is_flag=True, help="Go on, once a second.")
+@click.option("--address", help="The Ray to ask; by default the one `tierplane up` started, or RAY_ADDRESS.")
+@click.option("--namespace", help="The plane's Ray namespace (controller.namespace of its configuration).")
+def status(as_json: bool, watch: bool, address: str | None, namespace: str | None) -> None:
+    """Show each tier: replicas, state, model, endpoint, age, requests in flight.
+
+    Exit status 0 if every tier serves with all its replicas, 3 if not.
+    """
+    record = ray_session.load_record()
+    where = address or (record.ray_address if record else "") or plane.address_of_running(None)
+    space = namespace or (record.namespace if record else "tierplane")
+    url = record.gateway_url or record.ingress_url if record else ""
+    if not where:
+        raise SetupError("no plane runs here: start one with `tierplane up`, or name its Ray with --address")
+    plane.connect(where)
+    try:
+        if watch:
+            _watch(where, space, as_json)
+            return
+        view = _look(where, space)
+        if as_json:
+            click.echo(json.dumps({"url": url, **_as_json(view)}, indent=2))
+        else:
+            console = Console(highlight=False)
+            if url:
+                console.print(f"{url}/v1\n")
+            console.print(_tables(view))
+    except KeyboardInterrupt:
+        return
+    finally:
+        plane.disconnect()
+    if not all(tier.ready for tier in _tiers(view)):
+        raise SystemExit(3)
+
+
+def _watch(address: str, namespace: str, as_json: bool) -> None:
+    if as_json:
+        while True:
+            click.echo(json.dumps(_as_json(_look(address, namespace))))
+            time.sleep(REFRESH_S)
+    with Live(auto_refresh=False) as live:
+        while True:
+            live.update(_tables(_look(address, namespace), events=True), refresh=True)
+            time.sleep(REFRESH_S)
+
+
+def _look(address: str, namespace: str) -> plane.PlaneView:
+    view = plane.view(namespace)
+    if view is None:
+        raise SetupError(f"no plane in namespace '{namespace}' of the Ray at {address}")
+    return view
+
+
+def _tiers(view: plane.PlaneView) -> tuple[TierStatus, ...]:
+    return tier_statuses(view.snapshot, view.tiers)
+
+
+def _tables(view: plane.PlaneView, *, events: bool = False) -> Group:
+    unix_s = view.snapshot.unix_s
+    parts: list[Any] = [
+        status_table(_tiers(view), unix_s),
+        Text(),
+        gateway_table(view.snapshot.gateways, unix_s),
+    ]
+    if events:
+        parts.append(Text())
+        for event in view.events[-SHOWN_EVENTS:]:
+            clock = time.strftime("%H:%M:%S", time.localtime(event.unix_s))
+            parts.append(Text(f"{clock}  {event.subject}  {event.kind}: {event.reason}", style="dim"))
+    return Group(*parts)
+
+
+def _as_json(view: plane.PlaneView) -> dict[str, Any]:
+    unix_s = view.snapshot.unix_s
+    return {
+        "unix_s": unix_s,
+        "epoch": view.snapshot.epoch,
+        "version": view.snapshot.version,
+        "ready": all(tier.ready for tier in _tiers(view)),
+        "tiers": [tier_json(tier, unix_s) for tier in _tiers(view)],
+        "gateways": gateways_json(view.snapshot),
+        "events": [
+            {
+                "unix_s": event.unix_s,
+                "kind": event.kind,
+                "subject": event.subject,
+                "tier": event.tier,
+                "reason": event.reason,
+            }
+            for event in view.events
+        ],
+    }

@@ -1,0 +1,347 @@
+"""``tierplane up``: everything from nothing to tiers that answer, in the foreground until Ctrl-C."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import signal
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+
+import click
+import psutil
+
+from controlplane.adapters import ray_session
+from controlplane.adapters.ray_session import RunRecord
+from controlplane.cli.stopping import stop_plane
+from controlplane.cli.voice import Voice, voice
+from controlplane.config import ServeFile, load_plane
+from controlplane.core.domain import ClusterSnapshot
+from controlplane.core.status import tier_statuses
+from controlplane.errors import SetupError, TierplaneError
+from controlplane.paths import run_dir
+
+POLL_S = 0.5
+SERVE_CHECK_S = 3.0
+HTTP_TIMEOUT_S = 5.0
+LOST_AFTER_S = 30.0
+"""In the foreground: a Ray that does not answer for so long is taken for dead."""
+
+
+class Interrupts:
+    """Ctrl-C and SIGTERM, noticed instead of raised: the first asks to stop, the second to hurry."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def install(self) -> None:
+        """Take the signals over; again after connecting to Ray, which takes them too."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, _: int, __: FrameType | None) -> None:
+        self.count += 1
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether to stop."""
+        return self.count >= 1
+
+    @property
+    def asked_to_hurry(self) -> bool:
+        """Whether to stop without waiting for requests."""
+        return self.count >= 2
+
+
+class Stopped(Exception):
+    """The user asked to stop."""
+
+
+@click.command()
+@click.argument("config", type=click.Path(dir_okay=False, path_type=Path), default=Path("configs/cpu.yaml"))
+@click.option("--detach", "-d", is_flag=True, help="Return once all tiers are ready.")
+@click.option("--address", help="Deploy to this running Ray (as does RAY_ADDRESS) instead of starting one.")
+@click.option("--dashboard", is_flag=True, help="Start Ray's dashboard too (needs 5 s and 0.5 GB more).")
+@click.option("--timeout", "timeout_s", type=float, help="Give up when not all tiers are ready by then (s).")
+@click.option("--json", "as_json", is_flag=True, help="Say what happens as JSON lines.")
+def up(
+    config: Path,
+    *,
+    detach: bool,
+    address: str | None,
+    dashboard: bool,
+    timeout_s: float | None,
+    as_json: bool,
+) -> None:
+    """Start every tier of CONFIG (default: configs/cpu.yaml) and the gateway in front of them.
+
+    Starts a Ray of its own unless --address or RAY_ADDRESS names one. Stays in the foreground and stops
+    everything it started on Ctrl-C; with --detach use `tierplane down`.
+    """
+    speech = voice(as_json=as_json)
+    file = load_plane(config)
+    interrupts = Interrupts()
+    interrupts.install()
+    with _only_one():
+        named = address or os.environ.get("RAY_ADDRESS") or ""
+        record = _new_record(file, named)
+        _check_ports(file, owns_ray=record.owns_ray)
+        record.save()
+        drain_s = max(tier.drain_timeout_s for tier in file.plane.tiers)
+        try:
+            record = _start(record, file, speech, interrupts, dashboard=dashboard, timeout_s=timeout_s)
+            if detach:
+                return
+            _stay(record, speech, interrupts)
+        except Stopped:
+            speech.close()
+        except BaseException as error:
+            speech.close()
+            if isinstance(error, TierplaneError):
+                speech.result("error", f"{error}\n", error=str(error))
+            # What failed has nothing in flight worth waiting for.
+            stop_plane(ray_session.load_record() or record, speech, drain_s=5.0)
+            if isinstance(error, TierplaneError):
+                raise SystemExit(1) from error
+            raise
+        stop_plane(
+            ray_session.load_record() or record,
+            speech,
+            drain_s=drain_s,
+            impatient=lambda: interrupts.asked_to_hurry,
+        )
+
+
+def _new_record(file: ServeFile, address: str) -> RunRecord:
+    """The record of this start. Raises SetupError if a plane runs already; clears what a dead one left."""
+    old = ray_session.load_record()
+    if old is not None:
+        alive = old.up_is_running() or (old.owns_ray and ray_session.processes(old.plane_id))
+        if alive or not old.owns_ray:
+            raise SetupError(f"a plane of {old.config} is up already: `tierplane down` stops it")
+        ray_session.stop(old)
+        ray_session.record_path().unlink(missing_ok=True)
+    gateway, ingress = file.plane.gateway, _shown_host(file.http_host)
+    applications = file.raw.get("applications") or []
+    return RunRecord(
+        plane_id=secrets.token_hex(8),
+        config=str(file.path.resolve()),
+        applications=tuple(str(each.get("name", "default")) for each in applications),
+        namespace=file.plane.controller.namespace,
+        up_pid=os.getpid(),
+        up_created_unix_s=psutil.Process().create_time(),
+        started_unix_s=time.time(),
+        owns_ray=not address,
+        ray_address=address,
+        gateway_url=f"http://{_shown_host(gateway.host)}:{gateway.port}" if gateway.port else "",
+        ingress_url=f"http://{ingress}:{file.http_port}{(file.route_prefix or '/').rstrip('/')}",
+    )
+
+
+def _start(
+    record: RunRecord,
+    file: ServeFile,
+    speech: Voice,
+    interrupts: Interrupts,
+    *,
+    dashboard: bool,
+    timeout_s: float | None,
+) -> RunRecord:
+    """Ray, the application, then wait for every tier. Raises TierplaneError, or Stopped."""
+    began_s = time.monotonic()
+    if record.owns_ray:
+        speech.step("starting Ray")
+        record = ray_session.start(record, dashboard=dashboard)
+    _check(interrupts)
+    from controlplane.adapters import plane
+
+    plane.connect(record.ray_address)
+    interrupts.install()
+    if not record.owns_ray:
+        _check_no_other_applications(record)
+    speech.step(f"deploying {file.application}")
+    plane.deploy(Path(record.config), record.ray_address)
+    interrupts.install()
+    _check(interrupts)
+    snapshot = _wait_for_tiers(record, file, speech, interrupts, began_s=began_s, timeout_s=timeout_s)
+    ready_s = time.monotonic() - began_s
+    record = replace(record, ready_unix_s=time.time())
+    record.save()
+    _say_ready(record, file, speech, snapshot, ready_s)
+    return record
+
+
+def _wait_for_tiers(
+    record: RunRecord,
+    file: ServeFile,
+    speech: Voice,
+    interrupts: Interrupts,
+    *,
+    began_s: float,
+    timeout_s: float | None,
+) -> ClusterSnapshot:
+    from controlplane.adapters import plane
+    from controlplane.adapters.ray_serve import tier_specs
+
+    specs = tier_specs(file.plane)
+    snapshot = ClusterSnapshot("", 0, 0.0)
+    checked_s = 0.0
+    url = record.gateway_url or record.ingress_url
+    while True:
+        _check(interrupts)
+        now_s = time.monotonic()
+        view = plane.view(record.namespace)
+        snapshot = view.snapshot if view else snapshot
+        tiers = tier_statuses(snapshot, specs)
+        speech.progress(tiers, now_s - began_s)
+        for tier in tiers:
+            if tier.failed:
+                raise SetupError(f"tier '{tier.name}' can't be started: {tier.diagnosis or 'see its log'}")
+        if snapshot.gateways and all(tier.ready for tier in tiers) and _answers(f"{url}/health/ready"):
+            return snapshot
+        if now_s - checked_s > SERVE_CHECK_S:
+            checked_s = now_s
+            failure = plane.application_failure(record.applications)
+            if failure:
+                raise SetupError(f"Serve could not deploy the application:\n{failure}")
+        if timeout_s is not None and now_s - began_s > timeout_s:
+            late = ", ".join(tier.name for tier in tiers if not tier.ready) or "the gateway"
+            raise SetupError(f"not ready after {timeout_s:g} s: {late}")
+        time.sleep(POLL_S)
+
+
+def _stay(record: RunRecord, speech: Voice, interrupts: Interrupts) -> None:
+    """Until the user asks to stop: tell what happens. Raises Stopped; SetupError if Ray is gone."""
+    from controlplane.adapters import plane
+
+    view = plane.view(record.namespace)
+    seen = (view.snapshot.epoch, view.events[-1].number) if view and view.events else ("", 0)
+    heard_s = time.monotonic()
+    while True:
+        _check(interrupts)
+        time.sleep(POLL_S)
+        view = plane.view(record.namespace)
+        if view is None:
+            if time.monotonic() - heard_s > LOST_AFTER_S:
+                raise SetupError("the controller has not been heard of for 30 s: Ray is gone or stuck")
+            continue
+        heard_s = time.monotonic()
+        for event in view.events:
+            if (view.snapshot.epoch, event.number) != seen and (
+                view.snapshot.epoch != seen[0] or event.number > seen[1]
+            ):
+                speech.event(event)
+        if view.events:
+            seen = (view.snapshot.epoch, view.events[-1].number)
+
+
+def _say_ready(
+    record: RunRecord, file: ServeFile, speech: Voice, snapshot: ClusterSnapshot, ready_s: float
+) -> None:
+    found = ray_session.processes(record.plane_id) if record.owns_ray else []
+    memory_bytes = ray_session.memory_bytes(found)
+    url = record.gateway_url or record.ingress_url
+    tier = file.plane.gateway.default_tier or next(
+        (each.name for each in file.plane.tiers if each.name == "balanced"), file.plane.tiers[0].name
+    )
+    held = f", {memory_bytes / 2**30:.1f} GiB in {len(found)} processes" if found else ""
+    lines = [
+        f"All tiers are ready after {ready_s:.0f} s{held}.",
+        "",
+        f"  OpenAI-compatible address  {url}/v1",
+    ]
+    if record.gateway_url:
+        lines.append(f"  the same on Serve's ingress  {record.ingress_url}/v1")
+    if record.dashboard_url:
+        lines.append(f"  Ray's dashboard  {record.dashboard_url}")
+    lines += ["", curl_line(url, tier), "", openai_snippet(url, tier)]
+    speech.result(
+        "ready",
+        "\n".join(lines),
+        seconds=round(ready_s, 1),
+        memory_bytes=memory_bytes,
+        processes=len(found),
+        url=f"{url}/v1",
+        gateway_url=record.gateway_url,
+        ingress_url=record.ingress_url,
+        dashboard_url=record.dashboard_url,
+        curl=curl_line(url, tier),
+        openai=openai_snippet(url, tier),
+    )
+
+
+def curl_line(url: str, model: str) -> str:
+    """A command that asks ``model`` something."""
+    body = (
+        f'{{"model": "{model}", "temperature": 0, '
+        '"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
+    )
+    return f"curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'"
+
+
+def openai_snippet(url: str, model: str) -> str:
+    """The same in Python."""
+    return f"""\
+from openai import OpenAI
+client = OpenAI(base_url="{url}/v1", api_key="not-needed")
+answer = client.chat.completions.create(
+    model="{model}", temperature=0,
+    messages=[{{"role": "user", "content": "What is the capital of France?"}}],
+)
+print(answer.choices[0].message.content)"""
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=HTTP_TIMEOUT_S) as response:  # noqa: S310 (always http)
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _check(interrupts: Interrupts) -> None:
+    if interrupts.asked_to_stop:
+        raise Stopped
+
+
+def _check_ports(file: ServeFile, *, owns_ray: bool) -> None:
+    wanted = {"gateway.port": (file.plane.gateway.host, file.plane.gateway.port)}
+    if owns_ray:
+        wanted["http_options.port"] = (file.http_host, file.http_port)
+    for setting, (host, port) in wanted.items():
+        if port and not ray_session.port_is_free(port, host):
+            raise SetupError(f"port {port} is taken: set {setting} in {file.path} to another, or free it")
+
+
+def _check_no_other_applications(record: RunRecord) -> None:
+    """Deploying a file removes what an earlier file deployed: not without being asked."""
+    from ray import serve
+
+    others = [name for name in serve.status().applications if name not in record.applications]
+    if others:
+        raise SetupError(
+            f"Serve on {record.ray_address} runs {', '.join(sorted(others))}, and deploying this file would "
+            "delete that: put all applications into one file and use `serve deploy`, or use another Ray"
+        )
+
+
+def _shown_host(host: str) -> str:
+    return "127.0.0.1" if host in {"0.0.0.0", "::"} else host  # noqa: S104 (nothing is bound)
+
+
+@contextmanager
+def _only_one() -> Iterator[None]:
+    """Hold the run directory's lock. Raises SetupError if another `tierplane up` does."""
+    with (run_dir() / "up.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SetupError("another `tierplane up` runs: `tierplane down` stops it") from error
+        yield

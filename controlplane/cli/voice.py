@@ -1,0 +1,168 @@
+"""What ``up`` and ``down`` say while they work: live on a terminal, in lines elsewhere, or as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import click
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from controlplane.cli.show import progress_table, tier_json, what_it_does
+from controlplane.core.domain import Event
+from controlplane.core.status import TierStatus
+
+QUIET_LINE_S = 20.0
+"""Lines: so long without a change, and a line says that it is still going on."""
+
+
+class Voice(Protocol):
+    """How a command speaks."""
+
+    def step(self, text: str) -> None:
+        """Something begins or was done."""
+        ...
+
+    def progress(self, tiers: Sequence[TierStatus], elapsed_s: float) -> None:
+        """How far the tiers are; called often."""
+        ...
+
+    def event(self, event: Event) -> None:
+        """The controller noted something while the plane runs."""
+        ...
+
+    def result(self, kind: str, text: str, **fields: Any) -> None:
+        """The command's outcome: ``text`` for people, ``fields`` for programs."""
+        ...
+
+    def close(self) -> None:
+        """Nothing more is live."""
+        ...
+
+
+def voice(*, as_json: bool) -> Voice:
+    """The one that fits: JSON if asked for, live on a terminal, lines elsewhere."""
+    if as_json:
+        return JsonVoice()
+    console = Console(highlight=False)
+    return LiveVoice(console) if console.is_terminal else LineVoice()
+
+
+class JsonVoice:
+    """One JSON object per line."""
+
+    def __init__(self) -> None:
+        self._last: list[tuple[Any, ...]] = []
+
+    def step(self, text: str) -> None:
+        """See :class:`Voice`."""
+        self._write("step", text=text)
+
+    def progress(self, tiers: Sequence[TierStatus], elapsed_s: float) -> None:
+        """See :class:`Voice`."""
+        now = [_gist(tier) for tier in tiers]
+        if now != self._last:
+            self._last = now
+            shown = [tier_json(tier, time.time()) for tier in tiers]
+            self._write("progress", elapsed_s=round(elapsed_s, 1), tiers=shown)
+
+    def event(self, event: Event) -> None:
+        """See :class:`Voice`."""
+        fields = {"kind": event.kind, "subject": event.subject, "tier": event.tier, "reason": event.reason}
+        self._write("event", unix_s=event.unix_s, **fields)
+
+    def result(self, kind: str, text: str, **fields: Any) -> None:
+        """See :class:`Voice`."""
+        self._write(kind, **fields)
+
+    def close(self) -> None:
+        """See :class:`Voice`."""
+
+    def _write(self, event: str, **fields: Any) -> None:
+        click.echo(json.dumps({"event": event, **fields}))
+
+
+class LineVoice:
+    """Lines, one for each change."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, tuple[Any, ...]] = {}
+        self._spoke_s = time.monotonic()
+
+    def step(self, text: str) -> None:
+        """See :class:`Voice`."""
+        self._line(text)
+
+    def progress(self, tiers: Sequence[TierStatus], elapsed_s: float) -> None:
+        """See :class:`Voice`."""
+        for tier in tiers:
+            if self._last.get(tier.name) != _gist(tier):
+                self._last[tier.name] = _gist(tier)
+                ready = f"{tier.replicas_ready}/{tier.replicas_wanted}"
+                what = f"{tier.name:<14} {tier.state:<10} {ready:<5} {what_it_does(tier)}"
+                self._line(f"{elapsed_s:6.1f} s  {what}".rstrip())
+        if time.monotonic() - self._spoke_s > QUIET_LINE_S:
+            waiting = ", ".join(tier.name for tier in tiers if not tier.ready) or "the gateway"
+            self._line(f"{elapsed_s:6.1f} s  waiting for {waiting}")
+
+    def event(self, event: Event) -> None:
+        """See :class:`Voice`."""
+        self._line(_event_text(event))
+
+    def result(self, kind: str, text: str, **fields: Any) -> None:
+        """See :class:`Voice`."""
+        self._line(text)
+
+    def close(self) -> None:
+        """See :class:`Voice`."""
+
+    def _line(self, text: str) -> None:
+        self._spoke_s = time.monotonic()
+        click.echo(text)
+
+
+class LiveVoice:
+    """A table that is redrawn in place while the tiers start."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live: Live | None = None
+
+    def step(self, text: str) -> None:
+        """See :class:`Voice`."""
+        self._console.print(Text(text, style="dim"))
+
+    def progress(self, tiers: Sequence[TierStatus], elapsed_s: float) -> None:
+        """See :class:`Voice`."""
+        if self._live is None:
+            self._live = Live(console=self._console, auto_refresh=False, transient=False)
+            self._live.start()
+        self._live.update(Group(progress_table(tiers, elapsed_s)), refresh=True)
+
+    def event(self, event: Event) -> None:
+        """See :class:`Voice`."""
+        self._console.print(Text(_event_text(event)))
+
+    def result(self, kind: str, text: str, **fields: Any) -> None:
+        """See :class:`Voice`."""
+        self.close()
+        self._console.print(Text(text))
+
+    def close(self) -> None:
+        """See :class:`Voice`."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+def _gist(tier: TierStatus) -> tuple[Any, ...]:
+    return (tier.name, tier.state, tier.replicas_ready, tier.replicas_wanted, tier.phase, tier.diagnosis)
+
+
+def _event_text(event: Event) -> str:
+    clock = time.strftime("%H:%M:%S", time.localtime(event.unix_s))
+    return f"{clock}  {event.subject:<24} {event.kind}: {event.reason}"

@@ -1,0 +1,104 @@
+"""The gateway as a Serve deployment: the REST interface on Serve's ingress and on a port of its own.
+
+A replica lives in one event loop (Serve's): the application, the own port, and two background tasks, which
+pull snapshots from the controller and report what is in flight to it. Both go on without it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+import ray
+import structlog
+from ray import serve
+
+from controlplane.adapters import observability
+from controlplane.adapters.ray_serve import ControllerLink, pull_snapshots, report_gateway
+from controlplane.config import PlaneConfig
+from controlplane.core.domain import ClusterSnapshot, EndpointState, GatewayInfo
+from controlplane.gateway.app import Gateway
+from controlplane.paths import run_dir
+from deployments.tasks import Background
+
+MAX_ONGOING_REQUESTS = 10_000
+"""What Serve lets through to a replica. The gateway's own admission is the limit that counts."""
+DRAIN_S = 60.0
+"""How long a gateway that stops waits for the requests it has in flight."""
+DRAINING_REPORT_S = 0.25
+"""How often load is reported while an endpoint drains: its replica waits for the count to reach zero."""
+
+log = structlog.stdlib.get_logger(__name__)
+
+
+@serve.ingress()
+class GatewayReplica:
+    """One gateway. ``tiers`` are handles that tie the tiers to this application; no request goes there."""
+
+    async def __init__(self, config: PlaneConfig, *tiers: Any) -> None:  # type: ignore[misc]
+        context = serve.get_replica_context()
+        self._id = f"gateway-{context.replica_id.unique_id}"
+        self._config = config
+        self._node_id = ray.get_runtime_context().get_node_id()
+        self._snapshot: ClusterSnapshot | None = None
+        observability.setup(
+            config.controller.log_format,
+            config.controller.log_level,
+            file=run_dir() / "logs" / f"{self._id}.log",
+            component="gateway",
+            gateway_id=self._id,
+        )
+        self._gateway = Gateway(config, self._id)
+        await self._gateway.start(config.gateway.host, config.gateway.port or None)
+        self._link = ControllerLink(config)
+        self._tasks = Background(
+            pull_snapshots(self._link, self._apply),
+            report_gateway(self._link, self._info, self._report_interval_s),
+        )
+        log.info("gateway started", url=self._info().url)
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """The application that Serve's ingress calls."""
+        return self._gateway.app
+
+    async def check_health(self) -> None:
+        """Raise if a background task ended: then this replica's picture no longer follows the cluster."""
+        self._tasks.check()
+
+    async def __del__(self) -> None:  # type: ignore[misc]  # Serve awaits it
+        await self._gateway.drain(DRAIN_S)
+        await self._tasks.cancel()
+        await self._link.tell("gateway_gone", self._id, "stopped")
+        log.info("gateway stopped")
+
+    def _apply(self, snapshot: ClusterSnapshot) -> None:
+        self._snapshot = snapshot
+        self._gateway.apply(snapshot)
+
+    def _info(self) -> GatewayInfo:
+        known = self._snapshot
+        seen = (known.epoch, known.version) if known else ("", 0)
+        return replace(self._gateway.info(), node_id=self._node_id, snapshot=seen)
+
+    def _report_interval_s(self) -> float:
+        endpoints = self._snapshot.endpoints if self._snapshot else ()
+        if any(endpoint.state == EndpointState.DRAINING for endpoint in endpoints):
+            return DRAINING_REPORT_S
+        return self._config.controller.heartbeat_s
+
+
+def gateway_application(config: PlaneConfig, *tiers: serve.Application) -> serve.Application:
+    """The gateway deployment, bound to the tiers it stands in front of."""
+    deployment = serve.deployment(
+        name="gateway",
+        num_replicas=config.gateway.replicas,
+        ray_actor_options={"num_cpus": config.gateway.cpus},
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        graceful_shutdown_wait_loop_s=0.2,
+        graceful_shutdown_timeout_s=DRAIN_S + 10.0,
+        health_check_period_s=5.0,
+        health_check_timeout_s=30.0,
+    )(GatewayReplica)
+    application: serve.Application = deployment.bind(config, *tiers)
+    return application

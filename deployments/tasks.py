@@ -1,0 +1,27 @@
+"""Background tasks of a replica, and a way to see that they still run."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+
+class Background:
+    """Coroutines that run beside the replica's work until they are cancelled."""
+
+    def __init__(self, *coroutines: Coroutine[Any, Any, Any]) -> None:
+        self._tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+
+    def check(self) -> None:
+        """Raise what ended a task, if one ended."""
+        for task in self._tasks:
+            if task.done() and not task.cancelled():
+                error = task.exception()
+                raise RuntimeError(f"a background task ended: {error!r}") from error
+
+    async def cancel(self) -> None:
+        """Cancel all and wait for their end."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
