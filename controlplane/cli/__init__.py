@@ -19,6 +19,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "controlplane.cli.validate:command",
         "Check a configuration file; every problem at once.",
     ),
+    "doctor": (
+        "controlplane.cli.doctor:command",
+        "Check this machine, against a configuration if one is given.",
+    ),
     "bench": (
         "controlplane.cli.bench:command",
         "Measure; each benchmark prints a table, or JSON with --json.",

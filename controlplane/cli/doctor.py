@@ -1,0 +1,49 @@
+"""``tierplane doctor``: can this machine run the plane?"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from controlplane.cli.checks import Check, Verdict, run_checks
+from controlplane.cli.configuration import load_checked
+
+_MARKS = {Verdict.OK: ("ok", "green"), Verdict.WARN: ("warn", "yellow"), Verdict.FAIL: ("FAIL", "bold red")}
+
+
+@click.command()
+@click.argument("config", type=click.Path(dir_okay=False), required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_context
+def command(ctx: click.Context, config: str | None, as_json: bool) -> None:
+    """Check this machine, against a configuration if one is given.
+
+    Exit status 1 if a check fails.
+    """
+    checks = run_checks(load_checked(config) if config else None)
+    failed = any(check.verdict is Verdict.FAIL for check in checks)
+    if as_json:
+        click.echo(json.dumps({"ok": not failed, "checks": [asdict(check) for check in checks]}, indent=2))
+    else:
+        Console().print(_table(checks))
+    if failed:
+        ctx.exit(1)
+
+
+def _table(checks: list[Check]) -> Table:
+    table = Table(box=None, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for check in checks:
+        mark, style = _MARKS[check.verdict]
+        text = Text(check.message)
+        if check.remedy:
+            text.append(f"\n→ {check.remedy}", style="cyan")
+        table.add_row(Text(mark, style=style), check.name, text)
+    return table
