@@ -8,7 +8,6 @@ what vLLM reports.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from controlplane.core.architecture import ModelSpec
@@ -84,6 +83,8 @@ class MemoryPlan:
     stages: tuple[StageMemory, ...]
     problems: tuple[str, ...] = ()
     """Why the engine would refuse these settings whatever the memory."""
+    extra: Term | None = None
+    """What every GPU holds besides what the config explains."""
 
     @property
     def blocks(self) -> int:
@@ -144,12 +145,11 @@ def plan_memory(
     model: ModelSpec,
     settings: EngineSettings,
     gpu: GpuModel,
-    measured_weights: Mapping[int, int] | None = None,
+    extra: Term | None = None,
 ) -> MemoryPlan:
     """The memory of one engine on GPUs of one model.
 
-    ``measured_weights`` replaces the weight formulas per stage index by bytes that were read somewhere (a
-    checkpoint's headers).
+    ``extra`` is held by every GPU besides what the config explains (a checkpoint's other parts).
     """
     dtype = settings.resolved_dtype(model, gpu.default_dtype)
     problems = list(divisibility(model, settings))
@@ -157,10 +157,8 @@ def plan_memory(
     found = []
     for stage in stages(model, max(1, min(settings.pp, len(model.layers)))):
         terms = list(weight_terms(model, settings, stage, dtype))
-        if measured_weights and stage.index in measured_weights:
-            derived = [term for term in terms if not term.name.startswith("weights:")]
-            size = measured_weights[stage.index]
-            terms = [Term("weights: checkpoint", size, "read from the checkpoint's headers"), *derived]
+        if extra:
+            terms.append(extra)
         terms += _runtime_terms(model, settings, gpu, stage, dtype)
         fixed = sum(term.size_bytes for term in terms)
         budget = int(gpu.usable_bytes * settings.memory_ratio)
@@ -168,7 +166,7 @@ def plan_memory(
         found.append(
             StageMemory(stage, tuple(terms), budget, kv_budget, _layout(model, settings, gpu, stage, dtype))
         )
-    return MemoryPlan(model, settings, gpu, dtype, tuple(found), tuple(problems))
+    return MemoryPlan(model, settings, gpu, dtype, tuple(found), tuple(problems), extra)
 
 
 def _layout(
@@ -191,11 +189,9 @@ def _gpu_problems(model: ModelSpec, settings: EngineSettings, gpu: GpuModel, dty
     if not runs:
         wrong.append(why)
     if dtype == "bfloat16" and not gpu.bfloat16:
-        wrong.append(f"bfloat16 needs compute capability 8.0, {gpu.name} has {gpu.capability / 10:.1f}")
+        wrong.append(f"bfloat16 needs compute capability 8.0; {gpu.name} has {gpu.capability / 10}")
     if settings.kv_dtype.startswith("fp8") and not gpu.fp8_kv_cache:
-        wrong.append(
-            f"an fp8 KV cache needs compute capability 8.0, {gpu.name} has {gpu.capability / 10:.1f}"
-        )
+        wrong.append(f"an fp8 KV cache needs compute capability 8.0; {gpu.name} has {gpu.capability / 10}")
     highest = 1 - CUDA_CONTEXT_BYTES / gpu.usable_bytes
     if settings.memory_ratio > highest and not settings.kv_cache_bytes:
         wrong.append(

@@ -140,12 +140,10 @@ def weight_terms(model: ModelSpec, settings: EngineSettings, stage: Stage, dtype
     ]
     if stage.first or (stage.last and model.tied):
         size = local_bytes(model, model.embedding(), settings, dtype)
-        terms.append(
-            Term("weights: embedding", size, f"{cut}, {dtype}, vocabulary padded to a multiple of 64")
-        )
+        terms.append(Term("weights: embedding", size, f"{cut}, {dtype}, vocabulary padded to 64s"))
     if stage.last and not model.tied:
         size = local_bytes(model, model.head(), settings, dtype)
-        terms.append(Term("weights: output head", size, f"{cut}, vocabulary padded to a multiple of 64"))
+        terms.append(Term("weights: output head", size, f"{cut}, vocabulary padded to 64s"))
     norms = sums["norms"] + (model.final_norm_params * wide if stage.last else 0)
     terms.append(Term("weights: norms", norms, f"config, {dtype}, whole on every GPU"))
     terms += _derived_terms(model, settings, kinds, dtype)

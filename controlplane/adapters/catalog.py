@@ -1,0 +1,53 @@
+"""The tables that ship with tierplane: GPU models and well-known public models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from controlplane.core.architecture import ModelSpec
+from controlplane.core.gpus import GpuModel, find_gpu, parse_gpus
+from controlplane.core.hf_config import parse_config
+from controlplane.errors import SetupError
+
+BUNDLED_NAMES: Mapping[str, str] = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+"""Bundled models by their name in the table of known models."""
+
+
+@cache
+def gpu_table() -> tuple[GpuModel, ...]:
+    """Every GPU model of ``controlplane/data/gpus.json``."""
+    return parse_gpus(_read("gpus.json")["gpus"])
+
+
+def gpu_named(name: str) -> GpuModel:
+    """The GPU of that name, alias or driver name. SetupError that lists the names if there is none."""
+    gpu = find_gpu(gpu_table(), name)
+    if gpu is None:
+        known = ", ".join(entry.name for entry in gpu_table())
+        raise SetupError(f"no GPU model '{name}' in the table; there is {known}")
+    return gpu
+
+
+@cache
+def known_models() -> tuple[Mapping[str, Any], ...]:
+    """Every entry of ``controlplane/data/models.json``: name, config fields, published total."""
+    return tuple(_read("models.json")["models"])
+
+
+def known_model(name: str) -> ModelSpec | None:
+    """The well-known model of that name (case and the part before ``/`` may be left out), or None."""
+    wanted = name.lower()
+    for entry in known_models():
+        full = str(entry["name"]).lower()
+        if wanted in {full, full.rsplit("/", 1)[-1]}:
+            return parse_config(entry["config"], str(entry["name"]))
+    return None
+
+
+def _read(name: str) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((files("controlplane") / "data" / name).read_text(encoding="utf-8"))
+    return loaded
