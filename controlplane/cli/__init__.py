@@ -15,6 +15,22 @@ from controlplane import __version__
 from controlplane.errors import ConfigError, TierplaneError
 
 COMMANDS: dict[str, tuple[str, str]] = {
+    "up": (
+        "controlplane.cli.up:command",
+        "Start every tier of CONFIG and the gateway in front of them.",
+    ),
+    "down": (
+        "controlplane.cli.down:command",
+        "Stop what `tierplane up` started, and only that.",
+    ),
+    "status": (
+        "controlplane.cli.status:command",
+        "Show each tier: replicas, state, model, endpoint, requests in flight.",
+    ),
+    "logs": (
+        "controlplane.cli.logs:command",
+        "Show the logs of the engines, the replicas, the gateway and the controller.",
+    ),
     "validate": (
         "controlplane.cli.validate:command",
         "Check a configuration file; every problem at once.",

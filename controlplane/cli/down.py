@@ -21,10 +21,11 @@ DEFAULT_DRAIN_S = 60.0
 @click.command()
 @click.option("--now", is_flag=True, help="Don't wait for requests that are running.")
 @click.option("--json", "as_json", is_flag=True, help="Say what is done as JSON lines.")
-def down(now: bool, as_json: bool) -> None:
-    """Stop what `tierplane up` started: tiers, gateway, controller, and Ray if it was started too.
+def command(now: bool, as_json: bool) -> None:
+    """Stop what `tierplane up` started, and only that.
 
-    Running requests are waited for. A Ray that was there before goes on.
+    Tiers, gateway, controller, and Ray if it was started too; a Ray that was there before goes on. Running
+    requests are waited for.
     """
     speech = voice(as_json=as_json)
     record = ray_session.load_record()

@@ -25,8 +25,8 @@ SHOWN_EVENTS = 8
 @click.option("--watch", is_flag=True, help="Go on, once a second.")
 @click.option("--address", help="The Ray to ask; by default the one `tierplane up` started, or RAY_ADDRESS.")
 @click.option("--namespace", help="The plane's Ray namespace (controller.namespace of its configuration).")
-def status(as_json: bool, watch: bool, address: str | None, namespace: str | None) -> None:
-    """Show each tier: replicas, state, model, endpoint, age, requests in flight.
+def command(as_json: bool, watch: bool, address: str | None, namespace: str | None) -> None:
+    """Show each tier: replicas, state, model, endpoint, requests in flight.
 
     Exit status 0 if every tier serves with all its replicas, 3 if not.
     """

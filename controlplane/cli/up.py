@@ -71,7 +71,7 @@ class Stopped(Exception):
 @click.option("--dashboard", is_flag=True, help="Start Ray's dashboard too (needs 5 s and 0.5 GB more).")
 @click.option("--timeout", "timeout_s", type=float, help="Give up when not all tiers are ready by then (s).")
 @click.option("--json", "as_json", is_flag=True, help="Say what happens as JSON lines.")
-def up(
+def command(
     config: Path,
     *,
     detach: bool,
@@ -80,10 +80,11 @@ def up(
     timeout_s: float | None,
     as_json: bool,
 ) -> None:
-    """Start every tier of CONFIG (default: configs/cpu.yaml) and the gateway in front of them.
+    """Start every tier of CONFIG and the gateway in front of them.
 
-    Starts a Ray of its own unless --address or RAY_ADDRESS names one. Stays in the foreground and stops
-    everything it started on Ctrl-C; with --detach use `tierplane down`.
+    CONFIG is configs/cpu.yaml by default. Starts a Ray of its own unless --address or RAY_ADDRESS names
+    one. Stays in the foreground and stops everything it started on Ctrl-C; with --detach use `tierplane
+    down`.
     """
     speech = voice(as_json=as_json)
     file = load_plane(config)

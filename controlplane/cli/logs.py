@@ -1,0 +1,123 @@
+"""``tierplane logs``: what engines, replicas, gateways and the controller wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from controlplane.errors import SetupError
+from controlplane.paths import run_dir
+
+POLL_S = 0.3
+TAIL_BYTES = 1024 * 1024
+"""How far back from a file's end the last lines are looked for."""
+
+_LEFT_OUT = frozenset({"timestamp", "level", "event", "logger", "component"})
+
+
+@click.command()
+@click.argument("names", nargs=-1, metavar="[TIER|gateway|controller]...")
+@click.option("--follow", "-f", is_flag=True, help="Go on with what is written from now on.")
+@click.option("--lines", "-n", default=50, show_default=True, help="How many of the last lines of each file.")
+@click.option("--raw", is_flag=True, help="Lines as they were written (JSON), without the file's name.")
+def command(names: tuple[str, ...], follow: bool, lines: int, raw: bool) -> None:
+    """Show the logs of the engines, the replicas, the gateway and the controller."""
+    folder = run_dir() / "logs"
+    found = log_files(folder, names)
+    if not found and not follow:
+        wanted = f" of {', '.join(names)}" if names else ""
+        raise SetupError(f"no logs{wanted} in {folder}")
+    read: dict[Path, _Tail] = {}
+    for path in found:
+        read[path] = _Tail(path)
+        for line in read[path].last(lines):
+            click.echo(_shown(path, line, raw))
+    try:
+        while follow:
+            for path in log_files(folder, names):
+                for line in read.setdefault(path, _Tail(path)).new():
+                    click.echo(_shown(path, line, raw))
+            time.sleep(POLL_S)
+    except KeyboardInterrupt:
+        return
+
+
+def log_files(folder: Path, names: Sequence[str]) -> list[Path]:
+    """The log files of these tiers (or ``gateway``, ``controller``), oldest change first; all by default."""
+    try:
+        paths = [path for path in folder.iterdir() if path.suffix == ".log"]
+    except FileNotFoundError:
+        return []
+    wanted = [
+        path
+        for path in paths
+        if not names or any(path.stem == name or path.stem.startswith(f"{name}-") for name in names)
+    ]
+    return sorted(wanted, key=lambda path: (path.stat().st_mtime, path.name))
+
+
+def readable(line: str) -> str:
+    """A JSON line of ours for people; any other line as it is."""
+    try:
+        event = json.loads(line) if line.startswith("{") else None
+    except ValueError:
+        event = None
+    if not isinstance(event, dict) or "event" not in event:
+        return line
+    clock = str(event.get("timestamp", ""))[11:19]
+    level = str(event.get("level", ""))
+    pairs = " ".join(f"{key}={_value(value)}" for key, value in event.items() if key not in _LEFT_OUT)
+    return f"{clock} {level:<7} {event['event']}  {pairs}".rstrip()
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, str):
+        return value if value and " " not in value else json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _shown(path: Path, line: str, raw: bool) -> str:
+    return line if raw else f"{path.stem} | {readable(line)}"
+
+
+class _Tail:
+    """A growing file, read by whole lines; begins anew when the file was replaced."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._position = 0
+        self._inode = 0
+        self._partial = b""
+
+    def last(self, count: int) -> list[str]:
+        """The last whole lines; :meth:`new` goes on from there."""
+        try:
+            size = self._path.stat().st_size
+        except FileNotFoundError:
+            return []
+        self._position = max(0, size - TAIL_BYTES)
+        cut = self._position > 0
+        lines = self.new()
+        return lines[1:][-count:] if cut else lines[-count:] if count else []
+
+    def new(self) -> list[str]:
+        """Whole lines written since the last call."""
+        try:
+            with self._path.open("rb") as file:
+                stat = os.fstat(file.fileno())
+                if (self._inode and stat.st_ino != self._inode) or stat.st_size < self._position:
+                    self._position, self._partial = 0, b""
+                self._inode = stat.st_ino
+                file.seek(self._position)
+                data = self._partial + file.read()
+                self._position = file.tell()
+        except FileNotFoundError:
+            return []
+        *whole, self._partial = data.split(b"\n")
+        return [line.decode(errors="replace").rstrip("\r") for line in whole]

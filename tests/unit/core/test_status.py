@@ -1,0 +1,81 @@
+from dataclasses import replace
+
+import pytest
+
+from controlplane.core.domain import ClusterSnapshot, Endpoint, EndpointState, GatewayInfo, TierSpec
+from controlplane.core.status import DEGRADED, IDLE, WAITING, tier_statuses
+
+S = EndpointState
+SPEC = TierSpec("balanced", "m", "simulated", 2, 10)
+
+
+def endpoint(name: str, state: EndpointState, **kwargs: str | int) -> Endpoint:
+    base = Endpoint(
+        endpoint_id=name,
+        tier="balanced",
+        model="m",
+        engine="simulated",
+        base_url="",
+        state=state,
+        concurrency_limit=10,
+    )
+    return replace(base, **kwargs)  # type: ignore[arg-type]
+
+
+def snapshot(*endpoints: Endpoint, gateways: tuple[GatewayInfo, ...] = ()) -> ClusterSnapshot:
+    return ClusterSnapshot("e", 1, 0.0, endpoints, gateways)
+
+
+@pytest.mark.parametrize(
+    ("states", "wanted", "state", "ready"),
+    [
+        ((), 2, WAITING, False),
+        ((), 0, IDLE, True),
+        ((S.STARTING,), 1, "starting", False),
+        ((S.STARTING, S.RESTARTING), 2, "restarting", False),
+        ((S.STARTING, S.FAILED), 2, "failed", False),
+        ((S.READY, S.STARTING), 2, DEGRADED, False),
+        ((S.READY, S.FAILED), 2, DEGRADED, False),
+        ((S.READY, S.READY), 2, "ready", True),
+        ((S.READY, S.FAILED), 1, "ready", True),
+        ((S.DRAINING,), 1, "draining", False),
+    ],
+)
+def test_a_tier_in_a_word(states: tuple[EndpointState, ...], wanted: int, state: str, ready: bool) -> None:
+    endpoints = [endpoint(f"balanced-{i}", each) for i, each in enumerate(states)]
+    (tier,) = tier_statuses(snapshot(*endpoints), [replace(SPEC, replicas=wanted)])
+    assert (tier.state, tier.ready) == (state, ready)
+    assert tier.failed == (state == "failed")
+
+
+def test_it_says_what_the_least_advanced_replica_does() -> None:
+    ahead = endpoint("balanced-1", S.READY, phase="serving")
+    behind = endpoint("balanced-2", S.STARTING, phase="loading weights")
+    (tier,) = tier_statuses(snapshot(ahead, behind), [SPEC])
+    assert tier.phase == "loading weights"
+    (tier,) = tier_statuses(snapshot(ahead, replace(ahead, endpoint_id="balanced-2")), [SPEC])
+    assert tier.phase == ""
+
+
+def test_a_failed_tier_says_why() -> None:
+    (tier,) = tier_statuses(snapshot(endpoint("b", S.FAILED, diagnosis="no such model")), [SPEC])
+    assert tier.diagnosis == "no such model"
+
+
+def test_requests_in_flight_are_those_of_all_gateways() -> None:
+    gateways = (
+        GatewayInfo("g1", "n", "", in_flight_by_endpoint=(("b1", 2), ("b2", 1))),
+        GatewayInfo("g2", "n", "", in_flight_by_endpoint=(("b1", 3),)),
+    )
+    one, two = endpoint("b1", S.READY, restarts=1), endpoint("b2", S.READY, restarts=2)
+    (tier,) = tier_statuses(snapshot(one, two, gateways=gateways), [SPEC])
+    assert (tier.in_flight, tier.restarts) == (6, 3)
+    assert [item.in_flight for item in tier.endpoints] == [5, 1]
+
+
+def test_tiers_keep_the_configuration_s_order_and_unknown_ones_come_last() -> None:
+    stray = replace(endpoint("old-1", S.DRAINING), tier="old")
+    first = replace(SPEC, name="capable")
+    tiers = tier_statuses(snapshot(stray), [first, SPEC])
+    assert [tier.name for tier in tiers] == ["capable", "balanced", "old"]
+    assert tiers[2].ready
