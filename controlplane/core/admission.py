@@ -6,9 +6,10 @@ Order of service:
 2. inside a priority callers take turns, by start-time fair queueing (P. Goyal, H. Vin, H. Cheng, 1996),
    a ticket's ``cost`` being what a turn takes;
 3. among one caller's tickets the earliest deadline first;
-4. against starvation, a share of the slots (``aged_ratio``) goes to whoever has waited longest, once that
-   is longer than ``age_after_s``, whatever its priority. It is a share and not a growing priority: with
-   the latter, at lasting overload the low tickets' age would in the end lift all of them over the high.
+4. against starvation, of the slots that go past a lower priority whose oldest ticket has waited longer
+   than ``age_after_s``, a share (``aged_ratio``) goes to that oldest ticket. It is a share and not a
+   growing priority: with the latter, at lasting overload the low tickets' age would in the end lift all
+   of them over the high.
 
 Tickets that can be served by the same endpoints stand in the same lane, so that a lane whose tiers are
 full never holds up another. All operations are O(log n) in tickets (amortised), times the number of
@@ -26,13 +27,15 @@ from dataclasses import dataclass
 from enum import StrEnum
 from heapq import heapify, heappop, heappush
 from math import inf
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from controlplane.core.domain import Priority
 
 BANDS: Final = (Priority.HIGH, Priority.NORMAL, Priority.LOW)
 _BAND_OF: Final = {priority: band for band, priority in enumerate(BANDS)}
 _ARRIVAL_MEMORY_S: Final = 10.0
+_DUE: Final = 1.0 - 1e-9
+"""Ten times a tenth is a little less than one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +45,8 @@ class AdmissionSettings:
     capacity: int = 1000
     """Tickets in all."""
     age_after_s: float = 5.0
-    aged_ratio: float = 0.1
-    """Share of the slots that goes by age alone while somebody has waited longer than ``age_after_s``."""
+    aged_ratio: float = 0.05
+    """Share of the slots that goes to lower priorities while their oldest waits longer than that."""
     retry_after_min_s: float = 1.0
     retry_after_max_s: float = 120.0
     """``Retry-After`` is kept inside these."""
@@ -176,30 +179,44 @@ class _Line:
         """Entries of the lane's heap with another version are void."""
 
 
+_Head: TypeAlias = tuple[float, float, int, int, _Line]
+"""Caller's tag, deadline, sequence number, version, line: sequence numbers differ, lines are never
+compared."""
+
+
 class _Row:
     """The lines of one lane and priority."""
 
-    __slots__ = ("heads", "lines", "live")
+    __slots__ = ("credit", "heads", "lines", "live", "recent")
 
     def __init__(self) -> None:
+        self.recent: deque[Ticket] = deque()
+        """In order of arrival; may hold tickets that left."""
+        self.credit = 0.0
+        """Grows while higher priorities are served past its aged tickets; at 1 the oldest is due."""
         self.lines: dict[str, _Line] = {}
-        self.heads: list[tuple[float, float, int, int, _Line]] = []
-        """(caller's tag, deadline, sequence number, version, line) of each line's first ticket."""
+        self.heads: list[_Head] = []
+        """Each line's first ticket; entries of an old version are void."""
         self.live = 0
+
+    def oldest(self) -> Ticket:
+        """The longest waiting ticket of a row that is not empty."""
+        recent = self.recent
+        while recent[0].state is not TicketState.WAITING:
+            recent.popleft()
+        return recent[0]
 
 
 class _Lane:
-    __slots__ = ("credit", "key", "live", "recent", "rows", "tiers")
+    """Tickets that the same endpoints can serve."""
+
+    __slots__ = ("key", "live", "rows", "tiers")
 
     def __init__(self, key: Hashable, tiers: tuple[int, ...]) -> None:
         self.key = key
         self.tiers = tiers
         self.rows = tuple(_Row() for _ in BANDS)
-        self.recent: deque[Ticket] = deque()
-        """In order of arrival; may hold tickets that left."""
         self.live = 0
-        self.credit = 0.0
-        """Grows while others are served past its aged tickets; at 1 the oldest one is due."""
 
 
 class _Band:
@@ -299,7 +316,7 @@ class AdmissionQueue:
             return Rejected(Why.TOO_LATE, self.settings.retry_after_min_s)
         self._collect_expired(now_s)
         wait_s = self.predict_wait_s(ticket, now_s, rates_per_s)
-        self._note_arrival(ticket, now_s)
+        self.note_arrival(ticket.tiers, ticket.priority, now_s)
         if wait_s is not None:
             spare_s = ticket.deadline_s - ticket.needs_s - now_s
             if wait_s > spare_s:
@@ -319,31 +336,33 @@ class AdmissionQueue:
         """Hands out the ticket that goes next, or None if none can run.
 
         ``can_run(lane, priority)`` says whether an endpoint has room for such a ticket now; it is asked
-        at most once for each lane and priority. What has expired is never handed out.
+        at most once for each lane and priority. A ticket that goes by age needs room for high priority
+        only. What has expired is never handed out.
         """
         self._collect_expired(now_s)
-        runnable = [
-            (lane, [bool(row.live) and can_run(lane.key, BANDS[band]) for band, row in enumerate(lane.rows)])
-            for lane in self._lanes.values()
-        ]
-        runnable = [(lane, bands) for lane, bands in runnable if any(bands)]
-        if not runnable:
-            return None
-        aged = [
-            (oldest, lane)
-            for lane, bands in runnable
-            if (oldest := self._oldest(lane, bands)) is not None
-            and now_s - oldest.arrived_s >= self.settings.age_after_s
-        ]
-        due = [entry for entry in aged if entry[1].credit >= 1.0]
+        runnable: list[tuple[_Row, int]] = []
+        aged: list[tuple[_Row, int, Ticket]] = []
+        for lane in self._lanes.values():
+            if not can_run(lane.key, Priority.HIGH):
+                continue
+            for band, row in enumerate(lane.rows):
+                if not row.live:
+                    continue
+                if not band or can_run(lane.key, BANDS[band]):
+                    runnable.append((row, band))
+                if band and now_s - (oldest := row.oldest()).arrived_s >= self.settings.age_after_s:
+                    aged.append((row, band, oldest))
+        due = [entry for entry in aged if entry[0].credit >= _DUE]
         if due:
-            ticket, lane = min(due, key=lambda entry: entry[0].arrived_s)
-            lane.credit -= 1.0
-        else:
+            row, _, ticket = min(due, key=lambda entry: entry[2].arrived_s)
+            row.credit -= 1.0
+        elif runnable:
             ticket = self._first(runnable)
-        passed_over = [lane for oldest, lane in aged if oldest is not ticket]
-        for lane in passed_over:
-            lane.credit += self.settings.aged_ratio / len(passed_over)
+        else:
+            return None
+        passed_over = [row for row, band, _ in aged if band > ticket.band]
+        for row in passed_over:
+            row.credit += self.settings.aged_ratio / len(passed_over)
         self._charge(ticket)
         self._take_out(ticket, TicketState.SERVED)
         return ticket
@@ -366,30 +385,34 @@ class AdmissionQueue:
     ) -> float | None:
         """How long a new ticket like this would wait; None: unknown.
 
-        Tickets ahead of it, plus itself, over the rate that is left to its priority: the tiers' rate
-        less what arrives with higher priority, but at least the share that goes by age. Ahead are all
-        of higher priority, and in its own as many as take their turn before it. A lane that shares only
-        some of its tiers counts in proportion.
+        By the order of service: the tickets of higher priority, and in its own as many as take their
+        turn before it, over the rate that what arrives with higher priority, and the aged of lower
+        priority, leave. Or by age, if that is sooner: its own priority's tickets over the share that
+        goes to the aged. A lane that shares only some of its tiers counts in proportion.
         """
         known = [rates_per_s[tier] if tier < len(rates_per_s) else None for tier in ticket.tiers]
         rate = sum(value for value in known if value is not None)
         if rate <= 0.0 or any(value is None for value in known):
             return None
-        ahead = 0.0
-        higher_per_s = 0.0
         band = ticket.band
-        mine = 0.0
+        higher = same = higher_per_s = 0.0
         for lane in self._lanes.values():
             part = _overlap(lane.tiers, ticket.tiers, rates_per_s)
             if part:
-                ahead += part * sum(row.live for row in lane.rows[:band])
-                mine += part * lane.rows[band].live
+                higher += part * sum(row.live for row in lane.rows[:band])
+                same += part * lane.rows[band].live
         for tiers, arrivals in self._arrivals.items():
             part = _overlap(tiers, ticket.tiers, rates_per_s)
             if part:
                 higher_per_s += part * sum(kind.per_s(now_s) for kind in arrivals[:band])
-        ahead += min(mine, self._turns_before(ticket))
-        return (ahead + 1.0) / max(rate - higher_per_s, rate * self.settings.aged_ratio)
+        to_aged = self.settings.aged_ratio if any(kind.live for kind in self._bands[band + 1 :]) else 0.0
+        left_per_s = (rate - higher_per_s) * (1.0 - to_aged)
+        ahead = higher + min(same, self._turns_before(ticket))
+        in_turn_s = (ahead + 1.0) / left_per_s if left_per_s > 0.0 else inf
+        aged_per_s = rate * self.settings.aged_ratio / (len(BANDS) - 1)
+        if not band or aged_per_s <= 0.0:
+            return in_turn_s
+        return min(in_turn_s, max(self.settings.age_after_s, (same + 1.0) / aged_per_s))
 
     def _turns_before(self, ticket: Ticket) -> float:
         """Tickets of its own priority that go before it, by turns among its callers."""
@@ -403,36 +426,32 @@ class AdmissionQueue:
         first = line is not None and (not line.heap or ticket.deadline_s < line.heap[0][0])
         return active * (1 if first else caller.count)
 
-    def _note_arrival(self, ticket: Ticket, now_s: float) -> None:
-        arrivals = self._arrivals.get(ticket.tiers)
+    def note_arrival(self, tiers: tuple[int, ...], priority: Priority, now_s: float) -> None:
+        """A request came; what was offered is noted already. Of what starts without waiting, predictions
+        need to know while others wait."""
+        arrivals = self._arrivals.get(tiers)
         if arrivals is None:
             if len(self._arrivals) >= 64:  # Client-made lists of models: forget rather than grow.
                 self._arrivals.clear()
-            arrivals = self._arrivals[ticket.tiers] = tuple(_Rate() for _ in BANDS)
-        arrivals[ticket.band].add(now_s)
+            arrivals = self._arrivals[tiers] = tuple(_Rate() for _ in BANDS)
+        arrivals[_BAND_OF[priority]].add(now_s)
 
     def _bounded(self, wait_s: float) -> float:
         return min(max(wait_s, self.settings.retry_after_min_s), self.settings.retry_after_max_s)
 
     # The order.
 
-    def _first(self, runnable: list[tuple[_Lane, list[bool]]]) -> Ticket:
+    def _first(self, runnable: list[tuple[_Row, int]]) -> Ticket:
         """By priority, turn and deadline."""
-        for band in range(len(BANDS)):
-            best: tuple[float, float, int, int, _Line] | None = None
-            for lane, bands in runnable:
-                if bands[band]:
-                    head = self._head(lane.rows[band], self._bands[band])
-                    if head is not None and (best is None or head[:3] < best[:3]):
-                        best = head
-            if best is not None:
-                return best[4].heap[0][2]
-        raise AssertionError("a lane that can run has a ticket")  # pragma: no cover
+        highest = min(band for _, band in runnable)
+        heads = [self._head(row, self._bands[band]) for row, band in runnable if band == highest]
+        return min(heads)[4].heap[0][2]
 
-    def _head(self, row: _Row, band: _Band) -> tuple[float, float, int, int, _Line] | None:
-        """The row's first entry, after throwing out or renewing those that are no longer true."""
+    def _head(self, row: _Row, band: _Band) -> _Head:
+        """The first entry of a row that is not empty, after throwing out or renewing what is no longer
+        true: a caller that was served in another lane has another tag."""
         heads = row.heads
-        while heads:
+        while True:
             entry = heads[0]
             line = entry[4]
             if entry[3] == line.version:
@@ -442,7 +461,6 @@ class AdmissionQueue:
                 self._announce(row, line, band)
             else:
                 heappop(heads)
-        return None
 
     def _announce(self, row: _Row, line: _Line, band: _Band) -> None:
         """Enters a line with its present first ticket."""
@@ -451,13 +469,6 @@ class AdmissionQueue:
         if line.heap:
             deadline_s, sequence, _ = line.heap[0]
             heappush(row.heads, (band.callers[line.caller].tag, deadline_s, sequence, line.version, line))
-
-    def _oldest(self, lane: _Lane, bands: list[bool]) -> Ticket | None:
-        """The longest waiting ticket of a lane, if its priority can run."""
-        recent = lane.recent
-        while recent and recent[0].state is not TicketState.WAITING:
-            recent.popleft()
-        return recent[0] if recent and bands[recent[0].band] else None
 
     def _charge(self, ticket: Ticket) -> None:
         """Its caller's turn is over."""
@@ -513,7 +524,7 @@ class AdmissionQueue:
         lane.live += 1
         self._live += 1
         band.recount(ticket.caller, caller, 1)
-        lane.recent.append(ticket)
+        row.recent.append(ticket)
         caller.recent.append(ticket)
         heappush(self._deadlines, (ticket.deadline_s, sequence, ticket))
         if line.heap[0][1] == sequence:
@@ -542,8 +553,8 @@ class AdmissionQueue:
             _compact_heap(line.heap)
         if not lane.live:
             del self._lanes[lane.key]
-        elif len(lane.recent) > 2 * lane.live + 8:
-            lane.recent = _compacted(lane.recent)
+        if len(row.recent) > 2 * row.live + 8:
+            row.recent = _compacted(row.recent)
         if len(row.heads) > 4 * len(row.lines) + 16:
             row.heads = [entry for entry in row.heads if entry[3] == entry[4].version]
             heapify(row.heads)

@@ -92,8 +92,13 @@ class Dispatcher:
         ``arrived_s``, and the ``route`` of before so that it is not scored twice."""
         if route is None:
             route = resolve(request, self.table, score)
-        decision = place(route, request, self.fleet, now_s, pick)
+        fleet = self.fleet
+        if request.priority is Priority.HIGH:
+            fleet.high_seen_s = now_s
+        decision = place(route, request, fleet, now_s, pick)
         if decision.load is not None and deadline_s > now_s:
+            if self.queue:
+                self.queue.note_arrival(route.order, request.priority, now_s)
             return Started(decision, decision.load.begin(now_s))
         if decision.outcome is Outcome.REJECT:
             return Refused(decision, None)
@@ -108,7 +113,9 @@ class Dispatcher:
             cost=cost,
             payload=Waiting(request, route, payload),
         )
-        answer = self.queue.offer(ticket, now_s, [pool.rate_per_s for pool in self.fleet.pools])
+        answer = self.queue.offer(
+            ticket, now_s, [pool.rate_per_s(request.priority) for pool in self.fleet.pools]
+        )
         if isinstance(answer, Rejected):
             return Refused(decision, answer)
         return Held(decision, ticket, answer)
@@ -130,7 +137,9 @@ class Dispatcher:
         while (ticket := queue.next(now_s, can_run)) is not None:
             waiting: Waiting = ticket.payload
             pick += 1
-            decision = place(waiting.route, waiting.request, self.fleet, now_s, pick)
+            # The queue has decided that it goes: what is kept for high priority is no longer the question.
+            request = waiting.request._replace(priority=Priority.HIGH)
+            decision = place(waiting.route, request, self.fleet, now_s, pick)
             assert decision.load is not None
             started.append(Started(decision, decision.load.begin(now_s), ticket))
         return started

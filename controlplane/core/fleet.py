@@ -15,7 +15,7 @@ from typing import Final
 from zlib import crc32
 
 from controlplane.core.breaker import Breaker, BreakerSettings
-from controlplane.core.domain import ClusterSnapshot, Endpoint, EndpointState
+from controlplane.core.domain import ClusterSnapshot, Endpoint, EndpointState, Priority
 from controlplane.core.tiers import TierTable, api_bits
 
 _ALPHA: Final = 0.2
@@ -36,8 +36,11 @@ class FleetSettings:
     silent_after_s: float = 2.0
     """An endpoint that owes first tokens and gave no sign of life for this long, and for four times its
     usual time to first token, is suspected of being half-alive."""
-    reserved_ratio: float = 0.0
-    """Share of a tier's slots that only high priority may take."""
+    reserved_ratio: float = 0.1
+    """Share of a tier's slots that only high priority may take, while there is any: without a free slot
+    a high request waits until one of the others' is done."""
+    reserve_memory_s: float = 30.0
+    """So long after the last high request nothing is kept free any more."""
     breaker: BreakerSettings = field(default_factory=BreakerSettings)
 
 
@@ -252,7 +255,7 @@ class TierPool:
         self.limit = 0
         """What this gateway may have in flight on ready endpoints."""
         self.open_limit = 0
-        """The part of it that low and normal priority may fill."""
+        """The part of it that low and normal priority may fill while there is high priority."""
         self.api_bits = 0
         """The APIs that its endpoints ever had; 0: none was ever seen, nothing is known."""
         self.ttft_s: float | None = None
@@ -264,21 +267,21 @@ class TierPool:
         """In flight over the limit; 1 if there is no limit to fill."""
         return self.in_flight / self.limit if self.limit else 1.0
 
-    @property
-    def rate_per_s(self) -> float | None:
-        """How many requests a second it finishes when all slots are taken (Little's law: slots over the
-        time each is held); None: unknown. Counting what it really finished would take an idle tier for
-        a slow one."""
-        if self.held_s is None or not self.limit:
+    def rate_per_s(self, priority: Priority) -> float | None:
+        """How many requests of ``priority`` a second it finishes when all slots open to them are taken
+        (Little's law: slots over the time each is held); None: unknown. Counting what it really finished
+        would take an idle tier for a slow one."""
+        slots = self.limit if priority is Priority.HIGH else self.open_limit
+        if self.held_s is None or not slots:
             return None
-        return self.limit / max(self.held_s, 1e-6)
+        return slots / max(self.held_s, 1e-6)
 
     def recount(self, reserved_ratio: float) -> None:
         """Sums up what its ready endpoints have."""
         ready = [load for load in self.loads if load.ready]
         self.in_flight = sum(load.in_flight for load in ready)
         self.limit = sum(load.limit for load in ready)
-        reserved = int(self.limit * reserved_ratio)
+        reserved = int(self.limit * reserved_ratio + 0.5)
         self.open_limit = self.limit - reserved
         for load in self.loads:
             self.api_bits |= load.api_bits
@@ -287,7 +290,7 @@ class TierPool:
 class Fleet:
     """All tiers' endpoints, as one gateway sees them."""
 
-    __slots__ = ("by_endpoint_id", "pools", "seat", "settings", "table")
+    __slots__ = ("by_endpoint_id", "high_seen_s", "pools", "seat", "settings", "table")
 
     def __init__(self, table: TierTable, settings: FleetSettings | None = None) -> None:
         self.table = table
@@ -295,12 +298,14 @@ class Fleet:
         self.pools = tuple(TierPool(rank, policy.name) for rank, policy in enumerate(table.policies))
         self.by_endpoint_id: dict[str, EndpointLoad] = {}
         self.seat: Seat | None = None
+        self.high_seen_s = -inf
+        """When the last request of high priority came."""
 
     def apply(
         self,
         endpoints: Iterable[Endpoint],
         *,
-        seat: Seat = Seat(),  # noqa: B008 (immutable)
+        seat: Seat = Seat(),
         others_in_flight: Mapping[str, int] | None = None,
     ) -> bool:
         """Takes a snapshot's endpoints. What is no longer there is forgotten, a new generation starts
@@ -352,6 +357,10 @@ class Fleet:
                 for endpoint_id, count in gateway.in_flight_by_endpoint:
                     others[endpoint_id] = others.get(endpoint_id, 0) + count
         return self.apply(snapshot.endpoints, seat=self.seat, others_in_flight=others)
+
+    def reserves(self, now_s: float) -> bool:
+        """Are slots kept for high priority at present?"""
+        return now_s - self.high_seen_s < self.settings.reserve_memory_s
 
     def next_probe_s(self, now_s: float) -> float:
         """When the next open breaker lets a request through; infinity: none is open."""

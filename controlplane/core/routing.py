@@ -92,7 +92,7 @@ def place(route: Route, request: RouteRequest, fleet: Fleet, now_s: float, pick:
         route = _for_embeddings(route, fleet)
     pools = fleet.pools
     for rank, reason in zip(route.order, route.reasons, strict=True):
-        fit = _fit(pools[rank], request, needs, now_s)
+        fit = _fit(pools[rank], request, fleet, now_s)
         if fit:
             key = request.session_key if request.session_key is not None else request.prefix_key
             load = better_of_two(fit, now_s, fleet.settings, pick, key)
@@ -105,10 +105,16 @@ def has_room(route: Route, request: RouteRequest, fleet: Fleet, now_s: float) ->
     return place(route, request, fleet, now_s, 0).outcome is not Outcome.QUEUE
 
 
-def _fit(pool: TierPool, request: RouteRequest, needs: int, now_s: float) -> list[EndpointLoad]:
+def _kept(pool: TierPool, request: RouteRequest, fleet: Fleet, now_s: float) -> bool:
+    """Are its last free slots kept for more important requests?"""
+    return pool.in_flight >= pool.open_limit and request.priority is not _HIGH and fleet.reserves(now_s)
+
+
+def _fit(pool: TierPool, request: RouteRequest, fleet: Fleet, now_s: float) -> list[EndpointLoad]:
     """The filters. :func:`_left_out` says the same in words; a test holds the two together."""
-    if pool.in_flight >= pool.open_limit and (request.priority is not _HIGH or pool.in_flight >= pool.limit):
+    if pool.in_flight >= pool.open_limit and _kept(pool, request, fleet, now_s):
         return []
+    needs = API_BITS[request.api]
     exclude = request.exclude
     return [
         load
@@ -121,11 +127,11 @@ def _fit(pool: TierPool, request: RouteRequest, needs: int, now_s: float) -> lis
     ]
 
 
-def _left_out(load: EndpointLoad, request: RouteRequest, needs: int, now_s: float) -> Iterator[str]:
+def _left_out(load: EndpointLoad, request: RouteRequest, fleet: Fleet, now_s: float) -> Iterator[str]:
     if not load.ready:
         phase = f" ({load.endpoint.phase})" if load.endpoint.phase else ""
         yield f"{load.endpoint.state}{phase}"
-    if not load.api_bits & needs:
+    if not load.api_bits & API_BITS[request.api]:
         yield f"does not serve {request.api}"
     if now_s < load.breaker.blocked_until_s:
         yield f"breaker {load.breaker.state} for {load.breaker.blocked_until_s - now_s:.1f} s"
@@ -134,12 +140,7 @@ def _left_out(load: EndpointLoad, request: RouteRequest, needs: int, now_s: floa
     pool = load.pool
     if load.in_flight >= load.limit:
         yield f"at its limit: {load.in_flight} of {load.limit} in flight"
-    elif (
-        pool is not None
-        and load.ready
-        and request.priority is not _HIGH
-        and pool.in_flight >= pool.open_limit
-    ):
+    elif pool is not None and _kept(pool, request, fleet, now_s):
         yield f"its last {pool.limit - pool.open_limit} slots are kept for high priority"
 
 
@@ -180,7 +181,7 @@ def _elsewhere(route: Route, request: RouteRequest, fleet: Fleet, now_s: float, 
         pool = pools[rank]
         if chosen is not None and (down or pool.load_ratio >= chosen.load_ratio):
             continue
-        fit = _fit(pool, request, needs, now_s)
+        fit = _fit(pool, request, fleet, now_s)
         if fit:
             best, chosen = fit, pool
             if down:
@@ -265,11 +266,11 @@ def explain(
     key = request.session_key if request.session_key is not None else request.prefix_key
     candidates: list[Candidate] = []
     for pool in fleet.pools:
-        fit = _fit(pool, request, needs, now_s)
+        fit = _fit(pool, request, fleet, now_s)
         homed = fit[home(fit, key)] if fit and key is not None else None
         barred = _tier_left_out(pool.rank, asked, table)
         for load in pool.loads:
-            why = tuple(reason for reason in (barred, *_left_out(load, request, needs, now_s)) if reason)
+            why = tuple(reason for reason in (barred, *_left_out(load, request, fleet, now_s)) if reason)
             at_home = load is homed
             candidates.append(
                 Candidate(
