@@ -1,0 +1,158 @@
+"""Scrapes engines' Prometheus metrics into engine samples.
+
+Each engine says what its metrics are called (``MetricNames``); only those lines of the answer are parsed.
+A scrape never raises and is bounded in time and size: a sample without readings says why in ``error``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Final
+
+import aiohttp
+from prometheus_client.parser import text_string_to_metric_families
+
+from controlplane.core.samples import EngineSample, Histogram
+from controlplane.core.signals import COUNTERS, GAUGES, HISTOGRAMS
+
+_CHUNK_BYTES: Final = 65536
+_LARGEST: Final = frozenset({"kv_usage_ratio"})
+"""Gauges of which several series (one per data-parallel rank) make their largest, not their sum."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScrapeTarget:
+    """Where one engine's metrics are and what they are called."""
+
+    endpoint_id: str
+    generation: int
+    url: str
+    """The whole address of the metrics page."""
+    names: Mapping[str, str]
+    """Signal name → the engine's own name; ``dataclasses.asdict(engine.metric_names)``. Empty: not there."""
+    secret: str = field(default="", repr=False)
+
+
+class EngineScraper:
+    """Scrapes in the event loop that enters it."""
+
+    def __init__(
+        self, *, timeout_s: float = 2.0, max_bytes: int = 4 * 1024 * 1024, concurrency: int = 32
+    ) -> None:
+        self._timeout = aiohttp.ClientTimeout(total=timeout_s)
+        self._max_bytes = max_bytes
+        self._gate = asyncio.Semaphore(concurrency)
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> EngineScraper:
+        self._session = aiohttp.ClientSession(timeout=self._timeout, trust_env=False)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def scrape_all(self, targets: Iterable[ScrapeTarget]) -> list[EngineSample]:
+        """One sample per target, in their order."""
+        return list(await asyncio.gather(*(self.scrape(target) for target in targets)))
+
+    async def scrape(self, target: ScrapeTarget) -> EngineSample:
+        """The target's sample; never raises."""
+        async with self._gate:
+            began_s = time.perf_counter()
+            text, error = await self._fetch(target)
+            if not error:
+                try:
+                    return parse(target, text, time.time(), time.perf_counter() - began_s)
+                except (ValueError, KeyError) as problem:
+                    error = f"{target.url} is no Prometheus text: {problem}"
+            return EngineSample(
+                target.endpoint_id, target.generation, time.time(), time.perf_counter() - began_s, error
+            )
+
+    async def _fetch(self, target: ScrapeTarget) -> tuple[str, str]:
+        """The page, and why there is none."""
+        if self._session is None:
+            raise RuntimeError("EngineScraper is used as 'async with EngineScraper() as scraper'")
+        headers = {"Authorization": f"Bearer {target.secret}"} if target.secret else {}
+        try:
+            # a redirect would take the secret elsewhere
+            async with self._session.get(target.url, headers=headers, allow_redirects=False) as answer:
+                if answer.status != 200:
+                    return "", f"{target.url} answered {answer.status}"
+                page = bytearray()
+                async for chunk in answer.content.iter_chunked(_CHUNK_BYTES):
+                    page += chunk
+                    if len(page) > self._max_bytes:
+                        return "", f"{target.url} sent more than {self._max_bytes} bytes"
+                return page.decode("utf-8"), ""
+        except TimeoutError:
+            return "", f"{target.url} did not answer within {self._timeout.total} s"
+        except (aiohttp.ClientError, OSError, ValueError) as problem:
+            return "", f"{target.url}: {problem}"
+
+
+def parse(target: ScrapeTarget, text: str, unix_s: float, scrape_s: float) -> EngineSample:
+    """Reads the target's metrics out of a page; ValueError if it is no Prometheus text.
+
+    Series that differ in labels only (ranks, finish reasons, models of one process) are added up, except
+    that of ``kv_usage_ratio`` the largest counts. Values that are no number are left out.
+    """
+    wanted = {name: signal for signal, name in target.names.items() if name}
+    series: dict[str, list[tuple[Mapping[str, str], float]]] = {}
+    for family in text_string_to_metric_families(_only(text, tuple(wanted))):
+        for sample in family.samples:
+            if not math.isnan(sample.value):
+                series.setdefault(sample.name, []).append((sample.labels, sample.value))
+    gauges, counters, histograms = [], [], []
+    for name, signal in wanted.items():
+        if signal in HISTOGRAMS:
+            histogram = _histogram(series.get(f"{name}_bucket", []), series.get(f"{name}_sum", []))
+            if histogram is not None:
+                histograms.append((signal, histogram))
+            continue
+        values = [value for _, value in series.get(name, ())]
+        if not values:
+            continue
+        if signal in GAUGES:
+            gauges.append((signal, max(values) if signal in _LARGEST else math.fsum(values)))
+        elif signal in COUNTERS:
+            counters.append((signal, math.fsum(values)))
+    nothing = wanted and not gauges and not counters and not histograms
+    return EngineSample(
+        endpoint_id=target.endpoint_id,
+        generation=target.generation,
+        unix_s=unix_s,
+        scrape_s=scrape_s,
+        error=f"{target.url} has none of the engine's metrics" if nothing else "",
+        gauges=tuple(gauges),
+        counters=tuple(counters),
+        histograms=tuple(histograms),
+    )
+
+
+def _only(text: str, names: tuple[str, ...]) -> str:
+    """The lines about ``names``: the parser takes longer for a line than this for a page."""
+    if not names:
+        return ""
+    return "\n".join(line for line in text.splitlines() if line.startswith(names)) + "\n"
+
+
+def _histogram(
+    buckets: list[tuple[Mapping[str, str], float]], sums: list[tuple[Mapping[str, str], float]]
+) -> Histogram | None:
+    counts: dict[float, float] = {}
+    for labels, value in buckets:
+        bound = float(labels["le"])
+        counts[bound] = counts.get(bound, 0.0) + value
+    if math.inf not in counts:
+        return None
+    bounds = tuple(sorted(counts))
+    return Histogram(bounds, tuple(counts[bound] for bound in bounds), math.fsum(value for _, value in sums))

@@ -1,0 +1,236 @@
+"""What the control plane knows of engines, GPUs and nodes right now, from their samples.
+
+One object per endpoint or node takes samples in and gives signals out; both are bounded. Signals of a GPU
+or an engine that stopped reporting grow stale and then missing, whatever they were before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from controlplane.core.samples import (
+    Absence,
+    EngineSample,
+    GpuSample,
+    Missing,
+    NodeSample,
+    Reading,
+)
+from controlplane.core.telemetry import (
+    DEFAULT_LIMITS,
+    CounterSeries,
+    Freshness,
+    GaugeSeries,
+    HistogramSeries,
+    Limits,
+    Signal,
+    missing,
+)
+
+GAUGES = ("running", "waiting", "kv_usage_ratio")
+COUNTERS = (
+    *("generation_tokens_total", "prompt_tokens_total", "preemptions_total"),
+    *("prefix_hits_total", "prefix_queries_total", "success_total"),
+)
+HISTOGRAMS = ("ttft_seconds", "itl_seconds", "e2e_seconds", "queue_seconds")
+"""Together: what an engine may offer, by the names of ``controlplane.engines.base.MetricNames``."""
+
+_NOT_OFFERED = Missing(Absence.NOT_SUPPORTED, "the engine does not offer it")
+
+
+@dataclass(frozen=True, slots=True)
+class Percentiles:
+    """Of one latency over the window, in seconds."""
+
+    p50: Signal
+    p95: Signal
+    p99: Signal
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSignals:
+    """One engine process now."""
+
+    running: Signal
+    waiting: Signal
+    kv_usage_ratio: Signal
+    generation_tokens_per_s: Signal
+    prompt_tokens_per_s: Signal
+    preemptions_per_s: Signal
+    completions_per_s: Signal
+    prefix_hit_ratio: Signal
+    ttft: Percentiles
+    itl: Percentiles
+    e2e: Percentiles
+    queue: Percentiles
+
+
+class EngineTelemetry:
+    """The recent past of one endpoint."""
+
+    def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
+        self._limits = limits
+        self._generation = 0
+        self._clear()
+
+    def observe(self, sample: EngineSample, at_s: float) -> None:
+        """Takes in a scrape. A new generation is a new process: nothing of the old one is left."""
+        if sample.generation < self._generation:
+            return
+        if sample.generation > self._generation:
+            self._generation = sample.generation
+            self._clear()
+        failed = Missing(Absence.ERROR, sample.error) if sample.error else _NOT_OFFERED
+        gauges, counters, histograms = dict(sample.gauges), dict(sample.counters), dict(sample.histograms)
+        for name, gauge in self._gauges.items():
+            gauge.observe(at_s, gauges.get(name, failed))
+        for name, counter in self._counters.items():
+            counter.observe(at_s, counters.get(name, failed))
+        for name, histogram in self._histograms.items():
+            histogram.observe(at_s, histograms.get(name, failed))
+
+    def signals(self, now_s: float) -> EngineSignals:
+        """Everything about the engine at ``now_s``."""
+        rates = {name: counter.rate(now_s) for name, counter in self._counters.items()}
+        latencies = {
+            name: Percentiles(*(series.percentile(q, now_s) for q in (0.5, 0.95, 0.99)))
+            for name, series in self._histograms.items()
+        }
+        return EngineSignals(
+            running=self._gauges["running"].latest(now_s),
+            waiting=self._gauges["waiting"].latest(now_s),
+            kv_usage_ratio=self._gauges["kv_usage_ratio"].latest(now_s),
+            generation_tokens_per_s=rates["generation_tokens_total"],
+            prompt_tokens_per_s=rates["prompt_tokens_total"],
+            preemptions_per_s=rates["preemptions_total"],
+            completions_per_s=rates["success_total"],
+            prefix_hit_ratio=ratio(
+                self._counters["prefix_hits_total"].increase(now_s),
+                self._counters["prefix_queries_total"].increase(now_s),
+            ),
+            ttft=latencies["ttft_seconds"],
+            itl=latencies["itl_seconds"],
+            e2e=latencies["e2e_seconds"],
+            queue=latencies["queue_seconds"],
+        )
+
+    def _clear(self) -> None:
+        self._gauges = {name: GaugeSeries(self._limits) for name in GAUGES}
+        self._counters = {name: CounterSeries(self._limits) for name in COUNTERS}
+        self._histograms = {name: HistogramSeries(self._limits) for name in HISTOGRAMS}
+
+
+def ratio(part: Signal, whole: Signal) -> Signal:
+    """``part`` of ``whole``, as fresh as the staler of them; MISSING where the whole is nothing."""
+    for signal in (part, whole):
+        if signal.freshness is Freshness.MISSING:
+            return signal
+    if part.value is None or not whole.value:
+        return missing("nothing to take a share of in the window", whole.age_s)
+    staler = max((part, whole), key=lambda signal: signal.age_s or 0.0)
+    return Signal(staler.freshness, part.value / whole.value, staler.age_s, staler.reason)
+
+
+@dataclass(frozen=True, slots=True)
+class GpuSignals:
+    """One GPU now; ratios are averaged over the half-life, the rest is the newest value."""
+
+    gpu_ratio: Signal
+    memory_used_ratio: Signal
+    memory_free_bytes: Signal
+    temperature_c: Signal
+    power_w: Signal
+
+
+class GpuTelemetry:
+    """The recent past of one GPU."""
+
+    def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
+        self._gpu = GaugeSeries(limits)
+        self._used = GaugeSeries(limits)
+        self._free = GaugeSeries(limits)
+        self._temperature = GaugeSeries(limits)
+        self._power = GaugeSeries(limits)
+
+    def observe(self, sample: GpuSample, at_s: float) -> None:
+        """Takes in a sample."""
+        self._gpu.observe(at_s, sample.gpu_ratio)
+        self._used.observe(at_s, _used_ratio(sample))
+        self._free.observe(at_s, sample.memory_free_bytes)
+        self._temperature.observe(at_s, sample.temperature_c)
+        self._power.observe(at_s, sample.power_w)
+
+    def signals(self, now_s: float) -> GpuSignals:
+        """Everything about the GPU at ``now_s``."""
+        return GpuSignals(
+            gpu_ratio=self._gpu.average(now_s),
+            memory_used_ratio=self._used.latest(now_s),
+            memory_free_bytes=self._free.latest(now_s),
+            temperature_c=self._temperature.latest(now_s),
+            power_w=self._power.latest(now_s),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSignals:
+    """One node now."""
+
+    cpu_ratio: Signal
+    memory_available_bytes: Signal
+    disk_free_bytes: Signal
+
+
+class NodeTelemetry:
+    """The recent past of one node and its GPUs."""
+
+    def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
+        self._limits = limits
+        self._cpu = GaugeSeries(limits)
+        self._memory = GaugeSeries(limits)
+        self._disk = GaugeSeries(limits)
+        self.gpus: dict[str, GpuTelemetry] = {}
+        """By UUID; those that the agent's last sample names."""
+        self.latest: NodeSample | None = None
+        self.latest_s: float | None = None
+        """When the newest sample was taken, by the caller's clock."""
+
+    def observe(self, samples: Iterable[NodeSample], received_s: float) -> tuple[NodeSample, ...]:
+        """Takes in what an agent sent at ``received_s``; answers what of it was new.
+
+        The newest sample counts as taken when it arrived, the others as much earlier as the agent's own
+        clock says: the clocks of two machines are never compared.
+        """
+        new = sorted((sample for sample in samples if self._is_new(sample)), key=lambda sample: sample.seq)
+        for sample in new:
+            at_s = received_s - max(0.0, new[-1].unix_s - sample.unix_s)
+            self._cpu.observe(at_s, sample.cpu_ratio)
+            self._memory.observe(at_s, sample.memory_available_bytes)
+            self._disk.observe(at_s, sample.disk_free_bytes)
+            known = {gpu.info.uuid: gpu for gpu in sample.gpus if gpu.info.uuid}
+            for uuid, gpu in known.items():
+                if uuid not in self.gpus:
+                    self.gpus[uuid] = GpuTelemetry(self._limits)
+                self.gpus[uuid].observe(gpu, at_s)
+            for uuid in self.gpus.keys() - known.keys():
+                del self.gpus[uuid]
+        if new:
+            self.latest, self.latest_s = new[-1], received_s
+        return tuple(new)
+
+    def signals(self, now_s: float) -> NodeSignals:
+        """The node at ``now_s``."""
+        return NodeSignals(self._cpu.latest(now_s), self._memory.latest(now_s), self._disk.latest(now_s))
+
+    def _is_new(self, sample: NodeSample) -> bool:
+        last = self.latest
+        return last is None or sample.epoch != last.epoch or sample.seq > last.seq
+
+
+def _used_ratio(sample: GpuSample) -> Reading[float]:
+    used, total = sample.memory_used_bytes, sample.memory_total_bytes
+    if isinstance(used, Missing):
+        return used
+    if isinstance(total, Missing):
+        return total
+    return used / total if total else Missing(Absence.ERROR, "the GPU says that it has no memory")
