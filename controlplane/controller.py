@@ -22,7 +22,8 @@ from controlplane.errors import IllegalTransition
 MISSED_REPORTS = 5
 """So many missed reports and an endpoint or a gateway counts as gone."""
 WARMING_REPORTS = 3
-"""A new controller's snapshots are incomplete for so many report intervals."""
+"""A new controller's snapshots count as incomplete for so many report intervals after it first hears of
+anybody: a process that has started may not be reachable at once."""
 FAILED_KEPT_S = 600.0
 """An endpoint that failed is shown for so long after it was last heard of, for its diagnosis."""
 KEPT_EVENTS = 500
@@ -45,8 +46,8 @@ class Controller:
         self._now_s = now_s
         self._unix_s = unix_s
         self._version = 1
-        self._started_s = now_s()
-        self._looked_s = self._started_s
+        self._looked_s = now_s()
+        self._first_heard_s: float | None = None
         self._warming = True
         self._tiers: tuple[TierSpec, ...] = ()
         self._endpoints: dict[str, Endpoint] = {}
@@ -56,7 +57,7 @@ class Controller:
         self._draining: dict[str, int] = {}
         self._events: deque[Event] = deque(maxlen=KEPT_EVENTS)
         self._noted = 0
-        self._empty_since_s: float | None = self._started_s
+        self._empty_since_s: float | None = self._looked_s
         self._note("started", "controller", f"epoch {epoch}")
 
     @property
@@ -71,7 +72,7 @@ class Controller:
 
     @property
     def tiers(self) -> tuple[TierSpec, ...]:
-        """What the configuration asks for, as the last gateway to start has it."""
+        """What the configuration asks for, as the last gateway to become known has it."""
         return self._tiers
 
     @property
@@ -125,14 +126,15 @@ class Controller:
             self._changed()
         self._drop(endpoint_id, "deregistered", reason)
 
-    def gateway_report(self, info: GatewayInfo) -> None:
-        """Take a gateway's state in; an unknown gateway becomes known by it."""
+    def gateway_report(self, info: GatewayInfo) -> bool:
+        """Take a gateway's state in; an unknown one becomes known by it, and is told so by False."""
         new = info.gateway_id not in self._gateways
         self._heard(info.gateway_id)
         self._gateways[info.gateway_id] = replace(info, seen_unix_s=self._unix_s())
         if new:
             self._note("gateway", info.gateway_id, f"answers on {info.url or 'the ingress only'}")
             self._changed()
+        return not new
 
     def gateway_gone(self, gateway_id: str, reason: str) -> None:
         """Forget a gateway that leaves on purpose."""
@@ -160,7 +162,8 @@ class Controller:
                 reason = f"not heard of for {now_s - heard_s:.1f} s"
                 self._drop(key, "dropped", reason)
                 self.gateway_gone(key, reason)
-        if self._warming and now_s - self._started_s >= WARMING_REPORTS * self._heartbeat_s:
+        first_s = self._first_heard_s
+        if self._warming and first_s is not None and now_s - first_s >= WARMING_REPORTS * self._heartbeat_s:
             self._warming = False
             self._gone.clear()
             self._changed()
@@ -209,6 +212,8 @@ class Controller:
 
     def _heard(self, key: str) -> None:
         self._heard_s[key] = self._now_s()
+        if self._first_heard_s is None:
+            self._first_heard_s = self._now_s()
         self._empty_since_s = None
 
     def _put(self, endpoint: Endpoint) -> None:

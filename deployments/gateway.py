@@ -51,10 +51,13 @@ class GatewayReplica:
         )
         self._gateway = Gateway(config, self._id)
         await self._gateway.start(config.gateway.host, config.gateway.port or None)
-        self._link = ControllerLink(config)
+        self._link = ControllerLink(config.controller)
+        self._hurry = asyncio.Event()
         self._tasks = Background(
             pull_snapshots(self._link, self._apply),
-            report_gateway(self._link, self._info, self._report_interval_s),
+            report_gateway(
+                self._link, config, self._info, interval_s=self._report_interval_s, hurry=self._hurry
+            ),
         )
         log.info("gateway started", url=self._info().url)
 
@@ -75,6 +78,8 @@ class GatewayReplica:
     def _apply(self, snapshot: ClusterSnapshot) -> None:
         self._snapshot = snapshot
         self._gateway.apply(snapshot)
+        if self._drains():
+            self._hurry.set()
 
     def _info(self) -> GatewayInfo:
         known = self._snapshot
@@ -82,10 +87,11 @@ class GatewayReplica:
         return replace(self._gateway.info(), node_id=self._node_id, snapshot=seen)
 
     def _report_interval_s(self) -> float:
+        return DRAINING_REPORT_S if self._drains() else self._config.controller.heartbeat_s
+
+    def _drains(self) -> bool:
         endpoints = self._snapshot.endpoints if self._snapshot else ()
-        if any(endpoint.state == EndpointState.DRAINING for endpoint in endpoints):
-            return DRAINING_REPORT_S
-        return self._config.controller.heartbeat_s
+        return any(endpoint.state == EndpointState.DRAINING for endpoint in endpoints)
 
 
 def gateway_application(config: PlaneConfig, *tiers: serve.Application) -> serve.Application:

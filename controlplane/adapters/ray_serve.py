@@ -8,6 +8,7 @@ below as background tasks, which wait, try again and go on with what they know w
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import time
 from collections.abc import Awaitable, Callable
@@ -91,10 +92,11 @@ class ControllerActor:
         self._controller.deregister(endpoint_id, reason)
         self._wake()
 
-    async def gateway_report(self, info: GatewayInfo) -> None:
+    async def gateway_report(self, info: GatewayInfo) -> bool:
         """See :meth:`Controller.gateway_report`."""
-        self._controller.gateway_report(info)
+        known = self._controller.gateway_report(info)
         self._wake()
+        return known
 
     async def gateway_gone(self, gateway_id: str, reason: str) -> None:
         """See :meth:`Controller.gateway_gone`."""
@@ -168,7 +170,7 @@ def find_controller(namespace: str) -> Any | None:
 class ControllerLink:
     """Calls to the controller from one event loop: finds or creates it, and finds it again."""
 
-    def __init__(self, config: PlaneConfig) -> None:
+    def __init__(self, config: ControllerConfig) -> None:
         self._config = config
         self._handle: Any | None = None
 
@@ -177,8 +179,7 @@ class ControllerLink:
         try:
             if self._handle is None:
                 # Looking an actor up asks Ray's head and blocks while that is away.
-                self._handle = await asyncio.to_thread(get_or_create_controller, self._config.controller)
-                await self.call("declare", tier_specs(self._config), self._config.controller.heartbeat_s)
+                self._handle = await asyncio.to_thread(get_or_create_controller, self._config)
             return await asyncio.wait_for(_result(getattr(self._handle, method).remote(*args)), timeout_s)
         except ActorDiedError as error:
             self._handle = None
@@ -223,10 +224,8 @@ class EndpointReporter:
         while True:
             self._changed.clear()
             await _patiently("report", self._report)
-            try:
+            with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), self._heartbeat_s)
-            except TimeoutError:
-                continue
 
     async def flush(self) -> None:
         """Report now, unless the controller is away."""
@@ -241,16 +240,27 @@ class EndpointReporter:
 
 
 async def report_gateway(
-    link: ControllerLink, info: Callable[[], GatewayInfo], interval_s: Callable[[], float]
+    link: ControllerLink,
+    config: PlaneConfig,
+    info: Callable[[], GatewayInfo],
+    *,
+    interval_s: Callable[[], float],
+    hurry: asyncio.Event,
 ) -> NoReturn:
-    """Report a gateway's load until cancelled; ``interval_s`` says how long to wait each time."""
+    """Report a gateway's load until cancelled, every ``interval_s`` and whenever ``hurry`` is set.
+
+    To a controller that does not know the gateway it also says what the configuration asks for.
+    """
 
     async def report() -> None:
-        await link.call("gateway_report", info())
+        hurry.clear()
+        if not await link.call("gateway_report", info()):
+            await link.call("declare", tier_specs(config), config.controller.heartbeat_s)
 
     while True:
         await _patiently("gateway_report", report)
-        await asyncio.sleep(interval_s())
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(hurry.wait(), interval_s())
 
 
 async def pull_snapshots(link: ControllerLink, apply: Callable[[ClusterSnapshot], None]) -> NoReturn:

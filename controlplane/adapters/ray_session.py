@@ -158,7 +158,7 @@ def start(record: RunRecord, *, dashboard: bool) -> RunRecord:
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head"),
         *("--port", str(port), "--node-ip-address", "127.0.0.1"),
         *("--min-worker-port", "0", "--max-worker-port", "0"),
-        *("--ray-client-server-port", "0", "--dashboard-agent-listen-port", "0"),
+        *("--ray-client-server-port", str(free_port()), "--dashboard-agent-listen-port", "0"),
         *("--object-store-memory", str(OBJECT_STORE_BYTES), "--disable-usage-stats"),
         *("--include-dashboard", str(dashboard).lower(), "--include-log-monitor", "false"),
         *("--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard_port)),
@@ -205,7 +205,7 @@ def processes(plane_id: str) -> list[psutil.Process]:
     return [process for process in found.values() if _alive(process)]
 
 
-def stop(record: RunRecord, *, grace_s: float = 8.0) -> int:
+def stop(record: RunRecord, *, grace_s: float = 3.0) -> int:
     """Stop every process of the plane, keep Ray's last logs, remove its folder; how many were stopped.
 
     Raises SetupError if one can't be stopped.

@@ -67,9 +67,9 @@ def test_the_version_grows_with_changes_only() -> None:
 
 def test_gateway_load_is_no_change_but_coming_and_going_is() -> None:
     controller, _ = make()
-    controller.gateway_report(GatewayInfo("g1", "n1", "http://127.0.0.1:8080"))
+    assert not controller.gateway_report(GatewayInfo("g1", "n1", "http://127.0.0.1:8080"))
     version = controller.version
-    controller.gateway_report(GatewayInfo("g1", "n1", "http://127.0.0.1:8080", in_flight=7))
+    assert controller.gateway_report(GatewayInfo("g1", "n1", "http://127.0.0.1:8080", in_flight=7))
     assert controller.version == version
     assert controller.snapshot(secrets=False).gateways[0].in_flight == 7
     controller.gateway_gone("g1", "stopped")
@@ -134,10 +134,14 @@ def test_its_own_standstill_drops_nobody() -> None:
 def test_it_warms_for_a_few_reports_and_says_when_it_is_done() -> None:
     controller, clock = make()
     controller.deregister("balanced-7", "stopped")
+    pass_time(controller, clock, 10 * WARMING_REPORTS * HEARTBEAT_S)
     first = controller.snapshot(secrets=True)
-    assert first.warming
+    assert first.warming, "nobody could reach it yet"
     assert first.gone == ("balanced-7",)
-    pass_time(controller, clock, WARMING_REPORTS * HEARTBEAT_S)
+    controller.gateway_report(GatewayInfo("g1", "n1", ""))
+    pass_time(controller, clock, (WARMING_REPORTS - 1) * HEARTBEAT_S)
+    assert controller.snapshot(secrets=True).warming
+    pass_time(controller, clock, HEARTBEAT_S)
     second = controller.snapshot(secrets=True)
     assert not second.warming
     assert second.gone == ()
