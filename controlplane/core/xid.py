@@ -1,0 +1,94 @@
+"""What an XID (an error number of NVIDIA's driver) says about a GPU.
+
+From NVIDIA's XID catalogue (docs.nvidia.com/deploy/xid-errors, its «resolution buckets») and the
+application errors that NVIDIA's Kubernetes device plugin leaves out of its health check. A number that is
+not listed is watched: it neither passes unseen nor takes a GPU away by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum, StrEnum
+from types import MappingProxyType
+
+
+class Level(IntEnum):
+    """How bad a finding is; the larger, the worse."""
+
+    NOTE = 0
+    """Not the GPU's fault, as far as one can tell."""
+    WATCH = 1
+    """May be the beginning of something: the GPU is suspect."""
+    FATAL = 2
+    """The GPU must not be used."""
+
+
+class Recovery(StrEnum):
+    """What has to be seen before a GPU that was cordoned may return."""
+
+    CLEAR = "clear"
+    """Readings without a finding for the hold time."""
+    RESET = "reset"
+    """That, and a reset of the GPU or a reboot of its node."""
+    OPERATOR = "operator"
+    """A person says so."""
+
+
+@dataclass(frozen=True, slots=True)
+class Xid:
+    """One error number."""
+
+    meaning: str
+    level: Level
+    recovery: Recovery = Recovery.CLEAR
+
+
+def _application(meaning: str) -> Xid:
+    return Xid(meaning, Level.NOTE)
+
+
+def _watch(meaning: str) -> Xid:
+    return Xid(meaning, Level.WATCH)
+
+
+def _fatal(meaning: str) -> Xid:
+    return Xid(meaning, Level.FATAL, Recovery.RESET)
+
+
+XIDS: Mapping[int, Xid] = MappingProxyType(
+    {
+        8: _application("GPU stopped processing"),
+        13: _application("graphics engine exception"),
+        31: _application("GPU memory page fault"),
+        32: _application("invalid or corrupted push buffer stream"),
+        43: _application("GPU stopped processing for one application"),
+        45: _application("preemptive clean-up after an earlier error"),
+        46: _fatal("GPU stopped processing"),
+        48: _fatal("double-bit ECC error"),
+        62: _fatal("internal micro-controller halt"),
+        63: _watch("memory row remapped or page retired"),
+        64: _fatal("memory row could not be remapped"),
+        68: _application("video processor exception"),
+        69: _application("graphics engine class error"),
+        74: _watch("NVLink error"),
+        79: _fatal("GPU has fallen off the bus"),
+        92: _watch("high rate of single-bit ECC errors"),
+        94: _watch("contained memory error"),
+        95: _fatal("uncontained memory error"),
+        109: _watch("context switch time-out"),
+        110: _fatal("security fault"),
+        119: _fatal("GSP firmware does not answer"),
+        120: _fatal("GSP firmware error"),
+        136: _fatal("NVLink training failed"),
+        137: _application("NVLink access without privilege"),
+        140: _fatal("unrecovered ECC error"),
+        143: _fatal("GPU initialisation failed"),
+        154: _watch("the driver asks for another recovery action"),
+    }
+)
+
+
+def classify(code: int) -> Xid:
+    """What the number says; an unknown one is watched."""
+    return XIDS.get(code, Xid("not in the table", Level.WATCH))

@@ -1,0 +1,146 @@
+"""Whatever is seen of a GPU, in whatever order: its life keeps to the table and to the evidence."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from controlplane.core.gpu_findings import GpuRules
+from controlplane.core.gpu_health import MOVES, OUT_OF_USE, GpuHealth, GpuState, assess
+from controlplane.core.samples import (
+    Absence,
+    GpuCondition,
+    GpuEvent,
+    GpuEventKind,
+    GpuInfo,
+    GpuSample,
+    Missing,
+    RecoveryAction,
+    RowRemaps,
+)
+from controlplane.core.xid import XIDS, Level
+
+RULES = GpuRules(hold_initial_s=5, hot_for_s=3, suspect_for_s=5, probation_s=5, evidence_gap_s=4)
+missing = st.builds(Missing, st.sampled_from(Absence), st.just("for a reason"))
+infos = st.builds(
+    GpuInfo,
+    uuid=st.just("GPU-a"),
+    index=st.just(0),
+    slowdown_c=missing | st.integers(0, 100),
+    shutdown_c=missing | st.integers(0, 110),
+    recovery_action=missing | st.sampled_from(RecoveryAction),
+    row_remaps=missing | st.builds(RowRemaps, st.just(1), st.just(1), st.booleans(), st.booleans()),
+)
+samples = st.builds(
+    GpuSample,
+    info=infos | st.just(GpuInfo("GPU-a", 0)),
+    condition=st.sampled_from(GpuCondition),
+    detail=st.just("because"),
+    memory_free_bytes=missing | st.integers(0, 100),
+    temperature_c=missing | st.integers(0, 120),
+    throttle=missing | st.sampled_from([(), ("hw_thermal",), ("idle",)]),
+    ecc_corrected=missing | st.integers(0, 5000),
+    ecc_uncorrected=missing | st.integers(0, 3),
+)
+events = st.builds(
+    GpuEvent,
+    node_id=st.just("n"),
+    epoch=st.just("e"),
+    seq=st.just(1),
+    unix_s=st.just(0.0),
+    kind=st.sampled_from(GpuEventKind),
+    gpu_uuid=st.just("GPU-a"),
+    code=st.sampled_from([*XIDS, 0, 12345]),
+)
+looks = st.tuples(
+    st.none() | samples,
+    st.lists(events, max_size=2),
+    st.floats(0.1, 6),
+    st.sampled_from(["", "boot-1", "boot-2"]),
+)
+
+
+def all_missing(sample: GpuSample) -> GpuSample:
+    """The same GPU when nothing of it can be read; the driver still lists it."""
+    nothing = Missing(Absence.ERROR, "nothing")
+    readings = {
+        field.name: nothing
+        for field in fields(GpuSample)
+        if field.name not in ("info", "condition", "detail")
+    }
+    blank = GpuInfo(sample.info.uuid, sample.info.index)
+    return replace(sample, info=blank, condition=GpuCondition.OK, **readings)  # type: ignore[arg-type]
+
+
+@settings(max_examples=300)
+@given(st.lists(looks, max_size=40))
+def test_every_life_keeps_to_the_table_and_to_the_evidence(
+    seen: list[tuple[GpuSample | None, list[GpuEvent], float, str]],
+) -> None:
+    health, now_s = GpuHealth("GPU-a"), 0.0
+    for sample, happened, wait_s, boot_id in seen:
+        now_s += wait_s
+        done = assess(health, sample, happened, now_s=now_s, rules=RULES, boot_id=boot_id)
+        before, after = health.state, done.health.state
+        assert (done.verdict.before, done.verdict.after) == (before, after)
+        assert done.verdict.reason
+        assert after is before or after in MOVES[before]
+        if after is not before and after in (GpuState.CORDONED, GpuState.SUSPECT):
+            assert max(finding.level for finding in done.findings) >= Level.WATCH
+        if after is GpuState.CORDONED and before is not after:
+            assert any(finding.level is Level.FATAL for finding in done.findings)
+            assert RULES.hold_initial_s <= done.health.hold_s <= RULES.hold_max_s
+        if after is GpuState.RETURNED and before is not after:
+            assert now_s - health.since_s >= health.hold_s
+        assert len(done.health.marks) <= 64
+        assert len(done.health.cordons_s) <= 16
+        health = done.health
+
+
+@given(st.lists(looks, max_size=15), st.lists(samples, min_size=1, max_size=30))
+def test_what_is_missing_moves_nothing(
+    seen: list[tuple[GpuSample | None, list[GpuEvent], float, str]], blind: list[GpuSample]
+) -> None:
+    """However long nothing can be read, a GPU neither gets worse nor better."""
+    health, now_s = GpuHealth("GPU-a"), 0.0
+    for sample, happened, wait_s, boot_id in seen:
+        now_s += wait_s
+        health = assess(health, sample, happened, now_s=now_s, rules=RULES, boot_id=boot_id).health
+    for place, sample in enumerate(blind):
+        now_s += 3
+        unread = replace(all_missing(sample), condition=GpuCondition.UNREADABLE)
+        nothing = [None, unread, all_missing(sample)][place % 3]
+        done = assess(health, nothing, (), now_s=now_s, rules=RULES, boot_id="boot-1")
+        assert not done.verdict.moved
+        assert done.findings == ()
+        health = done.health
+
+
+@given(st.lists(looks, min_size=1, max_size=15))
+def test_a_gpu_that_is_mended_is_used_again_unless_a_person_must_say_so(
+    seen: list[tuple[GpuSample | None, list[GpuEvent], float, str]],
+) -> None:
+    """The life comes to rest: healthy, or waiting for a person."""
+    health, now_s = GpuHealth("GPU-a"), 0.0
+    for sample, happened, wait_s, boot_id in seen:
+        now_s += wait_s
+        health = assess(health, sample, happened, now_s=now_s, rules=RULES, boot_id=boot_id).health
+    good = GpuSample(
+        GpuInfo("GPU-a", 0, slowdown_c=87),
+        GpuCondition.OK,
+        memory_free_bytes=1,
+        temperature_c=50,
+        throttle=(),
+        ecc_corrected=0,
+        ecc_uncorrected=0,
+    )
+    lasting = RULES.hold_max_s if health.state in OUT_OF_USE else 30
+    for place in range(int(lasting // 3) + 20):
+        now_s += 3
+        boot_id = "boot-3" if place else "boot-4"
+        health = assess(health, good, (), now_s=now_s, rules=RULES, boot_id=boot_id).health
+        if health.state is GpuState.HEALTHY:
+            break
+    assert health.state is GpuState.HEALTHY or health.recovery == "operator"
