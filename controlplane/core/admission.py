@@ -395,17 +395,18 @@ class AdmissionQueue:
         if rate <= 0.0 or any(value is None for value in known):
             return None
         band = ticket.band
-        higher = same = higher_per_s = 0.0
+        higher = same = lower = higher_per_s = 0.0
         for lane in self._lanes.values():
             part = _overlap(lane.tiers, ticket.tiers, rates_per_s)
             if part:
                 higher += part * sum(row.live for row in lane.rows[:band])
                 same += part * lane.rows[band].live
+                lower += part * sum(row.live for row in lane.rows[band + 1 :])
         for tiers, arrivals in self._arrivals.items():
             part = _overlap(tiers, ticket.tiers, rates_per_s)
             if part:
                 higher_per_s += part * sum(kind.per_s(now_s) for kind in arrivals[:band])
-        to_aged = self.settings.aged_ratio if any(kind.live for kind in self._bands[band + 1 :]) else 0.0
+        to_aged = self.settings.aged_ratio if lower else 0.0
         left_per_s = (rate - higher_per_s) * (1.0 - to_aged)
         ahead = higher + min(same, self._turns_before(ticket))
         in_turn_s = (ahead + 1.0) / left_per_s if left_per_s > 0.0 else inf

@@ -268,7 +268,7 @@ def explain(
     for pool in fleet.pools:
         fit = _fit(pool, request, fleet, now_s)
         homed = fit[home(fit, key)] if fit and key is not None else None
-        barred = _tier_left_out(pool.rank, asked, table)
+        barred = _tier_left_out(pool.rank, asked, decision, table)
         for load in pool.loads:
             why = tuple(reason for reason in (barred, *_left_out(load, request, fleet, now_s)) if reason)
             at_home = load is homed
@@ -285,18 +285,22 @@ def explain(
     return Explanation(decision, asked, tuple(candidates))
 
 
-def _tier_left_out(rank: int, route: Route, table: TierTable) -> str:
+def _tier_left_out(rank: int, route: Route, decision: Decision, table: TierTable) -> str:
     """Why a tier is not for this request; empty if it is."""
     name = table.policies[rank].name
     if route.refusal is not None:
         return route.message
     if rank in route.order:
         return ""
+    wanted = table.policies[route.order[0]].name
     if rank in route.spill or rank in route.bridge:
+        if decision.load is not None and not decision.spilled and not decision.bridged:
+            return f"not needed: {decision.tier} has room"
+        if rank not in route.spill and (decision.spilled or (decision.tiers and rank not in decision.tiers)):
+            return f"tier '{name}' only bridges {wanted}, which is not down"
         return ""
-    wanted = table.policies[route.order[0]]
     if rank < max(route.floor, table.own_floor[route.order[0]]):
         return f"tier '{name}' is below the quality floor"
     if not route.spill and not route.bridge:
-        return f"tier '{name}' is not asked for and '{wanted.name}' does not spill to it"
-    return f"tier '{name}' is not allowed by {wanted.name}.spill"
+        return f"tier '{name}' is not asked for and '{wanted}' does not spill to it"
+    return f"tier '{name}' is not allowed by {wanted}.spill"

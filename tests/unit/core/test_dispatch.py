@@ -1,0 +1,148 @@
+"""Requests on their way through routing and the queue."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from controlplane.core.admission import AdmissionQueue, AdmissionSettings, Why
+from controlplane.core.dispatch import Dispatcher, Held, Refused, Started, lane_key
+from controlplane.core.domain import Endpoint, EndpointState, Priority
+from controlplane.core.fleet import Fleet, FleetSettings
+from controlplane.core.routing import Outcome
+from controlplane.core.tiers import Direction, Refusal, RouteRequest, TierPolicy, TierTable, resolve
+
+NOW_S = 10.0
+TABLE = TierTable.build([TierPolicy("small", "s"), TierPolicy("large", "l", spill=Direction.NONE)])
+SMALL = Endpoint("small-0", "small", "s", "vllm", "http://127.0.0.1:1", EndpointState.READY, 1, generation=1)
+LARGE = replace(SMALL, endpoint_id="large-0", tier="large", model="l")
+
+
+def dispatcher(*endpoints: Endpoint, capacity: int = 10, **settings: Any) -> Dispatcher:
+    fleet = Fleet(TABLE, FleetSettings(**settings))
+    fleet.apply(endpoints)
+    return Dispatcher(TABLE, fleet, AdmissionQueue(AdmissionSettings(capacity=capacity)))
+
+
+def submit(
+    plane: Dispatcher, request: RouteRequest, now_s: float = NOW_S, **fields: Any
+) -> Started | Held | Refused:
+    return plane.submit(request, now_s, 0, **{"deadline_s": NOW_S + 60.0, **fields})
+
+
+def test_starts_queues_and_starts_again_when_a_slot_frees() -> None:
+    plane = dispatcher(LARGE)
+    first = submit(plane, RouteRequest(model="large"))
+    assert isinstance(first, Started)
+    second = submit(plane, RouteRequest(model="large"), payload="second")
+    assert isinstance(second, Held)
+    assert second.decision.reason == "model=large; large full"
+    assert plane.pump(NOW_S, 0) == []
+    first.lease.succeed(NOW_S + 1)
+    (started,) = plane.pump(NOW_S + 1, 0)
+    assert started.ticket is second.ticket
+    assert started.ticket.payload.payload == "second"
+    assert started.lease.load.endpoint.endpoint_id == "large-0"
+    assert plane.pump(NOW_S + 1, 0) == []
+
+
+def test_a_tier_that_becomes_ready_gets_what_waits_for_it() -> None:
+    plane = dispatcher(replace(LARGE, state=EndpointState.RESTARTING))
+    held = submit(plane, RouteRequest(model="large"))
+    assert isinstance(held, Held)
+    assert plane.fleet.apply([replace(LARGE, generation=2)])
+    (started,) = plane.pump(NOW_S, 0)
+    assert started.decision.reason == "model=large"
+
+
+def test_a_full_tier_in_front_does_not_hold_up_others() -> None:
+    plane = dispatcher(SMALL, LARGE)
+    running = [submit(plane, RouteRequest(model=name)) for name in ("small", "large")]
+    waits_high = submit(plane, RouteRequest(model="large", priority=Priority.HIGH))
+    waits_low = submit(plane, RouteRequest(model="s", priority=Priority.LOW))
+    assert isinstance(waits_high, Held)
+    assert isinstance(waits_low, Held)
+    assert isinstance(running[0], Started)
+    running[0].lease.succeed(NOW_S + 1)
+    assert [one.ticket for one in plane.pump(NOW_S + 1, 0)] == [waits_low.ticket]
+
+
+def test_what_spills_is_told_apart_from_what_must_stay() -> None:
+    spills, stays = RouteRequest(model="small"), RouteRequest(model="s")
+    keys = {lane_key(resolve(request, TABLE), request) for request in (spills, stays)}
+    assert len(keys) == 2
+    order = [RouteRequest(models=models) for models in (("small", "large"), ("large", "small"))]
+    assert len({lane_key(resolve(request, TABLE), request) for request in order}) == 1
+
+
+def test_refusals_of_routing_and_of_the_queue() -> None:
+    plane = dispatcher(LARGE, capacity=1)
+    unknown = submit(plane, RouteRequest(model="nope"))
+    assert isinstance(unknown, Refused)
+    assert unknown.decision.refusal is Refusal.UNKNOWN_MODEL
+    assert unknown.rejected is None
+    late = submit(plane, RouteRequest(model="large"), deadline_s=NOW_S)
+    assert isinstance(late, Refused)
+    assert late.rejected is not None
+    assert late.rejected.why is Why.TOO_LATE
+    submit(plane, RouteRequest(model="large"))
+    submit(plane, RouteRequest(model="large"))
+    full = submit(plane, RouteRequest(model="large"))
+    assert isinstance(full, Refused)
+    assert full.rejected is not None
+    assert full.rejected.why is Why.FULL
+
+
+def test_sheds_by_what_it_has_seen_of_the_tiers_speed() -> None:
+    plane = dispatcher(LARGE)
+    first = submit(plane, RouteRequest(model="large"))
+    assert isinstance(first, Started)
+    first.lease.succeed(NOW_S + 4.0)
+    submit(plane, RouteRequest(model="large"), NOW_S + 4.0)
+    hopeless = submit(plane, RouteRequest(model="large"), NOW_S + 4.0, deadline_s=NOW_S + 7.0)
+    assert isinstance(hopeless, Refused)
+    assert hopeless.rejected is not None
+    assert (hopeless.rejected.why, hopeless.rejected.wait_s) == (Why.HOPELESS, 4.0)
+
+
+def test_a_retry_keeps_its_age_and_goes_elsewhere() -> None:
+    plane = dispatcher(replace(LARGE, concurrency_limit=2), replace(LARGE, endpoint_id="large-1"))
+    first = submit(plane, RouteRequest(model="large"))
+    assert isinstance(first, Started)
+    first.lease.fail(NOW_S + 1)
+    request = RouteRequest(model="large", exclude=frozenset({first.lease.load.key}))
+    second = submit(plane, request, NOW_S + 1, arrived_s=NOW_S)
+    assert isinstance(second, Started)
+    assert second.lease.load is not first.lease.load
+    third = submit(plane, request, NOW_S + 2, arrived_s=NOW_S)
+    assert isinstance(third, Held)
+    assert third.ticket.arrived_s == NOW_S
+
+
+def test_waiting_requests_that_become_hopeless_are_refused() -> None:
+    plane = dispatcher(replace(LARGE, state=EndpointState.RESTARTING), replace(SMALL, concurrency_limit=2))
+    held = submit(plane, RouteRequest(model="l"))
+    assert isinstance(held, Held)
+    assert plane.refused(NOW_S, 0) == []
+    plane.fleet.apply([replace(LARGE, state=EndpointState.FAILED, diagnosis="bad flag"), SMALL])
+    ((ticket, decision),) = plane.refused(NOW_S, 0)
+    assert ticket is held.ticket
+    assert (decision.outcome, decision.message) == (
+        Outcome.REJECT,
+        "all endpoints of large failed: bad flag",
+    )
+    assert len(plane.queue) == 0
+
+
+def test_what_goes_by_age_may_use_the_reserve() -> None:
+    plane = dispatcher(replace(LARGE, concurrency_limit=10))
+    plane.fleet.high_seen_s = NOW_S
+    running = [submit(plane, RouteRequest(model="large")) for _ in range(9)]
+    assert all(isinstance(one, Started) for one in running)
+    low = submit(plane, RouteRequest(model="large", priority=Priority.LOW))
+    assert isinstance(low, Held)
+    assert plane.pump(NOW_S, 0) == [], "the tenth slot is kept"
+    row = plane.queue._lanes[low.ticket.lane].rows[low.ticket.band]
+    row.credit = 1.0
+    (started,) = plane.pump(NOW_S + 6.0, 0)
+    assert started.ticket is low.ticket

@@ -1,0 +1,128 @@
+"""What is tried again, resumed, or given up."""
+
+from __future__ import annotations
+
+import pytest
+
+from controlplane.core.failover import (
+    RULES,
+    Attempt,
+    Failure,
+    GiveUp,
+    Resume,
+    RetryBudget,
+    RetryElsewhere,
+    RetrySettings,
+    next_step,
+)
+
+NOW_S = 10.0
+SETTINGS = RetrySettings(max_attempts=3, budget_ratio=0.2, budget_min_per_s=1.0, budget_burst=2.0)
+FRESH = Attempt(number=1, sent=False, deadline_s=100.0)
+STREAMING = Attempt(number=1, sent=True, deadline_s=100.0)
+
+
+def budget(tokens: float = 2.0) -> RetryBudget:
+    made = RetryBudget(SETTINGS, NOW_S)
+    made.tokens = tokens
+    return made
+
+
+def test_every_failure_has_a_rule() -> None:
+    assert set(RULES) == set(Failure)
+
+
+@pytest.mark.parametrize("failure", [kind for kind in Failure if kind is not Failure.WRONG_REQUEST])
+def test_before_the_first_byte_all_but_wrong_requests_are_tried_elsewhere(failure: Failure) -> None:
+    assert next_step(failure, FRESH, SETTINGS, budget(), NOW_S) == RetryElsewhere(str(failure))
+
+
+@pytest.mark.parametrize("failure", [Failure.CUT, Failure.TOKEN_TIMEOUT, Failure.STREAM_ERROR])
+def test_a_stream_is_resumed_or_honestly_ended(failure: Failure) -> None:
+    assert next_step(failure, STREAMING, SETTINGS, budget(), NOW_S) == Resume(str(failure))
+    cannot = STREAMING._replace(not_resumable="a tool call was begun")
+    assert next_step(failure, cannot, SETTINGS, budget(), NOW_S) == GiveUp(
+        502, "endpoint_lost", f"{failure} after tokens were sent; a tool call was begun"
+    )
+
+
+def test_a_wrong_request_keeps_the_engines_status() -> None:
+    step = next_step(Failure.WRONG_REQUEST, FRESH._replace(engine_status=422), SETTINGS, budget(), NOW_S)
+    assert isinstance(step, GiveUp)
+    assert (step.status, step.code) == (422, "bad_request")
+
+
+@pytest.mark.parametrize(
+    ("failure", "status", "code"),
+    [
+        (Failure.REFUSED, 503, "no_endpoint"),
+        (Failure.RESET, 502, "endpoint_lost"),
+        (Failure.BUSY, 429, "queue_full"),
+        (Failure.FIRST_TOKEN_TIMEOUT, 504, "first_token_timeout"),
+    ],
+)
+def test_the_last_attempt_gives_the_failures_own_status(failure: Failure, status: int, code: str) -> None:
+    step = next_step(failure, FRESH._replace(number=3), SETTINGS, budget(), NOW_S)
+    assert step == GiveUp(status, code, f"{failure} at the last of 3 attempts")
+
+
+def test_attempts_are_bounded_for_streams_too() -> None:
+    step = next_step(Failure.CUT, STREAMING._replace(number=3), SETTINGS, budget(), NOW_S)
+    assert step == GiveUp(502, "endpoint_lost", "cut at the last of 3 attempts")
+
+
+@pytest.mark.parametrize(
+    ("attempt", "expected"),
+    [
+        (
+            FRESH._replace(deadline_s=10.04),
+            GiveUp(408, "deadline_exceeded", "cut with no time left to try again"),
+        ),
+        (
+            STREAMING._replace(deadline_s=10.04),
+            GiveUp(502, "endpoint_lost", "cut with no time left to resume"),
+        ),
+    ],
+)
+def test_nothing_is_tried_without_time(attempt: Attempt, expected: GiveUp) -> None:
+    assert next_step(Failure.CUT, attempt, SETTINGS, budget(), NOW_S) == expected
+
+
+@pytest.mark.parametrize(
+    ("failure", "losses", "goes_on"),
+    [
+        (Failure.SERVER_ERROR, 0, False),
+        (Failure.FIRST_TOKEN_TIMEOUT, 0, False),
+        (Failure.REFUSED, 0, True),
+        (Failure.REFUSED, 1, False),
+        (Failure.CUT, 0, True),
+        (Failure.CUT, 1, False),
+    ],
+)
+def test_without_budget_only_a_first_loss_is_made_good(failure: Failure, losses: int, goes_on: bool) -> None:
+    step = next_step(failure, FRESH._replace(losses=losses), SETTINGS, budget(0.0), NOW_S)
+    assert isinstance(step, RetryElsewhere) is goes_on
+    if isinstance(step, GiveUp):
+        assert step.reason == f"{failure}; the retry budget is used up"
+
+
+def test_the_budget_is_a_share_of_the_traffic_and_a_little_a_second() -> None:
+    tokens = budget(0.0)
+    assert not tokens.spend(NOW_S)
+    for _ in range(5):
+        tokens.on_request()
+    assert tokens.spend(NOW_S)
+    assert not tokens.spend(NOW_S)
+    assert not tokens.spend(NOW_S + 0.9)
+    assert tokens.spend(NOW_S + 1.01)
+    for _ in range(100):
+        tokens.on_request()
+    assert tokens.tokens == SETTINGS.budget_burst
+
+
+def test_a_first_loss_costs_no_budget() -> None:
+    tokens = budget(2.0)
+    next_step(Failure.CUT, STREAMING, SETTINGS, tokens, NOW_S)
+    assert tokens.tokens == 2.0
+    next_step(Failure.SERVER_ERROR, FRESH, SETTINGS, tokens, NOW_S)
+    assert tokens.tokens == 1.0

@@ -1,0 +1,411 @@
+"""Placing requests on endpoints: filters, scorers, spilling, bridging, refusing, explaining."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from controlplane.core import scoring
+from controlplane.core.domain import Capabilities, Complexity, Endpoint, EndpointState, Priority
+from controlplane.core.fleet import EndpointLoad, Fleet, FleetSettings
+from controlplane.core.routing import Outcome, decide, explain
+from controlplane.core.tiers import Api, Direction, Refusal, RouteRequest, TierPolicy, TierTable
+
+NOW_S = 1000.0
+ALL = Capabilities(embeddings=True, responses=True, messages=True)
+
+
+def endpoint(name: str, **fields: Any) -> Endpoint:
+    tier = name.split("-", maxsplit=1)[0]
+    base = Endpoint(
+        name, tier, tier + "-model", "vllm", "http://127.0.0.1:1", EndpointState.READY, 2, generation=1
+    )
+    return replace(base, **fields)
+
+
+def plane(
+    *endpoints: Endpoint, spill: Direction = Direction.UP, bridge: Direction | None = None, **settings: Any
+) -> tuple[TierTable, Fleet]:
+    table = TierTable.build(
+        [
+            TierPolicy(name, f"{name}-model", spill=spill, bridge=bridge)
+            for name in ("lightweight", "balanced", "capable")
+        ]
+    )
+    fleet = Fleet(table, FleetSettings(**settings))
+    fleet.apply(endpoints)
+    return table, fleet
+
+
+def fill(load: EndpointLoad, count: int | None = None) -> None:
+    for _ in range(load.limit - load.in_flight if count is None else count):
+        load.begin(NOW_S)
+
+
+def chosen(request: RouteRequest, table: TierTable, fleet: Fleet, pick: int = 0) -> str:
+    decision = decide(request, table, fleet, NOW_S, pick)
+    assert decision.load is not None, decision
+    return decision.load.endpoint.endpoint_id
+
+
+BALANCED = RouteRequest(model="balanced")
+
+
+def test_sends_to_the_tier_asked_for_and_says_why() -> None:
+    table, fleet = plane(endpoint("lightweight-0"), endpoint("balanced-0"))
+    decision = decide(RouteRequest(complexity=Complexity.SIMPLE), table, fleet, NOW_S, 0)
+    assert (decision.outcome, decision.tier, decision.reason) == (
+        Outcome.SEND,
+        "lightweight",
+        "complexity=simple",
+    )
+
+
+def test_equal_endpoints_get_equal_shares() -> None:
+    table, fleet = plane(*(endpoint(f"balanced-{i}") for i in range(3)))
+    counts: dict[str, int] = {}
+    for pick in range(600):
+        name = chosen(BALANCED, table, fleet, pick)
+        counts[name] = counts.get(name, 0) + 1
+    assert counts == {f"balanced-{i}": 200 for i in range(3)}
+
+
+@pytest.mark.parametrize(
+    "worse",
+    [
+        pytest.param(lambda load: load.begin(NOW_S), id="in flight"),
+        pytest.param(lambda load: setattr(load, "others_in_flight", 1), id="in flight from other gateways"),
+        pytest.param(lambda load: load.observe(NOW_S, kv_usage_ratio=0.2, waiting=2), id="queue"),
+        pytest.param(lambda load: load.observe(NOW_S, kv_usage_ratio=0.9, waiting=0), id="KV cache"),
+        pytest.param(lambda load: load.observe(NOW_S - 11, kv_usage_ratio=0.1, waiting=0), id="stale"),
+        pytest.param(
+            lambda load: (setattr(load, "ttft_s", 3.0), setattr(load, "sampled_s", NOW_S)), id="slow"
+        ),
+    ],
+)
+def test_the_worse_of_two_is_not_taken(worse: Any) -> None:
+    table, fleet = plane(
+        endpoint("balanced-0", concurrency_limit=10), endpoint("balanced-1", concurrency_limit=10)
+    )
+    for load in fleet.by_endpoint_id.values():
+        load.observe(NOW_S, kv_usage_ratio=0.2, waiting=0)
+    fleet.pools[1].ttft_s = 0.5
+    worse(fleet.by_endpoint_id["balanced-0"])
+    assert {chosen(BALANCED, table, fleet, pick) for pick in range(6)} == {"balanced-1"}
+
+
+def test_an_endpoint_that_owes_tokens_and_is_silent_loses_to_a_fuller_one() -> None:
+    table, fleet = plane(
+        endpoint("balanced-0", concurrency_limit=10), endpoint("balanced-1", concurrency_limit=10)
+    )
+    fleet.by_endpoint_id["balanced-0"].begin(NOW_S - 2.5)
+    for _ in range(8):
+        fleet.by_endpoint_id["balanced-1"].begin(NOW_S).first_token(NOW_S)
+    assert {chosen(BALANCED, table, fleet, pick) for pick in range(6)} == {"balanced-1"}
+
+
+def test_an_old_latency_says_nothing() -> None:
+    _, fleet = plane(endpoint("balanced-0"))
+    load = fleet.by_endpoint_id["balanced-0"]
+    load.ttft_s, load.sampled_s, fleet.pools[1].ttft_s = 9.0, NOW_S - 31, 1.0
+    assert scoring.latency(load, NOW_S, fleet.settings) == scoring.NEUTRAL
+    load.sampled_s = NOW_S
+    assert scoring.latency(load, NOW_S, fleet.settings) == pytest.approx(0.1)
+
+
+def test_a_session_stays_with_its_endpoint_and_moves_only_if_that_goes() -> None:
+    endpoints = [endpoint(f"balanced-{i}", concurrency_limit=10) for i in range(5)]
+    table, fleet = plane(*endpoints)
+    homes = {key: chosen(RouteRequest(session_key=key), table, fleet, pick=key) for key in range(200)}
+    assert len(set(homes.values())) == 5
+    fleet.apply(endpoints[1:])
+    for key, name in homes.items():
+        now = chosen(RouteRequest(session_key=key), table, fleet, pick=key + 1)
+        assert (now == name) or name == "balanced-0"
+
+
+def test_the_prefix_counts_if_there_is_no_session() -> None:
+    table, fleet = plane(*(endpoint(f"balanced-{i}") for i in range(5)))
+    by_prefix = [chosen(RouteRequest(prefix_key=key), table, fleet, 3) for key in range(20)]
+    assert by_prefix == [chosen(RouteRequest(session_key=key), table, fleet, 3) for key in range(20)]
+    mixed = [chosen(RouteRequest(session_key=7, prefix_key=key), table, fleet, 3) for key in range(20)]
+    assert len(set(mixed)) == 1
+
+
+@pytest.mark.parametrize(
+    "overload",
+    [
+        pytest.param(lambda load: [load.begin(NOW_S) for _ in range(5)], id="many in flight"),
+        pytest.param(lambda load: load.observe(NOW_S, kv_usage_ratio=0.95, waiting=0), id="KV cache"),
+        pytest.param(lambda load: load.observe(NOW_S, kv_usage_ratio=0.1, waiting=1), id="queue"),
+        pytest.param(lambda load: load.observe(NOW_S - 60, kv_usage_ratio=0.1, waiting=0), id="stale"),
+    ],
+)
+def test_affinity_never_overrules_overload(overload: Any) -> None:
+    table, fleet = plane(*(endpoint(f"balanced-{i}", concurrency_limit=10) for i in range(2)))
+    for load in fleet.by_endpoint_id.values():
+        load.observe(NOW_S, kv_usage_ratio=0.1, waiting=0)
+    request = RouteRequest(session_key=12)
+    before = chosen(request, table, fleet)
+    overload(fleet.by_endpoint_id[before])
+    assert chosen(request, table, fleet) != before
+
+
+def test_affinity_bears_a_little_more_load() -> None:
+    table, fleet = plane(*(endpoint(f"balanced-{i}", concurrency_limit=10) for i in range(2)))
+    request = RouteRequest(session_key=12)
+    before = chosen(request, table, fleet)
+    fleet.by_endpoint_id[before].begin(NOW_S)
+    assert chosen(request, table, fleet) == before
+
+
+def test_a_full_tier_spills_to_the_least_loaded_that_the_policy_allows() -> None:
+    table, fleet = plane(
+        endpoint("lightweight-0"), endpoint("balanced-0"), endpoint("capable-0", concurrency_limit=10)
+    )
+    fill(fleet.by_endpoint_id["lightweight-0"])
+    fill(fleet.by_endpoint_id["balanced-0"], 1)
+    fill(fleet.by_endpoint_id["capable-0"], 2)
+    decision = decide(RouteRequest(model="lightweight"), table, fleet, NOW_S, 0)
+    assert (decision.tier, decision.spilled, decision.bridged) == ("capable", True, False)
+    assert decision.reason == "model=lightweight; spill: lightweight -> capable"
+
+
+@pytest.mark.parametrize(
+    ("spill", "tier"),
+    [(Direction.UP, "capable"), (Direction.DOWN, "lightweight"), (Direction.NONE, None)],
+)
+def test_spilling_goes_where_the_policy_says(spill: Direction, tier: str | None) -> None:
+    table, fleet = plane(
+        endpoint("lightweight-0"), endpoint("balanced-0"), endpoint("capable-0"), spill=spill
+    )
+    fill(fleet.by_endpoint_id["balanced-0"])
+    decision = decide(BALANCED, table, fleet, NOW_S, 0)
+    if tier is None:
+        assert (decision.outcome, decision.reason) == (Outcome.QUEUE, "model=balanced; balanced full")
+    else:
+        assert decision.tier == tier
+
+
+def test_a_floor_forbids_going_down() -> None:
+    table, fleet = plane(endpoint("lightweight-0"), endpoint("balanced-0"), spill=Direction.BOTH)
+    fill(fleet.by_endpoint_id["balanced-0"])
+    assert decide(BALANCED, table, fleet, NOW_S, 0).tier == "lightweight"
+    floored = decide(BALANCED._replace(min_tier="balanced"), table, fleet, NOW_S, 0)
+    assert (floored.outcome, floored.tiers) == (Outcome.QUEUE, (1, 2))
+
+
+@pytest.mark.parametrize("state", [EndpointState.RESTARTING, EndpointState.STARTING, EndpointState.DRAINING])
+def test_a_tier_that_is_down_is_bridged_and_gets_its_traffic_back(state: EndpointState) -> None:
+    table, fleet = plane(endpoint("lightweight-0", state=state), endpoint("balanced-0"))
+    decision = decide(RouteRequest(model="lightweight"), table, fleet, NOW_S, 0)
+    assert (decision.tier, decision.bridged, decision.spilled) == ("balanced", True, False)
+    assert decision.reason == f"model=lightweight; bridge: lightweight {state}"
+    fleet.apply([endpoint("lightweight-0", generation=2), endpoint("balanced-0")])
+    decision = decide(RouteRequest(model="lightweight"), table, fleet, NOW_S, 0)
+    assert (decision.tier, decision.reason) == ("lightweight", "model=lightweight")
+
+
+def test_bridging_takes_the_nearest_neighbour_and_the_better_of_two_as_near() -> None:
+    table, fleet = plane(
+        endpoint("lightweight-0"),
+        endpoint("balanced-0", state=EndpointState.RESTARTING),
+        endpoint("capable-0"),
+    )
+    assert decide(BALANCED, table, fleet, NOW_S, 0).tier == "capable"
+    fill(fleet.by_endpoint_id["capable-0"])
+    assert decide(BALANCED, table, fleet, NOW_S, 0).tier == "lightweight"
+
+
+def test_no_bridge_without_the_policy() -> None:
+    table, fleet = plane(
+        endpoint("lightweight-0", state=EndpointState.RESTARTING),
+        endpoint("balanced-0"),
+        spill=Direction.NONE,
+    )
+    decision = decide(RouteRequest(model="lightweight"), table, fleet, NOW_S, 0)
+    assert (decision.outcome, decision.reason) == (
+        Outcome.QUEUE,
+        "model=lightweight; lightweight restarting",
+    )
+
+
+def test_open_breakers_bridge_and_one_probe_goes_through_later() -> None:
+    table, fleet = plane(endpoint("lightweight-0"), endpoint("balanced-0"))
+    load = fleet.by_endpoint_id["lightweight-0"]
+    load.begin(NOW_S).fail(NOW_S, weight=3)
+    decision = decide(RouteRequest(model="lightweight"), table, fleet, NOW_S, 0)
+    assert decision.reason == "model=lightweight; bridge: lightweight fails"
+    assert fleet.next_probe_s(NOW_S) == NOW_S + 1.0
+    later_s = NOW_S + 1.0
+    decision = decide(RouteRequest(model="lightweight"), table, fleet, later_s, 0)
+    assert decision.load is load
+    load.begin(later_s)
+    assert decide(RouteRequest(model="lightweight"), table, fleet, later_s, 0).tier == "balanced"
+
+
+def test_a_list_takes_the_first_with_room_and_else_waits_for_any() -> None:
+    table, fleet = plane(endpoint("capable-0"), endpoint("lightweight-0"), endpoint("balanced-0"))
+    request = RouteRequest(models=("capable", "lightweight"))
+    assert decide(request, table, fleet, NOW_S, 0).reason == "models[0]=capable"
+    fill(fleet.by_endpoint_id["capable-0"])
+    assert decide(request, table, fleet, NOW_S, 0).reason == "models[1]=lightweight"
+    fill(fleet.by_endpoint_id["lightweight-0"])
+    decision = decide(request, table, fleet, NOW_S, 0)
+    assert (decision.outcome, decision.tiers) == (Outcome.QUEUE, (2, 0)), "balanced was not asked for"
+
+
+def test_what_was_tried_is_not_tried_again_until_it_is_a_new_process() -> None:
+    table, fleet = plane(endpoint("balanced-0"), endpoint("balanced-1"), spill=Direction.NONE)
+    first = fleet.by_endpoint_id["balanced-0"]
+    request = BALANCED._replace(exclude=frozenset({first.key}))
+    assert {chosen(request, table, fleet, pick) for pick in range(4)} == {"balanced-1"}
+    both = BALANCED._replace(exclude=frozenset({first.key, fleet.by_endpoint_id["balanced-1"].key}))
+    decision = decide(both, table, fleet, NOW_S, 0)
+    assert (decision.outcome, decision.refusal) == (Outcome.REJECT, Refusal.EXHAUSTED)
+    fleet.apply([endpoint("balanced-0", state=EndpointState.RESTARTING), endpoint("balanced-1")])
+    assert decide(both, table, fleet, NOW_S, 0).outcome is Outcome.QUEUE
+    fleet.apply([endpoint("balanced-0", generation=2), endpoint("balanced-1")])
+    assert chosen(both, table, fleet) == "balanced-0"
+
+
+def test_tried_everywhere_in_its_tier_a_request_goes_to_a_neighbour() -> None:
+    table, fleet = plane(endpoint("balanced-0"), endpoint("capable-0"))
+    request = BALANCED._replace(exclude=frozenset({fleet.by_endpoint_id["balanced-0"].key}))
+    assert decide(request, table, fleet, NOW_S, 0).reason == "model=balanced; bridge: balanced tried"
+
+
+def test_a_tier_whose_engines_all_gave_up_is_bridged_or_refused_with_the_diagnosis() -> None:
+    failed = endpoint("balanced-0", state=EndpointState.FAILED, diagnosis="out of memory")
+    table, fleet = plane(failed, endpoint("capable-0"))
+    assert decide(BALANCED, table, fleet, NOW_S, 0).reason == "model=balanced; bridge: balanced failed"
+    table, fleet = plane(failed, spill=Direction.NONE)
+    decision = decide(BALANCED, table, fleet, NOW_S, 0)
+    assert (decision.refusal, decision.message) == (
+        Refusal.FAILED,
+        "all endpoints of balanced failed: out of memory",
+    )
+
+
+def test_a_tier_without_endpoints_may_be_starting_so_the_request_waits() -> None:
+    table, fleet = plane(spill=Direction.NONE)
+    decision = decide(BALANCED, table, fleet, NOW_S, 0)
+    assert (decision.outcome, decision.reason) == (
+        Outcome.QUEUE,
+        "model=balanced; balanced has no endpoint",
+    )
+
+
+def test_the_api_is_a_filter() -> None:
+    table, fleet = plane(endpoint("balanced-0"), endpoint("capable-0", capabilities=ALL))
+    decision = decide(RouteRequest(api=Api.MESSAGES), table, fleet, NOW_S, 0)
+    assert decision.reason == "default; bridge: balanced does not serve messages"
+    pinned = decide(RouteRequest(model="balanced-model", api=Api.MESSAGES), table, fleet, NOW_S, 0)
+    assert (pinned.refusal, pinned.message) == (
+        Refusal.NO_CAPABILITY,
+        "no engine of balanced serves messages",
+    )
+
+
+def test_embeddings_never_change_the_model_by_load() -> None:
+    table, fleet = plane(
+        endpoint("lightweight-0", capabilities=ALL),
+        endpoint("balanced-0"),
+        endpoint("capable-0", capabilities=ALL),
+    )
+    request = RouteRequest(api=Api.EMBEDDINGS)
+    decision = decide(request, table, fleet, NOW_S, 0)
+    assert (decision.tier, decision.reason) == ("lightweight", "serves embeddings")
+    fill(fleet.by_endpoint_id["lightweight-0"])
+    assert decide(request, table, fleet, NOW_S, 0).outcome is Outcome.QUEUE
+    named = decide(request._replace(model="balanced"), table, fleet, NOW_S, 0)
+    assert named.refusal is Refusal.NO_CAPABILITY
+    floored = decide(request._replace(min_tier="balanced"), table, fleet, NOW_S, 0)
+    assert floored.tier == "capable"
+
+
+def test_the_last_slots_are_for_high_priority_while_there_is_any() -> None:
+    table, fleet = plane(endpoint("balanced-0", concurrency_limit=10), spill=Direction.NONE)
+    fill(fleet.by_endpoint_id["balanced-0"], 9)
+    assert decide(BALANCED, table, fleet, NOW_S, 0).outcome is Outcome.SEND
+    fleet.high_seen_s = NOW_S - 1.0
+    assert decide(BALANCED, table, fleet, NOW_S, 0).outcome is Outcome.QUEUE
+    high = BALANCED._replace(priority=Priority.HIGH)
+    assert decide(high, table, fleet, NOW_S, 0).outcome is Outcome.SEND
+    explained = explain(BALANCED, table, fleet, NOW_S, 0)
+    assert explained.candidates[0].left_out == ("its last 1 slots are kept for high priority",)
+
+
+def test_an_unknown_model_is_a_value() -> None:
+    table, fleet = plane(endpoint("balanced-0"))
+    decision = decide(RouteRequest(model="nope"), table, fleet, NOW_S, 0)
+    assert (decision.outcome, decision.refusal) == (Outcome.REJECT, Refusal.UNKNOWN_MODEL)
+    assert (
+        explain(RouteRequest(model="nope"), table, fleet, NOW_S, 0)
+        .candidates[0]
+        .left_out[0]
+        .startswith("no model")
+    )
+
+
+def test_an_explanation_says_why_each_endpoint_was_left_out() -> None:
+    table, fleet = plane(
+        endpoint("lightweight-0"),
+        endpoint("balanced-0", state=EndpointState.STARTING, phase="loading weights"),
+        endpoint("balanced-1"),
+        endpoint("balanced-2"),
+        endpoint("balanced-3"),
+        endpoint("balanced-4"),
+        endpoint("capable-0"),
+    )
+    fill(fleet.by_endpoint_id["balanced-1"])
+    fleet.by_endpoint_id["balanced-2"].begin(NOW_S).fail(NOW_S, weight=3)
+    request = BALANCED._replace(exclude=frozenset({"balanced-3#1"}), session_key=5)
+    explanation = explain(request, table, fleet, NOW_S, 0)
+    left_out = {candidate.endpoint_id: candidate.left_out for candidate in explanation.candidates}
+    assert left_out == {
+        "lightweight-0": ("not needed: balanced has room",),
+        "balanced-0": ("starting (loading weights)",),
+        "balanced-1": ("at its limit: 2 of 2 in flight",),
+        "balanced-2": ("breaker open for 1.0 s",),
+        "balanced-3": ("already tried for this request",),
+        "balanced-4": (),
+        "capable-0": ("not needed: balanced has room",),
+    }
+    taken = next(c for c in explanation.candidates if c.endpoint_id == "balanced-4")
+    assert explanation.decision.load is fleet.by_endpoint_id["balanced-4"]
+    assert taken.home
+    assert taken.scores.keys() == scoring.WEIGHTS.keys()
+    weighted = sum(scoring.WEIGHTS[name] * value for name, value in taken.scores.items())
+    assert taken.score == pytest.approx(weighted / sum(scoring.WEIGHTS.values()))
+
+
+def test_an_explanation_of_a_spill_leaves_out_the_tiers_that_only_bridge() -> None:
+    table, fleet = plane(endpoint("lightweight-0"), endpoint("balanced-0"), endpoint("capable-0"))
+    fill(fleet.by_endpoint_id["balanced-0"])
+    left_out = [candidate.left_out for candidate in explain(BALANCED, table, fleet, NOW_S, 0).candidates]
+    assert left_out == [
+        ("tier 'lightweight' only bridges balanced, which is not down",),
+        ("at its limit: 2 of 2 in flight",),
+        (),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("request_fields", "says"),
+    [
+        ({"model": "balanced", "min_tier": "balanced"}, "tier 'lightweight' is below the quality floor"),
+        (
+            {"model": "balanced-model"},
+            "tier 'lightweight' is not asked for and 'balanced' does not spill to it",
+        ),
+    ],
+)
+def test_an_explanation_says_why_a_tier_is_not_for_a_request(
+    request_fields: dict[str, str], says: str
+) -> None:
+    table, fleet = plane(endpoint("lightweight-0"), endpoint("balanced-0"))
+    explanation = explain(RouteRequest(**request_fields), table, fleet, NOW_S, 0)
+    assert explanation.candidates[0].left_out == (says,)
