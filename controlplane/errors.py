@@ -14,6 +14,7 @@
         ├── DeadlineExceeded     408
         ├── PayloadTooLarge      413
         ├── TooManyRequests      429, with Retry-After
+        ├── EngineFailed         502, or what the engine answered
         ├── EndpointLost         502
         └── NoEndpoint           503, with Retry-After
 
@@ -24,7 +25,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 
 class TierplaneError(Exception):
@@ -85,9 +85,9 @@ class RequestError(TierplaneError):
     ``retry_after_s`` becomes the ``Retry-After`` header (whole seconds, rounded up).
     """
 
-    status: ClassVar[int] = 500
-    kind: ClassVar[str] = "server_error"
-    code: ClassVar[str] = "internal_error"
+    status: int = 500
+    kind: str = "server_error"
+    code: str = "internal_error"
 
     def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
         super().__init__(message)
@@ -150,6 +150,19 @@ class TooManyRequests(RequestError):
     status = 429
     kind = "rate_limit_error"
     code = "queue_full"
+
+
+class EngineFailed(RequestError):
+    """Every engine that was tried failed the request; ``status`` is what the last one answered (5xx)."""
+
+    status = 502
+    kind = "server_error"
+    code = "engine_error"
+
+    def __init__(self, message: str, *, status: int = 502, code: str = "engine_error") -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
 
 
 class EndpointLost(RequestError):

@@ -125,7 +125,9 @@ def _stand_in(index: int, tier: Any) -> dict[str, Any]:
     name = values.get("name") if _is_valid(Name, values.get("name")) else f"tier-{index}"
     agent_types = values.get("agent_types")
     valid = agent_types if _is_valid(list[Name], agent_types) else []
-    return {"name": name, "engine": "simulated", "agent_types": valid}
+    min_tier = values.get("min_tier")
+    floor = min_tier if _is_valid(Name, min_tier) else None
+    return {"name": name, "engine": "simulated", "agent_types": valid, "min_tier": floor}
 
 
 def _is_valid(kind: Any, value: Any) -> bool:

@@ -79,6 +79,14 @@ class TierConfig(Strict):
     moderate and complex."""
     agent_types: list[Name] = Field(default_factory=list)
     """Values of ``agent_type`` that this tier serves."""
+    spill: Literal["up", "down", "both", "none"] = "up"
+    """Where requests for this tier go when it is full. Up by default: under load an answer may cost
+    more, but it is never silently worse."""
+    bridge: Literal["up", "down", "both", "none"] | None = None
+    """Where they go while no endpoint of the tier is up, for example during a restart; by default both
+    ways, or nowhere if ``spill`` is none."""
+    min_tier: Name | None = None
+    """Requests for this tier never go to a tier before that one."""
     url: str | None = None
     """Engine ``endpoint`` only: the address in front of ``/v1``."""
     api_key_env: str | None = None
@@ -180,6 +188,31 @@ class TierConfig(Strict):
         return self.model.removeprefix(BUNDLED_PREFIX).rstrip("/").rsplit("/", 1)[-1]
 
 
+class QueueConfig(Strict):
+    """Where requests wait when all tiers that may serve them are full; one for each gateway replica."""
+
+    capacity: Annotated[int, Field(ge=0)] = 1000
+    timeout_s: Positive = 600.0
+    """A request that found no place after this long is answered with 408, also before its deadline."""
+    age_after_s: Positive = 5.0
+    """Who waited longer gets a share of the places whatever the priority, so that low never starves."""
+    aged_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """That share."""
+    reserved_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of a tier's slots that only high priority may take."""
+
+
+class RetryConfig(Strict):
+    """How much is tried again when an engine fails a request."""
+
+    max_attempts: Annotated[int, Field(ge=1)] = 3
+    """Attempts of one request in all, resumes included."""
+    budget_ratio: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """Retries per request that comes in, on average: a failing fleet is not finished off by retries."""
+    budget_min_per_s: NonNegative = 10.0
+    """Retries a second that are allowed whatever the traffic."""
+
+
 class GatewayConfig(Strict):
     """The REST interface."""
 
@@ -196,6 +229,21 @@ class GatewayConfig(Strict):
     request_timeout_s: Positive = 600.0
     """A request's deadline unless it brings its own."""
     connect_timeout_s: Positive = 2.0
+    """How long a connection to an engine may take."""
+    first_token_timeout_s: Positive = 120.0
+    """A streamed answer that has not begun after this long is tried elsewhere."""
+    token_timeout_s: Positive = 60.0
+    """A stream that gives nothing for this long counts as lost."""
+    silence_timeout_s: Positive = 10.0
+    """An engine that owes answers and gives no byte on any request for this long, and for several times
+    its usual time to first token, counts as hung if another endpoint of the tier could take over."""
+    resume: Literal["exact", "best_effort", "never"] = "best_effort"
+    """What to do with a stream whose engine was lost: ``exact`` goes on only where the text is what it
+    would have been, ``best_effort`` also where the model was sampling without a seed."""
+    hedge_after_s: Positive | None = None
+    """Ask a second endpoint when a stream has no first token after this long; off by default."""
+    queue: QueueConfig = QueueConfig()
+    retry: RetryConfig = RetryConfig()
 
 
 class ControllerConfig(Strict):
@@ -232,6 +280,11 @@ class PlaneConfig(Strict):
                 if owner is not tier:
                     message = f"agent type '{agent_type}' is served by tier '{owner.name}' already"
                     found.append(Finding(("tiers", i, "agent_types", j), message, "name it in one tier only"))
+        for i, tier in enumerate(self.tiers):
+            if tier.min_tier and first_by_name.get(tier.min_tier, len(self.tiers)) > i:
+                remedy = f"name it or a tier before it: {', '.join(t.name for t in self.tiers[: i + 1])}"
+                message = f"'{tier.min_tier}' is not '{tier.name}' or a tier before it"
+                found.append(Finding(("tiers", i, "min_tier"), message, remedy))
         default = self.gateway.default_tier
         if default and default not in first_by_name:
             remedy = f"there is {', '.join(first_by_name)}"

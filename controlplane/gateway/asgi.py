@@ -84,6 +84,7 @@ class AsgiApp:
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI entry; raises RuntimeError to make the server break an answer off."""
         if scope["type"] == "lifespan":
             await _lifespan(receive, send)
             return

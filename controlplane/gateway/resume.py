@@ -23,6 +23,10 @@ from typing import Any, Final, Literal
 
 import msgspec
 
+from controlplane.core.tiers import Api
+from controlplane.errors import RequestError
+from controlplane.gateway.http import error_value
+
 FOLD_BYTES: Final = 1024 * 1024
 """Raw bytes that a tape keeps before it folds them into token ids and text."""
 
@@ -358,13 +362,18 @@ class Splice:
         }
 
 
-def error_event(message: str, code: str) -> bytes:
+def error_event(error: RequestError, api: Api) -> bytes:
     """The event that tells a client that its stream ends here without being whole.
 
     No ``[DONE]`` follows: a client that overlooks the error must not take the stream for whole.
     """
-    error = {"message": message, "type": "server_error", "param": None, "code": code}
-    return _sse({"error": error})
+    if api is Api.MESSAGES:
+        value = {"type": "error", "error": {"type": "api_error", "message": error.message}}
+        return b"event: error\n" + _sse(value)
+    if api is Api.RESPONSES:
+        told: dict[str, Any] = {"type": "error", "code": error.code, "message": error.message, "param": None}
+        return b"event: error\n" + _sse(told)
+    return _sse(error_value(error))
 
 
 def _sse(event: dict[str, Any]) -> bytes:

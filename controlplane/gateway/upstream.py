@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 import httptools
 
+from controlplane.core.failover import Failure
 from controlplane.errors import EngineError
 
 HIGH_WATER_BYTES: Final = 256 * 1024
@@ -23,17 +24,21 @@ MAX_IDLE_PER_ENDPOINT: Final = 256
 
 
 class UpstreamFailure(EngineError):
-    """An exchange ended before its answer was whole.
+    """An exchange ended before its answer was whole, or with an answer that is a failure.
 
-    ``sent_nothing`` is true if the engine can't have worked on the request: the connection could not be
-    made, or a kept-alive one was found closed.
+    ``kind`` is None if only the request's deadline passed. ``stale`` is true if a kept-alive connection
+    was found closed, which tells nothing about the engine. ``status`` is what the engine answered, if
+    it did.
     """
 
-    def __init__(self, kind: str, detail: str, *, sent_nothing: bool = False) -> None:
-        super().__init__(f"{kind}: {detail}")
+    def __init__(
+        self, kind: Failure | None, detail: str, *, stale: bool = False, status: int | None = None
+    ) -> None:
+        super().__init__(f"{kind or 'deadline'}: {detail}")
         self.kind = kind
         self.detail = detail
-        self.sent_nothing = sent_nothing
+        self.stale = stale
+        self.status = status
 
 
 class Connection(asyncio.Protocol):
@@ -88,7 +93,7 @@ class Connection(asyncio.Protocol):
         """Start an exchange with the bytes of a whole request."""
         transport = self._transport
         if transport is None or self.closed:
-            raise UpstreamFailure("closed", "the connection is closed", sent_nothing=True)
+            raise UpstreamFailure(Failure.RESET, "the connection is closed", stale=True)
         self.exchanges += 1
         self.status = 0
         self.headers = []
@@ -124,7 +129,7 @@ class Connection(asyncio.Protocol):
             self._transport.resume_reading()
         return data
 
-    def fail(self, kind: str, detail: str) -> None:
+    def fail(self, kind: Failure | None, detail: str) -> None:
         """End the exchange from outside (a time-out, a client that left) and close the connection."""
         if self._failure is None and not self._complete:
             self._failure = UpstreamFailure(kind, detail)
@@ -135,6 +140,11 @@ class Connection(asyncio.Protocol):
     def complete(self) -> bool:
         """The answer came whole."""
         return self._complete
+
+    @property
+    def pending(self) -> bool:
+        """Body bytes have come that were not read."""
+        return bool(self._body)
 
     @property
     def reusable(self) -> bool:
@@ -177,18 +187,21 @@ class Connection(asyncio.Protocol):
         try:
             parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            self.fail("protocol", "the engine wants another protocol")
+            self._broken("the engine wants another protocol")
             return
         except httptools.HttpParserError as error:
-            self.fail("protocol", f"the engine's answer is not HTTP: {error}")
+            self._broken(f"the engine's answer is not HTTP: {error}")
             return
         if not self._head_done and self._head_bytes > MAX_HEAD_BYTES:
-            self.fail("protocol", "the engine's headers are too large")
+            self._broken("the engine's headers are too large")
             return
         if self._buffered_bytes > HIGH_WATER_BYTES and not self._paused and self._transport is not None:
             self._paused = True
             self._transport.pause_reading()
         self._wake()
+
+    def _broken(self, detail: str) -> None:
+        self.fail(Failure.CUT if self._head_done else Failure.RESET, detail)
 
     def eof_received(self) -> bool:
         """Called by the event loop: the engine closed its side."""
@@ -204,9 +217,9 @@ class Connection(asyncio.Protocol):
             else:
                 reused_unanswered = self.exchanges > 1 and self._head_bytes == 0
                 self._failure = UpstreamFailure(
-                    "cut" if self._head_done else "reset",
+                    Failure.CUT if self._head_done else Failure.RESET,
                     "the engine closed the connection" if exc is None else str(exc),
-                    sent_nothing=reused_unanswered,
+                    stale=reused_unanswered,
                 )
         self._wake()
 
@@ -286,7 +299,7 @@ class Origin:
     async def acquire(self, *, fresh: bool = False) -> Connection:
         """An open connection, kept from an earlier exchange if there is one and ``fresh`` is false.
 
-        Raises :class:`UpstreamFailure` (kind ``connect``) if none can be made in ``connect_timeout_s``.
+        Raises :class:`UpstreamFailure` if none can be made in ``connect_timeout_s``.
         """
         while self._idle and not fresh:
             connection = self._idle.pop()
@@ -299,9 +312,9 @@ class Origin:
                 )
         except TimeoutError:
             detail = f"no connection after {self._connect_timeout_s:g} s"
-            raise UpstreamFailure("connect", detail, sent_nothing=True) from None
+            raise UpstreamFailure(Failure.CONNECT_TIMEOUT, detail) from None
         except OSError as error:
-            raise UpstreamFailure("connect", error.strerror or str(error), sent_nothing=True) from None
+            raise UpstreamFailure(Failure.REFUSED, error.strerror or str(error)) from None
         return made
 
     def release(self, connection: Connection) -> None:

@@ -1,0 +1,112 @@
+"""What a request cost in GPU time, and what it would have cost at the next tier.
+
+Requests that run at the same time share an engine's GPUs. Each is charged by processor sharing: while
+``n`` requests run on an endpoint with ``g`` GPUs, each of them pays ``g / n`` GPU-seconds a second. The
+integral of that rate is kept once per endpoint (the virtual time of fair queueing: Demers, Keshav and
+Shenker, "Analysis and simulation of a fair queueing algorithm", 1989), so that a request's share is the
+difference between two readings, whatever came and went in between.
+
+An engine without a GPU is charged as if it were one device, in device-seconds.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Final
+
+MAX_SESSIONS: Final = 10_000
+SMOOTHING: Final = 0.05
+"""Weight of the newest request in a tier's GPU-seconds per token."""
+
+
+class Meter:
+    """The price of running on one endpoint, as an integral over time."""
+
+    __slots__ = ("_devices", "_price_s", "_running", "_since_s")
+
+    def __init__(self, devices: float, now_s: float) -> None:
+        self._devices = devices
+        self._running = 0
+        self._price_s = 0.0
+        self._since_s = now_s
+
+    def start(self, now_s: float) -> float:
+        """A request begins; gives the reading to hand to :meth:`stop`."""
+        self._advance(now_s)
+        self._running += 1
+        return self._price_s
+
+    def stop(self, reading: float, now_s: float) -> float:
+        """The request ends; gives its GPU-seconds."""
+        self._advance(now_s)
+        self._running -= 1
+        return self._price_s - reading
+
+    def _advance(self, now_s: float) -> None:
+        if self._running:
+            self._price_s += (now_s - self._since_s) * self._devices / self._running
+        self._since_s = now_s
+
+
+@dataclass(slots=True)
+class Usage:
+    """Sums of finished requests."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    gpu_seconds: float = 0.0
+    next_tier_gpu_seconds: float = 0.0
+    """What the same tokens would have cost at the next more capable tier, where that is known."""
+    unpriced_requests: int = 0
+    """Requests of which that is not known: the next tier has served nothing yet, or there is none."""
+
+    def add(self, prompt: int, generated: int, gpu_s: float, next_gpu_s: float | None) -> None:
+        """Account for one request."""
+        self.requests += 1
+        self.prompt_tokens += prompt
+        self.generated_tokens += generated
+        self.gpu_seconds += gpu_s
+        if next_gpu_s is None:
+            self.unpriced_requests += 1
+        else:
+            self.next_tier_gpu_seconds += next_gpu_s
+
+
+class Ledger:
+    """Usage by tier and by session (the latest :data:`MAX_SESSIONS` of them)."""
+
+    def __init__(self, tiers: list[str]) -> None:
+        self._next = dict(zip(tiers, [*tiers[1:], ""], strict=True))
+        self._rate: dict[str, float] = {}
+        self.tiers: dict[str, Usage] = {tier: Usage() for tier in tiers}
+        self._sessions: OrderedDict[str, Usage] = OrderedDict()
+
+    def record(self, tier: str, session: str, prompt: int, generated: int, gpu_s: float) -> float | None:
+        """Account for a finished request; gives what it would have cost at the next tier, if known."""
+        tokens = prompt + generated
+        if tokens:
+            rate = gpu_s / tokens
+            known = self._rate.get(tier)
+            self._rate[tier] = rate if known is None else known + SMOOTHING * (rate - known)
+        next_rate = self._rate.get(self._next.get(tier, ""))
+        next_gpu_s = None if next_rate is None or not tokens else next_rate * tokens
+        usage = self.tiers.get(tier)
+        if usage is None:
+            usage = self.tiers[tier] = Usage()
+        usage.add(prompt, generated, gpu_s, next_gpu_s)
+        if session:
+            of_session = self._sessions.get(session)
+            if of_session is None:
+                of_session = self._sessions[session] = Usage()
+                if len(self._sessions) > MAX_SESSIONS:
+                    self._sessions.popitem(last=False)
+            else:
+                self._sessions.move_to_end(session)
+            of_session.add(prompt, generated, gpu_s, next_gpu_s)
+        return next_gpu_s
+
+    def session(self, session: str) -> Usage | None:
+        """The usage of one session, if it is among the latest."""
+        return self._sessions.get(session)

@@ -1,0 +1,279 @@
+"""One gateway replica: its routes, and what it keeps of the last snapshot.
+
+The same handlers answer on Serve's ingress (:attr:`Gateway.app`) and on the gateway's own port
+(:meth:`Gateway.start`); all of it lives in one event loop. Nothing on a request's path calls Ray, the
+controller or a disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from controlplane.config import PlaneConfig, TierConfig
+from controlplane.core.admission import AdmissionQueue, AdmissionSettings
+from controlplane.core.dispatch import Dispatcher
+from controlplane.core.domain import ClusterSnapshot, GatewayInfo
+from controlplane.core.fleet import Fleet, FleetSettings
+from controlplane.core.snapshot import merge
+from controlplane.core.tiers import Direction, TierPolicy, TierTable
+from controlplane.errors import BadRequest, RequestError
+from controlplane.gateway import agents, pages
+from controlplane.gateway.accounting import Ledger
+from controlplane.gateway.asgi import AsgiApp
+from controlplane.gateway.call import APIS, MAX_REQUEST_ID, Call
+from controlplane.gateway.http import Request, Responder, error_value, send_error, send_json
+from controlplane.gateway.metrics import Metrics, merge_expositions
+from controlplane.gateway.placing import Placing
+from controlplane.gateway.relay import Relay, answer_headers
+from controlplane.gateway.resume import error_event
+from controlplane.gateway.server import Server
+from controlplane.gateway.sites import Sites
+from controlplane.gateway.watch import SWEEP_S, Limits, Watcher
+
+_REQUEST_ID: Final = re.compile(rf"^[A-Za-z0-9._:-]{{1,{MAX_REQUEST_ID}}}$")
+CLIENT_CLOSED_REQUEST: Final = 499
+
+Route = Callable[[Request, Responder], Awaitable[None]]
+
+
+class Gateway:
+    """Serves requests by the last snapshot it was given. Make it in a running event loop."""
+
+    def __init__(self, config: PlaneConfig, gateway_id: str) -> None:
+        self.config = config
+        self.gateway_id = gateway_id
+        self.loop = asyncio.get_running_loop()
+        self.started_unix_s = time.time()
+        self.metrics = Metrics()
+        self.snapshot: ClusterSnapshot | None = None
+        settings = config.gateway
+        self.table = TierTable.build([_policy(tier) for tier in config.tiers], settings.default_tier)
+        self.fleet = Fleet(self.table, FleetSettings(reserved_ratio=settings.queue.reserved_ratio))
+        self.queue = AdmissionQueue(
+            AdmissionSettings(
+                capacity=settings.queue.capacity,
+                age_after_s=settings.queue.age_after_s,
+                aged_ratio=settings.queue.aged_ratio,
+            )
+        )
+        self.ledger = Ledger([tier.name for tier in config.tiers])
+        self._sites = Sites(config, self.loop)
+        limits = Limits(
+            first_token_s=settings.first_token_timeout_s,
+            token_gap_s=settings.token_timeout_s,
+            silence_s=settings.silence_timeout_s,
+        )
+        self._watcher = Watcher(self.loop, limits)
+        self._placing = Placing(
+            Dispatcher(self.table, self.fleet, self.queue),
+            self.metrics,
+            queue_timeout_s=settings.queue.timeout_s,
+        )
+        self._relay = Relay(settings, self._placing, self._sites, self.metrics, self.ledger, self._watcher)
+        self._request_ids = f"{secrets.token_hex(6)}-"
+        self._request_count = 0
+        self._servers: list[Server] = []
+        self._private_url = ""
+        self._ticker: asyncio.Task[None] | None = None
+        self._routes: dict[str, tuple[str, Route]] = {
+            **dict.fromkeys(APIS, ("POST", self._infer)),
+            "/v1/models": ("GET", self._models),
+            "/v1/route": ("POST", self._explain),
+            "/chat": ("POST", self._chat),
+            "/batch": ("POST", self._batch),
+            "/health": ("GET", self._health),
+            "/health/live": ("GET", self._live),
+            "/health/ready": ("GET", self._ready),
+            "/metrics": ("GET", self._metrics),
+            "/status": ("GET", self._status),
+            "/usage": ("GET", self._usage),
+        }
+        self.app = AsgiApp(self.handle, max_body_bytes=settings.max_body_bytes)
+
+    # -- life ------------------------------------------------------------------------------------
+
+    async def start(self, host: str, port: int | None) -> None:
+        """Begin to tick, and open the own port (unless it is None), shared with the other gateway
+        replicas of this node, plus a private one on which the others find this replica's metrics.
+
+        Raises OSError if the port can't be had.
+        """
+        if self._ticker is None:
+            self._ticker = self.loop.create_task(self._tick())
+        if port is None:
+            return
+        shared = Server(self.handle, max_body_bytes=self.config.gateway.max_body_bytes)
+        await shared.start(host, port)
+        self._servers.append(shared)
+        private = Server(self._private, max_body_bytes=1024)
+        private_port = await private.start(host, 0)
+        self._servers.append(private)
+        self._private_url = f"http://{host}:{private_port}"
+
+    def apply(self, snapshot: ClusterSnapshot) -> None:
+        """Go by a new snapshot from now on."""
+        merged = merge(self.snapshot, snapshot)
+        if merged is self.snapshot:
+            return
+        self.snapshot = merged
+        self.fleet.apply_snapshot(merged, self.gateway_id)
+        self._sites.prune(self.fleet)
+        self._placing.recheck()
+
+    def info(self) -> GatewayInfo:
+        """What the controller is told of this replica."""
+        loads = self.fleet.by_endpoint_id.values()
+        busy = tuple((load.endpoint.endpoint_id, load.in_flight) for load in loads if load.in_flight)
+        return GatewayInfo(
+            gateway_id=self.gateway_id,
+            node_id="",
+            url=self._private_url,
+            in_flight=sum(count for _, count in busy),
+            queued=len(self.queue),
+            in_flight_by_endpoint=busy,
+            seen_unix_s=time.time(),
+        )
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no new connections, let running requests end, then close."""
+        await asyncio.gather(*(server.drain(timeout_s) for server in self._servers))
+        if self._ticker is not None:
+            self._ticker.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._ticker
+            self._ticker = None
+        self._sites.close()
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            now_s = self.loop.time()
+            self._watcher.sweep(now_s)
+            self._placing.tick(now_s)
+
+    # -- every request ---------------------------------------------------------------------------
+
+    async def handle(self, request: Request, out: Responder) -> None:
+        """Answer any request; never raises for what a request did wrong."""
+        method, route = self._routes.get(request.path, ("", None))
+        if route is None:
+            value = error_value(BadRequest(f"there is no {request.path} here"))
+            send_json(out, value, 404)
+        elif request.method != method and not (method == "GET" and request.method == "HEAD"):
+            value = error_value(BadRequest(f"{request.path} takes {method}, not {request.method}"))
+            send_json(out, value, 405, [(b"allow", method.encode())])
+        else:
+            try:
+                await route(request, out)
+            except RequestError as error:
+                send_error(out, error)
+
+    async def _infer(self, request: Request, out: Responder) -> None:
+        request_id = self._request_id(request)
+        now_s = self.loop.time()
+        try:
+            call = Call(request, request_id, now_s, self.config.gateway.request_timeout_s)
+        except RequestError as error:
+            send_error(out, error, [(b"x-request-id", request_id.encode())])
+            self.metrics.requests.labels("", "client_error", error.code).inc()
+            return
+        try:
+            await self._relay.serve(call, out)
+        except RequestError as error:
+            outcome = (
+                "shed" if error.status in {408, 429} else "client_error" if error.status < 500 else "failed"
+            )
+            self.metrics.finished(call, outcome, error.code, self.loop.time())
+            if out.started:
+                out.write(error_event(error, call.api))
+                out.finish()
+            else:
+                send_error(out, error, answer_headers(call))
+        except asyncio.CancelledError:
+            self.metrics.finished(call, "cancelled", str(CLIENT_CLOSED_REQUEST), self.loop.time())
+            raise
+
+    def _request_id(self, request: Request) -> str:
+        given = request.header(b"x-request-id")
+        if given and _REQUEST_ID.match(given):
+            return given
+        self._request_count += 1
+        return f"{self._request_ids}{self._request_count:x}"
+
+    # -- routes ----------------------------------------------------------------------------------
+
+    async def _chat(self, request: Request, out: Responder) -> None:
+        await agents.chat(self._infer, self.loop.time, request, out)
+
+    async def _batch(self, request: Request, out: Responder) -> None:
+        await agents.batch(self._infer, self.loop.time, request, out)
+
+    async def _models(self, request: Request, out: Responder) -> None:
+        send_json(out, pages.models(self.table, self.fleet, int(self.started_unix_s)))
+
+    async def _explain(self, request: Request, out: Responder) -> None:
+        send_json(out, pages.explain(request, self.table, self.fleet, self.loop.time()))
+
+    async def _health(self, request: Request, out: Responder) -> None:
+        value = pages.health(self.config, self.fleet, self.queue, self.snapshot)
+        send_json(out, value, 503 if value["status"] == "unhealthy" else 200)
+
+    async def _live(self, request: Request, out: Responder) -> None:
+        send_json(out, {"status": "alive"})
+
+    async def _ready(self, request: Request, out: Responder) -> None:
+        ready = any(load.ready for load in self.fleet.by_endpoint_id.values())
+        send_json(out, {"status": "ready" if ready else "not ready"}, 200 if ready else 503)
+
+    async def _status(self, request: Request, out: Responder) -> None:
+        send_json(out, pages.status(self.config, self.snapshot))
+
+    async def _usage(self, request: Request, out: Responder) -> None:
+        send_json(out, pages.usage(self.ledger, request.query))
+
+    async def _metrics(self, request: Request, out: Responder) -> None:
+        others = [
+            gateway
+            for gateway in (self.snapshot.gateways if self.snapshot else ())
+            if gateway.gateway_id != self.gateway_id and gateway.url
+        ]
+        texts = await asyncio.gather(*(pages.fetch_text(f"{gateway.url}/metrics") for gateway in others))
+        parts = [(self.gateway_id, self._own_metrics())]
+        parts += [(other.gateway_id, text) for other, text in zip(others, texts, strict=True) if text]
+        text = merge_expositions(parts)
+        out.send(200, [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")], text.encode())
+
+    def _own_metrics(self) -> str:
+        self.metrics.observe(self.fleet, self.queue)
+        return self.metrics.text()
+
+    async def _private(self, request: Request, out: Responder) -> None:
+        """The private port: this replica's own metrics, for the others to merge."""
+        if request.path != "/metrics":
+            send_json(out, error_value(BadRequest("only /metrics is here")), 404)
+            return
+        out.send(200, [(b"content-type", b"text/plain")], self._own_metrics().encode())
+
+
+def _outcome(status: int) -> str:
+    if status in {408, 429}:
+        return "shed"
+    return "client_error" if status < 500 else "failed"
+
+
+def _policy(tier: TierConfig) -> TierPolicy:
+    return TierPolicy(
+        name=tier.name,
+        model_id=tier.model_id,
+        complexities=tuple(tier.complexities) if tier.complexities is not None else None,
+        agent_types=tuple(tier.agent_types),
+        spill=Direction(tier.spill),
+        bridge=Direction(tier.bridge) if tier.bridge is not None else None,
+        floor=tier.min_tier,
+    )

@@ -1,0 +1,163 @@
+"""One client's request on its way through the gateway."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any, Final
+
+import msgspec
+
+from controlplane.core.domain import Complexity, Priority
+from controlplane.core.fleet import EndpointLoad
+from controlplane.core.routing import Decision
+from controlplane.core.tiers import AUTO, Api, Route, RouteRequest
+from controlplane.errors import BadRequest
+from controlplane.gateway.envelope import Envelope, parse, rewrite
+from controlplane.gateway.http import Request
+from controlplane.gateway.resume import Kind
+
+APIS: Final = {
+    "/v1/chat/completions": Api.CHAT,
+    "/v1/completions": Api.COMPLETIONS,
+    "/v1/responses": Api.RESPONSES,
+    "/v1/messages": Api.MESSAGES,
+    "/v1/embeddings": Api.EMBEDDINGS,
+}
+"""The routes that are relayed to engines."""
+
+RESUME_KINDS: Final[dict[Api, Kind]] = {Api.CHAT: "chat", Api.COMPLETIONS: "completion"}
+"""Streams of these can be resumed."""
+
+_COMPLEXITIES: Final = {str(complexity): complexity for complexity in Complexity}
+_PRIORITIES: Final = {str(priority): priority for priority in Priority}
+_TRUE: Final = msgspec.Raw(b"true")
+MAX_REQUEST_ID: Final = 128
+MAX_TIMEOUT_S: Final = 24 * 3600.0
+
+
+class Call:
+    """What is known of a request before and while it is served."""
+
+    __slots__ = (
+        "api",
+        "arrived_s",
+        "attempts",
+        "body",
+        "caller",
+        "deadline_s",
+        "decision",
+        "envelope",
+        "first_byte_s",
+        "gpu_s",
+        "losses",
+        "path",
+        "request",
+        "request_id",
+        "resumed",
+        "route",
+        "session",
+        "stream",
+        "tried",
+    )
+
+    def __init__(self, request: Request, request_id: str, now_s: float, default_timeout_s: float) -> None:
+        """Raises :class:`BadRequest` that names the header or member that is wrong."""
+        envelope = parse(request.body)
+        self.request_id = request_id
+        self.path = request.path
+        self.api = APIS[request.path]
+        self.body = request.body
+        self.envelope = envelope
+        self.stream = bool(envelope.stream)
+        self.arrived_s = now_s
+        self.deadline_s = now_s + _timeout_s(request, envelope, default_timeout_s)
+        self.caller = request.header(b"authorization")
+        session = _text(request, envelope, b"x-session-id", "session_id")
+        self.session = session
+        self.request = RouteRequest(
+            model=envelope.model or AUTO,
+            models=tuple(envelope.models or ()),
+            complexity=_one_of(request, envelope, b"x-complexity", "complexity", _COMPLEXITIES),
+            agent_type=_text(request, envelope, b"x-agent-type", "agent_type") or None,
+            min_tier=_text(request, envelope, b"x-min-tier", "min_tier") or None,
+            priority=_one_of(request, envelope, b"x-priority", "priority", _PRIORITIES) or Priority.NORMAL,
+            api=self.api,
+            session_key=_hash(session) if session else None,
+            prefix_key=None if session else envelope.affinity_key(),
+        )
+        self.route: Route | None = None
+        self.decision: Decision | None = None
+        """The latest placement."""
+        self.tried: frozenset[str] = frozenset()
+        self.attempts = 0
+        self.losses = 0
+        self.resumed = 0
+        self.first_byte_s = 0.0
+        self.gpu_s = 0.0
+
+    @property
+    def tier(self) -> str:
+        """The tier that serves it, or the one it waits for; empty before it was placed."""
+        return self.decision.tier if self.decision is not None else ""
+
+    def body_for(self, load: EndpointLoad, *, token_ids: bool) -> bytes:
+        """The body as the endpoint gets it: its own model name, and ``return_token_ids`` if wanted.
+        If nothing has to change it is what the client sent, byte for byte."""
+        members: dict[str, Any] = {}
+        if self.envelope.model != load.endpoint.model:
+            members["model"] = load.endpoint.model
+        if token_ids:
+            members["return_token_ids"] = _TRUE
+        if not members and self.envelope.models is None:
+            return self.body
+        return rewrite(self.body, **members)
+
+
+def route_request(request: Request) -> RouteRequest:
+    """What routing would make of a request body, for ``POST /v1/route``."""
+    path = "/v1/chat/completions"
+    return Call(Request("POST", path, "", request.headers, request.body), "", 0.0, 1.0).request
+
+
+def _hash(session: str) -> int:
+    return zlib.crc32(session.encode())
+
+
+def _text(request: Request, envelope: Envelope, header: bytes, member: str) -> str:
+    value = request.header(header)
+    if value:
+        return value
+    hint = envelope.hint(member)
+    if hint is None:
+        return ""
+    if not isinstance(hint, str):
+        raise BadRequest(f"metadata.{member} must be a string", param=f"metadata.{member}")
+    return hint
+
+
+def _one_of(request: Request, envelope: Envelope, header: bytes, member: str, known: dict[str, Any]) -> Any:
+    value = _text(request, envelope, header, member)
+    if not value:
+        return None
+    found = known.get(value.lower())
+    if found is None:
+        name = header.decode() if request.header(header) else f"metadata.{member}"
+        raise BadRequest(f"{name} must be one of {', '.join(known)}, not '{value[:40]}'", param=name)
+    return found
+
+
+def _timeout_s(request: Request, envelope: Envelope, default_s: float) -> float:
+    name = "x-request-timeout-seconds"
+    value: Any = request.header(b"x-request-timeout-seconds")
+    if not value:
+        name = "metadata.timeout"
+        value = envelope.hint("timeout")
+        if value is None:
+            return default_s
+    try:
+        timeout_s = float(value)
+    except (TypeError, ValueError):
+        timeout_s = 0.0
+    if not 0.0 < timeout_s <= MAX_TIMEOUT_S:
+        raise BadRequest(f"{name} must be a number of seconds over 0 and up to {MAX_TIMEOUT_S:g}", param=name)
+    return timeout_s

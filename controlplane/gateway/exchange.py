@@ -1,0 +1,174 @@
+"""One attempt of a call at one endpoint: its place there, its connection, its time-outs, its price.
+
+However it ends (:meth:`succeed`, :meth:`fail`, :meth:`abandon`), it ends once and gives everything back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from controlplane.core.failover import Failure
+from controlplane.core.fleet import EndpointLoad, Lease
+from controlplane.gateway.call import Call
+from controlplane.gateway.http import EVENT_STREAM
+from controlplane.gateway.sites import Site
+from controlplane.gateway.upstream import Connection, UpstreamFailure
+from controlplane.gateway.watch import Watch, Watcher
+
+
+class Exchange:
+    """Begun when its lease was taken."""
+
+    __slots__ = (
+        "_call",
+        "_connection",
+        "_loop",
+        "_pump",
+        "_reading",
+        "_watch",
+        "_watcher",
+        "content_type",
+        "data",
+        "ended",
+        "ids_added",
+        "lease",
+        "load",
+        "site",
+        "status",
+        "streaming",
+    )
+
+    def __init__(
+        self,
+        call: Call,
+        lease: Lease,
+        site: Site,
+        watcher: Watcher,
+        loop: asyncio.AbstractEventLoop,
+        pump: Callable[[], None],
+    ) -> None:
+        self._call = call
+        self._loop = loop
+        self._pump = pump
+        self._watcher = watcher
+        self._watch: Watch | None = None
+        self._connection: Connection | None = None
+        self._reading = site.meter.start(loop.time())
+        self.lease = lease
+        self.load: EndpointLoad = lease.load
+        self.site = site
+        self.status = 0
+        self.content_type = b""
+        self.streaming = False
+        self.data = b""
+        """The answer's first events, or all of it."""
+        self.ids_added = False
+        """The engine was asked for token ids that the client did not ask for."""
+        self.ended = False
+
+    @property
+    def connection(self) -> Connection:
+        """The connection, once :meth:`post` was called."""
+        if self._connection is None:
+            raise RuntimeError("nothing was sent yet")
+        return self._connection
+
+    async def post(self, path: str, request_id: str, body: bytes) -> int:
+        """Send a request and wait for the head of its answer; gives the status.
+
+        A kept-alive connection that turns out to be closed is replaced once, unnoticed.
+        """
+        origin = self.site.origin
+        request = origin.request("POST", path, request_id, body)
+        connection = await origin.acquire()
+        try:
+            status = await self._head(connection, request)
+        except UpstreamFailure as failure:
+            if not failure.stale:
+                raise
+            connection = await origin.acquire(fresh=True)
+            status = await self._head(connection, request)
+        self.status = status
+        for name, value in connection.headers:
+            if name == b"content-type":
+                self.content_type = value
+                self.streaming = value.startswith(EVENT_STREAM) and status < 400
+        return status
+
+    async def _head(self, connection: Connection, request: bytes) -> int:
+        if self._watch is not None:
+            self._watcher.discard(self._watch)
+        self._connection = connection
+        connection.send(request)
+        self._watch = Watch(
+            connection,
+            self.lease,
+            deadline_s=self._call.deadline_s,
+            started_s=self._loop.time(),
+            streaming=self._call.stream,
+        )
+        self._watcher.add(self._watch)
+        return await connection.head()
+
+    async def first_event(self) -> None:
+        """Wait until the stream's first event is whole."""
+        data = await self.connection.read()
+        while data and b"\n\n" not in data:
+            more = await self.connection.read()
+            if not more:
+                break
+            data += more
+        if not data:
+            raise UpstreamFailure(Failure.CUT, "the stream ended before its first event")
+        self.data = data
+
+    async def read_all(self, limit_bytes: int) -> bytes:
+        """The whole body; an answer over ``limit_bytes`` is a failure."""
+        connection = self.connection
+        data = await connection.read()
+        if connection.complete and not connection.pending:
+            return data
+        parts = [data]
+        size = len(data)
+        while data:
+            data = await connection.read()
+            parts.append(data)
+            size += len(data)
+            if size > limit_bytes:
+                raise UpstreamFailure(Failure.SERVER_ERROR, f"the answer is over {limit_bytes} bytes")
+        return b"".join(parts)
+
+    def answered(self) -> None:
+        """The first token came."""
+        if self._watch is not None and not self._watch.answered:
+            self._watch.answered = True
+            self.lease.first_token(self._loop.time())
+
+    def succeed(self) -> None:
+        """The answer is whole."""
+        if not self.ended:
+            self.lease.succeed(self._end())
+            self._pump()
+
+    def fail(self, weight: int) -> None:
+        """The endpoint failed it; ``weight`` as in :meth:`Lease.fail`."""
+        if not self.ended:
+            self.lease.fail(self._end(), weight)
+            self._pump()
+
+    def abandon(self) -> None:
+        """The client left, or another exchange was faster."""
+        if not self.ended:
+            self.lease.abandon(self._end())
+            self._pump()
+
+    def _end(self) -> float:
+        self.ended = True
+        now_s = self._loop.time()
+        self._call.gpu_s += self.site.meter.stop(self._reading, now_s)
+        if self._watch is not None:
+            self._watcher.discard(self._watch)
+        if self._connection is not None:
+            self.site.origin.release(self._connection)
+        return now_s

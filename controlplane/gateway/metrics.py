@@ -1,0 +1,235 @@
+"""The gateway's Prometheus metrics.
+
+Each gateway replica has a registry of its own. The replicas of a node share a port, so one scrape reaches
+any of them: :func:`merge_expositions` makes one exposition of all of theirs, told apart by the label
+``gateway``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final, NamedTuple
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from controlplane.core.admission import AdmissionQueue
+from controlplane.core.breaker import BreakerState
+from controlplane.core.domain import Priority
+from controlplane.core.fleet import Fleet
+from controlplane.gateway.call import Call
+
+LATENCY_BUCKETS_S: Final = (
+    0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0,
+)  # fmt: skip
+TOKEN_BUCKETS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
+
+
+_BREAKER_LEVELS: Final = {BreakerState.CLOSED: 0.0, BreakerState.HALF_OPEN: 0.5, BreakerState.OPEN: 1.0}
+
+
+class _TierSeries(NamedTuple):
+    """One tier's children, looked up once."""
+
+    total_s: Histogram
+    ttft_s: Histogram
+    prompt: Counter
+    generated: Counter
+    gpu_s: Counter
+    next_gpu_s: Counter
+
+
+class Metrics:
+    """All series of one gateway replica."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "tierplane_requests",
+            "Requests that ended, by the tier that served them, outcome (ok, client_error, failed, shed, "
+            "cancelled) and reason.",
+            ["tier", "outcome", "reason"],
+            registry=registry,
+        )
+        self.total_s = Histogram(
+            "tierplane_request_seconds",
+            "From a request's arrival to the end of its answer.",
+            ["tier"],
+            buckets=LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self.ttft_s = Histogram(
+            "tierplane_time_to_first_token_seconds",
+            "From a request's arrival to the first byte of a streamed answer.",
+            ["tier"],
+            buckets=LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self.itl_s = Histogram(
+            "tierplane_inter_token_seconds",
+            "Mean time between the events of a streamed answer; one observation a stream.",
+            ["tier"],
+            buckets=TOKEN_BUCKETS_S,
+            registry=registry,
+        )
+        self.tokens = Counter(
+            "tierplane_tokens",
+            "Tokens of finished requests, by kind (prompt, generated).",
+            ["tier", "kind"],
+            registry=registry,
+        )
+        self.gpu_s = Counter(
+            "tierplane_gpu_seconds",
+            "GPU time that requests took, by processor sharing (device time where there is no GPU).",
+            ["tier"],
+            registry=registry,
+        )
+        self.next_tier_gpu_s = Counter(
+            "tierplane_next_tier_gpu_seconds",
+            "What the same tokens would have taken at the next more capable tier, where that is known.",
+            ["tier"],
+            registry=registry,
+        )
+        self.in_flight = Gauge(
+            "tierplane_in_flight_requests", "Requests at the engines.", ["tier"], registry=registry
+        )
+        self.queued = Gauge(
+            "tierplane_queued_requests", "Requests that wait for an engine.", ["priority"], registry=registry
+        )
+        self.queue_wait_s = Histogram(
+            "tierplane_queue_wait_seconds",
+            "How long requests waited for an engine, of those that had to.",
+            ["priority"],
+            buckets=LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self.retries = Counter(
+            "tierplane_retries",
+            "Attempts after the first, by why the one before failed.",
+            ["reason"],
+            registry=registry,
+        )
+        self.resumes = Counter(
+            "tierplane_resumes",
+            "Streams whose engine was lost, by how they went on (continue, replay, finish, refused).",
+            ["method"],
+            registry=registry,
+        )
+        self.spills = Counter(
+            "tierplane_spills",
+            "Requests served by another tier than the one they were meant for, by kind (spill, bridge).",
+            ["from_tier", "to_tier", "kind"],
+            registry=registry,
+        )
+        self.shed = Counter(
+            "tierplane_shed_requests",
+            "Requests that were not admitted, by reason.",
+            ["reason"],
+            registry=registry,
+        )
+        self.endpoint_failures = Counter(
+            "tierplane_endpoint_failures",
+            "Attempts that failed at an endpoint, by kind.",
+            ["tier", "kind"],
+            registry=registry,
+        )
+        self.breaker_open = Gauge(
+            "tierplane_breaker_open",
+            "1 while an endpoint's circuit breaker keeps requests away, 0.5 while it probes, 0 otherwise.",
+            ["tier", "endpoint"],
+            registry=registry,
+        )
+        self.endpoints = Gauge(
+            "tierplane_endpoints", "Endpoints by tier and state.", ["tier", "state"], registry=registry
+        )
+
+        self.hedges = Counter(
+            "tierplane_hedges", "Second first attempts, by whether they won.", ["outcome"], registry=registry
+        )
+        self._per_tier: dict[str, _TierSeries] = {}
+        self._outcomes: dict[tuple[str, str, str], Counter] = {}
+
+    def finished(self, call: Call, outcome: str, reason: str, now_s: float) -> None:
+        """A call ended."""
+        tier = call.tier
+        key = (tier, outcome, reason)
+        counter = self._outcomes.get(key)
+        if counter is None:
+            counter = self._outcomes[key] = self.requests.labels(*key)
+        counter.inc()
+        if outcome == "ok":
+            series = self._series(tier)
+            series.total_s.observe(now_s - call.arrived_s)
+            if call.stream:
+                series.ttft_s.observe(call.first_byte_s - call.arrived_s)
+
+    def used(self, tier: str, prompt: int, generated: int, gpu_s: float, next_gpu_s: float | None) -> None:
+        """What a finished call took."""
+        series = self._series(tier)
+        series.prompt.inc(prompt)
+        series.generated.inc(generated)
+        series.gpu_s.inc(gpu_s)
+        if next_gpu_s is not None:
+            series.next_gpu_s.inc(next_gpu_s)
+
+    def _series(self, tier: str) -> _TierSeries:
+        series = self._per_tier.get(tier)
+        if series is None:
+            series = self._per_tier[tier] = _TierSeries(
+                self.total_s.labels(tier),
+                self.ttft_s.labels(tier),
+                self.tokens.labels(tier, "prompt"),
+                self.tokens.labels(tier, "generated"),
+                self.gpu_s.labels(tier),
+                self.next_tier_gpu_s.labels(tier),
+            )
+        return series
+
+    def observe(self, fleet: Fleet, queue: AdmissionQueue) -> None:
+        """Set the gauges to what is now; called when they are read."""
+        self.breaker_open.clear()
+        self.endpoints.clear()
+        for pool in fleet.pools:
+            self.in_flight.labels(pool.name).set(pool.in_flight)
+            for load in pool.loads:
+                endpoint = load.endpoint
+                self.endpoints.labels(pool.name, endpoint.state).inc()
+                level = _BREAKER_LEVELS[load.breaker.state]
+                self.breaker_open.labels(pool.name, endpoint.endpoint_id).set(level)
+        for priority in Priority:
+            self.queued.labels(priority).set(queue.depth(priority))
+
+    def text(self) -> str:
+        """The exposition of this replica."""
+        return generate_latest(self.registry).decode()
+
+
+def merge_expositions(expositions: Iterable[tuple[str, str]]) -> str:
+    """One exposition of several: ``(gateway id, text)`` each; every sample gets a ``gateway`` label."""
+    families: dict[str, tuple[list[str], list[str]]] = {}
+    for gateway_id, text in expositions:
+        label = f'gateway="{gateway_id}"'
+        head: list[str] = []
+        samples: list[str] = []
+        family = ""
+        for line in text.splitlines():
+            if line.startswith("# "):
+                name = line.split(" ", 3)[2]
+                if name != family:
+                    family = name
+                    head, samples = families.setdefault(family, ([], []))
+                if line not in head and len(head) < 2:
+                    head.append(line)
+            elif line:
+                samples.append(_labelled(line, label))
+    lines: list[str] = []
+    for head, samples in families.values():
+        lines += head + samples
+    return "\n".join(lines) + "\n"
+
+
+def _labelled(sample: str, label: str) -> str:
+    name, brace, rest = sample.partition("{")
+    if brace:
+        return f"{name}{{{label},{rest}"
+    name, _, value = sample.partition(" ")
+    return f"{name}{{{label}}} {value}"

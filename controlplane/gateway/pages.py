@@ -1,0 +1,212 @@
+"""What the gateway tells of itself and of the tiers: ``/health``, ``/v1/models``, ``/status`` and so on."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict
+from typing import Any, Final
+from urllib.parse import parse_qs, urlsplit
+
+import aiohttp
+
+from controlplane.config import PlaneConfig
+from controlplane.core.admission import AdmissionQueue
+from controlplane.core.domain import ClusterSnapshot, EndpointState, Priority
+from controlplane.core.fleet import Fleet, TierPool
+from controlplane.core.routing import explain as explain_route
+from controlplane.core.tiers import AUTO, TierTable
+from controlplane.gateway.accounting import Ledger, Usage
+from controlplane.gateway.call import route_request
+from controlplane.gateway.http import Request
+
+FETCH_TIMEOUT_S: Final = 2.0
+MAX_FETCH_BYTES: Final = 8 * 1024 * 1024
+
+
+def models(table: TierTable, fleet: Fleet, created_unix_s: int) -> dict[str, Any]:
+    """OpenAI's model list: ``auto``, the tiers and the models behind them."""
+
+    def entry(name: str, tier: str | None, ready: bool) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": created_unix_s,
+            "owned_by": "tierplane",
+            "tier": tier,
+            "ready": ready,
+        }
+
+    ready_of = {pool.name: any(load.ready for load in pool.loads) for pool in fleet.pools}
+    data = [entry(AUTO, None, any(ready_of.values()))]
+    data += [entry(policy.name, policy.name, ready_of[policy.name]) for policy in table.policies]
+    known = {item["id"] for item in data}
+    for model, ranks in table.tiers_of_model.items():
+        if model not in known:
+            names = [table.policies[rank].name for rank in ranks]
+            data.append(entry(model, names[0], any(ready_of[name] for name in names)))
+    return {"object": "list", "data": data}
+
+
+def explain(request: Request, table: TierTable, fleet: Fleet, now_s: float) -> dict[str, Any]:
+    """Where a request would go and why, endpoint by endpoint, without sending it."""
+    told = explain_route(route_request(request), table, fleet, now_s, 0)
+    decision = told.decision
+    return {
+        "outcome": decision.outcome,
+        "tier": decision.tier or None,
+        "endpoint": decision.load.endpoint.endpoint_id if decision.load else None,
+        "reason": decision.reason,
+        "refusal": decision.refusal,
+        "message": decision.message,
+        "spilled": decision.spilled,
+        "bridged": decision.bridged,
+        "tiers": {
+            "asked_for": _names(table, told.route.order),
+            "spill": _names(table, told.route.spill),
+            "bridge": _names(table, told.route.bridge),
+            "floor": table.policies[told.route.floor].name if told.route.floor else None,
+        },
+        "endpoints": [
+            {
+                "endpoint": candidate.endpoint_id,
+                "tier": candidate.tier,
+                "left_out": list(candidate.left_out),
+                "score": None if candidate.score is None else round(candidate.score, 4),
+                "scores": {name: round(value, 4) for name, value in candidate.scores.items()},
+                "affinity": candidate.home,
+            }
+            for candidate in told.candidates
+        ],
+    }
+
+
+def _names(table: TierTable, ranks: tuple[int, ...]) -> list[str]:
+    return [table.policies[rank].name for rank in ranks]
+
+
+def health(
+    config: PlaneConfig, fleet: Fleet, queue: AdmissionQueue, snapshot: ClusterSnapshot | None
+) -> dict[str, Any]:
+    """``healthy``: every tier has all its replicas; ``unhealthy``: no tier has any; else ``degraded``."""
+    tiers = {
+        tier.name: _tier_health(pool, tier.replicas)
+        for tier, pool in zip(config.tiers, fleet.pools, strict=True)
+    }
+    states = {value["status"] for value in tiers.values()}
+    if states <= {"healthy", "idle"}:
+        status = "healthy"
+    elif states & {"healthy", "degraded"}:
+        status = "degraded"
+    else:
+        status = "unhealthy"
+    gateways = snapshot.gateways if snapshot else ()
+    return {
+        "status": status,
+        "why": _why(snapshot, tiers),
+        "tiers": tiers,
+        "queue": {
+            "depth": len(queue),
+            "capacity": queue.settings.capacity,
+            "by_priority": {str(priority): queue.depth(priority) for priority in Priority},
+        },
+        "workers": {
+            "gateways": max(1, len(gateways)),
+            "in_flight": sum(pool.in_flight for pool in fleet.pools),
+            "endpoints": len(fleet.by_endpoint_id),
+        },
+        "snapshot": None if snapshot is None else {"epoch": snapshot.epoch, "version": snapshot.version},
+    }
+
+
+def _why(snapshot: ClusterSnapshot | None, tiers: dict[str, Any]) -> str:
+    if snapshot is None:
+        return "the controller has not been heard of yet"
+    return "; ".join(f"{name}: {tier['why']}" for name, tier in tiers.items() if tier["why"])
+
+
+def _tier_health(pool: TierPool, wanted: int) -> dict[str, Any]:
+    ready = sum(load.ready for load in pool.loads)
+    if ready >= wanted:
+        status = "healthy" if ready else "idle"
+    else:
+        status = "degraded" if ready else "unhealthy"
+    reasons = []
+    if not pool.loads and wanted:
+        reasons.append("no replica has reported yet")
+    for load in pool.loads:
+        if not load.ready and load.endpoint.state is not EndpointState.STOPPED:
+            told = load.endpoint.diagnosis or load.endpoint.phase
+            reasons.append(
+                f"{load.endpoint.endpoint_id} is {load.endpoint.state}{f' ({told})' if told else ''}"
+            )
+    return {
+        "status": status,
+        "why": "; ".join(reasons),
+        "replicas": {"ready": ready, "wanted": wanted},
+        "in_flight": pool.in_flight,
+        "limit": pool.limit,
+        "endpoints": [
+            {
+                "endpoint": load.endpoint.endpoint_id,
+                "state": load.endpoint.state,
+                "breaker": load.breaker.state,
+                "in_flight": load.in_flight,
+            }
+            for load in pool.loads
+        ],
+    }
+
+
+def status(config: PlaneConfig, snapshot: ClusterSnapshot | None) -> dict[str, Any]:
+    """The last snapshot, without secrets."""
+    if snapshot is None:
+        return {
+            "snapshot": None,
+            "tiers": [tier.name for tier in config.tiers],
+            "endpoints": [],
+            "gateways": [],
+        }
+    endpoints = []
+    for endpoint in snapshot.endpoints:
+        value = asdict(endpoint)
+        del value["secret"]
+        endpoints.append(value)
+    return {
+        "snapshot": {"epoch": snapshot.epoch, "version": snapshot.version, "unix_s": snapshot.unix_s},
+        "tiers": [tier.name for tier in config.tiers],
+        "endpoints": endpoints,
+        "gateways": [asdict(gateway) for gateway in snapshot.gateways],
+    }
+
+
+def usage(ledger: Ledger, query: str) -> dict[str, Any]:
+    """Requests, tokens and GPU-seconds of this gateway replica by tier, or of ``?session=ID``."""
+    session = parse_qs(query).get("session", [""])[0]
+    if session:
+        found = ledger.session(session)
+        return {"session": session, "usage": None if found is None else _usage(found)}
+    return {"tiers": {name: _usage(value) for name, value in ledger.tiers.items()}}
+
+
+def _usage(value: Usage) -> dict[str, Any]:
+    return {
+        "requests": value.requests,
+        "prompt_tokens": value.prompt_tokens,
+        "generated_tokens": value.generated_tokens,
+        "gpu_seconds": round(value.gpu_seconds, 6),
+        "next_tier_gpu_seconds": round(value.next_tier_gpu_seconds, 6),
+        "requests_without_next_tier_price": value.unpriced_requests,
+    }
+
+
+async def fetch_text(url: str) -> str:
+    """A small text from another gateway replica; ``""`` if it can't be had."""
+    if urlsplit(url).scheme != "http":
+        return ""
+    try:
+        timeout = aiohttp.ClientTimeout(total=FETCH_TIMEOUT_S)
+        async with aiohttp.ClientSession(timeout=timeout) as session, session.get(url) as answer:
+            data = await answer.content.read(MAX_FETCH_BYTES)
+            return data.decode("utf-8", "replace") if answer.status == 200 else ""
+    except (aiohttp.ClientError, TimeoutError, asyncio.IncompleteReadError):
+        return ""

@@ -1,0 +1,477 @@
+"""The way of a request: placed on an endpoint, relayed, and kept alive when its engine is lost.
+
+Read :meth:`Relay.serve` from top to bottom. Nothing of an answer is sent to the client before an engine
+has begun to answer, so that any failure up to there can be hidden by another attempt; after it a lost
+stream is resumed (:mod:`controlplane.gateway.resume`). An answer that is not streamed is held until it is
+whole, which makes it retryable to its last byte.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from typing import Final, NamedTuple
+
+import msgspec
+
+from controlplane.config import GatewayConfig
+from controlplane.core.dispatch import Started
+from controlplane.core.failover import (
+    RULES,
+    Attempt,
+    Failure,
+    GiveUp,
+    RetryBudget,
+    RetrySettings,
+    next_step,
+)
+from controlplane.core.fleet import EndpointLoad
+from controlplane.core.tiers import Api
+from controlplane.errors import DeadlineExceeded, EndpointLost, RequestError
+from controlplane.gateway.accounting import Ledger
+from controlplane.gateway.call import RESUME_KINDS, Call
+from controlplane.gateway.exchange import Exchange
+from controlplane.gateway.http import EVENT_STREAM, JSON_TYPE, Headers, Responder
+from controlplane.gateway.metrics import Metrics
+from controlplane.gateway.placing import Placing, give_up_error
+from controlplane.gateway.resume import (
+    TOKEN_ID_MEMBERS,
+    Continuation,
+    NotResumable,
+    Seen,
+    Splice,
+    Tape,
+    error_event,
+    plan,
+)
+from controlplane.gateway.sites import Site, Sites
+from controlplane.gateway.upstream import UpstreamFailure
+from controlplane.gateway.watch import Watcher
+
+MAX_ANSWER_BYTES: Final = 256 * 1024 * 1024
+MAX_ERROR_BYTES: Final = 64 * 1024
+END_MARKS: Final = {
+    Api.CHAT: (b"data: [DONE]",),
+    Api.COMPLETIONS: (b"data: [DONE]",),
+    Api.RESPONSES: (b'"response.completed"', b'"response.incomplete"', b'"response.failed"', b"[DONE]"),
+    Api.MESSAGES: (b"message_stop",),
+}
+"""What a stream that is whole holds near its end. One that ends without it was cut."""
+
+ERROR_MARK: Final = b'data: {"error"'
+PROMPT_IDS: Final = re.compile(rb'"prompt_token_ids":\[([0-9, ]*)\]')
+PLAN_ANY_LENGTH: Final = 1 << 40
+
+_STATUS_FAILURES: Final = {429: Failure.BUSY, 503: Failure.UNAVAILABLE}
+_OUR_FAULT: Final = frozenset({401, 403})
+"""An engine that answers these does not know our key: not the client's business."""
+
+
+class _Usage(msgspec.Struct, gc=False):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+
+class _Counted(msgspec.Struct, gc=False):
+    usage: _Usage | None = None
+
+
+_counted = msgspec.json.Decoder(_Counted).decode
+_encode = msgspec.json.Encoder().encode
+
+
+class Tokens(NamedTuple):
+    """What a finished answer took."""
+
+    prompt: int
+    generated: int
+
+
+class Relay:
+    """Serves the calls of one gateway replica."""
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        placing: Placing,
+        sites: Sites,
+        metrics: Metrics,
+        ledger: Ledger,
+        watcher: Watcher,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._placing = placing
+        self._sites = sites
+        self._metrics = metrics
+        self._ledger = ledger
+        self._watcher = watcher
+        self._resume_policy = config.resume
+        self._hedge_after_s = config.hedge_after_s
+        self._retry = RetrySettings(
+            max_attempts=config.retry.max_attempts,
+            budget_ratio=config.retry.budget_ratio,
+            budget_min_per_s=config.retry.budget_min_per_s,
+        )
+        self._budget = RetryBudget(self._retry, self._loop.time())
+
+    async def serve(self, call: Call, out: Responder) -> None:
+        """Answer a call. Raises :class:`RequestError` if nothing of the answer was sent yet."""
+        self._budget.on_request()
+        started = await self._placing.place(call)
+        while True:
+            exchange = self._begin(call, started)
+            try:
+                exchange = await self._answer(call, exchange)
+                break
+            except UpstreamFailure as failure:
+                self._failed(call, exchange, failure)
+                self._decide(call, failure)
+                started = await self._placing.place_again(call)
+            except asyncio.CancelledError:
+                exchange.abandon()
+                raise
+        if exchange.streaming:
+            await self._stream(call, exchange, out)
+        else:
+            self._whole(call, exchange, out)
+
+    # -- one attempt -----------------------------------------------------------------------------
+
+    def _begin(self, call: Call, started: Started) -> Exchange:
+        call.attempts += 1
+        call.tried |= {started.lease.load.key}
+        site = self._sites.site(started.lease.load)
+        return Exchange(call, started.lease, site, self._watcher, self._loop, self._placing.pump)
+
+    async def _answer(self, call: Call, exchange: Exchange) -> Exchange:
+        """The exchange once it has begun to answer; a hedge may win over the one that was begun."""
+        if self._hedge_after_s is None or not call.stream:
+            await self._open(call, exchange)
+            return exchange
+        first = asyncio.ensure_future(self._open(call, exchange))
+        try:
+            await asyncio.wait((first,), timeout=self._hedge_after_s)
+            hedge = None if first.done() else self._placing.place_now(call)
+            if hedge is None:
+                await first
+                return exchange
+            return await self._race(call, exchange, first, self._begin(call, hedge))
+        finally:
+            if not first.done():
+                first.cancel()
+
+    async def _race(
+        self, call: Call, exchange: Exchange, first: asyncio.Future[None], other: Exchange
+    ) -> Exchange:
+        """Two exchanges of one call: the one that answers first goes on, the other is dropped."""
+        second = asyncio.ensure_future(self._open(call, other))
+        runs = {first: exchange, second: other}
+        try:
+            pending = set(runs)
+            while pending:
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                winner = next((task for task in done if task.exception() is None), None)
+                if winner is not None:
+                    self._metrics.hedges.labels("won" if winner is second else "lost").inc()
+                    return runs[winner]
+            self._failed(call, other, _failure_of(second))
+            raise _failure_of(first)
+        finally:
+            for task, run in runs.items():
+                if not task.done():
+                    task.cancel()
+                    with contextlib.suppress(asyncio.CancelledError, UpstreamFailure):
+                        await task
+                    run.abandon()
+
+    async def _open(self, call: Call, exchange: Exchange) -> None:
+        """Send the request and wait until there is something to send on."""
+        endpoint = exchange.load.endpoint
+        exchange.ids_added = (
+            call.stream
+            and call.api in RESUME_KINDS
+            and endpoint.capabilities.resume_by_token_ids
+            and self._resume_policy != "never"
+            and call.envelope.return_token_ids is None
+            and call.envelope.n in (None, 1)
+        )
+        body = call.body_for(exchange.load, token_ids=exchange.ids_added)
+        await self._send(exchange, call.path, call.request_id, body)
+        if exchange.streaming:
+            await exchange.first_event()
+            if ERROR_MARK in exchange.data:
+                raise UpstreamFailure(Failure.STREAM_ERROR, _detail(exchange.data))
+        else:
+            exchange.data = await exchange.read_all(MAX_ANSWER_BYTES)
+        exchange.answered()
+
+    async def _send(self, exchange: Exchange, path: str, request_id: str, body: bytes) -> None:
+        status = await exchange.post(path, request_id, body)
+        if status >= 500 or status == 429 or status in _OUR_FAULT:
+            said = await exchange.read_all(MAX_ERROR_BYTES)
+            kind = _STATUS_FAILURES.get(status, Failure.SERVER_ERROR)
+            raise UpstreamFailure(
+                kind, f"{status}: {_detail(said)}", status=status if status >= 500 else None
+            )
+
+    # -- failures --------------------------------------------------------------------------------
+
+    def _failed(self, call: Call, exchange: Exchange, failure: UpstreamFailure) -> None:
+        """Account for a failed attempt and free its place."""
+        kind = failure.kind
+        exchange.fail(RULES[kind].breaker_weight if kind is not None else 0)
+        name = str(kind) if kind is not None else "deadline"
+        self._metrics.endpoint_failures.labels(exchange.load.endpoint.tier, name).inc()
+
+    def _decide(
+        self, call: Call, failure: UpstreamFailure, not_resumable: str = "", sent: bool = False
+    ) -> None:
+        """Return if the call is to go on elsewhere, raise what the client gets if not."""
+        kind = failure.kind
+        if kind is None:
+            raise DeadlineExceeded("the request's deadline passed before its answer was whole")
+        now_s = self._loop.time()
+        attempt = Attempt(
+            number=call.attempts,
+            sent=sent,
+            deadline_s=call.deadline_s,
+            losses=call.losses,
+            not_resumable=not_resumable,
+            engine_status=failure.status,
+        )
+        step = next_step(kind, attempt, self._retry, self._budget, now_s)
+        if RULES[kind].lost:
+            call.losses += 1
+        if isinstance(step, GiveUp):
+            raise give_up_error(step, failure.detail)
+        self._metrics.retries.labels(str(kind)).inc()
+
+    # -- answers ---------------------------------------------------------------------------------
+
+    def _whole(self, call: Call, exchange: Exchange, out: Responder) -> None:
+        call.first_byte_s = self._loop.time()
+        content_type = exchange.content_type or JSON_TYPE
+        exchange.succeed()
+        tokens = Tokens(0, 0)
+        if exchange.status < 400:
+            tokens = _count_whole(exchange.data)
+        self._account(call, exchange, tokens)
+        headers = [(b"content-type", content_type), *answer_headers(call)]
+        if exchange.status < 400:
+            headers.append((b"x-gpu-seconds", b"%.6f" % call.gpu_s))
+        out.send(exchange.status, headers, exchange.data)
+        outcome = "ok" if exchange.status < 400 else "client_error"
+        self._metrics.finished(call, outcome, str(exchange.status), self._loop.time())
+
+    async def _stream(self, call: Call, exchange: Exchange, out: Responder) -> None:
+        kind = RESUME_KINDS.get(call.api)
+        tape = Tape(kind) if kind is not None and self._resume_policy != "never" else None
+        strip = TOKEN_ID_MEMBERS.sub if exchange.ids_added else None
+        marks = END_MARKS.get(call.api, ())
+        started_s = call.first_byte_s = self._loop.time()
+        out.start(exchange.status, [(b"content-type", EVENT_STREAM), *STREAM_HEADERS, *answer_headers(call)])
+        carry = b""
+        events = prompt = 0
+        ended = not marks
+        data = exchange.data
+        if exchange.ids_added and (ids := PROMPT_IDS.search(data)) is not None:
+            prompt = ids[1].count(b",") + 1
+        try:
+            while data:
+                if carry:
+                    data = carry + data
+                end = data.rfind(b"\n\n") + 2
+                whole, carry = (data, b"") if end == len(data) else (data[:end], data[end:])
+                if end > 1:
+                    if ERROR_MARK in whole:
+                        raise UpstreamFailure(Failure.STREAM_ERROR, _detail(whole))
+                    if tape is not None:
+                        tape.keep(whole)
+                    events += whole.count(b'"token_ids":[') if exchange.ids_added else whole.count(b"data: {")
+                    ended = ended or any(mark in whole for mark in marks)
+                    out.write(strip(b"", whole) if strip is not None else whole)
+                    await out.drain()
+                data = await exchange.connection.read()
+            if not ended:
+                raise UpstreamFailure(Failure.CUT, "the stream ended before its end")
+        except UpstreamFailure as failure:
+            self._failed(call, exchange, failure)
+            seen = tape.read() if tape is not None else None
+            await self._go_on(call, exchange.load, seen, failure, out)
+            return
+        except asyncio.CancelledError:
+            exchange.abandon()
+            raise
+        out.write(carry)
+        now_s = self._loop.time()
+        exchange.succeed()
+        out.finish()
+        if events > 1:
+            self._metrics.itl_s.labels(call.tier).observe((now_s - started_s) / (events - 1))
+        self._account(call, exchange, Tokens(prompt, events))
+        self._metrics.finished(call, "ok", "stream", now_s)
+
+    # -- resume ----------------------------------------------------------------------------------
+
+    async def _go_on(
+        self, call: Call, lost: EndpointLoad, seen: Seen | None, failure: UpstreamFailure, out: Responder
+    ) -> None:
+        """A stream was lost after a part of it was sent: go on elsewhere, or say that it ends here."""
+        exchange: Exchange | None = None
+        tier = lost.endpoint.tier
+        while True:
+            try:
+                how, refusal = self._plan(call, seen, PLAN_ANY_LENGTH)
+                if how is not None and how.method == "finish" and seen is not None:
+                    out.write(Splice(how, seen, stream_options(call)).finish())
+                    self._resumed(call, how, out)
+                    return
+                self._decide(call, failure, refusal, sent=True)
+                if seen is None:
+                    raise EndpointLost("streams of this route can't be resumed")
+                exchange = self._begin(call, await self._placing.place_resumed(call, tier))
+                how = await self._plan_at(call, seen, exchange)
+                await self._resume(call, exchange, how, seen, out)
+                return
+            except UpstreamFailure as again:
+                failure = again
+                if exchange is not None:
+                    self._failed(call, exchange, failure)
+                    exchange = None
+            except (RequestError, NotResumable) as reason:
+                if exchange is not None:
+                    exchange.abandon()
+                self._refuse_resume(call, failure, str(reason), out)
+                return
+            except asyncio.CancelledError:
+                if exchange is not None:
+                    exchange.abandon()
+                raise
+
+    def _plan(self, call: Call, seen: Seen | None, max_model_len: int) -> tuple[Continuation | None, str]:
+        if seen is None:
+            return None, "streams of this route can't be resumed, or the policy is never to"
+        if call.envelope.return_token_ids is not None:
+            return None, "the client asked for token ids itself"
+        try:
+            return plan(call.body, seen, self._resume_policy, max_model_len), ""
+        except NotResumable as reason:
+            return None, str(reason)
+
+    async def _plan_at(self, call: Call, seen: Seen, exchange: Exchange) -> Continuation:
+        site = exchange.site
+        if site.max_model_len is None and exchange.load.endpoint.capabilities.resume_by_token_ids:
+            site.max_model_len = await _max_model_len(site, call.request_id)
+        return plan(call.body, seen, self._resume_policy, site.max_model_len)
+
+    async def _resume(
+        self, call: Call, exchange: Exchange, how: Continuation, seen: Seen, out: Responder
+    ) -> None:
+        splice = Splice(how, seen, stream_options(call))
+        if how.method != "finish":
+            body = {**how.body, "model": exchange.load.endpoint.model}
+            body.pop("models", None)
+            if how.method == "replay" and exchange.load.endpoint.capabilities.resume_by_token_ids:
+                body["return_token_ids"] = True
+            await self._send(exchange, how.path, call.request_id, _encode(body))
+            if not exchange.streaming:
+                raise UpstreamFailure(Failure.SERVER_ERROR, "the other engine did not stream")
+            carry = b""
+            while data := await exchange.connection.read():
+                exchange.answered()
+                whole, found, carry = (carry + data).rpartition(b"\n\n")
+                if found:
+                    if ERROR_MARK in whole:
+                        raise UpstreamFailure(Failure.STREAM_ERROR, _detail(whole))
+                    out.write(splice.feed(whole))
+                    await out.drain()
+            if not seen.done:
+                raise UpstreamFailure(Failure.CUT, "the stream ended before its end")
+            exchange.succeed()
+            self._account(call, exchange, Tokens(len(seen.prompt_ids or ()), len(seen.token_ids)))
+        else:
+            exchange.abandon()
+            out.write(splice.finish())
+        self._resumed(call, how, out)
+
+    def _resumed(self, call: Call, how: Continuation, out: Responder) -> None:
+        call.resumed += 1
+        out.finish()
+        self._metrics.resumes.labels(how.method).inc()
+        self._metrics.finished(call, "ok", "resumed", self._loop.time())
+
+    def _refuse_resume(self, call: Call, failure: UpstreamFailure, reason: str, out: Responder) -> None:
+        self._metrics.resumes.labels("refused").inc()
+        self._metrics.finished(call, "failed", "endpoint_lost", self._loop.time())
+        error = EndpointLost(
+            f"the engine was lost ({failure.detail}) and the stream was not resumed: {reason}"
+        )
+        out.write(error_event(error, call.api))
+        out.finish()
+
+    def _account(self, call: Call, exchange: Exchange, tokens: Tokens) -> None:
+        tier = exchange.load.endpoint.tier
+        next_gpu_s = self._ledger.record(tier, call.session, tokens.prompt, tokens.generated, call.gpu_s)
+        self._metrics.used(tier, tokens.prompt, tokens.generated, call.gpu_s, next_gpu_s)
+
+
+STREAM_HEADERS: Final[Headers] = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+
+
+def answer_headers(call: Call) -> Headers:
+    """What every answer tells about its way."""
+    headers = [(b"x-request-id", call.request_id.encode("latin-1"))]
+    if call.decision is not None:
+        headers.append((b"x-tier", call.decision.tier.encode()))
+        headers.append((b"x-tier-reason", call.decision.reason.encode("latin-1", "replace")))
+    if call.attempts > 1:
+        headers.append((b"x-attempts", str(call.attempts).encode()))
+    return headers
+
+
+def stream_options(call: Call) -> dict[str, object] | None:
+    """The request's ``stream_options``."""
+    options = msgspec.json.decode(call.body).get("stream_options")
+    return options if isinstance(options, dict) else None
+
+
+def _count_whole(body: bytes) -> Tokens:
+    try:
+        usage = _counted(body).usage
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        usage = None
+    if usage is None:
+        return Tokens(0, 0)
+    return Tokens(usage.prompt_tokens or usage.input_tokens, usage.completion_tokens or usage.output_tokens)
+
+
+async def _max_model_len(site: Site, request_id: str) -> int | None:
+    """The engine's context length in tokens, from its model list; None if it does not say."""
+    connection = await site.origin.acquire(fresh=True)
+    try:
+        connection.send(site.origin.request("GET", "/v1/models", request_id, b""))
+        async with asyncio.timeout(5.0):
+            await connection.head()
+            body = b""
+            while data := await connection.read():
+                body += data
+        length = msgspec.json.decode(body)["data"][0].get("max_model_len")
+        return length if isinstance(length, int) else None
+    except (TimeoutError, msgspec.DecodeError, LookupError, AttributeError, TypeError):
+        return None
+    finally:
+        connection.close()
+
+
+def _failure_of(task: asyncio.Future[None]) -> UpstreamFailure:
+    error = task.exception()
+    if isinstance(error, UpstreamFailure):
+        return error
+    raise error if error is not None else RuntimeError("the task did not fail")
+
+
+def _detail(body: bytes) -> str:
+    return body[:300].decode("utf-8", "replace").strip()

@@ -1,0 +1,110 @@
+"""Time-outs of running exchanges, by one sweep instead of a timer each.
+
+An exchange is failed when its deadline passes, when its first byte or the next one is overdue, or when
+its engine is silent: it owes tokens and gives no byte on *any* request for much longer than it usually
+takes. The last one finds engines that are half alive (health answers, tokens don't come) without waiting
+for the limits that slow but honest requests need.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Final
+
+from controlplane.core.failover import Failure
+from controlplane.core.fleet import EndpointLoad, Lease
+from controlplane.gateway.upstream import Connection
+
+SWEEP_S: Final = 0.1
+SILENCE_TTFTS: Final = 8.0
+"""Silence is measured against this many usual times to first token …"""
+SILENCE_LATENCIES: Final = 4.0
+"""… and, for answers that come in one piece, this many usual latencies."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long an exchange may take; all in seconds."""
+
+    first_token_s: float
+    token_gap_s: float
+    silence_s: float
+
+
+class Watch:
+    """One exchange under watch."""
+
+    __slots__ = ("answered", "connection", "deadline_s", "lease", "started_s", "streaming")
+
+    def __init__(
+        self, connection: Connection, lease: Lease, *, deadline_s: float, started_s: float, streaming: bool
+    ) -> None:
+        self.connection = connection
+        self.lease = lease
+        self.deadline_s = deadline_s
+        self.started_s = started_s
+        self.streaming = streaming
+        self.answered = False
+        """The first token came."""
+
+
+class Watcher:
+    """Sweeps over the running exchanges of one gateway replica."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, limits: Limits) -> None:
+        self._loop = loop
+        self._limits = limits
+        self._watches: set[Watch] = set()
+
+    def add(self, watch: Watch) -> None:
+        """Begin to watch."""
+        self._watches.add(watch)
+
+    def discard(self, watch: Watch) -> None:
+        """It ended."""
+        self._watches.discard(watch)
+
+    def sweep(self, now_s: float) -> None:
+        """Fail what is overdue; to be called every :data:`SWEEP_S`."""
+        watches = list(self._watches)
+        for watch in watches:
+            load = watch.lease.load
+            if watch.connection.last_byte_s > max(load.sign_s, watch.started_s):
+                load.sign_s = watch.connection.last_byte_s
+        for watch in watches:
+            verdict = self._overdue(watch, now_s)
+            if verdict is not None:
+                watch.connection.fail(*verdict)
+
+    def _overdue(self, watch: Watch, now_s: float) -> tuple[Failure | None, str] | None:
+        limits = self._limits
+        if now_s >= watch.deadline_s:
+            return None, "the request's deadline passed"
+        last_s = max(watch.connection.last_byte_s, watch.started_s)
+        if not watch.answered:
+            waited_s = now_s - watch.started_s
+            if watch.streaming and waited_s > limits.first_token_s:
+                return Failure.FIRST_TOKEN_TIMEOUT, f"no token after {waited_s:.1f} s (first_token_timeout_s)"
+        elif now_s - last_s > limits.token_gap_s:
+            return Failure.TOKEN_TIMEOUT, f"no token for {now_s - last_s:.1f} s (token_timeout_s)"
+        load = watch.lease.load
+        silent_s = now_s - max(load.sign_s, last_s)
+        if silent_s > self._patience_s(watch, load) and _has_alternative(load, now_s):
+            kind = Failure.TOKEN_TIMEOUT if watch.answered else Failure.FIRST_TOKEN_TIMEOUT
+            return kind, f"the engine gave no byte on any request for {silent_s:.1f} s (silence_timeout_s)"
+        return None
+
+    def _patience_s(self, watch: Watch, load: EndpointLoad) -> float:
+        usual_s = SILENCE_TTFTS * (load.ttft_s or 0.0)
+        if not watch.streaming:
+            usual_s = max(usual_s, SILENCE_LATENCIES * (load.latency_s or 0.0))
+        return max(self._limits.silence_s, usual_s)
+
+
+def _has_alternative(load: EndpointLoad, now_s: float) -> bool:
+    """Another endpoint of the tier could take over: only then is impatience any use."""
+    pool = load.pool
+    return pool is None or any(
+        other is not load and other.ready and now_s >= other.breaker.blocked_until_s for other in pool.loads
+    )
