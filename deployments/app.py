@@ -1,10 +1,10 @@
 """The builder that Serve imports: ``args`` of a Serve config file → one Serve application.
 
-    applications:
-      - name: tierplane
-        route_prefix: /
-        import_path: deployments.app:build
-        args: {tiers: […], gateway: {…}, controller: {…}}
+applications:
+  - name: tierplane
+    route_prefix: /
+    import_path: deployments.app:build
+    args: {tiers: […], gateway: {…}, controller: {…}}
 """
 
 from __future__ import annotations

@@ -41,7 +41,6 @@ class GatewayReplica:
         self._id = f"gateway-{context.replica_id.unique_id}"
         self._config = config
         self._node_id = ray.get_runtime_context().get_node_id()
-        self._snapshot: ClusterSnapshot | None = None
         observability.setup(
             config.controller.log_format,
             config.controller.log_level,
@@ -59,7 +58,7 @@ class GatewayReplica:
                 self._link, config, self._info, interval_s=self._report_interval_s, hurry=self._hurry
             ),
         )
-        log.info("gateway started", url=self._info().url)
+        log.info("gateway started", host=config.gateway.host, port=config.gateway.port)
 
     def __serve_build_asgi_app__(self) -> Any:
         """The application that Serve's ingress calls."""
@@ -69,20 +68,19 @@ class GatewayReplica:
         """Raise if a background task ended: then this replica's picture no longer follows the cluster."""
         self._tasks.check()
 
-    async def __del__(self) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __del__(self) -> None:  # Serve awaits it
         await self._gateway.drain(DRAIN_S)
         await self._tasks.cancel()
         await self._link.tell("gateway_gone", self._id, "stopped")
         log.info("gateway stopped")
 
     def _apply(self, snapshot: ClusterSnapshot) -> None:
-        self._snapshot = snapshot
         self._gateway.apply(snapshot)
         if self._drains():
             self._hurry.set()
 
     def _info(self) -> GatewayInfo:
-        known = self._snapshot
+        known = self._gateway.snapshot
         seen = (known.epoch, known.version) if known else ("", 0)
         return replace(self._gateway.info(), node_id=self._node_id, snapshot=seen)
 
@@ -90,7 +88,8 @@ class GatewayReplica:
         return DRAINING_REPORT_S if self._drains() else self._config.controller.heartbeat_s
 
     def _drains(self) -> bool:
-        endpoints = self._snapshot.endpoints if self._snapshot else ()
+        known = self._gateway.snapshot
+        endpoints = known.endpoints if known else ()
         return any(endpoint.state == EndpointState.DRAINING for endpoint in endpoints)
 
 

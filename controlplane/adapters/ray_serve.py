@@ -22,7 +22,6 @@ from controlplane.adapters import observability
 from controlplane.config import ControllerConfig, PlaneConfig
 from controlplane.controller import Controller
 from controlplane.core.domain import ClusterSnapshot, Endpoint, Event, GatewayInfo, TierSpec
-from controlplane.core.snapshot import merge
 from controlplane.errors import TierplaneError
 from controlplane.paths import run_dir
 
@@ -264,26 +263,21 @@ async def report_gateway(
 
 
 async def pull_snapshots(link: ControllerLink, apply: Callable[[ClusterSnapshot], None]) -> NoReturn:
-    """Hand each new snapshot to ``apply`` until cancelled; while the controller is away, nothing changes."""
-    known: ClusterSnapshot | None = None
+    """Hand each new snapshot to ``apply`` until cancelled; while the controller is away, nothing changes.
+
+    A restarted controller's first snapshots are incomplete: the receiver merges
+    (:mod:`controlplane.core.snapshot`).
+    """
+    epoch, version = "", 0
 
     async def pull() -> None:
-        nonlocal known
-        new = cast(
-            ClusterSnapshot | None,
-            await link.call(
-                "snapshot",
-                known.epoch if known else "",
-                known.version if known else 0,
-                LONG_POLL_S,
-                timeout_s=LONG_POLL_S + CALL_TIMEOUT_S,
-            ),
-        )
+        nonlocal epoch, version
+        limit_s = LONG_POLL_S + CALL_TIMEOUT_S
+        answer = await link.call("snapshot", epoch, version, LONG_POLL_S, timeout_s=limit_s)
+        new = cast(ClusterSnapshot | None, answer)
         if new is not None:
-            merged = merge(known, new)
-            if merged is not known:
-                known = merged
-                apply(merged)
+            epoch, version = new.epoch, new.version
+            apply(new)
 
     while True:
         await _patiently("snapshot", pull)

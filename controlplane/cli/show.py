@@ -84,12 +84,11 @@ def status_table(tiers: Sequence[TierStatus], unix_s: float) -> Table:
 def gateway_table(gateways: Sequence[GatewayInfo], unix_s: float) -> Table:
     """One row per gateway."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for column in ("gateway", "address", "in flight", "queued", "heard of"):
+    for column in ("gateway", "in flight", "queued", "heard of"):
         table.add_column(column)
     for item in gateways:
         table.add_row(
             item.gateway_id,
-            item.url or "(Serve's ingress only)",
             str(item.in_flight),
             str(item.queued),
             f"{age(unix_s - item.seen_unix_s)} ago",

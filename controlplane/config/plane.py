@@ -265,6 +265,9 @@ class PlaneConfig(Strict):
     """From the cheapest to the most capable."""
     gateway: GatewayConfig = GatewayConfig()
     controller: ControllerConfig = ControllerConfig()
+    engine_host: Literal["auto", "loopback", "node"] = "auto"
+    """Where engines listen. ``loopback``: this machine only. ``node``: the node's address, for gateways on
+    other nodes. ``auto``: loopback if ``tierplane up`` started Ray, else the node's address."""
 
     def findings(self) -> list[Finding]:
         """What doesn't fit together between the tiers."""

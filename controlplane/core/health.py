@@ -22,8 +22,8 @@ MOVES: Mapping[EndpointState, frozenset[EndpointState]] = MappingProxyType(
         _S.STARTING: frozenset({_S.READY, _S.RESTARTING, _S.DRAINING, _S.FAILED, _S.STOPPED}),
         _S.READY: frozenset({_S.RESTARTING, _S.DRAINING, _S.FAILED, _S.STOPPED}),
         _S.RESTARTING: frozenset({_S.READY, _S.DRAINING, _S.FAILED, _S.STOPPED}),
-        _S.DRAINING: frozenset({_S.FAILED, _S.STOPPED}),
-        _S.FAILED: frozenset({_S.STOPPED}),
+        _S.DRAINING: frozenset({_S.STOPPED}),
+        _S.FAILED: frozenset({_S.RESTARTING, _S.READY, _S.DRAINING, _S.STOPPED}),
         _S.STOPPED: frozenset(),
     }
 )
@@ -33,7 +33,7 @@ SERVING = frozenset({_S.READY})
 """States in which an endpoint takes new requests."""
 
 ENDED = frozenset({_S.FAILED, _S.STOPPED})
-"""States that an endpoint does not come back from by itself."""
+"""States that an endpoint does not come back from by itself; a failed one can be revived by hand."""
 
 
 def check(current: EndpointState, new: EndpointState) -> None:

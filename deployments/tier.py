@@ -1,0 +1,195 @@
+"""A tier as a Serve deployment: each replica supervises one engine process and keeps the controller informed.
+
+Serve places replicas, counts them and replaces those that are lost. No request goes through a replica: the
+gateway talks to the engine's own port.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from typing import Any
+
+import ray
+import structlog
+from ray import serve
+
+from controlplane import models
+from controlplane.adapters import observability, ray_session
+from controlplane.adapters.ray_serve import ControllerLink, ControllerUnavailable, EndpointReporter
+from controlplane.config import PlaneConfig, TierConfig
+from controlplane.core.domain import Endpoint, EndpointState
+from controlplane.engines import engine_for
+from controlplane.engines.supervisor import EngineStatus, EngineSupervisor
+from controlplane.errors import EngineError
+from controlplane.paths import run_dir
+from deployments.tasks import Background
+
+LOOPBACK = "127.0.0.1"
+ENGINE_STOP_S = 30.0
+"""Beside the drain: how long Serve lets a replica take to end its engine."""
+GATEWAYS_SILENT_S = 5.0
+"""Gateways that have not said by then what they have in flight at a draining engine are not waited for:
+the engine's own count stands alone then."""
+CONSTRUCTOR_TRIES = 2
+"""The supervisor restarts engines itself; what it gives up on is not cured by a new replica."""
+
+log = structlog.stdlib.get_logger(__name__)
+
+
+class TierReplica:
+    """One replica of a tier: ready when its engine is, healthy as long as the engine is not given up."""
+
+    _supervisor: EngineSupervisor | None = None
+
+    async def __init__(self, config: PlaneConfig, tier: TierConfig) -> None:  # type: ignore[misc]
+        self._tier = tier
+        self._loop = asyncio.get_running_loop()
+        unique_id = serve.get_replica_context().replica_id.unique_id
+        runtime = ray.get_runtime_context()
+        observability.setup(
+            config.controller.log_format,
+            config.controller.log_level,
+            file=run_dir() / "logs" / f"{tier.name}-{unique_id}-replica.log",
+            component="tier",
+            tier=tier.name,
+            replica=unique_id,
+        )
+        # Ray sets it to the CPUs it reserved, often none, for libraries in its own workers.
+        os.environ.pop("OMP_NUM_THREADS", None)
+        self._base = Endpoint(
+            endpoint_id=f"{tier.name}-{unique_id}",
+            tier=tier.name,
+            model=tier.model if tier.engine == "endpoint" else tier.model_id,
+            engine=tier.engine,
+            base_url="",
+            state=EndpointState.STARTING,
+            concurrency_limit=tier.concurrency_limit,
+            capabilities=engine_for(tier).capabilities(tier),
+            node_id=runtime.get_node_id(),
+            actor_id=runtime.get_actor_id() or "",
+            since_unix_s=time.time(),
+        )
+        self._link = ControllerLink(config.controller)
+        self._reporter = EndpointReporter(self._link, self._base, config.controller.heartbeat_s)
+        self._tasks = Background(self._reporter.run())
+        supervisor = EngineSupervisor(
+            tier,
+            replica_id=unique_id,
+            host=_engine_host(config),
+            gpu_ids=_gpu_ids(tier),
+            resolve_model=lambda model, progress: models.resolve(model, tier.engine, progress),
+            on_change=lambda status: self._reporter.update(_endpoint(self._base, status)),
+            log=log,
+        )
+        self._supervisor = supervisor
+        supervisor.start()
+        try:
+            await asyncio.to_thread(supervisor.wait_ready, _start_limit_s(tier))
+        except EngineError:
+            # The controller keeps a failed endpoint for its diagnosis: this process is about to end.
+            await self._reporter.flush()
+            await self._tasks.cancel()
+            await asyncio.to_thread(supervisor.stop)
+            raise
+
+    async def check_health(self) -> None:
+        """Raise if the engine was given up, so that Serve replaces this replica."""
+        self._tasks.check()
+        supervisor = self._supervisor
+        if supervisor is not None and supervisor.status.state == EndpointState.FAILED:
+            raise RuntimeError(f"the engine was given up: {supervisor.status.diagnosis}")
+
+    async def __del__(self) -> None:  # Serve awaits it before it ends the actor
+        supervisor, self._supervisor = self._supervisor, None
+        if supervisor is None:
+            return
+        serving = supervisor.status.state in {EndpointState.READY, EndpointState.RESTARTING}
+        if serving:
+            self._draining_since_s = time.monotonic()
+            idle = await asyncio.to_thread(supervisor.drain, self._tier.drain_timeout_s, self._still_running)
+            reason = "drained" if idle else "stopped with requests still running"
+        else:
+            await asyncio.to_thread(supervisor.stop)
+            reason = "stopped before it served"
+        await self._tasks.cancel()
+        await self._link.tell("deregister", self._base.endpoint_id, reason)
+        log.info("replica stopped", reason=reason)
+
+    def _still_running(self) -> int:
+        """For the supervisor: requests that gateways have in flight here; 1 while that is unknown."""
+        asking = self._link.call("still_running", self._base.endpoint_id, timeout_s=2.0)
+        try:
+            count: int | None = asyncio.run_coroutine_threadsafe(asking, self._loop).result()
+        except ControllerUnavailable:
+            count = None
+        if count is None:
+            return 1 if time.monotonic() - self._draining_since_s < GATEWAYS_SILENT_S else 0
+        return count
+
+
+def tier_application(config: PlaneConfig, tier: TierConfig) -> serve.Application:
+    """The deployment of one tier.
+
+    Tensor and pipeline parallel workers are the engine's own processes; the replica reserves the GPUs for
+    all of them. One actor's GPUs are always on one node, and Ray tells it which they are.
+    """
+    deployment = serve.deployment(
+        name=tier.name,
+        num_replicas=tier.replicas,
+        ray_actor_options={"num_cpus": tier.cpus, "num_gpus": tier.gpus},
+        graceful_shutdown_wait_loop_s=0.1,
+        graceful_shutdown_timeout_s=tier.drain_timeout_s + ENGINE_STOP_S,
+        health_check_period_s=2.0,
+        health_check_timeout_s=30.0,
+        max_constructor_retry_count=CONSTRUCTOR_TRIES,
+    )(TierReplica)
+    application: serve.Application = deployment.bind(config, tier)
+    return application
+
+
+def _endpoint(base: Endpoint, status: EngineStatus) -> Endpoint:
+    return Endpoint(
+        endpoint_id=base.endpoint_id,
+        tier=base.tier,
+        model=base.model,
+        engine=base.engine,
+        base_url=status.base_url,
+        state=status.state,
+        concurrency_limit=base.concurrency_limit,
+        secret=status.secret,
+        generation=status.generation,
+        phase=status.phase,
+        capabilities=base.capabilities,
+        node_id=base.node_id,
+        actor_id=base.actor_id,
+        pid=status.pid,
+        started_unix_s=status.started_unix_s,
+        since_unix_s=status.since_unix_s,
+        restarts=status.restarts,
+        diagnosis=status.diagnosis,
+    )
+
+
+def _engine_host(config: PlaneConfig) -> str:
+    """Where engines listen: where every gateway can reach them, and no wider than that takes."""
+    if config.engine_host == "loopback" or (config.engine_host == "auto" and ray_session.marked(os.environ)):
+        return LOOPBACK
+    address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    return address
+
+
+def _gpu_ids(tier: TierConfig) -> tuple[str, ...]:
+    """The GPUs that Ray gave this replica, as values for ``CUDA_VISIBLE_DEVICES``."""
+    if not tier.gpus:
+        return ()
+    given: dict[str, Any] = ray.get_runtime_context().get_accelerator_ids()
+    return tuple(str(each) for each in given.get("GPU", ()))
+
+
+def _start_limit_s(tier: TierConfig) -> float:
+    """The supervisor gives up by itself; this is the end of every start it may try."""
+    if not engine_for(tier).has_process:
+        return tier.startup_timeout_s
+    return (tier.restart.max_restarts + 1) * (tier.startup_timeout_s + tier.restart.backoff_max_s)
