@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from controlplane.engines.simulated import SimulatedSettings
 from controlplane.engines.simulated_text import END, WORD_TEXT, answered, decode, digest, speak
@@ -46,9 +46,8 @@ class Sink(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """What a request wants generated."""
+class Ask(NamedTuple):
+    """What a request wants generated. A tuple, because one is made for each request."""
 
     prompt_ids: Sequence[int]
     max_tokens: int | None = None

@@ -6,8 +6,7 @@ import base64
 import json
 import struct
 import time
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from controlplane.engines.simulated import SimulatedSettings
 from controlplane.engines.simulated_core import Ask
@@ -30,8 +29,7 @@ class Refused(Exception):
         self.status = status
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(NamedTuple):
     """A request, understood: what to generate and how to answer."""
 
     ask: Ask

@@ -1,0 +1,230 @@
+"""One engine process under a supervisor, from finding its model to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from socket import socket
+
+from controlplane.config import TierConfig
+from controlplane.core.domain import EndpointState
+from controlplane.engines.base import Command, Diagnosis, Engine, Launch
+from controlplane.engines.output import PORT_TAKEN
+from controlplane.engines.probe import Answer, get
+from controlplane.engines.process import EngineProcess, LogFile, Output, hold_port, start
+from controlplane.engines.status import Log, StatusBoard
+from controlplane.engines.wishes import Wish, Wishes
+from controlplane.errors import ConfigError, EngineStartError, SetupError
+
+_PROBE_FIRST_S = 0.05
+_PROBE_MOST_S = 0.5
+"""Between two probes of an engine that starts; grows from the first to the most."""
+_STARTING_PROBE_S = 2.0
+_PORT_TRIES = 10
+_HUNG_GRACE_S = 2.0
+"""A hung engine gets so long to end by itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How a generation ended: by itself or hung (``wish`` None), or because it was wished for."""
+
+    diagnosis: Diagnosis
+    was_ready: bool = False
+    wish: Wish | None = None
+
+
+@dataclass(slots=True)
+class Runner:
+    """Starts and watches one engine process after the other; all in the supervisor's loop."""
+
+    tier: TierConfig
+    replica_id: str
+    engine: Engine
+    host: str
+    gpu_ids: tuple[str, ...]
+    resolve_model: Callable[[str, Callable[[str], None]], str]
+    board: StatusBoard
+    wishes: Wishes
+    log: Log
+    log_file: LogFile
+    output: Output | None = None
+    _model: str = ""
+
+    async def run(self) -> End:
+        """One generation. A port that somebody else took is no failure: another one is tried."""
+        end = End(Diagnosis("there is no free port"))
+        for _ in range(_PORT_TRIES):
+            self.wishes.forget_restart()
+            try:
+                end = await self._run_once()
+            except (ConfigError, SetupError, EngineStartError) as error:
+                return End(Diagnosis(str(error), permanent=True))
+            except OSError as error:
+                return End(Diagnosis(f"the engine's process can't be started: {error}"))
+            if end.was_ready or end.wish or not end.diagnosis.summary.startswith(PORT_TAKEN):
+                break
+            self.log.info("port taken", replica=self.replica_id, port=self.board.status.port)
+        return end
+
+    async def _run_once(self) -> End:
+        if not self._model:
+            try:
+                self._model = await self._resolve()
+            except (ConfigError, SetupError, EngineStartError):
+                raise
+            except Exception as error:
+                return End(Diagnosis(f"the model '{self.tier.model}' can't be fetched: {error}"))
+        if self.wishes.now is Wish.STOP:
+            return End(Diagnosis("stopped"), wish=Wish.STOP)
+        secret = secrets.token_urlsafe(32)
+        with hold_port(self.host) as held:
+            port = int(held.getsockname()[1])
+            launch = Launch(self.host, port, secret, self._model, self.gpu_ids)
+            command = self.engine.command(self.tier, launch)
+            process = await self._start(command, launch)
+            try:
+                return await self._watch(process, held)
+            finally:
+                await process.stop()
+
+    async def _resolve(self) -> str:
+        """The model's place on this machine; a download shows as a phase.
+
+        In a thread of its own and not in the loop's executor: a download can't be interrupted, and the
+        loop would wait for its executor when it ends.
+        """
+        loop = asyncio.get_running_loop()
+        found: asyncio.Future[str] = loop.create_future()
+        self.board.publish(phase="looking for the model")
+
+        def progress(text: str) -> None:
+            loop.call_soon_threadsafe(self._phase, text)
+
+        def tell(result: str | BaseException) -> None:
+            if found.done():
+                return
+            if isinstance(result, str):
+                found.set_result(result)
+            else:
+                found.set_exception(result)
+
+        def work() -> None:
+            result: str | BaseException
+            try:
+                result = self.resolve_model(self.tier.model, progress)
+            except Exception as error:
+                result = error
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(tell, result)
+
+        threading.Thread(target=work, name=f"model-{self.replica_id}", daemon=True).start()
+        ended = asyncio.Event()
+        found.add_done_callback(lambda _: ended.set())
+        while not ended.is_set():
+            if await self.wishes.wait(None, ended) is Wish.STOP:
+                return ""
+            self.wishes.forget_restart()
+        return found.result()
+
+    async def _start(self, command: Command, launch: Launch) -> EngineProcess:
+        self.output = Output(launch.secret, self.log_file, self._line)
+        marker = f"{self.tier.name}/{self.replica_id}/{secrets.token_hex(8)}"
+        generation = self.board.status.generation + 1
+        host = f"[{launch.host}]" if ":" in launch.host else launch.host
+        self.board.publish(
+            phase="starting the process",
+            generation=generation,
+            base_url=f"http://{host}:{launch.port}",
+            port=launch.port,
+            secret=launch.secret,
+            started_unix_s=time.time(),
+        )
+        process = await start(command, self.output, marker)
+        self.log.info("engine started", replica=self.replica_id, port=launch.port, generation=generation)
+        return process
+
+    async def _watch(self, process: EngineProcess, held: socket) -> End:
+        """From the started process to its end, whoever brings it about."""
+        tier = self.tier
+        url = self.board.status.base_url + self.engine.ready_path
+        ready = False
+        failures = 0
+        wait_s = _PROBE_FIRST_S
+        deadline_s = time.monotonic() + tier.startup_timeout_s
+        while True:
+            wish = await self.wishes.wait(wait_s, process.ended)
+            self.board.publish(pid=process.pid)
+            if wish is not None:
+                why = "stopped" if wish is Wish.STOP else self.wishes.reason
+                return End(Diagnosis(why), ready, wish)
+            if process.ended.is_set():
+                lines = process.output.lines
+                return End(self.engine.diagnose(lines, process.exit_code), ready)
+            answer = await self._probe(url, process, ready=ready)
+            if answer.ok and not ready:
+                # Healthy is not yet serving, and another's server may have got the port: ours knows
+                # its secret.
+                answer = await self._probe(f"{self.board.status.base_url}/v1/models", process, ready=False)
+            if answer.ok:
+                failures = 0
+                wait_s = tier.health_interval_s
+                if not ready:
+                    ready = True
+                    held.close()
+                    self._became_ready(process)
+            elif process.ended.is_set():
+                continue
+            elif ready:
+                failures += 1
+                self.log.info("probe failed", replica=self.replica_id, error=str(answer), times=failures)
+                if failures >= tier.health_failures:
+                    await process.stop(_HUNG_GRACE_S)
+                    text = f"the engine hung: {failures} health probes in a row failed, the last: {answer}"
+                    return End(Diagnosis(text, last_lines=process.output.lines[-20:]), True)
+            else:
+                wait_s = min(wait_s * 1.5, _PROBE_MOST_S)
+                if time.monotonic() > deadline_s:
+                    await process.stop(_HUNG_GRACE_S)
+                    return End(self._late(process, answer))
+
+    async def _probe(self, url: str, process: EngineProcess, *, ready: bool) -> Answer:
+        """A GET that gives way when the process ends."""
+        timeout_s = self.tier.health_timeout_s
+        if not ready:
+            timeout_s = min(timeout_s, _STARTING_PROBE_S)
+        asking = asyncio.ensure_future(get(url, self.board.status.secret, timeout_s))
+        ending = asyncio.ensure_future(process.ended.wait())
+        await asyncio.wait({asking, ending}, return_when=asyncio.FIRST_COMPLETED)
+        ending.cancel()
+        if asking.done():
+            return asking.result()
+        asking.cancel()
+        return Answer(0, error="the process ended")
+
+    def _late(self, process: EngineProcess, last: Answer) -> Diagnosis:
+        return Diagnosis(
+            f"not ready after {self.tier.startup_timeout_s:g} s (startup_timeout_s); the last phase was: "
+            f"{self.board.status.phase}; the last probe: {last}",
+            last_lines=process.output.lines[-20:],
+        )
+
+    def _became_ready(self, process: EngineProcess) -> None:
+        status = self.board.status
+        took_s = round(time.time() - status.started_unix_s, 2)
+        state = EndpointState.DRAINING if self.wishes.draining else EndpointState.READY
+        self.board.publish(state, phase="", diagnosis="", pid=process.pid)
+        self.log.info("engine ready", replica=self.replica_id, generation=status.generation, took_s=took_s)
+
+    def _line(self, line: str) -> None:
+        if self.board.state in (EndpointState.STARTING, EndpointState.RESTARTING):
+            phase = self.engine.phase(line)
+            if phase:
+                self._phase(phase)
+
+    def _phase(self, phase: str) -> None:
+        self.board.publish(phase=phase)

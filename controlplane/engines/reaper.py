@@ -1,0 +1,301 @@
+"""Stands between a supervisor and its engine so that no engine process outlives its supervisor.
+
+Run as ``python -S -E reaper.py [options] -- command…`` (or with ``-m controlplane.engines.reaper``). Uses
+the standard library only and starts in a few hundredths of a second.
+
+Who watches whom:
+
+* The supervisor holds the write end of the reaper's standard input and never writes. When it is gone, for
+  whatever reason, SIGKILL included, the reaper reads end of file and stops the engine.
+* The reaper is single-threaded and the engine's parent: the engine's first process gets SIGKILL from the
+  kernel if the reaper is killed (PR_SET_PDEATHSIG follows the forking *thread*, so it must be one that
+  lives).
+* The engine runs in a session of its own, and the reaper is a child subreaper: what the engine forks and
+  forgets becomes the reaper's child. Whatever leaves even the session is found by a variable in its
+  environment (:data:`MARKER`).
+
+Stopping: SIGTERM to the engine's process group, at most ``--grace-s`` of waiting, then SIGKILL to all of the
+family. SIGUSR1 skips the waiting. When the engine ends by itself, the rest of its family is ended too.
+
+On ``--status-fd`` it reports ``pid N`` once the engine is started, ``exit N`` when its first process has
+ended (negative for a signal), and ``gone`` when nothing of it is left. Its own exit code is the engine's,
+128 + n for a signal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import sys
+import time
+
+MARKER = "TIERPLANE_ENGINE_ID"
+"""Environment variable that every process of an engine carries."""
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_LINGER_S = 1.0
+"""What an engine left behind gets so long between SIGTERM and SIGKILL, to remove its shared memory."""
+_GIVE_UP_S = 10.0
+"""A process that SIGKILL does not end by then hangs in the kernel; nothing more can be done here."""
+
+
+class Family:
+    """The living processes of one engine: by session, by marker, by descent from those; with ``adopts``
+    also every child of this process."""
+
+    def __init__(self, session: int, session_start: int, marker: str, *, adopts: bool) -> None:
+        self._adopts = adopts
+        self._session = session
+        self._session_start = session_start
+        self._marker = f"{MARKER}={marker}".encode() if marker else b""
+
+    def members(self) -> list[int]:
+        """The ids of the engine's processes, this one never among them."""
+        own = os.getpid()
+        processes = {pid: stat for pid in _pids() if (stat := _stat(pid)) is not None}
+        leader = processes.get(self._session)
+        # The number was given to another process: our session is empty.
+        reused = leader is not None and leader[3] != self._session_start
+        found = {
+            pid
+            for pid, (state, parent, session, _) in processes.items()
+            if pid != own
+            and state not in "ZX"
+            and (
+                (self._adopts and parent == own)
+                or (session == self._session and not reused)
+                or self._marked(pid)
+            )
+        }
+        grew = True
+        while grew:
+            children = {
+                pid for pid, stat in processes.items() if stat[1] in found and stat[0] not in "ZX"
+            } - found
+            found |= children
+            grew = bool(children)
+        return sorted(found - {own})
+
+    def signal(self, number: int) -> list[int]:
+        """Send ``number`` to every member; the ids it was sent to."""
+        members = self.members()
+        for pid in members:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, number)
+        return members
+
+    def _marked(self, pid: int) -> bool:
+        if not self._marker:
+            return False
+        try:
+            with open(f"/proc/{pid}/environ", "rb") as file:
+                return self._marker in file.read().split(b"\0")
+        except OSError:
+            return False
+
+
+def sweep(session: int, session_start: int, marker: str, give_up_s: float = _GIVE_UP_S) -> list[int]:
+    """Kill an engine's family after its reaper was lost; the ids that were killed.
+
+    For the supervisor, which must not carry the marker itself.
+    """
+    family = Family(session, session_start, marker, adopts=False)
+    killed: set[int] = set()
+    deadline_s = time.monotonic() + give_up_s
+    while True:
+        members = family.signal(signal.SIGKILL)
+        killed |= set(members)
+        if not members or time.monotonic() > deadline_s:
+            return sorted(killed)
+        time.sleep(0.02)
+
+
+def start_of(pid: int) -> int:
+    """When the process was started, in clock ticks since boot; 0 if there is none. With its id it names
+    a process for good."""
+    stat = _stat(pid)
+    return stat[3] if stat else 0
+
+
+def _pids() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def _stat(pid: int) -> tuple[str, int, int, int] | None:
+    """State, parent, session and start time; None if the process is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            # The name in parentheses may hold anything: fields are counted after the last one.
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    if len(fields) < 20:
+        return None
+    return fields[0].decode(), int(fields[1]), int(fields[3]), int(fields[19])
+
+
+class Reaper:
+    """One engine from its start to the last of its processes."""
+
+    def __init__(self, command: list[str], grace_s: float, status_fd: int | None, parent: int) -> None:
+        self._command = command
+        self._grace_s = grace_s
+        self._status_fd = status_fd
+        self._parent = parent
+        self._prctl = ctypes.CDLL(None, use_errno=True).prctl
+        self._exit_code: int | None = None
+        self._now = False
+
+    def run(self) -> int:
+        """Start the engine, watch both sides, clean up; the exit code to leave with."""
+        wake_read, wake_write = os.pipe()
+        os.set_blocking(wake_read, False)
+        os.set_blocking(wake_write, False)
+        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD):
+            signal.signal(number, lambda *_: None)
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        self._set(_PR_SET_CHILD_SUBREAPER, 1)
+        self._set(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if self._parent and os.getppid() != self._parent:
+            return 0  # The supervisor died before it could be watched; nothing was started.
+        engine = self._start()
+        family = Family(engine, start_of(engine), os.environ.get(MARKER, ""), adopts=True)
+        self._report(f"pid {engine}")
+        self._watch(engine, family, wake_read)
+        self._end(family, wake_read)
+        self._report("gone")
+        code = self._exit_code or 0
+        return code if code >= 0 else 128 - code
+
+    def _set(self, option: int, value: int) -> None:
+        if self._prctl(option, value, 0, 0, 0) != 0:
+            raise OSError(ctypes.get_errno(), f"prctl({option}, {value})")
+
+    def _start(self) -> int:
+        own = os.getpid()
+        # Buffered output would be written twice.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pid = os.fork()
+        if pid:
+            return pid
+        try:
+            os.setsid()
+            self._set(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != own:
+                os._exit(1)
+            signal.set_wakeup_fd(-1)
+            for number in (*range(1, 32), signal.SIGRTMIN):
+                with contextlib.suppress(OSError, ValueError):
+                    signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_SETMASK, [])
+            nothing = os.open(os.devnull, os.O_RDONLY)
+            os.dup2(nothing, 0)
+            os.closerange(3, 1024)
+            os.execvp(self._command[0], self._command)  # noqa: S606 - a list, no shell
+        except OSError as error:
+            os.write(2, f"reaper: can't start {self._command[0]}: {error.strerror}\n".encode())
+        finally:
+            os._exit(127)
+
+    def _watch(self, engine: int, family: Family, wake_read: int) -> None:
+        """Until the engine's first process has ended, stopping it when asked to."""
+        poll = select.poll()
+        poll.register(0, select.POLLIN)
+        poll.register(wake_read, select.POLLIN)
+        deadline_s: float | None = None
+        killed = False
+        while not self._reap(engine):
+            timeout_ms: float | None = None
+            if deadline_s is not None:
+                timeout_ms = max(0.0, deadline_s - time.monotonic()) * 1000 + 1
+            asked = False
+            for fd, _ in poll.poll(timeout_ms):
+                if fd == 0:
+                    # The supervisor never writes: data is as strange as the end of file is final.
+                    asked = True
+                    poll.unregister(0)
+                else:
+                    asked |= self._signals(wake_read)
+            if asked and deadline_s is None:
+                deadline_s = time.monotonic() + self._grace_s
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(engine, signal.SIGTERM)
+            late = deadline_s is not None and time.monotonic() >= deadline_s
+            if (late or self._now) and not killed:
+                killed = True
+                deadline_s = None
+                self._grace_s = _GIVE_UP_S
+                family.signal(signal.SIGKILL)
+
+    def _signals(self, wake_read: int) -> bool:
+        """Take the signals that came; whether one asks to stop."""
+        try:
+            numbers = os.read(wake_read, 4096)
+        except BlockingIOError:
+            return False
+        self._now |= signal.SIGUSR1 in numbers
+        return any(number in numbers for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
+
+    def _reap(self, engine: int) -> bool:
+        """Collect ended children; whether the engine's first process is among them."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return self._exit_code is not None
+            if pid == 0:
+                return self._exit_code is not None
+            if pid == engine:
+                self._exit_code = os.waitstatus_to_exitcode(status)
+                self._report(f"exit {self._exit_code}")
+
+    def _end(self, family: Family, wake_read: int) -> None:
+        """End what the engine left behind, and wait until it is gone."""
+        started_s = time.monotonic()
+        family.signal(signal.SIGTERM)
+        wait_s = 0.005
+        while True:
+            self._reap(0)
+            self._signals(wake_read)
+            elapsed_s = time.monotonic() - started_s
+            if not family.members() or elapsed_s > _GIVE_UP_S:
+                return
+            if elapsed_s > _LINGER_S or self._now:
+                family.signal(signal.SIGKILL)
+            time.sleep(wait_s)
+            wait_s = min(wait_s * 2, 0.1)
+
+    def _report(self, line: str) -> None:
+        if self._status_fd is not None:
+            with contextlib.suppress(OSError):
+                os.write(self._status_fd, f"{line}\n".encode())
+
+
+def main(argv: list[str]) -> int:
+    """The command line. Not argparse: importing it takes as long as all the rest."""
+    options = {"--grace-s": "8", "--status-fd": "", "--parent": "0"}
+    words = argv[1:]
+    while words and words[0] != "--":
+        if words[0] not in options or len(words) < 2:
+            sys.stderr.write("usage: reaper.py [--grace-s S] [--status-fd N] [--parent PID] -- command…\n")
+            return 2
+        options[words[0]] = words[1]
+        words = words[2:]
+    command = words[1:]
+    if not command:
+        sys.stderr.write("reaper: no command after --\n")
+        return 2
+    status_fd = int(options["--status-fd"]) if options["--status-fd"] else None
+    if status_fd is not None:
+        os.set_inheritable(status_fd, False)
+    return Reaper(command, float(options["--grace-s"]), status_fd, int(options["--parent"])).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
