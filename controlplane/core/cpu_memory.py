@@ -7,18 +7,18 @@ model on vLLM 0.32; ``tierplane bench memory`` measures them again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from controlplane.core.architecture import ModelSpec
 from controlplane.core.engine_settings import EngineSettings
-from controlplane.core.gpus import MIB
+from controlplane.core.gpus import GIB, MIB
 from controlplane.core.kv_cache import KvLayout, kv_layout
-from controlplane.core.memory import activation_bytes
-from controlplane.core.weights import Term, divisibility, stages, weight_terms
+from controlplane.core.memory import activation_bytes, gib
+from controlplane.core.weights import Term, divisibility, local_bytes, stages, weight_terms
 
-API_SERVER_BYTES = 750 * MIB
-ENGINE_CORE_BYTES = 700 * MIB
-WORKER_BYTES = 800 * MIB
+API_SERVER_BYTES = 752 * MIB
+ENGINE_CORE_BYTES = 679 * MIB
+WORKER_BYTES = 765 * MIB
 """Resident set of a process without weights and KV cache (see the table in ``memory.md``)."""
 
 
@@ -27,6 +27,9 @@ class CpuWorker:
     """One worker process: a tensor-parallel rank of a pipeline stage."""
 
     weights_bytes: int
+    """With the rotary table."""
+    tables_bytes: int
+    """The rotary table alone."""
     layout: KvLayout
     kv_budget_bytes: int
 
@@ -94,19 +97,29 @@ class CpuPlan:
 
 
 def plan_cpu_memory(
-    model: ModelSpec, settings: EngineSettings, *, kv_cache_bytes: int, node_bytes: int
+    model: ModelSpec,
+    settings: EngineSettings,
+    *,
+    kv_cache_bytes: int,
+    node_bytes: int,
+    packs_16_bit: bool = True,
 ) -> CpuPlan:
     """The memory of one engine on a machine of ``node_bytes``.
 
     ``kv_cache_bytes`` is per worker (``VLLM_CPU_KVCACHE_SPACE``); 0: vLLM takes the memory ratio of the
-    machine per worker, less what the worker already holds.
+    machine per worker, less what the worker already holds. ``packs_16_bit``: oneDNN has 16-bit kernels for
+    this CPU (AVX-512 on x86), otherwise it packs float32 only.
     """
     dtype = settings.resolved_dtype(model)
     tokens, sequences = settings.batch(model, None)
     workers: list[CpuWorker] = []
-    activations = 0
+    activations = packed = 0
     for stage in stages(model, max(1, min(settings.pp, len(model.layers)))):
-        weights = sum(term.size_bytes for term in weight_terms(model, settings, stage, dtype))
+        found = weight_terms(model, settings, stage, dtype)
+        weights = sum(term.size_bytes for term in found)
+        tables = sum(term.size_bytes for term in found if term.name == "rotary table")
+        if stage.last and (packs_16_bit or dtype == "float32"):
+            packed += settings.tp * local_bytes(model, model.head(), settings, dtype)
         automatic = int(node_bytes * settings.memory_ratio) - WORKER_BYTES - weights
         layout = kv_layout(
             model,
@@ -117,7 +130,7 @@ def plan_cpu_memory(
             in_flight_tokens=settings.in_flight_tokens(model, None),
             hybrid=settings.hybrid_kv,
         )
-        workers += [CpuWorker(weights, layout, kv_cache_bytes or automatic)] * settings.tp
+        workers += [CpuWorker(weights, tables, layout, kv_cache_bytes or automatic)] * settings.tp
         size = activation_bytes(model, settings.tp, tokens, sequences, dtype, last=stage.last)
         activations += settings.tp * size
     count = len(workers)
@@ -125,6 +138,7 @@ def plan_cpu_memory(
     given = "VLLM_CPU_KVCACHE_SPACE" if kv_cache_bytes else f"{settings.memory_ratio} of the machine"
     terms = (
         Term("weights", sum(w.weights_bytes for w in workers), f"config, {dtype}, {count} workers"),
+        Term("packed head", packed, "oneDNN's second copy of the output head (vLLM 0.32 keeps both)"),
         Term("KV cache", kv, f"{given}, per worker, {count} workers"),
         Term("activations", activations, f"estimate for {tokens} batched tokens, {sequences} sequences"),
         Term("workers", count * WORKER_BYTES, "resident set measured on vLLM 0.32"),
@@ -132,3 +146,83 @@ def plan_cpu_memory(
         Term("API server", API_SERVER_BYTES, "resident set measured on vLLM 0.32"),
     )
     return CpuPlan(model, settings, dtype, terms, tuple(workers), divisibility(model, settings))
+
+
+@dataclass(frozen=True, slots=True)
+class CpuVerdict:
+    """Whether an engine fits a machine."""
+
+    fits: bool
+    lasting: bool = False
+    """It would not fit with all other programs ended either."""
+    reason: str = ""
+    remedy: str = ""
+    """The smallest change that would fit."""
+
+
+def judge_cpu(plan: CpuPlan, *, total_bytes: int, available_bytes: int) -> CpuVerdict:
+    """Whether the plan fits a machine with that much memory, and what would have to change if not.
+
+    Activations are an estimate and not held against it.
+    """
+    if plan.problems:
+        return CpuVerdict(False, True, "; ".join(plan.problems), _other_tp(plan))
+    short = _short_cache(plan)
+    if short is not None:
+        return short
+    needed = sum(term.size_bytes for term in plan.terms if term.name != "activations")
+    if needed <= available_bytes:
+        return CpuVerdict(True)
+    lasting = needed > total_bytes
+    parts = ", ".join(
+        f"{term.name} {gib(term.size_bytes)}" for term in plan.terms if term.name != "activations"
+    )
+    limit = f"{gib(total_bytes)} in all" if lasting else f"{gib(available_bytes)} available"
+    reason = f"the engine needs {gib(needed)} ({parts}), the machine has {limit}"
+    return CpuVerdict(
+        False, lasting, reason, _smaller(plan, needed, total_bytes if lasting else available_bytes)
+    )
+
+
+def _short_cache(plan: CpuPlan) -> CpuVerdict | None:
+    """vLLM starts only if one sequence of ``max-model-len`` fits the KV cache."""
+    layout = plan.workers[0].layout
+    need = layout.blocks_for(max(plan.length, 1)) + 1
+    if plan.blocks >= need:
+        return None
+    worst = min(plan.workers, key=lambda worker: worker.kv_budget_bytes)
+    need_bytes = need * max(worker.layout.block_bytes for worker in plan.workers)
+    reason = (
+        f"one sequence of max-model-len {plan.length} needs {gib(need_bytes)} of KV cache per worker, "
+        f"it has {gib(max(0, worst.kv_budget_bytes))}"
+    )
+    ways = [f"set VLLM_CPU_KVCACHE_SPACE to {-(-need_bytes // GIB)} in the tier's env"]
+    if plan.longest >= 1:
+        ways.insert(0, f"lower max-model-len to {plan.longest}")
+    return CpuVerdict(False, True, reason, ", or ".join(ways))
+
+
+def _smaller(plan: CpuPlan, needed_bytes: int, room_bytes: int) -> str:
+    """The largest KV cache that fits, else a smaller dtype, else a smaller model."""
+    kv = next(term.size_bytes for term in plan.terms if term.name == "KV cache")
+    count = len(plan.workers)
+    per_worker = max(0, room_bytes - (needed_bytes - kv)) // count // GIB
+    layout = plan.workers[0].layout
+    if per_worker >= 1:
+        longest = layout.longest(per_worker * GIB // layout.block_bytes - 1, plan.length)
+        text = f"set VLLM_CPU_KVCACHE_SPACE to {per_worker} (GiB per worker) in the tier's env"
+        return text if longest >= plan.length else f"{text} and max-model-len to {longest}"
+    if plan.dtype == "float32" and room_bytes > needed_bytes - kv - _halved(plan) + count * GIB:
+        return "dtype bfloat16 with VLLM_CPU_KVCACHE_SPACE 1, where this CPU computes it"
+    return "take a smaller model, a quantised one with engine llamacpp, or a machine with more memory"
+
+
+def _halved(plan: CpuPlan) -> int:
+    return sum(term.size_bytes for term in plan.terms if term.name in {"weights", "packed head"}) // 2
+
+
+def _other_tp(plan: CpuPlan) -> str:
+    for tp in (*range(plan.settings.tp - 1, 0, -1), *range(plan.settings.tp + 1, 9)):
+        if not divisibility(plan.model, replace(plan.settings, tp=tp)):
+            return f"tensor_parallel_size {plan.settings.tp} → {tp}"
+    return "take another model"

@@ -17,6 +17,7 @@ from controlplane.core.gpus import GpuModel
 from controlplane.core.memory import (
     CUDA_CONTEXT_BYTES,
     HIGHEST_RATIO,
+    RUNTIME_TERMS,
     MemoryPlan,
     gib,
     plan_memory,
@@ -133,7 +134,7 @@ def shortfalls(plan: MemoryPlan, limits: Limits) -> tuple[str, ...]:
     share = f"{settings.memory_ratio:g} of {gib(plan.gpu.usable_bytes)}"
     if worst.kv_budget_bytes <= 0:
         reasons.append(
-            f"weights, activations and overhead need {gib(worst.fixed_bytes)} per GPU, "
+            f"{_fixed_parts(plan)} need {gib(worst.fixed_bytes)} per GPU, "
             f"the engine may take {gib(worst.budget_bytes)} ({share})"
         )
         return tuple(reasons)
@@ -141,20 +142,32 @@ def shortfalls(plan: MemoryPlan, limits: Limits) -> tuple[str, ...]:
     if length < 1:
         reasons.append("not a single token's KV block fits")
         return tuple(reasons)
-    need = _wanted_blocks(plan, limits)
-    if plan.blocks < need:
-        what = "one sequence" if limits.sequences == 1 else f"{limits.sequences} sequences"
-        reasons.append(
-            f"{what} of {length} tokens need {gib(need * worst.layout.block_bytes)} of KV cache per GPU, "
-            f"{gib(worst.kv_budget_bytes)} is left of {gib(worst.budget_bytes)} after "
-            f"{gib(worst.fixed_bytes)} for weights, activations and overhead"
-        )
+    if plan.blocks < _wanted_blocks(plan, limits):
+        reasons.append(_too_little(plan, limits))
     elif plan.sequences(length) < limits.sequences:
         reasons.append(
             f"max-num-seqs admits {settings.batch(plan.model, plan.gpu)[1]} sequences, "
             f"{limits.sequences} are wanted"
         )
     return tuple(reasons)
+
+
+def _too_little(plan: MemoryPlan, limits: Limits) -> str:
+    worst = plan.worst
+    wanted = worst.layout.blocks_for(_length(plan, limits)) * limits.sequences
+    what = f"{limits.sequences} x {_length(plan, limits)} tokens need"
+    if wanted < _wanted_blocks(plan, limits) - 1:
+        what = f"vLLM starts only with room for one sequence of max-model-len {plan.length}, which needs"
+    need = _wanted_blocks(plan, limits) * worst.layout.block_bytes
+    return (
+        f"{what} {gib(need)} of KV cache per GPU; {gib(worst.kv_budget_bytes)} is left of "
+        f"{gib(worst.budget_bytes)} after {gib(worst.fixed_bytes)} for {_fixed_parts(plan)}"
+    )
+
+
+def _fixed_parts(plan: MemoryPlan) -> str:
+    counted = any(term.name in RUNTIME_TERMS for term in plan.worst.terms)
+    return "weights, activations and overhead" if counted else "weights alone"
 
 
 def _length(plan: MemoryPlan, limits: Limits) -> int:
@@ -175,10 +188,16 @@ def _smallest(plan: MemoryPlan, limits: Limits) -> tuple[tuple[Change, ...], Mem
             found = _try(plan, limits, steps)
             if found:
                 return found
-    for gpu in sorted(limits.alternatives, key=lambda other: other.usable_mib):
+    others = [gpu for gpu in limits.alternatives if gpu.name != plan.gpu.name]
+    for gpu in sorted(others, key=lambda other: other.usable_mib):
+        change = Change("gpu", plan.gpu.name, gpu.name)
         changed = plan_memory(plan.model, plan.settings, gpu, plan.extra)
-        if gpu.name != plan.gpu.name and not shortfalls(changed, limits):
-            return (Change("gpu", plan.gpu.name, gpu.name),), changed
+        if not shortfalls(changed, limits):
+            return (change,), changed
+        for step in STEPS:
+            found = _try(changed, limits, (step,))
+            if found:
+                return (change, *found[0]), found[1]
     return (), None
 
 

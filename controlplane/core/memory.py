@@ -146,10 +146,13 @@ def plan_memory(
     settings: EngineSettings,
     gpu: GpuModel,
     extra: Term | None = None,
+    *,
+    estimates: bool = True,
 ) -> MemoryPlan:
     """The memory of one engine on GPUs of one model.
 
-    ``extra`` is held by every GPU besides what the config explains (a checkpoint's other parts).
+    ``extra`` is held by every GPU besides what the config explains (a checkpoint's other parts). Without
+    ``estimates`` only what is exact is counted: what doesn't fit then can't fit.
     """
     dtype = settings.resolved_dtype(model, gpu.default_dtype)
     problems = list(divisibility(model, settings))
@@ -159,7 +162,8 @@ def plan_memory(
         terms = list(weight_terms(model, settings, stage, dtype))
         if extra:
             terms.append(extra)
-        terms += _runtime_terms(model, settings, gpu, stage, dtype)
+        if estimates:
+            terms += _runtime_terms(model, settings, gpu, stage, dtype)
         fixed = sum(term.size_bytes for term in terms)
         budget = int(gpu.usable_bytes * settings.memory_ratio)
         kv_budget = settings.kv_cache_bytes or budget - fixed
@@ -275,4 +279,6 @@ def gib(size_bytes: float) -> str:
     """Bytes for people: ``14.99 GiB``."""
     if abs(size_bytes) >= GIB / 10:
         return f"{size_bytes / GIB:.2f} GiB"
-    return f"{size_bytes / MIB:.1f} MiB"
+    if abs(size_bytes) >= MIB / 2 or not size_bytes:
+        return f"{size_bytes / MIB:.1f} MiB"
+    return f"{size_bytes / 1024:.1f} KiB"

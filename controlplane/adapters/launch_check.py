@@ -1,0 +1,188 @@
+"""Refuses a launch that cannot fit, before the engine starts: with the numbers and the smallest change.
+
+Only what is exact (weights, the KV cache of one full-length sequence, divisibility) refuses a launch on
+GPUs; what the estimates add is said but left to the engine's own profile. What can't be known (a model that
+isn't on this machine yet, a GPU the driver doesn't show) refuses nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from controlplane.adapters.catalog import gpu_table
+from controlplane.adapters.cpu_info import node_memory, packs_16_bit
+from controlplane.adapters.model_config import LoadedModel, load_model
+from controlplane.adapters.nvml import GpuReader
+from controlplane.config import TierConfig
+from controlplane.core.cpu_memory import judge_cpu, plan_cpu_memory
+from controlplane.core.engine_settings import EngineSettings, parse_settings
+from controlplane.core.feasibility import Limits, Unfit, judge
+from controlplane.core.gpus import GIB, GpuModel, find_gpu, seen_gpu
+from controlplane.core.kv_cache import kv_bytes_per_token
+from controlplane.core.memory import gib, plan_memory
+from controlplane.core.samples import GpuSample, Missing
+from controlplane.core.weights import divisibility
+from controlplane.errors import EngineError, EngineStartError, SetupError
+
+KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchCheck:
+    """A launch that was not refused."""
+
+    known: bool
+    """False: it could not be checked; ``text`` says why."""
+    text: str
+
+
+def check_launch(
+    tier: TierConfig, model: str, gpu_ids: Sequence[str] = (), *, reader: GpuReader | None = None
+) -> LaunchCheck:
+    """Whether an engine of ``tier`` with the resolved ``model`` can fit where it is about to start.
+
+    ``gpu_ids`` are indices or UUIDs as for ``CUDA_VISIBLE_DEVICES``. Blocks for file reads and a few driver
+    calls. Raises EngineStartError if it can never fit, EngineError if it doesn't fit beside what runs now.
+    """
+    if tier.engine not in {"vllm", "llamacpp"}:
+        return LaunchCheck(False, f"engine '{tier.engine}' holds no weights here")
+    try:
+        loaded = load_model(model)
+        settings = _settings(tier)
+    except (SetupError, ValueError, OSError) as error:
+        return LaunchCheck(False, f"memory was not checked: {error}")
+    if tier.engine == "llamacpp":
+        return _check_llamacpp(tier, loaded)
+    if tier.device == "cpu":
+        return _check_cpu(tier, loaded, settings)
+    owned = reader is None
+    reader = reader or GpuReader()
+    try:
+        return _check_gpus(tier, loaded, settings, _chosen(reader.read(), gpu_ids))
+    finally:
+        if owned:
+            reader.close()
+
+
+def _settings(tier: TierConfig) -> EngineSettings:
+    args: dict[str, Any] = dict(tier.engine_args)
+    if tier.device == "cpu":
+        args = {"dtype": "float32", "enforce-eager": True} | args
+    if tier.engine == "llamacpp":
+        args = {}
+    return parse_settings(
+        args, tp=tier.tensor_parallel_size, pp=tier.pipeline_parallel_size, device=tier.device
+    )
+
+
+def _check_cpu(tier: TierConfig, loaded: LoadedModel, settings: EngineSettings) -> LaunchCheck:
+    memory = node_memory()
+    space = tier.env.get(KV_SPACE) or os.environ.get(KV_SPACE) or "1"  # the engine's own default
+    if not space.isdigit():
+        raise EngineStartError(f"{KV_SPACE} is '{space}': vLLM takes a whole number of GiB")
+    kv_bytes = int(space) * GIB or settings.kv_cache_bytes
+    plan = plan_cpu_memory(
+        loaded.spec,
+        settings,
+        kv_cache_bytes=kv_bytes,
+        node_bytes=memory.total_bytes,
+        packs_16_bit=packs_16_bit(),
+    )
+    verdict = judge_cpu(plan, total_bytes=memory.total_bytes, available_bytes=memory.available_bytes)
+    if not verdict.fits:
+        kind = EngineStartError if verdict.lasting else EngineError
+        raise kind(f"the launch does not fit: {verdict.reason}. The smallest change: {verdict.remedy}")
+    return LaunchCheck(
+        True,
+        f"{gib(plan.total_bytes)} of {gib(memory.available_bytes)} available; KV cache for "
+        f"{plan.kv_tokens:,} tokens",
+    )
+
+
+def _check_llamacpp(tier: TierConfig, loaded: LoadedModel) -> LaunchCheck:
+    """Weights, and the KV cache (float16) of the context if ``ctx-size`` names one."""
+    memory = node_memory()
+    spec = loaded.spec
+    given = {name.replace("_", "-"): value for name, value in tier.engine_args.items()}
+    context = given.get("ctx-size") or given.get("n-ctx") or 0
+    tokens = context if isinstance(context, int) else 0
+    weights = loaded.stored_bytes
+    kv = tokens * kv_bytes_per_token(spec, 1, 2)
+    if weights + kv > memory.total_bytes:
+        raise EngineStartError(
+            f"the launch does not fit: weights {gib(weights)} and KV cache {gib(kv)} for {tokens} "
+            f"tokens, the machine has {gib(memory.total_bytes)}. The smallest change: a smaller ctx-size or model"
+        )
+    return LaunchCheck(True, f"weights {gib(weights)}, KV cache {gib(kv)}")
+
+
+def _chosen(samples: Sequence[GpuSample], gpu_ids: Sequence[str]) -> list[GpuSample]:
+    if not gpu_ids:
+        return list(samples)
+    wanted = set(gpu_ids)
+    return [s for s in samples if {str(s.info.index), s.info.uuid, s.info.uuid[:12]} & wanted]
+
+
+def _check_gpus(
+    tier: TierConfig, loaded: LoadedModel, settings: EngineSettings, samples: Sequence[GpuSample]
+) -> LaunchCheck:
+    if not samples:
+        wrong = divisibility(loaded.spec, settings)
+        if wrong:
+            raise EngineStartError("the launch does not fit: " + "; ".join(wrong))
+        return LaunchCheck(False, "memory was not checked: the driver shows none of the tier's GPUs")
+    text = ""
+    for gpu, sample in _distinct(samples):
+        exact = judge(plan_memory(loaded.spec, settings, gpu, loaded.extra, estimates=False))
+        whole = judge(
+            plan_memory(loaded.spec, settings, gpu, loaded.extra),
+            Limits(quantizations=("fp8", "int8", "awq", "gptq")),
+        )
+        if isinstance(exact, Unfit):
+            remedy = whole.remedy if isinstance(whole, Unfit) else exact.remedy
+            raise EngineStartError(
+                f"the launch does not fit {gpu.name}: {'; '.join(exact.reasons)}. "
+                f"The smallest change: {remedy}"
+            )
+        _check_free(settings, gpu, sample)
+        if isinstance(whole, Unfit):
+            text = f"tight on {gpu.name}: {'; '.join(whole.reasons)} (estimated)"
+        elif not text:
+            text = f"KV cache for about {whole.plan.kv_tokens:,} tokens on {gpu.name}"
+    return LaunchCheck(True, text)
+
+
+def _distinct(samples: Sequence[GpuSample]) -> list[tuple[GpuModel, GpuSample]]:
+    """Each GPU as a model: from the table, with the total that the driver shows, or from the driver alone."""
+    found = []
+    for sample in samples:
+        info = sample.info
+        if isinstance(info.name, Missing) or isinstance(sample.memory_total_bytes, Missing):
+            continue
+        capability = 80
+        if not isinstance(info.compute_capability, Missing):
+            capability = info.compute_capability[0] * 10 + info.compute_capability[1]
+        mib = sample.memory_total_bytes // (1024 * 1024)
+        known = find_gpu(gpu_table(), info.name)
+        if known is None or abs(known.memory_mib - mib) > 0.02 * mib:
+            known = seen_gpu(info.name, mib, capability)
+        found.append((known, sample))
+    return found
+
+
+def _check_free(settings: EngineSettings, gpu: GpuModel, sample: GpuSample) -> None:
+    """vLLM stops at once if less is free than its share of the GPU."""
+    free = sample.memory_free_bytes
+    if isinstance(free, Missing) or settings.kv_cache_bytes:
+        return
+    wanted = settings.memory_ratio * gpu.usable_bytes
+    if free < wanted:
+        ratio = int(free / gpu.usable_bytes * 100) / 100
+        raise EngineError(
+            f"GPU {sample.info.index} has {gib(free)} free, the engine wants {gib(wanted)} "
+            f"(gpu-memory-utilization {settings.memory_ratio:g}): end what holds the rest, or set "
+            f"gpu-memory-utilization to {max(ratio, 0.01):g}"
+        )
