@@ -21,19 +21,18 @@ by ``leave``, or evicted by another's ``offer``.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from heapq import heapify, heappop, heappush
 from math import inf
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Final
 
 from controlplane.core.domain import Priority
+from controlplane.core.lanes import Band, Caller, Lane, Line, Rate, Row, compact_heap, compacted
+from controlplane.core.tickets import BAND_OF, BANDS, Queued, Rejected, Ticket, TicketState, Why
 
-BANDS: Final = (Priority.HIGH, Priority.NORMAL, Priority.LOW)
-_BAND_OF: Final = {priority: band for band, priority in enumerate(BANDS)}
-_ARRIVAL_MEMORY_S: Final = 10.0
+__all__ = ["AdmissionQueue", "AdmissionSettings", "Queued", "Rejected", "Ticket", "TicketState", "Why"]
+
 _DUE: Final = 1.0 - 1e-9
 """Ten times a tenth is a little less than one."""
 
@@ -52,233 +51,16 @@ class AdmissionSettings:
     """``Retry-After`` is kept inside these."""
 
 
-class TicketState(StrEnum):
-    """How a ticket stands."""
-
-    NEW = "new"
-    WAITING = "waiting"
-    SERVED = "served"
-    EXPIRED = "expired"
-    LEFT = "left"
-    EVICTED = "evicted"
-
-
-class Ticket:
-    """One waiting request. Identity counts; ``payload`` is the caller's own."""
-
-    __slots__ = (
-        "_caller",
-        "_lane",
-        "_line",
-        "arrived_s",
-        "band",
-        "caller",
-        "cost",
-        "deadline_s",
-        "lane",
-        "needs_s",
-        "payload",
-        "state",
-        "tiers",
-    )
-
-    def __init__(
-        self,
-        *,
-        lane: Hashable,
-        tiers: Sequence[int],
-        priority: Priority,
-        caller: str,
-        arrived_s: float,
-        deadline_s: float,
-        needs_s: float = 0.0,
-        cost: float = 1.0,
-        payload: Any = None,
-    ) -> None:
-        self.lane = lane
-        """Tickets with equal lanes can be served by the same endpoints."""
-        self.tiers = tuple(sorted(tiers))
-        """Ranks of the tiers that may serve it; for predicting the wait."""
-        self.band = _BAND_OF[priority]
-        self.caller = caller
-        self.arrived_s = arrived_s
-        self.deadline_s = deadline_s
-        self.needs_s = needs_s
-        """How long before its deadline it must be served to be of any use."""
-        self.cost = cost
-        self.payload = payload
-        self.state = TicketState.NEW
-        self._lane: _Lane | None = None
-        self._line: _Line | None = None
-        self._caller: _Caller | None = None
-
-    @property
-    def priority(self) -> Priority:
-        """Its priority."""
-        return BANDS[self.band]
-
-
-class Why(StrEnum):
-    """Why a ticket was not let in."""
-
-    FULL = "full"
-    """The queue is full of what is not less important (429)."""
-    HOPELESS = "hopeless"
-    """It would not be served before its deadline (429)."""
-    TOO_LATE = "too_late"
-    """Its deadline has passed (408)."""
-
-    @property
-    def status(self) -> int:
-        """The HTTP status."""
-        return 408 if self is Why.TOO_LATE else 429
-
-
-class Queued(NamedTuple):
-    """The ticket waits."""
-
-    wait_s: float | None
-    """The predicted wait; None: nothing is known yet of how fast the tiers are."""
-    evicted: Ticket | None = None
-    """Who had to go for it: to be answered 429 with ``retry_after_s``."""
-    retry_after_s: float = 0.0
-
-
-class Rejected(NamedTuple):
-    """The ticket was not let in."""
-
-    why: Why
-    retry_after_s: float
-    """When a retry would find a place, as far as the observed speed tells."""
-    wait_s: float | None = None
-
-
-class _Caller:
-    """One caller inside a priority."""
-
-    __slots__ = ("count", "recent", "tag")
-
-    def __init__(self, tag: float) -> None:
-        self.tag = tag
-        """The start tag of its next ticket."""
-        self.count = 0
-        self.recent: deque[Ticket] = deque()
-        """In order of arrival; may hold tickets that left."""
-
-
-class _Line:
-    """One caller's tickets in one lane and priority, the earliest deadline first."""
-
-    __slots__ = ("caller", "heap", "live", "version")
-
-    def __init__(self, caller: str) -> None:
-        self.caller = caller
-        self.heap: list[tuple[float, int, Ticket]] = []
-        self.live = 0
-        self.version = 0
-        """Entries of the lane's heap with another version are void."""
-
-
-_Head: TypeAlias = tuple[float, float, int, int, _Line]
-"""Caller's tag, deadline, sequence number, version, line: sequence numbers differ, lines are never
-compared."""
-
-
-class _Row:
-    """The lines of one lane and priority."""
-
-    __slots__ = ("credit", "heads", "lines", "live", "recent")
-
-    def __init__(self) -> None:
-        self.recent: deque[Ticket] = deque()
-        """In order of arrival; may hold tickets that left."""
-        self.credit = 0.0
-        """Grows while higher priorities are served past its aged tickets; at 1 the oldest is due."""
-        self.lines: dict[str, _Line] = {}
-        self.heads: list[_Head] = []
-        """Each line's first ticket; entries of an old version are void."""
-        self.live = 0
-
-    def oldest(self) -> Ticket:
-        """The longest waiting ticket of a row that is not empty."""
-        recent = self.recent
-        while recent[0].state is not TicketState.WAITING:
-            recent.popleft()
-        return recent[0]
-
-
-class _Lane:
-    """Tickets that the same endpoints can serve."""
-
-    __slots__ = ("key", "live", "rows", "tiers")
-
-    def __init__(self, key: Hashable, tiers: tuple[int, ...]) -> None:
-        self.key = key
-        self.tiers = tiers
-        self.rows = tuple(_Row() for _ in BANDS)
-        self.live = 0
-
-
-class _Band:
-    """All callers of one priority."""
-
-    __slots__ = ("by_count", "callers", "largest", "live", "virtual")
-
-    def __init__(self) -> None:
-        self.callers: dict[str, _Caller] = {}
-        self.by_count: dict[int, dict[str, None]] = {}
-        """Callers by how many tickets they have waiting."""
-        self.largest = 0
-        self.live = 0
-        self.virtual = 0.0
-        """The tag of what was served last."""
-
-    def recount(self, name: str, caller: _Caller, change: int) -> None:
-        old, new = caller.count, caller.count + change
-        caller.count = new
-        self.live += change
-        if old:
-            group = self.by_count[old]
-            del group[name]
-            if not group:
-                del self.by_count[old]
-        if new:
-            self.by_count.setdefault(new, {})[name] = None
-        if new > self.largest or (old == self.largest and old not in self.by_count):
-            self.largest = new  # Counts change by one, so ``new`` is the next there is.
-
-
-class _Rate:
-    """Events a second, older ones counting less and less."""
-
-    __slots__ = ("_count", "_since_s")
-
-    def __init__(self) -> None:
-        self._count = 0.0
-        self._since_s = -inf
-
-    def add(self, now_s: float) -> None:
-        self._count = self._left(now_s) + 1.0
-        self._since_s = now_s
-
-    def per_s(self, now_s: float) -> float:
-        return self._left(now_s) / _ARRIVAL_MEMORY_S
-
-    def _left(self, now_s: float) -> float:
-        passed_s = now_s - self._since_s
-        return self._count * max(0.0, 1.0 - passed_s / _ARRIVAL_MEMORY_S) if passed_s != inf else 0.0
-
-
 class AdmissionQueue:
     """The queue of one gateway replica."""
 
     def __init__(self, settings: AdmissionSettings | None = None) -> None:
         self.settings = settings or AdmissionSettings()
-        self._lanes: dict[Hashable, _Lane] = {}
-        self._bands = tuple(_Band() for _ in BANDS)
+        self._lanes: dict[Hashable, Lane] = {}
+        self._bands = tuple(Band() for _ in BANDS)
         self._deadlines: list[tuple[float, int, Ticket]] = []
         self._expired: list[Ticket] = []
-        self._arrivals: dict[tuple[int, ...], tuple[_Rate, ...]] = {}
+        self._arrivals: dict[tuple[int, ...], tuple[Rate, ...]] = {}
         self._sequence = 0
         self._live = 0
 
@@ -288,7 +70,7 @@ class AdmissionQueue:
 
     def depth(self, priority: Priority) -> int:
         """Tickets of that priority that wait."""
-        return self._bands[_BAND_OF[priority]].live
+        return self._bands[BAND_OF[priority]].live
 
     def waiting(self) -> list[Ticket]:
         """All tickets that wait, in no order that matters."""
@@ -340,8 +122,8 @@ class AdmissionQueue:
         only. What has expired is never handed out.
         """
         self._collect_expired(now_s)
-        runnable: list[tuple[_Row, int]] = []
-        aged: list[tuple[_Row, int, Ticket]] = []
+        runnable: list[tuple[Row, int]] = []
+        aged: list[tuple[Row, int, Ticket]] = []
         for lane in self._lanes.values():
             if not can_run(lane.key, Priority.HIGH):
                 continue
@@ -434,42 +216,19 @@ class AdmissionQueue:
         if arrivals is None:
             if len(self._arrivals) >= 64:  # Client-made lists of models: forget rather than grow.
                 self._arrivals.clear()
-            arrivals = self._arrivals[tiers] = tuple(_Rate() for _ in BANDS)
-        arrivals[_BAND_OF[priority]].add(now_s)
+            arrivals = self._arrivals[tiers] = tuple(Rate() for _ in BANDS)
+        arrivals[BAND_OF[priority]].add(now_s)
 
     def _bounded(self, wait_s: float) -> float:
         return min(max(wait_s, self.settings.retry_after_min_s), self.settings.retry_after_max_s)
 
     # The order.
 
-    def _first(self, runnable: list[tuple[_Row, int]]) -> Ticket:
+    def _first(self, runnable: list[tuple[Row, int]]) -> Ticket:
         """By priority, turn and deadline."""
         highest = min(band for _, band in runnable)
-        heads = [self._head(row, self._bands[band]) for row, band in runnable if band == highest]
+        heads = [row.head(self._bands[band]) for row, band in runnable if band == highest]
         return min(heads)[4].heap[0][2]
-
-    def _head(self, row: _Row, band: _Band) -> _Head:
-        """The first entry of a row that is not empty, after throwing out or renewing what is no longer
-        true: a caller that was served in another lane has another tag."""
-        heads = row.heads
-        while True:
-            entry = heads[0]
-            line = entry[4]
-            if entry[3] == line.version:
-                if entry[0] == band.callers[line.caller].tag:
-                    return entry
-                heappop(heads)
-                self._announce(row, line, band)
-            else:
-                heappop(heads)
-
-    def _announce(self, row: _Row, line: _Line, band: _Band) -> None:
-        """Enters a line with its present first ticket."""
-        _drop_dead(line.heap)
-        line.version += 1
-        if line.heap:
-            deadline_s, sequence, _ = line.heap[0]
-            heappush(row.heads, (band.callers[line.caller].tag, deadline_s, sequence, line.version, line))
 
     def _charge(self, ticket: Ticket) -> None:
         """Its caller's turn is over."""
@@ -506,19 +265,19 @@ class AdmissionQueue:
         ticket.state = TicketState.WAITING
         lane = self._lanes.get(ticket.lane)
         if lane is None:
-            lane = self._lanes[ticket.lane] = _Lane(ticket.lane, ticket.tiers)
+            lane = self._lanes[ticket.lane] = Lane(ticket.lane, ticket.tiers)
         band = self._bands[ticket.band]
         caller = band.callers.get(ticket.caller)
         if caller is None:
             self._forget_callers(band)
-            caller = band.callers[ticket.caller] = _Caller(band.virtual)
+            caller = band.callers[ticket.caller] = Caller(band.virtual)
         elif not caller.count:
             caller.tag = max(caller.tag, band.virtual)
         row = lane.rows[ticket.band]
         line = row.lines.get(ticket.caller)
         if line is None:
-            line = row.lines[ticket.caller] = _Line(ticket.caller)
-        ticket._lane, ticket._line, ticket._caller = lane, line, caller
+            line = row.lines[ticket.caller] = Line(ticket.caller)
+        ticket.in_lane, ticket.in_line, ticket.in_caller = lane, line, caller
         heappush(line.heap, (ticket.deadline_s, sequence, ticket))
         line.live += 1
         row.live += 1
@@ -529,15 +288,15 @@ class AdmissionQueue:
         caller.recent.append(ticket)
         heappush(self._deadlines, (ticket.deadline_s, sequence, ticket))
         if line.heap[0][1] == sequence:
-            self._announce(row, line, band)
+            row.announce(line, band)
 
     def _take_out(self, ticket: Ticket, state: TicketState) -> None:
-        lane, line, caller = ticket._lane, ticket._line, ticket._caller
+        lane, line, caller = ticket.in_lane, ticket.in_line, ticket.in_caller
         assert lane is not None
         assert line is not None
         assert caller is not None
         ticket.state = state
-        ticket._lane = ticket._line = ticket._caller = None
+        ticket.in_lane = ticket.in_line = ticket.in_caller = None
         band = self._bands[ticket.band]
         row = lane.rows[ticket.band]
         line.live -= 1
@@ -549,20 +308,20 @@ class AdmissionQueue:
             line.version += 1
             del row.lines[ticket.caller]
         elif line.heap[0][2] is ticket:
-            self._announce(row, line, band)
+            row.announce(line, band)
         elif len(line.heap) > 2 * line.live + 8:
-            _compact_heap(line.heap)
+            compact_heap(line.heap)
         if not lane.live:
             del self._lanes[lane.key]
         if len(row.recent) > 2 * row.live + 8:
-            row.recent = _compacted(row.recent)
+            row.recent = compacted(row.recent)
         if len(row.heads) > 4 * len(row.lines) + 16:
             row.heads = [entry for entry in row.heads if entry[3] == entry[4].version]
             heapify(row.heads)
         if len(caller.recent) > 2 * caller.count + 8:
-            caller.recent = _compacted(caller.recent)
+            caller.recent = compacted(caller.recent)
         if len(self._deadlines) > 2 * self._live + 64:
-            _compact_heap(self._deadlines)
+            compact_heap(self._deadlines)
 
     def _collect_expired(self, now_s: float) -> None:
         heap = self._deadlines
@@ -572,7 +331,7 @@ class AdmissionQueue:
                 self._take_out(ticket, TicketState.EXPIRED)
                 self._expired.append(ticket)
 
-    def _forget_callers(self, band: _Band) -> None:
+    def _forget_callers(self, band: Band) -> None:
         """Forgets the callers that wait for nothing, once they are many."""
         if len(band.callers) > 2 * self.settings.capacity + 64:
             band.callers = {name: caller for name, caller in band.callers.items() if caller.count}
@@ -589,17 +348,3 @@ def _overlap(tiers: tuple[int, ...], mine: tuple[int, ...], rates_per_s: Sequenc
         if tier in mine:
             part += rate
     return part / whole if whole else float(any(tier in mine for tier in tiers))
-
-
-def _drop_dead(heap: list[tuple[float, int, Ticket]]) -> None:
-    while heap and heap[0][2].state is not TicketState.WAITING:
-        heappop(heap)
-
-
-def _compact_heap(heap: list[tuple[float, int, Ticket]]) -> None:
-    heap[:] = [entry for entry in heap if entry[2].state is TicketState.WAITING]
-    heapify(heap)
-
-
-def _compacted(tickets: deque[Ticket]) -> deque[Ticket]:
-    return deque(ticket for ticket in tickets if ticket.state is TicketState.WAITING)

@@ -120,6 +120,12 @@ class Dispatcher:
             return Refused(decision, answer)
         return Held(decision, ticket, answer)
 
+    def start_now(self, request: RouteRequest, route: Route, now_s: float, pick: int) -> Started | None:
+        """A place at once, or None: for a second try beside the first, which must not take anybody's
+        place in the queue."""
+        load = (decision := place(route, request, self.fleet, now_s, pick)).load
+        return None if load is None else Started(decision, load.begin(now_s))
+
     def pump(self, now_s: float, pick: int) -> list[Started]:
         """Starts what can run of the queue, in the queue's order."""
         started: list[Started] = []

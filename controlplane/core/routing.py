@@ -41,7 +41,8 @@ class Decision(NamedTuple):
     load: EndpointLoad | None = None
     """Where to send it."""
     tiers: tuple[int, ...] = ()
-    """For ``queue``: the ranks of all tiers that may serve it, in order of preference."""
+    """The ranks of all tiers that may serve it as things are, in order of preference; empty if it goes
+    to a tier that was asked for."""
     refusal: Refusal | None = None
     message: str = ""
     """For the client, if rejected."""
@@ -175,6 +176,7 @@ def _elsewhere(route: Route, request: RouteRequest, fleet: Fleet, now_s: float, 
     wanted = pools[route.order[0]]
     down = not any(_usable(pools[rank], request, needs, now_s) for rank in route.order)
     others = route.bridge if down else route.spill
+    tiers = route.order + others
     best: list[EndpointLoad] = []
     chosen: TierPool | None = None
     for rank in others:
@@ -198,15 +200,15 @@ def _elsewhere(route: Route, request: RouteRequest, fleet: Fleet, now_s: float, 
             chosen.name,
             f"{route.reasons[0]}; {how}",
             load,
+            tiers,
             spilled=not down,
             bridged=down,
         )
-    tiers = route.order + others
     refusal = _hopeless(
         [pools[rank] for rank in route.order], [pools[rank] for rank in others], request, needs
     )
     if refusal is not None:
-        return Decision(Outcome.REJECT, "", route.reasons[0], refusal=refusal[0], message=refusal[1])
+        return Decision(Outcome.REJECT, "", route.reasons[0], None, tiers, refusal[0], refusal[1])
     state = _condition(wanted, request, needs, now_s) if down else "full"
     return Decision(Outcome.QUEUE, wanted.name, f"{route.reasons[0]}; {wanted.name} {state}", tiers=tiers)
 
@@ -294,11 +296,13 @@ def _tier_left_out(rank: int, route: Route, decision: Decision, table: TierTable
         return ""
     wanted = table.policies[route.order[0]].name
     if rank in route.spill or rank in route.bridge:
-        if decision.load is not None and not decision.spilled and not decision.bridged:
+        if not decision.tiers:
             return f"not needed: {decision.tier} has room"
-        if rank not in route.spill and (decision.spilled or (decision.tiers and rank not in decision.tiers)):
-            return f"tier '{name}' only bridges {wanted}, which is not down"
-        return ""
+        if rank in decision.tiers:
+            return ""
+        if rank in route.spill:
+            return f"tier '{name}' only takes what {wanted} has no room for, and {wanted} is down"
+        return f"tier '{name}' only bridges {wanted}, which is not down"
     if rank < max(route.floor, table.own_floor[route.order[0]]):
         return f"tier '{name}' is below the quality floor"
     if not route.spill and not route.bridge:

@@ -146,3 +146,17 @@ def test_what_goes_by_age_may_use_the_reserve() -> None:
     row.credit = 1.0
     (started,) = plane.pump(NOW_S + 6.0, 0)
     assert started.ticket is low.ticket
+
+
+def test_a_second_try_takes_a_free_place_or_none() -> None:
+    plane = dispatcher(replace(LARGE, concurrency_limit=2), capacity=1)
+    request = RouteRequest(model="large")
+    route = resolve(request, TABLE)
+    assert isinstance(submit(plane, request), Started)
+    second = plane.start_now(request, route, NOW_S, 0)
+    assert second is not None
+    assert second.lease.load.in_flight == 2
+    waiting = submit(plane, request._replace(priority=Priority.LOW))
+    assert isinstance(waiting, Held)
+    assert plane.start_now(request._replace(priority=Priority.HIGH), route, NOW_S, 0) is None
+    assert len(plane.queue) == 1, "nobody was evicted for it"

@@ -382,6 +382,15 @@ def test_an_explanation_says_why_each_endpoint_was_left_out() -> None:
     assert taken.score == pytest.approx(weighted / sum(scoring.WEIGHTS.values()))
 
 
+def test_an_explanation_of_a_bridge_leaves_out_the_tiers_that_only_take_overflow() -> None:
+    table, fleet = plane(endpoint("lightweight-0"), spill=Direction.DOWN, bridge=Direction.UP)
+    decision, _, (candidate,) = explain(BALANCED, table, fleet, NOW_S, 0)
+    assert decision.outcome is Outcome.QUEUE
+    assert candidate.left_out == (
+        "tier 'lightweight' only takes what balanced has no room for, and balanced is down",
+    )
+
+
 def test_an_explanation_of_a_spill_leaves_out_the_tiers_that_only_bridge() -> None:
     table, fleet = plane(endpoint("lightweight-0"), endpoint("balanced-0"), endpoint("capable-0"))
     fill(fleet.by_endpoint_id["balanced-0"])
