@@ -13,7 +13,10 @@ import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable
+from time import monotonic
 from typing import Final
+
+import structlog
 
 from controlplane.config import PlaneConfig, TierConfig
 from controlplane.core.admission import AdmissionQueue, AdmissionSettings
@@ -38,6 +41,8 @@ from controlplane.gateway.watch import SWEEP_S, Limits, Watcher
 
 _REQUEST_ID: Final = re.compile(rf"^[A-Za-z0-9._:-]{{1,{MAX_REQUEST_ID}}}$")
 CLIENT_CLOSED_REQUEST: Final = 499
+
+log = structlog.stdlib.get_logger(__name__)
 
 Route = Callable[[Request, Responder], Awaitable[None]]
 
@@ -69,7 +74,7 @@ class Gateway:
             token_gap_s=settings.token_timeout_s,
             silence_s=settings.silence_timeout_s,
         )
-        self._watcher = Watcher(self.loop, limits)
+        self._watcher = Watcher(limits)
         self._placing = Placing(
             Dispatcher(self.table, self.fleet, self.queue),
             self.metrics,
@@ -153,7 +158,7 @@ class Gateway:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(SWEEP_S)
-            now_s = self.loop.time()
+            now_s = monotonic()
             self._watcher.sweep(now_s)
             self._placing.tick(now_s)
 
@@ -173,10 +178,16 @@ class Gateway:
                 await route(request, out)
             except RequestError as error:
                 send_error(out, error)
+            except Exception:
+                log.exception("a request could not be handled", path=request.path)
+                if out.started:
+                    out.abort()
+                else:
+                    send_error(out, RequestError("an error of the gateway's own; its log says more"))
 
     async def _infer(self, request: Request, out: Responder) -> None:
         request_id = self._request_id(request)
-        now_s = self.loop.time()
+        now_s = monotonic()
         try:
             call = Call(request, request_id, now_s, self.config.gateway.request_timeout_s)
         except RequestError as error:
@@ -189,14 +200,14 @@ class Gateway:
             outcome = (
                 "shed" if error.status in {408, 429} else "client_error" if error.status < 500 else "failed"
             )
-            self.metrics.finished(call, outcome, error.code, self.loop.time())
+            self.metrics.finished(call, outcome, error.code, monotonic())
             if out.started:
                 out.write(error_event(error, call.api))
                 out.finish()
             else:
                 send_error(out, error, answer_headers(call))
         except asyncio.CancelledError:
-            self.metrics.finished(call, "cancelled", str(CLIENT_CLOSED_REQUEST), self.loop.time())
+            self.metrics.finished(call, "cancelled", str(CLIENT_CLOSED_REQUEST), monotonic())
             raise
 
     def _request_id(self, request: Request) -> str:
@@ -209,16 +220,16 @@ class Gateway:
     # -- routes ----------------------------------------------------------------------------------
 
     async def _chat(self, request: Request, out: Responder) -> None:
-        await agents.chat(self._infer, self.loop.time, request, out)
+        await agents.chat(self._infer, monotonic, request, out)
 
     async def _batch(self, request: Request, out: Responder) -> None:
-        await agents.batch(self._infer, self.loop.time, request, out)
+        await agents.batch(self._infer, monotonic, request, out)
 
     async def _models(self, request: Request, out: Responder) -> None:
         send_json(out, pages.models(self.table, self.fleet, int(self.started_unix_s)))
 
     async def _explain(self, request: Request, out: Responder) -> None:
-        send_json(out, pages.explain(request, self.table, self.fleet, self.loop.time()))
+        send_json(out, pages.explain(request, self.table, self.fleet, monotonic()))
 
     async def _health(self, request: Request, out: Responder) -> None:
         value = pages.health(self.config, self.fleet, self.queue, self.snapshot)

@@ -5,8 +5,8 @@ However it ends (:meth:`succeed`, :meth:`fail`, :meth:`abandon`), it ends once a
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
+from time import monotonic
 
 from controlplane.core.failover import Failure
 from controlplane.core.fleet import EndpointLoad, Lease
@@ -23,7 +23,6 @@ class Exchange:
     __slots__ = (
         "_call",
         "_connection",
-        "_loop",
         "_pump",
         "_reading",
         "_watch",
@@ -45,16 +44,14 @@ class Exchange:
         lease: Lease,
         site: Site,
         watcher: Watcher,
-        loop: asyncio.AbstractEventLoop,
         pump: Callable[[], None],
     ) -> None:
         self._call = call
-        self._loop = loop
         self._pump = pump
         self._watcher = watcher
         self._watch: Watch | None = None
         self._connection: Connection | None = None
-        self._reading = site.meter.start(loop.time())
+        self._reading = site.meter.start(monotonic())
         self.lease = lease
         self.load: EndpointLoad = lease.load
         self.site = site
@@ -105,7 +102,7 @@ class Exchange:
             connection,
             self.lease,
             deadline_s=self._call.deadline_s,
-            started_s=self._loop.time(),
+            started_s=monotonic(),
             streaming=self._call.stream,
         )
         self._watcher.add(self._watch)
@@ -143,7 +140,7 @@ class Exchange:
         """The first token came."""
         if self._watch is not None and not self._watch.answered:
             self._watch.answered = True
-            self.lease.first_token(self._loop.time())
+            self.lease.first_token(monotonic())
 
     def succeed(self) -> None:
         """The answer is whole."""
@@ -165,7 +162,7 @@ class Exchange:
 
     def _end(self) -> float:
         self.ended = True
-        now_s = self._loop.time()
+        now_s = monotonic()
         self._call.gpu_s += self.site.meter.stop(self._reading, now_s)
         if self._watch is not None:
             self._watcher.discard(self._watch)

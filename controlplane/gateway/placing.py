@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from functools import partial
+from time import monotonic
 from typing import Final
 
 from controlplane.core.admission import Rejected, Ticket, Why
@@ -69,7 +70,7 @@ class Placing:
 
     def place_now(self, call: Call) -> Started | None:
         """A second place at once, or None: for a hedge, which is not worth waiting for."""
-        now_s = self._loop.time()
+        now_s = monotonic()
         request = call.request._replace(exclude=call.tried)
         answer = self._dispatcher.submit(
             request, now_s, self._pick(), deadline_s=call.deadline_s, caller=call.caller, route=call.route
@@ -84,7 +85,7 @@ class Placing:
         """Start what can run of the queue; to be called when a place was given back."""
         if not self._dispatcher.queue:
             return
-        now_s = self._loop.time()
+        now_s = monotonic()
         lost = True
         while lost:
             lost = False
@@ -109,7 +110,7 @@ class Placing:
         """After a snapshot: start what can run now, refuse what can't be served any more."""
         if not self._dispatcher.queue:
             return
-        for ticket, decision in self._dispatcher.refused(self._loop.time(), self._pick()):
+        for ticket, decision in self._dispatcher.refused(monotonic(), self._pick()):
             _fail(ticket, _refusal_error(decision))
         self.pump()
 
@@ -118,7 +119,7 @@ class Placing:
         return self._picks * 7919  # any integers that spread over small moduli
 
     async def _submit(self, call: Call, route: Route | None, *, forgive: bool = True) -> Started:
-        now_s = self._loop.time()
+        now_s = monotonic()
         request = call.request._replace(exclude=call.tried) if call.tried else call.request
         answer = self._dispatcher.submit(
             request,
@@ -160,11 +161,11 @@ class Placing:
             started = await waiting
         except asyncio.CancelledError:
             if not self._dispatcher.queue.leave(held.ticket) and _has_result(waiting):
-                waiting.result().lease.abandon(self._loop.time())
+                waiting.result().lease.abandon(monotonic())
                 self.pump()
             raise
         finally:
-            waited_s = self._loop.time() - since_s
+            waited_s = monotonic() - since_s
             self._metrics.queue_wait_s.labels(call.request.priority).observe(waited_s)
         call.decision = started.decision
         self._note(started.decision)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+from time import monotonic
 from typing import Final, NamedTuple
 
 import msgspec
@@ -102,7 +103,6 @@ class Relay:
         ledger: Ledger,
         watcher: Watcher,
     ) -> None:
-        self._loop = asyncio.get_running_loop()
         self._placing = placing
         self._sites = sites
         self._metrics = metrics
@@ -115,7 +115,7 @@ class Relay:
             budget_ratio=config.retry.budget_ratio,
             budget_min_per_s=config.retry.budget_min_per_s,
         )
-        self._budget = RetryBudget(self._retry, self._loop.time())
+        self._budget = RetryBudget(self._retry, monotonic())
 
     async def serve(self, call: Call, out: Responder) -> None:
         """Answer a call. Raises :class:`RequestError` if nothing of the answer was sent yet."""
@@ -144,7 +144,7 @@ class Relay:
         call.attempts += 1
         call.tried |= {started.lease.load.key}
         site = self._sites.site(started.lease.load)
-        return Exchange(call, started.lease, site, self._watcher, self._loop, self._placing.pump)
+        return Exchange(call, started.lease, site, self._watcher, self._placing.pump)
 
     async def _answer(self, call: Call, exchange: Exchange) -> Exchange:
         """The exchange once it has begun to answer; a hedge may win over the one that was begun."""
@@ -233,7 +233,7 @@ class Relay:
         kind = failure.kind
         if kind is None:
             raise DeadlineExceeded("the request's deadline passed before its answer was whole")
-        now_s = self._loop.time()
+        now_s = monotonic()
         attempt = Attempt(
             number=call.attempts,
             sent=sent,
@@ -252,7 +252,7 @@ class Relay:
     # -- answers ---------------------------------------------------------------------------------
 
     def _whole(self, call: Call, exchange: Exchange, out: Responder) -> None:
-        call.first_byte_s = self._loop.time()
+        call.first_byte_s = monotonic()
         content_type = exchange.content_type or JSON_TYPE
         exchange.succeed()
         tokens = Tokens(0, 0)
@@ -264,14 +264,14 @@ class Relay:
             headers.append((b"x-gpu-seconds", b"%.6f" % call.gpu_s))
         out.send(exchange.status, headers, exchange.data)
         outcome = "ok" if exchange.status < 400 else "client_error"
-        self._metrics.finished(call, outcome, str(exchange.status), self._loop.time())
+        self._metrics.finished(call, outcome, str(exchange.status), monotonic())
 
     async def _stream(self, call: Call, exchange: Exchange, out: Responder) -> None:
         kind = RESUME_KINDS.get(call.api)
         tape = Tape(kind) if kind is not None and self._resume_policy != "never" else None
         strip = TOKEN_ID_MEMBERS.sub if exchange.ids_added else None
         marks = END_MARKS.get(call.api, ())
-        started_s = call.first_byte_s = self._loop.time()
+        started_s = call.first_byte_s = monotonic()
         out.start(exchange.status, [(b"content-type", EVENT_STREAM), *STREAM_HEADERS, *answer_headers(call)])
         carry = b""
         events = prompt = 0
@@ -306,7 +306,7 @@ class Relay:
             exchange.abandon()
             raise
         out.write(carry)
-        now_s = self._loop.time()
+        now_s = monotonic()
         exchange.succeed()
         out.finish()
         if events > 1:
@@ -401,11 +401,11 @@ class Relay:
         call.resumed += 1
         out.finish()
         self._metrics.resumes.labels(how.method).inc()
-        self._metrics.finished(call, "ok", "resumed", self._loop.time())
+        self._metrics.finished(call, "ok", "resumed", monotonic())
 
     def _refuse_resume(self, call: Call, failure: UpstreamFailure, reason: str, out: Responder) -> None:
         self._metrics.resumes.labels("refused").inc()
-        self._metrics.finished(call, "failed", "endpoint_lost", self._loop.time())
+        self._metrics.finished(call, "failed", "endpoint_lost", monotonic())
         error = EndpointLost(
             f"the engine was lost ({failure.detail}) and the stream was not resumed: {reason}"
         )

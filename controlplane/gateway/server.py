@@ -12,6 +12,7 @@ import contextlib
 import socket
 from collections.abc import Callable
 from http import HTTPStatus
+from time import monotonic
 from typing import Any, Final
 
 import httptools
@@ -125,7 +126,7 @@ class _ClientConnection(asyncio.Protocol):
         self._reading_paused = False
         self.in_request = False
         self.closed = False
-        self.last_byte_s = self._loop.time()
+        self.last_byte_s = monotonic()
 
     # -- asyncio's side --------------------------------------------------------------------------
 
@@ -141,7 +142,7 @@ class _ClientConnection(asyncio.Protocol):
             self._task.cancel()
 
     def data_received(self, data: bytes) -> None:
-        self.last_byte_s = self._loop.time()
+        self.last_byte_s = monotonic()
         if self._refused:
             return
         if not self.in_request or self._head_bytes:
@@ -313,8 +314,8 @@ class Server:
         self.draining = True
         if self._server is not None:
             self._server.close()
-        deadline_s = self.loop.time() + timeout_s
-        while any(connection.busy for connection in self.connections) and self.loop.time() < deadline_s:
+        deadline_s = monotonic() + timeout_s
+        while any(connection.busy for connection in self.connections) and monotonic() < deadline_s:
             for connection in list(self.connections):
                 if not connection.busy and not connection.in_request:
                     connection.close()
@@ -330,7 +331,7 @@ class Server:
         """Close connections that stopped in the middle of a request or idle for long."""
         while True:
             await asyncio.sleep(SWEEP_S)
-            now_s = self.loop.time()
+            now_s = monotonic()
             for connection in list(self.connections):
                 limit_s = READ_TIMEOUT_S if connection.in_request else IDLE_TIMEOUT_S
                 if not connection.busy and now_s - connection.last_byte_s > limit_s:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from time import monotonic
 
 from controlplane.config import PlaneConfig
 from controlplane.core.domain import Endpoint
@@ -55,4 +56,4 @@ class Sites:
         origin = Origin(
             endpoint.base_url, endpoint.secret, connect_timeout_s=self._connect_timeout_s, loop=self._loop
         )
-        return Site(origin, self._devices.get(endpoint.tier, 1.0), self._loop.time())
+        return Site(origin, self._devices.get(endpoint.tier, 1.0), monotonic())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from time import monotonic
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -177,7 +178,7 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Called by the event loop."""
-        self.last_byte_s = self.loop.time()
+        self.last_byte_s = monotonic()
         parser = self._parser
         if parser is None or self._complete:
             self.close()  # bytes that nobody asked for: the connection can't be trusted

@@ -8,7 +8,6 @@ for the limits that slow but honest requests need.
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 from typing import Final
 
@@ -52,8 +51,7 @@ class Watch:
 class Watcher:
     """Sweeps over the running exchanges of one gateway replica."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, limits: Limits) -> None:
-        self._loop = loop
+    def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._watches: set[Watch] = set()
 
