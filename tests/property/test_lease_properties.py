@@ -1,0 +1,107 @@
+"""Whatever is asked of the book in whatever order: no GPU is given twice or over-committed."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from controlplane.core.leases import WHOLE_MILLI, Capacity, Lease, LeaseBook, Outcome, Part
+
+UUIDS = tuple(f"GPU-{index}" for index in range(5))
+MEMORY = 100
+holders = st.sampled_from("abcdef")
+generations = st.integers(1, 3)
+parts = st.lists(
+    st.builds(
+        Part, st.sampled_from(UUIDS), st.sampled_from([-1, 250, 500, 1000, 1500]), st.integers(-1, 120)
+    ),
+    max_size=3,
+)
+
+
+class Leasing(RuleBasedStateMachine):
+    """One controller's book, beside what each holder was told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.book = LeaseBook()
+        self.now_s = 0.0
+        self.told: dict[str, Lease] = {}
+
+    def capacities(self, sick: set[str]) -> dict[str, Capacity]:
+        return {
+            uuid: Capacity(uuid, "n1" if uuid < "GPU-3" else "n2", MEMORY, "sick" if uuid in sick else "")
+            for uuid in UUIDS
+        }
+
+    @rule(
+        holder=holders, wanted=parts, generation=generations, sick=st.sets(st.sampled_from(UUIDS), max_size=2)
+    )
+    def acquire(self, holder: str, wanted: list[Part], generation: int, sick: set[str]) -> None:
+        before = dict(self.book.leases)
+        answer = self.book.acquire(
+            holder, wanted, self.capacities(sick), generation=generation, now_s=self.now_s
+        )
+        assert answer.reason
+        if answer.outcome is Outcome.GRANTED:
+            assert answer.lease is not None
+            assert list(answer.lease.parts) == wanted, "all or nothing"
+            assert not sick & set(answer.lease.gpu_uuids)
+            assert {uuid < "GPU-3" for uuid in answer.lease.gpu_uuids} in ({True}, {False}), "one node"
+            self.told[holder] = answer.lease
+        elif answer.outcome is Outcome.UNCHANGED:
+            assert answer.lease is not None
+            assert answer.lease.parts == before[holder].parts
+        else:
+            assert dict(self.book.leases) == before
+
+    @rule(holder=holders, generation=generations)
+    def release(self, holder: str, generation: int) -> None:
+        before = dict(self.book.leases)
+        if self.book.release(holder, generation=generation).outcome is Outcome.GRANTED:
+            self.told.pop(holder, None)
+        else:
+            assert dict(self.book.leases) == before
+        assert self.book.release(holder, generation=generation).outcome is Outcome.UNKNOWN
+
+    @rule(holder=holders, generation=generations)
+    def renew(self, holder: str, generation: int) -> None:
+        self.book.renew(holder, generation=generation, now_s=self.now_s)
+
+    @rule(seconds=st.floats(0, 20))
+    def time_passes(self, seconds: float) -> None:
+        self.now_s += seconds
+        for dead in self.book.reap(now_s=self.now_s, ttl_s=30):
+            assert self.now_s - dead.renewed_s > 30
+            self.told.pop(dead.holder, None)
+
+    @rule()
+    def controller_restarts(self) -> None:
+        """The new one hears from every holder, and knows what the old one knew."""
+        before = {holder: lease.parts for holder, lease in self.book.leases.items()}
+        self.book = LeaseBook()
+        self.book.restore(self.told.values())
+        assert {holder: lease.parts for holder, lease in self.book.leases.items()} == before
+
+    @invariant()
+    def no_gpu_is_over_committed(self) -> None:
+        for uuid in UUIDS:
+            held = [p for lease in self.book.leases.values() for p in lease.parts if p.gpu_uuid == uuid]
+            assert sum(part.milli for part in held) <= WHOLE_MILLI
+            assert sum(part.memory_bytes for part in held) <= MEMORY
+            assert len(held) == len(self.book.holders(uuid))
+            assert self.book.used(uuid) == (
+                sum(part.milli for part in held),
+                sum(part.memory_bytes for part in held),
+            )
+
+    @invariant()
+    def holders_and_book_agree(self) -> None:
+        assert {holder: lease.parts for holder, lease in self.told.items()} == {
+            holder: lease.parts for holder, lease in self.book.leases.items()
+        }
+
+
+Leasing.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestLeasing = Leasing.TestCase
