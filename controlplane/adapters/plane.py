@@ -20,7 +20,7 @@ from ray.serve.schema import ApplicationStatus
 
 from controlplane.adapters.ray_serve import find_controller
 from controlplane.core.domain import ClusterSnapshot, Event, TierSpec
-from controlplane.errors import SetupError, TierplaneError
+from controlplane.errors import SetupError
 
 SERVE_NAMESPACE = "serve"
 ASK_TIMEOUT_S = 10.0
@@ -75,6 +75,8 @@ def deploy(config_path: Path, address: str) -> None:
             serve_cli.main(args=arguments, standalone_mode=False)
     except SystemExit as left:
         raise SetupError(f"Serve did not take {config_path}:\n{output.getvalue().strip()}") from left
+    except RayError as error:
+        raise SetupError(f"Serve could not be started:\n{str(error).strip()}") from error
 
 
 def application_failure(names: tuple[str, ...]) -> str:
@@ -128,12 +130,3 @@ def view(namespace: str) -> PlaneView | None:
     except (RayError, TimeoutError):
         return None
     return PlaneView(*answer)
-
-
-def address_of_running(named: str | None) -> str | None:
-    """The Ray that a user means: the one named, or that of ``RAY_ADDRESS``; None if none is meant."""
-    return named or os.environ.get("RAY_ADDRESS") or None
-
-
-class PlaneNotRunning(TierplaneError):
-    """There is no plane to talk to."""

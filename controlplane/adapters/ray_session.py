@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -124,8 +125,9 @@ def _environment(plane_id: str, temp_dir: Path) -> dict[str, str]:
     env = {key: value for key, value in os.environ.items() if key not in _NOT_INHERITED}
     for key, value in serve_environment().items():
         env.setdefault(key, value)
-    haproxy = temp_dir / "haproxy"
+    haproxy = temp_dir / "h"
     haproxy.mkdir(exist_ok=True)
+    env |= _token_environment(temp_dir)
     env |= {
         PLANE_ID_VARIABLE: plane_id,
         "TIERPLANE_RUN_DIR": str(run_dir()),
@@ -143,15 +145,30 @@ def _environment(plane_id: str, temp_dir: Path) -> dict[str, str]:
     return env
 
 
-_NOT_INHERITED = frozenset({"RAY_ADDRESS", "RAY_TMPDIR", "PYTHONDONTWRITEBYTECODE"})
+_NOT_INHERITED = frozenset({"RAY_ADDRESS", "RAY_TMPDIR", "RAY_AUTH_TOKEN", "PYTHONDONTWRITEBYTECODE"})
+
+
+def _token_environment(temp_dir: Path) -> dict[str, str]:
+    """Ray's ports are open to the network, and whoever may talk to Ray may run code: a token guards it."""
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(temp_dir / "auth_token")}
+
+
+def enter(record: RunRecord) -> None:
+    """Let this process talk to the Ray of ``record``. To be called before Ray is imported."""
+    if record.owns_ray and record.temp_dir:
+        os.environ.pop("RAY_AUTH_TOKEN", None)
+        os.environ.update(_token_environment(Path(record.temp_dir)))
 
 
 def start(record: RunRecord, *, dashboard: bool) -> RunRecord:
     """Start a Ray for ``record``, which is saved with what was started. Raises SetupError."""
-    # Ray puts sockets below this folder, and a socket's path may be 107 bytes long.
-    temp_dir = Path(tempfile.mkdtemp(prefix="tierplane-", dir="/tmp"))
+    # Ray and HAProxy put sockets below this folder, and a socket's path may be 97 bytes long.
+    temp_dir = Path(tempfile.mkdtemp(prefix="plane-", dir="/tmp"))
     record = replace(record, temp_dir=str(temp_dir))
     record.save()
+    token = os.open(temp_dir / "auth_token", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(token, "w") as file:
+        file.write(secrets.token_hex(32))
     port = free_port()
     dashboard_port = DASHBOARD_PORT if port_is_free(DASHBOARD_PORT) else free_port()
     command = [

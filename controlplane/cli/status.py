@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from controlplane.adapters import plane, ray_session
+from controlplane.adapters import ray_session
 from controlplane.cli.show import gateway_table, gateways_json, status_table, tier_json
 from controlplane.core.status import TierStatus, tier_statuses
 from controlplane.errors import SetupError
+
+if TYPE_CHECKING:
+    from controlplane.adapters.plane import PlaneView
 
 REFRESH_S = 1.0
 SHOWN_EVENTS = 8
@@ -31,11 +35,15 @@ def command(as_json: bool, watch: bool, address: str | None, namespace: str | No
     Exit status 0 if every tier serves with all its replicas, 3 if not.
     """
     record = ray_session.load_record()
-    where = address or (record.ray_address if record else "") or plane.address_of_running(None)
+    where = address or (record.ray_address if record else "") or os.environ.get("RAY_ADDRESS")
     space = namespace or (record.namespace if record else "tierplane")
     url = record.gateway_url or record.ingress_url if record else ""
     if not where:
         raise SetupError("no plane runs here: start one with `tierplane up`, or name its Ray with --address")
+    if record is not None and where == record.ray_address:
+        ray_session.enter(record)
+    from controlplane.adapters import plane
+
     plane.connect(where)
     try:
         if watch:
@@ -68,18 +76,20 @@ def _watch(address: str, namespace: str, as_json: bool) -> None:
             time.sleep(REFRESH_S)
 
 
-def _look(address: str, namespace: str) -> plane.PlaneView:
+def _look(address: str, namespace: str) -> PlaneView:
+    from controlplane.adapters import plane
+
     view = plane.view(namespace)
     if view is None:
         raise SetupError(f"no plane in namespace '{namespace}' of the Ray at {address}")
     return view
 
 
-def _tiers(view: plane.PlaneView) -> tuple[TierStatus, ...]:
+def _tiers(view: PlaneView) -> tuple[TierStatus, ...]:
     return tier_statuses(view.snapshot, view.tiers)
 
 
-def _tables(view: plane.PlaneView, *, events: bool = False) -> Group:
+def _tables(view: PlaneView, *, events: bool = False) -> Group:
     unix_s = view.snapshot.unix_s
     parts: list[Any] = [
         status_table(_tiers(view), unix_s),
@@ -94,7 +104,7 @@ def _tables(view: plane.PlaneView, *, events: bool = False) -> Group:
     return Group(*parts)
 
 
-def _as_json(view: plane.PlaneView) -> dict[str, Any]:
+def _as_json(view: PlaneView) -> dict[str, Any]:
     unix_s = view.snapshot.unix_s
     return {
         "unix_s": unix_s,

@@ -43,7 +43,7 @@ def stop_plane(
 
 
 def _undeploy(record: RunRecord, voice: Voice, *, drain_s: float, impatient: Callable[[], bool]) -> None:
-    # Imported here: `tierplane down` with nothing to stop need not wait for Ray's import.
+    ray_session.enter(record)
     from ray import serve
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException

@@ -161,6 +161,7 @@ def _start(
         speech.step("starting Ray")
         record = ray_session.start(record, dashboard=dashboard)
     _check(interrupts)
+    ray_session.enter(record)
     from controlplane.adapters import plane
 
     plane.connect(record.ray_address)
