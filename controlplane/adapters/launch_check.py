@@ -114,7 +114,7 @@ def _check_llamacpp(tier: TierConfig, loaded: LoadedModel) -> LaunchCheck:
     if weights + kv > memory.total_bytes:
         raise EngineStartError(
             f"the launch does not fit: weights {gib(weights)} and KV cache {gib(kv)} for {tokens} "
-            f"tokens, the machine has {gib(memory.total_bytes)}. The smallest change: a smaller ctx-size or model"
+            f"tokens, the machine has {gib(memory.total_bytes)}. The smallest change: a smaller ctx-size"
         )
     return LaunchCheck(True, f"weights {gib(weights)}, KV cache {gib(kv)}")
 

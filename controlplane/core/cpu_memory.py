@@ -167,10 +167,11 @@ def judge_cpu(plan: CpuPlan, *, total_bytes: int, available_bytes: int) -> CpuVe
     """
     if plan.problems:
         return CpuVerdict(False, True, "; ".join(plan.problems), _other_tp(plan))
-    short = _short_cache(plan)
-    if short is not None:
-        return short
+    short = _short_cache(plan, total_bytes)
     needed = sum(term.size_bytes for term in plan.terms if term.name != "activations")
+    kv = _term(plan, "KV cache")
+    if short and needed - kv + len(plan.workers) * GIB <= total_bytes:
+        return short
     if needed <= available_bytes:
         return CpuVerdict(True)
     lasting = needed > total_bytes
@@ -184,7 +185,11 @@ def judge_cpu(plan: CpuPlan, *, total_bytes: int, available_bytes: int) -> CpuVe
     )
 
 
-def _short_cache(plan: CpuPlan) -> CpuVerdict | None:
+def _term(plan: CpuPlan, name: str) -> int:
+    return sum(term.size_bytes for term in plan.terms if term.name == name)
+
+
+def _short_cache(plan: CpuPlan, total_bytes: int) -> CpuVerdict | None:
     """vLLM starts only if one sequence of ``max-model-len`` fits the KV cache."""
     layout = plan.workers[0].layout
     need = layout.blocks_for(max(plan.length, 1)) + 1
@@ -196,15 +201,19 @@ def _short_cache(plan: CpuPlan) -> CpuVerdict | None:
         f"one sequence of max-model-len {plan.length} needs {gib(need_bytes)} of KV cache per worker, "
         f"it has {gib(max(0, worst.kv_budget_bytes))}"
     )
-    ways = [f"set VLLM_CPU_KVCACHE_SPACE to {-(-need_bytes // GIB)} in the tier's env"]
+    space = -(-need_bytes // GIB)
+    ways = []
     if plan.longest >= 1:
-        ways.insert(0, f"lower max-model-len to {plan.longest}")
+        ways.append(f"lower max-model-len to {plan.longest}")
+    rest = plan.total_bytes - _term(plan, "KV cache") - _term(plan, "activations")
+    if rest + len(plan.workers) * space * GIB <= total_bytes:
+        ways.append(f"set VLLM_CPU_KVCACHE_SPACE to {space} in the tier's env")
     return CpuVerdict(False, True, reason, ", or ".join(ways))
 
 
 def _smaller(plan: CpuPlan, needed_bytes: int, room_bytes: int) -> str:
     """The largest KV cache that fits, else a smaller dtype, else a smaller model."""
-    kv = next(term.size_bytes for term in plan.terms if term.name == "KV cache")
+    kv = _term(plan, "KV cache")
     count = len(plan.workers)
     per_worker = max(0, room_bytes - (needed_bytes - kv)) // count // GIB
     layout = plan.workers[0].layout
@@ -218,7 +227,7 @@ def _smaller(plan: CpuPlan, needed_bytes: int, room_bytes: int) -> str:
 
 
 def _halved(plan: CpuPlan) -> int:
-    return sum(term.size_bytes for term in plan.terms if term.name in {"weights", "packed head"}) // 2
+    return (_term(plan, "weights") + _term(plan, "packed head")) // 2
 
 
 def _other_tp(plan: CpuPlan) -> str:
