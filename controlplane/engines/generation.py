@@ -15,7 +15,7 @@ from controlplane.core.domain import EndpointState
 from controlplane.engines.base import Command, Diagnosis, Engine, Launch
 from controlplane.engines.output import PORT_TAKEN
 from controlplane.engines.probe import Answer, get
-from controlplane.engines.process import EngineProcess, LogFile, Output, hold_port, start
+from controlplane.engines.process import GRACE_S, EngineProcess, LogFile, Output, hold_port, start
 from controlplane.engines.status import Log, StatusBoard
 from controlplane.engines.wishes import Wish, Wishes
 from controlplane.errors import ConfigError, EngineStartError, SetupError
@@ -36,6 +36,8 @@ class End:
     diagnosis: Diagnosis
     was_ready: bool = False
     wish: Wish | None = None
+    grace_s: float = GRACE_S
+    """How long its process may take to end by itself."""
 
 
 @dataclass(slots=True)
@@ -87,10 +89,13 @@ class Runner:
             launch = Launch(self.host, port, secret, self._model, self.gpu_ids)
             command = self.engine.command(self.tier, launch)
             process = await self._start(command, launch)
+            end = End(Diagnosis("the supervisor failed"))
             try:
-                return await self._watch(process, held)
+                end = await self._watch(process, held)
+                self._announce(end)
+                return end
             finally:
-                await process.stop()
+                await process.stop(end.grace_s)
 
     async def _resolve(self) -> str:
         """The model's place on this machine; a download shows as a phase.
@@ -183,14 +188,24 @@ class Runner:
                 failures += 1
                 self.log.info("probe failed", replica=self.replica_id, error=str(answer), times=failures)
                 if failures >= tier.health_failures:
-                    await process.stop(_HUNG_GRACE_S)
                     text = f"the engine hung: {failures} health probes in a row failed, the last: {answer}"
-                    return End(Diagnosis(text, last_lines=process.output.lines[-20:]), True)
+                    lines = process.output.lines[-20:]
+                    return End(Diagnosis(text, last_lines=lines), True, grace_s=_HUNG_GRACE_S)
             else:
                 wait_s = min(wait_s * 1.5, _PROBE_MOST_S)
                 if time.monotonic() > deadline_s:
-                    await process.stop(_HUNG_GRACE_S)
-                    return End(self._late(process, answer))
+                    return End(self._late(process, answer), grace_s=_HUNG_GRACE_S)
+
+    def _announce(self, end: End) -> None:
+        """Say that it serves no more before its process is ended, which may take seconds."""
+        if end.wish is Wish.STOP:
+            self.board.publish(EndpointState.DRAINING, phase="stopping")
+        elif end.was_ready:
+            self.board.publish(
+                None if self.wishes.draining else EndpointState.RESTARTING,
+                phase="ending the old process",
+                diagnosis=end.diagnosis.summary,
+            )
 
     async def _probe(self, url: str, process: EngineProcess, *, ready: bool) -> Answer:
         """A GET that gives way when the process ends."""

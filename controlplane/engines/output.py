@@ -77,7 +77,7 @@ def last_error(what: str, lines: Sequence[str], exit_code: int | None) -> Diagno
     said = (
         next((line for line in reversed(telling) if _EXCEPTION.search(line)), "")
         or next((line for line in reversed(telling) if _ERROR_LINE.search(line)), "")
-        or (telling[-1] if telling and exit_code not in (0, None) else "")
+        or (telling[-1] if telling and exit_code is not None and exit_code > 0 else "")
     )
     summary = f"{what} {ending(exit_code)}"
     return Diagnosis(f"{summary}: {said[:400]}" if said else summary, permanent=False, last_lines=tail(lines))

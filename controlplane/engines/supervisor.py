@@ -13,7 +13,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from pathlib import Path
 
 from controlplane.config import TierConfig
@@ -69,7 +69,10 @@ class EngineSupervisor:
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wishes: Wishes | None = None
+        self._calling = threading.Lock()
+        """Held where the loop is called or declared gone."""
         self._runner: Runner | None = None
+        self._draining: asyncio.Task[None] | None = None
         self._was_ready = False
 
     # For any thread.
@@ -128,15 +131,22 @@ class EngineSupervisor:
         The state is DRAINING meanwhile, so that nothing new is sent. Idle is what the engine's own metrics
         say and, if given, ``still_running``, the caller's count of requests (called in another thread).
         """
-        loop = self._loop
-        idle = True
-        if loop is not None:
-            try:
-                idle = asyncio.run_coroutine_threadsafe(self._drain(timeout_s, still_running), loop).result()
-            except RuntimeError:
-                idle = True  # The loop has just ended.
-        self.stop()
-        return idle
+        idle: Future[bool] = Future()
+        thread = self._thread
+        if thread is None or not self._call(self._begin_drain, timeout_s, still_running, idle):
+            idle.set_result(True)
+        try:
+            while True:
+                try:
+                    return idle.result(timeout=1.0)
+                except TimeoutError:
+                    # The loop may have ended between the call and its turn.
+                    if thread is not None and not thread.is_alive():
+                        return False
+        except CancelledError:
+            return False  # The engine was lost meanwhile.
+        finally:
+            self.stop()
 
     def stop(self) -> None:
         """End the engine with every process of it, then the supervisor's thread; returns when all is gone."""
@@ -147,14 +157,13 @@ class EngineSupervisor:
             self._call(self._wishes.stop)
         self._thread.join()
 
-    def _call(self, wish: Callable[..., None], *values: object) -> None:
-        loop = self._loop
-        if loop is None:
-            return
-        try:
-            loop.call_soon_threadsafe(wish, *values)
-        except RuntimeError:
-            return  # The loop has just ended: there is nothing left to wish for.
+    def _call(self, wish: Callable[..., None], *values: object) -> bool:
+        """Have the loop do it; False if the loop has ended."""
+        with self._calling:
+            if self._loop is None:
+                return False
+            self._loop.call_soon_threadsafe(wish, *values)
+            return True
 
     # In the supervisor's thread.
 
@@ -169,11 +178,20 @@ class EngineSupervisor:
                 return
             self._log.warning("supervisor failed", replica=self.replica_id, error=repr(error))
             self._board.publish(EndpointState.FAILED, diagnosis=f"the supervisor failed: {error!r}")
-        finally:
-            self._loop = None
 
     async def _main(self, running: Future[None]) -> None:
         self._wishes = Wishes()
+        try:
+            await self._serve(running)
+        finally:
+            with self._calling:
+                self._loop = None
+            if self._draining is not None:
+                self._draining.cancel()
+        self._board.publish(EndpointState.STOPPED, phase="", pid=None)
+
+    async def _serve(self, running: Future[None]) -> None:
+        assert self._wishes is not None
         if not self._engine.has_process:
             self._loop = asyncio.get_running_loop()
             running.set_result(None)
@@ -186,7 +204,6 @@ class EngineSupervisor:
                 await self._supervise(log_file)
             finally:
                 log_file.close()
-        self._board.publish(EndpointState.STOPPED, phase="", pid=None)
 
     async def _supervise(self, log_file: LogFile) -> None:
         """One generation after the other, until the wish to stop."""
@@ -225,7 +242,8 @@ class EngineSupervisor:
                 self._give_up(end.diagnosis, decision.reason)
                 wish = await wishes.wait(None)
                 restarted_s.clear()
-                self._restarting(end.diagnosis, 0.0, wishes.reason)
+                if wish is Wish.RESTART:
+                    self._restarting(end.diagnosis, 0.0, wishes.reason)
             if wish is Wish.STOP:
                 return
 
@@ -259,6 +277,19 @@ class EngineSupervisor:
         self._board.publish(
             EndpointState.FAILED, phase="", diagnosis=text, pid=None, port=None, base_url="", secret=""
         )
+
+    def _begin_drain(
+        self, timeout_s: float, still_running: Callable[[], int] | None, idle: Future[bool]
+    ) -> None:
+        async def work() -> None:
+            try:
+                idle.set_result(await self._drain(timeout_s, still_running))
+            except asyncio.CancelledError:
+                idle.cancel()
+            except Exception as error:
+                idle.set_exception(error)
+
+        self._draining = asyncio.get_running_loop().create_task(work())
 
     async def _drain(self, timeout_s: float, still_running: Callable[[], int] | None) -> bool:
         loop = asyncio.get_running_loop()

@@ -45,7 +45,7 @@ _PHASES: tuple[tuple[re.Pattern[str], str], ...] = (
         "loading weights, {detail}",
     ),
     (re.compile(r"Loading weights took|Model loading took"), "profiling memory"),
-    (re.compile(r"torch\.compile|Compiling a graph|Dynamo bytecode transform"), "compiling"),
+    (re.compile(r"torch\.compile takes|Compiling a graph|Dynamo bytecode transform"), "compiling"),
     (re.compile(r"KV cache size|Available KV cache memory|# \w+ blocks"), "warming up"),
     (re.compile(r"Capturing CUDA graphs?|Graph capturing"), "capturing CUDA graphs"),
     (
@@ -259,7 +259,7 @@ class VllmEngine:
                 return Diagnosis(text, permanent=permanent, last_lines=tail(lines))
         if exit_code == -9:
             return Diagnosis(
-                "the engine was killed (SIGKILL), most likely by the kernel because memory ran out: "
+                "the engine was killed (SIGKILL); unless somebody did that, memory ran out: "
                 "lower VLLM_CPU_KVCACHE_SPACE or max-model-len, take a smaller model, or give it more memory",
                 last_lines=tail(lines),
             )

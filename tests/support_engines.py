@@ -1,0 +1,121 @@
+"""For tests of engines: processes that are watched to their end, supervisors that are always stopped."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from controlplane.config import TierConfig
+from controlplane.core.domain import EndpointState
+from controlplane.engines import reaper
+from controlplane.engines.status import EngineStatus
+from controlplane.engines.supervisor import EngineSupervisor
+
+
+class Recorder:
+    """A logger that keeps what it is told, and the states a supervisor went through."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        self.statuses: list[EngineStatus] = []
+
+    def info(self, event: str, **fields: Any) -> None:
+        self.events.append((event, fields))
+
+    def warning(self, event: str, **fields: Any) -> None:
+        self.events.append((event, fields))
+
+    def changed(self, status: EngineStatus) -> None:
+        self.statuses.append(status)
+
+    @property
+    def states(self) -> list[EndpointState]:
+        """The states in order, each once in a row."""
+        found: list[EndpointState] = []
+        for status in self.statuses:
+            if not found or found[-1] is not status.state:
+                found.append(status.state)
+        return found
+
+
+def until(condition: Callable[[], Any], timeout_s: float = 10.0, what: str = "") -> Any:
+    """The first true value of ``condition``; fails the test if there is none in time."""
+    deadline_s = time.monotonic() + timeout_s
+    while not (value := condition()):
+        if time.monotonic() > deadline_s:
+            raise AssertionError(f"not in {timeout_s:g} s: {what or condition}")
+        time.sleep(0.01)
+    return value
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs (a zombie does not)."""
+    stat = reaper._stat(pid)
+    return stat is not None and stat[0] not in "ZX"
+
+
+def marked(marker_part: bytes) -> list[int]:
+    """Living processes that carry an engine marker with ``marker_part`` in it."""
+    found = []
+    for pid in reaper._pids():
+        try:
+            environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        prefix = reaper.MARKER.encode() + b"="
+        if alive(pid) and any(item.startswith(prefix) and marker_part in item for item in environ):
+            found.append(pid)
+    return found
+
+
+def local(model: str, _progress: Callable[[str], None]) -> str:
+    """A resolver for models that are local paths."""
+    return model
+
+
+@contextmanager
+def supervised(
+    tier: TierConfig,
+    *,
+    replica_id: str = "r1",
+    resolve: Callable[[str, Callable[[str], None]], str] = local,
+) -> Iterator[tuple[EngineSupervisor, Recorder]]:
+    """A started supervisor that is stopped at the end, whatever happens."""
+    recorder = Recorder()
+    supervisor = EngineSupervisor(
+        tier, replica_id=replica_id, resolve_model=resolve, on_change=recorder.changed, log=recorder
+    )
+    supervisor.start()
+    try:
+        yield supervisor, recorder
+    finally:
+        supervisor.stop()
+
+
+def call(
+    url: str, secret: str = "", body: Any = None, timeout_s: float = 10.0
+) -> tuple[int, dict[str, str], str]:
+    """GET, or POST with a body: status, headers, text. An error status is an answer like any other."""
+    headers = {"content-type": "application/json"}
+    if secret:
+        headers["authorization"] = f"Bearer {secret}"
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+            return answer.status, dict(answer.headers), answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, dict(error.headers), error.read().decode()
+
+
+def events_of(text: str) -> list[dict[str, Any]]:
+    """The JSON of each server-sent event, without ``[DONE]``."""
+    lines = [line[6:] for line in text.splitlines() if line.startswith("data: ")]
+    return [json.loads(line) for line in lines if line != "[DONE]"]
