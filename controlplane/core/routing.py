@@ -186,8 +186,6 @@ def _elsewhere(route: Route, request: RouteRequest, fleet: Fleet, now_s: float, 
         fit = _fit(pool, request, fleet, now_s)
         if fit:
             best, chosen = fit, pool
-            if down:
-                break
     if chosen is not None:
         key = request.session_key if request.session_key is not None else request.prefix_key
         load = better_of_two(best, now_s, fleet.settings, pick, key)

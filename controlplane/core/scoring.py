@@ -108,7 +108,7 @@ def affinity(load: EndpointLoad, now_s: float, settings: FleetSettings) -> float
             return 0.0
         if load.waiting or (load.kv_usage_ratio or 0.0) >= AFFINITY_KV_LIMIT_RATIO:
             return 0.0
-    return alive(load, now_s, settings)
+    return 1.0
 
 
 def home(loads: Sequence[EndpointLoad], key: int) -> int:
