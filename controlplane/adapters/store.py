@@ -1,0 +1,467 @@
+"""The controller's memory on disk: state that must survive it, an audit log, and history (SQLite, WAL).
+
+A disk that fills up or a file that breaks never stops the control plane: the store says so loudly (an
+error in the log and :attr:`Store.warning` until it is over), goes on in memory with everything that matters,
+and writes it down once the file can be written again. A broken file is kept beside the new one.
+
+* State: JSON values by key, such as leases and GPU health. Also held in memory, so reading it is free.
+* Audit: what was done, when and why; numbered for ever.
+* History: figures by series. A point is a second's count, sum, least and largest; older points are joined
+  into minutes, then into ten minutes, then dropped (:data:`STEPS`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sqlite3
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, TypeVar
+
+import structlog
+
+log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+
+HOUR_S: Final = 3600
+DAY_S: Final = 24 * HOUR_S
+STEPS: Final = ((1, HOUR_S), (60, 2 * DAY_S), (600, 30 * DAY_S))
+"""Widths of history points in seconds and how long each is kept; the last are dropped after it."""
+
+_MIGRATIONS: Final = (
+    """
+    CREATE TABLE state (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+    CREATE TABLE audit (
+        seq INTEGER PRIMARY KEY, unix_s REAL NOT NULL, actor TEXT NOT NULL, action TEXT NOT NULL,
+        target TEXT NOT NULL, reason TEXT NOT NULL, detail TEXT NOT NULL
+    );
+    CREATE TABLE series (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
+    CREATE TABLE history (
+        series INTEGER NOT NULL, step_s INTEGER NOT NULL, at_s INTEGER NOT NULL,
+        count INTEGER NOT NULL, total REAL NOT NULL, low REAL NOT NULL, high REAL NOT NULL,
+        PRIMARY KEY (series, step_s, at_s)
+    ) WITHOUT ROWID;
+    CREATE INDEX history_by_age ON history (step_s, at_s);
+    """,
+)
+"""Schema versions from 1; a file's is SQLite's ``user_version``."""
+
+_ADD_POINT: Final = """
+    INSERT INTO history VALUES (?, ?, ?, ?, ?, ?, ?)
+    ON CONFLICT (series, step_s, at_s) DO UPDATE SET
+        count = count + excluded.count, total = total + excluded.total,
+        low = min(low, excluded.low), high = max(high, excluded.high)
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class AuditEntry:
+    """One thing that was done, or decided against."""
+
+    unix_s: float
+    actor: str
+    """Who: ``controller``, ``operator``…"""
+    action: str
+    target: str
+    reason: str
+    detail: str = ""
+    seq: int = 0
+    """Given by the store."""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A series over ``step_s`` seconds from ``unix_s``."""
+
+    unix_s: int
+    step_s: int
+    count: int
+    mean: float
+    low: float
+    high: float
+
+
+class Store:
+    """One controller's store; any thread may use it. ``path`` None: in memory from the start."""
+
+    def __init__(
+        self,
+        path: Path | None,
+        *,
+        retry_interval_s: float = 30.0,
+        keep_audit: int = 100_000,
+        memory_points: int = 200_000,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._path = path
+        self._retry_interval_s = retry_interval_s
+        self._keep_audit = keep_audit
+        self._memory_points = memory_points
+        self._clock = clock
+        self._lock = threading.RLock()
+        self._state: dict[str, str] = {}
+        self._recent: deque[AuditEntry] = deque(maxlen=1000)
+        self._unsaved: deque[AuditEntry] = deque(maxlen=10_000)
+        self._last_seq = 0
+        self._series: dict[str, int] = {}
+        self._retry_s = float("inf")
+        self._persistent = False
+        self._known_file = False
+        """Whether this store has had the file before."""
+        self.warning = ""
+        """Why what is stored now would not survive a restart; empty: it would."""
+        self._database = _in_memory()
+        if path is not None:
+            try:
+                self._attach(path)
+            except (sqlite3.Error, OSError, _NewerSchemaError) as error:
+                self._detach(error)
+
+    def close(self) -> None:
+        """Closes the file."""
+        with self._lock:
+            self._database.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- state -----------------------------------------------------------------------------------------
+
+    def get(self, key: str) -> Any:
+        """The value at ``key``, or None."""
+        with self._lock:
+            text = self._state.get(key)
+        return None if text is None else json.loads(text)
+
+    def keys(self, prefix: str = "") -> list[str]:
+        """Keys with that beginning, sorted."""
+        with self._lock:
+            return sorted(key for key in self._state if key.startswith(prefix))
+
+    def put(self, values: Mapping[str, Any]) -> None:
+        """Sets keys, all or none; a value of None removes its key."""
+        texts = {key: None if value is None else json.dumps(value) for key, value in values.items()}
+        with self._lock:
+            changed = {key: text for key, text in texts.items() if self._state.get(key) != text}
+            if not changed:
+                return
+            for key, text in changed.items():
+                if text is None:
+                    self._state.pop(key)
+                else:
+                    self._state[key] = text
+
+            def write(database: sqlite3.Connection) -> None:
+                _write_state(database, changed)
+
+            self._write(write)
+
+    # --- audit -----------------------------------------------------------------------------------------
+
+    def audit(self, entry: AuditEntry) -> AuditEntry:
+        """Writes an entry down; answers with it numbered."""
+        with self._lock:
+            self._try_again()
+            self._last_seq += 1
+            numbered = AuditEntry(**{**_as_dict(entry), "seq": self._last_seq})
+            self._recent.append(numbered)
+
+            def write(database: sqlite3.Connection) -> None:
+                _write_audit(database, [numbered])
+
+            try:
+                self._write(write)
+            except sqlite3.Error:
+                self._recent.pop()
+                self._last_seq -= 1
+                raise
+            if not self._persistent:
+                self._unsaved.append(numbered)
+            return numbered
+
+    def audit_since(self, seq: int = 0, limit: int = 1000) -> list[AuditEntry]:
+        """Up to ``limit`` entries after number ``seq``, oldest first."""
+        with self._lock:
+            if self._recent and seq >= self._recent[0].seq - 1:
+                return [entry for entry in self._recent if entry.seq > seq][:limit]
+
+            def read(database: sqlite3.Connection) -> list[AuditEntry]:
+                rows = database.execute(
+                    "SELECT unix_s, actor, action, target, reason, detail, seq FROM audit"
+                    " WHERE seq > ? ORDER BY seq LIMIT ?",
+                    (seq, limit),
+                )
+                return [AuditEntry(*row) for row in rows]
+
+            return self._read(read)
+
+    # --- history ---------------------------------------------------------------------------------------
+
+    def add_points(self, unix_s: float, values: Mapping[str, float]) -> None:
+        """Adds one figure to each series; what is no finite number is left out."""
+        at_s = int(unix_s)
+        with self._lock:
+
+            def write(database: sqlite3.Connection) -> None:
+                rows = [
+                    (self._series_id(database, name), 1, at_s, 1, value, value, value)
+                    for name, value in values.items()
+                    if math.isfinite(value)
+                ]
+                database.executemany(_ADD_POINT, rows)
+
+            self._write(write)
+
+    def history(self, series: str, since_unix_s: float, until_unix_s: float) -> list[Point]:
+        """A series' points in [since, until), oldest first; older ones are wider."""
+
+        def read(database: sqlite3.Connection) -> list[Point]:
+            rows = database.execute(
+                "SELECT at_s, step_s, count, total, low, high FROM history"
+                " JOIN series ON series.id = history.series"
+                " WHERE name = ? AND at_s >= ? AND at_s < ? ORDER BY at_s",
+                (series, since_unix_s, until_unix_s),
+            )
+            return [
+                Point(at_s, step_s, count, total / count, low, high)
+                for at_s, step_s, count, total, low, high in rows
+            ]
+
+        with self._lock:
+            return self._read(read)
+
+    def compact(self, now_unix_s: float) -> None:
+        """Joins old points into wider ones, drops the oldest and old audit entries. Call it now and then."""
+
+        def write(database: sqlite3.Connection) -> None:
+            for place, (step_s, keep_s) in enumerate(STEPS):
+                wider_s = STEPS[place + 1][0] if place + 1 < len(STEPS) else step_s
+                before_s = int(now_unix_s - keep_s) // wider_s * wider_s
+                if wider_s != step_s:
+                    database.execute(
+                        "INSERT INTO history SELECT series, ?1, at_s / ?1 * ?1, sum(count), sum(total),"
+                        " min(low), max(high) FROM history WHERE step_s = ?2 AND at_s < ?3"
+                        " GROUP BY series, at_s / ?1"
+                        " ON CONFLICT (series, step_s, at_s) DO UPDATE SET count = count + excluded.count,"
+                        " total = total + excluded.total, low = min(low, excluded.low),"
+                        " high = max(high, excluded.high)",
+                        (wider_s, step_s, before_s),
+                    )
+                database.execute("DELETE FROM history WHERE step_s = ? AND at_s < ?", (step_s, before_s))
+            database.execute("DELETE FROM audit WHERE seq <= ?", (self._last_seq - self._keep_audit,))
+            if not self._persistent:
+                database.execute(
+                    "DELETE FROM history WHERE (series, step_s, at_s) IN (SELECT series, step_s, at_s"
+                    " FROM history ORDER BY at_s DESC LIMIT -1 OFFSET ?)",
+                    (self._memory_points,),
+                )
+
+        with self._lock:
+            self._write(write)
+
+    # --- the file --------------------------------------------------------------------------------------
+
+    def _write(self, change: Callable[[sqlite3.Connection], None]) -> None:
+        self._try_again()
+        try:
+            _in_transaction(self._database, change)
+        except sqlite3.Error as error:
+            self._series.clear()
+            if not self._persistent or not _is_the_files_fault(error):
+                raise
+            self._detach(error)
+            _in_transaction(self._database, change)
+
+    def _read(self, question: Callable[[sqlite3.Connection], T]) -> T:
+        try:
+            return question(self._database)
+        except sqlite3.Error as error:
+            if not self._persistent or not _is_the_files_fault(error):
+                raise
+            self._detach(error)
+        return question(self._database)
+
+    def _series_id(self, database: sqlite3.Connection, name: str) -> int:
+        if name not in self._series:
+            database.execute("INSERT OR IGNORE INTO series (name) VALUES (?)", (name,))
+            [row] = database.execute("SELECT id FROM series WHERE name = ?", (name,))
+            self._series[name] = row[0]
+        return self._series[name]
+
+    def _try_again(self) -> None:
+        """Goes back to the file when it is time to look whether it can be written."""
+        if self._path is None or self._persistent or self._clock() < self._retry_s:
+            return
+        try:
+            self._attach(self._path)
+        except (sqlite3.Error, OSError, _NewerSchemaError) as error:
+            self._retry_s = self._clock() + self._retry_interval_s
+            log.critical("the store still can't be written", path=str(self._path), error=str(error))
+
+    def _attach(self, path: Path) -> None:
+        """Opens the file and brings together what it and the memory know; on an error nothing has changed."""
+        database = _open(path)
+        try:
+            _in_transaction(database, self._merge)
+        except BaseException:
+            self._series.clear()
+            database.close()
+            raise
+        self._database.close()
+        self._database, self._persistent, self._known_file = database, True, True
+        self._series.clear()
+        self._unsaved.clear()
+        if self.warning:
+            log.warning("the store can be written again", path=str(path))
+        self.warning = ""
+
+    def _merge(self, database: sqlite3.Connection) -> None:
+        """Writes down what happened while there was no file.
+
+        A file that this store has written before holds nothing newer than the memory. One that it has not
+        may hold an earlier controller's state, over which ours goes, and entries, after which ours go.
+        """
+        in_file = dict(database.execute("SELECT key, value FROM state"))
+        [(last_seq,)] = database.execute("SELECT coalesce(max(seq), 0) FROM audit")
+        state = dict(self._state) if self._known_file else {**in_file, **self._state}
+        _write_state(database, {key: None for key in in_file if key not in state})
+        _write_state(database, {key: text for key, text in state.items() if in_file.get(key) != text})
+        shift = 0 if self._known_file else last_seq
+        recent, unsaved = (
+            [AuditEntry(**{**_as_dict(entry), "seq": entry.seq + shift}) for entry in entries]
+            for entries in (self._recent, self._unsaved)
+        )
+        _write_audit(database, [*recent, *unsaved])
+        self._series.clear()
+        names = dict(self._database.execute("SELECT id, name FROM series")) if not self._persistent else {}
+        for series, *point in self._database.execute("SELECT * FROM history").fetchall() if names else ():
+            database.execute(_ADD_POINT, (self._series_id(database, names[series]), *point))
+        self._state = state
+        self._recent.clear()
+        self._recent.extend(recent)
+        self._last_seq = max(self._last_seq + shift, last_seq)
+
+    def _detach(self, error: Exception) -> None:
+        """Goes on in memory, with the state and the last entries, and says so."""
+        self.warning = (
+            f"{self._path} can't be used ({error}): state, audit log and history are in memory only and "
+            "would be lost with the controller; free space or mend the file, it is tried again by itself"
+        )
+        log.critical("the store has failed", path=str(self._path), error=str(error), remedy=self.warning)
+        with contextlib.suppress(sqlite3.Error):
+            self._database.close()
+        self._database, self._persistent = _in_memory(), False
+        self._series.clear()
+        self._retry_s = self._clock() + self._retry_interval_s
+
+        def carry(database: sqlite3.Connection) -> None:
+            _write_state(database, self._state)
+            _write_audit(database, self._recent)
+
+        _in_transaction(self._database, carry)
+
+
+class _NewerSchemaError(Exception):
+    """The file was written by a newer version; it is left as it is."""
+
+
+def _is_the_files_fault(error: sqlite3.Error) -> bool:
+    """Full, locked, broken, unreadable; not a value or a statement that SQLite can't take."""
+    ours = (sqlite3.ProgrammingError, sqlite3.IntegrityError, sqlite3.DataError, sqlite3.InterfaceError)
+    return not isinstance(error, ours)
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    """The file's database with the newest schema; a broken file is set aside for a new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        return _open_whole(path)
+    except sqlite3.DatabaseError as error:
+        if isinstance(error, sqlite3.OperationalError) or not path.exists():
+            raise
+        aside = path.with_name(f"{path.name}.broken-{time.strftime('%Y%m%dT%H%M%S')}")
+        path.rename(aside)
+        for suffix in ("-wal", "-shm"):
+            path.with_name(path.name + suffix).unlink(missing_ok=True)
+        log.critical("the store's file is broken: a new one is begun", kept_as=str(aside), error=str(error))
+    return _open_whole(path)
+
+
+def _open_whole(path: Path) -> sqlite3.Connection:
+    database = sqlite3.connect(path, timeout=2.0, isolation_level=None, check_same_thread=False)
+    try:
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = NORMAL")
+        [(verdict,)] = database.execute("PRAGMA quick_check(1)")
+        if verdict != "ok":
+            raise sqlite3.DatabaseError(verdict)
+        _migrate(database)
+    except BaseException:
+        database.close()
+        raise
+    return database
+
+
+def _in_memory() -> sqlite3.Connection:
+    database = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+    _migrate(database)
+    return database
+
+
+def _migrate(database: sqlite3.Connection) -> None:
+    [(version,)] = database.execute("PRAGMA user_version")
+    if version > len(_MIGRATIONS):
+        raise _NewerSchemaError(
+            f"its schema has version {version}, this tierplane knows {len(_MIGRATIONS)}: use the newer one"
+        )
+    for number, script in enumerate(_MIGRATIONS[version:], start=version + 1):
+
+        def upgrade(db: sqlite3.Connection, script: str = script, number: int = number) -> None:
+            for statement in filter(str.strip, script.split(";")):
+                db.execute(statement)
+            db.execute(f"PRAGMA user_version = {number}")
+
+        _in_transaction(database, upgrade)
+
+
+def _in_transaction(database: sqlite3.Connection, change: Callable[[sqlite3.Connection], None]) -> None:
+    database.execute("BEGIN IMMEDIATE")
+    try:
+        change(database)
+        database.execute("COMMIT")
+    except BaseException:
+        with contextlib.suppress(sqlite3.Error):
+            database.execute("ROLLBACK")
+        raise
+
+
+def _write_state(database: sqlite3.Connection, texts: Mapping[str, str | None]) -> None:
+    for key, text in texts.items():
+        if text is None:
+            database.execute("DELETE FROM state WHERE key = ?", (key,))
+        else:
+            database.execute("INSERT OR REPLACE INTO state VALUES (?, ?)", (key, text))
+
+
+def _write_audit(database: sqlite3.Connection, entries: Iterable[AuditEntry]) -> None:
+    database.executemany(
+        "INSERT OR REPLACE INTO audit VALUES (:seq, :unix_s, :actor, :action, :target, :reason, :detail)",
+        [_as_dict(entry) for entry in entries],
+    )
+
+
+def _as_dict(entry: AuditEntry) -> dict[str, Any]:
+    return {name: getattr(entry, name) for name in AuditEntry.__dataclass_fields__}
