@@ -160,8 +160,8 @@ def enter(record: RunRecord) -> None:
         os.environ.update(_token_environment(Path(record.temp_dir)))
 
 
-def start(record: RunRecord, *, dashboard: bool) -> RunRecord:
-    """Start a Ray for ``record``, which is saved with what was started. Raises SetupError."""
+def prepare(record: RunRecord) -> RunRecord:
+    """Make the folder that a Ray for ``record`` will live in, with its token; the record is saved."""
     # Ray and HAProxy put sockets below this folder, and a socket's path may be 97 bytes long.
     temp_dir = Path(tempfile.mkdtemp(prefix="plane-", dir="/tmp"))
     record = replace(record, temp_dir=str(temp_dir))
@@ -169,6 +169,12 @@ def start(record: RunRecord, *, dashboard: bool) -> RunRecord:
     token = os.open(temp_dir / "auth_token", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(token, "w") as file:
         file.write(secrets.token_hex(32))
+    return record
+
+
+def start(record: RunRecord, *, dashboard: bool) -> RunRecord:
+    """Start Ray in the folder that :func:`prepare` made; the record is saved. Raises SetupError."""
+    temp_dir = Path(record.temp_dir)
     port = free_port()
     dashboard_port = DASHBOARD_PORT if port_is_free(DASHBOARD_PORT) else free_port()
     command = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import importlib
 import os
 import secrets
 import signal
@@ -10,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -159,9 +161,14 @@ def _start(
     began_s = time.monotonic()
     if record.owns_ray:
         speech.step("starting Ray")
-        record = ray_session.start(record, dashboard=dashboard)
+        record = ray_session.prepare(record)
+        ray_session.enter(record)
+        with ThreadPoolExecutor(1) as pool:
+            starting = pool.submit(ray_session.start, record, dashboard=dashboard)
+            # Seconds of importing that would come after Ray's start otherwise.
+            importlib.import_module("controlplane.adapters.plane")
+            record = starting.result()
     _check(interrupts)
-    ray_session.enter(record)
     from controlplane.adapters import plane
 
     plane.connect(record.ray_address)
