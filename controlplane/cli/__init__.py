@@ -39,6 +39,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "controlplane.cli.doctor:command",
         "Check this machine, against a configuration if one is given.",
     ),
+    "fit": (
+        "controlplane.cli.fit:command",
+        "Does MODEL fit a GPU: each term, how many sequences, and the smallest change if not.",
+    ),
     "bench": (
         "controlplane.cli.bench:command",
         "Measure; each benchmark prints a table, or JSON with --json.",

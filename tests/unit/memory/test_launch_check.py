@@ -1,0 +1,137 @@
+"""Launches that cannot fit are refused with numbers and a remedy; what isn't known refuses nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from controlplane.adapters import launch_check
+from controlplane.adapters.cpu_info import NodeMemory, node_memory, packs_16_bit
+from controlplane.adapters.launch_check import check_launch
+from controlplane.config import TierConfig
+from controlplane.core.gpus import GIB, MIB
+from controlplane.core.samples import GpuCondition, GpuInfo, GpuSample
+from controlplane.errors import EngineError, EngineStartError
+
+SMALL = "bundled:smollm2-135m"
+
+
+def tier(**fields: Any) -> TierConfig:
+    return TierConfig(**{"name": "t", "model": "m", "device": "cpu", **fields})
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch_check, "node_memory", lambda: NodeMemory(16 * GIB, 12 * GIB))
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+
+
+class Reader:
+    """Stands for the driver: GPUs of one kind."""
+
+    def __init__(
+        self, name: str, mib: int, capability: tuple[int, int], free_mib: int, count: int = 1
+    ) -> None:
+        self.closed = False
+        self._samples = tuple(
+            GpuSample(
+                GpuInfo(uuid=f"GPU-{index}", index=index, name=name, compute_capability=capability),
+                GpuCondition.OK,
+                memory_total_bytes=mib * MIB,
+                memory_free_bytes=free_mib * MIB,
+            )
+            for index in range(count)
+        )
+
+    def read(self) -> tuple[GpuSample, ...]:
+        return self._samples
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def gpus(name: str = "NVIDIA L4", mib: int = 23034, free_mib: int = 22500, **more: Any) -> Any:
+    return Reader(name, mib, more.pop("capability", (8, 9)), free_mib, **more)
+
+
+def test_a_launch_that_fits_says_how() -> None:
+    found = check_launch(tier(), SMALL)
+    assert found.known
+    assert "23,296 tokens" in found.text
+
+
+@pytest.mark.parametrize(
+    ("fields", "model", "kind", "words"),
+    [
+        ({"env": {"VLLM_CPU_KVCACHE_SPACE": "30"}}, SMALL, EngineStartError, "VLLM_CPU_KVCACHE_SPACE to 13"),
+        ({"env": {"VLLM_CPU_KVCACHE_SPACE": "11"}}, SMALL, EngineError, "12.00 GiB available"),
+        ({"env": {"VLLM_CPU_KVCACHE_SPACE": "1.5"}}, SMALL, EngineStartError, "whole number"),
+        ({"tensor_parallel_size": 2}, SMALL, EngineStartError, "2 → 1"),
+        ({"engine_args": {"max-model-len": 131072}}, SMALL, EngineStartError, "lower max-model-len to"),
+        ({}, "meta-llama/Llama-3.1-70B-Instruct", EngineStartError, "smaller model"),
+    ],
+)
+def test_on_cpu(fields: dict[str, Any], model: str, kind: type[Exception], words: str) -> None:
+    with pytest.raises(kind, match=words) as caught:
+        check_launch(tier(**fields), model)
+    assert type(caught.value) is kind
+    assert "GiB" in str(caught.value) or "heads" in str(caught.value)
+
+
+def test_on_gpus() -> None:
+    small = tier(device="gpu", engine_args={"max-model-len": 8192})
+    found = check_launch(small, "Qwen/Qwen2.5-7B-Instruct", reader=gpus())
+    assert found.known
+    assert "KV cache for about" in found.text
+    with pytest.raises(EngineStartError, match=r"30\.\d+ GiB|61\.\d+ GiB") as caught:
+        check_launch(small, "Qwen/Qwen2.5-32B-Instruct", reader=gpus())
+    assert "The smallest change: tensor-parallel-size 1 → 4" in str(caught.value)
+
+
+def test_estimates_alone_refuse_nothing() -> None:
+    # Weights and one sequence fit; activations and CUDA graphs by estimate do not.
+    tight = tier(device="gpu", engine_args={"max-model-len": 8192, "gpu-memory-utilization": 0.72})
+    found = check_launch(tight, "Qwen/Qwen2.5-7B-Instruct", reader=gpus())
+    assert found.known
+    assert "tight" in found.text
+
+
+def test_memory_that_others_hold() -> None:
+    with pytest.raises(EngineError, match=r"gpu-memory-utilization to 0\.4") as caught:
+        check_launch(tier(device="gpu"), SMALL, reader=gpus(free_mib=10000))
+    assert not isinstance(caught.value, EngineStartError)
+
+
+def test_only_the_gpus_of_the_replica_count() -> None:
+    reader = gpus(count=2)
+    assert check_launch(tier(device="gpu"), SMALL, ("GPU-1",), reader=reader).known
+    assert not check_launch(tier(device="gpu"), SMALL, ("7",), reader=reader).known
+
+
+def test_a_gpu_that_is_not_in_the_table() -> None:
+    reader = gpus("NVIDIA New", 16384, 16000, capability=(9, 0))
+    assert check_launch(tier(device="gpu"), SMALL, reader=reader).known
+    with pytest.raises(EngineStartError, match="NVIDIA New"):
+        check_launch(tier(device="gpu"), "Qwen/Qwen2.5-14B-Instruct", reader=reader)
+
+
+def test_without_a_driver_the_cut_is_still_checked() -> None:
+    assert not check_launch(tier(device="gpu"), SMALL).known
+    with pytest.raises(EngineStartError, match="9 attention heads"):
+        check_launch(tier(device="gpu", tensor_parallel_size=2), SMALL)
+
+
+def test_what_is_not_known_refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    found = check_launch(tier(), "someone/unknown-model")
+    assert not found.known
+    assert "not checked" in found.text
+    assert not check_launch(tier(engine_args={"dtype": "odd"}), SMALL).known
+    assert not check_launch(tier(engine="simulated"), SMALL).known
+
+
+def test_this_machine() -> None:
+    memory = node_memory()
+    assert 0 < memory.available_bytes <= memory.total_bytes
+    assert isinstance(packs_16_bit(), bool)
