@@ -14,11 +14,11 @@ from controlplane.core.engine_settings import EngineSettings
 from controlplane.core.gpus import GIB, MIB
 from controlplane.core.kv_cache import KvLayout, kv_layout
 from controlplane.core.memory import activation_bytes, gib
-from controlplane.core.weights import Term, divisibility, local_bytes, stages, weight_terms
+from controlplane.core.weights import Stage, Term, divisibility, local_bytes, stages, weight_terms
 
 API_SERVER_BYTES = 752 * MIB
 ENGINE_CORE_BYTES = 679 * MIB
-WORKER_BYTES = 765 * MIB
+WORKER_BYTES = 690 * MIB
 """Resident set of a process without weights and KV cache (see the table in ``memory.md``)."""
 
 
@@ -118,8 +118,8 @@ def plan_cpu_memory(
         found = weight_terms(model, settings, stage, dtype)
         weights = sum(term.size_bytes for term in found)
         tables = sum(term.size_bytes for term in found if term.name == "rotary table")
-        if stage.last and (packs_16_bit or dtype == "float32"):
-            packed += settings.tp * local_bytes(model, model.head(), settings, dtype)
+        if packs_16_bit or dtype == "float32":
+            packed += settings.tp * _packed_bytes(model, settings, stage, dtype)
         automatic = int(node_bytes * settings.memory_ratio) - WORKER_BYTES - weights
         layout = kv_layout(
             model,
@@ -138,7 +138,7 @@ def plan_cpu_memory(
     given = "VLLM_CPU_KVCACHE_SPACE" if kv_cache_bytes else f"{settings.memory_ratio} of the machine"
     terms = (
         Term("weights", sum(w.weights_bytes for w in workers), f"config, {dtype}, {count} workers"),
-        Term("packed head", packed, "oneDNN's second copy of the output head (vLLM 0.32 keeps both)"),
+        Term("packed copies", packed, "oneDNN's copies of embedding and output head (vLLM 0.32)"),
         Term("KV cache", kv, f"{given}, per worker, {count} workers"),
         Term("activations", activations, f"estimate for {tokens} batched tokens, {sequences} sequences"),
         Term("workers", count * WORKER_BYTES, "resident set measured on vLLM 0.32"),
@@ -146,6 +146,16 @@ def plan_cpu_memory(
         Term("API server", API_SERVER_BYTES, "resident set measured on vLLM 0.32"),
     )
     return CpuPlan(model, settings, dtype, terms, tuple(workers), divisibility(model, settings))
+
+
+def _packed_bytes(model: ModelSpec, settings: EngineSettings, stage: Stage, dtype: str) -> int:
+    """vLLM 0.32 lets oneDNN pack the embedding and the output head without giving up the originals, a tied
+    matrix once for each use. All other matrices are moved."""
+    embedding = stage.first or (stage.last and model.tied)
+    size = local_bytes(model, model.embedding(), settings, dtype) if embedding else 0
+    if stage.last:
+        size += local_bytes(model, model.head(), settings, dtype)
+    return size
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +237,7 @@ def _smaller(plan: CpuPlan, needed_bytes: int, room_bytes: int) -> str:
 
 
 def _halved(plan: CpuPlan) -> int:
-    return (_term(plan, "weights") + _term(plan, "packed head")) // 2
+    return (_term(plan, "weights") + _term(plan, "packed copies")) // 2
 
 
 def _other_tp(plan: CpuPlan) -> str:

@@ -97,22 +97,20 @@ def cases() -> list[Case]:
 @click.command(name="memory")
 @click.option("--model", default=BUNDLED, show_default=True, help="The model of the cases with real weights.")
 @click.option("--only", default="", metavar="TEXT", help="Only cases whose name contains TEXT.")
+@click.option(
+    "--rows", "rows_file", type=click.Path(exists=True), help="Show what --json printed, measure nothing."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print rows as JSON.")
 @click.option("--write", is_flag=True, help="Put the table into controlplane/core/memory.md.")
-def command(model: str, only: str, as_json: bool, write: bool) -> None:
+def command(model: str, only: str, rows_file: str | None, as_json: bool, write: bool) -> None:
     """Predicted against measured memory of real vLLM engines on CPU."""
     chosen = [case for case in cases() if only in case.name]
     if not chosen:
         raise click.UsageError("no case has that in its name: " + "; ".join(case.name for case in cases()))
-    path = resolve(model, "vllm", lambda text: click.echo(text, err=True))
-    rows: list[dict[str, Any]] = []
-    for case in chosen:
-        began = time.monotonic()
-        try:
-            rows += run(case, path)
-        except RuntimeError as error:
-            rows.append({"case": case.name, "term": "failed", "error": str(error)})
-        click.echo(f"{case.name}: {time.monotonic() - began:.0f} s", err=True)
+    if rows_file:
+        rows = json.loads(Path(rows_file).read_text(encoding="utf-8"))["rows"]
+    else:
+        rows = measure(chosen, resolve(model, "vllm", lambda text: click.echo(text, err=True)))
     if as_json:
         click.echo(json.dumps({"rows": rows}, indent=1))
     else:
@@ -121,6 +119,19 @@ def command(model: str, only: str, as_json: bool, write: bool) -> None:
         write_document(rows)
     if any("error" in row for row in rows):
         raise SystemExit(1)
+
+
+def measure(chosen: list[Case], bundled: str) -> list[dict[str, Any]]:
+    """Every case's rows; one that doesn't start becomes a row with its error."""
+    rows: list[dict[str, Any]] = []
+    for case in chosen:
+        began = time.monotonic()
+        try:
+            rows += run(case, bundled)
+        except RuntimeError as error:
+            rows.append({"case": case.name, "term": "failed", "error": str(error)})
+        click.echo(f"{case.name}: {time.monotonic() - began:.0f} s", err=True)
+    return rows
 
 
 def run(case: Case, bundled: str) -> list[dict[str, Any]]:
@@ -226,7 +237,7 @@ def compare(case: Case, plan: CpuPlan, port: int) -> list[dict[str, Any]]:
     rows = [
         _row(case, "weights", weights, sum(w["weights"] for w in workers)),
         _row(case, "rotary table", rotary, sum(w["buffers"] for w in workers)),
-        _row(case, "output head, packed again", by_term["packed head"], sum(w["copies"] for w in workers)),
+        _row(case, "packed copies", by_term["packed copies"], sum(w["copies"] for w in workers)),
         _row(case, "KV cache", plan.blocks * block_bytes, sum(w["kv_cache"] for w in workers)),
         _row(case, "KV blocks", plan.blocks * block_bytes, blocks * block_bytes, plan.blocks, blocks),
     ]
