@@ -68,6 +68,10 @@ class AdmissionQueue:
         """Tickets that wait."""
         return self._live
 
+    def __bool__(self) -> bool:
+        """Is there anything to do: tickets that wait, or expired ones that :meth:`expire` must give back?"""
+        return bool(self._live or self._expired)
+
     def depth(self, priority: Priority) -> int:
         """Tickets of that priority that wait."""
         return self._bands[BAND_OF[priority]].live

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from controlplane.core.admission import AdmissionQueue, Queued, Rejected, Ticket
 from controlplane.core.domain import Complexity, Priority
 from controlplane.core.fleet import Fleet, Lease
-from controlplane.core.routing import Decision, Outcome, place
+from controlplane.core.routing import Decision, Outcome, has_room, place
 from controlplane.core.tiers import Api, Route, RouteRequest, TierTable, resolve
 
 
@@ -138,7 +138,7 @@ class Dispatcher:
             known = probes.get((lane, priority))
             if known is None:
                 known = probes[lane, priority] = _probe(lane, priority)
-            return place(*known, self.fleet, now_s, 0).outcome is Outcome.SEND
+            return has_room(*known, self.fleet, now_s)
 
         while (ticket := queue.next(now_s, can_run)) is not None:
             waiting: Waiting = ticket.payload

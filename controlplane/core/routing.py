@@ -102,8 +102,14 @@ def place(route: Route, request: RouteRequest, fleet: Fleet, now_s: float, pick:
 
 
 def has_room(route: Route, request: RouteRequest, fleet: Fleet, now_s: float) -> bool:
-    """Would :func:`place` send it now? True for what it would reject, too: there is nothing to wait for."""
-    return place(route, request, fleet, now_s, 0).outcome is not Outcome.QUEUE
+    """Would :func:`place` send it now?"""
+    pools = fleet.pools
+    if request.api is Api.EMBEDDINGS:
+        route = _for_embeddings(route, fleet)
+    if any(_fit(pools[rank], request, fleet, now_s) for rank in route.order):
+        return True
+    others = route.bridge if _down(route, request, fleet, now_s) else route.spill
+    return any(_fit(pools[rank], request, fleet, now_s) for rank in others)
 
 
 def _kept(pool: TierPool, request: RouteRequest, fleet: Fleet, now_s: float) -> bool:
@@ -113,7 +119,9 @@ def _kept(pool: TierPool, request: RouteRequest, fleet: Fleet, now_s: float) -> 
 
 def _fit(pool: TierPool, request: RouteRequest, fleet: Fleet, now_s: float) -> list[EndpointLoad]:
     """The filters. :func:`_left_out` says the same in words; a test holds the two together."""
-    if pool.in_flight >= pool.open_limit and _kept(pool, request, fleet, now_s):
+    if pool.in_flight >= pool.open_limit and (
+        pool.in_flight >= pool.limit or _kept(pool, request, fleet, now_s)
+    ):
         return []
     needs = API_BITS[request.api]
     exclude = request.exclude
@@ -145,15 +153,19 @@ def _left_out(load: EndpointLoad, request: RouteRequest, fleet: Fleet, now_s: fl
         yield f"its last {pool.limit - pool.open_limit} slots are kept for high priority"
 
 
-def _usable(pool: TierPool, request: RouteRequest, needs: int, now_s: float) -> bool:
-    """Could it serve the request once a slot is free?"""
-    return any(
-        load.ready
-        and load.api_bits & needs
-        and now_s >= load.breaker.blocked_until_s
-        and load.key not in request.exclude
-        for load in pool.loads
-    )
+def _down(route: Route, request: RouteRequest, fleet: Fleet, now_s: float) -> bool:
+    """Is there no endpoint of the tiers asked for that could serve the request once a slot is free?"""
+    needs = API_BITS[request.api]
+    for rank in route.order:
+        for load in fleet.pools[rank].loads:
+            if (
+                load.ready
+                and load.api_bits & needs
+                and now_s >= load.breaker.blocked_until_s
+                and load.key not in request.exclude
+            ):
+                return False
+    return True
 
 
 def _for_embeddings(route: Route, fleet: Fleet) -> Route:
@@ -174,7 +186,7 @@ def _elsewhere(route: Route, request: RouteRequest, fleet: Fleet, now_s: float, 
     pools = fleet.pools
     needs = API_BITS[request.api]
     wanted = pools[route.order[0]]
-    down = not any(_usable(pools[rank], request, needs, now_s) for rank in route.order)
+    down = _down(route, request, fleet, now_s)
     others = route.bridge if down else route.spill
     tiers = route.order + others
     best: list[EndpointLoad] = []

@@ -32,7 +32,6 @@ AFFINITY_EXCESS: Final = 1.25
 """Affinity holds while the endpoint has at most this many times the tier's mean load, plus one (bounded
 loads: V. Mirrokni, M. Thorup, M. Zadimoghaddam, "Consistent hashing with bounded loads", 2018)."""
 
-_MASK: Final = 0xFFFFFFFFFFFFFFFF
 _W_IN_FLIGHT: Final = WEIGHTS["in_flight"]
 _W_QUEUE: Final = WEIGHTS["queue"]
 _W_KV: Final = WEIGHTS["kv_cache"]
@@ -114,13 +113,9 @@ def affinity(load: EndpointLoad, now_s: float, settings: FleetSettings) -> float
 def home(loads: Sequence[EndpointLoad], key: int) -> int:
     """The index of the endpoint that ``key`` belongs to: rendezvous hashing (D. Thaler, C. Ravishankar,
     1998). When endpoints come or go, only the keys of those endpoints move."""
-    best, chosen = -1, 0
-    for index, load in enumerate(loads):
-        value = ((load.seed ^ key) * 0xBF58476D1CE4E5B9) & _MASK
-        value = ((value ^ (value >> 29)) * 0x94D049BB133111EB) & _MASK
-        if value > best:
-            best, chosen = value, index
-    return chosen
+    # Python's hash of a tuple of integers (xxHash) is the same in every process.
+    marks = [hash((key, load.seed)) for load in loads]
+    return marks.index(max(marks))
 
 
 def scores(load: EndpointLoad, now_s: float, settings: FleetSettings, at_home: bool) -> dict[str, float]:

@@ -11,7 +11,7 @@ from controlplane.core.breaker import MOVES, Breaker, BreakerSettings, BreakerSt
 from controlplane.core.dispatch import Dispatcher, Held, Started
 from controlplane.core.domain import Capabilities, Complexity, Endpoint, EndpointState, Priority
 from controlplane.core.fleet import Fleet, Lease, Seat, share
-from controlplane.core.routing import Outcome, decide, explain
+from controlplane.core.routing import Outcome, decide, explain, has_room
 from controlplane.core.scoring import home
 from controlplane.core.tiers import (
     API_BITS,
@@ -110,6 +110,7 @@ def test_only_fit_endpoints_are_chosen(
 ) -> None:
     table, fleet = plane
     decision = decide(request, table, fleet, NOW_S, pick)
+    assert has_room(resolve(request, table), request, fleet, NOW_S) == (decision.load is not None)
     assert (decision.load is not None) == (decision.outcome is Outcome.SEND)
     assert (decision.refusal is not None) == (decision.outcome is Outcome.REJECT)
     assert decision.reason.isascii()

@@ -275,6 +275,15 @@ def test_expired_tickets_are_given_back_once_and_never_served() -> None:
     assert queue.next_deadline_s() == inf
 
 
+def test_a_queue_with_expired_tickets_to_give_back_is_not_done() -> None:
+    queue = queue_of(ticket(deadline_s=NOW_S + 1))
+    assert queue.next(NOW_S + 2, anything) is None
+    assert len(queue) == 0
+    assert queue
+    queue.expire(NOW_S + 2)
+    assert not queue
+
+
 def test_the_expired_make_room() -> None:
     queue = queue_of(ticket(deadline_s=NOW_S + 1), capacity=1)
     assert isinstance(queue.offer(ticket(), NOW_S + 2), Queued)
