@@ -129,8 +129,8 @@ _CAUSES: tuple[tuple[re.Pattern[str], str, bool], ...] = (
     ),
     (
         re.compile(
-            r"VLLM_CPU_KVCACHE_SPACE|DefaultCPUAllocator: (?:can't|not enough)|Cannot allocate memory|"
-            r"MemoryError|std::bad_alloc|Not enough (?:available )?memory"
+            r"less than requested memory for kv|less than desired CPU memory|Cannot allocate memory|"
+            r"DefaultCPUAllocator: (?:can't|not enough)|MemoryError|std::bad_alloc|Not enough (?:available )?memory"
         ),
         "memory ran out: lower VLLM_CPU_KVCACHE_SPACE (GiB, a whole number) or max-model-len, or take a "
         "smaller model",

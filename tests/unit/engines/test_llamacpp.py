@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from controlplane.config import TierConfig
+from controlplane.engines.base import Launch
+from controlplane.engines.llamacpp import SECRET_ENV, LlamaCppEngine
+from controlplane.engines.llamacpp_server import Unusable, apply, gguf_file
+from controlplane.engines.output import PORT_TAKEN
+
+ENGINE = LlamaCppEngine()
+
+
+def tier(**settings) -> TierConfig:
+    return TierConfig(**{"name": "small", "engine": "llamacpp", "model": "/m.gguf", **settings})
+
+
+def params_of(**settings) -> dict[str, object]:
+    argv = ENGINE.command(tier(**settings), Launch("127.0.0.1", 4000, "s3cret", "/m.gguf")).argv
+    return json.loads(argv[argv.index("--params") + 1])
+
+
+def test_the_secret_is_in_the_environment_only():
+    command = ENGINE.command(tier(), Launch("127.0.0.1", 4000, "s3cret", "/m.gguf"))
+    assert command.env[SECRET_ENV] == "s3cret"
+    assert not any("s3cret" in word for word in command.argv)
+
+
+def test_slots_follow_the_concurrency_limit_unless_named():
+    assert params_of()["parallel"] == 4
+    assert params_of(concurrency_limit=2)["parallel"] == 2
+    assert params_of(engine_args={"parallel": 7})["parallel"] == 7
+    assert params_of(engine_args={"n-parallel": 7}) == {"n-parallel": 7}
+
+
+class Params(SimpleNamespace):
+    """Fields like llama.cpp's, as strict about their kinds as the binding."""
+
+    def __setattr__(self, name, value):
+        if name in self.__dict__ and type(value) is not type(getattr(self, name)):
+            raise TypeError(name)
+        super().__setattr__(name, value)
+
+
+def params() -> Params:
+    return Params(n_ctx=0, port=0, use_jinja=True, cpuparams=Params(n_threads=-1), sampling=Params(temp=0.8))
+
+
+def test_names_of_the_command_line_and_of_the_fields_both_work():
+    target = params()
+    given = {"ctx-size": 2048, "threads": 2, "temp": 0.1, "use-jinja": False, "n-ctx": None}
+    apply(target, given)
+    assert (target.n_ctx, target.cpuparams.n_threads) == (2048, 2)
+    assert (target.sampling.temp, target.use_jinja) == (0.1, False)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"bogus": 1}, "engine_args.bogus is unknown to llama.cpp: there are ctx-size"),
+        ({"ctx-size": "big"}, "engine_args.ctx-size can't be 'big': llama.cpp wants a value of kind int"),
+        ({"port": 1}, "engine_args.port is set by tierplane itself"),
+        ({"--class--": 1}, "unknown"),
+    ],
+)
+def test_wrong_arguments_are_named(given, says):
+    with pytest.raises(Unusable) as caught:
+        apply(params(), given)
+    assert says in str(caught.value)
+
+
+def test_every_alias_is_a_field_of_the_installed_llamacpp():
+    xllamacpp = pytest.importorskip("xllamacpp")
+    from controlplane.engines.llamacpp import ALIASES
+
+    for name in ALIASES:
+        target = xllamacpp.CommonParams()
+        *parents, field = ALIASES[name].split(".")
+        for parent in parents:
+            target = getattr(target, parent)
+        assert hasattr(target, field), name
+
+
+def test_the_model_is_a_file_or_the_only_one_in_a_folder(tmp_path):
+    one = tmp_path / "one.gguf"
+    one.touch()
+    assert gguf_file(str(one)) == one
+    assert gguf_file(str(tmp_path)) == one
+    (tmp_path / "one.gguf").unlink()
+    for part in ("big-00001-of-00002.gguf", "big-00002-of-00002.gguf"):
+        (tmp_path / part).touch()
+    assert gguf_file(str(tmp_path)).name == "big-00001-of-00002.gguf"
+    one.touch()
+    with pytest.raises(Unusable, match=r"there is big-00001-of-00002.gguf, one.gguf: name the file"):
+        gguf_file(str(tmp_path))
+    with pytest.raises(Unusable, match=r"no model at"):
+        gguf_file(str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(
+    ("lines", "exit_code", "says", "permanent"),
+    [
+        (["tierplane: no model at '/x'"], 2, "no model at '/x'", True),
+        (
+            ["E gguf_init_from_reader: invalid magic characters: '{?', expected 'GGUF'"],
+            1,
+            "no valid GGUF file",
+            True,
+        ),
+        (["error loading model: unknown model architecture: 'foo'"], 1, "architecture 'foo'", True),
+        (
+            ["ggml_aligned_malloc: insufficient memory (attempted to allocate 9 MB)"],
+            1,
+            "memory ran out",
+            False,
+        ),
+        ([], -9, "memory ran out", False),
+        (["OSError: [Errno 98] Address already in use"], 1, PORT_TAKEN, False),
+        (["RuntimeError: llama.cpp could not start: odd"], 1, "could not start: odd", False),
+    ],
+)
+def test_diagnoses(lines, exit_code, says, permanent):
+    diagnosis = ENGINE.diagnose(lines, exit_code)
+    assert says in diagnosis.summary
+    assert diagnosis.permanent is permanent
+
+
+@pytest.mark.parametrize(
+    ("line", "phase"),
+    [
+        ("0.00.009.815 I srv    load_model: loading model '/m.gguf'", "loading weights"),
+        ("0.00.800.476 I srv    load_model: initializing, n_slots = 2, n_ctx_slot = 2048", "making slots"),
+        ("0.00.805.454 I srv          init: listening on http://127.0.0.1:18003", "ready"),
+        ("0.06.310.083 I slot print_timing: id  1", None),
+    ],
+)
+def test_phases(line, phase):
+    assert ENGINE.phase(line) == phase
