@@ -34,7 +34,9 @@ SAMPLER_FLOATS = 5
 """float32 copies of the logits alive at once in the sampler: logits, processed logits, softmax, its
 workspace and the noise (read in ``vllm/v1/sample``, 0.32; older versions sorted and needed twice that)."""
 
-LOWEST_RATIO_STEP = 0.01
+MINIMUM_CAPABILITY = 70
+"""Compute capability x 10 that vLLM's installation guide asks for; wheels built with CUDA 13 want 7.5."""
+
 HIGHEST_RATIO = 0.97
 """The most of a GPU that this module suggests to give an engine."""
 
@@ -189,6 +191,8 @@ def _layout(
 
 def _gpu_problems(model: ModelSpec, settings: EngineSettings, gpu: GpuModel, dtype: str) -> list[str]:
     wrong = []
+    if gpu.capability < MINIMUM_CAPABILITY:
+        wrong.append(f"vLLM needs compute capability 7.0; {gpu.name} has {gpu.capability / 10}")
     runs, why = runs_on(settings.weights_format(model), gpu.capability)
     if not runs:
         wrong.append(why)

@@ -93,6 +93,13 @@ def test_more_parallel_than_there_are_gpus() -> None:
     assert str(found.changes[0]) == "tensor-parallel-size 4 → 2"
 
 
+def test_a_gpu_that_vllm_does_not_support() -> None:
+    found = verdict("smollm2-135m-instruct", "P100", EngineSettings(), alternatives=gpu_table())
+    assert isinstance(found, Unfit)
+    assert "7.0" in found.reasons[0]
+    assert found.changes[0].setting == "gpu"
+
+
 def test_a_whole_gpu_leaves_no_room_for_cuda() -> None:
     found = verdict("qwen3-0.6b", "T4", EngineSettings(memory_ratio=1.0))
     assert isinstance(found, Unfit)
