@@ -1,0 +1,234 @@
+"""Which GPUs of a node a gang would get, what that would cost, and why a node can't take it.
+
+Everything here works on many nodes at once: ``rows`` are indices into the ledger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from controlplane.core.gangs import Cause, Refusal, Shape
+from controlplane.core.ledger import Ledger, gap_of
+from controlplane.core.stranding import Floats, Ints, NodeStates, Stranding
+from controlplane.core.topology import Distance
+
+Bools = NDArray[np.bool_]
+
+_FAR = 1 << 30
+"""Sorts behind every GPU that may be chosen."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """One shape on many nodes."""
+
+    fits: Bools
+    distance: Ints
+    """See :class:`~controlplane.core.topology.Distance`."""
+    stranded_milli: Floats
+    """How much the expected stranding grows; infinite where it does not fit."""
+    columns: Ints
+    """The GPUs it would get, stage by stage; meaningless where it does not fit."""
+
+
+def fit(ledger: Ledger, stranding: Stranding, shape: Shape, rows: Ints) -> Fit:
+    """Try ``shape``, all stages on one node, on each of ``rows``; nothing is changed."""
+    eligible = _eligible(ledger, shape, rows)
+    fits = ledger.open[rows] & (ledger.cpu_milli[rows] >= shape.cpu_milli * shape.stages)
+    fits &= ledger.memory_bytes[rows] >= shape.memory_bytes * shape.stages
+    if shape.gpus:
+        fits &= eligible.sum(axis=1) >= shape.total_gpus
+    distance = np.zeros(len(rows), dtype=np.int64)
+    stranded = np.full(len(rows), np.inf)
+    columns = np.zeros((len(rows), shape.total_gpus), dtype=np.int64)
+    where = np.flatnonzero(fits)
+    if len(where):
+        found, able = rows[where], eligible[where]
+        if shape.shared:
+            columns[where, 0], stranded[where] = _share(ledger, stranding, shape, found, able)
+        else:
+            columns[where], distance[where] = _closest(ledger, shape, found, able)
+            stranded[where] = _growth(ledger, stranding, shape, found, columns[where])
+    return Fit(fits, distance, np.round(stranded, 6), columns)
+
+
+def _eligible(ledger: Ledger, shape: Shape, rows: Ints) -> Bools:
+    """GPUs that could give what the shape wants of each of its GPUs now."""
+    eligible = ledger.usable[rows] & (ledger.free_milli[rows] >= shape.milli_gpu)
+    if shape.gpu_memory_bytes:
+        eligible &= ledger.free_bytes[rows] >= shape.gpu_memory_bytes
+    if shape.models:
+        eligible &= ledger.accepted(shape)[ledger.kind[rows]]
+    return eligible
+
+
+def _share(
+    ledger: Ledger, stranding: Stranding, shape: Shape, rows: Ints, eligible: Bools
+) -> tuple[Ints, Floats]:
+    """The GPU of each row that gives the share with the least stranding, and how much that is."""
+    gap = ledger.gap_milli[rows]
+    width = gap.shape[1]
+    after = gap_of(
+        ledger.free_milli[rows] - shape.milli_gpu,
+        ledger.free_bytes[rows] - shape.gpu_memory_bytes,
+        ledger.size_bytes[rows],
+    )
+    # One state per GPU that could give it, and as the last one the state as it is.
+    options = np.repeat(gap[:, None, :], width + 1, axis=1)
+    each = np.arange(width)
+    options[:, each, each] = after
+    cpu = np.repeat(ledger.cpu_milli[rows][:, None], width + 1, axis=1)
+    cpu[:, :width] -= shape.cpu_milli
+    stranded = stranding.of(
+        NodeStates(
+            options,
+            ledger.kind[rows][:, None, :],
+            ledger.island[rows][:, None, :],
+            ledger.largest_island[rows][:, None],
+            cpu,
+            ledger.islands,
+        )
+    )
+    growth = np.where(eligible, stranded[:, :width] - stranded[:, width:], np.inf)
+    best = np.argmin(np.round(growth, 6), axis=1)
+    return best, growth[np.arange(len(rows)), best]
+
+
+def _closest(ledger: Ledger, shape: Shape, rows: Ints, idle: Bools) -> tuple[Ints, Ints]:
+    """Whole GPUs for all stages of each row, stage by stage, and how far apart those of a stage are."""
+    distance = np.zeros(len(rows), dtype=np.int64)
+    if not shape.gpus:
+        return np.zeros((len(rows), 0), dtype=np.int64), distance
+    if shape.total_gpus == 1 and not ledger.islands:
+        return idle.argmax(axis=1)[:, None], distance
+    stages = []
+    for _ in range(shape.stages):
+        columns, far = _together(idle, ledger.island[rows], ledger.numa[rows], shape.gpus)
+        np.put_along_axis(idle, columns, False, axis=1)
+        distance = np.maximum(distance, far)
+        stages.append(columns)
+    return np.concatenate(stages, axis=1), distance
+
+
+def _growth(ledger: Ledger, stranding: Stranding, shape: Shape, rows: Ints, columns: Ints) -> Floats:
+    """How much the stranding grows when these whole GPUs are taken."""
+    now = ledger.states(rows)
+    gap = now.gap_milli.copy()
+    np.put_along_axis(gap, columns, 0, axis=1)
+    cpu = now.cpu_milli - shape.cpu_milli * shape.stages
+    both = NodeStates(
+        np.stack([now.gap_milli, gap], axis=1),
+        now.kind[:, None, :],
+        now.island[:, None, :],
+        now.largest_island[:, None],
+        np.stack([now.cpu_milli, cpu], axis=1),
+        ledger.islands,
+    )
+    stranded = stranding.of(both)
+    growth: Floats = stranded[:, 1] - stranded[:, 0]
+    return growth
+
+
+def _together(idle: Bools, island: Ints, numa: Ints, gpus: int) -> tuple[Ints, Ints]:
+    """``gpus`` idle GPUs per row, as close together as there are: from the tightest island that holds them,
+    else from the tightest NUMA node, else from the node; and how far apart they are."""
+    width = idle.shape[1]
+    column = np.arange(width)
+    in_island = _idle_beside(idle, np.where(island >= 0, island, column - width))
+    in_numa = _idle_beside(idle, numa)
+    # Among groups that are large enough the one with the least left over; its number breaks ties.
+    by_island = np.where(idle & (in_island >= gpus), in_island * width + island % width, _FAR)
+    by_numa = np.where(idle & (in_numa >= gpus), in_numa * width + numa, _FAR)
+    # Inside a NUMA node or a node, take large islands first: fewer pieces.
+    pieces = (width - in_island) * width + island % width
+    linked: Bools = np.any(by_island < _FAR, axis=1)
+    near: Bools = np.any(by_numa < _FAR, axis=1)
+    order = np.where(
+        linked[:, None],
+        by_island * width * width,
+        np.where(near[:, None], by_numa * width * width + pieces, np.where(idle, pieces, _FAR * width)),
+    )
+    chosen = np.argsort(order, axis=1, kind="stable")[:, :gpus]
+    far = np.where(linked, Distance.ISLAND, np.where(near, Distance.NUMA, Distance.NODE))
+    return np.sort(chosen, axis=1), np.where(gpus == 1, int(Distance.SAME), far).astype(np.int64)
+
+
+def _idle_beside(idle: Bools, group: Ints) -> Ints:
+    """For each GPU, how many idle ones are in its group."""
+    beside: Ints = np.sum((group[:, :, None] == group[:, None, :]) & idle[:, None, :], axis=2)
+    return beside
+
+
+class Refusals(Sequence[Refusal]):
+    """Why each node refused, worked out as arrays at once and as values when they are read."""
+
+    def __init__(self, ledger: Ledger, shape: Shape) -> None:
+        # Where stages may be on different nodes, a node is asked for one of them.
+        stages = 1 if shape.across_nodes else shape.stages
+        gpus = shape.gpus * stages
+        accepted = ledger.present & ledger.accepted(shape)[ledger.kind] if ledger.kinds else ledger.present
+        usable = accepted & ledger.usable
+        large = usable & (ledger.size_bytes >= shape.gpu_memory_bytes)
+        idle = large & (ledger.free_milli >= shape.milli_gpu)
+        roomy = idle & (ledger.free_bytes >= shape.gpu_memory_bytes)
+        counts = [part.sum(axis=1) for part in (accepted, usable, large, idle, roomy)]
+        wants = [*[gpus] * len(counts), shape.cpu_milli * stages, shape.memory_bytes * stages]
+        has = [*counts, ledger.cpu_milli.copy(), ledger.memory_bytes.copy()]
+        lacking = [~ledger.open, *(have < want for have, want in zip(has, wants, strict=True))]
+        self._code = np.select(lacking, range(len(lacking)), default=len(lacking))
+        self._needed = [0, *wants, shape.stages]
+        self._has = [np.zeros_like(has[0]), *has, _stages(has[4:], shape)]
+        self._nodes = ledger.nodes
+        self._gpus = ledger.gpus
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    @overload
+    def __getitem__(self, index: int) -> Refusal: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Refusal]: ...
+    def __getitem__(self, index: int | slice) -> Refusal | Sequence[Refusal]:
+        if isinstance(index, slice):
+            return [self._refusal(i) for i in range(*index.indices(len(self)))]
+        return self._refusal(range(len(self))[index])
+
+    def _refusal(self, row: int) -> Refusal:
+        code = int(self._code[row])
+        cause = _CAUSES[code]
+        note = ""
+        if cause is Cause.NODE_UNAVAILABLE:
+            note = self._nodes[row].unavailable
+        elif cause is Cause.GPU_UNAVAILABLE:
+            note = "; ".join(
+                f"GPU {gpu.index}: {gpu.unavailable}" for gpu in self._gpus[row] if gpu.unavailable
+            )
+        has = int(self._has[code][row])
+        return Refusal(self._nodes[row].node_id, cause, self._needed[code], has, note)
+
+
+def _stages(has: Sequence[Ints], shape: Shape) -> Ints:
+    """How many stages each node could take: by its GPUs, its CPUs and its memory."""
+    wants = (shape.gpus, shape.cpu_milli, shape.memory_bytes)
+    counts = [have // want for have, want in zip(has, wants, strict=True) if want]
+    most: Ints = np.minimum.reduce(counts) if counts else np.full_like(has[0], shape.stages)
+    return most
+
+
+_CAUSES = (
+    Cause.NODE_UNAVAILABLE,
+    Cause.NO_SUCH_GPU,
+    Cause.GPU_UNAVAILABLE,
+    Cause.GPU_TOO_SMALL,
+    Cause.GPU_BUSY,
+    Cause.GPU_MEMORY,
+    Cause.CPU,
+    Cause.MEMORY,
+    Cause.STAGES,
+)
+"""In the order they are looked at: the first that applies is a node's reason."""

@@ -1,0 +1,109 @@
+"""GPUs and nodes as the placement sees them: what is linked to what, and how far apart two GPUs are.
+
+An *island* is a set of GPUs that reach each other over NVLink, directly or through others of the set: the
+connected components of the peer links. A GPU without links is an island of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+
+class Distance(IntEnum):
+    """How far apart GPUs are; of several, the farthest pair counts."""
+
+    SAME = 0
+    ISLAND = 1
+    """Linked by NVLink."""
+    NUMA = 2
+    """One NUMA node: PCIe, without crossing between sockets."""
+    NODE = 3
+    """One machine, across its sockets."""
+    CLUSTER = 4
+    """Different machines."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One GPU of a node."""
+
+    uuid: str
+    index: int
+    """Its place on the node, as the driver counts."""
+    model: str = ""
+    memory_bytes: int = 0
+    """What an engine may take; 0: not known, and then not accounted."""
+    nvlink_peers: frozenset[str] = frozenset()
+    """UUIDs that its NVLinks lead to. A link reported by one end only counts for both."""
+    numa_node: int | None = None
+    pcie_bus_id: str = ""
+    unavailable: str = ""
+    """Why it must not be used (unhealthy, cordoned, lost); empty: usable."""
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One machine: its GPUs, and what of its CPUs and memory gangs may take."""
+
+    node_id: str
+    gpus: tuple[Gpu, ...] = ()
+    cpu_milli: int = 0
+    memory_bytes: int = 0
+    unavailable: str = ""
+    """Why nothing may be placed here (cordoned, draining, lost); empty: usable."""
+    node_type: str = ""
+    """The kind of machine, for people and for «add one more of these»."""
+
+
+def islands(gpus: Sequence[Gpu]) -> tuple[tuple[int, ...], ...]:
+    """The NVLink islands of one node, as positions in ``gpus``; each in ascending order, ordered by their
+    first GPU. Peers that are not in ``gpus`` are ignored."""
+    position = {gpu.uuid: i for i, gpu in enumerate(gpus)}
+    root = list(range(len(gpus)))
+
+    def find(i: int) -> int:
+        while root[i] != i:
+            root[i] = root[root[i]]
+            i = root[i]
+        return i
+
+    for i, gpu in enumerate(gpus):
+        for peer in gpu.nvlink_peers:
+            if peer in position:
+                a, b = sorted((find(i), find(position[peer])))
+                root[b] = a
+    groups: dict[int, list[int]] = {}
+    for i in range(len(gpus)):
+        groups.setdefault(find(i), []).append(i)
+    return tuple(tuple(group) for _, group in sorted(groups.items()))
+
+
+def numa_groups(gpus: Sequence[Gpu]) -> tuple[tuple[int, ...], ...]:
+    """GPUs by NUMA node, as positions in ``gpus``, ordered by their first GPU. Where none is reported, GPUs
+    are taken to share one."""
+    groups: dict[int | None, list[int]] = {}
+    for i, gpu in enumerate(gpus):
+        groups.setdefault(gpu.numa_node, []).append(i)
+    return tuple(sorted(tuple(group) for group in groups.values()))
+
+
+def spread_of(node: Node, uuids: Iterable[str]) -> Distance:
+    """How far apart these GPUs of ``node`` are. KeyError if one is not of the node."""
+    position = {gpu.uuid: i for i, gpu in enumerate(node.gpus)}
+    chosen = {position[uuid] for uuid in uuids}
+    if len(chosen) <= 1:
+        return Distance.SAME
+    if any(chosen <= set(group) for group in islands(node.gpus)):
+        return Distance.ISLAND
+    if any(chosen <= set(group) for group in numa_groups(node.gpus)):
+        return Distance.NUMA
+    return Distance.NODE
+
+
+def distance(a: tuple[Node, str], b: tuple[Node, str]) -> Distance:
+    """How far apart two GPUs are, each given as its node and UUID."""
+    if a[0].node_id != b[0].node_id:
+        return Distance.CLUSTER
+    return spread_of(a[0], (a[1], b[1]))
