@@ -1,7 +1,8 @@
 """The gateway as a Serve deployment: the REST interface on Serve's ingress and on a port of its own.
 
-A replica lives in one event loop (Serve's): the application, the own port, and two background tasks, which
-pull snapshots from the controller and report what is in flight to it. Both go on without it.
+A replica lives in one event loop (Serve's): the application, the own port, and background tasks, which
+pull snapshots from the controller, report what is in flight to it, and read the engines' own load. All go
+on without it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from controlplane.core.domain import ClusterSnapshot, EndpointState, GatewayInfo
 from controlplane.gateway.app import Gateway
 from controlplane.paths import run_dir
 from deployments.tasks import Background
+from deployments.watching import watch_engines
 
 MAX_ONGOING_REQUESTS = 10_000
 """What Serve lets through to a replica. The gateway's own admission is the limit that counts."""
@@ -54,6 +56,7 @@ class GatewayReplica:
         self._hurry = asyncio.Event()
         self._tasks = Background(
             pull_snapshots(self._link, self._apply),
+            watch_engines(self._gateway, config),
             report_gateway(
                 self._link, config, self._info, interval_s=self._report_interval_s, hurry=self._hurry
             ),

@@ -16,7 +16,9 @@ from controlplane.config.plane import (
     PlaneConfig,
     Port,
     Positive,
+    QueueConfig,
     RestartConfig,
+    RetryConfig,
     TierConfig,
 )
 from controlplane.config.strict import Strict
@@ -34,7 +36,9 @@ __all__ = [
     "PlaneConfig",
     "Port",
     "Positive",
+    "QueueConfig",
     "RestartConfig",
+    "RetryConfig",
     "ServeFile",
     "Strict",
     "TierConfig",

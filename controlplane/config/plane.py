@@ -196,10 +196,11 @@ class QueueConfig(Strict):
     """A request that found no place after this long is answered with 408, also before its deadline."""
     age_after_s: Positive = 5.0
     """Who waited longer gets a share of the places whatever the priority, so that low never starves."""
-    aged_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    aged_ratio: Annotated[float, Field(ge=0, le=1)] = 0.05
     """That share."""
-    reserved_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of a tier's slots that only high priority may take."""
+    reserved_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of a tier's slots that only high priority may take, for as long as there is any (within 30 s of
+    the last one)."""
 
 
 class RetryConfig(Strict):
@@ -284,6 +285,11 @@ class PlaneConfig(Strict):
                     message = f"agent type '{agent_type}' is served by tier '{owner.name}' already"
                     found.append(Finding(("tiers", i, "agent_types", j), message, "name it in one tier only"))
         for i, tier in enumerate(self.tiers):
+            slots = tier.concurrency_limit * max(1, tier.replicas)
+            if slots < self.gateway.replicas:
+                message = f"{slots} requests at a time can't be shared by {self.gateway.replicas} gateways"
+                remedy = "each gateway needs at least 1: raise it, or lower gateway.replicas"
+                found.append(Finding(("tiers", i, "concurrency_limit"), message, remedy))
             if tier.min_tier and first_by_name.get(tier.min_tier, len(self.tiers)) > i:
                 remedy = f"name it or a tier before it: {', '.join(t.name for t in self.tiers[: i + 1])}"
                 message = f"'{tier.min_tier}' is not '{tier.name}' or a tier before it"

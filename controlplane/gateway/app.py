@@ -21,7 +21,7 @@ import structlog
 from controlplane.config import PlaneConfig, TierConfig
 from controlplane.core.admission import AdmissionQueue, AdmissionSettings
 from controlplane.core.dispatch import Dispatcher
-from controlplane.core.domain import ClusterSnapshot, GatewayInfo
+from controlplane.core.domain import ClusterSnapshot, Endpoint, GatewayInfo
 from controlplane.core.fleet import Fleet, FleetSettings
 from controlplane.core.snapshot import merge
 from controlplane.core.tiers import Direction, TierPolicy, TierTable
@@ -85,6 +85,8 @@ class Gateway:
         self._request_count = 0
         self._servers: list[Server] = []
         self._private_url = ""
+        self.port = 0
+        """The own port, once :meth:`start` opened it."""
         self._ticker: asyncio.Task[None] | None = None
         self._routes: dict[str, tuple[str, Route]] = {
             **dict.fromkeys(APIS, ("POST", self._infer)),
@@ -114,7 +116,7 @@ class Gateway:
         if port is None:
             return
         shared = Server(self.handle, max_body_bytes=self.config.gateway.max_body_bytes)
-        await shared.start(host, port)
+        self.port = await shared.start(host, port)
         self._servers.append(shared)
         private = Server(self._private, max_body_bytes=1024)
         private_port = await private.start(host, 0)
@@ -130,6 +132,18 @@ class Gateway:
         self.fleet.apply_snapshot(merged, self.gateway_id)
         self._sites.prune(self.fleet)
         self._placing.recheck()
+
+    def ready_endpoints(self) -> list[Endpoint]:
+        """The endpoints that answer requests now."""
+        return [load.endpoint for load in self.fleet.by_endpoint_id.values() if load.ready]
+
+    def observe(
+        self, endpoint_id: str, generation: int, *, kv_usage_ratio: float | None, waiting: float | None
+    ) -> None:
+        """Take what an engine process said of its own load (a share of 1, and requests)."""
+        load = self.fleet.by_endpoint_id.get(endpoint_id)
+        if load is not None and load.endpoint.generation == generation:
+            load.observe(monotonic(), kv_usage_ratio=kv_usage_ratio, waiting=waiting)
 
     def info(self) -> GatewayInfo:
         """What the controller is told of this replica."""

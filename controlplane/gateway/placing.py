@@ -72,14 +72,9 @@ class Placing:
         """A second place at once, or None: for a hedge, which is not worth waiting for."""
         now_s = monotonic()
         request = call.request._replace(exclude=call.tried)
-        answer = self._dispatcher.submit(
-            request, now_s, self._pick(), deadline_s=call.deadline_s, caller=call.caller, route=call.route
-        )
-        if isinstance(answer, Started):
-            return answer
-        if isinstance(answer, Held):
-            self._dispatcher.queue.leave(answer.ticket)
-        return None
+        if call.route is None:
+            return None
+        return self._dispatcher.start_now(request, call.route, now_s, self._pick())
 
     def pump(self) -> None:
         """Start what can run of the queue; to be called when a place was given back."""

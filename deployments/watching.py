@@ -1,0 +1,53 @@
+"""A gateway replica's look at the engines' own load: queue and KV cache, for choosing between endpoints.
+
+It runs beside the requests, never on their path. An engine that can't be read keeps its last values,
+which routing trusts less as they age.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict
+from typing import Final, NoReturn
+
+from controlplane.adapters.engine_metrics import EngineScraper, ScrapeTarget
+from controlplane.config import PlaneConfig
+from controlplane.core.domain import Endpoint
+from controlplane.engines import engine_for
+from controlplane.gateway.app import Gateway
+
+INTERVAL_S: Final = 2.0
+WANTED: Final = ("kv_usage_ratio", "waiting")
+
+
+async def watch_engines(gateway: Gateway, config: PlaneConfig) -> NoReturn:
+    """Scrape every ready endpoint every :data:`INTERVAL_S` and tell the gateway."""
+    names = {tier.name: _names(asdict(engine_for(tier).metric_names)) for tier in config.tiers}
+    paths = {tier.name: engine_for(tier).metrics_path for tier in config.tiers}
+    async with EngineScraper() as scraper:
+        while True:
+            targets = [
+                _target(endpoint, paths[endpoint.tier], names[endpoint.tier])
+                for endpoint in gateway.ready_endpoints()
+                if paths.get(endpoint.tier) and names[endpoint.tier]
+            ]
+            for sample in await scraper.scrape_all(targets):
+                if not sample.error:
+                    gauges = dict(sample.gauges)
+                    gateway.observe(
+                        sample.endpoint_id,
+                        sample.generation,
+                        kv_usage_ratio=gauges.get("kv_usage_ratio"),
+                        waiting=gauges.get("waiting"),
+                    )
+            await asyncio.sleep(INTERVAL_S)
+
+
+def _names(all_names: dict[str, str]) -> dict[str, str]:
+    return {signal: name for signal, name in all_names.items() if signal in WANTED and name}
+
+
+def _target(endpoint: Endpoint, path: str, names: dict[str, str]) -> ScrapeTarget:
+    return ScrapeTarget(
+        endpoint.endpoint_id, endpoint.generation, endpoint.base_url + path, names, endpoint.secret
+    )

@@ -1,0 +1,213 @@
+"""For tests of the gateway: a gateway on its own port before simulated engines, all in the test's loop.
+
+The engines are the simulated server itself (a timing model, no language model), only not in a process of
+their own, so that a test can turn their knobs directly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import aiohttp
+
+from controlplane.config import GatewayConfig, PlaneConfig, QueueConfig, RetryConfig, TierConfig
+from controlplane.core.domain import Capabilities, ClusterSnapshot, Endpoint, EndpointState, GatewayInfo
+from controlplane.engines.simulated import SimulatedSettings
+from controlplane.engines.simulated_server import Server
+from controlplane.gateway.app import Gateway
+
+CAPABILITIES = Capabilities(
+    resume_by_token_ids=True, embeddings=True, responses=True, messages=True, simulated=True
+)
+CHAT = "/v1/chat/completions"
+
+
+def chat_body(text: str = "hello", **more: Any) -> dict[str, Any]:
+    """A chat request."""
+    return {"model": "auto", "messages": [{"role": "user", "content": text}], "temperature": 0, **more}
+
+
+@dataclass
+class Stream:
+    """What a client saw of a stream."""
+
+    status: int
+    headers: Any
+    events: list[dict[str, Any]]
+    done: bool
+    raw: bytes
+
+    @property
+    def text(self) -> str:
+        """The text of all events, chat or completion."""
+        parts = []
+        for event in self.events:
+            for choice in event.get("choices", ()):
+                parts.append(choice.get("text") or (choice.get("delta") or {}).get("content") or "")
+        return "".join(parts)
+
+    @property
+    def finish_reason(self) -> str | None:
+        """The last finish reason."""
+        found = [
+            c["finish_reason"] for e in self.events for c in e.get("choices", ()) if c.get("finish_reason")
+        ]
+        return found[-1] if found else None
+
+    @property
+    def usage(self) -> dict[str, Any] | None:
+        """The last usage."""
+        found = [event["usage"] for event in self.events if event.get("usage")]
+        return found[-1] if found else None
+
+    @property
+    def error(self) -> dict[str, Any] | None:
+        """The error event."""
+        return next((event["error"] for event in self.events if "error" in event), None)
+
+
+class Rig:
+    """The gateway, its engines and a client."""
+
+    def __init__(self, config: PlaneConfig) -> None:
+        self.config = config
+        self.gateway = Gateway(config, "gateway-a")
+        self.servers: dict[str, Server] = {}
+        self.endpoints: dict[str, Endpoint] = {}
+        self.version = 0
+        self.base = ""
+        self.client = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20))
+
+    async def engine(self, name: str, tier: str = "balanced", *, limit: int = 10, **settings: Any) -> Server:
+        """Start an engine and publish it."""
+        known = self.endpoints.get(name)
+        server = Server(asyncio.get_running_loop(), SimulatedSettings(**settings), f"model-{tier}")
+        await server.listen("127.0.0.1", 0)
+        self.servers[name] = server
+        self.endpoints[name] = Endpoint(
+            endpoint_id=name,
+            tier=tier,
+            model=f"model-{tier}",
+            engine="simulated",
+            base_url=f"http://127.0.0.1:{server.port}",
+            state=EndpointState.READY,
+            concurrency_limit=limit,
+            generation=known.generation + 1 if known else 1,
+            capabilities=CAPABILITIES,
+        )
+        self.publish()
+        return server
+
+    def knobs(self, name: str, **values: Any) -> None:
+        """Change an engine's settings."""
+        self.servers[name]._apply(
+            SimulatedSettings.model_validate({**self.servers[name].settings.model_dump(), **values}), None
+        )
+
+    def kill(self, name: str) -> None:
+        """An engine is gone at once, with all its connections."""
+        server = self.servers[name]
+        if server._listener is not None:
+            server._listener.close()
+        for connection in list(server.connections):
+            connection.reset()
+
+    def change(self, name: str, **values: Any) -> None:
+        """Publish an endpoint with other values."""
+        self.endpoints[name] = replace(self.endpoints[name], **values)
+        self.publish()
+
+    def publish(self, gateways: tuple[GatewayInfo, ...] = ()) -> None:
+        """Give the gateway a new snapshot."""
+        self.version += 1
+        endpoints = tuple(self.endpoints.values())
+        self.gateway.apply(ClusterSnapshot("epoch", self.version, time.time(), endpoints, gateways))
+
+    async def post(self, path: str, body: Any, **headers: str) -> tuple[int, Any, Any]:
+        """Status, headers and JSON of an answer."""
+        names = {name.replace("_", "-"): value for name, value in headers.items()}
+        async with self.client.post(self.base + path, json=body, headers=names) as answer:
+            return answer.status, answer.headers, await answer.json(content_type=None)
+
+    async def get(self, path: str) -> tuple[int, Any]:
+        """Status and JSON of an answer."""
+        async with self.client.get(self.base + path) as answer:
+            return answer.status, await answer.json(content_type=None)
+
+    async def stream(
+        self,
+        body: dict[str, Any],
+        path: str = CHAT,
+        on_event: Callable[[int], Awaitable[None] | None] | None = None,
+        **headers: str,
+    ) -> Stream:
+        """All of a stream; ``on_event`` is called with the number of events so far."""
+        names = {name.replace("_", "-"): value for name, value in headers.items()}
+        events: list[dict[str, Any]] = []
+        done = False
+        raw = b""
+        async with self.client.post(self.base + path, json={**body, "stream": True}, headers=names) as answer:
+            if answer.status != 200:
+                value = await answer.json(content_type=None)
+                return Stream(answer.status, answer.headers, [value], False, b"")
+            async for line in answer.content:
+                raw += line
+                if not line.startswith(b"data: "):
+                    continue
+                if line.strip() == b"data: [DONE]":
+                    done = True
+                    continue
+                events.append(json.loads(line[6:]))
+                if on_event is not None:
+                    waits = on_event(len(events))
+                    if waits is not None:
+                        await waits
+            return Stream(answer.status, answer.headers, events, done, raw)
+
+    async def close(self) -> None:
+        """Stop everything."""
+        await self.client.close()
+        await self.gateway.drain(1.0)
+        for server in self.servers.values():
+            for connection in list(server.connections):
+                connection.reset()
+            if server._listener is not None:
+                server._listener.close()
+                await server._listener.wait_closed()
+
+
+def plane(
+    *tiers: dict[str, Any],
+    queue: dict[str, Any] | None = None,
+    retry: dict[str, Any] | None = None,
+    **gateway: Any,
+) -> PlaneConfig:
+    """A configuration of simulated tiers; one named ``balanced`` if none is given."""
+    values = tiers or ({"name": "balanced"},)
+    return PlaneConfig(
+        tiers=[
+            TierConfig(engine="simulated", served_model_name=f"model-{tier['name']}", **tier)
+            for tier in values
+        ],
+        gateway=GatewayConfig(
+            queue=QueueConfig(**(queue or {})), retry=RetryConfig(**(retry or {})), **gateway
+        ),
+    )
+
+
+@asynccontextmanager
+async def running(config: PlaneConfig | None = None) -> AsyncIterator[Rig]:
+    """A rig that is stopped at the end."""
+    rig = Rig(config or plane())
+    try:
+        await rig.gateway.start("127.0.0.1", 0)
+        rig.base = f"http://127.0.0.1:{rig.gateway.port}"
+        yield rig
+    finally:
+        await rig.close()
