@@ -1,0 +1,188 @@
+"""A plane for a benchmark: started by ``tierplane up`` on free ports, with a run directory of its own.
+
+Nothing of it is reached in a way that a user could not: faults go to its processes and to the simulated
+engines' own interface.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from controlplane.adapters.ray_session import PLANE_ID_VARIABLE, free_port, processes
+from controlplane.engines.simulated import SECRET_ENV
+from controlplane.errors import SetupError
+from controlplane.paths import RUN_DIR_VARIABLE
+
+START_TIMEOUT_S = 180.0
+STOP_TIMEOUT_S = 60.0
+HTTP_TIMEOUT_S = 10.0
+TIERPLANE = (sys.executable, "-c", "from controlplane.cli import main; main()")
+
+
+@dataclass(frozen=True, slots=True)
+class Plane:
+    """A running plane."""
+
+    url: str
+    """The gateway's own port."""
+    ingress_url: str
+    """The same through Serve."""
+    plane_id: str
+    folder: Path
+
+    def get(self, path: str) -> Any:
+        """A JSON page of the gateway; an unhealthy ``/health`` is a page like any other."""
+        try:
+            with urllib.request.urlopen(self.url + path, timeout=HTTP_TIMEOUT_S) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            with error:
+                return json.load(error)
+
+    def endpoints(self, tier: str) -> list[dict[str, Any]]:
+        """The endpoints of a tier, as ``/status`` tells."""
+        return [each for each in self.get("/status")["endpoints"] if each["tier"] == tier]
+
+    def processes(self, *title: str) -> list[psutil.Process]:
+        """The plane's processes whose command line has all of ``title``."""
+        return [each for each in processes(self.plane_id) if all(part in _command(each) for part in title)]
+
+    def replica_actor(self, endpoint: Mapping[str, Any]) -> psutil.Process:
+        """The process of the actor that supervises an endpoint's engine."""
+        for parent in psutil.Process(endpoint["pid"]).parents():
+            if "ray::" in _command(parent):
+                return parent
+        raise SetupError(f"no actor stands over process {endpoint['pid']}")
+
+    def knobs(self, endpoint: Mapping[str, Any], **values: Any) -> None:
+        """Change a simulated engine's settings, at its own port with its own secret."""
+        request = urllib.request.Request(
+            f"{endpoint['base_url']}/simulated/knobs",
+            json.dumps(values).encode(),
+            {"authorization": f"Bearer {_variable(endpoint['pid'], SECRET_ENV)}"},
+        )
+        with urllib.request.urlopen(request, timeout=HTTP_TIMEOUT_S):
+            pass
+
+
+@contextmanager
+def running(args: Mapping[str, Any]) -> Iterator[Plane]:
+    """A plane of ``args`` (as in a config file; the gateway's port is chosen here), stopped at the end.
+
+    Raises SetupError if it does not come up.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="bench-", dir="/tmp"))
+    port, ingress_port = free_port(), free_port()
+    plane_args = {**args, "gateway": {**args.get("gateway", {}), "host": "127.0.0.1", "port": port}}
+    config = {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": "127.0.0.1", "port": ingress_port},
+        "applications": [
+            {
+                "name": "bench",
+                "route_prefix": "/",
+                "import_path": "deployments.app:build",
+                "args": plane_args,
+            }
+        ],
+    }
+    path = folder / "plane.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    env = {key: value for key, value in os.environ.items() if key not in {"RAY_ADDRESS", PLANE_ID_VARIABLE}}
+    env[RUN_DIR_VARIABLE] = str(folder / "run")
+    up = subprocess.Popen(
+        [*TIERPLANE, "up", str(path), "--json", "--timeout", str(START_TIMEOUT_S)],
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        _wait_ready(up)
+        record = json.loads((folder / "run" / "up.json").read_text())
+        yield Plane(
+            f"http://127.0.0.1:{port}", f"http://127.0.0.1:{ingress_port}", record["plane_id"], folder
+        )
+    finally:
+        _stop(up, env)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _wait_ready(up: subprocess.Popen[str]) -> None:
+    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+
+    def read() -> None:
+        if up.stdout is not None:
+            for line in up.stdout:
+                lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    said: list[str] = []
+    deadline_s = time.monotonic() + START_TIMEOUT_S + 30.0
+    while time.monotonic() < deadline_s:
+        try:
+            line = lines.get(timeout=1.0)
+        except queue.Empty:
+            continue
+        if line is None:
+            break
+        said.append(line)
+        if '"event": "ready"' in line:
+            return
+    raise SetupError("the benchmark's plane did not come up:\n" + "".join(said[-10:]))
+
+
+def _stop(up: subprocess.Popen[str], env: Mapping[str, str]) -> None:
+    """Ctrl-C, once more for hurry, and ``tierplane down`` for what is left."""
+    for _ in range(2):
+        if up.poll() is None:
+            up.send_signal(signal.SIGINT)
+            try:
+                up.wait(STOP_TIMEOUT_S / 3)
+            except subprocess.TimeoutExpired:
+                continue
+    if up.poll() is None:
+        up.kill()
+        up.wait()
+    if up.stdout is not None:
+        up.stdout.close()
+    if (Path(env[RUN_DIR_VARIABLE]) / "up.json").exists():
+        subprocess.run(
+            [*TIERPLANE, "down"], env=env, capture_output=True, timeout=STOP_TIMEOUT_S, check=False
+        )
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def _variable(pid: int, name: str) -> str:
+    for item in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+        key, _, value = item.partition(b"=")
+        if key == name.encode():
+            return value.decode()
+    return ""
