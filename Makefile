@@ -22,7 +22,7 @@ TEST_TOOLS := cc:gcc wrk:wrk
 say = @printf '\033[1m== %s\033[0m\n'
 
 .PHONY: help up down status test lint check bench env env-cpu env-gpu env-llamacpp env-dev env-extra \
-	test-tools lock lock-gpu vllm-flags format clean
+	test-tools lock lock-gpu docs vllm-flags format clean
 
 help: ## Show this
 	@echo "make TARGET [CONFIG=$(CONFIG)] [PYTHON=python3.12]"
@@ -137,6 +137,9 @@ lock: env-dev ## Write .locks from what is installed in .venv
 lock-gpu: env-dev ## Resolve .locks/gpu.txt again, from metadata
 	@$(INSTALL) uv
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) .locks/lock.py gpu
+
+docs: $(VENV)/.core ## Write the settings into README.md, from the models
+	$(PY) -m controlplane.config.reference
 
 vllm-flags: env-cpu ## Write the list of vLLM's flags from the installed one
 	$(PY) .locks/vllm_flags.py

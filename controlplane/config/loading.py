@@ -6,11 +6,11 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from controlplane.config.plane import IMPORT_PATH, Name, PlaneConfig, TierConfig
+from controlplane.config.plane import IMPORT_PATH, PlaneConfig, TierConfig
 from controlplane.config.problems import collect, path_text
 from controlplane.config.serve_file import ServeApplication, ServeSettings
 from controlplane.config.strict import PathPart
@@ -120,14 +120,19 @@ def _plane_problems(values: Any) -> _Found:
 
 
 def _stand_in(index: int, tier: Any) -> dict[str, Any]:
-    """A valid tier with the name and agent types of ``tier``, as far as they are right."""
+    """A valid tier with what concerns other tiers too of ``tier``, as far as it is right."""
     values = tier if isinstance(tier, Mapping) else {}
-    name = values.get("name") if _is_valid(Name, values.get("name")) else f"tier-{index}"
-    agent_types = values.get("agent_types")
-    valid = agent_types if _is_valid(list[Name], agent_types) else []
-    min_tier = values.get("min_tier")
-    floor = min_tier if _is_valid(Name, min_tier) else None
-    return {"name": name, "engine": "simulated", "agent_types": valid, "min_tier": floor}
+    kept = {
+        name: values[name]
+        for name in ("name", "agent_types", "min_tier", "replicas", "concurrency_limit")
+        if name in values and _is_valid(_annotation(name), values[name])
+    }
+    return {"name": f"tier-{index}", "engine": "simulated", **kept}
+
+
+def _annotation(name: str) -> Any:
+    field = TierConfig.model_fields[name]
+    return Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
 
 
 def _is_valid(kind: Any, value: Any) -> bool:

@@ -43,7 +43,9 @@ class RestartConfig(Strict):
     max_restarts: Annotated[int, Field(ge=0)] = 5
     """Restarts inside ``window_s`` before the replica gives up and reports a diagnosis."""
     window_s: Positive = 600.0
+    """How far back restarts are counted."""
     backoff_initial_s: NonNegative = 0.5
+    """The wait before the first restart in the window."""
     backoff_max_s: Positive = 30.0
     """The wait doubles from ``backoff_initial_s`` at each restart in the window, up to this."""
 
@@ -52,10 +54,12 @@ class TierConfig(Strict):
     """One tier: a model, the engine that serves it, and what it is for."""
 
     name: Name
+    """What clients call it, in ``model``; lower-case letters, digits, ``-`` and ``_``."""
     model: Annotated[str, Field(min_length=1)] = ""
     """A hub id, a local folder or file, or ``bundled:smollm2-135m``. For engine ``endpoint``: the model
     name to send there."""
     engine: EngineKind = "vllm"
+    """What runs the model; ``endpoint`` is an OpenAI-compatible address that runs elsewhere."""
     served_model_name: str | None = None
     """The model id clients see and may ask for; by default the last part of ``model``."""
     engine_args: dict[str, ArgScalar | list[ArgScalar]] = Field(default_factory=dict)
@@ -66,12 +70,15 @@ class TierConfig(Strict):
     device: Literal["gpu", "cpu"] = "gpu"
     """Where a ``vllm`` engine runs. The other engines reserve no GPU."""
     tensor_parallel_size: Annotated[int, Field(ge=1)] = 1
+    """GPUs that share each layer of one ``vllm`` engine; its number of attention heads must divide by it."""
     pipeline_parallel_size: Annotated[int, Field(ge=1)] = 1
+    """Groups of GPUs that share the layers of one ``vllm`` engine."""
     gpu_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """The share of one GPU that a replica takes; under 1 only with no parallelism."""
     cpus: NonNegative = 0.0
     """CPUs that Ray reserves for a replica."""
     replicas: Annotated[int, Field(ge=0)] = 1
+    """Engines of this tier, each with the model in memory."""
     concurrency_limit: Annotated[int, Field(ge=1)] = 10
     """Requests in flight per replica before the tier counts as full."""
     complexities: list[Annotated[Complexity, Field(strict=False)]] | None = None
@@ -98,10 +105,13 @@ class TierConfig(Strict):
     drain_timeout_s: NonNegative = 60.0
     """How long a stopping replica waits for the requests it runs."""
     health_interval_s: Positive = 2.0
+    """How often a running engine is probed."""
     health_timeout_s: Positive = 5.0
+    """When a probe counts as failed."""
     health_failures: Annotated[int, Field(ge=1)] = 5
     """Failed probes in a row before a running engine counts as hung and is replaced."""
     restart: RestartConfig = RestartConfig()
+    """How a lost engine is brought back."""
 
     @field_validator("engine_args")
     @classmethod
@@ -192,6 +202,7 @@ class QueueConfig(Strict):
     """Where requests wait when all tiers that may serve them are full; one for each gateway replica."""
 
     capacity: Annotated[int, Field(ge=0)] = 1000
+    """Requests that may wait; one more is answered with 429."""
     timeout_s: Positive = 600.0
     """A request that found no place after this long is answered with 408, also before its deadline."""
     age_after_s: Positive = 5.0
@@ -222,11 +233,13 @@ class GatewayConfig(Strict):
     port: Port | Literal[0] = 8080
     """The gateway's own port, shared by the gateway replicas of a node; 0 switches it off."""
     replicas: Annotated[int, Field(ge=1)] = 1
+    """Processes that relay requests."""
     cpus: NonNegative = 0.0
     """CPUs that Ray reserves for a gateway replica."""
     default_tier: Name | None = None
     """Where ``auto`` goes without a hint; by default ``balanced``, or else the first tier."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 16 * 1024 * 1024
+    """A longer request is answered with 413."""
     request_timeout_s: Positive = 600.0
     """A request's deadline unless it brings its own."""
     connect_timeout_s: Positive = 2.0
@@ -244,7 +257,9 @@ class GatewayConfig(Strict):
     hedge_after_s: Positive | None = None
     """Ask a second endpoint when a stream has no first token after this long; off by default."""
     queue: QueueConfig = QueueConfig()
+    """Waiting for a place."""
     retry: RetryConfig = RetryConfig()
+    """Trying again."""
 
 
 class ControllerConfig(Strict):
@@ -257,6 +272,7 @@ class ControllerConfig(Strict):
     log_format: Literal["auto", "json", "console"] = "auto"
     """``auto``: readable on a terminal, JSON elsewhere."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """What is less important is not logged."""
 
 
 class PlaneConfig(Strict):
@@ -265,7 +281,9 @@ class PlaneConfig(Strict):
     tiers: Annotated[list[TierConfig], Field(min_length=1)]
     """From the cheapest to the most capable."""
     gateway: GatewayConfig = GatewayConfig()
+    """The REST interface."""
     controller: ControllerConfig = ControllerConfig()
+    """The controller and logging."""
     engine_host: Literal["auto", "loopback", "node"] = "auto"
     """Where engines listen. ``loopback``: this machine only. ``node``: the node's address, for gateways on
     other nodes. ``auto``: loopback if ``tierplane up`` started Ray, else the node's address."""
