@@ -30,9 +30,10 @@ import click
 from controlplane.adapters.catalog import known_models
 from controlplane.adapters.cpu_info import packs_16_bit
 from controlplane.adapters.model_config import load_model
-from controlplane.core.cpu_memory import CpuPlan, plan_cpu_memory
+from controlplane.core.cpu_memory import plan_cpu_memory
 from controlplane.core.engine_settings import parse_settings
 from controlplane.core.gpus import GIB
+from controlplane.core.hf_config import parse_config
 from controlplane.models import resolve
 from tests.benchmarks.memory_probe import resident_bytes
 
@@ -98,7 +99,7 @@ def cases() -> list[Case]:
 @click.option("--model", default=BUNDLED, show_default=True, help="The model of the cases with real weights.")
 @click.option("--only", default="", metavar="TEXT", help="Only cases whose name contains TEXT.")
 @click.option(
-    "--rows", "rows_file", type=click.Path(exists=True), help="Show what --json printed, measure nothing."
+    "--rows", "rows_file", type=click.Path(exists=True), help="Predict anew for what --json measured."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print rows as JSON.")
 @click.option("--write", is_flag=True, help="Put the table into controlplane/core/memory.md.")
@@ -108,7 +109,7 @@ def command(model: str, only: str, rows_file: str | None, as_json: bool, write: 
     if not chosen:
         raise click.UsageError("no case has that in its name: " + "; ".join(case.name for case in cases()))
     if rows_file:
-        rows = json.loads(Path(rows_file).read_text(encoding="utf-8"))["rows"]
+        rows = predicted_anew(json.loads(Path(rows_file).read_text(encoding="utf-8"))["rows"])
     else:
         rows = measure(chosen, resolve(model, "vllm", lambda text: click.echo(text, err=True)))
     if as_json:
@@ -138,22 +139,14 @@ def run(case: Case, bundled: str) -> list[dict[str, Any]]:
     """Start the engine, compare, stop it. RuntimeError with its last lines if it doesn't start."""
     with tempfile.TemporaryDirectory(prefix="tierplane-bench-") as scratch:
         path = bundled
-        args = {"dtype": case.dtype, "enforce-eager": "", "tensor-parallel-size": str(case.tp), **case.args}
+        args = _args(case)
         if case.config:
             path = scratch
             (Path(scratch) / "config.json").write_text(json.dumps(case.config), encoding="utf-8")
             args |= {"load-format": "dummy", "tokenizer": bundled}
-        loaded = load_model(path)
-        settings = parse_settings({k: v or True for k, v in args.items()}, device="cpu")
-        plan = plan_cpu_memory(
-            loaded.spec,
-            settings,
-            kv_cache_bytes=case.kv_gib * GIB,
-            node_bytes=0,
-            packs_16_bit=packs_16_bit(),
-        )
+        predicted = predict(case)
         with engine(path, args, case, Path(scratch) / "log") as port:
-            return compare(case, plan, port)
+            return compare(case, predicted, port)
 
 
 @contextmanager
@@ -214,8 +207,42 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def compare(case: Case, plan: CpuPlan, port: int) -> list[dict[str, Any]]:
-    """One row per term: bytes over all workers."""
+def _args(case: Case) -> dict[str, str]:
+    return {"dtype": case.dtype, "enforce-eager": "", "tensor-parallel-size": str(case.tp), **case.args}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One term of one case: bytes over all workers, and what is counted in it, if anything is."""
+
+    size_bytes: float
+    count: int | None = None
+
+
+def predict(case: Case) -> dict[str, Figure]:
+    """What the memory model says, by term."""
+    settings = parse_settings({k: v or True for k, v in _args(case).items()}, device="cpu")
+    spec = parse_config(case.config, case.name) if case.config else load_model(BUNDLED).spec
+    plan = plan_cpu_memory(
+        spec, settings, kv_cache_bytes=case.kv_gib * GIB, node_bytes=0, packs_16_bit=packs_16_bit()
+    )
+    by_term = {term.name: term.size_bytes for term in plan.terms}
+    rotary = sum(worker.tables_bytes for worker in plan.workers)
+    block_bytes = sum(worker.layout.block_bytes for worker in plan.workers)
+    per_token = block_bytes / plan.workers[0].layout.block_tokens
+    return {
+        "weights": Figure(by_term["weights"] - rotary),
+        "rotary table": Figure(rotary),
+        "packed copies": Figure(by_term["packed copies"]),
+        "KV cache": Figure(plan.blocks * block_bytes),
+        "KV blocks": Figure(plan.blocks * block_bytes, plan.blocks),
+        "KV tokens": Figure(plan.kv_tokens * per_token, plan.kv_tokens),
+        "resident set, idle": Figure(plan.total_bytes - by_term["activations"]),
+    }
+
+
+def compare(case: Case, predicted: Mapping[str, Figure], port: int) -> list[dict[str, Any]]:
+    """One row per term."""
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/collective_rpc",
         data=json.dumps({"method": "tierplane_memory"}).encode(),
@@ -229,25 +256,36 @@ def compare(case: Case, plan: CpuPlan, port: int) -> list[dict[str, Any]]:
         raise RuntimeError("/metrics has no vllm:cache_config_info")
     reported = dict(re.findall(r'(\w+)="([^"]*)"', info[1]))
     blocks, tokens = int(reported["num_gpu_blocks"]), int(reported["kv_cache_size_tokens"])
-    by_term = {term.name: term.size_bytes for term in plan.terms}
-    rotary = sum(worker.tables_bytes for worker in plan.workers)
-    weights = sum(worker.weights_bytes for worker in plan.workers) - rotary
-    block_bytes = sum(worker.layout.block_bytes for worker in plan.workers)
-    block_tokens = plan.workers[0].layout.block_tokens
-    rows = [
-        _row(case, "weights", weights, sum(w["weights"] for w in workers)),
-        _row(case, "rotary table", rotary, sum(w["buffers"] for w in workers)),
-        _row(case, "packed copies", by_term["packed copies"], sum(w["copies"] for w in workers)),
-        _row(case, "KV cache", plan.blocks * block_bytes, sum(w["kv_cache"] for w in workers)),
-        _row(case, "KV blocks", plan.blocks * block_bytes, blocks * block_bytes, plan.blocks, blocks),
-    ]
-    per_token = block_bytes / block_tokens
-    rows.append(
-        _row(case, "KV tokens", plan.kv_tokens * per_token, tokens * per_token, plan.kv_tokens, tokens)
+    held = {name: sum(worker[name] for worker in workers) for name in workers[0]}
+    # A count has the size that it has in the prediction: the rows compare like with like.
+    per_block, per_token = (
+        (figure.size_bytes / figure.count if figure.count else 0.0)
+        for figure in (predicted["KV blocks"], predicted["KV tokens"])
     )
-    resident = sum(w["resident"] for w in workers) + sum(resident_bytes(pid) for pid in _others(port))
-    rows.append(_row(case, "resident set, idle", plan.total_bytes - by_term["activations"], resident))
-    return rows
+    measured = {
+        "weights": Figure(held["weights"]),
+        "rotary table": Figure(held["buffers"]),
+        "packed copies": Figure(held["copies"]),
+        "KV cache": Figure(held["kv_cache"]),
+        "KV blocks": Figure(blocks * per_block, blocks),
+        "KV tokens": Figure(tokens * per_token, tokens),
+        "resident set, idle": Figure(held["resident"] + sum(resident_bytes(pid) for pid in _others(port))),
+    }
+    return [_row(case.name, term, predicted[term], figure) for term, figure in measured.items()]
+
+
+def predicted_anew(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Earlier measurements beside what the memory model says now; rows of unknown cases stay as they are."""
+    predictions = {case.name: predict(case) for case in cases()}
+    found = []
+    for row in rows:
+        predicted = predictions.get(row["case"], {}).get(row["term"])
+        if predicted is None:
+            found.append(row)
+            continue
+        measured = Figure(row["measured_bytes"], row.get("measured_count"))
+        found.append(_row(row["case"], row["term"], predicted, measured))
+    return found
 
 
 def _others(port: int) -> list[int]:
@@ -274,19 +312,18 @@ def _others(port: int) -> list[int]:
     return found
 
 
-def _row(
-    case: Case, term: str, predicted: float, measured: float, count: int = 0, counted: int = 0
-) -> dict[str, Any]:
-    error = (predicted - measured) / measured * 100 if measured else (0.0 if predicted == measured else 100.0)
+def _row(case: str, term: str, predicted: Figure, measured: Figure) -> dict[str, Any]:
+    guess, truth = predicted.size_bytes, measured.size_bytes
+    error = (guess - truth) / truth * 100 if truth else (0.0 if guess == truth else 100.0)
     row = {
-        "case": case.name,
+        "case": case,
         "term": term,
-        "predicted_bytes": round(predicted),
-        "measured_bytes": round(measured),
+        "predicted_bytes": round(guess),
+        "measured_bytes": round(truth),
         "error_percent": round(error, 3),
     }
-    if count or counted:
-        row |= {"predicted_count": count, "measured_count": counted}
+    if measured.count is not None:
+        row |= {"predicted_count": predicted.count, "measured_count": measured.count}
     return row
 
 
