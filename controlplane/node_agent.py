@@ -4,7 +4,8 @@ The agent measures and remembers; it judges nothing. A reader pulls: :meth:`Node
 :meth:`NodeAgent.since` and :meth:`NodeAgent.events`. None of them ever waits for the driver: if the driver
 hangs, the last sample simply grows old, which is what its reader has to see.
 
-It knows nothing of Ray; :mod:`controlplane.adapters.ray_node_agent` makes it an actor.
+It knows nothing of Ray or the driver: :func:`controlplane.adapters.nvml_agent.local_agent` gives it this
+machine's GPUs, :mod:`controlplane.adapters.ray_node_agent` makes it an actor.
 """
 
 from __future__ import annotations
@@ -15,15 +16,13 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, TypeVar
 
 import psutil
 
-from controlplane.adapters.nvml import GpuReader
-from controlplane.adapters.nvml_events import EventWatcher
 from controlplane.core.samples import (
     Absence,
     GpuCondition,
@@ -45,6 +44,52 @@ class _Numbered(Protocol):
 
 N = TypeVar("N", bound=_Numbered)
 
+EventHandler = Callable[[float, GpuEventKind, str, int], None]
+"""Called from any thread with wall-clock time, kind, GPU UUID and XID number."""
+
+
+class GpuSource(Protocol):
+    """Where samples of GPUs come from; one thread at a time asks."""
+
+    @property
+    def connected(self) -> bool:
+        """Whether the driver answered last."""
+        ...
+
+    @property
+    def driver_version(self) -> Reading[str]:
+        """The driver's version, or why there is no driver."""
+        ...
+
+    def read(self) -> tuple[GpuSample, ...]:
+        """One sample per GPU; never raises."""
+        ...
+
+    def close(self) -> None:
+        """Lets the driver go."""
+        ...
+
+
+class EventSource(Protocol):
+    """Where events of GPUs come from."""
+
+    @property
+    def watched(self) -> Reading[int]:
+        """How many GPUs report events, or why none does."""
+        ...
+
+    def start(self) -> None:
+        """Begins to call the handler."""
+        ...
+
+    def stop(self) -> None:
+        """Ends it."""
+        ...
+
+    def look_again(self) -> None:
+        """The GPUs or the driver changed."""
+        ...
+
 
 class NodeAgent:
     """Samples this machine every ``interval_s`` in a thread of its own, between start and stop."""
@@ -52,13 +97,13 @@ class NodeAgent:
     def __init__(
         self,
         node_id: str,
+        gpus: GpuSource,
+        watch: Callable[[EventHandler], EventSource],
         *,
         interval_s: float = 1.0,
         keep_samples: int = 300,
         keep_events: int = 1000,
         disk_path: str = "/",
-        retry_interval_s: float = 5.0,
-        slow_interval_s: float = 10.0,
     ) -> None:
         self.node_id = node_id
         self.epoch = uuid.uuid4().hex
@@ -70,8 +115,8 @@ class NodeAgent:
         self._lock = threading.Lock()
         self._sampled = 0
         self._reported = 0
-        self._gpus = GpuReader(slow_interval_s=slow_interval_s, retry_interval_s=retry_interval_s)
-        self._watcher = EventWatcher(self._on_event, retry_interval_s=retry_interval_s)
+        self._gpus = gpus
+        self._watcher = watch(self._on_event)
         self._conditions: dict[str, GpuCondition] = {}
         self._had_driver: bool | None = None
         self._stopping = threading.Event()

@@ -12,16 +12,13 @@ import functools
 import operator
 import threading
 import time
-from collections.abc import Callable
 from typing import Any, Final
 
 import pynvml
 
 from controlplane.adapters.nvml_calls import GPU_LOST_CODES, missing_for
 from controlplane.core.samples import NOT_SAMPLED, Absence, GpuEventKind, Missing, Reading
-
-EventHandler = Callable[[float, GpuEventKind, str, int], None]
-"""Called in the watcher's thread with wall-clock time, kind, GPU UUID and XID number."""
+from controlplane.node_agent import EventHandler
 
 _KINDS: Final = {
     pynvml.nvmlEventTypeXidCriticalError: GpuEventKind.XID,

@@ -13,8 +13,8 @@ import ray
 import structlog
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from controlplane.adapters.nvml_agent import local_agent
 from controlplane.core.samples import GpuEvent, NodeSample
-from controlplane.node_agent import NodeAgent
 
 log = structlog.get_logger(__name__)
 
@@ -25,7 +25,7 @@ class RayNodeAgent:
     """What the actor answers; see :class:`~controlplane.node_agent.NodeAgent`."""
 
     def __init__(self, node_id: str, interval_s: float) -> None:
-        self._agent = NodeAgent(node_id, interval_s=interval_s)
+        self._agent = local_agent(node_id, interval_s=interval_s)
         self._agent.start()
 
     def latest(self) -> NodeSample | None:

@@ -220,6 +220,8 @@ def assess(
     gap = _gap(sample)
     if gap:
         return _stays(known, "incomplete telemetry", f"too little is known of it: {gap}", findings)
+    if known.state is GpuState.HEALTHY:
+        return _stays(known, "healthy", "no finding", findings)
     well = Spell.extend(known.well, now_s, rules.evidence_gap_s)
     return _better(replace(known, well=well), well.lasted_s, findings, now_s, rules)
 
@@ -248,8 +250,6 @@ def _better(
     health: GpuHealth, well_s: float, findings: tuple[Finding, ...], now_s: float, rules: GpuRules
 ) -> Assessment:
     """Good readings for ``well_s``: how far do they take it?"""
-    if health.state is GpuState.HEALTHY:
-        return _stays(health, "healthy", "no finding", findings)
     if health.state in OUT_OF_USE:
         if health.recovery is Recovery.OPERATOR:
             return _stays(health, "waits for an operator", health.reason, findings)
@@ -274,8 +274,12 @@ def _stays(health: GpuHealth, rule: str, reason: str, findings: tuple[Finding, .
 def _remember(health: GpuHealth, sample: GpuSample, boot_id: str) -> GpuHealth:
     """Keeps the counters, and sees a reset in one that fell, in a new boot of the node, or in a GPU that
     fell off the bus and answers again."""
+    lost = sample.condition is GpuCondition.LOST
     uncorrected = _count(sample.ecc_uncorrected, health.ecc_uncorrected)
     corrected = _count(sample.ecc_corrected, health.ecc_corrected)
+    unchanged = uncorrected == health.ecc_uncorrected and corrected == health.ecc_corrected
+    if unchanged and lost is health.was_lost and boot_id in ("", health.boot_id):
+        return health  # the usual case, thousands of times a second
     reset = (
         _fell(health.ecc_uncorrected, uncorrected)
         or _fell(health.ecc_corrected, corrected)
@@ -287,7 +291,7 @@ def _remember(health: GpuHealth, sample: GpuSample, boot_id: str) -> GpuHealth:
         ecc_uncorrected=uncorrected,
         ecc_corrected=corrected,
         boot_id=boot_id or health.boot_id,
-        was_lost=sample.condition is GpuCondition.LOST,
+        was_lost=lost,
         reset_seen=health.reset_seen or (reset and health.state in OUT_OF_USE),
     )
 

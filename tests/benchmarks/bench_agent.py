@@ -23,16 +23,16 @@ from tests.nvml_driver.driver import FakeDriver
 _CHILD = """
 import json, pickle, resource, sys, time
 import psutil
-from controlplane.node_agent import NodeAgent
+from controlplane.adapters.nvml_agent import local_agent
 
 samples = int(sys.argv[1])
-agent = NodeAgent("bench", interval_s=3600, slow_interval_s=1e9)
+agent = local_agent("bench", interval_s=3600, slow_interval_s=1e9)
 first_s = agent.sample().cost_s
 costs = sorted(agent.sample().cost_s for _ in range(samples))
-slow = NodeAgent("bench", interval_s=3600, slow_interval_s=0)
+slow = local_agent("bench", interval_s=3600, slow_interval_s=0)
 slow_costs = sorted(slow.sample().cost_s for _ in range(samples // 10))
 before, began = psutil.Process().cpu_times(), time.monotonic()
-steady = NodeAgent("bench", interval_s=1.0)
+steady = local_agent("bench", interval_s=1.0)
 with steady:
     time.sleep(10)
 after = psutil.Process().cpu_times()
@@ -48,8 +48,8 @@ print(json.dumps({
 """
 _WATCH = """
 import sys, time
-from controlplane.node_agent import NodeAgent
-with NodeAgent("bench") as agent:
+from controlplane.adapters.nvml_agent import local_agent
+with local_agent("bench") as agent:
     while not isinstance(agent.latest() and agent.latest().xid_watched_gpus, int):
         time.sleep(0.01)
     print("ready", flush=True)

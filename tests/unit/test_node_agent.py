@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from controlplane.adapters.nvml_agent import local_agent
 from controlplane.core.samples import Absence, GpuCondition, GpuEvent, GpuEventKind, Missing
-from controlplane.node_agent import NodeAgent
 from tests.nvml_driver.children import Child
 from tests.nvml_driver.driver import DOUBLE_BIT_ECC_EVENT, NOT_SUPPORTED, FakeDriver
 
 AGENT = """
-from controlplane.node_agent import NodeAgent
-agent = NodeAgent("node-a", interval_s=0.02, keep_samples=20, keep_events=5, slow_interval_s=0.02,
+from controlplane.adapters.nvml_agent import local_agent
+agent = local_agent("node-a", interval_s=0.02, keep_samples=20, keep_events=5, slow_interval_s=0.02,
                   retry_interval_s=0.05)
 agent.start()
 """
@@ -38,7 +38,7 @@ def kinds(events: list[GpuEvent]) -> list[tuple[GpuEventKind, str]]:
 
 
 def test_a_node_without_gpus() -> None:
-    agent = NodeAgent("node-a", disk_path="/no/such/place")
+    agent = local_agent("node-a", disk_path="/no/such/place")
     first, second = agent.sample(), agent.sample()
     assert (first.node_id, first.epoch, first.gpus) == ("node-a", agent.epoch, ())
     assert isinstance(first.cpu_ratio, Missing)
