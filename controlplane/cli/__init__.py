@@ -31,6 +31,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "controlplane.cli.logs:command",
         "Show the logs of the engines, the replicas, the gateway and the controller.",
     ),
+    "explain": (
+        "controlplane.cli.explain:command",
+        "Show where a request would go now and why, and which endpoints were left out.",
+    ),
     "validate": (
         "controlplane.cli.validate:command",
         "Check a configuration file; every problem at once.",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -34,6 +36,9 @@ from controlplane.paths import RUN_DIR_VARIABLE
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 60.0
 HTTP_TIMEOUT_S = 10.0
+_RESUMES = re.compile(
+    r'^tierplane_resumes_total\{[^}]*method="(?:continue|replay|finish)"[^}]*\} (\S+)', re.M
+)
 TIERPLANE = (sys.executable, "-c", "from controlplane.cli import main; main()")
 
 
@@ -56,6 +61,15 @@ class Plane:
         except urllib.error.HTTPError as error:
             with error:
                 return json.load(error)
+
+    def text(self, path: str) -> str:
+        """A page of the gateway as text."""
+        with urllib.request.urlopen(self.url + path, timeout=HTTP_TIMEOUT_S) as answer:
+            return str(answer.read().decode())
+
+    def resumes(self) -> float:
+        """Streams that went on elsewhere so far, of all gateway replicas together."""
+        return sum(float(value) for value in _RESUMES.findall(self.text("/metrics")))
 
     def endpoints(self, tier: str) -> list[dict[str, Any]]:
         """The endpoints of a tier, as ``/status`` tells."""

@@ -1,0 +1,140 @@
+"""``tierplane explain``: where a request would go and why, without sending it (``POST /v1/route``)."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from typing import Any, BinaryIO
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from controlplane.adapters import ray_session
+from controlplane.errors import SetupError
+
+DEFAULT_URL = "http://127.0.0.1:8080"
+TIMEOUT_S = 10.0
+_HINTS = ("complexity", "agent_type", "min_tier", "priority")
+
+
+@click.command()
+@click.option("--url", help="The gateway; by default that of the plane that `tierplane up` runs.")
+@click.option("--model", help="A tier, a model id or 'auto'.")
+@click.option("--complexity", help="simple, moderate or complex.")
+@click.option("--agent-type", help="What kind of agent asks.")
+@click.option("--min-tier", help="The quality floor.")
+@click.option("--priority", help="low, normal or high.")
+@click.option("--body", type=click.File("rb"), help="A file with a request's body ('-': standard input).")
+@click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")
+def command(
+    url: str | None,
+    *,
+    model: str | None,
+    complexity: str | None,
+    agent_type: str | None,
+    min_tier: str | None,
+    priority: str | None,
+    body: BinaryIO | None,
+    as_json: bool,
+) -> None:
+    """Show where a request would go now and why, and which endpoints were left out.
+
+    Nothing is sent to an engine. Options win over what --body says. Exit status 1 if the request would be
+    refused.
+    """
+    request = _request(body, model)
+    given = (complexity, agent_type, min_tier, priority)
+    hints = {name: value for name, value in zip(_HINTS, given, strict=True) if value}
+    answer = _ask((url or _running_url()).rstrip("/"), request, hints)
+    if as_json:
+        click.echo(json.dumps(answer, indent=2))
+    else:
+        _print(answer)
+    if answer["refusal"]:
+        raise SystemExit(1)
+
+
+def _request(body: BinaryIO | None, model: str | None) -> dict[str, Any]:
+    request: dict[str, Any] = {"model": "auto"}
+    if body is not None:
+        try:
+            given = json.loads(body.read())
+        except ValueError as error:
+            raise SetupError(f"--body is no JSON: {error}") from error
+        if not isinstance(given, dict):
+            raise SetupError("--body must be a JSON object, such as a chat request")
+        request = given
+    if model:
+        request = {**request, "model": model}
+        request.pop("models", None)
+    return request
+
+
+def _running_url() -> str:
+    record = ray_session.load_record()
+    return (record.gateway_url or record.ingress_url) if record else DEFAULT_URL
+
+
+def _ask(url: str, request: dict[str, Any], hints: dict[str, str]) -> dict[str, Any]:
+    if not url.startswith(("http://", "https://")):
+        raise SetupError(f"--url: '{url}' is no address; it looks like {DEFAULT_URL}")
+    headers = {"content-type": "application/json"}
+    headers |= {f"x-{name.replace('_', '-')}": value for name, value in hints.items()}
+    asking = urllib.request.Request(f"{url}/v1/route", json.dumps(request).encode(), headers)  # noqa: S310
+    try:
+        with urllib.request.urlopen(asking, timeout=TIMEOUT_S) as answer:  # noqa: S310 (checked above)
+            return dict(json.load(answer))
+    except urllib.error.HTTPError as error:
+        with error:
+            raise SetupError(_said(error.read()) or f"the gateway answered {error.code}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise SetupError(f"no gateway answers at {url} ({reason}): start one with `tierplane up`") from error
+
+
+def _said(body: bytes) -> str:
+    """The message of an OpenAI-shaped error."""
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, LookupError, TypeError):
+        return ""
+
+
+def _print(answer: dict[str, Any]) -> None:
+    console = Console(highlight=False)
+    console.print(_verdict(answer), markup=False, soft_wrap=True)
+    tiers = answer["tiers"]
+    for label, key in (("asked for", "asked_for"), ("spills to", "spill"), ("bridged by", "bridge")):
+        if tiers[key]:
+            console.print(f"  {label:<11} {', '.join(tiers[key])}", markup=False)
+    if tiers["floor"]:
+        console.print(f"  {'not below':<11} {tiers['floor']}", markup=False)
+    if not answer["endpoints"]:
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for column in ("", "endpoint", "tier", "score", "why"):
+        table.add_column(column, justify="right" if column == "score" else "left", overflow="fold")
+    for each in answer["endpoints"]:
+        chosen = each["endpoint"] == answer["endpoint"]
+        score = "" if each["score"] is None else f"{each['score']:.3f}"
+        table.add_row("→" if chosen else "", each["endpoint"], each["tier"], score, _why(each))
+    console.print(table)
+
+
+def _verdict(answer: dict[str, Any]) -> str:
+    if answer["refusal"]:
+        return f"refused: {answer['message'] or answer['refusal']}"
+    if answer["endpoint"] is None:
+        return f"it would wait for {answer['tier']}: {answer['reason']}"
+    kinds = [kind for kind in ("spilled", "bridged") if answer[kind]]
+    how = f" ({', '.join(kinds)})" if kinds else ""
+    return f"{answer['tier']}{how} → {answer['endpoint']}: {answer['reason']}"
+
+
+def _why(endpoint: dict[str, Any]) -> str:
+    if endpoint["left_out"]:
+        return "left out: " + "; ".join(endpoint["left_out"])
+    parts = [f"{name} {value:.2f}" for name, value in endpoint["scores"].items()]
+    return ", ".join(parts + (["home of this session or prefix"] if endpoint["affinity"] else []))
