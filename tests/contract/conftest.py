@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 
-@pytest.fixture(autouse=True)
-def _run_dir(tmp_path, monkeypatch):
-    monkeypatch.setenv("TIERPLANE_RUN_DIR", str(tmp_path / "run"))
+@pytest.fixture(autouse=True, scope="session")
+def _run_dir(tmp_path_factory) -> Iterator[None]:
+    patch = pytest.MonkeyPatch()
+    patch.setenv("TIERPLANE_RUN_DIR", str(tmp_path_factory.mktemp("run")))
+    yield
+    patch.undo()

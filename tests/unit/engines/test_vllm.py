@@ -267,6 +267,21 @@ def test_phases(line, phase):
             "vLLM ended with exit code 1: ValueError: odd",
             False,
         ),
+        (
+            ["  Value error, invalid literal for int() with base 10: 'x' [type=value_error, x=A()]"],
+            1,
+            "vLLM refuses its settings: invalid literal for int() with base 10: 'x'; correct",
+            True,
+        ),
+        (
+            [
+                "RuntimeError: Worker failed with error 'Available memory on node 0 (1/2 GiB) on kv cache "
+                "allocation is less than requested memory for kv (100.0 GiB).'"
+            ],
+            1,
+            "lower VLLM_CPU_KVCACHE_SPACE",
+            False,
+        ),
         ([], 1, "vLLM ended with exit code 1", False),
         (["INFO loading"], -11, "vLLM was killed by SIGSEGV", False),
     ],
