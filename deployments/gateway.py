@@ -21,6 +21,7 @@ from controlplane.config import PlaneConfig
 from controlplane.core.domain import ClusterSnapshot, EndpointState, GatewayInfo
 from controlplane.gateway.app import Gateway
 from controlplane.paths import run_dir
+from deployments.ray_metrics import mirror_metrics
 from deployments.tasks import Background
 from deployments.watching import watch_engines
 
@@ -57,6 +58,7 @@ class GatewayReplica:
         self._tasks = Background(
             pull_snapshots(self._link, self._apply),
             watch_engines(self._gateway, config),
+            mirror_metrics(self._gateway),
             report_gateway(
                 self._link, config, self._info, interval_s=self._report_interval_s, hurry=self._hurry
             ),

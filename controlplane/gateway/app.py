@@ -274,8 +274,12 @@ class Gateway:
         text = merge_expositions(parts)
         out.send(200, [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")], text.encode())
 
-    def _own_metrics(self) -> str:
+    def refresh_metrics(self) -> None:
+        """Set the gauges of :attr:`metrics` to what is now."""
         self.metrics.observe(self.fleet, self.queue)
+
+    def _own_metrics(self) -> str:
+        self.refresh_metrics()
         return self.metrics.text()
 
     async def _private(self, request: Request, out: Responder) -> None:

@@ -1,0 +1,66 @@
+"""The gateway's metrics once more as Ray metrics, where the Ray dashboard and its Prometheus read them.
+
+Copied every few seconds beside the requests. A histogram arrives as its ``_sum`` and ``_count``: the
+buckets are at the gateway's own ``/metrics``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final, NoReturn
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.samples import Sample
+from ray.util.metrics import Counter, Gauge
+
+from controlplane.gateway.app import Gateway
+
+INTERVAL_S: Final = 5.0
+_COUNTING: Final = ("_total", "_sum", "_count")
+
+
+class Mirror:
+    """Copies a registry's samples into Ray metrics of the same names."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+        self._counters: dict[str, Counter] = {}
+        self._gauges: dict[str, Gauge] = {}
+        self._seen: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+
+    def copy(self) -> None:
+        """Bring Ray's metrics up to what the registry says now."""
+        for family in self._registry.collect():
+            for sample in family.samples:
+                if family.type in {"counter", "histogram"}:
+                    if sample.name.endswith(_COUNTING):
+                        self._count(sample, family.documentation)
+                elif family.type == "gauge":
+                    self._set(sample, family.documentation)
+
+    def _count(self, sample: Sample, description: str) -> None:
+        key = (sample.name, tuple(sorted(sample.labels.items())))
+        grown = sample.value - self._seen.get(key, 0.0)
+        if grown <= 0:
+            return
+        counter = self._counters.get(sample.name)
+        if counter is None:
+            counter = Counter(sample.name, description, tuple(sample.labels))
+            self._counters[sample.name] = counter
+        counter.inc(grown, sample.labels)
+        self._seen[key] = sample.value
+
+    def _set(self, sample: Sample, description: str) -> None:
+        gauge = self._gauges.get(sample.name)
+        if gauge is None:
+            gauge = self._gauges[sample.name] = Gauge(sample.name, description, tuple(sample.labels))
+        gauge.set(sample.value, sample.labels)
+
+
+async def mirror_metrics(gateway: Gateway) -> NoReturn:
+    """Copy a gateway's metrics every :data:`INTERVAL_S`."""
+    mirror = Mirror(gateway.metrics.registry)
+    while True:
+        gateway.refresh_metrics()
+        mirror.copy()
+        await asyncio.sleep(INTERVAL_S)

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from deployments import ray_metrics
+
+
+class FakeMetric:
+    """A fake Ray metric that keeps what it is told."""
+
+    made: dict[str, FakeMetric] = {}  # noqa: RUF012
+
+    def __init__(self, name: str, description: str, tags: tuple[str, ...]) -> None:
+        self.calls: list[tuple[float, dict[str, str]]] = []
+        self.tags = tags
+        FakeMetric.made[name] = self
+
+    def inc(self, value: float, tags: dict[str, str]) -> None:
+        self.calls.append((value, tags))
+
+    set = inc
+
+
+def test_counters_are_copied_as_what_they_grew(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeMetric.made = {}
+    fake: Any = FakeMetric
+    monkeypatch.setattr(ray_metrics, "Counter", fake)
+    monkeypatch.setattr(ray_metrics, "Gauge", fake)
+    registry = CollectorRegistry()
+    requests = Counter("requests", "R.", ["tier"], registry=registry)
+    depth = Gauge("depth", "D.", registry=registry)
+    seconds = Histogram("seconds", "S.", registry=registry)
+    mirror = ray_metrics.Mirror(registry)
+    requests.labels("a").inc(3)
+    depth.set(7)
+    seconds.observe(0.5)
+    mirror.copy()
+    requests.labels("a").inc(2)
+    mirror.copy()
+    made = FakeMetric.made
+    assert made["requests_total"].calls == [(3.0, {"tier": "a"}), (2.0, {"tier": "a"})]
+    assert made["depth"].calls == [(7.0, {}), (7.0, {})]
+    assert made["seconds_sum"].calls == [(0.5, {})]
+    assert made["seconds_count"].calls == [(1.0, {})]
+    assert "requests_created" not in made
