@@ -61,6 +61,9 @@ BUNDLED: dict[str, BundledModel] = {
     )
 }
 
+CONVERTER = (sys.executable, "-m", "controlplane.model_conversion")
+"""The program that converts; it gets the GGUF file and the folder to make."""
+
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?$")
 _MANIFEST = "tierplane-manifest.json"
 _WEIGHTS = "model.safetensors"
@@ -184,7 +187,7 @@ def _convert(name: str, model: BundledModel, gguf: Path, target: Path, progress:
     started_s = time.monotonic()
     with _partial(target.parent) as partial:
         made = partial / "safetensors"
-        argv = [sys.executable, "-m", "controlplane.model_conversion", str(gguf), str(made)]
+        argv = [*CONVERTER, str(gguf), str(made)]
         # The conversion needs neither a hub nor a GPU, whatever the caller's environment says.
         env = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
         log = partial / "log"

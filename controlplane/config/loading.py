@@ -114,7 +114,7 @@ def _plane_problems(values: Any) -> _Found:
     # What concerns several tiers is checked on stand-ins, so that one wrong tier doesn't hide it.
     stand_ins = [_stand_in(i, tier) for i, tier in enumerate(tiers)]
     rest = collect(PlaneConfig, {**values, "tiers": stand_ins}, {})
-    if any(path[-1:] == ("name",) for path, _ in found):
+    if any(path[2:] in ((), ("name",)) for path, _ in found):  # a tier whose name is not known
         rest = [each for each in rest if each[0] != ("gateway", "default_tier")]
     return found + rest
 
