@@ -79,6 +79,9 @@ class RetrySettings:
     """Retries a second that are allowed whatever the traffic."""
     budget_burst: float = 100.0
     """Unused budget is kept up to this many retries."""
+    pause_s: float = 0.25
+    """A request that lost a second engine waits so long before it is tried again: what takes several
+    engines down at once is known to everybody a moment later, and then it goes where one lives."""
     min_left_s: float = 0.05
     """With less than this until the deadline nothing is tried again."""
 
@@ -114,12 +117,16 @@ class RetryElsewhere(NamedTuple):
     """Place the request again, with the failed endpoint excluded. Nothing reached the client yet."""
 
     reason: str
+    pause_s: float = 0.0
+    """Not before this long from now."""
 
 
 class Resume(NamedTuple):
     """Go on with the stream on another endpoint of the same model."""
 
     reason: str
+    pause_s: float = 0.0
+    """Not before this long from now."""
 
 
 class GiveUp(NamedTuple):
@@ -171,9 +178,11 @@ def next_step(
     free = rule.lost and attempt.losses == 0
     if not free and not budget.spend(now_s):
         return _given_up(attempt, rule, status, f"{failure}; the retry budget is used up")
+    again = rule.lost and attempt.losses > 0
+    pause_s = min(settings.pause_s, attempt.deadline_s - now_s - settings.min_left_s) if again else 0.0
     if attempt.sent:
-        return Resume(str(failure))
-    return RetryElsewhere(str(failure))
+        return Resume(str(failure), pause_s)
+    return RetryElsewhere(str(failure), pause_s)
 
 
 def _given_up(attempt: Attempt, rule: Rule, status: int, reason: str) -> GiveUp:

@@ -128,7 +128,7 @@ class Relay:
                 break
             except UpstreamFailure as failure:
                 self._failed(call, exchange, failure)
-                self._decide(call, failure)
+                await self._decide(call, failure)
                 started = await self._placing.place_again(call)
             except asyncio.CancelledError:
                 exchange.abandon()
@@ -226,10 +226,10 @@ class Relay:
         name = str(kind) if kind is not None else "deadline"
         self._metrics.endpoint_failures.labels(exchange.load.endpoint.tier, name).inc()
 
-    def _decide(
+    async def _decide(
         self, call: Call, failure: UpstreamFailure, not_resumable: str = "", sent: bool = False
     ) -> None:
-        """Return if the call is to go on elsewhere, raise what the client gets if not."""
+        """Return when the call is to go on elsewhere, raise what the client gets if it is not."""
         kind = failure.kind
         if kind is None:
             raise DeadlineExceeded("the request's deadline passed before its answer was whole")
@@ -248,6 +248,8 @@ class Relay:
         if isinstance(step, GiveUp):
             raise give_up_error(step, failure.detail)
         self._metrics.retries.labels(str(kind)).inc()
+        if step.pause_s:
+            await asyncio.sleep(step.pause_s)
 
     # -- answers ---------------------------------------------------------------------------------
 
@@ -329,7 +331,7 @@ class Relay:
                     out.write(Splice(how, seen, stream_options(call)).finish())
                     self._resumed(call, how, out)
                     return
-                self._decide(call, failure, refusal, sent=True)
+                await self._decide(call, failure, refusal, sent=True)
                 if seen is None:
                     raise EndpointLost("streams of this route can't be resumed")
                 exchange = self._begin(call, await self._placing.place_resumed(call, tier))

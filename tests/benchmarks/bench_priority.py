@@ -37,10 +37,10 @@ LOADS = (0.5, 2.0)
 @click.command(name="priority")
 @click.option("--seconds", default=15.0, show_default=True, help="Load at each ratio.")
 @click.option(
-    "--reserved", default=0.0, show_default=True, help="gateway.queue.reserved_ratio: slots kept for high."
+    "--reserved", type=float, help="gateway.queue.reserved_ratio: slots kept for high; its own default."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print rows as JSON.")
-def command(seconds: float, reserved: float, as_json: bool) -> None:
+def command(seconds: float, reserved: float | None, as_json: bool) -> None:
     """Latency and shed requests of each priority at half and twice the capacity."""
     with running(plane_args(reserved)) as plane:
         rows = asyncio.run(measure(plane, seconds))
@@ -60,7 +60,7 @@ def command(seconds: float, reserved: float, as_json: bool) -> None:
     )
 
 
-def plane_args(reserved: float) -> dict[str, Any]:
+def plane_args(reserved: float | None = None) -> dict[str, Any]:
     """One gateway replica, so that there is one queue."""
     tier = {
         "name": TIER,
@@ -70,7 +70,8 @@ def plane_args(reserved: float) -> dict[str, Any]:
         "concurrency_limit": SLOTS,
         "drain_timeout_s": 2.0,
     }
-    return {"tiers": [tier], "gateway": {"replicas": 1, "queue": {"reserved_ratio": reserved}}}
+    queue = {} if reserved is None else {"reserved_ratio": reserved}
+    return {"tiers": [tier], "gateway": {"replicas": 1, "queue": queue}}
 
 
 async def measure(plane: Plane, seconds: float) -> list[dict[str, Any]]:

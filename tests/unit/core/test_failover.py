@@ -106,6 +106,26 @@ def test_without_budget_only_a_first_loss_is_made_good(failure: Failure, losses:
         assert step.reason == f"{failure}; the retry budget is used up"
 
 
+@pytest.mark.parametrize(
+    ("failure", "losses", "deadline_s", "pause_s"),
+    [
+        (Failure.CUT, 0, 100.0, 0.0),
+        (Failure.CUT, 1, 100.0, SETTINGS.pause_s),
+        (Failure.REFUSED, 1, 100.0, SETTINGS.pause_s),
+        (Failure.SERVER_ERROR, 1, 100.0, 0.0),
+        (Failure.CUT, 1, NOW_S + 0.15, 0.1),
+    ],
+)
+def test_a_request_that_loses_a_second_engine_pauses_inside_its_deadline(
+    failure: Failure, losses: int, deadline_s: float, pause_s: float
+) -> None:
+    for attempt in (FRESH, STREAMING):
+        at = attempt._replace(number=2, losses=losses, deadline_s=deadline_s)
+        step = next_step(failure, at, SETTINGS, budget(), NOW_S)
+        assert isinstance(step, RetryElsewhere | Resume)
+        assert step.pause_s == pytest.approx(pause_s)
+
+
 def test_the_budget_is_a_share_of_the_traffic_and_a_little_a_second() -> None:
     tokens = budget(0.0)
     assert not tokens.spend(NOW_S)
