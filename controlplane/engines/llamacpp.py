@@ -110,7 +110,8 @@ class LlamaCppEngine:
                 "--params",
                 json.dumps(given),
             ),
-            env={**tier.env, SECRET_ENV: launch.secret},
+            # On an abort llama.cpp would start a debugger for a backtrace, if there is one.
+            env={"GGML_NO_BACKTRACE": "1", **tier.env, SECRET_ENV: launch.secret},
         )
 
     def capabilities(self, tier: TierConfig) -> Capabilities:

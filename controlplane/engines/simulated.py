@@ -147,7 +147,7 @@ class SimulatedEngine:
                 "--settings",
                 settings.model_dump_json(exclude_defaults=True),
             ),
-            env={SECRET_ENV: launch.secret},
+            env={**tier.env, SECRET_ENV: launch.secret},
         )
 
     def capabilities(self, tier: TierConfig) -> Capabilities:

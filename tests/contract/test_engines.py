@@ -329,16 +329,12 @@ def test_it_comes_back_after_sigkill_and_after_the_loss_of_its_reaper(kind):
         assert supervisor.wait_ready(READY_S).restarts == 2
 
 
-BAD_FLAGS = {
-    "simulated": {"engine_args": {"bogus-flag": 1}},
-    "llamacpp": {"engine_args": {"bogus-flag": 1}},
-    "vllm": {"engine_args": {"bogus-flag": 1}},
-}
-
-
 @pytest.mark.parametrize("kind", WITH_PROCESS)
 def test_a_bad_flag_is_named_and_not_tried_twice(kind):
-    tier = tier_of(kind, restart=RestartConfig(max_restarts=5), **BAD_FLAGS[kind])
+    # Past the configuration's own check, as when another version of the engine is installed.
+    tier = tier_of(kind, restart=RestartConfig(max_restarts=5)).model_copy(
+        update={"engine_args": {"bogus-flag": 1}}
+    )
     with supervised(tier, replica_id="flag", resolve=resolver(tier)) as (supervisor, _):
         with pytest.raises(EngineStartError, match=r"bogus[-_]flag"):
             supervisor.wait_ready(READY_S)
