@@ -114,7 +114,15 @@ def test_a_local_model_never_asks_the_hub(tmp_path):
 @pytest.mark.parametrize(
     ("world_size", "cores", "env"),
     [
-        (1, 2, {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}),
+        (
+            1,
+            2,
+            {
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+                "OMP_NUM_THREADS": "1",
+                "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            },
+        ),
         (1, 32, {}),
         (3, 2, {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}),
         (2, 33, {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "16"}),
@@ -124,6 +132,17 @@ def test_threads_on_cpu(monkeypatch, world_size, cores, env):
     for name in ("VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     assert _cpu_environment(world_size, cores) == {"VLLM_CPU_KVCACHE_SPACE": "1", **env}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "cores", "uni"), [(1, 2, True), (1, 4, True), (1, 32, False), (3, 2, False)]
+)
+def test_an_unbound_worker_shares_its_core_s_process(monkeypatch, world_size, cores, uni):
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    command = ENGINE.command(tier(device="cpu", tensor_parallel_size=world_size), launch())
+    assert ("--distributed-executor-backend=uni" in command.argv) == uni
+    assert ("VLLM_ENABLE_V1_MULTIPROCESSING" in command.env) == uni
 
 
 def test_what_the_environment_or_the_tier_sets_stands(monkeypatch):
