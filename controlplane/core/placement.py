@@ -5,20 +5,20 @@ one NUMA node, one node); then the growth of the expected stranding (:mod:`contr
 plus a charge for each replica of the same tier that the node already runs; then the order of node ids.
 A gang that fits somewhere is always placed: none is refused to keep room for another.
 
-:func:`plan` answers a whole list at once. :class:`Planner` is the same step by step: it keeps the fleet's
-state between calls and looks again only at nodes that changed. Nothing here draws a random number or
+:class:`Planner` keeps the fleet's state between calls and looks again only at nodes that changed;
+:mod:`controlplane.core.planning` answers a whole list at once with it. Nothing here draws a random number or
 reads a clock: equal calls give equal answers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from controlplane.core.fitting import Bools, Fit, Refusals, fit
-from controlplane.core.gangs import Gang, Infeasible, Placement, Plan, Shape, Stage
+from controlplane.core.gangs import Gang, Infeasible, Placement, Shape, Stage
 from controlplane.core.ledger import Ledger, all_rows
 from controlplane.core.stranding import Demand, Floats, Ints, Stranding
 from controlplane.core.topology import Distance, Node
@@ -37,29 +37,6 @@ class ClusterState:
     placements: tuple[Placement, ...] = ()
 
 
-def plan(
-    state: ClusterState,
-    gangs: Sequence[Gang],
-    demand: Demand | None = None,
-    *,
-    spread_milli: int = SPREAD_MILLI,
-) -> Plan:
-    """Place ``gangs`` beside what ``state`` runs, large ones first; the answers are in the order asked for.
-
-    ``demand`` is what the fleet must expect; by default more of what runs and what is asked for.
-    ValueError if two gangs have the same id.
-    """
-    if demand is None:
-        demand = demand_of([placement.gang.shape for placement in state.placements], [g.shape for g in gangs])
-    planner = Planner(state, demand, spread_milli=spread_milli)
-    answers = {gang.gang_id: planner.place(gang) for gang in sorted(gangs, key=_large_first)}
-    ordered = [answers[gang.gang_id] for gang in gangs]
-    return Plan(
-        tuple(answer for answer in ordered if isinstance(answer, Placement)),
-        tuple(answer for answer in ordered if isinstance(answer, Infeasible)),
-    )
-
-
 def demand_of(*shapes: Iterable[Shape]) -> Demand:
     """The demand that these are a sample of."""
     counts: dict[Shape, float] = {}
@@ -67,19 +44,6 @@ def demand_of(*shapes: Iterable[Shape]) -> Demand:
         for shape in group:
             counts[shape] = counts.get(shape, 0.0) + 1.0
     return Demand(tuple(counts.items()))
-
-
-def _large_first(gang: Gang) -> tuple[int, int, int, int, int, str, str]:
-    shape = gang.shape
-    return (
-        -shape.total_milli,
-        -shape.gpus,
-        -shape.gpu_memory_bytes,
-        -shape.cpu_milli,
-        -shape.memory_bytes,
-        gang.tier,
-        gang.gang_id,
-    )
 
 
 class Planner:

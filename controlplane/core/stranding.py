@@ -7,9 +7,9 @@ with a small probability ``HAZARD`` per arrival nothing more comes and all of th
 
     W(x, c) = (HAZARD · x + Σ q_t · W(x - milli_t, c - cpu_t)) / (HAZARD + Σ q_t)     over t that fit
 
-A node's stranding is the sum over its GPUs, each with its part of the node's free CPUs, plus, for gangs
-of several GPUs, the free capacity times the part of them that the node (or its largest NVLink island)
-can't take any more. The placement puts a gang where this sum grows least.
+A node's stranding is the sum over its GPUs, each with its part of the node's free CPUs; plus a little for
+each GPU that is begun; plus, for gangs of several GPUs, the free capacity times the part of them that the
+node (or its best NVLink island) can't take any more. The placement puts a gang where this sum grows least.
 
 It differs from the fragmentation measure of Weng et al., «Beware of Fragmentation» (USENIX ATC'23),
 which asks what the *next* gang can't use; this asks what is left once many have come.
@@ -32,6 +32,9 @@ HAZARD = 0.01
 """Chance per arrival that no more come. Placements hardly change between 0.005 and 0.02."""
 SEVERAL_GPUS_WEIGHT = 0.5
 """A gap that gangs of several GPUs can't use may still serve single ones: it counts half."""
+BEGUN_MILLI = HAZARD * WHOLE_MILLI
+"""What beginning an idle GPU costs. The equation alone would rather begin one than fill up another, since
+that leaves less to be lost in case nothing more comes; whole GPUs are worth more than that."""
 _QUANTUM_MILLI = 10
 _GAPS = WHOLE_MILLI // _QUANTUM_MILLI + 1
 _CPU_STEPS = 128
@@ -112,7 +115,8 @@ class Stranding:
         part = steps - low
         at = (states.kind * _GAPS + gap // _QUANTUM_MILLI) * (_CPU_STEPS + 1) + low
         singles = self._table[at] * (1.0 - part) + self._table[at + 1] * part
-        result: Floats = singles.sum(axis=-1)
+        begun = (gap < WHOLE_MILLI).sum(axis=-1)
+        result: Floats = singles.sum(axis=-1) + BEGUN_MILLI * begun
         if self._missed_on_node is not None:
             result += SEVERAL_GPUS_WEIGHT * free * self._missed(states)
         return result

@@ -1,0 +1,125 @@
+"""Gangs of 2, 4 and 8 whole GPUs on 8-GPU nodes with NVLink islands: do they end up inside one?
+
+The fleet is made here: half of its nodes have one island of 8, half have two of 4, each on its own socket.
+Gangs come in random order until they ask for all of the GPUs; when a gang has come, with a chance of 30 %
+a random running one leaves, so that the fleet is used and holes are spread.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from controlplane.core.gangs import Gang, Placement, Shape
+from controlplane.core.ledger import Ledger
+from controlplane.core.placement import ClusterState, Planner
+from controlplane.core.topology import Distance, Gpu, Node, spread_of
+
+NODES = 128
+ROUNDS = 3
+LEAVE_RATIO = 0.3
+SIZES = (1, 2, 4, 8)
+FREQUENCY = (4, 3, 2, 1)
+
+
+def fleet(nodes: int = NODES) -> tuple[Node, ...]:
+    """8 GPUs each; islands of 8 and of 4 take turns."""
+
+    def gpu(name: str, i: int, island: int) -> Gpu:
+        first = i - i % island
+        peers = frozenset(f"{name}/{j}" for j in range(first, first + island) if j != i)
+        return Gpu(f"{name}/{i}", i, "H100", 80 * 1024**3, peers, i // 4)
+
+    return tuple(
+        Node(name, tuple(gpu(name, i, 4 if k % 2 else 8) for i in range(8)), 192_000, 1024**4)
+        for k in range(nodes)
+        for name in [f"n{k:05d}"]
+    )
+
+
+@dataclass
+class _Simple:
+    """A node by a simple rule, on it the first idle GPUs: what a scheduler does that counts GPUs only."""
+
+    ledger: Ledger
+    rng: random.Random
+    tightest: bool
+
+    def place(self, gang: Gang) -> tuple[str, tuple[str, ...]] | None:
+        ledger = self.ledger
+        idle = (ledger.free_milli == 1000).sum(axis=1)
+        found = np.flatnonzero(idle >= gang.shape.gpus)
+        if not len(found):
+            return None
+        row = int(found[idle[found].argmin()]) if self.tightest else int(self.rng.choice(found))
+        columns = np.flatnonzero(ledger.free_milli[row] == 1000)[: gang.shape.gpus].tolist()
+        ledger.take(row, columns, gang.shape)
+        return ledger.nodes[row].node_id, tuple(ledger.gpus[row][column].uuid for column in columns)
+
+    def remove(self, gang: Gang, uuids: Sequence[str]) -> None:
+        row = self.ledger.slot[uuids[0]][0]
+        self.ledger.give_back(row, [self.ledger.slot[uuid][1] for uuid in uuids], gang.shape)
+
+
+@dataclass
+class _Ours:
+    planner: Planner
+
+    def place(self, gang: Gang) -> tuple[str, tuple[str, ...]] | None:
+        answer = self.planner.place(gang)
+        return (answer.node_ids[0], answer.gpu_uuids) if isinstance(answer, Placement) else None
+
+    def remove(self, gang: Gang, uuids: Sequence[str]) -> None:
+        self.planner.remove(gang.gang_id)
+
+
+def _agent(policy: str, nodes: Sequence[Node], rng: random.Random) -> _Simple | _Ours:
+    if policy == "tierplane":
+        return _Ours(Planner(ClusterState(tuple(nodes))))
+    return _Simple(Ledger(nodes), rng, policy == "bestfit")
+
+
+def run(policy: str, seed: int, nodes: Sequence[Node]) -> tuple[float, float, float]:
+    """(gangs of several GPUs in one island, gangs placed, GPUs allocated at the end), in percent."""
+    rng = random.Random(seed)
+    by_id = {node.node_id: node for node in nodes}
+    agent = _agent(policy, nodes, rng)
+    capacity = 8 * len(nodes)
+    running: list[tuple[Gang, tuple[str, ...]]] = []
+    asked = several = together = placed = number = used = 0
+    while asked < ROUNDS * capacity:
+        number += 1
+        gang = Gang(str(number), Shape(gpus=rng.choices(SIZES, FREQUENCY)[0]))
+        asked += gang.shape.gpus
+        found = agent.place(gang)
+        if found is not None:
+            running.append((gang, found[1]))
+            placed += 1
+            used += gang.shape.gpus
+            if gang.shape.gpus > 1:
+                several += 1
+                together += spread_of(by_id[found[0]], found[1]) <= Distance.ISLAND
+        if running and rng.random() < LEAVE_RATIO:
+            leaving, uuids = running.pop(rng.randrange(len(running)))
+            agent.remove(leaving, uuids)
+            used -= leaving.shape.gpus
+    return 100 * together / several, 100 * placed / number, 100 * used / capacity
+
+
+def table(seeds: int) -> Iterator[dict[str, object]]:
+    """One row per policy."""
+    nodes = fleet()
+    for policy in ("random", "bestfit", "tierplane"):
+        runs = [run(policy, seed, nodes) for seed in range(seeds)]
+        island, placed, used = (sum(column) / len(runs) for column in zip(*runs, strict=True))
+        yield {
+            "policy": policy,
+            "workload": "gangs of 1, 2, 4, 8",
+            "seeds": seeds,
+            "in_one_island_percent": round(island, 2),
+            "gangs_placed_percent": round(placed, 2),
+            "allocation_percent": round(used, 2),
+        }

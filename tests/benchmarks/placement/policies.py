@@ -1,0 +1,204 @@
+"""The policies that the placement is measured beside, and the placement itself behind the same interface.
+
+Random, BestFit and FGD are written from their definitions in Weng et al., «Beware of Fragmentation:
+Scheduling GPU-Sharing Workloads with Fragmentation Gradient Descent» (USENIX ATC'23), with the rounding of
+scores to whole numbers that the published runs had; among equal scores the first node wins.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from itertools import count
+from typing import Protocol
+
+import numpy as np
+
+from controlplane.core.fitting import Bools
+from controlplane.core.gangs import WHOLE_MILLI, Gang, Placement, Shape
+from controlplane.core.ledger import Ledger, all_rows
+from controlplane.core.placement import ClusterState, Planner
+from controlplane.core.stranding import Floats, Ints
+from controlplane.core.topology import Node
+
+MOST_CPU_MILLI = 128_000
+MOST_GPU_MILLI = 8_000
+"""By these the published BestFit puts CPUs and GPUs in relation."""
+TYPICAL_RATIO = 0.95
+"""FGD's typical pods: the most frequent shapes, up to this part of all pods."""
+
+
+class Policy(Protocol):
+    """Takes pods one by one."""
+
+    def place(self, shape: Shape) -> bool:
+        """Place one; False if it fits nowhere."""
+        ...
+
+
+class Tierplane:
+    """The production placement. It is told nothing in advance: it learns from what arrived."""
+
+    def __init__(self, nodes: Sequence[Node]) -> None:
+        self._planner = Planner(ClusterState(tuple(nodes)))
+        self._number = count()
+
+    def place(self, shape: Shape) -> bool:
+        return isinstance(self._planner.place(Gang(str(next(self._number)), shape)), Placement)
+
+
+class _Books:
+    """What the other policies know of the fleet."""
+
+    def __init__(self, nodes: Sequence[Node]) -> None:
+        self.ledger = Ledger(nodes)
+        self.rows = all_rows(self.ledger)
+
+    def fits(self, shape: Shape, rows: Ints) -> Bools:
+        ledger = self.ledger
+        fits = ledger.cpu_milli[rows] >= shape.cpu_milli
+        fits &= ledger.memory_bytes[rows] >= shape.memory_bytes
+        if shape.gpus:
+            able = ledger.free_milli[rows] >= shape.milli_gpu
+            if shape.models:
+                able &= ledger.accepted(shape)[ledger.kind[rows]]
+            fits &= able.sum(axis=1) >= shape.gpus
+        return fits
+
+    def first_idle(self, row: int, shape: Shape) -> list[int]:
+        return np.flatnonzero(self.ledger.free_milli[row] == WHOLE_MILLI)[: shape.gpus].tolist()
+
+
+class Random(_Books):
+    """A random node that fits, a random GPU of it."""
+
+    def __init__(self, nodes: Sequence[Node], rng: random.Random) -> None:
+        super().__init__(nodes)
+        self._rng = rng
+
+    def place(self, shape: Shape) -> bool:
+        found = np.flatnonzero(self.fits(shape, self.rows))
+        if not len(found):
+            return False
+        row = int(self._rng.choice(found))
+        columns = self.first_idle(row, shape)
+        if shape.shared:
+            columns = [int(self._rng.choice(np.flatnonzero(self.ledger.free_milli[row] >= shape.milli_gpu)))]
+        self.ledger.take(row, columns, shape)
+        return True
+
+
+class BestFit(_Books):
+    """The node with the least left over of CPUs and GPUs, the GPU with the least left over."""
+
+    def place(self, shape: Shape) -> bool:
+        found = np.flatnonzero(self.fits(shape, self.rows))
+        if not len(found):
+            return False
+        ledger = self.ledger
+        cpu = (ledger.cpu_milli[found] - shape.cpu_milli) / MOST_CPU_MILLI
+        gpu = (ledger.free_milli[found].sum(axis=1) - shape.total_milli) / MOST_GPU_MILLI
+        score = ((1.0 - (cpu + gpu) / 2) * 100).astype(np.int64)
+        span = int(score.max() - score.min())
+        scaled = (score - score.min()) * 100 // span if span else np.zeros_like(score)
+        row = int(found[scaled.argmax()])
+        columns = self.first_idle(row, shape)
+        if shape.shared:
+            free = ledger.free_milli[row]
+            columns = [int(np.where(free >= shape.milli_gpu, free, WHOLE_MILLI + 1).argmin())]
+        ledger.take(row, columns, shape)
+        return True
+
+
+class Fgd(_Books):
+    """Fragmentation gradient descent: where fragmentation, for the typical pods, grows least."""
+
+    def __init__(self, nodes: Sequence[Node], workload: Sequence[Shape]) -> None:
+        super().__init__(nodes)
+        typical = _typical(workload)
+        self._weight = np.array([weight for *_, weight in typical])
+        self._cpu = np.array([cpu for cpu, *_ in typical])
+        self._gpus = np.array([gpus for _, gpus, *_ in typical])
+        milli = np.array([milli for _, _, milli, *_ in typical])
+        self._milli, self._size = np.unique(milli, return_inverse=True)
+        self._accepted = np.array(
+            [
+                [gpus > 0 and (not models or kind.model in models) for _, gpus, _, models, _ in typical]
+                for kind in self.ledger.kinds
+            ]
+        )
+        self._views: dict[Shape, tuple[int, Ints, Ints]] = {}
+
+    def place(self, shape: Shape) -> bool:
+        score, column = self._scores(shape)
+        row = int(score.argmax())
+        if score[row] < 0:
+            return False
+        columns = [int(column[row])] if shape.shared else self.first_idle(row, shape)
+        self.ledger.take(row, columns, shape)
+        return True
+
+    def _scores(self, shape: Shape) -> tuple[Ints, Ints]:
+        """Per node, 0 to 100, -1 where it does not fit; and the GPU for a share."""
+        changed = self.ledger.changed
+        empty = (-1, np.full(len(self.rows), -1), np.zeros(len(self.rows), dtype=np.int64))
+        read, score, column = self._views.get(shape, empty)
+        rows = self.rows if read < 0 else np.unique(np.array(changed[read:], dtype=np.int64))
+        self._views[shape] = len(changed), score, column
+        score[rows] = -1
+        rows = rows[self.fits(shape, rows)]
+        if len(rows):
+            column[rows], score[rows] = self._rate(shape, rows)
+        return score, column
+
+    def _rate(self, shape: Shape, rows: Ints) -> tuple[Ints, Ints]:
+        ledger = self.ledger
+        free = ledger.free_milli[rows]
+        width = free.shape[1]
+        options = np.repeat(free[:, None, :], width if shape.shared else 1, axis=1)
+        if shape.shared:
+            each = np.arange(width)
+            options[:, each, each] -= shape.milli_gpu
+        else:
+            for option, now in zip(options[:, 0], free, strict=True):
+                option[np.flatnonzero(now == WHOLE_MILLI)[: shape.gpus]] = 0
+        kind = ledger.kind[rows, 0]
+        cpu = ledger.cpu_milli[rows]
+        before = self._fragmentation(free[:, None, :], cpu[:, None], kind)
+        after = self._fragmentation(options, cpu[:, None] - shape.cpu_milli, kind)
+        rating = (100.0 / (1.0 + np.exp((after - before) / WHOLE_MILLI))).astype(np.int64)
+        if shape.shared:
+            rating = np.where(free >= shape.milli_gpu, rating, -1)
+        best = rating.argmax(axis=1)
+        return best, rating[np.arange(len(rows)), best]
+
+    def _fragmentation(self, free: Ints, cpu: Ints, kind: Ints) -> Floats:
+        """Free capacity that a random typical pod can't use; ``free`` is [node, option, GPU]."""
+        enough = free[:, :, None, :] >= self._milli[:, None]
+        many = enough.sum(axis=-1)[:, :, self._size]
+        small = np.where(enough, 0, free[:, :, None, :]).sum(axis=-1)[:, :, self._size]
+        usable = (many >= self._gpus) & (cpu[:, :, None] >= self._cpu)
+        usable &= self._accepted[kind][:, None, :]
+        total = free.sum(axis=-1)[:, :, None]
+        result: Floats = np.where(usable, small, total) @ self._weight
+        return result
+
+
+def _typical(workload: Sequence[Shape]) -> list[tuple[int, int, int, frozenset[str], float]]:
+    """The most frequent pods as (cpu, GPUs, share, models, weight); FGD does not look at memory."""
+    counts = Counter(
+        (shape.cpu_milli, shape.gpus, shape.milli_gpu if shape.gpus else 0, shape.models)
+        for shape in workload
+    )
+    order = sorted(
+        counts.items(), key=lambda item: (-item[1], -item[0][0], -item[0][2], -item[0][1], sorted(item[0][3]))
+    )
+    typical: list[tuple[int, int, int, frozenset[str], float]] = []
+    covered = 0
+    for (cpu, gpus, milli, models), times in order:
+        if covered >= TYPICAL_RATIO * len(workload):
+            break
+        covered += times
+        typical.append((cpu, gpus, milli, models, float(times)))
+    return [(cpu, gpus, milli, models, times / covered) for cpu, gpus, milli, models, times in typical]
