@@ -129,7 +129,7 @@ class UnknownModel(RequestError):
 
 
 class DeadlineExceeded(RequestError):
-    """The request's deadline passed before an answer began (408)."""
+    """The request's deadline passed before its answer was whole (408; an error event in a stream)."""
 
     status = 408
     kind = "timeout_error"

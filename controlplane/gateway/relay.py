@@ -118,7 +118,8 @@ class Relay:
         self._budget = RetryBudget(self._retry, monotonic())
 
     async def serve(self, call: Call, out: Responder) -> None:
-        """Answer a call. Raises :class:`RequestError` if nothing of the answer was sent yet."""
+        """Answer a call. Raises :class:`RequestError` for what the client is to be told: as the answer if
+        nothing of it was sent yet, else as an event that ends the stream."""
         self._budget.on_request()
         started = await self._placing.place(call)
         while True:
@@ -301,6 +302,8 @@ class Relay:
                 raise UpstreamFailure(Failure.CUT, "the stream ended before its end")
         except UpstreamFailure as failure:
             self._failed(call, exchange, failure)
+            if failure.kind is None:
+                raise DeadlineExceeded("the request's deadline passed before its answer was whole") from None
             seen = tape.read() if tape is not None else None
             await self._go_on(call, exchange.load, seen, failure, out)
             return

@@ -22,12 +22,13 @@ from typing import Any, Literal
 import aiohttp
 
 from controlplane.engines.simulated_text import ANSWER, decode, digest, encode, speak
+from controlplane.errors import DeadlineExceeded
 
 Kind = Literal["stream", "post"]
 Fate = Literal["ok", "failed", "shed", "broken", "duplicated", "truncated", "wrong"]
-"""``failed``: the client was told so, by a status or an error event; ``shed``: by 408 or 429. ``broken``: the
-connection was refused, or ended in the middle, which a client can see. ``duplicated``, ``truncated``,
-``wrong``: the client was told that all is well, and it is not."""
+"""``failed``: the client was told so, by a status or an error event; ``shed``: by 408 or 429, or by an error
+event that its deadline passed. ``broken``: the connection was refused, or ended in the middle, which a client
+can see. ``duplicated``, ``truncated``, ``wrong``: the client was told that all is well, and it is not."""
 
 REPEAT_CHARS = 24
 """So long a piece of text that comes again is a repetition, not chance."""
@@ -190,7 +191,8 @@ def judge(asked: Question, status: int, received: bytes) -> tuple[Fate, str]:
             continue
         event = json.loads(line[6:])
         if "error" in event:
-            return "failed", str(event["error"].get("message"))
+            late = event["error"].get("code") == DeadlineExceeded.code
+            return "shed" if late else "failed", str(event["error"].get("message"))
         usage = event.get("usage") or usage
         for choice in event["choices"]:
             text.append(choice["delta"].get("content") or "")

@@ -329,3 +329,17 @@ async def test_unknown_paths_and_methods() -> None:
     async with running() as rig:
         assert (await rig.get("/nothing"))[0] == 404
         assert (await rig.get(CHAT))[0] == 405
+
+
+async def test_a_stream_that_outlives_its_deadline_says_so_and_is_no_lost_engine() -> None:
+    async with running() as rig:
+        await rig.engine("a", itl_ms=50.0)
+        await rig.engine("b", itl_ms=50.0)
+        stream = await rig.stream(chat_body(max_tokens=100), x_request_timeout_seconds="0.5")
+        assert stream.error is not None
+        assert stream.error["code"] == "deadline_exceeded"
+        assert not stream.done
+        assert 3 < len(stream.text.split()) < 20
+        _, health = await rig.get("/health")
+        assert all(each["in_flight"] == 0 for each in health["tiers"]["balanced"]["endpoints"])
+        assert 'tierplane_resumes_total{method="refused"}' not in rig.gateway._own_metrics()
