@@ -82,11 +82,16 @@ def resolve_format(log_format: LogFormat) -> Literal["json", "console"]:
 
 def _formatter(log_format: Literal["json", "console"]) -> structlog.stdlib.ProcessorFormatter:
     rendering: list[Any]
+    # Tracebacks never show local variables: they may hold secrets.
     if log_format == "json":
-        rendering = [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+        tracebacks = structlog.processors.ExceptionRenderer(
+            structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+        )
+        rendering = [tracebacks, structlog.processors.JSONRenderer()]
     else:
         colors = sys.stderr.isatty() and "NO_COLOR" not in os.environ
-        rendering = [structlog.dev.ConsoleRenderer(colors=colors)]
+        plain = structlog.dev.plain_traceback
+        rendering = [structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=plain)]
     return structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=[
             structlog.stdlib.add_logger_name,

@@ -90,3 +90,23 @@ def test_auto_is_json_where_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     assert observability.resolve_format("auto") == "console"
     assert observability.resolve_format("json") == "json"
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_a_traceback_shows_no_local_variables(
+    log_format: observability.LogFormat, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "log"
+    observability.setup(log_format, "info", file=path)
+
+    def fail() -> None:
+        bearer = "very" + "-private"
+        raise RuntimeError(f"failed with {len(bearer)} characters")
+
+    try:
+        fail()
+    except RuntimeError:
+        structlog.stdlib.get_logger("controlplane.test").exception("it failed")
+    told = path.read_text() + capsys.readouterr().err
+    assert "failed with 12 characters" in told
+    assert "very-private" not in told
