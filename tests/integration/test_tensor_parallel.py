@@ -1,0 +1,32 @@
+"""Tensor parallelism for real: one engine of three workers. Alone, since memory is short beside others."""
+
+from __future__ import annotations
+
+import psutil
+import pytest
+
+from tests.benchmarks.plane import running
+from tests.integration.test_plane import QUESTION, client, ready
+from tests.integration.test_vllm_plane import FACT
+
+pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.timeout(600)]
+
+
+def test_tensor_parallelism_for_real() -> None:
+    """The model has 9 heads and 3 KV heads: three workers, the same answer."""
+    tier = {
+        "name": "parallel",
+        "model": "bundled:smollm2-135m",
+        "engine": "vllm",
+        "device": "cpu",
+        "tensor_parallel_size": 3,
+        "engine_args": {"max-model-len": 1024, "max-num-seqs": 2},
+        "env": {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1|1"},
+    }
+    with running({"tiers": [tier]}) as started, client(started.url) as openai:
+        answer = openai.chat.completions.create(model="parallel", messages=QUESTION, temperature=0)
+        assert answer.choices[0].message.content == FACT
+        pid = ready(started, "parallel")[0]["pid"]
+        engine = psutil.Process(pid)
+        workers = [p for p in engine.children(recursive=True) if "Worker" in p.name()]
+        assert len(workers) == 3

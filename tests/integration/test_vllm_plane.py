@@ -1,0 +1,68 @@
+"""The main job with real vLLM: three tiers answer, and a stream survives the kill of its engine."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from tests.benchmarks.plane import Plane, running
+from tests.integration.test_plane import QUESTION, TIERS, client, ready, until
+
+pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.timeout(600)]
+
+FACT = "The capital of France is Paris."
+
+
+@pytest.fixture(scope="module")
+def plane() -> Iterator[Plane]:
+    args = yaml.safe_load(Path("configs/cpu.yaml").read_text())["applications"][0]["args"]
+    with running({"tiers": args["tiers"]}) as started:
+        yield started
+
+
+def _engine_processes(plane: Plane) -> list[psutil.Process]:
+    return [*plane.processes("VLLM::"), *plane.processes("vllm.entrypoints")]
+
+
+@pytest.mark.parametrize("model", TIERS)
+@pytest.mark.parametrize("way", ["own port", "ingress"])
+def test_the_capital_of_france_is_paris(plane: Plane, model: str, way: str) -> None:
+    url = plane.url if way == "own port" else plane.ingress_url
+    with client(url) as openai:
+        whole = openai.chat.completions.with_raw_response.create(
+            model=model, messages=QUESTION, temperature=0, max_tokens=16
+        )
+        assert whole.headers["x-tier"] == model
+        assert whole.parse().choices[0].message.content == FACT
+        stream = openai.chat.completions.create(
+            model=model, messages=QUESTION, temperature=0, max_tokens=16, stream=True
+        )
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == FACT
+
+
+def test_a_stream_survives_the_kill_of_its_engine_word_for_word(plane: Plane) -> None:
+    """All tiers of this plane serve one model, so a lost stream goes on at another tier."""
+    story = [{"role": "user", "content": "Tell me a short story about a lighthouse."}]
+    ask = {"model": "capable", "messages": story, "temperature": 0, "max_tokens": 60, "stream": True}
+    with client(plane.url) as openai:
+        whole = "".join(c.choices[0].delta.content or "" for c in openai.chat.completions.create(**ask))
+        before = ready(plane, "capable")[0]
+        processes_before = len(_engine_processes(plane))
+        pieces: list[str] = []
+        for number, chunk in enumerate(openai.chat.completions.create(**ask)):
+            if number == 15:
+                os.kill(before["pid"], signal.SIGKILL)
+            pieces.append(chunk.choices[0].delta.content or "")
+    assert "".join(pieces) == whole
+    assert plane.resumes() == 1
+    until(lambda: [e for e in ready(plane, "capable") if e["generation"] == 2], 240, "the engine's return")
+    until(lambda: len(_engine_processes(plane)) == processes_before, 20, "the end of what was orphaned")
+    with client(plane.url) as openai:
+        answer = openai.chat.completions.create(model="capable", messages=QUESTION, temperature=0)
+        assert answer.choices[0].message.content == FACT
