@@ -171,7 +171,7 @@ class Refusals(Sequence[Refusal]):
         # Where stages may be on different nodes, a node is asked for one of them.
         stages = 1 if shape.across_nodes else shape.stages
         gpus = shape.gpus * stages
-        accepted = ledger.present & ledger.accepted(shape)[ledger.kind] if ledger.kinds else ledger.present
+        accepted = ledger.present & ledger.accepted(shape)[ledger.kind]
         usable = accepted & ledger.usable
         large = usable & (ledger.size_bytes >= shape.gpu_memory_bytes)
         idle = large & (ledger.free_milli >= shape.milli_gpu)

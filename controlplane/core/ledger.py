@@ -57,7 +57,7 @@ class Ledger:
                 self.largest_island[i] = max(self.largest_island[i], len(group))
             for number, group in enumerate(numa_groups(gpus)):
                 self.numa[i, group] = number
-        self.kinds = tuple(kinds)
+        self.kinds = tuple(kinds) or (GpuKind("", 0),)
         self.islands = int(self.island.max(initial=-1)) + 1
         self.most_cpu_milli = int(self.cpu_milli.max(initial=0))
         self.changed: list[int] = []

@@ -77,7 +77,7 @@ class Stranding:
     """The expected stranding for one demand, on the kinds of GPUs of one fleet."""
 
     def __init__(self, demand: Demand, kinds: Sequence[GpuKind], most_cpu_milli: int, most_gpus: int) -> None:
-        """``most_cpu_milli`` and ``most_gpus`` are those of the largest node."""
+        """At least one kind; ``most_cpu_milli`` and ``most_gpus`` are those of the largest node."""
         self._step = max(1, -(-most_cpu_milli // _CPU_STEPS))
         total = sum(weight for _, weight in demand.weights) or 1.0
         shares = [(shape, weight / total) for shape, weight in demand.weights if weight > 0 and shape.gpus]
@@ -88,7 +88,7 @@ class Stranding:
             if items not in known:
                 known[items] = _solve(items)
             tables.append(known[items])
-        self._table = np.concatenate([table.ravel() for table in tables]) if tables else np.zeros(0)
+        self._table = np.concatenate([table.ravel() for table in tables])
         self._missed_on_node, self._missed_in_island = self._several(shares, kinds, most_gpus)
 
     def _items(
