@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from tests.benchmarks import bench_chaos, bench_gateway, bench_priority
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(150)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
 
 
 def rows_of(command: Any, *options: str) -> list[dict[str, Any]]:
