@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -49,6 +48,10 @@ class _Answer:
         if data:
             self._put({"type": "http.response.body", "body": data, "more_body": True})
 
+    @property
+    def congested(self) -> bool:
+        return not self._below_high_water.is_set()
+
     async def drain(self) -> None:
         await self._below_high_water.wait()
 
@@ -76,6 +79,10 @@ class _Answer:
                 self._below_high_water.set()
 
 
+class _Disconnected(Exception):
+    """The client left before its request was whole."""
+
+
 class AsgiApp:
     """An ASGI application over ``handler``; bodies over ``max_body_bytes`` are answered with 413."""
 
@@ -91,7 +98,10 @@ class AsgiApp:
         if scope["type"] != "http":
             raise RuntimeError(f"no {scope['type']} here")
         answer = _Answer(send)
-        body = await self._body(receive)
+        try:
+            body = await self._body(receive)
+        except _Disconnected:
+            return
         if body is None:
             limit = self._max_body_bytes
             send_error(answer, PayloadTooLarge(f"the body is over {limit} bytes (gateway.max_body_bytes)"))
@@ -108,8 +118,8 @@ class AsgiApp:
         )
         handling = asyncio.ensure_future(self._handle(request, answer))
         watching = asyncio.ensure_future(_left(receive))
+        delivering = asyncio.ensure_future(answer.deliver())
         try:
-            delivering = asyncio.ensure_future(answer.deliver())
             done, _ = await asyncio.wait((delivering, watching), return_when=asyncio.FIRST_COMPLETED)
             if delivering in done:
                 await delivering
@@ -117,12 +127,11 @@ class AsgiApp:
                     raise RuntimeError("the answer was broken off")
             else:
                 answer.gone = True
-                delivering.cancel()
         finally:
-            for task in (handling, watching):
+            tasks = (handling, watching, delivering)
+            for task in tasks:
                 task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _handle(self, request: Request, answer: _Answer) -> None:
         try:
@@ -137,7 +146,7 @@ class AsgiApp:
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
-                return b""
+                raise _Disconnected
             chunk = message.get("body", b"")
             size += len(chunk)
             if size > self._max_body_bytes:

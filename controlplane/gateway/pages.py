@@ -206,7 +206,13 @@ async def fetch_text(url: str) -> str:
     try:
         timeout = aiohttp.ClientTimeout(total=FETCH_TIMEOUT_S)
         async with aiohttp.ClientSession(timeout=timeout) as session, session.get(url) as answer:
-            data = await answer.content.read(MAX_FETCH_BYTES)
-            return data.decode("utf-8", "replace") if answer.status == 200 else ""
+            if answer.status != 200:
+                return ""
+            data = bytearray()
+            async for piece in answer.content.iter_any():
+                data += piece
+                if len(data) > MAX_FETCH_BYTES:
+                    return ""
+            return data.decode("utf-8", "replace")
     except (aiohttp.ClientError, TimeoutError, asyncio.IncompleteReadError):
         return ""

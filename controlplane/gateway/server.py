@@ -18,19 +18,34 @@ from typing import Any, Final
 import httptools
 
 from controlplane.errors import BadRequest, PayloadTooLarge, RequestError
-from controlplane.gateway.http import Handler, Headers, Request, error_headers, error_value, json_bytes
+from controlplane.gateway.http import (
+    JSON_TYPE,
+    Handler,
+    Headers,
+    Request,
+    error_headers,
+    error_value,
+    json_bytes,
+)
 
 MAX_HEAD_BYTES: Final = 64 * 1024
 MAX_PIPELINED: Final = 16
 READ_TIMEOUT_S: Final = 30.0
 """A request that has begun must be whole after this long without a byte."""
 IDLE_TIMEOUT_S: Final = 120.0
+STALL_TIMEOUT_S: Final = 60.0
+"""A client that takes nothing of its answer for this long is dropped."""
+LINGER_S: Final = 2.0
+"""How long a client whose request was refused may go on sending, so that it gets to read why."""
+BODY_OVERHEAD: Final = 8
+"""Bytes on the wire per byte of a chunked body: one-byte chunks have six."""
 SWEEP_S: Final = 5.0
 BACKLOG: Final = 2048
 
 _STATUS_LINES = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus
 }
+_UPGRADE: Final = frozenset({b"connection", b"upgrade", b"http2-settings", b"expect"})
 
 
 def _status_line(status: int) -> bytes:
@@ -86,6 +101,10 @@ class _Answer:
             return
         self._connection.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
 
+    @property
+    def congested(self) -> bool:
+        return self._connection.congested
+
     async def drain(self) -> None:
         await self._connection.drain()
 
@@ -116,14 +135,17 @@ class _ClientConnection(asyncio.Protocol):
         self._parser = httptools.HttpRequestParser(self)
         self._url = b""
         self._headers: dict[bytes, bytes] = {}
-        self._head_bytes = 0
+        self._raw_bytes = 0
         self._chunks: list[bytes] = []
         self._body_bytes = 0
         self._ready: list[tuple[Request, _Answer]] = []
         self._task: asyncio.Task[None] | None = None
         self._can_write: asyncio.Future[None] | None = None
-        self._refused = False
+        self._refusal: RequestError | None = None
         self._reading_paused = False
+        self._written_bytes = 0
+        self._taken_bytes = 0
+        self._taken_s = 0.0
         self.in_request = False
         self.closed = False
         self.last_byte_s = monotonic()
@@ -143,19 +165,33 @@ class _ClientConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.last_byte_s = monotonic()
-        if self._refused:
+        if self._refusal is not None:
             return
-        if not self.in_request or self._head_bytes:
-            self._head_bytes += len(data)
+        self._raw_bytes += len(data)
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self._refuse(BadRequest("this port speaks HTTP/1.1 without upgrades"))
+        except httptools.HttpParserUpgrade as upgrade:
+            self._decline_upgrade(data[upgrade.args[0] :])
+            return
         except httptools.HttpParserError as error:
-            if not self._refused:
-                self._refuse(BadRequest(f"not an HTTP/1.1 request: {error}"))
-        if self._head_bytes > MAX_HEAD_BYTES and not self._refused:
+            self._refuse(BadRequest(f"not an HTTP/1.1 request: {error}"))
+        if self.in_request and self._raw_bytes > MAX_HEAD_BYTES + BODY_OVERHEAD * self._body_bytes:
             self._refuse(BadRequest(f"the request's headers are over {MAX_HEAD_BYTES} bytes"))
+
+    def _decline_upgrade(self, rest: bytes) -> None:
+        """An upgrade is an offer that may be passed over. The parser has stopped behind the head as if it
+        had been taken up, so the request is read once more without it."""
+        method = self._parser.get_method()
+        if method == b"CONNECT":
+            self._refuse(BadRequest("this port is no proxy"))
+            return
+        lines = [b"%b %b HTTP/1.1" % (method, self._url)]
+        lines += [b"%b: %b" % (name, self._headers[name]) for name in self._headers if name not in _UPGRADE]
+        if b"close" in self._headers.get(b"connection", b"").lower():
+            lines.append(b"connection: close")
+        self._parser = httptools.HttpRequestParser(self)
+        self._raw_bytes = 0
+        self.data_received(b"\r\n".join([*lines, b"", rest]))
 
     def pause_writing(self) -> None:
         if self._can_write is None:
@@ -185,25 +221,25 @@ class _ClientConnection(asyncio.Protocol):
         self._headers[name.lower()] = value
 
     def on_headers_complete(self) -> None:
-        self._head_bytes = 0
-        if self._headers.get(b"expect", b"").lower() == b"100-continue" and self._transport is not None:
-            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         length = self._headers.get(b"content-length", b"")
         if length.isdigit() and int(length) > self._server.max_body_bytes:
             self._too_large()
+        elif self._headers.get(b"expect", b"").lower() == b"100-continue" and not self.busy:
+            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def on_body(self, data: bytes) -> None:
         self._body_bytes += len(data)
         if self._body_bytes > self._server.max_body_bytes:
             self._too_large()
-        elif not self._refused:
+        elif self._refusal is None:
             self._chunks.append(data)
 
     def on_message_complete(self) -> None:
         self.in_request = False
-        if self._refused:
-            return
+        self._raw_bytes = 0
         parser = self._parser
+        if self._refusal is not None or parser.should_upgrade():
+            return
         try:
             url = httptools.parse_url(self._url)
         except httptools.HttpParserInvalidURLError:
@@ -243,11 +279,31 @@ class _ClientConnection(asyncio.Protocol):
                 await self._server.handler(request, answer)
                 if not answer.finished:
                     answer.abort()
+                if self.congested:
+                    await self.drain()
                 if self._reading_paused and self._transport is not None and not self.closed:
                     self._reading_paused = False
                     self._transport.resume_reading()
+        except Exception:
+            self.abort()  # nobody answers any more
+            raise
         finally:
             self._task = None
+        if self._refusal is not None:
+            self._send_refusal(self._refusal)
+
+    @property
+    def congested(self) -> bool:
+        return self._can_write is not None
+
+    def stalled(self, now_s: float) -> bool:
+        """The client has taken nothing for long of what it is sent."""
+        unsent_bytes = self._transport.get_write_buffer_size() if self._transport is not None else 0
+        taken_bytes = self._written_bytes - unsent_bytes
+        if not unsent_bytes or taken_bytes != self._taken_bytes or not self._taken_s:
+            self._taken_bytes, self._taken_s = taken_bytes, now_s
+            self.last_byte_s = max(self.last_byte_s, now_s if unsent_bytes else 0.0)
+        return now_s - self._taken_s > STALL_TIMEOUT_S
 
     @property
     def busy(self) -> bool:
@@ -255,11 +311,17 @@ class _ClientConnection(asyncio.Protocol):
 
     def write(self, data: bytes) -> None:
         if self._transport is not None and not self.closed:
+            self._written_bytes += len(data)
             self._transport.write(data)
 
     async def drain(self) -> None:
         if self._can_write is not None:
             await self._can_write
+
+    @property
+    def unsent(self) -> bool:
+        """Not all that was written has gone out."""
+        return self._transport is not None and self._transport.get_write_buffer_size() > 0
 
     def close(self) -> None:
         """Close once what was written has gone out."""
@@ -271,20 +333,29 @@ class _ClientConnection(asyncio.Protocol):
             self._transport.abort()
 
     def _too_large(self) -> None:
-        if not self._refused:
-            limit = self._server.max_body_bytes
-            self._refuse(PayloadTooLarge(f"the body is over {limit} bytes (gateway.max_body_bytes)"))
+        limit = self._server.max_body_bytes
+        self._refuse(PayloadTooLarge(f"the body is over {limit} bytes (gateway.max_body_bytes)"))
 
     def _refuse(self, error: RequestError) -> None:
-        """Answer a request that can't be taken, and close: what follows can't be told apart from it."""
-        self._refused = True
-        self._chunks = []
-        answer = _Answer(self, keep_alive=False, head_only=False, chunked=True)
-        if not self.busy:
-            headers = [(b"content-type", b"application/json"), *error_headers(error)]
-            answer.send(error.status, headers, json_bytes(error_value(error)))
-        else:
-            self.close()
+        """Answer a request that can't be taken, after those before it, and close: what follows can't be
+        told apart from it."""
+        if self._refusal is None:
+            self._refusal = error
+            self._chunks = []
+            if not self.busy:
+                self._send_refusal(error)
+
+    def _send_refusal(self, error: RequestError) -> None:
+        """A connection that is closed while the client sends is reset, and the answer lost: so close our
+        side only, and take what comes for a while."""
+        transport = self._transport
+        if transport is None or self.closed or transport.is_closing():
+            return
+        answer = _Answer(self, keep_alive=True, head_only=False, chunked=True)
+        headers = [(b"content-type", JSON_TYPE), (b"connection", b"close"), *error_headers(error)]
+        answer.send(error.status, headers, json_bytes(error_value(error)))
+        transport.write_eof()
+        self._loop.call_later(LINGER_S, self.abort)
 
 
 class Server:
@@ -315,10 +386,12 @@ class Server:
         if self._server is not None:
             self._server.close()
         deadline_s = monotonic() + timeout_s
-        while any(connection.busy for connection in self.connections) and monotonic() < deadline_s:
+        while monotonic() < deadline_s:
             for connection in list(self.connections):
                 if not connection.busy and not connection.in_request:
                     connection.close()
+            if not any(connection.busy or connection.unsent for connection in self.connections):
+                break
             await asyncio.sleep(0.05)
         for connection in list(self.connections):
             connection.abort()
@@ -334,8 +407,9 @@ class Server:
             now_s = monotonic()
             for connection in list(self.connections):
                 limit_s = READ_TIMEOUT_S if connection.in_request else IDLE_TIMEOUT_S
-                if not connection.busy and now_s - connection.last_byte_s > limit_s:
-                    connection.close()
+                stalled = connection.stalled(now_s)
+                if stalled or (not connection.busy and now_s - connection.last_byte_s > limit_s):
+                    connection.abort()
 
 
 def _listener(host: str, port: int) -> socket.socket:
