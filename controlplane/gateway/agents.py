@@ -60,6 +60,7 @@ class Captured:
         self.body = b""
         self.started = False
         self.gone = False
+        self.congested = False
 
     def send(self, status: int, headers: Headers, body: bytes) -> None:
         """Keep a whole answer."""

@@ -223,10 +223,13 @@ class Gateway:
         except asyncio.CancelledError:
             self.metrics.finished(call, "cancelled", str(CLIENT_CLOSED_REQUEST), monotonic())
             raise
+        except Exception:
+            self.metrics.finished(call, "failed", RequestError.code, monotonic())
+            raise
 
     def _request_id(self, request: Request) -> str:
         given = request.header(b"x-request-id")
-        if given and _REQUEST_ID.match(given):
+        if given and _REQUEST_ID.fullmatch(given):
             return given
         self._request_count += 1
         return f"{self._request_ids}{self._request_count:x}"

@@ -155,8 +155,8 @@ def _timeout_s(request: Request, envelope: Envelope, default_s: float) -> float:
         if value is None:
             return default_s
     try:
-        timeout_s = float(value)
-    except (TypeError, ValueError):
+        timeout_s = 0.0 if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
         timeout_s = 0.0
     if not 0.0 < timeout_s <= MAX_TIMEOUT_S:
         raise BadRequest(f"{name} must be a number of seconds over 0 and up to {MAX_TIMEOUT_S:g}", param=name)

@@ -69,8 +69,14 @@ def parse(body: bytes) -> Envelope:
 
 
 def rewrite(body: bytes, **members: Any) -> bytes:
-    """The body with these top-level members set and the gateway's own ones taken out."""
-    values: dict[str, Any] = _members(body)
+    """The body with these top-level members set and the gateway's own ones taken out.
+
+    Raises :class:`BadRequest`: the names of members are looked at here for the first time.
+    """
+    try:
+        values: dict[str, Any] = _members(body)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BadRequest(f"the request body is not JSON: {error}") from None
     for name in GATEWAY_FIELDS:
         values.pop(name, None)
     values.update(members)

@@ -13,6 +13,7 @@ from controlplane.core.fleet import EndpointLoad, Lease
 from controlplane.gateway.call import Call
 from controlplane.gateway.http import EVENT_STREAM
 from controlplane.gateway.sites import Site
+from controlplane.gateway.sse import events_end
 from controlplane.gateway.upstream import Connection, UpstreamFailure
 from controlplane.gateway.watch import Watch, Watcher
 
@@ -78,13 +79,14 @@ class Exchange:
         """
         origin = self.site.origin
         request = origin.request("POST", path, request_id, body)
-        connection = await origin.acquire()
+        deadline_s = self._call.deadline_s
+        connection = await origin.acquire(deadline_s=deadline_s)
         try:
             status = await self._head(connection, request)
         except UpstreamFailure as failure:
             if not failure.stale:
                 raise
-            connection = await origin.acquire(fresh=True)
+            connection = await origin.acquire(fresh=True, deadline_s=deadline_s)
             status = await self._head(connection, request)
         self.status = status
         for name, value in connection.headers:
@@ -104,6 +106,7 @@ class Exchange:
             deadline_s=self._call.deadline_s,
             started_s=monotonic(),
             streaming=self._call.stream,
+            attempt=self._call.attempts,
         )
         self._watcher.add(self._watch)
         return await connection.head()
@@ -111,7 +114,7 @@ class Exchange:
     async def first_event(self) -> None:
         """Wait until the stream's first event is whole."""
         data = await self.connection.read()
-        while data and b"\n\n" not in data:
+        while data and not events_end(data):
             more = await self.connection.read()
             if not more:
                 break
@@ -141,6 +144,17 @@ class Exchange:
         if self._watch is not None and not self._watch.answered:
             self._watch.answered = True
             self.lease.first_token(monotonic())
+
+    def hold(self) -> None:
+        """The client takes nothing more for the moment: what the engine does meanwhile says nothing."""
+        if self._watch is not None:
+            self._watch.held = True
+
+    def go_on(self) -> None:
+        """The client takes again."""
+        if self._watch is not None:
+            self._watch.held = False
+            self._watch.started_s = monotonic()
 
     def succeed(self) -> None:
         """The answer is whole."""

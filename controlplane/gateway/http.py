@@ -55,6 +55,11 @@ class Responder(Protocol):
         """The client left; what is written goes nowhere."""
         ...
 
+    @property
+    def congested(self) -> bool:
+        """The client takes less than it is sent: :meth:`drain` would wait."""
+        ...
+
     def send(self, status: int, headers: Headers, body: bytes) -> None:
         """A whole answer at once."""
         ...

@@ -9,7 +9,6 @@ whole, which makes it retryable to its last byte.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
 from time import monotonic
 from typing import Final, NamedTuple
@@ -28,7 +27,6 @@ from controlplane.core.failover import (
     next_step,
 )
 from controlplane.core.fleet import EndpointLoad
-from controlplane.core.tiers import Api
 from controlplane.errors import DeadlineExceeded, EndpointLost, RequestError
 from controlplane.gateway.accounting import Ledger
 from controlplane.gateway.call import RESUME_KINDS, Call
@@ -47,22 +45,15 @@ from controlplane.gateway.resume import (
     plan,
 )
 from controlplane.gateway.sites import Site, Sites
+from controlplane.gateway.sse import events_end, has_error, is_end
 from controlplane.gateway.upstream import UpstreamFailure
 from controlplane.gateway.watch import Watcher
 
 MAX_ANSWER_BYTES: Final = 256 * 1024 * 1024
 MAX_ERROR_BYTES: Final = 64 * 1024
-END_MARKS: Final = {
-    Api.CHAT: (b"data: [DONE]",),
-    Api.COMPLETIONS: (b"data: [DONE]",),
-    Api.RESPONSES: (b'"response.completed"', b'"response.incomplete"', b'"response.failed"', b"[DONE]"),
-    Api.MESSAGES: (b"message_stop",),
-}
-"""What a stream that is whole holds near its end. One that ends without it was cut."""
-
-ERROR_MARK: Final = b'data: {"error"'
 PROMPT_IDS: Final = re.compile(rb'"prompt_token_ids":\[([0-9, ]*)\]')
 PLAN_ANY_LENGTH: Final = 1 << 40
+LATE: Final = "the request's deadline passed before its answer was whole"
 
 _STATUS_FAILURES: Final = {429: Failure.BUSY, 503: Failure.UNAVAILABLE}
 _OUR_FAULT: Final = frozenset({401, 403})
@@ -131,7 +122,7 @@ class Relay:
                 self._failed(call, exchange, failure)
                 await self._decide(call, failure)
                 started = await self._placing.place_again(call)
-            except asyncio.CancelledError:
+            except BaseException:  # the client left, or an error that nobody foresaw
                 exchange.abandon()
                 raise
         if exchange.streaming:
@@ -144,7 +135,11 @@ class Relay:
     def _begin(self, call: Call, started: Started) -> Exchange:
         call.attempts += 1
         call.tried |= {started.lease.load.key}
-        site = self._sites.site(started.lease.load)
+        try:
+            site = self._sites.site(started.lease.load)
+        except ValueError:  # an address that is none
+            started.lease.abandon(monotonic())
+            raise
         return Exchange(call, started.lease, site, self._watcher, self._placing.pump)
 
     async def _answer(self, call: Call, exchange: Exchange) -> Exchange:
@@ -159,33 +154,42 @@ class Relay:
             if hedge is None:
                 await first
                 return exchange
-            return await self._race(call, exchange, first, self._begin(call, hedge))
+            winner = await self._race(call, exchange, first, self._begin(call, hedge))
+            if winner is not exchange:
+                call.decision = hedge.decision
+            return winner
         finally:
             if not first.done():
                 first.cancel()
+            elif not first.cancelled():
+                first.exception()  # it was looked at
 
     async def _race(
         self, call: Call, exchange: Exchange, first: asyncio.Future[None], other: Exchange
     ) -> Exchange:
-        """Two exchanges of one call: the one that answers first goes on, the other is dropped."""
+        """Two exchanges of one call: the one that answers first goes on, the other ends here. If both
+        fail, so does the call, with the first one's failure."""
         second = asyncio.ensure_future(self._open(call, other))
         runs = {first: exchange, second: other}
+        winner: asyncio.Future[None] | None = None
         try:
             pending = set(runs)
-            while pending:
+            while pending and winner is None:
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
                 winner = next((task for task in done if task.exception() is None), None)
-                if winner is not None:
-                    self._metrics.hedges.labels("won" if winner is second else "lost").inc()
-                    return runs[winner]
-            self._failed(call, other, _failure_of(second))
-            raise _failure_of(first)
+            if winner is None:
+                raise _failure_of(first)
+            self._metrics.hedges.labels("won" if winner is second else "lost").inc()
+            return runs[winner]
         finally:
             for task, run in runs.items():
                 if not task.done():
                     task.cancel()
-                    with contextlib.suppress(asyncio.CancelledError, UpstreamFailure):
-                        await task
+                    run.abandon()
+                elif task is not winner and isinstance(failure := task.exception(), UpstreamFailure):
+                    if winner is not None or task is second:  # else the caller accounts for it
+                        self._failed(call, run, failure)
+                elif task is not winner:
                     run.abandon()
 
     async def _open(self, call: Call, exchange: Exchange) -> None:
@@ -203,7 +207,7 @@ class Relay:
         await self._send(exchange, call.path, call.request_id, body)
         if exchange.streaming:
             await exchange.first_event()
-            if ERROR_MARK in exchange.data:
+            if has_error(call.api, exchange.data):
                 raise UpstreamFailure(Failure.STREAM_ERROR, _detail(exchange.data))
         else:
             exchange.data = await exchange.read_all(MAX_ANSWER_BYTES)
@@ -214,16 +218,18 @@ class Relay:
         if status >= 500 or status == 429 or status in _OUR_FAULT:
             said = await exchange.read_all(MAX_ERROR_BYTES)
             kind = _STATUS_FAILURES.get(status, Failure.SERVER_ERROR)
-            raise UpstreamFailure(
-                kind, f"{status}: {_detail(said)}", status=status if status >= 500 else None
-            )
+            told = "the engine does not take the gateway's key" if status in _OUR_FAULT else _detail(said)
+            raise UpstreamFailure(kind, f"{status}: {told}", status=status if status >= 500 else None)
 
     # -- failures --------------------------------------------------------------------------------
 
     def _failed(self, call: Call, exchange: Exchange, failure: UpstreamFailure) -> None:
         """Account for a failed attempt and free its place."""
         kind = failure.kind
-        exchange.fail(RULES[kind].breaker_weight if kind is not None else 0)
+        if kind is None:  # the deadline passed, which tells nothing of the endpoint
+            exchange.abandon()
+        else:
+            exchange.fail(RULES[kind].breaker_weight)
         name = str(kind) if kind is not None else "deadline"
         self._metrics.endpoint_failures.labels(exchange.load.endpoint.tier, name).inc()
 
@@ -233,7 +239,7 @@ class Relay:
         """Return when the call is to go on elsewhere, raise what the client gets if it is not."""
         kind = failure.kind
         if kind is None:
-            raise DeadlineExceeded("the request's deadline passed before its answer was whole")
+            raise DeadlineExceeded(LATE)
         now_s = monotonic()
         attempt = Attempt(
             number=call.attempts,
@@ -273,12 +279,10 @@ class Relay:
         kind = RESUME_KINDS.get(call.api)
         tape = Tape(kind) if kind is not None and self._resume_policy != "never" else None
         strip = TOKEN_ID_MEMBERS.sub if exchange.ids_added else None
-        marks = END_MARKS.get(call.api, ())
         started_s = call.first_byte_s = monotonic()
         out.start(exchange.status, [(b"content-type", EVENT_STREAM), *STREAM_HEADERS, *answer_headers(call)])
-        carry = b""
+        carry = last = b""
         events = prompt = 0
-        ended = not marks
         data = exchange.data
         if exchange.ids_added and (ids := PROMPT_IDS.search(data)) is not None:
             prompt = ids[1].count(b",") + 1
@@ -286,28 +290,29 @@ class Relay:
             while data:
                 if carry:
                     data = carry + data
-                end = data.rfind(b"\n\n") + 2
+                end = events_end(data)
                 whole, carry = (data, b"") if end == len(data) else (data[:end], data[end:])
-                if end > 1:
-                    if ERROR_MARK in whole:
+                if end:
+                    if has_error(call.api, whole):
                         raise UpstreamFailure(Failure.STREAM_ERROR, _detail(whole))
                     if tape is not None:
                         tape.keep(whole)
                     events += whole.count(b'"token_ids":[') if exchange.ids_added else whole.count(b"data: {")
-                    ended = ended or any(mark in whole for mark in marks)
+                    last = whole
                     out.write(strip(b"", whole) if strip is not None else whole)
-                    await out.drain()
+                    if out.congested:
+                        await _client(call, exchange, out)
                 data = await exchange.connection.read()
-            if not ended:
+            if not is_end(call.api, last):
                 raise UpstreamFailure(Failure.CUT, "the stream ended before its end")
         except UpstreamFailure as failure:
             self._failed(call, exchange, failure)
             if failure.kind is None:
-                raise DeadlineExceeded("the request's deadline passed before its answer was whole") from None
+                raise DeadlineExceeded(LATE) from None
             seen = tape.read() if tape is not None else None
             await self._go_on(call, exchange.load, seen, failure, out)
             return
-        except asyncio.CancelledError:
+        except BaseException:
             exchange.abandon()
             raise
         out.write(carry)
@@ -338,7 +343,8 @@ class Relay:
                 if seen is None:
                     raise EndpointLost("streams of this route can't be resumed")
                 exchange = self._begin(call, await self._placing.place_resumed(call, tier))
-                how = await self._plan_at(call, seen, exchange)
+                if how is None or _needs_length(how):
+                    how = await self._plan_at(call, seen, exchange)
                 await self._resume(call, exchange, how, seen, out)
                 return
             except UpstreamFailure as again:
@@ -346,12 +352,14 @@ class Relay:
                 if exchange is not None:
                     self._failed(call, exchange, failure)
                     exchange = None
+                if failure.kind is None:
+                    raise DeadlineExceeded(LATE) from None
             except (RequestError, NotResumable) as reason:
                 if exchange is not None:
                     exchange.abandon()
                 self._refuse_resume(call, failure, str(reason), out)
                 return
-            except asyncio.CancelledError:
+            except BaseException:
                 if exchange is not None:
                     exchange.abandon()
                 raise
@@ -382,17 +390,22 @@ class Relay:
             if how.method == "replay" and exchange.load.endpoint.capabilities.resume_by_token_ids:
                 body["return_token_ids"] = True
             await self._send(exchange, how.path, call.request_id, _encode(body))
+            if 400 <= exchange.status < 500:
+                raise NotResumable(f"the other engine answered {exchange.status}")
             if not exchange.streaming:
                 raise UpstreamFailure(Failure.SERVER_ERROR, "the other engine did not stream")
             carry = b""
             while data := await exchange.connection.read():
                 exchange.answered()
-                whole, found, carry = (carry + data).rpartition(b"\n\n")
-                if found:
-                    if ERROR_MARK in whole:
+                data = carry + data
+                end = events_end(data)
+                whole, carry = data[:end], data[end:]
+                if whole:
+                    if has_error(call.api, whole):
                         raise UpstreamFailure(Failure.STREAM_ERROR, _detail(whole))
                     out.write(splice.feed(whole))
-                    await out.drain()
+                    if out.congested:
+                        await _client(call, exchange, out)
             if not seen.done:
                 raise UpstreamFailure(Failure.CUT, "the stream ended before its end")
             exchange.succeed()
@@ -469,6 +482,24 @@ async def _max_model_len(site: Site, request_id: str) -> int | None:
         return None
     finally:
         connection.close()
+
+
+async def _client(call: Call, exchange: Exchange, out: Responder) -> None:
+    """Wait for a client that takes less than it is sent: until the deadline, for it holds a place at the
+    engine all the while, which is not to blame."""
+    exchange.hold()
+    try:
+        async with asyncio.timeout(call.deadline_s - monotonic()):
+            await out.drain()
+    except TimeoutError:
+        raise UpstreamFailure(None, "the client took nothing until the deadline") from None
+    finally:
+        exchange.go_on()
+
+
+def _needs_length(how: Continuation) -> bool:
+    """The engine's context length sets the limit, as the request has none."""
+    return how.method == "continue" and int(how.body["max_tokens"]) > PLAN_ANY_LENGTH // 2
 
 
 def _failure_of(task: asyncio.Future[None]) -> UpstreamFailure:

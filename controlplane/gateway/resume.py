@@ -65,6 +65,8 @@ Kind = Literal["chat", "completion"]
 
 _decode = msgspec.json.Decoder().decode
 _encode = msgspec.json.Encoder().encode
+_STRANGE: Final = (msgspec.DecodeError, UnicodeDecodeError, AttributeError, TypeError)
+"""What reading an event raises that is not what it should be."""
 
 
 class NotResumable(Exception):
@@ -90,6 +92,8 @@ class Seen:
     finish_reason: str | None = None
     usage_sent: bool = False
     done: bool = False
+    readable: bool = True
+    """False: an event was not what events of this kind are."""
     plain: bool = True
     """Only text of one choice was seen: no tool calls, log-probabilities or reasoning."""
 
@@ -135,17 +139,16 @@ class Seen:
 
 def events(data: bytes) -> Iterator[dict[str, Any] | None]:
     """The events of whole server-sent-event blocks; None for ``[DONE]``. Comments are left out."""
-    for block in data.split(b"\n\n"):
-        for line in block.splitlines():
-            if not line.startswith(b"data:"):
-                continue
-            payload = line[5:].strip()
-            if payload == b"[DONE]":
-                yield None
-            elif payload:
-                event = _decode(payload)
-                if isinstance(event, dict):
-                    yield event
+    for line in data.splitlines():
+        if not line.startswith(b"data:"):
+            continue
+        payload = line[5:].strip()
+        if payload == b"[DONE]":
+            yield None
+        elif payload:
+            event = _decode(payload)
+            if isinstance(event, dict):
+                yield event
 
 
 class Tape:
@@ -171,11 +174,14 @@ class Tape:
     def read(self) -> Seen:
         """What the client has seen so far."""
         raw, self._raw, self._raw_bytes = self._raw, [], 0
-        for event in events(b"".join(raw)):
-            if event is None:
-                self._seen.done = True
-            else:
-                self._seen.take(event)
+        try:
+            for event in events(b"".join(raw)):
+                if event is None:
+                    self._seen.done = True
+                else:
+                    self._seen.take(event)
+        except _STRANGE:
+            self._seen.readable = False
         return self._seen
 
 
@@ -202,6 +208,8 @@ def plan(body: bytes, seen: Seen, policy: Policy, max_model_len: int | None = No
         raise NotResumable("the policy is never to resume")
     if seen.done or seen.finish_reason is not None:
         return Continuation("finish")
+    if not seen.readable:
+        raise NotResumable("what the engine sent can't be read")
     request = _decode(body)
     if not seen.plain:
         raise NotResumable("tool calls, log-probabilities or reasoning were already sent")
@@ -278,11 +286,14 @@ class Splice:
     def feed(self, data: bytes) -> bytes:
         """The client's share of whole events; raises :class:`NotResumable` if the text differs."""
         out: list[bytes] = []
-        for event in events(data):
-            if event is None:
-                out.append(self.finish())
-            else:
-                out += self._event(event)
+        try:
+            for event in events(data):
+                if event is None:
+                    out.append(self.finish())
+                else:
+                    out += self._event(event)
+        except _STRANGE:
+            raise NotResumable("what the other engine sent can't be read") from None
         return b"".join(out)
 
     def finish(self) -> bytes:

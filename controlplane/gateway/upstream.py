@@ -8,7 +8,10 @@ Parsing is llhttp's (through httptools).
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 from collections import deque
+from math import inf
 from time import monotonic
 from typing import Final
 from urllib.parse import urlsplit
@@ -213,7 +216,7 @@ class Connection(asyncio.Protocol):
         idle = self._parser is None or self._complete
         self.closed = True
         if not idle and self._failure is None:
-            if self._head_done and not self._keep_alive and not self._framed():
+            if exc is None and self._head_done and not self._keep_alive and not self._framed():
                 self._complete = True  # an answer without a length ends with the connection
             else:
                 reused_unanswered = self.exchanges > 1 and self._head_bytes == 0
@@ -297,25 +300,28 @@ class Origin:
         lengths = f"x-request-id: {request_id}\r\ncontent-length: {len(body)}\r\n\r\n".encode("latin-1")
         return b"".join((start, self._tail, lengths, body))
 
-    async def acquire(self, *, fresh: bool = False) -> Connection:
+    async def acquire(self, *, fresh: bool = False, deadline_s: float = inf) -> Connection:
         """An open connection, kept from an earlier exchange if there is one and ``fresh`` is false.
 
-        Raises :class:`UpstreamFailure` if none can be made in ``connect_timeout_s``.
+        Raises :class:`UpstreamFailure` if none can be made in ``connect_timeout_s``, or until
+        ``deadline_s`` (monotonic).
         """
         while self._idle and not fresh:
             connection = self._idle.pop()
             if not connection.closed:
                 return connection
         try:
-            async with asyncio.timeout(self._connect_timeout_s):
+            async with asyncio.timeout(min(self._connect_timeout_s, deadline_s - monotonic())):
                 _, made = await self._loop.create_connection(
                     self._new, self._host, self._port, ssl=True if self._secure else None
                 )
         except TimeoutError:
+            if monotonic() >= deadline_s:
+                raise UpstreamFailure(None, "the deadline passed while connecting") from None
             detail = f"no connection after {self._connect_timeout_s:g} s"
             raise UpstreamFailure(Failure.CONNECT_TIMEOUT, detail) from None
         except OSError as error:
-            raise UpstreamFailure(Failure.REFUSED, error.strerror or str(error)) from None
+            raise UpstreamFailure(Failure.REFUSED, _reason(error)) from None
         return made
 
     def release(self, connection: Connection) -> None:
@@ -334,3 +340,10 @@ class Origin:
 
     def _new(self) -> Connection:
         return Connection(self._loop)
+
+
+def _reason(error: OSError) -> str:
+    """Why there is no connection, without the address: clients see it."""
+    if error.errno is None or isinstance(error, socket.gaierror):
+        return error.strerror or type(error).__name__
+    return os.strerror(error.errno)

@@ -9,6 +9,7 @@ for the limits that slow but honest requests need.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import Final
 
 from controlplane.core.failover import Failure
@@ -20,6 +21,8 @@ SILENCE_TTFTS: Final = 8.0
 """Silence is measured against this many usual times to first token …"""
 SILENCE_LATENCIES: Final = 4.0
 """… and, for answers that come in one piece, this many usual latencies."""
+SILENCE_PATIENCE: Final = 4.0
+"""Each further attempt of a request is given so many times as much of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,18 +37,38 @@ class Limits:
 class Watch:
     """One exchange under watch."""
 
-    __slots__ = ("answered", "connection", "deadline_s", "lease", "started_s", "streaming")
+    __slots__ = (
+        "answered",
+        "attempt",
+        "connection",
+        "deadline_s",
+        "held",
+        "lease",
+        "started_s",
+        "streaming",
+    )
 
     def __init__(
-        self, connection: Connection, lease: Lease, *, deadline_s: float, started_s: float, streaming: bool
+        self,
+        connection: Connection,
+        lease: Lease,
+        *,
+        deadline_s: float,
+        started_s: float,
+        streaming: bool,
+        attempt: int = 1,
     ) -> None:
         self.connection = connection
         self.lease = lease
         self.deadline_s = deadline_s
         self.started_s = started_s
         self.streaming = streaming
+        self.attempt = attempt
+        """Which attempt of its request it is, from 1."""
         self.answered = False
         """The first token came."""
+        self.held = False
+        """The client takes nothing at present, so the engine is not waited for."""
 
 
 class Watcher:
@@ -70,15 +93,26 @@ class Watcher:
             load = watch.lease.load
             if watch.connection.last_byte_s > max(load.sign_s, watch.started_s):
                 load.sign_s = watch.connection.last_byte_s
+        hung: set[EndpointLoad] = set()
         for watch in watches:
             verdict = self._overdue(watch, now_s)
             if verdict is not None:
                 watch.connection.fail(*verdict)
+            elif self._silent(watch, self._patience_s(watch), now_s):
+                hung.add(watch.lease.load)
+                self._fail_silent(watch, now_s)
+        for watch in watches if hung else ():
+            # An answer in one piece shows no life before it is whole: there a stream is the witness.
+            alike = watch.lease.load in hung and not watch.streaming and watch.attempt == 1
+            if alike and self._silent(watch, self._limits.silence_s, now_s):
+                self._fail_silent(watch, now_s)
 
     def _overdue(self, watch: Watch, now_s: float) -> tuple[Failure | None, str] | None:
         limits = self._limits
         if now_s >= watch.deadline_s:
             return None, "the request's deadline passed"
+        if watch.held:
+            return None
         last_s = max(watch.connection.last_byte_s, watch.started_s)
         if not watch.answered:
             waited_s = now_s - watch.started_s
@@ -86,18 +120,32 @@ class Watcher:
                 return Failure.FIRST_TOKEN_TIMEOUT, f"no token after {waited_s:.1f} s (first_token_timeout_s)"
         elif now_s - last_s > limits.token_gap_s:
             return Failure.TOKEN_TIMEOUT, f"no token for {now_s - last_s:.1f} s (token_timeout_s)"
-        load = watch.lease.load
-        silent_s = now_s - max(load.sign_s, last_s)
-        if silent_s > self._patience_s(watch, load) and _has_alternative(load, now_s):
-            kind = Failure.TOKEN_TIMEOUT if watch.answered else Failure.FIRST_TOKEN_TIMEOUT
-            return kind, f"the engine gave no byte on any request for {silent_s:.1f} s (silence_timeout_s)"
         return None
 
-    def _patience_s(self, watch: Watch, load: EndpointLoad) -> float:
+    def _silent(self, watch: Watch, patience_s: float, now_s: float) -> bool:
+        load = watch.lease.load
+        return not watch.held and _silence_s(watch, now_s) > patience_s and _has_alternative(load, now_s)
+
+    def _fail_silent(self, watch: Watch, now_s: float) -> None:
+        kind = Failure.TOKEN_TIMEOUT if watch.answered else Failure.FIRST_TOKEN_TIMEOUT
+        told = f"the engine gave no byte on any request for {_silence_s(watch, now_s):.1f} s"
+        watch.connection.fail(kind, f"{told} (silence_timeout_s)")
+
+    def _patience_s(self, watch: Watch) -> float:
+        """How much silence is too much. A request that met it before is given more: if it is honestly
+        slow, it is so everywhere."""
+        load = watch.lease.load
         usual_s = SILENCE_TTFTS * (load.ttft_s or 0.0)
         if not watch.streaming:
-            usual_s = max(usual_s, SILENCE_LATENCIES * (load.latency_s or 0.0))
-        return max(self._limits.silence_s, usual_s)
+            if load.latency_s is None:
+                return inf
+            usual_s = max(usual_s, SILENCE_LATENCIES * load.latency_s)
+        return max(self._limits.silence_s, usual_s) * SILENCE_PATIENCE ** (watch.attempt - 1)
+
+
+def _silence_s(watch: Watch, now_s: float) -> float:
+    """For how long neither this exchange nor any other of its endpoint gave a byte."""
+    return now_s - max(watch.lease.load.sign_s, watch.connection.last_byte_s, watch.started_s)
 
 
 def _has_alternative(load: EndpointLoad, now_s: float) -> bool:

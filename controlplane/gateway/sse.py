@@ -1,0 +1,47 @@
+"""Server-sent events as far as a relay must know them: where one ends, which one is the last or an error.
+
+Engines end an event with ``\\n\\n`` or with ``\\r\\n\\r\\n``. What marks an end or an error is looked for at the
+start of a line or with its quotes: inside a JSON string both would be escaped, so that a model that writes
+about events can't be taken for one.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from controlplane.core.tiers import Api
+
+_DONE: Final = rb"(?:^|\n)data: ?\[DONE\]"
+_ENDS: Final = {
+    Api.CHAT: re.compile(_DONE),
+    Api.COMPLETIONS: re.compile(_DONE),
+    Api.RESPONSES: re.compile(_DONE + rb'|"type": ?"response\.(?:completed|incomplete|failed)"'),
+    Api.MESSAGES: re.compile(_DONE + rb'|"type": ?"message_stop"'),
+}
+_ERROR: Final = {Api.RESPONSES: b"event: error", Api.MESSAGES: b"event: error"}
+_ERROR_DATA: Final = b'data: {"error"'
+_ERROR_LINE: Final = re.compile(rb"(?:^|\n)event: error")
+
+
+def events_end(data: bytes) -> int:
+    """Where the last whole event of ``data`` ends; 0 if there is none."""
+    end = data.rfind(b"\n\n")
+    if end >= 0:
+        return end + 2
+    end = data.rfind(b"\n\r\n")
+    return end + 3 if end >= 0 else 0
+
+
+def is_end(api: Api, last: bytes) -> bool:
+    """Do the last events of a stream say that it is whole? True where the route has no such mark."""
+    pattern = _ENDS.get(api)
+    return pattern is None or pattern.search(last) is not None
+
+
+def has_error(api: Api, events: bytes) -> bool:
+    """Did the engine write an error among these events?"""
+    mark = _ERROR.get(api)
+    if mark is None:
+        return _ERROR_DATA in events
+    return mark in events and _ERROR_LINE.search(events) is not None
