@@ -10,6 +10,8 @@ Who watches whom:
 * The reaper is single-threaded and the engine's parent: the engine's first process gets SIGKILL from the
   kernel if the reaper is killed (PR_SET_PDEATHSIG follows the forking *thread*, so it must be one that
   lives).
+* A watchdog, forked from the reaper, waits for the reaper's end. If it was killed, the watchdog kills the
+  engine's whole family: vLLM's core process, for one, does not notice that its parent is gone.
 * The engine runs in a session of its own, and the reaper is a child subreaper: what the engine forks and
   forgets becomes the reaper's child. Whatever leaves even the session is found by a variable in its
   environment (:data:`MARKER`).
@@ -47,8 +49,11 @@ class Family:
     """The living processes of one engine: by session, by marker, by descent from those; with ``adopts``
     also every child of this process."""
 
-    def __init__(self, session: int, session_start: int, marker: str, *, adopts: bool) -> None:
+    def __init__(
+        self, session: int, session_start: int, marker: str, *, adopts: bool, without: int = 0
+    ) -> None:
         self._adopts = adopts
+        self._without = {os.getpid(), without}
         self._session = session
         self._session_start = session_start
         self._marker = f"{MARKER}={marker}".encode() if marker else b""
@@ -56,15 +61,16 @@ class Family:
     def members(self) -> list[int]:
         """The ids of the engine's processes, this one never among them."""
         own = os.getpid()
-        processes = {pid: stat for pid in _pids() if (stat := _stat(pid)) is not None}
+        processes = {
+            pid: stat for pid in _pids() if pid not in self._without and (stat := _stat(pid)) is not None
+        }
         leader = processes.get(self._session)
         # The number was given to another process: our session is empty.
         reused = leader is not None and leader[3] != self._session_start
         found = {
             pid
             for pid, (state, parent, session, _) in processes.items()
-            if pid != own
-            and state not in "ZX"
+            if state not in "ZX"
             and (
                 (self._adopts and parent == own)
                 or (session == self._session and not reused)
@@ -78,7 +84,7 @@ class Family:
             } - found
             found |= children
             grew = bool(children)
-        return sorted(found - {own})
+        return sorted(found)
 
     def signal(self, number: int) -> list[int]:
         """Send ``number`` to every member; the ids it was sent to."""
@@ -164,10 +170,16 @@ class Reaper:
         if self._parent and os.getppid() != self._parent:
             return 0  # The supervisor died before it could be watched; nothing was started.
         engine = self._start()
-        family = Family(engine, start_of(engine), os.environ.get(MARKER, ""), adopts=True)
+        started = start_of(engine)
+        marker = os.environ.get(MARKER, "")
+        watchdog, leash = self._start_watchdog(engine, started, marker)
+        family = Family(engine, started, marker, adopts=True, without=watchdog)
         self._report(f"pid {engine}")
         self._watch(engine, family, wake_read)
         self._end(family, wake_read)
+        os.write(leash, b".")
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(watchdog, 0)
         self._report("gone")
         code = self._exit_code or 0
         return code if code >= 0 else 128 - code
@@ -202,6 +214,30 @@ class Reaper:
             os.write(2, f"reaper: can't start {self._command[0]}: {error.strerror}\n".encode())
         finally:
             os._exit(127)
+
+    def _start_watchdog(self, engine: int, started: int, marker: str) -> tuple[int, int]:
+        """Fork the watchdog; its id and the pipe on which a byte sends it home."""
+        leash_read, leash_write = os.pipe()
+        pid = os.fork()
+        if pid:
+            os.close(leash_read)
+            return pid, leash_write
+        try:
+            # Out of reach of what is meant for the reaper, its process group or its terminal.
+            os.setsid()
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+                signal.signal(number, signal.SIG_IGN)
+            signal.set_wakeup_fd(-1)
+            # Not hold the pipes open whose end tells the supervisor that the reaper is gone.
+            nothing = os.open(os.devnull, os.O_RDWR)
+            for fd in (0, 1, 2):
+                os.dup2(nothing, fd)
+            os.dup2(leash_read, 3)
+            os.closerange(4, 1024)
+            if not os.read(3, 1):
+                sweep(engine, started, marker)
+        finally:
+            os._exit(0)
 
     def _watch(self, engine: int, family: Family, wake_read: int) -> None:
         """Until the engine's first process has ended, stopping it when asked to."""

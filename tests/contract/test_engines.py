@@ -393,8 +393,7 @@ def test_an_address_that_refuses_the_key_says_so(monkeypatch):
 @pytest.mark.vllm
 @pytest.mark.timeout(600)
 def test_vllm_leaves_nothing_when_its_supervisor_and_its_reaper_are_killed_together():
-    """The one case in which nobody is left to clean up: the kernel ends the first process, and vLLM's own
-    workers see that their parent is gone."""
+    """vLLM's core process does not notice that its parent is gone: the reaper's watchdog ends it."""
     import subprocess
     import sys
 

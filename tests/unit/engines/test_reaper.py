@@ -27,6 +27,13 @@ if os.fork() == 0:
 os.wait()
 time.sleep(60 if 'stay' in sys.argv else 0.2)
 """
+# A child that does not notice its parent's death, and whose environment is not to be read.
+FORKER = """
+import os, sys, time
+if os.fork() == 0:
+    os.execve(sys.executable, [sys.executable, '-c', sys.argv[1]], {})
+time.sleep(60)
+"""
 NAPPING = """
 import os, time
 with open(os.environ.get('PIDS') or '{pids}', 'a') as file:
@@ -223,18 +230,34 @@ def test_sigkill_of_the_supervisor_leaves_nothing(tmp_path):
     until(lambda: not any(map(alive, (daemon, engine, its_reaper))), what="the family ends")
 
 
-def test_sigkill_of_supervisor_and_reaper_ends_the_first_process(tmp_path):
+@pytest.mark.parametrize("bare", [[], ["bare"]], ids=["marked", "without an environment"])
+def test_sigkill_of_supervisor_and_reaper_at_once_leaves_nothing(tmp_path, bare):
     pids = tmp_path / "pids"
-    supervisor, its_reaper = supervisor_of(sys.executable, "-c", NAPPING, env={"PIDS": str(pids)})
-    (engine,) = pids_in(pids)
+    nap = NAPPING.replace("{pids}", str(pids))
+    program = FORKER if bare else DAEMON
+    supervisor, its_reaper = supervisor_of(
+        sys.executable, "-c", program, nap, "stay", *bare, env={"PIDS": str(pids)}
+    )
+    (child,) = pids_in(pids)
+    engine = until(lambda: [p for p in children_of(its_reaper) if reaper._stat(p)[2] == p])
     os.kill(its_reaper, signal.SIGSTOP)
     supervisor.kill()
     os.kill(its_reaper, signal.SIGKILL)
     supervisor.communicate()
-    until(lambda: not alive(engine), what="the engine ends")
+    until(lambda: not any(map(alive, (child, *engine))), what="the family ends")
 
 
-def test_after_sigkill_of_the_reaper_a_sweep_finds_the_rest_and_nothing_else(reaped, tmp_path):
+def test_the_watchdog_leaves_with_the_reaper(reaped):
+    run = reaped("sh", "-c", "sleep 0.3")
+    engine = run.pid()
+    watchdog = until(lambda: [pid for pid in children_of(run.popen.pid) if pid != engine])
+    run.next("exit")
+    run.next("gone")
+    assert run.code() == 0
+    assert not any(map(alive, watchdog))
+
+
+def test_after_sigkill_of_reaper_and_watchdog_a_sweep_finds_the_rest_and_nothing_else(reaped, tmp_path):
     pids = tmp_path / "pids"
     run = reaped(sys.executable, "-c", DAEMON, NAPPING, "stay", env={"PIDS": str(pids)})
     pid = run.pid()
@@ -247,6 +270,8 @@ def test_after_sigkill_of_the_reaper_a_sweep_finds_the_rest_and_nothing_else(rea
     )
     bystander = subprocess.Popen([sys.executable, "-c", OBEDIENT], stdout=subprocess.PIPE)
     try:
+        for watchdog in set(children_of(run.popen.pid)) - {pid, daemon}:
+            os.kill(watchdog, signal.SIGKILL)
         run.popen.kill()
         run.popen.wait(10)
         until(lambda: not alive(pid), what="the kernel ends the first process")
