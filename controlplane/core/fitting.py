@@ -72,29 +72,32 @@ def _share(
 ) -> tuple[Ints, Floats]:
     """The GPU of each row that gives the share with the least stranding, and how much that is."""
     gap = ledger.gap_milli[rows]
-    width = gap.shape[1]
     after = gap_of(
         ledger.free_milli[rows] - shape.milli_gpu,
         ledger.free_bytes[rows] - shape.gpu_memory_bytes,
         ledger.size_bytes[rows],
     )
-    # One state per GPU that could give it, and as the last one the state as it is.
-    options = np.repeat(gap[:, None, :], width + 1, axis=1)
-    each = np.arange(width)
-    options[:, each, each] = after
-    cpu = np.repeat(ledger.cpu_milli[rows][:, None], width + 1, axis=1)
-    cpu[:, :width] -= shape.cpu_milli
+    # GPUs of a node that are alike now are alike after it: one of each is looked at.
+    state = np.stack([gap, after, ledger.kind[rows], ledger.island[rows]])
+    alike = np.all(state[:, :, :, None] == state[:, :, None, :], axis=0) & eligible[:, None, :]
+    distinct = eligible & (alike.argmax(axis=2) == np.arange(gap.shape[1]))
+    option, column = np.nonzero(distinct)
+    options = gap[option]
+    options[np.arange(len(option)), column] = after[option, column]
+    which = np.concatenate([option, np.arange(len(rows))])
+    cpu = ledger.cpu_milli[rows]
     stranded = stranding.of(
         NodeStates(
-            options,
-            ledger.kind[rows][:, None, :],
-            ledger.island[rows][:, None, :],
-            ledger.largest_island[rows][:, None],
-            cpu,
+            np.concatenate([options, gap]),
+            ledger.kind[rows[which]],
+            ledger.island[rows[which]],
+            ledger.largest_island[rows[which]],
+            np.concatenate([cpu[option] - shape.cpu_milli, cpu]),
             ledger.islands,
         )
     )
-    growth = np.where(eligible, stranded[:, :width] - stranded[:, width:], np.inf)
+    growth = np.full(gap.shape, np.inf)
+    growth[option, column] = stranded[: len(option)] - stranded[len(option) :][option]
     best = np.argmin(np.round(growth, 6), axis=1)
     return best, growth[np.arange(len(rows)), best]
 

@@ -109,7 +109,7 @@ class Stranding:
         """Expected stranding of each state, in thousandths of a GPU."""
         gap = states.gap_milli
         free = gap.sum(axis=-1)
-        budget = states.cpu_milli / (np.maximum(free, 1) * self._step)
+        budget = np.maximum(states.cpu_milli, 0) / (np.maximum(free, 1) * self._step)
         steps = np.minimum(gap * budget[..., None], _CPU_STEPS - 1e-9)
         low = steps.astype(np.int64)
         part = steps - low
@@ -126,7 +126,7 @@ class Stranding:
         assert self._missed_on_node is not None
         idle = states.gap_milli == WHOLE_MILLI
         kind = states.kind[..., 0]
-        cpu = np.clip(states.cpu_milli // self._step, 0, _CPU_STEPS)
+        cpu = np.maximum(states.cpu_milli // self._step, 0)
         missed: Floats = self._missed_on_node[kind, states.largest_island, idle.sum(axis=-1), cpu]
         if self._missed_in_island is not None and states.islands:
             most = _most_in_an_island(idle, states)
