@@ -39,6 +39,8 @@ def decide_restart(
     """
     if permanent:
         return RestartDecision(False, 0.0, "starting it again would not help")
+    if policy.max_restarts == 0:
+        return RestartDecision(False, 0.0, "restart.max_restarts is 0")
     recent = sum(1 for at_s in restarted_s if now_s - at_s < policy.window_s)
     if recent >= policy.max_restarts:
         times = "once" if recent == 1 else f"{recent} times"

