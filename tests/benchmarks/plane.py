@@ -131,6 +131,7 @@ def running(args: Mapping[str, Any]) -> Iterator[Plane]:
         text=True,
         start_new_session=True,
     )
+    before = _end_in_order_on_sigterm()
     try:
         _wait_ready(up)
         record = json.loads((folder / "run" / "up.json").read_text())
@@ -140,6 +141,20 @@ def running(args: Mapping[str, Any]) -> Iterator[Plane]:
     finally:
         _stop(up, env)
         shutil.rmtree(folder, ignore_errors=True)
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _end_in_order_on_sigterm() -> Any:
+    """Let SIGTERM (`timeout`, a cancelled job) unwind like Ctrl-C, so that no plane stays behind; gives the
+    handler before, or None in a thread, where none can be set."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+
+    def leave(number: int, _: Any) -> None:
+        raise SystemExit(128 + number)
+
+    return signal.signal(signal.SIGTERM, leave)
 
 
 def _wait_ready(up: subprocess.Popen[str]) -> None:
