@@ -52,7 +52,8 @@ class GatewayReplica:
             gateway_id=self._id,
         )
         self._gateway = Gateway(config, self._id)
-        await self._gateway.start(config.gateway.host, config.gateway.port or None)
+        address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        await self._gateway.start(config.gateway.host, config.gateway.port or None, address)
         self._link = ControllerLink(config.controller)
         self._hurry = asyncio.Event()
         self._tasks = Background(

@@ -41,6 +41,7 @@ from controlplane.gateway.watch import SWEEP_S, Limits, Watcher
 
 _REQUEST_ID: Final = re.compile(rf"^[A-Za-z0-9._:-]{{1,{MAX_REQUEST_ID}}}$")
 CLIENT_CLOSED_REQUEST: Final = 499
+EVERY_ADDRESS: Final = frozenset({"0.0.0.0", "::", ""})  # noqa: S104 (recognised, not bound)
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -105,9 +106,10 @@ class Gateway:
 
     # -- life ------------------------------------------------------------------------------------
 
-    async def start(self, host: str, port: int | None) -> None:
+    async def start(self, host: str, port: int | None, node_address: str = "") -> None:
         """Begin to tick, and open the own port (unless it is None), shared with the other gateway
-        replicas of this node, plus a private one on which the others find this replica's metrics.
+        replicas of this node, plus a private one on which the others find this replica's metrics: there under
+        ``node_address`` if ``host`` is every address of the node.
 
         Raises OSError if the port can't be had.
         """
@@ -121,7 +123,8 @@ class Gateway:
         private = Server(self._private, max_body_bytes=1024)
         private_port = await private.start(host, 0)
         self._servers.append(private)
-        self._private_url = f"http://{host}:{private_port}"
+        reached = node_address if host in EVERY_ADDRESS and node_address else host
+        self._private_url = f"http://{f'[{reached}]' if ':' in reached else reached}:{private_port}"
 
     def apply(self, snapshot: ClusterSnapshot) -> None:
         """Go by a new snapshot from now on."""

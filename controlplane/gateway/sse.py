@@ -1,8 +1,8 @@
 """Server-sent events as far as a relay must know them: where one ends, which one is the last or an error.
 
-Engines end an event with ``\\n\\n`` or with ``\\r\\n\\r\\n``. What marks an end or an error is looked for at the
-start of a line or with its quotes: inside a JSON string both would be escaped, so that a model that writes
-about events can't be taken for one.
+Engines end an event with ``\\n\\n`` or with ``\\r\\n\\r\\n``. What marks an end or an error is looked for at
+the start of a line or with its quotes: inside a JSON string both would be escaped, so that a model that
+writes about events can't be taken for one.
 """
 
 from __future__ import annotations

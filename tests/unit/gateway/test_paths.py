@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from controlplane.core.failover import Failure
+from controlplane.gateway.app import Gateway
 from controlplane.gateway.upstream import UpstreamFailure
 from tests.support_gateway import CHAT, Rig, chat_body, plane, running
 
@@ -303,3 +304,43 @@ async def test_a_first_token_that_is_honestly_slow_comes_in_the_end() -> None:
         await rig.engine("a", ttft_ms=900)
         await rig.engine("b", ttft_ms=900)
         assert (await rig.stream(chat_body(max_tokens=1))).done
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [("0.0.0.0", "http://10.1.2.3:"), ("127.0.0.1", "http://127.0.0.1:")],
+)
+async def test_a_gateway_on_every_address_is_found_by_its_nodes(host: str, url: str) -> None:
+    gateway = Gateway(plane(), "gateway-a")
+    await gateway.start(host, 0, "10.1.2.3")
+    assert gateway.info().url.startswith(url)
+    await gateway.drain(0.1)
+
+
+async def test_a_hedge_that_wins_at_another_tier_is_told_as_that_tier() -> None:
+    tiers = ({"name": "balanced"}, {"name": "capable"})
+    async with running(plane(*tiers, hedge_after_s=0.05, first_token_timeout_s=30)) as rig:
+        await rig.engine("a", limit=1, ttft_ms=2_000)
+        await rig.engine("b", "capable")
+        stream = await rig.stream(chat_body(max_tokens=2))
+        assert stream.done
+        assert stream.headers["x-tier"] == "capable"
+        assert await becomes_idle(rig)
+
+
+async def test_clients_that_leave_at_any_moment_leave_nothing_behind() -> None:
+    async with running(plane(hedge_after_s=0.03, queue={"capacity": 50})) as rig:
+        for name in "ab":
+            await rig.engine(name, limit=3, ttft_ms=60, itl_ms=5)
+
+        async def leave_after(delay_s: float) -> None:
+            task = asyncio.ensure_future(rig.stream(chat_body(max_tokens=10)))
+            await asyncio.sleep(delay_s)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+        await asyncio.gather(*(leave_after(0.004 * i) for i in range(60)))
+        assert await becomes_idle(rig)
+        assert not rig.gateway.queue
+        assert all(site.meter._running == 0 for site in rig.gateway._sites._sites.values())
+        assert ended(rig) <= 60
