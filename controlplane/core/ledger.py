@@ -111,7 +111,8 @@ class Ledger:
 def gap_of(free_milli: Ints, free_bytes: Ints, size_bytes: Ints) -> Ints:
     """What can still be given of a GPU, in thousandths: its free share, limited by its free memory."""
     by_memory: Ints = np.floor(free_bytes / np.maximum(size_bytes, 1) * WHOLE_MILLI + 1e-9).astype(np.int64)
-    return np.maximum(np.minimum(free_milli, by_memory), 0)
+    gap: Ints = np.maximum(np.minimum(free_milli, by_memory), 0)
+    return gap
 
 
 def all_rows(ledger: Ledger) -> Ints:
