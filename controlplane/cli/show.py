@@ -24,6 +24,10 @@ _STYLES = {
 }
 
 
+_WHOLE_COLUMNS = 6
+"""So many columns of the status table are never cut."""
+
+
 def age(s: float) -> str:
     """A duration for people: ``8 s``, ``3 m 20 s``, ``5 h 02 m``."""
     whole = max(0, int(s))
@@ -54,31 +58,53 @@ def progress_table(tiers: Sequence[TierStatus], elapsed_s: float) -> Table:
 
 
 def status_table(tiers: Sequence[TierStatus], unix_s: float) -> Table:
-    """One row per endpoint, under its tier."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for column in ("tier", "state", "ready", "model", "endpoint", "address", "age", "in flight", "restarts"):
-        right = column in {"ready", "age", "in flight", "restarts"}
-        table.add_column(column, justify="right" if right else "left")
-    table.add_column("", overflow="fold")
+    """One row per endpoint, under its tier; on a narrow terminal the last columns are cut."""
+    rows: list[tuple[str, ...]] = []
     for tier in tiers:
         ready = f"{tier.replicas_ready}/{tier.replicas_wanted}"
         if not tier.endpoints:
-            table.add_row(tier.name, _state(tier.state), ready, tier.model, *[""] * 6)
+            rows.append((tier.name, tier.state, ready, "", "", "", "", tier.model, ""))
         for index, item in enumerate(tier.endpoints):
             endpoint = item.endpoint
-            table.add_row(
-                tier.name if index == 0 else "",
-                _state(endpoint.state.value),
-                ready if index == 0 else "",
-                endpoint.model,
-                endpoint.endpoint_id,
-                endpoint.base_url,
-                age(unix_s - endpoint.since_unix_s) if endpoint.since_unix_s else "",
-                str(item.in_flight),
-                str(endpoint.restarts),
-                endpoint.diagnosis or ("" if endpoint.state == "ready" else endpoint.phase),
+            rows.append(
+                (
+                    tier.name if index == 0 else "",
+                    endpoint.state.value,
+                    ready if index == 0 else "",
+                    f"{item.in_flight}/{endpoint.concurrency_limit}",
+                    str(endpoint.restarts),
+                    age(unix_s - endpoint.since_unix_s) if endpoint.since_unix_s else "",
+                    endpoint.endpoint_id,
+                    endpoint.model,
+                    endpoint.base_url,
+                )
             )
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    heads = ("tier", "state", "ready", "busy", "restarts", "age", "endpoint", "model", "address")
+    for index, head in enumerate(heads):
+        width = max([len(head), *(len(row[index]) for row in rows)])
+        whole = index < _WHOLE_COLUMNS
+        table.add_column(
+            head,
+            no_wrap=True,
+            overflow="ellipsis",
+            justify="right" if head in {"ready", "busy", "restarts", "age"} else "left",
+            min_width=width if whole else 4,
+        )
+    for row in rows:
+        table.add_row(row[0], _state(row[1]), *row[2:])
     return table
+
+
+def troubles(tiers: Sequence[TierStatus]) -> list[Text]:
+    """A line for each endpoint that does not serve: what it does, and why it does not."""
+    return [
+        Text(f"{item.endpoint.endpoint_id}: {text}", style=_STYLES.get(item.endpoint.state.value, ""))
+        for tier in tiers
+        for item in tier.endpoints
+        if item.endpoint.state != "ready"
+        and (text := "; ".join(filter(None, (item.endpoint.phase, item.endpoint.diagnosis))))
+    ]
 
 
 def gateway_table(gateways: Sequence[GatewayInfo], unix_s: float) -> Table:

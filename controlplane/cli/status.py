@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.text import Text
 
 from controlplane.adapters import ray_session
-from controlplane.cli.show import gateway_table, gateways_json, status_table, tier_json
+from controlplane.cli.show import gateway_table, gateways_json, status_table, tier_json, troubles
 from controlplane.core.status import TierStatus, tier_statuses
 from controlplane.errors import SetupError
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 REFRESH_S = 1.0
 SHOWN_EVENTS = 8
+PIPE_WIDTH = 200
 
 
 @click.command()
@@ -54,6 +55,8 @@ def command(as_json: bool, watch: bool, address: str | None, namespace: str | No
             click.echo(json.dumps({"url": url, **_as_json(view)}, indent=2))
         else:
             console = Console(highlight=False)
+            if not console.is_terminal:
+                console.width = PIPE_WIDTH
             if url:
                 console.print(f"{url}/v1\n")
             console.print(_tables(view))
@@ -93,6 +96,7 @@ def _tables(view: PlaneView, *, events: bool = False) -> Group:
     unix_s = view.snapshot.unix_s
     parts: list[Any] = [
         status_table(_tiers(view), unix_s),
+        *troubles(_tiers(view)),
         Text(),
         gateway_table(view.snapshot.gateways, unix_s),
     ]

@@ -1,0 +1,332 @@
+"""``tierplane up | down | status | logs`` as people use them, on a real Ray with simulated engines."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from controlplane.adapters import ray_session
+from controlplane.adapters.ray_session import RunRecord, free_port, processes
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+
+COMMAND = (sys.executable, "-c", "from controlplane.cli import main; main()")
+START_S = 150.0
+
+
+@dataclass
+class Machine:
+    """A run folder and a configuration of its own, and the commands on them."""
+
+    run_dir: Path
+    config: Path
+    url: str
+    ingress_url: str
+    env: dict[str, str] = field(default_factory=dict)
+
+    def environment(self) -> dict[str, str]:
+        left_out = {"RAY_ADDRESS", ray_session.PLANE_ID_VARIABLE}
+        env = {key: value for key, value in os.environ.items() if key not in left_out}
+        return {**env, "TIERPLANE_RUN_DIR": str(self.run_dir), **self.env}
+
+    def run(self, *arguments: str, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*COMMAND, *arguments],
+            env=self.environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+
+    def begin(self, *arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*COMMAND, *arguments],
+            env=self.environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def record(self) -> RunRecord:
+        values = json.loads((self.run_dir / "up.json").read_text())
+        return RunRecord(**{**values, "applications": tuple(values["applications"])})
+
+
+def tier(name: str, **engine_args: Any) -> dict[str, Any]:
+    settings = {"itl_ms": 20, "tokens": 40, **engine_args}
+    return {"name": name, "engine": "simulated", "engine_args": settings, "drain_timeout_s": 20.0}
+
+
+@contextlib.contextmanager
+def machine(tiers: Sequence[Mapping[str, Any]]) -> Iterator[Machine]:
+    """A place to run commands in. Whatever still runs there at the end is stopped, and that is a failure."""
+    run_dir = Path(tempfile.mkdtemp(prefix="tp-cli-", dir="/tmp"))
+    port, ingress = free_port(), free_port()
+    config = {
+        "http_options": {"host": "127.0.0.1", "port": ingress},
+        "applications": [
+            {
+                "name": "tierplane",
+                "route_prefix": "/",
+                "import_path": "deployments.app:build",
+                "args": {"tiers": list(tiers), "gateway": {"port": port}, "controller": {"heartbeat_s": 0.5}},
+            }
+        ],
+    }
+    path = run_dir / "plane.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    place = Machine(run_dir, path, f"http://127.0.0.1:{port}", f"http://127.0.0.1:{ingress}")
+    left = False
+    try:
+        yield place
+    finally:
+        if (run_dir / "up.json").exists():
+            left = True
+            place.run("down", "--now")
+        shutil.rmtree(run_dir, ignore_errors=True)
+    assert not left, "a plane was left running"
+
+
+@pytest.fixture(scope="module")
+def up() -> Iterator[tuple[Machine, str]]:
+    """A detached plane, and what ``up`` printed."""
+    with machine([tier("lightweight"), tier("balanced")]) as place:
+        done = place.run(
+            "up", str(place.config), "--detach", "--timeout", str(START_S), timeout_s=START_S + 60
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        plane_id = place.record().plane_id
+        yield place, done.stdout
+        if (place.run_dir / "up.json").exists():
+            assert place.run("down").returncode == 0
+        assert processes(plane_id) == []
+
+
+def test_what_up_prints_works(up: tuple[Machine, str]) -> None:
+    place, said = up
+    assert "lightweight    ready      1/1" in said
+    (curl,) = [line for line in said.splitlines() if line.startswith("curl ")]
+    answer = json.loads(subprocess.run(["bash", "-c", curl], capture_output=True, check=True).stdout)
+    assert answer["choices"][0]["message"]["content"]
+    snippet = said[said.index("from openai import") :]
+    done = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == answer["choices"][0]["message"]["content"]
+    assert place.url in curl
+
+
+def test_a_second_up_is_refused(up: tuple[Machine, str]) -> None:
+    place, _ = up
+    done = place.run("up", str(place.config))
+    assert done.returncode == 1
+    assert "is up already" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_status_for_programs_and_for_people(up: tuple[Machine, str]) -> None:
+    place, _ = up
+    done = place.run("status", "--json")
+    assert done.returncode == 0, done.stderr
+    value = json.loads(done.stdout)
+    assert value["ready"]
+    assert [each["name"] for each in value["tiers"]] == ["lightweight", "balanced"]
+    endpoint = value["tiers"][0]["endpoints"][0]
+    assert (endpoint["state"], endpoint["generation"], endpoint["restarts"]) == ("ready", 1, 0)
+    assert endpoint["simulated"]
+    assert endpoint["age_s"] > 0
+    assert len(value["gateways"]) == 1
+    assert "secret" not in done.stdout
+    shown = place.run("status").stdout
+    assert "lightweight" in shown
+    assert "ready" in shown
+
+
+def test_logs_are_there_by_name(up: tuple[Machine, str]) -> None:
+    place, _ = up
+    balanced = place.run("logs", "balanced").stdout
+    assert "engine ready" in balanced
+    assert "lightweight" not in balanced
+    assert "gateway started" in place.run("logs", "gateway").stdout
+    assert "registered" in place.run("logs", "controller").stdout
+
+
+def test_a_request_keeps_its_id_and_streams_arrive_as_they_are_made(up: tuple[Machine, str]) -> None:
+    place, _ = up
+    for url in (place.url, place.ingress_url):
+        with stream(url, "balanced", tokens=40, request_id="my-id-7") as answer:
+            assert answer.headers["x-request-id"] == "my-id-7"
+            times_s = [time.monotonic() for line in answer if line.startswith(b"data: ")]
+        assert times_s[-1] - times_s[0] > 0.5, "40 tokens, 20 ms each: not all at once"
+
+
+def test_a_killed_gateway_is_replaced(up: tuple[Machine, str]) -> None:
+    place, _ = up
+    (gateway,) = [
+        process
+        for process in processes(place.record().plane_id)
+        if "ServeReplica:tierplane:gateway" in " ".join(process.cmdline())
+    ]
+    gateway.kill()
+    for url in (place.url, place.ingress_url):
+        deadline_s = time.monotonic() + 60
+        while not answers(url):
+            assert time.monotonic() < deadline_s, f"no gateway at {url}"
+            time.sleep(0.2)
+
+
+def test_down_lets_a_stream_end_and_leaves_nothing(up: tuple[Machine, str]) -> None:
+    place, _ = up
+    plane_id, temp_dir = place.record().plane_id, Path(place.record().temp_dir)
+    with stream(place.url, "balanced", tokens=150) as answer:
+        assert answer.readline().startswith(b"data: ")
+        down = place.begin("down")
+        lines = [line for line in answer if line.startswith(b"data: ")]
+    said, _ = down.communicate(timeout=90)
+    assert down.returncode == 0, said
+    assert lines[-1].strip() == b"data: [DONE]", said
+    assert len(lines) >= 150
+    assert "none is left" in said
+    assert processes(plane_id) == []
+    assert not temp_dir.exists()
+    again = place.run("down")
+    assert again.returncode == 0
+    assert "Nothing to stop" in again.stdout
+
+
+def test_a_tier_that_can_t_start_is_named_with_its_diagnosis_and_all_is_stopped() -> None:
+    broken = {**tier("broken", exit_code=3), "restart": {"max_restarts": 1, "backoff_initial_s": 0.1}}
+    with machine([tier("sound"), broken]) as place:
+        up = place.begin("up", str(place.config))
+        plane_id = until_record(place).plane_id
+        said, _ = up.communicate(timeout=START_S)
+        assert up.returncode == 1, said
+        assert "tier 'broken' can't be started" in said
+        assert "3" in said[said.index("tier 'broken'") :]
+        assert "Traceback" not in said
+        assert processes(plane_id) == []
+
+
+def test_a_signal_while_starting_stops_all() -> None:
+    with machine([tier("slow", load_s=600)]) as place:
+        up = place.begin("up", str(place.config))
+        try:
+            plane_id = until_record(place).plane_id
+            assert up.stdout is not None
+            for line in up.stdout:
+                if "starting" in line and "slow" in line:
+                    break
+            up.send_signal(signal.SIGTERM)
+            said, _ = up.communicate(timeout=90)
+        finally:
+            up.kill()
+            up.wait()
+        assert up.returncode == 0, said
+        assert "none is left" in said
+        assert processes(plane_id) == []
+
+
+def test_down_stops_an_up_that_was_killed() -> None:
+    with machine([tier("only")]) as place:
+        up = place.begin("up", str(place.config))
+        plane_id = until_record(place).plane_id
+        until(lambda: answers(place.url), START_S)
+        up.kill()
+        up.communicate(timeout=10)
+        assert answers(place.url), "the plane goes on without its terminal"
+        down = place.run("down")
+        assert down.returncode == 0, down.stdout + down.stderr
+        assert processes(plane_id) == []
+
+
+def test_on_a_ray_of_somebody_else_only_the_plane_is_stopped() -> None:
+    theirs = "theirs"
+    with machine([tier("only")]) as place:
+        other = Path(tempfile.mkdtemp(prefix="tp-ray-", dir="/tmp"))
+        script = (
+            "import os, time, psutil\n"
+            "from controlplane.adapters import ray_session as r\n"
+            f"record = r.RunRecord('{theirs}', 'x', ('x',), 'x', os.getpid(), 0.0, time.time(), True)\n"
+            "record = r.start(r.prepare(record), dashboard=False)\n"
+            "print(record.ray_address, record.temp_dir)\n"
+        )
+        env = {**place.environment(), "TIERPLANE_RUN_DIR": str(other)}
+        try:
+            started = subprocess.run(
+                [sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False
+            )
+            assert started.returncode == 0, started.stderr
+            address, temp_dir = started.stdout.split()
+            place.env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": f"{temp_dir}/auth_token"}
+            done = place.run("up", str(place.config), "-d", "--address", address, timeout_s=START_S)
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert answers(place.url)
+            down = place.run("down")
+            assert down.returncode == 0, down.stdout + down.stderr
+            assert "Ray itself goes on" in down.stdout
+            assert not answers(place.url)
+            names = " ".join(" ".join(process.cmdline()) for process in processes(theirs))
+            assert "raylet" in names
+            assert "ControllerActor" not in names
+            assert "simulated_server" not in names
+        finally:
+            stop = "from controlplane.adapters import ray_session as r\nr.stop(r.load_record())"
+            subprocess.run([sys.executable, "-c", stop], env=env, check=True, timeout=60)
+            shutil.rmtree(other, ignore_errors=True)
+        assert processes(theirs) == []
+
+
+def stream(url: str, model: str, *, tokens: int, request_id: str = "r-1") -> Any:
+    body = {
+        "model": model,
+        "stream": True,
+        "max_tokens": tokens,
+        "ignore_eos": True,
+        "messages": [{"role": "user", "content": "Go on"}],
+    }
+    request = urllib.request.Request(
+        f"{url}/v1/chat/completions",
+        json.dumps(body).encode(),
+        {"content-type": "application/json", "x-request-id": request_id},
+    )
+    return urllib.request.urlopen(request, timeout=60)
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health/ready", timeout=2) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def until(condition: Any, timeout_s: float) -> Any:
+    deadline_s = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline_s, f"not in {timeout_s:g} s"
+        time.sleep(0.1)
+    return value
+
+
+def until_record(place: Machine) -> RunRecord:
+    until((place.run_dir / "up.json").exists, 30)
+    return place.record()
