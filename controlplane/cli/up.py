@@ -22,9 +22,11 @@ import psutil
 
 from controlplane.adapters import ray_session
 from controlplane.adapters.ray_session import RunRecord
+from controlplane.cli.checks import Verdict, run_checks
+from controlplane.cli.configuration import load_checked
 from controlplane.cli.stopping import stop_plane
 from controlplane.cli.voice import Voice, voice
-from controlplane.config import ServeFile, load_plane
+from controlplane.config import ServeFile
 from controlplane.core.domain import ClusterSnapshot
 from controlplane.core.status import tier_statuses
 from controlplane.errors import SetupError, TierplaneError
@@ -71,6 +73,7 @@ class Stopped(Exception):
 @click.option("--detach", "-d", is_flag=True, help="Return once all tiers are ready.")
 @click.option("--address", help="Deploy to this running Ray (as does RAY_ADDRESS) instead of starting one.")
 @click.option("--dashboard", is_flag=True, help="Start Ray's dashboard too (needs 5 s and 0.5 GB more).")
+@click.option("--no-checks", is_flag=True, help="Start even if `tierplane doctor` finds this machine unfit.")
 @click.option("--timeout", "timeout_s", type=float, help="Give up when not all tiers are ready by then (s).")
 @click.option("--json", "as_json", is_flag=True, help="Say what happens as JSON lines.")
 def command(
@@ -79,6 +82,7 @@ def command(
     detach: bool,
     address: str | None,
     dashboard: bool,
+    no_checks: bool,
     timeout_s: float | None,
     as_json: bool,
 ) -> None:
@@ -89,13 +93,16 @@ def command(
     down`.
     """
     speech = voice(as_json=as_json)
-    file = load_plane(config)
+    file = load_checked(str(config))
     interrupts = Interrupts()
     interrupts.install()
     with _only_one():
         named = address or os.environ.get("RAY_ADDRESS") or ""
         record = _new_record(file, named)
-        _check_ports(file, owns_ray=record.owns_ray)
+        if record.owns_ray and not no_checks:
+            _check_machine(file, speech)
+        elif not ray_session.port_is_free(file.plane.gateway.port, file.plane.gateway.host):
+            raise SetupError(f"port {file.plane.gateway.port} is taken: set gateway.port in {file.path}")
         record.save()
         drain_s = max(tier.drain_timeout_s for tier in file.plane.tiers)
         try:
@@ -320,13 +327,15 @@ def _check(interrupts: Interrupts) -> None:
         raise Stopped
 
 
-def _check_ports(file: ServeFile, *, owns_ray: bool) -> None:
-    wanted = {"gateway.port": (file.plane.gateway.host, file.plane.gateway.port)}
-    if owns_ray:
-        wanted["http_options.port"] = (file.http_host, file.http_port)
-    for setting, (host, port) in wanted.items():
-        if port and not ray_session.port_is_free(port, host):
-            raise SetupError(f"port {port} is taken: set {setting} in {file.path} to another, or free it")
+def _check_machine(file: ServeFile, speech: Voice) -> None:
+    """What `tierplane doctor` checks. Raises SetupError with all that is unfit; says what is only limited."""
+    found = [check for check in run_checks(file) if check.verdict is not Verdict.OK]
+    unfit = [check for check in found if check.verdict is Verdict.FAIL]
+    if unfit:
+        lines = [f"  - {check.name}: {check.message} ({check.remedy})" for check in unfit]
+        raise SetupError("this machine can't run that:\n" + "\n".join(lines))
+    for check in found:
+        speech.step(f"{check.name}: {check.message}; {check.remedy}")
 
 
 def _check_no_other_applications(record: RunRecord) -> None:
