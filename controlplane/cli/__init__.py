@@ -47,6 +47,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "controlplane.cli.fit:command",
         "Does MODEL fit a GPU: each term, how many sequences, and the smallest change if not.",
     ),
+    "plan": (
+        "controlplane.cli.plan:command",
+        "Plan where the replicas of CONFIG run: on the cluster of a file, or on the one that runs.",
+    ),
     "bench": (
         "controlplane.cli.bench:command",
         "Measure; each benchmark prints a table, or JSON with --json.",

@@ -114,17 +114,23 @@ class Placement:
     @property
     def why(self) -> str:
         """One sentence for people."""
-        text = _DISTANCE_TEXT[self.distance] if self.gang.shape.gpus > 1 else ""
+        shape = self.gang.shape
+        parts = [_DISTANCE_TEXT[self.distance]] if shape.gpus > 1 else []
         if len(self.node_ids) > 1:
-            text = ", ".join(filter(None, [text, f"stages on {len(self.node_ids)} nodes: none holds all"]))
-        if self.gang.shape.gpus:
-            strands = f"strands {self.stranded_milli / WHOLE_MILLI:+.2f} GPU"
-            text = ", ".join(filter(None, [text, strands]))
+            parts.append(f"stages on {len(self.node_ids)} nodes: none holds all")
+        if shape.gpus:
+            parts.append(f"strands {_gpus(self.stranded_milli)}")
         if self.replicas_beside:
-            text += f", beside {self.replicas_beside} of its tier"
+            parts.append(f"beside {self.replicas_beside} of its tier")
+        text = ", ".join(parts) or "fits"
         if self.runner_up:
-            text += f"; next best {self.runner_up} ({self.runner_up_stranded_milli / WHOLE_MILLI:+.2f})"
-        return text or "fits"
+            text += f"; next best {self.runner_up}"
+            text += f" ({_gpus(self.runner_up_stranded_milli)})" if shape.gpus else ""
+        return text
+
+
+def _gpus(milli: float) -> str:
+    return f"{milli / WHOLE_MILLI:+.2f} GPU" if abs(milli) >= WHOLE_MILLI / 200 else "nothing"
 
 
 _DISTANCE_TEXT = {

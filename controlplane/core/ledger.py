@@ -58,6 +58,9 @@ class Ledger:
             for number, group in enumerate(numa_groups(gpus)):
                 self.numa[i, group] = number
         self.kinds = tuple(kinds) or (GpuKind("", 0),)
+        self.gpu_size: Ints = np.where(self.present, self.size_bytes, 0).max(axis=1)
+        """Bytes of each node's largest GPU; 0: no GPU."""
+        self.sizes_differ = len(np.unique(self.gpu_size)) > 1
         self.islands = int(self.island.max(initial=-1)) + 1
         self.most_cpu_milli = int(self.cpu_milli.max(initial=0))
         self.changed: list[int] = []

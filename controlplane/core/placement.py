@@ -2,7 +2,8 @@
 
 A node is chosen by, in this order: how close together the GPUs of a stage are there (one NVLink island,
 one NUMA node, one node); then the growth of the expected stranding (:mod:`controlplane.core.stranding`)
-plus a charge for each replica of the same tier that the node already runs; then the order of node ids.
+plus a charge for each replica of the same tier that the node already runs; among nodes that are equal in
+that, the one with the smallest GPUs; then the order of node ids.
 A gang that fits somewhere is always placed: none is refused to keep room for another.
 
 :class:`Planner` keeps the fleet's state between calls and looks again only at nodes that changed;
@@ -25,6 +26,8 @@ from controlplane.core.topology import Distance, Node
 
 SPREAD_MILLI = 1000
 """What a replica of the same tier on a node counts for: as much as stranding one GPU."""
+EQUAL_MILLI = 1.0
+"""Nodes whose rank differs by less are equal: a thousandth of a GPU is no reason to take a larger one."""
 _LEARN_FIRST = 20
 _LEARN_GROWTH = 2
 
@@ -102,6 +105,9 @@ class Planner:
         if beside is not None:
             rank = rank + self._spread_milli * beside
         row = int(rank.argmin())
+        if self._ledger.sizes_differ:
+            close = np.flatnonzero(rank <= rank[row] + EQUAL_MILLI)
+            row = int(close[np.lexsort((rank[close], self._ledger.gpu_size[close]))[0]])
         rank[row] = np.inf
         second = int(rank.argmin())
         uuids = [self._ledger.gpus[row][column].uuid for column in view.columns[row].tolist()]
