@@ -1,0 +1,151 @@
+"""The house's rules that no other tool checks."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from controlplane.cli import COMMANDS
+from controlplane.config.reference import settings_markdown, with_settings
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text("utf-8")
+MAX_LINES = 600
+
+IMPURE = {
+    "aiohttp", "asyncio", "concurrent", "httpx", "io", "logging", "multiprocessing", "os", "psutil",
+    "pydantic",
+    "pynvml", "random", "ray", "requests", "secrets", "shutil", "signal", "socket", "sqlite3", "structlog",
+    "subprocess", "sys", "tempfile", "threading", "time", "urllib", "uuid",
+}  # fmt: skip
+"""What the core must not import: input, output, clocks, chance, threads, and models of the wire."""
+IMPURE_CALLS = {"open", "print", "input", "exec", "eval"}
+
+
+def tracked(*patterns: str) -> list[Path]:
+    """Files of the repository, with what is new and not ignored."""
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *patterns]
+    done = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True)
+    return [path for line in done.stdout.splitlines() if (path := ROOT / line).is_file()]
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+PYTHON = tracked("*.py")
+CORE = [path for path in PYTHON if relative(path).startswith("controlplane/core/")]
+
+
+def test_there_is_something_to_check() -> None:
+    assert len(PYTHON) > 50
+    assert len(CORE) > 5
+
+
+@pytest.mark.parametrize("path", CORE, ids=relative)
+def test_the_core_is_pure(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names = {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names = {(node.module or "").partition(".")[0]}
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            names = {node.func.id} & IMPURE_CALLS
+        elif isinstance(node, ast.Attribute) and node.attr in {
+            "now",
+            "utcnow",
+            "today",
+            "read_text",
+            "write_text",
+        }:
+            names = {node.attr} if not isinstance(node.ctx, ast.Store) and _is_clock(node) else set()
+        else:
+            continue
+        wrong = names & (IMPURE | IMPURE_CALLS | {"now", "utcnow", "today", "read_text", "write_text"})
+        assert not wrong, f"{relative(path)}, line {node.lineno}: {', '.join(wrong)}"
+
+
+def _is_clock(node: ast.Attribute) -> bool:
+    return isinstance(node.value, ast.Name) and node.value.id in {"datetime", "date", "Path"}
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=relative)
+def test_modules_are_short(path: Path) -> None:
+    assert len(path.read_text("utf-8").splitlines()) <= MAX_LINES
+
+
+def test_nothing_is_left_for_later() -> None:
+    later = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X|HA" + r"CK)\b")
+    found = [
+        f"{relative(path)}:{number}: {line.strip()}"
+        for path in tracked("*.py", "*.toml", "*.yaml", "*.md", "Makefile")
+        for number, line in enumerate(path.read_text("utf-8").splitlines(), 1)
+        if later.search(line)
+    ]
+    assert found == []
+
+
+def test_the_settings_in_the_readme_are_those_of_the_models() -> None:
+    assert with_settings(README) == README, "run: make docs"
+    assert "concurrency_limit" in settings_markdown()
+
+
+def test_every_setting_is_described() -> None:
+    empty = [
+        line for line in settings_markdown().splitlines() if line.startswith("|") and line.endswith("|  |")
+    ]
+    assert empty == []
+
+
+def shell_lines() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    return [line.partition("#")[0].strip() for block in blocks for line in block.splitlines()]
+
+
+def test_the_readmes_commands_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    tierplane = [line.split()[1] for line in shell_lines() if line.startswith("tierplane ")]
+    make = [line.split()[1] for line in shell_lines() if line.startswith("make ")]
+    assert {"up", "down", "validate", "doctor", "status"} <= set(tierplane) <= set(COMMANDS)
+    assert {"up", "test"} <= set(make) <= targets
+    assert {"make up", "make test"} <= {" ".join(line.split()[:2]) for line in shell_lines()}
+
+
+def test_the_readmes_files_exist() -> None:
+    named = set(re.findall(r"(?:configs|controlplane|\.locks)/[\w./-]*\w", README))
+    assert "configs/cpu.yaml" in named
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_locks_are_exact_and_name_no_place() -> None:
+    locks = sorted((ROOT / ".locks").glob("*.txt"))
+    assert {"core", "cpu", "dev", "gpu", "llamacpp", "torch-cpu"} == {path.stem for path in locks}
+    pin = re.compile(r"^[a-z0-9-]+==[\w.+!]+( ; python_(full_)?version [<>=]+ [\"'][\d.]+[\"'])?$")
+    for path in locks:
+        lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+        assert [line for line in lines if not pin.match(line)] == []
+        assert not {line.partition("==")[0] for line in lines} & {"torchvision", "torchaudio", "torchcodec"}
+
+
+def test_locks_have_what_pyproject_asks_for() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = {"core": project["dependencies"], **project["optional-dependencies"]}
+    for extra, requirements in wanted.items():
+        pins = {
+            line.partition("==")[0]
+            for name in {"core", extra}
+            for line in (ROOT / ".locks" / f"{name}.txt").read_text().splitlines()
+        }
+        names = {re.split(r"[\[<>=]", text)[0].lower() for text in requirements}
+        assert names <= pins, extra
+
+
+def test_ci_runs_make_test() -> None:
+    script = ROOT / ".ci" / "run"
+    assert script.stat().st_mode & 0o111
+    assert "make test" in script.read_text()
