@@ -15,7 +15,7 @@ from controlplane.adapters.catalog import gpu_table
 from controlplane.adapters.model_config import LoadedModel, load_model
 from controlplane.config import PlaneConfig, TierConfig
 from controlplane.core.engine_settings import EngineSettings, parse_settings
-from controlplane.core.feasibility import Unfit, judge
+from controlplane.core.feasibility import Limits, Unfit, judge, shortfalls
 from controlplane.core.gangs import WHOLE_MILLI, Gang, Shape
 from controlplane.core.gpus import GpuModel, find_gpu
 from controlplane.core.memory import MemoryPlan, plan_memory
@@ -88,7 +88,11 @@ def _demand(tier: TierConfig, models: dict[str, int]) -> TierDemand:
     accepted = frozenset(needs)
     if not needs and unfit:
         # What would do, though the cluster has none: so each node can say what it lacks.
-        accepted = frozenset(gpu.name for gpu in gpu_table() if not _judge(loaded, settings, gpu)[1])
+        accepted = frozenset(
+            gpu.name
+            for gpu in gpu_table()
+            if not shortfalls(plan_memory(loaded.spec, settings, gpu, loaded.extra), Limits())
+        )
         if not accepted:
             return TierDemand(tier, None, unfit=tuple(unfit), notes=notes)
     shape = _shape(tier, milli, cpu_milli, accepted if unfit else frozenset())
