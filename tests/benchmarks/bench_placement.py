@@ -1,8 +1,9 @@
 """Placement: allocation on cluster traces, gangs in islands, planning time, distance from the optimum.
 
 The trace table replays pods of the openb format on a fleet, our policy beside Random, BestFit and FGD on the
-same simulator. FGD is given the distribution of the pods; ours learns it from the arrivals. ``--published``
-adds the figures that Weng et al. (USENIX ATC'23) published for the same workloads.
+same simulator. FGD is given the distribution of the pods; ours learns it from the arrivals. ``limit_percent``
+is where the mix of the pods fills a fleet, whatever the policy (see placement/limit.py). ``--published`` adds
+the figures that Weng et al. (USENIX ATC'23) published for the same workloads.
 """
 
 from __future__ import annotations
@@ -103,6 +104,14 @@ def _trace(
         )
 
     rows = list(summary(replay_all(fleet, workloads, policies, seeds, jobs, progress)))
+    try:
+        from tests.benchmarks.placement.limit import limit_percent
+    except ImportError:
+        click.echo("no limit_percent: it needs scipy", err=True)
+    else:
+        limits = {workload.name: round(limit_percent(workload.shapes), 2) for workload in workloads}
+        for row in rows:
+            row["limit_percent"] = limits[str(row["workload"])]
     if published:
         known = _published(published)
         for row in rows:

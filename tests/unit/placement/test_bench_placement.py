@@ -13,6 +13,7 @@ from controlplane.core.gangs import Gang, Shape
 from controlplane.core.topology import Gpu, Node
 from tests.benchmarks.bench_placement import command
 from tests.benchmarks.placement import gangs, optimum, policies, scale
+from tests.benchmarks.placement.limit import limit_percent
 from tests.benchmarks.placement.replay import POLICIES, replay
 from tests.benchmarks.placement.trace import arrivals, fleet_milli, read_nodes, read_pods, shuffled
 
@@ -124,6 +125,14 @@ def test_plans_are_close_to_the_optimum() -> None:
     rows = list(optimum.table(8))
     assert rows[0]["of_optimum_percent"] >= 97
     assert all(float(str(row["of_optimum_percent"])) <= 100 for row in rows)
+
+
+def test_the_limit_of_a_mix() -> None:
+    half, large, whole = Shape(milli_gpu=500), Shape(milli_gpu=810), Shape(gpus=2)
+    assert limit_percent([half, half, whole]) == pytest.approx(100)
+    assert limit_percent([large]) == pytest.approx(81)
+    assert limit_percent([large, Shape(milli_gpu=190), Shape(gpus=0)]) == pytest.approx(100)
+    assert limit_percent([large, large, Shape(milli_gpu=190)]) == pytest.approx(100 * 1.81 / 2)
 
 
 def test_the_optimum_of_a_case_that_can_be_seen() -> None:
