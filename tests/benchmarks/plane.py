@@ -33,7 +33,7 @@ from controlplane.engines.simulated import SECRET_ENV
 from controlplane.errors import SetupError
 from controlplane.paths import RUN_DIR_VARIABLE
 
-START_TIMEOUT_S = 180.0
+START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 60.0
 HTTP_TIMEOUT_S = 10.0
 _RESUMES = re.compile(

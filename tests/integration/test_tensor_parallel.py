@@ -28,5 +28,7 @@ def test_tensor_parallelism_for_real() -> None:
         assert answer.choices[0].message.content == FACT
         pid = ready(started, "parallel")[0]["pid"]
         engine = psutil.Process(pid)
-        workers = [p for p in engine.children(recursive=True) if "Worker" in p.name()]
+        workers = [
+            p for p in engine.children(recursive=True) if "Worker" in " ".join([p.name(), *p.cmdline()])
+        ]
         assert len(workers) == 3
