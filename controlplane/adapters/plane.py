@@ -16,6 +16,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 
 from controlplane.adapters.ray_serve import find_controller
@@ -81,7 +82,10 @@ def deploy(config_path: Path, address: str) -> None:
 
 def application_failure(names: tuple[str, ...]) -> str:
     """Why an application could not be deployed, in Serve's words; empty if none failed."""
-    applications = serve.status().applications
+    try:
+        applications = serve.status().applications
+    except (RayError, RayServeException):
+        return ""  # Serve's controller restarts; it is asked again.
     for name in names:
         application = applications.get(name)
         if application is None or application.status not in _FAILED:
@@ -122,11 +126,11 @@ def stop_controller(namespace: str) -> bool:
 
 def view(namespace: str) -> PlaneView | None:
     """What the controller knows now; None if there is no controller or it does not answer yet."""
-    actor = find_controller(namespace)
-    if actor is None:
-        return None
     try:
+        actor = find_controller(namespace)
+        if actor is None:
+            return None
         answer: Any = ray.get(actor.status.remote(), timeout=ASK_TIMEOUT_S)
-    except (RayError, TimeoutError):
+    except (RayError, RuntimeError, TimeoutError):
         return None
     return PlaneView(*answer)

@@ -117,6 +117,8 @@ def serve_environment() -> dict[str, str]:
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
         # HAProxy on the same machine learns of a leaving replica in milliseconds.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+        # Serve's loop looks ten times a second otherwise: 7 % of a core while nothing happens.
+        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
 
