@@ -6,8 +6,11 @@ is made at once may reach it; one gang after the other, without knowing the rest
 
 from __future__ import annotations
 
+import os
 import random
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,16 +93,31 @@ def optimum_milli(problem: Case) -> int:
         parts = [(c, shapes[g].milli_gpu) for c, (g, m, j) in enumerate(choices) if (m, j) == slot]
         at_most(WHOLE_MILLI, [*parts, (len(choices) + s, WHOLE_MILLI)])
     worth = np.array([-shapes[g].total_milli for g, _, _ in choices] + [0] * len(slots), dtype=float)
-    solved = milp(
-        worth,
-        integrality=np.ones(width),
-        bounds=Bounds(0, 1),
-        constraints=LinearConstraint(np.array(rows), ub=np.array(limits)),
-        options={"mip_rel_gap": 0.0, "time_limit": 60.0},
-    )
+    with _quiet():
+        solved = milp(
+            worth,
+            integrality=np.ones(width),
+            bounds=Bounds(0, 1),
+            constraints=LinearConstraint(np.array(rows), ub=np.array(limits)),
+            options={"mip_rel_gap": 0.0, "time_limit": 60.0},
+        )
     if solved.status != 0:
         raise RuntimeError(f"no proven optimum: {solved.message}")
     return round(-solved.fun)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The solver prints from C, past Python; standard output is for the table."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def planned_milli(problem: Case) -> int:
