@@ -56,7 +56,7 @@ def test_a_stream_survives_the_kill_of_its_engine_word_for_word(plane: Plane) ->
         processes_before = len(_engine_processes(plane))
         pieces: list[str] = []
         for number, chunk in enumerate(openai.chat.completions.create(**ask)):
-            if number == 15:
+            if number == 4:  # a busy machine's engine puts several tokens into a chunk: early enough
                 os.kill(before["pid"], signal.SIGKILL)
             pieces.append(chunk.choices[0].delta.content or "")
     assert "".join(pieces) == whole
