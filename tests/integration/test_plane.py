@@ -38,6 +38,7 @@ def plane() -> Iterator[Plane]:
     tiers = [tier("lightweight", replicas=2), tier("balanced"), tier("capable")]
     with running({"tiers": tiers, "controller": {"heartbeat_s": 0.5}}) as started:
         yield started
+    assert not processes(started.plane_id), "Ctrl-C stops all that was started"
 
 
 def client(url: str) -> OpenAI:
@@ -193,13 +194,6 @@ def test_serve_run_starts_a_plane(tmp_path: Path, run_dir: Path) -> None:
             except subprocess.TimeoutExpired:
                 os.killpg(run.pid, signal.SIGKILL)
                 run.wait()
-
-
-def test_ctrl_c_stops_all_that_was_started() -> None:
-    with running({"tiers": [tier("only", engine_args={})]}) as started:
-        plane_id = started.plane_id
-        assert processes(plane_id)
-    assert not processes(plane_id)
 
 
 def _answers(url: str) -> bool:
