@@ -39,6 +39,10 @@ LOST_AFTER_S = 30.0
 """In the foreground: a Ray that does not answer for so long is taken for dead."""
 
 
+_OUR_CONCERN = frozenset({"haproxy", f"port {ray_session.DASHBOARD_PORT}"})
+"""Checks whose warnings mean nothing to a Ray that is started here with the right settings and free ports."""
+
+
 class Interrupts:
     """Ctrl-C and SIGTERM, noticed instead of raised: the first asks to stop, the second to hurry."""
 
@@ -335,7 +339,8 @@ def _check_machine(file: ServeFile, speech: Voice) -> None:
         lines = [f"  - {check.name}: {check.message} ({check.remedy})" for check in unfit]
         raise SetupError("this machine can't run that:\n" + "\n".join(lines))
     for check in found:
-        speech.step(f"{check.name}: {check.message}; {check.remedy}")
+        if check.name not in _OUR_CONCERN:
+            speech.step(": ".join(filter(None, (check.name, check.message, check.remedy))))
 
 
 def _check_no_other_applications(record: RunRecord) -> None:
