@@ -10,7 +10,7 @@ import signal
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,13 +27,14 @@ from controlplane.cli.configuration import load_checked
 from controlplane.cli.stopping import stop_plane
 from controlplane.cli.voice import Voice, voice
 from controlplane.config import ServeFile
-from controlplane.core.domain import ClusterSnapshot
-from controlplane.core.status import tier_statuses
+from controlplane.core.domain import ClusterSnapshot, TierSpec
+from controlplane.core.status import TierStatus, tier_statuses
 from controlplane.errors import SetupError, TierplaneError
 from controlplane.paths import run_dir
 
 POLL_S = 0.5
 SERVE_CHECK_S = 3.0
+DIAGNOSIS_WAIT_S = 5.0
 HTTP_TIMEOUT_S = 5.0
 LOST_AFTER_S = 30.0
 """In the foreground: a Ray that does not answer for so long is taken for dead."""
@@ -221,19 +222,37 @@ def _wait_for_tiers(
         snapshot = view.snapshot if view else snapshot
         tiers = tier_statuses(snapshot, specs)
         speech.progress(tiers, now_s - began_s)
-        for tier in tiers:
-            if tier.failed:
-                raise SetupError(f"tier '{tier.name}' can't be started: {tier.diagnosis or 'see its log'}")
+        _raise_if_failed(tiers)
         if snapshot.gateways and all(tier.ready for tier in tiers) and _answers(f"{url}/health/ready"):
             return snapshot
         if now_s - checked_s > SERVE_CHECK_S:
             checked_s = now_s
             failure = plane.application_failure(record.applications)
             if failure:
+                _raise_diagnosis(record, specs)
                 raise SetupError(f"Serve could not deploy the application:\n{failure}")
         if timeout_s is not None and now_s - began_s > timeout_s:
             late = ", ".join(tier.name for tier in tiers if not tier.ready) or "the gateway"
             raise SetupError(f"not ready after {timeout_s:g} s: {late}")
+        time.sleep(POLL_S)
+
+
+def _raise_if_failed(tiers: Sequence[TierStatus]) -> None:
+    for tier in tiers:
+        if tier.failed:
+            raise SetupError(f"tier '{tier.name}' can't be started: {tier.diagnosis or 'see its log'}")
+
+
+def _raise_diagnosis(record: RunRecord, specs: Sequence[TierSpec]) -> None:
+    """Serve gave up: raise what the tier itself said, if the controller hears of it in time. Serve may know
+    sooner that a replica is gone than the controller why, and its own words name no cause."""
+    from controlplane.adapters import plane
+
+    until_s = time.monotonic() + DIAGNOSIS_WAIT_S
+    while time.monotonic() < until_s:
+        view = plane.view(record.namespace)
+        if view is not None:
+            _raise_if_failed(tier_statuses(view.snapshot, specs))
         time.sleep(POLL_S)
 
 
