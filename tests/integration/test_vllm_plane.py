@@ -49,18 +49,23 @@ def test_the_capital_of_france_is_paris(plane: Plane, model: str, way: str) -> N
 def test_a_stream_survives_the_kill_of_its_engine_word_for_word(plane: Plane) -> None:
     """All tiers of this plane serve one model, so a lost stream goes on at another tier."""
     story = [{"role": "user", "content": "Tell me a short story about a lighthouse."}]
-    ask = {"model": "capable", "messages": story, "temperature": 0, "max_tokens": 60, "stream": True}
+    # long enough that the kill comes in time on a busy machine, whose engine puts many tokens into a chunk
+    ask = {"model": "capable", "messages": story, "temperature": 0, "max_tokens": 240, "stream": True}
+    ask["extra_body"] = {"ignore_eos": True}
     with client(plane.url) as openai:
         whole = "".join(c.choices[0].delta.content or "" for c in openai.chat.completions.create(**ask))
         before = ready(plane, "capable")[0]
         processes_before = len(_engine_processes(plane))
+        raw = openai.chat.completions.with_raw_response.create(**ask)
+        assert raw.headers["x-tier"] == "capable"
         pieces: list[str] = []
-        for number, chunk in enumerate(openai.chat.completions.create(**ask)):
-            if number == 4:  # a busy machine's engine puts several tokens into a chunk: early enough
+        for number, chunk in enumerate(raw.parse()):
+            if number == 2:
                 os.kill(before["pid"], signal.SIGKILL)
+                sent = len("".join(pieces))
             pieces.append(chunk.choices[0].delta.content or "")
     assert "".join(pieces) == whole
-    assert plane.resumes() == 1
+    assert plane.resumes() == 1, f"{sent} of {len(whole)} characters had been sent when the engine was killed"
     until(lambda: [e for e in ready(plane, "capable") if e["generation"] == 2], 240, "the engine's return")
     until(lambda: len(_engine_processes(plane)) == processes_before, 20, "the end of what was orphaned")
     with client(plane.url) as openai:
