@@ -110,7 +110,7 @@ def _settings(tier: TierConfig) -> EngineSettings:
 
 def _share(tier: TierConfig, settings: EngineSettings | None) -> tuple[int, tuple[str, ...]]:
     """The part of a GPU that a replica takes: its share, or its memory if that is more."""
-    share = ceil(tier.gpu_share * WHOLE_MILLI)
+    share = tier.shape.milli_gpu
     if settings is None or tier.gpu_share == 1 or settings.kv_cache_bytes:
         return share, ()
     taken = ceil(round(settings.memory_ratio * WHOLE_MILLI, 6))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from math import ceil
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
@@ -10,6 +11,7 @@ from pydantic import Field, field_validator
 from controlplane.config.flags import vllm_flag_findings
 from controlplane.config.strict import Finding, FindingsError, Strict
 from controlplane.core.domain import Complexity
+from controlplane.core.gangs import WHOLE_MILLI, Shape
 
 IMPORT_PATH = "deployments.app:build"
 """The builder that a Serve config file of tierplane names."""
@@ -187,6 +189,17 @@ class TierConfig(Strict):
         if self.engine != "vllm" or self.device == "cpu":
             return 0.0
         return self.gpu_share if self.world_size == 1 else float(self.world_size)
+
+    @property
+    def shape(self) -> Shape:
+        """The GPUs of one replica, as the placement asks for them."""
+        if not self.gpus:
+            return Shape(gpus=0, stages=self.pipeline_parallel_size)
+        return Shape(
+            gpus=self.tensor_parallel_size,
+            stages=self.pipeline_parallel_size,
+            milli_gpu=ceil(round(self.gpu_share * WHOLE_MILLI, 6)),
+        )
 
     @property
     def model_id(self) -> str:
