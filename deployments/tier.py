@@ -9,14 +9,15 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from functools import partial
 from typing import Any
 
 import ray
 import structlog
 from ray import serve
 
-from controlplane import models
 from controlplane.adapters import observability, ray_session
+from controlplane.adapters.launch_check import launchable_model
 from controlplane.adapters.ray_serve import ControllerLink, ControllerUnavailable, EndpointReporter
 from controlplane.config import PlaneConfig, TierConfig
 from controlplane.core.domain import Endpoint, EndpointState
@@ -74,12 +75,13 @@ class TierReplica:
         self._link = ControllerLink(config.controller)
         self._reporter = EndpointReporter(self._link, self._base, config.controller.heartbeat_s)
         self._tasks = Background(self._reporter.run())
+        gpu_ids = _gpu_ids(tier)
         supervisor = EngineSupervisor(
             tier,
             replica_id=unique_id,
             host=_engine_host(config),
-            gpu_ids=_gpu_ids(tier),
-            resolve_model=lambda model, progress: models.resolve(model, tier.engine, progress),
+            gpu_ids=gpu_ids,
+            resolve_model=partial(launchable_model, tier, gpu_ids),
             on_change=lambda status: self._reporter.update(_endpoint(self._base, status)),
             log=log,
         )

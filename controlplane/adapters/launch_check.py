@@ -8,10 +8,13 @@ isn't on this machine yet, a GPU the driver doesn't show) refuses nothing.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import structlog
+
+from controlplane import models
 from controlplane.adapters.catalog import gpu_table
 from controlplane.adapters.cpu_info import node_memory, packs_16_bit
 from controlplane.adapters.model_config import LoadedModel, load_model
@@ -29,6 +32,8 @@ from controlplane.errors import EngineError, EngineStartError, SetupError
 
 KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"
 
+log = structlog.stdlib.get_logger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class LaunchCheck:
@@ -37,6 +42,28 @@ class LaunchCheck:
     known: bool
     """False: it could not be checked; ``text`` says why."""
     text: str
+
+
+def launchable_model(
+    tier: TierConfig, gpu_ids: Sequence[str], model: str, progress: Callable[[str], None]
+) -> str:
+    """What an engine of ``tier`` is to load for ``model``, once it is known that it is not too large.
+
+    Blocks, for a download perhaps. Raises what :func:`controlplane.models.resolve` and
+    :func:`check_launch` raise.
+    """
+    found = models.resolve(model, tier.engine, progress)
+    progress("checking that it fits")
+    try:
+        check = check_launch(tier, found, gpu_ids)
+    except EngineError:
+        raise
+    except Exception as error:
+        # A model too odd for the memory model may still be one that the engine can run.
+        log.warning("launch not checked", error=f"{type(error).__name__}: {error}", exc_info=True)
+    else:
+        log.info("launch checked", known=check.known, found=check.text)
+    return found
 
 
 def check_launch(

@@ -18,7 +18,7 @@ from controlplane.engines.probe import Answer, get
 from controlplane.engines.process import GRACE_S, EngineProcess, LogFile, Output, hold_port, start
 from controlplane.engines.status import Log, StatusBoard
 from controlplane.engines.wishes import Wish, Wishes
-from controlplane.errors import ConfigError, EngineStartError, SetupError
+from controlplane.errors import ConfigError, EngineError, EngineStartError, SetupError
 
 _PROBE_FIRST_S = 0.05
 _PROBE_MOST_S = 0.5
@@ -79,6 +79,8 @@ class Runner:
                 self._model = await self._resolve()
             except (ConfigError, SetupError, EngineStartError):
                 raise
+            except EngineError as error:
+                return End(Diagnosis(str(error)))
             except Exception as error:
                 return End(Diagnosis(f"the model '{self.tier.model}' can't be fetched: {error}"))
         if self.wishes.now is Wish.STOP:
@@ -98,7 +100,7 @@ class Runner:
                 await process.stop(end.grace_s)
 
     async def _resolve(self) -> str:
-        """The model's place on this machine; a download shows as a phase.
+        """The model's place on this machine, once it may start there; a download shows as a phase.
 
         In a thread of its own and not in the loop's executor: a download can't be interrupted, and the
         loop would wait for its executor when it ends.

@@ -14,7 +14,7 @@ from controlplane.config import RestartConfig, TierConfig
 from controlplane.core.domain import EndpointState
 from controlplane.engines.process import hold_port
 from controlplane.engines.supervisor import EngineSupervisor, log_path
-from controlplane.errors import ConfigError, EngineStartError, Problem
+from controlplane.errors import ConfigError, EngineError, EngineStartError, Problem
 from tests.support_engines import Recorder, alive, call, local, marked, supervised, until
 
 QUICK = RestartConfig(max_restarts=2, window_s=60, backoff_initial_s=0.05, backoff_max_s=0.1)
@@ -133,6 +133,22 @@ def test_a_probe_that_fails_once_is_forgiven():
         time.sleep(0.5)
         assert supervisor.status.generation == 1
         assert supervisor.status.state is EndpointState.READY
+
+
+@pytest.mark.parametrize(("error", "tries"), [(EngineStartError, 1), (EngineError, 3)])
+def test_a_launch_that_is_refused_starts_no_process(error, tries):
+    asked = []
+
+    def refuse(model, _progress):
+        asked.append(model)
+        raise error("the launch does not fit: 20 GiB needed, 16 GiB there")
+
+    with supervised(tier(), resolve=refuse) as (supervisor, recorder):
+        with pytest.raises(EngineStartError, match=r"served: .*the launch does not fit: 20 GiB") as caught:
+            supervisor.wait_ready(20)
+        assert "fetched" not in str(caught.value)
+    assert len(asked) == tries
+    assert not [status for status in recorder.statuses if status.pid or status.port]
 
 
 def test_a_crash_loop_ends_with_a_diagnosis():

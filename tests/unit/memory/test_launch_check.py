@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from controlplane.adapters import launch_check
 from controlplane.adapters.cpu_info import NodeMemory, node_memory, packs_16_bit
-from controlplane.adapters.launch_check import check_launch
+from controlplane.adapters.launch_check import check_launch, launchable_model
 from controlplane.config import TierConfig
 from controlplane.core.gpus import GIB, MIB
 from controlplane.core.samples import GpuCondition, GpuInfo, GpuSample
 from controlplane.errors import EngineError, EngineStartError
 
 SMALL = "bundled:smollm2-135m"
+LLAMA_70B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "num_hidden_layers": 80,
+    "vocab_size": 128256,
+    "max_position_embeddings": 4096,
+    "torch_dtype": "bfloat16",
+}
 
 
 def tier(**fields: Any) -> TierConfig:
@@ -129,6 +143,30 @@ def test_what_is_not_known_refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     assert "not checked" in found.text
     assert not check_launch(tier(engine_args={"dtype": "odd"}), SMALL).known
     assert not check_launch(tier(engine="simulated"), SMALL).known
+
+
+def test_a_model_is_given_to_an_engine_only_if_it_can_fit(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))
+    phases: list[str] = []
+    with pytest.raises(EngineStartError, match=r"needs \d+.*smaller model"):
+        launchable_model(tier(), (), str(tmp_path), phases.append)
+    assert phases == ["checking that it fits"]
+    (tmp_path / "config.json").write_text(
+        json.dumps(LLAMA_70B | {"num_hidden_layers": 1, "vocab_size": 32000})
+    )
+    assert launchable_model(tier(), (), str(tmp_path), phases.append) == str(tmp_path)
+
+
+def test_a_model_that_breaks_the_check_is_left_to_the_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))
+
+    def broken(*_args: Any, **_more: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(launch_check, "plan_cpu_memory", broken)
+    assert launchable_model(tier(), (), str(tmp_path), str) == str(tmp_path)
 
 
 def test_this_machine() -> None:
