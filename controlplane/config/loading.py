@@ -16,6 +16,7 @@ from controlplane.config.serve_file import ServeApplication, ServeSettings
 from controlplane.config.strict import PathPart
 from controlplane.config.yaml_file import read_yaml
 from controlplane.errors import ConfigError, Problem
+from controlplane.profiles import spread
 
 _Path = tuple[PathPart, ...]
 _Found = list[tuple[_Path, Problem]]
@@ -105,6 +106,7 @@ def _our_application(values: Any, found: _Found) -> tuple[int | None, Any]:
 
 def _plane_problems(values: Any) -> _Found:
     """Everything wrong with tierplane's settings: of each tier, of the rest, and between them."""
+    values = spread(values)
     tiers = values.get("tiers") if isinstance(values, Mapping) else None
     if not isinstance(tiers, list) or not tiers:
         return collect(PlaneConfig, values, {"tiers": [_stand_in(0, None)]})

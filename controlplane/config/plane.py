@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from math import ceil
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from controlplane.config.flags import vllm_flag_findings
 from controlplane.config.strict import Finding, FindingsError, Strict
 from controlplane.core.domain import Complexity
 from controlplane.core.gangs import WHOLE_MILLI, Shape
+from controlplane.profiles import PROFILES, Scenario, fill_tier, spread
 
 IMPORT_PATH = "deployments.app:build"
 """The builder that a Serve config file of tierplane names."""
@@ -62,6 +64,12 @@ class TierConfig(Strict):
     name to send there."""
     engine: EngineKind = "vllm"
     """What runs the model; ``endpoint`` is an OpenAI-compatible address that runs elsewhere."""
+    profile: Scenario | None = None
+    """A scenario template for a ``vllm`` tier: fills in parallelism and ``engine_args`` that the tier does
+    not set itself; see ``controlplane/profiles.md``."""
+    draft_model: Annotated[str, Field(min_length=1)] | None = None
+    """A small model of the same vocabulary that guesses ahead, for a ``profile`` with speculative decoding;
+    without it guesses come from the prompt (n-gram lookup)."""
     served_model_name: str | None = None
     """The model id clients see and may ask for; by default the last part of ``model``."""
     engine_args: dict[str, ArgScalar | list[ArgScalar]] = Field(default_factory=dict)
@@ -115,6 +123,11 @@ class TierConfig(Strict):
     restart: RestartConfig = RestartConfig()
     """How a lost engine is brought back."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _filled(cls, values: Any) -> Any:
+        return fill_tier(values) if isinstance(values, Mapping) else values
+
     @field_validator("engine_args")
     @classmethod
     def _flags(cls, value: dict[str, Any]) -> dict[str, Any]:
@@ -132,7 +145,12 @@ class TierConfig(Strict):
 
     def findings(self) -> list[Finding]:
         """What doesn't fit together in this tier."""
-        found = [*self._address_findings(), *self._model_findings(), *self._size_findings()]
+        found = [
+            *self._address_findings(),
+            *self._model_findings(),
+            *self._size_findings(),
+            *self._profile_findings(),
+        ]
         if self.engine == "vllm":
             found += vllm_flag_findings(self.engine_args)
         return found
@@ -177,6 +195,17 @@ class TierConfig(Strict):
                 if getattr(self, size) > 1
             ]
         return found
+
+    def _profile_findings(self) -> list[Finding]:
+        if self.profile and self.engine != "vllm":
+            remedy = f"remove it: engine '{self.engine}' has flags of its own"
+            return [Finding(("profile",), "only engine 'vllm' has scenarios", remedy, ("engine",))]
+        if self.draft_model and not (self.profile and PROFILES[self.profile].speculative):
+            speculating = " or ".join(name for name, profile in PROFILES.items() if profile.speculative)
+            remedy = f"use profile {speculating}, or engine_args.speculative-config"
+            message = f"profile '{self.profile}' does not guess ahead" if self.profile else "needs a profile"
+            return [Finding(("draft_model",), message, remedy, ("profile",))]
+        return []
 
     @property
     def world_size(self) -> int:
@@ -293,6 +322,9 @@ class PlaneConfig(Strict):
 
     tiers: Annotated[list[TierConfig], Field(min_length=1)]
     """From the cheapest to the most capable."""
+    profile: Scenario | None = None
+    """The scenario template of every ``vllm`` tier that names none itself (a tier's ``profile: null`` is
+    none)."""
     gateway: GatewayConfig = GatewayConfig()
     """The REST interface."""
     controller: ControllerConfig = ControllerConfig()
@@ -300,6 +332,11 @@ class PlaneConfig(Strict):
     engine_host: Literal["auto", "loopback", "node"] = "auto"
     """Where engines listen. ``loopback``: this machine only. ``node``: the node's address, for gateways on
     other nodes. ``auto``: loopback if ``tierplane up`` started Ray, else the node's address."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spread(cls, values: Any) -> Any:
+        return spread(values)
 
     def findings(self) -> list[Finding]:
         """What doesn't fit together between the tiers."""
