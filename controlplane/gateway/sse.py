@@ -12,14 +12,17 @@ from typing import Final
 
 from controlplane.core.tiers import Api
 
-_DONE: Final = rb"(?:^|\n)data: ?\[DONE\]"
-_ENDS: Final = {
-    Api.CHAT: re.compile(_DONE),
-    Api.COMPLETIONS: re.compile(_DONE),
-    Api.RESPONSES: re.compile(_DONE + rb'|"type": ?"response\.(?:completed|incomplete|failed)"'),
-    Api.MESSAGES: re.compile(_DONE + rb'|"type": ?"message_stop"'),
+# Patterns that begin with a literal: `re` skips to it, where one with `(?:^|\n)` tries every byte,
+# which took more than half of a stream's time in the gateway.
+_DONE: Final = re.compile(rb"data: ?\[DONE\]")
+_LAST_EVENT: Final = {
+    Api.CHAT: None,
+    Api.COMPLETIONS: None,
+    Api.RESPONSES: re.compile(rb'"type": ?"response\.(?:completed|incomplete|failed)"'),
+    Api.MESSAGES: re.compile(rb'"type": ?"message_stop"'),
 }
 _ERROR: Final = {Api.RESPONSES: b"event: error", Api.MESSAGES: b"event: error"}
+LINE_FEED: Final = 0x0A
 _ERROR_DATA: Final = b'data: {"error"'
 _ERROR_LINE: Final = re.compile(rb"(?:^|\n)event: error")
 
@@ -35,8 +38,13 @@ def events_end(data: bytes) -> int:
 
 def is_end(api: Api, last: bytes) -> bool:
     """Do the last events of a stream say that it is whole? True where the route has no such mark."""
-    pattern = _ENDS.get(api)
-    return pattern is None or pattern.search(last) is not None
+    if api not in _LAST_EVENT:
+        return True
+    for done in _DONE.finditer(last):
+        if done.start() == 0 or last[done.start() - 1] == LINE_FEED:
+            return True
+    last_event = _LAST_EVENT[api]
+    return last_event is not None and last_event.search(last) is not None
 
 
 def has_error(api: Api, events: bytes) -> bool:
