@@ -25,6 +25,7 @@ from controlplane.engines import engine_for
 from controlplane.engines.supervisor import EngineStatus, EngineSupervisor
 from controlplane.errors import EngineError
 from controlplane.paths import run_dir
+from deployments.scaling import autoscaling
 from deployments.tasks import Background
 
 LOOPBACK = "127.0.0.1"
@@ -139,7 +140,7 @@ def tier_application(config: PlaneConfig, tier: TierConfig) -> serve.Application
     """
     deployment = serve.deployment(
         name=tier.name,
-        num_replicas=tier.replicas,
+        autoscaling_config=autoscaling(tier, config.controller.namespace),
         ray_actor_options={"num_cpus": tier.cpus, "num_gpus": tier.gpus},
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=tier.drain_timeout_s + ENGINE_STOP_S,

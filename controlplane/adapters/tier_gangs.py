@@ -123,13 +123,7 @@ def _share(tier: TierConfig, settings: EngineSettings | None) -> tuple[int, tupl
 
 
 def _shape(tier: TierConfig, milli: int, cpu_milli: int, models: frozenset[str] = frozenset()) -> Shape:
-    return Shape(
-        gpus=tier.tensor_parallel_size,
-        stages=tier.pipeline_parallel_size,
-        milli_gpu=milli,
-        cpu_milli=cpu_milli,
-        models=models,
-    )
+    return replace(tier.shape, milli_gpu=milli, cpu_milli=cpu_milli, models=models)
 
 
 def _judge(loaded: LoadedModel, settings: EngineSettings, gpu: GpuModel) -> tuple[int, str]:

@@ -188,6 +188,10 @@ class TierConfig(Strict):
         if self.gpu_share < 1 and self.world_size > 1:
             remedy = f"leave it at 1, or set {' and '.join(sizes)} to 1"
             found.append(Finding(("gpu_share",), "a share of a GPU can't be parallel", remedy, sizes))
+        asked = self.engine_args.get("gpus", 0) if self.engine == "simulated" else 0
+        if not isinstance(asked, (int, float)) or asked < 0 or (asked > 1 and asked != int(asked)):
+            remedy = "name a share of one, such as 0.5, or a whole number"
+            found.append(Finding(("engine_args", "gpus"), f"{asked!r} is no number of GPUs", remedy))
         if self.engine != "vllm":
             found += [
                 Finding((size,), f"engine '{self.engine}' has no such parallelism", "remove it", ("engine",))
@@ -215,6 +219,9 @@ class TierConfig(Strict):
     @property
     def gpus(self) -> float:
         """GPUs that Ray reserves for one replica."""
+        if self.engine == "simulated":
+            asked = self.engine_args.get("gpus", 0)
+            return float(asked) if isinstance(asked, (int, float)) else 0.0
         if self.engine != "vllm" or self.device == "cpu":
             return 0.0
         return self.gpu_share if self.world_size == 1 else float(self.world_size)
@@ -224,6 +231,9 @@ class TierConfig(Strict):
         """The GPUs of one replica, as the placement asks for them."""
         if not self.gpus:
             return Shape(gpus=0, stages=self.pipeline_parallel_size)
+        if self.engine == "simulated":
+            share = min(self.gpus, 1.0)
+            return Shape(gpus=max(1, round(self.gpus)), milli_gpu=ceil(round(share * WHOLE_MILLI, 6)))
         return Shape(
             gpus=self.tensor_parallel_size,
             stages=self.pipeline_parallel_size,

@@ -54,6 +54,9 @@ class SimulatedSettings(Strict):
     """Tokens the KV cache holds, for the usage gauge."""
     max_model_len: Annotated[int, Field(ge=1)] = 32_768
     embedding_dimensions: Annotated[int, Field(ge=1)] = 64
+    gpus: NonNegative = 0.0
+    """GPUs that Ray reserves for a replica and that it leases, though it computes nothing there: a share of
+    one, or a whole number."""
 
     refuse: bool = False
     """The port is closed and open connections are reset."""

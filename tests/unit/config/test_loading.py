@@ -103,6 +103,12 @@ def test_there_are_shipped_files() -> None:
             "parallel",
             "leave it at 1",
         ),
+        (
+            {"tiers": [tier(engine_args={"gpus": 1.5})]},
+            "tiers[0].engine_args.gpus",
+            "no number",
+            "whole number",
+        ),
         ({"tiers": [tier(tensor_parallel_size=2)]}, "tiers[0].tensor_parallel_size", "no such", "remove it"),
         ({"tiers": [tier(), tier()]}, "tiers[1].name", "the name of tiers[0] too", "its own"),
         (

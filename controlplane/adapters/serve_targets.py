@@ -1,0 +1,116 @@
+"""The controller's targets as Serve's autoscaler reads them: fetched in a thread, read without waiting.
+
+One thread fetches for all tiers of a namespace in a process, and ends when nobody reads any more.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Final
+
+import ray
+import structlog
+from ray.exceptions import RayError
+
+from controlplane.adapters.ray_serve import find_controller
+from controlplane.core.targets import TierTarget, desired_replicas
+
+REFRESH_S: Final = 0.5
+ANSWER_LIMIT_S: Final = 5.0
+
+log = structlog.stdlib.get_logger(__name__)
+
+Fetch = Callable[[], Mapping[str, TierTarget]]
+
+
+class Targets:
+    """The controller's last targets, refreshed in a thread while somebody reads them."""
+
+    def __init__(self, fetch: Fetch, *, refresh_s: float = REFRESH_S) -> None:
+        self._fetch = fetch
+        self._refresh_s = refresh_s
+        self._last: Mapping[str, TierTarget] = {}
+        self._readers: weakref.WeakSet[TierTargets] = weakref.WeakSet()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def attach(self, reader: TierTargets) -> None:
+        """Fetch for as long as ``reader`` lives."""
+        with self._lock:
+            self._readers.add(reader)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="tierplane-targets", daemon=True)
+                self._thread.start()
+
+    def of(self, tier: str) -> TierTarget | None:
+        """The tier's last target. Never waits."""
+        return self._last.get(tier)
+
+    def _run(self) -> None:
+        away = False
+        while True:
+            with self._lock:
+                if not self._readers:
+                    self._thread = None
+                    return
+            try:
+                self._last = self._fetch()
+                away = False
+            except (RayError, OSError, RuntimeError, ValueError, AttributeError) as error:
+                if not away:
+                    log.info("no targets from the controller", reason=str(error).strip()[:300])
+                away = True
+            time.sleep(self._refresh_s)
+
+
+class TierTargets:
+    """One tier's target: what its policy asks."""
+
+    def __init__(self, targets: Targets, tier: str, configured: int) -> None:
+        self._targets = targets
+        self._tier = tier
+        self._configured = configured
+        self._said = ""
+        targets.attach(self)
+
+    def desired(self, running: Collection[str], present: int) -> int:
+        """The number of replicas to run, given the endpoint ids of the ``running`` ones and the number that
+        Serve goes by at ``present``. Never waits."""
+        target = self._targets.of(self._tier)
+        answer = desired_replicas(target, time.time(), configured=self._configured, running=running)
+        if answer.replicas != present and answer.reason != self._said:
+            log.info("target", tier=self._tier, replicas=answer.replicas, reason=answer.reason)
+            self._said = answer.reason
+        return answer.replicas
+
+
+def tier_targets(tier: str, configured: int, namespace: str) -> TierTargets:
+    """The tier's targets from the controller of ``namespace``; all tiers share a thread."""
+    with _lock:
+        targets = _by_namespace.setdefault(namespace, Targets(_fetch_from(namespace)))
+    return TierTargets(targets, tier, configured)
+
+
+_lock = threading.Lock()
+_by_namespace: dict[str, Targets] = {}
+
+
+def _fetch_from(namespace: str) -> Fetch:
+    actor: Any = None
+
+    def fetch() -> Mapping[str, TierTarget]:
+        nonlocal actor
+        actor = actor or find_controller(namespace)
+        if actor is None:
+            raise ValueError(f"there is no controller in namespace '{namespace}'")
+        try:
+            targets: Mapping[str, TierTarget] = ray.get(actor.targets.remote(), timeout=ANSWER_LIMIT_S)
+        except RayError:
+            actor = None  # It may have been made anew.
+            raise
+        return targets
+
+    return fetch

@@ -1,0 +1,48 @@
+"""How many replicas Serve is to run of a tier: the controller's target while it is valid, or the configured
+number.
+
+A move is two targets one after the other: first one replica more than before, and once that serves, the
+number as before with the old replica ``leaving``. A replica that leaves is counted on top for as long as
+Serve counts it too. Serve could otherwise be told to run one less before it has seen that replica's end,
+and would take one of its own choice instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class TierTarget:
+    """What the controller publishes for one tier."""
+
+    replicas: int
+    """Without those that leave."""
+    reason: str
+    valid_until_unix_s: float
+    """After that it says nothing any more."""
+    leaving: tuple[str, ...] = ()
+    """Endpoints that were told to leave."""
+
+
+@dataclass(frozen=True, slots=True)
+class Desired:
+    """What the policy answers."""
+
+    replicas: int
+    reason: str
+
+
+def desired_replicas(
+    target: TierTarget | None, unix_s: float, *, configured: int, running: Collection[str]
+) -> Desired:
+    """The number for Serve now; ``running`` are the endpoint ids of the replicas that Serve counts."""
+    if target is None:
+        return Desired(configured, "as configured")
+    if unix_s > target.valid_until_unix_s:
+        return Desired(configured, "as configured: the controller's last target has run out")
+    leaving = sum(endpoint_id in running for endpoint_id in target.leaving)
+    if not leaving:
+        return Desired(target.replicas, target.reason)
+    return Desired(target.replicas + leaving, f"{target.reason}; {leaving} more until it has left")

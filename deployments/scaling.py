@@ -1,0 +1,47 @@
+"""Serve's autoscaling policy of every tier: as many replicas as the controller asks for.
+
+Serve takes a policy's module by value and keeps copies of it in its checkpoints, so nothing may live here
+that can't be copied or has to be shared: that is in :mod:`controlplane.adapters.serve_targets`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
+
+from controlplane.config import TierConfig
+
+SURGE: Final = 1
+"""Replicas that a tier may have beyond the configured number while one of them moves."""
+
+
+class TargetPolicy:
+    """What Serve's own controller calls for one tier, several times a second. It never waits."""
+
+    def __init__(self, tier: str, replicas: int, namespace: str) -> None:
+        from controlplane.adapters.serve_targets import tier_targets
+
+        self._tier = tier
+        self._targets = tier_targets(tier, replicas, namespace)
+
+    def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+        """The number of replicas to run, and no state."""
+        running = {f"{self._tier}-{replica.unique_id}" for replica in context.running_replicas}
+        return self._targets.desired(running, context.target_num_replicas), {}
+
+
+def autoscaling(tier: TierConfig, namespace: str) -> AutoscalingConfig:
+    """Serve's settings for a tier: the configured number, and room for one more while a replica moves."""
+    return AutoscalingConfig(
+        min_replicas=tier.replicas,
+        initial_replicas=tier.replicas,
+        max_replicas=tier.replicas + SURGE,
+        upscale_delay_s=0.0,
+        downscale_delay_s=0.0,
+        downscale_to_zero_delay_s=0.0,
+        policy=AutoscalingPolicy(  # type: ignore[no-untyped-call]
+            policy_function="deployments.scaling:TargetPolicy",
+            policy_kwargs={"tier": tier.name, "replicas": tier.replicas, "namespace": namespace},
+        ),
+    )
