@@ -55,6 +55,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "controlplane.cli.plan:command",
         "Plan where the replicas of CONFIG run: on the cluster of a file, or on the one that runs.",
     ),
+    "k8s": (
+        "controlplane.cli.k8s:command",
+        "Generate Kubernetes manifests from a configuration file.",
+    ),
     "bench": (
         "controlplane.cli.bench:command",
         "Measure; each benchmark prints a table, or JSON with --json.",

@@ -1,0 +1,271 @@
+"""Pod templates: the parts that every pod has, and what differs by what it is for.
+
+Nothing runs as root, writes to its image, or holds a Kubernetes token that it does not use.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from controlplane.adapters.catalog import gpu_named
+from controlplane.config import PlaneConfig, TierConfig
+from controlplane.core.gpus import GIB
+from controlplane.kubernetes.overlays import IMAGE, Overlay
+from controlplane.kubernetes.requests import PodNeed, mebibytes
+
+Manifest = dict[str, Any]
+
+USER_ID: Final = 1000
+"""The user that the images in ``k8s/docker`` make."""
+SERVE_PORT: Final = 8000
+METRICS_PORT: Final = 6385
+AGENT_PORT: Final = 52365
+DASHBOARD_PORT: Final = 8265
+RAY_PORTS: Final[Mapping[str, str]] = {
+    "node-manager-port": "6381",
+    "object-manager-port": "6382",
+    "dashboard-agent-grpc-port": "6383",
+    "runtime-env-agent-port": "6384",
+    # KubeRay's default is 8080, the gateway's own port.
+    "metrics-export-port": str(METRICS_PORT),
+    "dashboard-agent-listen-port": str(AGENT_PORT),
+    "min-worker-port": "10002",
+    "max-worker-port": "19999",
+}
+"""Fixed, so that the network policy can let Ray through and keep engines closed."""
+
+GATEWAY_DRAIN_S: Final = 60
+ENGINE_STOP_S: Final = 30
+MARGIN_S: Final = 30
+"""Between the end of a drain and Kubernetes' SIGKILL."""
+
+_ENV: Final[Mapping[str, str]] = {
+    "HOME": "/home/tierplane",
+    "HF_HOME": "/models/hub",
+    "TIERPLANE_CACHE_DIR": "/models/tierplane",
+    "TIERPLANE_RUN_DIR": "/tmp/tierplane",  # noqa: S108 - an emptyDir of the pod's own
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+def container_security() -> Manifest:
+    """What a container may do: nothing beyond being a process."""
+    return {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "runAsNonRoot": True,
+        "capabilities": {"drop": ["ALL"]},
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+
+
+def head_pod(config: PlaneConfig, overlay: Overlay) -> Manifest:
+    """Ray's head: tables, Serve's controller, the dashboard; no engine and no gateway."""
+    resources = {"cpu": "2", "memory": "4Gi", "ephemeral-storage": "4Gi"}
+    pod = _pod("head", overlay, "ray-head", resources, _env(config), grace_s=60)
+    pod["spec"]["serviceAccountName"] = "tierplane-head"
+    # KubeRay puts the autoscaler's container into this pod: it alone talks to Kubernetes.
+    pod["spec"]["automountServiceAccountToken"] = overlay.autoscale
+    container = pod["spec"]["containers"][0]
+    container["ports"] = [
+        _port("gcs-server", 6379),
+        _port("dashboard", DASHBOARD_PORT),
+        _port("client", 10001),
+        _port("metrics", METRICS_PORT),
+    ]
+    container["readinessProbe"] = _probe("/api/gcs_healthz", DASHBOARD_PORT, failures=6)
+    return pod
+
+
+def gateway_pod(config: PlaneConfig, overlay: Overlay) -> Manifest:
+    """One gateway replica; ready when it can serve, and no longer sent requests when it ends."""
+    port = config.gateway.port
+    cpus = max(1, round(config.gateway.cpus))
+    resources = {"cpu": str(cpus), "memory": "2Gi", "ephemeral-storage": "2Gi"}
+    grace_s = GATEWAY_DRAIN_S + MARGIN_S
+    pod = _pod("gateway", overlay, "ray-worker", resources, _env(config), grace_s=grace_s)
+    container = pod["spec"]["containers"][0]
+    container["ports"] = [
+        _port("http", port), _port("serve", SERVE_PORT), _port("metrics", METRICS_PORT),
+    ]  # fmt: skip
+    container["readinessProbe"] = _probe("/health/ready", port, failures=2)
+    # Kubernetes stops sending new requests when the pod is deleted; those in flight get this long.
+    container["lifecycle"] = {"preStop": {"exec": {"command": ["sleep", str(GATEWAY_DRAIN_S)]}}}
+    pod["spec"]["topologySpreadConstraints"] = [
+        {
+            "maxSkew": 1,
+            "topologyKey": "kubernetes.io/hostname",
+            "whenUnsatisfiable": "ScheduleAnyway",
+            "labelSelector": {"matchLabels": labels("gateway")},
+        }
+    ]
+    return pod
+
+
+def tier_pod(config: PlaneConfig, tier: TierConfig, need: PodNeed, overlay: Overlay) -> Manifest:
+    """The engines of one tier on one node's GPUs, or on CPUs."""
+    memory = mebibytes(need.memory_bytes)
+    resources = {"cpu": str(need.cpus), "memory": memory, "ephemeral-storage": "16Gi"}
+    if need.gpus:
+        resources["nvidia.com/gpu"] = str(need.gpus)
+    drain_s = round(tier.drain_timeout_s) + ENGINE_STOP_S
+    env = [*_env(config), _secret_env("HF_TOKEN", "tierplane-hub", "token")]
+    pod = _pod("tier", overlay, "ray-worker", resources, env, grace_s=drain_s + MARGIN_S)
+    pod["metadata"]["labels"]["tierplane.io/tier"] = group_name(tier.name)
+    pod["metadata"]["annotations"] = {"tierplane.io/memory-source": need.source}
+    container = pod["spec"]["containers"][0]
+    container["ports"] = [_port("serve", SERVE_PORT), _port("metrics", METRICS_PORT)]
+    # Serve's proxy on this node is there once a replica is.
+    container["readinessProbe"] = _probe("/-/healthz", SERVE_PORT, failures=2)
+    container["lifecycle"] = {"preStop": {"exec": {"command": ["sh", "-c", _drain(drain_s)]}}}
+    if need.shared_bytes:
+        _shared_memory(pod, need.shared_bytes)
+    if need.gpus and overlay.gpu:
+        pod["spec"] |= _on_gpus(gpu_named(overlay.gpu).nvml_name)
+    return pod
+
+
+def group_name(name: str) -> str:
+    """A tier's name as Kubernetes takes it."""
+    return name.replace("_", "-")
+
+
+def labels(component: str) -> dict[str, str]:
+    """What the network policies, services and budgets in ``k8s/base`` select by."""
+    return {"app.kubernetes.io/name": "tierplane", "app.kubernetes.io/component": component}
+
+
+def start_params(cpus: int, resources: Mapping[str, int]) -> dict[str, str]:
+    """``rayStartParams`` of a group: fixed ports, and what Ray may place there."""
+    params = {**RAY_PORTS, "num-cpus": str(cpus)}
+    if resources:
+        # Quoted once more: KubeRay writes it into a shell command.
+        params["resources"] = json.dumps(json.dumps(resources))
+    return params
+
+
+def _pod(
+    component: str,
+    overlay: Overlay,
+    container: str,
+    resources: Mapping[str, str],
+    env: Sequence[Manifest],
+    *,
+    grace_s: int,
+) -> Manifest:
+    return {
+        "metadata": {"labels": labels(component)},
+        "spec": {
+            "automountServiceAccountToken": False,
+            "serviceAccountName": "tierplane",
+            "enableServiceLinks": False,
+            "terminationGracePeriodSeconds": grace_s,
+            "securityContext": {
+                "runAsNonRoot": True,
+                "runAsUser": USER_ID,
+                "runAsGroup": USER_ID,
+                "fsGroup": USER_ID,
+                "fsGroupChangePolicy": "OnRootMismatch",
+                "seccompProfile": {"type": "RuntimeDefault"},
+            },
+            "containers": [
+                {
+                    "name": container,
+                    "image": f"{IMAGE}:{overlay.tag}",
+                    "imagePullPolicy": "IfNotPresent",
+                    "env": list(env),
+                    # Memory is not overcommitted: an engine that outgrows it would take its node along.
+                    "resources": {
+                        "requests": dict(resources),
+                        "limits": {k: v for k, v in resources.items() if k != "cpu"},
+                    },
+                    "securityContext": container_security(),
+                    "livenessProbe": _probe("/api/local_raylet_healthz", AGENT_PORT, failures=12),
+                    "volumeMounts": [
+                        {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108
+                        {"name": "home", "mountPath": "/home/tierplane"},
+                        {"name": "models", "mountPath": "/models"},
+                    ],
+                }
+            ],
+            "volumes": [
+                {"name": "tmp", "emptyDir": {}},
+                {"name": "home", "emptyDir": {}},
+                {"name": "models", "persistentVolumeClaim": {"claimName": "tierplane-models"}},
+            ],
+        },
+    }
+
+
+def _env(config: PlaneConfig) -> list[Manifest]:
+    env: list[Manifest] = [{"name": name, "value": value} for name, value in _ENV.items()]
+    keys = sorted({tier.api_key_env for tier in config.tiers if tier.api_key_env})
+    return env + [_secret_env(key, "tierplane-keys", key, optional=False) for key in keys]
+
+
+def _secret_env(name: str, secret: str, key: str, *, optional: bool = True) -> Manifest:
+    reference: Manifest = {"name": secret, "key": key}
+    if optional:
+        reference["optional"] = True
+    return {"name": name, "valueFrom": {"secretKeyRef": reference}}
+
+
+def _port(name: str, number: int) -> Manifest:
+    return {"name": name, "containerPort": number}
+
+
+def _probe(path: str, port: int, *, failures: int) -> Manifest:
+    return {
+        "httpGet": {"path": path, "port": port},
+        "initialDelaySeconds": 10,
+        "periodSeconds": 5,
+        "timeoutSeconds": 4,
+        "failureThreshold": failures,
+    }
+
+
+def _drain(seconds: int) -> str:
+    """Tell Ray that this node ends, so that Serve replaces its replicas, and wait for the engines to go."""
+    return (
+        "ray drain-node --reason DRAIN_NODE_REASON_PREEMPTION --reason-message 'the pod ends' "
+        f"--deadline-remaining-seconds {seconds}; "
+        # The brackets keep the pattern from finding this very command line.
+        f"for i in $(seq {seconds}); do grep -qsa '[v]llm.entrypoints' /proc/[0-9]*/cmdline || exit 0; "
+        "sleep 1; done"
+    )
+
+
+def _shared_memory(pod: Manifest, size_bytes: int) -> None:
+    size = f"{size_bytes // GIB}Gi"
+    pod["spec"]["volumes"].append({"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": size}})
+    pod["spec"]["containers"][0]["volumeMounts"].append({"name": "shm", "mountPath": "/dev/shm"})  # noqa: S108
+
+
+def _on_gpus(driver_name: str) -> Manifest:
+    """Nodes with that GPU, by the label of NVIDIA's GPU feature discovery, and their usual taint."""
+    return {
+        "affinity": {
+            "nodeAffinity": {
+                "requiredDuringSchedulingIgnoredDuringExecution": {
+                    "nodeSelectorTerms": [
+                        {
+                            "matchExpressions": [
+                                {
+                                    "key": "nvidia.com/gpu.product",
+                                    "operator": "In",
+                                    "values": [driver_name.replace(" ", "-")],
+                                }
+                            ]
+                        }
+                    ]
+                }
+            }
+        },
+        "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
+    }

@@ -1,0 +1,160 @@
+"""A RayService from a Serve config file.
+
+``serveConfigV2`` is that file, with three things said that only a cluster of pods needs: each tier and the
+gateway run in worker groups of their own (a custom Ray resource each), and nothing listens on loopback.
+"""
+
+from __future__ import annotations
+
+import copy
+from math import ceil
+from typing import Any, Final
+
+import yaml
+
+from controlplane.config import IMPORT_PATH, ServeFile
+from controlplane.errors import ConfigError, Problem
+from controlplane.kubernetes.overlays import Overlay
+from controlplane.kubernetes.pods import (
+    ENGINE_STOP_S,
+    GATEWAY_DRAIN_S,
+    MARGIN_S,
+    Manifest,
+    container_security,
+    gateway_pod,
+    group_name,
+    head_pod,
+    labels,
+    start_params,
+    tier_pod,
+)
+from controlplane.kubernetes.requests import PodNeed, pod_need
+
+RAY_VERSION: Final = "2.60.0"
+"""Of the images; a test keeps it that of ``.locks/core.txt``."""
+GATEWAY_RESOURCE: Final = "tierplane-gateway"
+_LOOPBACK: Final = frozenset({"127.0.0.1", "localhost", "::1"})
+_EVERYWHERE: Final = "0.0.0.0"  # noqa: S104 - inside the pod; the network policy says who gets there
+
+
+def render(file: ServeFile, overlay: Overlay) -> Manifest:
+    """The RayService. ConfigError with every tier that can't run on the overlay's nodes."""
+    needs = _needs(file, overlay)
+    config = file.plane
+    if not config.gateway.port:
+        message, remedy = "pods need the gateway's own port", "set it to 8080"
+        raise ConfigError([Problem("gateway.port", message, remedy)], str(file.path))
+    drains_s = [round(tier.drain_timeout_s) + ENGINE_STOP_S for tier in config.tiers]
+    cluster: Manifest = {
+        "rayVersion": RAY_VERSION,
+        "authOptions": {"mode": "token"},
+        "enableInTreeAutoscaling": overlay.autoscale,
+        "headGroupSpec": {
+            "serviceType": "ClusterIP",
+            "rayStartParams": {**start_params(0, {}), "dashboard-host": _EVERYWHERE},
+            "template": head_pod(config, overlay),
+        },
+        "workerGroupSpecs": [
+            _gateway_group(file, overlay),
+            *(_tier_group(file, i, need, overlay) for i, need in enumerate(needs)),
+        ],
+    }
+    if overlay.autoscale:
+        cluster["autoscalerOptions"] = {
+            "upscalingMode": "Default",
+            # Longer than an engine's start, so that a node is not taken away before it was used.
+            "idleTimeoutSeconds": 600,
+            "resources": {
+                "requests": {"cpu": "500m", "memory": "512Mi"},
+                "limits": {"memory": "512Mi"},
+            },
+            "securityContext": container_security(),
+        }
+    if overlay.redis:
+        cluster["gcsFaultToleranceOptions"] = {
+            "redisAddress": "tierplane-redis:6379",
+            "redisPassword": {"valueFrom": {"secretKeyRef": {"name": "tierplane-redis", "key": "password"}}},
+        }
+    return {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayService",
+        "metadata": {"name": "tierplane", "labels": labels("plane")},
+        "spec": {
+            # What only changes serveConfigV2 is applied in place; anything else gets a new cluster, and
+            # traffic moves when it is ready.
+            "upgradeStrategy": {"type": "NewCluster"},
+            "rayClusterDeletionDelaySeconds": max([GATEWAY_DRAIN_S, *drains_s]) + MARGIN_S,
+            "excludeHeadPodFromServeSvc": True,
+            "serveConfigV2": yaml.safe_dump(serve_config(file), sort_keys=False, width=100),
+            "rayClusterConfig": cluster,
+        },
+    }
+
+
+def serve_config(file: ServeFile) -> dict[str, Any]:
+    """The file's own settings, with placement in worker groups and no loopback address."""
+    values: dict[str, Any] = copy.deepcopy(dict(file.raw))
+    http = values.setdefault("http_options", {})
+    if http.get("host") in _LOOPBACK:
+        http["host"] = _EVERYWHERE
+    ours = next(app for app in values["applications"] if app.get("import_path") == IMPORT_PATH)
+    gateway = ours["args"].setdefault("gateway", {})
+    if file.plane.gateway.host in _LOOPBACK:
+        gateway["host"] = _EVERYWHERE
+    if ours["args"].get("engine_host") == "loopback":
+        ours["args"]["engine_host"] = "node"
+    # Serve replaces a deployment's actor options as a whole, so all of them are said.
+    placed = [_placed("gateway", file.plane.gateway.cpus, 0.0, GATEWAY_RESOURCE)]
+    placed += [_placed(t.name, t.cpus, t.gpus, tier_resource(t.name)) for t in file.plane.tiers]
+    ours["deployments"] = placed
+    return values
+
+
+def tier_resource(name: str) -> str:
+    """The custom Ray resource that a tier's pods have: one for each replica."""
+    return f"tierplane-tier-{group_name(name)}"
+
+
+def _placed(name: str, cpus: float, gpus: float, resource: str) -> dict[str, Any]:
+    options = {"num_cpus": cpus, "num_gpus": gpus, "resources": {resource: 1}}
+    return {"name": name, "ray_actor_options": options}
+
+
+def _needs(file: ServeFile, overlay: Overlay) -> list[PodNeed]:
+    needs: list[PodNeed] = []
+    problems: list[Problem] = []
+    for tier in file.plane.tiers:
+        try:
+            needs.append(pod_need(tier, overlay))
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems, str(file.path))
+    return needs
+
+
+def _gateway_group(file: ServeFile, overlay: Overlay) -> Manifest:
+    gateway = file.plane.gateway
+    return {
+        "groupName": "gateway",
+        **_size(gateway.replicas, overlay),
+        "rayStartParams": start_params(ceil(gateway.cpus), {GATEWAY_RESOURCE: 1}),
+        "template": gateway_pod(file.plane, overlay),
+    }
+
+
+def _tier_group(file: ServeFile, index: int, need: PodNeed, overlay: Overlay) -> Manifest:
+    tier = file.plane.tiers[index]
+    pods = ceil(tier.replicas / need.replicas)
+    cpus = ceil(tier.cpus * need.replicas)
+    return {
+        "groupName": f"tier-{group_name(tier.name)}",
+        **_size(pods, overlay),
+        "rayStartParams": start_params(cpus, {tier_resource(tier.name): need.replicas}),
+        "template": tier_pod(file.plane, tier, need, overlay),
+    }
+
+
+def _size(pods: int, overlay: Overlay) -> dict[str, int]:
+    most = ceil(pods * overlay.surge_ratio) if overlay.autoscale else pods
+    return {"replicas": pods, "minReplicas": pods, "maxReplicas": max(1, most)}

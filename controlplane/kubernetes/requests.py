@@ -1,0 +1,137 @@
+"""What a pod of a tier asks Kubernetes for, from the memory model.
+
+On a CPU the model counts the whole engine. With GPUs it says whether the engine fits them; the pod's own
+memory is an estimate on top of measured process sizes (not measured on a GPU machine): processes, the
+weights that pass through host memory while they load, and shared memory between the ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Any, Final
+
+from controlplane.adapters.catalog import gpu_named, known_model
+from controlplane.adapters.model_config import load_model
+from controlplane.config import BUNDLED_PREFIX, TierConfig
+from controlplane.core.architecture import ModelSpec
+from controlplane.core.cpu_memory import API_SERVER_BYTES, ENGINE_CORE_BYTES, WORKER_BYTES, plan_cpu_memory
+from controlplane.core.engine_settings import EngineSettings, parse_settings
+from controlplane.core.feasibility import Unfit, judge
+from controlplane.core.gpus import GIB, MIB
+from controlplane.core.memory import MemoryPlan, plan_memory
+from controlplane.errors import ConfigError, Problem, SetupError
+from controlplane.kubernetes.overlays import Overlay
+
+RAY_BYTES: Final = 2 * GIB
+"""Raylet, agents, object store and a replica actor beside the engine."""
+CUDA_HOST_BYTES: Final = 2 * GIB
+"""Host memory of one worker's CUDA context and pinned buffers."""
+SHARED_BYTES: Final = GIB
+"""Shared memory for each rank's collectives, in ``/dev/shm``."""
+LIGHT_BYTES: Final = GIB
+"""Engines that hold no model here: an address elsewhere, a timing model."""
+_KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"
+_SUFFIXES = ("-AWQ", "-GPTQ-Int4", "-FP8")
+
+
+@dataclass(frozen=True, slots=True)
+class PodNeed:
+    """One pod of a tier."""
+
+    replicas: int
+    """Replicas of the tier that share it: more than one if they share a GPU."""
+    gpus: int
+    cpus: int
+    memory_bytes: int
+    shared_bytes: int
+    source: str
+    """Where the memory comes from, for people."""
+
+
+def pod_need(tier: TierConfig, overlay: Overlay) -> PodNeed:
+    """The pod of one tier. ConfigError if the tier can't run on the overlay's nodes."""
+    if tier.engine != "vllm":
+        return PodNeed(1, 0, max(1, ceil(tier.cpus)), RAY_BYTES + LIGHT_BYTES, 0, "no model in vLLM")
+    settings = _settings(tier)
+    model = _model(tier)
+    if tier.device == "cpu":
+        return _cpu(tier, model, settings)
+    return _gpu(tier, model, settings, overlay)
+
+
+def _cpu(tier: TierConfig, model: ModelSpec, settings: EngineSettings) -> PodNeed:
+    space = tier.env.get(_KV_SPACE, "1")
+    if not space.isdigit() or not int(space):
+        raise _problem(tier, f"env.{_KV_SPACE}", f"'{space}' is no size for a pod", "a whole number of GiB")
+    # node_bytes plays no part: the cache's size is given.
+    plan = plan_cpu_memory(model, settings, kv_cache_bytes=int(space) * GIB, node_bytes=0)
+    cpus = max(ceil(tier.cpus), settings.world_size)
+    return PodNeed(1, 0, cpus + 1, plan.total_bytes + RAY_BYTES, 0, "memory model, engine on CPU")
+
+
+def _gpu(tier: TierConfig, model: ModelSpec, settings: EngineSettings, overlay: Overlay) -> PodNeed:
+    if overlay.gpu is None:
+        raise _problem(
+            tier, "device", f"overlay {overlay.name} has no GPUs", "device: cpu, or another overlay"
+        )
+    gpus = ceil(tier.gpus)
+    if gpus > overlay.gpus_per_node:
+        raise _problem(
+            tier,
+            "tensor_parallel_size",
+            f"{gpus} GPUs for one engine, a node of overlay {overlay.name} has {overlay.gpus_per_node}",
+            "lower tensor_parallel_size × pipeline_parallel_size: an engine stays on one node",
+        )
+    plan = plan_memory(model, settings, gpu_named(overlay.gpu))
+    verdict = judge(plan)
+    if isinstance(verdict, Unfit):
+        reasons = "; ".join(verdict.reasons)
+        raise _problem(tier, "model", f"does not fit {overlay.gpu}: {reasons}", verdict.remedy)
+    engines = int(1 / tier.gpu_share) if settings.world_size == 1 else 1
+    ranks = settings.world_size
+    processes = API_SERVER_BYTES + ENGINE_CORE_BYTES + ranks * (WORKER_BYTES + CUDA_HOST_BYTES)
+    shared = ranks * SHARED_BYTES
+    memory = RAY_BYTES + engines * (processes + shared + _weights_bytes(plan))
+    cpus = engines * (2 + ranks) + 1
+    return PodNeed(engines, gpus, cpus, memory, engines * shared, f"memory model, weights on {overlay.gpu}")
+
+
+def _weights_bytes(plan: MemoryPlan) -> int:
+    """The weights of the whole engine, as they pass through the page cache."""
+    return plan.settings.tp * sum(stage.weights_bytes for stage in plan.stages)
+
+
+def _settings(tier: TierConfig) -> EngineSettings:
+    args: dict[str, Any] = dict(tier.engine_args)
+    if tier.device == "cpu":
+        args = {"dtype": "float32", "enforce-eager": True} | args
+    try:
+        return parse_settings(
+            args, tp=tier.tensor_parallel_size, pp=tier.pipeline_parallel_size, device=tier.device
+        )
+    except ValueError as error:
+        raise _problem(tier, "engine_args", str(error), "see controlplane/core/memory.md") from error
+
+
+def _model(tier: TierConfig) -> ModelSpec:
+    """From the table of known models (also for a quantised copy of one), or else from where it is."""
+    name = tier.model
+    for suffix in _SUFFIXES:
+        name = name.removesuffix(suffix)
+    known = None if name.startswith(BUNDLED_PREFIX) else known_model(name)
+    if known is not None:
+        return known
+    try:
+        return load_model(tier.model).spec
+    except (SetupError, ValueError, OSError) as error:
+        raise _problem(tier, "model", f"its size is not known: {error}", "name a model that is") from error
+
+
+def _problem(tier: TierConfig, key: str, message: str, remedy: str) -> ConfigError:
+    return ConfigError([Problem(f"tiers.{tier.name}.{key}", message, remedy)])
+
+
+def mebibytes(size_bytes: int) -> str:
+    """A Kubernetes quantity, rounded up to 256 MiB."""
+    return f"{ceil(size_bytes / (256 * MIB)) * 256}Mi"
