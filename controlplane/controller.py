@@ -12,8 +12,9 @@ Time comes in through two clocks.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 from controlplane.core import health
 from controlplane.core.domain import ClusterSnapshot, Endpoint, EndpointState, Event, GatewayInfo, TierSpec
@@ -27,6 +28,8 @@ anybody: a process that has started may not be reachable at once."""
 FAILED_KEPT_S = 600.0
 """An endpoint that failed is shown for so long after it was last heard of, for its diagnosis."""
 KEPT_EVENTS = 500
+KEPT_FRESH = 100_000
+"""Events that wait to be taken by whoever writes them down."""
 KEPT_GONE = 1000
 
 
@@ -56,9 +59,10 @@ class Controller:
         self._gone: deque[str] = deque(maxlen=KEPT_GONE)
         self._draining: dict[str, int] = {}
         self._events: deque[Event] = deque(maxlen=KEPT_EVENTS)
+        self._fresh: deque[Event] = deque(maxlen=KEPT_FRESH)
         self._noted = 0
         self._empty_since_s: float | None = self._looked_s
-        self._note("started", "controller", f"epoch {epoch}")
+        self.note("started", "controller", f"epoch {epoch}")
 
     @property
     def version(self) -> int:
@@ -69,6 +73,21 @@ class Controller:
     def epoch(self) -> str:
         """Names this controller process."""
         return self._epoch
+
+    @property
+    def warming(self) -> bool:
+        """Whether this process has just started and may not know everybody yet."""
+        return self._warming
+
+    @property
+    def endpoints(self) -> Mapping[str, Endpoint]:
+        """By id, with their secrets."""
+        return MappingProxyType(self._endpoints)
+
+    @property
+    def gateways(self) -> tuple[GatewayInfo, ...]:
+        """As each last reported itself."""
+        return tuple(self._gateways.values())
 
     @property
     def tiers(self) -> tuple[TierSpec, ...]:
@@ -93,7 +112,7 @@ class Controller:
             return
         self._put(endpoint)
         if known is None:
-            self._note("registered", endpoint.endpoint_id, _describe(endpoint), endpoint.tier)
+            self.note("registered", endpoint.endpoint_id, _describe(endpoint), endpoint.tier)
 
     def report(self, endpoint: Endpoint) -> bool:
         """Take an endpoint's state in; False if it is unknown here and has to register.
@@ -112,11 +131,11 @@ class Controller:
             if endpoint.generation < known.generation:
                 raise IllegalTransition(f"generation {endpoint.generation} came after {known.generation}")
         except IllegalTransition as refused:
-            self._note("refused", endpoint.endpoint_id, str(refused), endpoint.tier)
+            self.note("refused", endpoint.endpoint_id, str(refused), endpoint.tier)
             return True
         self._put(endpoint)
         if endpoint.state != known.state or endpoint.generation != known.generation:
-            self._note(endpoint.state.value, endpoint.endpoint_id, _describe(endpoint), endpoint.tier)
+            self.note(endpoint.state.value, endpoint.endpoint_id, _describe(endpoint), endpoint.tier)
         return True
 
     def deregister(self, endpoint_id: str, reason: str) -> None:
@@ -126,13 +145,17 @@ class Controller:
             self._changed()
         self._drop(endpoint_id, "deregistered", reason)
 
+    def lost(self, endpoint_id: str, reason: str) -> None:
+        """Forget an endpoint that is known to be gone without having said so."""
+        self._drop(endpoint_id, "lost", reason)
+
     def gateway_report(self, info: GatewayInfo) -> bool:
         """Take a gateway's state in; an unknown one becomes known by it, and is told so by False."""
         new = info.gateway_id not in self._gateways
         self._heard(info.gateway_id)
         self._gateways[info.gateway_id] = replace(info, seen_unix_s=self._unix_s())
         if new:
-            self._note("gateway", info.gateway_id, f"answers on {info.url or 'the ingress only'}")
+            self.note("gateway", info.gateway_id, f"answers on {info.url or 'the ingress only'}")
             self._changed()
         return not new
 
@@ -140,7 +163,7 @@ class Controller:
         """Forget a gateway that leaves on purpose."""
         if self._gateways.pop(gateway_id, None) is not None:
             self._heard_s.pop(gateway_id, None)
-            self._note("gateway gone", gateway_id, reason)
+            self.note("gateway gone", gateway_id, reason)
             self._changed()
 
     def expire(self) -> None:
@@ -154,7 +177,7 @@ class Controller:
         self._looked_s = now_s
         if gap_s > 2 * self._heartbeat_s:
             self._heard_s = {key: heard_s + gap_s for key, heard_s in self._heard_s.items()}
-            self._note("stood still", "controller", f"for {gap_s:.1f} s; nobody is dropped for it")
+            self.note("stood still", "controller", f"for {gap_s:.1f} s; nobody is dropped for it")
         for key, heard_s in list(self._heard_s.items()):
             endpoint = self._endpoints.get(key)
             failed = endpoint is not None and endpoint.state == EndpointState.FAILED
@@ -227,15 +250,31 @@ class Controller:
         self._draining.pop(endpoint_id, None)
         if endpoint is not None:
             self._heard_s.pop(endpoint_id, None)
-            self._note(kind, endpoint_id, reason, endpoint.tier)
+            self.note(kind, endpoint_id, reason, endpoint.tier)
             self._changed()
 
     def _changed(self) -> None:
         self._version += 1
 
-    def _note(self, kind: str, subject: str, reason: str, tier: str = "") -> None:
+    def note(
+        self, kind: str, subject: str, reason: str, tier: str = "", *, actor: str = "controller"
+    ) -> None:
+        """Write down that something happened."""
         self._noted += 1
-        self._events.append(Event(self._noted, self._unix_s(), kind, subject, reason, tier))
+        event = Event(self._noted, self._unix_s(), kind, subject, reason, tier, actor)
+        self._events.append(event)
+        self._fresh.append(event)
+
+    @property
+    def has_fresh(self) -> bool:
+        """Whether :meth:`take_events` has something."""
+        return bool(self._fresh)
+
+    def take_events(self) -> tuple[Event, ...]:
+        """What happened since this was last asked, oldest first; asked again, only what is newer."""
+        fresh = tuple(self._fresh)
+        self._fresh.clear()
+        return fresh
 
 
 def _describe(endpoint: Endpoint) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -69,6 +70,8 @@ class TierReplica:
             state=EndpointState.STARTING,
             concurrency_limit=tier.concurrency_limit,
             capabilities=engine_for(tier).capabilities(tier),
+            metrics_path=engine_for(tier).metrics_path,
+            metric_names=_metric_names(tier),
             node_id=runtime.get_node_id(),
             actor_id=runtime.get_actor_id() or "",
             since_unix_s=time.time(),
@@ -153,26 +156,25 @@ def tier_application(config: PlaneConfig, tier: TierConfig) -> serve.Application
 
 
 def _endpoint(base: Endpoint, status: EngineStatus) -> Endpoint:
-    return Endpoint(
-        endpoint_id=base.endpoint_id,
-        tier=base.tier,
-        model=base.model,
-        engine=base.engine,
+    return replace(
+        base,
         base_url=status.base_url,
         state=status.state,
-        concurrency_limit=base.concurrency_limit,
         secret=status.secret,
         generation=status.generation,
         phase=status.phase,
-        capabilities=base.capabilities,
-        node_id=base.node_id,
-        actor_id=base.actor_id,
         pid=status.pid,
         started_unix_s=status.started_unix_s,
         since_unix_s=status.since_unix_s,
         restarts=status.restarts,
         diagnosis=status.diagnosis,
     )
+
+
+def _metric_names(tier: TierConfig) -> tuple[tuple[str, str], ...]:
+    """What the controller reads of the engine, by the engine's own names."""
+    names = asdict(engine_for(tier).metric_names)
+    return tuple((signal, name) for signal, name in names.items() if name)
 
 
 def _engine_host(config: PlaneConfig) -> str:

@@ -19,7 +19,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 
-from controlplane.adapters.ray_serve import find_controller
+from controlplane.adapters.controller_actor import find_controller
 from controlplane.core.domain import ClusterSnapshot, Event, TierSpec
 from controlplane.errors import SetupError
 

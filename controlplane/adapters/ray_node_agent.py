@@ -6,10 +6,11 @@ node. :func:`ensure_node_agents` makes what is missing; calling it again changes
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import ray
+import ray.util
 import structlog
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -40,23 +41,57 @@ class RayNodeAgent:
         """Events after ``since_seq`` of ``epoch``."""
         return self._agent.events(since_seq, epoch)
 
+    def news(self, epoch: str, event_seq: int) -> tuple[NodeSample | None, list[GpuEvent]]:
+        """The newest sample, and events after ``event_seq`` of ``epoch``: one call instead of two."""
+        return self._agent.latest(), self._agent.events(event_seq, epoch)
 
-def ensure_node_agents(namespace: str, *, interval_s: float = 1.0) -> Mapping[str, Any]:
+
+def alive_nodes() -> dict[str, int]:
+    """The nodes that Ray has, by id, with the whole GPUs that it counts there. Blocks."""
+    return {
+        str(node["NodeID"]): int(node["Resources"].get("GPU", 0))
+        for node in ray.nodes()  # type: ignore[no-untyped-call]
+        if node["Alive"]
+    }
+
+
+def ensure_node_agents(
+    namespace: str,
+    *,
+    interval_s: float = 1.0,
+    known: Mapping[str, Any] | None = None,
+    nodes: Collection[str] | None = None,
+) -> dict[str, Any]:
     """Handles of the agents of every node that is alive, by node id; makes those that are missing.
 
     Nodes come and go: call it with every look at the cluster. It does not wait for new agents to start.
+    ``known`` are handles from the last look, of nodes that are not asked for again; ``nodes`` are those
+    that are alive, if the caller knows. Blocks.
     """
     agents: dict[str, Any] = {}
-    for node in ray.nodes():  # type: ignore[no-untyped-call]
-        if not node["Alive"]:
+    for node_id in alive_nodes() if nodes is None else nodes:
+        if known and node_id in known:
+            agents[node_id] = known[node_id]
             continue
-        node_id = str(node["NodeID"])
         try:
             agents[node_id] = _agent_of(node_id, namespace, interval_s)
         except (ray.exceptions.RayError, ValueError) as error:
             # a node that dies between the list and here; the next call sees it
             log.warning("no node agent", node_id=node_id, error=str(error))
     return agents
+
+
+def stop_node_agents(namespace: str) -> int:
+    """End all agents of the namespace; how many there were. Blocks."""
+    stopped = 0
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if actor["namespace"] == namespace and actor["name"].startswith(NAME_PREFIX):
+            try:
+                ray.kill(ray.get_actor(actor["name"], namespace=namespace))
+                stopped += 1
+            except ValueError:
+                continue  # it has just ended
+    return stopped
 
 
 def _agent_of(node_id: str, namespace: str, interval_s: float) -> Any:

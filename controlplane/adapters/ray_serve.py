@@ -1,36 +1,30 @@
-"""The controller as a Ray actor, and how replicas and gateways talk to it.
+"""How replicas and gateways talk to the controller (:mod:`controlplane.adapters.controller_actor`).
 
-There is one named, detached actor per namespace. It needs no CPU, Ray restarts it when its process dies, and
-whoever finds none creates it. Calls to it never lie on a request's path: replicas and gateways run the loops
-below as background tasks, which wait, try again and go on with what they know while it is away.
+Calls to it never lie on a request's path: replicas and gateways run the loops below as background tasks,
+which wait, try again and go on with what they know while it is away.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import secrets
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn, cast
 
-import ray
 import structlog
 from ray.exceptions import ActorDiedError, RayActorError, RayError
 
-from controlplane.adapters import observability
+from controlplane.adapters.controller_actor import get_or_create_controller
 from controlplane.config import ControllerConfig, PlaneConfig
-from controlplane.controller import Controller
-from controlplane.core.domain import ClusterSnapshot, Endpoint, Event, GatewayInfo, TierSpec
+from controlplane.core.domain import ClusterSnapshot, Endpoint, GatewayInfo, TierSpec
+from controlplane.core.leases import Answer, Lease, Outcome
+from controlplane.core.orders import Order, ReportAnswer
 from controlplane.errors import TierplaneError
-from controlplane.paths import run_dir
 
-CONTROLLER_NAME = "tierplane-controller"
 LONG_POLL_S = 20.0
 CALL_TIMEOUT_S = 5.0
 RETRY_S = 0.25
-IDLE_EXIT_S = 300.0
-"""A controller that knows nobody for this long ends: nothing of a plane that is gone stays behind."""
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -45,125 +39,6 @@ def tier_specs(config: PlaneConfig) -> tuple[TierSpec, ...]:
         TierSpec(tier.name, tier.model_id, tier.engine, tier.replicas, tier.concurrency_limit)
         for tier in config.tiers
     )
-
-
-class ControllerActor:
-    """The actor's body: the registry in an event loop, with a long poll for its snapshots."""
-
-    async def __init__(self, config: ControllerConfig) -> None:  # type: ignore[misc]  # Ray awaits it
-        observability.setup(
-            config.log_format,
-            config.log_level,
-            file=run_dir() / "logs" / "controller.log",
-            component="controller",
-        )
-        self._heartbeat_s = config.heartbeat_s
-        self._controller = Controller(
-            epoch=f"{int(time.time()):x}-{secrets.token_hex(4)}",
-            heartbeat_s=config.heartbeat_s,
-            now_s=time.monotonic,
-            unix_s=time.time,
-        )
-        self._change = asyncio.Event()
-        self._version = self._controller.version
-        self._logged = 0
-        self._tick = asyncio.create_task(self._run())
-        self._wake()
-
-    async def declare(self, tiers: tuple[TierSpec, ...], heartbeat_s: float) -> None:
-        """See :meth:`Controller.declare`."""
-        self._heartbeat_s = heartbeat_s
-        self._controller.declare(tiers, heartbeat_s)
-
-    async def register(self, endpoint: Endpoint) -> None:
-        """See :meth:`Controller.register`."""
-        self._controller.register(endpoint)
-        self._wake()
-
-    async def report(self, endpoint: Endpoint) -> bool:
-        """See :meth:`Controller.report`."""
-        known = self._controller.report(endpoint)
-        self._wake()
-        return known
-
-    async def deregister(self, endpoint_id: str, reason: str) -> None:
-        """See :meth:`Controller.deregister`."""
-        self._controller.deregister(endpoint_id, reason)
-        self._wake()
-
-    async def gateway_report(self, info: GatewayInfo) -> bool:
-        """See :meth:`Controller.gateway_report`."""
-        known = self._controller.gateway_report(info)
-        self._wake()
-        return known
-
-    async def gateway_gone(self, gateway_id: str, reason: str) -> None:
-        """See :meth:`Controller.gateway_gone`."""
-        self._controller.gateway_gone(gateway_id, reason)
-        self._wake()
-
-    async def still_running(self, endpoint_id: str) -> int | None:
-        """See :meth:`Controller.still_running`."""
-        return self._controller.still_running(endpoint_id)
-
-    async def snapshot(self, epoch: str, version: int, wait_s: float) -> ClusterSnapshot | None:
-        """For gateways, with secrets: what is newer than ``(epoch, version)``; None if nothing is for
-        ``wait_s``."""
-        if epoch == self._controller.epoch and version >= self._controller.version:
-            try:
-                await asyncio.wait_for(self._change.wait(), wait_s)
-            except TimeoutError:
-                return None
-        return self._controller.snapshot(secrets=True)
-
-    async def status(self) -> tuple[ClusterSnapshot, tuple[TierSpec, ...], tuple[Event, ...]]:
-        """For people, without secrets: endpoints and gateways, what the configuration asks for, events."""
-        return self._controller.snapshot(secrets=False), self._controller.tiers, self._controller.events
-
-    def _wake(self) -> None:
-        if self._controller.events[-1].number > self._logged:
-            for event in self._controller.events:
-                if event.number > self._logged:
-                    log.info(event.kind, subject=event.subject, tier=event.tier, reason=event.reason)
-            self._logged = self._controller.events[-1].number
-        if self._controller.version != self._version:
-            self._version = self._controller.version
-            self._change.set()
-            self._change = asyncio.Event()
-
-    async def _run(self) -> None:
-        while True:
-            await asyncio.sleep(self._heartbeat_s)
-            self._controller.expire()
-            self._wake()
-            if self._controller.empty_for_s() > IDLE_EXIT_S:
-                log.info("nobody is left, ending")
-                ray.actor.exit_actor()  # type: ignore[no-untyped-call]
-
-
-def get_or_create_controller(config: ControllerConfig) -> Any:
-    """The controller's actor handle, made if there is none. Blocks; not for an event loop."""
-    actor = ray.remote(ControllerActor)
-    return actor.options(
-        name=CONTROLLER_NAME,
-        namespace=config.namespace,
-        get_if_exists=True,
-        lifetime="detached",
-        num_cpus=0,
-        max_restarts=-1,
-        # A call that was lost with the process is made again by whoever made it, knowing that it was.
-        max_task_retries=0,
-        # Each gateway holds one call open.
-        max_concurrency=10_000,
-    ).remote(config)
-
-
-def find_controller(namespace: str) -> Any | None:
-    """The controller's actor handle; None if there is none. Blocks."""
-    try:
-        return ray.get_actor(CONTROLLER_NAME, namespace=namespace)
-    except ValueError:
-        return None
 
 
 class ControllerLink:
@@ -199,12 +74,25 @@ class ControllerLink:
 
 
 class EndpointReporter:
-    """Keeps the controller informed of one endpoint: at once on a change, and every ``heartbeat_s``."""
+    """Keeps the controller informed of one endpoint: at once on a change, and every ``heartbeat_s``.
 
-    def __init__(self, link: ControllerLink, endpoint: Endpoint, heartbeat_s: float) -> None:
+    ``on_orders`` gets what the controller wants of the replica, with every report for as long as it is not
+    done: doing it twice must be the same as doing it once. It is called in the event loop and must be quick.
+    """
+
+    def __init__(
+        self,
+        link: ControllerLink,
+        endpoint: Endpoint,
+        heartbeat_s: float,
+        *,
+        on_orders: Callable[[tuple[Order, ...]], None] | None = None,
+    ) -> None:
         self._link = link
         self._endpoint = endpoint
         self._heartbeat_s = heartbeat_s
+        self._on_orders = on_orders
+        self._lease: Lease | None = None
         self._changed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
 
@@ -212,6 +100,15 @@ class EndpointReporter:
     def endpoint(self) -> Endpoint:
         """What is reported now."""
         return self._endpoint
+
+    @property
+    def lease(self) -> Lease | None:
+        """The GPUs that the endpoint holds."""
+        return self._lease
+
+    def hold(self, lease: Lease | None) -> None:
+        """The endpoint holds this lease from now on: a controller that has forgotten it is told again."""
+        self._lease = lease
 
     def update(self, endpoint: Endpoint) -> None:
         """Report this from now on. May be called from any thread; returns at once."""
@@ -234,8 +131,17 @@ class EndpointReporter:
             log.info("could not tell the controller", call="report", reason=str(error))
 
     async def _report(self) -> None:
-        if not await self._link.call("report", self._endpoint):
+        answer = cast(ReportAnswer, await self._link.call("report", self._endpoint))
+        if not answer.known:
             await self._link.call("register", self._endpoint)
+        lease = self._lease
+        if lease is not None and not (answer.known and answer.lease_known):
+            claim = (lease.holder, lease.generation, lease.node_id, lease.parts)
+            restored = cast(Answer, await self._link.call("restore_lease", *claim))
+            if restored.outcome is Outcome.REFUSED:
+                log.warning("the lease was refused", gpus=lease.gpu_uuids, reason=restored.reason)
+        if answer.orders and self._on_orders is not None:
+            self._on_orders(answer.orders)
 
 
 async def report_gateway(

@@ -15,7 +15,7 @@ import ray
 import structlog
 from ray.exceptions import RayError
 
-from controlplane.adapters.ray_serve import find_controller
+from controlplane.adapters.controller_actor import find_controller
 from controlplane.core.targets import TierTarget, desired_replicas
 
 REFRESH_S: Final = 0.5

@@ -151,6 +151,11 @@ class Store:
         with self._lock:
             return sorted(key for key in self._state if key.startswith(prefix))
 
+    def values(self) -> dict[str, Any]:
+        """All values by key."""
+        with self._lock:
+            return {key: json.loads(text) for key, text in self._state.items()}
+
     def put(self, values: Mapping[str, Any]) -> None:
         """Sets keys, all or none; a value of None removes its key."""
         texts = {key: None if value is None else json.dumps(value) for key, value in values.items()}
@@ -191,6 +196,11 @@ class Store:
             if not self._persistent:
                 self._unsaved.append(numbered)
             return numbered
+
+    @property
+    def last_seq(self) -> int:
+        """The number of the newest audit entry; 0: there is none."""
+        return self._last_seq
 
     def audit_since(self, seq: int = 0, limit: int = 1000) -> list[AuditEntry]:
         """Up to ``limit`` entries after number ``seq``, oldest first."""

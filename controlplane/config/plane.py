@@ -321,6 +321,25 @@ class ControllerConfig(Strict):
     """The Ray namespace of the named actors; two planes on one cluster need two."""
     heartbeat_s: Positive = 2.0
     """How often replicas and gateways report; five missed reports and an endpoint is dropped."""
+    tick_interval_s: Positive = 1.0
+    """How often the controller looks at everything and decides."""
+    sample_interval_s: Positive = 1.0
+    """How often each node's GPUs, CPUs, memory and disk are sampled."""
+    engine_interval_s: Positive = 5.0
+    """How often the controller reads each engine's own metrics."""
+    store_path: str = ""
+    """The file of what has to survive the controller (leases, cordons, moves, audit log, history); by
+    default ``controller-NAMESPACE.sqlite`` in the run folder, ``:memory:``: nothing is written."""
+    overheat_after_s: Positive = 30.0
+    """A GPU at its slowdown temperature for this long is taken out of use."""
+    cordon_hold_s: Positive = 120.0
+    """A GPU that was taken out of use returns after good readings for this long, and after twice as long
+    each next time; after an XID that needs a reset only once that is seen."""
+    hang_after_s: Positive = 60.0
+    """An engine that runs requests and makes no token for this long, beyond a minute, is restarted."""
+    crash_limit: Annotated[int, Field(ge=1)] = 3
+    """So many replicas of a tier that gave up within half an hour, and the tier is held: nothing of it is
+    started for ten minutes, then twenty, and so on."""
     log_format: Literal["auto", "json", "console"] = "auto"
     """``auto``: readable on a terminal, JSON elsewhere."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

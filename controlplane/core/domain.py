@@ -91,6 +91,10 @@ class Endpoint:
     """When ``state`` was entered."""
     restarts: int = 0
     diagnosis: str = ""
+    metrics_path: str = ""
+    """Where below ``base_url`` the engine has its metrics (Prometheus text); empty: nowhere."""
+    metric_names: tuple[tuple[str, str], ...] = ()
+    """Signal and the engine's own name for it; see ``controlplane.engines.base.MetricNames``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,13 +143,15 @@ class TierSpec:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that happened to an endpoint or a gateway, and why."""
+    """Something that happened or was done, and why."""
 
     number: int
     """Counts the events of one controller process."""
     unix_s: float
     kind: str
     subject: str
-    """An endpoint id, a gateway id, or ``controller``."""
+    """An endpoint id, a gateway id, a GPU's UUID, a node id, a tier, or ``controller``."""
     reason: str
     tier: str = ""
+    actor: str = "controller"
+    """Who did it: ``controller`` or ``operator``."""

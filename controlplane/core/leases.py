@@ -71,6 +71,10 @@ class Outcome(StrEnum):
     REFUSED = "refused"
     UNKNOWN = "unknown"
     """There is no such lease."""
+    WAIT = "wait"
+    """It can't be told yet: ask again after ``retry_after_s``."""
+    UNMANAGED = "unmanaged"
+    """The node has no GPUs that can be read: the holder uses what Ray gave it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +84,8 @@ class Answer:
     outcome: Outcome
     reason: str
     lease: Lease | None = None
+    retry_after_s: float = 0.0
+    """With WAIT, and with a refusal that need not last."""
 
 
 class LeaseBook:

@@ -184,8 +184,8 @@ class NodeSignals:
 class NodeTelemetry:
     """The recent past of one node and its GPUs."""
 
-    def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
-        self._limits = limits
+    def __init__(self, limits: Limits = DEFAULT_LIMITS, *, gpu_limits: Limits | None = None) -> None:
+        self._gpu_limits = gpu_limits or limits
         self._cpu = GaugeSeries(limits)
         self._memory = GaugeSeries(limits)
         self._disk = GaugeSeries(limits)
@@ -210,7 +210,7 @@ class NodeTelemetry:
             known = {gpu.info.uuid: gpu for gpu in sample.gpus if gpu.info.uuid}
             for uuid, gpu in known.items():
                 if uuid not in self.gpus:
-                    self.gpus[uuid] = GpuTelemetry(self._limits)
+                    self.gpus[uuid] = GpuTelemetry(self._gpu_limits)
                 self.gpus[uuid].observe(gpu, at_s)
             for uuid in self.gpus.keys() - known.keys():
                 del self.gpus[uuid]

@@ -17,6 +17,7 @@ from controlplane.adapters.ray_serve import (
     tier_specs,
 )
 from controlplane.config import ControllerConfig, parse_plane
+from controlplane.control import Control
 from controlplane.controller import Controller
 from controlplane.core.domain import ClusterSnapshot, Endpoint, EndpointState, GatewayInfo
 
@@ -44,6 +45,9 @@ class DirectLink(ControllerLink):
 
     def start(self, epoch: str) -> None:
         self.controller = Controller(epoch=epoch, heartbeat_s=1.0, now_s=lambda: 0.0, unix_s=lambda: 0.0)
+        self.control = Control(
+            self.controller, heartbeat_s=1.0, now_s=lambda: 0.0, unix_s=lambda: 0.0, settle_s=0.0
+        )
 
     async def call(self, method: str, *args: Any, timeout_s: float = 5.0) -> Any:
         await asyncio.sleep(0)
@@ -57,7 +61,8 @@ class DirectLink(ControllerLink):
                 if self.away:
                     raise ControllerUnavailable("away")
             return self.controller.snapshot(secrets=True)
-        return getattr(self.controller, method)(*args)
+        owner = self.control if hasattr(self.control, method) else self.controller
+        return getattr(owner, method)(*args)
 
 
 @contextlib.asynccontextmanager

@@ -1,0 +1,442 @@
+"""The controller as a Ray actor: observe → decide → revalidate → apply → record.
+
+There is one named, detached actor per namespace. It needs no CPU, Ray restarts it when its process dies, and
+whoever finds none creates it. Everything is decided in :class:`~controlplane.control.Control`; here is what
+touches Ray, engines, disk and clock. Samples are taken in as they arrive, between ticks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import structlog
+from ray.exceptions import RayError
+
+from controlplane.adapters import observability
+from controlplane.adapters.cordons import hold_gpus, let_go_of_all
+from controlplane.adapters.engine_metrics import EngineScraper, ScrapeTarget
+from controlplane.adapters.node_watch import NodeWatch
+from controlplane.adapters.ray_node_agent import stop_node_agents
+from controlplane.adapters.recorder import Recorder
+from controlplane.adapters.store import Point
+from controlplane.config import ControllerConfig
+from controlplane.control import Control, ControlRules
+from controlplane.controller import WARMING_REPORTS, Controller
+from controlplane.core import kept
+from controlplane.core.domain import ClusterSnapshot, Endpoint, EndpointState, Event, GatewayInfo, TierSpec
+from controlplane.core.gangs import Shape
+from controlplane.core.gpu_findings import GpuRules
+from controlplane.core.gpu_views import GpuView
+from controlplane.core.hangs import HangRules
+from controlplane.core.history import points
+from controlplane.core.leases import Answer, Part
+from controlplane.core.moves import Activity
+from controlplane.core.orders import ActionAnswer, ReportAnswer, StartAnswer
+from controlplane.core.reconcile import ReconcileRules
+from controlplane.core.targets import TierTarget
+from controlplane.operations import Operations
+from controlplane.paths import run_dir
+
+CONTROLLER_NAME = "tierplane-controller"
+IDLE_EXIT_S = 300.0
+"""A controller that knows nobody for this long ends: nothing of a plane that is gone stays behind."""
+HISTORY_INTERVAL_S = 10.0
+SAVE_INTERVAL_S = 30.0
+"""State that changes without an event (counters of a GPU that is out of use) is saved this often."""
+CORDONS_INTERVAL_S = 30.0
+"""How often it is looked whether what should be held in Ray still is."""
+IN_MEMORY = ":memory:"
+
+log = structlog.stdlib.get_logger(__name__)
+
+
+class ControllerActor:
+    """The actor's body: the control loop in an event loop, with a long poll for snapshots."""
+
+    async def __init__(self, config: ControllerConfig) -> None:  # type: ignore[misc]  # Ray awaits it
+        observability.setup(
+            config.log_format,
+            config.log_level,
+            file=run_dir() / "logs" / "controller.log",
+            component="controller",
+        )
+        self._config = config
+        self._shift_s = time.time() - time.monotonic()
+        self._recorder = await asyncio.to_thread(Recorder, store_path(config))
+        again = ray.get_runtime_context().was_current_actor_reconstructed
+        self._control = Control(
+            Controller(
+                epoch=f"{int(time.time()):x}-{secrets.token_hex(4)}",
+                heartbeat_s=config.heartbeat_s,
+                now_s=time.monotonic,
+                unix_s=time.time,
+            ),
+            heartbeat_s=config.heartbeat_s,
+            now_s=time.monotonic,
+            unix_s=time.time,
+            rules=control_rules(config),
+            # One that was never there before has nobody to wait for but those it has just missed.
+            settle_s=config.heartbeat_s * (WARMING_REPORTS if again else 1),
+        )
+        self._operations = Operations(self._control)
+        self._change = asyncio.Event()
+        self._version = self._control.registry.version
+        self._cluster: set[str] | None = None
+        self._ray_gpus: dict[str, int] = {}
+        self._held: dict[str, str] | None = None
+        self._held_s = 0.0
+        self._saved = (-1, 0.0)
+        self._noted = 0
+        self._history_s = 0.0
+        self._tick_s = 0.0
+        self._watch = NodeWatch(config.namespace, config.sample_interval_s, self._control.observe_node)
+        kept.restore_gpus(self._recorder.state, self._control.fleet, self._shift_s)
+        self._loops = [
+            asyncio.create_task(loop) for loop in (self._look_loop(), self._tick_loop(), self._scrape_loop())
+        ]
+        self._wake()
+
+    # --- replicas and gateways ------------------------------------------------------------------------------
+
+    async def declare(self, tiers: tuple[TierSpec, ...], heartbeat_s: float) -> None:
+        """See :meth:`Controller.declare`."""
+        self._control.declare(tiers, heartbeat_s)
+
+    async def register(self, endpoint: Endpoint) -> None:
+        """See :meth:`Controller.register`."""
+        self._control.register(endpoint)
+        self._wake()
+
+    async def report(self, endpoint: Endpoint) -> ReportAnswer:
+        """See :meth:`Control.report`."""
+        answer = self._control.report(endpoint)
+        self._wake()
+        return answer
+
+    async def deregister(self, endpoint_id: str, reason: str) -> None:
+        """See :meth:`Control.deregister`."""
+        self._control.deregister(endpoint_id, reason)
+        self._wake()
+
+    async def gateway_report(self, info: GatewayInfo) -> bool:
+        """See :meth:`Controller.gateway_report`."""
+        known = self._control.registry.gateway_report(info)
+        self._wake()
+        return known
+
+    async def gateway_gone(self, gateway_id: str, reason: str) -> None:
+        """See :meth:`Controller.gateway_gone`."""
+        self._control.registry.gateway_gone(gateway_id, reason)
+        self._wake()
+
+    async def still_running(self, endpoint_id: str) -> int | None:
+        """See :meth:`Controller.still_running`."""
+        return self._control.registry.still_running(endpoint_id)
+
+    async def snapshot(self, epoch: str, version: int, wait_s: float) -> ClusterSnapshot | None:
+        """For gateways, with secrets: what is newer than ``(epoch, version)``; None if nothing is for
+        ``wait_s``."""
+        registry = self._control.registry
+        if epoch == registry.epoch and version >= registry.version:
+            try:
+                await asyncio.wait_for(self._change.wait(), wait_s)
+            except TimeoutError:
+                return None
+        return registry.snapshot(secrets=True)
+
+    # --- leases ---------------------------------------------------------------------------------------------
+
+    async def lease_gpus(
+        self, holder: str, generation: int, node_id: str, shape: Shape, tier: str = ""
+    ) -> Answer:
+        """Exact GPUs for a replica on a node. GRANTED and UNCHANGED carry the lease; WAIT and REFUSED say
+        when to ask again; with UNMANAGED the replica uses what Ray gave it."""
+        answer = self._control.lease_gpus(holder, generation, node_id, shape, tier)
+        self._save()
+        self._wake()
+        return answer
+
+    async def restore_lease(
+        self, holder: str, generation: int, node_id: str, parts: tuple[Part, ...]
+    ) -> Answer:
+        """What a running holder says that it has. REFUSED: it is somebody else's, and the holder will be
+        told to retire."""
+        answer = self._control.restore_lease(holder, generation, node_id, parts)
+        self._save()
+        self._wake()
+        return answer
+
+    async def renew_lease(self, holder: str, generation: int) -> Answer:
+        """The holder is alive; each report says so too."""
+        return self._control.renew_lease(holder, generation)
+
+    async def release_lease(self, holder: str, generation: int | None = None) -> Answer:
+        """Give back what the holder has; deregistering does so too."""
+        answer = self._control.release_lease(holder, generation)
+        self._save()
+        self._wake()
+        return answer
+
+    async def may_start(self, holder: str, tier: str) -> StartAnswer:
+        """Whether an engine of the tier may be started now: not while the tier is held."""
+        return self._control.may_start(holder, tier)
+
+    # --- scaling --------------------------------------------------------------------------------------------
+
+    async def targets(self) -> Mapping[str, TierTarget]:
+        """Tier → replicas to keep, and until when that holds. Raises NotSettled just after a restart: the
+        last answer holds on."""
+        return self._control.targets()
+
+    async def publish_targets(self, targets: Mapping[str, TierTarget]) -> None:
+        """What scaling recommends; moves and held tiers go on top of it."""
+        self._control.publish(targets)
+
+    # --- operators ------------------------------------------------------------------------------------------
+
+    async def cordon(self, subject: str, reason: str = "") -> ActionAnswer:
+        """See :meth:`Operations.cordon`."""
+        return self._done(self._operations.cordon(subject, reason))
+
+    async def uncordon(self, subject: str, reason: str = "") -> ActionAnswer:
+        """See :meth:`Operations.uncordon`."""
+        return self._done(self._operations.uncordon(subject, reason))
+
+    async def drain(self, subject: str, reason: str = "") -> ActionAnswer:
+        """See :meth:`Operations.drain`."""
+        return self._done(self._operations.drain(subject, reason))
+
+    async def restart(self, subject: str, reason: str = "") -> ActionAnswer:
+        """See :meth:`Operations.restart`."""
+        return self._done(self._operations.restart(subject, reason))
+
+    # --- for people -----------------------------------------------------------------------------------------
+
+    async def status(self) -> tuple[ClusterSnapshot, tuple[TierSpec, ...], tuple[Event, ...]]:
+        """Without secrets: endpoints and gateways, what the configuration asks for, events."""
+        registry = self._control.registry
+        return registry.snapshot(secrets=False), registry.tiers, registry.events
+
+    async def gpus(self) -> tuple[GpuView, ...]:
+        """Every GPU with its health, holders and last readings."""
+        return self._control.gpus()
+
+    async def events(self, after: int = 0, limit: int = 1000) -> tuple[Event, ...]:
+        """The audit log after entry number ``after``, oldest first; numbers survive restarts. A negative
+        ``after``: the last ``limit`` entries."""
+        return await asyncio.to_thread(self._recorder.events, after, limit)
+
+    async def history(
+        self, series: tuple[str, ...], since_unix_s: float, until_unix_s: float
+    ) -> Mapping[str, list[Point]]:
+        """Points of the series that :func:`controlplane.core.history.points` names."""
+        store = self._recorder.store
+        return {
+            name: await asyncio.to_thread(store.history, name, since_unix_s, until_unix_s) for name in series
+        }
+
+    async def activity(self) -> Activity:
+        """What is under way."""
+        return replace(self._control.activity(), store_warning=self._recorder.warning, tick_s=self._tick_s)
+
+    # --- loops ----------------------------------------------------------------------------------------------
+
+    async def _look_loop(self) -> None:
+        """Which nodes there are, and what their agents say."""
+        while True:
+            began_s = time.monotonic()
+            try:
+                alive = await self._watch.look()
+                if alive is not None:
+                    self._ray_gpus = alive
+                    if self._cluster is None:
+                        self._remember(set(alive))
+                    self._control.observe_nodes(alive.keys())
+                    self._wake()
+            except Exception as error:
+                log.exception("could not look at the nodes", error=repr(error))
+            await asyncio.sleep(_left_s(began_s, self._config.tick_interval_s))
+
+    async def _tick_loop(self) -> None:
+        while True:
+            began_s = time.monotonic()
+            try:
+                self._control.tick()
+                self._tick_s = time.monotonic() - began_s
+                self._wake()
+                self._save()
+                self._add_history()
+                await self._hold_gpus()
+            except Exception as error:
+                log.exception("a tick failed; the next one looks again", error=repr(error))
+            if self._control.registry.empty_for_s() > IDLE_EXIT_S:
+                await self._end()
+            await asyncio.sleep(_left_s(began_s, self._config.tick_interval_s))
+
+    async def _scrape_loop(self) -> None:
+        """What the engines say of themselves."""
+        async with EngineScraper() as scraper:
+            while True:
+                began_s = time.monotonic()
+                try:
+                    endpoints = self._control.registry.endpoints.values()
+                    for sample in await scraper.scrape_all(scrape_targets(endpoints)):
+                        self._control.observe_engine(sample)
+                except Exception as error:
+                    log.exception("could not read the engines' metrics", error=repr(error))
+                await asyncio.sleep(_left_s(began_s, self._config.engine_interval_s))
+
+    async def _hold_gpus(self) -> None:
+        """Have Ray's own accounting know what is out of use."""
+        wanted = self._control.fleet.out_of_use()
+        now_s = time.monotonic()
+        if not self._ray_gpus or (wanted == self._held and now_s - self._held_s < CORDONS_INTERVAL_S):
+            return
+        if not wanted and self._held == {}:
+            return
+        try:
+            await asyncio.to_thread(hold_gpus, self._config.namespace, wanted, dict(self._ray_gpus))
+            self._held, self._held_s = wanted, now_s
+        except (RayError, RuntimeError, OSError) as error:
+            log.warning("cordons are not in Ray yet", error=str(error))
+
+    async def _end(self) -> None:
+        log.info("nobody is left, ending")
+        await asyncio.to_thread(let_go_of_all, self._config.namespace)
+        await asyncio.to_thread(stop_node_agents, self._config.namespace)
+        await asyncio.to_thread(self._recorder.close)
+        ray.actor.exit_actor()  # type: ignore[no-untyped-call]
+
+    # --- what is written down -------------------------------------------------------------------------------
+
+    def _remember(self, cluster: set[str]) -> None:
+        """Takes up what was stored, as far as it is about the cluster that is there."""
+        self._cluster = cluster
+        before = self._recorder.state.get("cluster") or ()
+        if cluster & set(before):
+            control = self._control
+            kept.restore_plane(
+                *(self._recorder.state, control.fleet, control.desk.book, control.work),
+                now_s=time.monotonic(),
+                shift_s=self._shift_s,
+            )
+            control.settle()
+            control.registry.note("remembers", "controller", "leases, cordons and moves from before")
+
+    def _save(self) -> None:
+        if self._cluster is None:
+            return
+        now_s = time.monotonic()
+        noted, saved_s = self._saved
+        if (
+            noted == self._noted
+            and not self._control.registry.has_fresh
+            and now_s - saved_s < SAVE_INTERVAL_S
+        ):
+            return
+        control = self._control
+        values = kept.to_values(control.fleet, control.desk.book, control.work, self._shift_s)
+        values["cluster"] = sorted(self._ray_gpus)
+        self._recorder.save(values)
+        self._saved = (self._noted, now_s)
+
+    def _add_history(self) -> None:
+        now_s = time.monotonic()
+        if now_s - self._history_s < HISTORY_INTERVAL_S:
+            return
+        self._history_s = now_s
+        control = self._control
+        endpoints = control.registry.endpoints.values()
+        gateways = control.registry.gateways
+        self._recorder.add_points(
+            time.time(), points(endpoints, gateways, control.engines, control.fleet, now_s)
+        )
+
+    def _done(self, answer: ActionAnswer) -> ActionAnswer:
+        self._save()
+        self._wake()
+        return answer
+
+    def _wake(self) -> None:
+        registry = self._control.registry
+        events = registry.take_events()
+        for event in events:
+            log.info(event.kind, **{key: value for key, value in asdict(event).items() if key in _LOGGED})
+        self._noted += len(events)
+        self._recorder.write_down(events)
+        if registry.version != self._version:
+            self._version = registry.version
+            self._change.set()
+            self._change = asyncio.Event()
+
+
+_LOGGED = ("subject", "tier", "reason", "actor")
+
+
+def store_path(config: ControllerConfig) -> Path | None:
+    """The store's file; None: in memory only."""
+    if config.store_path == IN_MEMORY:
+        return None
+    if config.store_path:
+        return Path(config.store_path).expanduser()
+    return run_dir() / f"controller-{config.namespace}.sqlite"
+
+
+def control_rules(config: ControllerConfig) -> ControlRules:
+    """The rules as the configuration has them."""
+    return ControlRules(
+        GpuRules(hot_for_s=config.overheat_after_s, hold_initial_s=config.cordon_hold_s),
+        ReconcileRules(crash_limit=config.crash_limit),
+        HangRules(after_s=config.hang_after_s),
+    )
+
+
+def scrape_targets(endpoints: Iterable[Endpoint]) -> list[ScrapeTarget]:
+    """Where the engines that serve have their metrics."""
+    return [
+        ScrapeTarget(
+            endpoint.endpoint_id,
+            endpoint.generation,
+            endpoint.base_url + endpoint.metrics_path,
+            dict(endpoint.metric_names),
+            endpoint.secret,
+        )
+        for endpoint in endpoints
+        if endpoint.state is EndpointState.READY and endpoint.metrics_path and endpoint.metric_names
+    ]
+
+
+def get_or_create_controller(config: ControllerConfig) -> Any:
+    """The controller's actor handle, made if there is none. Blocks; not for an event loop."""
+    actor = ray.remote(ControllerActor)
+    return actor.options(
+        name=CONTROLLER_NAME,
+        namespace=config.namespace,
+        get_if_exists=True,
+        lifetime="detached",
+        num_cpus=0,
+        max_restarts=-1,
+        # A call that was lost with the process is made again by whoever made it, knowing that it was.
+        max_task_retries=0,
+        # Each gateway holds one call open.
+        max_concurrency=10_000,
+    ).remote(config)
+
+
+def find_controller(namespace: str) -> Any | None:
+    """The controller's actor handle; None if there is none. Blocks."""
+    try:
+        return ray.get_actor(CONTROLLER_NAME, namespace=namespace)
+    except ValueError:
+        return None
+
+
+def _left_s(began_s: float, interval_s: float) -> float:
+    return max(0.0, began_s + interval_s - time.monotonic())

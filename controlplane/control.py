@@ -1,0 +1,373 @@
+"""The controller's whole mind: the registry, the GPUs, who holds them, what operators asked for, what is
+under way.
+
+It is plain Python with two clocks: :mod:`controlplane.adapters.controller_actor` feeds it with reports and
+samples, calls :meth:`Control.tick`, and carries out what needs Ray. What has to survive a restart goes in and
+out by :mod:`controlplane.core.kept`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from controlplane.controller import MISSED_REPORTS, WARMING_REPORTS, Controller
+from controlplane.core.domain import Endpoint, EndpointState, TierSpec
+from controlplane.core.gangs import Shape
+from controlplane.core.gpu_findings import GpuRules
+from controlplane.core.gpu_fleet import GpuFleet
+from controlplane.core.gpu_views import GpuView, gpu_views
+from controlplane.core.hangs import HangRules, makes_nothing
+from controlplane.core.health import SERVING
+from controlplane.core.lease_desk import LeaseDesk
+from controlplane.core.leases import Answer, Part
+from controlplane.core.leases import Outcome as LeaseOutcome
+from controlplane.core.moves import Activity
+from controlplane.core.orders import ReportAnswer, StartAnswer
+from controlplane.core.reconcile import (
+    GpuOutOfUse,
+    Observed,
+    ReconcileRules,
+    SetGpu,
+    reconcile,
+    target_of,
+)
+from controlplane.core.room import room, shape_of
+from controlplane.core.samples import EngineSample, GpuEvent, GpuEventKind, NodeSample
+from controlplane.core.signals import EngineTelemetry
+from controlplane.core.targets import TierTarget
+from controlplane.core.work import Applied, Work
+from controlplane.errors import IllegalTransition, TierplaneError
+
+TARGET_TTL_S = 30.0
+"""A target holds for so long after the controller was last asked."""
+ROOM_AGAIN_S = 15.0
+"""Whether there is room elsewhere is looked at anew after so long."""
+START_AGAIN_S = 5.0
+"""When a replica of a held tier asks again."""
+
+
+class NotSettled(TierplaneError):
+    """The controller has just started; it is asked again later, and until then nothing changes."""
+
+
+@dataclass(frozen=True, slots=True)
+class ControlRules:
+    """All rules of the control loop."""
+
+    gpus: GpuRules = field(default_factory=GpuRules)
+    reconcile: ReconcileRules = field(default_factory=ReconcileRules)
+    hangs: HangRules = field(default_factory=HangRules)
+
+
+class Control:
+    """Not safe for use by several threads; one event loop owns it."""
+
+    def __init__(
+        self,
+        registry: Controller,
+        *,
+        heartbeat_s: float,
+        now_s: Callable[[], float],
+        unix_s: Callable[[], float],
+        rules: ControlRules | None = None,
+        settle_s: float | None = None,
+    ) -> None:
+        self.registry = registry
+        self.rules = rules or ControlRules()
+        self.fleet = GpuFleet(self.rules.gpus)
+        self.desk = LeaseDesk(self.fleet)
+        self.work = Work()
+        self.engines: dict[str, EngineTelemetry] = {}
+        self.now_s = now_s
+        self._unix_s = unix_s
+        self._heartbeat_s = heartbeat_s
+        self._settled_s = now_s() + (WARMING_REPORTS * heartbeat_s if settle_s is None else settle_s)
+        self._shapes: dict[str, Shape] = {}
+        """Holder → what it asked for."""
+        self._published: dict[str, TierTarget] = {}
+        self._looked_s = now_s()
+        self._room_asked: dict[str, tuple[float, str]] = {}
+        self._hung_since: dict[str, float] = {}
+        self._failed: dict[str, int] = {}
+        """Endpoint id → the generation that it gave up."""
+
+    @property
+    def settled(self) -> bool:
+        """Whether everybody has had the time to say again what they hold."""
+        return self.now_s() >= self._settled_s
+
+    def settle(self) -> None:
+        """What was stored before vouches for everything: nobody has to be waited for."""
+        self._settled_s = self.now_s()
+
+    def declare(self, tiers: Sequence[TierSpec], heartbeat_s: float) -> None:
+        """See :meth:`Controller.declare`."""
+        self._heartbeat_s = heartbeat_s
+        self.registry.declare(tiers, heartbeat_s)
+
+    # --- what comes in ------------------------------------------------------------------------------------
+
+    def register(self, endpoint: Endpoint) -> None:
+        """See :meth:`Controller.register`."""
+        self.registry.register(endpoint)
+        self._seen(endpoint)
+
+    def report(self, endpoint: Endpoint) -> ReportAnswer:
+        """See :meth:`Controller.report`; the answer carries what the replica is to do."""
+        known = self.registry.report(endpoint)
+        if not known:
+            return ReportAnswer(False, lease_known=endpoint.endpoint_id in self.desk.book.leases)
+        held = self._seen(endpoint)
+        return ReportAnswer(True, self.work.orders_for(endpoint), held or not endpoint.gpu_uuids)
+
+    def deregister(self, endpoint_id: str, reason: str) -> None:
+        """See :meth:`Controller.deregister`; its lease ends too."""
+        self.registry.deregister(endpoint_id, reason)
+        self.release_lease(endpoint_id)
+
+    def observe_node(self, node_id: str, samples: Sequence[NodeSample], events: Sequence[GpuEvent]) -> None:
+        """What a node's agent sent."""
+        for event in events:
+            if event.kind in (GpuEventKind.XID, GpuEventKind.UNCORRECTED_ECC, GpuEventKind.LOST) or (
+                not event.gpu_uuid
+            ):
+                detail = f"XID {event.code}" if event.kind is GpuEventKind.XID else event.detail
+                self.registry.note(event.kind.value, event.gpu_uuid or node_id, detail or event.kind.value)
+        for moved in self.fleet.observe(node_id, samples, events, now_s=self.now_s()):
+            verdict = moved.verdict
+            self.registry.note(f"GPU {verdict.after}", verdict.uuid, f"{verdict.rule}: {verdict.reason}")
+
+    def observe_engine(self, sample: EngineSample) -> None:
+        """What an engine said of itself."""
+        telemetry = self.engines.setdefault(sample.endpoint_id, EngineTelemetry())
+        telemetry.observe(sample, self.now_s())
+
+    def observe_nodes(self, alive: Collection[str]) -> None:
+        """Which nodes Ray has; those that have reported before and are not among them are lost."""
+        endpoints = self.registry.endpoints
+        at_work = {endpoint.node_id for endpoint in endpoints.values() if endpoint.node_id}
+        for node_id in sorted((set(self.fleet.nodes) | at_work) - set(alive)):
+            if self.fleet.forget_node(node_id):
+                self.registry.note("node lost", node_id, "Ray no longer has it")
+            for endpoint in list(endpoints.values()):
+                if endpoint.node_id == node_id:
+                    self.registry.lost(endpoint.endpoint_id, f"its node {node_id} is lost")
+            for holder, lease in list(self.desk.book.leases.items()):
+                if lease.node_id == node_id:
+                    self.release_lease(holder)
+
+    # --- leases -------------------------------------------------------------------------------------------
+
+    def lease_gpus(self, holder: str, generation: int, node_id: str, shape: Shape, tier: str) -> Answer:
+        """GPUs for a replica that Ray has put on a node; see :meth:`LeaseDesk.acquire`."""
+        wait = "" if self.settled else "the controller has just started: holders say again what they have"
+        start = self.may_start(holder, tier)
+        if not start.allowed:
+            return Answer(LeaseOutcome.WAIT, start.reason, retry_after_s=start.retry_after_s)
+        answer = self.desk.acquire(holder, generation, node_id, shape, now_s=self.now_s(), wait=wait)
+        if answer.outcome is LeaseOutcome.GRANTED and answer.lease is not None:
+            self._shapes[holder] = shape
+            gpus = ", ".join(answer.lease.gpu_uuids)
+            self.registry.note("leased", holder, f"{gpus}: {answer.reason}", tier)
+        return answer
+
+    def restore_lease(self, holder: str, generation: int, node_id: str, parts: Iterable[Part]) -> Answer:
+        """What a running holder says it has; a conflict is refused, and the holder has to end."""
+        answer = self.desk.restore(holder, generation, node_id, parts, self.now_s())
+        if answer.outcome is LeaseOutcome.REFUSED:
+            self.registry.note("lease refused", holder, answer.reason)
+            if self.work.ask_drain(holder, f"its GPUs are somebody else's: {answer.reason}"):
+                self.registry.note("drain", holder, "two replicas can't use one GPU")
+        return answer
+
+    def renew_lease(self, holder: str, generation: int) -> Answer:
+        """See :meth:`LeaseBook.renew`; every report renews too."""
+        return self.desk.book.renew(holder, generation=generation, now_s=self.now_s())
+
+    def release_lease(self, holder: str, generation: int | None = None) -> Answer:
+        """See :meth:`LeaseBook.release`."""
+        answer = self.desk.book.release(holder, generation=generation)
+        if answer.outcome is LeaseOutcome.GRANTED:
+            self._shapes.pop(holder, None)
+            self.registry.note("lease ended", holder, answer.reason)
+        return answer
+
+    def may_start(self, holder: str, tier: str) -> StartAnswer:
+        """Whether an engine of the tier may be started now."""
+        hold = self.work.holds.get(tier)
+        if hold is None:
+            return StartAnswer(True, "nothing holds the tier")
+        return StartAnswer(False, f"tier {tier} is held: {hold.reason}", START_AGAIN_S)
+
+    # --- what goes out ------------------------------------------------------------------------------------
+
+    def gpus(self) -> tuple[GpuView, ...]:
+        """The inventory."""
+        return gpu_views(self.fleet, self.desk.book, now_s=self.now_s(), unix_s=self._unix_s())
+
+    def publish(self, targets: Mapping[str, TierTarget]) -> None:
+        """How many replicas the tiers are to have, as the scaling recommends; moves and holds go on top."""
+        self._published.update(targets)
+
+    def bases(self, unix_s: float) -> dict[str, int]:
+        """Tier → replicas when nothing moves: what was published last and still holds, or the
+        configuration's number."""
+        found = {}
+        for spec in self.registry.tiers:
+            published = self._published.get(spec.name)
+            valid = published is not None and published.valid_until_unix_s > unix_s
+            found[spec.name] = published.replicas if published is not None and valid else spec.replicas
+        return found
+
+    def targets(self) -> dict[str, TierTarget]:
+        """Tier → how many replicas Serve is to keep. Raises NotSettled while it may not know every move."""
+        if not self.settled:
+            raise NotSettled("the controller has just started and may not know every move yet")
+        unix_s = self._unix_s()
+        serving: dict[str, int] = {}
+        for endpoint in self.registry.endpoints.values():
+            serving[endpoint.tier] = serving.get(endpoint.tier, 0) + (endpoint.state in SERVING)
+        return {
+            tier: target_of(
+                *(tier, base, self.work.moves.values(), self.work.holds.get(tier)),
+                serving=serving.get(tier, 0),
+                valid_until_unix_s=unix_s + TARGET_TTL_S,
+            )
+            for tier, base in self.bases(unix_s).items()
+        }
+
+    def activity(self) -> Activity:
+        """What is under way."""
+        work = self.work
+        return Activity(
+            tuple(work.moves.values()),
+            tuple(work.restarts.values()),
+            tuple(work.holds.items()),
+            tuple(work.drains.items()),
+            self.settled and not self.registry.warming,
+            "",
+            0.0,
+        )
+
+    # --- the tick -----------------------------------------------------------------------------------------
+
+    def tick(self) -> tuple[Applied, ...]:
+        """One look at everything, and what was done about it."""
+        now_s = self.now_s()
+        if now_s - self._looked_s > 2 * self._heartbeat_s:
+            # nobody could be heard in the meantime: that is nobody's fault
+            for holder in self.desk.book.leases:
+                self.desk.renew(holder, now_s)
+        self._looked_s = now_s
+        self.registry.expire()
+        for lease in self.desk.book.reap(now_s=now_s, ttl_s=MISSED_REPORTS * self._heartbeat_s):
+            self._shapes.pop(lease.holder, None)
+            self.registry.note("lease ended", lease.holder, "its holder was not heard of")
+        endpoints = self.registry.endpoints
+        self.work.forget(endpoints, now_s, self.rules.reconcile.hold_max_s)
+        for kept in (self.engines, self._room_asked, self._hung_since, self._failed):
+            for gone in [name for name in kept if name not in endpoints]:
+                del kept[gone]
+        if not self.settled or self.registry.warming:
+            return ()
+        done = []
+        for command in reconcile(self._observe(now_s), self.rules.reconcile):
+            applied = self._apply_gpu(command, now_s) if isinstance(command, SetGpu) else None
+            applied = applied or self.work.apply(command, endpoints, now_s)
+            if applied is not None:
+                self.registry.note(applied.kind, applied.subject, applied.reason, applied.tier)
+                done.append(applied)
+        return tuple(done)
+
+    def _observe(self, now_s: float) -> Observed:
+        endpoints = self.registry.endpoints
+        book = self.desk.book
+        out_of_use, places = {}, {}
+        for uuid in self.fleet.out_of_use():
+            record = self.fleet.records[uuid]
+            why = self.fleet.why_leave(uuid)
+            holders = book.holders(uuid)
+            if record.out_of_use:
+                out_of_use[uuid] = GpuOutOfUse(record.health.state, holders, bool(why), record.health.reason)
+            if why:
+                places.update(dict.fromkeys(holders, why))
+        for node_id, hold in self.fleet.holds.items():
+            if hold.must_leave:
+                for endpoint in endpoints.values():
+                    if endpoint.node_id == node_id:
+                        places.setdefault(endpoint.endpoint_id, f"node {node_id} is drained: {hold.reason}")
+        leaving = self.work.leaving(endpoints.values(), places)
+        return Observed(
+            now_s,
+            endpoints,
+            self.bases(self._unix_s()),
+            leaving,
+            self._room(leaving, endpoints, now_s),
+            out_of_use,
+            dict(self.work.moves),
+            dict(self.work.restarts),
+            dict(self.work.holds),
+            self._hung(endpoints, now_s),
+            dict(self.work.hung_before),
+            dict(self.work.failures),
+            {tier: count for tier, (count, _) in self.work.held_before.items()},
+        )
+
+    def _room(
+        self, leaving: Mapping[str, str], endpoints: Mapping[str, Endpoint], now_s: float
+    ) -> dict[str, str]:
+        """Endpoint id → where another one like it would go. Looking costs: one at a time, and each again
+        only after a while."""
+        book = self.desk.book
+        looked = False
+        found = {}
+        for endpoint_id in sorted(leaving.keys() - self.work.moves.keys()):
+            endpoint = endpoints[endpoint_id]
+            lease = book.leases.get(endpoint_id)
+            if endpoint.state not in SERVING:
+                continue
+            if lease is None:
+                found[endpoint_id] = "where Ray finds a place"
+                continue
+            asked = self._room_asked.get(endpoint_id)
+            if asked is None or now_s - asked[0] >= ROOM_AGAIN_S:
+                if looked:
+                    continue
+                looked = True
+                tier_of = {name: item.tier for name, item in endpoints.items()}
+                shape = self._shapes.get(endpoint_id) or shape_of(lease)
+                asked = (now_s, room(self.fleet, book, shape, endpoint.tier, tier_of))
+                self._room_asked[endpoint_id] = asked
+            found[endpoint_id] = asked[1]
+        return found
+
+    def _hung(self, endpoints: Mapping[str, Endpoint], now_s: float) -> dict[str, str]:
+        found = {}
+        for endpoint_id, telemetry in self.engines.items():
+            endpoint = endpoints.get(endpoint_id)
+            why = makes_nothing(telemetry.signals(now_s)) if endpoint and endpoint.state in SERVING else ""
+            if not why:
+                self._hung_since.pop(endpoint_id, None)
+                continue
+            lasted_s = now_s - self._hung_since.setdefault(endpoint_id, now_s)
+            if lasted_s >= self.rules.hangs.after_s:
+                found[endpoint_id] = f"{why} for {lasted_s:.0f} s"
+        return found
+
+    def _apply_gpu(self, command: SetGpu, now_s: float) -> Applied | None:
+        try:
+            changed = self.fleet.advance(command.uuid, command.state, now_s=now_s)
+        except (IllegalTransition, KeyError):
+            return None
+        return Applied(f"GPU {command.state}", command.uuid, command.reason) if changed else None
+
+    def _seen(self, endpoint: Endpoint) -> bool:
+        """The endpoint was heard of; False if it has no lease."""
+        if (
+            endpoint.state is EndpointState.FAILED
+            and self._failed.get(endpoint.endpoint_id) != endpoint.generation
+        ):
+            self._failed[endpoint.endpoint_id] = endpoint.generation
+            self.work.failed(endpoint, self.now_s())
+        return self.desk.renew(endpoint.endpoint_id, self.now_s())

@@ -1,0 +1,266 @@
+"""Every GPU that node agents report: its readings, its health, and who has taken it out of use.
+
+:meth:`GpuFleet.observe` takes in what an agent sent and judges the node's GPUs at once, so the work is
+spread over the time in which samples arrive. What nobody reports is not judged: a node whose agent is silent,
+or whose driver does not answer, keeps the health it had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+from controlplane.core import gpu_health
+from controlplane.core.gpu_findings import GpuRules
+from controlplane.core.gpu_health import LAST_RESORT, OUT_OF_USE, Assessment, GpuHealth, GpuState, assess
+from controlplane.core.inventory import node_of
+from controlplane.core.samples import GpuCondition, GpuEvent, GpuSample, NodeSample
+from controlplane.core.signals import GpuSignals, GpuTelemetry, NodeTelemetry
+from controlplane.core.telemetry import Limits
+from controlplane.core.topology import Node
+from controlplane.core.xid import Level
+
+GPU_LIMITS = Limits(max_points=2)
+"""Of a GPU only the newest value and the average are asked for, which need no window: thousands of windows
+would be hundreds of megabytes."""
+REMEMBERED = 10_000
+"""GPUs that are gone and were not healthy: so many are remembered, the last ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class GpuRecord:
+    """One GPU: where it is, what was last read of it, and its health."""
+
+    node_id: str
+    sample: GpuSample
+    """The last one that could be read; the very last if none could."""
+    health: GpuHealth
+    must_leave: bool = False
+    """What runs on it has to leave, and not only nothing new to come."""
+
+    @property
+    def out_of_use(self) -> bool:
+        """Whether nothing new may come."""
+        return self.health.state in OUT_OF_USE
+
+
+@dataclass(frozen=True, slots=True)
+class NodeHold:
+    """A node that an operator took out of use."""
+
+    reason: str
+    must_leave: bool = False
+
+
+class GpuFleet:
+    """The GPUs of all nodes. Not safe for use by several threads."""
+
+    def __init__(self, rules: GpuRules | None = None) -> None:
+        self.rules = rules or GpuRules()
+        self._nodes: dict[str, NodeTelemetry] = {}
+        self._records: dict[str, GpuRecord] = {}
+        self._by_node: dict[str, tuple[str, ...]] = {}
+        self._holds: dict[str, NodeHold] = {}
+        self._waiting: dict[str, tuple[GpuHealth, bool]] = {}
+        """Health from before a restart of GPUs that have not been seen since."""
+
+    @property
+    def records(self) -> Mapping[str, GpuRecord]:
+        """By UUID."""
+        return MappingProxyType(self._records)
+
+    @property
+    def nodes(self) -> Mapping[str, NodeTelemetry]:
+        """By node id: those that have reported."""
+        return MappingProxyType(self._nodes)
+
+    @property
+    def holds(self) -> Mapping[str, NodeHold]:
+        """Nodes that are out of use, by id."""
+        return MappingProxyType(self._holds)
+
+    def gpus_of(self, node_id: str) -> tuple[str, ...]:
+        """UUIDs of a node's GPUs, in the driver's order."""
+        return self._by_node.get(node_id, ())
+
+    def observe(
+        self, node_id: str, samples: Sequence[NodeSample], events: Sequence[GpuEvent], *, now_s: float
+    ) -> tuple[Assessment, ...]:
+        """Takes in what a node's agent sent at ``now_s``; answers with what moved."""
+        telemetry = self._nodes.get(node_id)
+        if telemetry is None:
+            if not samples:
+                return ()
+            telemetry = self._nodes[node_id] = NodeTelemetry(gpu_limits=GPU_LIMITS)
+        new = telemetry.observe(samples, now_s)
+        by_gpu: dict[str, list[GpuEvent]] = {}
+        for event in events:
+            if event.gpu_uuid:
+                by_gpu.setdefault(event.gpu_uuid, []).append(event)
+        latest = new[-1] if new else None
+        moved: list[Assessment] = []
+        if latest is not None:
+            for gpu in latest.gpus:
+                if gpu.info.uuid:
+                    moved += self._look(node_id, gpu, by_gpu.pop(gpu.info.uuid, ()), now_s, latest.boot_id)
+            self._by_node[node_id] = tuple(gpu.info.uuid for gpu in latest.gpus if gpu.info.uuid)
+        for uuid, of_gpu in by_gpu.items():
+            if uuid in self._records:
+                moved += self._look(node_id, None, of_gpu, now_s, "", uuid)
+        return tuple(moved)
+
+    def _look(
+        self,
+        node_id: str,
+        sample: GpuSample | None,
+        events: Sequence[GpuEvent],
+        now_s: float,
+        boot_id: str,
+        uuid: str = "",
+    ) -> tuple[Assessment, ...]:
+        uuid = sample.info.uuid if sample is not None else uuid
+        record = self._records.get(uuid)
+        if record is None:
+            assert sample is not None
+            health, must_leave = self._waiting.pop(uuid, (GpuHealth(uuid, since_s=now_s), False))
+            record = GpuRecord(node_id, sample, health, must_leave)
+        seen = assess(record.health, sample, events, now_s=now_s, rules=self.rules, boot_id=boot_id)
+        unreadable = sample is None or sample.condition is GpuCondition.UNREADABLE
+        must_leave = seen.health.state in OUT_OF_USE and (
+            record.must_leave
+            or (seen.verdict.moved and seen.verdict.after is GpuState.CORDONED)
+            or any(finding.level is Level.FATAL for finding in seen.findings)
+        )
+        self._records[uuid] = GpuRecord(
+            node_id, record.sample if unreadable or sample is None else sample, seen.health, must_leave
+        )
+        return (seen,) if seen.verdict.moved else ()
+
+    def node(self, node_id: str, *, last_resort: bool = False) -> Node | None:
+        """The node as the placement sees it; None if it has not reported. CPUs and memory are Ray's.
+
+        Suspect GPUs are left out unless ``last_resort``. A GPU whose driver does not answer is judged by what
+        was known of it before, and counts as suspect.
+        """
+        telemetry = self._nodes.get(node_id)
+        if telemetry is None or telemetry.latest is None:
+            return None
+        gpus, refused = [], {}
+        for gpu in telemetry.latest.gpus:
+            record = self._records.get(gpu.info.uuid)
+            if record is None:
+                continue
+            unreadable = gpu.condition is GpuCondition.UNREADABLE
+            readable = record.sample
+            if unreadable and readable.condition is GpuCondition.UNREADABLE:
+                readable = replace(readable, condition=GpuCondition.OK)
+            gpus.append(readable)
+            refused[gpu.info.uuid] = self._refusal(record, unreadable, last_resort)
+        hold = self._holds.get(node_id)
+        sample = replace(telemetry.latest, gpus=tuple(gpus))
+        unavailable = f"cordoned: {hold.reason}" if hold else ""
+        return node_of(sample, cpu_milli=0, memory_bytes=0, unavailable=unavailable, cordoned=refused)
+
+    def _refusal(self, record: GpuRecord, unreadable: bool, last_resort: bool) -> str:
+        health = record.health
+        if health.state in OUT_OF_USE:
+            return f"{health.state}: {health.reason}"
+        if last_resort:
+            return ""
+        if health.state in LAST_RESORT:
+            return f"suspect: {health.reason}"
+        return "its driver does not answer" if unreadable else ""
+
+    def signals(self, uuid: str, now_s: float) -> GpuSignals:
+        """A GPU's readings at ``now_s``; all MISSING for one that is not reported."""
+        record = self._records.get(uuid)
+        telemetry = self._nodes.get(record.node_id) if record else None
+        gpu = telemetry.gpus.get(uuid) if telemetry else None
+        return (gpu or GpuTelemetry(GPU_LIMITS)).signals(now_s)
+
+    # --- what is out of use ------------------------------------------------------------------------------
+
+    def out_of_use(self) -> dict[str, str]:
+        """UUID → node id of every GPU that nothing new may come to, by its own health or with its node."""
+        found = {uuid: record.node_id for uuid, record in self._records.items() if record.out_of_use}
+        for node_id in self._holds:
+            found |= dict.fromkeys(self.gpus_of(node_id), node_id)
+        return found
+
+    def why_leave(self, uuid: str) -> str:
+        """Why what runs on the GPU has to leave; empty: it need not."""
+        record = self._records.get(uuid)
+        if record is None:
+            return ""
+        if record.must_leave and record.out_of_use:
+            return f"GPU {uuid}: {record.health.reason}"
+        hold = self._holds.get(record.node_id)
+        return f"node {record.node_id} is drained: {hold.reason}" if hold and hold.must_leave else ""
+
+    def cordon_gpu(self, uuid: str, reason: str, *, must_leave: bool, now_s: float) -> bool:
+        """As an operator asks; False if it was so already. KeyError for an unknown GPU."""
+        record = self._records[uuid]
+        health = gpu_health.cordon(record.health, now_s=now_s, reason=reason, rules=self.rules)
+        changed = replace(record, health=health, must_leave=record.must_leave or must_leave)
+        self._records[uuid] = changed
+        return changed != record
+
+    def uncordon_gpu(self, uuid: str, reason: str, *, now_s: float) -> bool:
+        """As an operator asks; False if it was not out of use. KeyError for an unknown GPU."""
+        record = self._records[uuid]
+        if not record.out_of_use:
+            return False
+        health = gpu_health.uncordon(record.health, now_s=now_s, reason=reason, rules=self.rules)
+        self._records[uuid] = replace(record, health=health, must_leave=False)
+        return True
+
+    def advance(self, uuid: str, state: GpuState, *, now_s: float) -> bool:
+        """Draining and drained, as the reconciler sees them. Raises IllegalTransition; False if unchanged."""
+        record = self._records[uuid]
+        health = gpu_health.move(record.health, state, now_s=now_s, rule="", reason="", rules=self.rules)
+        self._records[uuid] = replace(record, health=health)
+        return health is not record.health
+
+    def cordon_node(self, node_id: str, reason: str, *, must_leave: bool) -> bool:
+        """As an operator asks; False if it was so already."""
+        held = self._holds.get(node_id)
+        if held is not None and (held.must_leave or not must_leave):
+            return False
+        self._holds[node_id] = NodeHold(reason, must_leave)
+        return True
+
+    def uncordon_node(self, node_id: str) -> bool:
+        """As an operator asks; False if it was in use."""
+        return self._holds.pop(node_id, None) is not None
+
+    def forget_node(self, node_id: str) -> bool:
+        """The node is gone for good: its GPUs are no longer there. Their health is kept, for the case that
+        the machine comes back under another id. False if it was not known."""
+        if self._nodes.pop(node_id, None) is None:
+            return False
+        self._holds.pop(node_id, None)
+        for uuid in self._by_node.pop(node_id, ()):
+            record = self._records.get(uuid)
+            if record is not None and record.node_id == node_id:
+                del self._records[uuid]
+                if record.health.state is not GpuState.HEALTHY:
+                    self._waiting[uuid] = (record.health, record.must_leave)
+        while len(self._waiting) > REMEMBERED:
+            del self._waiting[next(iter(self._waiting))]
+        return True
+
+    # --- over a restart ----------------------------------------------------------------------------------
+
+    def kept(self) -> tuple[dict[str, tuple[GpuHealth, bool]], dict[str, NodeHold]]:
+        """What has to survive a restart: GPUs that are not simply healthy, and nodes out of use."""
+        gpus = dict(self._waiting)
+        for uuid, record in self._records.items():
+            if record.health.state is not GpuState.HEALTHY or record.health.cordons_s:
+                gpus[uuid] = (record.health, record.must_leave)
+        return gpus, dict(self._holds)
+
+    def restore(self, gpus: Iterable[tuple[GpuHealth, bool]], holds: Mapping[str, NodeHold]) -> None:
+        """What :meth:`kept` said before; it applies to each GPU when it is seen."""
+        self._waiting.update({health.uuid: (health, leave) for health, leave in gpus})
+        self._holds.update(holds)

@@ -1,0 +1,30 @@
+"""An engine that answers its probes but makes nothing: seen in what it says of itself.
+
+Its supervisor sees an engine that ends or no longer answers, and a gateway one that is silent on its
+requests; this is for the one in between. Readings that are not fresh say nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from controlplane.core.signals import EngineSignals
+
+
+@dataclass(frozen=True, slots=True)
+class HangRules:
+    """Times."""
+
+    after_s: float = 60.0
+    """An engine that runs requests and makes nothing for this long, beyond the window of its rates, is
+    hung."""
+
+
+def makes_nothing(signals: EngineSignals) -> str:
+    """By which readings the engine runs requests and gets nowhere; empty: not so, or not known."""
+    running = signals.running.fresh
+    rates = (signals.generation_tokens_per_s, signals.prompt_tokens_per_s, signals.completions_per_s)
+    known = [rate.fresh for rate in rates if rate.fresh is not None]
+    if not running or signals.generation_tokens_per_s.fresh is None or any(known):
+        return ""
+    return f"{running:.0f} requests run and no token comes"

@@ -1,0 +1,131 @@
+"""What the controller knows that has to survive it, as JSON values by key.
+
+Times are the process's monotonic clock inside and wall-clock seconds in the values; ``shift_s`` is the
+difference (wall clock less monotonic), taken once when the process starts. Leases keep no time: after a
+restart their holders have the usual time to be heard of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from controlplane.core.gpu_fleet import GpuFleet, NodeHold
+from controlplane.core.gpu_health import GpuHealth, GpuState
+from controlplane.core.leases import Lease, LeaseBook, Part
+from controlplane.core.moves import Move, MovePhase, Restart, TierHold
+from controlplane.core.reconcile import Failure
+from controlplane.core.work import Work
+from controlplane.core.xid import Recovery
+
+Values = dict[str, Any]
+
+_GPU, _NODE, _LEASE, _MOVE, _RESTART = "gpu/", "node/", "lease/", "move/", "restart/"
+_DRAIN, _HOLD, _HELD, _FAILURES, _HUNG = "drain/", "hold/", "held/", "failures/", "hung/"
+PREFIXES = (_GPU, _NODE, _LEASE, _MOVE, _RESTART, _DRAIN, _HOLD, _HELD, _FAILURES, _HUNG)
+"""All beginnings of keys that are in use here."""
+
+
+def to_values(fleet: GpuFleet, book: LeaseBook, work: Work, shift_s: float) -> Values:
+    """All of it, by key."""
+    gpus, holds = fleet.kept()
+    values: Values = {_GPU + uuid: _of_gpu(health, leave, shift_s) for uuid, (health, leave) in gpus.items()}
+    values |= {_NODE + node_id: asdict(hold) for node_id, hold in holds.items()}
+    values |= {
+        _LEASE + holder: {
+            "generation": lease.generation,
+            "node_id": lease.node_id,
+            "parts": [[part.gpu_uuid, part.milli, part.memory_bytes] for part in lease.parts],
+        }
+        for holder, lease in book.leases.items()
+    }
+    for name, move in work.moves.items():
+        values[_MOVE + name] = _shifted(asdict(move), shift_s, "since_s", "began_s")
+    for name, restart in work.restarts.items():
+        values[_RESTART + name] = _shifted(asdict(restart), shift_s, "since_s")
+    values |= {_DRAIN + name: reason for name, reason in work.drains.items()}
+    for tier, tier_hold in work.holds.items():
+        values[_HOLD + tier] = _shifted(asdict(tier_hold), shift_s, "since_s", "until_s")
+    for tier, (count, at_s) in work.held_before.items():
+        values[_HELD + tier] = [count, at_s + shift_s]
+    for tier, failures in work.failures.items():
+        values[_FAILURES + tier] = [_shifted(asdict(item), shift_s, "at_s") for item in failures]
+    for name, times in work.hung_before.items():
+        values[_HUNG + name] = [at_s + shift_s for at_s in times]
+    return values
+
+
+def restore_gpus(values: Mapping[str, Any], fleet: GpuFleet, shift_s: float) -> None:
+    """What concerns the hardware; it holds on any cluster that these GPUs are in."""
+    fleet.restore([_gpu(value, shift_s) for value in _under(values, _GPU).values()], {})
+
+
+def restore_plane(
+    values: Mapping[str, Any], fleet: GpuFleet, book: LeaseBook, work: Work, *, now_s: float, shift_s: float
+) -> None:
+    """What concerns the plane that ran when it was written."""
+    fleet.restore((), {node_id: NodeHold(**value) for node_id, value in _under(values, _NODE).items()})
+    book.restore(
+        Lease(
+            holder,
+            value["generation"],
+            value["node_id"],
+            tuple(Part(*part) for part in value["parts"]),
+            now_s,
+        )
+        for holder, value in _under(values, _LEASE).items()
+    )
+    for name, value in _under(values, _MOVE).items():
+        fields = _shifted(value, -shift_s, "since_s", "began_s")
+        work.moves[name] = Move(**{**fields, "phase": MovePhase(value["phase"])})
+    for name, value in _under(values, _RESTART).items():
+        work.restarts[name] = Restart(**_shifted(value, -shift_s, "since_s"))
+    work.drains.update(_under(values, _DRAIN))
+    for tier, value in _under(values, _HOLD).items():
+        work.holds[tier] = TierHold(**_shifted(value, -shift_s, "since_s", "until_s"))
+    for tier, (count, at_s) in _under(values, _HELD).items():
+        work.held_before[tier] = (count, at_s - shift_s)
+    for tier, failures in _under(values, _FAILURES).items():
+        work.failures[tier] = tuple(Failure(**_shifted(item, -shift_s, "at_s")) for item in failures)
+    for name, times in _under(values, _HUNG).items():
+        work.hung_before[name] = tuple(at_s - shift_s for at_s in times)
+
+
+def _of_gpu(health: GpuHealth, must_leave: bool, shift_s: float) -> Values:
+    value = {
+        "uuid": health.uuid,
+        "state": health.state.value,
+        "since_s": health.since_s + shift_s,
+        "rule": health.rule,
+        "reason": health.reason,
+        "recovery": health.recovery.value,
+        "hold_s": health.hold_s,
+        "cordons_s": [at_s + shift_s for at_s in health.cordons_s],
+        "reset_seen": health.reset_seen,
+        "was_lost": health.was_lost,
+        "boot_id": health.boot_id,
+        "ecc_uncorrected": health.ecc_uncorrected,
+        "ecc_corrected": health.ecc_corrected,
+    }
+    return {"health": value, "must_leave": must_leave}
+
+
+def _gpu(value: Mapping[str, Any], shift_s: float) -> tuple[GpuHealth, bool]:
+    fields = _shifted(value["health"], -shift_s, "since_s")
+    fields |= {
+        "state": GpuState(fields["state"]),
+        "recovery": Recovery(fields["recovery"]),
+        "cordons_s": tuple(at_s - shift_s for at_s in fields["cordons_s"]),
+    }
+    return GpuHealth(**fields), bool(value["must_leave"])
+
+
+def _shifted(value: Mapping[str, Any], shift_s: float, *names: str) -> Values:
+    return {
+        name: each + shift_s if name in names and each is not None else each for name, each in value.items()
+    }
+
+
+def _under(values: Mapping[str, Any], prefix: str) -> Values:
+    return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}

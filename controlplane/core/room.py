@@ -1,0 +1,49 @@
+"""Is there room for one more replica like this one? The placement's answer, on the nodes that could do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from controlplane.core.gangs import Infeasible, Shape
+from controlplane.core.gpu_choice import room_for
+from controlplane.core.gpu_fleet import GpuFleet
+from controlplane.core.leases import WHOLE_MILLI, Lease, LeaseBook
+
+_LOOKED_AT = 32
+"""Nodes with enough free GPUs that the placement chooses among: whether there is room is known from one."""
+
+
+def shape_of(lease: Lease) -> Shape:
+    """What a holder has, as something to ask for."""
+    first = lease.parts[0]
+    if len(lease.parts) == 1:
+        return Shape(milli_gpu=first.milli, gpu_memory_bytes=first.memory_bytes)
+    return Shape(gpus=len(lease.parts), gpu_memory_bytes=max(part.memory_bytes for part in lease.parts))
+
+
+def room(fleet: GpuFleet, book: LeaseBook, shape: Shape, tier: str, tier_of: Mapping[str, str]) -> str:
+    """Where one more would go, in words; empty: nowhere."""
+    nodes = []
+    for node_id in sorted(fleet.nodes):
+        if node_id in fleet.holds or not _may_do(fleet, book, node_id, shape):
+            continue
+        node = fleet.node(node_id)
+        if node is not None:
+            nodes.append(node)
+        if len(nodes) == _LOOKED_AT:
+            break
+    here = {node.node_id for node in nodes}
+    leases = [lease for lease in book.leases.values() if lease.node_id in here]
+    found = room_for(nodes, shape, leases, tier=tier, tier_of=tier_of)
+    return "" if isinstance(found, Infeasible) else f"on {', '.join(found.node_ids)}"
+
+
+def _may_do(fleet: GpuFleet, book: LeaseBook, node_id: str, shape: Shape) -> bool:
+    """Whether enough GPUs of the node are in use and free."""
+    free = 0
+    for uuid in fleet.gpus_of(node_id):
+        record = fleet.records.get(uuid)
+        if record is None or record.out_of_use:
+            continue
+        free += WHOLE_MILLI - book.used(uuid)[0] >= shape.milli_gpu
+    return free >= shape.total_gpus

@@ -1,0 +1,151 @@
+"""What operators ask for: take a GPU, a node or a tier out of use, empty it, let it return, restart engines.
+
+Every wish may be repeated: what is so already is answered as such and changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from controlplane.control import Control
+from controlplane.core.domain import Endpoint
+from controlplane.core.health import ENDED
+from controlplane.core.moves import OPERATOR
+from controlplane.core.orders import ActionAnswer, Outcome
+from controlplane.core.subjects import Subject, SubjectKind, find_subject
+
+
+class Operations:
+    """Operators' wishes, carried out on the controller's state; the reconciler does the rest."""
+
+    def __init__(self, control: Control) -> None:
+        self._control = control
+
+    def cordon(self, name: str, reason: str) -> ActionAnswer:
+        """Nothing new comes to the GPU, the node or the tier; what runs goes on."""
+        return self._out_of_use(name, reason, must_leave=False)
+
+    def drain(self, name: str, reason: str) -> ActionAnswer:
+        """Nothing new comes, and what runs leaves: elsewhere first if there is room. A tier that is drained
+        has no replicas until it is uncordoned; an endpoint that is drained is replaced by another one."""
+        return self._out_of_use(name, reason, must_leave=True)
+
+    def uncordon(self, name: str, reason: str = "") -> ActionAnswer:
+        """The GPU, the node or the tier is in use again."""
+        subject = self._find(name)
+        if isinstance(subject, str):
+            return ActionAnswer(Outcome.UNKNOWN, subject)
+        control, reason = self._control, reason or "an operator says so"
+        match subject.kind:
+            case SubjectKind.GPU:
+                changed = control.fleet.uncordon_gpu(subject.id, reason, now_s=control.now_s())
+                node_id = control.fleet.records[subject.id].node_id
+                if not changed and node_id in control.fleet.holds:
+                    return _refused(subject, f"its node is out of use: uncordon {node_id}")
+            case SubjectKind.NODE:
+                changed = control.fleet.uncordon_node(subject.id)
+            case SubjectKind.TIER:
+                changed = control.work.release(subject.id)
+            case SubjectKind.ENDPOINT:
+                if control.work.drains.pop(subject.id, None) is None:
+                    return ActionAnswer(Outcome.UNCHANGED, f"{subject} is not drained", (subject.id,))
+                changed = True
+        return self._answer(subject, "uncordon", reason, changed, "it was in use")
+
+    def restart(self, name: str, reason: str) -> ActionAnswer:
+        """Replace the engine processes of an endpoint, a tier, a GPU or a node: those of a tier one after the
+        other. A tier that is held for its crashes is tried again."""
+        subject = self._find(name)
+        if isinstance(subject, str):
+            return ActionAnswer(Outcome.UNKNOWN, subject)
+        control, reason = self._control, reason or "an operator says so"
+        released = False
+        if subject.kind is SubjectKind.TIER:
+            hold = control.work.holds.get(subject.id)
+            if hold is not None and hold.by == OPERATOR:
+                return _refused(subject, f"it is out of use ({hold.reason}): uncordon it first")
+            released = control.work.release(subject.id)
+        concerned = [item for item in self._endpoints_of(subject) if item.engine != "endpoint"]
+        asked = [
+            endpoint.endpoint_id
+            for endpoint in concerned
+            if endpoint.state not in ENDED or subject.kind is SubjectKind.ENDPOINT
+            if endpoint.endpoint_id not in control.work.moves
+            if control.work.ask_restart(endpoint, reason, control.now_s())
+        ]
+        for endpoint_id in asked:
+            control.registry.note("restart asked", endpoint_id, reason, actor=OPERATOR)
+        if released:
+            control.registry.note("released", subject.id, reason, subject.id, actor=OPERATOR)
+        if asked or released:
+            text = f"{len(asked)} engine{'s' * (len(asked) != 1)} will restart"
+            return ActionAnswer(Outcome.DONE, text, tuple(asked) or (subject.id,))
+        if not concerned:
+            return _refused(subject, "no engine runs there")
+        return ActionAnswer(Outcome.UNCHANGED, "asked for already, or leaving", (subject.id,))
+
+    def _out_of_use(self, name: str, reason: str, *, must_leave: bool) -> ActionAnswer:
+        subject = self._find(name)
+        if isinstance(subject, str):
+            return ActionAnswer(Outcome.UNKNOWN, subject)
+        control, reason = self._control, reason or "an operator says so"
+        now_s = control.now_s()
+        match subject.kind:
+            case SubjectKind.GPU:
+                changed = control.fleet.cordon_gpu(subject.id, reason, must_leave=must_leave, now_s=now_s)
+            case SubjectKind.NODE:
+                changed = control.fleet.cordon_node(subject.id, reason, must_leave=must_leave)
+            case SubjectKind.TIER:
+                changed = control.work.hold(subject.id, reason, now_s, must_leave=must_leave)
+            case SubjectKind.ENDPOINT:
+                if not must_leave:
+                    return _refused(subject, "an endpoint can't be cordoned: drain or restart it")
+                endpoint = control.registry.endpoints[subject.id]
+                if endpoint.state in ENDED:
+                    return ActionAnswer(Outcome.UNCHANGED, f"it is {endpoint.state}", (subject.id,))
+                changed = control.work.ask_drain(subject.id, reason)
+        return self._answer(
+            subject, "drain" if must_leave else "cordon", reason, changed, "it was so already"
+        )
+
+    def _answer(self, subject: Subject, word: str, reason: str, changed: bool, already: str) -> ActionAnswer:
+        if not changed:
+            return ActionAnswer(Outcome.UNCHANGED, already, (subject.id,))
+        tier = subject.id if subject.kind is SubjectKind.TIER else ""
+        self._control.registry.note(word, subject.id, reason, tier, actor=OPERATOR)
+        left = [item.endpoint_id for item in self._endpoints_of(subject)]
+        goes = {"drain": "to leave", "cordon": "goes on"}.get(word)
+        runs = f"; {', '.join(left)} {goes}" if left and goes else ""
+        return ActionAnswer(Outcome.DONE, f"{subject}: {word}ed{runs}", (subject.id,))
+
+    def _find(self, name: str) -> Subject | str:
+        control = self._control
+        endpoints = control.registry.endpoints
+        nodes = {*control.fleet.nodes, *control.fleet.holds} | {item.node_id for item in endpoints.values()}
+        return find_subject(
+            name,
+            gpus=control.fleet.records.keys(),
+            nodes=nodes - {""},
+            tiers={spec.name for spec in control.registry.tiers} | {item.tier for item in endpoints.values()},
+            endpoints=endpoints.keys(),
+        )
+
+    def _endpoints_of(self, subject: Subject) -> Iterable[Endpoint]:
+        control = self._control
+        for endpoint in control.registry.endpoints.values():
+            lease = control.desk.book.leases.get(endpoint.endpoint_id)
+            match subject.kind:
+                case SubjectKind.GPU:
+                    concerned = lease is not None and subject.id in lease.gpu_uuids
+                case SubjectKind.NODE:
+                    concerned = endpoint.node_id == subject.id
+                case SubjectKind.TIER:
+                    concerned = endpoint.tier == subject.id
+                case SubjectKind.ENDPOINT:
+                    concerned = endpoint.endpoint_id == subject.id
+            if concerned:
+                yield endpoint
+
+
+def _refused(subject: Subject, why: str) -> ActionAnswer:
+    return ActionAnswer(Outcome.REFUSED, f"{subject}: {why}", (subject.id,))

@@ -1,0 +1,253 @@
+"""What the controller does when a GPU, a node or an engine fails, second by second and without Ray."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from controlplane.core.domain import EndpointState
+from controlplane.core.gangs import Shape
+from controlplane.core.gpu_health import OUT_OF_USE, GpuState
+from controlplane.core.moves import MovePhase
+from controlplane.core.orders import OrderKind
+from controlplane.core.samples import Absence, GpuCondition, GpuEvent, GpuEventKind, Missing
+from tests.support_control import World, xid
+
+
+def two_nodes(replicas: int = 1, gpus: int = 2) -> World:
+    nodes = {name: [f"{name}-{i}" for i in range(gpus)] for name in ("n1", "n2")}
+    world = World(nodes, {"small": replicas})
+    world.settle()
+    assert world.ready("small") == replicas
+    return world
+
+
+def used(world: World) -> list[str]:
+    return sorted(uuid for lease in world.control.desk.book.leases.values() for uuid in lease.gpu_uuids)
+
+
+def state_of(world: World, uuid: str) -> GpuState:
+    return world.control.fleet.records[uuid].health.state
+
+
+def test_an_xid_moves_the_replica_and_at_no_time_fewer_serve() -> None:
+    world = two_nodes(replicas=2)
+    [sick, _] = used(world)
+    [holder] = world.holder_of(sick)
+    world.events.append(xid(sick[:2], sick, 79))
+    for _ in range(30):
+        world.step()
+        assert world.ready("small") >= 2
+    assert sick not in used(world)
+    assert holder not in world.control.registry.endpoints
+    assert world.ready("small") == 2
+    assert state_of(world, sick) is GpuState.DRAINED
+    wanted = ["starting elsewhere first", "retiring", "draining", "deregistered", "lease ended"]
+    assert [kind for kind in world.kinds(holder) if kind in wanted] == wanted
+    world.step(70)
+    assert not world.control.work.moves
+    assert world.control.targets()["small"].replicas == 2
+    assert world.ready("small") == 2
+
+
+def test_without_room_it_is_retired_and_comes_back_when_there_is_room() -> None:
+    world = World({"n1": ["n1-0"]}, {"small": 1})
+    world.settle()
+    world.events.append(xid("n1", "n1-0", 79))
+    world.step(10)
+    assert world.ready("small") == 0
+    assert used(world) == []
+    move = next(event for event in world.control.registry.events if event.kind == "retiring")
+    assert "no room elsewhere" in move.reason
+    world.nodes["n2"] = ["n2-0"]
+    world.step(10)
+    assert used(world) == ["n2-0"]
+    assert world.ready("small") == 1
+
+
+def test_an_overheating_gpu_is_left_and_returns_when_it_is_cool_for_long_enough() -> None:
+    world = two_nodes()
+    [hot] = used(world)
+    world.samples[hot[:2]] = {hot: {"temperature_c": 95}}
+    world.step(2)
+    assert state_of(world, hot) is GpuState.SUSPECT
+    world.step(10)
+    assert state_of(world, hot) in OUT_OF_USE
+    world.step(15)
+    assert used(world) != [hot]
+    assert world.ready("small") == 1
+    world.samples.clear()
+    world.step(45)
+    assert state_of(world, hot) in (GpuState.RETURNED, GpuState.HEALTHY)
+
+
+def test_a_gpu_that_comes_and_goes_stays_away_longer_each_time() -> None:
+    world = two_nodes()
+    away = []
+    for _ in range(3):
+        world.samples["n1"] = {"n1-1": {"temperature_c": 95}}
+        world.step(10)
+        assert "n1-1" in world.control.fleet.out_of_use()
+        world.samples.clear()
+        steps = 0
+        while "n1-1" in world.control.fleet.out_of_use():
+            world.step()
+            steps += 1
+        away.append(steps)
+    assert away[1] > 1.8 * away[0]
+    assert away[2] > 1.8 * away[1]
+
+
+def test_a_silent_agent_and_a_driver_that_is_gone_change_nothing() -> None:
+    world = two_nodes(replicas=2)
+    before = used(world)
+    world.silent.add("n1")
+    world.step(60)
+    assert used(world) == before
+    world.silent.clear()
+    gone = {
+        "condition": GpuCondition.UNREADABLE,
+        "temperature_c": Missing(Absence.NO_DRIVER, "no driver"),
+        "memory_free_bytes": Missing(Absence.NO_DRIVER, "no driver"),
+    }
+    world.samples["n1"] = dict.fromkeys(world.nodes["n1"], gone)
+    world.events.append(GpuEvent("n1", "a", 1, 0.0, GpuEventKind.DRIVER_GONE, detail="unloaded"))
+    world.step(60)
+    assert used(world) == before
+    assert not world.control.fleet.out_of_use()
+    assert not world.control.work.moves
+    assert world.control.targets()["small"].replicas == 2
+
+
+def test_a_lost_node_is_forgotten_with_its_leases_and_replaced() -> None:
+    world = two_nodes(replicas=2, gpus=2)
+    assert used(world) == ["n1-0", "n1-1"]
+    del world.nodes["n1"]
+    world.step(10)
+    assert used(world) == ["n2-0", "n2-1"]
+    assert world.ready("small") == 2
+    assert "node lost" in world.kinds("n1")
+
+
+def test_a_replica_that_serves_nothing_is_not_waited_for() -> None:
+    world = two_nodes()
+    [replica] = world.replicas.values()
+    [sick] = used(world)
+    replica.endpoint = replace(replica.endpoint, state=EndpointState.RESTARTING)
+    replica.starts_in = 1000
+    world.events.append(xid(sick[:2], sick, 79))
+    world.step(3)
+    move = world.control.work.moves[replica.endpoint.endpoint_id]
+    assert move.phase is MovePhase.RETIRING
+    assert "serves nothing" in move.note
+
+
+def test_where_nothing_starts_elsewhere_the_old_one_is_retired_after_a_while() -> None:
+    world = two_nodes()
+    [sick] = used(world)
+    world.events.append(xid(sick[:2], sick, 79))
+    world.start = lambda tier: None  # type: ignore[method-assign]
+    [name] = world.replicas
+    world.step(30)
+    assert world.control.work.moves[name].phase is MovePhase.ELSEWHERE_FIRST
+    world.step(40)
+    assert name not in world.control.registry.endpoints
+
+
+@pytest.mark.parametrize("vouched", [True, False])
+def test_a_move_goes_on_when_the_controller_is_killed_in_its_middle(vouched: bool) -> None:
+    from controlplane.core import kept
+
+    world = two_nodes(replicas=2)
+    [sick, _] = used(world)
+    world.events.append(xid(sick[:2], sick, 79))
+    world.step(2)
+    [move] = world.control.work.moves.values()
+    assert move.phase is MovePhase.ELSEWHERE_FIRST
+    old = world.control
+    values = kept.to_values(old.fleet, old.desk.book, old.work, 5.0)
+    leases = {holder: lease.parts for holder, lease in old.desk.book.leases.items()}
+    world.clock.s += 3
+    world.start_controller("e2", settle_s=6.0)
+    new = world.control
+    kept.restore_gpus(values, new.fleet, 5.0)
+    if vouched:
+        kept.restore_plane(values, new.fleet, new.desk.book, new.work, now_s=world.clock.s, shift_s=5.0)
+        new.settle()
+        assert new.work.moves == old.work.moves
+        assert {holder: lease.parts for holder, lease in new.desk.book.leases.items()} == leases
+    for _ in range(40):
+        world.step()
+    assert sick not in used(world)
+    assert world.ready("small") == 2
+    world.step(70)
+    assert not new.work.moves
+    assert len(world.replicas) == 2
+
+
+def test_a_restart_of_a_tier_is_rolling() -> None:
+    from controlplane.operations import Operations
+
+    world = two_nodes(replicas=3)
+    answer = Operations(world.control).restart("small", "new weights")
+    assert answer.outcome == "done"
+    assert len(answer.subjects) == 3
+    for _ in range(40):
+        world.step()
+        assert world.ready("small") >= 2
+    assert {item.generation for item in world.control.registry.endpoints.values()} == {2}
+    assert not world.control.work.restarts
+
+
+def test_crashing_replicas_hold_their_tier_with_the_diagnosis() -> None:
+    world = two_nodes()
+    for _ in range(3):
+        [name] = world.replicas
+        replica = world.replicas[name]
+        replica.endpoint = replace(
+            replica.endpoint, state=EndpointState.FAILED, diagnosis="the flag --bad is not known"
+        )
+        world.report()
+        world.end(name)
+        world.step(2)
+    assert "--bad" in world.control.work.holds["small"].reason
+    assert not world.control.may_start("small-9", "small").allowed
+    assert world.control.targets()["small"].replicas <= 1
+    born = world.born
+    world.step(500)
+    assert not world.replicas or all(
+        replica.endpoint.state is EndpointState.READY for replica in world.replicas.values()
+    )
+    assert world.born - born < 600
+    world.step(120)
+    assert "released" in world.kinds("small")
+    assert world.ready("small") == 1
+
+
+def test_a_gang_gets_gpus_of_one_node_and_moves_whole() -> None:
+    world = World({"n1": ["n1-0", "n1-1"], "n2": ["n2-0", "n2-1"], "n3": ["n3-0"]}, {"big": 1}, Shape(gpus=2))
+    world.settle()
+    assert used(world) == ["n1-0", "n1-1"]
+    world.events.append(xid("n1", "n1-1", 48))
+    world.step(20)
+    assert used(world) == ["n2-0", "n2-1"]
+    assert world.ready("big") == 1
+
+
+def test_orders_are_repeated_until_they_are_done() -> None:
+    world = two_nodes()
+    [name] = world.replicas
+    replica = world.replicas[name]
+    replica.obeys = False
+    from controlplane.operations import Operations
+
+    assert Operations(world.control).restart(name, "").outcome == "done"
+    assert Operations(world.control).restart(name, "").outcome == "unchanged"
+    world.control.tick()
+    for _ in range(3):
+        [order] = world.control.report(replica.endpoint).orders
+        assert (order.kind, order.generation) == (OrderKind.RESTART, 1)
+    replica.obeys = True
+    world.step(8)
+    assert world.control.report(replica.endpoint).orders == ()
