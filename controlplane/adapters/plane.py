@@ -20,6 +20,8 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 
 from controlplane.adapters.controller_actor import find_controller
+from controlplane.adapters.cordons import let_go_of_all
+from controlplane.adapters.ray_node_agent import stop_node_agents
 from controlplane.core.domain import ClusterSnapshot, Event, TierSpec
 from controlplane.errors import SetupError
 
@@ -116,12 +118,13 @@ def undeploy(names: tuple[str, ...], *, limit_s: float, on_wait: Callable[[float
 
 
 def stop_controller(namespace: str) -> bool:
-    """End the controller actor; False if there was none."""
+    """End the controller actor, its node agents and what it holds in Ray; False if there was none."""
     actor = find_controller(namespace)
-    if actor is None:
-        return False
-    ray.kill(actor, no_restart=True)
-    return True
+    if actor is not None:
+        ray.kill(actor, no_restart=True)
+    stop_node_agents(namespace)
+    let_go_of_all(namespace)
+    return actor is not None
 
 
 def view(namespace: str) -> PlaneView | None:
