@@ -19,10 +19,11 @@ PIP := $(PY) -m pip --disable-pip-version-check --no-input
 INSTALL := $(PIP) install --quiet --no-deps
 # Commands that the tests run, and the Debian packages that have them.
 TEST_TOOLS := cc:gcc wrk:wrk
+DEBIAN_TOOLS := prometheus prometheus-alertmanager
 say = @printf '\033[1m== %s\033[0m\n'
 
 .PHONY: help up down status test lint check bench env env-cpu env-gpu env-llamacpp env-dev env-extra \
-	test-tools lock lock-gpu docs vllm-flags format clean
+	test-tools lock lock-gpu docs monitoring vllm-flags format clean
 
 help: ## Show this
 	@echo "make TARGET [CONFIG=$(CONFIG)] [PYTHON=python3.12]"
@@ -37,7 +38,7 @@ up: $(VENV)/.core ## Set up what CONFIG needs, start its tiers, show the address
 down: ## Stop what `make up` or `tierplane up` started
 	@if [ -x $(VENV)/bin/tierplane ]; then exec $(VENV)/bin/tierplane down; fi
 
-test: lint test-tools ## Run every check and test, with real engines
+test: lint test-tools $(VENV)/.debian ## Run every check and test, with real engines
 	$(say) "tests"
 	$(PY) -m pytest
 
@@ -131,6 +132,19 @@ test-tools:
 	else \
 		echo "The tests need these Debian packages, or what your system calls them: $${missing[*]}" >&2; exit 1; fi
 
+# Prometheus and Alertmanager come unpacked, not installed: that needs no root and starts no service.
+$(VENV)/.debian: | $(VENV)/.python
+	@if command -v promtool >/dev/null && command -v prometheus-alertmanager >/dev/null; then touch $@; exit 0; fi; \
+	if ! command -v apt-get >/dev/null; then \
+		echo "The tests need promtool, prometheus and prometheus-alertmanager in the PATH" >&2; exit 1; fi; \
+	printf '\033[1m== Debian packages, unpacked: $(DEBIAN_TOOLS)\033[0m\n'; \
+	rm -rf $(VENV)/debian; mkdir -p $(VENV)/debian; cd $(VENV)/debian; \
+	if ! apt-get download -qq $(DEBIAN_TOOLS) 2>/dev/null; then \
+		root=(); if [ "$$(id -u)" -ne 0 ]; then root=(sudo -n); fi; \
+		"$${root[@]}" apt-get update -qq; apt-get download -qq $(DEBIAN_TOOLS); fi; \
+	for package in *.deb; do dpkg-deb --extract "$$package" .; rm "$$package"; done
+	@touch $@
+
 lock: env-dev ## Write .locks from what is installed in .venv
 	$(PY) .locks/lock.py
 
@@ -140,6 +154,9 @@ lock-gpu: env-dev ## Resolve .locks/gpu.txt again, from metadata
 
 docs: $(VENV)/.core ## Write the settings into README.md, from the models
 	$(PY) -m controlplane.config.reference
+
+monitoring: $(VENV)/.core ## Write k8s/components/monitoring from the metrics and rules
+	@$(VENV)/bin/tierplane monitoring k8s k8s/components/monitoring
 
 vllm-flags: env-cpu ## Write the list of vLLM's flags from the installed one
 	$(PY) .locks/vllm_flags.py

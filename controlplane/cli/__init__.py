@@ -59,6 +59,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "controlplane.cli.k8s:command",
         "Generate Kubernetes manifests from a configuration file.",
     ),
+    "monitoring": (
+        "controlplane.cli.monitoring:command",
+        "Write rules, alerts and dashboards for Prometheus and Grafana.",
+    ),
     "bench": (
         "controlplane.cli.bench:command",
         "Measure; each benchmark prints a table, or JSON with --json.",

@@ -92,6 +92,12 @@ class Metrics:
         self.in_flight = Gauge(
             "tierplane_in_flight_requests", "Requests at the engines.", ["tier"], registry=registry
         )
+        self.slots = Gauge(
+            "tierplane_slots",
+            "Requests that a gateway may have at the engines of a tier at once.",
+            ["tier"],
+            registry=registry,
+        )
         self.queued = Gauge(
             "tierplane_queued_requests", "Requests that wait for an engine.", ["priority"], registry=registry
         )
@@ -190,6 +196,7 @@ class Metrics:
         self.endpoints.clear()
         for pool in fleet.pools:
             self.in_flight.labels(pool.name).set(pool.in_flight)
+            self.slots.labels(pool.name).set(pool.limit)
             for load in pool.loads:
                 endpoint = load.endpoint
                 self.endpoints.labels(pool.name, endpoint.state).inc()

@@ -1,0 +1,63 @@
+"""Which metrics there are: the gateway's own, by looking at them, and those of Ray's that are used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Final, Literal
+
+from prometheus_client import Counter, Gauge, Histogram
+
+from controlplane.gateway.metrics import Metrics
+
+Kind = Literal["counter", "gauge", "histogram"]
+
+GATEWAY_LABEL: Final = "gateway"
+"""Each gateway answers for all of them, so every series comes once for each that is scraped: they are told
+apart by this label, and nothing else may be summed before the copies are gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One metric, by the name it has in a query (a counter's with ``_total``; a histogram's without
+    ``_bucket``)."""
+
+    name: str
+    kind: Kind
+    labels: tuple[str, ...]
+    about: str
+    source: Literal["gateway", "ray"]
+
+
+RAY: Final = tuple(
+    Metric(name, "gauge", ("ip", "GpuIndex", "GpuDeviceName"), about, "ray")
+    for name, about in (
+        ("ray_node_gpus_utilization", "GPU utilisation, percent."),
+        ("ray_node_gram_used", "GPU memory used, MB."),
+        ("ray_node_gram_available", "GPU memory free, MB."),
+        ("ray_node_gpu_power_milliwatts", "GPU power draw."),
+        ("ray_node_gpu_temperature_celsius", "GPU temperature."),
+    )
+)
+"""What Ray's agent exports of each node's GPUs (Ray 2.60, ``reporter_agent.py``); a test keeps the names."""
+
+
+@cache
+def metrics() -> Mapping[str, Metric]:
+    """Every metric that a query may name, by that name."""
+    found = list(RAY)
+    for series in vars(Metrics()).values():
+        if isinstance(series, Counter | Gauge | Histogram):
+            (family,) = series.describe()
+            kind: Kind = (
+                "counter"
+                if isinstance(series, Counter)
+                else "gauge"
+                if isinstance(series, Gauge)
+                else "histogram"
+            )
+            name = f"{family.name}_total" if kind == "counter" else family.name
+            labels = tuple(series._labelnames)
+            found.append(Metric(name, kind, labels, family.documentation, "gateway"))
+    return {metric.name: metric for metric in found}

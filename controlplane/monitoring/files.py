@@ -1,0 +1,153 @@
+"""The files that Prometheus, Alertmanager, Grafana and Kubernetes read, by their path."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import yaml
+
+from controlplane.monitoring.dashboards import DASHBOARDS, grafana
+from controlplane.monitoring.rules import JOB, rule_groups
+
+SCRAPE_S: Final = 15
+HEADER: Final = "# Written by: tierplane monitoring {kind}\n"
+RAY_TARGETS: Final = "/tmp/ray/prom_metrics_service_discovery.json"  # noqa: S108 - where Ray writes it
+"""The file in which a Ray on this machine lists what exports its metrics."""
+
+
+def local_files(
+    targets: Sequence[str], *, webhook: str = "", ray_targets: str = RAY_TARGETS, alertmanager: str = ""
+) -> dict[str, str]:
+    """For Prometheus, Alertmanager and Grafana on machines of your own.
+
+    ``targets`` are the gateways' ``host:port``; one is enough, since each answers for all. Alerts go to
+    ``webhook`` through the Alertmanager at ``alertmanager`` (``host:port``).
+    """
+    return {
+        "prometheus.yml": _yaml(_prometheus(targets, ray_targets, alertmanager)),
+        "rules.yml": _yaml(rule_groups()),
+        "alertmanager.yml": _yaml(_alertmanager(webhook)),
+        **{f"dashboards/{board.uid}.json": _json(grafana(board)) for board in DASHBOARDS},
+        "grafana/provisioning/dashboards.yml": _yaml(_provisioning()),
+    }
+
+
+def kubernetes_files() -> dict[str, str]:
+    """For the Prometheus operator, and Grafana's dashboard sidecar: a kustomize component."""
+    boards = {f"dashboards/{board.uid}.json": _json(grafana(board)) for board in DASHBOARDS}
+    return {
+        "kustomization.yaml": _yaml(_kustomization(sorted(boards))),
+        "podmonitors.yaml": "---\n".join(
+            [
+                _yaml(_pod_monitor(JOB, {"app.kubernetes.io/component": "gateway"}, "http")),
+                _yaml(_pod_monitor("tierplane-ray", {}, "metrics")),
+            ]
+        ),
+        "rules.yaml": _yaml(
+            {
+                "apiVersion": "monitoring.coreos.com/v1",
+                "kind": "PrometheusRule",
+                "metadata": _metadata("tierplane"),
+                "spec": rule_groups(),
+            }
+        ),
+        **boards,
+    }
+
+
+def _prometheus(targets: Sequence[str], ray_targets: str, alertmanager: str) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "global": {"scrape_interval": f"{SCRAPE_S}s", "evaluation_interval": f"{SCRAPE_S}s"},
+        "rule_files": ["rules.yml"],
+        "scrape_configs": [
+            {
+                "job_name": JOB,
+                "metrics_path": "/metrics",
+                "static_configs": [{"targets": list(targets)}],
+            },
+            {"job_name": "tierplane-ray", "file_sd_configs": [{"files": [ray_targets]}]},
+        ],
+    }
+    if alertmanager:
+        config["alerting"] = {"alertmanagers": [{"static_configs": [{"targets": [alertmanager]}]}]}
+    return config
+
+
+def _alertmanager(webhook: str) -> dict[str, Any]:
+    """One message for a tier or a GPU, not one for each alert; a tier that is down hushes the rest of it."""
+    receiver: dict[str, Any] = {"name": "default"}
+    if webhook:
+        receiver["webhook_configs"] = [{"url": webhook, "send_resolved": True}]
+    return {
+        "route": {
+            "receiver": "default",
+            "group_by": ["tier", "ip"],
+            "group_wait": "10s",
+            "group_interval": "1m",
+            "repeat_interval": "4h",
+        },
+        "inhibit_rules": [
+            {
+                "source_matchers": ['alertname="TierplaneTierDown"'],
+                "target_matchers": ['severity=~"warning|info"'],
+                "equal": ["tier"],
+            }
+        ],
+        "receivers": [receiver],
+    }
+
+
+def _provisioning() -> dict[str, Any]:
+    folder = {"name": "tierplane", "type": "file", "options": {"path": "/etc/grafana/dashboards"}}
+    return {"apiVersion": 1, "providers": [folder]}
+
+
+def _kustomization(boards: Sequence[str]) -> dict[str, Any]:
+    return {
+        "apiVersion": "kustomize.config.k8s.io/v1alpha1",
+        "kind": "Component",
+        "resources": ["podmonitors.yaml", "rules.yaml"],
+        "configMapGenerator": [
+            {
+                "name": "tierplane-dashboards",
+                "files": list(boards),
+                "options": {"disableNameSuffixHash": True, "labels": {"grafana_dashboard": "1"}},
+            }
+        ],
+    }
+
+
+def _pod_monitor(name: str, more_labels: Mapping[str, str], port: str) -> dict[str, Any]:
+    # The job's name is what alerts and dashboards know the scrape by.
+    relabelings = [{"action": "replace", "targetLabel": "job", "replacement": name}]
+    return {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "PodMonitor",
+        "metadata": _metadata(name),
+        "spec": {
+            "selector": {"matchLabels": {"app.kubernetes.io/name": "tierplane", **more_labels}},
+            "podMetricsEndpoints": [
+                {
+                    "port": port,
+                    "path": "/metrics",
+                    "interval": f"{SCRAPE_S}s",
+                    "scrapeTimeout": "10s",
+                    "relabelings": relabelings,
+                }
+            ],
+        },
+    }
+
+
+def _metadata(name: str) -> dict[str, Any]:
+    return {"name": name, "labels": {"app.kubernetes.io/name": "tierplane"}}
+
+
+def _yaml(value: object) -> str:
+    return yaml.safe_dump(value, sort_keys=False, width=110, allow_unicode=True)
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
