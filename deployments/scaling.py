@@ -32,9 +32,10 @@ class TargetPolicy:
 
 
 def autoscaling(tier: TierConfig, namespace: str) -> AutoscalingConfig:
-    """Serve's settings for a tier: the configured number, and room for one more while a replica moves."""
+    """Serve's settings for a tier: the configured number, room for one more while a replica moves, and none
+    for a tier that is drained."""
     return AutoscalingConfig(
-        min_replicas=tier.replicas,
+        min_replicas=0,
         initial_replicas=tier.replicas,
         max_replicas=tier.replicas + SURGE,
         upscale_delay_s=0.0,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import time
 from dataclasses import asdict, replace
 from functools import partial
@@ -18,14 +19,17 @@ import structlog
 from ray import serve
 
 from controlplane.adapters import observability, ray_session
+from controlplane.adapters.gpu_shares import lease_shape
 from controlplane.adapters.launch_check import launchable_model
 from controlplane.adapters.ray_serve import ControllerLink, ControllerUnavailable, EndpointReporter
 from controlplane.config import PlaneConfig, TierConfig
 from controlplane.core.domain import Endpoint, EndpointState
+from controlplane.core.orders import Order, OrderKind
 from controlplane.engines import engine_for
 from controlplane.engines.supervisor import EngineStatus, EngineSupervisor
 from controlplane.errors import EngineError
 from controlplane.paths import run_dir
+from deployments.leasing import GpuDesk, Gpus
 from deployments.scaling import autoscaling
 from deployments.tasks import Background
 
@@ -45,6 +49,10 @@ class TierReplica:
     """One replica of a tier: ready when its engine is, healthy as long as the engine is not given up."""
 
     _supervisor: EngineSupervisor | None = None
+    _ending: asyncio.Task[None] | None = None
+    _retiring: asyncio.Task[None] | None = None
+    _restarted = 0
+    """The last generation that was ordered to be replaced."""
 
     async def __init__(self, config: PlaneConfig, tier: TierConfig) -> None:  # type: ignore[misc]
         self._tier = tier
@@ -77,28 +85,58 @@ class TierReplica:
             since_unix_s=time.time(),
         )
         self._link = ControllerLink(config.controller)
-        self._reporter = EndpointReporter(self._link, self._base, config.controller.heartbeat_s)
+        self._reporter = EndpointReporter(
+            self._link, self._base, config.controller.heartbeat_s, on_orders=self._obey
+        )
         self._tasks = Background(self._reporter.run())
-        gpu_ids = _gpu_ids(tier)
+        self._desk = GpuDesk(
+            self._link,
+            holder=self._base.endpoint_id,
+            tier=tier.name,
+            node_id=self._base.node_id,
+            tell=lambda text: self._reporter.update(replace(self._base, phase=text)),
+            log=log,
+        )
+        try:
+            await self._start(_engine_host(config), unique_id)
+        except EngineError as error:
+            if self._ending is not None:  # It was told to leave before it served.
+                await self._end()
+                raise
+            # The controller keeps a failed endpoint for its diagnosis: this process is about to end.
+            supervisor, self._supervisor = self._supervisor, None
+            if supervisor is None:
+                state = EndpointState.FAILED
+                self._reporter.update(replace(self._base, state=state, diagnosis=str(error)))
+            await self._reporter.flush()
+            await self._tasks.cancel()
+            if supervisor is not None:
+                await asyncio.to_thread(supervisor.stop)
+            await self._desk.release()
+            raise
+
+    async def _start(self, host: str, unique_id: str) -> None:
+        """Lease the GPUs, start the engine on them and wait until it is ready. Raises EngineError."""
+        tier = self._tier
+        await self._desk.may_start()
+        gpus = Gpus()
+        if tier.gpus:
+            shape = await asyncio.to_thread(lease_shape, tier)
+            gpus = await self._desk.lease(shape, _given_gpu_ids())
+            self._base = replace(self._base, gpu_uuids=gpus.uuids)
+            self._reporter.hold(gpus.lease)
         supervisor = EngineSupervisor(
             tier,
             replica_id=unique_id,
-            host=_engine_host(config),
-            gpu_ids=gpu_ids,
-            resolve_model=partial(launchable_model, tier, gpu_ids),
+            host=host,
+            gpu_ids=gpus.ids,
+            resolve_model=partial(launchable_model, tier, gpus.ids),
             on_change=lambda status: self._reporter.update(_endpoint(self._base, status)),
             log=log,
         )
         self._supervisor = supervisor
         supervisor.start()
-        try:
-            await asyncio.to_thread(supervisor.wait_ready, _start_limit_s(tier))
-        except EngineError:
-            # The controller keeps a failed endpoint for its diagnosis: this process is about to end.
-            await self._reporter.flush()
-            await self._tasks.cancel()
-            await asyncio.to_thread(supervisor.stop)
-            raise
+        await asyncio.to_thread(supervisor.wait_ready, _start_limit_s(tier))
 
     async def check_health(self) -> None:
         """Raise if the engine was given up, so that Serve replaces this replica."""
@@ -107,7 +145,41 @@ class TierReplica:
         if supervisor is not None and supervisor.status.state == EndpointState.FAILED:
             raise RuntimeError(f"the engine was given up: {supervisor.status.diagnosis}")
 
+    def _obey(self, orders: tuple[Order, ...]) -> None:
+        """Do what the controller says. It repeats itself until it sees that it was done."""
+        for order in orders:
+            supervisor = self._supervisor
+            if supervisor is None:
+                continue
+            match order.kind:
+                case OrderKind.RETIRE if self._retiring is None:
+                    log.info("retiring", reason=order.reason)
+                    self._retiring = asyncio.create_task(self._retire())
+                case OrderKind.RESTART if self._restarted != order.generation:
+                    self._restarted = order.generation
+                    if supervisor.status.generation <= order.generation:
+                        supervisor.restart(order.reason)
+
+    async def _retire(self) -> None:
+        """Drain, end the engine, then this process: Serve replaces it, or not, as its target says.
+
+        Serve sees an actor that is gone at its next look; one that only says that it is unwell keeps its
+        GPUs for three looks more.
+        """
+        await self._end()
+        log.info("replica ends")
+        os.kill(os.getpid(), signal.SIGTERM)
+
     async def __del__(self) -> None:  # Serve awaits it before it ends the actor
+        await self._end()
+
+    async def _end(self) -> None:
+        """Drain and end the engine, once; whoever comes second waits for it, too."""
+        if self._ending is None:
+            self._ending = asyncio.create_task(self._end_engine())
+        await asyncio.shield(self._ending)
+
+    async def _end_engine(self) -> None:
         supervisor, self._supervisor = self._supervisor, None
         if supervisor is None:
             return
@@ -185,10 +257,8 @@ def _engine_host(config: PlaneConfig) -> str:
     return address
 
 
-def _gpu_ids(tier: TierConfig) -> tuple[str, ...]:
+def _given_gpu_ids() -> tuple[str, ...]:
     """The GPUs that Ray gave this replica, as values for ``CUDA_VISIBLE_DEVICES``."""
-    if not tier.gpus:
-        return ()
     given: dict[str, Any] = ray.get_runtime_context().get_accelerator_ids()
     return tuple(str(each) for each in given.get("GPU", ()))
 

@@ -162,7 +162,7 @@ def _check_gpus(
             raise EngineStartError("the launch does not fit: " + "; ".join(wrong))
         return LaunchCheck(False, "memory was not checked: the driver shows none of the tier's GPUs")
     text = ""
-    for gpu, sample in _distinct(samples):
+    for gpu, sample in seen_gpus(samples):
         exact = judge(plan_memory(loaded.spec, settings, gpu, loaded.extra, estimates=False))
         whole = judge(
             plan_memory(loaded.spec, settings, gpu, loaded.extra),
@@ -182,7 +182,7 @@ def _check_gpus(
     return LaunchCheck(True, text)
 
 
-def _distinct(samples: Sequence[GpuSample]) -> list[tuple[GpuModel, GpuSample]]:
+def seen_gpus(samples: Sequence[GpuSample]) -> list[tuple[GpuModel, GpuSample]]:
     """Each GPU as a model: from the table, with the total that the driver shows, or from the driver alone."""
     found = []
     for sample in samples:

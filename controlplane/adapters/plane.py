@@ -127,6 +127,18 @@ def stop_controller(namespace: str) -> bool:
     return actor is not None
 
 
+def ask(namespace: str, address: str, method: str, *args: Any) -> Any:
+    """Call a method of the controller. Raises SetupError if there is none or it does not answer."""
+    try:
+        actor = find_controller(namespace)
+        if actor is None:
+            raise SetupError(f"no plane in namespace '{namespace}' of the Ray at {address}")
+        return ray.get(getattr(actor, method).remote(*args), timeout=ASK_TIMEOUT_S)
+    except (RayError, RuntimeError, TimeoutError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SetupError(f"the controller does not answer, try again in a moment: {first}") from error
+
+
 def view(namespace: str) -> PlaneView | None:
     """What the controller knows now; None if there is no controller or it does not answer yet."""
     try:

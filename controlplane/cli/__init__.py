@@ -31,6 +31,30 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "controlplane.cli.logs:command",
         "Show the logs of the engines, the replicas, the gateway and the controller.",
     ),
+    "gpus": (
+        "controlplane.cli.gpus:command",
+        "Show every GPU: its health, its readings, and which endpoints have it.",
+    ),
+    "events": (
+        "controlplane.cli.events:command",
+        "Show the audit log: what happened to GPUs, nodes, tiers and endpoints, what was done, and why.",
+    ),
+    "cordon": (
+        "controlplane.cli.operate:cordon",
+        "Let nothing new come to SUBJECT (a GPU, a node or a tier); what runs there goes on.",
+    ),
+    "uncordon": (
+        "controlplane.cli.operate:uncordon",
+        "Use SUBJECT again: the end of a cordon, of a drain, or of a hold after crashes.",
+    ),
+    "drain": (
+        "controlplane.cli.operate:drain",
+        "Cordon SUBJECT and have what runs there leave: elsewhere first, if there is room.",
+    ),
+    "restart": (
+        "controlplane.cli.operate:restart",
+        "Replace the engine processes of SUBJECT, those of one tier one after the other.",
+    ),
     "explain": (
         "controlplane.cli.explain:command",
         "Show where a request would go now and why, and which endpoints were left out.",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +11,9 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from controlplane.adapters import ray_session
+from controlplane.cli.asking import PlaneAddress, connected, plane_options
 from controlplane.cli.show import gateway_table, gateways_json, status_table, tier_json, troubles
 from controlplane.core.status import TierStatus, tier_statuses
-from controlplane.errors import SetupError
 
 if TYPE_CHECKING:
     from controlplane.adapters.plane import PlaneView
@@ -28,64 +26,48 @@ PIPE_WIDTH = 200
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; with --watch one object per line.")
 @click.option("--watch", is_flag=True, help="Go on, once a second.")
-@click.option("--address", help="The Ray to ask; by default the one `tierplane up` started, or RAY_ADDRESS.")
-@click.option("--namespace", help="The plane's Ray namespace (controller.namespace of its configuration).")
+@plane_options
 def command(as_json: bool, watch: bool, address: str | None, namespace: str | None) -> None:
     """Show each tier: replicas, state, model, endpoint, requests in flight.
 
     Exit status 0 if every tier serves with all its replicas, 3 if not.
     """
-    record = ray_session.load_record()
-    where = address or (record.ray_address if record else "") or os.environ.get("RAY_ADDRESS")
-    space = namespace or (record.namespace if record else "tierplane")
-    url = record.gateway_url or record.ingress_url if record else ""
-    if not where:
-        raise SetupError("no plane runs here: start one with `tierplane up`, or name its Ray with --address")
-    if record is not None and where == record.ray_address:
-        ray_session.enter(record)
-    from controlplane.adapters import plane
-
-    plane.connect(where)
-    try:
-        if watch:
-            _watch(where, space, as_json)
+    with connected(address, namespace) as plane:
+        try:
+            if watch:
+                _watch(plane, as_json)
+                return
+            view = _look(plane)
+            if as_json:
+                click.echo(json.dumps({"url": plane.url, **_as_json(view)}, indent=2))
+            else:
+                console = Console(highlight=False)
+                if not console.is_terminal:
+                    console.width = PIPE_WIDTH
+                if plane.url:
+                    console.print(f"{plane.url}/v1\n")
+                console.print(_tables(view))
+        except KeyboardInterrupt:
             return
-        view = _look(where, space)
-        if as_json:
-            click.echo(json.dumps({"url": url, **_as_json(view)}, indent=2))
-        else:
-            console = Console(highlight=False)
-            if not console.is_terminal:
-                console.width = PIPE_WIDTH
-            if url:
-                console.print(f"{url}/v1\n")
-            console.print(_tables(view))
-    except KeyboardInterrupt:
-        return
-    finally:
-        plane.disconnect()
     if not all(tier.ready for tier in _tiers(view)):
         raise SystemExit(3)
 
 
-def _watch(address: str, namespace: str, as_json: bool) -> None:
+def _watch(plane: PlaneAddress, as_json: bool) -> None:
     if as_json:
         while True:
-            click.echo(json.dumps(_as_json(_look(address, namespace))))
+            click.echo(json.dumps(_as_json(_look(plane))))
             time.sleep(REFRESH_S)
     with Live(auto_refresh=False) as live:
         while True:
-            live.update(_tables(_look(address, namespace), events=True), refresh=True)
+            live.update(_tables(_look(plane), events=True), refresh=True)
             time.sleep(REFRESH_S)
 
 
-def _look(address: str, namespace: str) -> PlaneView:
-    from controlplane.adapters import plane
+def _look(plane: PlaneAddress) -> PlaneView:
+    from controlplane.adapters.plane import PlaneView
 
-    view = plane.view(namespace)
-    if view is None:
-        raise SetupError(f"no plane in namespace '{namespace}' of the Ray at {address}")
-    return view
+    return PlaneView(*plane.ask("status"))
 
 
 def _tiers(view: PlaneView) -> tuple[TierStatus, ...]:

@@ -136,6 +136,7 @@ class SimulatedEngine:
     def command(self, tier: TierConfig, launch: Launch) -> Command:
         """The server's command line; raises ConfigError for settings it does not know."""
         settings = settings_of(tier)
+        devices = {"CUDA_VISIBLE_DEVICES": ",".join(launch.gpu_ids)} if launch.gpu_ids else {}
         return Command(
             argv=(
                 sys.executable,
@@ -150,7 +151,7 @@ class SimulatedEngine:
                 "--settings",
                 settings.model_dump_json(exclude_defaults=True),
             ),
-            env={**tier.env, SECRET_ENV: launch.secret},
+            env={**devices, **tier.env, SECRET_ENV: launch.secret},
         )
 
     def capabilities(self, tier: TierConfig) -> Capabilities:

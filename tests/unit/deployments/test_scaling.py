@@ -106,7 +106,7 @@ def test_one_thread_for_all_tiers_and_none_without_a_policy(controller: Controll
 def test_serve_starts_as_many_as_configured_and_may_add_one(replicas: int) -> None:
     settings = autoscaling(TierConfig(name="small", engine="simulated", replicas=replicas), "space")
     assert (settings.min_replicas, settings.initial_replicas, settings.max_replicas) == (
-        replicas,
+        0,
         replicas,
         replicas + 1,
     )

@@ -1,0 +1,61 @@
+"""What a replica asks of a GPU that it shares: its part of the compute and of the memory.
+
+A whole GPU needs no accounting. Of a shared one vLLM takes ``gpu-memory-utilization`` of the GPU's whole
+memory, whatever its share of the compute is; with ``kv-cache-memory-bytes`` it takes that beside the weights
+and the overhead of the memory model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from controlplane.adapters.launch_check import seen_gpus
+from controlplane.adapters.model_config import load_model
+from controlplane.adapters.nvml import GpuReader
+from controlplane.config import TierConfig
+from controlplane.core.engine_settings import parse_settings
+from controlplane.core.gangs import Shape
+from controlplane.core.gpus import GpuModel
+from controlplane.core.memory import plan_memory
+from controlplane.errors import SetupError
+
+
+def lease_shape(tier: TierConfig, reader: GpuReader | None = None) -> Shape:
+    """What a replica of ``tier`` on this machine leases. Blocks for a few driver calls and file reads.
+
+    The memory is that on the largest GPU here, so that it is enough on any of them; 0 where neither the
+    driver nor the model says anything.
+    """
+    shape = tier.shape
+    if not shape.shared:
+        return shape
+    owned = reader is None
+    reader = reader or GpuReader()
+    try:
+        gpus = [gpu for gpu, _ in seen_gpus(reader.read())]
+    finally:
+        if owned:
+            reader.close()
+    if not gpus:
+        return shape
+    largest = max(gpus, key=lambda gpu: gpu.usable_bytes)
+    return replace(shape, gpu_memory_bytes=min(_taken_bytes(tier, largest), largest.usable_bytes))
+
+
+def _taken_bytes(tier: TierConfig, gpu: GpuModel) -> int:
+    if tier.engine == "simulated":
+        return int(tier.gpus * gpu.usable_bytes)
+    args: dict[str, Any] = dict(tier.engine_args)
+    try:
+        settings = parse_settings(args, tp=1, pp=1)
+    except ValueError:
+        return int(tier.gpu_share * gpu.usable_bytes)
+    if not settings.kv_cache_bytes:
+        return int(settings.memory_ratio * gpu.usable_bytes)
+    try:
+        loaded = load_model(tier.model)
+        fixed_bytes = plan_memory(loaded.spec, settings, gpu, loaded.extra).worst.fixed_bytes
+    except (SetupError, ValueError, OSError):
+        return int(tier.gpu_share * gpu.usable_bytes)
+    return fixed_bytes + settings.kv_cache_bytes

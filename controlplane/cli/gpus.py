@@ -1,0 +1,96 @@
+"""``tierplane gpus``: every GPU, how it is, and who has it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from controlplane.cli.asking import connected, plane_options
+from controlplane.cli.show import age
+from controlplane.core.gangs import WHOLE_MILLI
+from controlplane.core.gpu_views import GpuHolder, GpuView
+
+_GIB = 1024**3
+_PIPE_WIDTH = 200
+_STYLES = {"healthy": "green", "returned": "green", "suspect": "yellow"}
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@plane_options
+def command(as_json: bool, address: str | None, namespace: str | None) -> None:
+    """Show every GPU: its health, its readings, and which endpoints have it."""
+    with connected(address, namespace) as plane:
+        gpus: tuple[GpuView, ...] = plane.ask("gpus")
+    if as_json:
+        click.echo(json.dumps({"gpus": [asdict(gpu) for gpu in gpus]}, indent=2))
+        return
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _PIPE_WIDTH
+    if not gpus:
+        console.print("No node reports a GPU.")
+        return
+    console.print(gpu_table(gpus, time.time()))
+    for line in troubles(gpus, time.time()):
+        console.print(line)
+
+
+def gpu_table(gpus: Sequence[GpuView], unix_s: float) -> Table:
+    """One row per GPU, node by node. What is not known is a dash."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for head in ("node", "GPU", "uuid", "state", "busy", "memory", "°C", "W", "used by"):
+        table.add_column(head, no_wrap=True, justify="right" if head in {"busy", "°C", "W"} else "left")
+    before = ""
+    for gpu in gpus:
+        state = "cordoned" if gpu.node_cordoned and gpu.state in _STYLES else gpu.state
+        table.add_row(
+            gpu.node_id[:12] if gpu.node_id != before else "",
+            str(gpu.index),
+            gpu.uuid[:12],
+            Text(state, style=_STYLES.get(state, "bold red")),
+            _shown(gpu.gpu_ratio, lambda ratio: f"{ratio:.0%}"),
+            _memory(gpu),
+            _shown(gpu.temperature_c, lambda value: f"{value:.0f}"),
+            _shown(gpu.power_w, lambda value: f"{value:.0f}"),
+            ", ".join(_holder(each) for each in gpu.holders),
+        )
+        before = gpu.node_id
+    return table
+
+
+def troubles(gpus: Sequence[GpuView], unix_s: float) -> list[Text]:
+    """A line for each GPU that is not simply healthy."""
+    return [
+        Text(
+            f"{gpu.uuid}: {gpu.state} for {age(unix_s - gpu.since_unix_s)}"
+            + (f" ({gpu.rule}): {gpu.reason}" if gpu.reason else ""),
+            style=_STYLES.get(gpu.state, "red"),
+        )
+        for gpu in gpus
+        if gpu.state != "healthy"
+    ]
+
+
+def _shown(value: float | None, how: Any) -> str:
+    return "-" if value is None else str(how(value))
+
+
+def _memory(gpu: GpuView) -> str:
+    total = _shown(gpu.memory_total_bytes, lambda value: f"{value / _GIB:.0f} GiB")
+    return f"{_shown(gpu.memory_used_bytes, lambda value: f'{value / _GIB:.1f}')} of {total}"
+
+
+def _holder(holder: GpuHolder) -> str:
+    if holder.milli >= WHOLE_MILLI:
+        return holder.endpoint_id
+    memory = f", {holder.memory_bytes / _GIB:.1f} GiB" if holder.memory_bytes else ""
+    return f"{holder.endpoint_id} ({holder.milli / WHOLE_MILLI:g}{memory})"
