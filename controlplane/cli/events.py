@@ -7,10 +7,13 @@ import time
 
 import click
 
-from controlplane.cli.asking import connected, plane_options
+from controlplane.cli.asking import PlaneAddress, connected, plane_options
 from controlplane.core.domain import Event
+from controlplane.errors import SetupError
 
 POLL_S = 0.5
+AWAY_LIMIT_S = 60.0
+"""While following: a controller that is away for longer ends it."""
 AT_ONCE = 1000
 """Entries that are asked for at a time."""
 
@@ -31,11 +34,25 @@ def command(follow: bool, lines: int, as_json: bool, address: str | None, namesp
         try:
             while follow:
                 time.sleep(POLL_S)
-                for event in plane.ask("events", after, AT_ONCE):
+                for event in _patiently(plane, after):
                     click.echo(event_json(event) if as_json else event_line(event))
                     after = event.number
         except KeyboardInterrupt:
             return
+
+
+def _patiently(plane: PlaneAddress, after: int) -> tuple[Event, ...]:
+    """What came after that number; a controller that is being restarted is waited for. Raises SetupError."""
+    deadline_s = time.monotonic() + AWAY_LIMIT_S
+    while True:
+        try:
+            events: tuple[Event, ...] = plane.ask("events", after, AT_ONCE)
+        except SetupError:
+            if time.monotonic() > deadline_s:
+                raise
+            time.sleep(POLL_S)
+        else:
+            return events
 
 
 def event_line(event: Event) -> str:

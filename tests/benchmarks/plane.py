@@ -98,8 +98,9 @@ class Plane:
 
 
 @contextmanager
-def running(args: Mapping[str, Any]) -> Iterator[Plane]:
+def running(args: Mapping[str, Any], extra_env: Mapping[str, str] | None = None) -> Iterator[Plane]:
     """A plane of ``args`` (as in a config file; the gateway's port is chosen here), stopped at the end.
+    ``extra_env`` is what its processes find in their environment beside this one's.
 
     Raises SetupError if it does not come up.
     """
@@ -121,7 +122,7 @@ def running(args: Mapping[str, Any]) -> Iterator[Plane]:
     path = folder / "plane.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
     env = {key: value for key, value in os.environ.items() if key not in {"RAY_ADDRESS", PLANE_ID_VARIABLE}}
-    env[RUN_DIR_VARIABLE] = str(folder / "run")
+    env |= {**(extra_env or {}), RUN_DIR_VARIABLE: str(folder / "run")}
     up = subprocess.Popen(
         [*TIERPLANE, "up", str(path), "--json", "--timeout", str(START_TIMEOUT_S)],
         env=env,
