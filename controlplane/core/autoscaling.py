@@ -1,0 +1,336 @@
+"""How many replicas a tier should have: from what is observed to a target, with every reason.
+
+One :class:`TierScaler` per tier is given a :class:`TierObservation` each tick and answers with a
+:class:`ScalingDecision`; it neither measures nor acts. The target is the largest of
+
+* what the forecast asks for when a replica ordered now is ready (:mod:`.forecast`, :mod:`.capacity`),
+* what the queue asks for that will be left by then,
+* what is in flight at this moment.
+
+How far above the forecast's mean it aims (``headroom``, in standard deviations) is learned from the requests
+that missed their SLO: after each tick it moves by the misses beyond those allowed (adaptive conformal
+inference: I. Gibbs, E. Candès, 2021), so over time as many miss as may, on traffic of any kind. Downwards it
+follows the highest target of the last hold time, at least one cold start: who keeps a replica idle for as
+long as its start would cost never pays more than twice the best (the ski rental argument: A. Karlin et al.,
+1988).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Final
+
+from controlplane.core.capacity import Bounds, Capacity, EngineSpeed, Work
+from controlplane.core.forecast import Forecast, Forecaster
+from controlplane.core.schedules import Schedule, bounds_at
+from controlplane.core.telemetry import Signal, missing
+
+_NOT_MEASURED: Final = missing("not measured")
+_HEADROOM_GAIN: Final = 0.015
+"""Headroom for each second in which all requests missed."""
+_MOST_MISSED: Final = 0.25
+_HEADROOM_RANGE: Final = (0.0, 3.0)
+_WORK_SPAN_S: Final = 600.0
+_LEAST_HOLD_S: Final = 300.0
+"""Bursts come again: with fast starts, too, who lets go at once has less when the next one comes."""
+_WATCH_S: Final = 300.0
+"""Nothing goes before a tier was watched for so long: a controller that has just started knows little."""
+_ATTAINMENT_MARGIN: Final = 0.3
+"""Share of the allowed misses that is kept in reserve."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """What the requests of a tier are promised."""
+
+    ttft_s: float = 3.0
+    itl_s: float = 0.2
+    """Time per token, mean of one request."""
+    attainment: float = 0.99
+    """The share of requests that must get both."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScalingSettings:
+    """What the configuration asks of a tier's scaling."""
+
+    min_replicas: int = 1
+    max_replicas: int = 10
+    step_up: int | None = None
+    """Replicas added at once at most; None: as many as are needed."""
+    step_down: int | None = None
+    cool_down_up_s: float = 0.0
+    """Between two orders of more."""
+    cool_down_down_s: float = 0.0
+    hold_s: float | None = None
+    """How long a lower target must last before replicas go; None: one cold start, at least 300 s."""
+    cold_start_s: float = 60.0
+    """From the order of a replica until it answers."""
+    idle_to_zero_s: float = 600.0
+    """With ``min_replicas`` 0: no request for so long and the last replica goes."""
+    tick_s: float = 5.0
+    sequences: float = 10.0
+    """Requests that one replica may run at once."""
+    initial_headroom: float = 1.0
+    slo: Slo = field(default_factory=Slo)
+    schedules: tuple[Schedule, ...] = ()
+
+    @property
+    def resolved_hold_s(self) -> float:
+        """How long a lower target must last."""
+        return max(self.cold_start_s, _LEAST_HOLD_S) if self.hold_s is None else self.hold_s
+
+
+@dataclass(frozen=True, slots=True)
+class EngineObservation:
+    """One busy engine over the last tick, for learning its speed."""
+
+    generation_tokens_per_s: float
+    prompt_tokens_per_s: float
+    """Computed, without prefix hits."""
+    batch: float
+    """Sequences that decoded, the mean over the time it was busy."""
+    busy_ratio: float
+
+
+@dataclass(frozen=True, slots=True)
+class TierObservation:
+    """One tier at one moment. Signals that can't be had are MISSING, never 0."""
+
+    tier: str
+    now_s: float
+    unix_s: float
+    target: int
+    """Replicas that are ordered, ready or not."""
+    ready: int
+    interval_s: float
+    """Since the observation before."""
+    arrivals: Signal
+    """Requests that came for this tier in the interval, whatever became of them."""
+    in_flight: Signal
+    queued: Signal
+    input_tokens: Signal = _NOT_MEASURED
+    """Mean per request over the window; computed ones only."""
+    output_tokens: Signal = _NOT_MEASURED
+    finished: float = 0.0
+    """Requests that ended in the interval, however."""
+    missed: float = 0.0
+    """Those of them that did not keep the SLO."""
+    engines: tuple[EngineObservation, ...] = ()
+    override: int | None = None
+    """A number of replicas that a person set: it wins."""
+
+
+class Move(StrEnum):
+    """What a decision does."""
+
+    UP = "up"
+    DOWN = "down"
+    STAY = "stay"
+
+
+@dataclass(frozen=True, slots=True)
+class ScalingDecision:
+    """A target and why."""
+
+    tier: str
+    target: int
+    move: Move
+    reason: str
+    wanted: int
+    """Before bounds, holds and steps."""
+    forecast: Forecast | None = None
+    headroom: float = 0.0
+    confidence: float = 0.0
+
+
+class TierScaler:
+    """The scaling of one tier."""
+
+    def __init__(self, tier: str, settings: ScalingSettings, prior: EngineSpeed, work: Work) -> None:
+        self.tier = tier
+        self.settings = settings
+        self.capacity = Capacity(prior)
+        self.work = work
+        """The mean request; a guess at first."""
+        self.forecaster = Forecaster(settings.cold_start_s, max(2 * settings.tick_s, 30.0))
+        self.headroom = settings.initial_headroom
+        self._wanted: deque[tuple[float, int]] = deque()
+        """(time, wanted), falling: the first is the highest of the hold time."""
+        self._since_s: float | None = None
+        self._up_s = -math.inf
+        self._down_s = -math.inf
+        self._active_s: float | None = None
+        """When there last was any request."""
+
+    @property
+    def bounds(self) -> Bounds:
+        """What one replica must keep."""
+        return Bounds(self.settings.sequences, self.settings.slo.itl_s)
+
+    def decide(self, seen: TierObservation) -> ScalingDecision:
+        """The target after this observation."""
+        forecast = self._learn(seen)
+        if seen.override is not None:
+            return self._decision(seen, seen.override, seen.override, "set by hand", forecast)
+        settings = self.settings
+        lowest, highest = bounds_at(
+            settings.schedules,
+            seen.unix_s,
+            settings.cold_start_s,
+            settings.min_replicas,
+            settings.max_replicas,
+        )
+        wanted, why = self._wanted_now(seen, forecast)
+        if lowest == 0 and wanted == 0 and not self._idle_long(seen):
+            wanted, why = 1, f"a request came in the last {settings.idle_to_zero_s:.0f} s"
+        blind = [
+            f"{name} {signal.freshness} ({signal.reason})"
+            for name, signal in (("arrivals", seen.arrivals), ("in flight", seen.in_flight))
+            if signal.fresh is None
+        ]
+        if seen.queued.fresh is None:
+            blind.append(f"queue {seen.queued.freshness} ({seen.queued.reason})")
+        bounded = min(max(wanted, lowest), highest)
+        if bounded != wanted:
+            why = f"{why}; the bounds are {lowest} to {highest}"
+        if seen.target > highest:
+            return self._decision(seen, highest, wanted, f"the bounds are {lowest} to {highest}", forecast)
+        held = self._hold(seen.now_s, bounded)
+        if self._since_s is None:
+            self._since_s = seen.now_s - seen.interval_s
+        if bounded > seen.target:
+            return self._up(seen, bounded, wanted, why, forecast, urgent=seen.target < lowest)
+        if blind:
+            return self._decision(
+                seen, seen.target, wanted, "never down on what is not known: " + "; ".join(blind), forecast
+            )
+        watched_s = seen.now_s - self._since_s
+        if held < seen.target and watched_s < max(settings.resolved_hold_s, _WATCH_S):
+            why = f"{why}; this tier was watched for only {watched_s:.0f} s"
+            return self._decision(seen, seen.target, wanted, why, forecast)
+        if held < seen.target:
+            return self._down(seen, held, wanted, why, forecast)
+        if bounded < seen.target:
+            why = f"{why}; the last {settings.resolved_hold_s:.0f} s asked for {held}"
+        return self._decision(seen, seen.target, wanted, why, forecast)
+
+    def _learn(self, seen: TierObservation) -> Forecast:
+        arrivals = seen.arrivals.fresh
+        if arrivals is not None:
+            self.forecaster.observe(seen.now_s, arrivals, seen.interval_s)
+        forecast = self.forecaster.forecast(seen.now_s)
+        for engine in seen.engines:
+            self.capacity.observe(
+                generation_tokens_per_s=engine.generation_tokens_per_s,
+                prompt_tokens_per_s=engine.prompt_tokens_per_s,
+                batch=engine.batch,
+                busy_ratio=engine.busy_ratio,
+                interval_s=seen.interval_s,
+            )
+        prompt, answer = seen.input_tokens.fresh, seen.output_tokens.fresh
+        if prompt is not None and answer is not None and answer > 0:
+            share = -math.expm1(-seen.interval_s / _WORK_SPAN_S)
+            work = self.work
+            self.work = Work(
+                work.input_tokens + share * (prompt - work.input_tokens),
+                work.output_tokens + share * (answer - work.output_tokens),
+            )
+        if seen.finished > 0 and forecast.mean_per_s > 0:
+            allowed = (1.0 - self.settings.slo.attainment) * (1.0 - _ATTAINMENT_MARGIN)
+            # A burst in which everything misses says no more than one in which a part does: it is over
+            # before anything ordered for it is there.
+            missed = min(seen.missed / seen.finished, _MOST_MISSED) - allowed
+            share = min(seen.finished / (max(forecast.mean_per_s, 0.05) * seen.interval_s), 2.0)
+            seconds = missed * share * seen.interval_s
+            low, high = _HEADROOM_RANGE
+            self.headroom = min(max(self.headroom + _HEADROOM_GAIN * seconds, low), high)
+        if arrivals or seen.in_flight.value or seen.queued.value or self._active_s is None:
+            self._active_s = seen.now_s
+        return forecast
+
+    def _wanted_now(self, seen: TierObservation, forecast: Forecast) -> tuple[int, str]:
+        settings, work, bounds = self.settings, self.work, self.bounds
+        slots = self.capacity.most_sequences(work, bounds)
+        each_per_s = self.capacity.requests_per_s(work, slots)
+        z = self.headroom
+        rate = forecast.quantile_per_s(z)
+        # The forecast's own errors hold the fluctuation of a window already: nothing is added for it here.
+        by_forecast = self.capacity.replicas(rate, work, bounds)
+        if rate * settings.cold_start_s < 0.05 and not seen.queued.value:
+            by_forecast = 0
+        # What will be queued once a replica ordered now is there, to be worked off in one more such time.
+        lead_s = max(settings.cold_start_s, 2 * settings.tick_s)
+        queued = seen.queued.value or 0.0
+        coming = forecast.mean_per_s * lead_s
+        carried = max(seen.target, seen.ready) * each_per_s * lead_s
+        left = queued + coming - carried if queued > 0 else 0.0
+        by_queue = 0
+        if left > 0:
+            by_queue = math.ceil((forecast.mean_per_s + left / lead_s) / each_per_s)
+        elif queued > 0:
+            by_queue = 1
+        by_flight = math.ceil((seen.in_flight.value or 0.0) / slots - 1e-9)
+        wanted = max(by_forecast, by_queue, by_flight)
+        if wanted == by_forecast:
+            why = (
+                f"{forecast.mean_per_s:.2f} requests/s are forecast for {settings.cold_start_s:.0f} s from "
+                f"now ({forecast.basis}), {rate:.2f} with headroom {z:.1f}; a replica carries "
+                f"{each_per_s:.2f} with {slots:.0f} at once"
+            )
+        elif wanted == by_queue:
+            why = f"{queued:.0f} requests wait and {left:.0f} would still when a new replica is ready"
+        else:
+            why = f"{seen.in_flight.value or 0.0:.0f} requests run, {slots:.0f} on a replica"
+        return wanted, why
+
+    def _idle_long(self, seen: TierObservation) -> bool:
+        return self._active_s is not None and seen.now_s - self._active_s >= self.settings.idle_to_zero_s
+
+    def _hold(self, now_s: float, wanted: int) -> int:
+        """The highest target of the hold time."""
+        recent = self._wanted
+        while recent and recent[-1][1] <= wanted:
+            recent.pop()
+        recent.append((now_s, wanted))
+        while recent[0][0] < now_s - self.settings.resolved_hold_s:
+            recent.popleft()
+        return recent[0][1]
+
+    def _up(
+        self, seen: TierObservation, target: int, wanted: int, why: str, forecast: Forecast, *, urgent: bool
+    ) -> ScalingDecision:
+        settings = self.settings
+        wait_s = self._up_s + settings.cool_down_up_s - seen.now_s
+        if wait_s > 0 and not urgent:
+            why = f"{why}; the cool-down lasts another {wait_s:.0f} s"
+            return self._decision(seen, seen.target, wanted, why, forecast)
+        if settings.step_up is not None and target > seen.target + settings.step_up:
+            target = seen.target + settings.step_up
+            why = f"{why}; at most {settings.step_up} at once"
+        self._up_s = seen.now_s
+        return self._decision(seen, target, wanted, why, forecast)
+
+    def _down(
+        self, seen: TierObservation, target: int, wanted: int, why: str, forecast: Forecast
+    ) -> ScalingDecision:
+        settings = self.settings
+        wait_s = max(self._up_s, self._down_s) + settings.cool_down_down_s - seen.now_s
+        if wait_s > 0:
+            why = f"{why}; the cool-down lasts another {wait_s:.0f} s"
+            return self._decision(seen, seen.target, wanted, why, forecast)
+        if settings.step_down is not None and target < seen.target - settings.step_down:
+            target = seen.target - settings.step_down
+            why = f"{why}; at most {settings.step_down} at once"
+        self._down_s = seen.now_s
+        return self._decision(seen, target, wanted, why, forecast)
+
+    def _decision(
+        self, seen: TierObservation, target: int, wanted: int, why: str, forecast: Forecast
+    ) -> ScalingDecision:
+        move = Move.UP if target > seen.target else Move.DOWN if target < seen.target else Move.STAY
+        confidence = math.sqrt(forecast.confidence * max(self.capacity.confidence, 0.1))
+        return ScalingDecision(self.tier, target, move, why, wanted, forecast, self.headroom, confidence)

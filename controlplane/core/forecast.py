@@ -1,0 +1,222 @@
+"""How many requests will come when a replica that is ordered now is ready: a level and its uncertainty.
+
+What counts for an order is the rate in a window that begins one cold start from now. Several simple
+forecasters bid for it (recent averages over three spans, a damped trend after E. Gardner and E. McKenzie,
+"Forecasting trends in time series", 1985, and the same time yesterday), each is scored against what came
+when its window has passed, and the bids are mixed with weights that fall exponentially with the recent loss
+(N. Cesa-Bianchi, G. Lugosi, "Prediction, Learning, and Games", 2006, ch. 2). The uncertainty is the spread
+of the mixture's own errors over the last hour, so it needs no assumption about the traffic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from typing import Final
+
+_SPANS_S: Final = (20.0, 90.0, 600.0)
+_TREND_SPAN_S: Final = 120.0
+_DAMPING_S: Final = 300.0
+"""A trend is followed for about this long."""
+_DAY_S: Final = 86_400.0
+_SLOT_S: Final = 600.0
+"""The day before is remembered in slots of this length."""
+_BIDS: Final = (*(f"mean of {span:g} s" for span in _SPANS_S), "trend", "yesterday")
+_ETA: Final = 6.0
+"""How sharply the mixture prefers the better bids."""
+_LOSS_KEEP_S: Final = 900.0
+"""Losses and errors are forgotten over this time, or over ten horizons if that is longer."""
+_ERRORS: Final = 720
+"""Errors that the spread is taken from: an hour of ticks of 5 s."""
+_RESORT: Final = 12
+_HIGH: Final = 0.9
+_HIGH_Z: Final = 1.2816
+_LEAST_SPREAD: Final = 0.03
+_PRIOR_ERRORS: Final = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """The rate of arrivals in the window ``[horizon_s, horizon_s + window_s]`` from now."""
+
+    mean_per_s: float
+    spread: float
+    """Of the logarithm of (what came / what was forecast): its 90th percentile over 1.28, which for a normal
+    distribution is the standard deviation; a single burst hardly moves it."""
+    horizon_s: float
+    dispersion: float
+    """Variance over mean of the counts of one interval: 1 for a Poisson process, more for bursts."""
+    basis: str
+    """The bid that counted most."""
+    scored: int
+    """Forecasts that were compared with what came; few of them make a poor ``spread``."""
+
+    def quantile_per_s(self, z: float) -> float:
+        """The rate that is ``z`` standard deviations above the mean, on a logarithmic scale."""
+        return self.mean_per_s * math.exp(z * self.spread)
+
+    @property
+    def confidence(self) -> float:
+        """How far the figure may be trusted, in [0, 1]."""
+        known = self.scored / (self.scored + 20.0)
+        return known / (1.0 + self.spread)
+
+
+class Forecaster:
+    """Learns from counts of arrivals, taken in order of time."""
+
+    def __init__(self, horizon_s: float, window_s: float = 30.0, initial_spread: float = 0.3) -> None:
+        if horizon_s < 0 or window_s <= 0:
+            raise ValueError("the horizon must be at least 0 and the window longer than 0")
+        self.horizon_s = horizon_s
+        self.window_s = window_s
+        self._averages = [0.0] * len(_SPANS_S)
+        self._level = 0.0
+        self._slope = 0.0
+        self._initial_spread = self._spread = initial_spread
+        self._errors: deque[float] = deque(maxlen=_ERRORS)
+        self._sorted_at = 0
+        self._losses = [0.0] * len(_BIDS)
+        self._dispersion = 1.0
+        self._scored = 0
+        self._seen_s = 0.0
+        self._total = 0.0
+        self._last_s = -math.inf
+        self._cumulative: deque[tuple[float, float]] = deque()
+        """(time, arrivals until then), as far back as the oldest pending forecast needs."""
+        self._pending: deque[tuple[float, tuple[float, ...], float]] = deque()
+        """(made at, bids, mixture)."""
+        self._yesterday: dict[int, float] = {}
+        self._slot = (-1, 0.0, 0.0)
+        """The slot that is being filled: number, arrivals, seconds."""
+
+    def observe(self, at_s: float, arrivals: float, interval_s: float) -> None:
+        """``arrivals`` came in the ``interval_s`` before ``at_s``. Going back in time is ignored."""
+        if interval_s <= 0 or at_s <= self._last_s:
+            return
+        rate = arrivals / interval_s
+        first = self._seen_s == 0.0
+        self._seen_s += interval_s
+        if first:
+            self._averages = [rate] * len(_SPANS_S)
+            self._level = rate
+        else:
+            self._learn_shape(rate, interval_s)
+        self._learn_dispersion(arrivals, interval_s)
+        self._fill_slot(at_s, arrivals, interval_s)
+        self._total += arrivals
+        self._last_s = at_s
+        self._cumulative.append((at_s, self._total))
+        self._score(at_s, interval_s)
+        bids = self._bids(at_s)
+        self._pending.append((at_s, bids, self._mix(bids)[0]))
+
+    def forecast(self, now_s: float) -> Forecast:
+        """The forecast made at ``now_s``; a rate of 0 before anything was observed."""
+        if self._seen_s == 0.0:
+            return Forecast(0.0, self._spread, self.horizon_s, 1.0, "nothing seen yet", 0)
+        mean, heaviest = self._mix(self._bids(now_s))
+        return Forecast(
+            mean,
+            self._spread,
+            self.horizon_s,
+            self._dispersion,
+            _BIDS[heaviest],
+            self._scored,
+        )
+
+    def _learn_shape(self, rate: float, interval_s: float) -> None:
+        for index, span_s in enumerate(_SPANS_S):
+            # An average over less than the span was seen is the plain mean of what was seen.
+            share = -math.expm1(-interval_s / min(span_s, max(self._seen_s, interval_s)))
+            self._averages[index] += share * (rate - self._averages[index])
+        share = -math.expm1(-interval_s / _TREND_SPAN_S)
+        before = self._level
+        self._level += share * (rate - before - self._slope * interval_s) + self._slope * interval_s
+        self._slope += share * ((self._level - before) / interval_s - self._slope)
+
+    def _learn_dispersion(self, arrivals: float, interval_s: float) -> None:
+        expected = self._averages[1] * interval_s
+        if expected < 1.0:
+            return
+        found = (arrivals - expected) ** 2 / expected
+        share = -math.expm1(-interval_s / _SPANS_S[2])
+        self._dispersion += share * (min(found, 1e4) - self._dispersion)
+        self._dispersion = max(self._dispersion, 1.0)
+
+    def _fill_slot(self, at_s: float, arrivals: float, interval_s: float) -> None:
+        number = int(at_s % _DAY_S // _SLOT_S)
+        slot, sum_, seconds = self._slot
+        if slot != number and seconds > 0:
+            self._yesterday[slot] = sum_ / seconds
+            sum_ = seconds = 0.0
+        self._slot = (number, sum_ + arrivals, seconds + interval_s)
+
+    def _bids(self, now_s: float) -> tuple[float, ...]:
+        ahead_s = self.horizon_s + self.window_s / 2
+        steps_s = _DAMPING_S * -math.expm1(-ahead_s / _DAMPING_S)
+        trend = max(0.0, self._level + self._slope * steps_s)
+        here = self._yesterday.get(int(now_s % _DAY_S // _SLOT_S)) if self._seen_s > _DAY_S else None
+        then = self._yesterday.get(int((now_s + ahead_s) % _DAY_S // _SLOT_S))
+        if here is None or then is None or here <= 0:
+            season = self._averages[1]
+        else:
+            # Yesterday's shape at today's height, which is not trusted to differ by more than four times.
+            season = then * min(max(self._averages[1] / here, 0.25), 4.0)
+        return (*self._averages, trend, season)
+
+    def _mix(self, bids: tuple[float, ...]) -> tuple[float, int]:
+        """The mixture, and the index of the bid that counts most."""
+        least = min(self._losses)
+        weights = [math.exp(-_ETA * (loss - least)) for loss in self._losses]
+        total = math.fsum(weights)
+        mean = math.fsum(weight * bid for weight, bid in zip(weights, bids, strict=True)) / total
+        return mean, max(range(len(weights)), key=lambda index: weights[index])
+
+    def _score(self, now_s: float, interval_s: float) -> None:
+        pending = self._pending
+        while pending and pending[0][0] + self.horizon_s + self.window_s <= now_s:
+            made_s, bids, mixture = pending.popleft()
+            begin_s = made_s + self.horizon_s
+            came = self._between(begin_s, begin_s + self.window_s) / self.window_s
+            # One request more or less is no error: it keeps the logarithm in bounds on quiet tiers.
+            floor = 1.0 / self.window_s
+            keep_s = max(_LOSS_KEEP_S, 10 * self.horizon_s)
+            share = -math.expm1(-interval_s / min(keep_s, max(self._seen_s, interval_s)))
+            for index, bid in enumerate(bids):
+                loss = abs(math.log((bid + floor) / (came + floor)))
+                self._losses[index] += share * (loss - self._losses[index])
+            error = math.log((came + floor) / (mixture + floor))
+            self._errors.append(error)
+            self._scored += 1
+        if self._scored - self._sorted_at >= _RESORT:
+            self._sorted_at = self._scored
+            self._spread = self._measured_spread()
+        oldest_s = pending[0][0] + self.horizon_s if pending else now_s
+        cumulative = self._cumulative
+        while len(cumulative) > 2 and cumulative[1][0] <= oldest_s:
+            cumulative.popleft()
+
+    def _measured_spread(self) -> float:
+        errors = sorted(self._errors)
+        high = errors[int(_HIGH * (len(errors) - 1))]
+        measured = max(high / _HIGH_Z, _LEAST_SPREAD)
+        # As much as a few minutes of errors is assumed beforehand.
+        known = len(errors) / (len(errors) + _PRIOR_ERRORS)
+        return known * measured + (1.0 - known) * self._initial_spread
+
+    def _between(self, from_s: float, until_s: float) -> float:
+        return self._until(until_s) - self._until(from_s)
+
+    def _until(self, at_s: float) -> float:
+        """Arrivals until ``at_s``, interpolated."""
+        before = self._cumulative[0]
+        for entry in self._cumulative:
+            if entry[0] >= at_s:
+                if entry[0] == before[0]:
+                    return entry[1]
+                part = (at_s - before[0]) / (entry[0] - before[0])
+                return before[1] + min(max(part, 0.0), 1.0) * (entry[1] - before[1])
+            before = entry
+        return before[1]

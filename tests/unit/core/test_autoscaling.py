@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+
+from controlplane.core.autoscaling import Move, ScalingSettings, Slo, TierObservation, TierScaler
+from controlplane.core.capacity import EngineSpeed, Work
+from controlplane.core.schedules import Schedule
+from controlplane.core.telemetry import Freshness, Signal, missing
+
+SPEED = EngineSpeed(0.02, 0.001, 0.0001)
+WORK = Work(500.0, 100.0)
+MONDAY_UNIX_S = 1_767_571_200.0
+STALE = Signal(Freshness.STALE, 0.0, 10.0, "the last sample is 10 s old")
+GONE = missing("no sample for 60 s")
+
+
+def fresh(value: float) -> Signal:
+    return Signal(Freshness.FRESH, value, 0.0)
+
+
+class Harness:
+    """A tier that gets what it asks for at once."""
+
+    def __init__(self, settings: ScalingSettings, target: int = 1) -> None:
+        self.scaler = TierScaler("light", settings, SPEED, WORK)
+        self.target = target
+        self.now_s = 0.0
+        self.decision = None
+
+    def tick(
+        self, rate: float, *, in_flight: float | None = None, queued: float = 0.0, signals=(), **more: object
+    ) -> int:
+        self.now_s += 5.0
+        flight = in_flight if in_flight is not None else rate * 2.5
+        seen = TierObservation(
+            "light", self.now_s, MONDAY_UNIX_S + self.now_s, self.target, self.target, 5.0,
+            fresh(rate * 5.0), fresh(flight), fresh(queued),
+        )  # fmt: skip
+        self.decision = self.scaler.decide(replace(seen, **more, **dict(signals)))
+        self.target = self.decision.target
+        return self.target
+
+    def run(self, rate: float, seconds: float) -> int:
+        for _ in range(int(seconds / 5)):
+            self.tick(rate)
+        return self.target
+
+
+SETTINGS = ScalingSettings(max_replicas=50, cold_start_s=30.0, sequences=16.0)
+
+
+def test_it_goes_out_and_in_again_with_the_load() -> None:
+    tier = Harness(SETTINGS)
+    low = tier.run(2.0, 900)
+    high = tier.run(40.0, 900)
+    assert high > 3 * low
+    # One tick of quiet takes nothing away; quiet for longer than the hold time does.
+    assert tier.tick(2.0) == high
+    assert tier.run(2.0, 1800) < high / 2
+
+
+def test_every_decision_says_why_with_figures() -> None:
+    tier = Harness(SETTINGS)
+    tier.tick(2.0)
+    assert tier.decision is not None
+    assert "requests/s are forecast" in tier.decision.reason
+    tier.run(30.0, 60)
+    assert tier.decision.forecast is not None
+    assert 0.0 < tier.decision.confidence < 1.0
+
+
+def test_a_queue_that_will_not_clear_by_itself_orders_replicas() -> None:
+    tier = Harness(replace(SETTINGS, initial_headroom=0.0))
+    tier.run(2.0, 600)
+    before = tier.target
+    after = tier.tick(2.0, in_flight=16.0 * before, queued=2000.0)
+    assert after > before
+    assert "wait" in tier.decision.reason
+
+
+@pytest.mark.parametrize("signal", ["arrivals", "in_flight", "queued"])
+@pytest.mark.parametrize("how", [STALE, GONE])
+def test_what_is_not_known_never_scales_down(signal: str, how: Signal) -> None:
+    tier = Harness(SETTINGS)
+    high = tier.run(40.0, 900)
+    for _ in range(500):
+        assert tier.tick(0.0, signals={signal: how}) == high
+    assert "never down" in tier.decision.reason
+
+
+def test_a_new_scaler_takes_nothing_away_before_it_has_watched() -> None:
+    tier = Harness(SETTINGS, target=20)
+    assert tier.run(1.0, 290) == 20
+    assert tier.run(1.0, 600) < 20
+
+
+def test_bounds_hold_whatever_comes() -> None:
+    tier = Harness(replace(SETTINGS, min_replicas=2, max_replicas=5), target=2)
+    assert tier.run(1000.0, 300) == 5
+    assert "bounds" in tier.decision.reason
+    assert tier.run(0.0, 7200) == 2
+
+
+def test_a_target_over_the_maximum_is_brought_back_at_once() -> None:
+    tier = Harness(replace(SETTINGS, max_replicas=5), target=9)
+    assert tier.tick(100.0) == 5
+
+
+def test_steps_are_limited() -> None:
+    tier = Harness(replace(SETTINGS, step_up=2, step_down=1))
+    for _ in range(4):
+        before = tier.target
+        assert tier.tick(100.0) == before + 2
+    tier.run(0.0, 1200)
+    changes = []
+    for _ in range(10):
+        before = tier.target
+        changes.append(before - tier.tick(0.0))
+    assert max(changes) <= 1
+
+
+def test_cool_downs_keep_moves_apart() -> None:
+    tier = Harness(replace(SETTINGS, cool_down_up_s=60.0, cool_down_down_s=120.0))
+    moves: list[tuple[float, Move]] = []
+    for rate in [5.0] * 60 + [20.0] * 60 + [60.0] * 60 + [1.0] * 400:
+        tier.tick(rate)
+        if tier.decision.move is not Move.STAY:
+            moves.append((tier.now_s, tier.decision.move))
+    ups = [at_s for at_s, move in moves if move is Move.UP]
+    downs = [at_s for at_s, move in moves if move is Move.DOWN]
+    assert ups
+    assert downs
+    assert all(later - earlier >= 60.0 for earlier, later in pairwise(ups))
+    assert all(later - earlier >= 120.0 for earlier, later in pairwise(downs))
+
+
+def test_zero_when_idle_long_enough_and_back_for_one_request() -> None:
+    tier = Harness(replace(SETTINGS, min_replicas=0, idle_to_zero_s=600.0))
+    tier.run(1.0, 400)
+    assert tier.run(0.0, 590) >= 1
+    assert tier.run(0.0, 900) == 0
+    assert tier.tick(0.0, queued=1.0) == 1
+
+
+def test_a_tier_that_may_not_be_empty_is_not() -> None:
+    tier = Harness(SETTINGS)
+    assert tier.run(0.0, 7200) == 1
+
+
+def test_a_schedule_raises_the_floor_before_it_begins() -> None:
+    rush = Schedule(3600, 7200, min_replicas=6)
+    tier = Harness(replace(SETTINGS, schedules=(rush,)))
+    assert tier.run(0.5, 3560) == 1
+    assert tier.run(0.5, 30) == 6
+    assert tier.run(0.5, 3600) == 6
+    assert tier.run(0.5, 1200) == 1
+
+
+def test_a_person_wins() -> None:
+    tier = Harness(SETTINGS, target=3)
+    assert tier.tick(500.0, override=2) == 2
+    assert tier.decision.reason == "set by hand"
+    assert tier.tick(0.0, override=9, arrivals=GONE) == 9
+
+
+def test_headroom_follows_the_misses() -> None:
+    tier = Harness(replace(SETTINGS, slo=Slo(attainment=0.99)))
+    tier.run(10.0, 600)
+    start = tier.scaler.headroom
+    for _ in range(100):
+        tier.tick(10.0, finished=50.0, missed=5.0)
+    raised = tier.scaler.headroom
+    assert raised > start + 0.3
+    for _ in range(5000):
+        tier.tick(10.0, finished=50.0, missed=0.0)
+    assert tier.scaler.headroom < raised
+
+
+def test_one_burst_of_misses_is_no_more_than_a_nudge() -> None:
+    tier = Harness(SETTINGS)
+    tier.run(10.0, 600)
+    start = tier.scaler.headroom
+    for _ in range(12):
+        tier.tick(10.0, finished=50.0, missed=50.0)
+    assert tier.scaler.headroom - start < 0.5

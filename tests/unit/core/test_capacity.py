@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from controlplane.core.capacity import Bounds, Capacity, EngineSpeed, Work
+
+PRIOR = EngineSpeed(0.02, 0.001, 0.0001)
+TRUTH = EngineSpeed(0.03, 0.0015, 0.0003)
+WORK = Work(500.0, 100.0)
+
+
+def teach(capacity: Capacity, truth: EngineSpeed, ticks: int = 200) -> None:
+    """Ticks of a busy engine that obeys the equation exactly."""
+    for tick in range(ticks):
+        batch = 2.0 + tick % 15
+        prompts = 200.0 + 300.0 * (tick % 4)
+        steps = (1.0 - prompts * truth.prompt_s_per_token) / (
+            truth.step_s + truth.step_s_per_sequence * batch
+        )
+        capacity.observe(
+            generation_tokens_per_s=steps * batch,
+            prompt_tokens_per_s=prompts,
+            batch=batch,
+            busy_ratio=1.0,
+            interval_s=5.0,
+        )
+
+
+def test_before_anything_is_measured_the_prior_holds() -> None:
+    capacity = Capacity(PRIOR)
+    assert capacity.speed == PRIOR
+    assert capacity.confidence == 0.0
+
+
+def test_it_learns_what_the_engine_really_is() -> None:
+    capacity = Capacity(PRIOR)
+    teach(capacity, TRUTH)
+    speed = capacity.speed
+    assert speed.step_s == pytest.approx(TRUTH.step_s, rel=0.1)
+    assert speed.step_s_per_sequence == pytest.approx(TRUTH.step_s_per_sequence, rel=0.1)
+    assert speed.prompt_s_per_token == pytest.approx(TRUTH.prompt_s_per_token, rel=0.1)
+    assert capacity.confidence > 0.8
+
+
+@pytest.mark.parametrize(
+    "reading",
+    [
+        {"batch": 0.0},
+        {"busy_ratio": 0.1},
+        {"interval_s": 0.0},
+        {"generation_tokens_per_s": math.nan},
+        {"prompt_tokens_per_s": -1.0},
+        {"generation_tokens_per_s": math.inf},
+    ],
+)
+def test_what_no_busy_engine_could_say_teaches_nothing(reading: dict[str, float]) -> None:
+    capacity = Capacity(PRIOR)
+    good = {
+        "generation_tokens_per_s": 100.0,
+        "prompt_tokens_per_s": 100.0,
+        "batch": 4.0,
+        "busy_ratio": 1.0,
+        "interval_s": 5.0,
+    }
+    capacity.observe(**{**good, **reading})
+    assert capacity.speed == PRIOR
+    assert capacity.observed_s == 0.0
+
+
+def test_rate_and_batch_are_each_others_inverse() -> None:
+    capacity = Capacity(PRIOR)
+    for batch in (1.0, 8.0, 50.0):
+        rate = capacity.requests_per_s(WORK, batch)
+        assert capacity.batch(rate, WORK) == pytest.approx(batch)
+        # Little's law: a sequence is there for all its tokens.
+        assert capacity.hold_s(rate, WORK) == pytest.approx(WORK.output_tokens * capacity.itl_s(batch, WORK))
+
+
+def test_more_than_it_can_is_without_end() -> None:
+    capacity = Capacity(PRIOR)
+    assert capacity.batch(1e6, WORK) == math.inf
+
+
+def test_the_promise_on_time_per_token_limits_the_batch() -> None:
+    capacity = Capacity(PRIOR)
+    most = capacity.most_sequences(WORK, Bounds(1000.0, itl_s=0.05))
+    assert capacity.itl_s(most, WORK) == pytest.approx(0.05)
+    assert capacity.most_sequences(WORK, Bounds(10.0, itl_s=0.05)) == 10.0
+    assert capacity.most_sequences(WORK, Bounds(10.0, itl_s=0.001)) == 1.0
+
+
+def test_replicas_follow_the_rate_and_the_burstiness() -> None:
+    capacity = Capacity(PRIOR)
+    bounds = Bounds(16.0)
+    each = capacity.requests_per_s(WORK, 16.0)
+    assert capacity.replicas(0.0, WORK, bounds) == 0
+    assert capacity.replicas(each, WORK, bounds) == 1
+    assert capacity.replicas(each * 7.5, WORK, bounds) == 8
+    calm = capacity.replicas(each * 8, WORK, bounds, z=2.0)
+    bursty = capacity.replicas(each * 8, WORK, bounds, z=2.0, dispersion=9.0)
+    assert 8 < calm < bursty
