@@ -22,6 +22,7 @@ from controlplane.adapters import observability, ray_session
 from controlplane.adapters.gpu_shares import lease_shape
 from controlplane.adapters.launch_check import launchable_model
 from controlplane.adapters.ray_serve import ControllerLink, ControllerUnavailable, EndpointReporter
+from controlplane.adapters.serve_options import actor_options, cluster_gpu_kinds
 from controlplane.config import PlaneConfig, TierConfig
 from controlplane.core.domain import Endpoint, EndpointState
 from controlplane.core.orders import Order, OrderKind
@@ -69,6 +70,8 @@ class TierReplica:
         )
         # Ray sets it to the CPUs it reserved, often none, for libraries in its own workers.
         os.environ.pop("OMP_NUM_THREADS", None)
+        if tier.pipeline_across_nodes:
+            _lead_engine_to_ray(runtime.gcs_address)
         self._base = Endpoint(
             endpoint_id=f"{tier.name}-{unique_id}",
             tier=tier.name,
@@ -211,12 +214,13 @@ def tier_application(config: PlaneConfig, tier: TierConfig) -> serve.Application
     """The deployment of one tier.
 
     Tensor and pipeline parallel workers are the engine's own processes; the replica reserves the GPUs for
-    all of them. One actor's GPUs are always on one node, and Ray tells it which they are.
+    all of them. One actor's GPUs are always on one node, and Ray tells it which they are. With
+    ``pipeline_across_nodes`` the engine's workers are Ray actors and reserve their GPUs themselves.
     """
     deployment = serve.deployment(
         name=tier.name,
         autoscaling_config=autoscaling(tier, config.controller.namespace),
-        ray_actor_options={"num_cpus": tier.cpus, "num_gpus": tier.gpus},
+        ray_actor_options=actor_options(tier, cluster_gpu_kinds() if tier.pipeline_across_nodes else ()),
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=tier.drain_timeout_s + ENGINE_STOP_S,
         health_check_period_s=2.0,
@@ -261,6 +265,13 @@ def _given_gpu_ids() -> tuple[str, ...]:
     """The GPUs that Ray gave this replica, as values for ``CUDA_VISIBLE_DEVICES``."""
     given: dict[str, Any] = ray.get_runtime_context().get_accelerator_ids()
     return tuple(str(each) for each in given.get("GPU", ()))
+
+
+def _lead_engine_to_ray(address: str) -> None:
+    """For an engine that starts Ray actors: where its cluster is, and all GPUs of this node in sight, which
+    Ray hides from an actor that has reserved none."""
+    os.environ["RAY_ADDRESS"] = address
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
 
 
 def _start_limit_s(tier: TierConfig) -> float:

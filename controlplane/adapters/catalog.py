@@ -8,19 +8,16 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from controlplane.config.gpu_models import gpu_table
 from controlplane.core.architecture import ModelSpec
-from controlplane.core.gpus import GpuModel, find_gpu, parse_gpus
+from controlplane.core.gpus import GpuModel, find_gpu
 from controlplane.core.hf_config import parse_config
 from controlplane.errors import SetupError
 
+__all__ = ["BUNDLED_NAMES", "gpu_named", "gpu_table", "known_model", "known_models"]
+
 BUNDLED_NAMES: Mapping[str, str] = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """Bundled models by their name in the table of known models."""
-
-
-@cache
-def gpu_table() -> tuple[GpuModel, ...]:
-    """Every GPU model of ``controlplane/data/gpus.json``."""
-    return parse_gpus(_read("gpus.json")["gpus"])
 
 
 def gpu_named(name: str) -> GpuModel:

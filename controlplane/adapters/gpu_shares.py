@@ -14,6 +14,7 @@ from controlplane.adapters.launch_check import seen_gpus
 from controlplane.adapters.model_config import load_model
 from controlplane.adapters.nvml import GpuReader
 from controlplane.config import TierConfig
+from controlplane.config.gpu_models import table_name
 from controlplane.core.engine_settings import parse_settings
 from controlplane.core.gangs import Shape
 from controlplane.core.gpus import GpuModel
@@ -28,16 +29,22 @@ def lease_shape(tier: TierConfig, reader: GpuReader | None = None) -> Shape:
     driver nor the model says anything.
     """
     shape = tier.shape
-    if not shape.shared:
+    if not shape.shared and not shape.models:
         return shape
     owned = reader is None
     reader = reader or GpuReader()
     try:
-        gpus = [gpu for gpu, _ in seen_gpus(reader.read())]
+        samples = reader.read()
     finally:
         if owned:
             reader.close()
-    if not gpus:
+    if shape.models:
+        # The controller knows GPUs by their driver's names.
+        names = {name for sample in samples if isinstance(name := sample.info.name, str)}
+        accepted = {name for name in names if table_name(name) in shape.models}
+        shape = replace(shape, models=shape.models | accepted)
+    gpus = [gpu for gpu, _ in seen_gpus(samples)]
+    if not gpus or not shape.shared:
         return shape
     largest = max(gpus, key=lambda gpu: gpu.usable_bytes)
     return replace(shape, gpu_memory_bytes=min(_taken_bytes(tier, largest), largest.usable_bytes))

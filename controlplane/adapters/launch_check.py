@@ -7,10 +7,8 @@ isn't on this machine yet, a GPU the driver doesn't show) refuses nothing.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import structlog
 
@@ -19,18 +17,16 @@ from controlplane.adapters.catalog import gpu_table
 from controlplane.adapters.cpu_info import node_memory, packs_16_bit
 from controlplane.adapters.model_config import LoadedModel, load_model
 from controlplane.adapters.nvml import GpuReader
+from controlplane.adapters.tier_memory import cpu_plan, llamacpp_bytes, tier_settings
 from controlplane.config import TierConfig
-from controlplane.core.cpu_memory import judge_cpu, plan_cpu_memory
-from controlplane.core.engine_settings import EngineSettings, parse_settings
+from controlplane.core.cpu_memory import judge_cpu
+from controlplane.core.engine_settings import EngineSettings
 from controlplane.core.feasibility import Limits, Unfit, judge
-from controlplane.core.gpus import GIB, GpuModel, find_gpu, seen_gpu
-from controlplane.core.kv_cache import kv_bytes_per_token
+from controlplane.core.gpus import GpuModel, find_gpu, seen_gpu
 from controlplane.core.memory import gib, plan_memory
 from controlplane.core.samples import GpuSample, Missing
 from controlplane.core.weights import divisibility
 from controlplane.errors import EngineError, EngineStartError, SetupError
-
-KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -78,13 +74,16 @@ def check_launch(
         return LaunchCheck(False, f"engine '{tier.engine}' holds no weights here")
     try:
         loaded = load_model(model)
-        settings = _settings(tier)
+        settings = tier_settings(tier)
     except (SetupError, ValueError, OSError) as error:
         return LaunchCheck(False, f"memory was not checked: {error}")
     if tier.engine == "llamacpp":
         return _check_llamacpp(tier, loaded)
     if tier.device == "cpu":
         return _check_cpu(tier, loaded, settings)
+    if tier.pipeline_across_nodes:
+        _check_cut(loaded, settings)
+        return LaunchCheck(False, "memory was not checked: vLLM chooses the GPUs, on several nodes perhaps")
     owned = reader is None
     reader = reader or GpuReader()
     try:
@@ -94,30 +93,12 @@ def check_launch(
             reader.close()
 
 
-def _settings(tier: TierConfig) -> EngineSettings:
-    args: dict[str, Any] = dict(tier.engine_args)
-    if tier.device == "cpu":
-        args = {"dtype": "float32", "enforce-eager": True} | args
-    if tier.engine == "llamacpp":
-        args = {}
-    return parse_settings(
-        args, tp=tier.tensor_parallel_size, pp=tier.pipeline_parallel_size, device=tier.device
-    )
-
-
 def _check_cpu(tier: TierConfig, loaded: LoadedModel, settings: EngineSettings) -> LaunchCheck:
     memory = node_memory()
-    space = tier.env.get(KV_SPACE) or os.environ.get(KV_SPACE) or "1"  # the engine's own default
-    if not space.isdigit():
-        raise EngineStartError(f"{KV_SPACE} is '{space}': vLLM takes a whole number of GiB")
-    kv_bytes = int(space) * GIB or settings.kv_cache_bytes
-    plan = plan_cpu_memory(
-        loaded.spec,
-        settings,
-        kv_cache_bytes=kv_bytes,
-        node_bytes=memory.total_bytes,
-        packs_16_bit=packs_16_bit(),
-    )
+    try:
+        plan = cpu_plan(tier, loaded, settings, node_bytes=memory.total_bytes, packs_16_bit=packs_16_bit())
+    except ValueError as error:
+        raise EngineStartError(str(error)) from error
     verdict = judge_cpu(plan, total_bytes=memory.total_bytes, available_bytes=memory.available_bytes)
     if not verdict.fits:
         kind = EngineStartError if verdict.lasting else EngineError
@@ -130,14 +111,8 @@ def _check_cpu(tier: TierConfig, loaded: LoadedModel, settings: EngineSettings) 
 
 
 def _check_llamacpp(tier: TierConfig, loaded: LoadedModel) -> LaunchCheck:
-    """Weights, and the KV cache (float16) of the context if ``ctx-size`` names one."""
     memory = node_memory()
-    spec = loaded.spec
-    given = {name.replace("_", "-"): value for name, value in tier.engine_args.items()}
-    context = given.get("ctx-size") or given.get("n-ctx") or 0
-    tokens = context if isinstance(context, int) else 0
-    weights = loaded.stored_bytes
-    kv = tokens * kv_bytes_per_token(spec, 1, 2)
+    weights, kv, tokens = llamacpp_bytes(tier, loaded)
     if weights + kv > memory.total_bytes:
         raise EngineStartError(
             f"the launch does not fit: weights {gib(weights)} and KV cache {gib(kv)} for {tokens} "
@@ -157,9 +132,7 @@ def _check_gpus(
     tier: TierConfig, loaded: LoadedModel, settings: EngineSettings, samples: Sequence[GpuSample]
 ) -> LaunchCheck:
     if not samples:
-        wrong = divisibility(loaded.spec, settings)
-        if wrong:
-            raise EngineStartError("the launch does not fit: " + "; ".join(wrong))
+        _check_cut(loaded, settings)
         return LaunchCheck(False, "memory was not checked: the driver shows none of the tier's GPUs")
     text = ""
     for gpu, sample in seen_gpus(samples):
@@ -180,6 +153,12 @@ def _check_gpus(
         elif not text:
             text = f"KV cache for about {whole.plan.kv_tokens:,} tokens on {gpu.name}"
     return LaunchCheck(True, text)
+
+
+def _check_cut(loaded: LoadedModel, settings: EngineSettings) -> None:
+    wrong = divisibility(loaded.spec, settings)
+    if wrong:
+        raise EngineStartError("the launch does not fit: " + "; ".join(wrong))
 
 
 def seen_gpus(samples: Sequence[GpuSample]) -> list[tuple[GpuModel, GpuSample]]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import Any
 
 from controlplane.adapters.catalog import gpu_table
 from controlplane.adapters.model_config import LoadedModel, load_model
+from controlplane.adapters.tier_memory import cpu_plan, llamacpp_bytes, tier_settings
 from controlplane.config import PlaneConfig, TierConfig
-from controlplane.core.engine_settings import EngineSettings, parse_settings
+from controlplane.core.cpu_memory import judge_cpu
+from controlplane.core.engine_settings import EngineSettings
 from controlplane.core.feasibility import Limits, Unfit, judge, shortfalls
 from controlplane.core.gangs import WHOLE_MILLI, Gang, Shape
 from controlplane.core.gpus import GpuModel, find_gpu
@@ -52,28 +53,60 @@ class TierDemand:
 def tier_demands(config: PlaneConfig, nodes: Sequence[Node]) -> tuple[TierDemand, ...]:
     """What each tier asks for, in the configuration's order."""
     models = {gpu.model: gpu.memory_bytes for node in nodes for gpu in node.gpus}
-    return tuple(_demand(tier, models) for tier in config.tiers)
+    largest_bytes = max((node.memory_bytes for node in nodes), default=0)
+    return tuple(_demand(tier, models, largest_bytes) for tier in config.tiers)
 
 
-def _demand(tier: TierConfig, models: dict[str, int]) -> TierDemand:
+def _demand(tier: TierConfig, models: dict[str, int], largest_bytes: int) -> TierDemand:
     if tier.engine == "endpoint":
         return TierDemand(tier, None, notes=(f"runs elsewhere: {tier.url}",))
-    cpu_milli = ceil(tier.cpus * 1000 / tier.pipeline_parallel_size)
-    if not tier.gpus:
-        return TierDemand(tier, Shape(gpus=0, cpu_milli=cpu_milli))
+    if tier.engine == "simulated":
+        return TierDemand(tier, _shape(tier))
     try:
         loaded = load_model(tier.model)
-        settings = _settings(tier)
+        settings = tier_settings(tier)
     except (SetupError, ValueError) as error:
-        milli, notes = _share(tier, None)
-        note = f"memory is not checked: {error}"
-        return TierDemand(tier, _shape(tier, milli, cpu_milli), notes=(*notes, note))
+        return TierDemand(tier, _shape(tier), notes=(f"memory is not checked: {error}",))
+    if not tier.on_gpus:
+        return _on_cpus(tier, loaded, settings, largest_bytes)
+    return _on_gpus(tier, loaded, settings, models)
+
+
+def _on_cpus(
+    tier: TierConfig, loaded: LoadedModel, settings: EngineSettings, largest_bytes: int
+) -> TierDemand:
+    if tier.engine == "llamacpp":
+        weights, kv, _ = llamacpp_bytes(tier, loaded)
+        if not weights:
+            return TierDemand(tier, _shape(tier), notes=("memory is not checked: the file is not at hand",))
+        return TierDemand(tier, _shape(tier, weights + kv))
+    try:
+        plan = cpu_plan(tier, loaded, settings, node_bytes=largest_bytes)
+    except ValueError as error:
+        return TierDemand(tier, None, unfit=(("any CPU", str(error)),))
+    verdict = judge_cpu(plan, total_bytes=largest_bytes, available_bytes=largest_bytes)
+    if verdict.fits:
+        return TierDemand(tier, _shape(tier, plan.least_bytes))
+    unfit = (("the largest node's memory", f"{verdict.reason}. What would: {verdict.remedy}"),)
+    if plan.least_bytes <= largest_bytes:
+        # It is not for lack of memory: it would start nowhere.
+        return TierDemand(tier, None, unfit=unfit)
+    return TierDemand(tier, _shape(tier, plan.least_bytes), unfit=unfit)
+
+
+def _on_gpus(
+    tier: TierConfig, loaded: LoadedModel, settings: EngineSettings, models: dict[str, int]
+) -> TierDemand:
     milli, notes = _share(tier, settings)
+    if tier.pipeline_across_nodes:
+        notes = (*notes, "where stages are on several nodes, vLLM's Ray executor chooses the GPUs itself")
     needs: dict[str, int] = {}
     unfit: list[tuple[str, str]] = []
     unknown: list[str] = []
     for name in sorted(models):
         gpu = find_gpu(gpu_table(), name)
+        if tier.gpu_models and (gpu is None or gpu.name not in tier.gpu_models):
+            continue
         if gpu is None:
             unknown.append(name or "without a name")
             needs[name] = 0
@@ -86,32 +119,31 @@ def _demand(tier: TierConfig, models: dict[str, int]) -> TierDemand:
     if unknown:
         notes = (*notes, f"memory is not checked on GPUs that are not in the table: {', '.join(unknown)}")
     accepted = frozenset(needs)
-    if not needs and unfit:
+    if needs and unfit and not tier.gpu_models:
+        names = ", ".join(sorted(needs))
+        notes = (*notes, f"set gpu_models to [{names}] in the tier, so that Ray puts it on no others")
+    if not needs and unfit and not tier.gpu_models:
         # What would do, though the cluster has none: so each node can say what it lacks.
         accepted = frozenset(
             gpu.name
             for gpu in gpu_table()
             if not shortfalls(plan_memory(loaded.spec, settings, gpu, loaded.extra), Limits())
         )
-        if not accepted:
-            return TierDemand(tier, None, unfit=tuple(unfit), notes=notes)
-    shape = _shape(tier, milli, cpu_milli, accepted if unfit else frozenset())
-    known = [need for need in needs.values() if need]
-    least = min(known, default=0)
+    if unfit and not accepted:
+        return TierDemand(tier, None, unfit=tuple(unfit), notes=notes)
+    shape = replace(_shape(tier), milli_gpu=milli)
+    if unfit:
+        shape = replace(shape, models=accepted)
+    least = min((need for need in needs.values() if need), default=0)
     if not shape.shared:
         shape = replace(shape, gpu_memory_bytes=least)
     return TierDemand(tier, shape, least, tuple(unfit), notes)
 
 
-def _settings(tier: TierConfig) -> EngineSettings:
-    args: dict[str, Any] = dict(tier.engine_args)
-    return parse_settings(args, tp=tier.tensor_parallel_size, pp=tier.pipeline_parallel_size)
-
-
-def _share(tier: TierConfig, settings: EngineSettings | None) -> tuple[int, tuple[str, ...]]:
+def _share(tier: TierConfig, settings: EngineSettings) -> tuple[int, tuple[str, ...]]:
     """The part of a GPU that a replica takes: its share, or its memory if that is more."""
     share = tier.shape.milli_gpu
-    if settings is None or tier.gpu_share == 1 or settings.kv_cache_bytes:
+    if tier.gpu_share == 1 or settings.kv_cache_bytes:
         return share, ()
     taken = ceil(round(settings.memory_ratio * WHOLE_MILLI, 6))
     if taken <= share:
@@ -122,8 +154,12 @@ def _share(tier: TierConfig, settings: EngineSettings | None) -> tuple[int, tupl
     )
 
 
-def _shape(tier: TierConfig, milli: int, cpu_milli: int, models: frozenset[str] = frozenset()) -> Shape:
-    return replace(tier.shape, milli_gpu=milli, cpu_milli=cpu_milli, models=models)
+def _shape(tier: TierConfig, host_bytes: int = 0) -> Shape:
+    """Of one replica; its CPUs and host memory are shared out among the stages."""
+    stages = tier.pipeline_parallel_size
+    return replace(
+        tier.shape, cpu_milli=ceil(tier.cpus * 1000 / stages), memory_bytes=ceil(host_bytes / stages)
+    )
 
 
 def _judge(loaded: LoadedModel, settings: EngineSettings, gpu: GpuModel) -> tuple[int, str]:

@@ -243,7 +243,7 @@ def check_cpu(plane: PlaneConfig | None, flags: frozenset[str], count: int) -> C
 
 def check_gpus(plane: PlaneConfig | None) -> Check:
     """GPUs that the driver shows, against what the tiers reserve."""
-    needed = sum(tier.gpus * tier.replicas for tier in plane.tiers) if plane else 0.0
+    needed = sum(tier.engine_gpus * tier.replicas for tier in plane.tiers) if plane else 0.0
     reader = GpuReader()
     try:
         samples = reader.read()

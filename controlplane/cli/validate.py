@@ -46,14 +46,14 @@ def _summary(file: ServeFile) -> dict[str, Any]:
                 "model": tier.model,
                 "model_id": tier.model_id,
                 "replicas": tier.replicas,
-                "gpus": tier.gpus * tier.replicas,
+                "gpus": tier.engine_gpus * tier.replicas,
                 "concurrency_limit": tier.concurrency_limit,
             }
             for tier in plane.tiers
         ],
         "gateway_port": plane.gateway.port,
         "ingress_port": file.http_port,
-        "gpus": sum(tier.gpus * tier.replicas for tier in plane.tiers),
+        "gpus": sum(tier.engine_gpus * tier.replicas for tier in plane.tiers),
     }
 
 
@@ -79,4 +79,4 @@ def _show(file: ServeFile) -> None:
 
 
 def _gpus(tier: TierConfig) -> str:
-    return f"{tier.gpus * tier.replicas:g}" if tier.gpus else "-"
+    return f"{tier.engine_gpus * tier.replicas:g}" if tier.engine_gpus else "-"

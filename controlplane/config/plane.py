@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from controlplane.config.flags import vllm_flag_findings
+from controlplane.config.gpu_models import gpu_model_findings, table_name
 from controlplane.config.strict import Finding, FindingsError, Strict
 from controlplane.core.domain import Complexity
 from controlplane.core.gangs import WHOLE_MILLI, Shape
@@ -83,6 +84,12 @@ class TierConfig(Strict):
     """GPUs that share each layer of one ``vllm`` engine; its number of attention heads must divide by it."""
     pipeline_parallel_size: Annotated[int, Field(ge=1)] = 1
     """Groups of GPUs that share the layers of one ``vllm`` engine."""
+    pipeline_across_nodes: bool = False
+    """Where no node has room for all stages of a pipeline, its stages may be on several nodes. vLLM's own Ray
+    executor then chooses the GPUs, and the model must be found under its name on each node."""
+    gpu_models: list[str] = Field(default_factory=list)
+    """GPU models that will do, as `tierplane fit --gpus` names them; by default any. Ray then puts replicas
+    on no others."""
     gpu_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """The share of one GPU that a replica takes; under 1 only with no parallelism."""
     cpus: NonNegative = 0.0
@@ -143,6 +150,14 @@ class TierConfig(Strict):
             raise FindingsError(found)
         return {flag.replace("_", "-"): item for flag, item in value.items()}
 
+    @field_validator("gpu_models")
+    @classmethod
+    def _known_gpus(cls, value: list[str]) -> list[str]:
+        found = gpu_model_findings(value)
+        if found:
+            raise FindingsError(found)
+        return [table_name(name) for name in value]
+
     def findings(self) -> list[Finding]:
         """What doesn't fit together in this tier."""
         found = [
@@ -198,6 +213,22 @@ class TierConfig(Strict):
                 for size in sizes
                 if getattr(self, size) > 1
             ]
+        return found + self._gpu_findings()
+
+    def _gpu_findings(self) -> list[Finding]:
+        found = []
+        if self.pipeline_across_nodes and self.on_gpus and self.pipeline_parallel_size == 1:
+            remedy = "set it to the number of stages, or leave pipeline_across_nodes out"
+            size = "pipeline_parallel_size"
+            found.append(
+                Finding((size,), "one stage can't be on several nodes", remedy, ("engine", "device"))
+            )
+        if not self.on_gpus:
+            found += [
+                Finding((key,), "this tier takes no GPU", "remove it", ("engine", "device"))
+                for key in ("pipeline_across_nodes", "gpu_models")
+                if getattr(self, key)
+            ]
         return found
 
     def _profile_findings(self) -> list[Finding]:
@@ -217,28 +248,43 @@ class TierConfig(Strict):
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
     @property
-    def gpus(self) -> float:
-        """GPUs that Ray reserves for one replica."""
-        if self.engine == "simulated":
-            asked = self.engine_args.get("gpus", 0)
-            return float(asked) if isinstance(asked, (int, float)) else 0.0
-        if self.engine != "vllm" or self.device == "cpu":
-            return 0.0
+    def on_gpus(self) -> bool:
+        """Whether its engines compute on GPUs, or hold some as if they did."""
+        return self._simulated_gpus > 0 or (self.engine == "vllm" and self.device == "gpu")
+
+    @property
+    def engine_gpus(self) -> float:
+        """GPUs that one replica computes on, a share counted as such."""
+        if not self.on_gpus or self.engine == "simulated":
+            return self._simulated_gpus
         return self.gpu_share if self.world_size == 1 else float(self.world_size)
+
+    @property
+    def gpus(self) -> float:
+        """GPUs that Ray reserves for one replica's own process. None for an engine that may be on several
+        nodes: it reserves its GPUs itself."""
+        return 0.0 if self.pipeline_across_nodes else self.engine_gpus
 
     @property
     def shape(self) -> Shape:
         """The GPUs of one replica, as the placement asks for them."""
-        if not self.gpus:
+        share = ceil(round(min(self.engine_gpus, 1.0) * WHOLE_MILLI, 6))
+        if not self.on_gpus:
             return Shape(gpus=0, stages=self.pipeline_parallel_size)
         if self.engine == "simulated":
-            share = min(self.gpus, 1.0)
-            return Shape(gpus=max(1, round(self.gpus)), milli_gpu=ceil(round(share * WHOLE_MILLI, 6)))
+            return Shape(gpus=max(1, round(self.gpus)), milli_gpu=share, models=frozenset(self.gpu_models))
         return Shape(
             gpus=self.tensor_parallel_size,
             stages=self.pipeline_parallel_size,
-            milli_gpu=ceil(round(self.gpu_share * WHOLE_MILLI, 6)),
+            milli_gpu=share,
+            models=frozenset(self.gpu_models),
+            across_nodes=self.pipeline_across_nodes,
         )
+
+    @property
+    def _simulated_gpus(self) -> float:
+        asked = self.engine_args.get("gpus", 0) if self.engine == "simulated" else 0
+        return float(asked) if isinstance(asked, (int, float)) else 0.0
 
     @property
     def model_id(self) -> str:

@@ -100,6 +100,8 @@ class Placement:
     runner_up: str = ""
     """The next best node, if it was placed on one node and another would have done."""
     runner_up_stranded_milli: float = 0.0
+    stays: bool = False
+    """It runs there already."""
 
     @property
     def node_ids(self) -> tuple[str, ...]:
@@ -114,6 +116,8 @@ class Placement:
     @property
     def why(self) -> str:
         """One sentence for people."""
+        if self.stays:
+            return "runs there"
         shape = self.gang.shape
         parts = [_DISTANCE_TEXT[self.distance]] if shape.gpus > 1 else []
         if len(self.node_ids) > 1:

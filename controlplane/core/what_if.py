@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from controlplane.core.gangs import Gang, Infeasible, Placement, Plan
+from controlplane.core.gangs import Gang, Infeasible, Placement, Plan, Shape
 from controlplane.core.placement import ClusterState
 from controlplane.core.planning import plan
 from controlplane.core.topology import Node
@@ -55,22 +55,29 @@ def add_node(state: ClusterState, like: Node) -> ClusterState:
 def change(state: ClusterState, before: Plan, gangs: Sequence[Gang]) -> Change:
     """What ``gangs`` need on ``state`` after they, or others, ran as ``before`` says.
 
-    Nothing moves that can stay: gangs whose nodes and GPUs are still there keep them, the others are
-    planned anew beside those.
+    Nothing moves that can stay: gangs that ask for the same as before and whose nodes and GPUs are still
+    there and in use keep them, the others are planned anew beside those and what ``state`` says that others
+    run.
     """
     wanted = {gang.gang_id: gang for gang in gangs}
-    there = {node.node_id: {gpu.uuid for gpu in node.gpus} for node in state.nodes if not node.unavailable}
+    there = {
+        node.node_id: {gpu.uuid for gpu in node.gpus if not gpu.unavailable}
+        for node in state.nodes
+        if not node.unavailable
+    }
     ran = {placement.gang.gang_id: placement for placement in before.placements}
     kept = [
         placement
         for gang_id, placement in ran.items()
         if gang_id in wanted
+        and _asks_for_the_same(placement.gang.shape, wanted[gang_id].shape)
         and all(set(stage.gpu_uuids) <= there.get(stage.node_id, set()) for stage in placement.stages)
         and all(stage.node_id in there for stage in placement.stages)
     ]
     stays = {placement.gang.gang_id for placement in kept}
     fresh = plan(
-        replace(state, placements=tuple(kept)), [gang for gang in gangs if gang.gang_id not in stays]
+        replace(state, placements=(*state.placements, *kept)),
+        [gang for gang in gangs if gang.gang_id not in stays],
     )
     found = {placement.gang.gang_id: placement for placement in (*kept, *fresh.placements)}
     refused = {infeasible.gang.gang_id: infeasible for infeasible in fresh.infeasible}
@@ -84,3 +91,9 @@ def change(state: ClusterState, before: Plan, gangs: Sequence[Gang]) -> Change:
         removed=tuple(gang_id for gang_id in ran if gang_id not in wanted),
         lost=tuple(i.gang.gang_id for i in fresh.infeasible if i.gang.gang_id in ran),
     )
+
+
+def _asks_for_the_same(before: Shape, now: Shape) -> bool:
+    """Whether a running gang may stay: which models are accepted and how much memory is asked for follow from
+    the cluster's GPUs, and may change with them."""
+    return (before.gpus, before.stages, before.milli_gpu) == (now.gpus, now.stages, now.milli_gpu)

@@ -5,6 +5,9 @@ vLLM 0.32.
 
 On ``device: cpu`` this adds ``--dtype float32 --enforce-eager`` unless ``engine_args`` name them: the CPU
 build of 0.32 answers nonsense with bfloat16 and compilation, and takes three times as long to start.
+
+With ``pipeline_across_nodes`` its workers are Ray actors that vLLM places itself, on the cluster that
+``RAY_ADDRESS`` names.
 """
 
 from __future__ import annotations
@@ -234,7 +237,7 @@ class VllmEngine:
         ]
         if tier.trust_remote_code:
             argv.append("--trust-remote-code")
-        argv += flags(_with_cpu_defaults(tier))
+        argv += flags(_with_defaults(tier))
         return Command(argv=tuple(argv), env=_environment(tier, launch))
 
     def capabilities(self, tier: TierConfig) -> Capabilities:
@@ -298,8 +301,10 @@ def _text(value: ArgScalar) -> str:
     return str(value)
 
 
-def _with_cpu_defaults(tier: TierConfig) -> dict[str, ArgScalar | list[ArgScalar]]:
+def _with_defaults(tier: TierConfig) -> dict[str, ArgScalar | list[ArgScalar]]:
     given = dict(tier.engine_args)
+    if tier.pipeline_across_nodes:
+        given.setdefault("distributed-executor-backend", "ray")
     if tier.device == "cpu":
         given.setdefault("dtype", "float32")
         given.setdefault("enforce-eager", True)

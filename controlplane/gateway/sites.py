@@ -31,7 +31,7 @@ class Sites:
     def __init__(self, config: PlaneConfig, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._connect_timeout_s = config.gateway.connect_timeout_s
-        self._devices = {tier.name: tier.gpus or 1.0 for tier in config.tiers}
+        self._devices = {tier.name: tier.engine_gpus or 1.0 for tier in config.tiers}
         self._sites: dict[str, Site] = {}
 
     def site(self, load: EndpointLoad) -> Site:

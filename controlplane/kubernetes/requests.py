@@ -75,7 +75,7 @@ def _gpu(tier: TierConfig, model: ModelSpec, settings: EngineSettings, overlay: 
         raise _problem(
             tier, "device", f"overlay {overlay.name} has no GPUs", "device: cpu, or another overlay"
         )
-    gpus = ceil(tier.gpus)
+    gpus = ceil(tier.engine_gpus)
     if gpus > overlay.gpus_per_node:
         raise _problem(
             tier,

@@ -15,12 +15,16 @@ SCRIPT = """
 import json, time
 import ray
 from ray.cluster_utils import Cluster
-from controlplane.adapters.live_cluster import live_nodes
+from controlplane.adapters.live_cluster import live_cluster
 from controlplane.adapters.ray_node_agent import ensure_node_agents
+from controlplane.config import PlaneConfig
 from controlplane.core.gangs import Gang, Shape
-from controlplane.core.placement import ClusterState
-from controlplane.core.planning import plan
+from controlplane.core.occupancy import occupancy
+from controlplane.core.what_if import change
 
+config = PlaneConfig.model_validate(
+    {"tiers": [{"name": "t", "engine": "simulated"}], "controller": {"namespace": "telemetry"}}
+)
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
 cluster.add_node(num_cpus=4, num_gpus=8, resources={"accelerator_type:H100": 1})
 gone = cluster.add_node(num_cpus=1, num_gpus=1)
@@ -29,18 +33,41 @@ cluster.wait_for_nodes()
 cluster.remove_node(gone)
 while len([n for n in ray.nodes() if n["Alive"]]) > 2:
     time.sleep(0.05)
-nodes = sorted(live_nodes("telemetry"), key=lambda node: len(node.gpus))
+
+@ray.remote(num_gpus=3, num_cpus=3)
+class Somebody:
+    def there(self):
+        return True
+
+def look():
+    live = live_cluster(config)
+    return live, sorted(live.nodes, key=lambda node: len(node.gpus))
+
+def placed(live, gpus):
+    gangs = [Gang("g", Shape(gpus=gpus))]
+    now = occupancy(live.nodes, gangs, live.replicas, live.reserved, replica_cpu_milli={})
+    return len(change(now.state, now.running, gangs).plan.placements), sorted(now.notes)
+
+live, nodes = look()
 answer = {
     "gpus": [len(node.gpus) for node in nodes],
+    "model": nodes[1].gpus[0].model,
     "cpus": [node.cpu_milli for node in nodes],
     "memory": [node.memory_bytes > 0 for node in nodes],
-    "placed": len(plan(ClusterState(tuple(nodes)), [Gang("g", Shape(gpus=8, cpu_milli=4000))]).placements),
+    "notes": live.notes,
+    "free": placed(live, 8),
 }
+somebody = Somebody.remote()
+ray.get(somebody.there.remote())
+while placed(look()[0], 8)[0]:  # Ray's tables follow in their own time
+    time.sleep(0.2)
+live, nodes = look()
+answer["beside somebody"] = placed(live, 5), placed(live, 6)[0]
 agents = ensure_node_agents("telemetry", interval_s=0.1)
 while not all(ray.get(agent.latest.remote()) for agent in agents.values()):
     time.sleep(0.05)
-answer["with_agents"] = sorted(len(node.gpus) for node in live_nodes("telemetry"))
-print("ANSWER", json.dumps(answer))
+answer["with agents"] = [len(node.gpus) for node in look()[1]]
+print("ANSWER", json.dumps(answer).replace(nodes[1].node_id, "NODE"))
 ray.shutdown()
 cluster.shutdown()
 """
@@ -59,9 +86,15 @@ def test_nodes_of_a_running_ray() -> None:
     assert lines, done.stderr[-3000:]
     assert json.loads(lines[-1].removeprefix("ANSWER ")) == {
         "gpus": [0, 8],
+        "model": "H100-80G",
         "cpus": [2000, 4000],
         "memory": [True, True],
-        "placed": 1,
+        "notes": ["no plane answers in namespace telemetry: none of its replicas are counted"],
+        "free": [1, []],
+        "beside somebody": [
+            [1, ["others hold 3 GPUs of NODE; which ones is assumed", "others hold 3 CPUs of NODE"]],
+            0,
+        ],
         # No driver on this machine: the agents see no GPU, Ray's count stands.
-        "with_agents": [0, 8],
+        "with agents": [0, 8],
     }

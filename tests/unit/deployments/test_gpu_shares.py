@@ -76,3 +76,15 @@ def test_without_a_driver_a_share_is_compute_only() -> None:
             return ()
 
     assert asked(Nothing(), gpu_share=0.5) == Shape(milli_gpu=500)
+
+
+def test_accepted_models_go_by_the_names_that_the_driver_uses() -> None:
+    class Mixed(Reader):
+        def read(self) -> tuple[GpuSample, ...]:
+            return tuple(
+                GpuSample(GpuInfo(uuid=name, index=index, name=name), GpuCondition.OK)
+                for index, name in enumerate(["NVIDIA H100 80GB HBM3", "NVIDIA L4"])
+            )
+
+    assert asked(Mixed(), gpu_models=["l4"]).models == {"L4", "NVIDIA L4"}
+    assert asked(Mixed(), gpu_models=["A100-80G"]).models == {"A100-80G"}

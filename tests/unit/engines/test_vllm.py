@@ -100,6 +100,15 @@ def test_on_cpu_float32_and_eager_unless_named():
     assert "--enforce-eager" not in argv
 
 
+def test_a_pipeline_on_several_nodes_uses_ray_unless_another_executor_is_named():
+    wide = {"pipeline_parallel_size": 2, "pipeline_across_nodes": True}
+    assert "--distributed-executor-backend=ray" in ENGINE.command(tier(**wide), launch()).argv
+    own = tier(**wide, engine_args={"distributed-executor-backend": "mp", "nnodes": 2})
+    assert "--distributed-executor-backend=mp" in ENGINE.command(own, launch()).argv
+    on_one_node = ENGINE.command(tier(pipeline_parallel_size=2), launch()).argv
+    assert not any("executor" in word for word in on_one_node)
+
+
 def test_gpus_are_named_in_the_environment():
     env = ENGINE.command(tier(), launch(gpu_ids=("GPU-a", "GPU-b"))).env
     assert env["CUDA_VISIBLE_DEVICES"] == "GPU-a,GPU-b"

@@ -111,6 +111,15 @@ def test_estimates_alone_refuse_nothing() -> None:
     assert "tight" in found.text
 
 
+def test_gpus_that_vllm_chooses_on_several_nodes_are_not_looked_at() -> None:
+    wide = tier(device="gpu", pipeline_parallel_size=2, pipeline_across_nodes=True)
+    found = check_launch(wide, SMALL, reader=gpus(free_mib=10))
+    assert not found.known
+    assert "on several nodes" in found.text
+    with pytest.raises(EngineStartError, match="9 attention heads"):
+        check_launch(wide.model_copy(update={"tensor_parallel_size": 2}), SMALL, reader=gpus())
+
+
 def test_memory_that_others_hold() -> None:
     with pytest.raises(EngineError, match=r"gpu-memory-utilization to 0\.4") as caught:
         check_launch(tier(device="gpu"), SMALL, reader=gpus(free_mib=10000))
@@ -165,7 +174,7 @@ def test_a_model_that_breaks_the_check_is_left_to_the_engine(
     def broken(*_args: Any, **_more: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(launch_check, "plan_cpu_memory", broken)
+    monkeypatch.setattr(launch_check, "cpu_plan", broken)
     assert launchable_model(tier(), (), str(tmp_path), str) == str(tmp_path)
 
 

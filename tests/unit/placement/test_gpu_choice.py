@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controlplane.core.gangs import Cause, Infeasible, Placement, Shape
@@ -107,6 +107,7 @@ def test_a_replica_with_several_gpus_counts_once_for_its_tier() -> None:
     assert [placement.gang.tier for placement in placements] == ["big", "", ""]
 
 
+@settings(deadline=None, max_examples=50)
 @given(
     st.lists(st.tuples(st.integers(1, 3), st.sampled_from([250, 500, 1000])), max_size=12),
     st.sampled_from([0, 2, 4]),

@@ -9,9 +9,15 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from controlplane.adapters.live_cluster import LiveCluster
 from controlplane.adapters.tier_gangs import TierDemand, tier_demands
+from controlplane.cli import plan as plan_module
 from controlplane.cli.plan import command
+from controlplane.cli.plan_view import serve_options
 from controlplane.config import PlaneConfig
+from controlplane.core.occupancy import Replica, Reserved
+from controlplane.core.placement import ClusterState
+from controlplane.core.planning import plan
 from controlplane.core.topology import Gpu, Node
 
 CLUSTER = """
@@ -78,17 +84,16 @@ def test_the_plan_for_a_described_cluster(files: tuple[str, str]) -> None:
     where = {item["replica"]: item for item in found["placements"]}
     assert where["capable-0"]["nodes"] == ["big"]
     assert where["capable-0"]["distance"] == "island"
-    assert where["capable-0"]["visible_devices"] == "big/gpu0,big/gpu1"
+    assert where["capable-0"]["visible_devices"] == {"big": "0,1"}
     # A 7 B model fits an L4: the H100s are left to who needs them.
     assert where["balanced-0"]["nodes"][0].startswith("small-")
-    assert "CUDA_VISIBLE_DEVICES=big/gpu0,big/gpu1" in result.output
+    assert "capable-0 on big: CUDA_VISIBLE_DEVICES=0,1" in result.output
     tiers = {item["tier"]: item for item in found["tiers"]}
     assert tiers["lightweight"]["serve_options"]["ray_actor_options"]["num_gpus"] == 0.5
-    assert tiers["capable"]["serve_options"]["placement_group_strategy"] == "STRICT_PACK"
-    assert tiers["capable"]["serve_options"]["placement_group_bundles"] == [{"CPU": 0.0, "GPU": 2}]
-    assert tiers["capable"]["serve_options"]["ray_actor_options"]["label_selector"] == {
-        "ray.io/accelerator-type": "in(H100)"
-    }
+    assert tiers["capable"]["serve_options"]["ray_actor_options"] == {"num_cpus": 0.0, "num_gpus": 2.0}
+    assert tiers["capable"]["notes"] == [
+        "set gpu_models to [H100-80G] in the tier, so that Ray puts it on no others"
+    ]
     assert tiers["balanced"]["gpu_bytes"] > 15 * 2**30
     assert [item["gpu"] for item in tiers["capable"]["unfit"]] == ["L4"]
     assert "What would" in tiers["capable"]["unfit"][0]["why"]
@@ -143,6 +148,104 @@ def test_without_a_cluster(files: tuple[str, str]) -> None:
     assert "describe one with --cluster" in str(result.exception)
 
 
+WIDE = """
+applications:
+  - name: tierplane
+    route_prefix: /
+    import_path: deployments.app:build
+    args:
+      tiers:
+        - name: wide
+          model: Qwen/Qwen2.5-72B-Instruct
+          tensor_parallel_size: 2
+          pipeline_parallel_size: 2
+          pipeline_across_nodes: ASKED
+          engine_args: {max-model-len: 16384}
+"""
+PAIRS = """
+node_types:
+  - {name: pair, gpu: H100-80G, gpus: 2, nvlink_island: 2, cpus: 48, memory_gib: 512}
+nodes:
+  - {type: pair, count: 2}
+"""
+
+
+def test_a_pipeline_goes_over_several_nodes_only_when_asked(tmp_path: Path) -> None:
+    config, cluster = tmp_path / "plane.yaml", tmp_path / "cluster.yaml"
+    cluster.write_text(PAIRS)
+    config.write_text(WIDE.replace("ASKED", "false"))
+    refused = run((str(config), str(cluster)))
+    assert refused.exit_code == 3
+    assert "pair-0: needs 4 GPUs of an accepted model, has 2" in refused.output
+    config.write_text(WIDE.replace("ASKED", "true"))
+    text = run((str(config), str(cluster)))
+    assert text.exit_code == 0, text.output
+    assert "vLLM's Ray executor chooses the GPUs" in text.output
+    found = as_json((str(config), str(cluster)))
+    (placement,) = found["placements"]
+    assert placement["nodes"] == ["pair-0", "pair-1"]
+    assert placement["visible_devices"] == {"pair-0": "0,1", "pair-1": "0,1"}
+    assert found["tiers"][0]["serve_options"] == {
+        "num_replicas": 1,
+        # The replica itself holds no GPU, but its node has to have some.
+        "ray_actor_options": {
+            "num_cpus": 0.0,
+            "num_gpus": 0.0,
+            "label_selector": {"ray.io/accelerator-type": "in(H100)"},
+        },
+        "engine_placement_group": {"bundles": [{"GPU": 1}] * 4, "strategy": "PACK"},
+    }
+
+
+def live(*replicas: Replica, **reserved: Reserved) -> LiveCluster:
+    gpus = tuple(Gpu(f"GPU-{i}", i, "H100-80G", 79 * 2**30) for i in range(4))
+    return LiveCluster((Node("n", gpus, 64_000, 2**38),), replicas, reserved, ("from the test",))
+
+
+def plan_live(
+    monkeypatch: pytest.MonkeyPatch, config: str, cluster: LiveCluster, *args: str
+) -> dict[str, Any]:
+    monkeypatch.setattr(plan_module, "_live", lambda *_: cluster)
+    result = CliRunner().invoke(command, [config, "--json", *args])
+    assert result.exit_code in (0, 3), result.output
+    found: dict[str, Any] = json.loads(result.output)
+    return found
+
+
+def test_on_a_running_cluster_what_runs_stays_and_others_keep_theirs(
+    files: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = live(
+        Replica("capable-x", "capable", "n", ("GPU-1", "GPU-2")),
+        Replica("lightweight-y", "lightweight", "n", ("GPU-0",)),
+        n=Reserved(gpu_milli=2500),
+    )
+    found = plan_live(monkeypatch, files[0], cluster)
+    assert found["complete"]
+    assert found["change"] == {
+        "kept": ["lightweight-0", "capable-0"],
+        "moved": [],
+        "added": ["lightweight-1", "balanced-0"],
+        "removed": [],
+        "lost": [],
+    }
+    where = {item["replica"]: item for item in found["placements"]}
+    assert where["capable-0"]["endpoint"] == "capable-x"
+    assert where["capable-0"]["visible_devices"] == {"n": "1,2"}
+    assert where["lightweight-1"]["visible_devices"] == {"n": "0"}
+    assert where["balanced-0"]["visible_devices"] == {"n": "3"}
+    assert found["notes"] == ["from the test"]
+    # Somebody else's GPU: nothing is left for balanced.
+    taken = plan_live(monkeypatch, files[0], live(*cluster.replicas, n=Reserved(gpu_milli=3500)))
+    assert [item["replica"] for item in taken["infeasible"]] == ["balanced-0"]
+    assert taken["notes"][1:] == ["others hold 1 GPUs of n; which ones is assumed"]
+    # What if: from what is planned now.
+    more = plan_live(monkeypatch, files[0], cluster, "--what-if", "scale lightweight 1")
+    assert more["change"]["removed"] == ["lightweight-1"]
+    text = CliRunner().invoke(command, [files[0]], terminal_width=200).output
+    assert "runs there (capable-x)" in text
+
+
 def demands(*tiers: dict[str, Any], model: str = "H100-80G", gib: int = 79) -> dict[str, TierDemand]:
     plane = PlaneConfig.model_validate({"tiers": list(tiers)})
     node = Node("n", (Gpu("n/0", 0, model, gib * 2**30),), 8000, 2**34)
@@ -160,6 +263,34 @@ def test_tiers_that_take_no_gpu() -> None:
     assert shape is not None
     assert (shape.gpus, shape.cpu_milli) == (0, 2500)
     assert len(found["cpu"].scaled(3).gangs()) == 3
+
+
+def test_engines_on_the_cpu_take_memory() -> None:
+    tier = {"name": "t", "device": "cpu", "model": "bundled:smollm2-135m", "replicas": 4}
+    (demand,) = tier_demands(PlaneConfig.model_validate({"tiers": [tier]}), [Node("n", (), 8000, 16 * 2**30)])
+    assert demand.shape is not None
+    assert 3.5 < demand.shape.memory_bytes / 2**30 < 4
+    placed = plan(ClusterState((Node("n", (), 8000, 13 * 2**30),)), demand.gangs())
+    assert len(placed.placements) == 3
+    assert "GiB of memory, has 1." in str(placed.infeasible[0].refusals[0])
+    large = demands({**tier, "model": "Qwen/Qwen2.5-7B-Instruct"})["t"]
+    assert large.unfit[0][0] == "the largest node's memory"
+    assert large.shape is not None
+    odd = demands({**tier, "tensor_parallel_size": 2})["t"]
+    assert odd.shape is None
+    assert "tensor_parallel_size 2 → 1" in odd.unfit[0][1]
+    cache = demands({**tier, "env": {"VLLM_CPU_KVCACHE_SPACE": "1.5"}})["t"]
+    assert "whole number" in cache.unfit[0][1]
+
+
+def test_gpu_models_that_the_tier_names() -> None:
+    tier = {"name": "t", "model": "Qwen/Qwen2.5-1.5B-Instruct", "gpu_models": ["l4"]}
+    found = demands(tier, model="H100-80G")["t"]
+    assert found.shape is not None
+    assert found.shape.models == {"L4"}
+    assert found.unfit == ()
+    options = serve_options(found, [])
+    assert options["ray_actor_options"]["label_selector"] == {"ray.io/accelerator-type": "in(L4)"}
 
 
 def test_a_share_is_no_less_than_the_memory_the_engine_takes() -> None:

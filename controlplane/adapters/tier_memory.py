@@ -1,0 +1,58 @@
+"""What the memory model needs to know of a tier: its engine's settings, and its engine on the CPU."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from controlplane.adapters.model_config import LoadedModel
+from controlplane.config import TierConfig
+from controlplane.core.cpu_memory import CpuPlan, plan_cpu_memory
+from controlplane.core.engine_settings import EngineSettings, parse_settings
+from controlplane.core.gpus import GIB
+from controlplane.core.kv_cache import kv_bytes_per_token
+
+KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"
+"""GiB of KV cache per worker of a CPU engine."""
+
+
+def tier_settings(tier: TierConfig) -> EngineSettings:
+    """The settings of the tier's engine, with what tierplane adds on the CPU. ValueError that names the
+    argument if one can't be understood."""
+    args: dict[str, Any] = {} if tier.engine == "llamacpp" else dict(tier.engine_args)
+    if tier.device == "cpu":
+        args = {"dtype": "float32", "enforce-eager": True} | args
+    return parse_settings(
+        args, tp=tier.tensor_parallel_size, pp=tier.pipeline_parallel_size, device=tier.device
+    )
+
+
+def cpu_plan(
+    tier: TierConfig,
+    loaded: LoadedModel,
+    settings: EngineSettings,
+    *,
+    node_bytes: int,
+    packs_16_bit: bool = True,
+) -> CpuPlan:
+    """The memory of one vLLM engine of the tier on a machine of ``node_bytes`` without GPUs. ValueError if
+    its KV cache is no whole number of GiB."""
+    space = tier.env.get(KV_SPACE) or os.environ.get(KV_SPACE) or "1"  # the engine's own default
+    if not space.isdigit():
+        raise ValueError(f"{KV_SPACE} is '{space}': vLLM takes a whole number of GiB")
+    return plan_cpu_memory(
+        loaded.spec,
+        settings,
+        kv_cache_bytes=int(space) * GIB or settings.kv_cache_bytes,
+        node_bytes=node_bytes,
+        packs_16_bit=packs_16_bit,
+    )
+
+
+def llamacpp_bytes(tier: TierConfig, loaded: LoadedModel) -> tuple[int, int, int]:
+    """(weights, KV cache, tokens in it) of one llama.cpp engine: the file, and a float16 cache of the context
+    if ``ctx-size`` names one."""
+    given = {name.replace("_", "-"): value for name, value in tier.engine_args.items()}
+    context = given.get("ctx-size") or given.get("n-ctx") or 0
+    tokens = context if isinstance(context, int) else 0
+    return loaded.stored_bytes, tokens * kv_bytes_per_token(loaded.spec, 1, 2), tokens
