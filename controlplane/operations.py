@@ -74,7 +74,8 @@ class Operations:
             if control.work.ask_restart(endpoint, reason, control.now_s())
         ]
         for endpoint_id in asked:
-            control.registry.note("restart asked", endpoint_id, reason, actor=OPERATOR)
+            tier = control.registry.endpoints[endpoint_id].tier
+            control.registry.note("restart asked", endpoint_id, reason, tier, actor=OPERATOR)
         if released:
             control.registry.note("released", subject.id, reason, subject.id, actor=OPERATOR)
         if asked or released:
@@ -112,6 +113,8 @@ class Operations:
         if not changed:
             return ActionAnswer(Outcome.UNCHANGED, already, (subject.id,))
         tier = subject.id if subject.kind is SubjectKind.TIER else ""
+        if subject.kind is SubjectKind.ENDPOINT:
+            tier = self._control.registry.endpoints[subject.id].tier
         self._control.registry.note(word, subject.id, reason, tier, actor=OPERATOR)
         left = [item.endpoint_id for item in self._endpoints_of(subject)]
         goes = {"drain": "to leave", "cordon": "goes on"}.get(word)

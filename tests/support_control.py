@@ -109,6 +109,8 @@ class World:
     silent: set[str] = field(default_factory=set)
     """Nodes whose agent says nothing."""
     events: list[GpuEvent] = field(default_factory=list)
+    retry_s: dict[str, float] = field(default_factory=dict)
+    """Tier → when Serve tries again to start a replica that found no place."""
     born: int = 0
     seq: int = 0
     control: Control = field(init=False)
@@ -117,7 +119,9 @@ class World:
         self.start_controller()
 
     def start_controller(self, epoch: str = "e1", settle_s: float = 0.0) -> None:
-        rules = ControlRules(gpus=GpuRules(hold_initial_s=30.0, hot_for_s=5.0, probation_s=5.0))
+        rules = ControlRules(
+            gpus=GpuRules(hold_initial_s=30.0, hot_for_s=5.0, probation_s=5.0, suspect_for_s=10.0)
+        )
         registry = Controller(epoch=epoch, heartbeat_s=HEARTBEAT_S, now_s=self.clock, unix_s=self.clock)
         self.control = Control(
             registry,
@@ -153,8 +157,10 @@ class World:
         for tier, target in targets.items():
             mine = [name for name, replica in self.replicas.items() if replica.endpoint.tier == tier]
             wanted = target.replicas + sum(name in mine for name in target.leaving)
-            for _ in range(wanted - len(mine)):
-                self.start(tier)
+            if wanted > len(mine) and self.clock.s >= self.retry_s.get(tier, 0.0):
+                started = [self.start(tier) for _ in range(wanted - len(mine))]
+                if None in started:
+                    self.retry_s[tier] = self.clock.s + 5.0
             if len(mine) > wanted:
                 starting = [
                     name for name in mine if self.replicas[name].endpoint.state is not EndpointState.READY

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -70,7 +71,7 @@ class ControllerActor:
         self._config = config
         self._shift_s = time.time() - time.monotonic()
         self._recorder = await asyncio.to_thread(Recorder, store_path(config))
-        again = ray.get_runtime_context().was_current_actor_reconstructed
+        again = _made_again()
         self._control = Control(
             Controller(
                 epoch=f"{int(time.time()):x}-{secrets.token_hex(4)}",
@@ -436,6 +437,14 @@ def find_controller(namespace: str) -> Any | None:
         return ray.get_actor(CONTROLLER_NAME, namespace=namespace)
     except ValueError:
         return None
+
+
+def _made_again() -> bool:
+    """Whether Ray has restarted this actor after its process died."""
+    with warnings.catch_warnings():
+        # it is announced as deprecated, with nothing in its place
+        warnings.simplefilter("ignore")
+        return bool(ray.get_runtime_context().was_current_actor_reconstructed)
 
 
 def _left_s(began_s: float, interval_s: float) -> float:

@@ -12,6 +12,7 @@ from controlplane.core.samples import (
     GpuCondition,
     GpuEvent,
     GpuEventKind,
+    GpuInfo,
     GpuSample,
     Missing,
     RecoveryAction,
@@ -205,14 +206,30 @@ def _slowdown_c(sample: GpuSample, rules: GpuRules) -> int:
     return rules.fallback_slowdown_c if isinstance(told, Missing) or told <= 0 else told
 
 
+def is_hot(sample: GpuSample, temperature_c: int, rules: GpuRules) -> bool:
+    """Whether it is at its slowdown temperature, or the hardware throttles for heat."""
+    told, throttle = sample.info.slowdown_c, sample.throttle
+    limit_c = rules.fallback_slowdown_c if isinstance(told, Missing) or told <= 0 else told
+    return temperature_c >= limit_c or (not isinstance(throttle, Missing) and _HARDWARE_HEAT in throttle)
+
+
+def nothing_found(info: GpuInfo) -> bool:
+    """Whether what changes rarely gives no finding."""
+    action, remaps, pages = info.recovery_action, info.row_remaps, info.retired_pages
+    return (
+        (isinstance(action, Missing) or action is RecoveryAction.NONE)
+        and (isinstance(remaps, Missing) or not (remaps.failed or remaps.pending))
+        and (isinstance(pages, Missing) or not pages.pending)
+    )
+
+
 def _spell_of_heat(sample: GpuSample, hot: Spell | None, now_s: float, rules: GpuRules) -> Spell | None:
     """The heat spell after this reading; a missing reading neither lengthens nor ends it."""
     temperature = sample.temperature_c
     if isinstance(temperature, Missing):
         return hot
     limit_c = _slowdown_c(sample, rules)
-    throttled = not isinstance(sample.throttle, Missing) and _HARDWARE_HEAT in sample.throttle
-    if temperature >= limit_c or throttled:
+    if is_hot(sample, temperature, rules):
         return Spell.extend(hot, now_s, rules.evidence_gap_s)
     if hot is not None and temperature > limit_c - rules.cool_margin_c:
         return Spell.extend(hot, now_s, rules.evidence_gap_s)

@@ -13,28 +13,30 @@ from types import MappingProxyType
 
 from controlplane.core import gpu_health
 from controlplane.core.gpu_findings import GpuRules
-from controlplane.core.gpu_health import LAST_RESORT, OUT_OF_USE, Assessment, GpuHealth, GpuState, assess
+from controlplane.core.gpu_health import (
+    LAST_RESORT,
+    OUT_OF_USE,
+    Assessment,
+    GpuHealth,
+    GpuState,
+    assess,
+    unremarkable,
+)
 from controlplane.core.inventory import node_of
 from controlplane.core.samples import GpuCondition, GpuEvent, GpuSample, NodeSample
 from controlplane.core.signals import GpuSignals, GpuTelemetry, NodeTelemetry
-from controlplane.core.telemetry import Limits
 from controlplane.core.topology import Node
 from controlplane.core.xid import Level
 
-GPU_LIMITS = Limits(max_points=2)
-"""Of a GPU only the newest value and the average are asked for, which need no window: thousands of windows
-would be hundreds of megabytes."""
 REMEMBERED = 10_000
 """GPUs that are gone and were not healthy: so many are remembered, the last ones."""
 
 
 @dataclass(frozen=True, slots=True)
 class GpuRecord:
-    """One GPU: where it is, what was last read of it, and its health."""
+    """One GPU: where it is, and its health."""
 
     node_id: str
-    sample: GpuSample
-    """The last one that could be read; the very last if none could."""
     health: GpuHealth
     must_leave: bool = False
     """What runs on it has to leave, and not only nothing new to come."""
@@ -60,6 +62,7 @@ class GpuFleet:
         self.rules = rules or GpuRules()
         self._nodes: dict[str, NodeTelemetry] = {}
         self._records: dict[str, GpuRecord] = {}
+        self._samples: dict[str, GpuSample] = {}
         self._by_node: dict[str, tuple[str, ...]] = {}
         self._holds: dict[str, NodeHold] = {}
         self._waiting: dict[str, tuple[GpuHealth, bool]] = {}
@@ -92,7 +95,7 @@ class GpuFleet:
         if telemetry is None:
             if not samples:
                 return ()
-            telemetry = self._nodes[node_id] = NodeTelemetry(gpu_limits=GPU_LIMITS)
+            telemetry = self._nodes[node_id] = NodeTelemetry()
         new = telemetry.observe(samples, now_s)
         by_gpu: dict[str, list[GpuEvent]] = {}
         for event in events:
@@ -101,10 +104,18 @@ class GpuFleet:
         latest = new[-1] if new else None
         moved: list[Assessment] = []
         if latest is not None:
-            for gpu in latest.gpus:
-                if gpu.info.uuid:
-                    moved += self._look(node_id, gpu, by_gpu.pop(gpu.info.uuid, ()), now_s, latest.boot_id)
             self._by_node[node_id] = tuple(gpu.info.uuid for gpu in latest.gpus if gpu.info.uuid)
+            for gpu in latest.gpus:
+                uuid = gpu.info.uuid
+                record = self._records.get(uuid)
+                if (
+                    record is not None
+                    and uuid not in by_gpu
+                    and unremarkable(record.health, gpu, latest.boot_id, self.rules)
+                ):
+                    self._samples[uuid] = gpu
+                elif uuid:
+                    moved += self._look(node_id, gpu, by_gpu.pop(uuid, ()), now_s, latest.boot_id)
         for uuid, of_gpu in by_gpu.items():
             if uuid in self._records:
                 moved += self._look(node_id, None, of_gpu, now_s, "", uuid)
@@ -124,18 +135,23 @@ class GpuFleet:
         if record is None:
             assert sample is not None
             health, must_leave = self._waiting.pop(uuid, (GpuHealth(uuid, since_s=now_s), False))
-            record = GpuRecord(node_id, sample, health, must_leave)
+            record = GpuRecord(node_id, health, must_leave)
         seen = assess(record.health, sample, events, now_s=now_s, rules=self.rules, boot_id=boot_id)
-        unreadable = sample is None or sample.condition is GpuCondition.UNREADABLE
+        if sample is not None and (
+            sample.condition is not GpuCondition.UNREADABLE or uuid not in self._samples
+        ):
+            self._samples[uuid] = sample
         must_leave = seen.health.state in OUT_OF_USE and (
             record.must_leave
             or (seen.verdict.moved and seen.verdict.after is GpuState.CORDONED)
             or any(finding.level is Level.FATAL for finding in seen.findings)
         )
-        self._records[uuid] = GpuRecord(
-            node_id, record.sample if unreadable or sample is None else sample, seen.health, must_leave
-        )
+        self._records[uuid] = GpuRecord(node_id, seen.health, must_leave)
         return (seen,) if seen.verdict.moved else ()
+
+    def sample(self, uuid: str) -> GpuSample:
+        """The GPU's last sample that could be read; the very last if none could. KeyError if unknown."""
+        return self._samples[uuid]
 
     def node(self, node_id: str, *, last_resort: bool = False) -> Node | None:
         """The node as the placement sees it; None if it has not reported. CPUs and memory are Ray's.
@@ -152,7 +168,7 @@ class GpuFleet:
             if record is None:
                 continue
             unreadable = gpu.condition is GpuCondition.UNREADABLE
-            readable = record.sample
+            readable = self._samples[gpu.info.uuid]
             if unreadable and readable.condition is GpuCondition.UNREADABLE:
                 readable = replace(readable, condition=GpuCondition.OK)
             gpus.append(readable)
@@ -177,7 +193,7 @@ class GpuFleet:
         record = self._records.get(uuid)
         telemetry = self._nodes.get(record.node_id) if record else None
         gpu = telemetry.gpus.get(uuid) if telemetry else None
-        return (gpu or GpuTelemetry(GPU_LIMITS)).signals(now_s)
+        return (gpu or GpuTelemetry()).signals(now_s)
 
     # --- what is out of use ------------------------------------------------------------------------------
 
@@ -243,7 +259,7 @@ class GpuFleet:
         for uuid in self._by_node.pop(node_id, ()):
             record = self._records.get(uuid)
             if record is not None and record.node_id == node_id:
-                del self._records[uuid]
+                del self._records[uuid], self._samples[uuid]
                 if record.health.state is not GpuState.HEALTHY:
                     self._waiting[uuid] = (record.health, record.must_leave)
         while len(self._waiting) > REMEMBERED:

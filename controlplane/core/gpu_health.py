@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from types import MappingProxyType
 
-from controlplane.core.gpu_findings import Finding, GpuRules, Spell, findings_of
+from controlplane.core.gpu_findings import Finding, GpuRules, Spell, findings_of, is_hot, nothing_found
 from controlplane.core.samples import Absence, GpuCondition, GpuEvent, GpuSample, Missing, Reading
 from controlplane.core.xid import Level, Recovery
 from controlplane.errors import IllegalTransition
@@ -182,6 +182,31 @@ def uncordon(health: GpuHealth, *, now_s: float, reason: str, rules: GpuRules) -
     if returned is health:
         return health
     return replace(returned, cordons_s=())
+
+
+def unremarkable(health: GpuHealth, sample: GpuSample, boot_id: str, rules: GpuRules) -> bool:
+    """Whether :func:`assess` would leave the GPU as it is: healthy before, and nothing in this sample.
+
+    The usual case, thousands of times a second; it may say False where assessing changes nothing either, but
+    never True where it would.
+    """
+    if (
+        health.state is not GpuState.HEALTHY
+        or sample.condition is not GpuCondition.OK
+        or health.was_lost
+        or health.hot is not None
+        or health.marks
+        or (boot_id != health.boot_id and boot_id)
+    ):
+        return False
+    uncorrected, corrected, temperature = sample.ecc_uncorrected, sample.ecc_corrected, sample.temperature_c
+    if uncorrected != health.ecc_uncorrected and not isinstance(uncorrected, Missing):
+        return False
+    if corrected != health.ecc_corrected and not isinstance(corrected, Missing):
+        return False
+    return nothing_found(sample.info) and (
+        isinstance(temperature, Missing) or not is_hot(sample, temperature, rules)
+    )
 
 
 def assess(

@@ -76,7 +76,7 @@ def _view(
     signals = fleet.signals(uuid, now_s)
     telemetry = fleet.nodes[record.node_id]
     age_s = None if telemetry.latest_s is None else max(0.0, now_s - telemetry.latest_s)
-    sample, health = record.sample, record.health
+    sample, health = fleet.sample(uuid), record.health
     # One that the driver never answers for has the freshness of its node's own samples.
     freshness = signals.memory_used_ratio.freshness
     known = freshness is not Freshness.MISSING

@@ -6,8 +6,10 @@ or an engine that stopped reporting grow stale and then missing, whatever they w
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from controlplane.core.samples import (
     Absence,
@@ -25,6 +27,7 @@ from controlplane.core.telemetry import (
     HistogramSeries,
     Limits,
     Signal,
+    judge,
     missing,
 )
 
@@ -144,32 +147,56 @@ class GpuSignals:
 
 
 class GpuTelemetry:
-    """The recent past of one GPU."""
+    """The recent past of one GPU: its last sample, the last value of what is missing there, and the average
+    of its utilisation. There are thousands, so there are no windows."""
+
+    __slots__ = ("_at_s", "_gpu", "_kept", "_limits", "_sample")
 
     def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
-        self._gpu = GaugeSeries(limits)
-        self._used = GaugeSeries(limits)
-        self._free = GaugeSeries(limits)
-        self._temperature = GaugeSeries(limits)
-        self._power = GaugeSeries(limits)
+        self._limits = limits
+        self._gpu = GaugeSeries(replace(limits, max_points=1))
+        self._sample: GpuSample | None = None
+        self._at_s = -math.inf
+        self._kept: dict[str, tuple[float, float]] = {}
+        """Reading → when it was there last, and its value; of those that are missing now."""
 
     def observe(self, sample: GpuSample, at_s: float) -> None:
         """Takes in a sample."""
+        if at_s < self._at_s:
+            return
         self._gpu.observe(at_s, sample.gpu_ratio)
-        self._used.observe(at_s, _used_ratio(sample))
-        self._free.observe(at_s, sample.memory_free_bytes)
-        self._temperature.observe(at_s, sample.temperature_c)
-        self._power.observe(at_s, sample.power_w)
+        before = self._sample
+        if before is not None and (
+            isinstance(sample.memory_used_bytes, Missing)
+            or isinstance(sample.memory_total_bytes, Missing)
+            or isinstance(sample.memory_free_bytes, Missing)
+            or isinstance(sample.temperature_c, Missing)
+            or isinstance(sample.power_w, Missing)
+        ):
+            for name, read in _READINGS.items():
+                value = read(before)
+                if not isinstance(value, Missing):
+                    self._kept[name] = (self._at_s, value)
+        self._sample, self._at_s = sample, at_s
 
     def signals(self, now_s: float) -> GpuSignals:
         """Everything about the GPU at ``now_s``."""
         return GpuSignals(
             gpu_ratio=self._gpu.average(now_s),
-            memory_used_ratio=self._used.latest(now_s),
-            memory_free_bytes=self._free.latest(now_s),
-            temperature_c=self._temperature.latest(now_s),
-            power_w=self._power.latest(now_s),
+            memory_used_ratio=self._latest("memory_used_ratio", now_s),
+            memory_free_bytes=self._latest("memory_free_bytes", now_s),
+            temperature_c=self._latest("temperature_c", now_s),
+            power_w=self._latest("power_w", now_s),
         )
+
+    def _latest(self, name: str, now_s: float) -> Signal:
+        if self._sample is None:
+            return judge(None, None, now_s, self._limits)
+        value = _READINGS[name](self._sample)
+        if not isinstance(value, Missing):
+            return judge(value, self._at_s, now_s, self._limits)
+        at_s, kept = self._kept.get(name, (None, None))
+        return judge(kept, at_s, now_s, self._limits, value.reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,8 +211,8 @@ class NodeSignals:
 class NodeTelemetry:
     """The recent past of one node and its GPUs."""
 
-    def __init__(self, limits: Limits = DEFAULT_LIMITS, *, gpu_limits: Limits | None = None) -> None:
-        self._gpu_limits = gpu_limits or limits
+    def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
+        self._limits = limits
         self._cpu = GaugeSeries(limits)
         self._memory = GaugeSeries(limits)
         self._disk = GaugeSeries(limits)
@@ -210,7 +237,7 @@ class NodeTelemetry:
             known = {gpu.info.uuid: gpu for gpu in sample.gpus if gpu.info.uuid}
             for uuid, gpu in known.items():
                 if uuid not in self.gpus:
-                    self.gpus[uuid] = GpuTelemetry(self._gpu_limits)
+                    self.gpus[uuid] = GpuTelemetry(self._limits)
                 self.gpus[uuid].observe(gpu, at_s)
             for uuid in self.gpus.keys() - known.keys():
                 del self.gpus[uuid]
@@ -234,3 +261,13 @@ def _used_ratio(sample: GpuSample) -> Reading[float]:
     if isinstance(total, Missing):
         return total
     return used / total if total else Missing(Absence.ERROR, "the GPU says that it has no memory")
+
+
+_READINGS: Mapping[str, Callable[[GpuSample], Reading[float]]] = MappingProxyType(
+    {
+        "memory_used_ratio": _used_ratio,
+        "memory_free_bytes": lambda sample: sample.memory_free_bytes,
+        "temperature_c": lambda sample: sample.temperature_c,
+        "power_w": lambda sample: sample.power_w,
+    }
+)

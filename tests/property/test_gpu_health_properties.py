@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controlplane.core.gpu_findings import GpuRules
-from controlplane.core.gpu_health import MOVES, OUT_OF_USE, GpuHealth, GpuState, assess
+from controlplane.core.gpu_health import MOVES, OUT_OF_USE, GpuHealth, GpuState, assess, unremarkable
 from controlplane.core.samples import (
     Absence,
     GpuCondition,
@@ -144,3 +144,19 @@ def test_a_gpu_that_is_mended_is_used_again_unless_a_person_must_say_so(
         if health.state is GpuState.HEALTHY:
             break
     assert health.state is GpuState.HEALTHY or health.recovery == "operator"
+
+
+@settings(max_examples=500)
+@given(st.lists(looks, max_size=10), samples, st.sampled_from(["", "boot-1", "boot-2"]))
+def test_what_counts_as_unremarkable_changes_nothing(
+    before: list[tuple[GpuSample | None, list[GpuEvent], float, str]], sample: GpuSample, boot_id: str
+) -> None:
+    health, now_s = GpuHealth("GPU-a"), 0.0
+    for seen, reported, passed_s, boot in before:
+        now_s += passed_s
+        health = assess(health, seen, reported, now_s=now_s, rules=RULES, boot_id=boot).health
+    if unremarkable(health, sample, boot_id, RULES):
+        assessment = assess(health, sample, [], now_s=now_s + 1, rules=RULES, boot_id=boot_id)
+        assert assessment.health == health
+        assert not assessment.verdict.moved
+        assert not assessment.findings

@@ -1,0 +1,271 @@
+"""What one tick of the controller costs, by the size of the fleet, and whether its memory stays flat.
+
+Every tick takes in a new sample of every node (readings that change, a lost GPU now and then), judges all
+GPUs, looks at every lease, endpoint and move, and decides; then the state that has to
+survive is gathered. It is the production code without Ray: a real tick waits for answers besides.
+GPUs are leased one by one to replicas that report every two seconds and obey.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import click
+import psutil
+
+from controlplane.control import Control, ControlRules
+from controlplane.controller import Controller
+from controlplane.core import kept
+from controlplane.core.domain import Endpoint, EndpointState, TierSpec
+from controlplane.core.gangs import Shape
+from controlplane.core.history import points
+from controlplane.core.leases import Outcome
+from controlplane.core.orders import OrderKind
+from controlplane.core.samples import (
+    GpuCondition,
+    GpuEvent,
+    GpuEventKind,
+    GpuInfo,
+    GpuSample,
+    NodeSample,
+    NvLink,
+)
+
+GIB = 1024**3
+MIB = 1024**2
+GPUS = 8
+HEARTBEAT_TICKS = 2
+SIZES = (1, 10, 100, 1000)
+LEASED_OF_8 = 6
+"""The other two are room to move to."""
+TIERS = 10
+LEVELS = 5
+"""Different readings that each GPU goes through."""
+TROUBLE_EVERY = 50
+"""A GPU gets an XID every so many ticks, while others return."""
+
+
+@dataclass
+class Fleet:
+    """Nodes whose samples change, and replicas that obey."""
+
+    nodes: int
+    now_s: float = 1000.0
+    seq: int = 0
+    born: int = 0
+    infos: dict[str, tuple[GpuInfo, ...]] = field(default_factory=dict)
+    readings: dict[str, list[tuple[GpuSample, ...]]] = field(default_factory=dict)
+    replicas: dict[str, Endpoint] = field(default_factory=dict)
+    control: Control = field(init=False)
+
+    def __post_init__(self) -> None:
+        registry = Controller(epoch="bench", heartbeat_s=2.0, now_s=self.clock, unix_s=self.clock)
+        self.control = Control(
+            registry, heartbeat_s=2.0, now_s=self.clock, unix_s=self.clock, rules=ControlRules(), settle_s=0.0
+        )
+        for i in range(self.nodes):
+            uuids = [f"GPU-{i:05d}-{j}" for j in range(GPUS)]
+            self.infos[f"node-{i:05d}"] = tuple(
+                GpuInfo(
+                    uuid,
+                    j,
+                    "NVIDIA H100 80GB HBM3",
+                    f"0000:{j:02x}:00.0",
+                    slowdown_c=90,
+                    shutdown_c=95,
+                    numa_node=j // 4,
+                    nvlinks=tuple(NvLink(k, True, "", peer, False) for k, peer in enumerate(uuids) if k != j),
+                )
+                for j, uuid in enumerate(uuids)
+            )
+        self.readings = {
+            node_id: [tuple(reading(info, level) for info in infos) for level in range(LEVELS)]
+            for node_id, infos in self.infos.items()
+        }
+
+    def clock(self) -> float:
+        return self.now_s
+
+    def samples(self) -> Iterator[NodeSample]:
+        """A sample of every node, other than the one before."""
+        self.seq += 1
+        for i, node_id in enumerate(self.infos):
+            level = (self.seq + i) % LEVELS
+            yield NodeSample(
+                node_id=node_id,
+                epoch="a",
+                seq=self.seq,
+                unix_s=self.now_s,
+                boot_id="boot",
+                cpu_count=96,
+                cpu_ratio=level / 40,
+                load_1m=1.0,
+                memory_total_bytes=1024 * GIB,
+                memory_available_bytes=512 * GIB + level,
+                disk_total_bytes=4096 * GIB,
+                disk_free_bytes=1024 * GIB,
+                driver_version="580.65",
+                gpus=self.readings[node_id][level],
+            )
+
+    def trouble(self) -> dict[str, GpuEvent]:
+        """Node → what its driver reports now."""
+        if self.seq % TROUBLE_EVERY:
+            return {}
+        place = self.seq // TROUBLE_EVERY
+        node_id = f"node-{place * 7 % self.nodes:05d}"
+        uuid = self.infos[node_id][place % GPUS].uuid
+        return {node_id: GpuEvent(node_id, "a", self.seq, self.now_s, GpuEventKind.XID, uuid, 79)}
+
+    def fill(self) -> None:
+        """Leases most GPUs, one to a replica."""
+        wanted = LEASED_OF_8 * self.nodes
+        share = max(1, wanted // TIERS)
+        names = [f"tier-{i}" for i in range(TIERS)]
+        specs = [TierSpec(name, "m", "simulated", share, 10) for name in names]
+        self.control.declare(specs, 2.0)
+        for number in range(wanted):
+            self.start(names[number % TIERS], f"node-{number % self.nodes:05d}")
+
+    def start(self, tier: str, node_id: str) -> bool:
+        self.born += 1
+        name = f"{tier}-{self.born}"
+        answer = self.control.lease_gpus(name, 1, node_id, Shape(), tier)
+        if answer.outcome is not Outcome.GRANTED or answer.lease is None:
+            return False
+        self.replicas[name] = Endpoint(
+            *(name, tier, "m", "simulated", "http://127.0.0.1:1", EndpointState.READY, 10),
+            generation=1,
+            node_id=node_id,
+            gpu_uuids=answer.lease.gpu_uuids,
+        )
+        self.control.register(self.replicas[name])
+        return True
+
+    def report(self) -> None:
+        """Every replica reports; one that is told to leaves, and another one starts."""
+        for name, endpoint in list(self.replicas.items()):
+            answer = self.control.report(endpoint)
+            for order in answer.orders:
+                if order.kind is OrderKind.RETIRE:
+                    self.replicas[name] = replace(endpoint, state=EndpointState.DRAINING)
+                    self.control.report(self.replicas[name])
+                    del self.replicas[name]
+                    self.control.deregister(name, "drained")
+        missing = LEASED_OF_8 * self.nodes - len(self.replicas)
+        missing += sum(1 for move in self.control.work.moves.values() if move.surged)
+        for number in range(min(missing, 5)):
+            self.start(f"tier-{number % TIERS}", f"node-{(self.seq + number) % self.nodes:05d}")
+
+    def return_some(self) -> None:
+        """An operator lets GPUs return, or all would be gone after a while."""
+        for uuid in list(self.control.fleet.out_of_use())[: max(0, len(self.control.fleet.out_of_use()) - 3)]:
+            self.control.fleet.uncordon_gpu(uuid, "mended", now_s=self.now_s)
+
+
+def reading(info: GpuInfo, level: int) -> GpuSample:
+    """A healthy GPU under a load of ``level``."""
+    return GpuSample(
+        info,
+        GpuCondition.OK,
+        memory_total_bytes=80 * GIB,
+        memory_used_bytes=(40 + level) * GIB,
+        memory_free_bytes=(40 - level) * GIB,
+        gpu_ratio=level / 20,
+        memory_ratio=level / 40,
+        temperature_c=50 + level,
+        power_w=300.0 + level,
+        sm_clock_mhz=1980,
+        memory_clock_mhz=2619,
+        throttle=(),
+        ecc_corrected=0,
+        ecc_uncorrected=0,
+        processes=(),
+    )
+
+
+def percentile(values: list[float], ratio: float) -> float:
+    """The value that ``ratio`` of the values are not above."""
+    return sorted(values)[min(len(values) - 1, int(ratio * len(values)))]
+
+
+def measure(nodes: int, ticks: int) -> dict[str, float]:
+    """One row: ``ticks`` ticks of a fleet of ``nodes``."""
+    fleet = Fleet(nodes)
+    for sample in fleet.samples():
+        fleet.control.observe_node(sample.node_id, [sample], [])
+    fleet.fill()
+    fleet.control.observe_nodes(fleet.infos.keys())
+    process = psutil.Process()
+    spent_ms: list[float] = []
+    decide_ms: list[float] = []
+    rss_mb: list[float] = []
+    moves = 0
+    for tick in range(ticks + 20):
+        fleet.now_s += 1.0
+        if tick % HEARTBEAT_TICKS == 0:
+            fleet.report()
+        samples, trouble = list(fleet.samples()), fleet.trouble()
+        alive = fleet.infos.keys()
+        began_s = time.perf_counter()
+        for sample in samples:
+            event = trouble.get(sample.node_id)
+            fleet.control.observe_node(sample.node_id, [sample], [event] if event else [])
+        seen_s = time.perf_counter()
+        fleet.control.observe_nodes(alive)
+        done = fleet.control.tick()
+        registry = fleet.control.registry
+        if registry.take_events():
+            kept.to_values(fleet.control.fleet, fleet.control.desk.book, fleet.control.work, 0.0)
+        if tick % 10 == 0:
+            endpoints = registry.endpoints.values()
+            points(endpoints, registry.gateways, fleet.control.engines, fleet.control.fleet, fleet.now_s)
+        ended_s = time.perf_counter()
+        moves += sum(item.kind == "moved" for item in done)
+        if tick >= 20:
+            spent_ms.append((ended_s - began_s) * 1e3)
+            decide_ms.append((ended_s - seen_s) * 1e3)
+        if tick % 20 == 0:
+            rss_mb.append(process.memory_info().rss / MIB)
+            fleet.return_some()
+    tenth = max(1, len(rss_mb) // 10)
+    return {
+        "nodes": nodes,
+        "gpus": nodes * GPUS,
+        "ticks": ticks,
+        "tick_ms_p50": round(percentile(spent_ms, 0.5), 2),
+        "tick_ms_p99": round(percentile(spent_ms, 0.99), 2),
+        "decide_ms_p50": round(percentile(decide_ms, 0.5), 2),
+        "decide_ms_p99": round(percentile(decide_ms, 0.99), 2),
+        "us_per_gpu": round(percentile(spent_ms, 0.5) * 1e3 / (nodes * GPUS), 2),
+        "rss_mb": round(rss_mb[-1], 1),
+        "rss_mb_growth": round(sum(rss_mb[-tenth:]) / tenth - sum(rss_mb[tenth : 2 * tenth]) / tenth, 1),
+        "moves": moves,
+    }
+
+
+@click.command()
+@click.option("--nodes", multiple=True, type=int, help="Sizes, of 8 GPUs a node; by default 1 to 1000.")
+@click.option("--ticks", default=200, show_default=True, help="Ticks of each size.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(nodes: tuple[int, ...], ticks: int, as_json: bool) -> None:
+    """One tick of the controller: taking in every node's sample, judging every GPU, deciding."""
+    rows = []
+    for size in nodes or SIZES:
+        if not as_json:
+            click.echo(f"{size} nodes, {ticks} ticks …", err=True)
+        rows.append(measure(size, ticks))
+    if as_json:
+        click.echo(json.dumps({"rows": rows}))
+        return
+    names = list(rows[0])
+    click.echo("  ".join(f"{name:>13}" for name in names))
+    for row in rows:
+        click.echo("  ".join(f"{row[name]:>13}" for name in names))
+
+
+if __name__ == "__main__":
+    command()
