@@ -9,7 +9,7 @@ from controlplane.core.gpu_choice import room_for
 from controlplane.core.gpu_fleet import GpuFleet
 from controlplane.core.leases import WHOLE_MILLI, Lease, LeaseBook
 
-_LOOKED_AT = 32
+_LOOKED_AT = 8
 """Nodes with enough free GPUs that the placement chooses among: whether there is room is known from one."""
 
 

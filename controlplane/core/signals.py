@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 
 from controlplane.core.samples import (
@@ -150,11 +150,12 @@ class GpuTelemetry:
     """The recent past of one GPU: its last sample, the last value of what is missing there, and the average
     of its utilisation. There are thousands, so there are no windows."""
 
-    __slots__ = ("_at_s", "_gpu", "_kept", "_limits", "_sample")
+    __slots__ = ("_at_s", "_average", "_kept", "_limits", "_ratio_s", "_sample")
 
     def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
         self._limits = limits
-        self._gpu = GaugeSeries(replace(limits, max_points=1))
+        self._average = 0.0
+        self._ratio_s = -math.inf
         self._sample: GpuSample | None = None
         self._at_s = -math.inf
         self._kept: dict[str, tuple[float, float]] = {}
@@ -164,7 +165,15 @@ class GpuTelemetry:
         """Takes in a sample."""
         if at_s < self._at_s:
             return
-        self._gpu.observe(at_s, sample.gpu_ratio)
+        ratio = sample.gpu_ratio
+        if not isinstance(ratio, Missing):
+            gap_s = at_s - self._ratio_s
+            # the past before a long gap says nothing about now
+            keep = (
+                0.0 if gap_s > self._limits.missing_after_s else math.exp2(-gap_s / self._limits.half_life_s)
+            )
+            self._average = keep * self._average + (1 - keep) * ratio
+            self._ratio_s = at_s
         before = self._sample
         if before is not None and (
             isinstance(sample.memory_used_bytes, Missing)
@@ -182,11 +191,19 @@ class GpuTelemetry:
     def signals(self, now_s: float) -> GpuSignals:
         """Everything about the GPU at ``now_s``."""
         return GpuSignals(
-            gpu_ratio=self._gpu.average(now_s),
+            gpu_ratio=self._utilisation(now_s),
             memory_used_ratio=self._latest("memory_used_ratio", now_s),
             memory_free_bytes=self._latest("memory_free_bytes", now_s),
             temperature_c=self._latest("temperature_c", now_s),
             power_w=self._latest("power_w", now_s),
+        )
+
+    def _utilisation(self, now_s: float) -> Signal:
+        ratio = self._sample.gpu_ratio if self._sample is not None else None
+        why = ratio.reason if isinstance(ratio, Missing) else ""
+        known = self._ratio_s > -math.inf
+        return judge(
+            *(self._average if known else None, self._ratio_s if known else None), now_s, self._limits, why
         )
 
     def _latest(self, name: str, now_s: float) -> Signal:
