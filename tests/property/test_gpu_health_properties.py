@@ -146,7 +146,7 @@ def test_a_gpu_that_is_mended_is_used_again_unless_a_person_must_say_so(
     assert health.state is GpuState.HEALTHY or health.recovery == "operator"
 
 
-@settings(max_examples=500)
+@settings(max_examples=150)
 @given(st.lists(looks, max_size=10), samples, st.sampled_from(["", "boot-1", "boot-2"]))
 def test_what_counts_as_unremarkable_changes_nothing(
     before: list[tuple[GpuSample | None, list[GpuEvent], float, str]], sample: GpuSample, boot_id: str
