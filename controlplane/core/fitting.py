@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import overload
 
 import numpy as np
@@ -168,26 +169,43 @@ def _idle_beside(idle: Bools, group: Ints) -> Ints:
 
 
 class Refusals(Sequence[Refusal]):
-    """Why each node refused, worked out as arrays at once and as values when they are read."""
+    """Why each node refused: what was free then is kept, and looked at when somebody reads it."""
 
     def __init__(self, ledger: Ledger, shape: Shape) -> None:
+        self._ledger = ledger
+        self._shape = shape
+        self._nodes = ledger.nodes
+        self._gpus = ledger.gpus
+        self._free = (
+            ledger.free_milli.copy(),
+            ledger.free_bytes.copy(),
+            ledger.cpu_milli.copy(),
+            ledger.memory_bytes.copy(),
+        )
+
+    @cached_property
+    def _found(self) -> tuple[Ints, Sequence[int], Sequence[Ints]]:
+        """By node the cause's place in ``_CAUSES``; by cause what is needed, and what each node has."""
+        ledger, shape = self._ledger, self._shape
+        free_milli, free_bytes, cpu_milli, memory_bytes = self._free
         # Where stages may be on different nodes, a node is asked for one of them.
         stages = 1 if shape.across_nodes else shape.stages
         gpus = shape.gpus * stages
         accepted = ledger.present & ledger.accepted(shape)[ledger.kind]
         usable = accepted & ledger.usable
         large = usable & (ledger.size_bytes >= shape.gpu_memory_bytes)
-        idle = large & (ledger.free_milli >= shape.milli_gpu)
-        roomy = idle & (ledger.free_bytes >= shape.gpu_memory_bytes)
+        idle = large & (free_milli >= shape.milli_gpu)
+        roomy = idle & (free_bytes >= shape.gpu_memory_bytes)
         counts = [part.sum(axis=1) for part in (accepted, usable, large, idle, roomy)]
         wants = [*[gpus] * len(counts), shape.cpu_milli * stages, shape.memory_bytes * stages]
-        has = [*counts, ledger.cpu_milli.copy(), ledger.memory_bytes.copy()]
+        has = [*counts, cpu_milli, memory_bytes]
         lacking = [~ledger.open, *(have < want for have, want in zip(has, wants, strict=True))]
-        self._code = np.select(lacking, range(len(lacking)), default=len(lacking))
-        self._needed = [0, *wants, shape.stages]
-        self._has = [np.zeros_like(has[0]), *has, _stages(has[4:], shape)]
-        self._nodes = ledger.nodes
-        self._gpus = ledger.gpus
+        code = np.select(lacking, range(len(lacking)), default=len(lacking))
+        return (
+            code,
+            [0, *wants, shape.stages],
+            [np.zeros_like(has[0]), *has, _stages(has[4:], shape)],
+        )
 
     def __len__(self) -> int:
         return len(self._nodes)
@@ -202,7 +220,8 @@ class Refusals(Sequence[Refusal]):
         return self._refusal(range(len(self))[index])
 
     def _refusal(self, row: int) -> Refusal:
-        code = int(self._code[row])
+        codes, needed, has = self._found
+        code = int(codes[row])
         cause = _CAUSES[code]
         note = ""
         if cause is Cause.NODE_UNAVAILABLE:
@@ -211,8 +230,7 @@ class Refusals(Sequence[Refusal]):
             note = "; ".join(
                 f"GPU {gpu.index}: {gpu.unavailable}" for gpu in self._gpus[row] if gpu.unavailable
             )
-        has = int(self._has[code][row])
-        return Refusal(self._nodes[row].node_id, cause, self._needed[code], has, note)
+        return Refusal(self._nodes[row].node_id, cause, needed[code], int(has[code][row]), note)
 
 
 def _stages(has: Sequence[Ints], shape: Shape) -> Ints:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -29,6 +30,10 @@ _PUBLISHED = {"random": "01-Random", "bestfit": "05-BestFit", "fgd": "06-FGD"}
 _FILE = click.Path(exists=True, path_type=Path)
 
 
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0))
+
+
 @click.command()
 @click.option("--nodes", type=_FILE, help="The fleet: sn, cpu_milli, memory_mib, gpu, model.")
 @click.option("--pods", type=_FILE, multiple=True, help="A workload, or a folder of openb_pod_list_*.csv.")
@@ -37,7 +42,7 @@ _FILE = click.Path(exists=True, path_type=Path)
 @click.option("--published", type=_FILE, help="The published allocation by arrived load, to compare with.")
 @click.option("--table", "tables", type=click.Choice(TABLES), multiple=True, help="Default: what can be.")
 @click.option(
-    "--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes for the traces."
+    "--jobs", type=click.IntRange(1), default=_cpus, help="Processes for the traces. Default: one per CPU."
 )
 @click.option("--plot", type=click.Path(path_type=Path), help="Write planning time by fleet size as SVG.")
 @click.option("--json", "as_json", is_flag=True)

@@ -296,3 +296,11 @@ def test_the_reason_names_the_next_best_node() -> None:
     assert "next best n1" in answer.why
     only = placed(place(cluster(make_node("n0")), Gang("g", Shape(gpus=0)))[0])
     assert (only.runner_up, only.why) == ("", "fits")
+
+
+def test_a_refusal_says_what_was_free_when_it_was_made() -> None:
+    planner = Planner(cluster(make_node("n", gpus=2)))
+    placed(planner.place(Gang("a", Shape())))
+    answer = refused(planner.place(Gang("b", Shape(gpus=2))))
+    planner.remove("a")
+    assert [str(refusal) for refusal in answer.refusals] == ["n: needs 2 free GPUs, has 1"]
