@@ -2,7 +2,7 @@
 
 The engine is a script, not a model: asked with a tool at hand it calls the tool for Lisbon, given the tool's
 result it says it. So the loop's content is known, which it is not with a small real model; the wire format
-of real vLLM is tested in test_clients.py.
+of real vLLM is tested in vllm/test_clients.py.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import pytest
 
 from tests.benchmarks.plane import running
 from tests.integration.test_plane import QUESTION, client, ready
-from tests.integration.test_vllm_plane import FACT
+from tests.integration.vllm.test_plane_on_vllm import FACT
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.timeout(600)]
 

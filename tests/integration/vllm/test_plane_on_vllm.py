@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
-from pathlib import Path
 
 import psutil
 import pytest
-import yaml
 
-from tests.benchmarks.plane import Plane, running
+from tests.benchmarks.plane import Plane
 from tests.integration.test_plane import QUESTION, TIERS, client, ready, until
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.timeout(600)]
 
 FACT = "The capital of France is Paris."
-
-
-@pytest.fixture(scope="module")
-def plane() -> Iterator[Plane]:
-    args = yaml.safe_load(Path("configs/cpu.yaml").read_text())["applications"][0]["args"]
-    with running({"tiers": args["tiers"]}) as started:
-        yield started
 
 
 def _engine_processes(plane: Plane) -> list[psutil.Process]:

@@ -18,7 +18,7 @@ from langchain_openai import ChatOpenAI
 from openai import AsyncOpenAI, DefaultHttpxClient, NotFoundError, OpenAI
 from pydantic import SecretStr
 
-from tests.benchmarks.plane import running
+from tests.benchmarks.plane import Plane
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.timeout(400)]
 
@@ -44,26 +44,10 @@ WEATHER = {
 }
 
 
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    """The address of a gateway in front of one real vLLM engine on CPU."""
-    tier = {
-        "name": TIER,
-        "model": "bundled:smollm2-135m",
-        "engine": "vllm",
-        "device": "cpu",
-        "engine_args": {
-            "max-model-len": 2048,
-            "max-num-seqs": 4,
-            "enable-auto-tool-choice": True,
-            "tool-call-parser": "hermes",
-            "structured-outputs-config": '{"backend":"xgrammar","disable_any_whitespace":true}',
-        },
-        "env": {"VLLM_CPU_KVCACHE_SPACE": "1"},
-        "drain_timeout_s": 2.0,
-    }
-    with running({"tiers": [tier]}) as plane:
-        yield plane.url
+@pytest.fixture
+def url(plane: Plane) -> str:
+    """The address of a gateway in front of real vLLM engines on CPU."""
+    return plane.url
 
 
 @pytest.fixture
