@@ -53,6 +53,8 @@ class NodeType(Strict):
     """CPUs that tiers may take."""
     memory_gib: Positive
     """Memory that tiers may take."""
+    cost_per_hour: Positive | None = None
+    """Of one machine, in any unit: `tierplane size` takes the cheapest way. By default each GPU counts 1."""
 
     def findings(self) -> list[Finding]:
         """GPUs need a model, and a model that is not in the table needs its memory."""

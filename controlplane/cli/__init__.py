@@ -75,6 +75,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "controlplane.cli.fit:command",
         "Does MODEL fit a GPU: each term, how many sequences, and the smallest change if not.",
     ),
+    "size": (
+        "controlplane.cli.size:command",
+        "Choose GPUs, parallelism, weight format and replicas for an expected load, at the lowest cost.",
+    ),
     "plan": (
         "controlplane.cli.plan:command",
         "Plan where the replicas of CONFIG run: on the cluster of a file, or on the one that runs.",

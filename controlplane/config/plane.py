@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from controlplane.config.expected import ExpectedLoad
 from controlplane.config.flags import vllm_flag_findings
 from controlplane.config.gpu_models import gpu_model_findings, table_name
 from controlplane.config.strict import Finding, FindingsError, Strict
@@ -109,6 +110,8 @@ class TierConfig(Strict):
     bridge: Literal["up", "down", "both", "none"] | None = None
     """Where they go while no endpoint of the tier is up, for example during a restart; by default both
     ways, or nowhere if ``spill`` is none."""
+    expected: ExpectedLoad | None = None
+    """What the tier is to carry; `tierplane size` chooses GPUs, parallelism, weight format and replicas."""
     min_tier: Name | None = None
     """Requests for this tier never go to a tier before that one."""
     url: str | None = None

@@ -1,0 +1,117 @@
+"""From tiers with an expected load and a cluster to the question that the sizing answers, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from controlplane.adapters.catalog import gpu_table
+from controlplane.adapters.model_config import load_model
+from controlplane.adapters.tier_gangs import tier_demands
+from controlplane.adapters.tier_memory import tier_settings
+from controlplane.cluster_file import ClusterFile
+from controlplane.config import PlaneConfig, TierConfig
+from controlplane.core.gangs import Plan
+from controlplane.core.gpus import GpuModel, find_gpu
+from controlplane.core.placement import ClusterState
+from controlplane.core.planning import plan
+from controlplane.core.roofline import Load, Slo
+from controlplane.core.sizing import Choice, FleetGpu, Option, TierNeed
+from controlplane.errors import SetupError
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """GPUs that may be chosen."""
+
+    gpus: tuple[FleetGpu, ...]
+    priced: bool
+    """Whether the cluster file says what machines cost."""
+    unknown: tuple[str, ...] = ()
+    """GPU models that are not in the table: nothing is known of their speed."""
+
+
+def fleet_of(cluster: ClusterFile) -> Fleet:
+    """The usable GPUs of a cluster by model, each model at the price of its dearest machine."""
+    counts: dict[str, int] = {}
+    for node in cluster.to_nodes():
+        for gpu in node.gpus:
+            if not (node.unavailable or gpu.unavailable):
+                counts[gpu.model] = counts.get(gpu.model, 0) + 1
+    kinds = [kind for kind in cluster.node_types if kind.gpus and counts.get(kind.model)]
+    priced = any(kind.cost_per_hour for kind in kinds)
+    unpriced = [kind.name for kind in kinds if not kind.cost_per_hour]
+    if priced and unpriced:
+        raise SetupError(f"node types {', '.join(unpriced)} have no cost_per_hour, others do: give it to all")
+    found = []
+    for model, count in sorted(counts.items()):
+        of_model = [kind for kind in kinds if kind.model == model]
+        known: GpuModel | None = find_gpu(gpu_table(), model)
+        if known is not None:
+            cost = max((kind.cost_per_hour or kind.gpus) / kind.gpus for kind in of_model)
+            found.append(FleetGpu(known, count, cost, max(kind.gpus for kind in of_model)))
+    unknown = tuple(model for model in sorted(counts) if find_gpu(gpu_table(), model) is None)
+    return Fleet(tuple(found), priced, unknown)
+
+
+def needs_of(config: PlaneConfig) -> tuple[TierNeed, ...]:
+    """What the tiers with an expected load need. SetupError if a model or an argument can't be read."""
+    return tuple(_need(tier) for tier in config.tiers if tier.expected and tier.engine == "vllm")
+
+
+def _need(tier: TierConfig) -> TierNeed:
+    expected = tier.expected
+    assert expected is not None
+    try:
+        settings = tier_settings(tier.model_copy(update={"device": "gpu"}))
+    except ValueError as error:
+        raise SetupError(f"tier '{tier.name}': {error}") from error
+    return TierNeed(
+        tier.name,
+        load_model(tier.model).spec,
+        Load(expected.requests_per_s, expected.input_tokens, expected.output_tokens),
+        Slo(expected.ttft_s * 1000, expected.itl_s * 1000),
+        tuple(expected.quantizations),
+        settings,
+        pipeline=expected.pipeline,
+    )
+
+
+def settings_of(choice: Choice) -> dict[str, object]:
+    """The tier's settings that carry the choice out."""
+    option = choice.option
+    found: dict[str, object] = {
+        "replicas": option.replicas,
+        "gpu_models": [option.gpu],
+        "tensor_parallel_size": option.tp,
+    }
+    if option.pp > 1:
+        found["pipeline_parallel_size"] = option.pp
+    if option.quantization != "none":
+        found["engine_args"] = {"quantization": option.quantization}
+    return found
+
+
+def placed(config: PlaneConfig, choices: Sequence[Choice], cluster: ClusterFile) -> Plan:
+    """Where the chosen replicas would run, beside the tiers that are as configured."""
+    chosen = {choice.tier: choice.option for choice in choices}
+    tiers = [_with(tier, chosen[tier.name]) if tier.name in chosen else tier for tier in config.tiers]
+    nodes = cluster.to_nodes()
+    demands = tier_demands(config.model_copy(update={"tiers": tiers}), nodes)
+    return plan(ClusterState(nodes), [gang for demand in demands for gang in demand.gangs()])
+
+
+def _with(tier: TierConfig, option: Option) -> TierConfig:
+    args = dict(tier.engine_args)
+    if option.quantization != "none":
+        args["quantization"] = option.quantization
+    update = {
+        "device": "gpu",
+        "replicas": option.replicas,
+        "gpu_models": [option.gpu],
+        "gpu_share": 1.0,
+        "tensor_parallel_size": option.tp,
+        "pipeline_parallel_size": option.pp,
+        "engine_args": args,
+    }
+    return tier.model_copy(update=update)

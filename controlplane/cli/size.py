@@ -1,0 +1,160 @@
+"""``tierplane size``: the cheapest way to carry what the tiers are expected to carry."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from controlplane.adapters.tier_sizing import Fleet, fleet_of, needs_of, placed, settings_of
+from controlplane.cli.configuration import load_checked
+from controlplane.cluster_file import load_cluster
+from controlplane.core.gangs import Plan
+from controlplane.core.sizing import NoSizing, Option, RuledOut, Sizing, size_tiers
+from controlplane.errors import SetupError
+
+_SHOWN_REASONS = 3
+
+
+@click.command()
+@click.argument("config", type=click.Path(dir_okay=False))
+@click.option(
+    "--cluster", type=click.Path(dir_okay=False, path_type=Path), required=True, help="A cluster file."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(config: str, cluster: Path, as_json: bool) -> None:
+    """Choose for each tier of CONFIG that has 'expected': GPU model, parallelism, format and replicas.
+
+    The cheapest that keeps the wanted times and fits the cluster, with the reason and the next best. Speeds
+    are an estimate from published figures of the GPUs. Exit status 3 if the cluster can't carry it.
+    """
+    plane = load_checked(config).plane
+    described = load_cluster(cluster)
+    needs = needs_of(plane)
+    if not needs:
+        raise SetupError(
+            "no vllm tier has 'expected': give one requests_per_s, input_tokens and output_tokens"
+        )
+    fleet = fleet_of(described)
+    found = size_tiers(needs, fleet.gpus)
+    where = placed(plane, found.choices, described) if isinstance(found, Sizing) else None
+    if as_json:
+        click.echo(json.dumps(_json(found, where, fleet), indent=2))
+    else:
+        _show(found, where, fleet)
+    if where is None or not where.complete:
+        raise SystemExit(3)
+
+
+def _show(found: Sizing | NoSizing, where: Plan | None, fleet: Fleet) -> None:
+    console = Console(highlight=False)
+    if fleet.unknown:
+        console.print(f"left out, not in the table of GPU models: {', '.join(fleet.unknown)}")
+    if isinstance(found, NoSizing) or where is None:
+        reasons = found.reasons if isinstance(found, NoSizing) else ()
+        console.print("[red]the cluster can't carry it[/red]: " + "; ".join(reasons), soft_wrap=True)
+        for tier, ruled_out in found.ruled_out if isinstance(found, NoSizing) else ():
+            for text in _main_reasons(ruled_out):
+                console.print(f"  {tier}: {text}", soft_wrap=True)
+        return
+    table = Table("tier", "replicas", "GPU", "TP x PP", "format", "GPUs", "cost/h", "TTFT", "per token")
+    for choice in found.choices:
+        option = choice.option
+        table.add_row(
+            choice.tier,
+            str(option.replicas),
+            option.gpu,
+            f"{option.tp} x {option.pp}",
+            option.quantization,
+            str(option.gpus),
+            f"{option.cost_per_hour:.2f}",
+            f"{option.expected.ttft_ms:.0f} ms",
+            f"{option.expected.itl_ms:.1f} ms",
+        )
+    console.print(table)
+    price = "" if fleet.priced else " (no cost_per_hour is given: each GPU counts as 1)"
+    console.print(f"{found.cost_per_hour:.2f} per hour in all{price}; {found.basis}")
+    for choice in found.choices:
+        console.print(f"{choice.tier}: {choice.why}", soft_wrap=True)
+        if choice.next_best:
+            console.print(f"  next best: {choice.next_best}", soft_wrap=True)
+        for text in _main_reasons(choice.ruled_out):
+            console.print(f"  ruled out: {text}", soft_wrap=True)
+    settings = {choice.tier: settings_of(choice) for choice in found.choices}
+    console.print("Settings of the tiers")
+    console.print(yaml.safe_dump(settings, sort_keys=False, default_flow_style=None).rstrip(), soft_wrap=True)
+    for infeasible in where.infeasible:
+        console.print(f"[red]{infeasible.gang.gang_id} has no place[/red]: {infeasible.why}")
+
+
+def _main_reasons(ruled_out: tuple[RuledOut, ...]) -> list[str]:
+    """The reasons that rule out most, each with an example of what it rules out."""
+    examples: dict[str, RuledOut] = {}
+    for each in ruled_out:
+        examples.setdefault(each.gpu, each)
+    counts = Counter(each.gpu for each in ruled_out)
+    return [
+        f"{counts[gpu]} way{'s' * (counts[gpu] > 1)} on {gpu}, such as tensor parallel {each.tp}"
+        f"{f' x pipeline parallel {each.pp}' if each.pp > 1 else ''}, {each.quantization}: {each.reason}"
+        for gpu, each in list(examples.items())[:_SHOWN_REASONS]
+    ]
+
+
+def _json(found: Sizing | NoSizing, where: Plan | None, fleet: Fleet) -> dict[str, Any]:
+    if isinstance(found, NoSizing):
+        ruled_out = {tier: [_ruled_out(each) for each in out] for tier, out in found.ruled_out}
+        return {"fits": False, "reasons": list(found.reasons), "ruled_out": ruled_out}
+    return {
+        "fits": where is not None and where.complete,
+        "cost_per_hour": found.cost_per_hour,
+        "priced": fleet.priced,
+        "basis": found.basis,
+        "gpus_used": dict(found.gpus_used),
+        "tiers": [
+            {
+                "tier": choice.tier,
+                "chosen": _option(choice.option),
+                "why": choice.why,
+                "next_best": _option(choice.next_best) if choice.next_best else None,
+                "ruled_out": [_ruled_out(each) for each in choice.ruled_out],
+                "settings": settings_of(choice),
+            }
+            for choice in found.choices
+        ],
+        "without_a_place": [
+            {"replica": infeasible.gang.gang_id, "why": infeasible.why}
+            for infeasible in (where.infeasible if where else ())
+        ],
+    }
+
+
+def _option(option: Option) -> dict[str, Any]:
+    return {
+        "gpu": option.gpu,
+        "tensor_parallel_size": option.tp,
+        "pipeline_parallel_size": option.pp,
+        "quantization": option.quantization,
+        "replicas": option.replicas,
+        "gpus": option.gpus,
+        "cost_per_hour": option.cost_per_hour,
+        "ttft_ms": round(option.expected.ttft_ms, 1),
+        "itl_ms": round(option.expected.itl_ms, 2),
+        "requests_per_s_per_replica": round(option.capacity.requests_per_s, 3),
+        "sequences": option.sequences,
+    }
+
+
+def _ruled_out(each: RuledOut) -> dict[str, Any]:
+    return {
+        "gpu": each.gpu,
+        "tensor_parallel_size": each.tp,
+        "pipeline_parallel_size": each.pp,
+        "quantization": each.quantization,
+        "reason": each.reason,
+    }
