@@ -29,10 +29,10 @@ _SHOWN_REASONS = 3
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(config: str, cluster: Path, as_json: bool) -> None:
-    """Choose for each tier of CONFIG that has 'expected': GPU model, parallelism, format and replicas.
+    """Choose GPUs, parallelism, weight format and replicas for an expected load, at the lowest cost.
 
-    The cheapest that keeps the wanted times and fits the cluster, with the reason and the next best. Speeds
-    are an estimate from published figures of the GPUs. Exit status 3 if the cluster can't carry it.
+    For each tier of CONFIG that has 'expected': the cheapest that keeps the wanted times and fits the cluster,
+    with the reason, the next best and what was ruled out. Speeds are an estimate from published figures of the GPUs. Exit status 3 if the cluster can't carry it.
     """
     plane = load_checked(config).plane
     described = load_cluster(cluster)
