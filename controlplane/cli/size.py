@@ -31,8 +31,9 @@ _SHOWN_REASONS = 3
 def command(config: str, cluster: Path, as_json: bool) -> None:
     """Choose GPUs, parallelism, weight format and replicas for an expected load, at the lowest cost.
 
-    For each tier of CONFIG that has 'expected': the cheapest that keeps the wanted times and fits the cluster,
-    with the reason, the next best and what was ruled out. Speeds are an estimate from published figures of the GPUs. Exit status 3 if the cluster can't carry it.
+    For each tier of CONFIG that has 'expected': the cheapest that keeps the wanted times and fits the
+    cluster, with the reason, the next best and what was ruled out. Speeds are an estimate from published
+    figures of the GPUs. Exit status 3 if the cluster can't carry it.
     """
     plane = load_checked(config).plane
     described = load_cluster(cluster)
