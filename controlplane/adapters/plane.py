@@ -59,6 +59,9 @@ def connect(address: str) -> None:
     except (ConnectionError, RuntimeError, RayError, OSError) as error:
         raise SetupError(f"can't connect to Ray at {address}: {str(error).strip()}") from error
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    # Ray writes what happens to nodes and actors on standard output, in the middle of our JSON. It has no
+    # setting for that, but its own debugger switches it off like this.
+    ray._private.worker._worker_logs_enabled = False
 
 
 def disconnect() -> None:

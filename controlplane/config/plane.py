@@ -80,7 +80,8 @@ class TierConfig(Strict):
     env: dict[str, str] = Field(default_factory=dict)
     """Added to the engine process's environment."""
     device: Literal["gpu", "cpu"] = "gpu"
-    """Where a ``vllm`` engine runs. The other engines reserve no GPU."""
+    """Where a ``vllm`` engine runs. The other engines reserve no GPU, but for a simulated one that says so
+    in its ``engine_args`` (``gpus: 1``)."""
     tensor_parallel_size: Annotated[int, Field(ge=1)] = 1
     """GPUs that share each layer of one ``vllm`` engine; its number of attention heads must divide by it."""
     pipeline_parallel_size: Annotated[int, Field(ge=1)] = 1

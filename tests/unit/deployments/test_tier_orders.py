@@ -1,0 +1,123 @@
+"""A replica does what the controller orders, once, however often it is told."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from typing import Any
+
+import pytest
+
+from controlplane.config import TierConfig
+from controlplane.core.domain import Endpoint, EndpointState
+from controlplane.core.orders import Order, OrderKind
+from controlplane.engines.status import EngineStatus
+from deployments import tier as module
+from deployments.tasks import Background
+from deployments.tier import TierReplica
+
+
+class Supervisor:
+    """An engine that does what it is told."""
+
+    def __init__(self, state: EndpointState = EndpointState.READY, generation: int = 3) -> None:
+        self.status = EngineStatus(state=state, generation=generation)
+        self.calls: list[str] = []
+
+    def restart(self, reason: str) -> None:
+        self.calls.append(f"restart: {reason}")
+
+    def drain(self, timeout_s: float, still_running: Any) -> bool:
+        self.calls.append("drain")
+        return True
+
+    def stop(self) -> None:
+        self.calls.append("stop")
+
+
+class Bare(TierReplica):
+    """Without Serve, nobody awaits what ``__del__`` gives."""
+
+    def __del__(self) -> None:  # type: ignore[override]
+        pass
+
+
+class Link:
+    def __init__(self) -> None:
+        self.told: list[tuple[Any, ...]] = []
+
+    async def tell(self, *args: Any) -> bool:
+        self.told.append(args)
+        return True
+
+
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    calls: list[tuple[int, int]] = []
+    monkeypatch.setattr(module.os, "kill", lambda pid, number: calls.append((pid, number)))
+    return calls
+
+
+def replica(supervisor: Supervisor) -> tuple[Any, Link]:
+    """One whose engine is started. Serve's own part is left out."""
+    made: Any = object.__new__(Bare)
+    link = Link()
+    made._tier = TierConfig(name="small", engine="simulated")
+    made._supervisor, made._link, made._tasks = supervisor, link, Background()
+    made._base = Endpoint("small-a", "small", "m", "simulated", "", EndpointState.READY, 10)
+    return made, link
+
+
+def order(kind: OrderKind, generation: int = 0) -> Order:
+    return Order(kind, "small-a", "why", generation)
+
+
+def test_a_replica_that_is_retired_drains_and_ends_once(ended: list[tuple[int, int]]) -> None:
+    supervisor = Supervisor()
+
+    async def work() -> None:
+        made, link = replica(supervisor)
+        for _ in range(3):
+            made._obey((order(OrderKind.RETIRE),))
+        await asyncio.gather(made._retiring, TierReplica.__del__(made))
+        made._obey((order(OrderKind.RETIRE),))
+        await made.check_health()
+        assert link.told == [("deregister", "small-a", "drained")]
+
+    asyncio.run(work())
+    assert supervisor.calls == ["drain"]
+    assert ended == [(os.getpid(), signal.SIGTERM)]
+
+
+def test_one_that_does_not_serve_yet_is_stopped(ended: list[tuple[int, int]]) -> None:
+    supervisor = Supervisor(EndpointState.STARTING)
+
+    async def work() -> None:
+        made, _ = replica(supervisor)
+        made._obey((order(OrderKind.RETIRE),))
+        await made._retiring
+
+    asyncio.run(work())
+    assert supervisor.calls == ["stop"]
+    assert len(ended) == 1
+
+
+def test_an_engine_is_restarted_once_for_each_process_that_is_meant() -> None:
+    supervisor = Supervisor(generation=3)
+    made, _ = replica_without_loop(supervisor)
+    for _ in range(3):
+        made._obey((order(OrderKind.RESTART, 3),))
+    made._obey((order(OrderKind.RESTART, 2),))
+    assert supervisor.calls == ["restart: why"]
+    supervisor.status = EngineStatus(state=EndpointState.READY, generation=4)
+    made._obey((order(OrderKind.RESTART, 3),))
+    assert supervisor.calls == ["restart: why"]
+    made._obey((order(OrderKind.RESTART, 4),))
+    assert supervisor.calls == ["restart: why"] * 2
+
+
+def replica_without_loop(supervisor: Supervisor) -> tuple[Any, Link]:
+    made: Any = object.__new__(Bare)
+    made._supervisor = supervisor
+    return made, Link()
