@@ -364,10 +364,9 @@ class Control:
 
     def _seen(self, endpoint: Endpoint) -> bool:
         """The endpoint was heard of; False if it has no lease."""
-        if (
-            endpoint.state is EndpointState.FAILED
-            and self._failed.get(endpoint.endpoint_id) != endpoint.generation
-        ):
-            self._failed[endpoint.endpoint_id] = endpoint.generation
+        name, generation = endpoint.endpoint_id, endpoint.generation
+        # Without a generation no engine was ever started, for want of a GPU: that is no crash.
+        if endpoint.state is EndpointState.FAILED and generation and self._failed.get(name) != generation:
+            self._failed[name] = generation
             self.work.failed(endpoint, self.now_s())
-        return self.desk.renew(endpoint.endpoint_id, self.now_s())
+        return self.desk.renew(name, self.now_s())

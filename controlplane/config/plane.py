@@ -385,8 +385,8 @@ class ControllerConfig(Strict):
     cordon_hold_s: Positive = 120.0
     """A GPU that was taken out of use returns after good readings for this long, and after twice as long
     each next time; after an XID that needs a reset only once that is seen."""
-    hang_after_s: Positive = 60.0
-    """An engine that runs requests and makes no token for this long, beyond a minute, is restarted."""
+    hang_after_s: Positive = 120.0
+    """An engine that runs requests and makes no token for this long is restarted."""
     crash_limit: Annotated[int, Field(ge=1)] = 3
     """So many replicas of a tier that gave up within half an hour, and the tier is held: nothing of it is
     started for ten minutes, then twenty, and so on."""

@@ -15,9 +15,9 @@ from controlplane.core.signals import EngineSignals
 class HangRules:
     """Times."""
 
-    after_s: float = 60.0
-    """An engine that runs requests and makes nothing for this long, beyond the window of its rates, is
-    hung."""
+    after_s: float = 120.0
+    """An engine that runs requests and makes nothing for this long is hung. Long enough for the longest
+    prompt on a slow machine, which counts only when all of it was read."""
 
 
 def makes_nothing(signals: EngineSignals) -> str:

@@ -11,7 +11,7 @@ from controlplane.core.gangs import Shape
 from controlplane.core.gpu_health import OUT_OF_USE, GpuState
 from controlplane.core.moves import MovePhase
 from controlplane.core.orders import OrderKind
-from controlplane.core.samples import Absence, GpuCondition, GpuEvent, GpuEventKind, Missing
+from controlplane.core.samples import Absence, EngineSample, GpuCondition, GpuEvent, GpuEventKind, Missing
 from tests.support_control import World, xid
 
 
@@ -223,6 +223,78 @@ def test_crashing_replicas_hold_their_tier_with_the_diagnosis() -> None:
     world.step(120)
     assert "released" in world.kinds("small")
     assert world.ready("small") == 1
+
+
+def test_replicas_that_find_no_gpu_do_not_hold_their_tier() -> None:
+    world = two_nodes()
+    [replica] = world.replicas.values()
+    for number in range(5):
+        failed = replace(
+            replica.endpoint,
+            endpoint_id=f"small-x{number}",
+            state=EndpointState.FAILED,
+            generation=0,
+            diagnosis="no GPU for tier 'small' on this node",
+        )
+        world.control.register(failed)
+        world.step(2)
+    assert not world.control.work.holds
+
+
+def engine_sample(world: World, name: str, running: float, tokens: float) -> EngineSample:
+    endpoint = world.replicas[name].endpoint
+    return EngineSample(
+        name,
+        endpoint.generation,
+        world.clock.s,
+        0.01,
+        gauges=(("running", running),),
+        counters=(("generation_tokens_total", tokens), ("prompt_tokens_total", 10.0), ("success_total", 1.0)),
+    )
+
+
+def hang(world: World, name: str, seconds: int, running: float = 3.0, tokens_per_s: float = 0.0) -> None:
+    """The engine says the same for a while, whatever process it is."""
+    for _ in range(seconds):
+        world.step()
+        if name in world.replicas:
+            tokens = 100.0 + world.clock.s * tokens_per_s
+            world.control.observe_engine(engine_sample(world, name, running, tokens))
+
+
+def test_an_engine_that_makes_nothing_is_restarted_and_in_the_end_replaced() -> None:
+    world = two_nodes()
+    [name] = world.replicas
+    hang(world, name, 110)
+    assert world.replicas[name].endpoint.generation == 1
+    hang(world, name, 30)
+    assert world.replicas[name].endpoint.generation == 2
+    event = next(event for event in world.control.registry.events if event.kind == "restart")
+    assert "3 requests run and no token comes" in event.reason
+    hang(world, name, 450)
+    assert name not in world.replicas
+    assert world.replicas
+
+
+@pytest.mark.parametrize(("running", "tokens_per_s"), [(0.0, 0.0), (3.0, 5.0)])
+def test_an_engine_at_rest_or_at_work_is_left_alone(running: float, tokens_per_s: float) -> None:
+    world = two_nodes()
+    [name] = world.replicas
+    hang(world, name, 200, running, tokens_per_s)
+    assert world.replicas[name].endpoint.generation == 1
+
+
+def test_metrics_that_no_longer_come_say_nothing() -> None:
+    world = two_nodes()
+    [name] = world.replicas
+    hang(world, name, 60)
+    world.step(300)
+    assert world.replicas[name].endpoint.generation == 1
+    for _ in range(200):
+        world.step()
+        gone = EngineSample(name, 1, world.clock.s, 0.01, error="connection refused")
+        world.control.observe_engine(gone)
+    assert world.replicas[name].endpoint.generation == 1
 
 
 def test_a_gang_gets_gpus_of_one_node_and_moves_whole() -> None:
