@@ -89,6 +89,7 @@ class Control:
         self._looked_s = now_s()
         self._room_asked: dict[str, tuple[float, str]] = {}
         self._hung_since: dict[str, float] = {}
+        self._alive: set[str] = set()
         self._failed: dict[str, int] = {}
         """Endpoint id → the generation that it gave up."""
 
@@ -144,13 +145,14 @@ class Control:
         telemetry.observe(sample, self.now_s())
 
     def observe_nodes(self, alive: Collection[str]) -> None:
-        """Which nodes Ray has; those that have reported before and are not among them are lost."""
-        endpoints = self.registry.endpoints
-        at_work = {endpoint.node_id for endpoint in endpoints.values() if endpoint.node_id}
-        for node_id in sorted((set(self.fleet.nodes) | at_work) - set(alive)):
-            if self.fleet.forget_node(node_id):
-                self.registry.note("node lost", node_id, "Ray no longer has it")
-            for endpoint in list(endpoints.values()):
+        """Which nodes Ray has; those that it had before and has no more are lost. A node that was never
+        among them may just have come."""
+        lost = self._alive - set(alive)
+        self._alive = set(alive)
+        for node_id in sorted(lost):
+            self.fleet.forget_node(node_id)
+            self.registry.note("node lost", node_id, "Ray no longer has it")
+            for endpoint in list(self.registry.endpoints.values()):
                 if endpoint.node_id == node_id:
                     self.registry.lost(endpoint.endpoint_id, f"its node {node_id} is lost")
             for holder, lease in list(self.desk.book.leases.items()):

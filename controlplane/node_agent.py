@@ -101,7 +101,7 @@ class NodeAgent:
         watch: Callable[[EventHandler], EventSource],
         *,
         interval_s: float = 1.0,
-        keep_samples: int = 300,
+        keep_samples: int = 1000,
         keep_events: int = 1000,
         disk_path: str = "/",
     ) -> None:

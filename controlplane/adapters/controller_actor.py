@@ -97,7 +97,8 @@ class ControllerActor:
         self._noted = 0
         self._history_s = 0.0
         self._tick_s = 0.0
-        self._watch = NodeWatch(config.namespace, config.sample_interval_s, self._control.observe_node)
+        heard = {node: (epoch, seq) for node, (epoch, seq) in self._recorder.state.get(_HEARD, {}).items()}
+        self._watch = NodeWatch(config.namespace, config.sample_interval_s, self._control.observe_node, heard)
         kept.restore_gpus(self._recorder.state, self._control.fleet, self._shift_s)
         self._loops = [
             asyncio.create_task(loop) for loop in (self._look_loop(), self._tick_loop(), self._scrape_loop())
@@ -320,7 +321,7 @@ class ControllerActor:
     def _remember(self, cluster: set[str]) -> None:
         """Takes up what was stored, as far as it is about the cluster that is there."""
         self._cluster = cluster
-        before = self._recorder.state.get("cluster") or ()
+        before = self._recorder.state.get(_CLUSTER) or ()
         if cluster & set(before):
             control = self._control
             kept.restore_plane(
@@ -344,7 +345,8 @@ class ControllerActor:
             return
         control = self._control
         values = kept.to_values(control.fleet, control.desk.book, control.work, self._shift_s)
-        values["cluster"] = sorted(self._ray_gpus)
+        values[_CLUSTER] = sorted(self._ray_gpus)
+        values[_HEARD] = {node: list(last) for node, last in self._watch.heard.items()}
         self._recorder.save(values)
         self._saved = (self._noted, now_s)
 
@@ -378,6 +380,8 @@ class ControllerActor:
             self._change = asyncio.Event()
 
 
+_CLUSTER, _HEARD = "cluster", "heard"
+"""Keys of what is stored besides :mod:`controlplane.core.kept`: ids of Ray's nodes, last events heard."""
 _LOGGED = ("subject", "tier", "reason", "actor")
 
 

@@ -7,7 +7,8 @@ arrives. A node that does not answer holds nobody up: its readings grow old, whi
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import structlog
@@ -19,6 +20,8 @@ from controlplane.core.samples import GpuEvent, NodeSample
 log = structlog.stdlib.get_logger(__name__)
 
 ANSWER_TIMEOUT_S = 10.0
+RECENT_S = 600.0
+"""Events from before a controller's first contact with an agent count if they are not older."""
 
 OnNews = Callable[[str, Sequence[NodeSample], Sequence[GpuEvent]], None]
 
@@ -26,14 +29,25 @@ OnNews = Callable[[str, Sequence[NodeSample], Sequence[GpuEvent]], None]
 class NodeWatch:
     """For one event loop."""
 
-    def __init__(self, namespace: str, interval_s: float, on_news: OnNews) -> None:
+    def __init__(
+        self,
+        namespace: str,
+        interval_s: float,
+        on_news: OnNews,
+        heard: Mapping[str, tuple[str, int]] | None = None,
+    ) -> None:
         self._namespace = namespace
         self._interval_s = interval_s
         self._on_news = on_news
         self._agents: dict[str, Any] = {}
         self._open: dict[str, asyncio.Task[None]] = {}
-        self._heard: dict[str, tuple[str, int]] = {}
-        """Node id → epoch and number of the last event heard."""
+        self._heard: dict[str, tuple[str, int]] = dict(heard or {})
+
+    @property
+    def heard(self) -> Mapping[str, tuple[str, int]]:
+        """Node id → epoch and number of the last event that was heard of its agent. Who starts again with it
+        hears nothing twice: an old XID is no reason to take a GPU away that has returned since."""
+        return MappingProxyType(self._heard)
 
     async def look(self) -> dict[str, int] | None:
         """Ask every node; those that Ray has with their GPUs as it counts them, None if it can't tell now."""
@@ -42,6 +56,8 @@ class NodeWatch:
             if not alive:
                 return None
             self._agents = {node: agent for node, agent in self._agents.items() if node in alive}
+            for gone in self._heard.keys() - alive.keys() - self._open.keys():
+                del self._heard[gone]
             if alive.keys() - self._agents.keys():
                 self._agents = await asyncio.to_thread(
                     ensure_node_agents,
@@ -69,11 +85,12 @@ class NodeWatch:
         try:
             answer = await asyncio.wait_for(_result(agent.news.remote(epoch, seq)), ANSWER_TIMEOUT_S)
             sample, events = answer
+            news = recent(events, sample) if not epoch else events
             if events:
                 self._heard[node_id] = (events[-1].epoch, events[-1].seq)
             elif sample is not None and sample.epoch != epoch:
                 self._heard[node_id] = (sample.epoch, 0)
-            self._on_news(node_id, () if sample is None else (sample,), events)
+            self._on_news(node_id, () if sample is None else (sample,), news)
         except RayActorError as error:
             log.warning("a node agent is gone", node_id=node_id, error=str(error).strip().splitlines()[0])
             self._agents.pop(node_id, None)
@@ -81,6 +98,13 @@ class NodeWatch:
             log.warning("a node agent does not answer", node_id=node_id, error=repr(error)[:300])
         finally:
             self._open.pop(node_id, None)
+
+
+def recent(events: Sequence[GpuEvent], sample: NodeSample | None) -> Sequence[GpuEvent]:
+    """Of an agent that was never heard before: what is not too old to count, by the agent's own clock."""
+    if sample is None:
+        return events
+    return [event for event in events if sample.unix_s - event.unix_s <= RECENT_S]
 
 
 async def _result(ref: Any) -> Any:

@@ -23,7 +23,7 @@ from controlplane.core.gpu_health import (
     unremarkable,
 )
 from controlplane.core.inventory import node_of
-from controlplane.core.samples import GpuCondition, GpuEvent, GpuSample, NodeSample
+from controlplane.core.samples import GpuCondition, GpuEvent, GpuSample, Missing, NodeSample
 from controlplane.core.signals import GpuSignals, GpuTelemetry, NodeTelemetry
 from controlplane.core.topology import Node
 from controlplane.core.xid import Level
@@ -104,7 +104,15 @@ class GpuFleet:
         latest = new[-1] if new else None
         moved: list[Assessment] = []
         if latest is not None:
-            self._by_node[node_id] = tuple(gpu.info.uuid for gpu in latest.gpus if gpu.info.uuid)
+            listed = tuple(gpu.info.uuid for gpu in latest.gpus if gpu.info.uuid)
+            if listed != self._by_node.get(node_id):
+                vanished = self._vanished(node_id, listed, latest)
+                for uuid in vanished:
+                    lost = GpuSample(
+                        self._samples[uuid].info, GpuCondition.LOST, "the driver lists it no more"
+                    )
+                    moved += self._look(node_id, lost, by_gpu.pop(uuid, ()), now_s, latest.boot_id)
+                self._by_node[node_id] = (*listed, *vanished)
             for gpu in latest.gpus:
                 uuid = gpu.info.uuid
                 record = self._records.get(uuid)
@@ -120,6 +128,16 @@ class GpuFleet:
             if uuid in self._records:
                 moved += self._look(node_id, None, of_gpu, now_s, "", uuid)
         return tuple(moved)
+
+    def _vanished(self, node_id: str, listed: tuple[str, ...], latest: NodeSample) -> tuple[str, ...]:
+        """GPUs that were there and that a working driver lists no more: a new agent never saw them."""
+        if isinstance(latest.driver_version, Missing) or not listed:
+            return ()
+        return tuple(
+            uuid
+            for uuid in self._by_node.get(node_id, ())
+            if uuid not in listed and uuid in self._records and self._records[uuid].node_id == node_id
+        )
 
     def _look(
         self,

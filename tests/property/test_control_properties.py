@@ -145,7 +145,7 @@ def check(world: World) -> None:
         assert move.reason
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], phases=STORY_PHASES)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow], phases=STORY_PHASES)
 @given(st.sampled_from(SHAPES), st.integers(1, 3), st.lists(troubles, max_size=12))
 def test_nothing_is_leased_twice_and_all_comes_to_rest(
     shape: Shape, replicas: int, story: list[tuple[str, object, object]]
@@ -200,7 +200,7 @@ unreadable = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     st.dictionaries(st.sampled_from(GPUS), unreadable),
     st.sets(st.sampled_from(list(NODES))),
@@ -296,7 +296,7 @@ def work_of(seen: Observed) -> Work:
     )
 
 
-@settings(max_examples=400)
+@settings(max_examples=200)
 @given(observations.map(consistent))
 def test_any_state_comes_to_rest_and_every_command_has_a_reason(seen: Observed) -> None:
     work = work_of(seen)
@@ -338,7 +338,7 @@ commands = st.one_of(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(observations.map(consistent), st.lists(commands, max_size=10))
 def test_a_command_that_does_not_fit_changes_nothing(seen: Observed, asked: list[Command]) -> None:
     work = work_of(seen)

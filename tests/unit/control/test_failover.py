@@ -323,3 +323,26 @@ def test_orders_are_repeated_until_they_are_done() -> None:
     replica.obeys = True
     world.step(8)
     assert world.control.report(replica.endpoint).orders == ()
+
+
+def test_a_gpu_that_a_new_agent_does_not_see_is_lost() -> None:
+    world = two_nodes(replicas=1)
+    [uuid] = used(world)
+    world.nodes["n1"].remove(uuid)
+    world.step(3)
+    assert uuid in world.control.fleet.out_of_use()
+    assert "lists it no more" in world.control.fleet.records[uuid].health.reason
+    world.step(15)
+    assert used(world) != [uuid]
+    assert world.ready("small") == 1
+
+
+def test_a_node_that_was_never_listed_is_not_lost() -> None:
+    world = two_nodes(replicas=2)
+    before = used(world)
+    [replica, _] = world.replicas.values()
+    new = replace(replica.endpoint, endpoint_id="small-new", node_id="n9")
+    world.control.register(new)
+    world.step()
+    assert "small-new" in world.control.registry.endpoints
+    assert used(world) == before
