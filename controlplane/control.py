@@ -17,7 +17,7 @@ from controlplane.core.gangs import Shape
 from controlplane.core.gpu_findings import GpuRules
 from controlplane.core.gpu_fleet import GpuFleet
 from controlplane.core.gpu_views import GpuView, gpu_views
-from controlplane.core.hangs import HangRules, makes_nothing
+from controlplane.core.hangs import HangRules, Stuck, makes_nothing
 from controlplane.core.health import SERVING
 from controlplane.core.lease_desk import LeaseDesk
 from controlplane.core.leases import Answer, Part
@@ -36,6 +36,7 @@ from controlplane.core.room import room, shape_of
 from controlplane.core.samples import EngineSample, GpuEvent, GpuEventKind, NodeSample
 from controlplane.core.signals import EngineTelemetry
 from controlplane.core.targets import TierTarget
+from controlplane.core.telemetry import Limits
 from controlplane.core.work import Applied, Work
 from controlplane.errors import IllegalTransition, TierplaneError
 
@@ -43,6 +44,10 @@ TARGET_TTL_S = 30.0
 """A target holds for so long after the controller was last asked."""
 ROOM_AGAIN_S = 15.0
 """Whether there is room elsewhere is looked at anew after so long."""
+ENGINE_LIMITS = Limits(stale_after_s=15.0, missing_after_s=60.0)
+"""Engines are read every few seconds."""
+STUCK_MEMORY_S = 30.0
+"""An engine that has not been seen to make nothing for so long no longer counts as such."""
 START_AGAIN_S = 5.0
 """When a replica of a held tier asks again."""
 
@@ -88,7 +93,7 @@ class Control:
         self._published: dict[str, TierTarget] = {}
         self._looked_s = now_s()
         self._room_asked: dict[str, tuple[float, str]] = {}
-        self._hung_since: dict[str, float] = {}
+        self._stuck: dict[str, Stuck] = {}
         self._alive: set[str] = set()
         self._failed: dict[str, int] = {}
         """Endpoint id → the generation that it gave up."""
@@ -141,8 +146,15 @@ class Control:
 
     def observe_engine(self, sample: EngineSample) -> None:
         """What an engine said of itself."""
-        telemetry = self.engines.setdefault(sample.endpoint_id, EngineTelemetry())
-        telemetry.observe(sample, self.now_s())
+        name, now_s = sample.endpoint_id, self.now_s()
+        telemetry = self.engines.setdefault(name, EngineTelemetry(ENGINE_LIMITS))
+        telemetry.observe(sample, now_s)
+        why = makes_nothing(telemetry.load(now_s))
+        if not why:
+            self._stuck.pop(name, None)
+            return
+        known = self._stuck.get(name)
+        self._stuck[name] = Stuck(known.since_s if known else now_s, now_s, why)
 
     def observe_nodes(self, alive: Collection[str]) -> None:
         """Which nodes Ray has; those that it had before and has no more are lost. A node that was never
@@ -268,7 +280,7 @@ class Control:
             self.registry.note("lease ended", lease.holder, "its holder was not heard of")
         endpoints = self.registry.endpoints
         self.work.forget(endpoints, now_s, self.rules.reconcile.hold_max_s)
-        for kept in (self.engines, self._room_asked, self._hung_since, self._failed):
+        for kept in (self.engines, self._room_asked, self._failed):
             for gone in [name for name in kept if name not in endpoints]:
                 del kept[gone]
         if not self.settled or self.registry.warming:
@@ -346,15 +358,14 @@ class Control:
 
     def _hung(self, endpoints: Mapping[str, Endpoint], now_s: float) -> dict[str, str]:
         found = {}
-        for endpoint_id, telemetry in self.engines.items():
-            endpoint = endpoints.get(endpoint_id)
-            why = makes_nothing(telemetry.signals(now_s)) if endpoint and endpoint.state in SERVING else ""
-            if not why:
-                self._hung_since.pop(endpoint_id, None)
+        for name, stuck in list(self._stuck.items()):
+            endpoint = endpoints.get(name)
+            if endpoint is None or endpoint.state not in SERVING or now_s - stuck.seen_s > STUCK_MEMORY_S:
+                del self._stuck[name]
                 continue
-            lasted_s = now_s - self._hung_since.setdefault(endpoint_id, now_s)
+            lasted_s = stuck.seen_s - stuck.since_s
             if lasted_s >= self.rules.hangs.after_s:
-                found[endpoint_id] = f"{why} for {lasted_s:.0f} s"
+                found[name] = f"{stuck.reason} for {lasted_s:.0f} s"
         return found
 
     def _apply_gpu(self, command: SetGpu, now_s: float) -> Applied | None:

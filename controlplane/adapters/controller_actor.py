@@ -53,6 +53,8 @@ SAVE_INTERVAL_S = 30.0
 """State that changes without an event (counters of a GPU that is out of use) is saved this often."""
 CORDONS_INTERVAL_S = 30.0
 """How often it is looked whether what should be held in Ray still is."""
+SCRAPE_PAUSE = 4.0
+"""Between two rounds through the engines there is so many times the work of one."""
 IN_MEMORY = ":memory:"
 
 log = structlog.stdlib.get_logger(__name__)
@@ -101,7 +103,8 @@ class ControllerActor:
         self._watch = NodeWatch(config.namespace, config.sample_interval_s, self._control.observe_node, heard)
         kept.restore_gpus(self._recorder.state, self._control.fleet, self._shift_s)
         self._loops = [
-            asyncio.create_task(loop) for loop in (self._look_loop(), self._tick_loop(), self._scrape_loop())
+            asyncio.create_task(loop)
+            for loop in (self._look_loop(), self._tick_loop(), self._scrape_loop(), self._cordon_loop())
         ]
         self._wake()
 
@@ -275,7 +278,6 @@ class ControllerActor:
                 self._wake()
                 self._save()
                 self._add_history()
-                await self._hold_gpus()
             except Exception as error:
                 log.exception("a tick failed; the next one looks again", error=repr(error))
             if self._control.registry.empty_for_s() > IDLE_EXIT_S:
@@ -286,14 +288,21 @@ class ControllerActor:
         """What the engines say of themselves."""
         async with EngineScraper() as scraper:
             while True:
-                began_s = time.monotonic()
+                began_s, worked_s = time.monotonic(), time.thread_time()
                 try:
                     endpoints = self._control.registry.endpoints.values()
                     for sample in await scraper.scrape_all(scrape_targets(endpoints)):
                         self._control.observe_engine(sample)
                 except Exception as error:
                     log.exception("could not read the engines' metrics", error=repr(error))
-                await asyncio.sleep(_left_s(began_s, self._config.engine_interval_s))
+                # Reading a page takes milliseconds: with very many engines it is done less often.
+                pause_s = SCRAPE_PAUSE * (time.thread_time() - worked_s)
+                await asyncio.sleep(max(pause_s, _left_s(began_s, self._config.engine_interval_s)))
+
+    async def _cordon_loop(self) -> None:
+        while True:
+            await self._hold_gpus()
+            await asyncio.sleep(self._config.tick_interval_s)
 
     async def _hold_gpus(self) -> None:
         """Have Ray's own accounting know what is out of use."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from controlplane.core.signals import EngineSignals
+from controlplane.core.signals import EngineLoad
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +20,21 @@ class HangRules:
     prompt on a slow machine, which counts only when all of it was read."""
 
 
-def makes_nothing(signals: EngineSignals) -> str:
+@dataclass(frozen=True, slots=True)
+class Stuck:
+    """An engine that has made nothing for a while."""
+
+    since_s: float
+    seen_s: float
+    """When that was last seen."""
+    reason: str
+
+
+def makes_nothing(load: EngineLoad) -> str:
     """By which readings the engine runs requests and gets nowhere; empty: not so, or not known."""
-    running = signals.running.fresh
-    rates = (signals.generation_tokens_per_s, signals.prompt_tokens_per_s, signals.completions_per_s)
+    running = load.running.fresh
+    rates = (load.generation_tokens_per_s, load.prompt_tokens_per_s, load.completions_per_s)
     known = [rate.fresh for rate in rates if rate.fresh is not None]
-    if not running or signals.generation_tokens_per_s.fresh is None or any(known):
+    if not running or load.generation_tokens_per_s.fresh is None or any(known):
         return ""
     return f"{running:.0f} requests run and no token comes"

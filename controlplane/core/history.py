@@ -46,7 +46,7 @@ def points(
 def _engines(
     tier: str, members: Iterable[Endpoint], engines: Mapping[str, EngineTelemetry], now_s: float
 ) -> dict[str, float]:
-    known = [engines[item.endpoint_id].signals(now_s) for item in members if item.endpoint_id in engines]
+    known = [engines[item.endpoint_id].load(now_s) for item in members if item.endpoint_id in engines]
     series = {
         "running": [signals.running.fresh for signals in known],
         "waiting": [signals.waiting.fresh for signals in known],
@@ -64,16 +64,17 @@ def _engines(
 
 def _gpus(fleet: GpuFleet, now_s: float) -> dict[str, float]:
     found: dict[str, float] = {}
-    ratios, powers = [], []
+    loads = []
     for uuid, record in fleet.records.items():
         name = f"gpus/{record.health.state}"
         found[name] = found.get(name, 0) + 1
-        signals = fleet.signals(uuid, now_s)
-        ratios.append(signals.gpu_ratio.fresh)
-        powers.append(signals.power_w.fresh)
-    known = [ratio for ratio in ratios if ratio is not None]
-    if known:
-        found["gpus/gpu_ratio"] = sum(known) / len(known)
-    if any(power is not None for power in powers):
-        found["gpus/power_w"] = sum(power for power in powers if power is not None)
+        telemetry = fleet.nodes[record.node_id].gpus.get(uuid)
+        if telemetry is not None:
+            loads.append(telemetry.load(now_s))
+    ratios = [ratio for ratio, _ in loads if ratio is not None]
+    powers = [power for _, power in loads if power is not None]
+    if ratios:
+        found["gpus/gpu_ratio"] = sum(ratios) / len(ratios)
+    if powers:
+        found["gpus/power_w"] = sum(powers)
     return found

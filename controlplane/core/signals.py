@@ -69,6 +69,19 @@ class EngineSignals:
     queue: Percentiles
 
 
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """The part of :class:`EngineSignals` that is cheap: a look at thousands of engines asks for no
+    percentiles."""
+
+    running: Signal
+    waiting: Signal
+    kv_usage_ratio: Signal
+    generation_tokens_per_s: Signal
+    prompt_tokens_per_s: Signal
+    completions_per_s: Signal
+
+
 class EngineTelemetry:
     """The recent past of one endpoint."""
 
@@ -116,6 +129,17 @@ class EngineTelemetry:
             itl=latencies["itl_seconds"],
             e2e=latencies["e2e_seconds"],
             queue=latencies["queue_seconds"],
+        )
+
+    def load(self, now_s: float) -> EngineLoad:
+        """How busy the engine is at ``now_s``."""
+        return EngineLoad(
+            self._gauges["running"].latest(now_s),
+            self._gauges["waiting"].latest(now_s),
+            self._gauges["kv_usage_ratio"].latest(now_s),
+            self._counters["generation_tokens_total"].rate(now_s),
+            self._counters["prompt_tokens_total"].rate(now_s),
+            self._counters["success_total"].rate(now_s),
         )
 
     def _clear(self) -> None:
@@ -197,6 +221,10 @@ class GpuTelemetry:
             temperature_c=self._latest("temperature_c", now_s),
             power_w=self._latest("power_w", now_s),
         )
+
+    def load(self, now_s: float) -> tuple[float | None, float | None]:
+        """Utilisation and power in watts, where they are fresh."""
+        return self._utilisation(now_s).fresh, self._latest("power_w", now_s).fresh
 
     def _utilisation(self, now_s: float) -> Signal:
         ratio = self._sample.gpu_ratio if self._sample is not None else None
