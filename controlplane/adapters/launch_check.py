@@ -79,6 +79,8 @@ def check_launch(
         return LaunchCheck(False, f"memory was not checked: {error}")
     if tier.engine == "llamacpp":
         return _check_llamacpp(tier, loaded)
+    if loaded.spec.guesses:
+        return LaunchCheck(False, f"memory was not checked: {'; '.join(loaded.spec.guesses)}")
     if tier.device == "cpu":
         return _check_cpu(tier, loaded, settings)
     if tier.pipeline_across_nodes:

@@ -124,6 +124,8 @@ class ModelSpec:
     quantization: Quantization = NONE
     architecture: str = ""
     notes: tuple[str, ...] = ()
+    guesses: tuple[str, ...] = ()
+    """Why its sizes may be quite wrong: what was not understood of its configuration."""
     """What could not be read exactly, for people."""
 
     @property

@@ -249,9 +249,11 @@ def _quantization(flags: Mapping[str, ArgValue]) -> Quantization | None:
         "auto-gptq": "gptq",
         "gptq-marlin": "gptq",
     }
+    if name.startswith("gguf:"):
+        name = str(value).lower()  # its types are written with underscores
     try:
         return preset(known.get(name, name))
     except KeyError:
         raise ValueError(
-            f"quantization: the size of '{value}' is not known here; known: {', '.join(PRESETS)}"
+            f"quantization: the size of '{value}' is not known here; known: {', '.join(PRESETS)}, gguf:TYPE"
         ) from None

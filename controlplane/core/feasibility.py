@@ -22,7 +22,7 @@ from controlplane.core.memory import (
     gib,
     plan_memory,
 )
-from controlplane.core.quantization import Quantization, preset, runs_on
+from controlplane.core.quantization import PRESETS, Quantization, preset, runs_on
 
 MOST_GPUS = 8
 """GPUs of one engine that are suggested when the number at hand isn't given."""
@@ -261,6 +261,13 @@ def _shorter(model: ModelSpec, settings: EngineSettings, gpu: GpuModel, limits: 
         yield Change("max-model-len", str(before), str(after)), replace(settings, max_length=after)
 
 
+def _plain_kv(
+    _model: ModelSpec, settings: EngineSettings, gpu: GpuModel, _limits: Limits
+) -> Iterator[Option]:
+    if settings.kv_dtype.startswith("fp8") and not gpu.fp8_kv_cache:
+        yield Change("kv-cache-dtype", settings.kv_dtype, "auto"), replace(settings, kv_dtype="")
+
+
 def _fp8_kv(model: ModelSpec, settings: EngineSettings, gpu: GpuModel, limits: Limits) -> Iterator[Option]:
     dtype = settings.resolved_dtype(model, gpu.default_dtype)
     if limits.fp8_kv and gpu.fp8_kv_cache and settings.kv_bytes(dtype) > 1:
@@ -268,12 +275,18 @@ def _fp8_kv(model: ModelSpec, settings: EngineSettings, gpu: GpuModel, limits: L
 
 
 def _quantize(model: ModelSpec, settings: EngineSettings, gpu: GpuModel, limits: Limits) -> Iterator[Option]:
-    if model.quantization.quantized or settings.quantization:
+    now = settings.quantization
+    if model.quantization.quantized or (now and runs_on(now, gpu.capability)[0]):
         return
+    before = "none"
+    if now is not None:
+        # Not for this GPU: without it, or in another format.
+        before = next((name for name, each in PRESETS.items() if each == now), now.label)
+        yield Change("quantization", before, "none"), replace(settings, quantization=None)
     for name in limits.quantizations:
         quantization: Quantization = preset(name)
         if quantization.quantized and runs_on(quantization, gpu.capability)[0]:
-            yield Change("quantization", "none", name), replace(settings, quantization=quantization)
+            yield Change("quantization", before, name), replace(settings, quantization=quantization)
 
 
 def _tensor_parallel(
@@ -295,6 +308,7 @@ def _pipeline_parallel(
 
 STEPS: tuple[Step, ...] = (
     _dtype,
+    _plain_kv,
     _ratio,
     _batch,
     _shorter,
@@ -304,5 +318,6 @@ STEPS: tuple[Step, ...] = (
     _pipeline_parallel,
     _quantize,
 )
-"""From the smallest change to the largest: a dtype the GPU computes in, more of the GPU, fewer sequences in
-a step, shorter requests, no CUDA graphs (slower), an fp8 KV cache, more GPUs, quantised weights."""
+"""From the smallest change to the largest: a dtype and a KV cache that the GPU can do, more of the GPU, fewer
+sequences in a step, shorter requests, no CUDA graphs (slower), an fp8 KV cache, more GPUs, quantised
+weights."""

@@ -83,6 +83,7 @@ def parse_config(config: Config, name: str) -> ModelSpec:
     Raises ValueError naming the field if one that is needed is missing or has no sensible value.
     """
     notes: list[str] = []
+    guesses: list[str] = []
     text = config
     nested = config.get("text_config")
     if isinstance(nested, Mapping) and "hidden_size" in nested:
@@ -94,7 +95,7 @@ def parse_config(config: Config, name: str) -> ModelSpec:
     family = FAMILIES.get(model_type)
     if family is None:
         family = Family()
-        notes.append(f"model type '{model_type or 'unknown'}' is read as if it were Llama-like")
+        guesses.append(f"model type '{model_type or 'unknown'}' is read as if it were Llama-like")
     layers = _number(text, "num_hidden_layers")
     hidden = _number(text, "hidden_size")
     heads = _number(text, "num_attention_heads")
@@ -104,7 +105,8 @@ def parse_config(config: Config, name: str) -> ModelSpec:
     moe = _moe(text, model_type)
     quantization, quantization_note = parse_quantization(text.get("quantization_config"))
     if quantization_note:
-        notes.append(quantization_note)
+        unknown = text.get("quantization_config") and not quantization.quantized
+        (guesses if unknown else notes).append(quantization_note)
     return ModelSpec(
         name=name,
         hidden=hidden,
@@ -130,7 +132,8 @@ def parse_config(config: Config, name: str) -> ModelSpec:
         mla=mla,
         quantization=quantization,
         architecture=str((config.get("architectures") or [model_type])[0]),
-        notes=tuple(notes),
+        notes=(*notes, *guesses),
+        guesses=tuple(guesses),
     )
 
 

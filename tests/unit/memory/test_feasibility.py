@@ -9,6 +9,7 @@ import pytest
 from controlplane.adapters.catalog import gpu_named, gpu_table, known_model
 from controlplane.core.engine_settings import EngineSettings
 from controlplane.core.feasibility import Fit, Limits, Unfit, fit, shortfalls
+from controlplane.core.quantization import preset
 
 ALLOWED = ("fp8", "awq")
 
@@ -29,6 +30,21 @@ def test_a_fit_says_how_much() -> None:
 @pytest.mark.parametrize(
     ("model", "gpu", "settings", "limits", "flags"),
     [
+        # What the GPU can't do at all is taken back, not the GPU changed.
+        (
+            "qwen2.5-1.5b-instruct",
+            "T4",
+            {"kv_dtype": "fp8", "max_length": 8192},
+            {"alternatives": gpu_table()},
+            ["kv-cache-dtype"],
+        ),
+        (
+            "qwen2.5-7b-instruct",
+            "V100-32G",
+            {"quantization": preset("fp8"), "max_length": 8192},
+            {"alternatives": gpu_table()},
+            ["quantization"],
+        ),
         # Free first: a GPU that isn't used whole.
         ("qwen2.5-7b-instruct", "L4", {"memory_ratio": 0.7}, {"length": 8192}, ["gpu-memory-utilization"]),
         ("llama-3.1-8b-instruct", "L4", {}, {}, ["max-model-len"]),

@@ -94,3 +94,10 @@ def test_lists() -> None:
 def test_arguments_that_are_not_counted_are_said() -> None:
     result = run("qwen3-8b", "--gpu", "H100", "--engine-arg", "enable-lora", "--max-model-len", "auto")
     assert "--enable-lora changes memory in ways not counted here" in result.output
+
+
+def test_a_gguf_type_by_name() -> None:
+    result = run("meta-llama/Llama-3.1-8B-Instruct", "--gpu", "T4", "--quantization", "gguf:Q4_K_M",
+                 "--max-model-len", "8192")  # fmt: skip
+    assert "weights gguf Q4_K" in result.output
+    assert result.exit_code == 0

@@ -166,6 +166,16 @@ def test_a_model_is_given_to_an_engine_only_if_it_can_fit(tmp_path: Path) -> Non
     assert launchable_model(tier(), (), str(tmp_path), phases.append) == str(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "odd", [{"quantization_config": {"quant_method": "mxfp4"}}, {"model_type": "not_yet_known"}]
+)
+def test_what_is_guessed_of_a_model_refuses_nothing(tmp_path: Path, odd: dict[str, Any]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B | odd))
+    found = check_launch(tier(device="gpu"), str(tmp_path), reader=gpus())
+    assert not found.known
+    assert "memory was not checked" in found.text
+
+
 def test_a_model_that_breaks_the_check_is_left_to_the_engine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
