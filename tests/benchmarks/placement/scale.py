@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import log10
 from pathlib import Path
 
 from controlplane.core.gangs import Gang, Shape
@@ -84,25 +85,36 @@ def chart(points: Sequence[Point], width: int = 50) -> str:
 
 
 def svg(points: Sequence[Point], path: Path) -> None:
-    """A plot as a file, without a plotting library: seconds over GPUs."""
-    left, top, wide, high = 60, 20, 560, 300
-    most_s = max(point.seconds for point in points)
-    most_gpus = max(point.gpus for point in points)
+    """A plot as a file, without a plotting library: seconds over GPUs, these on a logarithmic scale."""
+    left, top, wide, high = 70, 30, 560, 300
+    most_s = max(1.0, *(point.seconds for point in points))
+    low, up = (log10(pick(point.gpus for point in points)) for pick in (min, max))
     places = [
-        (left + wide * point.gpus / most_gpus, top + high * (1 - point.seconds / most_s)) for point in points
+        (
+            left + 30 + (wide - 60) * (log10(point.gpus) - low) / ((up - low) or 1),
+            top + high * (1 - point.seconds / most_s),
+        )
+        for point in points
     ]
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
     dots = "".join(
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4"/>'
-        f'<text x="{x:.1f}" y="{y - 8:.1f}" text-anchor="end">{point.seconds:.3f} s</text>'
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="#06c"/>'
+        f'<text x="{x:.1f}" y="{y - 8:.1f}" text-anchor="middle">{point.seconds:.3f} s</text>'
         f'<text x="{x:.1f}" y="{top + high + 18}" text-anchor="middle">{point.gpus:,}</text>'
         for (x, y), point in zip(places, points, strict=True)
     )
+    grid = "".join(
+        f'<path d="M{left},{y:.1f} h{wide}" stroke="#ddd"/>'
+        f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{seconds:g} s</text>'
+        for seconds in (0.25, 0.5, 0.75, 1.0)
+        for y in [top + high * (1 - seconds / most_s)]
+    )
     path.write_text(
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + wide + 40}" height="{top + high + 60}" '
-        f'font-family="sans-serif" font-size="11"><path d="M{left},{top} V{top + high} H{left + wide}" '
-        f'fill="none" stroke="#888"/><polyline points="{line}" fill="none" stroke="#06c"/>{dots}'
-        f'<text x="{left + wide / 2}" y="{top + high + 45}" text-anchor="middle">GPUs of the fleet, '
-        f"{points[0].gangs} gangs planned</text></svg>\n",
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + wide + 30}" height="{top + high + 60}" '
+        f'font-family="sans-serif" font-size="11"><rect width="100%" height="100%" fill="#fff"/>{grid}'
+        f'<path d="M{left},{top} v{high} h{wide}" fill="none" stroke="#888"/>'
+        f'<polyline points="{line}" fill="none" stroke="#06c"/>{dots}'
+        f'<text x="{left + wide / 2}" y="{top + high + 45}" text-anchor="middle">GPUs of the fleet; time to '
+        f"plan {points[0].gangs} gangs</text></svg>\n",
         encoding="utf-8",
     )
