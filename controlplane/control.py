@@ -40,6 +40,9 @@ from controlplane.core.telemetry import Limits
 from controlplane.core.work import Applied, Work
 from controlplane.errors import IllegalTransition, TierplaneError
 
+GC_THRESHOLDS = (50_000, 20, 1000)
+"""For :func:`gc.set_threshold` in the controller's process: next to nothing here refers to itself, and a look
+through all objects of a large fleet takes longer than a tick."""
 TARGET_TTL_S = 30.0
 """A target holds for so long after the controller was last asked."""
 ROOM_AGAIN_S = 15.0

@@ -8,6 +8,7 @@ touches Ray, engines, disk and clock. Samples are taken in as they arrive, betwe
 from __future__ import annotations
 
 import asyncio
+import gc
 import secrets
 import time
 import warnings
@@ -28,7 +29,7 @@ from controlplane.adapters.ray_node_agent import stop_node_agents
 from controlplane.adapters.recorder import Recorder
 from controlplane.adapters.store import Point
 from controlplane.config import ControllerConfig
-from controlplane.control import Control, ControlRules
+from controlplane.control import GC_THRESHOLDS, Control, ControlRules
 from controlplane.controller import WARMING_REPORTS, Controller
 from controlplane.core import kept
 from controlplane.core.domain import ClusterSnapshot, Endpoint, EndpointState, Event, GatewayInfo, TierSpec
@@ -70,6 +71,7 @@ class ControllerActor:
             file=run_dir() / "logs" / "controller.log",
             component="controller",
         )
+        gc.set_threshold(*GC_THRESHOLDS)
         self._config = config
         self._shift_s = time.time() - time.monotonic()
         self._recorder = await asyncio.to_thread(Recorder, store_path(config))

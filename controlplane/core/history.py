@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from controlplane.core.domain import Endpoint, GatewayInfo
@@ -64,13 +65,11 @@ def _engines(
 
 def _gpus(fleet: GpuFleet, now_s: float) -> dict[str, float]:
     found: dict[str, float] = {}
-    loads = []
-    for uuid, record in fleet.records.items():
-        name = f"gpus/{record.health.state}"
-        found[name] = found.get(name, 0) + 1
-        telemetry = fleet.nodes[record.node_id].gpus.get(uuid)
-        if telemetry is not None:
-            loads.append(telemetry.load(now_s))
+    found |= {
+        f"gpus/{state}": count
+        for state, count in Counter(record.health.state for record in fleet.records.values()).items()
+    }
+    loads = [gpu.load(now_s) for node in fleet.nodes.values() for gpu in node.gpus.values()]
     ratios = [ratio for ratio, _ in loads if ratio is not None]
     powers = [power for _, power in loads if power is not None]
     if ratios:

@@ -223,8 +223,12 @@ class GpuTelemetry:
         )
 
     def load(self, now_s: float) -> tuple[float | None, float | None]:
-        """Utilisation and power in watts, where they are fresh."""
-        return self._utilisation(now_s).fresh, self._latest("power_w", now_s).fresh
+        """Utilisation and power in watts, where they are fresh; the same as of :meth:`signals`, at once."""
+        oldest_s = now_s - self._limits.stale_after_s
+        power = self._sample.power_w if self._sample is not None and self._at_s >= oldest_s else None
+        if isinstance(power, Missing):
+            power = self._latest("power_w", now_s).fresh
+        return self._average if self._ratio_s >= oldest_s else None, power
 
     def _utilisation(self, now_s: float) -> Signal:
         ratio = self._sample.gpu_ratio if self._sample is not None else None
