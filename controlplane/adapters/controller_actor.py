@@ -74,6 +74,7 @@ class ControllerActor:
         gc.set_threshold(*GC_THRESHOLDS)
         self._config = config
         self._shift_s = time.time() - time.monotonic()
+        self._keeper = kept.Keeper(self._shift_s)
         self._recorder = await asyncio.to_thread(Recorder, store_path(config))
         again = _made_again()
         self._control = Control(
@@ -355,7 +356,7 @@ class ControllerActor:
         ):
             return
         control = self._control
-        values = kept.to_values(control.fleet, control.desk.book, control.work, self._shift_s)
+        values = self._keeper.values(control.fleet, control.desk.book, control.work)
         values[_CLUSTER] = sorted(self._ray_gpus)
         values[_HEARD] = {node: list(last) for node, last in self._watch.heard.items()}
         self._recorder.save(values)

@@ -53,7 +53,12 @@ class Recorder:
 
     def save(self, values: Mapping[str, Any]) -> None:
         """Makes this the whole state: keys that are no longer there are removed."""
-        changed = {key: value for key, value in values.items() if self._saved.get(key) != value}
+        saved = self._saved
+        changed = {
+            key: value
+            for key, value in values.items()
+            if (before := saved.get(key)) is not value and before != value
+        }
         changed |= dict.fromkeys(self._saved.keys() - values.keys())
         if changed:
             self._saved = dict(values)

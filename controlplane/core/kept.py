@@ -23,23 +23,41 @@ Values = dict[str, Any]
 
 _GPU, _NODE, _LEASE, _MOVE, _RESTART = "gpu/", "node/", "lease/", "move/", "restart/"
 _DRAIN, _HOLD, _HELD, _FAILURES, _HUNG = "drain/", "hold/", "held/", "failures/", "hung/"
-PREFIXES = (_GPU, _NODE, _LEASE, _MOVE, _RESTART, _DRAIN, _HOLD, _HELD, _FAILURES, _HUNG)
-"""All beginnings of keys that are in use here."""
+
+
+class Keeper:
+    """Turns the state into values again and again; the many leases only when they changed."""
+
+    def __init__(self, shift_s: float) -> None:
+        self._shift_s = shift_s
+        self._version = -1
+        self._leases: Values = {}
+
+    def values(self, fleet: GpuFleet, book: LeaseBook, work: Work) -> Values:
+        """All of it, by key."""
+        if book.version != self._version:
+            self._leases = {_LEASE + holder: _of_lease(lease) for holder, lease in book.leases.items()}
+            self._version = book.version
+        return self._leases | _of_rest(fleet, work, self._shift_s)
 
 
 def to_values(fleet: GpuFleet, book: LeaseBook, work: Work, shift_s: float) -> Values:
     """All of it, by key."""
+    return Keeper(shift_s).values(fleet, book, work)
+
+
+def _of_lease(lease: Lease) -> Values:
+    return {
+        "generation": lease.generation,
+        "node_id": lease.node_id,
+        "parts": [[part.gpu_uuid, part.milli, part.memory_bytes] for part in lease.parts],
+    }
+
+
+def _of_rest(fleet: GpuFleet, work: Work, shift_s: float) -> Values:
     gpus, holds = fleet.kept()
     values: Values = {_GPU + uuid: _of_gpu(health, leave, shift_s) for uuid, (health, leave) in gpus.items()}
     values |= {_NODE + node_id: asdict(hold) for node_id, hold in holds.items()}
-    values |= {
-        _LEASE + holder: {
-            "generation": lease.generation,
-            "node_id": lease.node_id,
-            "parts": [[part.gpu_uuid, part.milli, part.memory_bytes] for part in lease.parts],
-        }
-        for holder, lease in book.leases.items()
-    }
     for name, move in work.moves.items():
         values[_MOVE + name] = _shifted(asdict(move), shift_s, "since_s", "began_s")
     for name, restart in work.restarts.items():

@@ -94,6 +94,12 @@ class LeaseBook:
     def __init__(self) -> None:
         self._leases: dict[str, Lease] = {}
         self._users: dict[str, tuple[str, ...]] = {}
+        self._version = 0
+
+    @property
+    def version(self) -> int:
+        """Grows whenever a lease comes or goes; not when one is renewed."""
+        return self._version
 
     @property
     def leases(self) -> Mapping[str, Lease]:
@@ -229,11 +235,13 @@ class LeaseBook:
     def _put(self, lease: Lease) -> None:
         if lease.holder in self._leases:
             self._drop(lease.holder)
+        self._version += 1
         self._leases[lease.holder] = lease
         for uuid in lease.gpu_uuids:
             self._users[uuid] = (*self.holders(uuid), lease.holder)
 
     def _drop(self, holder: str) -> None:
+        self._version += 1
         for uuid in self._leases.pop(holder).gpu_uuids:
             left = tuple(user for user in self._users[uuid] if user != holder)
             if left:

@@ -212,7 +212,7 @@ def measure(nodes: int, ticks: int) -> dict[str, float]:
         fleet.control.observe_node(sample.node_id, [sample], [])
     fleet.fill()
     fleet.control.observe_nodes(fleet.infos.keys())
-    process = psutil.Process()
+    process, keeper = psutil.Process(), kept.Keeper(0.0)
     spent_ms: list[float] = []
     decide_ms: list[float] = []
     rss_mb: list[float] = []
@@ -232,7 +232,7 @@ def measure(nodes: int, ticks: int) -> dict[str, float]:
         done = fleet.control.tick()
         registry = fleet.control.registry
         if registry.take_events():
-            kept.to_values(fleet.control.fleet, fleet.control.desk.book, fleet.control.work, 0.0)
+            keeper.values(fleet.control.fleet, fleet.control.desk.book, fleet.control.work)
         if tick % 10 == 0:
             endpoints = registry.endpoints.values()
             points(endpoints, registry.gateways, fleet.control.engines, fleet.control.fleet, fleet.now_s)
