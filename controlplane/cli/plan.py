@@ -112,6 +112,7 @@ def _live(address: str | None, config: PlaneConfig) -> LiveCluster:
         ray_session.enter(record)
     from controlplane.adapters import live_cluster, plane
 
+    click.echo(f"asking the cluster at {where}", err=True)
     plane.connect(where)
     try:
         return live_cluster.live_cluster(config)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from random import Random
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controlplane.core.gangs import Gang, Placement, Shape
+from controlplane.core.occupancy import Replica, Reserved, occupancy
 from controlplane.core.placement import ClusterState, Planner
 from controlplane.core.planning import plan
 from controlplane.core.revalidation import revalidate
 from controlplane.core.topology import Distance, Gpu, Node, spread_of
+from controlplane.core.what_if import change
 
 GIB = 1024**3
 
@@ -120,6 +123,42 @@ def test_a_plan_is_whole_holds_and_explains_itself(fleet: tuple[Node, ...], aske
         assert refused.why
     names = [a.gang.gang_id for a in (*answer.placements, *answer.infeasible)]
     assert sorted(names) == sorted(gang.gang_id for gang in asked)
+
+
+@given(nodes(), gangs(), st.booleans(), st.integers(0, 3000))
+@settings(max_examples=50, deadline=None)
+def test_what_runs_stays_and_what_others_hold_is_theirs(
+    fleet: tuple[Node, ...], asked: tuple[Gang, ...], known: bool, foreign_milli: int
+) -> None:
+    asked = tuple(replace(gang, tier=repr(gang.shape)) for gang in asked)  # a tier's replicas are alike
+    first = plan(ClusterState(fleet), asked, effort=40)
+    running = [placement for placement in first.placements if len(placement.node_ids) == 1]
+    replicas = [
+        Replica(f"r-{p.gang.gang_id}", p.gang.tier, p.node_ids[0], p.gpu_uuids if known else ())
+        for p in running
+    ]
+    reserved = {
+        node.node_id: Reserved(
+            sum(p.gang.shape.total_milli for p in running if node.node_id in p.node_ids)
+            + (foreign_milli if node is fleet[0] else 0)
+        )
+        for node in fleet
+    }
+    now = occupancy(fleet, asked, replicas, reserved, replica_cpu_milli={})
+    wanted = [gang for gang in asked if gang.gang_id in now.replica_of]
+    found = change(now.state, now.running, wanted)
+    held = (*now.state.placements, *found.plan.placements)
+    if known:
+        assert len(found.kept) == len(running)
+        assert (found.moved, found.lost, found.removed) == ((), (), ())
+        assert {u for p in found.plan.placements for u in p.gpu_uuids} == {
+            uuid for placement in running for uuid in placement.gpu_uuids
+        }
+    milli: Counter[str] = Counter()
+    for placement in held:
+        for uuid in placement.gpu_uuids:
+            milli[uuid] += placement.gang.shape.milli_gpu
+    assert max(milli.values(), default=0) <= 1000
 
 
 @given(nodes(), gangs(), st.randoms(use_true_random=False))
