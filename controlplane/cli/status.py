@@ -11,8 +11,10 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from controlplane.cli.activity import activity_json, activity_lines
 from controlplane.cli.asking import PlaneAddress, connected, plane_options
 from controlplane.cli.show import gateway_table, gateways_json, status_table, tier_json, troubles
+from controlplane.core.moves import Activity
 from controlplane.core.status import TierStatus, tier_statuses
 
 if TYPE_CHECKING:
@@ -37,16 +39,16 @@ def command(as_json: bool, watch: bool, address: str | None, namespace: str | No
             if watch:
                 _watch(plane, as_json)
                 return
-            view = _look(plane)
+            view, activity = _look(plane)
             if as_json:
-                click.echo(json.dumps({"url": plane.url, **_as_json(view)}, indent=2))
+                click.echo(json.dumps({"url": plane.url, **_as_json(view, activity)}, indent=2))
             else:
                 console = Console(highlight=False)
                 if not console.is_terminal:
                     console.width = PIPE_WIDTH
                 if plane.url:
                     console.print(f"{plane.url}/v1\n")
-                console.print(_tables(view))
+                console.print(_tables(view, activity))
         except KeyboardInterrupt:
             return
     if not all(tier.ready for tier in _tiers(view)):
@@ -56,29 +58,30 @@ def command(as_json: bool, watch: bool, address: str | None, namespace: str | No
 def _watch(plane: PlaneAddress, as_json: bool) -> None:
     if as_json:
         while True:
-            click.echo(json.dumps(_as_json(_look(plane))))
+            click.echo(json.dumps(_as_json(*_look(plane))))
             time.sleep(REFRESH_S)
     with Live(auto_refresh=False) as live:
         while True:
-            live.update(_tables(_look(plane), events=True), refresh=True)
+            live.update(_tables(*_look(plane), events=True), refresh=True)
             time.sleep(REFRESH_S)
 
 
-def _look(plane: PlaneAddress) -> PlaneView:
+def _look(plane: PlaneAddress) -> tuple[PlaneView, Activity]:
     from controlplane.adapters.plane import PlaneView
 
-    return PlaneView(*plane.ask("status"))
+    return PlaneView(*plane.ask("status")), plane.ask("activity")
 
 
 def _tiers(view: PlaneView) -> tuple[TierStatus, ...]:
     return tier_statuses(view.snapshot, view.tiers)
 
 
-def _tables(view: PlaneView, *, events: bool = False) -> Group:
+def _tables(view: PlaneView, activity: Activity, *, events: bool = False) -> Group:
     unix_s = view.snapshot.unix_s
     parts: list[Any] = [
         status_table(_tiers(view), unix_s),
         *troubles(_tiers(view)),
+        *activity_lines(activity),
         Text(),
         gateway_table(view.snapshot.gateways, unix_s),
     ]
@@ -90,7 +93,7 @@ def _tables(view: PlaneView, *, events: bool = False) -> Group:
     return Group(*parts)
 
 
-def _as_json(view: PlaneView) -> dict[str, Any]:
+def _as_json(view: PlaneView, activity: Activity) -> dict[str, Any]:
     unix_s = view.snapshot.unix_s
     return {
         "unix_s": unix_s,
@@ -99,6 +102,7 @@ def _as_json(view: PlaneView) -> dict[str, Any]:
         "ready": all(tier.ready for tier in _tiers(view)),
         "tiers": [tier_json(tier, unix_s) for tier in _tiers(view)],
         "gateways": gateways_json(view.snapshot),
+        "activity": activity_json(activity),
         "events": [
             {
                 "unix_s": event.unix_s,

@@ -325,7 +325,8 @@ def _new_moves(seen: Observed, tiers: _Tiers, rules: ReconcileRules) -> Iterable
         # one at a time: the others go on serving where they are
         if looked and not tiers.bare.get(tier, 0) and not tiers.surges.get(tier, 0):
             tiers.bare[tier] = 1
-            yield BeginMove(endpoint_id, tier, MovePhase.RETIRING, reason, "there is no room elsewhere")
+            note = "its tier is held" if tier in seen.holds else "there is no room elsewhere"
+            yield BeginMove(endpoint_id, tier, MovePhase.RETIRING, reason, note)
 
 
 def _restarts(seen: Observed, tiers: _Tiers, rules: ReconcileRules) -> Iterable[Command]:
