@@ -57,6 +57,7 @@ class TierReplica:
 
     async def __init__(self, config: PlaneConfig, tier: TierConfig) -> None:  # type: ignore[misc]
         self._tier = tier
+        self._leases_gpus = tier.gpus > 0 and not any(each.pipeline_across_nodes for each in config.tiers)
         self._loop = asyncio.get_running_loop()
         unique_id = serve.get_replica_context().replica_id.unique_id
         runtime = ray.get_runtime_context()
@@ -123,7 +124,10 @@ class TierReplica:
         tier = self._tier
         await self._desk.may_start()
         gpus = Gpus()
-        if tier.gpus:
+        if tier.gpus and not self._leases_gpus:
+            # Workers that vLLM starts on several nodes have the GPUs that Ray names: so must all others.
+            gpus = Gpus(_given_gpu_ids(), None, "as Ray named them")
+        elif tier.gpus:
             shape = await asyncio.to_thread(lease_shape, tier)
             gpus = await self._desk.lease(shape, _given_gpu_ids())
             self._base = replace(self._base, gpu_uuids=gpus.uuids)

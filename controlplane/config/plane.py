@@ -88,7 +88,8 @@ class TierConfig(Strict):
     """Groups of GPUs that share the layers of one ``vllm`` engine."""
     pipeline_across_nodes: bool = False
     """Where no node has room for all stages of a pipeline, its stages may be on several nodes. vLLM's own Ray
-    executor then chooses the GPUs, and the model must be found under its name on each node."""
+    executor then chooses the GPUs, the model must be found under its name on each node, and all tiers use the
+    GPUs that Ray names instead of leasing exact ones, so that a GPU out of use may be named."""
     gpu_models: list[str] = Field(default_factory=list)
     """GPU models that will do, as `tierplane fit --gpus` names them; by default any. Ray then puts replicas
     on no others."""

@@ -92,7 +92,7 @@ def test_nodes_of_a_running_ray() -> None:
         "notes": ["no plane answers in namespace telemetry: none of its replicas are counted"],
         "free": [1, []],
         "beside somebody": [
-            [1, ["others hold 3 GPUs of NODE; which ones is assumed", "others hold 3 CPUs of NODE"]],
+            [1, ["others hold 3 CPUs of NODE", "others hold 3 GPUs of NODE; which ones is assumed"]],
             0,
         ],
         # No driver on this machine: the agents see no GPU, Ray's count stands.
