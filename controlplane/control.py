@@ -282,12 +282,12 @@ class Control:
             self._shapes.pop(lease.holder, None)
             self.registry.note("lease ended", lease.holder, "its holder was not heard of")
         endpoints = self.registry.endpoints
+        if not self.settled or self.registry.warming:
+            return ()
         self.work.forget(endpoints, now_s, self.rules.reconcile.hold_max_s)
         for kept in (self.engines, self._room_asked, self._failed):
             for gone in [name for name in kept if name not in endpoints]:
                 del kept[gone]
-        if not self.settled or self.registry.warming:
-            return ()
         done = []
         for command in reconcile(self._observe(now_s), self.rules.reconcile):
             applied = self._apply_gpu(command, now_s) if isinstance(command, SetGpu) else None

@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import pytest
 
+from controlplane.core import kept
 from controlplane.core.domain import EndpointState
 from controlplane.core.gangs import Shape
 from controlplane.core.gpu_health import OUT_OF_USE, GpuState
 from controlplane.core.moves import MovePhase
 from controlplane.core.orders import OrderKind
 from controlplane.core.samples import Absence, EngineSample, GpuCondition, GpuEvent, GpuEventKind, Missing
+from controlplane.operations import Operations
 from tests.support_control import World, xid
 
 
@@ -157,8 +159,6 @@ def test_where_nothing_starts_elsewhere_the_old_one_is_retired_after_a_while() -
 
 @pytest.mark.parametrize("vouched", [True, False])
 def test_a_move_goes_on_when_the_controller_is_killed_in_its_middle(vouched: bool) -> None:
-    from controlplane.core import kept
-
     world = two_nodes(replicas=2)
     [sick, _] = used(world)
     world.events.append(xid(sick[:2], sick, 79))
@@ -187,8 +187,6 @@ def test_a_move_goes_on_when_the_controller_is_killed_in_its_middle(vouched: boo
 
 
 def test_a_restart_of_a_tier_is_rolling() -> None:
-    from controlplane.operations import Operations
-
     world = two_nodes(replicas=3)
     answer = Operations(world.control).restart("small", "new weights")
     assert answer.outcome == "done"
@@ -312,8 +310,6 @@ def test_orders_are_repeated_until_they_are_done() -> None:
     [name] = world.replicas
     replica = world.replicas[name]
     replica.obeys = False
-    from controlplane.operations import Operations
-
     assert Operations(world.control).restart(name, "").outcome == "done"
     assert Operations(world.control).restart(name, "").outcome == "unchanged"
     world.control.tick()
@@ -346,3 +342,23 @@ def test_a_node_that_was_never_listed_is_not_lost() -> None:
     world.step()
     assert "small-new" in world.control.registry.endpoints
     assert used(world) == before
+
+
+def test_what_an_operator_asked_for_survives_the_controller() -> None:
+    world = two_nodes(replicas=2)
+    first, second = sorted(world.replicas)
+    Operations(world.control).drain(first, "looks odd")
+    Operations(world.control).restart(second, "new weights")
+    Operations(world.control).cordon("n2-1", "a fan rattles")
+    old = world.control
+    values = kept.to_values(old.fleet, old.desk.book, old.work, 3.0)
+    world.start_controller("e2", settle_s=6.0)
+    new = world.control
+    kept.restore_gpus(values, new.fleet, 3.0)
+    kept.restore_plane(values, new.fleet, new.desk.book, new.work, now_s=world.clock.s, shift_s=3.0)
+    new.settle()
+    world.step(30)
+    assert first not in world.replicas
+    assert world.replicas[second].endpoint.generation == 2
+    assert new.fleet.out_of_use() == {"n2-1": "n2"}
+    assert world.ready("small") == 2
