@@ -142,7 +142,8 @@ class ClusterFile(Strict):
         for i, group in enumerate(self.nodes):
             if group.type not in types:
                 remedy = f"there is {', '.join(types)}"
-                found.append(Finding(("nodes", i, "type"), f"'{group.type}' is no node type", remedy))
+                message = f"'{group.type}' is no node type"
+                found.append(Finding(("nodes", i, "type"), message, remedy, ("node_types",)))
         names = Counter(name for group in self.nodes for name in _numbered(group))
         twice = sorted(name for name, times in names.items() if times > 1)
         if twice:
@@ -169,11 +170,15 @@ def _numbered(group: Nodes) -> list[str]:
     return [stem] if group.count == 1 and group.name else [f"{stem}-{i}" for i in range(group.count)]
 
 
+_STAND_INS = {"node_types": [{"name": "stand-in", "cpus": 1, "memory_gib": 1.0}], "nodes": []}
+"""For fields that are wrong, so that they don't hide what is wrong besides."""
+
+
 def load_cluster(path: Path) -> ClusterFile:
     """Read a cluster file. ConfigError with every problem."""
     file = read_yaml(path)
     problems = list(file.problems)
-    for where, problem in collect(ClusterFile, file.values, {}):
+    for where, problem in collect(ClusterFile, file.values, _STAND_INS):
         problems.append(Problem(path_text(where), problem.message, problem.remedy, file.line(where)))
     if problems:
         raise ConfigError(sorted(problems, key=lambda problem: problem.line), str(path))

@@ -56,7 +56,8 @@ def show(answer: Answer) -> None:
         if demand.shape is not None:
             options = json.dumps(serve_options(demand, answer.nodes))
             console.print(f"  {demand.tier.name}: {options}", soft_wrap=True)
-    console.print("Visible devices")
+    if any(placement.gpu_uuids for placement in answer.plan.placements):
+        console.print("Visible devices")
     for placement in answer.plan.placements:
         for node_id, devices in _by_node(answer, placement).items():
             if devices:

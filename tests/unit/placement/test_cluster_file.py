@@ -67,6 +67,16 @@ nodes: []
         assert part in shown
 
 
+def test_one_problem_is_one_line(tmp_path: Path) -> None:
+    text = "node_types: [{name: vm, cpus: 8}]\nnodes: [{type: vm}]\n"
+    with pytest.raises(ConfigError) as caught:
+        load_cluster(write(tmp_path, text))
+    assert [problem.path for problem in caught.value.problems] == ["node_types[0].memory_gib"]
+    with pytest.raises(ConfigError) as caught:
+        load_cluster(write(tmp_path, "node_types: [{name: vm, cpus: 8}]\n"))
+    assert sorted(problem.path for problem in caught.value.problems) == ["node_types[0].memory_gib", "nodes"]
+
+
 def test_names_fit_together(tmp_path: Path) -> None:
     text = GOOD + "  - {type: biggest}\n  - {type: big}\n"
     with pytest.raises(ConfigError) as caught:
