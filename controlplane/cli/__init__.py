@@ -91,6 +91,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "controlplane.cli.monitoring:command",
         "Write rules, alerts and dashboards for Prometheus and Grafana.",
     ),
+    "simulate": (
+        "controlplane.cli.simulate:command",
+        "Replay recorded arrivals on a simulated fleet of CONFIG: SLO attainment, GPU hours, latencies.",
+    ),
     "bench": (
         "controlplane.cli.bench:command",
         "Measure; each benchmark prints a table, or JSON with --json.",

@@ -36,6 +36,8 @@ _HEADROOM_RANGE: Final = (0.0, 3.0)
 _WORK_SPAN_S: Final = 600.0
 _LEAST_HOLD_S: Final = 300.0
 """Bursts come again: with fast starts, too, who lets go at once has less when the next one comes."""
+_DRAIN_S: Final = 30.0
+"""A queue should be gone so long after the replicas that were ordered for it are ready."""
 _WATCH_S: Final = 300.0
 """Nothing goes before a tier was watched for so long: a controller that has just started knows little."""
 _ATTAINMENT_MARGIN: Final = 0.3
@@ -262,15 +264,17 @@ class TierScaler:
         by_forecast = self.capacity.replicas(rate, work, bounds)
         if rate * settings.cold_start_s < 0.05 and not seen.queued.value:
             by_forecast = 0
-        # What will be queued once a replica ordered now is there, to be worked off in one more such time.
+        # What will be queued once a replica ordered now is there, to be worked off soon after.
         lead_s = max(settings.cold_start_s, 2 * settings.tick_s)
         queued = seen.queued.value or 0.0
-        coming = forecast.mean_per_s * lead_s
+        # After a step the mixture of forecasts is the last to know.
+        expected_per_s = max(forecast.mean_per_s, forecast.recent_per_s)
+        coming = expected_per_s * lead_s
         carried = max(seen.target, seen.ready) * each_per_s * lead_s
         left = queued + coming - carried if queued > 0 else 0.0
         by_queue = 0
         if left > 0:
-            by_queue = math.ceil((forecast.mean_per_s + left / lead_s) / each_per_s)
+            by_queue = math.ceil((expected_per_s + left / min(lead_s, _DRAIN_S)) / each_per_s)
         elif queued > 0:
             by_queue = 1
         by_flight = math.ceil((seen.in_flight.value or 0.0) / slots - 1e-9)

@@ -22,6 +22,7 @@ _DAMPING_S: Final = 300.0
 _DAY_S: Final = 86_400.0
 _SLOT_S: Final = 600.0
 """The day before is remembered in slots of this length."""
+_RECENT_SPAN_S: Final = 6.0
 _BIDS: Final = (*(f"mean of {span:g} s" for span in _SPANS_S), "trend", "yesterday")
 _ETA: Final = 6.0
 """How sharply the mixture prefers the better bids."""
@@ -30,8 +31,8 @@ _LOSS_KEEP_S: Final = 900.0
 _ERRORS: Final = 720
 """Errors that the spread is taken from: an hour of ticks of 5 s."""
 _RESORT: Final = 12
-_HIGH: Final = 0.9
-_HIGH_Z: Final = 1.2816
+_HIGH: Final = 0.8
+_HIGH_Z: Final = 0.8416
 _LEAST_SPREAD: Final = 0.03
 _PRIOR_ERRORS: Final = 24
 
@@ -42,13 +43,15 @@ class Forecast:
 
     mean_per_s: float
     spread: float
-    """Of the logarithm of (what came / what was forecast): its 90th percentile over 1.28, which for a normal
+    """Of the logarithm of (what came / what was forecast): its 80th percentile over 0.84, which for a normal
     distribution is the standard deviation; a single burst hardly moves it."""
     horizon_s: float
     dispersion: float
     """Variance over mean of the counts of one interval: 1 for a Poisson process, more for bursts."""
     basis: str
     """The bid that counted most."""
+    recent_per_s: float
+    """The mean of the last seconds."""
     scored: int
     """Forecasts that were compared with what came; few of them make a poor ``spread``."""
 
@@ -72,6 +75,7 @@ class Forecaster:
         self.horizon_s = horizon_s
         self.window_s = window_s
         self._averages = [0.0] * len(_SPANS_S)
+        self._recent = 0.0
         self._level = 0.0
         self._slope = 0.0
         self._initial_spread = self._spread = initial_spread
@@ -100,7 +104,7 @@ class Forecaster:
         self._seen_s += interval_s
         if first:
             self._averages = [rate] * len(_SPANS_S)
-            self._level = rate
+            self._recent = self._level = rate
         else:
             self._learn_shape(rate, interval_s)
         self._learn_dispersion(arrivals, interval_s)
@@ -115,7 +119,7 @@ class Forecaster:
     def forecast(self, now_s: float) -> Forecast:
         """The forecast made at ``now_s``; a rate of 0 before anything was observed."""
         if self._seen_s == 0.0:
-            return Forecast(0.0, self._spread, self.horizon_s, 1.0, "nothing seen yet", 0)
+            return Forecast(0.0, self._spread, self.horizon_s, 1.0, "nothing seen yet", 0.0, 0)
         mean, heaviest = self._mix(self._bids(now_s))
         return Forecast(
             mean,
@@ -123,6 +127,7 @@ class Forecaster:
             self.horizon_s,
             self._dispersion,
             _BIDS[heaviest],
+            self._recent,
             self._scored,
         )
 
@@ -131,6 +136,7 @@ class Forecaster:
             # An average over less than the span was seen is the plain mean of what was seen.
             share = -math.expm1(-interval_s / min(span_s, max(self._seen_s, interval_s)))
             self._averages[index] += share * (rate - self._averages[index])
+        self._recent += -math.expm1(-interval_s / _RECENT_SPAN_S) * (rate - self._recent)
         share = -math.expm1(-interval_s / _TREND_SPAN_S)
         before = self._level
         self._level += share * (rate - before - self._slope * interval_s) + self._slope * interval_s

@@ -59,7 +59,7 @@ class Gateway:
         self.metrics = Metrics()
         self.snapshot: ClusterSnapshot | None = None
         settings = config.gateway
-        self.table = TierTable.build([_policy(tier) for tier in config.tiers], settings.default_tier)
+        self.table = TierTable.build([tier_policy(tier) for tier in config.tiers], settings.default_tier)
         self.fleet = Fleet(self.table, FleetSettings(reserved_ratio=settings.queue.reserved_ratio))
         self.queue = AdmissionQueue(
             AdmissionSettings(
@@ -302,7 +302,8 @@ def _outcome(status: int) -> str:
     return "client_error" if status < 500 else "failed"
 
 
-def _policy(tier: TierConfig) -> TierPolicy:
+def tier_policy(tier: TierConfig) -> TierPolicy:
+    """What routing needs to know of a configured tier."""
     return TierPolicy(
         name=tier.name,
         model_id=tier.model_id,

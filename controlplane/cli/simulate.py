@@ -1,0 +1,287 @@
+"""``tierplane simulate``: recorded arrivals through the production code on a fake fleet."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from controlplane.cli.configuration import load_checked
+from controlplane.config import PlaneConfig
+from controlplane.core.autoscaling import Slo
+from controlplane.core.domain import Complexity
+from controlplane.errors import SetupError
+from controlplane.simulation import oracle
+from controlplane.simulation.policies import NAMES, reactive_policy
+from controlplane.simulation.results import Result
+from controlplane.simulation.scenario import Options, build
+from controlplane.simulation.simulator import Scenario, Simulator
+from controlplane.simulation.traces import Arrival, read_trace
+
+_PEEK = 5000
+"""Requests of the trace's beginning that say what a request is like."""
+_PROGRESS_S = 1.0
+
+
+@click.command()
+@click.option("--trace", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--config", required=True, type=click.Path(dir_okay=False))
+@click.option("--gpu", metavar="NAME", help="The GPU model of vllm tiers; `tierplane fit --gpus` lists them.")
+@click.option("--policy", type=click.Choice(NAMES), default="tierplane", show_default=True)
+@click.option("--cold-start-s", type=click.FloatRange(0), default=60.0, show_default=True)
+@click.option("--slo-ttft-ms", type=click.FloatRange(1), default=3000.0, show_default=True)
+@click.option("--slo-itl-ms", type=click.FloatRange(0.1), default=200.0, show_default=True)
+@click.option("--attainment", type=click.FloatRange(0.5, 1.0), default=0.99, show_default=True)
+@click.option("--min-replicas", type=click.IntRange(0), default=1, show_default=True)
+@click.option("--max-replicas", type=click.IntRange(1), default=64, show_default=True)
+@click.option(
+    "--engine-ratio",
+    type=click.FloatRange(0.05, 2.0),
+    default=0.8,
+    show_default=True,
+    help="Share of the roofline's speed that engines reach.",
+)
+@click.option(
+    "--itl-ms",
+    type=click.FloatRange(0.01),
+    default=50.0,
+    show_default=True,
+    help="Time per token of engines that are neither on a known GPU nor simulated.",
+)
+@click.option(
+    "--prefill-tokens-per-s",
+    type=click.FloatRange(1),
+    default=500.0,
+    show_default=True,
+    help="Prompt tokens a second of such engines.",
+)
+@click.option("--mtbf-hours", type=click.FloatRange(0.01), help="Mean time between failures of a replica.")
+@click.option("--cost-per-gpu-hour", type=click.FloatRange(0), default=0.0, show_default=True)
+@click.option("--mix", metavar="SHARES", help="Complexities drawn for requests without: simple=6,complex=1.")
+@click.option(
+    "--keep",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Share of the requests that is kept, drawn at random.",
+)
+@click.option("--hours", type=click.FloatRange(0, min_open=True), help="How much of the trace is replayed.")
+@click.option("--skip-hours", type=click.FloatRange(0), default=0.0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page with plots.")
+@click.option("--png", type=click.Path(dir_okay=False, path_type=Path), help="Write the plots.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(
+    trace: Path,
+    config: str,
+    gpu: str | None,
+    policy: str,
+    cold_start_s: float,
+    slo_ttft_ms: float,
+    slo_itl_ms: float,
+    attainment: float,
+    min_replicas: int,
+    max_replicas: int,
+    engine_ratio: float,
+    itl_ms: float,
+    prefill_tokens_per_s: float,
+    mtbf_hours: float | None,
+    cost_per_gpu_hour: float,
+    mix: str | None,
+    keep: float,
+    hours: float | None,
+    skip_hours: float,
+    seed: int,
+    html: Path | None,
+    png: Path | None,
+    as_json: bool,
+) -> None:
+    """Replay recorded arrivals on a simulated fleet of CONFIG: SLO attainment, GPU hours, latencies.
+
+    Routing, admission and scaling are the production code; engines, GPUs and time are simulated. The same
+    seed gives the same output. Traces: Azure's CSV, Mooncake's JSONL, ServeGen's windows, or a CSV with
+    at_s, input_tokens, output_tokens and, if you like, tier, complexity, priority, session.
+    """
+    if min_replicas > max_replicas:
+        raise click.UsageError("--min-replicas is over --max-replicas")
+    plane = load_checked(config).plane
+    options = Options(
+        gpu=gpu,
+        engine_ratio=engine_ratio,
+        cold_start_s=cold_start_s,
+        mtbf_hours=mtbf_hours,
+        cost_per_gpu_hour=cost_per_gpu_hour,
+        min_replicas=min_replicas,
+        max_replicas=max_replicas,
+        slo=Slo(slo_ttft_ms / 1000, slo_itl_ms / 1000, attainment),
+        itl_s=itl_ms / 1000,
+        prefill_tokens_per_s=prefill_tokens_per_s,
+        seed=seed,
+    )
+
+    shares = _shares(mix)
+
+    def arrivals() -> Iterator[Arrival]:
+        read = read_trace(trace, seed=seed, keep_ratio=keep, hours=hours, skip_hours=skip_hours)
+        return _checked(_mixed(read, shares, seed), plane, trace)
+
+    scenario = _scenario(plane, options, arrivals)
+    started_s = time.perf_counter()
+    result = _run(scenario, policy, arrivals, attainment, _Progress(quiet=as_json))
+    took_s = max(time.perf_counter() - started_s, 1e-9)
+    if html:
+        from controlplane.simulation.plot import write_html
+
+        write_html(result, html)
+    if png:
+        from controlplane.simulation.plot import write_png
+
+        write_png(result, png)
+    if as_json:
+        click.echo(json.dumps(result.as_json(), indent=2))
+    else:
+        _show(result)
+    rate = result.requests / took_s
+    click.echo(f"{result.requests} requests simulated in {took_s:.1f} s: {rate:.0f} a second", err=True)
+
+
+def _scenario(plane: PlaneConfig, options: Options, arrivals: Callable[[], Iterator[Arrival]]) -> Scenario:
+    first = list(islice(arrivals(), _PEEK))
+    if not first:
+        raise SetupError(
+            "the trace has no requests in the part that is replayed: see --hours and --skip-hours"
+        )
+    return build(plane, options, oracle.mean_work(first))
+
+
+def _run(
+    scenario: Scenario,
+    policy: str,
+    arrivals: Callable[[], Iterator[Arrival]],
+    attainment: float,
+    progress: _Progress,
+) -> Result:
+    if policy in ("static", "oracle"):
+        if len(scenario.tiers) > 1:
+            raise click.UsageError(f"policy '{policy}' plans for one tier: give a configuration with one")
+        known = list(arrivals())
+        if policy == "static":
+            return oracle.run_static(scenario, known)
+        return oracle.run_oracle(scenario, known, attainment)
+    span_s = 0.0
+    for arrival in arrivals():
+        span_s = arrival.at_s
+        progress.reading(span_s)
+    simulator = Simulator(scenario, reactive_policy(policy), span_s=span_s)
+    return simulator.run(arrivals(), policy=policy, progress=progress.running(span_s))
+
+
+class _Progress:
+    """Lines on stderr, at most one a second."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._last_s = time.perf_counter()
+        self._began_s = self._last_s
+
+    def reading(self, at_s: float) -> None:
+        """The trace is read once to know how long it is."""
+        if self._due():
+            click.echo(f"reading the trace: {at_s / 3600:.1f} h", err=True)
+
+    def running(self, span_s: float) -> Callable[[float, int], None]:
+        """For :meth:`Simulator.run`."""
+
+        def say(at_s: float, requests: int) -> None:
+            if self._due():
+                share = at_s / span_s if span_s else 1.0
+                click.echo(f"{share:.0%}, {at_s / 3600:.1f} h, {requests} requests", err=True)
+
+        return say
+
+    def _due(self) -> bool:
+        now_s = time.perf_counter()
+        if now_s - self._last_s < _PROGRESS_S or now_s - self._began_s < 2 * _PROGRESS_S:
+            return False
+        self._last_s = now_s
+        return True
+
+
+def _shares(mix: str | None) -> dict[Complexity, float]:
+    """``simple=6,complex=1`` as shares; a UsageError says what is wrong."""
+    found: dict[Complexity, float] = {}
+    for part in (mix or "").split(","):
+        if not part.strip():
+            continue
+        name, _, number = part.partition("=")
+        try:
+            share = float(number)
+            found[Complexity(name.strip())] = share
+        except ValueError:
+            share = -1.0
+        if share < 0 or not math.isfinite(share):
+            raise click.UsageError(f"--mix: '{part}' is no share such as simple=6")
+    if mix and not sum(found.values()):
+        raise click.UsageError("--mix: the shares are all 0")
+    return found
+
+
+def _mixed(arrivals: Iterable[Arrival], shares: dict[Complexity, float], seed: int) -> Iterator[Arrival]:
+    rng = random.Random(f"mix {seed}")
+    names, weights = list(shares), list(shares.values())
+    for arrival in arrivals:
+        if names and arrival.complexity is None and not arrival.tier:
+            yield arrival._replace(complexity=rng.choices(names, weights)[0])
+        else:
+            yield arrival
+
+
+def _checked(arrivals: Iterable[Arrival], plane: PlaneConfig, trace: Path) -> Iterator[Arrival]:
+    known = {"", *(tier.name for tier in plane.tiers)}
+    for arrival in arrivals:
+        if arrival.tier not in known:
+            names = ", ".join(tier.name for tier in plane.tiers)
+            raise SetupError(f"{trace}: tier '{arrival.tier}' is not in the configuration; there is {names}")
+        yield arrival
+
+
+def _show(result: Result) -> None:
+    console = Console(highlight=False)
+    console.print(
+        f"policy {result.policy}, seed {result.seed}, {result.simulated_s / 3600:.2f} h: "
+        f"{result.attainment:.2%} of {result.requests} requests kept the SLO, "
+        f"{result.gpu_hours:.2f} GPU hours"
+    )
+    table = Table(
+        *("tier", "requests", "SLO kept", "replica h", "GPU h", "queue", "first token", "answer", "unserved"),
+        caption="times: 50th and 99th percentile in seconds; unserved: refused, too late or lost",
+    )
+    for tier in result.tiers:
+        data = tier.as_json()
+        table.add_row(
+            data["tier"],
+            str(data["requests"]),
+            f"{data['slo_attainment']:.2%}",
+            f"{data['replica_hours']:.2f}",
+            f"{data['gpu_hours']:.2f}",
+            *(_span(data[name]) for name in ("queue_ms", "ttft_ms", "latency_ms")),
+            str(data["refused"] + data["expired"] + data["lost"]),
+        )
+    console.print(table)
+    if result.advice:
+        console.print(f"{result.advice_total} changes of a target; the last of those kept:")
+    for entry in result.advice[-5:]:
+        where = f"{entry.at_s / 3600:.2f} h {entry.tier}: {entry.before} to {entry.target}"
+        console.print(f"  {where}, {entry.reason}", soft_wrap=True)
+
+
+def _span(found: dict[str, float | None]) -> str:
+    return "\n".join("-" if found[q] is None else f"{(found[q] or 0.0) / 1000:.2f}" for q in ("p50", "p99"))

@@ -1,0 +1,132 @@
+"""A run as pictures: one PNG, and one HTML file that needs no network."""
+
+from __future__ import annotations
+
+import html
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from controlplane.simulation.results import Result, TierResult
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_ROWS: Final = 3
+_STYLE: Final = """
+body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0 1em;color:#222}
+table{border-collapse:collapse;margin:1em 0}td,th{padding:.2em .8em;border-bottom:1px solid #ddd}
+td,th{text-align:right}td:first-child,th:first-child,td.text{text-align:left}
+svg{max-width:100%;height:auto}h1{font-size:1.4em}"""
+
+
+def write_png(result: Result, path: Path) -> None:
+    """The figure as a picture."""
+    _figure(result).savefig(path, format="png", dpi=110, metadata={"Software": None})
+
+
+def write_html(result: Result, path: Path) -> None:
+    """Figure, table and decisions on one page."""
+    path.write_text(page(result), "utf-8")
+
+
+def page(result: Result) -> str:
+    """The page; the same result gives the same text."""
+    head = (
+        f"{result.requests} requests in {result.simulated_s / 3600:.2f} h, policy {result.policy}, seed "
+        f"{result.seed}: {result.attainment:.2%} kept the SLO with {result.gpu_hours:.2f} GPU hours"
+    )
+    return "\n".join(
+        [
+            "<!doctype html><html lang=en><meta charset=utf-8><title>Simulation</title>",
+            f"<style>{_STYLE}</style><h1>Simulation</h1><p>{html.escape(head)}</p>",
+            _svg(result),
+            _tier_table(result),
+            _advice_table(result),
+            "</html>",
+        ]
+    )
+
+
+def _svg(result: Result) -> str:
+    import matplotlib as mpl
+
+    buffer = io.StringIO()
+    # Without a salt the ids in the file are drawn anew each time.
+    with mpl.rc_context({"svg.hashsalt": "tierplane", "svg.fonttype": "none"}):
+        _figure(result).savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _figure(result: Result) -> Figure:
+    from matplotlib.figure import Figure
+
+    count = len(result.tiers)
+    figure = Figure(figsize=(7.0 * min(count, 3), 7.5), layout="constrained")
+    axes = figure.subplots(_ROWS, count, sharex=True, squeeze=False)
+    for column, tier in enumerate(result.tiers):
+        _draw([axes[row][column] for row in range(_ROWS)], tier)
+    return figure
+
+
+def _draw(axes: list[Any], tier: TierResult) -> None:
+    hours = [sample.at_s / 3600 for sample in tier.samples]
+    load, fleet, kept = axes
+    load.set_title(tier.record.tier)
+    load.plot(
+        hours, [s.arrivals_per_s for s in tier.samples], linewidth=0.8, color="#666", label="requests/s"
+    )
+    load.set_ylabel("requests/s")
+    fleet.fill_between(hours, [s.held for s in tier.samples], step="post", color="#9bc", label="holding GPUs")
+    fleet.step(hours, [s.ready for s in tier.samples], where="post", linewidth=1, color="#036", label="ready")
+    fleet.set_ylabel("replicas")
+    fleet.legend(loc="upper right", fontsize="small")
+    kept.plot(hours, [s.attainment for s in tier.samples], linewidth=0.8, color="#181", label="kept the SLO")
+    kept.set_ylim(-0.02, 1.04)
+    kept.set_ylabel("kept the SLO")
+    queued = kept.twinx()
+    queued.plot(hours, [s.queued for s in tier.samples], linewidth=0.8, color="#b30")
+    queued.set_ylabel("waiting", color="#b30")
+    kept.set_xlabel("hours")
+    for axis in (load, fleet, queued):
+        axis.set_ylim(bottom=0)
+
+
+def _tier_table(result: Result) -> str:
+    rows = []
+    for tier in result.tiers:
+        data = tier.as_json()
+        cells = [
+            data["requests"],
+            f"{data['slo_attainment']:.2%}",
+            data["gpu_hours"],
+            data["cost"],
+            *(_ms(data[name][q]) for name in ("queue_ms", "ttft_ms", "latency_ms") for q in ("p50", "p99")),
+        ]
+        inner = "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells)
+        rows.append(f"<tr><td>{html.escape(data['tier'])}</td>{inner}</tr>")
+    titles = (
+        *("tier", "requests", "kept the SLO", "GPU hours", "cost", "queue p50", "queue p99"),
+        *("first token p50", "first token p99", "answer p50", "answer p99"),
+    )
+    return _table(titles, rows)
+
+
+def _advice_table(result: Result) -> str:
+    rows = [
+        f"<tr><td>{entry.at_s / 3600:.3f} h</td><td class=text>{html.escape(entry.tier)}</td>"
+        f"<td>{entry.before} to {entry.target}</td><td class=text>{html.escape(entry.reason)}</td></tr>"
+        for entry in result.advice[:200]
+    ]
+    shown = f"{len(rows)} of {result.advice_total}" if len(rows) < result.advice_total else f"{len(rows)}"
+    return f"<h2>Changes ({shown})</h2>" + _table(("when", "tier", "replicas", "why"), rows)
+
+
+def _table(titles: tuple[str, ...], rows: list[str]) -> str:
+    head = "".join(f"<th>{title}</th>" for title in titles)
+    return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f} ms"

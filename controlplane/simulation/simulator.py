@@ -1,0 +1,506 @@
+"""Arrivals through the production dispatcher onto a fake fleet, scaled by a policy, under a virtual clock.
+
+What is production code here: :class:`controlplane.core.dispatch.Dispatcher` with routing, scoring, circuit
+breakers and the admission queue, and, with the policy ``tierplane``, :mod:`controlplane.core.autoscaling`.
+One gateway replica is simulated, and it sees endpoints at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+from controlplane.core.admission import AdmissionQueue, AdmissionSettings
+from controlplane.core.autoscaling import (
+    EngineObservation,
+    ScalingDecision,
+    ScalingSettings,
+    TierObservation,
+)
+from controlplane.core.capacity import EngineSpeed, Work
+from controlplane.core.dispatch import Dispatcher, Held, Refused, Started
+from controlplane.core.domain import EndpointState
+from controlplane.core.fleet import Fleet, FleetSettings, Lease
+from controlplane.core.telemetry import Freshness, Signal, missing
+from controlplane.core.tiers import Route, RouteRequest, TierPolicy, TierTable, resolve
+from controlplane.simulation.clock import VirtualClock
+from controlplane.simulation.engine import Job
+from controlplane.simulation.fleet import ReplicaModel, TierFleet
+from controlplane.simulation.results import Advice, Result, Sample, TierRecord, TierResult
+from controlplane.simulation.traces import Arrival
+
+MOST_ADVICE: Final = 1000
+"""Decisions that a result keeps."""
+_SAMPLES: Final = 600
+_SCRAPE_S: Final = 1.0
+"""How often engine metrics reach the gateway."""
+_START_UNIX_S: Final = 1_767_571_200.0
+"""A Monday, 00:00 UTC: the trace's beginning as schedules see it."""
+
+
+@dataclass(frozen=True, slots=True)
+class TierScenario:
+    """One tier: what it routes, what its replicas are like, how it scales."""
+
+    policy: TierPolicy
+    replica: ReplicaModel
+    scaling: ScalingSettings
+    prior: EngineSpeed
+    """What the scaler is told of the engine's speed before it has measured anything."""
+    work: Work
+    """The mean request that it is told of."""
+    replicas: int = 1
+    """Ready when the trace begins."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """Everything but the arrivals and the policy."""
+
+    tiers: tuple[TierScenario, ...]
+    default_tier: str | None = None
+    admission: AdmissionSettings = field(default_factory=AdmissionSettings)
+    fleet: FleetSettings = field(default_factory=FleetSettings)
+    deadline_s: float = 600.0
+    max_attempts: int = 3
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a scaling policy is shown: what tierplane's own sees, and what the others go by."""
+
+    observation: TierObservation
+    ongoing: float
+    """Requests that ran or waited, averaged over the interval."""
+    busy_ratio: float
+    """Share of the interval in which a replica's GPU worked, averaged over the ready ones."""
+    slots: int
+    """Requests that the ready replicas may run at once."""
+
+
+class ScalingPolicy(Protocol):
+    """Decides how many replicas one tier has."""
+
+    period_s: float
+
+    def decide(self, seen: Seen) -> ScalingDecision:
+        """The target from now on."""
+
+
+MakePolicy = Callable[[TierScenario], ScalingPolicy]
+
+
+class Flight:
+    """One request on its way."""
+
+    __slots__ = (
+        *("arrival", "arrived_s", "attempts", "first_s", "lease", "made", "rank", "request", "route"),
+        "started_s",
+    )
+
+    def __init__(self, arrival: Arrival, request: RouteRequest, route: Route, now_s: float) -> None:
+        self.arrival = arrival
+        self.request = request
+        self.route = route
+        self.rank = route.order[0] if route.order else 0
+        self.arrived_s = now_s
+        self.started_s: float | None = None
+        self.first_s: float | None = None
+        self.attempts = 0
+        self.made = 0
+        self.lease: Lease | None = None
+
+
+class _Tier:
+    """A tier's counters between two observations."""
+
+    def __init__(self, scenario: TierScenario, policy: ScalingPolicy, fleet: TierFleet) -> None:
+        self.scenario = scenario
+        self.policy = policy
+        self.fleet = fleet
+        self.record = TierRecord(scenario.policy.name)
+        self.samples: list[Sample] = []
+        self.ongoing = 0
+        self.queued = 0
+        self.ongoing_s = 0.0
+        self.changed_s = 0.0
+        self.seen_s = 0.0
+        self.arrivals = self.finished = self.missed = 0
+        self.prompt = self.answer = self.ended = 0
+        self.sampled = (0.0, 0, 0, 0)
+        """Time, arrived, kept, ended at the last sample."""
+        self.ended_total = 0
+
+    def change(self, by: int, now_s: float) -> None:
+        """One more or less that runs or waits."""
+        self.ongoing_s += self.ongoing * (now_s - self.changed_s)
+        self.changed_s = now_s
+        self.ongoing += by
+
+
+class Simulator:
+    """One run; call :meth:`run` once."""
+
+    def __init__(self, scenario: Scenario, make_policy: MakePolicy, *, span_s: float = 0.0) -> None:
+        """``span_s`` is about how long the trace is, for the spacing of samples; 0: a minute each."""
+        self.scenario = scenario
+        self.clock = VirtualClock()
+        policies = [tier.policy for tier in scenario.tiers]
+        self.table = TierTable.build(policies, scenario.default_tier)
+        self.fleet = Fleet(self.table, scenario.fleet)
+        self.queue = AdmissionQueue(scenario.admission)
+        self.dispatcher = Dispatcher(self.table, self.fleet, self.queue)
+        self._picks = 0
+        self._sample_s = span_s / _SAMPLES if span_s else 60.0
+        self._advice: list[Advice] = []
+        self._advised = 0
+        self._over = False
+        self.tiers = tuple(_Tier(tier, make_policy(tier), self._tier_fleet(tier)) for tier in scenario.tiers)
+
+    def _tier_fleet(self, tier: TierScenario) -> TierFleet:
+        return TierFleet(
+            tier.policy.name,
+            tier.replica,
+            self.clock,
+            seed=self.scenario.seed,
+            on_first=self._first,
+            on_done=self._done,
+            on_lost=self._lost,
+            on_change=self._changed,
+            in_flight=self._in_flight,
+        )
+
+    def run(
+        self,
+        arrivals: Iterable[Arrival],
+        *,
+        policy: str = "",
+        progress: Callable[[float, int], None] | None = None,
+    ) -> Result:
+        """Everything that comes, until the last request has ended. ``progress`` gets the simulated seconds
+        and the requests so far, every now and then."""
+        clock = self.clock
+        for tier in self.tiers:
+            tier.fleet.begin(tier.scenario.replicas)
+            clock.at(tier.policy.period_s, self._decide, tier)
+        clock.at(_SCRAPE_S, self._scrape)
+        clock.at(self._sample_s, self._sample)
+        for count, arrival in enumerate(arrivals, 1):
+            if clock.next_s <= arrival.at_s:
+                clock.run_until(arrival.at_s)
+            else:
+                clock.now_s = max(clock.now_s, arrival.at_s)
+            self._arrive(arrival)
+            if progress is not None and not count & 0xFFF:
+                progress(clock.now_s, count)
+        end_s = clock.now_s
+        held = [tier.fleet.replica_hours() for tier in self.tiers]
+        while any(tier.ongoing for tier in self.tiers) and clock.now_s < end_s + self.scenario.deadline_s * 2:
+            clock.run_until(clock.now_s + 1.0)
+        self._over = True
+        results = [
+            TierResult(
+                tier.record,
+                hours * tier.scenario.replica.gpus,
+                hours,
+                hours * tier.scenario.replica.gpus * tier.scenario.replica.cost_per_gpu_hour,
+                tier.fleet.starts,
+                tier.fleet.failures,
+                tuple(tier.samples),
+            )
+            for tier, hours in zip(self.tiers, held, strict=True)
+        ]
+        # GPU hours are those of the trace: the time in which the last answers are finished is not counted.
+        advice = tuple(self._advice)
+        return Result(policy, self.scenario.seed, end_s, tuple(results), advice, self._advised)
+
+    # Requests.
+
+    def _arrive(self, arrival: Arrival) -> None:
+        now_s = self.clock.now_s
+        blocks = arrival.blocks
+        request = RouteRequest(
+            model=arrival.tier or "auto",
+            complexity=arrival.complexity,
+            priority=arrival.priority,
+            session_key=arrival.session,
+            # As the gateway's key: of the prompt's beginning, past what all prompts begin with.
+            prefix_key=hash(blocks[:2]) if blocks else None,
+        )
+        flight = Flight(arrival, request, resolve(request, self.table), now_s)
+        tier = self.tiers[flight.rank]
+        tier.arrivals += 1
+        record = tier.record
+        record.arrived += 1
+        record.prompt_tokens += arrival.input_tokens
+        tier.change(1, now_s)
+        self._submit(flight)
+
+    def _submit(self, flight: Flight) -> None:
+        now_s = self.clock.now_s
+        self._picks += 7919
+        answer = self.dispatcher.submit(
+            flight.request,
+            now_s,
+            self._picks,
+            deadline_s=flight.arrived_s + self.scenario.deadline_s,
+            payload=flight,
+            arrived_s=flight.arrived_s,
+            route=flight.route,
+        )
+        if isinstance(answer, Started):
+            self._start(flight, answer)
+        elif isinstance(answer, Held):
+            self.tiers[flight.rank].queued += 1
+            if answer.queued.evicted is not None:
+                evicted: Flight = answer.queued.evicted.payload.payload
+                self.tiers[evicted.rank].queued -= 1
+                self._refuse(evicted)
+        elif isinstance(answer, Refused):
+            self._refuse(flight)
+
+    def _start(self, flight: Flight, started: Started) -> None:
+        now_s = self.clock.now_s
+        load = started.decision.load
+        assert load is not None
+        flight.lease = started.lease
+        flight.attempts += 1
+        tier = self.tiers[flight.rank]
+        if flight.started_s is None:
+            flight.started_s = now_s
+            tier.record.wait_s.append(now_s - flight.arrived_s)
+            if load.pool is not None and load.pool.rank != flight.rank:
+                tier.record.spilled += 1
+        arrival = flight.arrival
+        made = flight.made
+        job = Job(arrival.input_tokens + made, arrival.output_tokens - made, arrival.blocks, flight)
+        served = self.tiers[load.pool.rank] if load.pool is not None else tier
+        served.fleet.engine(load.endpoint.endpoint_id).submit(job)
+
+    def _first(self, job: Job) -> None:
+        flight: Flight = job.payload
+        assert flight.lease is not None
+        flight.lease.first_token(self.clock.now_s)
+        if flight.first_s is None:
+            flight.first_s = self.clock.now_s
+
+    def _done(self, job: Job) -> None:
+        now_s = self.clock.now_s
+        flight: Flight = job.payload
+        lease = flight.lease
+        assert lease is not None
+        lease.succeed(now_s)
+        tier = self.tiers[flight.rank]
+        record = tier.record
+        arrival = flight.arrival
+        first_s = flight.first_s if flight.first_s is not None else now_s
+        ttft_s = first_s - flight.arrived_s
+        itl_s = (now_s - first_s) / (arrival.output_tokens - 1) if arrival.output_tokens > 1 else 0.0
+        record.ttft_s.append(ttft_s)
+        record.itl_s.append(itl_s)
+        record.total_s.append(now_s - flight.arrived_s)
+        record.output_tokens += arrival.output_tokens
+        record.computed_tokens += job.computed_tokens
+        tier.prompt += job.computed_tokens
+        tier.answer += arrival.output_tokens
+        tier.ended += 1
+        slo = tier.scenario.scaling.slo
+        self._end(tier, kept=ttft_s <= slo.ttft_s and itl_s <= slo.itl_s)
+        load = lease.load
+        if not load.ready:
+            rank = self.table.rank_of[load.endpoint.tier]
+            self.tiers[rank].fleet.settle()
+        self._pump()
+
+    def _lost(self, job: Job) -> None:
+        """The engine died under it: go on elsewhere with what the client has."""
+        flight: Flight = job.payload
+        lease = flight.lease
+        assert lease is not None
+        lease.fail(self.clock.now_s)
+        tier = self.tiers[flight.rank]
+        flight.made = min(flight.made + job.made, flight.arrival.output_tokens - 1)
+        if flight.attempts >= self.scenario.max_attempts:
+            tier.record.lost += 1
+            self._end(tier, kept=False)
+            return
+        tier.record.retried += 1
+        flight.request = flight.request._replace(exclude=flight.request.exclude | {lease.load.key})
+        self._submit(flight)
+
+    def _refuse(self, flight: Flight) -> None:
+        tier = self.tiers[flight.rank]
+        tier.record.refused += 1
+        self._end(tier, kept=False)
+
+    def _end(self, tier: _Tier, *, kept: bool) -> None:
+        tier.finished += 1
+        tier.ended_total += 1
+        if kept:
+            tier.record.kept += 1
+        else:
+            tier.missed += 1
+        tier.change(-1, self.clock.now_s)
+
+    def _pump(self) -> None:
+        if not self.queue:
+            return
+        self._picks += 7919
+        for started in self.dispatcher.pump(self.clock.now_s, self._picks):
+            assert started.ticket is not None
+            flight: Flight = started.ticket.payload.payload
+            self.tiers[flight.rank].queued -= 1
+            self._start(flight, started)
+
+    def _changed(self) -> None:
+        """The fleet changed: what the controller's snapshot would say."""
+        endpoints = [endpoint for tier in self.tiers for endpoint in tier.fleet.endpoints()]
+        self.fleet.apply(endpoints)
+        self._pump()
+
+    def _in_flight(self, endpoint_id: str) -> int:
+        load = self.fleet.by_endpoint_id.get(endpoint_id)
+        return load.in_flight if load is not None else 0
+
+    # What repeats.
+
+    def _scrape(self, _: Any) -> None:
+        """Engine metrics to the gateway, and the queue's deadlines."""
+        now_s = self.clock.now_s
+        for tier in self.tiers:
+            for endpoint_id, replica in tier.fleet.replicas.items():
+                engine = replica.engine
+                load = self.fleet.by_endpoint_id.get(endpoint_id)
+                if engine is not None and load is not None:
+                    load.observe(now_s, kv_usage_ratio=engine.kv_usage_ratio, waiting=len(engine.waiting))
+        if self.queue:
+            for ticket in self.queue.expire(now_s):
+                flight: Flight = ticket.payload.payload
+                tier = self.tiers[flight.rank]
+                tier.queued -= 1
+                tier.record.expired += 1
+                self._end(tier, kept=False)
+            self._pump()
+        if not self._over:
+            self.clock.at(now_s + _SCRAPE_S, self._scrape)
+
+    def _decide(self, tier: _Tier) -> None:
+        now_s = self.clock.now_s
+        seen = self._observe(tier)
+        before = tier.fleet.target
+        decision = tier.policy.decide(seen)
+        if decision.target != before:
+            self._advised += 1
+            if len(self._advice) < MOST_ADVICE:
+                self._advice.append(
+                    Advice(
+                        now_s,
+                        tier.scenario.policy.name,
+                        str(decision.move),
+                        before,
+                        decision.target,
+                        decision.reason,
+                        decision.confidence,
+                    )
+                )
+            tier.fleet.scale_to(decision.target)
+        if not self._over:
+            self.clock.at(now_s + tier.policy.period_s, self._decide, tier)
+
+    def _observe(self, tier: _Tier) -> Seen:
+        now_s = self.clock.now_s
+        interval_s = now_s - tier.seen_s
+        tier.change(0, now_s)
+        engines: list[EngineObservation] = []
+        busy = 0.0
+        ready = 0
+        for replica in tier.fleet.replicas.values():
+            engine = replica.engine
+            if engine is None:
+                continue
+            meter = engine.read()
+            alive_s = min(interval_s, now_s - replica.ready_s)
+            if alive_s <= 0:
+                continue
+            if replica.endpoint.state is EndpointState.READY:
+                ready += 1
+                busy += meter.busy_s / alive_s
+            if meter.busy_s > 0:
+                engines.append(
+                    EngineObservation(
+                        meter.generated / alive_s,
+                        meter.prompted / alive_s,
+                        meter.batch_s / meter.busy_s,
+                        meter.busy_s / alive_s,
+                    )
+                )
+        rank = self.table.rank_of[tier.scenario.policy.name]
+        pool = self.fleet.pools[rank]
+        nothing = missing("no request ended in the interval")
+        ended = tier.ended
+        observation = TierObservation(
+            tier=tier.scenario.policy.name,
+            now_s=now_s,
+            unix_s=_START_UNIX_S + now_s,
+            target=tier.fleet.target,
+            ready=tier.fleet.ready,
+            interval_s=interval_s,
+            arrivals=_fresh(tier.arrivals),
+            in_flight=_fresh(pool.in_flight),
+            queued=_fresh(tier.queued),
+            input_tokens=_fresh(tier.prompt / ended) if ended else nothing,
+            output_tokens=_fresh(tier.answer / ended) if ended else nothing,
+            finished=tier.finished,
+            missed=tier.missed,
+            engines=tuple(engines),
+        )
+        seen = Seen(
+            observation,
+            ongoing=tier.ongoing_s / interval_s if interval_s > 0 else float(tier.ongoing),
+            busy_ratio=busy / ready if ready else 0.0,
+            slots=pool.limit,
+        )
+        tier.seen_s = now_s
+        tier.ongoing_s = 0.0
+        tier.arrivals = tier.finished = tier.missed = 0
+        tier.prompt = tier.answer = tier.ended = 0
+        return seen
+
+    def _sample(self, _: Any) -> None:
+        now_s = self.clock.now_s
+        for tier, pool in zip(self.tiers, self.fleet.pools, strict=True):
+            record = tier.record
+            at_s, arrived, kept, ended = tier.sampled
+            span_s = now_s - at_s
+            done = tier.ended_total - ended
+            tier.samples.append(
+                Sample(
+                    now_s,
+                    (record.arrived - arrived) / span_s if span_s > 0 else 0.0,
+                    len(tier.fleet.replicas),
+                    tier.fleet.ready,
+                    pool.in_flight,
+                    tier.queued,
+                    (record.kept - kept) / done if done else 1.0,
+                )
+            )
+            tier.sampled = (now_s, record.arrived, record.kept, tier.ended_total)
+        if not self._over:
+            self.clock.at(now_s + self._sample_s, self._sample)
+
+
+def _fresh(value: float) -> Signal:
+    return Signal(Freshness.FRESH, value, 0.0)
+
+
+def replay(
+    scenario: Scenario,
+    make_policy: MakePolicy,
+    arrivals: Sequence[Arrival],
+    policy: str = "",
+) -> Result:
+    """One run over arrivals that are held in memory."""
+    span_s = arrivals[-1].at_s if arrivals else 0.0
+    return Simulator(scenario, make_policy, span_s=span_s).run(arrivals, policy=policy)

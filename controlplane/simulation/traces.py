@@ -1,0 +1,205 @@
+"""Recorded arrivals, read one by one: Azure's CSV, Mooncake's JSONL, ServeGen's windows, a plain CSV.
+
+A plain CSV has the columns ``at_s``, ``input_tokens``, ``output_tokens`` and, if you like, ``tier``,
+``complexity``, ``priority`` and ``session``. The format is known by the first line. Everything that is drawn
+by chance (arrivals inside a window, lengths, thinning) comes from the seed.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final, NamedTuple, TextIO
+
+from controlplane.core.domain import Complexity, Priority
+from controlplane.errors import SetupError
+
+_LENGTH_SIGMA: Final = 0.8
+"""Spread of the logarithm of prompt lengths around a window's median; answers are exponential. Both are our
+assumption: the windows hold medians only."""
+_LONGEST: Final = 8192
+
+
+class Arrival(NamedTuple):
+    """One request of a trace."""
+
+    at_s: float
+    """Since the trace's beginning."""
+    input_tokens: int
+    output_tokens: int
+    blocks: tuple[int, ...] | None = None
+    """Hashes of the prompt's blocks, from its beginning."""
+    tier: str = ""
+    complexity: Complexity | None = None
+    priority: Priority = Priority.NORMAL
+    session: int | None = None
+
+
+def read_trace(
+    path: Path, *, seed: int = 0, keep_ratio: float = 1.0, hours: float | None = None, skip_hours: float = 0.0
+) -> Iterator[Arrival]:
+    """The arrivals of a file in order of time.
+
+    ``keep_ratio`` under 1 keeps each request with that probability. ``hours`` is how much is read, after
+    ``skip_hours``. SetupError names the file and line that can't be read.
+    """
+    from_s = skip_hours * 3600
+    until_s = math.inf if hours is None else from_s + hours * 3600
+    reader = _reader(path)
+    rng = random.Random(f"trace {seed}")
+    for arrival in reader(path, rng, keep_ratio, (from_s, until_s)):
+        if arrival.at_s >= until_s:
+            return
+        if arrival.at_s >= from_s:
+            yield arrival._replace(at_s=arrival.at_s - from_s) if from_s else arrival
+
+
+Reader = Callable[[Path, random.Random, float, tuple[float, float]], Iterator[Arrival]]
+
+
+def _reader(path: Path) -> Reader:
+    try:
+        with path.open(encoding="utf-8") as file:
+            first = file.readline().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SetupError(f"the trace {path} can't be read: {error}") from error
+    if first.startswith("{"):
+        return _mooncake
+    columns = set(first.split(","))
+    if {"TIMESTAMP", "ContextTokens", "GeneratedTokens"} <= columns:
+        return _azure
+    if {"window_start_s", "rate_rps"} <= columns:
+        return _servegen
+    if {"at_s", "input_tokens", "output_tokens"} <= columns:
+        return _plain
+    raise SetupError(
+        f"{path} is no known trace: give Azure's CSV (TIMESTAMP, ContextTokens, GeneratedTokens), "
+        "Mooncake's JSONL, ServeGen's windows (window_start_s, rate_rps, …) or a CSV with at_s, "
+        "input_tokens, output_tokens"
+    )
+
+
+def _rows(path: Path, convert: Callable[[Mapping[str, str]], Any]) -> Iterator[Any]:
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        for row in reader:
+            try:
+                yield convert(row)
+            except (ValueError, TypeError, KeyError) as error:
+                raise SetupError(f"{path}, line {reader.line_num}: {error}") from error
+
+
+def _thin(arrivals: Iterator[Arrival], rng: random.Random, keep_ratio: float) -> Iterator[Arrival]:
+    for arrival in arrivals:
+        if keep_ratio >= 1.0 or rng.random() < keep_ratio:
+            yield arrival
+
+
+def _azure(path: Path, rng: random.Random, keep: float, _: tuple[float, float]) -> Iterator[Arrival]:
+    def convert(row: Mapping[str, str]) -> tuple[float, int, int]:
+        stamp = datetime.fromisoformat(row["TIMESTAMP"][:26] + "+00:00")
+        return stamp.timestamp(), int(row["ContextTokens"]), int(row["GeneratedTokens"])
+
+    def arrivals() -> Iterator[Arrival]:
+        start_s: float | None = None
+        for stamp_s, prompt, answer in _rows(path, convert):
+            start_s = stamp_s if start_s is None else start_s
+            yield Arrival(stamp_s - start_s, prompt, answer)
+
+    yield from _thin(arrivals(), rng, keep)
+
+
+def _mooncake(path: Path, rng: random.Random, keep: float, _: tuple[float, float]) -> Iterator[Arrival]:
+    def arrivals(file: TextIO) -> Iterator[Arrival]:
+        start_ms: float | None = None
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                stamp_ms = float(row["timestamp"])
+                start_ms = stamp_ms if start_ms is None else start_ms
+                blocks = tuple(int(block) for block in row.get("hash_ids", ()))
+                yield Arrival(
+                    (stamp_ms - start_ms) / 1000,
+                    int(row["input_length"]),
+                    int(row["output_length"]),
+                    blocks or None,
+                )
+            except (ValueError, TypeError, KeyError) as error:
+                raise SetupError(f"{path}, line {number}: {error}") from error
+
+    with path.open(encoding="utf-8") as file:
+        yield from _thin(arrivals(file), rng, keep)
+
+
+def _plain(path: Path, rng: random.Random, keep: float, _: tuple[float, float]) -> Iterator[Arrival]:
+    def convert(row: Mapping[str, str]) -> Arrival:
+        session = row.get("session")
+        return Arrival(
+            float(row["at_s"]),
+            int(row["input_tokens"]),
+            int(row["output_tokens"]),
+            tier=row.get("tier") or "",
+            complexity=Complexity(row["complexity"]) if row.get("complexity") else None,
+            priority=Priority(row["priority"]) if row.get("priority") else Priority.NORMAL,
+            session=int(session) if session else None,
+        )
+
+    yield from _thin(_rows(path, convert), rng, keep)
+
+
+class Window(NamedTuple):
+    """One window of ServeGen's summary."""
+
+    start_s: float
+    rate_per_s: float
+    cv: float
+    """Standard deviation over mean of the gaps between arrivals."""
+    input_median: float
+    output_median: float
+
+
+def _servegen(path: Path, rng: random.Random, keep: float, span_s: tuple[float, float]) -> Iterator[Arrival]:
+    windows = list(_rows(path, _window))
+    length_s = windows[1].start_s - windows[0].start_s if len(windows) > 1 else 600.0
+    for window in windows:
+        if window.start_s + length_s > span_s[0] and window.start_s < span_s[1]:
+            yield from _window_arrivals(window, length_s, rng, keep)
+
+
+def _window(row: Mapping[str, str]) -> Window:
+    return Window(
+        float(row["window_start_s"]),
+        float(row["rate_rps"]),
+        float(row.get("interarrival_cv") or 1.0),
+        float(row.get("input_tokens_mean") or 512.0),
+        float(row.get("output_tokens_mean") or 128.0),
+    )
+
+
+def _window_arrivals(window: Window, length_s: float, rng: random.Random, keep: float) -> Iterator[Arrival]:
+    """Gamma-distributed gaps with the window's rate and variation.
+
+    Of a renewal process that is thinned at random with probability p the gaps have the squared variation
+    1 + p*(cv² - 1) (a geometric sum of gaps), so the thinned process is drawn at once.
+    """
+    rate = window.rate_per_s * keep
+    if rate <= 0:
+        return
+    cv2 = max(1.0 + keep * (window.cv * window.cv - 1.0), 0.01)
+    shape, scale = 1.0 / cv2, cv2 / rate
+    mu_in = math.log(max(window.input_median, 1.0))
+    mean_out = max(window.output_median, 1.0) / math.log(2.0)
+    # The first gap is a part of one: the window does not begin with an arrival.
+    at_s = rng.gammavariate(shape, scale) * rng.random()
+    while at_s < length_s:
+        prompt = int(min(max(rng.lognormvariate(mu_in, _LENGTH_SIGMA), 1.0), _LONGEST))
+        answer = int(min(max(rng.expovariate(1.0 / mean_out), 1.0), _LONGEST))
+        yield Arrival(window.start_s + at_s, prompt, answer)
+        at_s += rng.gammavariate(shape, scale)

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from controlplane.core.domain import Complexity, Priority
+from controlplane.errors import SetupError
+from controlplane.simulation.traces import read_trace
+
+AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
+2023-11-16 18:15:46.6805900,374,44
+2023-11-16 18:15:50.9951690,396,109
+2023-11-16 19:15:51.2224670,879,55
+"""
+PLAIN = """at_s,input_tokens,output_tokens,tier,complexity,priority,session
+0.5,10,5,capable,,high,
+1.5,20,6,,simple,,77
+"""
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "trace"
+    path.write_text(text, "utf-8")
+    return path
+
+
+def windows(rate: float, cv: float, count: int = 3) -> str:
+    rows = [f"{600 * i},{rate},{cv},400,50" for i in range(count)]
+    return "\n".join(["window_start_s,rate_rps,interarrival_cv,input_tokens_mean,output_tokens_mean", *rows])
+
+
+def test_azure(tmp_path: Path) -> None:
+    arrivals = list(read_trace(written(tmp_path, AZURE)))
+    assert [(a.input_tokens, a.output_tokens) for a in arrivals] == [(374, 44), (396, 109), (879, 55)]
+    assert arrivals[0].at_s == 0.0
+    assert arrivals[1].at_s == pytest.approx(4.314579, abs=1e-4)
+    assert len(list(read_trace(tmp_path / "trace", hours=0.5))) == 2
+
+
+def test_mooncake(tmp_path: Path) -> None:
+    lines = [
+        {"timestamp": 500, "input_length": 6758, "output_length": 500, "hash_ids": [0, 1, 2]},
+        {"timestamp": 3500, "input_length": 9, "output_length": 3, "hash_ids": []},
+    ]
+    text = "\n".join(json.dumps(line) for line in lines)
+    first, second = read_trace(written(tmp_path, text))
+    assert first.blocks == (0, 1, 2)
+    assert (second.at_s, second.blocks) == (3.0, None)
+
+
+def test_plain(tmp_path: Path) -> None:
+    first, second = read_trace(written(tmp_path, PLAIN))
+    assert (first.tier, first.priority, first.session) == ("capable", Priority.HIGH, None)
+    assert (second.complexity, second.priority, second.session) == (Complexity.SIMPLE, Priority.NORMAL, 77)
+
+
+def test_servegen_windows_have_their_rate_and_lengths(tmp_path: Path) -> None:
+    arrivals = list(read_trace(written(tmp_path, windows(20.0, 1.5, 10)), seed=3))
+    assert len(arrivals) / 6000 == pytest.approx(20.0, rel=0.05)
+    assert statistics.median(a.input_tokens for a in arrivals) == pytest.approx(400, rel=0.05)
+    assert statistics.median(a.output_tokens for a in arrivals) == pytest.approx(50, rel=0.1)
+    assert all(a.at_s < b.at_s or a.at_s == b.at_s for a, b in pairwise(arrivals))
+
+
+def test_thinned_windows_are_less_bursty(tmp_path: Path) -> None:
+    path = written(tmp_path, windows(100.0, 4.0, 2))
+
+    def variation(keep: float) -> float:
+        times = [a.at_s for a in read_trace(path, keep_ratio=keep)]
+        gaps = [b - a for a, b in pairwise(times)]
+        return statistics.pstdev(gaps) / statistics.mean(gaps)
+
+    assert variation(1.0) == pytest.approx(4.0, rel=0.15)
+    assert variation(0.05) == pytest.approx(math.sqrt(1 + 0.05 * 15), rel=0.15)
+
+
+def test_the_seed_decides(tmp_path: Path) -> None:
+    path = written(tmp_path, windows(5.0, 2.0))
+    assert list(read_trace(path, seed=1)) == list(read_trace(path, seed=1))
+    assert list(read_trace(path, seed=1)) != list(read_trace(path, seed=2))
+
+
+def test_a_part_of_a_trace_begins_at_zero(tmp_path: Path) -> None:
+    path = written(tmp_path, windows(5.0, 1.0, 6))
+    part = list(read_trace(path, skip_hours=0.5, hours=0.25))
+    assert 0.0 <= part[0].at_s < 5.0
+    assert 890 < part[-1].at_s < 900
+
+
+def test_thinning_keeps_a_share(tmp_path: Path) -> None:
+    rows = "\n".join(f"{i},10,5" for i in range(4000))
+    path = written(tmp_path, "at_s,input_tokens,output_tokens\n" + rows)
+    assert 800 < len(list(read_trace(path, keep_ratio=0.25))) < 1200
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a,b,c\n1,2,3\n", "no known trace"),
+        ("", "no known trace"),
+        ("at_s,input_tokens,output_tokens\n1,2,x\n", "line 2"),
+        ('{"timestamp": 0}\n', "line 1"),
+        ('{"timestamp": 0, "input_length": 1, "output_length": 1}\nnonsense\n', "line 2"),
+        ("at_s,input_tokens,output_tokens,priority\n1,2,3,urgent\n", "urgent"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(SetupError, match=words):
+        list(read_trace(written(tmp_path, text)))
