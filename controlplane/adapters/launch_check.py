@@ -20,7 +20,7 @@ from controlplane.adapters.nvml import GpuReader
 from controlplane.adapters.tier_memory import cpu_plan, llamacpp_bytes, tier_settings
 from controlplane.config import TierConfig
 from controlplane.core.cpu_memory import judge_cpu
-from controlplane.core.engine_settings import EngineSettings
+from controlplane.core.engine_settings import SPARING, EngineSettings
 from controlplane.core.feasibility import Limits, Unfit, judge
 from controlplane.core.gpus import GpuModel, find_gpu, seen_gpu
 from controlplane.core.memory import gib, plan_memory
@@ -81,6 +81,9 @@ def check_launch(
         return _check_llamacpp(tier, loaded)
     if loaded.spec.guesses:
         return LaunchCheck(False, f"memory was not checked: {'; '.join(loaded.spec.guesses)}")
+    sparing = ", ".join(f"--{flag}" for flag in settings.unmodelled if flag in SPARING)
+    if sparing:
+        return LaunchCheck(False, f"memory was not checked: what {sparing} saves is not counted")
     if tier.device == "cpu":
         return _check_cpu(tier, loaded, settings)
     if tier.pipeline_across_nodes:

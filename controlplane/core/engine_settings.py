@@ -32,6 +32,7 @@ UNMODELLED = (
     "speculative-config",
     "enable-lora",
     "cpu-offload-gb",
+    "offload-group-size",
     "kv-offloading-size",
     "decode-context-parallel-size",
     "prefill-context-parallel-size",
@@ -40,6 +41,14 @@ UNMODELLED = (
     "hf-overrides",
 )
 """Arguments that change memory in ways that are not counted here."""
+
+SPARING = frozenset(UNMODELLED) - {
+    "speculative-config",
+    "enable-lora",
+    "kv-offloading-size",
+    "compilation-config",
+}
+"""Those of them with which an engine may need less than weights and one sequence."""
 
 _FACTORS = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 

@@ -176,6 +176,15 @@ def test_what_is_guessed_of_a_model_refuses_nothing(tmp_path: Path, odd: dict[st
     assert "memory was not checked" in found.text
 
 
+@pytest.mark.parametrize("saving", [{"cpu-offload-gb": 60}, {"hf-overrides": '{"num_hidden_layers": 2}'}])
+def test_what_may_make_it_smaller_refuses_nothing(saving: dict[str, Any]) -> None:
+    args = {"max-model-len": 8192}
+    with pytest.raises(EngineStartError):
+        check_launch(tier(device="gpu", engine_args=args), "Qwen/Qwen2.5-32B-Instruct", reader=gpus())
+    spared = tier(device="gpu", engine_args=args | saving)
+    assert not check_launch(spared, "Qwen/Qwen2.5-32B-Instruct", reader=gpus()).known
+
+
 def test_a_model_that_breaks_the_check_is_left_to_the_engine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
