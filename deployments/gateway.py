@@ -106,6 +106,9 @@ def gateway_application(config: PlaneConfig, *tiers: serve.Application) -> serve
         num_replicas=config.gateway.replicas,
         ray_actor_options={"num_cpus": config.gateway.cpus},
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        # A change of the configuration replaces every replica: the next one takes requests before the last
+        # one stops. They share the port while both are there.
+        max_surge_percent=100,
         graceful_shutdown_wait_loop_s=0.2,
         graceful_shutdown_timeout_s=DRAIN_S + 10.0,
         health_check_period_s=5.0,

@@ -12,6 +12,7 @@ import signal
 import time
 from dataclasses import asdict, replace
 from functools import partial
+from math import ceil
 from typing import Any
 
 import ray
@@ -225,6 +226,7 @@ def tier_application(config: PlaneConfig, tier: TierConfig) -> serve.Application
         name=tier.name,
         autoscaling_config=autoscaling(tier, config.controller.namespace),
         ray_actor_options=actor_options(tier, cluster_gpu_kinds() if tier.pipeline_across_nodes else ()),
+        max_surge_percent=ceil(100 * tier.rollout_surge / max(1, tier.replicas)),
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=tier.drain_timeout_s + ENGINE_STOP_S,
         health_check_period_s=2.0,

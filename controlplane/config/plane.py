@@ -99,6 +99,10 @@ class TierConfig(Strict):
     """CPUs that Ray reserves for a replica."""
     replicas: Annotated[int, Field(ge=0)] = 1
     """Engines of this tier, each with the model in memory."""
+    rollout_surge: Annotated[int, Field(ge=0)] = 0
+    """Engines that a changed configuration may start before it stops as many of the old ones; there must be
+    room for them (GPUs, memory), or the change waits. 0: an old one stops first, and the tier's other
+    replicas or its neighbours serve meanwhile."""
     concurrency_limit: Annotated[int, Field(ge=1)] = 10
     """Requests in flight per replica before the tier counts as full."""
     complexities: list[Annotated[Complexity, Field(strict=False)]] | None = None

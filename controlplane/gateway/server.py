@@ -37,6 +37,8 @@ STALL_TIMEOUT_S: Final = 60.0
 """A client that takes nothing of its answer for this long is dropped."""
 LINGER_S: Final = 2.0
 """How long a client whose request was refused may go on sending, so that it gets to read why."""
+FIRST_BYTE_S: Final = 0.25
+"""How long a connection on which nothing came yet is kept open by a server that drains."""
 BODY_OVERHEAD: Final = 8
 """Bytes on the wire per byte of a chunked body: one-byte chunks have six."""
 SWEEP_S: Final = 5.0
@@ -151,6 +153,12 @@ class _ClientConnection(asyncio.Protocol):
         self.last_byte_s = monotonic()
 
     # -- asyncio's side --------------------------------------------------------------------------
+
+    def idle(self, now_s: float) -> bool:
+        """Nothing is asked, and nothing is likely to be on its way: a client that has just connected is about
+        to ask."""
+        just = self._raw_bytes == 0 and now_s - self.last_byte_s < FIRST_BYTE_S
+        return not (self.busy or self.in_request or just)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]  # TCP transports are asyncio.Transport
@@ -368,12 +376,13 @@ class Server:
         self.draining = False
         self.loop = asyncio.get_running_loop()
         self._server: asyncio.Server | None = None
+        self._listener: socket.socket | None = None
         self._sweeper: asyncio.Task[None] | None = None
         self._on_empty: Callable[[], Any] | None = None
 
     async def start(self, host: str, port: int) -> int:
         """Listen; gives the port. Raises OSError if the address can't be had."""
-        listener = _listener(host, port)
+        self._listener = listener = _listener(host, port)
         self._server = await self.loop.create_server(
             lambda: _ClientConnection(self), sock=listener, backlog=BACKLOG
         )
@@ -384,21 +393,36 @@ class Server:
         """Take no new connections, let running requests end (up to ``timeout_s``), then close."""
         self.draining = True
         if self._server is not None:
+            await self._take_waiting()
             self._server.close()
-        deadline_s = monotonic() + timeout_s
-        while monotonic() < deadline_s:
+        now_s = monotonic()
+        deadline_s = now_s + timeout_s
+        while now_s < deadline_s:
             for connection in list(self.connections):
-                if not connection.busy and not connection.in_request:
+                if connection.idle(now_s):
                     connection.close()
-            if not any(connection.busy or connection.unsent for connection in self.connections):
+            if all(connection.idle(now_s) and not connection.unsent for connection in self.connections):
                 break
             await asyncio.sleep(0.05)
+            now_s = monotonic()
         for connection in list(self.connections):
             connection.abort()
         if self._sweeper is not None:
             self._sweeper.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._sweeper
+
+    async def _take_waiting(self) -> None:
+        """Accept what the kernel has connected to this listener already: closing it would reset those
+        clients, though another replica listens on the same port."""
+        listener = self._listener
+        while listener is not None:
+            try:
+                accepted, _ = listener.accept()
+            except (BlockingIOError, OSError):
+                return
+            accepted.setblocking(False)
+            await self.loop.connect_accepted_socket(lambda: _ClientConnection(self), accepted)
 
     async def _sweep(self) -> None:
         """Close connections that stopped in the middle of a request or idle for long."""

@@ -137,8 +137,9 @@ def _gateway_group(file: ServeFile, overlay: Overlay) -> Manifest:
     gateway = file.plane.gateway
     return {
         "groupName": "gateway",
-        **_size(gateway.replicas, overlay),
-        "rayStartParams": start_params(ceil(gateway.cpus), {GATEWAY_RESOURCE: 1}),
+        **_size(gateway.replicas, gateway.replicas, overlay),
+        # Room for the next gateway beside the last one, while a configuration changes.
+        "rayStartParams": start_params(ceil(2 * gateway.cpus), {GATEWAY_RESOURCE: 2}),
         "template": gateway_pod(file.plane, overlay),
     }
 
@@ -146,15 +147,22 @@ def _gateway_group(file: ServeFile, overlay: Overlay) -> Manifest:
 def _tier_group(file: ServeFile, index: int, need: PodNeed, overlay: Overlay) -> Manifest:
     tier = file.plane.tiers[index]
     pods = ceil(tier.replicas / need.replicas)
+    most = ceil((tier.replicas + tier.rollout_surge) / need.replicas)
     cpus = ceil(tier.cpus * need.replicas)
     return {
         "groupName": f"tier-{group_name(tier.name)}",
-        **_size(pods, overlay),
+        **_size(pods, most, overlay),
         "rayStartParams": start_params(cpus, {tier_resource(tier.name): need.replicas}),
         "template": tier_pod(file.plane, tier, need, overlay),
     }
 
 
-def _size(pods: int, overlay: Overlay) -> dict[str, int]:
-    most = ceil(pods * overlay.surge_ratio) if overlay.autoscale else pods
-    return {"replicas": pods, "minReplicas": pods, "maxReplicas": max(1, most)}
+def _size(pods: int, most: int, overlay: Overlay) -> dict[str, int]:
+    """``most``: with what a change of the configuration adds for a while."""
+    if not overlay.autoscale:
+        return {"replicas": most, "minReplicas": most, "maxReplicas": max(1, most)}
+    return {
+        "replicas": pods,
+        "minReplicas": pods,
+        "maxReplicas": max(1, most, ceil(pods * overlay.surge_ratio)),
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -50,6 +51,29 @@ async def talk(port: int, *pieces: bytes) -> bytes:
     data = await asyncio.wait_for(reader.read(), 5)
     writer.close()
     return data
+
+
+async def test_a_drain_answers_a_client_that_has_connected_and_not_yet_asked() -> None:
+    async with serving() as (server, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        draining = asyncio.ensure_future(server.drain(5))
+        await asyncio.sleep(0.1)
+        writer.write(b"GET /first HTTP/1.1\r\nhost: h\r\n\r\n")
+        answer = await asyncio.wait_for(reader.read(), 5)
+        assert answer.endswith(b"/first ")
+        assert b"connection: close" in answer
+        writer.close()
+        await draining
+
+
+async def test_a_drain_answers_a_client_that_the_kernel_has_connected_only() -> None:
+    async with serving() as (server, port):
+        client = socket.create_connection(("127.0.0.1", port))  # the event loop has not seen it
+        client.sendall(b"GET /waiting HTTP/1.1\r\nhost: h\r\n\r\n")
+        await server.drain(5)
+        client.settimeout(5)
+        assert client.recv(4096).endswith(b"/waiting ")
+        client.close()
 
 
 async def test_a_drain_lets_an_answer_go_out_whole() -> None:

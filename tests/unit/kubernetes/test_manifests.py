@@ -165,9 +165,11 @@ def test_every_deployment_has_a_group_that_can_hold_it(overlay: str) -> None:
     for group in groups(overlay)[1:]:
         resources = yaml.safe_load(yaml.safe_load(group["rayStartParams"]["resources"]))
         for name, amount in resources.items():
-            room[name] = amount * group["minReplicas"]
+            room[name] = amount * group["maxReplicas"]
             assert group["minReplicas"] == group["replicas"] <= group["maxReplicas"]
-    replicas = {"gateway": file.plane.gateway.replicas, **{t.name: t.replicas for t in file.plane.tiers}}
+    # A change of the configuration starts as many gateways again, and what rollout_surge says of a tier.
+    replicas = {t.name: t.replicas + t.rollout_surge for t in file.plane.tiers}
+    replicas["gateway"] = 2 * file.plane.gateway.replicas
     for deployment in values["applications"][0]["deployments"]:
         (resource,) = deployment["ray_actor_options"]["resources"]
         assert room[resource] >= replicas[deployment["name"]]
