@@ -7,11 +7,13 @@ gateway run in worker groups of their own (a custom Ray resource each), and noth
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from math import ceil
 from typing import Any, Final
 
 import yaml
 
+from controlplane.adapters.serve_options import actor_options
 from controlplane.config import IMPORT_PATH, ServeFile
 from controlplane.errors import ConfigError, Problem
 from controlplane.kubernetes.overlays import Overlay
@@ -104,8 +106,8 @@ def serve_config(file: ServeFile) -> dict[str, Any]:
     if ours["args"].get("engine_host") == "loopback":
         ours["args"]["engine_host"] = "node"
     # Serve replaces a deployment's actor options as a whole, so all of them are said.
-    placed = [_placed("gateway", file.plane.gateway.cpus, 0.0, GATEWAY_RESOURCE)]
-    placed += [_placed(t.name, t.cpus, t.gpus, tier_resource(t.name)) for t in file.plane.tiers]
+    placed = [_placed("gateway", {"num_cpus": file.plane.gateway.cpus}, GATEWAY_RESOURCE)]
+    placed += [_placed(tier.name, actor_options(tier), tier_resource(tier.name)) for tier in file.plane.tiers]
     ours["deployments"] = placed
     return values
 
@@ -115,9 +117,8 @@ def tier_resource(name: str) -> str:
     return f"tierplane-tier-{group_name(name)}"
 
 
-def _placed(name: str, cpus: float, gpus: float, resource: str) -> dict[str, Any]:
-    options = {"num_cpus": cpus, "num_gpus": gpus, "resources": {resource: 1}}
-    return {"name": name, "ray_actor_options": options}
+def _placed(name: str, options: Mapping[str, Any], resource: str) -> dict[str, Any]:
+    return {"name": name, "ray_actor_options": {**options, "resources": {resource: 1}}}
 
 
 def _needs(file: ServeFile, overlay: Overlay) -> list[PodNeed]:

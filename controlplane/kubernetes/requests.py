@@ -52,7 +52,8 @@ class PodNeed:
 def pod_need(tier: TierConfig, overlay: Overlay) -> PodNeed:
     """The pod of one tier. ConfigError if the tier can't run on the overlay's nodes."""
     if tier.engine != "vllm":
-        return PodNeed(1, 0, max(1, ceil(tier.cpus)), RAY_BYTES + LIGHT_BYTES, 0, "no model in vLLM")
+        gpus, cpus = ceil(tier.gpus), max(1, ceil(tier.cpus))
+        return PodNeed(1, gpus, cpus, RAY_BYTES + LIGHT_BYTES, 0, "no model in vLLM")
     settings = _settings(tier)
     model = _model(tier)
     if tier.device == "cpu":
@@ -75,6 +76,12 @@ def _gpu(tier: TierConfig, model: ModelSpec, settings: EngineSettings, overlay: 
         raise _problem(
             tier, "device", f"overlay {overlay.name} has no GPUs", "device: cpu, or another overlay"
         )
+    if tier.gpu_models and overlay.gpu not in tier.gpu_models:
+        message = f"overlay {overlay.name} has {overlay.gpu}, the tier takes {', '.join(tier.gpu_models)}"
+        raise _problem(tier, "gpu_models", message, "name it too, or another overlay")
+    if tier.pipeline_across_nodes:
+        message = "the network policies let no engine talk to pods of its own on other nodes"
+        raise _problem(tier, "pipeline_across_nodes", message, "leave it out: an engine stays on one node")
     gpus = ceil(tier.engine_gpus)
     if gpus > overlay.gpus_per_node:
         raise _problem(

@@ -18,10 +18,11 @@ import yaml
 
 from controlplane.adapters.catalog import gpu_named
 from controlplane.cli.k8s import HEADER, to_yaml
-from controlplane.config import load_plane
+from controlplane.config import load_plane, parse_plane
 from controlplane.errors import ConfigError
 from controlplane.kubernetes import pods, rayservice
 from controlplane.kubernetes.overlays import IMAGE, OVERLAYS
+from controlplane.kubernetes.requests import pod_need
 from tests.unit.kubernetes.schemas import CUSTOM
 
 with warnings.catch_warnings():
@@ -137,6 +138,21 @@ def test_what_can_not_run_on_the_nodes_is_refused_all_at_once() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("more", "key"),
+    [
+        ({"gpu_models": ["H100-80G"]}, "gpu_models"),
+        ({"pipeline_across_nodes": True}, "pipeline_across_nodes"),
+    ],
+)
+def test_a_tier_for_other_nodes_is_refused(more: dict[str, Any], key: str) -> None:
+    model = {"model": "Qwen/Qwen2.5-1.5B-Instruct", "pipeline_parallel_size": 2}
+    tier = parse_plane({"tiers": [{"name": "a", **model, **more}]}).tiers[0]
+    with pytest.raises(ConfigError) as caught:
+        pod_need(tier, OVERLAYS["production"])
+    assert [problem.path for problem in caught.value.problems] == [f"tiers.a.{key}"]
+
+
 @every_overlay
 def test_serve_takes_the_configuration_and_it_is_the_files(overlay: str) -> None:
     file = load_plane(ROOT / CONFIGS[overlay])
@@ -144,7 +160,7 @@ def test_serve_takes_the_configuration_and_it_is_the_files(overlay: str) -> None
     parsed = ServeDeploySchema.model_validate(values)
     application = values["applications"][0]
     placed = {each.name: each.ray_actor_options for each in parsed.applications[0].deployments}
-    assert placed["gateway"].num_gpus == 0
+    assert not placed["gateway"].num_gpus
     assert {t.name: t.gpus for t in file.plane.tiers} == {
         name: options.num_gpus for name, options in placed.items() if name != "gateway"
     }
