@@ -132,17 +132,21 @@ test-tools:
 	else \
 		echo "The tests need these Debian packages, or what your system calls them: $${missing[*]}" >&2; exit 1; fi
 
-# Prometheus and Alertmanager come unpacked, not installed: that needs no root and starts no service.
+# Prometheus and Alertmanager come unpacked, not installed, which would start services. Only the templates that
+# Debian's Alertmanager opens by their whole path go where it looks for them.
+TEMPLATES := /usr/share/prometheus/alertmanager
 $(VENV)/.debian: | $(VENV)/.python
 	@if command -v promtool >/dev/null && command -v prometheus-alertmanager >/dev/null; then touch $@; exit 0; fi; \
+	root=(); if [ "$$(id -u)" -ne 0 ]; then root=(sudo -n); fi; \
 	if ! command -v apt-get >/dev/null; then \
 		echo "The tests need promtool, prometheus and prometheus-alertmanager in the PATH" >&2; exit 1; fi; \
 	printf '\033[1m== Debian packages, unpacked: $(DEBIAN_TOOLS)\033[0m\n'; \
 	rm -rf $(VENV)/debian; mkdir -p $(VENV)/debian; cd $(VENV)/debian; \
 	if ! apt-get download -qq $(DEBIAN_TOOLS) 2>/dev/null; then \
-		root=(); if [ "$$(id -u)" -ne 0 ]; then root=(sudo -n); fi; \
 		"$${root[@]}" apt-get update -qq; apt-get download -qq $(DEBIAN_TOOLS); fi; \
-	for package in *.deb; do dpkg-deb --extract "$$package" .; rm "$$package"; done
+	for package in *.deb; do dpkg-deb --extract "$$package" .; rm "$$package"; done; \
+	if [ ! -e $(TEMPLATES)/default.tmpl ]; then \
+		"$${root[@]}" mkdir -p $(TEMPLATES); "$${root[@]}" cp .$(TEMPLATES)/*.tmpl $(TEMPLATES); fi
 	@touch $@
 
 lock: env-dev ## Write .locks from what is installed in .venv

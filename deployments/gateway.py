@@ -52,6 +52,11 @@ class GatewayReplica:
             gateway_id=self._id,
         )
         self._gateway = Gateway(config, self._id)
+        if config.gateway.traces_endpoint:
+            from controlplane.gateway.tracing import otlp_tracing  # a third of a second, if it is wanted
+
+            endpoint, ratio = config.gateway.traces_endpoint, config.gateway.traces_ratio
+            self._gateway.trace(otlp_tracing(endpoint, self._id, ratio))
         address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         await self._gateway.start(config.gateway.host, config.gateway.port or None, address)
         self._link = ControllerLink(config.controller)

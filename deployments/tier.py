@@ -12,7 +12,6 @@ import signal
 import time
 from dataclasses import asdict, replace
 from functools import partial
-from math import ceil
 from typing import Any
 
 import ray
@@ -226,7 +225,7 @@ def tier_application(config: PlaneConfig, tier: TierConfig) -> serve.Application
         name=tier.name,
         autoscaling_config=autoscaling(tier, config.controller.namespace),
         ray_actor_options=actor_options(tier, cluster_gpu_kinds() if tier.pipeline_across_nodes else ()),
-        max_surge_percent=ceil(100 * tier.rollout_surge / max(1, tier.replicas)),
+        max_surge_percent=_surge_percent(tier),
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=tier.drain_timeout_s + ENGINE_STOP_S,
         health_check_period_s=2.0,
@@ -235,6 +234,13 @@ def tier_application(config: PlaneConfig, tier: TierConfig) -> serve.Application
     )(TierReplica)
     application: serve.Application = deployment.bind(config, tier)
     return application
+
+
+def _surge_percent(tier: TierConfig) -> int:
+    """``rollout_surge`` as Serve wants it: it takes this share of the replicas, rounded up."""
+    if not tier.rollout_surge:
+        return 0
+    return min(100, max(1, 100 * tier.rollout_surge // max(1, tier.replicas)))
 
 
 def _endpoint(base: Endpoint, status: EngineStatus) -> Endpoint:

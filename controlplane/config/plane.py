@@ -100,9 +100,9 @@ class TierConfig(Strict):
     replicas: Annotated[int, Field(ge=0)] = 1
     """Engines of this tier, each with the model in memory."""
     rollout_surge: Annotated[int, Field(ge=0)] = 0
-    """Engines that a changed configuration may start before it stops as many of the old ones; there must be
-    room for them (GPUs, memory), or the change waits. 0: an old one stops first, and the tier's other
-    replicas or its neighbours serve meanwhile."""
+    """Engines, at most ``replicas``, that a changed configuration may start before it stops as many of the
+    old ones; there must be room for them (GPUs, memory), or the change waits. 0: an old one stops first, and
+    the tier's other replicas or its neighbours serve meanwhile."""
     concurrency_limit: Annotated[int, Field(ge=1)] = 10
     """Requests in flight per replica before the tier counts as full."""
     complexities: list[Annotated[Complexity, Field(strict=False)]] | None = None
@@ -363,6 +363,11 @@ class GatewayConfig(Strict):
     would have been, ``best_effort`` also where the model was sampling without a seed."""
     hedge_after_s: Positive | None = None
     """Ask a second endpoint when a stream has no first token after this long; off by default."""
+    traces_endpoint: Annotated[str, Field(pattern=r"^https?://\S+$")] | None = None
+    """Where OpenTelemetry traces go, an OTLP/HTTP address such as ``http://127.0.0.1:4318/v1/traces``; off by
+    default. An engine continues them with ``engine_args: {otlp-traces-endpoint: …}``."""
+    traces_ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Share of requests that are traced; one whose client began a trace follows the client."""
     queue: QueueConfig = QueueConfig()
     """Waiting for a place."""
     retry: RetryConfig = RetryConfig()

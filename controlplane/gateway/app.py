@@ -14,7 +14,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable
 from time import monotonic
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import structlog
 
@@ -38,6 +38,9 @@ from controlplane.gateway.resume import error_event
 from controlplane.gateway.server import Server
 from controlplane.gateway.sites import Sites
 from controlplane.gateway.watch import SWEEP_S, Limits, Watcher
+
+if TYPE_CHECKING:
+    from controlplane.gateway.tracing import Tracing
 
 _REQUEST_ID: Final = re.compile(rf"^[A-Za-z0-9._:-]{{1,{MAX_REQUEST_ID}}}$")
 CLIENT_CLOSED_REQUEST: Final = 499
@@ -82,6 +85,7 @@ class Gateway:
             queue_timeout_s=settings.queue.timeout_s,
         )
         self._relay = Relay(settings, self._placing, self._sites, self.metrics, self.ledger, self._watcher)
+        self._tracing: Tracing | None = None
         self._request_ids = f"{secrets.token_hex(6)}-"
         self._request_count = 0
         self._servers: list[Server] = []
@@ -125,6 +129,11 @@ class Gateway:
         self._servers.append(private)
         reached = node_address if host in EVERY_ADDRESS and node_address else host
         self._private_url = f"http://{f'[{reached}]' if ':' in reached else reached}:{private_port}"
+
+    def trace(self, tracing: Tracing) -> None:
+        """Record the requests' traces from now on; closed with the gateway."""
+        self._tracing = tracing
+        self.metrics.on_finished = tracing.end
 
     def apply(self, snapshot: ClusterSnapshot) -> None:
         """Go by a new snapshot from now on."""
@@ -171,6 +180,8 @@ class Gateway:
                 await self._ticker
             self._ticker = None
         self._sites.close()
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
 
     async def _tick(self) -> None:
         while True:
@@ -211,6 +222,8 @@ class Gateway:
             send_error(out, error, [(b"x-request-id", request_id.encode())])
             self.metrics.requests.labels("", "client_error", error.code).inc()
             return
+        if self._tracing is not None:
+            self._tracing.begin(call, request)
         try:
             await self._relay.serve(call, out)
         except RequestError as error:

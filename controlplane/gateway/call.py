@@ -49,6 +49,7 @@ class Call:
         "envelope",
         "first_byte_s",
         "gpu_s",
+        "identity",
         "losses",
         "path",
         "request",
@@ -56,6 +57,7 @@ class Call:
         "resumed",
         "route",
         "session",
+        "span",
         "stream",
         "tried",
     )
@@ -64,6 +66,10 @@ class Call:
         """Raises :class:`BadRequest` that names the header or member that is wrong."""
         envelope = parse(request.body)
         self.request_id = request_id
+        self.identity = request_id
+        """What an engine is told in ``x-request-id``, with a trace's headers after it if there is one."""
+        self.span: object = None
+        """Set by :mod:`controlplane.gateway.tracing`."""
         self.path = request.path
         self.api = APIS[request.path]
         self.body = request.body

@@ -72,13 +72,13 @@ class Exchange:
             raise RuntimeError("nothing was sent yet")
         return self._connection
 
-    async def post(self, path: str, request_id: str, body: bytes) -> int:
+    async def post(self, path: str, identity: str, body: bytes) -> int:
         """Send a request and wait for the head of its answer; gives the status.
 
         A kept-alive connection that turns out to be closed is replaced once, unnoticed.
         """
         origin = self.site.origin
-        request = origin.request("POST", path, request_id, body)
+        request = origin.request("POST", path, identity, body)
         deadline_s = self._call.deadline_s
         connection = await origin.acquire(deadline_s=deadline_s)
         try:

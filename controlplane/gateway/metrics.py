@@ -7,7 +7,7 @@ any of them: :func:`merge_expositions` makes one exposition of all of theirs, to
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -151,11 +151,15 @@ class Metrics:
         self.hedges = Counter(
             "tierplane_hedges", "Second first attempts, by whether they won.", ["outcome"], registry=registry
         )
+        self.on_finished: Callable[[Call, str, str, float], None] | None = None
+        """Told of each call's end too: call, outcome, reason, monotonic seconds."""
         self._per_tier: dict[str, _TierSeries] = {}
         self._outcomes: dict[tuple[str, str, str], Counter] = {}
 
     def finished(self, call: Call, outcome: str, reason: str, now_s: float) -> None:
         """A call ended."""
+        if self.on_finished is not None:
+            self.on_finished(call, outcome, reason, now_s)
         tier = call.tier
         key = (tier, outcome, reason)
         counter = self._outcomes.get(key)

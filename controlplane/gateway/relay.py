@@ -204,7 +204,7 @@ class Relay:
             and call.envelope.n in (None, 1)
         )
         body = call.body_for(exchange.load, token_ids=exchange.ids_added)
-        await self._send(exchange, call.path, call.request_id, body)
+        await self._send(exchange, call.path, call.identity, body)
         if exchange.streaming:
             await exchange.first_event()
             if has_error(call.api, exchange.data):
@@ -213,8 +213,8 @@ class Relay:
             exchange.data = await exchange.read_all(MAX_ANSWER_BYTES)
         exchange.answered()
 
-    async def _send(self, exchange: Exchange, path: str, request_id: str, body: bytes) -> None:
-        status = await exchange.post(path, request_id, body)
+    async def _send(self, exchange: Exchange, path: str, identity: str, body: bytes) -> None:
+        status = await exchange.post(path, identity, body)
         if status >= 500 or status == 429 or status in _OUR_FAULT:
             said = await exchange.read_all(MAX_ERROR_BYTES)
             kind = _STATUS_FAILURES.get(status, Failure.SERVER_ERROR)
@@ -389,7 +389,7 @@ class Relay:
             body.pop("models", None)
             if how.method == "replay" and exchange.load.endpoint.capabilities.resume_by_token_ids:
                 body["return_token_ids"] = True
-            await self._send(exchange, how.path, call.request_id, _encode(body))
+            await self._send(exchange, how.path, call.identity, _encode(body))
             if 400 <= exchange.status < 500:
                 raise NotResumable(f"the other engine answered {exchange.status}")
             if not exchange.streaming:

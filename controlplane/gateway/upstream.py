@@ -294,10 +294,10 @@ class Origin:
         self._idle: list[Connection] = []
         self._closed = False
 
-    def request(self, method: str, path: str, request_id: str, body: bytes) -> bytes:
-        """The bytes of a request."""
+    def request(self, method: str, path: str, identity: str, body: bytes) -> bytes:
+        """The bytes of a request; ``identity`` is a :class:`Call`'s, or any request id."""
         start = f"{method} {self._prefix}{path}".encode("latin-1")
-        lengths = f"x-request-id: {request_id}\r\ncontent-length: {len(body)}\r\n\r\n".encode("latin-1")
+        lengths = f"x-request-id: {identity}\r\ncontent-length: {len(body)}\r\n\r\n".encode("latin-1")
         return b"".join((start, self._tail, lengths, body))
 
     async def acquire(self, *, fresh: bool = False, deadline_s: float = inf) -> Connection:

@@ -1,0 +1,91 @@
+"""OpenTelemetry traces of requests, from the client's span to the engine's. Off unless configured.
+
+The gateway makes one span for each request, inside the client's trace if the request names one (W3C
+``traceparent``), and passes its own on, so that an engine that traces (vLLM with ``otlp-traces-endpoint``)
+continues it. Spans are sent by a thread of the SDK's, never on a request's path.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Final
+
+from opentelemetry import trace
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import Span, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from controlplane.gateway.call import Call
+from controlplane.gateway.http import Request
+
+_PROPAGATOR: Final = TraceContextTextMapPropagator()
+_FAILED: Final = frozenset({"failed", "shed"})
+
+
+class Tracing:
+    """Makes, passes on and ends the spans of one gateway replica."""
+
+    def __init__(self, exporter: SpanExporter, gateway_id: str, ratio: float = 1.0) -> None:
+        """``ratio`` of the traces that begin here are recorded; of a client's own, those it records."""
+        resource = Resource.create({"service.name": "tierplane-gateway", "service.instance.id": gateway_id})
+        # shutdown_on_exit would wait for an unreachable collector when the process ends.
+        self._provider = TracerProvider(
+            sampler=ParentBased(TraceIdRatioBased(ratio)), resource=resource, shutdown_on_exit=False
+        )
+        self._provider.add_span_processor(BatchSpanProcessor(exporter))
+        self._tracer = self._provider.get_tracer("tierplane")
+
+    def begin(self, call: Call, request: Request) -> None:
+        """Start the call's span; engines are told of it with every attempt."""
+        given = {}
+        for name in ("traceparent", "tracestate"):
+            value = request.header(name.encode())
+            if value:
+                given[name] = value
+        parent = _PROPAGATOR.extract(given)
+        span = self._tracer.start_span(request.path, parent, kind=trace.SpanKind.SERVER)
+        passed_on: dict[str, str] = {}
+        _PROPAGATOR.inject(passed_on, trace.set_span_in_context(span))
+        call.span = span
+        # What a client sent may hold anything but a line's end, which the server's parser let nobody send.
+        call.identity = "\r\n".join(
+            [call.request_id, *(f"{name}: {value}" for name, value in passed_on.items())]
+        )
+
+    def end(self, call: Call, outcome: str, reason: str, now_s: float) -> None:
+        """The call ended: what became of it, and when its first byte came."""
+        span = call.span
+        if not isinstance(span, Span) or not span.is_recording():
+            return
+        attributes: dict[str, str | int | bool] = {
+            "tierplane.request_id": call.request_id,
+            "tierplane.tier": call.tier,
+            "tierplane.outcome": outcome,
+            "tierplane.reason": reason,
+            "tierplane.attempts": call.attempts,
+            "tierplane.resumed": call.resumed,
+            "tierplane.stream": call.stream,
+            "gen_ai.request.model": call.request.model,
+        }
+        span.set_attributes(attributes)
+        if call.first_byte_s:
+            behind_ns = round((now_s - call.first_byte_s) * 1e9)
+            span.add_event("first byte", timestamp=time.time_ns() - behind_ns)
+        if outcome in _FAILED:
+            span.set_status(trace.StatusCode.ERROR, reason)
+        span.end()
+
+    def close(self) -> None:
+        """Send what is left, for a short while, and stop the thread."""
+        self._provider.force_flush(2000)
+        self._provider.shutdown()
+
+
+def otlp_tracing(endpoint: str, gateway_id: str, ratio: float) -> Tracing:
+    """Traces to a collector's OTLP/HTTP address, such as ``http://collector:4318/v1/traces``."""
+    # Imported only where it is wanted: it takes a third of a second.
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+
+    return Tracing(OTLPSpanExporter(endpoint=endpoint, timeout=5), gateway_id, ratio)
