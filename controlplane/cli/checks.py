@@ -21,6 +21,8 @@ import psutil
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from controlplane.adapters.cpu_info import node_memory
+from controlplane.adapters.model_config import load_model
 from controlplane.adapters.nvml import GpuReader
 from controlplane.adapters.ray_session import (
     DASHBOARD_PORT,
@@ -29,6 +31,7 @@ from controlplane.adapters.ray_session import (
     port_is_free,
     processes,
 )
+from controlplane.adapters.tier_memory import cpu_plan, tier_settings
 from controlplane.config import BUNDLED_PREFIX, PlaneConfig, ServeFile, TierConfig
 from controlplane.core.samples import GpuCondition, Missing
 from controlplane.errors import SetupError
@@ -41,10 +44,6 @@ HAPROXY_SETTINGS = ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIMIZED
 
 RAY_BYTES = int(1.6 * GIB)
 """Ray's own processes, the controller, a gateway and the supervisors of three tiers."""
-VLLM_CPU_BYTES = int(2.8 * GIB)
-"""A vLLM CPU engine with the bundled model, without its KV cache (3.8 GB were seen with 1 GiB of cache)."""
-VLLM_CPU_KV_GIB = 4
-"""What vLLM takes for the KV cache on CPU unless VLLM_CPU_KVCACHE_SPACE says otherwise."""
 LLAMACPP_BYTES = int(0.4 * GIB)
 """A llama.cpp engine with the bundled model."""
 SIMULATED_BYTES = int(0.1 * GIB)
@@ -332,13 +331,15 @@ def _engine_bytes(tier: TierConfig) -> int | None:
         return SIMULATED_BYTES
     if tier.engine == "endpoint":
         return 0
-    if not tier.model.startswith(BUNDLED_PREFIX):
-        return None
     if tier.engine == "llamacpp":
-        return LLAMACPP_BYTES
-    kv = tier.env.get("VLLM_CPU_KVCACHE_SPACE", str(VLLM_CPU_KV_GIB))
-    kv_bytes = int(kv) * GIB if kv.isdigit() and tier.device == "cpu" else 0
-    return VLLM_CPU_BYTES * tier.world_size + kv_bytes
+        return LLAMACPP_BYTES if tier.model.startswith(BUNDLED_PREFIX) else None
+    if tier.device == "gpu":
+        return None
+    try:
+        loaded, settings = load_model(tier.model), tier_settings(tier)
+        return cpu_plan(tier, loaded, settings, node_bytes=node_memory().total_bytes).least_bytes
+    except (SetupError, ValueError, OSError):
+        return None
 
 
 def check_memory(needed: tuple[int, list[str]], available_bytes: int) -> Check:
