@@ -59,7 +59,7 @@ class Targets:
             try:
                 self._last = self._fetch()
                 away = False
-            except (RayError, OSError, RuntimeError, ValueError, AttributeError) as error:
+            except Exception as error:  # Serve's controller goes on, whatever it is.
                 if not away:
                     log.info("no targets from the controller", reason=str(error).strip()[:300])
                 away = True

@@ -325,7 +325,7 @@ class RetryConfig(Strict):
     """How much is tried again when an engine fails a request."""
 
     max_attempts: Annotated[int, Field(ge=1)] = 3
-    """Attempts of one request in all, resumes included."""
+    """Attempts of one request that reach an engine, resumes included."""
     budget_ratio: Annotated[float, Field(ge=0, le=1)] = 0.2
     """Retries per request that comes in, on average: a failing fleet is not finished off by retries."""
     budget_min_per_s: NonNegative = 10.0

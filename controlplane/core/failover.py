@@ -71,8 +71,11 @@ class RetrySettings:
     """How much is tried again."""
 
     max_attempts: int = 3
-    """Attempts of one request in all, resumes included. Also what stops a request that kills whatever
-    engine it meets."""
+    """Attempts of one request that reached an engine, resumes included. Also what stops a request that kills
+    whatever engine it meets."""
+    max_refused: int = 10
+    """Attempts beside them that reached nobody: a node that is lost takes many endpoints at once, and a
+    request may meet several of them before the gateway knows."""
     budget_ratio: float = 0.2
     """Retries per request that comes in, on average."""
     budget_min_per_s: float = 10.0
@@ -148,6 +151,8 @@ class Attempt(NamedTuple):
     sent: bool
     """Bytes of the answer have reached the client."""
     deadline_s: float
+    refused: int = 0
+    """Earlier ones among them that reached nobody."""
     losses: int = 0
     """Earlier attempts of this request that were lost with their engine."""
     not_resumable: str = ""
@@ -169,7 +174,12 @@ def next_step(
         return GiveUp(status, rule.code, f"{failure}: it would fail anywhere")
     if attempt.sent and attempt.not_resumable:
         return GiveUp(502, "endpoint_lost", f"{failure} after tokens were sent; {attempt.not_resumable}")
-    if attempt.number >= settings.max_attempts:
+    refused = attempt.refused + (failure is Failure.REFUSED)
+    if refused > settings.max_refused:
+        return _given_up(attempt, rule, status, f"{refused} connections were refused")
+    # Who wants one attempt wants nothing tried again.
+    reached = attempt.number - refused if settings.max_attempts > 1 else attempt.number
+    if reached >= settings.max_attempts:
         return _given_up(attempt, rule, status, f"{failure} at the last of {settings.max_attempts} attempts")
     if now_s + settings.min_left_s >= attempt.deadline_s:
         if attempt.sent:

@@ -52,6 +52,7 @@ class Call:
         "identity",
         "losses",
         "path",
+        "refused",
         "request",
         "request_id",
         "resumed",
@@ -96,6 +97,7 @@ class Call:
         """The latest placement."""
         self.tried: frozenset[str] = frozenset()
         self.attempts = 0
+        self.refused = 0
         self.losses = 0
         self.resumed = 0
         self.first_byte_s = 0.0

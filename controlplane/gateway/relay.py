@@ -245,11 +245,13 @@ class Relay:
             number=call.attempts,
             sent=sent,
             deadline_s=call.deadline_s,
+            refused=call.refused,
             losses=call.losses,
             not_resumable=not_resumable,
             engine_status=failure.status,
         )
         step = next_step(kind, attempt, self._retry, self._budget, now_s)
+        call.refused += kind is Failure.REFUSED
         if RULES[kind].lost:
             call.losses += 1
         if isinstance(step, GiveUp):

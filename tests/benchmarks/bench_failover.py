@@ -1,8 +1,9 @@
 """What it takes to leave a GPU or a node behind: requests that fail, and how long each step takes.
 
 A plane on Ray nodes with eight scripted GPUs each (tests/benchmarks/gpu_cluster.py), all of the first in use:
-four simulated engines of tier ``fast`` with one GPU, two of tier ``pair`` with two. Streams and posts come at
-a steady rate to ``fast``; clients know the only right answer of each request and do not try again.
+five simulated engines of tier ``fast`` with one GPU, one of tier ``pair`` with two, two of tier ``small``
+with half a GPU. Streams and posts come at a steady rate to ``fast``; clients know the only right answer of
+each request and do not try again.
 
 * cordoned_s: until the controller has taken the GPU out of use.
 * moved_s: until the replica that was there has ended and another one serves elsewhere.
@@ -33,8 +34,10 @@ from tests.benchmarks.gpu_cluster import GpuCluster, GpuNode, gpu_cluster, until
 from tests.benchmarks.load import Kind, Load, Question, generate, p99_ms, question, session
 from tests.benchmarks.plane import TIERPLANE
 
-TIER, PAIR = "fast", "pair"
-REPLICAS = {TIER: 4, PAIR: 2}
+TIER, PAIR, SMALL = "fast", "pair", "small"
+REPLICAS = {TIER: 5, PAIR: 1, SMALL: 2}
+GPUS = {TIER: 1.0, PAIR: 2.0, SMALL: 0.5}
+"""Of one replica."""
 TOKENS, NATURAL_TOKENS = 90, 110
 ENGINE = {"ttft-ms": 20, "itl-ms": 5, "tokens": NATURAL_TOKENS}
 RECOVERY_LIMIT_S = 60.0
@@ -89,8 +92,8 @@ def plane_args() -> dict[str, Any]:
     common = {"engine": "simulated", "concurrency_limit": 24, "drain_timeout_s": 5.0}
     return {
         "tiers": [
-            {**common, "name": TIER, "replicas": REPLICAS[TIER], "engine_args": {**ENGINE, "gpus": 1}},
-            {**common, "name": PAIR, "replicas": REPLICAS[PAIR], "engine_args": {**ENGINE, "gpus": 2}},
+            {**common, "name": name, "replicas": count, "engine_args": {**ENGINE, "gpus": GPUS[name]}}
+            for name, count in REPLICAS.items()
         ],
         "gateway": {"default_tier": TIER},
         "controller": {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from controlplane.core.failover import (
@@ -55,7 +57,7 @@ def test_a_wrong_request_keeps_the_engines_status() -> None:
 @pytest.mark.parametrize(
     ("failure", "status", "code"),
     [
-        (Failure.REFUSED, 503, "no_endpoint"),
+        (Failure.CONNECT_TIMEOUT, 503, "no_endpoint"),
         (Failure.RESET, 502, "endpoint_lost"),
         (Failure.BUSY, 429, "queue_full"),
         (Failure.FIRST_TOKEN_TIMEOUT, 504, "first_token_timeout"),
@@ -64,6 +66,19 @@ def test_a_wrong_request_keeps_the_engines_status() -> None:
 def test_the_last_attempt_gives_the_failures_own_status(failure: Failure, status: int, code: str) -> None:
     step = next_step(failure, FRESH._replace(number=3), SETTINGS, budget(), NOW_S)
     assert step == GiveUp(status, code, f"{failure} at the last of 3 attempts")
+
+
+def test_attempts_that_reached_nobody_are_counted_apart() -> None:
+    settings = replace(SETTINGS, max_refused=4, budget_burst=100.0)
+    plenty = RetryBudget(settings, NOW_S)
+    for refused in range(4):
+        attempt = FRESH._replace(number=refused + 1, refused=refused)
+        assert isinstance(next_step(Failure.REFUSED, attempt, settings, plenty, NOW_S), RetryElsewhere)
+    last = next_step(Failure.REFUSED, FRESH._replace(number=5, refused=4), settings, plenty, NOW_S)
+    assert last == GiveUp(503, "no_endpoint", "5 connections were refused")
+    reached = FRESH._replace(number=4, refused=2)
+    assert isinstance(next_step(Failure.RESET, reached, settings, plenty, NOW_S), RetryElsewhere)
+    assert isinstance(next_step(Failure.RESET, reached._replace(number=5), settings, plenty, NOW_S), GiveUp)
 
 
 def test_attempts_are_bounded_for_streams_too() -> None:
