@@ -7,6 +7,8 @@ arrives. A node that does not answer holds nobody up: its readings grow old, whi
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -20,6 +22,8 @@ from controlplane.core.samples import GpuEvent, NodeSample
 log = structlog.stdlib.get_logger(__name__)
 
 ANSWER_TIMEOUT_S = 10.0
+LIST_INTERVAL_S = 2.0
+"""Ray is asked for its nodes no more often: the list of a large cluster is long."""
 RECENT_S = 600.0
 """Events from before a controller's first contact with an agent count if they are not older."""
 
@@ -42,6 +46,8 @@ class NodeWatch:
         self._agents: dict[str, Any] = {}
         self._open: dict[str, asyncio.Task[None]] = {}
         self._heard: dict[str, tuple[str, int]] = dict(heard or {})
+        self._alive: dict[str, int] = {}
+        self._listed_s = -math.inf
 
     @property
     def heard(self) -> Mapping[str, tuple[str, int]]:
@@ -52,27 +58,33 @@ class NodeWatch:
     async def look(self) -> dict[str, int] | None:
         """Ask every node; those that Ray has with their GPUs as it counts them, None if it can't tell now."""
         try:
-            alive = await asyncio.to_thread(alive_nodes)
-            if not alive:
-                return None
-            self._agents = {node: agent for node, agent in self._agents.items() if node in alive}
-            for gone in self._heard.keys() - alive.keys() - self._open.keys():
-                del self._heard[gone]
-            if alive.keys() - self._agents.keys():
-                self._agents = await asyncio.to_thread(
-                    ensure_node_agents,
-                    self._namespace,
-                    interval_s=self._interval_s,
-                    known=self._agents,
-                    nodes=alive,
-                )
+            if time.monotonic() - self._listed_s >= LIST_INTERVAL_S:
+                await self._list()
         except (RayError, RuntimeError, OSError) as error:
             log.warning("Ray does not tell its nodes", error=str(error))
-            return None
+            self._alive = {}
         for node_id, agent in self._agents.items():
             if node_id not in self._open:
                 self._open[node_id] = asyncio.create_task(self._ask(node_id, agent))
-        return alive
+        return self._alive or None
+
+    async def _list(self) -> None:
+        """Which nodes there are; makes the agents that are missing."""
+        alive = self._alive = await asyncio.to_thread(alive_nodes)
+        if not alive:
+            return
+        self._listed_s = time.monotonic()
+        self._agents = {node: agent for node, agent in self._agents.items() if node in alive}
+        for gone in self._heard.keys() - alive.keys() - self._open.keys():
+            del self._heard[gone]
+        if alive.keys() - self._agents.keys():
+            self._agents = await asyncio.to_thread(
+                ensure_node_agents,
+                self._namespace,
+                interval_s=self._interval_s,
+                known=self._agents,
+                nodes=alive,
+            )
 
     async def close(self) -> None:
         """Ask nobody any more."""
@@ -94,8 +106,11 @@ class NodeWatch:
         except RayActorError as error:
             log.warning("a node agent is gone", node_id=node_id, error=str(error).strip().splitlines()[0])
             self._agents.pop(node_id, None)
+            self._listed_s = -math.inf
         except (RayError, TimeoutError) as error:
             log.warning("a node agent does not answer", node_id=node_id, error=repr(error)[:300])
+        except Exception as error:
+            log.exception("what a node agent said could not be taken in", node_id=node_id, error=repr(error))
         finally:
             self._open.pop(node_id, None)
 
