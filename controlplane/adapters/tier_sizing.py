@@ -15,6 +15,7 @@ from controlplane.core.gangs import Plan
 from controlplane.core.gpus import GpuModel, find_gpu
 from controlplane.core.placement import ClusterState
 from controlplane.core.planning import plan
+from controlplane.core.quantization import preset
 from controlplane.core.roofline import Load, Slo
 from controlplane.core.sizing import Choice, FleetGpu, Option, TierNeed
 from controlplane.errors import SetupError
@@ -90,6 +91,14 @@ def settings_of(choice: Choice) -> dict[str, object]:
     if option.quantization != "none":
         found["engine_args"] = {"quantization": option.quantization}
     return found
+
+
+def checkpoint_note(choice: Choice) -> str:
+    """What has to be had first: most formats are made before the engine starts, not by it."""
+    chosen = preset(choice.option.quantization)
+    if not chosen.quantized or chosen.online:
+        return ""
+    return f"needs a checkpoint of the model in {choice.option.quantization}: name it as the tier's model"
 
 
 def placed(config: PlaneConfig, choices: Sequence[Choice], cluster: ClusterFile) -> Plan:

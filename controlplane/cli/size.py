@@ -12,7 +12,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from controlplane.adapters.tier_sizing import Fleet, fleet_of, needs_of, placed, settings_of
+from controlplane.adapters.tier_sizing import Fleet, checkpoint_note, fleet_of, needs_of, placed, settings_of
 from controlplane.cli.configuration import load_checked
 from controlplane.cluster_file import load_cluster
 from controlplane.core.gangs import Plan
@@ -83,6 +83,8 @@ def _show(found: Sizing | NoSizing, where: Plan | None, fleet: Fleet) -> None:
     console.print(f"{found.cost_per_hour:.2f} per hour in all{price}; {found.basis}")
     for choice in found.choices:
         console.print(f"{choice.tier}: {choice.why}", soft_wrap=True)
+        if note := checkpoint_note(choice):
+            console.print(f"  {note}", soft_wrap=True)
         if choice.next_best:
             console.print(f"  next best: {choice.next_best}", soft_wrap=True)
         for text in _main_reasons(choice.ruled_out):
@@ -122,6 +124,7 @@ def _json(found: Sizing | NoSizing, where: Plan | None, fleet: Fleet) -> dict[st
                 "tier": choice.tier,
                 "chosen": _option(choice.option),
                 "why": choice.why,
+                "note": checkpoint_note(choice),
                 "next_best": _option(choice.next_best) if choice.next_best else None,
                 "ruled_out": [_ruled_out(each) for each in choice.ruled_out],
                 "settings": settings_of(choice),

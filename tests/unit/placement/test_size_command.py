@@ -73,6 +73,12 @@ def test_the_cheapest_gpus_that_carry_it(tmp_path: Path) -> None:
     parse_plane({"tiers": [{**HEAVY, **heavy["settings"]}]})
 
 
+def test_a_format_that_is_made_beforehand_is_said(tmp_path: Path) -> None:
+    awq = {**HEAVY, "expected": {**HEAVY["expected"], "quantizations": ["awq"]}}
+    assert "needs a checkpoint of the model in awq" in sized(tmp_path, awq)["tiers"][0]["note"]
+    assert sized(tmp_path, HEAVY)["tiers"][0]["note"] == ""  # fp8 is made while loading
+
+
 def test_without_prices_each_gpu_counts_the_same(tmp_path: Path) -> None:
     types = [{key: value for key, value in kind.items() if key != "cost_per_hour"} for kind in TYPES]
     found = sized(tmp_path, LIGHT, types=types)
