@@ -30,12 +30,11 @@ from controlplane.core.reconcile import (
     ReconcileRules,
     SetGpu,
     reconcile,
-    target_of,
 )
 from controlplane.core.room import room, shape_of
 from controlplane.core.samples import EngineSample, GpuEvent, GpuEventKind, NodeSample
 from controlplane.core.signals import EngineTelemetry
-from controlplane.core.targets import TierTarget
+from controlplane.core.targets import TierTarget, target_of
 from controlplane.core.telemetry import Limits
 from controlplane.core.work import Applied, Work
 from controlplane.errors import IllegalTransition, TierplaneError

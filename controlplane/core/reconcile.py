@@ -19,8 +19,7 @@ from typing import TypeAlias
 from controlplane.core.domain import Endpoint, EndpointState
 from controlplane.core.gpu_health import GpuState
 from controlplane.core.health import ENDED, SERVING
-from controlplane.core.moves import CONTROLLER, Move, MovePhase, Restart, TierHold
-from controlplane.core.targets import TierTarget
+from controlplane.core.moves import Move, MovePhase, Restart, TierHold
 
 _COMING = frozenset({EndpointState.STARTING, EndpointState.RESTARTING})
 
@@ -381,27 +380,3 @@ def _holds(seen: Observed, rules: ReconcileRules) -> Iterable[Command]:
             f"or by `tierplane restart {tier}`"
         )
         yield HoldTier(tier, for_s, reason)
-
-
-def target_of(
-    tier: str,
-    base: int,
-    moves: Iterable[Move],
-    hold: TierHold | None,
-    *,
-    serving: int,
-    valid_until_unix_s: float,
-) -> TierTarget:
-    """How many replicas Serve is to keep, and why."""
-    mine = [move for move in moves if move.tier == tier]
-    leaving = tuple(move.endpoint_id for move in mine if move.phase is not MovePhase.ELSEWHERE_FIRST)
-    first = [move for move in mine if move.phase is MovePhase.ELSEWHERE_FIRST]
-    replicas, reason = base + len(first), "as asked for"
-    if hold is not None and hold.must_leave:
-        replicas, reason = 0, f"drained: {hold.reason}"
-    elif hold is not None and hold.by == CONTROLLER:
-        replicas, reason = min(base, serving), f"held: {hold.reason}"
-    elif mine:
-        words = "; ".join(f"{move.endpoint_id} moves, {move.phase}: {move.reason}" for move in mine)
-        reason = f"{base} and what moves: {words}"
-    return TierTarget(replicas, reason, valid_until_unix_s, leaving)

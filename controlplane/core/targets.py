@@ -9,8 +9,10 @@ and would take one of its own choice instead.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+
+from controlplane.core.moves import CONTROLLER, Move, MovePhase, TierHold
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,3 +48,27 @@ def desired_replicas(
     if not leaving:
         return Desired(target.replicas, target.reason)
     return Desired(target.replicas + leaving, f"{target.reason}; {leaving} more until it has left")
+
+
+def target_of(
+    tier: str,
+    base: int,
+    moves: Iterable[Move],
+    hold: TierHold | None,
+    *,
+    serving: int,
+    valid_until_unix_s: float,
+) -> TierTarget:
+    """How many replicas Serve is to keep, and why."""
+    mine = [move for move in moves if move.tier == tier]
+    leaving = tuple(move.endpoint_id for move in mine if move.phase is not MovePhase.ELSEWHERE_FIRST)
+    first = [move for move in mine if move.phase is MovePhase.ELSEWHERE_FIRST]
+    replicas, reason = base + len(first), "as asked for"
+    if hold is not None and hold.must_leave:
+        replicas, reason = 0, f"drained: {hold.reason}"
+    elif hold is not None and hold.by == CONTROLLER:
+        replicas, reason = min(base, serving), f"held: {hold.reason}"
+    elif mine:
+        words = "; ".join(f"{move.endpoint_id} moves, {move.phase}: {move.reason}" for move in mine)
+        reason = f"{base} and what moves: {words}"
+    return TierTarget(replicas, reason, valid_until_unix_s, leaving)

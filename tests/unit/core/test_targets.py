@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from controlplane.core.targets import TierTarget, desired_replicas
+from controlplane.core.moves import CONTROLLER, Move, MovePhase, TierHold
+from controlplane.core.targets import TierTarget, desired_replicas, target_of
 
 MOVE = TierTarget(3, "moving a away from GPU-1", 10.0)
 
@@ -27,3 +28,33 @@ def test_what_serve_is_told(
     answer = desired_replicas(target, unix_s, configured=2, running=running)
     assert answer.replicas == replicas
     assert why in answer.reason
+
+
+def move(name: str, phase: MovePhase) -> Move:
+    return Move(name, "small", phase, "XID 79", 0.0, 0.0)
+
+
+HOLD = TierHold("3 replicas failed", 0.0, CONTROLLER, 60.0)
+DRAINED = TierHold("costs too much", 0.0, must_leave=True)
+
+
+@pytest.mark.parametrize(
+    ("moves", "hold", "serving", "replicas", "leaving"),
+    [
+        ([], None, 2, 2, ()),
+        ([move("a", MovePhase.ELSEWHERE_FIRST)], None, 2, 3, ()),
+        ([move("a", MovePhase.RETIRING)], None, 3, 2, ("a",)),
+        ([move("a", MovePhase.SETTLING), move("b", MovePhase.ELSEWHERE_FIRST)], None, 2, 3, ("a",)),
+        ([], HOLD, 1, 1, ()),
+        ([], HOLD, 5, 2, ()),
+        ([move("a", MovePhase.RETIRING)], DRAINED, 2, 0, ("a",)),
+        ([], TierHold("by hand", 0.0), 2, 2, ()),
+    ],
+)
+def test_what_is_published(
+    moves: list[Move], hold: TierHold | None, serving: int, replicas: int, leaving: tuple[str, ...]
+) -> None:
+    others = [Move("z", "other", MovePhase.ELSEWHERE_FIRST, "XID 79", 0.0, 0.0)]
+    target = target_of("small", 2, [*moves, *others], hold, serving=serving, valid_until_unix_s=9.0)
+    assert (target.replicas, target.leaving, target.valid_until_unix_s) == (replicas, leaving, 9.0)
+    assert target.reason
