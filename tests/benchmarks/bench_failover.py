@@ -261,7 +261,7 @@ def _moved_s(timeline: Timeline, unix_s: float, strike: Strike, before: set[str]
     came = [e["unix_s"] for e in events if e["kind"] == "ready" and e["subject"] not in before]
     if len(gone) < len(strike.leaves) or len(came) < len(strike.leaves):
         return None
-    return round(max(*gone, *came[: len(strike.leaves)]) - unix_s, 2)
+    return round(float(max(*gone, *came[: len(strike.leaves)])) - unix_s, 2)
 
 
 _ENDS = frozenset({"deregistered", "lost", "dropped"})
@@ -319,12 +319,13 @@ def _controller(cluster: GpuCluster, timeline: Timeline) -> Strike:
 
 def _mend(cluster: GpuCluster) -> None:
     """The first node's GPUs are good again, and an operator says so."""
-    for index, uuid in enumerate(cluster.head.uuids()):
+    for index in range(len(cluster.head.uuids())):
         cluster.head.driver.find(index)
         cluster.head.driver.set(index, temperature=45)
-        if next(gpu for gpu in cluster.gpus() if gpu["uuid"] == uuid)["cordoned"]:
-            time.sleep(1.0)
-            cluster.tierplane("uncordon", uuid, "--reason", "the GPU was replaced")
+    time.sleep(1.0)
+    for gpu in cluster.gpus():
+        if gpu["cordoned"] and gpu["uuid"] in cluster.head.uuids():
+            cluster.tierplane("uncordon", gpu["uuid"], "--reason", "the GPU was replaced")
 
 
 def _node(cluster: GpuCluster, _: Timeline) -> Strike:
