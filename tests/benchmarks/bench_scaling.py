@@ -1,0 +1,201 @@
+"""Scaling: SLO attainment against GPU hours, our policy beside HPA, KPA, Serve's own, static and an oracle.
+
+Every policy runs on the same simulated fleet (`tierplane simulate`): one tier of Qwen3-8B, 16 requests at
+once, on an L4, or on an H100 where the trace's prompts are long. A trace that would need a much larger fleet
+is thinned to about --fleet replicas. Without --trace, a made-up day is used. ``oracle_ratio`` is the GPU
+hours over the oracle's; ``better`` names the policies that are better than ours on both axes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from controlplane.config import PlaneConfig, TierConfig
+from controlplane.core.autoscaling import Slo
+from controlplane.core.capacity import Work
+from controlplane.simulation import oracle
+from controlplane.simulation.policies import NAMES, reactive_policy
+from controlplane.simulation.results import Result
+from controlplane.simulation.scenario import Options, build
+from controlplane.simulation.simulator import Scenario, replay
+from controlplane.simulation.traces import Arrival, read_trace
+
+MODEL = "Qwen/Qwen3-8B"
+LIMIT = 16
+"""Requests at once on a replica."""
+LONG_TOKENS = 4000
+"""Traces with longer prompts get the larger GPU and the looser SLO."""
+SHORT = ("L4", Slo(4.0, 0.3))
+LONG = ("H100-80G", Slo(30.0, 0.5))
+PEEK_RATIO = 0.002
+"""Share of a trace that is read to see how large a fleet it needs, if it has millions of requests."""
+EPSILON = 1e-4
+"""Attainments that differ by less are the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Arrivals in memory and what they run on."""
+
+    name: str
+    arrivals: Sequence[Arrival]
+    gpu: str
+    slo: Slo
+    work: Work
+
+
+@click.command()
+@click.option("--trace", "paths", type=click.Path(exists=True, dir_okay=False, path_type=Path), multiple=True)
+@click.option("--cold-start-s", "colds", type=click.FloatRange(0), multiple=True, default=(10.0, 60.0, 600.0))
+@click.option("--policy", "policies", type=click.Choice(NAMES), multiple=True, help="Default: all.")
+@click.option("--hours", type=click.FloatRange(0, min_open=True), default=3.0, show_default=True)
+@click.option("--skip-hours", type=click.FloatRange(0), default=0.0, show_default=True)
+@click.option(
+    "--fleet", type=click.FloatRange(1), default=8.0, show_default=True, help="Replicas, on average."
+)
+@click.option("--attainment", type=click.FloatRange(0.5, 1.0), default=0.99, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--json", "as_json", is_flag=True)
+def command(
+    paths: tuple[Path, ...],
+    colds: tuple[float, ...],
+    policies: tuple[str, ...],
+    hours: float,
+    skip_hours: float,
+    fleet: float,
+    attainment: float,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """SLO attainment and GPU hours of scaling policies on recorded arrivals."""
+    names = policies or NAMES
+    traces = [_read(path, hours, skip_hours, fleet, seed) for path in paths] or [_made_up_day(seed)]
+    rows: list[dict[str, object]] = []
+    total = len(traces) * len(colds) * len(names)
+    started_s = time.monotonic()
+    for trace in traces:
+        for cold_s in colds:
+            results = {}
+            for name in names:
+                found = results[name] = _run(trace, cold_s, name, attainment, seed)
+                done = len(rows) + len(results)
+                click.echo(
+                    f"[{done}/{total}, {time.monotonic() - started_s:.0f} s] {trace.name}, cold start "
+                    f"{cold_s:g} s, {name}: {found.attainment:.2%}, {found.gpu_hours:.2f} GPU h",
+                    err=True,
+                )
+            rows += _rows(trace, cold_s, results)
+    if as_json:
+        click.echo(json.dumps({"rows": rows}))
+        return
+    table = Table(title=f"goal: {attainment:.0%} at the fewest GPU hours")
+    for column in rows[0]:
+        table.add_column(column, justify="left" if column in ("trace", "policy", "better") else "right")
+    for row in rows:
+        table.add_row(*("" if value is None else str(value) for value in row.values()))
+    Console().print(table)
+
+
+def _rows(trace: Trace, cold_s: float, results: dict[str, Result]) -> Iterable[dict[str, object]]:
+    best = results.get("oracle")
+    ours = results.get("tierplane")
+    for name, result in results.items():
+        better = ""
+        if name == "tierplane":
+            better = " ".join(
+                other
+                for other, found in results.items()
+                if other not in ("tierplane", "oracle") and _beats(found, result)
+            )
+        elif ours is not None and name != "oracle" and _beats(ours, result):
+            better = "tierplane"
+        yield {
+            "trace": trace.name,
+            "cold_start_s": cold_s,
+            "policy": name,
+            "slo_attainment": round(result.attainment, 5),
+            "gpu_hours": round(result.gpu_hours, 3),
+            "oracle_ratio": round(result.gpu_hours / best.gpu_hours, 3) if best else None,
+            "requests": result.requests,
+            "better": better,
+        }
+
+
+def _beats(one: Result, other: Result) -> bool:
+    """Is ``one`` at least as good on both axes and better on one?"""
+    no_worse = one.attainment >= other.attainment - EPSILON and one.gpu_hours <= other.gpu_hours
+    return no_worse and (one.attainment > other.attainment + EPSILON or one.gpu_hours < other.gpu_hours)
+
+
+def _run(trace: Trace, cold_s: float, name: str, attainment: float, seed: int) -> Result:
+    scenario = _scenario(trace, cold_s, attainment, seed)
+    if name == "oracle":
+        return oracle.run_oracle(scenario, trace.arrivals, attainment)
+    if name == "static":
+        return oracle.run_static(scenario, trace.arrivals)
+    return replay(scenario, reactive_policy(name), trace.arrivals, name)
+
+
+def _scenario(trace: Trace, cold_s: float, attainment: float, seed: int) -> Scenario:
+    tier = TierConfig(name="tier", model=MODEL, concurrency_limit=LIMIT)
+    options = Options(
+        gpu=trace.gpu, cold_start_s=cold_s, slo=replace(trace.slo, attainment=attainment), seed=seed
+    )
+    scenario = build(PlaneConfig(tiers=[tier]), options, trace.work)
+    # A fleet that was there before the trace began: what the first five minutes need, and a third more.
+    needed = oracle.demand(trace.arrivals, scenario.tiers[0])[: round(300 / oracle.SLOT_S)]
+    begun = max(1, math.ceil(1.3 * sum(needed) / len(needed)))
+    return oracle.at_replicas(scenario, lambda _: begun)
+
+
+def _read(path: Path, hours: float, skip_hours: float, fleet: float, seed: int) -> Trace:
+    def arrivals(keep: float) -> list[Arrival]:
+        read = read_trace(path, seed=seed, keep_ratio=keep, hours=hours, skip_hours=skip_hours)
+        return list(read)
+
+    peek = arrivals(PEEK_RATIO)
+    keep = 1.0
+    if len(peek) > 200:
+        needed = _mean_replicas(_trace(path.stem, peek)) / PEEK_RATIO
+        keep = min(1.0, fleet / needed)
+    found = arrivals(keep)
+    if not found:
+        raise click.UsageError(f"{path} has no requests in these hours")
+    return _trace(path.stem if keep == 1.0 else f"{path.stem} x {keep:.4f}", found)
+
+
+def _trace(name: str, arrivals: Sequence[Arrival]) -> Trace:
+    work = oracle.mean_work(arrivals)
+    gpu, slo = LONG if work.input_tokens > LONG_TOKENS else SHORT
+    return Trace(name, arrivals, gpu, slo, work)
+
+
+def _mean_replicas(trace: Trace) -> float:
+    tier = TierConfig(name="tier", model=MODEL, concurrency_limit=LIMIT)
+    scenario = build(PlaneConfig(tiers=[tier]), Options(gpu=trace.gpu, slo=trace.slo), trace.work)
+    needed = oracle.demand(trace.arrivals, scenario.tiers[0])
+    return sum(needed) / len(needed)
+
+
+def _made_up_day(seed: int) -> Trace:
+    """Two hours in which a day's shape passes: a slow rise and fall, with two bursts."""
+    rng = random.Random(f"day {seed}")
+    arrivals, at_s = [], 0.0
+    while at_s < 7200:
+        rate = 3.0 + 2.5 * math.sin(at_s / 7200 * 2 * math.pi - math.pi / 2)
+        if 2400 <= at_s < 2520 or 5000 <= at_s < 5200:
+            rate *= 2
+        at_s += rng.expovariate(rate)
+        prompt = min(int(rng.lognormvariate(6.5, 0.7)) + 1, 8000)
+        arrivals.append(Arrival(at_s, prompt, min(int(rng.expovariate(1 / 150)) + 1, 4000)))
+    return _trace("made-up day", arrivals)
