@@ -76,7 +76,7 @@ class ScalingSettings:
     tick_s: float = 5.0
     sequences: float = 10.0
     """Requests that one replica may run at once."""
-    initial_headroom: float = 1.0
+    initial_headroom: float = 0.5
     slo: Slo = field(default_factory=Slo)
     schedules: tuple[Schedule, ...] = ()
 
