@@ -1,8 +1,8 @@
 """Alerts: when a figure is wrong for long enough, once, until it is right again for long enough.
 
 :class:`AlertBook` is given each rule's signal for each subject at every tick and gives back what must be
-told. The life of an alert is PENDING → FIRING → RESOLVED, as in Prometheus: it fires after ``for_s`` without a
-break and, unlike there, it resolves only past a threshold of its own (``clear``), so that a figure at the
+told. The life of an alert is PENDING → FIRING → RESOLVED, as in Prometheus: it fires after ``for_s`` without
+a break and, unlike there, it resolves only past a threshold of its own (``clear``), so that a figure at the
 border does not ring all night. An alert that fires is told once and again every ``repeat_s``, unless it is
 acknowledged, silenced or about to resolve. A signal that is missing or stale neither fires nor resolves
 anything.
