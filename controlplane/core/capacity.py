@@ -79,13 +79,10 @@ class Capacity:
         self._theta = [1.0, 1.0, 1.0]
         variance = _PRIOR_SD * _PRIOR_SD
         self._cov = [[variance if i == j else 0.0 for j in range(3)] for i in range(3)]
+        self.speed = self._believed()
+        """As it is believed now."""
         self.observed_s = 0.0
         """Busy seconds it has learned from."""
-
-    @property
-    def speed(self) -> EngineSpeed:
-        """As it is believed now."""
-        return EngineSpeed(*(max(t, _LEAST) * s for t, s in zip(self._theta, self._scale, strict=True)))
 
     @property
     def confidence(self) -> float:
@@ -129,6 +126,10 @@ class Capacity:
         gain = [value / denominator for value in px]
         self._theta = [self._theta[i] + gain[i] * error for i in range(3)]
         self._cov = [[cov[i][j] - gain[i] * px[j] for j in range(3)] for i in range(3)]
+        self.speed = self._believed()
+
+    def _believed(self) -> EngineSpeed:
+        return EngineSpeed(*(max(t, _LEAST) * s for t, s in zip(self._theta, self._scale, strict=True)))
 
     def batch(self, requests_per_s: float, work: Work) -> float:
         """Sequences that decode at once on a replica at that rate; infinity: it can't keep up."""

@@ -91,6 +91,8 @@ class Forecaster:
         """(time, arrivals until then), as far back as the oldest pending forecast needs."""
         self._pending: deque[tuple[float, tuple[float, ...], float]] = deque()
         """(made at, bids, mixture)."""
+        self._mixed = (0.0, 0)
+        """As of the last observation."""
         self._yesterday: dict[int, float] = {}
         self._slot = (-1, 0.0, 0.0)
         """The slot that is being filled: number, arrivals, seconds."""
@@ -114,13 +116,14 @@ class Forecaster:
         self._cumulative.append((at_s, self._total))
         self._score(at_s, interval_s)
         bids = self._bids(at_s)
-        self._pending.append((at_s, bids, self._mix(bids)[0]))
+        self._mixed = self._mix(bids)
+        self._pending.append((at_s, bids, self._mixed[0]))
 
     def forecast(self, now_s: float) -> Forecast:
         """The forecast made at ``now_s``; a rate of 0 before anything was observed."""
         if self._seen_s == 0.0:
             return Forecast(0.0, self._spread, self.horizon_s, 1.0, "nothing seen yet", 0.0, 0)
-        mean, heaviest = self._mix(self._bids(now_s))
+        mean, heaviest = self._mixed if now_s == self._last_s else self._mix(self._bids(now_s))
         return Forecast(
             mean,
             self._spread,
