@@ -6,8 +6,6 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-import ray
-
 from controlplane.adapters.catalog import gpu_table
 from controlplane.config import TierConfig
 from controlplane.core.gpus import find_gpu
@@ -42,6 +40,9 @@ def ray_types(gpu_models: Iterable[str]) -> list[str]:
 
 def cluster_gpu_kinds() -> tuple[str, ...]:
     """The accelerator types of the Ray that this process is connected to; empty if to none."""
+    # Ray reads how to authenticate when it is imported, and `tierplane plan` learns that first.
+    import ray
+
     if not ray.is_initialized():
         return ()
     labels = [node.get("Labels", {}) for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +142,12 @@ def test_wrong_changes(files: tuple[str, str], change: str, message: str) -> Non
     result = run(files, "--what-if", change)
     assert result.exit_code == 2
     assert message in result.output
+
+
+def test_ray_is_imported_only_once_its_token_is_known() -> None:
+    script = "import sys, controlplane.cli.plan; print('ray' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_without_a_cluster(files: tuple[str, str]) -> None:
