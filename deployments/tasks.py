@@ -6,6 +6,9 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any
 
+AGAIN_S = 0.2
+"""How long a cancelled coroutine may take before it is cancelled again."""
+
 
 class Background:
     """Coroutines that run beside the replica's work until they are cancelled."""
@@ -21,7 +24,14 @@ class Background:
                 raise RuntimeError(f"a background task ended: {error!r}") from error
 
     async def cancel(self) -> None:
-        """Cancel all and wait for their end."""
-        for task in self._tasks:
-            task.cancel()
+        """Cancel all and wait for their end.
+
+        More than once if need be: before Python 3.12 ``asyncio.wait_for`` loses a cancellation that comes
+        together with what it waits for.
+        """
+        pending = {task for task in self._tasks if not task.done()}
+        while pending:
+            for task in pending:
+                task.cancel()
+            _, pending = await asyncio.wait(pending, timeout=AGAIN_S)
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -1,0 +1,46 @@
+"""Background tasks end when they are cancelled, and tell when they ended by themselves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+import pytest
+
+from deployments import tasks
+from deployments.tasks import Background
+
+
+def test_one_that_lost_its_cancellation_is_cancelled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "AGAIN_S", 0.01)
+    lost = []
+
+    async def deaf() -> None:
+        while len(lost) < 3:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(60)
+            lost.append(1)
+        await asyncio.sleep(60)
+
+    async def work() -> None:
+        background = Background(deaf(), asyncio.sleep(60))
+        await asyncio.sleep(0)
+        await asyncio.wait_for(background.cancel(), 5)
+        background.check()
+
+    asyncio.run(work())
+    assert len(lost) == 3
+
+
+def test_one_that_ended_by_itself_is_told_with_its_cause() -> None:
+    async def fail() -> None:
+        raise ValueError("no such thing")
+
+    async def work() -> None:
+        background = Background(fail())
+        await asyncio.sleep(0.01)
+        with pytest.raises(RuntimeError, match="no such thing"):
+            background.check()
+        await background.cancel()
+
+    asyncio.run(work())
