@@ -161,6 +161,29 @@ def test_status_for_programs_and_for_people(up: tuple[Machine, str]) -> None:
     assert "ready" in shown
 
 
+def test_an_operator_restarts_an_engine_and_takes_a_tier_out_and_back(up: tuple[Machine, str]) -> None:
+    place, _ = up
+
+    def endpoints(tier: str) -> list[dict[str, Any]]:
+        with urllib.request.urlopen(f"{place.url}/status", timeout=5) as answer:
+            return [each for each in json.load(answer)["endpoints"] if each["tier"] == tier]
+
+    (before,) = endpoints("balanced")
+    done = place.run("restart", before["endpoint_id"], "--reason", "new settings")
+    assert done.returncode == 0, done.stdout + done.stderr
+    until(lambda: [e for e in endpoints("balanced") if (e["state"], e["generation"]) == ("ready", 2)], 30)
+    done = place.run("drain", "lightweight", "--reason", "its weights change")
+    assert done.returncode == 0, done.stdout + done.stderr
+    until(lambda: not endpoints("lightweight"), 30)
+    assert answers(place.url), "its neighbour answers"
+    assert place.run("uncordon", "lightweight").returncode == 0
+    until(lambda: [e for e in endpoints("lightweight") if e["state"] == "ready"], 60)
+    said = [json.loads(line) for line in place.run("events", "--json").stdout.splitlines()]
+    ours = {(each["kind"], each["subject"], each["reason"]) for each in said if each["actor"] == "operator"}
+    assert ("drain", "lightweight", "its weights change") in ours
+    assert ("restart asked", before["endpoint_id"], "new settings") in ours
+
+
 def test_logs_are_there_by_name(up: tuple[Machine, str]) -> None:
     place, _ = up
     balanced = place.run("logs", "balanced").stdout
