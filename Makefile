@@ -39,8 +39,10 @@ down: ## Stop what `make up` or `tierplane up` started
 	@if [ -x $(VENV)/bin/tierplane ]; then exec $(VENV)/bin/tierplane down; fi
 
 test: lint test-tools $(VENV)/.debian ## Run every check and test, with real engines
-	$(say) "tests"
-	$(PY) -m pytest
+	$(say) "tests of single parts, two at a time"
+	$(PY) -m pytest -n 2 --ignore tests/contract --ignore tests/integration
+	$(say) "tests with real engines and real Ray"
+	$(PY) -m pytest tests/contract tests/integration
 
 lint: env-cpu env-llamacpp env-dev ## Check style, types and who imports whom
 	$(say) "ruff, mypy, import contracts"
