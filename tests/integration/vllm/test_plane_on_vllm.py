@@ -40,7 +40,7 @@ def test_a_stream_survives_the_kill_of_its_engine_word_for_word(plane: Plane) ->
     """All tiers of this plane serve one model, so a lost stream goes on at another tier."""
     story = [{"role": "user", "content": "Tell me a short story about a lighthouse."}]
     # long enough that the kill comes in time on a busy machine, whose engine puts many tokens into a chunk
-    ask = {"model": "capable", "messages": story, "temperature": 0, "max_tokens": 240, "stream": True}
+    ask = {"model": "capable", "messages": story, "temperature": 0, "max_tokens": 120, "stream": True}
     ask["extra_body"] = {"ignore_eos": True}
     with client(plane.url) as openai:
         whole = "".join(c.choices[0].delta.content or "" for c in openai.chat.completions.create(**ask))
@@ -55,7 +55,9 @@ def test_a_stream_survives_the_kill_of_its_engine_word_for_word(plane: Plane) ->
                 sent = len("".join(pieces))
             pieces.append(chunk.choices[0].delta.content or "")
     assert "".join(pieces) == whole
-    assert plane.resumes() == 1, f"{sent} of {len(whole)} characters had been sent when the engine was killed"
+    assert sent < len(whole) / 2, "the kill came too late to break the stream"
+    # counted when the engine has ended its answer, which may be after its last event
+    until(lambda: plane.resumes() == 1, 10, "the stream was resumed once")
     until(lambda: [e for e in ready(plane, "capable") if e["generation"] == 2], 240, "the engine's return")
     until(lambda: len(_engine_processes(plane)) == processes_before, 20, "the end of what was orphaned")
     with client(plane.url) as openai:
