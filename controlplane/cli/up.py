@@ -299,7 +299,8 @@ def _say_ready(
     if record.gateway_url:
         lines.append(f"  the same on Serve's ingress  {record.ingress_url}/v1")
     if record.dashboard_url:
-        lines.append(f"  Ray's dashboard  {record.dashboard_url}")
+        token = Path(record.temp_dir) / "auth_token"
+        lines.append(f"  Ray's dashboard  {record.dashboard_url} (asks for the token in {token})")
     lines += ["", curl_line(url, tier), "", openai_snippet(url, tier)]
     speech.result(
         "ready",
