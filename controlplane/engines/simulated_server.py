@@ -16,6 +16,7 @@ import os
 import signal
 import socket
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from typing import Any, NamedTuple
 
@@ -336,7 +337,7 @@ class Connection(asyncio.Protocol):
         self._json(200, body, keep_alive)
 
 
-class Answer:
+class Answer(ABC):
     """The HTTP side of one generation."""
 
     def __init__(self, connection: Connection, server: Server, asked: Asked, keep_alive: bool) -> None:
@@ -383,9 +384,9 @@ class Answer:
         self._ended = True
         self._connection.cut()
 
+    @abstractmethod
     def emit(self, ids: list[int], texts: list[bytes], finish: Finish | None) -> None:
         """The clockwork: tokens."""
-        raise NotImplementedError
 
 
 class Streamed(Answer):

@@ -7,6 +7,7 @@ built from prepared bytes, for the engine must outrun what is tested with it.
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
@@ -17,7 +18,7 @@ FINGERPRINT = "simulated"
 DONE = b"data: [DONE]\n\n"
 
 
-class Shape:
+class Shape(ABC):
     """One answer's form. ``opening``, ``tokens`` and ``closing`` give lists of events, in order."""
 
     def __init__(self, ident: str, model: str, created: int, prompt_ids: Sequence[int]) -> None:
@@ -30,17 +31,17 @@ class Shape:
         """The events before the first token."""
         return []
 
+    @abstractmethod
     def tokens(self, ids: Sequence[int], texts: Sequence[bytes], finish: Finish | None) -> list[bytes]:
         """One event for each token."""
-        raise NotImplementedError
 
+    @abstractmethod
     def closing(self, count: int, finish: Finish) -> list[bytes]:
         """The events after the last token."""
-        raise NotImplementedError
 
+    @abstractmethod
     def whole(self, ids: Sequence[int], texts: Sequence[bytes], finish: Finish) -> bytes:
         """The body of an answer that is not streamed."""
-        raise NotImplementedError
 
     def _usage(self, count: int) -> bytes:
         prompt = len(self.prompt_ids)
