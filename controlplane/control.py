@@ -9,10 +9,11 @@ out by :mod:`controlplane.core.kept`.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from controlplane.controller import MISSED_REPORTS, WARMING_REPORTS, Controller
-from controlplane.core.domain import Endpoint, EndpointState, TierSpec
+from controlplane.core.demand import Demand
+from controlplane.core.domain import Endpoint, EndpointState, GatewayInfo, TierSpec
 from controlplane.core.gangs import Shape
 from controlplane.core.gpu_findings import GpuRules
 from controlplane.core.gpu_fleet import GpuFleet
@@ -86,6 +87,7 @@ class Control:
         self.desk = LeaseDesk(self.fleet)
         self.work = Work()
         self.engines: dict[str, EngineTelemetry] = {}
+        self.demand = Demand()
         self.now_s = now_s
         self._unix_s = unix_s
         self._heartbeat_s = heartbeat_s
@@ -133,6 +135,16 @@ class Control:
         """See :meth:`Controller.deregister`; its lease ends too."""
         self.registry.deregister(endpoint_id, reason)
         self.release_lease(endpoint_id)
+
+    def gateway_report(self, info: GatewayInfo) -> bool:
+        """See :meth:`Controller.gateway_report`; what it counted goes no further than here."""
+        self.demand.observe(info, self.now_s())
+        return self.registry.gateway_report(replace(info, traffic=()))
+
+    def gateway_gone(self, gateway_id: str, reason: str) -> None:
+        """See :meth:`Controller.gateway_gone`."""
+        self.demand.book.forget(gateway_id)
+        self.registry.gateway_gone(gateway_id, reason)
 
     def observe_node(self, node_id: str, samples: Sequence[NodeSample], events: Sequence[GpuEvent]) -> None:
         """What a node's agent sent."""
@@ -277,6 +289,7 @@ class Control:
                 self.desk.renew(holder, now_s)
         self._looked_s = now_s
         self.registry.expire()
+        self.demand.book.forget_others({gateway.gateway_id for gateway in self.registry.gateways})
         for lease in self.desk.book.reap(now_s=now_s, ttl_s=MISSED_REPORTS * self._heartbeat_s):
             self._shapes.pop(lease.holder, None)
             self.registry.note("lease ended", lease.holder, "its holder was not heard of")

@@ -134,14 +134,14 @@ class ControllerActor:
         self._wake()
 
     async def gateway_report(self, info: GatewayInfo) -> bool:
-        """See :meth:`Controller.gateway_report`."""
-        known = self._control.registry.gateway_report(info)
+        """See :meth:`Control.gateway_report`."""
+        known = self._control.gateway_report(info)
         self._wake()
         return known
 
     async def gateway_gone(self, gateway_id: str, reason: str) -> None:
         """See :meth:`Controller.gateway_gone`."""
-        self._control.registry.gateway_gone(gateway_id, reason)
+        self._control.gateway_gone(gateway_id, reason)
         self._wake()
 
     async def still_running(self, endpoint_id: str) -> int | None:

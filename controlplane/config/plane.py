@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from controlplane.config.expected import ExpectedLoad
 from controlplane.config.flags import vllm_flag_findings
 from controlplane.config.gpu_models import gpu_model_findings, table_name
+from controlplane.config.scaling import ControllerScalingConfig, ScalingConfig, SloConfig
 from controlplane.config.strict import Finding, FindingsError, Strict
 from controlplane.core.domain import Complexity
 from controlplane.core.gangs import WHOLE_MILLI, Shape
@@ -138,6 +139,11 @@ class TierConfig(Strict):
     """Failed probes in a row before a running engine counts as hung and is replaced."""
     restart: RestartConfig = RestartConfig()
     """How a lost engine is brought back."""
+    slo: SloConfig = SloConfig()
+    """What its requests are promised."""
+    scaling: ScalingConfig | None = None
+    """How far it may grow and shrink; without it the tier keeps ``replicas``, and recommendations are given
+    all the same. With it ``replicas`` is where it begins."""
 
     @model_validator(mode="before")
     @classmethod
@@ -222,6 +228,11 @@ class TierConfig(Strict):
                 for size in sizes
                 if getattr(self, size) > 1
             ]
+        if self.scaling and not self.scaling.min_replicas <= self.replicas <= self.scaling.max_replicas:
+            bounds = f"{self.scaling.min_replicas} to {self.scaling.max_replicas}"
+            remedy = "begin inside the bounds, or change them"
+            message = f"{self.replicas} is outside scaling's bounds, {bounds}"
+            found.append(Finding(("replicas",), message, remedy, ("scaling",)))
         return found + self._gpu_findings()
 
     def _gpu_findings(self) -> list[Finding]:
@@ -400,6 +411,8 @@ class ControllerConfig(Strict):
     crash_limit: Annotated[int, Field(ge=1)] = 3
     """So many replicas of a tier that gave up within half an hour, and the tier is held: nothing of it is
     started for ten minutes, then twenty, and so on."""
+    scaling: ControllerScalingConfig = ControllerScalingConfig()
+    """What is done about load."""
     log_format: Literal["auto", "json", "console"] = "auto"
     """``auto``: readable on a terminal, JSON elsewhere."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

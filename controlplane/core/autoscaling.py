@@ -52,7 +52,9 @@ class Slo:
     itl_s: float = 0.2
     """Time per token, mean of one request."""
     attainment: float = 0.99
-    """The share of requests that must get both."""
+    """The share of requests that must get all of it."""
+    total_s: float = math.inf
+    """From arrival to the end of the answer."""
 
 
 @dataclass(frozen=True, slots=True)

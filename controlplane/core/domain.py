@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from controlplane.core.traffic import Traffic
+
 
 class EndpointState(StrEnum):
     """Where an endpoint is in its life; the legal moves are in :mod:`controlplane.core.health`."""
@@ -108,6 +110,8 @@ class GatewayInfo:
     in_flight: int = 0
     queued: int = 0
     in_flight_by_endpoint: tuple[tuple[str, int], ...] = ()
+    traffic: tuple[Traffic, ...] = ()
+    """What it has counted, by tier and endpoint; for the controller only, not in snapshots."""
     snapshot: tuple[str, int] = ("", 0)
     """Epoch and version of the snapshot it goes by."""
     seen_unix_s: float = 0.0

@@ -37,6 +37,7 @@ from controlplane.gateway.relay import Relay, answer_headers
 from controlplane.gateway.resume import error_event
 from controlplane.gateway.server import Server
 from controlplane.gateway.sites import Sites
+from controlplane.gateway.traffic import TrafficMeter
 from controlplane.gateway.watch import SWEEP_S, Limits, Watcher
 
 if TYPE_CHECKING:
@@ -59,10 +60,12 @@ class Gateway:
         self.gateway_id = gateway_id
         self.loop = asyncio.get_running_loop()
         self.started_unix_s = time.time()
-        self.metrics = Metrics()
         self.snapshot: ClusterSnapshot | None = None
         settings = config.gateway
         self.table = TierTable.build([tier_policy(tier) for tier in config.tiers], settings.default_tier)
+        slos = {tier.name: tier.slo.slo() for tier in config.tiers}
+        self.traffic = TrafficMeter(self.table, slos)
+        self.metrics = Metrics(self.traffic)
         self.fleet = Fleet(self.table, FleetSettings(reserved_ratio=settings.queue.reserved_ratio))
         self.queue = AdmissionQueue(
             AdmissionSettings(
@@ -168,6 +171,7 @@ class Gateway:
             in_flight=sum(count for _, count in busy),
             queued=len(self.queue),
             in_flight_by_endpoint=busy,
+            traffic=self.traffic.read(self.fleet, self.queue),
             seen_unix_s=time.time(),
         )
 

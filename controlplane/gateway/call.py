@@ -48,6 +48,7 @@ class Call:
         "decision",
         "envelope",
         "first_byte_s",
+        "generated_tokens",
         "gpu_s",
         "identity",
         "losses",
@@ -101,6 +102,7 @@ class Call:
         self.losses = 0
         self.resumed = 0
         self.first_byte_s = 0.0
+        self.generated_tokens = 0
         self.gpu_s = 0.0
 
     @property

@@ -17,6 +17,7 @@ from controlplane.core.breaker import BreakerState
 from controlplane.core.domain import Priority
 from controlplane.core.fleet import Fleet
 from controlplane.gateway.call import Call
+from controlplane.gateway.traffic import TrafficMeter
 
 LATENCY_BUCKETS_S: Final = (
     0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0,
@@ -39,9 +40,10 @@ class _TierSeries(NamedTuple):
 
 
 class Metrics:
-    """All series of one gateway replica."""
+    """All series of one gateway replica. ``traffic`` is told what they are, for the controller."""
 
-    def __init__(self) -> None:
+    def __init__(self, traffic: TrafficMeter | None = None) -> None:
+        self.traffic = traffic
         self.registry = registry = CollectorRegistry()
         self.requests = Counter(
             "tierplane_requests",
@@ -160,6 +162,8 @@ class Metrics:
         """A call ended."""
         if self.on_finished is not None:
             self.on_finished(call, outcome, reason, now_s)
+        if self.traffic is not None:
+            self.traffic.ended(call, outcome, now_s)
         tier = call.tier
         key = (tier, outcome, reason)
         counter = self._outcomes.get(key)
@@ -172,12 +176,14 @@ class Metrics:
             if call.stream:
                 series.ttft_s.observe(call.first_byte_s - call.arrived_s)
 
-    def used(self, tier: str, prompt: int, generated: int, gpu_s: float, next_gpu_s: float | None) -> None:
-        """What a finished call took."""
+    def used(self, call: Call, tier: str, prompt: int, generated: int, next_gpu_s: float | None) -> None:
+        """What a call that is about to end took."""
+        if self.traffic is not None:
+            self.traffic.used(call, tier, prompt, generated)
         series = self._series(tier)
         series.prompt.inc(prompt)
         series.generated.inc(generated)
-        series.gpu_s.inc(gpu_s)
+        series.gpu_s.inc(call.gpu_s)
         if next_gpu_s is not None:
             series.next_gpu_s.inc(next_gpu_s)
 

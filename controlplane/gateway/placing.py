@@ -48,6 +48,7 @@ class Placing:
         self._loop = asyncio.get_running_loop()
         self._dispatcher = dispatcher
         self._metrics = metrics
+        self._traffic = metrics.traffic
         self._queue_timeout_s = queue_timeout_s
         self._score = score
         self._picks = 0
@@ -57,6 +58,8 @@ class Placing:
         scorer = self._score
         score = None if scorer is None else partial(scorer, call)
         call.route = resolve(call.request, self._dispatcher.table, score)
+        if self._traffic is not None and call.route.order:
+            self._traffic.arrived(call.route.order[0])
         return await self._submit(call, call.route)
 
     async def place_again(self, call: Call) -> Started:

@@ -299,7 +299,11 @@ class Relay:
                         raise UpstreamFailure(Failure.STREAM_ERROR, _detail(whole))
                     if tape is not None:
                         tape.keep(whole)
-                    events += whole.count(b'"token_ids":[') if exchange.ids_added else whole.count(b"data: {")
+                    if exchange.ids_added:
+                        # Without the first and the last event of a chat, which bring no token.
+                        events += whole.count(b'"token_ids":[') - whole.count(b'"token_ids":[]')
+                    else:
+                        events += whole.count(b"data: {")
                     last = whole
                     out.write(strip(b"", whole) if strip is not None else whole)
                     if out.congested:
@@ -435,7 +439,7 @@ class Relay:
     def _account(self, call: Call, exchange: Exchange, tokens: Tokens) -> None:
         tier = exchange.load.endpoint.tier
         next_gpu_s = self._ledger.record(tier, call.session, tokens.prompt, tokens.generated, call.gpu_s)
-        self._metrics.used(tier, tokens.prompt, tokens.generated, call.gpu_s, next_gpu_s)
+        self._metrics.used(call, tier, tokens.prompt, tokens.generated, next_gpu_s)
 
 
 STREAM_HEADERS: Final[Headers] = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]

@@ -1,0 +1,45 @@
+"""The tiers' traffic as the controller sees it: all gateways' counts, and the last minutes of each tier."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from controlplane.core.domain import GatewayInfo
+from controlplane.core.telemetry import Limits
+from controlplane.core.traffic import WINDOW_S, TierFigures, TrafficBook, TrafficWindow, figures
+
+SILENT_REPORTS = 3
+"""So many reports that a gateway misses and what is known of its traffic is STALE."""
+
+
+class Demand:
+    """Fed with gateways' reports; :meth:`look` takes a reading every few seconds."""
+
+    def __init__(self, window_s: float = WINDOW_S) -> None:
+        self.book = TrafficBook()
+        self._window_s = window_s
+        self._windows: dict[str, TrafficWindow] = {}
+
+    def observe(self, info: GatewayInfo, now_s: float) -> None:
+        """A gateway's report."""
+        self.book.observe(info.gateway_id, info.traffic, now_s)
+
+    def look(self, tiers: Collection[str], subjects: Collection[str], now_s: float) -> None:
+        """Take a reading of every tier; of nobody but them and ``subjects`` (endpoints) is anything kept."""
+        self.book.keep_only({*tiers, *subjects})
+        for tier in self._windows.keys() - set(tiers):
+            del self._windows[tier]
+        for tier in tiers:
+            window = self._windows.setdefault(tier, TrafficWindow(self._window_s))
+            window.observe(self.book.reading(tier), now_s)
+
+    def figures(
+        self, now_s: float, heartbeat_s: float, span_s: float | None = None
+    ) -> dict[str, TierFigures]:
+        """Of every tier over ``span_s`` (by default all that is remembered), as of the last look."""
+        limits = Limits(SILENT_REPORTS * heartbeat_s, 5 * SILENT_REPORTS * heartbeat_s)
+        heard_s = self.book.heard_s()
+        return {
+            tier: figures(window, self.book.reading(tier), heard_s, now_s, limits, span_s or self._window_s)
+            for tier, window in self._windows.items()
+        }

@@ -1,0 +1,160 @@
+"""What one gateway replica counts of each tier and endpoint, for the controller
+(:mod:`controlplane.core.traffic`)."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping
+from time import monotonic
+from typing import Final
+
+from controlplane.core.admission import AdmissionQueue
+from controlplane.core.autoscaling import Slo
+from controlplane.core.fleet import Fleet
+from controlplane.core.tiers import TierTable
+from controlplane.core.traffic import LATENCY_BOUNDS_S, Traffic, kept
+from controlplane.gateway.call import Call
+
+MAX_SLOT_S: Final = 10.0
+"""A largest latency is told for so long, and up to twice that."""
+
+
+class _Counts:
+    """One subject's figures, while they grow."""
+
+    __slots__ = (
+        *("arrived", "judged", "missed", "away", "ok", "failed", "shed", "retried", "resumed"),
+        *("prompt_tokens", "generated_tokens", "gpu_s", "latency_s", "latency", "ttft"),
+        *("max_s", "max_before_s", "max_since_s"),
+    )
+
+    def __init__(self) -> None:
+        self.arrived = self.judged = self.missed = self.away = 0
+        self.ok = self.failed = self.shed = self.retried = self.resumed = 0
+        self.prompt_tokens = self.generated_tokens = 0
+        self.gpu_s = self.latency_s = 0.0
+        self.latency = [0] * len(LATENCY_BOUNDS_S)
+        self.ttft = [0] * len(LATENCY_BOUNDS_S)
+        self.max_s = self.max_before_s = self.max_since_s = 0.0
+
+    def served(self, call: Call, outcome: str, total_s: float, now_s: float) -> None:
+        self.retried += max(0, call.attempts - 1)
+        if outcome == "ok":
+            self.ok += 1
+            self.resumed += call.resumed
+            self.latency_s += total_s
+            self.latency[bisect_left(LATENCY_BOUNDS_S, total_s)] += 1
+            if call.stream:
+                self.ttft[bisect_left(LATENCY_BOUNDS_S, call.first_byte_s - call.arrived_s)] += 1
+            self._turn(now_s)
+            self.max_s = max(self.max_s, total_s)
+        elif outcome == "failed":
+            self.failed += 1
+        elif outcome == "shed":
+            self.shed += 1
+
+    def _turn(self, now_s: float) -> None:
+        """Begin a new slot of the largest latency, if it is time."""
+        if now_s - self.max_since_s >= MAX_SLOT_S:
+            self.max_before_s = self.max_s if now_s - self.max_since_s < 2 * MAX_SLOT_S else 0.0
+            self.max_s = 0.0
+            self.max_since_s = now_s
+
+    def reading(self, subject: str, waiting: int, in_flight: int, now_s: float) -> Traffic:
+        self._turn(now_s)
+        return Traffic(
+            subject,
+            self.arrived,
+            self.judged,
+            self.missed,
+            self.away,
+            self.ok,
+            self.failed,
+            self.shed,
+            self.retried,
+            self.resumed,
+            self.prompt_tokens,
+            self.generated_tokens,
+            self.gpu_s,
+            self.latency_s,
+            tuple(self.latency),
+            tuple(self.ttft),
+            waiting,
+            in_flight,
+            max(self.max_s, self.max_before_s),
+        )
+
+
+class TrafficMeter:
+    """Counts one gateway replica's requests."""
+
+    def __init__(self, table: TierTable, slos: Mapping[str, Slo]) -> None:
+        self._table = table
+        self._slos = slos
+        self._names = [policy.name for policy in table.policies]
+        self._tiers = {name: _Counts() for name in self._names}
+        self._endpoints: dict[str, _Counts] = {}
+
+    def arrived(self, rank: int) -> None:
+        """A request came that is meant for the tier of that rank."""
+        self._tiers[self._names[rank]].arrived += 1
+
+    def used(self, call: Call, tier: str, prompt: int, generated: int) -> None:
+        """What a call that is about to end took."""
+        call.generated_tokens = generated
+        for counts in self._of(tier, call):
+            counts.prompt_tokens += prompt
+            counts.generated_tokens += generated
+            counts.gpu_s += call.gpu_s
+
+    def ended(self, call: Call, outcome: str, now_s: float) -> None:
+        """A call ended: with outcome ``ok``, ``client_error``, ``failed``, ``shed`` or ``cancelled``."""
+        total_s = now_s - call.arrived_s
+        for counts in self._of(call.tier, call):
+            counts.served(call, outcome, total_s, now_s)
+        if call.route is None or not call.route.order or outcome in ("client_error", "cancelled"):
+            return
+        meant = self._names[call.route.order[0]]
+        counts = self._tiers[meant]
+        counts.judged += 1
+        counts.away += bool(call.tier) and call.tier != meant and outcome == "ok"
+        if outcome != "ok" or not self._kept(call, meant, total_s):
+            counts.missed += 1
+
+    def _kept(self, call: Call, tier: str, total_s: float) -> bool:
+        tokens = call.generated_tokens
+        if not call.stream:
+            return kept(self._slos[tier], ttft_s=None, itl_s=None, total_s=total_s, tokens=tokens)
+        ttft_s = call.first_byte_s - call.arrived_s
+        itl_s = (total_s - ttft_s) / (tokens - 1) if tokens > 1 else None
+        return kept(self._slos[tier], ttft_s=ttft_s, itl_s=itl_s, total_s=total_s, tokens=tokens)
+
+    def _of(self, tier: str, call: Call) -> list[_Counts]:
+        """The tier and the endpoint that serve a call."""
+        found = [self._tiers[tier]] if tier in self._tiers else []
+        load = call.decision.load if call.decision is not None else None
+        if load is not None:
+            name = load.endpoint.endpoint_id
+            counts = self._endpoints.get(name)
+            if counts is None:
+                counts = self._endpoints[name] = _Counts()
+            found.append(counts)
+        return found
+
+    def read(self, fleet: Fleet, queue: AdmissionQueue) -> tuple[Traffic, ...]:
+        """Every tier, and every endpoint that is there; those that are gone are forgotten."""
+        now_s = monotonic()
+        waiting = [0] * len(self._names)
+        for ticket in queue.waiting():
+            waiting[ticket.payload.route.order[0]] += 1
+        found = [
+            self._tiers[pool.name].reading(pool.name, waiting[pool.rank], pool.in_flight, now_s)
+            for pool in fleet.pools
+        ]
+        for name in self._endpoints.keys() - fleet.by_endpoint_id.keys():
+            del self._endpoints[name]
+        for name, load in fleet.by_endpoint_id.items():
+            counts = self._endpoints.get(name)
+            if counts is not None:
+                found.append(counts.reading(name, 0, load.in_flight, now_s))
+        return tuple(found)

@@ -1,0 +1,158 @@
+"""Gateways' counts: added up over gateways and restarts, looked back on, and judged by the SLO."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from controlplane.core.autoscaling import Slo
+from controlplane.core.demand import Demand
+from controlplane.core.domain import GatewayInfo
+from controlplane.core.telemetry import Freshness
+from controlplane.core.traffic import (
+    LATENCY_BOUNDS_S,
+    Traffic,
+    TrafficBook,
+    TrafficWindow,
+    kept,
+    named,
+    quantile_s,
+    since,
+)
+
+
+def counted(**values: int) -> Traffic:
+    return Traffic("small", **values)  # type: ignore[arg-type]
+
+
+def buckets(**at: int) -> tuple[int, ...]:
+    """``_0_5=3``: three observations in the bucket up to 0.5 s."""
+    wanted = {float(name[1:].replace("_", ".")): count for name, count in at.items()}
+    assert wanted.keys() <= set(LATENCY_BOUNDS_S)
+    return tuple(wanted.get(bound, 0) for bound in LATENCY_BOUNDS_S)
+
+
+def test_what_a_gateway_counted_before_it_was_heard_of_is_not_news() -> None:
+    book = TrafficBook()
+    book.observe("g1", [counted(arrived=1000, ok=900)], 0.0)
+    assert book.reading("small").arrived == 0
+    book.observe("g1", [counted(arrived=1010, ok=905, waiting=4)], 2.0)
+    assert book.reading("small") == counted(arrived=10, ok=5, waiting=4)
+
+
+def test_two_gateways_add_up_and_one_that_starts_anew_starts_at_zero() -> None:
+    book = TrafficBook()
+    for at_s, one, two in ((0.0, 5, 50), (2.0, 8, 54)):
+        book.observe("g1", [counted(arrived=one, in_flight=1)], at_s)
+        book.observe("g2", [counted(arrived=two, in_flight=2)], at_s)
+    assert book.reading("small") == counted(arrived=7, in_flight=3)
+    book.observe("g1", [counted(arrived=2)], 4.0)
+    assert book.reading("small").arrived == 9
+    book.forget("g2")
+    assert book.reading("small") == counted(arrived=9)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["g1", "g2"]), st.integers(0, 20), st.booleans()), max_size=40))
+def test_the_sum_never_falls_whatever_gateways_do(
+    steps: list[tuple[str, int, bool]],
+) -> None:
+    book = TrafficBook()
+    counts = {"g1": 0, "g2": 0}
+    last = 0
+    for at_s, (gateway, more, restarted) in enumerate(steps):
+        counts[gateway] = more if restarted else counts[gateway] + more
+        book.observe(gateway, [counted(arrived=counts[gateway])], float(at_s))
+        now = book.reading("small").arrived
+        assert now >= last
+        assert now <= sum(step[1] for step in steps)
+        last = now
+
+
+def test_a_window_looks_back_by_the_nearest_readings() -> None:
+    window = TrafficWindow(60.0)
+    assert window.back(10.0) is None
+    for at_s in range(0, 100, 5):
+        window.observe(counted(arrived=at_s), float(at_s))
+    found = window.back(10.0)
+    assert found is not None
+    assert (found[0].arrived, found[1]) == (10, 10.0)
+    found = window.back(1000.0)
+    assert found is not None
+    assert found[1] == 60.0
+    window.observe(counted(arrived=1), 100.0)
+    assert window.back(10.0) is None, "the book was made anew"
+
+
+def test_figures_are_shares_rates_and_percentiles_of_the_span() -> None:
+    demand = Demand()
+    info = GatewayInfo("g1", "n1", "")
+    first = counted(arrived=100, ok=100)
+    then = replace(
+        first,
+        arrived=160,
+        judged=50,
+        missed=5,
+        ok=136,
+        failed=10,
+        shed=4,
+        retried=10,
+        latency_counts=buckets(_0_5=18, _5=18),
+        ttft_counts=buckets(_0_1=36),
+        waiting=7,
+    )
+    demand.observe(replace(info, traffic=(first,)), 0.0)
+    demand.look(["small"], [], 0.0)
+    demand.observe(replace(info, traffic=(then,)), 60.0)
+    demand.look(["small"], [], 60.0)
+    found = demand.figures(61.0, 2.0)["small"]
+    assert found.arrivals_per_s.fresh == 1.0
+    assert found.requests_per_s.fresh == pytest.approx(50 / 60)
+    assert found.failed_ratio.fresh == 0.2
+    assert found.shed_ratio.fresh == 0.08
+    assert found.attainment.fresh == 0.9
+    assert found.waiting.fresh == 7
+    assert found.latency_p95_s.fresh == pytest.approx(4.9)
+    assert 0.05 < (found.ttft_p95_s.fresh or 0.0) <= 0.1
+    assert named({"small": found})["tier/waiting"] == {"small": found.waiting}
+
+
+def test_a_silent_gateway_makes_figures_stale_and_then_missing_and_none_makes_them_missing() -> None:
+    demand = Demand()
+    demand.look(["small"], [], 0.0)
+    assert demand.figures(0.0, 2.0)["small"].waiting.freshness is Freshness.MISSING
+    demand.observe(GatewayInfo("g1", "n1", "", traffic=(counted(arrived=1),)), 0.0)
+    demand.observe(GatewayInfo("g2", "n1", "", traffic=(counted(arrived=1),)), 5.0)
+    demand.look(["small"], [], 5.0)
+    assert demand.figures(5.0, 2.0)["small"].waiting.freshness is Freshness.FRESH
+    assert demand.figures(7.0, 2.0)["small"].waiting.freshness is Freshness.STALE
+    assert demand.figures(40.0, 2.0)["small"].waiting.freshness is Freshness.MISSING
+
+
+@pytest.mark.parametrize(
+    ("ttft_s", "itl_s", "total_s", "tokens", "expected"),
+    [
+        (1.0, 0.1, 5.0, 40, True),
+        (4.0, 0.1, 5.0, 40, False),
+        (1.0, 0.3, 5.0, 40, False),
+        (1.0, None, 1.0, 1, True),
+        (1.0, 0.1, 31.0, 40, False),
+        (None, None, 4.8, 10, True),
+        (None, None, 4.9, 10, False),
+        (None, None, 3.1, 0, False),
+    ],
+)
+def test_the_slo(
+    ttft_s: float | None, itl_s: float | None, total_s: float, tokens: int, expected: bool
+) -> None:
+    slo = Slo(ttft_s=3.0, itl_s=0.2, total_s=30.0)
+    assert kept(slo, ttft_s=ttft_s, itl_s=itl_s, total_s=total_s, tokens=tokens) is expected
+
+
+def test_differences_and_quantiles() -> None:
+    assert quantile_s((0,) * len(LATENCY_BOUNDS_S), 0.5) is None
+    assert since(counted(arrived=5, waiting=3), counted(arrived=2, waiting=9)) == counted(
+        arrived=3, waiting=3
+    )
