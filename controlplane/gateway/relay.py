@@ -299,11 +299,7 @@ class Relay:
                         raise UpstreamFailure(Failure.STREAM_ERROR, _detail(whole))
                     if tape is not None:
                         tape.keep(whole)
-                    if exchange.ids_added:
-                        # Without the first and the last event of a chat, which bring no token.
-                        events += whole.count(b'"token_ids":[') - whole.count(b'"token_ids":[]')
-                    else:
-                        events += whole.count(b"data: {")
+                    events += whole.count(b'"token_ids":[') if exchange.ids_added else whole.count(b"data: {")
                     last = whole
                     out.write(strip(b"", whole) if strip is not None else whole)
                     if out.congested:

@@ -25,13 +25,13 @@ async def test_answers_are_counted_for_their_tier_and_endpoint() -> None:
         found = read(rig)
         tier = found["balanced"]
         assert (tier.arrived, tier.judged, tier.missed, tier.ok) == (2, 2, 0, 2)
-        assert tier.generated_tokens == 16
+        assert tier.generated_tokens == 18  # the end is a token, too
         assert tier.prompt_tokens > 0
         assert sum(tier.latency_counts) == 2
         assert sum(tier.ttft_counts) == 1
         assert 0 < tier.latency_max_s < tier.latency_s
         endpoint = found["b1"]
-        assert (endpoint.arrived, endpoint.ok, endpoint.generated_tokens) == (0, 2, 16)
+        assert (endpoint.arrived, endpoint.ok, endpoint.generated_tokens) == (0, 2, 18)
         rig.endpoints.clear()
         rig.publish()
         assert "b1" not in read(rig), "an endpoint that is gone is forgotten"
