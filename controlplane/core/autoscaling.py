@@ -146,6 +146,10 @@ class ScalingDecision:
     reason: str
     wanted: int
     """Before bounds, holds and steps."""
+    lowest: int = 0
+    """The least that the bounds allow now."""
+    blind: bool = False
+    """A signal that it needs is not fresh."""
     forecast: Forecast | None = None
     headroom: float = 0.0
     confidence: float = 0.0
@@ -160,13 +164,15 @@ class TierScaler:
         self.capacity = Capacity(prior)
         self.work = work
         """The mean request; a guess at first."""
-        self.forecaster = Forecaster(settings.cold_start_s, max(2 * settings.tick_s, 30.0))
+        self.forecaster = Forecaster(settings.cold_start_s, _window_s(settings))
         self.headroom = settings.initial_headroom
         self._wanted: deque[tuple[float, int]] = deque()
         """(time, wanted), falling: the first is the highest of the hold time."""
         self._since_s: float | None = None
         self._up_s = -math.inf
         self._down_s = -math.inf
+        self._decided: tuple[float, int] | None = None
+        """The observation before: its time and target."""
         self._active_s: float | None = None
         """When there last was any request."""
 
@@ -175,11 +181,22 @@ class TierScaler:
         """What one replica must keep."""
         return Bounds(self.settings.sequences, self.settings.slo.itl_s)
 
+    @property
+    def each_per_s(self) -> float:
+        """Requests a second that one replica carries inside its bounds, as far as is known."""
+        return self.capacity.requests_per_s(self.work, self.capacity.most_sequences(self.work, self.bounds))
+
+    def adopt(self, settings: ScalingSettings) -> None:
+        """Other settings from now on; what was learned stays."""
+        window_s = _window_s(settings)
+        if (settings.cold_start_s, window_s) != (self.forecaster.horizon_s, self.forecaster.window_s):
+            self.forecaster.aim(settings.cold_start_s, window_s)
+        self.settings = settings
+
     def decide(self, seen: TierObservation) -> ScalingDecision:
         """The target after this observation."""
         forecast = self._learn(seen)
-        if seen.override is not None:
-            return self._decision(seen, seen.override, seen.override, "set by hand", forecast)
+        self._note_moves(seen)
         settings = self.settings
         lowest, highest = bounds_at(
             settings.schedules,
@@ -188,39 +205,56 @@ class TierScaler:
             settings.min_replicas,
             settings.max_replicas,
         )
+        blind = _blind(seen)
         wanted, why = self._wanted_now(seen, forecast)
-        if lowest == 0 and wanted == 0 and not self._idle_long(seen):
-            wanted, why = 1, f"a request came in the last {settings.idle_to_zero_s:.0f} s"
-        blind = [
-            f"{name} {signal.freshness} ({signal.reason})"
-            for name, signal in (("arrivals", seen.arrivals), ("in flight", seen.in_flight))
-            if signal.fresh is None
-        ]
-        if seen.queued.fresh is None:
-            blind.append(f"queue {seen.queued.freshness} ({seen.queued.reason})")
+        if seen.override is not None:
+            wanted = target = seen.override
+            why = "set by hand"
+        else:
+            if lowest == 0 and wanted == 0 and not self._idle_long(seen):
+                wanted, why = 1, f"a request came in the last {settings.idle_to_zero_s:.0f} s"
+            target, why = self._bounded(seen, wanted, why, lowest, highest, blind)
+        move = Move.UP if target > seen.target else Move.DOWN if target < seen.target else Move.STAY
+        confidence = math.sqrt(forecast.confidence * max(self.capacity.confidence, 0.1))
+        return ScalingDecision(
+            self.tier, target, move, why, wanted, lowest, bool(blind), forecast, self.headroom, confidence
+        )
+
+    def _bounded(
+        self, seen: TierObservation, wanted: int, why: str, lowest: int, highest: int, blind: str
+    ) -> tuple[int, str]:
+        """What is wanted inside bounds, holds, cool-downs and steps."""
         bounded = min(max(wanted, lowest), highest)
         if bounded != wanted:
             why = f"{why}; the bounds are {lowest} to {highest}"
         if seen.target > highest:
-            return self._decision(seen, highest, wanted, f"the bounds are {lowest} to {highest}", forecast)
+            return highest, f"the bounds are {lowest} to {highest}"
         held = self._hold(seen.now_s, bounded)
         if self._since_s is None:
             self._since_s = seen.now_s - seen.interval_s
         if bounded > seen.target:
-            return self._up(seen, bounded, wanted, why, forecast, urgent=seen.target < lowest)
+            return self._up(seen, bounded, why, urgent=seen.target < lowest)
         if blind:
-            return self._decision(
-                seen, seen.target, wanted, "never down on what is not known: " + "; ".join(blind), forecast
-            )
+            return seen.target, f"never down on what is not known: {blind}"
+        hold_s = self.settings.resolved_hold_s
         watched_s = seen.now_s - self._since_s
-        if held < seen.target and watched_s < max(settings.resolved_hold_s, _WATCH_S):
-            why = f"{why}; this tier was watched for only {watched_s:.0f} s"
-            return self._decision(seen, seen.target, wanted, why, forecast)
+        if held < seen.target and watched_s < max(hold_s, _WATCH_S):
+            return seen.target, f"{why}; this tier was watched for only {watched_s:.0f} s"
         if held < seen.target:
-            return self._down(seen, held, wanted, why, forecast)
+            return self._down(seen, held, why)
         if bounded < seen.target:
-            why = f"{why}; the last {settings.resolved_hold_s:.0f} s asked for {held}"
-        return self._decision(seen, seen.target, wanted, why, forecast)
+            why = f"{why}; the last {hold_s:.0f} s asked for {held}"
+        return seen.target, why
+
+    def _note_moves(self, seen: TierObservation) -> None:
+        """Cool-downs run from moves that were carried out, whoever made them, not from what was advised."""
+        if self._decided is not None:
+            at_s, target = self._decided
+            if seen.target > target:
+                self._up_s = at_s
+            elif seen.target < target:
+                self._down_s = at_s
+        self._decided = seen.now_s, seen.target
 
     def _learn(self, seen: TierObservation) -> Forecast:
         arrivals = seen.arrivals.fresh
@@ -306,37 +340,34 @@ class TierScaler:
             recent.popleft()
         return recent[0][1]
 
-    def _up(
-        self, seen: TierObservation, target: int, wanted: int, why: str, forecast: Forecast, *, urgent: bool
-    ) -> ScalingDecision:
+    def _up(self, seen: TierObservation, target: int, why: str, *, urgent: bool) -> tuple[int, str]:
         settings = self.settings
         wait_s = self._up_s + settings.cool_down_up_s - seen.now_s
         if wait_s > 0 and not urgent:
-            why = f"{why}; the cool-down lasts another {wait_s:.0f} s"
-            return self._decision(seen, seen.target, wanted, why, forecast)
+            return seen.target, f"{why}; the cool-down lasts another {wait_s:.0f} s"
         if settings.step_up is not None and target > seen.target + settings.step_up:
             target = seen.target + settings.step_up
             why = f"{why}; at most {settings.step_up} at once"
-        self._up_s = seen.now_s
-        return self._decision(seen, target, wanted, why, forecast)
+        return target, why
 
-    def _down(
-        self, seen: TierObservation, target: int, wanted: int, why: str, forecast: Forecast
-    ) -> ScalingDecision:
+    def _down(self, seen: TierObservation, target: int, why: str) -> tuple[int, str]:
         settings = self.settings
         wait_s = max(self._up_s, self._down_s) + settings.cool_down_down_s - seen.now_s
         if wait_s > 0:
-            why = f"{why}; the cool-down lasts another {wait_s:.0f} s"
-            return self._decision(seen, seen.target, wanted, why, forecast)
+            return seen.target, f"{why}; the cool-down lasts another {wait_s:.0f} s"
         if settings.step_down is not None and target < seen.target - settings.step_down:
             target = seen.target - settings.step_down
             why = f"{why}; at most {settings.step_down} at once"
-        self._down_s = seen.now_s
-        return self._decision(seen, target, wanted, why, forecast)
+        return target, why
 
-    def _decision(
-        self, seen: TierObservation, target: int, wanted: int, why: str, forecast: Forecast
-    ) -> ScalingDecision:
-        move = Move.UP if target > seen.target else Move.DOWN if target < seen.target else Move.STAY
-        confidence = math.sqrt(forecast.confidence * max(self.capacity.confidence, 0.1))
-        return ScalingDecision(self.tier, target, move, why, wanted, forecast, self.headroom, confidence)
+
+def _window_s(settings: ScalingSettings) -> float:
+    return max(2 * settings.tick_s, 30.0)
+
+
+def _blind(seen: TierObservation) -> str:
+    """Which signals are not fresh; empty: all are."""
+    named = (("arrivals", seen.arrivals), ("in flight", seen.in_flight), ("queue", seen.queued))
+    return "; ".join(
+        f"{name} {signal.freshness} ({signal.reason})" for name, signal in named if signal.fresh is None
+    )

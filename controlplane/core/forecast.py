@@ -119,6 +119,12 @@ class Forecaster:
         self._mixed = self._mix(bids)
         self._pending.append((at_s, bids, self._mixed[0]))
 
+    def aim(self, horizon_s: float, window_s: float) -> None:
+        """Another horizon from now on. Forecasts that were not yet compared are dropped."""
+        self.horizon_s = horizon_s
+        self.window_s = window_s
+        self._pending.clear()
+
     def forecast(self, now_s: float) -> Forecast:
         """The forecast made at ``now_s``; a rate of 0 before anything was observed."""
         if self._seen_s == 0.0:

@@ -1,15 +1,21 @@
 """Who gets GPUs when the tiers want more than there are: by priority, then by what the next replica gains.
 
-Every tier first gets its minimum, the important ones first. What is left goes replica by replica to the most
-important tier that still wants one, and among equals to the largest gain per GPU. Where the gains of a tier
-fall from replica to replica and replicas are of one size, that greedy choice is the best one
-(M. Fox, "Discrete optimization via marginal analysis", 1966).
+What must not be touched is counted first, even over the budget. Then every tier gets its minimum, the
+important ones first. What is left goes replica by replica to the most important tier that still wants one,
+and among equals to the largest gain per GPU. Where the gains of a tier fall from replica to replica and
+replicas are of one size, that greedy choice is the best one (M. Fox, "Discrete optimization via marginal
+analysis", 1966). A replica that is there already counts a little more than one that would have to start:
+small changes of the gains move nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
+
+_STAYS: Final = 1.25
+"""How much more a replica gains that is there already: to move it costs a cold start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +31,16 @@ class GpuDemand:
     """The higher goes first."""
     gains: tuple[float, ...] = ()
     """Of the first, second, … replica: requests a second that it lets keep the SLO; 0 past the last."""
+    held: int = 0
+    """Replicas that it has now."""
+    kept: int = 0
+    """Replicas that are not up for sharing: set by a person, or of a tier whose telemetry is not fresh."""
 
     def gain(self, replica: int) -> float:
         """Of the ``replica``-th (from 1) per GPU."""
         value = self.gains[replica - 1] if replica <= len(self.gains) else 0.0
+        if replica <= self.held:
+            value *= _STAYS
         return value / self.gpus_per_replica if self.gpus_per_replica > 0 else float("inf")
 
 
@@ -47,20 +59,22 @@ def carried_gains(requests_per_s: float, each_per_s: float, wanted: int) -> tupl
 
 
 def share_gpus(demands: Sequence[GpuDemand], gpus: float) -> tuple[GpuShare, ...]:
-    """Replicas per tier, in the order of ``demands``; never more than ``gpus`` in all."""
-    given = [0] * len(demands)
-    left = gpus
+    """Replicas per tier, in the order of ``demands``; never more than ``gpus`` in all, but for what is
+    ``kept``."""
+    given = [min(demand.kept, demand.wanted) for demand in demands]
+    left = gpus - sum(d.gpus_per_replica * count for d, count in zip(demands, given, strict=True))
     by_priority = sorted(range(len(demands)), key=lambda index: -demands[index].priority)
     for index in by_priority:
         demand = demands[index]
-        while given[index] < min(demand.lowest, demand.wanted) and demand.gpus_per_replica <= left + 1e-9:
+        while given[index] < min(demand.lowest, demand.wanted) and _fits(demand, left):
             given[index] += 1
             left -= demand.gpus_per_replica
     while True:
+        # A tier without GPUs is never short of them, whatever the others took.
         open_ = [
             index
             for index in by_priority
-            if given[index] < demands[index].wanted and demands[index].gpus_per_replica <= left + 1e-9
+            if given[index] < demands[index].wanted and _fits(demands[index], left)
         ]
         if not open_:
             break
@@ -71,6 +85,10 @@ def share_gpus(demands: Sequence[GpuDemand], gpus: float) -> tuple[GpuShare, ...
         GpuShare(demand.tier, count, _reason(demand, count, gpus))
         for demand, count in zip(demands, given, strict=True)
     )
+
+
+def _fits(demand: GpuDemand, left: float) -> bool:
+    return demand.gpus_per_replica <= 0 or demand.gpus_per_replica <= left + 1e-9
 
 
 def _reason(demand: GpuDemand, count: int, gpus: float) -> str:

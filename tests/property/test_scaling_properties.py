@@ -94,6 +94,8 @@ demands = st.lists(
         wanted=st.integers(0, 12),
         priority=st.integers(0, 3),
         gains=st.lists(st.floats(0.0, 50.0), max_size=12).map(tuple),
+        held=st.integers(0, 12),
+        kept=st.sampled_from([0, 0, 0, 2]),
     ),
     max_size=6,
 )
@@ -104,7 +106,8 @@ demands = st.lists(
 def test_no_gpu_is_given_twice_and_none_is_left_that_would_be_taken(demands, gpus) -> None:
     shares = share_gpus(demands, gpus)
     used = sum(d.gpus_per_replica * s.replicas for d, s in zip(demands, shares, strict=True))
-    assert used <= gpus + 1e-6
+    kept = sum(d.gpus_per_replica * min(d.kept, d.wanted) for d in demands)
+    assert used <= max(gpus, kept) + 1e-6
     for demand, share in zip(demands, shares, strict=True):
-        assert 0 <= share.replicas <= demand.wanted
+        assert min(demand.kept, demand.wanted) <= share.replicas <= demand.wanted
         assert share.replicas == demand.wanted or demand.gpus_per_replica > gpus - used - 1e-6

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from controlplane.core.autoscaling import Move, ScalingSettings, TierObservation
+from controlplane.core.capacity import EngineSpeed, Work
+from controlplane.core.scaling_round import RoundDecision, ScalingRound, TierRule
+from controlplane.core.schedules import Schedule
+from controlplane.core.telemetry import Freshness, Signal, missing
+
+SPEED = EngineSpeed(0.02, 0.001, 0.0001)
+WORK = Work(500.0, 100.0)
+SETTINGS = ScalingSettings(max_replicas=20, cold_start_s=30.0, sequences=16.0, initial_headroom=0.0)
+MONDAY_UNIX_S = 1_767_571_200.0
+
+
+def rule(tier: str, **more: object) -> TierRule:
+    return replace(TierRule(tier, SETTINGS, SPEED, WORK), **more)
+
+
+def fresh(value: float) -> Signal:
+    return Signal(Freshness.FRESH, value, 0.0)
+
+
+class Plane:
+    """Tiers that get what a round decides at once."""
+
+    def __init__(self, *rules: TierRule, gpus: float | None = None) -> None:
+        self.round = ScalingRound(rules)
+        self.gpus = gpus
+        self.targets = {entry.tier: 1 for entry in rules}
+        self.now_s = 0.0
+
+    def tick(self, **rates: float | TierObservation) -> dict[str, RoundDecision]:
+        self.now_s += 5.0
+        seen = [self.seen(tier, rate) for tier, rate in rates.items()]
+        decisions = {decision.tier: decision for decision in self.round.decide(seen, self.gpus)}
+        self.targets |= {tier: decision.target for tier, decision in decisions.items()}
+        return decisions
+
+    def seen(self, tier: str, rate: float, **more: object) -> TierObservation:
+        target = self.targets[tier]
+        made = TierObservation(
+            tier, self.now_s, MONDAY_UNIX_S + self.now_s, target, target, 5.0, fresh(rate * 5.0),
+            fresh(rate * 2.0), fresh(0.0),
+        )  # fmt: skip
+        return replace(made, **more)
+
+    def run(self, seconds: float, **rates: float) -> dict[str, RoundDecision]:
+        for _ in range(int(seconds / 5)):
+            decisions = self.tick(**rates)
+        return decisions
+
+
+def test_without_a_budget_each_tier_gets_what_it_asks_for() -> None:
+    decisions = Plane(rule("a"), rule("b")).run(600, a=30.0, b=60.0)
+    assert decisions["b"].target > decisions["a"].target > 1
+    assert all(found.target == found.asked.target and not found.cut for found in decisions.values())
+
+
+def test_the_more_important_tier_gets_gpus_first_and_the_other_keeps_its_minimum() -> None:
+    plane = Plane(rule("a"), rule("b", priority=1), gpus=5.0)
+    decisions = plane.run(600, a=60.0, b=60.0)
+    assert (decisions["a"].target, decisions["b"].target) == (1, 4)
+    short = decisions["a"]
+    assert short.asked.target > 1
+    assert short.cut == short.asked.target - 1
+    assert "5 GPUs are shared" in short.reason
+    assert f"it wants {short.asked.target}" in short.reason
+
+
+def test_an_important_tier_takes_running_replicas_from_another() -> None:
+    plane = Plane(rule("a"), rule("b", priority=1), gpus=5.0)
+    assert plane.run(600, a=60.0, b=1.0)["a"].target == 4
+    wakes = plane.tick(a=60.0, b=80.0)
+    assert (wakes["b"].target, wakes["b"].move) == (4, Move.UP)
+    assert (wakes["a"].target, wakes["a"].move) == (1, Move.DOWN)
+
+
+def test_equal_tiers_do_not_take_replicas_from_each_other_for_small_differences() -> None:
+    plane = Plane(rule("a"), rule("b"), gpus=6.0)
+    first = plane.run(600, a=60.0, b=60.0)
+    changes = 0
+    for step in range(200):
+        wobble = 3.0 if step % 2 else -3.0
+        now = plane.tick(a=60.0 + wobble, b=60.0 - wobble)
+        changes += sum(decision.move is not Move.STAY for decision in now.values())
+    assert first["a"].target + first["b"].target == 6
+    assert changes == 0
+
+
+def test_a_person_wins_even_over_the_budget() -> None:
+    plane = Plane(rule("a", priority=9), rule("b"), gpus=4.0)
+    plane.run(600, a=60.0, b=1.0)
+    seen = [plane.seen("a", 60.0), plane.seen("b", 1.0, override=3)]
+    by_tier = {decision.tier: decision for decision in plane.round.decide(seen, 4.0)}
+    assert (by_tier["a"].target, by_tier["b"].target) == (1, 3)
+    assert by_tier["b"].reason == "set by hand"
+    over = plane.round.decide([plane.seen("b", 1.0, override=9)], 4.0)
+    assert over[0].target == 9
+
+
+def test_what_is_not_known_keeps_its_replicas_when_gpus_are_short() -> None:
+    plane = Plane(rule("a"), rule("b", priority=1), gpus=5.0)
+    assert plane.run(600, a=60.0, b=1.0)["a"].target == 4
+    seen = [plane.seen("a", 60.0, queued=missing("gateway gone")), plane.seen("b", 80.0)]
+    by_tier = {decision.tier: decision for decision in plane.round.decide(seen, 5.0)}
+    assert (by_tier["a"].target, by_tier["b"].target) == (4, 1)
+
+
+def test_tiers_without_gpus_are_not_cut() -> None:
+    plane = Plane(rule("cpu", gpus_per_replica=0.0), rule("b", priority=1), gpus=1.0)
+    decisions = plane.run(600, cpu=60.0, b=60.0)
+    assert decisions["cpu"].target == decisions["cpu"].asked.target > 2
+    assert decisions["b"].target == 1
+
+
+def test_schedules_count_as_minimums_of_the_budget() -> None:
+    night = replace(SETTINGS, schedules=(Schedule(0, 3600, min_replicas=3),))
+    plane = Plane(rule("a", settings=night), rule("b", priority=1), gpus=5.0)
+    decisions = plane.run(600, a=0.0, b=90.0)
+    assert (decisions["a"].target, decisions["b"].target) == (3, 2)
+
+
+def test_settings_change_at_run_time_and_what_was_learned_stays() -> None:
+    plane = Plane(rule("a"), rule("b"))
+    plane.run(600, a=60.0, b=60.0)
+    scaler = plane.round.scaler("a")
+    tight = replace(SETTINGS, max_replicas=2, cold_start_s=120.0)
+    plane.round.configure([rule("a", settings=tight)])
+    assert plane.round.scaler("a") is scaler
+    assert scaler.forecaster.horizon_s == 120.0
+    decision = plane.tick(a=60.0)["a"]
+    assert decision.target == 2
+    assert decision.asked.forecast is not None
+    assert decision.asked.forecast.mean_per_s == pytest.approx(60.0, rel=0.1)
+    with pytest.raises(KeyError):
+        plane.round.decide([plane.seen("b", 1.0)])
+    plane.round.configure([rule("a", prior=EngineSpeed(0.01, 0.001, 0.0001))])
+    assert plane.round.scaler("a") is not scaler
+
+
+def test_a_refused_order_does_not_start_the_cool_down() -> None:
+    slow = replace(SETTINGS, cool_down_up_s=600.0)
+    plane = Plane(rule("a", settings=slow), gpus=1.0)
+    assert plane.run(300, a=60.0)["a"].target == 1
+    plane.gpus = None
+    assert plane.tick(a=60.0)["a"].target > 1
