@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from controlplane.controller import MISSED_REPORTS, WARMING_REPORTS, Controller
 from controlplane.core.demand import Demand
@@ -19,7 +20,7 @@ from controlplane.core.gpu_findings import GpuRules
 from controlplane.core.gpu_fleet import GpuFleet
 from controlplane.core.gpu_views import GpuView, gpu_views
 from controlplane.core.hangs import HangRules, Stuck, makes_nothing
-from controlplane.core.health import SERVING
+from controlplane.core.health import ENDED, SERVING
 from controlplane.core.lease_desk import LeaseDesk
 from controlplane.core.leases import Answer, Part
 from controlplane.core.leases import Outcome as LeaseOutcome
@@ -89,12 +90,14 @@ class Control:
         self.engines: dict[str, EngineTelemetry] = {}
         self.demand = Demand()
         self.now_s = now_s
-        self._unix_s = unix_s
+        self.unix_s = unix_s
         self._heartbeat_s = heartbeat_s
         self._settled_s = now_s() + (WARMING_REPORTS * heartbeat_s if settle_s is None else settle_s)
         self._shapes: dict[str, Shape] = {}
         """Holder → what it asked for."""
         self._published: dict[str, TierTarget] = {}
+        self.applies = False
+        """Tiers whose configuration lets them scale do so, and keep what they have until they are told."""
         self._looked_s = now_s()
         self._room_asked: dict[str, tuple[float, str]] = {}
         self._stuck: dict[str, Stuck] = {}
@@ -232,27 +235,52 @@ class Control:
 
     def gpus(self) -> tuple[GpuView, ...]:
         """The inventory."""
-        return gpu_views(self.fleet, self.desk.book, now_s=self.now_s(), unix_s=self._unix_s())
+        return gpu_views(self.fleet, self.desk.book, now_s=self.now_s(), unix_s=self.unix_s())
+
+    @property
+    def heartbeat_s(self) -> float:
+        """How often replicas and gateways report."""
+        return self._heartbeat_s
+
+    @property
+    def published(self) -> Mapping[str, TierTarget]:
+        """What was published last, by tier."""
+        return MappingProxyType(self._published)
 
     def publish(self, targets: Mapping[str, TierTarget]) -> None:
         """How many replicas the tiers are to have, as the scaling recommends; moves and holds go on top."""
         self._published.update(targets)
 
-    def bases(self, unix_s: float) -> dict[str, int]:
+    def unpublish(self, tiers: Iterable[str]) -> None:
+        """These have the configuration's number again, or keep what they have, if they scale."""
+        for tier in tiers:
+            self._published.pop(tier, None)
+
+    def bases(self) -> dict[str, int]:
         """Tier → replicas when nothing moves: what was published last and still holds, or the
-        configuration's number."""
+        configuration's number. One that scales never shrinks for want of a target."""
+        unix_s = self.unix_s()
         found = {}
         for spec in self.registry.tiers:
             published = self._published.get(spec.name)
-            valid = published is not None and published.valid_until_unix_s > unix_s
-            found[spec.name] = published.replicas if published is not None and valid else spec.replicas
+            scales = self.applies and spec.scaling is not None and spec.scaling.follows
+            if published is not None and (scales or published.valid_until_unix_s > unix_s):
+                found[spec.name] = published.replicas
+            elif scales:
+                living = sum(
+                    endpoint.tier == spec.name and endpoint.state not in ENDED
+                    for endpoint in self.registry.endpoints.values()
+                )
+                found[spec.name] = max(spec.replicas, living - self.work.leaving_count(spec.name))
+            else:
+                found[spec.name] = spec.replicas
         return found
 
     def targets(self) -> dict[str, TierTarget]:
         """Tier → how many replicas Serve is to keep. Raises NotSettled while it may not know every move."""
         if not self.settled:
             raise NotSettled("the controller has just started and may not know every move yet")
-        unix_s = self._unix_s()
+        unix_s = self.unix_s()
         serving: dict[str, int] = {}
         for endpoint in self.registry.endpoints.values():
             serving[endpoint.tier] = serving.get(endpoint.tier, 0) + (endpoint.state in SERVING)
@@ -262,7 +290,7 @@ class Control:
                 serving=serving.get(tier, 0),
                 valid_until_unix_s=unix_s + TARGET_TTL_S,
             )
-            for tier, base in self.bases(unix_s).items()
+            for tier, base in self.bases().items()
         }
 
     def activity(self) -> Activity:
@@ -330,7 +358,7 @@ class Control:
         return Observed(
             now_s,
             endpoints,
-            self.bases(self._unix_s()),
+            self.bases(),
             leaving,
             self._room(leaving, endpoints, now_s),
             out_of_use,

@@ -17,7 +17,15 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from controlplane.core import health
-from controlplane.core.domain import ClusterSnapshot, Endpoint, EndpointState, Event, GatewayInfo, TierSpec
+from controlplane.core.domain import (
+    ClusterSnapshot,
+    Endpoint,
+    EndpointState,
+    Event,
+    GatewayInfo,
+    TierScaling,
+    TierSpec,
+)
 from controlplane.errors import IllegalTransition
 
 MISSED_REPORTS = 5
@@ -53,6 +61,7 @@ class Controller:
         self._first_heard_s: float | None = None
         self._warming = True
         self._tiers: tuple[TierSpec, ...] = ()
+        self._scaling: tuple[TierScaling, ...] = ()
         self._endpoints: dict[str, Endpoint] = {}
         self._gateways: dict[str, GatewayInfo] = {}
         self._heard_s: dict[str, float] = {}
@@ -103,6 +112,11 @@ class Controller:
         """Take over what the configuration asks for; the last one to say so wins."""
         self._tiers = tuple(tiers)
         self._heartbeat_s = heartbeat_s
+
+    def tell_scaling(self, scaling: tuple[TierScaling, ...]) -> None:
+        """What snapshots say of the tiers' scaling from now on."""
+        self._scaling = scaling
+        self._changed()
 
     def register(self, endpoint: Endpoint) -> None:
         """Make an endpoint known, or known again. What is known is replaced."""
@@ -231,6 +245,7 @@ class Controller:
             gateways=tuple(sorted(self._gateways.values(), key=lambda gateway: gateway.gateway_id)),
             warming=self._warming,
             gone=tuple(self._gone),
+            scaling=self._scaling,
         )
 
     def _heard(self, key: str) -> None:

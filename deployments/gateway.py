@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ray
@@ -21,6 +22,7 @@ from controlplane.config import PlaneConfig
 from controlplane.core.domain import ClusterSnapshot, EndpointState, GatewayInfo
 from controlplane.gateway.app import Gateway
 from controlplane.paths import run_dir
+from controlplane.tier_specs import tier_specs
 from deployments.ray_metrics import mirror_metrics
 from deployments.tasks import Background
 from deployments.watching import watch_engines
@@ -52,6 +54,9 @@ class GatewayReplica:
             gateway_id=self._id,
         )
         self._gateway = Gateway(config, self._id)
+        self._hurry = asyncio.Event()
+        # A tier without a replica sleeps: the controller is told at once that somebody asks for it.
+        self._gateway.traffic.on_asleep = self._hurry.set
         if config.gateway.traces_endpoint:
             from controlplane.gateway.tracing import otlp_tracing  # a third of a second, if it is wanted
 
@@ -60,13 +65,17 @@ class GatewayReplica:
         address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         await self._gateway.start(config.gateway.host, config.gateway.port or None, address)
         self._link = ControllerLink(config.controller)
-        self._hurry = asyncio.Event()
         self._tasks = Background(
             pull_snapshots(self._link, self._apply),
             watch_engines(self._gateway, config),
             mirror_metrics(self._gateway),
             report_gateway(
-                self._link, config, self._info, interval_s=self._report_interval_s, hurry=self._hurry
+                self._link,
+                config.controller,
+                partial(tier_specs, config),
+                self._info,
+                interval_s=self._report_interval_s,
+                hurry=self._hurry,
             ),
         )
         log.info("gateway started", host=config.gateway.host, port=config.gateway.port)

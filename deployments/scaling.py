@@ -13,17 +13,17 @@ from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingP
 from controlplane.config import TierConfig
 
 SURGE: Final = 1
-"""Replicas that a tier may have beyond the configured number while one of them moves."""
+"""Replicas that a tier may have beyond its ceiling while one of them moves."""
 
 
 class TargetPolicy:
     """What Serve's own controller calls for one tier, several times a second. It never waits."""
 
-    def __init__(self, tier: str, replicas: int, namespace: str) -> None:
+    def __init__(self, tier: str, replicas: int, namespace: str, scales: bool = False) -> None:
         from controlplane.adapters.serve_targets import tier_targets
 
         self._tier = tier
-        self._targets = tier_targets(tier, replicas, namespace)
+        self._targets = tier_targets(tier, replicas, namespace, scales=scales)
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
         """The number of replicas to run, and no state."""
@@ -32,17 +32,22 @@ class TargetPolicy:
 
 
 def autoscaling(tier: TierConfig, namespace: str) -> AutoscalingConfig:
-    """Serve's settings for a tier: the configured number, room for one more while a replica moves, and none
-    for a tier that is drained."""
+    """Serve's settings for a tier: the configured number to begin with, as many as it may be given, room for
+    one more while a replica moves, and none for a tier that is drained."""
     return AutoscalingConfig(
         min_replicas=0,
         initial_replicas=tier.replicas,
-        max_replicas=tier.replicas + SURGE,
+        max_replicas=tier.ceiling + SURGE,
         upscale_delay_s=0.0,
         downscale_delay_s=0.0,
         downscale_to_zero_delay_s=0.0,
         policy=AutoscalingPolicy(  # type: ignore[no-untyped-call]
             policy_function="deployments.scaling:TargetPolicy",
-            policy_kwargs={"tier": tier.name, "replicas": tier.replicas, "namespace": namespace},
+            policy_kwargs={
+                "tier": tier.name,
+                "replicas": tier.replicas,
+                "namespace": namespace,
+                "scales": tier.scaling is not None,
+            },
         ),
     )

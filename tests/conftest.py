@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from hypothesis import settings
 
 SESSION_VARIABLE = "TIERPLANE_TEST_SESSION"
 GRACE_S = 10.0
@@ -23,7 +24,10 @@ _session = uuid.uuid4().hex
 
 
 def pytest_configure() -> None:
-    """Mark this session's processes, and keep the tests away from a plane that runs on this machine."""
+    """Properties are not about time, and a busy machine must not fail them. Mark this session's processes,
+    and keep the tests away from a plane that runs on this machine."""
+    settings.register_profile("untimed", deadline=None)
+    settings.load_profile("untimed")
     os.environ[SESSION_VARIABLE] = _session
     # Process titles are written over the environment otherwise, and the mark with it.
     os.environ["SPT_NOENV"] = "1"

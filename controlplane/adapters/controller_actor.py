@@ -8,6 +8,7 @@ touches Ray, engines, disk and clock. Samples are taken in as they arrive, betwe
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import secrets
 import time
@@ -29,6 +30,7 @@ from controlplane.adapters.ray_node_agent import stop_node_agents
 from controlplane.adapters.recorder import Recorder
 from controlplane.adapters.store import Point
 from controlplane.config import ControllerConfig
+from controlplane.config.scaling import ControllerScalingConfig
 from controlplane.control import GC_THRESHOLDS, Control, ControlRules
 from controlplane.controller import WARMING_REPORTS, Controller
 from controlplane.core import kept
@@ -42,9 +44,11 @@ from controlplane.core.leases import Answer, Part
 from controlplane.core.moves import Activity
 from controlplane.core.orders import ActionAnswer, ReportAnswer, StartAnswer
 from controlplane.core.reconcile import ReconcileRules
+from controlplane.core.scaling_view import ScalingReport
 from controlplane.core.targets import TierTarget
 from controlplane.operations import Operations
 from controlplane.paths import run_dir
+from controlplane.scaling import Scaling
 
 CONTROLLER_NAME = "tierplane-controller"
 IDLE_EXIT_S = 300.0
@@ -91,7 +95,9 @@ class ControllerActor:
             # One that was never there before has nobody to wait for but those it has just missed.
             settle_s=config.heartbeat_s * (WARMING_REPORTS if again else 1),
         )
+        self._scaling = Scaling(self._control, config.scaling)
         self._operations = Operations(self._control)
+        self._hurry = asyncio.Event()
         self._change = asyncio.Event()
         self._version = self._control.registry.version
         self._cluster: set[str] | None = None
@@ -107,15 +113,24 @@ class ControllerActor:
         kept.restore_gpus(self._recorder.state, self._control.fleet, self._shift_s)
         self._loops = [
             asyncio.create_task(loop)
-            for loop in (self._look_loop(), self._tick_loop(), self._scrape_loop(), self._cordon_loop())
+            for loop in (
+                self._look_loop(),
+                self._tick_loop(),
+                self._scrape_loop(),
+                self._cordon_loop(),
+                self._scaling_loop(),
+            )
         ]
         self._wake()
 
     # --- replicas and gateways ------------------------------------------------------------------------------
 
-    async def declare(self, tiers: tuple[TierSpec, ...], heartbeat_s: float) -> None:
-        """See :meth:`Controller.declare`."""
+    async def declare(
+        self, tiers: tuple[TierSpec, ...], heartbeat_s: float, scaling: ControllerScalingConfig
+    ) -> None:
+        """What the configuration asks for; see :meth:`Controller.declare` and :meth:`Scaling.configure`."""
         self._control.declare(tiers, heartbeat_s)
+        self._scaling.configure(scaling)
 
     async def register(self, endpoint: Endpoint) -> None:
         """See :meth:`Controller.register`."""
@@ -135,6 +150,8 @@ class ControllerActor:
 
     async def gateway_report(self, info: GatewayInfo) -> bool:
         """See :meth:`Control.gateway_report`."""
+        if self._scaling.wakes(info):
+            self._hurry.set()
         known = self._control.gateway_report(info)
         self._wake()
         return known
@@ -206,6 +223,18 @@ class ControllerActor:
     async def publish_targets(self, targets: Mapping[str, TierTarget]) -> None:
         """What scaling recommends; moves and held tiers go on top of it."""
         self._control.publish(targets)
+
+    async def scaling(self) -> ScalingReport:
+        """Targets with their reasons, advice, and how good it has been."""
+        return self._scaling.report()
+
+    async def scale(
+        self, tier: str, replicas: int | None, for_s: float | None = None, reason: str = ""
+    ) -> ActionAnswer:
+        """See :meth:`Scaling.scale`."""
+        answer = self._done(self._scaling.scale(tier, replicas, for_s, reason))
+        self._hurry.set()
+        return answer
 
     # --- operators ------------------------------------------------------------------------------------------
 
@@ -302,6 +331,21 @@ class ControllerActor:
                 pause_s = SCRAPE_PAUSE * (time.thread_time() - worked_s)
                 await asyncio.sleep(max(pause_s, _left_s(began_s, self._config.engine_interval_s)))
 
+    async def _scaling_loop(self) -> None:
+        """Targets and advice, every few seconds and when somebody asks for a tier that sleeps."""
+        while True:
+            began_s = time.monotonic()
+            self._hurry.clear()
+            try:
+                self._scaling.tick()
+                self._wake()
+                self._save()
+            except Exception as error:
+                log.exception("scaling failed; the next tick looks again", error=repr(error))
+            with contextlib.suppress(TimeoutError):
+                left_s = _left_s(began_s, self._scaling.config.tick_s)
+                await asyncio.wait_for(self._hurry.wait(), left_s)
+
     async def _cordon_loop(self) -> None:
         while True:
             await self._hold_gpus()
@@ -341,6 +385,7 @@ class ControllerActor:
                 now_s=time.monotonic(),
                 shift_s=self._shift_s,
             )
+            self._scaling.restore(self._recorder.state)
             control.settle()
             control.registry.note("remembers", "controller", "leases, cordons and moves from before")
 
@@ -357,6 +402,7 @@ class ControllerActor:
             return
         control = self._control
         values = self._keeper.values(control.fleet, control.desk.book, control.work)
+        values |= self._scaling.values()
         values[_CLUSTER] = sorted(self._ray_gpus)
         values[_HEARD] = {node: list(last) for node, last in self._watch.heard.items()}
         self._recorder.save(values)

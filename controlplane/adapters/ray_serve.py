@@ -16,7 +16,7 @@ import structlog
 from ray.exceptions import ActorDiedError, RayActorError, RayError
 
 from controlplane.adapters.controller_actor import get_or_create_controller
-from controlplane.config import ControllerConfig, PlaneConfig
+from controlplane.config import ControllerConfig
 from controlplane.core.domain import ClusterSnapshot, Endpoint, GatewayInfo, TierSpec
 from controlplane.core.leases import Answer, Lease, Outcome
 from controlplane.core.orders import Order, ReportAnswer
@@ -31,14 +31,6 @@ log = structlog.stdlib.get_logger(__name__)
 
 class ControllerUnavailable(TierplaneError):
     """The controller can't be reached now; it will be back."""
-
-
-def tier_specs(config: PlaneConfig) -> tuple[TierSpec, ...]:
-    """What the controller needs to know of the configuration's tiers."""
-    return tuple(
-        TierSpec(tier.name, tier.model_id, tier.engine, tier.replicas, tier.concurrency_limit)
-        for tier in config.tiers
-    )
 
 
 class ControllerLink:
@@ -146,7 +138,8 @@ class EndpointReporter:
 
 async def report_gateway(
     link: ControllerLink,
-    config: PlaneConfig,
+    config: ControllerConfig,
+    specs: Callable[[], tuple[TierSpec, ...]],
     info: Callable[[], GatewayInfo],
     *,
     interval_s: Callable[[], float],
@@ -154,13 +147,16 @@ async def report_gateway(
 ) -> NoReturn:
     """Report a gateway's load until cancelled, every ``interval_s`` and whenever ``hurry`` is set.
 
-    To a controller that does not know the gateway it also says what the configuration asks for.
+    To a controller that does not know the gateway it also says what the configuration asks for: ``specs``,
+    which is asked once and may block.
     """
+
+    tiers = await asyncio.to_thread(specs)
 
     async def report() -> None:
         hurry.clear()
         if not await link.call("gateway_report", info()):
-            await link.call("declare", tier_specs(config), config.controller.heartbeat_s)
+            await link.call("declare", tiers, config.heartbeat_s, config.scaling)
 
     while True:
         await _patiently("gateway_report", report)

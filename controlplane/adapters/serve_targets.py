@@ -69,10 +69,11 @@ class Targets:
 class TierTargets:
     """One tier's target: what its policy asks."""
 
-    def __init__(self, targets: Targets, tier: str, configured: int) -> None:
+    def __init__(self, targets: Targets, tier: str, configured: int, *, scales: bool = False) -> None:
         self._targets = targets
         self._tier = tier
         self._configured = configured
+        self._scales = scales
         self._said = ""
         targets.attach(self)
 
@@ -80,18 +81,24 @@ class TierTargets:
         """The number of replicas to run, given the endpoint ids of the ``running`` ones and the number that
         Serve goes by at ``present``. Never waits."""
         target = self._targets.of(self._tier)
-        answer = desired_replicas(target, time.time(), configured=self._configured, running=running)
+        answer = desired_replicas(
+            target,
+            time.time(),
+            configured=self._configured,
+            running=running,
+            present=present if self._scales else None,
+        )
         if answer.replicas != present and answer.reason != self._said:
             log.info("target", tier=self._tier, replicas=answer.replicas, reason=answer.reason)
             self._said = answer.reason
         return answer.replicas
 
 
-def tier_targets(tier: str, configured: int, namespace: str) -> TierTargets:
+def tier_targets(tier: str, configured: int, namespace: str, *, scales: bool = False) -> TierTargets:
     """The tier's targets from the controller of ``namespace``; all tiers share a thread."""
     with _lock:
         targets = _by_namespace.setdefault(namespace, Targets(_fetch_from(namespace)))
-    return TierTargets(targets, tier, configured)
+    return TierTargets(targets, tier, configured, scales=scales)
 
 
 _lock = threading.Lock()

@@ -55,6 +55,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "controlplane.cli.operate:restart",
         "Replace the engine processes of SUBJECT, those of one tier one after the other.",
     ),
+    "scale": (
+        "controlplane.cli.scale:command",
+        "Give TIER that number of REPLICAS whatever the scaling says; `auto` ends that.",
+    ),
+    "recommendations": (
+        "controlplane.cli.recommendations:command",
+        "Show each tier's target with its reason, the advice that holds, and how good advice has been.",
+    ),
     "explain": (
         "controlplane.cli.explain:command",
         "Show where a request would go now and why, and which endpoints were left out.",

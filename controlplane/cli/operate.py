@@ -18,6 +18,11 @@ def _act(
 ) -> None:
     with connected(address, namespace) as plane:
         answer: ActionAnswer = plane.ask(verb, subject, reason)
+    show_answer(answer, as_json)
+
+
+def show_answer(answer: ActionAnswer, as_json: bool) -> None:
+    """What became of a wish. Raises SetupError or SystemExit if it was refused."""
     if as_json:
         said = {"outcome": answer.outcome.value, "reason": answer.reason, "subjects": list(answer.subjects)}
         click.echo(json.dumps(said))

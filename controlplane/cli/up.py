@@ -209,7 +209,7 @@ def _wait_for_tiers(
     timeout_s: float | None,
 ) -> ClusterSnapshot:
     from controlplane.adapters import plane
-    from controlplane.adapters.ray_serve import tier_specs
+    from controlplane.tier_specs import tier_specs
 
     specs = tier_specs(file.plane)
     snapshot = ClusterSnapshot("", 0, 0.0)

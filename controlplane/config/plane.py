@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from controlplane.config.expected import ExpectedLoad
 from controlplane.config.flags import vllm_flag_findings
 from controlplane.config.gpu_models import gpu_model_findings, table_name
-from controlplane.config.scaling import ControllerScalingConfig, ScalingConfig, SloConfig
+from controlplane.config.scaling import DEFAULT_MAX, ControllerScalingConfig, ScalingConfig, SloConfig
 from controlplane.config.strict import Finding, FindingsError, Strict
 from controlplane.core.domain import Complexity
 from controlplane.core.gangs import WHOLE_MILLI, Shape
@@ -261,6 +261,11 @@ class TierConfig(Strict):
             message = f"profile '{self.profile}' does not guess ahead" if self.profile else "needs a profile"
             return [Finding(("draft_model",), message, remedy, ("profile",))]
         return []
+
+    @property
+    def ceiling(self) -> int:
+        """Replicas that it may be given at most, by scaling or by hand."""
+        return self.scaling.max_replicas if self.scaling else max(self.replicas, DEFAULT_MAX)
 
     @property
     def world_size(self) -> int:

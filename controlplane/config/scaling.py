@@ -22,6 +22,9 @@ DEFAULT_MAX: Final = 10
 """Replicas that advice may go up to where a tier sets no bounds."""
 
 
+_EVERY_DAY: Final[tuple[Day, ...]] = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+
+
 class SloConfig(Strict):
     """What the requests of a tier are promised; reports, alerts and scaling go by it."""
 
@@ -47,11 +50,12 @@ class ScheduleConfig(Strict):
     """A time of day such as ``08:30``."""
     end: str
     """A time of day; before ``start``, it is on the next day."""
-    days: Annotated[list[Day], Field(min_length=1)] = Field(default_factory=lambda: list(DAYS))
+    days: Annotated[list[Day], Field(min_length=1)] = Field(default_factory=lambda: list(_EVERY_DAY))
     """The days on which it starts."""
     min_replicas: Count | None = None
     """Ready when it begins: they are started a cold start earlier."""
     max_replicas: Count | None = None
+    """Obeyed when it begins."""
     utc_offset_hours: Annotated[float, Field(ge=-14, le=14)] = 0.0
     """Of the clock that the times are meant by."""
 
@@ -129,9 +133,10 @@ class ThresholdsConfig(Strict):
 
     gpu_ratio: Ratio = 0.95
     """Utilisation of a tier's busiest GPU, above."""
-    memory_ratio: Ratio = 0.95
-    """Use of the KV cache of a tier's fullest engine, above. (GPU memory as such is taken by vLLM at its
-    start.)"""
+    memory_ratio: Ratio = 0.98
+    """Memory of a tier's fullest GPU, above; vLLM takes ``gpu-memory-utilization`` of it at its start."""
+    kv_ratio: Ratio = 0.95
+    """KV cache of a tier's fullest engine, above."""
     latency_ms: Positive = 3000.0
     """95th percentile of whole answers, above."""
     queue: NonNegative = 50.0
@@ -146,14 +151,15 @@ class ThresholdsConfig(Strict):
     def thresholds(self, attainment: float) -> Thresholds:
         """As the core has them."""
         return Thresholds(
-            self.gpu_ratio,
-            self.memory_ratio,
-            self.latency_ms,
-            self.queue,
-            self.error_ratio,
-            self.idle_ratio,
-            self.idle_requests_per_s,
-            attainment,
+            gpu_ratio=self.gpu_ratio,
+            memory_ratio=self.memory_ratio,
+            latency_ms=self.latency_ms,
+            queue=self.queue,
+            kv_ratio=self.kv_ratio,
+            error_ratio=self.error_ratio,
+            idle_gpu_ratio=self.idle_ratio,
+            idle_requests_per_s=self.idle_requests_per_s,
+            attainment=attainment,
         )
 
 

@@ -39,7 +39,8 @@ _LEAST_HOLD_S: Final = 300.0
 _DRAIN_S: Final = 30.0
 """A queue should be gone so long after the replicas that were ordered for it are ready."""
 _WATCH_S: Final = 300.0
-"""Nothing goes before a tier was watched for so long: a controller that has just started knows little."""
+"""Nothing goes before a tier was watched for so long, unless the configuration sets the hold time: a
+controller that has just started knows little."""
 _ATTAINMENT_MARGIN: Final = 0.3
 """Share of the allowed misses that is kept in reserve."""
 
@@ -237,8 +238,9 @@ class TierScaler:
         if blind:
             return seen.target, f"never down on what is not known: {blind}"
         hold_s = self.settings.resolved_hold_s
+        watch_s = max(hold_s, _WATCH_S) if self.settings.hold_s is None else hold_s
         watched_s = seen.now_s - self._since_s
-        if held < seen.target and watched_s < max(hold_s, _WATCH_S):
+        if held < seen.target and watched_s < watch_s:
             return seen.target, f"{why}; this tier was watched for only {watched_s:.0f} s"
         if held < seen.target:
             return self._down(seen, held, why)
@@ -286,8 +288,12 @@ class TierScaler:
             seconds = missed * share * seen.interval_s
             low, high = _HEADROOM_RANGE
             self.headroom = min(max(self.headroom + _HEADROOM_GAIN * seconds, low), high)
-        if arrivals or seen.in_flight.value or seen.queued.value or self._active_s is None:
+        # One that has replicas when it is first seen may have been busy just before.
+        first = self._active_s is None
+        if arrivals or seen.in_flight.value or seen.queued.value or (first and seen.target > 0):
             self._active_s = seen.now_s
+        elif first:
+            self._active_s = -math.inf
         return forecast
 
     def _wanted_now(self, seen: TierObservation, forecast: Forecast) -> tuple[int, str]:

@@ -33,11 +33,16 @@ class Demand:
             window = self._windows.setdefault(tier, TrafficWindow(self._window_s))
             window.observe(self.book.reading(tier), now_s)
 
+    @staticmethod
+    def limits(heartbeat_s: float) -> Limits:
+        """How old a gateway's report may be."""
+        return Limits(SILENT_REPORTS * heartbeat_s, 5 * SILENT_REPORTS * heartbeat_s)
+
     def figures(
         self, now_s: float, heartbeat_s: float, span_s: float | None = None
     ) -> dict[str, TierFigures]:
         """Of every tier over ``span_s`` (by default all that is remembered), as of the last look."""
-        limits = Limits(SILENT_REPORTS * heartbeat_s, 5 * SILENT_REPORTS * heartbeat_s)
+        limits = self.limits(heartbeat_s)
         heard_s = self.book.heard_s()
         return {
             tier: figures(window, self.book.reading(tier), heard_s, now_s, limits, span_s or self._window_s)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from controlplane.core.scaling_plan import ScalingPlan
 from controlplane.core.traffic import Traffic
 
 
@@ -118,6 +119,21 @@ class GatewayInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class TierScaling:
+    """What gateways show of a tier's scaling."""
+
+    tier: str
+    target: int
+    """Replicas that it is to have."""
+    wanted: int
+    """Replicas that the policy would have."""
+    forecast_per_s: float
+    """Requests a second that are expected when a replica ordered now is ready."""
+    advice: str = ""
+    """The kind of the recommendation that holds now; empty: none."""
+
+
+@dataclass(frozen=True, slots=True)
 class ClusterSnapshot:
     """What the controller knows at one moment. ``(epoch, version)`` orders snapshots: a new epoch is a
     new controller process, and inside an epoch the version only grows."""
@@ -132,6 +148,11 @@ class ClusterSnapshot:
     :func:`controlplane.core.snapshot.merge`."""
     gone: tuple[str, ...] = ()
     """While warming: endpoint ids that left since this epoch began."""
+    scaling: tuple[TierScaling, ...] = ()
+
+    def wanted(self, tier: str, configured: int) -> int:
+        """Replicas that a tier is to have: as it is scaled, else as configured."""
+        return next((item.target for item in self.scaling if item.tier == tier), configured)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +164,7 @@ class TierSpec:
     engine: str
     replicas: int
     concurrency_limit: int
+    scaling: ScalingPlan | None = None
 
 
 @dataclass(frozen=True, slots=True)

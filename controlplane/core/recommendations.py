@@ -40,6 +40,7 @@ class Thresholds:
     memory_ratio: float = 0.95
     latency_ms: float = 3000.0
     queue: float = 50.0
+    kv_ratio: float = 0.95
     error_ratio: float = 0.10
     idle_gpu_ratio: float = 0.20
     idle_requests_per_s: float = 1.0
@@ -58,7 +59,12 @@ class TierCondition:
     tensor_parallel: int = 1
     gpu_ratio: Signal = _NOT_MEASURED
     """Highest of its GPUs."""
+    load_name: str = "GPU utilisation"
+    """What ``gpu_ratio`` is where there is no GPU to ask."""
     memory_ratio: Signal = _NOT_MEASURED
+    """Of GPU memory, the highest of its GPUs."""
+    kv_ratio: Signal = _NOT_MEASURED
+    """Of its KV caches, the fullest."""
     latency_ms: Signal = _NOT_MEASURED
     """95th percentile of the whole answer."""
     queue: Signal = _NOT_MEASURED
@@ -96,6 +102,8 @@ class Recommendation:
     """That the tier would have."""
     latency_ms: float | None = None
     """As it was when the advice was given."""
+    gpus_per_replica: float = 0.0
+    """As it was then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,9 +177,12 @@ def _breaches(tier: TierCondition, limits: Thresholds) -> _Breaches:
     found = _Breaches()
     gpu, memory, queue = tier.gpu_ratio.fresh, tier.memory_ratio.fresh, tier.queue.fresh
     if gpu is not None and gpu > limits.gpu_ratio:
-        found.saturated.append(f"GPU utilisation is {gpu:.0%}, over {limits.gpu_ratio:.0%}")
+        found.saturated.append(f"{tier.load_name} is {gpu:.0%}, over {limits.gpu_ratio:.0%}")
     if memory is not None and memory > limits.memory_ratio:
         found.saturated.append(f"GPU memory is {memory:.0%} used, over {limits.memory_ratio:.0%}")
+    kv = tier.kv_ratio.fresh
+    if kv is not None and kv > limits.kv_ratio:
+        found.saturated.append(f"a KV cache is {kv:.0%} full, over {limits.kv_ratio:.0%}")
     if queue is not None and queue > limits.queue:
         found.saturated.append(f"{queue:.0f} requests wait, over {limits.queue:.0f}")
     latency, kept = tier.latency_ms.fresh, tier.attainment.fresh
@@ -255,7 +266,7 @@ def _failing(tier: TierCondition, breaches: _Breaches) -> Recommendation:
 def _down(tier: TierCondition, limits: Thresholds) -> Recommendation:
     gpu, rate = tier.gpu_ratio.fresh or 0.0, tier.requests_per_s.fresh or 0.0
     reasons = (
-        f"GPU utilisation is {gpu:.0%}, under {limits.idle_gpu_ratio:.0%}",
+        f"{tier.load_name} is {gpu:.0%}, under {limits.idle_gpu_ratio:.0%}",
         f"{rate:.2f} requests/s, under {limits.idle_requests_per_s:g}",
     )
     replicas = tier.replicas - 1
@@ -279,5 +290,13 @@ def _recommend(
 ) -> Recommendation:
     confidence = _confidence(tier, len(reasons))
     return Recommendation(
-        tier.tier, kind, reasons, suggestion, effect, confidence, replicas, tier.latency_ms.fresh
+        tier.tier,
+        kind,
+        reasons,
+        suggestion,
+        effect,
+        confidence,
+        replicas,
+        tier.latency_ms.fresh,
+        tier.gpus_per_replica,
     )

@@ -82,6 +82,15 @@ class EngineLoad:
     completions_per_s: Signal
 
 
+@dataclass(frozen=True, slots=True)
+class Busy:
+    """How much of a window an engine ran requests, for learning its speed."""
+
+    ratio: float
+    batch: float
+    """Requests at once, the mean over that part."""
+
+
 class EngineTelemetry:
     """The recent past of one endpoint."""
 
@@ -121,10 +130,7 @@ class EngineTelemetry:
             prompt_tokens_per_s=rates["prompt_tokens_total"],
             preemptions_per_s=rates["preemptions_total"],
             completions_per_s=rates["success_total"],
-            prefix_hit_ratio=ratio(
-                self._counters["prefix_hits_total"].increase(now_s),
-                self._counters["prefix_queries_total"].increase(now_s),
-            ),
+            prefix_hit_ratio=self.prefix_hit_ratio(now_s),
             ttft=latencies["ttft_seconds"],
             itl=latencies["itl_seconds"],
             e2e=latencies["e2e_seconds"],
@@ -141,6 +147,16 @@ class EngineTelemetry:
             self._counters["prompt_tokens_total"].rate(now_s),
             self._counters["success_total"].rate(now_s),
         )
+
+    def busy(self, now_s: float) -> Busy | None:
+        """How much of the window the engine ran requests; None if that is not known."""
+        found = self._gauges["running"].busy(now_s)
+        return None if found is None else Busy(*found)
+
+    def prefix_hit_ratio(self, now_s: float) -> Signal:
+        """Share of the prompt tokens that the prefix cache had."""
+        hits, queries = self._counters["prefix_hits_total"], self._counters["prefix_queries_total"]
+        return ratio(hits.increase(now_s), queries.increase(now_s))
 
     def _clear(self) -> None:
         self._gauges = {name: GaugeSeries(self._limits) for name in GAUGES}

@@ -10,9 +10,9 @@ from controlplane.core.domain import ClusterSnapshot, Endpoint, EndpointState, T
 WAITING = "waiting"
 """No replica of the tier has reported yet."""
 DEGRADED = "degraded"
-"""Some replicas serve, but fewer than the configuration asks for."""
+"""Some replicas serve, but fewer than the tier is to have."""
 IDLE = "idle"
-"""The configuration asks for no replica."""
+"""It is to have no replica: so configured, or it sleeps until somebody asks for it."""
 
 _SHOWN_FIRST = (
     EndpointState.FAILED,
@@ -50,7 +50,7 @@ class TierStatus:
 
     @property
     def ready(self) -> bool:
-        """Whether as many replicas serve as the configuration asks for."""
+        """Whether as many replicas serve as the tier is to have."""
         return self.replicas_ready >= self.replicas_wanted
 
     @property
@@ -74,6 +74,7 @@ def tier_statuses(snapshot: ClusterSnapshot, specs: Sequence[TierSpec]) -> tuple
     return tuple(
         _tier_status(
             spec,
+            snapshot.wanted(spec.name, spec.replicas),
             tuple(
                 EndpointStatus(endpoint, in_flight.get(endpoint.endpoint_id, 0))
                 for endpoint in snapshot.endpoints
@@ -84,11 +85,11 @@ def tier_statuses(snapshot: ClusterSnapshot, specs: Sequence[TierSpec]) -> tuple
     )
 
 
-def _tier_status(spec: TierSpec, endpoints: tuple[EndpointStatus, ...]) -> TierStatus:
+def _tier_status(spec: TierSpec, wanted: int, endpoints: tuple[EndpointStatus, ...]) -> TierStatus:
     by_state = {item.endpoint.state: item.endpoint for item in reversed(endpoints)}
     ready = sum(item.endpoint.state == EndpointState.READY for item in endpoints)
     behind = next((by_state[state] for state in _SHOWN_FIRST if state in by_state), None)
-    if ready >= spec.replicas:
+    if ready >= wanted:
         state = EndpointState.READY.value if endpoints else IDLE
         behind = None
     elif ready:
@@ -101,7 +102,7 @@ def _tier_status(spec: TierSpec, endpoints: tuple[EndpointStatus, ...]) -> TierS
         engine=spec.engine,
         state=state,
         replicas_ready=ready,
-        replicas_wanted=spec.replicas,
+        replicas_wanted=wanted,
         in_flight=sum(item.in_flight for item in endpoints),
         restarts=sum(item.endpoint.restarts for item in endpoints),
         phase=behind.phase if behind else "",

@@ -37,12 +37,21 @@ class Desired:
 
 
 def desired_replicas(
-    target: TierTarget | None, unix_s: float, *, configured: int, running: Collection[str]
+    target: TierTarget | None,
+    unix_s: float,
+    *,
+    configured: int,
+    running: Collection[str],
+    present: int | None = None,
 ) -> Desired:
-    """The number for Serve now; ``running`` are the endpoint ids of the replicas that Serve counts."""
+    """The number for Serve now; ``running`` are the endpoint ids of the replicas that Serve counts.
+    ``present`` is for a tier that scales, the number that Serve goes by: without a target that holds, it
+    stays."""
     if target is None:
-        return Desired(configured, "as configured")
+        return Desired(configured if present is None else present, "as configured")
     if unix_s > target.valid_until_unix_s:
+        if present is not None:
+            return Desired(present, "as it is: the controller's last target has run out")
         return Desired(configured, "as configured: the controller's last target has run out")
     leaving = sum(endpoint_id in running for endpoint_id in target.leaving)
     if not leaving:

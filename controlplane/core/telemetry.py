@@ -128,6 +128,14 @@ class GaugeSeries:
         """Of the window's points."""
         return self._judged(max((value for _, value in self._points), default=None), now_s)
 
+    def busy(self, now_s: float) -> tuple[float, float] | None:
+        """The share of the window's points that are over 0, and their mean; None if the newest is not FRESH
+        or there are fewer than three."""
+        if len(self._points) < 3 or self.latest(now_s).fresh is None:
+            return None
+        over = [value for _, value in self._points if value > 0]
+        return len(over) / len(self._points), math.fsum(over) / len(over) if over else 0.0
+
     def _judged(self, value: float | None, now_s: float) -> Signal:
         at_s = self._points[-1][0] if self._points else None
         return judge(value, at_s, now_s, self._limits, self._why)

@@ -159,6 +159,10 @@ class TrafficBook:
         for subject in self._sum.keys() - wanted:
             del self._sum[subject]
 
+    def last(self, gateway_id: str, subject: str) -> Traffic:
+        """A gateway's last reading of a subject; zeros if there is none."""
+        return self._last.get(gateway_id, {}).get(subject) or Traffic(subject)
+
     def reading(self, subject: str) -> Traffic:
         """Everything counted of a subject so far, and its present as of the last reports."""
         base = self._sum.get(subject) or Traffic(subject)

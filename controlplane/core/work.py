@@ -55,6 +55,10 @@ class Work:
     """Tier → how often the controller held it in a row, and when last."""
     hung_before: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
+    def leaving_count(self, tier: str) -> int:
+        """Replicas of a tier that are on their way out."""
+        return sum(move.tier == tier for move in self.moves.values())
+
     def apply(self, command: Command, endpoints: Mapping[str, Endpoint], now_s: float) -> Applied | None:
         """Carries a command out; None if it no longer fits, and then nothing has changed."""
         match command:

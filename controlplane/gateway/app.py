@@ -299,7 +299,7 @@ class Gateway:
 
     def refresh_metrics(self) -> None:
         """Set the gauges of :attr:`metrics` to what is now."""
-        self.metrics.observe(self.fleet, self.queue)
+        self.metrics.observe(self.fleet, self.queue, self.snapshot.scaling if self.snapshot else ())
 
     def _own_metrics(self) -> str:
         self.refresh_metrics()

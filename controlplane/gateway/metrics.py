@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from controlplane.core.admission import AdmissionQueue
 from controlplane.core.breaker import BreakerState
-from controlplane.core.domain import Priority
+from controlplane.core.domain import Priority, TierScaling
 from controlplane.core.fleet import Fleet
 from controlplane.gateway.call import Call
 from controlplane.gateway.traffic import TrafficMeter
@@ -150,6 +150,27 @@ class Metrics:
             "tierplane_endpoints", "Endpoints by tier and state.", ["tier", "state"], registry=registry
         )
 
+        self.target_replicas = Gauge(
+            "tierplane_target_replicas", "Replicas that a tier is to have.", ["tier"], registry=registry
+        )
+        self.wanted_replicas = Gauge(
+            "tierplane_wanted_replicas",
+            "Replicas that the scaling policy would have, followed or not.",
+            ["tier"],
+            registry=registry,
+        )
+        self.forecast_per_s = Gauge(
+            "tierplane_forecast_requests_per_second",
+            "Requests a second that are expected when a replica ordered now is ready.",
+            ["tier"],
+            registry=registry,
+        )
+        self.recommendation = Gauge(
+            "tierplane_recommendation",
+            "1 while a recommendation of that kind holds (scale_up, scale_out, scale_down, rebalance).",
+            ["tier", "kind"],
+            registry=registry,
+        )
         self.hedges = Counter(
             "tierplane_hedges", "Second first attempts, by whether they won.", ["outcome"], registry=registry
         )
@@ -200,8 +221,15 @@ class Metrics:
             )
         return series
 
-    def observe(self, fleet: Fleet, queue: AdmissionQueue) -> None:
+    def observe(self, fleet: Fleet, queue: AdmissionQueue, scaling: Iterable[TierScaling] = ()) -> None:
         """Set the gauges to what is now; called when they are read."""
+        self.recommendation.clear()
+        for item in scaling:
+            self.target_replicas.labels(item.tier).set(item.target)
+            self.wanted_replicas.labels(item.tier).set(item.wanted)
+            self.forecast_per_s.labels(item.tier).set(item.forecast_per_s)
+            if item.advice:
+                self.recommendation.labels(item.tier, item.advice).set(1)
         self.breaker_open.clear()
         self.endpoints.clear()
         for pool in fleet.pools:

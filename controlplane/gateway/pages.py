@@ -89,7 +89,9 @@ def health(
 ) -> dict[str, Any]:
     """``healthy``: every tier has all its replicas; ``unhealthy``: no tier has any; else ``degraded``."""
     tiers = {
-        tier.name: _tier_health(pool, tier.replicas)
+        tier.name: _tier_health(
+            pool, snapshot.wanted(tier.name, tier.replicas) if snapshot else tier.replicas
+        )
         for tier, pool in zip(config.tiers, fleet.pools, strict=True)
     }
     states = {value["status"] for value in tiers.values()}

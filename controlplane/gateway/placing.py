@@ -59,7 +59,8 @@ class Placing:
         score = None if scorer is None else partial(scorer, call)
         call.route = resolve(call.request, self._dispatcher.table, score)
         if self._traffic is not None and call.route.order:
-            self._traffic.arrived(call.route.order[0])
+            rank = call.route.order[0]
+            self._traffic.arrived(rank, asleep=not self._dispatcher.fleet.pools[rank].loads)
         return await self._submit(call, call.route)
 
     async def place_again(self, call: Call) -> Started:

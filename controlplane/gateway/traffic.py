@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from time import monotonic
 from typing import Final
 
@@ -17,6 +17,13 @@ from controlplane.gateway.call import Call
 
 MAX_SLOT_S: Final = 10.0
 """A largest latency is told for so long, and up to twice that."""
+
+
+ASLEEP_AGAIN_S: Final = 0.25
+
+
+def _nobody() -> None:
+    """Nobody wants to know."""
 
 
 class _Counts:
@@ -94,10 +101,16 @@ class TrafficMeter:
         self._names = [policy.name for policy in table.policies]
         self._tiers = {name: _Counts() for name in self._names}
         self._endpoints: dict[str, _Counts] = {}
+        self.on_asleep: Callable[[], None] = _nobody
+        """Called when a request is meant for a tier without an endpoint, every now and then."""
+        self._asleep_s = 0.0
 
-    def arrived(self, rank: int) -> None:
-        """A request came that is meant for the tier of that rank."""
+    def arrived(self, rank: int, *, asleep: bool = False) -> None:
+        """A request came that is meant for the tier of that rank; ``asleep``: it has no endpoint."""
         self._tiers[self._names[rank]].arrived += 1
+        if asleep and (now_s := monotonic()) - self._asleep_s >= ASLEEP_AGAIN_S:
+            self._asleep_s = now_s
+            self.on_asleep()
 
     def used(self, call: Call, tier: str, prompt: int, generated: int) -> None:
         """What a call that is about to end took."""

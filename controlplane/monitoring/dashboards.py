@@ -189,6 +189,29 @@ SCALING: Final = Dashboard(
         Panel("Whole answers, p95", {"{{tier}}": "tier:tierplane_request_seconds:p95_5m"}, "s"),
         Panel("Ready endpoints", {"{{tier}}": q.seen("tierplane_endpoints", ["tier"], state="ready")}),
         Panel(
+            "Replicas: ready, to be, and wanted by the policy",
+            {
+                "{{tier}} ready": q.seen("tierplane_endpoints", ["tier"], state="ready"),
+                "{{tier}} to be": q.seen("tierplane_target_replicas", ["tier"]),
+                "{{tier}} wanted": q.seen("tierplane_wanted_replicas", ["tier"]),
+            },
+            about="Wanted and to be differ where the mode is to advise, or a number was set by hand.",
+        ),
+        Panel(
+            "Requests: what comes, what is forecast",
+            {
+                "{{tier}}": "tier:tierplane_requests:rate5m",
+                "{{tier}} forecast": q.seen("tierplane_forecast_requests_per_second", ["tier"]),
+            },
+            "reqps",
+            about="The forecast is for the moment at which a replica ordered now is ready.",
+        ),
+        Panel(
+            "Recommendations that hold",
+            {"{{tier}} {{kind}}": q.seen("tierplane_recommendation", ["tier", "kind"])},
+            about="tierplane recommendations says why, and what each would bring.",
+        ),
+        Panel(
             "Advice that fires",
             {"{{alertname}} {{tier}}": 'ALERTS{alertname=~"TierplaneTier(Saturated|Idle)"}'},
             about="The alerts that ask for more or fewer replicas.",

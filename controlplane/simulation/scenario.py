@@ -25,6 +25,7 @@ from controlplane.gateway.app import tier_policy
 from controlplane.simulation.engine import RooflineTiming, SimulatedTiming, Timing
 from controlplane.simulation.fleet import ReplicaModel
 from controlplane.simulation.simulator import Scenario, TierScenario
+from controlplane.tier_specs import plain_speed
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +110,7 @@ def _engine(tier: TierConfig, options: Options, work: Work) -> tuple[Timing, flo
 
 
 def _plain_prior(timing: SimulatedTiming) -> EngineSpeed:
-    step_s = max(timing.itl_s, 1e-6)
-    return EngineSpeed(step_s, max(step_s * timing.batch_slowdown, step_s * 1e-3), 1e-6)
+    return plain_speed(timing.itl_s, timing.batch_slowdown)
 
 
 def _on_gpu(tier: TierConfig, options: Options, work: Work) -> tuple[Timing, float, int, EngineSpeed]:

@@ -14,12 +14,12 @@ from controlplane.adapters.ray_serve import (
     EndpointReporter,
     pull_snapshots,
     report_gateway,
-    tier_specs,
 )
 from controlplane.config import ControllerConfig, parse_plane
 from controlplane.control import Control
 from controlplane.controller import Controller
-from controlplane.core.domain import ClusterSnapshot, Endpoint, EndpointState, GatewayInfo
+from controlplane.core.domain import ClusterSnapshot, Endpoint, EndpointState, GatewayInfo, TierSpec
+from controlplane.tier_specs import tier_specs
 
 PLANE = parse_plane({"tiers": [{"name": "balanced", "engine": "simulated", "replicas": 2}]})
 ENDPOINT = Endpoint(
@@ -32,6 +32,10 @@ ENDPOINT = Endpoint(
     concurrency_limit=10,
     generation=1,
 )
+
+
+def specs() -> tuple[TierSpec, ...]:
+    return tier_specs(PLANE)
 
 
 class DirectLink(ControllerLink):
@@ -61,6 +65,8 @@ class DirectLink(ControllerLink):
                 if self.away:
                     raise ControllerUnavailable("away")
             return self.controller.snapshot(secrets=True)
+        if method == "declare":
+            args = args[:2]  # what scaling is to do is the actor's
         owner = self.control if hasattr(self.control, method) else self.controller
         return getattr(owner, method)(*args)
 
@@ -162,7 +168,9 @@ async def test_a_gateway_declares_to_a_controller_that_does_not_know_it() -> Non
     link = DirectLink()
     hurry = asyncio.Event()
     info = GatewayInfo("g1", "n1", "")
-    async with running(report_gateway(link, PLANE, lambda: info, interval_s=lambda: 0.01, hurry=hurry)):
+    async with running(
+        report_gateway(link, PLANE.controller, specs, lambda: info, interval_s=lambda: 0.01, hurry=hurry)
+    ):
         await until(lambda: link.controller.tiers == tier_specs(PLANE))
         await until(lambda: link.calls.count("gateway_report") > 2)
         assert link.calls.count("declare") == 1
@@ -174,7 +182,9 @@ async def test_a_gateway_in_a_hurry_reports_at_once() -> None:
     link = DirectLink()
     hurry = asyncio.Event()
     info = GatewayInfo("g1", "n1", "")
-    async with running(report_gateway(link, PLANE, lambda: info, interval_s=lambda: 60.0, hurry=hurry)):
+    async with running(
+        report_gateway(link, PLANE.controller, specs, lambda: info, interval_s=lambda: 60.0, hurry=hurry)
+    ):
         await until(lambda: link.calls.count("gateway_report") == 1)
         hurry.set()
         await until(lambda: link.calls.count("gateway_report") == 2)

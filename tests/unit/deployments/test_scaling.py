@@ -16,6 +16,7 @@ from ray.exceptions import RayError
 from controlplane.adapters import serve_targets
 from controlplane.adapters.serve_targets import Targets
 from controlplane.config import TierConfig
+from controlplane.config.scaling import ScalingConfig
 from controlplane.core.targets import TierTarget
 from deployments.scaling import TargetPolicy, autoscaling
 
@@ -102,13 +103,19 @@ def test_one_thread_for_all_tiers_and_none_without_a_policy(controller: Controll
     assert again(context("x"))[0] == 1
 
 
-@pytest.mark.parametrize("replicas", [0, 1, 4])
-def test_serve_starts_as_many_as_configured_and_may_add_one(replicas: int) -> None:
-    settings = autoscaling(TierConfig(name="small", engine="simulated", replicas=replicas), "space")
+@pytest.mark.parametrize(
+    ("replicas", "scaling", "most"),
+    [(0, None, 11), (1, None, 11), (14, None, 15), (1, ScalingConfig(max_replicas=3), 4)],
+)
+def test_serve_starts_as_many_as_configured_and_may_add_one_to_the_most(
+    replicas: int, scaling: ScalingConfig | None, most: int
+) -> None:
+    tier = TierConfig(name="small", engine="simulated", replicas=replicas, scaling=scaling)
+    settings = autoscaling(tier, "space")
     assert (settings.min_replicas, settings.initial_replicas, settings.max_replicas) == (
         0,
         replicas,
-        replicas + 1,
+        most,
     )
     assert settings.upscale_delay_s == settings.downscale_delay_s == 0.0
 

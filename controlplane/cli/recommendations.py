@@ -1,0 +1,79 @@
+"""``tierplane recommendations``: what the scaling would do and why, what it advises, and how good that
+was."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from controlplane.cli.asking import connected, plane_options
+from controlplane.core.advice import Given
+from controlplane.core.scaling_view import ScalingReport, as_json_value
+
+
+@click.command()
+@click.option("--scored", is_flag=True, help="Only advice that was judged since, and by what.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@plane_options
+def command(scored: bool, as_json: bool, address: str | None, namespace: str | None) -> None:
+    """Show each tier's target with its reason, the advice that holds, and how good advice has been."""
+    with connected(address, namespace) as plane:
+        report: ScalingReport = plane.ask("scaling")
+    if as_json:
+        click.echo(json.dumps(as_json_value(report)))
+        return
+    console = Console()
+    if not scored:
+        console.print(_targets(report))
+    shown = [item for item in report.advice if (item.applied is not None) == scored]
+    if shown:
+        console.print(_advice(shown))
+    else:
+        console.print("no advice was judged yet" if scored else "no advice: nothing is over its threshold")
+    record = report.record
+    if record.judged:
+        console.print(
+            f"{record.right} of {record.judged} judged right, mean score {record.mean or 0.0:.2f} "
+            f"({record.given} given)"
+        )
+
+
+def _targets(report: ScalingReport) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for head in ("tier", "mode", "serve", "target", "wanted", "forecast", "each", "why"):
+        table.add_column(head, overflow="fold" if head == "why" else "ellipsis", no_wrap=head != "why")
+    for tier in report.tiers:
+        forecast = "-" if tier.forecast_per_s is None else f"{tier.forecast_per_s:.2f}/s"
+        numbers = (str(tier.replicas), str(tier.target), str(tier.wanted))
+        table.add_row(tier.tier, tier.mode, *numbers, forecast, f"{tier.each_per_s:.2f}/s", tier.reason)
+    return table
+
+
+def _advice(given: list[Given]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for head in ("given", "tier", "advice", "effect", "sure", "judged"):
+        table.add_column(head, overflow="fold")
+    for item in given:
+        advice = item.advice
+        effect = [] if advice.effect.latency_ms is None else [f"{advice.effect.latency_ms:.0f} ms"]
+        if advice.effect.attainment is not None:
+            effect.append(f"{advice.effect.attainment:.1%} keep the SLO")
+        effect.append(f"{advice.effect.gpus:+g} GPUs")
+        judged = ""
+        if item.applied is not None:
+            done = "followed" if item.applied else "not followed"
+            score = "not measured" if item.score is None else f"{item.score.value:.2f}: {item.score.reason}"
+            judged = f"{done}; {score}"
+        table.add_row(
+            time.strftime("%H:%M:%S", time.localtime(item.unix_s)),
+            advice.instance,
+            f"{advice.kind}: {advice.suggestion} ({'; '.join(advice.reasons)})",
+            ", ".join(effect),
+            f"{advice.confidence:.0%}",
+            judged,
+        )
+    return table

@@ -1,0 +1,55 @@
+"""``tierplane scale``: a number of replicas set by hand, and its end."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+import click
+
+from controlplane.cli.asking import connected, plane_options
+from controlplane.cli.operate import show_answer
+
+AUTO: Final = "auto"
+_UNITS: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+
+def seconds(text: str) -> float:
+    """``90``, ``90s``, ``15m``, ``2h``, ``1d`` → seconds. ValueError otherwise."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", text.strip())
+    if match is None or float(match[1]) <= 0:
+        raise ValueError(f"'{text}' is no length of time such as 90s, 15m or 2h")
+    return float(match[1]) * _UNITS[match[2]]
+
+
+@click.command()
+@click.argument("tier")
+@click.argument("replicas")
+@click.option("--for", "lasts", help="How long, such as 90s, 15m or 2h; by default until `scale TIER auto`.")
+@click.option("--reason", default="", help="Why; it is shown and kept in the audit log.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@plane_options
+def command(
+    tier: str,
+    replicas: str,
+    lasts: str | None,
+    reason: str,
+    as_json: bool,
+    address: str | None,
+    namespace: str | None,
+) -> None:
+    """Give TIER that number of REPLICAS whatever the scaling says; `auto` ends that."""
+    number: int | None = None
+    if replicas != AUTO:
+        if not replicas.isdecimal():
+            raise click.BadParameter(f"'{replicas}' is neither a number nor {AUTO}", param_hint="REPLICAS")
+        number = int(replicas)
+    try:
+        for_s = None if lasts is None else seconds(lasts)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--for") from None
+    if number is None and for_s is not None:
+        raise click.BadParameter(f"{AUTO} has no end", param_hint="--for")
+    with connected(address, namespace) as plane:
+        answer = plane.ask("scale", tier, number, for_s, reason)
+    show_answer(answer, as_json)

@@ -1,0 +1,21 @@
+"""What the controller is told of a tier's scaling: where it starts from, what it may do, what is promised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from controlplane.core.scaling_round import TierRule
+
+
+@dataclass(frozen=True, slots=True)
+class ScalingPlan:
+    """One tier's scaling as the configuration has it."""
+
+    rule: TierRule
+    follows: bool
+    """It is scaled where the controller's mode is to apply; otherwise it is only advised about."""
+    ceiling: int
+    """Replicas that it may be given by hand at most."""
+    cold_start_fixed: bool = False
+    """The configuration says how long a start takes; otherwise it is measured."""
+    tensor_parallel: int = 1
