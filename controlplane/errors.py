@@ -16,7 +16,8 @@
         ├── TooManyRequests      429, with Retry-After
         ├── EngineFailed         502, or what the engine answered
         ├── EndpointLost         502
-        └── NoEndpoint           503, with Retry-After
+        ├── NoEndpoint           503, with Retry-After
+        └── ControllerAway       503, with Retry-After; pages only, never inference
 
 An infeasible placement, a queue that is full or a recommendation to do nothing are values, not errors.
 """
@@ -179,3 +180,11 @@ class NoEndpoint(RequestError):
     status = 503
     kind = "server_error"
     code = "no_endpoint"
+
+
+class ControllerAway(RequestError):
+    """The controller, which alone can answer this page, can't be reached now (503)."""
+
+    status = 503
+    kind = "server_error"
+    code = "controller_unavailable"

@@ -65,6 +65,7 @@ class GatewayReplica:
         address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         await self._gateway.start(config.gateway.host, config.gateway.port or None, address)
         self._link = ControllerLink(config.controller)
+        self._gateway.ask = self._link.call
         self._tasks = Background(
             pull_snapshots(self._link, self._apply),
             watch_engines(self._gateway, config),

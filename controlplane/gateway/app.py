@@ -29,6 +29,7 @@ from controlplane.errors import BadRequest, RequestError
 from controlplane.gateway import agents, pages
 from controlplane.gateway.accounting import Ledger
 from controlplane.gateway.asgi import AsgiApp
+from controlplane.gateway.asking import Ask
 from controlplane.gateway.call import APIS, MAX_REQUEST_ID, Call
 from controlplane.gateway.http import Request, Responder, error_value, send_error, send_json
 from controlplane.gateway.metrics import Metrics, merge_expositions
@@ -61,6 +62,8 @@ class Gateway:
         self.loop = asyncio.get_running_loop()
         self.started_unix_s = time.time()
         self.snapshot: ClusterSnapshot | None = None
+        self.ask: Ask | None = None
+        """How pages (never inference) ask the controller; see :mod:`controlplane.gateway.asking`."""
         settings = config.gateway
         self.table = TierTable.build([tier_policy(tier) for tier in config.tiers], settings.default_tier)
         slos = {tier.name: tier.slo.slo() for tier in config.tiers}
