@@ -189,7 +189,7 @@ class Controller:
         now_s = self._now_s()
         gap_s = now_s - self._looked_s
         self._looked_s = now_s
-        if gap_s > 2 * self._heartbeat_s:
+        if gap_s > (MISSED_REPORTS - 1) * self._heartbeat_s:
             self._heard_s = {key: heard_s + gap_s for key, heard_s in self._heard_s.items()}
             self.note("stood still", "controller", f"for {gap_s:.1f} s; nobody is dropped for it")
         for key, heard_s in list(self._heard_s.items()):

@@ -34,6 +34,10 @@ _HEADROOM_GAIN: Final = 0.015
 _MOST_MISSED: Final = 0.25
 _HEADROOM_RANGE: Final = (0.0, 3.0)
 _WORK_SPAN_S: Final = 600.0
+_GUESS_WEIGHT: Final = 2.0
+"""So many requests weigh as much as the guess of what they are like."""
+_KNOWN_AFTER: Final = 20.0
+"""After so many requests it is known well enough what they are like."""
 _LEAST_HOLD_S: Final = 300.0
 """Bursts come again: with fast starts, too, who lets go at once has less when the next one comes."""
 _DRAIN_S: Final = 30.0
@@ -167,6 +171,7 @@ class TierScaler:
         """The mean request; a guess at first."""
         self.forecaster = Forecaster(settings.cold_start_s, _window_s(settings))
         self.headroom = settings.initial_headroom
+        self._requests = 0.0
         self._wanted: deque[tuple[float, int]] = deque()
         """(time, wanted), falling: the first is the highest of the hold time."""
         self._since_s: float | None = None
@@ -273,7 +278,12 @@ class TierScaler:
             )
         prompt, answer = seen.input_tokens.fresh, seen.output_tokens.fresh
         if prompt is not None and answer is not None and answer > 0:
-            share = -math.expm1(-seen.interval_s / _WORK_SPAN_S)
+            self._requests += seen.finished
+            # The first requests count for more than their time: what they are like was only a guess before.
+            share = max(
+                -math.expm1(-seen.interval_s / _WORK_SPAN_S),
+                seen.finished / (self._requests + _GUESS_WEIGHT),
+            )
             work = self.work
             self.work = Work(
                 work.input_tokens + share * (prompt - work.input_tokens),
@@ -320,6 +330,9 @@ class TierScaler:
         elif queued > 0:
             by_queue = 1
         by_flight = math.ceil((seen.in_flight.value or 0.0) / slots - 1e-9)
+        if self._requests < _KNOWN_AFTER:
+            # What a replica carries is a guess still: that alone orders nothing.
+            by_forecast = min(by_forecast, max(seen.target, by_queue, by_flight, 1))
         wanted = max(by_forecast, by_queue, by_flight)
         if wanted == by_forecast:
             why = (

@@ -239,7 +239,10 @@ def _out(tier: TierCondition, breaches: _Breaches) -> Recommendation:
 def _up(tier: TierCondition, breaches: _Breaches) -> Recommendation:
     """Slow although neither the GPUs nor the queue are the limit: more replicas would not help."""
     reasons = (*breaches.slow, "neither GPUs nor queue are saturated", *breaches.failing)
-    if tier.gpus_per_replica < 1:
+    if not tier.gpus_per_replica:
+        suggestion = "give each replica more CPU cores, or take a smaller model or a GPU"
+        gpus = 0.0
+    elif tier.gpus_per_replica < 1:
         share = min(1.0, tier.gpus_per_replica * 2)
         suggestion = f"give each replica {share:g} of a GPU instead of {tier.gpus_per_replica:g}"
         gpus = (share - tier.gpus_per_replica) * tier.replicas
@@ -250,7 +253,8 @@ def _up(tier: TierCondition, breaches: _Breaches) -> Recommendation:
         gpus = tier.gpus_per_replica * tier.replicas
     latency = tier.latency_ms.fresh
     # Twice the bandwidth reads the weights in half the time; all-reduces take some of it back.
-    effect = Effect(latency * 0.6 if latency is not None else None, None, gpus)
+    faster = latency * 0.6 if latency is not None and tier.gpus_per_replica else None
+    effect = Effect(faster, None, gpus)
     return _recommend(tier, Kind.SCALE_UP, reasons, suggestion, effect, tier.replicas)
 
 
@@ -270,7 +274,7 @@ def _down(tier: TierCondition, limits: Thresholds) -> Recommendation:
         f"{rate:.2f} requests/s, under {limits.idle_requests_per_s:g}",
     )
     replicas = tier.replicas - 1
-    effect = _effect(tier, replicas, -tier.gpus_per_replica)
+    effect = _effect(tier, replicas, 0.0 - tier.gpus_per_replica)
     suggestion = f"run {replicas} replicas instead of {tier.replicas}"
     return _recommend(tier, Kind.SCALE_DOWN, reasons, suggestion, effect, replicas)
 

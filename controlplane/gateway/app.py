@@ -23,13 +23,14 @@ from controlplane.core.admission import AdmissionQueue, AdmissionSettings
 from controlplane.core.dispatch import Dispatcher
 from controlplane.core.domain import ClusterSnapshot, Endpoint, GatewayInfo
 from controlplane.core.fleet import Fleet, FleetSettings
+from controlplane.core.scaling_view import ScalingReport, as_json_value
 from controlplane.core.snapshot import merge
 from controlplane.core.tiers import Direction, TierPolicy, TierTable
 from controlplane.errors import BadRequest, RequestError
 from controlplane.gateway import agents, pages
 from controlplane.gateway.accounting import Ledger
 from controlplane.gateway.asgi import AsgiApp
-from controlplane.gateway.asking import Ask
+from controlplane.gateway.asking import Ask, ask_controller
 from controlplane.gateway.call import APIS, MAX_REQUEST_ID, Call
 from controlplane.gateway.http import Request, Responder, error_value, send_error, send_json
 from controlplane.gateway.metrics import Metrics, merge_expositions
@@ -111,6 +112,7 @@ class Gateway:
             "/metrics": ("GET", self._metrics),
             "/status": ("GET", self._status),
             "/usage": ("GET", self._usage),
+            "/recommendations": ("GET", self._recommendations),
         }
         self.app = AsgiApp(self.handle, max_body_bytes=settings.max_body_bytes)
 
@@ -287,6 +289,10 @@ class Gateway:
 
     async def _usage(self, request: Request, out: Responder) -> None:
         send_json(out, pages.usage(self.ledger, request.query))
+
+    async def _recommendations(self, request: Request, out: Responder) -> None:
+        report: ScalingReport = await ask_controller(self.ask, "scaling")
+        send_json(out, as_json_value(report))
 
     async def _metrics(self, request: Request, out: Responder) -> None:
         others = [
