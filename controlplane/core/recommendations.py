@@ -196,6 +196,10 @@ def _breaches(tier: TierCondition, limits: Thresholds) -> _Breaches:
     return found
 
 
+def _count(replicas: int) -> str:
+    return f"{replicas} replica{'s' * (replicas != 1)}"
+
+
 def _idle(tier: TierCondition, limits: Thresholds) -> bool:
     gpu, rate, queue = tier.gpu_ratio.fresh, tier.requests_per_s.fresh, tier.queue.fresh
     if gpu is None or rate is None or queue is None:
@@ -229,7 +233,7 @@ def _out(tier: TierCondition, breaches: _Breaches) -> Recommendation:
         replicas = max(replicas, tier.capacity.replicas(rate, tier.work, tier.bounds))
     replicas = min(replicas, max(tier.max_replicas, tier.replicas))
     more = replicas - tier.replicas
-    suggestion = f"run {replicas} replicas instead of {tier.replicas}"
+    suggestion = f"run {_count(replicas)} instead of {tier.replicas}"
     if not more:
         suggestion = f"raise the most replicas it may have, {tier.max_replicas}: all of them are saturated"
     effect = _effect(tier, replicas, more * tier.gpus_per_replica)
@@ -275,7 +279,7 @@ def _down(tier: TierCondition, limits: Thresholds) -> Recommendation:
     )
     replicas = tier.replicas - 1
     effect = _effect(tier, replicas, 0.0 - tier.gpus_per_replica)
-    suggestion = f"run {replicas} replicas instead of {tier.replicas}"
+    suggestion = f"run {_count(replicas)} instead of {tier.replicas}"
     return _recommend(tier, Kind.SCALE_DOWN, reasons, suggestion, effect, replicas)
 
 

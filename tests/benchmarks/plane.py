@@ -98,9 +98,12 @@ class Plane:
 
 
 @contextmanager
-def running(args: Mapping[str, Any], extra_env: Mapping[str, str] | None = None) -> Iterator[Plane]:
+def running(
+    args: Mapping[str, Any], extra_env: Mapping[str, str] | None = None, *, dashboard: bool = False
+) -> Iterator[Plane]:
     """A plane of ``args`` (as in a config file; the gateway's port is chosen here), stopped at the end.
-    ``extra_env`` is what its processes find in their environment beside this one's.
+    ``extra_env`` is what its processes find in their environment beside this one's; ``dashboard``: with
+    Ray's.
 
     Raises SetupError if it does not come up.
     """
@@ -124,7 +127,10 @@ def running(args: Mapping[str, Any], extra_env: Mapping[str, str] | None = None)
     env = {key: value for key, value in os.environ.items() if key not in {"RAY_ADDRESS", PLANE_ID_VARIABLE}}
     env |= {**(extra_env or {}), RUN_DIR_VARIABLE: str(folder / "run")}
     up = subprocess.Popen(
-        [*TIERPLANE, "up", str(path), "--json", "--timeout", str(START_TIMEOUT_S)],
+        [
+            *(*TIERPLANE, "up", str(path), "--json", "--timeout", str(START_TIMEOUT_S)),
+            *(("--dashboard",) if dashboard else ()),
+        ],
         env=env,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
