@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from controlplane.config import ControllerConfig
+from controlplane.config.alerts import AlertsConfig
 from controlplane.control import Control
 from controlplane.core import alert_figures as figures_of
 from controlplane.core import alert_kept
@@ -53,7 +53,7 @@ class Alerting:
     def __init__(
         self,
         control: Control,
-        config: ControllerConfig,
+        config: AlertsConfig,
         *,
         shift_s: float,
         store_warning: Callable[[], str] = lambda: "",
@@ -62,8 +62,12 @@ class Alerting:
         self._shift_s = shift_s
         self._store_warning = store_warning
         self._was_full = False
-        self.watch = AlertWatch(config.alerts.changes(), config.alerts.repeat_s)
+        self.watch = AlertWatch(config.changes(), config.repeat_s)
         self.sources: list[Source] = [self._traffic, self._own]
+
+    def configure(self, config: AlertsConfig) -> None:
+        """Other rules from now on; alerts of those that were switched off are over at the next look."""
+        self.watch.configure(config.changes(), config.repeat_s)
 
     def look(self) -> tuple[Notice, ...]:
         """Judge every rule; what must be told. Nothing happens while the controller does not know everybody,

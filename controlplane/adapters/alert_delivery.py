@@ -85,12 +85,27 @@ class AlertDelivery:
         *,
         pause_s: Callable[[int], float] = pause_s,
     ) -> None:
-        self._webhooks = [_Webhook(config, environ, plane, pause_s) for config in webhooks]
+        self._make: Callable[[WebhookConfig], _Webhook] = lambda config: _Webhook(
+            config, environ, plane, pause_s
+        )
+        self._webhooks = [self._make(config) for config in webhooks]
         self._tasks: list[asyncio.Task[None]] = []
+        self._started = False
 
     def start(self) -> None:
         """Begin to post, in the running loop."""
+        self._started = True
         self._tasks = [asyncio.create_task(webhook.run()) for webhook in self._webhooks if webhook.usable]
+
+    def configure(self, webhooks: Iterable[WebhookConfig]) -> None:
+        """Other webhooks from now on; what waits for an address that stays goes on waiting."""
+        kept = self.kept()
+        for task in self._tasks:
+            task.cancel()
+        self._webhooks = [self._make(config) for config in webhooks]
+        self.restore(kept)
+        if self._started:
+            self.start()
 
     async def close(self) -> None:
         """Stop; what still waits is in :meth:`kept`."""

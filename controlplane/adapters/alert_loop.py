@@ -13,6 +13,7 @@ import structlog
 from controlplane.adapters.alert_delivery import AlertDelivery
 from controlplane.alerting import Alerting
 from controlplane.config import ControllerConfig
+from controlplane.config.alerts import AlertsConfig
 from controlplane.control import Control
 from controlplane.core.alert_views import AlertsAnswer
 
@@ -26,9 +27,17 @@ class AlertLoop:
     def __init__(
         self, control: Control, config: ControllerConfig, *, shift_s: float, store_warning: Callable[[], str]
     ) -> None:
-        self._interval_s = config.alerts.interval_s
-        self.alerting = Alerting(control, config, shift_s=shift_s, store_warning=store_warning)
+        self._config = config.alerts
+        self.alerting = Alerting(control, config.alerts, shift_s=shift_s, store_warning=store_warning)
         self._delivery = AlertDelivery(config.alerts.webhooks, os.environ, config.namespace)
+
+    def configure(self, config: AlertsConfig) -> None:
+        """Other settings from now on."""
+        if config == self._config:
+            return
+        self._config = config
+        self.alerting.configure(config)
+        self._delivery.configure(config.webhooks)
 
     async def run(self, ready: Callable[[], bool], on_look: Callable[[], None]) -> NoReturn:
         """Judge and tell until cancelled. While not ``ready`` nothing is judged; ``on_look`` is called after
@@ -42,7 +51,7 @@ class AlertLoop:
                     on_look()
             except Exception as error:
                 log.exception("alerts could not be judged; it is tried again", error=repr(error))
-            await asyncio.sleep(max(0.0, began_s + self._interval_s - time.monotonic()))
+            await asyncio.sleep(max(0.0, began_s + self._config.interval_s - time.monotonic()))
 
     async def close(self) -> None:
         """Post nothing any more."""

@@ -31,6 +31,7 @@ from controlplane.adapters.ray_node_agent import stop_node_agents
 from controlplane.adapters.recorder import Recorder
 from controlplane.adapters.store import Point
 from controlplane.config import ControllerConfig
+from controlplane.config.alerts import AlertsConfig
 from controlplane.config.scaling import ControllerScalingConfig
 from controlplane.control import GC_THRESHOLDS, Control, ControlRules
 from controlplane.controller import WARMING_REPORTS, Controller
@@ -135,11 +136,17 @@ class ControllerActor:
     # --- replicas and gateways ------------------------------------------------------------------------------
 
     async def declare(
-        self, tiers: tuple[TierSpec, ...], heartbeat_s: float, scaling: ControllerScalingConfig
+        self,
+        tiers: tuple[TierSpec, ...],
+        heartbeat_s: float,
+        scaling: ControllerScalingConfig,
+        alerts: AlertsConfig,
     ) -> None:
-        """What the configuration asks for; see :meth:`Controller.declare` and :meth:`Scaling.configure`."""
+        """What the configuration asks for; see :meth:`Controller.declare`, :meth:`Scaling.configure` and
+        :meth:`AlertLoop.configure`."""
         self._control.declare(tiers, heartbeat_s)
         self._scaling.configure(scaling)
+        self._alerts.configure(alerts)
 
     async def register(self, endpoint: Endpoint) -> None:
         """See :meth:`Controller.register`."""

@@ -19,14 +19,18 @@ class AlertWatch:
     """The book, and the rules that the configuration leaves."""
 
     def __init__(self, changes: Mapping[str, RuleChange] | None = None, repeat_s: float = 14_400.0) -> None:
-        wanted = changes or {}
-        self.rules: tuple[AlertRule, ...] = tuple(
-            replace(changed(rule, wanted.get(rule.name, RuleChange())), repeat_s=repeat_s)
-            for rule in RULES
-            if rule.judge is not Judge.PROMETHEUS and wanted.get(rule.name, RuleChange()).enabled
-        )
+        self.rules: tuple[AlertRule, ...] = ()
         self.book = AlertBook()
         self._absent_since_s: dict[tuple[str, str], float] = {}
+        self.configure(changes or {}, repeat_s)
+
+    def configure(self, changes: Mapping[str, RuleChange], repeat_s: float) -> None:
+        """The rules as a configuration has them, from now on."""
+        self.rules = tuple(
+            replace(changed(rule, changes.get(rule.name, RuleChange())), repeat_s=repeat_s)
+            for rule in RULES
+            if rule.judge is not Judge.PROMETHEUS and changes.get(rule.name, RuleChange()).enabled
+        )
 
     def look(self, known: Known, now_s: float) -> Tick:
         """One look at all figures."""

@@ -11,6 +11,7 @@ import pytest
 
 from controlplane.alerting import Alerting
 from controlplane.config import ControllerConfig
+from controlplane.config.alerts import AlertsConfig
 from controlplane.core import alert_rules as names
 from controlplane.core.alert_figures import Known
 from controlplane.core.alert_views import AlertView, Happening, Notice
@@ -46,7 +47,7 @@ class Rig:
 
     def make(self) -> None:
         self.alerting = Alerting(
-            self.world.control, self.config, shift_s=SHIFT_S, store_warning=lambda: self.warning
+            self.world.control, self.config.alerts, shift_s=SHIFT_S, store_warning=lambda: self.warning
         )
 
     def step(self, count: int = 1) -> list[str]:
@@ -258,6 +259,15 @@ def test_a_rule_that_is_switched_off_is_not_judged() -> None:
     assert other.told[0].alert.severity == "info"
 
 
+def test_other_settings_hold_from_now_on() -> None:
+    rig = Rig(QUICK)
+    rig.fail()
+    assert rig.step(10) == ["firing TierDown small"]
+    rules = {"TierplaneTierDown": {"enabled": False}, "TierplaneReplicasMissing": {"for_s": 1.0}}
+    rig.alerting.configure(AlertsConfig.model_validate({"rules": rules}))
+    assert sorted(rig.step(10)) == ["firing ReplicasMissing small", "resolved TierDown small"]
+
+
 def test_a_subject_that_is_gone_takes_its_alerts_along() -> None:
     rig = Rig(QUICK)
     rig.fail()
@@ -361,7 +371,7 @@ def test_what_fires_and_silences_survive_the_controller() -> None:
     [before] = rig.firing
     rig.world.start_controller("e2")
     rig.alerting = Alerting(
-        rig.world.control, rig.config, shift_s=SHIFT_S + 7.0, store_warning=lambda: rig.warning
+        rig.world.control, rig.config.alerts, shift_s=SHIFT_S + 7.0, store_warning=lambda: rig.warning
     )
     rig.alerting.restore(values)
     shown = rig.world.control.registry.snapshot(secrets=False)
@@ -412,7 +422,7 @@ def test_many_gpus_are_judged_in_little_time() -> None:
     nodes = {f"n{i}": [f"GPU-{i}-{j}" for j in range(8)] for i in range(100)}
     world = World(nodes, {"small": 1})
     world.settle()
-    alerting = Alerting(world.control, ControllerConfig(heartbeat_s=HEARTBEAT_S), shift_s=0.0)
+    alerting = Alerting(world.control, AlertsConfig(), shift_s=0.0)
     world.step()
     began_s = time.thread_time()
     for _ in range(5):

@@ -321,6 +321,21 @@ async def test_what_waits_survives_a_restart_in_its_order() -> None:
             await until(lambda: again.kept() == {})
 
 
+async def test_webhooks_may_change_and_what_waits_for_one_that_stays_is_kept() -> None:
+    async with receiving() as stays, receiving() as goes, receiving() as comes:
+        stays.hold_s = goes.hold_s = 30.0
+        async with delivering({"url": stays.url}, {"url": goes.url}) as delivery:
+            delivery.tell([notice("a")])
+            await until(lambda: stays.calls and goes.calls)
+            stays.hold_s = 0.0
+            changed = [{"url": comes.url}, {"url": stays.url, "min_severity": "info"}]
+            delivery.configure([WebhookConfig.model_validate(each) for each in changed])
+            delivery.tell([notice("b", severity=Severity.INFO), notice("c")])
+            await until(lambda: stays.subjects == ["a", "b", "c"])
+            await until(lambda: comes.subjects == ["c"])
+            assert goes.subjects == []
+
+
 def test_the_log_says_it_by_severity() -> None:
     delivery = AlertDelivery([], {}, "tierplane")
     with capture_logs() as logs:
