@@ -126,7 +126,7 @@ def of_gpus(fleet: GpuFleet, now_s: float) -> Known:
             signals.temperature_c,
         )
         failed = record.out_of_use and not _by_operator(record.health)
-        out[uuid] = _now(failed)
+        out[uuid] = _YES if failed else _NO
         if failed:
             details[names.GPU_OUT_OF_USE, uuid] = f"{record.health.state}, {record.health.reason}"
     figures = {
@@ -158,6 +158,10 @@ def of_nodes(
     }
     figures = {names.NODE_SILENT: silent, names.NODE_LOST: gone}
     return Known(figures, {Kind.NODE: {*silent, *gone}}, details)
+
+
+_YES: Final = Signal(Freshness.FRESH, 1.0, 0.0)
+_NO: Final = Signal(Freshness.FRESH, 0.0, 0.0)
 
 
 def _by_operator(health: GpuHealth) -> bool:

@@ -48,13 +48,16 @@ class AlertWatch:
             given = rule.given
             conditions = known.figures.get(given.figure, {}) if given is not None else {}
             for subject, signal in known.figures.get(rule.figure, {}).items():
+                value = signal.fresh
+                if value is None or not (rule.wrong(value) or self.book.knows(rule.name, subject)):
+                    continue  # nearly all, where there are thousands of GPUs
                 holds = True
                 if given is not None:
                     condition = conditions.get(subject)
-                    value = condition.fresh if condition is not None else None
-                    if value is None:
+                    given_value = condition.fresh if condition is not None else None
+                    if given_value is None:
                         continue  # not known, so not judged
-                    holds = given.holds(value)
+                    holds = given.holds(given_value)
                 detail = known.details.get((rule.figure, subject), "")
                 yield Observation(rule, subject, signal, holds, detail)
 

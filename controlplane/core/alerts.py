@@ -234,6 +234,10 @@ class AlertBook:
         """In the order in which they began."""
         return tuple(self._alerts.values())
 
+    def knows(self, rule: str, subject: str) -> bool:
+        """Whether there is such an alert, pending or firing."""
+        return (rule, subject) in self._alerts
+
     @property
     def full(self) -> bool:
         """No new alert can begin until one is over."""

@@ -20,6 +20,7 @@ from controlplane.core.domain import EndpointState, GatewayInfo
 from controlplane.core.moves import CONTROLLER, TierHold
 from controlplane.core.orders import Outcome
 from controlplane.core.telemetry import Freshness, Signal, missing
+from controlplane.core.traffic import Traffic
 from controlplane.operations import Operations
 from tests.support_control import HEARTBEAT_S, World, xid
 
@@ -216,6 +217,29 @@ def test_queue_and_places_come_from_the_gateways_and_without_one_are_not_known()
     assert {alert.state for alert in rig.alerting.watch.book.alerts} == {AlertState.FIRING}
     report(0, 0)
     assert sorted(rig.step()) == ["resolved QueueLong plane", "resolved TierSaturated small"]
+
+
+def test_what_gateways_count_is_judged() -> None:
+    rig = Rig({"TierplaneRequestsFail": {"for_s": 2.0}, "TierplaneSloMissed": {"for_s": 2.0}})
+    control = rig.world.control
+    ok = failed = 0
+
+    def second(more_ok: int, more_failed: int) -> list[str]:
+        nonlocal ok, failed
+        ok, failed = ok + more_ok, failed + more_failed
+        counted = Traffic("small", ok + failed, ok + failed, failed, ok=ok, failed=failed)
+        control.gateway_report(GatewayInfo("g1", "n", "", traffic=(counted,)))
+        control.demand.look(["small"], [], rig.world.clock.s)
+        return rig.step()
+
+    told = [text for _ in range(10) for text in second(99, 1)]
+    assert told == [], "one in a hundred"
+    told = [text for _ in range(10) for text in second(50, 50)]
+    assert sorted(told) == ["firing RequestsFail small", "firing SloMissed small"]
+    [ratio] = [each.alert.value for each in rig.told if each.alert.rule == "TierplaneRequestsFail"]
+    assert 0.1 < ratio < 0.5
+    told = [text for _ in range(320) for text in second(100, 0)]
+    assert sorted(told) == ["resolved RequestsFail small", "resolved SloMissed small"]
 
 
 def test_figures_of_others_are_judged_and_what_is_missing_is_not() -> None:
