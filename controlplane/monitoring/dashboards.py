@@ -217,6 +217,7 @@ SCALING: Final = Dashboard(
         ),
         Panel("Between tokens, p95", {"{{tier}}": "tier:tierplane_inter_token_seconds:p95_5m"}, "s"),
         Panel("Whole answers, p95", {"{{tier}}": "tier:tierplane_request_seconds:p95_5m"}, "s"),
+        Panel("Ready endpoints", {"{{tier}}": q.seen("tierplane_endpoints", ["tier"], state="ready")}),
         Panel(
             "Replicas: ready, to be, and wanted by the policy",
             {
