@@ -19,7 +19,7 @@ from controlplane.cli.asking import PlaneAddress, connected, plane_options
 from controlplane.cli.events import event_json, event_line
 from controlplane.cli.show import age
 from controlplane.core.alert_rules import BY_NAME, PREFIX, RULES
-from controlplane.core.alert_views import AlertsAnswer, AlertView, SilenceView, WebhookView
+from controlplane.core.alert_views import AlertsAnswer, AlertView, FiringAlert, SilenceView, WebhookView
 from controlplane.core.alerts import Judge, Unit, lasts_text
 from controlplane.core.domain import Event
 from controlplane.core.orders import ActionAnswer, Outcome
@@ -196,6 +196,16 @@ def advice(alerts: Sequence[AlertView]) -> list[Text]:
         style = _STYLES[alert.severity.value]
         lines.append(Text(f"{alert.summary}{detail} {alert.action}", style=style))
     return lines
+
+
+def firing_lines(alerts: Sequence[FiringAlert]) -> list[Text]:
+    """The worst of what fires, in one line below other tables; none if nothing fires."""
+    if not alerts:
+        return []
+    worst, more = alerts[0], len(alerts) - 1
+    text = f"{worst.severity.value}: {worst.summary}"
+    text += f" And {more} more alert{'s' * (more != 1)}." if more else ""
+    return [Text(f"{text} See tierplane alerts.", style=_STYLES[worst.severity.value])]
 
 
 def silence_line(silence: SilenceView, unix_s: float) -> str:

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from controlplane.cli import alerts, main
+from controlplane.cli import alerts, main, status
+from controlplane.cli.asking import PlaneAddress
 from controlplane.core.alert_rules import RULES
-from controlplane.core.alert_views import AlertsAnswer, AlertView, SilenceView, WebhookView
+from controlplane.core.alert_views import AlertsAnswer, AlertView, FiringAlert, SilenceView, WebhookView
 from controlplane.core.alerts import AlertState, Kind, Severity
-from controlplane.core.domain import Event
+from controlplane.core.domain import ClusterSnapshot, Event
+from controlplane.core.moves import Activity
 from controlplane.core.orders import ActionAnswer, Outcome
 
 DOWN = AlertView(
@@ -163,6 +165,29 @@ def test_what_is_not_done_ends_with_1_and_what_is_so_already_with_0(play: Any) -
     play(acknowledge_alert=ActionAnswer(Outcome.UNCHANGED, "bob has acknowledged it", ("small",)))
     done = run("ack", "TierDown", "small")
     assert (done.exit_code, done.output) == (0, "nothing to do: bob has acknowledged it\n")
+
+
+def test_the_worst_is_in_the_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    down = FiringAlert("TierplaneTierDown", DOWN.severity, DOWN.kind, "small", DOWN.summary, "Look.", 1.0)
+    assert [str(line) for line in alerts.firing_lines([down, down, down])] == [
+        "critical: Tier small has no ready endpoint. And 2 more alerts. See tierplane alerts."
+    ]
+    assert str(alerts.firing_lines([down])[0]).endswith("endpoint. See tierplane alerts.")
+    assert alerts.firing_lines([]) == []
+    snapshot = ClusterSnapshot("e", 1, 0.0, alerts=(down,))
+    activity = Activity((), (), (), (), True, "", 0.0)
+    plane = Plane({"status": (snapshot, (), ()), "activity": activity})
+
+    @contextmanager
+    def connected(address: str | None, namespace: str | None) -> Iterator[PlaneAddress]:
+        yield PlaneAddress("ray", "tierplane")
+
+    monkeypatch.setattr(status, "connected", connected)
+    monkeypatch.setattr(PlaneAddress, "ask", lambda _, *words: plane.ask(*words))
+    shown = CliRunner().invoke(main, ["status"])
+    assert "critical: Tier small has no ready endpoint." in shown.output
+    value = json.loads(CliRunner().invoke(main, ["status", "--json"]).output)
+    assert [each["rule"] for each in value["alerts"]] == ["TierplaneTierDown"]
 
 
 def test_rules_are_listed_without_a_plane() -> None:
