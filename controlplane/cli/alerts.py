@@ -20,7 +20,7 @@ from controlplane.cli.events import event_json, event_line
 from controlplane.cli.show import age
 from controlplane.core.alert_rules import BY_NAME, PREFIX, RULES
 from controlplane.core.alert_views import AlertsAnswer, AlertView, FiringAlert, SilenceView, WebhookView
-from controlplane.core.alerts import Judge, Unit, lasts_text
+from controlplane.core.alerts import AlertState, Judge, Unit, lasts_text
 from controlplane.core.domain import Event
 from controlplane.core.orders import ActionAnswer, Outcome
 from controlplane.errors import SetupError
@@ -189,9 +189,11 @@ def alert_table(alerts: Sequence[AlertView], unix_s: float) -> Table:
 
 
 def advice(alerts: Sequence[AlertView]) -> list[Text]:
-    """What each rule that rings means, and what to do first."""
+    """What each alert that fires means, and what to do first."""
     lines = []
     for alert in alerts:
+        if alert.state is not AlertState.FIRING:
+            continue
         detail = f" ({alert.detail})" if alert.detail else ""
         style = _STYLES[alert.severity.value]
         lines.append(Text(f"{alert.summary}{detail} {alert.action}", style=style))

@@ -338,7 +338,8 @@ class AlertBook:
             alert = replace(alert, right_since_s=now_s)
         if alert.right_since_s is not None and now_s - alert.right_since_s >= seen.rule.for_s:
             self._alerts.pop(key, None)
-            return replace(alert, state=AlertState.RESOLVED, since_s=now_s)
+            # what was known of the cause is no longer so
+            return replace(alert, state=AlertState.RESOLVED, since_s=now_s, detail="")
         self._alerts[key] = alert
         return alert
 

@@ -99,6 +99,7 @@ def test_a_tier_that_is_down_rings_once_and_is_over_when_it_is_up() -> None:
     assert [alert.rule for alert in registry.snapshot(secrets=False).alerts] == ["TierplaneTierDown"]
     rig.mend()
     assert rig.step(10) == ["resolved TierDown small"]
+    assert rig.told[-1].alert.detail == ""
     assert registry.snapshot(secrets=False).alerts == ()
     events = [event for event in registry.events if event.kind.startswith("alert")]
     assert [(event.kind, event.subject, event.tier) for event in events] == [

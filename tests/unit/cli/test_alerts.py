@@ -91,7 +91,8 @@ def test_for_people(play: Any) -> None:
         silenced_until_unix_s=time.time() + 60,
         detail="",
     )
-    play(alerts=answer(DOWN, hot))
+    pending = replace(DOWN, state=AlertState.PENDING, subject="large", detail="")
+    play(alerts=answer(DOWN, hot, pending))
     done = run()
     assert done.exit_code == 0, done.output
     lines = done.output.splitlines()
@@ -100,7 +101,9 @@ def test_for_people(play: Any) -> None:
     assert "91 °C" in lines[2]
     assert "> 87 °C" in lines[2]
     assert "acknowledged by bob, silenced for " in lines[2]
-    assert lines[3] == ("Tier small has no ready endpoint. (small-1 is failed) tierplane status says why.")
+    assert "pending" in lines[3]
+    assert lines[4] == ("Tier small has no ready endpoint. (small-1 is failed) tierplane status says why.")
+    assert done.output.count("tierplane status says why.") == 2, "what is pending is no advice"
     assert "silence 3: every rule about large, 1 h 00 m more: an upgrade (ada)" in done.output
     assert "webhook https://hooks.example: 4 messages taken, 1 given up, 2 alerts wait: it answered 500" in (
         done.output
