@@ -241,9 +241,12 @@ def test_a_tier_that_is_down_rings_until_it_is_acknowledged_and_is_over_when_it_
         items = [item for _, body in list(received) for item in json.loads(body)["alerts"]]
         return [(item["event"], item["rule"], item["subject"]) for item in items]
 
-    def shown() -> list[dict[str, Any]]:
+    def page() -> dict[str, Any]:
         with urllib.request.urlopen(f"{place.url}/alerts", timeout=5) as answer:
-            return list(json.load(answer)["alerts"])
+            return dict(json.load(answer))
+
+    def shown() -> list[dict[str, Any]]:
+        return list(page()["alerts"])
 
     down = ("TierplaneTierDown", "lightweight")
     assert ("firing", *down) not in told()
@@ -266,6 +269,13 @@ def test_a_tier_that_is_down_rings_until_it_is_acknowledged_and_is_over_when_it_
     done = place.run("alerts", "ack", "TierDown", "lightweight", "--by", "ada")
     assert done.returncode == 0, done.stdout + done.stderr
     until(lambda: [each["acknowledged"] for each in shown()] == ["ada"], 10)
+    # A controller that is started anew remembers it, and has the secret from its environment again.
+    epoch = page()["snapshot"]["epoch"]
+    for process in processes(place.record().plane_id):
+        if "ray::ControllerActor" in " ".join(process.cmdline()):
+            process.kill()
+    until(lambda: page()["known"] and page()["snapshot"]["epoch"] != epoch, 60)
+    assert [(each["subject"], each["acknowledged"]) for each in shown()] == [("lightweight", "ada")]
     count = len(told())
     assert place.run("uncordon", "lightweight").returncode == 0
     until(lambda: ("resolved", *down) in told(), 60)
