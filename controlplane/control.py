@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from controlplane.controller import MISSED_REPORTS, WARMING_REPORTS, Controller
+from controlplane.core.alert_figures import LostNode
 from controlplane.core.demand import Demand
 from controlplane.core.domain import Endpoint, EndpointState, GatewayInfo, TierSpec
 from controlplane.core.gangs import Shape
@@ -52,6 +53,7 @@ ENGINE_LIMITS = Limits(stale_after_s=15.0, missing_after_s=60.0)
 """Engines are read every few seconds."""
 STUCK_MEMORY_S = 30.0
 """An engine that has not been seen to make nothing for so long no longer counts as such."""
+LOST_NODES_KEPT = 100
 START_AGAIN_S = 5.0
 """When a replica of a held tier asks again."""
 
@@ -102,6 +104,10 @@ class Control:
         self._room_asked: dict[str, tuple[float, str]] = {}
         self._stuck: dict[str, Stuck] = {}
         self._alive: set[str] = set()
+        self.lost_nodes: dict[str, LostNode] = {}
+        """Nodes that went with replicas of ours, the last ones."""
+        self.left = False
+        """The last gateway said that it leaves: nothing is wanted any more."""
         self._failed: dict[str, int] = {}
         """Endpoint id → the generation that it gave up."""
 
@@ -142,12 +148,14 @@ class Control:
     def gateway_report(self, info: GatewayInfo) -> bool:
         """See :meth:`Controller.gateway_report`; what it counted goes no further than here."""
         self.demand.observe(info, self.now_s())
+        self.left = False
         return self.registry.gateway_report(replace(info, traffic=()))
 
     def gateway_gone(self, gateway_id: str, reason: str) -> None:
         """See :meth:`Controller.gateway_gone`."""
         self.demand.book.forget(gateway_id)
         self.registry.gateway_gone(gateway_id, reason)
+        self.left = not self.registry.gateways
 
     def observe_node(self, node_id: str, samples: Sequence[NodeSample], events: Sequence[GpuEvent]) -> None:
         """What a node's agent sent."""
@@ -179,6 +187,7 @@ class Control:
         lost = self._alive - set(alive)
         self._alive = set(alive)
         for node_id in sorted(lost):
+            self._lost(node_id)
             self.fleet.forget_node(node_id)
             self.registry.note("node lost", node_id, "Ray no longer has it")
             for endpoint in list(self.registry.endpoints.values()):
@@ -187,6 +196,14 @@ class Control:
             for holder, lease in list(self.desk.book.leases.items()):
                 if lease.node_id == node_id:
                     self.release_lease(holder)
+
+    def _lost(self, node_id: str) -> None:
+        """Remember it, unless it was empty or an operator had taken it out of use."""
+        tiers = {item.tier for item in self.registry.endpoints.values() if item.node_id == node_id}
+        if tiers and node_id not in self.fleet.holds:
+            self.lost_nodes[node_id] = LostNode(self.now_s(), tuple(sorted(tiers)))
+            while len(self.lost_nodes) > LOST_NODES_KEPT:
+                del self.lost_nodes[next(iter(self.lost_nodes))]
 
     # --- leases -------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from controlplane.core import health
+from controlplane.core.alert_views import FiringAlert
 from controlplane.core.domain import (
     ClusterSnapshot,
     Endpoint,
@@ -66,6 +67,8 @@ class Controller:
         self._gateways: dict[str, GatewayInfo] = {}
         self._heard_s: dict[str, float] = {}
         self._gone: deque[str] = deque(maxlen=KEPT_GONE)
+        self._alerts: tuple[FiringAlert, ...] = ()
+        self._due: tuple[tuple[str, int], ...] = ()
         self._draining: dict[str, int] = {}
         self._events: deque[Event] = deque(maxlen=KEPT_EVENTS)
         self._fresh: deque[Event] = deque(maxlen=KEPT_FRESH)
@@ -209,6 +212,12 @@ class Controller:
         elif self._empty_since_s is None:
             self._empty_since_s = now_s
 
+    def show(self, alerts: tuple[FiringAlert, ...], due: tuple[tuple[str, int], ...]) -> None:
+        """What else gateways are to know: what fires, and how many replicas have to be there of each tier."""
+        if (alerts, due) != (self._alerts, self._due):
+            self._alerts, self._due = alerts, due
+            self._changed()
+
     def still_running(self, endpoint_id: str) -> int | None:
         """Requests that gateways have in flight at a draining endpoint; None if that is not known yet.
 
@@ -246,6 +255,8 @@ class Controller:
             warming=self._warming,
             gone=tuple(self._gone),
             scaling=self._scaling,
+            alerts=self._alerts,
+            due=self._due,
         )
 
     def _heard(self, key: str) -> None:

@@ -18,6 +18,8 @@ from controlplane.gateway.app import Gateway
 INTERVAL_S: Final = 5.0
 _COUNTING: Final = ("_total", "_sum", "_count")
 
+_Series = tuple[str, tuple[tuple[str, str], ...]]
+
 
 class Mirror:
     """Copies a registry's samples into Ray metrics of the same names."""
@@ -26,20 +28,26 @@ class Mirror:
         self._registry = registry
         self._counters: dict[str, Counter] = {}
         self._gauges: dict[str, Gauge] = {}
-        self._seen: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+        self._seen: dict[_Series, float] = {}
+        self._shown: dict[_Series, Sample] = {}
 
     def copy(self) -> None:
-        """Bring Ray's metrics up to what the registry says now."""
+        """Bring Ray's metrics up to what the registry says now. A gauge's series that is gone becomes 0: Ray
+        would go on with its last value."""
+        before, self._shown = self._shown, {}
         for family in self._registry.collect():
             for sample in family.samples:
                 if family.type in {"counter", "histogram"}:
                     if sample.name.endswith(_COUNTING):
                         self._count(sample, family.documentation)
                 elif family.type == "gauge":
+                    self._shown[_key(sample)] = sample
                     self._set(sample, family.documentation)
+        for key in before.keys() - self._shown.keys():
+            self._gauges[before[key].name].set(0.0, before[key].labels)
 
     def _count(self, sample: Sample, description: str) -> None:
-        key = (sample.name, tuple(sorted(sample.labels.items())))
+        key = _key(sample)
         grown = sample.value - self._seen.get(key, 0.0)
         if grown <= 0:
             return
@@ -55,6 +63,10 @@ class Mirror:
         if gauge is None:
             gauge = self._gauges[sample.name] = Gauge(sample.name, description, tuple(sample.labels))
         gauge.set(sample.value, sample.labels)
+
+
+def _key(sample: Sample) -> _Series:
+    return sample.name, tuple(sorted(sample.labels.items()))
 
 
 async def mirror_metrics(gateway: Gateway) -> NoReturn:

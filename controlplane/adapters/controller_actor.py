@@ -23,6 +23,7 @@ import structlog
 from ray.exceptions import RayError
 
 from controlplane.adapters import observability
+from controlplane.adapters.alert_loop import AlertLoop
 from controlplane.adapters.cordons import hold_gpus, let_go_of_all
 from controlplane.adapters.engine_metrics import EngineScraper, ScrapeTarget
 from controlplane.adapters.node_watch import NodeWatch
@@ -30,10 +31,12 @@ from controlplane.adapters.ray_node_agent import stop_node_agents
 from controlplane.adapters.recorder import Recorder
 from controlplane.adapters.store import Point
 from controlplane.config import ControllerConfig
+from controlplane.config.alerts import AlertsConfig
 from controlplane.config.scaling import ControllerScalingConfig
 from controlplane.control import GC_THRESHOLDS, Control, ControlRules
 from controlplane.controller import WARMING_REPORTS, Controller
 from controlplane.core import kept
+from controlplane.core.alert_views import AlertsAnswer
 from controlplane.core.domain import ClusterSnapshot, Endpoint, EndpointState, Event, GatewayInfo, TierSpec
 from controlplane.core.gangs import Shape
 from controlplane.core.gpu_findings import GpuRules
@@ -98,6 +101,11 @@ class ControllerActor:
         self._scaling = Scaling(self._control, config.scaling)
         self._operations = Operations(self._control)
         self._hurry = asyncio.Event()
+        self._alerts = AlertLoop(
+            *(self._control, config),
+            shift_s=self._shift_s,
+            store_warning=lambda: self._recorder.warning,
+        )
         self._change = asyncio.Event()
         self._version = self._control.registry.version
         self._cluster: set[str] | None = None
@@ -121,16 +129,24 @@ class ControllerActor:
                 self._scaling_loop(),
             )
         ]
+        alerts = self._alerts.run(lambda: self._cluster is not None, self._record)
+        self._loops.append(asyncio.create_task(alerts))
         self._wake()
 
     # --- replicas and gateways ------------------------------------------------------------------------------
 
     async def declare(
-        self, tiers: tuple[TierSpec, ...], heartbeat_s: float, scaling: ControllerScalingConfig
+        self,
+        tiers: tuple[TierSpec, ...],
+        heartbeat_s: float,
+        scaling: ControllerScalingConfig,
+        alerts: AlertsConfig,
     ) -> None:
-        """What the configuration asks for; see :meth:`Controller.declare` and :meth:`Scaling.configure`."""
+        """What the configuration asks for; see :meth:`Controller.declare`, :meth:`Scaling.configure` and
+        :meth:`AlertLoop.configure`."""
         self._control.declare(tiers, heartbeat_s)
         self._scaling.configure(scaling)
+        self._alerts.configure(alerts)
 
     async def register(self, endpoint: Endpoint) -> None:
         """See :meth:`Controller.register`."""
@@ -254,6 +270,20 @@ class ControllerActor:
         """See :meth:`Operations.restart`."""
         return self._done(self._operations.restart(subject, reason))
 
+    async def acknowledge_alert(self, rule: str, subject: str, by: str) -> ActionAnswer:
+        """See :meth:`Alerting.acknowledge`."""
+        return self._done(self._alerts.alerting.acknowledge(rule, subject, by))
+
+    async def silence_alerts(
+        self, rule: str, subject: str, for_s: float, reason: str, by: str
+    ) -> ActionAnswer:
+        """See :meth:`Alerting.silence`."""
+        return self._done(self._alerts.alerting.silence(rule, subject, for_s, reason, by))
+
+    async def unsilence_alerts(self, number: int, by: str) -> ActionAnswer:
+        """See :meth:`Alerting.unsilence`."""
+        return self._done(self._alerts.alerting.unsilence(number, by))
+
     # --- for people -----------------------------------------------------------------------------------------
 
     async def status(self) -> tuple[ClusterSnapshot, tuple[TierSpec, ...], tuple[Event, ...]]:
@@ -264,6 +294,10 @@ class ControllerActor:
     async def gpus(self) -> tuple[GpuView, ...]:
         """Every GPU with its health, holders and last readings."""
         return self._control.gpus()
+
+    async def alerts(self) -> AlertsAnswer:
+        """What fires or is pending, silences, and how deliveries go."""
+        return self._alerts.answer()
 
     async def events(self, after: int = 0, limit: int = 1000) -> tuple[Event, ...]:
         """The audit log after entry number ``after``, oldest first; numbers survive restarts. A negative
@@ -367,6 +401,7 @@ class ControllerActor:
 
     async def _end(self) -> None:
         log.info("nobody is left, ending")
+        await self._alerts.close()
         await asyncio.to_thread(let_go_of_all, self._config.namespace)
         await asyncio.to_thread(stop_node_agents, self._config.namespace)
         await asyncio.to_thread(self._recorder.close)
@@ -386,6 +421,7 @@ class ControllerActor:
                 shift_s=self._shift_s,
             )
             self._scaling.restore(self._recorder.state)
+            self._alerts.restore(self._recorder.state)
             control.settle()
             control.registry.note("remembers", "controller", "leases, cordons and moves from before")
 
@@ -405,6 +441,7 @@ class ControllerActor:
         values |= self._scaling.values()
         values[_CLUSTER] = sorted(self._ray_gpus)
         values[_HEARD] = {node: list(last) for node, last in self._watch.heard.items()}
+        values |= self._alerts.kept()
         self._recorder.save(values)
         self._saved = (self._noted, now_s)
 
@@ -421,9 +458,12 @@ class ControllerActor:
         )
 
     def _done(self, answer: ActionAnswer) -> ActionAnswer:
+        self._record()
+        return answer
+
+    def _record(self) -> None:
         self._save()
         self._wake()
-        return answer
 
     def _wake(self) -> None:
         registry = self._control.registry

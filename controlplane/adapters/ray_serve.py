@@ -156,7 +156,7 @@ async def report_gateway(
     async def report() -> None:
         hurry.clear()
         if not await link.call("gateway_report", info()):
-            await link.call("declare", tiers, config.heartbeat_s, config.scaling)
+            await link.call("declare", tiers, config.heartbeat_s, config.scaling, config.alerts)
 
     while True:
         await _patiently("gateway_report", report)

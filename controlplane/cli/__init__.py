@@ -39,6 +39,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "controlplane.cli.events:command",
         "Show the audit log: what happened to GPUs, nodes, tiers and endpoints, what was done, and why.",
     ),
+    "alerts": (
+        "controlplane.cli.alerts:command",
+        "Show what is wrong with the plane, acknowledge it, or silence it for a while.",
+    ),
     "cordon": (
         "controlplane.cli.operate:cordon",
         "Let nothing new come to SUBJECT (a GPU, a node or a tier); what runs there goes on.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,6 +13,7 @@ from rich.live import Live
 from rich.text import Text
 
 from controlplane.cli.activity import activity_json, activity_lines
+from controlplane.cli.alerts import firing_lines
 from controlplane.cli.asking import PlaneAddress, connected, plane_options
 from controlplane.cli.show import gateway_table, gateways_json, status_table, tier_json, troubles
 from controlplane.core.moves import Activity
@@ -82,6 +84,7 @@ def _tables(view: PlaneView, activity: Activity, *, events: bool = False) -> Gro
         status_table(_tiers(view), unix_s),
         *troubles(_tiers(view)),
         *activity_lines(activity),
+        *firing_lines(view.snapshot.alerts),
         Text(),
         gateway_table(view.snapshot.gateways, unix_s),
     ]
@@ -103,6 +106,7 @@ def _as_json(view: PlaneView, activity: Activity) -> dict[str, Any]:
         "tiers": [tier_json(tier, unix_s) for tier in _tiers(view)],
         "gateways": gateways_json(view.snapshot),
         "activity": activity_json(activity),
+        "alerts": [asdict(alert) for alert in view.snapshot.alerts],
         "events": [
             {
                 "unix_s": event.unix_s,

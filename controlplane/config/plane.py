@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from controlplane.config.alerts import AlertsConfig
 from controlplane.config.expected import ExpectedLoad
 from controlplane.config.flags import vllm_flag_findings
 from controlplane.config.gpu_models import gpu_model_findings, table_name
@@ -418,6 +419,8 @@ class ControllerConfig(Strict):
     started for ten minutes, then twenty, and so on."""
     scaling: ControllerScalingConfig = ControllerScalingConfig()
     """What is done about load."""
+    alerts: AlertsConfig = AlertsConfig()
+    """What is told to whom when something is wrong."""
     log_format: Literal["auto", "json", "console"] = "auto"
     """``auto``: readable on a terminal, JSON elsewhere."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from controlplane.core.alert_views import FiringAlert
 from controlplane.core.scaling_plan import ScalingPlan
 from controlplane.core.traffic import Traffic
 
@@ -149,6 +150,10 @@ class ClusterSnapshot:
     gone: tuple[str, ...] = ()
     """While warming: endpoint ids that left since this epoch began."""
     scaling: tuple[TierScaling, ...] = ()
+    alerts: tuple[FiringAlert, ...] = ()
+    """What fires, the worst first."""
+    due: tuple[tuple[str, int], ...] = ()
+    """Tier → replicas that have to be there now: none while an operator has drained it."""
 
     def wanted(self, tier: str, configured: int) -> int:
         """Replicas that a tier is to have: as it is scaled, else as configured."""

@@ -22,7 +22,7 @@ def merge(old: ClusterSnapshot | None, new: ClusterSnapshot) -> ClusterSnapshot:
 
     * a snapshot that is not newer changes nothing;
     * while ``new`` is warming, endpoints that it does not name are kept from ``old``, except those that it
-      knows to be gone;
+      knows to be gone, and so are alerts and the replicas due until it names some;
     * otherwise ``new`` is the truth.
     """
     if old is None:
@@ -33,4 +33,9 @@ def merge(old: ClusterSnapshot | None, new: ClusterSnapshot) -> ClusterSnapshot:
         return new
     settled = {endpoint.endpoint_id for endpoint in new.endpoints} | set(new.gone)
     kept = tuple(endpoint for endpoint in old.endpoints if endpoint.endpoint_id not in settled)
-    return replace(new, endpoints=new.endpoints + kept)
+    return replace(
+        new,
+        endpoints=new.endpoints + kept,
+        alerts=new.alerts or old.alerts,
+        due=new.due or old.due,
+    )

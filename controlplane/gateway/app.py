@@ -29,6 +29,7 @@ from controlplane.core.tiers import Direction, TierPolicy, TierTable
 from controlplane.errors import BadRequest, RequestError
 from controlplane.gateway import agents, pages
 from controlplane.gateway.accounting import Ledger
+from controlplane.gateway.alert_page import alerts
 from controlplane.gateway.asgi import AsgiApp
 from controlplane.gateway.asking import Ask, ask_controller
 from controlplane.gateway.call import APIS, MAX_REQUEST_ID, Call
@@ -111,6 +112,7 @@ class Gateway:
             "/health/ready": ("GET", self._ready),
             "/metrics": ("GET", self._metrics),
             "/status": ("GET", self._status),
+            "/alerts": ("GET", self._alerts),
             "/usage": ("GET", self._usage),
             "/recommendations": ("GET", self._recommendations),
         }
@@ -287,6 +289,9 @@ class Gateway:
     async def _status(self, request: Request, out: Responder) -> None:
         send_json(out, pages.status(self.config, self.snapshot))
 
+    async def _alerts(self, request: Request, out: Responder) -> None:
+        send_json(out, alerts(self.snapshot))
+
     async def _usage(self, request: Request, out: Responder) -> None:
         send_json(out, pages.usage(self.ledger, request.query))
 
@@ -309,6 +314,8 @@ class Gateway:
     def refresh_metrics(self) -> None:
         """Set the gauges of :attr:`metrics` to what is now."""
         self.metrics.observe(self.fleet, self.queue, self.snapshot.scaling if self.snapshot else ())
+        configured = {tier.name: tier.replicas for tier in self.config.tiers}
+        self.metrics.observe_snapshot(self.snapshot, configured)
 
     def _own_metrics(self) -> str:
         self.refresh_metrics()

@@ -7,14 +7,14 @@ any of them: :func:`merge_expositions` makes one exposition of all of theirs, to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from controlplane.core.admission import AdmissionQueue
 from controlplane.core.breaker import BreakerState
-from controlplane.core.domain import Priority, TierScaling
+from controlplane.core.domain import ClusterSnapshot, Priority, TierScaling
 from controlplane.core.fleet import Fleet
 from controlplane.gateway.call import Call
 from controlplane.gateway.traffic import TrafficMeter
@@ -112,8 +112,8 @@ class Metrics:
         )
         self.retries = Counter(
             "tierplane_retries",
-            "Attempts after the first, by why the one before failed.",
-            ["reason"],
+            "Attempts after the first, by the tier and why the one before failed.",
+            ["tier", "reason"],
             registry=registry,
         )
         self.resumes = Counter(
@@ -150,6 +150,18 @@ class Metrics:
             "tierplane_endpoints", "Endpoints by tier and state.", ["tier", "state"], registry=registry
         )
 
+        self.due = Gauge(
+            "tierplane_due_replicas",
+            "Replicas that a tier has to have now: none while it is drained.",
+            ["tier"],
+            registry=registry,
+        )
+        self.alerts = Gauge(
+            "tierplane_alerts",
+            "1 for each alert that fires, as the controller judges it.",
+            ["alert", "severity", "subject"],
+            registry=registry,
+        )
         self.target_replicas = Gauge(
             "tierplane_target_replicas", "Replicas that a tier is to have.", ["tier"], registry=registry
         )
@@ -242,6 +254,16 @@ class Metrics:
                 self.breaker_open.labels(pool.name, endpoint.endpoint_id).set(level)
         for priority in Priority:
             self.queued.labels(priority).set(queue.depth(priority))
+
+    def observe_snapshot(self, snapshot: ClusterSnapshot | None, configured: Mapping[str, int]) -> None:
+        """Set the gauges of what the controller says; ``configured`` are the replicas of each tier while it
+        says nothing."""
+        self.alerts.clear()
+        for alert in snapshot.alerts if snapshot is not None else ():
+            self.alerts.labels(alert.rule, alert.severity, alert.subject).set(1)
+        said = dict(snapshot.due) if snapshot is not None else {}
+        for tier, replicas in configured.items():
+            self.due.labels(tier).set(said.get(tier, replicas))
 
     def text(self) -> str:
         """The exposition of this replica."""

@@ -256,7 +256,7 @@ class Relay:
             call.losses += 1
         if isinstance(step, GiveUp):
             raise give_up_error(step, failure.detail)
-        self._metrics.retries.labels(str(kind)).inc()
+        self._metrics.retries.labels(call.tier, str(kind)).inc()
         if step.pause_s:
             await asyncio.sleep(step.pause_s)
 

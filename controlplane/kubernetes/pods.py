@@ -205,8 +205,11 @@ def _pod(
 
 def _env(config: PlaneConfig) -> list[Manifest]:
     env: list[Manifest] = [{"name": name, "value": value} for name, value in _ENV.items()]
-    keys = sorted({tier.api_key_env for tier in config.tiers if tier.api_key_env})
-    return env + [_secret_env(key, "tierplane-keys", key, optional=False) for key in keys]
+    keys = {tier.api_key_env for tier in config.tiers}
+    # The controller may be on any pod.
+    keys |= {webhook.secret_env for webhook in config.controller.alerts.webhooks}
+    names = sorted(filter(None, keys))
+    return env + [_secret_env(name, "tierplane-keys", name, optional=False) for name in names]
 
 
 def _secret_env(name: str, secret: str, key: str, *, optional: bool = True) -> Manifest:

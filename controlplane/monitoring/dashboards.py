@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from controlplane.monitoring import queries as q
-from controlplane.monitoring.rules import LONG_QUEUE, SATURATED_RATIO, SLOW_S
+from controlplane.monitoring.rules import threshold
 
 Unit = Literal["reqps", "s", "percentunit", "percent", "short", "mwatt", "celsius", "cps"]
 
@@ -61,9 +61,14 @@ GATEWAY: Final = Dashboard(
             "Queued requests",
             {"{{priority}}": "priority:tierplane_queued_requests:sum"},
             about="Requests that wait for an engine, by priority.",
-            limit=LONG_QUEUE,
+            limit=threshold("TierplaneQueueLong"),
         ),
-        Panel("Wait in the queue", _quantiles("tierplane_queue_wait_seconds", "priority"), "s", limit=SLOW_S),
+        Panel(
+            "Wait in the queue",
+            _quantiles("tierplane_queue_wait_seconds", "priority"),
+            "s",
+            limit=threshold("TierplaneQueueWaitLong"),
+        ),
         Panel("Shed by reason", {"{{reason}}": q.rate("tierplane_shed_requests_total", ["reason"])}, "reqps"),
         Panel("Retries by reason", {"{{reason}}": q.rate("tierplane_retries_total", ["reason"])}, "reqps"),
         Panel(
@@ -73,6 +78,17 @@ GATEWAY: Final = Dashboard(
             about="How they went on; refused: they could not.",
         ),
         Panel("Hedges", {"{{outcome}}": q.rate("tierplane_hedges_total", ["outcome"])}, "cps"),
+        Panel(
+            "Alerts that fire",
+            {
+                "{{severity}} {{alert}} {{subject}}": q.seen(
+                    "tierplane_alerts", ["alert", "severity", "subject"]
+                ),
+                "Prometheus: {{alertname}} {{tier}}": 'ALERTS{alertstate="firing", alertname=~"Tierplane.+"}',
+            },
+            about="As the controller judges them, and as Prometheus does.",
+            wide=True,
+        ),
         Panel(
             "Requests by gateway",
             {"{{gateway}}": q.rate("tierplane_requests_total", ["gateway"])},
@@ -88,10 +104,19 @@ TIERS: Final = Dashboard(
     "tierplane: tiers",
     (
         Panel("Requests", {"{{tier}}": "tier:tierplane_requests:rate5m"}, "reqps"),
-        Panel("Failed share", {"{{tier}}": "tier:tierplane_failed:ratio5m"}, "percentunit", limit=0.1),
+        Panel(
+            "Failed share",
+            {"{{tier}}": "tier:tierplane_failed:ratio5m"},
+            "percentunit",
+            limit=threshold("TierplaneRequestsFail"),
+        ),
         Panel(
             "Endpoints by state",
-            {"{{tier}} {{state}}": q.seen("tierplane_endpoints", ["tier", "state"])},
+            {
+                "{{tier}} {{state}}": q.seen("tierplane_endpoints", ["tier", "state"]),
+                "{{tier}} due": q.seen("tierplane_due_replicas", ["tier"]),
+            },
+            about="Due: how many have to be there, none while an operator has drained the tier.",
         ),
         Panel(
             "Circuit breakers",
@@ -102,7 +127,7 @@ TIERS: Final = Dashboard(
             "Time to first token",
             _quantiles("tierplane_time_to_first_token_seconds", "tier"),
             "s",
-            limit=SLOW_S,
+            limit=threshold("TierplaneFirstTokenSlow"),
         ),
         Panel("Between tokens", _quantiles("tierplane_inter_token_seconds", "tier"), "s"),
         Panel("Whole answers", _quantiles("tierplane_request_seconds", "tier"), "s"),
@@ -134,15 +159,20 @@ GPUS: Final = Dashboard(
             "Utilisation",
             {"{{ip}} GPU {{GpuIndex}}": q.gpu("ray_node_gpus_utilization")},
             "percent",
-            limit=95,
+            limit=100 * threshold("TierplaneGpuBusy"),
         ),
-        Panel("Memory", {"{{ip}} GPU {{GpuIndex}}": q.gpu_memory_ratio()}, "percentunit", limit=0.98),
+        Panel(
+            "Memory",
+            {"{{ip}} GPU {{GpuIndex}}": q.gpu_memory_ratio()},
+            "percentunit",
+            limit=threshold("TierplaneGpuMemoryFull"),
+        ),
         Panel("Power", {"{{ip}} GPU {{GpuIndex}}": q.gpu("ray_node_gpu_power_milliwatts")}, "mwatt"),
         Panel(
             "Temperature",
             {"{{ip}} GPU {{GpuIndex}}": q.gpu("ray_node_gpu_temperature_celsius")},
             "celsius",
-            limit=87,
+            limit=threshold("TierplaneGpuHot"),
         ),
         Panel(
             "GPU time that requests took",
@@ -165,7 +195,7 @@ SCALING: Final = Dashboard(
             {"{{tier}}": "tier:tierplane_saturation:ratio"},
             "percentunit",
             about="Near 1 for long: scale out. Near 0 for long: scale in.",
-            limit=SATURATED_RATIO,
+            limit=threshold("TierplaneTierSaturated"),
         ),
         Panel(
             "Requests at the engines, and places",
@@ -177,13 +207,13 @@ SCALING: Final = Dashboard(
         Panel(
             "Waiting for a place",
             {"{{priority}}": "priority:tierplane_queued_requests:sum"},
-            limit=LONG_QUEUE,
+            limit=threshold("TierplaneQueueLong"),
         ),
         Panel(
             "Time to first token, p95",
             {"{{tier}}": "tier:tierplane_time_to_first_token_seconds:p95_5m"},
             "s",
-            limit=SLOW_S,
+            limit=threshold("TierplaneFirstTokenSlow"),
         ),
         Panel("Between tokens, p95", {"{{tier}}": "tier:tierplane_inter_token_seconds:p95_5m"}, "s"),
         Panel("Whole answers, p95", {"{{tier}}": "tier:tierplane_request_seconds:p95_5m"}, "s"),

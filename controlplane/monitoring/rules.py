@@ -1,31 +1,20 @@
-"""Recording rules and alerts. Each alert carries the series that make it fire, and those that don't, as a
-test of its own: a rule can't be added without one."""
+"""Recording rules and alerts for Prometheus. What an alert is about, when it rings and what to do then is
+in :mod:`controlplane.core.alert_rules`; here are the figures in PromQL, and for each alert the series that
+make it fire, and those that don't, as a test of its own: a rule can't be added without one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Final
 
+from controlplane.core import alert_rules as core
+from controlplane.core.alerts import AlertRule, Judge, Kind
 from controlplane.core.domain import EndpointState
 from controlplane.monitoring import queries as q
 
-Severity = Literal["critical", "warning", "info"]
-
 JOB: Final = "tierplane-gateway"
 """The scrape job of the gateways."""
-
-FAILED_RATIO: Final = 0.1
-SLOW_S: Final = 3.0
-LONG_QUEUE: Final = 50
-SATURATED_RATIO: Final = 0.9
-IDLE_PER_S: Final = 1.0
-IDLE_RATIO: Final = 0.2
-SHED_RATIO: Final = 0.01
-RETRY_RATIO: Final = 0.2
-GPU_BUSY_PERCENT: Final = 95
-GPU_MEMORY_RATIO: Final = 0.98
-GPU_HOT_CELSIUS: Final = 87
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,20 +34,26 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True)
-class Alert:
-    """One alert with its proof."""
+class Proof:
+    """When an alert fires and when it does not."""
 
-    name: str
-    severity: Severity
-    expr: str
-    lasts: str
-    summary: str
-    action: str
-    """What to do first."""
     fires: Case
     quiet: Case
     labels: Mapping[str, str] = field(default_factory=dict)
     """What the alert in ``fires`` is labelled with, besides its name and severity."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alert:
+    """One alert as Prometheus has it, with its proof."""
+
+    name: str
+    severity: str
+    expr: str
+    lasts: str
+    summary: str
+    action: str
+    proof: Proof
 
 
 _FAILED = q.rate("tierplane_requests_total", ["tier"], outcome="failed")
@@ -86,6 +81,41 @@ RECORDINGS: Final = (
     Recording("priority:tierplane_queued_requests:sum", q.total("tierplane_queued_requests", ["priority"])),
 )
 
+_SUBJECT: Final[Mapping[Kind, str]] = {
+    Kind.TIER: "{{ $labels.tier }}",
+    Kind.GPU: "{{ $labels.GpuIndex }} of {{ $labels.ip }}",
+    Kind.ENDPOINT: "{{ $labels.endpoint }}",
+    Kind.GATEWAY: "{{ $labels.instance }}",
+    Kind.PRIORITY: "{{ $labels.priority }}",
+}
+"""What Prometheus calls a subject; the controller has the ids that operators use."""
+_ON: Final[Mapping[Kind, str]] = {Kind.TIER: "tier"}
+
+_DUE = q.seen("tierplane_due_replicas", ["tier"])
+_SHOWN_READY = f"({q.seen('tierplane_endpoints', ['tier'], state=_READY)} or 0 * {_DUE})"
+
+FIGURES: Final[Mapping[str, str]] = {
+    core.TIER_DUE: _DUE,
+    core.TIER_READY: _SHOWN_READY,
+    core.TIER_MISSING: f"{_DUE} - {_SHOWN_READY}",
+    core.TIER_SATURATION: "tier:tierplane_saturation:ratio",
+    "tier/failed_ratio": "tier:tierplane_failed:ratio5m",
+    "tier/ttft_p95_s": "tier:tierplane_time_to_first_token_seconds:p95_5m",
+    "tier/shed_ratio": f"{q.rate('tierplane_requests_total', ['tier'], outcome='shed')} / ({_ENDED} > 0)",
+    "tier/retried_ratio": f"{q.rate('tierplane_retries_total', ['tier'])} / ({_ENDED} > 0)",
+    "tier/requests_per_s": "tier:tierplane_requests:rate5m",
+    core.QUEUE_WAITING: "sum(priority:tierplane_queued_requests:sum)",
+    "queue/wait_p95_s": q.quantile(0.95, "tierplane_queue_wait_seconds", ["priority"]),
+    "stream/refused_per_s": q.rate("tierplane_resumes_total", method="refused"),
+    "endpoint/breaker": q.seen("tierplane_breaker_open", ["tier", "endpoint"]),
+    "gateway/up": f'up{{job="{JOB}"}}',
+    "gateway/absent": f'absent(up{{job="{JOB}"}})',
+    core.GPU_BUSY: f"{q.gpu('ray_node_gpus_utilization')} / 100",
+    core.GPU_MEMORY: q.gpu_memory_ratio(),
+    core.GPU_TEMPERATURE: q.gpu("ray_node_gpu_temperature_celsius"),
+}
+"""Figure → PromQL, with a label for the subject."""
+
 _G = 'gateway="g1", instance="a"'
 
 
@@ -108,7 +138,23 @@ def _endpoint(state: str, value: str = "1x60") -> dict[str, str]:
     return {f'tierplane_endpoints{{{_G}, tier="balanced", state="{state}"}}': value}
 
 
-_TIER_THERE = {f'tierplane_in_flight_requests{{{_G}, tier="balanced"}}': "0x60"}
+def _due(replicas: int) -> dict[str, str]:
+    return {f'tierplane_due_replicas{{{_G}, tier="balanced"}}': f"{replicas}x60"}
+
+
+def _shown(rule: str, subject: str, value: str = "1x60") -> dict[str, str]:
+    """What a gateway shows of an alert that only the controller judges."""
+    severity = core.BY_NAME[rule].severity
+    labels = f'alert="{rule}", severity="{severity}", subject="{subject}"'
+    return {f"tierplane_alerts{{{_G}, {labels}}}": value}
+
+
+def _relayed(rule: str, subject: str) -> Proof:
+    other = next(each.name for each in core.RULES if each.judge is Judge.PROGRAM and each.name != rule)
+    tier = {"tier": subject} if core.BY_NAME[rule].kind is Kind.TIER else {}
+    return Proof(Case(_shown(rule, subject)), Case(_shown(other, subject)), {"subject": subject, **tier})
+
+
 _GPU = 'ip="10.0.0.1", GpuIndex="0", GpuDeviceName="L4"'
 _TIER = {"tier": "balanced"}
 _GPU_LABELS = {"ip": "10.0.0.1", "GpuIndex": "0"}
@@ -122,180 +168,131 @@ def _load(in_flight: str, rate: str = "0+600x60") -> dict[str, str]:
     }
 
 
-ALERTS: Final = (
-    Alert(
-        "TierplaneTierDown", "critical",
-        f"{q.seen('tierplane_in_flight_requests', ['tier'])} "
-        f"unless on (tier) ({q.seen('tierplane_endpoints', ['tier'], state=_READY)} > 0)",
-        "2m",
-        "Tier {{ $labels.tier }} has no ready endpoint.",
-        "tierplane status says why; its neighbour bridges it as far as bridge allows.",
-        fires=Case(_TIER_THERE | _endpoint("failed")),
-        quiet=Case(_TIER_THERE | _endpoint("ready") | _endpoint("failed")),
-        labels=_TIER,
+def _retries(values: str) -> dict[str, str]:
+    return {f'tierplane_retries_total{{{_G}, tier="balanced", reason="connect"}}': values}
+
+
+PROOFS: Final[Mapping[str, Proof]] = {
+    "TierplaneTierDown": Proof(
+        Case(_due(1) | _endpoint("failed")),
+        Case(_due(1) | _endpoint("ready") | _endpoint("failed")),
+        _TIER,
     ),
-    Alert(
-        "TierplaneGatewayUnreachable", "critical",
-        f'up{{job="{JOB}"}} == 0',
-        "1m",
-        "The gateway at {{ $labels.instance }} does not answer Prometheus.",
-        "tierplane logs gateway; is its node there?",
-        fires=Case({f'up{{job="{JOB}", instance="a"}}': "0x60"}),
-        quiet=Case({f'up{{job="{JOB}", instance="a"}}': "1x60"}),
-        labels={"instance": "a", "job": JOB},
+    "TierplaneReplicasMissing": Proof(
+        Case(_due(2) | _endpoint("ready") | _endpoint("failed")),
+        Case(_due(1) | _endpoint("ready")),
+        _TIER,
     ),
-    Alert(
-        "TierplaneGatewayMissing", "critical",
-        f'absent(up{{job="{JOB}"}})',
-        "5m",
-        "Prometheus knows no gateway.",
-        "Is the plane up, and does the scrape configuration find it?",
-        fires=Case({'up{job="other"}': "1x60"}),
-        quiet=Case({f'up{{job="{JOB}", instance="a"}}': "1x60"}),
-        labels={"job": JOB},
+    "TierplaneTierHeld": _relayed("TierplaneTierHeld", "balanced"),
+    "TierplaneGatewayUnreachable": Proof(
+        Case({f'up{{job="{JOB}", instance="a"}}': "0x60"}),
+        Case({f'up{{job="{JOB}", instance="a"}}': "1x60"}),
+        {"instance": "a", "job": JOB},
     ),
-    Alert(
-        "TierplaneRequestsFail", "critical",
-        f"tier:tierplane_failed:ratio5m > {FAILED_RATIO}",
-        "5m",
-        "More than a tenth of tier {{ $labels.tier }}'s requests fail.",
-        "The panel «Failures by reason», then tierplane logs of the tier.",
-        fires=Case(_requests("ok", "0+60x60") | _requests("failed", "0+20x60")),
-        quiet=Case(_requests("ok", "0+60x60") | _requests("failed", "0+1x60")),
-        labels=_TIER,
+    "TierplaneGatewayMissing": Proof(
+        Case({'up{job="other"}': "1x60"}),
+        Case({f'up{{job="{JOB}", instance="a"}}': "1x60"}),
+        {"job": JOB},
     ),
-    Alert(
-        "TierplaneFirstTokenSlow", "warning",
-        f"tier:tierplane_time_to_first_token_seconds:p95_5m > {SLOW_S:g}",
-        "10m",
-        "One stream in twenty of tier {{ $labels.tier }} waits more than 3 s for its first token.",
-        "Is the tier saturated? Then more replicas; otherwise look at prefill (max-num-batched-tokens).",
-        fires=Case(_buckets("tierplane_time_to_first_token_seconds", 'tier="balanced"', slow=True)),
-        quiet=Case(_buckets("tierplane_time_to_first_token_seconds", 'tier="balanced"', slow=False)),
-        labels=_TIER,
+    "TierplaneRequestsFail": Proof(
+        Case(_requests("ok", "0+60x60") | _requests("failed", "0+20x60")),
+        Case(_requests("ok", "0+60x60") | _requests("failed", "0+1x60")),
+        _TIER,
     ),
-    Alert(
-        "TierplaneQueueLong", "warning",
-        f"sum(priority:tierplane_queued_requests:sum) > {LONG_QUEUE}",
-        "5m",
-        "More than 50 requests wait for an engine.",
-        "More replicas of the saturated tier, or a spill that is allowed to go further.",
-        fires=Case({f'tierplane_queued_requests{{{_G}, priority="normal"}}': "80x60"}),
-        quiet=Case({f'tierplane_queued_requests{{{_G}, priority="normal"}}': "20x60"}),
+    "TierplaneSloMissed": _relayed("TierplaneSloMissed", "balanced"),
+    "TierplaneFirstTokenSlow": Proof(
+        Case(_buckets("tierplane_time_to_first_token_seconds", 'tier="balanced"', slow=True)),
+        Case(_buckets("tierplane_time_to_first_token_seconds", 'tier="balanced"', slow=False)),
+        _TIER,
     ),
-    Alert(
-        "TierplaneQueueWaitLong", "warning",
-        f"{q.quantile(0.95, 'tierplane_queue_wait_seconds', ['priority'])} > {SLOW_S:g}",
-        "10m",
-        "One waiting request in twenty of {{ $labels.priority }} priority waits more than 3 s.",
-        "More replicas of the saturated tier.",
-        fires=Case(_buckets("tierplane_queue_wait_seconds", 'priority="high"', slow=True)),
-        quiet=Case(_buckets("tierplane_queue_wait_seconds", 'priority="high"', slow=False)),
-        labels={"priority": "high"},
+    "TierplaneQueueLong": Proof(
+        Case({f'tierplane_queued_requests{{{_G}, priority="normal"}}': "80x60"}),
+        Case({f'tierplane_queued_requests{{{_G}, priority="normal"}}': "20x60"}),
     ),
-    Alert(
-        "TierplaneSheds", "warning",
-        f"{q.rate('tierplane_shed_requests_total')} > {SHED_RATIO} * {q.rate('tierplane_requests_total')}",
-        "5m",
-        "More than one request in a hundred is not admitted.",
-        "The panel «Shed by reason»: a full queue, deadlines that can't be kept, or no endpoint.",
-        fires=Case(
-            _requests("ok", "0+60x60")
-            | {f'tierplane_shed_requests_total{{{_G}, reason="queue_full"}}': "0+10x60"}
-        ),
-        quiet=Case(
-            _requests("ok", "0+6000x60")
-            | {f'tierplane_shed_requests_total{{{_G}, reason="queue_full"}}': "0+10x60"}
-        ),
+    "TierplaneQueueWaitLong": Proof(
+        Case(_buckets("tierplane_queue_wait_seconds", 'priority="high"', slow=True)),
+        Case(_buckets("tierplane_queue_wait_seconds", 'priority="high"', slow=False)),
+        {"priority": "high"},
     ),
-    Alert(
-        "TierplaneRetriesMany", "warning",
-        f"{q.rate('tierplane_retries_total')} > {RETRY_RATIO} * {q.rate('tierplane_requests_total')}",
-        "10m",
-        "More than one request in five needs another attempt.",
-        "The panel «Failures at endpoints»: which tier, and what kind.",
-        fires=Case(
-            _requests("ok", "0+60x60") | {f'tierplane_retries_total{{{_G}, reason="connect"}}': "0+30x60"}
-        ),
-        quiet=Case(
-            _requests("ok", "0+60x60") | {f'tierplane_retries_total{{{_G}, reason="connect"}}': "0+3x60"}
-        ),
+    "TierplaneSheds": Proof(
+        Case(_requests("ok", "0+60x60") | _requests("shed", "0+10x60")),
+        Case(_requests("ok", "0+6000x60") | _requests("shed", "0+10x60")),
+        _TIER,
     ),
-    Alert(
-        "TierplaneStreamsLost", "warning",
-        f"{q.rate('tierplane_resumes_total', method='refused')} > 0",
-        "0m",
-        "A stream whose engine was lost could not go on.",
-        "Why was the engine lost? Sampling without a seed goes on only with resume: best_effort.",
-        fires=Case({f'tierplane_resumes_total{{{_G}, method="refused"}}': "0x28 1x30"}),
-        quiet=Case({f'tierplane_resumes_total{{{_G}, method="continue"}}': "0x28 1x30"}),
+    "TierplaneRetriesMany": Proof(
+        Case(_requests("ok", "0+60x60") | _retries("0+30x60")),
+        Case(_requests("ok", "0+60x60") | _retries("0+3x60")),
+        _TIER,
     ),
-    Alert(
-        "TierplaneBreakerOpen", "warning",
-        f"{q.seen('tierplane_breaker_open', ['tier', 'endpoint'])} == 1",
-        "5m",
-        "Endpoint {{ $labels.endpoint }} of tier {{ $labels.tier }} has been kept from requests for 5 min.",
-        "tierplane logs of the tier; its supervisor replaces an engine that hangs.",
-        fires=Case({f'tierplane_breaker_open{{{_G}, tier="balanced", endpoint="balanced-1"}}': "1x60"}),
-        quiet=Case({f'tierplane_breaker_open{{{_G}, tier="balanced", endpoint="balanced-1"}}': "0.5x60"}),
-        labels={"tier": "balanced", "endpoint": "balanced-1"},
+    "TierplaneStreamsLost": Proof(
+        Case({f'tierplane_resumes_total{{{_G}, method="refused"}}': "0x28 1x30"}),
+        Case({f'tierplane_resumes_total{{{_G}, method="continue"}}': "0x28 1x30"}),
     ),
-    Alert(
-        "TierplaneTierSaturated", "warning",
-        f"tier:tierplane_saturation:ratio > {SATURATED_RATIO}",
-        "10m",
-        "Tier {{ $labels.tier }} has had nine tenths of its places taken for 10 min.",
-        "Scale out: more replicas, or a higher concurrency_limit if its GPUs have room.",
-        fires=Case(_load("19x60")),
-        quiet=Case(_load("10x60")),
-        labels=_TIER,
+    "TierplaneBreakerOpen": Proof(
+        Case({f'tierplane_breaker_open{{{_G}, tier="balanced", endpoint="balanced-1"}}': "1x60"}),
+        Case({f'tierplane_breaker_open{{{_G}, tier="balanced", endpoint="balanced-1"}}': "0.5x60"}),
+        {"tier": "balanced", "endpoint": "balanced-1"},
     ),
-    Alert(
-        "TierplaneTierIdle", "info",
-        f"tier:tierplane_saturation:ratio < {IDLE_RATIO} "
-        f"and on (tier) tier:tierplane_requests:rate5m < {IDLE_PER_S:g}",
-        "15m",
-        "Tier {{ $labels.tier }} has had next to nothing to do for 15 min.",
-        "Scale in: fewer replicas, or let its neighbour serve it.",
-        fires=Case(_load("0x60", "0+6x60")),
-        quiet=Case(_load("10x60", "0+6x60")),
-        labels=_TIER,
+    "TierplaneTierSaturated": Proof(Case(_load("19x60")), Case(_load("10x60")), _TIER),
+    "TierplaneTierIdle": Proof(Case(_load("0x60", "0+6x60")), Case(_load("10x60", "0+6x60")), _TIER),
+    "TierplaneGpuBusy": Proof(
+        Case({f"ray_node_gpus_utilization{{{_GPU}}}": "99x60"}),
+        Case({f"ray_node_gpus_utilization{{{_GPU}}}": "60x60"}),
+        _GPU_LABELS,
     ),
-    Alert(
-        "TierplaneGpuBusy", "info",
-        f"{q.gpu('ray_node_gpus_utilization')} > {GPU_BUSY_PERCENT}",
-        "15m",
-        "GPU {{ $labels.GpuIndex }} of {{ $labels.ip }} has been busy for 15 min.",
-        "With a queue or a saturated tier: scale out.",
-        fires=Case({f"ray_node_gpus_utilization{{{_GPU}}}": "99x60"}),
-        quiet=Case({f"ray_node_gpus_utilization{{{_GPU}}}": "60x60"}),
-        labels=_GPU_LABELS,
+    "TierplaneGpuMemoryFull": Proof(
+        Case({f"ray_node_gram_used{{{_GPU}}}": "23000x60", f"ray_node_gram_available{{{_GPU}}}": "100x60"}),
+        Case({f"ray_node_gram_used{{{_GPU}}}": "20000x60", f"ray_node_gram_available{{{_GPU}}}": "3000x60"}),
+        _GPU_LABELS,
     ),
-    Alert(
-        "TierplaneGpuMemoryFull", "warning",
-        f"{q.gpu_memory_ratio()} > {GPU_MEMORY_RATIO}",
-        "5m",
-        "GPU {{ $labels.GpuIndex }} of {{ $labels.ip }} has no memory left.",
-        "Something besides the engine may use it; lower gpu-memory-utilization.",
-        fires=Case(
-            {f"ray_node_gram_used{{{_GPU}}}": "23000x60", f"ray_node_gram_available{{{_GPU}}}": "100x60"}
-        ),
-        quiet=Case(
-            {f"ray_node_gram_used{{{_GPU}}}": "20000x60", f"ray_node_gram_available{{{_GPU}}}": "3000x60"}
-        ),
-        labels=_GPU_LABELS,
+    "TierplaneGpuHot": Proof(
+        Case({f"ray_node_gpu_temperature_celsius{{{_GPU}}}": "92x60"}),
+        Case({f"ray_node_gpu_temperature_celsius{{{_GPU}}}": "70x60"}),
+        _GPU_LABELS,
     ),
-    Alert(
-        "TierplaneGpuHot", "warning",
-        f"{q.gpu('ray_node_gpu_temperature_celsius')} > {GPU_HOT_CELSIUS}",
-        "5m",
-        "GPU {{ $labels.GpuIndex }} of {{ $labels.ip }} is hot and will slow down.",
-        "Look at the node's cooling; a cordon keeps new engines away.",
-        fires=Case({f"ray_node_gpu_temperature_celsius{{{_GPU}}}": "92x60"}),
-        quiet=Case({f"ray_node_gpu_temperature_celsius{{{_GPU}}}": "70x60"}),
-        labels=_GPU_LABELS,
-    ),
-)  # fmt: skip
+    "TierplaneGpuOutOfUse": _relayed("TierplaneGpuOutOfUse", "GPU-1"),
+    "TierplaneNodeLost": _relayed("TierplaneNodeLost", "node-1"),
+    "TierplaneNodeSilent": _relayed("TierplaneNodeSilent", "node-1"),
+    "TierplaneStoreUnsafe": _relayed("TierplaneStoreUnsafe", "plane"),
+}
+
+
+def prometheus_alert(rule: AlertRule) -> Alert:
+    """The rule in PromQL. One that only the controller judges is relayed: it has waited there already, and
+    fires for as long as a gateway shows it."""
+    if rule.judge is Judge.PROGRAM:
+        expr = f"{q.seen('tierplane_alerts', ['subject'], alert=rule.name)} == 1"
+        if rule.kind is Kind.TIER:
+            # Alertmanager groups and inhibits by tier.
+            expr = f'label_replace({expr}, "tier", "$1", "subject", "(.+)")'
+        lasts, subject = "0s", "{{ $labels.subject }}"
+    else:
+        expr = f"{FIGURES[rule.figure]} {_sign(rule.below)} {rule.threshold:g}"
+        if rule.given is not None:
+            given = rule.given
+            other = f"{FIGURES[given.figure]} {_sign(given.below)} {given.threshold:g}"
+            expr = f"{expr} and on ({_ON[rule.kind]}) {other}"
+        lasts, subject = _duration(rule.for_s), _SUBJECT.get(rule.kind, "")
+    return Alert(
+        rule.name, rule.severity.value, expr, lasts, rule.text(subject), rule.action, PROOFS[rule.name]
+    )
+
+
+def _sign(below: bool) -> str:
+    return "<" if below else ">"
+
+
+def _duration(seconds: float) -> str:
+    whole = round(seconds)
+    return f"{whole // 60}m" if whole >= 60 and whole % 60 == 0 else f"{whole}s"
+
+
+ALERTS: Final = tuple(prometheus_alert(rule) for rule in core.RULES)
+
+
+def threshold(name: str) -> float:
+    """Where the alert of that name begins, for the lines in dashboards."""
+    return core.BY_NAME[name].threshold
 
 
 def rule_groups() -> dict[str, Any]:
@@ -323,7 +320,7 @@ def rule_tests(rule_file: str) -> dict[str, Any]:
     """A test file for ``promtool test rules``: every alert fires where it should, and is quiet elsewhere."""
     tests = []
     for alert in ALERTS:
-        for case, fires in ((alert.fires, True), (alert.quiet, False)):
+        for case, fires in ((alert.proof.fires, True), (alert.proof.quiet, False)):
             tests.append(
                 {
                     "name": f"{alert.name} {'fires' if fires else 'is quiet'}",
@@ -343,9 +340,9 @@ def rule_tests(rule_file: str) -> dict[str, Any]:
 
 def _expected(alert: Alert) -> dict[str, Any]:
     summary = alert.summary
-    for label, value in alert.labels.items():
+    for label, value in alert.proof.labels.items():
         summary = summary.replace(f"{{{{ $labels.{label} }}}}", value)
     return {
-        "exp_labels": {"severity": alert.severity, **alert.labels},
+        "exp_labels": {"severity": alert.severity, **alert.proof.labels},
         "exp_annotations": {"summary": summary, "action": alert.action},
     }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import hmac
 import json
 import os
 import shutil
@@ -10,11 +12,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +82,11 @@ def tier(name: str, **engine_args: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def machine(tiers: Sequence[Mapping[str, Any]]) -> Iterator[Machine]:
+def machine(
+    tiers: Sequence[Mapping[str, Any]],
+    controller: Mapping[str, Any] | None = None,
+    env: Mapping[str, str] | None = None,
+) -> Iterator[Machine]:
     """A place to run commands in. Whatever still runs there at the end is stopped, and that is a failure."""
     run_dir = Path(tempfile.mkdtemp(prefix="tp-cli-", dir="/tmp"))
     port, ingress = free_port(), free_port()
@@ -89,13 +97,18 @@ def machine(tiers: Sequence[Mapping[str, Any]]) -> Iterator[Machine]:
                 "name": "tierplane",
                 "route_prefix": "/",
                 "import_path": "deployments.app:build",
-                "args": {"tiers": list(tiers), "gateway": {"port": port}, "controller": {"heartbeat_s": 0.5}},
+                "args": {
+                    "tiers": list(tiers),
+                    "gateway": {"port": port},
+                    "controller": {"heartbeat_s": 0.5, **(controller or {})},
+                },
             }
         ],
     }
     path = run_dir / "plane.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
-    place = Machine(run_dir, path, f"http://127.0.0.1:{port}", f"http://127.0.0.1:{ingress}")
+    urls = (f"http://127.0.0.1:{port}", f"http://127.0.0.1:{ingress}")
+    place = Machine(run_dir, path, *urls, dict(env or {}))
     left = False
     try:
         yield place
@@ -107,10 +120,44 @@ def machine(tiers: Sequence[Mapping[str, Any]]) -> Iterator[Machine]:
     assert not left, "a plane was left running"
 
 
+HOOK_SECRET = "a secret of the test"
+
+
 @pytest.fixture(scope="module")
-def up() -> Iterator[tuple[Machine, str]]:
+def hook() -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
+    """A webhook's address, and the signatures and bodies that came there."""
+    received: list[tuple[str, bytes]] = []
+
+    class Hook(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            received.append((self.headers.get("x-tierplane-signature", ""), body))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hook)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/alerts", received
+    server.shutdown()
+    server.server_close()
+    thread.join(5)
+
+
+@pytest.fixture(scope="module")
+def up(hook: tuple[str, list[tuple[str, bytes]]]) -> Iterator[tuple[Machine, str]]:
     """A detached plane, and what ``up`` printed."""
-    with machine([tier("lightweight"), tier("balanced")]) as place:
+    alerts = {
+        "interval_s": 0.5,
+        "repeat_s": 2.0,
+        "webhooks": [{"url": hook[0], "secret_env": "TEST_HOOK_SECRET", "min_severity": "critical"}],
+        "rules": {"TierplaneTierDown": {"for_s": 1.0}},
+    }
+    tiers = [tier("lightweight"), tier("balanced")]
+    with machine(tiers, {"alerts": alerts}, {"TEST_HOOK_SECRET": HOOK_SECRET}) as place:
         done = place.run(
             "up", str(place.config), "--detach", "--timeout", str(START_S), timeout_s=START_S + 60
         )
@@ -182,6 +229,66 @@ def test_an_operator_restarts_an_engine_and_takes_a_tier_out_and_back(up: tuple[
     ours = {(each["kind"], each["subject"], each["reason"]) for each in said if each["actor"] == "operator"}
     assert ("drain", "lightweight", "its weights change") in ours
     assert ("restart asked", before["endpoint_id"], "new settings") in ours
+
+
+def test_a_tier_that_is_down_rings_until_it_is_acknowledged_and_is_over_when_it_is_back(
+    up: tuple[Machine, str], hook: tuple[str, list[tuple[str, bytes]]]
+) -> None:
+    place, _ = up
+    _, received = hook
+
+    def told() -> list[tuple[str, str, str]]:
+        items = [item for _, body in list(received) for item in json.loads(body)["alerts"]]
+        return [(item["event"], item["rule"], item["subject"]) for item in items]
+
+    def page() -> dict[str, Any]:
+        with urllib.request.urlopen(f"{place.url}/alerts", timeout=5) as answer:
+            return dict(json.load(answer))
+
+    def shown() -> list[dict[str, Any]]:
+        return list(page()["alerts"])
+
+    down = ("TierplaneTierDown", "lightweight")
+    assert ("firing", *down) not in told()
+    # While a tier is cordoned nothing of it is started, and its replica is not replaced.
+    assert place.run("cordon", "lightweight", "--reason", "a test").returncode == 0
+    for process in processes(place.record().plane_id):
+        if "ServeReplica:tierplane:lightweight" in " ".join(process.cmdline()):
+            process.kill()
+    until(lambda: ("firing", *down) in told(), 60)
+    listed = json.loads(place.run("alerts", "--json").stdout)
+    [alert] = [each for each in listed["alerts"] if each["rule"] == down[0]]
+    assert (alert["state"], alert["severity"], alert["subject"]) == ("firing", "critical", "lightweight")
+    assert listed["webhooks"][0]["delivered"] >= 1
+    assert "TierDown" in place.run("alerts").stdout
+    until(lambda: [each["subject"] for each in shown()] == ["lightweight"], 10)
+    until(lambda: ("repeated", *down) in told(), 20)
+    with urllib.request.urlopen(f"{place.url}/metrics", timeout=5) as answer:
+        text = answer.read().decode()
+    assert 'alert="TierplaneTierDown",severity="critical",subject="lightweight"} 1.0' in text
+    done = place.run("alerts", "ack", "TierDown", "lightweight", "--by", "ada")
+    assert done.returncode == 0, done.stdout + done.stderr
+    until(lambda: [each["acknowledged"] for each in shown()] == ["ada"], 10)
+    # A controller that is started anew remembers it, and has the secret from its environment again.
+    epoch = page()["snapshot"]["epoch"]
+    for process in processes(place.record().plane_id):
+        if "ray::ControllerActor" in " ".join(process.cmdline()):
+            process.kill()
+    until(lambda: page()["known"] and page()["snapshot"]["epoch"] != epoch, 60)
+    assert [(each["subject"], each["acknowledged"]) for each in shown()] == [("lightweight", "ada")]
+    count = len(told())
+    assert place.run("uncordon", "lightweight").returncode == 0
+    until(lambda: ("resolved", *down) in told(), 60)
+    assert told()[count:] == [("resolved", *down)], "not told again meanwhile"
+    until(lambda: shown() == [], 10)
+    for signed, body in received:
+        unix_s = signed.removeprefix("t=").partition(",")[0]
+        mac = hmac.new(HOOK_SECRET.encode(), f"{unix_s}.".encode() + body, hashlib.sha256).hexdigest()
+        assert signed == f"t={unix_s},v1={mac}"
+    said = [json.loads(line) for line in place.run("events", "--json", "-n", "200").stdout.splitlines()]
+    kinds = [each["kind"] for each in said if each["subject"] == "lightweight" and "alert" in each["kind"]]
+    assert kinds == ["alert", "alert acknowledged", "alert over"]
+    assert HOOK_SECRET not in place.run("logs", "controller").stdout
 
 
 def test_logs_are_there_by_name(up: tuple[Machine, str]) -> None:

@@ -66,7 +66,7 @@ class DirectLink(ControllerLink):
                     raise ControllerUnavailable("away")
             return self.controller.snapshot(secrets=True)
         if method == "declare":
-            args = args[:2]  # what scaling is to do is the actor's
+            args = args[:2]  # what scaling and alerts are to do is the actor's
         owner = self.control if hasattr(self.control, method) else self.controller
         return getattr(owner, method)(*args)
 

@@ -1,6 +1,10 @@
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
+from controlplane.core.alert_views import FiringAlert
+from controlplane.core.alerts import Kind, Severity
 from controlplane.core.domain import ClusterSnapshot, Endpoint, EndpointState
 from controlplane.core.snapshot import is_newer, merge
 
@@ -68,6 +72,16 @@ def test_while_warming_what_the_new_one_says_wins() -> None:
 
 def test_while_warming_what_is_known_to_be_gone_is_not_kept() -> None:
     assert ids(merge(snapshot("a", 5, "x", "y"), snapshot("b", 2, warming=True, gone=("x",)))) == {"y"}
+
+
+def test_a_restarted_controller_clears_no_alert_until_it_has_judged() -> None:
+    alert = FiringAlert("Rule", Severity.WARNING, Kind.TIER, "balanced", "It is down.", "Look.", 1.0)
+    old = replace(snapshot("a", 5), alerts=(alert,), due=(("balanced", 2),))
+    warming = merge(old, snapshot("b", 1, warming=True))
+    assert (warming.alerts, warming.due) == (old.alerts, old.due)
+    other = replace(snapshot("b", 2, warming=True), due=(("balanced", 3),))
+    assert merge(warming, other).due == (("balanced", 3),)
+    assert merge(warming, snapshot("b", 3)).alerts == ()
 
 
 names = st.sets(st.sampled_from("abcdef"), max_size=6)

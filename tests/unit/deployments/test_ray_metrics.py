@@ -46,3 +46,22 @@ def test_counters_are_copied_as_what_they_grew(monkeypatch: pytest.MonkeyPatch) 
     assert made["seconds_sum"].calls == [(0.5, {})]
     assert made["seconds_count"].calls == [(1.0, {})]
     assert "requests_created" not in made
+
+
+def test_a_gauge_that_is_gone_is_zero_and_not_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeMetric.made = {}
+    fake: Any = FakeMetric
+    monkeypatch.setattr(ray_metrics, "Gauge", fake)
+    registry = CollectorRegistry()
+    alerts = Gauge("alerts", "A.", ["subject"], registry=registry)
+    mirror = ray_metrics.Mirror(registry)
+    alerts.labels("a").set(1)
+    alerts.labels("b").set(1)
+    mirror.copy()
+    alerts.clear()
+    alerts.labels("b").set(1)
+    mirror.copy()
+    mirror.copy()
+    calls = FakeMetric.made["alerts"].calls
+    assert [value for value, tags in calls if tags == {"subject": "a"}] == [1.0, 0.0]
+    assert [value for value, tags in calls if tags == {"subject": "b"}] == [1.0, 1.0, 1.0]

@@ -127,7 +127,7 @@ def test_the_rule_tests_find_a_rule_that_never_fires(
 def test_series_of_the_rule_tests_exist_with_their_labels() -> None:
     names = existing() | {"up"}
     for alert in rules.ALERTS:
-        for series in [*alert.fires.series, *alert.quiet.series]:
+        for series in [*alert.proof.fires.series, *alert.proof.quiet.series]:
             name, _, labels = series.partition("{")
             assert name in names
             metric = metrics().get(name) or metrics().get(name.removesuffix("_bucket"))

@@ -1,0 +1,292 @@
+"""Tells alerts: to the log, and to webhooks (the shape of a message is in ``controlplane/alerts.md``).
+
+Nothing here holds up the control loop: :meth:`AlertDelivery.tell` only puts notices into bounded queues, and
+each webhook has a task that posts what waits, in order. A message that is not taken (no answer, 429, 5xx) is
+tried again, later each time; what can't be delivered is in the log. Messages that wait survive the
+controller, so each arrives at least once, or is reported as given up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import json
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import aiohttp
+import structlog
+
+from controlplane.config.alerts import WebhookConfig
+from controlplane.core.alert_views import Happening, Notice, WebhookView
+from controlplane.core.alerts import Severity
+
+log = structlog.stdlib.get_logger(__name__)
+
+VERSION: Final = 1
+"""Of the messages' shape."""
+QUEUE_LIMIT: Final = 1000
+"""Alerts that may wait for one webhook; past it the oldest is left out."""
+BATCH: Final = 100
+"""Alerts in one message at most."""
+PAUSE_MAX_S: Final = 60.0
+SIGNATURE: Final = "X-Tierplane-Signature"
+_KEPT: Final = "webhook/"
+_TOO_MANY: Final = 429
+_SERVER: Final = 500
+
+Item = dict[str, Any]
+
+
+def signature(secret: str, body: bytes, unix_s: int) -> str:
+    """The value of :data:`SIGNATURE`: HMAC-SHA256 of time, full stop, body."""
+    mac = hmac.new(secret.encode(), f"{unix_s}.".encode() + body, hashlib.sha256)
+    return f"t={unix_s},v1={mac.hexdigest()}"
+
+
+def pause_s(attempt: int) -> float:
+    """Before the next attempt, the first being 1: doubled each time, and spread so that many don't meet."""
+    return min(PAUSE_MAX_S, 2.0 ** (attempt - 1)) * random.uniform(0.5, 1.0)
+
+
+def item_of(notice: Notice) -> Item:
+    """One alert as messages carry it."""
+    alert = notice.alert
+    return {
+        "id": f"{alert.rule}/{alert.subject}/{alert.since_unix_s:.3f}/{notice.happening}/{time.time():.3f}",
+        "event": notice.happening.value,
+        "rule": alert.rule,
+        "severity": alert.severity.value,
+        "kind": alert.kind.value,
+        "subject": alert.subject,
+        "summary": alert.summary,
+        "detail": alert.detail,
+        "action": alert.action,
+        "value": alert.value,
+        "threshold": alert.threshold,
+        "since_unix_s": alert.since_unix_s,
+    }
+
+
+class AlertDelivery:
+    """For one event loop. ``environ`` has the secrets that the configuration names."""
+
+    def __init__(
+        self,
+        webhooks: Iterable[WebhookConfig],
+        environ: Mapping[str, str],
+        plane: str,
+        *,
+        pause_s: Callable[[int], float] = pause_s,
+    ) -> None:
+        self._make: Callable[[WebhookConfig], _Webhook] = lambda config: _Webhook(
+            config, environ, plane, pause_s
+        )
+        self._webhooks = [self._make(config) for config in webhooks]
+        self._tasks: list[asyncio.Task[None]] = []
+        self._started = False
+
+    def start(self) -> None:
+        """Begin to post, in the running loop."""
+        self._started = True
+        self._tasks = [asyncio.create_task(webhook.run()) for webhook in self._webhooks if webhook.usable]
+
+    def configure(self, webhooks: Iterable[WebhookConfig]) -> None:
+        """Other webhooks from now on; what waits for an address that stays goes on waiting."""
+        kept = self.kept()
+        for task in self._tasks:
+            task.cancel()
+        self._webhooks = [self._make(config) for config in webhooks]
+        self.restore(kept)
+        if self._started:
+            self.start()
+
+    async def close(self) -> None:
+        """Stop; what still waits is in :meth:`kept`."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks = []
+
+    def tell(self, notices: Sequence[Notice]) -> None:
+        """To the log and to every webhook that wants it. Returns at once."""
+        for notice in notices:
+            _log(notice)
+            item = item_of(notice)
+            for webhook in self._webhooks:
+                if notice.alert.severity.rank >= webhook.least.rank:
+                    webhook.put(item)
+
+    @property
+    def views(self) -> tuple[WebhookView, ...]:
+        """How it goes."""
+        return tuple(webhook.view for webhook in self._webhooks)
+
+    def kept(self) -> dict[str, Any]:
+        """What waits, by key; no address is in it."""
+        return {_KEPT + webhook.key: items for webhook in self._webhooks if (items := webhook.waiting())}
+
+    def restore(self, values: Mapping[str, Any]) -> None:
+        """What waited before a restart goes first."""
+        for webhook in self._webhooks:
+            webhook.restore(values.get(_KEPT + webhook.key, ()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What became of one attempt."""
+
+    taken: bool
+    again: bool = False
+    why: str = ""
+    after_s: float = 0.0
+    """The receiver asked for at least such a pause."""
+
+
+class _Webhook:
+    """One address, its queue, and its task."""
+
+    def __init__(
+        self, config: WebhookConfig, environ: Mapping[str, str], plane: str, pause: Callable[[int], float]
+    ) -> None:
+        self._config = config
+        self._plane = plane
+        self._pause_s = pause
+        address = urlsplit(config.url)
+        self.name = f"{address.scheme}://{address.hostname}{f':{address.port}' if address.port else ''}"
+        self.key = hashlib.sha256(config.url.encode()).hexdigest()[:16]
+        self.least = Severity(config.min_severity)
+        self._secret = environ.get(config.secret_env, "") if config.secret_env else ""
+        self._queue: deque[Item] = deque()
+        self._sending: list[Item] = []
+        self._news = asyncio.Event()
+        self._delivered = self._failed = self._dropped = 0
+        self._problem = ""
+        self.usable = True
+        if config.secret_env and not self._secret:
+            self.usable = False
+            self._problem = (
+                f"nothing is sent: the environment variable {config.secret_env} is not set where the "
+                "controller runs"
+            )
+            log.critical(
+                "alerts can't be sent: a webhook's secret is missing",
+                webhook=self.name,
+                variable=config.secret_env,
+                remedy="set it for Ray on every node, and restart the plane",
+            )
+
+    @property
+    def view(self) -> WebhookView:
+        waiting = len(self._queue) + len(self._sending)
+        return WebhookView(self.name, self._delivered, self._failed, self._dropped, waiting, self._problem)
+
+    def put(self, item: Item) -> None:
+        """Let it wait; if too many do, the oldest goes."""
+        self._queue.append(item)
+        self._trim()
+        self._news.set()
+
+    def waiting(self) -> list[Item]:
+        return [*self._sending, *self._queue]
+
+    def restore(self, items: Iterable[Item]) -> None:
+        self._queue.extendleft(reversed(list(items)))
+        self._trim()
+        if self._queue:
+            self._news.set()
+
+    def _trim(self) -> None:
+        while len(self._queue) > QUEUE_LIMIT:
+            left_out = self._queue.popleft()
+            self._dropped += 1
+            if self._dropped == 1 or self._dropped % 100 == 0:
+                log.error(
+                    "an alert is not sent: too many wait for the webhook",
+                    webhook=self.name,
+                    alert=left_out["id"],
+                    left_out=self._dropped,
+                    problem=self._problem,
+                )
+
+    async def run(self) -> None:
+        """Post what waits, until cancelled."""
+        timeout = aiohttp.ClientTimeout(total=self._config.timeout_s)
+        async with aiohttp.ClientSession(timeout=timeout, trust_env=False) as session:
+            while True:
+                if not self._queue:
+                    self._news.clear()
+                    await self._news.wait()
+                self._sending = [self._queue.popleft() for _ in range(min(BATCH, len(self._queue)))]
+                await self._deliver(session)
+                self._sending = []
+
+    async def _deliver(self, session: aiohttp.ClientSession) -> None:
+        message = {"version": VERSION, "plane": self._plane, "alerts": self._sending}
+        body = json.dumps(message, ensure_ascii=False).encode()
+        ids = [item["id"] for item in self._sending]
+        for attempt in range(1, self._config.max_attempts + 1):
+            outcome = await self._post(session, body)
+            if outcome.taken:
+                self._delivered += 1
+                self._problem = ""
+                return
+            self._problem = outcome.why
+            if not outcome.again or attempt == self._config.max_attempts:
+                break
+            log.warning("alerts wait for a webhook", webhook=self.name, why=outcome.why, attempt=attempt)
+            await asyncio.sleep(max(self._pause_s(attempt), outcome.after_s))
+        self._failed += 1
+        log.error(
+            "alerts could not be sent and are given up",
+            webhook=self.name,
+            why=self._problem,
+            attempts=attempt,
+            alerts=ids,
+        )
+
+    async def _post(self, session: aiohttp.ClientSession, body: bytes) -> _Outcome:
+        headers = {"content-type": "application/json", "user-agent": "tierplane"}
+        if self._secret:
+            headers[SIGNATURE] = signature(self._secret, body, int(time.time()))
+        try:
+            # A redirect would take the message elsewhere.
+            async with session.post(
+                self._config.url, data=body, headers=headers, allow_redirects=False
+            ) as answer:
+                status = answer.status
+                if 200 <= status < 300:
+                    return _Outcome(True)
+                again = status == _TOO_MANY or status >= _SERVER
+                wanted = answer.headers.get("retry-after", "")
+                after_s = min(float(wanted), PAUSE_MAX_S) if wanted.isdecimal() else 0.0
+                return _Outcome(False, again, f"it answered {status}", after_s)
+        except TimeoutError:
+            return _Outcome(False, True, f"no answer in {self._config.timeout_s:g} s")
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            # Its text may hold the whole address.
+            return _Outcome(False, True, f"it can't be reached ({type(error).__name__})")
+
+
+def _log(notice: Notice) -> None:
+    alert = notice.alert
+    values: dict[str, Any] = {
+        "rule": alert.rule,
+        "subject": alert.subject,
+        "severity": alert.severity.value,
+        "summary": alert.summary,
+        "value": round(alert.value, 4),
+    }
+    values |= {"detail": alert.detail} if alert.detail else {}
+    if notice.happening is Happening.RESOLVED:
+        log.info("alert over", **values)
+        return
+    words = "alert still fires" if notice.happening is Happening.REPEATED else "alert"
+    tell = {Severity.INFO: log.info, Severity.WARNING: log.warning, Severity.CRITICAL: log.error}
+    tell[alert.severity](words, **values, action=alert.action)

@@ -1,0 +1,241 @@
+"""The controller's alerts: figures from what it knows, rules, the record of what happened, operators' wishes.
+
+Plain Python with the controller's clocks, as :mod:`controlplane.control`; who is told is
+:mod:`controlplane.adapters.alert_delivery`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from controlplane.config.alerts import AlertsConfig
+from controlplane.control import Control
+from controlplane.core import alert_figures as figures_of
+from controlplane.core import alert_kept
+from controlplane.core.alert_figures import Known, joined
+from controlplane.core.alert_rules import NODE_LOST, TIER_MISSING, rule_named
+from controlplane.core.alert_views import (
+    AlertsAnswer,
+    Notice,
+    WebhookView,
+    firing,
+    notice,
+    silences,
+    view,
+    worst_first,
+)
+from controlplane.core.alert_watch import AlertWatch
+from controlplane.core.alerts import Alert, AlertState, Kind, Silence
+from controlplane.core.moves import OPERATOR
+from controlplane.core.orders import ActionAnswer, Outcome
+from controlplane.core.subjects import MIN_PREFIX
+from controlplane.core.traffic import named
+
+TRAFFIC_S: Final = 300.0
+"""How far figures of a tier's traffic look back."""
+MAX_SILENCE_S: Final = 30 * 24 * 3600.0
+
+BEGAN, OVER = "alert", "alert over"
+"""Kinds of entries in the audit log."""
+
+Source = Callable[[float], Known]
+"""``now_s`` → some figures."""
+
+
+class Alerting:
+    """Not safe for use by several threads; the control loop's owns it.
+
+    ``shift_s`` is wall clock less monotonic clock; ``store_warning`` says why the controller's memory is not
+    safe. More figures may be supplied by adding to :attr:`sources`.
+    """
+
+    def __init__(
+        self,
+        control: Control,
+        config: AlertsConfig,
+        *,
+        shift_s: float,
+        store_warning: Callable[[], str] = lambda: "",
+    ) -> None:
+        self._control = control
+        self._shift_s = shift_s
+        self._store_warning = store_warning
+        self._was_full = False
+        self.watch = AlertWatch(config.changes(), config.repeat_s)
+        self.sources: list[Source] = [self._traffic, self._own]
+
+    def configure(self, config: AlertsConfig) -> None:
+        """Other rules from now on; alerts of those that were switched off are over at the next look."""
+        self.watch.configure(config.changes(), config.repeat_s)
+
+    def look(self) -> tuple[Notice, ...]:
+        """Judge every rule; what must be told. Nothing happens while the controller does not know everybody,
+        and after the plane was stopped on purpose."""
+        control, book = self._control, self.watch.book
+        if not control.settled or control.registry.warming or control.left:
+            return ()
+        now_s = control.now_s()
+        known = joined(source(now_s) for source in self.sources)
+        tick = self.watch.look(known, now_s)
+        for alert in tick.begun:
+            self._note(BEGAN, alert)
+        for alert in tick.ended:
+            self._note(OVER, alert)
+        if book.full and not self._was_full:
+            control.registry.note(
+                "alerts left out", "controller", f"{len(book.alerts)} are as many as it keeps"
+            )
+        self._was_full = book.full
+        self._forget_lost(known)
+        self.show()
+        return tuple(notice(alert, book, now_s, self._shift_s) for alert in tick.told)
+
+    def show(self) -> None:
+        """Let gateways know what fires, and how many replicas have to be there of each tier."""
+        control = self._control
+        control.registry.show(
+            firing(self.watch.book, control.now_s(), self._shift_s), tuple(sorted(self._due().items()))
+        )
+
+    def answer(self, webhooks: tuple[WebhookView, ...]) -> AlertsAnswer:
+        """For people: what fires or is pending, the worst first, and silences."""
+        book, now_s = self.watch.book, self._control.now_s()
+        views = worst_first(view(alert, book, now_s, self._shift_s) for alert in book.alerts)
+        return AlertsAnswer(tuple(views), silences(book, now_s, self._shift_s), webhooks)
+
+    # --- operators ----------------------------------------------------------------------------------------
+
+    def acknowledge(self, name: str, subject: str, by: str) -> ActionAnswer:
+        """Somebody looks after an alert that fires: it is not told again while it lasts."""
+        rule = rule_named(name)
+        if rule is None:
+            return ActionAnswer(Outcome.UNKNOWN, _no_rule(name))
+        of_rule = [
+            alert
+            for alert in self.watch.book.alerts
+            if alert.rule.name == rule.name and alert.state is AlertState.FIRING
+        ]
+        found = [alert for alert in of_rule if alert.subject == subject] or [
+            alert for alert in of_rule if len(subject) >= MIN_PREFIX and alert.subject.startswith(subject)
+        ]
+        if len(found) != 1:
+            there = ", ".join(alert.subject for alert in of_rule[:5]) or "nothing"
+            return ActionAnswer(
+                Outcome.UNKNOWN, f"{rule.name} does not fire about one '{subject}'; it fires about {there}"
+            )
+        [alert] = found
+        if alert.acknowledged:
+            return ActionAnswer(
+                Outcome.UNCHANGED, f"{alert.acknowledged} has acknowledged it", (alert.subject,)
+            )
+        self.watch.book.acknowledge(*alert.key, by)
+        reason = f"{rule.name}: {by} looks after it"
+        self._control.registry.note("alert acknowledged", alert.subject, reason, _tier(alert), actor=OPERATOR)
+        self.show()
+        return ActionAnswer(
+            Outcome.DONE, f"{rule.name} about {alert.subject} is acknowledged by {by}", (alert.subject,)
+        )
+
+    def silence(self, name: str, subject: str, for_s: float, reason: str, by: str) -> ActionAnswer:
+        """Nothing is told of what matches, for a while; ``name`` and ``subject`` empty: all."""
+        rule = rule_named(name) if name else None
+        if name and rule is None:
+            return ActionAnswer(Outcome.UNKNOWN, _no_rule(name))
+        if not 0 < for_s <= MAX_SILENCE_S:
+            return ActionAnswer(
+                Outcome.REFUSED, f"a silence lasts up to {MAX_SILENCE_S / 86_400:g} days, not {for_s:g} s"
+            )
+        until_s = self._control.now_s() + for_s
+        silence = self.watch.book.silence(Silence(until_s, rule.name if rule else "", subject, reason, by))
+        text = f"silence {silence.number}: {_matches(silence)} for {for_s:g} s"
+        self._control.registry.note(
+            "silence", subject or "every subject", f"{text}: {reason} ({by})", actor=OPERATOR
+        )
+        self.show()
+        return ActionAnswer(Outcome.DONE, text, (str(silence.number),))
+
+    def unsilence(self, number: int, by: str) -> ActionAnswer:
+        """The end of a silence: what it kept back is told."""
+        silence = self.watch.book.unsilence(number)
+        if silence is None:
+            return ActionAnswer(
+                Outcome.UNKNOWN, f"there is no silence {number}: `tierplane alerts` lists them"
+            )
+        text = f"silence {number} ends: {_matches(silence)}"
+        self._control.registry.note(
+            "silence ended", silence.subject or "every subject", f"{text} ({by})", actor=OPERATOR
+        )
+        self.show()
+        return ActionAnswer(Outcome.DONE, text, (str(number),))
+
+    # --- over a restart -----------------------------------------------------------------------------------
+
+    def kept(self) -> dict[str, Any]:
+        """What has to survive the controller, by key."""
+        return alert_kept.to_values(self.watch.book, self._shift_s)
+
+    def restore(self, values: Mapping[str, Any]) -> None:
+        """What was kept."""
+        alert_kept.restore(values, self.watch.book, self._shift_s)
+        self.show()
+
+    # --- figures ------------------------------------------------------------------------------------------
+
+    def _traffic(self, now_s: float) -> Known:
+        return Known(named(self._control.demand.figures(now_s, self._control.heartbeat_s, TRAFFIC_S)))
+
+    def _own(self, now_s: float) -> Known:
+        control = self._control
+        gateways = control.registry.gateways
+        in_flight: dict[str, int] = {}
+        for gateway in gateways:
+            for endpoint_id, count in gateway.in_flight_by_endpoint:
+                in_flight[endpoint_id] = in_flight.get(endpoint_id, 0) + count
+        tiers = figures_of.of_tiers(
+            self._due(),
+            control.registry.endpoints.values(),
+            in_flight if gateways else None,
+            control.work.holds,
+        )
+        missing = {
+            tier: int(signal.value or 0) for tier, signal in tiers.figures.get(TIER_MISSING, {}).items()
+        }
+        waiting = sum(gateway.queued for gateway in gateways) if gateways else None
+        return joined(
+            (
+                tiers,
+                figures_of.of_plane(waiting=waiting, store_warning=self._store_warning()),
+                figures_of.of_gpus(control.fleet, now_s),
+                figures_of.of_nodes(control.fleet, control.lost_nodes, missing, now_s),
+            )
+        )
+
+    def _due(self) -> dict[str, int]:
+        """Tier → replicas that have to be there: none while an operator has drained it."""
+        control = self._control
+        drained = {tier for tier, hold in control.work.holds.items() if hold.must_leave}
+        bases = control.bases()
+        return {tier: 0 if tier in drained else count for tier, count in bases.items()}
+
+    def _forget_lost(self, known: Known) -> None:
+        """Nodes that everything has been replaced of, and of which nothing rings any more."""
+        rings = {alert.subject for alert in self.watch.book.alerts if alert.rule.kind is Kind.NODE}
+        for node_id, signal in known.figures.get(NODE_LOST, {}).items():
+            if not signal.value and node_id not in rings:
+                self._control.lost_nodes.pop(node_id, None)
+
+    def _note(self, kind: str, alert: Alert) -> None:
+        self._control.registry.note(kind, alert.subject, f"{alert.rule.name}: {alert.text}", _tier(alert))
+
+
+def _tier(alert: Alert) -> str:
+    return alert.subject if alert.rule.kind is Kind.TIER else ""
+
+
+def _matches(silence: Silence) -> str:
+    return f"{silence.rule or 'every rule'} about {silence.subject or 'every subject'}"
+
+
+def _no_rule(name: str) -> str:
+    return f"there is no alert rule '{name}': `tierplane alerts rules` lists them"

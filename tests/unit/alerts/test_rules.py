@@ -1,0 +1,105 @@
+"""One source: every rule once, for the controller and for Prometheus."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from controlplane.core import alert_rules as core
+from controlplane.core.alert_rules import BY_NAME, RULES, RuleChange, changed, rule_named
+from controlplane.core.alerts import AlertRule, Judge, Kind, Severity, Unit, lasts_text
+from controlplane.core.traffic import TierFigures
+from controlplane.monitoring import rules as prometheus
+
+PROM = {alert.name: alert for alert in prometheus.ALERTS}
+OURS = {value for name, value in vars(core).items() if name.isupper() and isinstance(value, str)}
+SUPPLIED = OURS | {f"tier/{field.name}" for field in fields(TierFigures)}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_prometheus_has_the_same_rule(rule: AlertRule) -> None:
+    alert = PROM[rule.name]
+    assert (alert.severity, alert.action) == (rule.severity.value, rule.action)
+    assert alert.summary.split("{{")[0] in rule.text("{{")
+    if rule.judge is Judge.PROGRAM:
+        assert f'alert="{rule.name}"' in alert.expr
+        assert alert.lasts == "0s", "the controller has waited already"
+        assert rule.figure not in prometheus.FIGURES
+        return
+    sign = "<" if rule.below else ">"
+    assert alert.expr.startswith(f"{prometheus.FIGURES[rule.figure]} {sign} {rule.threshold:g}")
+    unit = {"s": 1, "m": 60}[alert.lasts[-1]]
+    assert int(alert.lasts[:-1]) * unit == rule.for_s
+
+
+def test_no_rule_is_anywhere_alone() -> None:
+    assert set(PROM) == set(prometheus.PROOFS) == set(BY_NAME)
+    assert len(BY_NAME) == len(RULES)
+    used = {rule.figure for rule in RULES if rule.judge is not Judge.PROGRAM}
+    used |= {rule.given.figure for rule in RULES if rule.given is not None}
+    assert set(prometheus.FIGURES) == used
+
+
+@pytest.mark.parametrize(
+    "rule", [r for r in RULES if r.judge is not Judge.PROMETHEUS], ids=lambda rule: rule.name
+)
+def test_the_controllers_figures_are_supplied(rule: AlertRule) -> None:
+    assert rule.figure in SUPPLIED
+    assert rule.given is None or rule.given.figure in SUPPLIED
+
+
+def test_no_threshold_is_written_a_second_time() -> None:
+    """In the monitoring package numbers belong to recordings, layouts and test series only."""
+    thresholds = {rule.threshold for rule in RULES if not rule.fixed} - {1, 3}
+    for path in Path(prometheus.__file__).parent.glob("*.py"):
+        numbers = {
+            node.value
+            for node in ast.walk(ast.parse(path.read_text("utf-8")))
+            if isinstance(node, ast.Constant) and isinstance(node.value, int | float)
+        }
+        assert not (numbers - {0.95, 0.5}) & (thresholds - {0.95}), path.name
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_every_rule_is_whole(rule: AlertRule) -> None:
+    text = rule.text("SUBJECT")
+    assert "{" not in text
+    assert text.endswith(".")
+    assert rule.action
+    assert ("SUBJECT" in text) == (rule.kind is not Kind.PLANE)
+    if rule.clear is not None:
+        assert rule.right(rule.clear)
+        assert not rule.wrong(rule.clear)
+    assert not rule.wrong(rule.threshold), "the threshold itself is still right"
+
+
+def test_texts_say_the_figures_of_the_rule_at_hand() -> None:
+    rule = changed(BY_NAME["TierplaneRequestsFail"], RuleChange(threshold=0.25))
+    assert rule.text("small") == "More than 25 % of tier small's requests fail."
+    assert rule.clear == pytest.approx(0.125)
+    slow = changed(BY_NAME["TierplaneTierSaturated"], RuleChange(for_s=90.0, severity=Severity.CRITICAL))
+    assert slow.text("small").endswith("taken for 90 s.")
+    assert slow.severity is Severity.CRITICAL
+    assert (lasts_text(600), lasts_text(0.5)) == ("10 min", "0.5 s")
+    assert (Unit.SECONDS.text(3.0), Unit.CELSIUS.text(87), Unit.COUNT.text(51.0)) == ("3 s", "87 °C", "51")
+
+
+def test_a_share_that_must_not_be_too_small_can_always_be_right_again() -> None:
+    rule = BY_NAME["TierplaneSloMissed"]
+    for threshold in (0.5, 0.95, 0.99, 0.999):
+        clear = changed(rule, RuleChange(threshold=threshold)).clear
+        assert clear is not None
+        assert threshold < clear < 1
+
+
+def test_rules_are_found_by_their_short_name() -> None:
+    assert rule_named("TierDown") is rule_named("tierplanetierdown") is BY_NAME["TierplaneTierDown"]
+    assert rule_named("Nonsense") is None
+    assert rule_named("") is None
+
+
+def test_severities_have_an_order() -> None:
+    assert Severity.INFO.rank < Severity.WARNING.rank < Severity.CRITICAL.rank
