@@ -38,13 +38,17 @@ up: $(VENV)/.core ## Set up what CONFIG needs, start its tiers, show the address
 down: ## Stop what `make up` or `tierplane up` started
 	@if [ -x $(VENV)/bin/tierplane ]; then exec $(VENV)/bin/tierplane down; fi
 
-test: lint test-tools $(VENV)/.debian ## Run every check and test, with real engines
+# What takes long and needs one core runs beside something else; what measures, or real vLLM, runs alone.
+test: env-dev ## Run every check and test, with real engines
+	@$(MAKE) -j2 --output-sync=target lint env-cpu env-llamacpp test-tools $(VENV)/.debian
 	$(say) "tests of single parts, two at a time"
 	$(PY) -m pytest -n 2 --ignore tests/contract --ignore tests/integration
-	$(say) "tests with real engines and real Ray"
-	$(PY) -m pytest tests/contract tests/integration
+	$(say) "tests with real engines and real Ray, two files at a time"
+	$(PY) -m pytest -n 2 --dist loadfile -m "not (vllm or alone)" tests/contract tests/integration
+	$(say) "tests with real vLLM, and those that measure"
+	$(PY) -m pytest -m "vllm or alone" tests/contract tests/integration
 
-lint: env-cpu env-llamacpp env-dev ## Check style, types and who imports whom
+lint: env-dev ## Check style, types and who imports whom
 	$(say) "ruff, mypy, import contracts"
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -211,3 +212,41 @@ async def running(config: PlaneConfig | None = None) -> AsyncIterator[Rig]:
         yield rig
     finally:
         await rig.close()
+
+
+@asynccontextmanager
+async def scripted_engine(*answers: bytes) -> AsyncIterator[str]:
+    """The address of an engine that has the events of one answer for each request in turn. All but the last
+    are cut; the last stays open without its body's end until the other side closes it."""
+    left = list(answers)
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", head)
+        await reader.readexactly(int(length[1]) if length else 0)
+        events = left.pop(0)
+        begin = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+        writer.write(begin + b"%x\r\n%b\r\n" % (len(events), events))
+        await writer.drain()
+        if not left:
+            await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+        await server.wait_closed()
+
+
+async def take(rig: Rig, request: dict[str, Any], until: bytes, path: str = CHAT) -> bytes:
+    """What a client has of a stream that hangs up as soon as ``until`` has come, as OpenAI's own does."""
+    got = b""
+    async with rig.client.post(rig.base + path, json={**request, "stream": True}) as answer:
+        async for data in answer.content.iter_any():
+            got += data
+            if until in got:
+                answer.close()
+                break
+    return got

@@ -45,7 +45,7 @@ from controlplane.gateway.resume import (
     plan,
 )
 from controlplane.gateway.sites import Site, Sites
-from controlplane.gateway.sse import events_end, has_error, is_end
+from controlplane.gateway.sse import events_end, has_end, has_error, is_end
 from controlplane.gateway.upstream import UpstreamFailure
 from controlplane.gateway.watch import Watcher
 
@@ -300,10 +300,10 @@ class Relay:
                     if tape is not None:
                         tape.keep(whole)
                     events += whole.count(b'"token_ids":[') if exchange.ids_added else whole.count(b"data: {")
-                    last = whole
                     out.write(strip(b"", whole) if strip is not None else whole)
                     if out.congested:
                         await _client(call, exchange, out)
+                    last = whole
                 data = await exchange.connection.read()
             if not is_end(call.api, last):
                 raise UpstreamFailure(Failure.CUT, "the stream ended before its end")
@@ -314,6 +314,11 @@ class Relay:
             seen = tape.read() if tape is not None else None
             await self._go_on(call, exchange.load, seen, failure, out)
             return
+        except asyncio.CancelledError:
+            if not has_end(call.api, last):
+                exchange.abandon()
+                raise
+            # Clients leave at the last event; the end of the engine's body may come after it.
         except BaseException:
             exchange.abandon()
             raise
@@ -396,7 +401,20 @@ class Relay:
                 raise NotResumable(f"the other engine answered {exchange.status}")
             if not exchange.streaming:
                 raise UpstreamFailure(Failure.SERVER_ERROR, "the other engine did not stream")
-            carry = b""
+            await self._relay_resumed(call, exchange, splice, seen, out)
+            exchange.succeed()
+            self._account(call, exchange, Tokens(len(seen.prompt_ids or ()), len(seen.token_ids)))
+        else:
+            exchange.abandon()
+            out.write(splice.finish())
+        self._resumed(call, how, out)
+
+    async def _relay_resumed(
+        self, call: Call, exchange: Exchange, splice: Splice, seen: Seen, out: Responder
+    ) -> None:
+        carry = b""
+        taken = False
+        try:
             while data := await exchange.connection.read():
                 exchange.answered()
                 data = carry + data
@@ -408,14 +426,12 @@ class Relay:
                     out.write(splice.feed(whole))
                     if out.congested:
                         await _client(call, exchange, out)
-            if not seen.done:
-                raise UpstreamFailure(Failure.CUT, "the stream ended before its end")
-            exchange.succeed()
-            self._account(call, exchange, Tokens(len(seen.prompt_ids or ()), len(seen.token_ids)))
-        else:
-            exchange.abandon()
-            out.write(splice.finish())
-        self._resumed(call, how, out)
+                    taken = seen.done
+        except asyncio.CancelledError:
+            if not taken:  # else the client left at the last event, as in _stream
+                raise
+        if not seen.done:
+            raise UpstreamFailure(Failure.CUT, "the stream ended before its end")
 
     def _resumed(self, call: Call, how: Continuation, out: Responder) -> None:
         call.resumed += 1

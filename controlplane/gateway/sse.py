@@ -36,15 +36,20 @@ def events_end(data: bytes) -> int:
     return end + 3 if end >= 0 else 0
 
 
-def is_end(api: Api, last: bytes) -> bool:
-    """Do the last events of a stream say that it is whole? True where the route has no such mark."""
+def has_end(api: Api, events: bytes) -> bool:
+    """Is the last event of a whole stream among these? False where the route has no such mark."""
     if api not in _LAST_EVENT:
-        return True
-    for done in _DONE.finditer(last):
-        if done.start() == 0 or last[done.start() - 1] == LINE_FEED:
+        return False
+    for done in _DONE.finditer(events):
+        if done.start() == 0 or events[done.start() - 1] == LINE_FEED:
             return True
     last_event = _LAST_EVENT[api]
-    return last_event is not None and last_event.search(last) is not None
+    return last_event is not None and last_event.search(events) is not None
+
+
+def is_end(api: Api, last: bytes) -> bool:
+    """Do the last events of a stream say that it is whole? True where the route has no such mark."""
+    return api not in _LAST_EVENT or has_end(api, last)
 
 
 def has_error(api: Api, events: bytes) -> bool:

@@ -94,7 +94,7 @@ def running(request) -> Iterator[Running]:
             patch = stack.enter_context(pytest.MonkeyPatch.context())
             patch.setenv("TIERPLANE_TEST_KEY", status.secret)
             settings = {"url": status.base_url}
-        tier = tier_of(kind, **settings)
+        tier = tier_of(kind, restart=RestartConfig(max_restarts=3, backoff_initial_s=0.1), **settings)
         supervisor, _ = stack.enter_context(supervised(tier, resolve=resolver(tier)))
         yield Running(kind, tier, engine_for(tier), supervisor, supervisor.wait_ready(READY_S))
 
@@ -292,41 +292,43 @@ def _running(running: Running) -> float:
     return (metric(text, names.running) or 0.0) + (metric(text, names.waiting) or 0.0)
 
 
-# From here on each test starts an engine of its own, or the running one is lost.
+# In the next two the running engine is lost.
 
 
 def family_of(pid: int) -> list[int]:
     return reaper.Family(pid, reaper.start_of(pid), "", adopts=False).members()
 
 
-@pytest.mark.parametrize("kind", WITH_PROCESS)
-def test_no_process_is_left_after_stop(kind):
-    tier = tier_of(kind)
-    with supervised(tier, replica_id="stops", resolve=resolver(tier)) as (supervisor, _):
-        status = supervisor.wait_ready(READY_S)
-        family = family_of(status.pid)
-        assert status.pid in family
-        supervisor.stop()
-        assert not [pid for pid in family if alive(pid)]
+def test_it_comes_back_after_sigkill_and_after_the_loss_of_its_reaper(running):
+    if not running.engine.has_process:
+        pytest.skip("an address has no process here")
+    supervisor = running.supervisor
+    assert supervisor.status == running.status, "it was lost before"
+    family = family_of(running.status.pid)
+    os.kill(running.status.pid, signal.SIGKILL)
+    until(lambda: supervisor.status.generation == 2, 30)
+    assert not [pid for pid in family if alive(pid)]
+    second = supervisor.wait_ready(READY_S)
+    family = family_of(second.pid)
+    os.kill(reaper._stat(second.pid)[1], signal.SIGKILL)
+    until(lambda: supervisor.status.generation == 3, 30)
+    assert not [pid for pid in family if alive(pid)]
+    assert supervisor.wait_ready(READY_S).restarts == 2
+
+
+def test_no_process_is_left_after_stop(running):
+    if not running.engine.has_process:
+        pytest.skip("an address has no process here")
+    status = running.supervisor.wait_ready(READY_S)
+    family = family_of(status.pid)
+    assert status.pid in family
+    running.supervisor.stop()
+    assert not [pid for pid in family if alive(pid)]
     with pytest.raises(OSError, match="refused"):
         socket.create_connection(("127.0.0.1", status.port), timeout=5)
 
 
-@pytest.mark.parametrize("kind", WITH_PROCESS)
-def test_it_comes_back_after_sigkill_and_after_the_loss_of_its_reaper(kind):
-    tier = tier_of(kind, restart=RestartConfig(max_restarts=3, backoff_initial_s=0.1))
-    with supervised(tier, replica_id="killed", resolve=resolver(tier)) as (supervisor, _):
-        first = supervisor.wait_ready(READY_S)
-        family = family_of(first.pid)
-        os.kill(first.pid, signal.SIGKILL)
-        until(lambda: supervisor.status.generation == 2, 30)
-        assert not [pid for pid in family if alive(pid)]
-        second = supervisor.wait_ready(READY_S)
-        family = family_of(second.pid)
-        os.kill(reaper._stat(second.pid)[1], signal.SIGKILL)
-        until(lambda: supervisor.status.generation == 3, 30)
-        assert not [pid for pid in family if alive(pid)]
-        assert supervisor.wait_ready(READY_S).restarts == 2
+# From here on each test starts an engine of its own.
 
 
 @pytest.mark.parametrize("kind", WITH_PROCESS)

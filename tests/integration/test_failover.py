@@ -23,7 +23,7 @@ from tests.benchmarks.bench_failover import (
 )
 from tests.benchmarks.gpu_cluster import GpuCluster
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.alone, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -73,10 +74,11 @@ cluster.shutdown()
 """
 
 
-def test_nodes_of_a_running_ray() -> None:
+def test_nodes_of_a_running_ray(run_dir: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],
-        env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"},
+        # A folder of its own: Ray keeps there which cluster runs on this machine, and joins it.
+        env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(run_dir)},
         capture_output=True,
         text=True,
         timeout=180,

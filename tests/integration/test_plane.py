@@ -46,11 +46,14 @@ def client(url: str) -> OpenAI:
     return OpenAI(base_url=f"{url}/v1", api_key="not-needed", max_retries=0, http_client=DefaultHttpxClient())
 
 
-def until(condition: Callable[[], Any], timeout_s: float = 60.0, what: str = "") -> Any:
+def until(
+    condition: Callable[[], Any], timeout_s: float = 60.0, what: str = "", story: Callable[[], str] = str
+) -> Any:
+    """What ``condition`` gives once it is true; ``story`` is asked for more if that takes too long."""
     deadline_s = time.monotonic() + timeout_s
     while not (value := condition()):
         if time.monotonic() > deadline_s:
-            raise AssertionError(f"not in {timeout_s:g} s: {what or condition}")
+            raise AssertionError(f"not in {timeout_s:g} s: {what or condition}\n{story()}")
         time.sleep(0.1)
     return value
 

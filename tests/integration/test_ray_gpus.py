@@ -69,10 +69,18 @@ cluster.shutdown()
 """
 
 
-def run(script: str, driver: FakeDriver) -> dict[str, object]:
+def run(script: str, driver: FakeDriver, temp_dir: Path) -> dict[str, object]:
+    """The script's answer. ``temp_dir`` is its Ray's alone: there it keeps which cluster runs here, and joins
+    that one."""
+    env = {
+        **os.environ,
+        **driver.env(),
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_TMPDIR": str(temp_dir),
+    }
     done = subprocess.run(
         [sys.executable, "-c", script],
-        env={**os.environ, **driver.env(), "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"},
+        env=env,
         capture_output=True,
         text=True,
         timeout=180,
@@ -84,14 +92,14 @@ def run(script: str, driver: FakeDriver) -> dict[str, object]:
     return answer
 
 
-def test_ray_itself_sees_the_devices(tmp_path: Path) -> None:
-    answer = run(DETECTION, FakeDriver(tmp_path, devices=8))
+def test_ray_itself_sees_the_devices(tmp_path: Path, run_dir: Path) -> None:
+    answer = run(DETECTION, FakeDriver(tmp_path, devices=8), run_dir)
     resources = answer["resources"]
     assert isinstance(resources, dict)
     assert resources["GPU"] == 8
     assert resources["accelerator_type:H100"] == 1
 
 
-def test_one_agent_per_node_made_once_and_made_again(tmp_path: Path) -> None:
-    answer = run(AGENTS, FakeDriver(tmp_path, devices=8))
+def test_one_agent_per_node_made_once_and_made_again(tmp_path: Path, run_dir: Path) -> None:
+    answer = run(AGENTS, FakeDriver(tmp_path, devices=8), run_dir)
     assert answer == {"nodes": True, "own_samples": True, "gpus": [8, 8], "same_agents": True}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 
 import psutil
@@ -14,6 +15,7 @@ from tests.integration.test_plane import QUESTION, TIERS, client, ready, until
 pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.timeout(600)]
 
 FACT = "The capital of France is Paris."
+COUNTS = re.compile(r"^tierplane_(?:requests|resumes|retries|endpoint_failures|spills)_total\{.*", re.M)
 
 
 def _engine_processes(plane: Plane) -> list[psutil.Process]:
@@ -45,7 +47,7 @@ def test_a_stream_survives_the_kill_of_its_engine_word_for_word(plane: Plane) ->
     with client(plane.url) as openai:
         whole = "".join(c.choices[0].delta.content or "" for c in openai.chat.completions.create(**ask))
         before = ready(plane, "capable")[0]
-        processes_before = len(_engine_processes(plane))
+        processes_before, resumes_before = len(_engine_processes(plane)), plane.resumes()
         raw = openai.chat.completions.with_raw_response.create(**ask)
         assert raw.headers["x-tier"] == "capable"
         pieces: list[str] = []
@@ -54,11 +56,19 @@ def test_a_stream_survives_the_kill_of_its_engine_word_for_word(plane: Plane) ->
                 os.kill(before["pid"], signal.SIGKILL)
                 sent = len("".join(pieces))
             pieces.append(chunk.choices[0].delta.content or "")
+
+    def story() -> str:
+        return "\n".join([f"{sent} of {len(whole)} characters", *COUNTS.findall(plane.text("/metrics"))])
+
     assert "".join(pieces) == whole
-    assert sent < len(whole) / 2, "the kill came too late to break the stream"
-    # counted when the engine has ended its answer, which may be after its last event
-    until(lambda: plane.resumes() == 1, 10, "the stream was resumed once")
-    until(lambda: [e for e in ready(plane, "capable") if e["generation"] == 2], 240, "the engine's return")
+    assert sent < len(whole) / 2, f"the kill came too late to break the stream: {story()}"
+    # counted when the gateway sees that the client has left, which may be a moment later
+    until(lambda: plane.resumes() == resumes_before + 1, 10, "the stream was resumed once", story)
+    until(
+        lambda: [e for e in ready(plane, "capable") if e["generation"] == before["generation"] + 1],
+        240,
+        "the engine's return",
+    )
     until(lambda: len(_engine_processes(plane)) == processes_before, 20, "the end of what was orphaned")
     with client(plane.url) as openai:
         answer = openai.chat.completions.create(model="capable", messages=QUESTION, temperature=0)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from controlplane.core.domain import EndpointState, GatewayInfo
-from tests.support_gateway import CHAT, chat_body, plane, running
+from tests.support_gateway import CHAT, chat_body, plane, running, scripted_engine, take
 
 THREE = ({"name": "lightweight"}, {"name": "balanced"}, {"name": "capable"})
 
@@ -261,6 +261,34 @@ async def test_a_client_that_hangs_up_aborts_the_request_in_the_engine() -> None
             await asyncio.sleep(0.02)
         assert not server.connections
         assert rig.gateway.info().in_flight == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "last"),
+    [
+        (CHAT, b"data: [DONE]\n\n"),
+        ("/v1/completions", b"data: [DONE]\n\n"),
+        ("/v1/responses", b'data: {"type":"response.completed"}\n\n'),
+        ("/v1/messages", b'event: message_stop\ndata: {"type":"message_stop"}\n\n'),
+    ],
+)
+@pytest.mark.parametrize("whole", [True, False])
+async def test_a_client_that_leaves_at_the_last_event_was_served(path: str, last: bytes, whole: bool) -> None:
+    """OpenAI's client does not wait for the end of the body, which may come a little after ``[DONE]``."""
+    begun = b'data: {"choices":[{"index":0,"delta":{"content":"x"},"text":"x","token_ids":[7]}]}\n\n'
+    async with running() as rig, scripted_engine(begun + last if whole else begun) as url:
+        await rig.engine("a")
+        rig.change("a", base_url=url, generation=2)
+        got = await take(rig, chat_body(prompt="x", input="x"), last if whole else begun[:20], path)
+        assert got.endswith(last) is whole
+        value = rig.gateway.metrics.registry.get_sample_value
+        fate = {"outcome": "ok", "reason": "stream"} if whole else {"outcome": "cancelled", "reason": "499"}
+        while not value("tierplane_requests_total", {"tier": "balanced", **fate}):
+            await asyncio.sleep(0.01)
+        assert rig.gateway.ledger.tiers["balanced"].requests == int(whole)
+        assert rig.gateway.info().in_flight == 0
+        samples = rig.gateway.metrics.requests.collect()
+        assert sum(s.value for each in samples for s in each.samples if s.name.endswith("_total")) == 1
 
 
 async def test_an_engine_that_answers_health_but_gives_no_tokens_is_found_by_its_silence() -> None:

@@ -20,7 +20,16 @@ from controlplane.gateway.resume import (
     error_event,
     plan,
 )
-from tests.support_gateway import CHAT, Rig, Stream, chat_body, plane, running
+from tests.support_gateway import (
+    CHAT,
+    Rig,
+    Stream,
+    chat_body,
+    plane,
+    running,
+    scripted_engine,
+    take,
+)
 
 
 def sse(*events: dict[str, Any], done: bool = False) -> bytes:
@@ -182,6 +191,23 @@ async def test_a_stream_waits_for_its_only_engine_to_come_back() -> None:
         restarted: list[Any] = []
         stream = await rig.stream(chat_body(max_tokens=20), on_event=restart)
         assert stream.text == whole.text
+
+
+async def test_a_resumed_stream_counts_though_its_client_leaves_at_the_last_event() -> None:
+    rest = {"index": 0, "text": "two", "token_ids": [11], "finish_reason": "stop"}
+    answers = sse(OPENING, chunk("one ", [10])), sse({"choices": [rest]}, done=True)
+    async with running() as rig, scripted_engine(*answers) as url:
+        for name in "ab":
+            await rig.engine(name)
+            rig.change(name, base_url=url, generation=2)
+        got = await take(rig, chat_body(max_tokens=10), b"data: [DONE]\n\n")
+        assert got.count(b'"one "') == got.count(b'"two"') == 1
+        value = rig.gateway.metrics.registry.get_sample_value
+        while not value("tierplane_resumes_total", {"method": "continue"}):
+            await asyncio.sleep(0.01)
+        fate = {"tier": "balanced", "outcome": "ok", "reason": "resumed"}
+        assert value("tierplane_requests_total", fate) == 1
+        assert rig.gateway.info().in_flight == 0
 
 
 # -- the decision -------------------------------------------------------------------------------------
