@@ -354,7 +354,7 @@ class Control:
                 for endpoint in endpoints.values():
                     if endpoint.node_id == node_id:
                         places.setdefault(endpoint.endpoint_id, f"node {node_id} is drained: {hold.reason}")
-        leaving = self.work.leaving(endpoints.values(), places)
+        leaving = self.work.leaving(endpoints, places)
         return Observed(
             now_s,
             endpoints,
@@ -392,9 +392,8 @@ class Control:
                 if looked:
                     continue
                 looked = True
-                tier_of = {name: item.tier for name, item in endpoints.items()}
                 shape = self._shapes.get(endpoint_id) or shape_of(lease)
-                asked = (now_s, room(self.fleet, book, shape, endpoint.tier, tier_of))
+                asked = (now_s, room(self.fleet, book, shape, endpoint.tier, endpoints))
                 self._room_asked[endpoint_id] = asked
             found[endpoint_id] = asked[1]
         return found

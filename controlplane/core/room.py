@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from controlplane.core.domain import Endpoint
 from controlplane.core.gangs import Infeasible, Shape
 from controlplane.core.gpu_choice import room_for
 from controlplane.core.gpu_fleet import GpuFleet
@@ -21,7 +22,7 @@ def shape_of(lease: Lease) -> Shape:
     return Shape(gpus=len(lease.parts), gpu_memory_bytes=max(part.memory_bytes for part in lease.parts))
 
 
-def room(fleet: GpuFleet, book: LeaseBook, shape: Shape, tier: str, tier_of: Mapping[str, str]) -> str:
+def room(fleet: GpuFleet, book: LeaseBook, shape: Shape, tier: str, endpoints: Mapping[str, Endpoint]) -> str:
     """Where one more would go, in words; empty: nowhere."""
     nodes = []
     for node_id in sorted(fleet.nodes):
@@ -32,18 +33,19 @@ def room(fleet: GpuFleet, book: LeaseBook, shape: Shape, tier: str, tier_of: Map
             nodes.append(node)
         if len(nodes) == _LOOKED_AT:
             break
-    here = {node.node_id for node in nodes}
-    leases = [lease for lease in book.leases.values() if lease.node_id in here]
+    leases = [lease for node in nodes for lease in book.on_node(node.node_id)]
+    tier_of = {lease.holder: endpoints[lease.holder].tier for lease in leases if lease.holder in endpoints}
     found = room_for(nodes, shape, leases, tier=tier, tier_of=tier_of)
     return "" if isinstance(found, Infeasible) else f"on {', '.join(found.node_ids)}"
 
 
 def _may_do(fleet: GpuFleet, book: LeaseBook, node_id: str, shape: Shape) -> bool:
     """Whether enough GPUs of the node are in use and free."""
-    free = 0
+    free, wanted, records = 0, shape.total_gpus, fleet.records
     for uuid in fleet.gpus_of(node_id):
-        record = fleet.records.get(uuid)
-        if record is None or record.out_of_use:
-            continue
-        free += WHOLE_MILLI - book.used(uuid)[0] >= shape.milli_gpu
-    return free >= shape.total_gpus
+        if WHOLE_MILLI - book.used(uuid)[0] >= shape.milli_gpu:
+            record = records.get(uuid)
+            free += record is not None and not record.out_of_use
+            if free >= wanted:
+                return True
+    return free >= wanted
