@@ -26,9 +26,11 @@ from controlplane.core.gpu_health import (
 from controlplane.core.inventory import node_of
 from controlplane.core.samples import GpuCondition, GpuEvent, GpuSample, Missing, NodeSample
 from controlplane.core.signals import GpuSignals, GpuTelemetry, NodeTelemetry
+from controlplane.core.telemetry import DEFAULT_LIMITS, judge
 from controlplane.core.topology import Node
 from controlplane.core.xid import Level
 
+_AWAY = frozenset({GpuCondition.LOST, GpuCondition.RESET_REQUIRED})
 REMEMBERED = 10_000
 """GPUs that are gone and were not healthy: so many are remembered, the last ones."""
 
@@ -264,6 +266,17 @@ class GpuFleet:
             return f"GPU {uuid}: {record.health.reason}"
         hold = self._holds.get(record.node_id)
         return f"node {record.node_id} is drained: {hold.reason}" if hold and hold.must_leave else ""
+
+    def away(self, uuid: str, now_s: float) -> str:
+        """Why the GPU can't be used whatever anybody wants, by what its driver said just now; empty: it can,
+        or nothing new is known of it. KeyError for an unknown GPU."""
+        record, sample = self._records[uuid], self.sample(uuid)
+        telemetry = self._nodes[record.node_id]
+        fresh = judge(0.0, telemetry.latest_s, now_s, DEFAULT_LIMITS).fresh is not None
+        if not record.out_of_use or not fresh or sample.condition not in _AWAY:
+            return ""
+        detail = f" ({sample.detail})" if sample.detail else ""
+        return f"its driver says that it is {sample.condition.value.replace('_', ' ')}{detail}"
 
     def cordon_gpu(self, uuid: str, reason: str, *, must_leave: bool, now_s: float) -> bool:
         """As an operator asks; False if it was so already. KeyError for an unknown GPU."""
