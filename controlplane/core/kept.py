@@ -37,8 +37,8 @@ class Keeper:
         """All of it, by key; what did not change is the same object as before. Always of the same book."""
         changed = book.changed_since(self._version)
         if changed is None:
-            self._leases, changed = {}, book.leases.keys()
-        for holder in changed:
+            self._leases = {}
+        for holder in book.leases if changed is None else changed:
             lease = book.leases.get(holder)
             if lease is None:
                 self._leases.pop(_LEASE + holder, None)
