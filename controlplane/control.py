@@ -16,7 +16,7 @@ from controlplane.controller import MISSED_REPORTS, WARMING_REPORTS, Controller
 from controlplane.core.alert_figures import LostNode
 from controlplane.core.demand import Demand
 from controlplane.core.domain import Endpoint, EndpointState, GatewayInfo, TierSpec
-from controlplane.core.gangs import Shape
+from controlplane.core.gangs import Placement, Shape
 from controlplane.core.gpu_findings import GpuRules
 from controlplane.core.gpu_fleet import GpuFleet
 from controlplane.core.gpu_views import GpuView, gpu_views
@@ -25,16 +25,17 @@ from controlplane.core.health import ENDED, SERVING
 from controlplane.core.lease_desk import LeaseDesk
 from controlplane.core.leases import Answer, Part
 from controlplane.core.leases import Outcome as LeaseOutcome
-from controlplane.core.moves import Activity
+from controlplane.core.moves import Activity, MovePhase
 from controlplane.core.orders import ReportAnswer, StartAnswer
 from controlplane.core.reconcile import (
+    BeginMove,
     GpuOutOfUse,
     Observed,
     ReconcileRules,
     SetGpu,
     reconcile,
 )
-from controlplane.core.room import room, shape_of
+from controlplane.core.room import room, shape_of, still_room
 from controlplane.core.samples import EngineSample, GpuEvent, GpuEventKind, NodeSample
 from controlplane.core.signals import EngineTelemetry
 from controlplane.core.targets import TierTarget, target_of
@@ -101,7 +102,7 @@ class Control:
         self.applies = False
         """Tiers whose configuration lets them scale do so, and keep what they have until they are told."""
         self._looked_s = now_s()
-        self._room_asked: dict[str, tuple[float, str]] = {}
+        self._room_asked: dict[str, tuple[float, Placement | None]] = {}
         self._stuck: dict[str, Stuck] = {}
         self._alive: set[str] = set()
         self.lost_nodes: dict[str, LostNode] = {}
@@ -347,6 +348,8 @@ class Control:
                 del kept[gone]
         done = []
         for command in reconcile(self._observe(now_s), self.rules.reconcile):
+            if isinstance(command, BeginMove) and not self._still_room(command):
+                continue
             applied = self._apply_gpu(command, now_s) if isinstance(command, SetGpu) else None
             applied = applied or self.work.apply(command, endpoints, now_s)
             if applied is not None:
@@ -371,7 +374,7 @@ class Control:
                 for endpoint in endpoints.values():
                     if endpoint.node_id == node_id:
                         places.setdefault(endpoint.endpoint_id, f"node {node_id} is drained: {hold.reason}")
-        leaving = self.work.leaving(endpoints.values(), places)
+        leaving = self.work.leaving(endpoints, places)
         return Observed(
             now_s,
             endpoints,
@@ -409,12 +412,21 @@ class Control:
                 if looked:
                     continue
                 looked = True
-                tier_of = {name: item.tier for name, item in endpoints.items()}
                 shape = self._shapes.get(endpoint_id) or shape_of(lease)
-                asked = (now_s, room(self.fleet, book, shape, endpoint.tier, tier_of))
+                asked = (now_s, room(self.fleet, book, shape, endpoint.tier, endpoints))
                 self._room_asked[endpoint_id] = asked
-            found[endpoint_id] = asked[1]
+            found[endpoint_id] = f"on {', '.join(asked[1].node_ids)}" if asked[1] else ""
         return found
+
+    def _still_room(self, command: BeginMove) -> bool:
+        """Whether the place that a move counts on is still there; if not, it is looked for anew."""
+        asked = self._room_asked.get(command.endpoint_id)
+        if command.phase is not MovePhase.ELSEWHERE_FIRST or asked is None or asked[1] is None:
+            return True
+        if still_room(self.fleet, self.desk.book, asked[1]):
+            return True
+        del self._room_asked[command.endpoint_id]
+        return False
 
     def _hung(self, endpoints: Mapping[str, Endpoint], now_s: float) -> dict[str, str]:
         found = {}

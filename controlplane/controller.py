@@ -195,11 +195,13 @@ class Controller:
         if gap_s > (MISSED_REPORTS - 1) * self._heartbeat_s:
             self._heard_s = {key: heard_s + gap_s for key, heard_s in self._heard_s.items()}
             self.note("stood still", "controller", f"for {gap_s:.1f} s; nobody is dropped for it")
-        for key, heard_s in list(self._heard_s.items()):
-            endpoint = self._endpoints.get(key)
+        kept_s = MISSED_REPORTS * self._heartbeat_s
+        soonest_s = min(kept_s, FAILED_KEPT_S)
+        for key in [key for key, heard_s in self._heard_s.items() if now_s - heard_s > soonest_s]:
+            endpoint, silent_s = self._endpoints.get(key), now_s - self._heard_s[key]
             failed = endpoint is not None and endpoint.state == EndpointState.FAILED
-            if now_s - heard_s > (FAILED_KEPT_S if failed else MISSED_REPORTS * self._heartbeat_s):
-                reason = f"not heard of for {now_s - heard_s:.1f} s"
+            if silent_s > (FAILED_KEPT_S if failed else kept_s):
+                reason = f"not heard of for {silent_s:.1f} s"
                 self._drop(key, "dropped", reason)
                 self.gateway_gone(key, reason)
         first_s = self._first_heard_s

@@ -38,6 +38,9 @@ class Operations:
         control, reason = self._control, reason or "an operator says so"
         match subject.kind:
             case SubjectKind.GPU:
+                gone = control.fleet.away(subject.id, control.now_s())
+                if gone:
+                    return _refused(subject, f"{gone}: it would be taken out of use again at once")
                 changed = control.fleet.uncordon_gpu(subject.id, reason, now_s=control.now_s())
                 node_id = control.fleet.records[subject.id].node_id
                 if not changed and node_id in control.fleet.holds:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import os
+import socket
 import time
 import warnings
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from controlplane.errors import SetupError
 
 SERVE_NAMESPACE = "serve"
 ASK_TIMEOUT_S = 10.0
+CONNECT_TIMEOUT_S = 10.0
 
 _FAILED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY)
 
@@ -44,6 +46,7 @@ def connect(address: str) -> None:
     """Connect this process to a running Ray. Raises SetupError."""
     if ray.is_initialized():
         return
+    _see_that_somebody_listens(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray counts CPUs and warns about it; what it says to a driver is not for our users' terminal.
     try:
@@ -62,6 +65,17 @@ def connect(address: str) -> None:
     # Ray writes what happens to nodes and actors on standard output, in the middle of our JSON. It has no
     # setting for that, but its own debugger switches it off like this.
     ray._private.worker._worker_logs_enabled = False
+
+
+def _see_that_somebody_listens(address: str) -> None:
+    """Ray itself tries for a minute to reach a head that is gone. Raises SetupError."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise SetupError(f"no Ray answers at {address}: {error.strerror or error}") from error
 
 
 def disconnect() -> None:

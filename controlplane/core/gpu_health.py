@@ -188,24 +188,28 @@ def unremarkable(health: GpuHealth, sample: GpuSample, boot_id: str, rules: GpuR
     """Whether :func:`assess` would leave the GPU as it is: healthy before, and nothing in this sample.
 
     The usual case, thousands of times a second; it may say False where assessing changes nothing either, but
-    never True where it would.
+    never True where it would. Both halves can be asked apart: the first changes only with the health.
     """
-    if (
-        health.state is not GpuState.HEALTHY
-        or sample.condition is not GpuCondition.OK
-        or health.was_lost
-        or health.hot is not None
-        or health.marks
-        or (boot_id != health.boot_id and boot_id)
-    ):
+    return calm(health) and nothing_new(health, sample, boot_id, rules)
+
+
+def calm(health: GpuHealth) -> bool:
+    """Whether the GPU is healthy, and nothing of its past is still watched."""
+    return (
+        health.state is GpuState.HEALTHY and not health.was_lost and health.hot is None and not health.marks
+    )
+
+
+def nothing_new(health: GpuHealth, sample: GpuSample, boot_id: str, rules: GpuRules) -> bool:
+    """Whether the sample says what is known of a GPU that is :func:`calm`, and gives no finding."""
+    if sample.condition is not GpuCondition.OK or (boot_id != health.boot_id and boot_id):
         return False
-    uncorrected, corrected, temperature = sample.ecc_uncorrected, sample.ecc_corrected, sample.temperature_c
-    if uncorrected != health.ecc_uncorrected and not isinstance(uncorrected, Missing):
-        return False
-    if corrected != health.ecc_corrected and not isinstance(corrected, Missing):
-        return False
-    return nothing_found(sample.info) and (
-        isinstance(temperature, Missing) or not is_hot(sample, temperature, rules)
+    uncorrected, corrected, temperature_c = sample.ecc_uncorrected, sample.ecc_corrected, sample.temperature_c
+    return (
+        (uncorrected == health.ecc_uncorrected or isinstance(uncorrected, Missing))
+        and (corrected == health.ecc_corrected or isinstance(corrected, Missing))
+        and nothing_found(sample.info)
+        and (isinstance(temperature_c, Missing) or not is_hot(sample, temperature_c, rules))
     )
 
 

@@ -69,7 +69,7 @@ def _gpus(fleet: GpuFleet, now_s: float) -> dict[str, float]:
         f"gpus/{state}": count
         for state, count in Counter(record.health.state for record in fleet.records.values()).items()
     }
-    loads = [gpu.load(now_s) for node in fleet.nodes.values() for gpu in node.gpus.values()]
+    loads = [load for node in fleet.nodes.values() for load in node.gpus.loads(now_s)]
     ratios = [ratio for ratio, _ in loads if ratio is not None]
     powers = [power for _, power in loads if power is not None]
     if ratios:

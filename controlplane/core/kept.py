@@ -32,21 +32,19 @@ class Keeper:
         self._shift_s = shift_s
         self._version = -1
         self._leases: Values = {}
-        self._parts: dict[str, tuple[Part, ...]] = {}
-        """Key → the parts that its value says."""
 
     def values(self, fleet: GpuFleet, book: LeaseBook, work: Work) -> Values:
-        """All of it, by key."""
-        if book.version != self._version:
-            before, parts = self._leases, self._parts
-            self._leases, self._parts = {}, {}
-            for holder, lease in book.leases.items():
-                key = _LEASE + holder
-                # renewing keeps the parts, another lease has others
-                same = parts.get(key) is lease.parts
-                self._leases[key] = before[key] if same else _of_lease(lease)
-                self._parts[key] = lease.parts
-            self._version = book.version
+        """All of it, by key; what did not change is the same object as before. Always of the same book."""
+        changed = book.changed_since(self._version)
+        if changed is None:
+            self._leases = {}
+        for holder in book.leases if changed is None else changed:
+            lease = book.leases.get(holder)
+            if lease is None:
+                self._leases.pop(_LEASE + holder, None)
+            else:
+                self._leases[_LEASE + holder] = _of_lease(lease)
+        self._version = book.version
         return self._leases | _of_rest(fleet, work, self._shift_s)
 
 

@@ -52,7 +52,7 @@ class LeaseDesk:
             return Answer(Outcome.WAIT, reason, retry_after_s=ASK_AGAIN_S)
         if not usual.gpus:
             return Answer(Outcome.UNMANAGED, self._why_none(node_id))
-        others = [lease for name, lease in self.book.leases.items() if name != holder]
+        others = [lease for lease in self.book.on_node(node_id) if lease.holder != holder]
         node, found = usual, choose_gpus(usual, shape, others)
         if isinstance(found, Infeasible):
             node = self._fleet.node(node_id, last_resort=True) or usual
@@ -73,11 +73,7 @@ class LeaseDesk:
 
     def renew(self, holder: str, now_s: float) -> bool:
         """The holder was heard of; False if it has no lease."""
-        held = self.book.leases.get(holder)
-        if held is None:
-            return False
-        self.book.renew(holder, generation=held.generation, now_s=now_s)
-        return True
+        return self.book.heard(holder, now_s)
 
     def _why_none(self, node_id: str) -> str:
         latest = self._fleet.nodes[node_id].latest

@@ -13,13 +13,17 @@ a holder without a controller goes on with what it has.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
+from itertools import islice
 from types import MappingProxyType
 
 WHOLE_MILLI = 1000
 """All of a GPU's compute."""
+CHANGES_KEPT = 4096
+"""Whoever asks more seldom than that for what changed has to look at all leases."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +98,29 @@ class LeaseBook:
     def __init__(self) -> None:
         self._leases: dict[str, Lease] = {}
         self._users: dict[str, tuple[str, ...]] = {}
+        self._used: dict[str, tuple[int, int]] = {}
+        """GPU UUID → thousandths and bytes that are held."""
+        self._on_node: dict[str, dict[str, None]] = {}
+        """Node id → holders there, in the order in which they came."""
         self._version = 0
+        self._changed: deque[str] = deque(maxlen=CHANGES_KEPT)
+        """The holder of each version's change, the last ones."""
 
     @property
     def version(self) -> int:
         """Grows whenever a lease comes or goes; not when one is renewed."""
         return self._version
+
+    def changed_since(self, version: int) -> frozenset[str] | None:
+        """Holders whose lease came or went after ``version``; None if that is too long ago to tell."""
+        count = self._version - version
+        if not 0 <= count <= len(self._changed):
+            return None
+        return frozenset(islice(reversed(self._changed), count))
+
+    def on_node(self, node_id: str) -> Iterator[Lease]:
+        """The leases of one node, in the order in which they came."""
+        return (self._leases[holder] for holder in self._on_node.get(node_id, ()))
 
     @property
     def leases(self) -> Mapping[str, Lease]:
@@ -112,14 +133,12 @@ class LeaseBook:
 
     def used(self, gpu_uuid: str, *, without: str = "") -> tuple[int, int]:
         """Thousandths and bytes of a GPU that are held, ``without`` those of one holder."""
-        milli = memory_bytes = 0
-        for holder in self.holders(gpu_uuid):
-            if holder == without:
-                continue
-            for part in self._leases[holder].parts:
+        milli, memory_bytes = self._used.get(gpu_uuid, (0, 0))
+        if without and without in self._leases:
+            for part in self._leases[without].parts:
                 if part.gpu_uuid == gpu_uuid:
-                    milli += part.milli
-                    memory_bytes += part.memory_bytes
+                    milli -= part.milli
+                    memory_bytes -= part.memory_bytes
         return milli, memory_bytes
 
     def free(self, capacity: Capacity) -> tuple[int, int | None]:
@@ -168,6 +187,13 @@ class LeaseBook:
             return Answer(Outcome.UNKNOWN, f"{holder} has no lease of generation {generation}")
         return Answer(Outcome.UNCHANGED, "renewed", self._renewed(held, now_s))
 
+    def heard(self, holder: str, now_s: float) -> bool:
+        """The holder is alive, whatever its generation; False if it has no lease."""
+        held = self._leases.get(holder)
+        if held is not None:
+            self._renewed(held, now_s)
+        return held is not None
+
     def release(self, holder: str, *, generation: int | None = None) -> Answer:
         """Gives back what the holder has. A late release of an older generation changes nothing; releasing
         twice is UNKNOWN and changes nothing. Without ``generation``: whatever it holds."""
@@ -201,10 +227,10 @@ class LeaseBook:
 
     def reap(self, *, now_s: float, ttl_s: float) -> tuple[Lease, ...]:
         """Frees what was not renewed for ``ttl_s``; answers with the leases that died."""
-        dead = tuple(lease for lease in self._leases.values() if now_s - lease.renewed_s > ttl_s)
+        dead = [lease for lease in self._leases.values() if now_s - lease.renewed_s > ttl_s]
         for lease in dead:
             self._drop(lease.holder)
-        return dead
+        return tuple(dead)
 
     def _unavailable(self, holder: str, parts: Sequence[Part], capacities: Mapping[str, Capacity]) -> str:
         for part in parts:
@@ -228,7 +254,9 @@ class LeaseBook:
         return ""
 
     def _renewed(self, lease: Lease, now_s: float) -> Lease:
-        renewed = replace(lease, renewed_s=max(lease.renewed_s, now_s))
+        if now_s <= lease.renewed_s:
+            return lease
+        renewed = Lease(lease.holder, lease.generation, lease.node_id, lease.parts, now_s)
         self._leases[lease.holder] = renewed
         return renewed
 
@@ -236,18 +264,31 @@ class LeaseBook:
         if lease.holder in self._leases:
             self._drop(lease.holder)
         self._version += 1
+        self._changed.append(lease.holder)
         self._leases[lease.holder] = lease
-        for uuid in lease.gpu_uuids:
-            self._users[uuid] = (*self.holders(uuid), lease.holder)
+        self._on_node.setdefault(lease.node_id, {})[lease.holder] = None
+        for part in lease.parts:
+            milli, memory_bytes = self.used(part.gpu_uuid)
+            self._used[part.gpu_uuid] = (milli + part.milli, memory_bytes + part.memory_bytes)
+            self._users[part.gpu_uuid] = (*self.holders(part.gpu_uuid), lease.holder)
 
     def _drop(self, holder: str) -> None:
         self._version += 1
-        for uuid in self._leases.pop(holder).gpu_uuids:
+        self._changed.append(holder)
+        lease = self._leases.pop(holder)
+        here = self._on_node[lease.node_id]
+        del here[holder]
+        if not here:
+            del self._on_node[lease.node_id]
+        for part in lease.parts:
+            uuid = part.gpu_uuid
+            milli, memory_bytes = self._used[uuid]
+            self._used[uuid] = (milli - part.milli, memory_bytes - part.memory_bytes)
             left = tuple(user for user in self._users[uuid] if user != holder)
             if left:
                 self._users[uuid] = left
             else:
-                del self._users[uuid]
+                del self._users[uuid], self._used[uuid]
 
 
 def _malformed(parts: Sequence[Part]) -> str:

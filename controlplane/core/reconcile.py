@@ -12,8 +12,9 @@ it serves nothing anyway, it is retired at once and Serve starts another one whe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TypeAlias
 
 from controlplane.core.domain import Endpoint, EndpointState
@@ -209,13 +210,8 @@ class _Tiers:
     """Counts by tier, kept up to date with what has been decided in this look."""
 
     def __init__(self, seen: Observed) -> None:
-        self.members: dict[str, list[Endpoint]] = {}
-        for endpoint in seen.endpoints.values():
-            self.members.setdefault(endpoint.tier, []).append(endpoint)
-        self.serving = {
-            tier: sum(item.state in SERVING for item in members if not _retires(seen, item.endpoint_id))
-            for tier, members in self.members.items()
-        }
+        self._seen = seen
+        self._serving: dict[str, int] = {}
         self.surges: dict[str, int] = {}
         self.bare: dict[str, int] = {}
         """Retirements without anybody to take over."""
@@ -227,11 +223,28 @@ class _Tiers:
             else:
                 self.bare[move.tier] = self.bare.get(move.tier, 0) + 1
 
+    @cached_property
+    def members(self) -> Mapping[str, Sequence[Endpoint]]:
+        """By tier. Mostly nothing is to be decided, and then nobody asks."""
+        members: dict[str, list[Endpoint]] = {}
+        for endpoint in self._seen.endpoints.values():
+            members.setdefault(endpoint.tier, []).append(endpoint)
+        return members
+
+    def serving(self, tier: str) -> int:
+        """How many of the tier serve and will go on to."""
+        if tier not in self._serving:
+            self._serving[tier] = sum(
+                item.state in SERVING and not _retires(self._seen, item.endpoint_id)
+                for item in self.members.get(tier, ())
+            )
+        return self._serving[tier]
+
     def let_go(self, tier: str, base: int) -> bool:
         """Whether one that serves may end with ``base`` left; if so it is counted as gone."""
-        if self.serving.get(tier, 0) <= base:
+        if self.serving(tier) <= base:
             return False
-        self.serving[tier] -= 1
+        self._serving[tier] -= 1
         return True
 
     def newcomer(self, seen: Observed, tier: str) -> bool:
@@ -309,7 +322,7 @@ def _new_moves(seen: Observed, tiers: _Tiers, rules: ReconcileRules) -> Iterable
             if held.must_leave:
                 yield BeginMove(endpoint_id, tier, MovePhase.RETIRING, reason, "its tier is drained")
                 continue
-        elif tiers.serving.get(tier, 0) > seen.bases.get(tier, 0) + tiers.surges.get(tier, 0):
+        elif tiers.serving(tier) > seen.bases.get(tier, 0) + tiers.surges.get(tier, 0):
             # more serve than are asked for: somebody has taken over already
             tiers.let_go(tier, seen.bases.get(tier, 0))
             yield BeginMove(endpoint_id, tier, MovePhase.RETIRING, reason, "enough others serve")

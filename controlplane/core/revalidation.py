@@ -1,4 +1,5 @@
-"""Does a plan still hold? Asked again just before it is carried out, against the fleet as it is then.
+"""Does a plan still hold? Asked again just before it is carried out, against the fleet as it is then: by the
+controller before a move begins that counts on a place elsewhere.
 
 This is a second reading of the rules, one GPU at a time and in whole numbers, apart from the arrays that
 :mod:`controlplane.core.placement` decides with.

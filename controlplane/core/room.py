@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from controlplane.core.gangs import Infeasible, Shape
-from controlplane.core.gpu_choice import room_for
+from controlplane.core.domain import Endpoint
+from controlplane.core.gangs import Infeasible, Placement, Shape
+from controlplane.core.gpu_choice import held, room_for
 from controlplane.core.gpu_fleet import GpuFleet
 from controlplane.core.leases import WHOLE_MILLI, Lease, LeaseBook
+from controlplane.core.placement import ClusterState
+from controlplane.core.revalidation import revalidate
 
 _LOOKED_AT = 8
 """Nodes with enough free GPUs that the placement chooses among: whether there is room is known from one."""
@@ -21,8 +24,10 @@ def shape_of(lease: Lease) -> Shape:
     return Shape(gpus=len(lease.parts), gpu_memory_bytes=max(part.memory_bytes for part in lease.parts))
 
 
-def room(fleet: GpuFleet, book: LeaseBook, shape: Shape, tier: str, tier_of: Mapping[str, str]) -> str:
-    """Where one more would go, in words; empty: nowhere."""
+def room(
+    fleet: GpuFleet, book: LeaseBook, shape: Shape, tier: str, endpoints: Mapping[str, Endpoint]
+) -> Placement | None:
+    """Where one more would go; None: nowhere."""
     nodes = []
     for node_id in sorted(fleet.nodes):
         if node_id in fleet.holds or not _may_do(fleet, book, node_id, shape):
@@ -32,18 +37,26 @@ def room(fleet: GpuFleet, book: LeaseBook, shape: Shape, tier: str, tier_of: Map
             nodes.append(node)
         if len(nodes) == _LOOKED_AT:
             break
-    here = {node.node_id for node in nodes}
-    leases = [lease for lease in book.leases.values() if lease.node_id in here]
+    leases = [lease for node in nodes for lease in book.on_node(node.node_id)]
+    tier_of = {lease.holder: endpoints[lease.holder].tier for lease in leases if lease.holder in endpoints}
     found = room_for(nodes, shape, leases, tier=tier, tier_of=tier_of)
-    return "" if isinstance(found, Infeasible) else f"on {', '.join(found.node_ids)}"
+    return None if isinstance(found, Infeasible) else found
+
+
+def still_room(fleet: GpuFleet, book: LeaseBook, placement: Placement) -> bool:
+    """Whether what :func:`room` found a while ago is still there: the GPUs in use and free."""
+    nodes = [node for node_id in placement.node_ids if (node := fleet.node(node_id)) is not None]
+    leases = [lease for node in nodes for lease in book.on_node(node.node_id)]
+    return not revalidate([placement], ClusterState(tuple(nodes), held(leases)))
 
 
 def _may_do(fleet: GpuFleet, book: LeaseBook, node_id: str, shape: Shape) -> bool:
     """Whether enough GPUs of the node are in use and free."""
-    free = 0
+    free, wanted, records = 0, shape.total_gpus, fleet.records
     for uuid in fleet.gpus_of(node_id):
-        record = fleet.records.get(uuid)
-        if record is None or record.out_of_use:
-            continue
-        free += WHOLE_MILLI - book.used(uuid)[0] >= shape.milli_gpu
-    return free >= shape.total_gpus
+        if WHOLE_MILLI - book.used(uuid)[0] >= shape.milli_gpu:
+            record = records.get(uuid)
+            free += record is not None and not record.out_of_use
+            if free >= wanted:
+                return True
+    return free >= wanted

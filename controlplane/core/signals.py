@@ -7,7 +7,7 @@ or an engine that stopped reporting grow stale and then missing, whatever they w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -25,6 +25,7 @@ from controlplane.core.telemetry import (
     Freshness,
     GaugeSeries,
     HistogramSeries,
+    LastReading,
     Limits,
     Signal,
     judge,
@@ -187,80 +188,140 @@ class GpuSignals:
 
 
 class GpuTelemetry:
-    """The recent past of one GPU: its last sample, the last value of what is missing there, and the average
-    of its utilisation. There are thousands, so there are no windows."""
+    """The recent past of the GPUs of one node: the last sample of each, the last value of what is missing
+    there, and the average of its utilisation. There are thousands, so there are no windows, and no object
+    for each."""
 
-    __slots__ = ("_at_s", "_average", "_kept", "_limits", "_ratio_s", "_sample")
+    __slots__ = (
+        *("_as_sent", "_at_s", "_averages", "_kept", "_late", "_limits", "_places", "_samples", "uuids"),
+    )
 
     def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
         self._limits = limits
-        self._average = 0.0
-        self._ratio_s = -math.inf
-        self._sample: GpuSample | None = None
+        self.uuids: tuple[str, ...] = ()
+        """Of the GPUs that the last sample names, in its order."""
+        self._as_sent: tuple[str, ...] | None = None
+        """The same, if each was named once and none lacks a UUID: the next sample is likely to be alike."""
+        self._places: dict[str, int] = {}
+        """UUID → the place in everything here that goes by place."""
         self._at_s = -math.inf
-        self._kept: dict[str, tuple[float, float]] = {}
-        """Reading → when it was there last, and its value; of those that are missing now."""
+        self._samples: tuple[GpuSample | None, ...] = ()
+        self._averages: list[float] = []
+        self._late: dict[int, float] = {}
+        """Place → when the utilisation was there last, of those whose last sample lacks it."""
+        self._kept: dict[int, dict[str, tuple[float, float]]] = {}
+        """Place → reading → when it was there last, and its value; of those that are missing now."""
 
-    def observe(self, sample: GpuSample, at_s: float) -> None:
-        """Takes in a sample."""
-        if at_s < self._at_s:
+    def observe(self, samples: Sequence[GpuSample], at_s: float) -> None:
+        """Takes in a sample of every GPU of the node; one that is not there is forgotten."""
+        before_s = self._at_s
+        if at_s < before_s:
             return
-        ratio = sample.gpu_ratio
-        if not isinstance(ratio, Missing):
-            gap_s = at_s - self._ratio_s
-            # the past before a long gap says nothing about now
-            keep = (
-                0.0 if gap_s > self._limits.missing_after_s else math.exp2(-gap_s / self._limits.half_life_s)
-            )
-            self._average = keep * self._average + (1 - keep) * ratio
-            self._ratio_s = at_s
-        before = self._sample
-        if before is not None and (
-            isinstance(sample.memory_used_bytes, Missing)
-            or isinstance(sample.memory_total_bytes, Missing)
-            or isinstance(sample.memory_free_bytes, Missing)
-            or isinstance(sample.temperature_c, Missing)
-            or isinstance(sample.power_w, Missing)
-        ):
+        named = tuple([gpu.info.uuid for gpu in samples])
+        if named != self._as_sent:
+            samples = self._arrange(named, samples)
+        before, averages, late = self._samples, self._averages, self._late
+        keep = self._weight(at_s - before_s)
+        new = 1 - keep
+        for place, gpu in enumerate(samples):
+            ratio = gpu.gpu_ratio
+            if isinstance(ratio, Missing):
+                late.setdefault(place, before_s)
+            elif place in late:
+                own = self._weight(at_s - late.pop(place))
+                averages[place] = own * averages[place] + (1 - own) * ratio
+            else:
+                averages[place] = keep * averages[place] + new * ratio
+            if (
+                isinstance(gpu.memory_used_bytes, Missing)
+                or isinstance(gpu.memory_total_bytes, Missing)
+                or isinstance(gpu.memory_free_bytes, Missing)
+                or isinstance(gpu.temperature_c, Missing)
+                or isinstance(gpu.power_w, Missing)
+            ):
+                self._keep(place, before[place])
+        self._samples, self._at_s = tuple(samples), at_s
+
+    def sample(self, uuid: str) -> GpuSample | None:
+        """The last one of the GPU; None if it is not there."""
+        place = self._places.get(uuid)
+        return None if place is None else self._samples[place]
+
+    def signals(self, uuid: str, now_s: float) -> GpuSignals:
+        """Everything about a GPU at ``now_s``; all MISSING for one that is not there."""
+        place = self._places.get(uuid, -1)
+        return GpuSignals(
+            gpu_ratio=self._utilisation(place, now_s),
+            memory_used_ratio=self._latest(place, "memory_used_ratio", now_s),
+            memory_free_bytes=self._latest(place, "memory_free_bytes", now_s),
+            temperature_c=self._latest(place, "temperature_c", now_s),
+            power_w=self._latest(place, "power_w", now_s),
+        )
+
+    def loads(self, now_s: float) -> Iterator[tuple[float | None, float | None]]:
+        """Utilisation and power in watts of every GPU, where they are fresh; the same as of :meth:`signals`,
+        at once."""
+        oldest_s = now_s - self._limits.stale_after_s
+        fresh = self._at_s >= oldest_s
+        for place, gpu in enumerate(self._samples):
+            power = gpu.power_w if fresh and gpu is not None else None
+            if isinstance(power, Missing):
+                power = self._latest(place, "power_w", now_s).fresh
+            known = self._late.get(place, self._at_s) >= oldest_s
+            yield self._averages[place] if known else None, power
+
+    def _arrange(self, named: tuple[str, ...], samples: Sequence[GpuSample]) -> Sequence[GpuSample]:
+        """Makes room for these GPUs and no others; answers with one sample of each."""
+        known = {uuid: gpu for uuid, gpu in zip(named, samples, strict=True) if uuid}
+        places, self._places = self._places, {uuid: place for place, uuid in enumerate(known)}
+        old = [places.get(uuid) for uuid in known]
+        before, averages, late, kept = self._samples, self._averages, self._late, self._kept
+        self._samples = tuple(None if place is None else before[place] for place in old)
+        self._averages = [0.0 if place is None else averages[place] for place in old]
+        self._late = {
+            new: -math.inf if place is None else late[place]
+            for new, place in enumerate(old)
+            if place is None or place in late
+        }
+        self._kept = {
+            new: kept[place] for new, place in enumerate(old) if place in kept and place is not None
+        }
+        self.uuids = tuple(known)
+        self._as_sent = named if len(known) == len(named) else None
+        return tuple(known.values())
+
+    def _keep(self, place: int, before: GpuSample | None) -> None:
+        """The sample that comes now lacks something that the one before may have had."""
+        if before is not None:
             for name, read in _READINGS.items():
                 value = read(before)
                 if not isinstance(value, Missing):
-                    self._kept[name] = (self._at_s, value)
-        self._sample, self._at_s = sample, at_s
+                    self._kept.setdefault(place, {})[name] = (self._at_s, value)
 
-    def signals(self, now_s: float) -> GpuSignals:
-        """Everything about the GPU at ``now_s``."""
-        return GpuSignals(
-            gpu_ratio=self._utilisation(now_s),
-            memory_used_ratio=self._latest("memory_used_ratio", now_s),
-            memory_free_bytes=self._latest("memory_free_bytes", now_s),
-            temperature_c=self._latest("temperature_c", now_s),
-            power_w=self._latest("power_w", now_s),
-        )
+    def _weight(self, gap_s: float) -> float:
+        """Of the past, after ``gap_s``; before a long gap it says nothing about now."""
+        limits = self._limits
+        return 0.0 if gap_s > limits.missing_after_s else math.exp2(-gap_s / limits.half_life_s)
 
-    def load(self, now_s: float) -> tuple[float | None, float | None]:
-        """Utilisation and power in watts, where they are fresh; the same as of :meth:`signals`, at once."""
-        oldest_s = now_s - self._limits.stale_after_s
-        power = self._sample.power_w if self._sample is not None and self._at_s >= oldest_s else None
-        if isinstance(power, Missing):
-            power = self._latest("power_w", now_s).fresh
-        return self._average if self._ratio_s >= oldest_s else None, power
-
-    def _utilisation(self, now_s: float) -> Signal:
-        ratio = self._sample.gpu_ratio if self._sample is not None else None
-        why = ratio.reason if isinstance(ratio, Missing) else ""
-        known = self._ratio_s > -math.inf
-        return judge(
-            *(self._average if known else None, self._ratio_s if known else None), now_s, self._limits, why
-        )
-
-    def _latest(self, name: str, now_s: float) -> Signal:
-        if self._sample is None:
+    def _utilisation(self, place: int, now_s: float) -> Signal:
+        gpu = self._samples[place] if place >= 0 else None
+        if gpu is None:
             return judge(None, None, now_s, self._limits)
-        value = _READINGS[name](self._sample)
+        at_s = self._late.get(place, self._at_s)
+        known = at_s > -math.inf
+        why = gpu.gpu_ratio.reason if isinstance(gpu.gpu_ratio, Missing) else ""
+        return judge(
+            self._averages[place] if known else None, at_s if known else None, now_s, self._limits, why
+        )
+
+    def _latest(self, place: int, name: str, now_s: float) -> Signal:
+        gpu = self._samples[place] if place >= 0 else None
+        if gpu is None:
+            return judge(None, None, now_s, self._limits)
+        value = _READINGS[name](gpu)
         if not isinstance(value, Missing):
             return judge(value, self._at_s, now_s, self._limits)
-        at_s, kept = self._kept.get(name, (None, None))
+        at_s, kept = self._kept.get(place, {}).get(name, (None, None))
         return judge(kept, at_s, now_s, self._limits, value.reason)
 
 
@@ -278,11 +339,11 @@ class NodeTelemetry:
 
     def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
         self._limits = limits
-        self._cpu = GaugeSeries(limits)
-        self._memory = GaugeSeries(limits)
-        self._disk = GaugeSeries(limits)
-        self.gpus: dict[str, GpuTelemetry] = {}
-        """By UUID; those that the agent's last sample names."""
+        self._cpu = LastReading(limits)
+        self._memory = LastReading(limits)
+        self._disk = LastReading(limits)
+        self.gpus = GpuTelemetry(limits)
+        """Those that the agent's last sample names."""
         self.latest: NodeSample | None = None
         self.latest_s: float | None = None
         """When the newest sample was taken, by the caller's clock."""
@@ -293,19 +354,15 @@ class NodeTelemetry:
         The newest sample counts as taken when it arrived, the others as much earlier as the agent's own
         clock says: the clocks of two machines are never compared.
         """
-        new = sorted((sample for sample in samples if self._is_new(sample)), key=lambda sample: sample.seq)
+        new = [sample for sample in samples if self._is_new(sample)]
+        if len(new) > 1:
+            new.sort(key=lambda sample: sample.seq)
         for sample in new:
             at_s = received_s - max(0.0, new[-1].unix_s - sample.unix_s)
             self._cpu.observe(at_s, sample.cpu_ratio)
             self._memory.observe(at_s, sample.memory_available_bytes)
             self._disk.observe(at_s, sample.disk_free_bytes)
-            known = {gpu.info.uuid: gpu for gpu in sample.gpus if gpu.info.uuid}
-            for uuid, gpu in known.items():
-                if uuid not in self.gpus:
-                    self.gpus[uuid] = GpuTelemetry(self._limits)
-                self.gpus[uuid].observe(gpu, at_s)
-            for uuid in self.gpus.keys() - known.keys():
-                del self.gpus[uuid]
+            self.gpus.observe(sample.gpus, at_s)
         if new:
             self.latest, self.latest_s = new[-1], received_s
         return tuple(new)

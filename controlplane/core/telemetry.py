@@ -141,6 +141,31 @@ class GaugeSeries:
         return judge(value, at_s, now_s, self._limits, self._why)
 
 
+class LastReading:
+    """A figure of which nobody asks more than its newest value: there is no window."""
+
+    __slots__ = ("_at_s", "_limits", "_value", "_why")
+
+    def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
+        self._limits = limits
+        self._value: float | None = None
+        self._at_s = -math.inf
+        self._why = ""
+
+    def observe(self, at_s: float, reading: Reading[float]) -> None:
+        """Takes in a value; a missing reading is none, and the last value grows old."""
+        if isinstance(reading, Missing):
+            self._why = reading.reason
+            return
+        self._why = ""
+        if at_s >= self._at_s:
+            self._value, self._at_s = reading, at_s
+
+    def latest(self, now_s: float) -> Signal:
+        """The newest value."""
+        return judge(self._value, self._at_s, now_s, self._limits, self._why)
+
+
 class CounterSeries:
     """A figure that only grows, until its source starts anew at zero."""
 

@@ -6,7 +6,7 @@ against the book just before it is carried out; one that no longer fits changes 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from controlplane.core.domain import Endpoint, EndpointState
@@ -215,10 +215,14 @@ class Work:
             return (order,)
         return ()
 
-    def leaving(self, endpoints: Iterable[Endpoint], why_of_places: Mapping[str, str]) -> dict[str, str]:
+    def leaving(self, endpoints: Mapping[str, Endpoint], why_of_places: Mapping[str, str]) -> dict[str, str]:
         """Endpoint id → why it has to leave; ``why_of_places`` are those whose place is out of use."""
         found: dict[str, str] = {}
-        for endpoint in endpoints:
+        whole_tiers = any(hold.must_leave for hold in self.holds.values())
+        for name in endpoints if whole_tiers else dict.fromkeys((*why_of_places, *self.drains)):
+            endpoint = endpoints.get(name)
+            if endpoint is None:
+                continue
             hold = self.holds.get(endpoint.tier)
             why = why_of_places.get(endpoint.endpoint_id) or self.drains.get(endpoint.endpoint_id, "")
             if not why and hold is not None and hold.must_leave:

@@ -322,9 +322,15 @@ def _mend(cluster: GpuCluster) -> None:
     for index in range(len(cluster.head.uuids())):
         cluster.head.driver.find(index)
         cluster.head.driver.set(index, temperature=45)
-    time.sleep(1.0)
+    here = set(cluster.head.uuids())
+
+    def seen_again() -> bool:
+        """Until then it would be taken out of use again: the agent looks for lost GPUs now and then."""
+        return all(gpu["condition"] == "ok" for gpu in cluster.gpus() if gpu["uuid"] in here)
+
+    until(seen_again, RECOVERY_LIMIT_S, "that the driver has all GPUs again")
     for gpu in cluster.gpus():
-        if gpu["cordoned"] and gpu["uuid"] in cluster.head.uuids():
+        if gpu["cordoned"] and gpu["uuid"] in here:
             cluster.tierplane("uncordon", gpu["uuid"], "--reason", "the GPU was replaced")
 
 

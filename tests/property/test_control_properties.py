@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from controlplane.control import Control
 from controlplane.core import kept
 from controlplane.core.domain import Endpoint, EndpointState
 from controlplane.core.gangs import Shape
@@ -129,6 +131,7 @@ def restart_controller(world: World, *, vouched: bool) -> None:
 def check(world: World) -> None:
     """No GPU is leased twice or over-committed, by the book and by what the replicas were told."""
     book = world.control.desk.book
+    kept_by_changes(world)
     for uuid in GPUS:
         milli, memory_bytes = book.used(uuid)
         assert milli <= WHOLE_MILLI
@@ -143,6 +146,17 @@ def check(world: World) -> None:
         assert sum(told) <= WHOLE_MILLI, f"{uuid} is in use by {told}"
     for move in world.control.work.moves.values():
         assert move.reason
+
+
+keepers: WeakKeyDictionary[Control, kept.Keeper] = WeakKeyDictionary()
+
+
+def kept_by_changes(world: World) -> None:
+    """What is gathered from the changes is what gathering everything anew gives."""
+    control = world.control
+    keeper = keepers.setdefault(control, kept.Keeper(3.0))
+    state = (control.fleet, control.desk.book, control.work)
+    assert keeper.values(*state) == kept.to_values(*state, 3.0)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow], phases=STORY_PHASES)

@@ -28,6 +28,9 @@ class Leasing(RuleBasedStateMachine):
         self.book = LeaseBook()
         self.now_s = 0.0
         self.told: dict[str, Lease] = {}
+        self.seen_version = 0
+        self.seen: dict[str, tuple[Part, ...]] = {}
+        """What somebody knows who asks now and then only for what changed."""
 
     def capacities(self, sick: set[str]) -> dict[str, Capacity]:
         return {
@@ -69,6 +72,25 @@ class Leasing(RuleBasedStateMachine):
     def renew(self, holder: str, generation: int) -> None:
         self.book.renew(holder, generation=generation, now_s=self.now_s)
 
+    @rule(holder=holders)
+    def heard(self, holder: str) -> None:
+        assert self.book.heard(holder, self.now_s) == (holder in self.book.leases)
+        if holder in self.book.leases:
+            assert self.book.leases[holder].renewed_s >= self.now_s
+
+    @rule()
+    def changes_are_taken_in(self) -> None:
+        changed = self.book.changed_since(self.seen_version)
+        assert changed is not None
+        for holder in changed:
+            lease = self.book.leases.get(holder)
+            if lease is None:
+                self.seen.pop(holder, None)
+            else:
+                self.seen[holder] = lease.parts
+        self.seen_version = self.book.version
+        assert self.seen == {holder: lease.parts for holder, lease in self.book.leases.items()}
+
     @rule(seconds=st.floats(0, 20))
     def time_passes(self, seconds: float) -> None:
         self.now_s += seconds
@@ -82,6 +104,7 @@ class Leasing(RuleBasedStateMachine):
         before = {holder: lease.parts for holder, lease in self.book.leases.items()}
         self.book = LeaseBook()
         self.book.restore(self.told.values())
+        self.seen_version, self.seen = 0, {}
         assert {holder: lease.parts for holder, lease in self.book.leases.items()} == before
 
     @invariant()
@@ -95,6 +118,12 @@ class Leasing(RuleBasedStateMachine):
                 sum(part.milli for part in held),
                 sum(part.memory_bytes for part in held),
             )
+
+    @invariant()
+    def each_node_lists_its_own(self) -> None:
+        for node_id in ("n1", "n2", "n3"):
+            here = [lease for lease in self.book.leases.values() if lease.node_id == node_id]
+            assert list(self.book.on_node(node_id)) == here
 
     @invariant()
     def holders_and_book_agree(self) -> None:

@@ -362,3 +362,25 @@ def test_what_an_operator_asked_for_survives_the_controller() -> None:
     assert world.replicas[second].endpoint.generation == 2
     assert new.fleet.out_of_use() == {"n2-1": "n2"}
     assert world.ready("small") == 2
+
+
+def test_a_move_that_waited_does_not_count_on_a_place_that_is_taken_since() -> None:
+    world = World({"n1": ["n1-0", "n1-1"], "n2": ["n2-0", "n2-1"]}, {"small": 2, "other": 0})
+    world.settle()
+    first, second = sorted(world.replicas)
+    [node_id] = {replica.endpoint.node_id for replica in world.replicas.values()}
+    other = "n1" if node_id == "n2" else "n2"
+    Operations(world.control).drain(node_id, "a fan rattles")
+    control = world.control
+    control.tick()
+    assert set(control.work.moves) == {first}
+    control.tick()
+    for uuid in control.fleet.gpus_of(other):
+        control.fleet.cordon_gpu(uuid, "so is this one", must_leave=False, now_s=world.clock.s)
+    del world.replicas[first], control.work.moves[first]
+    control.deregister(first, "gone")
+    assert {done.kind for done in control.tick()} == {"GPU drained"}
+    assert not control.work.moves, "the place that was found for it before is no place any more"
+    [begun] = control.tick()
+    assert (begun.kind, begun.subject) == ("retiring", second)
+    assert "no room elsewhere" in begun.reason

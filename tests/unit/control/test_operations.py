@@ -80,6 +80,32 @@ def test_a_node_is_emptied_and_comes_back() -> None:
     assert made.control.fleet.out_of_use() == {}
 
 
+@pytest.mark.parametrize("condition", [GpuCondition.LOST, GpuCondition.RESET_REQUIRED])
+def test_a_gpu_that_its_driver_does_not_have_cannot_be_let_return(condition: GpuCondition) -> None:
+    made = world(replicas=1)
+    operations = Operations(made.control)
+    made.samples["node-a"] = {"node-a-gpu1": {"condition": condition, "detail": "fell off the bus"}}
+    made.step(2)
+    refused = operations.uncordon("node-a-gpu1")
+    assert refused.outcome is Outcome.REFUSED
+    assert condition.value.replace("_", " ") in refused.reason
+    assert made.control.fleet.records["node-a-gpu1"].out_of_use
+    made.samples.clear()
+    made.step()
+    assert operations.uncordon("node-a-gpu1").outcome is Outcome.DONE
+    made.step(3)
+    assert not made.control.fleet.records["node-a-gpu1"].out_of_use
+
+
+def test_what_a_silent_node_said_last_keeps_no_operator_back() -> None:
+    made = world(replicas=1)
+    made.samples["node-a"] = {"node-a-gpu1": {"condition": GpuCondition.LOST}}
+    made.step(2)
+    made.silent.add("node-a")
+    made.step(10)
+    assert Operations(made.control).uncordon("node-a-gpu1").outcome is Outcome.DONE
+
+
 def test_a_tier_is_drained_until_it_is_uncordoned() -> None:
     made = world(replicas=2)
     operations = Operations(made.control)

@@ -138,19 +138,20 @@ def test_gpu_signals_and_their_loss() -> None:
         [node(1, 0, gpu(gpu_ratio=0.0, temperature_c=40)), node(2, 10, gpu(gpu_ratio=1.0, temperature_c=60))],
         10,
     )
-    signals = telemetry.gpus["GPU-a"].signals(10)
+    signals = telemetry.gpus.signals("GPU-a", 10)
     assert signals.gpu_ratio.value == pytest.approx(0.5)
     assert (signals.memory_used_ratio.value, signals.temperature_c.value) == (0.25, 60)
     assert signals.power_w.freshness is Freshness.MISSING
     lost = gpu(condition=GpuCondition.LOST, gpu_ratio=LOST, memory_used_bytes=LOST, temperature_c=LOST)
     telemetry.observe([node(3, 20, lost)], 20)
-    signals = telemetry.gpus["GPU-a"].signals(20)
+    signals = telemetry.gpus.signals("GPU-a", 20)
     assert (signals.temperature_c.freshness, signals.temperature_c.reason) == (Freshness.STALE, "GPU is lost")
     telemetry.observe([node(4, 60)], 60)
-    assert telemetry.gpus == {}
+    assert telemetry.gpus.uuids == ()
+    assert telemetry.gpus.sample("GPU-a") is None
 
 
 def test_a_gpu_without_memory_is_missing_not_full() -> None:
     telemetry = NodeTelemetry(LIMITS)
     telemetry.observe([node(1, 0, gpu(memory_total_bytes=0))], 0)
-    assert telemetry.gpus["GPU-a"].signals(0).memory_used_ratio.freshness is Freshness.MISSING
+    assert telemetry.gpus.signals("GPU-a", 0).memory_used_ratio.freshness is Freshness.MISSING

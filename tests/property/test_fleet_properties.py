@@ -1,0 +1,276 @@
+"""The fleet looks closely only at GPUs that something happened to; it knows what looking at all of them each
+time would tell."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from controlplane.core import gpu_health
+from controlplane.core.gpu_findings import GpuRules
+from controlplane.core.gpu_fleet import GpuFleet, GpuRecord
+from controlplane.core.gpu_health import OUT_OF_USE, Assessment, GpuHealth, GpuState, assess
+from controlplane.core.history import points
+from controlplane.core.samples import (
+    Absence,
+    GpuCondition,
+    GpuEvent,
+    GpuEventKind,
+    GpuSample,
+    Missing,
+    NodeSample,
+    Reading,
+)
+from controlplane.core.signals import GpuSignals
+from controlplane.core.telemetry import DEFAULT_LIMITS, Freshness, Signal, judge
+from controlplane.core.xid import Level
+from tests.support_control import gpu_sample, node_sample
+
+RULES = GpuRules(hold_initial_s=4, hot_for_s=3, suspect_for_s=4, probation_s=4, evidence_gap_s=6)
+NODES = {"n1": ("g0", "g1", "g2"), "n2": ("g3", "")}
+UUIDS = ("g0", "g1", "g2", "g3")
+LIMITS = DEFAULT_LIMITS
+
+
+@dataclass
+class PlainSeries:
+    """One GPU's readings, as they are defined: each by itself."""
+
+    sample: GpuSample
+    at_s: float
+    last: dict[str, tuple[float, float]] = field(default_factory=dict)
+    average: float = 0.0
+    ratio_s: float = -math.inf
+
+    def observe(self, sample: GpuSample, at_s: float) -> None:
+        self.sample, self.at_s = sample, at_s
+        for name, value in readings_of(sample).items():
+            if not isinstance(value, Missing):
+                self.last[name] = (at_s, value)
+        ratio = sample.gpu_ratio
+        if not isinstance(ratio, Missing):
+            gap_s = at_s - self.ratio_s
+            keep = 0.0 if gap_s > LIMITS.missing_after_s else math.exp2(-gap_s / LIMITS.half_life_s)
+            self.average = keep * self.average + (1 - keep) * ratio
+            self.ratio_s = at_s
+
+    def signals(self, now_s: float) -> GpuSignals:
+        found: dict[str, Signal] = {}
+        for name, value in readings_of(self.sample).items():
+            at_s, last = self.last.get(name, (None, None))
+            why = value.reason if isinstance(value, Missing) else ""
+            found[name] = judge(last, at_s, now_s, LIMITS, why)
+        known = self.ratio_s > -math.inf
+        ratio = self.sample.gpu_ratio
+        why = ratio.reason if isinstance(ratio, Missing) else ""
+        average = judge(self.average if known else None, self.ratio_s if known else None, now_s, LIMITS, why)
+        return GpuSignals(gpu_ratio=average, **found)
+
+
+def readings_of(sample: GpuSample) -> dict[str, Reading[float]]:
+    used, total = sample.memory_used_bytes, sample.memory_total_bytes
+    share: Reading[float]
+    if isinstance(used, Missing):
+        share = used
+    elif isinstance(total, Missing):
+        share = total
+    else:
+        share = used / total
+    return {
+        "memory_used_ratio": share,
+        "memory_free_bytes": sample.memory_free_bytes,
+        "temperature_c": sample.temperature_c,
+        "power_w": sample.power_w,
+    }
+
+
+@dataclass
+class PlainFleet:
+    """Judges every GPU at every sample, and looks through all of them when asked."""
+
+    records: dict[str, GpuRecord] = field(default_factory=dict)
+    series: dict[str, dict[str, PlainSeries]] = field(default_factory=dict)
+    readable: dict[str, GpuSample] = field(default_factory=dict)
+    listed: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    waiting: dict[str, tuple[GpuHealth, bool]] = field(default_factory=dict)
+
+    def observe(self, sample: NodeSample, events: Sequence[GpuEvent], now_s: float) -> list[Assessment]:
+        node_id, moved = sample.node_id, []
+        gpus = {gpu.info.uuid: gpu for gpu in sample.gpus if gpu.info.uuid}
+        known = self.series.get(node_id, {})
+        here = self.series[node_id] = {
+            uuid: known.get(uuid, PlainSeries(gpu, now_s)) for uuid, gpu in gpus.items()
+        }
+        for uuid, gpu in gpus.items():
+            here[uuid].observe(gpu, now_s)
+        looks: list[tuple[str, GpuSample | None, str]] = []
+        if tuple(gpus) != self.listed.get(node_id):
+            gone: tuple[str, ...] = ()
+            if gpus and not isinstance(sample.driver_version, Missing):
+                gone = tuple(uuid for uuid in self.listed.get(node_id, ()) if uuid not in gpus)
+            for uuid in gone:
+                lost = GpuSample(self.readable[uuid].info, GpuCondition.LOST, "the driver lists it no more")
+                looks.append((uuid, lost, sample.boot_id))
+            self.listed[node_id] = (*gpus, *gone)
+        looks += [(uuid, gpu, sample.boot_id) for uuid, gpu in gpus.items()]
+        for event in events:
+            if event.gpu_uuid not in [uuid for uuid, _, _ in looks] and event.gpu_uuid in self.records:
+                looks.append((event.gpu_uuid, None, ""))
+        for uuid, gpu_or_none, boot_id in looks:
+            mine = [event for event in events if event.gpu_uuid == uuid]
+            moved += self.look(node_id, uuid, gpu_or_none, mine, now_s, boot_id)
+        return moved
+
+    def look(
+        self,
+        node_id: str,
+        uuid: str,
+        sample: GpuSample | None,
+        events: list[GpuEvent],
+        now_s: float,
+        boot: str,
+    ) -> list[Assessment]:
+        record = self.records.get(uuid)
+        if record is None:
+            health, leave = self.waiting.pop(uuid, (GpuHealth(uuid, since_s=now_s), False))
+            record = GpuRecord(node_id, health, leave)
+        seen = assess(record.health, sample, events, now_s=now_s, rules=RULES, boot_id=boot)
+        if sample is not None and (
+            sample.condition is not GpuCondition.UNREADABLE
+            or self.readable.get(uuid, sample).condition is GpuCondition.UNREADABLE
+        ):
+            self.readable[uuid] = sample
+        leave = seen.health.state in OUT_OF_USE and (
+            record.must_leave
+            or (seen.verdict.moved and seen.verdict.after is GpuState.CORDONED)
+            or any(finding.level is Level.FATAL for finding in seen.findings)
+        )
+        self.records[uuid] = GpuRecord(node_id, seen.health, leave)
+        return [seen] if seen.verdict.moved else []
+
+    def forget_node(self, node_id: str) -> None:
+        self.series.pop(node_id, None)
+        self.listed.pop(node_id, None)
+        for uuid, record in list(self.records.items()):
+            if record.node_id != node_id:
+                continue
+            del self.records[uuid], self.readable[uuid]
+            if record.health.state is not GpuState.HEALTHY:
+                self.waiting[uuid] = (record.health, record.must_leave)
+
+
+lost_reading = st.just(Missing(Absence.ERROR, "not now"))
+changes = st.fixed_dictionaries(
+    {},
+    optional={
+        "condition": st.sampled_from(GpuCondition),
+        "gpu_ratio": lost_reading | st.floats(0, 1),
+        "memory_used_bytes": lost_reading | st.integers(1, 9),
+        "memory_free_bytes": lost_reading,
+        "temperature_c": lost_reading | st.sampled_from([30, 89, 91]),
+        "power_w": lost_reading | st.floats(0, 700),
+        "ecc_corrected": lost_reading | st.sampled_from([0, 1, 2000]),
+        "ecc_uncorrected": lost_reading | st.sampled_from([0, 1]),
+    },
+)
+samples = st.tuples(
+    st.just("sample"),
+    st.sampled_from(list(NODES)),
+    st.dictionaries(st.sampled_from(UUIDS), changes, max_size=2),
+    st.lists(st.sampled_from([13, 48, 63, 79]), max_size=1),
+    st.sets(st.sampled_from([*UUIDS, "all"]), max_size=1),
+    st.sampled_from(["580", "580", "580", Missing(Absence.NO_DRIVER, "gone")]),
+)
+wishes = st.tuples(
+    st.sampled_from(["cordon", "uncordon", "draining", "drained", "forget"]), st.sampled_from(UUIDS)
+)
+steps = st.lists(st.tuples(st.floats(0.5, 8), st.one_of(samples, samples, samples, wishes)), max_size=40)
+
+
+@settings(max_examples=150, deadline=None)
+@given(steps)
+def test_the_fleet_knows_what_looking_at_everything_would_tell(
+    story: list[tuple[float, tuple[object, ...]]],
+) -> None:
+    fleet, plain, now_s = GpuFleet(RULES), PlainFleet(), 0.0
+    for seq, (passed_s, step) in enumerate(story, start=1):
+        now_s += passed_s
+        if step[0] == "sample":
+            sample, events = sample_of(step, seq, now_s)
+            moved = fleet.observe(sample.node_id, [sample], events, now_s=now_s)
+            assert list(moved) == plain.observe(sample, events, now_s)
+        else:
+            wish(fleet, plain, step, now_s)
+        compare(fleet, plain, now_s)
+        compare(fleet, plain, now_s + 10)
+
+
+def sample_of(step: tuple[object, ...], seq: int, now_s: float) -> tuple[NodeSample, list[GpuEvent]]:
+    _, node_id, changed, codes, left_out, driver = step
+    assert isinstance(node_id, str)
+    assert isinstance(changed, dict)
+    assert isinstance(codes, list)
+    assert isinstance(left_out, set)
+    gpus = [
+        gpu_sample(uuid, place, **changed.get(uuid, {}))
+        for place, uuid in enumerate(NODES[node_id])
+        if not left_out & {uuid, "all"}
+    ]
+    uuid = NODES[node_id][0]
+    events = [GpuEvent(node_id, "a", seq, now_s, GpuEventKind.XID, uuid, code) for code in codes]
+    return node_sample(node_id, seq, now_s, gpus, driver), events  # type: ignore[arg-type]
+
+
+def wish(fleet: GpuFleet, plain: PlainFleet, step: tuple[object, ...], now_s: float) -> None:
+    kind, uuid = str(step[0]), str(step[1])
+    if kind == "forget":
+        node_id = next(node_id for node_id, uuids in NODES.items() if uuid in uuids)
+        fleet.forget_node(node_id)
+        plain.forget_node(node_id)
+        return
+    record = plain.records.get(uuid)
+    if record is None:
+        return
+    health, leave = record.health, record.must_leave
+    if kind == "cordon":
+        fleet.cordon_gpu(uuid, "wanted", must_leave=True, now_s=now_s)
+        health, leave = gpu_health.cordon(health, now_s=now_s, reason="wanted", rules=RULES), True
+    elif kind == "uncordon" and record.out_of_use:
+        fleet.uncordon_gpu(uuid, "wanted", now_s=now_s)
+        health, leave = gpu_health.uncordon(health, now_s=now_s, reason="wanted", rules=RULES), False
+    elif kind in gpu_health.MOVES[health.state]:
+        state = GpuState(kind)
+        fleet.advance(uuid, state, now_s=now_s)
+        health = gpu_health.move(health, state, now_s=now_s, rule="", reason="", rules=RULES)
+    plain.records[uuid] = GpuRecord(record.node_id, health, leave)
+
+
+def compare(fleet: GpuFleet, plain: PlainFleet, now_s: float) -> None:
+    assert dict(fleet.records) == plain.records
+    assert fleet.out_of_use() == {
+        uuid: record.node_id for uuid, record in plain.records.items() if record.out_of_use
+    }
+    kept, _ = fleet.kept()
+    assert kept == plain.waiting | {
+        uuid: (record.health, record.must_leave)
+        for uuid, record in plain.records.items()
+        if record.health.state is not GpuState.HEALTHY or record.health.cordons_s
+    }
+    for uuid, record in plain.records.items():
+        assert fleet.sample(uuid) == plain.readable[uuid]
+        series = plain.series[record.node_id].get(uuid)
+        signals = fleet.signals(uuid, now_s)
+        if series is None:
+            assert signals.power_w.freshness is Freshness.MISSING
+        else:
+            assert signals == series.signals(now_s)
+    loads = [series.signals(now_s) for here in plain.series.values() for series in here.values()]
+    known = points((), (), {}, fleet, now_s)
+    ratios = [each.gpu_ratio.fresh for each in loads if each.gpu_ratio.fresh is not None]
+    powers = [each.power_w.fresh for each in loads if each.power_w.fresh is not None]
+    assert known.get("gpus/gpu_ratio") == (sum(ratios) / len(ratios) if ratios else None)
+    assert known.get("gpus/power_w") == (sum(powers) if powers else None)
