@@ -301,11 +301,7 @@ class Scaling:
         fleet = self._control.fleet
         endpoints = list(endpoints)
         uuids = {uuid for endpoint in endpoints for uuid in endpoint.gpu_uuids}
-        signals = [
-            node.gpus[uuid].signals(now_s)
-            for node in fleet.nodes.values()
-            for uuid in uuids & node.gpus.keys()
-        ]
+        signals = [fleet.signals(uuid, now_s) for uuid in uuids if uuid in fleet.records]
         if signals:
             return (
                 _highest([item.gpu_ratio for item in signals]),

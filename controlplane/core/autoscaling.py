@@ -217,8 +217,11 @@ class TierScaler:
             wanted = target = seen.override
             why = "set by hand"
         else:
-            if lowest == 0 and wanted == 0 and not self._idle_long(seen):
-                wanted, why = 1, f"a request came in the last {settings.idle_to_zero_s:.0f} s"
+            if lowest == 0 and wanted <= 1:
+                # One replica or none is not the forecast's to say: it is kept for so long, and no longer.
+                wanted = 0 if self._idle_long(seen) else 1
+                word = "no" if wanted == 0 else "a"
+                why = f"{word} request came in the last {settings.idle_to_zero_s:g} s"
             target, why = self._bounded(seen, wanted, why, lowest, highest, blind)
         move = Move.UP if target > seen.target else Move.DOWN if target < seen.target else Move.STAY
         confidence = math.sqrt(forecast.confidence * max(self.capacity.confidence, 0.1))
