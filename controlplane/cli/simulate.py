@@ -16,7 +16,6 @@ from rich.table import Table
 
 from controlplane.cli.configuration import load_checked
 from controlplane.config import PlaneConfig
-from controlplane.core.autoscaling import Slo
 from controlplane.core.domain import Complexity
 from controlplane.errors import SetupError
 from controlplane.simulation import oracle
@@ -37,11 +36,11 @@ _PROGRESS_S = 1.0
 @click.option("--gpu", metavar="NAME", help="The GPU model of vllm tiers; `tierplane fit --gpus` lists them.")
 @click.option("--policy", type=click.Choice(NAMES), default="tierplane", show_default=True)
 @click.option("--cold-start-s", type=click.FloatRange(0), default=60.0, show_default=True)
-@click.option("--slo-ttft-ms", type=click.FloatRange(1), default=3000.0, show_default=True)
-@click.option("--slo-itl-ms", type=click.FloatRange(0.1), default=200.0, show_default=True)
-@click.option("--attainment", type=click.FloatRange(0.5, 1.0), default=0.99, show_default=True)
-@click.option("--min-replicas", type=click.IntRange(0), default=1, show_default=True)
-@click.option("--max-replicas", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--slo-ttft-ms", type=click.FloatRange(1), help="By default each tier's `slo`.")
+@click.option("--slo-itl-ms", type=click.FloatRange(0.1), help="By default each tier's `slo`.")
+@click.option("--attainment", type=click.FloatRange(0.5, 1.0), help="By default each tier's `slo`.")
+@click.option("--min-replicas", type=click.IntRange(0), help="By default each tier's `scaling`, or 1.")
+@click.option("--max-replicas", type=click.IntRange(1), help="By default each tier's `scaling`, or 64.")
 @click.option(
     "--engine-ratio",
     type=click.FloatRange(0.05, 2.0),
@@ -85,11 +84,11 @@ def command(
     gpu: str | None,
     policy: str,
     cold_start_s: float,
-    slo_ttft_ms: float,
-    slo_itl_ms: float,
-    attainment: float,
-    min_replicas: int,
-    max_replicas: int,
+    slo_ttft_ms: float | None,
+    slo_itl_ms: float | None,
+    attainment: float | None,
+    min_replicas: int | None,
+    max_replicas: int | None,
     engine_ratio: float,
     itl_ms: float,
     prefill_tokens_per_s: float,
@@ -110,9 +109,10 @@ def command(
     seed gives the same output. Traces: Azure's CSV, Mooncake's JSONL, ServeGen's windows, or a CSV with
     at_s, input_tokens, output_tokens and, if you like, tier, complexity, priority, session.
     """
-    if min_replicas > max_replicas:
+    if min_replicas is not None and max_replicas is not None and min_replicas > max_replicas:
         raise click.UsageError("--min-replicas is over --max-replicas")
     plane = load_checked(config).plane
+    plane = _with_slo(plane, slo_ttft_ms, slo_itl_ms, attainment)
     options = Options(
         gpu=gpu,
         engine_ratio=engine_ratio,
@@ -121,7 +121,7 @@ def command(
         cost_per_gpu_hour=cost_per_gpu_hour,
         min_replicas=min_replicas,
         max_replicas=max_replicas,
-        slo=Slo(slo_ttft_ms / 1000, slo_itl_ms / 1000, attainment),
+        tick_s=plane.controller.scaling.tick_s,
         itl_s=itl_ms / 1000,
         prefill_tokens_per_s=prefill_tokens_per_s,
         seed=seed,
@@ -135,7 +135,7 @@ def command(
 
     scenario = _scenario(plane, options, arrivals)
     started_s = time.perf_counter()
-    result = _run(scenario, policy, arrivals, attainment, _Progress(quiet=as_json))
+    result = _run(scenario, policy, arrivals, _Progress(quiet=as_json))
     took_s = max(time.perf_counter() - started_s, 1e-9)
     if html:
         from controlplane.simulation.plot import write_html
@@ -153,6 +153,20 @@ def command(
     click.echo(f"{result.requests} requests simulated in {took_s:.1f} s: {rate:.0f} a second", err=True)
 
 
+def _with_slo(
+    plane: PlaneConfig, ttft_ms: float | None, itl_ms: float | None, attainment: float | None
+) -> PlaneConfig:
+    """The plane with what the options say of every tier's SLO."""
+    said = {
+        "ttft_s": None if ttft_ms is None else ttft_ms / 1000,
+        "itl_s": None if itl_ms is None else itl_ms / 1000,
+        "attainment": attainment,
+    }
+    change = {name: value for name, value in said.items() if value is not None}
+    tiers = [tier.model_copy(update={"slo": tier.slo.model_copy(update=change)}) for tier in plane.tiers]
+    return plane.model_copy(update={"tiers": tiers})
+
+
 def _scenario(plane: PlaneConfig, options: Options, arrivals: Callable[[], Iterator[Arrival]]) -> Scenario:
     first = list(islice(arrivals(), _PEEK))
     if not first:
@@ -166,7 +180,6 @@ def _run(
     scenario: Scenario,
     policy: str,
     arrivals: Callable[[], Iterator[Arrival]],
-    attainment: float,
     progress: _Progress,
 ) -> Result:
     if policy in ("static", "oracle"):
@@ -175,7 +188,7 @@ def _run(
         known = list(arrivals())
         if policy == "static":
             return oracle.run_static(scenario, known)
-        return oracle.run_oracle(scenario, known, attainment)
+        return oracle.run_oracle(scenario, known, scenario.tiers[0].scaling.slo.attainment)
     span_s = 0.0
     for arrival in arrivals():
         span_s = arrival.at_s

@@ -6,8 +6,8 @@ for engines on CPUs and elsewhere, from two figures of :class:`Options`, which a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 from controlplane.adapters.catalog import gpu_named
 from controlplane.adapters.model_config import load_model
@@ -25,7 +25,10 @@ from controlplane.gateway.app import tier_policy
 from controlplane.simulation.engine import RooflineTiming, SimulatedTiming, Timing
 from controlplane.simulation.fleet import ReplicaModel
 from controlplane.simulation.simulator import Scenario, TierScenario
-from controlplane.tier_specs import plain_speed
+from controlplane.tier_specs import plain_speed, scaling_plan
+
+MOST_REPLICAS: Final = 64
+"""Of a tier without bounds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +43,18 @@ class Options:
     cold_start_jitter: float = 0.0
     mtbf_hours: float | None = None
     cost_per_gpu_hour: float = 0.0
-    min_replicas: int = 1
-    max_replicas: int = 64
-    slo: Slo = field(default_factory=Slo)
+    min_replicas: int | None = None
+    """None: as the tier's ``scaling`` has it, or 1."""
+    max_replicas: int | None = None
+    """None: as the tier's ``scaling`` has it, or 64."""
+    slo: Slo | None = None
+    """None: each tier's own."""
     itl_s: float = 0.05
     """Time per token of an engine whose speed is not known."""
     prefill_tokens_per_s: float = 500.0
     """Of such an engine."""
+    tick_s: float = 5.0
+    """How often targets are worked out."""
     seed: int = 0
 
 
@@ -73,12 +81,16 @@ def _tier(tier: TierConfig, options: Options, work: Work) -> TierScenario:
     held = min(
         float(tier.concurrency_limit), kv_tokens / (work.input_tokens + work.output_tokens / 2), sequences
     )
-    scaling = ScalingSettings(
-        min_replicas=options.min_replicas,
-        max_replicas=options.max_replicas,
+    plan = scaling_plan(tier, ScalingSettings().tick_s)
+    asked = plan.rule.settings if plan.follows else ScalingSettings(max_replicas=MOST_REPLICAS)
+    scaling = replace(
+        asked,
+        min_replicas=asked.min_replicas if options.min_replicas is None else options.min_replicas,
+        max_replicas=asked.max_replicas if options.max_replicas is None else options.max_replicas,
         cold_start_s=options.cold_start_s,
+        tick_s=options.tick_s,
         sequences=max(1.0, held),
-        slo=options.slo,
+        slo=options.slo or tier.slo.slo(),
     )
     replica = ReplicaModel(
         timing,
@@ -91,7 +103,7 @@ def _tier(tier: TierConfig, options: Options, work: Work) -> TierScenario:
         cold_start_jitter=options.cold_start_jitter,
         mtbf_s=None if options.mtbf_hours is None else options.mtbf_hours * 3600,
     )
-    replicas = min(max(tier.replicas, options.min_replicas), options.max_replicas)
+    replicas = min(max(tier.replicas, scaling.min_replicas), scaling.max_replicas)
     return TierScenario(tier_policy(tier), replica, scaling, prior, work, replicas)
 
 

@@ -300,14 +300,16 @@ class Simulator:
         itl_s = (now_s - first_s) / (arrival.output_tokens - 1) if arrival.output_tokens > 1 else 0.0
         record.ttft_s.append(ttft_s)
         record.itl_s.append(itl_s)
-        record.total_s.append(now_s - flight.arrived_s)
+        total_s = now_s - flight.arrived_s
+        record.total_s.append(total_s)
         record.output_tokens += arrival.output_tokens
         record.computed_tokens += job.computed_tokens
         tier.prompt += job.computed_tokens
         tier.answer += arrival.output_tokens
         tier.ended += 1
         slo = tier.scenario.scaling.slo
-        self._end(tier, kept=ttft_s <= slo.ttft_s and itl_s <= slo.itl_s)
+        in_time = ttft_s <= slo.ttft_s and itl_s <= slo.itl_s and total_s <= slo.total_s
+        self._end(tier, kept=in_time)
         load = lease.load
         if not load.ready:
             rank = self.table.rank_of[load.endpoint.tier]

@@ -120,7 +120,7 @@ def scaling_run(scale: float) -> list[Figure]:
         Arrival(outcome.began_s - run.began_s, PROMPT_TOKENS, TOKENS)
         for outcome in sorted(run.load.outcomes, key=lambda outcome: outcome.began_s)
     ]
-    options = Options(cold_start_s=cold_start_s)
+    options = Options(cold_start_s=cold_start_s, tick_s=1.0)
     scenario = build(parse_plane(args), options, Work(PROMPT_TOKENS, TOKENS))
     predicted = replay(scenario, reactive_policy("tierplane"), arrivals)
     took_ms = [outcome.latency_ms for outcome in run.load.outcomes]
