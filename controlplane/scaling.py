@@ -302,9 +302,11 @@ class Scaling:
         endpoints = list(endpoints)
         uuids = {uuid for endpoint in endpoints for uuid in endpoint.gpu_uuids}
         signals = [
-            node.gpus[uuid].signals(now_s)
-            for node in fleet.nodes.values()
-            for uuid in uuids & node.gpus.keys()
+            node.gpus.signals(uuid, now_s)
+            for endpoint in endpoints
+            if (node := fleet.nodes.get(endpoint.node_id)) is not None
+            for uuid in endpoint.gpu_uuids
+            if uuid in node.gpus.uuids
         ]
         if signals:
             return (
