@@ -253,6 +253,28 @@ class Store:
         with self._lock:
             return self._read(read)
 
+    def summary(
+        self, prefix: str, since_unix_s: int, until_unix_s: int, step_s: int
+    ) -> list[tuple[str, int, int, float, float]]:
+        """Every series whose name begins so, added up over parts of ``step_s`` seconds from
+        ``since_unix_s``: name, number of the part, how many figures, their sum, the largest. A point belongs
+        to where it begins, which has to be in [since, until)."""
+
+        def read(database: sqlite3.Connection) -> list[tuple[str, int, int, float, float]]:
+            return database.execute(
+                "SELECT name, (at_s - ?1) / ?2 AS part, sum(count), sum(total), max(high)"
+                " FROM series CROSS JOIN history ON history.series = series.id"
+                " WHERE name >= ?3 AND name < ?4 AND step_s IN (SELECT value FROM json_each(?5))"
+                " AND at_s >= ?1 AND at_s < ?6 GROUP BY series.id, part",
+                (
+                    *(since_unix_s, step_s, prefix, prefix + chr(0x10FFFF)),
+                    *(json.dumps([step for step, _ in STEPS]), until_unix_s),
+                ),
+            ).fetchall()
+
+        with self._lock:
+            return self._read(read)
+
     def compact(self, now_unix_s: float) -> None:
         """Joins old points into wider ones, drops the oldest and old audit entries. Call it now and then."""
 
@@ -278,6 +300,10 @@ class Store:
                     " FROM history ORDER BY at_s DESC LIMIT -1 OFFSET ?)",
                     (self._memory_points,),
                 )
+            database.execute(
+                "DELETE FROM series WHERE NOT EXISTS (SELECT 1 FROM history WHERE series = series.id)"
+            )
+            self._series.clear()
 
         with self._lock:
             self._write(write)
