@@ -61,6 +61,17 @@ _ADD_POINT: Final = """
         low = min(low, excluded.low), high = max(high, excluded.high)
 """
 
+_WIDTHS: Final = ", ".join(str(step_s) for step_s, _ in STEPS)
+_TOTAL: Final = f"""
+    SELECT name, 0, sum(count), sum(total), max(high)
+    FROM series CROSS JOIN history ON history.series = series.id
+    WHERE name >= ?3 AND name < ?4 AND step_s IN ({_WIDTHS}) AND at_s >= ?1 AND at_s < ?2 GROUP BY name
+"""  # noqa: S608 - numbers of ours
+_BY_PART: Final = f"""
+    SELECT (at_s - ?1) / ?4 AS part, sum(count), sum(total), max(high) FROM history
+    WHERE series = ?3 AND step_s IN ({_WIDTHS}) AND at_s >= ?1 AND at_s < ?2 GROUP BY part
+"""  # noqa: S608 - numbers of ours
+
 
 @dataclass(frozen=True, slots=True)
 class AuditEntry:
@@ -261,16 +272,17 @@ class Store:
         to where it begins, which has to be in [since, until)."""
 
         def read(database: sqlite3.Connection) -> list[tuple[str, int, int, float, float]]:
-            return database.execute(
-                "SELECT name, (at_s - ?1) / ?2 AS part, sum(count), sum(total), max(high)"
-                " FROM series CROSS JOIN history ON history.series = series.id"
-                " WHERE name >= ?3 AND name < ?4 AND step_s IN (SELECT value FROM json_each(?5))"
-                " AND at_s >= ?1 AND at_s < ?6 GROUP BY series.id, part",
-                (
-                    *(since_unix_s, step_s, prefix, prefix + chr(0x10FFFF)),
-                    *(json.dumps([step for step, _ in STEPS]), until_unix_s),
-                ),
-            ).fetchall()
+            span = (since_unix_s, until_unix_s)
+            names = (prefix, prefix + chr(0x10FFFF))
+            if step_s >= until_unix_s - since_unix_s:
+                # in the order of the index: SQLite needs not sort millions of points
+                return database.execute(_TOTAL, (*span, *names)).fetchall()
+            series = database.execute("SELECT name, id FROM series WHERE name >= ? AND name < ?", names)
+            return [
+                (name, *row)
+                for name, number in series.fetchall()
+                for row in database.execute(_BY_PART, (*span, number, step_s))
+            ]
 
         with self._lock:
             return self._read(read)
