@@ -108,7 +108,7 @@ class Reports:
         control = self._control
         return Scene(
             control.registry.endpoints,
-            control.bases(self._unix_s()),
+            control.bases(),
             control.desk.book,
             control.fleet,
             control.engines,
