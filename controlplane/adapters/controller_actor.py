@@ -29,6 +29,7 @@ from controlplane.adapters.engine_metrics import EngineScraper, ScrapeTarget
 from controlplane.adapters.node_watch import NodeWatch
 from controlplane.adapters.ray_node_agent import stop_node_agents
 from controlplane.adapters.recorder import Recorder
+from controlplane.adapters.reports import Reports
 from controlplane.adapters.store import Point
 from controlplane.config import ControllerConfig
 from controlplane.config.alerts import AlertsConfig
@@ -47,6 +48,7 @@ from controlplane.core.leases import Answer, Part
 from controlplane.core.moves import Activity
 from controlplane.core.orders import ActionAnswer, ReportAnswer, StartAnswer
 from controlplane.core.reconcile import ReconcileRules
+from controlplane.core.report import PlaneReport
 from controlplane.core.scaling_view import ScalingReport
 from controlplane.core.targets import TierTarget
 from controlplane.operations import Operations
@@ -100,6 +102,11 @@ class ControllerActor:
         )
         self._scaling = Scaling(self._control, config.scaling)
         self._operations = Operations(self._control)
+        self._reports = Reports(
+            *(self._control, self._recorder, config.reports, config.scaling.cost_per_gpu_hour),
+            heartbeat_s=config.heartbeat_s,
+            unix_s=lambda: time.monotonic() + self._shift_s,
+        )
         self._hurry = asyncio.Event()
         self._alerts = AlertLoop(
             *(self._control, config),
@@ -313,6 +320,10 @@ class ControllerActor:
             name: await asyncio.to_thread(store.history, name, since_unix_s, until_unix_s) for name in series
         }
 
+    async def plane_report(self, window_minutes: float = 60.0) -> PlaneReport:
+        """See :meth:`Reports.report`."""
+        return await self._reports.report(window_minutes)
+
     async def activity(self) -> Activity:
         """What is under way."""
         return replace(self._control.activity(), store_warning=self._recorder.warning, tick_s=self._tick_s)
@@ -344,6 +355,7 @@ class ControllerActor:
                 self._wake()
                 self._save()
                 self._add_history()
+                self._reports.tick()
             except Exception as error:
                 log.exception("a tick failed; the next one looks again", error=repr(error))
             if self._control.registry.empty_for_s() > IDLE_EXIT_S:

@@ -61,6 +61,17 @@ _ADD_POINT: Final = """
         low = min(low, excluded.low), high = max(high, excluded.high)
 """
 
+_WIDTHS: Final = ", ".join(str(step_s) for step_s, _ in STEPS)
+_TOTAL: Final = f"""
+    SELECT name, 0, sum(count), sum(total), max(high)
+    FROM series CROSS JOIN history ON history.series = series.id
+    WHERE name >= ?3 AND name < ?4 AND step_s IN ({_WIDTHS}) AND at_s >= ?1 AND at_s < ?2 GROUP BY name
+"""  # noqa: S608 - numbers of ours
+_BY_PART: Final = f"""
+    SELECT (at_s - ?1) / ?4 AS part, sum(count), sum(total), max(high) FROM history
+    WHERE series = ?3 AND step_s IN ({_WIDTHS}) AND at_s >= ?1 AND at_s < ?2 GROUP BY part
+"""  # noqa: S608 - numbers of ours
+
 
 @dataclass(frozen=True, slots=True)
 class AuditEntry:
@@ -253,6 +264,29 @@ class Store:
         with self._lock:
             return self._read(read)
 
+    def summary(
+        self, prefix: str, since_unix_s: int, until_unix_s: int, step_s: int
+    ) -> list[tuple[str, int, int, float, float]]:
+        """Every series whose name begins so, added up over parts of ``step_s`` seconds from
+        ``since_unix_s``: name, number of the part, how many figures, their sum, the largest. A point belongs
+        to where it begins, which has to be in [since, until)."""
+
+        def read(database: sqlite3.Connection) -> list[tuple[str, int, int, float, float]]:
+            span = (since_unix_s, until_unix_s)
+            names = (prefix, prefix + chr(0x10FFFF))
+            if step_s >= until_unix_s - since_unix_s:
+                # in the order of the index: SQLite needs not sort millions of points
+                return database.execute(_TOTAL, (*span, *names)).fetchall()
+            series = database.execute("SELECT name, id FROM series WHERE name >= ? AND name < ?", names)
+            return [
+                (name, *row)
+                for name, number in series.fetchall()
+                for row in database.execute(_BY_PART, (*span, number, step_s))
+            ]
+
+        with self._lock:
+            return self._read(read)
+
     def compact(self, now_unix_s: float) -> None:
         """Joins old points into wider ones, drops the oldest and old audit entries. Call it now and then."""
 
@@ -278,6 +312,10 @@ class Store:
                     " FROM history ORDER BY at_s DESC LIMIT -1 OFFSET ?)",
                     (self._memory_points,),
                 )
+            database.execute(
+                "DELETE FROM series WHERE NOT EXISTS (SELECT 1 FROM history WHERE series = series.id)"
+            )
+            self._series.clear()
 
         with self._lock:
             self._write(write)

@@ -13,6 +13,7 @@ from controlplane.config.alerts import AlertsConfig
 from controlplane.config.expected import ExpectedLoad
 from controlplane.config.flags import vllm_flag_findings
 from controlplane.config.gpu_models import gpu_model_findings, table_name
+from controlplane.config.reports import ReportsConfig
 from controlplane.config.scaling import DEFAULT_MAX, ControllerScalingConfig, ScalingConfig, SloConfig
 from controlplane.config.strict import Finding, FindingsError, Strict
 from controlplane.core.domain import Complexity
@@ -421,6 +422,8 @@ class ControllerConfig(Strict):
     """What is done about load."""
     alerts: AlertsConfig = AlertsConfig()
     """What is told to whom when something is wrong."""
+    reports: ReportsConfig = ReportsConfig()
+    """What ``tierplane report`` looks back on."""
     log_format: Literal["auto", "json", "console"] = "auto"
     """``auto``: readable on a terminal, JSON elsewhere."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

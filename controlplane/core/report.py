@@ -1,122 +1,327 @@
-"""What a window of time was like, per instance: from samples to averages, maxima and shares.
+"""What a window of time was like, per tier and endpoint: from samples to averages, maxima and shares.
 
-An instance is a tier, an endpoint or a node; whoever samples it decides. What was not measured is left out of
-the averages and stays None where nothing was: an hour without telemetry is not an hour at zero.
+A sample is what one instance (a tier or an endpoint) did since the sample before. Its figures are of two
+kinds: :data:`SUMS`, which add up, and :data:`GAUGES`, of which mean and maximum are told. So samples may be
+added up in memory, or point by point in a store that joins old points into wider ones, and the report is the
+same.
+
+A sample belongs to the window in which it ends. What was not measured is left out: an hour without gateways
+that report is an hour that is not covered, and not one without requests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from typing import Final
+
+MAX_WINDOW_MINUTES: Final = 30 * 24 * 60.0
+"""History is not kept for longer."""
+MIN_WINDOW_MINUTES: Final = 1.0
+MAX_ENDPOINTS: Final = 1000
+"""Endpoints in one report, those with the most requests; over weeks very many may have come and gone."""
+TRACK_POINTS: Final = 120
+
+
+class InstanceKind(StrEnum):
+    """What an instance is."""
+
+    TIER = "tier"
+    ENDPOINT = "endpoint"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Instance:
+    """Whom a sample is of."""
+
+    kind: InstanceKind
+    tier: str
+    name: str
+    """The tier's name, or the endpoint's id."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReportSample:
-    """One instance at one moment; None: not measured. Counts are since the sample before."""
+    """What one instance did since the sample before. None: not measured."""
 
-    at_s: float
-    interval_s: float
-    up: bool
-    """It could serve."""
+    watched_s: float = 0.0
+    """For so long it was seen whether it could serve."""
+    up_s: float = 0.0
+    """Of that, in which it could."""
+    counted_s: float = 0.0
+    """For so long all gateways' counts are known; 0: nothing is known of requests."""
     requests: float = 0.0
+    """That ended here by themselves: answered, failed or shed."""
+    answered: float = 0.0
     errors: float = 0.0
+    shed: float = 0.0
+    retried: float = 0.0
+    """Attempts after the first."""
     resumed: float = 0.0
     spilled: float = 0.0
-    tokens: float = 0.0
-    kept_slo: float | None = None
-    """Requests that kept the SLO, of those that have one."""
-    latency_ms: float | None = None
-    """Mean of the requests of the interval."""
-    latency_max_ms: float | None = None
+    """Requests meant for this tier that another one served."""
+    judged: float = 0.0
+    """Requests meant for this tier that count for its SLO."""
+    missed: float = 0.0
+    """Of those, that did not keep it."""
+    prompt_tokens: float = 0.0
+    generated_tokens: float = 0.0
+    latency_s: float = 0.0
+    """Sum over ``answered``, from arrival to the end of the answer."""
+    gpu_s: float = 0.0
+    """GPUs held, times seconds."""
     queue: float | None = None
+    """Requests that wait for it: in the gateways (tiers) and in engines that say so."""
+    in_flight: float | None = None
     gpu_ratio: float | None = None
-    gpus: float = 0.0
-    """That it holds."""
+    """Mean utilisation of its own GPUs; a GPU that is shared counts whole."""
+    latency_max_s: float | None = None
+
+
+_NAMES: Final = tuple(item.name for item in fields(ReportSample))
+GAUGES: Final = ("queue", "in_flight", "gpu_ratio", "latency_max_s")
+SUMS: Final = tuple(name for name in _NAMES if name not in GAUGES)
+
+
+@dataclass(slots=True)
+class Totals:
+    """Samples of one instance, added up."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    gauges: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+    """Name → how many were measured, their sum, the highest."""
+
+    def add(self, name: str, count: float, total: float, high: float) -> None:
+        """Figures of one name: how many, their sum, the highest. ValueError if there is no such name."""
+        if name in GAUGES:
+            known = self.gauges.get(name, (0.0, 0.0, high))
+            self.gauges[name] = (known[0] + count, known[1] + total, max(known[2], high))
+        elif name in SUMS:
+            self.sums[name] = self.sums.get(name, 0.0) + total
+        else:
+            raise ValueError(f"a sample has no '{name}'")
+
+    def include(self, sample: ReportSample) -> None:
+        """One more sample."""
+        for name in _NAMES:
+            value = getattr(sample, name)
+            if value is not None:
+                self.add(name, 1.0, value, value)
+
+    def merge(self, other: Totals) -> None:
+        """All that the other has."""
+        for name, total in other.sums.items():
+            self.add(name, 1.0, total, total)
+        for name, figures in other.gauges.items():
+            self.add(name, *figures)
+
+    def sum(self, name: str) -> float:
+        """Of one of :data:`SUMS`."""
+        return self.sums.get(name, 0.0)
+
+    def mean(self, name: str) -> float | None:
+        """Of one of :data:`GAUGES`, over the samples that have it."""
+        count, total, _ = self.gauges.get(name, (0.0, 0.0, 0.0))
+        return total / count if count else None
+
+    def high(self, name: str) -> float | None:
+        """The highest of one of :data:`GAUGES`."""
+        return self.gauges[name][2] if name in self.gauges else None
 
 
 @dataclass(frozen=True, slots=True)
 class InstanceReport:
-    """One instance over the window."""
+    """One tier or endpoint over the window. None: not measured, or of no request."""
 
+    kind: InstanceKind
+    tier: str
     instance: str
+    gone: bool
+    """It is there no more."""
     covered_s: float
-    """How much of the window there are samples of."""
-    latency_mean_ms: float | None
-    """Weighted by requests."""
-    latency_max_ms: float | None
-    gpu_ratio: float | None
-    """Weighted by time."""
+    """How much of the window all gateways' counts are known of; rates are over that."""
     requests: float
-    requests_per_s: float
+    requests_per_s: float | None
+    latency_mean_ms: float | None
+    latency_max_ms: float | None
     queue_mean: float | None
     queue_max: float | None
+    in_flight_mean: float | None
     availability: float | None
-    """Share of the covered time in which it could serve."""
-    tokens: float
+    """Share of the time in which it could serve: a tier with one endpoint ready, an endpoint that is ready.
+    What leaves on purpose, and a tier that is meant to have no replica, is not counted as away."""
+    prompt_tokens: float
+    generated_tokens: float
     errors: float
-    error_ratio: float
+    error_ratio: float | None
+    shed: float
+    retried: float
     resumed: float
     spilled: float
+    """Meant for this tier and served by another; tiers only."""
+    judged: float
     attainment: float | None
+    """Share of ``judged`` that kept the tier's SLO; tiers only."""
+    gpu_ratio: float | None
     gpu_hours: float
     cost: float
 
 
-def report(
-    instance: str,
-    samples: Iterable[ReportSample],
-    from_s: float,
-    until_s: float,
-    cost_per_gpu_hour: float = 0.0,
+@dataclass(frozen=True, slots=True)
+class TrackPoint:
+    """A tier over a short part of the window, for a plot."""
+
+    unix_s: float
+    """Where the part begins."""
+    requests_per_s: float | None
+    latency_mean_ms: float | None
+    latency_max_ms: float | None
+    queue: float | None
+    gpu_ratio: float | None
+    attainment: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Track:
+    """A tier's course; parts of which nothing is known have no point."""
+
+    tier: str
+    step_s: float
+    points: tuple[TrackPoint, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PlaneReport:
+    """The whole plane over the window."""
+
+    from_unix_s: float
+    until_unix_s: float
+    """When the newest sample was taken."""
+    tiers: tuple[InstanceReport, ...]
+    endpoints: tuple[InstanceReport, ...]
+    tracks: tuple[Track, ...]
+    cost_per_gpu_hour: float
+    left_out: int = 0
+    """Endpoints beyond :data:`MAX_ENDPOINTS`."""
+
+    @property
+    def gpu_hours(self) -> float:
+        """Of all tiers."""
+        return sum(tier.gpu_hours for tier in self.tiers)
+
+    @property
+    def cost(self) -> float:
+        """Of all tiers."""
+        return sum(tier.cost for tier in self.tiers)
+
+
+def instance_report(
+    instance: Instance, totals: Totals, cost_per_gpu_hour: float = 0.0, *, gone: bool = False
 ) -> InstanceReport:
-    """The instance from ``from_s`` to ``until_s``. A sample that reaches into the window counts for the part
-    of its interval that lies there. ValueError if the window has no length."""
-    if until_s <= from_s:
-        raise ValueError("the window must end after it begins")
-    inside = [(sample, part) for sample in samples if (part := _part(sample, from_s, until_s)) > 0]
-    covered_s = sum(sample.interval_s * part for sample, part in inside)
-    requests = _sum(inside, [sample.requests for sample, _ in inside])
-    errors = _sum(inside, [sample.errors for sample, _ in inside])
-    gpu_hours = sum(sample.gpus * sample.interval_s * part for sample, part in inside) / 3600
-    judged = [(sample, part) for sample, part in inside if sample.kept_slo is not None]
-    asked = _sum(judged, [sample.requests for sample, _ in judged])
-    kept = _sum(judged, [sample.kept_slo or 0.0 for sample, _ in judged])
-    timed = [(s.latency_ms, s.requests * part) for s, part in inside if s.latency_ms is not None]
-    worst = [s.latency_max_ms if s.latency_max_ms is not None else s.latency_ms for s, _ in inside]
+    """What the totals say."""
+    covered_s, requests, answered = (totals.sum(name) for name in ("counted_s", "requests", "answered"))
+    gpu_hours = totals.sum("gpu_s") / 3600
+    latency_mean_s = _share(totals.sum("latency_s"), answered)
     return InstanceReport(
-        instance,
-        covered_s,
-        _mean(timed),
-        max((value for value in worst if value is not None), default=None),
-        _mean([(s.gpu_ratio, s.interval_s * part) for s, part in inside if s.gpu_ratio is not None]),
-        requests,
-        requests / covered_s if covered_s else 0.0,
-        _mean([(s.queue, s.interval_s * part) for s, part in inside if s.queue is not None]),
-        max((s.queue for s, _ in inside if s.queue is not None), default=None),
-        sum(s.interval_s * part for s, part in inside if s.up) / covered_s if covered_s else None,
-        _sum(inside, [sample.tokens for sample, _ in inside]),
-        errors,
-        min(1.0, errors / requests) if requests else 0.0,
-        _sum(inside, [sample.resumed for sample, _ in inside]),
-        _sum(inside, [sample.spilled for sample, _ in inside]),
-        min(1.0, kept / asked) if asked else None,
-        gpu_hours,
-        gpu_hours * cost_per_gpu_hour,
+        kind=instance.kind,
+        tier=instance.tier,
+        instance=instance.name,
+        gone=gone,
+        covered_s=covered_s,
+        requests=requests,
+        requests_per_s=_share(requests, covered_s),
+        latency_mean_ms=_ms(latency_mean_s),
+        latency_max_ms=_ms(totals.high("latency_max_s")),
+        queue_mean=totals.mean("queue"),
+        queue_max=totals.high("queue"),
+        in_flight_mean=totals.mean("in_flight"),
+        availability=_share(totals.sum("up_s"), totals.sum("watched_s")),
+        prompt_tokens=totals.sum("prompt_tokens"),
+        generated_tokens=totals.sum("generated_tokens"),
+        errors=totals.sum("errors"),
+        error_ratio=_share(totals.sum("errors"), requests),
+        shed=totals.sum("shed"),
+        retried=totals.sum("retried"),
+        resumed=totals.sum("resumed"),
+        spilled=totals.sum("spilled"),
+        judged=totals.sum("judged"),
+        attainment=_share(totals.sum("judged") - totals.sum("missed"), totals.sum("judged")),
+        gpu_ratio=totals.mean("gpu_ratio"),
+        gpu_hours=gpu_hours,
+        cost=gpu_hours * cost_per_gpu_hour,
     )
 
 
-def _part(sample: ReportSample, from_s: float, until_s: float) -> float:
-    """The share of the sample's interval that lies in the window."""
-    if sample.interval_s <= 0:
-        return 0.0
-    begin_s = sample.at_s - sample.interval_s
-    return max(0.0, min(sample.at_s, until_s) - max(begin_s, from_s)) / sample.interval_s
+def track(tier: str, parts: Mapping[int, Totals], from_unix_s: float, step_s: float) -> Track:
+    """A tier's course; ``parts`` are by their number from the window's begin."""
+    instance = Instance(InstanceKind.TIER, tier, tier)
+    points = []
+    for number in sorted(parts):
+        found = instance_report(instance, parts[number])
+        points.append(
+            TrackPoint(
+                from_unix_s + number * step_s,
+                found.requests_per_s,
+                found.latency_mean_ms,
+                found.latency_max_ms,
+                found.queue_mean,
+                found.gpu_ratio,
+                found.attainment,
+            )
+        )
+    return Track(tier, step_s, tuple(points))
 
 
-def _sum(inside: Sequence[tuple[ReportSample, float]], values: Sequence[float]) -> float:
-    return sum(value * part for value, (_, part) in zip(values, inside, strict=True))
+def plane_report(
+    totals: Mapping[Instance, Totals],
+    tracks: Mapping[str, Mapping[int, Totals]],
+    *,
+    tiers: Iterable[str],
+    present: Iterable[str],
+    from_unix_s: float,
+    until_unix_s: float,
+    step_s: float,
+    cost_per_gpu_hour: float = 0.0,
+) -> PlaneReport:
+    """All of it: ``tiers`` in the configuration's order, then others that there were; endpoints by tier and
+    name, of which ``present`` are those that are there."""
+    known, there = list(dict.fromkeys(tiers)), set(present)
+    order = {tier: place for place, tier in enumerate(known)}
+    made = [
+        instance_report(
+            item, found, cost_per_gpu_hour, gone=item.name not in (order if _is_tier(item) else there)
+        )
+        for item, found in totals.items()
+    ]
+    made.sort(key=lambda item: (order.get(item.tier, len(order)), item.tier, item.gone, item.instance))
+    endpoints = [item for item in made if item.kind is InstanceKind.ENDPOINT]
+    busiest = sorted(endpoints, key=lambda item: -item.requests)[:MAX_ENDPOINTS]
+    kept = {item.instance for item in busiest}
+    shown = tuple(item for item in made if item.kind is InstanceKind.TIER)
+    return PlaneReport(
+        from_unix_s,
+        until_unix_s,
+        shown,
+        tuple(item for item in endpoints if item.instance in kept),
+        tuple(track(item.tier, tracks.get(item.tier, {}), from_unix_s, step_s) for item in shown),
+        cost_per_gpu_hour,
+        len(endpoints) - len(kept),
+    )
 
 
-def _mean(weighted: Sequence[tuple[float, float]]) -> float | None:
-    total = sum(weight for _, weight in weighted)
-    return sum(value * weight for value, weight in weighted) / total if total else None
+def track_step_s(window_s: float) -> int:
+    """How long a part of a window's track is: whole seconds, at most :data:`TRACK_POINTS` parts."""
+    return max(10, -(-int(window_s) // TRACK_POINTS))
+
+
+def _is_tier(instance: Instance) -> bool:
+    return instance.kind is InstanceKind.TIER
+
+
+def _share(part: float, whole: float) -> float | None:
+    return part / whole if whole > 0 else None
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else seconds * 1e3

@@ -13,6 +13,7 @@ import math
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from types import MappingProxyType
 from typing import Final
 
 from controlplane.core.autoscaling import Slo
@@ -173,6 +174,11 @@ class TrafficBook:
             in_flight=sum(part.in_flight for part in parts),
             latency_max_s=max((part.latency_max_s for part in parts), default=0.0),
         )
+
+    @property
+    def gateways(self) -> Mapping[str, float]:
+        """When each was last heard of."""
+        return MappingProxyType(self._heard_s)
 
     def heard_s(self) -> float | None:
         """When the gateway that was silent for longest was last heard of; None: there is none."""

@@ -296,3 +296,31 @@ def test_threads_share_it(path: Path) -> None:
             thread.join()
         assert [entry.seq for entry in store.audit_since(0)] == list(range(1, 201))
         assert {store.get(name) for name in "abcd"} == {49}
+
+
+def test_a_summary_adds_up_series_by_part_over_points_of_any_width(tmp_path: Path) -> None:
+    with Store(tmp_path / "store.sqlite") as store:
+        for second in range(0, 1200, 10):
+            store.add_points(6000 + second, {"a/x": 1.0, "a/y": float(second), "b/x": 5.0})
+        fresh = store.summary("a/", 6000, 7200, 600)
+        assert fresh == [
+            ("a/x", 0, 60, 60.0, 1.0),
+            ("a/x", 1, 60, 60.0, 1.0),
+            ("a/y", 0, 60, sum(range(0, 600, 10)), 590.0),
+            ("a/y", 1, 60, sum(range(600, 1200, 10)), 1190.0),
+        ]
+        assert store.summary("a/x", 6000, 6600, 2**40) == [("a/x", 0, 60, 60.0, 1.0)]
+        for age_s in (7200, 3 * DAY_S):
+            store.compact(7200 + age_s)
+            assert store.summary("a/", 6000, 7200, 600) == fresh
+        assert store.summary("c/", 0, 2**40, 600) == []
+
+
+def test_the_name_of_a_series_goes_with_its_last_point(tmp_path: Path) -> None:
+    with Store(tmp_path / "store.sqlite") as store:
+        store.add_points(1000, {"gone/x": 1.0})
+        store.compact(1000 + 31 * DAY_S)
+        store.add_points(2000 + 31 * DAY_S, {"here/x": 1.0})
+        assert [name for (name,) in store._database.execute("SELECT name FROM series")] == ["here/x"]
+        store.add_points(2000 + 31 * DAY_S, {"gone/x": 2.0})
+        assert store.history("gone/x", 0, 2**40)[0].mean == 2.0

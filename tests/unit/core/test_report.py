@@ -1,53 +1,175 @@
+"""From samples to a report: averages, maxima, shares, and sums that add up."""
+
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from controlplane.core.report import ReportSample, report
+from controlplane.core.report import (
+    GAUGES,
+    MAX_ENDPOINTS,
+    SUMS,
+    Instance,
+    InstanceKind,
+    InstanceReport,
+    ReportSample,
+    Totals,
+    instance_report,
+    plane_report,
+    track,
+    track_step_s,
+)
+from controlplane.core.report_ring import Look, ReportRing, tally
+
+LIGHT = Instance(InstanceKind.TIER, "light", "light")
+ONE = Instance(InstanceKind.ENDPOINT, "light", "light-1")
+SAMPLES = (
+    ReportSample(
+        **{"watched_s": 60, "up_s": 60, "counted_s": 60, "requests": 100, "answered": 98, "errors": 1},
+        **{"shed": 1, "retried": 4, "resumed": 2, "spilled": 3, "judged": 100, "missed": 10},
+        **{"prompt_tokens": 700, "generated_tokens": 5000, "latency_s": 19.6, "gpu_s": 120.0},
+        **{"queue": 4.0, "in_flight": 1.0, "gpu_ratio": 0.5, "latency_max_s": 0.9},
+    ),
+    ReportSample(
+        **{"watched_s": 60, "up_s": 30, "counted_s": 60, "requests": 300, "answered": 294, "errors": 3},
+        **{"judged": 100, "missed": 0, "generated_tokens": 9000, "latency_s": 117.6, "gpu_s": 120.0},
+        **{"queue": 8.0, "in_flight": 3.0, "gpu_ratio": 0.9, "latency_max_s": 2.5},
+    ),
+    ReportSample(watched_s=60, gpu_s=120.0),
+)
 
 
-def samples() -> list[ReportSample]:
-    return [
-        ReportSample(60, 60, True, 100, 1, 2, 3, 5000, 99, 200.0, 900.0, 4.0, 0.5, 2.0),
-        ReportSample(120, 60, True, 300, 3, 0, 1, 9000, 270, 400.0, 2500.0, 8.0, 0.9, 2.0),
-        ReportSample(180, 60, False, gpus=2.0),
-    ]
+def added(samples: tuple[ReportSample, ...]) -> Totals:
+    totals = Totals()
+    for sample in samples:
+        totals.include(sample)
+    return totals
 
 
 def test_figures_of_a_window() -> None:
-    found = report("light", samples(), 0.0, 180.0, cost_per_gpu_hour=3.0)
+    found = instance_report(LIGHT, added(SAMPLES), cost_per_gpu_hour=3.0)
+    assert found.covered_s == 120
     assert found.latency_mean_ms == pytest.approx(350.0)
     assert found.latency_max_ms == 2500.0
     assert found.gpu_ratio == pytest.approx(0.7)
     assert found.requests == 400
-    assert found.requests_per_s == pytest.approx(400 / 180)
-    assert (found.queue_mean, found.queue_max) == (6.0, 8.0)
-    assert found.availability == pytest.approx(2 / 3)
-    assert (found.tokens, found.errors, found.resumed, found.spilled) == (14000, 4, 2, 4)
+    assert found.requests_per_s == pytest.approx(400 / 120)
+    assert (found.queue_mean, found.queue_max, found.in_flight_mean) == (6.0, 8.0, 2.0)
+    assert found.availability == pytest.approx(0.5)
+    assert (found.prompt_tokens, found.generated_tokens) == (700, 14000)
+    assert (found.errors, found.shed, found.retried, found.resumed, found.spilled) == (4, 1, 4, 2, 3)
     assert found.error_ratio == pytest.approx(0.01)
-    assert found.attainment == pytest.approx(369 / 400)
+    assert found.attainment == pytest.approx(0.95)
     assert found.gpu_hours == pytest.approx(0.1)
     assert found.cost == pytest.approx(0.3)
 
 
-def test_a_sample_counts_for_its_part_in_the_window() -> None:
-    found = report("light", samples(), 30.0, 60.0)
-    assert found.requests == 50
-    assert found.covered_s == 30.0
-    assert found.availability == 1.0
-
-
 def test_what_was_not_measured_is_not_zero() -> None:
-    found = report("light", samples()[2:], 0.0, 180.0)
-    assert found.latency_mean_ms is None
-    assert found.gpu_ratio is None
-    assert found.queue_max is None
-    assert found.attainment is None
-    assert found.availability == 0.0
-    nothing = report("light", [], 0.0, 60.0)
-    assert nothing.availability is None
-    assert nothing.requests_per_s == 0.0
+    unheard = instance_report(LIGHT, added(SAMPLES[2:]))
+    assert unheard.covered_s == 0
+    assert unheard.availability == 0.0
+    unknown = {
+        "requests_per_s", "latency_mean_ms", "latency_max_ms", "queue_mean", "queue_max", "in_flight_mean",
+        "error_ratio", "attainment", "gpu_ratio",
+    }  # fmt: skip
+    assert {name for name in InstanceReport.__slots__ if getattr(unheard, name) is None} == unknown
+    assert instance_report(LIGHT, Totals()).availability is None
 
 
-def test_a_window_has_a_length() -> None:
-    with pytest.raises(ValueError, match="window"):
-        report("light", [], 5.0, 5.0)
+def test_a_name_that_no_sample_has_is_refused() -> None:
+    with pytest.raises(ValueError, match="latency_p99"):
+        Totals().add("latency_p99", 1, 1, 1)
+
+
+def test_tiers_are_in_the_configurations_order_and_what_is_gone_comes_last() -> None:
+    old = Instance(InstanceKind.TIER, "old", "old")
+    gone = Instance(InstanceKind.ENDPOINT, "light", "light-0")
+    totals = {old: Totals(), LIGHT: Totals(), gone: Totals(), ONE: Totals()}
+    more: dict[str, float] = {"from_unix_s": 0, "until_unix_s": 60}
+    found = plane_report(totals, {}, tiers=["big", "light"], present=["light-1"], step_s=10, **more)
+    assert [(item.instance, item.gone) for item in found.tiers] == [("light", False), ("old", True)]
+    assert [(item.instance, item.gone) for item in found.endpoints] == [("light-1", False), ("light-0", True)]
+    assert [item.tier for item in found.tracks] == ["light", "old"]
+
+
+def test_a_report_names_the_busiest_endpoints_of_very_many() -> None:
+    totals = {}
+    for number in range(MAX_ENDPOINTS + 5):
+        totals[Instance(InstanceKind.ENDPOINT, "light", f"light-{number}")] = added(
+            (ReportSample(requests=number),)
+        )
+    found = plane_report(totals, {}, tiers=["light"], present=[], from_unix_s=0, until_unix_s=60, step_s=10)
+    assert (len(found.endpoints), found.left_out) == (MAX_ENDPOINTS, 5)
+    assert min(item.requests for item in found.endpoints) == 5
+
+
+def test_a_track_has_no_point_where_nothing_is_known() -> None:
+    found = track("light", {3: added(SAMPLES[:1]), 0: added(SAMPLES[2:])}, 1000.0, 60)
+    assert [point.unix_s for point in found.points] == [1000.0, 1180.0]
+    assert found.points[0].requests_per_s is None
+    assert found.points[1].attainment == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize(("window_s", "step_s"), [(60, 10), (1200, 10), (3600, 30), (7 * 86400, 5040)])
+def test_a_track_has_few_parts(window_s: float, step_s: int) -> None:
+    assert track_step_s(window_s) == step_s
+
+
+# --- in memory -----------------------------------------------------------------------------------------
+
+
+def test_memory_is_bounded_in_looks_and_in_rows() -> None:
+    ring = ReportRing(limit=3, max_rows=5)
+    for at_s in range(4):
+        ring.add(Look.of(at_s, {LIGHT: SAMPLES[0]}))
+    assert [look.unix_s for look in ring.looks] == [1, 2, 3]
+    assert ring.looks[0].instances is ring.looks[2].instances
+    ring.add(Look.of(4, {LIGHT: SAMPLES[0], ONE: SAMPLES[1]}))
+    ring.add(Look.of(5, {LIGHT: SAMPLES[0], ONE: SAMPLES[1]}))
+    assert ([look.unix_s for look in ring.looks], ring.rows) == ([3, 4, 5], 5)
+
+
+counts = st.integers(0, 1000)
+samples = st.builds(
+    ReportSample,
+    **dict.fromkeys(SUMS, counts),
+    **dict.fromkeys(GAUGES, st.none() | counts),
+)
+looks = st.lists(st.dictionaries(st.sampled_from([LIGHT, ONE]), samples), max_size=12)
+
+
+def totals_of(blocks: list[Look], from_s: int, until_s: int) -> dict[Instance, Totals]:
+    inside = [look for look in blocks if from_s <= look.unix_s < until_s]
+    return {instance: found for (instance, _), found in tally(inside, lambda each: each).items()}
+
+
+@given(looks, st.integers(0, 12))
+def test_two_windows_side_by_side_are_the_window_over_both(
+    taken: list[dict[Instance, ReportSample]], middle: int
+) -> None:
+    blocks = [Look.of(at_s, each) for at_s, each in enumerate(taken)]
+    first, second = totals_of(blocks, 0, middle), totals_of(blocks, middle, 12)
+    both = totals_of(blocks, 0, 12)
+    for instance, found in second.items():
+        first.setdefault(instance, Totals()).merge(found)
+    assert {key: value for key, value in first.items() if value.sums} == {
+        key: value for key, value in both.items() if value.sums
+    }
+
+
+@given(looks)
+def test_memory_adds_up_what_the_samples_say_part_by_part(taken: list[dict[Instance, ReportSample]]) -> None:
+    expected: dict[tuple[Instance, int], Totals] = {}
+    for at_s, each in enumerate(taken):
+        for instance, sample in each.items():
+            expected.setdefault((instance, at_s // 5), Totals()).include(sample)
+    blocks = [Look.of(at_s, each) for at_s, each in enumerate(taken)]
+    assert tally(blocks, lambda instance: instance, lambda look: look.unix_s // 5) == expected
+
+
+def test_instances_that_are_not_asked_for_are_left_out() -> None:
+    blocks = [Look.of(0, {LIGHT: SAMPLES[0], ONE: SAMPLES[1]}), Look.of(1, {ONE: SAMPLES[1]})]
+    found = tally(blocks, lambda each: each.tier if each.kind is InstanceKind.TIER else None)
+    assert found == {("light", 0): added(SAMPLES[:1])}
+    assert tally(blocks, lambda each: None) == {}

@@ -1,0 +1,236 @@
+"""Reports of the plane: samples into memory and into the store, and added up again when somebody asks.
+
+Memory has the last samples; the store has all of them, in points that get wider with age, and what an earlier
+controller process took. A report takes from the store what is older than the memory. It is made in a thread,
+once for all who ask before the next sample.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+import structlog
+
+from controlplane.adapters.recorder import Recorder
+from controlplane.adapters.store import STEPS
+from controlplane.config.reports import ReportsConfig
+from controlplane.control import Control
+from controlplane.core.report import (
+    GAUGES,
+    MAX_WINDOW_MINUTES,
+    MIN_WINDOW_MINUTES,
+    SUMS,
+    Instance,
+    InstanceKind,
+    InstanceReport,
+    PlaneReport,
+    ReportSample,
+    Totals,
+    plane_report,
+    track_step_s,
+)
+from controlplane.core.report_ring import Look, ReportRing, tally
+from controlplane.core.report_sampler import ReportSampler, Scene
+
+PREFIX = "report/"
+CACHED = 16
+"""Different windows whose reports are kept until the next sample."""
+JOIN_SLACK_S = 60
+"""Points this close to the age at which they are joined count as joined."""
+
+log = structlog.stdlib.get_logger(__name__)
+
+
+class Reports:
+    """The plane's samples. One event loop owns it; give it every tick."""
+
+    def __init__(
+        self,
+        control: Control,
+        recorder: Recorder,
+        settings: ReportsConfig,
+        cost_per_gpu_hour: float,
+        *,
+        heartbeat_s: float,
+        unix_s: Callable[[], float],
+    ) -> None:
+        self._control = control
+        self._recorder = recorder
+        self._settings = settings
+        self._cost_per_gpu_hour = cost_per_gpu_hour
+        self._heartbeat_s = heartbeat_s
+        self._unix_s = unix_s
+        self._sampler = ReportSampler()
+        self.ring = ReportRing(settings.samples)
+        self._taken_s = self._logged_s = control.now_s()
+        self._made: dict[float, PlaneReport] = {}
+        self._making = asyncio.Lock()
+        self._logging: asyncio.Task[None] | None = None
+
+    def tick(self) -> None:
+        """Look at who can serve; take a sample, and write the log's report, when it is time."""
+        now_s = self._control.now_s()
+        if self._control.registry.warming:
+            self._sampler.begin_anew()
+            self._taken_s = now_s
+            return
+        scene = self._scene()
+        self._sampler.watch(scene, now_s)
+        if now_s - self._taken_s >= self._settings.interval_s:
+            self._taken_s = now_s
+            self._keep(self._sampler.take(scene, now_s))
+        if now_s - self._logged_s >= self._settings.log_interval_s:
+            self._logged_s = now_s
+            self._logging = asyncio.get_running_loop().create_task(self._log())
+
+    async def report(self, window_minutes: float) -> PlaneReport:
+        """The plane over the last minutes. ValueError if the window is too short or too long."""
+        if not MIN_WINDOW_MINUTES <= window_minutes <= MAX_WINDOW_MINUTES:
+            raise ValueError(
+                f"a window of {window_minutes:g} min: reports look back on {MIN_WINDOW_MINUTES:g} to "
+                f"{MAX_WINDOW_MINUTES:g} minutes"
+            )
+        async with self._making:
+            made = self._made.get(window_minutes)
+            if made is None:
+                registry = self._control.registry
+                tiers, present = [spec.name for spec in registry.tiers], list(registry.endpoints)
+                made = await asyncio.to_thread(
+                    self._make, window_minutes * 60, self.ring.looks, self._unix_s(), tiers, present
+                )
+                if len(self._made) >= CACHED:
+                    self._made.clear()
+                self._made[window_minutes] = made
+            return made
+
+    def _scene(self) -> Scene:
+        control = self._control
+        return Scene(
+            control.registry.endpoints,
+            control.bases(),
+            control.desk.book,
+            control.fleet,
+            control.engines,
+            control.demand,
+            self._heartbeat_s,
+        )
+
+    def _keep(self, samples: dict[Instance, ReportSample]) -> None:
+        if not samples:
+            return
+        self._made = {}
+        unix_s = int(self._unix_s())
+        self.ring.add(Look.of(unix_s, samples))
+        values: dict[str, float] = {}
+        for instance, sample in samples.items():
+            begin = f"{PREFIX}{instance.kind}/{instance.tier}/{instance.name}/"
+            values |= {begin + name: value for name, value in figures(sample)}
+        self._recorder.add_points(unix_s, values)
+
+    def _make(
+        self,
+        window_s: float,
+        looks: Sequence[Look],
+        now_unix_s: float,
+        tiers: Sequence[str],
+        present: Sequence[str],
+    ) -> PlaneReport:
+        until_s = int(now_unix_s) + 1
+        from_s, step_s = until_s - int(window_s), track_step_s(window_s)
+        memory_s = max(from_s, _memory_from_s(looks[0].unix_s, until_s)) if looks else until_s
+        recent = [look for look in looks if memory_s <= look.unix_s < until_s]
+        totals = {instance: found for (instance, _), found in tally(recent, _itself).items()}
+        tracks: dict[str, dict[int, Totals]] = {}
+        for (tier, part), found in tally(
+            recent, _tier_of, lambda look: (look.unix_s - from_s) // step_s
+        ).items():
+            tracks.setdefault(tier, {})[part] = found
+        if from_s < memory_s:
+            store = self._recorder.store
+            for kind, width_s in ((InstanceKind.TIER, step_s), (InstanceKind.ENDPOINT, int(window_s) + 1)):
+                for series, part, count, total, high in store.summary(
+                    f"{PREFIX}{kind}/", from_s, min(memory_s, until_s), width_s
+                ):
+                    instance, name = _parsed(series)
+                    if name not in SUMS and name not in GAUGES:
+                        continue  # of another version
+                    totals.setdefault(instance, Totals()).add(name, count, total, high)
+                    if kind is InstanceKind.TIER:
+                        parts = tracks.setdefault(instance.tier, {})
+                        parts.setdefault(part, Totals()).add(name, count, total, high)
+        return plane_report(
+            totals,
+            tracks,
+            tiers=tiers,
+            present=present,
+            from_unix_s=from_s,
+            until_unix_s=until_s,
+            step_s=step_s,
+            cost_per_gpu_hour=self._cost_per_gpu_hour,
+        )
+
+    async def _log(self) -> None:
+        minutes = self._settings.log_interval_s / 60
+        try:
+            found = await self.report(minutes)
+        except Exception as error:
+            log.exception("there is no report for the log", error=repr(error))
+            return
+        for tier in found.tiers:
+            if not tier.gone:
+                log.info("report", window_minutes=minutes, tier=tier.tier, **log_figures(tier))
+
+
+def figures(sample: ReportSample) -> list[tuple[str, float]]:
+    """What the store keeps of a sample: sums that add nothing are left out."""
+    sums = [(name, getattr(sample, name)) for name in SUMS]
+    gauges = [(name, getattr(sample, name)) for name in GAUGES]
+    return [(name, value) for name, value in sums if value] + [
+        (name, value) for name, value in gauges if value is not None
+    ]
+
+
+def log_figures(tier: InstanceReport) -> dict[str, float]:
+    """One line's figures; what is not known is left out."""
+    values = {
+        "requests": round(tier.requests),
+        "requests_per_s": tier.requests_per_s,
+        "latency_mean_ms": tier.latency_mean_ms,
+        "latency_max_ms": tier.latency_max_ms,
+        "slo_attainment": tier.attainment,
+        "availability": tier.availability,
+        "queue_mean": tier.queue_mean,
+        "queue_max": tier.queue_max,
+        "gpu_ratio": tier.gpu_ratio,
+        "tokens": round(tier.prompt_tokens + tier.generated_tokens),
+        "errors": round(tier.errors),
+        "resumed": round(tier.resumed),
+        "spilled": round(tier.spilled),
+        "gpu_hours": tier.gpu_hours,
+        "cost": tier.cost,
+    }
+    return {name: round(value, 4) for name, value in values.items() if value is not None}
+
+
+def _memory_from_s(oldest_s: int, now_s: int) -> int:
+    """From when on the memory is used: a point of the store that is joined of several must not hold samples
+    from both sides."""
+    for step_s, keep_s in STEPS:
+        if now_s - oldest_s < keep_s - JOIN_SLACK_S:
+            return -(-oldest_s // step_s) * step_s
+    return -(-oldest_s // STEPS[-1][0]) * STEPS[-1][0]
+
+
+def _parsed(series: str) -> tuple[Instance, str]:
+    _, kind, tier, rest = series.split("/", 3)
+    name, _, figure = rest.rpartition("/")
+    return Instance(InstanceKind(kind), tier, name), figure
+
+
+def _itself(instance: Instance) -> Instance:
+    return instance
+
+
+def _tier_of(instance: Instance) -> str | None:
+    return instance.tier if instance.kind is InstanceKind.TIER else None
