@@ -59,6 +59,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "controlplane.cli.operate:restart",
         "Replace the engine processes of SUBJECT, those of one tier one after the other.",
     ),
+    "report": (
+        "controlplane.cli.report:command",
+        "Show what the last minutes, hours or days were like, for every tier and endpoint.",
+    ),
     "scale": (
         "controlplane.cli.scale:command",
         "Give TIER that number of REPLICAS whatever the scaling says; `auto` ends that.",

@@ -207,13 +207,9 @@ def _waiting(
 
 def _gpu_ratio(members: Iterable[Endpoint], fleet: GpuFleet, now_s: float) -> float | None:
     """Mean over the members' GPUs of which it is freshly known; None if of none."""
-    records, nodes = fleet.records, fleet.nodes
     ratios = []
     for uuid in {uuid for item in members for uuid in item.gpu_uuids}:
-        record = records.get(uuid)
-        node = nodes.get(record.node_id) if record is not None else None
-        gpu = node.gpus.get(uuid) if node is not None else None
-        ratio = gpu.load(now_s)[0] if gpu is not None else None
+        ratio = fleet.signals(uuid, now_s).gpu_ratio.fresh if uuid in fleet.records else None
         if ratio is not None:
             ratios.append(ratio)
     return sum(ratios) / len(ratios) if ratios else None

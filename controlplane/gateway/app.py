@@ -13,6 +13,7 @@ import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
@@ -23,11 +24,12 @@ from controlplane.core.admission import AdmissionQueue, AdmissionSettings
 from controlplane.core.dispatch import Dispatcher
 from controlplane.core.domain import ClusterSnapshot, Endpoint, GatewayInfo
 from controlplane.core.fleet import Fleet, FleetSettings
+from controlplane.core.report import PlaneReport
 from controlplane.core.scaling_view import ScalingReport, as_json_value
 from controlplane.core.snapshot import merge
 from controlplane.core.tiers import Direction, TierPolicy, TierTable
 from controlplane.errors import BadRequest, RequestError
-from controlplane.gateway import agents, pages
+from controlplane.gateway import agents, pages, report_page
 from controlplane.gateway.accounting import Ledger
 from controlplane.gateway.alert_page import alerts
 from controlplane.gateway.asgi import AsgiApp
@@ -115,6 +117,7 @@ class Gateway:
             "/alerts": ("GET", self._alerts),
             "/usage": ("GET", self._usage),
             "/recommendations": ("GET", self._recommendations),
+            "/report": ("GET", self._report),
         }
         self.app = AsgiApp(self.handle, max_body_bytes=settings.max_body_bytes)
 
@@ -294,6 +297,18 @@ class Gateway:
 
     async def _usage(self, request: Request, out: Responder) -> None:
         send_json(out, pages.usage(self.ledger, request.query))
+
+    async def _report(self, request: Request, out: Responder) -> None:
+        minutes, form = report_page.parse_query(request.query)
+        report: PlaneReport = await ask_controller(self.ask, "plane_report", minutes)
+        if form == "html":
+            headers = [
+                (b"content-type", b"text/html; charset=utf-8"),
+                (b"content-security-policy", report_page.CONTENT_SECURITY),
+            ]
+            out.send(200, headers, report_page.page(report).encode())
+        else:
+            send_json(out, asdict(report))
 
     async def _recommendations(self, request: Request, out: Responder) -> None:
         report: ScalingReport = await ask_controller(self.ask, "scaling")

@@ -162,6 +162,18 @@ class Metrics:
             ["alert", "severity", "subject"],
             registry=registry,
         )
+        self.slo_judged = Counter(
+            "tierplane_slo_judged_requests",
+            "Requests that count for the SLO of the tier that they were meant for.",
+            ["tier"],
+            registry=registry,
+        )
+        self.slo_missed = Counter(
+            "tierplane_slo_missed_requests",
+            "Of those, the ones that did not keep it.",
+            ["tier"],
+            registry=registry,
+        )
         self.target_replicas = Gauge(
             "tierplane_target_replicas", "Replicas that a tier is to have.", ["tier"], registry=registry
         )
@@ -195,8 +207,10 @@ class Metrics:
         """A call ended."""
         if self.on_finished is not None:
             self.on_finished(call, outcome, reason, now_s)
-        if self.traffic is not None:
-            self.traffic.ended(call, outcome, now_s)
+        judged = self.traffic.ended(call, outcome, now_s) if self.traffic is not None else None
+        if judged is not None:
+            self.slo_judged.labels(judged[0]).inc()
+            self.slo_missed.labels(judged[0]).inc(judged[1])
         tier = call.tier
         key = (tier, outcome, reason)
         counter = self._outcomes.get(key)

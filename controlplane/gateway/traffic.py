@@ -120,19 +120,21 @@ class TrafficMeter:
             counts.generated_tokens += generated
             counts.gpu_s += call.gpu_s
 
-    def ended(self, call: Call, outcome: str, now_s: float) -> None:
-        """A call ended: with outcome ``ok``, ``client_error``, ``failed``, ``shed`` or ``cancelled``."""
+    def ended(self, call: Call, outcome: str, now_s: float) -> tuple[str, bool] | None:
+        """A call ended: with outcome ``ok``, ``client_error``, ``failed``, ``shed`` or ``cancelled``. The
+        tier that it was meant for and whether it missed that tier's SLO; None: it does not count for one."""
         total_s = now_s - call.arrived_s
         for counts in self._of(call.tier, call):
             counts.served(call, outcome, total_s, now_s)
         if call.route is None or not call.route.order or outcome in ("client_error", "cancelled"):
-            return
+            return None
         meant = self._names[call.route.order[0]]
         counts = self._tiers[meant]
         counts.judged += 1
         counts.away += bool(call.tier) and call.tier != meant and outcome == "ok"
-        if outcome != "ok" or not self._kept(call, meant, total_s):
-            counts.missed += 1
+        missed = outcome != "ok" or not self._kept(call, meant, total_s)
+        counts.missed += missed
+        return meant, missed
 
     def _kept(self, call: Call, tier: str, total_s: float) -> bool:
         tokens = call.generated_tokens

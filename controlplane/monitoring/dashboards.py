@@ -219,6 +219,15 @@ SCALING: Final = Dashboard(
         Panel("Whole answers, p95", {"{{tier}}": "tier:tierplane_request_seconds:p95_5m"}, "s"),
         Panel("Ready endpoints", {"{{tier}}": q.seen("tierplane_endpoints", ["tier"], state="ready")}),
         Panel(
+            "Requests that missed the SLO",
+            {
+                "{{tier}}": f"{q.rate('tierplane_slo_missed_requests_total', ['tier'])}"
+                f" / ({q.rate('tierplane_slo_judged_requests_total', ['tier'])} > 0)"
+            },
+            "percentunit",
+            about="Of those meant for the tier; what failed or was shed missed it.",
+        ),
+        Panel(
             "Replicas: ready, to be, and wanted by the policy",
             {
                 "{{tier}} ready": q.seen("tierplane_endpoints", ["tier"], state="ready"),

@@ -102,6 +102,24 @@ def test_a_load_step_makes_a_tier_grow_and_shrink_and_no_request_fails(plane: Pl
     assert "tierplane_forecast_requests_per_second{" in metrics
 
 
+def test_the_report_counts_what_was_asked(plane: Plane) -> None:
+    def counted() -> Any:
+        report = plane.get("/report?window_minutes=10")
+        mine = next((each for each in report["tiers"] if each["tier"] == STEADY), None)
+        return report if mine and mine["requests"] >= mine["judged"] > 250 else None
+
+    report = until(counted, 30, "the samples")
+    steady = next(each for each in report["tiers"] if each["tier"] == STEADY)
+    assert steady["errors"] == 0
+    assert 500 < steady["latency_mean_ms"] < steady["latency_max_ms"]
+    mine = [each for each in report["endpoints"] if each["tier"] == STEADY]
+    assert len(mine) >= 3
+    assert sum(each["requests"] for each in mine) == steady["requests"]
+    assert any(track["points"] for track in report["tracks"])
+    told = program(plane, "report", "--window", "10")
+    assert told["tiers"][1]["requests"] == steady["requests"]
+
+
 def events(plane: Plane) -> list[dict[str, Any]]:
     env = {**os.environ, "TIERPLANE_RUN_DIR": str(plane.folder / "run")}
     done = subprocess.run(

@@ -1,0 +1,65 @@
+"""``tierplane report``: what the last minutes, hours or days were like, for every tier and endpoint."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from controlplane.cli.asking import connected, plane_options
+from controlplane.core.report import MAX_WINDOW_MINUTES, MIN_WINDOW_MINUTES, InstanceReport, PlaneReport
+from controlplane.gateway.report_page import DEFAULT_MINUTES, HEADS, page, row
+
+
+@click.command()
+@click.option(
+    "--window",
+    "minutes",
+    type=click.FloatRange(MIN_WINDOW_MINUTES, MAX_WINDOW_MINUTES),
+    default=DEFAULT_MINUTES,
+    show_default=True,
+    help="How many minutes to look back.",
+)
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page with plots, too.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@plane_options
+def command(
+    minutes: float, html: Path | None, as_json: bool, address: str | None, namespace: str | None
+) -> None:
+    """Show what the last minutes, hours or days were like, for every tier and endpoint."""
+    with connected(address, namespace) as plane:
+        report: PlaneReport = plane.ask("plane_report", minutes)
+    if html is not None:
+        html.write_text(page(report), "utf-8")
+    if as_json:
+        click.echo(json.dumps(asdict(report)))
+        return
+    console = Console()
+    for items in (report.tiers, report.endpoints):
+        if items:
+            console.print(_table(items))
+    cost = f", cost {report.cost:.2f}" if report.cost_per_gpu_hour else ""
+    console.print(f"{minutes:g} minutes: {report.gpu_hours:.2f} GPU hours{cost}")
+    if html is not None:
+        console.print(f"written to {html}")
+
+
+def _table(items: tuple[InstanceReport, ...]) -> Table:
+    """Columns in which no item has anything are left out."""
+    rows = [row(item) for item in items]
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    shown = [
+        number
+        for number, head in enumerate(HEADS)
+        if head in ("tier", "requests") or any(cells[number] not in ("", "-", "0", "0.00") for cells in rows)
+    ]
+    for number in shown:
+        left = HEADS[number] in ("tier", "endpoint")
+        table.add_column(HEADS[number], justify="left" if left else "right", no_wrap=True)
+    for cells in rows:
+        table.add_row(*(cells[number] for number in shown))
+    return table

@@ -1,0 +1,202 @@
+"""A report as a page for people: tables and plots in one file that needs no network.
+
+Everything that comes from outside is escaped. Plots are lines in SVG; where nothing is known a line is
+broken.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from html import escape
+from typing import Any, Final
+from urllib.parse import parse_qs
+
+from controlplane.core.report import (
+    MAX_WINDOW_MINUTES,
+    MIN_WINDOW_MINUTES,
+    InstanceReport,
+    PlaneReport,
+    Track,
+    TrackPoint,
+)
+from controlplane.errors import BadRequest
+
+CONTENT_SECURITY: Final = b"default-src 'none'; style-src 'unsafe-inline'"
+"""The page loads nothing and runs nothing."""
+DEFAULT_MINUTES: Final = 60.0
+FORMATS: Final = ("json", "html")
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 520, 190, 56, 22, 12
+_COLOURS: Final = ("#3b6fd4", "#c2571a", "#2e8b57", "#8e44ad", "#b8860b", "#c0392b", "#16808a", "#666666")
+_STYLE: Final = """
+:root{color-scheme:light dark}
+body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:74em;padding:0 1em}
+table{border-collapse:collapse;margin:1em 0;display:block;overflow-x:auto}
+td,th{padding:.2em .7em;border-bottom:1px solid #8884;text-align:right;white-space:nowrap}
+td:first-child,th:first-child,td:nth-child(2),th:nth-child(2){text-align:left}
+figure{display:inline-block;margin:0 1em 1em 0;max-width:100%}figcaption{font-weight:600}
+svg{max-width:100%;height:auto}svg text{fill:currentColor;font:11px system-ui,sans-serif}
+svg .grid{stroke:#8884}.key span{display:inline-block;width:.8em;height:.8em;margin:0 .3em 0 1em}
+h1{font-size:1.4em}h2{font-size:1.15em}.gone{opacity:.6}"""
+
+
+def parse_query(query: str) -> tuple[float, str]:
+    """``window_minutes`` and ``format`` of ``/report``. Raises BadRequest that names what is wrong."""
+    found = parse_qs(query, keep_blank_values=True)
+    text = found.get("window_minutes", [f"{DEFAULT_MINUTES:g}"])[0]
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0.0
+    if not MIN_WINDOW_MINUTES <= minutes <= MAX_WINDOW_MINUTES:
+        raise BadRequest(
+            f"window_minutes must be a number from {MIN_WINDOW_MINUTES:g} to {MAX_WINDOW_MINUTES:g}, "
+            f"not '{text[:40]}'",
+            param="window_minutes",
+        )
+    form = found.get("format", [FORMATS[0]])[0]
+    if form not in FORMATS:
+        raise BadRequest(f"format must be one of {', '.join(FORMATS)}, not '{form[:40]}'", param="format")
+    return minutes, form
+
+
+def page(report: PlaneReport) -> str:
+    """The report as one HTML file."""
+    begin, end = (time.strftime("%Y-%m-%d %H:%M", time.gmtime(at)) for at in _span(report))
+    cost = ""
+    if report.cost_per_gpu_hour:
+        cost = f", {report.cost:.2f} at {report.cost_per_gpu_hour:g} a GPU hour"
+    minutes = (report.until_unix_s - report.from_unix_s) / 60
+    return "\n".join(
+        [
+            "<!doctype html><html lang=en><meta charset=utf-8><title>tierplane report</title>",
+            f"<meta name=viewport content='width=device-width'><style>{_STYLE}</style>",
+            f"<h1>Report of {minutes:.0f} minutes</h1>",
+            f"<p>{begin} to {end} UTC. {report.gpu_hours:.2f} GPU hours{cost}.</p>",
+            "<h2>Tiers</h2>",
+            _table(report.tiers),
+            _key([track.tier for track in report.tracks]),
+            *(
+                _plot(title, report, value)
+                for title, value in _PLOTS
+                if any(value(point) is not None for track in report.tracks for point in track.points)
+            ),
+            "<h2>Endpoints</h2>",
+            _table(report.endpoints),
+            f"<p>{report.left_out} more are left out.</p>" if report.left_out else "",
+            "</html>",
+        ]
+    )
+
+
+def row(item: InstanceReport) -> tuple[str, ...]:
+    """One instance in a table's columns; ``-``: not known."""
+    return (
+        item.tier,
+        item.instance if item.instance != item.tier else "",
+        f"{item.requests:.0f}",
+        _shown(item.requests_per_s, "{:.2f}"),
+        _shown(item.latency_mean_ms, "{:.0f}"),
+        _shown(item.latency_max_ms, "{:.0f}"),
+        _shown(item.attainment, "{:.2%}"),
+        _shown(item.availability, "{:.2%}"),
+        _shown(item.queue_mean, "{:.1f}"),
+        _shown(item.queue_max, "{:.0f}"),
+        _shown(item.gpu_ratio, "{:.0%}"),
+        f"{item.prompt_tokens + item.generated_tokens:.0f}",
+        f"{item.errors:.0f}",
+        f"{item.resumed:.0f}",
+        f"{item.spilled:.0f}",
+        f"{item.gpu_hours:.2f}",
+        f"{item.cost:.2f}",
+    )
+
+
+HEADS: Final = (
+    *("tier", "endpoint", "requests", "per s", "mean ms", "max ms", "in SLO", "available", "queue", "most"),
+    *("GPU", "tokens", "errors", "resumed", "spilled", "GPU h", "cost"),
+)
+"""Of :func:`row`."""
+
+_PLOTS: Final[tuple[tuple[str, Callable[[TrackPoint], float | None]], ...]] = (
+    ("Requests per second", lambda point: point.requests_per_s),
+    ("Latency, mean, ms", lambda point: point.latency_mean_ms),
+    ("Latency, highest, ms", lambda point: point.latency_max_ms),
+    ("Waiting requests", lambda point: point.queue),
+    ("Kept the SLO, %", lambda point: None if point.attainment is None else point.attainment * 100),
+    ("GPU utilisation, %", lambda point: None if point.gpu_ratio is None else point.gpu_ratio * 100),
+)
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _span(report: PlaneReport) -> tuple[float, float]:
+    return report.from_unix_s, report.until_unix_s
+
+
+def _table(items: Iterable[InstanceReport]) -> str:
+    head = "".join(f"<th>{escape(name)}" for name in HEADS)
+    rows = "\n".join(
+        f"<tr{' class=gone' if item.gone else ''}>" + "".join(f"<td>{escape(cell)}" for cell in row(item))
+        for item in items
+    )
+    return f"<table><tr>{head}\n{rows}</table>"
+
+
+def _key(tiers: Sequence[str]) -> str:
+    parts = [
+        f"<span style='background:{_COLOURS[i % len(_COLOURS)]}'></span>{escape(tier)}"
+        for i, tier in enumerate(tiers)
+    ]
+    return f"<p class=key>{''.join(parts)}</p>"
+
+
+def _plot(title: str, report: PlaneReport, value: Callable[[TrackPoint], float | None]) -> str:
+    from_s, until_s = _span(report)
+    highest = max(
+        (found for track in report.tracks for point in track.points if (found := value(point)) is not None),
+        default=0.0,
+    )
+    highest = highest or 1.0
+
+    def x(unix_s: float) -> float:
+        return _LEFT + (_WIDTH - _LEFT - 8) * (unix_s - from_s) / max(until_s - from_s, 1.0)
+
+    def y(figure: float) -> float:
+        return _HEIGHT - _BOTTOM - (_HEIGHT - _BOTTOM - _TOP) * figure / highest
+
+    parts: list[Any] = []
+    for share in (0.0, 0.5, 1.0):
+        at = y(highest * share)
+        parts.append(f"<line class=grid x1={_LEFT} x2={_WIDTH - 8} y1={at:.1f} y2={at:.1f} />")
+        parts.append(f"<text x={_LEFT - 6} y={at + 4:.1f} text-anchor=end>{highest * share:.4g}</text>")
+    for unix_s, anchor in ((from_s, "start"), (until_s, "end")):
+        clock = time.strftime("%d. %H:%M", time.gmtime(unix_s))
+        parts.append(f"<text x={x(unix_s):.1f} y={_HEIGHT - 5} text-anchor={anchor}>{clock}</text>")
+    for number, track in enumerate(report.tracks):
+        colour = _COLOURS[number % len(_COLOURS)]
+        for line in _lines(track, value):
+            path = " ".join(f"{x(at):.1f},{y(figure):.1f}" for at, figure in line)
+            parts.append(f"<polyline fill=none stroke='{colour}' stroke-width=1.6 points='{path}' />")
+    return (
+        f"<figure><figcaption>{escape(title)}</figcaption>"
+        f"<svg viewBox='0 0 {_WIDTH} {_HEIGHT}' width={_WIDTH} height={_HEIGHT} role=img>"
+        f"{''.join(parts)}</svg></figure>"
+    )
+
+
+def _lines(track: Track, value: Callable[[TrackPoint], float | None]) -> list[list[tuple[float, float]]]:
+    """Runs of neighbouring points; a single one becomes a short line."""
+    lines: list[list[tuple[float, float]]] = []
+    last_s: float | None = None
+    for point in track.points:
+        figure = value(point)
+        if figure is None:
+            continue
+        if last_s is None or point.unix_s - last_s > 1.5 * track.step_s:
+            lines.append([(point.unix_s, figure)])
+        lines[-1].append((point.unix_s + track.step_s / 2, figure))
+        last_s = point.unix_s
+    return lines
