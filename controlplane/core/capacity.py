@@ -26,6 +26,10 @@ _PRIOR_SD: Final = 0.5
 """How far the truth may be from the prior, as a share of it."""
 _NOISE: Final = 0.1
 """How far one second of a busy engine is from the equation."""
+_POOL_S: Final = 60.0
+"""Readings are added up to so much busy time before they teach anything. The equation is linear, so nothing
+is lost, and what a short reading gets wrong (a prompt counted in it that was worked on before) evens out: in
+a regression such errors would pull all figures off."""
 _LEAST: Final = 0.02
 """A figure never falls under this share of its prior: all three are times."""
 
@@ -81,6 +85,8 @@ class Capacity:
         self._cov = [[variance if i == j else 0.0 for j in range(3)] for i in range(3)]
         self.speed = self._believed()
         """As it is believed now."""
+        self._pool = [0.0] * 5
+        """The three rows, the busy time and the whole time since the last update, summed over engines."""
         self.observed_s = 0.0
         """Busy seconds it has learned from."""
 
@@ -105,12 +111,19 @@ class Capacity:
         figures = (generation_tokens_per_s, prompt_tokens_per_s, batch, busy_ratio, interval_s)
         if not all(math.isfinite(figure) and figure >= 0 for figure in figures):
             return
-        if batch < 0.5 or busy_ratio < 0.2 or interval_s <= 0 or generation_tokens_per_s <= 0:
+        if batch < 0.5 or busy_ratio < 0.2 or interval_s <= 0:
             return
         rows = (generation_tokens_per_s / batch, generation_tokens_per_s, prompt_tokens_per_s)
-        x = [row * scale for row, scale in zip(rows, self._scale, strict=True)]
-        self._update(x, min(busy_ratio, 1.0), interval_s)
+        pool = self._pool
+        for index, row in enumerate(rows):
+            pool[index] += row * interval_s
+        pool[3] += min(busy_ratio, 1.0) * interval_s
+        pool[4] += interval_s
         self.observed_s += interval_s * min(busy_ratio, 1.0)
+        if pool[3] >= _POOL_S:
+            x = [pool[i] / pool[4] * self._scale[i] for i in range(3)]
+            self._update(x, pool[3] / pool[4], pool[4])
+            self._pool = [0.0] * 5
 
     def _update(self, x: Sequence[float], y: float, weight: float) -> None:
         keep = math.exp(-weight / _FORGET_S)
@@ -126,7 +139,19 @@ class Capacity:
         gain = [value / denominator for value in px]
         self._theta = [self._theta[i] + gain[i] * error for i in range(3)]
         self._cov = [[cov[i][j] - gain[i] * px[j] for j in range(3)] for i in range(3)]
+        self._keep_positive()
         self.speed = self._believed()
+
+    def _keep_positive(self) -> None:
+        """Puts a figure that fell under the least back to it, and moves the others along so that together
+        they still say of the engine what was seen (projection: D. Simon, "Kalman filtering with state
+        constraints", 2010). Batches of one size can't tell ``a`` from ``d``: without this one of them would
+        grow as the other falls under 0."""
+        for index in sorted(range(3), key=lambda i: self._theta[i]):
+            short, variance = _LEAST - self._theta[index], self._cov[index][index]
+            if short > 0 and variance > 0:
+                along = [self._cov[i][index] / variance for i in range(3)]
+                self._theta = [self._theta[i] + along[i] * short for i in range(3)]
 
     def _believed(self) -> EngineSpeed:
         return EngineSpeed(*(max(t, _LEAST) * s for t, s in zip(self._theta, self._scale, strict=True)))

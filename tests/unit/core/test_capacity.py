@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import random
+from itertools import pairwise
 
 import pytest
 
@@ -11,11 +13,11 @@ TRUTH = EngineSpeed(0.03, 0.0015, 0.0003)
 WORK = Work(500.0, 100.0)
 
 
-def teach(capacity: Capacity, truth: EngineSpeed, ticks: int = 200) -> None:
-    """Ticks of a busy engine that obeys the equation exactly."""
+def teach(capacity: Capacity, truth: EngineSpeed, ticks: int = 600) -> None:
+    """Ticks of a busy engine that obeys the equation exactly; its load is another each minute."""
     for tick in range(ticks):
-        batch = 2.0 + tick % 15
-        prompts = 200.0 + 300.0 * (tick % 4)
+        batch = 2.0 + tick // 12 % 15
+        prompts = 200.0 + 300.0 * (tick // 12 % 4)
         steps = (1.0 - prompts * truth.prompt_s_per_token) / (
             truth.step_s + truth.step_s_per_sequence * batch
         )
@@ -67,6 +69,24 @@ def test_what_no_busy_engine_could_say_teaches_nothing(reading: dict[str, float]
     capacity.observe(**{**good, **reading})
     assert capacity.speed == PRIOR
     assert capacity.observed_s == 0.0
+
+
+def test_prompts_that_are_counted_too_early_and_batches_of_one_size_do_not_lead_it_astray() -> None:
+    capacity, rng = Capacity(PRIOR), random.Random(1)
+    worked = [rng.choice((0.0, 0.0, 0.3, 0.6, 1.0)) for _ in range(4000)]
+    for share, counted in pairwise(worked):
+        # A share of the tick goes to prompts; the engine counts those of the next tick in this one.
+        steps = (1.0 - share) / (TRUTH.step_s + TRUTH.step_s_per_sequence * 16.0)
+        capacity.observe(
+            generation_tokens_per_s=steps * 16.0,
+            prompt_tokens_per_s=counted / TRUTH.prompt_s_per_token,
+            batch=16.0,
+            busy_ratio=1.0,
+            interval_s=5.0,
+        )
+    true = Capacity(TRUTH)
+    work = Work(1200.0, 100.0)
+    assert capacity.requests_per_s(work, 16.0) == pytest.approx(true.requests_per_s(work, 16.0), rel=0.1)
 
 
 def test_rate_and_batch_are_each_others_inverse() -> None:
