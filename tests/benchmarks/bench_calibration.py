@@ -43,6 +43,7 @@ PROMPT_TOKENS = 14
 WITHIN_S = 1.5
 """What counts as in time: about twice what an idle engine takes."""
 SEED = 7
+WARM_S = 30.0
 VLLM_TOKENS = 24
 VLLM_PROMPT = "Tell me something about the sea."
 
@@ -110,6 +111,8 @@ def scaling_run(scale: float) -> list[Figure]:
     args = {"tiers": [tier], "controller": {"heartbeat_s": 0.5, "scaling": {"mode": "apply", "tick_s": 1.0}}}
     steps = [Step(2.0, 30 * scale), Step(12.0, 60 * scale), Step(2.0, 60 * scale)]
     with running(args) as plane:
+        # A plane that has just started knows nothing of its load yet: that is not what is compared.
+        asyncio.run(run_steps(plane, TIER, [Step(2.0, WARM_S)], tokens=TOKENS, seed=SEED + 100))
         run = asyncio.run(run_steps(plane, TIER, steps, tokens=TOKENS, seed=SEED))
         cold_start_s = plane.get("/recommendations")["tiers"][0]["cold_start_s"]
     wrong = [outcome for outcome in run.load.outcomes if outcome.fate != "ok"]

@@ -238,7 +238,7 @@ def test_a_tier_that_is_down_rings_until_it_is_acknowledged_and_is_over_when_it_
     _, received = hook
 
     def told() -> list[tuple[str, str, str]]:
-        items = [item for _, body in list(received) for item in json.loads(body)["alerts"]]
+        items = [item for _, body in received[heard:] for item in json.loads(body)["alerts"]]
         return [(item["event"], item["rule"], item["subject"]) for item in items]
 
     def page() -> dict[str, Any]:
@@ -248,8 +248,15 @@ def test_a_tier_that_is_down_rings_until_it_is_acknowledged_and_is_over_when_it_
     def shown() -> list[dict[str, Any]]:
         return list(page()["alerts"])
 
+    def noted() -> list[str]:
+        said = place.run("events", "--json", "-n", "200").stdout.splitlines()
+        ours = [each for each in map(json.loads, said) if each["subject"] == "lightweight"]
+        return [each["kind"] for each in ours if "alert" in each["kind"]]
+
     down = ("TierplaneTierDown", "lightweight")
-    assert ("firing", *down) not in told()
+    # On a slow machine the tests before have made it ring already: only what comes now counts.
+    until(lambda: shown() == [], 60)
+    heard, before = len(received), len(noted())
     # While a tier is cordoned nothing of it is started, and its replica is not replaced.
     assert place.run("cordon", "lightweight", "--reason", "a test").returncode == 0
     for process in processes(place.record().plane_id):
@@ -285,9 +292,7 @@ def test_a_tier_that_is_down_rings_until_it_is_acknowledged_and_is_over_when_it_
         unix_s = signed.removeprefix("t=").partition(",")[0]
         mac = hmac.new(HOOK_SECRET.encode(), f"{unix_s}.".encode() + body, hashlib.sha256).hexdigest()
         assert signed == f"t={unix_s},v1={mac}"
-    said = [json.loads(line) for line in place.run("events", "--json", "-n", "200").stdout.splitlines()]
-    kinds = [each["kind"] for each in said if each["subject"] == "lightweight" and "alert" in each["kind"]]
-    assert kinds == ["alert", "alert acknowledged", "alert over"]
+    assert noted()[before:] == ["alert", "alert acknowledged", "alert over"]
     assert HOOK_SECRET not in place.run("logs", "controller").stdout
 
 
