@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -65,6 +66,9 @@ class Trace:
 )
 @click.option("--attainment", type=click.FloatRange(0.5, 1.0), default=0.99, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--svg", type=click.Path(dir_okay=False, path_type=Path), help="Draw attainment against GPU hours, too."
+)
 @click.option("--json", "as_json", is_flag=True)
 def command(
     paths: tuple[Path, ...],
@@ -75,12 +79,13 @@ def command(
     fleet: float,
     attainment: float,
     seed: int,
+    svg: Path | None,
     as_json: bool,
 ) -> None:
     """SLO attainment and GPU hours of scaling policies on recorded arrivals."""
     names = policies or NAMES
     traces = [_read(path, hours, skip_hours, fleet, seed) for path in paths] or [_made_up_day(seed)]
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     total = len(traces) * len(colds) * len(names)
     started_s = time.monotonic()
     for trace in traces:
@@ -95,6 +100,8 @@ def command(
                     err=True,
                 )
             rows += _rows(trace, cold_s, results)
+    if svg is not None:
+        _draw(rows, attainment, svg)
     if as_json:
         click.echo(json.dumps({"rows": rows}))
         return
@@ -106,7 +113,44 @@ def command(
     Console().print(table)
 
 
-def _rows(trace: Trace, cold_s: float, results: dict[str, Result]) -> Iterable[dict[str, object]]:
+def _draw(rows: Sequence[dict[str, Any]], goal: float, path: Path) -> None:
+    """A column for each cold start, a row for each trace: the further left and up, the better."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    traces, colds = (list(dict.fromkeys(row[name] for row in rows)) for name in ("trace", "cold_start_s"))
+    policies = list(dict.fromkeys(row["policy"] for row in rows))
+    markers = dict(zip(policies, "o^vsDXP*", strict=False))
+    figure = Figure(figsize=(4 * len(colds), 2.6 * len(traces) + 0.6), layout="constrained")
+    axes = figure.subplots(len(traces), len(colds), squeeze=False)
+    for row in rows:
+        axis = axes[traces.index(row["trace"]), colds.index(row["cold_start_s"])]
+        ours = row["policy"] == "tierplane"
+        axis.scatter(
+            row["gpu_hours"],
+            100 * row["slo_attainment"],
+            marker=markers[row["policy"]],
+            s=70 if ours else 35,
+            color=f"C{policies.index(row['policy'])}",
+            label=row["policy"],
+            zorder=3 if ours else 2,
+        )
+    for number, trace in enumerate(traces):
+        for place, cold_s in enumerate(colds):
+            axis = axes[number, place]
+            axis.axhline(100 * goal, color="0.7", linewidth=0.8)
+            axis.set_xscale("log")
+            axis.set_title(f"{trace[:34]}, cold start {cold_s:g} s", fontsize=8)
+            axis.tick_params(labelsize=7, which="both")
+    figure.supxlabel("GPU hours", fontsize=9)
+    figure.supylabel("kept the SLO, %", fontsize=9)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8)
+    with mpl.rc_context({"svg.hashsalt": "tierplane", "svg.fonttype": "none"}):
+        figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+
+
+def _rows(trace: Trace, cold_s: float, results: dict[str, Result]) -> Iterable[dict[str, Any]]:
     best = results.get("oracle")
     ours = results.get("tierplane")
     for name, result in results.items():
