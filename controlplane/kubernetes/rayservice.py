@@ -148,22 +148,25 @@ def _gateway_group(file: ServeFile, overlay: Overlay) -> Manifest:
 def _tier_group(file: ServeFile, index: int, need: PodNeed, overlay: Overlay) -> Manifest:
     tier = file.plane.tiers[index]
     pods = ceil(tier.replicas / need.replicas)
-    most = ceil((tier.replicas + tier.rollout_surge) / need.replicas)
+    highest = tier.scaling.max_replicas if tier.scaling else tier.replicas
+    most = ceil((highest + tier.rollout_surge) / need.replicas)
+    fewest = ceil(tier.scaling.min_replicas / need.replicas) if tier.scaling else pods
     cpus = ceil(tier.cpus * need.replicas)
     return {
         "groupName": f"tier-{group_name(tier.name)}",
-        **_size(pods, most, overlay),
+        **_size(pods, most, overlay, fewest=fewest),
         "rayStartParams": start_params(cpus, {tier_resource(tier.name): need.replicas}),
         "template": tier_pod(file.plane, tier, need, overlay),
     }
 
 
-def _size(pods: int, most: int, overlay: Overlay) -> dict[str, int]:
-    """``most``: with what a change of the configuration adds for a while."""
+def _size(pods: int, most: int, overlay: Overlay, *, fewest: int | None = None) -> dict[str, int]:
+    """``most``: with what a change of the configuration adds for a while, and what scaling may add;
+    ``fewest``: what scaling may leave, by default all."""
     if not overlay.autoscale:
         return {"replicas": most, "minReplicas": most, "maxReplicas": max(1, most)}
     return {
         "replicas": pods,
-        "minReplicas": pods,
+        "minReplicas": pods if fewest is None else min(fewest, pods),
         "maxReplicas": max(1, most, ceil(pods * overlay.surge_ratio)),
     }

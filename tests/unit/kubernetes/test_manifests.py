@@ -457,3 +457,18 @@ def test_images_take_what_is_locked_and_run_as_nobody_special(kind: str) -> None
     installs = re.findall(r"pip install .*", text)
     assert installs
     assert all("--no-deps" in each for each in installs)
+
+
+def test_a_tier_that_scales_has_pods_between_its_bounds(tmp_path: Path) -> None:
+    """KubeRay's autoscaler may go as far as the tier's own scaling does, and no further."""
+    values = yaml.safe_load((ROOT / CONFIGS["production"]).read_text())
+    tier = values["applications"][0]["args"]["tiers"][0]
+    tier |= {"replicas": 2, "scaling": {"min_replicas": 0, "max_replicas": 6}}
+    path = tmp_path / "plane.yaml"
+    path.write_text(yaml.safe_dump(values))
+    spec = rayservice.render(load_plane(path), OVERLAYS["production"])["spec"]["rayClusterConfig"]
+    (group,) = [each for each in spec["workerGroupSpecs"] if each["groupName"] == f"tier-{tier['name']}"]
+    (room,) = yaml.safe_load(yaml.safe_load(group["rayStartParams"]["resources"])).values()
+    assert group["minReplicas"] == 0
+    assert group["replicas"] * room >= 2
+    assert group["maxReplicas"] * room >= 6
