@@ -18,7 +18,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
 INSTALL := $(PIP) install --quiet --no-deps
 # Commands that the tests run, and the Debian packages that have them.
-TEST_TOOLS := cc:gcc wrk:wrk
+TEST_TOOLS := cc:gcc wrk:wrk chromium:chromium
 DEBIAN_TOOLS := prometheus prometheus-alertmanager
 say = @printf '\033[1m== %s\033[0m\n'
 

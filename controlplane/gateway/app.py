@@ -24,12 +24,13 @@ from controlplane.core.admission import AdmissionQueue, AdmissionSettings
 from controlplane.core.dispatch import Dispatcher
 from controlplane.core.domain import ClusterSnapshot, Endpoint, GatewayInfo
 from controlplane.core.fleet import Fleet, FleetSettings
+from controlplane.core.gpu_views import GpuView
 from controlplane.core.report import PlaneReport
 from controlplane.core.scaling_view import ScalingReport, as_json_value
 from controlplane.core.snapshot import merge
 from controlplane.core.tiers import Direction, TierPolicy, TierTable
 from controlplane.errors import BadRequest, RequestError
-from controlplane.gateway import agents, pages, report_page
+from controlplane.gateway import agents, pages, report_page, ui
 from controlplane.gateway.accounting import Ledger
 from controlplane.gateway.alert_page import alerts
 from controlplane.gateway.asgi import AsgiApp
@@ -118,6 +119,8 @@ class Gateway:
             "/usage": ("GET", self._usage),
             "/recommendations": ("GET", self._recommendations),
             "/report": ("GET", self._report),
+            "/gpus": ("GET", self._gpus),
+            "/ui": ("GET", self._ui),
         }
         self.app = AsgiApp(self.handle, max_body_bytes=settings.max_body_bytes)
 
@@ -309,6 +312,13 @@ class Gateway:
             out.send(200, headers, report_page.page(report).encode())
         else:
             send_json(out, asdict(report))
+
+    async def _gpus(self, request: Request, out: Responder) -> None:
+        found: tuple[GpuView, ...] = await ask_controller(self.ask, "gpus")
+        send_json(out, {"gpus": [asdict(gpu) for gpu in found]})
+
+    async def _ui(self, request: Request, out: Responder) -> None:
+        out.send(200, *ui.page())
 
     async def _recommendations(self, request: Request, out: Responder) -> None:
         report: ScalingReport = await ask_controller(self.ask, "scaling")
