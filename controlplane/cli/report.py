@@ -14,6 +14,8 @@ from controlplane.cli.asking import connected, plane_options
 from controlplane.core.report import MAX_WINDOW_MINUTES, MIN_WINDOW_MINUTES, InstanceReport, PlaneReport
 from controlplane.gateway.report_page import DEFAULT_MINUTES, HEADS, page, row
 
+_PIPE_WIDTH = 240
+
 
 @click.command()
 @click.option(
@@ -38,7 +40,9 @@ def command(
     if as_json:
         click.echo(json.dumps(asdict(report)))
         return
-    console = Console()
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _PIPE_WIDTH
     for items in (report.tiers, report.endpoints):
         if items:
             console.print(_table(items))

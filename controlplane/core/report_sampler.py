@@ -77,6 +77,8 @@ class ReportSampler:
 
     def watch(self, scene: Scene, now_s: float) -> None:
         """A look at who can serve."""
+        if self._base_s is None and scene.demand.book.gateways:
+            self._count(self._subjects(scene), scene, now_s)
         self._heard.update(scene.demand.book.gateways)
         before_s, self._looked_s = self._looked_s, now_s
         if before_s is None or not 0.0 < now_s - before_s <= GAP_S:
@@ -109,7 +111,7 @@ class ReportSampler:
         members: dict[str, list[Endpoint]] = {tier: [] for tier in scene.wanted}
         for endpoint in scene.endpoints.values():
             members.setdefault(endpoint.tier, []).append(endpoint)
-        counted = self._count([*members, *scene.endpoints], scene, now_s)
+        counted = self._count(self._subjects(scene), scene, now_s)
         found = {}
         for instance, seen in watched.items():
             is_tier = instance.kind is InstanceKind.TIER
@@ -131,6 +133,11 @@ class ReportSampler:
             )
             found[instance] = sample if count is None else _with_counts(sample, counted.over_s, count)
         return found
+
+    def _subjects(self, scene: Scene) -> list[str]:
+        """The tiers and endpoints that anything may be counted of."""
+        tiers = dict.fromkeys((*scene.wanted, *(item.tier for item in scene.endpoints.values())))
+        return [*tiers, *scene.endpoints]
 
     def _count(self, subjects: Collection[str], scene: Scene, now_s: float) -> _Counted:
         """What was counted of each subject since the last time."""

@@ -309,9 +309,10 @@ class Gateway:
                 (b"content-type", b"text/html; charset=utf-8"),
                 (b"content-security-policy", report_page.CONTENT_SECURITY),
             ]
-            out.send(200, headers, report_page.page(report).encode())
+            # the page of a large plane takes longer than requests may wait
+            out.send(200, headers, (await asyncio.to_thread(report_page.page, report)).encode())
         else:
-            send_json(out, asdict(report))
+            send_json(out, await asyncio.to_thread(asdict, report))
 
     async def _gpus(self, request: Request, out: Responder) -> None:
         found: tuple[GpuView, ...] = await ask_controller(self.ask, "gpus")

@@ -129,7 +129,7 @@ def test_a_lost_gateways_last_words_count_and_the_time_after_them_is_a_gap() -> 
     assert plane.take()[TIER].counted_s == 0
     plane.gateways["h"], plane.silent = Traffic("small"), set()
     plane.step(2)
-    assert plane.take()[TIER].counted_s == 0
+    assert plane.take()[TIER].counted_s == 1, "since it was first heard of"
     plane.serve("h", ok=5)
     plane.step(10)
     again = plane.take()[TIER]
@@ -160,7 +160,8 @@ def test_a_controller_that_starts_anew_counts_nothing_from_before() -> None:
     plane.step(3)
     plane.demand, plane.sampler = Demand(), ReportSampler()
     plane.step(3)
-    assert plane.take()[TIER].counted_s == 0
+    found = plane.take()[TIER]
+    assert (found.counted_s, found.requests) == (2, 0)
     plane.serve(ok=2)
     plane.step(10)
     found = plane.take()[TIER]
@@ -174,7 +175,7 @@ def test_while_not_everybody_is_known_nothing_is_a_base() -> None:
     plane.sampler.begin_anew()
     plane.step(3)
     found = plane.take()[TIER]
-    assert (found.watched_s, found.counted_s, found.requests) == (2, 0, 0)
+    assert (found.watched_s, found.counted_s, found.requests) == (2, 2, 0)
 
 
 def test_a_book_that_was_made_anew_counts_from_zero() -> None:
@@ -263,3 +264,12 @@ def test_what_waits_in_engines_and_gateways() -> None:
     plane.step(60)
     found = plane.take()
     assert (found[TIER].queue, found[instance("small-1")].queue) == (2, None)
+
+
+def test_counting_begins_when_everybody_is_known_and_not_only_with_the_first_sample() -> None:
+    plane = Plane()
+    plane.step()
+    plane.serve(ok=6)
+    plane.step(9)
+    found = plane.take()[TIER]
+    assert (found.counted_s, found.requests) == (9, 6)
