@@ -24,7 +24,7 @@ from controlplane.core.orders import ActionAnswer, Outcome
 from controlplane.core.overrides import Override, Overrides
 from controlplane.core.recommendations import Recommendation, TierCondition, advise
 from controlplane.core.scaling_plan import ScalingPlan
-from controlplane.core.scaling_round import RoundDecision, ScalingRound
+from controlplane.core.scaling_round import RoundDecision, ScalingRound, TierRule
 from controlplane.core.scaling_view import ScalingReport, TierScalingView
 from controlplane.core.targets import TierTarget
 from controlplane.core.telemetry import Freshness, Signal, judge, missing
@@ -127,7 +127,10 @@ class Scaling:
         if not control.settled or control.registry.warming or not specs:
             return ()
         interval_s = 0.0 if self._before_s is None else now_s - self._before_s
-        observations = [self._observe(spec, now_s, unix_s, interval_s) for spec in specs.values()]
+        bases = control.bases()
+        observations = [
+            self._observe(spec, bases[name], now_s, unix_s, interval_s) for name, spec in specs.items()
+        ]
         self._before_s = now_s
         decisions = self._round.decide(observations, self._gpus())
         self._decisions = {decision.tier: decision for decision in decisions}
@@ -136,7 +139,7 @@ class Scaling:
         self._tell()
         return new
 
-    def _rule(self, spec: TierSpec) -> Any:
+    def _rule(self, spec: TierSpec) -> TierRule:
         plan = _plan(spec)
         if plan.cold_start_fixed:
             return plan.rule
@@ -172,7 +175,9 @@ class Scaling:
             return None
         return float(sum(not record.out_of_use for record in fleet.records.values()))
 
-    def _observe(self, spec: TierSpec, now_s: float, unix_s: float, interval_s: float) -> TierObservation:
+    def _observe(
+        self, spec: TierSpec, target: int, now_s: float, unix_s: float, interval_s: float
+    ) -> TierObservation:
         control = self._control
         reading = control.demand.book.reading(spec.name)
         before = self._before.get(spec.name)
@@ -196,7 +201,7 @@ class Scaling:
             tier=spec.name,
             now_s=now_s,
             unix_s=unix_s,
-            target=control.bases().get(spec.name, spec.replicas),
+            target=target,
             ready=sum(item.state in SERVING for item in mine),
             interval_s=interval_s,
             arrivals=missing("first look") if gained is None else now(gained.arrived),
@@ -370,6 +375,7 @@ class Scaling:
         kinds = {item.advice.instance: item.advice.kind.value for item in self.book.open}
         told = {item.tier: item for item in self._told}
         new = []
+        bases = self._control.bases()
         for decision in self._decisions.values():
             forecast = decision.asked.forecast.mean_per_s if decision.asked.forecast is not None else 0.0
             last = told.get(decision.tier)
@@ -377,7 +383,7 @@ class Scaling:
                 forecast, last.forecast_per_s
             ):
                 forecast = last.forecast_per_s
-            target = self._control.bases().get(decision.tier, 0)
+            target = bases.get(decision.tier, 0)
             new.append(
                 TierScaling(decision.tier, target, decision.target, forecast, kinds.get(decision.tier, ""))
             )

@@ -244,10 +244,7 @@ class Gateway:
         try:
             await self._relay.serve(call, out)
         except RequestError as error:
-            outcome = (
-                "shed" if error.status in {408, 429} else "client_error" if error.status < 500 else "failed"
-            )
-            self.metrics.finished(call, outcome, error.code, monotonic())
+            self.metrics.finished(call, _outcome(error.status), error.code, monotonic())
             if out.started:
                 out.write(error_event(error, call.api))
                 out.finish()
@@ -339,7 +336,7 @@ class Gateway:
 
     def refresh_metrics(self) -> None:
         """Set the gauges of :attr:`metrics` to what is now."""
-        self.metrics.observe(self.fleet, self.queue, self.snapshot.scaling if self.snapshot else ())
+        self.metrics.observe(self.fleet, self.queue)
         configured = {tier.name: tier.replicas for tier in self.config.tiers}
         self.metrics.observe_snapshot(self.snapshot, configured)
 

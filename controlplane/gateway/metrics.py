@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from controlplane.core.admission import AdmissionQueue
 from controlplane.core.breaker import BreakerState
-from controlplane.core.domain import ClusterSnapshot, Priority, TierScaling
+from controlplane.core.domain import ClusterSnapshot, Priority
 from controlplane.core.fleet import Fleet
 from controlplane.gateway.call import Call
 from controlplane.gateway.traffic import TrafficMeter
@@ -247,15 +247,8 @@ class Metrics:
             )
         return series
 
-    def observe(self, fleet: Fleet, queue: AdmissionQueue, scaling: Iterable[TierScaling] = ()) -> None:
+    def observe(self, fleet: Fleet, queue: AdmissionQueue) -> None:
         """Set the gauges to what is now; called when they are read."""
-        self.recommendation.clear()
-        for item in scaling:
-            self.target_replicas.labels(item.tier).set(item.target)
-            self.wanted_replicas.labels(item.tier).set(item.wanted)
-            self.forecast_per_s.labels(item.tier).set(item.forecast_per_s)
-            if item.advice:
-                self.recommendation.labels(item.tier, item.advice).set(1)
         self.breaker_open.clear()
         self.endpoints.clear()
         for pool in fleet.pools:
@@ -275,6 +268,13 @@ class Metrics:
         self.alerts.clear()
         for alert in snapshot.alerts if snapshot is not None else ():
             self.alerts.labels(alert.rule, alert.severity, alert.subject).set(1)
+        self.recommendation.clear()
+        for item in snapshot.scaling if snapshot is not None else ():
+            self.target_replicas.labels(item.tier).set(item.target)
+            self.wanted_replicas.labels(item.tier).set(item.wanted)
+            self.forecast_per_s.labels(item.tier).set(item.forecast_per_s)
+            if item.advice:
+                self.recommendation.labels(item.tier, item.advice).set(1)
         said = dict(snapshot.due) if snapshot is not None else {}
         for tier, replicas in configured.items():
             self.due.labels(tier).set(said.get(tier, replicas))
