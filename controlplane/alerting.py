@@ -73,7 +73,7 @@ class Alerting:
         """Judge every rule; what must be told. Nothing happens while the controller does not know everybody,
         and after the plane was stopped on purpose."""
         control, book = self._control, self.watch.book
-        if not control.settled or control.registry.warming or control.left:
+        if not control.knows_all or control.left:
             return ()
         now_s = control.now_s()
         known = joined(source(now_s) for source in self.sources)
@@ -183,7 +183,13 @@ class Alerting:
     # --- figures ------------------------------------------------------------------------------------------
 
     def _traffic(self, now_s: float) -> Known:
-        return Known(named(self._control.demand.figures(now_s, self._control.heartbeat_s, TRAFFIC_S)))
+        control = self._control
+        found = control.demand.figures(now_s, control.heartbeat_s, TRAFFIC_S)
+        targets = {
+            spec.name: spec.attainment for spec in control.registry.tiers if spec.attainment is not None
+        }
+        attainments = {tier: each.attainment for tier, each in found.items()}
+        return joined((Known(named(found)), figures_of.of_slos(attainments, targets)))
 
     def _own(self, now_s: float) -> Known:
         control = self._control

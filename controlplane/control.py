@@ -8,10 +8,12 @@ out by :mod:`controlplane.core.kept`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+from controlplane.config.gpu_models import table_name
 from controlplane.controller import MISSED_REPORTS, WARMING_REPORTS, Controller
 from controlplane.core.alert_figures import LostNode
 from controlplane.core.demand import Demand
@@ -19,6 +21,7 @@ from controlplane.core.domain import Endpoint, EndpointState, GatewayInfo, TierS
 from controlplane.core.gangs import Placement, Shape
 from controlplane.core.gpu_findings import GpuRules
 from controlplane.core.gpu_fleet import GpuFleet
+from controlplane.core.gpu_priors import assuming, gpu_assumed
 from controlplane.core.gpu_views import GpuView, gpu_views
 from controlplane.core.hangs import HangRules, Stuck, makes_nothing
 from controlplane.core.health import ENDED, SERVING
@@ -36,7 +39,7 @@ from controlplane.core.reconcile import (
     reconcile,
 )
 from controlplane.core.room import room, shape_of, still_room
-from controlplane.core.samples import EngineSample, GpuEvent, GpuEventKind, NodeSample
+from controlplane.core.samples import EngineSample, GpuEvent, GpuEventKind, Missing, NodeSample
 from controlplane.core.signals import EngineTelemetry
 from controlplane.core.targets import TierTarget, target_of
 from controlplane.core.telemetry import Limits
@@ -47,7 +50,9 @@ GC_THRESHOLDS = (50_000, 20, 1000)
 """For :func:`gc.set_threshold` in the controller's process: next to nothing here refers to itself, and a look
 through all objects of a large fleet takes longer than a tick."""
 TARGET_TTL_S = 30.0
-"""A target holds for so long after the controller was last asked."""
+TARGET_TTL_REPORTS = 10
+"""A target holds for so long, or for so many intervals between reports, after the controller was last asked:
+a controller that was killed must have the time to come back and hear everybody."""
 ROOM_AGAIN_S = 15.0
 """Whether there is room elsewhere is looked at anew after so long."""
 ENGINE_LIMITS = Limits(stale_after_s=15.0, missing_after_s=60.0)
@@ -55,6 +60,8 @@ ENGINE_LIMITS = Limits(stale_after_s=15.0, missing_after_s=60.0)
 STUCK_MEMORY_S = 30.0
 """An engine that has not been seen to make nothing for so long no longer counts as such."""
 LOST_NODES_KEPT = 100
+ASSUME_AGAIN_S = 10.0
+"""How often it is looked which GPU models there are."""
 START_AGAIN_S = 5.0
 """When a replica of a held tier asks again."""
 
@@ -109,6 +116,9 @@ class Control:
         """Nodes that went with replicas of ours, the last ones."""
         self.left = False
         """The last gateway said that it leaves: nothing is wanted any more."""
+        self._gpu_assumed: dict[str, str] = {}
+        """Tier → GPU model that its engines are assumed to run on; empty: none is known yet."""
+        self._assumed_s = -ASSUME_AGAIN_S
         self._failed: dict[str, int] = {}
         """Endpoint id → the generation that it gave up."""
 
@@ -117,6 +127,12 @@ class Control:
         """Whether everybody has had the time to say again what they hold."""
         return self.now_s() >= self._settled_s
 
+    @property
+    def knows_all(self) -> bool:
+        """Whether everybody was heard and the configuration is known. Nothing is decided before: without it
+        every tier would seem to want no replica, and one that moves would end before another one serves."""
+        return self.settled and not self.registry.warming and self.registry.declared
+
     def settle(self) -> None:
         """What was stored before vouches for everything: nobody has to be waited for."""
         self._settled_s = self.now_s()
@@ -124,7 +140,8 @@ class Control:
     def declare(self, tiers: Sequence[TierSpec], heartbeat_s: float) -> None:
         """See :meth:`Controller.declare`."""
         self._heartbeat_s = heartbeat_s
-        self.registry.declare(tiers, heartbeat_s)
+        self._gpu_assumed = {spec.name: self._gpu_assumed.get(spec.name, "") for spec in tiers}
+        self.registry.declare([assuming(spec, self._gpu_assumed[spec.name]) for spec in tiers], heartbeat_s)
 
     # --- what comes in ------------------------------------------------------------------------------------
 
@@ -295,9 +312,10 @@ class Control:
         return found
 
     def targets(self) -> dict[str, TierTarget]:
-        """Tier → how many replicas Serve is to keep. Raises NotSettled while it may not know every move."""
-        if not self.settled:
-            raise NotSettled("the controller has just started and may not know every move yet")
+        """Tier → how many replicas Serve is to keep. Raises NotSettled while it may not know everything: the
+        last answer holds on then."""
+        if not self.knows_all:
+            raise NotSettled("the controller has just started and may not know every replica and move yet")
         unix_s = self.unix_s()
         serving: dict[str, int] = {}
         for endpoint in self.registry.endpoints.values():
@@ -306,7 +324,7 @@ class Control:
             tier: target_of(
                 *(tier, base, self.work.moves.values(), self.work.holds.get(tier)),
                 serving=serving.get(tier, 0),
-                valid_until_unix_s=unix_s + TARGET_TTL_S,
+                valid_until_unix_s=unix_s + max(TARGET_TTL_S, TARGET_TTL_REPORTS * self._heartbeat_s),
             )
             for tier, base in self.bases().items()
         }
@@ -319,7 +337,7 @@ class Control:
             tuple(work.restarts.values()),
             tuple(work.holds.items()),
             tuple(work.drains.items()),
-            self.settled and not self.registry.warming,
+            self.knows_all,
             "",
             0.0,
         )
@@ -340,8 +358,11 @@ class Control:
             self._shapes.pop(lease.holder, None)
             self.registry.note("lease ended", lease.holder, "its holder was not heard of")
         endpoints = self.registry.endpoints
-        if not self.settled or self.registry.warming:
+        if not self.knows_all:
             return ()
+        if now_s - self._assumed_s >= ASSUME_AGAIN_S:
+            self._assumed_s = now_s
+            self._assume_gpus()
         self.work.forget(endpoints, now_s, self.rules.reconcile.hold_max_s)
         for kept in (self.engines, self._room_asked, self._failed):
             for gone in [name for name in kept if name not in endpoints]:
@@ -356,6 +377,31 @@ class Control:
                 self.registry.note(applied.kind, applied.subject, applied.reason, applied.tier)
                 done.append(applied)
         return tuple(done)
+
+    def _assume_gpus(self) -> None:
+        """Have each tier's scaling begin with the speed of the GPUs that are there."""
+        tiers = self.registry.tiers
+        if not any(spec.scaling is not None and spec.scaling.gpu_priors for spec in tiers):
+            return
+        names = {uuid: self._gpu_model(uuid) for uuid in self.fleet.records}
+        there = Counter(names.values())
+        assumed = {}
+        for spec in tiers:
+            mine = [item for item in self.registry.endpoints.values() if item.tier == spec.name]
+            own = Counter(names.get(uuid, "") for item in mine for uuid in item.gpu_uuids)
+            before = self._gpu_assumed.get(spec.name, "")
+            gpu = assumed[spec.name] = gpu_assumed(spec, before, own, there)
+            if gpu and gpu != before:
+                text = f"until its engines were watched, it is assumed to be as fast as a {gpu} allows"
+                self.registry.note("speed assumed", spec.name, text, spec.name)
+        if assumed != self._gpu_assumed:
+            self._gpu_assumed = assumed
+            self.declare(tiers, self._heartbeat_s)
+
+    def _gpu_model(self, uuid: str) -> str:
+        """The GPU's name in the table, or the driver's; empty: not known."""
+        name = self.fleet.sample(uuid).info.name
+        return "" if isinstance(name, Missing) else table_name(name)
 
     def _observe(self, now_s: float) -> Observed:
         endpoints = self.registry.endpoints

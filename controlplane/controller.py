@@ -61,7 +61,7 @@ class Controller:
         self._looked_s = now_s()
         self._first_heard_s: float | None = None
         self._warming = True
-        self._tiers: tuple[TierSpec, ...] = ()
+        self._tiers: tuple[TierSpec, ...] | None = None
         self._scaling: tuple[TierScaling, ...] = ()
         self._endpoints: dict[str, Endpoint] = {}
         self._gateways: dict[str, GatewayInfo] = {}
@@ -104,7 +104,12 @@ class Controller:
     @property
     def tiers(self) -> tuple[TierSpec, ...]:
         """What the configuration asks for, as the last gateway to become known has it."""
-        return self._tiers
+        return self._tiers or ()
+
+    @property
+    def declared(self) -> bool:
+        """Whether anybody has said yet what the configuration asks for."""
+        return self._tiers is not None
 
     @property
     def events(self) -> tuple[Event, ...]:

@@ -1,8 +1,9 @@
 """What runs on every node: samples its GPUs, CPUs, memory and disk, and keeps a bounded record.
 
 The agent measures and remembers; it judges nothing. A reader pulls: :meth:`NodeAgent.latest`,
-:meth:`NodeAgent.since` and :meth:`NodeAgent.events`. None of them ever waits for the driver: if the driver
-hangs, the last sample simply grows old, which is what its reader has to see.
+:meth:`NodeAgent.since`, :meth:`NodeAgent.events`, and who asks all the time :meth:`NodeAgent.news`. None of
+them ever waits for the driver: if the driver hangs, the last sample simply grows old, which is what its
+reader has to see.
 
 It knows nothing of Ray or the driver: :func:`controlplane.adapters.nvml_agent.local_agent` gives it this
 machine's GPUs, :mod:`controlplane.adapters.ray_node_agent` makes it an actor.
@@ -23,6 +24,7 @@ from typing import Protocol, TypeVar
 
 import psutil
 
+from controlplane.core.node_news import NO_INFOS, Infos, NodeNews, news_of
 from controlplane.core.samples import (
     Absence,
     GpuCondition,
@@ -112,6 +114,8 @@ class NodeAgent:
         self._boot_id = _boot_id()
         self._samples: deque[NodeSample] = deque(maxlen=keep_samples)
         self._events: deque[GpuEvent] = deque(maxlen=keep_events)
+        self._infos = Infos(self.epoch, 1, ())
+        """Of the newest sample."""
         self._lock = threading.Lock()
         self._sampled = 0
         self._reported = 0
@@ -160,6 +164,13 @@ class NodeAgent:
         with self._lock:
             return _after(self._events, since_seq if epoch in (None, self.epoch) else 0)
 
+    def news(self, epoch: str, event_seq: int, infos: tuple[str, int] = NO_INFOS) -> NodeNews:
+        """The newest sample, and events after number ``event_seq`` of ``epoch``. What rarely changes of the
+        GPUs comes along if the reader has it not, or older (``infos``: see :class:`Infos.key`)."""
+        with self._lock:
+            sample, known = (self._samples[-1] if self._samples else None), self._infos
+        return news_of(sample, known, self.events(event_seq, epoch), infos)
+
     def sample(self) -> NodeSample:
         """Takes a sample now and records it. The agent's thread does this; call it only without one."""
         started_s = time.perf_counter()
@@ -187,7 +198,10 @@ class NodeAgent:
             gpus=gpus,
             cost_s=time.perf_counter() - started_s,
         )
+        told = tuple(gpu.info for gpu in gpus)
         with self._lock:
+            if told != self._infos.gpus:
+                self._infos = Infos(self.epoch, self._infos.number + 1, told)
             self._samples.append(sample)
         return sample
 

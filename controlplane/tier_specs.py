@@ -5,9 +5,10 @@ they were watched, and what its requests are like. It learns both from what runs
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
-from controlplane.adapters.catalog import gpu_named
+from controlplane.adapters.catalog import gpu_named, gpu_table
 from controlplane.adapters.model_config import load_model
 from controlplane.config import PlaneConfig, TierConfig
 from controlplane.config.scaling import DEFAULT_MAX, ScalingConfig
@@ -15,6 +16,7 @@ from controlplane.core.autoscaling import ScalingSettings
 from controlplane.core.capacity import EngineSpeed, Work, speed_of
 from controlplane.core.domain import TierSpec
 from controlplane.core.engine_settings import parse_settings
+from controlplane.core.recommendations import latency_limit_ms
 from controlplane.core.roofline import roofline
 from controlplane.core.scaling_plan import ScalingPlan
 from controlplane.core.scaling_round import TierRule
@@ -41,22 +43,32 @@ def plain_speed(itl_s: float, batch_slowdown: float) -> EngineSpeed:
     return EngineSpeed(step_s, max(step_s * batch_slowdown, step_s * 1e-3), 1e-6)
 
 
-def prior_speed(tier: TierConfig, work: Work) -> EngineSpeed:
-    """The timing model's of engine ``simulated``, the roofline's of a ``vllm`` tier whose GPU model is named,
-    or a guess."""
+def gpu_priors(tier: TierConfig, work: Work) -> tuple[tuple[str, EngineSpeed], ...]:
+    """The roofline's of a ``vllm`` tier, for each GPU model that it may run on: those of ``gpu_models`` in
+    their order, else all of the table. Nothing where the model's configuration can't be read."""
+    if tier.engine != "vllm" or tier.device != "gpu":
+        return ()
+    args: dict[str, Any] = dict(tier.engine_args)
+    found = []
+    try:
+        spec = load_model(tier.model).spec
+        settings = parse_settings(args, tp=tier.tensor_parallel_size, pp=tier.pipeline_parallel_size)
+        for gpu in [gpu_named(name) for name in tier.gpu_models] or gpu_table():
+            line = roofline(spec, settings, gpu)
+            speed = speed_of(line, work.input_tokens, work.output_tokens, float(tier.concurrency_limit))
+            found.append((gpu.name, speed))
+    except (TierplaneError, ValueError, OSError):
+        return ()  # what is wrong with it is said where the engine is started
+    return tuple(found)
+
+
+def prior_speed(tier: TierConfig, by_gpu: Sequence[tuple[str, EngineSpeed]]) -> EngineSpeed:
+    """The timing model's of engine ``simulated``, the roofline's (``by_gpu``) of the first GPU model that the
+    configuration names, or a guess: the controller knows better once it sees the GPUs that are there."""
     if tier.engine == "simulated":
         made = settings_of(tier)
         return plain_speed(made.itl_ms / 1000, made.batch_slowdown)
-    if tier.engine == "vllm" and tier.device == "gpu" and tier.gpu_models:
-        args: dict[str, Any] = dict(tier.engine_args)
-        try:
-            spec = load_model(tier.model).spec
-            settings = parse_settings(args, tp=tier.tensor_parallel_size, pp=tier.pipeline_parallel_size)
-            line = roofline(spec, settings, gpu_named(tier.gpu_models[0]))
-        except (TierplaneError, ValueError, OSError):
-            return GUESS  # what is wrong with it is said where the engine is started
-        return speed_of(line, work.input_tokens, work.output_tokens, float(tier.concurrency_limit))
-    return GUESS
+    return by_gpu[0][1] if by_gpu and tier.gpu_models else GUESS
 
 
 def scaling_plan(tier: TierConfig, tick_s: float) -> ScalingPlan:
@@ -81,10 +93,11 @@ def scaling_plan(tier: TierConfig, tick_s: float) -> ScalingPlan:
         slo=tier.slo.slo(),
         schedules=tuple(item.schedule() for item in asked.schedules),
     )
+    by_gpu = gpu_priors(tier, work)
     rule = TierRule(
         tier.name,
         settings,
-        prior_speed(tier, work),
+        prior_speed(tier, by_gpu),
         work,
         gpus_per_replica=tier.engine_gpus,
         priority=asked.priority,
@@ -95,6 +108,8 @@ def scaling_plan(tier: TierConfig, tick_s: float) -> ScalingPlan:
         ceiling=tier.ceiling,
         cold_start_fixed=asked.cold_start_s is not None,
         tensor_parallel=tier.tensor_parallel_size,
+        latency_limit_ms=latency_limit_ms(None if tier.given_slo is None else tier.given_slo.slo()),
+        gpu_priors=by_gpu,
     )
 
 
@@ -109,6 +124,7 @@ def tier_specs(config: PlaneConfig) -> tuple[TierSpec, ...]:
             tier.engine,
             tier.replicas,
             tier.concurrency_limit,
+            tier.slo.attainment,
             # What runs elsewhere has no replicas to add.
             None if tier.engine == "endpoint" else scaling_plan(tier, tick_s),
         )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
-from controlplane.control import Control, ControlRules
+from controlplane.control import Control, ControlRules, NotSettled
 from controlplane.controller import Controller
 from controlplane.core.domain import Endpoint, EndpointState, TierSpec
 from controlplane.core.gangs import Shape
@@ -23,6 +24,7 @@ from controlplane.core.samples import (
     NodeSample,
     Reading,
 )
+from controlplane.core.targets import TierTarget, desired_replicas
 
 HEARTBEAT_S = 2.0
 GIB = 1024**3
@@ -111,6 +113,12 @@ class World:
     events: list[GpuEvent] = field(default_factory=list)
     retry_s: dict[str, float] = field(default_factory=dict)
     """Tier → when Serve tries again to start a replica that found no place."""
+    scaled: set[str] = field(default_factory=set)
+    """Tiers that scale: without a target Serve leaves them as they are."""
+    targets: dict[str, TierTarget] = field(default_factory=dict)
+    """What Serve has heard last."""
+    goes_by: dict[str, int] = field(default_factory=dict)
+    """Tier → how many Serve keeps."""
     born: int = 0
     seq: int = 0
     control: Control = field(init=False)
@@ -118,7 +126,7 @@ class World:
     def __post_init__(self) -> None:
         self.start_controller()
 
-    def start_controller(self, epoch: str = "e1", settle_s: float = 0.0) -> None:
+    def start_controller(self, epoch: str = "e1", settle_s: float = 0.0, *, declared: bool = True) -> None:
         rules = ControlRules(
             gpus=GpuRules(hold_initial_s=30.0, hot_for_s=5.0, probation_s=5.0, suspect_for_s=10.0)
         )
@@ -131,6 +139,11 @@ class World:
             rules=rules,
             settle_s=settle_s,
         )
+        if declared:
+            self.declare()
+
+    def declare(self) -> None:
+        """The gateway's part."""
         specs = [TierSpec(tier, "m", "simulated", count, 10) for tier, count in self.tiers.items()]
         self.control.declare(specs, HEARTBEAT_S)
 
@@ -152,11 +165,17 @@ class World:
         self.control.observe_nodes(self.nodes.keys())
 
     def serve(self) -> None:
-        """Serve's part: as many replicas as the targets say, on nodes with GPUs that nobody holds."""
-        targets = self.control.targets()
-        for tier, target in targets.items():
+        """Serve's part: as many replicas as the last targets say, on nodes with GPUs that nobody holds."""
+        with suppress(NotSettled):
+            self.targets = self.control.targets()
+        for tier, configured in self.tiers.items():
             mine = [name for name, replica in self.replicas.items() if replica.endpoint.tier == tier]
-            wanted = target.replicas + sum(name in mine for name in target.leaving)
+            present = self.goes_by.setdefault(tier, configured) if tier in self.scaled else None
+            target = self.targets.get(tier)
+            wanted = desired_replicas(
+                target, self.clock.s, configured=configured, running=mine, present=present
+            ).replicas
+            self.goes_by[tier] = wanted
             if wanted > len(mine) and self.clock.s >= self.retry_s.get(tier, 0.0):
                 started = [self.start(tier) for _ in range(wanted - len(mine))]
                 if None in started:
@@ -239,8 +258,7 @@ class World:
             self.observe()
             self.report()
             self.control.tick()
-            if self.control.settled:
-                self.serve()
+            self.serve()
 
     def settle(self) -> None:
         """All replicas are there and the controller knows everybody."""

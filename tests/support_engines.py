@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -42,16 +41,6 @@ class Recorder:
             if not found or found[-1] is not status.state:
                 found.append(status.state)
         return found
-
-
-def until(condition: Callable[[], Any], timeout_s: float = 10.0, what: str = "") -> Any:
-    """The first true value of ``condition``; fails the test if there is none in time."""
-    deadline_s = time.monotonic() + timeout_s
-    while not (value := condition()):
-        if time.monotonic() > deadline_s:
-            raise AssertionError(f"not in {timeout_s:g} s: {what or condition}")
-        time.sleep(0.01)
-    return value
 
 
 def alive(pid: int) -> bool:

@@ -17,6 +17,7 @@ import structlog
 from ray.exceptions import RayActorError, RayError
 
 from controlplane.adapters.ray_node_agent import alive_nodes, ensure_node_agents
+from controlplane.core.node_news import NO_INFOS, Infos, NodeNews, whole_sample
 from controlplane.core.samples import GpuEvent, NodeSample
 
 log = structlog.stdlib.get_logger(__name__)
@@ -46,6 +47,8 @@ class NodeWatch:
         self._agents: dict[str, Any] = {}
         self._open: dict[str, asyncio.Task[None]] = {}
         self._heard: dict[str, tuple[str, int]] = dict(heard or {})
+        self._infos: dict[str, Infos] = {}
+        """Node id → what rarely changes of its GPUs, as its agent said it last."""
         self._alive: dict[str, int] = {}
         self._listed_s = -math.inf
 
@@ -75,8 +78,9 @@ class NodeWatch:
             return
         self._listed_s = time.monotonic()
         self._agents = {node: agent for node, agent in self._agents.items() if node in alive}
-        for gone in self._heard.keys() - alive.keys() - self._open.keys():
-            del self._heard[gone]
+        for kept in (self._heard, self._infos):
+            for gone in kept.keys() - alive.keys() - self._open.keys():
+                del kept[gone]
         if alive.keys() - self._agents.keys():
             self._agents = await asyncio.to_thread(
                 ensure_node_agents,
@@ -95,14 +99,17 @@ class NodeWatch:
     async def _ask(self, node_id: str, agent: Any) -> None:
         epoch, seq = self._heard.get(node_id, ("", 0))
         try:
-            answer = await asyncio.wait_for(_result(agent.news.remote(epoch, seq)), ANSWER_TIMEOUT_S)
-            sample, events = answer
-            news = recent(events, sample) if not epoch else events
+            known = self._infos.get(node_id)
+            asked = agent.news.remote(epoch, seq, known.key if known is not None else NO_INFOS)
+            news: NodeNews = await asyncio.wait_for(_result(asked), ANSWER_TIMEOUT_S)
+            events = news.events
             if events:
                 self._heard[node_id] = (events[-1].epoch, events[-1].seq)
-            elif sample is not None and sample.epoch != epoch:
-                self._heard[node_id] = (sample.epoch, 0)
-            self._on_news(node_id, () if sample is None else (sample,), news)
+            elif news.sample is not None and news.sample.epoch != epoch:
+                self._heard[node_id] = (news.sample.epoch, 0)
+            sample = self._whole(node_id, news)
+            fresh = recent(events, news.sample) if not epoch else events
+            self._on_news(node_id, () if sample is None else (sample,), fresh)
         except RayActorError as error:
             log.warning("a node agent is gone", node_id=node_id, error=str(error).strip().splitlines()[0])
             self._agents.pop(node_id, None)
@@ -113,6 +120,15 @@ class NodeWatch:
             log.exception("what a node agent said could not be taken in", node_id=node_id, error=repr(error))
         finally:
             self._open.pop(node_id, None)
+
+    def _whole(self, node_id: str, news: NodeNews) -> NodeSample | None:
+        """The sample with what rarely changes of its GPUs, which is kept for the next one."""
+        if news.infos is not None:
+            self._infos[node_id] = news.infos
+        sample = whole_sample(news, self._infos.get(node_id))
+        if sample is None:
+            self._infos.pop(node_id, None)  # the next answer has everything
+        return sample
 
 
 def recent(events: Sequence[GpuEvent], sample: NodeSample | None) -> Sequence[GpuEvent]:

@@ -15,6 +15,7 @@ import structlog
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from controlplane.adapters.nvml_agent import local_agent
+from controlplane.core.node_news import NO_INFOS, NodeNews
 from controlplane.core.samples import GpuEvent, NodeSample
 
 log = structlog.get_logger(__name__)
@@ -41,9 +42,9 @@ class RayNodeAgent:
         """Events after ``since_seq`` of ``epoch``."""
         return self._agent.events(since_seq, epoch)
 
-    def news(self, epoch: str, event_seq: int) -> tuple[NodeSample | None, list[GpuEvent]]:
-        """The newest sample, and events after ``event_seq`` of ``epoch``: one call instead of two."""
-        return self._agent.latest(), self._agent.events(event_seq, epoch)
+    def news(self, epoch: str, event_seq: int, infos: tuple[str, int] = NO_INFOS) -> NodeNews:
+        """See :meth:`NodeAgent.news`."""
+        return self._agent.news(epoch, event_seq, infos)
 
 
 def alive_nodes() -> dict[str, int]:

@@ -152,11 +152,16 @@ async def report_gateway(
     """
 
     tiers = await asyncio.to_thread(specs)
+    declared = False
 
     async def report() -> None:
+        nonlocal declared
         hurry.clear()
-        if not await link.call("gateway_report", info()):
+        known = await link.call("gateway_report", info())
+        declared = declared and known
+        if not declared:  # Also if that was lost after a report that was not.
             await link.call("declare", tiers, config.heartbeat_s, config.scaling, config.alerts)
+            declared = True
 
     while True:
         await _patiently("gateway_report", report)

@@ -8,7 +8,7 @@ once for all who ask before the next sample.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import structlog
 
@@ -71,7 +71,7 @@ class Reports:
     def tick(self) -> None:
         """Look at who can serve; take a sample, and write the log's report, when it is time."""
         now_s = self._control.now_s()
-        if self._control.registry.warming:
+        if not self._control.knows_all:
             self._sampler.begin_anew()
             self._taken_s = now_s
             return
@@ -95,7 +95,8 @@ class Reports:
             made = self._made.get(window_minutes)
             if made is None:
                 registry = self._control.registry
-                tiers, present = [spec.name for spec in registry.tiers], list(registry.endpoints)
+                tiers = {spec.name: spec.attainment for spec in registry.tiers}
+                present = list(registry.endpoints)
                 made = await asyncio.to_thread(
                     self._make, window_minutes * 60, self.ring.looks, self._unix_s(), tiers, present
                 )
@@ -124,8 +125,7 @@ class Reports:
         self.ring.add(Look.of(unix_s, samples))
         values: dict[str, float] = {}
         for instance, sample in samples.items():
-            begin = f"{PREFIX}{instance.kind}/{instance.tier}/{instance.name}/"
-            values |= {begin + name: value for name, value in figures(sample)}
+            values |= {series_of(instance, name): value for name, value in figures(sample)}
         self._recorder.add_points(unix_s, values)
 
     def _make(
@@ -133,7 +133,7 @@ class Reports:
         window_s: float,
         looks: Sequence[Look],
         now_unix_s: float,
-        tiers: Sequence[str],
+        tiers: Mapping[str, float | None],
         present: Sequence[str],
     ) -> PlaneReport:
         until_s = int(now_unix_s) + 1
@@ -199,6 +199,7 @@ def log_figures(tier: InstanceReport) -> dict[str, float]:
         "latency_mean_ms": tier.latency_mean_ms,
         "latency_max_ms": tier.latency_max_ms,
         "slo_attainment": tier.attainment,
+        "slo_target": tier.slo_target,
         "availability": tier.availability,
         "queue_mean": tier.queue_mean,
         "queue_max": tier.queue_max,
@@ -220,6 +221,11 @@ def _memory_from_s(oldest_s: int, now_s: int) -> int:
         if now_s - oldest_s < keep_s - JOIN_SLACK_S:
             return -(-oldest_s // step_s) * step_s
     return -(-oldest_s // STEPS[-1][0]) * STEPS[-1][0]
+
+
+def series_of(instance: Instance, figure: str) -> str:
+    """What the store calls a figure of an instance's samples."""
+    return f"{PREFIX}{instance.kind}/{instance.tier}/{instance.name}/{figure}"
 
 
 def _parsed(series: str) -> tuple[Instance, str]:

@@ -20,6 +20,9 @@ from controlplane.core.targets import TierTarget, desired_replicas
 
 REFRESH_S: Final = 0.5
 ANSWER_LIMIT_S: Final = 5.0
+FIRST_LIMIT_S: Final = 30.0
+"""Until the first answer tiers stay as Serve has them, for so long: Serve's own controller may have been
+killed in the middle of a move, or while a tier is drained."""
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -29,9 +32,12 @@ Fetch = Callable[[], Mapping[str, TierTarget]]
 class Targets:
     """The controller's last targets, refreshed in a thread while somebody reads them."""
 
-    def __init__(self, fetch: Fetch, *, refresh_s: float = REFRESH_S) -> None:
+    def __init__(
+        self, fetch: Fetch, *, refresh_s: float = REFRESH_S, first_limit_s: float = FIRST_LIMIT_S
+    ) -> None:
         self._fetch = fetch
         self._refresh_s = refresh_s
+        self._expected_until_s = time.monotonic() + first_limit_s
         self._last: Mapping[str, TierTarget] = {}
         self._readers: weakref.WeakSet[TierTargets] = weakref.WeakSet()
         self._lock = threading.Lock()
@@ -49,6 +55,11 @@ class Targets:
         """The tier's last target. Never waits."""
         return self._last.get(tier)
 
+    @property
+    def expected(self) -> bool:
+        """Whether the controller has not answered yet and still may."""
+        return time.monotonic() < self._expected_until_s
+
     def _run(self) -> None:
         away = False
         while True:
@@ -58,6 +69,7 @@ class Targets:
                     return
             try:
                 self._last = self._fetch()
+                self._expected_until_s = 0.0
                 away = False
             except Exception as error:  # Serve's controller goes on, whatever it is.
                 if not away:
@@ -86,7 +98,7 @@ class TierTargets:
             time.time(),
             configured=self._configured,
             running=running,
-            present=present if self._scales else None,
+            present=present if self._scales or self._targets.expected else None,
         )
         if answer.replicas != present and answer.reason != self._said:
             log.info("target", tier=self._tier, replicas=answer.replicas, reason=answer.reason)

@@ -63,6 +63,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "controlplane.cli.report:command",
         "Show what the last minutes, hours or days were like, for every tier and endpoint.",
     ),
+    "trace": (
+        "controlplane.cli.trace:command",
+        "Write the plane's own traffic to a file that `tierplane simulate --trace` replays.",
+    ),
     "scale": (
         "controlplane.cli.scale:command",
         "Give TIER that number of REPLICAS whatever the scaling says; `auto` ends that.",

@@ -11,11 +11,11 @@ from dataclasses import asdict
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from controlplane.cli.asking import PlaneAddress, connected, plane_options
+from controlplane.cli.console import stdout
 from controlplane.cli.events import event_json, event_line
 from controlplane.cli.show import age
 from controlplane.core.alert_rules import BY_NAME, PREFIX, RULES
@@ -25,7 +25,6 @@ from controlplane.core.domain import Event
 from controlplane.core.orders import ActionAnswer, Outcome
 from controlplane.errors import SetupError
 
-_PIPE_WIDTH = 200
 _STYLES = {"critical": "bold red", "warning": "yellow", "info": "dim"}
 _OF_ALERTS = ("alert", "alert over", "alert acknowledged", "silence", "silence ended", "alerts left out")
 _LATE = 2000
@@ -65,9 +64,7 @@ def command(
             value["past"] = [json.loads(event_json(event)) for event in past]
         click.echo(json.dumps(value, indent=2))
         return
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = _PIPE_WIDTH
+    console = stdout()
     unix_s = time.time()
     if answer.alerts:
         console.print(alert_table(answer.alerts, unix_s))
@@ -136,9 +133,7 @@ def rules(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"rules": [asdict(rule) for rule in RULES]}, indent=2))
         return
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = _PIPE_WIDTH
+    console = stdout()
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for head in ("rule", "severity", "of", "rings when", "for", "judged by"):
         table.add_column(head, no_wrap=head != "rings when")

@@ -32,6 +32,7 @@ from controlplane.adapters.ray_session import (
     processes,
 )
 from controlplane.adapters.tier_memory import cpu_plan, tier_settings
+from controlplane.cli.configuration import unset_variables
 from controlplane.config import BUNDLED_PREFIX, PlaneConfig, ServeFile, TierConfig
 from controlplane.core.samples import GpuCondition, Missing
 from controlplane.errors import SetupError
@@ -86,6 +87,8 @@ def run_checks(file: ServeFile | None) -> list[Check]:
         check_gpus(plane),
         *check_ports(file),
     ]
+    if file:
+        checks += check_variables(file, os.environ)
     if plane:
         checks.append(check_memory(needed_bytes(plane), psutil.virtual_memory().available))
     return [*checks, check_disk(plane), check_shared_memory(), check_open_files()]
@@ -263,6 +266,12 @@ def check_gpus(plane: PlaneConfig | None) -> Check:
     if lost:
         return Check("gpus", Verdict.WARN, f"{found}; not usable: {'; '.join(lost)}", "reset or replace it")
     return Check("gpus", Verdict.OK, f"{found}{'' if needed else '; none needed' if plane else ''}")
+
+
+def check_variables(file: ServeFile, environ: Mapping[str, str]) -> list[Check]:
+    """Secrets and keys that settings take from the environment: one check for each that is not there."""
+    unset = unset_variables(file, environ)
+    return [Check("variable", Verdict.WARN, f"{each.path}: {each.message}", each.remedy) for each in unset]
 
 
 def check_ports(file: ServeFile | None) -> list[Check]:

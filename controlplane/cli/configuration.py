@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from controlplane.config import IMPORT_PATH, ServeFile, TierConfig, load_plane
@@ -20,10 +21,10 @@ def load_checked(path: str) -> ServeFile:
     """
     file = load_plane(path)
     yaml = read_yaml(file.path)
-    index = next(i for i, app in enumerate(file.raw["applications"]) if app.get("import_path") == IMPORT_PATH)
+    args = _args(file)
     problems = []
     for i, tier in enumerate(file.plane.tiers):
-        where = ("applications", index, "args", "tiers", i, "engine_args")
+        where = (*args, "tiers", i, "engine_args")
         for problem in _engine_problems(tier):
             inner = problem.path.partition("engine_args.")[2]
             path_here: tuple[PathPart, ...] = (*where, inner.replace("_", "-")) if inner else where
@@ -31,6 +32,38 @@ def load_checked(path: str) -> ServeFile:
     if problems:
         raise ConfigError(problems, path)
     return file
+
+
+def unset_variables(file: ServeFile, environ: Mapping[str, str]) -> list[Problem]:
+    """Settings that name an environment variable that ``environ`` does not have, or has empty. The file
+    is right all the same: another machine may have it."""
+    found: list[tuple[tuple[PathPart, ...], str, str]] = []
+    for i, tier in enumerate(file.plane.tiers):
+        if tier.api_key_env:
+            what = f"tier '{tier.name}' would not start"
+            found.append((("tiers", i, "api_key_env"), tier.api_key_env, what))
+    for i, webhook in enumerate(file.plane.controller.alerts.webhooks):
+        if webhook.secret_env:
+            where = ("controller", "alerts", "webhooks", i, "secret_env")
+            found.append((where, webhook.secret_env, "nothing would be sent to this webhook"))
+    yaml = read_yaml(file.path)
+    args = _args(file)
+    return [
+        Problem(
+            path_text((*args, *where)),
+            f"the environment variable {name} is not set: {what}",
+            f"set {name} where Ray is started, on every node, or remove the setting",
+            yaml.line((*args, *where)),
+        )
+        for where, name, what in found
+        if not environ.get(name)
+    ]
+
+
+def _args(file: ServeFile) -> tuple[PathPart, ...]:
+    """Where tierplane's settings are in the file."""
+    applications = enumerate(file.raw["applications"])
+    return "applications", next(i for i, app in applications if app.get("import_path") == IMPORT_PATH), "args"
 
 
 def _engine_problems(tier: TierConfig) -> list[Problem]:

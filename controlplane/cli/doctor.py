@@ -6,12 +6,12 @@ import json
 from dataclasses import asdict
 
 import click
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from controlplane.cli.checks import Check, Verdict, run_checks
 from controlplane.cli.configuration import load_checked
+from controlplane.cli.console import stdout
 
 _MARKS = {Verdict.OK: ("ok", "green"), Verdict.WARN: ("warn", "yellow"), Verdict.FAIL: ("FAIL", "bold red")}
 
@@ -30,7 +30,7 @@ def command(ctx: click.Context, config: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"ok": not failed, "checks": [asdict(check) for check in checks]}, indent=2))
     else:
-        Console().print(_table(checks))
+        stdout().print(_table(checks))
     if failed:
         ctx.exit(1)
 

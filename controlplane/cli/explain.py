@@ -8,10 +8,10 @@ import urllib.request
 from typing import Any, BinaryIO
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from controlplane.adapters import ray_session
+from controlplane.cli.console import stdout
 from controlplane.errors import SetupError
 
 DEFAULT_URL = "http://127.0.0.1:8080"
@@ -103,7 +103,7 @@ def _said(body: bytes) -> str:
 
 
 def _print(answer: dict[str, Any]) -> None:
-    console = Console(highlight=False)
+    console = stdout()
     console.print(_verdict(answer), markup=False, soft_wrap=True)
     tiers = answer["tiers"]
     for label, key in (("asked for", "asked_for"), ("spills to", "spill"), ("bridged by", "bridge")):

@@ -6,11 +6,11 @@ import json
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from controlplane.adapters.catalog import gpu_named, gpu_table, known_models
 from controlplane.adapters.model_config import LoadedModel, load_model
+from controlplane.cli.console import stdout
 from controlplane.core.architecture import plain_model
 from controlplane.core.engine_settings import EngineSettings, parse_settings
 from controlplane.core.feasibility import Fit, Limits, Unfit, Verdict, judge
@@ -178,7 +178,7 @@ def _summary(loaded: LoadedModel, plan: MemoryPlan) -> list[str]:
 
 
 def _print(loaded: LoadedModel, verdict: Verdict) -> None:
-    console = Console(highlight=False)
+    console = stdout()
 
     def say(text: str) -> None:
         console.print(text, markup=False, soft_wrap=True)
@@ -304,7 +304,7 @@ def _print_gpus(as_json: bool) -> None:
             f"{gpu.flops['float16'] / 1e12:g}",
             ("bf16 " if gpu.bfloat16 else "") + " ".join(gpu.quantizations()),
         )
-    Console(highlight=False).print(table)
+    stdout().print(table)
 
 
 def _gpu_json(gpu: GpuModel) -> dict[str, Any]:

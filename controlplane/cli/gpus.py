@@ -9,17 +9,16 @@ from dataclasses import asdict
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from controlplane.cli.asking import connected, plane_options
+from controlplane.cli.console import stdout
 from controlplane.cli.show import age
 from controlplane.core.gangs import WHOLE_MILLI
 from controlplane.core.gpu_views import GpuHolder, GpuView
 
 _GIB = 1024**3
-_PIPE_WIDTH = 200
 _STYLES = {"healthy": "green", "returned": "green", "suspect": "yellow"}
 
 
@@ -33,9 +32,7 @@ def command(as_json: bool, address: str | None, namespace: str | None) -> None:
     if as_json:
         click.echo(json.dumps({"gpus": [asdict(gpu) for gpu in gpus]}, indent=2))
         return
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = _PIPE_WIDTH
+    console = stdout()
     if not gpus:
         console.print("No node reports a GPU.")
         return

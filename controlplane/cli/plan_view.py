@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from controlplane.adapters.serve_options import actor_options, ray_types
 from controlplane.adapters.tier_gangs import TierDemand
+from controlplane.cli.console import stdout
 from controlplane.core.gangs import WHOLE_MILLI, Placement, Plan, Shape
 from controlplane.core.topology import Node
 from controlplane.core.what_if import Change
@@ -46,7 +46,7 @@ def _hopeless(demand: TierDemand) -> bool:
 
 def show(answer: Answer) -> None:
     """For people."""
-    console = Console(highlight=False)
+    console = stdout()
     if answer.change is not None:
         console.print(_difference_text(answer.change))
     console.print(_tier_table(answer))

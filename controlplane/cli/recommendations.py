@@ -7,12 +7,12 @@ import json
 import time
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from controlplane.cli.asking import connected, plane_options
+from controlplane.cli.console import stdout
 from controlplane.core.advice import Given
-from controlplane.core.scaling_view import ScalingReport, as_json_value
+from controlplane.core.scaling_view import ScalingReport, as_json_value, effect_text, judged_text
 
 
 @click.command()
@@ -26,7 +26,7 @@ def command(scored: bool, as_json: bool, address: str | None, namespace: str | N
     if as_json:
         click.echo(json.dumps(as_json_value(report)))
         return
-    console = Console()
+    console = stdout()
     if not scored:
         console.print(_targets(report))
     shown = [item for item in report.advice if (item.applied is not None) == scored]
@@ -59,21 +59,12 @@ def _advice(given: list[Given]) -> Table:
         table.add_column(head, overflow="fold")
     for item in given:
         advice = item.advice
-        effect = [] if advice.effect.latency_ms is None else [f"{advice.effect.latency_ms:.0f} ms"]
-        if advice.effect.attainment is not None:
-            effect.append(f"{advice.effect.attainment:.1%} keep the SLO")
-        effect.append(f"{advice.effect.gpus:+g} GPUs")
-        judged = ""
-        if item.applied is not None:
-            done = "followed" if item.applied else "not followed"
-            score = "not measured" if item.score is None else f"{item.score.value:.2f}: {item.score.reason}"
-            judged = f"{done}; {score}"
         table.add_row(
             time.strftime("%H:%M:%S", time.localtime(item.unix_s)),
             advice.instance,
             f"{advice.kind}: {advice.suggestion} ({'; '.join(advice.reasons)})",
-            ", ".join(effect),
+            effect_text(advice.effect),
             f"{advice.confidence:.0%}",
-            judged,
+            judged_text(item),
         )
     return table

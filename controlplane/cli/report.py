@@ -7,14 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from controlplane.cli.asking import connected, plane_options
+from controlplane.cli.console import stdout
 from controlplane.core.report import MAX_WINDOW_MINUTES, MIN_WINDOW_MINUTES, InstanceReport, PlaneReport
-from controlplane.gateway.report_page import DEFAULT_MINUTES, HEADS, page, row
-
-_PIPE_WIDTH = 240
+from controlplane.gateway.report_page import DEFAULT_MINUTES, HEADS, OF_SLO, page, row
 
 
 @click.command()
@@ -40,9 +39,7 @@ def command(
     if as_json:
         click.echo(json.dumps(asdict(report)))
         return
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = _PIPE_WIDTH
+    console = stdout()
     for items in (report.tiers, report.endpoints):
         if items:
             console.print(_table(items))
@@ -64,6 +61,9 @@ def _table(items: tuple[InstanceReport, ...]) -> Table:
     for number in shown:
         left = HEADS[number] in ("tier", "endpoint")
         table.add_column(HEADS[number], justify="left" if left else "right", no_wrap=True)
-    for cells in rows:
-        table.add_row(*(cells[number] for number in shown))
+    for item, cells in zip(items, rows, strict=True):
+        marked = OF_SLO if item.slo_missed else ()
+        table.add_row(
+            *(Text(cells[number], "bold red" if HEADS[number] in marked else "") for number in shown)
+        )
     return table

@@ -6,28 +6,35 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from controlplane.cli.configuration import load_checked
+from controlplane.cli.console import stdout
+from controlplane.cluster_file import load_cluster
 from controlplane.config import PlaneConfig
 from controlplane.core.domain import Complexity
+from controlplane.core.scaling_view import effect_text, judged_text
+from controlplane.core.topology import Node
 from controlplane.errors import SetupError
 from controlplane.simulation import oracle
+from controlplane.simulation.options import Options
 from controlplane.simulation.policies import NAMES, reactive_policy
 from controlplane.simulation.results import Result
-from controlplane.simulation.scenario import Options, build
+from controlplane.simulation.room_text import room_lines
+from controlplane.simulation.scenario import build
 from controlplane.simulation.simulator import Scenario, Simulator
 from controlplane.simulation.traces import Arrival, read_trace
 
 _PEEK = 5000
 """Requests of the trace's beginning that say what a request is like."""
 _PROGRESS_S = 1.0
+_SHOWN = 5
+"""Decisions and recommendations that people are shown, the last."""
 
 
 @click.command()
@@ -62,7 +69,20 @@ _PROGRESS_S = 1.0
     show_default=True,
     help="Prompt tokens a second of such engines.",
 )
+@click.option(
+    "--cluster",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="A cluster file, as `tierplane plan` reads it: replicas need room there.",
+)
 @click.option("--mtbf-hours", type=click.FloatRange(0.01), help="Mean time between failures of a replica.")
+@click.option("--node-mtbf-hours", type=click.FloatRange(0.01), help="The same of a node of the cluster.")
+@click.option(
+    "--node-recovery-s",
+    type=click.FloatRange(0),
+    default=600.0,
+    show_default=True,
+    help="Until a node that failed is back.",
+)
 @click.option("--cost-per-gpu-hour", type=click.FloatRange(0), default=0.0, show_default=True)
 @click.option("--mix", metavar="SHARES", help="Complexities drawn for requests without: simple=6,complex=1.")
 @click.option(
@@ -92,7 +112,10 @@ def command(
     engine_ratio: float,
     itl_ms: float,
     prefill_tokens_per_s: float,
+    cluster: Path | None,
     mtbf_hours: float | None,
+    node_mtbf_hours: float | None,
+    node_recovery_s: float,
     cost_per_gpu_hour: float,
     mix: str | None,
     keep: float,
@@ -105,19 +128,29 @@ def command(
 ) -> None:
     """Replay recorded arrivals on a simulated fleet of CONFIG: SLO attainment, GPU hours, latencies.
 
-    Routing, admission and scaling are the production code; engines, GPUs and time are simulated. The same
-    seed gives the same output. Traces: Azure's CSV, Mooncake's JSONL, ServeGen's windows, or a CSV with
+    Routing, admission, scaling and advice are the production code; engines, GPUs and time are simulated. With
+    --cluster replicas are placed by the production code too, on GPUs that the tiers share; one that finds no
+    room waits. The same seed gives the same output.
+
+    Traces: Azure's CSV, Mooncake's JSONL, ServeGen's windows, what `tierplane trace` wrote, or a CSV with
     at_s, input_tokens, output_tokens and, if you like, tier, complexity, priority, session.
     """
     if min_replicas is not None and max_replicas is not None and min_replicas > max_replicas:
         raise click.UsageError("--min-replicas is over --max-replicas")
+    if cluster is not None and gpu is not None:
+        raise click.UsageError("--gpu: the cluster file says which GPUs there are")
+    if node_mtbf_hours is not None and cluster is None:
+        raise click.UsageError("--node-mtbf-hours: say which nodes there are, with --cluster")
     plane = load_checked(config).plane
+    nodes = load_cluster(cluster).to_nodes() if cluster is not None else None
     plane = _with_slo(plane, slo_ttft_ms, slo_itl_ms, attainment)
     options = Options(
         gpu=gpu,
         engine_ratio=engine_ratio,
         cold_start_s=cold_start_s,
         mtbf_hours=mtbf_hours,
+        node_mtbf_hours=node_mtbf_hours,
+        node_recovery_s=node_recovery_s,
         cost_per_gpu_hour=cost_per_gpu_hour,
         min_replicas=min_replicas,
         max_replicas=max_replicas,
@@ -133,7 +166,7 @@ def command(
         read = read_trace(trace, seed=seed, keep_ratio=keep, hours=hours, skip_hours=skip_hours)
         return _checked(_mixed(read, shares, seed), plane, trace)
 
-    scenario = _scenario(plane, options, arrivals)
+    scenario = _scenario(plane, options, arrivals, nodes)
     started_s = time.perf_counter()
     result = _run(scenario, policy, arrivals, _Progress(quiet=as_json))
     took_s = max(time.perf_counter() - started_s, 1e-9)
@@ -163,17 +196,24 @@ def _with_slo(
         "attainment": attainment,
     }
     change = {name: value for name, value in said.items() if value is not None}
+    if not change:
+        return plane
     tiers = [tier.model_copy(update={"slo": tier.slo.model_copy(update=change)}) for tier in plane.tiers]
     return plane.model_copy(update={"tiers": tiers})
 
 
-def _scenario(plane: PlaneConfig, options: Options, arrivals: Callable[[], Iterator[Arrival]]) -> Scenario:
+def _scenario(
+    plane: PlaneConfig,
+    options: Options,
+    arrivals: Callable[[], Iterator[Arrival]],
+    nodes: Sequence[Node] | None,
+) -> Scenario:
     first = list(islice(arrivals(), _PEEK))
     if not first:
         raise SetupError(
             "the trace has no requests in the part that is replayed: see --hours and --skip-hours"
         )
-    return build(plane, options, oracle.mean_work(first))
+    return build(plane, options, oracle.mean_work(first), nodes)
 
 
 def _run(
@@ -267,7 +307,7 @@ def _checked(arrivals: Iterable[Arrival], plane: PlaneConfig, trace: Path) -> It
 
 
 def _show(result: Result) -> None:
-    console = Console(highlight=False)
+    console = stdout()
     console.print(
         f"policy {result.policy}, seed {result.seed}, {result.simulated_s / 3600:.2f} h: "
         f"{result.attainment:.2%} of {result.requests} requests kept the SLO, "
@@ -289,11 +329,25 @@ def _show(result: Result) -> None:
             str(data["refused"] + data["expired"] + data["lost"]),
         )
     console.print(table)
-    if result.advice:
-        console.print(f"{result.advice_total} changes of a target; the last of those kept:")
-    for entry in result.advice[-5:]:
+    for line in room_lines(result):
+        console.print(line, soft_wrap=True)
+    if result.decisions:
+        console.print(f"targets changed, or wished for: {result.decisions_total}; the last of those kept:")
+    for entry in result.decisions[-_SHOWN:]:
         where = f"{entry.at_s / 3600:.2f} h {entry.tier}: {entry.before} to {entry.target}"
         console.print(f"  {where}, {entry.reason}", soft_wrap=True)
+    record = result.record
+    mean = "" if record.mean is None else f", mean score {record.mean:.2f}"
+    console.print(
+        f"{record.given} recommendations, {record.judged} judged, {record.right} right{mean}"
+        f"{'; the last of them:' if result.advice else ''}"
+    )
+    for item in result.advice[-_SHOWN:]:
+        advice = item.advice
+        where = f"{result.hours_of(item):.2f} h {advice.instance}: {advice.kind}, {advice.suggestion}"
+        console.print(f"  {where}: {'; '.join(advice.reasons)}", soft_wrap=True)
+        sure = f"predicted {effect_text(advice.effect)}; {advice.confidence:.0%} sure"
+        console.print(f"    {sure}; {judged_text(item) or 'not judged yet'}", soft_wrap=True)
 
 
 def _span(found: dict[str, float | None]) -> str:

@@ -9,11 +9,11 @@ from typing import Any
 
 import click
 import yaml
-from rich.console import Console
 from rich.table import Table
 
 from controlplane.adapters.tier_sizing import Fleet, checkpoint_note, fleet_of, needs_of, placed, settings_of
 from controlplane.cli.configuration import load_checked
+from controlplane.cli.console import stdout
 from controlplane.cluster_file import load_cluster
 from controlplane.core.gangs import Plan
 from controlplane.core.sizing import NoSizing, Option, RuledOut, Sizing, size_tiers
@@ -54,7 +54,7 @@ def command(config: str, cluster: Path, as_json: bool) -> None:
 
 
 def _show(found: Sizing | NoSizing, where: Plan | None, fleet: Fleet) -> None:
-    console = Console(highlight=False)
+    console = stdout()
     if fleet.unknown:
         console.print(f"left out, not in the table of GPU models: {', '.join(fleet.unknown)}")
     if isinstance(found, NoSizing) or where is None:

@@ -8,13 +8,14 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
 from controlplane.cli.activity import activity_json, activity_lines
 from controlplane.cli.alerts import firing_lines
 from controlplane.cli.asking import PlaneAddress, connected, plane_options
+from controlplane.cli.console import stdout
 from controlplane.cli.show import gateway_table, gateways_json, status_table, tier_json, troubles
 from controlplane.core.moves import Activity
 from controlplane.core.status import TierStatus, tier_statuses
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 REFRESH_S = 1.0
 SHOWN_EVENTS = 8
-PIPE_WIDTH = 200
 
 
 @click.command()
@@ -45,9 +45,7 @@ def command(as_json: bool, watch: bool, address: str | None, namespace: str | No
             if as_json:
                 click.echo(json.dumps({"url": plane.url, **_as_json(view, activity)}, indent=2))
             else:
-                console = Console(highlight=False)
-                if not console.is_terminal:
-                    console.width = PIPE_WIDTH
+                console = stdout()
                 if plane.url:
                     console.print(f"{plane.url}/v1\n")
                 console.print(_tables(view, activity))

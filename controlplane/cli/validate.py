@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
-from controlplane.cli.configuration import load_checked
+from controlplane.cli.configuration import load_checked, unset_variables
+from controlplane.cli.console import stdout
 from controlplane.config import ServeFile, TierConfig
-from controlplane.errors import ConfigError
+from controlplane.errors import ConfigError, Problem
 
 
 @click.command()
@@ -20,7 +21,10 @@ from controlplane.errors import ConfigError
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def command(ctx: click.Context, config: str, as_json: bool) -> None:
-    """Check a configuration file; every problem at once."""
+    """Check a configuration file; every problem at once.
+
+    What this machine's environment lacks is a warning: the plane may run elsewhere.
+    """
     try:
         file = load_checked(config)
     except ConfigError as error:
@@ -29,10 +33,12 @@ def command(ctx: click.Context, config: str, as_json: bool) -> None:
         problems = [asdict(problem) for problem in error.problems]
         click.echo(json.dumps({"ok": False, "config": config, "problems": problems}, indent=2))
         ctx.exit(2)
+    warnings = unset_variables(file, os.environ)
     if as_json:
-        click.echo(json.dumps({"ok": True, "config": config, "problems": [], **_summary(file)}, indent=2))
+        told = {"problems": [], "warnings": [asdict(warning) for warning in warnings]}
+        click.echo(json.dumps({"ok": True, "config": config, **told, **_summary(file)}, indent=2))
     else:
-        _show(file)
+        _show(file, warnings)
 
 
 def _summary(file: ServeFile) -> dict[str, Any]:
@@ -57,7 +63,7 @@ def _summary(file: ServeFile) -> dict[str, Any]:
     }
 
 
-def _show(file: ServeFile) -> None:
+def _show(file: ServeFile, warnings: list[Problem]) -> None:
     table = Table(box=None)
     for title in ("tier", "engine", "model", "replicas", "GPUs", "requests at once"):
         table.add_column(title, overflow="fold")
@@ -70,11 +76,13 @@ def _show(file: ServeFile) -> None:
             _gpus(tier),
             str(tier.concurrency_limit * tier.replicas),
         )
-    console = Console()
+    console = stdout()
     console.print(table)
     gateway = file.plane.gateway
     own = f"port {gateway.port}" if gateway.port else "no port of its own"
     console.print(f"Gateway: {own}; Serve's ingress: port {file.http_port}", highlight=False)
+    for warning in warnings:
+        console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
     console.print(f"{file.path}: no problem", style="green", highlight=False)
 
 

@@ -12,6 +12,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from controlplane.cli.console import stdout
 from controlplane.cli.show import progress_table, tier_json, what_it_does
 from controlplane.core.domain import Event
 from controlplane.core.status import TierStatus
@@ -48,7 +49,7 @@ def voice(*, as_json: bool) -> Voice:
     """The one that fits: JSON if asked for, live on a terminal, lines elsewhere."""
     if as_json:
         return JsonVoice()
-    console = Console(highlight=False)
+    console = stdout()
     return LiveVoice(console) if console.is_terminal else LineVoice()
 
 

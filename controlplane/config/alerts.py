@@ -58,11 +58,12 @@ class AlertsConfig(Strict):
     def findings(self) -> list[Finding]:
         """What doesn't fit."""
         found = []
-        first: dict[str, int] = {}
+        seen: set[str] = set()
         for i, webhook in enumerate(self.webhooks):
-            if first.setdefault(webhook.url, i) != i:
-                message = f"this address is webhooks[{first[webhook.url]}] too"
+            if webhook.url in seen:
+                message = "an earlier webhook has this address too"
                 found.append(Finding(("webhooks", i, "url"), message, "name it once"))
+            seen.add(webhook.url)
         for name, change in self.rules.items():
             found += _rule_findings(name, change)
         return found

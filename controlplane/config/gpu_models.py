@@ -33,6 +33,7 @@ def gpu_model_findings(names: Sequence[str]) -> list[Finding]:
     return found
 
 
+@functools.lru_cache(maxsize=1024)
 def table_name(name: str) -> str:
     """The table's own name of a GPU model, alias or driver's name; ``name`` itself if it is not there."""
     known = find_gpu(gpu_table(), name)

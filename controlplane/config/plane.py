@@ -152,6 +152,11 @@ class TierConfig(Strict):
     def _filled(cls, values: Any) -> Any:
         return fill_tier(values) if isinstance(values, Mapping) else values
 
+    @property
+    def given_slo(self) -> SloConfig | None:
+        """Its ``slo`` where somebody wrote one; None: the default's."""
+        return self.slo if "slo" in self.model_fields_set else None
+
     @field_validator("engine_args")
     @classmethod
     def _flags(cls, value: dict[str, Any]) -> dict[str, Any]:

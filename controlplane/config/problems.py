@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from controlplane.config.cuts import Path, Remaining, lies_in, meets, next_cut, remaining
 from controlplane.config.strict import Finding, FindingsError, PathPart, Strict
 from controlplane.errors import Problem
-
-Path = tuple[PathPart, ...]
 
 _NAME_PATTERN_TEXT = "lower-case letters, digits, '-' and '_', a letter first, 40 at most"
 _NUMBER = re.compile(r"^[+-]?\d+(\.\d*)?([eE][+-]?\d+)?$")
@@ -34,52 +33,36 @@ def collect(model: type[Strict], values: Any, placeholders: Mapping[str, Any]) -
 
     pydantic looks at what fields must satisfy together only once each is right by itself. So that one wrong
     value doesn't hide the rest, wrong values are left out (``placeholders`` stand in for required fields) and
-    what remains is looked at again; findings that depend on a field left out are not made.
+    what remains is looked at again; findings that depend on what was left out are not made.
     """
     problems: list[tuple[Path, Problem]] = []
-    gone: set[PathPart] = set()
+    cuts: set[Path] = set()
     while True:
-        found, wrong = _validate(model, values, gone)
+        rest = remaining(values, cuts)
+        if isinstance(rest.values, dict):
+            stand_ins = {name: value for name, value in placeholders.items() if (name,) in cuts}
+            rest = replace(rest, values=rest.values | stand_ins)
+        found, wrong = _validate(model, rest, cuts)
         problems += found
-        if not wrong or not isinstance(values, Mapping):
+        more = {cut for path in wrong if (cut := next_cut(path, cuts))}
+        if not more or not isinstance(values, Mapping):
             return problems
-        before, values = values, copy.deepcopy(dict(values))
-        for path in wrong:
-            gone |= _leave_out(values, path)
-        first = {path[0] for path in wrong}
-        values |= {name: value for name, value in placeholders.items() if name in first}
-        if values == before:
-            return problems
-
-
-def _leave_out(values: dict[PathPart, Any], path: Path) -> set[PathPart]:
-    """Delete what is at ``path`` from ``values``; the field itself, where the path leads through a list.
-
-    Returns the field if it was deleted or was never there.
-    """
-    here: Any = values
-    for part in path[:-1]:
-        here = here.get(part) if isinstance(here, dict) else None
-    if len(path) > 1 and isinstance(here, dict):
-        here.pop(path[-1], None)
-        return set()
-    values.pop(path[0], None)
-    return {path[0]}
+        cuts |= more
 
 
 def _validate(
-    model: type[Strict], values: Any, gone: set[PathPart]
+    model: type[Strict], rest: Remaining, cuts: Collection[Path]
 ) -> tuple[list[tuple[Path, Problem]], list[Path]]:
-    """Problems, and the paths of values that are wrong by themselves."""
+    """New problems, and the paths of values that are wrong by themselves."""
     try:
-        model.model_validate(values)
+        model.model_validate(rest.values)
     except ValidationError as error:
-        return _problems_of(error, model, values, gone)
+        return _problems_of(error, model, rest, cuts)
     return [], []
 
 
 def _problems_of(
-    error: ValidationError, model: type[Strict], values: Any, gone: set[PathPart]
+    error: ValidationError, model: type[Strict], rest: Remaining, cuts: Collection[Path]
 ) -> tuple[list[tuple[Path, Problem]], list[Path]]:
     problems: list[tuple[Path, Problem]] = []
     wrong: list[Path] = []
@@ -87,26 +70,33 @@ def _problems_of(
     for item in error.errors():
         cause = item.get("ctx", {}).get("error")
         if isinstance(cause, FindingsError):
-            found = _from_findings(cause.findings, item["loc"], gone)
-            problems += found
+            problems += _from_findings(cause.findings, item["loc"], rest, cuts)
             if item["loc"]:
-                wrong += [path for path, _ in found]
+                wrong += [rest.original(item["loc"] + finding.path) for finding in cause.findings]
         else:
-            by_path.setdefault(_real_path(item, values), []).append(item)
+            path = rest.original(_real_path(item, rest.values))
+            wrong += [path] if path else []
+            # What is missing, or too short, because of a cut was told when it was cut.
+            if path not in cuts and not (item["type"] == "too_short" and rest.is_shortened(path)):
+                by_path.setdefault(path, []).append(item)
     for path, items in by_path.items():
         message, remedy = _message(items, model, path)
         problems.append((path, Problem(path_text(path), message, remedy)))
-        wrong += [path] if path else []
     return problems, wrong
 
 
 def _from_findings(
-    findings: Sequence[Finding], prefix: Path, gone: set[PathPart]
+    findings: Sequence[Finding], prefix: Path, rest: Remaining, cuts: Collection[Path]
 ) -> list[tuple[Path, Problem]]:
-    kept = [finding for finding in findings if not gone & {*(prefix + finding.path)[:1], *finding.uses}]
+    kept = [
+        (rest.original(prefix + finding.path), finding)
+        for finding in findings
+        if not any(meets(rest.original((*prefix, name)), cuts) for name in finding.uses)
+    ]
     return [
-        (prefix + finding.path, Problem(path_text(prefix + finding.path), finding.message, finding.remedy))
-        for finding in kept
+        (path, Problem(path_text(path), finding.message, finding.remedy))
+        for path, finding in kept
+        if not lies_in(path, cuts)
     ]
 
 

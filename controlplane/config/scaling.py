@@ -8,6 +8,7 @@ from typing import Annotated, Final, Literal
 from pydantic import Field, field_validator
 
 from controlplane.config.strict import Finding, FindingsError, Strict
+from controlplane.core.advising import AdviceRules
 from controlplane.core.autoscaling import Slo
 from controlplane.core.recommendations import Thresholds
 from controlplane.core.schedules import DAYS, Schedule, clock_s
@@ -105,7 +106,7 @@ class ScalingConfig(Strict):
     cool_down_down_s: NonNegative = 0.0
     """Between any order and one of fewer."""
     hold_s: NonNegative | None = None
-    """How long fewer must be enough before replicas go; by default one cold start, at least 5 min."""
+    """How long fewer must be enough before replicas go; by default one cold start and half a minute."""
     cold_start_s: Positive | None = None
     """From the order of a replica until it answers; by default as it was measured last, and a minute at
     first."""
@@ -137,8 +138,9 @@ class ThresholdsConfig(Strict):
     """Memory of a tier's fullest GPU, above; vLLM takes ``gpu-memory-utilization`` of it at its start."""
     kv_ratio: Ratio = 0.95
     """KV cache of a tier's fullest engine, above."""
-    latency_ms: Positive = 3000.0
-    """95th percentile of whole answers, above."""
+    latency_ms: Positive | None = None
+    """95th percentile of whole answers, above. By default a tier that is given an ``slo`` goes by that, and
+    the others by 3000."""
     queue: NonNegative = 50.0
     """Requests that wait for a tier, above."""
     error_ratio: Ratio = 0.10
@@ -148,7 +150,7 @@ class ThresholdsConfig(Strict):
     idle_requests_per_s: NonNegative = 1.0
     """… less than this: idle."""
 
-    def thresholds(self, attainment: float) -> Thresholds:
+    def thresholds(self) -> Thresholds:
         """As the core has them."""
         return Thresholds(
             gpu_ratio=self.gpu_ratio,
@@ -159,7 +161,6 @@ class ThresholdsConfig(Strict):
             error_ratio=self.error_ratio,
             idle_gpu_ratio=self.idle_ratio,
             idle_requests_per_s=self.idle_requests_per_s,
-            attainment=attainment,
         )
 
 
@@ -183,3 +184,7 @@ class ControllerScalingConfig(Strict):
     """For the costs in reports."""
     thresholds: ThresholdsConfig = ThresholdsConfig()
     """When a figure is a reason for advice."""
+
+    def advice_rules(self) -> AdviceRules:
+        """As the core has them."""
+        return AdviceRules(self.thresholds.thresholds(), self.advice_interval_s, self.score_after_s)

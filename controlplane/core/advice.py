@@ -7,20 +7,14 @@ fresh figures: without them an advice waits, and after :data:`PATIENCE` times it
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from controlplane.core.recommendations import (
-    Effect,
-    Kind,
-    Recommendation,
-    Score,
-    TierCondition,
-    score,
-)
+from controlplane.core.json_values import from_value, to_value
+from controlplane.core.recommendations import Kind, Recommendation, Score, TierCondition, score
 
 MAX_GIVEN: Final = 200
-"""Advice that is remembered."""
+"""Advice that is remembered, unless said otherwise."""
 PATIENCE: Final = 3.0
 
 
@@ -55,8 +49,12 @@ class Record:
 class AdviceBook:
     """All advice of late."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = MAX_GIVEN) -> None:
+        """``most`` is how much is remembered."""
+        self._most = most
         self._given: dict[int, Given] = {}
+        self._open: dict[tuple[str, Kind], int] = {}
+        """Tier and kind → the number of what is not judged yet: at most one of each."""
         self._number = 0
 
     @property
@@ -67,11 +65,7 @@ class AdviceBook:
     @property
     def open(self) -> tuple[Given, ...]:
         """Not judged yet."""
-        return tuple(item for item in self._given.values() if item.applied is None)
-
-    def is_new(self, advice: Recommendation) -> bool:
-        """No open advice says the same."""
-        return self._same(advice) is None
+        return tuple(self._given[number] for number in sorted(self._open.values()))
 
     def give(
         self, advice: Sequence[Recommendation], conditions: Mapping[str, TierCondition], unix_s: float
@@ -79,17 +73,15 @@ class AdviceBook:
         """Write it down; the part of it that is new."""
         new = []
         for item in advice:
-            known = self._same(item)
+            known = self._open.get(_key(item))
             if known is not None:
-                self._given[known.number] = replace(known, again_unix_s=unix_s)
+                self._given[known] = replace(self._given[known], again_unix_s=unix_s)
                 continue
             self._number += 1
             replicas = conditions[item.instance].replicas
             given = Given(self._number, unix_s, item, replicas, unix_s)
-            self._given[given.number] = given
+            self._write(given)
             new.append(given)
-        while len(self._given) > MAX_GIVEN:
-            del self._given[next(iter(self._given))]
         return tuple(new)
 
     def judge(
@@ -102,17 +94,13 @@ class AdviceBook:
             if age_s < after_s:
                 continue
             condition = conditions.get(item.advice.instance)
-            latency = condition.latency_ms.fresh if condition is not None else None
-            attainment = condition.attainment.fresh if condition is not None else None
             applied = condition is not None and _followed(item, condition)
-            if latency is None or attainment is None:
-                if age_s < PATIENCE * after_s:
-                    continue
-                done = replace(item, applied=applied)
-            else:
-                value = score(item.advice, applied=applied, latency_ms=latency, attainment=attainment)
-                done = replace(item, applied=applied, score=value)
+            value = None if condition is None else score(item.advice, condition, applied=applied)
+            if value is None and age_s < PATIENCE * after_s:
+                continue
+            done = replace(item, applied=applied, score=value)
             self._given[item.number] = done
+            del self._open[_key(item.advice)]
             judged.append(done)
         return tuple(judged)
 
@@ -125,38 +113,26 @@ class AdviceBook:
 
     def values(self) -> dict[str, Any]:
         """By number, as JSON values, for the store."""
-        return {str(number): asdict(item) for number, item in self._given.items()}
+        return {str(number): to_value(item) for number, item in self._given.items()}
 
     def restore(self, values: Mapping[str, Any]) -> None:
         """What was stored before."""
-        for value in sorted(values.values(), key=lambda item: item["number"]):
-            advice = value["advice"]
-            kept = Given(
-                **{
-                    **value,
-                    "advice": Recommendation(
-                        **{
-                            **advice,
-                            "kind": Kind(advice["kind"]),
-                            "reasons": tuple(advice["reasons"]),
-                            "effect": Effect(**advice["effect"]),
-                        }
-                    ),
-                    "score": Score(**value["score"]) if value["score"] is not None else None,
-                }
-            )
-            self._given[kept.number] = kept
-            self._number = max(self._number, kept.number)
+        for item in sorted((from_value(Given, each) for each in values.values()), key=lambda i: i.number):
+            self._write(item)
+            self._number = max(self._number, item.number)
 
-    def _same(self, advice: Recommendation) -> Given | None:
-        return next(
-            (
-                item
-                for item in self.open
-                if (item.advice.instance, item.advice.kind) == (advice.instance, advice.kind)
-            ),
-            None,
-        )
+    def _write(self, item: Given) -> None:
+        self._given[item.number] = item
+        if item.applied is None:
+            self._open[_key(item.advice)] = item.number
+        while len(self._given) > self._most:
+            gone = self._given.pop(next(iter(self._given)))
+            if self._open.get(_key(gone.advice)) == gone.number:
+                del self._open[_key(gone.advice)]
+
+
+def _key(advice: Recommendation) -> tuple[str, Kind]:
+    return advice.instance, advice.kind
 
 
 def _followed(item: Given, condition: TierCondition) -> bool:

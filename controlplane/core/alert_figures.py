@@ -8,17 +8,17 @@ controller itself. A subject without a signal, or with one that is not FRESH, is
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, TypeAlias
 
 from controlplane.core import alert_rules as names
-from controlplane.core.alerts import PLANE, Kind
+from controlplane.core.alerts import PLANE, Kind, Unit
 from controlplane.core.domain import Endpoint, EndpointState
 from controlplane.core.gpu_fleet import GpuFleet
 from controlplane.core.gpu_health import GpuHealth
 from controlplane.core.health import SERVING
 from controlplane.core.moves import CONTROLLER, OPERATOR, TierHold
-from controlplane.core.telemetry import Freshness, Signal
+from controlplane.core.telemetry import Signal, known_now
 
 Figures: TypeAlias = Mapping[str, Mapping[str, Signal]]
 """Figure → subject → signal."""
@@ -84,14 +84,14 @@ def of_tiers(
             why.setdefault(tier, f"{endpoint.endpoint_id} is {endpoint.state}{f' ({told})' if told else ''}")
     held = {tier: hold for tier, hold in holds.items() if hold.by == CONTROLLER and tier in due}
     figures = {
-        names.TIER_DUE: {tier: _now(count) for tier, count in due.items()},
-        names.TIER_READY: {tier: _now(count) for tier, count in ready.items()},
-        names.TIER_MISSING: {tier: _now(max(0, due[tier] - count)) for tier, count in ready.items()},
-        names.TIER_HELD: {tier: _now(tier in held) for tier in due},
+        names.TIER_DUE: {tier: known_now(count) for tier, count in due.items()},
+        names.TIER_READY: {tier: known_now(count) for tier, count in ready.items()},
+        names.TIER_MISSING: {tier: known_now(max(0, due[tier] - count)) for tier, count in ready.items()},
+        names.TIER_HELD: {tier: known_now(tier in held) for tier in due},
     }
     if in_flight is not None:
         figures[names.TIER_SATURATION] = {
-            tier: _now(taken[tier] / places) for tier, places in slots.items() if places
+            tier: known_now(taken[tier] / places) for tier, places in slots.items() if places
         }
     details = {
         (figure, tier): text
@@ -102,11 +102,35 @@ def of_tiers(
     return Known(figures, {Kind.TIER: tuple(due)}, details)
 
 
+def of_slos(attainments: Mapping[str, Signal], targets: Mapping[str, float]) -> Known:
+    """How many times as often as its SLO allows each tier's requests miss it (the burn rate of its error
+    budget: Beyer et al., "The Site Reliability Workbook", 2018, chapter 5). ``targets`` are the shares that
+    must keep it, below 1; a tier without one is not judged."""
+    figures: dict[str, Signal] = {}
+    details = {}
+    for tier, signal in attainments.items():
+        target = targets.get(tier)
+        if target is None:
+            continue
+        if signal.value is None:
+            figures[tier] = signal
+            continue
+        figures[tier] = replace(signal, value=slo_burn(signal.value, target))
+        kept, promised = Unit.RATIO.text(signal.value), Unit.RATIO.text(target)
+        details[names.TIER_SLO_BURN, tier] = f"{kept} keep it, {promised} are promised"
+    return Known({names.TIER_SLO_BURN: figures}, {}, details)
+
+
+def slo_burn(attainment: float, target: float) -> float:
+    """The share that misses an SLO over the share that may: above 1 it is not kept."""
+    return (1.0 - attainment) / (1.0 - target)
+
+
 def of_plane(*, waiting: int | None, store_warning: str) -> Known:
     """The queue of all gateways (None: none reports), and whether the controller's memory is safe."""
-    figures = {names.STORE_UNSAFE: {PLANE: _now(bool(store_warning))}}
+    figures = {names.STORE_UNSAFE: {PLANE: known_now(bool(store_warning))}}
     if waiting is not None:
-        figures[names.QUEUE_WAITING] = {PLANE: _now(waiting)}
+        figures[names.QUEUE_WAITING] = {PLANE: known_now(waiting)}
     details = {(names.STORE_UNSAFE, PLANE): store_warning} if store_warning else {}
     return Known(figures, {Kind.PLANE: (PLANE,)}, details)
 
@@ -144,12 +168,14 @@ def of_nodes(
     """How long each node's agent has been silent, and which nodes are lost: one counts until every tier
     that ran there has all its replicas again. ``missing`` are the replicas that each tier lacks."""
     silent = {
-        node_id: _now(max(0.0, now_s - node.latest_s))
+        node_id: known_now(max(0.0, now_s - node.latest_s))
         for node_id, node in fleet.nodes.items()
         if node.latest_s is not None
     }
     gone = {
-        node_id: _now(now_s - node.at_s < LOST_TOLD_S or any(missing.get(tier, 0) for tier in node.tiers))
+        node_id: known_now(
+            now_s - node.at_s < LOST_TOLD_S or any(missing.get(tier, 0) for tier in node.tiers)
+        )
         for node_id, node in lost.items()
     }
     details = {
@@ -160,14 +186,9 @@ def of_nodes(
     return Known(figures, {Kind.NODE: {*silent, *gone}}, details)
 
 
-_YES: Final = Signal(Freshness.FRESH, 1.0, 0.0)
-_NO: Final = Signal(Freshness.FRESH, 0.0, 0.0)
+_YES: Final = known_now(1.0)
+_NO: Final = known_now(0.0)
 
 
 def _by_operator(health: GpuHealth) -> bool:
     return health.rule == OPERATOR
-
-
-def _now(value: float) -> Signal:
-    """What the controller itself knows is never old."""
-    return Signal(Freshness.FRESH, float(value), 0.0)

@@ -7,59 +7,64 @@ What is pending is not kept: nobody looks while the controller is away, so it be
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from controlplane.core.alert_rules import BY_NAME
 from controlplane.core.alerts import Alert, AlertBook, AlertState, Silence
+from controlplane.core.json_values import Values, from_value, shifted, to_value, under
 
 _ALERT, _SILENCE = "alert/", "silence/"
 
 
-def to_values(book: AlertBook, shift_s: float) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class _Firing:
+    """An alert as it is kept."""
+
+    rule: str
+    subject: str
+    value: float
+    since_s: float
+    told_s: float | None
+    acknowledged: str = ""
+    detail: str = ""
+
+
+def to_values(book: AlertBook, shift_s: float) -> Values:
     """Alerts that fire and silences, by key."""
-    values: dict[str, Any] = {}
+    values: Values = {}
     for alert in book.alerts:
         if alert.state is AlertState.FIRING:
-            values[f"{_ALERT}{alert.rule.name}/{alert.subject}"] = {
-                "rule": alert.rule.name,
-                "subject": alert.subject,
-                "value": alert.value,
-                "since_s": alert.since_s + shift_s,
-                "told_s": None if alert.told_s is None else alert.told_s + shift_s,
-                "acknowledged": alert.acknowledged,
-                "detail": alert.detail,
-            }
+            name, subject = alert.key
+            times = alert.since_s, alert.told_s
+            firing = _Firing(name, subject, alert.value, *times, alert.acknowledged, alert.detail)
+            values[f"{_ALERT}{name}/{subject}"] = shifted(to_value(firing), shift_s, "since_s", "told_s")
     for silence in book.silences:
-        values[f"{_SILENCE}{silence.number}"] = {
-            "until_s": silence.until_s + shift_s,
-            "rule": silence.rule,
-            "subject": silence.subject,
-            "reason": silence.reason,
-            "by": silence.by,
-            "number": silence.number,
-        }
+        values[f"{_SILENCE}{silence.number}"] = shifted(to_value(silence), shift_s, "until_s")
     return values
 
 
 def restore(values: Mapping[str, Any], book: AlertBook, shift_s: float) -> None:
     """What :func:`to_values` said before. Alerts of rules that are no more are left out."""
+    firing = [
+        from_value(_Firing, shifted(value, -shift_s, "since_s", "told_s"))
+        for value in under(values, _ALERT).values()
+    ]
     alerts = [
         Alert(
-            rule=BY_NAME[value["rule"]],
-            subject=value["subject"],
-            state=AlertState.FIRING,
-            value=value["value"],
-            since_s=value["since_s"] - shift_s,
-            told_s=None if value["told_s"] is None else value["told_s"] - shift_s,
-            acknowledged=value["acknowledged"],
-            detail=value["detail"],
+            BY_NAME[item.rule],
+            item.subject,
+            AlertState.FIRING,
+            item.value,
+            item.since_s,
+            told_s=item.told_s,
+            acknowledged=item.acknowledged,
+            detail=item.detail,
         )
-        for key, value in values.items()
-        if key.startswith(_ALERT) and value["rule"] in BY_NAME
+        for item in firing
+        if item.rule in BY_NAME
     ]
     silences = [
-        Silence(**{**value, "until_s": value["until_s"] - shift_s})
-        for key, value in values.items()
-        if key.startswith(_SILENCE)
+        from_value(Silence, shifted(value, -shift_s, "until_s")) for value in under(values, _SILENCE).values()
     ]
     book.restore(sorted(alerts, key=lambda alert: alert.since_s), silences)

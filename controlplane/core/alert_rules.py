@@ -19,6 +19,7 @@ TIER_DUE: Final = "tier/due"
 TIER_MISSING: Final = "tier/missing_replicas"
 TIER_HELD: Final = "tier/held"
 TIER_SATURATION: Final = "tier/saturation_ratio"
+TIER_SLO_BURN: Final = "tier/slo_burn"
 QUEUE_WAITING: Final = "queue/waiting"
 GPU_BUSY: Final = "gpu/utilisation_ratio"
 GPU_MEMORY: Final = "gpu/memory_ratio"
@@ -68,9 +69,9 @@ RULES: Final = (
         action="The panel «Failures by reason», then tierplane logs of the tier.",
     ),
     AlertRule(
-        "TierplaneSloMissed", _WARNING, 0.95,
-        "Fewer than {threshold} of tier {subject}'s requests get what they are promised (its slo).",
-        clear=0.97, below=True, for_s=600, unit=Unit.RATIO, figure="tier/attainment", judge=Judge.PROGRAM,
+        "TierplaneSloMissed", _WARNING, 1,
+        "Tier {subject} misses its SLO more than {threshold} as often as slo.attainment allows.",
+        clear=0.6, for_s=600, unit=Unit.TIMES, figure=TIER_SLO_BURN,
         action="Do requests fail, wait or run slowly? tierplane alerts shows which; then more replicas.",
     ),
     AlertRule(

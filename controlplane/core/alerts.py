@@ -66,12 +66,14 @@ class Unit(StrEnum):
     RATIO = "ratio"
     SECONDS = "s"
     CELSIUS = "C"
+    TIMES = "x"
+    """As many times as is allowed."""
 
     def text(self, value: float) -> str:
         """A value for people: ``10 %``, ``3 s``."""
         if self is Unit.RATIO:
             return f"{100 * value:.4g} %"
-        suffix = {Unit.SECONDS: " s", Unit.CELSIUS: " °C"}.get(self, "")
+        suffix = {Unit.SECONDS: " s", Unit.CELSIUS: " °C", Unit.TIMES: " ×"}.get(self, "")
         return f"{value:.4g}{suffix}"
 
 

@@ -7,46 +7,42 @@ One :class:`TierScaler` per tier is given a :class:`TierObservation` each tick a
 * what the queue asks for that will be left by then,
 * what is in flight at this moment.
 
-How far above the forecast's mean it aims (``headroom``, in standard deviations) is learned from the requests
-that missed their SLO: after each tick it moves by the misses beyond those allowed (adaptive conformal
-inference: I. Gibbs, E. Candès, 2021), so over time as many miss as may, on traffic of any kind. Downwards it
-follows the highest target of the last hold time, at least one cold start: who keeps a replica idle for as
-long as its start would cost never pays more than twice the best (the ski rental argument: A. Karlin et al.,
-1988).
+Which rate it goes by, the forecast or the mean of an hour, and how far above it, is what would have kept the
+SLO at the least cost with the arrivals of the last hours (:mod:`.headroom`). A replica that is not needed any
+more is kept for as long as a new one would take to come.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
 from controlplane.core.capacity import Bounds, Capacity, EngineSpeed, Work
 from controlplane.core.forecast import Forecast, Forecaster
+from controlplane.core.headroom import Headroom, HeadroomTerms
 from controlplane.core.schedules import Schedule, bounds_at
 from controlplane.core.telemetry import Signal, missing
+from controlplane.core.virtual_queues import Sliding
 
 _NOT_MEASURED: Final = missing("not measured")
-_HEADROOM_GAIN: Final = 0.015
-"""Headroom for each second in which all requests missed."""
-_MOST_MISSED: Final = 0.25
-_HEADROOM_RANGE: Final = (0.0, 3.0)
+_RUSH_S: Final = 60.0
+"""What the last seconds show above the forecast is taken to last so long."""
+_SETTLE_S: Final = 30.0
+"""A forecast from less than this orders nothing."""
+_COMPARED: Final = 60
+"""Forecasts that must have been compared with what came."""
 _WORK_SPAN_S: Final = 600.0
 _GUESS_WEIGHT: Final = 2.0
 """So many requests weigh as much as the guess of what they are like."""
 _KNOWN_AFTER: Final = 20.0
 """After so many requests it is known well enough what they are like."""
-_LEAST_HOLD_S: Final = 300.0
-"""Bursts come again: with fast starts, too, who lets go at once has less when the next one comes."""
 _DRAIN_S: Final = 30.0
 """A queue should be gone so long after the replicas that were ordered for it are ready."""
 _WATCH_S: Final = 300.0
 """Nothing goes before a tier was watched for so long, unless the configuration sets the hold time: a
 controller that has just started knows little."""
-_ATTAINMENT_MARGIN: Final = 0.3
-"""Share of the allowed misses that is kept in reserve."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +71,7 @@ class ScalingSettings:
     """Between two orders of more."""
     cool_down_down_s: float = 0.0
     hold_s: float | None = None
-    """How long a lower target must last before replicas go; None: one cold start, at least 300 s."""
+    """How long a lower target must last before replicas go; None: one cold start and half a minute."""
     cold_start_s: float = 60.0
     """From the order of a replica until it answers."""
     idle_to_zero_s: float = 600.0
@@ -83,14 +79,19 @@ class ScalingSettings:
     tick_s: float = 5.0
     sequences: float = 10.0
     """Requests that one replica may run at once."""
-    initial_headroom: float = 0.5
     slo: Slo = field(default_factory=Slo)
     schedules: tuple[Schedule, ...] = ()
 
     @property
     def resolved_hold_s(self) -> float:
         """How long a lower target must last."""
-        return max(self.cold_start_s, _LEAST_HOLD_S) if self.hold_s is None else self.hold_s
+        # Past its cold start a replica must last for a while, or nothing was won by ordering it.
+        return self.cold_start_s + self.window_s if self.hold_s is None else self.hold_s
+
+    @property
+    def window_s(self) -> float:
+        """What is forecast is the mean rate over so long."""
+        return max(2 * self.tick_s, 30.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +152,9 @@ class ScalingDecision:
     reason: str
     wanted: int
     """Before bounds, holds and steps."""
+    needed_per_s: float = 0.0
+    """Requests a second that these are to carry: all that they can, or where only the forecast asks for so
+    many, what it asks for."""
     lowest: int = 0
     """The least that the bounds allow now."""
     blind: bool = False
@@ -169,11 +173,10 @@ class TierScaler:
         self.capacity = Capacity(prior)
         self.work = work
         """The mean request; a guess at first."""
-        self.forecaster = Forecaster(settings.cold_start_s, _window_s(settings))
-        self.headroom = settings.initial_headroom
+        self.forecaster = Forecaster(settings.cold_start_s, settings.window_s)
         self._requests = 0.0
-        self._wanted: deque[tuple[float, int]] = deque()
-        """(time, wanted), falling: the first is the highest of the hold time."""
+        self.headroom = Headroom(self._terms)
+        self._wanted = Sliding()
         self._since_s: float | None = None
         self._up_s = -math.inf
         self._down_s = -math.inf
@@ -192,12 +195,20 @@ class TierScaler:
         """Requests a second that one replica carries inside its bounds, as far as is known."""
         return self.capacity.requests_per_s(self.work, self.capacity.most_sequences(self.work, self.bounds))
 
+    @property
+    def _terms(self) -> HeadroomTerms:
+        settings = self.settings
+        return HeadroomTerms(
+            settings.slo.attainment, settings.cold_start_s, settings.resolved_hold_s, self.patience_s
+        )
+
     def adopt(self, settings: ScalingSettings) -> None:
         """Other settings from now on; what was learned stays."""
-        window_s = _window_s(settings)
+        window_s = settings.window_s
         if (settings.cold_start_s, window_s) != (self.forecaster.horizon_s, self.forecaster.window_s):
             self.forecaster.aim(settings.cold_start_s, window_s)
         self.settings = settings
+        self.headroom.adopt(self._terms)
 
     def decide(self, seen: TierObservation) -> ScalingDecision:
         """The target after this observation."""
@@ -212,21 +223,33 @@ class TierScaler:
             settings.max_replicas,
         )
         blind = _blind(seen)
-        wanted, why = self._wanted_now(seen, forecast)
+        wanted, needed_per_s, why = self._wanted_now(seen, forecast)
         if seen.override is not None:
             wanted = target = seen.override
+            needed_per_s = wanted * self.each_per_s
             why = "set by hand"
         else:
             if lowest == 0 and wanted <= 1:
                 # One replica or none is not the forecast's to say: it is kept for so long, and no longer.
                 wanted = 0 if self._idle_long(seen) else 1
+                needed_per_s = wanted * self.each_per_s
                 word = "no" if wanted == 0 else "a"
                 why = f"{word} request came in the last {settings.idle_to_zero_s:g} s"
             target, why = self._bounded(seen, wanted, why, lowest, highest, blind)
         move = Move.UP if target > seen.target else Move.DOWN if target < seen.target else Move.STAY
         confidence = math.sqrt(forecast.confidence * max(self.capacity.confidence, 0.1))
         return ScalingDecision(
-            self.tier, target, move, why, wanted, lowest, bool(blind), forecast, self.headroom, confidence
+            self.tier,
+            target,
+            move,
+            why,
+            wanted,
+            needed_per_s,
+            lowest,
+            bool(blind),
+            forecast,
+            self.headroom.factor,
+            confidence,
         )
 
     def _bounded(
@@ -246,7 +269,7 @@ class TierScaler:
         if blind:
             return seen.target, f"never down on what is not known: {blind}"
         hold_s = self.settings.resolved_hold_s
-        watch_s = max(hold_s, _WATCH_S) if self.settings.hold_s is None else hold_s
+        watch_s = _WATCH_S if self.settings.hold_s is None else hold_s
         watched_s = seen.now_s - self._since_s
         if held < seen.target and watched_s < watch_s:
             return seen.target, f"{why}; this tier was watched for only {watched_s:.0f} s"
@@ -292,15 +315,7 @@ class TierScaler:
                 work.input_tokens + share * (prompt - work.input_tokens),
                 work.output_tokens + share * (answer - work.output_tokens),
             )
-        if seen.finished > 0 and forecast.mean_per_s > 0:
-            allowed = (1.0 - self.settings.slo.attainment) * (1.0 - _ATTAINMENT_MARGIN)
-            # A burst in which everything misses says no more than one in which a part does: it is over
-            # before anything ordered for it is there.
-            missed = min(seen.missed / seen.finished, _MOST_MISSED) - allowed
-            share = min(seen.finished / (max(forecast.mean_per_s, 0.05) * seen.interval_s), 2.0)
-            seconds = missed * share * seen.interval_s
-            low, high = _HEADROOM_RANGE
-            self.headroom = min(max(self.headroom + _HEADROOM_GAIN * seconds, low), high)
+        self._judge(seen, forecast)
         # One that has replicas when it is first seen may have been busy just before.
         first = self._active_s is None
         if arrivals or seen.in_flight.value or seen.queued.value or (first and seen.target > 0):
@@ -309,27 +324,59 @@ class TierScaler:
             self._active_s = -math.inf
         return forecast
 
-    def _wanted_now(self, seen: TierObservation, forecast: Forecast) -> tuple[int, str]:
+    def _judge(self, seen: TierObservation, forecast: Forecast) -> None:
+        """What the headroom of the last ticks was worth."""
+        arrivals = seen.arrivals.fresh
+        watched_s = 0.0 if self._since_s is None else seen.now_s - self._since_s
+        if arrivals is not None and watched_s >= _WATCH_S:
+            self.headroom.observe(
+                seen.now_s,
+                seen.interval_s,
+                arrived=arrivals,
+                each_per_s=self.each_per_s,
+                forecasts_per_s=_rates(forecast),
+                patience_s=self.patience_s,
+            )
+        self.headroom.judge(
+            seen.now_s,
+            seen.interval_s,
+            finished=seen.finished,
+            missed=seen.missed,
+            queued=bool(seen.queued.value),
+            expected_per_s=forecast.mean_per_s,
+        )
+
+    @property
+    def patience_s(self) -> float:
+        """How long a request may wait for a place and still have its first token in time."""
+        prompt_s = self.work.input_tokens * self.capacity.speed.prompt_s_per_token
+        return max(self.settings.slo.ttft_s - 2 * prompt_s, 0.5)
+
+    def _wanted_now(self, seen: TierObservation, forecast: Forecast) -> tuple[int, float, str]:
         settings, work, bounds = self.settings, self.work, self.bounds
         slots = self.capacity.most_sequences(work, bounds)
         each_per_s = self.capacity.requests_per_s(work, slots)
-        z = self.headroom
-        rate = forecast.quantile_per_s(z)
-        # The forecast's own errors hold the fluctuation of a window already: nothing is added for it here.
-        by_forecast = self.capacity.replicas(rate, work, bounds)
+        factor = self.headroom.factor
+        followed = self.headroom.choice.forecast
+        base = _rates(forecast)[followed]
+        rate = base * factor
+        by_forecast = math.ceil(rate / each_per_s - 1e-9)
         if rate * settings.cold_start_s < 0.05 and not seen.queued.value:
             by_forecast = 0
-        # What will be queued once a replica ordered now is there, to be worked off soon after.
+        if self._since_s is None or seen.now_s - self._since_s < _SETTLE_S:
+            by_forecast = min(by_forecast, seen.target)
+        # What will be queued once a replica ordered now is there, past what may wait then.
         lead_s = max(settings.cold_start_s, 2 * settings.tick_s)
         queued = seen.queued.value or 0.0
         # After a step the mixture of forecasts is the last to know.
-        expected_per_s = max(forecast.mean_per_s, forecast.recent_per_s)
-        coming = expected_per_s * lead_s
-        carried = max(seen.target, seen.ready) * each_per_s * lead_s
-        left = queued + coming - carried if queued > 0 else 0.0
+        rush_per_s = max(forecast.surely_per_s - forecast.mean_per_s, 0.0)
+        expected_per_s = forecast.mean_per_s + rush_per_s * min(1.0, _RUSH_S / lead_s)
+        carried_per_s = max(seen.target, seen.ready) * each_per_s
+        left = queued + (expected_per_s - carried_per_s) * lead_s
         by_queue = 0
-        if left > 0:
-            by_queue = math.ceil((expected_per_s + left / min(lead_s, _DRAIN_S)) / each_per_s)
+        if queued > 0 and left > carried_per_s * self.patience_s:
+            drain_s = max(min(lead_s, _DRAIN_S), self.patience_s)
+            by_queue = math.ceil((expected_per_s + left / drain_s) / each_per_s)
         elif queued > 0:
             by_queue = 1
         by_flight = math.ceil((seen.in_flight.value or 0.0) / slots - 1e-9)
@@ -337,30 +384,29 @@ class TierScaler:
             # What a replica carries is a guess still: that alone orders nothing.
             by_forecast = min(by_forecast, max(seen.target, by_queue, by_flight, 1))
         wanted = max(by_forecast, by_queue, by_flight)
+        needed_per_s = wanted * each_per_s
+        if wanted > max(by_queue, by_flight):
+            needed_per_s = min(needed_per_s, rate)
         if wanted == by_forecast:
             why = (
-                f"{forecast.mean_per_s:.2f} requests/s are forecast for {settings.cold_start_s:.0f} s from "
-                f"now ({forecast.basis}), {rate:.2f} with headroom {z:.1f}; a replica carries "
-                f"{each_per_s:.2f} with {slots:.0f} at once"
+                f"{base:.2f} requests/s are forecast for {settings.cold_start_s:.0f} s "
+                f"from now ({_RATE_NAMES[followed]}), {rate:.2f} with a headroom of {factor:.2f} times; a "
+                f"replica carries {each_per_s:.2f} with {slots:.0f} at once"
             )
         elif wanted == by_queue:
             why = f"{queued:.0f} requests wait and {left:.0f} would still when a new replica is ready"
         else:
             why = f"{seen.in_flight.value or 0.0:.0f} requests run, {slots:.0f} on a replica"
-        return wanted, why
+        return wanted, needed_per_s, why
 
     def _idle_long(self, seen: TierObservation) -> bool:
         return self._active_s is not None and seen.now_s - self._active_s >= self.settings.idle_to_zero_s
 
     def _hold(self, now_s: float, wanted: int) -> int:
         """The highest target of the hold time."""
-        recent = self._wanted
-        while recent and recent[-1][1] <= wanted:
-            recent.pop()
-        recent.append((now_s, wanted))
-        while recent[0][0] < now_s - self.settings.resolved_hold_s:
-            recent.popleft()
-        return recent[0][1]
+        from_s = now_s - self.settings.resolved_hold_s
+        self._wanted.push(now_s, wanted, from_s)
+        return int(self._wanted.since(from_s))
 
     def _up(self, seen: TierObservation, target: int, why: str, *, urgent: bool) -> tuple[int, str]:
         settings = self.settings
@@ -383,8 +429,16 @@ class TierScaler:
         return target, why
 
 
-def _window_s(settings: ScalingSettings) -> float:
-    return max(2 * settings.tick_s, 30.0)
+_RATE_NAMES: Final = ("by the forecast or, if that is more, the mean of 10 min", "by the mean of an hour")
+
+
+def _rates(forecast: Forecast) -> tuple[float, float]:
+    """One that follows soon, and one that is steady."""
+    soon = max(forecast.mean_per_s, forecast.lasting_per_s)
+    if forecast.scored < _COMPARED:
+        # Nobody knows yet which bid is good here, so what surely comes is believed.
+        soon = max(soon, forecast.surely_per_s)
+    return soon, forecast.steady_per_s
 
 
 def _blind(seen: TierObservation) -> str:

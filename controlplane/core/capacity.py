@@ -21,11 +21,11 @@ from typing import Final
 
 from controlplane.core.roofline import Roofline
 
-_FORGET_S: Final = 3600.0
+_FORGET_S: Final = 14_400.0
 _PRIOR_SD: Final = 0.5
 """How far the truth may be from the prior, as a share of it."""
 _NOISE: Final = 0.1
-"""How far one second of a busy engine is from the equation."""
+"""How far a pool of readings is from the equation."""
 _POOL_S: Final = 60.0
 """Readings are added up to so much busy time before they teach anything. The equation is linear, so nothing
 is lost, and what a short reading gets wrong (a prompt counted in it that was worked on before) evens out: in
@@ -133,12 +133,16 @@ class Capacity:
         widened = min(1.0 / keep, max(1.0, most / max(cov[i][i] for i in range(3))))
         cov = [[value * widened for value in row] for row in cov]
         px = [sum(cov[i][j] * x[j] for j in range(3)) for i in range(3)]
-        noise = _NOISE * _NOISE / weight
+        noise = _NOISE * _NOISE
         denominator = noise + sum(x[i] * px[i] for i in range(3))
         error = y - sum(x[i] * self._theta[i] for i in range(3))
-        gain = [value / denominator for value in px]
-        self._theta = [self._theta[i] + gain[i] * error for i in range(3)]
-        self._cov = [[cov[i][j] - gain[i] * px[j] for j in range(3)] for i in range(3)]
+        self._theta = [self._theta[i] + px[i] / denominator * error for i in range(3)]
+        # Both halves from the same products: forgetting would make a difference between them grow without
+        # bound, and the figures with it.
+        self._cov = [
+            [cov[min(i, j)][max(i, j)] - px[min(i, j)] * px[max(i, j)] / denominator for j in range(3)]
+            for i in range(3)
+        ]
         self._keep_positive()
         self.speed = self._believed()
 

@@ -17,8 +17,14 @@ class Demand:
 
     def __init__(self, window_s: float = WINDOW_S) -> None:
         self.book = TrafficBook()
-        self._window_s = window_s
+        self._window_s = max(window_s, WINDOW_S)
         self._windows: dict[str, TrafficWindow] = {}
+
+    def remember(self, window_s: float) -> None:
+        """Look back so far from now on; never less than :data:`WINDOW_S`, which alerts go by."""
+        self._window_s = max(window_s, WINDOW_S)
+        for window in self._windows.values():
+            window.remember(self._window_s)
 
     def observe(self, info: GatewayInfo, now_s: float) -> None:
         """A gateway's report."""
@@ -38,13 +44,11 @@ class Demand:
         """How old a gateway's report may be."""
         return Limits(SILENT_REPORTS * heartbeat_s, 5 * SILENT_REPORTS * heartbeat_s)
 
-    def figures(
-        self, now_s: float, heartbeat_s: float, span_s: float | None = None
-    ) -> dict[str, TierFigures]:
-        """Of every tier over ``span_s`` (by default all that is remembered), as of the last look."""
+    def figures(self, now_s: float, heartbeat_s: float, span_s: float = WINDOW_S) -> dict[str, TierFigures]:
+        """Of every tier over ``span_s``, or what is remembered if that is less; as of the last look."""
         limits = self.limits(heartbeat_s)
         heard_s = self.book.heard_s()
         return {
-            tier: figures(window, self.book.reading(tier), heard_s, now_s, limits, span_s or self._window_s)
+            tier: figures(window, self.book.reading(tier), heard_s, now_s, limits, span_s)
             for tier, window in self._windows.items()
         }

@@ -169,7 +169,17 @@ class TierSpec:
     engine: str
     replicas: int
     concurrency_limit: int
+    attainment: float | None = None
+    """The share of its requests that must get what its SLO promises; None: not said."""
     scaling: ScalingPlan | None = None
+    """None: it runs elsewhere, and no replicas of it are here."""
+
+    @property
+    def plan(self) -> ScalingPlan:
+        """Its scaling. ValueError: it runs elsewhere."""
+        if self.scaling is None:
+            raise ValueError(f"nothing is known of the scaling of tier '{self.name}'")
+        return self.scaling
 
 
 @dataclass(frozen=True, slots=True)

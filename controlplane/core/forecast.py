@@ -15,7 +15,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Final
 
-_SPANS_S: Final = (20.0, 90.0, 600.0)
+_SPANS_S: Final = (20.0, 90.0, 600.0, 3600.0)
 _TREND_SPAN_S: Final = 120.0
 _DAMPING_S: Final = 300.0
 """A trend is followed for about this long."""
@@ -24,6 +24,8 @@ _SLOT_S: Final = 600.0
 """The day before is remembered in slots of this length."""
 _RECENT_SPAN_S: Final = 6.0
 _BIDS: Final = (*(f"mean of {span:g} s" for span in _SPANS_S), "trend", "yesterday")
+_CALM: Final = 2.0
+"""Arrivals are taken to be no more dispersed than this when it is asked whether more than usual come."""
 _ETA: Final = 6.0
 """How sharply the mixture prefers the better bids."""
 _LOSS_KEEP_S: Final = 900.0
@@ -50,14 +52,14 @@ class Forecast:
     """Variance over mean of the counts of one interval: 1 for a Poisson process, more for bursts."""
     basis: str
     """The bid that counted most."""
-    recent_per_s: float
-    """The mean of the last seconds."""
+    surely_per_s: float
+    """The mean of the last seconds less two standard deviations: what of it is no chance."""
+    lasting_per_s: float
+    """The mean of ten minutes."""
+    steady_per_s: float
+    """The mean of an hour."""
     scored: int
     """Forecasts that were compared with what came; few of them make a poor ``spread``."""
-
-    def quantile_per_s(self, z: float) -> float:
-        """The rate that is ``z`` standard deviations above the mean, on a logarithmic scale."""
-        return self.mean_per_s * math.exp(z * self.spread)
 
     @property
     def confidence(self) -> float:
@@ -128,15 +130,21 @@ class Forecaster:
     def forecast(self, now_s: float) -> Forecast:
         """The forecast made at ``now_s``; a rate of 0 before anything was observed."""
         if self._seen_s == 0.0:
-            return Forecast(0.0, self._spread, self.horizon_s, 1.0, "nothing seen yet", 0.0, 0)
+            return Forecast(0.0, self._spread, self.horizon_s, 1.0, "nothing seen yet", 0.0, 0.0, 0.0, 0)
         mean, heaviest = self._mixed if now_s == self._last_s else self._mix(self._bids(now_s))
+        # An exponential average over a span is worth a plain mean over twice that.
+        # A rush makes arrivals look dispersed: that must not hide it.
+        dispersion = min(self._dispersion, _CALM)
+        deviation = math.sqrt(dispersion * self._recent / (2 * _RECENT_SPAN_S))
         return Forecast(
             mean,
             self._spread,
             self.horizon_s,
             self._dispersion,
             _BIDS[heaviest],
-            self._recent,
+            max(0.0, self._recent - 2.0 * deviation),
+            self._averages[2],
+            self._averages[3],
             self._scored,
         )
 

@@ -72,6 +72,8 @@ class GpuFleet:
         that are not simply healthy. Nearly all are calm, so nobody has to look at all of them."""
         self._aside: dict[str, GpuSample] = {}
         """UUID → the last sample that could be read, where the newest can't or the GPU is listed no more."""
+        self._counted = False
+        """Some node has reported a GPU."""
         self._by_node: dict[str, tuple[str, ...]] = {}
         self._holds: dict[str, NodeHold] = {}
         self._waiting: dict[str, tuple[GpuHealth, bool]] = {}
@@ -81,6 +83,11 @@ class GpuFleet:
     def records(self) -> Mapping[str, GpuRecord]:
         """By UUID."""
         return MappingProxyType(self._records)
+
+    @property
+    def counted(self) -> bool:
+        """Whether a GPU was ever reported: where none was, nobody counts them."""
+        return self._counted
 
     @property
     def nodes(self) -> Mapping[str, NodeTelemetry]:
@@ -179,6 +186,7 @@ class GpuFleet:
 
     def _put(self, uuid: str, record: GpuRecord) -> None:
         self._records[uuid] = record
+        self._counted = True
         health = record.health
         if calm(health):
             self._calm[uuid] = health
@@ -338,8 +346,16 @@ class GpuFleet:
             gpus[uuid] = (record.health, record.must_leave)
         return gpus, dict(self._holds)
 
-    def restore(self, gpus: Iterable[tuple[GpuHealth, bool]], holds: Mapping[str, NodeHold]) -> None:
-        """What :meth:`kept` said before; it applies to each GPU when it is seen."""
+    def restore(
+        self,
+        gpus: Iterable[tuple[GpuHealth, bool]],
+        holds: Mapping[str, NodeHold],
+        *,
+        counted: bool = False,
+    ) -> None:
+        """What :meth:`kept` said before; it applies to each GPU when it is seen. ``counted``: some GPU was
+        reported before."""
+        self._counted = self._counted or counted
         self._waiting.update({health.uuid: (health, leave) for health, leave in gpus})
         self._holds.update(holds)
 

@@ -8,20 +8,18 @@ restart their holders have the usual time to be heard of.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 from controlplane.core.gpu_fleet import GpuFleet, NodeHold
-from controlplane.core.gpu_health import GpuHealth, GpuState
+from controlplane.core.gpu_health import GpuHealth
+from controlplane.core.json_values import Values, from_value, shifted, to_value, under
 from controlplane.core.leases import Lease, LeaseBook, Part
-from controlplane.core.moves import Move, MovePhase, Restart, TierHold
+from controlplane.core.moves import Move, Restart, TierHold
 from controlplane.core.reconcile import Failure
 from controlplane.core.work import Work
-from controlplane.core.xid import Recovery
-
-Values = dict[str, Any]
 
 _GPU, _NODE, _LEASE, _MOVE, _RESTART = "gpu/", "node/", "lease/", "move/", "restart/"
+_COUNTED = "gpus counted"
 _DRAIN, _HOLD, _HELD, _FAILURES, _HUNG = "drain/", "hold/", "held/", "failures/", "hung/"
 
 
@@ -64,18 +62,19 @@ def _of_lease(lease: Lease) -> Values:
 def _of_rest(fleet: GpuFleet, work: Work, shift_s: float) -> Values:
     gpus, holds = fleet.kept()
     values: Values = {_GPU + uuid: _of_gpu(health, leave, shift_s) for uuid, (health, leave) in gpus.items()}
-    values |= {_NODE + node_id: asdict(hold) for node_id, hold in holds.items()}
+    values |= {_NODE + node_id: to_value(hold) for node_id, hold in holds.items()}
+    values[_COUNTED] = fleet.counted
     for name, move in work.moves.items():
-        values[_MOVE + name] = _shifted(asdict(move), shift_s, "since_s", "began_s")
+        values[_MOVE + name] = shifted(to_value(move), shift_s, "since_s", "began_s")
     for name, restart in work.restarts.items():
-        values[_RESTART + name] = _shifted(asdict(restart), shift_s, "since_s")
+        values[_RESTART + name] = shifted(to_value(restart), shift_s, "since_s")
     values |= {_DRAIN + name: reason for name, reason in work.drains.items()}
     for tier, tier_hold in work.holds.items():
-        values[_HOLD + tier] = _shifted(asdict(tier_hold), shift_s, "since_s", "until_s")
+        values[_HOLD + tier] = shifted(to_value(tier_hold), shift_s, "since_s", "until_s")
     for tier, (count, at_s) in work.held_before.items():
         values[_HELD + tier] = [count, at_s + shift_s]
     for tier, failures in work.failures.items():
-        values[_FAILURES + tier] = [_shifted(asdict(item), shift_s, "at_s") for item in failures]
+        values[_FAILURES + tier] = [shifted(to_value(item), shift_s, "at_s") for item in failures]
     for name, times in work.hung_before.items():
         values[_HUNG + name] = [at_s + shift_s for at_s in times]
     return values
@@ -83,14 +82,18 @@ def _of_rest(fleet: GpuFleet, work: Work, shift_s: float) -> Values:
 
 def restore_gpus(values: Mapping[str, Any], fleet: GpuFleet, shift_s: float) -> None:
     """What concerns the hardware; it holds on any cluster that these GPUs are in."""
-    fleet.restore([_gpu(value, shift_s) for value in _under(values, _GPU).values()], {})
+    fleet.restore([_gpu(value, shift_s) for value in under(values, _GPU).values()], {})
 
 
 def restore_plane(
     values: Mapping[str, Any], fleet: GpuFleet, book: LeaseBook, work: Work, *, now_s: float, shift_s: float
 ) -> None:
     """What concerns the plane that ran when it was written."""
-    fleet.restore((), {node_id: NodeHold(**value) for node_id, value in _under(values, _NODE).items()})
+    fleet.restore(
+        (),
+        {node_id: from_value(NodeHold, value) for node_id, value in under(values, _NODE).items()},
+        counted=bool(values.get(_COUNTED)),
+    )
     book.restore(
         Lease(
             holder,
@@ -99,21 +102,20 @@ def restore_plane(
             tuple(Part(*part) for part in value["parts"]),
             now_s,
         )
-        for holder, value in _under(values, _LEASE).items()
+        for holder, value in under(values, _LEASE).items()
     )
-    for name, value in _under(values, _MOVE).items():
-        fields = _shifted(value, -shift_s, "since_s", "began_s")
-        work.moves[name] = Move(**{**fields, "phase": MovePhase(value["phase"])})
-    for name, value in _under(values, _RESTART).items():
-        work.restarts[name] = Restart(**_shifted(value, -shift_s, "since_s"))
-    work.drains.update(_under(values, _DRAIN))
-    for tier, value in _under(values, _HOLD).items():
-        work.holds[tier] = TierHold(**_shifted(value, -shift_s, "since_s", "until_s"))
-    for tier, (count, at_s) in _under(values, _HELD).items():
+    for name, value in under(values, _MOVE).items():
+        work.moves[name] = from_value(Move, shifted(value, -shift_s, "since_s", "began_s"))
+    for name, value in under(values, _RESTART).items():
+        work.restarts[name] = from_value(Restart, shifted(value, -shift_s, "since_s"))
+    work.drains.update(under(values, _DRAIN))
+    for tier, value in under(values, _HOLD).items():
+        work.holds[tier] = from_value(TierHold, shifted(value, -shift_s, "since_s", "until_s"))
+    for tier, (count, at_s) in under(values, _HELD).items():
         work.held_before[tier] = (count, at_s - shift_s)
-    for tier, failures in _under(values, _FAILURES).items():
-        work.failures[tier] = tuple(Failure(**_shifted(item, -shift_s, "at_s")) for item in failures)
-    for name, times in _under(values, _HUNG).items():
+    for tier, failures in under(values, _FAILURES).items():
+        work.failures[tier] = tuple(from_value(Failure, shifted(item, -shift_s, "at_s")) for item in failures)
+    for name, times in under(values, _HUNG).items():
         work.hung_before[name] = tuple(at_s - shift_s for at_s in times)
 
 
@@ -137,20 +139,6 @@ def _of_gpu(health: GpuHealth, must_leave: bool, shift_s: float) -> Values:
 
 
 def _gpu(value: Mapping[str, Any], shift_s: float) -> tuple[GpuHealth, bool]:
-    fields = _shifted(value["health"], -shift_s, "since_s")
-    fields |= {
-        "state": GpuState(fields["state"]),
-        "recovery": Recovery(fields["recovery"]),
-        "cordons_s": tuple(at_s - shift_s for at_s in fields["cordons_s"]),
-    }
-    return GpuHealth(**fields), bool(value["must_leave"])
-
-
-def _shifted(value: Mapping[str, Any], shift_s: float, *names: str) -> Values:
-    return {
-        name: each + shift_s if name in names and each is not None else each for name, each in value.items()
-    }
-
-
-def _under(values: Mapping[str, Any], prefix: str) -> Values:
-    return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+    fields = shifted(value["health"], -shift_s, "since_s")
+    fields["cordons_s"] = [at_s - shift_s for at_s in fields["cordons_s"]]
+    return from_value(GpuHealth, fields), bool(value["must_leave"])

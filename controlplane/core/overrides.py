@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
+
+from controlplane.core.json_values import from_value, to_value
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +53,8 @@ class Overrides:
 
     def values(self) -> dict[str, Any]:
         """By tier, as JSON values, for the store."""
-        return {tier: asdict(item) for tier, item in self._set.items()}
+        return {tier: to_value(item) for tier, item in self._set.items()}
 
     def restore(self, values: Mapping[str, Any]) -> None:
         """What was stored before."""
-        self._set.update({tier: Override(**value) for tier, value in values.items()})
+        self._set.update({tier: from_value(Override, value) for tier, value in values.items()})

@@ -1,23 +1,34 @@
 """Advice for people: what a tier lacks or has too much of, what to do, what that would bring, how sure it is.
 
 :func:`advise` looks at the windowed signals of all tiers and gives at most one recommendation for each. Only
-fresh signals count: what is stale or missing breaches no threshold, and never makes a tier idle. What came
-of an advice, followed or not, is judged by :func:`score`.
+fresh signals count: what is stale or missing breaches no threshold, and never makes a tier idle. An advice
+keeps what it named, with the limits of then. What came of it, followed or not, is judged by :func:`score`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Final
 
+from controlplane.core.autoscaling import Slo
 from controlplane.core.capacity import Bounds, Capacity, Work
 from controlplane.core.telemetry import Signal, missing
 
 _NOT_MEASURED: Final = missing("not measured")
+GPU_LOAD: Final = "GPU utilisation"
+SLOT_LOAD: Final = "the used share of its slots"
+"""Stands for it where there is no GPU to ask."""
+LATENCY_MS: Final = 3000.0
+"""The limit where neither a threshold nor the tier's SLO says one."""
+_LATENCY_QUANTILE: Final = 0.95
+"""Of the latency that is looked at."""
 _FAILING_CONFIDENCE: Final = 0.3
 """More replicas seldom cure errors."""
+_BUSY_CONFIDENCE: Final = 0.2
+"""A tier that is only busy has no trouble yet."""
 
 
 class Kind(StrEnum):
@@ -38,13 +49,34 @@ class Thresholds:
 
     gpu_ratio: float = 0.95
     memory_ratio: float = 0.95
-    latency_ms: float = 3000.0
+    latency_ms: float | None = None
+    """None: as each tier has it."""
     queue: float = 50.0
     kv_ratio: float = 0.95
     error_ratio: float = 0.10
     idle_gpu_ratio: float = 0.20
     idle_requests_per_s: float = 1.0
-    attainment: float = 0.99
+
+
+class Figure(StrEnum):
+    """What can be over its limit (attainment: under it), by its name in :class:`TierCondition`."""
+
+    LOAD = "gpu_ratio"
+    MEMORY = "memory_ratio"
+    KV = "kv_ratio"
+    QUEUE = "queue"
+    LATENCY = "latency_ms"
+    ATTAINMENT = "attainment"
+    ERRORS = "error_ratio"
+
+
+@dataclass(frozen=True, slots=True)
+class Breach:
+    """A figure that an advice was given for."""
+
+    figure: Figure
+    limit: float
+    """As it was then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,19 +91,23 @@ class TierCondition:
     tensor_parallel: int = 1
     gpu_ratio: Signal = _NOT_MEASURED
     """Highest of its GPUs."""
-    load_name: str = "GPU utilisation"
-    """What ``gpu_ratio`` is where there is no GPU to ask."""
+    load_name: str = GPU_LOAD
+    """What ``gpu_ratio`` is."""
     memory_ratio: Signal = _NOT_MEASURED
     """Of GPU memory, the highest of its GPUs."""
     kv_ratio: Signal = _NOT_MEASURED
     """Of its KV caches, the fullest."""
     latency_ms: Signal = _NOT_MEASURED
     """95th percentile of the whole answer."""
+    latency_limit_ms: float = LATENCY_MS
+    """Where no threshold says one: see :func:`latency_limit_ms`."""
     queue: Signal = _NOT_MEASURED
     error_ratio: Signal = _NOT_MEASURED
     requests_per_s: Signal = _NOT_MEASURED
     attainment: Signal = _NOT_MEASURED
     """Share of the requests that kept the SLO."""
+    goal: float = 0.99
+    """The share that the SLO asks for; less is a breach."""
     capacity: Capacity | None = None
     work: Work | None = None
     bounds: Bounds | None = None
@@ -82,6 +118,7 @@ class Effect:
     """What following the advice is expected to bring; None: it can't be told."""
 
     latency_ms: float | None
+    """Of the same percentile as is measured."""
     attainment: float | None
     gpus: float
     """More GPUs (or fewer, if negative)."""
@@ -104,6 +141,8 @@ class Recommendation:
     """As it was when the advice was given."""
     gpus_per_replica: float = 0.0
     """As it was then."""
+    named: tuple[Breach, ...] = ()
+    """The trouble that it was given for; nothing if it was idleness."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,11 +157,31 @@ class Score:
 
 @dataclass(slots=True)
 class _Breaches:
-    """What is over its threshold."""
+    """What is over its threshold: the reasons, and all that they name."""
 
     saturated: list[str] = field(default_factory=list)
     slow: list[str] = field(default_factory=list)
     failing: list[str] = field(default_factory=list)
+    named: list[Breach] = field(default_factory=list)
+
+    def look(self, tier: TierCondition, figure: Figure, limit: float, reasons: list[str]) -> None:
+        """Note the figure if it is a breach."""
+        breach = Breach(figure, limit)
+        if _holds(tier, breach):
+            reasons.append(_text(tier, breach))
+            self.named.append(breach)
+
+
+def latency_limit_ms(slo: Slo | None) -> float:
+    """What the 95th percentile of a tier's answers may be where no threshold is set for it. ``slo`` is what
+    the configuration gives, None if it gives none: then :data:`LATENCY_MS`.
+
+    An SLO's limit of whole answers counts only where it may be missed by no more than the percentile leaves
+    out; what else it promises shows in the attainment.
+    """
+    if slo is None:
+        return LATENCY_MS
+    return slo.total_s * 1000 if slo.attainment >= _LATENCY_QUANTILE else math.inf
 
 
 def advise(
@@ -153,47 +212,90 @@ def advise(
     return tuple(found)
 
 
-def score(advice: Recommendation, *, applied: bool, latency_ms: float, attainment: float) -> Score:
-    """How good it was, by what was measured afterwards.
+def score(advice: Recommendation, tier: TierCondition, *, applied: bool) -> Score | None:
+    """How good it was, by how its tier is afterwards. None: a figure that it takes is not fresh.
 
-    Applied: how near the prediction came. Not applied: whether the trouble it named is still there
-    (scale-down: whether there still is none).
+    Applied: how near the prediction came. Not applied: whether the trouble it named is still there, or the
+    tier attains less than its SLO asks for (scale-down: whether it attains that).
     """
-    good = attainment >= Thresholds().attainment
+    latency_ms, attainment = tier.latency_ms.fresh, tier.attainment.fresh
+    if latency_ms is None or attainment is None:
+        return None
     if not applied:
-        right = good if advice.kind is Kind.SCALE_DOWN else not good
-        return Score(right, float(right), f"not applied; attainment is {attainment:.1%}")
+        return _not_applied(advice, tier, attainment)
     errors = []
     if advice.effect.latency_ms:
         errors.append(abs(latency_ms - advice.effect.latency_ms) / max(latency_ms, advice.effect.latency_ms))
     if advice.effect.attainment is not None:
         errors.append(min(1.0, abs(attainment - advice.effect.attainment) * 10))
-    value = 1.0 - sum(errors) / len(errors) if errors else float(good)
+    value = 1.0 - sum(errors) / len(errors) if errors else float(attainment >= tier.goal)
     predicted = "-" if advice.effect.latency_ms is None else f"{advice.effect.latency_ms:.0f}"
     return Score(value >= 0.5, value, f"{latency_ms:.0f} ms measured, {predicted} predicted")
 
 
+def _not_applied(advice: Recommendation, tier: TierCondition, attainment: float) -> Score | None:
+    kept = f"attainment is {attainment:.1%}"
+    if advice.kind is Kind.SCALE_DOWN or attainment < tier.goal:
+        right = (advice.kind is Kind.SCALE_DOWN) == (attainment >= tier.goal)
+        return Score(right, float(right), f"not applied; {kept}")
+    still = [_text(tier, breach) for breach in advice.named if _holds(tier, breach)]
+    if still:
+        return Score(True, 1.0, f"not applied; still {', '.join(still)}; {kept}")
+    if any(_value(tier, breach.figure) is None for breach in advice.named):
+        return None
+    return Score(False, 0.0, f"not applied; {kept}, and what it named is over")
+
+
+def _value(tier: TierCondition, figure: Figure) -> float | None:
+    """None: it is not fresh."""
+    signal: Signal = getattr(tier, figure.value)
+    return signal.fresh
+
+
+def _holds(tier: TierCondition, breach: Breach) -> bool:
+    """Is it so, as far as is known?"""
+    value = _value(tier, breach.figure)
+    if value is None:
+        return False
+    return value < breach.limit if breach.figure is Figure.ATTAINMENT else value > breach.limit
+
+
+def _text(tier: TierCondition, breach: Breach) -> str:
+    """A breach that holds, with its figure and the limit."""
+    value, limit = _value(tier, breach.figure) or 0.0, breach.limit
+    texts = {
+        Figure.LOAD: f"{tier.load_name} is {value:.0%}, over {limit:.0%}",
+        Figure.MEMORY: f"GPU memory is {value:.0%} used, over {limit:.0%}",
+        Figure.KV: f"a KV cache is {value:.0%} full, over {limit:.0%}",
+        Figure.QUEUE: f"{value:.0f} requests wait, over {limit:.0f}",
+        Figure.LATENCY: f"latency is {value:.0f} ms, over {limit:.0f} ms",
+        Figure.ATTAINMENT: f"{value:.1%} of the requests keep the SLO, under {limit * 100:.4g}%",
+        Figure.ERRORS: f"{value:.0%} of the requests fail, over {limit:.0%}",
+    }
+    return texts[breach.figure]
+
+
 def _breaches(tier: TierCondition, limits: Thresholds) -> _Breaches:
     found = _Breaches()
-    gpu, memory, queue = tier.gpu_ratio.fresh, tier.memory_ratio.fresh, tier.queue.fresh
-    if gpu is not None and gpu > limits.gpu_ratio:
-        found.saturated.append(f"{tier.load_name} is {gpu:.0%}, over {limits.gpu_ratio:.0%}")
-    if memory is not None and memory > limits.memory_ratio:
-        found.saturated.append(f"GPU memory is {memory:.0%} used, over {limits.memory_ratio:.0%}")
-    kv = tier.kv_ratio.fresh
-    if kv is not None and kv > limits.kv_ratio:
-        found.saturated.append(f"a KV cache is {kv:.0%} full, over {limits.kv_ratio:.0%}")
-    if queue is not None and queue > limits.queue:
-        found.saturated.append(f"{queue:.0f} requests wait, over {limits.queue:.0f}")
-    latency, kept = tier.latency_ms.fresh, tier.attainment.fresh
-    if latency is not None and latency > limits.latency_ms:
-        found.slow.append(f"latency is {latency:.0f} ms, over {limits.latency_ms:.0f} ms")
-    if kept is not None and kept < limits.attainment:
-        found.slow.append(f"{kept:.1%} of the requests keep the SLO, under {limits.attainment:.0%}")
-    errors = tier.error_ratio.fresh
-    if errors is not None and errors > limits.error_ratio:
-        found.failing.append(f"{errors:.0%} of the requests fail, over {limits.error_ratio:.0%}")
+    latency_ms = tier.latency_limit_ms if limits.latency_ms is None else limits.latency_ms
+    found.look(tier, Figure.LOAD, limits.gpu_ratio, found.saturated)
+    found.look(tier, Figure.MEMORY, limits.memory_ratio, found.saturated)
+    found.look(tier, Figure.KV, limits.kv_ratio, found.saturated)
+    found.look(tier, Figure.QUEUE, limits.queue, found.saturated)
+    found.look(tier, Figure.LATENCY, latency_ms, found.slow)
+    found.look(tier, Figure.ATTAINMENT, tier.goal, found.slow)
+    found.look(tier, Figure.ERRORS, limits.error_ratio, found.failing)
     return found
+
+
+def _only_busy(tier: TierCondition, breaches: _Breaches) -> str:
+    """Its GPUs work all the time, and that is all: why this is no trouble, or empty if it is not so."""
+    if [breach.figure for breach in breaches.named] != [Figure.LOAD] or tier.queue.fresh != 0:
+        return ""
+    if tier.requests_per_s.fresh == 0:
+        return "but no request came: see first what else keeps the GPU busy"
+    kept = tier.attainment.fresh
+    return "but the SLO is kept and nothing waits" if kept is not None and kept >= tier.goal else ""
 
 
 def _count(replicas: int) -> str:
@@ -208,15 +310,26 @@ def _idle(tier: TierCondition, limits: Thresholds) -> bool:
 
 
 def _effect(tier: TierCondition, replicas: int, gpus: float) -> Effect:
-    """From the capacity model; the attainment is the share of the arrivals that finds a free slot."""
+    """From the capacity model; the attainment is the share of the arrivals that finds a free slot.
+
+    The model says how long a request is with a replica on the average, and what is measured is a percentile
+    of whole answers. So the measured one, less what the queue adds to it now (Little's law), is taken to
+    change as the average does.
+    """
     rate = tier.requests_per_s.fresh
     if tier.capacity is None or tier.work is None or tier.bounds is None or rate is None or replicas < 1:
         return Effect(None, None, gpus)
-    slots = tier.capacity.most_sequences(tier.work, tier.bounds)
-    each_per_s = tier.capacity.requests_per_s(tier.work, slots)
-    hold_s = tier.capacity.hold_s(min(rate / replicas, each_per_s), tier.work)
+    capacity, work = tier.capacity, tier.work
+    each_per_s = capacity.requests_per_s(work, capacity.most_sequences(work, tier.bounds))
     carried = min(1.0, replicas * each_per_s / rate) if rate > 0 else 1.0
-    return Effect(hold_s * 1000, carried, gpus)
+    then_s = capacity.hold_s(min(rate / replicas, each_per_s), work)
+    now_s = capacity.hold_s(min(rate / max(tier.replicas, 1), each_per_s), work)
+    latency, queue = tier.latency_ms.fresh, tier.queue.fresh or 0.0
+    if latency is None or not (math.isfinite(then_s) and 0 < now_s < math.inf):
+        return Effect(None, carried, gpus)
+    served_per_s = min(rate, tier.replicas * each_per_s)
+    waits_ms = queue / served_per_s * 1000 if served_per_s > 0 else 0.0
+    return Effect(max((latency - waits_ms) * then_s / now_s, then_s * 1000), carried, gpus)
 
 
 def _confidence(tier: TierCondition, breaches: int) -> float:
@@ -226,7 +339,9 @@ def _confidence(tier: TierCondition, breaches: int) -> float:
 
 
 def _out(tier: TierCondition, breaches: _Breaches) -> Recommendation:
-    reasons = (*breaches.saturated, *breaches.slow, *breaches.failing)
+    only_busy = _only_busy(tier, breaches)
+    calm = (only_busy,) if only_busy else ()
+    reasons = (*breaches.saturated, *breaches.slow, *breaches.failing, *calm)
     rate = tier.requests_per_s.fresh
     replicas = tier.replicas + 1
     if tier.capacity is not None and tier.work is not None and tier.bounds is not None and rate is not None:
@@ -237,7 +352,8 @@ def _out(tier: TierCondition, breaches: _Breaches) -> Recommendation:
     if not more:
         suggestion = f"raise the most replicas it may have, {tier.max_replicas}: all of them are saturated"
     effect = _effect(tier, replicas, more * tier.gpus_per_replica)
-    return _recommend(tier, Kind.SCALE_OUT, reasons, suggestion, effect, replicas)
+    advice = _recommend(tier, Kind.SCALE_OUT, reasons, suggestion, effect, replicas, breaches.named)
+    return replace(advice, confidence=min(advice.confidence, _BUSY_CONFIDENCE)) if only_busy else advice
 
 
 def _up(tier: TierCondition, breaches: _Breaches) -> Recommendation:
@@ -259,7 +375,7 @@ def _up(tier: TierCondition, breaches: _Breaches) -> Recommendation:
     # Twice the bandwidth reads the weights in half the time; all-reduces take some of it back.
     faster = latency * 0.6 if latency is not None and tier.gpus_per_replica else None
     effect = Effect(faster, None, gpus)
-    return _recommend(tier, Kind.SCALE_UP, reasons, suggestion, effect, tier.replicas)
+    return _recommend(tier, Kind.SCALE_UP, reasons, suggestion, effect, tier.replicas, breaches.named)
 
 
 def _failing(tier: TierCondition, breaches: _Breaches) -> Recommendation:
@@ -267,7 +383,7 @@ def _failing(tier: TierCondition, breaches: _Breaches) -> Recommendation:
     suggestion = "look at the replicas' diagnoses first; one more replica takes over from those that fail"
     replicas = min(tier.replicas + 1, max(tier.max_replicas, tier.replicas))
     effect = Effect(None, None, (replicas - tier.replicas) * tier.gpus_per_replica)
-    advice = _recommend(tier, Kind.SCALE_OUT, reasons, suggestion, effect, replicas)
+    advice = _recommend(tier, Kind.SCALE_OUT, reasons, suggestion, effect, replicas, breaches.named)
     return replace(advice, confidence=min(advice.confidence, _FAILING_CONFIDENCE))
 
 
@@ -294,7 +410,13 @@ def _moved(wants: Recommendation, giver: TierCondition) -> Recommendation:
 
 
 def _recommend(
-    tier: TierCondition, kind: Kind, reasons: tuple[str, ...], suggestion: str, effect: Effect, replicas: int
+    tier: TierCondition,
+    kind: Kind,
+    reasons: tuple[str, ...],
+    suggestion: str,
+    effect: Effect,
+    replicas: int,
+    named: Sequence[Breach] = (),
 ) -> Recommendation:
     confidence = _confidence(tier, len(reasons))
     return Recommendation(
@@ -307,4 +429,5 @@ def _recommend(
         replicas,
         tier.latency_ms.fresh,
         tier.gpus_per_replica,
+        tuple(named),
     )

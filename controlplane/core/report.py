@@ -59,6 +59,8 @@ class ReportSample:
     retried: float = 0.0
     """Attempts after the first."""
     resumed: float = 0.0
+    arrived: float = 0.0
+    """Requests that came and were meant for this tier."""
     spilled: float = 0.0
     """Requests meant for this tier that another one served."""
     judged: float = 0.0
@@ -163,6 +165,10 @@ class InstanceReport:
     judged: float
     attainment: float | None
     """Share of ``judged`` that kept the tier's SLO; tiers only."""
+    slo_target: float | None
+    """The share that is to keep it, as the configuration promises now; tiers only."""
+    slo_missed: bool | None
+    """Fewer kept it than are to; None: no request was judged, or nothing is promised."""
     gpu_ratio: float | None
     gpu_hours: float
     cost: float
@@ -217,12 +223,18 @@ class PlaneReport:
 
 
 def instance_report(
-    instance: Instance, totals: Totals, cost_per_gpu_hour: float = 0.0, *, gone: bool = False
+    instance: Instance,
+    totals: Totals,
+    cost_per_gpu_hour: float = 0.0,
+    *,
+    gone: bool = False,
+    slo_target: float | None = None,
 ) -> InstanceReport:
     """What the totals say."""
     covered_s, requests, answered = (totals.sum(name) for name in ("counted_s", "requests", "answered"))
     gpu_hours = totals.sum("gpu_s") / 3600
     latency_mean_s = _share(totals.sum("latency_s"), answered)
+    attainment = _share(totals.sum("judged") - totals.sum("missed"), totals.sum("judged"))
     return InstanceReport(
         kind=instance.kind,
         tier=instance.tier,
@@ -246,7 +258,9 @@ def instance_report(
         resumed=totals.sum("resumed"),
         spilled=totals.sum("spilled"),
         judged=totals.sum("judged"),
-        attainment=_share(totals.sum("judged") - totals.sum("missed"), totals.sum("judged")),
+        attainment=attainment,
+        slo_target=slo_target,
+        slo_missed=None if attainment is None or slo_target is None else attainment < slo_target,
         gpu_ratio=totals.mean("gpu_ratio"),
         gpu_hours=gpu_hours,
         cost=gpu_hours * cost_per_gpu_hour,
@@ -277,20 +291,24 @@ def plane_report(
     totals: Mapping[Instance, Totals],
     tracks: Mapping[str, Mapping[int, Totals]],
     *,
-    tiers: Iterable[str],
+    tiers: Mapping[str, float | None],
     present: Iterable[str],
     from_unix_s: float,
     until_unix_s: float,
     step_s: float,
     cost_per_gpu_hour: float = 0.0,
 ) -> PlaneReport:
-    """All of it: ``tiers`` in the configuration's order, then others that there were; endpoints by tier and
-    name, of which ``present`` are those that are there."""
-    known, there = list(dict.fromkeys(tiers)), set(present)
-    order = {tier: place for place, tier in enumerate(known)}
+    """All of it: ``tiers`` in the configuration's order, with the share of requests that is to keep the SLO,
+    then others that there were; endpoints by tier and name, of which ``present`` are those that are there."""
+    there = set(present)
+    order = {tier: place for place, tier in enumerate(tiers)}
     made = [
         instance_report(
-            item, found, cost_per_gpu_hour, gone=item.name not in (order if _is_tier(item) else there)
+            item,
+            found,
+            cost_per_gpu_hour,
+            gone=item.name not in (order if _is_tier(item) else there),
+            slo_target=tiers.get(item.name) if _is_tier(item) else None,
         )
         for item, found in totals.items()
     ]

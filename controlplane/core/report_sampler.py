@@ -174,6 +174,7 @@ def _with_counts(sample: ReportSample, over_s: float, count: Traffic) -> ReportS
         shed=count.shed,
         retried=count.retried,
         resumed=count.resumed,
+        arrived=count.arrived,
         spilled=count.away,
         judged=count.judged,
         missed=count.missed,

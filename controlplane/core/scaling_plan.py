@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from controlplane.core.capacity import EngineSpeed
+from controlplane.core.recommendations import LATENCY_MS
 from controlplane.core.scaling_round import TierRule
 
 
@@ -19,3 +21,8 @@ class ScalingPlan:
     cold_start_fixed: bool = False
     """The configuration says how long a start takes; otherwise it is measured."""
     tensor_parallel: int = 1
+    latency_limit_ms: float = LATENCY_MS
+    """Over it advice calls the tier slow, where no threshold is set."""
+    gpu_priors: tuple[tuple[str, EngineSpeed], ...] = ()
+    """GPU model, by its name in the table → what an engine of the tier is assumed to do there. Empty: it
+    takes no GPU, or its model's configuration can't be read."""

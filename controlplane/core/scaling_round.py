@@ -81,8 +81,8 @@ class ScalingRound:
         """A decision for each observation, in their order. ``gpus`` is what all tiers together may hold;
         None: nobody counts. KeyError: a tier that no rule names.
 
-        A tier whose number a person set gets it, and one whose telemetry is not fresh keeps what it has;
-        both are counted first, even if that is over the budget.
+        A tier whose number a person set gets it, one whose telemetry is not fresh keeps what it has, and
+        what runs of a minimum stays; all this is counted first, even if it is over the budget.
         """
         asked = [self._scalers[tier.tier].decide(tier) for tier in seen]
         if gpus is None:
@@ -108,16 +108,14 @@ class ScalingRound:
             kept = min(seen.target, want.target)
         else:
             kept = 0
-        rate = want.forecast.quantile_per_s(want.headroom) if want.forecast is not None else 0.0
-        # Before anything was forecast, and for what a queue asks for: as if there were enough to do.
-        rate = max(rate, want.wanted * scaler.each_per_s)
         return GpuDemand(
             seen.tier,
             rule.gpus_per_replica,
             min(want.lowest, want.target),
             want.target,
             rule.priority,
-            carried_gains(rate, scaler.each_per_s, want.target),
+            carried_gains(want.needed_per_s, scaler.each_per_s, want.target),
             held=seen.target,
+            running=seen.ready,
             kept=kept,
         )

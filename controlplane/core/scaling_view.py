@@ -8,6 +8,7 @@ from typing import Any
 
 from controlplane.core.advice import Given, Record
 from controlplane.core.overrides import Override
+from controlplane.core.recommendations import Effect
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,22 +49,41 @@ def as_json_value(report: ScalingReport) -> dict[str, Any]:
     return {
         "mode": report.mode,
         "tiers": [asdict(tier) for tier in report.tiers],
-        "recommendations": [
-            {
-                "number": item.number,
-                "given_unix_s": item.unix_s,
-                "held_unix_s": item.again_unix_s,
-                "instance": item.advice.instance,
-                "type": item.advice.kind.value,
-                "reasons": list(item.advice.reasons),
-                "suggestion": item.advice.suggestion,
-                "replicas": {"then": item.replicas, "suggested": item.advice.replicas},
-                "predicted": asdict(item.advice.effect),
-                "confidence": item.advice.confidence,
-                "applied": item.applied,
-                "score": asdict(item.score) if item.score is not None else None,
-            }
-            for item in report.advice
-        ],
+        "recommendations": [given_as_json(item) for item in report.advice],
         "record": asdict(report.record),
     }
+
+
+def given_as_json(item: Given) -> dict[str, Any]:
+    """One advice and what came of it, as ``/recommendations`` and ``tierplane simulate --json`` have it."""
+    return {
+        "number": item.number,
+        "given_unix_s": item.unix_s,
+        "held_unix_s": item.again_unix_s,
+        "instance": item.advice.instance,
+        "type": item.advice.kind.value,
+        "reasons": list(item.advice.reasons),
+        "suggestion": item.advice.suggestion,
+        "replicas": {"then": item.replicas, "suggested": item.advice.replicas},
+        "predicted": asdict(item.advice.effect),
+        "confidence": item.advice.confidence,
+        "applied": item.applied,
+        "score": asdict(item.score) if item.score is not None else None,
+    }
+
+
+def effect_text(effect: Effect) -> str:
+    """What following an advice would bring, for people."""
+    parts = [] if effect.latency_ms is None else [f"{effect.latency_ms:.0f} ms"]
+    if effect.attainment is not None:
+        parts.append(f"{effect.attainment:.1%} keep the SLO")
+    return ", ".join([*parts, f"{effect.gpus:+g} GPUs"])
+
+
+def judged_text(item: Given) -> str:
+    """What came of an advice, for people; empty: it is not judged yet."""
+    if item.applied is None:
+        return ""
+    done = "followed" if item.applied else "not followed"
+    score = "not measured" if item.score is None else f"{item.score.value:.2f}: {item.score.reason}"
+    return f"{done}; {score}"

@@ -45,10 +45,12 @@ def desired_replicas(
     present: int | None = None,
 ) -> Desired:
     """The number for Serve now; ``running`` are the endpoint ids of the replicas that Serve counts.
-    ``present`` is for a tier that scales, the number that Serve goes by: without a target that holds, it
-    stays."""
+    ``present``, the number that Serve goes by, is for a tier that scales or whose target is not known yet:
+    without a target that holds, it stays."""
+    if target is None and present is not None:
+        return Desired(present, "as it is: the controller has said nothing yet")
     if target is None:
-        return Desired(configured if present is None else present, "as configured")
+        return Desired(configured, "as configured")
     if unix_s > target.valid_until_unix_s:
         if present is not None:
             return Desired(present, "as it is: the controller's last target has run out")

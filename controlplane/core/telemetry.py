@@ -65,6 +65,11 @@ class Limits:
 DEFAULT_LIMITS = Limits()
 
 
+def known_now(value: float) -> Signal:
+    """A value as of this moment: what is counted in one's own memory is never old."""
+    return Signal(Freshness.FRESH, float(value), 0.0)
+
+
 def missing(reason: str, age_s: float | None = None) -> Signal:
     """A signal without a value."""
     return Signal(Freshness.MISSING, None, age_s, reason)

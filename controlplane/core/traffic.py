@@ -26,7 +26,9 @@ LATENCY_BOUNDS_S: Final = (
 """Upper bounds of the latency buckets, in seconds."""
 _NO_COUNTS: Final = (0,) * len(LATENCY_BOUNDS_S)
 WINDOW_S: Final = 300.0
-"""How far a window looks back at most."""
+"""How far a window looks back at most, unless said otherwise."""
+POINTS_KEPT: Final = 240
+"""Readings that a window holds, about: they are thinned so that the whole of it fits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,8 +191,13 @@ class TrafficWindow:
     """One subject's last minutes."""
 
     def __init__(self, window_s: float = WINDOW_S) -> None:
-        self._window_s = window_s
         self._points: deque[tuple[float, Traffic]] = deque()
+        self.remember(window_s)
+
+    def remember(self, window_s: float) -> None:
+        """Look back so far from now on; what is remembered already stays as far as it is inside."""
+        self._window_s = window_s
+        self._apart_s = window_s / POINTS_KEPT
 
     def observe(self, reading: Traffic, now_s: float) -> None:
         """A reading of the book. One that counts less than the last begins a new window: the book was made
@@ -198,9 +205,17 @@ class TrafficWindow:
         points = self._points
         if points and (reading.arrived < points[-1][1].arrived or reading.served < points[-1][1].served):
             points.clear()
+        # The last one is always kept, and stays when the next comes only if it is far enough from its own
+        # last: what is counted goes on, so nothing is lost but where exactly a window may begin.
+        if len(points) >= 2 and points[-1][0] - points[-2][0] < self._apart_s:
+            points.pop()
         points.append((now_s, reading))
         while len(points) > 2 and points[1][0] <= now_s - self._window_s:
             points.popleft()
+
+    def __len__(self) -> int:
+        """Readings that it holds."""
+        return len(self._points)
 
     def back(self, seconds: float) -> tuple[Traffic, float] | None:
         """What was counted in the last ``seconds``, and over how many seconds that is, the nearest that the
@@ -241,7 +256,7 @@ def figures(
     heard_s: float | None,
     now_s: float,
     limits: Limits,
-    span_s: float = 300.0,
+    span_s: float = WINDOW_S,
 ) -> TierFigures:
     """The figures over ``span_s``, as fresh as the gateway that was silent for longest."""
     if heard_s is None:

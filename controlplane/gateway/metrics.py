@@ -174,6 +174,12 @@ class Metrics:
             ["tier"],
             registry=registry,
         )
+        self.slo_target = Gauge(
+            "tierplane_slo_target_ratio",
+            "The share of a tier's requests that must keep its SLO (slo.attainment).",
+            ["tier"],
+            registry=registry,
+        )
         self.target_replicas = Gauge(
             "tierplane_target_replicas", "Replicas that a tier is to have.", ["tier"], registry=registry
         )
@@ -202,6 +208,8 @@ class Metrics:
         """Told of each call's end too: call, outcome, reason, monotonic seconds."""
         self._per_tier: dict[str, _TierSeries] = {}
         self._outcomes: dict[tuple[str, str, str], Counter] = {}
+        for tier, target in traffic.slo_targets.items() if traffic is not None else ():
+            self.slo_target.labels(tier).set(target)
 
     def finished(self, call: Call, outcome: str, reason: str, now_s: float) -> None:
         """A call ended."""

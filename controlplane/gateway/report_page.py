@@ -37,7 +37,7 @@ td:first-child,th:first-child,td:nth-child(2),th:nth-child(2){text-align:left}
 figure{display:inline-block;margin:0 1em 1em 0;max-width:100%}figcaption{font-weight:600}
 svg{max-width:100%;height:auto}svg text{fill:currentColor;font:11px system-ui,sans-serif}
 svg .grid{stroke:#8884}.key span{display:inline-block;width:.8em;height:.8em;margin:0 .3em 0 1em}
-h1{font-size:1.4em}h2{font-size:1.15em}.gone{opacity:.6}"""
+h1{font-size:1.4em}h2{font-size:1.15em}.gone{opacity:.6}.missed{color:#c0392b;font-weight:600}"""
 
 
 def parse_query(query: str) -> tuple[float, str]:
@@ -99,6 +99,7 @@ def row(item: InstanceReport) -> tuple[str, ...]:
         _shown(item.latency_mean_ms, "{:.0f}"),
         _shown(item.latency_max_ms, "{:.0f}"),
         _shown(item.attainment, "{:.2%}"),
+        _promised(item),
         _shown(item.availability, "{:.2%}"),
         _shown(item.queue_mean, "{:.1f}"),
         _shown(item.queue_max, "{:.0f}"),
@@ -113,10 +114,12 @@ def row(item: InstanceReport) -> tuple[str, ...]:
 
 
 HEADS: Final = (
-    *("tier", "endpoint", "requests", "per s", "mean ms", "max ms", "in SLO", "available", "queue", "most"),
-    *("GPU", "tokens", "errors", "resumed", "spilled", "GPU h", "cost"),
+    *("tier", "endpoint", "requests", "per s", "mean ms", "max ms", "in SLO", "promised", "available"),
+    *("queue", "most", "GPU", "tokens", "errors", "resumed", "spilled", "GPU h", "cost"),
 )
 """Of :func:`row`."""
+OF_SLO: Final = ("in SLO", "promised")
+"""Columns that are marked where a tier did not keep what it promises."""
 
 _PLOTS: Final[tuple[tuple[str, Callable[[TrackPoint], float | None]], ...]] = (
     ("Requests per second", lambda point: point.requests_per_s),
@@ -132,17 +135,29 @@ def _shown(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
 
 
+def _promised(item: InstanceReport) -> str:
+    """The share that is to keep the SLO, and whether fewer did."""
+    if item.slo_target is None:
+        return "-"
+    return f"{100 * item.slo_target:.6g}%{', missed' if item.slo_missed else ''}"
+
+
 def _span(report: PlaneReport) -> tuple[float, float]:
     return report.from_unix_s, report.until_unix_s
 
 
 def _table(items: Iterable[InstanceReport]) -> str:
     head = "".join(f"<th>{escape(name)}" for name in HEADS)
-    rows = "\n".join(
-        f"<tr{' class=gone' if item.gone else ''}>" + "".join(f"<td>{escape(cell)}" for cell in row(item))
-        for item in items
-    )
+    rows = "\n".join(f"<tr{' class=gone' if item.gone else ''}>{_cells(item)}" for item in items)
     return f"<table><tr>{head}\n{rows}</table>"
+
+
+def _cells(item: InstanceReport) -> str:
+    marked = OF_SLO if item.slo_missed else ()
+    return "".join(
+        f"<td{' class=missed' if head in marked else ''}>{escape(cell)}"
+        for head, cell in zip(HEADS, row(item), strict=True)
+    )
 
 
 def _key(tiers: Sequence[str]) -> str:

@@ -105,6 +105,11 @@ class TrafficMeter:
         """Called when a request is meant for a tier without an endpoint, every now and then."""
         self._asleep_s = 0.0
 
+    @property
+    def slo_targets(self) -> Mapping[str, float]:
+        """Tier → the share of its requests that must keep its SLO."""
+        return {tier: slo.attainment for tier, slo in self._slos.items()}
+
     def arrived(self, rank: int, *, asleep: bool = False) -> None:
         """A request came that is meant for the tier of that rank; ``asleep``: it has no endpoint."""
         self._tiers[self._names[rank]].arrived += 1

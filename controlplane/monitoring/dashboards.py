@@ -221,11 +221,17 @@ SCALING: Final = Dashboard(
         Panel(
             "Requests that missed the SLO",
             {
-                "{{tier}}": f"{q.rate('tierplane_slo_missed_requests_total', ['tier'])}"
-                f" / ({q.rate('tierplane_slo_judged_requests_total', ['tier'])} > 0)"
+                "{{tier}}": "tier:tierplane_slo_missed:ratio5m",
+                "{{tier}} may": f"1 - {q.seen('tierplane_slo_target_ratio', ['tier'])}",
             },
             "percentunit",
-            about="Of those meant for the tier; what failed or was shed missed it.",
+            about="Of those meant for the tier; what failed or was shed missed it. May: by slo.attainment.",
+        ),
+        Panel(
+            "Missed the SLO, in times what it allows",
+            {"{{tier}}": "tier:tierplane_slo_burn:ratio5m"},
+            about="Above 1 the tier does not keep what it promises.",
+            limit=threshold("TierplaneSloMissed"),
         ),
         Panel(
             "Replicas: ready, to be, and wanted by the policy",

@@ -58,6 +58,8 @@ class Alert:
 
 _FAILED = q.rate("tierplane_requests_total", ["tier"], outcome="failed")
 _ENDED = q.rate("tierplane_requests_total", ["tier"])
+_MISSED = q.rate("tierplane_slo_missed_requests_total", ["tier"])
+_JUDGED = q.rate("tierplane_slo_judged_requests_total", ["tier"])
 _READY = EndpointState.READY.value
 
 RECORDINGS: Final = (
@@ -77,6 +79,11 @@ RECORDINGS: Final = (
     Recording(
         "tier:tierplane_saturation:ratio",
         f"{q.total('tierplane_in_flight_requests', ['tier'])} / ({q.total('tierplane_slots', ['tier'])} > 0)",
+    ),
+    Recording("tier:tierplane_slo_missed:ratio5m", f"{_MISSED} / ({_JUDGED} > 0)"),
+    Recording(
+        "tier:tierplane_slo_burn:ratio5m",
+        f"tier:tierplane_slo_missed:ratio5m / (1 - {q.seen('tierplane_slo_target_ratio', ['tier'])})",
     ),
     Recording("priority:tierplane_queued_requests:sum", q.total("tierplane_queued_requests", ["priority"])),
 )
@@ -99,6 +106,7 @@ FIGURES: Final[Mapping[str, str]] = {
     core.TIER_READY: _SHOWN_READY,
     core.TIER_MISSING: f"{_DUE} - {_SHOWN_READY}",
     core.TIER_SATURATION: "tier:tierplane_saturation:ratio",
+    core.TIER_SLO_BURN: "tier:tierplane_slo_burn:ratio5m",
     "tier/failed_ratio": "tier:tierplane_failed:ratio5m",
     "tier/ttft_p95_s": "tier:tierplane_time_to_first_token_seconds:p95_5m",
     "tier/shed_ratio": f"{q.rate('tierplane_requests_total', ['tier'], outcome='shed')} / ({_ENDED} > 0)",
@@ -172,6 +180,15 @@ def _retries(values: str) -> dict[str, str]:
     return {f'tierplane_retries_total{{{_G}, tier="balanced", reason="connect"}}': values}
 
 
+def _slo(tier: str, target: str, missed: str) -> dict[str, str]:
+    """A tier that is asked once a second."""
+    return {
+        f'tierplane_slo_target_ratio{{{_G}, tier="{tier}"}}': f"{target}x60",
+        f'tierplane_slo_judged_requests_total{{{_G}, tier="{tier}"}}': "0+60x60",
+        f'tierplane_slo_missed_requests_total{{{_G}, tier="{tier}"}}': missed,
+    }
+
+
 PROOFS: Final[Mapping[str, Proof]] = {
     "TierplaneTierDown": Proof(
         Case(_due(1) | _endpoint("failed")),
@@ -199,7 +216,12 @@ PROOFS: Final[Mapping[str, Proof]] = {
         Case(_requests("ok", "0+60x60") | _requests("failed", "0+1x60")),
         _TIER,
     ),
-    "TierplaneSloMissed": _relayed("TierplaneSloMissed", "balanced"),
+    # Of the two tiers that miss as much, only the one that promises more than it keeps.
+    "TierplaneSloMissed": Proof(
+        Case(_slo("balanced", "0.99", "0+3x60") | _slo("capable", "0.9", "0+3x60")),
+        Case(_slo("balanced", "0.99", "0+0.3x60") | _slo("capable", "0.9", "0+5x60")),
+        _TIER,
+    ),
     "TierplaneFirstTokenSlow": Proof(
         Case(_buckets("tierplane_time_to_first_token_seconds", 'tier="balanced"', slow=True)),
         Case(_buckets("tierplane_time_to_first_token_seconds", 'tier="balanced"', slow=False)),

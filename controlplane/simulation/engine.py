@@ -6,10 +6,13 @@ A step takes what :class:`Timing` says for the batch and its context. A prompt t
 for its time, as chunked prefill nearly does, and each of its chunks carries one token for those that decode.
 A sequence needs room in the KV cache for what it has; when the cache is full the youngest is put back into
 the engine's queue and later computed again, as vLLM does. Prefixes are kept by block, least recently used.
+Engine ``simulated`` does neither: its prompts are worked on side by side, each slows the others' steps as one
+more that decodes, and its KV cache is a gauge.
 """
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +33,11 @@ class Timing(Protocol):
 
     @property
     def parallel_prompts(self) -> bool:
-        """Prompts don't take the engine from each other."""
+        """Prompts don't take the engine from each other; they count into the batch of a step."""
+
+    @property
+    def kv_bound(self) -> bool:
+        """The KV cache limits what runs, and keeps prefixes; otherwise it is only measured."""
 
     def prompt_s(self, tokens: int) -> float:
         """To process a prompt."""
@@ -46,6 +53,7 @@ class RooflineTiming:
     line: Roofline
     ratio: float = 1.0
     parallel_prompts: bool = False
+    kv_bound: bool = True
 
     def prompt_s(self, tokens: int) -> float:
         """To process a prompt."""
@@ -65,6 +73,7 @@ class SimulatedTiming:
     batch_slowdown: float = 0.0
     prefill_tokens_per_s: float = 0.0
     parallel_prompts: bool = True
+    kv_bound: bool = False
 
     def prompt_s(self, tokens: int) -> float:
         """To process a prompt."""
@@ -132,6 +141,7 @@ class Engine:
         self._timing = timing
         self._max_sequences = max_sequences
         self._kv_capacity = kv_tokens
+        self._kv_limit = kv_tokens if timing.kv_bound else math.inf
         self._on_first = on_first
         self._on_done = on_done
         self.waiting: deque[Job] = deque()
@@ -150,6 +160,8 @@ class Engine:
         self._dead = False
         self._prefixes: OrderedDict[int, None] = OrderedDict()
         self.meter = Meter()
+        self._read_busy_s = 0.0
+        """Of the meters that were read."""
 
     @property
     def running(self) -> int:
@@ -160,6 +172,12 @@ class Engine:
     def kv_usage_ratio(self) -> float:
         """The used share of the KV cache."""
         return min(1.0, self._kv_used / self._kv_capacity)
+
+    @property
+    def worked_s(self) -> float:
+        """How long it has worked since it began; looking changes nothing."""
+        since_s = self._clock.now_s - self._last_s if self.running else 0.0
+        return self._read_busy_s + self.meter.busy_s + since_s
 
     def submit(self, job: Job) -> None:
         """A request arrives."""
@@ -184,6 +202,7 @@ class Engine:
         """What it did since the last call."""
         self._advance()
         meter, self.meter = self.meter, Meter()
+        self._read_busy_s += meter.busy_s
         return meter
 
     def _advance(self) -> None:
@@ -216,9 +235,10 @@ class Engine:
         if not running or (self._prompting and not parallel):
             return
         batch = len(running)
-        self._step_s = self._timing.step_s(batch, self._kv_used / batch)
+        beside = len(self._prompting)  # none but where prompts are parallel
+        self._step_s = self._timing.step_s(batch + beside, self._kv_used / batch)
         steps = running[0][0] - self._steps
-        room = self._kv_capacity - self._kv_used
+        room = self._kv_limit - self._kv_used
         if batch > 1 and room < steps * batch:
             steps = max(room, 0.0) / batch
         self._version += 1
@@ -229,7 +249,7 @@ class Engine:
             return False
         # An empty engine takes whatever comes: nothing would ever change otherwise.
         need = job.input_tokens + job.made
-        return not self.running or self._kv_used + need <= self._kv_capacity
+        return not self.running or self._kv_used + need <= self._kv_limit
 
     def _begin_prompt(self, job: Job) -> None:
         self._begun += 1
@@ -246,7 +266,7 @@ class Engine:
 
     def _hits(self, job: Job) -> int:
         """Prompt tokens in the prefix cache; they are there afterwards in any case."""
-        if not job.blocks:
+        if not job.blocks or not self._timing.kv_bound:
             return 0
         cache = self._prefixes
         hits = 0
@@ -296,7 +316,7 @@ class Engine:
         self._inside = True
         self._advance()
         self._complete()
-        if len(self._running) > 1 and self._kv_capacity - self._kv_used < 0.5:
+        if len(self._running) > 1 and self._kv_limit - self._kv_used < 0.5:
             self._preempt()
         self._inside = False
         self._plan()

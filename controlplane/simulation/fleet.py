@@ -1,25 +1,36 @@
-"""Replicas that start, serve, fail, drain and go, under the virtual clock."""
+"""Replicas that wait for room, start, serve, fail, drain and go, under the virtual clock."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from controlplane.core.domain import Capabilities, Endpoint, EndpointState
+from controlplane.core.gangs import WHOLE_MILLI, Gang, Placement, Shape
 from controlplane.simulation.clock import VirtualClock
+from controlplane.simulation.cluster import Cluster
 from controlplane.simulation.engine import Engine, Job, Timing
+from controlplane.simulation.results import RoomRecord
+
+
+@dataclass(frozen=True, slots=True)
+class EngineModel:
+    """What an engine is like on GPUs of one model."""
+
+    timing: Timing
+    kv_tokens: float
+    max_sequences: int
+    """What the engine itself runs at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaModel:
     """What a replica of a tier is like."""
 
-    timing: Timing
-    kv_tokens: float
-    max_sequences: int
-    """What the engine itself runs at once."""
+    engine: EngineModel
     concurrency_limit: int
     """What gateways send it at once."""
     gpus: float = 1.0
@@ -29,18 +40,25 @@ class ReplicaModel:
     """Each start takes a time within this share of ``cold_start_s`` around it."""
     mtbf_s: float | None = None
     """Mean time between failures of a replica; None: it never fails."""
+    shape: Shape | None = None
+    """What it asks of the cluster; None: it runs elsewhere, or there is always room."""
+    engines: Mapping[str, EngineModel] = field(default_factory=dict)
+    """GPU model → what the engine is like there, where it is not ``engine``."""
 
 
 class Replica:
     """One replica and its engine process."""
 
-    __slots__ = ("endpoint", "engine", "ordered_s", "ready_s", "stopped")
+    __slots__ = ("endpoint", "engine", "gpu_model", "ordered_s", "placed_s", "ready_s", "stopped")
 
     def __init__(self, endpoint: Endpoint, ordered_s: float) -> None:
         self.endpoint = endpoint
         self.engine: Engine | None = None
-        """None while it starts."""
+        """None while it waits or starts."""
         self.ordered_s = ordered_s
+        self.placed_s: float | None = None
+        """Since when it has its place; None: it waits for room."""
+        self.gpu_model = ""
         self.ready_s = ordered_s
         self.stopped = False
 
@@ -53,6 +71,7 @@ class TierFleet:
         tier: str,
         model: ReplicaModel,
         clock: VirtualClock,
+        cluster: Cluster,
         *,
         seed: int,
         on_first: Callable[[Job], None],
@@ -64,6 +83,7 @@ class TierFleet:
         self.tier = tier
         self.model = model
         self._clock = clock
+        self._cluster = cluster
         self._rng = random.Random(f"fleet {tier} {seed}")
         self._on_first = on_first
         self._on_done = on_done
@@ -77,23 +97,31 @@ class TierFleet:
         """Of replicas that are gone."""
         self.failures = 0
         self.starts = 0
+        """Replicas that found a place."""
+        self.holding = 0
+        """Replicas that have a place: starting, ready, draining."""
+        self._most_holding = 0
+        self._waited, self._waited_s, self._longest_wait_s = 0, 0.0, 0.0
+        """Of replicas that had to wait for room and wait no longer."""
+        self._ordering = False
+        """What is placed now will be told with the rest of the order."""
 
     def begin(self, replicas: int) -> None:
-        """What the run begins with: replicas that are ready."""
+        """What the run begins with: ready as soon as the cluster opens, where it has room for them."""
         self.target = replicas
         for _ in range(replicas):
-            self._become_ready(self._order())
-        self._on_change()
+            self._order()
 
     def scale_to(self, target: int) -> None:
-        """Orders replicas, or drains the ones that are easiest to lose: first those that still start, the
-        youngest first, then the ones with the fewest requests."""
+        """Orders replicas, or drains the ones that are easiest to lose: first those that wait for room, then
+        those that still start, the youngest first, then the ones with the fewest requests."""
         self.target = target
         active = [r for r in self.replicas.values() if r.endpoint.state is not EndpointState.DRAINING]
         if target > len(active):
+            self._ordering = True
             for _ in range(target - len(active)):
-                replica = self._order()
-                self._clock.at(self._clock.now_s + self._cold_start_s(), self._started, replica)
+                self._order()
+            self._ordering = False
             self._on_change()
         elif target < len(active):
             surplus = len(active) - target
@@ -120,14 +148,45 @@ class TierFleet:
         """Replicas that answer."""
         return sum(r.endpoint.state is EndpointState.READY for r in self.replicas.values())
 
+    @property
+    def waiting(self) -> int:
+        """Replicas that wait for room."""
+        return len(self.replicas) - self.holding
+
     def replica_hours(self) -> float:
-        """So far, from the order of a replica until it is gone."""
+        """So far, from when a replica has its place until it is gone."""
         now_s = self._clock.now_s
-        return (self._held_s + sum(now_s - replica.ordered_s for replica in self.replicas.values())) / 3600
+        since = (replica.placed_s for replica in self.replicas.values())
+        return (self._held_s + sum(now_s - at_s for at_s in since if at_s is not None)) / 3600
+
+    def room_record(self) -> RoomRecord:
+        """How it fared with places so far."""
+        now_s = self._clock.now_s
+        waits_s = [now_s - each.ordered_s for each in self.replicas.values() if each.placed_s is None]
+        shape = self.model.shape
+        gpus = self.model.gpus if shape is None else shape.total_milli / WHOLE_MILLI
+        return RoomRecord(
+            waited=self._waited + len(waits_s),
+            waited_s=self._waited_s + sum(waits_s),
+            longest_wait_s=max([self._longest_wait_s, *waits_s]),
+            waiting=self.waiting,
+            most_gpus=self._most_holding * gpus,
+        )
+
+    def lose(self, replica_ids: Collection[str]) -> list[Job]:
+        """Those of them that are here are gone with their node. The answer is what their engines had; the
+        caller tells of the change, and orders others in their place with :meth:`scale_to`."""
+        lost: list[Job] = []
+        for replica in [each for name, each in self.replicas.items() if name in replica_ids]:
+            self.failures += 1
+            if replica.engine is not None:
+                lost += replica.engine.kill()
+            self._stop(replica)
+        return lost
 
     def endpoints(self) -> list[Endpoint]:
         """As the controller's snapshot would list them."""
-        return [replica.endpoint for replica in self.replicas.values()]
+        return [replica.endpoint for replica in self.replicas.values() if replica.placed_s is not None]
 
     def engine(self, endpoint_id: str) -> Engine:
         """The engine of a ready replica."""
@@ -139,14 +198,14 @@ class TierFleet:
     def _loss(self, replica: Replica) -> tuple[Any, ...]:
         starting = replica.endpoint.state in (EndpointState.STARTING, EndpointState.RESTARTING)
         return (
+            replica.placed_s is not None,
             not starting,
             -replica.ordered_s if starting else self._in_flight(replica.endpoint.endpoint_id),
             -replica.ordered_s,
         )
 
-    def _order(self) -> Replica:
+    def _order(self) -> None:
         self._count += 1
-        self.starts += 1
         endpoint = Endpoint(
             endpoint_id=f"{self.tier}-{self._count}",
             tier=self.tier,
@@ -159,7 +218,31 @@ class TierFleet:
             capabilities=Capabilities(simulated=True),
         )
         replica = self.replicas[endpoint.endpoint_id] = Replica(endpoint, self._clock.now_s)
-        return replica
+        shape = self.model.shape
+        gang = None if shape is None else Gang(endpoint.endpoint_id, shape, self.tier)
+        self._cluster.ask(endpoint.endpoint_id, gang, partial(self._placed, replica))
+
+    def _placed(self, replica: Replica, placement: Placement | None, ready: bool) -> None:
+        """It has a place: it starts, or is there already."""
+        now_s = self._clock.now_s
+        self.starts += 1
+        self.holding += 1
+        self._most_holding = max(self._most_holding, self.holding)
+        replica.placed_s = now_s
+        replica.gpu_model = self._cluster.model_of(placement)
+        if ready:
+            self._become_ready(replica)
+        else:
+            self._clock.at(now_s + self._cold_start_s(), self._started, replica)
+        self._count_wait(now_s - replica.ordered_s)
+        if not (ready or self._ordering):
+            self._on_change()
+
+    def _count_wait(self, waited_s: float) -> None:
+        if waited_s > 0:
+            self._waited += 1
+            self._waited_s += waited_s
+            self._longest_wait_s = max(self._longest_wait_s, waited_s)
 
     def _cold_start_s(self) -> float:
         jitter = self.model.cold_start_jitter
@@ -173,11 +256,12 @@ class TierFleet:
 
     def _become_ready(self, replica: Replica) -> None:
         model = self.model
+        engine = model.engines.get(replica.gpu_model, model.engine)
         replica.engine = Engine(
             self._clock,
-            model.timing,
-            max_sequences=model.max_sequences,
-            kv_tokens=model.kv_tokens,
+            engine.timing,
+            max_sequences=engine.max_sequences,
+            kv_tokens=engine.kv_tokens,
             on_first=self._on_first,
             on_done=self._on_done,
         )
@@ -216,5 +300,12 @@ class TierFleet:
 
     def _stop(self, replica: Replica) -> None:
         replica.stopped = True
-        self._held_s += self._clock.now_s - replica.ordered_s
+        now_s = self._clock.now_s
+        if replica.placed_s is not None:
+            self._held_s += now_s - replica.placed_s
+            self.holding -= 1
+        else:
+            self._count_wait(now_s - replica.ordered_s)
         del self.replicas[replica.endpoint.endpoint_id]
+        if self.model.shape is not None:
+            self._cluster.leave(replica.endpoint.endpoint_id)

@@ -17,9 +17,9 @@ from typing import Final
 from controlplane.core.autoscaling import ScalingDecision
 from controlplane.core.capacity import Bounds, Capacity, EngineSpeed, Work
 from controlplane.simulation.engine import Timing
-from controlplane.simulation.policies import Static, decision
+from controlplane.simulation.policies import Static, decision, each
 from controlplane.simulation.results import Result
-from controlplane.simulation.simulator import ScalingPolicy, Scenario, Seen, TierScenario, replay
+from controlplane.simulation.simulator import Scenario, Seen, TierScenario, replay
 from controlplane.simulation.traces import Arrival
 
 SLOT_S: Final = 10.0
@@ -54,7 +54,7 @@ def demand(arrivals: Sequence[Arrival], tier: TierScenario) -> list[float]:
         return [0.0]
     work = mean_work(arrivals)
     model = tier.replica
-    capacity = Capacity(true_speed(model.timing, work, model.concurrency_limit))
+    capacity = Capacity(true_speed(model.engine.timing, work, model.concurrency_limit))
     bounds = Bounds(float(model.concurrency_limit), tier.scaling.slo.itl_s)
     slots = capacity.most_sequences(work, bounds)
     # With all its slots taken, a replica gives each sequence a token every ``itl_s``.
@@ -133,7 +133,7 @@ def run_static(scenario: Scenario, arrivals: Sequence[Arrival]) -> Result:
     """The static peak of a scenario with one tier."""
     count = static_peak(arrivals, scenario.tiers[0])
     begun = at_replicas(scenario, lambda _: count)
-    return replay(begun, lambda _: Static(count), arrivals, "static")
+    return replay(begun, each(lambda _: Static(count)), arrivals, "static")
 
 
 def run_oracle(scenario: Scenario, arrivals: Sequence[Arrival], attainment: float) -> Result:
@@ -153,10 +153,7 @@ def run_oracle(scenario: Scenario, arrivals: Sequence[Arrival], attainment: floa
         )
         begun = at_replicas(scenario, lambda _: ordered[0])
 
-        def make(_: TierScenario) -> ScalingPolicy:
-            return Planned(ordered)
-
-        return replay(begun, make, arrivals, "oracle")
+        return replay(begun, each(lambda _: Planned(ordered)), arrivals, "oracle")
 
     best = attempt(high)
     if best.attainment < attainment:

@@ -7,12 +7,16 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from controlplane.core.scaling_view import effect_text, judged_text
 from controlplane.simulation.results import Result, TierResult
+from controlplane.simulation.room_text import room_lines
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _ROWS: Final = 3
+_MOST_ROWS: Final = 200
+"""Of a table."""
 _STYLE: Final = """
 body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0}td,th{padding:.2em .8em;border-bottom:1px solid #ddd}
@@ -26,7 +30,7 @@ def write_png(result: Result, path: Path) -> None:
 
 
 def write_html(result: Result, path: Path) -> None:
-    """Figure, table and decisions on one page."""
+    """Figure, tables, advice and decisions on one page."""
     path.write_text(page(result), "utf-8")
 
 
@@ -42,7 +46,9 @@ def page(result: Result) -> str:
             f"<style>{_STYLE}</style><h1>Simulation</h1><p>{html.escape(head)}</p>",
             _svg(result),
             _tier_table(result),
+            "".join(f"<p>{html.escape(line)}</p>" for line in room_lines(result)),
             _advice_table(result),
+            _decision_table(result),
             "</html>",
         ]
     )
@@ -80,6 +86,10 @@ def _draw(axes: list[Any], tier: TierResult) -> None:
     load.set_ylabel("requests/s")
     fleet.fill_between(hours, [s.held for s in tier.samples], step="post", color="#9bc", label="holding GPUs")
     fleet.step(hours, [s.ready for s in tier.samples], where="post", linewidth=1, color="#036", label="ready")
+    if any(s.waiting for s in tier.samples):
+        held = [s.held for s in tier.samples]
+        ordered = [s.held + s.waiting for s in tier.samples]
+        fleet.fill_between(hours, held, ordered, step="post", color="#eb9", label="no room")
     fleet.set_ylabel("replicas")
     fleet.legend(loc="upper right", fontsize="small")
     kept.plot(hours, [s.attainment for s in tier.samples], linewidth=0.8, color="#181", label="kept the SLO")
@@ -114,13 +124,39 @@ def _tier_table(result: Result) -> str:
 
 
 def _advice_table(result: Result) -> str:
+    rows = []
+    for item in result.advice[-_MOST_ROWS:]:
+        advice = item.advice
+        cells = (
+            advice.instance,
+            f"{advice.kind}: {advice.suggestion}",
+            "; ".join(advice.reasons),
+            effect_text(advice.effect),
+            f"{advice.confidence:.0%}",
+            judged_text(item),
+        )
+        inner = "".join(f"<td class=text>{html.escape(cell)}</td>" for cell in cells)
+        rows.append(f"<tr><td>{result.hours_of(item):.3f} h</td>{inner}</tr>")
+    record = result.record
+    mean = "" if record.mean is None else f", mean score {record.mean:.2f}"
+    said = f"{record.judged} judged, {record.right} right{mean}"
+    titles = ("when", "tier", "advice", "why", "predicted", "sure", "judged")
+    head = f"<h2>Recommendations ({_shown(rows, record.given)})</h2><p>{said}</p>"
+    return head + _table(titles, rows)
+
+
+def _decision_table(result: Result) -> str:
     rows = [
         f"<tr><td>{entry.at_s / 3600:.3f} h</td><td class=text>{html.escape(entry.tier)}</td>"
         f"<td>{entry.before} to {entry.target}</td><td class=text>{html.escape(entry.reason)}</td></tr>"
-        for entry in result.advice[:200]
+        for entry in result.decisions[:_MOST_ROWS]
     ]
-    shown = f"{len(rows)} of {result.advice_total}" if len(rows) < result.advice_total else f"{len(rows)}"
-    return f"<h2>Changes ({shown})</h2>" + _table(("when", "tier", "replicas", "why"), rows)
+    head = f"<h2>Changes ({_shown(rows, result.decisions_total)})</h2>"
+    return head + _table(("when", "tier", "replicas", "why"), rows)
+
+
+def _shown(rows: list[str], total: int) -> str:
+    return f"{len(rows)} of {total}" if len(rows) < total else f"{total}"
 
 
 def _table(titles: tuple[str, ...], rows: list[str]) -> str:

@@ -1,6 +1,7 @@
 """The scaling policies a simulation can run: tierplane's own, and others for comparison.
 
-* ``tierplane``: :class:`controlplane.core.autoscaling.TierScaler`, the production code.
+* ``tierplane``: :class:`controlplane.core.scaling_round.ScalingRound`, the production code: all tiers
+  together, inside the GPUs that there are. Of the others each tier has one of its own.
 * ``static``: as many replicas as the trace's busiest minute needs, from beginning to end.
 * ``hpa``: Kubernetes' HorizontalPodAutoscaler on GPU utilisation, with its documented algorithm and defaults.
 * ``hpa-slots``: the same on the used share of the concurrency limit, a better signal than utilisation, which
@@ -15,11 +16,12 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Protocol
 
 from controlplane.core.autoscaling import Move, ScalingDecision, TierScaler
-from controlplane.simulation.simulator import ScalingPolicy, Seen, TierScenario
+from controlplane.core.scaling_round import RoundDecision, ScalingRound
+from controlplane.simulation.simulator import MakePolicy, Scenario, Seen, TierScenario
 
 TARGET_RATIO: Final = 0.7
 """Of the concurrency limit; Knative's default utilisation target."""
@@ -35,13 +37,53 @@ def decision(seen: Seen, target: int, reason: str, wanted: int | None = None) ->
 class Tierplane:
     """The production policy."""
 
-    def __init__(self, tier: TierScenario) -> None:
-        self.period_s = tier.scaling.tick_s
-        self.scaler = TierScaler(tier.policy.name, tier.scaling, tier.prior, tier.work)
+    def __init__(self, scenario: Scenario) -> None:
+        self.period_s = min(tier.scaling.tick_s for tier in scenario.tiers)
+        self._round = ScalingRound(tier.rule for tier in scenario.tiers)
+
+    def decide(self, seen: Sequence[Seen], gpus: float | None) -> tuple[RoundDecision, ...]:
+        """What production would decide."""
+        return self._round.decide([tier.observation for tier in seen], gpus)
+
+    def learned(self, tier: str) -> TierScaler | None:
+        """What production would advise by."""
+        return self._round.scaler(tier)
+
+
+class OneTierPolicy(Protocol):
+    """Decides how many replicas one tier has, and knows nothing of the others."""
+
+    period_s: float
 
     def decide(self, seen: Seen) -> ScalingDecision:
-        """What production would decide."""
-        return self.scaler.decide(seen.observation)
+        """The target from now on."""
+
+
+class _Each:
+    """A policy for each tier, side by side. Nobody shares GPUs out: replicas that find none wait."""
+
+    def __init__(self, policies: Sequence[OneTierPolicy]) -> None:
+        self.period_s = min(policy.period_s for policy in policies)
+        self._policies = policies
+
+    def decide(self, seen: Sequence[Seen], gpus: float | None) -> tuple[RoundDecision, ...]:
+        """What each of them decides."""
+        return tuple(
+            _as_round(tier, policy.decide(tier)) for tier, policy in zip(seen, self._policies, strict=True)
+        )
+
+    def learned(self, tier: str) -> TierScaler | None:
+        """None of them asks how fast an engine is."""
+        return None
+
+
+def _as_round(seen: Seen, asked: ScalingDecision) -> RoundDecision:
+    return RoundDecision(asked.tier, seen.observation.target, asked.target, asked.move, asked.reason, asked)
+
+
+def each(make: Callable[[TierScenario], OneTierPolicy]) -> MakePolicy:
+    """The maker of a policy that has one of ``make``'s for each tier."""
+    return lambda scenario: _Each([make(tier) for tier in scenario.tiers])
 
 
 class Static:
@@ -208,14 +250,15 @@ NAMES: Final = (
 """All policies; ``static`` and ``oracle`` need to know the trace beforehand."""
 
 
-def reactive_policy(name: str) -> Callable[[TierScenario], ScalingPolicy]:
+def reactive_policy(name: str) -> MakePolicy:
     """The maker of a policy that needs to know nothing of the trace. KeyError: there is none."""
-    makers: dict[str, Callable[[TierScenario], ScalingPolicy]] = {
-        "tierplane": Tierplane,
+    if name == "tierplane":
+        return Tierplane
+    makers: dict[str, Callable[[TierScenario], OneTierPolicy]] = {
         "hpa": lambda tier: Hpa(tier, busy_ratio, 0.8),
         "hpa-slots": lambda tier: Hpa(tier, slot_ratio, TARGET_RATIO),
         "kpa": Kpa,
         "serve": lambda tier: Serve(tier, tier.replica.concurrency_limit * TARGET_RATIO),
         "serve-default": Serve,
     }
-    return makers[name]
+    return each(makers[name])

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 import numpy as np
 
+from controlplane.core.advice import Given, Record
+from controlplane.core.scaling_view import given_as_json
+
 QUANTILES: Final = (0.5, 0.9, 0.95, 0.99)
+START_UNIX_S: Final = 1_767_571_200.0
+"""A Monday, 00:00 UTC: the trace's beginning as schedules and advice see it."""
 
 
 @dataclass(slots=True)
@@ -50,17 +55,19 @@ class Sample:
     at_s: float
     arrivals_per_s: float
     held: int
-    """Replicas that hold GPUs: starting, ready, draining."""
+    """Replicas that have a place: starting, ready, draining."""
     ready: int
     in_flight: int
     queued: int
     attainment: float
     """Of the requests that ended since the sample before."""
+    waiting: int = 0
+    """Replicas that wait for room."""
 
 
 @dataclass(frozen=True, slots=True)
-class Advice:
-    """A decision that changed a target."""
+class Decision:
+    """One that changed a target, or would have if there had been GPUs for it."""
 
     at_s: float
     tier: str
@@ -69,6 +76,42 @@ class Advice:
     target: int
     reason: str
     confidence: float
+
+
+@dataclass(frozen=True, slots=True)
+class RoomRecord:
+    """How a tier's replicas fared with places."""
+
+    waited: int
+    """Replicas that found no room when they were ordered."""
+    waited_s: float
+    """All of them together, until they had room, were taken back, or the trace ended."""
+    longest_wait_s: float
+    waiting: int
+    """Replicas that still waited when the trace ended."""
+    most_gpus: float
+    """The most that were held at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterResult:
+    """The machines of a run."""
+
+    nodes: int
+    gpus: float
+    """That could be used when the trace began."""
+    most_gpus: float
+    """The most that were held at once."""
+    node_failures: int
+
+    def as_json(self) -> dict[str, Any]:
+        """The figures."""
+        return {
+            "nodes": self.nodes,
+            "gpus": self.gpus,
+            "most_gpus": round(self.most_gpus, 3),
+            "node_failures": self.node_failures,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +125,9 @@ class TierResult:
     starts: int
     failures: int
     samples: tuple[Sample, ...]
+    room: RoomRecord
+    cuts: int
+    """Decisions that the budget gave fewer replicas than the tier wanted."""
 
     def as_json(self) -> dict[str, Any]:
         """Figures, rounded to what they are worth."""
@@ -109,6 +155,14 @@ class TierResult:
             "output_tokens": record.output_tokens,
             "replica_starts": self.starts,
             "replica_failures": self.failures,
+            "room": {
+                "waited": self.room.waited,
+                "waited_s": round(self.room.waited_s, 1),
+                "longest_wait_s": round(self.room.longest_wait_s, 1),
+                "waiting": self.room.waiting,
+                "most_gpus": round(self.room.most_gpus, 3),
+                "cut_by_budget": self.cuts,
+            },
         }
 
 
@@ -120,9 +174,22 @@ class Result:
     seed: int
     simulated_s: float
     tiers: tuple[TierResult, ...]
-    advice: tuple[Advice, ...]
-    advice_total: int
-    """Decisions that changed a target; ``advice`` holds the first of them."""
+    decisions: tuple[Decision, ...]
+    """The first that changed a target, or that the budget cut by more than was told."""
+    decisions_total: int
+    """All of them."""
+    advice: tuple[Given, ...]
+    """The last that would have been given, oldest first."""
+    record: Record
+    """How good all of it was."""
+    gpu_budget: float | None = None
+    """GPUs that the tiers shared when the trace began; None: nobody counted."""
+    cluster: ClusterResult | None = None
+    """None: there was always room."""
+
+    def hours_of(self, advice: Given) -> float:
+        """When it was given, since the trace's beginning."""
+        return (advice.unix_s - START_UNIX_S) / 3600
 
     @property
     def requests(self) -> int:
@@ -140,7 +207,9 @@ class Result:
         return sum(tier.gpu_hours for tier in self.tiers)
 
     def as_json(self) -> dict[str, Any]:
-        """The whole run without anything that depends on the machine it ran on."""
+        """The whole run without anything that depends on the machine it ran on. ``decisions`` are changes of
+        a target by the policy; ``recommendations`` and ``record`` are what ``/recommendations`` would have
+        said."""
         return {
             "policy": self.policy,
             "seed": self.seed,
@@ -149,9 +218,11 @@ class Result:
             "slo_attainment": round(self.attainment, 5),
             "gpu_hours": round(self.gpu_hours, 3),
             "cost": round(sum(tier.cost for tier in self.tiers), 2),
+            "gpu_budget": self.gpu_budget,
+            "cluster": self.cluster.as_json() if self.cluster is not None else None,
             "tiers": [tier.as_json() for tier in self.tiers],
-            "recommendations_total": self.advice_total,
-            "recommendations": [
+            "decisions_total": self.decisions_total,
+            "decisions": [
                 {
                     "at_s": round(entry.at_s, 1),
                     "tier": entry.tier,
@@ -160,8 +231,10 @@ class Result:
                     "reason": entry.reason,
                     "confidence": round(entry.confidence, 3),
                 }
-                for entry in self.advice
+                for entry in self.decisions
             ],
+            "recommendations": [given_as_json(item) for item in self.advice],
+            "record": asdict(self.record),
         }
 
 

@@ -1,7 +1,9 @@
 """Arrivals through the production dispatcher onto a fake fleet, scaled by a policy, under a virtual clock.
 
 What is production code here: :class:`controlplane.core.dispatch.Dispatcher` with routing, scoring, circuit
-breakers and the admission queue, and, with the policy ``tierplane``, :mod:`controlplane.core.autoscaling`.
+breakers and the admission queue, with the policy ``tierplane``
+:class:`controlplane.core.scaling_round.ScalingRound`, and, where nodes are given, the placement
+(:mod:`.cluster`).
 One gateway replica is simulated, and it sees endpoints at once.
 """
 
@@ -12,31 +14,39 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from controlplane.core.admission import AdmissionQueue, AdmissionSettings
-from controlplane.core.autoscaling import (
-    EngineObservation,
-    ScalingDecision,
-    ScalingSettings,
-    TierObservation,
-)
+from controlplane.core.autoscaling import EngineObservation, ScalingSettings, TierObservation, TierScaler
 from controlplane.core.capacity import EngineSpeed, Work
 from controlplane.core.dispatch import Dispatcher, Held, Refused, Started
 from controlplane.core.domain import EndpointState
-from controlplane.core.fleet import Fleet, FleetSettings, Lease
-from controlplane.core.telemetry import Freshness, Signal, missing
-from controlplane.core.tiers import Route, RouteRequest, TierPolicy, TierTable, resolve
+from controlplane.core.fleet import Fleet, FleetSettings
+from controlplane.core.recommendations import LATENCY_MS
+from controlplane.core.scaling_round import RoundDecision, TierRule
+from controlplane.core.telemetry import known_now, missing
+from controlplane.core.tiers import RouteRequest, TierPolicy, TierTable, resolve
+from controlplane.core.topology import Node
+from controlplane.simulation.advice import AdviceSettings, SimulatedAdvice
 from controlplane.simulation.clock import VirtualClock
+from controlplane.simulation.cluster import Cluster
 from controlplane.simulation.engine import Job
 from controlplane.simulation.fleet import ReplicaModel, TierFleet
-from controlplane.simulation.results import Advice, Result, Sample, TierRecord, TierResult
+from controlplane.simulation.flight import Flight
+from controlplane.simulation.outages import OutageModel, Outages
+from controlplane.simulation.results import (
+    START_UNIX_S,
+    ClusterResult,
+    Decision,
+    Result,
+    Sample,
+    TierRecord,
+    TierResult,
+)
 from controlplane.simulation.traces import Arrival
 
-MOST_ADVICE: Final = 1000
-"""Decisions that a result keeps."""
+MOST_DECISIONS: Final = 1000
+"""That a result keeps."""
 _SAMPLES: Final = 600
 _SCRAPE_S: Final = 1.0
 """How often engine metrics reach the gateway."""
-_START_UNIX_S: Final = 1_767_571_200.0
-"""A Monday, 00:00 UTC: the trace's beginning as schedules see it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +62,18 @@ class TierScenario:
     """The mean request that it is told of."""
     replicas: int = 1
     """Ready when the trace begins."""
+    priority: int = 0
+    """Who gets GPUs first when they are short: the higher."""
+    tensor_parallel: int = 1
+    latency_limit_ms: float = LATENCY_MS
+    """Over it advice calls the tier slow, where no threshold is set."""
+
+    @property
+    def rule(self) -> TierRule:
+        """What a round of scaling is told of the tier."""
+        return TierRule(
+            self.policy.name, self.scaling, self.prior, self.work, self.replica.gpus, self.priority
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +86,14 @@ class Scenario:
     fleet: FleetSettings = field(default_factory=FleetSettings)
     deadline_s: float = 600.0
     max_attempts: int = 3
+    gpus: float | None = None
+    """That all tiers together may hold; None: as many as ``nodes`` have."""
+    nodes: tuple[Node, ...] | None = None
+    """Where replicas run; None: there is always room."""
+    outages: OutageModel | None = None
+    """None: no node fails."""
     seed: int = 0
+    advice: AdviceSettings = field(default_factory=AdviceSettings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,44 +110,26 @@ class Seen:
 
 
 class ScalingPolicy(Protocol):
-    """Decides how many replicas one tier has."""
+    """Decides how many replicas each tier has."""
 
     period_s: float
 
-    def decide(self, seen: Seen) -> ScalingDecision:
-        """The target from now on."""
+    def decide(self, seen: Sequence[Seen], gpus: float | None) -> Sequence[RoundDecision]:
+        """The targets from now on, in the order of the tiers that were seen. ``gpus`` is what all of them
+        together may hold; None: nobody counts."""
+
+    def learned(self, tier: str) -> TierScaler | None:
+        """What it knows of a tier's engines, for advice; None: it asks nobody how fast they are."""
 
 
-MakePolicy = Callable[[TierScenario], ScalingPolicy]
-
-
-class Flight:
-    """One request on its way."""
-
-    __slots__ = (
-        *("arrival", "arrived_s", "attempts", "first_s", "lease", "made", "rank", "request", "route"),
-        "started_s",
-    )
-
-    def __init__(self, arrival: Arrival, request: RouteRequest, route: Route, now_s: float) -> None:
-        self.arrival = arrival
-        self.request = request
-        self.route = route
-        self.rank = route.order[0] if route.order else 0
-        self.arrived_s = now_s
-        self.started_s: float | None = None
-        self.first_s: float | None = None
-        self.attempts = 0
-        self.made = 0
-        self.lease: Lease | None = None
+MakePolicy = Callable[[Scenario], ScalingPolicy]
 
 
 class _Tier:
     """A tier's counters between two observations."""
 
-    def __init__(self, scenario: TierScenario, policy: ScalingPolicy, fleet: TierFleet) -> None:
+    def __init__(self, scenario: TierScenario, fleet: TierFleet) -> None:
         self.scenario = scenario
-        self.policy = policy
         self.fleet = fleet
         self.record = TierRecord(scenario.policy.name)
         self.samples: list[Sample] = []
@@ -132,6 +143,10 @@ class _Tier:
         self.sampled = (0.0, 0, 0, 0)
         """Time, arrived, kept, ended at the last sample."""
         self.ended_total = 0
+        self.cuts = 0
+        """Decisions that the budget cut."""
+        self.told_cut = 0
+        """Replicas that it took from what the tier wanted, when that was last told."""
 
     def change(self, by: int, now_s: float) -> None:
         """One more or less that runs or waits."""
@@ -154,16 +169,25 @@ class Simulator:
         self.dispatcher = Dispatcher(self.table, self.fleet, self.queue)
         self._picks = 0
         self._sample_s = span_s / _SAMPLES if span_s else 60.0
-        self._advice: list[Advice] = []
-        self._advised = 0
+        self._decisions: list[Decision] = []
+        self._decided = 0
         self._over = False
-        self.tiers = tuple(_Tier(tier, make_policy(tier), self._tier_fleet(tier)) for tier in scenario.tiers)
+        self._policy = make_policy(scenario)
+        shapes = [tier.replica.shape for tier in scenario.tiers for _ in range(max(1, tier.replicas))]
+        self.cluster = Cluster(self.clock, scenario.nodes, (shape for shape in shapes if shape is not None))
+        self._outages: Outages | None = None
+        self.tiers = tuple(_Tier(tier, self._tier_fleet(tier)) for tier in scenario.tiers)
+        self._advice = SimulatedAdvice(
+            *(scenario.advice, self.tiers, self.fleet.pools, self._policy.learned),
+            start_unix_s=START_UNIX_S,
+        )
 
     def _tier_fleet(self, tier: TierScenario) -> TierFleet:
         return TierFleet(
             tier.policy.name,
             tier.replica,
             self.clock,
+            self.cluster,
             seed=self.scenario.seed,
             on_first=self._first,
             on_done=self._done,
@@ -184,9 +208,14 @@ class Simulator:
         clock = self.clock
         for tier in self.tiers:
             tier.fleet.begin(tier.scenario.replicas)
-            clock.at(tier.policy.period_s, self._decide, tier)
+        self.cluster.open()
+        self._changed()
+        self._begin_outages()
+        budget, gpus = self._gpus, self.cluster.gpus or 0.0
+        clock.at(self._policy.period_s, self._decide)
         clock.at(_SCRAPE_S, self._scrape)
         clock.at(self._sample_s, self._sample)
+        clock.at(self._advice.every_s, self._advise)
         for count, arrival in enumerate(arrivals, 1):
             if clock.next_s <= arrival.at_s:
                 clock.run_until(arrival.at_s)
@@ -196,7 +225,9 @@ class Simulator:
             if progress is not None and not count & 0xFFF:
                 progress(clock.now_s, count)
         end_s = clock.now_s
-        held = [tier.fleet.replica_hours() for tier in self.tiers]
+        held = [(tier.fleet.replica_hours(), tier.fleet.room_record()) for tier in self.tiers]
+        cluster = None if self.cluster.nodes is None else self._cluster_result(gpus)
+        advice, record = self._advice.given, self._advice.record
         while any(tier.ongoing for tier in self.tiers) and clock.now_s < end_s + self.scenario.deadline_s * 2:
             clock.run_until(clock.now_s + 1.0)
         self._over = True
@@ -209,12 +240,49 @@ class Simulator:
                 tier.fleet.starts,
                 tier.fleet.failures,
                 tuple(tier.samples),
+                room,
+                tier.cuts,
             )
-            for tier, hours in zip(self.tiers, held, strict=True)
+            for tier, (hours, room) in zip(self.tiers, held, strict=True)
         ]
-        # GPU hours are those of the trace: the time in which the last answers are finished is not counted.
-        advice = tuple(self._advice)
-        return Result(policy, self.scenario.seed, end_s, tuple(results), advice, self._advised)
+        # GPU hours are those of the trace: the time in which the last answers are finished is not counted,
+        # and nothing is advised in it.
+        return Result(
+            *(policy, self.scenario.seed, end_s, tuple(results)),
+            *(tuple(self._decisions), self._decided),
+            *(advice, record),
+            *(budget, cluster),
+        )
+
+    @property
+    def _gpus(self) -> float | None:
+        """What all tiers together may hold: as the scenario says, or those that there are."""
+        return self.scenario.gpus if self.scenario.gpus is not None else self.cluster.gpus
+
+    def _cluster_result(self, gpus: float) -> ClusterResult:
+        failures = self._outages.failures if self._outages is not None else 0
+        return ClusterResult(self.cluster.nodes or 0, gpus, self.cluster.most_gpus, failures)
+
+    def _begin_outages(self) -> None:
+        scenario = self.scenario
+        if scenario.outages is not None:
+            self._outages = Outages(
+                self.clock,
+                scenario.outages,
+                [node.node_id for node in scenario.nodes or () if not node.unavailable],
+                seed=scenario.seed,
+                on_lost=self._node_lost,
+                on_back=self.cluster.restore,
+            )
+
+    def _node_lost(self, node_id: str) -> None:
+        gone = frozenset(self.cluster.lose(node_id))
+        lost = [job for tier in self.tiers for job in tier.fleet.lose(gone)]
+        for tier in self.tiers:
+            tier.fleet.scale_to(tier.fleet.target)
+        self._changed()
+        for job in lost:
+            self._lost(job)
 
     # Requests.
 
@@ -388,28 +456,40 @@ class Simulator:
         if not self._over:
             self.clock.at(now_s + _SCRAPE_S, self._scrape)
 
-    def _decide(self, tier: _Tier) -> None:
+    def _decide(self, _: Any) -> None:
         now_s = self.clock.now_s
-        seen = self._observe(tier)
-        before = tier.fleet.target
-        decision = tier.policy.decide(seen)
-        if decision.target != before:
-            self._advised += 1
-            if len(self._advice) < MOST_ADVICE:
-                self._advice.append(
-                    Advice(
-                        now_s,
-                        tier.scenario.policy.name,
-                        str(decision.move),
-                        before,
-                        decision.target,
-                        decision.reason,
-                        decision.confidence,
-                    )
-                )
-            tier.fleet.scale_to(decision.target)
+        seen = [self._observe(tier) for tier in self.tiers]
+        decisions = self._policy.decide(seen, self._gpus)
+        for tier, decision in zip(self.tiers, decisions, strict=True):
+            moves = decision.target != tier.fleet.target
+            if moves or decision.cut > tier.told_cut:
+                self._note(decision)
+                tier.told_cut = decision.cut
+            tier.cuts += decision.cut > 0
+            if moves:
+                tier.fleet.scale_to(decision.target)
         if not self._over:
-            self.clock.at(now_s + tier.policy.period_s, self._decide, tier)
+            self.clock.at(now_s + self._policy.period_s, self._decide)
+
+    def _advise(self, _: Any) -> None:
+        self._advice.look(self.clock.now_s, self._gpus)
+        if not self._over:
+            self.clock.at(self.clock.now_s + self._advice.every_s, self._advise)
+
+    def _note(self, decision: RoundDecision) -> None:
+        self._decided += 1
+        if len(self._decisions) < MOST_DECISIONS:
+            self._decisions.append(
+                Decision(
+                    self.clock.now_s,
+                    decision.tier,
+                    str(decision.move),
+                    decision.before,
+                    decision.target,
+                    decision.reason,
+                    decision.asked.confidence,
+                )
+            )
 
     def _observe(self, tier: _Tier) -> Seen:
         now_s = self.clock.now_s
@@ -445,15 +525,15 @@ class Simulator:
         observation = TierObservation(
             tier=tier.scenario.policy.name,
             now_s=now_s,
-            unix_s=_START_UNIX_S + now_s,
+            unix_s=START_UNIX_S + now_s,
             target=tier.fleet.target,
             ready=tier.fleet.ready,
             interval_s=interval_s,
-            arrivals=_fresh(tier.arrivals),
-            in_flight=_fresh(pool.in_flight),
-            queued=_fresh(tier.queued),
-            input_tokens=_fresh(tier.prompt / ended) if ended else nothing,
-            output_tokens=_fresh(tier.answer / ended) if ended else nothing,
+            arrivals=known_now(tier.arrivals),
+            in_flight=known_now(pool.in_flight),
+            queued=known_now(tier.queued),
+            input_tokens=known_now(tier.prompt / ended) if ended else nothing,
+            output_tokens=known_now(tier.answer / ended) if ended else nothing,
             finished=tier.finished,
             missed=tier.missed,
             engines=tuple(engines),
@@ -481,20 +561,17 @@ class Simulator:
                 Sample(
                     now_s,
                     (record.arrived - arrived) / span_s if span_s > 0 else 0.0,
-                    len(tier.fleet.replicas),
+                    tier.fleet.holding,
                     tier.fleet.ready,
                     pool.in_flight,
                     tier.queued,
                     (record.kept - kept) / done if done else 1.0,
+                    tier.fleet.waiting,
                 )
             )
             tier.sampled = (now_s, record.arrived, record.kept, tier.ended_total)
         if not self._over:
             self.clock.at(now_s + self._sample_s, self._sample)
-
-
-def _fresh(value: float) -> Signal:
-    return Signal(Freshness.FRESH, value, 0.0)
 
 
 def replay(

@@ -1,4 +1,5 @@
-"""Recorded arrivals, read one by one: Azure's CSV, Mooncake's JSONL, ServeGen's windows, a plain CSV.
+"""Recorded arrivals, read one by one: Azure's CSV, Mooncake's JSONL, ServeGen's windows, those of
+`tierplane trace`, a plain CSV.
 
 A plain CSV has the columns ``at_s``, ``input_tokens``, ``output_tokens`` and, if you like, ``tier``,
 ``complexity``, ``priority`` and ``session``. The format is known by the first line. Everything that is drawn
@@ -8,6 +9,7 @@ by chance (arrivals inside a window, lengths, thinning) comes from the seed.
 from __future__ import annotations
 
 import csv
+import heapq
 import json
 import math
 import random
@@ -17,12 +19,16 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, TextIO
 
 from controlplane.core.domain import Complexity, Priority
+from controlplane.core.recorded_traffic import TrafficWindow
 from controlplane.errors import SetupError
 
 _LENGTH_SIGMA: Final = 0.8
 """Spread of the logarithm of prompt lengths around a window's median; answers are exponential. Both are our
 assumption: the windows hold medians only."""
 _LONGEST: Final = 8192
+_UNKNOWN_TOKENS: Final = (512.0, 128.0)
+"""Of a prompt and an answer, where a window does not say."""
+_MOST_IN_WINDOW: Final = 10_000_000
 
 
 class Arrival(NamedTuple):
@@ -75,12 +81,14 @@ def _reader(path: Path) -> Reader:
         return _azure
     if {"window_start_s", "rate_rps"} <= columns:
         return _servegen
+    if {"start_s", "seconds", "requests"} <= columns:
+        return _own
     if {"at_s", "input_tokens", "output_tokens"} <= columns:
         return _plain
     raise SetupError(
         f"{path} is no known trace: give Azure's CSV (TIMESTAMP, ContextTokens, GeneratedTokens), "
-        "Mooncake's JSONL, ServeGen's windows (window_start_s, rate_rps, …) or a CSV with at_s, "
-        "input_tokens, output_tokens"
+        "Mooncake's JSONL, ServeGen's windows (window_start_s, rate_rps, …), what `tierplane trace` "
+        "wrote, or a CSV with at_s, input_tokens, output_tokens"
     )
 
 
@@ -178,8 +186,8 @@ def _window(row: Mapping[str, str]) -> Window:
         float(row["window_start_s"]),
         float(row["rate_rps"]),
         float(row.get("interarrival_cv") or 1.0),
-        float(row.get("input_tokens_mean") or 512.0),
-        float(row.get("output_tokens_mean") or 128.0),
+        float(row.get("input_tokens_mean") or _UNKNOWN_TOKENS[0]),
+        float(row.get("output_tokens_mean") or _UNKNOWN_TOKENS[1]),
     )
 
 
@@ -203,3 +211,53 @@ def _window_arrivals(window: Window, length_s: float, rng: random.Random, keep: 
         answer = int(min(max(rng.expovariate(1.0 / mean_out), 1.0), _LONGEST))
         yield Arrival(window.start_s + at_s, prompt, answer)
         at_s += rng.gammavariate(shape, scale)
+
+
+def _own(path: Path, rng: random.Random, keep: float, span_s: tuple[float, float]) -> Iterator[Arrival]:
+    """As many requests as each window counted, with its mean lengths. When they came inside it is not known:
+    Poisson arrivals of which so many came are spread evenly at random."""
+    tiers: dict[str, list[TrafficWindow]] = {}
+    for window in _rows(path, _own_window):
+        tiers.setdefault(window.tier, []).append(window)
+
+    def arrivals(windows: list[TrafficWindow], own: random.Random) -> Iterator[Arrival]:
+        for window in sorted(windows, key=lambda window: window.start_s):
+            if window.start_s + window.seconds > span_s[0] and window.start_s < span_s[1]:
+                yield from _own_arrivals(window, own)
+
+    streams = [arrivals(windows, random.Random(rng.random())) for windows in tiers.values()]
+    yield from _thin(heapq.merge(*streams, key=lambda arrival: arrival.at_s), rng, keep)
+
+
+def _own_window(row: Mapping[str, str]) -> TrafficWindow:
+    requests = int(row["requests"])
+    if not 0 <= requests <= _MOST_IN_WINDOW:
+        raise ValueError(f"{requests} requests: 0 to {_MOST_IN_WINDOW} are in one window")
+    return TrafficWindow(
+        float(row["start_s"]),
+        float(row["seconds"]),
+        row.get("tier") or "",
+        requests,
+        float(row.get("input_tokens") or _UNKNOWN_TOKENS[0]),
+        float(row.get("output_tokens") or _UNKNOWN_TOKENS[1]),
+    )
+
+
+def _own_arrivals(window: TrafficWindow, rng: random.Random) -> Iterator[Arrival]:
+    count = range(window.requests)
+    times = sorted(window.start_s + window.seconds * rng.random() for _ in count)
+    prompts = _with_mean([rng.lognormvariate(0.0, _LENGTH_SIGMA) for _ in count], window.input_tokens)
+    answers = _with_mean([rng.expovariate(1.0) for _ in count], window.output_tokens)
+    for at_s, prompt, answer in zip(times, prompts, answers, strict=True):
+        yield Arrival(at_s, prompt, answer, tier=window.tier)
+
+
+def _with_mean(drawn: list[float], mean: float | None) -> Iterator[int]:
+    """Whole numbers from 1, in proportion to what was drawn, that have that mean as nearly as they can."""
+    factor = (mean or 0.0) * len(drawn) / (sum(drawn) or 1.0)
+    exact, given = 0.0, 0
+    for each in drawn:
+        exact += each * factor
+        value = max(1, round(exact) - given)
+        given += value
+        yield value

@@ -6,7 +6,8 @@ It is the production code without Ray: a real tick waits for answers besides. Si
 replicas that report every two seconds and obey.
 
 ``cpu_ms`` is the tick's time on the CPU, which other programs on the machine change less; ``decide_ms`` is
-the part after taking the samples in. The growth of the memory is from the second tenth of the ticks to the
+the part after taking the samples in. ``unpack_ms`` comes before, on the CPU: from the bytes of all agents'
+answers to samples. The growth of the memory is from the second tenth of the ticks to the
 last.
 """
 
@@ -14,8 +15,9 @@ from __future__ import annotations
 
 import gc
 import json
+import pickle
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import click
@@ -28,6 +30,7 @@ from controlplane.core.domain import Endpoint, EndpointState, TierSpec
 from controlplane.core.gangs import Shape
 from controlplane.core.history import points
 from controlplane.core.leases import Outcome, Part
+from controlplane.core.node_news import Infos, NodeNews, news_of, whole_sample
 from controlplane.core.orders import OrderKind
 from controlplane.core.samples import (
     GpuCondition,
@@ -48,6 +51,8 @@ WIDTH = 13
 LEASED_OF_8 = 6
 """The other two are room to move to."""
 TIERS = 10
+UNPACK_TICKS = 10
+"""How often answers are packed and unpacked."""
 LEVELS = 5
 """Different readings that each GPU goes through."""
 TROUBLE_EVERY = 50
@@ -65,6 +70,8 @@ class Fleet:
     infos: dict[str, tuple[GpuInfo, ...]] = field(default_factory=dict)
     readings: dict[str, list[tuple[GpuSample, ...]]] = field(default_factory=dict)
     replicas: dict[str, Endpoint] = field(default_factory=dict)
+    known: dict[str, Infos] = field(default_factory=dict)
+    """What the controller was told of each node's GPUs."""
     control: Control = field(init=False)
 
     def __post_init__(self) -> None:
@@ -87,6 +94,7 @@ class Fleet:
                 )
                 for j, uuid in enumerate(uuids)
             )
+        self.known = {node_id: Infos("a", 1, infos) for node_id, infos in self.infos.items()}
         self.readings = {
             node_id: [tuple(reading(info, level) for info in infos) for level in range(LEVELS)]
             for node_id, infos in self.infos.items()
@@ -116,6 +124,23 @@ class Fleet:
                 driver_version="580.65",
                 gpus=self.readings[node_id][level],
             )
+
+    def answers(self) -> list[bytes]:
+        """What the agents of all nodes send to a controller that they have answered before."""
+        answers = []
+        for sample in self.samples():
+            infos = Infos("a", 1, self.infos[sample.node_id])
+            answers.append(pickle.dumps(news_of(sample, infos, (), infos.key), protocol=5))
+        return answers
+
+    def unpack(self, answers: Iterable[bytes]) -> list[NodeSample | None]:
+        """The samples, as the controller has them of those answers."""
+        found = []
+        for answer in answers:
+            news: NodeNews = pickle.loads(answer)
+            assert news.sample is not None
+            found.append(whole_sample(news, self.known[news.sample.node_id]))
+        return found
 
     def trouble(self) -> dict[str, GpuEvent]:
         """Node → what its driver reports now."""
@@ -221,6 +246,7 @@ def measure(nodes: int, ticks: int) -> dict[str, float]:
     spent_ms: list[float] = []
     decide_ms: list[float] = []
     cpu_ms: list[float] = []
+    unpack_ms: list[float] = []
     rss_mb: list[float] = []
     moves = 0
     for tick in range(ticks + 20):
@@ -248,6 +274,11 @@ def measure(nodes: int, ticks: int) -> dict[str, float]:
             spent_ms.append((ended_s - began_s) * 1e3)
             decide_ms.append((ended_s - seen_s) * 1e3)
             cpu_ms.append((ended_cpu_s - began_cpu_s) * 1e3)
+        if tick % UNPACK_TICKS == 0:
+            answers = fleet.answers()
+            began_cpu_s = time.thread_time()
+            fleet.unpack(answers)
+            unpack_ms.append((time.thread_time() - began_cpu_s) * 1e3)
         if tick % 20 == 0:
             rss_mb.append(process.memory_info().rss / MIB)
             fleet.return_some()
@@ -262,6 +293,7 @@ def measure(nodes: int, ticks: int) -> dict[str, float]:
         "cpu_ms_p99": round(percentile(cpu_ms, 0.99), 2),
         "decide_ms_p50": round(percentile(decide_ms, 0.5), 2),
         "decide_ms_p99": round(percentile(decide_ms, 0.99), 2),
+        "unpack_ms_p50": round(percentile(unpack_ms, 0.5), 2),
         "us_per_gpu": round(percentile(spent_ms, 0.5) * 1e3 / (nodes * GPUS), 2),
         "rss_mb": round(rss_mb[-1], 1),
         "rss_mb_growth": round(sum(rss_mb[-tenth:]) / tenth - sum(rss_mb[tenth : 2 * tenth]) / tenth, 1),

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.table import Table
 
+from controlplane.cli.console import stdout
 from controlplane.errors import SetupError
 from tests.benchmarks.placement import gangs, scale
 from tests.benchmarks.placement.replay import POLICIES, Run, replay_all, summary
@@ -145,7 +145,7 @@ def _optimum(seeds: int) -> list[dict[str, object]]:
 
 
 def _print(title: str, rows: Sequence[dict[str, object]], note: str) -> None:
-    console = Console()
+    console = stdout()
     table = Table(title=title)
     for name in rows[0]:
         table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")

@@ -18,16 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
+from controlplane.cli.console import stdout
 from controlplane.config import PlaneConfig, TierConfig
 from controlplane.core.autoscaling import Slo
 from controlplane.core.capacity import Work
 from controlplane.simulation import oracle
+from controlplane.simulation.options import Options
 from controlplane.simulation.policies import NAMES, reactive_policy
 from controlplane.simulation.results import Result
-from controlplane.simulation.scenario import Options, build
+from controlplane.simulation.scenario import build
 from controlplane.simulation.simulator import Scenario, replay
 from controlplane.simulation.traces import Arrival, read_trace
 
@@ -38,6 +39,8 @@ LONG_TOKENS = 4000
 """Traces with longer prompts get the larger GPU and the looser SLO."""
 SHORT = ("L4", Slo(4.0, 0.3))
 LONG = ("H100-80G", Slo(30.0, 0.5))
+OTHER_GOALS = (0.9, 0.95, 0.98, 0.995, 0.999)
+"""That our policy is asked for, too, for its frontier."""
 PEEK_RATIO = 0.002
 """Share of a trace that is read to see how large a fleet it needs, if it has millions of requests."""
 EPSILON = 1e-4
@@ -65,6 +68,7 @@ class Trace:
     "--fleet", type=click.FloatRange(1), default=8.0, show_default=True, help="Replicas, on average."
 )
 @click.option("--attainment", type=click.FloatRange(0.5, 1.0), default=0.99, show_default=True)
+@click.option("--frontier", is_flag=True, help=f"Ask ours for {OTHER_GOALS} as well.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
     "--svg", type=click.Path(dir_okay=False, path_type=Path), help="Draw attainment against GPU hours, too."
@@ -78,6 +82,7 @@ def command(
     skip_hours: float,
     fleet: float,
     attainment: float,
+    frontier: bool,
     seed: int,
     svg: Path | None,
     as_json: bool,
@@ -86,7 +91,8 @@ def command(
     names = policies or NAMES
     traces = [_read(path, hours, skip_hours, fleet, seed) for path in paths] or [_made_up_day(seed)]
     rows: list[dict[str, Any]] = []
-    total = len(traces) * len(colds) * len(names)
+    goals = OTHER_GOALS if frontier else ()
+    total = len(traces) * len(colds) * (len(names) + len(goals))
     started_s = time.monotonic()
     for trace in traces:
         for cold_s in colds:
@@ -99,7 +105,10 @@ def command(
                     f"{cold_s:g} s, {name}: {found.attainment:.2%}, {found.gpu_hours:.2f} GPU h",
                     err=True,
                 )
-            rows += _rows(trace, cold_s, results)
+            rows += _rows(trace, cold_s, attainment, results)
+            for goal in goals:
+                asked = {"tierplane": _run(trace, cold_s, "tierplane", goal, seed)}
+                rows += _rows(trace, cold_s, goal, asked)
     if svg is not None:
         _draw(rows, attainment, svg)
     if as_json:
@@ -110,7 +119,7 @@ def command(
         table.add_column(column, justify="left" if column in ("trace", "policy", "better") else "right")
     for row in rows:
         table.add_row(*("" if value is None else str(value) for value in row.values()))
-    Console().print(table)
+    stdout().print(table)
 
 
 def _draw(rows: Sequence[dict[str, Any]], goal: float, path: Path) -> None:
@@ -126,6 +135,11 @@ def _draw(rows: Sequence[dict[str, Any]], goal: float, path: Path) -> None:
     for row in rows:
         axis = axes[traces.index(row["trace"]), colds.index(row["cold_start_s"])]
         ours = row["policy"] == "tierplane"
+        if row["goal"] != goal:
+            axis.scatter(
+                row["gpu_hours"], 100 * row["slo_attainment"], s=8, color=f"C{policies.index(row['policy'])}"
+            )
+            continue
         axis.scatter(
             row["gpu_hours"],
             100 * row["slo_attainment"],
@@ -138,6 +152,13 @@ def _draw(rows: Sequence[dict[str, Any]], goal: float, path: Path) -> None:
     for number, trace in enumerate(traces):
         for place, cold_s in enumerate(colds):
             axis = axes[number, place]
+            ours = sorted(
+                (row["goal"], row["gpu_hours"], 100 * row["slo_attainment"])
+                for row in rows
+                if (row["trace"], row["cold_start_s"], row["policy"]) == (trace, cold_s, "tierplane")
+            )
+            color = f"C{policies.index('tierplane')}" if "tierplane" in policies else "0.5"
+            axis.plot([row[1] for row in ours], [row[2] for row in ours], color=color, linewidth=0.8)
             axis.axhline(100 * goal, color="0.7", linewidth=0.8)
             axis.set_xscale("log")
             axis.set_title(f"{trace[:34]}, cold start {cold_s:g} s", fontsize=8)
@@ -150,7 +171,7 @@ def _draw(rows: Sequence[dict[str, Any]], goal: float, path: Path) -> None:
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
 
 
-def _rows(trace: Trace, cold_s: float, results: dict[str, Result]) -> Iterable[dict[str, Any]]:
+def _rows(trace: Trace, cold_s: float, goal: float, results: dict[str, Result]) -> Iterable[dict[str, Any]]:
     best = results.get("oracle")
     ours = results.get("tierplane")
     for name, result in results.items():
@@ -167,6 +188,7 @@ def _rows(trace: Trace, cold_s: float, results: dict[str, Result]) -> Iterable[d
             "trace": trace.name,
             "cold_start_s": cold_s,
             "policy": name,
+            "goal": goal,
             "slo_attainment": round(result.attainment, 5),
             "gpu_hours": round(result.gpu_hours, 3),
             "oracle_ratio": round(result.gpu_hours / best.gpu_hours, 3) if best else None,

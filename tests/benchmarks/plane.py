@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import queue
-import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +18,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from typing import Any
 
 import psutil
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
 from controlplane.adapters.ray_session import PLANE_ID_VARIABLE, free_port, processes
 from controlplane.engines.simulated import SECRET_ENV
@@ -36,9 +36,6 @@ from controlplane.paths import RUN_DIR_VARIABLE
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 60.0
 HTTP_TIMEOUT_S = 10.0
-_RESUMES = re.compile(
-    r'^tierplane_resumes_total\{[^}]*method="(?:continue|replay|finish)"[^}]*\} (\S+)', re.M
-)
 TIERPLANE = (sys.executable, "-c", "from controlplane.cli import main; main()")
 
 
@@ -69,7 +66,16 @@ class Plane:
 
     def resumes(self) -> float:
         """Streams that went on elsewhere so far, of all gateway replicas together."""
-        return sum(float(value) for value in _RESUMES.findall(self.text("/metrics")))
+        return self.total("tierplane_resumes_total", method={"continue", "replay", "finish"})
+
+    def total(self, counter: str, **labels: Collection[str]) -> float:
+        """The counter's series whose ``labels`` have one of these values, of all gateways together."""
+        return sum(
+            sample.value
+            for family in text_string_to_metric_families(self.text("/metrics"))
+            for sample in family.samples
+            if sample.name == counter and all(sample.labels.get(key) in labels[key] for key in labels)
+        )
 
     def endpoints(self, tier: str) -> list[dict[str, Any]]:
         """The endpoints of a tier, as ``/status`` tells."""
@@ -77,12 +83,12 @@ class Plane:
 
     def processes(self, *title: str) -> list[psutil.Process]:
         """The plane's processes whose command line has all of ``title``."""
-        return [each for each in processes(self.plane_id) if all(part in _command(each) for part in title)]
+        return titled(self.plane_id, *title)
 
     def replica_actor(self, endpoint: Mapping[str, Any]) -> psutil.Process:
         """The process of the actor that supervises an endpoint's engine."""
         for parent in psutil.Process(endpoint["pid"]).parents():
-            if "ray::" in _command(parent):
+            if "ray::" in command(parent):
                 return parent
         raise SetupError(f"no actor stands over process {endpoint['pid']}")
 
@@ -209,7 +215,13 @@ def _stop(up: subprocess.Popen[str], env: Mapping[str, str]) -> None:
         )
 
 
-def _command(process: psutil.Process) -> str:
+def titled(plane_id: str, *title: str) -> list[psutil.Process]:
+    """The processes of a plane whose command line has all of ``title``; what ends meanwhile is none."""
+    return [each for each in processes(plane_id) if all(part in command(each) for part in title)]
+
+
+def command(process: psutil.Process) -> str:
+    """Its command line, none if it is gone."""
     try:
         return " ".join(process.cmdline())
     except psutil.Error:

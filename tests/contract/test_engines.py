@@ -26,7 +26,8 @@ from controlplane.engines.probe import metric
 from controlplane.engines.status import EngineStatus
 from controlplane.engines.supervisor import EngineSupervisor
 from controlplane.errors import EngineStartError
-from tests.support_engines import alive, call, events_of, supervised, until
+from tests.support_engines import alive, call, events_of, supervised
+from tests.support_waiting import until
 
 NO_RESTARTS = RestartConfig(max_restarts=0)
 READY_S = 240.0

@@ -18,6 +18,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ import yaml
 
 from controlplane.adapters import ray_session
 from controlplane.adapters.ray_session import RunRecord, free_port, processes
+from tests.benchmarks.plane import titled
+from tests.support_waiting import until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
@@ -208,6 +211,15 @@ def test_status_for_programs_and_for_people(up: tuple[Machine, str]) -> None:
     assert "ready" in shown
 
 
+def _both_controllers_are_killed(place: Machine) -> None:
+    """Ours and Serve's; Ray makes them anew."""
+    plane_id = place.record().plane_id
+    before = titled(plane_id, "ray::ServeController") + titled(plane_id, "ray::ControllerActor")
+    for each in before:
+        each.kill()
+    until(lambda: set(titled(plane_id, "ray::ServeController")) - set(before), 30)
+
+
 def test_an_operator_restarts_an_engine_and_takes_a_tier_out_and_back(up: tuple[Machine, str]) -> None:
     place, _ = up
 
@@ -223,6 +235,12 @@ def test_an_operator_restarts_an_engine_and_takes_a_tier_out_and_back(up: tuple[
     assert done.returncode == 0, done.stdout + done.stderr
     until(lambda: not endpoints("lightweight"), 30)
     assert answers(place.url), "its neighbour answers"
+    replicas = partial(titled, place.record().plane_id, "ServeReplica:tierplane:lightweight")
+    until(lambda: not replicas(), 30)
+    _both_controllers_are_killed(place)
+    for _ in range(60):
+        assert not replicas(), "it starts although it is drained"
+        time.sleep(0.1)
     assert place.run("uncordon", "lightweight").returncode == 0
     until(lambda: [e for e in endpoints("lightweight") if e["state"] == "ready"], 60)
     said = [json.loads(line) for line in place.run("events", "--json").stdout.splitlines()]
@@ -259,9 +277,8 @@ def test_a_tier_that_is_down_rings_until_it_is_acknowledged_and_is_over_when_it_
     heard, before = len(received), len(noted())
     # While a tier is cordoned nothing of it is started, and its replica is not replaced.
     assert place.run("cordon", "lightweight", "--reason", "a test").returncode == 0
-    for process in processes(place.record().plane_id):
-        if "ServeReplica:tierplane:lightweight" in " ".join(process.cmdline()):
-            process.kill()
+    for process in titled(place.record().plane_id, "ServeReplica:tierplane:lightweight"):
+        process.kill()
     until(lambda: ("firing", *down) in told(), 60)
     listed = json.loads(place.run("alerts", "--json").stdout)
     [alert] = [each for each in listed["alerts"] if each["rule"] == down[0]]
@@ -278,9 +295,8 @@ def test_a_tier_that_is_down_rings_until_it_is_acknowledged_and_is_over_when_it_
     until(lambda: [each["acknowledged"] for each in shown()] == ["ada"], 10)
     # A controller that is started anew remembers it, and has the secret from its environment again.
     epoch = page()["snapshot"]["epoch"]
-    for process in processes(place.record().plane_id):
-        if "ray::ControllerActor" in " ".join(process.cmdline()):
-            process.kill()
+    for process in titled(place.record().plane_id, "ray::ControllerActor"):
+        process.kill()
     until(lambda: page()["known"] and page()["snapshot"]["epoch"] != epoch, 60)
     assert [(each["subject"], each["acknowledged"]) for each in shown()] == [("lightweight", "ada")]
     count = len(told())
@@ -316,17 +332,10 @@ def test_a_request_keeps_its_id_and_streams_arrive_as_they_are_made(up: tuple[Ma
 
 def test_a_killed_gateway_is_replaced(up: tuple[Machine, str]) -> None:
     place, _ = up
-    (gateway,) = [
-        process
-        for process in processes(place.record().plane_id)
-        if "ServeReplica:tierplane:gateway" in " ".join(process.cmdline())
-    ]
+    (gateway,) = titled(place.record().plane_id, "ServeReplica:tierplane:gateway")
     gateway.kill()
     for url in (place.url, place.ingress_url):
-        deadline_s = time.monotonic() + 60
-        while not answers(url):
-            assert time.monotonic() < deadline_s, f"no gateway at {url}"
-            time.sleep(0.2)
+        until(lambda url=url: answers(url), 60, f"a gateway at {url}", every_s=0.2)
 
 
 def test_down_lets_a_stream_end_and_leaves_nothing(up: tuple[Machine, str]) -> None:
@@ -419,10 +428,9 @@ def test_on_a_ray_of_somebody_else_only_the_plane_is_stopped() -> None:
             assert down.returncode == 0, down.stdout + down.stderr
             assert "Ray itself goes on" in down.stdout
             assert not answers(place.url)
-            names = " ".join(" ".join(process.cmdline()) for process in processes(theirs))
-            assert "raylet" in names
-            assert "ControllerActor" not in names
-            assert "simulated_server" not in names
+            assert titled(theirs, "raylet")
+            assert not titled(theirs, "ControllerActor")
+            assert not titled(theirs, "simulated_server")
         finally:
             stop = "from controlplane.adapters import ray_session as r\nr.stop(r.load_record())"
             subprocess.run([sys.executable, "-c", stop], env=env, check=True, timeout=60)
@@ -452,14 +460,6 @@ def answers(url: str) -> bool:
             return bool(answer.status == 200)
     except (urllib.error.URLError, OSError):
         return False
-
-
-def until(condition: Any, timeout_s: float) -> Any:
-    deadline_s = time.monotonic() + timeout_s
-    while not (value := condition()):
-        assert time.monotonic() < deadline_s, f"not in {timeout_s:g} s"
-        time.sleep(0.1)
-    return value
 
 
 def until_record(place: Machine) -> RunRecord:

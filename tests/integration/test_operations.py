@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 import urllib.parse
 import urllib.request
 from collections import Counter
@@ -28,6 +27,7 @@ from controlplane.monitoring.rules import JOB
 from tests.benchmarks.load import Load, generate, question, session
 from tests.benchmarks.plane import Plane, running
 from tests.debian_tools import tool
+from tests.support_waiting import until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -46,15 +46,6 @@ def plane() -> Iterator[Plane]:
     tiers = [tier(LIGHT, replicas=2), tier(HEAVY, rollout_surge=1)]
     with running({"tiers": tiers, "controller": {"heartbeat_s": 0.5}}) as started:
         yield started
-
-
-def until(condition: Callable[[], Any], timeout_s: float, what: str) -> Any:
-    deadline_s = time.monotonic() + timeout_s
-    while not (value := condition()):
-        if time.monotonic() > deadline_s:
-            raise AssertionError(f"not in {timeout_s:g} s: {what}")
-        time.sleep(0.2)
-    return value
 
 
 def record(plane: Plane) -> dict[str, Any]:

@@ -8,10 +8,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ import pytest
 from openai import DefaultHttpxClient, OpenAI
 
 from controlplane.adapters.ray_session import free_port, processes
-from tests.benchmarks.plane import TIERPLANE, Plane, running
+from tests.benchmarks.plane import TIERPLANE, Plane, command, running
+from tests.support_waiting import until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -44,18 +44,6 @@ def plane() -> Iterator[Plane]:
 def client(url: str) -> OpenAI:
     """OpenAI's own client; its httpx client is closed with it."""
     return OpenAI(base_url=f"{url}/v1", api_key="not-needed", max_retries=0, http_client=DefaultHttpxClient())
-
-
-def until(
-    condition: Callable[[], Any], timeout_s: float = 60.0, what: str = "", story: Callable[[], str] = str
-) -> Any:
-    """What ``condition`` gives once it is true; ``story`` is asked for more if that takes too long."""
-    deadline_s = time.monotonic() + timeout_s
-    while not (value := condition()):
-        if time.monotonic() > deadline_s:
-            raise AssertionError(f"not in {timeout_s:g} s: {what or condition}\n{story()}")
-        time.sleep(0.1)
-    return value
 
 
 def ready(plane: Plane, name: str) -> list[dict[str, Any]]:
@@ -91,14 +79,15 @@ def test_a_killed_engine_is_back_by_itself_and_leaves_no_orphan(plane: Plane) ->
     assert ask(plane.url, "capable")  # bridged, or after the restart: not lost
     after = until(
         lambda: [e for e in ready(plane, "capable") if e["generation"] > before["generation"]],
-        what="a new generation",
+        60,
+        "a new generation",
     )[0]
     assert after["endpoint_id"] == before["endpoint_id"]
     assert after["pid"] != before["pid"]
     assert not psutil.pid_exists(before["pid"])
     engines = plane.processes("simulated_server", "--model", "simulated-capable")
     # The reaper and its watchdog carry the engine's command line, too.
-    alone = [process.pid for process in engines if "reaper.py" not in " ".join(process.cmdline())]
+    alone = [process.pid for process in engines if "reaper.py" not in command(process)]
     assert alone == [after["pid"]]
 
 
@@ -109,7 +98,8 @@ def test_a_killed_replica_actor_is_replaced_and_its_engine_ends(plane: Plane) ->
     assert ask(plane.url, "balanced")
     until(
         lambda: [e for e in ready(plane, "balanced") if e["endpoint_id"] != before["endpoint_id"]],
-        what="a new replica",
+        60,
+        "a new replica",
     )
 
 
@@ -125,10 +115,11 @@ def test_the_controllers_death_is_not_noticed_by_requests(plane: Plane) -> None:
         process.kill()
     for _ in range(20):
         assert ask(plane.url, "auto")
-    until(lambda: plane.get("/status")["snapshot"]["epoch"] != epoch, what="the new controller's snapshot")
+    until(lambda: plane.get("/status")["snapshot"]["epoch"] != epoch, 60, "the new controller's snapshot")
     until(
         lambda: {endpoint["endpoint_id"] for endpoint in plane.get("/status")["endpoints"]} >= known,
-        what="all replicas registered again",
+        60,
+        "all replicas registered again",
     )
 
 
@@ -150,7 +141,7 @@ def test_a_client_that_hangs_up_aborts_the_request(plane: Plane) -> None:
 
 
 def test_status_health_and_metrics(plane: Plane) -> None:
-    until(lambda: plane.get("/health")["status"] == "healthy", what="all tiers ready again")
+    until(lambda: plane.get("/health")["status"] == "healthy", 60, "all tiers ready again")
     assert "secret" not in plane.text("/status")
     metrics = plane.text("/metrics")
     assert 'tierplane_requests_total{gateway="' in metrics

@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 from controlplane.core.autoscaling import ScalingSettings, TierObservation, TierScaler
 from controlplane.core.capacity import Bounds, Capacity, EngineSpeed, Work
 from controlplane.core.gpu_budget import GpuDemand, share_gpus
-from controlplane.core.telemetry import Freshness, Signal, missing
+from controlplane.core.telemetry import Freshness, Signal, known_now, missing
 
 SPEED = EngineSpeed(0.02, 0.001, 0.0001)
 WORK = Work(500.0, 100.0)
 
 amounts = st.one_of(st.just(0.0), st.floats(0.0, 1e5))
 signals = st.one_of(
-    st.builds(lambda value: Signal(Freshness.FRESH, value, 0.0), amounts),
+    st.builds(known_now, amounts),
     st.builds(lambda value: Signal(Freshness.STALE, value, 9.0, "old"), amounts),
     st.just(missing("gone")),
 )
@@ -96,6 +96,7 @@ demands = st.lists(
         gains=st.lists(st.floats(0.0, 50.0), max_size=12).map(tuple),
         held=st.integers(0, 12),
         kept=st.sampled_from([0, 0, 0, 2]),
+        running=st.integers(0, 4),
     ),
     max_size=6,
 )
@@ -106,8 +107,16 @@ demands = st.lists(
 def test_no_gpu_is_given_twice_and_none_is_left_that_would_be_taken(demands, gpus) -> None:
     shares = share_gpus(demands, gpus)
     used = sum(d.gpus_per_replica * s.replicas for d, s in zip(demands, shares, strict=True))
-    kept = sum(d.gpus_per_replica * min(d.kept, d.wanted) for d in demands)
-    assert used <= max(gpus, kept) + 1e-6
+    sure = sum(d.gpus_per_replica * d.sure for d in demands)
+    first = max((d.priority for d in demands if d.lacking), default=None)
+    waits = 0.0
     for demand, share in zip(demands, shares, strict=True):
-        assert min(demand.kept, demand.wanted) <= share.replicas <= demand.wanted
+        assert demand.sure <= share.replicas <= demand.wanted
+        assert share.replicas >= min(demand.running, demand.lowest, demand.wanted)
+        if demand.priority == first:
+            assert share.replicas >= demand.floor
+            if share.replicas == demand.floor:
+                waits += demand.gpus_per_replica * max(0, demand.floor - demand.sure)
+    assert used <= max(gpus, sure) + waits + 1e-6
+    for demand, share in zip(demands, shares, strict=True):
         assert share.replicas == demand.wanted or demand.gpus_per_replica > gpus - used - 1e-6

@@ -10,7 +10,8 @@ import psutil
 import pytest
 
 from tests.benchmarks.plane import Plane
-from tests.integration.test_plane import QUESTION, TIERS, client, ready, until
+from tests.integration.test_plane import QUESTION, TIERS, client, ready
+from tests.support_waiting import until
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.timeout(600)]
 

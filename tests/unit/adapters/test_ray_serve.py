@@ -45,6 +45,8 @@ class DirectLink(ControllerLink):
         super().__init__(ControllerConfig())
         self.calls: list[str] = []
         self.away = False
+        self.loses: list[str] = []
+        """Methods whose next call does not arrive."""
         self.start("e1")
 
     def start(self, epoch: str) -> None:
@@ -58,6 +60,9 @@ class DirectLink(ControllerLink):
         self.calls.append(method)
         if self.away:
             raise ControllerUnavailable("away")
+        if method in self.loses:
+            self.loses.remove(method)
+            raise ControllerUnavailable("lost")
         if method == "snapshot":
             epoch, version, _ = args
             while epoch == self.controller.epoch and version >= self.controller.version:
@@ -176,6 +181,18 @@ async def test_a_gateway_declares_to_a_controller_that_does_not_know_it() -> Non
         assert link.calls.count("declare") == 1
         link.start("e2")
         await until(lambda: link.controller.tiers == tier_specs(PLANE))
+
+
+async def test_a_gateway_declares_again_if_only_that_was_lost() -> None:
+    link = DirectLink()
+    link.loses = ["declare"]
+    info = GatewayInfo("g1", "n1", "")
+    reporting = report_gateway(
+        link, PLANE.controller, specs, lambda: info, interval_s=lambda: 0.01, hurry=asyncio.Event()
+    )
+    async with running(reporting):
+        await until(lambda: link.controller.declared)
+    assert link.calls.count("declare") == 2
 
 
 async def test_a_gateway_in_a_hurry_reports_at_once() -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
 
 from controlplane.adapters.recorder import Recorder
 from controlplane.core.domain import Event
+from tests.support_waiting import until
 
 
 def event(number: int, kind: str = "drain") -> Event:
@@ -58,9 +58,7 @@ def test_a_file_that_cannot_be_written_is_said_and_survived(tmp_path: Path) -> N
     assert "in memory only" in recorder.warning
     recorder.save({"lease/a": 1})
     recorder.write_down([event(1)])
-    deadline_s = time.monotonic() + 5
-    while not recorder.events(0, 10) and time.monotonic() < deadline_s:
-        time.sleep(0.01)
+    until(lambda: recorder.events(0, 10), 5)
     assert [item.kind for item in recorder.events(0, 10)] == ["drain"]
     recorder.close()
 

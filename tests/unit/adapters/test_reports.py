@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from controlplane.core.domain import GatewayInfo
 from controlplane.core.report import PlaneReport
 from controlplane.core.traffic import Traffic
 from tests.support_control import HEARTBEAT_S, World
+from tests.support_waiting import until
 
 START_S = 1_800_000_000.0
 COST = 2.0
@@ -71,10 +71,7 @@ class Plane:
     def written(self) -> None:
         """All that was handed over is in the store."""
         self.recorder.save({"mark": self.world.clock.s})
-        deadline_s = time.monotonic() + 10
-        while self.recorder.store.get("mark") != self.world.clock.s:
-            assert time.monotonic() < deadline_s
-            time.sleep(0.002)
+        until(lambda: self.recorder.store.get("mark") == self.world.clock.s, every_s=0.002)
 
 
 @pytest.fixture
@@ -99,6 +96,8 @@ def told(found: PlaneReport) -> dict[str, Any]:
 
 
 async def test_what_was_served_is_reported_per_tier_and_endpoint(plane: Plane) -> None:
+    registry = plane.world.control.registry
+    registry.declare([replace(spec, attainment=0.8) for spec in registry.tiers], HEARTBEAT_S)
     plane.step(60)
     served = plane.served.ok
     plane.step(100, requests=4)
@@ -110,6 +109,7 @@ async def test_what_was_served_is_reported_per_tier_and_endpoint(plane: Plane) -
     assert tier.latency_mean_ms == pytest.approx(250.0)
     assert tier.latency_max_ms == pytest.approx(400.0)
     assert tier.attainment == pytest.approx(0.75)
+    assert (tier.slo_target, tier.slo_missed) == (0.8, True)
     assert tier.requests_per_s == pytest.approx(400 / tier.covered_s)
     assert 140 < tier.covered_s <= 180
     assert tier.queue_max == 4

@@ -16,15 +16,16 @@ from controlplane.core import alert_rules as names
 from controlplane.core.alert_figures import Known
 from controlplane.core.alert_views import AlertView, Happening, Notice
 from controlplane.core.alerts import AlertState, Kind
-from controlplane.core.domain import EndpointState, GatewayInfo
+from controlplane.core.domain import EndpointState, GatewayInfo, TierSpec
 from controlplane.core.moves import CONTROLLER, TierHold
 from controlplane.core.orders import Outcome
-from controlplane.core.telemetry import Freshness, Signal, missing
+from controlplane.core.telemetry import Signal, known_now, missing
 from controlplane.core.traffic import Traffic
 from controlplane.operations import Operations
 from tests.support_control import HEARTBEAT_S, World, xid
 
 SHIFT_S = 5000.0
+SPEC = TierSpec("small", "m", "simulated", 1, 10)
 
 
 class Rig:
@@ -233,6 +234,7 @@ def test_what_gateways_count_is_judged() -> None:
         control.demand.look(["small"], [], rig.world.clock.s)
         return rig.step()
 
+    rig.world.control.registry.declare([replace(SPEC, attainment=0.95)], HEARTBEAT_S)
     told = [text for _ in range(10) for text in second(99, 1)]
     assert told == [], "one in a hundred"
     told = [text for _ in range(10) for text in second(50, 50)]
@@ -243,11 +245,32 @@ def test_what_gateways_count_is_judged() -> None:
     assert sorted(told) == ["resolved RequestsFail small", "resolved SloMissed small"]
 
 
+def test_a_tiers_slo_is_judged_by_what_that_tier_promises() -> None:
+    tiers = {"strict": 0.99, "loose": 0.9, "silent": None}
+    rig = Rig({"TierplaneSloMissed": {"for_s": 2.0}}, tiers=dict.fromkeys(tiers, 1))
+    control = rig.world.control
+    control.registry.declare(
+        [replace(SPEC, name=name, attainment=promised) for name, promised in tiers.items()], HEARTBEAT_S
+    )
+    judged = missed = 0
+    for each in range(60):
+        judged, missed = judged + 100, missed + 3
+        counted = [Traffic(name, judged, judged, missed, ok=judged) for name in tiers]
+        control.gateway_report(GatewayInfo("g1", "n", "", traffic=tuple(counted)))
+        control.demand.look(tiers, [], rig.world.clock.s)
+        told = rig.step()
+        assert told == [] or (told == ["firing SloMissed strict"] and each == 3)
+    [view] = rig.firing
+    assert (view.rule, view.subject) == ("TierplaneSloMissed", "strict")
+    assert view.value == pytest.approx(3.0)
+    assert view.detail == "97 % keep it, 99 % are promised"
+
+
 def test_figures_of_others_are_judged_and_what_is_missing_is_not() -> None:
     rig = Rig({"TierplaneRequestsFail": {"for_s": 0.0}, "TierplaneTierIdle": {"for_s": 0.0}})
     supplied: dict[str, dict[str, Signal]] = {}
     rig.alerting.sources.append(lambda now_s: Known(supplied))
-    fresh = lambda value: {"small": Signal(Freshness.FRESH, value, 0.0)}  # noqa: E731
+    fresh = lambda value: {"small": known_now(value)}  # noqa: E731
     supplied["tier/failed_ratio"] = {"small": missing("no request ended")}
     supplied[names.TIER_SATURATION] = fresh(0.0)
     assert rig.step() == [], "how many requests come is not known"

@@ -85,11 +85,16 @@ def test_texts_say_the_figures_of_the_rule_at_hand() -> None:
     assert slow.severity is Severity.CRITICAL
     assert (lasts_text(600), lasts_text(0.5)) == ("10 min", "0.5 s")
     assert (Unit.SECONDS.text(3.0), Unit.CELSIUS.text(87), Unit.COUNT.text(51.0)) == ("3 s", "87 °C", "51")
+    burn = changed(BY_NAME["TierplaneSloMissed"], RuleChange(threshold=2.5))
+    assert (
+        burn.text("small") == "Tier small misses its SLO more than 2.5 × as often as slo.attainment allows."
+    )
+    assert burn.clear == pytest.approx(1.5)
 
 
 def test_a_share_that_must_not_be_too_small_can_always_be_right_again() -> None:
-    rule = BY_NAME["TierplaneSloMissed"]
-    for threshold in (0.5, 0.95, 0.99, 0.999):
+    rule = BY_NAME["TierplaneTierIdle"]
+    for threshold in (0.05, 0.5, 0.95, 0.999):
         clear = changed(rule, RuleChange(threshold=threshold)).clear
         assert clear is not None
         assert threshold < clear < 1

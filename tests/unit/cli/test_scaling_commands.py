@@ -58,7 +58,6 @@ def plane(monkeypatch: pytest.MonkeyPatch) -> Plane:
 
     for module in (scale, recommendations, report):
         monkeypatch.setattr(module, "connected", connected)
-    monkeypatch.setenv("COLUMNS", "200")
     return played
 
 

@@ -212,6 +212,59 @@ def test_everything_at_once() -> None:
     }
 
 
+HOOK = {"url": "https://x/y"}
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        # A wrong value in an item of a list hides nothing beside the list, …
+        (
+            {"webhooks": [{**HOOK, "timeout_s": -1}], "rules": {"Nonsense": {}}},
+            {"webhooks[0].timeout_s", "rules.Nonsense"},
+        ),
+        # … in other items, of which each keeps its number, or between them, …
+        ({"webhooks": [{"url": "x"}, HOOK, HOOK]}, {"webhooks[0].url", "webhooks[2].url"}),
+        ({"webhooks": [3, HOOK, {"url": 4}, HOOK]}, {"webhooks[0]", "webhooks[2].url", "webhooks[3].url"}),
+        ({"webhooks": [{}, HOOK, HOOK]}, {"webhooks[0].url", "webhooks[2].url"}),
+        # … nor does what is wrong between items hide what is beside them.
+        ({"webhooks": [HOOK, HOOK], "repeat_s": "x"}, {"webhooks[1].url", "repeat_s"}),
+        (
+            {"rules": {"TierplaneSheds": {"for": 1, "threshold": 2}}},
+            {"rules.TierplaneSheds.for", "rules.TierplaneSheds.threshold"},
+        ),
+    ],
+)
+def test_what_is_wrong_in_a_list_of_the_controllers_hides_nothing(values: Any, expected: set[str]) -> None:
+    found = problems_of({"tiers": [tier()], "controller": {"alerts": values, "reports": {"samples": 1}}})
+    assert set(found) == {f"controller.alerts.{path}" for path in expected} | {"controller.reports.samples"}
+
+
+@pytest.mark.parametrize(
+    ("scaling", "expected"),
+    [
+        (
+            {
+                "schedules": [{"start": "8", "end": "09:00"}, {"start": "08:00", "end": "09:00"}],
+                "max_replicas": 0,
+            },
+            {"schedules[0].start", "schedules[1].min_replicas", "max_replicas"},
+        ),
+        ({"min_replicas": 5, "max_replicas": 2, "schedules": [1]}, {"schedules[0]", "min_replicas"}),
+        (
+            {"schedules": [{"start": "08:00", "end": "09:00", "days": ["mo"], "min_replicas": 99}]},
+            {"schedules[0].days[0]", "schedules[0].min_replicas"},
+        ),
+        # How many there may be is not known, so "20 is outside" would be a guess.
+        ({"max_replicas": "30"}, {"max_replicas"}),
+    ],
+)
+def test_nor_in_a_list_of_a_tier(scaling: dict[str, Any], expected: set[str]) -> None:
+    replicas = {} if scaling.get("schedules") else {"replicas": 20}
+    found = problems_of({"tiers": [tier(scaling=scaling, **replicas)]})
+    assert set(found) == {f"tiers[0].scaling.{path}" for path in expected}
+
+
 def test_a_finding_from_a_wrong_field_is_not_made() -> None:
     """The engine is not known, so 'only engine endpoint has this' would be a guess."""
     assert set(problems_of({"tiers": [tier(engine="endpont", url="http://x", model="m")]})) == {

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from controlplane.control import NotSettled
 from controlplane.core import kept
 from controlplane.core.domain import EndpointState
 from controlplane.core.gangs import Shape
@@ -14,7 +15,7 @@ from controlplane.core.moves import MovePhase
 from controlplane.core.orders import OrderKind
 from controlplane.core.samples import Absence, EngineSample, GpuCondition, GpuEvent, GpuEventKind, Missing
 from controlplane.operations import Operations
-from tests.support_control import World, xid
+from tests.support_control import HEARTBEAT_S, World, xid
 
 
 def two_nodes(replicas: int = 1, gpus: int = 2) -> World:
@@ -184,6 +185,45 @@ def test_a_move_goes_on_when_the_controller_is_killed_in_its_middle(vouched: boo
     world.step(70)
     assert not new.work.moves
     assert len(world.replicas) == 2
+
+
+def test_nothing_is_decided_before_a_gateway_has_said_what_is_configured() -> None:
+    world = two_nodes(replicas=2)
+    [sick, _] = used(world)
+    world.events.append(xid(sick[:2], sick, 79))
+    world.step(3)
+    [newcomer] = [item for item in world.replicas.values() if item.endpoint.state is EndpointState.STARTING]
+    newcomer.starts_in = 20
+    old = world.control
+    values = kept.to_values(old.fleet, old.desk.book, old.work, 0.0)
+    world.start_controller("e2", declared=False)
+    new = world.control
+    kept.restore_gpus(values, new.fleet, 0.0)
+    kept.restore_plane(values, new.fleet, new.desk.book, new.work, now_s=world.clock.s, shift_s=0.0)
+    new.settle()
+    for _ in range(12):
+        world.step()
+        assert not new.activity().settled
+        with pytest.raises(NotSettled):
+            new.targets()
+    assert not new.registry.warming
+    assert newcomer in world.replicas.values(), "it is still wanted"
+    world.declare()
+    for _ in range(30):
+        assert world.ready("small") >= 2
+        world.step()
+    assert sick not in used(world)
+    assert newcomer.endpoint.state is EndpointState.READY
+    assert world.born == 3
+
+
+def test_a_target_outlives_the_return_of_a_controller_that_is_rarely_heard() -> None:
+    world = two_nodes()
+    left_s = {}
+    for heartbeat_s in (HEARTBEAT_S, 10.0):
+        world.control.declare(world.control.registry.tiers, heartbeat_s)
+        left_s[heartbeat_s] = world.control.targets()["small"].valid_until_unix_s - world.clock.s
+    assert left_s == {HEARTBEAT_S: 30.0, 10.0: 100.0}
 
 
 def test_a_restart_of_a_tier_is_rolling() -> None:

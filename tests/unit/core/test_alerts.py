@@ -15,7 +15,7 @@ from controlplane.core.alerts import (
     Severity,
     Silence,
 )
-from controlplane.core.telemetry import Freshness, Signal, missing
+from controlplane.core.telemetry import Freshness, Signal, known_now, missing
 
 RULE = AlertRule(
     "queue",
@@ -28,10 +28,6 @@ RULE = AlertRule(
 )
 
 
-def fresh(value: float) -> Signal:
-    return Signal(Freshness.FRESH, value, 0.0)
-
-
 class Book:
     def __init__(self) -> None:
         self.book = AlertBook()
@@ -41,7 +37,7 @@ class Book:
         told: list[Alert] = []
         for value in values:
             self.now_s += 10.0
-            signal = value if isinstance(value, Signal) else fresh(value)
+            signal = value if isinstance(value, Signal) else known_now(value)
             told += self.book.observe([Observation(RULE, subject, signal)], self.now_s).told
         return told
 
@@ -123,21 +119,21 @@ def test_what_began_and_ended_is_told_apart_from_what_must_be_told() -> None:
     book = AlertBook()
     book.silence(Silence(until_s=1000.0))
     rule = replace(RULE, for_s=0.0)
-    first = book.observe([Observation(rule, "light", fresh(60))], 1.0)
+    first = book.observe([Observation(rule, "light", known_now(60))], 1.0)
     assert [alert.subject for alert in first.begun] == ["light"]
     assert (first.ended, first.told) == ((), ())
-    again = book.observe([Observation(rule, "light", fresh(60))], 2.0)
+    again = book.observe([Observation(rule, "light", known_now(60))], 2.0)
     assert (again.begun, again.ended) == ((), ())
-    last = book.observe([Observation(rule, "light", fresh(0))], 3.0)
+    last = book.observe([Observation(rule, "light", known_now(0))], 3.0)
     assert [alert.state for alert in last.ended] == [AlertState.RESOLVED]
 
 
 def test_a_rule_counts_only_while_what_it_needs_is_given() -> None:
     book = AlertBook()
     rule = replace(RULE, for_s=0.0)
-    assert book.observe([Observation(rule, "light", fresh(60), given=False)], 1.0).begun == ()
-    assert book.observe([Observation(rule, "light", fresh(60))], 2.0).begun != ()
-    assert book.observe([Observation(rule, "light", fresh(60), given=False)], 3.0).ended != ()
+    assert book.observe([Observation(rule, "light", known_now(60), given=False)], 1.0).begun == ()
+    assert book.observe([Observation(rule, "light", known_now(60))], 2.0).begun != ()
+    assert book.observe([Observation(rule, "light", known_now(60), given=False)], 3.0).ended != ()
 
 
 def test_what_is_gone_is_over_for_whoever_heard_of_it() -> None:
@@ -167,10 +163,10 @@ def test_a_silence_is_ended_by_its_number_and_then_it_is_told() -> None:
 def test_silences_and_alerts_are_bounded() -> None:
     book = AlertBook(limit=3)
     rule = replace(RULE, for_s=0.0)
-    seen = [Observation(rule, f"s{i}", fresh(60)) for i in range(5)]
+    seen = [Observation(rule, f"s{i}", known_now(60)) for i in range(5)]
     assert len(book.observe(seen, 1.0).begun) == 3
     assert book.full
-    assert len(book.observe([Observation(rule, "s0", fresh(0)), seen[4]], 2.0).begun) == 1
+    assert len(book.observe([Observation(rule, "s0", known_now(0)), seen[4]], 2.0).begun) == 1
     for i in range(1200):
         book.silence(Silence(until_s=10.0 + i))
     assert len(book.silences) == 1000

@@ -8,17 +8,13 @@ import pytest
 from controlplane.core.autoscaling import Move, ScalingSettings, Slo, TierObservation, TierScaler
 from controlplane.core.capacity import EngineSpeed, Work
 from controlplane.core.schedules import Schedule
-from controlplane.core.telemetry import Freshness, Signal, missing
+from controlplane.core.telemetry import Freshness, Signal, known_now, missing
 
 SPEED = EngineSpeed(0.02, 0.001, 0.0001)
 WORK = Work(500.0, 100.0)
 MONDAY_UNIX_S = 1_767_571_200.0
 STALE = Signal(Freshness.STALE, 0.0, 10.0, "the last sample is 10 s old")
 GONE = missing("no sample for 60 s")
-
-
-def fresh(value: float) -> Signal:
-    return Signal(Freshness.FRESH, value, 0.0)
 
 
 class Harness:
@@ -37,7 +33,7 @@ class Harness:
         flight = in_flight if in_flight is not None else rate * 2.5
         seen = TierObservation(
             "light", self.now_s, MONDAY_UNIX_S + self.now_s, self.target, self.target, 5.0,
-            fresh(rate * 5.0), fresh(flight), fresh(queued),
+            known_now(rate * 5.0), known_now(flight), known_now(queued),
         )  # fmt: skip
         self.decision = self.scaler.decide(replace(seen, **more, **dict(signals)))
         self.target = self.decision.target
@@ -73,7 +69,7 @@ def test_every_decision_says_why_with_figures() -> None:
 
 
 def test_a_queue_that_will_not_clear_by_itself_orders_replicas() -> None:
-    tier = Harness(replace(SETTINGS, initial_headroom=0.0))
+    tier = Harness(SETTINGS)
     tier.run(2.0, 600)
     before = tier.target
     after = tier.tick(2.0, in_flight=16.0 * before, queued=2000.0)
@@ -166,23 +162,69 @@ def test_a_person_wins() -> None:
     assert tier.tick(0.0, override=9, arrivals=GONE) == 9
 
 
-def test_headroom_follows_the_misses() -> None:
-    tier = Harness(replace(SETTINGS, slo=Slo(attainment=0.99)))
+def test_the_factor_follows_the_misses_of_requests_that_waited() -> None:
+    tier = Harness(SETTINGS)
     tier.run(10.0, 600)
-    start = tier.scaler.headroom
+    start = tier.scaler.headroom.correction
     for _ in range(100):
-        tier.tick(10.0, finished=50.0, missed=5.0)
-    raised = tier.scaler.headroom
-    assert raised > start + 0.3
+        tier.tick(10.0, queued=5.0, finished=50.0, missed=5.0)
+    raised = tier.scaler.headroom.correction
+    assert raised > start + 0.1
+    assert tier.decision.headroom > 1.0
     for _ in range(5000):
         tier.tick(10.0, finished=50.0, missed=0.0)
-    assert tier.scaler.headroom < raised
+    assert tier.scaler.headroom.correction < start
+
+
+def test_what_misses_while_nothing_waits_calls_for_no_replicas() -> None:
+    tier = Harness(SETTINGS)
+    tier.run(10.0, 600)
+    before = tier.target
+    start_allowed = tier.scaler.headroom.allowed
+    for _ in range(1000):
+        tier.tick(10.0, finished=50.0, missed=5.0)
+    assert tier.scaler.headroom.correction < 0.05
+    assert tier.target == before
+    # It uses up what is allowed, but never all of it.
+    assert 0.0 < tier.scaler.headroom.allowed < start_allowed
 
 
 def test_one_burst_of_misses_is_no_more_than_a_nudge() -> None:
     tier = Harness(SETTINGS)
     tier.run(10.0, 600)
-    start = tier.scaler.headroom
+    start = tier.scaler.headroom.correction
     for _ in range(12):
-        tier.tick(10.0, finished=50.0, missed=50.0)
-    assert tier.scaler.headroom - start < 0.5
+        tier.tick(10.0, queued=50.0, finished=50.0, missed=50.0)
+    assert 0.0 < tier.scaler.headroom.correction - start < 0.05
+
+
+def test_a_moment_of_traffic_orders_nothing_by_its_forecast() -> None:
+    tier = Harness(SETTINGS, target=2)
+    assert tier.tick(500.0, in_flight=10.0) == 2
+    assert tier.run(500.0, 60) > 10
+
+
+def test_a_rush_of_seconds_is_not_taken_to_last_for_a_long_cold_start() -> None:
+    tier = Harness(replace(SETTINGS, cold_start_s=600.0, max_replicas=500))
+    tier.run(10.0, 3600)
+    held = tier.target * tier.scaler.each_per_s
+    tier.tick(60.0, in_flight=16.0 * tier.target, queued=50.0)
+    forecast = tier.decision.forecast
+    assert forecast is not None
+    excess_per_s = forecast.surely_per_s - forecast.mean_per_s
+    assert excess_per_s > 1.0
+    # If the rush lasted until the replicas are there, its whole excess would wait for them.
+    left = 50.0 + (forecast.surely_per_s - held) * 600.0
+    assert tier.target * tier.scaler.each_per_s < left / 30.0 / 2
+
+
+def test_other_settings_lose_nothing_of_what_was_learned() -> None:
+    tier = Harness(SETTINGS)
+    tier.run(10.0, 7200)
+    factor, forecaster = tier.scaler.headroom.factor, tier.scaler.forecaster
+    # A cold start that was measured anew is another setting, too.
+    tier.scaler.adopt(replace(SETTINGS, cold_start_s=33.0, slo=Slo(attainment=0.98)))
+    tier.tick(10.0)
+    assert tier.scaler.headroom.factor == pytest.approx(factor, rel=0.06)
+    assert tier.scaler.headroom.factor < 1.15
+    assert tier.scaler.forecaster is forecaster

@@ -4,6 +4,7 @@ import math
 import random
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
 from controlplane.core.capacity import Bounds, Capacity, EngineSpeed, Work
@@ -13,7 +14,7 @@ TRUTH = EngineSpeed(0.03, 0.0015, 0.0003)
 WORK = Work(500.0, 100.0)
 
 
-def teach(capacity: Capacity, truth: EngineSpeed, ticks: int = 600) -> None:
+def teach(capacity: Capacity, truth: EngineSpeed, ticks: int = 4000) -> None:
     """Ticks of a busy engine that obeys the equation exactly; its load is another each minute."""
     for tick in range(ticks):
         batch = 2.0 + tick // 12 % 15
@@ -121,3 +122,20 @@ def test_replicas_follow_the_rate_and_the_burstiness() -> None:
     calm = capacity.replicas(each * 8, WORK, bounds, z=2.0)
     bursty = capacity.replicas(each * 8, WORK, bounds, z=2.0, dispersion=9.0)
     assert 8 < calm < bursty
+
+
+def test_rounding_errors_are_not_blown_up_by_forgetting() -> None:
+    """The two halves of the covariance stay the same, and it stays one."""
+    rng = random.Random(3)
+    capacity = Capacity(PRIOR)
+    for _ in range(5000):
+        capacity.observe(
+            generation_tokens_per_s=20.0 * rng.random(),
+            prompt_tokens_per_s=3000.0 * rng.lognormvariate(0.0, 0.5),
+            batch=rng.choice((1.0, 2.0, 8.0, 16.0)),
+            busy_ratio=rng.uniform(0.2, 1.0),
+            interval_s=60.0,
+        )
+    cov = capacity._cov
+    assert all(cov[i][j] == cov[j][i] for i in range(3) for j in range(3))
+    assert np.linalg.eigvalsh(cov).min() > 0

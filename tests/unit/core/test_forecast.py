@@ -43,7 +43,8 @@ def test_the_spread_of_noise_covers_what_comes() -> None:
         counts.append(rate)
         forecaster.observe((tick + 1) * 5.0, rate * 5.0, 5.0)
         if tick > 500:
-            forecasts.append((tick, forecaster.forecast((tick + 1) * 5.0).quantile_per_s(1.2816)))
+            forecast = forecaster.forecast((tick + 1) * 5.0)
+            forecasts.append((tick, forecast.mean_per_s * math.exp(1.2816 * forecast.spread)))
     for tick, high in forecasts[:-12]:
         window = counts[tick + 7 : tick + 13]
         total += 1

@@ -41,3 +41,35 @@ def test_a_tier_without_gpus_takes_none() -> None:
 
 def test_gains_are_what_each_replica_carries() -> None:
     assert carried_gains(5.0, 2.0, 4) == pytest.approx((2.0, 2.0, 1.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "running", "given"),
+    [
+        # Two are left, and the less important tier runs on both: it keeps them, the other waits.
+        (2.0, (0, 2), [2, 2]),
+        # It runs on all four that are left: what is over its minimum goes to the other's minimum.
+        (4.0, (0, 4), [2, 2]),
+        # It doesn't run, so the important one goes first.
+        (2.0, (0, 0), [2, 0]),
+        # Nothing is left: the important one waits, then the other.
+        (0.0, (0, 0), [2, 0]),
+        (2.0, (2, 0), [2, 2]),
+        # Nobody is reported, but all runs.
+        (0.0, (2, 2), [2, 2]),
+    ],
+)
+def test_a_minimum_that_runs_is_never_taken_and_who_waits_is_the_most_important(
+    gpus: float, running: tuple[int, int], given: list[int]
+) -> None:
+    important, other = running
+    demands = [
+        GpuDemand("a", 1.0, 2, 3, priority=1, held=2, running=important),
+        GpuDemand("b", 1.0, 2, 4, held=4, running=other),
+    ]
+    assert counts(demands, gpus) == given
+
+
+def test_a_tier_without_gpus_that_starts_holds_up_nobody() -> None:
+    demands = [GpuDemand("cpu", 0.0, 1, 1, priority=1), GpuDemand("a", 1.0, 1, 1)]
+    assert counts(demands, 0.0) == [1, 1]

@@ -1,28 +1,36 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 
+from controlplane.core.autoscaling import Slo
 from controlplane.core.capacity import Bounds, Capacity, EngineSpeed, Work
-from controlplane.core.recommendations import Kind, TierCondition, advise, score
-from controlplane.core.telemetry import Freshness, Signal, missing
-
-
-def fresh(value: float) -> Signal:
-    return Signal(Freshness.FRESH, value, 0.0)
-
+from controlplane.core.recommendations import (
+    Breach,
+    Figure,
+    Kind,
+    Recommendation,
+    Score,
+    Thresholds,
+    TierCondition,
+    advise,
+    latency_limit_ms,
+    score,
+)
+from controlplane.core.telemetry import Freshness, Signal, known_now, missing
 
 CALM = TierCondition(
     "balanced",
     replicas=2,
-    gpu_ratio=fresh(0.5),
-    memory_ratio=fresh(0.6),
-    latency_ms=fresh(900.0),
-    queue=fresh(0.0),
-    error_ratio=fresh(0.0),
-    requests_per_s=fresh(5.0),
-    attainment=fresh(0.999),
+    gpu_ratio=known_now(0.5),
+    memory_ratio=known_now(0.6),
+    latency_ms=known_now(900.0),
+    queue=known_now(0.0),
+    error_ratio=known_now(0.0),
+    requests_per_s=known_now(5.0),
+    attainment=known_now(0.999),
     capacity=Capacity(EngineSpeed(0.02, 0.001, 0.0001)),
     work=Work(500.0, 100.0),
     bounds=Bounds(16.0),
@@ -32,14 +40,14 @@ CALM = TierCondition(
 @pytest.mark.parametrize(
     ("change", "kind", "words"),
     [
-        ({"gpu_ratio": fresh(0.97)}, Kind.SCALE_OUT, "97%, over 95%"),
-        ({"memory_ratio": fresh(0.99)}, Kind.SCALE_OUT, "memory is 99%"),
-        ({"queue": fresh(51.0)}, Kind.SCALE_OUT, "51 requests wait, over 50"),
-        ({"latency_ms": fresh(3100.0)}, Kind.SCALE_UP, "3100 ms, over 3000 ms"),
-        ({"attainment": fresh(0.9)}, Kind.SCALE_UP, "90.0% of the requests keep the SLO"),
-        ({"latency_ms": fresh(3100.0), "queue": fresh(60.0)}, Kind.SCALE_OUT, "60 requests wait"),
-        ({"error_ratio": fresh(0.2)}, Kind.SCALE_OUT, "20% of the requests fail"),
-        ({"gpu_ratio": fresh(0.1), "requests_per_s": fresh(0.5)}, Kind.SCALE_DOWN, "10%, under 20%"),
+        ({"gpu_ratio": known_now(0.97)}, Kind.SCALE_OUT, "97%, over 95%"),
+        ({"memory_ratio": known_now(0.99)}, Kind.SCALE_OUT, "memory is 99%"),
+        ({"queue": known_now(51.0)}, Kind.SCALE_OUT, "51 requests wait, over 50"),
+        ({"latency_ms": known_now(3100.0)}, Kind.SCALE_UP, "3100 ms, over 3000 ms"),
+        ({"attainment": known_now(0.9)}, Kind.SCALE_UP, "90.0% of the requests keep the SLO"),
+        ({"latency_ms": known_now(3100.0), "queue": known_now(60.0)}, Kind.SCALE_OUT, "60 requests wait"),
+        ({"error_ratio": known_now(0.2)}, Kind.SCALE_OUT, "20% of the requests fail"),
+        ({"gpu_ratio": known_now(0.1), "requests_per_s": known_now(0.5)}, Kind.SCALE_DOWN, "10%, under 20%"),
     ],
 )
 def test_each_threshold(change: dict[str, Signal], kind: Kind, words: str) -> None:
@@ -54,14 +62,14 @@ def test_each_threshold(change: dict[str, Signal], kind: Kind, words: str) -> No
     "change",
     [
         {},
-        {"gpu_ratio": fresh(0.95)},
-        {"queue": fresh(50.0)},
-        {"gpu_ratio": fresh(0.1)},
-        {"requests_per_s": fresh(0.1)},
+        {"gpu_ratio": known_now(0.95)},
+        {"queue": known_now(50.0)},
+        {"gpu_ratio": known_now(0.1)},
+        {"requests_per_s": known_now(0.1)},
         {"gpu_ratio": Signal(Freshness.STALE, 0.99, 9.0), "queue": missing("gone")},
-        {"gpu_ratio": missing("gone"), "requests_per_s": fresh(0.0)},
-        {"gpu_ratio": fresh(0.0), "requests_per_s": Signal(Freshness.STALE, 0.0, 9.0)},
-        {"gpu_ratio": fresh(0.0), "requests_per_s": fresh(0.0), "replicas": 1},
+        {"gpu_ratio": missing("gone"), "requests_per_s": known_now(0.0)},
+        {"gpu_ratio": known_now(0.0), "requests_per_s": Signal(Freshness.STALE, 0.0, 9.0)},
+        {"gpu_ratio": known_now(0.0), "requests_per_s": known_now(0.0), "replicas": 1},
     ],
 )
 def test_no_breach_no_advice(change: dict[str, object]) -> None:
@@ -69,7 +77,7 @@ def test_no_breach_no_advice(change: dict[str, object]) -> None:
 
 
 def test_the_effect_of_more_replicas_is_predicted() -> None:
-    (advice,) = advise([replace(CALM, queue=fresh(200.0), requests_per_s=fresh(30.0), replicas=2)])
+    (advice,) = advise([replace(CALM, queue=known_now(200.0), requests_per_s=known_now(30.0), replicas=2)])
     assert advice.replicas > 3
     assert advice.effect.gpus == advice.replicas - 2
     assert advice.effect.attainment == 1.0
@@ -77,9 +85,37 @@ def test_the_effect_of_more_replicas_is_predicted() -> None:
     assert advice.effect.latency_ms < 16 * 1000
 
 
+def test_the_predicted_latency_is_of_the_percentile_that_is_measured() -> None:
+    hot = replace(
+        CALM, gpu_ratio=known_now(0.99), requests_per_s=known_now(6.0), latency_ms=known_now(9000.0)
+    )
+    (advice,) = advise([hot])
+    assert advice.replicas == 3
+    assert hot.capacity is not None
+    assert hot.work is not None
+    change = hot.capacity.hold_s(6.0 / 3, hot.work) / hot.capacity.hold_s(6.0 / 2, hot.work)
+    assert 0.5 < change < 1.0
+    assert advice.effect.latency_ms == pytest.approx(9000.0 * change)
+    # 12 requests that wait at 6 a second are 2 s of it, and nobody waits afterwards.
+    (advice,) = advise([replace(hot, queue=known_now(12.0))])
+    assert advice.effect.latency_ms == pytest.approx(7000.0 * change)
+    # What is left is never less than one request takes.
+    (advice,) = advise([replace(hot, queue=known_now(1000.0))])
+    assert advice.effect.latency_ms == pytest.approx(hot.capacity.hold_s(6.0 / 3, hot.work) * 1000)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"latency_ms": missing("gone")}, {"work": Work(1.0, 0.0)}, {"requests_per_s": missing("gone")}],
+)
+def test_what_can_not_be_told_is_not_predicted(change: dict[str, object]) -> None:
+    (advice,) = advise([replace(CALM, gpu_ratio=known_now(0.99), **change)])
+    assert advice.effect.latency_ms is None
+
+
 def test_without_free_gpus_an_idle_tier_gives_one() -> None:
-    idle = replace(CALM, tier="light", gpu_ratio=fresh(0.05), requests_per_s=fresh(0.0), replicas=3)
-    hot = replace(CALM, gpu_ratio=fresh(0.99))
+    idle = replace(CALM, tier="light", gpu_ratio=known_now(0.05), requests_per_s=known_now(0.0), replicas=3)
+    hot = replace(CALM, gpu_ratio=known_now(0.99))
     (advice,) = advise([idle, hot], free_gpus=0.0)
     assert advice.kind is Kind.REBALANCE
     assert advice.instance == "balanced"
@@ -89,7 +125,7 @@ def test_without_free_gpus_an_idle_tier_gives_one() -> None:
 
 
 def test_a_small_share_grows_before_the_parallel_size() -> None:
-    slow = replace(CALM, latency_ms=fresh(5000.0))
+    slow = replace(CALM, latency_ms=known_now(5000.0))
     (share,) = advise([replace(slow, gpus_per_replica=0.25)])
     assert "0.5 of a GPU instead of 0.25" in share.suggestion
     (parallel,) = advise([slow])
@@ -97,16 +133,141 @@ def test_a_small_share_grows_before_the_parallel_size() -> None:
 
 
 def test_at_the_bound_it_says_so() -> None:
-    (advice,) = advise([replace(CALM, queue=fresh(99.0), replicas=10)])
+    (advice,) = advise([replace(CALM, queue=known_now(99.0), replicas=10)])
     assert advice.replicas == 10
     assert "raise the most replicas" in advice.suggestion
 
 
-def test_scores() -> None:
-    (advice,) = advise([replace(CALM, queue=fresh(200.0), requests_per_s=fresh(10.0))])
+@pytest.mark.parametrize(
+    ("slo", "limit_ms"),
+    [
+        (None, 3000.0),
+        (Slo(), math.inf),
+        (Slo(total_s=8.0), 8000.0),
+        (Slo(total_s=8.0, attainment=0.95), 8000.0),
+        # A tenth of the answers may take longer, so the 95th percentile does.
+        (Slo(total_s=8.0, attainment=0.9), math.inf),
+    ],
+)
+def test_latency_is_judged_by_the_slo_that_is_given(slo: Slo | None, limit_ms: float) -> None:
+    assert latency_limit_ms(slo) == limit_ms
+
+
+def test_a_gpu_that_is_busy_without_a_request_is_a_weak_reason() -> None:
+    busy = replace(
+        CALM, gpu_ratio=known_now(0.97), requests_per_s=known_now(0.0), attainment=missing("no request")
+    )
+    (weak,) = advise([busy])
+    assert weak.reasons[-1] == "but no request came: see first what else keeps the GPU busy"
+    assert weak.confidence == 0.2
+    (unknown,) = advise([replace(busy, requests_per_s=missing("gone"))])
+    assert unknown.confidence > 0.2
+
+
+def test_a_threshold_that_is_set_counts_for_all_tiers() -> None:
+    slow = replace(CALM, latency_ms=known_now(5000.0))
+    promised = replace(slow, latency_limit_ms=math.inf)
+    assert [item.reasons[0] for item in advise([slow])] == ["latency is 5000 ms, over 3000 ms"]
+    assert advise([promised]) == ()
+    assert advise([replace(promised, latency_limit_ms=6000.0)]) == ()
+    (missed,) = advise([replace(promised, latency_limit_ms=4000.0)])
+    assert missed.reasons[0] == "latency is 5000 ms, over 4000 ms"
+    for tier in (slow, promised):
+        (found,) = advise([tier], Thresholds(latency_ms=4500.0))
+        assert found.reasons[0] == "latency is 5000 ms, over 4500 ms"
+        assert advise([tier], Thresholds(latency_ms=5500.0)) == ()
+
+
+def test_a_tier_that_is_only_busy_is_a_weak_reason() -> None:
+    busy = replace(CALM, gpu_ratio=known_now(0.97))
+    (weak,) = advise([busy])
+    assert weak.reasons == ("GPU utilisation is 97%, over 95%", "but the SLO is kept and nothing waits")
+    assert weak.confidence == 0.2
+    for change in (
+        {"queue": known_now(1.0)},
+        {"queue": missing("gone")},
+        {"attainment": known_now(0.98)},
+        {"attainment": missing("gone")},
+        {"latency_ms": known_now(3100.0)},
+        {"kv_ratio": known_now(0.99)},
+        {"error_ratio": known_now(0.2)},
+    ):
+        (found,) = advise([replace(busy, **change)])
+        assert found.confidence > 0.4, change
+        assert not any("SLO is kept" in reason for reason in found.reasons)
+
+
+def scored(advice: Recommendation, tier: TierCondition, *, applied: bool = False) -> Score:
+    found = score(advice, tier, applied=applied)
+    assert found is not None
+    return found
+
+
+def test_what_was_followed_is_scored_by_how_near_the_prediction_came() -> None:
+    (advice,) = advise([replace(CALM, queue=known_now(200.0), requests_per_s=known_now(10.0))])
     predicted = advice.effect.latency_ms
     assert predicted is not None
-    assert score(advice, applied=True, latency_ms=predicted, attainment=1.0).value == pytest.approx(1.0)
-    assert not score(advice, applied=True, latency_ms=predicted * 50, attainment=0.5).right
-    assert score(advice, applied=False, latency_ms=9000.0, attainment=0.8).right
-    assert not score(advice, applied=False, latency_ms=100.0, attainment=1.0).right
+    near = replace(CALM, latency_ms=known_now(predicted), attainment=known_now(1.0))
+    assert scored(advice, near, applied=True).value == pytest.approx(1.0)
+    far = replace(CALM, latency_ms=known_now(predicted * 50), attainment=known_now(0.5))
+    assert not scored(advice, far, applied=True).right
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"gpu_ratio": known_now(0.97)}, "GPU utilisation is 97%, over 95%"),
+        ({"memory_ratio": known_now(0.99)}, "GPU memory is 99% used, over 95%"),
+        ({"kv_ratio": known_now(0.99)}, "a KV cache is 99% full, over 95%"),
+        ({"queue": known_now(51.0)}, "51 requests wait, over 50"),
+        ({"latency_ms": known_now(3100.0)}, "latency is 3100 ms, over 3000 ms"),
+        ({"error_ratio": known_now(0.2)}, "20% of the requests fail, over 10%"),
+    ],
+)
+def test_what_was_not_followed_is_right_while_the_trouble_that_it_named_is_there(
+    change: dict[str, Signal], words: str
+) -> None:
+    calm = replace(CALM, kv_ratio=known_now(0.1))
+    (advice,) = advise([replace(calm, **change)])
+    still = scored(advice, replace(calm, **change))
+    assert (still.right, still.value) == (True, 1.0)
+    assert still.reason == f"not applied; still {words}; attainment is 99.9%"
+    over = scored(advice, calm)
+    assert (over.right, over.value) == (False, 0.0)
+    assert over.reason == "not applied; attainment is 99.9%, and what it named is over"
+    assert scored(advice, replace(calm, attainment=known_now(0.9))).right, "the SLO is missed"
+    other = replace(calm, queue=known_now(70.0), latency_ms=known_now(3200.0), gpu_ratio=known_now(0.99))
+    named = {breach.figure for breach in advice.named}
+    elsewhere = bool(named & {Figure.QUEUE, Figure.LATENCY, Figure.LOAD})
+    assert scored(advice, other).right is elsewhere, "another trouble is not what it named"
+
+
+def test_what_is_not_fresh_judges_nothing() -> None:
+    (advice,) = advise([replace(CALM, queue=known_now(99.0))])
+    assert advice.named == (Breach(Figure.QUEUE, 50.0),)
+    stale = Signal(Freshness.STALE, 99.0, 9.0)
+    assert score(advice, replace(CALM, queue=stale), applied=False) is None
+    assert scored(advice, replace(CALM, queue=stale, attainment=known_now(0.5))).right
+    for name in ("latency_ms", "attainment"):
+        blind = replace(CALM, queue=known_now(99.0), **{name: missing("gone")})
+        for applied in (False, True):
+            assert score(advice, blind, applied=applied) is None
+
+
+def test_fewer_replicas_were_right_where_the_slo_is_kept() -> None:
+    (advice,) = advise([replace(CALM, gpu_ratio=known_now(0.1), requests_per_s=known_now(0.5))])
+    assert (advice.kind, advice.named) == (Kind.SCALE_DOWN, ())
+    assert scored(advice, CALM).right
+    assert not scored(advice, replace(CALM, attainment=known_now(0.9))).right
+
+
+def test_good_is_what_the_tiers_own_slo_asks_for() -> None:
+    (advice,) = advise([replace(CALM, queue=known_now(200.0))])
+    for goal, still_there in ((0.99, True), (0.9, False)):
+        found = scored(advice, replace(CALM, attainment=known_now(0.95), goal=goal))
+        assert found.right is still_there
+    lenient = replace(CALM, attainment=known_now(0.95), goal=0.9)
+    strict = replace(CALM, tier="strict", attainment=known_now(0.998), goal=0.999)
+    (only,) = advise([lenient, strict])
+    assert only.instance == "strict"
+    assert only.reasons[0] == "99.8% of the requests keep the SLO, under 99.9%"

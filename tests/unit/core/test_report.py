@@ -71,10 +71,20 @@ def test_what_was_not_measured_is_not_zero() -> None:
     assert unheard.availability == 0.0
     unknown = {
         "requests_per_s", "latency_mean_ms", "latency_max_ms", "queue_mean", "queue_max", "in_flight_mean",
-        "error_ratio", "attainment", "gpu_ratio",
+        "error_ratio", "attainment", "slo_target", "slo_missed", "gpu_ratio",
     }  # fmt: skip
     assert {name for name in InstanceReport.__slots__ if getattr(unheard, name) is None} == unknown
     assert instance_report(LIGHT, Totals()).availability is None
+
+
+@pytest.mark.parametrize(("target", "missed"), [(0.96, True), (0.95, False), (0.9, False), (None, None)])
+def test_a_tier_missed_its_slo_if_fewer_kept_it_than_are_to(
+    target: float | None, missed: bool | None
+) -> None:
+    found = instance_report(LIGHT, added(SAMPLES), slo_target=target)
+    assert (found.slo_target, found.slo_missed) == (target, missed)
+    unheard = instance_report(LIGHT, added(SAMPLES[2:]), slo_target=target)
+    assert unheard.slo_missed is None, "no request was judged"
 
 
 def test_a_name_that_no_sample_has_is_refused() -> None:
@@ -87,10 +97,13 @@ def test_tiers_are_in_the_configurations_order_and_what_is_gone_comes_last() -> 
     gone = Instance(InstanceKind.ENDPOINT, "light", "light-0")
     totals = {old: Totals(), LIGHT: Totals(), gone: Totals(), ONE: Totals()}
     more: dict[str, float] = {"from_unix_s": 0, "until_unix_s": 60}
-    found = plane_report(totals, {}, tiers=["big", "light"], present=["light-1"], step_s=10, **more)
+    found = plane_report(
+        totals, {}, tiers={"big": 0.9, "light": 0.99}, present=["light-1"], step_s=10, **more
+    )
     assert [(item.instance, item.gone) for item in found.tiers] == [("light", False), ("old", True)]
     assert [(item.instance, item.gone) for item in found.endpoints] == [("light-1", False), ("light-0", True)]
     assert [item.tier for item in found.tracks] == ["light", "old"]
+    assert [item.slo_target for item in (*found.tiers, *found.endpoints)] == [0.99, None, None, None]
 
 
 def test_a_report_names_the_busiest_endpoints_of_very_many() -> None:
@@ -99,7 +112,9 @@ def test_a_report_names_the_busiest_endpoints_of_very_many() -> None:
         totals[Instance(InstanceKind.ENDPOINT, "light", f"light-{number}")] = added(
             (ReportSample(requests=number),)
         )
-    found = plane_report(totals, {}, tiers=["light"], present=[], from_unix_s=0, until_unix_s=60, step_s=10)
+    found = plane_report(
+        totals, {}, tiers={"light": None}, present=[], from_unix_s=0, until_unix_s=60, step_s=10
+    )
     assert (len(found.endpoints), found.left_out) == (MAX_ENDPOINTS, 5)
     assert min(item.requests for item in found.endpoints) == 5
 

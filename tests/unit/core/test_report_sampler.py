@@ -90,7 +90,7 @@ def test_what_was_counted_between_two_samples_is_told_once() -> None:
     found = plane.take()
     assert found[TIER] == ReportSample(
         **{"watched_s": 10, "up_s": 10, "counted_s": 10, "requests": 7, "answered": 4, "errors": 2},
-        **{"shed": 1, "retried": 3, "resumed": 1, "spilled": 1, "judged": 8, "missed": 2},
+        **{"shed": 1, "retried": 3, "resumed": 1, "spilled": 1, "judged": 8, "missed": 2, "arrived": 9},
         **{"prompt_tokens": 70, "generated_tokens": 40, "latency_s": 8.0, "queue": 5, "in_flight": 3},
         latency_max_s=4.0,
     )

@@ -8,20 +8,16 @@ from controlplane.core.autoscaling import Move, ScalingSettings, TierObservation
 from controlplane.core.capacity import EngineSpeed, Work
 from controlplane.core.scaling_round import RoundDecision, ScalingRound, TierRule
 from controlplane.core.schedules import Schedule
-from controlplane.core.telemetry import Freshness, Signal, missing
+from controlplane.core.telemetry import known_now, missing
 
 SPEED = EngineSpeed(0.02, 0.001, 0.0001)
 WORK = Work(500.0, 100.0)
-SETTINGS = ScalingSettings(max_replicas=20, cold_start_s=30.0, sequences=16.0, initial_headroom=0.0)
+SETTINGS = ScalingSettings(max_replicas=20, cold_start_s=30.0, sequences=16.0)
 MONDAY_UNIX_S = 1_767_571_200.0
 
 
 def rule(tier: str, **more: object) -> TierRule:
     return replace(TierRule(tier, SETTINGS, SPEED, WORK), **more)
-
-
-def fresh(value: float) -> Signal:
-    return Signal(Freshness.FRESH, value, 0.0)
 
 
 class Plane:
@@ -43,8 +39,8 @@ class Plane:
     def seen(self, tier: str, rate: float, **more: object) -> TierObservation:
         target = self.targets[tier]
         made = TierObservation(
-            tier, self.now_s, MONDAY_UNIX_S + self.now_s, target, target, 5.0, fresh(rate * 5.0),
-            fresh(rate * 2.0), fresh(0.0),
+            tier, self.now_s, MONDAY_UNIX_S + self.now_s, target, target, 5.0, known_now(rate * 5.0),
+            known_now(rate * 2.0), known_now(0.0),
         )  # fmt: skip
         return replace(made, **more)
 
@@ -52,6 +48,14 @@ class Plane:
         for _ in range(int(seconds / 5)):
             decisions = self.tick(**rates)
         return decisions
+
+
+class Busy(Plane):
+    """One whose requests end, so that it is known what a replica carries."""
+
+    def seen(self, tier: str, rate: float, **more: object) -> TierObservation:
+        tokens = {"input_tokens": known_now(500.0), "output_tokens": known_now(100.0)}
+        return super().seen(tier, rate, in_flight=known_now(0.0), finished=rate * 5.0, **tokens, **more)
 
 
 def test_without_a_budget_each_tier_gets_what_it_asks_for() -> None:
@@ -89,6 +93,34 @@ def test_equal_tiers_do_not_take_replicas_from_each_other_for_small_differences(
         changes += sum(decision.move is not Move.STAY for decision in now.values())
     assert first["a"].target + first["b"].target == 6
     assert changes == 0
+
+
+def test_of_equal_tiers_the_one_whose_last_replica_would_carry_less_goes_without() -> None:
+    plane = Busy(rule("a"), rule("b"))
+    both = {"a": 40.0, "b": 44.0}
+    free = plane.run(600, **both)
+    last_carries = {}
+    for tier, decision in free.items():
+        each_per_s = plane.round.scaler(tier).each_per_s
+        needed_per_s = decision.asked.needed_per_s
+        assert (decision.target - 1) * each_per_s < needed_per_s <= decision.target * each_per_s
+        last_carries[tier] = needed_per_s - (decision.target - 1) * each_per_s
+    first, second = sorted(last_carries, key=lambda tier: last_carries[tier])
+    assert last_carries[second] > 1.5 * last_carries[first]
+    plane.gpus = sum(decision.target for decision in free.values()) - 1.0
+    short = plane.tick(**both)
+    assert (short[first].cut, short[second].cut) == (1, 0)
+
+
+def test_a_tier_that_is_woken_gains_a_whole_replica() -> None:
+    sleeps = replace(SETTINGS, min_replicas=0, idle_to_zero_s=60.0)
+    plane = Busy(rule("a"), rule("sleeper", settings=sleeps))
+    plane.targets["sleeper"] = 0
+    busy = plane.run(600, a=40.0, sleeper=0.0)["a"]
+    plane.gpus = float(busy.target)
+    waits = replace(plane.seen("sleeper", 0.0), now_s=plane.now_s + 5.0, queued=known_now(1.0))
+    a, sleeper = plane.round.decide([replace(plane.seen("a", 40.0), now_s=waits.now_s), waits], plane.gpus)
+    assert (sleeper.target, a.cut) == (1, 1), "the last replica of the other carries less"
 
 
 def test_a_person_wins_even_over_the_budget() -> None:
@@ -148,3 +180,14 @@ def test_a_refused_order_does_not_start_the_cool_down() -> None:
     assert plane.run(300, a=60.0)["a"].target == 1
     plane.gpus = None
     assert plane.tick(a=60.0)["a"].target > 1
+
+
+def test_while_a_node_is_away_what_runs_of_a_minimum_stays() -> None:
+    two = replace(SETTINGS, min_replicas=2)
+    plane = Plane(rule("a", settings=two), rule("b", settings=two, priority=1), gpus=8.0)
+    plane.targets = {"a": 2, "b": 2}
+    # The important tier's replicas were on the node that is away.
+    seen = [plane.seen("a", 1.0), plane.seen("b", 1.0, ready=0)]
+    decisions = plane.round.decide(seen, 2.0)
+    assert [decision.target for decision in decisions] == [2, 2]
+    assert [decision.move for decision in decisions] == [Move.STAY, Move.STAY]

@@ -14,6 +14,7 @@ from controlplane.core.domain import GatewayInfo
 from controlplane.core.telemetry import Freshness
 from controlplane.core.traffic import (
     LATENCY_BOUNDS_S,
+    POINTS_KEPT,
     Traffic,
     TrafficBook,
     TrafficWindow,
@@ -84,6 +85,56 @@ def test_a_window_looks_back_by_the_nearest_readings() -> None:
     assert found[1] == 60.0
     window.observe(counted(arrived=1), 100.0)
     assert window.back(10.0) is None, "the book was made anew"
+
+
+def test_a_long_window_is_thinned_and_still_begins_where_it_should() -> None:
+    window = TrafficWindow(3600.0)
+    most = 0
+    for at_s in range(8000):
+        window.observe(counted(arrived=at_s * 7), float(at_s))
+        most = max(most, len(window))
+    assert POINTS_KEPT * 0.9 < most <= POINTS_KEPT + 2
+    for span_s in (60.0, 300.0, 3600.0):
+        found = window.back(span_s)
+        assert found is not None
+        counted_since, over_s = found
+        assert span_s <= over_s <= span_s + 3600.0 / POINTS_KEPT + 1.0
+        assert counted_since.arrived == over_s * 7, "what it counts is of just that time"
+
+
+def test_a_window_that_remembers_for_longer_keeps_what_it_has_and_for_shorter_forgets() -> None:
+    window = TrafficWindow(100.0)
+    for at_s in range(0, 205, 5):
+        window.observe(counted(arrived=at_s), float(at_s))
+    window.remember(400.0)
+    for at_s in range(205, 405, 5):
+        window.observe(counted(arrived=at_s), float(at_s))
+    found = window.back(400.0)
+    assert found is not None
+    assert found[1] == 300.0, "100 s from before and 200 s since"
+    window.remember(50.0)
+    window.observe(counted(arrived=405), 405.0)
+    found = window.back(400.0)
+    assert found is not None
+    assert found[1] == 50.0
+
+
+@pytest.mark.parametrize(("window_s", "over_s"), [(60.0, 300.0), (300.0, 300.0), (3600.0, 3600.0)])
+def test_the_memory_of_the_demand_follows_the_setting_and_alerts_keep_their_span(
+    window_s: float, over_s: float
+) -> None:
+    demand = Demand()
+    demand.look(["small"], [], 0.0)
+    demand.remember(window_s)
+    # One arrival a second for an hour, then two for five minutes.
+    for at_s in range(0, 3905, 5):
+        arrived = at_s if at_s <= 3600 else 3600 + 2 * (at_s - 3600)
+        demand.observe(GatewayInfo("g1", "n1", "", traffic=(counted(arrived=arrived),)), float(at_s))
+        demand.look(["small", "new"], [], float(at_s))
+    expected = (over_s - 300 + 600) / over_s
+    assert demand.figures(3900.0, 2.0, 3600.0)["small"].arrivals_per_s.fresh == pytest.approx(expected)
+    assert demand.figures(3900.0, 2.0)["small"].arrivals_per_s.fresh == pytest.approx(2.0)
+    assert demand.figures(3900.0, 2.0, 60.0)["small"].arrivals_per_s.fresh == pytest.approx(2.0)
 
 
 def test_figures_are_shares_rates_and_percentiles_of_the_span() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,19 +19,13 @@ from controlplane.config import TierConfig
 from controlplane.config.scaling import ScalingConfig
 from controlplane.core.targets import TierTarget
 from deployments.scaling import TargetPolicy, autoscaling
+from tests.support_waiting import until
 
 
 def context(*running: str, target: int = 2) -> Any:
     return SimpleNamespace(
         running_replicas=[SimpleNamespace(unique_id=each) for each in running], target_num_replicas=target
     )
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.005)
 
 
 class Controller:
@@ -76,6 +70,25 @@ def test_the_configured_number_until_there_is_a_target_and_after_it_is_too_old(
     until(lambda: policy(context("b", "c"))[0] == 3)
     controller.away = True
     until(lambda: policy(context("b", "c"))[0] == 2)
+
+
+def test_until_the_first_answer_a_tier_stays_as_it_is_for_a_while(controller: Controller) -> None:
+    controller.away = True
+    policy = TargetPolicy("small", 2, "here")
+    until(lambda: controller.fetched > 2)
+    assert policy(context("a", "b", target=3)) == (3, {}), "one of them moves"
+    assert policy(context(target=0)) == (0, {}), "the tier is drained"
+    controller.away = False
+    until(lambda: policy(context("a", "b", target=3))[0] == 2)
+
+
+def test_a_controller_that_never_answers_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Controller()
+    source.away = True
+    targets = Targets(source.fetch, refresh_s=0.005, first_limit_s=0.05)
+    monkeypatch.setattr(serve_targets, "_by_namespace", {"here": targets})
+    policy = TargetPolicy("small", 2, "here")
+    until(lambda: policy(context("a", "b", target=3))[0] == 2)
 
 
 def test_serves_loop_never_waits_for_the_controller(controller: Controller) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from controlplane.engines import reaper
-from tests.support_engines import alive, until
+from tests.support_engines import alive
+from tests.support_waiting import until
 
 OBEDIENT = "import time; print('up', flush=True); time.sleep(60)"
 STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + OBEDIENT

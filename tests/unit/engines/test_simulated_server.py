@@ -15,7 +15,8 @@ import pytest
 
 from controlplane.engines.simulated import SECRET_ENV
 from controlplane.engines.simulated_text import END
-from tests.support_engines import call, events_of, until
+from tests.support_engines import call, events_of
+from tests.support_waiting import until
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 

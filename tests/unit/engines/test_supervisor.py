@@ -15,7 +15,8 @@ from controlplane.core.domain import EndpointState
 from controlplane.engines.process import hold_port
 from controlplane.engines.supervisor import EngineSupervisor, log_path
 from controlplane.errors import ConfigError, EngineError, EngineStartError, Problem
-from tests.support_engines import Recorder, alive, call, local, marked, supervised, until
+from tests.support_engines import Recorder, alive, call, local, marked, supervised
+from tests.support_waiting import until
 
 QUICK = RestartConfig(max_restarts=2, window_s=60, backoff_initial_s=0.05, backoff_max_s=0.1)
 

@@ -60,3 +60,11 @@ async def test_replicas_due_are_the_controllers_or_else_the_configurations() -> 
         text = await metrics(rig)
         assert 'tierplane_due_replicas{gateway="gateway-a",tier="balanced"} 0.0' in text
         assert 'tier="gone"' not in text
+
+
+async def test_each_tiers_slo_target_is_a_metric() -> None:
+    tiers = [{"name": "balanced", "slo": {"attainment": 0.95}}, {"name": "capable"}]
+    async with running(plane(*tiers)) as rig:
+        text = await metrics(rig)
+        assert 'tierplane_slo_target_ratio{gateway="gateway-a",tier="balanced"} 0.95' in text
+        assert 'tierplane_slo_target_ratio{gateway="gateway-a",tier="capable"} 0.99' in text

@@ -31,7 +31,7 @@ def made(**more: Any) -> PlaneReport:
     return plane_report(
         {tier: totals(), endpoint: totals()},
         tracks,
-        tiers=[EVIL],
+        tiers={EVIL: more.get("target", 0.95)},
         present=[],
         from_unix_s=1_000_000.0,
         until_unix_s=1_000_060.0,
@@ -74,10 +74,22 @@ def test_a_row_has_a_cell_for_each_head_and_says_what_is_not_known() -> None:
     cells = dict(zip(HEADS, row(tier), strict=True))
     assert cells["requests"] == "10"
     assert cells["mean ms"] == "500"
-    assert cells["in SLO"] == "90.00%"
+    assert (cells["in SLO"], cells["promised"]) == ("90.00%", "95%, missed")
     assert cells["available"] == "75.00%"
     assert cells["GPU"] == "-"
     assert cells["cost"] == "2.00"
+
+
+@pytest.mark.parametrize(
+    ("target", "shown", "marked"), [(0.9999, "99.99%, missed", 2), (0.9, "90%", 0), (None, "-", 0)]
+)
+def test_a_tier_that_missed_its_slo_is_marked(target: float | None, shown: str, marked: int) -> None:
+    report = made(target=target)
+    assert row(report.tiers[0])[HEADS.index("promised")] == shown
+    assert row(report.endpoints[0])[HEADS.index("promised")] == "-"
+    text = page(report)
+    assert text.count("<td class=missed>") == marked
+    assert f">{shown}<" in text
 
 
 def test_the_page_escapes_what_comes_from_outside_and_loads_nothing() -> None:

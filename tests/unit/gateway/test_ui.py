@@ -60,11 +60,13 @@ def gpu(**fields: Any) -> GpuView:
 
 def report() -> Any:
     totals = Totals()
-    totals.include(ReportSample(watched_s=60, up_s=45, counted_s=60, requests=1234, answered=1200))
+    totals.include(
+        ReportSample(watched_s=60, up_s=45, counted_s=60, requests=1234, answered=1200, judged=100, missed=1)
+    )
     tier = Instance(InstanceKind.TIER, "balanced", "balanced")
     span: dict[str, Any] = {"from_unix_s": 0.0, "until_unix_s": 3600.0, "step_s": 30}
     tracks = {"balanced": {0: totals, 1: totals, 9: totals}}
-    return plane_report({tier: totals}, tracks, tiers=["balanced"], present=[], **span)
+    return plane_report({tier: totals}, tracks, tiers={"balanced": 0.995}, present=[], **span)
 
 
 ANSWERS: dict[str, Any] = {
@@ -96,6 +98,7 @@ async def test_the_page_shows_the_plane_and_runs_nothing_that_it_is_told(tmp_pat
     assert section(text, "report").count("<path") == 2, "a line where two points follow each other …"
     assert section(text, "report").count("<circle") == 2, "… and a dot beyond the gap"
     assert "75 %" in section(text, "report")
+    assert "99.5 %, missed" in section(text, "report")
     assert "No advice" in section(text, "recommendations")
     assert "<img" not in text
 

@@ -10,6 +10,7 @@ class Steady:
     """10 ms a step and 1 ms for each sequence, 0.1 ms a prompt token."""
 
     parallel_prompts = False
+    kv_bound = True
 
     def prompt_s(self, tokens: int) -> float:
         return tokens * 1e-4
@@ -127,3 +128,20 @@ def test_the_meter_counts_what_was_done() -> None:
     assert meter.prompted == 800
     assert 0 < meter.busy_s < 60
     assert bench.engine.read().generated == 0
+
+
+def test_how_long_it_has_worked_is_all_that_meters_said_and_looking_changes_nothing() -> None:
+    looked, bench = Bench(), Bench()
+    for each in (looked, bench):
+        each.submit(1000, 51)
+    assert looked.engine.worked_s == 0.0
+    read_s = 0.0
+    for step in range(1, 40):
+        looked.clock.run_until(step * 0.05)
+        bench.clock.run_until(step * 0.05)
+        if step % 4 == 0:
+            read_s += looked.engine.read().busy_s
+            bench.engine.read()
+            assert looked.engine.worked_s == pytest.approx(read_s)
+        assert looked.engine.worked_s == pytest.approx(min(step * 0.05, 0.65))
+    assert looked.done[0].done_s == bench.done[0].done_s == pytest.approx(0.65)

@@ -7,9 +7,13 @@ import pytest
 from click.testing import CliRunner
 
 from controlplane.cli import main
+from controlplane.core.advice import Given
+from controlplane.core.recommendations import Effect, Kind, Recommendation
+from controlplane.core.scaling_view import effect_text, given_as_json
 
 ROOT = Path(__file__).parents[3]
 CONFIG = str(ROOT / "configs" / "simulated.yaml")
+CLUSTER = str(ROOT / "configs" / "clusters" / "one-node.yaml")
 
 
 @pytest.fixture
@@ -44,10 +48,63 @@ def test_json_is_the_same_each_time_and_files_are_written(trace: str, tmp_path: 
     assert simulate(*args[:-1], "5").stdout != first.stdout
 
 
+def test_recommendations_are_those_of_the_configuration_in_the_form_of_the_gateways_page(
+    tmp_path: Path,
+) -> None:
+    trace, config = tmp_path / "trace.csv", tmp_path / "config.yaml"
+    rows = [f"{i * 0.05},{50 + i % 60},{200 + i % 30},balanced" for i in range(12000)]
+    trace.write_text("at_s,input_tokens,output_tokens,tier\n" + "\n".join(rows), "utf-8")
+    scaling = "{advice_interval_s: 60, score_after_s: 120, window_s: 100, thresholds: {latency_ms: 1000}}"
+    text = Path(CONFIG).read_text("utf-8")
+    config.write_text(f"{text}      controller:\n        scaling: {scaling}\n", "utf-8")
+    args = ["--trace", str(trace), "--config", str(config), "--max-replicas", "1"]
+    done = simulate(*args, "--json")
+    assert done.exit_code == 0, done.output
+    data = json.loads(done.stdout)
+    assert data["record"]["given"] == len(data["recommendations"]) > 2
+    assert data["record"]["judged"] > 0
+    first = data["recommendations"][0]
+    start_s = 1_767_571_200
+    assert first["given_unix_s"] == start_s + 20, "the first look: a fifth of window_s"
+    assert first["instance"] == "balanced"
+    assert any("over 1000 ms" in reason for reason in first["reasons"])
+    known = Given(
+        1, 0.0, Recommendation("a", Kind.SCALE_OUT, (), "", Effect(None, None, 1.0), 0.5, 2), 1, 0.0
+    )
+    assert first.keys() == given_as_json(known).keys()
+    people = simulate(*args).stdout
+    record = data["record"]
+    assert f"{record['given']} recommendations, {record['judged']} judged, {record['right']} right" in people
+    assert f"mean score {record['mean']:.2f}" in people
+    assert f"predicted {effect_text(Effect(**data['recommendations'][-1]['predicted']))}" in people
+
+
 def test_people_get_a_table(trace: str) -> None:
     done = simulate("--trace", trace, "--config", CONFIG, "--policy", "kpa", "--hours", "0.05")
     assert done.exit_code == 0, done.output
     assert "kept the SLO" in done.stdout
+
+
+def test_replicas_find_their_places_on_the_machines_of_a_file(trace: str) -> None:
+    args = ["--trace", trace, "--config", str(ROOT / "configs" / "gpu.yaml"), "--cluster", CLUSTER]
+    failing = [*args, "--node-mtbf-hours", "0.03", "--node-recovery-s", "60", "--json"]
+    first = simulate(*failing)
+    assert first.exit_code == 0, first.output
+    data = json.loads(first.stdout)
+    assert data["gpu_budget"] == 4.0
+    assert data["cluster"] == {"nodes": 1, "gpus": 4.0, "most_gpus": 4.0, "node_failures": 1}
+    rooms = {tier["tier"]: tier["room"] for tier in data["tiers"]}
+    # Two with half a GPU, one with one, one with two: all that there are.
+    assert {name: room["most_gpus"] for name, room in rooms.items()} == {
+        "lightweight": 1.0,
+        "balanced": 1.0,
+        "capable": 2.0,
+    }
+    # While the node is away nobody has room.
+    assert rooms["capable"]["waited_s"] >= 60.0
+    assert simulate(*failing).stdout == first.stdout
+    people = simulate(*args)
+    assert "1 node with 4 GPUs" in people.stdout
 
 
 def test_a_gpu_tier_needs_to_know_its_gpu(trace: str) -> None:
@@ -64,6 +121,9 @@ def test_a_gpu_tier_needs_to_know_its_gpu(trace: str) -> None:
         (["--mix", "simple=0"], "all 0"),
         (["--min-replicas", "5", "--max-replicas", "2"], "--min-replicas"),
         (["--skip-hours", "9"], "no requests"),
+        (["--node-mtbf-hours", "9"], "with --cluster"),
+        (["--gpu", "L4", "--cluster", CLUSTER], "the cluster file says which GPUs there are"),
+        (["--cluster", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )
 def test_wrong_options_are_named(trace: str, args: list[str], words: str) -> None:

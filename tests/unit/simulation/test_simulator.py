@@ -3,17 +3,18 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import replace
+from itertools import groupby
 
 import pytest
 
 from controlplane.core.autoscaling import ScalingSettings, Slo
 from controlplane.core.capacity import EngineSpeed, Work
-from controlplane.core.tiers import TierPolicy
+from controlplane.core.tiers import Direction, TierPolicy
 from controlplane.simulation import oracle
 from controlplane.simulation.engine import SimulatedTiming
-from controlplane.simulation.fleet import ReplicaModel
+from controlplane.simulation.fleet import EngineModel, ReplicaModel
 from controlplane.simulation.plot import page, write_png
-from controlplane.simulation.policies import NAMES, Serve, Static, reactive_policy
+from controlplane.simulation.policies import NAMES, Serve, Static, each, reactive_policy
 from controlplane.simulation.simulator import Scenario, Simulator, TierScenario, replay
 from controlplane.simulation.traces import Arrival
 
@@ -23,9 +24,8 @@ REACTIVE = tuple(name for name in NAMES if name not in ("static", "oracle"))
 
 
 def tier(name: str = "light", **more: object) -> TierScenario:
-    replica = ReplicaModel(
-        SimulatedTiming(0.05, 0.02, 0.01), 1e6, 256, 10, cost_per_gpu_hour=2.0, cold_start_s=30.0
-    )
+    engine = EngineModel(SimulatedTiming(0.05, 0.02, 0.01), 1e6, 256)
+    replica = ReplicaModel(engine, 10, cost_per_gpu_hour=2.0, cold_start_s=30.0)
     scaling = ScalingSettings(1, 20, cold_start_s=30.0, sequences=10.0, slo=Slo(2.0, 0.1))
     made = TierScenario(TierPolicy(name, f"{name}-model"), replica, scaling, PRIOR, WORK, 2)
     return replace(made, **more)
@@ -68,7 +68,7 @@ def test_a_load_step_takes_ours_out_and_in_again() -> None:
     assert busy >= 3
     assert max(late) <= 2
     assert result.attainment > 0.7
-    assert any("requests/s are forecast" in entry.reason for entry in result.advice)
+    assert any("requests/s are forecast" in entry.reason for entry in result.decisions)
 
 
 def test_the_same_seed_gives_the_same_bytes_and_the_failures_follow_it() -> None:
@@ -80,7 +80,7 @@ def test_the_same_seed_gives_the_same_bytes_and_the_failures_follow_it() -> None
 
 def test_failures_lose_no_request_that_can_be_tried_again() -> None:
     failing = replace(tier(), replica=replace(tier().replica, mtbf_s=600.0), replicas=4)
-    result = replay(Scenario((failing,)), lambda _: Static(4), load_step(high=5.0), "static")
+    result = replay(Scenario((failing,)), each(lambda _: Static(4)), load_step(high=5.0), "static")
     record = result.tiers[0].record
     assert result.tiers[0].failures > 5
     assert record.retried > 0
@@ -91,7 +91,7 @@ def test_failures_lose_no_request_that_can_be_tried_again() -> None:
 def test_a_full_tier_spills_upwards() -> None:
     tiers = (tier("light", replicas=1), tier("capable", replicas=3))
     arrivals = [a._replace(tier="light") for a in load_step(20.0, 20.0)[:3000]]
-    result = replay(Scenario(tiers, "light"), lambda t: Static(t.replicas), arrivals)
+    result = replay(Scenario(tiers, "light"), each(lambda t: Static(t.replicas)), arrivals)
     light, capable = (entry.record for entry in result.tiers)
     assert light.arrived == 3000
     assert light.spilled > 100
@@ -120,6 +120,39 @@ def test_scale_to_zero_queues_the_request_that_wakes_the_tier() -> None:
     assert all(20.0 <= ttft <= 41.0 for ttft in record.ttft_s)
     assert result.tiers[0].starts == 2
     assert result.gpu_hours < 1000 / 3600
+
+
+def two_tiers(gpus: float | None):
+    """The same load on an important tier and on another."""
+    alone = TierPolicy("light", "light-model", spill=Direction.NONE)
+    tiers = (tier(policy=alone), tier(policy=replace(alone, name="capable"), priority=1))
+    arrivals = [a._replace(tier=name) for a in load_step(4.0, 48.0) for name in ("light", "capable")]
+    return run(Scenario(tiers, "light", gpus=gpus), arrivals=arrivals)
+
+
+def test_the_budget_goes_to_the_tier_of_higher_priority() -> None:
+    enough, short = two_tiers(None), two_tiers(8.0)
+    most = [
+        [max(sample.held for sample in entry.samples) for entry in run_.tiers] for run_ in (enough, short)
+    ]
+    assert sum(most[0]) > 8
+    # All but the other's minimum.
+    assert most[1][1] == 7
+    assert most[1][0] < most[0][0]
+    targets = {"light": 2, "capable": 2}
+    for _, moment in groupby(short.decisions, key=lambda entry: entry.at_s):
+        targets |= {entry.tier: entry.target for entry in moment}
+        assert sum(targets.values()) <= 8
+    assert any("8 GPUs are shared" in entry.reason for entry in short.decisions if entry.tier == "light")
+    light, capable = (entry.record.attainment for entry in short.tiers)
+    assert capable > light
+
+
+def test_a_budget_that_is_never_short_changes_nothing() -> None:
+    plenty, unlimited = two_tiers(100.0).as_json(), two_tiers(None).as_json()
+    assert plenty.pop("gpu_budget") == 100.0
+    assert unlimited.pop("gpu_budget") is None
+    assert plenty == unlimited
 
 
 def test_the_oracle_attains_the_goal_with_less_than_the_static_peak() -> None:

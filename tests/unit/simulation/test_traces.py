@@ -112,3 +112,52 @@ def test_thinning_keeps_a_share(tmp_path: Path) -> None:
 def test_what_is_wrong_is_named(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(SetupError, match=words):
         list(read_trace(written(tmp_path, text)))
+
+
+OWN = """start_s,seconds,tier,requests,input_tokens,output_tokens
+0,10,small,40,70.5,11
+0,10,large,5,900,
+10,10,small,0,,
+10,10,large,7,,30
+600,60,small,90,20,1
+"""
+
+
+def test_own_windows_have_as_many_requests_and_tokens_as_were_counted(tmp_path: Path) -> None:
+    arrivals = list(read_trace(written(tmp_path, OWN)))
+    assert [a.at_s for a in arrivals] == sorted(a.at_s for a in arrivals)
+    found: dict[tuple[str, float], list[tuple[int, int]]] = {}
+    for a in arrivals:
+        start_s = 0.0 if a.at_s < 10 else 10.0 if a.at_s < 20 else 600.0
+        found.setdefault((a.tier, start_s), []).append((a.input_tokens, a.output_tokens))
+    assert {key: len(lengths) for key, lengths in found.items()} == {
+        ("small", 0.0): 40,
+        ("large", 0.0): 5,
+        ("large", 10.0): 7,
+        ("small", 600.0): 90,
+    }
+    assert max(a.at_s for a in arrivals) < 660
+    small = found["small", 0.0]
+    assert sum(prompt for prompt, _ in small) == pytest.approx(40 * 70.5, abs=1)
+    assert sum(answer for _, answer in small) == pytest.approx(40 * 11, rel=0.02)
+    assert len({prompt for prompt, _ in small}) > 20, "they are not all alike"
+    assert sum(answer for _, answer in found["large", 0.0]) == pytest.approx(5 * 128, abs=3)
+    assert min(answer for _, answer in found["small", 600.0]) == 1
+    assert list(read_trace(tmp_path / "trace")) == arrivals
+    assert list(read_trace(tmp_path / "trace", seed=1)) != arrivals
+
+
+def test_own_windows_in_part(tmp_path: Path) -> None:
+    path = written(tmp_path, OWN)
+    late = list(read_trace(path, skip_hours=0.1))
+    assert len(late) == 90
+    assert all(240 <= a.at_s < 300 for a in late)
+    assert len(list(read_trace(path, hours=0.1))) == 52
+    assert 40 < len(list(read_trace(path, keep_ratio=0.5))) < 100
+
+
+@pytest.mark.parametrize("requests", ["-1", "10000001", "many", "1.5", ""])
+def test_own_windows_that_hold_no_number_of_requests(tmp_path: Path, requests: str) -> None:
+    path = written(tmp_path, f"start_s,seconds,tier,requests\n0,10,small,{requests}\n")
+    with pytest.raises(SetupError, match="line 2"):
+        list(read_trace(path))

@@ -1,0 +1,207 @@
+"""One look at all tiers, every few seconds: new targets, new advice, and what becomes of both.
+
+The decisions are :class:`~controlplane.core.scaling_round.ScalingRound`'s and the advice is
+:class:`~controlplane.core.advising.Adviser`'s, the same as in the simulator; what they are told is put
+together in :mod:`.observing` and :mod:`.conditions`. Numbers that a person set and, where the mode is to
+apply, the round's targets are published to :class:`~controlplane.control.Control`, from where Serve's
+autoscaling policy fetches them; moves and held tiers go on top of them there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any, Final
+
+from controlplane.config.scaling import ControllerScalingConfig
+from controlplane.control import Control
+from controlplane.core.advice import AdviceBook, Given
+from controlplane.core.advising import Adviser
+from controlplane.core.cold_starts import ColdStarts
+from controlplane.core.domain import GatewayInfo, TierSpec
+from controlplane.core.gangs import WHOLE_MILLI
+from controlplane.core.json_values import under
+from controlplane.core.orders import ActionAnswer
+from controlplane.core.scaling_round import RoundDecision, ScalingRound, TierRule
+from controlplane.core.scaling_view import ScalingReport
+from controlplane.core.targets import TierTarget
+from controlplane.scaling.by_hand import ByHand
+from controlplane.scaling.conditions import conditions
+from controlplane.scaling.observing import Observer
+from controlplane.scaling.telling import Teller, view
+
+TARGET_TTL_S: Final = 60.0
+"""A target that was worked out holds for so long when none follows; then it stays as the tier is."""
+_OVERRIDE, _ADVICE, _STARTS, _TARGET = "override/", "advice/", "starts/", "target/"
+
+
+class Scaling:
+    """Decides once a tick. Not safe for use by several threads; the controller's event loop owns it."""
+
+    def __init__(self, control: Control, config: ControllerScalingConfig) -> None:
+        self.config = config
+        self._control = control
+        self._round = ScalingRound()
+        self._adviser = Adviser()
+        self._by_hand = ByHand(control)
+        self._observer = Observer(control)
+        self._teller = Teller(control)
+        self._starts = ColdStarts()
+        self._decisions: dict[str, RoundDecision] = {}
+        self._adopt(config)
+
+    @property
+    def book(self) -> AdviceBook:
+        """All advice of late."""
+        return self._adviser.book
+
+    # --- what comes in ------------------------------------------------------------------------------------
+
+    def configure(self, config: ControllerScalingConfig) -> None:
+        """Other settings from now on. Targets of a mode that no longer applies end."""
+        if self.config.mode == "apply" and config.mode != "apply":
+            overrides = self._by_hand.overrides
+            self._control.unpublish([name for name in self._control.published if not overrides.of(name)])
+        self._adopt(config)
+
+    def _adopt(self, config: ControllerScalingConfig) -> None:
+        self.config = config
+        self._control.applies = config.mode == "apply"
+        self._control.demand.remember(config.window_s)
+
+    def scale(self, name: str, replicas: int | None, for_s: float | None, reason: str) -> ActionAnswer:
+        """See :meth:`ByHand.scale`."""
+        return self._by_hand.scale(name, replicas, for_s, reason)
+
+    def wakes(self, info: GatewayInfo) -> bool:
+        """Whether a gateway's report is reason not to wait for the next tick: somebody asks for a tier that
+        has no replica and is to have none."""
+        control = self._control
+        asked = {item.subject for item in info.traffic if item.waiting or item.in_flight}
+        asked |= {
+            item.subject
+            for item in info.traffic
+            if item.arrived > control.demand.book.last(info.gateway_id, item.subject).arrived
+        }
+        bases = control.bases()
+        return any(bases.get(name) == 0 for name in asked & {spec.name for spec in control.registry.tiers})
+
+    # --- the tick -----------------------------------------------------------------------------------------
+
+    def tick(self) -> tuple[Given, ...]:
+        """One look at all tiers: new targets, and the advice that is new."""
+        control = self._control
+        now_s, unix_s = control.now_s(), control.unix_s()
+        self._by_hand.expire(unix_s)
+        specs = {spec.name: spec for spec in control.registry.tiers if spec.scaling is not None}
+        self._starts.learn(control.registry.endpoints)
+        self._round.configure(self._rule(spec) for spec in specs.values())
+        control.demand.look(specs, control.registry.endpoints, now_s)
+        if not control.knows_all or not specs:
+            return ()
+        observations = self._observer.look(specs.values(), self._by_hand.overrides, now_s, unix_s)
+        decisions = self._round.decide(observations, self._gpus())
+        self._decisions = {decision.tier: decision for decision in decisions}
+        self._publish(specs, decisions, unix_s)
+        new = self._advise(specs.values(), now_s, unix_s)
+        self._teller.tell(self._decisions, self.book)
+        return new
+
+    def _rule(self, spec: TierSpec) -> TierRule:
+        rule = spec.plan.rule
+        return replace(rule, settings=replace(rule.settings, cold_start_s=self.cold_start_s(spec)))
+
+    def cold_start_s(self, spec: TierSpec) -> float:
+        """From an order to an answer: as configured, or the longest of the last starts."""
+        plan = spec.plan
+        seen_s = None if plan.cold_start_fixed else self._starts.longest_s(spec.name)
+        return plan.rule.settings.cold_start_s if seen_s is None else seen_s
+
+    def _gpus(self) -> float | None:
+        """What all tiers together may hold: as configured, or the GPUs that can be used, and of those that
+        are out of use what is held there and may stay."""
+        if self.config.gpus is not None:
+            return self.config.gpus
+        fleet, book = self._control.fleet, self._control.desk.book
+        if not fleet.counted:
+            return None
+        out_of_use = fleet.out_of_use()
+        stays_milli = sum(book.used(uuid)[0] for uuid in out_of_use if not fleet.why_leave(uuid))
+        return len(fleet.records.keys() - out_of_use.keys()) + stays_milli / WHOLE_MILLI
+
+    def _publish(
+        self, specs: Mapping[str, TierSpec], decisions: Iterable[RoundDecision], unix_s: float
+    ) -> None:
+        control = self._control
+        targets = {}
+        for decision in decisions:
+            tier, plan = decision.tier, specs[decision.tier].plan
+            by_hand = self._by_hand.overrides.of(tier)
+            if by_hand is None and not (plan.follows and self.config.mode == "apply"):
+                continue
+            reason = f"set by hand: {by_hand.reason}" if by_hand is not None else decision.reason
+            targets[tier] = TierTarget(decision.target, reason, unix_s + TARGET_TTL_S)
+            if decision.target != decision.before:
+                text = f"{decision.before} -> {decision.target}: {reason}"
+                control.registry.note("scaled", tier, text, tier)
+        control.publish(targets)
+
+    def _advise(self, specs: Iterable[TierSpec], now_s: float, unix_s: float) -> tuple[Given, ...]:
+        control, config = self._control, self.config
+        advised = self._adviser.look(
+            conditions(control, specs, self._round, config.window_s, now_s),
+            config.advice_rules(),
+            self._gpus(),
+            now_s=now_s,
+            unix_s=unix_s,
+        )
+        for item in advised.judged:
+            told = item.score.reason if item.score is not None else "nothing was measured"
+            control.registry.note("advice judged", item.advice.instance, told, item.advice.instance)
+        for item in advised.new:
+            advice = item.advice
+            text = f"{advice.suggestion} ({'; '.join(advice.reasons)})"
+            control.registry.note(advice.kind.value, advice.instance, text, advice.instance)
+        return advised.new
+
+    def report(self) -> ScalingReport:
+        """For people."""
+        views = []
+        for spec in self._control.registry.tiers:
+            if spec.scaling is None:
+                continue
+            decision = self._decisions.get(spec.name)
+            views.append(
+                view(
+                    *(self._control, spec, decision, self._by_hand.overrides.of(spec.name)),
+                    mode=self.config.mode,
+                    each_per_s=self._round.scaler(spec.name).each_per_s if decision is not None else 0.0,
+                    cold_start_s=self.cold_start_s(spec),
+                )
+            )
+        return ScalingReport(self.config.mode, tuple(views), self.book.given, self.book.record())
+
+    # --- what is kept -------------------------------------------------------------------------------------
+
+    def values(self) -> dict[str, Any]:
+        """What has to survive the controller, as JSON values by key."""
+        found: dict[str, Any] = {}
+        for prefix, kept in (
+            (_OVERRIDE, self._by_hand.overrides.values()),
+            (_ADVICE, self.book.values()),
+            (_STARTS, self._starts.values()),
+            (_TARGET, {tier: target.replicas for tier, target in self._control.published.items()}),
+        ):
+            found |= {prefix + key: value for key, value in kept.items()}
+        return found
+
+    def restore(self, values: Mapping[str, Any]) -> None:
+        """What was stored before; targets hold on until new ones are worked out."""
+        self._by_hand.overrides.restore(under(values, _OVERRIDE))
+        self.book.restore(under(values, _ADVICE))
+        self._starts.restore(under(values, _STARTS))
+        until_s = self._control.unix_s() + TARGET_TTL_S
+        why = "as before the controller's restart"
+        self._control.publish(
+            {tier: TierTarget(count, why, until_s) for tier, count in under(values, _TARGET).items()}
+        )

@@ -1,0 +1,80 @@
+"""What gateways and people are told of scaling."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from controlplane.control import Control
+from controlplane.core.advice import AdviceBook
+from controlplane.core.domain import TierScaling, TierSpec
+from controlplane.core.health import SERVING
+from controlplane.core.overrides import Override
+from controlplane.core.scaling_round import RoundDecision
+from controlplane.core.scaling_view import TierScalingView
+
+FORECAST_STEP = 0.1
+"""A forecast that changed by less than this share is not told anew."""
+
+
+class Teller:
+    """Tells gateways what they show, when it is worth telling."""
+
+    def __init__(self, control: Control) -> None:
+        self._control = control
+        self._told: tuple[TierScaling, ...] = ()
+
+    def tell(self, decisions: Mapping[str, RoundDecision], book: AdviceBook) -> None:
+        """After each tick."""
+        kinds = {item.advice.instance: item.advice.kind.value for item in book.open}
+        bases = self._control.bases()
+        before = {item.tier: item.forecast_per_s for item in self._told}
+        new = tuple(
+            TierScaling(
+                tier,
+                bases.get(tier, 0),
+                decision.target,
+                _forecast(decision, before.get(tier)),
+                kinds.get(tier, ""),
+            )
+            for tier, decision in decisions.items()
+        )
+        if new != self._told:
+            self._told = new
+            self._control.registry.tell_scaling(new)
+
+
+def _forecast(decision: RoundDecision, before: float | None) -> float:
+    forecast = decision.asked.forecast.mean_per_s if decision.asked.forecast is not None else 0.0
+    near = before is not None and abs(forecast - before) <= FORECAST_STEP * max(forecast, before)
+    return before if near and before is not None else forecast
+
+
+def view(
+    control: Control,
+    spec: TierSpec,
+    decision: RoundDecision | None,
+    override: Override | None,
+    *,
+    mode: str,
+    each_per_s: float,
+    cold_start_s: float,
+) -> TierScalingView:
+    """One tier for people; ``decision`` None: it was not looked at yet."""
+    base = control.bases()[spec.name]
+    serving = sum(
+        item.state in SERVING for item in control.registry.endpoints.values() if item.tier == spec.name
+    )
+    forecast = decision.asked.forecast if decision is not None else None
+    return TierScalingView(
+        tier=spec.name,
+        replicas=serving,
+        target=base,
+        wanted=decision.target if decision is not None else base,
+        reason=decision.reason if decision is not None else "not looked at yet",
+        mode="by hand" if override is not None else mode if spec.plan.follows else "fixed",
+        forecast_per_s=forecast.mean_per_s if forecast is not None else None,
+        each_per_s=each_per_s if decision is not None else 0.0,
+        cold_start_s=cold_start_s,
+        confidence=decision.asked.confidence if decision is not None else 0.0,
+        override=override,
+    )

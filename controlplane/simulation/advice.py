@@ -1,0 +1,254 @@
+"""What would have been advised during a run: the production code, told the simulation's own figures.
+
+Every fifth of the window the tiers are looked at as :mod:`controlplane.scaling.conditions` does it live:
+counts and latencies over the window, what waits, runs and fills KV caches as it is at that moment. There is
+no GPU to ask, so utilisation is the share of the window in which the busiest engine worked, and memory is not
+measured. Looking changes nothing of the run.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+
+import numpy as np
+
+from controlplane.core.advice import AdviceBook, Given, Record
+from controlplane.core.advising import AdviceRules, Adviser
+from controlplane.core.autoscaling import TierScaler
+from controlplane.core.capacity import Work
+from controlplane.core.fleet import TierPool
+from controlplane.core.recommendations import GPU_LOAD, SLOT_LOAD, TierCondition
+from controlplane.core.telemetry import Signal, known_now, missing
+
+if TYPE_CHECKING:
+    from controlplane.simulation.fleet import TierFleet
+    from controlplane.simulation.results import TierRecord
+    from controlplane.simulation.simulator import TierScenario
+
+MOST_ADVICE: Final = 1000
+"""Advice that a result keeps, the last."""
+LOOKS: Final = 5
+"""So often in one window is it looked whether there is advice. Live that is done every tick, which here would
+take a fifth of the time."""
+
+_NOTHING: Final[Mapping[str, float]] = MappingProxyType({})
+_NO_END: Final = missing("no request ended in the window")
+_NOBODY: Final = missing("no replica is ready")
+_NO_MEMORY: Final = missing("the simulation has no GPU memory")
+
+
+@dataclass(frozen=True, slots=True)
+class AdviceSettings:
+    """``controller.scaling``, as far as it is about advice."""
+
+    rules: AdviceRules = field(default_factory=AdviceRules)
+    window_s: float = 300.0
+
+
+class Watched(Protocol):
+    """What is looked at of a tier of the simulator."""
+
+    scenario: TierScenario
+    fleet: TierFleet
+    record: TierRecord
+    ended_total: int
+    queued: int
+
+
+class _Point(NamedTuple):
+    """What a tier had counted at a time."""
+
+    at_s: float
+    arrived: int
+    ended: int
+    kept: int
+    lost: int
+    answers: int
+    worked_s: Mapping[str, float]
+    """Busy time of each engine, by endpoint id."""
+
+
+class _Tier:
+    """One tier's window."""
+
+    def __init__(self, watched: Watched, pool: TierPool, scaler: TierScaler, window_s: float) -> None:
+        self.name = watched.scenario.policy.name
+        self._watched = watched
+        self._pool = pool
+        self._scaler = scaler
+        self._window_s = window_s
+        self._figures: tuple[object, ...] = ()
+        self._condition = TierCondition(self.name, 0)
+        """What was made of them."""
+        self._points = deque([_Point(0.0, 0, 0, 0, 0, 0, _NOTHING)], maxlen=LOOKS + 2)
+
+    def condition(self, now_s: float) -> TierCondition:
+        """As advice sees it."""
+        watched, points = self._watched, self._points
+        while len(points) > 1 and points[1].at_s <= now_s - self._window_s + 1e-6:
+            points.popleft()
+        base, now = points[0], self._point(now_s)
+        points.append(now)
+        figures = (
+            now_s - base.at_s,
+            now.arrived - base.arrived,
+            now.ended - base.ended,
+            now.kept - base.kept,
+            now.lost - base.lost,
+            now.answers - base.answers,
+            watched.queued,
+            len(watched.fleet.endpoints()),
+            self._gpu_ratio(base, now) if watched.scenario.replica.gpus else self._slot_ratio(),
+            self._kv_ratio(),
+            self._scaler.work,
+        )
+        # A tier that nobody asks for is what it was.
+        if figures != self._figures or now.answers > base.answers:
+            self._figures = figures
+            self._condition = self._made(*figures)
+        return self._condition
+
+    def _made(
+        self,
+        over_s: float,
+        arrived: int,
+        ended: int,
+        kept: int,
+        lost: int,
+        answers: int,
+        queued: int,
+        replicas: int,
+        load_ratio: float | None,
+        kv_ratio: float | None,
+        work: Work,
+    ) -> TierCondition:
+        scenario, scaler, total_s = self._watched.scenario, self._scaler, self._watched.record.total_s
+        gpus, settings = scenario.replica.gpus, scenario.scaling
+        return TierCondition(
+            tier=self.name,
+            replicas=replicas,
+            min_replicas=settings.min_replicas,
+            max_replicas=settings.max_replicas,
+            gpus_per_replica=gpus,
+            tensor_parallel=scenario.tensor_parallel,
+            gpu_ratio=_NOBODY if load_ratio is None else known_now(load_ratio),
+            load_name=GPU_LOAD if gpus else SLOT_LOAD,
+            memory_ratio=_NO_MEMORY,
+            kv_ratio=_NOBODY if kv_ratio is None else known_now(kv_ratio),
+            latency_ms=_p95_ms(total_s[len(total_s) - answers :]),
+            latency_limit_ms=scenario.latency_limit_ms,
+            queue=known_now(queued),
+            error_ratio=known_now(lost / ended) if ended else _NO_END,
+            requests_per_s=known_now(arrived / over_s),
+            attainment=known_now(kept / ended) if ended else _NO_END,
+            goal=settings.slo.attainment,
+            capacity=scaler.capacity,
+            work=work,
+            bounds=scaler.bounds,
+        )
+
+    def _point(self, now_s: float) -> _Point:
+        watched, record = self._watched, self._watched.record
+        worked_s: Mapping[str, float] = _NOTHING
+        if watched.scenario.replica.gpus:
+            worked_s = {
+                name: replica.engine.worked_s
+                for name, replica in watched.fleet.replicas.items()
+                if replica.engine is not None
+            }
+        answers = len(record.total_s)
+        return _Point(now_s, record.arrived, watched.ended_total, record.kept, record.lost, answers, worked_s)
+
+    def _gpu_ratio(self, base: _Point, now: _Point) -> float | None:
+        found = []
+        for name, worked_s in now.worked_s.items():
+            ready_s = self._watched.fleet.replicas[name].ready_s
+            # An engine that is younger than the window has worked since it was ready.
+            before_s = base.worked_s.get(name, 0.0) if ready_s <= base.at_s else 0.0
+            alive_s = now.at_s - max(base.at_s, ready_s)
+            if alive_s > 0:
+                found.append((worked_s - before_s) / alive_s)
+        return max(found, default=None)
+
+    def _slot_ratio(self) -> float | None:
+        pool = self._pool
+        return pool.in_flight / pool.limit if pool.limit else None
+
+    def _kv_ratio(self) -> float | None:
+        engines = [replica.engine for replica in self._watched.fleet.replicas.values()]
+        return max((engine.kv_usage_ratio for engine in engines if engine is not None), default=None)
+
+
+class SimulatedAdvice:
+    """Looks, and remembers what was advised."""
+
+    def __init__(
+        self,
+        settings: AdviceSettings,
+        tiers: Sequence[Watched],
+        pools: Sequence[TierPool],
+        learned: Callable[[str], TierScaler | None],
+        *,
+        start_unix_s: float,
+    ) -> None:
+        """``tiers`` and ``pools`` in the same order. ``learned`` is what the policy knows of a tier's
+        engines; where it knows nothing, advice goes by what is assumed beforehand. ``start_unix_s`` is when
+        the run begins."""
+        self.every_s = settings.window_s / LOOKS
+        self._rules = settings.rules
+        self._start_unix_s = start_unix_s
+        self._adviser = Adviser(AdviceBook(MOST_ADVICE))
+        self._tiers = [
+            _Tier(
+                watched,
+                pool,
+                learned(watched.scenario.policy.name) or _assumed(watched.scenario),
+                settings.window_s,
+            )
+            for watched, pool in zip(tiers, pools, strict=True)
+        ]
+        self._count = self._judged = self._right = 0
+        self._sum = 0.0
+
+    def look(self, now_s: float, gpus: float | None) -> None:
+        """Every :attr:`every_s`. ``gpus`` is what all tiers together may hold; None: nobody counts."""
+        conditions = {tier.name: tier.condition(now_s) for tier in self._tiers}
+        unix_s = self._start_unix_s + now_s
+        advised = self._adviser.look(conditions, self._rules, gpus, now_s=now_s, unix_s=unix_s)
+        self._count += len(advised.new)
+        scores = [item.score for item in advised.judged if item.score is not None]
+        self._judged += len(scores)
+        self._right += sum(score.right for score in scores)
+        self._sum += sum(score.value for score in scores)
+
+    @property
+    def given(self) -> tuple[Given, ...]:
+        """The last of it, oldest first."""
+        return self._adviser.book.given
+
+    @property
+    def record(self) -> Record:
+        """How good all of it was."""
+        mean = self._sum / self._judged if self._judged else None
+        return Record(self._count, self._judged, self._right, mean)
+
+
+def _assumed(scenario: TierScenario) -> TierScaler:
+    rule = scenario.rule
+    return TierScaler(rule.tier, rule.settings, rule.prior, rule.work)
+
+
+def _p95_ms(answers_s: array[float]) -> Signal:
+    count = len(answers_s)
+    if not count:
+        return _NO_END
+    place = math.ceil(0.95 * count) - 1
+    values = np.array(answers_s, np.float32)
+    values.partition(place)
+    return known_now(float(values[place]) * 1000)

@@ -1,0 +1,28 @@
+"""One request between its arrival and its end."""
+
+from __future__ import annotations
+
+from controlplane.core.fleet import Lease
+from controlplane.core.tiers import Route, RouteRequest
+from controlplane.simulation.traces import Arrival
+
+
+class Flight:
+    """One request on its way."""
+
+    __slots__ = (
+        *("arrival", "arrived_s", "attempts", "first_s", "lease", "made", "rank", "request", "route"),
+        "started_s",
+    )
+
+    def __init__(self, arrival: Arrival, request: RouteRequest, route: Route, now_s: float) -> None:
+        self.arrival = arrival
+        self.request = request
+        self.route = route
+        self.rank = route.order[0] if route.order else 0
+        self.arrived_s = now_s
+        self.started_s: float | None = None
+        self.first_s: float | None = None
+        self.attempts = 0
+        self.made = 0
+        self.lease: Lease | None = None

@@ -1,0 +1,138 @@
+"""How fast the engines of a tier are, and where its replicas may run.
+
+Speeds come from the roofline of the tier's model on a GPU, from the timing model of engine ``simulated``, or,
+for engines on CPUs and elsewhere, from two figures of :class:`~controlplane.simulation.options.Options`,
+which are a guess until measured. On machines of several kinds a replica is as fast as the GPU it is on.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from controlplane.adapters.catalog import gpu_named, gpu_table
+from controlplane.adapters.model_config import load_model
+from controlplane.adapters.tier_gangs import TierDemand
+from controlplane.config import TierConfig
+from controlplane.core.capacity import EngineSpeed, Work, speed_of
+from controlplane.core.engine_settings import parse_settings
+from controlplane.core.gangs import Gang, Infeasible, Shape
+from controlplane.core.gpus import find_gpu
+from controlplane.core.memory import plan_memory
+from controlplane.core.placement import ClusterState, Planner
+from controlplane.core.roofline import roofline
+from controlplane.core.topology import Node
+from controlplane.engines.simulated import settings_of
+from controlplane.errors import SetupError
+from controlplane.simulation.engine import RooflineTiming, SimulatedTiming
+from controlplane.simulation.fleet import EngineModel
+from controlplane.simulation.options import Options
+from controlplane.tier_specs import plain_speed
+
+
+@dataclass(frozen=True, slots=True)
+class TierEngines:
+    """What the engines of a tier's replicas are like, and what a replica asks of the machines."""
+
+    engine: EngineModel
+    prior: EngineSpeed
+    """What the scaler is told beforehand."""
+    shape: Shape | None = None
+    """None: a replica always has room."""
+    engines: Mapping[str, EngineModel] = field(default_factory=dict)
+    """By GPU model, where that matters."""
+
+
+def anywhere(tier: TierConfig, options: Options, work: Work) -> TierEngines:
+    """Of a tier whose replicas always have room. SetupError: its model does not fit the GPU, or nobody says
+    which GPU that is."""
+    if tier.engine == "vllm" and (options.gpu or tier.device == "gpu"):
+        if not options.gpu:
+            raise SetupError(
+                f"tier '{tier.name}' runs on GPUs: say on which, as --gpu L4 (`tierplane fit --gpus` lists "
+                "them), or on which machines, with --cluster FILE"
+            )
+        return _on_gpu(tier, options.gpu, options, work)
+    return _plain(tier, options)
+
+
+def _plain(tier: TierConfig, options: Options) -> TierEngines:
+    """Of a tier whose speed follows from no GPU."""
+    if tier.engine == "simulated":
+        made = settings_of(tier)
+        timing = SimulatedTiming(
+            made.ttft_ms / 1000, made.itl_ms / 1000, made.batch_slowdown, made.prefill_tokens_per_s
+        )
+        engine = EngineModel(timing, float(made.kv_cache_tokens), made.max_running)
+    else:
+        timing = SimulatedTiming(0.0, options.itl_s, 0.0, options.prefill_tokens_per_s, kv_bound=True)
+        engine = EngineModel(timing, 1e9, 10_000)
+    return TierEngines(engine, plain_speed(timing.itl_s, timing.batch_slowdown))
+
+
+def on_nodes(demand: TierDemand, nodes: Sequence[Node], options: Options, work: Work) -> TierEngines:
+    """Of a tier whose replicas find their places on ``nodes``. SetupError: they have none there, or how fast
+    they would be is not known."""
+    tier, shape = demand.tier, demand.shape
+    if tier.engine == "endpoint":
+        return _plain(tier, options)
+    if shape is None:
+        reasons = "; ".join(f"{where}: {why}" for where, why in demand.unfit)
+        raise SetupError(f"tier '{tier.name}' fits nowhere on this cluster: {reasons}")
+    answer = Planner(ClusterState(tuple(nodes))).place(Gang(tier.name, shape))
+    if isinstance(answer, Infeasible):
+        raise SetupError(
+            f"tier '{tier.name}' has no place on this cluster, not even when it is empty: {answer.why}; "
+            "`tierplane plan --cluster` says it of each node"
+        )
+    if tier.engine != "vllm" or not tier.on_gpus:
+        return replace(_plain(tier, options), shape=shape)
+    models = _gpu_models(tier, shape, nodes)
+    unknown = [name for name in models if find_gpu(gpu_table(), name) is None]
+    if unknown:
+        raise SetupError(
+            f"tier '{tier.name}' may run on GPUs whose speed is not known: {', '.join(unknown)}. Name others "
+            "in its gpu_models; `tierplane fit --gpus` lists those that are known"
+        )
+    by_model = {name: _on_gpu(tier, name, options, work) for name in models}
+    first = by_model[models[0]]
+    return replace(first, shape=shape, engines={name: found.engine for name, found in by_model.items()})
+
+
+def _gpu_models(tier: TierConfig, shape: Shape, nodes: Sequence[Node]) -> list[str]:
+    """GPU models that replicas may find themselves on: the one that the scaler believes in first."""
+    counts = Counter(
+        gpu.model
+        for node in nodes
+        for gpu in node.gpus
+        if not (node.unavailable or gpu.unavailable)
+        and shape.accepts(gpu.model)
+        and (not gpu.memory_bytes or gpu.memory_bytes >= shape.gpu_memory_bytes)
+    )
+    asked = list(tier.gpu_models)
+    return sorted(counts, key=lambda name: (name not in asked[:1], -counts[name], name))
+
+
+def _on_gpu(tier: TierConfig, gpu_model: str, options: Options, work: Work) -> TierEngines:
+    gpu = gpu_named(gpu_model)
+    args: dict[str, Any] = dict(tier.engine_args)
+    loaded = load_model(tier.model)
+    try:
+        settings = parse_settings(args, tp=tier.tensor_parallel_size, pp=tier.pipeline_parallel_size)
+        line = roofline(loaded.spec, settings, gpu)
+    except ValueError as error:
+        raise SetupError(f"tier '{tier.name}': {error}") from error
+    plan = plan_memory(loaded.spec, settings, gpu, loaded.extra)
+    if plan.kv_tokens < work.input_tokens:
+        raise SetupError(
+            f"tier '{tier.name}': {tier.model} leaves room for {plan.kv_tokens} tokens on {gpu.name}, and a "
+            f"prompt of this trace has {work.input_tokens:.0f}: take a larger GPU (--gpu, or the tier's "
+            "gpu_models), or see `tierplane fit`"
+        )
+    prior = speed_of(line, work.input_tokens, work.output_tokens, float(tier.concurrency_limit))
+    sequences = settings.batch(loaded.spec, gpu)[1]
+    return TierEngines(
+        EngineModel(RooflineTiming(line, options.engine_ratio), float(plan.kv_tokens), sequences), prior
+    )

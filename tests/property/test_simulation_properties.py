@@ -1,0 +1,182 @@
+"""What holds of a simulated fleet on machines, whatever the machines, the tiers and the load."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from controlplane.core.autoscaling import ScalingSettings, Slo
+from controlplane.core.capacity import EngineSpeed, Work
+from controlplane.core.gangs import Gang, Infeasible, Shape
+from controlplane.core.placement import ClusterState, Planner
+from controlplane.core.revalidation import revalidate
+from controlplane.core.tiers import TierPolicy
+from controlplane.core.topology import Gpu, Node
+from controlplane.simulation.clock import VirtualClock
+from controlplane.simulation.cluster import Cluster
+from controlplane.simulation.engine import SimulatedTiming
+from controlplane.simulation.fleet import EngineModel, ReplicaModel
+from controlplane.simulation.outages import OutageModel
+from controlplane.simulation.policies import reactive_policy
+from controlplane.simulation.simulator import Scenario, Simulator, TierScenario
+from controlplane.simulation.traces import Arrival
+
+GIB = 1024**3
+SHAPES = (
+    Shape(),
+    Shape(gpus=2),
+    Shape(gpus=4, gpu_memory_bytes=30 * GIB),
+    Shape(milli_gpu=300),
+    Shape(gpus=2, stages=2, across_nodes=True),
+    Shape(models=frozenset({"B"}), cpu_milli=2000),
+    Shape(gpus=0, cpu_milli=3000),
+)
+
+
+@st.composite
+def nodes(draw: st.DrawFn) -> tuple[Node, ...]:
+    found = []
+    for n in range(draw(st.integers(1, 3))):
+        model, gib = draw(st.sampled_from([("A", 24), ("B", 80)]))
+        broken = draw(st.sampled_from(["", "", "", "XID 79"]))
+        gpus = tuple(
+            Gpu(f"n{n}/{i}", i, model, gib * GIB, unavailable="" if i else broken)
+            for i in range(draw(st.integers(0, 6)))
+        )
+        found.append(Node(f"n{n}", gpus, draw(st.sampled_from([4, 64])) * 1000, 512 * GIB))
+    return tuple(found)
+
+
+def gpus_of(machines: tuple[Node, ...]) -> int:
+    return sum(not gpu.unavailable for node in machines for gpu in node.gpus)
+
+
+def holds(cluster: Cluster, machines: tuple[Node, ...]) -> None:
+    """No GPU, CPU or memory is given twice, and no replica is in two parts."""
+    assert revalidate(cluster.placements, ClusterState(machines)) == ()
+    held_milli = sum(place.gang.shape.total_milli for place in cluster.placements)
+    assert held_milli <= 1000 * gpus_of(machines)
+
+
+@given(nodes(), st.lists(st.sampled_from(SHAPES), max_size=5), st.data())
+@settings(max_examples=150, deadline=None)
+def test_places_are_given_once_and_who_waits_has_none(
+    machines: tuple[Node, ...], first: list[Shape], data: st.DataObject
+) -> None:
+    clock = VirtualClock()
+    cluster = Cluster(clock, machines, SHAPES)
+    asked: dict[str, Gang] = {}
+    placed: set[str] = set()
+    lost: set[str] = set()
+
+    def ask(name: str, shape: Shape) -> None:
+        asked[name] = Gang(name, shape, "tier")
+        cluster.ask(name, asked[name], lambda _, __: placed.add(name))
+
+    def leave(name: str) -> None:
+        cluster.leave(name)
+        asked.pop(name)
+        placed.discard(name)
+
+    for number, shape in enumerate(first):
+        ask(f"first{number}", shape)
+    assert not placed
+    cluster.open()
+    for step in range(data.draw(st.integers(1, 30))):
+        match data.draw(st.sampled_from(["ask", "ask", "ask", "leave", "lose", "restore"])):
+            case "ask":
+                ask(f"r{step}", data.draw(st.sampled_from(SHAPES)))
+            case "leave" if asked:
+                leave(data.draw(st.sampled_from(sorted(asked))))
+            case "lose":
+                node_id = data.draw(st.sampled_from([node.node_id for node in machines]))
+                if node_id not in lost:
+                    lost.add(node_id)
+                    for name in cluster.lose(node_id):
+                        leave(name)
+            case "restore" if lost:
+                node_id = data.draw(st.sampled_from(sorted(lost)))
+                lost.discard(node_id)
+                cluster.restore(node_id)
+        clock.run_until(float(step))
+        usable = tuple(node for node in machines if node.node_id not in lost)
+        holds(cluster, usable)
+        assert {place.gang.gang_id for place in cluster.placements} == placed
+        for name in set(asked) - placed:
+            planner = Planner(ClusterState(usable, cluster.placements))
+            assert isinstance(planner.place(asked[name]), Infeasible)
+    assert cluster.most_gpus <= gpus_of(machines)
+
+
+@st.composite
+def scenarios(draw: st.DrawFn) -> Scenario:
+    tiers = []
+    for number in range(draw(st.integers(1, 3))):
+        shape = draw(st.sampled_from(SHAPES[:4]))
+        engine = EngineModel(SimulatedTiming(0.05, 0.02, 0.01), 1e6, 64)
+        mtbf_s = draw(st.sampled_from([None, 200.0]))
+        replica = ReplicaModel(
+            engine, 4, gpus=shape.total_milli / 1000, cold_start_s=20.0, mtbf_s=mtbf_s, shape=shape
+        )
+        scaling = ScalingSettings(
+            draw(st.integers(0, 1)), 12, cold_start_s=20.0, sequences=4.0, slo=Slo(1.0, 0.1), hold_s=30.0
+        )
+        tiers.append(
+            TierScenario(
+                TierPolicy(f"t{number}", f"m{number}"),
+                replica,
+                scaling,
+                EngineSpeed(0.02, 0.0002, 1e-6),
+                Work(100.0, 50.0),
+                draw(st.integers(0, 3)),
+                draw(st.integers(0, 2)),
+            )
+        )
+    return Scenario(
+        tuple(tiers),
+        "t0",
+        deadline_s=60.0,
+        nodes=draw(nodes()),
+        outages=draw(st.sampled_from([None, OutageModel(100.0, 40.0)])),
+        seed=draw(st.integers(0, 9)),
+    )
+
+
+@given(scenarios(), st.sampled_from(["tierplane", "hpa-slots", "kpa"]), st.data())
+@settings(max_examples=60, deadline=None)
+def test_never_more_is_held_than_there_is_and_every_request_ends_once(
+    scenario: Scenario, policy: str, data: st.DataObject
+) -> None:
+    rates = data.draw(st.lists(st.sampled_from([0.2, 4.0, 12.0]), min_size=3, max_size=3))
+    arrivals = [
+        Arrival(100.0 * part + number / rate, 50, 40, tier=f"t{number % len(scenario.tiers)}")
+        for part, rate in enumerate(rates)
+        for number in range(int(100 * rate))
+    ]
+    simulator = Simulator(scenario, reactive_policy(policy))
+    machines = scenario.nodes or ()
+    checked = []
+
+    def check(_: object) -> None:
+        holds(simulator.cluster, machines)
+        held = {place.gang.gang_id for place in simulator.cluster.placements}
+        assert held == {
+            name
+            for tier in simulator.tiers
+            for name, replica in tier.fleet.replicas.items()
+            if replica.placed_s is not None
+        }
+        checked.append(held)
+        if simulator.clock.now_s < 300.0:
+            simulator.clock.at(simulator.clock.now_s + 1.0, check)
+
+    simulator.clock.at(0.5, check)
+    result = simulator.run(arrivals)
+    assert len(checked) > 290
+    assert simulator.cluster.most_gpus <= gpus_of(machines)
+    assert result.requests == len(arrivals)
+    for tier in result.tiers:
+        record = tier.record
+        assert len(record.total_s) + record.refused + record.expired + record.lost == record.arrived
+        assert 0 <= tier.room.waiting <= tier.room.waited
+        assert tier.room.longest_wait_s <= tier.room.waited_s + 1e-9

@@ -1,0 +1,24 @@
+"""Waiting for what a test expects to come."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+def until(
+    condition: Callable[[], Any],
+    timeout_s: float = 10.0,
+    what: str = "",
+    story: Callable[[], str] = str,
+    every_s: float = 0.02,
+) -> Any:
+    """The first true value of ``condition``, asked for every ``every_s``; fails the test if there is none in
+    time, and then asks ``story`` for more."""
+    deadline_s = time.monotonic() + timeout_s
+    while not (value := condition()):
+        if time.monotonic() > deadline_s:
+            raise AssertionError(f"not in {timeout_s:g} s: {what or condition}\n{story()}".rstrip())
+        time.sleep(every_s)
+    return value

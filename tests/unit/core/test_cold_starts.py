@@ -1,0 +1,44 @@
+"""How long starts take."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from controlplane.core.cold_starts import PLACING_S, STARTS_KEPT, ColdStarts
+from controlplane.core.domain import Endpoint, EndpointState
+
+
+def ready(number: int, took_s: float, **more: object) -> Endpoint:
+    made = Endpoint(f"e{number}", "small", "m", "simulated", "", EndpointState.READY, 4)
+    return replace(made, generation=1, started_unix_s=100.0, since_unix_s=100.0 + took_s, **more)
+
+
+def look(starts: ColdStarts, *endpoints: Endpoint) -> float | None:
+    starts.learn({item.endpoint_id: item for item in endpoints})
+    return starts.longest_s("small")
+
+
+def test_the_longest_of_the_last_starts_counts_each_once() -> None:
+    starts = ColdStarts()
+    assert look(starts) is None
+    assert look(starts, ready(1, 20.0)) == 20.0 + PLACING_S
+    assert look(starts, ready(1, 50.0)) == 20.0 + PLACING_S, "the same process, ready again"
+    assert look(starts, ready(1, 20.0), ready(2, 30.0)) == 30.0 + PLACING_S
+    for number in range(3, 3 + STARTS_KEPT):
+        found = look(starts, ready(number, 10.0))
+    assert found == 10.0 + PLACING_S, "the slow ones are long ago"
+    assert starts.longest_s("other") is None
+
+
+def test_what_is_no_start_teaches_nothing() -> None:
+    starts = ColdStarts()
+    assert look(starts, ready(1, 20.0, state=EndpointState.STARTING)) is None
+    assert look(starts, replace(ready(2, 20.0), generation=2)) is None, "replaced in its place"
+    assert look(starts, replace(ready(3, 20.0), started_unix_s=0.0)) is None, "nobody knows when it began"
+
+
+def test_it_survives_as_json() -> None:
+    starts, again = ColdStarts(), ColdStarts()
+    look(starts, ready(1, 20.0), ready(2, 30.0))
+    again.restore(starts.values())
+    assert again.values() == starts.values() == {"small": [20.0, 30.0]}

@@ -1,0 +1,98 @@
+"""From kept figures to windows: what they cover, and what they say of requests."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from controlplane.core.recorded_traffic import FIGURES, Kept, TrafficWindow, from_the_first, windows_of
+from controlplane.core.report import SUMS
+
+Figures = dict[str, list[Kept]]
+
+
+def figures(*points: tuple[int, int, dict[str, float]]) -> Figures:
+    found: Figures = {}
+    for at_s, step_s, values in points:
+        for name, total in values.items():
+            found.setdefault(name, []).append(Kept(at_s, step_s, total))
+    return found
+
+
+def spans(made: Figures) -> list[tuple[float, float, int]]:
+    return [(w.start_s, w.seconds, w.requests) for w in windows_of("small", made)]
+
+
+def test_they_are_figures_of_samples() -> None:
+    assert set(FIGURES) <= set(SUMS)
+
+
+@pytest.mark.parametrize(
+    ("points", "expected"),
+    [
+        ((), []),
+        # a sample is written down when it ends
+        (((1010, 1, {"counted_s": 10, "arrived": 4}),), [(1000, 10, 4)]),
+        # nobody came, which is known
+        (((1010, 1, {"counted_s": 10}),), [(1000, 10, 0)]),
+        # nobody counted: what came, if anything is said of it, came in no time
+        (((1010, 1, {"arrived": 4}),), []),
+        (((1010, 1, {"counted_s": 0, "arrived": 4}),), []),
+        # joined to a minute, of which a third is known
+        (((1020, 60, {"counted_s": 20, "arrived": 4}),), [(1060, 20, 4)]),
+        # what a sample covers and was joined before is there once
+        (
+            (
+                (960, 60, {"counted_s": 61, "arrived": 30}),
+                (1024, 1, {"counted_s": 10.5, "arrived": 5}),
+                (1034, 1, {"counted_s": 9.5, "arrived": 6}),
+            ),
+            [(959, 61, 30), (1020, 4, 5), (1024.5, 9.5, 6)],
+        ),
+    ],
+)
+def test_a_window_is_what_is_known(
+    points: tuple[tuple[int, int, dict[str, float]], ...], expected: list[tuple[float, float, int]]
+) -> None:
+    assert spans(figures(*points)) == expected
+
+
+def test_lengths_are_of_the_answered_ones_or_else_the_tiers() -> None:
+    made = figures(
+        (10, 1, {"counted_s": 10, "arrived": 3, "answered": 2, "prompt_tokens": 100, "generated_tokens": 20}),
+        (20, 1, {"counted_s": 10, "arrived": 3}),
+        (30, 1, {"counted_s": 10, "answered": 2, "prompt_tokens": 60, "generated_tokens": 60}),
+    )
+    found = windows_of("small", made)
+    assert [(w.input_tokens, w.output_tokens) for w in found] == [(50, 10), (40, 20), (30, 30)]
+    [never] = windows_of("small", figures((10, 1, {"counted_s": 10, "arrived": 3})))
+    assert (never.input_tokens, never.output_tokens) == (None, None)
+
+
+def test_all_count_from_the_first() -> None:
+    made = [TrafficWindow(start_s, 10, tier, 1, None, None) for start_s, tier in ((30, "a"), (20, "b"))]
+    assert [(w.start_s, w.tier) for w in from_the_first(made)] == [(0, "b"), (10, "a")]
+    assert from_the_first([]) == []
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 5000), st.sampled_from([1, 60, 600]), st.floats(0, 700), st.integers(0, 10**6)
+        ),
+        max_size=40,
+    )
+)
+def test_windows_never_overlap_and_no_request_is_counted_twice(
+    points: list[tuple[int, int, float, int]],
+) -> None:
+    unique = {(at_s, step_s): (counted_s, arrived) for at_s, step_s, counted_s, arrived in points}
+    made = figures(*((*place, {"counted_s": c, "arrived": a}) for place, (c, a) in unique.items()))
+    found = windows_of("small", made)
+    assert sum(w.requests for w in found) <= sum(arrived for _, arrived in unique.values())
+    ended_s = float("-inf")
+    for window in found:
+        assert window.seconds > 0
+        assert window.start_s >= ended_s - 1e-6
+        ended_s = window.start_s + window.seconds
