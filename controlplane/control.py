@@ -8,6 +8,7 @@ out by :mod:`controlplane.core.kept`.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -53,6 +54,8 @@ TARGET_TTL_S = 30.0
 TARGET_TTL_REPORTS = 10
 """A target holds for so long, or for so many intervals between reports, after the controller was last asked:
 a controller that was killed must have the time to come back and hear everybody."""
+TARGETS_SEEN_S = 5.0
+"""Serve that has not asked for targets for so long is away: drained replicas hear it from us alone."""
 ROOM_AGAIN_S = 15.0
 """Whether there is room elsewhere is looked at anew after so long."""
 ENGINE_LIMITS = Limits(stale_after_s=15.0, missing_after_s=60.0)
@@ -106,6 +109,8 @@ class Control:
         self._shapes: dict[str, Shape] = {}
         """Holder → what it asked for."""
         self._published: dict[str, TierTarget] = {}
+        self._asked_s = self._asked_before_s = -math.inf
+        """When Serve asked for targets last, and the time before."""
         self.applies = False
         """Tiers whose configuration lets them scale do so, and keep what they have until they are told."""
         self._looked_s = now_s()
@@ -316,6 +321,7 @@ class Control:
         last answer holds on then."""
         if not self.knows_all:
             raise NotSettled("the controller has just started and may not know every replica and move yet")
+        self._asked_before_s, self._asked_s = self._asked_s, self.now_s()
         unix_s = self.unix_s()
         serving: dict[str, int] = {}
         for endpoint in self.registry.endpoints.values():
@@ -420,7 +426,7 @@ class Control:
                 for endpoint in endpoints.values():
                     if endpoint.node_id == node_id:
                         places.setdefault(endpoint.endpoint_id, f"node {node_id} is drained: {hold.reason}")
-        leaving = self.work.leaving(endpoints, places)
+        leaving = self.work.leaving(endpoints, places, self._drained(now_s))
         return Observed(
             now_s,
             endpoints,
@@ -436,6 +442,17 @@ class Control:
             dict(self.work.failures),
             {tier: count for tier, (count, _) in self.work.held_before.items()},
         )
+
+    def _drained(self, now_s: float) -> dict[str, str]:
+        """Tier → why all its replicas leave. Serve hears that first, and has gone by it when it asks again: a
+        replica that ended before would be replaced, also by a Serve that was killed and comes back."""
+        away = now_s - self._asked_s > TARGETS_SEEN_S
+        return {
+            tier: hold.reason
+            for tier, hold in self.work.holds.items()
+            if hold.must_leave
+            if self._asked_before_s > hold.since_s or (away and now_s - hold.since_s > TARGETS_SEEN_S)
+        }
 
     def _room(
         self, leaving: Mapping[str, str], endpoints: Mapping[str, Endpoint], now_s: float

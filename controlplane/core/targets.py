@@ -76,8 +76,9 @@ def target_of(
     first = [move for move in mine if move.phase is MovePhase.ELSEWHERE_FIRST]
     replicas, reason = base + len(first), "as asked for"
     if hold is not None and hold.must_leave:
-        replicas, reason = 0, f"drained: {hold.reason}"
-    elif hold is not None and hold.by == CONTROLLER:
+        # All go, so Serve can't choose a wrong one: it is told at once.
+        return TierTarget(0, f"drained: {hold.reason}", valid_until_unix_s)
+    if hold is not None and hold.by == CONTROLLER:
         replicas, reason = min(base, serving), f"held: {hold.reason}"
     elif mine:
         words = "; ".join(f"{move.endpoint_id} moves, {move.phase}: {move.reason}" for move in mine)

@@ -215,18 +215,19 @@ class Work:
             return (order,)
         return ()
 
-    def leaving(self, endpoints: Mapping[str, Endpoint], why_of_places: Mapping[str, str]) -> dict[str, str]:
-        """Endpoint id → why it has to leave; ``why_of_places`` are those whose place is out of use."""
+    def leaving(
+        self, endpoints: Mapping[str, Endpoint], why_of_places: Mapping[str, str], drained: Mapping[str, str]
+    ) -> dict[str, str]:
+        """Endpoint id → why it has to leave; ``why_of_places`` are those whose place is out of use,
+        ``drained`` the tiers that are, and why."""
         found: dict[str, str] = {}
-        whole_tiers = any(hold.must_leave for hold in self.holds.values())
-        for name in endpoints if whole_tiers else dict.fromkeys((*why_of_places, *self.drains)):
+        for name in endpoints if drained else dict.fromkeys((*why_of_places, *self.drains)):
             endpoint = endpoints.get(name)
             if endpoint is None:
                 continue
-            hold = self.holds.get(endpoint.tier)
             why = why_of_places.get(endpoint.endpoint_id) or self.drains.get(endpoint.endpoint_id, "")
-            if not why and hold is not None and hold.must_leave:
-                why = f"tier {endpoint.tier} is drained: {hold.reason}"
+            if not why and endpoint.tier in drained:
+                why = f"tier {endpoint.tier} is drained: {drained[endpoint.tier]}"
             if why:
                 found[endpoint.endpoint_id] = why
         return found

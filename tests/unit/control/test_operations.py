@@ -125,6 +125,30 @@ def test_a_tier_is_drained_until_it_is_uncordoned() -> None:
     assert made.ready("small") == 2
 
 
+def test_serve_hears_that_a_tier_is_drained_before_its_replicas_do() -> None:
+    made = world(replicas=2)
+    Operations(made.control).drain("small", "costs too much")
+    made.clock.s += 0.5
+    made.control.targets()
+    made.control.tick()
+    assert not made.control.work.moves, "Serve may not have gone by it"
+    made.clock.s += 0.5
+    made.control.targets()
+    made.control.tick()
+    assert {move.endpoint_id for move in made.control.work.moves.values()} == set(made.replicas)
+
+
+def test_a_tier_is_drained_while_serve_is_away() -> None:
+    made = world(replicas=2)
+    Operations(made.control).drain("small", "costs too much")
+    made.clock.s += 1.0
+    made.control.tick()
+    assert not made.control.work.moves
+    made.clock.s += 5.0
+    made.control.tick()
+    assert len(made.control.work.moves) == 2
+
+
 def test_a_drained_endpoint_is_replaced_by_another() -> None:
     made = world(replicas=1)
     operations = Operations(made.control)

@@ -47,7 +47,7 @@ DRAINED = TierHold("costs too much", 0.0, must_leave=True)
         ([move("a", MovePhase.SETTLING), move("b", MovePhase.ELSEWHERE_FIRST)], None, 2, 3, ("a",)),
         ([], HOLD, 1, 1, ()),
         ([], HOLD, 5, 2, ()),
-        ([move("a", MovePhase.RETIRING)], DRAINED, 2, 0, ("a",)),
+        ([move("a", MovePhase.RETIRING)], DRAINED, 2, 0, ()),
         ([], TierHold("by hand", 0.0), 2, 2, ()),
     ],
 )
