@@ -129,9 +129,9 @@ def at_replicas(scenario: Scenario, counts: Callable[[TierScenario], int]) -> Sc
     return replace(scenario, tiers=tuple(replace(tier, replicas=counts(tier)) for tier in scenario.tiers))
 
 
-def run_static(scenario: Scenario, arrivals: Sequence[Arrival]) -> Result:
-    """The static peak of a scenario with one tier."""
-    count = static_peak(arrivals, scenario.tiers[0])
+def run_static(scenario: Scenario, arrivals: Sequence[Arrival], share: float = 1.0) -> Result:
+    """The static peak of a scenario with one tier, or that share of it."""
+    count = max(1, math.ceil(share * static_peak(arrivals, scenario.tiers[0]) - 1e-9))
     begun = at_replicas(scenario, lambda _: count)
     return replay(begun, each(lambda _: Static(count)), arrivals, "static")
 

@@ -25,6 +25,11 @@ from controlplane.simulation.simulator import MakePolicy, Scenario, Seen, TierSc
 
 TARGET_RATIO: Final = 0.7
 """Of the concurrency limit; Knative's default utilisation target."""
+TARGETS: Final = {
+    "static": 1.0, "hpa": 0.8, "hpa-slots": TARGET_RATIO, "kpa": TARGET_RATIO, "serve": TARGET_RATIO,
+}  # fmt: skip
+"""What a baseline aims at, where it has one number to set: the share of the busiest minute's replicas, of the
+GPU's time, or of the concurrency limit."""
 
 
 def decision(seen: Seen, target: int, reason: str, wanted: int | None = None) -> ScalingDecision:
@@ -137,9 +142,9 @@ class Kpa:
 
     period_s = 2.0
 
-    def __init__(self, tier: TierScenario) -> None:
+    def __init__(self, tier: TierScenario, target: float) -> None:
         self._lowest, self._highest = max(tier.scaling.min_replicas, 1), tier.scaling.max_replicas
-        self._target = tier.replica.concurrency_limit * TARGET_RATIO
+        self._target = tier.replica.concurrency_limit * target
         self._recent: deque[tuple[float, float]] = deque()
         self._panic_s = -math.inf
         self._panic_target = 0
@@ -250,15 +255,18 @@ NAMES: Final = (
 """All policies; ``static`` and ``oracle`` need to know the trace beforehand."""
 
 
-def reactive_policy(name: str) -> MakePolicy:
-    """The maker of a policy that needs to know nothing of the trace. KeyError: there is none."""
+def reactive_policy(name: str, target: float | None = None) -> MakePolicy:
+    """The maker of a policy that needs to know nothing of the trace; ``target`` in place of the baseline's
+    own of ``TARGETS``. KeyError: there is none."""
     if name == "tierplane":
         return Tierplane
+    if name == "serve-default":
+        return each(Serve)
+    aim = TARGETS[name] if target is None else target
     makers: dict[str, Callable[[TierScenario], OneTierPolicy]] = {
-        "hpa": lambda tier: Hpa(tier, busy_ratio, 0.8),
-        "hpa-slots": lambda tier: Hpa(tier, slot_ratio, TARGET_RATIO),
-        "kpa": Kpa,
-        "serve": lambda tier: Serve(tier, tier.replica.concurrency_limit * TARGET_RATIO),
-        "serve-default": Serve,
+        "hpa": lambda tier: Hpa(tier, busy_ratio, aim),
+        "hpa-slots": lambda tier: Hpa(tier, slot_ratio, aim),
+        "kpa": lambda tier: Kpa(tier, aim),
+        "serve": lambda tier: Serve(tier, tier.replica.concurrency_limit * aim),
     }
     return each(makers[name])

@@ -3,7 +3,8 @@
 Every policy runs on the same simulated fleet (`tierplane simulate`): one tier of Qwen3-8B, 16 requests at
 once, on an L4, or on an H100 where the trace's prompts are long. A trace that would need a much larger fleet
 is thinned to about --fleet replicas. Without --trace, a made-up day is used. ``oracle_ratio`` is the GPU
-hours over the oracle's; ``better`` names the policies that are better than ours on both axes.
+hours over the oracle's; ``better`` names the policies that are better than ours on both axes, with their
+target where it is not their own (``kpa@0.5``).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from controlplane.core.autoscaling import Slo
 from controlplane.core.capacity import Work
 from controlplane.simulation import oracle
 from controlplane.simulation.options import Options
-from controlplane.simulation.policies import NAMES, reactive_policy
+from controlplane.simulation.policies import NAMES, TARGETS, reactive_policy
 from controlplane.simulation.results import Result
 from controlplane.simulation.scenario import build
 from controlplane.simulation.simulator import Scenario, replay
@@ -41,6 +42,15 @@ SHORT = ("L4", Slo(4.0, 0.3))
 LONG = ("H100-80G", Slo(30.0, 0.5))
 OTHER_GOALS = (0.9, 0.95, 0.98, 0.995, 0.999)
 """That our policy is asked for, too, for its frontier."""
+_RATIOS = (0.4, 0.5, 0.6, 0.8, 0.9, 1.0)
+OTHER_TARGETS = {
+    "static": (0.7, 0.8, 0.9, 1.1, 1.25),
+    "hpa": (0.5, 0.6, 0.7, 0.9, 0.95),
+    "hpa-slots": _RATIOS,
+    "kpa": _RATIOS,
+    "serve": _RATIOS,
+}
+"""And what baselines aim at, for theirs: nobody knows beforehand which would have been right for a trace."""
 PEEK_RATIO = 0.002
 """Share of a trace that is read to see how large a fleet it needs, if it has millions of requests."""
 EPSILON = 1e-4
@@ -58,6 +68,26 @@ class Trace:
     work: Work
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One policy on one trace."""
+
+    policy: str
+    goal: float
+    """What ours and the oracle are asked to attain."""
+    target: float | None
+    """What a baseline aims at."""
+    result: Result
+    usual: bool
+    """Not only for the frontier."""
+
+    @property
+    def name(self) -> str:
+        """The policy's, with what it is asked for if that is not as usual."""
+        asked = self.goal if self.target is None else self.target
+        return self.policy if self.usual else f"{self.policy}@{asked:g}"
+
+
 @click.command()
 @click.option("--trace", "paths", type=click.Path(exists=True, dir_okay=False, path_type=Path), multiple=True)
 @click.option("--cold-start-s", "colds", type=click.FloatRange(0), multiple=True, default=(10.0, 60.0, 600.0))
@@ -68,7 +98,9 @@ class Trace:
     "--fleet", type=click.FloatRange(1), default=8.0, show_default=True, help="Replicas, on average."
 )
 @click.option("--attainment", type=click.FloatRange(0.5, 1.0), default=0.99, show_default=True)
-@click.option("--frontier", is_flag=True, help=f"Ask ours for {OTHER_GOALS} as well.")
+@click.option(
+    "--frontier", is_flag=True, help=f"Ask ours for {OTHER_GOALS}, and baselines with other targets, as well."
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
     "--svg", type=click.Path(dir_okay=False, path_type=Path), help="Draw attainment against GPU hours, too."
@@ -90,27 +122,25 @@ def command(
     """SLO attainment and GPU hours of scaling policies on recorded arrivals."""
     names = policies or NAMES
     traces = [_read(path, hours, skip_hours, fleet, seed) for path in paths] or [_made_up_day(seed)]
+    plan = [*_plan(names, attainment, frontier=frontier)]
     rows: list[dict[str, Any]] = []
-    goals = OTHER_GOALS if frontier else ()
-    total = len(traces) * len(colds) * (len(names) + len(goals))
-    started_s = time.monotonic()
+    total = len(traces) * len(colds) * len(plan)
+    done, started_s = 0, time.monotonic()
     for trace in traces:
         for cold_s in colds:
-            results = {}
-            for name in names:
-                found = results[name] = _run(trace, cold_s, name, attainment, seed)
-                done = len(rows) + len(results)
+            runs = []
+            for name, goal, target, usual in plan:
+                found = _run(trace, cold_s, name, goal, target, seed)
+                runs.append(Run(name, goal, target, found, usual))
+                done += 1
                 click.echo(
                     f"[{done}/{total}, {time.monotonic() - started_s:.0f} s] {trace.name}, cold start "
-                    f"{cold_s:g} s, {name}: {found.attainment:.2%}, {found.gpu_hours:.2f} GPU h",
+                    f"{cold_s:g} s, {runs[-1].name}: {found.attainment:.2%}, {found.gpu_hours:.2f} GPU h",
                     err=True,
                 )
-            rows += _rows(trace, cold_s, attainment, results)
-            for goal in goals:
-                asked = {"tierplane": _run(trace, cold_s, "tierplane", goal, seed)}
-                rows += _rows(trace, cold_s, goal, asked)
+            rows += _rows(trace, cold_s, runs)
     if svg is not None:
-        _draw(rows, attainment, svg)
+        _draw(rows, svg)
     if as_json:
         click.echo(json.dumps({"rows": rows}))
         return
@@ -122,77 +152,81 @@ def command(
     stdout().print(table)
 
 
-def _draw(rows: Sequence[dict[str, Any]], goal: float, path: Path) -> None:
-    """A column for each cold start, a row for each trace: the further left and up, the better."""
+def _plan(
+    names: Sequence[str], goal: float, *, frontier: bool
+) -> Iterable[tuple[str, float, float | None, bool]]:
+    """Policy, goal, target, and whether it is as usual."""
+    for name in names:
+        yield name, goal, TARGETS.get(name), True
+    for name in names if frontier else ():
+        if name == "tierplane":
+            yield from ((name, other, None, False) for other in OTHER_GOALS)
+        yield from ((name, goal, other, False) for other in OTHER_TARGETS.get(name, ()))
+
+
+def _draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """A column for each cold start, a row for each trace: the further left and down, the better. A line joins
+    what one policy does with other goals or targets; the large mark is as usual."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     traces, colds = (list(dict.fromkeys(row[name] for row in rows)) for name in ("trace", "cold_start_s"))
     policies = list(dict.fromkeys(row["policy"] for row in rows))
-    markers = dict(zip(policies, "o^vsDXP*", strict=False))
+    goal = rows[0]["goal"]
     figure = Figure(figsize=(4 * len(colds), 2.6 * len(traces) + 0.6), layout="constrained")
     axes = figure.subplots(len(traces), len(colds), squeeze=False)
-    for row in rows:
-        axis = axes[traces.index(row["trace"]), colds.index(row["cold_start_s"])]
-        ours = row["policy"] == "tierplane"
-        if row["goal"] != goal:
-            axis.scatter(
-                row["gpu_hours"], 100 * row["slo_attainment"], s=8, color=f"C{policies.index(row['policy'])}"
-            )
-            continue
-        axis.scatter(
-            row["gpu_hours"],
-            100 * row["slo_attainment"],
-            marker=markers[row["policy"]],
-            s=70 if ours else 35,
-            color=f"C{policies.index(row['policy'])}",
-            label=row["policy"],
-            zorder=3 if ours else 2,
-        )
     for number, trace in enumerate(traces):
         for place, cold_s in enumerate(colds):
             axis = axes[number, place]
-            ours = sorted(
-                (row["goal"], row["gpu_hours"], 100 * row["slo_attainment"])
-                for row in rows
-                if (row["trace"], row["cold_start_s"], row["policy"]) == (trace, cold_s, "tierplane")
-            )
-            color = f"C{policies.index('tierplane')}" if "tierplane" in policies else "0.5"
-            axis.plot([row[1] for row in ours], [row[2] for row in ours], color=color, linewidth=0.8)
-            axis.axhline(100 * goal, color="0.7", linewidth=0.8)
+            shown = [row for row in rows if (row["trace"], row["cold_start_s"]) == (trace, cold_s)]
+            for each, (policy, marker) in enumerate(zip(policies, "o^vsDXP*", strict=False)):
+                mine = [row for row in shown if row["policy"] == policy]
+                usual = [(row["goal"], row["target"]) for row in mine].index((goal, TARGETS.get(policy)))
+                points = [(row["gpu_hours"], _missed(row)) for row in mine]
+                style: dict[str, Any] = {"color": f"C{each}", "zorder": 3 if policy == "tierplane" else 2}
+                width = 1.4 if policy == "tierplane" else 0.6
+                order = sorted(range(len(mine)), key=lambda at: (mine[at]["goal"], mine[at]["target"] or 0.0))
+                along = [points[at] for at in order]
+                axis.plot(*zip(*along, strict=True), marker=".", markersize=3, linewidth=width, **style)
+                axis.scatter(*points[usual], marker=marker, s=50, label=policy, **style)
+            axis.axhline(100 * (1 - goal), color="0.7", linewidth=0.8)
             axis.set_xscale("log")
+            axis.set_yscale("log")
             axis.set_title(f"{trace[:34]}, cold start {cold_s:g} s", fontsize=8)
             axis.tick_params(labelsize=7, which="both")
     figure.supxlabel("GPU hours", fontsize=9)
-    figure.supylabel("kept the SLO, %", fontsize=9)
+    figure.supylabel("missed the SLO, %", fontsize=9)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8)
     with mpl.rc_context({"svg.hashsalt": "tierplane", "svg.fonttype": "none"}):
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
 
 
-def _rows(trace: Trace, cold_s: float, goal: float, results: dict[str, Result]) -> Iterable[dict[str, Any]]:
-    best = results.get("oracle")
-    ours = results.get("tierplane")
-    for name, result in results.items():
+def _missed(row: dict[str, Any]) -> float:
+    """In %; at least one in ten thousand, for a logarithmic axis."""
+    return max(100 * (1 - row["slo_attainment"]), 0.01)
+
+
+def _rows(trace: Trace, cold_s: float, runs: Sequence[Run]) -> Iterable[dict[str, Any]]:
+    usual = {run.policy: run.result for run in runs if run.usual}
+    best, ours = usual.get("oracle"), usual.get("tierplane")
+    others = [run for run in runs if run.policy not in ("tierplane", "oracle")]
+    for run in runs:
         better = ""
-        if name == "tierplane":
-            better = " ".join(
-                other
-                for other, found in results.items()
-                if other not in ("tierplane", "oracle") and _beats(found, result)
-            )
-        elif ours is not None and name != "oracle" and _beats(ours, result):
+        if run.policy == "tierplane":
+            better = " ".join(other.name for other in others if _beats(other.result, run.result))
+        elif ours is not None and run.policy != "oracle" and _beats(ours, run.result):
             better = "tierplane"
         yield {
             "trace": trace.name,
             "cold_start_s": cold_s,
-            "policy": name,
-            "goal": goal,
-            "slo_attainment": round(result.attainment, 5),
-            "gpu_hours": round(result.gpu_hours, 3),
-            "oracle_ratio": round(result.gpu_hours / best.gpu_hours, 3) if best else None,
-            "requests": result.requests,
+            "policy": run.policy,
+            "goal": run.goal,
+            "target": run.target,
+            "slo_attainment": round(run.result.attainment, 5),
+            "gpu_hours": round(run.result.gpu_hours, 3),
+            "oracle_ratio": round(run.result.gpu_hours / best.gpu_hours, 3) if best else None,
+            "requests": run.result.requests,
             "better": better,
         }
 
@@ -203,13 +237,15 @@ def _beats(one: Result, other: Result) -> bool:
     return no_worse and (one.attainment > other.attainment + EPSILON or one.gpu_hours < other.gpu_hours)
 
 
-def _run(trace: Trace, cold_s: float, name: str, attainment: float, seed: int) -> Result:
+def _run(
+    trace: Trace, cold_s: float, name: str, attainment: float, target: float | None, seed: int
+) -> Result:
     scenario = _scenario(trace, cold_s, attainment, seed)
     if name == "oracle":
         return oracle.run_oracle(scenario, trace.arrivals, attainment)
     if name == "static":
-        return oracle.run_static(scenario, trace.arrivals)
-    return replay(scenario, reactive_policy(name), trace.arrivals, name)
+        return oracle.run_static(scenario, trace.arrivals, 1.0 if target is None else target)
+    return replay(scenario, reactive_policy(name, target), trace.arrivals, name)
 
 
 def _scenario(trace: Trace, cold_s: float, attainment: float, seed: int) -> Scenario:
