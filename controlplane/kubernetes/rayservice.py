@@ -1,7 +1,8 @@
 """A RayService from a Serve config file.
 
 ``serveConfigV2`` is that file, with three things said that only a cluster of pods needs: each tier and the
-gateway run in worker groups of their own (a custom Ray resource each), and nothing listens on loopback.
+gateway run in worker groups of their own (a custom Ray resource each), nothing listens on loopback, and tiers
+that scale share the GPUs that pods can be added for, not only those that are there.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, Final
 import yaml
 
 from controlplane.adapters.serve_options import actor_options
-from controlplane.config import IMPORT_PATH, ServeFile
+from controlplane.config import IMPORT_PATH, ServeFile, TierConfig
 from controlplane.errors import ConfigError, Problem
 from controlplane.kubernetes.overlays import Overlay
 from controlplane.kubernetes.pods import (
@@ -87,14 +88,15 @@ def render(file: ServeFile, overlay: Overlay) -> Manifest:
             "upgradeStrategy": {"type": "NewCluster"},
             "rayClusterDeletionDelaySeconds": max([GATEWAY_DRAIN_S, *drains_s]) + MARGIN_S,
             "excludeHeadPodFromServeSvc": True,
-            "serveConfigV2": yaml.safe_dump(serve_config(file), sort_keys=False, width=100),
+            "serveConfigV2": yaml.safe_dump(serve_config(file, overlay), sort_keys=False, width=100),
             "rayClusterConfig": cluster,
         },
     }
 
 
-def serve_config(file: ServeFile) -> dict[str, Any]:
-    """The file's own settings, with placement in worker groups and no loopback address."""
+def serve_config(file: ServeFile, overlay: Overlay) -> dict[str, Any]:
+    """The file's own settings, with placement in worker groups, no loopback address and, where pods are added
+    on demand, the GPUs that there may be."""
     values: dict[str, Any] = copy.deepcopy(dict(file.raw))
     http = values.setdefault("http_options", {})
     if http.get("host") in _LOOPBACK:
@@ -105,11 +107,23 @@ def serve_config(file: ServeFile) -> dict[str, Any]:
         gateway["host"] = _EVERYWHERE
     if ours["args"].get("engine_host") == "loopback":
         ours["args"]["engine_host"] = "node"
+    plane = file.plane
+    if overlay.autoscale and plane.controller.scaling.gpus is None and any(map(_scales_gpus, plane.tiers)):
+        most = sum(_most_replicas(tier) * tier.engine_gpus for tier in plane.tiers)
+        ours["args"].setdefault("controller", {}).setdefault("scaling", {})["gpus"] = round(most, 6)
     # Serve replaces a deployment's actor options as a whole, so all of them are said.
     placed = [_placed("gateway", {"num_cpus": file.plane.gateway.cpus}, GATEWAY_RESOURCE)]
     placed += [_placed(tier.name, actor_options(tier), tier_resource(tier.name)) for tier in file.plane.tiers]
     ours["deployments"] = placed
     return values
+
+
+def _scales_gpus(tier: TierConfig) -> bool:
+    return tier.scaling is not None and tier.engine_gpus > 0
+
+
+def _most_replicas(tier: TierConfig) -> int:
+    return tier.scaling.max_replicas if tier.scaling else tier.replicas
 
 
 def tier_resource(name: str) -> str:
@@ -148,8 +162,7 @@ def _gateway_group(file: ServeFile, overlay: Overlay) -> Manifest:
 def _tier_group(file: ServeFile, index: int, need: PodNeed, overlay: Overlay) -> Manifest:
     tier = file.plane.tiers[index]
     pods = ceil(tier.replicas / need.replicas)
-    highest = tier.scaling.max_replicas if tier.scaling else tier.replicas
-    most = ceil((highest + tier.rollout_surge) / need.replicas)
+    most = ceil((_most_replicas(tier) + tier.rollout_surge) / need.replicas)
     fewest = ceil(tier.scaling.min_replicas / need.replicas) if tier.scaling else pods
     cpus = ceil(tier.cpus * need.replicas)
     return {

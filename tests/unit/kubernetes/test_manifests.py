@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -472,3 +473,32 @@ def test_a_tier_that_scales_has_pods_between_its_bounds(tmp_path: Path) -> None:
     assert group["minReplicas"] == 0
     assert group["replicas"] * room >= 2
     assert group["maxReplicas"] * room >= 6
+
+
+@pytest.mark.parametrize(
+    ("given", "scales", "autoscale", "gpus"),
+    [
+        (None, True, True, 9.0),
+        (None, False, True, None),
+        (None, True, False, None),
+        (5, True, True, 5),
+    ],
+)
+def test_tiers_share_the_gpus_that_pods_can_be_added_for(
+    tmp_path: Path, given: int | None, scales: bool, autoscale: bool, gpus: float | None
+) -> None:
+    """With the GPUs that are there as the limit, nothing would ask for a pod that is not there."""
+    values = yaml.safe_load((ROOT / CONFIGS["production"]).read_text())
+    args = values["applications"][0]["args"]
+    args["tiers"][0] |= {
+        "replicas": 2,
+        **({"scaling": {"min_replicas": 0, "max_replicas": 6}} if scales else {}),
+    }
+    args["controller"] = {"scaling": {"mode": "apply", **({"gpus": given} if given else {})}}
+    path = tmp_path / "plane.yaml"
+    path.write_text(yaml.safe_dump(values))
+    overlay = replace(OVERLAYS["production"], autoscale=autoscale)
+    text = rayservice.render(load_plane(path), overlay)["spec"]["serveConfigV2"]
+    written = yaml.safe_load(text)["applications"][0]["args"]["controller"]["scaling"]
+    assert written["mode"] == "apply"
+    assert written.get("gpus") == gpus
