@@ -51,6 +51,10 @@ OTHER_TARGETS = {
     "serve": _RATIOS,
 }
 """And what baselines aim at, for theirs: nobody knows beforehand which would have been right for a trace."""
+FRAME_RATIO = 3.5
+"""Of the fewest GPU hours: as far as the picture goes."""
+FRAME_MISSED = 30.0
+"""In %."""
 PEEK_RATIO = 0.002
 """Share of a trace that is read to see how large a fleet it needs, if it has millions of requests."""
 EPSILON = 1e-4
@@ -166,32 +170,42 @@ def _plan(
 
 def _draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """A column for each cold start, a row for each trace: the further left and down, the better. A line joins
-    what one policy does with other goals or targets; the large mark is as usual."""
+    what one policy does with other goals or targets; the large mark is as usual. What costs or misses very
+    much more than others is beyond the frame."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     traces, colds = (list(dict.fromkeys(row[name] for row in rows)) for name in ("trace", "cold_start_s"))
     policies = list(dict.fromkeys(row["policy"] for row in rows))
     goal = rows[0]["goal"]
     figure = Figure(figsize=(4 * len(colds), 2.6 * len(traces) + 0.6), layout="constrained")
     axes = figure.subplots(len(traces), len(colds), squeeze=False)
-    for number, trace in enumerate(traces):
+    for line, trace in enumerate(traces):
         for place, cold_s in enumerate(colds):
-            axis = axes[number, place]
+            axis = axes[line, place]
             shown = [row for row in rows if (row["trace"], row["cold_start_s"]) == (trace, cold_s)]
-            for each, (policy, marker) in enumerate(zip(policies, "o^vsDXP*", strict=False)):
+            for number, (policy, marker) in enumerate(zip(policies, "o^vsDXP*", strict=False)):
                 mine = [row for row in shown if row["policy"] == policy]
-                usual = [(row["goal"], row["target"]) for row in mine].index((goal, TARGETS.get(policy)))
+                mine.sort(key=lambda row: (row["goal"], row["target"] or 0.0))
                 points = [(row["gpu_hours"], _missed(row)) for row in mine]
-                style: dict[str, Any] = {"color": f"C{each}", "zorder": 3 if policy == "tierplane" else 2}
-                width = 1.4 if policy == "tierplane" else 0.6
-                order = sorted(range(len(mine)), key=lambda at: (mine[at]["goal"], mine[at]["target"] or 0.0))
-                along = [points[at] for at in order]
-                axis.plot(*zip(*along, strict=True), marker=".", markersize=3, linewidth=width, **style)
-                axis.scatter(*points[usual], marker=marker, s=50, label=policy, **style)
+                asked = [(row["goal"], row["target"]) for row in mine]
+                ours = policy == "tierplane"
+                style: dict[str, Any] = {"color": f"C{number}", "zorder": 3 if ours else 2}
+                width = 1.4 if ours else 0.6
+                axis.plot(*zip(*points, strict=True), marker=".", markersize=3, linewidth=width, **style)
+                usual = points[asked.index((goal, TARGETS.get(policy)))]
+                axis.scatter(*usual, marker=marker, s=50, label=policy, **style)
             axis.axhline(100 * (1 - goal), color="0.7", linewidth=0.8)
             axis.set_xscale("log")
             axis.set_yscale("log")
+            fewest = min(row["gpu_hours"] for row in shown)
+            axis.set_xlim(0.95 * fewest, min(axis.get_xlim()[1], FRAME_RATIO * fewest))
+            axis.set_ylim(top=min(axis.get_ylim()[1], FRAME_MISSED))
+            for direction in (axis.xaxis, axis.yaxis):
+                direction.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+                direction.set_major_formatter("{x:g}")
+                direction.set_minor_formatter(NullFormatter())
             axis.set_title(f"{trace[:34]}, cold start {cold_s:g} s", fontsize=8)
             axis.tick_params(labelsize=7, which="both")
     figure.supxlabel("GPU hours", fontsize=9)
