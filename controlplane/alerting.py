@@ -11,11 +11,13 @@ from typing import Any, Final
 
 from controlplane.config.alerts import AlertsConfig
 from controlplane.control import Control
-from controlplane.core import alert_figures as figures_of
-from controlplane.core import alert_kept
-from controlplane.core.alert_figures import Known, joined
-from controlplane.core.alert_rules import NODE_LOST, TIER_MISSING, rule_named
-from controlplane.core.alert_views import (
+from controlplane.core.alerts import checkpoint
+from controlplane.core.alerts import signals as figures_of
+from controlplane.core.alerts.book import Alert, AlertState, Kind, Silence
+from controlplane.core.alerts.evaluator import AlertWatch
+from controlplane.core.alerts.rules import NODE_LOST, TIER_MISSING, rule_named
+from controlplane.core.alerts.signals import Known, joined
+from controlplane.core.alerts.views import (
     AlertsAnswer,
     Notice,
     WebhookView,
@@ -25,12 +27,10 @@ from controlplane.core.alert_views import (
     view,
     worst_first,
 )
-from controlplane.core.alert_watch import AlertWatch
-from controlplane.core.alerts import Alert, AlertState, Kind, Silence
-from controlplane.core.moves import OPERATOR
-from controlplane.core.orders import ActionAnswer, Outcome
-from controlplane.core.subjects import MIN_PREFIX
-from controlplane.core.traffic import named
+from controlplane.core.domain.resource_name import MIN_PREFIX
+from controlplane.core.reconcile.commands import ActionAnswer, Outcome
+from controlplane.core.reconcile.migrations import OPERATOR
+from controlplane.core.traffic.counters import named
 
 TRAFFIC_S: Final = 300.0
 """How far figures of a tier's traffic look back."""
@@ -173,11 +173,11 @@ class Alerting:
 
     def kept(self) -> dict[str, Any]:
         """What has to survive the controller, by key."""
-        return alert_kept.to_values(self.watch.book, self._shift_s)
+        return checkpoint.to_values(self.watch.book, self._shift_s)
 
     def restore(self, values: Mapping[str, Any]) -> None:
         """What was kept."""
-        alert_kept.restore(values, self.watch.book, self._shift_s)
+        checkpoint.restore(values, self.watch.book, self._shift_s)
         self.show()
 
     # --- figures ------------------------------------------------------------------------------------------

@@ -24,8 +24,8 @@ from controlplane.adapters.catalog import gpu_table
 from controlplane.config.problems import collect, path_text
 from controlplane.config.strict import Finding, Strict
 from controlplane.config.yaml_file import read_yaml
-from controlplane.core.gpus import find_gpu
-from controlplane.core.topology import Gpu, Node
+from controlplane.core.placement.topology import Gpu, Node
+from controlplane.core.sizing.gpu_models import find_gpu
 from controlplane.errors import ConfigError, Problem
 
 _GIB = 1024**3

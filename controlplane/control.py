@@ -16,22 +16,23 @@ from types import MappingProxyType
 
 from controlplane.config.gpu_models import table_name
 from controlplane.controller import MISSED_REPORTS, WARMING_REPORTS, Controller
-from controlplane.core.alert_figures import LostNode
-from controlplane.core.demand import Demand
-from controlplane.core.domain import Endpoint, EndpointState, GatewayInfo, TierSpec
-from controlplane.core.gangs import Placement, Shape
-from controlplane.core.gpu_findings import GpuRules
-from controlplane.core.gpu_fleet import GpuFleet
-from controlplane.core.gpu_priors import assuming, gpu_assumed
-from controlplane.core.gpu_views import GpuView, gpu_views
-from controlplane.core.hangs import HangRules, Stuck, makes_nothing
-from controlplane.core.health import ENDED, SERVING
-from controlplane.core.lease_desk import LeaseDesk
-from controlplane.core.leases import Answer, Part
-from controlplane.core.leases import Outcome as LeaseOutcome
-from controlplane.core.moves import Activity, MovePhase
-from controlplane.core.orders import ReportAnswer, StartAnswer
-from controlplane.core.reconcile import (
+from controlplane.core.alerts.signals import LostNode
+from controlplane.core.cluster.assumed_gpu import assuming, gpu_assumed
+from controlplane.core.cluster.snapshot import GatewayInfo
+from controlplane.core.cluster.tier_spec import TierSpec
+from controlplane.core.domain.endpoint import ENDED, SERVING, Endpoint, EndpointState
+from controlplane.core.gpus.allocation import room, shape_of, still_room
+from controlplane.core.gpus.findings import GpuRules
+from controlplane.core.gpus.inventory import GpuFleet
+from controlplane.core.gpus.lease_allocator import LeaseDesk
+from controlplane.core.gpus.leases import Answer, Part
+from controlplane.core.gpus.leases import Outcome as LeaseOutcome
+from controlplane.core.gpus.views import GpuView, gpu_views
+from controlplane.core.placement.gangs import Placement, Shape
+from controlplane.core.reconcile.commands import ReportAnswer, StartAnswer
+from controlplane.core.reconcile.in_progress import Applied, Work
+from controlplane.core.reconcile.migrations import Activity, MovePhase
+from controlplane.core.reconcile.reconcile import (
     BeginMove,
     GpuOutOfUse,
     Observed,
@@ -39,12 +40,12 @@ from controlplane.core.reconcile import (
     SetGpu,
     reconcile,
 )
-from controlplane.core.room import room, shape_of, still_room
-from controlplane.core.samples import EngineSample, GpuEvent, GpuEventKind, Missing, NodeSample
-from controlplane.core.signals import EngineTelemetry
-from controlplane.core.targets import TierTarget, target_of
-from controlplane.core.telemetry import Limits
-from controlplane.core.work import Applied, Work
+from controlplane.core.reconcile.replica_targets import TierTarget, target_of
+from controlplane.core.telemetry.samples import EngineSample, GpuEvent, GpuEventKind, Missing, NodeSample
+from controlplane.core.telemetry.series import Limits
+from controlplane.core.telemetry.signals import EngineTelemetry
+from controlplane.core.telemetry.stalled_engine import HangRules, Stuck, makes_nothing
+from controlplane.core.traffic.demand import Demand
 from controlplane.errors import IllegalTransition, TierplaneError
 
 GC_THRESHOLDS = (50_000, 20, 1000)
@@ -170,7 +171,7 @@ class Control:
 
     def gateway_report(self, info: GatewayInfo) -> bool:
         """See :meth:`Controller.gateway_report`; what it counted goes no further than here."""
-        self.demand.observe(info, self.now_s())
+        self.demand.observe(info.gateway_id, info.traffic, self.now_s())
         self.left = False
         return self.registry.gateway_report(replace(info, traffic=()))
 

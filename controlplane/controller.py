@@ -3,7 +3,7 @@
 All of it is soft state. Replicas and gateways report every ``heartbeat_s``; a new controller process starts
 empty with a new epoch, answers "unknown" to the first report of each endpoint, and so gets them all to
 register again. Until they have had the time to, its snapshots say ``warming`` (see
-:mod:`controlplane.core.snapshot`).
+:mod:`controlplane.core.cluster.snapshot`).
 
 This class knows neither Ray nor asyncio: :mod:`controlplane.adapters.ray_serve` puts it into an actor.
 Time comes in through two clocks.
@@ -16,17 +16,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
-from controlplane.core import health
-from controlplane.core.alert_views import FiringAlert
-from controlplane.core.domain import (
-    ClusterSnapshot,
-    Endpoint,
-    EndpointState,
-    Event,
-    GatewayInfo,
-    TierScaling,
-    TierSpec,
-)
+from controlplane.core.alerts.views import FiringAlert
+from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo, TierScaling
+from controlplane.core.cluster.tier_spec import TierSpec
+from controlplane.core.domain.endpoint import ENDED, Endpoint, EndpointState, check_transition
+from controlplane.core.domain.event import Event
 from controlplane.errors import IllegalTransition
 
 MISSED_REPORTS = 5
@@ -149,7 +143,7 @@ class Controller:
         if endpoint == known:
             return True
         try:
-            health.check(known.state, endpoint.state)
+            check_transition(known.state, endpoint.state)
             if endpoint.generation < known.generation:
                 raise IllegalTransition(f"generation {endpoint.generation} came after {known.generation}")
         except IllegalTransition as refused:
@@ -214,7 +208,7 @@ class Controller:
             self._warming = False
             self._gone.clear()
             self._changed()
-        if self._gateways or any(item.state not in health.ENDED for item in self._endpoints.values()):
+        if self._gateways or any(item.state not in ENDED for item in self._endpoints.values()):
             self._empty_since_s = None
         elif self._empty_since_s is None:
             self._empty_since_s = now_s

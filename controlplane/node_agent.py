@@ -24,8 +24,8 @@ from typing import Protocol, TypeVar
 
 import psutil
 
-from controlplane.core.node_news import NO_INFOS, Infos, NodeNews, news_of
-from controlplane.core.samples import (
+from controlplane.core.telemetry.node_updates import NO_INFOS, Infos, NodeNews, news_of
+from controlplane.core.telemetry.samples import (
     Absence,
     GpuCondition,
     GpuEvent,

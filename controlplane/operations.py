@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from controlplane.control import Control
-from controlplane.core.domain import Endpoint
-from controlplane.core.health import ENDED
-from controlplane.core.moves import OPERATOR
-from controlplane.core.orders import ActionAnswer, Outcome
-from controlplane.core.subjects import Subject, SubjectKind, find_subject
+from controlplane.core.domain.endpoint import ENDED, Endpoint
+from controlplane.core.domain.resource_name import Subject, SubjectKind, find_subject
+from controlplane.core.reconcile.commands import ActionAnswer, Outcome
+from controlplane.core.reconcile.migrations import OPERATOR
 
 
 class Operations:

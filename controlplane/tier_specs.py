@@ -1,6 +1,6 @@
 """What the controller is told of each tier, its scaling included: what its engines are believed to do before
 they were watched, and what its requests are like. It learns both from what runs
-(:mod:`controlplane.core.capacity`).
+(:mod:`controlplane.core.autoscaling.capacity`).
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ from controlplane.adapters.catalog import gpu_named, gpu_table
 from controlplane.adapters.model_config import load_model
 from controlplane.config import PlaneConfig, TierConfig
 from controlplane.config.scaling import DEFAULT_MAX, ScalingConfig
-from controlplane.core.autoscaling import ScalingSettings
-from controlplane.core.capacity import EngineSpeed, Work, speed_of
-from controlplane.core.domain import TierSpec
-from controlplane.core.engine_settings import parse_settings
-from controlplane.core.recommendations import latency_limit_ms
-from controlplane.core.roofline import roofline
-from controlplane.core.scaling_plan import ScalingPlan
-from controlplane.core.scaling_round import TierRule
+from controlplane.core.autoscaling.capacity import EngineSpeed, Work, speed_of
+from controlplane.core.autoscaling.policy import ScalingSettings
+from controlplane.core.autoscaling.round import TierRule
+from controlplane.core.cluster.tier_spec import ScalingPlan, TierSpec
+from controlplane.core.recommendations.rules import latency_limit_ms
+from controlplane.core.sizing.engine_args import parse_settings
+from controlplane.core.sizing.roofline import roofline
 from controlplane.engines.simulated import settings_of
 from controlplane.errors import TierplaneError
 

@@ -19,7 +19,8 @@ from ray import serve
 from controlplane.adapters import observability
 from controlplane.adapters.ray_serve import ControllerLink, pull_snapshots, report_gateway
 from controlplane.config import PlaneConfig
-from controlplane.core.domain import ClusterSnapshot, EndpointState, GatewayInfo
+from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo
+from controlplane.core.domain.endpoint import EndpointState
 from controlplane.gateway.app import Gateway
 from controlplane.paths import run_dir
 from controlplane.tier_specs import tier_specs

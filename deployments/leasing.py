@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any, Final, cast
 
 from controlplane.adapters.ray_serve import ControllerLink, ControllerUnavailable
-from controlplane.core.gangs import Shape
-from controlplane.core.leases import Answer, Lease, Outcome
-from controlplane.core.orders import StartAnswer
+from controlplane.core.gpus.leases import Answer, Lease, Outcome
+from controlplane.core.placement.gangs import Shape
+from controlplane.core.reconcile.commands import StartAnswer
 from controlplane.errors import EngineError
 
 AWAY_LIMIT_S: Final = 5.0

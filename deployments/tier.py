@@ -24,8 +24,8 @@ from controlplane.adapters.launch_check import launchable_model
 from controlplane.adapters.ray_serve import ControllerLink, ControllerUnavailable, EndpointReporter
 from controlplane.adapters.serve_options import actor_options, cluster_gpu_kinds
 from controlplane.config import PlaneConfig, TierConfig
-from controlplane.core.domain import Endpoint, EndpointState
-from controlplane.core.orders import Order, OrderKind
+from controlplane.core.domain.endpoint import Endpoint, EndpointState
+from controlplane.core.reconcile.commands import Order, OrderKind
 from controlplane.engines import engine_for
 from controlplane.engines.supervisor import EngineStatus, EngineSupervisor
 from controlplane.errors import EngineError

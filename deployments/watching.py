@@ -12,7 +12,7 @@ from typing import Final, NoReturn
 
 from controlplane.adapters.engine_metrics import EngineScraper, ScrapeTarget
 from controlplane.config import PlaneConfig
-from controlplane.core.domain import Endpoint
+from controlplane.core.domain.endpoint import Endpoint
 from controlplane.engines import engine_for
 from controlplane.gateway.app import Gateway
 

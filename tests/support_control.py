@@ -8,12 +8,14 @@ from dataclasses import dataclass, field, replace
 
 from controlplane.control import Control, ControlRules, NotSettled
 from controlplane.controller import Controller
-from controlplane.core.domain import Endpoint, EndpointState, TierSpec
-from controlplane.core.gangs import Shape
-from controlplane.core.gpu_findings import GpuRules
-from controlplane.core.leases import Lease, Outcome
-from controlplane.core.orders import OrderKind
-from controlplane.core.samples import (
+from controlplane.core.cluster.tier_spec import TierSpec
+from controlplane.core.domain.endpoint import Endpoint, EndpointState
+from controlplane.core.gpus.findings import GpuRules
+from controlplane.core.gpus.leases import Lease, Outcome
+from controlplane.core.placement.gangs import Shape
+from controlplane.core.reconcile.commands import OrderKind
+from controlplane.core.reconcile.replica_targets import TierTarget, desired_replicas
+from controlplane.core.telemetry.samples import (
     Absence,
     GpuCondition,
     GpuEvent,
@@ -24,7 +26,6 @@ from controlplane.core.samples import (
     NodeSample,
     Reading,
 )
-from controlplane.core.targets import TierTarget, desired_replicas
 
 HEARTBEAT_S = 2.0
 GIB = 1024**3

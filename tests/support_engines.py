@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from controlplane.config import TierConfig
-from controlplane.core.domain import EndpointState
+from controlplane.core.domain.endpoint import EndpointState
 from controlplane.engines import reaper
 from controlplane.engines.status import EngineStatus
 from controlplane.engines.supervisor import EngineSupervisor

@@ -18,7 +18,8 @@ from typing import Any
 import aiohttp
 
 from controlplane.config import GatewayConfig, PlaneConfig, QueueConfig, RetryConfig, TierConfig
-from controlplane.core.domain import Capabilities, ClusterSnapshot, Endpoint, EndpointState, GatewayInfo
+from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo
+from controlplane.core.domain.endpoint import Capabilities, Endpoint, EndpointState
 from controlplane.engines.simulated import SimulatedSettings
 from controlplane.engines.simulated_server import Server
 from controlplane.gateway.app import Gateway

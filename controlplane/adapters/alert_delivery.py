@@ -24,8 +24,8 @@ import aiohttp
 import structlog
 
 from controlplane.config.alerts import WebhookConfig
-from controlplane.core.alert_views import Happening, Notice, WebhookView
-from controlplane.core.alerts import Severity
+from controlplane.core.alerts.book import Severity
+from controlplane.core.alerts.views import Happening, Notice, WebhookView
 
 log = structlog.stdlib.get_logger(__name__)
 

@@ -15,7 +15,7 @@ from controlplane.alerting import Alerting
 from controlplane.config import ControllerConfig
 from controlplane.config.alerts import AlertsConfig
 from controlplane.control import Control
-from controlplane.core.alert_views import AlertsAnswer
+from controlplane.core.alerts.views import AlertsAnswer
 
 log = structlog.stdlib.get_logger(__name__)
 

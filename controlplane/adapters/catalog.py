@@ -9,9 +9,9 @@ from importlib.resources import files
 from typing import Any
 
 from controlplane.config.gpu_models import gpu_table
-from controlplane.core.architecture import ModelSpec
-from controlplane.core.gpus import GpuModel, find_gpu
-from controlplane.core.hf_config import parse_config
+from controlplane.core.sizing.architecture import ModelSpec
+from controlplane.core.sizing.gpu_models import GpuModel, find_gpu
+from controlplane.core.sizing.hf_config import parse_config
 from controlplane.errors import SetupError
 
 __all__ = ["BUNDLED_NAMES", "gpu_named", "gpu_table", "known_model", "known_models"]

@@ -37,20 +37,23 @@ from controlplane.config.scaling import ControllerScalingConfig
 from controlplane.control import GC_THRESHOLDS, Control, ControlRules
 from controlplane.controller import WARMING_REPORTS, Controller
 from controlplane.core import kept
-from controlplane.core.alert_views import AlertsAnswer
-from controlplane.core.domain import ClusterSnapshot, Endpoint, EndpointState, Event, GatewayInfo, TierSpec
-from controlplane.core.gangs import Shape
-from controlplane.core.gpu_findings import GpuRules
-from controlplane.core.gpu_views import GpuView
-from controlplane.core.hangs import HangRules
-from controlplane.core.history import points
-from controlplane.core.leases import Answer, Part
-from controlplane.core.moves import Activity
-from controlplane.core.orders import ActionAnswer, ReportAnswer, StartAnswer
-from controlplane.core.reconcile import ReconcileRules
-from controlplane.core.report import PlaneReport
-from controlplane.core.scaling_view import ScalingReport
-from controlplane.core.targets import TierTarget
+from controlplane.core.alerts.views import AlertsAnswer
+from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo
+from controlplane.core.cluster.tier_spec import TierSpec
+from controlplane.core.domain.endpoint import Endpoint, EndpointState
+from controlplane.core.domain.event import Event
+from controlplane.core.gpus.findings import GpuRules
+from controlplane.core.gpus.leases import Answer, Part
+from controlplane.core.gpus.views import GpuView
+from controlplane.core.placement.gangs import Shape
+from controlplane.core.recommendations.views import ScalingReport
+from controlplane.core.reconcile.commands import ActionAnswer, ReportAnswer, StartAnswer
+from controlplane.core.reconcile.migrations import Activity
+from controlplane.core.reconcile.reconcile import ReconcileRules
+from controlplane.core.reconcile.replica_targets import TierTarget
+from controlplane.core.reports.history import points
+from controlplane.core.reports.report import PlaneReport
+from controlplane.core.telemetry.stalled_engine import HangRules
 from controlplane.operations import Operations
 from controlplane.paths import run_dir
 from controlplane.scaling import Scaling
@@ -314,7 +317,7 @@ class ControllerActor:
     async def history(
         self, series: tuple[str, ...], since_unix_s: float, until_unix_s: float
     ) -> Mapping[str, list[Point]]:
-        """Points of the series that :func:`controlplane.core.history.points` names."""
+        """Points of the series that :func:`controlplane.core.reports.history.points` names."""
         store = self._recorder.store
         return {
             name: await asyncio.to_thread(store.history, name, since_unix_s, until_unix_s) for name in series

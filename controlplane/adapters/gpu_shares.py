@@ -15,10 +15,10 @@ from controlplane.adapters.model_config import load_model
 from controlplane.adapters.nvml import GpuReader
 from controlplane.config import TierConfig
 from controlplane.config.gpu_models import table_name
-from controlplane.core.engine_settings import parse_settings
-from controlplane.core.gangs import Shape
-from controlplane.core.gpus import GpuModel
-from controlplane.core.memory import plan_memory
+from controlplane.core.placement.gangs import Shape
+from controlplane.core.sizing.engine_args import parse_settings
+from controlplane.core.sizing.gpu_memory import plan_memory
+from controlplane.core.sizing.gpu_models import GpuModel
 from controlplane.errors import SetupError
 
 

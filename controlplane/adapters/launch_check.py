@@ -19,13 +19,13 @@ from controlplane.adapters.model_config import LoadedModel, load_model
 from controlplane.adapters.nvml import GpuReader
 from controlplane.adapters.tier_memory import cpu_plan, llamacpp_bytes, tier_settings
 from controlplane.config import TierConfig
-from controlplane.core.cpu_memory import judge_cpu
-from controlplane.core.engine_settings import SPARING, EngineSettings
-from controlplane.core.feasibility import Limits, Unfit, judge
-from controlplane.core.gpus import GpuModel, find_gpu, seen_gpu
-from controlplane.core.memory import gib, plan_memory
-from controlplane.core.samples import GpuSample, Missing
-from controlplane.core.weights import divisibility
+from controlplane.core.sizing.cpu_memory import judge_cpu
+from controlplane.core.sizing.engine_args import SPARING, EngineSettings
+from controlplane.core.sizing.feasibility import Limits, Unfit, judge
+from controlplane.core.sizing.gpu_memory import gib, plan_memory
+from controlplane.core.sizing.gpu_models import GpuModel, find_gpu, seen_gpu
+from controlplane.core.sizing.weights import divisibility
+from controlplane.core.telemetry.samples import GpuSample, Missing
 from controlplane.errors import EngineError, EngineStartError, SetupError
 
 log = structlog.stdlib.get_logger(__name__)

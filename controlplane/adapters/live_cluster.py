@@ -20,12 +20,12 @@ from controlplane.adapters.catalog import gpu_table
 from controlplane.adapters.controller_actor import find_controller
 from controlplane.adapters.ray_node_agent import NAME_PREFIX
 from controlplane.config import PlaneConfig
-from controlplane.core.domain import Endpoint, EndpointState
-from controlplane.core.gpus import find_gpu
-from controlplane.core.inventory import node_of
-from controlplane.core.occupancy import Replica, Reserved
-from controlplane.core.samples import Missing, NodeSample
-from controlplane.core.topology import Gpu, Node
+from controlplane.core.domain.endpoint import Endpoint, EndpointState
+from controlplane.core.gpus.node_view import node_of
+from controlplane.core.placement.occupancy import Replica, Reserved
+from controlplane.core.placement.topology import Gpu, Node
+from controlplane.core.sizing.gpu_models import find_gpu
+from controlplane.core.telemetry.samples import Missing, NodeSample
 
 ASK_TIMEOUT_S = 5.0
 _ACCELERATOR = "accelerator_type:"

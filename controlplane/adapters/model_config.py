@@ -21,11 +21,11 @@ from typing import Any
 from controlplane.adapters.catalog import BUNDLED_NAMES, known_model
 from controlplane.adapters.weight_files import GgufFile, StoredTensor, read_gguf, safetensors_tensors
 from controlplane.config import BUNDLED_PREFIX
-from controlplane.core.architecture import LayerKind, ModelSpec, Moe
-from controlplane.core.engine_settings import EngineSettings
-from controlplane.core.hf_config import parse_config
-from controlplane.core.quantization import Quantization, Scheme
-from controlplane.core.weights import Term, stages, weight_terms
+from controlplane.core.sizing.architecture import LayerKind, ModelSpec, Moe
+from controlplane.core.sizing.engine_args import EngineSettings
+from controlplane.core.sizing.hf_config import parse_config
+from controlplane.core.sizing.quantization import Quantization, Scheme
+from controlplane.core.sizing.weights import Term, stages, weight_terms
 from controlplane.errors import SetupError
 
 HUB_TIMEOUT_S = 10.0

@@ -17,8 +17,8 @@ import structlog
 from ray.exceptions import RayActorError, RayError
 
 from controlplane.adapters.ray_node_agent import alive_nodes, ensure_node_agents
-from controlplane.core.node_news import NO_INFOS, Infos, NodeNews, whole_sample
-from controlplane.core.samples import GpuEvent, NodeSample
+from controlplane.core.telemetry.node_updates import NO_INFOS, Infos, NodeNews, whole_sample
+from controlplane.core.telemetry.samples import GpuEvent, NodeSample
 
 log = structlog.stdlib.get_logger(__name__)
 

@@ -27,7 +27,7 @@ from controlplane.adapters.nvml_calls import (
     read,
 )
 from controlplane.adapters.nvml_info import read_info
-from controlplane.core.samples import (
+from controlplane.core.telemetry.samples import (
     NOT_SAMPLED,
     THROTTLE_REASONS,
     Absence,

@@ -7,7 +7,7 @@ from typing import Final, TypeVar
 
 import pynvml
 
-from controlplane.core.samples import Absence, Missing, Reading
+from controlplane.core.telemetry.samples import Absence, Missing, Reading
 
 T = TypeVar("T")
 

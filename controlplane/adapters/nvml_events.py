@@ -17,7 +17,7 @@ from typing import Any, Final
 import pynvml
 
 from controlplane.adapters.nvml_calls import GPU_LOST_CODES, missing_for
-from controlplane.core.samples import NOT_SAMPLED, Absence, GpuEventKind, Missing, Reading
+from controlplane.core.telemetry.samples import NOT_SAMPLED, Absence, GpuEventKind, Missing, Reading
 from controlplane.node_agent import EventHandler
 
 _KINDS: Final = {

@@ -9,7 +9,7 @@ from typing import Any, Final, TypeVar
 import pynvml
 
 from controlplane.adapters.nvml_calls import LASTING_CODES, GpuLostError, missing_for, read
-from controlplane.core.samples import (
+from controlplane.core.telemetry.samples import (
     Absence,
     GpuInfo,
     GpuPeer,

@@ -15,8 +15,8 @@ import structlog
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from controlplane.adapters.nvml_agent import local_agent
-from controlplane.core.node_news import NO_INFOS, NodeNews
-from controlplane.core.samples import GpuEvent, NodeSample
+from controlplane.core.telemetry.node_updates import NO_INFOS, NodeNews
+from controlplane.core.telemetry.samples import GpuEvent, NodeSample
 
 log = structlog.get_logger(__name__)
 

@@ -17,9 +17,11 @@ from ray.exceptions import ActorDiedError, RayActorError, RayError
 
 from controlplane.adapters.controller_actor import get_or_create_controller
 from controlplane.config import ControllerConfig
-from controlplane.core.domain import ClusterSnapshot, Endpoint, GatewayInfo, TierSpec
-from controlplane.core.leases import Answer, Lease, Outcome
-from controlplane.core.orders import Order, ReportAnswer
+from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo
+from controlplane.core.cluster.tier_spec import TierSpec
+from controlplane.core.domain.endpoint import Endpoint
+from controlplane.core.gpus.leases import Answer, Lease, Outcome
+from controlplane.core.reconcile.commands import Order, ReportAnswer
 from controlplane.errors import TierplaneError
 
 LONG_POLL_S = 20.0
@@ -173,7 +175,7 @@ async def pull_snapshots(link: ControllerLink, apply: Callable[[ClusterSnapshot]
     """Hand each new snapshot to ``apply`` until cancelled; while the controller is away, nothing changes.
 
     A restarted controller's first snapshots are incomplete: the receiver merges
-    (:mod:`controlplane.core.snapshot`).
+    (:mod:`controlplane.core.cluster.snapshot`).
     """
     epoch, version = "", 0
 

@@ -19,7 +19,7 @@ from typing import IO, Any
 import structlog
 
 from controlplane.adapters.store import AuditEntry, Store
-from controlplane.core.domain import Event
+from controlplane.core.domain.event import Event
 
 log = structlog.stdlib.get_logger(__name__)
 

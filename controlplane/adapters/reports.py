@@ -16,7 +16,7 @@ from controlplane.adapters.recorder import Recorder
 from controlplane.adapters.store import STEPS
 from controlplane.config.reports import ReportsConfig
 from controlplane.control import Control
-from controlplane.core.report import (
+from controlplane.core.reports.report import (
     GAUGES,
     MAX_WINDOW_MINUTES,
     MIN_WINDOW_MINUTES,
@@ -30,8 +30,8 @@ from controlplane.core.report import (
     plane_report,
     track_step_s,
 )
-from controlplane.core.report_ring import Look, ReportRing, tally
-from controlplane.core.report_sampler import ReportSampler, Scene
+from controlplane.core.reports.ring_buffer import Look, ReportRing, tally
+from controlplane.core.reports.sampler import ReportSampler, Scene
 
 PREFIX = "report/"
 CACHED = 16

@@ -8,7 +8,7 @@ from typing import Any
 
 from controlplane.adapters.catalog import gpu_table
 from controlplane.config import TierConfig
-from controlplane.core.gpus import find_gpu
+from controlplane.core.sizing.gpu_models import find_gpu
 
 ACCELERATOR_LABEL = "ray.io/accelerator-type"
 """Ray sets it on each node that has GPUs."""

@@ -16,7 +16,7 @@ import structlog
 from ray.exceptions import RayError
 
 from controlplane.adapters.controller_actor import find_controller
-from controlplane.core.targets import TierTarget, desired_replicas
+from controlplane.core.reconcile.replica_targets import TierTarget, desired_replicas
 
 REFRESH_S: Final = 0.5
 ANSWER_LIMIT_S: Final = 5.0

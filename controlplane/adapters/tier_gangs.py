@@ -14,13 +14,13 @@ from controlplane.adapters.catalog import gpu_table
 from controlplane.adapters.model_config import LoadedModel, load_model
 from controlplane.adapters.tier_memory import cpu_plan, llamacpp_bytes, tier_settings
 from controlplane.config import PlaneConfig, TierConfig
-from controlplane.core.cpu_memory import judge_cpu
-from controlplane.core.engine_settings import EngineSettings
-from controlplane.core.feasibility import Limits, Unfit, judge, shortfalls
-from controlplane.core.gangs import WHOLE_MILLI, Gang, Shape
-from controlplane.core.gpus import GpuModel, find_gpu
-from controlplane.core.memory import MemoryPlan, plan_memory
-from controlplane.core.topology import Node
+from controlplane.core.placement.gangs import WHOLE_MILLI, Gang, Shape
+from controlplane.core.placement.topology import Node
+from controlplane.core.sizing.cpu_memory import judge_cpu
+from controlplane.core.sizing.engine_args import EngineSettings
+from controlplane.core.sizing.feasibility import Limits, Unfit, judge, shortfalls
+from controlplane.core.sizing.gpu_memory import MemoryPlan, plan_memory
+from controlplane.core.sizing.gpu_models import GpuModel, find_gpu
 from controlplane.errors import SetupError
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from controlplane.adapters.model_config import LoadedModel
 from controlplane.config import TierConfig
-from controlplane.core.cpu_memory import CpuPlan, plan_cpu_memory
-from controlplane.core.engine_settings import EngineSettings, parse_settings
-from controlplane.core.gpus import GIB
-from controlplane.core.kv_cache import kv_bytes_per_token
+from controlplane.core.sizing.cpu_memory import CpuPlan, plan_cpu_memory
+from controlplane.core.sizing.engine_args import EngineSettings, parse_settings
+from controlplane.core.sizing.gpu_models import GIB
+from controlplane.core.sizing.kv_cache import kv_bytes_per_token
 
 KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"
 """GiB of KV cache per worker of a CPU engine."""

@@ -11,13 +11,13 @@ from controlplane.adapters.tier_gangs import tier_demands
 from controlplane.adapters.tier_memory import tier_settings
 from controlplane.cluster_file import ClusterFile
 from controlplane.config import PlaneConfig, TierConfig
-from controlplane.core.gangs import Plan
-from controlplane.core.gpus import GpuModel, find_gpu
-from controlplane.core.placement import ClusterState
-from controlplane.core.planning import plan
-from controlplane.core.quantization import preset
-from controlplane.core.roofline import Load, Slo
-from controlplane.core.sizing import Choice, FleetGpu, Option, TierNeed
+from controlplane.core.placement.batch_planner import plan
+from controlplane.core.placement.gangs import Plan
+from controlplane.core.placement.planner import ClusterState
+from controlplane.core.sizing.fleet_sizing import Choice, FleetGpu, Option, TierNeed
+from controlplane.core.sizing.gpu_models import GpuModel, find_gpu
+from controlplane.core.sizing.quantization import preset
+from controlplane.core.sizing.roofline import Load, Slo
 from controlplane.errors import SetupError
 
 

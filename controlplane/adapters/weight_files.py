@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import IO, Any
 
-from controlplane.core.quantization import GGUF_BLOCKS, gguf_bytes
+from controlplane.core.sizing.quantization import GGUF_BLOCKS, gguf_bytes
 from controlplane.errors import SetupError
 
 MAX_HEADER_BYTES = 100 * 1024 * 1024

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.text import Text
 
-from controlplane.core.moves import Activity
+from controlplane.core.reconcile.migrations import Activity
 
 
 def activity_lines(activity: Activity) -> list[Text]:

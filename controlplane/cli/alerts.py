@@ -18,11 +18,11 @@ from controlplane.cli.asking import PlaneAddress, connected, plane_options
 from controlplane.cli.console import stdout
 from controlplane.cli.events import event_json, event_line
 from controlplane.cli.show import age
-from controlplane.core.alert_rules import BY_NAME, PREFIX, RULES
-from controlplane.core.alert_views import AlertsAnswer, AlertView, FiringAlert, SilenceView, WebhookView
-from controlplane.core.alerts import AlertState, Judge, Unit, lasts_text
-from controlplane.core.domain import Event
-from controlplane.core.orders import ActionAnswer, Outcome
+from controlplane.core.alerts.book import AlertState, Judge, Unit, lasts_text
+from controlplane.core.alerts.rules import BY_NAME, PREFIX, RULES
+from controlplane.core.alerts.views import AlertsAnswer, AlertView, FiringAlert, SilenceView, WebhookView
+from controlplane.core.domain.event import Event
+from controlplane.core.reconcile.commands import ActionAnswer, Outcome
 from controlplane.errors import SetupError
 
 _STYLES = {"critical": "bold red", "warning": "yellow", "info": "dim"}

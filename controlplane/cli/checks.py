@@ -34,7 +34,7 @@ from controlplane.adapters.ray_session import (
 from controlplane.adapters.tier_memory import cpu_plan, tier_settings
 from controlplane.cli.configuration import unset_variables
 from controlplane.config import BUNDLED_PREFIX, PlaneConfig, ServeFile, TierConfig
-from controlplane.core.samples import GpuCondition, Missing
+from controlplane.core.telemetry.samples import GpuCondition, Missing
 from controlplane.errors import SetupError
 from controlplane.paths import cache_dir
 

@@ -8,7 +8,7 @@ import time
 import click
 
 from controlplane.cli.asking import PlaneAddress, connected, plane_options
-from controlplane.core.domain import Event
+from controlplane.core.domain.event import Event
 from controlplane.errors import SetupError
 
 POLL_S = 0.5

@@ -11,12 +11,12 @@ from rich.table import Table
 from controlplane.adapters.catalog import gpu_named, gpu_table, known_models
 from controlplane.adapters.model_config import LoadedModel, load_model
 from controlplane.cli.console import stdout
-from controlplane.core.architecture import plain_model
-from controlplane.core.engine_settings import EngineSettings, parse_settings
-from controlplane.core.feasibility import Fit, Limits, Unfit, Verdict, judge
-from controlplane.core.gpus import GpuModel
-from controlplane.core.memory import MemoryPlan, StageMemory, gib, plan_memory, token_bytes
-from controlplane.core.quantization import PRESETS, preset
+from controlplane.core.sizing.architecture import plain_model
+from controlplane.core.sizing.engine_args import EngineSettings, parse_settings
+from controlplane.core.sizing.feasibility import Fit, Limits, Unfit, Verdict, judge
+from controlplane.core.sizing.gpu_memory import MemoryPlan, StageMemory, gib, plan_memory, token_bytes
+from controlplane.core.sizing.gpu_models import GpuModel
+from controlplane.core.sizing.quantization import PRESETS, preset
 
 _SCALE = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 _SUGGESTED = "fp8,int8,awq,gptq"

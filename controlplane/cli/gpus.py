@@ -15,8 +15,8 @@ from rich.text import Text
 from controlplane.cli.asking import connected, plane_options
 from controlplane.cli.console import stdout
 from controlplane.cli.show import age
-from controlplane.core.gangs import WHOLE_MILLI
-from controlplane.core.gpu_views import GpuHolder, GpuView
+from controlplane.core.gpus.views import GpuHolder, GpuView
+from controlplane.core.placement.gangs import WHOLE_MILLI
 
 _GIB = 1024**3
 _STYLES = {"healthy": "green", "returned": "green", "suspect": "yellow"}

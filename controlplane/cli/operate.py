@@ -7,7 +7,7 @@ import json
 import click
 
 from controlplane.cli.asking import connected, plane_options
-from controlplane.core.orders import ActionAnswer, Outcome
+from controlplane.core.reconcile.commands import ActionAnswer, Outcome
 from controlplane.errors import SetupError
 
 _SUBJECT = "A GPU's UUID, a node's id, a tier or an endpoint; ids may be cut short."

@@ -18,12 +18,12 @@ from controlplane.cli.configuration import load_checked
 from controlplane.cli.plan_view import Answer, show, to_json
 from controlplane.cluster_file import ClusterFile, load_cluster
 from controlplane.config import PlaneConfig
-from controlplane.core.gangs import Gang
-from controlplane.core.occupancy import occupancy
-from controlplane.core.placement import ClusterState
-from controlplane.core.planning import plan
-from controlplane.core.topology import Node
-from controlplane.core.what_if import add_node, change, lose_node
+from controlplane.core.placement.batch_planner import plan
+from controlplane.core.placement.gangs import Gang
+from controlplane.core.placement.occupancy import occupancy
+from controlplane.core.placement.planner import ClusterState
+from controlplane.core.placement.topology import Node
+from controlplane.core.placement.what_if import add_node, change, lose_node
 from controlplane.errors import SetupError
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from rich.table import Table
 from controlplane.adapters.serve_options import actor_options, ray_types
 from controlplane.adapters.tier_gangs import TierDemand
 from controlplane.cli.console import stdout
-from controlplane.core.gangs import WHOLE_MILLI, Placement, Plan, Shape
-from controlplane.core.topology import Node
-from controlplane.core.what_if import Change
+from controlplane.core.placement.gangs import WHOLE_MILLI, Placement, Plan, Shape
+from controlplane.core.placement.topology import Node
+from controlplane.core.placement.what_if import Change
 
 _GIB = 1024**3
 _SHOWN_REFUSALS = 20

@@ -11,8 +11,8 @@ from rich.table import Table
 
 from controlplane.cli.asking import connected, plane_options
 from controlplane.cli.console import stdout
-from controlplane.core.advice import Given
-from controlplane.core.scaling_view import ScalingReport, as_json_value, effect_text, judged_text
+from controlplane.core.recommendations.log import Given
+from controlplane.core.recommendations.views import ScalingReport, as_json_value, effect_text, judged_text
 
 
 @click.command()

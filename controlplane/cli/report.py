@@ -12,7 +12,12 @@ from rich.text import Text
 
 from controlplane.cli.asking import connected, plane_options
 from controlplane.cli.console import stdout
-from controlplane.core.report import MAX_WINDOW_MINUTES, MIN_WINDOW_MINUTES, InstanceReport, PlaneReport
+from controlplane.core.reports.report import (
+    MAX_WINDOW_MINUTES,
+    MIN_WINDOW_MINUTES,
+    InstanceReport,
+    PlaneReport,
+)
 from controlplane.gateway.report_page import DEFAULT_MINUTES, HEADS, OF_SLO, page, row
 
 

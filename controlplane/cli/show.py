@@ -8,8 +8,9 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from controlplane.core.domain import ClusterSnapshot, Endpoint, GatewayInfo
-from controlplane.core.status import EndpointStatus, TierStatus
+from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo
+from controlplane.core.cluster.status import EndpointStatus, TierStatus
+from controlplane.core.domain.endpoint import Endpoint
 
 _STYLES = {
     "ready": "green",

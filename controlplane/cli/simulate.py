@@ -17,9 +17,9 @@ from controlplane.cli.configuration import load_checked
 from controlplane.cli.console import stdout
 from controlplane.cluster_file import load_cluster
 from controlplane.config import PlaneConfig
-from controlplane.core.domain import Complexity
-from controlplane.core.scaling_view import effect_text, judged_text
-from controlplane.core.topology import Node
+from controlplane.core.domain.request import Complexity
+from controlplane.core.placement.topology import Node
+from controlplane.core.recommendations.views import effect_text, judged_text
 from controlplane.errors import SetupError
 from controlplane.simulation import oracle
 from controlplane.simulation.options import Options

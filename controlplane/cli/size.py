@@ -15,8 +15,8 @@ from controlplane.adapters.tier_sizing import Fleet, checkpoint_note, fleet_of, 
 from controlplane.cli.configuration import load_checked
 from controlplane.cli.console import stdout
 from controlplane.cluster_file import load_cluster
-from controlplane.core.gangs import Plan
-from controlplane.core.sizing import NoSizing, Option, RuledOut, Sizing, size_tiers
+from controlplane.core.placement.gangs import Plan
+from controlplane.core.sizing.fleet_sizing import NoSizing, Option, RuledOut, Sizing, size_tiers
 from controlplane.errors import SetupError
 
 _SHOWN_REASONS = 3

@@ -17,8 +17,8 @@ from controlplane.cli.alerts import firing_lines
 from controlplane.cli.asking import PlaneAddress, connected, plane_options
 from controlplane.cli.console import stdout
 from controlplane.cli.show import gateway_table, gateways_json, status_table, tier_json, troubles
-from controlplane.core.moves import Activity
-from controlplane.core.status import TierStatus, tier_statuses
+from controlplane.core.cluster.status import TierStatus, tier_statuses
+from controlplane.core.reconcile.migrations import Activity
 
 if TYPE_CHECKING:
     from controlplane.adapters.plane import PlaneView

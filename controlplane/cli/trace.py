@@ -13,8 +13,8 @@ import click
 from controlplane.adapters.reports import series_of
 from controlplane.adapters.store import Point
 from controlplane.cli.asking import PlaneAddress, connected, plane_options
-from controlplane.core.domain import TierSpec
-from controlplane.core.recorded_traffic import (
+from controlplane.core.cluster.tier_spec import TierSpec
+from controlplane.core.reports.recorded_traffic import (
     COLUMNS,
     FIGURES,
     Kept,
@@ -22,7 +22,7 @@ from controlplane.core.recorded_traffic import (
     from_the_first,
     windows_of,
 )
-from controlplane.core.report import MAX_WINDOW_MINUTES, Instance, InstanceKind
+from controlplane.core.reports.report import MAX_WINDOW_MINUTES, Instance, InstanceKind
 from controlplane.errors import SetupError
 
 _SLACK_S = 60.0

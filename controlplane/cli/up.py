@@ -27,8 +27,9 @@ from controlplane.cli.configuration import load_checked
 from controlplane.cli.stopping import stop_plane
 from controlplane.cli.voice import Voice, voice
 from controlplane.config import ServeFile
-from controlplane.core.domain import ClusterSnapshot, TierSpec
-from controlplane.core.status import TierStatus, tier_statuses
+from controlplane.core.cluster.snapshot import ClusterSnapshot
+from controlplane.core.cluster.status import TierStatus, tier_statuses
+from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.errors import SetupError, TierplaneError
 from controlplane.paths import run_dir
 

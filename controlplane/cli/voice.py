@@ -14,8 +14,8 @@ from rich.text import Text
 
 from controlplane.cli.console import stdout
 from controlplane.cli.show import progress_table, tier_json, what_it_does
-from controlplane.core.domain import Event
-from controlplane.core.status import TierStatus
+from controlplane.core.cluster.status import TierStatus
+from controlplane.core.domain.event import Event
 
 QUIET_LINE_S = 20.0
 """Lines: so long without a change, and a line says that it is still going on."""

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from controlplane.config.strict import Finding, Strict
-from controlplane.core.alert_rules import BY_NAME, RuleChange, rule_named
-from controlplane.core.alerts import Judge, Severity, Unit
+from controlplane.core.alerts.book import Judge, Severity, Unit
+from controlplane.core.alerts.rules import BY_NAME, RuleChange, rule_named
 
 SeverityName = Literal["info", "warning", "critical"]
 

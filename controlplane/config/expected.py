@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field, field_validator
 
 from controlplane.config.strict import Finding, FindingsError, Strict
-from controlplane.core.quantization import PRESETS
+from controlplane.core.sizing.quantization import PRESETS
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Tokens = Annotated[int, Field(ge=1)]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 
 from controlplane.config.strict import Finding
-from controlplane.core.gpus import GpuModel, find_gpu, parse_gpus
+from controlplane.core.sizing.gpu_models import GpuModel, find_gpu, parse_gpus
 
 
 @functools.cache

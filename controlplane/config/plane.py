@@ -16,8 +16,8 @@ from controlplane.config.gpu_models import gpu_model_findings, table_name
 from controlplane.config.reports import ReportsConfig
 from controlplane.config.scaling import DEFAULT_MAX, ControllerScalingConfig, ScalingConfig, SloConfig
 from controlplane.config.strict import Finding, FindingsError, Strict
-from controlplane.core.domain import Complexity
-from controlplane.core.gangs import WHOLE_MILLI, Shape
+from controlplane.core.domain.request import Complexity
+from controlplane.core.placement.gangs import WHOLE_MILLI, Shape
 from controlplane.profiles import PROFILES, Scenario, fill_tier, spread
 
 IMPORT_PATH = "deployments.app:build"

@@ -8,10 +8,10 @@ from typing import Annotated, Final, Literal
 from pydantic import Field, field_validator
 
 from controlplane.config.strict import Finding, FindingsError, Strict
-from controlplane.core.advising import AdviceRules
-from controlplane.core.autoscaling import Slo
-from controlplane.core.recommendations import Thresholds
-from controlplane.core.schedules import DAYS, Schedule, clock_s
+from controlplane.core.autoscaling.schedules import DAYS, Schedule, clock_s
+from controlplane.core.domain.slo import Slo
+from controlplane.core.recommendations.cycle import AdviceRules
+from controlplane.core.recommendations.rules import Thresholds
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from controlplane.core.gpu_fleet import GpuFleet, NodeHold
-from controlplane.core.gpu_health import GpuHealth
+from controlplane.core.gpus.health import GpuHealth
+from controlplane.core.gpus.inventory import GpuFleet, NodeHold
+from controlplane.core.gpus.leases import Lease, LeaseBook, Part
 from controlplane.core.json_values import Values, from_value, shifted, to_value, under
-from controlplane.core.leases import Lease, LeaseBook, Part
-from controlplane.core.moves import Move, Restart, TierHold
-from controlplane.core.reconcile import Failure
-from controlplane.core.work import Work
+from controlplane.core.reconcile.in_progress import Work
+from controlplane.core.reconcile.migrations import Move, Restart, TierHold
+from controlplane.core.reconcile.reconcile import Failure
 
 _GPU, _NODE, _LEASE, _MOVE, _RESTART = "gpu/", "node/", "lease/", "move/", "restart/"
 _COUNTED = "gpus counted"

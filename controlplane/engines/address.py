@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from controlplane.config import TierConfig
-from controlplane.core.domain import EndpointState
+from controlplane.core.domain.endpoint import EndpointState
 from controlplane.engines.base import Engine
 from controlplane.engines.endpoint import address_of
 from controlplane.engines.probe import Answer, get

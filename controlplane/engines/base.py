@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 from controlplane.config import TierConfig
-from controlplane.core.domain import Capabilities
+from controlplane.core.domain.endpoint import Capabilities
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from controlplane.config import TierConfig
-from controlplane.core.domain import Capabilities
+from controlplane.core.domain.endpoint import Capabilities
 from controlplane.engines.base import Command, Diagnosis, Launch, MetricNames
 from controlplane.errors import EngineStartError
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from socket import socket
 
 from controlplane.config import TierConfig
-from controlplane.core.domain import EndpointState
+from controlplane.core.domain.endpoint import EndpointState
 from controlplane.engines.base import Command, Diagnosis, Engine, Launch
 from controlplane.engines.output import PORT_TAKEN
 from controlplane.engines.probe import Answer, get

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from controlplane.config import TierConfig
-from controlplane.core.domain import Capabilities
+from controlplane.core.domain.endpoint import Capabilities
 from controlplane.engines.base import Command, Diagnosis, Launch, MetricNames
 from controlplane.engines.output import find, last_error, port_taken, tail
 

@@ -15,7 +15,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field, ValidationError
 
 from controlplane.config import Strict, TierConfig
-from controlplane.core.domain import Capabilities
+from controlplane.core.domain.endpoint import Capabilities
 from controlplane.engines.base import Command, Diagnosis, Launch, MetricNames
 from controlplane.engines.output import last_error, port_taken
 from controlplane.errors import ConfigError, Problem

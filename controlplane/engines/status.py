@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from controlplane.core.domain import EndpointState
+from controlplane.core.domain.endpoint import EndpointState
 
 
 class Log(Protocol):

@@ -17,8 +17,8 @@ from concurrent.futures import CancelledError, Future
 from pathlib import Path
 
 from controlplane.config import TierConfig
-from controlplane.core.domain import EndpointState
-from controlplane.core.restarts import RestartPolicy, decide_restart
+from controlplane.core.domain.endpoint import EndpointState
+from controlplane.core.reconcile.restart_backoff import RestartPolicy, decide_restart
 from controlplane.engines import engine_for
 from controlplane.engines.address import watch_address
 from controlplane.engines.base import Diagnosis

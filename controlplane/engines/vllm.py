@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from controlplane.config import ArgScalar, TierConfig
-from controlplane.core.domain import Capabilities
+from controlplane.core.domain.endpoint import Capabilities
 from controlplane.engines.base import Command, Diagnosis, Launch, MetricNames
 from controlplane.engines.output import find, last_error, plain, port_taken, tail
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from controlplane.core.domain import ClusterSnapshot
+from controlplane.core.cluster.snapshot import ClusterSnapshot
 
 
 def alerts(snapshot: ClusterSnapshot | None) -> dict[str, Any]:

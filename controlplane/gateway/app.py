@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from controlplane.config import PlaneConfig, TierConfig
-from controlplane.core.admission import AdmissionQueue, AdmissionSettings
-from controlplane.core.dispatch import Dispatcher
-from controlplane.core.domain import ClusterSnapshot, Endpoint, GatewayInfo
-from controlplane.core.fleet import Fleet, FleetSettings
-from controlplane.core.gpu_views import GpuView
-from controlplane.core.report import PlaneReport
-from controlplane.core.scaling_view import ScalingReport, as_json_value
-from controlplane.core.snapshot import merge
-from controlplane.core.tiers import Direction, TierPolicy, TierTable
+from controlplane.core.admission.queue import AdmissionQueue, AdmissionSettings
+from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo, merge
+from controlplane.core.domain.endpoint import Endpoint
+from controlplane.core.gpus.views import GpuView
+from controlplane.core.recommendations.views import ScalingReport, as_json_value
+from controlplane.core.reports.report import PlaneReport
+from controlplane.core.routing.dispatcher import Dispatcher
+from controlplane.core.routing.endpoint_table import Fleet, FleetSettings
+from controlplane.core.routing.tier_table import Direction, TierPolicy, TierTable
 from controlplane.errors import BadRequest, RequestError
 from controlplane.gateway import agents, pages, report_page, ui
 from controlplane.gateway.accounting import Ledger

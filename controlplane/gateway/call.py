@@ -7,10 +7,10 @@ from typing import Any, Final
 
 import msgspec
 
-from controlplane.core.domain import Complexity, Priority
-from controlplane.core.fleet import EndpointLoad
-from controlplane.core.routing import Decision
-from controlplane.core.tiers import AUTO, Api, Route, RouteRequest
+from controlplane.core.domain.request import Complexity, Priority
+from controlplane.core.routing.endpoint_table import EndpointLoad
+from controlplane.core.routing.router import Decision
+from controlplane.core.routing.tier_table import AUTO, Api, Route, RouteRequest
 from controlplane.errors import BadRequest
 from controlplane.gateway.envelope import Envelope, parse, rewrite
 from controlplane.gateway.http import Request

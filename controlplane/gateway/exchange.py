@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from time import monotonic
 
-from controlplane.core.failover import Failure
-from controlplane.core.fleet import EndpointLoad, Lease
+from controlplane.core.routing.endpoint_table import EndpointLoad, Lease
+from controlplane.core.routing.retry import Failure
 from controlplane.gateway.call import Call
 from controlplane.gateway.http import EVENT_STREAM
 from controlplane.gateway.sites import Site

@@ -12,10 +12,11 @@ from typing import Final, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from controlplane.core.admission import AdmissionQueue
-from controlplane.core.breaker import BreakerState
-from controlplane.core.domain import ClusterSnapshot, Priority
-from controlplane.core.fleet import Fleet
+from controlplane.core.admission.queue import AdmissionQueue
+from controlplane.core.cluster.snapshot import ClusterSnapshot
+from controlplane.core.domain.request import Priority
+from controlplane.core.routing.circuit_breaker import BreakerState
+from controlplane.core.routing.endpoint_table import Fleet
 from controlplane.gateway.call import Call
 from controlplane.gateway.traffic import TrafficMeter
 

@@ -10,11 +10,13 @@ from urllib.parse import parse_qs, urlsplit
 import aiohttp
 
 from controlplane.config import PlaneConfig
-from controlplane.core.admission import AdmissionQueue
-from controlplane.core.domain import ClusterSnapshot, EndpointState, Priority
-from controlplane.core.fleet import Fleet, TierPool
-from controlplane.core.routing import explain as explain_route
-from controlplane.core.tiers import AUTO, TierTable
+from controlplane.core.admission.queue import AdmissionQueue
+from controlplane.core.cluster.snapshot import ClusterSnapshot
+from controlplane.core.domain.endpoint import EndpointState
+from controlplane.core.domain.request import Priority
+from controlplane.core.routing.endpoint_table import Fleet, TierPool
+from controlplane.core.routing.router import explain as explain_route
+from controlplane.core.routing.tier_table import AUTO, TierTable
 from controlplane.gateway.accounting import Ledger, Usage
 from controlplane.gateway.call import route_request
 from controlplane.gateway.http import Request

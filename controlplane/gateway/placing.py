@@ -8,12 +8,12 @@ from functools import partial
 from time import monotonic
 from typing import Final
 
-from controlplane.core.admission import Rejected, Ticket, Why
-from controlplane.core.dispatch import Dispatcher, Held, Refused, Started
-from controlplane.core.domain import Complexity
-from controlplane.core.failover import GiveUp
-from controlplane.core.routing import Decision
-from controlplane.core.tiers import Refusal, Route, resolve, resume_route
+from controlplane.core.admission.queue import Rejected, Ticket, Why
+from controlplane.core.domain.request import Complexity
+from controlplane.core.routing.dispatcher import Dispatcher, Held, Refused, Started
+from controlplane.core.routing.retry import GiveUp
+from controlplane.core.routing.router import Decision
+from controlplane.core.routing.tier_table import Refusal, Route, resolve, resume_route
 from controlplane.errors import (
     BadRequest,
     DeadlineExceeded,

@@ -16,8 +16,9 @@ from typing import Final, NamedTuple
 import msgspec
 
 from controlplane.config import GatewayConfig
-from controlplane.core.dispatch import Started
-from controlplane.core.failover import (
+from controlplane.core.routing.dispatcher import Started
+from controlplane.core.routing.endpoint_table import EndpointLoad
+from controlplane.core.routing.retry import (
     RULES,
     Attempt,
     Failure,
@@ -26,7 +27,6 @@ from controlplane.core.failover import (
     RetrySettings,
     next_step,
 )
-from controlplane.core.fleet import EndpointLoad
 from controlplane.errors import DeadlineExceeded, EndpointLost, RequestError
 from controlplane.gateway.accounting import Ledger
 from controlplane.gateway.call import RESUME_KINDS, Call

@@ -12,7 +12,7 @@ from html import escape
 from typing import Any, Final
 from urllib.parse import parse_qs
 
-from controlplane.core.report import (
+from controlplane.core.reports.report import (
     MAX_WINDOW_MINUTES,
     MIN_WINDOW_MINUTES,
     InstanceReport,

@@ -23,7 +23,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from controlplane.core.tiers import Api
+from controlplane.core.routing.tier_table import Api
 from controlplane.errors import RequestError
 from controlplane.gateway.http import error_value
 

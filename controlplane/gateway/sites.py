@@ -6,8 +6,8 @@ import asyncio
 from time import monotonic
 
 from controlplane.config import PlaneConfig
-from controlplane.core.domain import Endpoint
-from controlplane.core.fleet import EndpointLoad, Fleet
+from controlplane.core.domain.endpoint import Endpoint
+from controlplane.core.routing.endpoint_table import EndpointLoad, Fleet
 from controlplane.gateway.accounting import Meter
 from controlplane.gateway.upstream import Origin
 
@@ -26,7 +26,7 @@ class Site:
 
 
 class Sites:
-    """The sites of one gateway replica, by :func:`~controlplane.core.fleet.load_key`."""
+    """The sites of one gateway replica, by :func:`~controlplane.core.routing.endpoint_table.load_key`."""
 
     def __init__(self, config: PlaneConfig, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop

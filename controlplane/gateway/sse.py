@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from controlplane.core.tiers import Api
+from controlplane.core.routing.tier_table import Api
 
 # Patterns that begin with a literal: `re` skips to it, where one with `(?:^|\n)` tries every byte,
 # which took more than half of a stream's time in the gateway.

@@ -1,5 +1,5 @@
 """What one gateway replica counts of each tier and endpoint, for the controller
-(:mod:`controlplane.core.traffic`)."""
+(:mod:`controlplane.core.traffic.counters`)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from time import monotonic
 from typing import Final
 
-from controlplane.core.admission import AdmissionQueue
-from controlplane.core.autoscaling import Slo
-from controlplane.core.fleet import Fleet
-from controlplane.core.tiers import TierTable
-from controlplane.core.traffic import LATENCY_BOUNDS_S, Traffic, kept
+from controlplane.core.admission.queue import AdmissionQueue
+from controlplane.core.domain.slo import Slo
+from controlplane.core.routing.endpoint_table import Fleet
+from controlplane.core.routing.tier_table import TierTable
+from controlplane.core.traffic.counters import LATENCY_BOUNDS_S, Traffic, kept
 from controlplane.gateway.call import Call
 
 MAX_SLOT_S: Final = 10.0

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import httptools
 
-from controlplane.core.failover import Failure
+from controlplane.core.routing.retry import Failure
 from controlplane.errors import EngineError
 
 HIGH_WATER_BYTES: Final = 256 * 1024

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from math import inf
 from typing import Final
 
-from controlplane.core.failover import Failure
-from controlplane.core.fleet import EndpointLoad, Lease
+from controlplane.core.routing.endpoint_table import EndpointLoad, Lease
+from controlplane.core.routing.retry import Failure
 from controlplane.gateway.upstream import Connection
 
 SWEEP_S: Final = 0.1

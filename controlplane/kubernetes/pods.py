@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from controlplane.adapters.catalog import gpu_named
 from controlplane.config import PlaneConfig, TierConfig
-from controlplane.core.gpus import GIB
+from controlplane.core.sizing.gpu_models import GIB
 from controlplane.kubernetes.overlays import IMAGE, Overlay
 from controlplane.kubernetes.requests import PodNeed, mebibytes
 

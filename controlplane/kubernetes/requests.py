@@ -14,12 +14,17 @@ from typing import Any, Final
 from controlplane.adapters.catalog import gpu_named, known_model
 from controlplane.adapters.model_config import load_model
 from controlplane.config import BUNDLED_PREFIX, TierConfig
-from controlplane.core.architecture import ModelSpec
-from controlplane.core.cpu_memory import API_SERVER_BYTES, ENGINE_CORE_BYTES, WORKER_BYTES, plan_cpu_memory
-from controlplane.core.engine_settings import EngineSettings, parse_settings
-from controlplane.core.feasibility import Unfit, judge
-from controlplane.core.gpus import GIB, MIB
-from controlplane.core.memory import MemoryPlan, plan_memory
+from controlplane.core.sizing.architecture import ModelSpec
+from controlplane.core.sizing.cpu_memory import (
+    API_SERVER_BYTES,
+    ENGINE_CORE_BYTES,
+    WORKER_BYTES,
+    plan_cpu_memory,
+)
+from controlplane.core.sizing.engine_args import EngineSettings, parse_settings
+from controlplane.core.sizing.feasibility import Unfit, judge
+from controlplane.core.sizing.gpu_memory import MemoryPlan, plan_memory
+from controlplane.core.sizing.gpu_models import GIB, MIB
 from controlplane.errors import ConfigError, Problem, SetupError
 from controlplane.kubernetes.overlays import Overlay
 

@@ -1,5 +1,5 @@
 """Recording rules and alerts for Prometheus. What an alert is about, when it rings and what to do then is
-in :mod:`controlplane.core.alert_rules`; here are the figures in PromQL, and for each alert the series that
+in :mod:`controlplane.core.alerts.rules`; here are the figures in PromQL, and for each alert the series that
 make it fire, and those that don't, as a test of its own: a rule can't be added without one."""
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from controlplane.core import alert_rules as core
-from controlplane.core.alerts import AlertRule, Judge, Kind
-from controlplane.core.domain import EndpointState
+from controlplane.core.alerts import rules as core
+from controlplane.core.alerts.book import AlertRule, Judge, Kind
+from controlplane.core.domain.endpoint import EndpointState
 from controlplane.monitoring import queries as q
 
 JOB: Final = "tierplane-gateway"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from controlplane.control import Control
-from controlplane.core.moves import OPERATOR
-from controlplane.core.orders import ActionAnswer, Outcome
-from controlplane.core.overrides import Override, Overrides
+from controlplane.core.autoscaling.overrides import Override, Overrides
+from controlplane.core.reconcile.commands import ActionAnswer, Outcome
+from controlplane.core.reconcile.migrations import OPERATOR
 
 
 class ByHand:

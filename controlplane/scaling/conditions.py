@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from controlplane.control import Control
-from controlplane.core.domain import Endpoint, TierSpec
-from controlplane.core.health import ENDED, SERVING
-from controlplane.core.recommendations import GPU_LOAD, SLOT_LOAD, TierCondition
-from controlplane.core.scaling_round import ScalingRound
-from controlplane.core.telemetry import Freshness, Signal, missing
-from controlplane.core.traffic import TierFigures
+from controlplane.core.autoscaling.round import ScalingRound
+from controlplane.core.cluster.tier_spec import TierSpec
+from controlplane.core.domain.endpoint import ENDED, SERVING, Endpoint
+from controlplane.core.recommendations.rules import GPU_LOAD, SLOT_LOAD, TierCondition
+from controlplane.core.telemetry.series import Freshness, Signal, missing
+from controlplane.core.traffic.counters import TierFigures
 
 
 def conditions(

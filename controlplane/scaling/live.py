@@ -1,9 +1,9 @@
 """One look at all tiers, every few seconds: new targets, new advice, and what becomes of both.
 
-The decisions are :class:`~controlplane.core.scaling_round.ScalingRound`'s and the advice is
-:class:`~controlplane.core.advising.Adviser`'s, the same as in the simulator; what they are told is put
-together in :mod:`.observing` and :mod:`.conditions`. Numbers that a person set and, where the mode is to
-apply, the round's targets are published to :class:`~controlplane.control.Control`, from where Serve's
+The decisions are :class:`~controlplane.core.autoscaling.round.ScalingRound`'s and the advice is
+:class:`~controlplane.core.recommendations.cycle.Adviser`'s, the same as in the simulator; what they are told
+is put together in :mod:`.observing` and :mod:`.conditions`. Numbers that a person set and, where the mode is
+to apply, the round's targets are published to :class:`~controlplane.control.Control`, from where Serve's
 autoscaling policy fetches them; moves and held tiers go on top of them there.
 """
 
@@ -15,16 +15,17 @@ from typing import Any, Final
 
 from controlplane.config.scaling import ControllerScalingConfig
 from controlplane.control import Control
-from controlplane.core.advice import AdviceBook, Given
-from controlplane.core.advising import Adviser
-from controlplane.core.cold_starts import ColdStarts
-from controlplane.core.domain import GatewayInfo, TierSpec
-from controlplane.core.gangs import WHOLE_MILLI
+from controlplane.core.autoscaling.cold_starts import ColdStarts
+from controlplane.core.autoscaling.round import RoundDecision, ScalingRound, TierRule
+from controlplane.core.cluster.snapshot import GatewayInfo
+from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.json_values import under
-from controlplane.core.orders import ActionAnswer
-from controlplane.core.scaling_round import RoundDecision, ScalingRound, TierRule
-from controlplane.core.scaling_view import ScalingReport
-from controlplane.core.targets import TierTarget
+from controlplane.core.placement.gangs import WHOLE_MILLI
+from controlplane.core.recommendations.cycle import Adviser
+from controlplane.core.recommendations.log import AdviceBook, Given
+from controlplane.core.recommendations.views import ScalingReport
+from controlplane.core.reconcile.commands import ActionAnswer
+from controlplane.core.reconcile.replica_targets import TierTarget
 from controlplane.scaling.by_hand import ByHand
 from controlplane.scaling.conditions import conditions
 from controlplane.scaling.observing import Observer

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from controlplane.control import Control
-from controlplane.core.autoscaling import EngineObservation, TierObservation
-from controlplane.core.domain import Endpoint, EndpointState, TierSpec
-from controlplane.core.health import SERVING
-from controlplane.core.overrides import Overrides
-from controlplane.core.telemetry import Signal, judge, missing
-from controlplane.core.traffic import Traffic, since
+from controlplane.core.autoscaling.overrides import Overrides
+from controlplane.core.autoscaling.policy import EngineObservation, TierObservation
+from controlplane.core.cluster.tier_spec import TierSpec
+from controlplane.core.domain.endpoint import SERVING, Endpoint, EndpointState
+from controlplane.core.telemetry.series import Signal, judge, missing
+from controlplane.core.traffic.counters import Traffic, since
 
 
 class Observer:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from controlplane.control import Control
-from controlplane.core.advice import AdviceBook
-from controlplane.core.domain import TierScaling, TierSpec
-from controlplane.core.health import SERVING
-from controlplane.core.overrides import Override
-from controlplane.core.scaling_round import RoundDecision
-from controlplane.core.scaling_view import TierScalingView
+from controlplane.core.autoscaling.overrides import Override
+from controlplane.core.autoscaling.round import RoundDecision
+from controlplane.core.cluster.snapshot import TierScaling
+from controlplane.core.cluster.tier_spec import TierSpec
+from controlplane.core.domain.endpoint import SERVING
+from controlplane.core.recommendations.log import AdviceBook
+from controlplane.core.recommendations.views import TierScalingView
 
 FORECAST_STEP = 0.1
 """A forecast that changed by less than this share is not told anew."""

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import numpy as np
 
-from controlplane.core.advice import AdviceBook, Given, Record
-from controlplane.core.advising import AdviceRules, Adviser
-from controlplane.core.autoscaling import TierScaler
-from controlplane.core.capacity import Work
-from controlplane.core.fleet import TierPool
-from controlplane.core.recommendations import GPU_LOAD, SLOT_LOAD, TierCondition
-from controlplane.core.telemetry import Signal, known_now, missing
+from controlplane.core.autoscaling.capacity import Work
+from controlplane.core.autoscaling.policy import TierScaler
+from controlplane.core.recommendations.cycle import AdviceRules, Adviser
+from controlplane.core.recommendations.log import AdviceBook, Given, Record
+from controlplane.core.recommendations.rules import GPU_LOAD, SLOT_LOAD, TierCondition
+from controlplane.core.routing.endpoint_table import TierPool
+from controlplane.core.telemetry.series import Signal, known_now, missing
 
 if TYPE_CHECKING:
     from controlplane.simulation.fleet import TierFleet

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from controlplane.core.gangs import WHOLE_MILLI, Gang, Infeasible, Placement, Shape
-from controlplane.core.placement import ClusterState, Planner, demand_of
-from controlplane.core.planning import plan
-from controlplane.core.topology import Node
+from controlplane.core.placement.batch_planner import plan
+from controlplane.core.placement.gangs import WHOLE_MILLI, Gang, Infeasible, Placement, Shape
+from controlplane.core.placement.planner import ClusterState, Planner, demand_of
+from controlplane.core.placement.topology import Node
 from controlplane.simulation.clock import VirtualClock
 
 Start = Callable[[Placement | None, bool], None]

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from typing import Any, Final, Protocol
 
-from controlplane.core.roofline import Roofline
+from controlplane.core.sizing.roofline import Roofline
 from controlplane.simulation.clock import VirtualClock
 
 CHUNK_TOKENS: Final = 2048

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from controlplane.core.domain import Capabilities, Endpoint, EndpointState
-from controlplane.core.gangs import WHOLE_MILLI, Gang, Placement, Shape
+from controlplane.core.domain.endpoint import Capabilities, Endpoint, EndpointState
+from controlplane.core.placement.gangs import WHOLE_MILLI, Gang, Placement, Shape
 from controlplane.simulation.clock import VirtualClock
 from controlplane.simulation.cluster import Cluster
 from controlplane.simulation.engine import Engine, Job, Timing

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from controlplane.core.fleet import Lease
-from controlplane.core.tiers import Route, RouteRequest
+from controlplane.core.routing.endpoint_table import Lease
+from controlplane.core.routing.tier_table import Route, RouteRequest
 from controlplane.simulation.traces import Arrival
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from controlplane.core.autoscaling import Slo
+from controlplane.core.domain.slo import Slo
 
 
 @dataclass(frozen=True, slots=True)

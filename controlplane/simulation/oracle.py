@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Final
 
-from controlplane.core.autoscaling import ScalingDecision
-from controlplane.core.capacity import Bounds, Capacity, EngineSpeed, Work
+from controlplane.core.autoscaling.capacity import Bounds, Capacity, EngineSpeed, Work
+from controlplane.core.autoscaling.policy import ScalingDecision
 from controlplane.simulation.engine import Timing
 from controlplane.simulation.policies import Static, decision, each
 from controlplane.simulation.results import Result

@@ -7,7 +7,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from controlplane.core.scaling_view import effect_text, judged_text
+from controlplane.core.recommendations.views import effect_text, judged_text
 from controlplane.simulation.results import Result, TierResult
 from controlplane.simulation.room_text import room_lines
 

@@ -1,6 +1,6 @@
 """The scaling policies a simulation can run: tierplane's own, and others for comparison.
 
-* ``tierplane``: :class:`controlplane.core.scaling_round.ScalingRound`, the production code: all tiers
+* ``tierplane``: :class:`controlplane.core.autoscaling.round.ScalingRound`, the production code: all tiers
   together, inside the GPUs that there are. Of the others each tier has one of its own.
 * ``static``: as many replicas as the trace's busiest minute needs, from beginning to end.
 * ``hpa``: Kubernetes' HorizontalPodAutoscaler on GPU utilisation, with its documented algorithm and defaults.
@@ -19,8 +19,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
-from controlplane.core.autoscaling import Move, ScalingDecision, TierScaler
-from controlplane.core.scaling_round import RoundDecision, ScalingRound
+from controlplane.core.autoscaling.policy import Move, ScalingDecision, TierScaler
+from controlplane.core.autoscaling.round import RoundDecision, ScalingRound
 from controlplane.simulation.simulator import MakePolicy, Scenario, Seen, TierScenario
 
 TARGET_RATIO: Final = 0.7

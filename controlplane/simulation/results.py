@@ -9,8 +9,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from controlplane.core.advice import Given, Record
-from controlplane.core.scaling_view import given_as_json
+from controlplane.core.recommendations.log import Given, Record
+from controlplane.core.recommendations.views import given_as_json
 
 QUANTILES: Final = (0.5, 0.9, 0.95, 0.99)
 START_UNIX_S: Final = 1_767_571_200.0

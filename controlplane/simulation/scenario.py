@@ -8,12 +8,12 @@ from typing import Final
 
 from controlplane.adapters.tier_gangs import tier_demands
 from controlplane.config import PlaneConfig, TierConfig
-from controlplane.core.admission import AdmissionSettings
-from controlplane.core.autoscaling import ScalingSettings
-from controlplane.core.capacity import Work
-from controlplane.core.fleet import FleetSettings
-from controlplane.core.recommendations import latency_limit_ms
-from controlplane.core.topology import Node
+from controlplane.core.admission.queue import AdmissionSettings
+from controlplane.core.autoscaling.capacity import Work
+from controlplane.core.autoscaling.policy import ScalingSettings
+from controlplane.core.placement.topology import Node
+from controlplane.core.recommendations.rules import latency_limit_ms
+from controlplane.core.routing.endpoint_table import FleetSettings
 from controlplane.gateway.app import tier_policy
 from controlplane.simulation.advice import AdviceSettings
 from controlplane.simulation.fleet import ReplicaModel

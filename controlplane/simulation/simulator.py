@@ -1,8 +1,8 @@
 """Arrivals through the production dispatcher onto a fake fleet, scaled by a policy, under a virtual clock.
 
-What is production code here: :class:`controlplane.core.dispatch.Dispatcher` with routing, scoring, circuit
-breakers and the admission queue, with the policy ``tierplane``
-:class:`controlplane.core.scaling_round.ScalingRound`, and, where nodes are given, the placement
+What is production code here: :class:`controlplane.core.routing.dispatcher.Dispatcher` with routing, scoring,
+circuit breakers and the admission queue, with the policy ``tierplane``
+:class:`controlplane.core.autoscaling.round.ScalingRound`, and, where nodes are given, the placement
 (:mod:`.cluster`).
 One gateway replica is simulated, and it sees endpoints at once.
 """
@@ -13,17 +13,22 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
-from controlplane.core.admission import AdmissionQueue, AdmissionSettings
-from controlplane.core.autoscaling import EngineObservation, ScalingSettings, TierObservation, TierScaler
-from controlplane.core.capacity import EngineSpeed, Work
-from controlplane.core.dispatch import Dispatcher, Held, Refused, Started
-from controlplane.core.domain import EndpointState
-from controlplane.core.fleet import Fleet, FleetSettings
-from controlplane.core.recommendations import LATENCY_MS
-from controlplane.core.scaling_round import RoundDecision, TierRule
-from controlplane.core.telemetry import known_now, missing
-from controlplane.core.tiers import RouteRequest, TierPolicy, TierTable, resolve
-from controlplane.core.topology import Node
+from controlplane.core.admission.queue import AdmissionQueue, AdmissionSettings
+from controlplane.core.autoscaling.capacity import EngineSpeed, Work
+from controlplane.core.autoscaling.policy import (
+    EngineObservation,
+    ScalingSettings,
+    TierObservation,
+    TierScaler,
+)
+from controlplane.core.autoscaling.round import RoundDecision, TierRule
+from controlplane.core.domain.endpoint import EndpointState
+from controlplane.core.placement.topology import Node
+from controlplane.core.recommendations.rules import LATENCY_MS
+from controlplane.core.routing.dispatcher import Dispatcher, Held, Refused, Started
+from controlplane.core.routing.endpoint_table import Fleet, FleetSettings
+from controlplane.core.routing.tier_table import RouteRequest, TierPolicy, TierTable, resolve
+from controlplane.core.telemetry.series import known_now, missing
 from controlplane.simulation.advice import AdviceSettings, SimulatedAdvice
 from controlplane.simulation.clock import VirtualClock
 from controlplane.simulation.cluster import Cluster

@@ -16,14 +16,14 @@ from controlplane.adapters.catalog import gpu_named, gpu_table
 from controlplane.adapters.model_config import load_model
 from controlplane.adapters.tier_gangs import TierDemand
 from controlplane.config import TierConfig
-from controlplane.core.capacity import EngineSpeed, Work, speed_of
-from controlplane.core.engine_settings import parse_settings
-from controlplane.core.gangs import Gang, Infeasible, Shape
-from controlplane.core.gpus import find_gpu
-from controlplane.core.memory import plan_memory
-from controlplane.core.placement import ClusterState, Planner
-from controlplane.core.roofline import roofline
-from controlplane.core.topology import Node
+from controlplane.core.autoscaling.capacity import EngineSpeed, Work, speed_of
+from controlplane.core.placement.gangs import Gang, Infeasible, Shape
+from controlplane.core.placement.planner import ClusterState, Planner
+from controlplane.core.placement.topology import Node
+from controlplane.core.sizing.engine_args import parse_settings
+from controlplane.core.sizing.gpu_memory import plan_memory
+from controlplane.core.sizing.gpu_models import find_gpu
+from controlplane.core.sizing.roofline import roofline
 from controlplane.engines.simulated import settings_of
 from controlplane.errors import SetupError
 from controlplane.simulation.engine import RooflineTiming, SimulatedTiming

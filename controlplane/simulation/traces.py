@@ -18,8 +18,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TextIO
 
-from controlplane.core.domain import Complexity, Priority
-from controlplane.core.recorded_traffic import TrafficWindow
+from controlplane.core.domain.request import Complexity, Priority
+from controlplane.core.reports.recorded_traffic import TrafficWindow
 from controlplane.errors import SetupError
 
 _LENGTH_SIGMA: Final = 0.8

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from controlplane.cli.console import stdout
 from controlplane.config import PlaneConfig, parse_plane
-from controlplane.core.capacity import Work
+from controlplane.core.autoscaling.capacity import Work
 from controlplane.simulation.engine import SimulatedTiming
 from controlplane.simulation.options import Options
 from controlplane.simulation.policies import Static, each, reactive_policy

@@ -26,13 +26,14 @@ import psutil
 from controlplane.control import GC_THRESHOLDS, Control, ControlRules
 from controlplane.controller import Controller
 from controlplane.core import kept
-from controlplane.core.domain import Endpoint, EndpointState, TierSpec
-from controlplane.core.gangs import Shape
-from controlplane.core.history import points
-from controlplane.core.leases import Outcome, Part
-from controlplane.core.node_news import Infos, NodeNews, news_of, whole_sample
-from controlplane.core.orders import OrderKind
-from controlplane.core.samples import (
+from controlplane.core.cluster.tier_spec import TierSpec
+from controlplane.core.domain.endpoint import Endpoint, EndpointState
+from controlplane.core.gpus.leases import Outcome, Part
+from controlplane.core.placement.gangs import Shape
+from controlplane.core.reconcile.commands import OrderKind
+from controlplane.core.reports.history import points
+from controlplane.core.telemetry.node_updates import Infos, NodeNews, news_of, whole_sample
+from controlplane.core.telemetry.samples import (
     GpuCondition,
     GpuEvent,
     GpuEventKind,

@@ -13,12 +13,13 @@ from timeit import repeat
 
 import click
 
-from controlplane.core.admission import AdmissionQueue
-from controlplane.core.dispatch import Dispatcher, Held, Started
-from controlplane.core.domain import Complexity, Endpoint, EndpointState
-from controlplane.core.fleet import Fleet
-from controlplane.core.routing import decide
-from controlplane.core.tiers import RouteRequest, TierPolicy, TierTable
+from controlplane.core.admission.queue import AdmissionQueue
+from controlplane.core.domain.endpoint import Endpoint, EndpointState
+from controlplane.core.domain.request import Complexity
+from controlplane.core.routing.dispatcher import Dispatcher, Held, Started
+from controlplane.core.routing.endpoint_table import Fleet
+from controlplane.core.routing.router import decide
+from controlplane.core.routing.tier_table import RouteRequest, TierPolicy, TierTable
 
 TIERS = ("lightweight", "balanced", "capable")
 NOW_S = 1000.0

@@ -23,8 +23,8 @@ from rich.table import Table
 
 from controlplane.cli.console import stdout
 from controlplane.config import PlaneConfig, TierConfig
-from controlplane.core.autoscaling import Slo
-from controlplane.core.capacity import Work
+from controlplane.core.autoscaling.capacity import Work
+from controlplane.core.domain.slo import Slo
 from controlplane.simulation import oracle
 from controlplane.simulation.options import Options
 from controlplane.simulation.policies import NAMES, TARGETS, reactive_policy

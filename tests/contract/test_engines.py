@@ -19,7 +19,7 @@ from openai import AuthenticationError, NotFoundError, OpenAI
 
 from controlplane import models
 from controlplane.config import RestartConfig, TierConfig
-from controlplane.core.domain import EndpointState
+from controlplane.core.domain.endpoint import EndpointState
 from controlplane.engines import engine_for, reaper
 from controlplane.engines.base import Engine
 from controlplane.engines.probe import metric

@@ -22,7 +22,7 @@ from langchain_openai import ChatOpenAI
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from pydantic import SecretStr
 
-from controlplane.core.domain import Capabilities, Endpoint, EndpointState
+from controlplane.core.domain.endpoint import Capabilities, Endpoint, EndpointState
 from tests.support_gateway import Rig, running
 
 MODEL = "model-balanced"

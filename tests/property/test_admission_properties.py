@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from controlplane.core.admission import (
+from controlplane.core.admission.fair_queue import BANDS
+from controlplane.core.admission.queue import (
     AdmissionQueue,
     AdmissionSettings,
     Queued,
@@ -19,8 +20,7 @@ from controlplane.core.admission import (
     TicketState,
     Why,
 )
-from controlplane.core.domain import Priority
-from controlplane.core.tickets import BANDS
+from controlplane.core.domain.request import Priority
 
 LANES = ("x", "y", "z")
 ORDER = {priority: rank for rank, priority in enumerate(BANDS)}

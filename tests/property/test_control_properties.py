@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 
 from controlplane.control import Control
 from controlplane.core import kept
-from controlplane.core.domain import Endpoint, EndpointState
-from controlplane.core.gangs import Shape
-from controlplane.core.gpu_health import GpuState
-from controlplane.core.leases import WHOLE_MILLI
-from controlplane.core.moves import STEPS, Move, MovePhase, Restart, TierHold, step
-from controlplane.core.reconcile import (
+from controlplane.core.domain.endpoint import Endpoint, EndpointState
+from controlplane.core.gpus.health import GpuState
+from controlplane.core.gpus.leases import WHOLE_MILLI
+from controlplane.core.placement.gangs import Shape
+from controlplane.core.reconcile.in_progress import Work
+from controlplane.core.reconcile.migrations import STEPS, Move, MovePhase, Restart, TierHold, step
+from controlplane.core.reconcile.reconcile import (
     AdvanceMove,
     BeginMove,
     BeginRestart,
@@ -35,8 +36,7 @@ from controlplane.core.reconcile import (
     SetGpu,
     reconcile,
 )
-from controlplane.core.samples import Absence, GpuCondition, Missing
-from controlplane.core.work import Work
+from controlplane.core.telemetry.samples import Absence, GpuCondition, Missing
 from controlplane.errors import IllegalTransition
 from controlplane.operations import Operations
 from tests.support_control import GIB, World, xid

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controlplane.core import gpu_health
-from controlplane.core.gpu_findings import GpuRules
-from controlplane.core.gpu_fleet import GpuFleet, GpuRecord
-from controlplane.core.gpu_health import OUT_OF_USE, Assessment, GpuHealth, GpuState, assess
-from controlplane.core.history import points
-from controlplane.core.samples import (
+from controlplane.core.gpus import health as gpu_health
+from controlplane.core.gpus.findings import GpuRules
+from controlplane.core.gpus.health import OUT_OF_USE, Assessment, GpuHealth, GpuState, assess
+from controlplane.core.gpus.inventory import GpuFleet, GpuRecord
+from controlplane.core.gpus.xid import Level
+from controlplane.core.reports.history import points
+from controlplane.core.telemetry.samples import (
     Absence,
     GpuCondition,
     GpuEvent,
@@ -25,9 +26,8 @@ from controlplane.core.samples import (
     NodeSample,
     Reading,
 )
-from controlplane.core.signals import GpuSignals
-from controlplane.core.telemetry import DEFAULT_LIMITS, Freshness, Signal, judge
-from controlplane.core.xid import Level
+from controlplane.core.telemetry.series import DEFAULT_LIMITS, Freshness, Signal, judge
+from controlplane.core.telemetry.signals import GpuSignals
 from tests.support_control import gpu_sample, node_sample
 
 RULES = GpuRules(hold_initial_s=4, hot_for_s=3, suspect_for_s=4, probation_s=4, evidence_gap_s=6)

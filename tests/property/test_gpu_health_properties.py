@@ -7,9 +7,10 @@ from dataclasses import fields, replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controlplane.core.gpu_findings import GpuRules
-from controlplane.core.gpu_health import MOVES, OUT_OF_USE, GpuHealth, GpuState, assess, unremarkable
-from controlplane.core.samples import (
+from controlplane.core.gpus.findings import GpuRules
+from controlplane.core.gpus.health import MOVES, OUT_OF_USE, GpuHealth, GpuState, assess, unremarkable
+from controlplane.core.gpus.xid import XIDS, Level
+from controlplane.core.telemetry.samples import (
     Absence,
     GpuCondition,
     GpuEvent,
@@ -20,7 +21,6 @@ from controlplane.core.samples import (
     RecoveryAction,
     RowRemaps,
 )
-from controlplane.core.xid import XIDS, Level
 
 RULES = GpuRules(hold_initial_s=5, hot_for_s=3, suspect_for_s=5, probation_s=5, evidence_gap_s=4)
 missing = st.builds(Missing, st.sampled_from(Absence), st.just("for a reason"))

@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from controlplane.core.leases import WHOLE_MILLI, Capacity, Lease, LeaseBook, Outcome, Part
+from controlplane.core.gpus.leases import WHOLE_MILLI, Capacity, Lease, LeaseBook, Outcome, Part
 
 UUIDS = tuple(f"GPU-{index}" for index in range(5))
 MEMORY = 100

@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controlplane.adapters.catalog import gpu_table, known_models
-from controlplane.core.architecture import LayerKind, ModelSpec, plain_model
-from controlplane.core.engine_settings import EngineSettings
-from controlplane.core.feasibility import Fit, Limits, Unfit, fit, shortfalls
-from controlplane.core.hf_config import parse_config
-from controlplane.core.kv_cache import kv_bytes_per_token, kv_groups, kv_layout
-from controlplane.core.memory import activation_bytes, plan_memory
-from controlplane.core.quantization import PRESETS, matrix_bytes
-from controlplane.core.weights import divisibility, stages
+from controlplane.core.sizing.architecture import LayerKind, ModelSpec, plain_model
+from controlplane.core.sizing.engine_args import EngineSettings
+from controlplane.core.sizing.feasibility import Fit, Limits, Unfit, fit, shortfalls
+from controlplane.core.sizing.gpu_memory import activation_bytes, plan_memory
+from controlplane.core.sizing.hf_config import parse_config
+from controlplane.core.sizing.kv_cache import kv_bytes_per_token, kv_groups, kv_layout
+from controlplane.core.sizing.quantization import PRESETS, matrix_bytes
+from controlplane.core.sizing.weights import divisibility, stages
 
 SPECS = [parse_config(entry["config"], entry["name"]) for entry in known_models()]
 models = st.sampled_from(SPECS)

@@ -9,13 +9,13 @@ from random import Random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controlplane.core.gangs import Gang, Placement, Shape
-from controlplane.core.occupancy import Replica, Reserved, occupancy
-from controlplane.core.placement import ClusterState, Planner
-from controlplane.core.planning import plan
-from controlplane.core.revalidation import revalidate
-from controlplane.core.topology import Distance, Gpu, Node, spread_of
-from controlplane.core.what_if import change
+from controlplane.core.placement.batch_planner import plan
+from controlplane.core.placement.gangs import Gang, Placement, Shape
+from controlplane.core.placement.occupancy import Replica, Reserved, occupancy
+from controlplane.core.placement.planner import ClusterState, Planner
+from controlplane.core.placement.revalidation import revalidate
+from controlplane.core.placement.topology import Distance, Gpu, Node, spread_of
+from controlplane.core.placement.what_if import change
 
 GIB = 1024**3
 

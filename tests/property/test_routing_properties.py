@@ -6,14 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from controlplane.core.admission import AdmissionQueue, AdmissionSettings
-from controlplane.core.breaker import MOVES, Breaker, BreakerSettings, BreakerState
-from controlplane.core.dispatch import Dispatcher, Held, Started
-from controlplane.core.domain import Capabilities, Complexity, Endpoint, EndpointState, Priority
-from controlplane.core.fleet import Fleet, Lease, Seat, share
-from controlplane.core.routing import Outcome, decide, explain, has_room
-from controlplane.core.scoring import home
-from controlplane.core.tiers import (
+from controlplane.core.admission.queue import AdmissionQueue, AdmissionSettings
+from controlplane.core.domain.endpoint import Capabilities, Endpoint, EndpointState
+from controlplane.core.domain.request import Complexity, Priority
+from controlplane.core.routing.circuit_breaker import MOVES, Breaker, BreakerSettings, BreakerState
+from controlplane.core.routing.dispatcher import Dispatcher, Held, Started
+from controlplane.core.routing.endpoint_table import Fleet, Lease, Seat, share
+from controlplane.core.routing.router import Outcome, decide, explain, has_room
+from controlplane.core.routing.scorers import home
+from controlplane.core.routing.tier_table import (
     API_BITS,
     Api,
     Direction,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controlplane.core.autoscaling import ScalingSettings, TierObservation, TierScaler
-from controlplane.core.capacity import Bounds, Capacity, EngineSpeed, Work
-from controlplane.core.gpu_budget import GpuDemand, share_gpus
-from controlplane.core.telemetry import Freshness, Signal, known_now, missing
+from controlplane.core.autoscaling.capacity import Bounds, Capacity, EngineSpeed, Work
+from controlplane.core.autoscaling.gpu_budget import GpuDemand, share_gpus
+from controlplane.core.autoscaling.policy import ScalingSettings, TierObservation, TierScaler
+from controlplane.core.telemetry.series import Freshness, Signal, known_now, missing
 
 SPEED = EngineSpeed(0.02, 0.001, 0.0001)
 WORK = Work(500.0, 100.0)

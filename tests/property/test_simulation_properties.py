@@ -5,13 +5,14 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controlplane.core.autoscaling import ScalingSettings, Slo
-from controlplane.core.capacity import EngineSpeed, Work
-from controlplane.core.gangs import Gang, Infeasible, Shape
-from controlplane.core.placement import ClusterState, Planner
-from controlplane.core.revalidation import revalidate
-from controlplane.core.tiers import TierPolicy
-from controlplane.core.topology import Gpu, Node
+from controlplane.core.autoscaling.capacity import EngineSpeed, Work
+from controlplane.core.autoscaling.policy import ScalingSettings
+from controlplane.core.domain.slo import Slo
+from controlplane.core.placement.gangs import Gang, Infeasible, Shape
+from controlplane.core.placement.planner import ClusterState, Planner
+from controlplane.core.placement.revalidation import revalidate
+from controlplane.core.placement.topology import Gpu, Node
+from controlplane.core.routing.tier_table import TierPolicy
 from controlplane.simulation.clock import VirtualClock
 from controlplane.simulation.cluster import Cluster
 from controlplane.simulation.engine import SimulatedTiming

@@ -15,10 +15,12 @@ from typing import Any
 
 import pytest
 
-from controlplane.core.admission import AdmissionQueue, AdmissionSettings
-from controlplane.core.dispatch import Dispatcher, Held, Refused, Started
-from controlplane.core.domain import Endpoint, EndpointState, Priority
-from controlplane.core.failover import (
+from controlplane.core.admission.queue import AdmissionQueue, AdmissionSettings
+from controlplane.core.domain.endpoint import Endpoint, EndpointState
+from controlplane.core.domain.request import Priority
+from controlplane.core.routing.dispatcher import Dispatcher, Held, Refused, Started
+from controlplane.core.routing.endpoint_table import Fleet, Lease
+from controlplane.core.routing.retry import (
     RULES,
     Attempt,
     Failure,
@@ -27,8 +29,7 @@ from controlplane.core.failover import (
     RetrySettings,
     next_step,
 )
-from controlplane.core.fleet import Fleet, Lease
-from controlplane.core.tiers import RouteRequest, TierPolicy, TierTable
+from controlplane.core.routing.tier_table import RouteRequest, TierPolicy, TierTable
 
 FIRST_TOKEN_TIMEOUT_S = 3.0
 

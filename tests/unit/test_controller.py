@@ -1,7 +1,9 @@
 from dataclasses import replace
 
 from controlplane.controller import FAILED_KEPT_S, MISSED_REPORTS, WARMING_REPORTS, Controller
-from controlplane.core.domain import Endpoint, EndpointState, GatewayInfo, TierSpec
+from controlplane.core.cluster.snapshot import GatewayInfo
+from controlplane.core.cluster.tier_spec import TierSpec
+from controlplane.core.domain.endpoint import Endpoint, EndpointState
 
 HEARTBEAT_S = 2.0
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from controlplane.adapters.nvml_agent import local_agent
-from controlplane.core.samples import Absence, GpuCondition, GpuEvent, GpuEventKind, Missing
+from controlplane.core.telemetry.samples import Absence, GpuCondition, GpuEvent, GpuEventKind, Missing
 from tests.nvml_driver.children import Child
 from tests.nvml_driver.driver import DOUBLE_BIT_ECC_EVENT, NOT_SUPPORTED, FakeDriver
 

@@ -14,9 +14,9 @@ from controlplane.cli.command import command
 from controlplane.config import TierConfig, load_plane, parse_plane
 from controlplane.config.flags import drift, known_vllm_flags
 from controlplane.config.outdated import OUTDATED, map_outdated
-from controlplane.core.engine_settings import parse_settings
-from controlplane.core.feasibility import Fit, judge
-from controlplane.core.memory import plan_memory
+from controlplane.core.sizing.engine_args import parse_settings
+from controlplane.core.sizing.feasibility import Fit, judge
+from controlplane.core.sizing.gpu_memory import plan_memory
 from controlplane.engines.base import Launch
 from controlplane.engines.vllm import VllmEngine
 from controlplane.engines.vllm_parser import ask_installed

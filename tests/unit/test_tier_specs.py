@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from controlplane.core.recommendations import LATENCY_MS
-from controlplane.core.scaling_plan import ScalingPlan
+from controlplane.core.cluster.tier_spec import ScalingPlan
+from controlplane.core.recommendations.rules import LATENCY_MS
 from controlplane.tier_specs import tier_specs
 from tests.support_gateway import plane
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from controlplane.core.gangs import Gang, Placement, Shape
-from controlplane.core.ledger import Ledger
-from controlplane.core.placement import ClusterState, Planner
-from controlplane.core.topology import Distance, Gpu, Node, spread_of
+from controlplane.core.placement.free_capacity import Ledger
+from controlplane.core.placement.gangs import Gang, Placement, Shape
+from controlplane.core.placement.planner import ClusterState, Planner
+from controlplane.core.placement.topology import Distance, Gpu, Node, spread_of
 
 NODES = 128
 ROUNDS = 3

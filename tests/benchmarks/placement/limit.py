@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.optimize import linprog
 
-from controlplane.core.gangs import WHOLE_MILLI, Shape
+from controlplane.core.placement.gangs import WHOLE_MILLI, Shape
 
 
 def limit_percent(shapes: Sequence[Shape]) -> float:

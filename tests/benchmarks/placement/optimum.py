@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from controlplane.core.gangs import WHOLE_MILLI, Gang, Placement, Shape
-from controlplane.core.placement import ClusterState, Planner
-from controlplane.core.planning import plan
-from controlplane.core.topology import Gpu, Node
+from controlplane.core.placement.batch_planner import plan
+from controlplane.core.placement.gangs import WHOLE_MILLI, Gang, Placement, Shape
+from controlplane.core.placement.planner import ClusterState, Planner
+from controlplane.core.placement.topology import Gpu, Node
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from typing import Protocol
 
 import numpy as np
 
-from controlplane.core.fitting import Bools
-from controlplane.core.gangs import WHOLE_MILLI, Gang, Placement, Shape
-from controlplane.core.ledger import Ledger, all_rows
-from controlplane.core.placement import ClusterState, Planner
-from controlplane.core.stranding import Floats, Ints
-from controlplane.core.topology import Node
+from controlplane.core.placement.fragmentation import Floats, Ints
+from controlplane.core.placement.free_capacity import Ledger, all_rows
+from controlplane.core.placement.gangs import WHOLE_MILLI, Gang, Placement, Shape
+from controlplane.core.placement.node_fit import Bools
+from controlplane.core.placement.planner import ClusterState, Planner
+from controlplane.core.placement.topology import Node
 
 MOST_CPU_MILLI = 128_000
 MOST_GPU_MILLI = 8_000

@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 
-from controlplane.core.topology import Node
+from controlplane.core.placement.topology import Node
 from tests.benchmarks.placement import policies
 from tests.benchmarks.placement.trace import Workload, arrivals, fleet_milli, shuffled
 

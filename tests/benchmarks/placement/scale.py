@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from math import log10
 from pathlib import Path
 
-from controlplane.core.gangs import Gang, Shape
-from controlplane.core.placement import ClusterState
-from controlplane.core.planning import plan
-from controlplane.core.revalidation import revalidate
+from controlplane.core.placement.batch_planner import plan
+from controlplane.core.placement.gangs import Gang, Shape
+from controlplane.core.placement.planner import ClusterState
+from controlplane.core.placement.revalidation import revalidate
 from tests.benchmarks.placement.gangs import fleet
 
 GANGS = 500

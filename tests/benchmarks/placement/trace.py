@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from controlplane.core.gangs import WHOLE_MILLI, Shape
-from controlplane.core.topology import Gpu, Node
+from controlplane.core.placement.gangs import WHOLE_MILLI, Shape
+from controlplane.core.placement.topology import Gpu, Node
 
 LOAD = 1.3
 """Arrivals in relation to the fleet's GPUs."""

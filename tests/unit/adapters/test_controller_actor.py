@@ -11,7 +11,7 @@ import pytest
 from controlplane.adapters import cordons
 from controlplane.adapters.controller_actor import control_rules, scrape_targets, store_path
 from controlplane.config import ControllerConfig
-from controlplane.core.domain import Endpoint, EndpointState
+from controlplane.core.domain.endpoint import Endpoint, EndpointState
 
 ENDPOINT = Endpoint(
     endpoint_id="small-1",

@@ -11,9 +11,9 @@ import ray._private.state
 from controlplane.adapters import live_cluster as module
 from controlplane.adapters.live_cluster import live_cluster
 from controlplane.config import PlaneConfig
-from controlplane.core.domain import Endpoint, EndpointState
-from controlplane.core.occupancy import Reserved
-from controlplane.core.samples import NOT_SAMPLED, GpuCondition, GpuInfo, GpuSample, NodeSample
+from controlplane.core.domain.endpoint import Endpoint, EndpointState
+from controlplane.core.placement.occupancy import Reserved
+from controlplane.core.telemetry.samples import NOT_SAMPLED, GpuCondition, GpuInfo, GpuSample, NodeSample
 
 GIB = 2**30
 CONFIG = {

@@ -14,8 +14,8 @@ from ray.exceptions import RayActorError
 
 from controlplane.adapters import node_watch
 from controlplane.adapters.node_watch import RECENT_S, NodeWatch, recent
-from controlplane.core.node_news import NO_INFOS, Infos, NodeNews, news_of
-from controlplane.core.samples import (
+from controlplane.core.telemetry.node_updates import NO_INFOS, Infos, NodeNews, news_of
+from controlplane.core.telemetry.samples import (
     GpuEvent,
     GpuEventKind,
     GpuInfo,

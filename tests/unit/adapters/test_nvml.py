@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from controlplane.core.samples import (
+from controlplane.core.telemetry.samples import (
     Absence,
     GpuCondition,
     GpuProcess,

@@ -18,7 +18,9 @@ from controlplane.adapters.ray_serve import (
 from controlplane.config import ControllerConfig, parse_plane
 from controlplane.control import Control
 from controlplane.controller import Controller
-from controlplane.core.domain import ClusterSnapshot, Endpoint, EndpointState, GatewayInfo, TierSpec
+from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo
+from controlplane.core.cluster.tier_spec import TierSpec
+from controlplane.core.domain.endpoint import Endpoint, EndpointState
 from controlplane.tier_specs import tier_specs
 
 PLANE = parse_plane({"tiers": [{"name": "balanced", "engine": "simulated", "replicas": 2}]})

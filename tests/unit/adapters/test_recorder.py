@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from controlplane.adapters.recorder import Recorder
-from controlplane.core.domain import Event
+from controlplane.core.domain.event import Event
 from tests.support_waiting import until
 
 

@@ -13,9 +13,9 @@ from structlog.testing import capture_logs
 from controlplane.adapters.recorder import Recorder
 from controlplane.adapters.reports import Reports
 from controlplane.config.reports import ReportsConfig
-from controlplane.core.domain import GatewayInfo
-from controlplane.core.report import PlaneReport
-from controlplane.core.traffic import Traffic
+from controlplane.core.cluster.snapshot import GatewayInfo
+from controlplane.core.reports.report import PlaneReport
+from controlplane.core.traffic.counters import Traffic
 from tests.support_control import HEARTBEAT_S, World
 from tests.support_waiting import until
 

@@ -12,15 +12,17 @@ import pytest
 from controlplane.alerting import Alerting
 from controlplane.config import ControllerConfig
 from controlplane.config.alerts import AlertsConfig
-from controlplane.core import alert_rules as names
-from controlplane.core.alert_figures import Known
-from controlplane.core.alert_views import AlertView, Happening, Notice
-from controlplane.core.alerts import AlertState, Kind
-from controlplane.core.domain import EndpointState, GatewayInfo, TierSpec
-from controlplane.core.moves import CONTROLLER, TierHold
-from controlplane.core.orders import Outcome
-from controlplane.core.telemetry import Signal, known_now, missing
-from controlplane.core.traffic import Traffic
+from controlplane.core.alerts import rules as names
+from controlplane.core.alerts.book import AlertState, Kind
+from controlplane.core.alerts.signals import Known
+from controlplane.core.alerts.views import AlertView, Happening, Notice
+from controlplane.core.cluster.snapshot import GatewayInfo
+from controlplane.core.cluster.tier_spec import TierSpec
+from controlplane.core.domain.endpoint import EndpointState
+from controlplane.core.reconcile.commands import Outcome
+from controlplane.core.reconcile.migrations import CONTROLLER, TierHold
+from controlplane.core.telemetry.series import Signal, known_now, missing
+from controlplane.core.traffic.counters import Traffic
 from controlplane.operations import Operations
 from tests.support_control import HEARTBEAT_S, World, xid
 

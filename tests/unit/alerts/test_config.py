@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from controlplane.config import parse_plane
-from controlplane.core.alert_rules import RuleChange
-from controlplane.core.alerts import Severity
+from controlplane.core.alerts.book import Severity
+from controlplane.core.alerts.rules import RuleChange
 from controlplane.errors import ConfigError, Problem
 from controlplane.kubernetes.overlays import OVERLAYS
 from controlplane.kubernetes.pods import gateway_pod, head_pod

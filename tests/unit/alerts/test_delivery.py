@@ -19,8 +19,8 @@ from structlog.testing import capture_logs
 from controlplane.adapters import alert_delivery
 from controlplane.adapters.alert_delivery import SIGNATURE, AlertDelivery, pause_s, signature
 from controlplane.config.alerts import WebhookConfig
-from controlplane.core.alert_views import AlertView, Happening, Notice
-from controlplane.core.alerts import AlertState, Kind, Severity
+from controlplane.core.alerts.book import AlertState, Kind, Severity
+from controlplane.core.alerts.views import AlertView, Happening, Notice
 
 SECRET = "not for logs"
 VIEW = AlertView(

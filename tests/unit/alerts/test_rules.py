@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from controlplane.core import alert_rules as core
-from controlplane.core.alert_rules import BY_NAME, RULES, RuleChange, changed, rule_named
-from controlplane.core.alerts import AlertRule, Judge, Kind, Severity, Unit, lasts_text
-from controlplane.core.traffic import TierFigures
+from controlplane.core.alerts import rules as core
+from controlplane.core.alerts.book import AlertRule, Judge, Kind, Severity, Unit, lasts_text
+from controlplane.core.alerts.rules import BY_NAME, RULES, RuleChange, changed, rule_named
+from controlplane.core.traffic.counters import TierFigures
 from controlplane.monitoring import rules as prometheus
 
 PROM = {alert.name: alert for alert in prometheus.ALERTS}

@@ -14,12 +14,13 @@ from click.testing import CliRunner, Result
 
 from controlplane.cli import alerts, main, status
 from controlplane.cli.asking import PlaneAddress
-from controlplane.core.alert_rules import RULES
-from controlplane.core.alert_views import AlertsAnswer, AlertView, FiringAlert, SilenceView, WebhookView
-from controlplane.core.alerts import AlertState, Kind, Severity
-from controlplane.core.domain import ClusterSnapshot, Event
-from controlplane.core.moves import Activity
-from controlplane.core.orders import ActionAnswer, Outcome
+from controlplane.core.alerts.book import AlertState, Kind, Severity
+from controlplane.core.alerts.rules import RULES
+from controlplane.core.alerts.views import AlertsAnswer, AlertView, FiringAlert, SilenceView, WebhookView
+from controlplane.core.cluster.snapshot import ClusterSnapshot
+from controlplane.core.domain.event import Event
+from controlplane.core.reconcile.commands import ActionAnswer, Outcome
+from controlplane.core.reconcile.migrations import Activity
 
 DOWN = AlertView(
     rule="TierplaneTierDown",

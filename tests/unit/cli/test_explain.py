@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from controlplane.cli.explain import command
-from controlplane.core.domain import EndpointState
+from controlplane.core.domain.endpoint import EndpointState
 from tests.support_gateway import Rig, plane, running
 
 THREE = ({"name": "lightweight"}, {"name": "balanced"}, {"name": "capable"})

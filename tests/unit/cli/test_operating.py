@@ -12,10 +12,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from controlplane.cli import events, gpus, main, operate
-from controlplane.core.domain import Event
-from controlplane.core.gpu_views import GpuHolder, GpuView
-from controlplane.core.orders import ActionAnswer, Outcome
-from controlplane.core.telemetry import Freshness
+from controlplane.core.domain.event import Event
+from controlplane.core.gpus.views import GpuHolder, GpuView
+from controlplane.core.reconcile.commands import ActionAnswer, Outcome
+from controlplane.core.telemetry.series import Freshness
 from controlplane.errors import SetupError
 
 GIB = 1024**3

@@ -12,10 +12,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from controlplane.cli import main, recommendations, report, scale
-from controlplane.core.advice import Given, Record
-from controlplane.core.orders import ActionAnswer, Outcome
-from controlplane.core.recommendations import Effect, Kind, Recommendation, Score
-from controlplane.core.scaling_view import ScalingReport, TierScalingView
+from controlplane.core.recommendations.log import Given, Record
+from controlplane.core.recommendations.rules import Effect, Kind, Recommendation, Score
+from controlplane.core.recommendations.views import ScalingReport, TierScalingView
+from controlplane.core.reconcile.commands import ActionAnswer, Outcome
 from tests.unit.gateway.test_report_page import EVIL, made
 
 ADVICE = Recommendation(

@@ -20,9 +20,9 @@ from controlplane.adapters.reports import Reports
 from controlplane.cli import main
 from controlplane.cli import trace as module
 from controlplane.config.reports import ReportsConfig
-from controlplane.core.domain import GatewayInfo
-from controlplane.core.recorded_traffic import COLUMNS
-from controlplane.core.traffic import Traffic
+from controlplane.core.cluster.snapshot import GatewayInfo
+from controlplane.core.reports.recorded_traffic import COLUMNS
+from controlplane.core.traffic.counters import Traffic
 from controlplane.simulation.traces import read_trace
 from tests.support_control import HEARTBEAT_S, World
 from tests.support_waiting import until

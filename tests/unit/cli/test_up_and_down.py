@@ -16,8 +16,11 @@ from controlplane.cli import main
 from controlplane.cli.show import age
 from controlplane.cli.up import Interrupts, curl_line, openai_snippet
 from controlplane.cli.voice import JsonVoice, LineVoice
-from controlplane.core.domain import ClusterSnapshot, Endpoint, EndpointState, Event, TierSpec
-from controlplane.core.status import TierStatus, tier_statuses
+from controlplane.core.cluster.snapshot import ClusterSnapshot
+from controlplane.core.cluster.status import TierStatus, tier_statuses
+from controlplane.core.cluster.tier_spec import TierSpec
+from controlplane.core.domain.endpoint import Endpoint, EndpointState
+from controlplane.core.domain.event import Event
 
 
 @pytest.fixture(autouse=True)

@@ -8,12 +8,19 @@ import pytest
 
 from controlplane.control import NotSettled
 from controlplane.core import kept
-from controlplane.core.domain import EndpointState
-from controlplane.core.gangs import Shape
-from controlplane.core.gpu_health import OUT_OF_USE, GpuState
-from controlplane.core.moves import MovePhase
-from controlplane.core.orders import OrderKind
-from controlplane.core.samples import Absence, EngineSample, GpuCondition, GpuEvent, GpuEventKind, Missing
+from controlplane.core.domain.endpoint import EndpointState
+from controlplane.core.gpus.health import OUT_OF_USE, GpuState
+from controlplane.core.placement.gangs import Shape
+from controlplane.core.reconcile.commands import OrderKind
+from controlplane.core.reconcile.migrations import MovePhase
+from controlplane.core.telemetry.samples import (
+    Absence,
+    EngineSample,
+    GpuCondition,
+    GpuEvent,
+    GpuEventKind,
+    Missing,
+)
 from controlplane.operations import Operations
 from tests.support_control import HEARTBEAT_S, World, xid
 

@@ -9,10 +9,11 @@ import pytest
 
 from controlplane.config import TierConfig
 from controlplane.config.scaling import ControllerScalingConfig
-from controlplane.core.capacity import EngineSpeed
-from controlplane.core.domain import GatewayInfo, TierSpec
-from controlplane.core.gpu_priors import gpu_assumed
-from controlplane.core.samples import Absence, GpuInfo, Missing, Reading
+from controlplane.core.autoscaling.capacity import EngineSpeed
+from controlplane.core.cluster.assumed_gpu import gpu_assumed
+from controlplane.core.cluster.snapshot import GatewayInfo
+from controlplane.core.cluster.tier_spec import TierSpec
+from controlplane.core.telemetry.samples import Absence, GpuInfo, Missing, Reading
 from controlplane.scaling import Scaling
 from controlplane.tier_specs import GUESS, tier_specs
 from tests.support_control import HEARTBEAT_S, World

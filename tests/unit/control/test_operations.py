@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from controlplane.core.gangs import Shape
-from controlplane.core.gpu_health import GpuState
-from controlplane.core.leases import Outcome as LeaseOutcome
-from controlplane.core.leases import Part
-from controlplane.core.orders import Outcome
-from controlplane.core.samples import Absence, GpuCondition, Missing, NvLink
-from controlplane.core.subjects import Subject, SubjectKind, find_subject
-from controlplane.core.telemetry import Freshness
+from controlplane.core.domain.resource_name import Subject, SubjectKind, find_subject
+from controlplane.core.gpus.health import GpuState
+from controlplane.core.gpus.leases import Outcome as LeaseOutcome
+from controlplane.core.gpus.leases import Part
+from controlplane.core.placement.gangs import Shape
+from controlplane.core.reconcile.commands import Outcome
+from controlplane.core.telemetry.samples import Absence, GpuCondition, Missing, NvLink
+from controlplane.core.telemetry.series import Freshness
 from controlplane.operations import Operations
 from tests.support_control import GIB, World, gpu_sample, node_sample
 

@@ -10,13 +10,13 @@ import pytest
 from controlplane.config import TierConfig
 from controlplane.config.scaling import ControllerScalingConfig, ScalingConfig
 from controlplane.core import kept
-from controlplane.core.domain import GatewayInfo
-from controlplane.core.gpu_fleet import GpuFleet
-from controlplane.core.leases import LeaseBook
-from controlplane.core.orders import Outcome
-from controlplane.core.scaling_view import as_json_value
-from controlplane.core.traffic import LATENCY_BOUNDS_S, Traffic
-from controlplane.core.work import Work
+from controlplane.core.cluster.snapshot import GatewayInfo
+from controlplane.core.gpus.inventory import GpuFleet
+from controlplane.core.gpus.leases import LeaseBook
+from controlplane.core.recommendations.views import as_json_value
+from controlplane.core.reconcile.commands import Outcome
+from controlplane.core.reconcile.in_progress import Work
+from controlplane.core.traffic.counters import LATENCY_BOUNDS_S, Traffic
 from controlplane.operations import Operations
 from controlplane.scaling import Scaling
 from controlplane.tier_specs import tier_specs

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from controlplane.core.admission import (
+from controlplane.core.admission.queue import (
     AdmissionQueue,
     AdmissionSettings,
     Queued,
@@ -17,7 +17,7 @@ from controlplane.core.admission import (
     TicketState,
     Why,
 )
-from controlplane.core.domain import Priority
+from controlplane.core.domain.request import Priority
 
 NOW_S = 100.0
 LOW, NORMAL, HIGH = Priority.LOW, Priority.NORMAL, Priority.HIGH

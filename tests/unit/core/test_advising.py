@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-from controlplane.core.advice import AdviceBook
-from controlplane.core.advising import AdviceRules, Advised, Adviser
-from controlplane.core.recommendations import Kind, Thresholds, TierCondition
-from controlplane.core.telemetry import known_now, missing
+from controlplane.core.recommendations.cycle import AdviceRules, Advised, Adviser
+from controlplane.core.recommendations.log import AdviceBook
+from controlplane.core.recommendations.rules import Kind, Thresholds, TierCondition
+from controlplane.core.telemetry.series import known_now, missing
 
 RULES = AdviceRules(interval_s=300.0, score_after_s=600.0)
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controlplane.core.alerts import (
+from controlplane.core.alerts.book import (
     Alert,
     AlertBook,
     AlertRule,
@@ -15,7 +15,7 @@ from controlplane.core.alerts import (
     Severity,
     Silence,
 )
-from controlplane.core.telemetry import Freshness, Signal, known_now, missing
+from controlplane.core.telemetry.series import Freshness, Signal, known_now, missing
 
 RULE = AlertRule(
     "queue",

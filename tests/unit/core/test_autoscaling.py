@@ -5,10 +5,11 @@ from itertools import pairwise
 
 import pytest
 
-from controlplane.core.autoscaling import Move, ScalingSettings, Slo, TierObservation, TierScaler
-from controlplane.core.capacity import EngineSpeed, Work
-from controlplane.core.schedules import Schedule
-from controlplane.core.telemetry import Freshness, Signal, known_now, missing
+from controlplane.core.autoscaling.capacity import EngineSpeed, Work
+from controlplane.core.autoscaling.policy import Move, ScalingSettings, TierObservation, TierScaler
+from controlplane.core.autoscaling.schedules import Schedule
+from controlplane.core.domain.slo import Slo
+from controlplane.core.telemetry.series import Freshness, Signal, known_now, missing
 
 SPEED = EngineSpeed(0.02, 0.001, 0.0001)
 WORK = Work(500.0, 100.0)

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from controlplane.core.breaker import MOVES, Breaker, BreakerEvent, BreakerSettings, BreakerState
+from controlplane.core.routing.circuit_breaker import (
+    MOVES,
+    Breaker,
+    BreakerEvent,
+    BreakerSettings,
+    BreakerState,
+)
 from controlplane.errors import IllegalTransition
 
 SETTINGS = BreakerSettings(

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from controlplane.core.capacity import Bounds, Capacity, EngineSpeed, Work
+from controlplane.core.autoscaling.capacity import Bounds, Capacity, EngineSpeed, Work
 
 PRIOR = EngineSpeed(0.02, 0.001, 0.0001)
 TRUTH = EngineSpeed(0.03, 0.0015, 0.0003)

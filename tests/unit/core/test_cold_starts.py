@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from controlplane.core.cold_starts import PLACING_S, STARTS_KEPT, ColdStarts
-from controlplane.core.domain import Endpoint, EndpointState
+from controlplane.core.autoscaling.cold_starts import PLACING_S, STARTS_KEPT, ColdStarts
+from controlplane.core.domain.endpoint import Endpoint, EndpointState
 
 
 def ready(number: int, took_s: float, **more: object) -> Endpoint:

@@ -5,12 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from controlplane.core.admission import AdmissionQueue, AdmissionSettings, Why
-from controlplane.core.dispatch import Dispatcher, Held, Refused, Started, lane_key
-from controlplane.core.domain import Endpoint, EndpointState, Priority
-from controlplane.core.fleet import Fleet, FleetSettings
-from controlplane.core.routing import Outcome
-from controlplane.core.tiers import Direction, Refusal, RouteRequest, TierPolicy, TierTable, resolve
+from controlplane.core.admission.queue import AdmissionQueue, AdmissionSettings, Why
+from controlplane.core.domain.endpoint import Endpoint, EndpointState
+from controlplane.core.domain.request import Priority
+from controlplane.core.routing.dispatcher import Dispatcher, Held, Refused, Started, lane_key
+from controlplane.core.routing.endpoint_table import Fleet, FleetSettings
+from controlplane.core.routing.router import Outcome
+from controlplane.core.routing.tier_table import (
+    Direction,
+    Refusal,
+    RouteRequest,
+    TierPolicy,
+    TierTable,
+    resolve,
+)
 
 NOW_S = 10.0
 TABLE = TierTable.build([TierPolicy("small", "s"), TierPolicy("large", "l", spill=Direction.NONE)])

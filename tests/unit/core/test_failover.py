@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from controlplane.core.failover import (
+from controlplane.core.routing.retry import (
     RULES,
     Attempt,
     Failure,

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
-from controlplane.core.breaker import BreakerState
-from controlplane.core.domain import ClusterSnapshot, Endpoint, EndpointState, GatewayInfo, Priority
-from controlplane.core.fleet import Fleet, FleetSettings, Seat, seat, share
-from controlplane.core.tiers import TierPolicy, TierTable
+from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo
+from controlplane.core.domain.endpoint import Endpoint, EndpointState
+from controlplane.core.domain.request import Priority
+from controlplane.core.routing.circuit_breaker import BreakerState
+from controlplane.core.routing.endpoint_table import Fleet, FleetSettings, Seat, seat, share
+from controlplane.core.routing.tier_table import TierPolicy, TierTable
 
 NOW_S = 50.0
 TABLE = TierTable.build([TierPolicy("small", "s"), TierPolicy("large", "l")])

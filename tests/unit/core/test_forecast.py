@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from controlplane.core.forecast import Forecaster
+from controlplane.core.autoscaling.forecast import Forecaster
 
 
 def feed(forecaster: Forecaster, rates: list[float], tick_s: float = 5.0, start_s: float = 0.0) -> float:

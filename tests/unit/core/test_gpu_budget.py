@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from controlplane.core.gpu_budget import GpuDemand, carried_gains, share_gpus
+from controlplane.core.autoscaling.gpu_budget import GpuDemand, carried_gains, share_gpus
 
 
 def counts(demands: list[GpuDemand], gpus: float) -> list[int]:

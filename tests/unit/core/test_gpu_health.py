@@ -5,8 +5,8 @@ from itertools import product
 
 import pytest
 
-from controlplane.core.gpu_findings import GpuRules, Spell
-from controlplane.core.gpu_health import (
+from controlplane.core.gpus.findings import GpuRules, Spell
+from controlplane.core.gpus.health import (
     LAST_RESORT,
     MOVES,
     OUT_OF_USE,
@@ -20,7 +20,8 @@ from controlplane.core.gpu_health import (
     move,
     uncordon,
 )
-from controlplane.core.samples import (
+from controlplane.core.gpus.xid import Level, Recovery, classify
+from controlplane.core.telemetry.samples import (
     Absence,
     GpuCondition,
     GpuEvent,
@@ -32,7 +33,6 @@ from controlplane.core.samples import (
     RetiredPages,
     RowRemaps,
 )
-from controlplane.core.xid import Level, Recovery, classify
 from controlplane.errors import IllegalTransition
 
 RULES = GpuRules()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from controlplane.core.domain import Endpoint, EndpointState, GatewayInfo
-from controlplane.core.gpu_fleet import GpuFleet
-from controlplane.core.history import points
-from controlplane.core.samples import Absence, EngineSample, Missing
-from controlplane.core.signals import EngineTelemetry
+from controlplane.core.cluster.snapshot import GatewayInfo
+from controlplane.core.domain.endpoint import Endpoint, EndpointState
+from controlplane.core.gpus.inventory import GpuFleet
+from controlplane.core.reports.history import points
+from controlplane.core.telemetry.samples import Absence, EngineSample, Missing
+from controlplane.core.telemetry.signals import EngineTelemetry
 from tests.support_control import gpu_sample, node_sample
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from controlplane.core.leases import Capacity, Lease, LeaseBook, Outcome, Part
+from controlplane.core.gpus.leases import Capacity, Lease, LeaseBook, Outcome, Part
 
 GPUS = {
     f"GPU-{index}": Capacity(f"GPU-{index}", node_id="n1" if index < 4 else "n2", memory_bytes=80)

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from controlplane.core.autoscaling import Slo
-from controlplane.core.capacity import Bounds, Capacity, EngineSpeed, Work
-from controlplane.core.recommendations import (
+from controlplane.core.autoscaling.capacity import Bounds, Capacity, EngineSpeed, Work
+from controlplane.core.domain.slo import Slo
+from controlplane.core.recommendations.rules import (
     Breach,
     Figure,
     Kind,
@@ -19,7 +19,7 @@ from controlplane.core.recommendations import (
     latency_limit_ms,
     score,
 )
-from controlplane.core.telemetry import Freshness, Signal, known_now, missing
+from controlplane.core.telemetry.series import Freshness, Signal, known_now, missing
 
 CALM = TierCondition(
     "balanced",

@@ -6,8 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controlplane.core.recorded_traffic import FIGURES, Kept, TrafficWindow, from_the_first, windows_of
-from controlplane.core.report import SUMS
+from controlplane.core.reports.recorded_traffic import (
+    FIGURES,
+    Kept,
+    TrafficWindow,
+    from_the_first,
+    windows_of,
+)
+from controlplane.core.reports.report import SUMS
 
 Figures = dict[str, list[Kept]]
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controlplane.core.report import (
+from controlplane.core.reports.report import (
     GAUGES,
     MAX_ENDPOINTS,
     SUMS,
@@ -20,7 +20,7 @@ from controlplane.core.report import (
     track,
     track_step_s,
 )
-from controlplane.core.report_ring import Look, ReportRing, tally
+from controlplane.core.reports.ring_buffer import Look, ReportRing, tally
 
 LIGHT = Instance(InstanceKind.TIER, "light", "light")
 ONE = Instance(InstanceKind.ENDPOINT, "light", "light-1")

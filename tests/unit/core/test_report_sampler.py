@@ -6,15 +6,16 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from controlplane.core.demand import Demand
-from controlplane.core.domain import Endpoint, EndpointState, GatewayInfo
-from controlplane.core.gpu_fleet import GpuFleet
-from controlplane.core.leases import Capacity, LeaseBook, Outcome, Part
-from controlplane.core.report import Instance, InstanceKind, ReportSample
-from controlplane.core.report_sampler import ReportSampler, Scene
-from controlplane.core.samples import Absence, EngineSample, Missing
-from controlplane.core.signals import EngineTelemetry
-from controlplane.core.traffic import Traffic
+from controlplane.core.cluster.snapshot import GatewayInfo
+from controlplane.core.domain.endpoint import Endpoint, EndpointState
+from controlplane.core.gpus.inventory import GpuFleet
+from controlplane.core.gpus.leases import Capacity, LeaseBook, Outcome, Part
+from controlplane.core.reports.report import Instance, InstanceKind, ReportSample
+from controlplane.core.reports.sampler import ReportSampler, Scene
+from controlplane.core.telemetry.samples import Absence, EngineSample, Missing
+from controlplane.core.telemetry.signals import EngineTelemetry
+from controlplane.core.traffic.counters import Traffic
+from controlplane.core.traffic.demand import Demand
 from tests.support_control import GIB, gpu_sample, node_sample
 
 TIER = Instance(InstanceKind.TIER, "small", "small")

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controlplane.core.restarts import RestartPolicy, decide_restart
+from controlplane.core.reconcile.restart_backoff import RestartPolicy, decide_restart
 
 POLICY = RestartPolicy(max_restarts=3, window_s=100.0, backoff_initial_s=0.5, backoff_max_s=1.5)
 

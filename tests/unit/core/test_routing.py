@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from controlplane.core import scoring
-from controlplane.core.domain import Capabilities, Complexity, Endpoint, EndpointState, Priority
-from controlplane.core.fleet import EndpointLoad, Fleet, FleetSettings
-from controlplane.core.routing import Outcome, decide, explain
-from controlplane.core.tiers import Api, Direction, Refusal, RouteRequest, TierPolicy, TierTable
+from controlplane.core.domain.endpoint import Capabilities, Endpoint, EndpointState
+from controlplane.core.domain.request import Complexity, Priority
+from controlplane.core.routing import scorers
+from controlplane.core.routing.endpoint_table import EndpointLoad, Fleet, FleetSettings
+from controlplane.core.routing.router import Outcome, decide, explain
+from controlplane.core.routing.tier_table import Api, Direction, Refusal, RouteRequest, TierPolicy, TierTable
 
 NOW_S = 1000.0
 ALL = Capabilities(embeddings=True, responses=True, messages=True)
@@ -110,9 +111,9 @@ def test_an_old_latency_says_nothing() -> None:
     _, fleet = plane(endpoint("balanced-0"))
     load = fleet.by_endpoint_id["balanced-0"]
     load.ttft_s, load.sampled_s, fleet.pools[1].ttft_s = 9.0, NOW_S - 31, 1.0
-    assert scoring.latency(load, NOW_S, fleet.settings) == scoring.NEUTRAL
+    assert scorers.latency(load, NOW_S, fleet.settings) == scorers.NEUTRAL
     load.sampled_s = NOW_S
-    assert scoring.latency(load, NOW_S, fleet.settings) == pytest.approx(0.1)
+    assert scorers.latency(load, NOW_S, fleet.settings) == pytest.approx(0.1)
 
 
 def test_a_session_stays_with_its_endpoint_and_moves_only_if_that_goes() -> None:
@@ -377,9 +378,9 @@ def test_an_explanation_says_why_each_endpoint_was_left_out() -> None:
     taken = next(c for c in explanation.candidates if c.endpoint_id == "balanced-4")
     assert explanation.decision.load is fleet.by_endpoint_id["balanced-4"]
     assert taken.home
-    assert taken.scores.keys() == scoring.WEIGHTS.keys()
-    weighted = sum(scoring.WEIGHTS[name] * value for name, value in taken.scores.items())
-    assert taken.score == pytest.approx(weighted / sum(scoring.WEIGHTS.values()))
+    assert taken.scores.keys() == scorers.WEIGHTS.keys()
+    weighted = sum(scorers.WEIGHTS[name] * value for name, value in taken.scores.items())
+    assert taken.score == pytest.approx(weighted / sum(scorers.WEIGHTS.values()))
 
 
 def test_an_explanation_of_a_bridge_leaves_out_the_tiers_that_only_take_overflow() -> None:

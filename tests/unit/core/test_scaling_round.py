@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from controlplane.core.autoscaling import Move, ScalingSettings, TierObservation
-from controlplane.core.capacity import EngineSpeed, Work
-from controlplane.core.scaling_round import RoundDecision, ScalingRound, TierRule
-from controlplane.core.schedules import Schedule
-from controlplane.core.telemetry import known_now, missing
+from controlplane.core.autoscaling.capacity import EngineSpeed, Work
+from controlplane.core.autoscaling.policy import Move, ScalingSettings, TierObservation
+from controlplane.core.autoscaling.round import RoundDecision, ScalingRound, TierRule
+from controlplane.core.autoscaling.schedules import Schedule
+from controlplane.core.telemetry.series import known_now, missing
 
 SPEED = EngineSpeed(0.02, 0.001, 0.0001)
 WORK = Work(500.0, 100.0)

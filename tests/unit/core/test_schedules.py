@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from controlplane.core.schedules import Schedule, bounds_at, clock_s
+from controlplane.core.autoscaling.schedules import Schedule, bounds_at, clock_s
 
 MONDAY_UNIX_S = 1_767_571_200.0
 HOUR_S = 3600.0

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from controlplane.core.samples import (
+from controlplane.core.telemetry.samples import (
     Absence,
     EngineSample,
     GpuCondition,
@@ -15,8 +15,8 @@ from controlplane.core.samples import (
     Missing,
     NodeSample,
 )
-from controlplane.core.signals import COUNTERS, GAUGES, HISTOGRAMS, EngineTelemetry, NodeTelemetry
-from controlplane.core.telemetry import Freshness, Limits
+from controlplane.core.telemetry.series import Freshness, Limits
+from controlplane.core.telemetry.signals import COUNTERS, GAUGES, HISTOGRAMS, EngineTelemetry, NodeTelemetry
 from controlplane.engines.base import MetricNames
 
 LIMITS = Limits()

@@ -3,10 +3,10 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controlplane.core.alert_views import FiringAlert
-from controlplane.core.alerts import Kind, Severity
-from controlplane.core.domain import ClusterSnapshot, Endpoint, EndpointState
-from controlplane.core.snapshot import is_newer, merge
+from controlplane.core.alerts.book import Kind, Severity
+from controlplane.core.alerts.views import FiringAlert
+from controlplane.core.cluster.snapshot import ClusterSnapshot, is_newer, merge
+from controlplane.core.domain.endpoint import Endpoint, EndpointState
 
 
 def endpoint(name: str, url: str = "http://127.0.0.1:1") -> Endpoint:

@@ -2,8 +2,10 @@ from dataclasses import replace
 
 import pytest
 
-from controlplane.core.domain import ClusterSnapshot, Endpoint, EndpointState, GatewayInfo, TierSpec
-from controlplane.core.status import DEGRADED, IDLE, WAITING, tier_statuses
+from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo
+from controlplane.core.cluster.status import DEGRADED, IDLE, WAITING, tier_statuses
+from controlplane.core.cluster.tier_spec import TierSpec
+from controlplane.core.domain.endpoint import Endpoint, EndpointState
 
 S = EndpointState
 SPEC = TierSpec("balanced", "m", "simulated", 2, 10)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from controlplane.core.moves import CONTROLLER, Move, MovePhase, TierHold
-from controlplane.core.targets import TierTarget, desired_replicas, target_of
+from controlplane.core.reconcile.migrations import CONTROLLER, Move, MovePhase, TierHold
+from controlplane.core.reconcile.replica_targets import TierTarget, desired_replicas, target_of
 
 MOVE = TierTarget(3, "moving a away from GPU-1", 10.0)
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controlplane.core.samples import Absence, Histogram, Missing
-from controlplane.core.telemetry import (
+from controlplane.core.telemetry.samples import Absence, Histogram, Missing
+from controlplane.core.telemetry.series import (
     CounterSeries,
     Freshness,
     GaugeSeries,

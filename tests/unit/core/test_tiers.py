@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from controlplane.core.domain import Capabilities, Complexity
-from controlplane.core.tiers import (
+from controlplane.core.domain.endpoint import Capabilities
+from controlplane.core.domain.request import Complexity
+from controlplane.core.routing.tier_table import (
     API_BITS,
     Api,
     Direction,

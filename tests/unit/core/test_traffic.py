@@ -8,11 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controlplane.core.autoscaling import Slo
-from controlplane.core.demand import Demand
-from controlplane.core.domain import GatewayInfo
-from controlplane.core.telemetry import Freshness
-from controlplane.core.traffic import (
+from controlplane.core.cluster.snapshot import GatewayInfo
+from controlplane.core.domain.slo import Slo
+from controlplane.core.telemetry.series import Freshness
+from controlplane.core.traffic.counters import (
     LATENCY_BOUNDS_S,
     POINTS_KEPT,
     Traffic,
@@ -23,6 +22,7 @@ from controlplane.core.traffic import (
     quantile_s,
     since,
 )
+from controlplane.core.traffic.demand import Demand
 
 
 def counted(**values: int) -> Traffic:
@@ -129,7 +129,7 @@ def test_the_memory_of_the_demand_follows_the_setting_and_alerts_keep_their_span
     # One arrival a second for an hour, then two for five minutes.
     for at_s in range(0, 3905, 5):
         arrived = at_s if at_s <= 3600 else 3600 + 2 * (at_s - 3600)
-        demand.observe(GatewayInfo("g1", "n1", "", traffic=(counted(arrived=arrived),)), float(at_s))
+        demand.observe("g1", (counted(arrived=arrived),), float(at_s))
         demand.look(["small", "new"], [], float(at_s))
     expected = (over_s - 300 + 600) / over_s
     assert demand.figures(3900.0, 2.0, 3600.0)["small"].arrivals_per_s.fresh == pytest.approx(expected)
@@ -154,9 +154,9 @@ def test_figures_are_shares_rates_and_percentiles_of_the_span() -> None:
         ttft_counts=buckets(_0_1=36),
         waiting=7,
     )
-    demand.observe(replace(info, traffic=(first,)), 0.0)
+    demand.observe(info.gateway_id, (first,), 0.0)
     demand.look(["small"], [], 0.0)
-    demand.observe(replace(info, traffic=(then,)), 60.0)
+    demand.observe(info.gateway_id, (then,), 60.0)
     demand.look(["small"], [], 60.0)
     found = demand.figures(61.0, 2.0)["small"]
     assert found.arrivals_per_s.fresh == 1.0
@@ -174,8 +174,8 @@ def test_a_silent_gateway_makes_figures_stale_and_then_missing_and_none_makes_th
     demand = Demand()
     demand.look(["small"], [], 0.0)
     assert demand.figures(0.0, 2.0)["small"].waiting.freshness is Freshness.MISSING
-    demand.observe(GatewayInfo("g1", "n1", "", traffic=(counted(arrived=1),)), 0.0)
-    demand.observe(GatewayInfo("g2", "n1", "", traffic=(counted(arrived=1),)), 5.0)
+    demand.observe("g1", (counted(arrived=1),), 0.0)
+    demand.observe("g2", (counted(arrived=1),), 5.0)
     demand.look(["small"], [], 5.0)
     assert demand.figures(5.0, 2.0)["small"].waiting.freshness is Freshness.FRESH
     assert demand.figures(7.0, 2.0)["small"].waiting.freshness is Freshness.STALE

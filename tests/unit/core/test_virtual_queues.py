@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from controlplane.core.virtual_queues import Choice, Prior, Sliding, VirtualQueues
+from controlplane.core.autoscaling.counterfactuals import Choice, Prior, Sliding, VirtualQueues
 
 ALLOWED = 0.01
 PRIOR = Prior(1.2, 300.0)

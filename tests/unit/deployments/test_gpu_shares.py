@@ -8,9 +8,9 @@ import pytest
 
 from controlplane.adapters.gpu_shares import lease_shape
 from controlplane.config import TierConfig
-from controlplane.core.gangs import Shape
-from controlplane.core.gpus import GIB, MIB
-from controlplane.core.samples import GpuCondition, GpuInfo, GpuSample
+from controlplane.core.placement.gangs import Shape
+from controlplane.core.sizing.gpu_models import GIB, MIB
+from controlplane.core.telemetry.samples import GpuCondition, GpuInfo, GpuSample
 
 
 class Reader:

@@ -9,9 +9,9 @@ import pytest
 import structlog
 
 from controlplane.adapters.ray_serve import ControllerUnavailable
-from controlplane.core.gangs import Shape
-from controlplane.core.leases import Answer, Lease, Outcome, Part
-from controlplane.core.orders import StartAnswer
+from controlplane.core.gpus.leases import Answer, Lease, Outcome, Part
+from controlplane.core.placement.gangs import Shape
+from controlplane.core.reconcile.commands import StartAnswer
 from controlplane.errors import EngineError
 from deployments import leasing
 from deployments.leasing import GpuDesk, Gpus

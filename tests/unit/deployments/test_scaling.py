@@ -17,7 +17,7 @@ from controlplane.adapters import serve_targets
 from controlplane.adapters.serve_targets import Targets
 from controlplane.config import TierConfig
 from controlplane.config.scaling import ScalingConfig
-from controlplane.core.targets import TierTarget
+from controlplane.core.reconcile.replica_targets import TierTarget
 from deployments.scaling import TargetPolicy, autoscaling
 from tests.support_waiting import until
 

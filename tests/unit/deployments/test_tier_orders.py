@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from controlplane.config import TierConfig
-from controlplane.core.domain import Endpoint, EndpointState
-from controlplane.core.orders import Order, OrderKind
+from controlplane.core.domain.endpoint import Endpoint, EndpointState
+from controlplane.core.reconcile.commands import Order, OrderKind
 from controlplane.engines.status import EngineStatus
 from deployments import tier as module
 from deployments.tasks import Background

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from controlplane.config import RestartConfig, TierConfig
-from controlplane.core.domain import EndpointState
+from controlplane.core.domain.endpoint import EndpointState
 from controlplane.engines.process import hold_port
 from controlplane.engines.supervisor import EngineSupervisor, log_path
 from controlplane.errors import ConfigError, EngineError, EngineStartError, Problem

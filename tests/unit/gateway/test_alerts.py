@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 
-from controlplane.core.alert_views import FiringAlert
-from controlplane.core.alerts import Kind, Severity
-from controlplane.core.domain import ClusterSnapshot
+from controlplane.core.alerts.book import Kind, Severity
+from controlplane.core.alerts.views import FiringAlert
+from controlplane.core.cluster.snapshot import ClusterSnapshot
 from tests.support_gateway import Rig, plane, running
 
 DOWN = FiringAlert(

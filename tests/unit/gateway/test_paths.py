@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from controlplane.core.failover import Failure
+from controlplane.core.routing.retry import Failure
 from controlplane.gateway.app import Gateway
 from controlplane.gateway.upstream import UpstreamFailure
 from tests.support_gateway import CHAT, Rig, chat_body, plane, running

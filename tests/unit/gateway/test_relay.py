@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from controlplane.core.domain import EndpointState, GatewayInfo
+from controlplane.core.cluster.snapshot import GatewayInfo
+from controlplane.core.domain.endpoint import EndpointState
 from tests.support_gateway import CHAT, chat_body, plane, running, scripted_engine, take
 
 THREE = ({"name": "lightweight"}, {"name": "balanced"}, {"name": "capable"})

@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 
-from controlplane.core.report import Instance, InstanceKind, PlaneReport, ReportSample, Totals, plane_report
+from controlplane.core.reports.report import (
+    Instance,
+    InstanceKind,
+    PlaneReport,
+    ReportSample,
+    Totals,
+    plane_report,
+)
 from controlplane.errors import BadRequest
 from controlplane.gateway.report_page import HEADS, page, parse_query, row
 from tests.support_gateway import running

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from controlplane.core.domain import EndpointState
-from controlplane.core.tiers import Api
+from controlplane.core.domain.endpoint import EndpointState
+from controlplane.core.routing.tier_table import Api
 from controlplane.errors import EndpointLost
 from controlplane.gateway.resume import (
     FOLD_BYTES,

@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 from controlplane.config.scaling import SloConfig
-from controlplane.core.traffic import Traffic
+from controlplane.core.traffic.counters import Traffic
 from tests.support_gateway import CHAT, Rig, chat_body, plane, running
 
 FAST: dict[str, Any] = {"ttft_ms": 1, "itl_ms": 0.1, "tokens": 8}

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from controlplane.core.advice import Record
-from controlplane.core.domain import EndpointState
-from controlplane.core.gpu_views import GpuView
-from controlplane.core.report import Instance, InstanceKind, ReportSample, Totals, plane_report
-from controlplane.core.scaling_view import ScalingReport
-from controlplane.core.telemetry import Freshness
+from controlplane.core.domain.endpoint import EndpointState
+from controlplane.core.gpus.views import GpuView
+from controlplane.core.recommendations.log import Record
+from controlplane.core.recommendations.views import ScalingReport
+from controlplane.core.reports.report import Instance, InstanceKind, ReportSample, Totals, plane_report
+from controlplane.core.telemetry.series import Freshness
 from controlplane.errors import TierplaneError
 from tests.debian_tools import tool
 from tests.support_gateway import CHAT, Rig, chat_body, plane, running

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from controlplane.adapters.catalog import gpu_named, gpu_table, known_model
-from controlplane.core.engine_settings import EngineSettings
-from controlplane.core.feasibility import Fit, Limits, Unfit, fit, shortfalls
-from controlplane.core.quantization import preset
+from controlplane.core.sizing.engine_args import EngineSettings
+from controlplane.core.sizing.feasibility import Fit, Limits, Unfit, fit, shortfalls
+from controlplane.core.sizing.quantization import preset
 
 ALLOWED = ("fp8", "awq")
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from controlplane.core.hf_config import FAMILIES, parse_config, parse_quantization
-from controlplane.core.quantization import Scheme
+from controlplane.core.sizing.hf_config import FAMILIES, parse_config, parse_quantization
+from controlplane.core.sizing.quantization import Scheme
 
 SMALL: dict[str, Any] = {
     "hidden_size": 256,

@@ -12,8 +12,8 @@ from controlplane.adapters import launch_check
 from controlplane.adapters.cpu_info import NodeMemory, node_memory, packs_16_bit
 from controlplane.adapters.launch_check import check_launch, launchable_model
 from controlplane.config import TierConfig
-from controlplane.core.gpus import GIB, MIB
-from controlplane.core.samples import GpuCondition, GpuInfo, GpuSample
+from controlplane.core.sizing.gpu_models import GIB, MIB
+from controlplane.core.telemetry.samples import GpuCondition, GpuInfo, GpuSample
 from controlplane.errors import EngineError, EngineStartError
 
 SMALL = "bundled:smollm2-135m"

@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 
 from controlplane.adapters.catalog import gpu_named, known_model
-from controlplane.core.architecture import LayerKind, ModelSpec, plain_model
-from controlplane.core.cpu_memory import judge_cpu, plan_cpu_memory
-from controlplane.core.engine_settings import ArgValue, EngineSettings, parse_settings
-from controlplane.core.gpus import GIB, MIB
-from controlplane.core.kv_cache import kv_groups, kv_layout
-from controlplane.core.memory import MemoryPlan, gib, graph_sizes, plan_memory
-from controlplane.core.quantization import BNB4, INT8
-from controlplane.core.weights import divisibility, stages, weight_terms
+from controlplane.core.sizing.architecture import LayerKind, ModelSpec, plain_model
+from controlplane.core.sizing.cpu_memory import judge_cpu, plan_cpu_memory
+from controlplane.core.sizing.engine_args import ArgValue, EngineSettings, parse_settings
+from controlplane.core.sizing.gpu_memory import MemoryPlan, gib, graph_sizes, plan_memory
+from controlplane.core.sizing.gpu_models import GIB, MIB
+from controlplane.core.sizing.kv_cache import kv_groups, kv_layout
+from controlplane.core.sizing.quantization import BNB4, INT8
+from controlplane.core.sizing.weights import divisibility, stages, weight_terms
 
 H100 = gpu_named("H100")
 L4 = gpu_named("L4")

@@ -14,7 +14,7 @@ import pytest
 
 from controlplane.adapters.model_config import load_model
 from controlplane.adapters.weight_files import read_gguf, safetensors_tensors
-from controlplane.core.quantization import gguf_bytes
+from controlplane.core.sizing.quantization import gguf_bytes
 from controlplane.errors import SetupError
 
 CONFIG: dict[str, Any] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from controlplane.core.quantization import (
+from controlplane.core.sizing.quantization import (
     AWQ,
     BNB4,
     FP8,

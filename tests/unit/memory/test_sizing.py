@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from controlplane.adapters.catalog import gpu_named, known_model
-from controlplane.core.engine_settings import EngineSettings
-from controlplane.core.gpus import seen_gpu
-from controlplane.core.roofline import Load, Slo, roofline
-from controlplane.core.sizing import FleetGpu, NoSizing, Sizing, TierNeed, options, size_tiers
+from controlplane.core.sizing.engine_args import EngineSettings
+from controlplane.core.sizing.fleet_sizing import FleetGpu, NoSizing, Sizing, TierNeed, options, size_tiers
+from controlplane.core.sizing.gpu_models import seen_gpu
+from controlplane.core.sizing.roofline import Load, Slo, roofline
 
 SETTINGS = EngineSettings(max_length=8192)
 

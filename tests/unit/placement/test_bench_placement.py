@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from controlplane.core.gangs import Gang, Shape
-from controlplane.core.topology import Gpu, Node
+from controlplane.core.placement.gangs import Gang, Shape
+from controlplane.core.placement.topology import Gpu, Node
 from tests.benchmarks.bench_placement import command
 from tests.benchmarks.placement import gangs, optimum, policies, scale
 from tests.benchmarks.placement.limit import limit_percent

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from controlplane.cluster_file import load_cluster
-from controlplane.core.topology import islands, numa_groups
+from controlplane.core.placement.topology import islands, numa_groups
 from controlplane.errors import ConfigError
 
 GOOD = """

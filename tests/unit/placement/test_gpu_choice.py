@@ -7,12 +7,12 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controlplane.core.gangs import Cause, Infeasible, Placement, Shape
-from controlplane.core.gpu_choice import choose_gpus, held, parts_of, room_for
-from controlplane.core.leases import Capacity, Lease, LeaseBook, Outcome, Part
-from controlplane.core.placement import ClusterState
-from controlplane.core.revalidation import revalidate
-from controlplane.core.topology import Distance
+from controlplane.core.gpus.allocation import choose_gpus, held, parts_of, room_for
+from controlplane.core.gpus.leases import Capacity, Lease, LeaseBook, Outcome, Part
+from controlplane.core.placement.gangs import Cause, Infeasible, Placement, Shape
+from controlplane.core.placement.planner import ClusterState
+from controlplane.core.placement.revalidation import revalidate
+from controlplane.core.placement.topology import Distance
 from tests.unit.placement.test_placement import make_node
 
 GIB = 1024**3

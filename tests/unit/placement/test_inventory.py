@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from controlplane.core.inventory import node_of
-from controlplane.core.samples import (
+from controlplane.core.gpus.node_view import node_of
+from controlplane.core.placement.topology import islands
+from controlplane.core.telemetry.samples import (
     NOT_SAMPLED,
     GpuCondition,
     GpuInfo,
@@ -11,7 +12,6 @@ from controlplane.core.samples import (
     NodeSample,
     NvLink,
 )
-from controlplane.core.topology import islands
 
 
 def link(remote: str = "", *, active: bool = True, switch: bool = False) -> NvLink:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from controlplane.core.gangs import Gang, Shape
-from controlplane.core.occupancy import Occupancy, Replica, Reserved, occupancy
-from controlplane.core.topology import Node
-from controlplane.core.what_if import change
+from controlplane.core.placement.gangs import Gang, Shape
+from controlplane.core.placement.occupancy import Occupancy, Replica, Reserved, occupancy
+from controlplane.core.placement.topology import Node
+from controlplane.core.placement.what_if import change
 from tests.unit.placement.test_placement import make_node
 
 BIG = Shape(gpus=2)

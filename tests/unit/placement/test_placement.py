@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from controlplane.core.gangs import Cause, Gang, Infeasible, Placement, Refusal, Shape, Stage
-from controlplane.core.placement import ClusterState, Planner, demand_of
-from controlplane.core.planning import plan
-from controlplane.core.revalidation import revalidate
-from controlplane.core.topology import Distance, Gpu, Node
+from controlplane.core.placement.batch_planner import plan
+from controlplane.core.placement.gangs import Cause, Gang, Infeasible, Placement, Refusal, Shape, Stage
+from controlplane.core.placement.planner import ClusterState, Planner, demand_of
+from controlplane.core.placement.revalidation import revalidate
+from controlplane.core.placement.topology import Distance, Gpu, Node
 
 GIB = 1024**3
 

@@ -17,10 +17,10 @@ from controlplane.cli import plan as plan_module
 from controlplane.cli.plan import command
 from controlplane.cli.plan_view import serve_options
 from controlplane.config import PlaneConfig
-from controlplane.core.occupancy import Replica, Reserved
-from controlplane.core.placement import ClusterState
-from controlplane.core.planning import plan
-from controlplane.core.topology import Gpu, Node
+from controlplane.core.placement.batch_planner import plan
+from controlplane.core.placement.occupancy import Replica, Reserved
+from controlplane.core.placement.planner import ClusterState
+from controlplane.core.placement.topology import Gpu, Node
 
 CLUSTER = """
 node_types:

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from controlplane.core.topology import Distance, Gpu, Node, distance, islands, numa_groups, spread_of
+from controlplane.core.placement.topology import (
+    Distance,
+    Gpu,
+    Node,
+    distance,
+    islands,
+    numa_groups,
+    spread_of,
+)
 
 
 def node(links: dict[int, list[int]], numa: list[int | None] | None = None, size: int = 4) -> Node:

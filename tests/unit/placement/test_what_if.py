@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from controlplane.core.gangs import Gang, Shape
-from controlplane.core.placement import ClusterState
-from controlplane.core.planning import plan
-from controlplane.core.revalidation import revalidate
-from controlplane.core.topology import Gpu, Node, islands
-from controlplane.core.what_if import add_node, change, lose_node
+from controlplane.core.placement.batch_planner import plan
+from controlplane.core.placement.gangs import Gang, Shape
+from controlplane.core.placement.planner import ClusterState
+from controlplane.core.placement.revalidation import revalidate
+from controlplane.core.placement.topology import Gpu, Node, islands
+from controlplane.core.placement.what_if import add_node, change, lose_node
 
 NODE = Node(
     "a",

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from controlplane.core.gangs import Gang, Placement, Shape
-from controlplane.core.placement import ClusterState
-from controlplane.core.planning import plan
-from controlplane.core.topology import Gpu, Node
+from controlplane.core.placement.batch_planner import plan
+from controlplane.core.placement.gangs import Gang, Placement, Shape
+from controlplane.core.placement.planner import ClusterState
+from controlplane.core.placement.topology import Gpu, Node
 from controlplane.simulation.clock import VirtualClock
 from controlplane.simulation.cluster import Cluster
 

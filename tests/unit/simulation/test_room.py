@@ -9,11 +9,12 @@ from dataclasses import replace
 
 import pytest
 
-from controlplane.core.autoscaling import ScalingSettings, Slo
-from controlplane.core.capacity import EngineSpeed, Work
-from controlplane.core.gangs import Shape
-from controlplane.core.tiers import Direction, TierPolicy
-from controlplane.core.topology import Gpu, Node
+from controlplane.core.autoscaling.capacity import EngineSpeed, Work
+from controlplane.core.autoscaling.policy import ScalingSettings
+from controlplane.core.domain.slo import Slo
+from controlplane.core.placement.gangs import Shape
+from controlplane.core.placement.topology import Gpu, Node
+from controlplane.core.routing.tier_table import Direction, TierPolicy
 from controlplane.simulation.clock import VirtualClock
 from controlplane.simulation.cluster import Cluster
 from controlplane.simulation.engine import SimulatedTiming

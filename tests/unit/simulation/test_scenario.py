@@ -8,8 +8,8 @@ import pytest
 from controlplane.adapters.catalog import gpu_named
 from controlplane.cluster_file import load_cluster
 from controlplane.config import parse_plane
-from controlplane.core.capacity import Work
-from controlplane.core.topology import Gpu, Node
+from controlplane.core.autoscaling.capacity import Work
+from controlplane.core.placement.topology import Gpu, Node
 from controlplane.errors import SetupError
 from controlplane.simulation.engine import SimulatedTiming
 from controlplane.simulation.options import Options

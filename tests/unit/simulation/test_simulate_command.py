@@ -7,9 +7,9 @@ import pytest
 from click.testing import CliRunner
 
 from controlplane.cli import main
-from controlplane.core.advice import Given
-from controlplane.core.recommendations import Effect, Kind, Recommendation
-from controlplane.core.scaling_view import effect_text, given_as_json
+from controlplane.core.recommendations.log import Given
+from controlplane.core.recommendations.rules import Effect, Kind, Recommendation
+from controlplane.core.recommendations.views import effect_text, given_as_json
 
 ROOT = Path(__file__).parents[3]
 CONFIG = str(ROOT / "configs" / "simulated.yaml")

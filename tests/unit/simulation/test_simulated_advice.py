@@ -8,16 +8,17 @@ from typing import Any
 
 import pytest
 
-from controlplane.core.advising import AdviceRules
-from controlplane.core.autoscaling import ScalingSettings, Slo, TierScaler
-from controlplane.core.capacity import EngineSpeed, Work
-from controlplane.core.domain import Endpoint, EndpointState
-from controlplane.core.fleet import TierPool
-from controlplane.core.gangs import Shape
-from controlplane.core.recommendations import GPU_LOAD, SLOT_LOAD, Kind, Thresholds, TierCondition
-from controlplane.core.telemetry import Freshness
-from controlplane.core.tiers import Direction, TierPolicy
-from controlplane.core.topology import Gpu, Node
+from controlplane.core.autoscaling.capacity import EngineSpeed, Work
+from controlplane.core.autoscaling.policy import ScalingSettings, TierScaler
+from controlplane.core.domain.endpoint import Endpoint, EndpointState
+from controlplane.core.domain.slo import Slo
+from controlplane.core.placement.gangs import Shape
+from controlplane.core.placement.topology import Gpu, Node
+from controlplane.core.recommendations.cycle import AdviceRules
+from controlplane.core.recommendations.rules import GPU_LOAD, SLOT_LOAD, Kind, Thresholds, TierCondition
+from controlplane.core.routing.endpoint_table import TierPool
+from controlplane.core.routing.tier_table import Direction, TierPolicy
+from controlplane.core.telemetry.series import Freshness
 from controlplane.simulation import advice as simulated
 from controlplane.simulation.advice import LOOKS, AdviceSettings, SimulatedAdvice
 from controlplane.simulation.engine import SimulatedTiming

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from controlplane.config import TierConfig
-from controlplane.core.capacity import Work
+from controlplane.core.autoscaling.capacity import Work
 from controlplane.engines import simulated_core
 from controlplane.engines.simulated import SimulatedSettings
 from controlplane.engines.simulated_core import Ask, Clockwork, Finish

@@ -7,9 +7,10 @@ from itertools import groupby
 
 import pytest
 
-from controlplane.core.autoscaling import ScalingSettings, Slo
-from controlplane.core.capacity import EngineSpeed, Work
-from controlplane.core.tiers import Direction, TierPolicy
+from controlplane.core.autoscaling.capacity import EngineSpeed, Work
+from controlplane.core.autoscaling.policy import ScalingSettings
+from controlplane.core.domain.slo import Slo
+from controlplane.core.routing.tier_table import Direction, TierPolicy
 from controlplane.simulation import oracle
 from controlplane.simulation.engine import SimulatedTiming
 from controlplane.simulation.fleet import EngineModel, ReplicaModel

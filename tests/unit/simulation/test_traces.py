@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from controlplane.core.domain import Complexity, Priority
+from controlplane.core.domain.request import Complexity, Priority
 from controlplane.errors import SetupError
 from controlplane.simulation.traces import read_trace
 

@@ -1,0 +1,1 @@
+"""Alert rules, the signals that they judge, and the alerts that fire."""

@@ -1,0 +1,1 @@
+"""The nouns that every other package uses: endpoints, requests, events, SLOs, resource names."""

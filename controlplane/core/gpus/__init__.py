@@ -1,0 +1,1 @@
+"""The GPUs of the cluster: health, cordons, and leases of exact GPUs to replicas."""

@@ -1,0 +1,2 @@
+"""Which GPUs of which nodes a gang of workers gets, why not others, and what a change to the cluster would
+do."""

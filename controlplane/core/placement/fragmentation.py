@@ -1,0 +1,184 @@
+"""How much free GPU capacity of a node is expected to find no use.
+
+A gap on a GPU is worth something only if gangs come that fit into it. For a gap of ``x`` thousandths with
+``c`` CPUs to go with it, and gangs that arrive independently with frequencies ``q``, the amount that stays
+stranded obeys a Bellman equation: the first arrival that fits takes its part and leaves a smaller gap, and
+with a small probability ``HAZARD`` per arrival nothing more comes and all of the gap is lost::
+
+    W(x, c) = (HAZARD · x + Σ q_t · W(x - milli_t, c - cpu_t)) / (HAZARD + Σ q_t)     over t that fit
+
+A node's stranding is the sum over its GPUs, each with its part of the node's free CPUs; plus a little for
+each GPU that is begun; plus, for gangs of several GPUs, the free capacity times the part of them that the
+node (or its best NVLink island) can't take any more. The placement puts a gang where this sum grows least.
+
+It differs from the fragmentation measure of Weng et al., «Beware of Fragmentation» (USENIX ATC'23),
+which asks what the *next* gang can't use; this asks what is left once many have come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from controlplane.core.placement.gangs import WHOLE_MILLI, Shape
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+HAZARD = 0.01
+"""Chance per arrival that no more come. Placements hardly change between 0.005 and 0.02."""
+SEVERAL_GPUS_WEIGHT = 0.5
+"""A gap that gangs of several GPUs can't use may still serve single ones: it counts half."""
+BEGUN_MILLI = HAZARD * WHOLE_MILLI
+"""What beginning an idle GPU costs. The equation alone would rather begin one than fill up another, since
+that leaves less to be lost in case nothing more comes; whole GPUs are worth more than that."""
+_QUANTUM_MILLI = 10
+_GAPS = WHOLE_MILLI // _QUANTUM_MILLI + 1
+_CPU_STEPS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class GpuKind:
+    """GPUs that gangs can't tell apart."""
+
+    model: str
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """How often which shape is expected, in relation to each other."""
+
+    weights: tuple[tuple[Shape, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class NodeStates:
+    """States of nodes as arrays; the leading axes are the caller's, the last one of each is the GPU."""
+
+    gap_milli: Ints
+    """What can still be given of each GPU, limited by its free memory."""
+    kind: Ints
+    """Indices into the kinds; shaped like the gaps or broadcast to them, as ``island`` is."""
+    island: Ints
+    """Numbers the node's NVLink islands from 0; -1: a GPU without links."""
+    largest_island: Ints
+    """GPUs in the node's largest island; without the GPU axis, as ``cpu_milli`` is."""
+    cpu_milli: Ints
+    """Free on the node."""
+    islands: int
+    """The most islands that any of the nodes has."""
+
+
+class Stranding:
+    """The expected stranding for one demand, on the kinds of GPUs of one fleet."""
+
+    def __init__(self, demand: Demand, kinds: Sequence[GpuKind], most_cpu_milli: int, most_gpus: int) -> None:
+        """At least one kind; ``most_cpu_milli`` and ``most_gpus`` are those of the largest node."""
+        self._step = max(1, -(-most_cpu_milli // _CPU_STEPS))
+        total = sum(weight for _, weight in demand.weights) or 1.0
+        shares = [(shape, weight / total) for shape, weight in demand.weights if weight > 0 and shape.gpus]
+        known: dict[tuple[tuple[tuple[int, int], float], ...], Floats] = {}
+        tables = []
+        for kind in kinds:
+            items = self._items(shares, kind)
+            if items not in known:
+                known[items] = _solve(items)
+            tables.append(known[items])
+        self._table = np.concatenate([table.ravel() for table in tables])
+        self._missed_on_node, self._missed_in_island = self._several(shares, kinds, most_gpus)
+
+    def _items(
+        self, shares: Sequence[tuple[Shape, float]], kind: GpuKind
+    ) -> tuple[tuple[tuple[int, int], float], ...]:
+        """What single GPUs of this kind are asked for: (gap quanta, CPU steps) → frequency."""
+        items: dict[tuple[int, int], float] = {}
+        for shape, share in shares:
+            milli = shape.milli_gpu
+            if kind.memory_bytes and shape.gpu_memory_bytes:
+                milli = max(milli, -(-shape.gpu_memory_bytes * WHOLE_MILLI // kind.memory_bytes))
+            if shape.accepts(kind.model) and milli <= WHOLE_MILLI:
+                item = -(-milli // _QUANTUM_MILLI), -(-shape.cpu_milli // (shape.gpus * self._step))
+                items[item] = items.get(item, 0.0) + share * shape.total_gpus
+        return tuple(sorted(items.items()))
+
+    def of(self, states: NodeStates) -> Floats:
+        """Expected stranding of each state, in thousandths of a GPU."""
+        gap = states.gap_milli
+        free = gap.sum(axis=-1)
+        budget = np.maximum(states.cpu_milli, 0) / (np.maximum(free, 1) * self._step)
+        steps = np.minimum(gap * budget[..., None], _CPU_STEPS - 1e-9)
+        low = steps.astype(np.int64)
+        part = steps - low
+        at = (states.kind * _GAPS + gap // _QUANTUM_MILLI) * (_CPU_STEPS + 1) + low
+        singles = self._table[at] * (1.0 - part) + self._table[at + 1] * part
+        begun = (gap < WHOLE_MILLI).sum(axis=-1)
+        result: Floats = singles.sum(axis=-1) + BEGUN_MILLI * begun
+        if self._missed_on_node is not None:
+            result += SEVERAL_GPUS_WEIGHT * free * self._missed(states)
+        return result
+
+    def _missed(self, states: NodeStates) -> Floats:
+        """The part of demand that needs several GPUs at once and no longer finds them."""
+        assert self._missed_on_node is not None
+        idle = states.gap_milli == WHOLE_MILLI
+        kind = states.kind[..., 0]
+        cpu = np.maximum(states.cpu_milli // self._step, 0)
+        missed: Floats = self._missed_on_node[kind, states.largest_island, idle.sum(axis=-1), cpu]
+        if self._missed_in_island is not None and states.islands:
+            most = _most_in_an_island(idle, states)
+            missed = missed + self._missed_in_island[kind, states.largest_island, most, cpu]
+        return missed
+
+    def _several(
+        self, shares: Sequence[tuple[Shape, float]], kinds: Sequence[GpuKind], most_gpus: int
+    ) -> tuple[Floats | None, Floats | None]:
+        """Tables of the part of demand missed: by kind, size of the largest island, idle GPUs, CPU steps.
+
+        The first is for what is idle on the node, the second for what is idle in its best island; where an
+        island would be large enough for a shape, each counts half. A node of several kinds counts as its
+        first GPU's.
+        """
+        several = [(shape, share) for shape, share in shares if shape.gpus > 1]
+        if not several:
+            return None, None
+        on_node = np.zeros((len(kinds), most_gpus + 1, most_gpus + 1, _CPU_STEPS + 1))
+        in_island = np.zeros_like(on_node)
+        count, cpu = np.arange(most_gpus + 1), np.arange(_CPU_STEPS + 1)
+        for shape, share in several:
+            needed = -(-shape.cpu_milli // self._step)
+            missed = share * ((count[:, None] < shape.gpus) | (cpu[None, :] < needed))
+            linked = (count >= shape.gpus)[:, None, None]
+            accepted = [i for i, kind in enumerate(kinds) if shape.accepts(kind.model)]
+            on_node[accepted] += np.where(linked, missed / 2, missed)
+            in_island[accepted] += np.where(linked, missed / 2, 0.0)
+        return on_node, in_island
+
+
+def _most_in_an_island(idle: NDArray[np.bool_], states: NodeStates) -> Ints:
+    """Idle GPUs in the island that has most of them, per state."""
+    most = np.zeros(idle.shape[:-1], dtype=np.int64)
+    for island in range(states.islands):
+        np.maximum(most, (idle & (states.island == island)).sum(axis=-1), out=most)
+    return most
+
+
+def _solve(items: Sequence[tuple[tuple[int, int], float]]) -> Floats:
+    """W for every gap (rows, in quanta) and CPU budget (columns, in steps)."""
+    columns = np.arange(_CPU_STEPS + 1)
+    table = np.zeros((_GAPS, _CPU_STEPS + 1))
+    size = np.array([gap for (gap, _), _ in items], dtype=np.int64)
+    cpu = np.array([steps for (_, steps), _ in items], dtype=np.int64)
+    weight = np.array([share for _, share in items])
+    left = columns[None, :] - cpu[:, None]
+    weights = np.where(left >= 0, weight[:, None], 0.0)
+    left = np.maximum(left, 0)
+    for gap in range(1, _GAPS):
+        lost = HAZARD * gap * _QUANTUM_MILLI
+        fits = np.searchsorted(size, gap, side="right")  # the items are sorted by size
+        after = table[gap - size[:fits, None], left[:fits]]
+        table[gap] = (lost + (weights[:fits] * after).sum(axis=0)) / (HAZARD + weights[:fits].sum(axis=0))
+    return table

@@ -1,0 +1,229 @@
+"""What is to be placed, and the answers: a placement, or why there is none.
+
+A gang is one replica of a tier: all of its processes run, or none do. It has ``stages`` (pipeline
+parallelism) of ``gpus`` GPUs each (tensor parallelism); the GPUs of one stage are always on one node.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from controlplane.core.placement.topology import Distance
+
+WHOLE_MILLI = 1000
+"""A whole GPU, in thousandths."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a gang asks for. Gangs of one shape are interchangeable. ValueError if it makes no sense."""
+
+    gpus: int = 1
+    """GPUs of one stage; 0: the stage runs on CPUs."""
+    stages: int = 1
+    milli_gpu: int = WHOLE_MILLI
+    """The share of each GPU in thousandths; under 1000 only for a single GPU."""
+    gpu_memory_bytes: int = 0
+    """On each of its GPUs."""
+    cpu_milli: int = 0
+    """Thousandths of a CPU for one stage."""
+    memory_bytes: int = 0
+    """Host memory for one stage."""
+    models: frozenset[str] = frozenset()
+    """GPU models that will do; empty: any."""
+    across_nodes: bool = False
+    """Stages may be on different nodes when no node holds them all."""
+
+    def __post_init__(self) -> None:
+        if self.gpus < 0 or self.stages < 1:
+            raise ValueError("a gang has at least one stage, and a stage no negative number of GPUs")
+        if not 0 < self.milli_gpu <= WHOLE_MILLI:
+            raise ValueError(f"milli_gpu is {self.milli_gpu}: it must be between 1 and {WHOLE_MILLI}")
+        if self.milli_gpu < WHOLE_MILLI and (self.gpus != 1 or self.stages != 1):
+            raise ValueError("a share of a GPU is for one stage with one GPU")
+        if min(self.gpu_memory_bytes, self.cpu_milli, self.memory_bytes) < 0:
+            raise ValueError("bytes and CPUs can't be negative")
+
+    @property
+    def shared(self) -> bool:
+        """Whether it takes a share of one GPU."""
+        return self.gpus == 1 and self.milli_gpu < WHOLE_MILLI
+
+    @property
+    def total_gpus(self) -> int:
+        """GPUs of all stages, shares counted as one."""
+        return self.gpus * self.stages
+
+    @property
+    def total_milli(self) -> int:
+        """What it takes of the fleet, in thousandths of a GPU."""
+        return self.total_gpus * self.milli_gpu
+
+    def accepts(self, model: str) -> bool:
+        """Whether a GPU of this model will do."""
+        return not self.models or model in self.models
+
+
+@dataclass(frozen=True, slots=True)
+class Gang:
+    """One replica that wants a place."""
+
+    gang_id: str
+    shape: Shape
+    tier: str = ""
+    """Replicas of one tier keep away from each other; empty: no such wish."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Where one stage runs."""
+
+    node_id: str
+    gpu_uuids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a gang runs, and why there."""
+
+    gang: Gang
+    stages: tuple[Stage, ...]
+    distance: Distance = Distance.SAME
+    """The farthest apart two GPUs of one stage are."""
+    stranded_milli: float = 0.0
+    """By how much the GPU capacity that is expected to find no use grows, in thousandths of a GPU."""
+    replicas_beside: int = 0
+    """Replicas of its tier that the nodes already ran."""
+    runner_up: str = ""
+    """The next best node, if it was placed on one node and another would have done."""
+    runner_up_stranded_milli: float = 0.0
+    stays: bool = False
+    """It runs there already."""
+
+    @property
+    def node_ids(self) -> tuple[str, ...]:
+        """Its nodes, each once, in the order of the stages."""
+        return tuple(dict.fromkeys(stage.node_id for stage in self.stages))
+
+    @property
+    def gpu_uuids(self) -> tuple[str, ...]:
+        """Its GPUs in the order of the ranks: stage by stage."""
+        return tuple(uuid for stage in self.stages for uuid in stage.gpu_uuids)
+
+    @property
+    def why(self) -> str:
+        """One sentence for people."""
+        if self.stays:
+            return "runs there"
+        shape = self.gang.shape
+        parts = [_DISTANCE_TEXT[self.distance]] if shape.gpus > 1 else []
+        if len(self.node_ids) > 1:
+            parts.append(f"stages on {len(self.node_ids)} nodes: none holds all")
+        if shape.gpus:
+            parts.append(f"strands {_gpus(self.stranded_milli)}")
+        if self.replicas_beside:
+            parts.append(f"beside {self.replicas_beside} of its tier")
+        text = ", ".join(parts) or "fits"
+        if self.runner_up:
+            text += f"; next best {self.runner_up}"
+            text += f" ({_gpus(self.runner_up_stranded_milli)})" if shape.gpus else ""
+        return text
+
+
+def _gpus(milli: float) -> str:
+    return f"{milli / WHOLE_MILLI:+.2f} GPU" if abs(milli) >= WHOLE_MILLI / 200 else "nothing"
+
+
+_DISTANCE_TEXT = {
+    Distance.SAME: "",
+    Distance.ISLAND: "in one NVLink island",
+    Distance.NUMA: "on one NUMA node, no NVLink island was free",
+    Distance.NODE: "across the sockets of one node, nothing closer was free",
+    Distance.CLUSTER: "across nodes",
+}
+
+
+class Cause(StrEnum):
+    """Why a node can't take a gang."""
+
+    NODE_UNAVAILABLE = "node unavailable"
+    NO_SUCH_GPU = "no such GPU"
+    GPU_UNAVAILABLE = "GPU unavailable"
+    GPU_TOO_SMALL = "GPU too small"
+    GPU_BUSY = "GPU busy"
+    GPU_MEMORY = "GPU memory taken"
+    CPU = "CPU"
+    MEMORY = "host memory"
+    STAGES = "too few nodes for all stages"
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why one node can't take a gang: what it needs of something, and what there is."""
+
+    node_id: str
+    cause: Cause
+    needed: int = 0
+    available: int = 0
+    note: str = ""
+
+    def __str__(self) -> str:
+        text = _REFUSAL_TEXT[self.cause].format(needed=_amount(self, self.needed), has=_available(self))
+        return f"{self.node_id}: {text}" + (f" ({self.note})" if self.note else "")
+
+
+_REFUSAL_TEXT = {
+    Cause.NODE_UNAVAILABLE: "out of use",
+    Cause.NO_SUCH_GPU: "needs {needed} GPUs of an accepted model, has {has}",
+    Cause.GPU_UNAVAILABLE: "needs {needed} usable GPUs, has {has}",
+    Cause.GPU_TOO_SMALL: "needs {needed} GPUs with enough memory, has {has}",
+    Cause.GPU_BUSY: "needs {needed} free GPUs, has {has}",
+    Cause.GPU_MEMORY: "needs {needed} GPUs with enough free memory, has {has}",
+    Cause.CPU: "needs {needed} CPUs, has {has} free",
+    Cause.MEMORY: "needs {needed} GiB of memory, has {has} free",
+    Cause.STAGES: "{needed} stages, this node could take {has}, the others too few of the rest",
+}
+
+
+def _amount(refusal: Refusal, value: int) -> str:
+    if refusal.cause is Cause.CPU:
+        return f"{value / 1000:g}"
+    if refusal.cause is Cause.MEMORY:
+        return f"{value / 2**30:.1f}"
+    return str(value)
+
+
+def _available(refusal: Refusal) -> str:
+    return _amount(refusal, max(0, refusal.available))
+
+
+@dataclass(frozen=True, slots=True)
+class Infeasible:
+    """A gang that has no place, with the reason of every node."""
+
+    gang: Gang
+    refusals: Sequence[Refusal] = field(default=())
+
+    @property
+    def why(self) -> str:
+        """One sentence for people: the causes, the most frequent first."""
+        counts = Counter(str(refusal.cause) for refusal in self.refusals)
+        if not counts:
+            return "there is no node"
+        return ", ".join(f"{cause} on {n} node{'s' * (n > 1)}" for cause, n in counts.most_common())
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The answer to a list of gangs, in the order they were asked for."""
+
+    placements: tuple[Placement, ...] = ()
+    infeasible: tuple[Infeasible, ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        """Whether every gang has its place."""
+        return not self.infeasible

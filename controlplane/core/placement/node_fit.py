@@ -1,0 +1,255 @@
+"""Which GPUs of a node a gang would get, what that would cost, and why a node can't take it.
+
+Everything here works on many nodes at once: ``rows`` are indices into the ledger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from controlplane.core.placement.fragmentation import Floats, Ints, NodeStates, Stranding
+from controlplane.core.placement.free_capacity import Ledger, gap_of
+from controlplane.core.placement.gangs import Cause, Refusal, Shape
+from controlplane.core.placement.topology import Distance
+
+Bools = NDArray[np.bool_]
+
+_FAR = 1 << 30
+"""Sorts behind every GPU that may be chosen."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """One shape on many nodes."""
+
+    fits: Bools
+    distance: Ints
+    """See :class:`~controlplane.core.placement.topology.Distance`."""
+    stranded_milli: Floats
+    """How much the expected stranding grows; infinite where it does not fit."""
+    columns: Ints
+    """The GPUs it would get, stage by stage; meaningless where it does not fit."""
+
+
+def fit(ledger: Ledger, stranding: Stranding, shape: Shape, rows: Ints) -> Fit:
+    """Try ``shape``, all stages on one node, on each of ``rows``; nothing is changed."""
+    eligible = _eligible(ledger, shape, rows)
+    fits = ledger.open[rows] & (ledger.cpu_milli[rows] >= shape.cpu_milli * shape.stages)
+    fits &= ledger.memory_bytes[rows] >= shape.memory_bytes * shape.stages
+    if shape.gpus:
+        fits &= eligible.sum(axis=1) >= shape.total_gpus
+    distance = np.zeros(len(rows), dtype=np.int64)
+    stranded = np.full(len(rows), np.inf)
+    columns = np.zeros((len(rows), shape.total_gpus), dtype=np.int64)
+    where = np.flatnonzero(fits)
+    if len(where):
+        found, able = rows[where], eligible[where]
+        if shape.shared:
+            columns[where, 0], stranded[where] = _share(ledger, stranding, shape, found, able)
+        else:
+            columns[where], distance[where] = _closest(ledger, shape, found, able)
+            stranded[where] = _growth(ledger, stranding, shape, found, columns[where])
+    return Fit(fits, distance, np.round(stranded, 6), columns)
+
+
+def _eligible(ledger: Ledger, shape: Shape, rows: Ints) -> Bools:
+    """GPUs that could give what the shape wants of each of its GPUs now."""
+    eligible = ledger.usable[rows] & (ledger.free_milli[rows] >= shape.milli_gpu)
+    if shape.gpu_memory_bytes:
+        eligible &= ledger.free_bytes[rows] >= shape.gpu_memory_bytes
+    if shape.models:
+        eligible &= ledger.accepted(shape)[ledger.kind[rows]]
+    return eligible
+
+
+def _share(
+    ledger: Ledger, stranding: Stranding, shape: Shape, rows: Ints, eligible: Bools
+) -> tuple[Ints, Floats]:
+    """The GPU of each row that gives the share with the least stranding, and how much that is."""
+    gap = ledger.gap_milli[rows]
+    after = gap_of(
+        ledger.free_milli[rows] - shape.milli_gpu,
+        ledger.free_bytes[rows] - shape.gpu_memory_bytes,
+        ledger.size_bytes[rows],
+    )
+    # GPUs of a node that are alike now are alike after it: one of each is looked at.
+    state = np.stack([gap, after, ledger.kind[rows], ledger.island[rows]])
+    alike = np.all(state[:, :, :, None] == state[:, :, None, :], axis=0) & eligible[:, None, :]
+    distinct = eligible & (alike.argmax(axis=2) == np.arange(gap.shape[1]))
+    option, column = np.nonzero(distinct)
+    options = gap[option]
+    options[np.arange(len(option)), column] = after[option, column]
+    which = np.concatenate([option, np.arange(len(rows))])
+    cpu = ledger.cpu_milli[rows]
+    stranded = stranding.of(
+        NodeStates(
+            np.concatenate([options, gap]),
+            ledger.kind[rows[which]],
+            ledger.island[rows[which]],
+            ledger.largest_island[rows[which]],
+            np.concatenate([cpu[option] - shape.cpu_milli, cpu]),
+            ledger.islands,
+        )
+    )
+    growth = np.full(gap.shape, np.inf)
+    growth[option, column] = stranded[: len(option)] - stranded[len(option) :][option]
+    best = np.argmin(np.round(growth, 6), axis=1)
+    return best, growth[np.arange(len(rows)), best]
+
+
+def _closest(ledger: Ledger, shape: Shape, rows: Ints, idle: Bools) -> tuple[Ints, Ints]:
+    """Whole GPUs for all stages of each row, stage by stage, and how far apart those of a stage are."""
+    distance = np.zeros(len(rows), dtype=np.int64)
+    if not shape.gpus:
+        return np.zeros((len(rows), 0), dtype=np.int64), distance
+    if shape.total_gpus == 1 and not ledger.islands:
+        return idle.argmax(axis=1)[:, None], distance
+    stages = []
+    for _ in range(shape.stages):
+        columns, far = _together(idle, ledger.island[rows], ledger.numa[rows], shape.gpus)
+        np.put_along_axis(idle, columns, False, axis=1)
+        distance = np.maximum(distance, far)
+        stages.append(columns)
+    return np.concatenate(stages, axis=1), distance
+
+
+def _growth(ledger: Ledger, stranding: Stranding, shape: Shape, rows: Ints, columns: Ints) -> Floats:
+    """How much the stranding grows when these whole GPUs are taken."""
+    now = ledger.states(rows)
+    gap = now.gap_milli.copy()
+    np.put_along_axis(gap, columns, 0, axis=1)
+    cpu = now.cpu_milli - shape.cpu_milli * shape.stages
+    both = NodeStates(
+        np.stack([now.gap_milli, gap], axis=1),
+        now.kind[:, None, :],
+        now.island[:, None, :],
+        now.largest_island[:, None],
+        np.stack([now.cpu_milli, cpu], axis=1),
+        ledger.islands,
+    )
+    stranded = stranding.of(both)
+    growth: Floats = stranded[:, 1] - stranded[:, 0]
+    return growth
+
+
+def _together(idle: Bools, island: Ints, numa: Ints, gpus: int) -> tuple[Ints, Ints]:
+    """``gpus`` idle GPUs per row, as close together as there are: from the tightest island that holds them,
+    else from the tightest NUMA node, else from the node; and how far apart they are."""
+    width = idle.shape[1]
+    column = np.arange(width)
+    in_island = _idle_beside(idle, np.where(island >= 0, island, column - width))
+    in_numa = _idle_beside(idle, numa)
+    # Among groups that are large enough the one with the least left over; its number breaks ties.
+    by_island = np.where(idle & (in_island >= gpus), in_island * width + island % width, _FAR)
+    by_numa = np.where(idle & (in_numa >= gpus), in_numa * width + numa, _FAR)
+    # Inside a NUMA node or a node, take large islands first: fewer pieces.
+    pieces = (width - in_island) * width + island % width
+    linked: Bools = np.any(by_island < _FAR, axis=1)
+    near: Bools = np.any(by_numa < _FAR, axis=1)
+    order = np.where(
+        linked[:, None],
+        by_island * width * width,
+        np.where(near[:, None], by_numa * width * width + pieces, np.where(idle, pieces, _FAR * width)),
+    )
+    chosen = np.argsort(order, axis=1, kind="stable")[:, :gpus]
+    far = np.where(linked, Distance.ISLAND, np.where(near, Distance.NUMA, Distance.NODE))
+    return np.sort(chosen, axis=1), np.where(gpus == 1, int(Distance.SAME), far).astype(np.int64)
+
+
+def _idle_beside(idle: Bools, group: Ints) -> Ints:
+    """For each GPU, how many idle ones are in its group."""
+    beside: Ints = np.sum((group[:, :, None] == group[:, None, :]) & idle[:, None, :], axis=2)
+    return beside
+
+
+class Refusals(Sequence[Refusal]):
+    """Why each node refused: what was free then is kept, and looked at when somebody reads it."""
+
+    def __init__(self, ledger: Ledger, shape: Shape) -> None:
+        self._ledger = ledger
+        self._shape = shape
+        self._nodes = ledger.nodes
+        self._gpus = ledger.gpus
+        self._free = (
+            ledger.free_milli.copy(),
+            ledger.free_bytes.copy(),
+            ledger.cpu_milli.copy(),
+            ledger.memory_bytes.copy(),
+        )
+
+    @cached_property
+    def _found(self) -> tuple[Ints, Sequence[int], Sequence[Ints]]:
+        """By node the cause's place in ``_CAUSES``; by cause what is needed, and what each node has."""
+        ledger, shape = self._ledger, self._shape
+        free_milli, free_bytes, cpu_milli, memory_bytes = self._free
+        # Where stages may be on different nodes, a node is asked for one of them.
+        stages = 1 if shape.across_nodes else shape.stages
+        gpus = shape.gpus * stages
+        accepted = ledger.present & ledger.accepted(shape)[ledger.kind]
+        usable = accepted & ledger.usable
+        large = usable & (ledger.size_bytes >= shape.gpu_memory_bytes)
+        idle = large & (free_milli >= shape.milli_gpu)
+        roomy = idle & (free_bytes >= shape.gpu_memory_bytes)
+        counts = [part.sum(axis=1) for part in (accepted, usable, large, idle, roomy)]
+        wants = [*[gpus] * len(counts), shape.cpu_milli * stages, shape.memory_bytes * stages]
+        has = [*counts, cpu_milli, memory_bytes]
+        lacking = [~ledger.open, *(have < want for have, want in zip(has, wants, strict=True))]
+        code = np.select(lacking, range(len(lacking)), default=len(lacking))
+        return (
+            code,
+            [0, *wants, shape.stages],
+            [np.zeros_like(has[0]), *has, _stages(has[4:], shape)],
+        )
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    @overload
+    def __getitem__(self, index: int) -> Refusal: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Refusal]: ...
+    def __getitem__(self, index: int | slice) -> Refusal | Sequence[Refusal]:
+        if isinstance(index, slice):
+            return [self._refusal(i) for i in range(*index.indices(len(self)))]
+        return self._refusal(range(len(self))[index])
+
+    def _refusal(self, row: int) -> Refusal:
+        codes, needed, has = self._found
+        code = int(codes[row])
+        cause = _CAUSES[code]
+        note = ""
+        if cause is Cause.NODE_UNAVAILABLE:
+            note = self._nodes[row].unavailable
+        elif cause is Cause.GPU_UNAVAILABLE:
+            note = "; ".join(
+                f"GPU {gpu.index}: {gpu.unavailable}" for gpu in self._gpus[row] if gpu.unavailable
+            )
+        return Refusal(self._nodes[row].node_id, cause, needed[code], int(has[code][row]), note)
+
+
+def _stages(has: Sequence[Ints], shape: Shape) -> Ints:
+    """How many stages each node could take: by its GPUs, its CPUs and its memory."""
+    wants = (shape.gpus, shape.cpu_milli, shape.memory_bytes)
+    counts = [have // want for have, want in zip(has, wants, strict=True) if want]
+    most: Ints = np.minimum.reduce(counts) if counts else np.full_like(has[0], shape.stages)
+    return most
+
+
+_CAUSES = (
+    Cause.NODE_UNAVAILABLE,
+    Cause.NO_SUCH_GPU,
+    Cause.GPU_UNAVAILABLE,
+    Cause.GPU_TOO_SMALL,
+    Cause.GPU_BUSY,
+    Cause.GPU_MEMORY,
+    Cause.CPU,
+    Cause.MEMORY,
+    Cause.STAGES,
+)
+"""In the order they are looked at: the first that applies is a node's reason."""

@@ -1,0 +1,1 @@
+"""Recommendations to operators: when they are made, what effect they predict, and how they are scored."""

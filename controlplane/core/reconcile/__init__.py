@@ -1,0 +1,1 @@
+"""From observed state to commands: migrations, restarts, holds, and how many replicas Serve is to run."""

@@ -1,0 +1,386 @@
+"""Which tiers a request may go to, and in which order: from what it asks for, before any load counts.
+
+A :class:`TierTable` is built once from the configuration. :func:`resolve` turns a
+:class:`RouteRequest` into a :class:`Route`; :mod:`controlplane.core.routing.router` then places it on an
+endpoint. A tier's position in the table is its rank: 0 is the cheapest.
+
+Per-request values are named tuples: as immutable as a frozen dataclass and a third of the price to make.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final, NamedTuple
+
+from controlplane.core.domain.endpoint import Capabilities
+from controlplane.core.domain.request import Complexity, Priority
+
+AUTO: Final = "auto"
+"""The model name that lets tierplane choose."""
+
+DEFAULT_COMPLEXITIES: Final = {
+    "lightweight": Complexity.SIMPLE,
+    "balanced": Complexity.MODERATE,
+    "capable": Complexity.COMPLEX,
+}
+"""What tiers of these names serve if no tier says otherwise."""
+
+DEFAULT_AGENT_TIERS: Final = {
+    "customer_service": "customer_service",
+    "technical": "technical_support",
+    "general": "general_purpose",
+}
+"""Agent type → tier, where such a tier exists and no tier claims the agent type."""
+
+
+class Direction(StrEnum):
+    """Where a tier's requests may go when they can't be served by it."""
+
+    UP = "up"
+    """To more capable tiers."""
+    DOWN = "down"
+    """To cheaper tiers."""
+    BOTH = "both"
+    NONE = "none"
+    """Nowhere: they wait."""
+
+
+class Api(StrEnum):
+    """What kind of answer a request wants from an engine."""
+
+    CHAT = "chat"
+    COMPLETIONS = "completions"
+    EMBEDDINGS = "embeddings"
+    RESPONSES = "responses"
+    MESSAGES = "messages"
+
+
+API_BITS: Final[dict[Api, int]] = {api: 1 << index for index, api in enumerate(Api)}
+_PLAIN_BITS: Final = API_BITS[Api.CHAT] | API_BITS[Api.COMPLETIONS]
+
+
+def api_bits(capabilities: Capabilities) -> int:
+    """The APIs that an engine serves, as bits of :data:`API_BITS`."""
+    bits = _PLAIN_BITS
+    if capabilities.embeddings:
+        bits |= API_BITS[Api.EMBEDDINGS]
+    if capabilities.responses:
+        bits |= API_BITS[Api.RESPONSES]
+    if capabilities.messages:
+        bits |= API_BITS[Api.MESSAGES]
+    return bits
+
+
+@dataclass(frozen=True, slots=True)
+class TierPolicy:
+    """What routing needs to know of one tier."""
+
+    name: str
+    model_id: str
+    complexities: tuple[Complexity, ...] | None = None
+    """What it serves; None: by its name, see :data:`DEFAULT_COMPLEXITIES`."""
+    agent_types: tuple[str, ...] = ()
+    spill: Direction = Direction.UP
+    """Where requests go when the tier is full. Up by default: under load an answer may cost more, but it
+    is never silently worse."""
+    bridge: Direction | None = None
+    """Where requests go while no endpoint of the tier can take any. None: both ways, or nowhere if
+    ``spill`` is none. Overload passes in seconds and waiting helps; a restart takes minutes, and then an
+    answer from a neighbour is better than none."""
+    floor: str | None = None
+    """Requests meant for this tier never go to a tier below that one."""
+
+
+class RouteRequest(NamedTuple):
+    """What routing needs to know of a request."""
+
+    model: str = AUTO
+    """``auto``, a tier, or a model id."""
+    models: tuple[str, ...] = ()
+    """Acceptable models in order of preference; if given, ``model`` is not looked at."""
+    complexity: Complexity | None = None
+    agent_type: str | None = None
+    min_tier: str | None = None
+    """The quality floor: no tier below this one."""
+    priority: Priority = Priority.NORMAL
+    api: Api = Api.CHAT
+    session_key: int | None = None
+    """A hash of the session, so that its turns find their KV cache again."""
+    prefix_key: int | None = None
+    """A hash of the prompt's beginning; used when there is no session."""
+    exclude: frozenset[str] = frozenset()
+    """``EndpointLoad.key`` of what was tried already for this request."""
+
+
+class Refusal(StrEnum):
+    """Why a request can't be placed and waiting would not help."""
+
+    UNKNOWN_MODEL = "unknown_model"
+    UNKNOWN_TIER = "unknown_tier"
+    """``min_tier`` names no tier."""
+    BELOW_FLOOR = "below_floor"
+    """Every model asked for by name is under the quality floor."""
+    NO_CAPABILITY = "no_capability"
+    """No engine of the tiers asked for serves this API."""
+    EXHAUSTED = "exhausted"
+    """Every endpoint that could serve it was tried already."""
+    FAILED = "failed"
+    """The supervisors of all endpoints that could serve it gave up."""
+
+
+class Route(NamedTuple):
+    """Where a request may go. Tiers are given by rank."""
+
+    order: tuple[int, ...]
+    """Tiers asked for, the first with room wins."""
+    reasons: tuple[str, ...]
+    """Why each of ``order``; plain ASCII, fit for a header."""
+    spill: tuple[int, ...] = ()
+    """Where else when those are full."""
+    bridge: tuple[int, ...] = ()
+    """Where else when those are down, nearest first."""
+    auto: bool = False
+    """The tier was chosen here, not by the client."""
+    floor: int = 0
+    refusal: Refusal | None = None
+    message: str = ""
+    """For the client, if refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class TierTable:
+    """The tiers and every question that can be answered before a request comes. Make it with
+    :meth:`build`."""
+
+    policies: tuple[TierPolicy, ...]
+    default: int
+    rank_of: dict[str, int]
+    tiers_of_model: dict[str, tuple[int, ...]]
+    tier_of_complexity: dict[Complexity, int]
+    tier_of_agent: dict[str, int]
+    neighbours: tuple[tuple[tuple[tuple[int, ...], tuple[int, ...]], ...], ...]
+    """``neighbours[rank][floor]`` → (spill, bridge)."""
+    own_floor: tuple[int, ...]
+
+    @classmethod
+    def build(cls, policies: Sequence[TierPolicy], default_tier: str | None = None) -> TierTable:
+        """The table of ``policies``, from the cheapest to the most capable.
+
+        ``default_tier`` is where ``auto`` goes without a hint; by default ``balanced``, or else the
+        first. Raises ValueError if a name is used twice or a named tier is missing.
+        """
+        if not policies:
+            raise ValueError("there must be at least one tier")
+        rank_of = {policy.name: rank for rank, policy in enumerate(policies)}
+        if len(rank_of) != len(policies):
+            raise ValueError("two tiers have the same name")
+        if AUTO in rank_of:
+            raise ValueError(f"'{AUTO}' can't be a tier's name: it means that tierplane chooses")
+        for policy in policies:
+            if policy.floor is not None and policy.floor not in rank_of:
+                raise ValueError(f"tier '{policy.name}': floor '{policy.floor}' is no tier")
+        if default_tier is not None and default_tier not in rank_of:
+            raise ValueError(f"default tier '{default_tier}' is no tier")
+        default = rank_of[default_tier] if default_tier is not None else rank_of.get("balanced", 0)
+
+        models: dict[str, tuple[int, ...]] = {}
+        for rank, policy in enumerate(policies):
+            models[policy.model_id] = (*models.get(policy.model_id, ()), rank)
+
+        own_floor = tuple(rank_of[policy.floor] if policy.floor is not None else 0 for policy in policies)
+        return cls(
+            policies=tuple(policies),
+            default=default,
+            rank_of=rank_of,
+            tiers_of_model=models,
+            tier_of_complexity=_complexity_map(policies, rank_of),
+            tier_of_agent=_agent_map(policies, rank_of),
+            neighbours=tuple(
+                tuple(
+                    _neighbours(policies, rank, max(floor, own_floor[rank])) for floor in range(len(policies))
+                )
+                for rank in range(len(policies))
+            ),
+            own_floor=own_floor,
+        )
+
+
+def resolve(
+    request: RouteRequest, table: TierTable, score: Callable[[], Complexity | None] | None = None
+) -> Route:
+    """Where a request may go.
+
+    In this order: the list ``models``, a tier or model id in ``model``, ``complexity``, ``agent_type``,
+    what ``score`` says of the prompt (called only if nothing else decides), the default tier. A tier
+    that is named may spill as the policy says; a model id or a list is meant as it stands.
+    """
+    floor = 0
+    if request.min_tier is not None:
+        rank = table.rank_of.get(request.min_tier)
+        if rank is None:
+            known = ", ".join(policy.name for policy in table.policies)
+            return _refused(
+                Refusal.UNKNOWN_TIER, f"no tier '{request.min_tier}' for x-min-tier: there is {known}"
+            )
+        floor = rank
+    if request.models:
+        return _from_list(request.models, floor, table)
+    auto = False
+    model = request.model
+    if model != AUTO:
+        tier = table.rank_of.get(model)
+        if tier is None:
+            return _pinned(model, floor, table)
+        reason = "model=" + model
+    else:
+        auto = True
+        tier, reason = _hinted(request, table, score)
+    if tier < floor:
+        tier = floor
+        reason = f"{reason}, min_tier={table.policies[floor].name}"
+    spill, bridge = table.neighbours[tier][floor]
+    return Route((tier,), (reason,), spill, bridge, auto, floor)
+
+
+def resume_route(table: TierTable, rank: int) -> Route:
+    """For a request that must go on with the model it began with: the tiers that serve the model of
+    ``rank``, that one first, and nowhere else."""
+    others = table.tiers_of_model[table.policies[rank].model_id]
+    order = (rank, *(other for other in others if other != rank))
+    return Route(order, ("resume",) * len(order))
+
+
+def _hinted(
+    request: RouteRequest, table: TierTable, score: Callable[[], Complexity | None] | None
+) -> tuple[int, str]:
+    tier: int | None
+    if request.complexity is not None:
+        tier = table.tier_of_complexity.get(request.complexity)
+        if tier is not None:
+            return tier, "complexity=" + request.complexity
+    if request.agent_type is not None:
+        tier = table.tier_of_agent.get(request.agent_type)
+        if tier is not None:
+            return tier, "agent_type=" + request.agent_type
+    if score is not None:
+        scored = score()
+        tier = table.tier_of_complexity.get(scored) if scored is not None else None
+        if scored is not None and tier is not None:
+            return tier, "scored=" + scored
+    return table.default, "default"
+
+
+def _pinned(model: str, floor: int, table: TierTable) -> Route:
+    tiers = table.tiers_of_model.get(model)
+    if tiers is None:
+        return _unknown([model], table)
+    kept = tuple(rank for rank in tiers if rank >= floor)
+    if not kept:
+        return _refused(
+            Refusal.BELOW_FLOOR,
+            f"model '{model}' is below the tier '{table.policies[floor].name}' that x-min-tier asks for",
+        )
+    return Route(kept, ("model=" + model,) * len(kept), floor=floor)
+
+
+def _from_list(models: tuple[str, ...], floor: int, table: TierTable) -> Route:
+    order: list[int] = []
+    reasons: list[str] = []
+    known = False
+    for position, model in enumerate(models):
+        if model == AUTO:
+            tiers: tuple[int, ...] = (table.default,)
+        elif model in table.rank_of:
+            tiers = (table.rank_of[model],)
+        else:
+            tiers = table.tiers_of_model.get(model, ())
+        known = known or bool(tiers)
+        for tier in tiers:
+            if tier >= floor and tier not in order:
+                order.append(tier)
+                reasons.append(f"models[{position}]={model}")
+    if not known:
+        return _unknown(models, table)
+    if not order:
+        return _refused(
+            Refusal.BELOW_FLOOR,
+            f"every model asked for is below '{table.policies[floor].name}', which x-min-tier asks for",
+        )
+    return Route(tuple(order), tuple(reasons), floor=floor)
+
+
+def _unknown(models: Iterable[str], table: TierTable) -> Route:
+    names = [AUTO, *(policy.name for policy in table.policies), *table.tiers_of_model]
+    wanted = ", ".join(f"'{model}'" for model in models)
+    return _refused(Refusal.UNKNOWN_MODEL, f"no model {wanted}: there is {', '.join(dict.fromkeys(names))}")
+
+
+def _refused(refusal: Refusal, message: str) -> Route:
+    return Route((), (), refusal=refusal, message=message)
+
+
+def _neighbours(
+    policies: Sequence[TierPolicy], rank: int, floor: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    policy = policies[rank]
+    bridge = policy.bridge
+    if bridge is None:
+        bridge = Direction.NONE if policy.spill is Direction.NONE else Direction.BOTH
+    # Nearest first, and of two as near the more capable.
+    others = sorted(
+        (other for other in range(len(policies)) if other != rank and other >= floor),
+        key=lambda other: (abs(other - rank), -other),
+    )
+    return (
+        tuple(other for other in others if _leads(policy.spill, rank, other)),
+        tuple(other for other in others if _leads(bridge, rank, other)),
+    )
+
+
+def _leads(direction: Direction, rank: int, other: int) -> bool:
+    if direction is Direction.BOTH:
+        return True
+    return direction is (Direction.UP if other > rank else Direction.DOWN)
+
+
+def _complexity_map(policies: Sequence[TierPolicy], rank_of: dict[str, int]) -> dict[Complexity, int]:
+    """Every complexity gets a tier. One that no tier claims goes to the cheapest tier that claims more,
+    or else to the most capable that claims less: rather too good than too weak. If no tier claims any,
+    the tiers without agent types share them out by rank."""
+    claimed: dict[Complexity, int] = {}
+    for rank, policy in enumerate(policies):
+        for complexity in policy.complexities or ():
+            claimed.setdefault(complexity, rank)
+    for name, complexity in DEFAULT_COMPLEXITIES.items():
+        rank_by_name = rank_of.get(name)
+        if rank_by_name is not None and policies[rank_by_name].complexities is None:
+            claimed.setdefault(complexity, rank_by_name)
+    levels = list(Complexity)
+    if not claimed:
+        general = [rank for rank, policy in enumerate(policies) if not _is_special(policy)]
+        if not general:
+            return {}
+        return {levels[0]: general[0], levels[1]: general[len(general) // 2], levels[2]: general[-1]}
+    result: dict[Complexity, int] = {}
+    for index, level in enumerate(levels):
+        more = [claimed[other] for other in levels[index:] if other in claimed]
+        less = [claimed[other] for other in levels[:index] if other in claimed]
+        result[level] = claimed[level] if level in claimed else min(more) if more else max(less)
+    return result
+
+
+def _is_special(policy: TierPolicy) -> bool:
+    return bool(policy.agent_types) or policy.name in DEFAULT_AGENT_TIERS.values()
+
+
+def _agent_map(policies: Sequence[TierPolicy], rank_of: dict[str, int]) -> dict[str, int]:
+    claimed: dict[str, int] = {}
+    for rank, policy in enumerate(policies):
+        for agent_type in policy.agent_types:
+            claimed.setdefault(agent_type, rank)
+    for agent_type, tier in DEFAULT_AGENT_TIERS.items():
+        if tier in rank_of:
+            claimed.setdefault(agent_type, rank_of[tier])
+    return claimed

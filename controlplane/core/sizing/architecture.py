@@ -1,0 +1,312 @@
+"""A model's architecture as numbers: every matrix of a decoder, so that parameters can be counted exactly.
+
+A :class:`ModelSpec` covers decoders with MHA, GQA or MLA attention, dense or mixture-of-experts layers,
+biases, query/key norms, tied embeddings and sliding windows. :mod:`controlplane.core.sizing.hf_config` makes
+one from a ``config.json``. How a matrix is cut over tensor-parallel ranks follows vLLM's parallel layers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from enum import StrEnum
+
+from controlplane.core.sizing.quantization import NONE, Quantization
+
+VOCAB_PADDING = 64
+"""vLLM pads the vocabulary to a multiple of this (``DEFAULT_VOCAB_PADDING_SIZE``)."""
+
+
+class Split(StrEnum):
+    """How tensor parallelism cuts a matrix."""
+
+    COLUMN = "column"
+    """The outputs are cut; so is the bias."""
+    ROW = "row"
+    """The inputs are cut; every rank holds the whole bias."""
+    KV = "kv"
+    """The outputs are cut by KV heads; with fewer heads than ranks they are replicated."""
+    REPLICATED = "replicated"
+    VOCAB = "vocab"
+    """The padded vocabulary is cut."""
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """One weight matrix, or ``copies`` equal ones (experts)."""
+
+    name: str
+    inputs: int
+    outputs: int
+    split: Split
+    copies: int = 1
+    bias: bool = False
+    quantizable: bool = True
+
+    @property
+    def params(self) -> int:
+        """Parameters, bias included."""
+        return self.copies * (self.inputs * self.outputs + (self.outputs if self.bias else 0))
+
+
+@dataclass(frozen=True, slots=True)
+class Moe:
+    """The experts of a mixture-of-experts layer."""
+
+    experts: int
+    experts_per_token: int
+    intermediate: int
+    """Hidden units of one expert."""
+    shared_intermediate: int = 0
+    """Hidden units of all shared experts together."""
+    shared_gate: bool = False
+    """Qwen2-MoE: one more row that weighs the shared expert."""
+    router_bias: bool = False
+    """DeepSeek-V3: a correction bias per expert, float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mla:
+    """Multi-head latent attention (DeepSeek)."""
+
+    q_lora_rank: int
+    """0: the query is projected in one step."""
+    kv_lora_rank: int
+    nope_head_dim: int
+    rope_head_dim: int
+    v_head_dim: int
+
+    @property
+    def cache_dim(self) -> int:
+        """Values cached per token and layer."""
+        return self.kv_lora_rank + self.rope_head_dim
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKind:
+    """What tells one decoder layer from another."""
+
+    window: int = 0
+    """Sliding-window tokens; 0: full attention."""
+    moe: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """A decoder-only model as numbers."""
+
+    name: str
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    layers: tuple[LayerKind, ...]
+    max_length: int
+    """``max_position_embeddings``."""
+    tied: bool = False
+    """Input embedding and output head are one matrix."""
+    dtype: str = "bfloat16"
+    """Of the checkpoint."""
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    head_bias: bool = False
+    gated_mlp: bool = True
+    qk_norm: bool = False
+    """Query and key norms of ``head_dim`` (Qwen3, Gemma 3)."""
+    norms_per_layer: int = 2
+    norm_bias: bool = False
+    rotary_ratio: float = 1.0
+    moe: Moe | None = None
+    mla: Mla | None = None
+    quantization: Quantization = NONE
+    architecture: str = ""
+    notes: tuple[str, ...] = ()
+    guesses: tuple[str, ...] = ()
+    """Why its sizes may be quite wrong: what was not understood of its configuration."""
+    """What could not be read exactly, for people."""
+
+    @property
+    def layer_counts(self) -> Counter[LayerKind]:
+        """How many layers there are of each kind."""
+        return Counter(self.layers)
+
+    @property
+    def params(self) -> int:
+        """Parameters of the whole model; a tied embedding counts once, the vocabulary is not padded."""
+        total = self.embedding(padded=False).params + self.final_norm_params
+        if not self.tied:
+            total += self.head(padded=False).params
+        return total + sum(self.layer_params(kind) * n for kind, n in self.layer_counts.items())
+
+    @property
+    def active_params(self) -> int:
+        """Parameters that one token goes through: with experts, only those chosen, and no embedding
+        look-up."""
+        total = self.final_norm_params + self.head(padded=False).params
+        for kind, n in self.layer_counts.items():
+            total += n * (self.layer_params(kind) - (self._idle_expert_params() if kind.moe else 0))
+        return total
+
+    @property
+    def final_norm_params(self) -> int:
+        """The norm before the output head."""
+        return self.hidden * (2 if self.norm_bias else 1)
+
+    @property
+    def padded_vocab(self) -> int:
+        """The vocabulary as vLLM holds it."""
+        return -(-self.vocab // VOCAB_PADDING) * VOCAB_PADDING
+
+    def embedding(self, padded: bool = True) -> Matrix:
+        """The input embedding."""
+        rows = self.padded_vocab if padded else self.vocab
+        return Matrix("embed_tokens", self.hidden, rows, Split.VOCAB, quantizable=False)
+
+    def head(self, padded: bool = True) -> Matrix:
+        """The output head (the embedding again if ``tied``)."""
+        rows = self.padded_vocab if padded else self.vocab
+        bias = self.head_bias
+        return Matrix(
+            "lm_head", self.hidden, rows, Split.VOCAB, bias=bias, quantizable=self.quantization.lm_head
+        )
+
+    def layer_params(self, kind: LayerKind) -> int:
+        """Parameters of one layer of that kind."""
+        matrices = sum(matrix.params for matrix in self.matrices(kind))
+        return matrices + self.layer_norm_params + self.router_bias_params(kind)
+
+    @property
+    def layer_norm_params(self) -> int:
+        """All norm weights of one layer (replicated on every rank)."""
+        total = self.norms_per_layer * self.hidden * (2 if self.norm_bias else 1)
+        if self.qk_norm:
+            total += 2 * self.head_dim
+        if self.mla:
+            total += self.mla.q_lora_rank + self.mla.kv_lora_rank
+        return total
+
+    def router_bias_params(self, kind: LayerKind) -> int:
+        """DeepSeek-V3's per-expert correction."""
+        return self.moe.experts if kind.moe and self.moe and self.moe.router_bias else 0
+
+    def matrices(self, kind: LayerKind) -> tuple[Matrix, ...]:
+        """The matrices of one layer of that kind."""
+        attention = self._mla_matrices(self.mla) if self.mla else self._gqa_matrices()
+        if kind.moe and self.moe:
+            return attention + self._moe_matrices(self.moe)
+        return attention + self._mlp_matrices("mlp", self.intermediate)
+
+    def _gqa_matrices(self) -> tuple[Matrix, ...]:
+        q = self.heads * self.head_dim
+        kv = self.kv_heads * self.head_dim
+        return (
+            Matrix("q_proj", self.hidden, q, Split.COLUMN, bias=self.qkv_bias),
+            Matrix("k_proj", self.hidden, kv, Split.KV, bias=self.qkv_bias),
+            Matrix("v_proj", self.hidden, kv, Split.KV, bias=self.qkv_bias),
+            Matrix("o_proj", q, self.hidden, Split.ROW, bias=self.o_bias),
+        )
+
+    def _mla_matrices(self, mla: Mla) -> tuple[Matrix, ...]:
+        q = self.heads * (mla.nope_head_dim + mla.rope_head_dim)
+        kv_b = self.heads * (mla.nope_head_dim + mla.v_head_dim)
+        query: tuple[Matrix, ...]
+        if mla.q_lora_rank:
+            query = (
+                Matrix("q_a_proj", self.hidden, mla.q_lora_rank, Split.REPLICATED),
+                Matrix("q_b_proj", mla.q_lora_rank, q, Split.COLUMN),
+            )
+        else:
+            query = (Matrix("q_proj", self.hidden, q, Split.COLUMN),)
+        return (
+            *query,
+            Matrix("kv_a_proj_with_mqa", self.hidden, mla.cache_dim, Split.REPLICATED),
+            Matrix("kv_b_proj", mla.kv_lora_rank, kv_b, Split.COLUMN),
+            Matrix("o_proj", self.heads * mla.v_head_dim, self.hidden, Split.ROW, bias=self.o_bias),
+        )
+
+    def _mlp_matrices(self, prefix: str, intermediate: int, copies: int = 1) -> tuple[Matrix, ...]:
+        up = Matrix(
+            f"{prefix}.up_proj", self.hidden, intermediate, Split.COLUMN, copies=copies, bias=self.mlp_bias
+        )
+        down = Matrix(
+            f"{prefix}.down_proj", intermediate, self.hidden, Split.ROW, copies=copies, bias=self.mlp_bias
+        )
+        if not self.gated_mlp:
+            return up, down
+        gate = Matrix(
+            f"{prefix}.gate_proj", self.hidden, intermediate, Split.COLUMN, copies=copies, bias=self.mlp_bias
+        )
+        return gate, up, down
+
+    def _moe_matrices(self, moe: Moe) -> tuple[Matrix, ...]:
+        router = Matrix("mlp.gate", self.hidden, moe.experts, Split.REPLICATED, quantizable=False)
+        matrices = (router, *self._mlp_matrices("mlp.experts", moe.intermediate, copies=moe.experts))
+        if moe.shared_intermediate:
+            matrices += self._mlp_matrices("mlp.shared_experts", moe.shared_intermediate)
+        if moe.shared_gate:
+            gate = Matrix("mlp.shared_expert_gate", self.hidden, 1, Split.REPLICATED, quantizable=False)
+            matrices += (gate,)
+        return matrices
+
+    def _idle_expert_params(self) -> int:
+        if self.moe is None:
+            return 0
+        one = sum(matrix.params for matrix in self._mlp_matrices("mlp.experts", self.moe.intermediate))
+        return one * (self.moe.experts - self.moe.experts_per_token)
+
+
+def plain_model(
+    *,
+    layers: int,
+    hidden: int,
+    heads: int,
+    kv_heads: int,
+    intermediate: int = 0,
+    vocab: int = 32000,
+    params: float = 0,
+    max_length: int = 8192,
+    head_dim: int = 0,
+    dtype: str = "bfloat16",
+    quantization: Quantization = NONE,
+) -> ModelSpec:
+    """A Llama-like model from plain numbers.
+
+    Without ``intermediate`` the feed-forward width is chosen so that the whole has ``params`` parameters.
+    Raises ValueError if the numbers don't go together.
+    """
+    if min(layers, hidden, heads, kv_heads, vocab) < 1:
+        raise ValueError("layers, hidden, heads, kv_heads and vocab must be at least 1")
+    head_dim = head_dim or hidden // heads
+
+    def build(width: int) -> ModelSpec:
+        return ModelSpec(
+            name="plain numbers",
+            hidden=hidden,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            intermediate=width,
+            vocab=vocab,
+            layers=(LayerKind(),) * layers,
+            max_length=max_length,
+            dtype=dtype,
+            quantization=quantization,
+            architecture="LlamaForCausalLM",
+            notes=("a Llama-like model from plain numbers",),
+        )
+
+    if intermediate:
+        return build(intermediate)
+    if not params:
+        raise ValueError("give params or intermediate: one of them sets the feed-forward width")
+    rest = params - build(0).params
+    width = round(rest / (3 * hidden * layers) / 64) * 64
+    if width < 1:
+        raise ValueError(
+            f"{params:.3g} parameters are fewer than attention and embeddings alone "
+            f"({build(0).params:.3g}): check layers, hidden and vocab"
+        )
+    return build(width)

@@ -1,0 +1,262 @@
+"""The engine arguments that decide about memory, with vLLM's own defaults (0.32).
+
+:func:`parse_settings` takes what ``engine_args`` of a tier says; arguments that take memory but are not in
+the model are named in ``unmodelled`` so that nobody takes the sum for complete.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from controlplane.core.sizing.architecture import ModelSpec
+from controlplane.core.sizing.gpu_models import GIB, GpuModel
+from controlplane.core.sizing.quantization import DTYPE_BYTES, PRESETS, Quantization, dtype_name, preset
+
+ArgValue = str | int | float | bool | None | list[str | int | float | bool | None]
+
+DEFAULT_MEMORY_RATIO = 0.92
+"""vLLM 0.32's ``--gpu-memory-utilization``."""
+
+KV_DTYPE_BYTES: dict[str, int] = {"fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1, **DTYPE_BYTES}
+
+UNMODELLED = (
+    "speculative-config",
+    "enable-lora",
+    "cpu-offload-gb",
+    "offload-group-size",
+    "kv-offloading-size",
+    "decode-context-parallel-size",
+    "prefill-context-parallel-size",
+    "data-parallel-size",
+    "compilation-config",
+    "hf-overrides",
+)
+"""Arguments that change memory in ways that are not counted here."""
+
+SPARING = frozenset(UNMODELLED) - {
+    "speculative-config",
+    "enable-lora",
+    "kv-offloading-size",
+    "compilation-config",
+}
+"""Those of them with which an engine may need less than weights and one sequence."""
+
+_FACTORS = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """Engine arguments as values; 0 or an empty string stands for the engine's default."""
+
+    tp: int = 1
+    pp: int = 1
+    expert_parallel: bool = False
+    dtype: str = ""
+    quantization: Quantization | None = None
+    """Asked for on top of a checkpoint that isn't quantised; None: as the checkpoint is."""
+    kv_dtype: str = ""
+    max_length: int = 0
+    """-1: the longest that fits."""
+    max_sequences: int = 0
+    max_batched_tokens: int = 0
+    memory_ratio: float = DEFAULT_MEMORY_RATIO
+    block_size: int = 0
+    eager: bool = False
+    kv_cache_bytes: int = 0
+    """``--kv-cache-memory-bytes`` per worker: overrides the memory ratio."""
+    blocks: int = 0
+    """``--num-gpu-blocks-override``."""
+    hybrid_kv: bool = True
+    """Sliding-window layers free what they no longer need."""
+    async_scheduling: bool = True
+    device: Literal["gpu", "cpu"] = "gpu"
+    unmodelled: tuple[str, ...] = ()
+
+    @property
+    def world_size(self) -> int:
+        """Workers of one engine."""
+        return self.tp * self.pp
+
+    def block_tokens(self, model: ModelSpec) -> int:
+        """Tokens in a KV block: 16; on CPU 128, or 16 with latent attention."""
+        if self.device == "cpu":
+            return 16 if model.mla else (self.block_size or 128)
+        return self.block_size or 16
+
+    def length(self, model: ModelSpec) -> int:
+        """The longest sequence the engine promises to serve."""
+        return self.max_length if self.max_length > 0 else model.max_length
+
+    def resolved_dtype(self, model: ModelSpec, default: str = "bfloat16") -> str:
+        """The dtype that the engine computes in: ``auto`` downcasts a float32 checkpoint to ``default``."""
+        if self.dtype:
+            return self.dtype
+        if model.dtype == "float32":
+            return default
+        if model.dtype == "bfloat16" and default == "float16":
+            return "float16"
+        return model.dtype
+
+    def kv_bytes(self, dtype: str) -> int:
+        """Bytes of one cached value; ``dtype`` is the engine's."""
+        return KV_DTYPE_BYTES[self.kv_dtype or dtype]
+
+    def batch(self, model: ModelSpec, gpu: GpuModel | None) -> tuple[int, int]:
+        """(most tokens, most sequences) of one step, by vLLM's defaults for the OpenAI server.
+
+        Source: ``EngineArgs.get_batch_defaults`` in vLLM 0.32: 16384 and 1024 from 160 GiB on, 8192 and
+        1024 from 70 GiB on except A100, else 2048 and 256; on CPU 2048 and 128 per worker.
+        """
+        if gpu is None:
+            tokens, sequences = 2048 * self.world_size, 128 * self.world_size
+        elif gpu.usable_bytes >= 160 * GIB:
+            tokens, sequences = 16384, 1024
+        elif gpu.usable_bytes >= 70 * GIB and "a100" not in gpu.nvml_name.lower():
+            tokens, sequences = 8192, 1024
+        else:
+            tokens, sequences = 2048, 256
+        sequences_limit = self.max_sequences or sequences
+        if not self.max_batched_tokens:
+            tokens = min(tokens, sequences_limit * self.length(model))
+        tokens = self.max_batched_tokens or tokens
+        if not self.max_sequences:
+            sequences_limit = min(sequences_limit, tokens)
+        return tokens, sequences_limit
+
+    def in_flight_tokens(self, model: ModelSpec, gpu: GpuModel | None) -> int:
+        """Tokens scheduled but not settled (``VllmConfig.max_in_flight_tokens``): sliding-window layers
+        hold on to that many more. Asynchronous scheduling overlaps two steps, not on CPU."""
+        batches = self.pp
+        if self.async_scheduling and self.device == "gpu":
+            batches = self.pp + 1
+        return batches * self.batch(model, gpu)[0]
+
+    def weights_format(self, model: ModelSpec) -> Quantization:
+        """The format the weights are held in."""
+        if model.quantization.quantized:
+            return model.quantization
+        return self.quantization or model.quantization
+
+
+def parse_settings(
+    args: Mapping[str, ArgValue],
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    device: Literal["gpu", "cpu"] = "gpu",
+) -> EngineSettings:
+    """Settings from engine arguments (flag names without dashes in front, ``_`` or ``-`` inside).
+
+    Raises ValueError that names the argument if a value can't be understood.
+    """
+    flags = {name.replace("_", "-"): value for name, value in args.items()}
+    tp = _integer(flags, "tensor-parallel-size", tp)
+    pp = _integer(flags, "pipeline-parallel-size", pp)
+    if tp < 1 or pp < 1:
+        raise ValueError("tensor and pipeline parallel size must be at least 1")
+    ratio = _ratio(flags)
+    return EngineSettings(
+        tp=tp,
+        pp=pp,
+        expert_parallel=_switch(flags, "enable-expert-parallel"),
+        dtype=_dtype(flags),
+        quantization=_quantization(flags),
+        kv_dtype=_kv_dtype(flags),
+        max_length=_integer(flags, "max-model-len", 0),
+        max_sequences=_integer(flags, "max-num-seqs", 0),
+        max_batched_tokens=_integer(flags, "max-num-batched-tokens", 0),
+        memory_ratio=ratio,
+        block_size=_integer(flags, "block-size", 0),
+        eager=_switch(flags, "enforce-eager"),
+        kv_cache_bytes=_integer(flags, "kv-cache-memory-bytes", 0) or _integer(flags, "kv-cache-memory", 0),
+        blocks=_integer(flags, "num-gpu-blocks-override", 0),
+        hybrid_kv=not _switch(flags, "disable-hybrid-kv-cache-manager"),
+        async_scheduling=_switch(flags, "async-scheduling", True),
+        device=device,
+        unmodelled=tuple(name for name in UNMODELLED if flags.get(name)),
+    )
+
+
+def _integer(flags: Mapping[str, ArgValue], name: str, default: int) -> int:
+    value = flags.get(name)
+    if value is None or value == "":
+        return default
+    if isinstance(value, str):
+        if value == "auto":
+            return -1
+        match = re.fullmatch(r"(-?\d+(?:\.\d+)?)\s*([kmgKMG]?)(?:iB|i?)?", value.strip())
+        if match:
+            return int(float(match[1]) * _FACTORS.get(match[2], 1))
+    elif isinstance(value, (int, float)) and not isinstance(value, bool) and int(value) == value:
+        return int(value)
+    raise ValueError(f"{name}: {value!r} is no whole number")
+
+
+def _ratio(flags: Mapping[str, ArgValue]) -> float:
+    value = flags.get("gpu-memory-utilization")
+    if value is None:
+        return DEFAULT_MEMORY_RATIO
+    try:
+        ratio = float(str(value))
+    except ValueError:
+        ratio = 0.0
+    if not 0 < ratio <= 1:
+        raise ValueError(f"gpu-memory-utilization: {value!r} is not above 0 and at most 1")
+    return ratio
+
+
+def _switch(flags: Mapping[str, ArgValue], name: str, default: bool = False) -> bool:
+    if name not in flags:
+        return not flags[f"no-{name}"] if f"no-{name}" in flags else default
+    value = flags[name]
+    return value not in (False, "false", "False")
+
+
+def _dtype(flags: Mapping[str, ArgValue]) -> str:
+    value = str(flags.get("dtype") or "auto")
+    if value == "auto":
+        return ""
+    try:
+        return dtype_name(value)
+    except KeyError:
+        raise ValueError(f"dtype: '{value}' is none of auto, {', '.join(DTYPE_BYTES)}") from None
+
+
+def _kv_dtype(flags: Mapping[str, ArgValue]) -> str:
+    value = str(flags.get("kv-cache-dtype") or "auto")
+    if value == "auto":
+        return ""
+    if value not in KV_DTYPE_BYTES:
+        raise ValueError(
+            f"kv-cache-dtype: the size of '{value}' is not known here; "
+            f"known: auto, {', '.join(KV_DTYPE_BYTES)}"
+        )
+    return value
+
+
+def _quantization(flags: Mapping[str, ArgValue]) -> Quantization | None:
+    value = flags.get("quantization")
+    if not value:
+        return None
+    name = str(value).lower().replace("_", "-")
+    known = {
+        "fp8-per-tensor": "fp8",
+        "fp8-per-channel": "fp8",
+        "fp8-per-block": "fp8-block",
+        "int8-per-channel-weight-only": "int8",
+        "auto-awq": "awq",
+        "awq-marlin": "awq",
+        "auto-gptq": "gptq",
+        "gptq-marlin": "gptq",
+    }
+    if name.startswith("gguf:"):
+        name = str(value).lower()  # its types are written with underscores
+    try:
+        return preset(known.get(name, name))
+    except KeyError:
+        raise ValueError(
+            f"quantization: the size of '{value}' is not known here; known: {', '.join(PRESETS)}, gguf:TYPE"
+        ) from None

@@ -1,0 +1,323 @@
+"""Does it fit, and if not, what is the least that would have to change?
+
+Changes are tried one at a time in the order of :data:`STEPS`, then two, then three together; the first that
+fits is suggested. The order says what «smallest» means: first what costs nothing, then what limits requests,
+then what may change answers, then what costs GPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+from controlplane.core.sizing.architecture import ModelSpec
+from controlplane.core.sizing.engine_args import EngineSettings
+from controlplane.core.sizing.gpu_memory import (
+    CUDA_CONTEXT_BYTES,
+    HIGHEST_RATIO,
+    RUNTIME_TERMS,
+    MemoryPlan,
+    gib,
+    plan_memory,
+)
+from controlplane.core.sizing.gpu_models import GpuModel
+from controlplane.core.sizing.quantization import PRESETS, Quantization, preset, runs_on
+
+MOST_GPUS = 8
+"""GPUs of one engine that are suggested when the number at hand isn't given."""
+
+SHORTEST_LENGTH = 2048
+"""A shorter ``max-model-len`` than this is not suggested: chats would not fit."""
+
+MOST_CHANGES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the one who asks allows and wants."""
+
+    count: int = 0
+    """GPUs at hand for one engine; 0: not known."""
+    length: int = 0
+    """Tokens per sequence that must fit; 0: ``max-model-len``."""
+    sequences: int = 1
+    """Sequences of that length that must fit at once."""
+    quantizations: tuple[str, ...] = ()
+    """Weight formats that may be suggested, by name, in order of preference."""
+    shortest_length: int = SHORTEST_LENGTH
+    fp8_kv: bool = True
+    """An fp8 KV cache may be suggested."""
+    alternatives: tuple[GpuModel, ...] = ()
+    """Other GPU models that may be suggested."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One setting to change."""
+
+    setting: str
+    """The engine's flag, or ``gpu``."""
+    before: str
+    after: str
+
+    def __str__(self) -> str:
+        return f"{self.setting} {self.before} → {self.after}"
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """The engine fits."""
+
+    plan: MemoryPlan
+    sequences: int
+    """Of the wanted length, at once."""
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unfit:
+    """The engine does not fit."""
+
+    plan: MemoryPlan
+    reasons: tuple[str, ...]
+    """Every reason, with its numbers."""
+    needed_bytes: int
+    """On the fullest GPU."""
+    available_bytes: int
+    changes: tuple[Change, ...] = ()
+    """The smallest change that would fit; empty if none was found."""
+    changed: MemoryPlan | None = None
+    """The plan with those changes."""
+
+    @property
+    def remedy(self) -> str:
+        """The smallest change in words."""
+        if not self.changes:
+            return "no single engine argument, format or GPU of the table makes it fit"
+        return "; ".join(str(change) for change in self.changes)
+
+
+Verdict = Fit | Unfit
+Option = tuple[Change, EngineSettings]
+Step = Callable[[ModelSpec, EngineSettings, GpuModel, Limits], Iterator[Option]]
+
+
+def fit(model: ModelSpec, settings: EngineSettings, gpu: GpuModel, limits: Limits = Limits()) -> Verdict:
+    """Whether the engine fits GPUs of that model, with the smallest change if it doesn't."""
+    plan = plan_memory(model, settings, gpu)
+    return judge(plan, limits)
+
+
+def judge(plan: MemoryPlan, limits: Limits = Limits()) -> Verdict:
+    """The same for a plan that is already made (perhaps with measured weights)."""
+    length = _length(plan, limits)
+    reasons = shortfalls(plan, limits)
+    if not reasons:
+        return Fit(plan, plan.sequences(length), length)
+    worst = plan.worst
+    needed = worst.fixed_bytes + _wanted_blocks(plan, limits) * worst.layout.block_bytes
+    available = plan.settings.kv_cache_bytes + worst.fixed_bytes if plan.settings.kv_cache_bytes else 0
+    options, changed = _smallest(plan, limits)
+    return Unfit(plan, reasons, needed, available or worst.budget_bytes, options, changed)
+
+
+def shortfalls(plan: MemoryPlan, limits: Limits) -> tuple[str, ...]:
+    """Every reason why the plan doesn't do what is wanted; empty if it does."""
+    reasons = list(plan.problems)
+    settings = plan.settings
+    if limits.count and settings.world_size > limits.count:
+        reasons.append(
+            f"tensor x pipeline parallel size {settings.world_size} is more than {limits.count} GPUs"
+        )
+    worst = plan.worst
+    share = f"{settings.memory_ratio:g} of {gib(plan.gpu.usable_bytes)}"
+    if worst.kv_budget_bytes <= 0:
+        reasons.append(
+            f"{_fixed_parts(plan)} need {gib(worst.fixed_bytes)} per GPU, "
+            f"the engine may take {gib(worst.budget_bytes)} ({share})"
+        )
+        return tuple(reasons)
+    length = _length(plan, limits)
+    if length < 1:
+        reasons.append("not a single token's KV block fits")
+        return tuple(reasons)
+    if plan.blocks < _wanted_blocks(plan, limits):
+        reasons.append(_too_little(plan, limits))
+    elif plan.sequences(length) < limits.sequences:
+        reasons.append(
+            f"max-num-seqs admits {settings.batch(plan.model, plan.gpu)[1]} sequences, "
+            f"{limits.sequences} are wanted"
+        )
+    return tuple(reasons)
+
+
+def _too_little(plan: MemoryPlan, limits: Limits) -> str:
+    worst = plan.worst
+    wanted = worst.layout.blocks_for(_length(plan, limits)) * limits.sequences
+    what = f"{limits.sequences} x {_length(plan, limits)} tokens need"
+    if wanted < _wanted_blocks(plan, limits) - 1:
+        what = f"vLLM starts only with room for one sequence of max-model-len {plan.length}, which needs"
+    need = _wanted_blocks(plan, limits) * worst.layout.block_bytes
+    return (
+        f"{what} {gib(need)} of KV cache per GPU; {gib(worst.kv_budget_bytes)} is left of "
+        f"{gib(worst.budget_bytes)} after {gib(worst.fixed_bytes)} for {_fixed_parts(plan)}"
+    )
+
+
+def _fixed_parts(plan: MemoryPlan) -> str:
+    counted = any(term.name in RUNTIME_TERMS for term in plan.worst.terms)
+    return "weights, activations and overhead" if counted else "weights alone"
+
+
+def _length(plan: MemoryPlan, limits: Limits) -> int:
+    return limits.length or plan.length
+
+
+def _wanted_blocks(plan: MemoryPlan, limits: Limits) -> int:
+    """Blocks for what is wanted, and for one sequence of ``max-model-len``: vLLM won't start otherwise."""
+    layout = plan.stages[0].layout
+    wanted = layout.blocks_for(_length(plan, limits)) * limits.sequences
+    promised = layout.blocks_for(plan.length) if plan.settings.max_length >= 0 else 0
+    return max(wanted, promised) + 1
+
+
+def _smallest(plan: MemoryPlan, limits: Limits) -> tuple[tuple[Change, ...], MemoryPlan | None]:
+    for size in range(1, MOST_CHANGES + 1):
+        for steps in combinations(STEPS, size):
+            found = _try(plan, limits, steps)
+            if found:
+                return found
+    others = [gpu for gpu in limits.alternatives if gpu.name != plan.gpu.name]
+    for gpu in sorted(others, key=lambda other: other.usable_mib):
+        change = Change("gpu", plan.gpu.name, gpu.name)
+        changed = plan_memory(plan.model, plan.settings, gpu, plan.extra)
+        if not shortfalls(changed, limits):
+            return (change,), changed
+        for step in STEPS:
+            found = _try(changed, limits, (step,))
+            if found:
+                return (change, *found[0]), found[1]
+    return (), None
+
+
+def _try(
+    plan: MemoryPlan, limits: Limits, steps: Sequence[Step]
+) -> tuple[tuple[Change, ...], MemoryPlan] | None:
+    """The first way to combine one option of each step that fits."""
+    model, gpu = plan.model, plan.gpu
+    ways: list[tuple[tuple[Change, ...], EngineSettings]] = [((), plan.settings)]
+    for step in steps:
+        ways = [
+            ((*changes, change), settings)
+            for changes, before in ways
+            for change, settings in step(model, before, gpu, limits)
+        ]
+    for changes, settings in ways:
+        changed = plan_memory(model, settings, gpu, plan.extra)
+        if not shortfalls(changed, limits):
+            return changes, changed
+    return None
+
+
+def _dtype(_model: ModelSpec, settings: EngineSettings, gpu: GpuModel, _limits: Limits) -> Iterator[Option]:
+    if settings.dtype == "float32" or (settings.dtype == "bfloat16" and not gpu.bfloat16):
+        after = gpu.default_dtype
+        yield Change("dtype", settings.dtype, after), replace(settings, dtype=after)
+
+
+def _ratio(_model: ModelSpec, settings: EngineSettings, gpu: GpuModel, _limits: Limits) -> Iterator[Option]:
+    free = 1 - CUDA_CONTEXT_BYTES / gpu.usable_bytes
+    highest = int(min(HIGHEST_RATIO, free) * 100) / 100
+    ratio = 0.01 * (int(settings.memory_ratio * 100) + 1)
+    if settings.memory_ratio > highest:
+        ratio = highest
+    while ratio <= highest + 1e-9:
+        after = round(ratio, 2)
+        change = Change("gpu-memory-utilization", f"{settings.memory_ratio:g}", f"{after:g}")
+        yield change, replace(settings, memory_ratio=after)
+        ratio += 0.01
+
+
+def _batch(model: ModelSpec, settings: EngineSettings, gpu: GpuModel, limits: Limits) -> Iterator[Option]:
+    tokens, sequences = settings.batch(model, gpu)
+    for after in (256, 128, 64, 32):
+        if limits.sequences <= after < sequences:
+            change = Change("max-num-seqs", str(sequences), str(after))
+            yield change, replace(settings, max_sequences=after, max_batched_tokens=min(tokens, 2048))
+
+
+def _eager(_model: ModelSpec, settings: EngineSettings, _gpu: GpuModel, _limits: Limits) -> Iterator[Option]:
+    if not settings.eager:
+        yield Change("enforce-eager", "off", "on"), replace(settings, eager=True)
+
+
+def _shorter(model: ModelSpec, settings: EngineSettings, gpu: GpuModel, limits: Limits) -> Iterator[Option]:
+    """The longest that fits, in steps of 256 tokens."""
+    before = settings.length(model)
+    plan = plan_memory(model, replace(settings, max_length=-1), gpu)
+    after = plan.longest // 256 * 256
+    if max(limits.shortest_length, limits.length) <= after < before:
+        yield Change("max-model-len", str(before), str(after)), replace(settings, max_length=after)
+
+
+def _plain_kv(
+    _model: ModelSpec, settings: EngineSettings, gpu: GpuModel, _limits: Limits
+) -> Iterator[Option]:
+    if settings.kv_dtype.startswith("fp8") and not gpu.fp8_kv_cache:
+        yield Change("kv-cache-dtype", settings.kv_dtype, "auto"), replace(settings, kv_dtype="")
+
+
+def _fp8_kv(model: ModelSpec, settings: EngineSettings, gpu: GpuModel, limits: Limits) -> Iterator[Option]:
+    dtype = settings.resolved_dtype(model, gpu.default_dtype)
+    if limits.fp8_kv and gpu.fp8_kv_cache and settings.kv_bytes(dtype) > 1:
+        yield Change("kv-cache-dtype", settings.kv_dtype or "auto", "fp8"), replace(settings, kv_dtype="fp8")
+
+
+def _quantize(model: ModelSpec, settings: EngineSettings, gpu: GpuModel, limits: Limits) -> Iterator[Option]:
+    now = settings.quantization
+    if model.quantization.quantized or (now and runs_on(now, gpu.capability)[0]):
+        return
+    before = "none"
+    if now is not None:
+        # Not for this GPU: without it, or in another format.
+        before = next((name for name, each in PRESETS.items() if each == now), now.label)
+        yield Change("quantization", before, "none"), replace(settings, quantization=None)
+    for name in limits.quantizations:
+        quantization: Quantization = preset(name)
+        if quantization.quantized and runs_on(quantization, gpu.capability)[0]:
+            yield Change("quantization", before, name), replace(settings, quantization=quantization)
+
+
+def _tensor_parallel(
+    _model: ModelSpec, settings: EngineSettings, _gpu: GpuModel, limits: Limits
+) -> Iterator[Option]:
+    most = (limits.count or MOST_GPUS) // settings.pp
+    sizes = [*range(settings.tp + 1, most + 1), *range(settings.tp - 1, 0, -1)]
+    for tp in sizes:
+        yield Change("tensor-parallel-size", str(settings.tp), str(tp)), replace(settings, tp=tp)
+
+
+def _pipeline_parallel(
+    _model: ModelSpec, settings: EngineSettings, _gpu: GpuModel, limits: Limits
+) -> Iterator[Option]:
+    most = (limits.count or MOST_GPUS) // settings.tp
+    for pp in range(settings.pp + 1, most + 1):
+        yield Change("pipeline-parallel-size", str(settings.pp), str(pp)), replace(settings, pp=pp)
+
+
+STEPS: tuple[Step, ...] = (
+    _dtype,
+    _plain_kv,
+    _ratio,
+    _batch,
+    _shorter,
+    _eager,
+    _fp8_kv,
+    _tensor_parallel,
+    _pipeline_parallel,
+    _quantize,
+)
+"""From the smallest change to the largest: a dtype and a KV cache that the GPU can do, more of the GPU, fewer
+sequences in a step, shorter requests, no CUDA graphs (slower), an fp8 KV cache, more GPUs, quantised
+weights."""

@@ -1,0 +1,284 @@
+"""Tensor parallel size, weight format and replicas for each tier: the cheapest that keeps the SLO and fits.
+
+For every tier, GPU model, parallel size and allowed format: does it fit (:mod:`.memory`), what rate does a
+replica carry inside the SLO (:mod:`.roofline`), how many replicas does the load need. Then one choice per
+tier such that the fleet suffices at the lowest cost. The speeds are a prior from published GPU figures;
+the result says so, why it was chosen, what came next, and why the others were left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from controlplane.core.sizing.architecture import ModelSpec
+from controlplane.core.sizing.engine_args import EngineSettings
+from controlplane.core.sizing.feasibility import Limits, shortfalls
+from controlplane.core.sizing.gpu_memory import plan_memory
+from controlplane.core.sizing.gpu_models import GpuModel
+from controlplane.core.sizing.quantization import preset
+from controlplane.core.sizing.roofline import Load, Slo, Speed, roofline
+
+TARGET_RATIO = 0.7
+"""Share of a replica's capacity that the expected load may take: the rest is for bursts."""
+
+PARALLEL_SIZES = (1, 2, 4, 8)
+MOST_REPLICAS = 1000
+LENGTH_FACTOR = 2
+"""Sequences this many times the mean length must fit too."""
+
+
+@dataclass(frozen=True, slots=True)
+class TierNeed:
+    """One tier: its model, what it must carry and what is allowed."""
+
+    name: str
+    model: ModelSpec
+    load: Load
+    slo: Slo
+    quantizations: tuple[str, ...] = ("none",)
+    """Allowed weight formats by name, the preferred one first."""
+    settings: EngineSettings = field(default_factory=EngineSettings)
+    min_replicas: int = 1
+    pipeline: bool = False
+    """Pipeline parallelism may be used."""
+
+
+@dataclass(frozen=True, slots=True)
+class FleetGpu:
+    """GPUs of one model."""
+
+    gpu: GpuModel
+    count: int
+    cost_per_hour: float
+    """Of one GPU; any unit, as long as it is the same for all."""
+    per_node: int = 8
+    """GPUs of one node: a tensor-parallel group stays inside one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One way to serve a tier."""
+
+    gpu: str
+    tp: int
+    pp: int
+    quantization: str
+    replicas: int
+    cost_per_hour: float
+    capacity: Speed
+    """One replica at the highest rate inside the SLO."""
+    expected: Speed
+    """One replica at its share of the expected load."""
+    sequences: int
+    """Sequences that fit a replica at once."""
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of all replicas."""
+        return self.replicas * self.tp * self.pp
+
+    def __str__(self) -> str:
+        parallel = f"tensor parallel {self.tp}" + (f" x pipeline parallel {self.pp}" if self.pp > 1 else "")
+        return (
+            f"{self.replicas} x {self.gpu} ({parallel}, {self.quantization}): {self.gpus} GPUs, "
+            f"{self.cost_per_hour:.2f} per hour, about {self.expected.ttft_ms:.0f} ms to the first token and "
+            f"{self.expected.itl_ms:.1f} ms per token"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RuledOut:
+    """One way that can't serve a tier, and why."""
+
+    gpu: str
+    tp: int
+    pp: int
+    quantization: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What was chosen for a tier."""
+
+    tier: str
+    option: Option
+    why: str
+    next_best: Option | None
+    """The cheapest other way for this tier alone."""
+    ruled_out: tuple[RuledOut, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sizing:
+    """A choice for every tier that the fleet can hold."""
+
+    choices: tuple[Choice, ...]
+    cost_per_hour: float
+    gpus_used: tuple[tuple[str, int], ...]
+    basis: str = "a roofline estimate from published GPU figures; correct it with measured speeds"
+
+
+@dataclass(frozen=True, slots=True)
+class NoSizing:
+    """No choice serves every tier with this fleet."""
+
+    reasons: tuple[str, ...]
+    ruled_out: tuple[tuple[str, tuple[RuledOut, ...]], ...] = field(default=())
+    """Per tier."""
+
+
+def size_tiers(needs: Sequence[TierNeed], fleet: Sequence[FleetGpu]) -> Sizing | NoSizing:
+    """The cheapest way to serve every tier with the fleet."""
+    found = {need.name: options(need, fleet) for need in needs}
+    stuck = [need.name for need in needs if not found[need.name][0]]
+    if stuck:
+        reasons = tuple(f"tier '{name}': {_main_reason(found[name][1])}" for name in stuck)
+        return NoSizing(reasons, tuple((name, found[name][1]) for name in stuck))
+    available = {entry.gpu.name: entry.count for entry in fleet}
+    # The tier with the fewest ways first: the search ends sooner.
+    order = sorted(needs, key=lambda need: len(found[need.name][0]))
+    ways = [_frugal(found[need.name][0]) for need in order]
+    best = _cheapest(ways, available)
+    if best is None:
+        least = {need.name: min(o.gpus for o in found[need.name][0]) for need in needs}
+        wanted = ", ".join(f"'{name}' at least {gpus}" for name, gpus in least.items())
+        have = ", ".join(f"{count} x {name}" for name, count in available.items())
+        return NoSizing((f"the tiers together need more GPUs than there are: {wanted}; there is {have}",))
+    chosen = {need.name: option for need, option in zip(order, best, strict=True)}
+    choices = tuple(_choice(need, chosen[need.name], *found[need.name]) for need in needs)
+    used: Counter[str] = Counter()
+    for option in chosen.values():
+        used[option.gpu] += option.gpus
+    return Sizing(choices, sum(o.cost_per_hour for o in chosen.values()), tuple(sorted(used.items())))
+
+
+def options(need: TierNeed, fleet: Sequence[FleetGpu]) -> tuple[tuple[Option, ...], tuple[RuledOut, ...]]:
+    """Every way to serve one tier, cheapest first, and every way that was ruled out."""
+    good: list[Option] = []
+    bad: list[RuledOut] = []
+    for entry in fleet:
+        for name, tp, pp in _shapes(need, entry):
+            result = _option(need, entry, name, tp, pp)
+            if isinstance(result, Option):
+                good.append(result)
+            else:
+                bad.append(RuledOut(entry.gpu.name, tp, pp, name, result))
+    preference = {name: rank for rank, name in enumerate(need.quantizations)}
+    good.sort(key=lambda o: (o.cost_per_hour, preference[o.quantization], o.tp * o.pp, o.gpu))
+    return tuple(good), tuple(bad)
+
+
+def _shapes(need: TierNeed, entry: FleetGpu) -> Iterator[tuple[str, int, int]]:
+    formats = ("none",) if need.model.quantization.quantized else need.quantizations
+    for name in formats:
+        for tp in PARALLEL_SIZES:
+            for pp in (1, 2, 4) if need.pipeline else (1,):
+                if tp <= entry.per_node and tp * pp <= entry.count:
+                    yield name, tp, pp
+
+
+def _option(need: TierNeed, entry: FleetGpu, name: str, tp: int, pp: int) -> Option | str:
+    """The way with its replicas, or why it is none."""
+    gpu, model, load = entry.gpu, need.model, need.load
+    quantization = preset(name)
+    settings = replace(need.settings, tp=tp, pp=pp)
+    if quantization.quantized:
+        settings = replace(settings, quantization=quantization)
+    length = min((load.input_tokens + load.output_tokens) * LENGTH_FACTOR, model.max_length)
+    plan = plan_memory(model, settings, gpu)
+    reasons = shortfalls(plan, Limits(length=length))
+    if reasons:
+        return reasons[0]
+    sequences = plan.sequences(load.input_tokens + load.output_tokens)
+    try:
+        line = roofline(model, settings, gpu)
+    except ValueError as error:
+        return str(error)
+    capacity = line.capacity(load, need.slo, sequences)
+    if capacity.requests_per_s <= 0:
+        return _too_slow(capacity, need.slo)
+    wanted = load.requests_per_s / (capacity.requests_per_s * TARGET_RATIO)
+    replicas = max(need.min_replicas, math.ceil(wanted - 1e-9), 1)
+    if replicas > MOST_REPLICAS or replicas * tp * pp > entry.count:
+        return f"{replicas} replicas need {replicas * tp * pp} GPUs, there are {entry.count}"
+    expected = line.speed(load, load.requests_per_s / replicas)
+    cost = replicas * tp * pp * entry.cost_per_hour
+    return Option(gpu.name, tp, pp, name, replicas, cost, capacity, expected, sequences)
+
+
+def _too_slow(idle: Speed, slo: Slo) -> str:
+    """Of a replica with a single request."""
+    parts = []
+    if idle.ttft_ms > slo.ttft_ms:
+        parts.append(f"{idle.ttft_ms:.0f} ms to the first token, at most {slo.ttft_ms:g} wanted")
+    if idle.itl_ms > slo.itl_ms:
+        parts.append(f"{idle.itl_ms:.1f} ms per token, at most {slo.itl_ms:g} wanted")
+    return "even idle: " + "; ".join(parts) if parts else "it carries no load inside the SLO"
+
+
+def _frugal(found: Sequence[Option]) -> list[Option]:
+    """Per GPU model the way with the fewest GPUs: on one model, fewer GPUs cost less and leave more."""
+    best: dict[str, Option] = {}
+    for option in found:
+        known = best.get(option.gpu)
+        if known is None or option.gpus < known.gpus:
+            best[option.gpu] = option
+    return sorted(best.values(), key=lambda option: option.cost_per_hour)
+
+
+def _cheapest(ways: Sequence[Sequence[Option]], available: dict[str, int]) -> list[Option] | None:
+    """One option per tier within the GPUs at the lowest cost: depth first, cut by the best cost so far."""
+    rest = [0.0] * (len(ways) + 1)
+    for index in range(len(ways) - 1, -1, -1):
+        rest[index] = rest[index + 1] + ways[index][0].cost_per_hour
+    best: list[Option] | None = None
+    best_cost = math.inf
+
+    def descend(index: int, cost: float, chosen: list[Option], left: dict[str, int]) -> None:
+        nonlocal best, best_cost
+        if cost + rest[index] >= best_cost:
+            return
+        if index == len(ways):
+            best, best_cost = list(chosen), cost
+            return
+        for option in ways[index]:
+            if option.gpus <= left[option.gpu]:
+                left[option.gpu] -= option.gpus
+                descend(index + 1, cost + option.cost_per_hour, [*chosen, option], left)
+                left[option.gpu] += option.gpus
+
+    descend(0, 0.0, [], dict(available))
+    return best
+
+
+def _choice(
+    need: TierNeed, option: Option, found: Sequence[Option], ruled_out: tuple[RuledOut, ...]
+) -> Choice:
+    others = [other for other in found if other != option]
+    cheaper = [other for other in others if other.cost_per_hour < option.cost_per_hour - 1e-9]
+    next_best = others[0] if others else None
+    rate = option.capacity.requests_per_s
+    why = (
+        f"{need.load.requests_per_s:g} requests/s at {TARGET_RATIO:.0%} of {rate:.2f} per replica inside "
+        f"{need.slo.ttft_ms:g} ms to the first token and {need.slo.itl_ms:g} ms per token need "
+        f"{option.replicas} replica{'' if option.replicas == 1 else 's'}"
+    )
+    if cheaper:
+        why += f"; {cheaper[0].gpu} would be cheaper here, but other tiers take those GPUs"
+    elif next_best:
+        why += f"; the next best costs {next_best.cost_per_hour:.2f} instead of {option.cost_per_hour:.2f}"
+    else:
+        why += "; no other way keeps the SLO and fits"
+    return Choice(need.name, option, why, next_best, ruled_out)
+
+
+def _main_reason(ruled_out: Sequence[RuledOut]) -> str:
+    if not ruled_out:
+        return "there is no GPU for it"
+    last = ruled_out[-1]
+    largest = f"{last.gpu} x {last.tp * last.pp}"
+    return f"none of {len(ruled_out)} ways serves it; the last tried, {largest}: {last.reason}"

@@ -1,0 +1,288 @@
+"""From a model and engine arguments to bytes per GPU: weights, KV cache, activations and the rest.
+
+The result is a :class:`MemoryPlan`, one :class:`StageMemory` per pipeline stage (tensor-parallel ranks of a
+stage are equal). Weights and KV blocks are exact; activations, CUDA graphs and overhead are estimates whose
+constants stand below with where they come from. ``memory.md`` beside this file compares predictions with
+what vLLM reports.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from controlplane.core.sizing.architecture import ModelSpec
+from controlplane.core.sizing.engine_args import EngineSettings
+from controlplane.core.sizing.gpu_models import GIB, MIB, GpuModel
+from controlplane.core.sizing.kv_cache import KvLayout, kv_bytes_per_token, kv_layout
+from controlplane.core.sizing.quantization import DTYPE_BYTES, runs_on
+from controlplane.core.sizing.weights import Stage, Term, divisibility, stages, weight_terms
+
+CUDA_CONTEXT_BYTES = 512 * MIB
+"""CUDA context and kernels of one process, outside what vLLM counts (estimate: 0.4 to 0.6 GiB shown by
+nvidia-smi for a process that only initialised CUDA)."""
+
+NON_TORCH_BYTES = 164 * MIB
+"""What vLLM's profile calls non-torch memory on one GPU (0.16 GiB in the log of vllm-project/vllm#12126)."""
+
+COMMUNICATION_BYTES = 512 * MIB
+"""NCCL channels and custom all-reduce buffers once there is a peer (estimate)."""
+
+GRAPH_BYTES = 8 * MIB
+"""Per captured CUDA graph (estimate: 0.73 GiB for 86 graphs in the log of vllm-project/vllm#39559)."""
+
+SAMPLER_FLOATS = 5
+"""float32 copies of the logits alive at once in the sampler: logits, processed logits, softmax, its
+workspace and the noise (read in ``vllm/v1/sample``, 0.32; older versions sorted and needed twice that)."""
+
+MINIMUM_CAPABILITY = 70
+"""Compute capability x 10 that vLLM's installation guide asks for; wheels built with CUDA 13 want 7.5."""
+
+HIGHEST_RATIO = 0.97
+"""The most of a GPU that this module suggests to give an engine."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageMemory:
+    """What one GPU of one pipeline stage holds."""
+
+    stage: Stage
+    terms: tuple[Term, ...]
+    """All but the KV cache."""
+    budget_bytes: int
+    """What the engine may take: memory ratio x total; only the KV cache if that was given in bytes."""
+    kv_budget_bytes: int
+    """What is left for KV blocks; negative if the rest alone is too much."""
+    layout: KvLayout
+
+    @property
+    def weights_bytes(self) -> int:
+        """Weights and what the engine derives from them while loading."""
+        return sum(term.size_bytes for term in self.terms if term.name not in RUNTIME_TERMS)
+
+    @property
+    def fixed_bytes(self) -> int:
+        """All but the KV cache."""
+        return sum(term.size_bytes for term in self.terms)
+
+    @property
+    def blocks(self) -> int:
+        """KV blocks that fit on this GPU."""
+        return self.layout.blocks_in(self.kv_budget_bytes)
+
+
+RUNTIME_TERMS = frozenset({"activations", "CUDA graphs", "framework", "communication"})
+"""Terms that are not weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """An engine's memory over its GPUs, and what it can serve with that."""
+
+    model: ModelSpec
+    settings: EngineSettings
+    gpu: GpuModel
+    dtype: str
+    stages: tuple[StageMemory, ...]
+    problems: tuple[str, ...] = ()
+    """Why the engine would refuse these settings whatever the memory."""
+    extra: Term | None = None
+    """What every GPU holds besides what the config explains."""
+
+    @property
+    def blocks(self) -> int:
+        """KV blocks as vLLM reports them: the smallest number over the stages."""
+        if self.settings.blocks:
+            return self.settings.blocks
+        return min(stage.blocks for stage in self.stages)
+
+    @property
+    def usable_blocks(self) -> int:
+        """Blocks that sequences can use: vLLM keeps one back."""
+        return max(0, self.blocks - 1)
+
+    @property
+    def length(self) -> int:
+        """The longest sequence the engine promises; the longest that fits if that was asked for."""
+        if self.settings.max_length < 0:
+            return self.longest
+        return self.settings.length(self.model)
+
+    @property
+    def longest(self) -> int:
+        """The longest sequence that fits alone, up to the model's own limit."""
+        return self._layout.longest(self.usable_blocks, self.model.max_length)
+
+    @property
+    def max_concurrency(self) -> float:
+        """vLLM's «Maximum concurrency for N tokens per request»."""
+        need = self._layout.blocks_for(self.length)
+        return self.blocks / need if need else 0.0
+
+    @property
+    def kv_tokens(self) -> int:
+        """vLLM's «KV cache size: N tokens»."""
+        return int(self.max_concurrency * self.length)
+
+    def sequences(self, length: int) -> int:
+        """How many sequences of ``length`` tokens fit at once, by KV blocks and by ``max-num-seqs``."""
+        need = self._layout.blocks_for(length)
+        by_blocks = self.usable_blocks // need if need else 0
+        return min(by_blocks, self.settings.batch(self.model, self.gpu)[1])
+
+    def sequence_bytes(self, length: int) -> int:
+        """KV bytes that one sequence of ``length`` tokens holds on the fullest GPU."""
+        return max(s.layout.block_bytes * s.layout.blocks_for(length) for s in self.stages)
+
+    @property
+    def _layout(self) -> KvLayout:
+        return self.stages[0].layout
+
+    @property
+    def worst(self) -> StageMemory:
+        """The stage with the least room for KV blocks."""
+        return min(self.stages, key=lambda stage: stage.kv_budget_bytes)
+
+
+def plan_memory(
+    model: ModelSpec,
+    settings: EngineSettings,
+    gpu: GpuModel,
+    extra: Term | None = None,
+    *,
+    estimates: bool = True,
+) -> MemoryPlan:
+    """The memory of one engine on GPUs of one model.
+
+    ``extra`` is held by every GPU besides what the config explains (a checkpoint's other parts). Without
+    ``estimates`` only what is exact is counted: what doesn't fit then can't fit.
+    """
+    dtype = settings.resolved_dtype(model, gpu.default_dtype)
+    problems = list(divisibility(model, settings))
+    problems += _gpu_problems(model, settings, gpu, dtype)
+    found = []
+    for stage in stages(model, max(1, min(settings.pp, len(model.layers)))):
+        terms = list(weight_terms(model, settings, stage, dtype))
+        if extra:
+            terms.append(extra)
+        if estimates:
+            terms += _runtime_terms(model, settings, gpu, stage, dtype)
+        fixed = sum(term.size_bytes for term in terms)
+        budget = int(gpu.usable_bytes * settings.memory_ratio)
+        kv_budget = settings.kv_cache_bytes or budget - fixed
+        found.append(
+            StageMemory(stage, tuple(terms), budget, kv_budget, _layout(model, settings, gpu, stage, dtype))
+        )
+    return MemoryPlan(model, settings, gpu, dtype, tuple(found), tuple(problems), extra)
+
+
+def _layout(
+    model: ModelSpec, settings: EngineSettings, gpu: GpuModel | None, stage: Stage, dtype: str
+) -> KvLayout:
+    return kv_layout(
+        model,
+        tp=settings.tp,
+        stage=stage.layers,
+        block_tokens=settings.block_tokens(model),
+        kv_bytes=settings.kv_bytes(dtype),
+        in_flight_tokens=settings.in_flight_tokens(model, gpu),
+        hybrid=settings.hybrid_kv,
+    )
+
+
+def _gpu_problems(model: ModelSpec, settings: EngineSettings, gpu: GpuModel, dtype: str) -> list[str]:
+    wrong = []
+    if gpu.capability < MINIMUM_CAPABILITY:
+        wrong.append(f"vLLM needs compute capability 7.0; {gpu.name} has {gpu.capability / 10}")
+    runs, why = runs_on(settings.weights_format(model), gpu.capability)
+    if not runs:
+        wrong.append(why)
+    if dtype == "bfloat16" and not gpu.bfloat16:
+        wrong.append(f"bfloat16 needs compute capability 8.0; {gpu.name} has {gpu.capability / 10}")
+    if settings.kv_dtype.startswith("fp8") and not gpu.fp8_kv_cache:
+        wrong.append(f"an fp8 KV cache needs compute capability 8.0; {gpu.name} has {gpu.capability / 10}")
+    highest = 1 - CUDA_CONTEXT_BYTES / gpu.usable_bytes
+    if settings.memory_ratio > highest and not settings.kv_cache_bytes:
+        wrong.append(
+            f"a memory ratio of {settings.memory_ratio} leaves no room for the CUDA context: "
+            f"at most {highest:.3f} is free at start on {gpu.name}"
+        )
+    return wrong
+
+
+def _runtime_terms(
+    model: ModelSpec, settings: EngineSettings, gpu: GpuModel, stage: Stage, dtype: str
+) -> list[Term]:
+    tokens, sequences = settings.batch(model, gpu)
+    size = activation_bytes(model, settings.tp, tokens, sequences, dtype, last=stage.last)
+    what = f"estimate for {tokens} batched tokens and {sequences} sequences"
+    terms = [Term("activations", size, what)]
+    graphs = (
+        0
+        if settings.eager
+        else len(graph_sizes(tokens, sequences, gpu.capability))
+        + len([n for n in graph_sizes(tokens, sequences, gpu.capability) if n <= sequences])
+    )
+    if graphs:
+        terms.append(Term("CUDA graphs", graphs * GRAPH_BYTES, f"estimate: {graphs} graphs of 8 MiB"))
+    terms.append(Term("framework", NON_TORCH_BYTES, "estimate: non-torch memory in vLLM's public logs"))
+    if settings.world_size > 1:
+        terms.append(Term("communication", COMMUNICATION_BYTES, "estimate: NCCL and all-reduce buffers"))
+    return terms
+
+
+def activation_bytes(
+    model: ModelSpec, tp: int, tokens: int, sequences: int, dtype: str, *, last: bool = True
+) -> int:
+    """The peak of one step's temporary tensors: a layer over all tokens, or the sampler over all sequences.
+
+    A layer holds the residual stream, its input and output, and the wider of attention and feed-forward;
+    the sampler holds the hidden states and :data:`SAMPLER_FLOATS` float32 copies of the logits.
+    """
+    wide = DTYPE_BYTES[dtype]
+    stream = tokens * model.hidden * wide
+    if model.mla:
+        heads = model.heads // tp * (model.mla.nope_head_dim + model.mla.rope_head_dim)
+        attention = tokens * (3 * heads + model.mla.cache_dim) * wide
+    else:
+        kv = max(1, model.kv_heads // tp)
+        attention = tokens * (2 * (model.heads // tp) + 2 * kv) * model.head_dim * wide
+    widest = 3 * model.intermediate
+    moe = model.moe
+    if moe:
+        routed = moe.experts_per_token * (3 * moe.intermediate + model.hidden * tp)
+        widest = max(widest if _has_dense(model) else 0, routed + 3 * moe.shared_intermediate)
+    feed_forward = tokens * (widest // tp) * wide
+    layer = 3 * stream + max(attention, feed_forward)
+    if not last:
+        return layer
+    logits = sequences * model.padded_vocab
+    return max(layer, stream + logits * (wide + 4 * SAMPLER_FLOATS))
+
+
+def _has_dense(model: ModelSpec) -> bool:
+    return any(not kind.moe for kind in model.layers)
+
+
+def graph_sizes(tokens: int, sequences: int, capability: int = 80) -> tuple[int, ...]:
+    """The batch sizes that vLLM captures CUDA graphs for (``VllmConfig._set_cudagraph_sizes``, 0.32)."""
+    largest = min(sequences * 2, 1024 if capability // 10 == 10 else 512, tokens)
+    sizes = [n for n in (1, 2, 4) if n <= largest]
+    sizes += range(8, min(largest + 1, 256), 8)
+    sizes += range(256, largest + 1, 16)
+    if tokens <= largest and tokens not in sizes:
+        sizes.append(tokens)
+    return tuple(sorted(set(sizes)))
+
+
+def token_bytes(plan: MemoryPlan) -> int:
+    """KV bytes of one token over all layers on one rank (all pipeline stages together)."""
+    return kv_bytes_per_token(plan.model, plan.settings.tp, plan.settings.kv_bytes(plan.dtype))
+
+
+def gib(size_bytes: float) -> str:
+    """Bytes for people: ``14.99 GiB``."""
+    if abs(size_bytes) >= GIB / 10:
+        return f"{size_bytes / GIB:.2f} GiB"
+    if abs(size_bytes) >= MIB / 2 or not size_bytes:
+        return f"{size_bytes / MIB:.1f} MiB"
+    return f"{size_bytes / 1024:.1f} KiB"

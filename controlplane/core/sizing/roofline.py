@@ -1,0 +1,226 @@
+"""How fast an engine would be, from memory bandwidth and arithmetic rate alone: a prior, not a promise.
+
+Prefill is taken as bound by multiplications, decode by reading weights and KV cache, each at a stated share
+of the GPU's published peak; batches follow from Little's law. What really happens depends on kernels,
+prompts and prefix hits, so a figure from here is where one starts until the running tier was measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+from controlplane.core.sizing.architecture import ModelSpec
+from controlplane.core.sizing.engine_args import EngineSettings
+from controlplane.core.sizing.gpu_models import GpuModel
+from controlplane.core.sizing.kv_cache import page_bytes
+from controlplane.core.sizing.quantization import DTYPE_BYTES
+from controlplane.core.sizing.weights import stages, weight_terms
+
+COMPUTE_RATIO = 0.5
+"""Share of the dense peak that prefill reaches (large matrix products run at 0.4 to 0.7 of it)."""
+
+BANDWIDTH_RATIO = 0.7
+"""Share of the memory bandwidth that decode reaches."""
+
+LINK_RATIO = 0.7
+"""Share of the NVLink or PCIe rate that an all-reduce reaches."""
+
+PCIE_BYTES_PER_S = 64e9
+"""Both directions of PCIe 4.0 x16, between GPUs without NVLink."""
+
+ALL_REDUCE_S = {True: 8e-6, False: 25e-6}
+"""Start-up time of one all-reduce, with and without NVLink."""
+
+STEP_OVERHEAD_S = 1.5e-3
+"""Scheduling, sampling and detokenising of one step that isn't hidden behind the GPU."""
+
+_ITERATIONS = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a tier is expected to serve."""
+
+    requests_per_s: float
+    input_tokens: int
+    """Mean prompt length."""
+    output_tokens: int
+    """Mean answer length."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """What its users may expect, at the mean."""
+
+    ttft_ms: float
+    itl_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """One replica at one request rate."""
+
+    requests_per_s: float
+    batch: float
+    """Sequences decoding at once."""
+    ttft_ms: float
+    itl_ms: float
+    prefill_ratio: float
+    """Share of the time that goes into prompts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Roofline:
+    """An engine's speed as functions of batch and length; :func:`roofline` makes it."""
+
+    rate: float
+    """Multiplications and additions per second over all tensor-parallel ranks."""
+    bandwidth_bytes_per_s: float
+    """Of one GPU."""
+    pp: int
+    matrix_flops: float
+    """Per token in all matrices but the output head."""
+    head_flops: float
+    attention_flops: float
+    """Per layer, and per token and attended token."""
+    dense_bytes: float
+    """Weights that every step reads on one rank, over all stages."""
+    expert_bytes: float
+    """Weights of experts on one rank, over all stages."""
+    expert_ratio: float
+    """Share of the experts that one token chooses."""
+    kv_bytes: float
+    """Per layer and token, on one rank."""
+    layers: tuple[tuple[int, int], ...]
+    """(window or 0, number of layers)."""
+    exchange_s: float
+    """Between GPUs, per step."""
+    exchange_s_per_token: float
+
+    def prefill_s(self, tokens: int) -> float:
+        """Time to process a prompt of ``tokens`` alone."""
+        # Causal: a token attends to half of the prompt, at most to its window.
+        attended = sum(tokens * min(tokens / 2, window or tokens) * n for window, n in self.layers)
+        work = self.matrix_flops * tokens + self.head_flops + self.attention_flops * attended
+        return work / self.rate + self._exchange(tokens) + STEP_OVERHEAD_S
+
+    def step_s(self, batch: float, context: float) -> float:
+        """Time of one decode step for ``batch`` sequences of ``context`` tokens each.
+
+        With pipeline parallelism a token passes all stages; each works on its share of the batch.
+        """
+        share = batch / self.pp
+        touched = 1 - math.pow(1 - self.expert_ratio, max(share, 1.0))
+        cached = self.kv_bytes * sum(min(context, window or context) * n for window, n in self.layers)
+        read = self.dense_bytes + self.expert_bytes * touched + share * cached
+        memory = read / self.bandwidth_bytes_per_s
+        compute = (self.matrix_flops + self.head_flops) * share / self.rate
+        return max(memory, compute) + self._exchange(share) + STEP_OVERHEAD_S
+
+    def _exchange(self, tokens: float) -> float:
+        return self.exchange_s + self.exchange_s_per_token * tokens
+
+    def speed(self, load: Load, requests_per_s: float) -> Speed:
+        """One replica that gets ``requests_per_s`` of that load.
+
+        Prompts take their share of the time and stretch the steps between; how many sequences decode is
+        arrivals x answer length x time per token. A prompt waits for the one before it as in an M/D/1
+        queue. An overload shows as infinite times.
+        """
+        prefill = self.prefill_s(load.input_tokens)
+        busy = requests_per_s * prefill / self.pp
+        if busy >= 1:
+            return Speed(requests_per_s, float("inf"), float("inf"), float("inf"), busy)
+        context = load.input_tokens + load.output_tokens / 2
+        tokens_per_s = requests_per_s * load.output_tokens
+        batch = 0.0
+        itl = self.step_s(1, context)
+        for _ in range(_ITERATIONS):
+            batch = tokens_per_s * itl
+            itl = self.step_s(max(batch, 1.0), context) / (1 - busy)
+            if itl > 1e3:
+                return Speed(requests_per_s, float("inf"), float("inf"), float("inf"), busy)
+        wait = busy / (2 * (1 - busy)) * prefill
+        ttft = wait + prefill + itl / 2
+        return Speed(requests_per_s, batch, ttft * 1e3, itl * 1e3, busy)
+
+    def capacity(self, load: Load, slo: Slo, most_sequences: int) -> Speed:
+        """The highest rate of one replica that keeps the SLO; a rate of 0 if not even a single request
+        at a time does."""
+
+        def keeps(speed: Speed) -> bool:
+            return (
+                speed.ttft_ms <= slo.ttft_ms
+                and speed.itl_ms <= slo.itl_ms
+                and speed.batch <= most_sequences
+                and speed.batch < float("inf")
+            )
+
+        idle = self.speed(load, 0.0)
+        if not keeps(idle) or most_sequences < 1:
+            return idle
+        low, high = 0.0, self.pp / self.prefill_s(load.input_tokens)
+        for _ in range(_ITERATIONS):
+            middle = (low + high) / 2
+            if keeps(self.speed(load, middle)):
+                low = middle
+            else:
+                high = middle
+        return self.speed(load, low)
+
+
+def roofline(model: ModelSpec, settings: EngineSettings, gpu: GpuModel) -> Roofline:
+    """The speed of an engine on GPUs of that model. ValueError if the GPU's speed is not known."""
+    dtype = settings.resolved_dtype(model, gpu.default_dtype)
+    rate = gpu.flops_for(settings.weights_format(model).scheme, dtype)
+    if not rate or not gpu.bandwidth_bytes_per_s:
+        raise ValueError(f"the speed of {gpu.name} is not known")
+    dense = experts = 0.0
+    for stage in stages(model, settings.pp):
+        for term in weight_terms(model, settings, stage, dtype):
+            if term.name == "weights: experts":
+                experts += term.size_bytes
+            elif term.name == "weights: embedding":
+                # Looked up row by row; a tied one is read whole as the output head.
+                dense += term.size_bytes if model.tied and stage.last else 0
+            elif term.name.startswith("weights"):
+                dense += term.size_bytes
+    head = 2.0 * model.head().params
+    windows = Counter(kind.window for kind in model.layers)
+    width = model.heads * (model.mla.v_head_dim if model.mla else model.head_dim)
+    fixed, per_token = _exchange(model, settings, gpu, dtype)
+    moe = model.moe
+    return Roofline(
+        rate=rate * COMPUTE_RATIO * settings.tp,
+        bandwidth_bytes_per_s=gpu.bandwidth_bytes_per_s * BANDWIDTH_RATIO,
+        pp=settings.pp,
+        matrix_flops=2.0 * model.active_params - head,
+        head_flops=head,
+        attention_flops=4.0 * width,
+        dense_bytes=dense,
+        expert_bytes=experts,
+        expert_ratio=moe.experts_per_token / moe.experts if moe else 1.0,
+        kv_bytes=page_bytes(model, settings.tp, 1, settings.kv_bytes(dtype)),
+        layers=tuple(windows.items()),
+        exchange_s=fixed,
+        exchange_s_per_token=per_token,
+    )
+
+
+def _exchange(model: ModelSpec, settings: EngineSettings, gpu: GpuModel, dtype: str) -> tuple[float, float]:
+    """(per step, per token): two all-reduces per layer between ranks, one hand-over between stages."""
+    size = model.hidden * DTYPE_BYTES[dtype]
+    linked = gpu.nvlink_bytes_per_s > 0
+    # One direction of the link carries what a rank sends.
+    rate = (gpu.nvlink_bytes_per_s or PCIE_BYTES_PER_S) / 2 * LINK_RATIO
+    fixed = per_token = 0.0
+    if settings.tp > 1:
+        times = 2 * len(model.layers)
+        fixed += times * ALL_REDUCE_S[linked]
+        per_token += times * 2 * (settings.tp - 1) / settings.tp * size / rate
+    if settings.pp > 1:
+        fixed += (settings.pp - 1) * ALL_REDUCE_S[False]
+        per_token += (settings.pp - 1) * size / (PCIE_BYTES_PER_S / 2 * LINK_RATIO)
+    return fixed, per_token

@@ -1,0 +1,175 @@
+"""Bytes of weights per GPU: every matrix cut over tensor-parallel ranks and pipeline stages as vLLM does."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from controlplane.core.sizing.architecture import LayerKind, Matrix, ModelSpec, Split
+from controlplane.core.sizing.engine_args import EngineSettings
+from controlplane.core.sizing.quantization import DTYPE_BYTES, NONE, Quantization, Scheme, matrix_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One part of the memory of one GPU, and where its number comes from."""
+
+    name: str
+    size_bytes: int
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One pipeline stage: which layers, and whether it holds the two ends."""
+
+    index: int
+    layers: range
+    first: bool
+    last: bool
+
+
+def stages(model: ModelSpec, pp: int) -> tuple[Stage, ...]:
+    """The layers over ``pp`` stages as ``vllm.distributed.utils.get_pp_indices`` deals them out: what is
+    left over goes to the stages before the last one."""
+    count = len(model.layers)
+    sizes = [count // pp] * pp
+    for i in range(2, count % pp + 2):
+        sizes[-i] += 1
+    found = []
+    start = 0
+    for index, size in enumerate(sizes):
+        found.append(Stage(index, range(start, start + size), index == 0, index == pp - 1))
+        start += size
+    return tuple(found)
+
+
+def divisibility(model: ModelSpec, settings: EngineSettings) -> tuple[str, ...]:
+    """Why the model can't be cut that way, in words; empty if it can."""
+    tp, pp = settings.tp, settings.pp
+    wrong = []
+    if model.heads % tp:
+        wrong.append(f"{model.heads} attention heads are not divisible by tensor parallel size {tp}")
+    kv = model.kv_heads
+    if not model.mla and (kv % tp if tp <= kv else tp % kv):
+        wrong.append(f"{kv} KV heads can be neither divided nor replicated over tensor parallel size {tp}")
+    dense = any(not kind.moe for kind in model.layers)
+    if dense and model.intermediate % tp:
+        wrong.append(f"the feed-forward width {model.intermediate} is not divisible by {tp}")
+    if model.moe and any(kind.moe for kind in model.layers):
+        moe = model.moe
+        if settings.expert_parallel and moe.experts % tp:
+            wrong.append(f"{moe.experts} experts are not divisible by {tp}")
+        if not settings.expert_parallel and moe.intermediate % tp:
+            wrong.append(f"the experts' width {moe.intermediate} is not divisible by {tp}")
+        if moe.shared_intermediate % tp:
+            wrong.append(f"the shared experts' width {moe.shared_intermediate} is not divisible by {tp}")
+    if model.padded_vocab % tp:
+        wrong.append(f"the padded vocabulary {model.padded_vocab} is not divisible by {tp}")
+    if pp > len(model.layers):
+        wrong.append(f"{len(model.layers)} layers are fewer than pipeline parallel size {pp}")
+    return tuple(wrong) + _group_problems(model, settings)
+
+
+def _group_problems(model: ModelSpec, settings: EngineSettings) -> tuple[str, ...]:
+    """Packed formats can't cut inside a scale group (a row-parallel matrix, per rank)."""
+    quantization = settings.weights_format(model)
+    group = quantization.group_size
+    if settings.tp == 1 or not group or quantization.scheme not in {Scheme.AWQ, Scheme.GPTQ, Scheme.FP8}:
+        return ()
+    widths = {model.intermediate} if any(not kind.moe for kind in model.layers) else set()
+    if model.moe and not settings.expert_parallel:
+        widths.add(model.moe.intermediate)
+    return tuple(
+        f"a feed-forward slice of {width // settings.tp} is no multiple of the quantisation group {group}"
+        for width in sorted(widths)
+        if width % settings.tp == 0 and (width // settings.tp) % group
+    )
+
+
+def local_shape(model: ModelSpec, matrix: Matrix, settings: EngineSettings) -> tuple[int, int, int]:
+    """(inputs, outputs, copies) of a matrix on one rank."""
+    tp = settings.tp
+    if settings.expert_parallel and matrix.copies > 1:
+        return matrix.inputs, matrix.outputs, -(-matrix.copies // tp)
+    match matrix.split:
+        case Split.COLUMN | Split.VOCAB:
+            return matrix.inputs, -(-matrix.outputs // tp), matrix.copies
+        case Split.ROW:
+            return -(-matrix.inputs // tp), matrix.outputs, matrix.copies
+        case Split.KV:
+            return matrix.inputs, max(1, model.kv_heads // tp) * model.head_dim, matrix.copies
+        case Split.REPLICATED:
+            return matrix.inputs, matrix.outputs, matrix.copies
+
+
+def local_bytes(model: ModelSpec, matrix: Matrix, settings: EngineSettings, dtype: str) -> int:
+    """Bytes of a matrix (and its bias) on one rank."""
+    inputs, outputs, copies = local_shape(model, matrix, settings)
+    wide = DTYPE_BYTES[dtype]
+    quantization = _format_of(matrix, settings.weights_format(model))
+    size = matrix_bytes(quantization, inputs, outputs, wide)
+    if matrix.bias:
+        size += outputs * wide
+    return copies * size
+
+
+def _format_of(matrix: Matrix, quantization: Quantization) -> Quantization:
+    if not matrix.quantizable or any(part in matrix.name for part in quantization.skipped):
+        return NONE
+    return quantization
+
+
+def weight_terms(model: ModelSpec, settings: EngineSettings, stage: Stage, dtype: str) -> tuple[Term, ...]:
+    """The weights of one GPU of a stage, in groups a person would ask about."""
+    quantization = settings.weights_format(model)
+    wide = DTYPE_BYTES[dtype]
+    sums: Counter[str] = Counter()
+    kinds = Counter(model.layers[layer] for layer in stage.layers)
+    for kind, count in kinds.items():
+        for matrix in model.matrices(kind):
+            sums[_part(matrix)] += count * local_bytes(model, matrix, settings, dtype)
+        sums["norms"] += count * model.layer_norm_params * wide
+        sums["norms"] += count * model.router_bias_params(kind) * 4
+    cut = f"config, cut over tensor parallel {settings.tp}" if settings.tp > 1 else "config"
+    stored = f"{dtype}" if not quantization.quantized else quantization.label
+    terms = [
+        Term(f"weights: {name}", sums[name], f"{cut}, {stored}")
+        for name in ("attention", "feed-forward", "experts")
+        if sums[name]
+    ]
+    if stage.first or (stage.last and model.tied):
+        size = local_bytes(model, model.embedding(), settings, dtype)
+        terms.append(Term("weights: embedding", size, f"{cut}, {dtype}, vocabulary padded to 64s"))
+    if stage.last and not model.tied:
+        size = local_bytes(model, model.head(), settings, dtype)
+        terms.append(Term("weights: output head", size, f"{cut}, vocabulary padded to 64s"))
+    norms = sums["norms"] + (model.final_norm_params * wide if stage.last else 0)
+    terms.append(Term("weights: norms", norms, f"config, {dtype}, whole on every GPU"))
+    terms += _derived_terms(model, settings, kinds, dtype)
+    return tuple(terms)
+
+
+def _derived_terms(
+    model: ModelSpec, settings: EngineSettings, kinds: Counter[LayerKind], dtype: str
+) -> list[Term]:
+    """Tables and copies that the engine makes from config and weights while loading."""
+    wide = DTYPE_BYTES[dtype]
+    rotary = model.mla.rope_head_dim if model.mla else int(model.head_dim * model.rotary_ratio)
+    tables = 2 if len({kind.window for kind in model.layers}) > 1 and model.norms_per_layer == 4 else 1
+    tables = tables if model.qk_norm else 1
+    size = tables * model.max_length * rotary * wide
+    terms = [Term("rotary table", size, "max_position_embeddings x rotary dimensions, whole on every GPU")]
+    if model.mla and settings.weights_format(model).quantized:
+        mla = model.mla
+        one = model.heads // settings.tp * mla.kv_lora_rank * (mla.nope_head_dim + mla.v_head_dim) * wide
+        terms.append(
+            Term("absorbed MLA matrices", one * sum(kinds.values()), f"kv_b_proj unpacked to {dtype} by vLLM")
+        )
+    return terms
+
+
+def _part(matrix: Matrix) -> str:
+    if not matrix.name.startswith("mlp"):
+        return "attention"
+    return "feed-forward" if matrix.name.startswith("mlp.") and matrix.copies == 1 else "experts"

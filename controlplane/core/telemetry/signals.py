@@ -1,0 +1,388 @@
+"""What the control plane knows of engines, GPUs and nodes right now, from their samples.
+
+One object per endpoint or node takes samples in and gives signals out; both are bounded. Signals of a GPU
+or an engine that stopped reporting grow stale and then missing, whatever they were before.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from controlplane.core.telemetry.samples import Absence, EngineSample, GpuSample, Missing, NodeSample, Reading
+from controlplane.core.telemetry.series import (
+    DEFAULT_LIMITS,
+    CounterSeries,
+    Freshness,
+    GaugeSeries,
+    HistogramSeries,
+    LastReading,
+    Limits,
+    Signal,
+    judge,
+    missing,
+)
+
+GAUGES = ("running", "waiting", "kv_usage_ratio")
+COUNTERS = (
+    *("generation_tokens_total", "prompt_tokens_total", "preemptions_total"),
+    *("prefix_hits_total", "prefix_queries_total", "success_total"),
+)
+HISTOGRAMS = ("ttft_seconds", "itl_seconds", "e2e_seconds", "queue_seconds")
+"""Together: what an engine may offer, by the names of ``controlplane.engines.base.MetricNames``."""
+
+_NOT_OFFERED = Missing(Absence.NOT_SUPPORTED, "the engine does not offer it")
+
+
+@dataclass(frozen=True, slots=True)
+class Percentiles:
+    """Of one latency over the window, in seconds."""
+
+    p50: Signal
+    p95: Signal
+    p99: Signal
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSignals:
+    """One engine process now."""
+
+    running: Signal
+    waiting: Signal
+    kv_usage_ratio: Signal
+    generation_tokens_per_s: Signal
+    prompt_tokens_per_s: Signal
+    preemptions_per_s: Signal
+    completions_per_s: Signal
+    prefix_hit_ratio: Signal
+    ttft: Percentiles
+    itl: Percentiles
+    e2e: Percentiles
+    queue: Percentiles
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """The part of :class:`EngineSignals` that is cheap: a look at thousands of engines asks for no
+    percentiles."""
+
+    running: Signal
+    waiting: Signal
+    kv_usage_ratio: Signal
+    generation_tokens_per_s: Signal
+    prompt_tokens_per_s: Signal
+    completions_per_s: Signal
+
+
+@dataclass(frozen=True, slots=True)
+class Busy:
+    """How much of a window an engine ran requests, for learning its speed."""
+
+    ratio: float
+    batch: float
+    """Requests at once, the mean over that part."""
+
+
+class EngineTelemetry:
+    """The recent past of one endpoint."""
+
+    def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
+        self._limits = limits
+        self._generation = 0
+        self._clear()
+
+    def observe(self, sample: EngineSample, at_s: float) -> None:
+        """Takes in a scrape. A new generation is a new process: nothing of the old one is left."""
+        if sample.generation < self._generation:
+            return
+        if sample.generation > self._generation:
+            self._generation = sample.generation
+            self._clear()
+        failed = Missing(Absence.ERROR, sample.error) if sample.error else _NOT_OFFERED
+        gauges, counters, histograms = dict(sample.gauges), dict(sample.counters), dict(sample.histograms)
+        for name, gauge in self._gauges.items():
+            gauge.observe(at_s, gauges.get(name, failed))
+        for name, counter in self._counters.items():
+            counter.observe(at_s, counters.get(name, failed))
+        for name, histogram in self._histograms.items():
+            histogram.observe(at_s, histograms.get(name, failed))
+
+    def signals(self, now_s: float) -> EngineSignals:
+        """Everything about the engine at ``now_s``."""
+        rates = {name: counter.rate(now_s) for name, counter in self._counters.items()}
+        latencies = {
+            name: Percentiles(*(series.percentile(q, now_s) for q in (0.5, 0.95, 0.99)))
+            for name, series in self._histograms.items()
+        }
+        return EngineSignals(
+            running=self._gauges["running"].latest(now_s),
+            waiting=self._gauges["waiting"].latest(now_s),
+            kv_usage_ratio=self._gauges["kv_usage_ratio"].latest(now_s),
+            generation_tokens_per_s=rates["generation_tokens_total"],
+            prompt_tokens_per_s=rates["prompt_tokens_total"],
+            preemptions_per_s=rates["preemptions_total"],
+            completions_per_s=rates["success_total"],
+            prefix_hit_ratio=self.prefix_hit_ratio(now_s),
+            ttft=latencies["ttft_seconds"],
+            itl=latencies["itl_seconds"],
+            e2e=latencies["e2e_seconds"],
+            queue=latencies["queue_seconds"],
+        )
+
+    def load(self, now_s: float) -> EngineLoad:
+        """How busy the engine is at ``now_s``."""
+        return EngineLoad(
+            self._gauges["running"].latest(now_s),
+            self._gauges["waiting"].latest(now_s),
+            self._gauges["kv_usage_ratio"].latest(now_s),
+            self._counters["generation_tokens_total"].rate(now_s),
+            self._counters["prompt_tokens_total"].rate(now_s),
+            self._counters["success_total"].rate(now_s),
+        )
+
+    def busy(self, now_s: float) -> Busy | None:
+        """How much of the window the engine ran requests; None if that is not known."""
+        found = self._gauges["running"].busy(now_s)
+        return None if found is None else Busy(*found)
+
+    def prefix_hit_ratio(self, now_s: float) -> Signal:
+        """Share of the prompt tokens that the prefix cache had."""
+        hits, queries = self._counters["prefix_hits_total"], self._counters["prefix_queries_total"]
+        return ratio(hits.increase(now_s), queries.increase(now_s))
+
+    def _clear(self) -> None:
+        self._gauges = {name: GaugeSeries(self._limits) for name in GAUGES}
+        self._counters = {name: CounterSeries(self._limits) for name in COUNTERS}
+        self._histograms = {name: HistogramSeries(self._limits) for name in HISTOGRAMS}
+
+
+def ratio(part: Signal, whole: Signal) -> Signal:
+    """``part`` of ``whole``, as fresh as the staler of them; MISSING where the whole is nothing."""
+    for signal in (part, whole):
+        if signal.freshness is Freshness.MISSING:
+            return signal
+    if part.value is None or not whole.value:
+        return missing("nothing to take a share of in the window", whole.age_s)
+    staler = max((part, whole), key=lambda signal: signal.age_s or 0.0)
+    return Signal(staler.freshness, part.value / whole.value, staler.age_s, staler.reason)
+
+
+@dataclass(frozen=True, slots=True)
+class GpuSignals:
+    """One GPU now; ratios are averaged over the half-life, the rest is the newest value."""
+
+    gpu_ratio: Signal
+    memory_used_ratio: Signal
+    memory_free_bytes: Signal
+    temperature_c: Signal
+    power_w: Signal
+
+
+class GpuTelemetry:
+    """The recent past of the GPUs of one node: the last sample of each, the last value of what is missing
+    there, and the average of its utilisation. There are thousands, so there are no windows, and no object
+    for each."""
+
+    __slots__ = (
+        *("_as_sent", "_at_s", "_averages", "_kept", "_late", "_limits", "_places", "_samples", "uuids"),
+    )
+
+    def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
+        self._limits = limits
+        self.uuids: tuple[str, ...] = ()
+        """Of the GPUs that the last sample names, in its order."""
+        self._as_sent: tuple[str, ...] | None = None
+        """The same, if each was named once and none lacks a UUID: the next sample is likely to be alike."""
+        self._places: dict[str, int] = {}
+        """UUID → the place in everything here that goes by place."""
+        self._at_s = -math.inf
+        self._samples: tuple[GpuSample | None, ...] = ()
+        self._averages: list[float] = []
+        self._late: dict[int, float] = {}
+        """Place → when the utilisation was there last, of those whose last sample lacks it."""
+        self._kept: dict[int, dict[str, tuple[float, float]]] = {}
+        """Place → reading → when it was there last, and its value; of those that are missing now."""
+
+    def observe(self, samples: Sequence[GpuSample], at_s: float) -> None:
+        """Takes in a sample of every GPU of the node; one that is not there is forgotten."""
+        before_s = self._at_s
+        if at_s < before_s:
+            return
+        named = tuple([gpu.info.uuid for gpu in samples])
+        if named != self._as_sent:
+            samples = self._arrange(named, samples)
+        before, averages, late = self._samples, self._averages, self._late
+        keep = self._weight(at_s - before_s)
+        new = 1 - keep
+        for place, gpu in enumerate(samples):
+            ratio = gpu.gpu_ratio
+            if isinstance(ratio, Missing):
+                late.setdefault(place, before_s)
+            elif place in late:
+                own = self._weight(at_s - late.pop(place))
+                averages[place] = own * averages[place] + (1 - own) * ratio
+            else:
+                averages[place] = keep * averages[place] + new * ratio
+            if (
+                isinstance(gpu.memory_used_bytes, Missing)
+                or isinstance(gpu.memory_total_bytes, Missing)
+                or isinstance(gpu.memory_free_bytes, Missing)
+                or isinstance(gpu.temperature_c, Missing)
+                or isinstance(gpu.power_w, Missing)
+            ):
+                self._keep(place, before[place])
+        self._samples, self._at_s = tuple(samples), at_s
+
+    def sample(self, uuid: str) -> GpuSample | None:
+        """The last one of the GPU; None if it is not there."""
+        place = self._places.get(uuid)
+        return None if place is None else self._samples[place]
+
+    def signals(self, uuid: str, now_s: float) -> GpuSignals:
+        """Everything about a GPU at ``now_s``; all MISSING for one that is not there."""
+        place = self._places.get(uuid, -1)
+        return GpuSignals(
+            gpu_ratio=self._utilisation(place, now_s),
+            memory_used_ratio=self._latest(place, "memory_used_ratio", now_s),
+            memory_free_bytes=self._latest(place, "memory_free_bytes", now_s),
+            temperature_c=self._latest(place, "temperature_c", now_s),
+            power_w=self._latest(place, "power_w", now_s),
+        )
+
+    def loads(self, now_s: float) -> Iterator[tuple[float | None, float | None]]:
+        """Utilisation and power in watts of every GPU, where they are fresh; the same as of :meth:`signals`,
+        at once."""
+        oldest_s = now_s - self._limits.stale_after_s
+        fresh = self._at_s >= oldest_s
+        for place, gpu in enumerate(self._samples):
+            power = gpu.power_w if fresh and gpu is not None else None
+            if isinstance(power, Missing):
+                power = self._latest(place, "power_w", now_s).fresh
+            known = self._late.get(place, self._at_s) >= oldest_s
+            yield self._averages[place] if known else None, power
+
+    def _arrange(self, named: tuple[str, ...], samples: Sequence[GpuSample]) -> Sequence[GpuSample]:
+        """Makes room for these GPUs and no others; answers with one sample of each."""
+        known = {uuid: gpu for uuid, gpu in zip(named, samples, strict=True) if uuid}
+        places, self._places = self._places, {uuid: place for place, uuid in enumerate(known)}
+        old = [places.get(uuid) for uuid in known]
+        before, averages, late, kept = self._samples, self._averages, self._late, self._kept
+        self._samples = tuple(None if place is None else before[place] for place in old)
+        self._averages = [0.0 if place is None else averages[place] for place in old]
+        self._late = {
+            new: -math.inf if place is None else late[place]
+            for new, place in enumerate(old)
+            if place is None or place in late
+        }
+        self._kept = {
+            new: kept[place] for new, place in enumerate(old) if place in kept and place is not None
+        }
+        self.uuids = tuple(known)
+        self._as_sent = named if len(known) == len(named) else None
+        return tuple(known.values())
+
+    def _keep(self, place: int, before: GpuSample | None) -> None:
+        """The sample that comes now lacks something that the one before may have had."""
+        if before is not None:
+            for name, read in _READINGS.items():
+                value = read(before)
+                if not isinstance(value, Missing):
+                    self._kept.setdefault(place, {})[name] = (self._at_s, value)
+
+    def _weight(self, gap_s: float) -> float:
+        """Of the past, after ``gap_s``; before a long gap it says nothing about now."""
+        limits = self._limits
+        return 0.0 if gap_s > limits.missing_after_s else math.exp2(-gap_s / limits.half_life_s)
+
+    def _utilisation(self, place: int, now_s: float) -> Signal:
+        gpu = self._samples[place] if place >= 0 else None
+        if gpu is None:
+            return judge(None, None, now_s, self._limits)
+        at_s = self._late.get(place, self._at_s)
+        known = at_s > -math.inf
+        why = gpu.gpu_ratio.reason if isinstance(gpu.gpu_ratio, Missing) else ""
+        return judge(
+            self._averages[place] if known else None, at_s if known else None, now_s, self._limits, why
+        )
+
+    def _latest(self, place: int, name: str, now_s: float) -> Signal:
+        gpu = self._samples[place] if place >= 0 else None
+        if gpu is None:
+            return judge(None, None, now_s, self._limits)
+        value = _READINGS[name](gpu)
+        if not isinstance(value, Missing):
+            return judge(value, self._at_s, now_s, self._limits)
+        at_s, kept = self._kept.get(place, {}).get(name, (None, None))
+        return judge(kept, at_s, now_s, self._limits, value.reason)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSignals:
+    """One node now."""
+
+    cpu_ratio: Signal
+    memory_available_bytes: Signal
+    disk_free_bytes: Signal
+
+
+class NodeTelemetry:
+    """The recent past of one node and its GPUs."""
+
+    def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
+        self._limits = limits
+        self._cpu = LastReading(limits)
+        self._memory = LastReading(limits)
+        self._disk = LastReading(limits)
+        self.gpus = GpuTelemetry(limits)
+        """Those that the agent's last sample names."""
+        self.latest: NodeSample | None = None
+        self.latest_s: float | None = None
+        """When the newest sample was taken, by the caller's clock."""
+
+    def observe(self, samples: Iterable[NodeSample], received_s: float) -> tuple[NodeSample, ...]:
+        """Takes in what an agent sent at ``received_s``; answers what of it was new.
+
+        The newest sample counts as taken when it arrived, the others as much earlier as the agent's own
+        clock says: the clocks of two machines are never compared.
+        """
+        new = [sample for sample in samples if self._is_new(sample)]
+        if len(new) > 1:
+            new.sort(key=lambda sample: sample.seq)
+        for sample in new:
+            at_s = received_s - max(0.0, new[-1].unix_s - sample.unix_s)
+            self._cpu.observe(at_s, sample.cpu_ratio)
+            self._memory.observe(at_s, sample.memory_available_bytes)
+            self._disk.observe(at_s, sample.disk_free_bytes)
+            self.gpus.observe(sample.gpus, at_s)
+        if new:
+            self.latest, self.latest_s = new[-1], received_s
+        return tuple(new)
+
+    def signals(self, now_s: float) -> NodeSignals:
+        """The node at ``now_s``."""
+        return NodeSignals(self._cpu.latest(now_s), self._memory.latest(now_s), self._disk.latest(now_s))
+
+    def _is_new(self, sample: NodeSample) -> bool:
+        last = self.latest
+        return last is None or sample.epoch != last.epoch or sample.seq > last.seq
+
+
+def _used_ratio(sample: GpuSample) -> Reading[float]:
+    used, total = sample.memory_used_bytes, sample.memory_total_bytes
+    if isinstance(used, Missing):
+        return used
+    if isinstance(total, Missing):
+        return total
+    return used / total if total else Missing(Absence.ERROR, "the GPU says that it has no memory")
+
+
+_READINGS: Mapping[str, Callable[[GpuSample], Reading[float]]] = MappingProxyType(
+    {
+        "memory_used_ratio": _used_ratio,
+        "memory_free_bytes": lambda sample: sample.memory_free_bytes,
+        "temperature_c": lambda sample: sample.temperature_c,
+        "power_w": lambda sample: sample.power_w,
+    }
+)
