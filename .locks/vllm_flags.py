@@ -1,6 +1,6 @@
 """Write the list of flags that tierplane checks a configuration against, from the installed vLLM.
 
-``make vllm-flags``; see controlplane/config/flags.py. Says what is different from the list before.
+``make vllm-flags``; see controlplane/config/vllm_flags.py. Says what is different from the list before.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from controlplane.config.flags import drift
+from controlplane.config.vllm_flags import drift
 from controlplane.engines.vllm_parser import ask_installed
 
 LIST = Path(__file__).parents[1] / "controlplane" / "config" / "vllm_flags.json"

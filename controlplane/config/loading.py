@@ -16,7 +16,7 @@ from controlplane.config.serve_file import ServeApplication, ServeSettings
 from controlplane.config.strict import PathPart
 from controlplane.config.yaml_file import read_yaml
 from controlplane.errors import ConfigError, Problem
-from controlplane.profiles import spread
+from controlplane.config.profiles import spread
 
 _Path = tuple[PathPart, ...]
 _Found = list[tuple[_Path, Problem]]

@@ -10,15 +10,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from controlplane.config.alerts import AlertsConfig
-from controlplane.config.expected import ExpectedLoad
-from controlplane.config.flags import vllm_flag_findings
+from controlplane.config.expected_load import ExpectedLoad
+from controlplane.config.vllm_flags import vllm_flag_findings
 from controlplane.config.gpu_models import gpu_model_findings, table_name
 from controlplane.config.reports import ReportsConfig
 from controlplane.config.scaling import DEFAULT_MAX, ControllerScalingConfig, ScalingConfig, SloConfig
 from controlplane.config.strict import Finding, FindingsError, Strict
 from controlplane.core.domain.request import Complexity
 from controlplane.core.placement.gangs import WHOLE_MILLI, Shape
-from controlplane.profiles import PROFILES, Scenario, fill_tier, spread
+from controlplane.config.profiles import (PROFILES, Scenario, fill_tier, spread)
 
 IMPORT_PATH = "deployments.app:build"
 """The builder that a Serve config file of tierplane names."""

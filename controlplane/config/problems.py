@@ -11,7 +11,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from controlplane.config.cuts import Path, Remaining, lies_in, meets, next_cut, remaining
+from controlplane.config.valid_rest import (Path, Remaining, lies_in, meets, next_cut, remaining)
 from controlplane.config.strict import Finding, FindingsError, PathPart, Strict
 from controlplane.errors import Problem
 

@@ -12,8 +12,8 @@ from click.testing import CliRunner
 from controlplane.adapters.catalog import gpu_named, known_model
 from controlplane.cli.command import command
 from controlplane.config import TierConfig, load_plane, parse_plane
-from controlplane.config.flags import drift, known_vllm_flags
-from controlplane.config.outdated import OUTDATED, map_outdated
+from controlplane.config.vllm_flags import (drift, known_vllm_flags)
+from controlplane.config.outdated_flags import (OUTDATED, map_outdated)
 from controlplane.core.sizing.engine_args import parse_settings
 from controlplane.core.sizing.feasibility import Fit, judge
 from controlplane.core.sizing.gpu_memory import plan_memory
@@ -21,7 +21,7 @@ from controlplane.engines.base import Launch
 from controlplane.engines.vllm import VllmEngine
 from controlplane.engines.vllm_parser import ask_installed
 from controlplane.errors import ConfigError
-from controlplane.profiles import PROFILES, Scenario
+from controlplane.config.profiles import (PROFILES, Scenario)
 
 ROOT = Path(__file__).parents[2]
 DOC = (ROOT / "controlplane" / "profiles.md").read_text("utf-8")

@@ -15,9 +15,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 
-from controlplane.config.outdated import OUTDATED
+from controlplane.config.outdated_flags import OUTDATED
 from controlplane.config.strict import Finding
-from controlplane.profiles import PROFILES
+from controlplane.config.profiles import PROFILES
 
 
 def vllm_flag_findings(flags: Iterable[str]) -> list[Finding]:
@@ -78,7 +78,7 @@ class Drift:
         parts = [
             ("new", [f"--{flag}" for flag in self.added]),
             ("gone", [f"--{flag}" for flag in self.gone]),
-            ("known again, so take it out of controlplane/config/outdated.py", self.back),
+            ("known again, so take it out of controlplane/config/outdated_flags.py", self.back),
             ("scenario templates that no longer work", self.profiles),
         ]
         told = "; ".join(f"{what}: {', '.join(names)}" for what, names in parts if names)
