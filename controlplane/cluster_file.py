@@ -20,7 +20,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from controlplane.adapters.catalog import gpu_table
+from controlplane.models.catalog import gpu_table
 from controlplane.config.problems import collect, path_text
 from controlplane.config.strict import Finding, Strict
 from controlplane.config.yaml_file import read_yaml

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
-from controlplane.adapters.catalog import gpu_named, gpu_table
-from controlplane.adapters.model_config import load_model
+from controlplane.models.catalog import (gpu_named, gpu_table)
+from controlplane.models.model_config import load_model
 from controlplane.config import PlaneConfig, TierConfig
 from controlplane.config.scaling import DEFAULT_MAX, ScalingConfig
 from controlplane.core.autoscaling.capacity import EngineSpeed, Work, speed_of

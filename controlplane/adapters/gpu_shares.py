@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from controlplane.adapters.launch_check import seen_gpus
-from controlplane.adapters.model_config import load_model
+from controlplane.models.model_config import load_model
 from controlplane.adapters.nvml import GpuReader
 from controlplane.config import TierConfig
 from controlplane.config.gpu_models import table_name

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import structlog
 
-from controlplane import models
-from controlplane.adapters.catalog import gpu_table
+from controlplane.models import bundled
+from controlplane.models.catalog import gpu_table
 from controlplane.adapters.cpu_info import node_memory, packs_16_bit
-from controlplane.adapters.model_config import LoadedModel, load_model
+from controlplane.models.model_config import (LoadedModel, load_model)
 from controlplane.adapters.nvml import GpuReader
 from controlplane.adapters.tier_memory import cpu_plan, llamacpp_bytes, tier_settings
 from controlplane.config import TierConfig
@@ -45,10 +45,10 @@ def launchable_model(
 ) -> str:
     """What an engine of ``tier`` is to load for ``model``, once it is known that it is not too large.
 
-    Blocks, for a download perhaps. Raises what :func:`controlplane.models.resolve` and
+    Blocks, for a download perhaps. Raises what :func:`controlplane.models.bundled.resolve` and
     :func:`check_launch` raise.
     """
-    found = models.resolve(model, tier.engine, progress)
+    found = bundled.resolve(model, tier.engine, progress)
     progress("checking that it fits")
     try:
         check = check_launch(tier, found, gpu_ids)

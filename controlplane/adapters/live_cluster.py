@@ -16,7 +16,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util import placement_group_table
 
 from controlplane.adapters import plane
-from controlplane.adapters.catalog import gpu_table
+from controlplane.models.catalog import gpu_table
 from controlplane.adapters.controller_actor import find_controller
 from controlplane.adapters.ray_node_agent import NAME_PREFIX
 from controlplane.config import PlaneConfig

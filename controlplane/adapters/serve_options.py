@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from controlplane.adapters.catalog import gpu_table
+from controlplane.models.catalog import gpu_table
 from controlplane.config import TierConfig
 from controlplane.core.sizing.gpu_models import find_gpu
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
-from controlplane.adapters.catalog import gpu_table
-from controlplane.adapters.model_config import LoadedModel, load_model
+from controlplane.models.catalog import gpu_table
+from controlplane.models.model_config import (LoadedModel, load_model)
 from controlplane.adapters.tier_memory import cpu_plan, llamacpp_bytes, tier_settings
 from controlplane.config import PlaneConfig, TierConfig
 from controlplane.core.placement.gangs import WHOLE_MILLI, Gang, Shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from controlplane.adapters.model_config import LoadedModel
+from controlplane.models.model_config import LoadedModel
 from controlplane.config import TierConfig
 from controlplane.core.sizing.cpu_memory import CpuPlan, plan_cpu_memory
 from controlplane.core.sizing.engine_args import EngineSettings, parse_settings

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from controlplane.adapters.catalog import gpu_table
-from controlplane.adapters.model_config import load_model
+from controlplane.models.catalog import gpu_table
+from controlplane.models.model_config import load_model
 from controlplane.adapters.tier_gangs import tier_demands
 from controlplane.adapters.tier_memory import tier_settings
 from controlplane.cluster_file import ClusterFile

@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from controlplane.adapters.cpu_info import node_memory
-from controlplane.adapters.model_config import load_model
+from controlplane.models.model_config import load_model
 from controlplane.adapters.nvml import GpuReader
 from controlplane.adapters.ray_session import (
     DASHBOARD_PORT,

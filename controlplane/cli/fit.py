@@ -8,8 +8,8 @@ from typing import Any
 import click
 from rich.table import Table
 
-from controlplane.adapters.catalog import gpu_named, gpu_table, known_models
-from controlplane.adapters.model_config import LoadedModel, load_model
+from controlplane.models.catalog import (gpu_named, gpu_table, known_models)
+from controlplane.models.model_config import (LoadedModel, load_model)
 from controlplane.cli.console import stdout
 from controlplane.core.sizing.architecture import plain_model
 from controlplane.core.sizing.engine_args import EngineSettings, parse_settings

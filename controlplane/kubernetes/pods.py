@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from controlplane.adapters.catalog import gpu_named
+from controlplane.models.catalog import gpu_named
 from controlplane.config import PlaneConfig, TierConfig
 from controlplane.core.sizing.gpu_models import GIB
 from controlplane.kubernetes.overlays import IMAGE, Overlay

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any, Final
 
-from controlplane.adapters.catalog import gpu_named, known_model
-from controlplane.adapters.model_config import load_model
+from controlplane.models.catalog import (gpu_named, known_model)
+from controlplane.models.model_config import load_model
 from controlplane.config import BUNDLED_PREFIX, TierConfig
 from controlplane.core.sizing.architecture import ModelSpec
 from controlplane.core.sizing.cpu_memory import (

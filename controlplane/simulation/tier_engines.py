@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from controlplane.adapters.catalog import gpu_named, gpu_table
-from controlplane.adapters.model_config import load_model
+from controlplane.models.catalog import (gpu_named, gpu_table)
+from controlplane.models.model_config import load_model
 from controlplane.adapters.tier_gangs import TierDemand
 from controlplane.config import TierConfig
 from controlplane.core.autoscaling.capacity import EngineSpeed, Work, speed_of

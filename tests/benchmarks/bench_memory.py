@@ -27,14 +27,14 @@ from typing import Any
 
 import click
 
-from controlplane.adapters.catalog import known_models
+from controlplane.models.catalog import known_models
 from controlplane.adapters.cpu_info import packs_16_bit
-from controlplane.adapters.model_config import load_model
+from controlplane.models.model_config import load_model
 from controlplane.core.sizing.cpu_memory import plan_cpu_memory
 from controlplane.core.sizing.engine_args import parse_settings
 from controlplane.core.sizing.gpu_models import GIB
 from controlplane.core.sizing.hf_config import parse_config
-from controlplane.models import resolve
+from controlplane.models.bundled import resolve
 from tests.benchmarks.memory_probe import resident_bytes
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,7 +13,7 @@ import urllib.request
 from time import monotonic
 from typing import Any
 
-from controlplane import models
+from controlplane.models import bundled
 from controlplane.adapters.ray_session import free_port
 from controlplane.config import TierConfig
 from controlplane.engines import engine_for
@@ -56,7 +56,7 @@ def measure(kind: str) -> list[dict[str, Any]]:
 
 def _bare_s(tier: TierConfig) -> float:
     """From the engine's command line to its first answer, with nothing of ours around it."""
-    model = models.resolve(tier.model, tier.engine, lambda _: None) if tier.model else ""
+    model = bundled.resolve(tier.model, tier.engine, lambda _: None) if tier.model else ""
     launch = Launch("127.0.0.1", free_port(), SECRET, model)
     command = engine_for(tier).command(tier, launch)
     began_s = monotonic()

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import pytest
 from openai import AuthenticationError, NotFoundError, OpenAI
 
-from controlplane import models
+from controlplane.models import bundled
 from controlplane.config import RestartConfig, TierConfig
 from controlplane.core.domain.endpoint import EndpointState
 from controlplane.engines import engine_for, reaper
@@ -63,7 +63,7 @@ def tier_of(kind: str, **settings) -> TierConfig:
 
 
 def resolver(tier: TierConfig):
-    return lambda model, progress: models.resolve(model, tier.engine, progress) if model else ""
+    return lambda model, progress: bundled.resolve(model, tier.engine, progress) if model else ""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controlplane.adapters.catalog import gpu_table, known_models
+from controlplane.models.catalog import (gpu_table, known_models)
 from controlplane.core.sizing.architecture import LayerKind, ModelSpec, plain_model
 from controlplane.core.sizing.engine_args import EngineSettings
 from controlplane.core.sizing.feasibility import Fit, Limits, Unfit, fit, shortfalls

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from controlplane import models
+from controlplane.models import bundled
 from controlplane.errors import SetupError
-from controlplane.models import BUNDLED, BundledModel, resolve, tensors_digest
+from controlplane.models.bundled import (BUNDLED, BundledModel, resolve, tensors_digest)
 
 NAME = "tiny"
 GGUF = b"GGUF" + bytes(range(200))
@@ -85,7 +85,7 @@ def converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         f"(folder / 'model.safetensors').write_bytes({WEIGHTS!r})\n"
         "(folder / 'config.json').write_text('{}')\n"
     )
-    monkeypatch.setattr(models, "CONVERTER", (sys.executable, str(program)))
+    monkeypatch.setattr(bundled, "CONVERTER", (sys.executable, str(program)))
     return program
 
 
@@ -270,7 +270,7 @@ def test_tensors_digest_does_not_depend_on_the_layout(tmp_path: Path) -> None:
 
 def test_the_caller_imports_no_torch() -> None:
     check = (
-        "import sys, controlplane.models; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+        "import sys, controlplane.models.bundled; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", check], check=True, timeout=60)
 

@@ -9,7 +9,7 @@ from typing import Any, get_args
 import pytest
 from click.testing import CliRunner
 
-from controlplane.adapters.catalog import gpu_named, known_model
+from controlplane.models.catalog import (gpu_named, known_model)
 from controlplane.cli.command import command
 from controlplane.config import TierConfig, load_plane, parse_plane
 from controlplane.config.vllm_flags import (drift, known_vllm_flags)

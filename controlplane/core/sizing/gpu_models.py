@@ -1,6 +1,6 @@
 """GPU models as values: memory, links, what they compute and how fast.
 
-The table itself is data (``controlplane/data/gpus.json``); :mod:`controlplane.adapters.catalog` reads it.
+The table itself is data (``controlplane/data/gpus.json``); :mod:`controlplane.models.catalog` reads it.
 """
 
 from __future__ import annotations

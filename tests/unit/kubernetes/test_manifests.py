@@ -17,7 +17,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from controlplane.adapters.catalog import gpu_named
+from controlplane.models.catalog import gpu_named
 from controlplane.cli.k8s import HEADER, to_yaml
 from controlplane.config import load_plane, parse_plane
 from controlplane.errors import ConfigError

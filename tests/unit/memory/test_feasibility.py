@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from controlplane.adapters.catalog import gpu_named, gpu_table, known_model
+from controlplane.models.catalog import (gpu_named, gpu_table, known_model)
 from controlplane.core.sizing.engine_args import EngineSettings
 from controlplane.core.sizing.feasibility import Fit, Limits, Unfit, fit, shortfalls
 from controlplane.core.sizing.quantization import preset

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from controlplane.adapters.catalog import gpu_named, gpu_table, known_model, known_models
+from controlplane.models.catalog import (gpu_named, gpu_table, known_model, known_models)
 from controlplane.core.sizing.hf_config import parse_config
 from controlplane.errors import SetupError
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from controlplane.adapters.catalog import gpu_named, known_model
+from controlplane.models.catalog import (gpu_named, known_model)
 from controlplane.core.sizing.architecture import LayerKind, ModelSpec, plain_model
 from controlplane.core.sizing.cpu_memory import judge_cpu, plan_cpu_memory
 from controlplane.core.sizing.engine_args import ArgValue, EngineSettings, parse_settings

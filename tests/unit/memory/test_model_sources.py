@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from controlplane.adapters.model_config import load_model
-from controlplane.adapters.weight_files import read_gguf, safetensors_tensors
+from controlplane.models.model_config import load_model
+from controlplane.models.weight_files import (read_gguf, safetensors_tensors)
 from controlplane.core.sizing.quantization import gguf_bytes
 from controlplane.errors import SetupError
 

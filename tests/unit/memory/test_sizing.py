@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from controlplane.adapters.catalog import gpu_named, known_model
+from controlplane.models.catalog import (gpu_named, known_model)
 from controlplane.core.sizing.engine_args import EngineSettings
 from controlplane.core.sizing.fleet_sizing import FleetGpu, NoSizing, Sizing, TierNeed, options, size_tiers
 from controlplane.core.sizing.gpu_models import seen_gpu

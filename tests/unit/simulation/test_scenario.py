@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from controlplane.adapters.catalog import gpu_named
+from controlplane.models.catalog import gpu_named
 from controlplane.cluster_file import load_cluster
 from controlplane.config import parse_plane
 from controlplane.core.autoscaling.capacity import Work

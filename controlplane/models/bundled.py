@@ -61,7 +61,7 @@ BUNDLED: dict[str, BundledModel] = {
     )
 }
 
-CONVERTER = (sys.executable, "-m", "controlplane.model_conversion")
+CONVERTER = (sys.executable, "-m", "controlplane.models.convert_gguf")
 """The program that converts; it gets the GGUF file and the folder to make."""
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?$")

@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from controlplane.adapters.catalog import BUNDLED_NAMES, known_model
-from controlplane.adapters.weight_files import GgufFile, StoredTensor, read_gguf, safetensors_tensors
+from controlplane.models.catalog import (BUNDLED_NAMES, known_model)
+from controlplane.models.weight_files import (GgufFile, StoredTensor, read_gguf, safetensors_tensors)
 from controlplane.config import BUNDLED_PREFIX
 from controlplane.core.sizing.architecture import LayerKind, ModelSpec, Moe
 from controlplane.core.sizing.engine_args import EngineSettings
