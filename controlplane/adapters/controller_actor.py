@@ -27,7 +27,7 @@ from controlplane.adapters.alert_loop import AlertLoop
 from controlplane.adapters.cordons import hold_gpus, let_go_of_all
 from controlplane.adapters.engine_metrics import EngineScraper, ScrapeTarget
 from controlplane.adapters.node_watch import NodeWatch
-from controlplane.adapters.ray_node_agent import stop_node_agents
+from controlplane.node_agent.ray_actor import stop_node_agents
 from controlplane.adapters.recorder import Recorder
 from controlplane.adapters.reports import Reports
 from controlplane.adapters.store import Point

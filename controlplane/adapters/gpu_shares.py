@@ -12,7 +12,7 @@ from typing import Any
 
 from controlplane.adapters.launch_check import seen_gpus
 from controlplane.models.model_config import load_model
-from controlplane.adapters.nvml import GpuReader
+from controlplane.node_agent.nvml.reader import GpuReader
 from controlplane.config import TierConfig
 from controlplane.config.gpu_models import table_name
 from controlplane.core.placement.gangs import Shape

@@ -16,7 +16,7 @@ from controlplane.models import bundled
 from controlplane.models.catalog import gpu_table
 from controlplane.adapters.cpu_info import node_memory, packs_16_bit
 from controlplane.models.model_config import (LoadedModel, load_model)
-from controlplane.adapters.nvml import GpuReader
+from controlplane.node_agent.nvml.reader import GpuReader
 from controlplane.adapters.tier_memory import cpu_plan, llamacpp_bytes, tier_settings
 from controlplane.config import TierConfig
 from controlplane.core.sizing.cpu_memory import judge_cpu

@@ -18,7 +18,7 @@ from ray.util import placement_group_table
 from controlplane.adapters import plane
 from controlplane.models.catalog import gpu_table
 from controlplane.adapters.controller_actor import find_controller
-from controlplane.adapters.ray_node_agent import NAME_PREFIX
+from controlplane.node_agent.ray_actor import NAME_PREFIX
 from controlplane.config import PlaneConfig
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
 from controlplane.core.gpus.node_view import node_of

@@ -22,7 +22,7 @@ from ray.serve.schema import ApplicationStatus
 
 from controlplane.adapters.controller_actor import find_controller
 from controlplane.adapters.cordons import let_go_of_all
-from controlplane.adapters.ray_node_agent import stop_node_agents
+from controlplane.node_agent.ray_actor import stop_node_agents
 from controlplane.core.cluster.snapshot import ClusterSnapshot
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.event import Event

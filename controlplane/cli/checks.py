@@ -23,7 +23,7 @@ from packaging.version import Version
 
 from controlplane.adapters.cpu_info import node_memory
 from controlplane.models.model_config import load_model
-from controlplane.adapters.nvml import GpuReader
+from controlplane.node_agent.nvml.reader import GpuReader
 from controlplane.adapters.ray_session import (
     DASHBOARD_PORT,
     PLANE_ID_VARIABLE,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from controlplane.adapters.nvml_agent import local_agent
+from controlplane.node_agent.local import local_agent
 from controlplane.core.telemetry.samples import Absence, GpuCondition, GpuEvent, GpuEventKind, Missing
 from tests.nvml_driver.children import Child
 from tests.nvml_driver.driver import DOUBLE_BIT_ECC_EVENT, NOT_SUPPORTED, FakeDriver

@@ -24,7 +24,7 @@ from controlplane.core.telemetry.samples import (
     NodeSample,
     Reading,
 )
-from controlplane.node_agent import EventHandler, NodeAgent
+from controlplane.node_agent.agent import (EventHandler, NodeAgent)
 from tests.support_control import gpu_sample, node_sample
 
 

@@ -286,7 +286,7 @@ def test_a_gpu_falls_off_the_bus_and_returns(start: Callable[..., tuple[FakeDriv
 
 def test_a_gpu_is_lost_between_two_enumerations(tmp_path: Path) -> None:
     driver = FakeDriver(tmp_path, devices=2)
-    setup = "from controlplane.adapters.nvml import GpuReader\nreader = GpuReader(slow_interval_s=1e9)"
+    setup = "from controlplane.node_agent.nvml.reader import GpuReader\nreader = GpuReader(slow_interval_s=1e9)"
     with Child(setup, driver.env()) as child:
         read(child)
         driver.lose(1)

@@ -18,15 +18,8 @@ from typing import Any, Final, TypeVar
 
 import pynvml
 
-from controlplane.adapters.nvml_calls import (
-    GPU_LOST_CODES,
-    LASTING_CODES,
-    DriverGoneError,
-    GpuLostError,
-    missing_for,
-    read,
-)
-from controlplane.adapters.nvml_info import read_info
+from controlplane.node_agent.nvml.calls import (GPU_LOST_CODES, LASTING_CODES, DriverGoneError, GpuLostError, missing_for, read)
+from controlplane.node_agent.nvml.info import read_info
 from controlplane.core.telemetry.samples import (
     NOT_SAMPLED,
     THROTTLE_REASONS,

@@ -8,7 +8,7 @@ from typing import Any, Final, TypeVar
 
 import pynvml
 
-from controlplane.adapters.nvml_calls import LASTING_CODES, GpuLostError, missing_for, read
+from controlplane.node_agent.nvml.calls import (LASTING_CODES, GpuLostError, missing_for, read)
 from controlplane.core.telemetry.samples import (
     Absence,
     GpuInfo,

@@ -5,8 +5,8 @@ The agent measures and remembers; it judges nothing. A reader pulls: :meth:`Node
 them ever waits for the driver: if the driver hangs, the last sample simply grows old, which is what its
 reader has to see.
 
-It knows nothing of Ray or the driver: :func:`controlplane.adapters.nvml_agent.local_agent` gives it this
-machine's GPUs, :mod:`controlplane.adapters.ray_node_agent` makes it an actor.
+It knows nothing of Ray or the driver: :func:`controlplane.node_agent.local.local_agent` gives it this
+machine's GPUs, :mod:`controlplane.node_agent.ray_actor` makes it an actor.
 """
 
 from __future__ import annotations

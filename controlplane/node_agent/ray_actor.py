@@ -14,7 +14,7 @@ import ray.util
 import structlog
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from controlplane.adapters.nvml_agent import local_agent
+from controlplane.node_agent.local import local_agent
 from controlplane.core.telemetry.node_updates import NO_INFOS, NodeNews
 from controlplane.core.telemetry.samples import GpuEvent, NodeSample
 
@@ -24,7 +24,7 @@ NAME_PREFIX = "node-agent-"
 
 
 class RayNodeAgent:
-    """What the actor answers; see :class:`~controlplane.node_agent.NodeAgent`."""
+    """What the actor answers; see :class:`~controlplane.node_agent.agent.NodeAgent`."""
 
     def __init__(self, node_id: str, interval_s: float) -> None:
         self._agent = local_agent(node_id, interval_s=interval_s)

@@ -1,0 +1,1 @@
+"""The agent on each node: samples its GPUs, CPUs, memory and disk."""
