@@ -19,7 +19,7 @@ from controlplane.core.cluster.tier_spec import ScalingPlan, TierSpec
 from controlplane.core.recommendations.rules import latency_limit_ms
 from controlplane.core.sizing.engine_args import parse_settings
 from controlplane.core.sizing.roofline import roofline
-from controlplane.engines.simulated import settings_of
+from controlplane.engines.simulated.engine import settings_of
 from controlplane.errors import TierplaneError
 
 USUAL: Final = Work(500.0, 200.0)

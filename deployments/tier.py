@@ -27,7 +27,7 @@ from controlplane.config import PlaneConfig, TierConfig
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
 from controlplane.core.reconcile.commands import Order, OrderKind
 from controlplane.engines import engine_for
-from controlplane.engines.supervisor import EngineStatus, EngineSupervisor
+from controlplane.engines.supervision.supervisor import (EngineStatus, EngineSupervisor)
 from controlplane.errors import EngineError
 from controlplane.paths import run_dir
 from deployments.leasing import GpuDesk, Gpus

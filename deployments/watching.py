@@ -10,7 +10,7 @@ import asyncio
 from dataclasses import asdict
 from typing import Final, NoReturn
 
-from controlplane.adapters.engine_metrics import EngineScraper, ScrapeTarget
+from controlplane.engines.metrics_scraper import (EngineScraper, ScrapeTarget)
 from controlplane.config import PlaneConfig
 from controlplane.core.domain.endpoint import Endpoint
 from controlplane.engines import engine_for

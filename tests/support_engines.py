@@ -12,9 +12,9 @@ from typing import Any
 
 from controlplane.config import TierConfig
 from controlplane.core.domain.endpoint import EndpointState
-from controlplane.engines import reaper
-from controlplane.engines.status import EngineStatus
-from controlplane.engines.supervisor import EngineSupervisor
+from controlplane.engines.supervision import reaper
+from controlplane.engines.supervision.status import EngineStatus
+from controlplane.engines.supervision.supervisor import EngineSupervisor
 
 
 class Recorder:

@@ -20,8 +20,8 @@ import aiohttp
 from controlplane.config import GatewayConfig, PlaneConfig, QueueConfig, RetryConfig, TierConfig
 from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo
 from controlplane.core.domain.endpoint import Capabilities, Endpoint, EndpointState
-from controlplane.engines.simulated import SimulatedSettings
-from controlplane.engines.simulated_server import Server
+from controlplane.engines.simulated.engine import SimulatedSettings
+from controlplane.engines.simulated.server import Server
 from controlplane.gateway.app import Gateway
 
 CAPABILITIES = Capabilities(

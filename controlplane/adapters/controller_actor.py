@@ -25,7 +25,7 @@ from ray.exceptions import RayError
 from controlplane.adapters import observability
 from controlplane.adapters.alert_loop import AlertLoop
 from controlplane.adapters.cordons import hold_gpus, let_go_of_all
-from controlplane.adapters.engine_metrics import EngineScraper, ScrapeTarget
+from controlplane.engines.metrics_scraper import (EngineScraper, ScrapeTarget)
 from controlplane.adapters.node_watch import NodeWatch
 from controlplane.node_agent.ray_actor import stop_node_agents
 from controlplane.adapters.recorder import Recorder

@@ -10,9 +10,9 @@ from types import MappingProxyType
 
 from controlplane.config import TierConfig
 from controlplane.engines.base import Engine
-from controlplane.engines.endpoint import EndpointEngine
+from controlplane.engines.external import EndpointEngine
 from controlplane.engines.llamacpp import LlamaCppEngine
-from controlplane.engines.simulated import SimulatedEngine
+from controlplane.engines.simulated.engine import SimulatedEngine
 from controlplane.engines.vllm import VllmEngine
 
 ENGINES: Mapping[str, Engine] = MappingProxyType(

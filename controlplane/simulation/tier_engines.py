@@ -24,7 +24,7 @@ from controlplane.core.sizing.engine_args import parse_settings
 from controlplane.core.sizing.gpu_memory import plan_memory
 from controlplane.core.sizing.gpu_models import find_gpu
 from controlplane.core.sizing.roofline import roofline
-from controlplane.engines.simulated import settings_of
+from controlplane.engines.simulated.engine import settings_of
 from controlplane.errors import SetupError
 from controlplane.simulation.engine import RooflineTiming, SimulatedTiming
 from controlplane.simulation.fleet import EngineModel

@@ -1,6 +1,6 @@
 """A steady load of chat requests whose right answers are known, from clients that check every token.
 
-The text of a simulated engine follows from the prompt alone (:mod:`controlplane.engines.simulated_text`), so
+The text of a simulated engine follows from the prompt alone (:mod:`controlplane.engines.simulated.text`), so
 a client can tell an answer that is whole from one that was cut, repeated or mixed up on its way, whichever
 engine or tier gave it. Requests begin at fixed times, whatever became of those before: a plane that stands
 still shows in the latencies.
@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import aiohttp
 
-from controlplane.engines.simulated_text import ANSWER, decode, digest, encode, speak
+from controlplane.engines.simulated.text import (ANSWER, decode, digest, encode, speak)
 from controlplane.errors import DeadlineExceeded
 
 Kind = Literal["stream", "post"]

@@ -24,7 +24,7 @@ from pathlib import Path
 import yaml
 
 from controlplane.adapters.ray_session import free_port
-from controlplane.engines.simulated import SECRET_ENV
+from controlplane.engines.simulated.engine import SECRET_ENV
 from controlplane.errors import SetupError
 from tests.benchmarks.wrk import Target, body
 
@@ -37,7 +37,7 @@ MODEL = "bench-model"
 def engine(settings: Mapping[str, object]) -> Iterator[Target]:
     """A simulated engine on its own, with a secret."""
     key = secrets.token_hex(16)
-    command = [sys.executable, "-m", "controlplane.engines.simulated_server", "--port", "0"]
+    command = [sys.executable, "-m", "controlplane.engines.simulated.server", "--port", "0"]
     command += ["--model", MODEL, "--settings", json.dumps(settings)]
     with _process(command, {SECRET_ENV: key}, stdout=subprocess.PIPE) as process:
         url = "http://" + _line(process, "listening on ").split("listening on ")[1].strip()

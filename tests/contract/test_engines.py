@@ -20,11 +20,12 @@ from openai import AuthenticationError, NotFoundError, OpenAI
 from controlplane.models import bundled
 from controlplane.config import RestartConfig, TierConfig
 from controlplane.core.domain.endpoint import EndpointState
-from controlplane.engines import engine_for, reaper
+from controlplane.engines import engine_for
+from controlplane.engines.supervision import reaper
 from controlplane.engines.base import Engine
-from controlplane.engines.probe import metric
-from controlplane.engines.status import EngineStatus
-from controlplane.engines.supervisor import EngineSupervisor
+from controlplane.engines.supervision.probe import metric
+from controlplane.engines.supervision.status import EngineStatus
+from controlplane.engines.supervision.supervisor import EngineSupervisor
 from controlplane.errors import EngineStartError
 from tests.support_engines import alive, call, events_of, supervised
 from tests.support_waiting import until

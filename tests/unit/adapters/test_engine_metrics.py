@@ -13,7 +13,7 @@ import pytest
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from controlplane.adapters.engine_metrics import EngineScraper, ScrapeTarget
+from controlplane.engines.metrics_scraper import (EngineScraper, ScrapeTarget)
 from controlplane.engines.base import MetricNames
 
 NAMES = asdict(

@@ -12,7 +12,7 @@ import pytest
 from controlplane.config import TierConfig
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
 from controlplane.core.reconcile.commands import Order, OrderKind
-from controlplane.engines.status import EngineStatus
+from controlplane.engines.supervision.status import EngineStatus
 from deployments import tier as module
 from deployments.tasks import Background
 from deployments.tier import TierReplica

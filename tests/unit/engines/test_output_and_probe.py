@@ -5,10 +5,10 @@ import asyncio
 import pytest
 
 from controlplane.config import TierConfig
-from controlplane.engines.endpoint import EndpointEngine, address_of
+from controlplane.engines.external import (EndpointEngine, address_of)
 from controlplane.engines.output import ending, last_error, plain
-from controlplane.engines.probe import get, metric
-from controlplane.engines.process import LogFile, Output
+from controlplane.engines.supervision.probe import (get, metric)
+from controlplane.engines.supervision.process import (LogFile, Output)
 from controlplane.errors import EngineStartError
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from controlplane.engines import reaper
+from controlplane.engines.supervision import reaper
 from tests.support_engines import alive
 from tests.support_waiting import until
 

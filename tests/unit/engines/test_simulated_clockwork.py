@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-from controlplane.engines.simulated import SimulatedSettings
-from controlplane.engines.simulated_core import Ask, Clockwork, metrics_text
-from controlplane.engines.simulated_text import ANSWER, encode
+from controlplane.engines.simulated.engine import SimulatedSettings
+from controlplane.engines.simulated.batching import (Ask, Clockwork, metrics_text)
+from controlplane.engines.simulated.text import (ANSWER, encode)
 
 PROMPT = (*encode("user: hello\n"), ANSWER)
 

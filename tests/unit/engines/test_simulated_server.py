@@ -13,8 +13,8 @@ from http.client import HTTPConnection, IncompleteRead, RemoteDisconnected
 
 import pytest
 
-from controlplane.engines.simulated import SECRET_ENV
-from controlplane.engines.simulated_text import END
+from controlplane.engines.simulated.engine import SECRET_ENV
+from controlplane.engines.simulated.text import END
 from tests.support_engines import call, events_of
 from tests.support_waiting import until
 
@@ -30,7 +30,7 @@ class Server:
             [
                 sys.executable,
                 "-m",
-                "controlplane.engines.simulated_server",
+                "controlplane.engines.simulated.server",
                 "--model",
                 "m",
                 "--settings",
@@ -344,7 +344,7 @@ def test_a_client_that_does_not_read_holds_up_only_itself(server):
 
 def test_bad_settings_are_named():
     done = subprocess.run(
-        [sys.executable, "-m", "controlplane.engines.simulated_server", "--settings", '{"itl_ms": -1}'],
+        [sys.executable, "-m", "controlplane.engines.simulated.server", "--settings", '{"itl_ms": -1}'],
         capture_output=True,
         text=True,
         timeout=30,
@@ -357,7 +357,7 @@ def test_bad_settings_are_named():
 def test_sigterm_ends_it_with_0_also_while_it_loads(server):
     assert server().close() == 0
     loading = subprocess.Popen(
-        [sys.executable, "-m", "controlplane.engines.simulated_server", "--settings", '{"load_s": 60}'],
+        [sys.executable, "-m", "controlplane.engines.simulated.server", "--settings", '{"load_s": 60}'],
         stdout=subprocess.PIPE,
     )
     assert loading.stdout is not None

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controlplane.engines.simulated import SimulatedSettings
-from controlplane.engines.simulated_core import Ask, Generation
-from controlplane.engines.simulated_text import ANSWER, END, answered, decode, digest, encode, speak, vector
+from controlplane.engines.simulated.engine import SimulatedSettings
+from controlplane.engines.simulated.batching import (Ask, Generation)
+from controlplane.engines.simulated.text import (ANSWER, END, answered, decode, digest, encode, speak, vector)
 
 
 @given(st.text())

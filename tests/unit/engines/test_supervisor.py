@@ -12,8 +12,8 @@ import pytest
 
 from controlplane.config import RestartConfig, TierConfig
 from controlplane.core.domain.endpoint import EndpointState
-from controlplane.engines.process import hold_port
-from controlplane.engines.supervisor import EngineSupervisor, log_path
+from controlplane.engines.supervision.process import hold_port
+from controlplane.engines.supervision.supervisor import (EngineSupervisor, log_path)
 from controlplane.errors import ConfigError, EngineError, EngineStartError, Problem
 from tests.support_engines import Recorder, alive, call, local, marked, supervised
 from tests.support_waiting import until
@@ -272,7 +272,7 @@ def test_a_taken_port_is_no_failure(monkeypatch):
         takers.append(taker)
         return _Held(socket.socket(), taker.getsockname())
 
-    monkeypatch.setattr("controlplane.engines.generation.hold_port", unlucky)
+    monkeypatch.setattr("controlplane.engines.supervision.generation.hold_port", unlucky)
     try:
         with supervised(tier(restart=RestartConfig(max_restarts=0))) as (supervisor, recorder):
             status = supervisor.wait_ready(20)

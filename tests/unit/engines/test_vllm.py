@@ -31,7 +31,7 @@ def test_every_kind_has_its_engine_and_importing_them_is_light():
     assert {kind: engine.kind for kind, engine in ENGINES.items()} == {kind: kind for kind in ENGINES}
     assert engine_for(tier()) is ENGINES["vllm"]
     script = (
-        "import controlplane.engines.supervisor, sys; "
+        "import controlplane.engines.supervision.supervisor, sys; "
         "print([m for m in ('torch', 'vllm', 'ray', 'xllamacpp', 'uvloop') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -11,9 +11,9 @@ import pytest
 
 from controlplane.config import TierConfig
 from controlplane.core.autoscaling.capacity import Work
-from controlplane.engines import simulated_core
-from controlplane.engines.simulated import SimulatedSettings
-from controlplane.engines.simulated_core import Ask, Clockwork, Finish
+from controlplane.engines.simulated import batching
+from controlplane.engines.simulated.engine import SimulatedSettings
+from controlplane.engines.simulated.batching import (Ask, Clockwork, Finish)
 from controlplane.simulation.clock import VirtualClock
 from controlplane.simulation.engine import Engine, Job
 from controlplane.simulation.options import Options
@@ -76,7 +76,7 @@ class Reader:
 def the_engine(settings: SimulatedSettings, load: Load, patch: pytest.MonkeyPatch) -> Times:
     """Its clockwork, in virtual time."""
     clock = VirtualClock()
-    patch.setattr(simulated_core, "monotonic", lambda: clock.now_s)
+    patch.setattr(batching, "monotonic", lambda: clock.now_s)
     clockwork = Clockwork(Loop(clock), settings)
     readers = []
     for at_s, prompt, answer in load:

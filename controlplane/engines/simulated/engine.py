@@ -141,7 +141,7 @@ class SimulatedEngine:
             argv=(
                 sys.executable,
                 "-m",
-                "controlplane.engines.simulated_server",
+                "controlplane.engines.simulated.server",
                 "--host",
                 launch.host,
                 "--port",

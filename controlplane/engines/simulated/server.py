@@ -1,4 +1,4 @@
-"""The simulated engine's HTTP server: ``python -m controlplane.engines.simulated_server``.
+"""The simulated engine's HTTP server: ``python -m controlplane.engines.simulated.server``.
 
 A protocol on httptools and uvloop instead of a framework: it is what gateways are measured against, so
 it has to be the faster side. Each token of a stream is one HTTP chunk; what falls due at once is written
@@ -24,10 +24,10 @@ import httptools
 import uvloop
 from pydantic import ValidationError
 
-from controlplane.engines.simulated import FAULTS, SECRET_ENV, SimulatedSettings
-from controlplane.engines.simulated_core import Clockwork, Finish, Generation, metrics_text
-from controlplane.engines.simulated_requests import Asked, Refused, embeddings, parse
-from controlplane.engines.simulated_wire import Shape
+from controlplane.engines.simulated.engine import (FAULTS, SECRET_ENV, SimulatedSettings)
+from controlplane.engines.simulated.batching import (Clockwork, Finish, Generation, metrics_text)
+from controlplane.engines.simulated.requests import (Asked, Refused, embeddings, parse)
+from controlplane.engines.simulated.wire_formats import Shape
 
 _JSON = b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\nx-engine: simulated\r\ncontent-length: %d\r\n"
 _TEXT = b"HTTP/1.1 200 OK\r\ncontent-type: text/plain; version=0.0.4\r\nx-engine: simulated\r\n"

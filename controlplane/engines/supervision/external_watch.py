@@ -7,10 +7,10 @@ import time
 from controlplane.config import TierConfig
 from controlplane.core.domain.endpoint import EndpointState
 from controlplane.engines.base import Engine
-from controlplane.engines.endpoint import address_of
-from controlplane.engines.probe import Answer, get
-from controlplane.engines.status import StatusBoard
-from controlplane.engines.wishes import Wish, Wishes
+from controlplane.engines.external import address_of
+from controlplane.engines.supervision.probe import (Answer, get)
+from controlplane.engines.supervision.status import StatusBoard
+from controlplane.engines.supervision.commands import (Wish, Wishes)
 from controlplane.errors import EngineStartError
 
 _ALIVE = (200, 404, 405)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
-from controlplane.engines.simulated_core import Finish
+from controlplane.engines.simulated.batching import Finish
 
 FINGERPRINT = "simulated"
 DONE = b"data: [DONE]\n\n"

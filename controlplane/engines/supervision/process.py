@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from controlplane.engines import reaper
+from controlplane.engines.supervision import reaper
 from controlplane.engines.base import Command
 
 GRACE_S = 8.0

@@ -1,6 +1,6 @@
 """Stands between a supervisor and its engine so that no engine process outlives its supervisor.
 
-Run as ``python -S -E reaper.py [options] -- command…`` (or with ``-m controlplane.engines.reaper``). Uses
+Run as ``python -S -E reaper.py [options] -- command…`` (or with ``-m controlplane.engines.supervision.reaper``). Uses
 the standard library only and starts in a few hundredths of a second.
 
 Who watches whom:

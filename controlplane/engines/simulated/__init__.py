@@ -1,0 +1,1 @@
+"""The engine `simulated`: a real HTTP server with a token timing model instead of a language model."""

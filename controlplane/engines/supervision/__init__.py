@@ -1,0 +1,1 @@
+"""Keeps one engine process serving: start, readiness, restart with backoff, diagnosis, clean end."""
