@@ -21,7 +21,7 @@ from controlplane.adapters.ray_serve import ControllerLink, pull_snapshots, repo
 from controlplane.config import PlaneConfig
 from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo
 from controlplane.core.domain.endpoint import EndpointState
-from controlplane.gateway.app import Gateway
+from controlplane.gateway.gateway import Gateway
 from controlplane.paths import run_dir
 from controlplane.tier_specs import tier_specs
 from deployments.ray_metrics import mirror_metrics
@@ -59,7 +59,7 @@ class GatewayReplica:
         # A tier without a replica sleeps: the controller is told at once that somebody asks for it.
         self._gateway.traffic.on_asleep = self._hurry.set
         if config.gateway.traces_endpoint:
-            from controlplane.gateway.tracing import otlp_tracing  # a third of a second, if it is wanted
+            from controlplane.gateway.telemetry.tracing import otlp_tracing  # a third of a second, if it is wanted
 
             endpoint, ratio = config.gateway.traces_endpoint, config.gateway.traces_ratio
             self._gateway.trace(otlp_tracing(endpoint, self._id, ratio))

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.samples import Sample
 from ray.util.metrics import Counter, Gauge
 
-from controlplane.gateway.app import Gateway
+from controlplane.gateway.gateway import Gateway
 
 INTERVAL_S: Final = 5.0
 _COUNTING: Final = ("_total", "_sum", "_count")

@@ -14,7 +14,7 @@ from controlplane.engines.metrics_scraper import (EngineScraper, ScrapeTarget)
 from controlplane.config import PlaneConfig
 from controlplane.core.domain.endpoint import Endpoint
 from controlplane.engines import engine_for
-from controlplane.gateway.app import Gateway
+from controlplane.gateway.gateway import Gateway
 
 INTERVAL_S: Final = 2.0
 WANTED: Final = ("kv_usage_ratio", "waiting")

@@ -22,7 +22,7 @@ from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo
 from controlplane.core.domain.endpoint import Capabilities, Endpoint, EndpointState
 from controlplane.engines.simulated.engine import SimulatedSettings
 from controlplane.engines.simulated.server import Server
-from controlplane.gateway.app import Gateway
+from controlplane.gateway.gateway import Gateway
 
 CAPABILITIES = Capabilities(
     resume_by_token_ids=True, embeddings=True, responses=True, messages=True, simulated=True

@@ -18,7 +18,7 @@ from controlplane.core.reports.report import (
     InstanceReport,
     PlaneReport,
 )
-from controlplane.gateway.report_page import DEFAULT_MINUTES, HEADS, OF_SLO, page, row
+from controlplane.gateway.api.report_page import (DEFAULT_MINUTES, HEADS, OF_SLO, page, row)
 
 
 @click.command()

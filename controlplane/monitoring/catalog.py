@@ -9,7 +9,7 @@ from typing import Final, Literal
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from controlplane.gateway.metrics import Metrics
+from controlplane.gateway.telemetry.metrics import Metrics
 
 Kind = Literal["counter", "gauge", "histogram"]
 

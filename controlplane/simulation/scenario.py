@@ -14,7 +14,7 @@ from controlplane.core.autoscaling.policy import ScalingSettings
 from controlplane.core.placement.topology import Node
 from controlplane.core.recommendations.rules import latency_limit_ms
 from controlplane.core.routing.endpoint_table import FleetSettings
-from controlplane.gateway.app import tier_policy
+from controlplane.gateway.gateway import tier_policy
 from controlplane.simulation.advice import AdviceSettings
 from controlplane.simulation.fleet import ReplicaModel
 from controlplane.simulation.options import Options

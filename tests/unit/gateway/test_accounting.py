@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controlplane.gateway.accounting import MAX_SESSIONS, Ledger, Meter
+from controlplane.gateway.telemetry.accounting import (MAX_SESSIONS, Ledger, Meter)
 
 
 def test_two_requests_at_a_time_share_the_price() -> None:

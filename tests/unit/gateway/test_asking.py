@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from controlplane.errors import BadRequest, ControllerAway, TierplaneError
-from controlplane.gateway.asking import ask_controller
+from controlplane.gateway.api.controller_queries import ask_controller
 
 
 async def test_the_question_goes_to_the_controller_and_its_answer_comes_back() -> None:

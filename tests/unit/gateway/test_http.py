@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from controlplane.errors import NoEndpoint, TooManyRequests
-from controlplane.gateway.agents import MAX_BATCH
-from controlplane.gateway.asgi import AsgiApp
-from controlplane.gateway.envelope import parse, rewrite
-from controlplane.gateway.http import Request, Responder, error_headers, error_value
-from controlplane.gateway.metrics import merge_expositions
-from controlplane.gateway.server import MAX_HEAD_BYTES, Server
+from controlplane.gateway.api.agents import MAX_BATCH
+from controlplane.gateway.http.asgi import AsgiApp
+from controlplane.gateway.proxy.body import (parse, rewrite)
+from controlplane.gateway.http.messages import (Request, Responder, error_headers, error_value)
+from controlplane.gateway.telemetry.metrics import merge_expositions
+from controlplane.gateway.http.server import (MAX_HEAD_BYTES, Server)
 from tests.support_gateway import CHAT, chat_body, plane, running
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from controlplane.core.routing.retry import Failure
-from controlplane.gateway.app import Gateway
-from controlplane.gateway.upstream import UpstreamFailure
+from controlplane.gateway.gateway import Gateway
+from controlplane.gateway.proxy.upstream import UpstreamFailure
 from tests.support_gateway import CHAT, Rig, chat_body, plane, running
 
 CHUNK = (
@@ -130,7 +130,7 @@ async def test_an_unforeseen_error_of_an_attempt_holds_no_place(monkeypatch: pyt
         async def fails(*_: Any, **__: Any) -> None:
             raise UnicodeError("label empty or too long")
 
-        monkeypatch.setattr("controlplane.gateway.upstream.Origin.acquire", fails)
+        monkeypatch.setattr("controlplane.gateway.proxy.upstream.Origin.acquire", fails)
         assert (await rig.post(CHAT, chat_body()))[0] == 500
         assert idle(rig)
         assert ended(rig) == 1

@@ -17,7 +17,7 @@ from controlplane.core.reports.report import (
     plane_report,
 )
 from controlplane.errors import BadRequest
-from controlplane.gateway.report_page import HEADS, page, parse_query, row
+from controlplane.gateway.api.report_page import (HEADS, page, parse_query, row)
 from tests.support_gateway import running
 
 EVIL = "<script>alert('x')</script>"

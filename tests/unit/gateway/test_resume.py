@@ -9,17 +9,7 @@ import pytest
 from controlplane.core.domain.endpoint import EndpointState
 from controlplane.core.routing.tier_table import Api
 from controlplane.errors import EndpointLost
-from controlplane.gateway.resume import (
-    FOLD_BYTES,
-    TOKEN_ID_MEMBERS,
-    Continuation,
-    NotResumable,
-    Seen,
-    Splice,
-    Tape,
-    error_event,
-    plan,
-)
+from controlplane.gateway.proxy.resume import (FOLD_BYTES, TOKEN_ID_MEMBERS, Continuation, NotResumable, Seen, Splice, Tape, error_event, plan)
 from tests.support_gateway import (
     CHAT,
     Rig,

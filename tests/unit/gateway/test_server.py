@@ -9,11 +9,11 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from controlplane.gateway import server as server_module
-from controlplane.gateway.asgi import AsgiApp
-from controlplane.gateway.http import Request, Responder
-from controlplane.gateway.pages import fetch_text
-from controlplane.gateway.server import MAX_HEAD_BYTES, Server
+from controlplane.gateway.http import server as server_module
+from controlplane.gateway.http.asgi import AsgiApp
+from controlplane.gateway.http.messages import (Request, Responder)
+from controlplane.gateway.api.pages import fetch_text
+from controlplane.gateway.http.server import (MAX_HEAD_BYTES, Server)
 
 BIG = b"x" * (8 * 1024 * 1024)
 

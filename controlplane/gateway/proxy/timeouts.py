@@ -14,7 +14,7 @@ from typing import Final
 
 from controlplane.core.routing.endpoint_table import EndpointLoad, Lease
 from controlplane.core.routing.retry import Failure
-from controlplane.gateway.upstream import Connection
+from controlplane.gateway.proxy.upstream import Connection
 
 SWEEP_S: Final = 0.1
 SILENCE_TTFTS: Final = 8.0

@@ -13,7 +13,7 @@ from controlplane.core.domain.slo import Slo
 from controlplane.core.routing.endpoint_table import Fleet
 from controlplane.core.routing.tier_table import TierTable
 from controlplane.core.traffic.counters import LATENCY_BOUNDS_S, Traffic, kept
-from controlplane.gateway.call import Call
+from controlplane.gateway.proxy.request_context import Call
 
 MAX_SLOT_S: Final = 10.0
 """A largest latency is told for so long, and up to twice that."""

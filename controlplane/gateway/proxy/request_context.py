@@ -12,9 +12,9 @@ from controlplane.core.routing.endpoint_table import EndpointLoad
 from controlplane.core.routing.router import Decision
 from controlplane.core.routing.tier_table import AUTO, Api, Route, RouteRequest
 from controlplane.errors import BadRequest
-from controlplane.gateway.envelope import Envelope, parse, rewrite
-from controlplane.gateway.http import Request
-from controlplane.gateway.resume import Kind
+from controlplane.gateway.proxy.body import (Envelope, parse, rewrite)
+from controlplane.gateway.http.messages import Request
+from controlplane.gateway.proxy.resume import Kind
 
 APIS: Final = {
     "/v1/chat/completions": Api.CHAT,
@@ -71,7 +71,7 @@ class Call:
         self.identity = request_id
         """What an engine is told in ``x-request-id``, with a trace's headers after it if there is one."""
         self.span: object = None
-        """Set by :mod:`controlplane.gateway.tracing`."""
+        """Set by :mod:`controlplane.gateway.telemetry.tracing`."""
         self.path = request.path
         self.api = APIS[request.path]
         self.body = request.body

@@ -17,8 +17,8 @@ from controlplane.core.cluster.snapshot import ClusterSnapshot
 from controlplane.core.domain.request import Priority
 from controlplane.core.routing.circuit_breaker import BreakerState
 from controlplane.core.routing.endpoint_table import Fleet
-from controlplane.gateway.call import Call
-from controlplane.gateway.traffic import TrafficMeter
+from controlplane.gateway.proxy.request_context import Call
+from controlplane.gateway.telemetry.traffic import TrafficMeter
 
 LATENCY_BUCKETS_S: Final = (
     0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0,

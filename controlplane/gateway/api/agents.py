@@ -12,15 +12,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from controlplane.errors import BadRequest, RequestError
-from controlplane.gateway.http import (
-    Headers,
-    Request,
-    Responder,
-    error_headers,
-    error_value,
-    json_bytes,
-    send_json,
-)
+from controlplane.gateway.http.messages import (Headers, Request, Responder, error_headers, error_value, json_bytes, send_json)
 
 _T = TypeVar("_T")
 
@@ -52,7 +44,7 @@ class _Batch(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Captured:
-    """A :class:`~controlplane.gateway.http.Responder` that keeps the answer."""
+    """A :class:`~controlplane.gateway.http.messages.Responder` that keeps the answer."""
 
     def __init__(self) -> None:
         self.status = 0

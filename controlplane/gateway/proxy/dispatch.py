@@ -24,8 +24,8 @@ from controlplane.errors import (
     TooManyRequests,
     UnknownModel,
 )
-from controlplane.gateway.call import Call
-from controlplane.gateway.metrics import Metrics
+from controlplane.gateway.proxy.request_context import Call
+from controlplane.gateway.telemetry.metrics import Metrics
 
 RETRY_AFTER_S: Final = 5.0
 """``Retry-After`` where nothing tells when an endpoint will be there."""

@@ -18,15 +18,7 @@ from typing import Any, Final
 import httptools
 
 from controlplane.errors import BadRequest, PayloadTooLarge, RequestError
-from controlplane.gateway.http import (
-    JSON_TYPE,
-    Handler,
-    Headers,
-    Request,
-    error_headers,
-    error_value,
-    json_bytes,
-)
+from controlplane.gateway.http.messages import (JSON_TYPE, Handler, Headers, Request, error_headers, error_value, json_bytes)
 
 MAX_HEAD_BYTES: Final = 64 * 1024
 MAX_PIPELINED: Final = 16
@@ -55,7 +47,7 @@ def _status_line(status: int) -> bytes:
 
 
 class _Answer:
-    """The :class:`~controlplane.gateway.http.Responder` of one request on this port."""
+    """The :class:`~controlplane.gateway.http.messages.Responder` of one request on this port."""
 
     __slots__ = ("_chunked", "_connection", "_head_only", "_keep_alive", "finished", "started")
 

@@ -1,0 +1,1 @@
+"""The gateway's own routes: status pages, plain chat and batch, reports, the operators' page."""

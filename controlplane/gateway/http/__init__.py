@@ -1,0 +1,1 @@
+"""The gateway's own HTTP server, its ASGI twin, and server-sent events."""

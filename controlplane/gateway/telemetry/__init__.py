@@ -1,0 +1,1 @@
+"""What a gateway counts: Prometheus metrics, traces, traffic for the controller, usage."""
