@@ -17,7 +17,7 @@ import structlog
 from ray import serve
 
 from controlplane.adapters import observability
-from controlplane.adapters.ray_serve import ControllerLink, pull_snapshots, report_gateway
+from controlplane.controller.client import (ControllerLink, pull_snapshots, report_gateway)
 from controlplane.config import PlaneConfig
 from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo
 from controlplane.core.domain.endpoint import EndpointState

@@ -1,7 +1,7 @@
 """Serve's autoscaling policy of every tier: as many replicas as the controller asks for.
 
 Serve takes a policy's module by value and keeps copies of it in its checkpoints, so nothing may live here
-that can't be copied or has to be shared: that is in :mod:`controlplane.adapters.serve_targets`.
+that can't be copied or has to be shared: that is in :mod:`controlplane.controller.targets_client`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class TargetPolicy:
     """What Serve's own controller calls for one tier, several times a second. It never waits."""
 
     def __init__(self, tier: str, replicas: int, namespace: str, scales: bool = False) -> None:
-        from controlplane.adapters.serve_targets import tier_targets
+        from controlplane.controller.targets_client import tier_targets
 
         self._tier = tier
         self._targets = tier_targets(tier, replicas, namespace, scales=scales)

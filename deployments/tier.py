@@ -21,7 +21,7 @@ from ray import serve
 from controlplane.adapters import observability, ray_session
 from controlplane.adapters.gpu_shares import lease_shape
 from controlplane.adapters.launch_check import launchable_model
-from controlplane.adapters.ray_serve import ControllerLink, ControllerUnavailable, EndpointReporter
+from controlplane.controller.client import (ControllerLink, ControllerUnavailable, EndpointReporter)
 from controlplane.adapters.serve_options import actor_options, cluster_gpu_kinds
 from controlplane.config import PlaneConfig, TierConfig
 from controlplane.core.domain.endpoint import Endpoint, EndpointState

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
-from controlplane.control import Control, ControlRules, NotSettled
-from controlplane.controller import Controller
+from controlplane.controller.controller import (Control, ControlRules, NotSettled)
+from controlplane.controller.registry import Controller
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
 from controlplane.core.gpus.findings import GpuRules

@@ -17,7 +17,7 @@ from ray.util import placement_group_table
 
 from controlplane.adapters import plane
 from controlplane.models.catalog import gpu_table
-from controlplane.adapters.controller_actor import find_controller
+from controlplane.controller.actor import find_controller
 from controlplane.node_agent.ray_actor import NAME_PREFIX
 from controlplane.config import PlaneConfig
 from controlplane.core.domain.endpoint import Endpoint, EndpointState

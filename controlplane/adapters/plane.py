@@ -20,8 +20,8 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 
-from controlplane.adapters.controller_actor import find_controller
-from controlplane.adapters.cordons import let_go_of_all
+from controlplane.controller.actor import find_controller
+from controlplane.controller.ray_cordons import let_go_of_all
 from controlplane.node_agent.ray_actor import stop_node_agents
 from controlplane.core.cluster.snapshot import ClusterSnapshot
 from controlplane.core.cluster.tier_spec import TierSpec

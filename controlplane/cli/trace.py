@@ -10,8 +10,8 @@ from typing import IO, Any
 
 import click
 
-from controlplane.adapters.reports import series_of
-from controlplane.adapters.store import Point
+from controlplane.controller.reports import series_of
+from controlplane.controller.store import Point
 from controlplane.cli.asking import PlaneAddress, connected, plane_options
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.reports.recorded_traffic import (

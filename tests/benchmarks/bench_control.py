@@ -23,9 +23,9 @@ from dataclasses import dataclass, field, replace
 import click
 import psutil
 
-from controlplane.control import GC_THRESHOLDS, Control, ControlRules
-from controlplane.controller import Controller
-from controlplane.core import kept
+from controlplane.controller.controller import (GC_THRESHOLDS, Control, ControlRules)
+from controlplane.controller.registry import Controller
+from controlplane.controller import checkpoint
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
 from controlplane.core.gpus.leases import Outcome, Part
@@ -243,7 +243,7 @@ def measure(nodes: int, ticks: int) -> dict[str, float]:
         fleet.control.observe_node(sample.node_id, [sample], [])
     fleet.fill()
     fleet.control.observe_nodes(fleet.infos.keys())
-    process, keeper = psutil.Process(), kept.Keeper(0.0)
+    process, keeper = psutil.Process(), checkpoint.Keeper(0.0)
     spent_ms: list[float] = []
     decide_ms: list[float] = []
     cpu_ms: list[float] = []

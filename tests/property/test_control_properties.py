@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from controlplane.control import Control
-from controlplane.core import kept
+from controlplane.controller.controller import Control
+from controlplane.controller import checkpoint
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
 from controlplane.core.gpus.health import GpuState
 from controlplane.core.gpus.leases import WHOLE_MILLI
@@ -38,7 +38,7 @@ from controlplane.core.reconcile.reconcile import (
 )
 from controlplane.core.telemetry.samples import Absence, GpuCondition, Missing
 from controlplane.errors import IllegalTransition
-from controlplane.operations import Operations
+from controlplane.controller.operator_actions import Operations
 from tests.support_control import GIB, World, xid
 
 NODES = {"node-1": ["gpu-a0", "gpu-a1"], "node-2": ["gpu-b0", "gpu-b1"], "node-3": ["gpu-c0"]}
@@ -118,14 +118,14 @@ def strike(world: World, trouble: tuple[str, object, object]) -> None:
 
 def restart_controller(world: World, *, vouched: bool) -> None:
     old = world.control
-    values = kept.to_values(old.fleet, old.desk.book, old.work, 7.0)
+    values = checkpoint.to_values(old.fleet, old.desk.book, old.work, 7.0)
     world.start_controller("e2", settle_s=6.0)
     new = world.control
-    kept.restore_gpus(values, new.fleet, 7.0)
+    checkpoint.restore_gpus(values, new.fleet, 7.0)
     if vouched:
-        kept.restore_plane(values, new.fleet, new.desk.book, new.work, now_s=world.clock.s, shift_s=7.0)
+        checkpoint.restore_plane(values, new.fleet, new.desk.book, new.work, now_s=world.clock.s, shift_s=7.0)
         new.settle()
-        assert kept.to_values(new.fleet, new.desk.book, new.work, 7.0) == values
+        assert checkpoint.to_values(new.fleet, new.desk.book, new.work, 7.0) == values
 
 
 def check(world: World) -> None:
@@ -148,15 +148,15 @@ def check(world: World) -> None:
         assert move.reason
 
 
-keepers: WeakKeyDictionary[Control, kept.Keeper] = WeakKeyDictionary()
+keepers: WeakKeyDictionary[Control, checkpoint.Keeper] = WeakKeyDictionary()
 
 
 def kept_by_changes(world: World) -> None:
     """What is gathered from the changes is what gathering everything anew gives."""
     control = world.control
-    keeper = keepers.setdefault(control, kept.Keeper(3.0))
+    keeper = keepers.setdefault(control, checkpoint.Keeper(3.0))
     state = (control.fleet, control.desk.book, control.work)
-    assert keeper.values(*state) == kept.to_values(*state, 3.0)
+    assert keeper.values(*state) == checkpoint.to_values(*state, 3.0)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow], phases=STORY_PHASES)

@@ -1,6 +1,6 @@
 from dataclasses import replace
 
-from controlplane.controller import FAILED_KEPT_S, MISSED_REPORTS, WARMING_REPORTS, Controller
+from controlplane.controller.registry import (FAILED_KEPT_S, MISSED_REPORTS, WARMING_REPORTS, Controller)
 from controlplane.core.cluster.snapshot import GatewayInfo
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.endpoint import Endpoint, EndpointState

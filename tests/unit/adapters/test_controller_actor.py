@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from controlplane.adapters import cordons
-from controlplane.adapters.controller_actor import control_rules, scrape_targets, store_path
+from controlplane.controller import ray_cordons
+from controlplane.controller.actor import (control_rules, scrape_targets, store_path)
 from controlplane.config import ControllerConfig
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
 
@@ -59,9 +59,9 @@ class Ray:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.held: set[str] = set()
         self.asked: list[tuple[str, str]] = []
-        monkeypatch.setattr(cordons, "held_gpus", lambda namespace: set(self.held))
-        monkeypatch.setattr(cordons, "_hold", self.hold)
-        monkeypatch.setattr(cordons, "_let_go", self.let_go)
+        monkeypatch.setattr(ray_cordons, "held_gpus", lambda namespace: set(self.held))
+        monkeypatch.setattr(ray_cordons, "_hold", self.hold)
+        monkeypatch.setattr(ray_cordons, "_let_go", self.let_go)
 
     def hold(self, uuid: str, node_id: str, namespace: str) -> bool:
         self.held.add(uuid)
@@ -86,9 +86,9 @@ def test_what_is_out_of_use_is_held_as_far_as_ray_counts_it(
     monkeypatch: pytest.MonkeyPatch, wanted: Mapping[str, str], gpus: Mapping[str, int], held: set[str]
 ) -> None:
     ray = Ray(monkeypatch)
-    assert cordons.hold_gpus("tierplane", wanted, gpus) is bool(held)
+    assert ray_cordons.hold_gpus("tierplane", wanted, gpus) is bool(held)
     assert ray.held == held
-    assert not cordons.hold_gpus("tierplane", wanted, gpus), "asked again it changes nothing"
+    assert not ray_cordons.hold_gpus("tierplane", wanted, gpus), "asked again it changes nothing"
     assert len(ray.asked) == len(held)
 
 
@@ -97,8 +97,8 @@ def test_what_returns_is_let_go_and_what_a_lost_controller_held_is_found(
 ) -> None:
     ray = Ray(monkeypatch)
     ray.held = {"g1", "g2"}
-    assert cordons.hold_gpus("tierplane", {"g2": "n1"}, {"n1": 8})
+    assert ray_cordons.hold_gpus("tierplane", {"g2": "n1"}, {"n1": 8})
     assert ray.held == {"g2"}
     assert ray.asked == []
-    assert cordons.let_go_of_all("tierplane") == 1
+    assert ray_cordons.let_go_of_all("tierplane") == 1
     assert ray.held == set()

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError
 
-from controlplane.adapters import node_watch
-from controlplane.adapters.node_watch import RECENT_S, NodeWatch, recent
+from controlplane.controller import node_watch
+from controlplane.controller.node_watch import (RECENT_S, NodeWatch, recent)
 from controlplane.core.telemetry.node_updates import NO_INFOS, Infos, NodeNews, news_of
 from controlplane.core.telemetry.samples import (
     GpuEvent,

@@ -8,16 +8,10 @@ from typing import Any
 
 import pytest
 
-from controlplane.adapters.ray_serve import (
-    ControllerLink,
-    ControllerUnavailable,
-    EndpointReporter,
-    pull_snapshots,
-    report_gateway,
-)
+from controlplane.controller.client import (ControllerLink, ControllerUnavailable, EndpointReporter, pull_snapshots, report_gateway)
 from controlplane.config import ControllerConfig, parse_plane
-from controlplane.control import Control
-from controlplane.controller import Controller
+from controlplane.controller.controller import Control
+from controlplane.controller.registry import Controller
 from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.endpoint import Endpoint, EndpointState

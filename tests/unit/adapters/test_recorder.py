@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from controlplane.adapters.recorder import Recorder
+from controlplane.controller.recorder import Recorder
 from controlplane.core.domain.event import Event
 from tests.support_waiting import until
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from controlplane.adapters.recorder import Recorder
-from controlplane.adapters.reports import Reports
+from controlplane.controller.recorder import Recorder
+from controlplane.controller.reports import Reports
 from controlplane.config.reports import ReportsConfig
 from controlplane.core.cluster.snapshot import GatewayInfo
 from controlplane.core.reports.report import PlaneReport

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from controlplane.adapters.store import DAY_S, AuditEntry, Point, Store
+from controlplane.controller.store import (DAY_S, AuditEntry, Point, Store)
 
 ENTRY = AuditEntry(unix_s=1.0, actor="controller", action="cordon", target="GPU-a", reason="XID 79")
 
@@ -48,7 +48,7 @@ def test_state_and_audit_survive(path: Path) -> None:
 def test_a_file_that_was_killed_in_use(path: Path) -> None:
     """Committed state is there after kill -9, without a close."""
     script = (
-        "import os, sys; from pathlib import Path; from controlplane.adapters.store import Store\n"
+        "import os, sys; from pathlib import Path; from controlplane.controller.store import Store\n"
         "store = Store(Path(sys.argv[1])); store.put({'lease': 'kept'}); os.kill(os.getpid(), 9)"
     )
     done = subprocess.run([sys.executable, "-c", script, str(path)], check=False)

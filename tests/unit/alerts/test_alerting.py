@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from controlplane.alerting import Alerting
+from controlplane.controller.alerting import Alerting
 from controlplane.config import ControllerConfig
 from controlplane.config.alerts import AlertsConfig
 from controlplane.core.alerts import rules as names
@@ -23,7 +23,7 @@ from controlplane.core.reconcile.commands import Outcome
 from controlplane.core.reconcile.migrations import CONTROLLER, TierHold
 from controlplane.core.telemetry.series import Signal, known_now, missing
 from controlplane.core.traffic.counters import Traffic
-from controlplane.operations import Operations
+from controlplane.controller.operator_actions import Operations
 from tests.support_control import HEARTBEAT_S, World, xid
 
 SHIFT_S = 5000.0

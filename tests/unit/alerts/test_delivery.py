@@ -16,8 +16,8 @@ import pytest
 from aiohttp import web
 from structlog.testing import capture_logs
 
-from controlplane.adapters import alert_delivery
-from controlplane.adapters.alert_delivery import SIGNATURE, AlertDelivery, pause_s, signature
+from controlplane.controller import alert_delivery
+from controlplane.controller.alert_delivery import (SIGNATURE, AlertDelivery, pause_s, signature)
 from controlplane.config.alerts import WebhookConfig
 from controlplane.core.alerts.book import AlertState, Kind, Severity
 from controlplane.core.alerts.views import AlertView, Happening, Notice

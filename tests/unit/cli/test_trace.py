@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from controlplane.adapters.recorder import Recorder
-from controlplane.adapters.reports import Reports
+from controlplane.controller.recorder import Recorder
+from controlplane.controller.reports import Reports
 from controlplane.cli import main
 from controlplane.cli import trace as module
 from controlplane.config.reports import ReportsConfig

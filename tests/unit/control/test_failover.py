@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from controlplane.control import NotSettled
-from controlplane.core import kept
+from controlplane.controller.controller import NotSettled
+from controlplane.controller import checkpoint
 from controlplane.core.domain.endpoint import EndpointState
 from controlplane.core.gpus.health import OUT_OF_USE, GpuState
 from controlplane.core.placement.gangs import Shape
@@ -21,7 +21,7 @@ from controlplane.core.telemetry.samples import (
     GpuEventKind,
     Missing,
 )
-from controlplane.operations import Operations
+from controlplane.controller.operator_actions import Operations
 from tests.support_control import HEARTBEAT_S, World, xid
 
 
@@ -174,14 +174,14 @@ def test_a_move_goes_on_when_the_controller_is_killed_in_its_middle(vouched: boo
     [move] = world.control.work.moves.values()
     assert move.phase is MovePhase.ELSEWHERE_FIRST
     old = world.control
-    values = kept.to_values(old.fleet, old.desk.book, old.work, 5.0)
+    values = checkpoint.to_values(old.fleet, old.desk.book, old.work, 5.0)
     leases = {holder: lease.parts for holder, lease in old.desk.book.leases.items()}
     world.clock.s += 3
     world.start_controller("e2", settle_s=6.0)
     new = world.control
-    kept.restore_gpus(values, new.fleet, 5.0)
+    checkpoint.restore_gpus(values, new.fleet, 5.0)
     if vouched:
-        kept.restore_plane(values, new.fleet, new.desk.book, new.work, now_s=world.clock.s, shift_s=5.0)
+        checkpoint.restore_plane(values, new.fleet, new.desk.book, new.work, now_s=world.clock.s, shift_s=5.0)
         new.settle()
         assert new.work.moves == old.work.moves
         assert {holder: lease.parts for holder, lease in new.desk.book.leases.items()} == leases
@@ -202,11 +202,11 @@ def test_nothing_is_decided_before_a_gateway_has_said_what_is_configured() -> No
     [newcomer] = [item for item in world.replicas.values() if item.endpoint.state is EndpointState.STARTING]
     newcomer.starts_in = 20
     old = world.control
-    values = kept.to_values(old.fleet, old.desk.book, old.work, 0.0)
+    values = checkpoint.to_values(old.fleet, old.desk.book, old.work, 0.0)
     world.start_controller("e2", declared=False)
     new = world.control
-    kept.restore_gpus(values, new.fleet, 0.0)
-    kept.restore_plane(values, new.fleet, new.desk.book, new.work, now_s=world.clock.s, shift_s=0.0)
+    checkpoint.restore_gpus(values, new.fleet, 0.0)
+    checkpoint.restore_plane(values, new.fleet, new.desk.book, new.work, now_s=world.clock.s, shift_s=0.0)
     new.settle()
     for _ in range(12):
         world.step()
@@ -398,11 +398,11 @@ def test_what_an_operator_asked_for_survives_the_controller() -> None:
     Operations(world.control).restart(second, "new weights")
     Operations(world.control).cordon("n2-1", "a fan rattles")
     old = world.control
-    values = kept.to_values(old.fleet, old.desk.book, old.work, 3.0)
+    values = checkpoint.to_values(old.fleet, old.desk.book, old.work, 3.0)
     world.start_controller("e2", settle_s=6.0)
     new = world.control
-    kept.restore_gpus(values, new.fleet, 3.0)
-    kept.restore_plane(values, new.fleet, new.desk.book, new.work, now_s=world.clock.s, shift_s=3.0)
+    checkpoint.restore_gpus(values, new.fleet, 3.0)
+    checkpoint.restore_plane(values, new.fleet, new.desk.book, new.work, now_s=world.clock.s, shift_s=3.0)
     new.settle()
     world.step(30)
     assert first not in world.replicas

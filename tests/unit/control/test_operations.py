@@ -14,7 +14,7 @@ from controlplane.core.placement.gangs import Shape
 from controlplane.core.reconcile.commands import Outcome
 from controlplane.core.telemetry.samples import Absence, GpuCondition, Missing, NvLink
 from controlplane.core.telemetry.series import Freshness
-from controlplane.operations import Operations
+from controlplane.controller.operator_actions import Operations
 from tests.support_control import GIB, World, gpu_sample, node_sample
 
 

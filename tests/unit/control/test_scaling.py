@@ -9,7 +9,7 @@ import pytest
 
 from controlplane.config import TierConfig
 from controlplane.config.scaling import ControllerScalingConfig, ScalingConfig
-from controlplane.core import kept
+from controlplane.controller import checkpoint
 from controlplane.core.cluster.snapshot import GatewayInfo
 from controlplane.core.gpus.inventory import GpuFleet
 from controlplane.core.gpus.leases import LeaseBook
@@ -17,8 +17,8 @@ from controlplane.core.recommendations.views import as_json_value
 from controlplane.core.reconcile.commands import Outcome
 from controlplane.core.reconcile.in_progress import Work
 from controlplane.core.traffic.counters import LATENCY_BOUNDS_S, Traffic
-from controlplane.operations import Operations
-from controlplane.scaling import Scaling
+from controlplane.controller.operator_actions import Operations
+from controlplane.controller.scaling import Scaling
 from controlplane.tier_specs import tier_specs
 from tests.support_control import HEARTBEAT_S, World
 from tests.support_gateway import plane
@@ -131,10 +131,10 @@ def test_a_silent_gateway_never_shrinks_a_tier() -> None:
 def test_a_controllers_restart_never_shrinks_a_tier() -> None:
     live = Live({"min_replicas": 1, "max_replicas": 5})
     live.step(60, per_s=16)
-    before, kept = live.replicas, live.scaling.values()
+    before, checkpoint = live.replicas, live.scaling.values()
     live.world.start_controller("e2", settle_s=5.0)
     live.connect()
-    live.scaling.restore(kept)
+    live.scaling.restore(checkpoint)
     live.step(30, per_s=16)
     assert live.replicas >= before
     # Nor does one that has lost its store: what runs is what there is to be.
@@ -193,10 +193,10 @@ def test_a_number_set_by_hand_holds_in_advice_too_and_survives_the_controller() 
     live.scaling.scale("small", 4, None, "tests")
     live.step(10, per_s=1)
     assert live.replicas == 4
-    kept = live.scaling.values()
+    checkpoint = live.scaling.values()
     live.world.start_controller("e2", settle_s=5.0)
     live.connect()
-    live.scaling.restore(kept)
+    live.scaling.restore(checkpoint)
     live.step(20, per_s=1)
     assert live.replicas == 4
 
@@ -319,9 +319,9 @@ def test_that_there_were_gpus_is_still_known_after_a_restart() -> None:
     live = Live({"min_replicas": 1, "max_replicas": 8})
     live.step(30, per_s=3)
     old = live.world.control
-    values = kept.to_values(old.fleet, old.desk.book, old.work, 0.0)
+    values = checkpoint.to_values(old.fleet, old.desk.book, old.work, 0.0)
     fleet, book, work = GpuFleet(), LeaseBook(), Work()
-    kept.restore_plane(values, fleet, book, work, now_s=0.0, shift_s=0.0)
+    checkpoint.restore_plane(values, fleet, book, work, now_s=0.0, shift_s=0.0)
     assert fleet.counted
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import structlog
 
-from controlplane.adapters.ray_serve import ControllerUnavailable
+from controlplane.controller.client import ControllerUnavailable
 from controlplane.core.gpus.leases import Answer, Lease, Outcome, Part
 from controlplane.core.placement.gangs import Shape
 from controlplane.core.reconcile.commands import StartAnswer

@@ -13,8 +13,8 @@ import pytest
 from ray import cloudpickle
 from ray.exceptions import RayError
 
-from controlplane.adapters import serve_targets
-from controlplane.adapters.serve_targets import Targets
+from controlplane.controller import targets_client
+from controlplane.controller.targets_client import Targets
 from controlplane.config import TierConfig
 from controlplane.config.scaling import ScalingConfig
 from controlplane.core.reconcile.replica_targets import TierTarget
@@ -49,7 +49,7 @@ class Controller:
 @pytest.fixture
 def controller(monkeypatch: pytest.MonkeyPatch) -> Controller:
     source = Controller()
-    monkeypatch.setattr(serve_targets, "_by_namespace", {"here": Targets(source.fetch, refresh_s=0.005)})
+    monkeypatch.setattr(targets_client, "_by_namespace", {"here": Targets(source.fetch, refresh_s=0.005)})
     return source
 
 
@@ -86,7 +86,7 @@ def test_a_controller_that_never_answers_is_not_waited_for(monkeypatch: pytest.M
     source = Controller()
     source.away = True
     targets = Targets(source.fetch, refresh_s=0.005, first_limit_s=0.05)
-    monkeypatch.setattr(serve_targets, "_by_namespace", {"here": targets})
+    monkeypatch.setattr(targets_client, "_by_namespace", {"here": targets})
     policy = TargetPolicy("small", 2, "here")
     until(lambda: policy(context("a", "b", target=3))[0] == 2)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from controlplane.control import Control
+from controlplane.controller.controller import Control
 from controlplane.core.domain.endpoint import ENDED, Endpoint
 from controlplane.core.domain.resource_name import Subject, SubjectKind, find_subject
 from controlplane.core.reconcile.commands import ActionAnswer, Outcome

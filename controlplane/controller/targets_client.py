@@ -15,7 +15,7 @@ import ray
 import structlog
 from ray.exceptions import RayError
 
-from controlplane.adapters.controller_actor import find_controller
+from controlplane.controller.actor import find_controller
 from controlplane.core.reconcile.replica_targets import TierTarget, desired_replicas
 
 REFRESH_S: Final = 0.5

@@ -1,5 +1,5 @@
 """The live half of scaling: what gateways, engines and GPUs say → targets and advice, every few seconds."""
 
-from controlplane.scaling.live import Scaling
+from controlplane.controller.scaling.loop import Scaling
 
 __all__ = ["Scaling"]

@@ -10,11 +10,11 @@ from typing import Any, NoReturn
 
 import structlog
 
-from controlplane.adapters.alert_delivery import AlertDelivery
-from controlplane.alerting import Alerting
+from controlplane.controller.alert_delivery import AlertDelivery
+from controlplane.controller.alerting import Alerting
 from controlplane.config import ControllerConfig
 from controlplane.config.alerts import AlertsConfig
-from controlplane.control import Control
+from controlplane.controller.controller import Control
 from controlplane.core.alerts.views import AlertsAnswer
 
 log = structlog.stdlib.get_logger(__name__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from controlplane.control import Control
+from controlplane.controller.controller import Control
 from controlplane.core.autoscaling.round import ScalingRound
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.endpoint import ENDED, SERVING, Endpoint

@@ -1,7 +1,7 @@
 """The controller's alerts: figures from what it knows, rules, the record of what happened, operators' wishes.
 
-Plain Python with the controller's clocks, as :mod:`controlplane.control`; who is told is
-:mod:`controlplane.adapters.alert_delivery`'s.
+Plain Python with the controller's clocks, as :mod:`controlplane.controller.controller`; who is told is
+:mod:`controlplane.controller.alert_delivery`'s.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from controlplane.config.alerts import AlertsConfig
-from controlplane.control import Control
+from controlplane.controller.controller import Control
 from controlplane.core.alerts import checkpoint
 from controlplane.core.alerts import signals as figures_of
 from controlplane.core.alerts.book import Alert, AlertState, Kind, Silence

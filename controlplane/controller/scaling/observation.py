@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from controlplane.control import Control
+from controlplane.controller.controller import Control
 from controlplane.core.autoscaling.overrides import Overrides
 from controlplane.core.autoscaling.policy import EngineObservation, TierObservation
 from controlplane.core.cluster.tier_spec import TierSpec

@@ -1,7 +1,7 @@
 """The controller as a Ray actor: observe → decide → revalidate → apply → record.
 
 There is one named, detached actor per namespace. It needs no CPU, Ray restarts it when its process dies, and
-whoever finds none creates it. Everything is decided in :class:`~controlplane.control.Control`; here is what
+whoever finds none creates it. Everything is decided in :class:`~controlplane.controller.controller.Control`; here is what
 touches Ray, engines, disk and clock. Samples are taken in as they arrive, between ticks.
 """
 
@@ -23,20 +23,20 @@ import structlog
 from ray.exceptions import RayError
 
 from controlplane.adapters import observability
-from controlplane.adapters.alert_loop import AlertLoop
-from controlplane.adapters.cordons import hold_gpus, let_go_of_all
+from controlplane.controller.alert_loop import AlertLoop
+from controlplane.controller.ray_cordons import (hold_gpus, let_go_of_all)
 from controlplane.engines.metrics_scraper import (EngineScraper, ScrapeTarget)
-from controlplane.adapters.node_watch import NodeWatch
+from controlplane.controller.node_watch import NodeWatch
 from controlplane.node_agent.ray_actor import stop_node_agents
-from controlplane.adapters.recorder import Recorder
-from controlplane.adapters.reports import Reports
-from controlplane.adapters.store import Point
+from controlplane.controller.recorder import Recorder
+from controlplane.controller.reports import Reports
+from controlplane.controller.store import Point
 from controlplane.config import ControllerConfig
 from controlplane.config.alerts import AlertsConfig
 from controlplane.config.scaling import ControllerScalingConfig
-from controlplane.control import GC_THRESHOLDS, Control, ControlRules
-from controlplane.controller import WARMING_REPORTS, Controller
-from controlplane.core import kept
+from controlplane.controller.controller import (GC_THRESHOLDS, Control, ControlRules)
+from controlplane.controller.registry import (WARMING_REPORTS, Controller)
+from controlplane.controller import checkpoint
 from controlplane.core.alerts.views import AlertsAnswer
 from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo
 from controlplane.core.cluster.tier_spec import TierSpec
@@ -54,9 +54,9 @@ from controlplane.core.reconcile.replica_targets import TierTarget
 from controlplane.core.reports.history import points
 from controlplane.core.reports.report import PlaneReport
 from controlplane.core.telemetry.stalled_engine import HangRules
-from controlplane.operations import Operations
+from controlplane.controller.operator_actions import Operations
 from controlplane.paths import run_dir
-from controlplane.scaling import Scaling
+from controlplane.controller.scaling import Scaling
 
 CONTROLLER_NAME = "tierplane-controller"
 IDLE_EXIT_S = 300.0
@@ -86,7 +86,7 @@ class ControllerActor:
         gc.set_threshold(*GC_THRESHOLDS)
         self._config = config
         self._shift_s = time.time() - time.monotonic()
-        self._keeper = kept.Keeper(self._shift_s)
+        self._keeper = checkpoint.Keeper(self._shift_s)
         self._recorder = await asyncio.to_thread(Recorder, store_path(config))
         again = _made_again()
         self._control = Control(
@@ -128,7 +128,7 @@ class ControllerActor:
         self._tick_s = 0.0
         heard = {node: (epoch, seq) for node, (epoch, seq) in self._recorder.state.get(_HEARD, {}).items()}
         self._watch = NodeWatch(config.namespace, config.sample_interval_s, self._control.observe_node, heard)
-        kept.restore_gpus(self._recorder.state, self._control.fleet, self._shift_s)
+        checkpoint.restore_gpus(self._recorder.state, self._control.fleet, self._shift_s)
         self._loops = [
             asyncio.create_task(loop)
             for loop in (
@@ -430,7 +430,7 @@ class ControllerActor:
         before = self._recorder.state.get(_CLUSTER) or ()
         if cluster & set(before):
             control = self._control
-            kept.restore_plane(
+            checkpoint.restore_plane(
                 *(self._recorder.state, control.fleet, control.desk.book, control.work),
                 now_s=time.monotonic(),
                 shift_s=self._shift_s,
@@ -494,7 +494,7 @@ class ControllerActor:
 
 
 _CLUSTER, _HEARD = "cluster", "heard"
-"""Keys of what is stored besides :mod:`controlplane.core.kept`: ids of Ray's nodes, last events heard."""
+"""Keys of what is stored besides :mod:`controlplane.controller.checkpoint`: ids of Ray's nodes, last events heard."""
 _LOGGED = ("subject", "tier", "reason", "actor")
 
 

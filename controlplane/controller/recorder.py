@@ -1,7 +1,7 @@
 """Writes the controller's state, audit log and history down, on a thread of its own.
 
 The event loop only hands over; a disk that is slow or full delays and fails here and nowhere else (what
-:class:`~controlplane.adapters.store.Store` does about it). If the thread falls behind by more than
+:class:`~controlplane.controller.store.Store` does about it). If the thread falls behind by more than
 :data:`QUEUE_LIMIT` items, history is left out first; state and audit entries never are.
 """
 
@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import structlog
 
-from controlplane.adapters.store import AuditEntry, Store
+from controlplane.controller.store import (AuditEntry, Store)
 from controlplane.core.domain.event import Event
 
 log = structlog.stdlib.get_logger(__name__)

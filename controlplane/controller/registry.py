@@ -5,7 +5,7 @@ empty with a new epoch, answers "unknown" to the first report of each endpoint, 
 register again. Until they have had the time to, its snapshots say ``warming`` (see
 :mod:`controlplane.core.cluster.snapshot`).
 
-This class knows neither Ray nor asyncio: :mod:`controlplane.adapters.ray_serve` puts it into an actor.
+This class knows neither Ray nor asyncio: :mod:`controlplane.controller.client` puts it into an actor.
 Time comes in through two clocks.
 """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from controlplane.control import Control
+from controlplane.controller.controller import Control
 from controlplane.core.autoscaling.overrides import Override, Overrides
 from controlplane.core.reconcile.commands import ActionAnswer, Outcome
 from controlplane.core.reconcile.migrations import OPERATOR

@@ -1,4 +1,4 @@
-"""How replicas and gateways talk to the controller (:mod:`controlplane.adapters.controller_actor`).
+"""How replicas and gateways talk to the controller (:mod:`controlplane.controller.actor`).
 
 Calls to it never lie on a request's path: replicas and gateways run the loops below as background tasks,
 which wait, try again and go on with what they know while it is away.
@@ -15,7 +15,7 @@ from typing import Any, NoReturn, cast
 import structlog
 from ray.exceptions import ActorDiedError, RayActorError, RayError
 
-from controlplane.adapters.controller_actor import get_or_create_controller
+from controlplane.controller.actor import get_or_create_controller
 from controlplane.config import ControllerConfig
 from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo
 from controlplane.core.cluster.tier_spec import TierSpec

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from controlplane.control import Control
+from controlplane.controller.controller import Control
 from controlplane.core.autoscaling.overrides import Override
 from controlplane.core.autoscaling.round import RoundDecision
 from controlplane.core.cluster.snapshot import TierScaling

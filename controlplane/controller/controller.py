@@ -1,9 +1,9 @@
 """The controller's whole mind: the registry, the GPUs, who holds them, what operators asked for, what is
 under way.
 
-It is plain Python with two clocks: :mod:`controlplane.adapters.controller_actor` feeds it with reports and
+It is plain Python with two clocks: :mod:`controlplane.controller.actor` feeds it with reports and
 samples, calls :meth:`Control.tick`, and carries out what needs Ray. What has to survive a restart goes in and
-out by :mod:`controlplane.core.kept`.
+out by :mod:`controlplane.controller.checkpoint`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from controlplane.config.gpu_models import table_name
-from controlplane.controller import MISSED_REPORTS, WARMING_REPORTS, Controller
+from controlplane.controller.registry import (MISSED_REPORTS, WARMING_REPORTS, Controller)
 from controlplane.core.alerts.signals import LostNode
 from controlplane.core.cluster.assumed_gpu import assuming, gpu_assumed
 from controlplane.core.cluster.snapshot import GatewayInfo
