@@ -18,11 +18,12 @@ import ray
 import structlog
 from ray import serve
 
-from controlplane.adapters import observability, ray_session
+from controlplane.adapters import observability
+from controlplane.ray_cluster import session
 from controlplane.adapters.gpu_shares import lease_shape
 from controlplane.adapters.launch_check import launchable_model
 from controlplane.controller.client import (ControllerLink, ControllerUnavailable, EndpointReporter)
-from controlplane.adapters.serve_options import actor_options, cluster_gpu_kinds
+from controlplane.ray_cluster.actor_options import (actor_options, cluster_gpu_kinds)
 from controlplane.config import PlaneConfig, TierConfig
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
 from controlplane.core.reconcile.commands import Order, OrderKind
@@ -267,7 +268,7 @@ def _metric_names(tier: TierConfig) -> tuple[tuple[str, str], ...]:
 
 def _engine_host(config: PlaneConfig) -> str:
     """Where engines listen: where every gateway can reach them, and no wider than that takes."""
-    if config.engine_host == "loopback" or (config.engine_host == "auto" and ray_session.marked(os.environ)):
+    if config.engine_host == "loopback" or (config.engine_host == "auto" and session.marked(os.environ)):
         return LOOPBACK
     address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
     return address

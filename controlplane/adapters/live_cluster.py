@@ -15,7 +15,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util import placement_group_table
 
-from controlplane.adapters import plane
+from controlplane.ray_cluster import plane
 from controlplane.models.catalog import gpu_table
 from controlplane.controller.actor import find_controller
 from controlplane.node_agent.ray_actor import NAME_PREFIX

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from controlplane.adapters import ray_session
+from controlplane.ray_cluster import session
 from controlplane.errors import SetupError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -27,7 +27,7 @@ class PlaneAddress:
 
     def ask(self, method: str, *args: Any) -> Any:
         """Call a method of the controller. Raises SetupError if it does not answer."""
-        from controlplane.adapters import plane
+        from controlplane.ray_cluster import plane
 
         return plane.ask(self.namespace, self.ray, method, *args)
 
@@ -50,13 +50,13 @@ def plane_options(command: F) -> F:
 @contextmanager
 def connected(address: str | None, namespace: str | None) -> Iterator[PlaneAddress]:
     """This process connected to the plane's Ray. Raises SetupError."""
-    record = ray_session.load_record()
+    record = session.load_record()
     where = address or (record.ray_address if record else "") or os.environ.get("RAY_ADDRESS")
     if not where:
         raise SetupError("no plane runs here: start one with `tierplane up`, or name its Ray with --address")
     if record is not None and where == record.ray_address:
-        ray_session.enter(record)
-    from controlplane.adapters import plane
+        session.enter(record)
+    from controlplane.ray_cluster import plane
 
     plane.connect(where)
     try:

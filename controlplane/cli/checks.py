@@ -24,13 +24,7 @@ from packaging.version import Version
 from controlplane.adapters.cpu_info import node_memory
 from controlplane.models.model_config import load_model
 from controlplane.node_agent.nvml.reader import GpuReader
-from controlplane.adapters.ray_session import (
-    DASHBOARD_PORT,
-    PLANE_ID_VARIABLE,
-    load_record,
-    port_is_free,
-    processes,
-)
+from controlplane.ray_cluster.session import (DASHBOARD_PORT, PLANE_ID_VARIABLE, load_record, port_is_free, processes)
 from controlplane.adapters.tier_memory import cpu_plan, tier_settings
 from controlplane.cli.configuration import unset_variables
 from controlplane.config import BUNDLED_PREFIX, PlaneConfig, ServeFile, TierConfig

@@ -8,8 +8,8 @@ import time
 
 import click
 
-from controlplane.adapters import ray_session
-from controlplane.adapters.ray_session import RunRecord
+from controlplane.ray_cluster import session
+from controlplane.ray_cluster.session import RunRecord
 from controlplane.cli.stopping import DRAIN_MARGIN_S, stop_plane
 from controlplane.cli.voice import Voice, voice
 from controlplane.config import load_plane
@@ -28,14 +28,14 @@ def command(now: bool, as_json: bool) -> None:
     requests are waited for.
     """
     speech = voice(as_json=as_json)
-    record = ray_session.load_record()
+    record = session.load_record()
     if record is None:
         speech.result("stopped", "Nothing to stop: no plane runs here.", processes=0, ray_stopped=False)
         return
     drain_s = drain_limit_s(record)
     if record.up_is_running() and record.up_pid != os.getpid():
         _stop_foreground(record, speech, 0.0 if now else drain_s + 2 * DRAIN_MARGIN_S)
-        record = ray_session.load_record()
+        record = session.load_record()
         if record is None:
             speech.result("stopped", "Stopped.", processes=0, ray_stopped=True)
             return

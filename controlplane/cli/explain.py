@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import click
 from rich.table import Table
 
-from controlplane.adapters import ray_session
+from controlplane.ray_cluster import session
 from controlplane.cli.console import stdout
 from controlplane.errors import SetupError
 
@@ -73,7 +73,7 @@ def _request(body: BinaryIO | None, model: str | None) -> dict[str, Any]:
 
 
 def _running_url() -> str:
-    record = ray_session.load_record()
+    record = session.load_record()
     return (record.gateway_url or record.ingress_url) if record else DEFAULT_URL
 
 

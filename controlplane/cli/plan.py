@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from controlplane.adapters import ray_session
+from controlplane.ray_cluster import session
 from controlplane.adapters.tier_gangs import TierDemand, tier_demands
 from controlplane.cli.configuration import load_checked
 from controlplane.cli.plan_view import Answer, show, to_json
@@ -102,15 +102,16 @@ def _once_changed(plane: PlaneConfig, state: ClusterState, before: Answer) -> An
 
 
 def _live(address: str | None, config: PlaneConfig) -> LiveCluster:
-    record = ray_session.load_record()
+    record = session.load_record()
     where = address or (record.ray_address if record else "") or os.environ.get("RAY_ADDRESS")
     if not where:
         raise SetupError(
             "no cluster runs here: describe one with --cluster FILE, or name a Ray with --address"
         )
     if record is not None and where == record.ray_address:
-        ray_session.enter(record)
-    from controlplane.adapters import live_cluster, plane
+        session.enter(record)
+    from controlplane.adapters import live_cluster
+    from controlplane.ray_cluster import plane
 
     click.echo(f"asking the cluster at {where}", err=True)
     plane.connect(where)

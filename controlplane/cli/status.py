@@ -21,7 +21,7 @@ from controlplane.core.cluster.status import TierStatus, tier_statuses
 from controlplane.core.reconcile.migrations import Activity
 
 if TYPE_CHECKING:
-    from controlplane.adapters.plane import PlaneView
+    from controlplane.ray_cluster.plane import PlaneView
 
 REFRESH_S = 1.0
 SHOWN_EVENTS = 8
@@ -67,7 +67,7 @@ def _watch(plane: PlaneAddress, as_json: bool) -> None:
 
 
 def _look(plane: PlaneAddress) -> tuple[PlaneView, Activity]:
-    from controlplane.adapters.plane import PlaneView
+    from controlplane.ray_cluster.plane import PlaneView
 
     return PlaneView(*plane.ask("status")), plane.ask("activity")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from controlplane.adapters import ray_session
-from controlplane.adapters.ray_session import RunRecord
+from controlplane.ray_cluster import session
+from controlplane.ray_cluster.session import RunRecord
 from controlplane.cli.voice import Voice
 from controlplane.errors import SetupError
 
@@ -36,19 +36,19 @@ def stop_plane(
     stopped = 0
     if record.owns_ray:
         voice.step("stopping Ray")
-        stopped = ray_session.stop(record)
-    ray_session.record_path().unlink(missing_ok=True)
+        stopped = session.stop(record)
+    session.record_path().unlink(missing_ok=True)
     what = f"{stopped} processes, none is left" if record.owns_ray else "Ray itself goes on"
     voice.result("stopped", f"Stopped ({what}).", processes=stopped, ray_stopped=record.owns_ray)
 
 
 def _undeploy(record: RunRecord, voice: Voice, *, drain_s: float, impatient: Callable[[], bool]) -> None:
-    ray_session.enter(record)
+    session.enter(record)
     from ray import serve
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
-    from controlplane.adapters import plane
+    from controlplane.ray_cluster import plane
 
     def waiting(_: float) -> None:
         if impatient():

@@ -20,8 +20,8 @@ from types import FrameType
 import click
 import psutil
 
-from controlplane.adapters import ray_session
-from controlplane.adapters.ray_session import RunRecord
+from controlplane.ray_cluster import session
+from controlplane.ray_cluster.session import RunRecord
 from controlplane.cli.checks import Verdict, run_checks
 from controlplane.cli.configuration import load_checked
 from controlplane.cli.stopping import stop_plane
@@ -41,7 +41,7 @@ LOST_AFTER_S = 30.0
 """In the foreground: a Ray that does not answer for so long is taken for dead."""
 
 
-_OUR_CONCERN = frozenset({"haproxy", f"port {ray_session.DASHBOARD_PORT}"})
+_OUR_CONCERN = frozenset({"haproxy", f"port {session.DASHBOARD_PORT}"})
 """Checks whose warnings mean nothing to a Ray that is started here with the right settings and free ports."""
 
 
@@ -107,7 +107,7 @@ def command(
         record = _new_record(file, named)
         if record.owns_ray and not no_checks:
             _check_machine(file, speech)
-        elif not ray_session.port_is_free(file.plane.gateway.port, file.plane.gateway.host):
+        elif not session.port_is_free(file.plane.gateway.port, file.plane.gateway.host):
             raise SetupError(f"port {file.plane.gateway.port} is taken: set gateway.port in {file.path}")
         record.save()
         drain_s = max(tier.drain_timeout_s for tier in file.plane.tiers)
@@ -123,12 +123,12 @@ def command(
             if isinstance(error, TierplaneError):
                 speech.result("error", f"{error}\n", error=str(error))
             # What failed has nothing in flight worth waiting for.
-            stop_plane(ray_session.load_record() or record, speech, drain_s=5.0)
+            stop_plane(session.load_record() or record, speech, drain_s=5.0)
             if isinstance(error, TierplaneError):
                 raise SystemExit(1) from error
             raise
         stop_plane(
-            ray_session.load_record() or record,
+            session.load_record() or record,
             speech,
             drain_s=drain_s,
             impatient=lambda: interrupts.asked_to_hurry,
@@ -137,13 +137,13 @@ def command(
 
 def _new_record(file: ServeFile, address: str) -> RunRecord:
     """The record of this start. Raises SetupError if a plane runs already; clears what a dead one left."""
-    old = ray_session.load_record()
+    old = session.load_record()
     if old is not None:
-        alive = old.up_is_running() or (old.owns_ray and ray_session.processes(old.plane_id))
+        alive = old.up_is_running() or (old.owns_ray and session.processes(old.plane_id))
         if alive or not old.owns_ray:
             raise SetupError(f"a plane of {old.config} is up already: `tierplane down` stops it")
-        ray_session.stop(old)
-        ray_session.record_path().unlink(missing_ok=True)
+        session.stop(old)
+        session.record_path().unlink(missing_ok=True)
     gateway, ingress = file.plane.gateway, _shown_host(file.http_host)
     applications = file.raw.get("applications") or []
     return RunRecord(
@@ -174,15 +174,15 @@ def _start(
     began_s = time.monotonic()
     if record.owns_ray:
         speech.step("starting Ray")
-        record = ray_session.prepare(record)
-        ray_session.enter(record)
+        record = session.prepare(record)
+        session.enter(record)
         with ThreadPoolExecutor(1) as pool:
-            starting = pool.submit(ray_session.start, record, dashboard=dashboard)
+            starting = pool.submit(session.start, record, dashboard=dashboard)
             # Seconds of importing that would come after Ray's start otherwise.
-            importlib.import_module("controlplane.adapters.plane")
+            importlib.import_module("controlplane.ray_cluster.plane")
             record = starting.result()
     _check(interrupts)
-    from controlplane.adapters import plane
+    from controlplane.ray_cluster import plane
 
     plane.connect(record.ray_address)
     interrupts.install()
@@ -209,7 +209,7 @@ def _wait_for_tiers(
     began_s: float,
     timeout_s: float | None,
 ) -> ClusterSnapshot:
-    from controlplane.adapters import plane
+    from controlplane.ray_cluster import plane
     from controlplane.tier_specs import tier_specs
 
     specs = tier_specs(file.plane)
@@ -247,7 +247,7 @@ def _raise_if_failed(tiers: Sequence[TierStatus]) -> None:
 def _raise_diagnosis(record: RunRecord, specs: Sequence[TierSpec]) -> None:
     """Serve gave up: raise what the tier itself said, if the controller hears of it in time. Serve may know
     sooner that a replica is gone than the controller why, and its own words name no cause."""
-    from controlplane.adapters import plane
+    from controlplane.ray_cluster import plane
 
     until_s = time.monotonic() + DIAGNOSIS_WAIT_S
     while time.monotonic() < until_s:
@@ -259,7 +259,7 @@ def _raise_diagnosis(record: RunRecord, specs: Sequence[TierSpec]) -> None:
 
 def _stay(record: RunRecord, speech: Voice, interrupts: Interrupts) -> None:
     """Until the user asks to stop: tell what happens. Raises Stopped; SetupError if Ray is gone."""
-    from controlplane.adapters import plane
+    from controlplane.ray_cluster import plane
 
     view = plane.view(record.namespace)
     seen = (view.snapshot.epoch, view.events[-1].number) if view and view.events else ("", 0)
@@ -285,8 +285,8 @@ def _stay(record: RunRecord, speech: Voice, interrupts: Interrupts) -> None:
 def _say_ready(
     record: RunRecord, file: ServeFile, speech: Voice, snapshot: ClusterSnapshot, ready_s: float
 ) -> None:
-    found = ray_session.processes(record.plane_id) if record.owns_ray else []
-    memory_bytes = ray_session.memory_bytes(found)
+    found = session.processes(record.plane_id) if record.owns_ray else []
+    memory_bytes = session.memory_bytes(found)
     url = record.gateway_url or record.ingress_url
     tier = file.plane.gateway.default_tier or next(
         (each.name for each in file.plane.tiers if each.name == "balanced"), file.plane.tiers[0].name

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import yaml
 
-from controlplane.adapters.serve_options import actor_options
+from controlplane.ray_cluster.actor_options import actor_options
 from controlplane.config import IMPORT_PATH, ServeFile, TierConfig
 from controlplane.errors import ConfigError, Problem
 from controlplane.kubernetes.overlays import Overlay

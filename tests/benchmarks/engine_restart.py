@@ -14,7 +14,7 @@ from time import monotonic
 from typing import Any
 
 from controlplane.models import bundled
-from controlplane.adapters.ray_session import free_port
+from controlplane.ray_cluster.session import free_port
 from controlplane.config import TierConfig
 from controlplane.engines import engine_for
 from controlplane.engines.base import Launch

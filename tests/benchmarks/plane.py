@@ -28,7 +28,7 @@ import psutil
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from controlplane.adapters.ray_session import PLANE_ID_VARIABLE, free_port, processes
+from controlplane.ray_cluster.session import (PLANE_ID_VARIABLE, free_port, processes)
 from controlplane.engines.simulated.engine import SECRET_ENV
 from controlplane.errors import SetupError
 from controlplane.paths import RUN_DIR_VARIABLE

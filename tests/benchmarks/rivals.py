@@ -23,7 +23,7 @@ from pathlib import Path
 
 import yaml
 
-from controlplane.adapters.ray_session import free_port
+from controlplane.ray_cluster.session import free_port
 from controlplane.engines.simulated.engine import SECRET_ENV
 from controlplane.errors import SetupError
 from tests.benchmarks.wrk import Target, body

@@ -26,8 +26,8 @@ from typing import Any
 import pytest
 import yaml
 
-from controlplane.adapters import ray_session
-from controlplane.adapters.ray_session import RunRecord, free_port, processes
+from controlplane.ray_cluster import session
+from controlplane.ray_cluster.session import (RunRecord, free_port, processes)
 from tests.benchmarks.plane import titled
 from tests.support_waiting import until
 
@@ -48,7 +48,7 @@ class Machine:
     env: dict[str, str] = field(default_factory=dict)
 
     def environment(self) -> dict[str, str]:
-        left_out = {"RAY_ADDRESS", ray_session.PLANE_ID_VARIABLE}
+        left_out = {"RAY_ADDRESS", session.PLANE_ID_VARIABLE}
         env = {key: value for key, value in os.environ.items() if key not in left_out}
         return {**env, "TIERPLANE_RUN_DIR": str(self.run_dir), **self.env}
 

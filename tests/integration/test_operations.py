@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import yaml
 
-from controlplane.adapters.ray_session import free_port
+from controlplane.ray_cluster.session import free_port
 from controlplane.monitoring.dashboards import DASHBOARDS, GPUS
 from controlplane.monitoring.files import local_files
 from controlplane.monitoring.rules import JOB

@@ -18,7 +18,7 @@ import psutil
 import pytest
 from openai import DefaultHttpxClient, OpenAI
 
-from controlplane.adapters.ray_session import free_port, processes
+from controlplane.ray_cluster.session import (free_port, processes)
 from tests.benchmarks.plane import TIERPLANE, Plane, command, running
 from tests.support_waiting import until
 

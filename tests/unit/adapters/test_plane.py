@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from controlplane.adapters import plane
-from controlplane.adapters.ray_session import free_port
+from controlplane.ray_cluster import plane
+from controlplane.ray_cluster.session import free_port
 from controlplane.errors import SetupError
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from controlplane.adapters import ray_session
-from controlplane.adapters.ray_session import PLANE_ID_VARIABLE, RunRecord
+from controlplane.ray_cluster import session
+from controlplane.ray_cluster.session import (PLANE_ID_VARIABLE, RunRecord)
 from controlplane.errors import SetupError
 
 Spawn = Callable[..., "subprocess.Popen[bytes]"]
@@ -69,18 +69,18 @@ def record(plane_id: str = "p1", **kwargs: object) -> RunRecord:
 
 
 def test_a_record_comes_back_as_it_was_saved() -> None:
-    assert ray_session.load_record() is None
+    assert session.load_record() is None
     record().save()
-    assert ray_session.load_record() == record(
-        started_unix_s=ray_session.load_record().started_unix_s  # type: ignore[union-attr]
+    assert session.load_record() == record(
+        started_unix_s=session.load_record().started_unix_s  # type: ignore[union-attr]
     )
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"plane_id": "x"}', '{"applications": []}'])
 def test_a_broken_record_is_an_error_that_names_the_file(text: str) -> None:
-    ray_session.record_path().write_text(text)
+    session.record_path().write_text(text)
     with pytest.raises(SetupError, match=r"up\.json can't be read"):
-        ray_session.load_record()
+        session.load_record()
 
 
 def test_whether_up_still_runs_is_not_fooled_by_a_new_process_of_that_number() -> None:
@@ -91,16 +91,16 @@ def test_whether_up_still_runs_is_not_fooled_by_a_new_process_of_that_number() -
 
 def test_processes_are_found_by_their_plane_s_id(spawn: Spawn) -> None:
     ours, other, none = spawn(WAIT, "p1"), spawn(WAIT, "p2"), spawn(WAIT, None)
-    assert [process.pid for process in ray_session.processes("p1")] == [ours.pid]
-    assert {other.pid, none.pid}.isdisjoint(process.pid for process in ray_session.processes("p1"))
+    assert [process.pid for process in session.processes("p1")] == [ours.pid]
+    assert {other.pid, none.pid}.isdisjoint(process.pid for process in session.processes("p1"))
 
 
 def test_a_child_that_hides_its_environment_is_found_too(spawn: Spawn) -> None:
     parent = spawn(PARENT, "p1")
-    found = {process.pid for process in ray_session.processes("p1")}
+    found = {process.pid for process in session.processes("p1")}
     assert parent.pid in found
     assert len(found) == 2
-    ray_session.stop(record(), grace_s=1.0)
+    session.stop(record(), grace_s=1.0)
 
 
 def test_stop_ends_what_is_ours_only_even_if_it_does_not_want_to(spawn: Spawn, tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_stop_ends_what_is_ours_only_even_if_it_does_not_want_to(spawn: Spawn, t
     logs = temp_dir / "ray" / "session_latest" / "logs"
     logs.mkdir(parents=True)
     (logs / "raylet.out").write_text("bye\n")
-    assert ray_session.stop(record(temp_dir=str(temp_dir)), grace_s=0.5) == 2
+    assert session.stop(record(temp_dir=str(temp_dir)), grace_s=0.5) == 2
     ours.wait(5)
     stubborn.wait(5)
     assert other.poll() is None
@@ -118,17 +118,17 @@ def test_stop_ends_what_is_ours_only_even_if_it_does_not_want_to(spawn: Spawn, t
 
 
 def test_stopping_twice_is_harmless() -> None:
-    assert ray_session.stop(record()) == 0
+    assert session.stop(record()) == 0
 
 
 def test_memory_is_counted(spawn: Spawn) -> None:
     spawn(WAIT, "p1")
-    assert ray_session.memory_bytes(ray_session.processes("p1")) > 2**20
+    assert session.memory_bytes(session.processes("p1")) > 2**20
 
 
 def test_ports() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        assert not ray_session.port_is_free(taken.getsockname()[1])
-    assert ray_session.port_is_free(ray_session.free_port())
+        assert not session.port_is_free(taken.getsockname()[1])
+    assert session.port_is_free(session.free_port())

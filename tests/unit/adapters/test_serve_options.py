@@ -9,7 +9,7 @@ from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager
 from ray._private.label_utils import validate_label_selector
 
 from controlplane.models.catalog import gpu_table
-from controlplane.adapters.serve_options import actor_options, cluster_gpu_kinds, ray_types
+from controlplane.ray_cluster.actor_options import (actor_options, cluster_gpu_kinds, ray_types)
 from controlplane.config import TierConfig
 
 

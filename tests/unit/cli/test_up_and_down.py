@@ -11,7 +11,7 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-from controlplane.adapters.ray_session import RunRecord
+from controlplane.ray_cluster.session import RunRecord
 from controlplane.cli import main
 from controlplane.cli.show import age
 from controlplane.cli.up import Interrupts, curl_line, openai_snippet
