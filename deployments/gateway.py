@@ -23,7 +23,7 @@ from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo
 from controlplane.core.domain.endpoint import EndpointState
 from controlplane.gateway.gateway import Gateway
 from controlplane.paths import run_dir
-from controlplane.tier_specs import tier_specs
+from controlplane.planning.tier_specs import tier_specs
 from deployments.ray_metrics import mirror_metrics
 from deployments.tasks import Background
 from deployments.watching import watch_engines

@@ -20,8 +20,8 @@ from ray import serve
 
 from controlplane.adapters import observability
 from controlplane.ray_cluster import session
-from controlplane.adapters.gpu_shares import lease_shape
-from controlplane.adapters.launch_check import launchable_model
+from controlplane.planning.gpu_shares import lease_shape
+from controlplane.planning.launch_check import launchable_model
 from controlplane.controller.client import (ControllerLink, ControllerUnavailable, EndpointReporter)
 from controlplane.ray_cluster.actor_options import (actor_options, cluster_gpu_kinds)
 from controlplane.config import PlaneConfig, TierConfig

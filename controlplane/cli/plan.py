@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import click
 
 from controlplane.ray_cluster import session
-from controlplane.adapters.tier_gangs import TierDemand, tier_demands
+from controlplane.planning.tier_gangs import (TierDemand, tier_demands)
 from controlplane.cli.configuration import load_checked
 from controlplane.cli.plan_view import Answer, show, to_json
-from controlplane.cluster_file import ClusterFile, load_cluster
+from controlplane.planning.cluster_file import (ClusterFile, load_cluster)
 from controlplane.config import PlaneConfig
 from controlplane.core.placement.batch_planner import plan
 from controlplane.core.placement.gangs import Gang
@@ -27,7 +27,7 @@ from controlplane.core.placement.what_if import add_node, change, lose_node
 from controlplane.errors import SetupError
 
 if TYPE_CHECKING:
-    from controlplane.adapters.live_cluster import LiveCluster
+    from controlplane.planning.live_cluster import LiveCluster
 
 _WHAT_IF = "lose-node NODE | add-node TYPE | scale TIER REPLICAS"
 
@@ -110,7 +110,7 @@ def _live(address: str | None, config: PlaneConfig) -> LiveCluster:
         )
     if record is not None and where == record.ray_address:
         session.enter(record)
-    from controlplane.adapters import live_cluster
+    from controlplane.planning import live_cluster
     from controlplane.ray_cluster import plane
 
     click.echo(f"asking the cluster at {where}", err=True)

@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from controlplane.ray_cluster.actor_options import (actor_options, ray_types)
-from controlplane.adapters.tier_gangs import TierDemand
+from controlplane.planning.tier_gangs import TierDemand
 from controlplane.cli.console import stdout
 from controlplane.core.placement.gangs import WHOLE_MILLI, Placement, Plan, Shape
 from controlplane.core.placement.topology import Node

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from controlplane.cli.configuration import load_checked
 from controlplane.cli.console import stdout
-from controlplane.cluster_file import load_cluster
+from controlplane.planning.cluster_file import load_cluster
 from controlplane.config import PlaneConfig
 from controlplane.core.domain.request import Complexity
 from controlplane.core.placement.topology import Node

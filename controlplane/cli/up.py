@@ -210,7 +210,7 @@ def _wait_for_tiers(
     timeout_s: float | None,
 ) -> ClusterSnapshot:
     from controlplane.ray_cluster import plane
-    from controlplane.tier_specs import tier_specs
+    from controlplane.planning.tier_specs import tier_specs
 
     specs = tier_specs(file.plane)
     snapshot = ClusterSnapshot("", 0, 0.0)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
-from controlplane.adapters.tier_gangs import tier_demands
+from controlplane.planning.tier_gangs import tier_demands
 from controlplane.config import PlaneConfig, TierConfig
 from controlplane.core.admission.queue import AdmissionSettings
 from controlplane.core.autoscaling.capacity import Work
@@ -21,7 +21,7 @@ from controlplane.simulation.options import Options
 from controlplane.simulation.outages import OutageModel
 from controlplane.simulation.simulator import Scenario, TierScenario
 from controlplane.simulation.tier_engines import TierEngines, anywhere, on_nodes
-from controlplane.tier_specs import scaling_plan
+from controlplane.planning.tier_specs import scaling_plan
 
 MOST_REPLICAS: Final = 64
 """Of a tier without bounds."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from controlplane.models.catalog import (gpu_named, gpu_table)
 from controlplane.models.model_config import load_model
-from controlplane.adapters.tier_gangs import TierDemand
+from controlplane.planning.tier_gangs import TierDemand
 from controlplane.config import TierConfig
 from controlplane.core.autoscaling.capacity import EngineSpeed, Work, speed_of
 from controlplane.core.placement.gangs import Gang, Infeasible, Shape
@@ -29,7 +29,7 @@ from controlplane.errors import SetupError
 from controlplane.simulation.engine import RooflineTiming, SimulatedTiming
 from controlplane.simulation.fleet import EngineModel
 from controlplane.simulation.options import Options
-from controlplane.tier_specs import plain_speed
+from controlplane.planning.tier_specs import plain_speed
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ from typing import Any
 import click
 
 from controlplane.models.catalog import known_models
-from controlplane.adapters.cpu_info import packs_16_bit
+from controlplane.planning.cpu_info import packs_16_bit
 from controlplane.models.model_config import load_model
 from controlplane.core.sizing.cpu_memory import plan_cpu_memory
 from controlplane.core.sizing.engine_args import parse_settings

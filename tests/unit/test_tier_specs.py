@@ -8,7 +8,7 @@ import pytest
 
 from controlplane.core.cluster.tier_spec import ScalingPlan
 from controlplane.core.recommendations.rules import LATENCY_MS
-from controlplane.tier_specs import tier_specs
+from controlplane.planning.tier_specs import tier_specs
 from tests.support_gateway import plane
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import ray._private.state
 
-from controlplane.adapters import live_cluster as module
-from controlplane.adapters.live_cluster import live_cluster
+from controlplane.planning import live_cluster as module
+from controlplane.planning.live_cluster import live_cluster
 from controlplane.config import PlaneConfig
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
 from controlplane.core.placement.occupancy import Reserved

@@ -15,7 +15,7 @@ from controlplane.controller.registry import Controller
 from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
-from controlplane.tier_specs import tier_specs
+from controlplane.planning.tier_specs import tier_specs
 
 PLANE = parse_plane({"tiers": [{"name": "balanced", "engine": "simulated", "replicas": 2}]})
 ENDPOINT = Endpoint(

@@ -15,7 +15,7 @@ from controlplane.core.cluster.snapshot import GatewayInfo
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.telemetry.samples import Absence, GpuInfo, Missing, Reading
 from controlplane.controller.scaling import Scaling
-from controlplane.tier_specs import GUESS, tier_specs
+from controlplane.planning.tier_specs import (GUESS, tier_specs)
 from tests.support_control import HEARTBEAT_S, World
 from tests.support_gateway import plane
 

@@ -19,7 +19,7 @@ from controlplane.core.reconcile.in_progress import Work
 from controlplane.core.traffic.counters import LATENCY_BOUNDS_S, Traffic
 from controlplane.controller.operator_actions import Operations
 from controlplane.controller.scaling import Scaling
-from controlplane.tier_specs import tier_specs
+from controlplane.planning.tier_specs import tier_specs
 from tests.support_control import HEARTBEAT_S, World
 from tests.support_gateway import plane
 

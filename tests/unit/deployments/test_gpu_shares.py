@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from controlplane.adapters.gpu_shares import lease_shape
+from controlplane.planning.gpu_shares import lease_shape
 from controlplane.config import TierConfig
 from controlplane.core.placement.gangs import Shape
 from controlplane.core.sizing.gpu_models import GIB, MIB

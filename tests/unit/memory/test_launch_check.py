@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from controlplane.adapters import launch_check
-from controlplane.adapters.cpu_info import NodeMemory, node_memory, packs_16_bit
-from controlplane.adapters.launch_check import check_launch, launchable_model
+from controlplane.planning import launch_check
+from controlplane.planning.cpu_info import (NodeMemory, node_memory, packs_16_bit)
+from controlplane.planning.launch_check import (check_launch, launchable_model)
 from controlplane.config import TierConfig
 from controlplane.core.sizing.gpu_models import GIB, MIB
 from controlplane.core.telemetry.samples import GpuCondition, GpuInfo, GpuSample

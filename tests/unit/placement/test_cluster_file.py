@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from controlplane.cluster_file import load_cluster
+from controlplane.planning.cluster_file import load_cluster
 from controlplane.core.placement.topology import islands, numa_groups
 from controlplane.errors import ConfigError
 

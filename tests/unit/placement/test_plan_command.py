@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from controlplane.adapters.live_cluster import LiveCluster
-from controlplane.adapters.tier_gangs import TierDemand, tier_demands
+from controlplane.planning.live_cluster import LiveCluster
+from controlplane.planning.tier_gangs import (TierDemand, tier_demands)
 from controlplane.cli import plan as plan_module
 from controlplane.cli.plan import command
 from controlplane.cli.plan_view import serve_options

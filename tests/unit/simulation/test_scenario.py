@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from controlplane.models.catalog import gpu_named
-from controlplane.cluster_file import load_cluster
+from controlplane.planning.cluster_file import load_cluster
 from controlplane.config import parse_plane
 from controlplane.core.autoscaling.capacity import Work
 from controlplane.core.placement.topology import Gpu, Node

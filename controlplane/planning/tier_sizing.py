@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from controlplane.models.catalog import gpu_table
 from controlplane.models.model_config import load_model
-from controlplane.adapters.tier_gangs import tier_demands
-from controlplane.adapters.tier_memory import tier_settings
-from controlplane.cluster_file import ClusterFile
+from controlplane.planning.tier_gangs import tier_demands
+from controlplane.planning.tier_memory import tier_settings
+from controlplane.planning.cluster_file import ClusterFile
 from controlplane.config import PlaneConfig, TierConfig
 from controlplane.core.placement.batch_planner import plan
 from controlplane.core.placement.gangs import Plan

@@ -12,7 +12,7 @@ from math import ceil
 
 from controlplane.models.catalog import gpu_table
 from controlplane.models.model_config import (LoadedModel, load_model)
-from controlplane.adapters.tier_memory import cpu_plan, llamacpp_bytes, tier_settings
+from controlplane.planning.tier_memory import (cpu_plan, llamacpp_bytes, tier_settings)
 from controlplane.config import PlaneConfig, TierConfig
 from controlplane.core.placement.gangs import WHOLE_MILLI, Gang, Shape
 from controlplane.core.placement.topology import Node

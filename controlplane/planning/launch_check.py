@@ -14,10 +14,10 @@ import structlog
 
 from controlplane.models import bundled
 from controlplane.models.catalog import gpu_table
-from controlplane.adapters.cpu_info import node_memory, packs_16_bit
+from controlplane.planning.cpu_info import (node_memory, packs_16_bit)
 from controlplane.models.model_config import (LoadedModel, load_model)
 from controlplane.node_agent.nvml.reader import GpuReader
-from controlplane.adapters.tier_memory import cpu_plan, llamacpp_bytes, tier_settings
+from controlplane.planning.tier_memory import (cpu_plan, llamacpp_bytes, tier_settings)
 from controlplane.config import TierConfig
 from controlplane.core.sizing.cpu_memory import judge_cpu
 from controlplane.core.sizing.engine_args import SPARING, EngineSettings

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from controlplane.adapters.launch_check import seen_gpus
+from controlplane.planning.launch_check import seen_gpus
 from controlplane.models.model_config import load_model
 from controlplane.node_agent.nvml.reader import GpuReader
 from controlplane.config import TierConfig
