@@ -16,7 +16,7 @@ import ray
 import structlog
 from ray import serve
 
-from controlplane.adapters import observability
+from controlplane import logs
 from controlplane.controller.client import (ControllerLink, pull_snapshots, report_gateway)
 from controlplane.config import PlaneConfig
 from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo
@@ -47,7 +47,7 @@ class GatewayReplica:
         self._id = f"gateway-{context.replica_id.unique_id}"
         self._config = config
         self._node_id = ray.get_runtime_context().get_node_id()
-        observability.setup(
+        logs.setup(
             config.controller.log_format,
             config.controller.log_level,
             file=run_dir() / "logs" / f"{self._id}.log",

@@ -18,7 +18,7 @@ import ray
 import structlog
 from ray import serve
 
-from controlplane.adapters import observability
+from controlplane import logs
 from controlplane.ray_cluster import session
 from controlplane.planning.gpu_shares import lease_shape
 from controlplane.planning.launch_check import launchable_model
@@ -62,7 +62,7 @@ class TierReplica:
         self._loop = asyncio.get_running_loop()
         unique_id = serve.get_replica_context().replica_id.unique_id
         runtime = ray.get_runtime_context()
-        observability.setup(
+        logs.setup(
             config.controller.log_format,
             config.controller.log_level,
             file=run_dir() / "logs" / f"{tier.name}-{unique_id}-replica.log",

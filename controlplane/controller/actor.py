@@ -22,7 +22,7 @@ import ray
 import structlog
 from ray.exceptions import RayError
 
-from controlplane.adapters import observability
+from controlplane import logs
 from controlplane.controller.alert_loop import AlertLoop
 from controlplane.controller.ray_cordons import (hold_gpus, let_go_of_all)
 from controlplane.engines.metrics_scraper import (EngineScraper, ScrapeTarget)
@@ -77,7 +77,7 @@ class ControllerActor:
     """The actor's body: the control loop in an event loop, with a long poll for snapshots."""
 
     async def __init__(self, config: ControllerConfig) -> None:  # type: ignore[misc]  # Ray awaits it
-        observability.setup(
+        logs.setup(
             config.log_format,
             config.log_level,
             file=run_dir() / "logs" / "controller.log",

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import structlog
 
-from controlplane.adapters import observability
+from controlplane import logs
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def test_a_line_is_json_with_its_process_s_context(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "logs" / "tier.log"
-    observability.setup("auto", "info", file=path, component="tier", tier="balanced")
+    logs.setup("auto", "info", file=path, component="tier", tier="balanced")
     structlog.stdlib.get_logger("controlplane.test").info("ready", port=1)
     (line,) = lines(path)
     assert line["event"] == "ready"
@@ -40,7 +40,7 @@ def test_a_line_is_json_with_its_process_s_context(
 
 def test_plain_loggers_of_our_packages_are_written_too(tmp_path: Path) -> None:
     path = tmp_path / "x.log"
-    observability.setup("json", "info", file=path)
+    logs.setup("json", "info", file=path)
     logging.getLogger("deployments.test").warning("what %s", "happened", extra={"tier": "balanced"})
     logging.getLogger("somebody.else").warning("not ours")
     (line,) = lines(path)
@@ -49,7 +49,7 @@ def test_plain_loggers_of_our_packages_are_written_too(tmp_path: Path) -> None:
 
 def test_the_level_holds(tmp_path: Path) -> None:
     path = tmp_path / "x.log"
-    observability.setup("json", "warning", file=path)
+    logs.setup("json", "warning", file=path)
     log = structlog.stdlib.get_logger("controlplane.test")
     log.info("quiet")
     log.error("loud")
@@ -59,7 +59,7 @@ def test_the_level_holds(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["secret", "api_key", "authorization", "token"])
 def test_what_is_named_like_a_secret_is_not_written(tmp_path: Path, key: str) -> None:
     path = tmp_path / "x.log"
-    observability.setup("json", "info", file=path)
+    logs.setup("json", "info", file=path)
     structlog.stdlib.get_logger("controlplane.test").info("started", **{key: "s3cret"})
     logging.getLogger("controlplane.test").info("started", extra={key: "s3cret"})
     assert "s3cret" not in path.read_text()
@@ -67,8 +67,8 @@ def test_what_is_named_like_a_secret_is_not_written(tmp_path: Path, key: str) ->
 
 
 def test_a_second_set_up_replaces_the_first(tmp_path: Path) -> None:
-    observability.setup("json", "info", file=tmp_path / "one.log")
-    observability.setup("json", "info", file=tmp_path / "two.log")
+    logs.setup("json", "info", file=tmp_path / "one.log")
+    logs.setup("json", "info", file=tmp_path / "two.log")
     logging.getLogger("controlplane.test").info("once")
     assert (tmp_path / "one.log").read_text() == ""
     assert len(lines(tmp_path / "two.log")) == 1
@@ -76,7 +76,7 @@ def test_a_second_set_up_replaces_the_first(tmp_path: Path) -> None:
 
 def test_an_error_s_traceback_is_in_the_line(tmp_path: Path) -> None:
     path = tmp_path / "x.log"
-    observability.setup("json", "info", file=path)
+    logs.setup("json", "info", file=path)
     try:
         raise ValueError("broken")
     except ValueError:
@@ -86,18 +86,18 @@ def test_an_error_s_traceback_is_in_the_line(tmp_path: Path) -> None:
 
 def test_auto_is_json_where_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: False)
-    assert observability.resolve_format("auto") == "json"
+    assert logs.resolve_format("auto") == "json"
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    assert observability.resolve_format("auto") == "console"
-    assert observability.resolve_format("json") == "json"
+    assert logs.resolve_format("auto") == "console"
+    assert logs.resolve_format("json") == "json"
 
 
 @pytest.mark.parametrize("log_format", ["json", "console"])
 def test_a_traceback_shows_no_local_variables(
-    log_format: observability.LogFormat, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    log_format: logs.LogFormat, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "log"
-    observability.setup(log_format, "info", file=path)
+    logs.setup(log_format, "info", file=path)
 
     def fail() -> None:
         bearer = "very" + "-private"
