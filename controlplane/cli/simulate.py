@@ -25,7 +25,7 @@ from controlplane.simulation import oracle
 from controlplane.simulation.options import Options
 from controlplane.simulation.policies import NAMES, reactive_policy
 from controlplane.simulation.results import Result
-from controlplane.simulation.room_text import room_lines
+from controlplane.simulation.placement_text import room_lines
 from controlplane.simulation.scenario import build
 from controlplane.simulation.simulator import Scenario, Simulator
 from controlplane.simulation.traces import Arrival, read_trace

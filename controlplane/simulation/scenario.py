@@ -15,7 +15,7 @@ from controlplane.core.placement.topology import Node
 from controlplane.core.recommendations.rules import latency_limit_ms
 from controlplane.core.routing.endpoint_table import FleetSettings
 from controlplane.gateway.gateway import tier_policy
-from controlplane.simulation.advice import AdviceSettings
+from controlplane.simulation.recommendations import AdviceSettings
 from controlplane.simulation.fleet import ReplicaModel
 from controlplane.simulation.options import Options
 from controlplane.simulation.outages import OutageModel

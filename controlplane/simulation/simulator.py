@@ -29,12 +29,12 @@ from controlplane.core.routing.dispatcher import Dispatcher, Held, Refused, Star
 from controlplane.core.routing.endpoint_table import Fleet, FleetSettings
 from controlplane.core.routing.tier_table import RouteRequest, TierPolicy, TierTable, resolve
 from controlplane.core.telemetry.series import known_now, missing
-from controlplane.simulation.advice import AdviceSettings, SimulatedAdvice
+from controlplane.simulation.recommendations import (AdviceSettings, SimulatedAdvice)
 from controlplane.simulation.clock import VirtualClock
 from controlplane.simulation.cluster import Cluster
 from controlplane.simulation.engine import Job
 from controlplane.simulation.fleet import ReplicaModel, TierFleet
-from controlplane.simulation.flight import Flight
+from controlplane.simulation.request import Flight
 from controlplane.simulation.outages import OutageModel, Outages
 from controlplane.simulation.results import (
     START_UNIX_S,

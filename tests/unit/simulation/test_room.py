@@ -23,7 +23,7 @@ from controlplane.simulation.outages import OutageModel
 from controlplane.simulation.plot import page
 from controlplane.simulation.policies import decision, each, reactive_policy
 from controlplane.simulation.results import Result
-from controlplane.simulation.room_text import room_lines
+from controlplane.simulation.placement_text import room_lines
 from controlplane.simulation.simulator import Scenario, Seen, TierScenario, replay
 from controlplane.simulation.traces import Arrival
 

@@ -19,8 +19,8 @@ from controlplane.core.recommendations.rules import GPU_LOAD, SLOT_LOAD, Kind, T
 from controlplane.core.routing.endpoint_table import TierPool
 from controlplane.core.routing.tier_table import Direction, TierPolicy
 from controlplane.core.telemetry.series import Freshness
-from controlplane.simulation import advice as simulated
-from controlplane.simulation.advice import LOOKS, AdviceSettings, SimulatedAdvice
+from controlplane.simulation import recommendations as simulated
+from controlplane.simulation.recommendations import (LOOKS, AdviceSettings, SimulatedAdvice)
 from controlplane.simulation.engine import SimulatedTiming
 from controlplane.simulation.fleet import EngineModel, ReplicaModel
 from controlplane.simulation.plot import page
