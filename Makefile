@@ -31,7 +31,7 @@ help: ## Show this
 		awk -F'\t' '{printf "  %-12s %s\n", $$1, $$2}'
 
 up: $(VENV)/.core ## Set up what CONFIG needs, start its tiers, show the address; Ctrl-C stops them
-	@extras=$$($(PY) -m controlplane.cli.extras $(CONFIG)); \
+	@extras=$$($(PY) -m controlplane.cli.checking.extras $(CONFIG)); \
 		for extra in $$extras; do $(MAKE) env-$$extra; done
 	@exec $(VENV)/bin/tierplane up $(CONFIG)
 

@@ -16,91 +16,91 @@ from controlplane.errors import ConfigError, TierplaneError
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "up": (
-        "controlplane.cli.up:command",
+        "controlplane.cli.lifecycle.up:command",
         "Start every tier of CONFIG and the gateway in front of them.",
     ),
     "down": (
-        "controlplane.cli.down:command",
+        "controlplane.cli.lifecycle.down:command",
         "Stop what `tierplane up` started, and only that.",
     ),
     "status": (
-        "controlplane.cli.status:command",
+        "controlplane.cli.lifecycle.status:command",
         "Show each tier: replicas, state, model, endpoint, requests in flight.",
     ),
     "logs": (
-        "controlplane.cli.logs:command",
+        "controlplane.cli.lifecycle.logs:command",
         "Show the logs of the engines, the replicas, the gateway and the controller.",
     ),
     "gpus": (
-        "controlplane.cli.gpus:command",
+        "controlplane.cli.operating.gpus:command",
         "Show every GPU: its health, its readings, and which endpoints have it.",
     ),
     "events": (
-        "controlplane.cli.events:command",
+        "controlplane.cli.operating.events:command",
         "Show the audit log: what happened to GPUs, nodes, tiers and endpoints, what was done, and why.",
     ),
     "alerts": (
-        "controlplane.cli.alerts:command",
+        "controlplane.cli.operating.alerts:command",
         "Show what is wrong with the plane, acknowledge it, or silence it for a while.",
     ),
     "cordon": (
-        "controlplane.cli.operate:cordon",
+        "controlplane.cli.operating.operate:cordon",
         "Let nothing new come to SUBJECT (a GPU, a node or a tier); what runs there goes on.",
     ),
     "uncordon": (
-        "controlplane.cli.operate:uncordon",
+        "controlplane.cli.operating.operate:uncordon",
         "Use SUBJECT again: the end of a cordon, of a drain, or of a hold after crashes.",
     ),
     "drain": (
-        "controlplane.cli.operate:drain",
+        "controlplane.cli.operating.operate:drain",
         "Cordon SUBJECT and have what runs there leave: elsewhere first, if there is room.",
     ),
     "restart": (
-        "controlplane.cli.operate:restart",
+        "controlplane.cli.operating.operate:restart",
         "Replace the engine processes of SUBJECT, those of one tier one after the other.",
     ),
     "report": (
-        "controlplane.cli.report:command",
+        "controlplane.cli.operating.report:command",
         "Show what the last minutes, hours or days were like, for every tier and endpoint.",
     ),
     "trace": (
-        "controlplane.cli.trace:command",
+        "controlplane.cli.operating.trace:command",
         "Write the plane's own traffic to a file that `tierplane simulate --trace` replays.",
     ),
     "scale": (
-        "controlplane.cli.scale:command",
+        "controlplane.cli.operating.scale:command",
         "Give TIER that number of REPLICAS whatever the scaling says; `auto` ends that.",
     ),
     "recommendations": (
-        "controlplane.cli.recommendations:command",
+        "controlplane.cli.operating.recommendations:command",
         "Show each tier's target with its reason, the advice that holds, and how good advice has been.",
     ),
     "explain": (
-        "controlplane.cli.explain:command",
+        "controlplane.cli.operating.explain:command",
         "Show where a request would go now and why, and which endpoints were left out.",
     ),
     "validate": (
-        "controlplane.cli.validate:command",
+        "controlplane.cli.checking.validate:command",
         "Check a configuration file; every problem at once.",
     ),
     "doctor": (
-        "controlplane.cli.doctor:command",
+        "controlplane.cli.checking.doctor:command",
         "Check this machine, against a configuration if one is given.",
     ),
     "command": (
-        "controlplane.cli.command:command",
+        "controlplane.cli.planning.command:command",
         "Print the vLLM command that serves MODEL as a scenario says, for the installed vLLM.",
     ),
     "fit": (
-        "controlplane.cli.fit:command",
+        "controlplane.cli.planning.fit:command",
         "Does MODEL fit a GPU: each term, how many sequences, and the smallest change if not.",
     ),
     "size": (
-        "controlplane.cli.size:command",
+        "controlplane.cli.planning.size:command",
         "Choose GPUs, parallelism, weight format and replicas for an expected load, at the lowest cost.",
     ),
     "plan": (
-        "controlplane.cli.plan:command",
+        "controlplane.cli.planning.plan:command",
         "Plan where the replicas of CONFIG run: on the cluster of a file, or on the one that runs.",
     ),
     "k8s": (
@@ -112,7 +112,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Write rules, alerts and dashboards for Prometheus and Grafana.",
     ),
     "simulate": (
-        "controlplane.cli.simulate:command",
+        "controlplane.cli.planning.simulate:command",
         "Replay recorded arrivals on a simulated fleet of CONFIG: SLO attainment, GPU hours, latencies.",
     ),
     "bench": (

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 import yaml
 
-from controlplane.cli.configuration import load_checked
+from controlplane.cli.checking.configuration import load_checked
 from controlplane.kubernetes.overlays import OVERLAYS
 from controlplane.kubernetes.rayservice import render
 

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from controlplane.models.catalog import (gpu_named, known_model)
-from controlplane.cli.command import command
+from controlplane.cli.planning.command import command
 from controlplane.config import TierConfig, load_plane, parse_plane
 from controlplane.config.vllm_flags import (drift, known_vllm_flags)
 from controlplane.config.outdated_flags import (OUTDATED, map_outdated)

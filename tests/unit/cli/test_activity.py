@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from controlplane.cli.activity import activity_json, activity_lines
+from controlplane.cli.lifecycle.activity import (activity_json, activity_lines)
 from controlplane.core.reconcile.migrations import Activity, Move, MovePhase, Restart, TierHold
 
 REST = Activity((), (), (), (), settled=True, store_warning="", tick_s=0.001)

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from controlplane.cli import alerts, main, status
-from controlplane.cli.asking import PlaneAddress
+from controlplane.cli.operating import alerts
+from controlplane.cli import main
+from controlplane.cli.lifecycle import status
+from controlplane.cli.controller_access import PlaneAddress
 from controlplane.core.alerts.book import AlertState, Kind, Severity
 from controlplane.core.alerts.rules import RULES
 from controlplane.core.alerts.views import AlertsAnswer, AlertView, FiringAlert, SilenceView, WebhookView

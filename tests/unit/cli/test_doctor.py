@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from controlplane.cli import checks, main
-from controlplane.cli.checks import GIB, Verdict
+from controlplane.cli.checking import checks
+from controlplane.cli import main
+from controlplane.cli.checking.checks import (GIB, Verdict)
 from controlplane.config import PlaneConfig, load_plane, parse_plane
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -198,7 +199,7 @@ def test_the_command_on_this_machine(run_dir: Path) -> None:
 
 def test_a_failed_check_fails_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     failed = checks.Check("disk", Verdict.FAIL, "full", "buy one")
-    monkeypatch.setattr("controlplane.cli.doctor.run_checks", lambda _: [failed])
+    monkeypatch.setattr("controlplane.cli.checking.doctor.run_checks", lambda _: [failed])
     result = CliRunner().invoke(main, ["doctor"])
     assert result.exit_code == 1
     assert "→ buy one" in result.output

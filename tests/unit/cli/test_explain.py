@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from controlplane.cli.explain import command
+from controlplane.cli.operating.explain import command
 from controlplane.core.domain.endpoint import EndpointState
 from tests.support_gateway import Rig, plane, running
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from controlplane.cli.logs import command, log_files, readable
+from controlplane.cli.lifecycle.logs import (command, log_files, readable)
 
 
 @pytest.fixture

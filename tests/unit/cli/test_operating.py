@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from controlplane.cli import events, gpus, main, operate
+from controlplane.cli.operating import (events, gpus, operate)
+from controlplane.cli import main
 from controlplane.core.domain.event import Event
 from controlplane.core.gpus.views import GpuHolder, GpuView
 from controlplane.core.reconcile.commands import ActionAnswer, Outcome

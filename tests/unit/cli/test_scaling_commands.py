@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from controlplane.cli import main, recommendations, report, scale
+from controlplane.cli import main
+from controlplane.cli.operating import (recommendations, report, scale)
 from controlplane.core.recommendations.log import Given, Record
 from controlplane.core.recommendations.rules import Effect, Kind, Recommendation, Score
 from controlplane.core.recommendations.views import ScalingReport, TierScalingView

@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 from controlplane.controller.recorder import Recorder
 from controlplane.controller.reports import Reports
 from controlplane.cli import main
-from controlplane.cli import trace as module
+from controlplane.cli.operating import trace as module
 from controlplane.config.reports import ReportsConfig
 from controlplane.core.cluster.snapshot import GatewayInfo
 from controlplane.core.reports.recorded_traffic import COLUMNS

@@ -13,9 +13,9 @@ from click.testing import CliRunner, Result
 
 from controlplane.ray_cluster.session import RunRecord
 from controlplane.cli import main
-from controlplane.cli.show import age
-from controlplane.cli.up import Interrupts, curl_line, openai_snippet
-from controlplane.cli.voice import JsonVoice, LineVoice
+from controlplane.cli.lifecycle.tables import age
+from controlplane.cli.lifecycle.up import (Interrupts, curl_line, openai_snippet)
+from controlplane.cli.lifecycle.progress import (JsonVoice, LineVoice)
 from controlplane.core.cluster.snapshot import ClusterSnapshot
 from controlplane.core.cluster.status import TierStatus, tier_statuses
 from controlplane.core.cluster.tier_spec import TierSpec

@@ -9,8 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from controlplane.cli import main
-from controlplane.cli.checks import Verdict, check_variables
-from controlplane.cli.extras import extras
+from controlplane.cli.checking.checks import (Verdict, check_variables)
+from controlplane.cli.checking.extras import extras
 from controlplane.config import load_plane
 
 CONFIGS = Path(__file__).parents[3] / "configs"

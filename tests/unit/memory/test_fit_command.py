@@ -7,7 +7,7 @@ import json
 import pytest
 from click.testing import CliRunner, Result
 
-from controlplane.cli.fit import command
+from controlplane.cli.planning.fit import command
 
 
 def run(*args: str) -> Result:

@@ -13,9 +13,9 @@ from click.testing import CliRunner, Result
 
 from controlplane.planning.live_cluster import LiveCluster
 from controlplane.planning.tier_gangs import (TierDemand, tier_demands)
-from controlplane.cli import plan as plan_module
-from controlplane.cli.plan import command
-from controlplane.cli.plan_view import serve_options
+from controlplane.cli.planning import plan as plan_module
+from controlplane.cli.planning.plan import command
+from controlplane.cli.planning.plan_view import serve_options
 from controlplane.config import PlaneConfig
 from controlplane.core.placement.batch_planner import plan
 from controlplane.core.placement.occupancy import Replica, Reserved
@@ -145,7 +145,7 @@ def test_wrong_changes(files: tuple[str, str], change: str, message: str) -> Non
 
 
 def test_ray_is_imported_only_once_its_token_is_known() -> None:
-    script = "import sys, controlplane.cli.plan; print('ray' in sys.modules)"
+    script = "import sys, controlplane.cli.planning.plan; print('ray' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-from controlplane.cli.size import command
+from controlplane.cli.planning.size import command
 from controlplane.config import parse_plane
 from controlplane.errors import ConfigError, SetupError
 

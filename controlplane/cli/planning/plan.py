@@ -14,8 +14,8 @@ import click
 
 from controlplane.ray_cluster import session
 from controlplane.planning.tier_gangs import (TierDemand, tier_demands)
-from controlplane.cli.configuration import load_checked
-from controlplane.cli.plan_view import Answer, show, to_json
+from controlplane.cli.checking.configuration import load_checked
+from controlplane.cli.planning.plan_view import (Answer, show, to_json)
 from controlplane.planning.cluster_file import (ClusterFile, load_cluster)
 from controlplane.config import PlaneConfig
 from controlplane.core.placement.batch_planner import plan

@@ -10,8 +10,8 @@ import click
 
 from controlplane.ray_cluster import session
 from controlplane.ray_cluster.session import RunRecord
-from controlplane.cli.stopping import DRAIN_MARGIN_S, stop_plane
-from controlplane.cli.voice import Voice, voice
+from controlplane.cli.lifecycle.stopping import (DRAIN_MARGIN_S, stop_plane)
+from controlplane.cli.lifecycle.progress import (Voice, voice)
 from controlplane.config import load_plane
 from controlplane.errors import TierplaneError
 

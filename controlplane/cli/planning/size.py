@@ -12,7 +12,7 @@ import yaml
 from rich.table import Table
 
 from controlplane.planning.tier_sizing import (Fleet, checkpoint_note, fleet_of, needs_of, placed, settings_of)
-from controlplane.cli.configuration import load_checked
+from controlplane.cli.checking.configuration import load_checked
 from controlplane.cli.console import stdout
 from controlplane.planning.cluster_file import load_cluster
 from controlplane.core.placement.gangs import Plan

@@ -22,10 +22,10 @@ import psutil
 
 from controlplane.ray_cluster import session
 from controlplane.ray_cluster.session import RunRecord
-from controlplane.cli.checks import Verdict, run_checks
-from controlplane.cli.configuration import load_checked
-from controlplane.cli.stopping import stop_plane
-from controlplane.cli.voice import Voice, voice
+from controlplane.cli.checking.checks import (Verdict, run_checks)
+from controlplane.cli.checking.configuration import load_checked
+from controlplane.cli.lifecycle.stopping import stop_plane
+from controlplane.cli.lifecycle.progress import (Voice, voice)
 from controlplane.config import ServeFile
 from controlplane.core.cluster.snapshot import ClusterSnapshot
 from controlplane.core.cluster.status import TierStatus, tier_statuses

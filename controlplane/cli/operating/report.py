@@ -10,7 +10,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from controlplane.cli.asking import connected, plane_options
+from controlplane.cli.controller_access import (connected, plane_options)
 from controlplane.cli.console import stdout
 from controlplane.core.reports.report import (
     MAX_WINDOW_MINUTES,

@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 from rich.table import Table
 
-from controlplane.cli.configuration import load_checked
+from controlplane.cli.checking.configuration import load_checked
 from controlplane.cli.console import stdout
 from controlplane.planning.cluster_file import load_cluster
 from controlplane.config import PlaneConfig

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from controlplane.ray_cluster import session
 from controlplane.ray_cluster.session import RunRecord
-from controlplane.cli.voice import Voice
+from controlplane.cli.lifecycle.progress import Voice
 from controlplane.errors import SetupError
 
 DRAIN_MARGIN_S = 45.0

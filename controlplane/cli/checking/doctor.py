@@ -9,8 +9,8 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from controlplane.cli.checks import Check, Verdict, run_checks
-from controlplane.cli.configuration import load_checked
+from controlplane.cli.checking.checks import (Check, Verdict, run_checks)
+from controlplane.cli.checking.configuration import load_checked
 from controlplane.cli.console import stdout
 
 _MARKS = {Verdict.OK: ("ok", "green"), Verdict.WARN: ("warn", "yellow"), Verdict.FAIL: ("FAIL", "bold red")}

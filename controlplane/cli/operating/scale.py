@@ -7,8 +7,8 @@ from typing import Final
 
 import click
 
-from controlplane.cli.asking import connected, plane_options
-from controlplane.cli.operate import show_answer
+from controlplane.cli.controller_access import (connected, plane_options)
+from controlplane.cli.operating.operate import show_answer
 
 AUTO: Final = "auto"
 _UNITS: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}

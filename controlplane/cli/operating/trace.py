@@ -12,7 +12,7 @@ import click
 
 from controlplane.controller.reports import series_of
 from controlplane.controller.store import Point
-from controlplane.cli.asking import PlaneAddress, connected, plane_options
+from controlplane.cli.controller_access import (PlaneAddress, connected, plane_options)
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.reports.recorded_traffic import (
     COLUMNS,

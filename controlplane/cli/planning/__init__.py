@@ -1,0 +1,1 @@
+"""Commands that plan: what fits, where it would run, what it would cost."""
