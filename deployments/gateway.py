@@ -25,8 +25,8 @@ from controlplane.gateway.gateway import Gateway
 from controlplane.paths import run_dir
 from controlplane.planning.tier_specs import tier_specs
 from deployments.ray_metrics import mirror_metrics
-from deployments.tasks import Background
-from deployments.watching import watch_engines
+from deployments.background import Background
+from deployments.engine_load import watch_engines
 
 MAX_ONGOING_REQUESTS = 10_000
 """What Serve lets through to a replica. The gateway's own admission is the limit that counts."""

@@ -31,9 +31,9 @@ from controlplane.engines import engine_for
 from controlplane.engines.supervision.supervisor import (EngineStatus, EngineSupervisor)
 from controlplane.errors import EngineError
 from controlplane.paths import run_dir
-from deployments.leasing import GpuDesk, Gpus
-from deployments.scaling import autoscaling
-from deployments.tasks import Background
+from deployments.gpu_lease import (GpuDesk, Gpus)
+from deployments.autoscaling_policy import autoscaling
+from deployments.background import Background
 
 LOOPBACK = "127.0.0.1"
 ENGINE_STOP_S = 30.0

@@ -13,8 +13,8 @@ from controlplane.core.gpus.leases import Answer, Lease, Outcome, Part
 from controlplane.core.placement.gangs import Shape
 from controlplane.core.reconcile.commands import StartAnswer
 from controlplane.errors import EngineError
-from deployments import leasing
-from deployments.leasing import GpuDesk, Gpus
+from deployments import gpu_lease
+from deployments.gpu_lease import (GpuDesk, Gpus)
 
 LEASE = Lease("small-a", 1, "node-1", (Part("GPU-7"), Part("GPU-3")), 0.0)
 AWAY = ControllerUnavailable("it is away")
@@ -47,8 +47,8 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     async def sleep(wait_s: float) -> None:
         now_s[0] += wait_s
 
-    monkeypatch.setattr(leasing.time, "monotonic", lambda: now_s[0])
-    monkeypatch.setattr(leasing.asyncio, "sleep", sleep)
+    monkeypatch.setattr(gpu_lease.time, "monotonic", lambda: now_s[0])
+    monkeypatch.setattr(gpu_lease.asyncio, "sleep", sleep)
 
 
 def desk(link: Link, said: list[str] | None = None) -> GpuDesk:

@@ -18,7 +18,7 @@ from controlplane.controller.targets_client import Targets
 from controlplane.config import TierConfig
 from controlplane.config.scaling import ScalingConfig
 from controlplane.core.reconcile.replica_targets import TierTarget
-from deployments.scaling import TargetPolicy, autoscaling
+from deployments.autoscaling_policy import (TargetPolicy, autoscaling)
 from tests.support_waiting import until
 
 

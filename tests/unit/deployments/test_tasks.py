@@ -7,8 +7,8 @@ import contextlib
 
 import pytest
 
-from deployments import tasks
-from deployments.tasks import Background
+from deployments import background as tasks
+from deployments.background import Background
 
 
 def test_one_that_lost_its_cancellation_is_cancelled_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from controlplane.core.domain.endpoint import Endpoint, EndpointState
 from controlplane.core.reconcile.commands import Order, OrderKind
 from controlplane.engines.supervision.status import EngineStatus
 from deployments import tier as module
-from deployments.tasks import Background
+from deployments.background import Background
 from deployments.tier import TierReplica
 
 

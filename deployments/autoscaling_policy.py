@@ -42,7 +42,7 @@ def autoscaling(tier: TierConfig, namespace: str) -> AutoscalingConfig:
         downscale_delay_s=0.0,
         downscale_to_zero_delay_s=0.0,
         policy=AutoscalingPolicy(  # type: ignore[no-untyped-call]
-            policy_function="deployments.scaling:TargetPolicy",
+            policy_function="deployments.autoscaling_policy:TargetPolicy",
             policy_kwargs={
                 "tier": tier.name,
                 "replicas": tier.replicas,
