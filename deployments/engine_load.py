@@ -10,10 +10,10 @@ import asyncio
 from dataclasses import asdict
 from typing import Final, NoReturn
 
-from controlplane.engines.metrics_scraper import (EngineScraper, ScrapeTarget)
 from controlplane.config import PlaneConfig
 from controlplane.core.domain.endpoint import Endpoint
 from controlplane.engines import engine_for
+from controlplane.engines.metrics_scraper import EngineScraper, ScrapeTarget
 from controlplane.gateway.gateway import Gateway
 
 INTERVAL_S: Final = 2.0

@@ -17,16 +17,16 @@ import structlog
 from ray import serve
 
 from controlplane import logs
-from controlplane.controller.client import (ControllerLink, pull_snapshots, report_gateway)
 from controlplane.config import PlaneConfig
+from controlplane.controller.client import ControllerLink, pull_snapshots, report_gateway
 from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo
 from controlplane.core.domain.endpoint import EndpointState
 from controlplane.gateway.gateway import Gateway
 from controlplane.paths import run_dir
 from controlplane.planning.tier_specs import tier_specs
-from deployments.ray_metrics import mirror_metrics
 from deployments.background import Background
 from deployments.engine_load import watch_engines
+from deployments.ray_metrics import mirror_metrics
 
 MAX_ONGOING_REQUESTS = 10_000
 """What Serve lets through to a replica. The gateway's own admission is the limit that counts."""
@@ -59,7 +59,9 @@ class GatewayReplica:
         # A tier without a replica sleeps: the controller is told at once that somebody asks for it.
         self._gateway.traffic.on_asleep = self._hurry.set
         if config.gateway.traces_endpoint:
-            from controlplane.gateway.telemetry.tracing import otlp_tracing  # a third of a second, if it is wanted
+            from controlplane.gateway.telemetry.tracing import (
+                otlp_tracing,  # a third of a second, if it is wanted
+            )
 
             endpoint, ratio = config.gateway.traces_endpoint, config.gateway.traces_ratio
             self._gateway.trace(otlp_tracing(endpoint, self._id, ratio))

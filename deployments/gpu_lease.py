@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
-from controlplane.controller.client import (ControllerLink, ControllerUnavailable)
+from controlplane.controller.client import ControllerLink, ControllerUnavailable
 from controlplane.core.gpus.leases import Answer, Lease, Outcome
 from controlplane.core.placement.gangs import Shape
 from controlplane.core.reconcile.commands import StartAnswer

@@ -19,21 +19,21 @@ import structlog
 from ray import serve
 
 from controlplane import logs
-from controlplane.ray_cluster import session
-from controlplane.planning.gpu_shares import lease_shape
-from controlplane.planning.launch_check import launchable_model
-from controlplane.controller.client import (ControllerLink, ControllerUnavailable, EndpointReporter)
-from controlplane.ray_cluster.actor_options import (actor_options, cluster_gpu_kinds)
 from controlplane.config import PlaneConfig, TierConfig
+from controlplane.controller.client import ControllerLink, ControllerUnavailable, EndpointReporter
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
 from controlplane.core.reconcile.commands import Order, OrderKind
 from controlplane.engines import engine_for
-from controlplane.engines.supervision.supervisor import (EngineStatus, EngineSupervisor)
+from controlplane.engines.supervision.supervisor import EngineStatus, EngineSupervisor
 from controlplane.errors import EngineError
 from controlplane.paths import run_dir
-from deployments.gpu_lease import (GpuDesk, Gpus)
+from controlplane.planning.gpu_shares import lease_shape
+from controlplane.planning.launch_check import launchable_model
+from controlplane.ray_cluster import session
+from controlplane.ray_cluster.actor_options import actor_options, cluster_gpu_kinds
 from deployments.autoscaling_policy import autoscaling
 from deployments.background import Background
+from deployments.gpu_lease import GpuDesk, Gpus
 
 LOOPBACK = "127.0.0.1"
 ENGINE_STOP_S = 30.0

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 import click
 
-from controlplane.ray_cluster import session
 from controlplane.errors import SetupError
+from controlplane.ray_cluster import session
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -14,7 +14,7 @@ SeverityName = Literal["info", "warning", "critical"]
 
 
 class WebhookConfig(Strict):
-    """An address that alerts are posted to as JSON; see ``controlplane/alerts.md``."""
+    """An address that alerts are posted to as JSON; see ``controlplane/core/alerts/alerts.md``."""
 
     url: Annotated[str, Field(pattern=r"^https?://[^/\s]+(/\S*)?$")]
     """Where to; it may hold a secret of its own, and only its host is logged."""

@@ -12,11 +12,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from controlplane.config.plane import IMPORT_PATH, PlaneConfig, TierConfig
 from controlplane.config.problems import collect, path_text
+from controlplane.config.profiles import spread
 from controlplane.config.serve_file import ServeApplication, ServeSettings
 from controlplane.config.strict import PathPart
 from controlplane.config.yaml_file import read_yaml
 from controlplane.errors import ConfigError, Problem
-from controlplane.config.profiles import spread
 
 _Path = tuple[PathPart, ...]
 _Found = list[tuple[_Path, Problem]]

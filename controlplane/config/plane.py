@@ -11,14 +11,14 @@ from pydantic import Field, field_validator, model_validator
 
 from controlplane.config.alerts import AlertsConfig
 from controlplane.config.expected_load import ExpectedLoad
-from controlplane.config.vllm_flags import vllm_flag_findings
 from controlplane.config.gpu_models import gpu_model_findings, table_name
+from controlplane.config.profiles import PROFILES, Scenario, fill_tier, spread
 from controlplane.config.reports import ReportsConfig
 from controlplane.config.scaling import DEFAULT_MAX, ControllerScalingConfig, ScalingConfig, SloConfig
 from controlplane.config.strict import Finding, FindingsError, Strict
+from controlplane.config.vllm_flags import vllm_flag_findings
 from controlplane.core.domain.request import Complexity
 from controlplane.core.placement.gangs import WHOLE_MILLI, Shape
-from controlplane.config.profiles import (PROFILES, Scenario, fill_tier, spread)
 
 IMPORT_PATH = "deployments.app:build"
 """The builder that a Serve config file of tierplane names."""
@@ -71,7 +71,7 @@ class TierConfig(Strict):
     """What runs the model; ``endpoint`` is an OpenAI-compatible address that runs elsewhere."""
     profile: Scenario | None = None
     """A scenario template for a ``vllm`` tier: fills in parallelism and ``engine_args`` that the tier does
-    not set itself; see ``controlplane/profiles.md``."""
+    not set itself; see ``controlplane/config/profiles.md``."""
     draft_model: Annotated[str, Field(min_length=1)] | None = None
     """A small model of the same vocabulary that guesses ahead, for a ``profile`` with speculative decoding;
     without it guesses come from the prompt (n-gram lookup)."""

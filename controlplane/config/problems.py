@@ -11,8 +11,8 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from controlplane.config.valid_rest import (Path, Remaining, lies_in, meets, next_cut, remaining)
 from controlplane.config.strict import Finding, FindingsError, PathPart, Strict
+from controlplane.config.valid_rest import Path, Remaining, lies_in, meets, next_cut, remaining
 from controlplane.errors import Problem
 
 _NAME_PATTERN_TEXT = "lower-case letters, digits, '-' and '_', a letter first, 40 at most"

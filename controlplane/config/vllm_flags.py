@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from importlib import resources
 
 from controlplane.config.outdated_flags import OUTDATED
-from controlplane.config.strict import Finding
 from controlplane.config.profiles import PROFILES
+from controlplane.config.strict import Finding
 
 
 def vllm_flag_findings(flags: Iterable[str]) -> list[Finding]:

@@ -1,8 +1,8 @@
 """The controller as a Ray actor: observe → decide → revalidate → apply → record.
 
 There is one named, detached actor per namespace. It needs no CPU, Ray restarts it when its process dies, and
-whoever finds none creates it. Everything is decided in :class:`~controlplane.controller.controller.Control`; here is what
-touches Ray, engines, disk and clock. Samples are taken in as they arrive, between ticks.
+whoever finds none creates it. Everything is decided in :class:`~controlplane.controller.controller.Control`;
+here is what touches Ray, engines, disk and clock. Samples are taken in as they arrive, between ticks.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ import structlog
 from ray.exceptions import RayError
 
 from controlplane import logs
-from controlplane.controller.alert_loop import AlertLoop
-from controlplane.controller.ray_cordons import (hold_gpus, let_go_of_all)
-from controlplane.engines.metrics_scraper import (EngineScraper, ScrapeTarget)
-from controlplane.controller.node_watch import NodeWatch
-from controlplane.node_agent.ray_actor import stop_node_agents
-from controlplane.controller.recorder import Recorder
-from controlplane.controller.reports import Reports
-from controlplane.controller.store import Point
 from controlplane.config import ControllerConfig
 from controlplane.config.alerts import AlertsConfig
 from controlplane.config.scaling import ControllerScalingConfig
-from controlplane.controller.controller import (GC_THRESHOLDS, Control, ControlRules)
-from controlplane.controller.registry import (WARMING_REPORTS, Controller)
 from controlplane.controller import checkpoint
+from controlplane.controller.alert_loop import AlertLoop
+from controlplane.controller.controller import GC_THRESHOLDS, Control, ControlRules
+from controlplane.controller.node_watch import NodeWatch
+from controlplane.controller.operator_actions import Operations
+from controlplane.controller.ray_cordons import hold_gpus, let_go_of_all
+from controlplane.controller.recorder import Recorder
+from controlplane.controller.registry import WARMING_REPORTS, Controller
+from controlplane.controller.reports import Reports
+from controlplane.controller.scaling import Scaling
+from controlplane.controller.store import Point
 from controlplane.core.alerts.views import AlertsAnswer
 from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo
 from controlplane.core.cluster.tier_spec import TierSpec
@@ -54,9 +54,9 @@ from controlplane.core.reconcile.replica_targets import TierTarget
 from controlplane.core.reports.history import points
 from controlplane.core.reports.report import PlaneReport
 from controlplane.core.telemetry.stalled_engine import HangRules
-from controlplane.controller.operator_actions import Operations
+from controlplane.engines.metrics_scraper import EngineScraper, ScrapeTarget
+from controlplane.node_agent.ray_actor import stop_node_agents
 from controlplane.paths import run_dir
-from controlplane.controller.scaling import Scaling
 
 CONTROLLER_NAME = "tierplane-controller"
 IDLE_EXIT_S = 300.0
@@ -494,7 +494,8 @@ class ControllerActor:
 
 
 _CLUSTER, _HEARD = "cluster", "heard"
-"""Keys of what is stored besides :mod:`controlplane.controller.checkpoint`: ids of Ray's nodes, last events heard."""
+"""Keys of what is stored besides :mod:`controlplane.controller.checkpoint`: ids of Ray's nodes, last events
+heard."""
 _LOGGED = ("subject", "tier", "reason", "actor")
 
 

@@ -1,4 +1,5 @@
-"""Tells alerts: to the log, and to webhooks (the shape of a message is in ``controlplane/alerts.md``).
+"""Tells alerts: to the log, and to webhooks (the shape of a message is in
+``controlplane/core/alerts/alerts.md``).
 
 Nothing here holds up the control loop: :meth:`AlertDelivery.tell` only puts notices into bounded queues, and
 each webhook has a task that posts what waits, in order. A message that is not taken (no answer, 429, 5xx) is

@@ -10,10 +10,10 @@ from typing import Any, NoReturn
 
 import structlog
 
-from controlplane.controller.alert_delivery import AlertDelivery
-from controlplane.controller.alerting import Alerting
 from controlplane.config import ControllerConfig
 from controlplane.config.alerts import AlertsConfig
+from controlplane.controller.alert_delivery import AlertDelivery
+from controlplane.controller.alerting import Alerting
 from controlplane.controller.controller import Control
 from controlplane.core.alerts.views import AlertsAnswer
 

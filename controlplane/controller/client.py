@@ -15,8 +15,8 @@ from typing import Any, NoReturn, cast
 import structlog
 from ray.exceptions import ActorDiedError, RayActorError, RayError
 
-from controlplane.controller.actor import get_or_create_controller
 from controlplane.config import ControllerConfig
+from controlplane.controller.actor import get_or_create_controller
 from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.endpoint import Endpoint

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from controlplane.config.gpu_models import table_name
-from controlplane.controller.registry import (MISSED_REPORTS, WARMING_REPORTS, Controller)
+from controlplane.controller.registry import MISSED_REPORTS, WARMING_REPORTS, Controller
 from controlplane.core.alerts.signals import LostNode
 from controlplane.core.cluster.assumed_gpu import assuming, gpu_assumed
 from controlplane.core.cluster.snapshot import GatewayInfo

@@ -16,9 +16,9 @@ from typing import Any
 import structlog
 from ray.exceptions import RayActorError, RayError
 
-from controlplane.node_agent.ray_actor import (alive_nodes, ensure_node_agents)
 from controlplane.core.telemetry.node_updates import NO_INFOS, Infos, NodeNews, whole_sample
 from controlplane.core.telemetry.samples import GpuEvent, NodeSample
+from controlplane.node_agent.ray_actor import alive_nodes, ensure_node_agents
 
 log = structlog.stdlib.get_logger(__name__)
 

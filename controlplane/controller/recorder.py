@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import structlog
 
-from controlplane.controller.store import (AuditEntry, Store)
+from controlplane.controller.store import AuditEntry, Store
 from controlplane.core.domain.event import Event
 
 log = structlog.stdlib.get_logger(__name__)

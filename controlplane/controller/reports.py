@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import structlog
 
-from controlplane.controller.recorder import Recorder
-from controlplane.controller.store import STEPS
 from controlplane.config.reports import ReportsConfig
 from controlplane.controller.controller import Control
+from controlplane.controller.recorder import Recorder
+from controlplane.controller.store import STEPS
 from controlplane.core.reports.report import (
     GAUGES,
     MAX_WINDOW_MINUTES,

@@ -1,9 +1,9 @@
 """The small interface behind which every engine stands.
 
 An engine is described, not wrapped: a command line, how to see that it is ready, what it can do, what
-its metrics are called, and how to read its output when it fails. :mod:`controlplane.engines.supervision.supervisor`
-does the rest, the same for all kinds. A new kind is one file here plus one line in
-:mod:`controlplane.engines`.
+its metrics are called, and how to read its output when it fails.
+:mod:`controlplane.engines.supervision.supervisor` does the rest, the same for all kinds. A new kind is one
+file here plus one line in :mod:`controlplane.engines`.
 """
 
 from __future__ import annotations

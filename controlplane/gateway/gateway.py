@@ -30,21 +30,21 @@ from controlplane.core.routing.dispatcher import Dispatcher
 from controlplane.core.routing.endpoint_table import Fleet, FleetSettings
 from controlplane.core.routing.tier_table import Direction, TierPolicy, TierTable
 from controlplane.errors import BadRequest, RequestError
-from controlplane.gateway.api import (agents, pages, report_page, ui)
-from controlplane.gateway.telemetry.accounting import Ledger
+from controlplane.gateway.api import agents, pages, report_page, ui
 from controlplane.gateway.api.alert_page import alerts
+from controlplane.gateway.api.controller_queries import Ask, ask_controller
 from controlplane.gateway.http.asgi import AsgiApp
-from controlplane.gateway.api.controller_queries import (Ask, ask_controller)
-from controlplane.gateway.proxy.request_context import (APIS, MAX_REQUEST_ID, Call)
-from controlplane.gateway.http.messages import (Request, Responder, error_value, send_error, send_json)
-from controlplane.gateway.telemetry.metrics import (Metrics, merge_expositions)
-from controlplane.gateway.proxy.dispatch import Placing
-from controlplane.gateway.proxy.relay import (Relay, answer_headers)
-from controlplane.gateway.proxy.resume import error_event
+from controlplane.gateway.http.messages import Request, Responder, error_value, send_error, send_json
 from controlplane.gateway.http.server import Server
 from controlplane.gateway.proxy.connections import Sites
+from controlplane.gateway.proxy.dispatch import Placing
+from controlplane.gateway.proxy.relay import Relay, answer_headers
+from controlplane.gateway.proxy.request_context import APIS, MAX_REQUEST_ID, Call
+from controlplane.gateway.proxy.resume import error_event
+from controlplane.gateway.proxy.timeouts import SWEEP_S, Limits, Watcher
+from controlplane.gateway.telemetry.accounting import Ledger
+from controlplane.gateway.telemetry.metrics import Metrics, merge_expositions
 from controlplane.gateway.telemetry.traffic import TrafficMeter
-from controlplane.gateway.proxy.timeouts import (SWEEP_S, Limits, Watcher)
 
 if TYPE_CHECKING:
     from controlplane.gateway.telemetry.tracing import Tracing
@@ -68,7 +68,8 @@ class Gateway:
         self.started_unix_s = time.time()
         self.snapshot: ClusterSnapshot | None = None
         self.ask: Ask | None = None
-        """How pages (never inference) ask the controller; see :mod:`controlplane.gateway.api.controller_queries`."""
+        """How pages (never inference) ask the controller; see
+        :mod:`controlplane.gateway.api.controller_queries`."""
         settings = config.gateway
         self.table = TierTable.build([tier_policy(tier) for tier in config.tiers], settings.default_tier)
         slos = {tier.name: tier.slo.slo() for tier in config.tiers}

@@ -9,11 +9,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from controlplane.models.catalog import gpu_named
 from controlplane.config import PlaneConfig, TierConfig
 from controlplane.core.sizing.gpu_models import GIB
 from controlplane.kubernetes.overlays import IMAGE, Overlay
 from controlplane.kubernetes.requests import PodNeed, mebibytes
+from controlplane.models.catalog import gpu_named
 
 Manifest = dict[str, Any]
 

@@ -14,7 +14,6 @@ from typing import Any, Final
 
 import yaml
 
-from controlplane.ray_cluster.actor_options import actor_options
 from controlplane.config import IMPORT_PATH, ServeFile, TierConfig
 from controlplane.errors import ConfigError, Problem
 from controlplane.kubernetes.overlays import Overlay
@@ -32,6 +31,7 @@ from controlplane.kubernetes.pods import (
     tier_pod,
 )
 from controlplane.kubernetes.requests import PodNeed, pod_need
+from controlplane.ray_cluster.actor_options import actor_options
 
 RAY_VERSION: Final = "2.60.0"
 """Of the images; a test keeps it that of ``.locks/core.txt``."""

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any, Final
 
-from controlplane.models.catalog import (gpu_named, known_model)
-from controlplane.models.model_config import load_model
 from controlplane.config import BUNDLED_PREFIX, TierConfig
 from controlplane.core.sizing.architecture import ModelSpec
 from controlplane.core.sizing.cpu_memory import (
@@ -27,6 +25,8 @@ from controlplane.core.sizing.gpu_memory import MemoryPlan, plan_memory
 from controlplane.core.sizing.gpu_models import GIB, MIB
 from controlplane.errors import ConfigError, Problem, SetupError
 from controlplane.kubernetes.overlays import Overlay
+from controlplane.models.catalog import gpu_named, known_model
+from controlplane.models.model_config import load_model
 
 RAY_BYTES: Final = 2 * GIB
 """Raylet, agents, object store and a replica actor beside the engine."""
@@ -123,7 +123,7 @@ def _settings(tier: TierConfig) -> EngineSettings:
             args, tp=tier.tensor_parallel_size, pp=tier.pipeline_parallel_size, device=tier.device
         )
     except ValueError as error:
-        raise _problem(tier, "engine_args", str(error), "see controlplane/core/memory.md") from error
+        raise _problem(tier, "engine_args", str(error), "see controlplane/core/sizing/memory.md") from error
 
 
 def _model(tier: TierConfig) -> ModelSpec:

@@ -1,4 +1,5 @@
-"""Convert a GGUF file to a folder that vLLM opens: ``python -m controlplane.models.convert_gguf GGUF FOLDER``.
+"""Convert a GGUF file to a folder that vLLM opens: ``python -m controlplane.models.convert_gguf GGUF
+FOLDER``.
 
 A program of its own because it needs torch, which its caller must not load.
 """

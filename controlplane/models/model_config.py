@@ -18,8 +18,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from controlplane.models.catalog import (BUNDLED_NAMES, known_model)
-from controlplane.models.weight_files import (GgufFile, StoredTensor, read_gguf, safetensors_tensors)
 from controlplane.config import BUNDLED_PREFIX
 from controlplane.core.sizing.architecture import LayerKind, ModelSpec, Moe
 from controlplane.core.sizing.engine_args import EngineSettings
@@ -27,6 +25,8 @@ from controlplane.core.sizing.hf_config import parse_config
 from controlplane.core.sizing.quantization import Quantization, Scheme
 from controlplane.core.sizing.weights import Term, stages, weight_terms
 from controlplane.errors import SetupError
+from controlplane.models.catalog import BUNDLED_NAMES, known_model
+from controlplane.models.weight_files import GgufFile, StoredTensor, read_gguf, safetensors_tensors
 
 HUB_TIMEOUT_S = 10.0
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")

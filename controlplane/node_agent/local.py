@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 
-from controlplane.node_agent.nvml.reader import GpuReader
-from controlplane.node_agent.nvml.events import EventWatcher
 from controlplane.node_agent.agent import NodeAgent
+from controlplane.node_agent.nvml.events import EventWatcher
+from controlplane.node_agent.nvml.reader import GpuReader
 
 
 def local_agent(

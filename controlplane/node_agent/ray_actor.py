@@ -14,9 +14,9 @@ import ray.util
 import structlog
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from controlplane.node_agent.local import local_agent
 from controlplane.core.telemetry.node_updates import NO_INFOS, NodeNews
 from controlplane.core.telemetry.samples import GpuEvent, NodeSample
+from controlplane.node_agent.local import local_agent
 
 log = structlog.get_logger(__name__)
 

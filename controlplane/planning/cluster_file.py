@@ -20,13 +20,13 @@ from typing import Annotated
 
 from pydantic import Field
 
-from controlplane.models.catalog import gpu_table
 from controlplane.config.problems import collect, path_text
 from controlplane.config.strict import Finding, Strict
 from controlplane.config.yaml_file import read_yaml
 from controlplane.core.placement.topology import Gpu, Node
 from controlplane.core.sizing.gpu_models import find_gpu
 from controlplane.errors import ConfigError, Problem
+from controlplane.models.catalog import gpu_table
 
 _GIB = 1024**3
 TypeName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,39}$")]

@@ -10,9 +10,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from controlplane.planning.launch_check import seen_gpus
-from controlplane.models.model_config import load_model
-from controlplane.node_agent.nvml.reader import GpuReader
 from controlplane.config import TierConfig
 from controlplane.config.gpu_models import table_name
 from controlplane.core.placement.gangs import Shape
@@ -20,6 +17,9 @@ from controlplane.core.sizing.engine_args import parse_settings
 from controlplane.core.sizing.gpu_memory import plan_memory
 from controlplane.core.sizing.gpu_models import GpuModel
 from controlplane.errors import SetupError
+from controlplane.models.model_config import load_model
+from controlplane.node_agent.nvml.reader import GpuReader
+from controlplane.planning.launch_check import seen_gpus
 
 
 def lease_shape(tier: TierConfig, reader: GpuReader | None = None) -> Shape:

@@ -12,12 +12,6 @@ from dataclasses import dataclass
 
 import structlog
 
-from controlplane.models import bundled
-from controlplane.models.catalog import gpu_table
-from controlplane.planning.cpu_info import (node_memory, packs_16_bit)
-from controlplane.models.model_config import (LoadedModel, load_model)
-from controlplane.node_agent.nvml.reader import GpuReader
-from controlplane.planning.tier_memory import (cpu_plan, llamacpp_bytes, tier_settings)
 from controlplane.config import TierConfig
 from controlplane.core.sizing.cpu_memory import judge_cpu
 from controlplane.core.sizing.engine_args import SPARING, EngineSettings
@@ -27,6 +21,12 @@ from controlplane.core.sizing.gpu_models import GpuModel, find_gpu, seen_gpu
 from controlplane.core.sizing.weights import divisibility
 from controlplane.core.telemetry.samples import GpuSample, Missing
 from controlplane.errors import EngineError, EngineStartError, SetupError
+from controlplane.models import bundled
+from controlplane.models.catalog import gpu_table
+from controlplane.models.model_config import LoadedModel, load_model
+from controlplane.node_agent.nvml.reader import GpuReader
+from controlplane.planning.cpu_info import node_memory, packs_16_bit
+from controlplane.planning.tier_memory import cpu_plan, llamacpp_bytes, tier_settings
 
 log = structlog.stdlib.get_logger(__name__)
 

@@ -15,17 +15,17 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util import placement_group_table
 
-from controlplane.ray_cluster import plane
-from controlplane.models.catalog import gpu_table
-from controlplane.controller.actor import find_controller
-from controlplane.node_agent.ray_actor import NAME_PREFIX
 from controlplane.config import PlaneConfig
+from controlplane.controller.actor import find_controller
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
 from controlplane.core.gpus.node_view import node_of
 from controlplane.core.placement.occupancy import Replica, Reserved
 from controlplane.core.placement.topology import Gpu, Node
 from controlplane.core.sizing.gpu_models import find_gpu
 from controlplane.core.telemetry.samples import Missing, NodeSample
+from controlplane.models.catalog import gpu_table
+from controlplane.node_agent.ray_actor import NAME_PREFIX
+from controlplane.ray_cluster import plane
 
 ASK_TIMEOUT_S = 5.0
 _ACCELERATOR = "accelerator_type:"

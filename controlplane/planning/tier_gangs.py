@@ -10,9 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
-from controlplane.models.catalog import gpu_table
-from controlplane.models.model_config import (LoadedModel, load_model)
-from controlplane.planning.tier_memory import (cpu_plan, llamacpp_bytes, tier_settings)
 from controlplane.config import PlaneConfig, TierConfig
 from controlplane.core.placement.gangs import WHOLE_MILLI, Gang, Shape
 from controlplane.core.placement.topology import Node
@@ -22,6 +19,9 @@ from controlplane.core.sizing.feasibility import Limits, Unfit, judge, shortfall
 from controlplane.core.sizing.gpu_memory import MemoryPlan, plan_memory
 from controlplane.core.sizing.gpu_models import GpuModel, find_gpu
 from controlplane.errors import SetupError
+from controlplane.models.catalog import gpu_table
+from controlplane.models.model_config import LoadedModel, load_model
+from controlplane.planning.tier_memory import cpu_plan, llamacpp_bytes, tier_settings
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from controlplane.models.model_config import LoadedModel
 from controlplane.config import TierConfig
 from controlplane.core.sizing.cpu_memory import CpuPlan, plan_cpu_memory
 from controlplane.core.sizing.engine_args import EngineSettings, parse_settings
 from controlplane.core.sizing.gpu_models import GIB
 from controlplane.core.sizing.kv_cache import kv_bytes_per_token
+from controlplane.models.model_config import LoadedModel
 
 KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"
 """GiB of KV cache per worker of a CPU engine."""

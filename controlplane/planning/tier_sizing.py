@@ -5,11 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from controlplane.models.catalog import gpu_table
-from controlplane.models.model_config import load_model
-from controlplane.planning.tier_gangs import tier_demands
-from controlplane.planning.tier_memory import tier_settings
-from controlplane.planning.cluster_file import ClusterFile
 from controlplane.config import PlaneConfig, TierConfig
 from controlplane.core.placement.batch_planner import plan
 from controlplane.core.placement.gangs import Plan
@@ -19,6 +14,11 @@ from controlplane.core.sizing.gpu_models import GpuModel, find_gpu
 from controlplane.core.sizing.quantization import preset
 from controlplane.core.sizing.roofline import Load, Slo
 from controlplane.errors import SetupError
+from controlplane.models.catalog import gpu_table
+from controlplane.models.model_config import load_model
+from controlplane.planning.cluster_file import ClusterFile
+from controlplane.planning.tier_gangs import tier_demands
+from controlplane.planning.tier_memory import tier_settings
 
 
 @dataclass(frozen=True, slots=True)

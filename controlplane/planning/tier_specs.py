@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
-from controlplane.models.catalog import (gpu_named, gpu_table)
-from controlplane.models.model_config import load_model
 from controlplane.config import PlaneConfig, TierConfig
 from controlplane.config.scaling import DEFAULT_MAX, ScalingConfig
 from controlplane.core.autoscaling.capacity import EngineSpeed, Work, speed_of
@@ -21,6 +19,8 @@ from controlplane.core.sizing.engine_args import parse_settings
 from controlplane.core.sizing.roofline import roofline
 from controlplane.engines.simulated.engine import settings_of
 from controlplane.errors import TierplaneError
+from controlplane.models.catalog import gpu_named, gpu_table
+from controlplane.models.model_config import load_model
 
 USUAL: Final = Work(500.0, 200.0)
 """A mean request where the configuration expects nothing."""

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from controlplane.models.catalog import gpu_table
 from controlplane.config import TierConfig
 from controlplane.core.sizing.gpu_models import find_gpu
+from controlplane.models.catalog import gpu_table
 
 ACCELERATOR_LABEL = "ray.io/accelerator-type"
 """Ray sets it on each node that has GPUs."""

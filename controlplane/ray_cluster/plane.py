@@ -22,11 +22,11 @@ from ray.serve.schema import ApplicationStatus
 
 from controlplane.controller.actor import find_controller
 from controlplane.controller.ray_cordons import let_go_of_all
-from controlplane.node_agent.ray_actor import stop_node_agents
 from controlplane.core.cluster.snapshot import ClusterSnapshot
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.event import Event
 from controlplane.errors import SetupError
+from controlplane.node_agent.ray_actor import stop_node_agents
 
 SERVE_NAMESPACE = "serve"
 ASK_TIMEOUT_S = 10.0

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from controlplane.core.recommendations.views import effect_text, judged_text
-from controlplane.simulation.results import Result, TierResult
 from controlplane.simulation.placement_text import room_lines
+from controlplane.simulation.results import Result, TierResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

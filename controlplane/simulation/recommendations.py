@@ -1,9 +1,9 @@
 """What would have been advised during a run: the production code, told the simulation's own figures.
 
-Every fifth of the window the tiers are looked at as :mod:`controlplane.controller.scaling.conditions` does it live:
-counts and latencies over the window, what waits, runs and fills KV caches as it is at that moment. There is
-no GPU to ask, so utilisation is the share of the window in which the busiest engine worked, and memory is not
-measured. Looking changes nothing of the run.
+Every fifth of the window the tiers are looked at as :mod:`controlplane.controller.scaling.conditions` does it
+live: counts and latencies over the window, what waits, runs and fills KV caches as it is at that moment.
+There is no GPU to ask, so utilisation is the share of the window in which the busiest engine worked, and
+memory is not measured. Looking changes nothing of the run.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
-from controlplane.planning.tier_gangs import tier_demands
 from controlplane.config import PlaneConfig, TierConfig
 from controlplane.core.admission.queue import AdmissionSettings
 from controlplane.core.autoscaling.capacity import Work
@@ -15,13 +14,14 @@ from controlplane.core.placement.topology import Node
 from controlplane.core.recommendations.rules import latency_limit_ms
 from controlplane.core.routing.endpoint_table import FleetSettings
 from controlplane.gateway.gateway import tier_policy
-from controlplane.simulation.recommendations import AdviceSettings
+from controlplane.planning.tier_gangs import tier_demands
+from controlplane.planning.tier_specs import scaling_plan
 from controlplane.simulation.fleet import ReplicaModel
 from controlplane.simulation.options import Options
 from controlplane.simulation.outages import OutageModel
+from controlplane.simulation.recommendations import AdviceSettings
 from controlplane.simulation.simulator import Scenario, TierScenario
 from controlplane.simulation.tier_engines import TierEngines, anywhere, on_nodes
-from controlplane.planning.tier_specs import scaling_plan
 
 MOST_REPLICAS: Final = 64
 """Of a tier without bounds."""

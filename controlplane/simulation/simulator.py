@@ -29,13 +29,13 @@ from controlplane.core.routing.dispatcher import Dispatcher, Held, Refused, Star
 from controlplane.core.routing.endpoint_table import Fleet, FleetSettings
 from controlplane.core.routing.tier_table import RouteRequest, TierPolicy, TierTable, resolve
 from controlplane.core.telemetry.series import known_now, missing
-from controlplane.simulation.recommendations import (AdviceSettings, SimulatedAdvice)
 from controlplane.simulation.clock import VirtualClock
 from controlplane.simulation.cluster import Cluster
 from controlplane.simulation.engine import Job
 from controlplane.simulation.fleet import ReplicaModel, TierFleet
-from controlplane.simulation.request import Flight
 from controlplane.simulation.outages import OutageModel, Outages
+from controlplane.simulation.recommendations import AdviceSettings, SimulatedAdvice
+from controlplane.simulation.request import Flight
 from controlplane.simulation.results import (
     START_UNIX_S,
     ClusterResult,

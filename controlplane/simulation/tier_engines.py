@@ -12,9 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from controlplane.models.catalog import (gpu_named, gpu_table)
-from controlplane.models.model_config import load_model
-from controlplane.planning.tier_gangs import TierDemand
 from controlplane.config import TierConfig
 from controlplane.core.autoscaling.capacity import EngineSpeed, Work, speed_of
 from controlplane.core.placement.gangs import Gang, Infeasible, Shape
@@ -26,10 +23,13 @@ from controlplane.core.sizing.gpu_models import find_gpu
 from controlplane.core.sizing.roofline import roofline
 from controlplane.engines.simulated.engine import settings_of
 from controlplane.errors import SetupError
+from controlplane.models.catalog import gpu_named, gpu_table
+from controlplane.models.model_config import load_model
+from controlplane.planning.tier_gangs import TierDemand
+from controlplane.planning.tier_specs import plain_speed
 from controlplane.simulation.engine import RooflineTiming, SimulatedTiming
 from controlplane.simulation.fleet import EngineModel
 from controlplane.simulation.options import Options
-from controlplane.planning.tier_specs import plain_speed
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """What watching a node costs: time per sample, memory, and how fast an XID event arrives.
 
 A child process runs the production node agent through the real nvidia-ml-py against the scripted driver
-(``tests/nvml_driver``), so the figures are the agent's and the binding's; a real driver's calls come on top.
-Waiting for an event costs CPU here that a real driver does not: the scripted one looks every 2 ms.
+(``tests/support/nvml_driver``), so the figures are the agent's and the binding's; a real driver's calls come
+on top. Waiting for an event costs CPU here that a real driver does not: the scripted one looks every 2 ms.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Any
 
 import click
 
-from tests.nvml_driver.driver import FakeDriver
+from tests.support.nvml_driver.driver import FakeDriver
 
 _CHILD = """
 import json, pickle, resource, sys, time
 import psutil
-from controlplane.adapters.nvml_agent import local_agent
+from controlplane.node_agent.local import local_agent
 
 samples = int(sys.argv[1])
 agent = local_agent("bench", interval_s=3600, slow_interval_s=1e9)
@@ -48,7 +48,7 @@ print(json.dumps({
 """
 _WATCH = """
 import sys, time
-from controlplane.adapters.nvml_agent import local_agent
+from controlplane.node_agent.local import local_agent
 with local_agent("bench") as agent:
     while not isinstance(agent.latest() and agent.latest().xid_watched_gpus, int):
         time.sleep(0.01)

@@ -23,9 +23,9 @@ from dataclasses import dataclass, field, replace
 import click
 import psutil
 
-from controlplane.controller.controller import (GC_THRESHOLDS, Control, ControlRules)
-from controlplane.controller.registry import Controller
 from controlplane.controller import checkpoint
+from controlplane.controller.controller import GC_THRESHOLDS, Control, ControlRules
+from controlplane.controller.registry import Controller
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
 from controlplane.core.gpus.leases import Outcome, Part

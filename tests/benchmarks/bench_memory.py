@@ -27,18 +27,18 @@ from typing import Any
 
 import click
 
-from controlplane.models.catalog import known_models
-from controlplane.planning.cpu_info import packs_16_bit
-from controlplane.models.model_config import load_model
 from controlplane.core.sizing.cpu_memory import plan_cpu_memory
 from controlplane.core.sizing.engine_args import parse_settings
 from controlplane.core.sizing.gpu_models import GIB
 from controlplane.core.sizing.hf_config import parse_config
 from controlplane.models.bundled import resolve
+from controlplane.models.catalog import known_models
+from controlplane.models.model_config import load_model
+from controlplane.planning.cpu_info import packs_16_bit
 from tests.benchmarks.memory_probe import resident_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENT = ROOT / "controlplane" / "core" / "memory.md"
+DOCUMENT = ROOT / "controlplane" / "core" / "sizing" / "memory.md"
 MARKS = ("<!-- bench memory: begin -->", "<!-- bench memory: end -->")
 START_TIMEOUT_S = 300.0
 BUNDLED = "bundled:smollm2-135m"
@@ -102,7 +102,7 @@ def cases() -> list[Case]:
     "--rows", "rows_file", type=click.Path(exists=True), help="Predict anew for what --json measured."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print rows as JSON.")
-@click.option("--write", is_flag=True, help="Put the table into controlplane/core/memory.md.")
+@click.option("--write", is_flag=True, help="Put the table into controlplane/core/sizing/memory.md.")
 def command(model: str, only: str, rows_file: str | None, as_json: bool, write: bool) -> None:
     """Predicted against measured memory of real vLLM engines on CPU."""
     chosen = [case for case in cases() if only in case.name]

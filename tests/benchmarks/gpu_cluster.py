@@ -1,7 +1,7 @@
 """A plane on several Ray nodes of one machine, each with eight GPUs of a scripted driver of its own.
 
-The driver (tests/nvml_driver) is read by Ray's own detection and by the node agents through the real NVML
-binding; engines are simulated and lease GPUs without computing there.
+The driver (tests/support/nvml_driver) is read by Ray's own detection and by the node agents through the real
+NVML binding; engines are simulated and lease GPUs without computing there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import psutil
 from controlplane.errors import SetupError
 from controlplane.paths import RUN_DIR_VARIABLE
 from tests.benchmarks.plane import TIERPLANE, Plane, running
-from tests.nvml_driver.driver import STATE_VARIABLE, FakeDriver
+from tests.support.nvml_driver.driver import STATE_VARIABLE, FakeDriver
 
 GPUS = 8
 JOIN_LIMIT_S = 60.0

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import aiohttp
 
-from controlplane.engines.simulated.text import (ANSWER, decode, digest, encode, speak)
+from controlplane.engines.simulated.text import ANSWER, decode, digest, encode, speak
 from controlplane.errors import DeadlineExceeded
 
 Kind = Literal["stream", "post"]

@@ -28,10 +28,10 @@ import psutil
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from controlplane.ray_cluster.session import (PLANE_ID_VARIABLE, free_port, processes)
 from controlplane.engines.simulated.engine import SECRET_ENV
 from controlplane.errors import SetupError
 from controlplane.paths import RUN_DIR_VARIABLE
+from controlplane.ray_cluster.session import PLANE_ID_VARIABLE, free_port, processes
 
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 60.0

@@ -17,18 +17,18 @@ from dataclasses import dataclass
 import pytest
 from openai import AuthenticationError, NotFoundError, OpenAI
 
-from controlplane.models import bundled
 from controlplane.config import RestartConfig, TierConfig
 from controlplane.core.domain.endpoint import EndpointState
 from controlplane.engines import engine_for
-from controlplane.engines.supervision import reaper
 from controlplane.engines.base import Engine
+from controlplane.engines.supervision import reaper
 from controlplane.engines.supervision.probe import metric
 from controlplane.engines.supervision.status import EngineStatus
 from controlplane.engines.supervision.supervisor import EngineSupervisor
 from controlplane.errors import EngineStartError
-from tests.support_engines import alive, call, events_of, supervised
-from tests.support_waiting import until
+from controlplane.models import bundled
+from tests.support.engines import alive, call, events_of, supervised
+from tests.support.waiting import until
 
 NO_RESTARTS = RestartConfig(max_restarts=0)
 READY_S = 240.0
@@ -406,7 +406,7 @@ def test_vllm_leaves_nothing_when_its_supervisor_and_its_reaper_are_killed_toget
         "import sys, time\n"
         "from controlplane import models\n"
         "from tests.contract.test_engines import resolver, tier_of\n"
-        "from tests.support_engines import supervised\n"
+        "from tests.support.engines import supervised\n"
         "tier = tier_of('vllm')\n"
         "with supervised(tier, replica_id='owner', resolve=resolver(tier)) as (supervisor, _):\n"
         "    print(supervisor.wait_ready(240).pid, flush=True)\n"

@@ -23,7 +23,7 @@ from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from pydantic import SecretStr
 
 from controlplane.core.domain.endpoint import Capabilities, Endpoint, EndpointState
-from tests.support_gateway import Rig, running
+from tests.support.gateway import Rig, running
 
 MODEL = "model-balanced"
 WEATHER = "18 degrees and sunny"

@@ -27,9 +27,9 @@ import pytest
 import yaml
 
 from controlplane.ray_cluster import session
-from controlplane.ray_cluster.session import (RunRecord, free_port, processes)
+from controlplane.ray_cluster.session import RunRecord, free_port, processes
 from tests.benchmarks.plane import titled
-from tests.support_waiting import until
+from tests.support.waiting import until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
@@ -408,7 +408,7 @@ def test_on_a_ray_of_somebody_else_only_the_plane_is_stopped() -> None:
         other = Path(tempfile.mkdtemp(prefix="tp-ray-", dir="/tmp"))
         script = (
             "import os, time, psutil\n"
-            "from controlplane.adapters import ray_session as r\n"
+            "from controlplane.ray_cluster import session as r\n"
             f"record = r.RunRecord('{theirs}', 'x', ('x',), 'x', os.getpid(), 0.0, time.time(), True)\n"
             "record = r.start(r.prepare(record), dashboard=False)\n"
             "print(record.ray_address, record.temp_dir)\n"
@@ -432,7 +432,7 @@ def test_on_a_ray_of_somebody_else_only_the_plane_is_stopped() -> None:
             assert not titled(theirs, "ControllerActor")
             assert not titled(theirs, "simulated_server")
         finally:
-            stop = "from controlplane.adapters import ray_session as r\nr.stop(r.load_record())"
+            stop = "from controlplane.ray_cluster import session as r\nr.stop(r.load_record())"
             subprocess.run([sys.executable, "-c", stop], env=env, check=True, timeout=60)
             shutil.rmtree(other, ignore_errors=True)
         assert processes(theirs) == []

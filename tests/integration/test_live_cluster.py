@@ -16,12 +16,12 @@ SCRIPT = """
 import json, time
 import ray
 from ray.cluster_utils import Cluster
-from controlplane.adapters.live_cluster import live_cluster
-from controlplane.adapters.ray_node_agent import ensure_node_agents
+from controlplane.planning.live_cluster import live_cluster
+from controlplane.node_agent.ray_actor import ensure_node_agents
 from controlplane.config import PlaneConfig
-from controlplane.core.gangs import Gang, Shape
-from controlplane.core.occupancy import occupancy
-from controlplane.core.what_if import change
+from controlplane.core.placement.gangs import Gang, Shape
+from controlplane.core.placement.occupancy import occupancy
+from controlplane.core.placement.what_if import change
 
 config = PlaneConfig.model_validate(
     {"tiers": [{"name": "t", "engine": "simulated"}], "controller": {"namespace": "telemetry"}}

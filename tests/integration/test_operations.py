@@ -20,14 +20,14 @@ from typing import Any
 import pytest
 import yaml
 
-from controlplane.ray_cluster.session import free_port
 from controlplane.monitoring.dashboards import DASHBOARDS, GPUS
 from controlplane.monitoring.files import local_files
 from controlplane.monitoring.rules import JOB
+from controlplane.ray_cluster.session import free_port
 from tests.benchmarks.load import Load, generate, question, session
 from tests.benchmarks.plane import Plane, running
-from tests.debian_tools import tool
-from tests.support_waiting import until
+from tests.support.debian_tools import tool
+from tests.support.waiting import until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 

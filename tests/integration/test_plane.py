@@ -18,9 +18,9 @@ import psutil
 import pytest
 from openai import DefaultHttpxClient, OpenAI
 
-from controlplane.ray_cluster.session import (free_port, processes)
+from controlplane.ray_cluster.session import free_port, processes
 from tests.benchmarks.plane import TIERPLANE, Plane, command, running
-from tests.support_waiting import until
+from tests.support.waiting import until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 

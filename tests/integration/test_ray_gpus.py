@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.nvml_driver.driver import FakeDriver
+from tests.support.nvml_driver.driver import FakeDriver
 
 pytestmark = pytest.mark.ray
 
@@ -26,7 +26,7 @@ AGENTS = """
 import json, os, time
 import ray
 from ray.cluster_utils import Cluster
-from controlplane.adapters.ray_node_agent import ensure_node_agents
+from controlplane.node_agent.ray_actor import ensure_node_agents
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
 second = cluster.add_node(num_cpus=1)

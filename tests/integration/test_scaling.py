@@ -17,7 +17,7 @@ import pytest
 from tests.benchmarks.load import Load, generate, question, session
 from tests.benchmarks.load_steps import Step, run_steps
 from tests.benchmarks.plane import TIERPLANE, Plane, running
-from tests.support_waiting import until
+from tests.support.waiting import until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 

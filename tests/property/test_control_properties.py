@@ -11,8 +11,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from controlplane.controller.controller import Control
 from controlplane.controller import checkpoint
+from controlplane.controller.controller import Control
+from controlplane.controller.operator_actions import Operations
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
 from controlplane.core.gpus.health import GpuState
 from controlplane.core.gpus.leases import WHOLE_MILLI
@@ -38,8 +39,7 @@ from controlplane.core.reconcile.reconcile import (
 )
 from controlplane.core.telemetry.samples import Absence, GpuCondition, Missing
 from controlplane.errors import IllegalTransition
-from controlplane.controller.operator_actions import Operations
-from tests.support_control import GIB, World, xid
+from tests.support.control import GIB, World, xid
 
 NODES = {"node-1": ["gpu-a0", "gpu-a1"], "node-2": ["gpu-b0", "gpu-b1"], "node-3": ["gpu-c0"]}
 GPUS = [uuid for uuids in NODES.values() for uuid in uuids]

@@ -7,7 +7,6 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controlplane.models.catalog import (gpu_table, known_models)
 from controlplane.core.sizing.architecture import LayerKind, ModelSpec, plain_model
 from controlplane.core.sizing.engine_args import EngineSettings
 from controlplane.core.sizing.feasibility import Fit, Limits, Unfit, fit, shortfalls
@@ -16,6 +15,7 @@ from controlplane.core.sizing.hf_config import parse_config
 from controlplane.core.sizing.kv_cache import kv_bytes_per_token, kv_groups, kv_layout
 from controlplane.core.sizing.quantization import PRESETS, matrix_bytes
 from controlplane.core.sizing.weights import divisibility, stages
+from controlplane.models.catalog import gpu_table, known_models
 
 SPECS = [parse_config(entry["config"], entry["name"]) for entry in known_models()]
 models = st.sampled_from(SPECS)

@@ -12,8 +12,8 @@ import pytest
 
 from controlplane.cli import COMMANDS
 from controlplane.config.reference import settings_markdown, with_settings
+from tests.support.repository import ROOT
 
-ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
 MAX_LINES = 600
 

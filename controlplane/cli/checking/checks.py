@@ -21,16 +21,22 @@ import psutil
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from controlplane.planning.cpu_info import node_memory
-from controlplane.models.model_config import load_model
-from controlplane.node_agent.nvml.reader import GpuReader
-from controlplane.ray_cluster.session import (DASHBOARD_PORT, PLANE_ID_VARIABLE, load_record, port_is_free, processes)
-from controlplane.planning.tier_memory import (cpu_plan, tier_settings)
 from controlplane.cli.checking.configuration import unset_variables
 from controlplane.config import BUNDLED_PREFIX, PlaneConfig, ServeFile, TierConfig
 from controlplane.core.telemetry.samples import GpuCondition, Missing
 from controlplane.errors import SetupError
+from controlplane.models.model_config import load_model
+from controlplane.node_agent.nvml.reader import GpuReader
 from controlplane.paths import cache_dir
+from controlplane.planning.cpu_info import node_memory
+from controlplane.planning.tier_memory import cpu_plan, tier_settings
+from controlplane.ray_cluster.session import (
+    DASHBOARD_PORT,
+    PLANE_ID_VARIABLE,
+    load_record,
+    port_is_free,
+    processes,
+)
 
 GIB = 1024**3
 PYTHON_RANGE = ((3, 11), (3, 13))

@@ -9,7 +9,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from controlplane.cli.checking.checks import (Check, Verdict, run_checks)
+from controlplane.cli.checking.checks import Check, Verdict, run_checks
 from controlplane.cli.checking.configuration import load_checked
 from controlplane.cli.console import stdout
 

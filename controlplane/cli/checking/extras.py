@@ -1,4 +1,5 @@
-"""``python -m controlplane.cli.checking.extras CONFIG``: which parts of the environment a configuration needs.
+"""``python -m controlplane.cli.checking.extras CONFIG``: which parts of the environment a configuration
+needs.
 
 Prints the names of lock files for `make up`: cpu or gpu (vLLM), llamacpp.
 """

@@ -10,7 +10,7 @@ from typing import Any
 import click
 from rich.table import Table
 
-from controlplane.cli.checking.configuration import (load_checked, unset_variables)
+from controlplane.cli.checking.configuration import load_checked, unset_variables
 from controlplane.cli.console import stdout
 from controlplane.config import ServeFile, TierConfig
 from controlplane.errors import ConfigError, Problem

@@ -8,12 +8,12 @@ import time
 
 import click
 
-from controlplane.ray_cluster import session
-from controlplane.ray_cluster.session import RunRecord
-from controlplane.cli.lifecycle.stopping import (DRAIN_MARGIN_S, stop_plane)
-from controlplane.cli.lifecycle.progress import (Voice, voice)
+from controlplane.cli.lifecycle.progress import Voice, voice
+from controlplane.cli.lifecycle.stopping import DRAIN_MARGIN_S, stop_plane
 from controlplane.config import load_plane
 from controlplane.errors import TierplaneError
+from controlplane.ray_cluster import session
+from controlplane.ray_cluster.session import RunRecord
 
 DEFAULT_DRAIN_S = 60.0
 

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.text import Text
 
 from controlplane.cli.console import stdout
-from controlplane.cli.lifecycle.tables import (progress_table, tier_json, what_it_does)
+from controlplane.cli.lifecycle.tables import progress_table, tier_json, what_it_does
 from controlplane.core.cluster.status import TierStatus
 from controlplane.core.domain.event import Event
 

@@ -12,11 +12,11 @@ from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
-from controlplane.cli.lifecycle.activity import (activity_json, activity_lines)
-from controlplane.cli.operating.alerts import firing_lines
-from controlplane.cli.controller_access import (PlaneAddress, connected, plane_options)
 from controlplane.cli.console import stdout
-from controlplane.cli.lifecycle.tables import (gateway_table, gateways_json, status_table, tier_json, troubles)
+from controlplane.cli.controller_access import PlaneAddress, connected, plane_options
+from controlplane.cli.lifecycle.activity import activity_json, activity_lines
+from controlplane.cli.lifecycle.tables import gateway_table, gateways_json, status_table, tier_json, troubles
+from controlplane.cli.operating.alerts import firing_lines
 from controlplane.core.cluster.status import TierStatus, tier_statuses
 from controlplane.core.reconcile.migrations import Activity
 

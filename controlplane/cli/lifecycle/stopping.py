@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from controlplane.ray_cluster import session
-from controlplane.ray_cluster.session import RunRecord
 from controlplane.cli.lifecycle.progress import Voice
 from controlplane.errors import SetupError
+from controlplane.ray_cluster import session
+from controlplane.ray_cluster.session import RunRecord
 
 DRAIN_MARGIN_S = 45.0
 """Beside the longest drain that the configuration allows: Serve's own steps and the engines' end."""

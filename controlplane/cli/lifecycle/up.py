@@ -20,18 +20,18 @@ from types import FrameType
 import click
 import psutil
 
-from controlplane.ray_cluster import session
-from controlplane.ray_cluster.session import RunRecord
-from controlplane.cli.checking.checks import (Verdict, run_checks)
+from controlplane.cli.checking.checks import Verdict, run_checks
 from controlplane.cli.checking.configuration import load_checked
+from controlplane.cli.lifecycle.progress import Voice, voice
 from controlplane.cli.lifecycle.stopping import stop_plane
-from controlplane.cli.lifecycle.progress import (Voice, voice)
 from controlplane.config import ServeFile
 from controlplane.core.cluster.snapshot import ClusterSnapshot
 from controlplane.core.cluster.status import TierStatus, tier_statuses
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.errors import SetupError, TierplaneError
 from controlplane.paths import run_dir
+from controlplane.ray_cluster import session
+from controlplane.ray_cluster.session import RunRecord
 
 POLL_S = 0.5
 SERVE_CHECK_S = 3.0
@@ -209,8 +209,8 @@ def _wait_for_tiers(
     began_s: float,
     timeout_s: float | None,
 ) -> ClusterSnapshot:
-    from controlplane.ray_cluster import plane
     from controlplane.planning.tier_specs import tier_specs
+    from controlplane.ray_cluster import plane
 
     specs = tier_specs(file.plane)
     snapshot = ClusterSnapshot("", 0, 0.0)

@@ -14,10 +14,10 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from controlplane.cli.controller_access import (PlaneAddress, connected, plane_options)
 from controlplane.cli.console import stdout
-from controlplane.cli.operating.events import (event_json, event_line)
+from controlplane.cli.controller_access import PlaneAddress, connected, plane_options
 from controlplane.cli.lifecycle.tables import age
+from controlplane.cli.operating.events import event_json, event_line
 from controlplane.core.alerts.book import AlertState, Judge, Unit, lasts_text
 from controlplane.core.alerts.rules import BY_NAME, PREFIX, RULES
 from controlplane.core.alerts.views import AlertsAnswer, AlertView, FiringAlert, SilenceView, WebhookView

@@ -7,7 +7,7 @@ import time
 
 import click
 
-from controlplane.cli.controller_access import (PlaneAddress, connected, plane_options)
+from controlplane.cli.controller_access import PlaneAddress, connected, plane_options
 from controlplane.core.domain.event import Event
 from controlplane.errors import SetupError
 

@@ -10,9 +10,9 @@ from typing import Any, BinaryIO
 import click
 from rich.table import Table
 
-from controlplane.ray_cluster import session
 from controlplane.cli.console import stdout
 from controlplane.errors import SetupError
+from controlplane.ray_cluster import session
 
 DEFAULT_URL = "http://127.0.0.1:8080"
 TIMEOUT_S = 10.0

@@ -6,7 +6,7 @@ import json
 
 import click
 
-from controlplane.cli.controller_access import (connected, plane_options)
+from controlplane.cli.controller_access import connected, plane_options
 from controlplane.core.reconcile.commands import ActionAnswer, Outcome
 from controlplane.errors import SetupError
 

@@ -9,8 +9,8 @@ import time
 import click
 from rich.table import Table
 
-from controlplane.cli.controller_access import (connected, plane_options)
 from controlplane.cli.console import stdout
+from controlplane.cli.controller_access import connected, plane_options
 from controlplane.core.recommendations.log import Given
 from controlplane.core.recommendations.views import ScalingReport, as_json_value, effect_text, judged_text
 

@@ -10,15 +10,15 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from controlplane.cli.controller_access import (connected, plane_options)
 from controlplane.cli.console import stdout
+from controlplane.cli.controller_access import connected, plane_options
 from controlplane.core.reports.report import (
     MAX_WINDOW_MINUTES,
     MIN_WINDOW_MINUTES,
     InstanceReport,
     PlaneReport,
 )
-from controlplane.gateway.api.report_page import (DEFAULT_MINUTES, HEADS, OF_SLO, page, row)
+from controlplane.gateway.api.report_page import DEFAULT_MINUTES, HEADS, OF_SLO, page, row
 
 
 @click.command()

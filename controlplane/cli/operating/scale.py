@@ -7,7 +7,7 @@ from typing import Final
 
 import click
 
-from controlplane.cli.controller_access import (connected, plane_options)
+from controlplane.cli.controller_access import connected, plane_options
 from controlplane.cli.operating.operate import show_answer
 
 AUTO: Final = "auto"

@@ -10,9 +10,9 @@ from typing import IO, Any
 
 import click
 
+from controlplane.cli.controller_access import PlaneAddress, connected, plane_options
 from controlplane.controller.reports import series_of
 from controlplane.controller.store import Point
-from controlplane.cli.controller_access import (PlaneAddress, connected, plane_options)
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.reports.recorded_traffic import (
     COLUMNS,

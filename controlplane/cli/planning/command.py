@@ -11,14 +11,14 @@ import yaml
 from rich.console import Console
 
 from controlplane.config import ArgScalar, TierConfig
-from controlplane.config.vllm_flags import (drift, installed_vllm, known_vllm_flags)
 from controlplane.config.loading import parse_plane
-from controlplane.config.outdated_flags import (OUTDATED, Mapped, map_outdated)
+from controlplane.config.outdated_flags import OUTDATED, Mapped, map_outdated
+from controlplane.config.profiles import Scenario
+from controlplane.config.vllm_flags import drift, installed_vllm, known_vllm_flags
 from controlplane.engines.base import Launch
 from controlplane.engines.vllm import VllmEngine
 from controlplane.engines.vllm_parser import ask_installed
 from controlplane.errors import ConfigError, Problem
-from controlplane.config.profiles import Scenario
 
 _MODULE = ("python", "-m", "vllm.entrypoints.openai.api_server")
 _SECRET = "VLLM_API_KEY"  # noqa: S105 - the name of a variable

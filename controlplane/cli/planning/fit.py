@@ -8,8 +8,6 @@ from typing import Any
 import click
 from rich.table import Table
 
-from controlplane.models.catalog import (gpu_named, gpu_table, known_models)
-from controlplane.models.model_config import (LoadedModel, load_model)
 from controlplane.cli.console import stdout
 from controlplane.core.sizing.architecture import plain_model
 from controlplane.core.sizing.engine_args import EngineSettings, parse_settings
@@ -17,6 +15,8 @@ from controlplane.core.sizing.feasibility import Fit, Limits, Unfit, Verdict, ju
 from controlplane.core.sizing.gpu_memory import MemoryPlan, StageMemory, gib, plan_memory, token_bytes
 from controlplane.core.sizing.gpu_models import GpuModel
 from controlplane.core.sizing.quantization import PRESETS, preset
+from controlplane.models.catalog import gpu_named, gpu_table, known_models
+from controlplane.models.model_config import LoadedModel, load_model
 
 _SCALE = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 _SUGGESTED = "fp8,int8,awq,gptq"

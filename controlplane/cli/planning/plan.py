@@ -12,11 +12,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from controlplane.ray_cluster import session
-from controlplane.planning.tier_gangs import (TierDemand, tier_demands)
 from controlplane.cli.checking.configuration import load_checked
-from controlplane.cli.planning.plan_view import (Answer, show, to_json)
-from controlplane.planning.cluster_file import (ClusterFile, load_cluster)
+from controlplane.cli.planning.plan_view import Answer, show, to_json
 from controlplane.config import PlaneConfig
 from controlplane.core.placement.batch_planner import plan
 from controlplane.core.placement.gangs import Gang
@@ -25,6 +22,9 @@ from controlplane.core.placement.planner import ClusterState
 from controlplane.core.placement.topology import Node
 from controlplane.core.placement.what_if import add_node, change, lose_node
 from controlplane.errors import SetupError
+from controlplane.planning.cluster_file import ClusterFile, load_cluster
+from controlplane.planning.tier_gangs import TierDemand, tier_demands
+from controlplane.ray_cluster import session
 
 if TYPE_CHECKING:
     from controlplane.planning.live_cluster import LiveCluster

@@ -9,12 +9,12 @@ from typing import Any
 
 from rich.table import Table
 
-from controlplane.ray_cluster.actor_options import (actor_options, ray_types)
-from controlplane.planning.tier_gangs import TierDemand
 from controlplane.cli.console import stdout
 from controlplane.core.placement.gangs import WHOLE_MILLI, Placement, Plan, Shape
 from controlplane.core.placement.topology import Node
 from controlplane.core.placement.what_if import Change
+from controlplane.planning.tier_gangs import TierDemand
+from controlplane.ray_cluster.actor_options import actor_options, ray_types
 
 _GIB = 1024**3
 _SHOWN_REFUSALS = 20

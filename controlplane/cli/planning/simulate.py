@@ -15,17 +15,17 @@ from rich.table import Table
 
 from controlplane.cli.checking.configuration import load_checked
 from controlplane.cli.console import stdout
-from controlplane.planning.cluster_file import load_cluster
 from controlplane.config import PlaneConfig
 from controlplane.core.domain.request import Complexity
 from controlplane.core.placement.topology import Node
 from controlplane.core.recommendations.views import effect_text, judged_text
 from controlplane.errors import SetupError
+from controlplane.planning.cluster_file import load_cluster
 from controlplane.simulation import oracle
 from controlplane.simulation.options import Options
+from controlplane.simulation.placement_text import room_lines
 from controlplane.simulation.policies import NAMES, reactive_policy
 from controlplane.simulation.results import Result
-from controlplane.simulation.placement_text import room_lines
 from controlplane.simulation.scenario import build
 from controlplane.simulation.simulator import Scenario, Simulator
 from controlplane.simulation.traces import Arrival, read_trace

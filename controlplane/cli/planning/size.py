@@ -11,13 +11,13 @@ import click
 import yaml
 from rich.table import Table
 
-from controlplane.planning.tier_sizing import (Fleet, checkpoint_note, fleet_of, needs_of, placed, settings_of)
 from controlplane.cli.checking.configuration import load_checked
 from controlplane.cli.console import stdout
-from controlplane.planning.cluster_file import load_cluster
 from controlplane.core.placement.gangs import Plan
 from controlplane.core.sizing.fleet_sizing import NoSizing, Option, RuledOut, Sizing, size_tiers
 from controlplane.errors import SetupError
+from controlplane.planning.cluster_file import load_cluster
+from controlplane.planning.tier_sizing import Fleet, checkpoint_note, fleet_of, needs_of, placed, settings_of
 
 _SHOWN_REASONS = 3
 

@@ -3,8 +3,8 @@
 The decisions are :class:`~controlplane.core.autoscaling.round.ScalingRound`'s and the advice is
 :class:`~controlplane.core.recommendations.cycle.Adviser`'s, the same as in the simulator; what they are told
 is put together in :mod:`.observing` and :mod:`.conditions`. Numbers that a person set and, where the mode is
-to apply, the round's targets are published to :class:`~controlplane.controller.controller.Control`, from where Serve's
-autoscaling policy fetches them; moves and held tiers go on top of them there.
+to apply, the round's targets are published to :class:`~controlplane.controller.controller.Control`, from
+where Serve's autoscaling policy fetches them; moves and held tiers go on top of them there.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ from typing import Any, Final
 
 from controlplane.config.scaling import ControllerScalingConfig
 from controlplane.controller.controller import Control
+from controlplane.controller.scaling.conditions import conditions
+from controlplane.controller.scaling.manual_targets import ByHand
+from controlplane.controller.scaling.observation import Observer
+from controlplane.controller.scaling.reporting import Teller, view
 from controlplane.core.autoscaling.cold_starts import ColdStarts
 from controlplane.core.autoscaling.round import RoundDecision, ScalingRound, TierRule
 from controlplane.core.cluster.snapshot import GatewayInfo
@@ -26,10 +30,6 @@ from controlplane.core.recommendations.log import AdviceBook, Given
 from controlplane.core.recommendations.views import ScalingReport
 from controlplane.core.reconcile.commands import ActionAnswer
 from controlplane.core.reconcile.replica_targets import TierTarget
-from controlplane.controller.scaling.manual_targets import ByHand
-from controlplane.controller.scaling.conditions import conditions
-from controlplane.controller.scaling.observation import Observer
-from controlplane.controller.scaling.reporting import (Teller, view)
 
 TARGET_TTL_S: Final = 60.0
 """A target that was worked out holds for so long when none follows; then it stays as the tier is."""

@@ -1,4 +1,5 @@
-"""What has to survive the controller of its alerts, as JSON values by key (as :mod:`controlplane.controller.checkpoint`).
+"""What has to survive the controller of its alerts, as JSON values by key (as
+:mod:`controlplane.controller.checkpoint`).
 
 Times are monotonic inside and wall-clock seconds in the values; ``shift_s`` is wall clock less monotonic.
 What is pending is not kept: nobody looks while the controller is away, so it begins anew.

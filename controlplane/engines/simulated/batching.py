@@ -17,7 +17,7 @@ from time import monotonic
 from typing import NamedTuple, Protocol
 
 from controlplane.engines.simulated.engine import SimulatedSettings
-from controlplane.engines.simulated.text import (END, WORD_TEXT, answered, decode, digest, speak)
+from controlplane.engines.simulated.text import END, WORD_TEXT, answered, decode, digest, speak
 
 _TEXT_BYTES = {token: text.encode() for token, text in WORD_TEXT.items()}
 _BURST_TOKENS = 256

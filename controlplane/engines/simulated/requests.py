@@ -8,10 +8,16 @@ import struct
 import time
 from typing import Any, NamedTuple
 
-from controlplane.engines.simulated.engine import SimulatedSettings
 from controlplane.engines.simulated.batching import Ask
-from controlplane.engines.simulated.text import (ANSWER, encode, vector)
-from controlplane.engines.simulated.wire_formats import (ChatShape, CompletionShape, MessagesShape, ResponsesShape, Shape)
+from controlplane.engines.simulated.engine import SimulatedSettings
+from controlplane.engines.simulated.text import ANSWER, encode, vector
+from controlplane.engines.simulated.wire_formats import (
+    ChatShape,
+    CompletionShape,
+    MessagesShape,
+    ResponsesShape,
+    Shape,
+)
 
 
 class Refused(Exception):

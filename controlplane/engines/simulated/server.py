@@ -24,9 +24,9 @@ import httptools
 import uvloop
 from pydantic import ValidationError
 
-from controlplane.engines.simulated.engine import (FAULTS, SECRET_ENV, SimulatedSettings)
-from controlplane.engines.simulated.batching import (Clockwork, Finish, Generation, metrics_text)
-from controlplane.engines.simulated.requests import (Asked, Refused, embeddings, parse)
+from controlplane.engines.simulated.batching import Clockwork, Finish, Generation, metrics_text
+from controlplane.engines.simulated.engine import FAULTS, SECRET_ENV, SimulatedSettings
+from controlplane.engines.simulated.requests import Asked, Refused, embeddings, parse
 from controlplane.engines.simulated.wire_formats import Shape
 
 _JSON = b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\nx-engine: simulated\r\ncontent-length: %d\r\n"

@@ -8,9 +8,9 @@ from controlplane.config import TierConfig
 from controlplane.core.domain.endpoint import EndpointState
 from controlplane.engines.base import Engine
 from controlplane.engines.external import address_of
-from controlplane.engines.supervision.probe import (Answer, get)
+from controlplane.engines.supervision.commands import Wish, Wishes
+from controlplane.engines.supervision.probe import Answer, get
 from controlplane.engines.supervision.status import StatusBoard
-from controlplane.engines.supervision.commands import (Wish, Wishes)
 from controlplane.errors import EngineStartError
 
 _ALIVE = (200, 404, 405)

@@ -14,10 +14,10 @@ from controlplane.config import TierConfig
 from controlplane.core.domain.endpoint import EndpointState
 from controlplane.engines.base import Command, Diagnosis, Engine, Launch
 from controlplane.engines.output import PORT_TAKEN
-from controlplane.engines.supervision.probe import (Answer, get)
-from controlplane.engines.supervision.process import (GRACE_S, EngineProcess, LogFile, Output, hold_port, start)
-from controlplane.engines.supervision.status import (Log, StatusBoard)
-from controlplane.engines.supervision.commands import (Wish, Wishes)
+from controlplane.engines.supervision.commands import Wish, Wishes
+from controlplane.engines.supervision.probe import Answer, get
+from controlplane.engines.supervision.process import GRACE_S, EngineProcess, LogFile, Output, hold_port, start
+from controlplane.engines.supervision.status import Log, StatusBoard
 from controlplane.errors import ConfigError, EngineError, EngineStartError, SetupError
 
 _PROBE_FIRST_S = 0.05

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from controlplane.engines.supervision import reaper
 from controlplane.engines.base import Command
+from controlplane.engines.supervision import reaper
 
 GRACE_S = 8.0
 """Between SIGTERM and SIGKILL."""

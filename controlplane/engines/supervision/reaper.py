@@ -1,7 +1,8 @@
 """Stands between a supervisor and its engine so that no engine process outlives its supervisor.
 
-Run as ``python -S -E reaper.py [options] -- command…`` (or with ``-m controlplane.engines.supervision.reaper``). Uses
-the standard library only and starts in a few hundredths of a second.
+Run as ``python -S -E reaper.py [options] -- command…`` (or with ``-m
+controlplane.engines.supervision.reaper``). Uses the standard library only and starts in a few hundredths of a
+second.
 
 Who watches whom:
 

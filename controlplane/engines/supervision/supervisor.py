@@ -20,13 +20,13 @@ from controlplane.config import TierConfig
 from controlplane.core.domain.endpoint import EndpointState
 from controlplane.core.reconcile.restart_backoff import RestartPolicy, decide_restart
 from controlplane.engines import engine_for
-from controlplane.engines.supervision.external_watch import watch_address
 from controlplane.engines.base import Diagnosis
+from controlplane.engines.supervision.commands import Wish, Wishes
+from controlplane.engines.supervision.external_watch import watch_address
 from controlplane.engines.supervision.generation import Runner
-from controlplane.engines.supervision.probe import (get, metric)
+from controlplane.engines.supervision.probe import get, metric
 from controlplane.engines.supervision.process import LogFile
-from controlplane.engines.supervision.status import (EngineStatus, Log, StatusBoard)
-from controlplane.engines.supervision.commands import (Wish, Wishes)
+from controlplane.engines.supervision.status import EngineStatus, Log, StatusBoard
 from controlplane.errors import EngineStartError
 from controlplane.paths import run_dir
 

@@ -12,7 +12,15 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from controlplane.errors import BadRequest, RequestError
-from controlplane.gateway.http.messages import (Headers, Request, Responder, error_headers, error_value, json_bytes, send_json)
+from controlplane.gateway.http.messages import (
+    Headers,
+    Request,
+    Responder,
+    error_headers,
+    error_value,
+    json_bytes,
+    send_json,
+)
 
 _T = TypeVar("_T")
 

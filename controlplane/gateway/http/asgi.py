@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from controlplane.errors import PayloadTooLarge
-from controlplane.gateway.http.messages import (Handler, Headers, Request, send_error)
+from controlplane.gateway.http.messages import Handler, Headers, Request, send_error
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]

@@ -18,7 +18,15 @@ from typing import Any, Final
 import httptools
 
 from controlplane.errors import BadRequest, PayloadTooLarge, RequestError
-from controlplane.gateway.http.messages import (JSON_TYPE, Handler, Headers, Request, error_headers, error_value, json_bytes)
+from controlplane.gateway.http.messages import (
+    JSON_TYPE,
+    Handler,
+    Headers,
+    Request,
+    error_headers,
+    error_value,
+    json_bytes,
+)
 
 MAX_HEAD_BYTES: Final = 64 * 1024
 MAX_PIPELINED: Final = 16

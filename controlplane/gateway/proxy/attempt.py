@@ -10,12 +10,12 @@ from time import monotonic
 
 from controlplane.core.routing.endpoint_table import EndpointLoad, Lease
 from controlplane.core.routing.retry import Failure
-from controlplane.gateway.proxy.request_context import Call
 from controlplane.gateway.http.messages import EVENT_STREAM
-from controlplane.gateway.proxy.connections import Site
 from controlplane.gateway.http.sse import events_end
-from controlplane.gateway.proxy.upstream import (Connection, UpstreamFailure)
-from controlplane.gateway.proxy.timeouts import (Watch, Watcher)
+from controlplane.gateway.proxy.connections import Site
+from controlplane.gateway.proxy.request_context import Call
+from controlplane.gateway.proxy.timeouts import Watch, Watcher
+from controlplane.gateway.proxy.upstream import Connection, UpstreamFailure
 
 
 class Exchange:

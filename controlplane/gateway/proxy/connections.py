@@ -8,8 +8,8 @@ from time import monotonic
 from controlplane.config import PlaneConfig
 from controlplane.core.domain.endpoint import Endpoint
 from controlplane.core.routing.endpoint_table import EndpointLoad, Fleet
-from controlplane.gateway.telemetry.accounting import Meter
 from controlplane.gateway.proxy.upstream import Origin
+from controlplane.gateway.telemetry.accounting import Meter
 
 
 class Site:

@@ -2,8 +2,8 @@
 
 Read :meth:`Relay.serve` from top to bottom. Nothing of an answer is sent to the client before an engine
 has begun to answer, so that any failure up to there can be hidden by another attempt; after it a lost
-stream is resumed (:mod:`controlplane.gateway.proxy.resume`). An answer that is not streamed is held until it is
-whole, which makes it retryable to its last byte.
+stream is resumed (:mod:`controlplane.gateway.proxy.resume`). An answer that is not streamed is held until it
+is whole, which makes it retryable to its last byte.
 """
 
 from __future__ import annotations
@@ -28,17 +28,26 @@ from controlplane.core.routing.retry import (
     next_step,
 )
 from controlplane.errors import DeadlineExceeded, EndpointLost, RequestError
-from controlplane.gateway.telemetry.accounting import Ledger
-from controlplane.gateway.proxy.request_context import (RESUME_KINDS, Call)
+from controlplane.gateway.http.messages import EVENT_STREAM, JSON_TYPE, Headers, Responder
+from controlplane.gateway.http.sse import events_end, has_end, has_error, is_end
 from controlplane.gateway.proxy.attempt import Exchange
-from controlplane.gateway.http.messages import (EVENT_STREAM, JSON_TYPE, Headers, Responder)
-from controlplane.gateway.telemetry.metrics import Metrics
-from controlplane.gateway.proxy.dispatch import (Placing, give_up_error)
-from controlplane.gateway.proxy.resume import (TOKEN_ID_MEMBERS, Continuation, NotResumable, Seen, Splice, Tape, error_event, plan)
-from controlplane.gateway.proxy.connections import (Site, Sites)
-from controlplane.gateway.http.sse import (events_end, has_end, has_error, is_end)
-from controlplane.gateway.proxy.upstream import UpstreamFailure
+from controlplane.gateway.proxy.connections import Site, Sites
+from controlplane.gateway.proxy.dispatch import Placing, give_up_error
+from controlplane.gateway.proxy.request_context import RESUME_KINDS, Call
+from controlplane.gateway.proxy.resume import (
+    TOKEN_ID_MEMBERS,
+    Continuation,
+    NotResumable,
+    Seen,
+    Splice,
+    Tape,
+    error_event,
+    plan,
+)
 from controlplane.gateway.proxy.timeouts import Watcher
+from controlplane.gateway.proxy.upstream import UpstreamFailure
+from controlplane.gateway.telemetry.accounting import Ledger
+from controlplane.gateway.telemetry.metrics import Metrics
 
 MAX_ANSWER_BYTES: Final = 256 * 1024 * 1024
 MAX_ERROR_BYTES: Final = 64 * 1024

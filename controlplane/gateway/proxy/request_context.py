@@ -12,8 +12,8 @@ from controlplane.core.routing.endpoint_table import EndpointLoad
 from controlplane.core.routing.router import Decision
 from controlplane.core.routing.tier_table import AUTO, Api, Route, RouteRequest
 from controlplane.errors import BadRequest
-from controlplane.gateway.proxy.body import (Envelope, parse, rewrite)
 from controlplane.gateway.http.messages import Request
+from controlplane.gateway.proxy.body import Envelope, parse, rewrite
 from controlplane.gateway.proxy.resume import Kind
 
 APIS: Final = {

@@ -16,9 +16,9 @@ from typing import Any, Final
 
 import pynvml
 
-from controlplane.node_agent.nvml.calls import (GPU_LOST_CODES, missing_for)
 from controlplane.core.telemetry.samples import NOT_SAMPLED, Absence, GpuEventKind, Missing, Reading
 from controlplane.node_agent.agent import EventHandler
+from controlplane.node_agent.nvml.calls import GPU_LOST_CODES, missing_for
 
 _KINDS: Final = {
     pynvml.nvmlEventTypeXidCriticalError: GpuEventKind.XID,

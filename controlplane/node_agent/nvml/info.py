@@ -8,7 +8,6 @@ from typing import Any, Final, TypeVar
 
 import pynvml
 
-from controlplane.node_agent.nvml.calls import (LASTING_CODES, GpuLostError, missing_for, read)
 from controlplane.core.telemetry.samples import (
     Absence,
     GpuInfo,
@@ -22,6 +21,7 @@ from controlplane.core.telemetry.samples import (
     RowRemaps,
     TopologyLevel,
 )
+from controlplane.node_agent.nvml.calls import LASTING_CODES, GpuLostError, missing_for, read
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -18,8 +18,6 @@ from typing import Any, Final, TypeVar
 
 import pynvml
 
-from controlplane.node_agent.nvml.calls import (GPU_LOST_CODES, LASTING_CODES, DriverGoneError, GpuLostError, missing_for, read)
-from controlplane.node_agent.nvml.info import read_info
 from controlplane.core.telemetry.samples import (
     NOT_SAMPLED,
     THROTTLE_REASONS,
@@ -31,6 +29,15 @@ from controlplane.core.telemetry.samples import (
     Missing,
     Reading,
 )
+from controlplane.node_agent.nvml.calls import (
+    GPU_LOST_CODES,
+    LASTING_CODES,
+    DriverGoneError,
+    GpuLostError,
+    missing_for,
+    read,
+)
+from controlplane.node_agent.nvml.info import read_info
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.benchmarks.plane import Plane
 from tests.integration.test_plane import QUESTION, TIERS, client, ready
-from tests.support_waiting import until
+from tests.support.waiting import until
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.timeout(600)]
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.benchmarks.load import Outcome, Question, judge, p99_ms, percentile, question
-from tests.support_gateway import plane, running
+from tests.support.gateway import plane, running
 
 ASKED = question(1, "stream", "balanced", tokens=40, natural_tokens=60)
 

@@ -8,7 +8,7 @@ import pytest
 from controlplane.errors import SetupError
 from tests.benchmarks import wrk
 from tests.benchmarks.wrk import Target
-from tests.support_gateway import plane, running
+from tests.support.gateway import plane, running
 
 
 def test_without_wrk_its_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

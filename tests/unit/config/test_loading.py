@@ -9,8 +9,9 @@ import pytest
 
 from controlplane.config import PlaneConfig, TierConfig, load_plane, parse_plane
 from controlplane.errors import ConfigError, Problem
+from tests.support.repository import CONFIGS as CONFIG_FOLDER
 
-CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
+CONFIGS = sorted(CONFIG_FOLDER.glob("*.yaml"))
 
 FRAME = """\
 http_options: {{host: 127.0.0.1, port: 8000}}

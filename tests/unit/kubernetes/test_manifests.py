@@ -17,13 +17,14 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from controlplane.models.catalog import gpu_named
 from controlplane.cli.k8s import HEADER, to_yaml
 from controlplane.config import load_plane, parse_plane
 from controlplane.errors import ConfigError
 from controlplane.kubernetes import pods, rayservice
 from controlplane.kubernetes.overlays import IMAGE, OVERLAYS
 from controlplane.kubernetes.requests import pod_need
+from controlplane.models.catalog import gpu_named
+from tests.support.repository import ROOT
 from tests.unit.kubernetes.schemas import CUSTOM
 
 with warnings.catch_warnings():
@@ -33,7 +34,6 @@ with warnings.catch_warnings():
     from deployments import gateway as gateway_deployment
     from deployments import tier as tier_deployment
 
-ROOT = Path(__file__).parents[3]
 KUBECTL = Path(sys.executable).parent / "kubectl"
 CONFIGS = {
     "dev-cpu": "configs/cpu.yaml",

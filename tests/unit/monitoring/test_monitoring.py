@@ -18,9 +18,9 @@ from controlplane.monitoring import rules
 from controlplane.monitoring.catalog import RAY, metrics
 from controlplane.monitoring.dashboards import DASHBOARDS, grafana
 from controlplane.monitoring.files import kubernetes_files, local_files
-from tests.debian_tools import tool
+from tests.support.debian_tools import tool
+from tests.support.repository import ROOT
 
-ROOT = Path(__file__).parents[3]
 COMPONENT = ROOT / "k8s" / "components" / "monitoring"
 NAME = re.compile(r"\b(?:tier:|priority:)?(?:tierplane|ray)_[a-z0-9_:]+")
 EXPRESSIONS = {

@@ -1,23 +1,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from controlplane.models.catalog import gpu_named
-from controlplane.planning.cluster_file import load_cluster
 from controlplane.config import parse_plane
 from controlplane.core.autoscaling.capacity import Work
 from controlplane.core.placement.topology import Gpu, Node
 from controlplane.errors import SetupError
+from controlplane.models.catalog import gpu_named
+from controlplane.planning.cluster_file import load_cluster
 from controlplane.simulation.engine import SimulatedTiming
 from controlplane.simulation.options import Options
 from controlplane.simulation.outages import OutageModel
 from controlplane.simulation.scenario import build
+from tests.support.repository import CONFIGS
 
 WORK = Work(500.0, 100.0)
-CLUSTERS = Path(__file__).parents[3] / "configs" / "clusters"
+CLUSTERS = CONFIGS / "clusters"
 SMALL = {"name": "t", "model": "Qwen/Qwen2.5-1.5B-Instruct"}
 LARGE = {**SMALL, "model": "Qwen/Qwen2.5-14B-Instruct"}
 

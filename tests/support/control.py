@@ -1,0 +1,283 @@
+"""A controller without Ray: nodes with GPUs, replicas that obey, and a clock that tests turn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+
+from controlplane.controller.controller import Control, ControlRules, NotSettled
+from controlplane.controller.registry import Controller
+from controlplane.core.cluster.tier_spec import TierSpec
+from controlplane.core.domain.endpoint import Endpoint, EndpointState
+from controlplane.core.gpus.findings import GpuRules
+from controlplane.core.gpus.leases import Lease, Outcome
+from controlplane.core.placement.gangs import Shape
+from controlplane.core.reconcile.commands import OrderKind
+from controlplane.core.reconcile.replica_targets import TierTarget, desired_replicas
+from controlplane.core.telemetry.samples import (
+    Absence,
+    GpuCondition,
+    GpuEvent,
+    GpuEventKind,
+    GpuInfo,
+    GpuSample,
+    Missing,
+    NodeSample,
+    Reading,
+)
+
+HEARTBEAT_S = 2.0
+GIB = 1024**3
+
+
+class Clock:
+    def __init__(self, s: float = 1000.0) -> None:
+        self.s = s
+
+    def __call__(self) -> float:
+        return self.s
+
+
+def gpu_sample(uuid: str, index: int = 0, **fields: object) -> GpuSample:
+    """A healthy GPU of 80 GiB, with what the test wants otherwise."""
+    info = GpuInfo(uuid, index, "NVIDIA A", "bus", numa_node=0, slowdown_c=90, nvlinks=())
+    usual: dict[str, object] = {
+        "memory_total_bytes": 80 * GIB,
+        "memory_used_bytes": 1 * GIB,
+        "memory_free_bytes": 79 * GIB,
+        "temperature_c": 50,
+        "gpu_ratio": 0.5,
+        "power_w": 200.0,
+        "ecc_uncorrected": 0,
+        "ecc_corrected": 0,
+    }
+    return GpuSample(**{"info": info, "condition": GpuCondition.OK, **usual, **fields})  # type: ignore[arg-type]
+
+
+def node_sample(
+    node_id: str,
+    seq: int,
+    unix_s: float,
+    gpus: Iterable[GpuSample] = (),
+    driver: Reading[str] = "580",
+    epoch: str = "a",
+) -> NodeSample:
+    return NodeSample(
+        node_id=node_id,
+        epoch=epoch,
+        seq=seq,
+        unix_s=unix_s,
+        boot_id="boot",
+        cpu_count=8,
+        cpu_ratio=0.5,
+        load_1m=1.0,
+        memory_total_bytes=64 * GIB,
+        memory_available_bytes=32 * GIB,
+        disk_total_bytes=100 * GIB,
+        disk_free_bytes=50 * GIB,
+        driver_version=driver,
+        gpus=tuple(gpus),
+    )
+
+
+def xid(node_id: str, uuid: str, code: int, seq: int = 1) -> GpuEvent:
+    return GpuEvent(node_id, "a", seq, 0.0, GpuEventKind.XID, uuid, code)
+
+
+@dataclass
+class Replica:
+    """A replica as Serve and the tier's deployment make it: it leases, reports and obeys."""
+
+    endpoint: Endpoint
+    shape: Shape
+    lease: Lease | None = None
+    obeys: bool = True
+    starts_in: int = 2
+    """Reports until it is ready."""
+    drains_in: int = 2
+
+
+@dataclass
+class World:
+    """Ray, Serve and the nodes, as far as the controller sees them. One step is one second."""
+
+    nodes: dict[str, list[str]]
+    tiers: dict[str, int]
+    shape: Shape = field(default_factory=Shape)
+    clock: Clock = field(default_factory=Clock)
+    replicas: dict[str, Replica] = field(default_factory=dict)
+    samples: dict[str, dict[str, dict[str, object]]] = field(default_factory=dict)
+    """Node → GPU → what its readings are, besides the usual."""
+    silent: set[str] = field(default_factory=set)
+    """Nodes whose agent says nothing."""
+    events: list[GpuEvent] = field(default_factory=list)
+    retry_s: dict[str, float] = field(default_factory=dict)
+    """Tier → when Serve tries again to start a replica that found no place."""
+    scaled: set[str] = field(default_factory=set)
+    """Tiers that scale: without a target Serve leaves them as they are."""
+    targets: dict[str, TierTarget] = field(default_factory=dict)
+    """What Serve has heard last."""
+    goes_by: dict[str, int] = field(default_factory=dict)
+    """Tier → how many Serve keeps."""
+    born: int = 0
+    seq: int = 0
+    control: Control = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.start_controller()
+
+    def start_controller(self, epoch: str = "e1", settle_s: float = 0.0, *, declared: bool = True) -> None:
+        rules = ControlRules(
+            gpus=GpuRules(hold_initial_s=30.0, hot_for_s=5.0, probation_s=5.0, suspect_for_s=10.0)
+        )
+        registry = Controller(epoch=epoch, heartbeat_s=HEARTBEAT_S, now_s=self.clock, unix_s=self.clock)
+        self.control = Control(
+            registry,
+            heartbeat_s=HEARTBEAT_S,
+            now_s=self.clock,
+            unix_s=self.clock,
+            rules=rules,
+            settle_s=settle_s,
+        )
+        if declared:
+            self.declare()
+
+    def declare(self) -> None:
+        """The gateway's part."""
+        specs = [TierSpec(tier, "m", "simulated", count, 10) for tier, count in self.tiers.items()]
+        self.control.declare(specs, HEARTBEAT_S)
+
+    # --- what the rest of the plane does ---------------------------------------------------------------
+
+    def observe(self) -> None:
+        """Every agent says what it sees."""
+        self.seq += 1
+        for node_id, uuids in self.nodes.items():
+            if node_id in self.silent:
+                continue
+            changed = self.samples.get(node_id, {})
+            gpus = [gpu_sample(uuid, i, **changed.get(uuid, {})) for i, uuid in enumerate(uuids)]
+            driver: Reading[str] = "580" if uuids else Missing(Absence.NO_DRIVER, "there is no driver")
+            events = [event for event in self.events if event.node_id == node_id]
+            sample = node_sample(node_id, self.seq, self.clock.s, gpus, driver)
+            self.control.observe_node(node_id, [sample], events)
+        self.events.clear()
+        self.control.observe_nodes(self.nodes.keys())
+
+    def serve(self) -> None:
+        """Serve's part: as many replicas as the last targets say, on nodes with GPUs that nobody holds."""
+        with suppress(NotSettled):
+            self.targets = self.control.targets()
+        for tier, configured in self.tiers.items():
+            mine = [name for name, replica in self.replicas.items() if replica.endpoint.tier == tier]
+            present = self.goes_by.setdefault(tier, configured) if tier in self.scaled else None
+            target = self.targets.get(tier)
+            wanted = desired_replicas(
+                target, self.clock.s, configured=configured, running=mine, present=present
+            ).replicas
+            self.goes_by[tier] = wanted
+            if wanted > len(mine) and self.clock.s >= self.retry_s.get(tier, 0.0):
+                started = [self.start(tier) for _ in range(wanted - len(mine))]
+                if None in started:
+                    self.retry_s[tier] = self.clock.s + 5.0
+            if len(mine) > wanted:
+                starting = [
+                    name for name in mine if self.replicas[name].endpoint.state is not EndpointState.READY
+                ]
+                for name in [*starting, *mine][: len(mine) - wanted]:
+                    self.end(name)
+
+    def start(self, tier: str) -> Replica | None:
+        """A new replica of the tier, where the controller leases it GPUs; None if nowhere."""
+        self.born += 1
+        name = f"{tier}-{self.born}"
+        for node_id in self.nodes:
+            answer = self.control.lease_gpus(name, 1, node_id, self.shape, tier)
+            if answer.outcome is Outcome.GRANTED:
+                assert answer.lease is not None
+                endpoint = Endpoint(
+                    endpoint_id=name,
+                    tier=tier,
+                    model="m",
+                    engine="simulated",
+                    base_url="http://127.0.0.1:1",
+                    state=EndpointState.STARTING,
+                    concurrency_limit=10,
+                    generation=1,
+                    node_id=node_id,
+                    gpu_uuids=answer.lease.gpu_uuids,
+                )
+                replica = self.replicas[name] = Replica(endpoint, self.shape, answer.lease)
+                return replica
+        return None
+
+    def end(self, name: str) -> None:
+        del self.replicas[name]
+        self.control.deregister(name, "ended")
+
+    def report(self) -> None:
+        """Every replica reports, goes on with its life and obeys."""
+        for name, replica in list(self.replicas.items()):
+            if replica.endpoint.node_id not in self.nodes:
+                del self.replicas[name]
+                continue
+            self._live(replica)
+            answer = self.control.report(replica.endpoint)
+            if not answer.known:
+                self.control.register(replica.endpoint)
+            lease = replica.lease
+            if lease is not None and not (answer.known and answer.lease_known):
+                self.control.restore_lease(lease.holder, lease.generation, lease.node_id, lease.parts)
+            for order in answer.orders if replica.obeys else ():
+                self._obey(replica, order.kind, order.generation)
+            if replica.endpoint.state is EndpointState.DRAINING:
+                replica.drains_in -= 1
+                if replica.drains_in < 0:
+                    self.end(name)
+
+    def _live(self, replica: Replica) -> None:
+        if replica.endpoint.state in (EndpointState.STARTING, EndpointState.RESTARTING):
+            replica.starts_in -= 1
+            if replica.starts_in < 0:
+                replica.endpoint = replace(replica.endpoint, state=EndpointState.READY)
+
+    def _obey(self, replica: Replica, kind: OrderKind, generation: int) -> None:
+        endpoint = replica.endpoint
+        if kind is OrderKind.RETIRE:
+            replica.endpoint = replace(endpoint, state=EndpointState.DRAINING)
+        elif endpoint.generation <= generation:
+            replica.starts_in = 2
+            replica.endpoint = replace(
+                endpoint, state=EndpointState.RESTARTING, generation=endpoint.generation + 1
+            )
+
+    def step(self, count: int = 1) -> None:
+        """Seconds pass."""
+        for _ in range(count):
+            self.clock.s += 1.0
+            self.observe()
+            self.report()
+            self.control.tick()
+            self.serve()
+
+    def settle(self) -> None:
+        """All replicas are there and the controller knows everybody."""
+        self.step(12)
+        assert not self.control.registry.warming
+
+    # --- what tests ask --------------------------------------------------------------------------------
+
+    def ready(self, tier: str) -> int:
+        return sum(
+            item.state is EndpointState.READY and item.tier == tier
+            for item in self.control.registry.endpoints.values()
+        )
+
+    def holder_of(self, uuid: str) -> tuple[str, ...]:
+        return self.control.desk.book.holders(uuid)
+
+    def kinds(self, subject: str = "") -> list[str]:
+        return [
+            event.kind for event in self.control.registry.events if not subject or event.subject == subject
+        ]

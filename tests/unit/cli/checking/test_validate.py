@@ -1,0 +1,126 @@
+"""``tierplane validate``, and what engines say of their settings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from controlplane.cli import main
+from controlplane.cli.checking.checks import Verdict, check_variables
+from controlplane.cli.checking.extras import extras
+from controlplane.config import load_plane
+from tests.support.repository import CONFIGS
+
+
+def run(*arguments: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(main, ["validate", *arguments])
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture
+def wrong(tmp_path: Path) -> str:
+    """A file whose keys are right and whose engine settings are not."""
+    path = tmp_path / "wrong.yaml"
+    path.write_text((CONFIGS / "simulated.yaml").read_text().replace("ttft-ms: 90", "ttfd-ms: 90"))
+    return str(path)
+
+
+def test_a_right_file() -> None:
+    code, out, _ = run(str(CONFIGS / "gpu.yaml"))
+    assert code == 0
+    assert "capable" in out
+    assert "no problem" in out
+
+
+def test_json() -> None:
+    code, out, _ = run(str(CONFIGS / "gpu.yaml"), "--json")
+    said = json.loads(out)
+    assert code == 0
+    assert said["ok"] is True
+    assert said["problems"] == []
+    assert [tier["gpus"] for tier in said["tiers"]] == [1.0, 1.0, 2.0]
+    assert said["gpus"] == 4.0
+
+
+def test_settings_of_an_engine(wrong: str) -> None:
+    code, _, err = run(wrong)
+    assert code == 2
+    line = 1 + (CONFIGS / "simulated.yaml").read_text().splitlines().index("            ttft-ms: 90")
+    assert f"line {line}: applications[0].args.tiers[1].engine_args.ttfd-ms" in err
+
+
+def test_problems_as_json(wrong: str) -> None:
+    code, out, _ = run(wrong, "--json")
+    said = json.loads(out)
+    assert code == 2
+    assert said["ok"] is False
+    assert [problem["path"] for problem in said["problems"]] == [
+        "applications[0].args.tiers[1].engine_args.ttfd-ms"
+    ]
+    assert set(said["problems"][0]) == {"path", "message", "remedy", "line"}
+
+
+def test_no_such_file(tmp_path: Path) -> None:
+    code, _, err = run(str(tmp_path / "none.yaml"))
+    assert code == 2
+    assert "No such file" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("cpu", ["cpu"]), ("gpu", ["gpu"]), ("laptop", ["llamacpp"]), ("simulated", [])]
+)
+def test_extras_that_make_installs(name: str, expected: list[str]) -> None:
+    assert extras(load_plane(CONFIGS / f"{name}.yaml").plane) == expected
+
+
+@pytest.fixture
+def naming(tmp_path: Path) -> str:
+    """A right file whose settings name environment variables."""
+    path = tmp_path / "naming.yaml"
+    far = """tiers:
+        - {name: far, engine: endpoint, url: "http://far:1", model: m, api_key_env: FAR_KEY}"""
+    hooks = """
+      controller:
+        alerts:
+          webhooks:
+          - url: "https://a/x"
+          - url: "https://b/y"
+            secret_env: HOOK_SECRET
+"""
+    path.write_text((CONFIGS / "simulated.yaml").read_text().replace("tiers:", far, 1) + hooks)
+    return str(path)
+
+
+def test_variables_that_are_not_set_are_warned_of(naming: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAR_KEY", "")
+    monkeypatch.delenv("HOOK_SECRET", raising=False)
+    code, out, _ = run(naming, "--json")
+    said = json.loads(out)
+    assert (code, said["ok"], said["problems"]) == (0, True, [])
+    tier, hook = said["warnings"]
+    lines = Path(naming).read_text().splitlines()
+    assert tier["path"] == "applications[0].args.tiers[0].api_key_env"
+    assert hook["path"] == "applications[0].args.controller.alerts.webhooks[1].secret_env"
+    assert "secret_env: HOOK_SECRET" in lines[hook["line"] - 1]
+    assert "HOOK_SECRET is not set: nothing would be sent" in hook["message"]
+    assert "set HOOK_SECRET where Ray is started" in hook["remedy"]
+    code, out, _ = run(naming)
+    assert code == 0
+    assert "webhooks[1].secret_env" in out.replace("\n", "")
+    monkeypatch.setenv("FAR_KEY", "f4r")
+    monkeypatch.setenv("HOOK_SECRET", "h00k")
+    code, out, _ = run(naming, "--json")
+    assert json.loads(out)["warnings"] == []
+    assert "h00k" not in out
+
+
+def test_doctor_warns_of_a_variable_that_is_not_set(naming: str) -> None:
+    file = load_plane(naming)
+    [check] = check_variables(file, {"FAR_KEY": "f4r"})
+    assert check.verdict is Verdict.WARN
+    assert check.message.startswith("applications[0].args.controller.alerts.webhooks[1].secret_env: ")
+    assert "HOOK_SECRET" in check.remedy
+    assert check_variables(file, {"FAR_KEY": "f4r", "HOOK_SECRET": "h00k"}) == []

@@ -1,0 +1,80 @@
+import json
+import os
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from controlplane.cli.lifecycle.logs import command, log_files, readable
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TIERPLANE_RUN_DIR", str(tmp_path))
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    for index, name in enumerate(["controller", "gateway-1", "balanced-a1", "balanced-a1-engine"]):
+        path = logs / f"{name}.log"
+        path.write_text("".join(f"{name} line {i}\n" for i in range(10)))
+        os.utime(path, (1000 + index, 1000 + index))
+    (logs / "notes.txt").write_text("not a log\n")
+    return logs
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ((), ["controller", "gateway-1", "balanced-a1", "balanced-a1-engine"]),
+        (("balanced",), ["balanced-a1", "balanced-a1-engine"]),
+        (("gateway", "controller"), ["controller", "gateway-1"]),
+        (("bal",), []),
+    ],
+)
+def test_which_files_a_name_means(folder: Path, names: tuple[str, ...], expected: list[str]) -> None:
+    assert [path.stem for path in log_files(folder, names)] == expected
+
+
+def test_the_last_lines_of_each_file(folder: Path) -> None:
+    result = CliRunner().invoke(command, ["controller", "gateway", "-n", "2"])
+    assert result.exit_code == 0
+    assert result.output.splitlines() == [
+        "controller | controller line 8",
+        "controller | controller line 9",
+        "gateway-1 | gateway-1 line 8",
+        "gateway-1 | gateway-1 line 9",
+    ]
+
+
+def test_no_lines_at_all(folder: Path) -> None:
+    assert CliRunner().invoke(command, ["controller", "-n", "0"]).output == ""
+
+
+def test_a_name_without_logs_is_an_error(folder: Path) -> None:
+    result = CliRunner().invoke(command, ["capable"])
+    assert result.exit_code != 0
+    assert "no logs of capable" in str(result.exception)
+
+
+def test_a_json_line_is_made_readable() -> None:
+    line = json.dumps(
+        {
+            "event": "endpoint ready",
+            "timestamp": "2026-01-02T03:04:05.6Z",
+            "level": "info",
+            "component": "tier",
+            "tier": "balanced",
+            "reason": "two words",
+            "port": 8080,
+        }
+    )
+    assert readable(line) == '03:04:05 info    endpoint ready  tier=balanced reason="two words" port=8080'
+
+
+@pytest.mark.parametrize("line", ["INFO 01-02 loading", "{not json", '{"a": 1}', "{}", ""])
+def test_any_other_line_stays(line: str) -> None:
+    assert readable(line) == line
+
+
+def test_raw_is_raw(folder: Path) -> None:
+    (folder / "controller.log").write_text('{"event": "x"}\n')
+    assert CliRunner().invoke(command, ["controller", "--raw"]).output == '{"event": "x"}\n'

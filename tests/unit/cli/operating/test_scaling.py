@@ -1,0 +1,134 @@
+"""scale, recommendations and report, with a controller that is played."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from controlplane.cli import main
+from controlplane.cli.operating import recommendations, report, scale
+from controlplane.core.recommendations.log import Given, Record
+from controlplane.core.recommendations.rules import Effect, Kind, Recommendation, Score
+from controlplane.core.recommendations.views import ScalingReport, TierScalingView
+from controlplane.core.reconcile.commands import ActionAnswer, Outcome
+from tests.unit.gateway.api.test_report_page import EVIL, made
+
+ADVICE = Recommendation(
+    "small",
+    Kind.SCALE_OUT,
+    ("60 requests wait, over 50",),
+    "run 3 replicas instead of 2",
+    Effect(900, 1, 1),
+    0.7,
+    3,
+)
+OPEN = Given(1, 0.0, ADVICE, 2, 0.0)
+JUDGED = Given(2, 0.0, ADVICE, 2, 0.0, True, Score(True, 0.8, "1000 ms measured, 900 predicted"))
+VIEW = TierScalingView("small", 2, 2, 3, "5 requests/s are forecast", "advise", 5.0, 2.5, 21.0, 0.6)
+
+
+class Plane:
+    """Answers, and remembers what was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Any, ...]] = []
+        self.answers: dict[str, Any] = {
+            "scale": ActionAnswer(Outcome.DONE, "tier small: 3 replicas", ("small",)),
+            "scaling": ScalingReport("advise", (VIEW,), (OPEN, JUDGED), Record(2, 1, 1, 0.8)),
+            "plane_report": made(),
+        }
+
+    def ask(self, method: str, *args: Any) -> Any:
+        self.asked.append((method, *args))
+        return self.answers[method]
+
+
+@pytest.fixture
+def plane(monkeypatch: pytest.MonkeyPatch) -> Plane:
+    played = Plane()
+
+    @contextmanager
+    def connected(address: str | None, namespace: str | None) -> Iterator[Plane]:
+        yield played
+
+    for module in (scale, recommendations, report):
+        monkeypatch.setattr(module, "connected", connected)
+    return played
+
+
+def run(*words: str) -> Result:
+    return CliRunner().invoke(main, words)
+
+
+@pytest.mark.parametrize(
+    ("words", "asked"),
+    [
+        (("3",), ("small", 3, None, "")),
+        (("0", "--for", "90s", "--reason", "a test"), ("small", 0, 90.0, "a test")),
+        (("2", "--for", "15m"), ("small", 2, 900.0, "")),
+        (("2", "--for", "1.5h"), ("small", 2, 5400.0, "")),
+        (("auto",), ("small", None, None, "")),
+    ],
+)
+def test_scale_asks_the_controller(plane: Plane, words: tuple[str, ...], asked: tuple[Any, ...]) -> None:
+    done = run("scale", "small", *words)
+    assert (done.exit_code, done.output) == (0, "tier small: 3 replicas\n")
+    assert plane.asked == [("scale", *asked)]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("many",), "neither a number nor auto"),
+        (("3", "--for", "soon"), "no length of time"),
+        (("3", "--for", "0"), "no length of time"),
+        (("auto", "--for", "2h"), "auto has no end"),
+    ],
+)
+def test_scale_says_what_is_wrong(plane: Plane, words: tuple[str, ...], says: str) -> None:
+    done = run("scale", "small", *words)
+    assert done.exit_code == 2
+    assert says in done.output
+    assert not plane.asked
+
+
+def test_a_refusal_is_an_error(plane: Plane) -> None:
+    plane.answers["scale"] = ActionAnswer(Outcome.REFUSED, "tier small: 0 to 4 replicas, not 9", ("small",))
+    done = run("scale", "small", "9")
+    assert done.exit_code == 1
+    assert "0 to 4" in done.output
+    done = run("scale", "small", "9", "--json")
+    assert (done.exit_code, json.loads(done.output)["outcome"]) == (1, "refused")
+
+
+def test_recommendations_show_targets_and_open_advice_or_what_was_judged(plane: Plane) -> None:
+    done = run("recommendations")
+    assert done.exit_code == 0
+    assert "5 requests/s are forecast" in done.output
+    assert "scale_out" in done.output
+    assert "followed" not in done.output
+    assert "1 of 1 judged right, mean score 0.80" in done.output
+    done = run("recommendations", "--scored")
+    assert "followed; 0.80" in done.output
+    assert "forecast" not in done.output
+    told = json.loads(run("recommendations", "--json").output)
+    assert [each["type"] for each in told["recommendations"]] == ["scale_out", "scale_out"]
+    assert told["tiers"][0]["wanted"] == 3
+
+
+def test_report_prints_a_table_json_and_a_page(plane: Plane, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    done = run("report", "--window", "5", "--html", str(path))
+    assert done.exit_code == 0, done.output
+    assert "75.00%" in done.output
+    assert "cost 2.00" in done.output
+    assert path.read_text().startswith("<!doctype html>")
+    assert json.loads(run("report", "--json").output)["tiers"][0]["tier"] == EVIL
+    assert plane.asked == [("plane_report", 5.0), ("plane_report", 60.0)]
+    assert run("report", "--window", "0").exit_code == 2

@@ -1,0 +1,358 @@
+"""Alerts on their way: signed, in order, again and again, bounded, never in the way."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+from aiohttp import web
+from structlog.testing import capture_logs
+
+from controlplane.config.alerts import WebhookConfig
+from controlplane.controller import alert_delivery
+from controlplane.controller.alert_delivery import SIGNATURE, AlertDelivery, pause_s, signature
+from controlplane.core.alerts.book import AlertState, Kind, Severity
+from controlplane.core.alerts.views import AlertView, Happening, Notice
+
+SECRET = "not for logs"
+VIEW = AlertView(
+    rule="TierplaneTierDown",
+    state=AlertState.FIRING,
+    severity=Severity.CRITICAL,
+    kind=Kind.TIER,
+    subject="small",
+    summary="Tier small has no ready endpoint.",
+    action="tierplane status says why.",
+    detail="small-1 is failed",
+    value=0.0,
+    threshold=1.0,
+    since_unix_s=1000.0,
+)
+
+
+def notice(subject: str = "small", happening: Happening = Happening.FIRING, **fields: Any) -> Notice:
+    return Notice(happening, replace(VIEW, subject=subject, **fields))
+
+
+@dataclass
+class Receiver:
+    """A webhook: answers with the given statuses, then 200."""
+
+    url: str = ""
+    statuses: list[int] = field(default_factory=list)
+    headers: dict[str, str] = field(default_factory=dict)
+    hold_s: float = 0.0
+    calls: list[tuple[web.Request, bytes]] = field(default_factory=list)
+    taken: list[dict[str, Any]] = field(default_factory=list)
+
+    async def handle(self, request: web.Request) -> web.Response:
+        body = await request.read()
+        self.calls.append((request, body))
+        if self.hold_s:
+            await asyncio.sleep(self.hold_s)
+        status = self.statuses.pop(0) if self.statuses else 200
+        if status == 200:
+            self.taken += json.loads(body)["alerts"]
+        return web.Response(status=status, headers=self.headers if status != 200 else None)
+
+    @property
+    def subjects(self) -> list[str]:
+        return [item["subject"] for item in self.taken]
+
+
+@asynccontextmanager
+async def receiving() -> AsyncIterator[Receiver]:
+    receiver = Receiver()
+    app = web.Application()
+    app.router.add_post("/hooks/s3cret-path", receiver.handle)
+    runner = web.AppRunner(app, shutdown_timeout=0.1, handler_cancellation=True)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    port = runner.addresses[0][1]
+    receiver.url = f"http://127.0.0.1:{port}/hooks/s3cret-path"
+    try:
+        yield receiver
+    finally:
+        await runner.cleanup()
+
+
+@asynccontextmanager
+async def delivering(
+    *webhooks: dict[str, Any], environ: dict[str, str] | None = None
+) -> AsyncIterator[AlertDelivery]:
+    configs = [WebhookConfig.model_validate(each) for each in webhooks]
+    delivery = AlertDelivery(configs, environ or {}, "tierplane", pause_s=lambda attempt: 0.0)
+    delivery.start()
+    try:
+        yield delivery
+    finally:
+        await delivery.close()
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+async def test_a_message_has_its_shape_and_a_signature_that_fits() -> None:
+    environ = {"HOOK_SECRET": SECRET}
+    async with receiving() as receiver:
+        async with delivering(
+            {"url": receiver.url, "secret_env": "HOOK_SECRET"}, environ=environ
+        ) as delivery:
+            delivery.tell([notice()])
+            await until(lambda: receiver.taken)
+            await until(lambda: delivery.views[0].delivered == 1)
+    request, body = receiver.calls[0]
+    unix_s, _, mac = request.headers[SIGNATURE].removeprefix("t=").partition(",v1=")
+    wanted = hmac.new(SECRET.encode(), f"{unix_s}.".encode() + body, hashlib.sha256).hexdigest()
+    assert hmac.compare_digest(mac, wanted)
+    assert abs(int(unix_s) - time.time()) < 60
+    assert request.content_type == "application/json"
+    message = json.loads(body)
+    assert (message["version"], message["plane"]) == (1, "tierplane")
+    [item] = message["alerts"]
+    assert item.pop("id").startswith("TierplaneTierDown/small/1000.000/firing/")
+    assert item == {
+        "event": "firing",
+        "rule": "TierplaneTierDown",
+        "severity": "critical",
+        "kind": "tier",
+        "subject": "small",
+        "summary": "Tier small has no ready endpoint.",
+        "detail": "small-1 is failed",
+        "action": "tierplane status says why.",
+        "value": 0.0,
+        "threshold": 1.0,
+        "since_unix_s": 1000.0,
+    }
+
+
+def test_a_signature_changes_with_everything_that_it_covers() -> None:
+    made = signature("secret", b"{}", 100)
+    assert made == signature("secret", b"{}", 100)
+    assert made.startswith("t=100,v1=")
+    others = {
+        signature("secret", b"{ }", 100),
+        signature("Secret", b"{}", 100),
+        signature("secret", b"{}", 101),
+    }
+    assert made not in others
+    assert len(others) == 3
+
+
+async def test_without_a_secret_nothing_is_signed() -> None:
+    async with receiving() as receiver, delivering({"url": receiver.url}) as delivery:
+        delivery.tell([notice()])
+        await until(lambda: receiver.taken)
+        assert SIGNATURE not in receiver.calls[0][0].headers
+
+
+@pytest.mark.parametrize("status", [500, 503, 429])
+async def test_what_is_not_taken_is_sent_again_and_the_order_holds(status: int) -> None:
+    async with receiving() as receiver, delivering({"url": receiver.url}) as delivery:
+        receiver.statuses = [status, status]
+        delivery.tell([notice("a")])
+        await until(lambda: receiver.calls)
+        delivery.tell([notice("b"), notice("a", Happening.RESOLVED)])
+        await until(lambda: len(receiver.taken) == 3)
+        assert receiver.subjects == ["a", "b", "a"]
+        assert [item["event"] for item in receiver.taken] == ["firing", "firing", "resolved"]
+        await until(lambda: delivery.views[0].waiting == 0)
+        assert (delivery.views[0].failed, delivery.views[0].problem) == (0, "")
+        bodies = [body for _, body in receiver.calls[:3]]
+        assert bodies[0] == bodies[1] == bodies[2], "the same message each time"
+
+
+@pytest.mark.parametrize("status", [400, 404, 302])
+async def test_what_will_never_be_taken_is_given_up_at_once_and_said(status: int) -> None:
+    async with receiving() as receiver:
+        receiver.statuses = [status]
+        receiver.headers = {"location": receiver.url}
+        with capture_logs() as logs:
+            async with delivering({"url": receiver.url}) as delivery:
+                delivery.tell([notice("a")])
+                await until(lambda: delivery.views[0].failed == 1)
+                assert delivery.views[0].problem == f"it answered {status}"
+                delivery.tell([notice("b")])
+                await until(lambda: receiver.subjects == ["b"])
+                await until(lambda: delivery.views[0].problem == "")
+        [said] = [line for line in logs if "given up" in line["event"]]
+        assert said["log_level"] == "error"
+        assert "TierplaneTierDown/a" in said["alerts"][0]
+    assert len(receiver.calls) == 2
+
+
+async def test_attempts_are_limited(free_port: Callable[[], int]) -> None:
+    url = f"http://127.0.0.1:{free_port()}/x?token=s3cret"
+    with capture_logs() as logs:
+        async with delivering({"url": url, "max_attempts": 3}) as delivery:
+            delivery.tell([notice()])
+            await until(lambda: delivery.views[0].failed == 1)
+    assert len([line for line in logs if "wait for a webhook" in line["event"]]) == 2
+    assert "can't be reached" in delivery.views[0].problem
+    assert "s3cret" not in repr(logs) + repr(delivery.views)
+
+
+async def test_an_answer_that_does_not_come_is_not_waited_for() -> None:
+    async with receiving() as receiver:
+        receiver.hold_s = 5.0
+        async with delivering({"url": receiver.url, "timeout_s": 0.05, "max_attempts": 2}) as delivery:
+            delivery.tell([notice()])
+            await until(lambda: delivery.views[0].failed == 1)
+            assert delivery.views[0].problem == "no answer in 0.05 s"
+
+
+async def test_a_receiver_may_ask_for_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    real = asyncio.sleep
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        await real(0)
+
+    async with receiving() as receiver:
+        receiver.statuses = [429, 429]
+        receiver.headers = {"retry-after": "7"}
+        async with delivering({"url": receiver.url}) as delivery:
+            monkeypatch.setattr(alert_delivery.asyncio, "sleep", sleep)
+            delivery.tell([notice()])
+            async with asyncio.timeout(10):
+                while not receiver.taken:
+                    await real(0.002)
+            monkeypatch.undo()
+    assert [each for each in slept if each > 1] == [7.0, 7.0]
+
+
+def test_pauses_grow_and_are_bounded() -> None:
+    for attempt in range(1, 30):
+        longest = min(60.0, 2.0 ** (attempt - 1))
+        assert all(longest / 2 <= pause_s(attempt) <= longest for _ in range(20))
+
+
+async def test_too_many_leave_out_the_oldest_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alert_delivery, "QUEUE_LIMIT", 5)
+    with capture_logs() as logs:
+        async with receiving() as receiver:
+            async with delivering({"url": receiver.url}) as delivery:
+                delivery.tell([notice(f"s{i}") for i in range(8)])
+                assert delivery.views[0].dropped == 3
+                await until(lambda: len(receiver.taken) == 5)
+    assert receiver.subjects == ["s3", "s4", "s5", "s6", "s7"]
+    [said] = [line for line in logs if "too many wait" in line["event"]]
+    assert (said["log_level"], said["left_out"]) == ("error", 1)
+
+
+async def test_many_go_in_a_few_messages() -> None:
+    async with receiving() as receiver, delivering({"url": receiver.url}) as delivery:
+        delivery.tell([notice(f"s{i}") for i in range(250)])
+        await until(lambda: len(receiver.taken) == 250)
+        assert receiver.subjects == [f"s{i}" for i in range(250)]
+        assert len(receiver.calls) == 3
+
+
+async def test_telling_never_waits() -> None:
+    async with receiving() as receiver:
+        receiver.hold_s = 30.0
+        async with delivering({"url": receiver.url}) as delivery:
+            began_s = time.monotonic()
+            for _ in range(20):
+                delivery.tell([notice()])
+            assert time.monotonic() - began_s < 1.0
+            await until(lambda: receiver.calls)
+
+
+async def test_each_webhook_has_its_own_limit_and_pace() -> None:
+    async with receiving() as slow, receiving() as quick:
+        slow.hold_s = 30.0
+        async with delivering(
+            {"url": slow.url, "min_severity": "info"}, {"url": quick.url, "min_severity": "critical"}
+        ) as delivery:
+            delivery.tell([notice("a", severity=Severity.WARNING), notice("b")])
+            await until(lambda: [view.waiting for view in delivery.views] == [2, 0])
+            assert quick.subjects == ["b"]
+
+
+async def test_a_missing_secret_is_said_loudly_and_nothing_goes_out_unsigned() -> None:
+    async with receiving() as receiver:
+        with capture_logs() as logs:
+            async with delivering({"url": receiver.url, "secret_env": "HOOK_SECRET"}) as delivery:
+                delivery.tell([notice()])
+                assert delivery.views[0].waiting == 1
+                assert "HOOK_SECRET is not set" in delivery.views[0].problem
+                kept = delivery.kept()
+        assert receiver.calls == []
+        [said] = [line for line in logs if line["log_level"] == "critical"]
+        assert said["variable"] == "HOOK_SECRET"
+        environ = {"HOOK_SECRET": SECRET}
+        webhook = {"url": receiver.url, "secret_env": "HOOK_SECRET"}
+        with capture_logs() as logs:
+            async with delivering(webhook, environ=environ) as delivery:
+                delivery.restore(json.loads(json.dumps(kept)))
+                await until(lambda: receiver.subjects == ["small"])
+        assert SECRET not in repr(logs)
+        assert "s3cret-path" not in repr(logs) + repr(kept)
+
+
+async def test_what_waits_survives_a_restart_in_its_order() -> None:
+    async with receiving() as receiver:
+        receiver.hold_s = 30.0
+        async with delivering({"url": receiver.url}) as delivery:
+            delivery.tell([notice("a")])
+            await until(lambda: receiver.calls)
+            delivery.tell([notice("b")])
+            kept = delivery.kept()
+        assert delivery.kept() == kept, "closing loses nothing"
+        receiver.hold_s = 0.0
+        async with delivering({"url": receiver.url}) as again:
+            again.restore(json.loads(json.dumps(kept)))
+            again.tell([notice("c")])
+            await until(lambda: receiver.subjects[-3:] == ["a", "b", "c"])
+            await until(lambda: again.kept() == {})
+
+
+async def test_webhooks_may_change_and_what_waits_for_one_that_stays_is_kept() -> None:
+    async with receiving() as stays, receiving() as goes, receiving() as comes:
+        stays.hold_s = goes.hold_s = 30.0
+        async with delivering({"url": stays.url}, {"url": goes.url}) as delivery:
+            delivery.tell([notice("a")])
+            await until(lambda: stays.calls and goes.calls)
+            stays.hold_s = 0.0
+            changed = [{"url": comes.url}, {"url": stays.url, "min_severity": "info"}]
+            delivery.configure([WebhookConfig.model_validate(each) for each in changed])
+            delivery.tell([notice("b", severity=Severity.INFO), notice("c")])
+            await until(lambda: stays.subjects == ["a", "b", "c"])
+            await until(lambda: comes.subjects == ["c"])
+            assert goes.subjects == []
+
+
+def test_the_log_says_it_by_severity() -> None:
+    delivery = AlertDelivery([], {}, "tierplane")
+    with capture_logs() as logs:
+        delivery.tell(
+            [
+                notice(),
+                notice(severity=Severity.WARNING),
+                notice(severity=Severity.INFO),
+                notice(happening=Happening.REPEATED),
+                notice(happening=Happening.RESOLVED),
+            ]
+        )
+    assert [(line["event"], line["log_level"]) for line in logs] == [
+        ("alert", "error"),
+        ("alert", "warning"),
+        ("alert", "info"),
+        ("alert still fires", "error"),
+        ("alert over", "info"),
+    ]
+    assert logs[0]["detail"] == "small-1 is failed"

@@ -1,0 +1,482 @@
+"""The controller's alerts on a controller without Ray: figures, record, snapshots, operators, restarts."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from controlplane.config import ControllerConfig
+from controlplane.config.alerts import AlertsConfig
+from controlplane.controller.alerting import Alerting
+from controlplane.controller.operator_actions import Operations
+from controlplane.core.alerts import rules as names
+from controlplane.core.alerts.book import AlertState, Kind
+from controlplane.core.alerts.signals import Known
+from controlplane.core.alerts.views import AlertView, Happening, Notice
+from controlplane.core.cluster.snapshot import GatewayInfo
+from controlplane.core.cluster.tier_spec import TierSpec
+from controlplane.core.domain.endpoint import EndpointState
+from controlplane.core.reconcile.commands import Outcome
+from controlplane.core.reconcile.migrations import CONTROLLER, TierHold
+from controlplane.core.telemetry.series import Signal, known_now, missing
+from controlplane.core.traffic.counters import Traffic
+from tests.support.control import HEARTBEAT_S, World, xid
+
+SHIFT_S = 5000.0
+SPEC = TierSpec("small", "m", "simulated", 1, 10)
+
+
+class Rig:
+    """A world whose alerts are judged every second."""
+
+    def __init__(
+        self,
+        rules: dict[str, Any] | None = None,
+        replicas: int = 1,
+        tiers: dict[str, int] | None = None,
+        **alerts: Any,
+    ) -> None:
+        nodes = {name: [f"GPU-{name}-{i}" for i in range(2)] for name in ("node-a", "node-b")}
+        self.world = World(nodes, tiers or {"small": replicas})
+        self.warning = ""
+        values = {"heartbeat_s": HEARTBEAT_S, "alerts": {"rules": rules or {}, **alerts}}
+        self.config = ControllerConfig.model_validate(values)
+        self.make()
+        self.told: list[Notice] = []
+        self.world.settle()
+
+    def make(self) -> None:
+        self.alerting = Alerting(
+            self.world.control, self.config.alerts, shift_s=SHIFT_S, store_warning=lambda: self.warning
+        )
+
+    def step(self, count: int = 1) -> list[str]:
+        """Seconds pass; what is told meanwhile, as ``happening rule subject``."""
+        told: list[Notice] = []
+        for _ in range(count):
+            self.world.step()
+            told += self.alerting.look()
+        self.told += told
+        return [
+            f"{each.happening} {each.alert.rule.removeprefix('Tierplane')} {each.alert.subject}"
+            for each in told
+        ]
+
+    @property
+    def firing(self) -> list[AlertView]:
+        """What fires now."""
+        return [each for each in self.alerting.answer(()).alerts if each.state is AlertState.FIRING]
+
+    def fail(self, tier: str = "small") -> None:
+        """No replica of the tier comes up any more."""
+        for replica in self.world.replicas.values():
+            if replica.endpoint.tier == tier:
+                replica.starts_in = 10**6
+                state = EndpointState.RESTARTING
+                replica.endpoint = replace(replica.endpoint, state=state, diagnosis="out of memory")
+
+    def mend(self) -> None:
+        for replica in self.world.replicas.values():
+            replica.starts_in = 1
+
+
+QUICK = {"TierplaneTierDown": {"for_s": 3.0}}
+
+
+def test_a_tier_that_is_down_rings_once_and_is_over_when_it_is_up() -> None:
+    rig = Rig(QUICK)
+    assert rig.step(20) == []
+    rig.fail()
+    assert rig.step(3) == []
+    assert rig.step(20) == ["firing TierDown small"]
+    [notice] = rig.told
+    assert notice.alert.summary == "Tier small has no ready endpoint."
+    assert "restarting (out of memory)" in notice.alert.detail
+    assert (notice.alert.value, notice.alert.threshold) == (0.0, 1)
+    assert abs(notice.alert.since_unix_s - SHIFT_S - rig.world.clock.s) < 22
+    registry = rig.world.control.registry
+    assert [alert.rule for alert in registry.snapshot(secrets=False).alerts] == ["TierplaneTierDown"]
+    rig.mend()
+    assert rig.step(10) == ["resolved TierDown small"]
+    assert rig.told[-1].alert.detail == ""
+    assert registry.snapshot(secrets=False).alerts == ()
+    events = [event for event in registry.events if event.kind.startswith("alert")]
+    assert [(event.kind, event.subject, event.tier) for event in events] == [
+        ("alert", "small", "small"),
+        ("alert over", "small", "small"),
+    ]
+    assert events[0].reason.startswith("TierplaneTierDown: Tier small has no ready endpoint: small-")
+
+
+def test_a_tier_that_an_operator_drained_or_that_wants_none_is_not_down() -> None:
+    rig = Rig(QUICK)
+    Operations(rig.world.control).drain("small", "its weights change")
+    assert rig.step(60) == []
+    assert rig.world.control.registry.snapshot(secrets=False).due == (("small", 0),)
+    none = Rig(QUICK, tiers={"small": 1, "none": 0})
+    assert none.step(60) == []
+
+
+def test_a_tier_with_fewer_replicas_than_it_is_to_have_rings_later() -> None:
+    rig = Rig({"TierplaneReplicasMissing": {"for_s": 5.0}}, replicas=2)
+    [first, _] = rig.world.replicas.values()
+    first.endpoint = replace(first.endpoint, state=EndpointState.RESTARTING)
+    first.starts_in = 10**6
+    assert rig.step(20) == ["firing ReplicasMissing small"]
+    first.starts_in = 0
+    assert rig.step(20) == ["resolved ReplicasMissing small"]
+
+
+def test_a_tier_that_the_controller_holds_rings_with_the_diagnosis() -> None:
+    rig = Rig()
+    now_s = rig.world.clock.s
+    rig.world.control.work.holds["small"] = TierHold("bad flag", now_s, CONTROLLER, now_s + 600)
+    assert rig.step() == ["firing TierHeld small"]
+    assert rig.told[0].alert.detail == "bad flag"
+    rig.world.control.work.release("small")
+    assert rig.step() == ["resolved TierHeld small"]
+
+
+def test_gpus_that_failed_ring_and_those_that_an_operator_took_do_not() -> None:
+    rig = Rig()
+    Operations(rig.world.control).cordon("GPU-node-b-1", "a fan rattles")
+    rig.world.events.append(xid("node-b", "GPU-node-b-0", 79))
+    assert rig.step(3) == ["firing GpuOutOfUse GPU-node-b-0"]
+    assert "79" in rig.told[0].alert.detail
+
+
+def test_heat_rings_by_its_own_thresholds() -> None:
+    rig = Rig({"TierplaneGpuHot": {"threshold": 60.0, "for_s": 2.0}})
+    rig.world.samples["node-a"] = {"GPU-node-a-0": {"temperature_c": 61}}
+    assert rig.step(5) == ["firing GpuHot GPU-node-a-0"]
+    rig.world.samples["node-a"] = {"GPU-node-a-0": {"temperature_c": 59}}
+    assert rig.step(10) == [], "not cool enough"
+    rig.world.samples["node-a"] = {"GPU-node-a-0": {"temperature_c": 57}}
+    assert rig.step(10) == ["resolved GpuHot GPU-node-a-0"]
+
+
+def test_a_silent_agent_rings_and_its_gpus_do_not() -> None:
+    rig = Rig({"TierplaneGpuHot": {"threshold": 60.0, "for_s": 0.0}})
+    rig.world.samples["node-a"] = {"GPU-node-a-0": {"temperature_c": 59}}
+    rig.step(3)
+    rig.world.silent.add("node-a")
+    rig.world.samples["node-a"] = {"GPU-node-a-0": {"temperature_c": 99}}
+    assert rig.step(80) == []
+    assert rig.step(20) == ["firing NodeSilent node-a"]
+    rig.world.silent.clear()
+    rig.world.samples.clear()
+    assert rig.step(61) == ["resolved NodeSilent node-a"]
+
+
+def test_a_node_is_lost_until_everything_that_ran_there_is_replaced() -> None:
+    rig = Rig(replicas=2)
+    rig.step()
+    rig.world.nodes.pop("node-a")
+    assert rig.step(3) == ["firing NodeLost node-a"]
+    assert rig.told[0].alert.detail == "it had replicas of small"
+    assert rig.world.ready("small") < 2
+    told = rig.step(70)
+    assert rig.world.ready("small") == 2
+    assert told == ["resolved NodeLost node-a"]
+    rig.step()
+    assert rig.world.control.lost_nodes == {}
+
+
+def test_a_node_that_was_empty_or_drained_may_go() -> None:
+    rig = Rig()
+    empty = ({"node-a", "node-b"} - {item.endpoint.node_id for item in rig.world.replicas.values()}).pop()
+    rig.world.nodes.pop(empty)
+    assert rig.step(5) == []
+    drained = Rig(replicas=1)
+    Operations(drained.world.control).cordon("node-a", "a new kernel")
+    drained.world.nodes.pop("node-a")
+    assert drained.step(3) == []
+
+
+def test_a_memory_that_is_not_safe_rings() -> None:
+    rig = Rig()
+    rig.warning = "disk full: in memory only"
+    assert rig.step(40) == ["firing StoreUnsafe plane"]
+    assert rig.told[0].alert.detail == "disk full: in memory only"
+    rig.warning = ""
+    assert rig.step(40) == ["resolved StoreUnsafe plane"]
+
+
+def test_queue_and_places_come_from_the_gateways_and_without_one_are_not_known() -> None:
+    rig = Rig({"TierplaneQueueLong": {"for_s": 0.0}, "TierplaneTierSaturated": {"for_s": 0.0}})
+
+    def report(queued: int, in_flight: int) -> None:
+        [name] = rig.world.replicas
+        info = GatewayInfo("g1", "n", "", queued=queued, in_flight_by_endpoint=((name, in_flight),))
+        rig.world.control.gateway_report(info)
+
+    report(51, 10)
+    assert sorted(rig.step()) == ["firing QueueLong plane", "firing TierSaturated small"]
+    rig.step(30)
+    assert rig.world.control.registry.gateways == ()
+    assert {alert.state for alert in rig.alerting.watch.book.alerts} == {AlertState.FIRING}
+    report(0, 0)
+    assert sorted(rig.step()) == ["resolved QueueLong plane", "resolved TierSaturated small"]
+
+
+def test_what_gateways_count_is_judged() -> None:
+    rig = Rig({"TierplaneRequestsFail": {"for_s": 2.0}, "TierplaneSloMissed": {"for_s": 2.0}})
+    control = rig.world.control
+    ok = failed = 0
+
+    def second(more_ok: int, more_failed: int) -> list[str]:
+        nonlocal ok, failed
+        ok, failed = ok + more_ok, failed + more_failed
+        counted = Traffic("small", ok + failed, ok + failed, failed, ok=ok, failed=failed)
+        control.gateway_report(GatewayInfo("g1", "n", "", traffic=(counted,)))
+        control.demand.look(["small"], [], rig.world.clock.s)
+        return rig.step()
+
+    rig.world.control.registry.declare([replace(SPEC, attainment=0.95)], HEARTBEAT_S)
+    told = [text for _ in range(10) for text in second(99, 1)]
+    assert told == [], "one in a hundred"
+    told = [text for _ in range(10) for text in second(50, 50)]
+    assert sorted(told) == ["firing RequestsFail small", "firing SloMissed small"]
+    [ratio] = [each.alert.value for each in rig.told if each.alert.rule == "TierplaneRequestsFail"]
+    assert 0.1 < ratio < 0.5
+    told = [text for _ in range(320) for text in second(100, 0)]
+    assert sorted(told) == ["resolved RequestsFail small", "resolved SloMissed small"]
+
+
+def test_a_tiers_slo_is_judged_by_what_that_tier_promises() -> None:
+    tiers = {"strict": 0.99, "loose": 0.9, "silent": None}
+    rig = Rig({"TierplaneSloMissed": {"for_s": 2.0}}, tiers=dict.fromkeys(tiers, 1))
+    control = rig.world.control
+    control.registry.declare(
+        [replace(SPEC, name=name, attainment=promised) for name, promised in tiers.items()], HEARTBEAT_S
+    )
+    judged = missed = 0
+    for each in range(60):
+        judged, missed = judged + 100, missed + 3
+        counted = [Traffic(name, judged, judged, missed, ok=judged) for name in tiers]
+        control.gateway_report(GatewayInfo("g1", "n", "", traffic=tuple(counted)))
+        control.demand.look(tiers, [], rig.world.clock.s)
+        told = rig.step()
+        assert told == [] or (told == ["firing SloMissed strict"] and each == 3)
+    [view] = rig.firing
+    assert (view.rule, view.subject) == ("TierplaneSloMissed", "strict")
+    assert view.value == pytest.approx(3.0)
+    assert view.detail == "97 % keep it, 99 % are promised"
+
+
+def test_figures_of_others_are_judged_and_what_is_missing_is_not() -> None:
+    rig = Rig({"TierplaneRequestsFail": {"for_s": 0.0}, "TierplaneTierIdle": {"for_s": 0.0}})
+    supplied: dict[str, dict[str, Signal]] = {}
+    rig.alerting.sources.append(lambda now_s: Known(supplied))
+    fresh = lambda value: {"small": known_now(value)}  # noqa: E731
+    supplied["tier/failed_ratio"] = {"small": missing("no request ended")}
+    supplied[names.TIER_SATURATION] = fresh(0.0)
+    assert rig.step() == [], "how many requests come is not known"
+    supplied["tier/requests_per_s"] = fresh(0.5)
+    supplied["tier/failed_ratio"] = fresh(0.2)
+    assert sorted(rig.step()) == ["firing RequestsFail small", "firing TierIdle small"]
+    supplied["tier/requests_per_s"] = fresh(2.0)
+    assert rig.step() == ["resolved TierIdle small"]
+
+
+def test_nothing_is_judged_while_the_controller_does_not_know_everybody_or_all_have_left() -> None:
+    rig = Rig({"TierplaneTierDown": {"for_s": 0.0}})
+    rig.fail()
+    rig.world.start_controller("e2", settle_s=10.0)
+    rig.make()
+    assert rig.step(8) == []
+    assert "firing TierDown small" in rig.step(20)
+    gone = Rig(QUICK)
+    gone.world.control.gateway_report(GatewayInfo("g1", "n", ""))
+    gone.world.control.gateway_gone("g1", "stopped")
+    gone.fail()
+    assert gone.step(30) == []
+    gone.world.control.gateway_report(GatewayInfo("g2", "n", ""))
+    assert gone.step(10) == ["firing TierDown small"]
+
+
+def test_a_rule_that_is_switched_off_is_not_judged() -> None:
+    rig = Rig({"TierplaneTierDown": {"for_s": 1.0, "enabled": False}})
+    rig.fail()
+    assert rig.step(10) == []
+    other = Rig({"TierplaneTierDown": {"for_s": 1.0, "severity": "info"}})
+    other.fail()
+    assert other.step(10) == ["firing TierDown small"]
+    assert other.told[0].alert.severity == "info"
+
+
+def test_other_settings_hold_from_now_on() -> None:
+    rig = Rig(QUICK)
+    rig.fail()
+    assert rig.step(10) == ["firing TierDown small"]
+    rules = {"TierplaneTierDown": {"enabled": False}, "TierplaneReplicasMissing": {"for_s": 1.0}}
+    rig.alerting.configure(AlertsConfig.model_validate({"rules": rules}))
+    assert sorted(rig.step(10)) == ["firing ReplicasMissing small", "resolved TierDown small"]
+
+
+def test_a_subject_that_is_gone_takes_its_alerts_along() -> None:
+    rig = Rig(QUICK)
+    rig.fail()
+    assert rig.step(10) == ["firing TierDown small"]
+    rig.world.control.declare((), HEARTBEAT_S)
+    assert rig.step(50) == []
+    assert rig.step(20) == ["resolved TierDown small"]
+    assert rig.told[-1].alert.detail == "it is no longer there"
+
+
+# --- operators ---------------------------------------------------------------------------------------------
+
+
+def test_an_acknowledged_alert_is_not_told_again() -> None:
+    rig = Rig(QUICK, repeat_s=10.0)
+    rig.fail()
+    assert rig.step(26) == ["firing TierDown small", "repeated TierDown small", "repeated TierDown small"]
+    done = rig.alerting.acknowledge("tierdown", "small", "ada")
+    assert done.outcome is Outcome.DONE
+    assert rig.alerting.acknowledge("TierplaneTierDown", "small", "bob").outcome is Outcome.UNCHANGED
+    assert rig.step(60) == []
+    [shown] = rig.world.control.registry.snapshot(secrets=False).alerts
+    assert shown.acknowledged == "ada"
+    event = rig.world.control.registry.events[-1]
+    assert (event.kind, event.subject, event.actor) == ("alert acknowledged", "small", "operator")
+    rig.mend()
+    assert rig.step(10) == ["resolved TierDown small"]
+
+
+@pytest.mark.parametrize(
+    ("name", "subject", "words"),
+    [
+        ("Nonsense", "small", "no alert rule 'Nonsense'"),
+        ("TierDown", "large", "it fires about small"),
+        ("TierHeld", "small", "it fires about nothing"),
+    ],
+)
+def test_only_what_fires_can_be_acknowledged(name: str, subject: str, words: str) -> None:
+    rig = Rig(QUICK)
+    rig.fail()
+    rig.step(10)
+    answer = rig.alerting.acknowledge(name, subject, "ada")
+    assert answer.outcome is Outcome.UNKNOWN
+    assert words in answer.reason
+
+
+def test_subjects_may_be_cut_short() -> None:
+    rig = Rig()
+    rig.world.events.append(xid("node-b", "GPU-node-b-0", 79))
+    rig.step(3)
+    assert rig.alerting.acknowledge("GpuOutOfUse", "GPU-no", "ada").subjects == ("GPU-node-b-0",)
+
+
+def test_a_silence_holds_back_what_it_names_and_is_listed() -> None:
+    rig = Rig(QUICK)
+    done = rig.alerting.silence("TierDown", "small", 60.0, "an upgrade", "ada")
+    assert (done.outcome, done.subjects) == (Outcome.DONE, ("1",))
+    rig.fail()
+    assert rig.step(20) == []
+    answer = rig.alerting.answer(())
+    [alert] = rig.firing
+    assert alert.silenced_until_unix_s is not None
+    assert rig.world.control.registry.snapshot(secrets=False).alerts[0].silenced
+    [silence] = answer.silences
+    assert (silence.rule, silence.subject, silence.by) == ("TierplaneTierDown", "small", "ada")
+    assert rig.alerting.unsilence(2, "ada").outcome is Outcome.UNKNOWN
+    assert rig.alerting.unsilence(1, "ada").outcome is Outcome.DONE
+    assert rig.step() == ["firing TierDown small"]
+    kinds = [event.kind for event in rig.world.control.registry.events if event.actor == "operator"]
+    assert kinds == ["silence", "silence ended"]
+
+
+def test_a_silence_that_makes_no_sense_is_refused() -> None:
+    rig = Rig()
+    assert rig.alerting.silence("Nonsense", "", 60.0, "x", "ada").outcome is Outcome.UNKNOWN
+    assert rig.alerting.silence("", "", 0.0, "x", "ada").outcome is Outcome.REFUSED
+    assert rig.alerting.silence("", "", 1e9, "x", "ada").outcome is Outcome.REFUSED
+    assert rig.alerting.silence("", "", 60.0, "x", "ada").outcome is Outcome.DONE
+
+
+def test_the_worst_is_listed_first() -> None:
+    rig = Rig({"TierplaneTierDown": {"for_s": 2.0}, "TierplaneGpuBusy": {"threshold": 0.3, "for_s": 0.0}})
+    rig.fail()
+    rig.step()
+    states = [(alert.severity.value, alert.state.value) for alert in rig.alerting.answer(()).alerts]
+    assert states == [("critical", "pending"), ("warning", "pending"), *[("info", "firing")] * 4]
+    rig.step(5)
+    assert rig.alerting.answer(()).alerts[0].state is AlertState.FIRING
+
+
+# --- over a restart ----------------------------------------------------------------------------------------
+
+
+def test_what_fires_and_silences_survive_the_controller() -> None:
+    rig = Rig(QUICK, repeat_s=1000.0)
+    rig.fail()
+    assert rig.step(10) == ["firing TierDown small"]
+    rig.alerting.acknowledge("TierDown", "small", "ada")
+    rig.alerting.silence("", "large", 600.0, "an upgrade", "ada")
+    values = json.loads(json.dumps(rig.alerting.kept()))
+    [before] = rig.firing
+    rig.world.start_controller("e2")
+    rig.alerting = Alerting(
+        rig.world.control, rig.config.alerts, shift_s=SHIFT_S + 7.0, store_warning=lambda: rig.warning
+    )
+    rig.alerting.restore(values)
+    shown = rig.world.control.registry.snapshot(secrets=False)
+    assert [alert.acknowledged for alert in shown.alerts] == ["ada"], "gateways are told at once"
+    assert rig.step(20) == [], "it was told before"
+    answer = rig.alerting.answer(())
+    [after] = rig.firing
+    assert (after.acknowledged, after.since_unix_s) == ("ada", pytest.approx(before.since_unix_s))
+    assert answer.silences[0].subject == "large"
+    rig.mend()
+    assert rig.step(20) == ["resolved TierDown small"]
+    assert {key.split("/")[0] for key in rig.alerting.kept()} == {"silence"}
+
+
+def test_alerts_of_rules_that_are_no_more_are_left_out_and_of_those_switched_off_end() -> None:
+    rig = Rig(QUICK)
+    rig.fail()
+    rig.step(10)
+    values = rig.alerting.kept()
+    [key] = values
+    values["alert/Old/small"] = {**values[key], "rule": "Old"}
+    rig.config = ControllerConfig.model_validate(
+        {"heartbeat_s": HEARTBEAT_S, "alerts": {"rules": {"TierplaneTierDown": {"enabled": False}}}}
+    )
+    rig.make()
+    rig.alerting.restore(values)
+    assert rig.step(2) == ["resolved TierDown small"]
+    assert rig.told[-1].happening is Happening.RESOLVED
+    assert rig.told[-1].alert.detail == "the rule is switched off"
+
+
+def test_the_snapshots_version_grows_only_when_the_set_changes() -> None:
+    rig = Rig(QUICK)
+    rig.step(5)
+    registry = rig.world.control.registry
+    before = registry.version
+    rig.step(30)
+    assert registry.version == before
+    rig.fail()
+    rig.step(10)
+    fired = registry.version
+    rig.step(30)
+    assert fired > before
+    assert registry.version == fired
+
+
+def test_many_gpus_are_judged_in_little_time() -> None:
+    nodes = {f"n{i}": [f"GPU-{i}-{j}" for j in range(8)] for i in range(100)}
+    world = World(nodes, {"small": 1})
+    world.settle()
+    alerting = Alerting(world.control, AlertsConfig(), shift_s=0.0)
+    world.step()
+    began_s = time.thread_time()
+    for _ in range(5):
+        alerting.look()
+    assert (time.thread_time() - began_s) / 5 < 0.25, "800 GPUs"
+    kinds = {alert.rule.kind for alert in alerting.watch.book.alerts}
+    assert kinds <= {Kind.GPU, Kind.TIER}

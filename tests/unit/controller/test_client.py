@@ -1,0 +1,214 @@
+"""The loops that keep replicas and gateways in touch with the controller, without Ray."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from controlplane.config import ControllerConfig, parse_plane
+from controlplane.controller.client import (
+    ControllerLink,
+    ControllerUnavailable,
+    EndpointReporter,
+    pull_snapshots,
+    report_gateway,
+)
+from controlplane.controller.controller import Control
+from controlplane.controller.registry import Controller
+from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo
+from controlplane.core.cluster.tier_spec import TierSpec
+from controlplane.core.domain.endpoint import Endpoint, EndpointState
+from controlplane.planning.tier_specs import tier_specs
+
+PLANE = parse_plane({"tiers": [{"name": "balanced", "engine": "simulated", "replicas": 2}]})
+ENDPOINT = Endpoint(
+    endpoint_id="balanced-1",
+    tier="balanced",
+    model="m",
+    engine="simulated",
+    base_url="http://127.0.0.1:1",
+    state=EndpointState.READY,
+    concurrency_limit=10,
+    generation=1,
+)
+
+
+def specs() -> tuple[TierSpec, ...]:
+    return tier_specs(PLANE)
+
+
+class DirectLink(ControllerLink):
+    """Calls a real registry instead of an actor; ``away`` makes it unreachable."""
+
+    def __init__(self) -> None:
+        super().__init__(ControllerConfig())
+        self.calls: list[str] = []
+        self.away = False
+        self.loses: list[str] = []
+        """Methods whose next call does not arrive."""
+        self.start("e1")
+
+    def start(self, epoch: str) -> None:
+        self.controller = Controller(epoch=epoch, heartbeat_s=1.0, now_s=lambda: 0.0, unix_s=lambda: 0.0)
+        self.control = Control(
+            self.controller, heartbeat_s=1.0, now_s=lambda: 0.0, unix_s=lambda: 0.0, settle_s=0.0
+        )
+
+    async def call(self, method: str, *args: Any, timeout_s: float = 5.0) -> Any:
+        await asyncio.sleep(0)
+        self.calls.append(method)
+        if self.away:
+            raise ControllerUnavailable("away")
+        if method in self.loses:
+            self.loses.remove(method)
+            raise ControllerUnavailable("lost")
+        if method == "snapshot":
+            epoch, version, _ = args
+            while epoch == self.controller.epoch and version >= self.controller.version:
+                await asyncio.sleep(0.001)
+                if self.away:
+                    raise ControllerUnavailable("away")
+            return self.controller.snapshot(secrets=True)
+        if method == "declare":
+            args = args[:2]  # what scaling and alerts are to do is the actor's
+        owner = self.control if hasattr(self.control, method) else self.controller
+        return getattr(owner, method)(*args)
+
+
+@contextlib.asynccontextmanager
+async def running(loop: Coroutine[Any, Any, Any]) -> AsyncIterator[None]:
+    task = asyncio.create_task(loop)
+    try:
+        yield
+        assert not task.done()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+def known(link: DirectLink) -> tuple[Endpoint, ...]:
+    return link.controller.snapshot(secrets=True).endpoints
+
+
+async def test_a_reporter_registers_reports_and_leaves() -> None:
+    link = DirectLink()
+    reporter = EndpointReporter(link, ENDPOINT, heartbeat_s=60)
+    async with running(reporter.run()):
+        await until(lambda: known(link) == (ENDPOINT,))
+        draining = replace(ENDPOINT, state=EndpointState.DRAINING)
+        reporter.update(draining)
+        await until(lambda: known(link) == (draining,))
+        assert reporter.endpoint == draining
+
+
+async def test_a_reporter_takes_changes_from_other_threads() -> None:
+    link = DirectLink()
+    reporter = EndpointReporter(link, ENDPOINT, heartbeat_s=60)
+    async with running(reporter.run()):
+        await until(lambda: known(link))
+        restarting = replace(ENDPOINT, state=EndpointState.RESTARTING)
+        await asyncio.to_thread(reporter.update, restarting)
+        await until(lambda: known(link) == (restarting,))
+
+
+async def test_a_reporter_registers_with_a_controller_that_has_restarted() -> None:
+    link = DirectLink()
+    async with running(EndpointReporter(link, ENDPOINT, heartbeat_s=0.01).run()):
+        await until(lambda: known(link))
+        link.start("e2")
+        await until(lambda: known(link) == (ENDPOINT,))
+
+
+async def test_a_reporter_goes_on_while_the_controller_is_away() -> None:
+    link = DirectLink()
+    link.away = True
+    reporter = EndpointReporter(link, ENDPOINT, heartbeat_s=0.01)
+    async with running(reporter.run()):
+        await until(lambda: len(link.calls) > 1)
+        link.away = False
+        await until(lambda: known(link) == (ENDPOINT,))
+
+
+async def test_what_is_said_at_the_end_is_not_waited_for() -> None:
+    link = DirectLink()
+    link.away = True
+    assert not await link.tell("deregister", "balanced-1", "stopped")
+    await EndpointReporter(link, ENDPOINT, heartbeat_s=1).flush()
+    link.away = False
+    assert await link.tell("deregister", "balanced-1", "stopped")
+
+
+async def test_snapshots_are_pulled_once_each_and_across_a_restart() -> None:
+    link = DirectLink()
+    got: list[ClusterSnapshot] = []
+    async with running(pull_snapshots(link, got.append)):
+        await until(lambda: len(got) == 1)
+        link.controller.register(ENDPOINT)
+        await until(lambda: len(got) == 2)
+        assert got[1].endpoints == (ENDPOINT,)
+        link.away = True
+        await until(lambda: link.calls.count("snapshot") > 3)
+        link.start("e2")
+        link.away = False
+        await until(lambda: len(got) == 3)
+    assert [(each.epoch, each.warming) for each in got] == [("e1", True), ("e1", True), ("e2", True)]
+
+
+async def test_an_error_in_the_receiver_ends_the_pull() -> None:
+    def broken(_: ClusterSnapshot) -> None:
+        raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        await pull_snapshots(DirectLink(), broken)
+
+
+async def test_a_gateway_declares_to_a_controller_that_does_not_know_it() -> None:
+    link = DirectLink()
+    hurry = asyncio.Event()
+    info = GatewayInfo("g1", "n1", "")
+    async with running(
+        report_gateway(link, PLANE.controller, specs, lambda: info, interval_s=lambda: 0.01, hurry=hurry)
+    ):
+        await until(lambda: link.controller.tiers == tier_specs(PLANE))
+        await until(lambda: link.calls.count("gateway_report") > 2)
+        assert link.calls.count("declare") == 1
+        link.start("e2")
+        await until(lambda: link.controller.tiers == tier_specs(PLANE))
+
+
+async def test_a_gateway_declares_again_if_only_that_was_lost() -> None:
+    link = DirectLink()
+    link.loses = ["declare"]
+    info = GatewayInfo("g1", "n1", "")
+    reporting = report_gateway(
+        link, PLANE.controller, specs, lambda: info, interval_s=lambda: 0.01, hurry=asyncio.Event()
+    )
+    async with running(reporting):
+        await until(lambda: link.controller.declared)
+    assert link.calls.count("declare") == 2
+
+
+async def test_a_gateway_in_a_hurry_reports_at_once() -> None:
+    link = DirectLink()
+    hurry = asyncio.Event()
+    info = GatewayInfo("g1", "n1", "")
+    async with running(
+        report_gateway(link, PLANE.controller, specs, lambda: info, interval_s=lambda: 60.0, hurry=hurry)
+    ):
+        await until(lambda: link.calls.count("gateway_report") == 1)
+        hurry.set()
+        await until(lambda: link.calls.count("gateway_report") == 2)
+
+
+def test_what_the_controller_is_told_of_the_configuration() -> None:
+    (spec,) = tier_specs(PLANE)
+    assert (spec.name, spec.model, spec.replicas) == ("balanced", "simulated-balanced", 2)

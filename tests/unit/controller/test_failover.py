@@ -1,0 +1,433 @@
+"""What the controller does when a GPU, a node or an engine fails, second by second and without Ray."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from controlplane.controller import checkpoint
+from controlplane.controller.controller import NotSettled
+from controlplane.controller.operator_actions import Operations
+from controlplane.core.domain.endpoint import EndpointState
+from controlplane.core.gpus.health import OUT_OF_USE, GpuState
+from controlplane.core.placement.gangs import Shape
+from controlplane.core.reconcile.commands import OrderKind
+from controlplane.core.reconcile.migrations import MovePhase
+from controlplane.core.telemetry.samples import (
+    Absence,
+    EngineSample,
+    GpuCondition,
+    GpuEvent,
+    GpuEventKind,
+    Missing,
+)
+from tests.support.control import HEARTBEAT_S, World, xid
+
+
+def two_nodes(replicas: int = 1, gpus: int = 2) -> World:
+    nodes = {name: [f"{name}-{i}" for i in range(gpus)] for name in ("n1", "n2")}
+    world = World(nodes, {"small": replicas})
+    world.settle()
+    assert world.ready("small") == replicas
+    return world
+
+
+def used(world: World) -> list[str]:
+    return sorted(uuid for lease in world.control.desk.book.leases.values() for uuid in lease.gpu_uuids)
+
+
+def state_of(world: World, uuid: str) -> GpuState:
+    return world.control.fleet.records[uuid].health.state
+
+
+def test_an_xid_moves_the_replica_and_at_no_time_fewer_serve() -> None:
+    world = two_nodes(replicas=2)
+    [sick, _] = used(world)
+    [holder] = world.holder_of(sick)
+    world.events.append(xid(sick[:2], sick, 79))
+    for _ in range(30):
+        world.step()
+        assert world.ready("small") >= 2
+    assert sick not in used(world)
+    assert holder not in world.control.registry.endpoints
+    assert world.ready("small") == 2
+    assert state_of(world, sick) is GpuState.DRAINED
+    wanted = ["starting elsewhere first", "retiring", "draining", "deregistered", "lease ended"]
+    assert [kind for kind in world.kinds(holder) if kind in wanted] == wanted
+    world.step(70)
+    assert not world.control.work.moves
+    assert world.control.targets()["small"].replicas == 2
+    assert world.ready("small") == 2
+
+
+def test_without_room_it_is_retired_and_comes_back_when_there_is_room() -> None:
+    world = World({"n1": ["n1-0"]}, {"small": 1})
+    world.settle()
+    world.events.append(xid("n1", "n1-0", 79))
+    world.step(10)
+    assert world.ready("small") == 0
+    assert used(world) == []
+    move = next(event for event in world.control.registry.events if event.kind == "retiring")
+    assert "no room elsewhere" in move.reason
+    world.nodes["n2"] = ["n2-0"]
+    world.step(10)
+    assert used(world) == ["n2-0"]
+    assert world.ready("small") == 1
+
+
+def test_an_overheating_gpu_is_left_and_returns_when_it_is_cool_for_long_enough() -> None:
+    world = two_nodes()
+    [hot] = used(world)
+    world.samples[hot[:2]] = {hot: {"temperature_c": 95}}
+    world.step(2)
+    assert state_of(world, hot) is GpuState.SUSPECT
+    world.step(10)
+    assert state_of(world, hot) in OUT_OF_USE
+    world.step(15)
+    assert used(world) != [hot]
+    assert world.ready("small") == 1
+    world.samples.clear()
+    world.step(45)
+    assert state_of(world, hot) in (GpuState.RETURNED, GpuState.HEALTHY)
+
+
+def test_a_gpu_that_comes_and_goes_stays_away_longer_each_time() -> None:
+    world = two_nodes()
+    away = []
+    for _ in range(3):
+        world.samples["n1"] = {"n1-1": {"temperature_c": 95}}
+        world.step(10)
+        assert "n1-1" in world.control.fleet.out_of_use()
+        world.samples.clear()
+        steps = 0
+        while "n1-1" in world.control.fleet.out_of_use():
+            world.step()
+            steps += 1
+        away.append(steps)
+    assert away[1] > 1.8 * away[0]
+    assert away[2] > 1.8 * away[1]
+
+
+def test_a_silent_agent_and_a_driver_that_is_gone_change_nothing() -> None:
+    world = two_nodes(replicas=2)
+    before = used(world)
+    world.silent.add("n1")
+    world.step(60)
+    assert used(world) == before
+    world.silent.clear()
+    gone = {
+        "condition": GpuCondition.UNREADABLE,
+        "temperature_c": Missing(Absence.NO_DRIVER, "no driver"),
+        "memory_free_bytes": Missing(Absence.NO_DRIVER, "no driver"),
+    }
+    world.samples["n1"] = dict.fromkeys(world.nodes["n1"], gone)
+    world.events.append(GpuEvent("n1", "a", 1, 0.0, GpuEventKind.DRIVER_GONE, detail="unloaded"))
+    world.step(60)
+    assert used(world) == before
+    assert not world.control.fleet.out_of_use()
+    assert not world.control.work.moves
+    assert world.control.targets()["small"].replicas == 2
+
+
+def test_a_lost_node_is_forgotten_with_its_leases_and_replaced() -> None:
+    world = two_nodes(replicas=2, gpus=2)
+    assert used(world) == ["n1-0", "n1-1"]
+    del world.nodes["n1"]
+    world.step(10)
+    assert used(world) == ["n2-0", "n2-1"]
+    assert world.ready("small") == 2
+    assert "node lost" in world.kinds("n1")
+
+
+def test_a_replica_that_serves_nothing_is_not_waited_for() -> None:
+    world = two_nodes()
+    [replica] = world.replicas.values()
+    [sick] = used(world)
+    replica.endpoint = replace(replica.endpoint, state=EndpointState.RESTARTING)
+    replica.starts_in = 1000
+    world.events.append(xid(sick[:2], sick, 79))
+    world.step(3)
+    move = world.control.work.moves[replica.endpoint.endpoint_id]
+    assert move.phase is MovePhase.RETIRING
+    assert "serves nothing" in move.note
+
+
+def test_where_nothing_starts_elsewhere_the_old_one_is_retired_after_a_while() -> None:
+    world = two_nodes()
+    [sick] = used(world)
+    world.events.append(xid(sick[:2], sick, 79))
+    world.start = lambda tier: None  # type: ignore[method-assign]
+    [name] = world.replicas
+    world.step(30)
+    assert world.control.work.moves[name].phase is MovePhase.ELSEWHERE_FIRST
+    world.step(40)
+    assert name not in world.control.registry.endpoints
+
+
+@pytest.mark.parametrize("vouched", [True, False])
+def test_a_move_goes_on_when_the_controller_is_killed_in_its_middle(vouched: bool) -> None:
+    world = two_nodes(replicas=2)
+    [sick, _] = used(world)
+    world.events.append(xid(sick[:2], sick, 79))
+    world.step(2)
+    [move] = world.control.work.moves.values()
+    assert move.phase is MovePhase.ELSEWHERE_FIRST
+    old = world.control
+    values = checkpoint.to_values(old.fleet, old.desk.book, old.work, 5.0)
+    leases = {holder: lease.parts for holder, lease in old.desk.book.leases.items()}
+    world.clock.s += 3
+    world.start_controller("e2", settle_s=6.0)
+    new = world.control
+    checkpoint.restore_gpus(values, new.fleet, 5.0)
+    if vouched:
+        checkpoint.restore_plane(values, new.fleet, new.desk.book, new.work, now_s=world.clock.s, shift_s=5.0)
+        new.settle()
+        assert new.work.moves == old.work.moves
+        assert {holder: lease.parts for holder, lease in new.desk.book.leases.items()} == leases
+    for _ in range(40):
+        world.step()
+    assert sick not in used(world)
+    assert world.ready("small") == 2
+    world.step(70)
+    assert not new.work.moves
+    assert len(world.replicas) == 2
+
+
+def test_nothing_is_decided_before_a_gateway_has_said_what_is_configured() -> None:
+    world = two_nodes(replicas=2)
+    [sick, _] = used(world)
+    world.events.append(xid(sick[:2], sick, 79))
+    world.step(3)
+    [newcomer] = [item for item in world.replicas.values() if item.endpoint.state is EndpointState.STARTING]
+    newcomer.starts_in = 20
+    old = world.control
+    values = checkpoint.to_values(old.fleet, old.desk.book, old.work, 0.0)
+    world.start_controller("e2", declared=False)
+    new = world.control
+    checkpoint.restore_gpus(values, new.fleet, 0.0)
+    checkpoint.restore_plane(values, new.fleet, new.desk.book, new.work, now_s=world.clock.s, shift_s=0.0)
+    new.settle()
+    for _ in range(12):
+        world.step()
+        assert not new.activity().settled
+        with pytest.raises(NotSettled):
+            new.targets()
+    assert not new.registry.warming
+    assert newcomer in world.replicas.values(), "it is still wanted"
+    world.declare()
+    for _ in range(30):
+        assert world.ready("small") >= 2
+        world.step()
+    assert sick not in used(world)
+    assert newcomer.endpoint.state is EndpointState.READY
+    assert world.born == 3
+
+
+def test_a_target_outlives_the_return_of_a_controller_that_is_rarely_heard() -> None:
+    world = two_nodes()
+    left_s = {}
+    for heartbeat_s in (HEARTBEAT_S, 10.0):
+        world.control.declare(world.control.registry.tiers, heartbeat_s)
+        left_s[heartbeat_s] = world.control.targets()["small"].valid_until_unix_s - world.clock.s
+    assert left_s == {HEARTBEAT_S: 30.0, 10.0: 100.0}
+
+
+def test_a_restart_of_a_tier_is_rolling() -> None:
+    world = two_nodes(replicas=3)
+    answer = Operations(world.control).restart("small", "new weights")
+    assert answer.outcome == "done"
+    assert len(answer.subjects) == 3
+    for _ in range(40):
+        world.step()
+        assert world.ready("small") >= 2
+    assert {item.generation for item in world.control.registry.endpoints.values()} == {2}
+    assert not world.control.work.restarts
+
+
+def test_crashing_replicas_hold_their_tier_with_the_diagnosis() -> None:
+    world = two_nodes()
+    for _ in range(3):
+        [name] = world.replicas
+        replica = world.replicas[name]
+        replica.endpoint = replace(
+            replica.endpoint, state=EndpointState.FAILED, diagnosis="the flag --bad is not known"
+        )
+        world.report()
+        world.end(name)
+        world.step(2)
+    assert "--bad" in world.control.work.holds["small"].reason
+    assert not world.control.may_start("small-9", "small").allowed
+    assert world.control.targets()["small"].replicas <= 1
+    born = world.born
+    world.step(500)
+    assert not world.replicas or all(
+        replica.endpoint.state is EndpointState.READY for replica in world.replicas.values()
+    )
+    assert world.born - born < 600
+    world.step(120)
+    assert "released" in world.kinds("small")
+    assert world.ready("small") == 1
+
+
+def test_replicas_that_find_no_gpu_do_not_hold_their_tier() -> None:
+    world = two_nodes()
+    [replica] = world.replicas.values()
+    for number in range(5):
+        failed = replace(
+            replica.endpoint,
+            endpoint_id=f"small-x{number}",
+            state=EndpointState.FAILED,
+            generation=0,
+            diagnosis="no GPU for tier 'small' on this node",
+        )
+        world.control.register(failed)
+        world.step(2)
+    assert not world.control.work.holds
+
+
+def engine_sample(world: World, name: str, running: float, tokens: float) -> EngineSample:
+    endpoint = world.replicas[name].endpoint
+    return EngineSample(
+        name,
+        endpoint.generation,
+        world.clock.s,
+        0.01,
+        gauges=(("running", running),),
+        counters=(("generation_tokens_total", tokens), ("prompt_tokens_total", 10.0), ("success_total", 1.0)),
+    )
+
+
+def hang(world: World, name: str, seconds: int, running: float = 3.0, tokens_per_s: float = 0.0) -> None:
+    """The engine says the same for a while, whatever process it is."""
+    for _ in range(seconds):
+        world.step()
+        if name in world.replicas:
+            tokens = 100.0 + world.clock.s * tokens_per_s
+            world.control.observe_engine(engine_sample(world, name, running, tokens))
+
+
+def test_an_engine_that_makes_nothing_is_restarted_and_in_the_end_replaced() -> None:
+    world = two_nodes()
+    [name] = world.replicas
+    hang(world, name, 110)
+    assert world.replicas[name].endpoint.generation == 1
+    hang(world, name, 30)
+    assert world.replicas[name].endpoint.generation == 2
+    event = next(event for event in world.control.registry.events if event.kind == "restart")
+    assert "3 requests run and no token comes" in event.reason
+    hang(world, name, 450)
+    assert name not in world.replicas
+    assert world.replicas
+
+
+@pytest.mark.parametrize(("running", "tokens_per_s"), [(0.0, 0.0), (3.0, 5.0)])
+def test_an_engine_at_rest_or_at_work_is_left_alone(running: float, tokens_per_s: float) -> None:
+    world = two_nodes()
+    [name] = world.replicas
+    hang(world, name, 200, running, tokens_per_s)
+    assert world.replicas[name].endpoint.generation == 1
+
+
+def test_metrics_that_no_longer_come_say_nothing() -> None:
+    world = two_nodes()
+    [name] = world.replicas
+    hang(world, name, 60)
+    world.step(300)
+    assert world.replicas[name].endpoint.generation == 1
+    for _ in range(200):
+        world.step()
+        gone = EngineSample(name, 1, world.clock.s, 0.01, error="connection refused")
+        world.control.observe_engine(gone)
+    assert world.replicas[name].endpoint.generation == 1
+
+
+def test_a_gang_gets_gpus_of_one_node_and_moves_whole() -> None:
+    world = World({"n1": ["n1-0", "n1-1"], "n2": ["n2-0", "n2-1"], "n3": ["n3-0"]}, {"big": 1}, Shape(gpus=2))
+    world.settle()
+    assert used(world) == ["n1-0", "n1-1"]
+    world.events.append(xid("n1", "n1-1", 48))
+    world.step(20)
+    assert used(world) == ["n2-0", "n2-1"]
+    assert world.ready("big") == 1
+
+
+def test_orders_are_repeated_until_they_are_done() -> None:
+    world = two_nodes()
+    [name] = world.replicas
+    replica = world.replicas[name]
+    replica.obeys = False
+    assert Operations(world.control).restart(name, "").outcome == "done"
+    assert Operations(world.control).restart(name, "").outcome == "unchanged"
+    world.control.tick()
+    for _ in range(3):
+        [order] = world.control.report(replica.endpoint).orders
+        assert (order.kind, order.generation) == (OrderKind.RESTART, 1)
+    replica.obeys = True
+    world.step(8)
+    assert world.control.report(replica.endpoint).orders == ()
+
+
+def test_a_gpu_that_a_new_agent_does_not_see_is_lost() -> None:
+    world = two_nodes(replicas=1)
+    [uuid] = used(world)
+    world.nodes["n1"].remove(uuid)
+    world.step(3)
+    assert uuid in world.control.fleet.out_of_use()
+    assert "lists it no more" in world.control.fleet.records[uuid].health.reason
+    world.step(15)
+    assert used(world) != [uuid]
+    assert world.ready("small") == 1
+
+
+def test_a_node_that_was_never_listed_is_not_lost() -> None:
+    world = two_nodes(replicas=2)
+    before = used(world)
+    [replica, _] = world.replicas.values()
+    new = replace(replica.endpoint, endpoint_id="small-new", node_id="n9")
+    world.control.register(new)
+    world.step()
+    assert "small-new" in world.control.registry.endpoints
+    assert used(world) == before
+
+
+def test_what_an_operator_asked_for_survives_the_controller() -> None:
+    world = two_nodes(replicas=2)
+    first, second = sorted(world.replicas)
+    Operations(world.control).drain(first, "looks odd")
+    Operations(world.control).restart(second, "new weights")
+    Operations(world.control).cordon("n2-1", "a fan rattles")
+    old = world.control
+    values = checkpoint.to_values(old.fleet, old.desk.book, old.work, 3.0)
+    world.start_controller("e2", settle_s=6.0)
+    new = world.control
+    checkpoint.restore_gpus(values, new.fleet, 3.0)
+    checkpoint.restore_plane(values, new.fleet, new.desk.book, new.work, now_s=world.clock.s, shift_s=3.0)
+    new.settle()
+    world.step(30)
+    assert first not in world.replicas
+    assert world.replicas[second].endpoint.generation == 2
+    assert new.fleet.out_of_use() == {"n2-1": "n2"}
+    assert world.ready("small") == 2
+
+
+def test_a_move_that_waited_does_not_count_on_a_place_that_is_taken_since() -> None:
+    world = World({"n1": ["n1-0", "n1-1"], "n2": ["n2-0", "n2-1"]}, {"small": 2, "other": 0})
+    world.settle()
+    first, second = sorted(world.replicas)
+    [node_id] = {replica.endpoint.node_id for replica in world.replicas.values()}
+    other = "n1" if node_id == "n2" else "n2"
+    Operations(world.control).drain(node_id, "a fan rattles")
+    control = world.control
+    control.tick()
+    assert set(control.work.moves) == {first}
+    control.tick()
+    for uuid in control.fleet.gpus_of(other):
+        control.fleet.cordon_gpu(uuid, "so is this one", must_leave=False, now_s=world.clock.s)
+    del world.replicas[first], control.work.moves[first]
+    control.deregister(first, "gone")
+    assert {done.kind for done in control.tick()} == {"GPU drained"}
+    assert not control.work.moves, "the place that was found for it before is no place any more"
+    [begun] = control.tick()
+    assert (begun.kind, begun.subject) == ("retiring", second)
+    assert "no room elsewhere" in begun.reason

@@ -1,0 +1,325 @@
+"""How nodes are watched: who is asked, what counts, and what happens when somebody is silent."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.exceptions import RayActorError
+
+from controlplane.controller import node_watch
+from controlplane.controller.node_watch import RECENT_S, NodeWatch, recent
+from controlplane.core.telemetry.node_updates import NO_INFOS, Infos, NodeNews, news_of
+from controlplane.core.telemetry.samples import (
+    GpuEvent,
+    GpuEventKind,
+    GpuInfo,
+    GpuSample,
+    Missing,
+    NodeSample,
+    Reading,
+)
+from controlplane.node_agent.agent import EventHandler, NodeAgent
+from tests.support.control import gpu_sample, node_sample
+
+
+def xid(seq: int, unix_s: float = 5000.0, epoch: str = "a") -> GpuEvent:
+    return GpuEvent("n1", epoch, seq, unix_s, GpuEventKind.XID, "g", 79)
+
+
+class Cluster:
+    """Ray's nodes and their agents."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.alive: dict[str, int] = {"n1": 8}
+        self.made: list[str] = []
+        self.asked: list[tuple[str, int]] = []
+        self.answer: Callable[[], Awaitable[NodeNews]] = self.all_well
+        self.say: Callable[..., Awaitable[NodeNews]] = self.news
+        self.events: list[GpuEvent] = []
+        self.heard: list[tuple[str, Sequence[NodeSample], Sequence[GpuEvent]]] = []
+        monkeypatch.setattr(node_watch, "alive_nodes", lambda: dict(self.alive))
+        monkeypatch.setattr(node_watch, "ensure_node_agents", self.ensure)
+        monkeypatch.setattr(node_watch, "LIST_INTERVAL_S", 0.0)
+
+    def ensure(self, namespace: str, *, interval_s: float, known: Any, nodes: Any) -> dict[str, Any]:
+        found = dict(known)
+        for node_id in nodes:
+            if node_id not in found:
+                self.made.append(node_id)
+                found[node_id] = SimpleNamespace(news=SimpleNamespace(remote=self.ask))
+        return found
+
+    def ask(self, *asked: Any) -> Awaitable[NodeNews]:
+        return self.say(*asked)
+
+    def news(self, epoch: str, seq: int, infos: tuple[str, int]) -> Awaitable[NodeNews]:
+        self.asked.append((epoch, seq))
+        return self.answer()
+
+    async def all_well(self) -> NodeNews:
+        return news_of(node_sample("n1", 1, 5000.0), Infos("a", 1, ()), self.events, NO_INFOS)
+
+    def watch(self, heard: dict[str, tuple[str, int]] | None = None) -> NodeWatch:
+        def on_news(node_id: str, samples: Sequence[NodeSample], events: Sequence[GpuEvent]) -> None:
+            self.heard.append((node_id, samples, events))
+
+        return NodeWatch("tierplane", 1.0, on_news, heard)
+
+
+async def look(watch: NodeWatch) -> dict[str, int] | None:
+    alive = await watch.look()
+    for _ in range(5):
+        await asyncio.sleep(0)
+    return alive
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    return Cluster(monkeypatch)
+
+
+async def test_every_node_gets_an_agent_once_and_says_each_event_once(cluster: Cluster) -> None:
+    watch = cluster.watch()
+    cluster.events = [xid(1), xid(2)]
+    assert await look(watch) == {"n1": 8}
+    cluster.events = []
+    cluster.alive["n2"] = 0
+    await look(watch)
+    assert cluster.made == ["n1", "n2"]
+    assert cluster.asked[:2] == [("", 0), ("a", 2)]
+    assert [event.seq for event in cluster.heard[0][2]] == [1, 2]
+    assert watch.heard["n1"] == ("a", 2)
+    await watch.close()
+
+
+async def test_a_controller_that_starts_again_hears_no_event_twice(cluster: Cluster) -> None:
+    watch = cluster.watch({"n1": ("a", 7)})
+    await look(watch)
+    assert cluster.asked == [("a", 7)]
+    await watch.close()
+
+
+async def test_an_agent_that_is_gone_is_made_anew(cluster: Cluster) -> None:
+    watch = cluster.watch()
+    await look(watch)
+
+    async def gone() -> NodeNews:
+        raise RayActorError
+
+    cluster.answer = gone
+    await look(watch)
+    cluster.answer = cluster.all_well
+    await look(watch)
+    assert cluster.made == ["n1", "n1"]
+    await watch.close()
+
+
+async def test_a_silent_agent_is_asked_once_and_holds_nobody_up(cluster: Cluster) -> None:
+    watch = cluster.watch()
+
+    async def silent() -> NodeNews:
+        await asyncio.sleep(3600)
+        raise AssertionError
+
+    cluster.answer = silent
+    for _ in range(3):
+        assert await look(watch) == {"n1": 8}
+    assert len(cluster.asked) == 1
+    assert cluster.heard == []
+    await watch.close()
+
+
+async def test_without_an_answer_of_ray_no_node_counts_as_gone(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = cluster.watch()
+    cluster.alive = {}
+    assert await look(watch) is None
+
+    def fail() -> dict[str, int]:
+        raise OSError("Ray's head is away")
+
+    monkeypatch.setattr(node_watch, "alive_nodes", fail)
+    assert await look(watch) is None
+    await watch.close()
+
+
+def test_at_first_contact_only_recent_events_count() -> None:
+    events = [xid(1, 0.0), xid(2, 5000.0 - RECENT_S), xid(3, 4999.0)]
+    assert [event.seq for event in recent(events, node_sample("n1", 1, 5000.0))] == [2, 3]
+    assert recent(events, None) == events
+
+
+class Gpus:
+    """A driver whose GPUs a test changes."""
+
+    connected = True
+    driver_version: Reading[str] = "580"
+
+    def __init__(self, *uuids: str) -> None:
+        self.samples = [gpu_sample(uuid, i) for i, uuid in enumerate(uuids)]
+
+    def change(self, place: int, **info: Any) -> None:
+        """What rarely changes of a GPU has changed."""
+        sample = self.samples[place]
+        self.samples[place] = replace(sample, info=replace(sample.info, **info))
+
+    def read(self) -> tuple[GpuSample, ...]:
+        return tuple(self.samples)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class NoEvents:
+    """A driver that tells none."""
+
+    watched: Reading[int] = 0
+
+    def __init__(self, handler: EventHandler) -> None:
+        """Nobody is told."""
+
+    def start(self) -> None:
+        """Nothing to wait for."""
+
+    stop = look_again = start
+
+
+class Wire:
+    """An agent behind Ray: what it answers is packed and unpacked, and looked at."""
+
+    def __init__(self, cluster: Cluster, *uuids: str) -> None:
+        self.cluster = cluster
+        self.gpus = Gpus(*uuids)
+        self.sent: list[NodeNews] = []
+        self.restart()
+        cluster.say = self.news
+
+    def restart(self) -> None:
+        """The agent's process is another one."""
+        self.agent = NodeAgent("n1", self.gpus, NoEvents)
+
+    async def news(self, *asked: Any) -> NodeNews:
+        taken = self.agent.sample()
+        packed = pickle.dumps(self.agent.news(*asked))
+        news: NodeNews = pickle.loads(packed)
+        self.sent.append(news)
+        self.taken = taken
+        return news
+
+    async def heard(self, watch: NodeWatch) -> NodeSample:
+        """What the controller makes of the next answer: exactly what the agent took."""
+        await look(watch)
+        node_id, samples, _ = self.cluster.heard[-1]
+        assert (node_id, list(samples)) == ("n1", [self.taken])
+        return samples[0]
+
+    def told(self) -> tuple[GpuInfo, ...] | None:
+        """The infos that came along last."""
+        infos = self.sent[-1].infos
+        return None if infos is None else infos.gpus
+
+
+async def test_what_rarely_changes_comes_once(cluster: Cluster) -> None:
+    wire, watch = Wire(cluster, "g0", "g1"), cluster.watch()
+    first = await wire.heard(watch)
+    assert [info.uuid for info in wire.told() or ()] == ["g0", "g1"]
+    wire.gpus.samples[1] = replace(wire.gpus.samples[1], temperature_c=77)
+    second = await wire.heard(watch)
+    assert wire.told() is None
+    assert (first.gpus[1].temperature_c, second.gpus[1].temperature_c) == (50, 77)
+    assert second.gpus[0].info is first.gpus[0].info, "one instance, as the agent has it"
+    assert [b"NVIDIA A" in pickle.dumps(sent) for sent in wire.sent] == [True, False]
+    await watch.close()
+
+
+async def test_and_again_when_it_has_changed(cluster: Cluster) -> None:
+    wire, watch = Wire(cluster, "g0"), cluster.watch()
+    await wire.heard(watch)
+    wire.gpus.change(0, power_limit_w=250.0)
+    assert (await wire.heard(watch)).gpus[0].info.power_limit_w == 250.0
+    await wire.heard(watch)
+    assert wire.told() is None
+    wire.gpus.samples.append(gpu_sample("g1", 1))  # hot-plugged
+    assert [gpu.info.uuid for gpu in (await wire.heard(watch)).gpus] == ["g0", "g1"]
+    wire.gpus.samples.reverse()
+    assert [gpu.info.uuid for gpu in (await wire.heard(watch)).gpus] == ["g1", "g0"]
+    del wire.gpus.samples[0]
+    assert [gpu.info.uuid for gpu in (await wire.heard(watch)).gpus] == ["g0"]
+    await wire.heard(watch)
+    assert wire.told() is None
+    await watch.close()
+
+
+async def test_an_agent_that_has_started_again_tells_all(cluster: Cluster) -> None:
+    wire, watch = Wire(cluster, "g0"), cluster.watch()
+    for _ in range(2):
+        await wire.heard(watch)
+    assert wire.told() is None
+    wire.gpus.change(0, name="NVIDIA B")
+    wire.restart()
+    assert wire.agent.news("", 0).infos_key[1] == 1, "it counts anew, so its numbers come again"
+    assert (await wire.heard(watch)).gpus[0].info.name == "NVIDIA B"
+    assert wire.told() is not None
+    await wire.heard(watch)
+    assert wire.told() is None
+    await watch.close()
+
+
+async def test_a_controller_that_has_started_again_is_told_all(cluster: Cluster) -> None:
+    wire, watch = Wire(cluster, "g0"), cluster.watch()
+    for _ in range(2):
+        await wire.heard(watch)
+    assert wire.told() is None
+    again = cluster.watch(dict(watch.heard))
+    assert (await wire.heard(again)).gpus[0].info.uuid == "g0"
+    assert wire.told() is not None
+    for each in (watch, again):
+        await each.close()
+
+
+async def test_two_controllers_do_not_keep_it_from_each_other(cluster: Cluster) -> None:
+    wire, one, other = Wire(cluster, "g0"), cluster.watch(), cluster.watch()
+    await wire.heard(one)
+    await wire.heard(other)
+    assert wire.told() is not None
+    wire.gpus.change(0, index=3)
+    await wire.heard(one)
+    await wire.heard(other)
+    assert wire.told() is not None
+    await wire.heard(one)
+    assert wire.told() is None
+    for each in (one, other):
+        await each.close()
+
+
+async def test_readings_of_other_infos_than_are_known_are_not_taken_in(cluster: Cluster) -> None:
+    wire, watch = Wire(cluster, "g0"), cluster.watch()
+    await wire.heard(watch)
+    wire.gpus.change(0, index=5)
+
+    async def cut(*asked: Any) -> NodeNews:
+        return replace(await wire.news(*asked), infos=None)
+
+    cluster.say = cut
+    await look(watch)
+    assert cluster.heard[-1] == ("n1", (), ())
+    cluster.say = wire.news
+    assert (await wire.heard(watch)).gpus[0].info.index == 5
+    await watch.close()
+
+
+async def test_a_node_without_gpus_and_an_agent_without_a_sample(cluster: Cluster) -> None:
+    wire, watch = Wire(cluster), cluster.watch()
+    early = wire.agent.news("", 0)
+    assert (early.sample, early.readings) == (None, ())
+    assert (await wire.heard(watch)).gpus == ()
+    assert isinstance((await wire.heard(watch)).cpu_ratio, float | Missing)
+    assert wire.told() is None
+    await watch.close()

@@ -1,0 +1,329 @@
+"""The live half of scaling: from what a gateway counts to targets that Serve follows, without Ray."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from controlplane.config import TierConfig
+from controlplane.config.scaling import ControllerScalingConfig, ScalingConfig
+from controlplane.controller import checkpoint
+from controlplane.controller.operator_actions import Operations
+from controlplane.controller.scaling import Scaling
+from controlplane.core.cluster.snapshot import GatewayInfo
+from controlplane.core.gpus.inventory import GpuFleet
+from controlplane.core.gpus.leases import LeaseBook
+from controlplane.core.recommendations.views import as_json_value
+from controlplane.core.reconcile.commands import Outcome
+from controlplane.core.reconcile.in_progress import Work
+from controlplane.core.traffic.counters import LATENCY_BOUNDS_S, Traffic
+from controlplane.planning.tier_specs import tier_specs
+from tests.support.control import HEARTBEAT_S, World
+from tests.support.gateway import plane
+
+GPUS = [f"n1-gpu{i}" for i in range(8)]
+TIER: dict[str, Any] = {
+    "name": "small",
+    "engine_args": {"itl_ms": 20, "ttft_ms": 10, "gpus": 1},
+    "concurrency_limit": 4,
+}
+"""A replica holds a request of 30 tokens for 0.6 s, so it carries about 6 a second."""
+HOLD_S = 0.6
+
+
+class Live:
+    """A plane of one tier and one gateway; one step is one second."""
+
+    def __init__(self, scaling: dict[str, Any] | None, mode: str = "apply", **tier: Any) -> None:
+        asked = None if scaling is None else ScalingConfig(**{"hold_s": 5.0, "cold_start_s": 3.0, **scaling})
+        made = TierConfig.model_validate({"engine": "simulated", **TIER, **tier, "scaling": asked})
+        self.specs = tier_specs(plane().model_copy(update={"tiers": [made]}))
+        self.world = World({"n1": list(GPUS)}, {"small": made.replicas}, scaled={"small"} if asked else set())
+        self.config = ControllerScalingConfig.model_validate(
+            {"mode": mode, "tick_s": 1.0, "advice_interval_s": 10.0, "window_s": 20.0, "score_after_s": 20.0}
+        )
+        self.counted = Traffic("small")
+        self.silent = False
+        self.connect()
+
+    def connect(self) -> None:
+        """To the world's controller, which may be a new one."""
+        self.world.control.declare(self.specs, HEARTBEAT_S)
+        self.scaling = Scaling(self.world.control, self.config)
+
+    def step(self, seconds: int, per_s: int, slow: bool = False) -> None:
+        for _ in range(seconds):
+            if not self.silent:
+                self._count(per_s, slow)
+                self.world.control.gateway_report(GatewayInfo("g1", "n1", "", traffic=(self.counted,)))
+            self.world.step()
+            self.scaling.tick()
+
+    def _count(self, per_s: int, slow: bool) -> None:
+        slots = 4 * self.world.ready("small")
+        flight = min(round(per_s * HOLD_S), slots)
+        done = min(per_s, round(slots / HOLD_S))
+        bucket = LATENCY_BOUNDS_S.index(5.0 if slow else 1.0)
+        counts = tuple(n + done * (i == bucket) for i, n in enumerate(self.counted.latency_counts))
+        self.counted = replace(
+            self.counted,
+            arrived=self.counted.arrived + per_s,
+            judged=self.counted.judged + done,
+            missed=self.counted.missed + (done if slow else 0),
+            ok=self.counted.ok + done,
+            generated_tokens=self.counted.generated_tokens + 30 * done,
+            prompt_tokens=self.counted.prompt_tokens + 10 * done,
+            latency_counts=counts,
+            ttft_counts=counts,
+            in_flight=flight,
+            waiting=max(0, per_s - done) * 5,
+        )
+
+    @property
+    def replicas(self) -> int:
+        return self.world.ready("small")
+
+    @property
+    def target(self) -> int:
+        return self.world.control.bases()["small"]
+
+
+def test_a_load_step_makes_a_tier_grow_and_shrink_again() -> None:
+    live = Live({"min_replicas": 1, "max_replicas": 5})
+    live.step(30, per_s=3)
+    assert live.replicas == 1
+    live.step(40, per_s=16)
+    assert 3 <= live.replicas <= 5
+    live.step(120, per_s=1)
+    assert live.replicas == 1
+    assert live.world.kinds("small").count("scaled") >= 2
+
+
+def test_advise_changes_nothing_and_says_what_it_would_do() -> None:
+    live = Live({"min_replicas": 1, "max_replicas": 5}, mode="advise")
+    live.step(60, per_s=16)
+    assert live.replicas == live.target == 1
+    (view,) = live.scaling.report().tiers
+    assert (view.mode, view.replicas, view.target) == ("advise", 1, 1)
+    assert view.wanted >= 3
+    assert "requests" in view.reason
+
+
+def test_a_tier_without_bounds_keeps_its_number_also_where_the_mode_is_to_apply() -> None:
+    live = Live(None)
+    live.step(60, per_s=16)
+    assert live.replicas == 1
+    assert live.scaling.report().tiers[0].mode == "fixed"
+
+
+def test_a_silent_gateway_never_shrinks_a_tier() -> None:
+    live = Live({"min_replicas": 1, "max_replicas": 5})
+    live.step(60, per_s=16)
+    before = live.replicas
+    assert before >= 3
+    live.silent = True
+    live.step(120, per_s=0)
+    assert live.replicas == before
+
+
+def test_a_controllers_restart_never_shrinks_a_tier() -> None:
+    live = Live({"min_replicas": 1, "max_replicas": 5})
+    live.step(60, per_s=16)
+    before, checkpoint = live.replicas, live.scaling.values()
+    live.world.start_controller("e2", settle_s=5.0)
+    live.connect()
+    live.scaling.restore(checkpoint)
+    live.step(30, per_s=16)
+    assert live.replicas >= before
+    # Nor does one that has lost its store: what runs is what there is to be.
+    live.world.start_controller("e3", settle_s=5.0)
+    live.connect()
+    for _ in range(8):
+        live.step(1, per_s=16)
+        assert live.replicas >= before
+
+
+def test_a_tier_sleeps_and_is_woken_by_a_request() -> None:
+    live = Live({"min_replicas": 0, "max_replicas": 2, "idle_to_zero_s": 10.0})
+    live.step(20, per_s=1)
+    assert live.replicas == 1
+    live.step(200, per_s=0)
+    assert live.replicas == live.target == 0
+    nobody = GatewayInfo("g1", "n1", "", traffic=(live.counted,))
+    assert not live.scaling.wakes(nobody)
+    asked = replace(live.counted, arrived=live.counted.arrived + 1)
+    assert live.scaling.wakes(replace(nobody, traffic=(asked,)))
+    live.step(1, per_s=1)
+    assert live.target == 1
+    live.step(5, per_s=0)
+    assert live.replicas == 1
+
+
+def test_a_tier_that_begins_asleep_stays_so_until_somebody_asks() -> None:
+    live = Live({"min_replicas": 0, "max_replicas": 2}, replicas=0)
+    live.step(30, per_s=0)
+    assert live.replicas == live.target == 0
+
+
+def test_a_number_set_by_hand_wins_for_as_long_as_it_was_set() -> None:
+    live = Live({"min_replicas": 1, "max_replicas": 5})
+    live.step(20, per_s=1)
+    answer = live.scaling.scale("small", 3, 30.0, "a rush is coming")
+    assert answer.outcome is Outcome.DONE
+    assert live.scaling.scale("small", 3, 30.0, "a rush is coming").outcome is Outcome.UNCHANGED
+    live.step(10, per_s=1)
+    assert live.replicas == 3
+    assert live.scaling.report().tiers[0].mode == "by hand"
+    live.step(60, per_s=1)
+    assert live.replicas == 1, "its time is over"
+    live.scaling.scale("small", 2, None, "")
+    live.step(60, per_s=0)
+    assert live.replicas == 2
+    assert live.scaling.scale("small", None, None, "").outcome is Outcome.DONE
+    assert live.scaling.scale("small", None, None, "").outcome is Outcome.UNCHANGED
+    live.step(60, per_s=0)
+    assert live.replicas == 1
+
+
+def test_a_number_set_by_hand_holds_in_advice_too_and_survives_the_controller() -> None:
+    live = Live({"min_replicas": 1, "max_replicas": 5}, mode="advise")
+    live.step(20, per_s=1)
+    live.scaling.scale("small", 4, None, "tests")
+    live.step(10, per_s=1)
+    assert live.replicas == 4
+    checkpoint = live.scaling.values()
+    live.world.start_controller("e2", settle_s=5.0)
+    live.connect()
+    live.scaling.restore(checkpoint)
+    live.step(20, per_s=1)
+    assert live.replicas == 4
+
+
+@pytest.mark.parametrize(("tier", "replicas"), [("small", 6), ("small", -1), ("nobody", 1)])
+def test_what_can_not_be_set_by_hand(tier: str, replicas: int) -> None:
+    live = Live({"min_replicas": 1, "max_replicas": 5})
+    live.step(5, per_s=1)
+    answer = live.scaling.scale(tier, replicas, None, "")
+    assert answer.outcome in {Outcome.REFUSED, Outcome.UNKNOWN}
+    assert ("max_replicas" if tier == "small" else "there is small") in answer.reason
+
+
+def test_from_apply_back_to_advise_ends_the_targets_of_the_scaling() -> None:
+    live = Live({"min_replicas": 1, "max_replicas": 5})
+    live.step(60, per_s=16)
+    assert live.replicas >= 3
+    live.scaling.configure(live.config.model_copy(update={"mode": "advise"}))
+    live.step(20, per_s=16)
+    assert live.replicas == 1
+
+
+def test_advice_is_given_at_once_given_once_and_judged() -> None:
+    live = Live({"min_replicas": 1, "max_replicas": 5}, mode="advise")
+    live.step(30, per_s=2)
+    assert not live.scaling.book.given
+    live.step(15, per_s=2, slow=True)
+    (given,) = live.scaling.book.given
+    assert given.advice.kind == "scale_up"
+    assert "keep the SLO, under 99%" in given.advice.reasons[0]
+    assert given.applied is None
+    live.step(30, per_s=2, slow=True)
+    first = live.scaling.book.given[0]
+    assert first.applied is False
+    assert first.score is not None
+    assert first.score.right, "the trouble that it named is still there"
+    assert live.scaling.book.record().judged == 1
+    told = as_json_value(live.scaling.report())
+    assert told["recommendations"][0]["type"] == "scale_up"
+    assert told["record"]["right"] == 1
+    again = Live({"min_replicas": 1, "max_replicas": 5})
+    again.scaling.restore(live.scaling.values())
+    assert again.scaling.book.given == live.scaling.book.given
+
+
+def test_advice_looks_back_as_far_as_it_is_told() -> None:
+    live = Live({"min_replicas": 1, "max_replicas": 5}, mode="advise")
+    live.scaling.configure(live.config.model_copy(update={"window_s": 600.0}))
+    live.step(350, per_s=4)
+    live.step(250, per_s=0)
+    demand = live.world.control.demand
+    long = demand.figures(live.world.control.now_s(), HEARTBEAT_S, 600.0)["small"]
+    short = demand.figures(live.world.control.now_s(), HEARTBEAT_S, 200.0)["small"]
+    assert long.arrivals_per_s.fresh == pytest.approx(350 * 4 / 600, rel=0.02)
+    assert short.arrivals_per_s.fresh == 0.0
+
+
+def test_cold_starts_are_measured() -> None:
+    live = Live({"cold_start_s": None})
+    (spec,) = live.specs
+    assert live.scaling.cold_start_s(spec) == 60.0
+    live.step(5, per_s=1)
+    (name,) = live.world.replicas
+    replica = live.world.replicas[name]
+    since = replica.endpoint.since_unix_s
+    replica.endpoint = replace(replica.endpoint, started_unix_s=since - 21.0)
+    live.step(2, per_s=1)
+    # what was seen ready before is not measured again
+    assert live.scaling.cold_start_s(spec) == 60.0
+    fresh = Live({"cold_start_s": None})
+    started = replace(replica.endpoint, started_unix_s=10.0, since_unix_s=31.0)
+    fresh.world.control.register(started)
+    fresh.scaling.tick()
+    assert fresh.scaling.cold_start_s(spec) == 24.0
+
+
+def test_snapshots_say_what_tiers_are_to_have() -> None:
+    live = Live({"min_replicas": 1, "max_replicas": 5})
+    live.step(30, per_s=3)
+    registry = live.world.control.registry
+    (told,) = registry.snapshot(secrets=False).scaling
+    assert (told.tier, told.target) == ("small", 1)
+    assert registry.snapshot(secrets=False).wanted("small", 9) == 1
+    assert registry.snapshot(secrets=False).wanted("other", 9) == 9
+    version = registry.version
+    live.step(5, per_s=3)
+    assert registry.version == version, "nothing is told anew that has not changed"
+
+
+def test_with_no_gpu_left_nothing_is_unlimited_and_the_minimum_waits() -> None:
+    live = Live({"min_replicas": 2, "max_replicas": 8}, replicas=2)
+    live.step(60, per_s=30)
+    assert live.target > 2
+    live.world.control.observe_nodes({"n1"})
+    live.world.control.observe_nodes(())
+    live.scaling.tick()
+    (found,) = live.scaling.report().tiers
+    assert live.target == 2
+    assert "0 GPUs are shared" in found.reason
+
+
+def test_a_node_that_is_cordoned_counts_with_what_runs_there_and_one_that_is_drained_with_nothing() -> None:
+    live = Live({"min_replicas": 1, "max_replicas": 8})
+    live.step(60, per_s=16)
+    before = live.replicas
+    assert 3 <= before < len(GPUS)
+    operations = Operations(live.world.control)
+    operations.cordon("n1", "new cables")
+    live.step(40, per_s=60)
+    (found,) = live.scaling.report().tiers
+    assert live.target == live.replicas == before
+    assert f"{before} GPUs are shared" in found.reason
+    operations.drain("n1", "new cables")
+    live.scaling.tick()
+    (found,) = live.scaling.report().tiers
+    assert "0 GPUs are shared" in found.reason
+
+
+def test_that_there_were_gpus_is_still_known_after_a_restart() -> None:
+    live = Live({"min_replicas": 1, "max_replicas": 8})
+    live.step(30, per_s=3)
+    old = live.world.control
+    values = checkpoint.to_values(old.fleet, old.desk.book, old.work, 0.0)
+    fleet, book, work = GpuFleet(), LeaseBook(), Work()
+    checkpoint.restore_plane(values, fleet, book, work, now_s=0.0, shift_s=0.0)
+    assert fleet.counted
+
+
+def test_where_no_gpu_was_ever_reported_nobody_counts() -> None:
+    assert not GpuFleet().counted

@@ -1,0 +1,326 @@
+from __future__ import annotations
+
+import os
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from controlplane.controller.store import DAY_S, AuditEntry, Point, Store
+
+ENTRY = AuditEntry(unix_s=1.0, actor="controller", action="cordon", target="GPU-a", reason="XID 79")
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "deep" / "store.sqlite"
+
+
+def test_state_and_audit_survive(path: Path) -> None:
+    with Store(path) as store:
+        store.put({"lease/a": {"gpus": ["GPU-a"]}, "lease/b": 1, "gpu/x": "healthy"})
+        store.put({"lease/b": None})
+        assert [store.audit(ENTRY).seq, store.audit(replace(ENTRY, action="drain")).seq] == [1, 2]
+        assert store.warning == ""
+    with Store(path) as store:
+        assert store.keys("lease/") == ["lease/a"]
+        assert store.get("lease/a") == {"gpus": ["GPU-a"]}
+        assert store.get("lease/b") is None
+        assert store.audit(replace(ENTRY, action="move")).seq == 3
+        assert [entry.action for entry in store.audit_since(0)] == ["cordon", "drain", "move"]
+        assert [entry.seq for entry in store.audit_since(1, limit=1)] == [2]
+        assert store.audit_since(3) == []
+
+
+def test_a_file_that_was_killed_in_use(path: Path) -> None:
+    """Committed state is there after kill -9, without a close."""
+    script = (
+        "import os, sys; from pathlib import Path; from controlplane.controller.store import Store\n"
+        "store = Store(Path(sys.argv[1])); store.put({'lease': 'kept'}); os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(path)], check=False)
+    assert done.returncode == -9
+    with Store(path) as store:
+        assert (store.get("lease"), store.warning) == ("kept", "")
+
+
+def test_history_becomes_wider_with_age(path: Path) -> None:
+    now = 1_800_000_000
+    with Store(path) as store:
+        for age_s in (40 * DAY_S, 3 * DAY_S, 3 * DAY_S - 30, 7200, 7199, 10):
+            store.add_points(now - age_s, {"gpu": float(age_s), "bad": float("nan")})
+        store.add_points(now - 10, {"gpu": 20.0})
+        store.compact(now)
+        before = store.history("gpu", 0, now)
+        store.compact(now)
+        assert store.history("gpu", 0, now) == before, "compacting again changes nothing"
+        assert [(point.step_s, point.count) for point in before] == [(600, 2), (60, 2), (1, 2)]
+        assert before[-1] == Point(now - 10, 1, 2, 15.0, 10.0, 20.0)
+        assert (before[0].low, before[0].high) == (3 * DAY_S - 30, 3 * DAY_S)
+        assert all(point.unix_s % point.step_s == 0 for point in before)
+        assert store.history("bad", 0, now) == store.history("other", 0, now) == []
+        late = 7200 * 3
+        store.add_points(now - late, {"gpu": 1.0})
+        store.add_points(now - late, {"gpu": 3.0})
+        store.compact(now)
+        [joined] = store.history("gpu", now - late - 60, now - late + 60)
+        store.add_points(now - late, {"gpu": 5.0})
+        store.compact(now)
+        [joined] = store.history("gpu", now - late - 60, now - late + 60)
+        assert (joined.step_s, joined.count, joined.mean, joined.high) == (60, 3, 3.0, 5.0)
+
+
+def test_old_audit_entries_are_dropped(path: Path) -> None:
+    with Store(path, keep_audit=5) as store:
+        for _ in range(12):
+            store.audit(ENTRY)
+        store.compact(0)
+    with Store(path, keep_audit=5) as store:
+        assert [entry.seq for entry in store.audit_since(0)] == [8, 9, 10, 11, 12]
+
+
+def test_in_memory_history_is_bounded() -> None:
+    with Store(None, memory_points=10) as store:
+        for second in range(100):
+            store.add_points(second, {"a": second})
+        store.compact(100)
+        assert [point.unix_s for point in store.history("a", 0, 100)] == list(range(90, 100))
+
+
+def garbage(path: Path) -> None:
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"this is no database " * 1000)
+
+
+def torn(path: Path) -> None:
+    """A database of which the middle was overwritten."""
+    with Store(path) as store:
+        for place in range(2000):
+            store.audit(replace(ENTRY, detail="x" * 50, unix_s=place))
+    raw = bytearray(path.read_bytes())
+    raw[4096 : len(raw) - 4096] = b"\xa5" * (len(raw) - 8192)
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("break_it", [garbage, torn])
+def test_a_broken_file_is_set_aside(
+    path: Path, break_it: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    break_it(path)
+    with Store(path) as store:
+        assert store.warning == ""
+        store.put({"a": 1})
+    [aside] = path.parent.glob("store.sqlite.broken-*")
+    assert aside.stat().st_size > 0
+    assert "broken" in capsys.readouterr().out
+    with Store(path) as store:
+        assert store.get("a") == 1
+
+
+def test_a_file_that_breaks_while_it_is_used(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    with Store(path, retry_interval_s=30, clock=clock) as store:
+        store.put({"lease": "a"})
+        for place in range(500):
+            store.audit(replace(ENTRY, detail="x" * 200, unix_s=place))
+        with sqlite3.connect(path) as other:
+            other.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        other.close()
+        raw = bytearray(path.read_bytes())
+        raw[:] = b"\xa5" * len(raw)
+        path.write_bytes(raw)
+        for place in range(2000):
+            store.audit(replace(ENTRY, detail="y" * 200, unix_s=place))
+            if store.warning:
+                break
+        assert "in memory only" in store.warning
+        assert store.get("lease") == "a"
+        number = store.audit(ENTRY).seq
+        clock.now_s = 31
+        store.put({"lease": "b"})
+        assert store.warning == ""
+    assert list(path.parent.glob("store.sqlite.broken-*"))
+    with Store(path) as store:
+        assert store.get("lease") == "b"
+        assert store.audit_since(number - 1)[0].seq == number
+    assert "can be written again" in capsys.readouterr().out
+
+
+def test_a_folder_that_can_not_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    clock = Clock()
+    with Store(tmp_path / "file" / "store.sqlite", retry_interval_s=5, clock=clock) as store:
+        assert "file/store.sqlite can't be used" in store.warning
+        store.put({"lease": 1})
+        store.audit(ENTRY)
+        store.add_points(7, {"a": 1.0})
+        assert (store.get("lease"), len(store.audit_since(0)), len(store.history("a", 0, 9))) == (1, 1, 1)
+        clock.now_s = 6
+        store.put({"lease": 2})
+        assert store.warning, "still no folder"
+        (tmp_path / "file").unlink()
+        clock.now_s = 12
+        store.put({"lease": 3})
+        assert store.warning == ""
+    with Store(tmp_path / "file" / "store.sqlite") as store:
+        assert store.get("lease") == 3
+        assert [entry.seq for entry in store.audit_since(0)] == [1]
+        assert store.history("a", 0, 9) == [Point(7, 1, 1, 1.0, 1.0, 1.0)]
+
+
+def test_an_earlier_controllers_file_that_comes_late(tmp_path: Path) -> None:
+    """What it holds is not overwritten by a controller that began without it."""
+    path = tmp_path / "store" / "db"
+    with Store(path) as store:
+        store.put({"lease/old": 1, "gpu": "old"})
+        store.audit(replace(ENTRY, action="earlier"))
+    (tmp_path / "store").rename(tmp_path / "away")
+    (tmp_path / "store").write_text("")
+    clock = Clock()
+    with Store(path, retry_interval_s=5, clock=clock) as store:
+        store.put({"gpu": "new"})
+        store.audit(replace(ENTRY, action="meanwhile"))
+        (tmp_path / "store").unlink()
+        (tmp_path / "away").rename(tmp_path / "store")
+        clock.now_s = 6
+        assert store.audit(replace(ENTRY, action="later")).seq == 3
+        assert (store.get("lease/old"), store.get("gpu")) == (1, "new")
+    with Store(path) as store:
+        assert [(entry.seq, entry.action) for entry in store.audit_since(0)] == [
+            (1, "earlier"),
+            (2, "meanwhile"),
+            (3, "later"),
+        ]
+
+
+def test_a_newer_schema_is_left_alone(path: Path) -> None:
+    Store(path).close()
+    with sqlite3.connect(path) as database:
+        database.execute("PRAGMA user_version = 99")
+    database.close()
+    before = path.read_bytes()
+    with Store(path) as store:
+        assert "its schema has version 99, this tierplane knows 1" in store.warning
+        store.put({"a": 1})
+    assert path.read_bytes() == before
+
+
+FULL_DISK = """
+import resource, signal, sys
+from dataclasses import replace
+from pathlib import Path
+from controlplane.controller.store import AuditEntry, Store
+
+path, now = Path(sys.argv[1]), [0.0]
+entry = AuditEntry(1.0, "controller", "cordon", "GPU-a", "XID 79", "x" * 500)
+store = Store(path, retry_interval_s=30, clock=lambda: now[0])
+store.put({"lease": "before"})
+# no file may grow past this: every write beyond it fails as on a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
+written = 0
+while not store.warning and written < 5000:
+    written += 1
+    store.audit(entry)
+assert 20 < written < 5000, written
+assert "in memory only" in store.warning, store.warning
+store.put({"lease": "during", "new": 1})
+for _ in range(20):
+    last = store.audit(entry)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))  # not even a checkpoint
+now[0] = 31.0
+store.put({"still": "full"})
+assert store.warning
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+now[0] = 62.0
+store.put({"lease": "after"})
+assert not store.warning, store.warning
+store.close()
+again = Store(path)
+assert (again.get("lease"), again.get("new"), again.get("still")) == ("after", 1, "full")
+numbers = [entry.seq for entry in again.audit_since(0, limit=10**6)]
+assert numbers == list(range(1, last.seq + 1)), (len(numbers), numbers[:3], numbers[-3:], last.seq)
+print("entries", len(numbers))
+"""
+
+
+def test_a_full_disk_loses_nothing(path: Path) -> None:
+    """A limit on the file size stands in for the full disk: the write calls of the process really fail."""
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(path)],
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "the store has failed" in done.stdout
+
+
+def test_a_value_that_json_can_not_hold_is_the_callers_mistake(path: Path) -> None:
+    with Store(path) as store:
+        with pytest.raises(TypeError):
+            store.put({"a": object()})
+        with pytest.raises(sqlite3.ProgrammingError):
+            store.audit(replace(ENTRY, detail=object()))  # type: ignore[arg-type]
+        assert store.audit(ENTRY).seq == 1
+        assert store.warning == ""
+
+
+def test_threads_share_it(path: Path) -> None:
+    with Store(path) as store:
+
+        def work(name: str) -> None:
+            for place in range(50):
+                store.put({name: place})
+                store.audit(replace(ENTRY, actor=name))
+                store.add_points(place, {name: 1.0})
+
+        threads = [threading.Thread(target=work, args=(name,)) for name in "abcd"]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [entry.seq for entry in store.audit_since(0)] == list(range(1, 201))
+        assert {store.get(name) for name in "abcd"} == {49}
+
+
+def test_a_summary_adds_up_series_by_part_over_points_of_any_width(tmp_path: Path) -> None:
+    with Store(tmp_path / "store.sqlite") as store:
+        for second in range(0, 1200, 10):
+            store.add_points(6000 + second, {"a/x": 1.0, "a/y": float(second), "b/x": 5.0})
+        fresh = store.summary("a/", 6000, 7200, 600)
+        assert fresh == [
+            ("a/x", 0, 60, 60.0, 1.0),
+            ("a/x", 1, 60, 60.0, 1.0),
+            ("a/y", 0, 60, sum(range(0, 600, 10)), 590.0),
+            ("a/y", 1, 60, sum(range(600, 1200, 10)), 1190.0),
+        ]
+        assert store.summary("a/x", 6000, 6600, 2**40) == [("a/x", 0, 60, 60.0, 1.0)]
+        for age_s in (7200, 3 * DAY_S):
+            store.compact(7200 + age_s)
+            assert store.summary("a/", 6000, 7200, 600) == fresh
+        assert store.summary("c/", 0, 2**40, 600) == []
+
+
+def test_the_name_of_a_series_goes_with_its_last_point(tmp_path: Path) -> None:
+    with Store(tmp_path / "store.sqlite") as store:
+        store.add_points(1000, {"gone/x": 1.0})
+        store.compact(1000 + 31 * DAY_S)
+        store.add_points(2000 + 31 * DAY_S, {"here/x": 1.0})
+        assert [name for (name,) in store._database.execute("SELECT name FROM series")] == ["here/x"]
+        store.add_points(2000 + 31 * DAY_S, {"gone/x": 2.0})
+        assert store.history("gone/x", 0, 2**40)[0].mean == 2.0

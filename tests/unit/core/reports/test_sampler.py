@@ -1,0 +1,275 @@
+"""What is counted, and what is a gap: silent, lost and new gateways, a controller that starts anew."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import pytest
+
+from controlplane.core.domain.endpoint import Endpoint, EndpointState
+from controlplane.core.gpus.inventory import GpuFleet
+from controlplane.core.gpus.leases import Capacity, LeaseBook, Outcome, Part
+from controlplane.core.reports.report import Instance, InstanceKind, ReportSample
+from controlplane.core.reports.sampler import ReportSampler, Scene
+from controlplane.core.telemetry.samples import Absence, EngineSample, Missing
+from controlplane.core.telemetry.signals import EngineTelemetry
+from controlplane.core.traffic.counters import Traffic
+from controlplane.core.traffic.demand import Demand
+from tests.support.control import GIB, gpu_sample, node_sample
+
+TIER = Instance(InstanceKind.TIER, "small", "small")
+HEARTBEAT_S = 2.0
+
+
+def endpoint(name: str, state: EndpointState = EndpointState.READY, **more: object) -> Endpoint:
+    plain = Endpoint(name, "small", "m", "vllm", "", state, 10, generation=1)
+    return replace(plain, **more)  # type: ignore[arg-type]
+
+
+def instance(name: str) -> Instance:
+    return Instance(InstanceKind.ENDPOINT, "small", name)
+
+
+@dataclass
+class Plane:
+    """Gateways that count, and a sampler that looks every second."""
+
+    endpoints: dict[str, Endpoint] = field(default_factory=lambda: {"small-1": endpoint("small-1")})
+    wanted: dict[str, int] = field(default_factory=lambda: {"small": 1})
+    gateways: dict[str, Traffic] = field(default_factory=lambda: {"g": Traffic("small")})
+    silent: set[str] = field(default_factory=set)
+    demand: Demand = field(default_factory=Demand)
+    book: LeaseBook = field(default_factory=LeaseBook)
+    fleet: GpuFleet = field(default_factory=GpuFleet)
+    engines: dict[str, EngineTelemetry] = field(default_factory=dict)
+    sampler: ReportSampler = field(default_factory=ReportSampler)
+    now_s: float = 1000.0
+
+    def scene(self) -> Scene:
+        return Scene(
+            self.endpoints, self.wanted, self.book, self.fleet, self.engines, self.demand, HEARTBEAT_S
+        )
+
+    def serve(self, gateway: str = "g", **gained: float) -> None:
+        known = self.gateways[gateway]
+        values = {name: getattr(known, name) + value for name, value in gained.items()}
+        self.gateways[gateway] = replace(known, **values)
+
+    def step(self, count: int = 1) -> None:
+        for _ in range(count):
+            self.now_s += 1.0
+            for name, traffic in self.gateways.items():
+                if name not in self.silent:
+                    seen = (traffic, replace(traffic, subject="small-1"))
+                    self.demand.observe(name, seen, self.now_s)
+            self.sampler.watch(self.scene(), self.now_s)
+
+    def take(self) -> dict[Instance, ReportSample]:
+        return self.sampler.take(self.scene(), self.now_s)
+
+    def lose(self, gateway: str) -> None:
+        del self.gateways[gateway]
+        self.demand.book.forget_others(self.gateways)
+
+
+def started(**fields: object) -> Plane:
+    plane = Plane(**fields)  # type: ignore[arg-type]
+    plane.step(2)
+    plane.take()
+    return plane
+
+
+def test_what_was_counted_between_two_samples_is_told_once() -> None:
+    plane = started()
+    plane.serve(
+        **{"arrived": 9, "judged": 8, "missed": 2, "away": 1, "ok": 4, "failed": 2, "shed": 1},
+        **{"retried": 3, "resumed": 1, "prompt_tokens": 70, "generated_tokens": 40, "latency_s": 8.0},
+    )
+    plane.gateways["g"] = replace(plane.gateways["g"], waiting=5, in_flight=3, latency_max_s=4.0)
+    plane.step(10)
+    found = plane.take()
+    assert found[TIER] == ReportSample(
+        **{"watched_s": 10, "up_s": 10, "counted_s": 10, "requests": 7, "answered": 4, "errors": 2},
+        **{"shed": 1, "retried": 3, "resumed": 1, "spilled": 1, "judged": 8, "missed": 2, "arrived": 9},
+        **{"prompt_tokens": 70, "generated_tokens": 40, "latency_s": 8.0, "queue": 5, "in_flight": 3},
+        latency_max_s=4.0,
+    )
+    assert found[instance("small-1")].requests == 7
+    plane.step(10)
+    later = plane.take()[TIER]
+    assert (later.counted_s, later.requests, later.latency_max_s) == (10, 0, None)
+
+
+def test_a_silent_gateway_is_a_gap_that_is_filled_when_it_is_heard_of_again() -> None:
+    plane = started()
+    plane.silent = {"g"}
+    plane.serve(ok=30)
+    plane.step(8)
+    gap = plane.take()[TIER]
+    assert (gap.counted_s, gap.requests, gap.queue, gap.in_flight) == (0, 0, None, None)
+    assert (gap.watched_s, gap.up_s) == (8, 8)
+    plane.silent = set()
+    plane.step(2)
+    filled = plane.take()[TIER]
+    assert (filled.counted_s, filled.requests, filled.watched_s) == (10, 30, 2)
+
+
+def test_a_lost_gateways_last_words_count_and_the_time_after_them_is_a_gap() -> None:
+    plane = started()
+    plane.serve(ok=3)
+    plane.step(4)
+    plane.serve(ok=100)  # never told
+    plane.silent = {"g"}
+    plane.step(5)
+    plane.lose("g")
+    plane.step()
+    last = plane.take()[TIER]
+    assert (last.counted_s, last.requests, last.queue, last.in_flight) == (4, 3, None, None)
+    plane.step(10)
+    assert plane.take()[TIER].counted_s == 0
+    plane.gateways["h"], plane.silent = Traffic("small"), set()
+    plane.step(2)
+    assert plane.take()[TIER].counted_s == 1, "since it was first heard of"
+    plane.serve("h", ok=5)
+    plane.step(10)
+    again = plane.take()[TIER]
+    assert (again.counted_s, again.requests) == (10, 5)
+
+
+def test_with_another_gateway_nothing_that_was_told_is_lost() -> None:
+    plane = started(gateways={"g": Traffic("small"), "h": Traffic("small")})
+    plane.serve("g", ok=1)
+    plane.serve("h", ok=2)
+    plane.step(3)
+    plane.silent = {"g"}
+    plane.step(7)
+    assert plane.take()[TIER].counted_s == 0
+    plane.serve("h", ok=4)
+    plane.step(3)
+    plane.lose("g")
+    plane.step()
+    found = plane.take()[TIER]
+    assert (found.counted_s, found.requests) == (3, 7)
+    plane.step(10)
+    assert plane.take()[TIER].counted_s == 10
+
+
+def test_a_controller_that_starts_anew_counts_nothing_from_before() -> None:
+    plane = started()
+    plane.serve(ok=50)
+    plane.step(3)
+    plane.demand, plane.sampler = Demand(), ReportSampler()
+    plane.step(3)
+    found = plane.take()[TIER]
+    assert (found.counted_s, found.requests) == (2, 0)
+    plane.serve(ok=2)
+    plane.step(10)
+    found = plane.take()[TIER]
+    assert (found.counted_s, found.requests) == (10, 2)
+
+
+def test_while_not_everybody_is_known_nothing_is_a_base() -> None:
+    plane = started()
+    plane.serve(ok=50)
+    plane.step(3)
+    plane.sampler.begin_anew()
+    plane.step(3)
+    found = plane.take()[TIER]
+    assert (found.watched_s, found.counted_s, found.requests) == (2, 2, 0)
+
+
+def test_a_book_that_was_made_anew_counts_from_zero() -> None:
+    plane = started()
+    plane.serve(ok=50)
+    plane.step(10)
+    plane.take()
+    plane.demand.book.keep_only([])
+    plane.serve(ok=2)
+    plane.step(10)
+    assert plane.take()[TIER].requests == 2
+
+
+def test_a_time_in_which_the_controller_did_not_look_is_a_gap() -> None:
+    plane = started()
+    plane.step(4)
+    plane.now_s += 60.0
+    plane.step(3)
+    assert plane.take()[TIER].watched_s == 6
+
+
+def test_who_could_serve_and_who_was_not_meant_to() -> None:
+    plane = started(wanted={"small": 2, "cold": 0})
+    plane.endpoints |= {
+        "small-2": endpoint("small-2", EndpointState.STARTING),
+        "small-3": endpoint("small-3", EndpointState.DRAINING),
+    }
+    plane.step(5)
+    plane.endpoints["small-1"] = endpoint("small-1", EndpointState.RESTARTING)
+    plane.step(5)
+    found = plane.take()
+    seen = {each.name: (sample.watched_s, sample.up_s) for each, sample in found.items()}
+    assert seen == {
+        "small": (10, 5),
+        "small-1": (10, 5),
+        "small-2": (10, 0),
+        "small-3": (0, 0),
+        "cold": (0, 0),
+    }
+    del plane.endpoints["small-2"], plane.endpoints["small-3"]
+    plane.step()
+    assert instance("small-3") not in plane.take()
+
+
+def test_an_instances_gpus_are_those_that_it_leases() -> None:
+    plane = started()
+    plane.endpoints = {
+        "small-1": endpoint("small-1", gpu_uuids=("g0",)),
+        "small-2": endpoint("small-2", gpu_uuids=("g1", "g2")),
+        "small-3": endpoint("small-3", EndpointState.FAILED, gpu_uuids=("g3",)),
+    }
+    for seconds in range(1, 5):
+        gpus = [
+            gpu_sample("g0", 0, gpu_ratio=0.25),
+            gpu_sample("g1", 1, gpu_ratio=0.75),
+            gpu_sample("g2", 2, gpu_ratio=Missing(Absence.ERROR, "no")),
+        ]
+        plane.fleet.observe(
+            "n", [node_sample("n", seconds, float(seconds), gpus)], [], now_s=1000.0 + seconds
+        )
+    capacity = {"g0": Capacity("g0", "n", 80 * GIB)}
+    answer = plane.book.acquire("small-1", [Part("g0", 500, GIB)], capacity, generation=1, now_s=plane.now_s)
+    assert answer.outcome is Outcome.GRANTED
+    plane.step(4)
+    found = plane.take()
+    assert found[instance("small-1")].gpu_s == pytest.approx(0.5 * 4)
+    assert found[instance("small-2")].gpu_s == 8, "without a lease: what Ray gave it"
+    assert found[instance("small-3")].gpu_s == 0
+    assert found[TIER].gpu_s == pytest.approx(0.5 * 4 + 8)
+    assert found[instance("small-1")].gpu_ratio == pytest.approx(0.25)
+    assert found[instance("small-2")].gpu_ratio == pytest.approx(0.75), "of the GPU that can be read"
+    assert found[instance("small-3")].gpu_ratio is None
+    assert found[TIER].gpu_ratio == pytest.approx(0.5)
+
+
+def test_what_waits_in_engines_and_gateways() -> None:
+    plane = started()
+    plane.engines["small-1"] = EngineTelemetry()
+    plane.gateways["g"] = replace(plane.gateways["g"], waiting=2)
+    plane.engines["small-1"].observe(
+        EngineSample("small-1", 1, 0.0, 0.01, "", gauges=(("waiting", 7.0),), counters=()), plane.now_s + 1
+    )
+    plane.step(2)
+    found = plane.take()
+    assert (found[TIER].queue, found[instance("small-1")].queue) == (9, 7)
+    plane.step(60)
+    found = plane.take()
+    assert (found[TIER].queue, found[instance("small-1")].queue) == (2, None)
+
+
+def test_counting_begins_when_everybody_is_known_and_not_only_with_the_first_sample() -> None:
+    plane = Plane()
+    plane.step()
+    plane.serve(ok=6)
+    plane.step(9)
+    found = plane.take()[TIER]
+    assert (found.counted_s, found.requests) == (9, 6)

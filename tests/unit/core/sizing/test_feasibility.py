@@ -1,0 +1,123 @@
+"""Verdicts, and the smallest change that would fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from controlplane.core.sizing.engine_args import EngineSettings
+from controlplane.core.sizing.feasibility import Fit, Limits, Unfit, fit, shortfalls
+from controlplane.core.sizing.quantization import preset
+from controlplane.models.catalog import gpu_named, gpu_table, known_model
+
+ALLOWED = ("fp8", "awq")
+
+
+def verdict(model: str, gpu: str, settings: EngineSettings, **limits: Any) -> Fit | Unfit:
+    spec = known_model(model)
+    assert spec is not None
+    return fit(spec, settings, gpu_named(gpu), Limits(**limits))
+
+
+def test_a_fit_says_how_much() -> None:
+    found = verdict("qwen3-8b", "H100", EngineSettings(max_length=8192), length=4096)
+    assert isinstance(found, Fit)
+    assert found.length == 4096
+    assert found.sequences == min(found.plan.usable_blocks // 256, 1024)
+
+
+@pytest.mark.parametrize(
+    ("model", "gpu", "settings", "limits", "flags"),
+    [
+        # What the GPU can't do at all is taken back, not the GPU changed.
+        (
+            "qwen2.5-1.5b-instruct",
+            "T4",
+            {"kv_dtype": "fp8", "max_length": 8192},
+            {"alternatives": gpu_table()},
+            ["kv-cache-dtype"],
+        ),
+        (
+            "qwen2.5-7b-instruct",
+            "V100-32G",
+            {"quantization": preset("fp8"), "max_length": 8192},
+            {"alternatives": gpu_table()},
+            ["quantization"],
+        ),
+        # Free first: a GPU that isn't used whole.
+        ("qwen2.5-7b-instruct", "L4", {"memory_ratio": 0.7}, {"length": 8192}, ["gpu-memory-utilization"]),
+        ("llama-3.1-8b-instruct", "L4", {}, {}, ["max-model-len"]),
+        # The length is given: an fp8 cache makes room for as many sequences.
+        (
+            "llama-3.1-8b-instruct",
+            "L4",
+            {"max_length": 16384, "memory_ratio": 0.97, "max_sequences": 8, "eager": True},
+            {"sequences": 4, "shortest_length": 16384},
+            ["kv-cache-dtype"],
+        ),
+        (
+            "llama-3.1-8b-instruct",
+            "V100-16G",
+            {"dtype": "bfloat16", "max_length": 8192},
+            {"count": 2},
+            ["dtype", "tensor-"],
+        ),
+        ("qwen2.5-32b-instruct", "L4", {}, {"count": 4}, ["tensor-parallel-size"]),
+        ("qwen2.5-32b-instruct", "L40S", {}, {"count": 1, "quantizations": ALLOWED}, ["quantization"]),
+        ("smollm2-135m-instruct", "T4", {"tp": 2}, {}, ["tensor-parallel-size"]),
+        (
+            "llama-3.1-70b-instruct",
+            "T4",
+            {"max_length": 4096},
+            {"count": 1, "alternatives": gpu_table()},
+            ["gpu"],
+        ),
+    ],
+)
+def test_the_smallest_change(
+    model: str, gpu: str, settings: dict[str, Any], limits: dict[str, Any], flags: list[str]
+) -> None:
+    found = verdict(model, gpu, EngineSettings(**settings), **limits)
+    assert isinstance(found, Unfit)
+    assert found.reasons
+    assert len(found.changes) == len(flags), found.remedy
+    for change, flag in zip(found.changes, flags, strict=True):
+        assert change.setting.startswith(flag)
+    assert found.changed is not None
+    assert shortfalls(found.changed, Limits(**limits)) == ()
+
+
+def test_numbers_stand_in_the_reason() -> None:
+    found = verdict("llama-3.1-70b-instruct", "H100", EngineSettings())
+    assert isinstance(found, Unfit)
+    assert "GiB" in found.reasons[0]
+    assert found.needed_bytes > found.available_bytes > 0
+
+
+def test_nothing_helps_is_said() -> None:
+    found = verdict("deepseek-v3", "T4", EngineSettings(), count=1)
+    assert isinstance(found, Unfit)
+    assert found.changes == ()
+    assert found.remedy.startswith("no ")
+
+
+def test_more_parallel_than_there_are_gpus() -> None:
+    found = verdict("qwen3-8b", "H100", EngineSettings(tp=4), count=2)
+    assert isinstance(found, Unfit)
+    assert "more than 2 GPUs" in found.reasons[0]
+    assert str(found.changes[0]) == "tensor-parallel-size 4 → 2"
+
+
+def test_a_gpu_that_vllm_does_not_support() -> None:
+    found = verdict("smollm2-135m-instruct", "P100", EngineSettings(), alternatives=gpu_table())
+    assert isinstance(found, Unfit)
+    assert "7.0" in found.reasons[0]
+    assert found.changes[0].setting == "gpu"
+
+
+def test_a_whole_gpu_leaves_no_room_for_cuda() -> None:
+    found = verdict("qwen3-0.6b", "T4", EngineSettings(memory_ratio=1.0))
+    assert isinstance(found, Unfit)
+    assert "CUDA context" in found.reasons[0]
+    assert found.changes[0].setting == "gpu-memory-utilization"

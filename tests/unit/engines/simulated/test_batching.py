@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from controlplane.engines.simulated.batching import Ask, Clockwork, metrics_text
+from controlplane.engines.simulated.engine import SimulatedSettings
+from controlplane.engines.simulated.text import ANSWER, encode
+
+PROMPT = (*encode("user: hello\n"), ANSWER)
+
+
+class Receiver:
+    """A sink that notes when each token came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.ids: list[int] = []
+        self.finish = None
+        self.was_cut = False
+        self.over = asyncio.Event()
+
+    def emit(self, ids, texts, finish):
+        self.times += [time.monotonic()] * len(ids)
+        self.ids += ids
+        self.finish = finish
+        if finish is not None:
+            self.over.set()
+
+    def cut(self):
+        self.was_cut = True
+        self.over.set()
+
+
+def clockwork(**settings) -> Clockwork:
+    return Clockwork(asyncio.get_running_loop(), SimulatedSettings(**settings))
+
+
+async def test_without_times_an_answer_is_there_at_once():
+    work, sink = clockwork(), Receiver()
+    work.submit(Ask(PROMPT, max_tokens=5), sink)
+    assert sink.finish.reason == "length"
+    assert (work.running, work.waiting) == (0, 0)
+
+
+async def test_long_answers_without_times_leave_room_for_others():
+    work, long, short = clockwork(), Receiver(), Receiver()
+    work.submit(Ask(PROMPT, max_tokens=3000, ignore_eos=True), long)
+    work.submit(Ask(PROMPT, max_tokens=3), short)
+    assert short.finish is not None
+    assert long.finish is None
+    await asyncio.wait_for(long.over.wait(), 5)
+    assert len(long.ids) == 3000
+
+
+async def test_time_to_first_token_and_between_tokens():
+    work, sink = clockwork(ttft_ms=60, itl_ms=10, prefill_tokens_per_s=100), Receiver()
+    began_s = time.monotonic()
+    work.submit(Ask(PROMPT, max_tokens=11), sink)
+    await asyncio.wait_for(sink.over.wait(), 5)
+    prefill_s = len(PROMPT) / 100
+    assert sink.times[0] - began_s == pytest.approx(0.06 + prefill_s, abs=0.05)
+    # The schedule holds on average: a late timer does not delay all that follow.
+    assert sink.times[-1] - sink.times[0] >= 0.095
+    assert work.counts.itl_s.sum == pytest.approx(sink.times[-1] - sink.times[0], abs=0.02)
+
+
+async def test_a_larger_batch_is_slower():
+    alone, sink = clockwork(itl_ms=4, batch_slowdown=1.0), Receiver()
+    alone.submit(Ask(PROMPT, max_tokens=20), sink)
+    await asyncio.wait_for(sink.over.wait(), 5)
+    alone_s = sink.times[-1] - sink.times[0]
+    batch, sinks = clockwork(itl_ms=4, batch_slowdown=1.0), [Receiver() for _ in range(4)]
+    for receiver in sinks:
+        batch.submit(Ask(PROMPT, max_tokens=20), receiver)
+    await asyncio.wait_for(asyncio.gather(*(receiver.over.wait() for receiver in sinks)), 10)
+    batch_s = sinks[0].times[-1] - sinks[0].times[0]
+    # 1 + 1 × (4 − 1) = 4 times, a little less while the last ones end.
+    assert batch_s > 2.5 * alone_s
+
+
+async def test_more_than_it_runs_wait_in_order_and_are_counted():
+    work = clockwork(max_running=2, itl_ms=5)
+    sinks = [Receiver() for _ in range(4)]
+    for sink in sinks:
+        work.submit(Ask(PROMPT, max_tokens=5), sink)
+    assert (work.running, work.waiting) == (2, 2)
+    await asyncio.wait_for(asyncio.gather(*(sink.over.wait() for sink in sinks)), 5)
+    assert sinks[2].times[0] >= min(sinks[0].times[-1], sinks[1].times[-1])
+    assert (work.running, work.waiting) == (0, 0)
+    assert work.counts.finished["length"] == 4
+
+
+async def test_who_hangs_up_frees_the_slot_for_the_next():
+    work = clockwork(max_running=1, itl_ms=1000)
+    first, second, third = Receiver(), Receiver(), Receiver()
+    running = work.submit(Ask(PROMPT), first)
+    waiting = work.submit(Ask(PROMPT), second)
+    work.submit(Ask(PROMPT), third)
+    work.abort(waiting)
+    work.abort(running)
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert (work.running, work.waiting) == (1, 0)
+    assert third.ids
+    assert not second.ids
+    assert work.counts.finished["abort"] == 2
+    work.abort(running)
+    assert work.counts.finished["abort"] == 2
+
+
+async def test_a_slow_reader_stops_the_tokens():
+    work, sink = clockwork(itl_ms=1), Receiver()
+    generation = work.submit(Ask(PROMPT, max_tokens=50), sink)
+    work.block(generation)
+    await asyncio.sleep(0.05)
+    held = len(sink.ids)
+    assert held < 10
+    work.unblock(generation)
+    await asyncio.wait_for(sink.over.wait(), 5)
+    assert len(sink.ids) == 50
+
+
+@pytest.mark.parametrize("itl_ms", [0, 1])
+async def test_cut_and_hang_after_tokens(itl_ms):
+    work, sink = clockwork(itl_ms=itl_ms, cut_after_tokens=7), Receiver()
+    work.submit(Ask(PROMPT, max_tokens=50), sink)
+    await asyncio.wait_for(sink.over.wait(), 5)
+    assert (sink.was_cut, len(sink.ids), work.running) == (True, 7, 0)
+    work, sink = clockwork(itl_ms=itl_ms, hang_after_tokens=7), Receiver()
+    work.submit(Ask(PROMPT, max_tokens=50), sink)
+    await asyncio.sleep(0.1)
+    assert (len(sink.ids), sink.finish, work.running) == (7, None, 1)
+    work.change(SimulatedSettings(itl_ms=itl_ms))
+    await asyncio.wait_for(sink.over.wait(), 5)
+    assert len(sink.ids) == 50
+
+
+async def test_the_share_of_errors_is_what_was_asked_for_and_repeats_with_the_seed():
+    def run() -> list[bool]:
+        work = clockwork(error_rate=0.3, seed=7)
+        return [work.errs() for _ in range(2000)]
+
+    first = run()
+    assert sum(first) / 2000 == pytest.approx(0.3, abs=0.05)
+    assert first == run()
+
+
+async def test_metrics_are_prometheus_text():
+    from prometheus_client.parser import text_string_to_metric_families
+
+    work, sink = clockwork(), Receiver()
+    work.submit(Ask(PROMPT, max_tokens=5), sink)
+    families = {
+        family.name: family for family in text_string_to_metric_families(metrics_text(work, "m").decode())
+    }
+    assert families["simulated:generation_tokens"].samples[0].value == 5
+    assert families["simulated:prompt_tokens"].samples[0].value == len(PROMPT)
+    samples = families["simulated:inter_token_latency_seconds"].samples
+    assert [s.value for s in samples if s.labels.get("le") == "+Inf"] == [4]
+    assert families["simulated:num_requests_running"].samples[0].labels == {"model_name": "m"}

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from controlplane.config import TierConfig
+from controlplane.engines.external import EndpointEngine, address_of
+from controlplane.engines.output import ending, last_error, plain
+from controlplane.engines.supervision.probe import get, metric
+from controlplane.engines.supervision.process import LogFile, Output
+from controlplane.errors import EngineStartError
+
+
+def lines_of(*chunks: bytes, secret: str = "") -> tuple[list[str], Output]:
+    seen: list[str] = []
+    output = Output(secret, None, seen.append)
+    for chunk in chunks:
+        output.feed(chunk)
+    output.end()
+    return seen, output
+
+
+@pytest.mark.parametrize(
+    ("chunks", "lines"),
+    [
+        ([b"one\ntwo\n"], ["one", "two"]),
+        ([b"on", b"e\r", b"\ntwo"], ["one", "two"]),
+        ([b"10%\r20%\r", b"30%\n"], ["10%", "20%", "30%"]),
+        ([b"\n\n  \n"], []),
+        ([b"\x1b[32mgreen\x1b[0m\n"], ["green"]),
+        ([b"broken \xff\n"], ["broken \ufffd"]),
+        ([b"x" * 9000], ["x" * 4000]),
+    ],
+)
+def test_output_becomes_lines(chunks, lines):
+    assert lines_of(*chunks)[0] == lines
+
+
+def test_the_secret_is_blotted_out_also_over_chunks():
+    assert lines_of(b"key=s3c", b"ret!\n", secret="s3cret")[0] == ["key=***!"]
+
+
+def test_only_the_last_lines_are_kept():
+    _, output = lines_of(b"".join(b"%d\n" % n for n in range(1000)))
+    assert len(output.lines) == 400
+    assert output.lines[-1] == "999"
+
+
+def test_the_log_file_is_bounded(tmp_path):
+    file = LogFile(tmp_path / "logs" / "a.log", max_bytes=1000)
+    for number in range(200):
+        file.write(f"line {number:03}")
+    file.close()
+    older = tmp_path / "logs" / "a.log.1"
+    assert file.path.stat().st_size <= 1010
+    assert older.stat().st_size <= 1010
+    assert (older.read_text() + file.path.read_text()).splitlines()[-1] == "line 199"
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("(EngineCore pid=2) ERROR 11-22 18:07:03 [core.py:1] ValueError: odd", "ValueError: odd"),
+        ("(APIServer pid=6577) ValueError: odd", "ValueError: odd"),
+        ("ValueError: odd", "ValueError: odd"),
+    ],
+)
+def test_log_prefixes_are_taken_off(line, text):
+    assert plain(line) == text
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        (None, "did not get ready"),
+        (3, "ended with exit code 3"),
+        (-15, "was killed by SIGTERM"),
+        (-70, "was killed by signal 70"),
+    ],
+)
+def test_endings(code, text):
+    assert ending(code) == text
+
+
+def test_an_exception_tells_more_than_a_later_error_line():
+    lines = ["ValueError: the cause", "ERROR: shutting down", "nanobind: leaked 3 types!"]
+    assert last_error("it", lines, 1).summary == "it ended with exit code 1: ValueError: the cause"
+
+
+async def serve_once(answer: bytes, hold: bool = False):
+    """A server that answers each connection with these bytes."""
+
+    async def client(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+        await writer.drain()
+        if hold:
+            await reader.read()
+        writer.close()
+
+    return await asyncio.start_server(client, "127.0.0.1", 0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "body"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi", 200, "hi"),
+        (b"HTTP/1.1 503 No\r\n\r\nlater", 503, "later"),
+        (
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n3\r\n ho\r\n0\r\n\r\n",
+            200,
+            "hi ho",
+        ),
+    ],
+)
+async def test_probes_read_every_kind_of_body(answer, status, body):
+    server = await serve_once(answer)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        got = await get(f"http://127.0.0.1:{port}/x", "key", 5)
+    assert (got.status, got.body, got.ok) == (status, body, status == 200)
+
+
+@pytest.mark.parametrize(
+    ("answer", "hold", "says"),
+    [
+        (b"", True, "no answer in 0.2 s"),
+        (b"", False, "IncompleteReadError"),
+        (b"nonsense\r\n\r\n", False, "no HTTP answer"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhi", False, "IncompleteReadError"),
+    ],
+)
+async def test_probes_never_raise(answer, hold, says):
+    server = await serve_once(answer, hold)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        got = await get(f"http://127.0.0.1:{port}/x", "", 0.2)
+    assert got.status == 0
+    assert says in str(got)
+    assert str(await get(f"http://127.0.0.1:{port}/x", "", 1)) == "connection refused"
+
+
+def test_metrics_are_summed_over_their_labels_and_not_mixed_up():
+    text = '# TYPE a gauge\na{x="1"} 2\na{x="2"} 3.5\na_total 9\nb 1\n'
+    assert metric(text, "a") == 5.5
+    assert metric(text, "a_total") == 9
+    assert metric(text, "c") is None
+
+
+def endpoint(**settings) -> TierConfig:
+    return TierConfig(name="far", engine="endpoint", model="m", url="http://x:1/v1/", **settings)
+
+
+def test_addresses(monkeypatch):
+    assert address_of(endpoint()) == ("http://x:1", "")
+    monkeypatch.setenv("FAR_KEY", "k")
+    assert address_of(endpoint(api_key_env="FAR_KEY")) == ("http://x:1", "k")
+    monkeypatch.delenv("FAR_KEY")
+    with pytest.raises(EngineStartError, match="FAR_KEY, which is not set"):
+        address_of(endpoint(api_key_env="FAR_KEY"))
+    assert not EndpointEngine.has_process

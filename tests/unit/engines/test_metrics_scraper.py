@@ -1,0 +1,171 @@
+"""Scrapes of a real HTTP server on the loopback address, with pages as prometheus_client writes them."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+from aiohttp import web
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from controlplane.engines.base import MetricNames
+from controlplane.engines.metrics_scraper import EngineScraper, ScrapeTarget
+
+NAMES = asdict(
+    MetricNames(
+        running="vllm:num_requests_running",
+        waiting="vllm:num_requests_waiting",
+        kv_usage_ratio="vllm:kv_cache_usage_perc",
+        generation_tokens_total="vllm:generation_tokens_total",
+        success_total="vllm:request_success_total",
+        ttft_seconds="vllm:time_to_first_token_seconds",
+    )
+)
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def page() -> bytes:
+    registry = CollectorRegistry()
+    labels = ["engine", "model_name"]
+    running = Gauge("vllm:num_requests_running", "…", labels, registry=registry)
+    usage = Gauge("vllm:kv_cache_usage_perc", "…", labels, registry=registry)
+    tokens = Counter("vllm:generation_tokens", "…", labels, registry=registry)
+    success = Counter("vllm:request_success", "…", [*labels, "finished_reason"], registry=registry)
+    ttft = Histogram("vllm:time_to_first_token_seconds", "…", labels, buckets=(0.1, 1.0), registry=registry)
+    other = Histogram("vllm:time_to_first_token_seconds_old", "…", registry=registry)
+    for rank, (requests, used, made) in enumerate([(3, 0.25, 100), (4, 0.75, 200)]):
+        who = (str(rank), 'a "model"\nwith odd \\ letters')
+        running.labels(*who).set(requests)
+        usage.labels(*who).set(used)
+        tokens.labels(*who).inc(made)
+        success.labels(*who, "stop").inc(10)
+        success.labels(*who, "length").inc(1)
+        for value in (0.05, 0.5, 5.0):
+            ttft.labels(*who).observe(value)
+    other.observe(1)
+    return generate_latest(registry)
+
+
+@pytest.fixture
+async def serve() -> AsyncIterator[Callable[[Handler], Awaitable[str]]]:
+    runners: list[web.AppRunner] = []
+
+    async def begin(handler: Handler) -> str:
+        app = web.Application()
+        app.router.add_get("/metrics", handler)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        runners.append(runner)
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        return f"http://127.0.0.1:{runner.addresses[0][1]}/metrics"
+
+    yield begin
+    for runner in runners:
+        await runner.cleanup()
+
+
+def target(url: str, **settings: Any) -> ScrapeTarget:
+    return ScrapeTarget(endpoint_id="light-0", generation=2, url=url, names=NAMES, **settings)
+
+
+def answers(body: bytes, **settings: Any) -> Handler:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        return web.Response(body=body, **settings)
+
+    return handler
+
+
+async def test_a_page_of_two_ranks(serve: Callable[[Handler], Awaitable[str]]) -> None:
+    seen: list[str | None] = []
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        seen.append(request.headers.get("Authorization"))
+        return web.Response(body=page())
+
+    url = await serve(handler)
+    async with EngineScraper() as scraper:
+        sample = await scraper.scrape(target(url, secret="hush"))
+    assert (sample.error, sample.endpoint_id, sample.generation) == ("", "light-0", 2)
+    assert dict(sample.gauges) == {"running": 7, "kv_usage_ratio": 0.75}
+    assert dict(sample.counters) == {"generation_tokens_total": 300, "success_total": 22}
+    ((name, histogram),) = sample.histograms
+    assert (name, histogram.bounds, histogram.counts) == ("ttft_seconds", (0.1, 1.0, math.inf), (2, 4, 6))
+    assert histogram.total == pytest.approx(11.1)
+    assert seen == ["Bearer hush"]
+    assert "hush" not in repr(target(url, secret="hush"))
+
+
+async def slow(request: web.Request) -> web.StreamResponse:
+    await asyncio.sleep(30)
+    return web.Response()
+
+
+async def dripping(request: web.Request) -> web.StreamResponse:
+    answer = web.StreamResponse()
+    await answer.prepare(request)
+    while True:
+        await answer.write(b"# never ends\n")
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("handler", "error"),
+    [
+        pytest.param(answers(b"", status=503), "answered 503", id="status"),
+        pytest.param(answers(b"", status=302, headers={"Location": "/"}), "answered 302", id="redirect"),
+        pytest.param(slow, "did not answer within 0.3 s", id="silent"),
+        pytest.param(dripping, "did not answer within 0.3 s", id="endless"),
+        pytest.param(answers(b"x" * 20_000), "sent more than 10000 bytes", id="large"),
+        pytest.param(
+            answers(gzip.compress(b"x" * 10**7), headers={"Content-Encoding": "gzip"}),
+            "sent more than 10000 bytes",
+            id="bomb",
+        ),
+        pytest.param(answers(b"\xff\xfe"), "utf-8", id="bytes"),
+        pytest.param(answers(b"vllm:num_requests_running many\n"), "no Prometheus text", id="no number"),
+        pytest.param(answers(b"<html>hello</html>"), "none of the engine's metrics", id="html"),
+        pytest.param(answers(b""), "none of the engine's metrics", id="empty"),
+        pytest.param(
+            answers(b'vllm:time_to_first_token_seconds_bucket{x="1"} 3\n'), "no Prometheus text", id="no le"
+        ),
+    ],
+)
+async def test_what_can_go_wrong(
+    serve: Callable[[Handler], Awaitable[str]], handler: Handler, error: str
+) -> None:
+    url = await serve(handler)
+    async with EngineScraper(timeout_s=0.3, max_bytes=10_000) as scraper:
+        sample = await scraper.scrape(target(url))
+    assert error in sample.error
+    assert (sample.gauges, sample.counters, sample.histograms) == ((), (), ())
+
+
+async def test_nobody_listens() -> None:
+    async with EngineScraper() as scraper:
+        samples = await scraper.scrape_all([target("http://127.0.0.1:9/metrics"), target("no address")])
+    assert all(sample.error for sample in samples)
+
+
+async def test_values_that_are_no_number_are_missing(serve: Callable[[Handler], Awaitable[str]]) -> None:
+    url = await serve(answers(b"vllm:num_requests_running NaN\nvllm:num_requests_waiting 0\n"))
+    async with EngineScraper() as scraper:
+        sample = await scraper.scrape(target(url))
+    assert dict(sample.gauges) == {"waiting": 0}
+
+
+async def test_one_slow_engine_delays_no_other(serve: Callable[[Handler], Awaitable[str]]) -> None:
+    good, bad = await serve(answers(page())), await serve(slow)
+    async with EngineScraper(timeout_s=0.5) as scraper:
+        samples = await scraper.scrape_all([target(bad), *[target(good)] * 8])
+    assert [bool(sample.error) for sample in samples] == [True] + [False] * 8
+    assert max(sample.scrape_s for sample in samples[1:]) < 0.5
+
+
+async def test_outside_its_context_it_says_so() -> None:
+    with pytest.raises(RuntimeError, match="async with"):
+        await EngineScraper().scrape(target("http://127.0.0.1:9/metrics"))

@@ -1,0 +1,139 @@
+"""The report for people: what a query may ask, and a page that is safe whatever instances are called."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+
+from controlplane.core.reports.report import (
+    Instance,
+    InstanceKind,
+    PlaneReport,
+    ReportSample,
+    Totals,
+    plane_report,
+)
+from controlplane.errors import BadRequest
+from controlplane.gateway.api.report_page import HEADS, page, parse_query, row
+from tests.support.gateway import running
+
+EVIL = "<script>alert('x')</script>"
+
+
+def totals(**more: float) -> Totals:
+    found = Totals()
+    sample = {"counted_s": 60.0, "watched_s": 60.0, "up_s": 45.0, "requests": 10, "answered": 8, "errors": 2}
+    more = {"latency_s": 4.0, "latency_max_s": 1.5, "judged": 10, "missed": 1, "gpu_s": 3600.0, **more}
+    found.include(ReportSample(**{**sample, **more}))
+    return found
+
+
+def made(**more: Any) -> PlaneReport:
+    tier = Instance(InstanceKind.TIER, EVIL, EVIL)
+    endpoint = Instance(InstanceKind.ENDPOINT, EVIL, "small-1&2")
+    tracks = {EVIL: {0: totals(), 1: totals(), 4: totals(queue=3.0)}}
+    return plane_report(
+        {tier: totals(), endpoint: totals()},
+        tracks,
+        tiers={EVIL: more.get("target", 0.95)},
+        present=[],
+        from_unix_s=1_000_000.0,
+        until_unix_s=1_000_060.0,
+        step_s=10.0,
+        cost_per_gpu_hour=2.0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        ("", (60.0, "json")),
+        ("window_minutes=5", (5.0, "json")),
+        ("window_minutes=43200&format=html", (43200.0, "html")),
+    ],
+)
+def test_what_may_be_asked(query: str, expected: tuple[float, str]) -> None:
+    assert parse_query(query) == expected
+
+
+@pytest.mark.parametrize(
+    ("query", "param"),
+    [
+        ("window_minutes=0", "window_minutes"),
+        ("window_minutes=43201", "window_minutes"),
+        ("window_minutes=soon", "window_minutes"),
+        ("window_minutes=nan", "window_minutes"),
+        ("window_minutes=", "window_minutes"),
+        ("format=pdf", "format"),
+    ],
+)
+def test_what_may_not_be_asked_names_the_parameter(query: str, param: str) -> None:
+    with pytest.raises(BadRequest) as raised:
+        parse_query(query)
+    assert raised.value.param == param
+
+
+def test_a_row_has_a_cell_for_each_head_and_says_what_is_not_known() -> None:
+    (tier,) = made().tiers
+    cells = dict(zip(HEADS, row(tier), strict=True))
+    assert cells["requests"] == "10"
+    assert cells["mean ms"] == "500"
+    assert (cells["in SLO"], cells["promised"]) == ("90.00%", "95%, missed")
+    assert cells["available"] == "75.00%"
+    assert cells["GPU"] == "-"
+    assert cells["cost"] == "2.00"
+
+
+@pytest.mark.parametrize(
+    ("target", "shown", "marked"), [(0.9999, "99.99%, missed", 2), (0.9, "90%", 0), (None, "-", 0)]
+)
+def test_a_tier_that_missed_its_slo_is_marked(target: float | None, shown: str, marked: int) -> None:
+    report = made(target=target)
+    assert row(report.tiers[0])[HEADS.index("promised")] == shown
+    assert row(report.endpoints[0])[HEADS.index("promised")] == "-"
+    text = page(report)
+    assert text.count("<td class=missed>") == marked
+    assert f">{shown}<" in text
+
+
+def test_the_page_escapes_what_comes_from_outside_and_loads_nothing() -> None:
+    text = page(made())
+    assert EVIL not in text
+    assert "&lt;script&gt;" in text
+    assert "small-1&amp;2" in text
+    assert not re.search(r"(src|href)\s*=|url\(|<script", text)
+
+
+def test_a_line_is_broken_where_nothing_is_known() -> None:
+    text = page(made())
+    requests = text.split("Requests per second")[1].split("</figure>")[0]
+    assert requests.count("<polyline") == 2
+    assert "GPU utilisation" not in text, "no GPU was measured"
+
+
+async def test_the_route_asks_the_controller_and_answers_in_both_forms() -> None:
+    report = made()
+    asked: list[Any] = []
+
+    async def ask(method: str, *args: Any, **_: Any) -> Any:
+        asked.append((method, *args))
+        return report
+
+    async with running() as rig:
+        status, _ = await rig.get("/report")
+        assert status == 503, "there is no controller"
+        rig.gateway.ask = ask
+        status, told = await rig.get("/report?window_minutes=5")
+        assert status == 200
+        assert told["tiers"][0]["requests"] == 10
+        assert told.keys() == asdict(report).keys()
+        async with rig.client.get(f"{rig.base}/report?format=html") as answer:
+            assert answer.headers["content-type"].startswith("text/html")
+            assert "default-src 'none'" in answer.headers["content-security-policy"]
+            assert "<h2>Tiers</h2>" in await answer.text()
+        status, told = await rig.get("/report?window_minutes=x")
+        assert (status, told["error"]["param"]) == (400, "window_minutes")
+    assert asked == [("plane_report", 5.0), ("plane_report", 60.0)]

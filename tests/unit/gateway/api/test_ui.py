@@ -1,0 +1,146 @@
+"""The page for people, in a browser: what it shows, and that nothing it is told becomes a script."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from controlplane.core.domain.endpoint import EndpointState
+from controlplane.core.gpus.views import GpuView
+from controlplane.core.recommendations.log import Record
+from controlplane.core.recommendations.views import ScalingReport
+from controlplane.core.reports.report import Instance, InstanceKind, ReportSample, Totals, plane_report
+from controlplane.core.telemetry.series import Freshness
+from controlplane.errors import TierplaneError
+from tests.support.debian_tools import tool
+from tests.support.gateway import CHAT, Rig, chat_body, plane, running
+
+EVIL = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
+BROWSER_S = 60.0
+
+
+async def seen(rig: Rig, folder: Path, *more: str) -> str:
+    """The page's elements after its script has asked everything once."""
+    command = [
+        *(tool("chromium"), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
+        *(f"--user-data-dir={folder}", "--virtual-time-budget=2500", *more, "--dump-dom", f"{rig.base}/ui"),
+    ]
+    browser = await asyncio.create_subprocess_exec(
+        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
+    )
+    try:
+        output, _ = await asyncio.wait_for(browser.communicate(), BROWSER_S)
+    finally:
+        if browser.returncode is None:
+            browser.kill()
+            await browser.wait()
+    text = output.decode()
+    assert re.search(r'data-turns="[1-9]', text), "the script has not run to its end"
+    assert "<title>tierplane</title>" in text, "a script has run that is not the page's own"
+    return text[text.index("<body") :].partition("<script>")[0]
+
+
+def section(text: str, name: str) -> str:
+    found = re.search(rf'<section id="{name}".*?</section>', text, re.DOTALL)
+    assert found is not None
+    return found[0]
+
+
+def gpu(**fields: Any) -> GpuView:
+    values: dict[str, Any] = dict.fromkeys(GpuView.__slots__)
+    values |= {"uuid": "GPU-5c72063a", "node_id": "n1", "index": 0, "name": EVIL, "state": "suspect"}
+    values |= {"holders": (), "freshness": Freshness.FRESH, "gpu_ratio": 0.57, "reason": EVIL, "peers": ()}
+    return GpuView(**{**values, **fields})
+
+
+def report() -> Any:
+    totals = Totals()
+    totals.include(
+        ReportSample(watched_s=60, up_s=45, counted_s=60, requests=1234, answered=1200, judged=100, missed=1)
+    )
+    tier = Instance(InstanceKind.TIER, "balanced", "balanced")
+    span: dict[str, Any] = {"from_unix_s": 0.0, "until_unix_s": 3600.0, "step_s": 30}
+    tracks = {"balanced": {0: totals, 1: totals, 9: totals}}
+    return plane_report({tier: totals}, tracks, tiers={"balanced": 0.995}, present=[], **span)
+
+
+ANSWERS: dict[str, Any] = {
+    "gpus": (gpu(),),
+    "plane_report": report(),
+    "scaling": ScalingReport("advise", (), (), Record(0, 0, 0, None)),
+}
+
+
+async def controller(method: str, *_: Any) -> Any:
+    return ANSWERS[method]
+
+
+async def test_the_page_shows_the_plane_and_runs_nothing_that_it_is_told(tmp_path: Path) -> None:
+    async with running(plane({"name": "balanced"}, {"name": "capable"})) as rig:
+        rig.gateway.ask = controller
+        await rig.engine("balanced-1")
+        await rig.engine("capable-1", "capable")
+        rig.change("capable-1", state=EndpointState.FAILED, diagnosis=EVIL)
+        await rig.post(CHAT, chat_body(max_tokens=2))
+        text = await seen(rig, tmp_path)
+        for name in ("tiers", "endpoints", "gpus", "recommendations", "report", "alerts"):
+            assert "hidden" not in section(text, name).partition(">")[0], name
+    assert "degraded" in text.partition("</header>")[0]
+    assert ">failed</span>" in section(text, "endpoints")
+    assert "&lt;img src=x" in section(text, "endpoints")
+    assert "57 %" in section(text, "gpus")
+    assert "1,234" in section(text, "report")
+    assert section(text, "report").count("<path") == 2, "a line where two points follow each other …"
+    assert section(text, "report").count("<circle") == 2, "… and a dot beyond the gap"
+    assert "75 %" in section(text, "report")
+    assert "99.5 %, missed" in section(text, "report")
+    assert "No advice" in section(text, "recommendations")
+    assert "<img" not in text
+
+
+async def test_without_the_controller_the_page_says_what_is_not_known(tmp_path: Path) -> None:
+    async def away(method: str, *_: Any) -> Any:
+        raise TierplaneError("the controller is gone")
+
+    async with running() as rig:
+        rig.gateway.ask = away
+        await rig.engine("balanced-1")
+        text = await seen(rig, tmp_path)
+    assert ">healthy</span>" in section(text, "tiers")
+    for name in ("gpus", "recommendations", "report"):
+        assert "Not known now: the controller is gone" in section(text, name)
+
+
+async def test_nothing_is_loaded_from_elsewhere_and_only_the_pages_own_script_may_run() -> None:
+    async with running() as rig:
+        async with rig.client.get(f"{rig.base}/ui") as answer:
+            text, policy = await answer.text(), answer.headers["content-security-policy"]
+        assert answer.status == 200
+        assert "default-src 'none'" in policy
+        assert "unsafe" not in policy
+        assert policy.count("'sha256-") == 2
+        assert links(text) == ["data:,"]
+
+
+def links(text: str) -> Sequence[str]:
+    return re.findall(r"(?:src|href)=[\"']?([^\"'> ]+)", text)
+
+
+async def test_gpus_are_told_as_json() -> None:
+    async with running() as rig:
+        assert (await rig.get("/gpus"))[0] == 503
+        rig.gateway.ask = controller
+        status, value = await rig.get("/gpus")
+        assert (status, value["gpus"][0]["uuid"]) == (200, "GPU-5c72063a")
+
+
+@pytest.mark.parametrize("method", ["POST", "DELETE"])
+async def test_the_page_is_only_read(method: str) -> None:
+    async with running() as rig:
+        async with rig.client.request(method, f"{rig.base}/ui") as answer:
+            assert answer.status == 405

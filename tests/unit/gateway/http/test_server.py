@@ -1,0 +1,231 @@
+"""The own port with clients that are odd, slow or hostile."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from controlplane.gateway.api.pages import fetch_text
+from controlplane.gateway.http import server as server_module
+from controlplane.gateway.http.asgi import AsgiApp
+from controlplane.gateway.http.messages import Request, Responder
+from controlplane.gateway.http.server import MAX_HEAD_BYTES, Server
+
+BIG = b"x" * (8 * 1024 * 1024)
+
+
+async def handler(request: Request, out: Responder) -> None:
+    """``/big`` answers with much, ``/later`` in two pieces with a pause, all else with its path."""
+    if request.path == "/big":
+        out.send(200, [], BIG)
+    elif request.path == "/later":
+        out.start(200, [])
+        out.write(b"one ")
+        await asyncio.sleep(0.3)
+        out.write(b"two")
+        out.finish()
+    else:
+        out.send(200, [], request.path.encode() + b" " + request.body)
+
+
+@asynccontextmanager
+async def serving(max_body_bytes: int = 2000) -> AsyncIterator[tuple[Server, int]]:
+    server = Server(handler, max_body_bytes=max_body_bytes)
+    port = await server.start("127.0.0.1", 0)
+    try:
+        yield server, port
+    finally:
+        await server.drain(0.2)
+
+
+async def talk(port: int, *pieces: bytes) -> bytes:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    for piece in pieces:
+        writer.write(piece)
+        await writer.drain()
+        await asyncio.sleep(0.02)
+    data = await asyncio.wait_for(reader.read(), 5)
+    writer.close()
+    return data
+
+
+async def test_a_drain_answers_a_client_that_has_connected_and_not_yet_asked() -> None:
+    async with serving() as (server, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        draining = asyncio.ensure_future(server.drain(5))
+        await asyncio.sleep(0.1)
+        writer.write(b"GET /first HTTP/1.1\r\nhost: h\r\n\r\n")
+        answer = await asyncio.wait_for(reader.read(), 5)
+        assert answer.endswith(b"/first ")
+        assert b"connection: close" in answer
+        writer.close()
+        await draining
+
+
+async def test_a_drain_answers_a_client_that_the_kernel_has_connected_only() -> None:
+    async with serving() as (server, port):
+        client = socket.create_connection(("127.0.0.1", port))  # the event loop has not seen it
+        client.sendall(b"GET /waiting HTTP/1.1\r\nhost: h\r\n\r\n")
+        await server.drain(5)
+        client.settimeout(5)
+        assert client.recv(4096).endswith(b"/waiting ")
+        client.close()
+
+
+async def test_a_drain_lets_an_answer_go_out_whole() -> None:
+    async with serving() as (server, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=4096)
+        writer.write(b"GET /big HTTP/1.1\r\nhost: h\r\n\r\n")
+        await reader.readexactly(100)
+        draining = asyncio.ensure_future(server.drain(5))
+        await asyncio.sleep(0.2)
+        rest = await reader.read()
+        await draining
+        assert rest.endswith(BIG[:1000])
+        assert len(rest) > len(BIG) - 100
+        writer.close()
+
+
+async def test_a_client_that_takes_nothing_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "SWEEP_S", 0.05)
+    monkeypatch.setattr(server_module, "IDLE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(server_module, "STALL_TIMEOUT_S", 0.3)
+    async with serving() as (server, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=4096)
+        writer.write(b"GET /big HTTP/1.1\r\nhost: h\r\n\r\n")
+        await reader.readexactly(100)
+        await asyncio.sleep(1.0)
+        assert not server.connections
+        writer.transport.abort()
+
+
+async def test_headers_are_bounded_behind_a_pipelined_request_too() -> None:
+    async with serving() as (_, port):
+        start = b"GET /1 HTTP/1.1\r\nhost: h\r\n\r\nGET /2 HTTP/1.1\r\nx: "
+        data = await talk(port, start, b"y" * MAX_HEAD_BYTES, b"y" * 100)
+        assert b"/1" in data
+        assert b"headers are over" in data
+
+
+async def test_what_follows_a_chunked_body_is_bounded() -> None:
+    async with serving() as (_, port):
+        head = b"POST / HTTP/1.1\r\nhost: h\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\n0\r\n"
+        data = await talk(port, head + b"x: ", b"y" * MAX_HEAD_BYTES, b"y" * 1000)
+        assert data.startswith(b"HTTP/1.1 400")
+
+
+async def test_an_offer_to_upgrade_is_not_taken_up() -> None:
+    async with serving() as (_, port):
+        head = b"POST /x HTTP/1.1\r\nhost: h\r\nconnection: upgrade, http2-settings\r\nupgrade: h2c\r\n"
+        head += b"http2-settings: AAMAAABkAAQCAAAAAAIAAAAA\r\ncontent-length: 4\r\n\r\nbody"
+        data = await talk(port, head + b"GET /y HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n")
+        assert data.startswith(b"HTTP/1.1 200 OK")
+        assert b"/x body" in data
+        assert b"/y" in data
+
+
+async def test_a_wrong_request_does_not_cut_the_answer_before_it() -> None:
+    async with serving() as (_, port):
+        data = await talk(port, b"GET /later HTTP/1.1\r\nhost: h\r\n\r\n", b"nonsense\r\n\r\n")
+        assert b"4\r\none \r\n3\r\ntwo\r\n0\r\n\r\nHTTP/1.1 400" in data
+
+
+async def test_a_continue_is_not_written_into_a_running_answer() -> None:
+    async with serving() as (_, port):
+        second = b"POST /y HTTP/1.1\r\nhost: h\r\nexpect: 100-continue\r\ncontent-length: 2\r\n"
+        second += b"connection: close\r\n\r\n"
+        data = await talk(port, b"GET /later HTTP/1.1\r\nhost: h\r\n\r\n", second, b"ok")
+        assert b"4\r\none \r\n3\r\ntwo\r\n0\r\n\r\n" in data
+        assert data.endswith(b"/y ok")
+
+
+async def test_too_large_is_told_to_a_client_that_is_still_sending() -> None:
+    async with serving() as (_, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"POST / HTTP/1.1\r\nhost: h\r\ntransfer-encoding: chunked\r\n\r\n")
+        block = b"10000\r\n" + b"x" * 0x10000 + b"\r\n"
+        for _ in range(40):
+            writer.write(block)
+            await writer.drain()
+            await asyncio.sleep(0.001)
+        data = await asyncio.wait_for(reader.read(), 5)
+        assert data.startswith(b"HTTP/1.1 413")
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"content-length: 5\r\ntransfer-encoding: chunked\r\n",
+        b"content-length: 5\r\ncontent-length: 6\r\n",
+        b"transfer-encoding: chunked, identity\r\n",
+        b"content-length: 99999999999999999999999999\r\n",
+    ],
+)
+async def test_bodies_of_two_lengths_are_refused(head: bytes) -> None:
+    async with serving() as (_, port):
+        data = await talk(port, b"POST / HTTP/1.1\r\nhost: h\r\n" + head + b"\r\n0\r\n\r\n")
+        assert data.startswith(b"HTTP/1.1 400")
+        assert data.count(b"HTTP/1.1 400") == 1
+
+
+async def test_an_absolute_target_is_its_path() -> None:
+    async with serving() as (_, port):
+        data = await talk(port, b"GET http://h:1/p?q=1 HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n")
+        assert data.endswith(b"/p ")
+
+
+async def test_a_large_exposition_is_fetched_whole() -> None:
+    async with serving() as (_, port):
+        text = await fetch_text(f"http://127.0.0.1:{port}/big")
+        assert text == "" or len(text) == len(BIG)
+        assert len(text) == len(BIG)
+
+
+async def test_asgi_hands_nothing_on_of_a_request_that_broke_off() -> None:
+    asked: list[Request] = []
+
+    async def remember(request: Request, out: Responder) -> None:
+        asked.append(request)
+        out.send(200, [], b"")
+
+    messages: list[dict[str, object]] = [{"type": "http.request", "body": b"half", "more_body": True}]
+
+    async def receive() -> dict[str, object]:
+        return messages.pop() if messages else {"type": "http.disconnect"}
+
+    async def send(_: object) -> None:
+        raise AssertionError("nobody is there")
+
+    scope = {"type": "http", "method": "POST", "path": "/x", "headers": [], "query_string": b""}
+    await AsgiApp(remember, max_body_bytes=10)(scope, receive, send)
+    assert not asked
+
+
+async def test_asgi_leaves_no_task_behind_when_it_is_cancelled() -> None:
+    async def slow(_: Request, out: Responder) -> None:
+        out.start(200, [])
+        await asyncio.sleep(30)
+
+    async def receive() -> dict[str, object]:
+        if first:
+            return first.pop()
+        await asyncio.sleep(30)
+        return {"type": "http.disconnect"}
+
+    async def send(_: object) -> None:
+        await asyncio.sleep(30)
+
+    first: list[dict[str, object]] = [{"type": "http.request", "body": b"", "more_body": False}]
+    scope = {"type": "http", "method": "POST", "path": "/x", "headers": [], "query_string": b""}
+    before = asyncio.all_tasks()
+    running = asyncio.ensure_future(AsgiApp(slow, max_body_bytes=10)(scope, receive, send))
+    await asyncio.sleep(0.05)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert asyncio.all_tasks() - before == set()

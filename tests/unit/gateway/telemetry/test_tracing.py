@@ -1,0 +1,116 @@
+"""Traces: one span for each request, between the client's and the engine's; nothing when off."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
+
+from controlplane.gateway.http.messages import Request, Responder
+from controlplane.gateway.http.server import Server
+from controlplane.gateway.telemetry.tracing import otlp_tracing
+from tests.support.gateway import CHAT, Rig, chat_body, running
+
+TRACE_ID, CLIENT_SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+ANSWER = {
+    "id": "1",
+    "object": "chat.completion",
+    "choices": [{"index": 0, "message": {"role": "assistant", "content": "x"}, "finish_reason": "stop"}],
+    "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
+}
+
+
+@asynccontextmanager
+async def serving(handle: object) -> AsyncIterator[int]:
+    server = Server(handle, max_body_bytes=1 << 20)  # type: ignore[arg-type]
+    port = await server.start("127.0.0.1", 0)
+    try:
+        yield port
+    finally:
+        await server.drain(0.1)
+
+
+@asynccontextmanager
+async def traced(
+    status: int = 200, ratio: float = 1.0
+) -> AsyncIterator[tuple[Rig, list[Request], list[Span]]]:
+    """A rig whose engine keeps what it was asked, and a collector that keeps the spans."""
+    asked: list[Request] = []
+    spans: list[Span] = []
+
+    async def engine(request: Request, out: Responder) -> None:
+        asked.append(request)
+        out.send(status, [(b"content-type", b"application/json")], json.dumps(ANSWER).encode())
+
+    async def collector(request: Request, out: Responder) -> None:
+        compressed = request.header(b"content-encoding") == "gzip"
+        body = gzip.decompress(request.body) if compressed else request.body
+        for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+            for scope in resource.scope_spans:
+                spans.extend(scope.spans)
+        out.send(200, [(b"content-type", b"application/x-protobuf")], b"")
+
+    async with serving(engine) as engine_port, serving(collector) as port, running() as rig:
+        await rig.engine("e")
+        rig.change("e", base_url=f"http://127.0.0.1:{engine_port}", generation=9)
+        tracing = otlp_tracing(f"http://127.0.0.1:{port}/v1/traces", "gateway-a", ratio)
+        rig.gateway.trace(tracing)
+        yield rig, asked, spans
+        await asyncio.to_thread(tracing._provider.force_flush, 5000)
+
+
+async def test_a_request_is_one_span_between_the_clients_and_the_engines() -> None:
+    async with traced() as (rig, asked, spans):
+        parent = f"00-{TRACE_ID}-{CLIENT_SPAN}-01"
+        status, headers, _ = await rig.post(CHAT, chat_body(), traceparent=parent)
+        assert status == 200
+    (span,) = spans
+    assert (span.trace_id.hex(), span.parent_span_id.hex()) == (TRACE_ID, CLIENT_SPAN)
+    assert asked[-1].header(b"traceparent") == f"00-{TRACE_ID}-{span.span_id.hex()}-01"
+    assert asked[-1].header(b"x-request-id") == headers["x-request-id"]
+    told = {each.key: each.value.string_value or each.value.int_value for each in span.attributes}
+    assert told["tierplane.outcome"] == "ok"
+    assert told["tierplane.tier"] == "balanced"
+    assert told["tierplane.attempts"] == 1
+    assert told["tierplane.request_id"] == headers["x-request-id"]
+    assert span.end_time_unix_nano > span.start_time_unix_nano
+
+
+async def test_a_failed_request_says_so() -> None:
+    async with traced(status=500) as (rig, _, spans):
+        status, _, _ = await rig.post(CHAT, chat_body())
+        assert status >= 500
+    (span,) = spans
+    assert span.status.code == 2
+    assert not span.parent_span_id
+
+
+async def test_what_is_not_sampled_is_passed_on_as_such_and_not_sent() -> None:
+    async with traced(ratio=0.0) as (rig, asked, spans):
+        await rig.post(CHAT, chat_body())
+    assert spans == []
+    passed_on = re.fullmatch("00-[0-9a-f]{32}-[0-9a-f]{16}-([0-9a-f]{2})", asked[-1].header(b"traceparent"))
+    assert passed_on is not None
+    assert int(passed_on[1], 16) & 1 == 0
+
+
+async def test_off_means_nothing_is_added() -> None:
+    async with traced() as (rig, asked, _):
+        rig.gateway._tracing = rig.gateway.metrics.on_finished = None
+        await rig.post(CHAT, chat_body(), traceparent=f"00-{TRACE_ID}-{CLIENT_SPAN}-01")
+    assert not asked[-1].header(b"traceparent")
+
+
+async def test_a_collector_that_is_not_there_disturbs_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    async with running() as rig:
+        await rig.engine("e")
+        rig.gateway.trace(otlp_tracing("http://127.0.0.1:9/v1/traces", "gateway-a", 1.0))
+        status, _, _ = await rig.post(CHAT, chat_body())
+        assert status == 200

@@ -1,0 +1,89 @@
+"""What a gateway counts of the requests that went through it, for the controller."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from controlplane.config.scaling import SloConfig
+from controlplane.core.traffic.counters import Traffic
+from tests.support.gateway import CHAT, Rig, chat_body, plane, running
+
+FAST: dict[str, Any] = {"ttft_ms": 1, "itl_ms": 0.1, "tokens": 8}
+
+
+def read(rig: Rig) -> dict[str, Traffic]:
+    return {item.subject: item for item in rig.gateway.info().traffic}
+
+
+async def test_answers_are_counted_for_their_tier_and_endpoint() -> None:
+    async with running() as rig:
+        await rig.engine("b1", **FAST)
+        await rig.post(CHAT, chat_body())
+        streamed = await rig.stream(chat_body())
+        assert streamed.done
+        found = read(rig)
+        tier = found["balanced"]
+        assert (tier.arrived, tier.judged, tier.missed, tier.ok) == (2, 2, 0, 2)
+        assert tier.generated_tokens == 18  # the end is a token, too
+        assert tier.prompt_tokens > 0
+        assert sum(tier.latency_counts) == 2
+        assert sum(tier.ttft_counts) == 1
+        assert 0 < tier.latency_max_s < tier.latency_s
+        endpoint = found["b1"]
+        assert (endpoint.arrived, endpoint.ok, endpoint.generated_tokens) == (0, 2, 18)
+        rig.endpoints.clear()
+        rig.publish()
+        assert "b1" not in read(rig), "an endpoint that is gone is forgotten"
+
+
+async def test_a_request_that_another_tier_serves_was_meant_for_its_own() -> None:
+    tiers = {"name": "small", "concurrency_limit": 1}, {"name": "large"}
+    async with running(plane(*tiers)) as rig:
+        await rig.engine("s1", "small", limit=1, **{**FAST, "itl_ms": 30})
+        await rig.engine("l1", "large", **FAST)
+        first = asyncio.ensure_future(rig.post(CHAT, {**chat_body(), "model": "small"}))
+        while not rig.gateway.fleet.pools[0].in_flight:
+            await asyncio.sleep(0.001)
+        _, headers, _ = await rig.post(CHAT, {**chat_body(), "model": "small"})
+        assert headers["x-tier"] == "large"
+        await first
+        found = read(rig)
+        assert (found["small"].arrived, found["small"].away, found["small"].ok) == (2, 1, 1)
+        assert (found["large"].arrived, found["large"].away, found["large"].ok) == (0, 0, 1)
+        assert found["small"].judged == 2
+
+
+async def test_what_is_slow_fails_or_is_shed_misses_the_slo_and_bad_requests_do_not_count() -> None:
+    config = plane({"name": "balanced", "slo": SloConfig(ttft_s=0.05, itl_s=0.02)}, retry={"max_attempts": 1})
+    async with running(config) as rig:
+        await rig.engine("b1", **{**FAST, "ttft_ms": 200})
+        await rig.stream(chat_body())
+        assert (read(rig)["balanced"].judged, read(rig)["balanced"].missed) == (1, 1)
+        rig.knobs("b1", ttft_ms=1, itl_ms=60)
+        await rig.stream(chat_body())
+        assert read(rig)["balanced"].missed == 2
+        rig.knobs("b1", itl_ms=0.1)
+        await rig.stream(chat_body())
+        assert (read(rig)["balanced"].judged, read(rig)["balanced"].missed) == (3, 2)
+        status, _, _ = await rig.post(CHAT, {**chat_body(), "metadata": {"priority": "odd"}})
+        assert status == 400
+        status, _, _ = await rig.post(CHAT, {**chat_body(), "model": "nobody"})
+        assert status == 404
+        assert read(rig)["balanced"].judged == 3
+        rig.kill("b1")
+        status, _, _ = await rig.post(CHAT, chat_body())
+        assert status >= 500
+        tier = read(rig)["balanced"]
+        assert (tier.judged, tier.missed, tier.failed) == (4, 3, 1)
+
+
+async def test_what_waits_is_told_by_the_tier_it_was_meant_for() -> None:
+    async with running(plane({"name": "small", "scaling": None}, {"name": "large"})) as rig:
+        waiting = asyncio.ensure_future(rig.post(CHAT, {**chat_body(), "model": "small"}))
+        while not read(rig)["small"].waiting:
+            await asyncio.sleep(0.001)
+        assert read(rig)["large"].waiting == 0
+        await rig.engine("s1", "small", **FAST)
+        assert (await waiting)[0] == 200
+        assert (read(rig)["small"].waiting, read(rig)["small"].ok) == (0, 1)

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import math
+import pickle
+from typing import Any
+
+import pytest
+
+from controlplane.core.cluster.tier_spec import ScalingPlan
+from controlplane.core.recommendations.rules import LATENCY_MS
+from controlplane.planning.tier_specs import tier_specs
+from tests.support.gateway import plane
+
+
+def plan(**tier: Any) -> ScalingPlan:
+    config = plane({"name": "small", **tier})
+    [spec] = tier_specs(pickle.loads(pickle.dumps(config)))  # as Serve hands it to its replicas
+    assert spec.plan is not None
+    return spec.plan
+
+
+@pytest.mark.parametrize(
+    ("tier", "limit_ms"),
+    [
+        ({}, LATENCY_MS),
+        ({"slo": {"total_s": 8.0}}, 8000.0),
+        ({"slo": {"total_s": 8.0, "attainment": 0.9}}, math.inf),
+        ({"slo": {"ttft_s": 0.5}}, math.inf),
+    ],
+)
+def test_a_tier_is_slow_by_the_slo_that_it_is_given(tier: dict[str, Any], limit_ms: float) -> None:
+    assert plan(**tier).latency_limit_ms == limit_ms
+
+
+def test_what_is_promised_is_what_scaling_and_advice_go_by() -> None:
+    slo = {"ttft_s": 0.5, "itl_s": 0.04, "attainment": 0.95}
+    settings = plan(slo=slo, scaling={"min_replicas": 1, "max_replicas": 4}).rule.settings
+    assert (settings.slo.ttft_s, settings.slo.itl_s, settings.slo.attainment) == (0.5, 0.04, 0.95)
+    assert (settings.min_replicas, settings.max_replicas) == (1, 4)

@@ -1,0 +1,53 @@
+"""What Ray is told to reserve for a replica."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager
+from ray._private.label_utils import validate_label_selector
+
+from controlplane.config import TierConfig
+from controlplane.models.catalog import gpu_table
+from controlplane.ray_cluster.actor_options import actor_options, cluster_gpu_kinds, ray_types
+
+
+def tier(**fields: Any) -> TierConfig:
+    return TierConfig(**{"name": "t", "model": "m", **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "gpus", "selector"),
+    [
+        ({}, 1.0, None),
+        ({"gpu_share": 0.25}, 0.25, None),
+        ({"tensor_parallel_size": 2, "pipeline_parallel_size": 2}, 4.0, None),
+        ({"device": "cpu"}, 0.0, None),
+        ({"gpu_models": ["H100-80G", "A100-80G", "A100-40G"]}, 1.0, "in(A100, H100)"),
+        ({"pipeline_parallel_size": 2, "pipeline_across_nodes": True}, 0.0, "in(L4, T4)"),
+        (
+            {"pipeline_parallel_size": 2, "pipeline_across_nodes": True, "gpu_models": ["L4"]},
+            0.0,
+            "in(L4)",
+        ),
+    ],
+)
+def test_actor_options(fields: dict[str, Any], gpus: float, selector: str | None) -> None:
+    options = actor_options(tier(cpus=2.0, **fields), ["T4", "L4", "T4"])
+    assert (options["num_cpus"], options["num_gpus"]) == (2.0, gpus)
+    found = options.get("label_selector")
+    assert found == (selector and {"ray.io/accelerator-type": selector})
+    assert not validate_label_selector(found)
+
+
+def test_types_are_what_ray_makes_of_the_driver_s_names() -> None:
+    for gpu in gpu_table():
+        if gpu.nvml_name:
+            ray_name = NvidiaGPUAcceleratorManager._gpu_name_to_accelerator_type(gpu.nvml_name)
+            assert ray_types([gpu.name]) == [ray_name], gpu.name
+    assert ray_types(["Homemade"]) == []
+
+
+def test_without_ray_no_kinds_are_known() -> None:
+    assert cluster_gpu_kinds() == ()

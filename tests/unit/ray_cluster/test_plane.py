@@ -1,0 +1,18 @@
+"""The plane from outside, without one."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from controlplane.errors import SetupError
+from controlplane.ray_cluster import plane
+from controlplane.ray_cluster.session import free_port
+
+
+def test_a_ray_that_is_gone_is_not_waited_for() -> None:
+    address, began_s = f"127.0.0.1:{free_port()}", time.monotonic()
+    with pytest.raises(SetupError, match=f"no Ray answers at {address}"):
+        plane.connect(address)
+    assert time.monotonic() - began_s < plane.CONNECT_TIMEOUT_S

@@ -1,0 +1,134 @@
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from controlplane.errors import SetupError
+from controlplane.ray_cluster import session
+from controlplane.ray_cluster.session import PLANE_ID_VARIABLE, RunRecord
+
+Spawn = Callable[..., "subprocess.Popen[bytes]"]
+
+
+@pytest.fixture(autouse=True)
+def _run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIERPLANE_RUN_DIR", str(tmp_path))
+
+
+@pytest.fixture
+def spawn() -> Iterator[Spawn]:
+    """Starts Python with a program and a plane's id; whatever is left is ended after the test."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(program: str, plane_id: str | None) -> subprocess.Popen[bytes]:
+        env = {key: value for key, value in os.environ.items() if key != PLANE_ID_VARIABLE}
+        if plane_id:
+            env[PLANE_ID_VARIABLE] = plane_id
+        process = subprocess.Popen([sys.executable, "-c", program], env=env, stdout=subprocess.PIPE)
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"up\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+WAIT = "print('up', flush=True); import time; time.sleep(60)"
+STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + WAIT
+PARENT = (
+    "import subprocess, sys, os\n"
+    "os.environ.pop('TIERPLANE_PLANE_ID')\n"
+    "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n" + WAIT
+)
+
+
+def record(plane_id: str = "p1", **kwargs: object) -> RunRecord:
+    base = RunRecord(
+        plane_id=plane_id,
+        config="/etc/plane.yaml",
+        applications=("tierplane",),
+        namespace="tierplane",
+        up_pid=os.getpid(),
+        up_created_unix_s=psutil.Process().create_time(),
+        started_unix_s=time.time(),
+        owns_ray=True,
+    )
+    return replace(base, **kwargs)  # type: ignore[arg-type]
+
+
+def test_a_record_comes_back_as_it_was_saved() -> None:
+    assert session.load_record() is None
+    record().save()
+    assert session.load_record() == record(
+        started_unix_s=session.load_record().started_unix_s  # type: ignore[union-attr]
+    )
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"plane_id": "x"}', '{"applications": []}'])
+def test_a_broken_record_is_an_error_that_names_the_file(text: str) -> None:
+    session.record_path().write_text(text)
+    with pytest.raises(SetupError, match=r"up\.json can't be read"):
+        session.load_record()
+
+
+def test_whether_up_still_runs_is_not_fooled_by_a_new_process_of_that_number() -> None:
+    assert record().up_is_running()
+    assert not record(up_created_unix_s=1.0).up_is_running()
+    assert not record(up_pid=2**22 + 1).up_is_running()
+
+
+def test_processes_are_found_by_their_plane_s_id(spawn: Spawn) -> None:
+    ours, other, none = spawn(WAIT, "p1"), spawn(WAIT, "p2"), spawn(WAIT, None)
+    assert [process.pid for process in session.processes("p1")] == [ours.pid]
+    assert {other.pid, none.pid}.isdisjoint(process.pid for process in session.processes("p1"))
+
+
+def test_a_child_that_hides_its_environment_is_found_too(spawn: Spawn) -> None:
+    parent = spawn(PARENT, "p1")
+    found = {process.pid for process in session.processes("p1")}
+    assert parent.pid in found
+    assert len(found) == 2
+    session.stop(record(), grace_s=1.0)
+
+
+def test_stop_ends_what_is_ours_only_even_if_it_does_not_want_to(spawn: Spawn, tmp_path: Path) -> None:
+    ours, stubborn, other = spawn(WAIT, "p1"), spawn(STUBBORN, "p1"), spawn(WAIT, "p2")
+    temp_dir = tmp_path / "ray-temp"
+    logs = temp_dir / "ray" / "session_latest" / "logs"
+    logs.mkdir(parents=True)
+    (logs / "raylet.out").write_text("bye\n")
+    assert session.stop(record(temp_dir=str(temp_dir)), grace_s=0.5) == 2
+    ours.wait(5)
+    stubborn.wait(5)
+    assert other.poll() is None
+    assert not temp_dir.exists()
+    assert (tmp_path / "ray-logs" / "raylet.out").read_text() == "bye\n"
+
+
+def test_stopping_twice_is_harmless() -> None:
+    assert session.stop(record()) == 0
+
+
+def test_memory_is_counted(spawn: Spawn) -> None:
+    spawn(WAIT, "p1")
+    assert session.memory_bytes(session.processes("p1")) > 2**20
+
+
+def test_ports() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert not session.port_is_free(taken.getsockname()[1])
+    assert session.port_is_free(session.free_port())

@@ -1,0 +1,227 @@
+"""Tiers that share machines: who waits, who starts, what a lost node takes with it."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from controlplane.core.autoscaling.capacity import EngineSpeed, Work
+from controlplane.core.autoscaling.policy import ScalingSettings
+from controlplane.core.domain.slo import Slo
+from controlplane.core.placement.gangs import Shape
+from controlplane.core.placement.topology import Gpu, Node
+from controlplane.core.routing.tier_table import Direction, TierPolicy
+from controlplane.simulation.clock import VirtualClock
+from controlplane.simulation.cluster import Cluster
+from controlplane.simulation.engine import SimulatedTiming
+from controlplane.simulation.fleet import EngineModel, ReplicaModel
+from controlplane.simulation.outages import OutageModel
+from controlplane.simulation.placement_text import room_lines
+from controlplane.simulation.plot import page
+from controlplane.simulation.policies import decision, each, reactive_policy
+from controlplane.simulation.results import Result
+from controlplane.simulation.simulator import Scenario, Seen, TierScenario, replay
+from controlplane.simulation.traces import Arrival
+
+COLD_S = 30.0
+
+
+def tier(name: str, replicas: int = 1, **shape: int) -> TierScenario:
+    asked = Shape(**shape)
+    engine = EngineModel(SimulatedTiming(0.05, 0.02, 0.01), 1e6, 256)
+    return TierScenario(
+        TierPolicy(name, f"{name}-model", spill=Direction.NONE),
+        ReplicaModel(engine, 10, gpus=asked.total_milli / 1000, cold_start_s=COLD_S, shape=asked),
+        ScalingSettings(1, 20, cold_start_s=COLD_S, sequences=10.0, slo=Slo(2.0, 0.1)),
+        EngineSpeed(0.02, 0.0002, 1e-6),
+        Work(100.0, 50.0),
+        replicas,
+    )
+
+
+def node(name: str, gpus: int, model: str = "L4") -> Node:
+    return Node(name, tuple(Gpu(f"{name}/{i}", i, model) for i in range(gpus)), 64_000, 1 << 40)
+
+
+class Script:
+    """Targets by time."""
+
+    period_s = 10.0
+
+    def __init__(self, steps: dict[float, int]) -> None:
+        self.steps = steps
+
+    def decide(self, seen: Seen):
+        begun = [target for at_s, target in self.steps.items() if at_s <= seen.observation.now_s]
+        return decision(seen, begun[-1], "the script")
+
+
+def scripted(scripts: dict[str, dict[float, int]]):
+    return each(lambda tier: Script(scripts[tier.policy.name]))
+
+
+def quiet(*tiers: str, until_s: float = 600.0) -> list[Arrival]:
+    return [Arrival(at_s, 20, 10, tier=name) for at_s in range(0, int(until_s) + 1, 5) for name in tiers]
+
+
+def ready_at(result: Result, name: str, count: int) -> float:
+    samples = next(entry.samples for entry in result.tiers if entry.record.tier == name)
+    return next(sample.at_s for sample in samples if sample.ready >= count)
+
+
+def test_a_replica_waits_for_room_and_its_cold_start_begins_when_another_goes() -> None:
+    scenario = Scenario((tier("one", 2), tier("two", 1)), nodes=(node("a", 3),))
+    scripts = {"one": {0: 2, 300: 1}, "two": {0: 1, 100: 2}}
+    result = replay(scenario, scripted(scripts), quiet("one", "two"))
+    first, second = result.tiers
+    assert (first.room.waited, second.room.waited) == (0, 1)
+    assert second.room.waited_s == second.room.longest_wait_s == pytest.approx(200.0)
+    assert ready_at(result, "two", 2) == pytest.approx(300.0 + COLD_S, abs=2.0)
+    waits = {sample.waiting for sample in second.samples if 101 <= sample.at_s <= 299}
+    assert waits == {1}
+    # It holds nothing while it waits.
+    assert second.replica_hours * 3600 == pytest.approx(600.0 + 300.0, abs=1.0)
+    assert second.starts == 2
+    assert (result.cluster.gpus, result.cluster.most_gpus) == (3.0, 3.0)
+
+
+def test_what_waits_is_taken_back_first() -> None:
+    scenario = Scenario((tier("one", 1),), nodes=(node("a", 2),))
+    # The second starts at 20 and would be ready at 50; the third has no room.
+    result = replay(scenario, scripted({"one": {0: 1, 20: 3, 40: 2}}), quiet("one", until_s=100.0))
+    (only,) = result.tiers
+    assert only.starts == 2
+    assert (only.room.waited, only.room.waited_s, only.room.waiting) == (1, pytest.approx(20.0), 0)
+    assert only.samples[-1].ready == 2
+
+
+def test_a_parallel_replica_waits_for_gpus_of_one_node() -> None:
+    tiers = (tier("single", 2), tier("pair", 0, gpus=2))
+    scenario = Scenario(tiers, nodes=(node("a", 2), node("b", 2)))
+    scripts = {"single": {0: 2, 200: 1}, "pair": {0: 0, 50: 1}}
+    result = replay(scenario, scripted(scripts), quiet("single"))
+    pair = result.tiers[1]
+    # Two GPUs were free all the time, one on each node.
+    assert pair.room.waited_s == pytest.approx(150.0)
+    assert ready_at(result, "pair", 1) == pytest.approx(200.0 + COLD_S, abs=2.0)
+    assert pair.room.most_gpus == 2.0
+
+
+def test_what_the_run_begins_with_waits_too_if_there_is_no_room() -> None:
+    result = replay(
+        Scenario((tier("one", 3),), nodes=(node("a", 2),)), scripted({"one": {0: 3}}), quiet("one")
+    )
+    (only,) = result.tiers
+    assert (only.starts, only.room.waited, only.room.waiting) == (2, 1, 1)
+    assert only.room.waited_s == pytest.approx(600.0)
+
+
+def busy(scenario: Scenario, policy: str = "tierplane", seed: int = 0) -> Result:
+    """Some minutes in which both tiers want more than there is."""
+    rng = random.Random(seed)
+    arrivals, at_s = [], 0.0
+    while at_s < 700:
+        at_s += rng.expovariate(45.0 if 200 <= at_s < 350 else 2.0)
+        name = rng.choice(["one", "two"])
+        arrivals.append(Arrival(at_s, rng.randint(20, 200), rng.randint(10, 100), tier=name))
+    return replay(scenario, reactive_policy(policy), arrivals, policy)
+
+
+def failing(seed: int = 0) -> Scenario:
+    return Scenario(
+        (tier("one", 2), tier("two", 1, gpus=2)),
+        nodes=(node("a", 4), node("b", 4)),
+        outages=OutageModel(mtbf_s=400.0, recovery_s=100.0),
+        seed=seed,
+    )
+
+
+def test_the_gpus_of_the_cluster_are_the_budget_and_a_setting_wins() -> None:
+    scenario = replace(failing(), outages=None)
+    by_cluster, by_setting = busy(scenario), busy(replace(scenario, gpus=5.0))
+    assert (by_cluster.gpu_budget, by_setting.gpu_budget) == (8.0, 5.0)
+    assert by_setting.cluster.most_gpus < by_cluster.cluster.most_gpus <= 8.0
+    for result, gpus in ((by_cluster, 8), (by_setting, 5)):
+        assert sum(entry.cuts for entry in result.tiers) > 0
+        assert any(f"{gpus} GPUs are shared" in entry.reason for entry in result.decisions)
+
+
+def test_a_cut_is_told_once_even_if_no_target_changes() -> None:
+    result = busy(Scenario((tier("one", 1), tier("two", 0)), nodes=(node("a", 1),)))
+    told = [entry for entry in result.decisions if entry.before == entry.target]
+    assert 0 < len(told) < sum(entry.cuts for entry in result.tiers) / 4
+    assert all("1 GPUs are shared" in entry.reason for entry in told)
+
+
+def test_policies_that_know_no_budget_make_their_replicas_wait() -> None:
+    result = busy(replace(failing(), outages=None), "hpa-slots")
+    assert sum(entry.room.waited for entry in result.tiers) > 0
+    assert sum(entry.cuts for entry in result.tiers) == 0
+    assert result.cluster.most_gpus <= 8.0
+
+
+def test_a_lost_node_takes_its_replicas_and_others_come_where_there_is_room() -> None:
+    result = busy(failing())
+    assert result.cluster.node_failures > 0
+    assert sum(entry.failures for entry in result.tiers) > 0
+    for entry in result.tiers:
+        record = entry.record
+        assert len(record.total_s) + record.refused + record.expired + record.lost == record.arrived
+        assert record.retried > 0
+
+
+def test_the_same_seed_gives_the_same_bytes() -> None:
+    texts = [json.dumps(busy(failing(seed)).as_json(), sort_keys=True) for seed in (3, 3, 4)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_an_engine_is_as_fast_as_the_gpu_that_it_is_on() -> None:
+    slow = tier("one", 1)
+    fast = EngineModel(SimulatedTiming(0.01, 0.001), 1e6, 256)
+    slow = replace(slow, replica=replace(slow.replica, engines={"H100-80G": fast}))
+
+    def latency_s(model: str) -> float:
+        scenario = Scenario((slow,), nodes=(node("a", 1, model),))
+        return max(replay(scenario, scripted({"one": {0: 1}}), quiet("one")).tiers[0].record.total_s)
+
+    assert latency_s("L4") > 5 * latency_s("H100-80G")
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (
+            lambda: busy(failing()),
+            ["2 nodes with 8 GPUs", "node failures: ", "the tiers share 8 GPUs", "the budget cut"],
+        ),
+        (lambda: busy(replace(failing(), outages=None), "hpa-slots"), ["waited for room: "]),
+    ],
+)
+def test_people_read_what_there_was_room_for(make: Callable[[], Result], words: list[str]) -> None:
+    text = "\n".join(room_lines(make()))
+    for word in words:
+        assert word in text
+
+
+def test_the_plot_shows_waiting_only_where_there_was_any() -> None:
+    scenario = Scenario((tier("one", 1),), nodes=(node("a", 2),))
+    enough, short = (replay(scenario, scripted({"one": {0: 1, 50: most}}), quiet("one")) for most in (2, 3))
+    assert "no room" not in page(enough)
+    assert "no room" in page(short)
+    assert "waited for room: 1" in page(short)
+
+
+def test_with_every_node_away_the_budget_is_none_left_and_not_unlimited() -> None:
+    cluster = Cluster(VirtualClock(), (node("a", 2), node("b", 1)))
+    cluster.open()
+    counted = [cluster.gpus]
+    for change in (cluster.lose, cluster.restore):
+        for node_id in ("a", "b"):
+            change(node_id)
+            counted.append(cluster.gpus)
+    assert counted == [3.0, 1.0, 0.0, 2.0, 3.0]
+    assert Cluster(VirtualClock(), (node("cpu", 0),)).gpus is None

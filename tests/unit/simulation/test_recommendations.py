@@ -1,0 +1,310 @@
+"""What would have been advised during a simulated run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+
+from controlplane.core.autoscaling.capacity import EngineSpeed, Work
+from controlplane.core.autoscaling.policy import ScalingSettings, TierScaler
+from controlplane.core.domain.endpoint import Endpoint, EndpointState
+from controlplane.core.domain.slo import Slo
+from controlplane.core.placement.gangs import Shape
+from controlplane.core.placement.topology import Gpu, Node
+from controlplane.core.recommendations.cycle import AdviceRules
+from controlplane.core.recommendations.rules import GPU_LOAD, SLOT_LOAD, Kind, Thresholds, TierCondition
+from controlplane.core.routing.endpoint_table import TierPool
+from controlplane.core.routing.tier_table import Direction, TierPolicy
+from controlplane.core.telemetry.series import Freshness
+from controlplane.simulation import recommendations as simulated
+from controlplane.simulation.engine import SimulatedTiming
+from controlplane.simulation.fleet import EngineModel, ReplicaModel
+from controlplane.simulation.plot import page
+from controlplane.simulation.policies import Static, each, reactive_policy
+from controlplane.simulation.recommendations import LOOKS, AdviceSettings, SimulatedAdvice
+from controlplane.simulation.results import START_UNIX_S, Result, TierRecord
+from controlplane.simulation.simulator import Scenario, TierScenario, replay
+from controlplane.simulation.traces import Arrival
+
+WORK = Work(100.0, 50.0)
+PRIOR = EngineSpeed(0.02, 0.0002, 1e-6)
+
+
+def tier(name: str = "light", replicas: int = 1, gpus: float = 1.0, **scaling: Any) -> TierScenario:
+    engine = EngineModel(SimulatedTiming(0.05, 0.02, 0.01), 1e6, 256)
+    replica = ReplicaModel(engine, 10, gpus=gpus, cold_start_s=30.0)
+    settings = ScalingSettings(1, 20, cold_start_s=30.0, sequences=10.0, slo=Slo(2.0, 0.1))
+    policy = TierPolicy(name, f"{name}-model")
+    return TierScenario(policy, replica, replace(settings, **scaling), PRIOR, WORK, replicas)
+
+
+def steady(per_s: float, seconds: float) -> list[Arrival]:
+    return [Arrival(i / per_s, 100, 50) for i in range(1, int(per_s * seconds))]
+
+
+def fixed(scenario: Scenario, arrivals: list[Arrival]) -> Result:
+    """With as many replicas as it begins with."""
+    return replay(scenario, each(lambda made: Static(made.replicas)), arrivals, "static")
+
+
+# --- whole runs -------------------------------------------------------------------------------------------
+
+
+def test_a_tier_that_is_too_small_is_told_to_scale_out_and_rightly_so() -> None:
+    result = fixed(Scenario((tier(),)), steady(12.0, 1500.0))
+    first = result.advice[0]
+    assert first.advice.kind is Kind.SCALE_OUT
+    assert first.advice.reasons[0] == "GPU utilisation is 100%, over 95%"
+    assert any("requests wait, over 50" in reason for reason in first.advice.reasons)
+    assert first.advice.replicas > 1
+    assert first.unix_s == START_UNIX_S + 60.0, "at the first look"
+    assert first.applied is False
+    assert first.score is not None
+    assert first.score.right
+    assert result.record.right == result.record.judged == 2
+    assert result.record.mean == 1.0
+    assert [entry.unix_s - START_UNIX_S for entry in result.advice] == [60.0, 660.0, 1260.0]
+    assert not result.decisions, "advice changes no target"
+
+
+def test_what_the_policy_does_by_itself_counts_as_followed() -> None:
+    arrivals = [*steady(2.0, 600.0), *(Arrival(600.0 + i / 12.0, 100, 50) for i in range(1, 18000))]
+    result = replay(Scenario((tier(),)), reactive_policy("tierplane"), arrivals, "tierplane")
+    followed = [item for item in result.advice if item.applied]
+    assert followed
+    assert all(item.advice.kind is Kind.SCALE_OUT for item in followed)
+    assert result.decisions
+
+
+def test_an_idle_tier_is_told_to_scale_down() -> None:
+    result = fixed(Scenario((tier(replicas=3),)), steady(0.05, 1200.0))
+    assert {item.advice.kind for item in result.advice} == {Kind.SCALE_DOWN}
+    assert result.advice[0].advice.replicas == 2
+    assert result.advice[0].advice.effect.gpus == -1.0
+    assert result.record.right == result.record.judged >= 1
+
+
+def test_where_gpus_are_short_an_idle_tier_is_asked_to_give_one() -> None:
+    hot = tier("light")
+    tiers = (replace(hot, policy=replace(hot.policy, spill=Direction.NONE)), tier("capable", replicas=3))
+    arrivals = [arrival._replace(tier="light") for arrival in steady(12.0, 400.0)]
+    short = fixed(Scenario(tiers, "light", gpus=4.0), arrivals)
+    assert {item.advice.kind for item in short.advice} == {Kind.REBALANCE}
+    enough = fixed(Scenario(tiers, "light"), arrivals)
+    assert {item.advice.kind for item in enough.advice} == {Kind.SCALE_OUT, Kind.SCALE_DOWN}
+
+
+def test_the_gpus_of_a_cluster_are_what_there_is() -> None:
+    def on(node_gpus: int) -> Result:
+        gpus = tuple(Gpu(f"n/{i}", i, "L4") for i in range(node_gpus))
+        tiers = tuple(
+            replace(made, policy=replace(made.policy, spill=Direction.NONE), replica=placed(made))
+            for made in (tier("light"), tier("capable", replicas=3))
+        )
+        nodes = (Node("n", gpus, 64_000, 1 << 40),)
+        arrivals = [arrival._replace(tier="light") for arrival in steady(12.0, 400.0)]
+        return fixed(Scenario(tiers, "light", nodes=nodes), arrivals)
+
+    def placed(made: TierScenario) -> ReplicaModel:
+        return replace(made.replica, shape=Shape())
+
+    assert {item.advice.kind for item in on(4).advice} == {Kind.REBALANCE}
+    assert {item.advice.kind for item in on(8).advice} == {Kind.SCALE_OUT, Kind.SCALE_DOWN}
+    # The idle tier has all of them, and a replica that waits for room is none.
+    (first, *_) = on(3).advice
+    assert first.advice.suggestion.startswith("take a replica from tier 'capable' (3 now) and run")
+    assert first.replicas == 0
+
+
+def test_thresholds_interval_and_times_are_the_settings() -> None:
+    scenario = Scenario((tier(),))
+    arrivals = steady(12.0, 1500.0)
+    calm = Thresholds(gpu_ratio=1.0, queue=1e9, latency_ms=1e9)
+    lenient = Scenario(
+        (tier(slo=Slo(1e9, 1e9, attainment=0.01)),),
+        advice=AdviceSettings(AdviceRules(calm, 300.0, 600.0), 300.0),
+    )
+    assert fixed(lenient, arrivals).record.given == 0
+    often = replace(scenario, advice=AdviceSettings(AdviceRules(Thresholds(), 50.0, 100.0), 50.0))
+    given = fixed(often, arrivals).advice
+    assert given[0].unix_s == START_UNIX_S + 10.0
+    assert given[1].unix_s - given[0].unix_s == 100.0
+    assert given[0].again_unix_s - given[0].unix_s == 50.0
+
+
+def test_looking_changes_nothing_of_the_run() -> None:
+    failing = tier(replicas=2)
+    failing = replace(failing, replica=replace(failing.replica, mtbf_s=300.0, cold_start_jitter=0.3))
+    arrivals = steady(9.0, 1200.0)
+    texts = set()
+    for window_s in (10.0, 333.0, 3600.0):
+        scenario = Scenario((failing,), advice=AdviceSettings(window_s=window_s))
+        found = replay(scenario, reactive_policy("tierplane"), arrivals).as_json()
+        texts.add(json.dumps([found["tiers"], found["decisions"]]))
+    assert len(texts) == 1
+
+
+def test_a_run_keeps_the_last_advice_and_counts_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulated, "MOST_ADVICE", 2)
+    scenario = Scenario((tier(),), advice=AdviceSettings(AdviceRules(Thresholds(), 50.0, 100.0), 50.0))
+    result = fixed(scenario, steady(12.0, 1500.0))
+    assert len(result.advice) == 2
+    assert result.record.given == result.advice[-1].number > 10
+    assert result.record.judged >= result.record.given - 1
+
+
+def test_json_and_page_have_it() -> None:
+    result = fixed(Scenario((tier(),)), steady(12.0, 700.0))
+    found = result.as_json()
+    assert found["record"] == {"given": 2, "judged": 1, "right": 1, "mean": 1.0}
+    (first, _) = found["recommendations"]
+    assert first["type"] == "scale_out"
+    assert first["instance"] == "light"
+    assert first["applied"] is False
+    assert first["predicted"]["gpus"] >= 1.0
+    assert first["score"]["right"] is True
+    text = page(result)
+    assert "<h2>Recommendations (2)</h2><p>1 judged, 1 right, mean score 1.00</p>" in text
+    assert "scale_out: run " in text
+    assert "not followed; 1.00" in text
+    assert text == page(fixed(Scenario((tier(),)), steady(12.0, 700.0)))
+
+
+# --- one look ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PlayedEngine:
+    worked_s: float = 0.0
+    kv_usage_ratio: float = 0.0
+
+
+@dataclass
+class PlayedReplica:
+    engine: PlayedEngine | None
+    ready_s: float = 0.0
+
+
+@dataclass
+class PlayedFleet:
+    replicas: dict[str, PlayedReplica] = field(default_factory=dict)
+
+    def endpoints(self) -> list[Endpoint]:
+        state = EndpointState.READY
+        return [Endpoint(name, "light", "m", "simulated", "", state, 10) for name in self.replicas]
+
+
+class Played:
+    """A tier whose counters a test sets."""
+
+    def __init__(self, gpus: float = 1.0) -> None:
+        self.scenario = tier(gpus=gpus)
+        self.fleet: Any = PlayedFleet()
+        self.record = TierRecord("light")
+        self.ended_total = 0
+        self.queued = 0
+        self.pool = TierPool(0, "light")
+        rule = self.scenario.rule
+        scaler = TierScaler(rule.tier, rule.settings, rule.prior, rule.work)
+        made = simulated._Tier(self, self.pool, scaler, 100.0)
+        self.condition = made.condition
+
+    def counts(self, arrived: int = 0, kept: int = 0, missed: int = 0, lost: int = 0) -> None:
+        self.record.arrived += arrived
+        self.record.kept += kept
+        self.record.lost += lost
+        self.ended_total += kept + missed + lost
+
+
+def test_counts_are_those_of_the_window() -> None:
+    played = Played()
+    played.counts(arrived=500, kept=100, missed=300, lost=100)
+    played.record.total_s.extend([9.0] * 400)
+    played.condition(20.0)
+    for at_s in (40.0, 60.0, 80.0, 100.0):
+        played.condition(at_s)
+    played.counts(arrived=200, kept=90, missed=5, lost=5)
+    played.record.total_s.extend(i / 100 for i in range(1, 101))
+    played.queued = 7
+    seen = played.condition(120.0)
+    assert seen.requests_per_s.fresh == 2.0
+    assert seen.attainment.fresh == 0.9
+    assert seen.error_ratio.fresh == 0.05
+    assert seen.latency_ms.fresh == pytest.approx(950.0)
+    assert seen.queue.fresh == 7.0
+    assert seen.goal == 0.99
+    assert seen.memory_ratio.freshness is Freshness.MISSING
+
+
+def test_what_did_not_end_has_no_attainment_and_no_latency() -> None:
+    played = Played()
+    played.counts(arrived=10)
+    seen = played.condition(20.0)
+    assert seen.requests_per_s.fresh == 0.5
+    for signal in (seen.attainment, seen.error_ratio, seen.latency_ms, seen.gpu_ratio, seen.kv_ratio):
+        assert signal.freshness is Freshness.MISSING
+
+
+def test_utilisation_is_the_busiest_engines_share_of_the_window() -> None:
+    played = Played()
+    old, young = PlayedReplica(PlayedEngine()), PlayedReplica(PlayedEngine(), ready_s=150.0)
+    played.fleet.replicas["a"] = old
+    for at_s in range(20, 120, 20):
+        old.engine = PlayedEngine(at_s * 1.0)
+        assert played.condition(float(at_s)).gpu_ratio.fresh == 1.0
+    old.engine = PlayedEngine(110.0, 0.3)
+    assert played.condition(150.0).gpu_ratio.fresh == pytest.approx(70.0 / 110.0), "since 40 s"
+    played.fleet.replicas["b"] = young
+    young.engine = PlayedEngine(9.0, 0.8)
+    seen = played.condition(160.0)
+    assert seen.gpu_ratio.fresh == pytest.approx(0.9), "the young one has worked 9 of its 10 s"
+    assert seen.kv_ratio.fresh == 0.8
+    assert seen.load_name == GPU_LOAD
+    old.engine = PlayedEngine(5.0)
+    old.ready_s = 155.0
+    del played.fleet.replicas["b"]
+    assert played.condition(165.0).gpu_ratio.fresh == pytest.approx(0.5), "it was started anew"
+    old.engine = None
+    assert played.condition(170.0).gpu_ratio.freshness is Freshness.MISSING
+
+
+def test_without_a_gpu_the_used_share_of_its_slots_stands_for_it() -> None:
+    played = Played(gpus=0.0)
+    assert played.condition(20.0).gpu_ratio.freshness is Freshness.MISSING
+    played.pool.limit, played.pool.in_flight = 20, 5
+    seen = played.condition(40.0)
+    assert (seen.gpu_ratio.fresh, seen.load_name) == (0.25, SLOT_LOAD)
+
+
+def test_a_window_holds_few_points() -> None:
+    played = Played()
+    made = simulated._Tier(played, played.pool, TierScaler("light", *settings()), 100.0)
+    for step in range(1000):
+        made.condition(20.0 * (step + 1))
+    assert len(made._points) <= LOOKS + 2
+
+
+def settings() -> tuple[ScalingSettings, EngineSpeed, Work]:
+    return ScalingSettings(), PRIOR, WORK
+
+
+def test_what_the_policy_learned_is_what_is_advised_by() -> None:
+    played = Played()
+    scaler = TierScaler("light", *settings())
+    asked: list[str] = []
+
+    def learned(name: str) -> TierScaler | None:
+        asked.append(name)
+        return scaler
+
+    run = SimulatedAdvice(AdviceSettings(), [played], [played.pool], learned, start_unix_s=START_UNIX_S)
+    seen: TierCondition = run._tiers[0].condition(60.0)
+    assert asked == ["light"]
+    assert seen.capacity is scaler.capacity
+    unknown = SimulatedAdvice(AdviceSettings(), [played], [played.pool], lambda _: None, start_unix_s=0.0)
+    assumed = unknown._tiers[0].condition(60.0)
+    assert assumed.capacity is not None
+    assert (assumed.capacity.prior, assumed.work) == (PRIOR, WORK)
