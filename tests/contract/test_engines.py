@@ -404,7 +404,6 @@ def test_vllm_leaves_nothing_when_its_supervisor_and_its_reaper_are_killed_toget
 
     script = (
         "import sys, time\n"
-        "from controlplane import models\n"
         "from tests.contract.test_engines import resolver, tier_of\n"
         "from tests.support.engines import supervised\n"
         "tier = tier_of('vllm')\n"

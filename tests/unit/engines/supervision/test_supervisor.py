@@ -69,7 +69,7 @@ def test_the_secret_is_on_no_command_line_and_in_no_log():
     with supervised(tier()) as (supervisor, recorder):
         status = supervisor.wait_ready(20)
         listing = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-        assert "simulated_server" in listing
+        assert "controlplane.engines.simulated.server" in listing
         assert status.secret not in listing
         assert status.secret not in str(recorder.events)
         assert status.secret not in log_path("small", "r1").read_text()
