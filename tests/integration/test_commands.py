@@ -430,7 +430,7 @@ def test_on_a_ray_of_somebody_else_only_the_plane_is_stopped() -> None:
             assert not answers(place.url)
             assert titled(theirs, "raylet")
             assert not titled(theirs, "ControllerActor")
-            assert not titled(theirs, "simulated_server")
+            assert not titled(theirs, "controlplane.engines.simulated.server")
         finally:
             stop = "from controlplane.ray_cluster import session as r\nr.stop(r.load_record())"
             subprocess.run([sys.executable, "-c", stop], env=env, check=True, timeout=60)

@@ -85,7 +85,7 @@ def test_a_killed_engine_is_back_by_itself_and_leaves_no_orphan(plane: Plane) ->
     assert after["endpoint_id"] == before["endpoint_id"]
     assert after["pid"] != before["pid"]
     assert not psutil.pid_exists(before["pid"])
-    engines = plane.processes("simulated_server", "--model", "simulated-capable")
+    engines = plane.processes("controlplane.engines.simulated.server", "--model", "simulated-capable")
     # The reaper and its watchdog carry the engine's command line, too.
     alone = [process.pid for process in engines if "reaper.py" not in command(process)]
     assert alone == [after["pid"]]
