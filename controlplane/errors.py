@@ -17,7 +17,7 @@
         ├── EngineFailed         502, or what the engine answered
         ├── EndpointLost         502
         ├── NoEndpoint           503, with Retry-After
-        └── ControllerAway       503, with Retry-After; pages only, never inference
+        └── ControllerUnreachable       503, with Retry-After; pages only, never inference
 
 An infeasible placement, a queue that is full or a recommendation to do nothing are values, not errors.
 """
@@ -182,7 +182,7 @@ class NoEndpoint(RequestError):
     code = "no_endpoint"
 
 
-class ControllerAway(RequestError):
+class ControllerUnreachable(RequestError):
     """The controller, which alone can answer this page, can't be reached now (503)."""
 
     status = 503

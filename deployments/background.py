@@ -10,7 +10,7 @@ AGAIN_S = 0.2
 """How long a cancelled coroutine may take before it is cancelled again."""
 
 
-class Background:
+class BackgroundTasks:
     """Coroutines that run beside the replica's work until they are cancelled."""
 
     def __init__(self, *coroutines: Coroutine[Any, Any, Any]) -> None:

@@ -24,7 +24,7 @@ from controlplane.core.domain.endpoint import EndpointState
 from controlplane.gateway.gateway import Gateway
 from controlplane.paths import run_dir
 from controlplane.planning.tier_specs import tier_specs
-from deployments.background import Background
+from deployments.background import BackgroundTasks
 from deployments.engine_load import watch_engines
 from deployments.ray_metrics import mirror_metrics
 
@@ -69,7 +69,7 @@ class GatewayReplica:
         await self._gateway.start(config.gateway.host, config.gateway.port or None, address)
         self._link = ControllerLink(config.controller)
         self._gateway.ask = self._link.call
-        self._tasks = Background(
+        self._tasks = BackgroundTasks(
             pull_snapshots(self._link, self._apply),
             watch_engines(self._gateway, config),
             mirror_metrics(self._gateway),

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any, Final, cast
 
 from controlplane.controller.client import ControllerLink, ControllerUnavailable
-from controlplane.core.gpus.leases import Answer, Lease, Outcome
-from controlplane.core.placement.gangs import Shape
-from controlplane.core.reconcile.commands import StartAnswer
+from controlplane.core.gpus.leases import GpuLease, LeaseOutcome, LeaseResponse
+from controlplane.core.placement.gangs import GangShape
+from controlplane.core.reconcile.commands import StartPermission
 from controlplane.errors import EngineError
 
 AWAY_LIMIT_S: Final = 5.0
@@ -29,12 +29,12 @@ LIFE: Final = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Gpus:
+class EngineGpus:
     """What a replica's engine may use."""
 
     ids: tuple[str, ...] = ()
     """Values for ``CUDA_VISIBLE_DEVICES``; empty: the environment as it is."""
-    lease: Lease | None = None
+    lease: GpuLease | None = None
     reason: str = ""
 
     @property
@@ -43,7 +43,7 @@ class Gpus:
         return self.lease.gpu_uuids if self.lease else ()
 
 
-class GpuDesk:
+class GpuLeaseClient:
     """Asks the controller for one replica. ``tell`` is called with what is being waited for, for people."""
 
     def __init__(
@@ -67,7 +67,7 @@ class GpuDesk:
         """Wait until an engine of the tier may be started: at once, unless the tier is held."""
         while True:
             try:
-                answer = cast(StartAnswer, await self._ask("may_start", self._holder, self._tier))
+                answer = cast(StartPermission, await self._ask("may_start", self._holder, self._tier))
             except ControllerUnavailable as error:
                 self._log.warning("starting without the controller's leave", reason=str(error))
                 return
@@ -76,7 +76,7 @@ class GpuDesk:
             self._tell(answer.reason)
             await asyncio.sleep(answer.retry_after_s)
 
-    async def lease(self, shape: Shape, given: tuple[str, ...]) -> Gpus:
+    async def lease(self, shape: GangShape, given: tuple[str, ...]) -> EngineGpus:
         """GPUs for ``shape``; ``given`` are those that Ray named.
 
         Raises EngineError if this node has none for it.
@@ -85,21 +85,21 @@ class GpuDesk:
         while True:
             try:
                 answer = cast(
-                    Answer,
+                    LeaseResponse,
                     await self._ask("lease_gpus", self._holder, LIFE, self._node_id, shape, self._tier),
                 )
             except ControllerUnavailable as error:
                 return self._as_given(given, str(error))
             waited_s = time.monotonic() - began_s
             match answer.outcome:
-                case Outcome.GRANTED | Outcome.UNCHANGED if answer.lease is not None:
+                case LeaseOutcome.GRANTED | LeaseOutcome.UNCHANGED if answer.lease is not None:
                     self._log.info("GPUs leased", gpus=answer.lease.gpu_uuids, reason=answer.reason)
-                    return Gpus(answer.lease.gpu_uuids, answer.lease, answer.reason)
-                case Outcome.WAIT if waited_s < UNKNOWN_LIMIT_S:
+                    return EngineGpus(answer.lease.gpu_uuids, answer.lease, answer.reason)
+                case LeaseOutcome.WAIT if waited_s < UNKNOWN_LIMIT_S:
                     self._tell(f"waiting for a GPU: {answer.reason}")
-                case Outcome.REFUSED if waited_s < REFUSED_LIMIT_S:
+                case LeaseOutcome.REFUSED if waited_s < REFUSED_LIMIT_S:
                     self._tell(f"waiting for a GPU: {answer.reason}")
-                case Outcome.REFUSED:
+                case LeaseOutcome.REFUSED:
                     raise EngineError(f"no GPU for tier '{self._tier}' on this node: {answer.reason}")
                 case _:
                     return self._as_given(given, answer.reason)
@@ -109,9 +109,9 @@ class GpuDesk:
         """Give back what is leased."""
         await self._link.tell("release_lease", self._holder, LIFE)
 
-    def _as_given(self, given: tuple[str, ...], reason: str) -> Gpus:
+    def _as_given(self, given: tuple[str, ...], reason: str) -> EngineGpus:
         self._log.warning("no lease, using the GPUs that Ray named", gpus=given, reason=reason)
-        return Gpus(given, None, reason)
+        return EngineGpus(given, None, reason)
 
     async def _ask(self, method: str, *args: Any) -> Any:
         """Call the controller, for a short time also one that is just not there."""

@@ -21,7 +21,7 @@ _COUNTING: Final = ("_total", "_sum", "_count")
 _Series = tuple[str, tuple[tuple[str, str], ...]]
 
 
-class Mirror:
+class MetricsMirror:
     """Copies a registry's samples into Ray metrics of the same names."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -71,7 +71,7 @@ def _key(sample: Sample) -> _Series:
 
 async def mirror_metrics(gateway: Gateway) -> NoReturn:
     """Copy a gateway's metrics every :data:`INTERVAL_S`."""
-    mirror = Mirror(gateway.metrics.registry)
+    mirror = MetricsMirror(gateway.metrics.registry)
     while True:
         gateway.refresh_metrics()
         mirror.copy()

@@ -22,7 +22,7 @@ from controlplane import logs
 from controlplane.config import PlaneConfig, TierConfig
 from controlplane.controller.client import ControllerLink, ControllerUnavailable, EndpointReporter
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
-from controlplane.core.reconcile.commands import Order, OrderKind
+from controlplane.core.reconcile.commands import ReplicaCommand, ReplicaCommandKind
 from controlplane.engines import engine_for
 from controlplane.engines.supervision.supervisor import EngineStatus, EngineSupervisor
 from controlplane.errors import EngineError
@@ -32,8 +32,8 @@ from controlplane.planning.launch_check import launchable_model
 from controlplane.ray_cluster import session
 from controlplane.ray_cluster.actor_options import actor_options, cluster_gpu_kinds
 from deployments.autoscaling_policy import autoscaling
-from deployments.background import Background
-from deployments.gpu_lease import GpuDesk, Gpus
+from deployments.background import BackgroundTasks
+from deployments.gpu_lease import EngineGpus, GpuLeaseClient
 
 LOOPBACK = "127.0.0.1"
 ENGINE_STOP_S = 30.0
@@ -93,8 +93,8 @@ class TierReplica:
         self._reporter = EndpointReporter(
             self._link, self._base, config.controller.heartbeat_s, on_orders=self._obey
         )
-        self._tasks = Background(self._reporter.run())
-        self._desk = GpuDesk(
+        self._tasks = BackgroundTasks(self._reporter.run())
+        self._desk = GpuLeaseClient(
             self._link,
             holder=self._base.endpoint_id,
             tier=tier.name,
@@ -124,10 +124,10 @@ class TierReplica:
         """Lease the GPUs, start the engine on them and wait until it is ready. Raises EngineError."""
         tier = self._tier
         await self._desk.may_start()
-        gpus = Gpus()
+        gpus = EngineGpus()
         if tier.gpus and not self._leases_gpus:
             # Workers that vLLM starts on several nodes have the GPUs that Ray names: so must all others.
-            gpus = Gpus(_given_gpu_ids(), None, "as Ray named them")
+            gpus = EngineGpus(_given_gpu_ids(), None, "as Ray named them")
         elif tier.gpus:
             shape = await asyncio.to_thread(lease_shape, tier)
             gpus = await self._desk.lease(shape, _given_gpu_ids())
@@ -153,17 +153,17 @@ class TierReplica:
         if supervisor is not None and supervisor.status.state == EndpointState.FAILED:
             raise RuntimeError(f"the engine was given up: {supervisor.status.diagnosis}")
 
-    def _obey(self, orders: tuple[Order, ...]) -> None:
+    def _obey(self, orders: tuple[ReplicaCommand, ...]) -> None:
         """Do what the controller says. It repeats itself until it sees that it was done."""
         for order in orders:
             supervisor = self._supervisor
             if supervisor is None:
                 continue
             match order.kind:
-                case OrderKind.RETIRE if self._retiring is None:
+                case ReplicaCommandKind.RETIRE if self._retiring is None:
                     log.info("retiring", reason=order.reason)
                     self._retiring = asyncio.create_task(self._retire())
-                case OrderKind.RESTART if self._restarted != order.generation:
+                case ReplicaCommandKind.RESTART if self._restarted != order.generation:
                     self._restarted = order.generation
                     if supervisor.status.generation <= order.generation:
                         supervisor.restart(order.reason)

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from controlplane.config.strict import Finding, Strict
-from controlplane.core.alerts.book import Judge, Severity, Unit
+from controlplane.config.strict import ConfigFinding, Strict
+from controlplane.core.alerts.book import EvaluatedBy, Severity, Unit
 from controlplane.core.alerts.rules import BY_NAME, RuleChange, rule_named
 
 SeverityName = Literal["info", "warning", "critical"]
@@ -55,14 +55,14 @@ class AlertsConfig(Strict):
     """Rule → what of it is to be otherwise: ``{TierplaneTierDown: {for_s: 30}}``. `tierplane alerts rules`
     lists them."""
 
-    def findings(self) -> list[Finding]:
+    def findings(self) -> list[ConfigFinding]:
         """What doesn't fit."""
         found = []
         seen: set[str] = set()
         for i, webhook in enumerate(self.webhooks):
             if webhook.url in seen:
                 message = "an earlier webhook has this address too"
-                found.append(Finding(("webhooks", i, "url"), message, "name it once"))
+                found.append(ConfigFinding(("webhooks", i, "url"), message, "name it once"))
             seen.add(webhook.url)
         for name, change in self.rules.items():
             found += _rule_findings(name, change)
@@ -81,22 +81,24 @@ class AlertsConfig(Strict):
         }
 
 
-def _rule_findings(name: str, change: AlertRuleConfig) -> list[Finding]:
+def _rule_findings(name: str, change: AlertRuleConfig) -> list[ConfigFinding]:
     rule = BY_NAME.get(name)
     if rule is None:
         near = rule_named(name)
-        known = ", ".join(rule.name for rule in BY_NAME.values() if rule.judge is not Judge.PROMETHEUS)
+        known = ", ".join(rule.name for rule in BY_NAME.values() if rule.judge is not EvaluatedBy.PROMETHEUS)
         remedy = f"did you mean '{near.name}'?" if near is not None else f"known: {known}"
-        return [Finding(("rules", name), f"there is no alert rule '{name}'", remedy)]
-    if rule.judge is Judge.PROMETHEUS:
+        return [ConfigFinding(("rules", name), f"there is no alert rule '{name}'", remedy)]
+    if rule.judge is EvaluatedBy.PROMETHEUS:
         remedy = "remove it; change it in Prometheus' rule file"
-        return [Finding(("rules", name), "only Prometheus judges this rule", remedy)]
+        return [ConfigFinding(("rules", name), "only Prometheus judges this rule", remedy)]
     if change.threshold is None:
         return []
     where = ("rules", name, "threshold")
     if rule.fixed:
-        return [Finding(where, "this rule is a matter of yes or no", "remove it")]
+        return [ConfigFinding(where, "this rule is a matter of yes or no", "remove it")]
     if change.threshold <= 0 or (rule.unit is Unit.RATIO and change.threshold >= 1):
         bounds = "between 0 and 1" if rule.unit is Unit.RATIO else "over 0"
-        return [Finding(where, f"{change.threshold:g} would always or never ring", f"name one {bounds}")]
+        return [
+            ConfigFinding(where, f"{change.threshold:g} would always or never ring", f"name one {bounds}")
+        ]
     return []

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from controlplane.config.strict import Finding, FindingsError, Strict
+from controlplane.config.strict import ConfigFinding, FindingsError, Strict
 from controlplane.core.sizing.quantization import PRESETS
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -37,7 +37,7 @@ class ExpectedLoad(Strict):
     def _known(cls, value: list[str]) -> list[str]:
         remedy = f"there is {', '.join(PRESETS)}"
         found = [
-            Finding((number,), f"'{name}' is no weight format", remedy)
+            ConfigFinding((number,), f"'{name}' is no weight format", remedy)
             for number, name in enumerate(value)
             if name not in PRESETS
         ]

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from importlib.resources import files
 
-from controlplane.config.strict import Finding
+from controlplane.config.strict import ConfigFinding
 from controlplane.core.sizing.gpu_models import GpuModel, find_gpu, parse_gpus
 
 
@@ -19,7 +19,7 @@ def gpu_table() -> tuple[GpuModel, ...]:
     return parse_gpus(json.loads(text)["gpus"])
 
 
-def gpu_model_findings(names: Sequence[str]) -> list[Finding]:
+def gpu_model_findings(names: Sequence[str]) -> list[ConfigFinding]:
     """Which of ``names`` are not in the table, each by its place in ``names``."""
     known = [gpu.name for gpu in gpu_table()]
     found = []
@@ -29,7 +29,7 @@ def gpu_model_findings(names: Sequence[str]) -> list[Finding]:
             close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
             meant = f"did you mean '{by_lower[close[0]]}'? " if close else ""
             remedy = f"{meant}`tierplane fit --gpus` lists the names"
-            found.append(Finding((number,), f"'{name}' is not in the table of GPU models", remedy))
+            found.append(ConfigFinding((number,), f"'{name}' is not in the table of GPU models", remedy))
     return found
 
 

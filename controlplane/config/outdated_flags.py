@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from controlplane.config.strict import Finding
+from controlplane.config.strict import ConfigFinding
 
 Kind = Literal["renamed", "merged", "dropped", "removed"]
 
 
 @dataclass(frozen=True, slots=True)
-class Outdated:
+class OutdatedFlag:
     """One flag that is no more."""
 
     kind: Kind
@@ -31,19 +31,21 @@ class Outdated:
     """The key in it, for ``merged``."""
 
 
-def _speculative(key: str) -> Outdated:
-    return Outdated("merged", f"use speculative-config, key {key}", "speculative-config", key)
+def _speculative(key: str) -> OutdatedFlag:
+    return OutdatedFlag("merged", f"use speculative-config, key {key}", "speculative-config", key)
 
 
-def _structured(key: str) -> Outdated:
-    return Outdated("merged", f"use structured-outputs-config, key {key}", "structured-outputs-config", key)
+def _structured(key: str) -> OutdatedFlag:
+    return OutdatedFlag(
+        "merged", f"use structured-outputs-config, key {key}", "structured-outputs-config", key
+    )
 
 
-def _removed(why: str) -> Outdated:
-    return Outdated("removed", why)
+def _removed(why: str) -> OutdatedFlag:
+    return OutdatedFlag("removed", why)
 
 
-OUTDATED: Final[Mapping[str, Outdated]] = {
+OUTDATED: Final[Mapping[str, OutdatedFlag]] = {
     "speculative-model": _speculative("model"),
     "num-speculative-tokens": _speculative("num_speculative_tokens"),
     "speculative-draft-tensor-parallel-size": _speculative("draft_tensor_parallel_size"),
@@ -54,15 +56,15 @@ OUTDATED: Final[Mapping[str, Outdated]] = {
     "guided-decoding-disable-any-whitespace": _structured("disable_any_whitespace"),
     "guided-decoding-disable-additional-properties": _structured("disable_additional_properties"),
     "guided-decoding-disable-fallback": _removed("remove it: a backend that is named is never left"),
-    "disable-log-requests": Outdated(
+    "disable-log-requests": OutdatedFlag(
         "dropped", "remove it: requests are not logged unless enable-log-requests is set"
     ),
-    "use-v2-block-manager": Outdated("dropped", "remove it: there is no other any more"),
+    "use-v2-block-manager": OutdatedFlag("dropped", "remove it: there is no other any more"),
     "disable-frontend-multiprocessing": _removed("remove it: the API server is always a process of its own"),
-    "cuda-graph-sizes": Outdated("renamed", "use cudagraph-capture-sizes", "cudagraph-capture-sizes"),
+    "cuda-graph-sizes": OutdatedFlag("renamed", "use cudagraph-capture-sizes", "cudagraph-capture-sizes"),
     "max-seq-len-to-capture": _removed("use max-cudagraph-capture-size: it counts tokens of a step, "
                                        "not of a sequence"),
-    "override-pooler-config": Outdated("renamed", "use pooler-config", "pooler-config"),
+    "override-pooler-config": OutdatedFlag("renamed", "use pooler-config", "pooler-config"),
     "swap-space": _removed("remove it: vLLM has no swap space any more; see kv-offloading-size"),
     "preemption-mode": _removed("remove it: what is preempted is always computed again"),
     "num-scheduler-steps": _removed("remove it: async-scheduling does what multi-step scheduling was for"),
@@ -79,29 +81,29 @@ OUTDATED: Final[Mapping[str, Outdated]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Mapped:
+class MappedFlags:
     """Engine arguments in today's flags."""
 
     args: Mapping[str, Any]
     notes: tuple[str, ...]
     """What was changed, one sentence each."""
-    refused: tuple[Finding, ...]
+    refused: tuple[ConfigFinding, ...]
     """What can't be mapped, with the reason."""
 
 
-def map_outdated(args: Mapping[str, Any]) -> Mapped:
+def map_outdated(args: Mapping[str, Any]) -> MappedFlags:
     """``args`` (flags without dashes) with renamed, merged and dropped flags replaced."""
     today: dict[str, Any] = {}
     merged: dict[str, dict[str, Any]] = {}
     notes: list[str] = []
-    refused: list[Finding] = []
+    refused: list[ConfigFinding] = []
     for given, value in args.items():
         flag = given.replace("_", "-")
         old = OUTDATED.get(flag)
         if old is None:
             today[flag] = value
         elif old.kind == "removed":
-            refused.append(Finding((flag,), "vLLM has this flag no more", old.remedy))
+            refused.append(ConfigFinding((flag,), "vLLM has this flag no more", old.remedy))
         elif old.kind == "dropped":
             notes.append(f"--{flag} left out: {old.remedy.removeprefix('remove it: ')}")
         elif old.kind == "renamed":
@@ -117,7 +119,7 @@ def map_outdated(args: Mapping[str, Any]) -> Mapped:
         try:
             before = json.loads(str(today.get(flag) or "{}"))
         except ValueError:
-            refused.append(Finding((flag,), "is no JSON", "write a JSON object"))
+            refused.append(ConfigFinding((flag,), "is no JSON", "write a JSON object"))
             continue
         today[flag] = json.dumps({**before, **keys}, separators=(",", ":"))
-    return Mapped(today, tuple(notes), tuple(refused))
+    return MappedFlags(today, tuple(notes), tuple(refused))

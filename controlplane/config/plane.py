@@ -15,10 +15,10 @@ from controlplane.config.gpu_models import gpu_model_findings, table_name
 from controlplane.config.profiles import PROFILES, Scenario, fill_tier, spread
 from controlplane.config.reports import ReportsConfig
 from controlplane.config.scaling import DEFAULT_MAX, ControllerScalingConfig, ScalingConfig, SloConfig
-from controlplane.config.strict import Finding, FindingsError, Strict
+from controlplane.config.strict import ConfigFinding, FindingsError, Strict
 from controlplane.config.vllm_flags import vllm_flag_findings
 from controlplane.core.domain.request import Complexity
-from controlplane.core.placement.gangs import WHOLE_MILLI, Shape
+from controlplane.core.placement.gangs import WHOLE_MILLI, GangShape
 
 IMPORT_PATH = "deployments.app:build"
 """The builder that a Serve config file of tierplane names."""
@@ -165,9 +165,11 @@ class TierConfig(Strict):
             normal = flag.replace("_", "-")
             if normal in _SET_BY_TIERPLANE:
                 remedy = _SET_BY_TIERPLANE[normal]
-                found.append(Finding((flag,), "this flag is not set here", remedy))
+                found.append(ConfigFinding((flag,), "this flag is not set here", remedy))
             elif not _FLAG.match(normal):
-                found.append(Finding((flag,), f"'{flag}' is no flag name", "write it without leading dashes"))
+                found.append(
+                    ConfigFinding((flag,), f"'{flag}' is no flag name", "write it without leading dashes")
+                )
         if found:
             raise FindingsError(found)
         return {flag.replace("_", "-"): item for flag, item in value.items()}
@@ -180,7 +182,7 @@ class TierConfig(Strict):
             raise FindingsError(found)
         return [table_name(name) for name in value]
 
-    def findings(self) -> list[Finding]:
+    def findings(self) -> list[ConfigFinding]:
         """What doesn't fit together in this tier."""
         found = [
             *self._address_findings(),
@@ -192,46 +194,52 @@ class TierConfig(Strict):
             found += vllm_flag_findings(self.engine_args)
         return found
 
-    def _address_findings(self) -> list[Finding]:
+    def _address_findings(self) -> list[ConfigFinding]:
         if self.engine == "endpoint":
             if not self.url:
                 remedy = "name the address in front of /v1, such as http://127.0.0.1:11434"
-                return [Finding(("url",), "engine 'endpoint' needs it", remedy, ("engine",))]
+                return [ConfigFinding(("url",), "engine 'endpoint' needs it", remedy, ("engine",))]
             if not re.match(r"^https?://[^/\s]+(/\S*)?$", self.url):
-                return [Finding(("url",), f"'{self.url}' is no address", "it looks like http://host:port")]
+                return [
+                    ConfigFinding(("url",), f"'{self.url}' is no address", "it looks like http://host:port")
+                ]
             return []
         remedy = f"remove it, or use engine 'endpoint' instead of '{self.engine}'"
         return [
-            Finding((key,), "only engine 'endpoint' has this", remedy, ("engine",))
+            ConfigFinding((key,), "only engine 'endpoint' has this", remedy, ("engine",))
             for key in ("url", "api_key_env")
             if getattr(self, key)
         ]
 
-    def _model_findings(self) -> list[Finding]:
+    def _model_findings(self) -> list[ConfigFinding]:
         if not self.model and self.engine != "simulated":
             remedy = f"name a hub id, a local path or {BUNDLED_PREFIX}{BUNDLED_MODELS[0]}"
-            return [Finding(("model",), "missing", remedy, ("engine",))]
+            return [ConfigFinding(("model",), "missing", remedy, ("engine",))]
         if (
             self.model.startswith(BUNDLED_PREFIX)
             and self.model.removeprefix(BUNDLED_PREFIX) not in BUNDLED_MODELS
         ):
             known = ", ".join(BUNDLED_PREFIX + name for name in BUNDLED_MODELS)
-            return [Finding(("model",), f"there is no bundled model '{self.model}'", f"there is {known}")]
+            return [
+                ConfigFinding(("model",), f"there is no bundled model '{self.model}'", f"there is {known}")
+            ]
         return []
 
-    def _size_findings(self) -> list[Finding]:
+    def _size_findings(self) -> list[ConfigFinding]:
         found = []
         sizes = ("tensor_parallel_size", "pipeline_parallel_size")
         if self.gpu_share < 1 and self.world_size > 1:
             remedy = f"leave it at 1, or set {' and '.join(sizes)} to 1"
-            found.append(Finding(("gpu_share",), "a share of a GPU can't be parallel", remedy, sizes))
+            found.append(ConfigFinding(("gpu_share",), "a share of a GPU can't be parallel", remedy, sizes))
         asked = self.engine_args.get("gpus", 0) if self.engine == "simulated" else 0
         if not isinstance(asked, (int, float)) or asked < 0 or (asked > 1 and asked != int(asked)):
             remedy = "name a share of one, such as 0.5, or a whole number"
-            found.append(Finding(("engine_args", "gpus"), f"{asked!r} is no number of GPUs", remedy))
+            found.append(ConfigFinding(("engine_args", "gpus"), f"{asked!r} is no number of GPUs", remedy))
         if self.engine != "vllm":
             found += [
-                Finding((size,), f"engine '{self.engine}' has no such parallelism", "remove it", ("engine",))
+                ConfigFinding(
+                    (size,), f"engine '{self.engine}' has no such parallelism", "remove it", ("engine",)
+                )
                 for size in sizes
                 if getattr(self, size) > 1
             ]
@@ -239,34 +247,34 @@ class TierConfig(Strict):
             bounds = f"{self.scaling.min_replicas} to {self.scaling.max_replicas}"
             remedy = "begin inside the bounds, or change them"
             message = f"{self.replicas} is outside scaling's bounds, {bounds}"
-            found.append(Finding(("replicas",), message, remedy, ("scaling",)))
+            found.append(ConfigFinding(("replicas",), message, remedy, ("scaling",)))
         return found + self._gpu_findings()
 
-    def _gpu_findings(self) -> list[Finding]:
+    def _gpu_findings(self) -> list[ConfigFinding]:
         found = []
         if self.pipeline_across_nodes and self.on_gpus and self.pipeline_parallel_size == 1:
             remedy = "set it to the number of stages, or leave pipeline_across_nodes out"
             size = "pipeline_parallel_size"
             found.append(
-                Finding((size,), "one stage can't be on several nodes", remedy, ("engine", "device"))
+                ConfigFinding((size,), "one stage can't be on several nodes", remedy, ("engine", "device"))
             )
         if not self.on_gpus:
             found += [
-                Finding((key,), "this tier takes no GPU", "remove it", ("engine", "device"))
+                ConfigFinding((key,), "this tier takes no GPU", "remove it", ("engine", "device"))
                 for key in ("pipeline_across_nodes", "gpu_models")
                 if getattr(self, key)
             ]
         return found
 
-    def _profile_findings(self) -> list[Finding]:
+    def _profile_findings(self) -> list[ConfigFinding]:
         if self.profile and self.engine != "vllm":
             remedy = f"remove it: engine '{self.engine}' has flags of its own"
-            return [Finding(("profile",), "only engine 'vllm' has scenarios", remedy, ("engine",))]
+            return [ConfigFinding(("profile",), "only engine 'vllm' has scenarios", remedy, ("engine",))]
         if self.draft_model and not (self.profile and PROFILES[self.profile].speculative):
             speculating = " or ".join(name for name, profile in PROFILES.items() if profile.speculative)
             remedy = f"use profile {speculating}, or engine_args.speculative-config"
             message = f"profile '{self.profile}' does not guess ahead" if self.profile else "needs a profile"
-            return [Finding(("draft_model",), message, remedy, ("profile",))]
+            return [ConfigFinding(("draft_model",), message, remedy, ("profile",))]
         return []
 
     @property
@@ -298,14 +306,16 @@ class TierConfig(Strict):
         return 0.0 if self.pipeline_across_nodes else self.engine_gpus
 
     @property
-    def shape(self) -> Shape:
+    def shape(self) -> GangShape:
         """The GPUs of one replica, as the placement asks for them."""
         share = ceil(round(min(self.engine_gpus, 1.0) * WHOLE_MILLI, 6))
         if not self.on_gpus:
-            return Shape(gpus=0, stages=self.pipeline_parallel_size)
+            return GangShape(gpus=0, stages=self.pipeline_parallel_size)
         if self.engine == "simulated":
-            return Shape(gpus=max(1, round(self.gpus)), milli_gpu=share, models=frozenset(self.gpu_models))
-        return Shape(
+            return GangShape(
+                gpus=max(1, round(self.gpus)), milli_gpu=share, models=frozenset(self.gpu_models)
+            )
+        return GangShape(
             gpus=self.tensor_parallel_size,
             stages=self.pipeline_parallel_size,
             milli_gpu=share,
@@ -456,34 +466,36 @@ class PlaneConfig(Strict):
     def _spread(cls, values: Any) -> Any:
         return spread(values)
 
-    def findings(self) -> list[Finding]:
+    def findings(self) -> list[ConfigFinding]:
         """What doesn't fit together between the tiers."""
-        found: list[Finding] = []
+        found: list[ConfigFinding] = []
         first_by_name: dict[str, int] = {}
         owner_by_agent_type: dict[str, TierConfig] = {}
         for i, tier in enumerate(self.tiers):
             if first_by_name.setdefault(tier.name, i) != i:
                 message = f"'{tier.name}' is the name of tiers[{first_by_name[tier.name]}] too"
-                found.append(Finding(("tiers", i, "name"), message, "give each tier a name of its own"))
+                found.append(ConfigFinding(("tiers", i, "name"), message, "give each tier a name of its own"))
             for j, agent_type in enumerate(tier.agent_types):
                 owner = owner_by_agent_type.setdefault(agent_type, tier)
                 if owner is not tier:
                     message = f"agent type '{agent_type}' is served by tier '{owner.name}' already"
-                    found.append(Finding(("tiers", i, "agent_types", j), message, "name it in one tier only"))
+                    found.append(
+                        ConfigFinding(("tiers", i, "agent_types", j), message, "name it in one tier only")
+                    )
         for i, tier in enumerate(self.tiers):
             slots = tier.concurrency_limit * max(1, tier.replicas)
             if slots < self.gateway.replicas:
                 message = f"{slots} requests at a time can't be shared by {self.gateway.replicas} gateways"
                 remedy = "each gateway needs at least 1: raise it, or lower gateway.replicas"
-                found.append(Finding(("tiers", i, "concurrency_limit"), message, remedy))
+                found.append(ConfigFinding(("tiers", i, "concurrency_limit"), message, remedy))
             if tier.min_tier and first_by_name.get(tier.min_tier, len(self.tiers)) > i:
                 remedy = f"name it or a tier before it: {', '.join(t.name for t in self.tiers[: i + 1])}"
                 message = f"'{tier.min_tier}' is not '{tier.name}' or a tier before it"
-                found.append(Finding(("tiers", i, "min_tier"), message, remedy))
+                found.append(ConfigFinding(("tiers", i, "min_tier"), message, remedy))
         default = self.gateway.default_tier
         if default and default not in first_by_name:
             remedy = f"there is {', '.join(first_by_name)}"
-            found.append(Finding(("gateway", "default_tier"), f"no tier is named '{default}'", remedy))
+            found.append(ConfigFinding(("gateway", "default_tier"), f"no tier is named '{default}'", remedy))
         return found
 
     def tier(self, name: str) -> TierConfig:

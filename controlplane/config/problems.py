@@ -11,8 +11,8 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from controlplane.config.strict import Finding, FindingsError, PathPart, Strict
-from controlplane.config.valid_rest import Path, Remaining, lies_in, meets, next_cut, remaining
+from controlplane.config.strict import ConfigFinding, FindingsError, PathPart, Strict
+from controlplane.config.valid_rest import Path, ValidRest, lies_in, meets, next_cut, remaining
 from controlplane.errors import Problem
 
 _NAME_PATTERN_TEXT = "lower-case letters, digits, '-' and '_', a letter first, 40 at most"
@@ -51,7 +51,7 @@ def collect(model: type[Strict], values: Any, placeholders: Mapping[str, Any]) -
 
 
 def _validate(
-    model: type[Strict], rest: Remaining, cuts: Collection[Path]
+    model: type[Strict], rest: ValidRest, cuts: Collection[Path]
 ) -> tuple[list[tuple[Path, Problem]], list[Path]]:
     """New problems, and the paths of values that are wrong by themselves."""
     try:
@@ -62,7 +62,7 @@ def _validate(
 
 
 def _problems_of(
-    error: ValidationError, model: type[Strict], rest: Remaining, cuts: Collection[Path]
+    error: ValidationError, model: type[Strict], rest: ValidRest, cuts: Collection[Path]
 ) -> tuple[list[tuple[Path, Problem]], list[Path]]:
     problems: list[tuple[Path, Problem]] = []
     wrong: list[Path] = []
@@ -86,7 +86,7 @@ def _problems_of(
 
 
 def _from_findings(
-    findings: Sequence[Finding], prefix: Path, rest: Remaining, cuts: Collection[Path]
+    findings: Sequence[ConfigFinding], prefix: Path, rest: ValidRest, cuts: Collection[Path]
 ) -> list[tuple[Path, Problem]]:
     kept = [
         (rest.original(prefix + finding.path), finding)

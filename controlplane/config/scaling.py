@@ -7,10 +7,10 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field, field_validator
 
-from controlplane.config.strict import Finding, FindingsError, Strict
+from controlplane.config.strict import ConfigFinding, FindingsError, Strict
 from controlplane.core.autoscaling.schedules import DAYS, Schedule, clock_s
 from controlplane.core.domain.slo import Slo
-from controlplane.core.recommendations.cycle import AdviceRules
+from controlplane.core.recommendations.cycle import RecommendationRules
 from controlplane.core.recommendations.rules import Thresholds
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -66,13 +66,15 @@ class ScheduleConfig(Strict):
         try:
             clock_s(value)
         except ValueError as error:
-            raise FindingsError([Finding((), str(error), "write it as HH:MM")]) from None
+            raise FindingsError([ConfigFinding((), str(error), "write it as HH:MM")]) from None
         return value
 
-    def findings(self) -> list[Finding]:
+    def findings(self) -> list[ConfigFinding]:
         """What doesn't fit together."""
         if self.min_replicas is None and self.max_replicas is None:
-            return [Finding(("min_replicas",), "this schedule changes nothing", "set it or max_replicas")]
+            return [
+                ConfigFinding(("min_replicas",), "this schedule changes nothing", "set it or max_replicas")
+            ]
         return []
 
     def schedule(self) -> Schedule:
@@ -115,17 +117,17 @@ class ScalingConfig(Strict):
     schedules: list[ScheduleConfig] = Field(default_factory=list)
     """Other bounds at some times of the week."""
 
-    def findings(self) -> list[Finding]:
+    def findings(self) -> list[ConfigFinding]:
         """What doesn't fit together."""
         found = []
         if self.min_replicas > self.max_replicas:
             remedy = f"lower it to {self.max_replicas}, or raise max_replicas"
             message = f"{self.min_replicas} is over max_replicas, {self.max_replicas}"
-            found.append(Finding(("min_replicas",), message, remedy, ("max_replicas",)))
+            found.append(ConfigFinding(("min_replicas",), message, remedy, ("max_replicas",)))
         for i, schedule in enumerate(self.schedules):
             if (schedule.min_replicas or 0) > self.max_replicas:
                 message = f"{schedule.min_replicas} is over the tier's max_replicas, {self.max_replicas}"
-                found.append(Finding(("schedules", i, "min_replicas"), message, "lower it"))
+                found.append(ConfigFinding(("schedules", i, "min_replicas"), message, "lower it"))
         return found
 
 
@@ -185,6 +187,6 @@ class ControllerScalingConfig(Strict):
     thresholds: ThresholdsConfig = ThresholdsConfig()
     """When a figure is a reason for advice."""
 
-    def advice_rules(self) -> AdviceRules:
+    def advice_rules(self) -> RecommendationRules:
         """As the core has them."""
-        return AdviceRules(self.thresholds.thresholds(), self.advice_interval_s, self.score_after_s)
+        return RecommendationRules(self.thresholds.thresholds(), self.advice_interval_s, self.score_after_s)

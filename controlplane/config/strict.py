@@ -12,7 +12,7 @@ PathPart = str | int
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class ConfigFinding:
     """Something wrong that concerns more than one field's own type."""
 
     path: tuple[PathPart, ...]
@@ -26,7 +26,7 @@ class Finding:
 class FindingsError(ValueError):
     """Carries findings through pydantic."""
 
-    def __init__(self, findings: Sequence[Finding]) -> None:
+    def __init__(self, findings: Sequence[ConfigFinding]) -> None:
         self.findings = tuple(findings)
         super().__init__("; ".join(finding.message for finding in findings))
 
@@ -39,7 +39,7 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
-    def findings(self) -> list[Finding]:
+    def findings(self) -> list[ConfigFinding]:
         """What is wrong between fields that are each right by themselves."""
         return []
 

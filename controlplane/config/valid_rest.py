@@ -12,7 +12,7 @@ Path = tuple[PathPart, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Remaining:
+class ValidRest:
     """What is left after cuts."""
 
     values: Any
@@ -32,7 +32,7 @@ class Remaining:
         return path in self._kept
 
 
-def remaining(values: Any, cuts: Collection[Path]) -> Remaining:
+def remaining(values: Any, cuts: Collection[Path]) -> ValidRest:
     """``values`` without what is at those paths; they stay as they are."""
     kept: dict[Path, list[int]] = {}
     ways = {cut[:length] for cut in cuts for length in range(len(cut))}
@@ -50,7 +50,7 @@ def remaining(values: Any, cuts: Collection[Path]) -> Remaining:
             return [rest(here[i], (*path, i)) for i in numbers]
         return here
 
-    return Remaining(rest(values, ()), kept)
+    return ValidRest(rest(values, ()), kept)
 
 
 def next_cut(path: Path, cuts: Collection[Path]) -> Path:

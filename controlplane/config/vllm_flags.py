@@ -17,10 +17,10 @@ from importlib import resources
 
 from controlplane.config.outdated_flags import OUTDATED
 from controlplane.config.profiles import PROFILES
-from controlplane.config.strict import Finding
+from controlplane.config.strict import ConfigFinding
 
 
-def vllm_flag_findings(flags: Iterable[str]) -> list[Finding]:
+def vllm_flag_findings(flags: Iterable[str]) -> list[ConfigFinding]:
     """What is wrong with ``flags`` (without leading dashes), each under ``engine_args``."""
     version, known = known_vllm_flags()
     certain = installed_vllm() in (None, version)
@@ -32,12 +32,12 @@ def vllm_flag_findings(flags: Iterable[str]) -> list[Finding]:
         close = difflib.get_close_matches(flag, known, n=1, cutoff=0.8)
         if flag in OUTDATED:
             remedy = OUTDATED[flag].remedy
-            found.append(Finding(path, "vLLM has this flag no more", remedy, ("engine",)))
+            found.append(ConfigFinding(path, "vLLM has this flag no more", remedy, ("engine",)))
         elif certain:
             remedy = (
                 f"did you mean '{close[0]}'?" if close else "remove it, or see the flags of vLLM's API server"
             )
-            found.append(Finding(path, f"vLLM {version} has no such flag", remedy, ("engine",)))
+            found.append(ConfigFinding(path, f"vLLM {version} has no such flag", remedy, ("engine",)))
     return found
 
 
@@ -60,7 +60,7 @@ def installed_vllm() -> str | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Drift:
+class FlagDrift:
     """How another vLLM's flags differ from the list here."""
 
     version: str
@@ -85,7 +85,7 @@ class Drift:
         return f"vLLM {self.version} against the list here: {told or 'no difference'}"
 
 
-def drift(version: str, flags: Iterable[str]) -> Drift:
+def drift(version: str, flags: Iterable[str]) -> FlagDrift:
     """What is different in a vLLM of ``version`` that knows ``flags``, and what it breaks here."""
     _, known = known_vllm_flags()
     now = frozenset(flags)
@@ -95,7 +95,7 @@ def drift(version: str, flags: Iterable[str]) -> Drift:
         for flag in profile.engine_args(draft_model="draft")
         if flag not in now
     ]
-    return Drift(
+    return FlagDrift(
         version,
         added=tuple(sorted(now - known)),
         gone=tuple(sorted(known - now)),

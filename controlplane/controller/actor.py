@@ -1,7 +1,7 @@
 """The controller as a Ray actor: observe → decide → revalidate → apply → record.
 
 There is one named, detached actor per namespace. It needs no CPU, Ray restarts it when its process dies, and
-whoever finds none creates it. Everything is decided in :class:`~controlplane.controller.controller.Control`;
+whoever finds none creates it. Everything is decided in :class:`~controlplane.controller.controller.Registry`;
 here is what touches Ray, engines, disk and clock. Samples are taken in as they arrive, between ticks.
 """
 
@@ -28,32 +28,32 @@ from controlplane.config.alerts import AlertsConfig
 from controlplane.config.scaling import ControllerScalingConfig
 from controlplane.controller import checkpoint
 from controlplane.controller.alert_loop import AlertLoop
-from controlplane.controller.controller import GC_THRESHOLDS, Control, ControlRules
+from controlplane.controller.controller import GC_THRESHOLDS, Controller, ControllerRules
 from controlplane.controller.node_watch import NodeWatch
-from controlplane.controller.operator_actions import Operations
+from controlplane.controller.operator_actions import OperatorActions
 from controlplane.controller.ray_cordons import hold_gpus, let_go_of_all
 from controlplane.controller.recorder import Recorder
-from controlplane.controller.registry import WARMING_REPORTS, Controller
+from controlplane.controller.registry import WARMING_REPORTS, Registry
 from controlplane.controller.reports import Reports
 from controlplane.controller.scaling import Scaling
 from controlplane.controller.store import Point
-from controlplane.core.alerts.views import AlertsAnswer
+from controlplane.core.alerts.views import AlertsResponse
 from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
 from controlplane.core.domain.event import Event
 from controlplane.core.gpus.findings import GpuRules
-from controlplane.core.gpus.leases import Answer, Part
+from controlplane.core.gpus.leases import GpuPart, LeaseResponse
 from controlplane.core.gpus.views import GpuView
-from controlplane.core.placement.gangs import Shape
+from controlplane.core.placement.gangs import GangShape
 from controlplane.core.recommendations.views import ScalingReport
-from controlplane.core.reconcile.commands import ActionAnswer, ReportAnswer, StartAnswer
+from controlplane.core.reconcile.commands import ActionResponse, ReportResponse, StartPermission
 from controlplane.core.reconcile.migrations import Activity
 from controlplane.core.reconcile.reconcile import ReconcileRules
 from controlplane.core.reconcile.replica_targets import TierTarget
 from controlplane.core.reports.history import points
 from controlplane.core.reports.report import PlaneReport
-from controlplane.core.telemetry.stalled_engine import HangRules
+from controlplane.core.telemetry.stalled_engine import StallRules
 from controlplane.engines.metrics_scraper import EngineScraper, ScrapeTarget
 from controlplane.node_agent.ray_actor import stop_node_agents
 from controlplane.paths import run_dir
@@ -86,11 +86,11 @@ class ControllerActor:
         gc.set_threshold(*GC_THRESHOLDS)
         self._config = config
         self._shift_s = time.time() - time.monotonic()
-        self._keeper = checkpoint.Keeper(self._shift_s)
+        self._keeper = checkpoint.CheckpointWriter(self._shift_s)
         self._recorder = await asyncio.to_thread(Recorder, store_path(config))
         again = _made_again()
-        self._control = Control(
-            Controller(
+        self._control = Controller(
+            Registry(
                 epoch=f"{int(time.time()):x}-{secrets.token_hex(4)}",
                 heartbeat_s=config.heartbeat_s,
                 now_s=time.monotonic,
@@ -104,7 +104,7 @@ class ControllerActor:
             settle_s=config.heartbeat_s * (WARMING_REPORTS if again else 1),
         )
         self._scaling = Scaling(self._control, config.scaling)
-        self._operations = Operations(self._control)
+        self._operations = OperatorActions(self._control)
         self._reports = Reports(
             *(self._control, self._recorder, config.reports, config.scaling.cost_per_gpu_hour),
             heartbeat_s=config.heartbeat_s,
@@ -152,30 +152,30 @@ class ControllerActor:
         scaling: ControllerScalingConfig,
         alerts: AlertsConfig,
     ) -> None:
-        """What the configuration asks for; see :meth:`Controller.declare`, :meth:`Scaling.configure` and
+        """What the configuration asks for; see :meth:`Registry.declare`, :meth:`Scaling.configure` and
         :meth:`AlertLoop.configure`."""
         self._control.declare(tiers, heartbeat_s)
         self._scaling.configure(scaling)
         self._alerts.configure(alerts)
 
     async def register(self, endpoint: Endpoint) -> None:
-        """See :meth:`Controller.register`."""
+        """See :meth:`Registry.register`."""
         self._control.register(endpoint)
         self._wake()
 
-    async def report(self, endpoint: Endpoint) -> ReportAnswer:
-        """See :meth:`Control.report`."""
+    async def report(self, endpoint: Endpoint) -> ReportResponse:
+        """See :meth:`Controller.report`."""
         answer = self._control.report(endpoint)
         self._wake()
         return answer
 
     async def deregister(self, endpoint_id: str, reason: str) -> None:
-        """See :meth:`Control.deregister`."""
+        """See :meth:`Controller.deregister`."""
         self._control.deregister(endpoint_id, reason)
         self._wake()
 
     async def gateway_report(self, info: GatewayInfo) -> bool:
-        """See :meth:`Control.gateway_report`."""
+        """See :meth:`Controller.gateway_report`."""
         if self._scaling.wakes(info):
             self._hurry.set()
         known = self._control.gateway_report(info)
@@ -183,12 +183,12 @@ class ControllerActor:
         return known
 
     async def gateway_gone(self, gateway_id: str, reason: str) -> None:
-        """See :meth:`Controller.gateway_gone`."""
+        """See :meth:`Registry.gateway_gone`."""
         self._control.gateway_gone(gateway_id, reason)
         self._wake()
 
     async def still_running(self, endpoint_id: str) -> int | None:
-        """See :meth:`Controller.still_running`."""
+        """See :meth:`Registry.still_running`."""
         return self._control.registry.still_running(endpoint_id)
 
     async def snapshot(self, epoch: str, version: int, wait_s: float) -> ClusterSnapshot | None:
@@ -205,8 +205,8 @@ class ControllerActor:
     # --- leases ---------------------------------------------------------------------------------------------
 
     async def lease_gpus(
-        self, holder: str, generation: int, node_id: str, shape: Shape, tier: str = ""
-    ) -> Answer:
+        self, holder: str, generation: int, node_id: str, shape: GangShape, tier: str = ""
+    ) -> LeaseResponse:
         """Exact GPUs for a replica on a node. GRANTED and UNCHANGED carry the lease; WAIT and REFUSED say
         when to ask again; with UNMANAGED the replica uses what Ray gave it."""
         answer = self._control.lease_gpus(holder, generation, node_id, shape, tier)
@@ -215,8 +215,8 @@ class ControllerActor:
         return answer
 
     async def restore_lease(
-        self, holder: str, generation: int, node_id: str, parts: tuple[Part, ...]
-    ) -> Answer:
+        self, holder: str, generation: int, node_id: str, parts: tuple[GpuPart, ...]
+    ) -> LeaseResponse:
         """What a running holder says that it has. REFUSED: it is somebody else's, and the holder will be
         told to retire."""
         answer = self._control.restore_lease(holder, generation, node_id, parts)
@@ -224,18 +224,18 @@ class ControllerActor:
         self._wake()
         return answer
 
-    async def renew_lease(self, holder: str, generation: int) -> Answer:
+    async def renew_lease(self, holder: str, generation: int) -> LeaseResponse:
         """The holder is alive; each report says so too."""
         return self._control.renew_lease(holder, generation)
 
-    async def release_lease(self, holder: str, generation: int | None = None) -> Answer:
+    async def release_lease(self, holder: str, generation: int | None = None) -> LeaseResponse:
         """Give back what the holder has; deregistering does so too."""
         answer = self._control.release_lease(holder, generation)
         self._save()
         self._wake()
         return answer
 
-    async def may_start(self, holder: str, tier: str) -> StartAnswer:
+    async def may_start(self, holder: str, tier: str) -> StartPermission:
         """Whether an engine of the tier may be started now: not while the tier is held."""
         return self._control.may_start(holder, tier)
 
@@ -256,7 +256,7 @@ class ControllerActor:
 
     async def scale(
         self, tier: str, replicas: int | None, for_s: float | None = None, reason: str = ""
-    ) -> ActionAnswer:
+    ) -> ActionResponse:
         """See :meth:`Scaling.scale`."""
         answer = self._done(self._scaling.scale(tier, replicas, for_s, reason))
         self._hurry.set()
@@ -264,33 +264,33 @@ class ControllerActor:
 
     # --- operators ------------------------------------------------------------------------------------------
 
-    async def cordon(self, subject: str, reason: str = "") -> ActionAnswer:
-        """See :meth:`Operations.cordon`."""
+    async def cordon(self, subject: str, reason: str = "") -> ActionResponse:
+        """See :meth:`OperatorActions.cordon`."""
         return self._done(self._operations.cordon(subject, reason))
 
-    async def uncordon(self, subject: str, reason: str = "") -> ActionAnswer:
-        """See :meth:`Operations.uncordon`."""
+    async def uncordon(self, subject: str, reason: str = "") -> ActionResponse:
+        """See :meth:`OperatorActions.uncordon`."""
         return self._done(self._operations.uncordon(subject, reason))
 
-    async def drain(self, subject: str, reason: str = "") -> ActionAnswer:
-        """See :meth:`Operations.drain`."""
+    async def drain(self, subject: str, reason: str = "") -> ActionResponse:
+        """See :meth:`OperatorActions.drain`."""
         return self._done(self._operations.drain(subject, reason))
 
-    async def restart(self, subject: str, reason: str = "") -> ActionAnswer:
-        """See :meth:`Operations.restart`."""
+    async def restart(self, subject: str, reason: str = "") -> ActionResponse:
+        """See :meth:`OperatorActions.restart`."""
         return self._done(self._operations.restart(subject, reason))
 
-    async def acknowledge_alert(self, rule: str, subject: str, by: str) -> ActionAnswer:
+    async def acknowledge_alert(self, rule: str, subject: str, by: str) -> ActionResponse:
         """See :meth:`Alerting.acknowledge`."""
         return self._done(self._alerts.alerting.acknowledge(rule, subject, by))
 
     async def silence_alerts(
         self, rule: str, subject: str, for_s: float, reason: str, by: str
-    ) -> ActionAnswer:
+    ) -> ActionResponse:
         """See :meth:`Alerting.silence`."""
         return self._done(self._alerts.alerting.silence(rule, subject, for_s, reason, by))
 
-    async def unsilence_alerts(self, number: int, by: str) -> ActionAnswer:
+    async def unsilence_alerts(self, number: int, by: str) -> ActionResponse:
         """See :meth:`Alerting.unsilence`."""
         return self._done(self._alerts.alerting.unsilence(number, by))
 
@@ -305,7 +305,7 @@ class ControllerActor:
         """Every GPU with its health, holders and last readings."""
         return self._control.gpus()
 
-    async def alerts(self) -> AlertsAnswer:
+    async def alerts(self) -> AlertsResponse:
         """What fires or is pending, silences, and how deliveries go."""
         return self._alerts.answer()
 
@@ -472,7 +472,7 @@ class ControllerActor:
             time.time(), points(endpoints, gateways, control.engines, control.fleet, now_s)
         )
 
-    def _done(self, answer: ActionAnswer) -> ActionAnswer:
+    def _done(self, answer: ActionResponse) -> ActionResponse:
         self._record()
         return answer
 
@@ -508,12 +508,12 @@ def store_path(config: ControllerConfig) -> Path | None:
     return run_dir() / f"controller-{config.namespace}.sqlite"
 
 
-def control_rules(config: ControllerConfig) -> ControlRules:
+def control_rules(config: ControllerConfig) -> ControllerRules:
     """The rules as the configuration has them."""
-    return ControlRules(
+    return ControllerRules(
         GpuRules(hot_for_s=config.overheat_after_s, hold_initial_s=config.cordon_hold_s),
         ReconcileRules(crash_limit=config.crash_limit),
-        HangRules(after_s=config.hang_after_s),
+        StallRules(after_s=config.hang_after_s),
     )
 
 

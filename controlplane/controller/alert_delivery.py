@@ -26,7 +26,7 @@ import structlog
 
 from controlplane.config.alerts import WebhookConfig
 from controlplane.core.alerts.book import Severity
-from controlplane.core.alerts.views import Happening, Notice, WebhookView
+from controlplane.core.alerts.views import AlertNotice, AlertTransition, WebhookView
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -56,7 +56,7 @@ def pause_s(attempt: int) -> float:
     return min(PAUSE_MAX_S, 2.0 ** (attempt - 1)) * random.uniform(0.5, 1.0)
 
 
-def item_of(notice: Notice) -> Item:
+def item_of(notice: AlertNotice) -> Item:
     """One alert as messages carry it."""
     alert = notice.alert
     return {
@@ -115,7 +115,7 @@ class AlertDelivery:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks = []
 
-    def tell(self, notices: Sequence[Notice]) -> None:
+    def tell(self, notices: Sequence[AlertNotice]) -> None:
         """To the log and to every webhook that wants it. Returns at once."""
         for notice in notices:
             _log(notice)
@@ -140,7 +140,7 @@ class AlertDelivery:
 
 
 @dataclass(frozen=True, slots=True)
-class _Outcome:
+class _DeliveryResult:
     """What became of one attempt."""
 
     taken: bool
@@ -252,7 +252,7 @@ class _Webhook:
             alerts=ids,
         )
 
-    async def _post(self, session: aiohttp.ClientSession, body: bytes) -> _Outcome:
+    async def _post(self, session: aiohttp.ClientSession, body: bytes) -> _DeliveryResult:
         headers = {"content-type": "application/json", "user-agent": "tierplane"}
         if self._secret:
             headers[SIGNATURE] = signature(self._secret, body, int(time.time()))
@@ -263,19 +263,19 @@ class _Webhook:
             ) as answer:
                 status = answer.status
                 if 200 <= status < 300:
-                    return _Outcome(True)
+                    return _DeliveryResult(True)
                 again = status == _TOO_MANY or status >= _SERVER
                 wanted = answer.headers.get("retry-after", "")
                 after_s = min(float(wanted), PAUSE_MAX_S) if wanted.isdecimal() else 0.0
-                return _Outcome(False, again, f"it answered {status}", after_s)
+                return _DeliveryResult(False, again, f"it answered {status}", after_s)
         except TimeoutError:
-            return _Outcome(False, True, f"no answer in {self._config.timeout_s:g} s")
+            return _DeliveryResult(False, True, f"no answer in {self._config.timeout_s:g} s")
         except (aiohttp.ClientError, OSError, ValueError) as error:
             # Its text may hold the whole address.
-            return _Outcome(False, True, f"it can't be reached ({type(error).__name__})")
+            return _DeliveryResult(False, True, f"it can't be reached ({type(error).__name__})")
 
 
-def _log(notice: Notice) -> None:
+def _log(notice: AlertNotice) -> None:
     alert = notice.alert
     values: dict[str, Any] = {
         "rule": alert.rule,
@@ -285,9 +285,9 @@ def _log(notice: Notice) -> None:
         "value": round(alert.value, 4),
     }
     values |= {"detail": alert.detail} if alert.detail else {}
-    if notice.happening is Happening.RESOLVED:
+    if notice.happening is AlertTransition.RESOLVED:
         log.info("alert over", **values)
         return
-    words = "alert still fires" if notice.happening is Happening.REPEATED else "alert"
+    words = "alert still fires" if notice.happening is AlertTransition.REPEATED else "alert"
     tell = {Severity.INFO: log.info, Severity.WARNING: log.warning, Severity.CRITICAL: log.error}
     tell[alert.severity](words, **values, action=alert.action)

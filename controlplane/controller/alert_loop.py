@@ -14,8 +14,8 @@ from controlplane.config import ControllerConfig
 from controlplane.config.alerts import AlertsConfig
 from controlplane.controller.alert_delivery import AlertDelivery
 from controlplane.controller.alerting import Alerting
-from controlplane.controller.controller import Control
-from controlplane.core.alerts.views import AlertsAnswer
+from controlplane.controller.controller import Controller
+from controlplane.core.alerts.views import AlertsResponse
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -25,7 +25,12 @@ class AlertLoop:
     have started it anew, on another node."""
 
     def __init__(
-        self, control: Control, config: ControllerConfig, *, shift_s: float, store_warning: Callable[[], str]
+        self,
+        control: Controller,
+        config: ControllerConfig,
+        *,
+        shift_s: float,
+        store_warning: Callable[[], str],
     ) -> None:
         self._config = config.alerts
         self.alerting = Alerting(control, config.alerts, shift_s=shift_s, store_warning=store_warning)
@@ -57,7 +62,7 @@ class AlertLoop:
         """Post nothing any more."""
         await self._delivery.close()
 
-    def answer(self) -> AlertsAnswer:
+    def answer(self) -> AlertsResponse:
         """For people."""
         return self.alerting.answer(self._delivery.views)
 

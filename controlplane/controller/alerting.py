@@ -10,16 +10,16 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from controlplane.config.alerts import AlertsConfig
-from controlplane.controller.controller import Control
+from controlplane.controller.controller import Controller
 from controlplane.core.alerts import checkpoint
 from controlplane.core.alerts import signals as figures_of
-from controlplane.core.alerts.book import Alert, AlertState, Kind, Silence
-from controlplane.core.alerts.evaluator import AlertWatch
+from controlplane.core.alerts.book import Alert, AlertState, Silence, SubjectType
+from controlplane.core.alerts.evaluator import AlertEvaluator
 from controlplane.core.alerts.rules import NODE_LOST, TIER_MISSING, rule_named
-from controlplane.core.alerts.signals import Known, joined
+from controlplane.core.alerts.signals import AlertSignals, joined
 from controlplane.core.alerts.views import (
-    AlertsAnswer,
-    Notice,
+    AlertNotice,
+    AlertsResponse,
     WebhookView,
     firing,
     notice,
@@ -28,7 +28,7 @@ from controlplane.core.alerts.views import (
     worst_first,
 )
 from controlplane.core.domain.resource_name import MIN_PREFIX
-from controlplane.core.reconcile.commands import ActionAnswer, Outcome
+from controlplane.core.reconcile.commands import ActionOutcome, ActionResponse
 from controlplane.core.reconcile.migrations import OPERATOR
 from controlplane.core.traffic.counters import named
 
@@ -39,7 +39,7 @@ MAX_SILENCE_S: Final = 30 * 24 * 3600.0
 BEGAN, OVER = "alert", "alert over"
 """Kinds of entries in the audit log."""
 
-Source = Callable[[float], Known]
+Source = Callable[[float], AlertSignals]
 """``now_s`` → some figures."""
 
 
@@ -52,7 +52,7 @@ class Alerting:
 
     def __init__(
         self,
-        control: Control,
+        control: Controller,
         config: AlertsConfig,
         *,
         shift_s: float,
@@ -62,14 +62,14 @@ class Alerting:
         self._shift_s = shift_s
         self._store_warning = store_warning
         self._was_full = False
-        self.watch = AlertWatch(config.changes(), config.repeat_s)
+        self.watch = AlertEvaluator(config.changes(), config.repeat_s)
         self.sources: list[Source] = [self._traffic, self._own]
 
     def configure(self, config: AlertsConfig) -> None:
         """Other rules from now on; alerts of those that were switched off are over at the next look."""
         self.watch.configure(config.changes(), config.repeat_s)
 
-    def look(self) -> tuple[Notice, ...]:
+    def look(self) -> tuple[AlertNotice, ...]:
         """Judge every rule; what must be told. Nothing happens while the controller does not know everybody,
         and after the plane was stopped on purpose."""
         control, book = self._control, self.watch.book
@@ -98,19 +98,19 @@ class Alerting:
             firing(self.watch.book, control.now_s(), self._shift_s), tuple(sorted(self._due().items()))
         )
 
-    def answer(self, webhooks: tuple[WebhookView, ...]) -> AlertsAnswer:
+    def answer(self, webhooks: tuple[WebhookView, ...]) -> AlertsResponse:
         """For people: what fires or is pending, the worst first, and silences."""
         book, now_s = self.watch.book, self._control.now_s()
         views = worst_first(view(alert, book, now_s, self._shift_s) for alert in book.alerts)
-        return AlertsAnswer(tuple(views), silences(book, now_s, self._shift_s), webhooks)
+        return AlertsResponse(tuple(views), silences(book, now_s, self._shift_s), webhooks)
 
     # --- operators ----------------------------------------------------------------------------------------
 
-    def acknowledge(self, name: str, subject: str, by: str) -> ActionAnswer:
+    def acknowledge(self, name: str, subject: str, by: str) -> ActionResponse:
         """Somebody looks after an alert that fires: it is not told again while it lasts."""
         rule = rule_named(name)
         if rule is None:
-            return ActionAnswer(Outcome.UNKNOWN, _no_rule(name))
+            return ActionResponse(ActionOutcome.UNKNOWN, _no_rule(name))
         of_rule = [
             alert
             for alert in self.watch.book.alerts
@@ -121,30 +121,32 @@ class Alerting:
         ]
         if len(found) != 1:
             there = ", ".join(alert.subject for alert in of_rule[:5]) or "nothing"
-            return ActionAnswer(
-                Outcome.UNKNOWN, f"{rule.name} does not fire about one '{subject}'; it fires about {there}"
+            return ActionResponse(
+                ActionOutcome.UNKNOWN,
+                f"{rule.name} does not fire about one '{subject}'; it fires about {there}",
             )
         [alert] = found
         if alert.acknowledged:
-            return ActionAnswer(
-                Outcome.UNCHANGED, f"{alert.acknowledged} has acknowledged it", (alert.subject,)
+            return ActionResponse(
+                ActionOutcome.UNCHANGED, f"{alert.acknowledged} has acknowledged it", (alert.subject,)
             )
         self.watch.book.acknowledge(*alert.key, by)
         reason = f"{rule.name}: {by} looks after it"
         self._control.registry.note("alert acknowledged", alert.subject, reason, _tier(alert), actor=OPERATOR)
         self.show()
-        return ActionAnswer(
-            Outcome.DONE, f"{rule.name} about {alert.subject} is acknowledged by {by}", (alert.subject,)
+        return ActionResponse(
+            ActionOutcome.DONE, f"{rule.name} about {alert.subject} is acknowledged by {by}", (alert.subject,)
         )
 
-    def silence(self, name: str, subject: str, for_s: float, reason: str, by: str) -> ActionAnswer:
+    def silence(self, name: str, subject: str, for_s: float, reason: str, by: str) -> ActionResponse:
         """Nothing is told of what matches, for a while; ``name`` and ``subject`` empty: all."""
         rule = rule_named(name) if name else None
         if name and rule is None:
-            return ActionAnswer(Outcome.UNKNOWN, _no_rule(name))
+            return ActionResponse(ActionOutcome.UNKNOWN, _no_rule(name))
         if not 0 < for_s <= MAX_SILENCE_S:
-            return ActionAnswer(
-                Outcome.REFUSED, f"a silence lasts up to {MAX_SILENCE_S / 86_400:g} days, not {for_s:g} s"
+            return ActionResponse(
+                ActionOutcome.REFUSED,
+                f"a silence lasts up to {MAX_SILENCE_S / 86_400:g} days, not {for_s:g} s",
             )
         until_s = self._control.now_s() + for_s
         silence = self.watch.book.silence(Silence(until_s, rule.name if rule else "", subject, reason, by))
@@ -153,21 +155,21 @@ class Alerting:
             "silence", subject or "every subject", f"{text}: {reason} ({by})", actor=OPERATOR
         )
         self.show()
-        return ActionAnswer(Outcome.DONE, text, (str(silence.number),))
+        return ActionResponse(ActionOutcome.DONE, text, (str(silence.number),))
 
-    def unsilence(self, number: int, by: str) -> ActionAnswer:
+    def unsilence(self, number: int, by: str) -> ActionResponse:
         """The end of a silence: what it kept back is told."""
         silence = self.watch.book.unsilence(number)
         if silence is None:
-            return ActionAnswer(
-                Outcome.UNKNOWN, f"there is no silence {number}: `tierplane alerts` lists them"
+            return ActionResponse(
+                ActionOutcome.UNKNOWN, f"there is no silence {number}: `tierplane alerts` lists them"
             )
         text = f"silence {number} ends: {_matches(silence)}"
         self._control.registry.note(
             "silence ended", silence.subject or "every subject", f"{text} ({by})", actor=OPERATOR
         )
         self.show()
-        return ActionAnswer(Outcome.DONE, text, (str(number),))
+        return ActionResponse(ActionOutcome.DONE, text, (str(number),))
 
     # --- over a restart -----------------------------------------------------------------------------------
 
@@ -182,16 +184,16 @@ class Alerting:
 
     # --- figures ------------------------------------------------------------------------------------------
 
-    def _traffic(self, now_s: float) -> Known:
+    def _traffic(self, now_s: float) -> AlertSignals:
         control = self._control
         found = control.demand.figures(now_s, control.heartbeat_s, TRAFFIC_S)
         targets = {
             spec.name: spec.attainment for spec in control.registry.tiers if spec.attainment is not None
         }
         attainments = {tier: each.attainment for tier, each in found.items()}
-        return joined((Known(named(found)), figures_of.of_slos(attainments, targets)))
+        return joined((AlertSignals(named(found)), figures_of.of_slos(attainments, targets)))
 
-    def _own(self, now_s: float) -> Known:
+    def _own(self, now_s: float) -> AlertSignals:
         control = self._control
         gateways = control.registry.gateways
         in_flight: dict[str, int] = {}
@@ -224,9 +226,9 @@ class Alerting:
         bases = control.bases()
         return {tier: 0 if tier in drained else count for tier, count in bases.items()}
 
-    def _forget_lost(self, known: Known) -> None:
+    def _forget_lost(self, known: AlertSignals) -> None:
         """Nodes that everything has been replaced of, and of which nothing rings any more."""
-        rings = {alert.subject for alert in self.watch.book.alerts if alert.rule.kind is Kind.NODE}
+        rings = {alert.subject for alert in self.watch.book.alerts if alert.rule.kind is SubjectType.NODE}
         for node_id, signal in known.figures.get(NODE_LOST, {}).items():
             if not signal.value and node_id not in rings:
                 self._control.lost_nodes.pop(node_id, None)
@@ -236,7 +238,7 @@ class Alerting:
 
 
 def _tier(alert: Alert) -> str:
-    return alert.subject if alert.rule.kind is Kind.TIER else ""
+    return alert.subject if alert.rule.kind is SubjectType.TIER else ""
 
 
 def _matches(silence: Silence) -> str:

@@ -11,19 +11,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from controlplane.core.gpus.health import GpuHealth
-from controlplane.core.gpus.inventory import GpuFleet, NodeHold
-from controlplane.core.gpus.leases import Lease, LeaseBook, Part
+from controlplane.core.gpus.inventory import GpuInventory, NodeHold
+from controlplane.core.gpus.leases import GpuLease, GpuPart, LeaseBook
 from controlplane.core.json_values import Values, from_value, shifted, to_value, under
-from controlplane.core.reconcile.in_progress import Work
-from controlplane.core.reconcile.migrations import Move, Restart, TierHold
-from controlplane.core.reconcile.reconcile import Failure
+from controlplane.core.reconcile.in_progress import InProgress
+from controlplane.core.reconcile.migrations import Migration, Restart, TierHold
+from controlplane.core.reconcile.reconcile import ReplicaFailure
 
 _GPU, _NODE, _LEASE, _MOVE, _RESTART = "gpu/", "node/", "lease/", "move/", "restart/"
 _COUNTED = "gpus counted"
 _DRAIN, _HOLD, _HELD, _FAILURES, _HUNG = "drain/", "hold/", "held/", "failures/", "hung/"
 
 
-class Keeper:
+class CheckpointWriter:
     """Turns the state into values again and again; the many leases only when they changed."""
 
     def __init__(self, shift_s: float) -> None:
@@ -31,7 +31,7 @@ class Keeper:
         self._version = -1
         self._leases: Values = {}
 
-    def values(self, fleet: GpuFleet, book: LeaseBook, work: Work) -> Values:
+    def values(self, fleet: GpuInventory, book: LeaseBook, work: InProgress) -> Values:
         """All of it, by key; what did not change is the same object as before. Always of the same book."""
         changed = book.changed_since(self._version)
         if changed is None:
@@ -46,12 +46,12 @@ class Keeper:
         return self._leases | _of_rest(fleet, work, self._shift_s)
 
 
-def to_values(fleet: GpuFleet, book: LeaseBook, work: Work, shift_s: float) -> Values:
+def to_values(fleet: GpuInventory, book: LeaseBook, work: InProgress, shift_s: float) -> Values:
     """All of it, by key."""
-    return Keeper(shift_s).values(fleet, book, work)
+    return CheckpointWriter(shift_s).values(fleet, book, work)
 
 
-def _of_lease(lease: Lease) -> Values:
+def _of_lease(lease: GpuLease) -> Values:
     return {
         "generation": lease.generation,
         "node_id": lease.node_id,
@@ -59,7 +59,7 @@ def _of_lease(lease: Lease) -> Values:
     }
 
 
-def _of_rest(fleet: GpuFleet, work: Work, shift_s: float) -> Values:
+def _of_rest(fleet: GpuInventory, work: InProgress, shift_s: float) -> Values:
     gpus, holds = fleet.kept()
     values: Values = {_GPU + uuid: _of_gpu(health, leave, shift_s) for uuid, (health, leave) in gpus.items()}
     values |= {_NODE + node_id: to_value(hold) for node_id, hold in holds.items()}
@@ -80,13 +80,19 @@ def _of_rest(fleet: GpuFleet, work: Work, shift_s: float) -> Values:
     return values
 
 
-def restore_gpus(values: Mapping[str, Any], fleet: GpuFleet, shift_s: float) -> None:
+def restore_gpus(values: Mapping[str, Any], fleet: GpuInventory, shift_s: float) -> None:
     """What concerns the hardware; it holds on any cluster that these GPUs are in."""
     fleet.restore([_gpu(value, shift_s) for value in under(values, _GPU).values()], {})
 
 
 def restore_plane(
-    values: Mapping[str, Any], fleet: GpuFleet, book: LeaseBook, work: Work, *, now_s: float, shift_s: float
+    values: Mapping[str, Any],
+    fleet: GpuInventory,
+    book: LeaseBook,
+    work: InProgress,
+    *,
+    now_s: float,
+    shift_s: float,
 ) -> None:
     """What concerns the plane that ran when it was written."""
     fleet.restore(
@@ -95,17 +101,17 @@ def restore_plane(
         counted=bool(values.get(_COUNTED)),
     )
     book.restore(
-        Lease(
+        GpuLease(
             holder,
             value["generation"],
             value["node_id"],
-            tuple(Part(*part) for part in value["parts"]),
+            tuple(GpuPart(*part) for part in value["parts"]),
             now_s,
         )
         for holder, value in under(values, _LEASE).items()
     )
     for name, value in under(values, _MOVE).items():
-        work.moves[name] = from_value(Move, shifted(value, -shift_s, "since_s", "began_s"))
+        work.moves[name] = from_value(Migration, shifted(value, -shift_s, "since_s", "began_s"))
     for name, value in under(values, _RESTART).items():
         work.restarts[name] = from_value(Restart, shifted(value, -shift_s, "since_s"))
     work.drains.update(under(values, _DRAIN))
@@ -114,7 +120,9 @@ def restore_plane(
     for tier, (count, at_s) in under(values, _HELD).items():
         work.held_before[tier] = (count, at_s - shift_s)
     for tier, failures in under(values, _FAILURES).items():
-        work.failures[tier] = tuple(from_value(Failure, shifted(item, -shift_s, "at_s")) for item in failures)
+        work.failures[tier] = tuple(
+            from_value(ReplicaFailure, shifted(item, -shift_s, "at_s")) for item in failures
+        )
     for name, times in under(values, _HUNG).items():
         work.hung_before[name] = tuple(at_s - shift_s for at_s in times)
 

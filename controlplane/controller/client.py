@@ -20,8 +20,8 @@ from controlplane.controller.actor import get_or_create_controller
 from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.endpoint import Endpoint
-from controlplane.core.gpus.leases import Answer, Lease, Outcome
-from controlplane.core.reconcile.commands import Order, ReportAnswer
+from controlplane.core.gpus.leases import GpuLease, LeaseOutcome, LeaseResponse
+from controlplane.core.reconcile.commands import ReplicaCommand, ReportResponse
 from controlplane.errors import TierplaneError
 
 LONG_POLL_S = 20.0
@@ -80,13 +80,13 @@ class EndpointReporter:
         endpoint: Endpoint,
         heartbeat_s: float,
         *,
-        on_orders: Callable[[tuple[Order, ...]], None] | None = None,
+        on_orders: Callable[[tuple[ReplicaCommand, ...]], None] | None = None,
     ) -> None:
         self._link = link
         self._endpoint = endpoint
         self._heartbeat_s = heartbeat_s
         self._on_orders = on_orders
-        self._lease: Lease | None = None
+        self._lease: GpuLease | None = None
         self._changed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
 
@@ -96,11 +96,11 @@ class EndpointReporter:
         return self._endpoint
 
     @property
-    def lease(self) -> Lease | None:
+    def lease(self) -> GpuLease | None:
         """The GPUs that the endpoint holds."""
         return self._lease
 
-    def hold(self, lease: Lease | None) -> None:
+    def hold(self, lease: GpuLease | None) -> None:
         """The endpoint holds this lease from now on: a controller that has forgotten it is told again."""
         self._lease = lease
 
@@ -125,14 +125,14 @@ class EndpointReporter:
             log.info("could not tell the controller", call="report", reason=str(error))
 
     async def _report(self) -> None:
-        answer = cast(ReportAnswer, await self._link.call("report", self._endpoint))
+        answer = cast(ReportResponse, await self._link.call("report", self._endpoint))
         if not answer.known:
             await self._link.call("register", self._endpoint)
         lease = self._lease
         if lease is not None and not (answer.known and answer.lease_known):
             claim = (lease.holder, lease.generation, lease.node_id, lease.parts)
-            restored = cast(Answer, await self._link.call("restore_lease", *claim))
-            if restored.outcome is Outcome.REFUSED:
+            restored = cast(LeaseResponse, await self._link.call("restore_lease", *claim))
+            if restored.outcome is LeaseOutcome.REFUSED:
                 log.warning("the lease was refused", gpus=lease.gpu_uuids, reason=restored.reason)
         if answer.orders and self._on_orders is not None:
             self._on_orders(answer.orders)

@@ -2,8 +2,8 @@
 under way.
 
 It is plain Python with two clocks: :mod:`controlplane.controller.actor` feeds it with reports and
-samples, calls :meth:`Control.tick`, and carries out what needs Ray. What has to survive a restart goes in and
-out by :mod:`controlplane.controller.checkpoint`.
+samples, calls :meth:`Controller.tick`, and carries out what needs Ray. What has to survive a restart goes in
+and out by :mod:`controlplane.controller.checkpoint`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from controlplane.config.gpu_models import table_name
-from controlplane.controller.registry import MISSED_REPORTS, WARMING_REPORTS, Controller
+from controlplane.controller.registry import MISSED_REPORTS, WARMING_REPORTS, Registry
 from controlplane.core.alerts.signals import LostNode
 from controlplane.core.cluster.assumed_gpu import assuming, gpu_assumed
 from controlplane.core.cluster.snapshot import GatewayInfo
@@ -23,29 +23,28 @@ from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.endpoint import ENDED, SERVING, Endpoint, EndpointState
 from controlplane.core.gpus.allocation import room, shape_of, still_room
 from controlplane.core.gpus.findings import GpuRules
-from controlplane.core.gpus.inventory import GpuFleet
-from controlplane.core.gpus.lease_allocator import LeaseDesk
-from controlplane.core.gpus.leases import Answer, Part
-from controlplane.core.gpus.leases import Outcome as LeaseOutcome
+from controlplane.core.gpus.inventory import GpuInventory
+from controlplane.core.gpus.lease_allocator import LeaseAllocator
+from controlplane.core.gpus.leases import GpuPart, LeaseOutcome, LeaseResponse
 from controlplane.core.gpus.views import GpuView, gpu_views
-from controlplane.core.placement.gangs import Placement, Shape
-from controlplane.core.reconcile.commands import ReportAnswer, StartAnswer
-from controlplane.core.reconcile.in_progress import Applied, Work
-from controlplane.core.reconcile.migrations import Activity, MovePhase
+from controlplane.core.placement.gangs import GangShape, Placement
+from controlplane.core.reconcile.commands import ReportResponse, StartPermission
+from controlplane.core.reconcile.in_progress import AppliedCommand, InProgress
+from controlplane.core.reconcile.migrations import Activity, MigrationPhase
 from controlplane.core.reconcile.reconcile import (
-    BeginMove,
+    BeginMigration,
     GpuOutOfUse,
-    Observed,
+    PlacedCluster,
     ReconcileRules,
     SetGpu,
     reconcile,
 )
 from controlplane.core.reconcile.replica_targets import TierTarget, target_of
 from controlplane.core.telemetry.samples import EngineSample, GpuEvent, GpuEventKind, Missing, NodeSample
-from controlplane.core.telemetry.series import Limits
+from controlplane.core.telemetry.series import FreshnessLimits
 from controlplane.core.telemetry.signals import EngineTelemetry
-from controlplane.core.telemetry.stalled_engine import HangRules, Stuck, makes_nothing
-from controlplane.core.traffic.demand import Demand
+from controlplane.core.telemetry.stalled_engine import StalledEngine, StallRules, stall_reason
+from controlplane.core.traffic.demand import TierDemandTracker
 from controlplane.errors import IllegalTransition, TierplaneError
 
 GC_THRESHOLDS = (50_000, 20, 1000)
@@ -59,7 +58,7 @@ TARGETS_SEEN_S = 5.0
 """Serve that has not asked for targets for so long is away: drained replicas hear it from us alone."""
 ROOM_AGAIN_S = 15.0
 """Whether there is room elsewhere is looked at anew after so long."""
-ENGINE_LIMITS = Limits(stale_after_s=15.0, missing_after_s=60.0)
+ENGINE_LIMITS = FreshnessLimits(stale_after_s=15.0, missing_after_s=60.0)
 """Engines are read every few seconds."""
 STUCK_MEMORY_S = 30.0
 """An engine that has not been seen to make nothing for so long no longer counts as such."""
@@ -75,39 +74,39 @@ class NotSettled(TierplaneError):
 
 
 @dataclass(frozen=True, slots=True)
-class ControlRules:
+class ControllerRules:
     """All rules of the control loop."""
 
     gpus: GpuRules = field(default_factory=GpuRules)
     reconcile: ReconcileRules = field(default_factory=ReconcileRules)
-    hangs: HangRules = field(default_factory=HangRules)
+    hangs: StallRules = field(default_factory=StallRules)
 
 
-class Control:
+class Controller:
     """Not safe for use by several threads; one event loop owns it."""
 
     def __init__(
         self,
-        registry: Controller,
+        registry: Registry,
         *,
         heartbeat_s: float,
         now_s: Callable[[], float],
         unix_s: Callable[[], float],
-        rules: ControlRules | None = None,
+        rules: ControllerRules | None = None,
         settle_s: float | None = None,
     ) -> None:
         self.registry = registry
-        self.rules = rules or ControlRules()
-        self.fleet = GpuFleet(self.rules.gpus)
-        self.desk = LeaseDesk(self.fleet)
-        self.work = Work()
+        self.rules = rules or ControllerRules()
+        self.fleet = GpuInventory(self.rules.gpus)
+        self.desk = LeaseAllocator(self.fleet)
+        self.work = InProgress()
         self.engines: dict[str, EngineTelemetry] = {}
-        self.demand = Demand()
+        self.demand = TierDemandTracker()
         self.now_s = now_s
         self.unix_s = unix_s
         self._heartbeat_s = heartbeat_s
         self._settled_s = now_s() + (WARMING_REPORTS * heartbeat_s if settle_s is None else settle_s)
-        self._shapes: dict[str, Shape] = {}
+        self._shapes: dict[str, GangShape] = {}
         """Holder → what it asked for."""
         self._published: dict[str, TierTarget] = {}
         self._asked_s = self._asked_before_s = -math.inf
@@ -116,7 +115,7 @@ class Control:
         """Tiers whose configuration lets them scale do so, and keep what they have until they are told."""
         self._looked_s = now_s()
         self._room_asked: dict[str, tuple[float, Placement | None]] = {}
-        self._stuck: dict[str, Stuck] = {}
+        self._stuck: dict[str, StalledEngine] = {}
         self._alive: set[str] = set()
         self.lost_nodes: dict[str, LostNode] = {}
         """Nodes that went with replicas of ours, the last ones."""
@@ -144,7 +143,7 @@ class Control:
         self._settled_s = self.now_s()
 
     def declare(self, tiers: Sequence[TierSpec], heartbeat_s: float) -> None:
-        """See :meth:`Controller.declare`."""
+        """See :meth:`Registry.declare`."""
         self._heartbeat_s = heartbeat_s
         self._gpu_assumed = {spec.name: self._gpu_assumed.get(spec.name, "") for spec in tiers}
         self.registry.declare([assuming(spec, self._gpu_assumed[spec.name]) for spec in tiers], heartbeat_s)
@@ -152,31 +151,31 @@ class Control:
     # --- what comes in ------------------------------------------------------------------------------------
 
     def register(self, endpoint: Endpoint) -> None:
-        """See :meth:`Controller.register`."""
+        """See :meth:`Registry.register`."""
         self.registry.register(endpoint)
         self._seen(endpoint)
 
-    def report(self, endpoint: Endpoint) -> ReportAnswer:
-        """See :meth:`Controller.report`; the answer carries what the replica is to do."""
+    def report(self, endpoint: Endpoint) -> ReportResponse:
+        """See :meth:`Registry.report`; the answer carries what the replica is to do."""
         known = self.registry.report(endpoint)
         if not known:
-            return ReportAnswer(False, lease_known=endpoint.endpoint_id in self.desk.book.leases)
+            return ReportResponse(False, lease_known=endpoint.endpoint_id in self.desk.book.leases)
         held = self._seen(endpoint)
-        return ReportAnswer(True, self.work.orders_for(endpoint), held or not endpoint.gpu_uuids)
+        return ReportResponse(True, self.work.orders_for(endpoint), held or not endpoint.gpu_uuids)
 
     def deregister(self, endpoint_id: str, reason: str) -> None:
-        """See :meth:`Controller.deregister`; its lease ends too."""
+        """See :meth:`Registry.deregister`; its lease ends too."""
         self.registry.deregister(endpoint_id, reason)
         self.release_lease(endpoint_id)
 
     def gateway_report(self, info: GatewayInfo) -> bool:
-        """See :meth:`Controller.gateway_report`; what it counted goes no further than here."""
+        """See :meth:`Registry.gateway_report`; what it counted goes no further than here."""
         self.demand.observe(info.gateway_id, info.traffic, self.now_s())
         self.left = False
         return self.registry.gateway_report(replace(info, traffic=()))
 
     def gateway_gone(self, gateway_id: str, reason: str) -> None:
-        """See :meth:`Controller.gateway_gone`."""
+        """See :meth:`Registry.gateway_gone`."""
         self.demand.book.forget(gateway_id)
         self.registry.gateway_gone(gateway_id, reason)
         self.left = not self.registry.gateways
@@ -198,12 +197,12 @@ class Control:
         name, now_s = sample.endpoint_id, self.now_s()
         telemetry = self.engines.setdefault(name, EngineTelemetry(ENGINE_LIMITS))
         telemetry.observe(sample, now_s)
-        why = makes_nothing(telemetry.load(now_s))
+        why = stall_reason(telemetry.load(now_s))
         if not why:
             self._stuck.pop(name, None)
             return
         known = self._stuck.get(name)
-        self._stuck[name] = Stuck(known.since_s if known else now_s, now_s, why)
+        self._stuck[name] = StalledEngine(known.since_s if known else now_s, now_s, why)
 
     def observe_nodes(self, alive: Collection[str]) -> None:
         """Which nodes Ray has; those that it had before and has no more are lost. A node that was never
@@ -231,12 +230,14 @@ class Control:
 
     # --- leases -------------------------------------------------------------------------------------------
 
-    def lease_gpus(self, holder: str, generation: int, node_id: str, shape: Shape, tier: str) -> Answer:
-        """GPUs for a replica that Ray has put on a node; see :meth:`LeaseDesk.acquire`."""
+    def lease_gpus(
+        self, holder: str, generation: int, node_id: str, shape: GangShape, tier: str
+    ) -> LeaseResponse:
+        """GPUs for a replica that Ray has put on a node; see :meth:`LeaseAllocator.acquire`."""
         wait = "" if self.settled else "the controller has just started: holders say again what they have"
         start = self.may_start(holder, tier)
         if not start.allowed:
-            return Answer(LeaseOutcome.WAIT, start.reason, retry_after_s=start.retry_after_s)
+            return LeaseResponse(LeaseOutcome.WAIT, start.reason, retry_after_s=start.retry_after_s)
         answer = self.desk.acquire(holder, generation, node_id, shape, now_s=self.now_s(), wait=wait)
         if answer.outcome is LeaseOutcome.GRANTED and answer.lease is not None:
             self._shapes[holder] = shape
@@ -244,7 +245,9 @@ class Control:
             self.registry.note("leased", holder, f"{gpus}: {answer.reason}", tier)
         return answer
 
-    def restore_lease(self, holder: str, generation: int, node_id: str, parts: Iterable[Part]) -> Answer:
+    def restore_lease(
+        self, holder: str, generation: int, node_id: str, parts: Iterable[GpuPart]
+    ) -> LeaseResponse:
         """What a running holder says it has; a conflict is refused, and the holder has to end."""
         answer = self.desk.restore(holder, generation, node_id, parts, self.now_s())
         if answer.outcome is LeaseOutcome.REFUSED:
@@ -253,11 +256,11 @@ class Control:
                 self.registry.note("drain", holder, "two replicas can't use one GPU")
         return answer
 
-    def renew_lease(self, holder: str, generation: int) -> Answer:
+    def renew_lease(self, holder: str, generation: int) -> LeaseResponse:
         """See :meth:`LeaseBook.renew`; every report renews too."""
         return self.desk.book.renew(holder, generation=generation, now_s=self.now_s())
 
-    def release_lease(self, holder: str, generation: int | None = None) -> Answer:
+    def release_lease(self, holder: str, generation: int | None = None) -> LeaseResponse:
         """See :meth:`LeaseBook.release`."""
         answer = self.desk.book.release(holder, generation=generation)
         if answer.outcome is LeaseOutcome.GRANTED:
@@ -265,12 +268,12 @@ class Control:
             self.registry.note("lease ended", holder, answer.reason)
         return answer
 
-    def may_start(self, holder: str, tier: str) -> StartAnswer:
+    def may_start(self, holder: str, tier: str) -> StartPermission:
         """Whether an engine of the tier may be started now."""
         hold = self.work.holds.get(tier)
         if hold is None:
-            return StartAnswer(True, "nothing holds the tier")
-        return StartAnswer(False, f"tier {tier} is held: {hold.reason}", START_AGAIN_S)
+            return StartPermission(True, "nothing holds the tier")
+        return StartPermission(False, f"tier {tier} is held: {hold.reason}", START_AGAIN_S)
 
     # --- what goes out ------------------------------------------------------------------------------------
 
@@ -351,7 +354,7 @@ class Control:
 
     # --- the tick -----------------------------------------------------------------------------------------
 
-    def tick(self) -> tuple[Applied, ...]:
+    def tick(self) -> tuple[AppliedCommand, ...]:
         """One look at everything, and what was done about it."""
         now_s = self.now_s()
         if now_s - self._looked_s > 2 * self._heartbeat_s:
@@ -376,7 +379,7 @@ class Control:
                 del kept[gone]
         done = []
         for command in reconcile(self._observe(now_s), self.rules.reconcile):
-            if isinstance(command, BeginMove) and not self._still_room(command):
+            if isinstance(command, BeginMigration) and not self._still_room(command):
                 continue
             applied = self._apply_gpu(command, now_s) if isinstance(command, SetGpu) else None
             applied = applied or self.work.apply(command, endpoints, now_s)
@@ -410,7 +413,7 @@ class Control:
         name = self.fleet.sample(uuid).info.name
         return "" if isinstance(name, Missing) else table_name(name)
 
-    def _observe(self, now_s: float) -> Observed:
+    def _observe(self, now_s: float) -> PlacedCluster:
         endpoints = self.registry.endpoints
         book = self.desk.book
         out_of_use, places = {}, {}
@@ -428,7 +431,7 @@ class Control:
                     if endpoint.node_id == node_id:
                         places.setdefault(endpoint.endpoint_id, f"node {node_id} is drained: {hold.reason}")
         leaving = self.work.leaving(endpoints, places, self._drained(now_s))
-        return Observed(
+        return PlacedCluster(
             now_s,
             endpoints,
             self.bases(),
@@ -482,10 +485,10 @@ class Control:
             found[endpoint_id] = f"on {', '.join(asked[1].node_ids)}" if asked[1] else ""
         return found
 
-    def _still_room(self, command: BeginMove) -> bool:
+    def _still_room(self, command: BeginMigration) -> bool:
         """Whether the place that a move counts on is still there; if not, it is looked for anew."""
         asked = self._room_asked.get(command.endpoint_id)
-        if command.phase is not MovePhase.ELSEWHERE_FIRST or asked is None or asked[1] is None:
+        if command.phase is not MigrationPhase.ELSEWHERE_FIRST or asked is None or asked[1] is None:
             return True
         if still_room(self.fleet, self.desk.book, asked[1]):
             return True
@@ -504,12 +507,12 @@ class Control:
                 found[name] = f"{stuck.reason} for {lasted_s:.0f} s"
         return found
 
-    def _apply_gpu(self, command: SetGpu, now_s: float) -> Applied | None:
+    def _apply_gpu(self, command: SetGpu, now_s: float) -> AppliedCommand | None:
         try:
             changed = self.fleet.advance(command.uuid, command.state, now_s=now_s)
         except (IllegalTransition, KeyError):
             return None
-        return Applied(f"GPU {command.state}", command.uuid, command.reason) if changed else None
+        return AppliedCommand(f"GPU {command.state}", command.uuid, command.reason) if changed else None
 
     def _seen(self, endpoint: Endpoint) -> bool:
         """The endpoint was heard of; False if it has no lease."""

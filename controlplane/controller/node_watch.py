@@ -16,7 +16,7 @@ from typing import Any
 import structlog
 from ray.exceptions import RayActorError, RayError
 
-from controlplane.core.telemetry.node_updates import NO_INFOS, Infos, NodeNews, whole_sample
+from controlplane.core.telemetry.node_updates import NO_INFOS, GpuInfoCache, NodeUpdate, whole_sample
 from controlplane.core.telemetry.samples import GpuEvent, NodeSample
 from controlplane.node_agent.ray_actor import alive_nodes, ensure_node_agents
 
@@ -47,7 +47,7 @@ class NodeWatch:
         self._agents: dict[str, Any] = {}
         self._open: dict[str, asyncio.Task[None]] = {}
         self._heard: dict[str, tuple[str, int]] = dict(heard or {})
-        self._infos: dict[str, Infos] = {}
+        self._infos: dict[str, GpuInfoCache] = {}
         """Node id → what rarely changes of its GPUs, as its agent said it last."""
         self._alive: dict[str, int] = {}
         self._listed_s = -math.inf
@@ -101,7 +101,7 @@ class NodeWatch:
         try:
             known = self._infos.get(node_id)
             asked = agent.news.remote(epoch, seq, known.key if known is not None else NO_INFOS)
-            news: NodeNews = await asyncio.wait_for(_result(asked), ANSWER_TIMEOUT_S)
+            news: NodeUpdate = await asyncio.wait_for(_result(asked), ANSWER_TIMEOUT_S)
             events = news.events
             if events:
                 self._heard[node_id] = (events[-1].epoch, events[-1].seq)
@@ -121,7 +121,7 @@ class NodeWatch:
         finally:
             self._open.pop(node_id, None)
 
-    def _whole(self, node_id: str, news: NodeNews) -> NodeSample | None:
+    def _whole(self, node_id: str, news: NodeUpdate) -> NodeSample | None:
         """The sample with what rarely changes of its GPUs, which is kept for the next one."""
         if news.infos is not None:
             self._infos[node_id] = news.infos

@@ -7,36 +7,36 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from controlplane.controller.controller import Control
+from controlplane.controller.controller import Controller
 from controlplane.core.domain.endpoint import ENDED, Endpoint
-from controlplane.core.domain.resource_name import Subject, SubjectKind, find_subject
-from controlplane.core.reconcile.commands import ActionAnswer, Outcome
+from controlplane.core.domain.resource_name import ResourceKind, ResourceName, find_resource
+from controlplane.core.reconcile.commands import ActionOutcome, ActionResponse
 from controlplane.core.reconcile.migrations import OPERATOR
 
 
-class Operations:
+class OperatorActions:
     """Operators' wishes, carried out on the controller's state; the reconciler does the rest."""
 
-    def __init__(self, control: Control) -> None:
+    def __init__(self, control: Controller) -> None:
         self._control = control
 
-    def cordon(self, name: str, reason: str) -> ActionAnswer:
+    def cordon(self, name: str, reason: str) -> ActionResponse:
         """Nothing new comes to the GPU, the node or the tier; what runs goes on."""
         return self._out_of_use(name, reason, must_leave=False)
 
-    def drain(self, name: str, reason: str) -> ActionAnswer:
+    def drain(self, name: str, reason: str) -> ActionResponse:
         """Nothing new comes, and what runs leaves: elsewhere first if there is room. A tier that is drained
         has no replicas until it is uncordoned; an endpoint that is drained is replaced by another one."""
         return self._out_of_use(name, reason, must_leave=True)
 
-    def uncordon(self, name: str, reason: str = "") -> ActionAnswer:
+    def uncordon(self, name: str, reason: str = "") -> ActionResponse:
         """The GPU, the node or the tier is in use again."""
         subject = self._find(name)
         if isinstance(subject, str):
-            return ActionAnswer(Outcome.UNKNOWN, subject)
+            return ActionResponse(ActionOutcome.UNKNOWN, subject)
         control, reason = self._control, reason or "an operator says so"
         match subject.kind:
-            case SubjectKind.GPU:
+            case ResourceKind.GPU:
                 gone = control.fleet.away(subject.id, control.now_s())
                 if gone:
                     return _refused(subject, f"{gone}: it would be taken out of use again at once")
@@ -44,25 +44,25 @@ class Operations:
                 node_id = control.fleet.records[subject.id].node_id
                 if not changed and node_id in control.fleet.holds:
                     return _refused(subject, f"its node is out of use: uncordon {node_id}")
-            case SubjectKind.NODE:
+            case ResourceKind.NODE:
                 changed = control.fleet.uncordon_node(subject.id)
-            case SubjectKind.TIER:
+            case ResourceKind.TIER:
                 changed = control.work.release(subject.id)
-            case SubjectKind.ENDPOINT:
+            case ResourceKind.ENDPOINT:
                 if control.work.drains.pop(subject.id, None) is None:
-                    return ActionAnswer(Outcome.UNCHANGED, f"{subject} is not drained", (subject.id,))
+                    return ActionResponse(ActionOutcome.UNCHANGED, f"{subject} is not drained", (subject.id,))
                 changed = True
         return self._answer(subject, "uncordon", reason, changed, "it was in use")
 
-    def restart(self, name: str, reason: str) -> ActionAnswer:
+    def restart(self, name: str, reason: str) -> ActionResponse:
         """Replace the engine processes of an endpoint, a tier, a GPU or a node: those of a tier one after the
         other. A tier that is held for its crashes is tried again."""
         subject = self._find(name)
         if isinstance(subject, str):
-            return ActionAnswer(Outcome.UNKNOWN, subject)
+            return ActionResponse(ActionOutcome.UNKNOWN, subject)
         control, reason = self._control, reason or "an operator says so"
         released = False
-        if subject.kind is SubjectKind.TIER:
+        if subject.kind is ResourceKind.TIER:
             hold = control.work.holds.get(subject.id)
             if hold is not None and hold.by == OPERATOR:
                 return _refused(subject, f"it is out of use ({hold.reason}): uncordon it first")
@@ -71,7 +71,7 @@ class Operations:
         asked = [
             endpoint.endpoint_id
             for endpoint in concerned
-            if endpoint.state not in ENDED or subject.kind is SubjectKind.ENDPOINT
+            if endpoint.state not in ENDED or subject.kind is ResourceKind.ENDPOINT
             if endpoint.endpoint_id not in control.work.moves
             if control.work.ask_restart(endpoint, reason, control.now_s())
         ]
@@ -82,52 +82,54 @@ class Operations:
             control.registry.note("released", subject.id, reason, subject.id, actor=OPERATOR)
         if asked or released:
             text = f"{len(asked)} engine{'s' * (len(asked) != 1)} will restart"
-            return ActionAnswer(Outcome.DONE, text, tuple(asked) or (subject.id,))
+            return ActionResponse(ActionOutcome.DONE, text, tuple(asked) or (subject.id,))
         if not concerned:
             return _refused(subject, "no engine runs there")
-        return ActionAnswer(Outcome.UNCHANGED, "asked for already, or leaving", (subject.id,))
+        return ActionResponse(ActionOutcome.UNCHANGED, "asked for already, or leaving", (subject.id,))
 
-    def _out_of_use(self, name: str, reason: str, *, must_leave: bool) -> ActionAnswer:
+    def _out_of_use(self, name: str, reason: str, *, must_leave: bool) -> ActionResponse:
         subject = self._find(name)
         if isinstance(subject, str):
-            return ActionAnswer(Outcome.UNKNOWN, subject)
+            return ActionResponse(ActionOutcome.UNKNOWN, subject)
         control, reason = self._control, reason or "an operator says so"
         now_s = control.now_s()
         match subject.kind:
-            case SubjectKind.GPU:
+            case ResourceKind.GPU:
                 changed = control.fleet.cordon_gpu(subject.id, reason, must_leave=must_leave, now_s=now_s)
-            case SubjectKind.NODE:
+            case ResourceKind.NODE:
                 changed = control.fleet.cordon_node(subject.id, reason, must_leave=must_leave)
-            case SubjectKind.TIER:
+            case ResourceKind.TIER:
                 changed = control.work.hold(subject.id, reason, now_s, must_leave=must_leave)
-            case SubjectKind.ENDPOINT:
+            case ResourceKind.ENDPOINT:
                 if not must_leave:
                     return _refused(subject, "an endpoint can't be cordoned: drain or restart it")
                 endpoint = control.registry.endpoints[subject.id]
                 if endpoint.state in ENDED:
-                    return ActionAnswer(Outcome.UNCHANGED, f"it is {endpoint.state}", (subject.id,))
+                    return ActionResponse(ActionOutcome.UNCHANGED, f"it is {endpoint.state}", (subject.id,))
                 changed = control.work.ask_drain(subject.id, reason)
         return self._answer(
             subject, "drain" if must_leave else "cordon", reason, changed, "it was so already"
         )
 
-    def _answer(self, subject: Subject, word: str, reason: str, changed: bool, already: str) -> ActionAnswer:
+    def _answer(
+        self, subject: ResourceName, word: str, reason: str, changed: bool, already: str
+    ) -> ActionResponse:
         if not changed:
-            return ActionAnswer(Outcome.UNCHANGED, already, (subject.id,))
-        tier = subject.id if subject.kind is SubjectKind.TIER else ""
-        if subject.kind is SubjectKind.ENDPOINT:
+            return ActionResponse(ActionOutcome.UNCHANGED, already, (subject.id,))
+        tier = subject.id if subject.kind is ResourceKind.TIER else ""
+        if subject.kind is ResourceKind.ENDPOINT:
             tier = self._control.registry.endpoints[subject.id].tier
         self._control.registry.note(word, subject.id, reason, tier, actor=OPERATOR)
         left = [item.endpoint_id for item in self._endpoints_of(subject)]
         goes = {"drain": "to leave", "cordon": "goes on"}.get(word)
         runs = f"; {', '.join(left)} {goes}" if left and goes else ""
-        return ActionAnswer(Outcome.DONE, f"{subject}: {word}ed{runs}", (subject.id,))
+        return ActionResponse(ActionOutcome.DONE, f"{subject}: {word}ed{runs}", (subject.id,))
 
-    def _find(self, name: str) -> Subject | str:
+    def _find(self, name: str) -> ResourceName | str:
         control = self._control
         endpoints = control.registry.endpoints
         nodes = {*control.fleet.nodes, *control.fleet.holds} | {item.node_id for item in endpoints.values()}
-        return find_subject(
+        return find_resource(
             name,
             gpus=control.fleet.records.keys(),
             nodes=nodes - {""},
@@ -135,22 +137,22 @@ class Operations:
             endpoints=endpoints.keys(),
         )
 
-    def _endpoints_of(self, subject: Subject) -> Iterable[Endpoint]:
+    def _endpoints_of(self, subject: ResourceName) -> Iterable[Endpoint]:
         control = self._control
         for endpoint in control.registry.endpoints.values():
             lease = control.desk.book.leases.get(endpoint.endpoint_id)
             match subject.kind:
-                case SubjectKind.GPU:
+                case ResourceKind.GPU:
                     concerned = lease is not None and subject.id in lease.gpu_uuids
-                case SubjectKind.NODE:
+                case ResourceKind.NODE:
                     concerned = endpoint.node_id == subject.id
-                case SubjectKind.TIER:
+                case ResourceKind.TIER:
                     concerned = endpoint.tier == subject.id
-                case SubjectKind.ENDPOINT:
+                case ResourceKind.ENDPOINT:
                     concerned = endpoint.endpoint_id == subject.id
             if concerned:
                 yield endpoint
 
 
-def _refused(subject: Subject, why: str) -> ActionAnswer:
-    return ActionAnswer(Outcome.REFUSED, f"{subject}: {why}", (subject.id,))
+def _refused(subject: ResourceName, why: str) -> ActionResponse:
+    return ActionResponse(ActionOutcome.REFUSED, f"{subject}: {why}", (subject.id,))

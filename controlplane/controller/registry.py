@@ -36,7 +36,7 @@ KEPT_FRESH = 100_000
 KEPT_GONE = 1000
 
 
-class Controller:
+class Registry:
     """The registry. Not safe for use by several threads; one event loop owns it."""
 
     def __init__(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import structlog
 
 from controlplane.config.reports import ReportsConfig
-from controlplane.controller.controller import Control
+from controlplane.controller.controller import Controller
 from controlplane.controller.recorder import Recorder
 from controlplane.controller.store import STEPS
 from controlplane.core.reports.report import (
@@ -30,8 +30,8 @@ from controlplane.core.reports.report import (
     plane_report,
     track_step_s,
 )
-from controlplane.core.reports.ring_buffer import Look, ReportRing, tally
-from controlplane.core.reports.sampler import ReportSampler, Scene
+from controlplane.core.reports.ring_buffer import ReportRing, SampleRound, tally
+from controlplane.core.reports.sampler import ReportSampler, SampledCluster
 
 PREFIX = "report/"
 CACHED = 16
@@ -47,7 +47,7 @@ class Reports:
 
     def __init__(
         self,
-        control: Control,
+        control: Controller,
         recorder: Recorder,
         settings: ReportsConfig,
         cost_per_gpu_hour: float,
@@ -105,9 +105,9 @@ class Reports:
                 self._made[window_minutes] = made
             return made
 
-    def _scene(self) -> Scene:
+    def _scene(self) -> SampledCluster:
         control = self._control
-        return Scene(
+        return SampledCluster(
             control.registry.endpoints,
             control.bases(),
             control.desk.book,
@@ -122,7 +122,7 @@ class Reports:
             return
         self._made = {}
         unix_s = int(self._unix_s())
-        self.ring.add(Look.of(unix_s, samples))
+        self.ring.add(SampleRound.of(unix_s, samples))
         values: dict[str, float] = {}
         for instance, sample in samples.items():
             values |= {series_of(instance, name): value for name, value in figures(sample)}
@@ -131,7 +131,7 @@ class Reports:
     def _make(
         self,
         window_s: float,
-        looks: Sequence[Look],
+        looks: Sequence[SampleRound],
         now_unix_s: float,
         tiers: Mapping[str, float | None],
         present: Sequence[str],

@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 from controlplane.config import TierConfig
 from controlplane.engines.base import Engine
-from controlplane.engines.external import EndpointEngine
+from controlplane.engines.external import ExternalEngine
 from controlplane.engines.llamacpp import LlamaCppEngine
 from controlplane.engines.simulated.engine import SimulatedEngine
 from controlplane.engines.vllm import VllmEngine
@@ -19,7 +19,7 @@ ENGINES: Mapping[str, Engine] = MappingProxyType(
     {
         "vllm": VllmEngine(),
         "llamacpp": LlamaCppEngine(),
-        "endpoint": EndpointEngine(),
+        "endpoint": ExternalEngine(),
         "simulated": SimulatedEngine(),
     }
 )

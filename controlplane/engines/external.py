@@ -16,7 +16,7 @@ from controlplane.engines.base import Command, Diagnosis, Launch, MetricNames
 from controlplane.errors import EngineStartError
 
 
-class EndpointEngine:
+class ExternalEngine:
     """Somebody else's engine."""
 
     kind: ClassVar[str] = "endpoint"

@@ -20,7 +20,7 @@ from typing import Any
 from controlplane.engines.llamacpp import ALIASES, OWN_FIELDS, SECRET_ENV
 
 
-class Unusable(Exception):
+class UnusableSettings(Exception):
     """The server can't be started as asked; the message names the setting and the remedy."""
 
 
@@ -35,14 +35,14 @@ def apply(params: Any, given: dict[str, Any]) -> None:
         for parent in parents:
             target = getattr(target, parent)
         if field in OWN_FIELDS:
-            raise Unusable(f"engine_args.{name} is set by tierplane itself: leave it out")
+            raise UnusableSettings(f"engine_args.{name} is set by tierplane itself: leave it out")
         if field.startswith("_") or not hasattr(target, field):
-            raise Unusable(f"engine_args.{name} is unknown to llama.cpp: {_known(params)}")
+            raise UnusableSettings(f"engine_args.{name} is unknown to llama.cpp: {_known(params)}")
         try:
             setattr(target, field, value)
         except (TypeError, ValueError, OverflowError) as error:
             kind = type(getattr(target, field)).__name__
-            raise Unusable(
+            raise UnusableSettings(
                 f"engine_args.{name} can't be {value!r}: llama.cpp wants a value of kind {kind}"
             ) from error
 
@@ -64,14 +64,16 @@ def gguf_file(model: str) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise Unusable(f"no model at '{model}': llamacpp needs a local GGUF file or a folder with one")
+        raise UnusableSettings(
+            f"no model at '{model}': llamacpp needs a local GGUF file or a folder with one"
+        )
     # The first part of a split model brings its siblings along.
     files = sorted(
         file for file in path.glob("*.gguf") if "-of-" not in file.name or "-00001-of-" in file.name
     )
     if len(files) != 1:
         names = ", ".join(file.name for file in files) or "none"
-        raise Unusable(f"'{model}' must hold one GGUF model, there is {names}: name the file itself")
+        raise UnusableSettings(f"'{model}' must hold one GGUF model, there is {names}: name the file itself")
     return files[0]
 
 
@@ -92,7 +94,7 @@ def main() -> int:
         path = gguf_file(options.model)
         _port_is_free(options.host, options.port)
         server = _start(options, path, secret)
-    except Unusable as error:
+    except UnusableSettings as error:
         print(f"tierplane: {error}", file=sys.stderr, flush=True)
         return 2
     print(f"listening on {server.listening_address}", flush=True)
@@ -105,7 +107,7 @@ def _start(options: argparse.Namespace, path: Path, secret: str) -> Any:
     try:
         from xllamacpp import CommonParams, Server
     except ImportError as error:
-        raise Unusable(
+        raise UnusableSettings(
             f"the package xllamacpp can't be imported ({error}): pip install 'tierplane[llamacpp]'"
         ) from error
     params = CommonParams()

@@ -30,7 +30,7 @@ _PARSERS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Parsed:
+class ParserAnswer:
     """What the installed vLLM knows and says."""
 
     version: str
@@ -41,7 +41,7 @@ class Parsed:
     """For each command line why it was refused; an empty text if it was accepted."""
 
 
-def ask_installed(command_lines: Sequence[Sequence[str]]) -> Parsed:
+def ask_installed(command_lines: Sequence[Sequence[str]]) -> ParserAnswer:
     """Let the installed vLLM parse each command line (what stands after the module's name). Blocks for the
     time of vLLM's import, 10 to 30 s. SetupError if no vLLM is installed or its parser is not found."""
     env = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
@@ -63,7 +63,7 @@ def ask_installed(command_lines: Sequence[Sequence[str]]) -> Parsed:
             f"the installed vLLM can't be asked ({last}): install it with `make env EXTRA=cpu` or EXTRA=gpu"
         )
     answer = json.loads(done.stdout.splitlines()[-1])
-    return Parsed(answer["version"], tuple(answer["flags"]), tuple(answer["errors"]))
+    return ParserAnswer(answer["version"], tuple(answer["flags"]), tuple(answer["errors"]))
 
 
 def _new_parser() -> tuple[Any, Any]:

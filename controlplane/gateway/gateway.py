@@ -27,24 +27,24 @@ from controlplane.core.gpus.views import GpuView
 from controlplane.core.recommendations.views import ScalingReport, as_json_value
 from controlplane.core.reports.report import PlaneReport
 from controlplane.core.routing.dispatcher import Dispatcher
-from controlplane.core.routing.endpoint_table import Fleet, FleetSettings
-from controlplane.core.routing.tier_table import Direction, TierPolicy, TierTable
+from controlplane.core.routing.endpoint_table import EndpointTable, LoadSettings
+from controlplane.core.routing.tier_table import OverflowDirection, TierPolicy, TierTable
 from controlplane.errors import BadRequest, RequestError
 from controlplane.gateway.api import agents, pages, report_page, ui
 from controlplane.gateway.api.alert_page import alerts
 from controlplane.gateway.api.controller_queries import Ask, ask_controller
 from controlplane.gateway.http.asgi import AsgiApp
 from controlplane.gateway.http.messages import Request, Responder, error_value, send_error, send_json
-from controlplane.gateway.http.server import Server
-from controlplane.gateway.proxy.connections import Sites
-from controlplane.gateway.proxy.dispatch import Placing
+from controlplane.gateway.http.server import HttpServer
+from controlplane.gateway.proxy.connections import ConnectionTable
+from controlplane.gateway.proxy.dispatch import RequestDispatch
 from controlplane.gateway.proxy.relay import Relay, answer_headers
-from controlplane.gateway.proxy.request_context import APIS, MAX_REQUEST_ID, Call
+from controlplane.gateway.proxy.request_context import APIS, MAX_REQUEST_ID, RequestContext
 from controlplane.gateway.proxy.resume import error_event
-from controlplane.gateway.proxy.timeouts import SWEEP_S, Limits, Watcher
-from controlplane.gateway.telemetry.accounting import Ledger
+from controlplane.gateway.proxy.timeouts import SWEEP_S, AttemptTimeouts, TimeoutWatcher
+from controlplane.gateway.telemetry.accounting import UsageLedger
 from controlplane.gateway.telemetry.metrics import Metrics, merge_expositions
-from controlplane.gateway.telemetry.traffic import TrafficMeter
+from controlplane.gateway.telemetry.traffic import TrafficCounter
 
 if TYPE_CHECKING:
     from controlplane.gateway.telemetry.tracing import Tracing
@@ -73,9 +73,9 @@ class Gateway:
         settings = config.gateway
         self.table = TierTable.build([tier_policy(tier) for tier in config.tiers], settings.default_tier)
         slos = {tier.name: tier.slo.slo() for tier in config.tiers}
-        self.traffic = TrafficMeter(self.table, slos)
+        self.traffic = TrafficCounter(self.table, slos)
         self.metrics = Metrics(self.traffic)
-        self.fleet = Fleet(self.table, FleetSettings(reserved_ratio=settings.queue.reserved_ratio))
+        self.fleet = EndpointTable(self.table, LoadSettings(reserved_ratio=settings.queue.reserved_ratio))
         self.queue = AdmissionQueue(
             AdmissionSettings(
                 capacity=settings.queue.capacity,
@@ -83,15 +83,15 @@ class Gateway:
                 aged_ratio=settings.queue.aged_ratio,
             )
         )
-        self.ledger = Ledger([tier.name for tier in config.tiers])
-        self._sites = Sites(config, self.loop)
-        limits = Limits(
+        self.ledger = UsageLedger([tier.name for tier in config.tiers])
+        self._sites = ConnectionTable(config, self.loop)
+        limits = AttemptTimeouts(
             first_token_s=settings.first_token_timeout_s,
             token_gap_s=settings.token_timeout_s,
             silence_s=settings.silence_timeout_s,
         )
-        self._watcher = Watcher(limits)
-        self._placing = Placing(
+        self._watcher = TimeoutWatcher(limits)
+        self._placing = RequestDispatch(
             Dispatcher(self.table, self.fleet, self.queue),
             self.metrics,
             queue_timeout_s=settings.queue.timeout_s,
@@ -100,7 +100,7 @@ class Gateway:
         self._tracing: Tracing | None = None
         self._request_ids = f"{secrets.token_hex(6)}-"
         self._request_count = 0
-        self._servers: list[Server] = []
+        self._servers: list[HttpServer] = []
         self._private_url = ""
         self.port = 0
         """The own port, once :meth:`start` opened it."""
@@ -138,10 +138,10 @@ class Gateway:
             self._ticker = self.loop.create_task(self._tick())
         if port is None:
             return
-        shared = Server(self.handle, max_body_bytes=self.config.gateway.max_body_bytes)
+        shared = HttpServer(self.handle, max_body_bytes=self.config.gateway.max_body_bytes)
         self.port = await shared.start(host, port)
         self._servers.append(shared)
-        private = Server(self._private, max_body_bytes=1024)
+        private = HttpServer(self._private, max_body_bytes=1024)
         private_port = await private.start(host, 0)
         self._servers.append(private)
         reached = node_address if host in EVERY_ADDRESS and node_address else host
@@ -235,7 +235,7 @@ class Gateway:
         request_id = self._request_id(request)
         now_s = monotonic()
         try:
-            call = Call(request, request_id, now_s, self.config.gateway.request_timeout_s)
+            call = RequestContext(request, request_id, now_s, self.config.gateway.request_timeout_s)
         except RequestError as error:
             send_error(out, error, [(b"x-request-id", request_id.encode())])
             self.metrics.requests.labels("", "client_error", error.code).inc()
@@ -366,7 +366,7 @@ def tier_policy(tier: TierConfig) -> TierPolicy:
         model_id=tier.model_id,
         complexities=tuple(tier.complexities) if tier.complexities is not None else None,
         agent_types=tuple(tier.agent_types),
-        spill=Direction(tier.spill),
-        bridge=Direction(tier.bridge) if tier.bridge is not None else None,
+        spill=OverflowDirection(tier.spill),
+        bridge=OverflowDirection(tier.bridge) if tier.bridge is not None else None,
         floor=tier.min_tier,
     )

@@ -19,7 +19,7 @@ from controlplane.core.sizing.cpu_memory import (
     WORKER_BYTES,
     plan_cpu_memory,
 )
-from controlplane.core.sizing.engine_args import EngineSettings, parse_settings
+from controlplane.core.sizing.engine_args import EngineArgs, parse_settings
 from controlplane.core.sizing.feasibility import Unfit, judge
 from controlplane.core.sizing.gpu_memory import MemoryPlan, plan_memory
 from controlplane.core.sizing.gpu_models import GIB, MIB
@@ -66,7 +66,7 @@ def pod_need(tier: TierConfig, overlay: Overlay) -> PodNeed:
     return _gpu(tier, model, settings, overlay)
 
 
-def _cpu(tier: TierConfig, model: ModelSpec, settings: EngineSettings) -> PodNeed:
+def _cpu(tier: TierConfig, model: ModelSpec, settings: EngineArgs) -> PodNeed:
     space = tier.env.get(_KV_SPACE, "1")
     if not space.isdigit() or not int(space):
         raise _problem(tier, f"env.{_KV_SPACE}", f"'{space}' is no size for a pod", "a whole number of GiB")
@@ -76,7 +76,7 @@ def _cpu(tier: TierConfig, model: ModelSpec, settings: EngineSettings) -> PodNee
     return PodNeed(1, 0, cpus + 1, plan.total_bytes + RAY_BYTES, 0, "memory model, engine on CPU")
 
 
-def _gpu(tier: TierConfig, model: ModelSpec, settings: EngineSettings, overlay: Overlay) -> PodNeed:
+def _gpu(tier: TierConfig, model: ModelSpec, settings: EngineArgs, overlay: Overlay) -> PodNeed:
     if overlay.gpu is None:
         raise _problem(
             tier, "device", f"overlay {overlay.name} has no GPUs", "device: cpu, or another overlay"
@@ -114,7 +114,7 @@ def _weights_bytes(plan: MemoryPlan) -> int:
     return plan.settings.tp * sum(stage.weights_bytes for stage in plan.stages)
 
 
-def _settings(tier: TierConfig) -> EngineSettings:
+def _settings(tier: TierConfig) -> EngineArgs:
     args: dict[str, Any] = dict(tier.engine_args)
     if tier.device == "cpu":
         args = {"dtype": "float32", "enforce-eager": True} | args

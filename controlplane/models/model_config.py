@@ -20,10 +20,10 @@ from typing import Any
 
 from controlplane.config import BUNDLED_PREFIX
 from controlplane.core.sizing.architecture import LayerKind, ModelSpec, Moe
-from controlplane.core.sizing.engine_args import EngineSettings
+from controlplane.core.sizing.engine_args import EngineArgs
 from controlplane.core.sizing.hf_config import parse_config
 from controlplane.core.sizing.quantization import Quantization, Scheme
-from controlplane.core.sizing.weights import Term, stages, weight_terms
+from controlplane.core.sizing.weights import MemoryTerm, stages, weight_terms
 from controlplane.errors import SetupError
 from controlplane.models.catalog import BUNDLED_NAMES, known_model
 from controlplane.models.weight_files import GgufFile, StoredTensor, read_gguf, safetensors_tensors
@@ -45,7 +45,7 @@ class LoadedModel:
     stored_bytes: int = 0
     checks: tuple[str, ...] = ()
     """How the headers and the formula compare, in words."""
-    extra: Term | None = None
+    extra: MemoryTerm | None = None
     """What the checkpoint holds beyond the formula."""
 
 
@@ -151,7 +151,9 @@ def _checked(spec: ModelSpec, tensors: list[StoredTensor], where: str) -> Loaded
     checks = [f"the checkpoint's headers hold {found:,} {unit}, {verdict}"]
     extra = None
     if difference > 0.002:
-        extra = Term("weights: other parts", surplus, "in the checkpoint's headers, not explained by config")
+        extra = MemoryTerm(
+            "weights: other parts", surplus, "in the checkpoint's headers, not explained by config"
+        )
     elif difference < -0.02:
         checks.append("the checkpoint holds less than its config describes: is it complete?")
     return LoadedModel(spec, where, elements, size, tuple(checks), extra)
@@ -159,7 +161,7 @@ def _checked(spec: ModelSpec, tensors: list[StoredTensor], where: str) -> Loaded
 
 def _formula_bytes(spec: ModelSpec) -> int:
     (stage,) = stages(spec, 1)
-    terms = weight_terms(spec, EngineSettings(), stage, "bfloat16")
+    terms = weight_terms(spec, EngineArgs(), stage, "bfloat16")
     return sum(term.size_bytes for term in terms if term.name.startswith("weights"))
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from controlplane.core.alerts import rules as core
-from controlplane.core.alerts.book import AlertRule, Judge, Kind
+from controlplane.core.alerts.book import AlertRule, EvaluatedBy, SubjectType
 from controlplane.core.domain.endpoint import EndpointState
 from controlplane.monitoring import queries as q
 
@@ -18,7 +18,7 @@ JOB: Final = "tierplane-gateway"
 
 
 @dataclass(frozen=True, slots=True)
-class Recording:
+class RecordingRule:
     """A series that is worked out once for dashboards and alerts."""
 
     name: str
@@ -26,7 +26,7 @@ class Recording:
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class PromtoolCase:
     """Series in promtool's notation, one sample a minute, and when to look."""
 
     series: Mapping[str, str]
@@ -34,17 +34,17 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True)
-class Proof:
+class AlertProof:
     """When an alert fires and when it does not."""
 
-    fires: Case
-    quiet: Case
+    fires: PromtoolCase
+    quiet: PromtoolCase
     labels: Mapping[str, str] = field(default_factory=dict)
     """What the alert in ``fires`` is labelled with, besides its name and severity."""
 
 
 @dataclass(frozen=True, slots=True)
-class Alert:
+class PrometheusAlert:
     """One alert as Prometheus has it, with its proof."""
 
     name: str
@@ -53,7 +53,7 @@ class Alert:
     lasts: str
     summary: str
     action: str
-    proof: Proof
+    proof: AlertProof
 
 
 _FAILED = q.rate("tierplane_requests_total", ["tier"], outcome="failed")
@@ -63,40 +63,42 @@ _JUDGED = q.rate("tierplane_slo_judged_requests_total", ["tier"])
 _READY = EndpointState.READY.value
 
 RECORDINGS: Final = (
-    Recording("tier:tierplane_requests:rate5m", _ENDED),
-    Recording("tier:tierplane_failed:ratio5m", f"({_FAILED} or 0 * {_ENDED}) / ({_ENDED} > 0)"),
-    Recording(
+    RecordingRule("tier:tierplane_requests:rate5m", _ENDED),
+    RecordingRule("tier:tierplane_failed:ratio5m", f"({_FAILED} or 0 * {_ENDED}) / ({_ENDED} > 0)"),
+    RecordingRule(
         "tier:tierplane_time_to_first_token_seconds:p95_5m",
         q.quantile(0.95, "tierplane_time_to_first_token_seconds", ["tier"]),
     ),
-    Recording(
+    RecordingRule(
         "tier:tierplane_request_seconds:p95_5m", q.quantile(0.95, "tierplane_request_seconds", ["tier"])
     ),
-    Recording(
+    RecordingRule(
         "tier:tierplane_inter_token_seconds:p95_5m",
         q.quantile(0.95, "tierplane_inter_token_seconds", ["tier"]),
     ),
-    Recording(
+    RecordingRule(
         "tier:tierplane_saturation:ratio",
         f"{q.total('tierplane_in_flight_requests', ['tier'])} / ({q.total('tierplane_slots', ['tier'])} > 0)",
     ),
-    Recording("tier:tierplane_slo_missed:ratio5m", f"{_MISSED} / ({_JUDGED} > 0)"),
-    Recording(
+    RecordingRule("tier:tierplane_slo_missed:ratio5m", f"{_MISSED} / ({_JUDGED} > 0)"),
+    RecordingRule(
         "tier:tierplane_slo_burn:ratio5m",
         f"tier:tierplane_slo_missed:ratio5m / (1 - {q.seen('tierplane_slo_target_ratio', ['tier'])})",
     ),
-    Recording("priority:tierplane_queued_requests:sum", q.total("tierplane_queued_requests", ["priority"])),
+    RecordingRule(
+        "priority:tierplane_queued_requests:sum", q.total("tierplane_queued_requests", ["priority"])
+    ),
 )
 
-_SUBJECT: Final[Mapping[Kind, str]] = {
-    Kind.TIER: "{{ $labels.tier }}",
-    Kind.GPU: "{{ $labels.GpuIndex }} of {{ $labels.ip }}",
-    Kind.ENDPOINT: "{{ $labels.endpoint }}",
-    Kind.GATEWAY: "{{ $labels.instance }}",
-    Kind.PRIORITY: "{{ $labels.priority }}",
+_SUBJECT: Final[Mapping[SubjectType, str]] = {
+    SubjectType.TIER: "{{ $labels.tier }}",
+    SubjectType.GPU: "{{ $labels.GpuIndex }} of {{ $labels.ip }}",
+    SubjectType.ENDPOINT: "{{ $labels.endpoint }}",
+    SubjectType.GATEWAY: "{{ $labels.instance }}",
+    SubjectType.PRIORITY: "{{ $labels.priority }}",
 }
 """What Prometheus calls a subject; the controller has the ids that operators use."""
-_ON: Final[Mapping[Kind, str]] = {Kind.TIER: "tier"}
+_ON: Final[Mapping[SubjectType, str]] = {SubjectType.TIER: "tier"}
 
 _DUE = q.seen("tierplane_due_replicas", ["tier"])
 _SHOWN_READY = f"({q.seen('tierplane_endpoints', ['tier'], state=_READY)} or 0 * {_DUE})"
@@ -157,10 +159,14 @@ def _shown(rule: str, subject: str, value: str = "1x60") -> dict[str, str]:
     return {f"tierplane_alerts{{{_G}, {labels}}}": value}
 
 
-def _relayed(rule: str, subject: str) -> Proof:
-    other = next(each.name for each in core.RULES if each.judge is Judge.PROGRAM and each.name != rule)
-    tier = {"tier": subject} if core.BY_NAME[rule].kind is Kind.TIER else {}
-    return Proof(Case(_shown(rule, subject)), Case(_shown(other, subject)), {"subject": subject, **tier})
+def _relayed(rule: str, subject: str) -> AlertProof:
+    other = next(each.name for each in core.RULES if each.judge is EvaluatedBy.PROGRAM and each.name != rule)
+    tier = {"tier": subject} if core.BY_NAME[rule].kind is SubjectType.TIER else {}
+    return AlertProof(
+        PromtoolCase(_shown(rule, subject)),
+        PromtoolCase(_shown(other, subject)),
+        {"subject": subject, **tier},
+    )
 
 
 _GPU = 'ip="10.0.0.1", GpuIndex="0", GpuDeviceName="L4"'
@@ -189,87 +195,93 @@ def _slo(tier: str, target: str, missed: str) -> dict[str, str]:
     }
 
 
-PROOFS: Final[Mapping[str, Proof]] = {
-    "TierplaneTierDown": Proof(
-        Case(_due(1) | _endpoint("failed")),
-        Case(_due(1) | _endpoint("ready") | _endpoint("failed")),
+PROOFS: Final[Mapping[str, AlertProof]] = {
+    "TierplaneTierDown": AlertProof(
+        PromtoolCase(_due(1) | _endpoint("failed")),
+        PromtoolCase(_due(1) | _endpoint("ready") | _endpoint("failed")),
         _TIER,
     ),
-    "TierplaneReplicasMissing": Proof(
-        Case(_due(2) | _endpoint("ready") | _endpoint("failed")),
-        Case(_due(1) | _endpoint("ready")),
+    "TierplaneReplicasMissing": AlertProof(
+        PromtoolCase(_due(2) | _endpoint("ready") | _endpoint("failed")),
+        PromtoolCase(_due(1) | _endpoint("ready")),
         _TIER,
     ),
     "TierplaneTierHeld": _relayed("TierplaneTierHeld", "balanced"),
-    "TierplaneGatewayUnreachable": Proof(
-        Case({f'up{{job="{JOB}", instance="a"}}': "0x60"}),
-        Case({f'up{{job="{JOB}", instance="a"}}': "1x60"}),
+    "TierplaneGatewayUnreachable": AlertProof(
+        PromtoolCase({f'up{{job="{JOB}", instance="a"}}': "0x60"}),
+        PromtoolCase({f'up{{job="{JOB}", instance="a"}}': "1x60"}),
         {"instance": "a", "job": JOB},
     ),
-    "TierplaneGatewayMissing": Proof(
-        Case({'up{job="other"}': "1x60"}),
-        Case({f'up{{job="{JOB}", instance="a"}}': "1x60"}),
+    "TierplaneGatewayMissing": AlertProof(
+        PromtoolCase({'up{job="other"}': "1x60"}),
+        PromtoolCase({f'up{{job="{JOB}", instance="a"}}': "1x60"}),
         {"job": JOB},
     ),
-    "TierplaneRequestsFail": Proof(
-        Case(_requests("ok", "0+60x60") | _requests("failed", "0+20x60")),
-        Case(_requests("ok", "0+60x60") | _requests("failed", "0+1x60")),
+    "TierplaneRequestsFail": AlertProof(
+        PromtoolCase(_requests("ok", "0+60x60") | _requests("failed", "0+20x60")),
+        PromtoolCase(_requests("ok", "0+60x60") | _requests("failed", "0+1x60")),
         _TIER,
     ),
     # Of the two tiers that miss as much, only the one that promises more than it keeps.
-    "TierplaneSloMissed": Proof(
-        Case(_slo("balanced", "0.99", "0+3x60") | _slo("capable", "0.9", "0+3x60")),
-        Case(_slo("balanced", "0.99", "0+0.3x60") | _slo("capable", "0.9", "0+5x60")),
+    "TierplaneSloMissed": AlertProof(
+        PromtoolCase(_slo("balanced", "0.99", "0+3x60") | _slo("capable", "0.9", "0+3x60")),
+        PromtoolCase(_slo("balanced", "0.99", "0+0.3x60") | _slo("capable", "0.9", "0+5x60")),
         _TIER,
     ),
-    "TierplaneFirstTokenSlow": Proof(
-        Case(_buckets("tierplane_time_to_first_token_seconds", 'tier="balanced"', slow=True)),
-        Case(_buckets("tierplane_time_to_first_token_seconds", 'tier="balanced"', slow=False)),
+    "TierplaneFirstTokenSlow": AlertProof(
+        PromtoolCase(_buckets("tierplane_time_to_first_token_seconds", 'tier="balanced"', slow=True)),
+        PromtoolCase(_buckets("tierplane_time_to_first_token_seconds", 'tier="balanced"', slow=False)),
         _TIER,
     ),
-    "TierplaneQueueLong": Proof(
-        Case({f'tierplane_queued_requests{{{_G}, priority="normal"}}': "80x60"}),
-        Case({f'tierplane_queued_requests{{{_G}, priority="normal"}}': "20x60"}),
+    "TierplaneQueueLong": AlertProof(
+        PromtoolCase({f'tierplane_queued_requests{{{_G}, priority="normal"}}': "80x60"}),
+        PromtoolCase({f'tierplane_queued_requests{{{_G}, priority="normal"}}': "20x60"}),
     ),
-    "TierplaneQueueWaitLong": Proof(
-        Case(_buckets("tierplane_queue_wait_seconds", 'priority="high"', slow=True)),
-        Case(_buckets("tierplane_queue_wait_seconds", 'priority="high"', slow=False)),
+    "TierplaneQueueWaitLong": AlertProof(
+        PromtoolCase(_buckets("tierplane_queue_wait_seconds", 'priority="high"', slow=True)),
+        PromtoolCase(_buckets("tierplane_queue_wait_seconds", 'priority="high"', slow=False)),
         {"priority": "high"},
     ),
-    "TierplaneSheds": Proof(
-        Case(_requests("ok", "0+60x60") | _requests("shed", "0+10x60")),
-        Case(_requests("ok", "0+6000x60") | _requests("shed", "0+10x60")),
+    "TierplaneSheds": AlertProof(
+        PromtoolCase(_requests("ok", "0+60x60") | _requests("shed", "0+10x60")),
+        PromtoolCase(_requests("ok", "0+6000x60") | _requests("shed", "0+10x60")),
         _TIER,
     ),
-    "TierplaneRetriesMany": Proof(
-        Case(_requests("ok", "0+60x60") | _retries("0+30x60")),
-        Case(_requests("ok", "0+60x60") | _retries("0+3x60")),
+    "TierplaneRetriesMany": AlertProof(
+        PromtoolCase(_requests("ok", "0+60x60") | _retries("0+30x60")),
+        PromtoolCase(_requests("ok", "0+60x60") | _retries("0+3x60")),
         _TIER,
     ),
-    "TierplaneStreamsLost": Proof(
-        Case({f'tierplane_resumes_total{{{_G}, method="refused"}}': "0x28 1x30"}),
-        Case({f'tierplane_resumes_total{{{_G}, method="continue"}}': "0x28 1x30"}),
+    "TierplaneStreamsLost": AlertProof(
+        PromtoolCase({f'tierplane_resumes_total{{{_G}, method="refused"}}': "0x28 1x30"}),
+        PromtoolCase({f'tierplane_resumes_total{{{_G}, method="continue"}}': "0x28 1x30"}),
     ),
-    "TierplaneBreakerOpen": Proof(
-        Case({f'tierplane_breaker_open{{{_G}, tier="balanced", endpoint="balanced-1"}}': "1x60"}),
-        Case({f'tierplane_breaker_open{{{_G}, tier="balanced", endpoint="balanced-1"}}': "0.5x60"}),
+    "TierplaneBreakerOpen": AlertProof(
+        PromtoolCase({f'tierplane_breaker_open{{{_G}, tier="balanced", endpoint="balanced-1"}}': "1x60"}),
+        PromtoolCase({f'tierplane_breaker_open{{{_G}, tier="balanced", endpoint="balanced-1"}}': "0.5x60"}),
         {"tier": "balanced", "endpoint": "balanced-1"},
     ),
-    "TierplaneTierSaturated": Proof(Case(_load("19x60")), Case(_load("10x60")), _TIER),
-    "TierplaneTierIdle": Proof(Case(_load("0x60", "0+6x60")), Case(_load("10x60", "0+6x60")), _TIER),
-    "TierplaneGpuBusy": Proof(
-        Case({f"ray_node_gpus_utilization{{{_GPU}}}": "99x60"}),
-        Case({f"ray_node_gpus_utilization{{{_GPU}}}": "60x60"}),
+    "TierplaneTierSaturated": AlertProof(PromtoolCase(_load("19x60")), PromtoolCase(_load("10x60")), _TIER),
+    "TierplaneTierIdle": AlertProof(
+        PromtoolCase(_load("0x60", "0+6x60")), PromtoolCase(_load("10x60", "0+6x60")), _TIER
+    ),
+    "TierplaneGpuBusy": AlertProof(
+        PromtoolCase({f"ray_node_gpus_utilization{{{_GPU}}}": "99x60"}),
+        PromtoolCase({f"ray_node_gpus_utilization{{{_GPU}}}": "60x60"}),
         _GPU_LABELS,
     ),
-    "TierplaneGpuMemoryFull": Proof(
-        Case({f"ray_node_gram_used{{{_GPU}}}": "23000x60", f"ray_node_gram_available{{{_GPU}}}": "100x60"}),
-        Case({f"ray_node_gram_used{{{_GPU}}}": "20000x60", f"ray_node_gram_available{{{_GPU}}}": "3000x60"}),
+    "TierplaneGpuMemoryFull": AlertProof(
+        PromtoolCase(
+            {f"ray_node_gram_used{{{_GPU}}}": "23000x60", f"ray_node_gram_available{{{_GPU}}}": "100x60"}
+        ),
+        PromtoolCase(
+            {f"ray_node_gram_used{{{_GPU}}}": "20000x60", f"ray_node_gram_available{{{_GPU}}}": "3000x60"}
+        ),
         _GPU_LABELS,
     ),
-    "TierplaneGpuHot": Proof(
-        Case({f"ray_node_gpu_temperature_celsius{{{_GPU}}}": "92x60"}),
-        Case({f"ray_node_gpu_temperature_celsius{{{_GPU}}}": "70x60"}),
+    "TierplaneGpuHot": AlertProof(
+        PromtoolCase({f"ray_node_gpu_temperature_celsius{{{_GPU}}}": "92x60"}),
+        PromtoolCase({f"ray_node_gpu_temperature_celsius{{{_GPU}}}": "70x60"}),
         _GPU_LABELS,
     ),
     "TierplaneGpuOutOfUse": _relayed("TierplaneGpuOutOfUse", "GPU-1"),
@@ -279,12 +291,12 @@ PROOFS: Final[Mapping[str, Proof]] = {
 }
 
 
-def prometheus_alert(rule: AlertRule) -> Alert:
+def prometheus_alert(rule: AlertRule) -> PrometheusAlert:
     """The rule in PromQL. One that only the controller judges is relayed: it has waited there already, and
     fires for as long as a gateway shows it."""
-    if rule.judge is Judge.PROGRAM:
+    if rule.judge is EvaluatedBy.PROGRAM:
         expr = f"{q.seen('tierplane_alerts', ['subject'], alert=rule.name)} == 1"
-        if rule.kind is Kind.TIER:
+        if rule.kind is SubjectType.TIER:
             # Alertmanager groups and inhibits by tier.
             expr = f'label_replace({expr}, "tier", "$1", "subject", "(.+)")'
         lasts, subject = "0s", "{{ $labels.subject }}"
@@ -295,7 +307,7 @@ def prometheus_alert(rule: AlertRule) -> Alert:
             other = f"{FIGURES[given.figure]} {_sign(given.below)} {given.threshold:g}"
             expr = f"{expr} and on ({_ON[rule.kind]}) {other}"
         lasts, subject = _duration(rule.for_s), _SUBJECT.get(rule.kind, "")
-    return Alert(
+    return PrometheusAlert(
         rule.name, rule.severity.value, expr, lasts, rule.text(subject), rule.action, PROOFS[rule.name]
     )
 
@@ -360,7 +372,7 @@ def rule_tests(rule_file: str) -> dict[str, Any]:
     return {"rule_files": [rule_file], "evaluation_interval": "1m", "tests": tests}
 
 
-def _expected(alert: Alert) -> dict[str, Any]:
+def _expected(alert: PrometheusAlert) -> dict[str, Any]:
     summary = alert.summary
     for label, value in alert.proof.labels.items():
         summary = summary.replace(f"{{{{ $labels.{label} }}}}", value)

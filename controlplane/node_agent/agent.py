@@ -24,7 +24,7 @@ from typing import Protocol, TypeVar
 
 import psutil
 
-from controlplane.core.telemetry.node_updates import NO_INFOS, Infos, NodeNews, news_of
+from controlplane.core.telemetry.node_updates import NO_INFOS, GpuInfoCache, NodeUpdate, node_update
 from controlplane.core.telemetry.samples import (
     Absence,
     GpuCondition,
@@ -114,7 +114,7 @@ class NodeAgent:
         self._boot_id = _boot_id()
         self._samples: deque[NodeSample] = deque(maxlen=keep_samples)
         self._events: deque[GpuEvent] = deque(maxlen=keep_events)
-        self._infos = Infos(self.epoch, 1, ())
+        self._infos = GpuInfoCache(self.epoch, 1, ())
         """Of the newest sample."""
         self._lock = threading.Lock()
         self._sampled = 0
@@ -164,12 +164,12 @@ class NodeAgent:
         with self._lock:
             return _after(self._events, since_seq if epoch in (None, self.epoch) else 0)
 
-    def news(self, epoch: str, event_seq: int, infos: tuple[str, int] = NO_INFOS) -> NodeNews:
+    def news(self, epoch: str, event_seq: int, infos: tuple[str, int] = NO_INFOS) -> NodeUpdate:
         """The newest sample, and events after number ``event_seq`` of ``epoch``. What rarely changes of the
-        GPUs comes along if the reader has it not, or older (``infos``: see :class:`Infos.key`)."""
+        GPUs comes along if the reader has it not, or older (``infos``: see :class:`GpuInfoCache.key`)."""
         with self._lock:
             sample, known = (self._samples[-1] if self._samples else None), self._infos
-        return news_of(sample, known, self.events(event_seq, epoch), infos)
+        return node_update(sample, known, self.events(event_seq, epoch), infos)
 
     def sample(self) -> NodeSample:
         """Takes a sample now and records it. The agent's thread does this; call it only without one."""
@@ -201,7 +201,7 @@ class NodeAgent:
         told = tuple(gpu.info for gpu in gpus)
         with self._lock:
             if told != self._infos.gpus:
-                self._infos = Infos(self.epoch, self._infos.number + 1, told)
+                self._infos = GpuInfoCache(self.epoch, self._infos.number + 1, told)
             self._samples.append(sample)
         return sample
 

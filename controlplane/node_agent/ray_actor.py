@@ -14,7 +14,7 @@ import ray.util
 import structlog
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from controlplane.core.telemetry.node_updates import NO_INFOS, NodeNews
+from controlplane.core.telemetry.node_updates import NO_INFOS, NodeUpdate
 from controlplane.core.telemetry.samples import GpuEvent, NodeSample
 from controlplane.node_agent.local import local_agent
 
@@ -42,7 +42,7 @@ class RayNodeAgent:
         """Events after ``since_seq`` of ``epoch``."""
         return self._agent.events(since_seq, epoch)
 
-    def news(self, epoch: str, event_seq: int, infos: tuple[str, int] = NO_INFOS) -> NodeNews:
+    def news(self, epoch: str, event_seq: int, infos: tuple[str, int] = NO_INFOS) -> NodeUpdate:
         """See :meth:`NodeAgent.news`."""
         return self._agent.news(epoch, event_seq, infos)
 

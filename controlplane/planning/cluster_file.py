@@ -21,7 +21,7 @@ from typing import Annotated
 from pydantic import Field
 
 from controlplane.config.problems import collect, path_text
-from controlplane.config.strict import Finding, Strict
+from controlplane.config.strict import ConfigFinding, Strict
 from controlplane.config.yaml_file import read_yaml
 from controlplane.core.placement.topology import Gpu, Node
 from controlplane.core.sizing.gpu_models import find_gpu
@@ -56,13 +56,13 @@ class NodeType(Strict):
     cost_per_hour: Positive | None = None
     """Of one machine, in any unit: `tierplane size` takes the cheapest way. By default each GPU counts 1."""
 
-    def findings(self) -> list[Finding]:
+    def findings(self) -> list[ConfigFinding]:
         """GPUs need a model, and a model that is not in the table needs its memory."""
         if self.gpus and not self.gpu:
-            return [Finding(("gpu",), "missing", "name the GPU model of these machines", ("gpus",))]
+            return [ConfigFinding(("gpu",), "missing", "name the GPU model of these machines", ("gpus",))]
         if self.gpus and self.gpu_memory_gib is None and find_gpu(gpu_table(), self.gpu) is None:
             remedy = "give gpu_memory_gib, or a name of `tierplane fit --gpus`"
-            return [Finding(("gpu",), f"'{self.gpu}' is not in the table of GPU models", remedy)]
+            return [ConfigFinding(("gpu",), f"'{self.gpu}' is not in the table of GPU models", remedy)]
         return []
 
     @property
@@ -132,23 +132,25 @@ class ClusterFile(Strict):
     nodes: list[Nodes]
     """The machines."""
 
-    def findings(self) -> list[Finding]:
+    def findings(self) -> list[ConfigFinding]:
         """Names fit together."""
         found = []
         types = [kind.name for kind in self.node_types]
         for i, name in enumerate(types):
             if name in types[:i]:
-                found.append(Finding(("node_types", i, "name"), f"two are named '{name}'", "rename one"))
+                found.append(
+                    ConfigFinding(("node_types", i, "name"), f"two are named '{name}'", "rename one")
+                )
         for i, group in enumerate(self.nodes):
             if group.type not in types:
                 remedy = f"there is {', '.join(types)}"
                 message = f"'{group.type}' is no node type"
-                found.append(Finding(("nodes", i, "type"), message, remedy, ("node_types",)))
+                found.append(ConfigFinding(("nodes", i, "type"), message, remedy, ("node_types",)))
         names = Counter(name for group in self.nodes for name in _numbered(group))
         twice = sorted(name for name, times in names.items() if times > 1)
         if twice:
             message = f"two nodes are named '{twice[0]}'"
-            found.append(Finding(("nodes",), message, "give each group of one type its own 'name'"))
+            found.append(ConfigFinding(("nodes",), message, "give each group of one type its own 'name'"))
         return found
 
     def type_named(self, name: str) -> NodeType | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from controlplane.config import TierConfig
 from controlplane.config.gpu_models import table_name
-from controlplane.core.placement.gangs import Shape
+from controlplane.core.placement.gangs import GangShape
 from controlplane.core.sizing.engine_args import parse_settings
 from controlplane.core.sizing.gpu_memory import plan_memory
 from controlplane.core.sizing.gpu_models import GpuModel
@@ -22,7 +22,7 @@ from controlplane.node_agent.nvml.reader import GpuReader
 from controlplane.planning.launch_check import seen_gpus
 
 
-def lease_shape(tier: TierConfig, reader: GpuReader | None = None) -> Shape:
+def lease_shape(tier: TierConfig, reader: GpuReader | None = None) -> GangShape:
     """What a replica of ``tier`` on this machine leases. Blocks for a few driver calls and file reads.
 
     The memory is that on the largest GPU here, so that it is enough on any of them; 0 where neither the

@@ -14,8 +14,8 @@ import structlog
 
 from controlplane.config import TierConfig
 from controlplane.core.sizing.cpu_memory import judge_cpu
-from controlplane.core.sizing.engine_args import SPARING, EngineSettings
-from controlplane.core.sizing.feasibility import Limits, Unfit, judge
+from controlplane.core.sizing.engine_args import SPARING, EngineArgs
+from controlplane.core.sizing.feasibility import FitLimits, Unfit, judge
 from controlplane.core.sizing.gpu_memory import gib, plan_memory
 from controlplane.core.sizing.gpu_models import GpuModel, find_gpu, seen_gpu
 from controlplane.core.sizing.weights import divisibility
@@ -98,7 +98,7 @@ def check_launch(
             reader.close()
 
 
-def _check_cpu(tier: TierConfig, loaded: LoadedModel, settings: EngineSettings) -> LaunchCheck:
+def _check_cpu(tier: TierConfig, loaded: LoadedModel, settings: EngineArgs) -> LaunchCheck:
     memory = node_memory()
     try:
         plan = cpu_plan(tier, loaded, settings, node_bytes=memory.total_bytes, packs_16_bit=packs_16_bit())
@@ -134,7 +134,7 @@ def _chosen(samples: Sequence[GpuSample], gpu_ids: Sequence[str]) -> list[GpuSam
 
 
 def _check_gpus(
-    tier: TierConfig, loaded: LoadedModel, settings: EngineSettings, samples: Sequence[GpuSample]
+    tier: TierConfig, loaded: LoadedModel, settings: EngineArgs, samples: Sequence[GpuSample]
 ) -> LaunchCheck:
     if not samples:
         _check_cut(loaded, settings)
@@ -144,7 +144,7 @@ def _check_gpus(
         exact = judge(plan_memory(loaded.spec, settings, gpu, loaded.extra, estimates=False))
         whole = judge(
             plan_memory(loaded.spec, settings, gpu, loaded.extra),
-            Limits(quantizations=("fp8", "int8", "awq", "gptq")),
+            FitLimits(quantizations=("fp8", "int8", "awq", "gptq")),
         )
         if isinstance(exact, Unfit):
             remedy = whole.remedy if isinstance(whole, Unfit) else exact.remedy
@@ -160,7 +160,7 @@ def _check_gpus(
     return LaunchCheck(True, text)
 
 
-def _check_cut(loaded: LoadedModel, settings: EngineSettings) -> None:
+def _check_cut(loaded: LoadedModel, settings: EngineArgs) -> None:
     wrong = divisibility(loaded.spec, settings)
     if wrong:
         raise EngineStartError("the launch does not fit: " + "; ".join(wrong))
@@ -184,7 +184,7 @@ def seen_gpus(samples: Sequence[GpuSample]) -> list[tuple[GpuModel, GpuSample]]:
     return found
 
 
-def _check_free(settings: EngineSettings, gpu: GpuModel, sample: GpuSample) -> None:
+def _check_free(settings: EngineArgs, gpu: GpuModel, sample: GpuSample) -> None:
     """vLLM stops at once if less is free than its share of the GPU."""
     free = sample.memory_free_bytes
     if isinstance(free, Missing) or settings.kv_cache_bytes:

@@ -19,7 +19,7 @@ from controlplane.config import PlaneConfig
 from controlplane.controller.actor import find_controller
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
 from controlplane.core.gpus.node_view import node_of
-from controlplane.core.placement.occupancy import Replica, Reserved
+from controlplane.core.placement.occupancy import ReservedResources, RunningReplica
 from controlplane.core.placement.topology import Gpu, Node
 from controlplane.core.sizing.gpu_models import find_gpu
 from controlplane.core.telemetry.samples import Missing, NodeSample
@@ -40,8 +40,8 @@ class LiveCluster:
     """Nodes, by names that people can read, and who has what of them."""
 
     nodes: tuple[Node, ...]
-    replicas: tuple[Replica, ...] = ()
-    reserved: Mapping[str, Reserved] | None = None
+    replicas: tuple[RunningReplica, ...] = ()
+    reserved: Mapping[str, ReservedResources] | None = None
     """By node; None: Ray does not say."""
     notes: tuple[str, ...] = ()
 
@@ -105,7 +105,7 @@ def _alive() -> list[Mapping[str, Any]]:
 
 def _replicas(
     endpoints: Sequence[Endpoint], config: PlaneConfig, names: Mapping[str, str]
-) -> tuple[Replica, ...]:
+) -> tuple[RunningReplica, ...]:
     wide = {tier.name: tier.world_size for tier in config.tiers if tier.pipeline_across_nodes}
     groups = _gpu_groups(names) if wide else []
     found = []
@@ -119,7 +119,7 @@ def _replicas(
             if group:
                 groups.remove(group)
         found.append(
-            Replica(
+            RunningReplica(
                 endpoint.endpoint_id,
                 endpoint.tier,
                 names.get(endpoint.node_id, endpoint.node_id),
@@ -152,7 +152,7 @@ def _reserved(
     names: Mapping[str, str],
     samples: Mapping[str, NodeSample | None],
     barred: _Barred,
-) -> dict[str, Reserved] | None:
+) -> dict[str, ReservedResources] | None:
     """What is reserved of each node, but for GPUs that are held because they are out of use.
 
     Ray has no public call for it: None where the one it has is gone.
@@ -167,7 +167,7 @@ def _reserved(
         node_id = str(row["NodeID"])
         left = available.get(node_id, {})
         gpu_milli = _taken_milli("GPU", row["Resources"], left) - 1000 * barred.gpus_by_node.get(node_id, 0)
-        found[names[node_id]] = Reserved(
+        found[names[node_id]] = ReservedResources(
             max(0, gpu_milli), _taken_milli("CPU", row["Resources"], left), _used_bytes(samples[node_id])
         )
     return found

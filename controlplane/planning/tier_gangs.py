@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from controlplane.config import PlaneConfig, TierConfig
-from controlplane.core.placement.gangs import WHOLE_MILLI, Gang, Shape
+from controlplane.core.placement.gangs import WHOLE_MILLI, Gang, GangShape
 from controlplane.core.placement.topology import Node
 from controlplane.core.sizing.cpu_memory import judge_cpu
-from controlplane.core.sizing.engine_args import EngineSettings
-from controlplane.core.sizing.feasibility import Limits, Unfit, judge, shortfalls
+from controlplane.core.sizing.engine_args import EngineArgs
+from controlplane.core.sizing.feasibility import FitLimits, Unfit, judge, shortfalls
 from controlplane.core.sizing.gpu_memory import MemoryPlan, plan_memory
 from controlplane.core.sizing.gpu_models import GpuModel, find_gpu
 from controlplane.errors import SetupError
@@ -25,11 +25,11 @@ from controlplane.planning.tier_memory import cpu_plan, llamacpp_bytes, tier_set
 
 
 @dataclass(frozen=True, slots=True)
-class TierDemand:
+class TierGang:
     """What one tier asks of a cluster."""
 
     tier: TierConfig
-    shape: Shape | None
+    shape: GangShape | None
     """Of one replica; None: it runs elsewhere, or on no GPU model that is known."""
     gpu_bytes: int = 0
     """What a replica needs of each GPU at least; 0: not known."""
@@ -45,58 +45,54 @@ class TierDemand:
             Gang(f"{self.tier.name}-{i}", self.shape, self.tier.name) for i in range(self.tier.replicas)
         )
 
-    def scaled(self, replicas: int) -> TierDemand:
+    def scaled(self, replicas: int) -> TierGang:
         """The same with another number of replicas."""
         return replace(self, tier=self.tier.model_copy(update={"replicas": replicas}))
 
 
-def tier_demands(config: PlaneConfig, nodes: Sequence[Node]) -> tuple[TierDemand, ...]:
+def tier_demands(config: PlaneConfig, nodes: Sequence[Node]) -> tuple[TierGang, ...]:
     """What each tier asks for, in the configuration's order."""
     models = {gpu.model: gpu.memory_bytes for node in nodes for gpu in node.gpus}
     largest_bytes = max((node.memory_bytes for node in nodes), default=0)
     return tuple(_demand(tier, models, largest_bytes) for tier in config.tiers)
 
 
-def _demand(tier: TierConfig, models: dict[str, int], largest_bytes: int) -> TierDemand:
+def _demand(tier: TierConfig, models: dict[str, int], largest_bytes: int) -> TierGang:
     if tier.engine == "endpoint":
-        return TierDemand(tier, None, notes=(f"runs elsewhere: {tier.url}",))
+        return TierGang(tier, None, notes=(f"runs elsewhere: {tier.url}",))
     if tier.engine == "simulated":
-        return TierDemand(tier, _shape(tier))
+        return TierGang(tier, _shape(tier))
     try:
         loaded = load_model(tier.model)
         settings = tier_settings(tier)
     except (SetupError, ValueError) as error:
-        return TierDemand(tier, _shape(tier), notes=(f"memory is not checked: {error}",))
+        return TierGang(tier, _shape(tier), notes=(f"memory is not checked: {error}",))
     if not tier.on_gpus:
         return _on_cpus(tier, loaded, settings, largest_bytes)
     return _on_gpus(tier, loaded, settings, models)
 
 
-def _on_cpus(
-    tier: TierConfig, loaded: LoadedModel, settings: EngineSettings, largest_bytes: int
-) -> TierDemand:
+def _on_cpus(tier: TierConfig, loaded: LoadedModel, settings: EngineArgs, largest_bytes: int) -> TierGang:
     if tier.engine == "llamacpp":
         weights, kv, _ = llamacpp_bytes(tier, loaded)
         if not weights:
-            return TierDemand(tier, _shape(tier), notes=("memory is not checked: the file is not at hand",))
-        return TierDemand(tier, _shape(tier, weights + kv))
+            return TierGang(tier, _shape(tier), notes=("memory is not checked: the file is not at hand",))
+        return TierGang(tier, _shape(tier, weights + kv))
     try:
         plan = cpu_plan(tier, loaded, settings, node_bytes=largest_bytes)
     except ValueError as error:
-        return TierDemand(tier, None, unfit=(("any CPU", str(error)),))
+        return TierGang(tier, None, unfit=(("any CPU", str(error)),))
     verdict = judge_cpu(plan, total_bytes=largest_bytes, available_bytes=largest_bytes)
     if verdict.fits:
-        return TierDemand(tier, _shape(tier, plan.least_bytes))
+        return TierGang(tier, _shape(tier, plan.least_bytes))
     unfit = (("the largest node's memory", f"{verdict.reason}. What would: {verdict.remedy}"),)
     if plan.least_bytes <= largest_bytes:
         # It is not for lack of memory: it would start nowhere.
-        return TierDemand(tier, None, unfit=unfit)
-    return TierDemand(tier, _shape(tier, plan.least_bytes), unfit=unfit)
+        return TierGang(tier, None, unfit=unfit)
+    return TierGang(tier, _shape(tier, plan.least_bytes), unfit=unfit)
 
 
-def _on_gpus(
-    tier: TierConfig, loaded: LoadedModel, settings: EngineSettings, models: dict[str, int]
-) -> TierDemand:
+def _on_gpus(tier: TierConfig, loaded: LoadedModel, settings: EngineArgs, models: dict[str, int]) -> TierGang:
     milli, notes = _share(tier, settings)
     if tier.pipeline_across_nodes:
         notes = (*notes, "where stages are on several nodes, vLLM's Ray executor chooses the GPUs itself")
@@ -127,20 +123,20 @@ def _on_gpus(
         accepted = frozenset(
             gpu.name
             for gpu in gpu_table()
-            if not shortfalls(plan_memory(loaded.spec, settings, gpu, loaded.extra), Limits())
+            if not shortfalls(plan_memory(loaded.spec, settings, gpu, loaded.extra), FitLimits())
         )
     if unfit and not accepted:
-        return TierDemand(tier, None, unfit=tuple(unfit), notes=notes)
+        return TierGang(tier, None, unfit=tuple(unfit), notes=notes)
     shape = replace(_shape(tier), milli_gpu=milli)
     if unfit:
         shape = replace(shape, models=accepted)
     least = min((need for need in needs.values() if need), default=0)
     if not shape.shared:
         shape = replace(shape, gpu_memory_bytes=least)
-    return TierDemand(tier, shape, least, tuple(unfit), notes)
+    return TierGang(tier, shape, least, tuple(unfit), notes)
 
 
-def _share(tier: TierConfig, settings: EngineSettings) -> tuple[int, tuple[str, ...]]:
+def _share(tier: TierConfig, settings: EngineArgs) -> tuple[int, tuple[str, ...]]:
     """The part of a GPU that a replica takes: its share, or its memory if that is more."""
     share = tier.shape.milli_gpu
     if tier.gpu_share == 1 or settings.kv_cache_bytes:
@@ -154,7 +150,7 @@ def _share(tier: TierConfig, settings: EngineSettings) -> tuple[int, tuple[str, 
     )
 
 
-def _shape(tier: TierConfig, host_bytes: int = 0) -> Shape:
+def _shape(tier: TierConfig, host_bytes: int = 0) -> GangShape:
     """Of one replica; its CPUs and host memory are shared out among the stages."""
     stages = tier.pipeline_parallel_size
     return replace(
@@ -162,7 +158,7 @@ def _shape(tier: TierConfig, host_bytes: int = 0) -> Shape:
     )
 
 
-def _judge(loaded: LoadedModel, settings: EngineSettings, gpu: GpuModel) -> tuple[int, str]:
+def _judge(loaded: LoadedModel, settings: EngineArgs, gpu: GpuModel) -> tuple[int, str]:
     """(least bytes per GPU, "") or (0, why it does not fit and what would)."""
     verdict = judge(plan_memory(loaded.spec, settings, gpu, loaded.extra))
     if isinstance(verdict, Unfit):

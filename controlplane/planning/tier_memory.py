@@ -7,7 +7,7 @@ from typing import Any
 
 from controlplane.config import TierConfig
 from controlplane.core.sizing.cpu_memory import CpuPlan, plan_cpu_memory
-from controlplane.core.sizing.engine_args import EngineSettings, parse_settings
+from controlplane.core.sizing.engine_args import EngineArgs, parse_settings
 from controlplane.core.sizing.gpu_models import GIB
 from controlplane.core.sizing.kv_cache import kv_bytes_per_token
 from controlplane.models.model_config import LoadedModel
@@ -16,7 +16,7 @@ KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"
 """GiB of KV cache per worker of a CPU engine."""
 
 
-def tier_settings(tier: TierConfig) -> EngineSettings:
+def tier_settings(tier: TierConfig) -> EngineArgs:
     """The settings of the tier's engine, with what tierplane adds on the CPU. ValueError that names the
     argument if one can't be understood."""
     args: dict[str, Any] = {} if tier.engine == "llamacpp" else dict(tier.engine_args)
@@ -30,7 +30,7 @@ def tier_settings(tier: TierConfig) -> EngineSettings:
 def cpu_plan(
     tier: TierConfig,
     loaded: LoadedModel,
-    settings: EngineSettings,
+    settings: EngineArgs,
     *,
     node_bytes: int,
     packs_16_bit: bool = True,

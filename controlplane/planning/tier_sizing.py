@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from controlplane.config import PlaneConfig, TierConfig
 from controlplane.core.placement.batch_planner import plan
-from controlplane.core.placement.gangs import Plan
-from controlplane.core.placement.planner import ClusterState
-from controlplane.core.sizing.fleet_sizing import Choice, FleetGpu, Option, TierNeed
+from controlplane.core.placement.gangs import PlacementPlan
+from controlplane.core.placement.planner import PlacedCluster
+from controlplane.core.sizing.fleet_sizing import FleetGpu, ServingOption, TierChoice, TierNeed
 from controlplane.core.sizing.gpu_models import GpuModel, find_gpu
 from controlplane.core.sizing.quantization import preset
-from controlplane.core.sizing.roofline import Load, Slo
+from controlplane.core.sizing.roofline import ExpectedTraffic, LatencyTargets
 from controlplane.errors import SetupError
 from controlplane.models.catalog import gpu_table
 from controlplane.models.model_config import load_model
@@ -22,7 +22,7 @@ from controlplane.planning.tier_memory import tier_settings
 
 
 @dataclass(frozen=True, slots=True)
-class Fleet:
+class GpuInventory:
     """GPUs that may be chosen."""
 
     gpus: tuple[FleetGpu, ...]
@@ -32,7 +32,7 @@ class Fleet:
     """GPU models that are not in the table: nothing is known of their speed."""
 
 
-def fleet_of(cluster: ClusterFile) -> Fleet:
+def fleet_of(cluster: ClusterFile) -> GpuInventory:
     """The usable GPUs of a cluster by model, each model at the price of its dearest machine."""
     counts: dict[str, int] = {}
     for node in cluster.to_nodes():
@@ -52,7 +52,7 @@ def fleet_of(cluster: ClusterFile) -> Fleet:
             cost = max((kind.cost_per_hour or kind.gpus) / kind.gpus for kind in of_model)
             found.append(FleetGpu(known, count, cost, max(kind.gpus for kind in of_model)))
     unknown = tuple(model for model in sorted(counts) if find_gpu(gpu_table(), model) is None)
-    return Fleet(tuple(found), priced, unknown)
+    return GpuInventory(tuple(found), priced, unknown)
 
 
 def needs_of(config: PlaneConfig) -> tuple[TierNeed, ...]:
@@ -70,15 +70,15 @@ def _need(tier: TierConfig) -> TierNeed:
     return TierNeed(
         tier.name,
         load_model(tier.model).spec,
-        Load(expected.requests_per_s, expected.input_tokens, expected.output_tokens),
-        Slo(expected.ttft_s * 1000, expected.itl_s * 1000),
+        ExpectedTraffic(expected.requests_per_s, expected.input_tokens, expected.output_tokens),
+        LatencyTargets(expected.ttft_s * 1000, expected.itl_s * 1000),
         tuple(expected.quantizations),
         settings,
         pipeline=expected.pipeline,
     )
 
 
-def settings_of(choice: Choice) -> dict[str, object]:
+def settings_of(choice: TierChoice) -> dict[str, object]:
     """The tier's settings that carry the choice out."""
     option = choice.option
     found: dict[str, object] = {
@@ -93,7 +93,7 @@ def settings_of(choice: Choice) -> dict[str, object]:
     return found
 
 
-def checkpoint_note(choice: Choice) -> str:
+def checkpoint_note(choice: TierChoice) -> str:
     """What has to be had first: most formats are made before the engine starts, not by it."""
     chosen = preset(choice.option.quantization)
     if not chosen.quantized or chosen.online:
@@ -101,16 +101,16 @@ def checkpoint_note(choice: Choice) -> str:
     return f"needs a checkpoint of the model in {choice.option.quantization}: name it as the tier's model"
 
 
-def placed(config: PlaneConfig, choices: Sequence[Choice], cluster: ClusterFile) -> Plan:
+def placed(config: PlaneConfig, choices: Sequence[TierChoice], cluster: ClusterFile) -> PlacementPlan:
     """Where the chosen replicas would run, beside the tiers that are as configured."""
     chosen = {choice.tier: choice.option for choice in choices}
     tiers = [_with(tier, chosen[tier.name]) if tier.name in chosen else tier for tier in config.tiers]
     nodes = cluster.to_nodes()
     demands = tier_demands(config.model_copy(update={"tiers": tiers}), nodes)
-    return plan(ClusterState(nodes), [gang for demand in demands for gang in demand.gangs()])
+    return plan(PlacedCluster(nodes), [gang for demand in demands for gang in demand.gangs()])
 
 
-def _with(tier: TierConfig, option: Option) -> TierConfig:
+def _with(tier: TierConfig, option: ServingOption) -> TierConfig:
     args = dict(tier.engine_args)
     if option.quantization != "none":
         args["quantization"] = option.quantization

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from controlplane.config import PlaneConfig, TierConfig
 from controlplane.config.scaling import DEFAULT_MAX, ScalingConfig
-from controlplane.core.autoscaling.capacity import EngineSpeed, Work, speed_of
+from controlplane.core.autoscaling.capacity import EngineSpeed, RequestShape, speed_of
 from controlplane.core.autoscaling.policy import ScalingSettings
 from controlplane.core.autoscaling.round import TierRule
 from controlplane.core.cluster.tier_spec import ScalingPlan, TierSpec
@@ -22,18 +22,18 @@ from controlplane.errors import TierplaneError
 from controlplane.models.catalog import gpu_named, gpu_table
 from controlplane.models.model_config import load_model
 
-USUAL: Final = Work(500.0, 200.0)
+USUAL: Final = RequestShape(500.0, 200.0)
 """A mean request where the configuration expects nothing."""
 FIRST_COLD_START_S: Final = 60.0
 GUESS: Final = EngineSpeed(0.03, 0.001, 0.0005)
 """Of an engine of which nothing is known: 30 ms a token, 2,000 prompt tokens a second."""
 
 
-def usual_work(tier: TierConfig) -> Work:
+def usual_work(tier: TierConfig) -> RequestShape:
     """The mean request that the configuration expects."""
     if tier.expected is None:
         return USUAL
-    return Work(float(tier.expected.input_tokens), float(tier.expected.output_tokens))
+    return RequestShape(float(tier.expected.input_tokens), float(tier.expected.output_tokens))
 
 
 def plain_speed(itl_s: float, batch_slowdown: float) -> EngineSpeed:
@@ -42,7 +42,7 @@ def plain_speed(itl_s: float, batch_slowdown: float) -> EngineSpeed:
     return EngineSpeed(step_s, max(step_s * batch_slowdown, step_s * 1e-3), 1e-6)
 
 
-def gpu_priors(tier: TierConfig, work: Work) -> tuple[tuple[str, EngineSpeed], ...]:
+def gpu_priors(tier: TierConfig, work: RequestShape) -> tuple[tuple[str, EngineSpeed], ...]:
     """The roofline's of a ``vllm`` tier, for each GPU model that it may run on: those of ``gpu_models`` in
     their order, else all of the table. Nothing where the model's configuration can't be read."""
     if tier.engine != "vllm" or tier.device != "gpu":

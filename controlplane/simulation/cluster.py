@@ -12,8 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 from controlplane.core.placement.batch_planner import plan
-from controlplane.core.placement.gangs import WHOLE_MILLI, Gang, Infeasible, Placement, Shape
-from controlplane.core.placement.planner import ClusterState, Planner, demand_of
+from controlplane.core.placement.gangs import WHOLE_MILLI, Gang, GangShape, Infeasible, Placement
+from controlplane.core.placement.planner import PlacedCluster, Planner, demand_of
 from controlplane.core.placement.topology import Node
 from controlplane.simulation.clock import VirtualClock
 
@@ -25,7 +25,7 @@ class Cluster:
     """Places for replicas. Without nodes there is always one, and nobody says where."""
 
     def __init__(
-        self, clock: VirtualClock, nodes: Sequence[Node] | None, expected: Iterable[Shape] = ()
+        self, clock: VirtualClock, nodes: Sequence[Node] | None, expected: Iterable[GangShape] = ()
     ) -> None:
         """``expected`` are the shapes that must be reckoned with, as often as each is likely. Nothing is
         placed before :meth:`open`."""
@@ -74,7 +74,7 @@ class Cluster:
         asked, self._waiting = self._waiting, {}
         places: dict[str, Placement] = {}
         if self._nodes is not None:
-            state = ClusterState(self._nodes)
+            state = PlacedCluster(self._nodes)
             found = plan(state, [gang for gang, _ in asked.values() if gang is not None], self._demand)
             places = {placement.gang.gang_id: placement for placement in found.placements}
             self._planner = Planner(replace(state, placements=found.placements), self._demand)
@@ -119,7 +119,7 @@ class Cluster:
             replace(node, unavailable=unavailable) if node.node_id == node_id else node
             for node in self._nodes or ()
         )
-        self._planner = Planner(ClusterState(self._nodes, self.placements), self._demand)
+        self._planner = Planner(PlacedCluster(self._nodes, self.placements), self._demand)
         self._gpus = self._count()
 
     def _freed(self) -> None:
@@ -130,7 +130,7 @@ class Cluster:
 
     def _try_all(self, _: Any) -> None:
         self._again = False
-        refused: set[Shape | None] = set()
+        refused: set[GangShape | None] = set()
         for replica_id, (gang, _) in list(self._waiting.items()):
             shape = gang.shape if gang is not None else None
             if shape not in refused and not self._try(replica_id):

@@ -2,12 +2,12 @@
 
 All sequences that decode advance by one token a step, so an answer of n tokens that joins when the engine has
 made V steps is done after V + n: a heap of those marks is all that is kept, and no single token is simulated.
-A step takes what :class:`Timing` says for the batch and its context. A prompt takes the engine for itself
-for its time, as chunked prefill nearly does, and each of its chunks carries one token for those that decode.
-A sequence needs room in the KV cache for what it has; when the cache is full the youngest is put back into
-the engine's queue and later computed again, as vLLM does. Prefixes are kept by block, least recently used.
-Engine ``simulated`` does neither: its prompts are worked on side by side, each slows the others' steps as one
-more that decodes, and its KV cache is a gauge.
+A step takes what :class:`EngineTiming` says for the batch and its context. A prompt takes the engine for
+itself for its time, as chunked prefill nearly does, and each of its chunks carries one token for those that
+decode. A sequence needs room in the KV cache for what it has; when the cache is full the youngest is put back
+into the engine's queue and later computed again, as vLLM does. Prefixes are kept by block, least recently
+used. Engine ``simulated`` does neither: its prompts are worked on side by side, each slows the others' steps
+as one more that decodes, and its KV cache is a gauge.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BLOCK_TOKENS: Final = 512
 """Prompt tokens that one hash of a trace stands for (Mooncake)."""
 
 
-class Timing(Protocol):
+class EngineTiming(Protocol):
     """How long an engine takes."""
 
     @property
@@ -84,7 +84,7 @@ class SimulatedTiming:
         return self.itl_s * (1 + self.batch_slowdown * (batch - 1)) or 1e-6
 
 
-class Job:
+class EngineJob:
     """One request inside an engine."""
 
     __slots__ = (
@@ -109,11 +109,11 @@ class Job:
         self.mark = 0.0
         """The engine's step count when it joined."""
         self.sequence = 0
-        self.engine: Engine | None = None
+        self.engine: VirtualEngine | None = None
 
 
 @dataclass(slots=True)
-class Meter:
+class EngineMeter:
     """What an engine did since it was read."""
 
     busy_s: float = 0.0
@@ -124,18 +124,18 @@ class Meter:
     preempted: int = 0
 
 
-class Engine:
+class VirtualEngine:
     """One engine process under the virtual clock."""
 
     def __init__(
         self,
         clock: VirtualClock,
-        timing: Timing,
+        timing: EngineTiming,
         *,
         max_sequences: int,
         kv_tokens: float,
-        on_first: Callable[[Job], None],
-        on_done: Callable[[Job], None],
+        on_first: Callable[[EngineJob], None],
+        on_done: Callable[[EngineJob], None],
     ) -> None:
         self._clock = clock
         self._timing = timing
@@ -144,10 +144,10 @@ class Engine:
         self._kv_limit = kv_tokens if timing.kv_bound else math.inf
         self._on_first = on_first
         self._on_done = on_done
-        self.waiting: deque[Job] = deque()
-        self._running: list[tuple[float, int, Job]] = []
+        self.waiting: deque[EngineJob] = deque()
+        self._running: list[tuple[float, int, EngineJob]] = []
         """(step count at which it is done, order of joining, job)."""
-        self._prompting: dict[int, Job] = {}
+        self._prompting: dict[int, EngineJob] = {}
         """Whose prompts are being processed, by the order of their beginning."""
         self._begun = 0
         self._steps = 0.0
@@ -159,7 +159,7 @@ class Engine:
         self._inside = False
         self._dead = False
         self._prefixes: OrderedDict[int, None] = OrderedDict()
-        self.meter = Meter()
+        self.meter = EngineMeter()
         self._read_busy_s = 0.0
         """Of the meters that were read."""
 
@@ -179,7 +179,7 @@ class Engine:
         since_s = self._clock.now_s - self._last_s if self.running else 0.0
         return self._read_busy_s + self.meter.busy_s + since_s
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: EngineJob) -> None:
         """A request arrives."""
         job.engine = self
         self.waiting.append(job)
@@ -187,7 +187,7 @@ class Engine:
             self._advance()
             self._plan()
 
-    def kill(self) -> list[Job]:
+    def kill(self) -> list[EngineJob]:
         """The process dies; what it had is returned."""
         self._advance()
         self._dead = True
@@ -198,10 +198,10 @@ class Engine:
         self._prompting.clear()
         return lost
 
-    def read(self) -> Meter:
+    def read(self) -> EngineMeter:
         """What it did since the last call."""
         self._advance()
-        meter, self.meter = self.meter, Meter()
+        meter, self.meter = self.meter, EngineMeter()
         self._read_busy_s += meter.busy_s
         return meter
 
@@ -244,14 +244,14 @@ class Engine:
         self._version += 1
         self._clock.at(self._clock.now_s + max(steps, 0.0) * self._step_s, self._decoded, self._version)
 
-    def _fits(self, job: Job) -> bool:
+    def _fits(self, job: EngineJob) -> bool:
         if self.running >= self._max_sequences:
             return False
         # An empty engine takes whatever comes: nothing would ever change otherwise.
         need = job.input_tokens + job.made
         return not self.running or self._kv_used + need <= self._kv_limit
 
-    def _begin_prompt(self, job: Job) -> None:
+    def _begin_prompt(self, job: EngineJob) -> None:
         self._begun += 1
         self._prompting[self._begun] = job
         self._version += 1
@@ -264,7 +264,7 @@ class Engine:
         took_s = self._timing.prompt_s(fresh)
         self._clock.at(self._clock.now_s + took_s, self._prompt_done, (self._begun, fresh))
 
-    def _hits(self, job: Job) -> int:
+    def _hits(self, job: EngineJob) -> int:
         """Prompt tokens in the prefix cache; they are there afterwards in any case."""
         if not job.blocks or not self._timing.kv_bound:
             return 0
@@ -328,7 +328,7 @@ class Engine:
             job.made = job.output_tokens
             self._finish(job)
 
-    def _finish(self, job: Job) -> None:
+    def _finish(self, job: EngineJob) -> None:
         self._kv_used = max(0.0, self._kv_used - job.input_tokens - job.made) if self.running else 0.0
         job.done_s = self._clock.now_s
         self._on_done(job)

@@ -9,18 +9,18 @@ from functools import partial
 from typing import Any
 
 from controlplane.core.domain.endpoint import Capabilities, Endpoint, EndpointState
-from controlplane.core.placement.gangs import WHOLE_MILLI, Gang, Placement, Shape
+from controlplane.core.placement.gangs import WHOLE_MILLI, Gang, GangShape, Placement
 from controlplane.simulation.clock import VirtualClock
 from controlplane.simulation.cluster import Cluster
-from controlplane.simulation.engine import Engine, Job, Timing
-from controlplane.simulation.results import RoomRecord
+from controlplane.simulation.engine import EngineJob, EngineTiming, VirtualEngine
+from controlplane.simulation.results import PlacementRecord
 
 
 @dataclass(frozen=True, slots=True)
 class EngineModel:
     """What an engine is like on GPUs of one model."""
 
-    timing: Timing
+    timing: EngineTiming
     kv_tokens: float
     max_sequences: int
     """What the engine itself runs at once."""
@@ -40,20 +40,20 @@ class ReplicaModel:
     """Each start takes a time within this share of ``cold_start_s`` around it."""
     mtbf_s: float | None = None
     """Mean time between failures of a replica; None: it never fails."""
-    shape: Shape | None = None
+    shape: GangShape | None = None
     """What it asks of the cluster; None: it runs elsewhere, or there is always room."""
     engines: Mapping[str, EngineModel] = field(default_factory=dict)
     """GPU model → what the engine is like there, where it is not ``engine``."""
 
 
-class Replica:
+class VirtualReplica:
     """One replica and its engine process."""
 
     __slots__ = ("endpoint", "engine", "gpu_model", "ordered_s", "placed_s", "ready_s", "stopped")
 
     def __init__(self, endpoint: Endpoint, ordered_s: float) -> None:
         self.endpoint = endpoint
-        self.engine: Engine | None = None
+        self.engine: VirtualEngine | None = None
         """None while it waits or starts."""
         self.ordered_s = ordered_s
         self.placed_s: float | None = None
@@ -74,9 +74,9 @@ class TierFleet:
         cluster: Cluster,
         *,
         seed: int,
-        on_first: Callable[[Job], None],
-        on_done: Callable[[Job], None],
-        on_lost: Callable[[Job], None],
+        on_first: Callable[[EngineJob], None],
+        on_done: Callable[[EngineJob], None],
+        on_lost: Callable[[EngineJob], None],
         on_change: Callable[[], None],
         in_flight: Callable[[str], int],
     ) -> None:
@@ -91,7 +91,7 @@ class TierFleet:
         self._on_change = on_change
         self._in_flight = in_flight
         self._count = 0
-        self.replicas: dict[str, Replica] = {}
+        self.replicas: dict[str, VirtualReplica] = {}
         self.target = 0
         self._held_s = 0.0
         """Of replicas that are gone."""
@@ -159,13 +159,13 @@ class TierFleet:
         since = (replica.placed_s for replica in self.replicas.values())
         return (self._held_s + sum(now_s - at_s for at_s in since if at_s is not None)) / 3600
 
-    def room_record(self) -> RoomRecord:
+    def room_record(self) -> PlacementRecord:
         """How it fared with places so far."""
         now_s = self._clock.now_s
         waits_s = [now_s - each.ordered_s for each in self.replicas.values() if each.placed_s is None]
         shape = self.model.shape
         gpus = self.model.gpus if shape is None else shape.total_milli / WHOLE_MILLI
-        return RoomRecord(
+        return PlacementRecord(
             waited=self._waited + len(waits_s),
             waited_s=self._waited_s + sum(waits_s),
             longest_wait_s=max([self._longest_wait_s, *waits_s]),
@@ -173,10 +173,10 @@ class TierFleet:
             most_gpus=self._most_holding * gpus,
         )
 
-    def lose(self, replica_ids: Collection[str]) -> list[Job]:
+    def lose(self, replica_ids: Collection[str]) -> list[EngineJob]:
         """Those of them that are here are gone with their node. The answer is what their engines had; the
         caller tells of the change, and orders others in their place with :meth:`scale_to`."""
-        lost: list[Job] = []
+        lost: list[EngineJob] = []
         for replica in [each for name, each in self.replicas.items() if name in replica_ids]:
             self.failures += 1
             if replica.engine is not None:
@@ -188,14 +188,14 @@ class TierFleet:
         """As the controller's snapshot would list them."""
         return [replica.endpoint for replica in self.replicas.values() if replica.placed_s is not None]
 
-    def engine(self, endpoint_id: str) -> Engine:
+    def engine(self, endpoint_id: str) -> VirtualEngine:
         """The engine of a ready replica."""
         engine = self.replicas[endpoint_id].engine
         if engine is None:
             raise KeyError(f"{endpoint_id} has no engine yet")
         return engine
 
-    def _loss(self, replica: Replica) -> tuple[Any, ...]:
+    def _loss(self, replica: VirtualReplica) -> tuple[Any, ...]:
         starting = replica.endpoint.state in (EndpointState.STARTING, EndpointState.RESTARTING)
         return (
             replica.placed_s is not None,
@@ -217,12 +217,12 @@ class TierFleet:
             generation=1,
             capabilities=Capabilities(simulated=True),
         )
-        replica = self.replicas[endpoint.endpoint_id] = Replica(endpoint, self._clock.now_s)
+        replica = self.replicas[endpoint.endpoint_id] = VirtualReplica(endpoint, self._clock.now_s)
         shape = self.model.shape
         gang = None if shape is None else Gang(endpoint.endpoint_id, shape, self.tier)
         self._cluster.ask(endpoint.endpoint_id, gang, partial(self._placed, replica))
 
-    def _placed(self, replica: Replica, placement: Placement | None, ready: bool) -> None:
+    def _placed(self, replica: VirtualReplica, placement: Placement | None, ready: bool) -> None:
         """It has a place: it starts, or is there already."""
         now_s = self._clock.now_s
         self.starts += 1
@@ -248,16 +248,16 @@ class TierFleet:
         jitter = self.model.cold_start_jitter
         return self.model.cold_start_s * (self._rng.uniform(1 - jitter, 1 + jitter) if jitter else 1.0)
 
-    def _started(self, replica: Replica) -> None:
+    def _started(self, replica: VirtualReplica) -> None:
         if replica.stopped or replica.endpoint.state is EndpointState.DRAINING:
             return
         self._become_ready(replica)
         self._on_change()
 
-    def _become_ready(self, replica: Replica) -> None:
+    def _become_ready(self, replica: VirtualReplica) -> None:
         model = self.model
         engine = model.engines.get(replica.gpu_model, model.engine)
-        replica.engine = Engine(
+        replica.engine = VirtualEngine(
             self._clock,
             engine.timing,
             max_sequences=engine.max_sequences,
@@ -271,7 +271,7 @@ class TierFleet:
             fails_s = self._clock.now_s + self._rng.expovariate(1.0 / model.mtbf_s)
             self._clock.at(fails_s, self._fail, (replica, replica.endpoint.generation))
 
-    def _fail(self, argument: tuple[Replica, int]) -> None:
+    def _fail(self, argument: tuple[VirtualReplica, int]) -> None:
         replica, generation = argument
         engine = replica.engine
         if replica.stopped or engine is None or replica.endpoint.generation != generation:
@@ -290,7 +290,7 @@ class TierFleet:
         for job in lost:
             self._on_lost(job)
 
-    def _drain(self, replica: Replica) -> None:
+    def _drain(self, replica: VirtualReplica) -> None:
         if replica.endpoint.state is not EndpointState.READY or not self._in_flight(
             replica.endpoint.endpoint_id
         ):
@@ -298,7 +298,7 @@ class TierFleet:
         else:
             replica.endpoint = replace(replica.endpoint, state=EndpointState.DRAINING)
 
-    def _stop(self, replica: Replica) -> None:
+    def _stop(self, replica: VirtualReplica) -> None:
         replica.stopped = True
         now_s = self._clock.now_s
         if replica.placed_s is not None:

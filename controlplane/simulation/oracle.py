@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Final
 
-from controlplane.core.autoscaling.capacity import Bounds, Capacity, EngineSpeed, Work
+from controlplane.core.autoscaling.capacity import EngineSpeed, LatencyBounds, ReplicaCapacity, RequestShape
 from controlplane.core.autoscaling.policy import ScalingDecision
-from controlplane.simulation.engine import Timing
-from controlplane.simulation.policies import Static, decision, each
-from controlplane.simulation.results import Result
-from controlplane.simulation.simulator import Scenario, Seen, TierScenario, replay
+from controlplane.simulation.engine import EngineTiming
+from controlplane.simulation.policies import StaticPolicy, decision, each
+from controlplane.simulation.results import SimulationResult
+from controlplane.simulation.simulator import PolicyInput, Scenario, TierScenario, replay
 from controlplane.simulation.traces import Arrival
 
 SLOT_S: Final = 10.0
@@ -27,7 +27,7 @@ _SEARCH: Final = 7
 _FACTORS: Final = (0.5, 3.0)
 
 
-def true_speed(timing: Timing, work: Work, batch: int) -> EngineSpeed:
+def true_speed(timing: EngineTiming, work: RequestShape, batch: int) -> EngineSpeed:
     """The engine's real speed as the capacity model's three figures."""
     context = work.input_tokens + work.output_tokens / 2
     one, many = timing.step_s(1, context), timing.step_s(max(batch, 2), context)
@@ -36,10 +36,10 @@ def true_speed(timing: Timing, work: Work, batch: int) -> EngineSpeed:
     return EngineSpeed(max(one - slope, 1e-9), slope, timing.prompt_s(prompt) / prompt)
 
 
-def mean_work(arrivals: Sequence[Arrival]) -> Work:
+def mean_work(arrivals: Sequence[Arrival]) -> RequestShape:
     """The mean request."""
     count = max(len(arrivals), 1)
-    return Work(
+    return RequestShape(
         max(sum(arrival.input_tokens for arrival in arrivals) / count, 1.0),
         max(sum(arrival.output_tokens for arrival in arrivals) / count, 1.0),
     )
@@ -54,8 +54,8 @@ def demand(arrivals: Sequence[Arrival], tier: TierScenario) -> list[float]:
         return [0.0]
     work = mean_work(arrivals)
     model = tier.replica
-    capacity = Capacity(true_speed(model.engine.timing, work, model.concurrency_limit))
-    bounds = Bounds(float(model.concurrency_limit), tier.scaling.slo.itl_s)
+    capacity = ReplicaCapacity(true_speed(model.engine.timing, work, model.concurrency_limit))
+    bounds = LatencyBounds(float(model.concurrency_limit), tier.scaling.slo.itl_s)
     slots = capacity.most_sequences(work, bounds)
     # With all its slots taken, a replica gives each sequence a token every ``itl_s``.
     itl_s = capacity.itl_s(slots, work)
@@ -95,7 +95,7 @@ def plan(needed: Sequence[float], factor: float, cold_start_s: float, lowest: in
     return ordered
 
 
-class Planned:
+class PlannedPolicy:
     """Follows a plan."""
 
     period_s = SLOT_S / 2
@@ -103,7 +103,7 @@ class Planned:
     def __init__(self, ordered: Sequence[int]) -> None:
         self._ordered = ordered
 
-    def decide(self, seen: Seen) -> ScalingDecision:
+    def decide(self, seen: PolicyInput) -> ScalingDecision:
         """What the plan says of now."""
         slot = min(int((seen.observation.now_s + SLOT_S / 2) // SLOT_S), len(self._ordered) - 1)
         return decision(seen, self._ordered[slot], "the plan")
@@ -129,21 +129,21 @@ def at_replicas(scenario: Scenario, counts: Callable[[TierScenario], int]) -> Sc
     return replace(scenario, tiers=tuple(replace(tier, replicas=counts(tier)) for tier in scenario.tiers))
 
 
-def run_static(scenario: Scenario, arrivals: Sequence[Arrival], share: float = 1.0) -> Result:
+def run_static(scenario: Scenario, arrivals: Sequence[Arrival], share: float = 1.0) -> SimulationResult:
     """The static peak of a scenario with one tier, or that share of it."""
     count = max(1, math.ceil(share * static_peak(arrivals, scenario.tiers[0]) - 1e-9))
     begun = at_replicas(scenario, lambda _: count)
-    return replay(begun, each(lambda _: Static(count)), arrivals, "static")
+    return replay(begun, each(lambda _: StaticPolicy(count)), arrivals, "static")
 
 
-def run_oracle(scenario: Scenario, arrivals: Sequence[Arrival], attainment: float) -> Result:
+def run_oracle(scenario: Scenario, arrivals: Sequence[Arrival], attainment: float) -> SimulationResult:
     """The cheapest plan found that attains the goal, for a scenario with one tier; if none does, the one
     that attains most."""
     tier = scenario.tiers[0]
     needed = demand(arrivals, tier)
     low, high = _FACTORS
 
-    def attempt(factor: float) -> Result:
+    def attempt(factor: float) -> SimulationResult:
         ordered = plan(
             needed,
             factor,
@@ -153,7 +153,7 @@ def run_oracle(scenario: Scenario, arrivals: Sequence[Arrival], attainment: floa
         )
         begun = at_replicas(scenario, lambda _: ordered[0])
 
-        return replay(begun, each(lambda _: Planned(ordered)), arrivals, "oracle")
+        return replay(begun, each(lambda _: PlannedPolicy(ordered)), arrivals, "oracle")
 
     best = attempt(high)
     if best.attainment < attainment:

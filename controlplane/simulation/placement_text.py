@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from controlplane.simulation.results import ClusterResult, Result, TierResult
+from controlplane.simulation.results import ClusterResult, SimulationResult, TierResult
 
 
-def room_lines(result: Result) -> Iterator[str]:
+def room_lines(result: SimulationResult) -> Iterator[str]:
     """Cluster, budget, and a line for each tier; nothing where nobody counted and there always was room."""
     if result.cluster is not None:
         yield _machines(result.cluster)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from controlplane.core.recommendations.views import effect_text, judged_text
 from controlplane.simulation.placement_text import room_lines
-from controlplane.simulation.results import Result, TierResult
+from controlplane.simulation.results import SimulationResult, TierResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,17 +24,17 @@ td,th{text-align:right}td:first-child,th:first-child,td.text{text-align:left}
 svg{max-width:100%;height:auto}h1{font-size:1.4em}"""
 
 
-def write_png(result: Result, path: Path) -> None:
+def write_png(result: SimulationResult, path: Path) -> None:
     """The figure as a picture."""
     _figure(result).savefig(path, format="png", dpi=110, metadata={"Software": None})
 
 
-def write_html(result: Result, path: Path) -> None:
+def write_html(result: SimulationResult, path: Path) -> None:
     """Figure, tables, advice and decisions on one page."""
     path.write_text(page(result), "utf-8")
 
 
-def page(result: Result) -> str:
+def page(result: SimulationResult) -> str:
     """The page; the same result gives the same text."""
     head = (
         f"{result.requests} requests in {result.simulated_s / 3600:.2f} h, policy {result.policy}, seed "
@@ -54,7 +54,7 @@ def page(result: Result) -> str:
     )
 
 
-def _svg(result: Result) -> str:
+def _svg(result: SimulationResult) -> str:
     import matplotlib as mpl
 
     buffer = io.StringIO()
@@ -65,7 +65,7 @@ def _svg(result: Result) -> str:
     return text[text.index("<svg") :]
 
 
-def _figure(result: Result) -> Figure:
+def _figure(result: SimulationResult) -> Figure:
     from matplotlib.figure import Figure
 
     count = len(result.tiers)
@@ -103,7 +103,7 @@ def _draw(axes: list[Any], tier: TierResult) -> None:
         axis.set_ylim(bottom=0)
 
 
-def _tier_table(result: Result) -> str:
+def _tier_table(result: SimulationResult) -> str:
     rows = []
     for tier in result.tiers:
         data = tier.as_json()
@@ -123,7 +123,7 @@ def _tier_table(result: Result) -> str:
     return _table(titles, rows)
 
 
-def _advice_table(result: Result) -> str:
+def _advice_table(result: SimulationResult) -> str:
     rows = []
     for item in result.advice[-_MOST_ROWS:]:
         advice = item.advice
@@ -145,7 +145,7 @@ def _advice_table(result: Result) -> str:
     return head + _table(titles, rows)
 
 
-def _decision_table(result: Result) -> str:
+def _decision_table(result: SimulationResult) -> str:
     rows = [
         f"<tr><td>{entry.at_s / 3600:.3f} h</td><td class=text>{html.escape(entry.tier)}</td>"
         f"<td>{entry.before} to {entry.target}</td><td class=text>{html.escape(entry.reason)}</td></tr>"

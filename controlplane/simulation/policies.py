@@ -19,9 +19,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
-from controlplane.core.autoscaling.policy import Move, ScalingDecision, TierScaler
+from controlplane.core.autoscaling.policy import ScaleDirection, ScalingDecision, TierScaler
 from controlplane.core.autoscaling.round import RoundDecision, ScalingRound
-from controlplane.simulation.simulator import MakePolicy, Scenario, Seen, TierScenario
+from controlplane.simulation.simulator import MakePolicy, PolicyInput, Scenario, TierScenario
 
 TARGET_RATIO: Final = 0.7
 """Of the concurrency limit; Knative's default utilisation target."""
@@ -32,21 +32,27 @@ TARGETS: Final = {
 GPU's time, or of the concurrency limit."""
 
 
-def decision(seen: Seen, target: int, reason: str, wanted: int | None = None) -> ScalingDecision:
+def decision(seen: PolicyInput, target: int, reason: str, wanted: int | None = None) -> ScalingDecision:
     """A baseline's decision."""
     before = seen.observation.target
-    move = Move.UP if target > before else Move.DOWN if target < before else Move.STAY
+    move = (
+        ScaleDirection.UP
+        if target > before
+        else ScaleDirection.DOWN
+        if target < before
+        else ScaleDirection.STAY
+    )
     return ScalingDecision(seen.observation.tier, target, move, reason, target if wanted is None else wanted)
 
 
-class Tierplane:
+class TierplanePolicy:
     """The production policy."""
 
     def __init__(self, scenario: Scenario) -> None:
         self.period_s = min(tier.scaling.tick_s for tier in scenario.tiers)
         self._round = ScalingRound(tier.rule for tier in scenario.tiers)
 
-    def decide(self, seen: Sequence[Seen], gpus: float | None) -> tuple[RoundDecision, ...]:
+    def decide(self, seen: Sequence[PolicyInput], gpus: float | None) -> tuple[RoundDecision, ...]:
         """What production would decide."""
         return self._round.decide([tier.observation for tier in seen], gpus)
 
@@ -60,18 +66,18 @@ class OneTierPolicy(Protocol):
 
     period_s: float
 
-    def decide(self, seen: Seen) -> ScalingDecision:
+    def decide(self, seen: PolicyInput) -> ScalingDecision:
         """The target from now on."""
 
 
-class _Each:
+class _PolicyPerTier:
     """A policy for each tier, side by side. Nobody shares GPUs out: replicas that find none wait."""
 
     def __init__(self, policies: Sequence[OneTierPolicy]) -> None:
         self.period_s = min(policy.period_s for policy in policies)
         self._policies = policies
 
-    def decide(self, seen: Sequence[Seen], gpus: float | None) -> tuple[RoundDecision, ...]:
+    def decide(self, seen: Sequence[PolicyInput], gpus: float | None) -> tuple[RoundDecision, ...]:
         """What each of them decides."""
         return tuple(
             _as_round(tier, policy.decide(tier)) for tier, policy in zip(seen, self._policies, strict=True)
@@ -82,16 +88,16 @@ class _Each:
         return None
 
 
-def _as_round(seen: Seen, asked: ScalingDecision) -> RoundDecision:
+def _as_round(seen: PolicyInput, asked: ScalingDecision) -> RoundDecision:
     return RoundDecision(asked.tier, seen.observation.target, asked.target, asked.move, asked.reason, asked)
 
 
 def each(make: Callable[[TierScenario], OneTierPolicy]) -> MakePolicy:
     """The maker of a policy that has one of ``make``'s for each tier."""
-    return lambda scenario: _Each([make(tier) for tier in scenario.tiers])
+    return lambda scenario: _PolicyPerTier([make(tier) for tier in scenario.tiers])
 
 
-class Static:
+class StaticPolicy:
     """Always the same number."""
 
     period_s = 60.0
@@ -99,24 +105,24 @@ class Static:
     def __init__(self, replicas: int) -> None:
         self.replicas = replicas
 
-    def decide(self, seen: Seen) -> ScalingDecision:
+    def decide(self, seen: PolicyInput) -> ScalingDecision:
         """That number."""
         return decision(seen, self.replicas, "static")
 
 
-class Hpa:
+class HpaPolicy:
     """Kubernetes: ``ceil(current * metric / target)`` every 15 s, unless inside the tolerance of 10 %;
     up by at most 4 pods or 100 % in 15 s, down to the highest wish of the last 300 s."""
 
     period_s = 15.0
 
-    def __init__(self, tier: TierScenario, metric: Callable[[Seen], float], target: float) -> None:
+    def __init__(self, tier: TierScenario, metric: Callable[[PolicyInput], float], target: float) -> None:
         self._lowest, self._highest = max(tier.scaling.min_replicas, 1), tier.scaling.max_replicas
         self._metric = metric
         self._target = target
         self._wishes: deque[tuple[float, int]] = deque()
 
-    def decide(self, seen: Seen) -> ScalingDecision:
+    def decide(self, seen: PolicyInput) -> ScalingDecision:
         """The controller's next step."""
         now_s = seen.observation.now_s
         current, ready = seen.observation.target, max(seen.observation.ready, 1)
@@ -136,7 +142,7 @@ class Hpa:
         return decision(seen, target, f"{ratio:.2f} of the target", wish)
 
 
-class Kpa:
+class KpaPolicy:
     """Knative: concurrency over 60 s and, in a panic, over 6 s; a panic begins at twice the capacity, never
     scales down, and lasts 60 s past its last cause."""
 
@@ -149,7 +155,7 @@ class Kpa:
         self._panic_s = -math.inf
         self._panic_target = 0
 
-    def decide(self, seen: Seen) -> ScalingDecision:
+    def decide(self, seen: PolicyInput) -> ScalingDecision:
         """The autoscaler's next step."""
         now_s = seen.observation.now_s
         self._recent.append((now_s, seen.ongoing))
@@ -174,7 +180,7 @@ class Kpa:
         return decision(seen, min(max(want, self._lowest), self._highest), why)
 
 
-class Serve:
+class ServePolicy:
     """Ray Serve's default policy: the functions of the installed ``ray.serve.autoscaling_policy``.
 
     They are called in the order in which Serve's own wrapper calls them, with the virtual clock's time in
@@ -200,7 +206,7 @@ class Serve:
         self._state: dict[str, Any] = {}
         self._recent: deque[tuple[float, float]] = deque()
 
-    def decide(self, seen: Seen) -> ScalingDecision:
+    def decide(self, seen: PolicyInput) -> ScalingDecision:
         """Serve's next step."""
         now_s = seen.observation.now_s
         config = self._config
@@ -239,12 +245,12 @@ class Serve:
         )
 
 
-def busy_ratio(seen: Seen) -> float:
+def busy_ratio(seen: PolicyInput) -> float:
     """GPU utilisation."""
     return seen.busy_ratio
 
 
-def slot_ratio(seen: Seen) -> float:
+def slot_ratio(seen: PolicyInput) -> float:
     """Used share of the concurrency limit, what waits included."""
     return seen.ongoing / seen.slots if seen.slots else 1.0
 
@@ -259,14 +265,14 @@ def reactive_policy(name: str, target: float | None = None) -> MakePolicy:
     """The maker of a policy that needs to know nothing of the trace; ``target`` in place of the baseline's
     own of ``TARGETS``. KeyError: there is none."""
     if name == "tierplane":
-        return Tierplane
+        return TierplanePolicy
     if name == "serve-default":
-        return each(Serve)
+        return each(ServePolicy)
     aim = TARGETS[name] if target is None else target
     makers: dict[str, Callable[[TierScenario], OneTierPolicy]] = {
-        "hpa": lambda tier: Hpa(tier, busy_ratio, aim),
-        "hpa-slots": lambda tier: Hpa(tier, slot_ratio, aim),
-        "kpa": lambda tier: Kpa(tier, aim),
-        "serve": lambda tier: Serve(tier, tier.replica.concurrency_limit * aim),
+        "hpa": lambda tier: HpaPolicy(tier, busy_ratio, aim),
+        "hpa-slots": lambda tier: HpaPolicy(tier, slot_ratio, aim),
+        "kpa": lambda tier: KpaPolicy(tier, aim),
+        "serve": lambda tier: ServePolicy(tier, tier.replica.concurrency_limit * aim),
     }
     return each(makers[name])

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import numpy as np
 
-from controlplane.core.autoscaling.capacity import Work
+from controlplane.core.autoscaling.capacity import RequestShape
 from controlplane.core.autoscaling.policy import TierScaler
-from controlplane.core.recommendations.cycle import AdviceRules, Adviser
-from controlplane.core.recommendations.log import AdviceBook, Given, Record
+from controlplane.core.recommendations.cycle import RecommendationRules, Recommender
+from controlplane.core.recommendations.log import IssuedRecommendation, RecommendationLog, TrackRecord
 from controlplane.core.recommendations.rules import GPU_LOAD, SLOT_LOAD, TierCondition
 from controlplane.core.routing.endpoint_table import TierPool
 from controlplane.core.telemetry.series import Signal, known_now, missing
@@ -44,14 +44,14 @@ _NO_MEMORY: Final = missing("the simulation has no GPU memory")
 
 
 @dataclass(frozen=True, slots=True)
-class AdviceSettings:
+class RecommendationSettings:
     """``controller.scaling``, as far as it is about advice."""
 
-    rules: AdviceRules = field(default_factory=AdviceRules)
+    rules: RecommendationRules = field(default_factory=RecommendationRules)
     window_s: float = 300.0
 
 
-class Watched(Protocol):
+class WatchedTier(Protocol):
     """What is looked at of a tier of the simulator."""
 
     scenario: TierScenario
@@ -61,7 +61,7 @@ class Watched(Protocol):
     queued: int
 
 
-class _Point(NamedTuple):
+class _CountedPoint(NamedTuple):
     """What a tier had counted at a time."""
 
     at_s: float
@@ -74,10 +74,10 @@ class _Point(NamedTuple):
     """Busy time of each engine, by endpoint id."""
 
 
-class _Tier:
+class _TierWindow:
     """One tier's window."""
 
-    def __init__(self, watched: Watched, pool: TierPool, scaler: TierScaler, window_s: float) -> None:
+    def __init__(self, watched: WatchedTier, pool: TierPool, scaler: TierScaler, window_s: float) -> None:
         self.name = watched.scenario.policy.name
         self._watched = watched
         self._pool = pool
@@ -86,7 +86,7 @@ class _Tier:
         self._figures: tuple[object, ...] = ()
         self._condition = TierCondition(self.name, 0)
         """What was made of them."""
-        self._points = deque([_Point(0.0, 0, 0, 0, 0, 0, _NOTHING)], maxlen=LOOKS + 2)
+        self._points = deque([_CountedPoint(0.0, 0, 0, 0, 0, 0, _NOTHING)], maxlen=LOOKS + 2)
 
     def condition(self, now_s: float) -> TierCondition:
         """As advice sees it."""
@@ -126,7 +126,7 @@ class _Tier:
         replicas: int,
         load_ratio: float | None,
         kv_ratio: float | None,
-        work: Work,
+        work: RequestShape,
     ) -> TierCondition:
         scenario, scaler, total_s = self._watched.scenario, self._scaler, self._watched.record.total_s
         gpus, settings = scenario.replica.gpus, scenario.scaling
@@ -153,7 +153,7 @@ class _Tier:
             bounds=scaler.bounds,
         )
 
-    def _point(self, now_s: float) -> _Point:
+    def _point(self, now_s: float) -> _CountedPoint:
         watched, record = self._watched, self._watched.record
         worked_s: Mapping[str, float] = _NOTHING
         if watched.scenario.replica.gpus:
@@ -163,9 +163,11 @@ class _Tier:
                 if replica.engine is not None
             }
         answers = len(record.total_s)
-        return _Point(now_s, record.arrived, watched.ended_total, record.kept, record.lost, answers, worked_s)
+        return _CountedPoint(
+            now_s, record.arrived, watched.ended_total, record.kept, record.lost, answers, worked_s
+        )
 
-    def _gpu_ratio(self, base: _Point, now: _Point) -> float | None:
+    def _gpu_ratio(self, base: _CountedPoint, now: _CountedPoint) -> float | None:
         found = []
         for name, worked_s in now.worked_s.items():
             ready_s = self._watched.fleet.replicas[name].ready_s
@@ -185,13 +187,13 @@ class _Tier:
         return max((engine.kv_usage_ratio for engine in engines if engine is not None), default=None)
 
 
-class SimulatedAdvice:
+class SimulatedRecommendations:
     """Looks, and remembers what was advised."""
 
     def __init__(
         self,
-        settings: AdviceSettings,
-        tiers: Sequence[Watched],
+        settings: RecommendationSettings,
+        tiers: Sequence[WatchedTier],
         pools: Sequence[TierPool],
         learned: Callable[[str], TierScaler | None],
         *,
@@ -203,9 +205,9 @@ class SimulatedAdvice:
         self.every_s = settings.window_s / LOOKS
         self._rules = settings.rules
         self._start_unix_s = start_unix_s
-        self._adviser = Adviser(AdviceBook(MOST_ADVICE))
+        self._adviser = Recommender(RecommendationLog(MOST_ADVICE))
         self._tiers = [
-            _Tier(
+            _TierWindow(
                 watched,
                 pool,
                 learned(watched.scenario.policy.name) or _assumed(watched.scenario),
@@ -228,15 +230,15 @@ class SimulatedAdvice:
         self._sum += sum(score.value for score in scores)
 
     @property
-    def given(self) -> tuple[Given, ...]:
+    def given(self) -> tuple[IssuedRecommendation, ...]:
         """The last of it, oldest first."""
         return self._adviser.book.given
 
     @property
-    def record(self) -> Record:
+    def record(self) -> TrackRecord:
         """How good all of it was."""
         mean = self._sum / self._judged if self._judged else None
-        return Record(self._count, self._judged, self._right, mean)
+        return TrackRecord(self._count, self._judged, self._right, mean)
 
 
 def _assumed(scenario: TierScenario) -> TierScaler:

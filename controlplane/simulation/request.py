@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from controlplane.core.routing.endpoint_table import Lease
+from controlplane.core.routing.endpoint_table import RequestSlot
 from controlplane.core.routing.tier_table import Route, RouteRequest
 from controlplane.simulation.traces import Arrival
 
 
-class Flight:
+class RequestInFlight:
     """One request on its way."""
 
     __slots__ = (
@@ -25,4 +25,4 @@ class Flight:
         self.first_s: float | None = None
         self.attempts = 0
         self.made = 0
-        self.lease: Lease | None = None
+        self.lease: RequestSlot | None = None

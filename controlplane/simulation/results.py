@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from controlplane.core.recommendations.log import Given, Record
+from controlplane.core.recommendations.log import IssuedRecommendation, TrackRecord
 from controlplane.core.recommendations.views import given_as_json
 
 QUANTILES: Final = (0.5, 0.9, 0.95, 0.99)
@@ -49,7 +49,7 @@ class TierRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class TierSample:
     """One tier at one moment, for the plot."""
 
     at_s: float
@@ -66,7 +66,7 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class RecordedDecision:
     """One that changed a target, or would have if there had been GPUs for it."""
 
     at_s: float
@@ -79,7 +79,7 @@ class Decision:
 
 
 @dataclass(frozen=True, slots=True)
-class RoomRecord:
+class PlacementRecord:
     """How a tier's replicas fared with places."""
 
     waited: int
@@ -124,8 +124,8 @@ class TierResult:
     cost: float
     starts: int
     failures: int
-    samples: tuple[Sample, ...]
-    room: RoomRecord
+    samples: tuple[TierSample, ...]
+    room: PlacementRecord
     cuts: int
     """Decisions that the budget gave fewer replicas than the tier wanted."""
 
@@ -167,27 +167,27 @@ class TierResult:
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class SimulationResult:
     """One run."""
 
     policy: str
     seed: int
     simulated_s: float
     tiers: tuple[TierResult, ...]
-    decisions: tuple[Decision, ...]
+    decisions: tuple[RecordedDecision, ...]
     """The first that changed a target, or that the budget cut by more than was told."""
     decisions_total: int
     """All of them."""
-    advice: tuple[Given, ...]
+    advice: tuple[IssuedRecommendation, ...]
     """The last that would have been given, oldest first."""
-    record: Record
+    record: TrackRecord
     """How good all of it was."""
     gpu_budget: float | None = None
     """GPUs that the tiers shared when the trace began; None: nobody counted."""
     cluster: ClusterResult | None = None
     """None: there was always room."""
 
-    def hours_of(self, advice: Given) -> float:
+    def hours_of(self, advice: IssuedRecommendation) -> float:
         """When it was given, since the trace's beginning."""
         return (advice.unix_s - START_UNIX_S) / 3600
 

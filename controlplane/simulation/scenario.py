@@ -8,18 +8,18 @@ from typing import Final
 
 from controlplane.config import PlaneConfig, TierConfig
 from controlplane.core.admission.queue import AdmissionSettings
-from controlplane.core.autoscaling.capacity import Work
+from controlplane.core.autoscaling.capacity import RequestShape
 from controlplane.core.autoscaling.policy import ScalingSettings
 from controlplane.core.placement.topology import Node
 from controlplane.core.recommendations.rules import latency_limit_ms
-from controlplane.core.routing.endpoint_table import FleetSettings
+from controlplane.core.routing.endpoint_table import LoadSettings
 from controlplane.gateway.gateway import tier_policy
 from controlplane.planning.tier_gangs import tier_demands
 from controlplane.planning.tier_specs import scaling_plan
 from controlplane.simulation.fleet import ReplicaModel
 from controlplane.simulation.options import Options
 from controlplane.simulation.outages import OutageModel
-from controlplane.simulation.recommendations import AdviceSettings
+from controlplane.simulation.recommendations import RecommendationSettings
 from controlplane.simulation.simulator import Scenario, TierScenario
 from controlplane.simulation.tier_engines import TierEngines, anywhere, on_nodes
 
@@ -27,7 +27,9 @@ MOST_REPLICAS: Final = 64
 """Of a tier without bounds."""
 
 
-def build(plane: PlaneConfig, options: Options, work: Work, nodes: Sequence[Node] | None = None) -> Scenario:
+def build(
+    plane: PlaneConfig, options: Options, work: RequestShape, nodes: Sequence[Node] | None = None
+) -> Scenario:
     """The scenario of a configuration; ``work`` is about what a request is like, ``nodes`` are the machines
     that replicas find their places on, None: there is always room.
 
@@ -47,18 +49,20 @@ def build(plane: PlaneConfig, options: Options, work: Work, nodes: Sequence[Node
         tuple(tiers),
         plane.gateway.default_tier,
         AdmissionSettings(queue.capacity, queue.age_after_s, queue.aged_ratio),
-        FleetSettings(reserved_ratio=queue.reserved_ratio),
+        LoadSettings(reserved_ratio=queue.reserved_ratio),
         deadline_s=min(plane.gateway.request_timeout_s, queue.timeout_s),
         max_attempts=plane.gateway.retry.max_attempts,
         gpus=plane.controller.scaling.gpus,
         nodes=None if nodes is None else tuple(nodes),
         outages=None if lasts_hours is None else OutageModel(lasts_hours * 3600, options.node_recovery_s),
         seed=options.seed,
-        advice=AdviceSettings(plane.controller.scaling.advice_rules(), plane.controller.scaling.window_s),
+        advice=RecommendationSettings(
+            plane.controller.scaling.advice_rules(), plane.controller.scaling.window_s
+        ),
     )
 
 
-def _tier(tier: TierConfig, found: TierEngines, options: Options, work: Work) -> TierScenario:
+def _tier(tier: TierConfig, found: TierEngines, options: Options, work: RequestShape) -> TierScenario:
     # What the gateway sends at once, and what the engine can hold of it.
     engine = found.engine
     held = min(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from controlplane.core.admission.queue import AdmissionQueue, AdmissionSettings
-from controlplane.core.autoscaling.capacity import EngineSpeed, Work
+from controlplane.core.autoscaling.capacity import EngineSpeed, RequestShape
 from controlplane.core.autoscaling.policy import (
     EngineObservation,
     ScalingSettings,
@@ -25,25 +25,25 @@ from controlplane.core.autoscaling.round import RoundDecision, TierRule
 from controlplane.core.domain.endpoint import EndpointState
 from controlplane.core.placement.topology import Node
 from controlplane.core.recommendations.rules import LATENCY_MS
-from controlplane.core.routing.dispatcher import Dispatcher, Held, Refused, Started
-from controlplane.core.routing.endpoint_table import Fleet, FleetSettings
+from controlplane.core.routing.dispatcher import Dispatcher, DispatchRefused, Started, WaitsInQueue
+from controlplane.core.routing.endpoint_table import EndpointTable, LoadSettings
 from controlplane.core.routing.tier_table import RouteRequest, TierPolicy, TierTable, resolve
 from controlplane.core.telemetry.series import known_now, missing
 from controlplane.simulation.clock import VirtualClock
 from controlplane.simulation.cluster import Cluster
-from controlplane.simulation.engine import Job
+from controlplane.simulation.engine import EngineJob
 from controlplane.simulation.fleet import ReplicaModel, TierFleet
 from controlplane.simulation.outages import OutageModel, Outages
-from controlplane.simulation.recommendations import AdviceSettings, SimulatedAdvice
-from controlplane.simulation.request import Flight
+from controlplane.simulation.recommendations import RecommendationSettings, SimulatedRecommendations
+from controlplane.simulation.request import RequestInFlight
 from controlplane.simulation.results import (
     START_UNIX_S,
     ClusterResult,
-    Decision,
-    Result,
-    Sample,
+    RecordedDecision,
+    SimulationResult,
     TierRecord,
     TierResult,
+    TierSample,
 )
 from controlplane.simulation.traces import Arrival
 
@@ -63,7 +63,7 @@ class TierScenario:
     scaling: ScalingSettings
     prior: EngineSpeed
     """What the scaler is told of the engine's speed before it has measured anything."""
-    work: Work
+    work: RequestShape
     """The mean request that it is told of."""
     replicas: int = 1
     """Ready when the trace begins."""
@@ -88,7 +88,7 @@ class Scenario:
     tiers: tuple[TierScenario, ...]
     default_tier: str | None = None
     admission: AdmissionSettings = field(default_factory=AdmissionSettings)
-    fleet: FleetSettings = field(default_factory=FleetSettings)
+    fleet: LoadSettings = field(default_factory=LoadSettings)
     deadline_s: float = 600.0
     max_attempts: int = 3
     gpus: float | None = None
@@ -98,11 +98,11 @@ class Scenario:
     outages: OutageModel | None = None
     """None: no node fails."""
     seed: int = 0
-    advice: AdviceSettings = field(default_factory=AdviceSettings)
+    advice: RecommendationSettings = field(default_factory=RecommendationSettings)
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class PolicyInput:
     """What a scaling policy is shown: what tierplane's own sees, and what the others go by."""
 
     observation: TierObservation
@@ -119,7 +119,7 @@ class ScalingPolicy(Protocol):
 
     period_s: float
 
-    def decide(self, seen: Sequence[Seen], gpus: float | None) -> Sequence[RoundDecision]:
+    def decide(self, seen: Sequence[PolicyInput], gpus: float | None) -> Sequence[RoundDecision]:
         """The targets from now on, in the order of the tiers that were seen. ``gpus`` is what all of them
         together may hold; None: nobody counts."""
 
@@ -130,14 +130,14 @@ class ScalingPolicy(Protocol):
 MakePolicy = Callable[[Scenario], ScalingPolicy]
 
 
-class _Tier:
+class _TierCounters:
     """A tier's counters between two observations."""
 
     def __init__(self, scenario: TierScenario, fleet: TierFleet) -> None:
         self.scenario = scenario
         self.fleet = fleet
         self.record = TierRecord(scenario.policy.name)
-        self.samples: list[Sample] = []
+        self.samples: list[TierSample] = []
         self.ongoing = 0
         self.queued = 0
         self.ongoing_s = 0.0
@@ -169,20 +169,20 @@ class Simulator:
         self.clock = VirtualClock()
         policies = [tier.policy for tier in scenario.tiers]
         self.table = TierTable.build(policies, scenario.default_tier)
-        self.fleet = Fleet(self.table, scenario.fleet)
+        self.fleet = EndpointTable(self.table, scenario.fleet)
         self.queue = AdmissionQueue(scenario.admission)
         self.dispatcher = Dispatcher(self.table, self.fleet, self.queue)
         self._picks = 0
         self._sample_s = span_s / _SAMPLES if span_s else 60.0
-        self._decisions: list[Decision] = []
+        self._decisions: list[RecordedDecision] = []
         self._decided = 0
         self._over = False
         self._policy = make_policy(scenario)
         shapes = [tier.replica.shape for tier in scenario.tiers for _ in range(max(1, tier.replicas))]
         self.cluster = Cluster(self.clock, scenario.nodes, (shape for shape in shapes if shape is not None))
         self._outages: Outages | None = None
-        self.tiers = tuple(_Tier(tier, self._tier_fleet(tier)) for tier in scenario.tiers)
-        self._advice = SimulatedAdvice(
+        self.tiers = tuple(_TierCounters(tier, self._tier_fleet(tier)) for tier in scenario.tiers)
+        self._advice = SimulatedRecommendations(
             *(scenario.advice, self.tiers, self.fleet.pools, self._policy.learned),
             start_unix_s=START_UNIX_S,
         )
@@ -207,7 +207,7 @@ class Simulator:
         *,
         policy: str = "",
         progress: Callable[[float, int], None] | None = None,
-    ) -> Result:
+    ) -> SimulationResult:
         """Everything that comes, until the last request has ended. ``progress`` gets the simulated seconds
         and the requests so far, every now and then."""
         clock = self.clock
@@ -252,7 +252,7 @@ class Simulator:
         ]
         # GPU hours are those of the trace: the time in which the last answers are finished is not counted,
         # and nothing is advised in it.
-        return Result(
+        return SimulationResult(
             *(policy, self.scenario.seed, end_s, tuple(results)),
             *(tuple(self._decisions), self._decided),
             *(advice, record),
@@ -302,7 +302,7 @@ class Simulator:
             # As the gateway's key: of the prompt's beginning, past what all prompts begin with.
             prefix_key=hash(blocks[:2]) if blocks else None,
         )
-        flight = Flight(arrival, request, resolve(request, self.table), now_s)
+        flight = RequestInFlight(arrival, request, resolve(request, self.table), now_s)
         tier = self.tiers[flight.rank]
         tier.arrivals += 1
         record = tier.record
@@ -311,7 +311,7 @@ class Simulator:
         tier.change(1, now_s)
         self._submit(flight)
 
-    def _submit(self, flight: Flight) -> None:
+    def _submit(self, flight: RequestInFlight) -> None:
         now_s = self.clock.now_s
         self._picks += 7919
         answer = self.dispatcher.submit(
@@ -325,16 +325,16 @@ class Simulator:
         )
         if isinstance(answer, Started):
             self._start(flight, answer)
-        elif isinstance(answer, Held):
+        elif isinstance(answer, WaitsInQueue):
             self.tiers[flight.rank].queued += 1
             if answer.queued.evicted is not None:
-                evicted: Flight = answer.queued.evicted.payload.payload
+                evicted: RequestInFlight = answer.queued.evicted.payload.payload
                 self.tiers[evicted.rank].queued -= 1
                 self._refuse(evicted)
-        elif isinstance(answer, Refused):
+        elif isinstance(answer, DispatchRefused):
             self._refuse(flight)
 
-    def _start(self, flight: Flight, started: Started) -> None:
+    def _start(self, flight: RequestInFlight, started: Started) -> None:
         now_s = self.clock.now_s
         load = started.decision.load
         assert load is not None
@@ -348,20 +348,20 @@ class Simulator:
                 tier.record.spilled += 1
         arrival = flight.arrival
         made = flight.made
-        job = Job(arrival.input_tokens + made, arrival.output_tokens - made, arrival.blocks, flight)
+        job = EngineJob(arrival.input_tokens + made, arrival.output_tokens - made, arrival.blocks, flight)
         served = self.tiers[load.pool.rank] if load.pool is not None else tier
         served.fleet.engine(load.endpoint.endpoint_id).submit(job)
 
-    def _first(self, job: Job) -> None:
-        flight: Flight = job.payload
+    def _first(self, job: EngineJob) -> None:
+        flight: RequestInFlight = job.payload
         assert flight.lease is not None
         flight.lease.first_token(self.clock.now_s)
         if flight.first_s is None:
             flight.first_s = self.clock.now_s
 
-    def _done(self, job: Job) -> None:
+    def _done(self, job: EngineJob) -> None:
         now_s = self.clock.now_s
-        flight: Flight = job.payload
+        flight: RequestInFlight = job.payload
         lease = flight.lease
         assert lease is not None
         lease.succeed(now_s)
@@ -389,9 +389,9 @@ class Simulator:
             self.tiers[rank].fleet.settle()
         self._pump()
 
-    def _lost(self, job: Job) -> None:
+    def _lost(self, job: EngineJob) -> None:
         """The engine died under it: go on elsewhere with what the client has."""
-        flight: Flight = job.payload
+        flight: RequestInFlight = job.payload
         lease = flight.lease
         assert lease is not None
         lease.fail(self.clock.now_s)
@@ -405,12 +405,12 @@ class Simulator:
         flight.request = flight.request._replace(exclude=flight.request.exclude | {lease.load.key})
         self._submit(flight)
 
-    def _refuse(self, flight: Flight) -> None:
+    def _refuse(self, flight: RequestInFlight) -> None:
         tier = self.tiers[flight.rank]
         tier.record.refused += 1
         self._end(tier, kept=False)
 
-    def _end(self, tier: _Tier, *, kept: bool) -> None:
+    def _end(self, tier: _TierCounters, *, kept: bool) -> None:
         tier.finished += 1
         tier.ended_total += 1
         if kept:
@@ -425,7 +425,7 @@ class Simulator:
         self._picks += 7919
         for started in self.dispatcher.pump(self.clock.now_s, self._picks):
             assert started.ticket is not None
-            flight: Flight = started.ticket.payload.payload
+            flight: RequestInFlight = started.ticket.payload.payload
             self.tiers[flight.rank].queued -= 1
             self._start(flight, started)
 
@@ -452,7 +452,7 @@ class Simulator:
                     load.observe(now_s, kv_usage_ratio=engine.kv_usage_ratio, waiting=len(engine.waiting))
         if self.queue:
             for ticket in self.queue.expire(now_s):
-                flight: Flight = ticket.payload.payload
+                flight: RequestInFlight = ticket.payload.payload
                 tier = self.tiers[flight.rank]
                 tier.queued -= 1
                 tier.record.expired += 1
@@ -485,7 +485,7 @@ class Simulator:
         self._decided += 1
         if len(self._decisions) < MOST_DECISIONS:
             self._decisions.append(
-                Decision(
+                RecordedDecision(
                     self.clock.now_s,
                     decision.tier,
                     str(decision.move),
@@ -496,7 +496,7 @@ class Simulator:
                 )
             )
 
-    def _observe(self, tier: _Tier) -> Seen:
+    def _observe(self, tier: _TierCounters) -> PolicyInput:
         now_s = self.clock.now_s
         interval_s = now_s - tier.seen_s
         tier.change(0, now_s)
@@ -543,7 +543,7 @@ class Simulator:
             missed=tier.missed,
             engines=tuple(engines),
         )
-        seen = Seen(
+        seen = PolicyInput(
             observation,
             ongoing=tier.ongoing_s / interval_s if interval_s > 0 else float(tier.ongoing),
             busy_ratio=busy / ready if ready else 0.0,
@@ -563,7 +563,7 @@ class Simulator:
             span_s = now_s - at_s
             done = tier.ended_total - ended
             tier.samples.append(
-                Sample(
+                TierSample(
                     now_s,
                     (record.arrived - arrived) / span_s if span_s > 0 else 0.0,
                     tier.fleet.holding,
@@ -584,7 +584,7 @@ def replay(
     make_policy: MakePolicy,
     arrivals: Sequence[Arrival],
     policy: str = "",
-) -> Result:
+) -> SimulationResult:
     """One run over arrivals that are held in memory."""
     span_s = arrivals[-1].at_s if arrivals else 0.0
     return Simulator(scenario, make_policy, span_s=span_s).run(arrivals, policy=policy)

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from controlplane.config import TierConfig
-from controlplane.core.autoscaling.capacity import EngineSpeed, Work, speed_of
-from controlplane.core.placement.gangs import Gang, Infeasible, Shape
-from controlplane.core.placement.planner import ClusterState, Planner
+from controlplane.core.autoscaling.capacity import EngineSpeed, RequestShape, speed_of
+from controlplane.core.placement.gangs import Gang, GangShape, Infeasible
+from controlplane.core.placement.planner import PlacedCluster, Planner
 from controlplane.core.placement.topology import Node
 from controlplane.core.sizing.engine_args import parse_settings
 from controlplane.core.sizing.gpu_memory import plan_memory
@@ -25,7 +25,7 @@ from controlplane.engines.simulated.engine import settings_of
 from controlplane.errors import SetupError
 from controlplane.models.catalog import gpu_named, gpu_table
 from controlplane.models.model_config import load_model
-from controlplane.planning.tier_gangs import TierDemand
+from controlplane.planning.tier_gangs import TierGang
 from controlplane.planning.tier_specs import plain_speed
 from controlplane.simulation.engine import RooflineTiming, SimulatedTiming
 from controlplane.simulation.fleet import EngineModel
@@ -39,13 +39,13 @@ class TierEngines:
     engine: EngineModel
     prior: EngineSpeed
     """What the scaler is told beforehand."""
-    shape: Shape | None = None
+    shape: GangShape | None = None
     """None: a replica always has room."""
     engines: Mapping[str, EngineModel] = field(default_factory=dict)
     """By GPU model, where that matters."""
 
 
-def anywhere(tier: TierConfig, options: Options, work: Work) -> TierEngines:
+def anywhere(tier: TierConfig, options: Options, work: RequestShape) -> TierEngines:
     """Of a tier whose replicas always have room. SetupError: its model does not fit the GPU, or nobody says
     which GPU that is."""
     if tier.engine == "vllm" and (options.gpu or tier.device == "gpu"):
@@ -72,7 +72,7 @@ def _plain(tier: TierConfig, options: Options) -> TierEngines:
     return TierEngines(engine, plain_speed(timing.itl_s, timing.batch_slowdown))
 
 
-def on_nodes(demand: TierDemand, nodes: Sequence[Node], options: Options, work: Work) -> TierEngines:
+def on_nodes(demand: TierGang, nodes: Sequence[Node], options: Options, work: RequestShape) -> TierEngines:
     """Of a tier whose replicas find their places on ``nodes``. SetupError: they have none there, or how fast
     they would be is not known."""
     tier, shape = demand.tier, demand.shape
@@ -81,7 +81,7 @@ def on_nodes(demand: TierDemand, nodes: Sequence[Node], options: Options, work: 
     if shape is None:
         reasons = "; ".join(f"{where}: {why}" for where, why in demand.unfit)
         raise SetupError(f"tier '{tier.name}' fits nowhere on this cluster: {reasons}")
-    answer = Planner(ClusterState(tuple(nodes))).place(Gang(tier.name, shape))
+    answer = Planner(PlacedCluster(tuple(nodes))).place(Gang(tier.name, shape))
     if isinstance(answer, Infeasible):
         raise SetupError(
             f"tier '{tier.name}' has no place on this cluster, not even when it is empty: {answer.why}; "
@@ -101,7 +101,7 @@ def on_nodes(demand: TierDemand, nodes: Sequence[Node], options: Options, work: 
     return replace(first, shape=shape, engines={name: found.engine for name, found in by_model.items()})
 
 
-def _gpu_models(tier: TierConfig, shape: Shape, nodes: Sequence[Node]) -> list[str]:
+def _gpu_models(tier: TierConfig, shape: GangShape, nodes: Sequence[Node]) -> list[str]:
     """GPU models that replicas may find themselves on: the one that the scaler believes in first."""
     counts = Counter(
         gpu.model
@@ -115,7 +115,7 @@ def _gpu_models(tier: TierConfig, shape: Shape, nodes: Sequence[Node]) -> list[s
     return sorted(counts, key=lambda name: (name not in asked[:1], -counts[name], name))
 
 
-def _on_gpu(tier: TierConfig, gpu_model: str, options: Options, work: Work) -> TierEngines:
+def _on_gpu(tier: TierConfig, gpu_model: str, options: Options, work: RequestShape) -> TierEngines:
     gpu = gpu_named(gpu_model)
     args: dict[str, Any] = dict(tier.engine_args)
     loaded = load_model(tier.model)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, TextIO
 
 from controlplane.core.domain.request import Complexity, Priority
-from controlplane.core.reports.recorded_traffic import TrafficWindow
+from controlplane.core.reports.recorded_traffic import RecordedWindow
 from controlplane.errors import SetupError
 
 _LENGTH_SIGMA: Final = 0.8
@@ -162,7 +162,7 @@ def _plain(path: Path, rng: random.Random, keep: float, _: tuple[float, float]) 
     yield from _thin(_rows(path, convert), rng, keep)
 
 
-class Window(NamedTuple):
+class ServeGenWindow(NamedTuple):
     """One window of ServeGen's summary."""
 
     start_s: float
@@ -181,8 +181,8 @@ def _servegen(path: Path, rng: random.Random, keep: float, span_s: tuple[float, 
             yield from _window_arrivals(window, length_s, rng, keep)
 
 
-def _window(row: Mapping[str, str]) -> Window:
-    return Window(
+def _window(row: Mapping[str, str]) -> ServeGenWindow:
+    return ServeGenWindow(
         float(row["window_start_s"]),
         float(row["rate_rps"]),
         float(row.get("interarrival_cv") or 1.0),
@@ -191,7 +191,9 @@ def _window(row: Mapping[str, str]) -> Window:
     )
 
 
-def _window_arrivals(window: Window, length_s: float, rng: random.Random, keep: float) -> Iterator[Arrival]:
+def _window_arrivals(
+    window: ServeGenWindow, length_s: float, rng: random.Random, keep: float
+) -> Iterator[Arrival]:
     """Gamma-distributed gaps with the window's rate and variation.
 
     Of a renewal process that is thinned at random with probability p the gaps have the squared variation
@@ -216,11 +218,11 @@ def _window_arrivals(window: Window, length_s: float, rng: random.Random, keep: 
 def _own(path: Path, rng: random.Random, keep: float, span_s: tuple[float, float]) -> Iterator[Arrival]:
     """As many requests as each window counted, with its mean lengths. When they came inside it is not known:
     Poisson arrivals of which so many came are spread evenly at random."""
-    tiers: dict[str, list[TrafficWindow]] = {}
+    tiers: dict[str, list[RecordedWindow]] = {}
     for window in _rows(path, _own_window):
         tiers.setdefault(window.tier, []).append(window)
 
-    def arrivals(windows: list[TrafficWindow], own: random.Random) -> Iterator[Arrival]:
+    def arrivals(windows: list[RecordedWindow], own: random.Random) -> Iterator[Arrival]:
         for window in sorted(windows, key=lambda window: window.start_s):
             if window.start_s + window.seconds > span_s[0] and window.start_s < span_s[1]:
                 yield from _own_arrivals(window, own)
@@ -229,11 +231,11 @@ def _own(path: Path, rng: random.Random, keep: float, span_s: tuple[float, float
     yield from _thin(heapq.merge(*streams, key=lambda arrival: arrival.at_s), rng, keep)
 
 
-def _own_window(row: Mapping[str, str]) -> TrafficWindow:
+def _own_window(row: Mapping[str, str]) -> RecordedWindow:
     requests = int(row["requests"])
     if not 0 <= requests <= _MOST_IN_WINDOW:
         raise ValueError(f"{requests} requests: 0 to {_MOST_IN_WINDOW} are in one window")
-    return TrafficWindow(
+    return RecordedWindow(
         float(row["start_s"]),
         float(row["seconds"]),
         row.get("tier") or "",
@@ -243,7 +245,7 @@ def _own_window(row: Mapping[str, str]) -> TrafficWindow:
     )
 
 
-def _own_arrivals(window: TrafficWindow, rng: random.Random) -> Iterator[Arrival]:
+def _own_arrivals(window: RecordedWindow, rng: random.Random) -> Iterator[Arrival]:
     count = range(window.requests)
     times = sorted(window.start_s + window.seconds * rng.random() for _ in count)
     prompts = _with_mean([rng.lognormvariate(0.0, _LENGTH_SIGMA) for _ in count], window.input_tokens)

@@ -26,11 +26,11 @@ from rich.table import Table
 
 from controlplane.cli.console import stdout
 from controlplane.config import PlaneConfig, parse_plane
-from controlplane.core.autoscaling.capacity import Work
+from controlplane.core.autoscaling.capacity import RequestShape
 from controlplane.simulation.engine import SimulatedTiming
 from controlplane.simulation.options import Options
-from controlplane.simulation.policies import Static, each, reactive_policy
-from controlplane.simulation.results import Result
+from controlplane.simulation.policies import StaticPolicy, each, reactive_policy
+from controlplane.simulation.results import SimulationResult
 from controlplane.simulation.scenario import build
 from controlplane.simulation.simulator import MakePolicy, Scenario, replay
 from controlplane.simulation.traces import Arrival
@@ -128,13 +128,13 @@ def scaling_run(scale: float) -> list[Figure]:
         for outcome in sorted(run.load.outcomes, key=lambda outcome: outcome.began_s)
     ]
     options = Options(cold_start_s=cold_start_s, tick_s=1.0)
-    scenario = build(parse_plane(args), options, Work(PROMPT_TOKENS, TOKENS))
+    scenario = build(parse_plane(args), options, RequestShape(PROMPT_TOKENS, TOKENS))
     predicted = replay(scenario, reactive_policy("tierplane"), arrivals)
     took_ms = [outcome.latency_ms for outcome in run.load.outcomes]
     return [*_latencies(took_ms, predicted, WITHIN_S), *_replicas(run, predicted, end_s)]
 
 
-def _replicas(run: Run, predicted: Result, end_s: float) -> list[Figure]:
+def _replicas(run: Run, predicted: SimulationResult, end_s: float) -> list[Figure]:
     samples = predicted.tiers[0].samples
     grown = next((look.at_s for look in run.looks if look.ready > 1), 0.0)
     grown_there = next((sample.at_s for sample in samples if sample.ready > 1), 0.0)
@@ -145,7 +145,7 @@ def _replicas(run: Run, predicted: Result, end_s: float) -> list[Figure]:
     ]
 
 
-def _latencies(measured_ms: Sequence[float], predicted: Result, within_s: float) -> list[Figure]:
+def _latencies(measured_ms: Sequence[float], predicted: SimulationResult, within_s: float) -> list[Figure]:
     there_ms = [value * 1e3 for value in predicted.tiers[0].record.total_s]
 
     def both(name: str, of: Callable[[Sequence[float]], float | None]) -> Figure:
@@ -187,11 +187,11 @@ def vllm_run(seconds: float) -> list[Figure]:
 
 
 def _static(replicas: int) -> MakePolicy:
-    return each(lambda _: Static(replicas))
+    return each(lambda _: StaticPolicy(replicas))
 
 
 def _with_timing(config: PlaneConfig, timing: SimulatedTiming, prompt_tokens: int) -> Scenario:
-    scenario = build(config, Options(max_replicas=1), Work(prompt_tokens, VLLM_TOKENS))
+    scenario = build(config, Options(max_replicas=1), RequestShape(prompt_tokens, VLLM_TOKENS))
     (tier,) = scenario.tiers
     engine = replace(tier.replica.engine, timing=timing)
     return replace(scenario, tiers=(replace(tier, replica=replace(tier.replica, engine=engine)),))

@@ -24,15 +24,15 @@ import click
 import psutil
 
 from controlplane.controller import checkpoint
-from controlplane.controller.controller import GC_THRESHOLDS, Control, ControlRules
-from controlplane.controller.registry import Controller
+from controlplane.controller.controller import GC_THRESHOLDS, Controller, ControllerRules
+from controlplane.controller.registry import Registry
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
-from controlplane.core.gpus.leases import Outcome, Part
-from controlplane.core.placement.gangs import Shape
-from controlplane.core.reconcile.commands import OrderKind
+from controlplane.core.gpus.leases import GpuPart, LeaseOutcome
+from controlplane.core.placement.gangs import GangShape
+from controlplane.core.reconcile.commands import ReplicaCommandKind
 from controlplane.core.reports.history import points
-from controlplane.core.telemetry.node_updates import Infos, NodeNews, news_of, whole_sample
+from controlplane.core.telemetry.node_updates import GpuInfoCache, NodeUpdate, node_update, whole_sample
 from controlplane.core.telemetry.samples import (
     GpuCondition,
     GpuEvent,
@@ -71,14 +71,19 @@ class Fleet:
     infos: dict[str, tuple[GpuInfo, ...]] = field(default_factory=dict)
     readings: dict[str, list[tuple[GpuSample, ...]]] = field(default_factory=dict)
     replicas: dict[str, Endpoint] = field(default_factory=dict)
-    known: dict[str, Infos] = field(default_factory=dict)
+    known: dict[str, GpuInfoCache] = field(default_factory=dict)
     """What the controller was told of each node's GPUs."""
-    control: Control = field(init=False)
+    control: Controller = field(init=False)
 
     def __post_init__(self) -> None:
-        registry = Controller(epoch="bench", heartbeat_s=2.0, now_s=self.clock, unix_s=self.clock)
-        self.control = Control(
-            registry, heartbeat_s=2.0, now_s=self.clock, unix_s=self.clock, rules=ControlRules(), settle_s=0.0
+        registry = Registry(epoch="bench", heartbeat_s=2.0, now_s=self.clock, unix_s=self.clock)
+        self.control = Controller(
+            registry,
+            heartbeat_s=2.0,
+            now_s=self.clock,
+            unix_s=self.clock,
+            rules=ControllerRules(),
+            settle_s=0.0,
         )
         for i in range(self.nodes):
             uuids = [f"GPU-{i:05d}-{j}" for j in range(GPUS)]
@@ -95,7 +100,7 @@ class Fleet:
                 )
                 for j, uuid in enumerate(uuids)
             )
-        self.known = {node_id: Infos("a", 1, infos) for node_id, infos in self.infos.items()}
+        self.known = {node_id: GpuInfoCache("a", 1, infos) for node_id, infos in self.infos.items()}
         self.readings = {
             node_id: [tuple(reading(info, level) for info in infos) for level in range(LEVELS)]
             for node_id, infos in self.infos.items()
@@ -130,15 +135,15 @@ class Fleet:
         """What the agents of all nodes send to a controller that they have answered before."""
         answers = []
         for sample in self.samples():
-            infos = Infos("a", 1, self.infos[sample.node_id])
-            answers.append(pickle.dumps(news_of(sample, infos, (), infos.key), protocol=5))
+            infos = GpuInfoCache("a", 1, self.infos[sample.node_id])
+            answers.append(pickle.dumps(node_update(sample, infos, (), infos.key), protocol=5))
         return answers
 
     def unpack(self, answers: Iterable[bytes]) -> list[NodeSample | None]:
         """The samples, as the controller has them of those answers."""
         found = []
         for answer in answers:
-            news: NodeNews = pickle.loads(answer)
+            news: NodeUpdate = pickle.loads(answer)
             assert news.sample is not None
             found.append(whole_sample(news, self.known[news.sample.node_id]))
         return found
@@ -164,7 +169,7 @@ class Fleet:
             node_id = f"node-{number % self.nodes:05d}"
             self.born += 1
             name = f"{names[number % TIERS]}-{self.born}"
-            part = Part(self.infos[node_id][number // self.nodes].uuid)
+            part = GpuPart(self.infos[node_id][number // self.nodes].uuid)
             self.control.restore_lease(name, 1, node_id, (part,))
             self.join(name, names[number % TIERS], node_id, (part.gpu_uuid,))
 
@@ -172,8 +177,8 @@ class Fleet:
         """A new replica; False if there is no GPU for it on the node."""
         self.born += 1
         name = f"{tier}-{self.born}"
-        answer = self.control.lease_gpus(name, 1, node_id, Shape(), tier)
-        if answer.outcome is not Outcome.GRANTED or answer.lease is None:
+        answer = self.control.lease_gpus(name, 1, node_id, GangShape(), tier)
+        if answer.outcome is not LeaseOutcome.GRANTED or answer.lease is None:
             return False
         self.join(name, tier, node_id, answer.lease.gpu_uuids)
         return True
@@ -193,7 +198,7 @@ class Fleet:
         for name, endpoint in list(self.replicas.items()):
             answer = self.control.report(endpoint)
             for order in answer.orders:
-                if order.kind is OrderKind.RETIRE:
+                if order.kind is ReplicaCommandKind.RETIRE:
                     self.replicas[name] = replace(endpoint, state=EndpointState.DRAINING)
                     self.control.report(self.replicas[name])
                     del self.replicas[name]
@@ -243,7 +248,7 @@ def measure(nodes: int, ticks: int) -> dict[str, float]:
         fleet.control.observe_node(sample.node_id, [sample], [])
     fleet.fill()
     fleet.control.observe_nodes(fleet.infos.keys())
-    process, keeper = psutil.Process(), checkpoint.Keeper(0.0)
+    process, keeper = psutil.Process(), checkpoint.CheckpointWriter(0.0)
     spent_ms: list[float] = []
     decide_ms: list[float] = []
     cpu_ms: list[float] = []

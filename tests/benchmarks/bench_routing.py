@@ -16,8 +16,8 @@ import click
 from controlplane.core.admission.queue import AdmissionQueue
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
 from controlplane.core.domain.request import Complexity
-from controlplane.core.routing.dispatcher import Dispatcher, Held, Started
-from controlplane.core.routing.endpoint_table import Fleet
+from controlplane.core.routing.dispatcher import Dispatcher, Started, WaitsInQueue
+from controlplane.core.routing.endpoint_table import EndpointTable
 from controlplane.core.routing.router import decide
 from controlplane.core.routing.tier_table import RouteRequest, TierPolicy, TierTable
 
@@ -29,7 +29,7 @@ DEADLINE_S = NOW_S + 600.0
 def plane(endpoints_per_tier: int) -> Dispatcher:
     """A plane at rest."""
     table = TierTable.build([TierPolicy(name, name + "-model") for name in TIERS])
-    fleet = Fleet(table)
+    fleet = EndpointTable(table)
     base = Endpoint("", "", "m", "vllm", "http://127.0.0.1:1", EndpointState.READY, 10, generation=1)
     fleet.apply(
         replace(base, endpoint_id=f"{tier}-{index}", tier=tier)
@@ -73,7 +73,7 @@ def queued(dispatcher: Dispatcher, waiting: int) -> Callable[[], None]:
     running: list[Started] = []
     picks = iter(range(1_000_000_000))
 
-    def submit() -> Started | Held:
+    def submit() -> Started | WaitsInQueue:
         number = next(picks)
         answer = dispatcher.submit(
             RouteRequest(complexity=Complexity.SIMPLE),
@@ -82,7 +82,7 @@ def queued(dispatcher: Dispatcher, waiting: int) -> Callable[[], None]:
             deadline_s=DEADLINE_S + number % 97,
             caller=f"caller-{number % 20}",
         )
-        assert isinstance(answer, Started | Held)
+        assert isinstance(answer, Started | WaitsInQueue)
         return answer
 
     while isinstance(answer := submit(), Started):

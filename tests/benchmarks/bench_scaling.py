@@ -23,12 +23,12 @@ from rich.table import Table
 
 from controlplane.cli.console import stdout
 from controlplane.config import PlaneConfig, TierConfig
-from controlplane.core.autoscaling.capacity import Work
+from controlplane.core.autoscaling.capacity import RequestShape
 from controlplane.core.domain.slo import Slo
 from controlplane.simulation import oracle
 from controlplane.simulation.options import Options
 from controlplane.simulation.policies import NAMES, TARGETS, reactive_policy
-from controlplane.simulation.results import Result
+from controlplane.simulation.results import SimulationResult
 from controlplane.simulation.scenario import build
 from controlplane.simulation.simulator import Scenario, replay
 from controlplane.simulation.traces import Arrival, read_trace
@@ -69,7 +69,7 @@ class Trace:
     arrivals: Sequence[Arrival]
     gpu: str
     slo: Slo
-    work: Work
+    work: RequestShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class Run:
     """What ours and the oracle are asked to attain."""
     target: float | None
     """What a baseline aims at."""
-    result: Result
+    result: SimulationResult
     usual: bool
     """Not only for the frontier."""
 
@@ -245,7 +245,7 @@ def _rows(trace: Trace, cold_s: float, runs: Sequence[Run]) -> Iterable[dict[str
         }
 
 
-def _beats(one: Result, other: Result) -> bool:
+def _beats(one: SimulationResult, other: SimulationResult) -> bool:
     """Is ``one`` at least as good on both axes and better on one?"""
     no_worse = one.attainment >= other.attainment - EPSILON and one.gpu_hours <= other.gpu_hours
     return no_worse and (one.attainment > other.attainment + EPSILON or one.gpu_hours < other.gpu_hours)
@@ -253,7 +253,7 @@ def _beats(one: Result, other: Result) -> bool:
 
 def _run(
     trace: Trace, cold_s: float, name: str, attainment: float, target: float | None, seed: int
-) -> Result:
+) -> SimulationResult:
     scenario = _scenario(trace, cold_s, attainment, seed)
     if name == "oracle":
         return oracle.run_oracle(scenario, trace.arrivals, attainment)

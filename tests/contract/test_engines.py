@@ -298,7 +298,7 @@ def _running(running: Running) -> float:
 
 
 def family_of(pid: int) -> list[int]:
-    return reaper.Family(pid, reaper.start_of(pid), "", adopts=False).members()
+    return reaper.ProcessFamily(pid, reaper.start_of(pid), "", adopts=False).members()
 
 
 def test_it_comes_back_after_sigkill_and_after_the_loss_of_its_reaper(running):

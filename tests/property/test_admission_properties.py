@@ -16,9 +16,9 @@ from controlplane.core.admission.queue import (
     AdmissionSettings,
     Queued,
     Rejected,
+    RejectReason,
     Ticket,
     TicketState,
-    Why,
 )
 from controlplane.core.domain.request import Priority
 
@@ -91,10 +91,10 @@ class Life(RuleBasedStateMachine):
         else:
             assert ticket.state is TicketState.NEW
             assert answer.retry_after_s >= 1.0
-            if answer.why is Why.FULL:
+            if answer.why is RejectReason.FULL:
                 assert len(self.waiting) == self.capacity
                 assert not any(ORDER[one.priority] > ORDER[priority] for one in self.waiting)
-            if answer.why is Why.HOPELESS:
+            if answer.why is RejectReason.HOPELESS:
                 assert answer.wait_s is not None
                 assert answer.wait_s > timeout_s
 

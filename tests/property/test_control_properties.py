@@ -12,28 +12,28 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from controlplane.controller import checkpoint
-from controlplane.controller.controller import Control
-from controlplane.controller.operator_actions import Operations
+from controlplane.controller.controller import Controller
+from controlplane.controller.operator_actions import OperatorActions
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
 from controlplane.core.gpus.health import GpuState
 from controlplane.core.gpus.leases import WHOLE_MILLI
-from controlplane.core.placement.gangs import Shape
-from controlplane.core.reconcile.in_progress import Work
-from controlplane.core.reconcile.migrations import STEPS, Move, MovePhase, Restart, TierHold, step
+from controlplane.core.placement.gangs import GangShape
+from controlplane.core.reconcile.in_progress import InProgress
+from controlplane.core.reconcile.migrations import STEPS, Migration, MigrationPhase, Restart, TierHold, step
 from controlplane.core.reconcile.reconcile import (
-    AdvanceMove,
-    BeginMove,
+    AdvanceMigration,
+    BeginMigration,
     BeginRestart,
     Command,
-    EndMove,
+    EndMigration,
     EndRestart,
-    Failure,
     GpuOutOfUse,
     HoldTier,
     IssueRestart,
-    Observed,
+    PlacedCluster,
     ReconcileRules,
     ReleaseTier,
+    ReplicaFailure,
     SetGpu,
     reconcile,
 )
@@ -43,7 +43,7 @@ from tests.support.control import GIB, World, xid
 
 NODES = {"node-1": ["gpu-a0", "gpu-a1"], "node-2": ["gpu-b0", "gpu-b1"], "node-3": ["gpu-c0"]}
 GPUS = [uuid for uuids in NODES.values() for uuid in uuids]
-SHAPES = [Shape(), Shape(gpus=2), Shape(milli_gpu=400, gpu_memory_bytes=30 * GIB)]
+SHAPES = [GangShape(), GangShape(gpus=2), GangShape(milli_gpu=400, gpu_memory_bytes=30 * GIB)]
 
 STORY_PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
 """Stories take a while: one that fails is shown as it is."""
@@ -89,7 +89,7 @@ def strike(world: World, trouble: tuple[str, object, object]) -> None:
             else:
                 world.nodes[str(what)] = NODES[str(what)]
         case "cordon" | "drain" | "uncordon" | "restart":
-            answer = getattr(Operations(world.control), kind)(str(what), "because")
+            answer = getattr(OperatorActions(world.control), kind)(str(what), "because")
             assert answer.reason
         case "engine lost" if replicas:
             assert isinstance(what, int)
@@ -148,13 +148,13 @@ def check(world: World) -> None:
         assert move.reason
 
 
-keepers: WeakKeyDictionary[Control, checkpoint.Keeper] = WeakKeyDictionary()
+keepers: WeakKeyDictionary[Controller, checkpoint.CheckpointWriter] = WeakKeyDictionary()
 
 
 def kept_by_changes(world: World) -> None:
     """What is gathered from the changes is what gathering everything anew gives."""
     control = world.control
-    keeper = keepers.setdefault(control, checkpoint.Keeper(3.0))
+    keeper = keepers.setdefault(control, checkpoint.CheckpointWriter(3.0))
     state = (control.fleet, control.desk.book, control.work)
     assert keeper.values(*state) == checkpoint.to_values(*state, 3.0)
 
@@ -162,7 +162,7 @@ def kept_by_changes(world: World) -> None:
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow], phases=STORY_PHASES)
 @given(st.sampled_from(SHAPES), st.integers(1, 3), st.lists(troubles, max_size=12))
 def test_nothing_is_leased_twice_and_all_comes_to_rest(
-    shape: Shape, replicas: int, story: list[tuple[str, object, object]]
+    shape: GangShape, replicas: int, story: list[tuple[str, object, object]]
 ) -> None:
     world = World(
         {name: list(uuids) for name, uuids in NODES.items()}, {"small": replicas, "other": 1}, shape
@@ -179,9 +179,9 @@ def test_nothing_is_leased_twice_and_all_comes_to_rest(
         replica.obeys = True
     world.step(20)
     for uuid in GPUS:
-        Operations(world.control).uncordon(uuid, "mended")
+        OperatorActions(world.control).uncordon(uuid, "mended")
     for name in (*NODES, "small", "other"):
-        Operations(world.control).uncordon(name, "mended")
+        OperatorActions(world.control).uncordon(name, "mended")
     for _ in range(120):
         world.step()
         check(world)
@@ -256,15 +256,23 @@ endpoints = st.builds(
     generation=st.integers(1, 3),
 )
 moves = st.builds(
-    Move, ids, tiers, st.sampled_from(MovePhase), st.just("why"), times, times, st.booleans(), st.just("")
+    Migration,
+    ids,
+    tiers,
+    st.sampled_from(MigrationPhase),
+    st.just("why"),
+    times,
+    times,
+    st.booleans(),
+    st.just(""),
 )
 restarts = st.builds(Restart, ids, tiers, st.integers(1, 3), st.just("why"), times, st.booleans())
 holds = st.builds(
     TierHold, st.just("why"), times, st.sampled_from(["operator", "controller"]), st.none() | times
 )
-failures = st.lists(st.builds(Failure, times, ids, st.just("bad flag")), max_size=5).map(tuple)
+failures = st.lists(st.builds(ReplicaFailure, times, ids, st.just("bad flag")), max_size=5).map(tuple)
 observations = st.builds(
-    Observed,
+    PlacedCluster,
     now_s=times,
     endpoints=st.dictionaries(ids, endpoints).map(
         lambda found: {name: replace(item, endpoint_id=name) for name, item in found.items()}
@@ -291,7 +299,7 @@ observations = st.builds(
 )
 
 
-def consistent(seen: Observed) -> Observed:
+def consistent(seen: PlacedCluster) -> PlacedCluster:
     """Moves and restarts are filed under their own endpoint."""
     return replace(
         seen,
@@ -300,8 +308,8 @@ def consistent(seen: Observed) -> Observed:
     )
 
 
-def work_of(seen: Observed) -> Work:
-    return Work(
+def work_of(seen: PlacedCluster) -> InProgress:
+    return InProgress(
         moves=dict(seen.moves),
         restarts=dict(seen.restarts),
         holds=dict(seen.holds),
@@ -312,7 +320,7 @@ def work_of(seen: Observed) -> Work:
 
 @settings(max_examples=200)
 @given(observations.map(consistent))
-def test_any_state_comes_to_rest_and_every_command_has_a_reason(seen: Observed) -> None:
+def test_any_state_comes_to_rest_and_every_command_has_a_reason(seen: PlacedCluster) -> None:
     work = work_of(seen)
     gpus = dict(seen.gpus)
     for _ in range(12):
@@ -339,11 +347,11 @@ def test_any_state_comes_to_rest_and_every_command_has_a_reason(seen: Observed) 
     pytest.fail(f"still at it: {commands}")
 
 
-phases = st.sampled_from(MovePhase)
+phases = st.sampled_from(MigrationPhase)
 commands = st.one_of(
-    st.builds(BeginMove, ids, tiers, phases, st.just("why"), st.just("")),
-    st.builds(AdvanceMove, ids, phases, phases, st.just("why")),
-    st.builds(EndMove, ids, phases, st.just("why")),
+    st.builds(BeginMigration, ids, tiers, phases, st.just("why"), st.just("")),
+    st.builds(AdvanceMigration, ids, phases, phases, st.just("why")),
+    st.builds(EndMigration, ids, phases, st.just("why")),
     st.builds(BeginRestart, ids, tiers, st.integers(1, 3), st.just("why")),
     st.builds(IssueRestart, ids, st.just("why")),
     st.builds(EndRestart, ids, st.just("why")),
@@ -354,7 +362,7 @@ commands = st.one_of(
 
 @settings(max_examples=150)
 @given(observations.map(consistent), st.lists(commands, max_size=10))
-def test_a_command_that_does_not_fit_changes_nothing(seen: Observed, asked: list[Command]) -> None:
+def test_a_command_that_does_not_fit_changes_nothing(seen: PlacedCluster, asked: list[Command]) -> None:
     work = work_of(seen)
     for command in asked:
         before = (dict(work.moves), dict(work.restarts), dict(work.holds), dict(work.failures))
@@ -363,14 +371,14 @@ def test_a_command_that_does_not_fit_changes_nothing(seen: Observed, asked: list
         if applied is None:
             assert after == before
         else:
-            assert after != before or isinstance(command, AdvanceMove)
+            assert after != before or isinstance(command, AdvanceMigration)
         for name, move in work.moves.items():
             old = before[0].get(name)
             assert old is None or move.phase is old.phase or move.phase in STEPS[old.phase]
 
 
 @given(moves, phases)
-def test_an_illegal_step_of_a_move_raises(move: Move, phase: MovePhase) -> None:
+def test_an_illegal_step_of_a_move_raises(move: Migration, phase: MigrationPhase) -> None:
     if phase is move.phase:
         assert step(move, phase, now_s=1.0, note="") is move
     elif phase in STEPS[move.phase]:

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from controlplane.core.gpus import health as gpu_health
 from controlplane.core.gpus.findings import GpuRules
-from controlplane.core.gpus.health import OUT_OF_USE, Assessment, GpuHealth, GpuState, assess
-from controlplane.core.gpus.inventory import GpuFleet, GpuRecord
-from controlplane.core.gpus.xid import Level
+from controlplane.core.gpus.health import OUT_OF_USE, GpuHealth, GpuState, HealthAssessment, assess
+from controlplane.core.gpus.inventory import GpuInventory, GpuRecord
+from controlplane.core.gpus.xid import XidSeverity
 from controlplane.core.reports.history import points
 from controlplane.core.telemetry.samples import (
     Absence,
@@ -98,7 +98,7 @@ class PlainFleet:
     listed: dict[str, tuple[str, ...]] = field(default_factory=dict)
     waiting: dict[str, tuple[GpuHealth, bool]] = field(default_factory=dict)
 
-    def observe(self, sample: NodeSample, events: Sequence[GpuEvent], now_s: float) -> list[Assessment]:
+    def observe(self, sample: NodeSample, events: Sequence[GpuEvent], now_s: float) -> list[HealthAssessment]:
         node_id, moved = sample.node_id, []
         gpus = {gpu.info.uuid: gpu for gpu in sample.gpus if gpu.info.uuid}
         known = self.series.get(node_id, {})
@@ -133,7 +133,7 @@ class PlainFleet:
         events: list[GpuEvent],
         now_s: float,
         boot: str,
-    ) -> list[Assessment]:
+    ) -> list[HealthAssessment]:
         record = self.records.get(uuid)
         if record is None:
             health, leave = self.waiting.pop(uuid, (GpuHealth(uuid, since_s=now_s), False))
@@ -147,7 +147,7 @@ class PlainFleet:
         leave = seen.health.state in OUT_OF_USE and (
             record.must_leave
             or (seen.verdict.moved and seen.verdict.after is GpuState.CORDONED)
-            or any(finding.level is Level.FATAL for finding in seen.findings)
+            or any(finding.level is XidSeverity.FATAL for finding in seen.findings)
         )
         self.records[uuid] = GpuRecord(node_id, seen.health, leave)
         return [seen] if seen.verdict.moved else []
@@ -196,7 +196,7 @@ steps = st.lists(st.tuples(st.floats(0.5, 8), st.one_of(samples, samples, sample
 def test_the_fleet_knows_what_looking_at_everything_would_tell(
     story: list[tuple[float, tuple[object, ...]]],
 ) -> None:
-    fleet, plain, now_s = GpuFleet(RULES), PlainFleet(), 0.0
+    fleet, plain, now_s = GpuInventory(RULES), PlainFleet(), 0.0
     for seq, (passed_s, step) in enumerate(story, start=1):
         now_s += passed_s
         if step[0] == "sample":
@@ -225,7 +225,7 @@ def sample_of(step: tuple[object, ...], seq: int, now_s: float) -> tuple[NodeSam
     return node_sample(node_id, seq, now_s, gpus, driver), events  # type: ignore[arg-type]
 
 
-def wish(fleet: GpuFleet, plain: PlainFleet, step: tuple[object, ...], now_s: float) -> None:
+def wish(fleet: GpuInventory, plain: PlainFleet, step: tuple[object, ...], now_s: float) -> None:
     kind, uuid = str(step[0]), str(step[1])
     if kind == "forget":
         node_id = next(node_id for node_id, uuids in NODES.items() if uuid in uuids)
@@ -249,7 +249,7 @@ def wish(fleet: GpuFleet, plain: PlainFleet, step: tuple[object, ...], now_s: fl
     plain.records[uuid] = GpuRecord(record.node_id, health, leave)
 
 
-def compare(fleet: GpuFleet, plain: PlainFleet, now_s: float) -> None:
+def compare(fleet: GpuInventory, plain: PlainFleet, now_s: float) -> None:
     assert dict(fleet.records) == plain.records
     assert fleet.out_of_use() == {
         uuid: record.node_id for uuid, record in plain.records.items() if record.out_of_use

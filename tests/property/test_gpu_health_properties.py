@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from controlplane.core.gpus.findings import GpuRules
 from controlplane.core.gpus.health import MOVES, OUT_OF_USE, GpuHealth, GpuState, assess, unremarkable
-from controlplane.core.gpus.xid import XIDS, Level
+from controlplane.core.gpus.xid import XIDS, XidSeverity
 from controlplane.core.telemetry.samples import (
     Absence,
     GpuCondition,
@@ -88,9 +88,9 @@ def test_every_life_keeps_to_the_table_and_to_the_evidence(
         assert done.verdict.reason
         assert after is before or after in MOVES[before]
         if after is not before and after in (GpuState.CORDONED, GpuState.SUSPECT):
-            assert max(finding.level for finding in done.findings) >= Level.WATCH
+            assert max(finding.level for finding in done.findings) >= XidSeverity.WATCH
         if after is GpuState.CORDONED and before is not after:
-            assert any(finding.level is Level.FATAL for finding in done.findings)
+            assert any(finding.level is XidSeverity.FATAL for finding in done.findings)
             assert RULES.hold_initial_s <= done.health.hold_s <= RULES.hold_max_s
         if after is GpuState.RETURNED and before is not after:
             assert now_s - health.since_s >= health.hold_s

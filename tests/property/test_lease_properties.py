@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from controlplane.core.gpus.leases import WHOLE_MILLI, Capacity, Lease, LeaseBook, Outcome, Part
+from controlplane.core.gpus.leases import WHOLE_MILLI, GpuCapacity, GpuLease, GpuPart, LeaseBook, LeaseOutcome
 
 UUIDS = tuple(f"GPU-{index}" for index in range(5))
 MEMORY = 100
@@ -14,7 +14,7 @@ holders = st.sampled_from("abcdef")
 generations = st.integers(1, 3)
 parts = st.lists(
     st.builds(
-        Part, st.sampled_from(UUIDS), st.sampled_from([-1, 250, 500, 1000, 1500]), st.integers(-1, 120)
+        GpuPart, st.sampled_from(UUIDS), st.sampled_from([-1, 250, 500, 1000, 1500]), st.integers(-1, 120)
     ),
     max_size=3,
 )
@@ -27,33 +27,33 @@ class Leasing(RuleBasedStateMachine):
         super().__init__()
         self.book = LeaseBook()
         self.now_s = 0.0
-        self.told: dict[str, Lease] = {}
+        self.told: dict[str, GpuLease] = {}
         self.seen_version = 0
-        self.seen: dict[str, tuple[Part, ...]] = {}
+        self.seen: dict[str, tuple[GpuPart, ...]] = {}
         """What somebody knows who asks now and then only for what changed."""
 
-    def capacities(self, sick: set[str]) -> dict[str, Capacity]:
+    def capacities(self, sick: set[str]) -> dict[str, GpuCapacity]:
         return {
-            uuid: Capacity(uuid, "n1" if uuid < "GPU-3" else "n2", MEMORY, "sick" if uuid in sick else "")
+            uuid: GpuCapacity(uuid, "n1" if uuid < "GPU-3" else "n2", MEMORY, "sick" if uuid in sick else "")
             for uuid in UUIDS
         }
 
     @rule(
         holder=holders, wanted=parts, generation=generations, sick=st.sets(st.sampled_from(UUIDS), max_size=2)
     )
-    def acquire(self, holder: str, wanted: list[Part], generation: int, sick: set[str]) -> None:
+    def acquire(self, holder: str, wanted: list[GpuPart], generation: int, sick: set[str]) -> None:
         before = dict(self.book.leases)
         answer = self.book.acquire(
             holder, wanted, self.capacities(sick), generation=generation, now_s=self.now_s
         )
         assert answer.reason
-        if answer.outcome is Outcome.GRANTED:
+        if answer.outcome is LeaseOutcome.GRANTED:
             assert answer.lease is not None
             assert list(answer.lease.parts) == wanted, "all or nothing"
             assert not sick & set(answer.lease.gpu_uuids)
             assert {uuid < "GPU-3" for uuid in answer.lease.gpu_uuids} in ({True}, {False}), "one node"
             self.told[holder] = answer.lease
-        elif answer.outcome is Outcome.UNCHANGED:
+        elif answer.outcome is LeaseOutcome.UNCHANGED:
             assert answer.lease is not None
             assert answer.lease.parts == before[holder].parts
         else:
@@ -62,11 +62,11 @@ class Leasing(RuleBasedStateMachine):
     @rule(holder=holders, generation=generations)
     def release(self, holder: str, generation: int) -> None:
         before = dict(self.book.leases)
-        if self.book.release(holder, generation=generation).outcome is Outcome.GRANTED:
+        if self.book.release(holder, generation=generation).outcome is LeaseOutcome.GRANTED:
             self.told.pop(holder, None)
         else:
             assert dict(self.book.leases) == before
-        assert self.book.release(holder, generation=generation).outcome is Outcome.UNKNOWN
+        assert self.book.release(holder, generation=generation).outcome is LeaseOutcome.UNKNOWN
 
     @rule(holder=holders, generation=generations)
     def renew(self, holder: str, generation: int) -> None:

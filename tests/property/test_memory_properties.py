@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controlplane.core.sizing.architecture import LayerKind, ModelSpec, plain_model
-from controlplane.core.sizing.engine_args import EngineSettings
-from controlplane.core.sizing.feasibility import Fit, Limits, Unfit, fit, shortfalls
+from controlplane.core.sizing.engine_args import EngineArgs
+from controlplane.core.sizing.feasibility import Fit, FitLimits, Unfit, fit, shortfalls
 from controlplane.core.sizing.gpu_memory import activation_bytes, plan_memory
 from controlplane.core.sizing.hf_config import parse_config
 from controlplane.core.sizing.kv_cache import kv_bytes_per_token, kv_groups, kv_layout
@@ -40,7 +40,7 @@ def small_models(draw: st.DrawFn) -> ModelSpec:
 
 @given(small_models(), st.sampled_from([1, 2, 3, 4, 8]), st.integers(1, 4), gpus)
 def test_the_parts_hold_at_least_the_whole(model: ModelSpec, tp: int, pp: int, gpu: object) -> None:
-    cut = EngineSettings(tp=tp, pp=min(pp, len(model.layers)))
+    cut = EngineArgs(tp=tp, pp=min(pp, len(model.layers)))
     if divisibility(model, cut):
         return
     plan = plan_memory(model, cut, gpu, estimates=False)  # type: ignore[arg-type]
@@ -99,7 +99,7 @@ def test_kv_bytes_per_token(model: ModelSpec, tp: int, kv_bytes: int) -> None:
 def test_sequences_stay_inside_the_budget(
     model: ModelSpec, gpu: object, tp: int, length: int, ratio: float
 ) -> None:
-    plan = plan_memory(model, EngineSettings(tp=tp, memory_ratio=ratio), gpu)  # type: ignore[arg-type]
+    plan = plan_memory(model, EngineArgs(tp=tp, memory_ratio=ratio), gpu)  # type: ignore[arg-type]
     count = plan.sequences(length)
     assert count >= 0
     held = count * plan.sequence_bytes(length)
@@ -136,8 +136,10 @@ def test_formats_never_take_more_than_16_bit(name: str, inputs: int, outputs: in
 @settings(deadline=None, max_examples=40)
 @given(models, gpus, st.sampled_from([1, 2, 4]), st.integers(0, 4))
 def test_a_verdict_is_right(model: ModelSpec, gpu: object, tp: int, count: int) -> None:
-    limits = Limits(count=count, length=4096 if model.max_length >= 4096 else 0, quantizations=("fp8", "awq"))
-    found = fit(model, EngineSettings(tp=tp), gpu, limits)  # type: ignore[arg-type]
+    limits = FitLimits(
+        count=count, length=4096 if model.max_length >= 4096 else 0, quantizations=("fp8", "awq")
+    )
+    found = fit(model, EngineArgs(tp=tp), gpu, limits)  # type: ignore[arg-type]
     if isinstance(found, Fit):
         assert shortfalls(found.plan, limits) == ()
         assert found.sequences >= 1

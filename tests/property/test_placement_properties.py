@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controlplane.core.placement.batch_planner import plan
-from controlplane.core.placement.gangs import Gang, Placement, Shape
-from controlplane.core.placement.occupancy import Replica, Reserved, occupancy
-from controlplane.core.placement.planner import ClusterState, Planner
+from controlplane.core.placement.gangs import Gang, GangShape, Placement
+from controlplane.core.placement.occupancy import ReservedResources, RunningReplica, occupancy
+from controlplane.core.placement.planner import PlacedCluster, Planner
 from controlplane.core.placement.revalidation import revalidate
 from controlplane.core.placement.topology import Distance, Gpu, Node, spread_of
 from controlplane.core.placement.what_if import change
@@ -51,11 +51,11 @@ def nodes(draw: st.DrawFn) -> tuple[Node, ...]:
 
 
 @st.composite
-def shapes(draw: st.DrawFn) -> Shape:
+def shapes(draw: st.DrawFn) -> GangShape:
     gpus = draw(st.sampled_from([0, 1, 1, 2, 3, 4, 8]))
     stages = draw(st.sampled_from([1, 1, 2, 3]))
     single = gpus == 1 and stages == 1
-    return Shape(
+    return GangShape(
         gpus,
         stages,
         draw(st.sampled_from([1, 105, 333, 500, 810, 1000])) if single else 1000,
@@ -101,7 +101,7 @@ def check_nothing_over_committed(fleet: tuple[Node, ...], placements: tuple[Plac
 @given(nodes(), gangs())
 @settings(max_examples=150, deadline=None)
 def test_a_plan_is_whole_holds_and_explains_itself(fleet: tuple[Node, ...], asked: tuple[Gang, ...]) -> None:
-    state = ClusterState(fleet)
+    state = PlacedCluster(fleet)
     answer = plan(state, asked, effort=40)
     check_nothing_over_committed(fleet, answer.placements)
     by_id = {node.node_id: node for node in fleet}
@@ -131,14 +131,14 @@ def test_what_runs_stays_and_what_others_hold_is_theirs(
     fleet: tuple[Node, ...], asked: tuple[Gang, ...], known: bool, foreign_milli: int
 ) -> None:
     asked = tuple(replace(gang, tier=repr(gang.shape)) for gang in asked)  # a tier's replicas are alike
-    first = plan(ClusterState(fleet), asked, effort=40)
+    first = plan(PlacedCluster(fleet), asked, effort=40)
     running = [placement for placement in first.placements if len(placement.node_ids) == 1]
     replicas = [
-        Replica(f"r-{p.gang.gang_id}", p.gang.tier, p.node_ids[0], p.gpu_uuids if known else ())
+        RunningReplica(f"r-{p.gang.gang_id}", p.gang.tier, p.node_ids[0], p.gpu_uuids if known else ())
         for p in running
     ]
     reserved = {
-        node.node_id: Reserved(
+        node.node_id: ReservedResources(
             sum(p.gang.shape.total_milli for p in running if node.node_id in p.node_ids)
             + (foreign_milli if node is fleet[0] else 0)
         )
@@ -168,15 +168,15 @@ def test_equal_questions_get_equal_answers(
 ) -> None:
     mixed = list(fleet)
     rng.shuffle(mixed)
-    first = plan(ClusterState(fleet), asked, effort=40)
-    assert plan(ClusterState(tuple(mixed)), asked, effort=40).placements == first.placements
+    first = plan(PlacedCluster(fleet), asked, effort=40)
+    assert plan(PlacedCluster(tuple(mixed)), asked, effort=40).placements == first.placements
 
 
 @given(nodes(), gangs())
 @settings(max_examples=100, deadline=None)
 def test_what_is_refused_truly_does_not_fit(fleet: tuple[Node, ...], asked: tuple[Gang, ...]) -> None:
     """Nothing is refused to keep room: each refused gang of one node fails a plain look at every node."""
-    planner = Planner(ClusterState(fleet))
+    planner = Planner(PlacedCluster(fleet))
     for gang in asked:
         before = planner.placements
         if isinstance(planner.place(gang), Placement):
@@ -211,7 +211,7 @@ def test_what_is_refused_truly_does_not_fit(fleet: tuple[Node, ...], asked: tupl
 def test_what_leaves_is_free_again(
     fleet: tuple[Node, ...], asked: tuple[Gang, ...], leaving: list[int]
 ) -> None:
-    planner = Planner(ClusterState(fleet))
+    planner = Planner(PlacedCluster(fleet))
     for gang in asked:
         planner.place(gang)
     for i in leaving:
@@ -225,4 +225,4 @@ def test_what_leaves_is_free_again(
     for placement in left:
         assert isinstance(planner.place(placement.gang), Placement), "the empty fleet took it before"
         planner.remove(placement.gang.gang_id)
-    assert revalidate(left, ClusterState(fleet)) == ()
+    assert revalidate(left, PlacedCluster(fleet)) == ()

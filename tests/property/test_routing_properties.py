@@ -10,14 +10,14 @@ from controlplane.core.admission.queue import AdmissionQueue, AdmissionSettings
 from controlplane.core.domain.endpoint import Capabilities, Endpoint, EndpointState
 from controlplane.core.domain.request import Complexity, Priority
 from controlplane.core.routing.circuit_breaker import MOVES, Breaker, BreakerSettings, BreakerState
-from controlplane.core.routing.dispatcher import Dispatcher, Held, Started
-from controlplane.core.routing.endpoint_table import Fleet, Lease, Seat, share
-from controlplane.core.routing.router import Outcome, decide, explain, has_room
+from controlplane.core.routing.dispatcher import Dispatcher, Started, WaitsInQueue
+from controlplane.core.routing.endpoint_table import EndpointTable, GatewayShard, RequestSlot, shard_share
+from controlplane.core.routing.router import RouteOutcome, decide, explain, has_room
 from controlplane.core.routing.scorers import home
 from controlplane.core.routing.tier_table import (
     API_BITS,
     Api,
-    Direction,
+    OverflowDirection,
     RouteRequest,
     TierPolicy,
     TierTable,
@@ -44,7 +44,7 @@ endpoints = st.builds(
     capabilities=capabilities,
 )
 fleets_of = st.lists(endpoints, max_size=10, unique_by=lambda endpoint: endpoint.endpoint_id)
-directions = st.sampled_from(list(Direction))
+directions = st.sampled_from(list(OverflowDirection))
 tables = st.builds(
     lambda spills, bridges, floors, default: TierTable.build(
         [
@@ -74,10 +74,10 @@ requests = st.builds(
 
 
 @st.composite
-def planes(draw: st.DrawFn) -> tuple[TierTable, Fleet]:
+def planes(draw: st.DrawFn) -> tuple[TierTable, EndpointTable]:
     """A table and a fleet in any state of load and health."""
     table = draw(tables)
-    fleet = Fleet(table)
+    fleet = EndpointTable(table)
     fleet.apply(draw(fleets_of))
     for load in fleet.by_endpoint_id.values():
         for _ in range(draw(st.integers(0, load.limit))):
@@ -107,13 +107,13 @@ def floor_of(request: RouteRequest, table: TierTable) -> int:
 @settings(max_examples=200, deadline=None)
 @given(planes(), requests, st.integers(0, 2**32))
 def test_only_fit_endpoints_are_chosen(
-    plane: tuple[TierTable, Fleet], request: RouteRequest, pick: int
+    plane: tuple[TierTable, EndpointTable], request: RouteRequest, pick: int
 ) -> None:
     table, fleet = plane
     decision = decide(request, table, fleet, NOW_S, pick)
     assert has_room(resolve(request, table), request, fleet, NOW_S) == (decision.load is not None)
-    assert (decision.load is not None) == (decision.outcome is Outcome.SEND)
-    assert (decision.refusal is not None) == (decision.outcome is Outcome.REJECT)
+    assert (decision.load is not None) == (decision.outcome is RouteOutcome.SEND)
+    assert (decision.refusal is not None) == (decision.outcome is RouteOutcome.REJECT)
     assert decision.reason.isascii()
     if decision.load is None:
         return
@@ -133,14 +133,14 @@ def test_only_fit_endpoints_are_chosen(
         assert decision.spilled != decision.bridged
         way = policy.spill if decision.spilled else policy.bridge
         if way is not None:
-            assert way is not Direction.NONE
-            assert way is Direction.BOTH or (way is Direction.UP) == (rank > route.order[0])
+            assert way is not OverflowDirection.NONE
+            assert way is OverflowDirection.BOTH or (way is OverflowDirection.UP) == (rank > route.order[0])
 
 
 @settings(max_examples=200, deadline=None)
 @given(planes(), requests, st.integers(0, 2**32))
 def test_an_explanation_agrees_with_the_decision(
-    plane: tuple[TierTable, Fleet], request: RouteRequest, pick: int
+    plane: tuple[TierTable, EndpointTable], request: RouteRequest, pick: int
 ) -> None:
     table, fleet = plane
     explanation = explain(request, table, fleet, NOW_S, pick)
@@ -161,7 +161,7 @@ def test_an_explanation_agrees_with_the_decision(
 @settings(max_examples=100, deadline=None)
 @given(planes(), requests)
 def test_every_fit_endpoint_of_the_first_tier_is_taken_sooner_or_later(
-    plane: tuple[TierTable, Fleet], request: RouteRequest
+    plane: tuple[TierTable, EndpointTable], request: RouteRequest
 ) -> None:
     """No pick raises, and the better of two never loses: the best of all is always among the chosen."""
     table, fleet = plane
@@ -182,7 +182,7 @@ def test_every_fit_endpoint_of_the_first_tier_is_taken_sooner_or_later(
 
 @given(st.integers(0, 500), st.integers(1, 20), st.integers(0, 2**64 - 1))
 def test_shares_sum_to_the_limit_and_are_even(limit: int, count: int, offset: int) -> None:
-    shares = [share(limit, index, count, offset) for index in range(count)]
+    shares = [shard_share(limit, index, count, offset) for index in range(count)]
     assert sum(shares) == limit
     assert max(shares) - min(shares) <= 1
     assert limit < count or min(shares) >= 1
@@ -191,7 +191,7 @@ def test_shares_sum_to_the_limit_and_are_even(limit: int, count: int, offset: in
 @given(st.sets(st.integers(0, 30), min_size=2, max_size=8), st.integers(0, 2**64 - 1), st.data())
 def test_keys_move_only_from_endpoints_that_go(ids: set[int], key: int, data: st.DataObject) -> None:
     table = TierTable.build([TierPolicy("balanced", "m")])
-    fleet = Fleet(table)
+    fleet = EndpointTable(table)
     state = EndpointState.READY
     fleet.apply(Endpoint(f"e{i}", "balanced", "m", "vllm", "http://x", state, 4) for i in sorted(ids))
     loads = fleet.pools[0].loads
@@ -261,12 +261,12 @@ class Traffic(RuleBasedStateMachine):
         super().__init__()
         self.now_s = NOW_S
         self.pick = 0
-        self.running: list[Lease] = []
+        self.running: list[RequestSlot] = []
         self.held = 0
 
     @initialize(table=tables, first=fleets_of)
     def start(self, table: TierTable, first: list[Endpoint]) -> None:
-        fleet = Fleet(table)
+        fleet = EndpointTable(table)
         fleet.apply(first)
         self.plane = Dispatcher(table, fleet, AdmissionQueue(AdmissionSettings(capacity=8)))
 
@@ -280,7 +280,7 @@ class Traffic(RuleBasedStateMachine):
         answer = self.plane.submit(request, self.now_s, self.pick, deadline_s=self.now_s + timeout_s)
         if isinstance(answer, Started):
             self.started(answer)
-        elif isinstance(answer, Held):
+        elif isinstance(answer, WaitsInQueue):
             self.held += 1 - (answer.queued.evicted is not None)
 
     @rule(data=st.data(), how=st.sampled_from(["succeed", "fail", "abandon", "first_token"]))
@@ -338,13 +338,13 @@ def test_a_limit_is_never_exceeded_by_what_is_started() -> None:
     def check(limits: list[int], count: int, gateways: int) -> None:
         running: dict[str, int] = {}
         for index in range(gateways):
-            fleet = Fleet(table)
+            fleet = EndpointTable(table)
             fleet.apply(
                 (
                     Endpoint(f"e{i}", "balanced", "m", "vllm", "http://x", EndpointState.READY, limit)
                     for i, limit in enumerate(limits)
                 ),
-                seat=Seat(index, gateways),
+                seat=GatewayShard(index, gateways),
             )
             plane = Dispatcher(table, fleet, AdmissionQueue())
             for pick in range(count):

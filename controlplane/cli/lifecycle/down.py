@@ -8,7 +8,7 @@ import time
 
 import click
 
-from controlplane.cli.lifecycle.progress import Voice, voice
+from controlplane.cli.lifecycle.progress import ProgressReporter, progress_reporter
 from controlplane.cli.lifecycle.stopping import DRAIN_MARGIN_S, stop_plane
 from controlplane.config import load_plane
 from controlplane.errors import TierplaneError
@@ -27,7 +27,7 @@ def command(now: bool, as_json: bool) -> None:
     Tiers, gateway, controller, and Ray if it was started too; a Ray that was there before goes on. Running
     requests are waited for.
     """
-    speech = voice(as_json=as_json)
+    speech = progress_reporter(as_json=as_json)
     record = session.load_record()
     if record is None:
         speech.result("stopped", "Nothing to stop: no plane runs here.", processes=0, ray_stopped=False)
@@ -50,7 +50,7 @@ def drain_limit_s(record: RunRecord) -> float:
         return DEFAULT_DRAIN_S
 
 
-def _stop_foreground(record: RunRecord, speech: Voice, limit_s: float) -> None:
+def _stop_foreground(record: RunRecord, speech: ProgressReporter, limit_s: float) -> None:
     """Ask the ``tierplane up`` that is in the foreground somewhere to stop, and wait for its end."""
     speech.step(f"asking `tierplane up` (process {record.up_pid}) to stop")
     os.kill(record.up_pid, signal.SIGTERM)

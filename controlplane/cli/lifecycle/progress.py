@@ -21,7 +21,7 @@ QUIET_LINE_S = 20.0
 """Lines: so long without a change, and a line says that it is still going on."""
 
 
-class Voice(Protocol):
+class ProgressReporter(Protocol):
     """How a command speaks."""
 
     def step(self, text: str) -> None:
@@ -45,26 +45,26 @@ class Voice(Protocol):
         ...
 
 
-def voice(*, as_json: bool) -> Voice:
+def progress_reporter(*, as_json: bool) -> ProgressReporter:
     """The one that fits: JSON if asked for, live on a terminal, lines elsewhere."""
     if as_json:
-        return JsonVoice()
+        return JsonProgress()
     console = stdout()
-    return LiveVoice(console) if console.is_terminal else LineVoice()
+    return LiveProgress(console) if console.is_terminal else LineProgress()
 
 
-class JsonVoice:
+class JsonProgress:
     """One JSON object per line."""
 
     def __init__(self) -> None:
         self._last: list[tuple[Any, ...]] = []
 
     def step(self, text: str) -> None:
-        """See :class:`Voice`."""
+        """See :class:`ProgressReporter`."""
         self._write("step", text=text)
 
     def progress(self, tiers: Sequence[TierStatus], elapsed_s: float) -> None:
-        """See :class:`Voice`."""
+        """See :class:`ProgressReporter`."""
         now = [_gist(tier) for tier in tiers]
         if now != self._last:
             self._last = now
@@ -72,22 +72,22 @@ class JsonVoice:
             self._write("progress", elapsed_s=round(elapsed_s, 1), tiers=shown)
 
     def event(self, event: Event) -> None:
-        """See :class:`Voice`."""
+        """See :class:`ProgressReporter`."""
         fields = {"kind": event.kind, "subject": event.subject, "tier": event.tier, "reason": event.reason}
         self._write("event", unix_s=event.unix_s, **fields)
 
     def result(self, kind: str, text: str, **fields: Any) -> None:
-        """See :class:`Voice`."""
+        """See :class:`ProgressReporter`."""
         self._write(kind, **fields)
 
     def close(self) -> None:
-        """See :class:`Voice`."""
+        """See :class:`ProgressReporter`."""
 
     def _write(self, event: str, **fields: Any) -> None:
         click.echo(json.dumps({"event": event, **fields}))
 
 
-class LineVoice:
+class LineProgress:
     """Lines, one for each change."""
 
     def __init__(self) -> None:
@@ -95,11 +95,11 @@ class LineVoice:
         self._spoke_s = time.monotonic()
 
     def step(self, text: str) -> None:
-        """See :class:`Voice`."""
+        """See :class:`ProgressReporter`."""
         self._line(text)
 
     def progress(self, tiers: Sequence[TierStatus], elapsed_s: float) -> None:
-        """See :class:`Voice`."""
+        """See :class:`ProgressReporter`."""
         for tier in tiers:
             if self._last.get(tier.name) != _gist(tier):
                 self._last[tier.name] = _gist(tier)
@@ -111,22 +111,22 @@ class LineVoice:
             self._line(f"{elapsed_s:6.1f} s  waiting for {waiting}")
 
     def event(self, event: Event) -> None:
-        """See :class:`Voice`."""
+        """See :class:`ProgressReporter`."""
         self._line(_event_text(event))
 
     def result(self, kind: str, text: str, **fields: Any) -> None:
-        """See :class:`Voice`."""
+        """See :class:`ProgressReporter`."""
         self._line(text)
 
     def close(self) -> None:
-        """See :class:`Voice`."""
+        """See :class:`ProgressReporter`."""
 
     def _line(self, text: str) -> None:
         self._spoke_s = time.monotonic()
         click.echo(text)
 
 
-class LiveVoice:
+class LiveProgress:
     """A table that is redrawn in place while the tiers start."""
 
     def __init__(self, console: Console) -> None:
@@ -134,27 +134,27 @@ class LiveVoice:
         self._live: Live | None = None
 
     def step(self, text: str) -> None:
-        """See :class:`Voice`."""
+        """See :class:`ProgressReporter`."""
         self._console.print(Text(text, style="dim"))
 
     def progress(self, tiers: Sequence[TierStatus], elapsed_s: float) -> None:
-        """See :class:`Voice`."""
+        """See :class:`ProgressReporter`."""
         if self._live is None:
             self._live = Live(console=self._console, auto_refresh=False, transient=False)
             self._live.start()
         self._live.update(Group(progress_table(tiers, elapsed_s)), refresh=True)
 
     def event(self, event: Event) -> None:
-        """See :class:`Voice`."""
+        """See :class:`ProgressReporter`."""
         self._console.print(Text(_event_text(event)))
 
     def result(self, kind: str, text: str, **fields: Any) -> None:
-        """See :class:`Voice`."""
+        """See :class:`ProgressReporter`."""
         self.close()
         self._console.print(Text(text))
 
     def close(self) -> None:
-        """See :class:`Voice`."""
+        """See :class:`ProgressReporter`."""
         if self._live is not None:
             self._live.stop()
             self._live = None

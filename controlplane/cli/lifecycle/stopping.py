@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from controlplane.cli.lifecycle.progress import Voice
+from controlplane.cli.lifecycle.progress import ProgressReporter
 from controlplane.errors import SetupError
 from controlplane.ray_cluster import session
 from controlplane.ray_cluster.session import RunRecord
@@ -18,7 +18,11 @@ class _Impatient(Exception):
 
 
 def stop_plane(
-    record: RunRecord, voice: Voice, *, drain_s: float, impatient: Callable[[], bool] = lambda: False
+    record: RunRecord,
+    voice: ProgressReporter,
+    *,
+    drain_s: float,
+    impatient: Callable[[], bool] = lambda: False,
 ) -> None:
     """Delete the application (replicas drain), end the controller, then stop Ray if it is ours.
 
@@ -42,7 +46,9 @@ def stop_plane(
     voice.result("stopped", f"Stopped ({what}).", processes=stopped, ray_stopped=record.owns_ray)
 
 
-def _undeploy(record: RunRecord, voice: Voice, *, drain_s: float, impatient: Callable[[], bool]) -> None:
+def _undeploy(
+    record: RunRecord, voice: ProgressReporter, *, drain_s: float, impatient: Callable[[], bool]
+) -> None:
     session.enter(record)
     from ray import serve
     from ray.exceptions import RayError

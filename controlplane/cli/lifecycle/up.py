@@ -20,9 +20,9 @@ from types import FrameType
 import click
 import psutil
 
-from controlplane.cli.checking.checks import Verdict, run_checks
+from controlplane.cli.checking.checks import CheckStatus, run_checks
 from controlplane.cli.checking.configuration import load_checked
-from controlplane.cli.lifecycle.progress import Voice, voice
+from controlplane.cli.lifecycle.progress import ProgressReporter, progress_reporter
 from controlplane.cli.lifecycle.stopping import stop_plane
 from controlplane.config import ServeFile
 from controlplane.core.cluster.snapshot import ClusterSnapshot
@@ -70,7 +70,7 @@ class Interrupts:
         return self.count >= 2
 
 
-class Stopped(Exception):
+class StopRequested(Exception):
     """The user asked to stop."""
 
 
@@ -98,7 +98,7 @@ def command(
     one. Stays in the foreground and stops everything it started on Ctrl-C; with --detach use `tierplane
     down`.
     """
-    speech = voice(as_json=as_json)
+    speech = progress_reporter(as_json=as_json)
     file = load_checked(str(config))
     interrupts = Interrupts()
     interrupts.install()
@@ -116,7 +116,7 @@ def command(
             if detach:
                 return
             _stay(record, speech, interrupts)
-        except Stopped:
+        except StopRequested:
             speech.close()
         except BaseException as error:
             speech.close()
@@ -164,7 +164,7 @@ def _new_record(file: ServeFile, address: str) -> RunRecord:
 def _start(
     record: RunRecord,
     file: ServeFile,
-    speech: Voice,
+    speech: ProgressReporter,
     interrupts: Interrupts,
     *,
     dashboard: bool,
@@ -203,7 +203,7 @@ def _start(
 def _wait_for_tiers(
     record: RunRecord,
     file: ServeFile,
-    speech: Voice,
+    speech: ProgressReporter,
     interrupts: Interrupts,
     *,
     began_s: float,
@@ -257,7 +257,7 @@ def _raise_diagnosis(record: RunRecord, specs: Sequence[TierSpec]) -> None:
         time.sleep(POLL_S)
 
 
-def _stay(record: RunRecord, speech: Voice, interrupts: Interrupts) -> None:
+def _stay(record: RunRecord, speech: ProgressReporter, interrupts: Interrupts) -> None:
     """Until the user asks to stop: tell what happens. Raises Stopped; SetupError if Ray is gone."""
     from controlplane.ray_cluster import plane
 
@@ -283,7 +283,7 @@ def _stay(record: RunRecord, speech: Voice, interrupts: Interrupts) -> None:
 
 
 def _say_ready(
-    record: RunRecord, file: ServeFile, speech: Voice, snapshot: ClusterSnapshot, ready_s: float
+    record: RunRecord, file: ServeFile, speech: ProgressReporter, snapshot: ClusterSnapshot, ready_s: float
 ) -> None:
     found = session.processes(record.plane_id) if record.owns_ray else []
     memory_bytes = session.memory_bytes(found)
@@ -349,13 +349,13 @@ def _answers(url: str) -> bool:
 
 def _check(interrupts: Interrupts) -> None:
     if interrupts.asked_to_stop:
-        raise Stopped
+        raise StopRequested
 
 
-def _check_machine(file: ServeFile, speech: Voice) -> None:
+def _check_machine(file: ServeFile, speech: ProgressReporter) -> None:
     """What `tierplane doctor` checks. Raises SetupError with all that is unfit; says what is only limited."""
-    found = [check for check in run_checks(file) if check.verdict is not Verdict.OK]
-    unfit = [check for check in found if check.verdict is Verdict.FAIL]
+    found = [check for check in run_checks(file) if check.verdict is not CheckStatus.OK]
+    unfit = [check for check in found if check.verdict is CheckStatus.FAIL]
     if unfit:
         lines = [f"  - {check.name}: {check.message} ({check.remedy})" for check in unfit]
         raise SetupError("this machine can't run that:\n" + "\n".join(lines))

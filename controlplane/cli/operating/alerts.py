@@ -18,11 +18,11 @@ from controlplane.cli.console import stdout
 from controlplane.cli.controller_access import PlaneAddress, connected, plane_options
 from controlplane.cli.lifecycle.tables import age
 from controlplane.cli.operating.events import event_json, event_line
-from controlplane.core.alerts.book import AlertState, Judge, Unit, lasts_text
+from controlplane.core.alerts.book import AlertState, EvaluatedBy, Unit, lasts_text
 from controlplane.core.alerts.rules import BY_NAME, PREFIX, RULES
-from controlplane.core.alerts.views import AlertsAnswer, AlertView, FiringAlert, SilenceView, WebhookView
+from controlplane.core.alerts.views import AlertsResponse, AlertView, FiringAlert, SilenceView, WebhookView
 from controlplane.core.domain.event import Event
-from controlplane.core.reconcile.commands import ActionAnswer, Outcome
+from controlplane.core.reconcile.commands import ActionOutcome, ActionResponse
 from controlplane.errors import SetupError
 
 _STYLES = {"critical": "bold red", "warning": "yellow", "info": "dim"}
@@ -56,7 +56,7 @@ def command(
     if ctx.invoked_subcommand is not None:
         return
     with connected(address, namespace) as plane:
-        answer: AlertsAnswer = plane.ask("alerts")
+        answer: AlertsResponse = plane.ask("alerts")
         past = _past(plane) if with_past else []
     if as_json:
         value = asdict(answer)
@@ -138,9 +138,9 @@ def rules(as_json: bool) -> None:
     for head in ("rule", "severity", "of", "rings when", "for", "judged by"):
         table.add_column(head, no_wrap=head != "rings when")
     judges = {
-        Judge.BOTH: "controller, Prometheus",
-        Judge.PROGRAM: "controller",
-        Judge.PROMETHEUS: "Prometheus",
+        EvaluatedBy.BOTH: "controller, Prometheus",
+        EvaluatedBy.PROGRAM: "controller",
+        EvaluatedBy.PROMETHEUS: "Prometheus",
     }
     for rule in RULES:
         sign = "<" if rule.below else ">"
@@ -233,16 +233,16 @@ def _past(plane: PlaneAddress) -> list[Event]:
 
 def _act(as_json: bool, address: str | None, namespace: str | None, method: str, *args: Any) -> None:
     with connected(address, namespace) as plane:
-        answer: ActionAnswer = plane.ask(method, *args)
+        answer: ActionResponse = plane.ask(method, *args)
     if as_json:
         said = {"outcome": answer.outcome.value, "reason": answer.reason, "subjects": list(answer.subjects)}
         click.echo(json.dumps(said))
-    elif answer.outcome in {Outcome.REFUSED, Outcome.UNKNOWN}:
+    elif answer.outcome in {ActionOutcome.REFUSED, ActionOutcome.UNKNOWN}:
         raise SetupError(answer.reason)
     else:
-        unchanged = "nothing to do: " if answer.outcome is Outcome.UNCHANGED else ""
+        unchanged = "nothing to do: " if answer.outcome is ActionOutcome.UNCHANGED else ""
         click.echo(f"{unchanged}{answer.reason}")
-    if answer.outcome in {Outcome.REFUSED, Outcome.UNKNOWN}:
+    if answer.outcome in {ActionOutcome.REFUSED, ActionOutcome.UNKNOWN}:
         raise SystemExit(1)
 
 

@@ -7,7 +7,7 @@ import json
 import click
 
 from controlplane.cli.controller_access import connected, plane_options
-from controlplane.core.reconcile.commands import ActionAnswer, Outcome
+from controlplane.core.reconcile.commands import ActionOutcome, ActionResponse
 from controlplane.errors import SetupError
 
 _SUBJECT = "A GPU's UUID, a node's id, a tier or an endpoint; ids may be cut short."
@@ -17,22 +17,22 @@ def _act(
     verb: str, subject: str, reason: str, as_json: bool, address: str | None, namespace: str | None
 ) -> None:
     with connected(address, namespace) as plane:
-        answer: ActionAnswer = plane.ask(verb, subject, reason)
+        answer: ActionResponse = plane.ask(verb, subject, reason)
     show_answer(answer, as_json)
 
 
-def show_answer(answer: ActionAnswer, as_json: bool) -> None:
+def show_answer(answer: ActionResponse, as_json: bool) -> None:
     """What became of a wish. Raises SetupError or SystemExit if it was refused."""
     if as_json:
         said = {"outcome": answer.outcome.value, "reason": answer.reason, "subjects": list(answer.subjects)}
         click.echo(json.dumps(said))
-    elif answer.outcome in {Outcome.DONE, Outcome.UNCHANGED}:
-        unchanged = "nothing to do: " if answer.outcome is Outcome.UNCHANGED else ""
+    elif answer.outcome in {ActionOutcome.DONE, ActionOutcome.UNCHANGED}:
+        unchanged = "nothing to do: " if answer.outcome is ActionOutcome.UNCHANGED else ""
         names = f"{', '.join(answer.subjects)}: " if unchanged and answer.subjects else ""
         click.echo(f"{unchanged}{names}{answer.reason}")
     else:
         raise SetupError(answer.reason)
-    if answer.outcome in {Outcome.REFUSED, Outcome.UNKNOWN}:
+    if answer.outcome in {ActionOutcome.REFUSED, ActionOutcome.UNKNOWN}:
         raise SystemExit(1)
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from controlplane.cli.console import stdout
 from controlplane.cli.controller_access import connected, plane_options
-from controlplane.core.recommendations.log import Given
+from controlplane.core.recommendations.log import IssuedRecommendation
 from controlplane.core.recommendations.views import ScalingReport, as_json_value, effect_text, judged_text
 
 
@@ -53,7 +53,7 @@ def _targets(report: ScalingReport) -> Table:
     return table
 
 
-def _advice(given: list[Given]) -> Table:
+def _advice(given: list[IssuedRecommendation]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for head in ("given", "tier", "advice", "effect", "sure", "judged"):
         table.add_column(head, overflow="fold")

@@ -17,8 +17,8 @@ from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.reports.recorded_traffic import (
     COLUMNS,
     FIGURES,
-    Kept,
-    TrafficWindow,
+    RecordedWindow,
+    StoredPoint,
     from_the_first,
     windows_of,
 )
@@ -79,12 +79,12 @@ def command(hours: float, output: str, as_json: bool, address: str | None, names
         )
 
 
-def recorded(plane: PlaneAddress, hours: float) -> list[TrafficWindow]:
+def recorded(plane: PlaneAddress, hours: float) -> list[RecordedWindow]:
     """The windows of all tiers that the controller knows, from the first one's beginning."""
     specs: Sequence[TierSpec] = plane.ask("status")[1]
     until_s = time.time() + _SLACK_S
     since_s = until_s - _SLACK_S - hours * 3600
-    windows: list[TrafficWindow] = []
+    windows: list[RecordedWindow] = []
     for spec in specs:
         tier = Instance(InstanceKind.TIER, spec.name, spec.name)
         series = {series_of(tier, figure): figure for figure in FIGURES}
@@ -93,7 +93,7 @@ def recorded(plane: PlaneAddress, hours: float) -> list[TrafficWindow]:
     return from_the_first(windows)
 
 
-def write(windows: Iterable[TrafficWindow], file: IO[str]) -> None:
+def write(windows: Iterable[RecordedWindow], file: IO[str]) -> None:
     """As CSV, a line each."""
     rows = csv.writer(file, lineterminator="\n")
     rows.writerow(COLUMNS)
@@ -110,7 +110,7 @@ def write(windows: Iterable[TrafficWindow], file: IO[str]) -> None:
         )
 
 
-def summary(windows: Iterable[TrafficWindow]) -> dict[str, Any]:
+def summary(windows: Iterable[RecordedWindow]) -> dict[str, Any]:
     """What a file of these windows holds, by tier."""
     tiers: dict[str, dict[str, float]] = {}
     for window in windows:
@@ -121,8 +121,8 @@ def summary(windows: Iterable[TrafficWindow]) -> dict[str, Any]:
     return {"requests": sum(tier["requests"] for tier in tiers.values()), "tiers": tiers}
 
 
-def _kept(points: Iterable[Point]) -> list[Kept]:
-    return [Kept(point.unix_s, point.step_s, point.count * point.mean) for point in points]
+def _kept(points: Iterable[Point]) -> list[StoredPoint]:
+    return [StoredPoint(point.unix_s, point.step_s, point.count * point.mean) for point in points]
 
 
 def _text(value: float | None) -> str:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from controlplane.config import ArgScalar, TierConfig
 from controlplane.config.loading import parse_plane
-from controlplane.config.outdated_flags import OUTDATED, Mapped, map_outdated
+from controlplane.config.outdated_flags import OUTDATED, MappedFlags, map_outdated
 from controlplane.config.profiles import Scenario
 from controlplane.config.vllm_flags import drift, installed_vllm, known_vllm_flags
 from controlplane.engines.base import Launch
@@ -83,14 +83,14 @@ def command(
     click.echo(_shell(argv, env))
 
 
-def _today(engine_args: tuple[str, ...], mapped: bool) -> Mapped:
+def _today(engine_args: tuple[str, ...], mapped: bool) -> MappedFlags:
     given: dict[str, Any] = {}
     for text in engine_args:
         name, sign, value = text.partition("=")
         name = name.strip().removeprefix("--")
         given[name] = _scalar(value) if sign else True
     if not mapped:
-        return Mapped(given, (), ())
+        return MappedFlags(given, (), ())
     today = map_outdated(given)
     if today.refused:
         raise ConfigError(

@@ -10,8 +10,8 @@ from rich.table import Table
 
 from controlplane.cli.console import stdout
 from controlplane.core.sizing.architecture import plain_model
-from controlplane.core.sizing.engine_args import EngineSettings, parse_settings
-from controlplane.core.sizing.feasibility import Fit, Limits, Unfit, Verdict, judge
+from controlplane.core.sizing.engine_args import EngineArgs, parse_settings
+from controlplane.core.sizing.feasibility import Fit, FitLimits, Unfit, Verdict, judge
 from controlplane.core.sizing.gpu_memory import MemoryPlan, StageMemory, gib, plan_memory, token_bytes
 from controlplane.core.sizing.gpu_models import GpuModel
 from controlplane.core.sizing.quantization import PRESETS, preset
@@ -94,7 +94,7 @@ def command(
     gpu = gpu_named(gpu_name)
     loaded = _model(model, plain)
     settings = _settings(engine_args, tp, pp, max_model_len, quantization)
-    limits = Limits(
+    limits = FitLimits(
         count=count or 0,
         length=length or 0,
         sequences=concurrency,
@@ -135,7 +135,7 @@ def _model(model: str | None, plain: dict[str, Any]) -> LoadedModel:
 
 def _settings(
     pairs: tuple[str, ...], tp: int, pp: int, max_model_len: str | None, quantization: str | None
-) -> EngineSettings:
+) -> EngineArgs:
     args: dict[str, Any] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")

@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING
 import click
 
 from controlplane.cli.checking.configuration import load_checked
-from controlplane.cli.planning.plan_view import Answer, show, to_json
+from controlplane.cli.planning.plan_view import PlanResult, show, to_json
 from controlplane.config import PlaneConfig
 from controlplane.core.placement.batch_planner import plan
 from controlplane.core.placement.gangs import Gang
 from controlplane.core.placement.occupancy import occupancy
-from controlplane.core.placement.planner import ClusterState
+from controlplane.core.placement.planner import PlacedCluster
 from controlplane.core.placement.topology import Node
 from controlplane.core.placement.what_if import add_node, change, lose_node
 from controlplane.errors import SetupError
 from controlplane.planning.cluster_file import ClusterFile, load_cluster
-from controlplane.planning.tier_gangs import TierDemand, tier_demands
+from controlplane.planning.tier_gangs import TierGang, tier_demands
 from controlplane.ray_cluster import session
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ def command(
     if described is not None:
         nodes = described.to_nodes()
         demands = tier_demands(plane, nodes)
-        state = ClusterState(nodes)
-        answer = Answer(demands, plan(state, _gangs(demands)), nodes)
+        state = PlacedCluster(nodes)
+        answer = PlanResult(demands, plan(state, _gangs(demands)), nodes)
     else:
         state, answer = _beside_what_runs(plane, _live(address, plane))
     for text in question:
@@ -70,11 +70,11 @@ def command(
         raise SystemExit(3)
 
 
-def _gangs(demands: Sequence[TierDemand]) -> list[Gang]:
+def _gangs(demands: Sequence[TierGang]) -> list[Gang]:
     return [gang for demand in demands for gang in demand.gangs()]
 
 
-def _beside_what_runs(plane: PlaneConfig, live: LiveCluster) -> tuple[ClusterState, Answer]:
+def _beside_what_runs(plane: PlaneConfig, live: LiveCluster) -> tuple[PlacedCluster, PlanResult]:
     """What the configuration needs on a cluster where some of it runs, and others may too."""
     demands = tier_demands(plane, live.nodes)
     gangs = _gangs(demands)
@@ -87,10 +87,10 @@ def _beside_what_runs(plane: PlaneConfig, live: LiveCluster) -> tuple[ClusterSta
     )
     found = change(now.state, now.running, gangs)
     notes = (*live.notes, *now.notes)
-    return now.state, Answer(demands, found.plan, now.state.nodes, found, now.replica_of, notes)
+    return now.state, PlanResult(demands, found.plan, now.state.nodes, found, now.replica_of, notes)
 
 
-def _once_changed(plane: PlaneConfig, state: ClusterState, before: Answer) -> Answer:
+def _once_changed(plane: PlaneConfig, state: PlacedCluster, before: PlanResult) -> PlanResult:
     """The same on the changed cluster, and the difference."""
     # GPU models may have come or gone with the nodes.
     demands = tuple(
@@ -122,8 +122,8 @@ def _live(address: str | None, config: PlaneConfig) -> LiveCluster:
 
 
 def _changed(
-    text: str, state: ClusterState, demands: tuple[TierDemand, ...], described: ClusterFile | None
-) -> tuple[ClusterState, tuple[TierDemand, ...]]:
+    text: str, state: PlacedCluster, demands: tuple[TierGang, ...], described: ClusterFile | None
+) -> tuple[PlacedCluster, tuple[TierGang, ...]]:
     words = text.split()
     if len(words) == 2 and words[0] == "lose-node":
         try:
@@ -142,7 +142,7 @@ def _changed(
     raise click.UsageError(f"--what-if takes {_WHAT_IF}, not '{text}'")
 
 
-def _like(name: str, state: ClusterState, described: ClusterFile | None) -> Node:
+def _like(name: str, state: PlacedCluster, described: ClusterFile | None) -> Node:
     kind = described.type_named(name) if described else None
     if kind is not None:
         return kind.node(kind.name)

@@ -10,10 +10,10 @@ from typing import Any
 from rich.table import Table
 
 from controlplane.cli.console import stdout
-from controlplane.core.placement.gangs import WHOLE_MILLI, Placement, Plan, Shape
+from controlplane.core.placement.gangs import WHOLE_MILLI, GangShape, Placement, PlacementPlan
 from controlplane.core.placement.topology import Node
-from controlplane.core.placement.what_if import Change
-from controlplane.planning.tier_gangs import TierDemand
+from controlplane.core.placement.what_if import ClusterChange
+from controlplane.planning.tier_gangs import TierGang
 from controlplane.ray_cluster.actor_options import actor_options, ray_types
 
 _GIB = 1024**3
@@ -21,13 +21,13 @@ _SHOWN_REFUSALS = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class PlanResult:
     """A plan, and what it is about."""
 
-    demands: tuple[TierDemand, ...]
-    plan: Plan
+    demands: tuple[TierGang, ...]
+    plan: PlacementPlan
     nodes: tuple[Node, ...]
-    change: Change | None = None
+    change: ClusterChange | None = None
     """Against what runs, or against the plan before ``--what-if``."""
     replica_of: Mapping[str, str] = field(default_factory=dict)
     """Endpoint ids of replicas that run."""
@@ -40,11 +40,11 @@ class Answer:
         return self.plan.complete and not any(map(_hopeless, self.demands))
 
 
-def _hopeless(demand: TierDemand) -> bool:
+def _hopeless(demand: TierGang) -> bool:
     return demand.shape is None and bool(demand.unfit) and demand.tier.replicas > 0
 
 
-def show(answer: Answer) -> None:
+def show(answer: PlanResult) -> None:
     """For people."""
     console = stdout()
     if answer.change is not None:
@@ -79,7 +79,7 @@ def show(answer: Answer) -> None:
             console.print(f"  and {len(infeasible.refusals) - _SHOWN_REFUSALS} more nodes: see --json")
 
 
-def _difference_text(difference: Change) -> str:
+def _difference_text(difference: ClusterChange) -> str:
     parts = [
         f"{name}: {', '.join(gangs)}"
         for name, gangs in (
@@ -94,7 +94,7 @@ def _difference_text(difference: Change) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _tier_table(answer: Answer) -> Table:
+def _tier_table(answer: PlanResult) -> Table:
     table = Table("tier", "model", "replicas", "placed", "a replica takes", "at least per GPU")
     for demand in answer.demands:
         placed = sum(p.gang.tier == demand.tier.name for p in answer.plan.placements)
@@ -109,7 +109,7 @@ def _tier_table(answer: Answer) -> Table:
     return table
 
 
-def _takes(shape: Shape) -> str:
+def _takes(shape: GangShape) -> str:
     parts = []
     if shape.shared:
         parts.append(f"{shape.milli_gpu / WHOLE_MILLI:g} GPU")
@@ -123,7 +123,7 @@ def _takes(shape: Shape) -> str:
     return ", ".join(parts) or "nothing that is counted"
 
 
-def _placement_table(answer: Answer) -> Table:
+def _placement_table(answer: PlanResult) -> Table:
     table = Table("replica", "node", "GPUs", "why")
     for placement in answer.plan.placements:
         endpoint = answer.replica_of.get(placement.gang.gang_id, "") if placement.stays else ""
@@ -136,7 +136,7 @@ def _placement_table(answer: Answer) -> Table:
     return table
 
 
-def _devices(answer: Answer, placement: Placement, between: str = ",") -> str:
+def _devices(answer: PlanResult, placement: Placement, between: str = ",") -> str:
     """Indices of its GPUs, stage by stage: values for ``CUDA_VISIBLE_DEVICES``."""
     index = {gpu.uuid: gpu.index for node in answer.nodes for gpu in node.gpus}
     return between.join(
@@ -144,7 +144,7 @@ def _devices(answer: Answer, placement: Placement, between: str = ",") -> str:
     )
 
 
-def _by_node(answer: Answer, placement: Placement) -> dict[str, str]:
+def _by_node(answer: PlanResult, placement: Placement) -> dict[str, str]:
     """Values for ``CUDA_VISIBLE_DEVICES`` on each node."""
     index = {gpu.uuid: gpu.index for node in answer.nodes for gpu in node.gpus}
     found: dict[str, list[str]] = {}
@@ -153,7 +153,7 @@ def _by_node(answer: Answer, placement: Placement) -> dict[str, str]:
     return {node_id: ",".join(values) for node_id, values in found.items()}
 
 
-def serve_options(demand: TierDemand, nodes: Sequence[Node]) -> dict[str, Any]:
+def serve_options(demand: TierGang, nodes: Sequence[Node]) -> dict[str, Any]:
     """What the tier's Serve deployment asks Ray for, and what its engine asks for itself."""
     tier = demand.tier
     kinds = ray_types(gpu.model for node in nodes for gpu in node.gpus)
@@ -166,7 +166,7 @@ def serve_options(demand: TierDemand, nodes: Sequence[Node]) -> dict[str, Any]:
     return options
 
 
-def to_json(answer: Answer) -> dict[str, Any]:
+def to_json(answer: PlanResult) -> dict[str, Any]:
     """For programs."""
     result: dict[str, Any] = {
         "complete": answer.complete,
@@ -200,7 +200,7 @@ def to_json(answer: Answer) -> dict[str, Any]:
     return result
 
 
-def _tier_json(demand: TierDemand, nodes: Sequence[Node]) -> dict[str, Any]:
+def _tier_json(demand: TierGang, nodes: Sequence[Node]) -> dict[str, Any]:
     return {
         "tier": demand.tier.name,
         "model": demand.tier.model,
@@ -213,7 +213,7 @@ def _tier_json(demand: TierDemand, nodes: Sequence[Node]) -> dict[str, Any]:
     }
 
 
-def _replica_json(answer: Answer, placement: Placement) -> dict[str, Any]:
+def _replica_json(answer: PlanResult, placement: Placement) -> dict[str, Any]:
     return {
         "replica": placement.gang.gang_id,
         "tier": placement.gang.tier,

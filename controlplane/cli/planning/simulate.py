@@ -25,7 +25,7 @@ from controlplane.simulation import oracle
 from controlplane.simulation.options import Options
 from controlplane.simulation.placement_text import room_lines
 from controlplane.simulation.policies import NAMES, reactive_policy
-from controlplane.simulation.results import Result
+from controlplane.simulation.results import SimulationResult
 from controlplane.simulation.scenario import build
 from controlplane.simulation.simulator import Scenario, Simulator
 from controlplane.simulation.traces import Arrival, read_trace
@@ -221,7 +221,7 @@ def _run(
     policy: str,
     arrivals: Callable[[], Iterator[Arrival]],
     progress: _Progress,
-) -> Result:
+) -> SimulationResult:
     if policy in ("static", "oracle"):
         if len(scenario.tiers) > 1:
             raise click.UsageError(f"policy '{policy}' plans for one tier: give a configuration with one")
@@ -306,7 +306,7 @@ def _checked(arrivals: Iterable[Arrival], plane: PlaneConfig, trace: Path) -> It
         yield arrival
 
 
-def _show(result: Result) -> None:
+def _show(result: SimulationResult) -> None:
     console = stdout()
     console.print(
         f"policy {result.policy}, seed {result.seed}, {result.simulated_s / 3600:.2f} h: "

@@ -13,11 +13,24 @@ from rich.table import Table
 
 from controlplane.cli.checking.configuration import load_checked
 from controlplane.cli.console import stdout
-from controlplane.core.placement.gangs import Plan
-from controlplane.core.sizing.fleet_sizing import NoSizing, Option, RuledOut, Sizing, size_tiers
+from controlplane.core.placement.gangs import PlacementPlan
+from controlplane.core.sizing.fleet_sizing import (
+    FleetSizing,
+    NoFleetSizing,
+    RuledOutOption,
+    ServingOption,
+    size_tiers,
+)
 from controlplane.errors import SetupError
 from controlplane.planning.cluster_file import load_cluster
-from controlplane.planning.tier_sizing import Fleet, checkpoint_note, fleet_of, needs_of, placed, settings_of
+from controlplane.planning.tier_sizing import (
+    GpuInventory,
+    checkpoint_note,
+    fleet_of,
+    needs_of,
+    placed,
+    settings_of,
+)
 
 _SHOWN_REASONS = 3
 
@@ -44,7 +57,7 @@ def command(config: str, cluster: Path, as_json: bool) -> None:
         )
     fleet = fleet_of(described)
     found = size_tiers(needs, fleet.gpus)
-    where = placed(plane, found.choices, described) if isinstance(found, Sizing) else None
+    where = placed(plane, found.choices, described) if isinstance(found, FleetSizing) else None
     if as_json:
         click.echo(json.dumps(_json(found, where, fleet), indent=2))
     else:
@@ -53,14 +66,14 @@ def command(config: str, cluster: Path, as_json: bool) -> None:
         raise SystemExit(3)
 
 
-def _show(found: Sizing | NoSizing, where: Plan | None, fleet: Fleet) -> None:
+def _show(found: FleetSizing | NoFleetSizing, where: PlacementPlan | None, fleet: GpuInventory) -> None:
     console = stdout()
     if fleet.unknown:
         console.print(f"left out, not in the table of GPU models: {', '.join(fleet.unknown)}")
-    if isinstance(found, NoSizing) or where is None:
-        reasons = found.reasons if isinstance(found, NoSizing) else ()
+    if isinstance(found, NoFleetSizing) or where is None:
+        reasons = found.reasons if isinstance(found, NoFleetSizing) else ()
         console.print("[red]the cluster can't carry it[/red]: " + "; ".join(reasons), soft_wrap=True)
-        for tier, ruled_out in found.ruled_out if isinstance(found, NoSizing) else ():
+        for tier, ruled_out in found.ruled_out if isinstance(found, NoFleetSizing) else ():
             for text in _main_reasons(ruled_out):
                 console.print(f"  {tier}: {text}", soft_wrap=True)
         return
@@ -96,9 +109,9 @@ def _show(found: Sizing | NoSizing, where: Plan | None, fleet: Fleet) -> None:
         console.print(f"[red]{infeasible.gang.gang_id} has no place[/red]: {infeasible.why}")
 
 
-def _main_reasons(ruled_out: tuple[RuledOut, ...]) -> list[str]:
+def _main_reasons(ruled_out: tuple[RuledOutOption, ...]) -> list[str]:
     """The reasons that rule out most, each with an example of what it rules out."""
-    examples: dict[str, RuledOut] = {}
+    examples: dict[str, RuledOutOption] = {}
     for each in ruled_out:
         examples.setdefault(each.gpu, each)
     counts = Counter(each.gpu for each in ruled_out)
@@ -109,8 +122,10 @@ def _main_reasons(ruled_out: tuple[RuledOut, ...]) -> list[str]:
     ]
 
 
-def _json(found: Sizing | NoSizing, where: Plan | None, fleet: Fleet) -> dict[str, Any]:
-    if isinstance(found, NoSizing):
+def _json(
+    found: FleetSizing | NoFleetSizing, where: PlacementPlan | None, fleet: GpuInventory
+) -> dict[str, Any]:
+    if isinstance(found, NoFleetSizing):
         ruled_out = {tier: [_ruled_out(each) for each in out] for tier, out in found.ruled_out}
         return {"fits": False, "reasons": list(found.reasons), "ruled_out": ruled_out}
     return {
@@ -138,7 +153,7 @@ def _json(found: Sizing | NoSizing, where: Plan | None, fleet: Fleet) -> dict[st
     }
 
 
-def _option(option: Option) -> dict[str, Any]:
+def _option(option: ServingOption) -> dict[str, Any]:
     return {
         "gpu": option.gpu,
         "tensor_parallel_size": option.tp,
@@ -154,7 +169,7 @@ def _option(option: Option) -> dict[str, Any]:
     }
 
 
-def _ruled_out(each: RuledOut) -> dict[str, Any]:
+def _ruled_out(each: RuledOutOption) -> dict[str, Any]:
     return {
         "gpu": each.gpu,
         "tensor_parallel_size": each.tp,

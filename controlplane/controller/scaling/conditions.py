@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from controlplane.controller.controller import Control
+from controlplane.controller.controller import Controller
 from controlplane.core.autoscaling.round import ScalingRound
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.endpoint import ENDED, SERVING, Endpoint
@@ -15,7 +15,7 @@ from controlplane.core.traffic.counters import TierFigures
 
 
 def conditions(
-    control: Control, specs: Iterable[TierSpec], scalers: ScalingRound, window_s: float, now_s: float
+    control: Controller, specs: Iterable[TierSpec], scalers: ScalingRound, window_s: float, now_s: float
 ) -> dict[str, TierCondition]:
     """By tier, over ``window_s``. ``scalers`` has what was learned of each tier's engines."""
     figures = control.demand.figures(now_s, control.heartbeat_s, window_s)
@@ -23,7 +23,7 @@ def conditions(
 
 
 def _condition(
-    control: Control, spec: TierSpec, scalers: ScalingRound, seen: TierFigures, now_s: float
+    control: Controller, spec: TierSpec, scalers: ScalingRound, seen: TierFigures, now_s: float
 ) -> TierCondition:
     plan, scaler, latency = spec.plan, scalers.scaler(spec.name), seen.latency_p95_s
     mine = [item for item in control.registry.endpoints.values() if item.tier == spec.name]
@@ -53,7 +53,7 @@ def _condition(
 
 
 def _busiest(
-    control: Control, endpoints: Sequence[Endpoint], seen: TierFigures, spec: TierSpec, now_s: float
+    control: Controller, endpoints: Sequence[Endpoint], seen: TierFigures, spec: TierSpec, now_s: float
 ) -> tuple[Signal, Signal, str]:
     """Utilisation and memory of the tier's busiest and fullest GPU; without GPUs, the used share of its slots
     and nothing."""
@@ -74,7 +74,7 @@ def _busiest(
     return replace(busy, value=busy.value / slots), missing("it has no GPU"), SLOT_LOAD
 
 
-def _fullest(control: Control, endpoints: Iterable[Endpoint], now_s: float) -> Signal:
+def _fullest(control: Controller, endpoints: Iterable[Endpoint], now_s: float) -> Signal:
     engines = control.engines
     return _highest(
         [

@@ -1,10 +1,10 @@
 """One look at all tiers, every few seconds: new targets, new advice, and what becomes of both.
 
 The decisions are :class:`~controlplane.core.autoscaling.round.ScalingRound`'s and the advice is
-:class:`~controlplane.core.recommendations.cycle.Adviser`'s, the same as in the simulator; what they are told
-is put together in :mod:`.observing` and :mod:`.conditions`. Numbers that a person set and, where the mode is
-to apply, the round's targets are published to :class:`~controlplane.controller.controller.Control`, from
-where Serve's autoscaling policy fetches them; moves and held tiers go on top of them there.
+:class:`~controlplane.core.recommendations.cycle.Recommender`'s, the same as in the simulator; what they are
+told is put together in :mod:`.observing` and :mod:`.conditions`. Numbers that a person set and, where the
+mode is to apply, the round's targets are published to :class:`~controlplane.controller.controller.Registry`,
+from where Serve's autoscaling policy fetches them; moves and held tiers go on top of them there.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from dataclasses import replace
 from typing import Any, Final
 
 from controlplane.config.scaling import ControllerScalingConfig
-from controlplane.controller.controller import Control
+from controlplane.controller.controller import Controller
 from controlplane.controller.scaling.conditions import conditions
-from controlplane.controller.scaling.manual_targets import ByHand
-from controlplane.controller.scaling.observation import Observer
-from controlplane.controller.scaling.reporting import Teller, view
+from controlplane.controller.scaling.manual_targets import ManualTargets
+from controlplane.controller.scaling.observation import TierObserver
+from controlplane.controller.scaling.reporting import ScalingReporter, view
 from controlplane.core.autoscaling.cold_starts import ColdStarts
 from controlplane.core.autoscaling.round import RoundDecision, ScalingRound, TierRule
 from controlplane.core.cluster.snapshot import GatewayInfo
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.json_values import under
 from controlplane.core.placement.gangs import WHOLE_MILLI
-from controlplane.core.recommendations.cycle import Adviser
-from controlplane.core.recommendations.log import AdviceBook, Given
+from controlplane.core.recommendations.cycle import Recommender
+from controlplane.core.recommendations.log import IssuedRecommendation, RecommendationLog
 from controlplane.core.recommendations.views import ScalingReport
-from controlplane.core.reconcile.commands import ActionAnswer
+from controlplane.core.reconcile.commands import ActionResponse
 from controlplane.core.reconcile.replica_targets import TierTarget
 
 TARGET_TTL_S: Final = 60.0
@@ -39,20 +39,20 @@ _OVERRIDE, _ADVICE, _STARTS, _TARGET = "override/", "advice/", "starts/", "targe
 class Scaling:
     """Decides once a tick. Not safe for use by several threads; the controller's event loop owns it."""
 
-    def __init__(self, control: Control, config: ControllerScalingConfig) -> None:
+    def __init__(self, control: Controller, config: ControllerScalingConfig) -> None:
         self.config = config
         self._control = control
         self._round = ScalingRound()
-        self._adviser = Adviser()
-        self._by_hand = ByHand(control)
-        self._observer = Observer(control)
-        self._teller = Teller(control)
+        self._adviser = Recommender()
+        self._by_hand = ManualTargets(control)
+        self._observer = TierObserver(control)
+        self._teller = ScalingReporter(control)
         self._starts = ColdStarts()
         self._decisions: dict[str, RoundDecision] = {}
         self._adopt(config)
 
     @property
-    def book(self) -> AdviceBook:
+    def book(self) -> RecommendationLog:
         """All advice of late."""
         return self._adviser.book
 
@@ -70,8 +70,8 @@ class Scaling:
         self._control.applies = config.mode == "apply"
         self._control.demand.remember(config.window_s)
 
-    def scale(self, name: str, replicas: int | None, for_s: float | None, reason: str) -> ActionAnswer:
-        """See :meth:`ByHand.scale`."""
+    def scale(self, name: str, replicas: int | None, for_s: float | None, reason: str) -> ActionResponse:
+        """See :meth:`ManualTargets.scale`."""
         return self._by_hand.scale(name, replicas, for_s, reason)
 
     def wakes(self, info: GatewayInfo) -> bool:
@@ -89,7 +89,7 @@ class Scaling:
 
     # --- the tick -----------------------------------------------------------------------------------------
 
-    def tick(self) -> tuple[Given, ...]:
+    def tick(self) -> tuple[IssuedRecommendation, ...]:
         """One look at all tiers: new targets, and the advice that is new."""
         control = self._control
         now_s, unix_s = control.now_s(), control.unix_s()
@@ -147,7 +147,9 @@ class Scaling:
                 control.registry.note("scaled", tier, text, tier)
         control.publish(targets)
 
-    def _advise(self, specs: Iterable[TierSpec], now_s: float, unix_s: float) -> tuple[Given, ...]:
+    def _advise(
+        self, specs: Iterable[TierSpec], now_s: float, unix_s: float
+    ) -> tuple[IssuedRecommendation, ...]:
         control, config = self._control, self.config
         advised = self._adviser.look(
             conditions(control, specs, self._round, config.window_s, now_s),

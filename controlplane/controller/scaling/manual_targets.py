@@ -2,48 +2,48 @@
 
 from __future__ import annotations
 
-from controlplane.controller.controller import Control
+from controlplane.controller.controller import Controller
 from controlplane.core.autoscaling.overrides import Override, Overrides
-from controlplane.core.reconcile.commands import ActionAnswer, Outcome
+from controlplane.core.reconcile.commands import ActionOutcome, ActionResponse
 from controlplane.core.reconcile.migrations import OPERATOR
 
 
-class ByHand:
+class ManualTargets:
     """The controller's numbers set by hand; those that end leave their tier to the policy."""
 
-    def __init__(self, control: Control) -> None:
+    def __init__(self, control: Controller) -> None:
         self.overrides = Overrides()
         self._control = control
 
-    def scale(self, name: str, replicas: int | None, for_s: float | None, reason: str) -> ActionAnswer:
+    def scale(self, name: str, replicas: int | None, for_s: float | None, reason: str) -> ActionResponse:
         """Give a tier that number of replicas, for a while or until this is ended; None ends it. It wins over
         the policy; a tier that is drained or held has none all the same."""
         control = self._control
         spec = next((item for item in control.registry.tiers if item.name == name), None)
         if spec is None:
             known = ", ".join(item.name for item in control.registry.tiers)
-            return ActionAnswer(Outcome.UNKNOWN, f"there is no tier '{name}': there is {known}")
+            return ActionResponse(ActionOutcome.UNKNOWN, f"there is no tier '{name}': there is {known}")
         if spec.scaling is None:
-            return ActionAnswer(
-                Outcome.REFUSED, f"tier {name}: it runs elsewhere, no replicas are here", (name,)
+            return ActionResponse(
+                ActionOutcome.REFUSED, f"tier {name}: it runs elsewhere, no replicas are here", (name,)
             )
         reason = reason or "an operator says so"
         if replicas is None:
             if not self.overrides.end(name):
-                return ActionAnswer(Outcome.UNCHANGED, "no number was set by hand", (name,))
+                return ActionResponse(ActionOutcome.UNCHANGED, "no number was set by hand", (name,))
             control.unpublish([name])
             control.registry.note("scaling resumed", name, reason, name, actor=OPERATOR)
-            return ActionAnswer(Outcome.DONE, f"tier {name}: no longer set by hand", (name,))
+            return ActionResponse(ActionOutcome.DONE, f"tier {name}: no longer set by hand", (name,))
         if not 0 <= replicas <= spec.scaling.ceiling:
             setting = "tiers[].scaling.max_replicas"
             text = f"tier {name}: 0 to {spec.scaling.ceiling} replicas ({setting}), not {replicas}"
-            return ActionAnswer(Outcome.REFUSED, text, (name,))
+            return ActionResponse(ActionOutcome.REFUSED, text, (name,))
         until = None if for_s is None else control.unix_s() + for_s
         if not self.overrides.set(name, Override(replicas, reason, until)):
-            return ActionAnswer(Outcome.UNCHANGED, "it was so already", (name,))
+            return ActionResponse(ActionOutcome.UNCHANGED, "it was so already", (name,))
         text = f"{replicas} replicas{'' if for_s is None else f' for {for_s:g} s'}"
         control.registry.note("scale", name, f"{text}: {reason}", name, actor=OPERATOR)
-        return ActionAnswer(Outcome.DONE, f"tier {name}: {text}", (name,))
+        return ActionResponse(ActionOutcome.DONE, f"tier {name}: {text}", (name,))
 
     def expire(self, unix_s: float) -> None:
         """End those whose time is over."""

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from controlplane.controller.controller import Control
+from controlplane.controller.controller import Controller
 from controlplane.core.autoscaling.overrides import Overrides
 from controlplane.core.autoscaling.policy import EngineObservation, TierObservation
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.endpoint import SERVING, Endpoint, EndpointState
 from controlplane.core.telemetry.series import Signal, judge, missing
-from controlplane.core.traffic.counters import Traffic, since
+from controlplane.core.traffic.counters import TrafficCounters, since
 
 
-class Observer:
+class TierObserver:
     """Remembers the look before."""
 
-    def __init__(self, control: Control) -> None:
+    def __init__(self, control: Controller) -> None:
         self._control = control
-        self._before: dict[str, Traffic] = {}
+        self._before: dict[str, TrafficCounters] = {}
         self._before_s: float | None = None
 
     def look(
@@ -45,7 +45,7 @@ class Observer:
     def _of_tier(
         self,
         tier: str,
-        reading: Traffic,
+        reading: TrafficCounters,
         now_s: float,
         unix_s: float,
         interval_s: float,
@@ -84,7 +84,7 @@ class Observer:
             override=override,
         )
 
-    def _gained(self, reading: Traffic) -> Traffic | None:
+    def _gained(self, reading: TrafficCounters) -> TrafficCounters | None:
         """Since the last look; None: there was none, or the counting began anew."""
         before = self._before.get(reading.subject)
         gained = since(reading, before) if before is not None else None

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from controlplane.controller.controller import Control
+from controlplane.controller.controller import Controller
 from controlplane.core.autoscaling.overrides import Override
 from controlplane.core.autoscaling.round import RoundDecision
 from controlplane.core.cluster.snapshot import TierScaling
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.endpoint import SERVING
-from controlplane.core.recommendations.log import AdviceBook
+from controlplane.core.recommendations.log import RecommendationLog
 from controlplane.core.recommendations.views import TierScalingView
 
 FORECAST_STEP = 0.1
 """A forecast that changed by less than this share is not told anew."""
 
 
-class Teller:
+class ScalingReporter:
     """Tells gateways what they show, when it is worth telling."""
 
-    def __init__(self, control: Control) -> None:
+    def __init__(self, control: Controller) -> None:
         self._control = control
         self._told: tuple[TierScaling, ...] = ()
 
-    def tell(self, decisions: Mapping[str, RoundDecision], book: AdviceBook) -> None:
+    def tell(self, decisions: Mapping[str, RoundDecision], book: RecommendationLog) -> None:
         """After each tick."""
         kinds = {item.advice.instance: item.advice.kind.value for item in book.open}
         bases = self._control.bases()
@@ -51,7 +51,7 @@ def _forecast(decision: RoundDecision, before: float | None) -> float:
 
 
 def view(
-    control: Control,
+    control: Controller,
     spec: TierSpec,
     decision: RoundDecision | None,
     override: Override | None,

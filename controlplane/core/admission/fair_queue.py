@@ -33,7 +33,7 @@ class Caller:
         """In order of arrival; may hold tickets that left."""
 
 
-class Line:
+class CallerQueue:
     """One caller's tickets in one lane and priority, the earliest deadline first."""
 
     __slots__ = ("caller", "heap", "live", "version")
@@ -46,12 +46,12 @@ class Line:
         """Entries of the lane's heap with another version are void."""
 
 
-Head: TypeAlias = tuple[float, float, int, int, Line]
+Head: TypeAlias = tuple[float, float, int, int, CallerQueue]
 """Caller's tag, deadline, sequence number, version, line: sequence numbers differ, lines are never
 compared."""
 
 
-class Row:
+class PriorityQueue:
     """The lines of one lane and priority."""
 
     __slots__ = ("credit", "heads", "lines", "live", "recent")
@@ -61,7 +61,7 @@ class Row:
         """In order of arrival; may hold tickets that left."""
         self.credit = 0.0
         """Grows while higher priorities are served past its aged tickets; at 1 the oldest is due."""
-        self.lines: dict[str, Line] = {}
+        self.lines: dict[str, CallerQueue] = {}
         self.heads: list[Head] = []
         """Each line's first ticket; entries of an old version are void."""
         self.live = 0
@@ -73,7 +73,7 @@ class Row:
             recent.popleft()
         return recent[0]
 
-    def head(self, band: Band) -> Head:
+    def head(self, band: PriorityBand) -> Head:
         """The first entry of a row that is not empty, after throwing out or renewing what is no longer
         true: a caller that was served in another lane has another tag."""
         heads = self.heads
@@ -88,7 +88,7 @@ class Row:
             else:
                 heappop(heads)
 
-    def announce(self, line: Line, band: Band) -> None:
+    def announce(self, line: CallerQueue, band: PriorityBand) -> None:
         """Enters a line with its present first ticket."""
         _drop_dead(line.heap)
         line.version += 1
@@ -105,11 +105,11 @@ class Lane:
     def __init__(self, key: Hashable, tiers: tuple[int, ...]) -> None:
         self.key = key
         self.tiers = tiers
-        self.rows = tuple(Row() for _ in BANDS)
+        self.rows = tuple(PriorityQueue() for _ in BANDS)
         self.live = 0
 
 
-class Band:
+class PriorityBand:
     """All callers of one priority."""
 
     __slots__ = ("by_count", "callers", "largest", "live", "virtual")
@@ -240,7 +240,7 @@ class Ticket:
         self.payload = payload
         self.state = TicketState.NEW
         self.in_lane: Lane | None = None
-        self.in_line: Line | None = None
+        self.in_line: CallerQueue | None = None
         self.in_caller: Caller | None = None
 
     @property
@@ -249,7 +249,7 @@ class Ticket:
         return BANDS[self.band]
 
 
-class Why(StrEnum):
+class RejectReason(StrEnum):
     """Why a ticket was not let in."""
 
     FULL = "full"
@@ -262,7 +262,7 @@ class Why(StrEnum):
     @property
     def status(self) -> int:
         """The HTTP status."""
-        return 408 if self is Why.TOO_LATE else 429
+        return 408 if self is RejectReason.TOO_LATE else 429
 
 
 class Queued(NamedTuple):
@@ -278,7 +278,7 @@ class Queued(NamedTuple):
 class Rejected(NamedTuple):
     """The ticket was not let in."""
 
-    why: Why
+    why: RejectReason
     retry_after_s: float
     """When a retry would find a place, as far as the observed speed tells."""
     wait_s: float | None = None

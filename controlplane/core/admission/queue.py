@@ -30,23 +30,31 @@ from typing import Final
 from controlplane.core.admission.fair_queue import (
     BAND_OF,
     BANDS,
-    Band,
     Caller,
+    CallerQueue,
     Lane,
-    Line,
+    PriorityBand,
+    PriorityQueue,
     Queued,
     Rate,
     Rejected,
-    Row,
+    RejectReason,
     Ticket,
     TicketState,
-    Why,
     compact_heap,
     compacted,
 )
 from controlplane.core.domain.request import Priority
 
-__all__ = ["AdmissionQueue", "AdmissionSettings", "Queued", "Rejected", "Ticket", "TicketState", "Why"]
+__all__ = [
+    "AdmissionQueue",
+    "AdmissionSettings",
+    "Queued",
+    "RejectReason",
+    "Rejected",
+    "Ticket",
+    "TicketState",
+]
 
 _DUE: Final = 1.0 - 1e-9
 """Ten times a tenth is a little less than one."""
@@ -72,7 +80,7 @@ class AdmissionQueue:
     def __init__(self, settings: AdmissionSettings | None = None) -> None:
         self.settings = settings or AdmissionSettings()
         self._lanes: dict[Hashable, Lane] = {}
-        self._bands = tuple(Band() for _ in BANDS)
+        self._bands = tuple(PriorityBand() for _ in BANDS)
         self._deadlines: list[tuple[float, int, Ticket]] = []
         self._expired: list[Ticket] = []
         self._arrivals: dict[tuple[int, ...], tuple[Rate, ...]] = {}
@@ -114,19 +122,19 @@ class AdmissionQueue:
         if ticket.state is not TicketState.NEW:
             raise ValueError(f"this ticket is {ticket.state}: offer a new one")
         if ticket.deadline_s <= now_s:
-            return Rejected(Why.TOO_LATE, self.settings.retry_after_min_s)
+            return Rejected(RejectReason.TOO_LATE, self.settings.retry_after_min_s)
         self._collect_expired(now_s)
         wait_s = self.predict_wait_s(ticket, now_s, rates_per_s)
         self.note_arrival(ticket.tiers, ticket.priority, now_s)
         if wait_s is not None:
             spare_s = ticket.deadline_s - ticket.needs_s - now_s
             if wait_s > spare_s:
-                return Rejected(Why.HOPELESS, self._bounded(wait_s - spare_s), wait_s)
+                return Rejected(RejectReason.HOPELESS, self._bounded(wait_s - spare_s), wait_s)
         victim: Ticket | None = None
         if self._live >= self.settings.capacity:
             victim = self._victim(ticket)
             if victim is None:
-                return Rejected(Why.FULL, self._bounded(wait_s or 0.0), wait_s)
+                return Rejected(RejectReason.FULL, self._bounded(wait_s or 0.0), wait_s)
             self._take_out(victim, TicketState.EVICTED)
         self._put_in(ticket)
         if victim is None:
@@ -141,8 +149,8 @@ class AdmissionQueue:
         only. What has expired is never handed out.
         """
         self._collect_expired(now_s)
-        runnable: list[tuple[Row, int]] = []
-        aged: list[tuple[Row, int, Ticket]] = []
+        runnable: list[tuple[PriorityQueue, int]] = []
+        aged: list[tuple[PriorityQueue, int, Ticket]] = []
         for lane in self._lanes.values():
             if not can_run(lane.key, Priority.HIGH):
                 continue
@@ -243,7 +251,7 @@ class AdmissionQueue:
 
     # The order.
 
-    def _first(self, runnable: list[tuple[Row, int]]) -> Ticket:
+    def _first(self, runnable: list[tuple[PriorityQueue, int]]) -> Ticket:
         """By priority, turn and deadline."""
         highest = min(band for _, band in runnable)
         heads = [row.head(self._bands[band]) for row, band in runnable if band == highest]
@@ -295,7 +303,7 @@ class AdmissionQueue:
         row = lane.rows[ticket.band]
         line = row.lines.get(ticket.caller)
         if line is None:
-            line = row.lines[ticket.caller] = Line(ticket.caller)
+            line = row.lines[ticket.caller] = CallerQueue(ticket.caller)
         ticket.in_lane, ticket.in_line, ticket.in_caller = lane, line, caller
         heappush(line.heap, (ticket.deadline_s, sequence, ticket))
         line.live += 1
@@ -350,7 +358,7 @@ class AdmissionQueue:
                 self._take_out(ticket, TicketState.EXPIRED)
                 self._expired.append(ticket)
 
-    def _forget_callers(self, band: Band) -> None:
+    def _forget_callers(self, band: PriorityBand) -> None:
         """Forgets the callers that wait for nothing, once they are many."""
         if len(band.callers) > 2 * self.settings.capacity + 64:
             band.callers = {name: caller for name, caller in band.callers.items() if caller.count}

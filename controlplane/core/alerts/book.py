@@ -43,7 +43,7 @@ class AlertState(StrEnum):
     RESOLVED = "resolved"
 
 
-class Kind(StrEnum):
+class SubjectType(StrEnum):
     """What a rule's subjects are."""
 
     TIER = "tier"
@@ -77,7 +77,7 @@ class Unit(StrEnum):
         return f"{value:.4g}{suffix}"
 
 
-class Judge(StrEnum):
+class EvaluatedBy(StrEnum):
     """Who can tell whether a rule's figure is wrong."""
 
     BOTH = "both"
@@ -88,7 +88,7 @@ class Judge(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class Precondition:
     """What must hold of another figure of the same subject for a rule to count."""
 
     figure: str
@@ -122,10 +122,10 @@ class AlertRule:
     """What to do first."""
     figure: str = ""
     """What it judges; see :mod:`controlplane.core.alerts.signals`."""
-    kind: Kind = Kind.TIER
+    kind: SubjectType = SubjectType.TIER
     unit: Unit = Unit.COUNT
-    given: Given | None = None
-    judge: Judge = Judge.BOTH
+    given: Precondition | None = None
+    judge: EvaluatedBy = EvaluatedBy.BOTH
     fixed: bool = False
     """It asks for yes or no: another threshold would mean nothing."""
 
@@ -213,7 +213,7 @@ class Observation:
 
 
 @dataclass(frozen=True, slots=True)
-class Tick:
+class AlertChanges:
     """What one look brought."""
 
     begun: tuple[Alert, ...] = ()
@@ -250,7 +250,7 @@ class AlertBook:
         """Those that were given and have not been found to be over."""
         return tuple(self._silences)
 
-    def observe(self, observations: Iterable[Observation], now_s: float) -> Tick:
+    def observe(self, observations: Iterable[Observation], now_s: float) -> AlertChanges:
         """One tick; what began or ended by it, and what must be told."""
         self._silences = [silence for silence in self._silences if now_s < silence.until_s]
         begun: list[Alert] = []
@@ -271,16 +271,16 @@ class AlertBook:
                 told.append(alert)
                 if alert.state is AlertState.FIRING:
                     self._alerts[alert.key] = replace(alert, told_s=now_s)
-        return Tick(tuple(begun), tuple(ended), tuple(told))
+        return AlertChanges(tuple(begun), tuple(ended), tuple(told))
 
-    def end(self, keys: Collection[tuple[str, str]], why: str, now_s: float) -> Tick:
+    def end(self, keys: Collection[tuple[str, str]], why: str, now_s: float) -> AlertChanges:
         """These are over without having become right: their subject or their rule is gone."""
         ended = []
         for key in keys:
             alert = self._alerts.pop(key, None)
             if alert is not None and alert.state is AlertState.FIRING:
                 ended.append(replace(alert, state=AlertState.RESOLVED, since_s=now_s, detail=why))
-        return Tick((), tuple(ended), tuple(alert for alert in ended if self._tells(alert, now_s)))
+        return AlertChanges((), tuple(ended), tuple(alert for alert in ended if self._tells(alert, now_s)))
 
     def acknowledge(self, rule: str, subject: str, by: str) -> bool:
         """Someone looks after it. True if there is such an alert that fires."""

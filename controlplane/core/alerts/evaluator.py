@@ -6,16 +6,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Final
 
-from controlplane.core.alerts.book import AlertBook, AlertRule, Judge, Observation, Tick
+from controlplane.core.alerts.book import AlertBook, AlertChanges, AlertRule, EvaluatedBy, Observation
 from controlplane.core.alerts.rules import RULES, RuleChange, changed
-from controlplane.core.alerts.signals import Known
+from controlplane.core.alerts.signals import AlertSignals
 
 GONE_AFTER_S: Final = 60.0
 """A subject that nobody names for so long is gone, and so are its alerts: after a restart some are named
 late."""
 
 
-class AlertWatch:
+class AlertEvaluator:
     """The book, and the rules that the configuration leaves."""
 
     def __init__(self, changes: Mapping[str, RuleChange] | None = None, repeat_s: float = 14_400.0) -> None:
@@ -29,21 +29,21 @@ class AlertWatch:
         self.rules = tuple(
             replace(changed(rule, changes.get(rule.name, RuleChange())), repeat_s=repeat_s)
             for rule in RULES
-            if rule.judge is not Judge.PROMETHEUS and changes.get(rule.name, RuleChange()).enabled
+            if rule.judge is not EvaluatedBy.PROMETHEUS and changes.get(rule.name, RuleChange()).enabled
         )
 
-    def look(self, known: Known, now_s: float) -> Tick:
+    def look(self, known: AlertSignals, now_s: float) -> AlertChanges:
         """One look at all figures."""
         seen = self.book.observe(self._observations(known), now_s)
         off = self.book.end(self._switched_off(), "the rule is switched off", now_s)
         gone = self.book.end(self._gone(known, now_s), "it is no longer there", now_s)
-        return Tick(
+        return AlertChanges(
             seen.begun,
             (*seen.ended, *off.ended, *gone.ended),
             (*seen.told, *off.told, *gone.told),
         )
 
-    def _observations(self, known: Known) -> Iterator[Observation]:
+    def _observations(self, known: AlertSignals) -> Iterator[Observation]:
         for rule in self.rules:
             given = rule.given
             conditions = known.figures.get(given.figure, {}) if given is not None else {}
@@ -65,7 +65,7 @@ class AlertWatch:
         names = {rule.name for rule in self.rules}
         return [alert.key for alert in self.book.alerts if alert.rule.name not in names]
 
-    def _gone(self, known: Known, now_s: float) -> list[tuple[str, str]]:
+    def _gone(self, known: AlertSignals, now_s: float) -> list[tuple[str, str]]:
         absent = {
             alert.key: self._absent_since_s.get(alert.key, now_s)
             for alert in self.book.alerts

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Final
 
-from controlplane.core.alerts.book import AlertRule, Given, Judge, Kind, Severity, Unit
+from controlplane.core.alerts.book import AlertRule, EvaluatedBy, Precondition, Severity, SubjectType, Unit
 
 _CRITICAL, _WARNING, _INFO = Severity.CRITICAL, Severity.WARNING, Severity.INFO
 
@@ -35,7 +35,7 @@ RULES: Final = (
     AlertRule(
         "TierplaneTierDown", _CRITICAL, 1,
         "Tier {subject} has no ready endpoint.",
-        below=True, for_s=120, fixed=True, figure=TIER_READY, given=Given(TIER_DUE, 0),
+        below=True, for_s=120, fixed=True, figure=TIER_READY, given=Precondition(TIER_DUE, 0),
         action="tierplane status says why; its neighbour bridges it as far as bridge allows.",
     ),
     AlertRule(
@@ -47,19 +47,21 @@ RULES: Final = (
     AlertRule(
         "TierplaneTierHeld", _WARNING, 0,
         "Replicas of tier {subject} gave up again and again; it is held.",
-        for_s=0, fixed=True, figure=TIER_HELD, judge=Judge.PROGRAM,
+        for_s=0, fixed=True, figure=TIER_HELD, judge=EvaluatedBy.PROGRAM,
         action="Mend what the diagnosis names, then tierplane restart of the tier.",
     ),
     AlertRule(
         "TierplaneGatewayUnreachable", _CRITICAL, 1,
         "The gateway at {subject} does not answer Prometheus.",
-        below=True, for_s=60, fixed=True, figure="gateway/up", kind=Kind.GATEWAY, judge=Judge.PROMETHEUS,
+        below=True, for_s=60, fixed=True, figure="gateway/up", kind=SubjectType.GATEWAY,
+        judge=EvaluatedBy.PROMETHEUS,
         action="tierplane logs gateway; is its node there?",
     ),
     AlertRule(
         "TierplaneGatewayMissing", _CRITICAL, 0,
         "Prometheus knows no gateway.",
-        for_s=300, fixed=True, figure="gateway/absent", kind=Kind.PLANE, judge=Judge.PROMETHEUS,
+        for_s=300, fixed=True, figure="gateway/absent", kind=SubjectType.PLANE,
+        judge=EvaluatedBy.PROMETHEUS,
         action="Is the plane up, and does the scrape configuration find it?",
     ),
     AlertRule(
@@ -83,13 +85,14 @@ RULES: Final = (
     AlertRule(
         "TierplaneQueueLong", _WARNING, 50,
         "More than {threshold} requests wait for an engine.",
-        clear=40, for_s=300, figure=QUEUE_WAITING, kind=Kind.PLANE,
+        clear=40, for_s=300, figure=QUEUE_WAITING, kind=SubjectType.PLANE,
         action="More replicas of the saturated tier, or a spill that is allowed to go further.",
     ),
     AlertRule(
         "TierplaneQueueWaitLong", _WARNING, 3,
         "One waiting request in twenty of {subject} priority waits more than {threshold}.",
-        for_s=600, unit=Unit.SECONDS, figure="queue/wait_p95_s", kind=Kind.PRIORITY, judge=Judge.PROMETHEUS,
+        for_s=600, unit=Unit.SECONDS, figure="queue/wait_p95_s", kind=SubjectType.PRIORITY,
+        judge=EvaluatedBy.PROMETHEUS,
         action="More replicas of the saturated tier.",
     ),
     AlertRule(
@@ -107,13 +110,15 @@ RULES: Final = (
     AlertRule(
         "TierplaneStreamsLost", _WARNING, 0,
         "A stream whose engine was lost could not go on.",
-        for_s=0, fixed=True, figure="stream/refused_per_s", kind=Kind.PLANE, judge=Judge.PROMETHEUS,
+        for_s=0, fixed=True, figure="stream/refused_per_s", kind=SubjectType.PLANE,
+        judge=EvaluatedBy.PROMETHEUS,
         action="Why was the engine lost? Sampling without a seed goes on only with resume: best_effort.",
     ),
     AlertRule(
         "TierplaneBreakerOpen", _WARNING, 0.5,
         "Endpoint {subject} has been kept from requests for {lasts}.",
-        for_s=300, fixed=True, figure="endpoint/breaker", kind=Kind.ENDPOINT, judge=Judge.PROMETHEUS,
+        for_s=300, fixed=True, figure="endpoint/breaker", kind=SubjectType.ENDPOINT,
+        judge=EvaluatedBy.PROMETHEUS,
         action="tierplane logs of the tier; its supervisor replaces an engine that hangs.",
     ),
     AlertRule(
@@ -126,49 +131,49 @@ RULES: Final = (
         "TierplaneTierIdle", _INFO, 0.2,
         "Tier {subject} has had next to nothing to do for {lasts}.",
         clear=0.3, below=True, for_s=900, unit=Unit.RATIO, figure=TIER_SATURATION,
-        given=Given("tier/requests_per_s", 1, below=True),
+        given=Precondition("tier/requests_per_s", 1, below=True),
         action="Scale in: fewer replicas, or let its neighbour serve it.",
     ),
     AlertRule(
         "TierplaneGpuBusy", _INFO, 0.95,
         "GPU {subject} has been busy for {lasts}.",
-        clear=0.85, for_s=900, unit=Unit.RATIO, figure=GPU_BUSY, kind=Kind.GPU,
+        clear=0.85, for_s=900, unit=Unit.RATIO, figure=GPU_BUSY, kind=SubjectType.GPU,
         action="With a queue or a saturated tier: scale out.",
     ),
     AlertRule(
         "TierplaneGpuMemoryFull", _WARNING, 0.98,
         "GPU {subject} has no memory left.",
-        clear=0.97, for_s=300, unit=Unit.RATIO, figure=GPU_MEMORY, kind=Kind.GPU,
+        clear=0.97, for_s=300, unit=Unit.RATIO, figure=GPU_MEMORY, kind=SubjectType.GPU,
         action="Something besides the engine may use it; lower gpu-memory-utilization.",
     ),
     AlertRule(
         "TierplaneGpuHot", _WARNING, 87,
         "GPU {subject} is hot and will slow down.",
-        clear=84, for_s=300, unit=Unit.CELSIUS, figure=GPU_TEMPERATURE, kind=Kind.GPU,
+        clear=84, for_s=300, unit=Unit.CELSIUS, figure=GPU_TEMPERATURE, kind=SubjectType.GPU,
         action="Look at the node's cooling; a cordon keeps new engines away.",
     ),
     AlertRule(
         "TierplaneGpuOutOfUse", _WARNING, 0,
         "GPU {subject} was taken out of use.",
-        for_s=0, fixed=True, figure=GPU_OUT_OF_USE, kind=Kind.GPU, judge=Judge.PROGRAM,
+        for_s=0, fixed=True, figure=GPU_OUT_OF_USE, kind=SubjectType.GPU, judge=EvaluatedBy.PROGRAM,
         action="tierplane gpus says why, and whether it returns by itself.",
     ),
     AlertRule(
         "TierplaneNodeLost", _WARNING, 0,
         "Node {subject} is lost, with replicas that ran there.",
-        for_s=0, fixed=True, figure=NODE_LOST, kind=Kind.NODE, judge=Judge.PROGRAM,
+        for_s=0, fixed=True, figure=NODE_LOST, kind=SubjectType.NODE, judge=EvaluatedBy.PROGRAM,
         action="Is the machine there? What ran on it is started elsewhere if there is room.",
     ),
     AlertRule(
         "TierplaneNodeSilent", _WARNING, 30,
         "The agent of node {subject} has said nothing for more than {threshold}: its GPUs are not watched.",
-        for_s=60, unit=Unit.SECONDS, figure=NODE_SILENT, kind=Kind.NODE, judge=Judge.PROGRAM,
+        for_s=60, unit=Unit.SECONDS, figure=NODE_SILENT, kind=SubjectType.NODE, judge=EvaluatedBy.PROGRAM,
         action="tierplane logs controller; is the node overloaded, or its driver stuck?",
     ),
     AlertRule(
         "TierplaneStoreUnsafe", _WARNING, 0,
         "What the controller remembers would not survive it.",
-        for_s=30, fixed=True, figure=STORE_UNSAFE, kind=Kind.PLANE, judge=Judge.PROGRAM,
+        for_s=30, fixed=True, figure=STORE_UNSAFE, kind=SubjectType.PLANE, judge=EvaluatedBy.PROGRAM,
         action="Make room on the disk, or let controller.store_path be written; it is tried again by itself.",
     ),
 )  # fmt: skip

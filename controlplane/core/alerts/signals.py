@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 from typing import Final, TypeAlias
 
 from controlplane.core.alerts import rules as names
-from controlplane.core.alerts.book import PLANE, Kind, Unit
+from controlplane.core.alerts.book import PLANE, SubjectType, Unit
 from controlplane.core.domain.endpoint import SERVING, Endpoint, EndpointState
 from controlplane.core.gpus.health import GpuHealth
-from controlplane.core.gpus.inventory import GpuFleet
+from controlplane.core.gpus.inventory import GpuInventory
 from controlplane.core.reconcile.migrations import CONTROLLER, OPERATOR, TierHold
 from controlplane.core.telemetry.series import Signal, known_now
 
@@ -27,11 +27,11 @@ LOST_TOLD_S: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class AlertSignals:
     """Some figures, with the subjects that there are and what is known of causes."""
 
     figures: Figures
-    present: Mapping[Kind, Collection[str]] = field(default_factory=dict)
+    present: Mapping[SubjectType, Collection[str]] = field(default_factory=dict)
     """Every subject of a kind. One that is not named here any more is gone, and its alerts with it."""
     details: Mapping[tuple[str, str], str] = field(default_factory=dict)
     """Figure and subject → why it is as it is, for people."""
@@ -46,16 +46,16 @@ class LostNode:
     """Which had endpoints there."""
 
 
-def joined(parts: Iterable[Known]) -> Known:
+def joined(parts: Iterable[AlertSignals]) -> AlertSignals:
     """All of them together; of two that supply one figure, the later counts."""
     figures: dict[str, Mapping[str, Signal]] = {}
-    present: dict[Kind, Collection[str]] = {}
+    present: dict[SubjectType, Collection[str]] = {}
     details: dict[tuple[str, str], str] = {}
     for part in parts:
         figures |= part.figures
         present |= part.present
         details |= part.details
-    return Known(figures, present, details)
+    return AlertSignals(figures, present, details)
 
 
 def of_tiers(
@@ -63,7 +63,7 @@ def of_tiers(
     endpoints: Iterable[Endpoint],
     in_flight: Mapping[str, int] | None,
     holds: Mapping[str, TierHold],
-) -> Known:
+) -> AlertSignals:
     """Ready endpoints, those that are missing, places taken, holds. ``due`` are the replicas that have to
     be there of each tier; ``in_flight`` requests by endpoint, None where that is not known."""
     ready = dict.fromkeys(due, 0)
@@ -98,10 +98,10 @@ def of_tiers(
         for figure in (names.TIER_READY, names.TIER_MISSING)
     }
     details |= {(names.TIER_HELD, tier): hold.reason for tier, hold in held.items()}
-    return Known(figures, {Kind.TIER: tuple(due)}, details)
+    return AlertSignals(figures, {SubjectType.TIER: tuple(due)}, details)
 
 
-def of_slos(attainments: Mapping[str, Signal], targets: Mapping[str, float]) -> Known:
+def of_slos(attainments: Mapping[str, Signal], targets: Mapping[str, float]) -> AlertSignals:
     """How many times as often as its SLO allows each tier's requests miss it (the burn rate of its error
     budget: Beyer et al., "The Site Reliability Workbook", 2018, chapter 5). ``targets`` are the shares that
     must keep it, below 1; a tier without one is not judged."""
@@ -117,7 +117,7 @@ def of_slos(attainments: Mapping[str, Signal], targets: Mapping[str, float]) -> 
         figures[tier] = replace(signal, value=slo_burn(signal.value, target))
         kept, promised = Unit.RATIO.text(signal.value), Unit.RATIO.text(target)
         details[names.TIER_SLO_BURN, tier] = f"{kept} keep it, {promised} are promised"
-    return Known({names.TIER_SLO_BURN: figures}, {}, details)
+    return AlertSignals({names.TIER_SLO_BURN: figures}, {}, details)
 
 
 def slo_burn(attainment: float, target: float) -> float:
@@ -125,16 +125,16 @@ def slo_burn(attainment: float, target: float) -> float:
     return (1.0 - attainment) / (1.0 - target)
 
 
-def of_plane(*, waiting: int | None, store_warning: str) -> Known:
+def of_plane(*, waiting: int | None, store_warning: str) -> AlertSignals:
     """The queue of all gateways (None: none reports), and whether the controller's memory is safe."""
     figures = {names.STORE_UNSAFE: {PLANE: known_now(bool(store_warning))}}
     if waiting is not None:
         figures[names.QUEUE_WAITING] = {PLANE: known_now(waiting)}
     details = {(names.STORE_UNSAFE, PLANE): store_warning} if store_warning else {}
-    return Known(figures, {Kind.PLANE: (PLANE,)}, details)
+    return AlertSignals(figures, {SubjectType.PLANE: (PLANE,)}, details)
 
 
-def of_gpus(fleet: GpuFleet, now_s: float) -> Known:
+def of_gpus(fleet: GpuInventory, now_s: float) -> AlertSignals:
     """Readings of every GPU, and which ones their own health took out of use."""
     busy: dict[str, Signal] = {}
     memory: dict[str, Signal] = {}
@@ -158,12 +158,12 @@ def of_gpus(fleet: GpuFleet, now_s: float) -> Known:
         names.GPU_TEMPERATURE: heat,
         names.GPU_OUT_OF_USE: out,
     }
-    return Known(figures, {Kind.GPU: fleet.records.keys()}, details)
+    return AlertSignals(figures, {SubjectType.GPU: fleet.records.keys()}, details)
 
 
 def of_nodes(
-    fleet: GpuFleet, lost: Mapping[str, LostNode], missing: Mapping[str, int], now_s: float
-) -> Known:
+    fleet: GpuInventory, lost: Mapping[str, LostNode], missing: Mapping[str, int], now_s: float
+) -> AlertSignals:
     """How long each node's agent has been silent, and which nodes are lost: one counts until every tier
     that ran there has all its replicas again. ``missing`` are the replicas that each tier lacks."""
     silent = {
@@ -182,7 +182,7 @@ def of_nodes(
         for node_id, node in lost.items()
     }
     figures = {names.NODE_SILENT: silent, names.NODE_LOST: gone}
-    return Known(figures, {Kind.NODE: {*silent, *gone}}, details)
+    return AlertSignals(figures, {SubjectType.NODE: {*silent, *gone}}, details)
 
 
 _YES: Final = known_now(1.0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from controlplane.core.alerts.book import Alert, AlertBook, AlertState, Kind, Severity
+from controlplane.core.alerts.book import Alert, AlertBook, AlertState, Severity, SubjectType
 
 MAX_IN_SNAPSHOT: Final = 500
 """Alerts that gateways are told of, the worst first."""
@@ -19,7 +19,7 @@ class FiringAlert:
 
     rule: str
     severity: Severity
-    kind: Kind
+    kind: SubjectType
     subject: str
     summary: str
     action: str
@@ -35,7 +35,7 @@ class AlertView:
     rule: str
     state: AlertState
     severity: Severity
-    kind: Kind
+    kind: SubjectType
     subject: str
     summary: str
     action: str
@@ -80,7 +80,7 @@ class WebhookView:
 
 
 @dataclass(frozen=True, slots=True)
-class AlertsAnswer:
+class AlertsResponse:
     """All that ``tierplane alerts`` shows."""
 
     alerts: tuple[AlertView, ...]
@@ -144,7 +144,7 @@ def silences(book: AlertBook, now_s: float, shift_s: float) -> tuple[SilenceView
     )
 
 
-class Happening(StrEnum):
+class AlertTransition(StrEnum):
     """What is told of an alert."""
 
     FIRING = "firing"
@@ -154,17 +154,17 @@ class Happening(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Notice:
+class AlertNotice:
     """Something that must be told."""
 
-    happening: Happening
+    happening: AlertTransition
     alert: AlertView
 
 
-def notice(alert: Alert, book: AlertBook, now_s: float, shift_s: float) -> Notice:
-    """Of an alert that :attr:`~controlplane.core.alerts.book.Tick.told` names."""
+def notice(alert: Alert, book: AlertBook, now_s: float, shift_s: float) -> AlertNotice:
+    """Of an alert that :attr:`~controlplane.core.alerts.book.AlertChanges.told` names."""
     if alert.state is AlertState.RESOLVED:
-        happening = Happening.RESOLVED
+        happening = AlertTransition.RESOLVED
     else:
-        happening = Happening.FIRING if alert.told_s is None else Happening.REPEATED
-    return Notice(happening, view(alert, book, now_s, shift_s))
+        happening = AlertTransition.FIRING if alert.told_s is None else AlertTransition.REPEATED
+    return AlertNotice(happening, view(alert, book, now_s, shift_s))

@@ -55,7 +55,7 @@ def speed_of(line: Roofline, input_tokens: float, output_tokens: float, batch: f
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class RequestShape:
     """The mean request of a tier."""
 
     input_tokens: float
@@ -64,7 +64,7 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class LatencyBounds:
     """What a replica must keep."""
 
     sequences: float
@@ -73,7 +73,7 @@ class Bounds:
     """Time per token that is promised."""
 
 
-class Capacity:
+class ReplicaCapacity:
     """The speed of a tier's engines, and what follows from it."""
 
     def __init__(self, prior: EngineSpeed) -> None:
@@ -160,7 +160,7 @@ class Capacity:
     def _believed(self) -> EngineSpeed:
         return EngineSpeed(*(max(t, _LEAST) * s for t, s in zip(self._theta, self._scale, strict=True)))
 
-    def batch(self, requests_per_s: float, work: Work) -> float:
+    def batch(self, requests_per_s: float, work: RequestShape) -> float:
         """Sequences that decode at once on a replica at that rate; infinity: it can't keep up."""
         speed = self.speed
         left = 1.0 - requests_per_s * _request_s(speed, work)
@@ -168,25 +168,25 @@ class Capacity:
             return math.inf
         return requests_per_s * work.output_tokens * speed.step_s / left
 
-    def itl_s(self, batch: float, work: Work) -> float:
+    def itl_s(self, batch: float, work: RequestShape) -> float:
         """Time per token with that many sequences, prompts of their like coming in between."""
         speed = self.speed
         return speed.step_s + batch * _request_s(speed, work) / max(work.output_tokens, 1.0)
 
-    def most_sequences(self, work: Work, bounds: Bounds) -> float:
+    def most_sequences(self, work: RequestShape, bounds: LatencyBounds) -> float:
         """The largest batch inside the bounds; at least 1, even where one alone is too slow."""
         speed = self.speed
         per_sequence_s = _request_s(speed, work) / max(work.output_tokens, 1.0)
         by_itl = (bounds.itl_s - speed.step_s) / per_sequence_s if per_sequence_s > 0 else math.inf
         return max(1.0, min(bounds.sequences, by_itl))
 
-    def requests_per_s(self, work: Work, sequences: float) -> float:
+    def requests_per_s(self, work: RequestShape, sequences: float) -> float:
         """The rate at which a replica has that many sequences at once."""
         speed = self.speed
         busy = sequences * _request_s(speed, work) + work.output_tokens * speed.step_s
         return sequences / busy if busy > 0 else math.inf
 
-    def hold_s(self, requests_per_s: float, work: Work) -> float:
+    def hold_s(self, requests_per_s: float, work: RequestShape) -> float:
         """How long a request is with a replica that gets that rate (Little's law)."""
         if requests_per_s <= 0:
             speed = self.speed
@@ -196,7 +196,13 @@ class Capacity:
         return self.batch(requests_per_s, work) / requests_per_s
 
     def replicas(
-        self, requests_per_s: float, work: Work, bounds: Bounds, *, dispersion: float = 1.0, z: float = 0.0
+        self,
+        requests_per_s: float,
+        work: RequestShape,
+        bounds: LatencyBounds,
+        *,
+        dispersion: float = 1.0,
+        z: float = 0.0,
     ) -> int:
         """The fewest replicas that carry the rate and still have room for its fluctuation.
 
@@ -217,6 +223,6 @@ class Capacity:
         return count
 
 
-def _request_s(speed: EngineSpeed, work: Work) -> float:
+def _request_s(speed: EngineSpeed, work: RequestShape) -> float:
     """Time of the engine that one request takes for itself."""
     return work.input_tokens * speed.prompt_s_per_token + work.output_tokens * speed.step_s_per_sequence

@@ -46,7 +46,7 @@ _LONGEST_WAIT_S: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class Prior:
+class ForecastPrior:
     """What is thought of one forecast before anything was seen."""
 
     factor: float
@@ -56,7 +56,7 @@ class Prior:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class HeadroomChoice:
     """The pair in use."""
 
     forecast: int
@@ -70,7 +70,7 @@ class Choice:
     """The share in the last observation."""
 
 
-class Sliding:
+class SlidingMaximum:
     """The highest value of a window that ends now."""
 
     __slots__ = ("_entries",)
@@ -99,7 +99,9 @@ class Sliding:
 class VirtualQueues:
     """Judges all pairs of a forecast and a factor for one tier."""
 
-    def __init__(self, priors: Sequence[Prior], *, allowed: float, hold_s: float, least: float = 0.0) -> None:
+    def __init__(
+        self, priors: Sequence[ForecastPrior], *, allowed: float, hold_s: float, least: float = 0.0
+    ) -> None:
         """One prior for each forecast; of its requests the share ``allowed`` is thought to miss. ``least`` is
         the least factor that is ever chosen."""
         self._factors = np.array([[prior.factor] for prior in priors])
@@ -112,8 +114,8 @@ class VirtualQueues:
         )
         self._arrived = 0.0
         self._seen_s = 0.0
-        self._asked = [Sliding() for _ in priors]
-        self._ready = [Sliding() for _ in priors]
+        self._asked = [SlidingMaximum() for _ in priors]
+        self._ready = [SlidingMaximum() for _ in priors]
         self._coming: deque[tuple[float, Sequence[float]]] = deque()
         """Forecasts whose replicas still start."""
         self._warm = False
@@ -180,7 +182,7 @@ class VirtualQueues:
         held = np.where(relieved, np.maximum(held, math.ceil(work / interval_s)), held)
         self._held = self._held * keep + held * interval_s
 
-    def choose(self, allowed: float) -> Choice:
+    def choose(self, allowed: float) -> HeadroomChoice:
         """The cheapest pair of whose requests at most the share ``allowed`` misses. What no pair would have
         avoided calls for no headroom: then it is the cheapest of those that miss hardly more than the
         best."""
@@ -196,7 +198,7 @@ class VirtualQueues:
         best = int(np.argmin(np.where(allowed_pairs, cost + 1e-6 * share, np.inf)))
         row, column = divmod(best, len(_FACTORS))
         held = float(self._held[row, column]) / self._seen_s if self._seen_s > 0 else 0.0
-        return Choice(
+        return HeadroomChoice(
             row,
             float(_FACTORS[column]),
             float(share[row, column]),

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from controlplane.core.autoscaling.counterfactuals import MOST_MISSED, Prior, VirtualQueues
+from controlplane.core.autoscaling.counterfactuals import MOST_MISSED, ForecastPrior, VirtualQueues
 
 _MARGIN: Final = 0.55
 """Share of the allowed misses that is kept in reserve: a fluid queue knows nothing of requests that are
@@ -87,7 +87,7 @@ class Headroom:
         self._terms = terms
         counts_s = _PRIOR_LEAST_S + _PRIOR_COLD_STARTS * terms.cold_start_s
         priors = [
-            Prior(1.0 + (more - 1.0) * terms.urgency + _GROWTH * terms.growth, counts_s)
+            ForecastPrior(1.0 + (more - 1.0) * terms.urgency + _GROWTH * terms.growth, counts_s)
             for more in _PRIOR_FACTORS
         ]
         self._queues = VirtualQueues(

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
-from controlplane.core.autoscaling.capacity import Bounds, Capacity, EngineSpeed, Work
-from controlplane.core.autoscaling.counterfactuals import Sliding
+from controlplane.core.autoscaling.capacity import EngineSpeed, LatencyBounds, ReplicaCapacity, RequestShape
+from controlplane.core.autoscaling.counterfactuals import SlidingMaximum
 from controlplane.core.autoscaling.forecast import Forecast, Forecaster
 from controlplane.core.autoscaling.headroom import Headroom, HeadroomTerms
 from controlplane.core.autoscaling.schedules import Schedule, bounds_at
@@ -122,7 +122,7 @@ class TierObservation:
     """A number of replicas that a person set: it wins."""
 
 
-class Move(StrEnum):
+class ScaleDirection(StrEnum):
     """What a decision does."""
 
     UP = "up"
@@ -136,7 +136,7 @@ class ScalingDecision:
 
     tier: str
     target: int
-    move: Move
+    move: ScaleDirection
     reason: str
     wanted: int
     """Before bounds, holds and steps."""
@@ -155,16 +155,16 @@ class ScalingDecision:
 class TierScaler:
     """The scaling of one tier."""
 
-    def __init__(self, tier: str, settings: ScalingSettings, prior: EngineSpeed, work: Work) -> None:
+    def __init__(self, tier: str, settings: ScalingSettings, prior: EngineSpeed, work: RequestShape) -> None:
         self.tier = tier
         self.settings = settings
-        self.capacity = Capacity(prior)
+        self.capacity = ReplicaCapacity(prior)
         self.work = work
         """The mean request; a guess at first."""
         self.forecaster = Forecaster(settings.cold_start_s, settings.window_s)
         self._requests = 0.0
         self.headroom = Headroom(self._terms)
-        self._wanted = Sliding()
+        self._wanted = SlidingMaximum()
         self._since_s: float | None = None
         self._up_s = -math.inf
         self._down_s = -math.inf
@@ -174,9 +174,9 @@ class TierScaler:
         """When there last was any request."""
 
     @property
-    def bounds(self) -> Bounds:
+    def bounds(self) -> LatencyBounds:
         """What one replica must keep."""
-        return Bounds(self.settings.sequences, self.settings.slo.itl_s)
+        return LatencyBounds(self.settings.sequences, self.settings.slo.itl_s)
 
     @property
     def each_per_s(self) -> float:
@@ -224,7 +224,13 @@ class TierScaler:
                 word = "no" if wanted == 0 else "a"
                 why = f"{word} request came in the last {settings.idle_to_zero_s:g} s"
             target, why = self._bounded(seen, wanted, why, lowest, highest, blind)
-        move = Move.UP if target > seen.target else Move.DOWN if target < seen.target else Move.STAY
+        move = (
+            ScaleDirection.UP
+            if target > seen.target
+            else ScaleDirection.DOWN
+            if target < seen.target
+            else ScaleDirection.STAY
+        )
         confidence = math.sqrt(forecast.confidence * max(self.capacity.confidence, 0.1))
         return ScalingDecision(
             self.tier,
@@ -299,7 +305,7 @@ class TierScaler:
                 seen.finished / (self._requests + _GUESS_WEIGHT),
             )
             work = self.work
-            self.work = Work(
+            self.work = RequestShape(
                 work.input_tokens + share * (prompt - work.input_tokens),
                 work.output_tokens + share * (answer - work.output_tokens),
             )

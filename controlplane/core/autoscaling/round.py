@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from controlplane.core.autoscaling.capacity import EngineSpeed, Work
+from controlplane.core.autoscaling.capacity import EngineSpeed, RequestShape
 from controlplane.core.autoscaling.gpu_budget import GpuDemand, carried_gains, share_gpus
 from controlplane.core.autoscaling.policy import (
-    Move,
+    ScaleDirection,
     ScalingDecision,
     ScalingSettings,
     TierObservation,
@@ -30,7 +30,7 @@ class TierRule:
     settings: ScalingSettings
     prior: EngineSpeed
     """What its engines are assumed to do until they were watched."""
-    work: Work
+    work: RequestShape
     """Its mean request, a guess until some were seen."""
     gpus_per_replica: float = 1.0
     """0: it takes none of the budget."""
@@ -46,7 +46,7 @@ class RoundDecision:
     before: int
     """Replicas that were ordered when the round began."""
     target: int
-    move: Move
+    move: ScaleDirection
     reason: str
     asked: ScalingDecision
     """What the tier wanted, before the budget."""
@@ -102,7 +102,13 @@ class ScalingRound:
             target, reason = share.replicas, want.reason
             if target < want.target:
                 reason = f"{share.reason}; it wants {want.target}: {reason}"
-            move = Move.UP if target > tier.target else Move.DOWN if target < tier.target else Move.STAY
+            move = (
+                ScaleDirection.UP
+                if target > tier.target
+                else ScaleDirection.DOWN
+                if target < tier.target
+                else ScaleDirection.STAY
+            )
             decisions.append(RoundDecision(tier.tier, tier.target, target, move, reason, want))
         return tuple(decisions)
 

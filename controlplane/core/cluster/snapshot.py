@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from controlplane.core.alerts.views import FiringAlert
 from controlplane.core.domain.endpoint import Endpoint
-from controlplane.core.traffic.counters import Traffic
+from controlplane.core.traffic.counters import TrafficCounters
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class GatewayInfo:
     in_flight: int = 0
     queued: int = 0
     in_flight_by_endpoint: tuple[tuple[str, int], ...] = ()
-    traffic: tuple[Traffic, ...] = ()
+    traffic: tuple[TrafficCounters, ...] = ()
     """What it has counted, by tier and endpoint; for the controller only, not in snapshots."""
     snapshot: tuple[str, int] = ("", 0)
     """Epoch and version of the snapshot it goes by."""

@@ -10,7 +10,7 @@ MIN_PREFIX = 4
 """An id may be cut short to so many characters, where that names one thing only."""
 
 
-class SubjectKind(StrEnum):
+class ResourceKind(StrEnum):
     """What can be named."""
 
     GPU = "GPU"
@@ -20,36 +20,36 @@ class SubjectKind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class ResourceName:
     """One thing, by its full id."""
 
-    kind: SubjectKind
+    kind: ResourceKind
     id: str
 
     def __str__(self) -> str:
         return f"{self.kind} {self.id}"
 
 
-def find_subject(
+def find_resource(
     name: str,
     *,
     gpus: Collection[str],
     nodes: Collection[str],
     tiers: Collection[str],
     endpoints: Collection[str],
-) -> Subject | str:
+) -> ResourceName | str:
     """What ``name`` says, by its full id or a beginning of it that names one thing; or why nothing."""
     groups = (
-        (SubjectKind.TIER, tiers),
-        (SubjectKind.ENDPOINT, endpoints),
-        (SubjectKind.GPU, gpus),
-        (SubjectKind.NODE, nodes),
+        (ResourceKind.TIER, tiers),
+        (ResourceKind.ENDPOINT, endpoints),
+        (ResourceKind.GPU, gpus),
+        (ResourceKind.NODE, nodes),
     )
     for kind, ids in groups:
         if name in ids:
-            return Subject(kind, name)
+            return ResourceName(kind, name)
     if len(name) >= MIN_PREFIX:
-        found = [Subject(kind, each) for kind, ids in groups for each in ids if each.startswith(name)]
+        found = [ResourceName(kind, each) for kind, ids in groups for each in ids if each.startswith(name)]
         if len(found) == 1:
             return found[0]
         if found:

@@ -13,10 +13,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from controlplane.core.domain.endpoint import Endpoint
-from controlplane.core.gpus.inventory import GpuFleet
-from controlplane.core.gpus.leases import WHOLE_MILLI, Lease, LeaseBook, Part
-from controlplane.core.placement.gangs import Gang, Infeasible, Placement, Shape, Stage
-from controlplane.core.placement.planner import ClusterState, Planner, demand_of
+from controlplane.core.gpus.inventory import GpuInventory
+from controlplane.core.gpus.leases import WHOLE_MILLI, GpuLease, GpuPart, LeaseBook
+from controlplane.core.placement.gangs import Gang, GangShape, GangStage, Infeasible, Placement
+from controlplane.core.placement.planner import PlacedCluster, Planner, demand_of
 from controlplane.core.placement.revalidation import revalidate
 from controlplane.core.placement.topology import Node
 
@@ -24,7 +24,7 @@ _ASKING = "asking"
 
 
 def choose_gpus(
-    node: Node, shape: Shape, leases: Iterable[Lease] = (), *, expected: Iterable[Shape] = ()
+    node: Node, shape: GangShape, leases: Iterable[GpuLease] = (), *, expected: Iterable[GangShape] = ()
 ) -> Placement | Infeasible:
     """The GPUs of ``node`` that suit ``shape`` best, beside what is leased there.
 
@@ -41,13 +41,13 @@ def choose_gpus(
 
 def room_for(
     nodes: Sequence[Node],
-    shape: Shape,
-    leases: Iterable[Lease],
+    shape: GangShape,
+    leases: Iterable[GpuLease],
     *,
     tier: str = "",
     tier_of: Mapping[str, str] | None = None,
     avoid: Collection[str] = (),
-    expected: Iterable[Shape] = (),
+    expected: Iterable[GangShape] = (),
 ) -> Placement | Infeasible:
     """Where one more replica of ``tier`` would go beside what is leased, or why nowhere.
 
@@ -63,23 +63,23 @@ def room_for(
     return _place(Gang(_ASKING, shape, tier), nodes, leases, tier_of or {}, expected)
 
 
-def parts_of(placement: Placement) -> tuple[Part, ...]:
+def parts_of(placement: Placement) -> tuple[GpuPart, ...]:
     """What of each GPU a lease for ``placement`` is to hold, in the order of the ranks."""
     shape = placement.gang.shape
-    return tuple(Part(uuid, shape.milli_gpu, shape.gpu_memory_bytes) for uuid in placement.gpu_uuids)
+    return tuple(GpuPart(uuid, shape.milli_gpu, shape.gpu_memory_bytes) for uuid in placement.gpu_uuids)
 
 
-def held(leases: Iterable[Lease], tier_of: Mapping[str, str] | None = None) -> tuple[Placement, ...]:
+def held(leases: Iterable[GpuLease], tier_of: Mapping[str, str] | None = None) -> tuple[Placement, ...]:
     """Leases as placements of what runs. A lease counts once as a replica of its tier."""
     tiers = tier_of or {}
     return tuple(
         Placement(
             Gang(
                 f"{lease.holder}/{number}",
-                Shape(milli_gpu=part.milli, gpu_memory_bytes=part.memory_bytes),
+                GangShape(milli_gpu=part.milli, gpu_memory_bytes=part.memory_bytes),
                 "" if number else tiers.get(lease.holder, ""),
             ),
-            (Stage(lease.node_id, (part.gpu_uuid,)),),
+            (GangStage(lease.node_id, (part.gpu_uuid,)),),
         )
         for lease in leases
         for number, part in enumerate(lease.parts)
@@ -89,38 +89,38 @@ def held(leases: Iterable[Lease], tier_of: Mapping[str, str] | None = None) -> t
 def _place(
     gang: Gang,
     nodes: Sequence[Node],
-    leases: Iterable[Lease],
+    leases: Iterable[GpuLease],
     tier_of: Mapping[str, str],
-    expected: Iterable[Shape],
+    expected: Iterable[GangShape],
 ) -> Placement | Infeasible:
     leases = tuple(leases)
     likely = list(expected) or [gang.shape, *map(_shape_of, leases)]
-    state = ClusterState(tuple(nodes), held(leases, tier_of))
+    state = PlacedCluster(tuple(nodes), held(leases, tier_of))
     return Planner(state, demand_of(likely)).place(gang)
 
 
-def _shape_of(lease: Lease) -> Shape:
+def _shape_of(lease: GpuLease) -> GangShape:
     """What the holder asked for, as far as a lease tells: the GPUs of all its stages are one stage's."""
     first = lease.parts[0]
     if len(lease.parts) == 1:
-        return Shape(milli_gpu=first.milli, gpu_memory_bytes=first.memory_bytes)
-    return Shape(gpus=len(lease.parts), gpu_memory_bytes=max(part.memory_bytes for part in lease.parts))
+        return GangShape(milli_gpu=first.milli, gpu_memory_bytes=first.memory_bytes)
+    return GangShape(gpus=len(lease.parts), gpu_memory_bytes=max(part.memory_bytes for part in lease.parts))
 
 
 _LOOKED_AT = 8
 """Nodes with enough free GPUs that the placement chooses among: whether there is room is known from one."""
 
 
-def shape_of(lease: Lease) -> Shape:
+def shape_of(lease: GpuLease) -> GangShape:
     """What a holder has, as something to ask for."""
     first = lease.parts[0]
     if len(lease.parts) == 1:
-        return Shape(milli_gpu=first.milli, gpu_memory_bytes=first.memory_bytes)
-    return Shape(gpus=len(lease.parts), gpu_memory_bytes=max(part.memory_bytes for part in lease.parts))
+        return GangShape(milli_gpu=first.milli, gpu_memory_bytes=first.memory_bytes)
+    return GangShape(gpus=len(lease.parts), gpu_memory_bytes=max(part.memory_bytes for part in lease.parts))
 
 
 def room(
-    fleet: GpuFleet, book: LeaseBook, shape: Shape, tier: str, endpoints: Mapping[str, Endpoint]
+    fleet: GpuInventory, book: LeaseBook, shape: GangShape, tier: str, endpoints: Mapping[str, Endpoint]
 ) -> Placement | None:
     """Where one more would go; None: nowhere."""
     nodes = []
@@ -138,14 +138,14 @@ def room(
     return None if isinstance(found, Infeasible) else found
 
 
-def still_room(fleet: GpuFleet, book: LeaseBook, placement: Placement) -> bool:
+def still_room(fleet: GpuInventory, book: LeaseBook, placement: Placement) -> bool:
     """Whether what :func:`room` found a while ago is still there: the GPUs in use and free."""
     nodes = [node for node_id in placement.node_ids if (node := fleet.node(node_id)) is not None]
     leases = [lease for node in nodes for lease in book.on_node(node.node_id)]
-    return not revalidate([placement], ClusterState(tuple(nodes), held(leases)))
+    return not revalidate([placement], PlacedCluster(tuple(nodes), held(leases)))
 
 
-def _may_do(fleet: GpuFleet, book: LeaseBook, node_id: str, shape: Shape) -> bool:
+def _may_do(fleet: GpuInventory, book: LeaseBook, node_id: str, shape: GangShape) -> bool:
     """Whether enough GPUs of the node are in use and free."""
     free, wanted, records = 0, shape.total_gpus, fleet.records
     for uuid in fleet.gpus_of(node_id):

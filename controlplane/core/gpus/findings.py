@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from controlplane.core.gpus.xid import Level, Recovery, classify
+from controlplane.core.gpus.xid import Recovery, XidSeverity, classify
 from controlplane.core.telemetry.samples import (
     GpuCondition,
     GpuEvent,
@@ -51,7 +51,7 @@ class GpuRules:
 
 
 @dataclass(frozen=True, slots=True)
-class Spell:
+class Streak:
     """Something that was seen again and again without a gap."""
 
     since_s: float
@@ -63,19 +63,19 @@ class Spell:
         return self.last_s - self.since_s
 
     @staticmethod
-    def extend(spell: Spell | None, now_s: float, gap_s: float) -> Spell:
+    def extend(spell: Streak | None, now_s: float, gap_s: float) -> Streak:
         """The spell with one more sighting, or a new one if the last is too long ago."""
         if spell is None or now_s - spell.last_s > gap_s or now_s < spell.last_s:
-            return Spell(now_s, now_s)
-        return Spell(spell.since_s, now_s)
+            return Streak(now_s, now_s)
+        return Streak(spell.since_s, now_s)
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class GpuFinding:
     """One thing wrong, with its figures in the reason."""
 
     rule: str
-    level: Level
+    level: XidSeverity
     reason: str
     recovery: Recovery = Recovery.CLEAR
 
@@ -89,18 +89,18 @@ def findings_of(
     *,
     ecc_uncorrected: int | None,
     ecc_corrected: int | None,
-    hot: Spell | None,
+    hot: Streak | None,
     marks: Marks,
     now_s: float,
     rules: GpuRules,
-) -> tuple[tuple[Finding, ...], Spell | None, Marks]:
+) -> tuple[tuple[GpuFinding, ...], Streak | None, Marks]:
     """Everything wrong at this look, and the heat spell and the marks to remember for the next.
 
     ``ecc_uncorrected`` and ``ecc_corrected`` are the counters at the look before (None: this is the first).
     """
     if marks and marks[0][0] < now_s - rules.watch_window_s:
         marks = tuple(mark for mark in marks if mark[0] >= now_s - rules.watch_window_s)
-    found: list[Finding] = []
+    found: list[GpuFinding] = []
     for event in events:
         finding, mark = _of_event(event)
         if mark:
@@ -119,22 +119,22 @@ def findings_of(
     return tuple(found), hot, marks
 
 
-def _of_event(event: GpuEvent) -> tuple[Finding | None, str]:
+def _of_event(event: GpuEvent) -> tuple[GpuFinding | None, str]:
     """The event's finding, and its mark if only many of them count."""
     if event.kind is GpuEventKind.XID:
         xid = classify(event.code)
         reason = f"XID {event.code}: {xid.meaning}"
-        mark = {Level.NOTE: "application", Level.WATCH: f"XID {event.code}"}.get(xid.level, "")
-        return Finding("xid", xid.level, reason, xid.recovery), mark
+        mark = {XidSeverity.NOTE: "application", XidSeverity.WATCH: f"XID {event.code}"}.get(xid.level, "")
+        return GpuFinding("xid", xid.level, reason, xid.recovery), mark
     if event.kind is GpuEventKind.UNCORRECTED_ECC:
         reason = "the driver reported an uncorrectable memory error"
-        return Finding("uncorrected_ecc", Level.FATAL, reason, Recovery.RESET), ""
+        return GpuFinding("uncorrected_ecc", XidSeverity.FATAL, reason, Recovery.RESET), ""
     if event.kind is GpuEventKind.LOST:
         return _lost(event.detail), ""
     return None, ""
 
 
-def _of_marks(marks: Marks, rules: GpuRules) -> list[Finding]:
+def _of_marks(marks: Marks, rules: GpuRules) -> list[GpuFinding]:
     """A GPU on which watched events repeat is worse than one of them; and a flood of application errors
     is no longer the applications'."""
     application = sum(1 for _, mark in marks if mark == "application")
@@ -143,60 +143,64 @@ def _of_marks(marks: Marks, rules: GpuRules) -> list[Finding]:
     if watched >= rules.watch_limit:
         kinds = ", ".join(sorted({mark for _, mark in marks if mark != "application"}))
         reason = f"{watched} watched events in {rules.watch_window_s:.0f} s: {kinds}"
-        found.append(Finding("repeated", Level.FATAL, reason, Recovery.RESET))
+        found.append(GpuFinding("repeated", XidSeverity.FATAL, reason, Recovery.RESET))
     if application >= rules.application_limit:
         reason = f"{application} application errors in {rules.watch_window_s:.0f} s"
-        found.append(Finding("application_errors", Level.WATCH, reason))
+        found.append(GpuFinding("application_errors", XidSeverity.WATCH, reason))
     return found
 
 
-def _lost(detail: str) -> Finding:
-    return Finding("lost", Level.FATAL, f"the GPU is lost: {detail or 'no reason given'}")
+def _lost(detail: str) -> GpuFinding:
+    return GpuFinding("lost", XidSeverity.FATAL, f"the GPU is lost: {detail or 'no reason given'}")
 
 
-def _of_condition(sample: GpuSample) -> list[Finding]:
+def _of_condition(sample: GpuSample) -> list[GpuFinding]:
     if sample.condition is GpuCondition.LOST:
         return [_lost(sample.detail)]
     if sample.condition is GpuCondition.RESET_REQUIRED:
-        return [Finding("reset_required", Level.FATAL, f"the GPU needs a reset: {sample.detail}")]
+        return [GpuFinding("reset_required", XidSeverity.FATAL, f"the GPU needs a reset: {sample.detail}")]
     action = sample.info.recovery_action
     if isinstance(action, Missing) or action is RecoveryAction.NONE:
         return []
-    level = Level.WATCH if action is RecoveryAction.DRAIN_P2P else Level.FATAL
-    return [Finding("recovery_action", level, f"the driver asks for {action}")]
+    level = XidSeverity.WATCH if action is RecoveryAction.DRAIN_P2P else XidSeverity.FATAL
+    return [GpuFinding("recovery_action", level, f"the driver asks for {action}")]
 
 
 def _of_ecc(
     sample: GpuSample, uncorrected: int | None, corrected: int | None, rules: GpuRules
-) -> list[Finding]:
+) -> list[GpuFinding]:
     found = []
     now = sample.ecc_uncorrected
     if not isinstance(now, Missing) and uncorrected is not None and now > uncorrected:
         reason = f"{now - uncorrected} new uncorrectable memory errors, {now} since the last reset"
-        found.append(Finding("uncorrected_ecc", Level.FATAL, reason, Recovery.RESET))
+        found.append(GpuFinding("uncorrected_ecc", XidSeverity.FATAL, reason, Recovery.RESET))
     now = sample.ecc_corrected
     if not isinstance(now, Missing) and corrected is not None:
         new = now - corrected
         if new >= rules.corrected_ecc_limit:
-            found.append(Finding("corrected_ecc", Level.WATCH, f"{new} new corrected memory errors"))
+            found.append(GpuFinding("corrected_ecc", XidSeverity.WATCH, f"{new} new corrected memory errors"))
     return found
 
 
-def _of_worn_memory(sample: GpuSample) -> list[Finding]:
+def _of_worn_memory(sample: GpuSample) -> list[GpuFinding]:
     found = []
     remaps = sample.info.row_remaps
     if not isinstance(remaps, Missing):
         if remaps.failed:
             reason = f"no spare memory row is left after {remaps.uncorrected + remaps.corrected} remaps"
-            found.append(Finding("row_remap_failed", Level.FATAL, reason, Recovery.OPERATOR))
+            found.append(GpuFinding("row_remap_failed", XidSeverity.FATAL, reason, Recovery.OPERATOR))
         elif remaps.pending:
             found.append(
-                Finding("row_remap_pending", Level.WATCH, "a memory row is remapped at the next reset")
+                GpuFinding(
+                    "row_remap_pending", XidSeverity.WATCH, "a memory row is remapped at the next reset"
+                )
             )
     pages = sample.info.retired_pages
     if not isinstance(pages, Missing) and pages.pending:
         found.append(
-            Finding("page_retirement_pending", Level.WATCH, "a memory page is retired at the next reset")
+            GpuFinding(
+                "page_retirement_pending", XidSeverity.WATCH, "a memory page is retired at the next reset"
+            )
         )
     return found
 
@@ -223,20 +227,20 @@ def nothing_found(info: GpuInfo) -> bool:
     )
 
 
-def _spell_of_heat(sample: GpuSample, hot: Spell | None, now_s: float, rules: GpuRules) -> Spell | None:
+def _spell_of_heat(sample: GpuSample, hot: Streak | None, now_s: float, rules: GpuRules) -> Streak | None:
     """The heat spell after this reading; a missing reading neither lengthens nor ends it."""
     temperature = sample.temperature_c
     if isinstance(temperature, Missing):
         return hot
     limit_c = _slowdown_c(sample, rules)
     if is_hot(sample, temperature, rules):
-        return Spell.extend(hot, now_s, rules.evidence_gap_s)
+        return Streak.extend(hot, now_s, rules.evidence_gap_s)
     if hot is not None and temperature > limit_c - rules.cool_margin_c:
-        return Spell.extend(hot, now_s, rules.evidence_gap_s)
+        return Streak.extend(hot, now_s, rules.evidence_gap_s)
     return None
 
 
-def _of_heat(sample: GpuSample, hot: Spell, rules: GpuRules) -> Finding:
+def _of_heat(sample: GpuSample, hot: Streak, rules: GpuRules) -> GpuFinding:
     shutdown, temperature = sample.info.shutdown_c, sample.temperature_c
     limit_c = _slowdown_c(sample, rules)
     figures = f"{temperature} °C for {hot.lasted_s:.0f} s, slowdown at {limit_c} °C"
@@ -245,6 +249,6 @@ def _of_heat(sample: GpuSample, hot: Spell, rules: GpuRules) -> Finding:
         and not isinstance(temperature, Missing)
         and 0 < shutdown <= temperature
     ):
-        return Finding("overheating", Level.FATAL, f"{figures}, shutdown at {shutdown} °C")
-    level = Level.FATAL if hot.lasted_s >= rules.hot_for_s else Level.WATCH
-    return Finding("overheating", level, figures)
+        return GpuFinding("overheating", XidSeverity.FATAL, f"{figures}, shutdown at {shutdown} °C")
+    level = XidSeverity.FATAL if hot.lasted_s >= rules.hot_for_s else XidSeverity.WATCH
+    return GpuFinding("overheating", level, figures)

@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from types import MappingProxyType
 
-from controlplane.core.gpus.findings import Finding, GpuRules, Spell, findings_of, is_hot, nothing_found
-from controlplane.core.gpus.xid import Level, Recovery
+from controlplane.core.gpus.findings import GpuFinding, GpuRules, Streak, findings_of, is_hot, nothing_found
+from controlplane.core.gpus.xid import Recovery, XidSeverity
 from controlplane.core.telemetry.samples import Absence, GpuCondition, GpuEvent, GpuSample, Missing, Reading
 from controlplane.errors import IllegalTransition
 
@@ -88,15 +88,15 @@ class GpuHealth:
     ecc_uncorrected: int | None = None
     ecc_corrected: int | None = None
     """Counters at the last look; None before the first."""
-    hot: Spell | None = None
-    well: Spell | None = None
+    hot: Streak | None = None
+    well: Streak | None = None
     """Readings without a finding, without a gap."""
     marks: tuple[tuple[float, str], ...] = ()
     """Passing findings of the watch window: when, and by which rule."""
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class HealthDecision:
     """One decision about one GPU, «nothing to do» too."""
 
     uuid: str
@@ -112,12 +112,12 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
-class Assessment:
+class HealthAssessment:
     """What is known now, and why."""
 
     health: GpuHealth
-    verdict: Verdict
-    findings: tuple[Finding, ...] = ()
+    verdict: HealthDecision
+    findings: tuple[GpuFinding, ...] = ()
 
 
 def check(current: GpuState, new: GpuState) -> None:
@@ -221,7 +221,7 @@ def assess(
     now_s: float,
     rules: GpuRules,
     boot_id: str = "",
-) -> Assessment:
+) -> HealthAssessment:
     """What a new sample and new events of a GPU change.
 
     ``sample`` is None where there is none that was not assessed before; ``boot_id`` is its node's.
@@ -241,7 +241,7 @@ def assess(
     if readable and sample is not None:
         known = _remember(known, sample, boot_id)
     worst = max(findings, key=lambda finding: finding.level, default=None)
-    if worst is not None and worst.level is not Level.NOTE:
+    if worst is not None and worst.level is not XidSeverity.NOTE:
         return _worse(replace(known, well=None), worst, findings, now_s, rules)
     if not readable or sample is None:
         why = sample.detail if sample is not None else "no new sample"
@@ -251,20 +251,20 @@ def assess(
         return _stays(known, "incomplete telemetry", f"too little is known of it: {gap}", findings)
     if known.state is GpuState.HEALTHY:
         return _stays(known, "healthy", "no finding", findings)
-    well = Spell.extend(known.well, now_s, rules.evidence_gap_s)
+    well = Streak.extend(known.well, now_s, rules.evidence_gap_s)
     return _better(replace(known, well=well), well.lasted_s, findings, now_s, rules)
 
 
 def _worse(
-    health: GpuHealth, worst: Finding, findings: tuple[Finding, ...], now_s: float, rules: GpuRules
-) -> Assessment:
+    health: GpuHealth, worst: GpuFinding, findings: tuple[GpuFinding, ...], now_s: float, rules: GpuRules
+) -> HealthAssessment:
     if health.state in OUT_OF_USE:
-        if worst.level is Level.FATAL and _RECOVERIES.index(worst.recovery) > _RECOVERIES.index(
+        if worst.level is XidSeverity.FATAL and _RECOVERIES.index(worst.recovery) > _RECOVERIES.index(
             health.recovery
         ):
             health = replace(health, recovery=worst.recovery, rule=worst.rule, reason=worst.reason)
         return _stays(health, worst.rule, worst.reason, findings)
-    state = GpuState.CORDONED if worst.level is Level.FATAL else GpuState.SUSPECT
+    state = GpuState.CORDONED if worst.level is XidSeverity.FATAL else GpuState.SUSPECT
     if state is health.state:
         return _stays(
             replace(health, reason=worst.reason, rule=worst.rule), worst.rule, worst.reason, findings
@@ -272,12 +272,14 @@ def _worse(
     after = move(
         health, state, now_s=now_s, rule=worst.rule, reason=worst.reason, rules=rules, recovery=worst.recovery
     )
-    return Assessment(after, Verdict(health.uuid, health.state, state, worst.rule, worst.reason), findings)
+    return HealthAssessment(
+        after, HealthDecision(health.uuid, health.state, state, worst.rule, worst.reason), findings
+    )
 
 
 def _better(
-    health: GpuHealth, well_s: float, findings: tuple[Finding, ...], now_s: float, rules: GpuRules
-) -> Assessment:
+    health: GpuHealth, well_s: float, findings: tuple[GpuFinding, ...], now_s: float, rules: GpuRules
+) -> HealthAssessment:
     """Good readings for ``well_s``: how far do they take it?"""
     if health.state in OUT_OF_USE:
         if health.recovery is Recovery.OPERATOR:
@@ -293,11 +295,13 @@ def _better(
         return _stays(health, "recovering", f"good readings for {well_s:.0f} of {needed_s:.0f} s", findings)
     reason = f"good readings for {well_s:.0f} s after: {health.reason}"
     after = move(health, state, now_s=now_s, rule=rule, reason=reason, rules=rules)
-    return Assessment(after, Verdict(health.uuid, health.state, state, rule, reason), findings)
+    return HealthAssessment(after, HealthDecision(health.uuid, health.state, state, rule, reason), findings)
 
 
-def _stays(health: GpuHealth, rule: str, reason: str, findings: tuple[Finding, ...]) -> Assessment:
-    return Assessment(health, Verdict(health.uuid, health.state, health.state, rule, reason), findings)
+def _stays(health: GpuHealth, rule: str, reason: str, findings: tuple[GpuFinding, ...]) -> HealthAssessment:
+    return HealthAssessment(
+        health, HealthDecision(health.uuid, health.state, health.state, rule, reason), findings
+    )
 
 
 def _remember(health: GpuHealth, sample: GpuSample, boot_id: str) -> GpuHealth:

@@ -1,6 +1,6 @@
 """Every GPU that node agents report: its readings, its health, and who has taken it out of use.
 
-:meth:`GpuFleet.observe` takes in what an agent sent and judges the node's GPUs at once, so the work is
+:meth:`GpuInventory.observe` takes in what an agent sent and judges the node's GPUs at once, so the work is
 spread over the time in which samples arrive. What nobody reports is not judged: a node whose agent is silent,
 or whose driver does not answer, keeps the health it had.
 """
@@ -16,15 +16,15 @@ from controlplane.core.gpus.findings import GpuRules
 from controlplane.core.gpus.health import (
     LAST_RESORT,
     OUT_OF_USE,
-    Assessment,
     GpuHealth,
     GpuState,
+    HealthAssessment,
     assess,
     calm,
     nothing_new,
 )
 from controlplane.core.gpus.node_view import node_of
-from controlplane.core.gpus.xid import Level
+from controlplane.core.gpus.xid import XidSeverity
 from controlplane.core.placement.topology import Node
 from controlplane.core.telemetry.samples import GpuCondition, GpuEvent, GpuSample, Missing, NodeSample
 from controlplane.core.telemetry.series import DEFAULT_LIMITS, judge
@@ -58,7 +58,7 @@ class NodeHold:
     must_leave: bool = False
 
 
-class GpuFleet:
+class GpuInventory:
     """The GPUs of all nodes. Not safe for use by several threads."""
 
     def __init__(self, rules: GpuRules | None = None) -> None:
@@ -105,7 +105,7 @@ class GpuFleet:
 
     def observe(
         self, node_id: str, samples: Sequence[NodeSample], events: Sequence[GpuEvent], *, now_s: float
-    ) -> tuple[Assessment, ...]:
+    ) -> tuple[HealthAssessment, ...]:
         """Takes in what a node's agent sent at ``now_s``; answers with what moved."""
         telemetry = self._nodes.get(node_id)
         if telemetry is None:
@@ -119,7 +119,7 @@ class GpuFleet:
             if event.gpu_uuid:
                 by_gpu.setdefault(event.gpu_uuid, []).append(event)
         latest = new[-1] if new else None
-        moved: list[Assessment] = []
+        moved: list[HealthAssessment] = []
         if latest is not None:
             listed = telemetry.gpus.uuids
             if listed != self._by_node.get(node_id):
@@ -168,7 +168,7 @@ class GpuFleet:
         now_s: float,
         boot_id: str,
         uuid: str = "",
-    ) -> tuple[Assessment, ...]:
+    ) -> tuple[HealthAssessment, ...]:
         uuid = sample.info.uuid if sample is not None else uuid
         record = self._records.get(uuid)
         if record is None:
@@ -179,7 +179,7 @@ class GpuFleet:
         must_leave = seen.health.state in OUT_OF_USE and (
             record.must_leave
             or (seen.verdict.moved and seen.verdict.after is GpuState.CORDONED)
-            or any(finding.level is Level.FATAL for finding in seen.findings)
+            or any(finding.level is XidSeverity.FATAL for finding in seen.findings)
         )
         self._put(uuid, GpuRecord(node_id, seen.health, must_leave))
         return (seen,) if seen.verdict.moved else ()
@@ -353,8 +353,8 @@ class GpuFleet:
         *,
         counted: bool = False,
     ) -> None:
-        """What :meth:`kept` said before; it applies to each GPU when it is seen. ``counted``: some GPU was
-        reported before."""
+        """What :meth:`kept` said before; it applies to each GPU when it is seen. ``counted``: some GPU
+        was reported before."""
         self._counted = self._counted or counted
         self._waiting.update({health.uuid: (health, leave) for health, leave in gpus})
         self._holds.update(holds)

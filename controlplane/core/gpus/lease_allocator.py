@@ -10,9 +10,16 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from controlplane.core.gpus.allocation import choose_gpus, parts_of
-from controlplane.core.gpus.inventory import GpuFleet
-from controlplane.core.gpus.leases import Answer, Capacity, Lease, LeaseBook, Outcome, Part
-from controlplane.core.placement.gangs import Infeasible, Shape
+from controlplane.core.gpus.inventory import GpuInventory
+from controlplane.core.gpus.leases import (
+    GpuCapacity,
+    GpuLease,
+    GpuPart,
+    LeaseBook,
+    LeaseOutcome,
+    LeaseResponse,
+)
+from controlplane.core.placement.gangs import GangShape, Infeasible
 from controlplane.core.placement.topology import Node
 from controlplane.core.telemetry.samples import Missing
 
@@ -21,10 +28,10 @@ REFUSED_AGAIN_S = 5.0
 """A GPU may become free or return: a refused holder may ask again after so long."""
 
 
-class LeaseDesk:
+class LeaseAllocator:
     """The book of leases beside the fleet it is about."""
 
-    def __init__(self, fleet: GpuFleet) -> None:
+    def __init__(self, fleet: GpuInventory) -> None:
         self._fleet = fleet
         self.book = LeaseBook()
 
@@ -33,25 +40,25 @@ class LeaseDesk:
         holder: str,
         generation: int,
         node_id: str,
-        shape: Shape,
+        shape: GangShape,
         *,
         now_s: float,
         wait: str = "",
-    ) -> Answer:
+    ) -> LeaseResponse:
         """GPUs of the node for ``shape``; ``wait`` is why nothing can be given away yet."""
         held = self.book.leases.get(holder)
         if held is not None and held.generation == generation and held.node_id == node_id:
             return self.book.acquire(holder, held.parts, {}, generation=generation, now_s=now_s)
         if not shape.total_gpus:
-            return Answer(Outcome.REFUSED, "no GPU was asked for")
+            return LeaseResponse(LeaseOutcome.REFUSED, "no GPU was asked for")
         if wait:
-            return Answer(Outcome.WAIT, wait, retry_after_s=ASK_AGAIN_S)
+            return LeaseResponse(LeaseOutcome.WAIT, wait, retry_after_s=ASK_AGAIN_S)
         usual = self._fleet.node(node_id)
         if usual is None:
             reason = "the node's agent has not reported yet"
-            return Answer(Outcome.WAIT, reason, retry_after_s=ASK_AGAIN_S)
+            return LeaseResponse(LeaseOutcome.WAIT, reason, retry_after_s=ASK_AGAIN_S)
         if not usual.gpus:
-            return Answer(Outcome.UNMANAGED, self._why_none(node_id))
+            return LeaseResponse(LeaseOutcome.UNMANAGED, self._why_none(node_id))
         others = [lease for lease in self.book.on_node(node_id) if lease.holder != holder]
         node, found = usual, choose_gpus(usual, shape, others)
         if isinstance(found, Infeasible):
@@ -59,16 +66,16 @@ class LeaseDesk:
             found = choose_gpus(node, shape, others)
         if isinstance(found, Infeasible):
             why = "; ".join(str(refusal) for refusal in found.refusals) or found.why
-            return Answer(Outcome.REFUSED, why, retry_after_s=REFUSED_AGAIN_S)
+            return LeaseResponse(LeaseOutcome.REFUSED, why, retry_after_s=REFUSED_AGAIN_S)
         parts, capacities = parts_of(found), _capacities(node)
         answer = self.book.acquire(holder, parts, capacities, generation=generation, now_s=now_s)
-        return replace(answer, reason=found.why) if answer.outcome is Outcome.GRANTED else answer
+        return replace(answer, reason=found.why) if answer.outcome is LeaseOutcome.GRANTED else answer
 
     def restore(
-        self, holder: str, generation: int, node_id: str, parts: Iterable[Part], now_s: float
-    ) -> Answer:
+        self, holder: str, generation: int, node_id: str, parts: Iterable[GpuPart], now_s: float
+    ) -> LeaseResponse:
         """What a running holder says it has."""
-        [answer] = self.book.restore([Lease(holder, generation, node_id, tuple(parts), now_s)])
+        [answer] = self.book.restore([GpuLease(holder, generation, node_id, tuple(parts), now_s)])
         return answer
 
     def renew(self, holder: str, now_s: float) -> bool:
@@ -81,8 +88,8 @@ class LeaseDesk:
         return driver.reason if isinstance(driver, Missing) else "the node has no GPU that can be read"
 
 
-def _capacities(node: Node) -> dict[str, Capacity]:
+def _capacities(node: Node) -> dict[str, GpuCapacity]:
     return {
-        gpu.uuid: Capacity(gpu.uuid, node.node_id, gpu.memory_bytes, node.unavailable or gpu.unavailable)
+        gpu.uuid: GpuCapacity(gpu.uuid, node.node_id, gpu.memory_bytes, node.unavailable or gpu.unavailable)
         for gpu in node.gpus
     }

@@ -27,7 +27,7 @@ CHANGES_KEPT = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class GpuPart:
     """What of one GPU is asked for or held."""
 
     gpu_uuid: str
@@ -37,7 +37,7 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Lease:
+class GpuLease:
     """What one holder has."""
 
     holder: str
@@ -45,7 +45,7 @@ class Lease:
     generation: int
     """Of the holder's life; a newer one replaces an older one's lease."""
     node_id: str
-    parts: tuple[Part, ...]
+    parts: tuple[GpuPart, ...]
     renewed_s: float
 
     @property
@@ -55,7 +55,7 @@ class Lease:
 
 
 @dataclass(frozen=True, slots=True)
-class Capacity:
+class GpuCapacity:
     """What a GPU has to give."""
 
     gpu_uuid: str
@@ -66,7 +66,7 @@ class Capacity:
     """Why nothing new may be leased on it; what is held stays held."""
 
 
-class Outcome(StrEnum):
+class LeaseOutcome(StrEnum):
     """What became of a request."""
 
     GRANTED = "granted"
@@ -82,12 +82,12 @@ class Outcome(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class LeaseResponse:
     """What became of a request, and why."""
 
-    outcome: Outcome
+    outcome: LeaseOutcome
     reason: str
-    lease: Lease | None = None
+    lease: GpuLease | None = None
     retry_after_s: float = 0.0
     """With WAIT, and with a refusal that need not last."""
 
@@ -96,7 +96,7 @@ class LeaseBook:
     """Every lease, by holder, and who has a part of each GPU."""
 
     def __init__(self) -> None:
-        self._leases: dict[str, Lease] = {}
+        self._leases: dict[str, GpuLease] = {}
         self._users: dict[str, tuple[str, ...]] = {}
         self._used: dict[str, tuple[int, int]] = {}
         """GPU UUID → thousandths and bytes that are held."""
@@ -118,12 +118,12 @@ class LeaseBook:
             return None
         return frozenset(islice(reversed(self._changed), count))
 
-    def on_node(self, node_id: str) -> Iterator[Lease]:
+    def on_node(self, node_id: str) -> Iterator[GpuLease]:
         """The leases of one node, in the order in which they came."""
         return (self._leases[holder] for holder in self._on_node.get(node_id, ()))
 
     @property
-    def leases(self) -> Mapping[str, Lease]:
+    def leases(self) -> Mapping[str, GpuLease]:
         """By holder."""
         return MappingProxyType(self._leases)
 
@@ -141,7 +141,7 @@ class LeaseBook:
                     memory_bytes -= part.memory_bytes
         return milli, memory_bytes
 
-    def free(self, capacity: Capacity) -> tuple[int, int | None]:
+    def free(self, capacity: GpuCapacity) -> tuple[int, int | None]:
         """Thousandths and bytes of a GPU that may still be leased; bytes are None where they aren't known."""
         if capacity.unavailable:
             return 0, 0
@@ -154,12 +154,12 @@ class LeaseBook:
     def acquire(
         self,
         holder: str,
-        parts: Sequence[Part],
-        capacities: Mapping[str, Capacity],
+        parts: Sequence[GpuPart],
+        capacities: Mapping[str, GpuCapacity],
         *,
         generation: int,
         now_s: float,
-    ) -> Answer:
+    ) -> LeaseResponse:
         """Gives ``holder`` all of ``parts`` or nothing.
 
         The parts must be on one node, on GPUs that are available. Asked again by the same generation it
@@ -168,24 +168,26 @@ class LeaseBook:
         """
         held = self._leases.get(holder)
         if held is not None and held.generation == generation:
-            return Answer(Outcome.UNCHANGED, "it holds this lease already", self._renewed(held, now_s))
+            return LeaseResponse(
+                LeaseOutcome.UNCHANGED, "it holds this lease already", self._renewed(held, now_s)
+            )
         if held is not None and held.generation > generation:
             reason = f"generation {held.generation} of {holder} holds a lease, {generation} is older"
-            return Answer(Outcome.REFUSED, reason)
+            return LeaseResponse(LeaseOutcome.REFUSED, reason)
         problem = _malformed(parts) or self._unavailable(holder, parts, capacities)
         problem = problem or self._overlap(holder, parts)
         if problem:
-            return Answer(Outcome.REFUSED, problem)
-        lease = Lease(holder, generation, capacities[parts[0].gpu_uuid].node_id, tuple(parts), now_s)
+            return LeaseResponse(LeaseOutcome.REFUSED, problem)
+        lease = GpuLease(holder, generation, capacities[parts[0].gpu_uuid].node_id, tuple(parts), now_s)
         self._put(lease)
-        return Answer(Outcome.GRANTED, f"{len(lease.parts)} GPU(s)", lease)
+        return LeaseResponse(LeaseOutcome.GRANTED, f"{len(lease.parts)} GPU(s)", lease)
 
-    def renew(self, holder: str, *, generation: int, now_s: float) -> Answer:
+    def renew(self, holder: str, *, generation: int, now_s: float) -> LeaseResponse:
         """The holder is alive. UNKNOWN if it has no lease of that generation: it should claim it."""
         held = self._leases.get(holder)
         if held is None or held.generation != generation:
-            return Answer(Outcome.UNKNOWN, f"{holder} has no lease of generation {generation}")
-        return Answer(Outcome.UNCHANGED, "renewed", self._renewed(held, now_s))
+            return LeaseResponse(LeaseOutcome.UNKNOWN, f"{holder} has no lease of generation {generation}")
+        return LeaseResponse(LeaseOutcome.UNCHANGED, "renewed", self._renewed(held, now_s))
 
     def heard(self, holder: str, now_s: float) -> bool:
         """The holder is alive, whatever its generation; False if it has no lease."""
@@ -194,16 +196,16 @@ class LeaseBook:
             self._renewed(held, now_s)
         return held is not None
 
-    def release(self, holder: str, *, generation: int | None = None) -> Answer:
+    def release(self, holder: str, *, generation: int | None = None) -> LeaseResponse:
         """Gives back what the holder has. A late release of an older generation changes nothing; releasing
         twice is UNKNOWN and changes nothing. Without ``generation``: whatever it holds."""
         held = self._leases.get(holder)
         if held is None or (generation is not None and held.generation != generation):
-            return Answer(Outcome.UNKNOWN, f"{holder} has no such lease")
+            return LeaseResponse(LeaseOutcome.UNKNOWN, f"{holder} has no such lease")
         self._drop(holder)
-        return Answer(Outcome.GRANTED, f"{len(held.parts)} GPU(s) are free", held)
+        return LeaseResponse(LeaseOutcome.GRANTED, f"{len(held.parts)} GPU(s) are free", held)
 
-    def restore(self, claims: Iterable[Lease]) -> tuple[Answer, ...]:
+    def restore(self, claims: Iterable[GpuLease]) -> tuple[LeaseResponse, ...]:
         """Takes in what running holders say they hold, the longest unheard of first.
 
         A claim is a fact (its process runs there), so health and capacity don't refuse it; only a conflict
@@ -215,24 +217,28 @@ class LeaseBook:
             if held is not None and held.generation >= claim.generation:
                 same = held.generation == claim.generation
                 reason = "it is known already" if same else f"generation {held.generation} is newer"
-                answers.append(Answer(Outcome.UNCHANGED if same else Outcome.REFUSED, reason, held))
+                answers.append(
+                    LeaseResponse(LeaseOutcome.UNCHANGED if same else LeaseOutcome.REFUSED, reason, held)
+                )
                 continue
             problem = _malformed(claim.parts) or self._overlap(claim.holder, claim.parts)
             if problem:
-                answers.append(Answer(Outcome.REFUSED, problem))
+                answers.append(LeaseResponse(LeaseOutcome.REFUSED, problem))
                 continue
             self._put(claim)
-            answers.append(Answer(Outcome.GRANTED, "restored", claim))
+            answers.append(LeaseResponse(LeaseOutcome.GRANTED, "restored", claim))
         return tuple(answers)
 
-    def reap(self, *, now_s: float, ttl_s: float) -> tuple[Lease, ...]:
+    def reap(self, *, now_s: float, ttl_s: float) -> tuple[GpuLease, ...]:
         """Frees what was not renewed for ``ttl_s``; answers with the leases that died."""
         dead = [lease for lease in self._leases.values() if now_s - lease.renewed_s > ttl_s]
         for lease in dead:
             self._drop(lease.holder)
         return tuple(dead)
 
-    def _unavailable(self, holder: str, parts: Sequence[Part], capacities: Mapping[str, Capacity]) -> str:
+    def _unavailable(
+        self, holder: str, parts: Sequence[GpuPart], capacities: Mapping[str, GpuCapacity]
+    ) -> str:
         for part in parts:
             capacity = capacities.get(part.gpu_uuid)
             if capacity is None:
@@ -245,7 +251,7 @@ class LeaseBook:
         nodes = {capacities[part.gpu_uuid].node_id for part in parts}
         return f"the GPUs are on several nodes: {', '.join(sorted(nodes))}" if len(nodes) > 1 else ""
 
-    def _overlap(self, holder: str, parts: Sequence[Part]) -> str:
+    def _overlap(self, holder: str, parts: Sequence[GpuPart]) -> str:
         for part in parts:
             milli, _ = self.used(part.gpu_uuid, without=holder)
             if milli + part.milli > WHOLE_MILLI:
@@ -253,14 +259,14 @@ class LeaseBook:
                 return f"{milli} thousandths of {part.gpu_uuid} are held by {others}"
         return ""
 
-    def _renewed(self, lease: Lease, now_s: float) -> Lease:
+    def _renewed(self, lease: GpuLease, now_s: float) -> GpuLease:
         if now_s <= lease.renewed_s:
             return lease
-        renewed = Lease(lease.holder, lease.generation, lease.node_id, lease.parts, now_s)
+        renewed = GpuLease(lease.holder, lease.generation, lease.node_id, lease.parts, now_s)
         self._leases[lease.holder] = renewed
         return renewed
 
-    def _put(self, lease: Lease) -> None:
+    def _put(self, lease: GpuLease) -> None:
         if lease.holder in self._leases:
             self._drop(lease.holder)
         self._version += 1
@@ -291,7 +297,7 @@ class LeaseBook:
                 del self._users[uuid], self._used[uuid]
 
 
-def _malformed(parts: Sequence[Part]) -> str:
+def _malformed(parts: Sequence[GpuPart]) -> str:
     if not parts:
         return "no GPU was asked for"
     if len({part.gpu_uuid for part in parts}) != len(parts):

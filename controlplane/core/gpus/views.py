@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from controlplane.core.gpus.inventory import GpuFleet, GpuRecord
+from controlplane.core.gpus.inventory import GpuInventory, GpuRecord
 from controlplane.core.gpus.leases import LeaseBook
 from controlplane.core.telemetry.samples import Missing, Reading, T
 from controlplane.core.telemetry.series import Freshness
@@ -59,7 +59,7 @@ class GpuView:
     """UUIDs that its active NVLinks lead to."""
 
 
-def gpu_views(fleet: GpuFleet, book: LeaseBook, *, now_s: float, unix_s: float) -> tuple[GpuView, ...]:
+def gpu_views(fleet: GpuInventory, book: LeaseBook, *, now_s: float, unix_s: float) -> tuple[GpuView, ...]:
     """All GPUs, by node and the driver's order."""
     records: Mapping[str, GpuRecord] = fleet.records
     return tuple(
@@ -71,7 +71,7 @@ def gpu_views(fleet: GpuFleet, book: LeaseBook, *, now_s: float, unix_s: float) 
 
 
 def _view(
-    fleet: GpuFleet, book: LeaseBook, record: GpuRecord, uuid: str, now_s: float, unix_s: float
+    fleet: GpuInventory, book: LeaseBook, record: GpuRecord, uuid: str, now_s: float, unix_s: float
 ) -> GpuView:
     signals = fleet.signals(uuid, now_s)
     telemetry = fleet.nodes[record.node_id]

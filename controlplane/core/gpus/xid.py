@@ -13,7 +13,7 @@ from enum import IntEnum, StrEnum
 from types import MappingProxyType
 
 
-class Level(IntEnum):
+class XidSeverity(IntEnum):
     """How bad a finding is; the larger, the worse."""
 
     NOTE = 0
@@ -40,20 +40,20 @@ class Xid:
     """One error number."""
 
     meaning: str
-    level: Level
+    level: XidSeverity
     recovery: Recovery = Recovery.CLEAR
 
 
 def _application(meaning: str) -> Xid:
-    return Xid(meaning, Level.NOTE)
+    return Xid(meaning, XidSeverity.NOTE)
 
 
 def _watch(meaning: str) -> Xid:
-    return Xid(meaning, Level.WATCH)
+    return Xid(meaning, XidSeverity.WATCH)
 
 
 def _fatal(meaning: str) -> Xid:
-    return Xid(meaning, Level.FATAL, Recovery.RESET)
+    return Xid(meaning, XidSeverity.FATAL, Recovery.RESET)
 
 
 XIDS: Mapping[int, Xid] = MappingProxyType(
@@ -91,4 +91,4 @@ XIDS: Mapping[int, Xid] = MappingProxyType(
 
 def classify(code: int) -> Xid:
     """What the number says; an unknown one is watched."""
-    return XIDS.get(code, Xid("not in the table", Level.WATCH))
+    return XIDS.get(code, Xid("not in the table", XidSeverity.WATCH))

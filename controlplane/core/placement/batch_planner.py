@@ -10,22 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from controlplane.core.placement.fragmentation import Demand
-from controlplane.core.placement.gangs import Gang, Infeasible, Placement, Plan
-from controlplane.core.placement.planner import SPREAD_MILLI, ClusterState, Planner, demand_of
+from controlplane.core.placement.fragmentation import ExpectedDemand
+from controlplane.core.placement.gangs import Gang, Infeasible, Placement, PlacementPlan
+from controlplane.core.placement.planner import SPREAD_MILLI, PlacedCluster, Planner, demand_of
 
 EFFORT = 1000
 """Placements to try at most, beyond those of the first order: about 1 ms each on 10,000 GPUs."""
 
 
 def plan(
-    state: ClusterState,
+    state: PlacedCluster,
     gangs: Sequence[Gang],
-    demand: Demand | None = None,
+    demand: ExpectedDemand | None = None,
     *,
     spread_milli: int = SPREAD_MILLI,
     effort: int = EFFORT,
-) -> Plan:
+) -> PlacementPlan:
     """Place ``gangs`` beside what ``state`` runs; the answers are in the order asked for.
 
     ``demand`` is what the fleet must expect; by default more of what runs and what is asked for.
@@ -37,25 +37,28 @@ def plan(
         demand = demand_of([placement.gang.shape for placement in state.placements], [g.shape for g in gangs])
     expected = demand
 
-    def attempt(order: Sequence[Gang]) -> Plan:
+    def attempt(order: Sequence[Gang]) -> PlacementPlan:
         planner = Planner(state, expected, spread_milli=spread_milli)
         answers = [planner.place(gang) for gang in order]
-        return Plan(
+        return PlacementPlan(
             tuple(answer for answer in answers if isinstance(answer, Placement)),
             tuple(answer for answer in answers if isinstance(answer, Infeasible)),
         )
 
     best = _search(attempt, gangs, _scarcity(state, gangs), effort)
     asked = {gang.gang_id: i for i, gang in enumerate(gangs)}
-    return Plan(
+    return PlacementPlan(
         tuple(sorted(best.placements, key=lambda answer: asked[answer.gang.gang_id])),
         tuple(sorted(best.infeasible, key=lambda answer: asked[answer.gang.gang_id])),
     )
 
 
 def _search(
-    attempt: Callable[[Sequence[Gang]], Plan], gangs: Sequence[Gang], scarcity: dict[str, int], effort: int
-) -> Plan:
+    attempt: Callable[[Sequence[Gang]], PlacementPlan],
+    gangs: Sequence[Gang],
+    scarcity: dict[str, int],
+    effort: int,
+) -> PlacementPlan:
     order = sorted(gangs, key=_size)
     best = attempt(order)
     left = effort // max(1, len(gangs))
@@ -83,7 +86,7 @@ def _search(
     return best
 
 
-def _worth(answer: Plan) -> tuple[int, int]:
+def _worth(answer: PlacementPlan) -> tuple[int, int]:
     """GPU capacity allocated, then gangs placed."""
     return sum(p.gang.shape.total_milli for p in answer.placements), len(answer.placements)
 
@@ -102,7 +105,7 @@ def _size(gang: Gang) -> tuple[int, int, int, int, int, str, str]:
     )
 
 
-def _scarcity(state: ClusterState, gangs: Sequence[Gang]) -> dict[str, int]:
+def _scarcity(state: PlacedCluster, gangs: Sequence[Gang]) -> dict[str, int]:
     """By gang: how many GPUs of the fleet are of a model that it accepts."""
     models: dict[str, int] = {}
     for node in state.nodes:

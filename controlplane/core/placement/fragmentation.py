@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from controlplane.core.placement.gangs import WHOLE_MILLI, Shape
+from controlplane.core.placement.gangs import WHOLE_MILLI, GangShape
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -49,10 +49,10 @@ class GpuKind:
 
 
 @dataclass(frozen=True, slots=True)
-class Demand:
+class ExpectedDemand:
     """How often which shape is expected, in relation to each other."""
 
-    weights: tuple[tuple[Shape, float], ...] = ()
+    weights: tuple[tuple[GangShape, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,9 @@ class NodeStates:
 class Stranding:
     """The expected stranding for one demand, on the kinds of GPUs of one fleet."""
 
-    def __init__(self, demand: Demand, kinds: Sequence[GpuKind], most_cpu_milli: int, most_gpus: int) -> None:
+    def __init__(
+        self, demand: ExpectedDemand, kinds: Sequence[GpuKind], most_cpu_milli: int, most_gpus: int
+    ) -> None:
         """At least one kind; ``most_cpu_milli`` and ``most_gpus`` are those of the largest node."""
         self._step = max(1, -(-most_cpu_milli // _CPU_STEPS))
         total = sum(weight for _, weight in demand.weights) or 1.0
@@ -92,7 +94,7 @@ class Stranding:
         self._missed_on_node, self._missed_in_island = self._several(shares, kinds, most_gpus)
 
     def _items(
-        self, shares: Sequence[tuple[Shape, float]], kind: GpuKind
+        self, shares: Sequence[tuple[GangShape, float]], kind: GpuKind
     ) -> tuple[tuple[tuple[int, int], float], ...]:
         """What single GPUs of this kind are asked for: (gap quanta, CPU steps) → frequency."""
         items: dict[tuple[int, int], float] = {}
@@ -134,7 +136,7 @@ class Stranding:
         return missed
 
     def _several(
-        self, shares: Sequence[tuple[Shape, float]], kinds: Sequence[GpuKind], most_gpus: int
+        self, shares: Sequence[tuple[GangShape, float]], kinds: Sequence[GpuKind], most_gpus: int
     ) -> tuple[Floats | None, Floats | None]:
         """Tables of the part of demand missed: by kind, size of the largest island, idle GPUs, CPU steps.
 

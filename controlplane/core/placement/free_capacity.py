@@ -1,8 +1,8 @@
 """The fleet's free capacity as arrays: what the placement reads, and where it writes down what it gave.
 
 Rows are nodes in the order of their ids, columns are a node's GPUs in the order of their indices. A GPU
-that is not there or must not be used has nothing free. The arrays are changed by :meth:`Ledger.take` and
-:meth:`Ledger.give_back` only.
+that is not there or must not be used has nothing free. The arrays are changed by :meth:`FreeCapacity.take`
+and :meth:`FreeCapacity.give_back` only.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from controlplane.core.placement.fragmentation import GpuKind, Ints, NodeStates
-from controlplane.core.placement.gangs import WHOLE_MILLI, Shape
+from controlplane.core.placement.gangs import WHOLE_MILLI, GangShape
 from controlplane.core.placement.topology import Gpu, Node, islands, numa_groups
 
 UNKNOWN_BYTES = 1 << 60
 """Stands for a GPU memory that nobody reported: enough for anything."""
 
 
-class Ledger:
+class FreeCapacity:
     """Free capacity of nodes; who took what is the caller's to remember. ValueError if two nodes have the
     same id, or two GPUs the same UUID."""
 
@@ -86,19 +86,19 @@ class Ledger:
             self.islands,
         )
 
-    def accepted(self, shape: Shape) -> NDArray[np.bool_]:
+    def accepted(self, shape: GangShape) -> NDArray[np.bool_]:
         """By kind: whether the shape takes GPUs of it."""
         return np.array([shape.accepts(kind.model) for kind in self.kinds], dtype=np.bool_)
 
-    def take(self, row: int, columns: Sequence[int], shape: Shape, stages: int = 1) -> None:
+    def take(self, row: int, columns: Sequence[int], shape: GangShape, stages: int = 1) -> None:
         """Write down that ``stages`` stages of ``shape`` run on this node, on these GPUs."""
         self._move(row, columns, shape, stages, -1)
 
-    def give_back(self, row: int, columns: Sequence[int], shape: Shape, stages: int = 1) -> None:
+    def give_back(self, row: int, columns: Sequence[int], shape: GangShape, stages: int = 1) -> None:
         """The reverse of :meth:`take`."""
         self._move(row, columns, shape, stages, +1)
 
-    def _move(self, row: int, columns: Sequence[int], shape: Shape, stages: int, sign: int) -> None:
+    def _move(self, row: int, columns: Sequence[int], shape: GangShape, stages: int, sign: int) -> None:
         self.cpu_milli[row] += sign * stages * shape.cpu_milli
         self.memory_bytes[row] += sign * stages * shape.memory_bytes
         for column in columns:
@@ -118,6 +118,6 @@ def gap_of(free_milli: Ints, free_bytes: Ints, size_bytes: Ints) -> Ints:
     return gap
 
 
-def all_rows(ledger: Ledger) -> Ints:
+def all_rows(ledger: FreeCapacity) -> Ints:
     """Indices of all nodes."""
     return np.arange(len(ledger.nodes), dtype=np.int64)

@@ -18,7 +18,7 @@ WHOLE_MILLI = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class GangShape:
     """What a gang asks for. Gangs of one shape are interchangeable. ValueError if it makes no sense."""
 
     gpus: int = 1
@@ -72,13 +72,13 @@ class Gang:
     """One replica that wants a place."""
 
     gang_id: str
-    shape: Shape
+    shape: GangShape
     tier: str = ""
     """Replicas of one tier keep away from each other; empty: no such wish."""
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class GangStage:
     """Where one stage runs."""
 
     node_id: str
@@ -90,7 +90,7 @@ class Placement:
     """Where a gang runs, and why there."""
 
     gang: Gang
-    stages: tuple[Stage, ...]
+    stages: tuple[GangStage, ...]
     distance: Distance = Distance.SAME
     """The farthest apart two GPUs of one stage are."""
     stranded_milli: float = 0.0
@@ -146,7 +146,7 @@ _DISTANCE_TEXT = {
 }
 
 
-class Cause(StrEnum):
+class RefusalCause(StrEnum):
     """Why a node can't take a gang."""
 
     NODE_UNAVAILABLE = "node unavailable"
@@ -161,11 +161,11 @@ class Cause(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
+class NodeRefusal:
     """Why one node can't take a gang: what it needs of something, and what there is."""
 
     node_id: str
-    cause: Cause
+    cause: RefusalCause
     needed: int = 0
     available: int = 0
     note: str = ""
@@ -176,27 +176,27 @@ class Refusal:
 
 
 _REFUSAL_TEXT = {
-    Cause.NODE_UNAVAILABLE: "out of use",
-    Cause.NO_SUCH_GPU: "needs {needed} GPUs of an accepted model, has {has}",
-    Cause.GPU_UNAVAILABLE: "needs {needed} usable GPUs, has {has}",
-    Cause.GPU_TOO_SMALL: "needs {needed} GPUs with enough memory, has {has}",
-    Cause.GPU_BUSY: "needs {needed} free GPUs, has {has}",
-    Cause.GPU_MEMORY: "needs {needed} GPUs with enough free memory, has {has}",
-    Cause.CPU: "needs {needed} CPUs, has {has} free",
-    Cause.MEMORY: "needs {needed} GiB of memory, has {has} free",
-    Cause.STAGES: "{needed} stages, this node could take {has}, the others too few of the rest",
+    RefusalCause.NODE_UNAVAILABLE: "out of use",
+    RefusalCause.NO_SUCH_GPU: "needs {needed} GPUs of an accepted model, has {has}",
+    RefusalCause.GPU_UNAVAILABLE: "needs {needed} usable GPUs, has {has}",
+    RefusalCause.GPU_TOO_SMALL: "needs {needed} GPUs with enough memory, has {has}",
+    RefusalCause.GPU_BUSY: "needs {needed} free GPUs, has {has}",
+    RefusalCause.GPU_MEMORY: "needs {needed} GPUs with enough free memory, has {has}",
+    RefusalCause.CPU: "needs {needed} CPUs, has {has} free",
+    RefusalCause.MEMORY: "needs {needed} GiB of memory, has {has} free",
+    RefusalCause.STAGES: "{needed} stages, this node could take {has}, the others too few of the rest",
 }
 
 
-def _amount(refusal: Refusal, value: int) -> str:
-    if refusal.cause is Cause.CPU:
+def _amount(refusal: NodeRefusal, value: int) -> str:
+    if refusal.cause is RefusalCause.CPU:
         return f"{value / 1000:g}"
-    if refusal.cause is Cause.MEMORY:
+    if refusal.cause is RefusalCause.MEMORY:
         return f"{value / 2**30:.1f}"
     return str(value)
 
 
-def _available(refusal: Refusal) -> str:
+def _available(refusal: NodeRefusal) -> str:
     return _amount(refusal, max(0, refusal.available))
 
 
@@ -205,7 +205,7 @@ class Infeasible:
     """A gang that has no place, with the reason of every node."""
 
     gang: Gang
-    refusals: Sequence[Refusal] = field(default=())
+    refusals: Sequence[NodeRefusal] = field(default=())
 
     @property
     def why(self) -> str:
@@ -217,7 +217,7 @@ class Infeasible:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class PlacementPlan:
     """The answer to a list of gangs, in the order they were asked for."""
 
     placements: tuple[Placement, ...] = ()

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from controlplane.core.placement.fragmentation import Floats, Ints, NodeStates, Stranding
-from controlplane.core.placement.free_capacity import Ledger, gap_of
-from controlplane.core.placement.gangs import Cause, Refusal, Shape
+from controlplane.core.placement.free_capacity import FreeCapacity, gap_of
+from controlplane.core.placement.gangs import GangShape, NodeRefusal, RefusalCause
 from controlplane.core.placement.topology import Distance
 
 Bools = NDArray[np.bool_]
@@ -25,7 +25,7 @@ _FAR = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
-class Fit:
+class NodeFit:
     """One shape on many nodes."""
 
     fits: Bools
@@ -37,7 +37,7 @@ class Fit:
     """The GPUs it would get, stage by stage; meaningless where it does not fit."""
 
 
-def fit(ledger: Ledger, stranding: Stranding, shape: Shape, rows: Ints) -> Fit:
+def fit_nodes(ledger: FreeCapacity, stranding: Stranding, shape: GangShape, rows: Ints) -> NodeFit:
     """Try ``shape``, all stages on one node, on each of ``rows``; nothing is changed."""
     eligible = _eligible(ledger, shape, rows)
     fits = ledger.open[rows] & (ledger.cpu_milli[rows] >= shape.cpu_milli * shape.stages)
@@ -55,10 +55,10 @@ def fit(ledger: Ledger, stranding: Stranding, shape: Shape, rows: Ints) -> Fit:
         else:
             columns[where], distance[where] = _closest(ledger, shape, found, able)
             stranded[where] = _growth(ledger, stranding, shape, found, columns[where])
-    return Fit(fits, distance, np.round(stranded, 6), columns)
+    return NodeFit(fits, distance, np.round(stranded, 6), columns)
 
 
-def _eligible(ledger: Ledger, shape: Shape, rows: Ints) -> Bools:
+def _eligible(ledger: FreeCapacity, shape: GangShape, rows: Ints) -> Bools:
     """GPUs that could give what the shape wants of each of its GPUs now."""
     eligible = ledger.usable[rows] & (ledger.free_milli[rows] >= shape.milli_gpu)
     if shape.gpu_memory_bytes:
@@ -69,7 +69,7 @@ def _eligible(ledger: Ledger, shape: Shape, rows: Ints) -> Bools:
 
 
 def _share(
-    ledger: Ledger, stranding: Stranding, shape: Shape, rows: Ints, eligible: Bools
+    ledger: FreeCapacity, stranding: Stranding, shape: GangShape, rows: Ints, eligible: Bools
 ) -> tuple[Ints, Floats]:
     """The GPU of each row that gives the share with the least stranding, and how much that is."""
     gap = ledger.gap_milli[rows]
@@ -103,7 +103,7 @@ def _share(
     return best, growth[np.arange(len(rows)), best]
 
 
-def _closest(ledger: Ledger, shape: Shape, rows: Ints, idle: Bools) -> tuple[Ints, Ints]:
+def _closest(ledger: FreeCapacity, shape: GangShape, rows: Ints, idle: Bools) -> tuple[Ints, Ints]:
     """Whole GPUs for all stages of each row, stage by stage, and how far apart those of a stage are."""
     distance = np.zeros(len(rows), dtype=np.int64)
     if not shape.gpus:
@@ -119,7 +119,9 @@ def _closest(ledger: Ledger, shape: Shape, rows: Ints, idle: Bools) -> tuple[Int
     return np.concatenate(stages, axis=1), distance
 
 
-def _growth(ledger: Ledger, stranding: Stranding, shape: Shape, rows: Ints, columns: Ints) -> Floats:
+def _growth(
+    ledger: FreeCapacity, stranding: Stranding, shape: GangShape, rows: Ints, columns: Ints
+) -> Floats:
     """How much the stranding grows when these whole GPUs are taken."""
     now = ledger.states(rows)
     gap = now.gap_milli.copy()
@@ -168,10 +170,10 @@ def _idle_beside(idle: Bools, group: Ints) -> Ints:
     return beside
 
 
-class Refusals(Sequence[Refusal]):
+class NodeRefusals(Sequence[NodeRefusal]):
     """Why each node refused: what was free then is kept, and looked at when somebody reads it."""
 
-    def __init__(self, ledger: Ledger, shape: Shape) -> None:
+    def __init__(self, ledger: FreeCapacity, shape: GangShape) -> None:
         self._ledger = ledger
         self._shape = shape
         self._nodes = ledger.nodes
@@ -211,29 +213,29 @@ class Refusals(Sequence[Refusal]):
         return len(self._nodes)
 
     @overload
-    def __getitem__(self, index: int) -> Refusal: ...
+    def __getitem__(self, index: int) -> NodeRefusal: ...
     @overload
-    def __getitem__(self, index: slice) -> Sequence[Refusal]: ...
-    def __getitem__(self, index: int | slice) -> Refusal | Sequence[Refusal]:
+    def __getitem__(self, index: slice) -> Sequence[NodeRefusal]: ...
+    def __getitem__(self, index: int | slice) -> NodeRefusal | Sequence[NodeRefusal]:
         if isinstance(index, slice):
             return [self._refusal(i) for i in range(*index.indices(len(self)))]
         return self._refusal(range(len(self))[index])
 
-    def _refusal(self, row: int) -> Refusal:
+    def _refusal(self, row: int) -> NodeRefusal:
         codes, needed, has = self._found
         code = int(codes[row])
         cause = _CAUSES[code]
         note = ""
-        if cause is Cause.NODE_UNAVAILABLE:
+        if cause is RefusalCause.NODE_UNAVAILABLE:
             note = self._nodes[row].unavailable
-        elif cause is Cause.GPU_UNAVAILABLE:
+        elif cause is RefusalCause.GPU_UNAVAILABLE:
             note = "; ".join(
                 f"GPU {gpu.index}: {gpu.unavailable}" for gpu in self._gpus[row] if gpu.unavailable
             )
-        return Refusal(self._nodes[row].node_id, cause, needed[code], int(has[code][row]), note)
+        return NodeRefusal(self._nodes[row].node_id, cause, needed[code], int(has[code][row]), note)
 
 
-def _stages(has: Sequence[Ints], shape: Shape) -> Ints:
+def _stages(has: Sequence[Ints], shape: GangShape) -> Ints:
     """How many stages each node could take: by its GPUs, its CPUs and its memory."""
     wants = (shape.gpus, shape.cpu_milli, shape.memory_bytes)
     counts = [have // want for have, want in zip(has, wants, strict=True) if want]
@@ -242,14 +244,14 @@ def _stages(has: Sequence[Ints], shape: Shape) -> Ints:
 
 
 _CAUSES = (
-    Cause.NODE_UNAVAILABLE,
-    Cause.NO_SUCH_GPU,
-    Cause.GPU_UNAVAILABLE,
-    Cause.GPU_TOO_SMALL,
-    Cause.GPU_BUSY,
-    Cause.GPU_MEMORY,
-    Cause.CPU,
-    Cause.MEMORY,
-    Cause.STAGES,
+    RefusalCause.NODE_UNAVAILABLE,
+    RefusalCause.NO_SUCH_GPU,
+    RefusalCause.GPU_UNAVAILABLE,
+    RefusalCause.GPU_TOO_SMALL,
+    RefusalCause.GPU_BUSY,
+    RefusalCause.GPU_MEMORY,
+    RefusalCause.CPU,
+    RefusalCause.MEMORY,
+    RefusalCause.STAGES,
 )
 """In the order they are looked at: the first that applies is a node's reason."""

@@ -10,13 +10,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from controlplane.core.placement.gangs import WHOLE_MILLI, Gang, Placement, Plan, Shape, Stage
-from controlplane.core.placement.planner import ClusterState, Planner
+from controlplane.core.placement.gangs import (
+    WHOLE_MILLI,
+    Gang,
+    GangShape,
+    GangStage,
+    Placement,
+    PlacementPlan,
+)
+from controlplane.core.placement.planner import PlacedCluster, Planner
 from controlplane.core.placement.topology import Node, spread_of
 
 
 @dataclass(frozen=True, slots=True)
-class Replica:
+class RunningReplica:
     """One replica that runs, or holds its place while it starts or drains."""
 
     endpoint_id: str
@@ -31,7 +38,7 @@ class Replica:
 
 
 @dataclass(frozen=True, slots=True)
-class Reserved:
+class ReservedResources:
     """What anybody has of a node: GPUs and CPUs as Ray counts, memory as the machine does."""
 
     gpu_milli: int = 0
@@ -43,9 +50,9 @@ class Reserved:
 class Occupancy:
     """A cluster and what runs on it."""
 
-    state: ClusterState
+    state: PlacedCluster
     """The nodes, less the CPUs and memory that others have; the GPUs that others have as placements."""
-    running: Plan
+    running: PlacementPlan
     """tierplane's replicas: under the names of the gangs that they answer to, or their own if they are too
     many."""
     replica_of: Mapping[str, str]
@@ -56,8 +63,8 @@ class Occupancy:
 def occupancy(
     nodes: Sequence[Node],
     gangs: Sequence[Gang],
-    replicas: Sequence[Replica],
-    reserved: Mapping[str, Reserved],
+    replicas: Sequence[RunningReplica],
+    reserved: Mapping[str, ReservedResources],
     *,
     replica_cpu_milli: Mapping[str, int],
 ) -> Occupancy:
@@ -70,7 +77,7 @@ def occupancy(
     here = [replica for replica in replicas if replica.node_id in by_id]
     named = _named(here, gangs)
     running: list[Placement] = []
-    assumed: list[tuple[Replica, Gang]] = []
+    assumed: list[tuple[RunningReplica, Gang]] = []
     for replica, gang in named:
         placement = _exact(replica, gang, by_id[replica.node_id])
         if placement is not None:
@@ -94,7 +101,7 @@ def occupancy(
     others: list[Placement] = []
     left: list[Node] = []
     for node in nodes:
-        held = reserved.get(node.node_id, Reserved())
+        held = reserved.get(node.node_id, ReservedResources())
         ours_gpu = sum(_milli_on(placement, node.node_id) for placement in running)
         ours_cpu = sum(replica_cpu_milli.get(r.tier, 0) for r in here if r.node_id == node.node_id)
         foreign = _foreign(node, held.gpu_milli - ours_gpu, [*running, *others])
@@ -114,14 +121,14 @@ def occupancy(
             )
         )
     return Occupancy(
-        ClusterState(tuple(left), tuple(others)),
-        Plan(tuple(running)),
+        PlacedCluster(tuple(left), tuple(others)),
+        PlacementPlan(tuple(running)),
         {gang.gang_id: replica.endpoint_id for replica, gang in named},
         tuple(notes),
     )
 
 
-def _named(replicas: Sequence[Replica], gangs: Sequence[Gang]) -> list[tuple[Replica, Gang]]:
+def _named(replicas: Sequence[RunningReplica], gangs: Sequence[Gang]) -> list[tuple[RunningReplica, Gang]]:
     """Each replica with the gang that it answers to. Those that leave, or are too many, keep their name."""
     free: dict[str, list[Gang]] = {}
     for gang in gangs:
@@ -133,28 +140,28 @@ def _named(replicas: Sequence[Replica], gangs: Sequence[Gang]) -> list[tuple[Rep
         if wanted and not replica.leaving:
             found.append((replica, wanted.pop(0)))
         else:
-            shape = shapes.get(replica.tier, Shape(gpus=len(replica.gpu_uuids)))
+            shape = shapes.get(replica.tier, GangShape(gpus=len(replica.gpu_uuids)))
             found.append((replica, Gang(replica.endpoint_id, shape, replica.tier)))
     return found
 
 
-def _exact(replica: Replica, gang: Gang, node: Node) -> Placement | None:
+def _exact(replica: RunningReplica, gang: Gang, node: Node) -> Placement | None:
     """Where it is known to run; None if its GPUs are not known."""
     shape = gang.shape
     if not shape.gpus:
-        return Placement(gang, (Stage(node.node_id),) * shape.stages, stays=True)
+        return Placement(gang, (GangStage(node.node_id),) * shape.stages, stays=True)
     uuids = replica.gpu_uuids
     if not uuids or not set(uuids) <= {gpu.uuid for gpu in node.gpus}:
         return None
     if len(uuids) != shape.total_gpus:
         # It was started with another size, and will be replaced by one of the new size.
-        gang = replace(gang, shape=Shape(gpus=len(uuids)))
-        return Placement(gang, (Stage(node.node_id, uuids),), spread_of(node, uuids), stays=True)
+        gang = replace(gang, shape=GangShape(gpus=len(uuids)))
+        return Placement(gang, (GangStage(node.node_id, uuids),), spread_of(node, uuids), stays=True)
     size = shape.gpus
     parts = [uuids[i * size : (i + 1) * size] for i in range(shape.stages)]
     return Placement(
         gang,
-        tuple(Stage(node.node_id, part) for part in parts),
+        tuple(GangStage(node.node_id, part) for part in parts),
         max(spread_of(node, part) for part in parts),
         stays=True,
     )
@@ -168,7 +175,7 @@ def _somewhere(gang: Gang, node: Node, running: Sequence[Placement]) -> Placemen
         gpus=tuple(replace(gpu, unavailable="") for gpu in node.gpus),
     )
     shape = replace(gang.shape, cpu_milli=0, memory_bytes=0, across_nodes=False, models=frozenset())
-    answer = Planner(ClusterState((open_node,), tuple(running))).place(replace(gang, shape=shape))
+    answer = Planner(PlacedCluster((open_node,), tuple(running))).place(replace(gang, shape=shape))
     return replace(answer, gang=gang) if isinstance(answer, Placement) else None
 
 
@@ -181,14 +188,14 @@ def _on_each(
     """So many GPUs on each node, as stages in the order of the ranks."""
     ranks: list[tuple[str, str]] = []
     for node_id, gpus in gpus_by_node:
-        part = Gang(gang.gang_id, Shape(gpus=gpus))
+        part = Gang(gang.gang_id, GangShape(gpus=gpus))
         found = _somewhere(part, nodes[node_id], running) if node_id in nodes else None
         if found is None:
             return None
         ranks += [(node_id, uuid) for uuid in found.gpu_uuids]
     size = gang.shape.gpus
     parts = [ranks[i : i + size] for i in range(0, len(ranks), size)]
-    stages = tuple(Stage(part[0][0], tuple(uuid for _, uuid in part)) for part in parts)
+    stages = tuple(GangStage(part[0][0], tuple(uuid for _, uuid in part)) for part in parts)
     return Placement(gang, stages) if len(ranks) == gang.shape.total_gpus else None
 
 
@@ -197,7 +204,7 @@ def _foreign(node: Node, gpu_milli: int, beside: Sequence[Placement]) -> list[Pl
     found: list[Placement] = []
     whole, share = divmod(max(0, gpu_milli), WHOLE_MILLI)
     for number, milli in enumerate([WHOLE_MILLI] * whole + [share] * bool(share)):
-        gang = Gang(f"others on {node.node_id}/{number}", Shape(milli_gpu=milli))
+        gang = Gang(f"others on {node.node_id}/{number}", GangShape(milli_gpu=milli))
         placement = _somewhere(gang, node, [*beside, *found])
         if placement is not None:
             found.append(placement)

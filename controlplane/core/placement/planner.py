@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from controlplane.core.placement.fragmentation import Demand, Floats, Ints, Stranding
-from controlplane.core.placement.free_capacity import Ledger, all_rows
-from controlplane.core.placement.gangs import Gang, Infeasible, Placement, Shape, Stage
-from controlplane.core.placement.node_fit import Bools, Fit, Refusals, fit
+from controlplane.core.placement.fragmentation import ExpectedDemand, Floats, Ints, Stranding
+from controlplane.core.placement.free_capacity import FreeCapacity, all_rows
+from controlplane.core.placement.gangs import Gang, GangShape, GangStage, Infeasible, Placement
+from controlplane.core.placement.node_fit import Bools, NodeFit, NodeRefusals, fit_nodes
 from controlplane.core.placement.topology import Distance, Node
 
 SPREAD_MILLI = 1000
@@ -33,20 +33,20 @@ _LEARN_GROWTH = 2
 
 
 @dataclass(frozen=True, slots=True)
-class ClusterState:
+class PlacedCluster:
     """A fleet and what runs on it."""
 
     nodes: tuple[Node, ...]
     placements: tuple[Placement, ...] = ()
 
 
-def demand_of(*shapes: Iterable[Shape]) -> Demand:
+def demand_of(*shapes: Iterable[GangShape]) -> ExpectedDemand:
     """The demand that these are a sample of."""
-    counts: dict[Shape, float] = {}
+    counts: dict[GangShape, float] = {}
     for group in shapes:
         for shape in group:
             counts[shape] = counts.get(shape, 0.0) + 1.0
-    return Demand(tuple(counts.items()))
+    return ExpectedDemand(tuple(counts.items()))
 
 
 class Planner:
@@ -56,17 +56,17 @@ class Planner:
     """
 
     def __init__(
-        self, state: ClusterState, demand: Demand | None = None, *, spread_milli: int = SPREAD_MILLI
+        self, state: PlacedCluster, demand: ExpectedDemand | None = None, *, spread_milli: int = SPREAD_MILLI
     ) -> None:
-        self._ledger = Ledger(state.nodes)
+        self._ledger = FreeCapacity(state.nodes)
         self._spread_milli = spread_milli
         self._placements: dict[str, Placement] = {}
         self._replicas: dict[str, Ints] = {}
-        self._views: dict[Shape, _View] = {}
-        self._asked: dict[Shape, float] = {}
+        self._views: dict[GangShape, _View] = {}
+        self._asked: dict[GangShape, float] = {}
         self._arrivals = 0
         self._learn_at = _LEARN_FIRST if demand is None else None
-        self._stranding = self._expect(demand or Demand())
+        self._stranding = self._expect(demand or ExpectedDemand())
         for placement in state.placements:
             self._enter(placement)
 
@@ -84,7 +84,7 @@ class Planner:
         if placement is None and gang.shape.across_nodes and gang.shape.stages > 1:
             placement = self._on_several_nodes(gang)
         if placement is None:
-            return Infeasible(gang, Refusals(self._ledger, gang.shape))
+            return Infeasible(gang, NodeRefusals(self._ledger, gang.shape))
         self._enter(placement)
         return placement
 
@@ -116,7 +116,9 @@ class Planner:
         has_second = np.isfinite(rank[second])
         return Placement(
             gang,
-            tuple(Stage(node_id, tuple(uuids[i * gpus : (i + 1) * gpus])) for i in range(gang.shape.stages)),
+            tuple(
+                GangStage(node_id, tuple(uuids[i * gpus : (i + 1) * gpus])) for i in range(gang.shape.stages)
+            ),
             Distance(int(view.distance[row])),
             float(view.stranded_milli[row]),
             0 if beside is None else int(beside[row]),
@@ -174,14 +176,14 @@ class Planner:
                 if node_id in ledger.row:
                     beside[ledger.row[node_id]] += sign
 
-    def _view(self, shape: Shape) -> _View:
+    def _view(self, shape: GangShape) -> _View:
         view = self._views.get(shape)
         if view is None:
             view = self._views[shape] = _View(len(self._ledger.nodes), shape)
         view.refresh(self._ledger, self._stranding)
         return view
 
-    def _learn(self, shape: Shape) -> None:
+    def _learn(self, shape: GangShape) -> None:
         """Count what is asked for; look at the counts anew each time they have doubled."""
         if self._learn_at is None:
             return
@@ -189,10 +191,10 @@ class Planner:
         self._arrivals += 1
         if self._arrivals == 1 or self._arrivals >= self._learn_at:
             self._learn_at = max(self._learn_at, self._arrivals * _LEARN_GROWTH)
-            self._stranding = self._expect(Demand(tuple(self._asked.items())))
+            self._stranding = self._expect(ExpectedDemand(tuple(self._asked.items())))
             self._views.clear()
 
-    def _expect(self, demand: Demand) -> Stranding:
+    def _expect(self, demand: ExpectedDemand) -> Stranding:
         ledger = self._ledger
         return Stranding(demand, ledger.kinds, ledger.most_cpu_milli, ledger.usable.shape[1])
 
@@ -200,7 +202,7 @@ class Planner:
 class _View:
     """One shape on all nodes, kept up to date."""
 
-    def __init__(self, nodes: int, shape: Shape) -> None:
+    def __init__(self, nodes: int, shape: GangShape) -> None:
         self.shape = shape
         self.fits: Bools = np.zeros(nodes, dtype=np.bool_)
         self.distance: Ints = np.zeros(nodes, dtype=np.int64)
@@ -208,7 +210,7 @@ class _View:
         self.columns: Ints = np.zeros((nodes, shape.total_gpus), dtype=np.int64)
         self._read = -1
 
-    def refresh(self, ledger: Ledger, stranding: Stranding) -> None:
+    def refresh(self, ledger: FreeCapacity, stranding: Stranding) -> None:
         """Look again at the nodes that changed since the last time."""
         changes = ledger.changed
         if self._read < 0 or len(changes) - self._read >= len(self.fits):
@@ -218,7 +220,7 @@ class _View:
         else:
             rows = np.array(sorted(set(changes[self._read :])), dtype=np.int64)
         self._read = len(changes)
-        found: Fit = fit(ledger, stranding, self.shape, rows)
+        found: NodeFit = fit_nodes(ledger, stranding, self.shape, rows)
         self.fits[rows] = found.fits
         self.distance[rows] = found.distance
         self.stranded_milli[rows] = found.stranded_milli

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from controlplane.core.placement.gangs import WHOLE_MILLI, Placement
-from controlplane.core.placement.planner import ClusterState
+from controlplane.core.placement.planner import PlacedCluster
 from controlplane.core.placement.topology import Gpu, Node
 
 
@@ -46,7 +46,7 @@ class _Used:
                 self.gpu_bytes[uuid] += shape.gpu_memory_bytes
 
 
-def revalidate(placements: Iterable[Placement], state: ClusterState) -> tuple[Conflict, ...]:
+def revalidate(placements: Iterable[Placement], state: PlacedCluster) -> tuple[Conflict, ...]:
     """What stands against carrying out ``placements``, one after the other, beside what ``state`` runs.
 
     A placement with a conflict is left out for those after it. Empty: all of them hold.

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from controlplane.core.placement.batch_planner import plan
-from controlplane.core.placement.gangs import Gang, Infeasible, Placement, Plan, Shape
-from controlplane.core.placement.planner import ClusterState
+from controlplane.core.placement.gangs import Gang, GangShape, Infeasible, Placement, PlacementPlan
+from controlplane.core.placement.planner import PlacedCluster
 from controlplane.core.placement.topology import Node
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class ClusterChange:
     """What a changed cluster does to what ran."""
 
-    plan: Plan
+    plan: PlacementPlan
     """Everything that then runs, and what finds no place."""
     kept: tuple[str, ...]
     """Gangs that stay where they are."""
@@ -27,14 +27,14 @@ class Change:
     """Gangs that lose their place and find no other."""
 
 
-def lose_node(state: ClusterState, node_id: str) -> ClusterState:
+def lose_node(state: PlacedCluster, node_id: str) -> PlacedCluster:
     """Without that node. KeyError if there is none."""
     if all(node.node_id != node_id for node in state.nodes):
         raise KeyError(node_id)
     return replace(state, nodes=tuple(node for node in state.nodes if node.node_id != node_id))
 
 
-def add_node(state: ClusterState, like: Node) -> ClusterState:
+def add_node(state: PlacedCluster, like: Node) -> PlacedCluster:
     """With one more node of that kind, under a new name and in working order."""
     taken = {node.node_id for node in state.nodes}
     stem = like.node_type or like.node_id
@@ -52,7 +52,7 @@ def add_node(state: ClusterState, like: Node) -> ClusterState:
     return replace(state, nodes=(*state.nodes, replace(like, node_id=name, gpus=gpus, unavailable="")))
 
 
-def change(state: ClusterState, before: Plan, gangs: Sequence[Gang]) -> Change:
+def change(state: PlacedCluster, before: PlacementPlan, gangs: Sequence[Gang]) -> ClusterChange:
     """What ``gangs`` need on ``state`` after they, or others, ran as ``before`` says.
 
     Nothing moves that can stay: gangs that ask for the same as before and whose nodes and GPUs are still
@@ -83,8 +83,8 @@ def change(state: ClusterState, before: Plan, gangs: Sequence[Gang]) -> Change:
     refused = {infeasible.gang.gang_id: infeasible for infeasible in fresh.infeasible}
     placements: list[Placement] = [found[gang.gang_id] for gang in gangs if gang.gang_id in found]
     infeasible: list[Infeasible] = [refused[gang.gang_id] for gang in gangs if gang.gang_id in refused]
-    return Change(
-        Plan(tuple(placements), tuple(infeasible)),
+    return ClusterChange(
+        PlacementPlan(tuple(placements), tuple(infeasible)),
         kept=tuple(gang_id for gang_id in wanted if gang_id in stays),
         moved=tuple(p.gang.gang_id for p in fresh.placements if p.gang.gang_id in ran),
         added=tuple(p.gang.gang_id for p in fresh.placements if p.gang.gang_id not in ran),
@@ -93,7 +93,7 @@ def change(state: ClusterState, before: Plan, gangs: Sequence[Gang]) -> Change:
     )
 
 
-def _asks_for_the_same(before: Shape, now: Shape) -> bool:
+def _asks_for_the_same(before: GangShape, now: GangShape) -> bool:
     """Whether a running gang may stay: which models are accepted and how much memory is asked for follow from
     the cluster's GPUs, and may change with them."""
     return (before.gpus, before.stages, before.milli_gpu) == (now.gpus, now.stages, now.milli_gpu)

@@ -1,9 +1,9 @@
 """When advice is given and when it is judged; the live controller and the simulator call the same
-:class:`Adviser`.
+:class:`Recommender`.
 
 All advice that holds is given every so often, and at once what names a tier that was not in that trouble a
 look before. What is open already is not given anew
-(:class:`~controlplane.core.recommendations.log.AdviceBook`).
+(:class:`~controlplane.core.recommendations.log.RecommendationLog`).
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from controlplane.core.recommendations.log import AdviceBook, Given
-from controlplane.core.recommendations.rules import Kind, Thresholds, TierCondition, advise
+from controlplane.core.recommendations.log import IssuedRecommendation, RecommendationLog
+from controlplane.core.recommendations.rules import RecommendationKind, Thresholds, TierCondition, advise
 
 
 @dataclass(frozen=True, slots=True)
-class AdviceRules:
+class RecommendationRules:
     """When there is advice, and when it is judged."""
 
     thresholds: Thresholds = field(default_factory=Thresholds)
@@ -27,30 +27,30 @@ class AdviceRules:
 
 
 @dataclass(frozen=True, slots=True)
-class Advised:
+class RecommendationChanges:
     """What one look brought."""
 
-    new: tuple[Given, ...] = ()
-    judged: tuple[Given, ...] = ()
+    new: tuple[IssuedRecommendation, ...] = ()
+    judged: tuple[IssuedRecommendation, ...] = ()
 
 
-class Adviser:
+class Recommender:
     """The advice about all tiers; one for each control plane."""
 
-    def __init__(self, book: AdviceBook | None = None) -> None:
-        self.book = book or AdviceBook()
-        self._breaches: set[tuple[str, Kind]] = set()
+    def __init__(self, book: RecommendationLog | None = None) -> None:
+        self.book = book or RecommendationLog()
+        self._breaches: set[tuple[str, RecommendationKind]] = set()
         self._given_s: float | None = None
 
     def look(
         self,
         tiers: Mapping[str, TierCondition],
-        rules: AdviceRules,
+        rules: RecommendationRules,
         gpus: float | None,
         *,
         now_s: float,
         unix_s: float,
-    ) -> Advised:
+    ) -> RecommendationChanges:
         """Judge what is due, then give what is new. ``gpus`` is what all tiers together may hold; None:
         nobody counts, and then there is one for everybody."""
         judged = self.book.judge(tiers, unix_s, rules.score_after_s)
@@ -63,4 +63,4 @@ class Adviser:
             self._given_s = now_s
         fresh = [item for item in found if due or (item.instance, item.kind) not in self._breaches]
         self._breaches = {(item.instance, item.kind) for item in found}
-        return Advised(self.book.give(fresh, tiers, unix_s), judged)
+        return RecommendationChanges(self.book.give(fresh, tiers, unix_s), judged)

@@ -11,7 +11,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from controlplane.core.json_values import from_value, to_value
-from controlplane.core.recommendations.rules import Kind, Recommendation, Score, TierCondition, score
+from controlplane.core.recommendations.rules import (
+    Recommendation,
+    RecommendationKind,
+    Score,
+    TierCondition,
+    score,
+)
 
 MAX_GIVEN: Final = 200
 """Advice that is remembered, unless said otherwise."""
@@ -19,7 +25,7 @@ PATIENCE: Final = 3.0
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class IssuedRecommendation:
     """One advice and what came of it."""
 
     number: int
@@ -36,7 +42,7 @@ class Given:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class TrackRecord:
     """How good the advice has been."""
 
     given: int
@@ -46,30 +52,30 @@ class Record:
     """Of the scores, in [0, 1]; None: none was judged."""
 
 
-class AdviceBook:
+class RecommendationLog:
     """All advice of late."""
 
     def __init__(self, most: int = MAX_GIVEN) -> None:
         """``most`` is how much is remembered."""
         self._most = most
-        self._given: dict[int, Given] = {}
-        self._open: dict[tuple[str, Kind], int] = {}
+        self._given: dict[int, IssuedRecommendation] = {}
+        self._open: dict[tuple[str, RecommendationKind], int] = {}
         """Tier and kind → the number of what is not judged yet: at most one of each."""
         self._number = 0
 
     @property
-    def given(self) -> tuple[Given, ...]:
+    def given(self) -> tuple[IssuedRecommendation, ...]:
         """Oldest first."""
         return tuple(self._given.values())
 
     @property
-    def open(self) -> tuple[Given, ...]:
+    def open(self) -> tuple[IssuedRecommendation, ...]:
         """Not judged yet."""
         return tuple(self._given[number] for number in sorted(self._open.values()))
 
     def give(
         self, advice: Sequence[Recommendation], conditions: Mapping[str, TierCondition], unix_s: float
-    ) -> tuple[Given, ...]:
+    ) -> tuple[IssuedRecommendation, ...]:
         """Write it down; the part of it that is new."""
         new = []
         for item in advice:
@@ -79,14 +85,14 @@ class AdviceBook:
                 continue
             self._number += 1
             replicas = conditions[item.instance].replicas
-            given = Given(self._number, unix_s, item, replicas, unix_s)
+            given = IssuedRecommendation(self._number, unix_s, item, replicas, unix_s)
             self._write(given)
             new.append(given)
         return tuple(new)
 
     def judge(
         self, conditions: Mapping[str, TierCondition], unix_s: float, after_s: float
-    ) -> tuple[Given, ...]:
+    ) -> tuple[IssuedRecommendation, ...]:
         """Judge what was given at least ``after_s`` ago by how its tier is now; what was judged."""
         judged = []
         for item in self.open:
@@ -104,12 +110,12 @@ class AdviceBook:
             judged.append(done)
         return tuple(judged)
 
-    def record(self) -> Record:
+    def record(self) -> TrackRecord:
         """How good it has been."""
         scores = [item.score for item in self._given.values() if item.score is not None]
         right = sum(item.right for item in scores)
         mean = sum(item.value for item in scores) / len(scores) if scores else None
-        return Record(len(self._given), len(scores), right, mean)
+        return TrackRecord(len(self._given), len(scores), right, mean)
 
     def values(self) -> dict[str, Any]:
         """By number, as JSON values, for the store."""
@@ -117,11 +123,13 @@ class AdviceBook:
 
     def restore(self, values: Mapping[str, Any]) -> None:
         """What was stored before."""
-        for item in sorted((from_value(Given, each) for each in values.values()), key=lambda i: i.number):
+        for item in sorted(
+            (from_value(IssuedRecommendation, each) for each in values.values()), key=lambda i: i.number
+        ):
             self._write(item)
             self._number = max(self._number, item.number)
 
-    def _write(self, item: Given) -> None:
+    def _write(self, item: IssuedRecommendation) -> None:
         self._given[item.number] = item
         if item.applied is None:
             self._open[_key(item.advice)] = item.number
@@ -131,13 +139,13 @@ class AdviceBook:
                 del self._open[_key(gone.advice)]
 
 
-def _key(advice: Recommendation) -> tuple[str, Kind]:
+def _key(advice: Recommendation) -> tuple[str, RecommendationKind]:
     return advice.instance, advice.kind
 
 
-def _followed(item: Given, condition: TierCondition) -> bool:
+def _followed(item: IssuedRecommendation, condition: TierCondition) -> bool:
     """Has the tier become what was suggested?"""
-    if item.advice.kind is Kind.SCALE_UP:
+    if item.advice.kind is RecommendationKind.SCALE_UP:
         return condition.gpus_per_replica > item.advice.gpus_per_replica
     if item.advice.replicas >= item.replicas:
         return condition.replicas >= item.advice.replicas > item.replicas

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Final
 
-from controlplane.core.autoscaling.capacity import Bounds, Capacity, Work
+from controlplane.core.autoscaling.capacity import LatencyBounds, ReplicaCapacity, RequestShape
 from controlplane.core.domain.slo import Slo
 from controlplane.core.telemetry.series import Signal, missing
 
@@ -31,7 +31,7 @@ _BUSY_CONFIDENCE: Final = 0.2
 """A tier that is only busy has no trouble yet."""
 
 
-class Kind(StrEnum):
+class RecommendationKind(StrEnum):
     """What to do."""
 
     SCALE_UP = "scale_up"
@@ -108,9 +108,9 @@ class TierCondition:
     """Share of the requests that kept the SLO."""
     goal: float = 0.99
     """The share that the SLO asks for; less is a breach."""
-    capacity: Capacity | None = None
-    work: Work | None = None
-    bounds: Bounds | None = None
+    capacity: ReplicaCapacity | None = None
+    work: RequestShape | None = None
+    bounds: LatencyBounds | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,7 @@ class Recommendation:
     """One advice."""
 
     instance: str
-    kind: Kind
+    kind: RecommendationKind
     reasons: tuple[str, ...]
     """Each with its figure and the threshold."""
     suggestion: str
@@ -235,8 +235,8 @@ def score(advice: Recommendation, tier: TierCondition, *, applied: bool) -> Scor
 
 def _not_applied(advice: Recommendation, tier: TierCondition, attainment: float) -> Score | None:
     kept = f"attainment is {attainment:.1%}"
-    if advice.kind is Kind.SCALE_DOWN or attainment < tier.goal:
-        right = (advice.kind is Kind.SCALE_DOWN) == (attainment >= tier.goal)
+    if advice.kind is RecommendationKind.SCALE_DOWN or attainment < tier.goal:
+        right = (advice.kind is RecommendationKind.SCALE_DOWN) == (attainment >= tier.goal)
         return Score(right, float(right), f"not applied; {kept}")
     still = [_text(tier, breach) for breach in advice.named if _holds(tier, breach)]
     if still:
@@ -352,7 +352,9 @@ def _out(tier: TierCondition, breaches: _Breaches) -> Recommendation:
     if not more:
         suggestion = f"raise the most replicas it may have, {tier.max_replicas}: all of them are saturated"
     effect = _effect(tier, replicas, more * tier.gpus_per_replica)
-    advice = _recommend(tier, Kind.SCALE_OUT, reasons, suggestion, effect, replicas, breaches.named)
+    advice = _recommend(
+        tier, RecommendationKind.SCALE_OUT, reasons, suggestion, effect, replicas, breaches.named
+    )
     return replace(advice, confidence=min(advice.confidence, _BUSY_CONFIDENCE)) if only_busy else advice
 
 
@@ -375,7 +377,9 @@ def _up(tier: TierCondition, breaches: _Breaches) -> Recommendation:
     # Twice the bandwidth reads the weights in half the time; all-reduces take some of it back.
     faster = latency * 0.6 if latency is not None and tier.gpus_per_replica else None
     effect = Effect(faster, None, gpus)
-    return _recommend(tier, Kind.SCALE_UP, reasons, suggestion, effect, tier.replicas, breaches.named)
+    return _recommend(
+        tier, RecommendationKind.SCALE_UP, reasons, suggestion, effect, tier.replicas, breaches.named
+    )
 
 
 def _failing(tier: TierCondition, breaches: _Breaches) -> Recommendation:
@@ -383,7 +387,9 @@ def _failing(tier: TierCondition, breaches: _Breaches) -> Recommendation:
     suggestion = "look at the replicas' diagnoses first; one more replica takes over from those that fail"
     replicas = min(tier.replicas + 1, max(tier.max_replicas, tier.replicas))
     effect = Effect(None, None, (replicas - tier.replicas) * tier.gpus_per_replica)
-    advice = _recommend(tier, Kind.SCALE_OUT, reasons, suggestion, effect, replicas, breaches.named)
+    advice = _recommend(
+        tier, RecommendationKind.SCALE_OUT, reasons, suggestion, effect, replicas, breaches.named
+    )
     return replace(advice, confidence=min(advice.confidence, _FAILING_CONFIDENCE))
 
 
@@ -396,13 +402,13 @@ def _down(tier: TierCondition, limits: Thresholds) -> Recommendation:
     replicas = tier.replicas - 1
     effect = _effect(tier, replicas, 0.0 - tier.gpus_per_replica)
     suggestion = f"run {_count(replicas)} instead of {tier.replicas}"
-    return _recommend(tier, Kind.SCALE_DOWN, reasons, suggestion, effect, replicas)
+    return _recommend(tier, RecommendationKind.SCALE_DOWN, reasons, suggestion, effect, replicas)
 
 
 def _moved(wants: Recommendation, giver: TierCondition) -> Recommendation:
     return replace(
         wants,
-        kind=Kind.REBALANCE,
+        kind=RecommendationKind.REBALANCE,
         reasons=(*wants.reasons, f"no GPU is free, and tier '{giver.tier}' is idle"),
         suggestion=f"take a replica from tier '{giver.tier}' ({giver.replicas} now) and {wants.suggestion}",
         effect=replace(wants.effect, gpus=wants.effect.gpus - giver.gpus_per_replica),
@@ -411,7 +417,7 @@ def _moved(wants: Recommendation, giver: TierCondition) -> Recommendation:
 
 def _recommend(
     tier: TierCondition,
-    kind: Kind,
+    kind: RecommendationKind,
     reasons: tuple[str, ...],
     suggestion: str,
     effect: Effect,

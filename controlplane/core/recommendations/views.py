@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from controlplane.core.autoscaling.overrides import Override
-from controlplane.core.recommendations.log import Given, Record
+from controlplane.core.recommendations.log import IssuedRecommendation, TrackRecord
 from controlplane.core.recommendations.rules import Effect
 
 
@@ -39,8 +39,8 @@ class ScalingReport:
 
     mode: str
     tiers: tuple[TierScalingView, ...]
-    advice: tuple[Given, ...]
-    record: Record
+    advice: tuple[IssuedRecommendation, ...]
+    record: TrackRecord
 
 
 def as_json_value(report: ScalingReport) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def as_json_value(report: ScalingReport) -> dict[str, Any]:
     }
 
 
-def given_as_json(item: Given) -> dict[str, Any]:
+def given_as_json(item: IssuedRecommendation) -> dict[str, Any]:
     """One advice and what came of it, as ``/recommendations`` and ``tierplane simulate --json`` have it."""
     return {
         "number": item.number,
@@ -80,7 +80,7 @@ def effect_text(effect: Effect) -> str:
     return ", ".join([*parts, f"{effect.gpus:+g} GPUs"])
 
 
-def judged_text(item: Given) -> str:
+def judged_text(item: IssuedRecommendation) -> str:
     """What came of an advice, for people; empty: it is not judged yet."""
     if item.applied is None:
         return ""

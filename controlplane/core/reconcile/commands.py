@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 
-class OrderKind(StrEnum):
+class ReplicaCommandKind(StrEnum):
     """What a replica may be told to do."""
 
     RETIRE = "retire"
@@ -20,10 +20,10 @@ class OrderKind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class ReplicaCommand:
     """One thing that one replica is to do."""
 
-    kind: OrderKind
+    kind: ReplicaCommandKind
     endpoint_id: str
     reason: str
     generation: int = 0
@@ -31,19 +31,19 @@ class Order:
 
 
 @dataclass(frozen=True, slots=True)
-class ReportAnswer:
+class ReportResponse:
     """The answer to an endpoint's report."""
 
     known: bool
     """False: it has to register, and to say again which GPUs it holds."""
-    orders: tuple[Order, ...] = ()
+    orders: tuple[ReplicaCommand, ...] = ()
     lease_known: bool = True
     """False: it says that it uses GPUs of which no lease is known; it has to claim them with
     ``restore_lease``."""
 
 
 @dataclass(frozen=True, slots=True)
-class StartAnswer:
+class StartPermission:
     """Whether an engine of a tier may be started now."""
 
     allowed: bool
@@ -52,7 +52,7 @@ class StartAnswer:
     """When to ask again; 0 if it is allowed."""
 
 
-class Outcome(StrEnum):
+class ActionOutcome(StrEnum):
     """What became of an operator's wish."""
 
     DONE = "done"
@@ -64,10 +64,10 @@ class Outcome(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class ActionAnswer:
+class ActionResponse:
     """What became of an operator's wish, and why."""
 
-    outcome: Outcome
+    outcome: ActionOutcome
     reason: str
     subjects: tuple[str, ...] = ()
     """What it concerns, by full id."""

@@ -10,19 +10,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from controlplane.core.domain.endpoint import ENDED, Endpoint, EndpointState
-from controlplane.core.reconcile.commands import Order, OrderKind
-from controlplane.core.reconcile.migrations import CONTROLLER, Move, MovePhase, Restart, TierHold, step
+from controlplane.core.reconcile.commands import ReplicaCommand, ReplicaCommandKind
+from controlplane.core.reconcile.migrations import (
+    CONTROLLER,
+    Migration,
+    MigrationPhase,
+    Restart,
+    TierHold,
+    step,
+)
 from controlplane.core.reconcile.reconcile import (
-    AdvanceMove,
-    BeginMove,
+    AdvanceMigration,
+    BeginMigration,
     BeginRestart,
     Command,
-    EndMove,
+    EndMigration,
     EndRestart,
-    Failure,
     HoldTier,
     IssueRestart,
     ReleaseTier,
+    ReplicaFailure,
 )
 from controlplane.errors import IllegalTransition
 
@@ -31,7 +38,7 @@ _HUNG_KEPT = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Applied:
+class AppliedCommand:
     """What became of a command, for the record."""
 
     kind: str
@@ -41,15 +48,15 @@ class Applied:
 
 
 @dataclass(slots=True)
-class Work:
+class InProgress:
     """Everything that is under way. Not safe for use by several threads."""
 
-    moves: dict[str, Move] = field(default_factory=dict)
+    moves: dict[str, Migration] = field(default_factory=dict)
     restarts: dict[str, Restart] = field(default_factory=dict)
     drains: dict[str, str] = field(default_factory=dict)
     """Endpoint id → why an operator wants it gone."""
     holds: dict[str, TierHold] = field(default_factory=dict)
-    failures: dict[str, tuple[Failure, ...]] = field(default_factory=dict)
+    failures: dict[str, tuple[ReplicaFailure, ...]] = field(default_factory=dict)
     held_before: dict[str, tuple[int, float]] = field(default_factory=dict)
     """Tier → how often the controller held it in a row, and when last."""
     hung_before: dict[str, tuple[float, ...]] = field(default_factory=dict)
@@ -58,12 +65,14 @@ class Work:
         """Replicas of a tier that are on their way out."""
         return sum(move.tier == tier for move in self.moves.values())
 
-    def apply(self, command: Command, endpoints: Mapping[str, Endpoint], now_s: float) -> Applied | None:
+    def apply(
+        self, command: Command, endpoints: Mapping[str, Endpoint], now_s: float
+    ) -> AppliedCommand | None:
         """Carries a command out; None if it no longer fits, and then nothing has changed."""
         match command:
-            case BeginMove():
+            case BeginMigration():
                 return self._begin_move(command, endpoints, now_s)
-            case AdvanceMove():
+            case AdvanceMigration():
                 move = self._move(command.endpoint_id, command.expected)
                 if move is None:
                     return None
@@ -71,16 +80,16 @@ class Work:
                     self.moves[move.endpoint_id] = step(move, command.phase, now_s=now_s, note=command.reason)
                 except IllegalTransition:
                     return None
-                return Applied(command.phase.value, move.endpoint_id, command.reason, move.tier)
-            case EndMove():
+                return AppliedCommand(command.phase.value, move.endpoint_id, command.reason, move.tier)
+            case EndMigration():
                 move = self._move(command.endpoint_id, command.expected)
                 if move is None:
                     return None
                 del self.moves[move.endpoint_id]
-                if move.phase is MovePhase.SETTLING:
+                if move.phase is MigrationPhase.SETTLING:
                     self.drains.pop(move.endpoint_id, None)
-                word = "moved" if move.phase is MovePhase.SETTLING else "move ended"
-                return Applied(word, move.endpoint_id, command.reason, move.tier)
+                word = "moved" if move.phase is MigrationPhase.SETTLING else "move ended"
+                return AppliedCommand(word, move.endpoint_id, command.reason, move.tier)
             case BeginRestart():
                 endpoint = endpoints.get(command.endpoint_id)
                 if endpoint is None or endpoint.generation != command.generation:
@@ -90,41 +99,41 @@ class Work:
                 self.ask_restart(endpoint, command.reason, now_s, issued=True)
                 times = (*self.hung_before.get(command.endpoint_id, ()), now_s)[-_HUNG_KEPT:]
                 self.hung_before[command.endpoint_id] = times
-                return Applied("restart", command.endpoint_id, command.reason, command.tier)
+                return AppliedCommand("restart", command.endpoint_id, command.reason, command.tier)
             case IssueRestart():
                 restart = self.restarts.get(command.endpoint_id)
                 if restart is None or restart.issued:
                     return None
                 self.restarts[command.endpoint_id] = replace(restart, issued=True, since_s=now_s)
-                return Applied("restart", command.endpoint_id, restart.reason, restart.tier)
+                return AppliedCommand("restart", command.endpoint_id, restart.reason, restart.tier)
             case EndRestart():
                 ended = self.restarts.pop(command.endpoint_id, None)
                 if ended is None:
                     return None
-                return Applied("restart over", command.endpoint_id, command.reason, ended.tier)
+                return AppliedCommand("restart over", command.endpoint_id, command.reason, ended.tier)
             case HoldTier():
                 if command.tier in self.holds:
                     return None
                 count = self.held_before.get(command.tier, (0, now_s))[0] + 1
                 self.held_before[command.tier] = (count, now_s)
                 self.holds[command.tier] = TierHold(command.reason, now_s, CONTROLLER, now_s + command.for_s)
-                return Applied("held", command.tier, command.reason, command.tier)
+                return AppliedCommand("held", command.tier, command.reason, command.tier)
             case ReleaseTier():
                 if self.holds.pop(command.tier, None) is None:
                     return None
                 self.failures.pop(command.tier, None)
-                return Applied("released", command.tier, command.reason, command.tier)
+                return AppliedCommand("released", command.tier, command.reason, command.tier)
             case _:
                 return None
 
     def _begin_move(
-        self, command: BeginMove, endpoints: Mapping[str, Endpoint], now_s: float
-    ) -> Applied | None:
+        self, command: BeginMigration, endpoints: Mapping[str, Endpoint], now_s: float
+    ) -> AppliedCommand | None:
         endpoint = endpoints.get(command.endpoint_id)
         if endpoint is None or endpoint.state in ENDED or command.endpoint_id in self.moves:
             return None
-        surged = command.phase is MovePhase.ELSEWHERE_FIRST
-        self.moves[command.endpoint_id] = Move(
+        surged = command.phase is MigrationPhase.ELSEWHERE_FIRST
+        self.moves[command.endpoint_id] = Migration(
             *(command.endpoint_id, command.tier, command.phase, command.reason),
             since_s=now_s,
             began_s=now_s,
@@ -133,9 +142,9 @@ class Work:
         )
         self.restarts.pop(command.endpoint_id, None)
         reason = f"{command.reason}; {command.note}"
-        return Applied(command.phase.value, command.endpoint_id, reason, command.tier)
+        return AppliedCommand(command.phase.value, command.endpoint_id, reason, command.tier)
 
-    def _move(self, endpoint_id: str, expected: MovePhase) -> Move | None:
+    def _move(self, endpoint_id: str, expected: MigrationPhase) -> Migration | None:
         move = self.moves.get(endpoint_id)
         return move if move is not None and move.phase is expected else None
 
@@ -176,7 +185,7 @@ class Work:
 
     def failed(self, endpoint: Endpoint, now_s: float) -> None:
         """A replica gave up."""
-        failure = Failure(now_s, endpoint.endpoint_id, endpoint.diagnosis)
+        failure = ReplicaFailure(now_s, endpoint.endpoint_id, endpoint.diagnosis)
         self.failures[endpoint.tier] = (*self.failures.get(endpoint.tier, ()), failure)[-_FAILURES_KEPT:]
 
     def forget(self, endpoints: Mapping[str, Endpoint], now_s: float, memory_s: float) -> None:
@@ -198,11 +207,11 @@ class Work:
 
     # --- what follows -------------------------------------------------------------------------------------
 
-    def orders_for(self, endpoint: Endpoint) -> tuple[Order, ...]:
+    def orders_for(self, endpoint: Endpoint) -> tuple[ReplicaCommand, ...]:
         """What the replica is told now."""
         move = self.moves.get(endpoint.endpoint_id)
-        if move is not None and move.phase is MovePhase.RETIRING:
-            return (Order(OrderKind.RETIRE, endpoint.endpoint_id, move.reason),)
+        if move is not None and move.phase is MigrationPhase.RETIRING:
+            return (ReplicaCommand(ReplicaCommandKind.RETIRE, endpoint.endpoint_id, move.reason),)
         restart = self.restarts.get(endpoint.endpoint_id)
         if (
             restart is not None
@@ -210,7 +219,9 @@ class Work:
             and endpoint.generation <= restart.generation
             and endpoint.state is not EndpointState.DRAINING
         ):
-            order = Order(OrderKind.RESTART, endpoint.endpoint_id, restart.reason, restart.generation)
+            order = ReplicaCommand(
+                ReplicaCommandKind.RESTART, endpoint.endpoint_id, restart.reason, restart.generation
+            )
             return (order,)
         return ()
 

@@ -18,7 +18,7 @@ OPERATOR = "operator"
 """Who wants something."""
 
 
-class MovePhase(StrEnum):
+class MigrationPhase(StrEnum):
     """How far a move is."""
 
     ELSEWHERE_FIRST = "starting elsewhere first"
@@ -30,9 +30,9 @@ class MovePhase(StrEnum):
     end one of those that serve (:mod:`controlplane.core.reconcile.replica_targets`)."""
 
 
-_P = MovePhase
+_P = MigrationPhase
 
-STEPS: Mapping[MovePhase, frozenset[MovePhase]] = MappingProxyType(
+STEPS: Mapping[MigrationPhase, frozenset[MigrationPhase]] = MappingProxyType(
     {
         _P.ELSEWHERE_FIRST: frozenset({_P.RETIRING, _P.SETTLING}),
         _P.RETIRING: frozenset({_P.SETTLING}),
@@ -43,12 +43,12 @@ STEPS: Mapping[MovePhase, frozenset[MovePhase]] = MappingProxyType(
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
+class Migration:
     """One replica that leaves its place; another one takes over."""
 
     endpoint_id: str
     tier: str
-    phase: MovePhase
+    phase: MigrationPhase
     reason: str
     """Why it leaves."""
     since_s: float
@@ -60,7 +60,7 @@ class Move:
     """Why it is in this phase."""
 
 
-def step(move: Move, phase: MovePhase, *, now_s: float, note: str) -> Move:
+def step(move: Migration, phase: MigrationPhase, *, now_s: float, note: str) -> Migration:
     """The move in ``phase``; staying keeps the time. Raises IllegalTransition."""
     if phase is move.phase:
         return move
@@ -101,7 +101,7 @@ class TierHold:
 class Activity:
     """What the controller is at, for people."""
 
-    moves: tuple[Move, ...]
+    moves: tuple[Migration, ...]
     restarts: tuple[Restart, ...]
     holds: tuple[tuple[str, TierHold], ...]
     """By tier."""

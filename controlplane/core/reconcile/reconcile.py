@@ -19,7 +19,7 @@ from typing import TypeAlias
 
 from controlplane.core.domain.endpoint import ENDED, SERVING, Endpoint, EndpointState
 from controlplane.core.gpus.health import GpuState
-from controlplane.core.reconcile.migrations import Move, MovePhase, Restart, TierHold
+from controlplane.core.reconcile.migrations import Migration, MigrationPhase, Restart, TierHold
 
 _COMING = frozenset({EndpointState.STARTING, EndpointState.RESTARTING})
 
@@ -60,7 +60,7 @@ class GpuOutOfUse:
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
+class ReplicaFailure:
     """A replica that gave up."""
 
     at_s: float
@@ -69,7 +69,7 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
-class Observed:
+class PlacedCluster:
     """All that is looked at."""
 
     now_s: float
@@ -82,7 +82,7 @@ class Observed:
     """Endpoint id → where another one like it would go; empty: nowhere. Of those not looked at yet: no
     entry, and they wait."""
     gpus: Mapping[str, GpuOutOfUse] = field(default_factory=dict)
-    moves: Mapping[str, Move] = field(default_factory=dict)
+    moves: Mapping[str, Migration] = field(default_factory=dict)
     restarts: Mapping[str, Restart] = field(default_factory=dict)
     holds: Mapping[str, TierHold] = field(default_factory=dict)
     """By tier."""
@@ -90,40 +90,40 @@ class Observed:
     """Endpoint id → by which readings its engine is hung."""
     hung_before: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     """Endpoint id → when it was restarted for it."""
-    failures: Mapping[str, tuple[Failure, ...]] = field(default_factory=dict)
+    failures: Mapping[str, tuple[ReplicaFailure, ...]] = field(default_factory=dict)
     """By tier, oldest first."""
     holds_before: Mapping[str, int] = field(default_factory=dict)
     """Tier → how often it was held in a row."""
 
 
 @dataclass(frozen=True, slots=True)
-class BeginMove:
+class BeginMigration:
     """The replica leaves its place."""
 
     endpoint_id: str
     tier: str
-    phase: MovePhase
+    phase: MigrationPhase
     reason: str
     note: str
 
 
 @dataclass(frozen=True, slots=True)
-class AdvanceMove:
+class AdvanceMigration:
     """The move goes on."""
 
     endpoint_id: str
-    expected: MovePhase
+    expected: MigrationPhase
     """It is carried out only from there."""
-    phase: MovePhase
+    phase: MigrationPhase
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class EndMove:
+class EndMigration:
     """The move is over."""
 
     endpoint_id: str
-    expected: MovePhase
+    expected: MigrationPhase
     reason: str
 
 
@@ -180,9 +180,9 @@ class ReleaseTier:
 
 
 Command: TypeAlias = (
-    BeginMove
-    | AdvanceMove
-    | EndMove
+    BeginMigration
+    | AdvanceMigration
+    | EndMigration
     | SetGpu
     | BeginRestart
     | IssueRestart
@@ -192,7 +192,7 @@ Command: TypeAlias = (
 )
 
 
-def reconcile(seen: Observed, rules: ReconcileRules) -> tuple[Command, ...]:
+def reconcile(seen: PlacedCluster, rules: ReconcileRules) -> tuple[Command, ...]:
     """Everything to do now, in the order in which to do it."""
     tiers = _Tiers(seen)
     return (
@@ -208,14 +208,14 @@ def reconcile(seen: Observed, rules: ReconcileRules) -> tuple[Command, ...]:
 class _Tiers:
     """Counts by tier, kept up to date with what has been decided in this look."""
 
-    def __init__(self, seen: Observed) -> None:
+    def __init__(self, seen: PlacedCluster) -> None:
         self._seen = seen
         self._serving: dict[str, int] = {}
         self.surges: dict[str, int] = {}
         self.bare: dict[str, int] = {}
         """Retirements without anybody to take over."""
         for move in seen.moves.values():
-            if move.phase is MovePhase.SETTLING:
+            if move.phase is MigrationPhase.SETTLING:
                 continue
             if move.surged:
                 self.surges[move.tier] = self.surges.get(move.tier, 0) + 1
@@ -246,7 +246,7 @@ class _Tiers:
         self._serving[tier] -= 1
         return True
 
-    def newcomer(self, seen: Observed, tier: str) -> bool:
+    def newcomer(self, seen: PlacedCluster, tier: str) -> bool:
         """Whether a replica of the tier is starting that does not leave itself."""
         return any(
             item.state in _COMING
@@ -256,12 +256,12 @@ class _Tiers:
         )
 
 
-def _retires(seen: Observed, endpoint_id: str) -> bool:
+def _retires(seen: PlacedCluster, endpoint_id: str) -> bool:
     move = seen.moves.get(endpoint_id)
-    return move is not None and move.phase is not MovePhase.ELSEWHERE_FIRST
+    return move is not None and move.phase is not MigrationPhase.ELSEWHERE_FIRST
 
 
-def _gpus(seen: Observed) -> Iterable[Command]:
+def _gpus(seen: PlacedCluster) -> Iterable[Command]:
     for uuid, gpu in sorted(seen.gpus.items()):
         if not gpu.holders and gpu.state in (GpuState.CORDONED, GpuState.DRAINING):
             yield SetGpu(uuid, GpuState.DRAINED, "nothing runs on it")
@@ -269,28 +269,33 @@ def _gpus(seen: Observed) -> Iterable[Command]:
             yield SetGpu(uuid, GpuState.DRAINING, f"{', '.join(gpu.holders)} must leave: {gpu.reason}")
 
 
-def _running_moves(seen: Observed, tiers: _Tiers, rules: ReconcileRules) -> Iterable[Command]:
+def _running_moves(seen: PlacedCluster, tiers: _Tiers, rules: ReconcileRules) -> Iterable[Command]:
     for endpoint_id, move in sorted(seen.moves.items(), key=lambda item: (item[1].began_s, item[0])):
         endpoint = seen.endpoints.get(endpoint_id)
         gone = endpoint is None or endpoint.state in ENDED
         waited_s = seen.now_s - move.since_s
-        if move.phase is MovePhase.SETTLING:
+        if move.phase is MigrationPhase.SETTLING:
             if waited_s >= rules.settle_s:
-                yield EndMove(endpoint_id, move.phase, f"gone for {waited_s:.0f} s")
+                yield EndMigration(endpoint_id, move.phase, f"gone for {waited_s:.0f} s")
         elif gone:
-            yield AdvanceMove(endpoint_id, move.phase, MovePhase.SETTLING, "it has ended")
-        elif move.phase is MovePhase.ELSEWHERE_FIRST:
+            yield AdvanceMigration(endpoint_id, move.phase, MigrationPhase.SETTLING, "it has ended")
+        elif move.phase is MigrationPhase.ELSEWHERE_FIRST:
             assert endpoint is not None
             if endpoint_id not in seen.leaving and endpoint.state is not EndpointState.DRAINING:
-                yield EndMove(endpoint_id, move.phase, "it need not leave any more")
+                yield EndMigration(endpoint_id, move.phase, "it need not leave any more")
                 continue
             why = _may_retire(seen, tiers, rules, move, endpoint, waited_s)
             if why:
-                yield AdvanceMove(endpoint_id, move.phase, MovePhase.RETIRING, why)
+                yield AdvanceMigration(endpoint_id, move.phase, MigrationPhase.RETIRING, why)
 
 
 def _may_retire(
-    seen: Observed, tiers: _Tiers, rules: ReconcileRules, move: Move, endpoint: Endpoint, waited_s: float
+    seen: PlacedCluster,
+    tiers: _Tiers,
+    rules: ReconcileRules,
+    move: Migration,
+    endpoint: Endpoint,
+    waited_s: float,
 ) -> str:
     if endpoint.state not in SERVING:
         return f"it is {endpoint.state} and serves nothing"
@@ -304,7 +309,7 @@ def _may_retire(
     return ""
 
 
-def _new_moves(seen: Observed, tiers: _Tiers, rules: ReconcileRules) -> Iterable[Command]:
+def _new_moves(seen: PlacedCluster, tiers: _Tiers, rules: ReconcileRules) -> Iterable[Command]:
     for endpoint_id, reason in sorted(seen.leaving.items()):
         endpoint = seen.endpoints.get(endpoint_id)
         if endpoint is None or endpoint_id in seen.moves or endpoint.state in ENDED:
@@ -314,33 +319,35 @@ def _new_moves(seen: Observed, tiers: _Tiers, rules: ReconcileRules) -> Iterable
             note = (
                 "it is leaving already" if endpoint.state is EndpointState.DRAINING else "it serves nothing"
             )
-            yield BeginMove(endpoint_id, tier, MovePhase.RETIRING, reason, note)
+            yield BeginMigration(endpoint_id, tier, MigrationPhase.RETIRING, reason, note)
             continue
         if tier in seen.holds:
             held = seen.holds[tier]
             if held.must_leave:
-                yield BeginMove(endpoint_id, tier, MovePhase.RETIRING, reason, "its tier is drained")
+                yield BeginMigration(
+                    endpoint_id, tier, MigrationPhase.RETIRING, reason, "its tier is drained"
+                )
                 continue
         elif tiers.serving(tier) > seen.bases.get(tier, 0) + tiers.surges.get(tier, 0):
             # more serve than are asked for: somebody has taken over already
             tiers.let_go(tier, seen.bases.get(tier, 0))
-            yield BeginMove(endpoint_id, tier, MovePhase.RETIRING, reason, "enough others serve")
+            yield BeginMigration(endpoint_id, tier, MigrationPhase.RETIRING, reason, "enough others serve")
             continue
         elif seen.room.get(endpoint_id):
             if tiers.surges.get(tier, 0) < rules.surge_limit:
                 tiers.surges[tier] = tiers.surges.get(tier, 0) + 1
                 note = f"there is room: {seen.room[endpoint_id]}"
-                yield BeginMove(endpoint_id, tier, MovePhase.ELSEWHERE_FIRST, reason, note)
+                yield BeginMigration(endpoint_id, tier, MigrationPhase.ELSEWHERE_FIRST, reason, note)
             continue
         looked = tier in seen.holds or endpoint_id in seen.room
         # one at a time: the others go on serving where they are
         if looked and not tiers.bare.get(tier, 0) and not tiers.surges.get(tier, 0):
             tiers.bare[tier] = 1
             note = "its tier is held" if tier in seen.holds else "there is no room elsewhere"
-            yield BeginMove(endpoint_id, tier, MovePhase.RETIRING, reason, note)
+            yield BeginMigration(endpoint_id, tier, MigrationPhase.RETIRING, reason, note)
 
 
-def _restarts(seen: Observed, tiers: _Tiers, rules: ReconcileRules) -> Iterable[Command]:
+def _restarts(seen: PlacedCluster, tiers: _Tiers, rules: ReconcileRules) -> Iterable[Command]:
     busy = {item.tier for item in seen.restarts.values() if item.issued}
     for endpoint_id, restart in sorted(seen.restarts.items(), key=lambda item: (item[1].since_s, item[0])):
         endpoint = seen.endpoints.get(endpoint_id)
@@ -363,7 +370,7 @@ def _restarts(seen: Observed, tiers: _Tiers, rules: ReconcileRules) -> Iterable[
                 yield IssueRestart(endpoint_id, "its turn")
 
 
-def _hung(seen: Observed, tiers: _Tiers, rules: ReconcileRules) -> Iterable[Command]:
+def _hung(seen: PlacedCluster, tiers: _Tiers, rules: ReconcileRules) -> Iterable[Command]:
     for endpoint_id, reason in sorted(seen.hung.items()):
         endpoint = seen.endpoints.get(endpoint_id)
         busy = endpoint_id in seen.restarts or endpoint_id in seen.moves or endpoint_id in seen.leaving
@@ -374,10 +381,10 @@ def _hung(seen: Observed, tiers: _Tiers, rules: ReconcileRules) -> Iterable[Comm
             yield BeginRestart(endpoint_id, endpoint.tier, endpoint.generation, reason)
         else:
             note = f"it hung {times} times before"
-            yield BeginMove(endpoint_id, endpoint.tier, MovePhase.RETIRING, reason, note)
+            yield BeginMigration(endpoint_id, endpoint.tier, MigrationPhase.RETIRING, reason, note)
 
 
-def _holds(seen: Observed, rules: ReconcileRules) -> Iterable[Command]:
+def _holds(seen: PlacedCluster, rules: ReconcileRules) -> Iterable[Command]:
     for tier, hold in sorted(seen.holds.items()):
         if hold.until_s is not None and seen.now_s >= hold.until_s:
             yield ReleaseTier(tier, f"held for {seen.now_s - hold.since_s:.0f} s: it is tried again")

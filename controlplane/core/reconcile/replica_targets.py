@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from controlplane.core.reconcile.migrations import CONTROLLER, Move, MovePhase, TierHold
+from controlplane.core.reconcile.migrations import CONTROLLER, Migration, MigrationPhase, TierHold
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class TierTarget:
 
 
 @dataclass(frozen=True, slots=True)
-class Desired:
+class DesiredReplicas:
     """What the policy answers."""
 
     replicas: int
@@ -43,28 +43,28 @@ def desired_replicas(
     configured: int,
     running: Collection[str],
     present: int | None = None,
-) -> Desired:
+) -> DesiredReplicas:
     """The number for Serve now; ``running`` are the endpoint ids of the replicas that Serve counts.
     ``present``, the number that Serve goes by, is for a tier that scales or whose target is not known yet:
     without a target that holds, it stays."""
     if target is None and present is not None:
-        return Desired(present, "as it is: the controller has said nothing yet")
+        return DesiredReplicas(present, "as it is: the controller has said nothing yet")
     if target is None:
-        return Desired(configured, "as configured")
+        return DesiredReplicas(configured, "as configured")
     if unix_s > target.valid_until_unix_s:
         if present is not None:
-            return Desired(present, "as it is: the controller's last target has run out")
-        return Desired(configured, "as configured: the controller's last target has run out")
+            return DesiredReplicas(present, "as it is: the controller's last target has run out")
+        return DesiredReplicas(configured, "as configured: the controller's last target has run out")
     leaving = sum(endpoint_id in running for endpoint_id in target.leaving)
     if not leaving:
-        return Desired(target.replicas, target.reason)
-    return Desired(target.replicas + leaving, f"{target.reason}; {leaving} more until it has left")
+        return DesiredReplicas(target.replicas, target.reason)
+    return DesiredReplicas(target.replicas + leaving, f"{target.reason}; {leaving} more until it has left")
 
 
 def target_of(
     tier: str,
     base: int,
-    moves: Iterable[Move],
+    moves: Iterable[Migration],
     hold: TierHold | None,
     *,
     serving: int,
@@ -72,8 +72,8 @@ def target_of(
 ) -> TierTarget:
     """How many replicas Serve is to keep, and why."""
     mine = [move for move in moves if move.tier == tier]
-    leaving = tuple(move.endpoint_id for move in mine if move.phase is not MovePhase.ELSEWHERE_FIRST)
-    first = [move for move in mine if move.phase is MovePhase.ELSEWHERE_FIRST]
+    leaving = tuple(move.endpoint_id for move in mine if move.phase is not MigrationPhase.ELSEWHERE_FIRST)
+    first = [move for move in mine if move.phase is MigrationPhase.ELSEWHERE_FIRST]
     replicas, reason = base + len(first), "as asked for"
     if hold is not None and hold.must_leave:
         # All go, so Serve can't choose a wrong one: it is told at once.

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from controlplane.core.cluster.snapshot import GatewayInfo
 from controlplane.core.domain.endpoint import SERVING, Endpoint
-from controlplane.core.gpus.inventory import GpuFleet
+from controlplane.core.gpus.inventory import GpuInventory
 from controlplane.core.telemetry.signals import EngineTelemetry
 
 
@@ -15,7 +15,7 @@ def points(
     endpoints: Iterable[Endpoint],
     gateways: Iterable[GatewayInfo],
     engines: Mapping[str, EngineTelemetry],
-    fleet: GpuFleet,
+    fleet: GpuInventory,
     now_s: float,
 ) -> dict[str, float]:
     """Series name → figure.
@@ -63,7 +63,7 @@ def _engines(
     return found
 
 
-def _gpus(fleet: GpuFleet, now_s: float) -> dict[str, float]:
+def _gpus(fleet: GpuInventory, now_s: float) -> dict[str, float]:
     found: dict[str, float] = {}
     found |= {
         f"gpus/{state}": count

@@ -17,7 +17,7 @@ COLUMNS: Final = ("start_s", "seconds", "tier", "requests", "input_tokens", "out
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class StoredPoint:
     """One figure, added up over some seconds."""
 
     at_s: int
@@ -27,7 +27,7 @@ class Kept:
 
 
 @dataclass(frozen=True, slots=True)
-class TrafficWindow:
+class RecordedWindow:
     """Requests that came for a tier."""
 
     start_s: float
@@ -39,7 +39,7 @@ class TrafficWindow:
     output_tokens: float | None
 
 
-def windows_of(tier: str, figures: Mapping[str, Iterable[Kept]]) -> list[TrafficWindow]:
+def windows_of(tier: str, figures: Mapping[str, Iterable[StoredPoint]]) -> list[RecordedWindow]:
     """The tier's windows in order of time, one after the other; where nobody counted there is none.
 
     ``start_s`` is wall clock. A window is as long as all gateways' counts are known of what is kept as one:
@@ -66,11 +66,11 @@ def windows_of(tier: str, figures: Mapping[str, Iterable[Kept]]) -> list[Traffic
             _share(by_place[name].get(place, 0.0), own) if own else mean
             for name, mean in zip(("prompt_tokens", "generated_tokens"), usual, strict=True)
         )
-        found.append(TrafficWindow(start_s, end_s - start_s, tier, requests, prompt, answer))
+        found.append(RecordedWindow(start_s, end_s - start_s, tier, requests, prompt, answer))
     return found
 
 
-def from_the_first(windows: Sequence[TrafficWindow]) -> list[TrafficWindow]:
+def from_the_first(windows: Sequence[RecordedWindow]) -> list[RecordedWindow]:
     """In order of time, with ``start_s`` counted from the first one's."""
     first_s = min((window.start_s for window in windows), default=0.0)
     ordered = sorted(windows, key=lambda window: window.start_s)

@@ -25,7 +25,7 @@ _COLUMNS: Final = (*SUMS, *GAUGES)
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class SampleRound:
     """All samples of one moment."""
 
     unix_s: int
@@ -34,7 +34,7 @@ class Look:
     """Instances × (:data:`SUMS`, :data:`GAUGES`); NaN: not measured."""
 
     @classmethod
-    def of(cls, unix_s: int, samples: Mapping[Instance, ReportSample]) -> Look:
+    def of(cls, unix_s: int, samples: Mapping[Instance, ReportSample]) -> SampleRound:
         """The samples as a block."""
         rows = [[_number(getattr(sample, name)) for name in _COLUMNS] for sample in samples.values()]
         values = np.array(rows, dtype=np.float64).reshape(len(rows), len(_COLUMNS))
@@ -45,13 +45,13 @@ class ReportRing:
     """The last ``limit`` looks, as far as :data:`MAX_ROWS` allows."""
 
     def __init__(self, limit: int, max_rows: int = MAX_ROWS) -> None:
-        self._looks: deque[Look] = deque()
+        self._looks: deque[SampleRound] = deque()
         self._limit = limit
         self._max_rows = max_rows
         self._rows = 0
 
     @property
-    def looks(self) -> tuple[Look, ...]:
+    def looks(self) -> tuple[SampleRound, ...]:
         """Oldest first."""
         return tuple(self._looks)
 
@@ -60,7 +60,7 @@ class ReportRing:
         """Samples of all instances."""
         return self._rows
 
-    def add(self, look: Look) -> None:
+    def add(self, look: SampleRound) -> None:
         """The newest look; the oldest go."""
         last = self._looks[-1] if self._looks else look
         if look.instances == last.instances:
@@ -72,9 +72,9 @@ class ReportRing:
 
 
 def tally(
-    looks: Sequence[Look],
+    looks: Sequence[SampleRound],
     choose: Callable[[Instance], K | None],
-    part: Callable[[Look], int] = lambda _: 0,
+    part: Callable[[SampleRound], int] = lambda _: 0,
 ) -> dict[tuple[K, int], Totals]:
     """The looks' samples added up by what ``choose`` makes of their instance (None: left out) and by the
     ``part`` of the window that the look is in."""

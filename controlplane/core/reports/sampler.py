@@ -13,44 +13,44 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from controlplane.core.domain.endpoint import ENDED, SERVING, Endpoint, EndpointState
-from controlplane.core.gpus.inventory import GpuFleet
+from controlplane.core.gpus.inventory import GpuInventory
 from controlplane.core.gpus.leases import WHOLE_MILLI, LeaseBook
 from controlplane.core.reports.report import Instance, InstanceKind, ReportSample
 from controlplane.core.telemetry.signals import EngineTelemetry
-from controlplane.core.traffic.counters import Traffic, since
-from controlplane.core.traffic.demand import SILENT_REPORTS, Demand
+from controlplane.core.traffic.counters import TrafficCounters, since
+from controlplane.core.traffic.demand import SILENT_REPORTS, TierDemandTracker
 
 GAP_S: Final = 10.0
 """Between two looks further apart than this nothing was seen."""
 
 
 @dataclass(frozen=True, slots=True)
-class Scene:
+class SampledCluster:
     """What there is to look at."""
 
     endpoints: Mapping[str, Endpoint]
     wanted: Mapping[str, int]
     """Tier → replicas that it is meant to have."""
     leases: LeaseBook
-    fleet: GpuFleet
+    fleet: GpuInventory
     engines: Mapping[str, EngineTelemetry]
-    demand: Demand
+    demand: TierDemandTracker
     heartbeat_s: float
 
 
 @dataclass(frozen=True, slots=True)
-class _Counted:
+class _CountedTraffic:
     """What gateways counted of everybody."""
 
     over_s: float = 0.0
     """For so long it is known."""
-    by_subject: Mapping[str, Traffic] = field(default_factory=dict)
+    by_subject: Mapping[str, TrafficCounters] = field(default_factory=dict)
     present: bool = False
     """Whether what waits and what is in flight is known, too."""
 
 
 @dataclass(slots=True)
-class _Watched:
+class _WatchedInstance:
     """What was seen of one instance since the last sample."""
 
     watched_s: float = 0.0
@@ -63,8 +63,8 @@ class ReportSampler:
 
     def __init__(self) -> None:
         self._looked_s: float | None = None
-        self._watched: dict[Instance, _Watched] = {}
-        self._base: dict[str, Traffic] = {}
+        self._watched: dict[Instance, _WatchedInstance] = {}
+        self._base: dict[str, TrafficCounters] = {}
         self._base_s: float | None = None
         self._heard: dict[str, float] = {}
         """Gateways since the last sample that counted: when each was last heard of."""
@@ -74,7 +74,7 @@ class ReportSampler:
         self._looked_s = self._base_s = None
         self._watched, self._heard = {}, {}
 
-    def watch(self, scene: Scene, now_s: float) -> None:
+    def watch(self, scene: SampledCluster, now_s: float) -> None:
         """A look at who can serve."""
         if self._base_s is None and scene.demand.book.gateways:
             self._count(self._subjects(scene), scene, now_s)
@@ -99,12 +99,12 @@ class ReportSampler:
             self._see(_tier(tier), span_s, counts=counts, up=up, gpus=gpus)
 
     def _see(self, instance: Instance, span_s: float, *, counts: bool, up: bool, gpus: float) -> None:
-        seen = self._watched.setdefault(instance, _Watched())
+        seen = self._watched.setdefault(instance, _WatchedInstance())
         seen.watched_s += span_s if counts else 0.0
         seen.up_s += span_s if up else 0.0
         seen.gpu_s += gpus * span_s
 
-    def take(self, scene: Scene, now_s: float) -> dict[Instance, ReportSample]:
+    def take(self, scene: SampledCluster, now_s: float) -> dict[Instance, ReportSample]:
         """What everybody did since the last sample; nothing if nothing was seen."""
         watched, self._watched = self._watched, {}
         members: dict[str, list[Endpoint]] = {tier: [] for tier in scene.wanted}
@@ -133,37 +133,37 @@ class ReportSampler:
             found[instance] = sample if count is None else _with_counts(sample, counted.over_s, count)
         return found
 
-    def _subjects(self, scene: Scene) -> list[str]:
+    def _subjects(self, scene: SampledCluster) -> list[str]:
         """The tiers and endpoints that anything may be counted of."""
         tiers = dict.fromkeys((*scene.wanted, *(item.tier for item in scene.endpoints.values())))
         return [*tiers, *scene.endpoints]
 
-    def _count(self, subjects: Collection[str], scene: Scene, now_s: float) -> _Counted:
+    def _count(self, subjects: Collection[str], scene: SampledCluster, now_s: float) -> _CountedTraffic:
         """What was counted of each subject since the last time."""
         book = scene.demand.book
         heard = book.gateways
         if any(now_s - at_s > SILENT_REPORTS * scene.heartbeat_s for at_s in heard.values()):
-            return _Counted()
+            return _CountedTraffic()
         before_s, before = self._base_s, self._base
         if before_s is None and not heard:
-            return _Counted()
+            return _CountedTraffic()
         readings = {name: book.reading(name) for name in subjects}
         lost_s = [at_s for name, at_s in self._heard.items() if name not in heard]
         self._base, self._base_s = readings, (now_s if heard else None)
         self._heard = dict(heard)
         if before_s is None:
-            return _Counted()
+            return _CountedTraffic()
         counts = {name: _gained(reading, before.get(name)) for name, reading in readings.items()}
-        return _Counted(max(0.0, min([now_s, *lost_s]) - before_s), counts, bool(heard))
+        return _CountedTraffic(max(0.0, min([now_s, *lost_s]) - before_s), counts, bool(heard))
 
 
-def _gained(reading: Traffic, before: Traffic | None) -> Traffic:
+def _gained(reading: TrafficCounters, before: TrafficCounters | None) -> TrafficCounters:
     if before is None or reading.arrived < before.arrived or reading.served < before.served:
-        before = Traffic(reading.subject)  # the book began to count it anew
+        before = TrafficCounters(reading.subject)  # the book began to count it anew
     return since(reading, before)
 
 
-def _with_counts(sample: ReportSample, over_s: float, count: Traffic) -> ReportSample:
+def _with_counts(sample: ReportSample, over_s: float, count: TrafficCounters) -> ReportSample:
     return replace(
         sample,
         counted_s=over_s,
@@ -212,7 +212,7 @@ def _waiting(
     return sum(known) if known else None
 
 
-def _gpu_ratio(members: Iterable[Endpoint], fleet: GpuFleet, now_s: float) -> float | None:
+def _gpu_ratio(members: Iterable[Endpoint], fleet: GpuInventory, now_s: float) -> float | None:
     """Mean over the members' GPUs of which it is freshly known; None if of none."""
     ratios = []
     for uuid in {uuid for item in members for uuid in item.gpu_uuids}:

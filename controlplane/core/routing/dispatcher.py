@@ -2,8 +2,8 @@
 
 ``submit`` starts a request on an endpoint, queues it, or refuses it. ``pump`` starts queued requests:
 call it after a lease ended, after a snapshot was applied, and every now and then while something waits
-(an open breaker lets its probe through at :meth:`Fleet.next_probe_s`). ``expired`` gives back what ran
-out of time. Nothing here waits or sends: the caller acts on what is returned.
+(an open breaker lets its probe through at :meth:`EndpointTable.next_probe_s`). ``expired`` gives back what
+ran out of time. Nothing here waits or sends: the caller acts on what is returned.
 
 A request that can run now never overtakes one in the queue: whatever could run there was started by the
 ``pump`` that followed the slot's release.
@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 from controlplane.core.admission.queue import AdmissionQueue, Queued, Rejected, Ticket
 from controlplane.core.domain.request import Complexity, Priority
-from controlplane.core.routing.endpoint_table import Fleet, Lease
-from controlplane.core.routing.router import Decision, Outcome, has_room, place
+from controlplane.core.routing.endpoint_table import EndpointTable, RequestSlot
+from controlplane.core.routing.router import RouteDecision, RouteOutcome, has_room, place
 from controlplane.core.routing.tier_table import Api, Route, RouteRequest, TierTable, resolve
 
 
@@ -33,7 +33,7 @@ class LaneKey(NamedTuple):
     floor: int
 
 
-class Waiting(NamedTuple):
+class QueuedRequest(NamedTuple):
     """What a queued request needs to be placed later; the ticket's ``payload``."""
 
     request: RouteRequest
@@ -44,32 +44,32 @@ class Waiting(NamedTuple):
 class Started(NamedTuple):
     """The request goes to ``decision.load`` now."""
 
-    decision: Decision
-    lease: Lease
+    decision: RouteDecision
+    lease: RequestSlot
     ticket: Ticket | None = None
     """What it waited on, if it did; ``ticket.payload.payload`` is the caller's own."""
 
 
-class Held(NamedTuple):
+class WaitsInQueue(NamedTuple):
     """The request waits in the queue."""
 
-    decision: Decision
+    decision: RouteDecision
     ticket: Ticket
     queued: Queued
     """``queued.evicted``, if not None, is another's ticket that had to go."""
 
 
-class Refused(NamedTuple):
+class DispatchRefused(NamedTuple):
     """The request can't be served: either routing refuses it (``decision.refusal``) or the queue does."""
 
-    decision: Decision
+    decision: RouteDecision
     rejected: Rejected | None
 
 
 class Dispatcher:
     """Routing, load and queue of one gateway replica."""
 
-    def __init__(self, table: TierTable, fleet: Fleet, queue: AdmissionQueue) -> None:
+    def __init__(self, table: TierTable, fleet: EndpointTable, queue: AdmissionQueue) -> None:
         self.table = table
         self.fleet = fleet
         self.queue = queue
@@ -87,7 +87,7 @@ class Dispatcher:
         arrived_s: float | None = None,
         route: Route | None = None,
         score: Callable[[], Complexity | None] | None = None,
-    ) -> Started | Held | Refused:
+    ) -> Started | WaitsInQueue | DispatchRefused:
         """A new request, or a retry: then with what was tried in ``request.exclude``, its first
         ``arrived_s``, and the ``route`` of before so that it is not scored twice."""
         if route is None:
@@ -100,8 +100,8 @@ class Dispatcher:
             if self.queue:
                 self.queue.note_arrival(route.order, request.priority, now_s)
             return Started(decision, decision.load.begin(now_s))
-        if decision.outcome is Outcome.REJECT:
-            return Refused(decision, None)
+        if decision.outcome is RouteOutcome.REJECT:
+            return DispatchRefused(decision, None)
         ticket = Ticket(
             lane=lane_key(route, request),
             tiers=decision.tiers,
@@ -111,14 +111,14 @@ class Dispatcher:
             deadline_s=deadline_s,
             needs_s=self._first_token_s(decision.tiers),
             cost=cost,
-            payload=Waiting(request, route, payload),
+            payload=QueuedRequest(request, route, payload),
         )
         answer = self.queue.offer(
             ticket, now_s, [pool.rate_per_s(request.priority) for pool in self.fleet.pools]
         )
         if isinstance(answer, Rejected):
-            return Refused(decision, answer)
-        return Held(decision, ticket, answer)
+            return DispatchRefused(decision, answer)
+        return WaitsInQueue(decision, ticket, answer)
 
     def start_now(self, request: RouteRequest, route: Route, now_s: float, pick: int) -> Started | None:
         """A place at once, or None: for a second try beside the first, which must not take anybody's
@@ -141,7 +141,7 @@ class Dispatcher:
             return has_room(*known, self.fleet, now_s)
 
         while (ticket := queue.next(now_s, can_run)) is not None:
-            waiting: Waiting = ticket.payload
+            waiting: QueuedRequest = ticket.payload
             pick += 1
             # The queue has decided that it goes: what is kept for high priority is no longer the question.
             request = waiting.request._replace(priority=Priority.HIGH)
@@ -150,14 +150,14 @@ class Dispatcher:
             started.append(Started(decision, decision.load.begin(now_s), ticket))
         return started
 
-    def refused(self, now_s: float, pick: int) -> list[tuple[Ticket, Decision]]:
+    def refused(self, now_s: float, pick: int) -> list[tuple[Ticket, RouteDecision]]:
         """Takes out the queued requests that have become hopeless (all their endpoints failed for good,
         …); to be asked after a snapshot was applied."""
-        gone: list[tuple[Ticket, Decision]] = []
+        gone: list[tuple[Ticket, RouteDecision]] = []
         for ticket in self.queue.waiting():
-            waiting: Waiting = ticket.payload
+            waiting: QueuedRequest = ticket.payload
             decision = place(waiting.route, waiting.request, self.fleet, now_s, pick)
-            if decision.outcome is Outcome.REJECT and self.queue.leave(ticket):
+            if decision.outcome is RouteOutcome.REJECT and self.queue.leave(ticket):
                 gone.append((ticket, decision))
         return gone
 

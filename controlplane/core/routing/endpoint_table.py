@@ -1,7 +1,7 @@
 """What one gateway knows of the endpoints' load: its own requests exactly, the rest from snapshots.
 
-A :class:`Fleet` has one :class:`TierPool` per tier, a pool has one :class:`EndpointLoad` per engine
-process, and a :class:`Lease` is one request's place on an endpoint. These are the mutable holders that
+A :class:`EndpointTable` has one :class:`TierPool` per tier, a pool has one :class:`EndpointLoad` per engine
+process, and a :class:`RequestSlot` is one request's place on an endpoint. These are the mutable holders that
 the decisions of :mod:`controlplane.core.routing.router` look at; every method that needs the time takes it as
 ``now_s`` (monotonic). One event loop uses them: there are no locks.
 """
@@ -27,7 +27,7 @@ _POOL_ALPHA: Final = 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class FleetSettings:
+class LoadSettings:
     """How load is judged."""
 
     stale_after_s: float = 10.0
@@ -46,7 +46,7 @@ class FleetSettings:
     breaker: BreakerSettings = field(default_factory=BreakerSettings)
 
 
-def share(limit: int, index: int, count: int, offset: int = 0) -> int:
+def shard_share(limit: int, index: int, count: int, offset: int = 0) -> int:
     """The part of ``limit`` that gateway ``index`` of ``count`` may use; the parts sum to ``limit``.
 
     Each gets at least 1 only if ``limit >= count``. What is left after dividing goes to the gateways
@@ -59,20 +59,22 @@ def share(limit: int, index: int, count: int, offset: int = 0) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
+class GatewayShard:
     """Which of how many gateways this one is."""
 
     index: int = 0
     count: int = 1
 
 
-def seat(snapshot: ClusterSnapshot, gateway_id: str, last: Seat | None = None) -> Seat:
+def gateway_shard(
+    snapshot: ClusterSnapshot, gateway_id: str, last: GatewayShard | None = None
+) -> GatewayShard:
     """This gateway's seat among those of the snapshot. A controller that is warming up may not know all
     of them yet: until then the ``last`` seat holds, or limits would be exceeded."""
     if snapshot.warming and last is not None:
         return last
     ids = sorted({gateway_id, *(gateway.gateway_id for gateway in snapshot.gateways)})
-    return Seat(ids.index(gateway_id), len(ids))
+    return GatewayShard(ids.index(gateway_id), len(ids))
 
 
 class EndpointLoad:
@@ -135,7 +137,7 @@ class EndpointLoad:
         self.waiting = waiting
         self.observed_s = now_s
 
-    def begin(self, now_s: float) -> Lease:
+    def begin(self, now_s: float) -> RequestSlot:
         """A request goes out to this endpoint. Raises IllegalTransition if the breaker forbids it."""
         probe = self.breaker.start(now_s)
         self.in_flight += 1
@@ -144,14 +146,14 @@ class EndpointLoad:
         self.awaiting_first += 1
         if self.pool is not None and self.ready:
             self.pool.in_flight += 1
-        return Lease(self, now_s, probe)
+        return RequestSlot(self, now_s, probe)
 
     def silent_s(self, now_s: float) -> float:
         """For how long it has owed a first token without giving any sign of life."""
         return now_s - self.sign_s if self.awaiting_first else 0.0
 
 
-class Lease:
+class RequestSlot:
     """One request's place on an endpoint. Ended once by :meth:`succeed`, :meth:`fail` or
     :meth:`abandon`; ending it again does nothing."""
 
@@ -289,17 +291,17 @@ class TierPool:
             self.api_bits |= load.api_bits
 
 
-class Fleet:
+class EndpointTable:
     """All tiers' endpoints, as one gateway sees them."""
 
     __slots__ = ("by_endpoint_id", "high_seen_s", "pools", "seat", "settings", "table")
 
-    def __init__(self, table: TierTable, settings: FleetSettings | None = None) -> None:
+    def __init__(self, table: TierTable, settings: LoadSettings | None = None) -> None:
         self.table = table
-        self.settings = settings or FleetSettings()
+        self.settings = settings or LoadSettings()
         self.pools = tuple(TierPool(rank, policy.name) for rank, policy in enumerate(table.policies))
         self.by_endpoint_id: dict[str, EndpointLoad] = {}
-        self.seat: Seat | None = None
+        self.seat: GatewayShard | None = None
         self.high_seen_s = -inf
         """When the last request of high priority came."""
 
@@ -307,13 +309,13 @@ class Fleet:
         self,
         endpoints: Iterable[Endpoint],
         *,
-        seat: Seat = Seat(),
+        seat: GatewayShard = GatewayShard(),
         others_in_flight: Mapping[str, int] | None = None,
     ) -> bool:
         """Takes a snapshot's endpoints. What is no longer there is forgotten, a new generation starts
         afresh, the rest keeps what is known of it. Endpoints of unknown tiers are left out.
 
-        ``seat`` decides this gateway's share of every limit (:func:`share`); ``others_in_flight`` is
+        ``seat`` decides this gateway's share of every limit (:func:`shard_share`); ``others_in_flight`` is
         endpoint id → requests of the other gateways. Returns whether waiting requests may now find a
         place (an endpoint became ready or a limit grew).
         """
@@ -335,7 +337,7 @@ class Fleet:
                 load.api_bits = api_bits(endpoint.capabilities)
             else:
                 load = EndpointLoad(endpoint, self.pools[rank], self.settings.breaker)
-            load.limit = share(endpoint.concurrency_limit, seat.index, seat.count, load.seed)
+            load.limit = shard_share(endpoint.concurrency_limit, seat.index, seat.count, load.seed)
             load.others_in_flight = (others_in_flight or {}).get(endpoint.endpoint_id, 0)
             better = better or (load.ready and (not was_ready or load.limit > had_limit))
             after[endpoint.endpoint_id] = load
@@ -352,7 +354,7 @@ class Fleet:
     def apply_snapshot(self, snapshot: ClusterSnapshot, gateway_id: str) -> bool:
         """The same with all that a snapshot says; ``snapshot`` as merged by
         :func:`controlplane.core.cluster.snapshot.merge`."""
-        self.seat = seat(snapshot, gateway_id, self.seat)
+        self.seat = gateway_shard(snapshot, gateway_id, self.seat)
         others: dict[str, int] = {}
         for gateway in snapshot.gateways:
             if gateway.gateway_id != gateway_id:

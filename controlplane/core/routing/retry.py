@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Final, NamedTuple
 
 
-class Failure(StrEnum):
+class AttemptFailure(StrEnum):
     """How an attempt failed, as the gateway saw it."""
 
     REFUSED = "refused"
@@ -36,7 +36,7 @@ class Failure(StrEnum):
     """The engine wrote an error into its stream."""
 
 
-class Rule(NamedTuple):
+class FailureRule(NamedTuple):
     """What one kind of failure means."""
 
     retry: bool
@@ -51,18 +51,18 @@ class Rule(NamedTuple):
     code: str
 
 
-RULES: Final[dict[Failure, Rule]] = {
-    Failure.REFUSED: Rule(True, 3, True, 503, "no_endpoint"),
-    Failure.CONNECT_TIMEOUT: Rule(True, 2, True, 503, "no_endpoint"),
-    Failure.RESET: Rule(True, 1, True, 502, "endpoint_lost"),
-    Failure.UNAVAILABLE: Rule(True, 1, False, 503, "no_endpoint"),
-    Failure.BUSY: Rule(True, 0, False, 429, "queue_full"),
-    Failure.SERVER_ERROR: Rule(True, 1, False, 502, "engine_error"),
-    Failure.WRONG_REQUEST: Rule(False, 0, False, 400, "bad_request"),
-    Failure.FIRST_TOKEN_TIMEOUT: Rule(True, 2, False, 504, "first_token_timeout"),
-    Failure.TOKEN_TIMEOUT: Rule(True, 2, True, 502, "endpoint_lost"),
-    Failure.CUT: Rule(True, 1, True, 502, "endpoint_lost"),
-    Failure.STREAM_ERROR: Rule(True, 1, False, 502, "engine_error"),
+RULES: Final[dict[AttemptFailure, FailureRule]] = {
+    AttemptFailure.REFUSED: FailureRule(True, 3, True, 503, "no_endpoint"),
+    AttemptFailure.CONNECT_TIMEOUT: FailureRule(True, 2, True, 503, "no_endpoint"),
+    AttemptFailure.RESET: FailureRule(True, 1, True, 502, "endpoint_lost"),
+    AttemptFailure.UNAVAILABLE: FailureRule(True, 1, False, 503, "no_endpoint"),
+    AttemptFailure.BUSY: FailureRule(True, 0, False, 429, "queue_full"),
+    AttemptFailure.SERVER_ERROR: FailureRule(True, 1, False, 502, "engine_error"),
+    AttemptFailure.WRONG_REQUEST: FailureRule(False, 0, False, 400, "bad_request"),
+    AttemptFailure.FIRST_TOKEN_TIMEOUT: FailureRule(True, 2, False, 504, "first_token_timeout"),
+    AttemptFailure.TOKEN_TIMEOUT: FailureRule(True, 2, True, 502, "endpoint_lost"),
+    AttemptFailure.CUT: FailureRule(True, 1, True, 502, "endpoint_lost"),
+    AttemptFailure.STREAM_ERROR: FailureRule(True, 1, False, 502, "engine_error"),
 }
 
 
@@ -143,7 +143,7 @@ class GiveUp(NamedTuple):
 Step = RetryElsewhere | Resume | GiveUp
 
 
-class Attempt(NamedTuple):
+class FailedAttempt(NamedTuple):
     """Where a request stands when an attempt of it has failed."""
 
     number: int
@@ -162,11 +162,15 @@ class Attempt(NamedTuple):
 
 
 def next_step(
-    failure: Failure, attempt: Attempt, settings: RetrySettings, budget: RetryBudget, now_s: float
+    failure: AttemptFailure,
+    attempt: FailedAttempt,
+    settings: RetrySettings,
+    budget: RetryBudget,
+    now_s: float,
 ) -> Step:
     """What to do about a failed attempt; spends from ``budget`` if the step needs it.
 
-    The first time that a request's engine is lost, no budget is needed, see :class:`Rule`.
+    The first time that a request's engine is lost, no budget is needed, see :class:`FailureRule`.
     """
     rule = RULES[failure]
     status = attempt.engine_status or rule.status
@@ -174,7 +178,7 @@ def next_step(
         return GiveUp(status, rule.code, f"{failure}: it would fail anywhere")
     if attempt.sent and attempt.not_resumable:
         return GiveUp(502, "endpoint_lost", f"{failure} after tokens were sent; {attempt.not_resumable}")
-    refused = attempt.refused + (failure is Failure.REFUSED)
+    refused = attempt.refused + (failure is AttemptFailure.REFUSED)
     if refused > settings.max_refused:
         return _given_up(attempt, rule, status, f"{refused} connections were refused")
     # Who wants one attempt wants nothing tried again.
@@ -195,7 +199,7 @@ def next_step(
     return RetryElsewhere(str(failure), pause_s)
 
 
-def _given_up(attempt: Attempt, rule: Rule, status: int, reason: str) -> GiveUp:
+def _given_up(attempt: FailedAttempt, rule: FailureRule, status: int, reason: str) -> GiveUp:
     if attempt.sent:
         return GiveUp(502, "endpoint_lost", reason)
     return GiveUp(status, rule.code, reason)

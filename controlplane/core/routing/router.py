@@ -13,13 +13,13 @@ from typing import Final, NamedTuple
 
 from controlplane.core.domain.endpoint import EndpointState
 from controlplane.core.domain.request import Complexity, Priority
-from controlplane.core.routing.endpoint_table import EndpointLoad, Fleet, TierPool
+from controlplane.core.routing.endpoint_table import EndpointLoad, EndpointTable, TierPool
 from controlplane.core.routing.scorers import better_of_two, home, scores, total
 from controlplane.core.routing.tier_table import (
     API_BITS,
     Api,
-    Refusal,
     Route,
+    RouteRefusal,
     RouteRequest,
     TierTable,
     resolve,
@@ -31,7 +31,7 @@ _EMBEDDINGS: Final = API_BITS[Api.EMBEDDINGS]
 _HIGH: Final = Priority.HIGH
 
 
-class Outcome(StrEnum):
+class RouteOutcome(StrEnum):
     """What to do with a request."""
 
     SEND = "send"
@@ -39,10 +39,10 @@ class Outcome(StrEnum):
     REJECT = "reject"
 
 
-class Decision(NamedTuple):
+class RouteDecision(NamedTuple):
     """What to do with a request, and why."""
 
-    outcome: Outcome
+    outcome: RouteOutcome
     tier: str
     """The tier it goes to; for ``queue`` the one it waits for; empty if rejected."""
     reason: str
@@ -52,14 +52,14 @@ class Decision(NamedTuple):
     tiers: tuple[int, ...] = ()
     """The ranks of all tiers that may serve it as things are, in order of preference; empty if it goes
     to a tier that was asked for."""
-    refusal: Refusal | None = None
+    refusal: RouteRefusal | None = None
     message: str = ""
     """For the client, if rejected."""
     spilled: bool = False
     bridged: bool = False
 
 
-class Candidate(NamedTuple):
+class ExplainedEndpoint(NamedTuple):
     """One endpoint in an explanation."""
 
     endpoint_id: str
@@ -72,31 +72,33 @@ class Candidate(NamedTuple):
     """The session or prefix belongs to it."""
 
 
-class Explanation(NamedTuple):
+class RouteExplanation(NamedTuple):
     """A decision with everything that led to it."""
 
-    decision: Decision
+    decision: RouteDecision
     route: Route
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[ExplainedEndpoint, ...]
 
 
 def decide(
     request: RouteRequest,
     table: TierTable,
-    fleet: Fleet,
+    fleet: EndpointTable,
     now_s: float,
     pick: int,
     *,
     score: Callable[[], Complexity | None] | None = None,
-) -> Decision:
+) -> RouteDecision:
     """Resolves and places in one go; ``pick`` is any integer from 0, another one for each call."""
     return place(resolve(request, table, score), request, fleet, now_s, pick)
 
 
-def place(route: Route, request: RouteRequest, fleet: Fleet, now_s: float, pick: int) -> Decision:
+def place(
+    route: Route, request: RouteRequest, fleet: EndpointTable, now_s: float, pick: int
+) -> RouteDecision:
     """The endpoint for a request whose tiers are known, or that it has to wait, or that it can't be."""
     if route.refusal is not None:
-        return Decision(Outcome.REJECT, "", "", refusal=route.refusal, message=route.message)
+        return RouteDecision(RouteOutcome.REJECT, "", "", refusal=route.refusal, message=route.message)
     needs = API_BITS[request.api]
     if needs == _EMBEDDINGS:
         route = _for_embeddings(route, fleet)
@@ -106,11 +108,11 @@ def place(route: Route, request: RouteRequest, fleet: Fleet, now_s: float, pick:
         if fit:
             key = request.session_key if request.session_key is not None else request.prefix_key
             load = better_of_two(fit, now_s, fleet.settings, pick, key)
-            return Decision(Outcome.SEND, pools[rank].name, reason, load)
+            return RouteDecision(RouteOutcome.SEND, pools[rank].name, reason, load)
     return _elsewhere(route, request, fleet, now_s, pick)
 
 
-def has_room(route: Route, request: RouteRequest, fleet: Fleet, now_s: float) -> bool:
+def has_room(route: Route, request: RouteRequest, fleet: EndpointTable, now_s: float) -> bool:
     """Would :func:`place` send it now?"""
     pools = fleet.pools
     if request.api is Api.EMBEDDINGS:
@@ -121,12 +123,12 @@ def has_room(route: Route, request: RouteRequest, fleet: Fleet, now_s: float) ->
     return any(_fit(pools[rank], request, fleet, now_s) for rank in others)
 
 
-def _kept(pool: TierPool, request: RouteRequest, fleet: Fleet, now_s: float) -> bool:
+def _kept(pool: TierPool, request: RouteRequest, fleet: EndpointTable, now_s: float) -> bool:
     """Are its last free slots kept for more important requests?"""
     return pool.in_flight >= pool.open_limit and request.priority is not _HIGH and fleet.reserves(now_s)
 
 
-def _fit(pool: TierPool, request: RouteRequest, fleet: Fleet, now_s: float) -> list[EndpointLoad]:
+def _fit(pool: TierPool, request: RouteRequest, fleet: EndpointTable, now_s: float) -> list[EndpointLoad]:
     """The filters. :func:`_left_out` says the same in words; a test holds the two together."""
     if pool.in_flight >= pool.open_limit and (
         pool.in_flight >= pool.limit or _kept(pool, request, fleet, now_s)
@@ -145,7 +147,7 @@ def _fit(pool: TierPool, request: RouteRequest, fleet: Fleet, now_s: float) -> l
     ]
 
 
-def _left_out(load: EndpointLoad, request: RouteRequest, fleet: Fleet, now_s: float) -> Iterator[str]:
+def _left_out(load: EndpointLoad, request: RouteRequest, fleet: EndpointTable, now_s: float) -> Iterator[str]:
     if not load.ready:
         phase = f" ({load.endpoint.phase})" if load.endpoint.phase else ""
         yield f"{load.endpoint.state}{phase}"
@@ -162,7 +164,7 @@ def _left_out(load: EndpointLoad, request: RouteRequest, fleet: Fleet, now_s: fl
         yield f"its last {pool.limit - pool.open_limit} slots are kept for high priority"
 
 
-def _down(route: Route, request: RouteRequest, fleet: Fleet, now_s: float) -> bool:
+def _down(route: Route, request: RouteRequest, fleet: EndpointTable, now_s: float) -> bool:
     """Is there no endpoint of the tiers asked for that could serve the request once a slot is free?"""
     needs = API_BITS[request.api]
     for rank in route.order:
@@ -177,7 +179,7 @@ def _down(route: Route, request: RouteRequest, fleet: Fleet, now_s: float) -> bo
     return True
 
 
-def _for_embeddings(route: Route, fleet: Fleet) -> Route:
+def _for_embeddings(route: Route, fleet: EndpointTable) -> Route:
     """Vectors of two models can't be compared: embeddings never spill or bridge. ``auto`` means the tier
     that serves them, by configuration and not by load: the one hinted at, or else the cheapest."""
     order, reasons = route.order, route.reasons
@@ -190,7 +192,9 @@ def _for_embeddings(route: Route, fleet: Fleet) -> Route:
     return route._replace(order=order, reasons=reasons, spill=(), bridge=())
 
 
-def _elsewhere(route: Route, request: RouteRequest, fleet: Fleet, now_s: float, pick: int) -> Decision:
+def _elsewhere(
+    route: Route, request: RouteRequest, fleet: EndpointTable, now_s: float, pick: int
+) -> RouteDecision:
     """No tier that was asked for has room: spill, bridge, queue or reject."""
     pools = fleet.pools
     needs = API_BITS[request.api]
@@ -214,8 +218,8 @@ def _elsewhere(route: Route, request: RouteRequest, fleet: Fleet, now_s: float, 
             how = f"bridge: {wanted.name} {_condition(wanted, request, needs, now_s)}"
         else:
             how = f"spill: {wanted.name} -> {chosen.name}"
-        return Decision(
-            Outcome.SEND,
+        return RouteDecision(
+            RouteOutcome.SEND,
             chosen.name,
             f"{route.reasons[0]}; {how}",
             load,
@@ -227,9 +231,11 @@ def _elsewhere(route: Route, request: RouteRequest, fleet: Fleet, now_s: float, 
         [pools[rank] for rank in route.order], [pools[rank] for rank in others], request, needs
     )
     if refusal is not None:
-        return Decision(Outcome.REJECT, "", route.reasons[0], None, tiers, refusal[0], refusal[1])
+        return RouteDecision(RouteOutcome.REJECT, "", route.reasons[0], None, tiers, refusal[0], refusal[1])
     state = _condition(wanted, request, needs, now_s) if down else "full"
-    return Decision(Outcome.QUEUE, wanted.name, f"{route.reasons[0]}; {wanted.name} {state}", tiers=tiers)
+    return RouteDecision(
+        RouteOutcome.QUEUE, wanted.name, f"{route.reasons[0]}; {wanted.name} {state}", tiers=tiers
+    )
 
 
 def _condition(pool: TierPool, request: RouteRequest, needs: int, now_s: float) -> str:
@@ -251,41 +257,41 @@ def _condition(pool: TierPool, request: RouteRequest, needs: int, now_s: float) 
 
 def _hopeless(
     asked: list[TierPool], others: list[TierPool], request: RouteRequest, needs: int
-) -> tuple[Refusal, str] | None:
+) -> tuple[RouteRefusal, str] | None:
     """Why waiting for these tiers makes no sense; None if it does."""
     pools = asked + others
     names = ", ".join(pool.name for pool in pools)
     if all(pool.api_bits and not pool.api_bits & needs for pool in pools):
-        return Refusal.NO_CAPABILITY, f"no engine of {names} serves {request.api}"
+        return RouteRefusal.NO_CAPABILITY, f"no engine of {names} serves {request.api}"
     if any(not pool.loads for pool in asked):
         return None  # It may be starting its first endpoint.
     serving = [load for pool in pools for load in pool.loads if load.api_bits & needs]
     living = [load for load in serving if load.endpoint.state not in _GONE]
     if not living:
         told = next((load.endpoint.diagnosis for load in serving if load.endpoint.diagnosis), "")
-        return Refusal.FAILED, f"all endpoints of {names} failed{': ' + told if told else ''}"
+        return RouteRefusal.FAILED, f"all endpoints of {names} failed{': ' + told if told else ''}"
     # A tried process that is being replaced comes back under another key.
     if all(load.ready and load.key in request.exclude for load in living):
-        return Refusal.EXHAUSTED, f"every endpoint of {names} was tried"
+        return RouteRefusal.EXHAUSTED, f"every endpoint of {names} was tried"
     return None
 
 
 def explain(
     request: RouteRequest,
     table: TierTable,
-    fleet: Fleet,
+    fleet: EndpointTable,
     now_s: float,
     pick: int,
     *,
     score: Callable[[], Complexity | None] | None = None,
-) -> Explanation:
+) -> RouteExplanation:
     """What :func:`decide` says, and of every endpoint why it was left out or how it scored."""
     route = resolve(request, table, score)
     decision = place(route, request, fleet, now_s, pick)
     needs = API_BITS[request.api]
     asked = route if needs != _EMBEDDINGS or route.refusal is not None else _for_embeddings(route, fleet)
     key = request.session_key if request.session_key is not None else request.prefix_key
-    candidates: list[Candidate] = []
+    candidates: list[ExplainedEndpoint] = []
     for pool in fleet.pools:
         fit = _fit(pool, request, fleet, now_s)
         homed = fit[home(fit, key)] if fit and key is not None else None
@@ -294,7 +300,7 @@ def explain(
             why = tuple(reason for reason in (barred, *_left_out(load, request, fleet, now_s)) if reason)
             at_home = load is homed
             candidates.append(
-                Candidate(
+                ExplainedEndpoint(
                     load.endpoint.endpoint_id,
                     pool.name,
                     why,
@@ -303,10 +309,10 @@ def explain(
                     at_home,
                 )
             )
-    return Explanation(decision, asked, tuple(candidates))
+    return RouteExplanation(decision, asked, tuple(candidates))
 
 
-def _tier_left_out(rank: int, route: Route, decision: Decision, table: TierTable) -> str:
+def _tier_left_out(rank: int, route: Route, decision: RouteDecision, table: TierTable) -> str:
     """Why a tier is not for this request; empty if it is."""
     name = table.policies[rank].name
     if route.refusal is not None:

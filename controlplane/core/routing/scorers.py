@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from controlplane.core.routing.endpoint_table import EndpointLoad, FleetSettings
+from controlplane.core.routing.endpoint_table import EndpointLoad, LoadSettings
 
 NEUTRAL: Final = 0.5
 """The score of what is not known."""
@@ -50,7 +50,7 @@ def in_flight(load: EndpointLoad) -> float:
     return free if free > 0.0 else 0.0
 
 
-def queue(load: EndpointLoad, now_s: float, settings: FleetSettings) -> float:
+def queue(load: EndpointLoad, now_s: float, settings: LoadSettings) -> float:
     """How short the engine's own queue is: 0 once it is as long as the concurrency limit."""
     if load.waiting is None:
         return NEUTRAL
@@ -61,7 +61,7 @@ def queue(load: EndpointLoad, now_s: float, settings: FleetSettings) -> float:
     return free if free > 0.0 else 0.0
 
 
-def kv_cache(load: EndpointLoad, now_s: float, settings: FleetSettings) -> float:
+def kv_cache(load: EndpointLoad, now_s: float, settings: LoadSettings) -> float:
     """The free share of the KV cache."""
     ratio = load.kv_usage_ratio
     if ratio is None:
@@ -71,7 +71,7 @@ def kv_cache(load: EndpointLoad, now_s: float, settings: FleetSettings) -> float
     return 1.0 - ratio if ratio > 0.0 else 1.0
 
 
-def latency(load: EndpointLoad, now_s: float, settings: FleetSettings) -> float:
+def latency(load: EndpointLoad, now_s: float, settings: LoadSettings) -> float:
     """Time to first token against the tier's usual one: as fast is 1/2, much faster nears 1."""
     own_s = load.ttft_s
     if own_s is None or load.pool is None or now_s - load.sampled_s > settings.latency_memory_s:
@@ -82,7 +82,7 @@ def latency(load: EndpointLoad, now_s: float, settings: FleetSettings) -> float:
     return usual_s / (usual_s + own_s)
 
 
-def alive(load: EndpointLoad, now_s: float, settings: FleetSettings) -> float:
+def alive(load: EndpointLoad, now_s: float, settings: LoadSettings) -> float:
     """0 if it is suspected of being half-alive: it owes first tokens and is silent."""
     if not load.awaiting_first:
         return 1.0
@@ -92,7 +92,7 @@ def alive(load: EndpointLoad, now_s: float, settings: FleetSettings) -> float:
     return 0.0
 
 
-def affinity(load: EndpointLoad, now_s: float, settings: FleetSettings) -> float:
+def affinity(load: EndpointLoad, now_s: float, settings: LoadSettings) -> float:
     """1 for the endpoint that a session or prefix belongs to (see :func:`home`), unless it is overloaded:
     then 0, so that it counts like any other."""
     pool = load.pool
@@ -118,7 +118,7 @@ def home(loads: Sequence[EndpointLoad], key: int) -> int:
     return marks.index(max(marks))
 
 
-def scores(load: EndpointLoad, now_s: float, settings: FleetSettings, at_home: bool) -> dict[str, float]:
+def scores(load: EndpointLoad, now_s: float, settings: LoadSettings, at_home: bool) -> dict[str, float]:
     """Every scorer's word, for explanations."""
     return {
         "in_flight": in_flight(load),
@@ -130,7 +130,7 @@ def scores(load: EndpointLoad, now_s: float, settings: FleetSettings, at_home: b
     }
 
 
-def total(load: EndpointLoad, now_s: float, settings: FleetSettings, at_home: bool) -> float:
+def total(load: EndpointLoad, now_s: float, settings: LoadSettings, at_home: bool) -> float:
     """The weighted mean of all scorers."""
     value = (
         _W_IN_FLIGHT * in_flight(load)
@@ -145,7 +145,7 @@ def total(load: EndpointLoad, now_s: float, settings: FleetSettings, at_home: bo
 
 
 def better_of_two(
-    loads: Sequence[EndpointLoad], now_s: float, settings: FleetSettings, pick: int, key: int | None
+    loads: Sequence[EndpointLoad], now_s: float, settings: LoadSettings, pick: int, key: int | None
 ) -> EndpointLoad:
     """The picker. ``loads`` are all fit and not empty; one of the two looked at is ``key``'s home."""
     count = len(loads)

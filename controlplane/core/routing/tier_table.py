@@ -35,7 +35,7 @@ DEFAULT_AGENT_TIERS: Final = {
 """Agent type → tier, where such a tier exists and no tier claims the agent type."""
 
 
-class Direction(StrEnum):
+class OverflowDirection(StrEnum):
     """Where a tier's requests may go when they can't be served by it."""
 
     UP = "up"
@@ -82,10 +82,10 @@ class TierPolicy:
     complexities: tuple[Complexity, ...] | None = None
     """What it serves; None: by its name, see :data:`DEFAULT_COMPLEXITIES`."""
     agent_types: tuple[str, ...] = ()
-    spill: Direction = Direction.UP
+    spill: OverflowDirection = OverflowDirection.UP
     """Where requests go when the tier is full. Up by default: under load an answer may cost more, but it
     is never silently worse."""
-    bridge: Direction | None = None
+    bridge: OverflowDirection | None = None
     """Where requests go while no endpoint of the tier can take any. None: both ways, or nowhere if
     ``spill`` is none. Overload passes in seconds and waiting helps; a restart takes minutes, and then an
     answer from a neighbour is better than none."""
@@ -114,7 +114,7 @@ class RouteRequest(NamedTuple):
     """``EndpointLoad.key`` of what was tried already for this request."""
 
 
-class Refusal(StrEnum):
+class RouteRefusal(StrEnum):
     """Why a request can't be placed and waiting would not help."""
 
     UNKNOWN_MODEL = "unknown_model"
@@ -144,7 +144,7 @@ class Route(NamedTuple):
     auto: bool = False
     """The tier was chosen here, not by the client."""
     floor: int = 0
-    refusal: Refusal | None = None
+    refusal: RouteRefusal | None = None
     message: str = ""
     """For the client, if refused."""
 
@@ -222,7 +222,7 @@ def resolve(
         if rank is None:
             known = ", ".join(policy.name for policy in table.policies)
             return _refused(
-                Refusal.UNKNOWN_TIER, f"no tier '{request.min_tier}' for x-min-tier: there is {known}"
+                RouteRefusal.UNKNOWN_TIER, f"no tier '{request.min_tier}' for x-min-tier: there is {known}"
             )
         floor = rank
     if request.models:
@@ -279,7 +279,7 @@ def _pinned(model: str, floor: int, table: TierTable) -> Route:
     kept = tuple(rank for rank in tiers if rank >= floor)
     if not kept:
         return _refused(
-            Refusal.BELOW_FLOOR,
+            RouteRefusal.BELOW_FLOOR,
             f"model '{model}' is below the tier '{table.policies[floor].name}' that x-min-tier asks for",
         )
     return Route(kept, ("model=" + model,) * len(kept), floor=floor)
@@ -305,7 +305,7 @@ def _from_list(models: tuple[str, ...], floor: int, table: TierTable) -> Route:
         return _unknown(models, table)
     if not order:
         return _refused(
-            Refusal.BELOW_FLOOR,
+            RouteRefusal.BELOW_FLOOR,
             f"every model asked for is below '{table.policies[floor].name}', which x-min-tier asks for",
         )
     return Route(tuple(order), tuple(reasons), floor=floor)
@@ -314,10 +314,12 @@ def _from_list(models: tuple[str, ...], floor: int, table: TierTable) -> Route:
 def _unknown(models: Iterable[str], table: TierTable) -> Route:
     names = [AUTO, *(policy.name for policy in table.policies), *table.tiers_of_model]
     wanted = ", ".join(f"'{model}'" for model in models)
-    return _refused(Refusal.UNKNOWN_MODEL, f"no model {wanted}: there is {', '.join(dict.fromkeys(names))}")
+    return _refused(
+        RouteRefusal.UNKNOWN_MODEL, f"no model {wanted}: there is {', '.join(dict.fromkeys(names))}"
+    )
 
 
-def _refused(refusal: Refusal, message: str) -> Route:
+def _refused(refusal: RouteRefusal, message: str) -> Route:
     return Route((), (), refusal=refusal, message=message)
 
 
@@ -327,7 +329,7 @@ def _neighbours(
     policy = policies[rank]
     bridge = policy.bridge
     if bridge is None:
-        bridge = Direction.NONE if policy.spill is Direction.NONE else Direction.BOTH
+        bridge = OverflowDirection.NONE if policy.spill is OverflowDirection.NONE else OverflowDirection.BOTH
     # Nearest first, and of two as near the more capable.
     others = sorted(
         (other for other in range(len(policies)) if other != rank and other >= floor),
@@ -339,10 +341,10 @@ def _neighbours(
     )
 
 
-def _leads(direction: Direction, rank: int, other: int) -> bool:
-    if direction is Direction.BOTH:
+def _leads(direction: OverflowDirection, rank: int, other: int) -> bool:
+    if direction is OverflowDirection.BOTH:
         return True
-    return direction is (Direction.UP if other > rank else Direction.DOWN)
+    return direction is (OverflowDirection.UP if other > rank else OverflowDirection.DOWN)
 
 
 def _complexity_map(policies: Sequence[TierPolicy], rank_of: dict[str, int]) -> dict[Complexity, int]:

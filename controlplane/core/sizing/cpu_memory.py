@@ -11,11 +11,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from controlplane.core.sizing.architecture import ModelSpec
-from controlplane.core.sizing.engine_args import EngineSettings
+from controlplane.core.sizing.engine_args import EngineArgs
 from controlplane.core.sizing.gpu_memory import activation_bytes, gib
 from controlplane.core.sizing.gpu_models import GIB, MIB
 from controlplane.core.sizing.kv_cache import KvLayout, kv_layout
-from controlplane.core.sizing.weights import Stage, Term, divisibility, local_bytes, stages, weight_terms
+from controlplane.core.sizing.weights import (
+    MemoryTerm,
+    WeightStage,
+    divisibility,
+    local_bytes,
+    stages,
+    weight_terms,
+)
 
 API_SERVER_BYTES = 752 * MIB
 ENGINE_CORE_BYTES = 679 * MIB
@@ -45,9 +52,9 @@ class CpuPlan:
     """An engine's memory on one machine without GPUs."""
 
     model: ModelSpec
-    settings: EngineSettings
+    settings: EngineArgs
     dtype: str
-    terms: tuple[Term, ...]
+    terms: tuple[MemoryTerm, ...]
     """Over all processes of the engine."""
     workers: tuple[CpuWorker, ...]
     problems: tuple[str, ...] = ()
@@ -104,7 +111,7 @@ class CpuPlan:
 
 def plan_cpu_memory(
     model: ModelSpec,
-    settings: EngineSettings,
+    settings: EngineArgs,
     *,
     kv_cache_bytes: int,
     node_bytes: int,
@@ -143,18 +150,20 @@ def plan_cpu_memory(
     kv = sum(max(0, worker.kv_budget_bytes) for worker in workers)
     given = "VLLM_CPU_KVCACHE_SPACE" if kv_cache_bytes else f"{settings.memory_ratio} of the machine"
     terms = (
-        Term("weights", sum(w.weights_bytes for w in workers), f"config, {dtype}, {count} workers"),
-        Term("packed copies", packed, "oneDNN's copies of embedding and output head (vLLM 0.32)"),
-        Term("KV cache", kv, f"{given}, per worker, {count} workers"),
-        Term("activations", activations, f"estimate for {tokens} batched tokens, {sequences} sequences"),
-        Term("workers", count * WORKER_BYTES, "resident set measured on vLLM 0.32"),
-        Term("engine core", ENGINE_CORE_BYTES, "resident set measured on vLLM 0.32"),
-        Term("API server", API_SERVER_BYTES, "resident set measured on vLLM 0.32"),
+        MemoryTerm("weights", sum(w.weights_bytes for w in workers), f"config, {dtype}, {count} workers"),
+        MemoryTerm("packed copies", packed, "oneDNN's copies of embedding and output head (vLLM 0.32)"),
+        MemoryTerm("KV cache", kv, f"{given}, per worker, {count} workers"),
+        MemoryTerm(
+            "activations", activations, f"estimate for {tokens} batched tokens, {sequences} sequences"
+        ),
+        MemoryTerm("workers", count * WORKER_BYTES, "resident set measured on vLLM 0.32"),
+        MemoryTerm("engine core", ENGINE_CORE_BYTES, "resident set measured on vLLM 0.32"),
+        MemoryTerm("API server", API_SERVER_BYTES, "resident set measured on vLLM 0.32"),
     )
     return CpuPlan(model, settings, dtype, terms, tuple(workers), divisibility(model, settings))
 
 
-def _packed_bytes(model: ModelSpec, settings: EngineSettings, stage: Stage, dtype: str) -> int:
+def _packed_bytes(model: ModelSpec, settings: EngineArgs, stage: WeightStage, dtype: str) -> int:
     """vLLM 0.32 lets oneDNN pack the embedding and the output head without giving up the originals, a tied
     matrix once for each use. All other matrices are moved."""
     embedding = stage.first or (stage.last and model.tied)

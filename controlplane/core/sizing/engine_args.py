@@ -48,7 +48,7 @@ _FACTORS = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**
 
 
 @dataclass(frozen=True, slots=True)
-class EngineSettings:
+class EngineArgs:
     """Engine arguments as values; 0 or an empty string stands for the engine's default."""
 
     tp: int = 1
@@ -147,7 +147,7 @@ def parse_settings(
     tp: int = 1,
     pp: int = 1,
     device: Literal["gpu", "cpu"] = "gpu",
-) -> EngineSettings:
+) -> EngineArgs:
     """Settings from engine arguments (flag names without dashes in front, ``_`` or ``-`` inside).
 
     Raises ValueError that names the argument if a value can't be understood.
@@ -158,7 +158,7 @@ def parse_settings(
     if tp < 1 or pp < 1:
         raise ValueError("tensor and pipeline parallel size must be at least 1")
     ratio = _ratio(flags)
-    return EngineSettings(
+    return EngineArgs(
         tp=tp,
         pp=pp,
         expert_parallel=_switch(flags, "enable-expert-parallel"),

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 
 from controlplane.core.sizing.architecture import ModelSpec
-from controlplane.core.sizing.engine_args import EngineSettings
+from controlplane.core.sizing.engine_args import EngineArgs
 from controlplane.core.sizing.gpu_memory import (
     CUDA_CONTEXT_BYTES,
     HIGHEST_RATIO,
@@ -34,7 +34,7 @@ MOST_CHANGES = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class FitLimits:
     """What the one who asks allows and wants."""
 
     count: int = 0
@@ -53,7 +53,7 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class SettingChange:
     """One setting to change."""
 
     setting: str
@@ -85,7 +85,7 @@ class Unfit:
     needed_bytes: int
     """On the fullest GPU."""
     available_bytes: int
-    changes: tuple[Change, ...] = ()
+    changes: tuple[SettingChange, ...] = ()
     """The smallest change that would fit; empty if none was found."""
     changed: MemoryPlan | None = None
     """The plan with those changes."""
@@ -99,17 +99,17 @@ class Unfit:
 
 
 Verdict = Fit | Unfit
-Option = tuple[Change, EngineSettings]
-Step = Callable[[ModelSpec, EngineSettings, GpuModel, Limits], Iterator[Option]]
+Option = tuple[SettingChange, EngineArgs]
+Step = Callable[[ModelSpec, EngineArgs, GpuModel, FitLimits], Iterator[Option]]
 
 
-def fit(model: ModelSpec, settings: EngineSettings, gpu: GpuModel, limits: Limits = Limits()) -> Verdict:
+def fit(model: ModelSpec, settings: EngineArgs, gpu: GpuModel, limits: FitLimits = FitLimits()) -> Verdict:
     """Whether the engine fits GPUs of that model, with the smallest change if it doesn't."""
     plan = plan_memory(model, settings, gpu)
     return judge(plan, limits)
 
 
-def judge(plan: MemoryPlan, limits: Limits = Limits()) -> Verdict:
+def judge(plan: MemoryPlan, limits: FitLimits = FitLimits()) -> Verdict:
     """The same for a plan that is already made (perhaps with measured weights)."""
     length = _length(plan, limits)
     reasons = shortfalls(plan, limits)
@@ -122,7 +122,7 @@ def judge(plan: MemoryPlan, limits: Limits = Limits()) -> Verdict:
     return Unfit(plan, reasons, needed, available or worst.budget_bytes, options, changed)
 
 
-def shortfalls(plan: MemoryPlan, limits: Limits) -> tuple[str, ...]:
+def shortfalls(plan: MemoryPlan, limits: FitLimits) -> tuple[str, ...]:
     """Every reason why the plan doesn't do what is wanted; empty if it does."""
     reasons = list(plan.problems)
     settings = plan.settings
@@ -152,7 +152,7 @@ def shortfalls(plan: MemoryPlan, limits: Limits) -> tuple[str, ...]:
     return tuple(reasons)
 
 
-def _too_little(plan: MemoryPlan, limits: Limits) -> str:
+def _too_little(plan: MemoryPlan, limits: FitLimits) -> str:
     worst = plan.worst
     wanted = worst.layout.blocks_for(_length(plan, limits)) * limits.sequences
     what = f"{limits.sequences} x {_length(plan, limits)} tokens need"
@@ -170,11 +170,11 @@ def _fixed_parts(plan: MemoryPlan) -> str:
     return "weights, activations and overhead" if counted else "weights alone"
 
 
-def _length(plan: MemoryPlan, limits: Limits) -> int:
+def _length(plan: MemoryPlan, limits: FitLimits) -> int:
     return limits.length or plan.length
 
 
-def _wanted_blocks(plan: MemoryPlan, limits: Limits) -> int:
+def _wanted_blocks(plan: MemoryPlan, limits: FitLimits) -> int:
     """Blocks for what is wanted, and for one sequence of ``max-model-len``: vLLM won't start otherwise."""
     layout = plan.stages[0].layout
     wanted = layout.blocks_for(_length(plan, limits)) * limits.sequences
@@ -182,7 +182,7 @@ def _wanted_blocks(plan: MemoryPlan, limits: Limits) -> int:
     return max(wanted, promised) + 1
 
 
-def _smallest(plan: MemoryPlan, limits: Limits) -> tuple[tuple[Change, ...], MemoryPlan | None]:
+def _smallest(plan: MemoryPlan, limits: FitLimits) -> tuple[tuple[SettingChange, ...], MemoryPlan | None]:
     for size in range(1, MOST_CHANGES + 1):
         for steps in combinations(STEPS, size):
             found = _try(plan, limits, steps)
@@ -190,7 +190,7 @@ def _smallest(plan: MemoryPlan, limits: Limits) -> tuple[tuple[Change, ...], Mem
                 return found
     others = [gpu for gpu in limits.alternatives if gpu.name != plan.gpu.name]
     for gpu in sorted(others, key=lambda other: other.usable_mib):
-        change = Change("gpu", plan.gpu.name, gpu.name)
+        change = SettingChange("gpu", plan.gpu.name, gpu.name)
         changed = plan_memory(plan.model, plan.settings, gpu, plan.extra)
         if not shortfalls(changed, limits):
             return (change,), changed
@@ -202,11 +202,11 @@ def _smallest(plan: MemoryPlan, limits: Limits) -> tuple[tuple[Change, ...], Mem
 
 
 def _try(
-    plan: MemoryPlan, limits: Limits, steps: Sequence[Step]
-) -> tuple[tuple[Change, ...], MemoryPlan] | None:
+    plan: MemoryPlan, limits: FitLimits, steps: Sequence[Step]
+) -> tuple[tuple[SettingChange, ...], MemoryPlan] | None:
     """The first way to combine one option of each step that fits."""
     model, gpu = plan.model, plan.gpu
-    ways: list[tuple[tuple[Change, ...], EngineSettings]] = [((), plan.settings)]
+    ways: list[tuple[tuple[SettingChange, ...], EngineArgs]] = [((), plan.settings)]
     for step in steps:
         ways = [
             ((*changes, change), settings)
@@ -220,13 +220,13 @@ def _try(
     return None
 
 
-def _dtype(_model: ModelSpec, settings: EngineSettings, gpu: GpuModel, _limits: Limits) -> Iterator[Option]:
+def _dtype(_model: ModelSpec, settings: EngineArgs, gpu: GpuModel, _limits: FitLimits) -> Iterator[Option]:
     if settings.dtype == "float32" or (settings.dtype == "bfloat16" and not gpu.bfloat16):
         after = gpu.default_dtype
-        yield Change("dtype", settings.dtype, after), replace(settings, dtype=after)
+        yield SettingChange("dtype", settings.dtype, after), replace(settings, dtype=after)
 
 
-def _ratio(_model: ModelSpec, settings: EngineSettings, gpu: GpuModel, _limits: Limits) -> Iterator[Option]:
+def _ratio(_model: ModelSpec, settings: EngineArgs, gpu: GpuModel, _limits: FitLimits) -> Iterator[Option]:
     free = 1 - CUDA_CONTEXT_BYTES / gpu.usable_bytes
     highest = int(min(HIGHEST_RATIO, free) * 100) / 100
     ratio = 0.01 * (int(settings.memory_ratio * 100) + 1)
@@ -234,47 +234,48 @@ def _ratio(_model: ModelSpec, settings: EngineSettings, gpu: GpuModel, _limits: 
         ratio = highest
     while ratio <= highest + 1e-9:
         after = round(ratio, 2)
-        change = Change("gpu-memory-utilization", f"{settings.memory_ratio:g}", f"{after:g}")
+        change = SettingChange("gpu-memory-utilization", f"{settings.memory_ratio:g}", f"{after:g}")
         yield change, replace(settings, memory_ratio=after)
         ratio += 0.01
 
 
-def _batch(model: ModelSpec, settings: EngineSettings, gpu: GpuModel, limits: Limits) -> Iterator[Option]:
+def _batch(model: ModelSpec, settings: EngineArgs, gpu: GpuModel, limits: FitLimits) -> Iterator[Option]:
     tokens, sequences = settings.batch(model, gpu)
     for after in (256, 128, 64, 32):
         if limits.sequences <= after < sequences:
-            change = Change("max-num-seqs", str(sequences), str(after))
+            change = SettingChange("max-num-seqs", str(sequences), str(after))
             yield change, replace(settings, max_sequences=after, max_batched_tokens=min(tokens, 2048))
 
 
-def _eager(_model: ModelSpec, settings: EngineSettings, _gpu: GpuModel, _limits: Limits) -> Iterator[Option]:
+def _eager(_model: ModelSpec, settings: EngineArgs, _gpu: GpuModel, _limits: FitLimits) -> Iterator[Option]:
     if not settings.eager:
-        yield Change("enforce-eager", "off", "on"), replace(settings, eager=True)
+        yield SettingChange("enforce-eager", "off", "on"), replace(settings, eager=True)
 
 
-def _shorter(model: ModelSpec, settings: EngineSettings, gpu: GpuModel, limits: Limits) -> Iterator[Option]:
+def _shorter(model: ModelSpec, settings: EngineArgs, gpu: GpuModel, limits: FitLimits) -> Iterator[Option]:
     """The longest that fits, in steps of 256 tokens."""
     before = settings.length(model)
     plan = plan_memory(model, replace(settings, max_length=-1), gpu)
     after = plan.longest // 256 * 256
     if max(limits.shortest_length, limits.length) <= after < before:
-        yield Change("max-model-len", str(before), str(after)), replace(settings, max_length=after)
+        yield SettingChange("max-model-len", str(before), str(after)), replace(settings, max_length=after)
 
 
-def _plain_kv(
-    _model: ModelSpec, settings: EngineSettings, gpu: GpuModel, _limits: Limits
-) -> Iterator[Option]:
+def _plain_kv(_model: ModelSpec, settings: EngineArgs, gpu: GpuModel, _limits: FitLimits) -> Iterator[Option]:
     if settings.kv_dtype.startswith("fp8") and not gpu.fp8_kv_cache:
-        yield Change("kv-cache-dtype", settings.kv_dtype, "auto"), replace(settings, kv_dtype="")
+        yield SettingChange("kv-cache-dtype", settings.kv_dtype, "auto"), replace(settings, kv_dtype="")
 
 
-def _fp8_kv(model: ModelSpec, settings: EngineSettings, gpu: GpuModel, limits: Limits) -> Iterator[Option]:
+def _fp8_kv(model: ModelSpec, settings: EngineArgs, gpu: GpuModel, limits: FitLimits) -> Iterator[Option]:
     dtype = settings.resolved_dtype(model, gpu.default_dtype)
     if limits.fp8_kv and gpu.fp8_kv_cache and settings.kv_bytes(dtype) > 1:
-        yield Change("kv-cache-dtype", settings.kv_dtype or "auto", "fp8"), replace(settings, kv_dtype="fp8")
+        yield (
+            SettingChange("kv-cache-dtype", settings.kv_dtype or "auto", "fp8"),
+            replace(settings, kv_dtype="fp8"),
+        )
 
 
-def _quantize(model: ModelSpec, settings: EngineSettings, gpu: GpuModel, limits: Limits) -> Iterator[Option]:
+def _quantize(model: ModelSpec, settings: EngineArgs, gpu: GpuModel, limits: FitLimits) -> Iterator[Option]:
     now = settings.quantization
     if model.quantization.quantized or (now and runs_on(now, gpu.capability)[0]):
         return
@@ -282,28 +283,28 @@ def _quantize(model: ModelSpec, settings: EngineSettings, gpu: GpuModel, limits:
     if now is not None:
         # Not for this GPU: without it, or in another format.
         before = next((name for name, each in PRESETS.items() if each == now), now.label)
-        yield Change("quantization", before, "none"), replace(settings, quantization=None)
+        yield SettingChange("quantization", before, "none"), replace(settings, quantization=None)
     for name in limits.quantizations:
         quantization: Quantization = preset(name)
         if quantization.quantized and runs_on(quantization, gpu.capability)[0]:
-            yield Change("quantization", before, name), replace(settings, quantization=quantization)
+            yield SettingChange("quantization", before, name), replace(settings, quantization=quantization)
 
 
 def _tensor_parallel(
-    _model: ModelSpec, settings: EngineSettings, _gpu: GpuModel, limits: Limits
+    _model: ModelSpec, settings: EngineArgs, _gpu: GpuModel, limits: FitLimits
 ) -> Iterator[Option]:
     most = (limits.count or MOST_GPUS) // settings.pp
     sizes = [*range(settings.tp + 1, most + 1), *range(settings.tp - 1, 0, -1)]
     for tp in sizes:
-        yield Change("tensor-parallel-size", str(settings.tp), str(tp)), replace(settings, tp=tp)
+        yield SettingChange("tensor-parallel-size", str(settings.tp), str(tp)), replace(settings, tp=tp)
 
 
 def _pipeline_parallel(
-    _model: ModelSpec, settings: EngineSettings, _gpu: GpuModel, limits: Limits
+    _model: ModelSpec, settings: EngineArgs, _gpu: GpuModel, limits: FitLimits
 ) -> Iterator[Option]:
     most = (limits.count or MOST_GPUS) // settings.tp
     for pp in range(settings.pp + 1, most + 1):
-        yield Change("pipeline-parallel-size", str(settings.pp), str(pp)), replace(settings, pp=pp)
+        yield SettingChange("pipeline-parallel-size", str(settings.pp), str(pp)), replace(settings, pp=pp)
 
 
 STEPS: tuple[Step, ...] = (

@@ -14,12 +14,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from controlplane.core.sizing.architecture import ModelSpec
-from controlplane.core.sizing.engine_args import EngineSettings
-from controlplane.core.sizing.feasibility import Limits, shortfalls
+from controlplane.core.sizing.engine_args import EngineArgs
+from controlplane.core.sizing.feasibility import FitLimits, shortfalls
 from controlplane.core.sizing.gpu_memory import plan_memory
 from controlplane.core.sizing.gpu_models import GpuModel
 from controlplane.core.sizing.quantization import preset
-from controlplane.core.sizing.roofline import Load, Slo, Speed, roofline
+from controlplane.core.sizing.roofline import ExpectedTraffic, LatencyTargets, ReplicaSpeed, roofline
 
 TARGET_RATIO = 0.7
 """Share of a replica's capacity that the expected load may take: the rest is for bursts."""
@@ -36,11 +36,11 @@ class TierNeed:
 
     name: str
     model: ModelSpec
-    load: Load
-    slo: Slo
+    load: ExpectedTraffic
+    slo: LatencyTargets
     quantizations: tuple[str, ...] = ("none",)
     """Allowed weight formats by name, the preferred one first."""
-    settings: EngineSettings = field(default_factory=EngineSettings)
+    settings: EngineArgs = field(default_factory=EngineArgs)
     min_replicas: int = 1
     pipeline: bool = False
     """Pipeline parallelism may be used."""
@@ -59,7 +59,7 @@ class FleetGpu:
 
 
 @dataclass(frozen=True, slots=True)
-class Option:
+class ServingOption:
     """One way to serve a tier."""
 
     gpu: str
@@ -68,9 +68,9 @@ class Option:
     quantization: str
     replicas: int
     cost_per_hour: float
-    capacity: Speed
+    capacity: ReplicaSpeed
     """One replica at the highest rate inside the SLO."""
-    expected: Speed
+    expected: ReplicaSpeed
     """One replica at its share of the expected load."""
     sequences: int
     """Sequences that fit a replica at once."""
@@ -90,7 +90,7 @@ class Option:
 
 
 @dataclass(frozen=True, slots=True)
-class RuledOut:
+class RuledOutOption:
     """One way that can't serve a tier, and why."""
 
     gpu: str
@@ -101,43 +101,43 @@ class RuledOut:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class TierChoice:
     """What was chosen for a tier."""
 
     tier: str
-    option: Option
+    option: ServingOption
     why: str
-    next_best: Option | None
+    next_best: ServingOption | None
     """The cheapest other way for this tier alone."""
-    ruled_out: tuple[RuledOut, ...]
+    ruled_out: tuple[RuledOutOption, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Sizing:
+class FleetSizing:
     """A choice for every tier that the fleet can hold."""
 
-    choices: tuple[Choice, ...]
+    choices: tuple[TierChoice, ...]
     cost_per_hour: float
     gpus_used: tuple[tuple[str, int], ...]
     basis: str = "a roofline estimate from published GPU figures; correct it with measured speeds"
 
 
 @dataclass(frozen=True, slots=True)
-class NoSizing:
+class NoFleetSizing:
     """No choice serves every tier with this fleet."""
 
     reasons: tuple[str, ...]
-    ruled_out: tuple[tuple[str, tuple[RuledOut, ...]], ...] = field(default=())
+    ruled_out: tuple[tuple[str, tuple[RuledOutOption, ...]], ...] = field(default=())
     """Per tier."""
 
 
-def size_tiers(needs: Sequence[TierNeed], fleet: Sequence[FleetGpu]) -> Sizing | NoSizing:
+def size_tiers(needs: Sequence[TierNeed], fleet: Sequence[FleetGpu]) -> FleetSizing | NoFleetSizing:
     """The cheapest way to serve every tier with the fleet."""
     found = {need.name: options(need, fleet) for need in needs}
     stuck = [need.name for need in needs if not found[need.name][0]]
     if stuck:
         reasons = tuple(f"tier '{name}': {_main_reason(found[name][1])}" for name in stuck)
-        return NoSizing(reasons, tuple((name, found[name][1]) for name in stuck))
+        return NoFleetSizing(reasons, tuple((name, found[name][1]) for name in stuck))
     available = {entry.gpu.name: entry.count for entry in fleet}
     # The tier with the fewest ways first: the search ends sooner.
     order = sorted(needs, key=lambda need: len(found[need.name][0]))
@@ -147,26 +147,30 @@ def size_tiers(needs: Sequence[TierNeed], fleet: Sequence[FleetGpu]) -> Sizing |
         least = {need.name: min(o.gpus for o in found[need.name][0]) for need in needs}
         wanted = ", ".join(f"'{name}' at least {gpus}" for name, gpus in least.items())
         have = ", ".join(f"{count} x {name}" for name, count in available.items())
-        return NoSizing((f"the tiers together need more GPUs than there are: {wanted}; there is {have}",))
+        return NoFleetSizing(
+            (f"the tiers together need more GPUs than there are: {wanted}; there is {have}",)
+        )
     chosen = {need.name: option for need, option in zip(order, best, strict=True)}
     choices = tuple(_choice(need, chosen[need.name], *found[need.name]) for need in needs)
     used: Counter[str] = Counter()
     for option in chosen.values():
         used[option.gpu] += option.gpus
-    return Sizing(choices, sum(o.cost_per_hour for o in chosen.values()), tuple(sorted(used.items())))
+    return FleetSizing(choices, sum(o.cost_per_hour for o in chosen.values()), tuple(sorted(used.items())))
 
 
-def options(need: TierNeed, fleet: Sequence[FleetGpu]) -> tuple[tuple[Option, ...], tuple[RuledOut, ...]]:
+def options(
+    need: TierNeed, fleet: Sequence[FleetGpu]
+) -> tuple[tuple[ServingOption, ...], tuple[RuledOutOption, ...]]:
     """Every way to serve one tier, cheapest first, and every way that was ruled out."""
-    good: list[Option] = []
-    bad: list[RuledOut] = []
+    good: list[ServingOption] = []
+    bad: list[RuledOutOption] = []
     for entry in fleet:
         for name, tp, pp in _shapes(need, entry):
             result = _option(need, entry, name, tp, pp)
-            if isinstance(result, Option):
+            if isinstance(result, ServingOption):
                 good.append(result)
             else:
-                bad.append(RuledOut(entry.gpu.name, tp, pp, name, result))
+                bad.append(RuledOutOption(entry.gpu.name, tp, pp, name, result))
     preference = {name: rank for rank, name in enumerate(need.quantizations)}
     good.sort(key=lambda o: (o.cost_per_hour, preference[o.quantization], o.tp * o.pp, o.gpu))
     return tuple(good), tuple(bad)
@@ -181,7 +185,7 @@ def _shapes(need: TierNeed, entry: FleetGpu) -> Iterator[tuple[str, int, int]]:
                     yield name, tp, pp
 
 
-def _option(need: TierNeed, entry: FleetGpu, name: str, tp: int, pp: int) -> Option | str:
+def _option(need: TierNeed, entry: FleetGpu, name: str, tp: int, pp: int) -> ServingOption | str:
     """The way with its replicas, or why it is none."""
     gpu, model, load = entry.gpu, need.model, need.load
     quantization = preset(name)
@@ -190,7 +194,7 @@ def _option(need: TierNeed, entry: FleetGpu, name: str, tp: int, pp: int) -> Opt
         settings = replace(settings, quantization=quantization)
     length = min((load.input_tokens + load.output_tokens) * LENGTH_FACTOR, model.max_length)
     plan = plan_memory(model, settings, gpu)
-    reasons = shortfalls(plan, Limits(length=length))
+    reasons = shortfalls(plan, FitLimits(length=length))
     if reasons:
         return reasons[0]
     sequences = plan.sequences(load.input_tokens + load.output_tokens)
@@ -207,10 +211,10 @@ def _option(need: TierNeed, entry: FleetGpu, name: str, tp: int, pp: int) -> Opt
         return f"{replicas} replicas need {replicas * tp * pp} GPUs, there are {entry.count}"
     expected = line.speed(load, load.requests_per_s / replicas)
     cost = replicas * tp * pp * entry.cost_per_hour
-    return Option(gpu.name, tp, pp, name, replicas, cost, capacity, expected, sequences)
+    return ServingOption(gpu.name, tp, pp, name, replicas, cost, capacity, expected, sequences)
 
 
-def _too_slow(idle: Speed, slo: Slo) -> str:
+def _too_slow(idle: ReplicaSpeed, slo: LatencyTargets) -> str:
     """Of a replica with a single request."""
     parts = []
     if idle.ttft_ms > slo.ttft_ms:
@@ -220,9 +224,9 @@ def _too_slow(idle: Speed, slo: Slo) -> str:
     return "even idle: " + "; ".join(parts) if parts else "it carries no load inside the SLO"
 
 
-def _frugal(found: Sequence[Option]) -> list[Option]:
+def _frugal(found: Sequence[ServingOption]) -> list[ServingOption]:
     """Per GPU model the way with the fewest GPUs: on one model, fewer GPUs cost less and leave more."""
-    best: dict[str, Option] = {}
+    best: dict[str, ServingOption] = {}
     for option in found:
         known = best.get(option.gpu)
         if known is None or option.gpus < known.gpus:
@@ -230,15 +234,17 @@ def _frugal(found: Sequence[Option]) -> list[Option]:
     return sorted(best.values(), key=lambda option: option.cost_per_hour)
 
 
-def _cheapest(ways: Sequence[Sequence[Option]], available: dict[str, int]) -> list[Option] | None:
+def _cheapest(
+    ways: Sequence[Sequence[ServingOption]], available: dict[str, int]
+) -> list[ServingOption] | None:
     """One option per tier within the GPUs at the lowest cost: depth first, cut by the best cost so far."""
     rest = [0.0] * (len(ways) + 1)
     for index in range(len(ways) - 1, -1, -1):
         rest[index] = rest[index + 1] + ways[index][0].cost_per_hour
-    best: list[Option] | None = None
+    best: list[ServingOption] | None = None
     best_cost = math.inf
 
-    def descend(index: int, cost: float, chosen: list[Option], left: dict[str, int]) -> None:
+    def descend(index: int, cost: float, chosen: list[ServingOption], left: dict[str, int]) -> None:
         nonlocal best, best_cost
         if cost + rest[index] >= best_cost:
             return
@@ -256,8 +262,11 @@ def _cheapest(ways: Sequence[Sequence[Option]], available: dict[str, int]) -> li
 
 
 def _choice(
-    need: TierNeed, option: Option, found: Sequence[Option], ruled_out: tuple[RuledOut, ...]
-) -> Choice:
+    need: TierNeed,
+    option: ServingOption,
+    found: Sequence[ServingOption],
+    ruled_out: tuple[RuledOutOption, ...],
+) -> TierChoice:
     others = [other for other in found if other != option]
     cheaper = [other for other in others if other.cost_per_hour < option.cost_per_hour - 1e-9]
     next_best = others[0] if others else None
@@ -273,10 +282,10 @@ def _choice(
         why += f"; the next best costs {next_best.cost_per_hour:.2f} instead of {option.cost_per_hour:.2f}"
     else:
         why += "; no other way keeps the SLO and fits"
-    return Choice(need.name, option, why, next_best, ruled_out)
+    return TierChoice(need.name, option, why, next_best, ruled_out)
 
 
-def _main_reason(ruled_out: Sequence[RuledOut]) -> str:
+def _main_reason(ruled_out: Sequence[RuledOutOption]) -> str:
     if not ruled_out:
         return "there is no GPU for it"
     last = ruled_out[-1]

@@ -11,11 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from controlplane.core.sizing.architecture import ModelSpec
-from controlplane.core.sizing.engine_args import EngineSettings
+from controlplane.core.sizing.engine_args import EngineArgs
 from controlplane.core.sizing.gpu_models import GIB, MIB, GpuModel
 from controlplane.core.sizing.kv_cache import KvLayout, kv_bytes_per_token, kv_layout
 from controlplane.core.sizing.quantization import DTYPE_BYTES, runs_on
-from controlplane.core.sizing.weights import Stage, Term, divisibility, stages, weight_terms
+from controlplane.core.sizing.weights import MemoryTerm, WeightStage, divisibility, stages, weight_terms
 
 CUDA_CONTEXT_BYTES = 512 * MIB
 """CUDA context and kernels of one process, outside what vLLM counts (estimate: 0.4 to 0.6 GiB shown by
@@ -45,8 +45,8 @@ HIGHEST_RATIO = 0.97
 class StageMemory:
     """What one GPU of one pipeline stage holds."""
 
-    stage: Stage
-    terms: tuple[Term, ...]
+    stage: WeightStage
+    terms: tuple[MemoryTerm, ...]
     """All but the KV cache."""
     budget_bytes: int
     """What the engine may take: memory ratio x total; only the KV cache if that was given in bytes."""
@@ -79,13 +79,13 @@ class MemoryPlan:
     """An engine's memory over its GPUs, and what it can serve with that."""
 
     model: ModelSpec
-    settings: EngineSettings
+    settings: EngineArgs
     gpu: GpuModel
     dtype: str
     stages: tuple[StageMemory, ...]
     problems: tuple[str, ...] = ()
     """Why the engine would refuse these settings whatever the memory."""
-    extra: Term | None = None
+    extra: MemoryTerm | None = None
     """What every GPU holds besides what the config explains."""
 
     @property
@@ -145,9 +145,9 @@ class MemoryPlan:
 
 def plan_memory(
     model: ModelSpec,
-    settings: EngineSettings,
+    settings: EngineArgs,
     gpu: GpuModel,
-    extra: Term | None = None,
+    extra: MemoryTerm | None = None,
     *,
     estimates: bool = True,
 ) -> MemoryPlan:
@@ -176,7 +176,7 @@ def plan_memory(
 
 
 def _layout(
-    model: ModelSpec, settings: EngineSettings, gpu: GpuModel | None, stage: Stage, dtype: str
+    model: ModelSpec, settings: EngineArgs, gpu: GpuModel | None, stage: WeightStage, dtype: str
 ) -> KvLayout:
     return kv_layout(
         model,
@@ -189,7 +189,7 @@ def _layout(
     )
 
 
-def _gpu_problems(model: ModelSpec, settings: EngineSettings, gpu: GpuModel, dtype: str) -> list[str]:
+def _gpu_problems(model: ModelSpec, settings: EngineArgs, gpu: GpuModel, dtype: str) -> list[str]:
     wrong = []
     if gpu.capability < MINIMUM_CAPABILITY:
         wrong.append(f"vLLM needs compute capability 7.0; {gpu.name} has {gpu.capability / 10}")
@@ -210,12 +210,12 @@ def _gpu_problems(model: ModelSpec, settings: EngineSettings, gpu: GpuModel, dty
 
 
 def _runtime_terms(
-    model: ModelSpec, settings: EngineSettings, gpu: GpuModel, stage: Stage, dtype: str
-) -> list[Term]:
+    model: ModelSpec, settings: EngineArgs, gpu: GpuModel, stage: WeightStage, dtype: str
+) -> list[MemoryTerm]:
     tokens, sequences = settings.batch(model, gpu)
     size = activation_bytes(model, settings.tp, tokens, sequences, dtype, last=stage.last)
     what = f"estimate for {tokens} batched tokens and {sequences} sequences"
-    terms = [Term("activations", size, what)]
+    terms = [MemoryTerm("activations", size, what)]
     graphs = (
         0
         if settings.eager
@@ -223,10 +223,12 @@ def _runtime_terms(
         + len([n for n in graph_sizes(tokens, sequences, gpu.capability) if n <= sequences])
     )
     if graphs:
-        terms.append(Term("CUDA graphs", graphs * GRAPH_BYTES, f"estimate: {graphs} graphs of 8 MiB"))
-    terms.append(Term("framework", NON_TORCH_BYTES, "estimate: non-torch memory in vLLM's public logs"))
+        terms.append(MemoryTerm("CUDA graphs", graphs * GRAPH_BYTES, f"estimate: {graphs} graphs of 8 MiB"))
+    terms.append(MemoryTerm("framework", NON_TORCH_BYTES, "estimate: non-torch memory in vLLM's public logs"))
     if settings.world_size > 1:
-        terms.append(Term("communication", COMMUNICATION_BYTES, "estimate: NCCL and all-reduce buffers"))
+        terms.append(
+            MemoryTerm("communication", COMMUNICATION_BYTES, "estimate: NCCL and all-reduce buffers")
+        )
     return terms
 
 

@@ -17,7 +17,7 @@ Config = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
+class ModelFamily:
     """What a ``model_type`` implies that its config does not say."""
 
     qkv_bias: bool = False
@@ -38,22 +38,22 @@ class Family:
     rotary_ratio: float = 1.0
 
 
-FAMILIES: dict[str, Family] = {
-    "llama": Family(),
-    "mistral": Family(),
-    "ministral": Family(),
-    "mixtral": Family(),
-    "phi3": Family(),
-    "granite": Family(),
-    "smollm3": Family(tied=True),
-    "qwen2": Family(qkv_bias=True, sliding_opt_in=True),
-    "qwen2_moe": Family(qkv_bias=True, sliding_opt_in=True),
-    "qwen3": Family(qk_norm=True, sliding_opt_in=True),
-    "qwen3_moe": Family(qk_norm=True, sliding_opt_in=True),
-    "gemma": Family(tied=True),
-    "gemma2": Family(tied=True, norms_per_layer=4, sliding_every_other=True),
-    "gemma3_text": Family(tied=True, norms_per_layer=4, qk_norm=True, sliding_pattern=6),
-    "phi": Family(
+FAMILIES: dict[str, ModelFamily] = {
+    "llama": ModelFamily(),
+    "mistral": ModelFamily(),
+    "ministral": ModelFamily(),
+    "mixtral": ModelFamily(),
+    "phi3": ModelFamily(),
+    "granite": ModelFamily(),
+    "smollm3": ModelFamily(tied=True),
+    "qwen2": ModelFamily(qkv_bias=True, sliding_opt_in=True),
+    "qwen2_moe": ModelFamily(qkv_bias=True, sliding_opt_in=True),
+    "qwen3": ModelFamily(qk_norm=True, sliding_opt_in=True),
+    "qwen3_moe": ModelFamily(qk_norm=True, sliding_opt_in=True),
+    "gemma": ModelFamily(tied=True),
+    "gemma2": ModelFamily(tied=True, norms_per_layer=4, sliding_every_other=True),
+    "gemma3_text": ModelFamily(tied=True, norms_per_layer=4, qk_norm=True, sliding_pattern=6),
+    "phi": ModelFamily(
         qkv_bias=True,
         o_bias=True,
         mlp_bias=True,
@@ -63,11 +63,11 @@ FAMILIES: dict[str, Family] = {
         gated_mlp=False,
         rotary_ratio=0.5,
     ),
-    "starcoder2": Family(
+    "starcoder2": ModelFamily(
         qkv_bias=True, o_bias=True, mlp_bias=True, tied=True, norm_bias=True, gated_mlp=False
     ),
-    "deepseek_v2": Family(),
-    "deepseek_v3": Family(),
+    "deepseek_v2": ModelFamily(),
+    "deepseek_v3": ModelFamily(),
 }
 """``model_type`` → what it implies."""
 
@@ -94,7 +94,7 @@ def parse_config(config: Config, name: str) -> ModelSpec:
     model_type = str(text.get("model_type", ""))
     family = FAMILIES.get(model_type)
     if family is None:
-        family = Family()
+        family = ModelFamily()
         guesses.append(f"model type '{model_type or 'unknown'}' is read as if it were Llama-like")
     layers = _number(text, "num_hidden_layers")
     hidden = _number(text, "hidden_size")
@@ -252,7 +252,7 @@ def _moe(config: Config, model_type: str) -> Moe | None:
 
 
 def _layers(
-    config: Config, count: int, family: Family, moe: Moe | None, model_type: str
+    config: Config, count: int, family: ModelFamily, moe: Moe | None, model_type: str
 ) -> tuple[LayerKind, ...]:
     windows = _windows(config, count, family)
     first_dense = int(config.get("first_k_dense_replace") or 0)
@@ -268,7 +268,7 @@ def _layers(
     return tuple(LayerKind(window=windows[layer], moe=sparse(layer)) for layer in range(count))
 
 
-def _windows(config: Config, count: int, family: Family) -> list[int]:
+def _windows(config: Config, count: int, family: ModelFamily) -> list[int]:
     window = int(config.get("sliding_window") or 0)
     if family.sliding_opt_in and not config.get("use_sliding_window"):
         window = 0

@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from controlplane.core.sizing.architecture import ModelSpec
-from controlplane.core.sizing.engine_args import EngineSettings
+from controlplane.core.sizing.engine_args import EngineArgs
 from controlplane.core.sizing.gpu_models import GpuModel
 from controlplane.core.sizing.kv_cache import page_bytes
 from controlplane.core.sizing.quantization import DTYPE_BYTES
@@ -40,7 +40,7 @@ _ITERATIONS = 40
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class ExpectedTraffic:
     """What a tier is expected to serve."""
 
     requests_per_s: float
@@ -51,7 +51,7 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
-class Slo:
+class LatencyTargets:
     """What its users may expect, at the mean."""
 
     ttft_ms: float
@@ -59,7 +59,7 @@ class Slo:
 
 
 @dataclass(frozen=True, slots=True)
-class Speed:
+class ReplicaSpeed:
     """One replica at one request rate."""
 
     requests_per_s: float
@@ -122,7 +122,7 @@ class Roofline:
     def _exchange(self, tokens: float) -> float:
         return self.exchange_s + self.exchange_s_per_token * tokens
 
-    def speed(self, load: Load, requests_per_s: float) -> Speed:
+    def speed(self, load: ExpectedTraffic, requests_per_s: float) -> ReplicaSpeed:
         """One replica that gets ``requests_per_s`` of that load.
 
         Prompts take their share of the time and stretch the steps between; how many sequences decode is
@@ -132,7 +132,7 @@ class Roofline:
         prefill = self.prefill_s(load.input_tokens)
         busy = requests_per_s * prefill / self.pp
         if busy >= 1:
-            return Speed(requests_per_s, float("inf"), float("inf"), float("inf"), busy)
+            return ReplicaSpeed(requests_per_s, float("inf"), float("inf"), float("inf"), busy)
         context = load.input_tokens + load.output_tokens / 2
         tokens_per_s = requests_per_s * load.output_tokens
         batch = 0.0
@@ -141,16 +141,16 @@ class Roofline:
             batch = tokens_per_s * itl
             itl = self.step_s(max(batch, 1.0), context) / (1 - busy)
             if itl > 1e3:
-                return Speed(requests_per_s, float("inf"), float("inf"), float("inf"), busy)
+                return ReplicaSpeed(requests_per_s, float("inf"), float("inf"), float("inf"), busy)
         wait = busy / (2 * (1 - busy)) * prefill
         ttft = wait + prefill + itl / 2
-        return Speed(requests_per_s, batch, ttft * 1e3, itl * 1e3, busy)
+        return ReplicaSpeed(requests_per_s, batch, ttft * 1e3, itl * 1e3, busy)
 
-    def capacity(self, load: Load, slo: Slo, most_sequences: int) -> Speed:
+    def capacity(self, load: ExpectedTraffic, slo: LatencyTargets, most_sequences: int) -> ReplicaSpeed:
         """The highest rate of one replica that keeps the SLO; a rate of 0 if not even a single request
         at a time does."""
 
-        def keeps(speed: Speed) -> bool:
+        def keeps(speed: ReplicaSpeed) -> bool:
             return (
                 speed.ttft_ms <= slo.ttft_ms
                 and speed.itl_ms <= slo.itl_ms
@@ -171,7 +171,7 @@ class Roofline:
         return self.speed(load, low)
 
 
-def roofline(model: ModelSpec, settings: EngineSettings, gpu: GpuModel) -> Roofline:
+def roofline(model: ModelSpec, settings: EngineArgs, gpu: GpuModel) -> Roofline:
     """The speed of an engine on GPUs of that model. ValueError if the GPU's speed is not known."""
     dtype = settings.resolved_dtype(model, gpu.default_dtype)
     rate = gpu.flops_for(settings.weights_format(model).scheme, dtype)
@@ -209,7 +209,7 @@ def roofline(model: ModelSpec, settings: EngineSettings, gpu: GpuModel) -> Roofl
     )
 
 
-def _exchange(model: ModelSpec, settings: EngineSettings, gpu: GpuModel, dtype: str) -> tuple[float, float]:
+def _exchange(model: ModelSpec, settings: EngineArgs, gpu: GpuModel, dtype: str) -> tuple[float, float]:
     """(per step, per token): two all-reduces per layer between ranks, one hand-over between stages."""
     size = model.hidden * DTYPE_BYTES[dtype]
     linked = gpu.nvlink_bytes_per_s > 0

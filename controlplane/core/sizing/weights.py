@@ -6,12 +6,12 @@ from collections import Counter
 from dataclasses import dataclass
 
 from controlplane.core.sizing.architecture import LayerKind, Matrix, ModelSpec, Split
-from controlplane.core.sizing.engine_args import EngineSettings
+from controlplane.core.sizing.engine_args import EngineArgs
 from controlplane.core.sizing.quantization import DTYPE_BYTES, NONE, Quantization, Scheme, matrix_bytes
 
 
 @dataclass(frozen=True, slots=True)
-class Term:
+class MemoryTerm:
     """One part of the memory of one GPU, and where its number comes from."""
 
     name: str
@@ -20,7 +20,7 @@ class Term:
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class WeightStage:
     """One pipeline stage: which layers, and whether it holds the two ends."""
 
     index: int
@@ -29,7 +29,7 @@ class Stage:
     last: bool
 
 
-def stages(model: ModelSpec, pp: int) -> tuple[Stage, ...]:
+def stages(model: ModelSpec, pp: int) -> tuple[WeightStage, ...]:
     """The layers over ``pp`` stages as ``vllm.distributed.utils.get_pp_indices`` deals them out: what is
     left over goes to the stages before the last one."""
     count = len(model.layers)
@@ -39,12 +39,12 @@ def stages(model: ModelSpec, pp: int) -> tuple[Stage, ...]:
     found = []
     start = 0
     for index, size in enumerate(sizes):
-        found.append(Stage(index, range(start, start + size), index == 0, index == pp - 1))
+        found.append(WeightStage(index, range(start, start + size), index == 0, index == pp - 1))
         start += size
     return tuple(found)
 
 
-def divisibility(model: ModelSpec, settings: EngineSettings) -> tuple[str, ...]:
+def divisibility(model: ModelSpec, settings: EngineArgs) -> tuple[str, ...]:
     """Why the model can't be cut that way, in words; empty if it can."""
     tp, pp = settings.tp, settings.pp
     wrong = []
@@ -71,7 +71,7 @@ def divisibility(model: ModelSpec, settings: EngineSettings) -> tuple[str, ...]:
     return tuple(wrong) + _group_problems(model, settings)
 
 
-def _group_problems(model: ModelSpec, settings: EngineSettings) -> tuple[str, ...]:
+def _group_problems(model: ModelSpec, settings: EngineArgs) -> tuple[str, ...]:
     """Packed formats can't cut inside a scale group (a row-parallel matrix, per rank)."""
     quantization = settings.weights_format(model)
     group = quantization.group_size
@@ -87,7 +87,7 @@ def _group_problems(model: ModelSpec, settings: EngineSettings) -> tuple[str, ..
     )
 
 
-def local_shape(model: ModelSpec, matrix: Matrix, settings: EngineSettings) -> tuple[int, int, int]:
+def local_shape(model: ModelSpec, matrix: Matrix, settings: EngineArgs) -> tuple[int, int, int]:
     """(inputs, outputs, copies) of a matrix on one rank."""
     tp = settings.tp
     if settings.expert_parallel and matrix.copies > 1:
@@ -103,7 +103,7 @@ def local_shape(model: ModelSpec, matrix: Matrix, settings: EngineSettings) -> t
             return matrix.inputs, matrix.outputs, matrix.copies
 
 
-def local_bytes(model: ModelSpec, matrix: Matrix, settings: EngineSettings, dtype: str) -> int:
+def local_bytes(model: ModelSpec, matrix: Matrix, settings: EngineArgs, dtype: str) -> int:
     """Bytes of a matrix (and its bias) on one rank."""
     inputs, outputs, copies = local_shape(model, matrix, settings)
     wide = DTYPE_BYTES[dtype]
@@ -120,7 +120,9 @@ def _format_of(matrix: Matrix, quantization: Quantization) -> Quantization:
     return quantization
 
 
-def weight_terms(model: ModelSpec, settings: EngineSettings, stage: Stage, dtype: str) -> tuple[Term, ...]:
+def weight_terms(
+    model: ModelSpec, settings: EngineArgs, stage: WeightStage, dtype: str
+) -> tuple[MemoryTerm, ...]:
     """The weights of one GPU of a stage, in groups a person would ask about."""
     quantization = settings.weights_format(model)
     wide = DTYPE_BYTES[dtype]
@@ -134,37 +136,41 @@ def weight_terms(model: ModelSpec, settings: EngineSettings, stage: Stage, dtype
     cut = f"config, cut over tensor parallel {settings.tp}" if settings.tp > 1 else "config"
     stored = f"{dtype}" if not quantization.quantized else quantization.label
     terms = [
-        Term(f"weights: {name}", sums[name], f"{cut}, {stored}")
+        MemoryTerm(f"weights: {name}", sums[name], f"{cut}, {stored}")
         for name in ("attention", "feed-forward", "experts")
         if sums[name]
     ]
     if stage.first or (stage.last and model.tied):
         size = local_bytes(model, model.embedding(), settings, dtype)
-        terms.append(Term("weights: embedding", size, f"{cut}, {dtype}, vocabulary padded to 64s"))
+        terms.append(MemoryTerm("weights: embedding", size, f"{cut}, {dtype}, vocabulary padded to 64s"))
     if stage.last and not model.tied:
         size = local_bytes(model, model.head(), settings, dtype)
-        terms.append(Term("weights: output head", size, f"{cut}, vocabulary padded to 64s"))
+        terms.append(MemoryTerm("weights: output head", size, f"{cut}, vocabulary padded to 64s"))
     norms = sums["norms"] + (model.final_norm_params * wide if stage.last else 0)
-    terms.append(Term("weights: norms", norms, f"config, {dtype}, whole on every GPU"))
+    terms.append(MemoryTerm("weights: norms", norms, f"config, {dtype}, whole on every GPU"))
     terms += _derived_terms(model, settings, kinds, dtype)
     return tuple(terms)
 
 
 def _derived_terms(
-    model: ModelSpec, settings: EngineSettings, kinds: Counter[LayerKind], dtype: str
-) -> list[Term]:
+    model: ModelSpec, settings: EngineArgs, kinds: Counter[LayerKind], dtype: str
+) -> list[MemoryTerm]:
     """Tables and copies that the engine makes from config and weights while loading."""
     wide = DTYPE_BYTES[dtype]
     rotary = model.mla.rope_head_dim if model.mla else int(model.head_dim * model.rotary_ratio)
     tables = 2 if len({kind.window for kind in model.layers}) > 1 and model.norms_per_layer == 4 else 1
     tables = tables if model.qk_norm else 1
     size = tables * model.max_length * rotary * wide
-    terms = [Term("rotary table", size, "max_position_embeddings x rotary dimensions, whole on every GPU")]
+    terms = [
+        MemoryTerm("rotary table", size, "max_position_embeddings x rotary dimensions, whole on every GPU")
+    ]
     if model.mla and settings.weights_format(model).quantized:
         mla = model.mla
         one = model.heads // settings.tp * mla.kv_lora_rank * (mla.nope_head_dim + mla.v_head_dim) * wide
         terms.append(
-            Term("absorbed MLA matrices", one * sum(kinds.values()), f"kv_b_proj unpacked to {dtype} by vLLM")
+            MemoryTerm(
+                "absorbed MLA matrices", one * sum(kinds.values()), f"kv_b_proj unpacked to {dtype} by vLLM"
+            )
         )
     return terms
 

@@ -22,7 +22,7 @@ _readings = attrgetter(*(item.name for item in fields(GpuSample) if item.name !=
 
 
 @dataclass(frozen=True, slots=True)
-class Infos:
+class GpuInfoCache:
     """What rarely changes of a node's GPUs, as an agent had it for some samples."""
 
     epoch: str
@@ -38,7 +38,7 @@ class Infos:
 
 
 @dataclass(frozen=True, slots=True)
-class NodeNews:
+class NodeUpdate:
     """An agent's answer."""
 
     sample: NodeSample | None
@@ -48,23 +48,23 @@ class NodeNews:
     order."""
     infos_key: tuple[str, int]
     """Which infos belong to the readings."""
-    infos: Infos | None
+    infos: GpuInfoCache | None
     """None: the reader has them."""
     events: tuple[GpuEvent, ...]
 
 
-def news_of(
-    sample: NodeSample | None, infos: Infos, events: Sequence[GpuEvent], known: tuple[str, int]
-) -> NodeNews:
+def node_update(
+    sample: NodeSample | None, infos: GpuInfoCache, events: Sequence[GpuEvent], known: tuple[str, int]
+) -> NodeUpdate:
     """The answer to a reader that has the infos of ``known``."""
     told = None if infos.key == known else infos
     if sample is None:
-        return NodeNews(None, (), infos.key, told, tuple(events))
+        return NodeUpdate(None, (), infos.key, told, tuple(events))
     readings = tuple(_readings(gpu) for gpu in sample.gpus)
-    return NodeNews(replace(sample, gpus=()), readings, infos.key, told, tuple(events))
+    return NodeUpdate(replace(sample, gpus=()), readings, infos.key, told, tuple(events))
 
 
-def whole_sample(news: NodeNews, infos: Infos | None) -> NodeSample | None:
+def whole_sample(news: NodeUpdate, infos: GpuInfoCache | None) -> NodeSample | None:
     """The sample as the agent took it, with the infos that came along or that the reader has. None: there is
     none yet, or those are others, and all has to be asked for anew."""
     infos = news.infos or infos

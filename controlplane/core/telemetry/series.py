@@ -50,7 +50,7 @@ class Signal:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class FreshnessLimits:
     """Ages and windows."""
 
     stale_after_s: float = 5.0
@@ -62,7 +62,7 @@ class Limits:
     """Points a series keeps at most; past it the oldest go, and the window is shorter."""
 
 
-DEFAULT_LIMITS = Limits()
+DEFAULT_LIMITS = FreshnessLimits()
 
 
 def known_now(value: float) -> Signal:
@@ -75,7 +75,9 @@ def missing(reason: str, age_s: float | None = None) -> Signal:
     return Signal(Freshness.MISSING, None, age_s, reason)
 
 
-def judge(value: float | None, at_s: float | None, now_s: float, limits: Limits, why: str = "") -> Signal:
+def judge(
+    value: float | None, at_s: float | None, now_s: float, limits: FreshnessLimits, why: str = ""
+) -> Signal:
     """The signal that ``value``, true at ``at_s``, is at ``now_s``; ``why`` says what went wrong since."""
     if value is None or at_s is None:
         return missing(why or "no sample yet")
@@ -92,7 +94,7 @@ class GaugeSeries:
 
     __slots__ = ("_average", "_limits", "_points", "_why")
 
-    def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
+    def __init__(self, limits: FreshnessLimits = DEFAULT_LIMITS) -> None:
         self._limits = limits
         self._points: deque[tuple[float, float]] = deque(maxlen=limits.max_points)
         self._average = 0.0
@@ -151,7 +153,7 @@ class LastReading:
 
     __slots__ = ("_at_s", "_limits", "_value", "_why")
 
-    def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
+    def __init__(self, limits: FreshnessLimits = DEFAULT_LIMITS) -> None:
         self._limits = limits
         self._value: float | None = None
         self._at_s = -math.inf
@@ -176,7 +178,7 @@ class CounterSeries:
 
     __slots__ = ("_limits", "_offset", "_points", "_raw", "_why")
 
-    def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
+    def __init__(self, limits: FreshnessLimits = DEFAULT_LIMITS) -> None:
         self._limits = limits
         self._points: deque[tuple[float, float]] = deque(maxlen=limits.max_points)
         self._offset = 0.0
@@ -219,7 +221,7 @@ class HistogramSeries:
 
     __slots__ = ("_bounds", "_limits", "_offsets", "_points", "_raw", "_why")
 
-    def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
+    def __init__(self, limits: FreshnessLimits = DEFAULT_LIMITS) -> None:
         self._limits = limits
         self._points: deque[tuple[float, tuple[float, ...]]] = deque(maxlen=limits.max_points)
         self._bounds: tuple[float, ...] = ()

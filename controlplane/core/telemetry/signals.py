@@ -16,10 +16,10 @@ from controlplane.core.telemetry.series import (
     DEFAULT_LIMITS,
     CounterSeries,
     Freshness,
+    FreshnessLimits,
     GaugeSeries,
     HistogramSeries,
     LastReading,
-    Limits,
     Signal,
     judge,
     missing,
@@ -77,7 +77,7 @@ class EngineLoad:
 
 
 @dataclass(frozen=True, slots=True)
-class Busy:
+class BusyPeriod:
     """How much of a window an engine ran requests, for learning its speed."""
 
     ratio: float
@@ -88,7 +88,7 @@ class Busy:
 class EngineTelemetry:
     """The recent past of one endpoint."""
 
-    def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
+    def __init__(self, limits: FreshnessLimits = DEFAULT_LIMITS) -> None:
         self._limits = limits
         self._generation = 0
         self._clear()
@@ -142,10 +142,10 @@ class EngineTelemetry:
             self._counters["success_total"].rate(now_s),
         )
 
-    def busy(self, now_s: float) -> Busy | None:
+    def busy(self, now_s: float) -> BusyPeriod | None:
         """How much of the window the engine ran requests; None if that is not known."""
         found = self._gauges["running"].busy(now_s)
-        return None if found is None else Busy(*found)
+        return None if found is None else BusyPeriod(*found)
 
     def prefix_hit_ratio(self, now_s: float) -> Signal:
         """Share of the prompt tokens that the prefix cache had."""
@@ -189,7 +189,7 @@ class GpuTelemetry:
         *("_as_sent", "_at_s", "_averages", "_kept", "_late", "_limits", "_places", "_samples", "uuids"),
     )
 
-    def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
+    def __init__(self, limits: FreshnessLimits = DEFAULT_LIMITS) -> None:
         self._limits = limits
         self.uuids: tuple[str, ...] = ()
         """Of the GPUs that the last sample names, in its order."""
@@ -330,7 +330,7 @@ class NodeSignals:
 class NodeTelemetry:
     """The recent past of one node and its GPUs."""
 
-    def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
+    def __init__(self, limits: FreshnessLimits = DEFAULT_LIMITS) -> None:
         self._limits = limits
         self._cpu = LastReading(limits)
         self._memory = LastReading(limits)

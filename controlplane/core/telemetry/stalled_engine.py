@@ -12,7 +12,7 @@ from controlplane.core.telemetry.signals import EngineLoad
 
 
 @dataclass(frozen=True, slots=True)
-class HangRules:
+class StallRules:
     """Times."""
 
     after_s: float = 120.0
@@ -21,7 +21,7 @@ class HangRules:
 
 
 @dataclass(frozen=True, slots=True)
-class Stuck:
+class StalledEngine:
     """An engine that has made nothing for a while."""
 
     since_s: float
@@ -30,7 +30,7 @@ class Stuck:
     reason: str
 
 
-def makes_nothing(load: EngineLoad) -> str:
+def stall_reason(load: EngineLoad) -> str:
     """By which readings the engine runs requests and gets nowhere; empty: not so, or not known."""
     running = load.running.fresh
     rates = (load.generation_tokens_per_s, load.prompt_tokens_per_s, load.completions_per_s)

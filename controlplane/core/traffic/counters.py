@@ -1,10 +1,10 @@
 """What gateways count, and what the controller makes of it: demand, outcomes and latencies per tier and
 endpoint.
 
-A gateway's figures only grow (:class:`Traffic`), so a report that is lost loses nothing: the next one has
-it. The controller adds up what all gateways counted since it first heard of each (:class:`TrafficBook`), and
-looks back by the difference of two readings (:class:`TrafficWindow`). A gateway that starts anew starts at
-zero, which the book notices by its id.
+A gateway's figures only grow (:class:`TrafficCounters`), so a report that is lost loses nothing: the next one
+has it. The controller adds up what all gateways counted since it first heard of each
+(:class:`TrafficLedger`), and looks back by the difference of two readings (:class:`RecordedWindow`). A
+gateway that starts anew starts at zero, which the book notices by its id.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Final
 
 from controlplane.core.domain.slo import Slo
-from controlplane.core.telemetry.series import Limits, Signal, histogram_quantile, judge, missing
+from controlplane.core.telemetry.series import FreshnessLimits, Signal, histogram_quantile, judge, missing
 
 LATENCY_BOUNDS_S: Final = (
     *(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 60.0),
@@ -32,7 +32,7 @@ POINTS_KEPT: Final = 240
 
 
 @dataclass(frozen=True, slots=True)
-class Traffic:
+class TrafficCounters:
     """Requests of one tier or endpoint, counted since the gateway began. A tier has both what was meant for
     it (``arrived``, ``judged``, ``missed``, ``away``) and what it served (the rest); an endpoint only what
     it served."""
@@ -78,12 +78,12 @@ class Traffic:
 
 _COUNTS: Final = tuple(
     field.name
-    for field in fields(Traffic)
+    for field in fields(TrafficCounters)
     if field.name not in ("subject", "waiting", "in_flight", "latency_max_s", "latency_counts", "ttft_counts")
 )
 
 
-def _combine(a: Traffic, b: Traffic, sign: int) -> Traffic:
+def _combine(a: TrafficCounters, b: TrafficCounters, sign: int) -> TrafficCounters:
     values = {name: getattr(a, name) + sign * getattr(b, name) for name in _COUNTS}
     return replace(
         a,
@@ -93,12 +93,12 @@ def _combine(a: Traffic, b: Traffic, sign: int) -> Traffic:
     )
 
 
-def since(later: Traffic, earlier: Traffic) -> Traffic:
+def since(later: TrafficCounters, earlier: TrafficCounters) -> TrafficCounters:
     """What was counted between two readings; what is no count stays as it was at the later one."""
     return _combine(later, earlier, -1)
 
 
-def kept(slo: Slo, *, ttft_s: float | None, itl_s: float | None, total_s: float, tokens: int) -> bool:
+def within_slo(slo: Slo, *, ttft_s: float | None, itl_s: float | None, total_s: float, tokens: int) -> bool:
     """Whether an answer kept the SLO. ``ttft_s`` None: it came in one piece, and then it may take as long as
     a streamed one that just keeps it; ``itl_s`` is the mean time per token after the first, None if there is
     none."""
@@ -119,31 +119,31 @@ def quantile_s(counts: Sequence[int], quantile: float) -> float | None:
     return histogram_quantile(quantile, LATENCY_BOUNDS_S, tuple(cumulative))
 
 
-class TrafficBook:
+class TrafficLedger:
     """All gateways together."""
 
     def __init__(self) -> None:
-        self._last: dict[str, dict[str, Traffic]] = {}
+        self._last: dict[str, dict[str, TrafficCounters]] = {}
         """Gateway → subject → its last reading."""
         self._heard_s: dict[str, float] = {}
-        self._sum: dict[str, Traffic] = {}
+        self._sum: dict[str, TrafficCounters] = {}
 
-    def observe(self, gateway_id: str, traffic: Iterable[Traffic], now_s: float) -> None:
+    def observe(self, gateway_id: str, traffic: Iterable[TrafficCounters], now_s: float) -> None:
         """A gateway's report. What it counted before its first report to this book is not news."""
         before = self._last.get(gateway_id)
         self._heard_s[gateway_id] = now_s
         readings = {item.subject: item for item in traffic}
         if before is not None:
             for subject, item in readings.items():
-                base = before.get(subject) or Traffic(subject)
+                base = before.get(subject) or TrafficCounters(subject)
                 if item.arrived < base.arrived or item.served < base.served:
-                    base = Traffic(subject)
+                    base = TrafficCounters(subject)
                 gained = since(item, base)
                 known = self._sum.get(subject)
                 self._sum[subject] = gained if known is None else _combine(known, gained, 1)
         else:
             for subject in readings:
-                self._sum.setdefault(subject, Traffic(subject))
+                self._sum.setdefault(subject, TrafficCounters(subject))
         self._last[gateway_id] = readings
 
     def forget(self, gateway_id: str) -> None:
@@ -162,13 +162,13 @@ class TrafficBook:
         for subject in self._sum.keys() - wanted:
             del self._sum[subject]
 
-    def last(self, gateway_id: str, subject: str) -> Traffic:
+    def last(self, gateway_id: str, subject: str) -> TrafficCounters:
         """A gateway's last reading of a subject; zeros if there is none."""
-        return self._last.get(gateway_id, {}).get(subject) or Traffic(subject)
+        return self._last.get(gateway_id, {}).get(subject) or TrafficCounters(subject)
 
-    def reading(self, subject: str) -> Traffic:
+    def reading(self, subject: str) -> TrafficCounters:
         """Everything counted of a subject so far, and its present as of the last reports."""
-        base = self._sum.get(subject) or Traffic(subject)
+        base = self._sum.get(subject) or TrafficCounters(subject)
         parts = [readings[subject] for readings in self._last.values() if subject in readings]
         return replace(
             base,
@@ -187,11 +187,11 @@ class TrafficBook:
         return min(self._heard_s.values(), default=None)
 
 
-class TrafficWindow:
+class RecordedWindow:
     """One subject's last minutes."""
 
     def __init__(self, window_s: float = WINDOW_S) -> None:
-        self._points: deque[tuple[float, Traffic]] = deque()
+        self._points: deque[tuple[float, TrafficCounters]] = deque()
         self.remember(window_s)
 
     def remember(self, window_s: float) -> None:
@@ -199,7 +199,7 @@ class TrafficWindow:
         self._window_s = window_s
         self._apart_s = window_s / POINTS_KEPT
 
-    def observe(self, reading: Traffic, now_s: float) -> None:
+    def observe(self, reading: TrafficCounters, now_s: float) -> None:
         """A reading of the book. One that counts less than the last begins a new window: the book was made
         anew."""
         points = self._points
@@ -217,7 +217,7 @@ class TrafficWindow:
         """Readings that it holds."""
         return len(self._points)
 
-    def back(self, seconds: float) -> tuple[Traffic, float] | None:
+    def back(self, seconds: float) -> tuple[TrafficCounters, float] | None:
         """What was counted in the last ``seconds``, and over how many seconds that is, the nearest that the
         readings allow; None until there are two."""
         points = self._points
@@ -251,11 +251,11 @@ class TierFigures:
 
 
 def figures(
-    window: TrafficWindow,
-    reading: Traffic,
+    window: RecordedWindow,
+    reading: TrafficCounters,
     heard_s: float | None,
     now_s: float,
-    limits: Limits,
+    limits: FreshnessLimits,
     span_s: float = WINDOW_S,
 ) -> TierFigures:
     """The figures over ``span_s``, as fresh as the gateway that was silent for longest."""

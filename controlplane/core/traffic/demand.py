@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from controlplane.core.telemetry.series import Limits
+from controlplane.core.telemetry.series import FreshnessLimits
 from controlplane.core.traffic.counters import (
     WINDOW_S,
+    RecordedWindow,
     TierFigures,
-    Traffic,
-    TrafficBook,
-    TrafficWindow,
+    TrafficCounters,
+    TrafficLedger,
     figures,
 )
 
@@ -18,13 +18,13 @@ SILENT_REPORTS = 3
 """So many reports that a gateway misses and what is known of its traffic is STALE."""
 
 
-class Demand:
+class TierDemandTracker:
     """Fed with gateways' reports; :meth:`look` takes a reading every few seconds."""
 
     def __init__(self, window_s: float = WINDOW_S) -> None:
-        self.book = TrafficBook()
+        self.book = TrafficLedger()
         self._window_s = max(window_s, WINDOW_S)
-        self._windows: dict[str, TrafficWindow] = {}
+        self._windows: dict[str, RecordedWindow] = {}
 
     def remember(self, window_s: float) -> None:
         """Look back so far from now on; never less than :data:`WINDOW_S`, which alerts go by."""
@@ -32,7 +32,7 @@ class Demand:
         for window in self._windows.values():
             window.remember(self._window_s)
 
-    def observe(self, gateway_id: str, traffic: Sequence[Traffic], now_s: float) -> None:
+    def observe(self, gateway_id: str, traffic: Sequence[TrafficCounters], now_s: float) -> None:
         """Take in what a gateway reports."""
         self.book.observe(gateway_id, traffic, now_s)
 
@@ -42,13 +42,13 @@ class Demand:
         for tier in self._windows.keys() - set(tiers):
             del self._windows[tier]
         for tier in tiers:
-            window = self._windows.setdefault(tier, TrafficWindow(self._window_s))
+            window = self._windows.setdefault(tier, RecordedWindow(self._window_s))
             window.observe(self.book.reading(tier), now_s)
 
     @staticmethod
-    def limits(heartbeat_s: float) -> Limits:
+    def limits(heartbeat_s: float) -> FreshnessLimits:
         """How old a gateway's report may be."""
-        return Limits(SILENT_REPORTS * heartbeat_s, 5 * SILENT_REPORTS * heartbeat_s)
+        return FreshnessLimits(SILENT_REPORTS * heartbeat_s, 5 * SILENT_REPORTS * heartbeat_s)
 
     def figures(self, now_s: float, heartbeat_s: float, span_s: float = WINDOW_S) -> dict[str, TierFigures]:
         """Of every tier over ``span_s``, or what is remembered if that is less; as of the last look."""

@@ -46,7 +46,7 @@ class Sink(Protocol):
         ...
 
 
-class Ask(NamedTuple):
+class GenerationRequest(NamedTuple):
     """What a request wants generated. A tuple, because one is made for each request."""
 
     prompt_ids: Sequence[int]
@@ -79,7 +79,7 @@ class Generation:
         "timer",
     )
 
-    def __init__(self, ask: Ask, settings: SimulatedSettings, sink: Sink, now_s: float) -> None:
+    def __init__(self, ask: GenerationRequest, settings: SimulatedSettings, sink: Sink, now_s: float) -> None:
         ids = ask.prompt_ids
         self.sink = sink
         self.prompt_tokens = len(ids)
@@ -142,7 +142,7 @@ class Generation:
         return ids, texts, finish
 
 
-class Histogram:
+class LatencyHistogram:
     """A Prometheus histogram that takes many equal values at once."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
@@ -156,8 +156,8 @@ class Histogram:
         self.sum += value * count
 
 
-def _times() -> Histogram:
-    return Histogram(
+def _times() -> LatencyHistogram:
+    return LatencyHistogram(
         (
             0.001,
             0.005,
@@ -182,19 +182,19 @@ def _times() -> Histogram:
 
 
 @dataclass(slots=True)
-class Counts:
+class EngineCounters:
     """What the engine did so far."""
 
     prompt_tokens: int = 0
     generation_tokens: int = 0
     finished: dict[str, int] = field(default_factory=lambda: {"stop": 0, "length": 0, "abort": 0, "error": 0})
-    ttft_s: Histogram = field(default_factory=_times)
-    itl_s: Histogram = field(default_factory=_times)
-    e2e_s: Histogram = field(default_factory=_times)
-    queue_s: Histogram = field(default_factory=_times)
+    ttft_s: LatencyHistogram = field(default_factory=_times)
+    itl_s: LatencyHistogram = field(default_factory=_times)
+    e2e_s: LatencyHistogram = field(default_factory=_times)
+    queue_s: LatencyHistogram = field(default_factory=_times)
 
 
-class Clockwork:
+class BatchScheduler:
     """The running batch and the queue in front of it."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, settings: SimulatedSettings) -> None:
@@ -203,7 +203,7 @@ class Clockwork:
         self._random = random.Random(settings.seed)
         self._running: set[Generation] = set()
         self._waiting: deque[Generation] = deque()
-        self.counts = Counts()
+        self.counts = EngineCounters()
 
     @property
     def running(self) -> int:
@@ -229,7 +229,7 @@ class Clockwork:
             return True
         return False
 
-    def submit(self, ask: Ask, sink: Sink) -> Generation:
+    def submit(self, ask: GenerationRequest, sink: Sink) -> Generation:
         """Run it now or queue it. Tokens may reach the sink before this returns."""
         generation = Generation(ask, self.settings, sink, monotonic())
         if len(self._running) < self.settings.max_running:
@@ -358,7 +358,7 @@ class Clockwork:
         return self._random.uniform(1 - jitter, 1 + jitter) if jitter else 1.0
 
 
-def metrics_text(clockwork: Clockwork, model: str) -> bytes:
+def metrics_text(clockwork: BatchScheduler, model: str) -> bytes:
     """The clockwork's counts in Prometheus' text format."""
     counts = clockwork.counts
     label = f'model_name="{model}"'

@@ -1,4 +1,4 @@
-"""What a request asks of the simulated engine: bodies of the five interfaces → an :class:`Asked`."""
+"""What a request asks of the simulated engine: bodies of the five interfaces → an :class:`ParsedRequest`."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import struct
 import time
 from typing import Any, NamedTuple
 
-from controlplane.engines.simulated.batching import Ask
+from controlplane.engines.simulated.batching import GenerationRequest
 from controlplane.engines.simulated.engine import SimulatedSettings
 from controlplane.engines.simulated.text import ANSWER, encode, vector
 from controlplane.engines.simulated.wire_formats import (
-    ChatShape,
-    CompletionShape,
-    MessagesShape,
-    ResponsesShape,
-    Shape,
+    ChatFormat,
+    CompletionFormat,
+    MessagesFormat,
+    ResponsesFormat,
+    WireFormat,
 )
 
 
-class Refused(Exception):
+class InvalidRequest(Exception):
     """The request can't be served; becomes an OpenAI-shaped error."""
 
     def __init__(self, message: str, status: int = 400) -> None:
@@ -29,15 +29,15 @@ class Refused(Exception):
         self.status = status
 
 
-class Asked(NamedTuple):
+class ParsedRequest(NamedTuple):
     """A request, understood: what to generate and how to answer."""
 
-    ask: Ask
-    shape: Shape
+    ask: GenerationRequest
+    shape: WireFormat
     stream: bool
 
 
-def parse(path: bytes, body: bytes, model: str, ident: str, settings: SimulatedSettings) -> Asked:
+def parse(path: bytes, body: bytes, model: str, ident: str, settings: SimulatedSettings) -> ParsedRequest:
     """Understand a generating request; Refused with 404 for another path or model, 400 for a bad body."""
     fields = _fields(body, model)
     created = int(time.time())
@@ -46,37 +46,39 @@ def parse(path: bytes, body: bytes, model: str, ident: str, settings: SimulatedS
     options = fields.get("stream_options")
     include_usage = isinstance(options, dict) and options.get("include_usage") is True
     if fields.get("n", 1) not in (1, None):
-        raise Refused("the simulated engine gives one answer a request: n must be 1")
-    shape: Shape
+        raise InvalidRequest("the simulated engine gives one answer a request: n must be 1")
+    shape: WireFormat
     if path == b"/v1/chat/completions":
         ids = [*encode(_conversation(fields.get("messages"))), ANSWER]
         limit = fields.get("max_completion_tokens", fields.get("max_tokens"))
-        shape = ChatShape(ident, model, created, ids, token_ids=token_ids, include_usage=include_usage)
+        shape = ChatFormat(ident, model, created, ids, token_ids=token_ids, include_usage=include_usage)
     elif path == b"/v1/completions":
         ids = _prompt_ids(fields.get("prompt"))
         limit = fields.get("max_tokens", 16)
-        shape = CompletionShape(ident, model, created, ids, token_ids=token_ids, include_usage=include_usage)
+        shape = CompletionFormat(ident, model, created, ids, token_ids=token_ids, include_usage=include_usage)
     elif path == b"/v1/responses":
         ids = [*encode(_input(fields)), ANSWER]
         limit = fields.get("max_output_tokens")
-        shape = ResponsesShape(ident, model, created, ids, asked=fields)
+        shape = ResponsesFormat(ident, model, created, ids, asked=fields)
     elif path == b"/v1/messages":
         system = f"system: {_flat(fields['system'])}\n" if fields.get("system") else ""
         ids = [*encode(system + _conversation(fields.get("messages"))), ANSWER]
         limit = fields.get("max_tokens")
-        shape = MessagesShape(ident, model, created, ids)
+        shape = MessagesFormat(ident, model, created, ids)
     else:
-        raise Refused(f"no route {path.decode('latin-1')}", 404)
+        raise InvalidRequest(f"no route {path.decode('latin-1')}", 404)
     if len(ids) >= settings.max_model_len:
-        raise Refused(f"the prompt has {len(ids)} tokens, the model takes under {settings.max_model_len}")
-    ask = Ask(
+        raise InvalidRequest(
+            f"the prompt has {len(ids)} tokens, the model takes under {settings.max_model_len}"
+        )
+    ask = GenerationRequest(
         prompt_ids=ids,
         max_tokens=_count(limit, "max_tokens", at_least=1),
         min_tokens=_count(fields.get("min_tokens"), "min_tokens") or 0,
         ignore_eos=fields.get("ignore_eos") is True,
         stop=_stop(fields.get("stop", fields.get("stop_sequences"))),
     )
-    return Asked(ask, shape, stream)
+    return ParsedRequest(ask, shape, stream)
 
 
 def embeddings(body: bytes, model: str, settings: SimulatedSettings) -> bytes:
@@ -86,7 +88,7 @@ def embeddings(body: bytes, model: str, settings: SimulatedSettings) -> bytes:
     if isinstance(given, str) or (isinstance(given, list) and given and isinstance(given[0], int)):
         given = [given]
     if not isinstance(given, list) or not given:
-        raise Refused("'input' must be a text, a list of texts or lists of token ids")
+        raise InvalidRequest("'input' must be a text, a list of texts or lists of token ids")
     prompts = [encode(item) if isinstance(item, str) else _ids(item) for item in given]
     size = _count(fields.get("dimensions"), "dimensions", at_least=1) or settings.embedding_dimensions
     as_base64 = fields.get("encoding_format") == "base64"
@@ -104,12 +106,12 @@ def _fields(body: bytes, model: str) -> dict[str, Any]:
     try:
         fields = json.loads(body)
     except ValueError as error:
-        raise Refused(f"the body is no JSON: {error}") from error
+        raise InvalidRequest(f"the body is no JSON: {error}") from error
     if not isinstance(fields, dict):
-        raise Refused("the body must be a JSON object")
+        raise InvalidRequest("the body must be a JSON object")
     asked = fields.get("model", model)
     if asked != model:
-        raise Refused(f"The model `{asked}` does not exist. Valid aliases: {model}.", 404)
+        raise InvalidRequest(f"The model `{asked}` does not exist. Valid aliases: {model}.", 404)
     return fields
 
 
@@ -124,20 +126,20 @@ def _prompt_ids(prompt: Any) -> list[int]:
 
 def _ids(value: Any) -> list[int]:
     if not isinstance(value, list) or not value:
-        raise Refused("'prompt' must be one text or one list of token ids")
+        raise InvalidRequest("'prompt' must be one text or one list of token ids")
     for item in value:
         if type(item) is not int or item < 0:
-            raise Refused("'prompt' must be one text or one list of token ids")
+            raise InvalidRequest("'prompt' must be one text or one list of token ids")
     return value
 
 
 def _conversation(messages: Any) -> str:
     if not isinstance(messages, list) or not messages:
-        raise Refused("'messages' must be a list with at least one message")
+        raise InvalidRequest("'messages' must be a list with at least one message")
     parts: list[str] = []
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise Refused("each message must be an object with a 'role'")
+            raise InvalidRequest("each message must be an object with a 'role'")
         parts.append(f"{message['role']}: {_flat(message.get('content'))}\n")
     return "".join(parts)
 
@@ -153,7 +155,7 @@ def _input(fields: dict[str, Any]) -> str:
             if isinstance(item, dict)
         )
     else:
-        raise Refused("'input' must be a text or a list of items")
+        raise InvalidRequest("'input' must be a text or a list of items")
     instructions = fields.get("instructions")
     return f"system: {instructions}\n{text}" if instructions else text
 
@@ -176,7 +178,7 @@ def _count(value: Any, name: str, at_least: int = 0) -> int | None:
     if value is None:
         return None
     if type(value) is not int or value < at_least:
-        raise Refused(f"'{name}' must be a whole number of at least {at_least}")
+        raise InvalidRequest(f"'{name}' must be a whole number of at least {at_least}")
     return value
 
 
@@ -185,5 +187,5 @@ def _stop(value: Any) -> tuple[str, ...]:
         return ()
     items = [value] if isinstance(value, str) else value
     if not isinstance(items, list) or not all(isinstance(item, str) and item for item in items):
-        raise Refused("'stop' must be a text or a list of texts")
+        raise InvalidRequest("'stop' must be a text or a list of texts")
     return tuple(items)

@@ -24,10 +24,10 @@ import httptools
 import uvloop
 from pydantic import ValidationError
 
-from controlplane.engines.simulated.batching import Clockwork, Finish, Generation, metrics_text
+from controlplane.engines.simulated.batching import BatchScheduler, Finish, Generation, metrics_text
 from controlplane.engines.simulated.engine import FAULTS, SECRET_ENV, SimulatedSettings
-from controlplane.engines.simulated.requests import Asked, Refused, embeddings, parse
-from controlplane.engines.simulated.wire_formats import Shape
+from controlplane.engines.simulated.requests import InvalidRequest, ParsedRequest, embeddings, parse
+from controlplane.engines.simulated.wire_formats import WireFormat
 
 _JSON = b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\nx-engine: simulated\r\ncontent-length: %d\r\n"
 _TEXT = b"HTTP/1.1 200 OK\r\ncontent-type: text/plain; version=0.0.4\r\nx-engine: simulated\r\n"
@@ -41,7 +41,7 @@ _REASONS = {200: b"OK", 400: b"Bad Request", 401: b"Unauthorized", 404: b"Not Fo
 _MAX_BODY_BYTES = 64 * 1024 * 1024
 
 
-class Request(NamedTuple):
+class SimulatedRequest(NamedTuple):
     """A request as it came over the wire."""
 
     method: bytes
@@ -52,18 +52,18 @@ class Request(NamedTuple):
     keep_alive: bool
 
 
-class Server:
+class SimulatedServer:
     """The engine as a whole: its clockwork, its settings, its listening socket, its connections."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, settings: SimulatedSettings, model: str) -> None:
         self.loop = loop
         self.model = model
         self.created = int(time.time())
-        self.clockwork = Clockwork(loop, settings)
+        self.clockwork = BatchScheduler(loop, settings)
         secret = os.environ.pop(SECRET_ENV, "")
         self._bearer = f"Bearer {secret}".encode() if secret else b""
         self._api_key = secret.encode()
-        self.connections: set[Connection] = set()
+        self.connections: set[SimulatedConnection] = set()
         self._listener: asyncio.Server | None = None
         self._address = ("127.0.0.1", 0)
         self._next_id = 0
@@ -91,14 +91,14 @@ class Server:
         self._address = (host, port)
         listening = socket.create_server((host, port), backlog=2048, reuse_port=False)
         self._address = (host, listening.getsockname()[1])
-        self._listener = await self.loop.create_server(lambda: Connection(self), sock=listening)
+        self._listener = await self.loop.create_server(lambda: SimulatedConnection(self), sock=listening)
 
     @property
     def port(self) -> int:
         """The port that is listened on."""
         return self._address[1]
 
-    def change(self, values: dict[str, Any], for_s: float | None, asking: Connection) -> None:
+    def change(self, values: dict[str, Any], for_s: float | None, asking: SimulatedConnection) -> None:
         """New settings, for a while if ``for_s`` is given; ValidationError changes nothing."""
         before = self.settings
         after = SimulatedSettings.model_validate({**before.model_dump(), **values})
@@ -109,7 +109,7 @@ class Server:
         if for_s is not None:
             self._revert = self.loop.call_later(for_s, self._apply, before, None)
 
-    def _apply(self, after: SimulatedSettings, asking: Connection | None) -> None:
+    def _apply(self, after: SimulatedSettings, asking: SimulatedConnection | None) -> None:
         before = self.settings
         if after.exit_code is not None:
             self.loop.call_later(0.02, os._exit, after.exit_code)
@@ -142,16 +142,16 @@ class Server:
         return json.dumps({"object": "list", "data": [card]}).encode()
 
 
-class Connection(asyncio.Protocol):
+class SimulatedConnection(asyncio.Protocol):
     """One client's connection; answers its requests one after the other."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: SimulatedServer) -> None:
         self._server = server
         self._parser = httptools.HttpRequestParser(self)
         self._transport: asyncio.Transport | None = None
-        self._waiting: deque[Request] = deque()
+        self._waiting: deque[SimulatedRequest] = deque()
         self._busy = False
-        self._answer: Answer | None = None
+        self._answer: GenerationResponse | None = None
         self._new_request()
 
     def _new_request(self) -> None:
@@ -220,7 +220,7 @@ class Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         """httptools: the request is all there."""
-        request = Request(
+        request = SimulatedRequest(
             self._parser.get_method(),
             self._url.partition(b"?")[0],
             self._authorization,
@@ -264,7 +264,7 @@ class Connection(asyncio.Protocol):
         elif self._waiting:
             self._server.loop.call_soon(self.proceed)
 
-    def _handle(self, request: Request) -> None:
+    def _handle(self, request: SimulatedRequest) -> None:
         method, path, authorization, api_key, body, keep_alive = request
         server = self._server
         if path == b"/health":
@@ -293,11 +293,11 @@ class Connection(asyncio.Protocol):
                 self._json(200, embeddings(body, server.model, server.settings), keep_alive)
                 return
             asked = parse(path, body, server.model, server.ident(), server.settings)
-        except Refused as refused:
+        except InvalidRequest as refused:
             self._error(refused.status, refused.message, keep_alive)
             return
         self._busy = True
-        answer = (Streamed if asked.stream else Whole)(self, server, asked, keep_alive)
+        answer = (StreamedResponse if asked.stream else WholeResponse)(self, server, asked, keep_alive)
         self._answer = answer
         answer.begin()
 
@@ -337,10 +337,12 @@ class Connection(asyncio.Protocol):
         self._json(200, body, keep_alive)
 
 
-class Answer(ABC):
+class GenerationResponse(ABC):
     """The HTTP side of one generation."""
 
-    def __init__(self, connection: Connection, server: Server, asked: Asked, keep_alive: bool) -> None:
+    def __init__(
+        self, connection: SimulatedConnection, server: SimulatedServer, asked: ParsedRequest, keep_alive: bool
+    ) -> None:
         self._connection = connection
         self._server = server
         self._asked = asked
@@ -350,7 +352,7 @@ class Answer(ABC):
         self._paused = False
 
     @property
-    def _shape(self) -> Shape:
+    def _shape(self) -> WireFormat:
         return self._asked.shape
 
     def begin(self) -> None:
@@ -389,10 +391,12 @@ class Answer(ABC):
         """The clockwork: tokens."""
 
 
-class Streamed(Answer):
+class StreamedResponse(GenerationResponse):
     """As server-sent events, one HTTP chunk each."""
 
-    def __init__(self, connection: Connection, server: Server, asked: Asked, keep_alive: bool) -> None:
+    def __init__(
+        self, connection: SimulatedConnection, server: SimulatedServer, asked: ParsedRequest, keep_alive: bool
+    ) -> None:
         super().__init__(connection, server, asked, keep_alive)
         self._opened = False
         self._count = 0
@@ -420,10 +424,12 @@ class Streamed(Answer):
             self._connection.done(self._keep_alive)
 
 
-class Whole(Answer):
+class WholeResponse(GenerationResponse):
     """In one piece, once all tokens are there."""
 
-    def __init__(self, connection: Connection, server: Server, asked: Asked, keep_alive: bool) -> None:
+    def __init__(
+        self, connection: SimulatedConnection, server: SimulatedServer, asked: ParsedRequest, keep_alive: bool
+    ) -> None:
         super().__init__(connection, server, asked, keep_alive)
         self._ids: list[int] = []
         self._texts: list[bytes] = []
@@ -446,7 +452,7 @@ async def serve(host: str, port: int, model: str, settings: SimulatedSettings) -
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    server = Server(loop, settings.model_copy(update={"exit_code": None}), model)
+    server = SimulatedServer(loop, settings.model_copy(update={"exit_code": None}), model)
     print("simulated: loading weights", flush=True)
     if settings.load_s:
         try:

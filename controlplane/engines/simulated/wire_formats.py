@@ -1,6 +1,6 @@
 """The simulated engine's answers in the shapes of vLLM 0.32: OpenAI's three interfaces and Anthropic's.
 
-A :class:`Shape` turns tokens into the body of one answer, whole or as server-sent events. Events are
+A :class:`WireFormat` turns tokens into the body of one answer, whole or as server-sent events. Events are
 built from prepared bytes, for the engine must outrun what is tested with it.
 """
 
@@ -18,7 +18,7 @@ FINGERPRINT = "simulated"
 DONE = b"data: [DONE]\n\n"
 
 
-class Shape(ABC):
+class WireFormat(ABC):
     """One answer's form. ``opening``, ``tokens`` and ``closing`` give lists of events, in order."""
 
     def __init__(self, ident: str, model: str, created: int, prompt_ids: Sequence[int]) -> None:
@@ -60,7 +60,7 @@ class Shape(ABC):
         )
 
 
-class ChatShape(Shape):
+class ChatFormat(WireFormat):
     """``/v1/chat/completions``."""
 
     def __init__(
@@ -135,7 +135,7 @@ class ChatShape(Shape):
         )
 
 
-class CompletionShape(Shape):
+class CompletionFormat(WireFormat):
     """``/v1/completions``."""
 
     def __init__(
@@ -196,7 +196,7 @@ class CompletionShape(Shape):
         )
 
 
-class ResponsesShape(Shape):
+class ResponsesFormat(WireFormat):
     """``/v1/responses``: events with names and sequence numbers."""
 
     def __init__(
@@ -308,7 +308,7 @@ class ResponsesShape(Shape):
         return f"event: {name}\ndata: {json.dumps(data, separators=(',', ':'))}\n\n".encode()
 
 
-class MessagesShape(Shape):
+class MessagesFormat(WireFormat):
     """Anthropic's ``/v1/messages``."""
 
     def opening(self) -> list[bytes]:

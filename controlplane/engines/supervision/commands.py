@@ -6,14 +6,14 @@ import asyncio
 from enum import Enum, auto
 
 
-class Wish(Enum):
+class SupervisorCommand(Enum):
     """What is wanted; to stop overrules to restart."""
 
     STOP = auto()
     RESTART = auto()
 
 
-class Wishes:
+class CommandInbox:
     """Belongs to the supervisor's loop; other threads reach it through ``call_soon_threadsafe``."""
 
     def __init__(self) -> None:
@@ -39,13 +39,15 @@ class Wishes:
         self._restart.clear()
 
     @property
-    def now(self) -> Wish | None:
+    def now(self) -> SupervisorCommand | None:
         """The wish that stands."""
         if self._stop.is_set():
-            return Wish.STOP
-        return Wish.RESTART if self._restart.is_set() else None
+            return SupervisorCommand.STOP
+        return SupervisorCommand.RESTART if self._restart.is_set() else None
 
-    async def wait(self, timeout_s: float | None, ended: asyncio.Event | None = None) -> Wish | None:
+    async def wait(
+        self, timeout_s: float | None, ended: asyncio.Event | None = None
+    ) -> SupervisorCommand | None:
         """Until there is a wish, ``ended`` is set, or the time has passed; the wish that stands then."""
         events = [self._stop, self._restart, *([ended] if ended is not None else [])]
         if not any(event.is_set() for event in events):

@@ -8,8 +8,8 @@ from controlplane.config import TierConfig
 from controlplane.core.domain.endpoint import EndpointState
 from controlplane.engines.base import Engine
 from controlplane.engines.external import address_of
-from controlplane.engines.supervision.commands import Wish, Wishes
-from controlplane.engines.supervision.probe import Answer, get
+from controlplane.engines.supervision.commands import CommandInbox, SupervisorCommand
+from controlplane.engines.supervision.probe import ProbeResponse, get
 from controlplane.engines.supervision.status import StatusBoard
 from controlplane.errors import EngineStartError
 
@@ -17,13 +17,13 @@ _ALIVE = (200, 404, 405)
 """Not every server lists its models; that it answers is enough."""
 
 
-async def watch_address(tier: TierConfig, engine: Engine, board: StatusBoard, wishes: Wishes) -> None:
+async def watch_address(tier: TierConfig, engine: Engine, board: StatusBoard, wishes: CommandInbox) -> None:
     """Probe the tier's address until the wish to stop. One that is not there yet may come: never given up."""
     try:
         base_url, key = address_of(tier)
     except EngineStartError as error:
         board.publish(EndpointState.FAILED, diagnosis=str(error))
-        while await wishes.wait(None) is not Wish.STOP:
+        while await wishes.wait(None) is not SupervisorCommand.STOP:
             wishes.forget_restart()
         return
     waiting = f"waiting for {base_url}"
@@ -31,7 +31,7 @@ async def watch_address(tier: TierConfig, engine: Engine, board: StatusBoard, wi
     failures = 0
     was_ready = False
     wait_s = 0.0
-    while await wishes.wait(wait_s) is not Wish.STOP:
+    while await wishes.wait(wait_s) is not SupervisorCommand.STOP:
         wishes.forget_restart()
         wait_s = tier.health_interval_s
         answer = await get(base_url + engine.ready_path, key, tier.health_timeout_s)
@@ -48,7 +48,7 @@ async def watch_address(tier: TierConfig, engine: Engine, board: StatusBoard, wi
             )
 
 
-def _said(base_url: str, answer: Answer, tier: TierConfig) -> str:
+def _said(base_url: str, answer: ProbeResponse, tier: TierConfig) -> str:
     text = f"{base_url}: {answer}"
     if answer.status in (401, 403):
         text += (

@@ -14,10 +14,17 @@ from controlplane.config import TierConfig
 from controlplane.core.domain.endpoint import EndpointState
 from controlplane.engines.base import Command, Diagnosis, Engine, Launch
 from controlplane.engines.output import PORT_TAKEN
-from controlplane.engines.supervision.commands import Wish, Wishes
-from controlplane.engines.supervision.probe import Answer, get
-from controlplane.engines.supervision.process import GRACE_S, EngineProcess, LogFile, Output, hold_port, start
-from controlplane.engines.supervision.status import Log, StatusBoard
+from controlplane.engines.supervision.commands import CommandInbox, SupervisorCommand
+from controlplane.engines.supervision.probe import ProbeResponse, get
+from controlplane.engines.supervision.process import (
+    GRACE_S,
+    EngineOutput,
+    EngineProcess,
+    LogFile,
+    hold_port,
+    start,
+)
+from controlplane.engines.supervision.status import StatusBoard, StructuredLog
 from controlplane.errors import ConfigError, EngineError, EngineStartError, SetupError
 
 _PROBE_FIRST_S = 0.05
@@ -30,18 +37,18 @@ _HUNG_GRACE_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class End:
+class GenerationEnd:
     """How a generation ended: by itself or hung (``wish`` None), or because it was wished for."""
 
     diagnosis: Diagnosis
     was_ready: bool = False
-    wish: Wish | None = None
+    wish: SupervisorCommand | None = None
     grace_s: float = GRACE_S
     """How long its process may take to end by itself."""
 
 
 @dataclass(slots=True)
-class Runner:
+class GenerationRunner:
     """Starts and watches one engine process after the other; all in the supervisor's loop."""
 
     tier: TierConfig
@@ -51,47 +58,47 @@ class Runner:
     gpu_ids: tuple[str, ...]
     resolve_model: Callable[[str, Callable[[str], None]], str]
     board: StatusBoard
-    wishes: Wishes
-    log: Log
+    wishes: CommandInbox
+    log: StructuredLog
     log_file: LogFile
-    output: Output | None = None
+    output: EngineOutput | None = None
     _model: str = ""
 
-    async def run(self) -> End:
+    async def run(self) -> GenerationEnd:
         """One generation. A port that somebody else took is no failure: another one is tried."""
-        end = End(Diagnosis("there is no free port"))
+        end = GenerationEnd(Diagnosis("there is no free port"))
         for _ in range(_PORT_TRIES):
             self.wishes.forget_restart()
             try:
                 end = await self._run_once()
             except (ConfigError, SetupError, EngineStartError) as error:
-                return End(Diagnosis(str(error), permanent=True))
+                return GenerationEnd(Diagnosis(str(error), permanent=True))
             except OSError as error:
-                return End(Diagnosis(f"the engine's process can't be started: {error}"))
+                return GenerationEnd(Diagnosis(f"the engine's process can't be started: {error}"))
             if end.was_ready or end.wish or not end.diagnosis.summary.startswith(PORT_TAKEN):
                 break
             self.log.info("port taken", replica=self.replica_id, port=self.board.status.port)
         return end
 
-    async def _run_once(self) -> End:
+    async def _run_once(self) -> GenerationEnd:
         if not self._model:
             try:
                 self._model = await self._resolve()
             except (ConfigError, SetupError, EngineStartError):
                 raise
             except EngineError as error:
-                return End(Diagnosis(str(error)))
+                return GenerationEnd(Diagnosis(str(error)))
             except Exception as error:
-                return End(Diagnosis(f"the model '{self.tier.model}' can't be fetched: {error}"))
-        if self.wishes.now is Wish.STOP:
-            return End(Diagnosis("stopped"), wish=Wish.STOP)
+                return GenerationEnd(Diagnosis(f"the model '{self.tier.model}' can't be fetched: {error}"))
+        if self.wishes.now is SupervisorCommand.STOP:
+            return GenerationEnd(Diagnosis("stopped"), wish=SupervisorCommand.STOP)
         secret = secrets.token_urlsafe(32)
         with hold_port(self.host) as held:
             port = int(held.getsockname()[1])
             launch = Launch(self.host, port, secret, self._model, self.gpu_ids)
             command = self.engine.command(self.tier, launch)
             process = await self._start(command, launch)
-            end = End(Diagnosis("the supervisor failed"))
+            end = GenerationEnd(Diagnosis("the supervisor failed"))
             try:
                 end = await self._watch(process, held)
                 self._announce(end)
@@ -133,13 +140,13 @@ class Runner:
         ended = asyncio.Event()
         found.add_done_callback(lambda _: ended.set())
         while not ended.is_set():
-            if await self.wishes.wait(None, ended) is Wish.STOP:
+            if await self.wishes.wait(None, ended) is SupervisorCommand.STOP:
                 return ""
             self.wishes.forget_restart()
         return found.result()
 
     async def _start(self, command: Command, launch: Launch) -> EngineProcess:
-        self.output = Output(launch.secret, self.log_file, self._line)
+        self.output = EngineOutput(launch.secret, self.log_file, self._line)
         marker = f"{self.tier.name}/{self.replica_id}/{secrets.token_hex(8)}"
         generation = self.board.status.generation + 1
         host = f"[{launch.host}]" if ":" in launch.host else launch.host
@@ -155,7 +162,7 @@ class Runner:
         self.log.info("engine started", replica=self.replica_id, port=launch.port, generation=generation)
         return process
 
-    async def _watch(self, process: EngineProcess, held: socket) -> End:
+    async def _watch(self, process: EngineProcess, held: socket) -> GenerationEnd:
         """From the started process to its end, whoever brings it about."""
         tier = self.tier
         url = self.board.status.base_url + self.engine.ready_path
@@ -167,11 +174,11 @@ class Runner:
             wish = await self.wishes.wait(wait_s, process.ended)
             self.board.publish(pid=process.pid)
             if wish is not None:
-                why = "stopped" if wish is Wish.STOP else self.wishes.reason
-                return End(Diagnosis(why), ready, wish)
+                why = "stopped" if wish is SupervisorCommand.STOP else self.wishes.reason
+                return GenerationEnd(Diagnosis(why), ready, wish)
             if process.ended.is_set():
                 lines = process.output.lines
-                return End(self.engine.diagnose(lines, process.exit_code), ready)
+                return GenerationEnd(self.engine.diagnose(lines, process.exit_code), ready)
             answer = await self._probe(url, process, ready=ready)
             if answer.ok and not ready:
                 # Healthy is not yet serving, and another's server may have got the port: ours knows
@@ -192,15 +199,15 @@ class Runner:
                 if failures >= tier.health_failures:
                     text = f"the engine hung: {failures} health probes in a row failed, the last: {answer}"
                     lines = process.output.lines[-20:]
-                    return End(Diagnosis(text, last_lines=lines), True, grace_s=_HUNG_GRACE_S)
+                    return GenerationEnd(Diagnosis(text, last_lines=lines), True, grace_s=_HUNG_GRACE_S)
             else:
                 wait_s = min(wait_s * 1.5, _PROBE_MOST_S)
                 if time.monotonic() > deadline_s:
-                    return End(self._late(process, answer), grace_s=_HUNG_GRACE_S)
+                    return GenerationEnd(self._late(process, answer), grace_s=_HUNG_GRACE_S)
 
-    def _announce(self, end: End) -> None:
+    def _announce(self, end: GenerationEnd) -> None:
         """Say that it serves no more before its process is ended, which may take seconds."""
-        if end.wish is Wish.STOP:
+        if end.wish is SupervisorCommand.STOP:
             self.board.publish(EndpointState.DRAINING, phase="stopping")
         elif end.was_ready:
             self.board.publish(
@@ -209,7 +216,7 @@ class Runner:
                 diagnosis=end.diagnosis.summary,
             )
 
-    async def _probe(self, url: str, process: EngineProcess, *, ready: bool) -> Answer:
+    async def _probe(self, url: str, process: EngineProcess, *, ready: bool) -> ProbeResponse:
         """A GET that gives way when the process ends."""
         timeout_s = self.tier.health_timeout_s
         if not ready:
@@ -221,9 +228,9 @@ class Runner:
         if asking.done():
             return asking.result()
         asking.cancel()
-        return Answer(0, error="the process ended")
+        return ProbeResponse(0, error="the process ended")
 
-    def _late(self, process: EngineProcess, last: Answer) -> Diagnosis:
+    def _late(self, process: EngineProcess, last: ProbeResponse) -> Diagnosis:
         return Diagnosis(
             f"not ready after {self.tier.startup_timeout_s:g} s (startup_timeout_s); the last phase was: "
             f"{self.board.status.phase}; the last probe: {last}",

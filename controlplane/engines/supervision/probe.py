@@ -11,7 +11,7 @@ _MAX_BODY_BYTES = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ProbeResponse:
     """What came back; ``status`` 0 when nothing did, and ``error`` says why."""
 
     status: int
@@ -27,19 +27,19 @@ class Answer:
         return self.error or f"answered {self.status}"
 
 
-async def get(url: str, secret: str, timeout_s: float) -> Answer:
+async def get(url: str, secret: str, timeout_s: float) -> ProbeResponse:
     """GET ``url`` with ``secret`` as bearer token (none if empty). Never raises for the network's sake."""
     try:
         return await asyncio.wait_for(_get(url, secret), timeout_s)
     except TimeoutError:
-        return Answer(0, error=f"no answer in {timeout_s:g} s")
+        return ProbeResponse(0, error=f"no answer in {timeout_s:g} s")
     except ConnectionRefusedError:
-        return Answer(0, error="connection refused")
+        return ProbeResponse(0, error="connection refused")
     except (OSError, ValueError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
-        return Answer(0, error=f"{type(error).__name__}: {error}")
+        return ProbeResponse(0, error=f"{type(error).__name__}: {error}")
 
 
-async def _get(url: str, secret: str) -> Answer:
+async def _get(url: str, secret: str) -> ProbeResponse:
     parts = urlsplit(url)
     secure = parts.scheme == "https"
     host = parts.hostname or ""
@@ -61,7 +61,7 @@ async def _get(url: str, secret: str) -> Answer:
             name.strip().lower(): value.strip()
             for name, _, value in (line.partition(":") for line in head[1:])
         }
-        return Answer(status, body=(await _body(reader, headers)).decode("utf-8", "replace"))
+        return ProbeResponse(status, body=(await _body(reader, headers)).decode("utf-8", "replace"))
     except IndexError as error:
         raise ValueError("no HTTP answer") from error
     finally:

@@ -54,7 +54,7 @@ class LogFile:
             self._file.close()
 
 
-class Output:
+class EngineOutput:
     """An engine's output as lines: without its secret, without colours, the last ones kept."""
 
     def __init__(self, secret: str, log_file: LogFile | None, on_line: Callable[[str], None]) -> None:
@@ -102,7 +102,7 @@ class EngineProcess:
     engine when that thread ends."""
 
     popen: subprocess.Popen[bytes]
-    output: Output
+    output: EngineOutput
     marker: str
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     """The engine's first process has ended, or its reaper was lost."""
@@ -177,7 +177,7 @@ class EngineProcess:
                     self.popen.stdin.close()
 
 
-async def start(command: Command, output: Output, marker: str) -> EngineProcess:
+async def start(command: Command, output: EngineOutput, marker: str) -> EngineProcess:
     """Start ``command`` behind a reaper; raises OSError if not even that can be started."""
     loop = asyncio.get_running_loop()
     status_read, status_write = os.pipe()

@@ -46,7 +46,7 @@ _GIVE_UP_S = 10.0
 """A process that SIGKILL does not end by then hangs in the kernel; nothing more can be done here."""
 
 
-class Family:
+class ProcessFamily:
     """The living processes of one engine: by session, by marker, by descent from those; with ``adopts``
     also every child of this process."""
 
@@ -110,7 +110,7 @@ def sweep(session: int, session_start: int, marker: str, give_up_s: float = _GIV
 
     For the supervisor, which must not carry the marker itself.
     """
-    family = Family(session, session_start, marker, adopts=False)
+    family = ProcessFamily(session, session_start, marker, adopts=False)
     killed: set[int] = set()
     deadline_s = time.monotonic() + give_up_s
     while True:
@@ -174,7 +174,7 @@ class Reaper:
         started = start_of(engine)
         marker = os.environ.get(MARKER, "")
         watchdog, leash = self._start_watchdog(engine, started, marker)
-        family = Family(engine, started, marker, adopts=True, without=watchdog)
+        family = ProcessFamily(engine, started, marker, adopts=True, without=watchdog)
         self._report(f"pid {engine}")
         self._watch(engine, family, wake_read)
         self._end(family, wake_read)
@@ -240,7 +240,7 @@ class Reaper:
         finally:
             os._exit(0)
 
-    def _watch(self, engine: int, family: Family, wake_read: int) -> None:
+    def _watch(self, engine: int, family: ProcessFamily, wake_read: int) -> None:
         """Until the engine's first process has ended, stopping it when asked to."""
         poll = select.poll()
         poll.register(0, select.POLLIN)
@@ -292,7 +292,7 @@ class Reaper:
                 self._exit_code = os.waitstatus_to_exitcode(status)
                 self._report(f"exit {self._exit_code}")
 
-    def _end(self, family: Family, wake_read: int) -> None:
+    def _end(self, family: ProcessFamily, wake_read: int) -> None:
         """End what the engine left behind, and wait until it is gone."""
         started_s = time.monotonic()
         family.signal(signal.SIGTERM)

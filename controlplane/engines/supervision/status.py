@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from controlplane.core.domain.endpoint import EndpointState
 
 
-class Log(Protocol):
+class StructuredLog(Protocol):
     """A structured logger: structlog's, or anything with these two."""
 
     def info(self, event: str, **fields: Any) -> Any:
@@ -52,7 +52,7 @@ class EngineStatus:
 class StatusBoard:
     """The newest status: written by the supervisor's thread, read and waited for by any."""
 
-    def __init__(self, on_change: Callable[[EngineStatus], None], log: Log) -> None:
+    def __init__(self, on_change: Callable[[EngineStatus], None], log: StructuredLog) -> None:
         self._on_change = on_change
         self._log = log
         self._changed = threading.Condition()

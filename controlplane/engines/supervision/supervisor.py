@@ -21,16 +21,16 @@ from controlplane.core.domain.endpoint import EndpointState
 from controlplane.core.reconcile.restart_backoff import RestartPolicy, decide_restart
 from controlplane.engines import engine_for
 from controlplane.engines.base import Diagnosis
-from controlplane.engines.supervision.commands import Wish, Wishes
+from controlplane.engines.supervision.commands import CommandInbox, SupervisorCommand
 from controlplane.engines.supervision.external_watch import watch_address
-from controlplane.engines.supervision.generation import Runner
+from controlplane.engines.supervision.generation import GenerationRunner
 from controlplane.engines.supervision.probe import get, metric
 from controlplane.engines.supervision.process import LogFile
-from controlplane.engines.supervision.status import EngineStatus, Log, StatusBoard
+from controlplane.engines.supervision.status import EngineStatus, StatusBoard, StructuredLog
 from controlplane.errors import EngineStartError
 from controlplane.paths import run_dir
 
-__all__ = ["EngineStatus", "EngineSupervisor", "Log", "log_path"]
+__all__ = ["EngineStatus", "EngineSupervisor", "StructuredLog", "log_path"]
 
 _DRAIN_POLL_S = 0.2
 _DRAIN_SETTLED_S = 1.0
@@ -50,7 +50,7 @@ class EngineSupervisor:
         gpu_ids: tuple[str, ...] = (),
         resolve_model: Callable[[str, Callable[[str], None]], str],
         on_change: Callable[[EngineStatus], None],
-        log: Log,
+        log: StructuredLog,
     ) -> None:
         self.tier = tier
         self.replica_id = replica_id
@@ -68,10 +68,10 @@ class EngineSupervisor:
         self._board = StatusBoard(on_change, log)
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._wishes: Wishes | None = None
+        self._wishes: CommandInbox | None = None
         self._calling = threading.Lock()
         """Held where the loop is called or declared gone."""
-        self._runner: Runner | None = None
+        self._runner: GenerationRunner | None = None
         self._draining: asyncio.Task[None] | None = None
         self._was_ready = False
 
@@ -180,7 +180,7 @@ class EngineSupervisor:
             self._board.publish(EndpointState.FAILED, diagnosis=f"the supervisor failed: {error!r}")
 
     async def _main(self, running: Future[None]) -> None:
-        self._wishes = Wishes()
+        self._wishes = CommandInbox()
         try:
             await self._serve(running)
         finally:
@@ -209,7 +209,7 @@ class EngineSupervisor:
         """One generation after the other, until the wish to stop."""
         assert self._wishes is not None
         wishes = self._wishes
-        self._runner = Runner(
+        self._runner = GenerationRunner(
             tier=self.tier,
             replica_id=self.replica_id,
             engine=self._engine,
@@ -225,9 +225,9 @@ class EngineSupervisor:
         while True:
             end = await self._runner.run()
             self._was_ready |= end.was_ready
-            if end.wish is Wish.STOP or wishes.draining:
+            if end.wish is SupervisorCommand.STOP or wishes.draining:
                 return
-            if end.wish is Wish.RESTART:
+            if end.wish is SupervisorCommand.RESTART:
                 self._restarting(end.diagnosis, 0.0, "asked to")
                 continue
             now_s = time.monotonic()
@@ -242,9 +242,9 @@ class EngineSupervisor:
                 self._give_up(end.diagnosis, decision.reason)
                 wish = await wishes.wait(None)
                 restarted_s.clear()
-                if wish is Wish.RESTART:
+                if wish is SupervisorCommand.RESTART:
                     self._restarting(end.diagnosis, 0.0, wishes.reason)
-            if wish is Wish.STOP:
+            if wish is SupervisorCommand.STOP:
                 return
 
     def _restarting(self, diagnosis: Diagnosis, delay_s: float, reason: str) -> None:

@@ -47,11 +47,11 @@ class ChatCall(msgspec.Struct, forbid_unknown_fields=True):
     """Comes back in the answer; ``/batch`` gives one to items without."""
 
 
-class _Batch(msgspec.Struct, forbid_unknown_fields=True):
+class _BatchRequest(msgspec.Struct, forbid_unknown_fields=True):
     requests: list[msgspec.Raw]
 
 
-class Captured:
+class CapturedResponse:
     """A :class:`~controlplane.gateway.http.messages.Responder` that keeps the answer."""
 
     def __init__(self) -> None:
@@ -146,7 +146,7 @@ async def _answer(
     complete: Complete, now_s: Callable[[], float], request: Request, call: ChatCall
 ) -> tuple[int, dict[str, Any], Headers]:
     started_s = now_s()
-    captured = Captured()
+    captured = CapturedResponse()
     await complete(_completion(request, call), captured)
     value: dict[str, Any] = {}
     if call.id is not None:
@@ -201,7 +201,7 @@ def _completion(request: Request, call: ChatCall) -> Request:
 
 def _batch_items(body: bytes) -> list[msgspec.Raw]:
     start = body.lstrip()[:1]
-    items = _decode(body, _Batch).requests if start == b"{" else _decode(body, list[msgspec.Raw])
+    items = _decode(body, _BatchRequest).requests if start == b"{" else _decode(body, list[msgspec.Raw])
     if len(items) > MAX_BATCH:
         raise BadRequest(f"a batch has at most {MAX_BATCH} items, this one has {len(items)}: send several")
     return items

@@ -14,18 +14,18 @@ from controlplane.core.admission.queue import AdmissionQueue
 from controlplane.core.cluster.snapshot import ClusterSnapshot
 from controlplane.core.domain.endpoint import EndpointState
 from controlplane.core.domain.request import Priority
-from controlplane.core.routing.endpoint_table import Fleet, TierPool
+from controlplane.core.routing.endpoint_table import EndpointTable, TierPool
 from controlplane.core.routing.router import explain as explain_route
 from controlplane.core.routing.tier_table import AUTO, TierTable
 from controlplane.gateway.http.messages import Request
 from controlplane.gateway.proxy.request_context import route_request
-from controlplane.gateway.telemetry.accounting import Ledger, Usage
+from controlplane.gateway.telemetry.accounting import Usage, UsageLedger
 
 FETCH_TIMEOUT_S: Final = 2.0
 MAX_FETCH_BYTES: Final = 8 * 1024 * 1024
 
 
-def models(table: TierTable, fleet: Fleet, created_unix_s: int) -> dict[str, Any]:
+def models(table: TierTable, fleet: EndpointTable, created_unix_s: int) -> dict[str, Any]:
     """OpenAI's model list: ``auto``, the tiers and the models behind them."""
 
     def entry(name: str, tier: str | None, ready: bool) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def models(table: TierTable, fleet: Fleet, created_unix_s: int) -> dict[str, Any
     return {"object": "list", "data": data}
 
 
-def explain(request: Request, table: TierTable, fleet: Fleet, now_s: float) -> dict[str, Any]:
+def explain(request: Request, table: TierTable, fleet: EndpointTable, now_s: float) -> dict[str, Any]:
     """Where a request would go and why, endpoint by endpoint, without sending it."""
     told = explain_route(route_request(request), table, fleet, now_s, 0)
     decision = told.decision
@@ -87,7 +87,7 @@ def _names(table: TierTable, ranks: tuple[int, ...]) -> list[str]:
 
 
 def health(
-    config: PlaneConfig, fleet: Fleet, queue: AdmissionQueue, snapshot: ClusterSnapshot | None
+    config: PlaneConfig, fleet: EndpointTable, queue: AdmissionQueue, snapshot: ClusterSnapshot | None
 ) -> dict[str, Any]:
     """``healthy``: every tier has all its replicas; ``unhealthy``: no tier has any; else ``degraded``."""
     tiers = {
@@ -183,7 +183,7 @@ def status(config: PlaneConfig, snapshot: ClusterSnapshot | None) -> dict[str, A
     }
 
 
-def usage(ledger: Ledger, query: str) -> dict[str, Any]:
+def usage(ledger: UsageLedger, query: str) -> dict[str, Any]:
     """Requests, tokens and GPU-seconds of this gateway replica by tier, or of ``?session=ID``."""
     session = parse_qs(query).get("session", [""])[0]
     if session:

@@ -17,7 +17,7 @@ Send = Callable[[Message], Awaitable[None]]
 HIGH_WATER_MESSAGES = 64
 
 
-class _Answer:
+class _AsgiResponder:
     """The :class:`~controlplane.gateway.http.messages.Responder` of one ASGI request.
 
     Handlers write without waiting; a task of this answer hands the messages on, so that their order
@@ -97,7 +97,7 @@ class AsgiApp:
             return
         if scope["type"] != "http":
             raise RuntimeError(f"no {scope['type']} here")
-        answer = _Answer(send)
+        answer = _AsgiResponder(send)
         try:
             body = await self._body(receive)
         except _Disconnected:
@@ -133,7 +133,7 @@ class AsgiApp:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _handle(self, request: Request, answer: _Answer) -> None:
+    async def _handle(self, request: Request, answer: _AsgiResponder) -> None:
         try:
             await self._handler(request, answer)
         finally:

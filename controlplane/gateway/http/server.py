@@ -54,7 +54,7 @@ def _status_line(status: int) -> bytes:
     return _STATUS_LINES.get(status) or f"HTTP/1.1 {status} Unknown\r\n".encode()
 
 
-class _Answer:
+class _HttpResponder:
     """The :class:`~controlplane.gateway.http.messages.Responder` of one request on this port."""
 
     __slots__ = ("_chunked", "_connection", "_head_only", "_keep_alive", "finished", "started")
@@ -130,7 +130,7 @@ class _Answer:
 class _ClientConnection(asyncio.Protocol):
     """One client's connection: requests one after the other, each handled in a task of its own."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: HttpServer) -> None:
         self._server = server
         self._loop = server.loop
         self._transport: asyncio.Transport | None = None
@@ -140,7 +140,7 @@ class _ClientConnection(asyncio.Protocol):
         self._raw_bytes = 0
         self._chunks: list[bytes] = []
         self._body_bytes = 0
-        self._ready: list[tuple[Request, _Answer]] = []
+        self._ready: list[tuple[Request, _HttpResponder]] = []
         self._task: asyncio.Task[None] | None = None
         self._can_write: asyncio.Future[None] | None = None
         self._refusal: RequestError | None = None
@@ -263,7 +263,7 @@ class _ClientConnection(asyncio.Protocol):
             self._headers,
             body,
         )
-        answer = _Answer(
+        answer = _HttpResponder(
             self,
             keep_alive=parser.should_keep_alive() and not self._server.draining,
             head_only=method == "HEAD",
@@ -359,14 +359,14 @@ class _ClientConnection(asyncio.Protocol):
         transport = self._transport
         if transport is None or self.closed or transport.is_closing():
             return
-        answer = _Answer(self, keep_alive=True, head_only=False, chunked=True)
+        answer = _HttpResponder(self, keep_alive=True, head_only=False, chunked=True)
         headers = [(b"content-type", JSON_TYPE), (b"connection", b"close"), *error_headers(error)]
         answer.send(error.status, headers, json_bytes(error_value(error)))
         transport.write_eof()
         self._loop.call_later(LINGER_S, self.abort)
 
 
-class Server:
+class HttpServer:
     """Listens on one address in the running event loop and hands requests to ``handler``."""
 
     def __init__(self, handler: Handler, *, max_body_bytes: int) -> None:

@@ -8,17 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from time import monotonic
 
-from controlplane.core.routing.endpoint_table import EndpointLoad, Lease
-from controlplane.core.routing.retry import Failure
+from controlplane.core.routing.endpoint_table import EndpointLoad, RequestSlot
+from controlplane.core.routing.retry import AttemptFailure
 from controlplane.gateway.http.messages import EVENT_STREAM
 from controlplane.gateway.http.sse import events_end
-from controlplane.gateway.proxy.connections import Site
-from controlplane.gateway.proxy.request_context import Call
-from controlplane.gateway.proxy.timeouts import Watch, Watcher
-from controlplane.gateway.proxy.upstream import Connection, UpstreamFailure
+from controlplane.gateway.proxy.connections import EndpointConnections
+from controlplane.gateway.proxy.request_context import RequestContext
+from controlplane.gateway.proxy.timeouts import TimeoutWatcher, WatchedAttempt
+from controlplane.gateway.proxy.upstream import UpstreamConnection, UpstreamFailure
 
 
-class Exchange:
+class Attempt:
     """Begun when its lease was taken."""
 
     __slots__ = (
@@ -41,17 +41,17 @@ class Exchange:
 
     def __init__(
         self,
-        call: Call,
-        lease: Lease,
-        site: Site,
-        watcher: Watcher,
+        call: RequestContext,
+        lease: RequestSlot,
+        site: EndpointConnections,
+        watcher: TimeoutWatcher,
         pump: Callable[[], None],
     ) -> None:
         self._call = call
         self._pump = pump
         self._watcher = watcher
-        self._watch: Watch | None = None
-        self._connection: Connection | None = None
+        self._watch: WatchedAttempt | None = None
+        self._connection: UpstreamConnection | None = None
         self._reading = site.meter.start(monotonic())
         self.lease = lease
         self.load: EndpointLoad = lease.load
@@ -66,7 +66,7 @@ class Exchange:
         self.ended = False
 
     @property
-    def connection(self) -> Connection:
+    def connection(self) -> UpstreamConnection:
         """The connection, once :meth:`post` was called."""
         if self._connection is None:
             raise RuntimeError("nothing was sent yet")
@@ -95,12 +95,12 @@ class Exchange:
                 self.streaming = value.startswith(EVENT_STREAM) and status < 400
         return status
 
-    async def _head(self, connection: Connection, request: bytes) -> int:
+    async def _head(self, connection: UpstreamConnection, request: bytes) -> int:
         if self._watch is not None:
             self._watcher.discard(self._watch)
         self._connection = connection
         connection.send(request)
-        self._watch = Watch(
+        self._watch = WatchedAttempt(
             connection,
             self.lease,
             deadline_s=self._call.deadline_s,
@@ -120,7 +120,7 @@ class Exchange:
                 break
             data += more
         if not data:
-            raise UpstreamFailure(Failure.CUT, "the stream ended before its first event")
+            raise UpstreamFailure(AttemptFailure.CUT, "the stream ended before its first event")
         self.data = data
 
     async def read_all(self, limit_bytes: int) -> bytes:
@@ -136,7 +136,7 @@ class Exchange:
             parts.append(data)
             size += len(data)
             if size > limit_bytes:
-                raise UpstreamFailure(Failure.SERVER_ERROR, f"the answer is over {limit_bytes} bytes")
+                raise UpstreamFailure(AttemptFailure.SERVER_ERROR, f"the answer is over {limit_bytes} bytes")
         return b"".join(parts)
 
     def answered(self) -> None:
@@ -163,7 +163,7 @@ class Exchange:
             self._pump()
 
     def fail(self, weight: int) -> None:
-        """The endpoint failed it; ``weight`` as in :meth:`Lease.fail`."""
+        """The endpoint failed it; ``weight`` as in :meth:`RequestSlot.fail`."""
         if not self.ended:
             self.lease.fail(self._end(), weight)
             self._pump()

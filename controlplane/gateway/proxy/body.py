@@ -19,7 +19,7 @@ GATEWAY_FIELDS: Final = ("models",)
 AFFINITY_MESSAGES: Final = 2
 
 
-class Envelope(msgspec.Struct, gc=False):
+class RequestBody(msgspec.Struct, gc=False):
     """What routing reads. Everything else in the body is the engine's business."""
 
     model: str | None = None
@@ -49,13 +49,13 @@ class Envelope(msgspec.Struct, gc=False):
         return None
 
 
-_envelope = msgspec.json.Decoder(Envelope).decode
+_envelope = msgspec.json.Decoder(RequestBody).decode
 _members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _messages = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _encode = msgspec.json.Encoder().encode
 
 
-def parse(body: bytes) -> Envelope:
+def parse(body: bytes) -> RequestBody:
     """The envelope of a body. Raises :class:`BadRequest` that names the member that is wrong."""
     try:
         return _envelope(body)

@@ -7,41 +7,41 @@ from time import monotonic
 
 from controlplane.config import PlaneConfig
 from controlplane.core.domain.endpoint import Endpoint
-from controlplane.core.routing.endpoint_table import EndpointLoad, Fleet
-from controlplane.gateway.proxy.upstream import Origin
-from controlplane.gateway.telemetry.accounting import Meter
+from controlplane.core.routing.endpoint_table import EndpointLoad, EndpointTable
+from controlplane.gateway.proxy.upstream import UpstreamOrigin
+from controlplane.gateway.telemetry.accounting import EndpointPriceMeter
 
 
-class Site:
+class EndpointConnections:
     """One engine process: its address, and what its time costs."""
 
     __slots__ = ("devices", "max_model_len", "meter", "origin")
 
-    def __init__(self, origin: Origin, devices: float, now_s: float) -> None:
+    def __init__(self, origin: UpstreamOrigin, devices: float, now_s: float) -> None:
         self.origin = origin
         self.devices = devices
-        self.meter = Meter(devices, now_s)
+        self.meter = EndpointPriceMeter(devices, now_s)
         self.max_model_len: int | None = None
         """The engine's context length in tokens; asked for when a stream is resumed."""
 
 
-class Sites:
+class ConnectionTable:
     """The sites of one gateway replica, by :func:`~controlplane.core.routing.endpoint_table.load_key`."""
 
     def __init__(self, config: PlaneConfig, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._connect_timeout_s = config.gateway.connect_timeout_s
         self._devices = {tier.name: tier.engine_gpus or 1.0 for tier in config.tiers}
-        self._sites: dict[str, Site] = {}
+        self._sites: dict[str, EndpointConnections] = {}
 
-    def site(self, load: EndpointLoad) -> Site:
+    def site(self, load: EndpointLoad) -> EndpointConnections:
         """The site of an endpoint that routing chose."""
         site = self._sites.get(load.key)
         if site is None:
             site = self._sites[load.key] = self._new(load.endpoint)
         return site
 
-    def prune(self, fleet: Fleet) -> None:
+    def prune(self, fleet: EndpointTable) -> None:
         """Forget the processes that a new snapshot no longer has; what runs there goes on."""
         living = {load.key for load in fleet.by_endpoint_id.values()}
         for key in [key for key in self._sites if key not in living]:
@@ -52,8 +52,8 @@ class Sites:
         for site in self._sites.values():
             site.origin.close()
 
-    def _new(self, endpoint: Endpoint) -> Site:
-        origin = Origin(
+    def _new(self, endpoint: Endpoint) -> EndpointConnections:
+        origin = UpstreamOrigin(
             endpoint.base_url, endpoint.secret, connect_timeout_s=self._connect_timeout_s, loop=self._loop
         )
-        return Site(origin, self._devices.get(endpoint.tier, 1.0), monotonic())
+        return EndpointConnections(origin, self._devices.get(endpoint.tier, 1.0), monotonic())

@@ -8,12 +8,12 @@ from functools import partial
 from time import monotonic
 from typing import Final
 
-from controlplane.core.admission.queue import Rejected, Ticket, Why
+from controlplane.core.admission.queue import Rejected, RejectReason, Ticket
 from controlplane.core.domain.request import Complexity
-from controlplane.core.routing.dispatcher import Dispatcher, Held, Refused, Started
+from controlplane.core.routing.dispatcher import Dispatcher, DispatchRefused, Started, WaitsInQueue
 from controlplane.core.routing.retry import GiveUp
-from controlplane.core.routing.router import Decision
-from controlplane.core.routing.tier_table import Refusal, Route, resolve, resume_route
+from controlplane.core.routing.router import RouteDecision
+from controlplane.core.routing.tier_table import Route, RouteRefusal, resolve, resume_route
 from controlplane.errors import (
     BadRequest,
     DeadlineExceeded,
@@ -24,17 +24,17 @@ from controlplane.errors import (
     TooManyRequests,
     UnknownModel,
 )
-from controlplane.gateway.proxy.request_context import Call
+from controlplane.gateway.proxy.request_context import RequestContext
 from controlplane.gateway.telemetry.metrics import Metrics
 
 RETRY_AFTER_S: Final = 5.0
 """``Retry-After`` where nothing tells when an endpoint will be there."""
 
-Scorer = Callable[[Call], Complexity | None]
+Scorer = Callable[[RequestContext], Complexity | None]
 """What a prompt needs, for ``auto`` without a hint; None: it can't tell."""
 
 
-class Placing:
+class RequestDispatch:
     """Finds places for the calls of one gateway replica."""
 
     def __init__(
@@ -53,7 +53,7 @@ class Placing:
         self._score = score
         self._picks = 0
 
-    async def place(self, call: Call) -> Started:
+    async def place(self, call: RequestContext) -> Started:
         """The first place of a call, after waiting for it if need be. Raises :class:`RequestError`."""
         scorer = self._score
         score = None if scorer is None else partial(scorer, call)
@@ -63,16 +63,16 @@ class Placing:
             self._traffic.arrived(rank, asleep=not self._dispatcher.fleet.pools[rank].loads)
         return await self._submit(call, call.route)
 
-    async def place_again(self, call: Call) -> Started:
+    async def place_again(self, call: RequestContext) -> Started:
         """Another place, after an attempt failed."""
         return await self._submit(call, call.route)
 
-    async def place_resumed(self, call: Call, tier: str) -> Started:
+    async def place_resumed(self, call: RequestContext, tier: str) -> Started:
         """A place for going on with a stream that ``tier`` began: the same model."""
         table = self._dispatcher.table
         return await self._submit(call, resume_route(table, table.rank_of[tier]))
 
-    def place_now(self, call: Call) -> Started | None:
+    def place_now(self, call: RequestContext) -> Started | None:
         """A second place at once, or None: for a hedge, which is not worth waiting for."""
         now_s = monotonic()
         request = call.request._replace(exclude=call.tried)
@@ -117,7 +117,7 @@ class Placing:
         self._picks += 1
         return self._picks * 7919  # any integers that spread over small moduli
 
-    async def _submit(self, call: Call, route: Route | None, *, forgive: bool = True) -> Started:
+    async def _submit(self, call: RequestContext, route: Route | None, *, forgive: bool = True) -> Started:
         now_s = monotonic()
         request = call.request._replace(exclude=call.tried) if call.tried else call.request
         answer = self._dispatcher.submit(
@@ -130,7 +130,7 @@ class Placing:
             arrived_s=call.arrived_s,
             route=route,
         )
-        if isinstance(answer, Held):
+        if isinstance(answer, WaitsInQueue):
             return await self._wait(call, answer, now_s)
         if isinstance(answer, Started):
             call.decision = answer.decision
@@ -138,8 +138,10 @@ class Placing:
             return answer
         return await self._refused(call, answer, route, forgive)
 
-    async def _refused(self, call: Call, answer: Refused, route: Route | None, forgive: bool) -> Started:
-        if answer.decision.refusal is Refusal.EXHAUSTED and call.losses and forgive:
+    async def _refused(
+        self, call: RequestContext, answer: DispatchRefused, route: Route | None, forgive: bool
+    ) -> Started:
+        if answer.decision.refusal is RouteRefusal.EXHAUSTED and call.losses and forgive:
             # Everything was tried, but engines were lost on the way: they come back, so wait for them.
             call.tried = frozenset()
             return await self._submit(call, route, forgive=False)
@@ -148,7 +150,7 @@ class Placing:
             raise self._rejection_error(answer.rejected)
         raise _refusal_error(answer.decision)
 
-    async def _wait(self, call: Call, held: Held, since_s: float) -> Started:
+    async def _wait(self, call: RequestContext, held: WaitsInQueue, since_s: float) -> Started:
         call.decision = held.decision
         evicted = held.queued.evicted
         if evicted is not None:
@@ -172,16 +174,16 @@ class Placing:
 
     def _rejection_error(self, rejected: Rejected) -> RequestError:
         self._metrics.shed.labels(str(rejected.why)).inc()
-        if rejected.why is Why.TOO_LATE:
+        if rejected.why is RejectReason.TOO_LATE:
             return DeadlineExceeded("the request's deadline has passed")
-        if rejected.why is Why.HOPELESS:
+        if rejected.why is RejectReason.HOPELESS:
             wait = f"{rejected.wait_s:.1f} s" if rejected.wait_s is not None else "longer"
             reason = f"it would wait about {wait} for an engine, which its deadline does not allow"
         else:
             reason = "the queue is full (gateway.queue.capacity)"
         return TooManyRequests(reason, retry_after_s=rejected.retry_after_s)
 
-    def _note(self, decision: Decision) -> None:
+    def _note(self, decision: RouteDecision) -> None:
         if decision.spilled or decision.bridged:
             kind = "spill" if decision.spilled else "bridge"
             wanted = decision.reason.rpartition(f"{kind}: ")[2].split(" ", 1)[0]
@@ -202,11 +204,11 @@ def give_up_error(step: GiveUp, detail: str) -> RequestError:
     return EngineFailed(text, status=step.status, code=step.code)
 
 
-def _refusal_error(decision: Decision) -> RequestError:
+def _refusal_error(decision: RouteDecision) -> RequestError:
     message = decision.message or str(decision.refusal)
-    if decision.refusal is Refusal.UNKNOWN_MODEL:
+    if decision.refusal is RouteRefusal.UNKNOWN_MODEL:
         return UnknownModel(message, param="model")
-    if decision.refusal in {Refusal.UNKNOWN_TIER, Refusal.BELOW_FLOOR, Refusal.NO_CAPABILITY}:
+    if decision.refusal in {RouteRefusal.UNKNOWN_TIER, RouteRefusal.BELOW_FLOOR, RouteRefusal.NO_CAPABILITY}:
         return BadRequest(message)
     return NoEndpoint(message, retry_after_s=RETRY_AFTER_S)
 

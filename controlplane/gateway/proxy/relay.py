@@ -20,8 +20,8 @@ from controlplane.core.routing.dispatcher import Started
 from controlplane.core.routing.endpoint_table import EndpointLoad
 from controlplane.core.routing.retry import (
     RULES,
-    Attempt,
-    Failure,
+    AttemptFailure,
+    FailedAttempt,
     GiveUp,
     RetryBudget,
     RetrySettings,
@@ -30,23 +30,23 @@ from controlplane.core.routing.retry import (
 from controlplane.errors import DeadlineExceeded, EndpointLost, RequestError
 from controlplane.gateway.http.messages import EVENT_STREAM, JSON_TYPE, Headers, Responder
 from controlplane.gateway.http.sse import events_end, has_end, has_error, is_end
-from controlplane.gateway.proxy.attempt import Exchange
-from controlplane.gateway.proxy.connections import Site, Sites
-from controlplane.gateway.proxy.dispatch import Placing, give_up_error
-from controlplane.gateway.proxy.request_context import RESUME_KINDS, Call
+from controlplane.gateway.proxy.attempt import Attempt
+from controlplane.gateway.proxy.connections import ConnectionTable, EndpointConnections
+from controlplane.gateway.proxy.dispatch import RequestDispatch, give_up_error
+from controlplane.gateway.proxy.request_context import RESUME_KINDS, RequestContext
 from controlplane.gateway.proxy.resume import (
     TOKEN_ID_MEMBERS,
     Continuation,
     NotResumable,
-    Seen,
+    SentSoFar,
     Splice,
     Tape,
     error_event,
     plan,
 )
-from controlplane.gateway.proxy.timeouts import Watcher
+from controlplane.gateway.proxy.timeouts import TimeoutWatcher
 from controlplane.gateway.proxy.upstream import UpstreamFailure
-from controlplane.gateway.telemetry.accounting import Ledger
+from controlplane.gateway.telemetry.accounting import UsageLedger
 from controlplane.gateway.telemetry.metrics import Metrics
 
 MAX_ANSWER_BYTES: Final = 256 * 1024 * 1024
@@ -55,27 +55,27 @@ PROMPT_IDS: Final = re.compile(rb'"prompt_token_ids":\[([0-9, ]*)\]')
 PLAN_ANY_LENGTH: Final = 1 << 40
 LATE: Final = "the request's deadline passed before its answer was whole"
 
-_STATUS_FAILURES: Final = {429: Failure.BUSY, 503: Failure.UNAVAILABLE}
+_STATUS_FAILURES: Final = {429: AttemptFailure.BUSY, 503: AttemptFailure.UNAVAILABLE}
 _OUR_FAULT: Final = frozenset({401, 403})
 """An engine that answers these does not know our key: not the client's business."""
 
 
-class _Usage(msgspec.Struct, gc=False):
+class _ResponseUsage(msgspec.Struct, gc=False):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
 
 
-class _Counted(msgspec.Struct, gc=False):
-    usage: _Usage | None = None
+class _CountedResponse(msgspec.Struct, gc=False):
+    usage: _ResponseUsage | None = None
 
 
-_counted = msgspec.json.Decoder(_Counted).decode
+_counted = msgspec.json.Decoder(_CountedResponse).decode
 _encode = msgspec.json.Encoder().encode
 
 
-class Tokens(NamedTuple):
+class TokenCounts(NamedTuple):
     """What a finished answer took."""
 
     prompt: int
@@ -88,11 +88,11 @@ class Relay:
     def __init__(
         self,
         config: GatewayConfig,
-        placing: Placing,
-        sites: Sites,
+        placing: RequestDispatch,
+        sites: ConnectionTable,
         metrics: Metrics,
-        ledger: Ledger,
-        watcher: Watcher,
+        ledger: UsageLedger,
+        watcher: TimeoutWatcher,
     ) -> None:
         self._placing = placing
         self._sites = sites
@@ -108,7 +108,7 @@ class Relay:
         )
         self._budget = RetryBudget(self._retry, monotonic())
 
-    async def serve(self, call: Call, out: Responder) -> None:
+    async def serve(self, call: RequestContext, out: Responder) -> None:
         """Answer a call. Raises :class:`RequestError` for what the client is to be told: as the answer if
         nothing of it was sent yet, else as an event that ends the stream."""
         self._budget.on_request()
@@ -132,7 +132,7 @@ class Relay:
 
     # -- one attempt -----------------------------------------------------------------------------
 
-    def _begin(self, call: Call, started: Started) -> Exchange:
+    def _begin(self, call: RequestContext, started: Started) -> Attempt:
         call.attempts += 1
         call.tried |= {started.lease.load.key}
         try:
@@ -140,9 +140,9 @@ class Relay:
         except ValueError:  # an address that is none
             started.lease.abandon(monotonic())
             raise
-        return Exchange(call, started.lease, site, self._watcher, self._placing.pump)
+        return Attempt(call, started.lease, site, self._watcher, self._placing.pump)
 
-    async def _answer(self, call: Call, exchange: Exchange) -> Exchange:
+    async def _answer(self, call: RequestContext, exchange: Attempt) -> Attempt:
         """The exchange once it has begun to answer; a hedge may win over the one that was begun."""
         if self._hedge_after_s is None or not call.stream:
             await self._open(call, exchange)
@@ -165,8 +165,8 @@ class Relay:
                 first.exception()  # it was looked at
 
     async def _race(
-        self, call: Call, exchange: Exchange, first: asyncio.Future[None], other: Exchange
-    ) -> Exchange:
+        self, call: RequestContext, exchange: Attempt, first: asyncio.Future[None], other: Attempt
+    ) -> Attempt:
         """Two exchanges of one call: the one that answers first goes on, the other ends here. If both
         fail, so does the call, with the first one's failure."""
         second = asyncio.ensure_future(self._open(call, other))
@@ -192,7 +192,7 @@ class Relay:
                 elif task is not winner:
                     run.abandon()
 
-    async def _open(self, call: Call, exchange: Exchange) -> None:
+    async def _open(self, call: RequestContext, exchange: Attempt) -> None:
         """Send the request and wait until there is something to send on."""
         endpoint = exchange.load.endpoint
         exchange.ids_added = (
@@ -208,22 +208,22 @@ class Relay:
         if exchange.streaming:
             await exchange.first_event()
             if has_error(call.api, exchange.data):
-                raise UpstreamFailure(Failure.STREAM_ERROR, _detail(exchange.data))
+                raise UpstreamFailure(AttemptFailure.STREAM_ERROR, _detail(exchange.data))
         else:
             exchange.data = await exchange.read_all(MAX_ANSWER_BYTES)
         exchange.answered()
 
-    async def _send(self, exchange: Exchange, path: str, identity: str, body: bytes) -> None:
+    async def _send(self, exchange: Attempt, path: str, identity: str, body: bytes) -> None:
         status = await exchange.post(path, identity, body)
         if status >= 500 or status == 429 or status in _OUR_FAULT:
             said = await exchange.read_all(MAX_ERROR_BYTES)
-            kind = _STATUS_FAILURES.get(status, Failure.SERVER_ERROR)
+            kind = _STATUS_FAILURES.get(status, AttemptFailure.SERVER_ERROR)
             told = "the engine does not take the gateway's key" if status in _OUR_FAULT else _detail(said)
             raise UpstreamFailure(kind, f"{status}: {told}", status=status if status >= 500 else None)
 
     # -- failures --------------------------------------------------------------------------------
 
-    def _failed(self, call: Call, exchange: Exchange, failure: UpstreamFailure) -> None:
+    def _failed(self, call: RequestContext, exchange: Attempt, failure: UpstreamFailure) -> None:
         """Account for a failed attempt and free its place."""
         kind = failure.kind
         if kind is None:  # the deadline passed, which tells nothing of the endpoint
@@ -234,14 +234,14 @@ class Relay:
         self._metrics.endpoint_failures.labels(exchange.load.endpoint.tier, name).inc()
 
     async def _decide(
-        self, call: Call, failure: UpstreamFailure, not_resumable: str = "", sent: bool = False
+        self, call: RequestContext, failure: UpstreamFailure, not_resumable: str = "", sent: bool = False
     ) -> None:
         """Return when the call is to go on elsewhere, raise what the client gets if it is not."""
         kind = failure.kind
         if kind is None:
             raise DeadlineExceeded(LATE)
         now_s = monotonic()
-        attempt = Attempt(
+        attempt = FailedAttempt(
             number=call.attempts,
             sent=sent,
             deadline_s=call.deadline_s,
@@ -251,7 +251,7 @@ class Relay:
             engine_status=failure.status,
         )
         step = next_step(kind, attempt, self._retry, self._budget, now_s)
-        call.refused += kind is Failure.REFUSED
+        call.refused += kind is AttemptFailure.REFUSED
         if RULES[kind].lost:
             call.losses += 1
         if isinstance(step, GiveUp):
@@ -262,11 +262,11 @@ class Relay:
 
     # -- answers ---------------------------------------------------------------------------------
 
-    def _whole(self, call: Call, exchange: Exchange, out: Responder) -> None:
+    def _whole(self, call: RequestContext, exchange: Attempt, out: Responder) -> None:
         call.first_byte_s = monotonic()
         content_type = exchange.content_type or JSON_TYPE
         exchange.succeed()
-        tokens = Tokens(0, 0)
+        tokens = TokenCounts(0, 0)
         if exchange.status < 400:
             tokens = _count_whole(exchange.data)
         self._account(call, exchange, tokens)
@@ -277,7 +277,7 @@ class Relay:
         outcome = "ok" if exchange.status < 400 else "client_error"
         self._metrics.finished(call, outcome, str(exchange.status), monotonic())
 
-    async def _stream(self, call: Call, exchange: Exchange, out: Responder) -> None:
+    async def _stream(self, call: RequestContext, exchange: Attempt, out: Responder) -> None:
         kind = RESUME_KINDS.get(call.api)
         tape = Tape(kind) if kind is not None and self._resume_policy != "never" else None
         strip = TOKEN_ID_MEMBERS.sub if exchange.ids_added else None
@@ -296,7 +296,7 @@ class Relay:
                 whole, carry = (data, b"") if end == len(data) else (data[:end], data[end:])
                 if end:
                     if has_error(call.api, whole):
-                        raise UpstreamFailure(Failure.STREAM_ERROR, _detail(whole))
+                        raise UpstreamFailure(AttemptFailure.STREAM_ERROR, _detail(whole))
                     if tape is not None:
                         tape.keep(whole)
                     events += whole.count(b'"token_ids":[') if exchange.ids_added else whole.count(b"data: {")
@@ -306,7 +306,7 @@ class Relay:
                     last = whole
                 data = await exchange.connection.read()
             if not is_end(call.api, last):
-                raise UpstreamFailure(Failure.CUT, "the stream ended before its end")
+                raise UpstreamFailure(AttemptFailure.CUT, "the stream ended before its end")
         except UpstreamFailure as failure:
             self._failed(call, exchange, failure)
             if failure.kind is None:
@@ -328,16 +328,21 @@ class Relay:
         out.finish()
         if events > 1:
             self._metrics.itl_s.labels(call.tier).observe((now_s - started_s) / (events - 1))
-        self._account(call, exchange, Tokens(prompt, events))
+        self._account(call, exchange, TokenCounts(prompt, events))
         self._metrics.finished(call, "ok", "stream", now_s)
 
     # -- resume ----------------------------------------------------------------------------------
 
     async def _go_on(
-        self, call: Call, lost: EndpointLoad, seen: Seen | None, failure: UpstreamFailure, out: Responder
+        self,
+        call: RequestContext,
+        lost: EndpointLoad,
+        seen: SentSoFar | None,
+        failure: UpstreamFailure,
+        out: Responder,
     ) -> None:
         """A stream was lost after a part of it was sent: go on elsewhere, or say that it ends here."""
-        exchange: Exchange | None = None
+        exchange: Attempt | None = None
         tier = lost.endpoint.tier
         while True:
             try:
@@ -371,7 +376,9 @@ class Relay:
                     exchange.abandon()
                 raise
 
-    def _plan(self, call: Call, seen: Seen | None, max_model_len: int) -> tuple[Continuation | None, str]:
+    def _plan(
+        self, call: RequestContext, seen: SentSoFar | None, max_model_len: int
+    ) -> tuple[Continuation | None, str]:
         if seen is None:
             return None, "streams of this route can't be resumed, or the policy is never to"
         if call.envelope.return_token_ids is not None:
@@ -381,14 +388,14 @@ class Relay:
         except NotResumable as reason:
             return None, str(reason)
 
-    async def _plan_at(self, call: Call, seen: Seen, exchange: Exchange) -> Continuation:
+    async def _plan_at(self, call: RequestContext, seen: SentSoFar, exchange: Attempt) -> Continuation:
         site = exchange.site
         if site.max_model_len is None and exchange.load.endpoint.capabilities.resume_by_token_ids:
             site.max_model_len = await _max_model_len(site, call.request_id)
         return plan(call.body, seen, self._resume_policy, site.max_model_len)
 
     async def _resume(
-        self, call: Call, exchange: Exchange, how: Continuation, seen: Seen, out: Responder
+        self, call: RequestContext, exchange: Attempt, how: Continuation, seen: SentSoFar, out: Responder
     ) -> None:
         splice = Splice(how, seen, stream_options(call))
         if how.method != "finish":
@@ -400,17 +407,17 @@ class Relay:
             if 400 <= exchange.status < 500:
                 raise NotResumable(f"the other engine answered {exchange.status}")
             if not exchange.streaming:
-                raise UpstreamFailure(Failure.SERVER_ERROR, "the other engine did not stream")
+                raise UpstreamFailure(AttemptFailure.SERVER_ERROR, "the other engine did not stream")
             await self._relay_resumed(call, exchange, splice, seen, out)
             exchange.succeed()
-            self._account(call, exchange, Tokens(len(seen.prompt_ids or ()), len(seen.token_ids)))
+            self._account(call, exchange, TokenCounts(len(seen.prompt_ids or ()), len(seen.token_ids)))
         else:
             exchange.abandon()
             out.write(splice.finish())
         self._resumed(call, how, out)
 
     async def _relay_resumed(
-        self, call: Call, exchange: Exchange, splice: Splice, seen: Seen, out: Responder
+        self, call: RequestContext, exchange: Attempt, splice: Splice, seen: SentSoFar, out: Responder
     ) -> None:
         carry = b""
         taken = False
@@ -422,7 +429,7 @@ class Relay:
                 whole, carry = data[:end], data[end:]
                 if whole:
                     if has_error(call.api, whole):
-                        raise UpstreamFailure(Failure.STREAM_ERROR, _detail(whole))
+                        raise UpstreamFailure(AttemptFailure.STREAM_ERROR, _detail(whole))
                     out.write(splice.feed(whole))
                     if out.congested:
                         await _client(call, exchange, out)
@@ -431,15 +438,17 @@ class Relay:
             if not taken:  # else the client left at the last event, as in _stream
                 raise
         if not seen.done:
-            raise UpstreamFailure(Failure.CUT, "the stream ended before its end")
+            raise UpstreamFailure(AttemptFailure.CUT, "the stream ended before its end")
 
-    def _resumed(self, call: Call, how: Continuation, out: Responder) -> None:
+    def _resumed(self, call: RequestContext, how: Continuation, out: Responder) -> None:
         call.resumed += 1
         out.finish()
         self._metrics.resumes.labels(how.method).inc()
         self._metrics.finished(call, "ok", "resumed", monotonic())
 
-    def _refuse_resume(self, call: Call, failure: UpstreamFailure, reason: str, out: Responder) -> None:
+    def _refuse_resume(
+        self, call: RequestContext, failure: UpstreamFailure, reason: str, out: Responder
+    ) -> None:
         self._metrics.resumes.labels("refused").inc()
         self._metrics.finished(call, "failed", "endpoint_lost", monotonic())
         error = EndpointLost(
@@ -448,7 +457,7 @@ class Relay:
         out.write(error_event(error, call.api))
         out.finish()
 
-    def _account(self, call: Call, exchange: Exchange, tokens: Tokens) -> None:
+    def _account(self, call: RequestContext, exchange: Attempt, tokens: TokenCounts) -> None:
         tier = exchange.load.endpoint.tier
         next_gpu_s = self._ledger.record(tier, call.session, tokens.prompt, tokens.generated, call.gpu_s)
         self._metrics.used(call, tier, tokens.prompt, tokens.generated, next_gpu_s)
@@ -457,7 +466,7 @@ class Relay:
 STREAM_HEADERS: Final[Headers] = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 
 
-def answer_headers(call: Call) -> Headers:
+def answer_headers(call: RequestContext) -> Headers:
     """What every answer tells about its way."""
     headers = [(b"x-request-id", call.request_id.encode("latin-1"))]
     if call.decision is not None:
@@ -468,23 +477,25 @@ def answer_headers(call: Call) -> Headers:
     return headers
 
 
-def stream_options(call: Call) -> dict[str, object] | None:
+def stream_options(call: RequestContext) -> dict[str, object] | None:
     """The request's ``stream_options``."""
     options = msgspec.json.decode(call.body).get("stream_options")
     return options if isinstance(options, dict) else None
 
 
-def _count_whole(body: bytes) -> Tokens:
+def _count_whole(body: bytes) -> TokenCounts:
     try:
         usage = _counted(body).usage
     except (msgspec.DecodeError, UnicodeDecodeError):
         usage = None
     if usage is None:
-        return Tokens(0, 0)
-    return Tokens(usage.prompt_tokens or usage.input_tokens, usage.completion_tokens or usage.output_tokens)
+        return TokenCounts(0, 0)
+    return TokenCounts(
+        usage.prompt_tokens or usage.input_tokens, usage.completion_tokens or usage.output_tokens
+    )
 
 
-async def _max_model_len(site: Site, request_id: str) -> int | None:
+async def _max_model_len(site: EndpointConnections, request_id: str) -> int | None:
     """The engine's context length in tokens, from its model list; None if it does not say."""
     connection = await site.origin.acquire(fresh=True)
     try:
@@ -502,7 +513,7 @@ async def _max_model_len(site: Site, request_id: str) -> int | None:
         connection.close()
 
 
-async def _client(call: Call, exchange: Exchange, out: Responder) -> None:
+async def _client(call: RequestContext, exchange: Attempt, out: Responder) -> None:
     """Wait for a client that takes less than it is sent: until the deadline, for it holds a place at the
     engine all the while, which is not to blame."""
     exchange.hold()

@@ -9,11 +9,11 @@ import msgspec
 
 from controlplane.core.domain.request import Complexity, Priority
 from controlplane.core.routing.endpoint_table import EndpointLoad
-from controlplane.core.routing.router import Decision
+from controlplane.core.routing.router import RouteDecision
 from controlplane.core.routing.tier_table import AUTO, Api, Route, RouteRequest
 from controlplane.errors import BadRequest
 from controlplane.gateway.http.messages import Request
-from controlplane.gateway.proxy.body import Envelope, parse, rewrite
+from controlplane.gateway.proxy.body import RequestBody, parse, rewrite
 from controlplane.gateway.proxy.resume import Kind
 
 APIS: Final = {
@@ -35,7 +35,7 @@ MAX_REQUEST_ID: Final = 128
 MAX_TIMEOUT_S: Final = 24 * 3600.0
 
 
-class Call:
+class RequestContext:
     """What is known of a request before and while it is served."""
 
     __slots__ = (
@@ -94,7 +94,7 @@ class Call:
             prefix_key=None if session else envelope.affinity_key(),
         )
         self.route: Route | None = None
-        self.decision: Decision | None = None
+        self.decision: RouteDecision | None = None
         """The latest placement."""
         self.tried: frozenset[str] = frozenset()
         self.attempts = 0
@@ -126,14 +126,14 @@ class Call:
 def route_request(request: Request) -> RouteRequest:
     """What routing would make of a request body, for ``POST /v1/route``."""
     path = "/v1/chat/completions"
-    return Call(Request("POST", path, "", request.headers, request.body), "", 0.0, 1.0).request
+    return RequestContext(Request("POST", path, "", request.headers, request.body), "", 0.0, 1.0).request
 
 
 def _hash(session: str) -> int:
     return zlib.crc32(session.encode())
 
 
-def _text(request: Request, envelope: Envelope, header: bytes, member: str) -> str:
+def _text(request: Request, envelope: RequestBody, header: bytes, member: str) -> str:
     value = request.header(header)
     if value:
         return value
@@ -145,7 +145,9 @@ def _text(request: Request, envelope: Envelope, header: bytes, member: str) -> s
     return hint
 
 
-def _one_of(request: Request, envelope: Envelope, header: bytes, member: str, known: dict[str, Any]) -> Any:
+def _one_of(
+    request: Request, envelope: RequestBody, header: bytes, member: str, known: dict[str, Any]
+) -> Any:
     value = _text(request, envelope, header, member)
     if not value:
         return None
@@ -156,7 +158,7 @@ def _one_of(request: Request, envelope: Envelope, header: bytes, member: str, kn
     return found
 
 
-def _timeout_s(request: Request, envelope: Envelope, default_s: float) -> float:
+def _timeout_s(request: Request, envelope: RequestBody, default_s: float) -> float:
     name = "x-request-timeout-seconds"
     value: Any = request.header(b"x-request-timeout-seconds")
     if not value:

@@ -74,7 +74,7 @@ class NotResumable(Exception):
 
 
 @dataclass(slots=True)
-class Seen:
+class SentSoFar:
     """What the client has seen of one stream."""
 
     kind: Kind
@@ -160,7 +160,7 @@ class Tape:
     __slots__ = ("_raw", "_raw_bytes", "_seen")
 
     def __init__(self, kind: Kind) -> None:
-        self._seen = Seen(kind)
+        self._seen = SentSoFar(kind)
         self._raw: list[bytes] = []
         self._raw_bytes = 0
 
@@ -171,7 +171,7 @@ class Tape:
         if self._raw_bytes > FOLD_BYTES:
             self.read()
 
-    def read(self) -> Seen:
+    def read(self) -> SentSoFar:
         """What the client has seen so far."""
         raw, self._raw, self._raw_bytes = self._raw, [], 0
         try:
@@ -198,7 +198,7 @@ class Continuation:
     """Tokens of the answer that are part of the new request's prompt."""
 
 
-def plan(body: bytes, seen: Seen, policy: Policy, max_model_len: int | None = None) -> Continuation:
+def plan(body: bytes, seen: SentSoFar, policy: Policy, max_model_len: int | None = None) -> Continuation:
     """Decide how to go on with a lost stream.
 
     ``body`` is the request as it was sent to the engine, ``max_model_len`` (tokens) the engine's context
@@ -242,7 +242,7 @@ def plan(body: bytes, seen: Seen, policy: Policy, max_model_len: int | None = No
 
 
 def _continue(
-    request: dict[str, Any], seen: Seen, tokens: int, skip_text: str, max_model_len: int | None
+    request: dict[str, Any], seen: SentSoFar, tokens: int, skip_text: str, max_model_len: int | None
 ) -> Continuation:
     prompt = [*(seen.prompt_ids or ()), *seen.token_ids[:tokens]]
     body = {key: value for key, value in request.items() if key not in _ONLY_CHAT}
@@ -268,7 +268,7 @@ class Splice:
     what the client has seen, so that a second loss can be resumed, too.
     """
 
-    def __init__(self, how: Continuation, seen: Seen, stream_options: dict[str, Any] | None) -> None:
+    def __init__(self, how: Continuation, seen: SentSoFar, stream_options: dict[str, Any] | None) -> None:
         self._how = how
         self._seen = seen
         options = stream_options or {}

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from math import inf
 from typing import Final
 
-from controlplane.core.routing.endpoint_table import EndpointLoad, Lease
-from controlplane.core.routing.retry import Failure
-from controlplane.gateway.proxy.upstream import Connection
+from controlplane.core.routing.endpoint_table import EndpointLoad, RequestSlot
+from controlplane.core.routing.retry import AttemptFailure
+from controlplane.gateway.proxy.upstream import UpstreamConnection
 
 SWEEP_S: Final = 0.1
 SILENCE_TTFTS: Final = 8.0
@@ -26,7 +26,7 @@ SILENCE_PATIENCE: Final = 4.0
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class AttemptTimeouts:
     """How long an exchange may take; all in seconds."""
 
     first_token_s: float
@@ -34,7 +34,7 @@ class Limits:
     silence_s: float
 
 
-class Watch:
+class WatchedAttempt:
     """One exchange under watch."""
 
     __slots__ = (
@@ -50,8 +50,8 @@ class Watch:
 
     def __init__(
         self,
-        connection: Connection,
-        lease: Lease,
+        connection: UpstreamConnection,
+        lease: RequestSlot,
         *,
         deadline_s: float,
         started_s: float,
@@ -71,18 +71,18 @@ class Watch:
         """The client takes nothing at present, so the engine is not waited for."""
 
 
-class Watcher:
+class TimeoutWatcher:
     """Sweeps over the running exchanges of one gateway replica."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: AttemptTimeouts) -> None:
         self._limits = limits
-        self._watches: set[Watch] = set()
+        self._watches: set[WatchedAttempt] = set()
 
-    def add(self, watch: Watch) -> None:
+    def add(self, watch: WatchedAttempt) -> None:
         """Begin to watch."""
         self._watches.add(watch)
 
-    def discard(self, watch: Watch) -> None:
+    def discard(self, watch: WatchedAttempt) -> None:
         """It ended."""
         self._watches.discard(watch)
 
@@ -107,7 +107,7 @@ class Watcher:
             if alike and self._silent(watch, self._limits.silence_s, now_s):
                 self._fail_silent(watch, now_s)
 
-    def _overdue(self, watch: Watch, now_s: float) -> tuple[Failure | None, str] | None:
+    def _overdue(self, watch: WatchedAttempt, now_s: float) -> tuple[AttemptFailure | None, str] | None:
         limits = self._limits
         if now_s >= watch.deadline_s:
             return None, "the request's deadline passed"
@@ -117,21 +117,24 @@ class Watcher:
         if not watch.answered:
             waited_s = now_s - watch.started_s
             if watch.streaming and waited_s > limits.first_token_s:
-                return Failure.FIRST_TOKEN_TIMEOUT, f"no token after {waited_s:.1f} s (first_token_timeout_s)"
+                return (
+                    AttemptFailure.FIRST_TOKEN_TIMEOUT,
+                    f"no token after {waited_s:.1f} s (first_token_timeout_s)",
+                )
         elif now_s - last_s > limits.token_gap_s:
-            return Failure.TOKEN_TIMEOUT, f"no token for {now_s - last_s:.1f} s (token_timeout_s)"
+            return AttemptFailure.TOKEN_TIMEOUT, f"no token for {now_s - last_s:.1f} s (token_timeout_s)"
         return None
 
-    def _silent(self, watch: Watch, patience_s: float, now_s: float) -> bool:
+    def _silent(self, watch: WatchedAttempt, patience_s: float, now_s: float) -> bool:
         load = watch.lease.load
         return not watch.held and _silence_s(watch, now_s) > patience_s and _has_alternative(load, now_s)
 
-    def _fail_silent(self, watch: Watch, now_s: float) -> None:
-        kind = Failure.TOKEN_TIMEOUT if watch.answered else Failure.FIRST_TOKEN_TIMEOUT
+    def _fail_silent(self, watch: WatchedAttempt, now_s: float) -> None:
+        kind = AttemptFailure.TOKEN_TIMEOUT if watch.answered else AttemptFailure.FIRST_TOKEN_TIMEOUT
         told = f"the engine gave no byte on any request for {_silence_s(watch, now_s):.1f} s"
         watch.connection.fail(kind, f"{told} (silence_timeout_s)")
 
-    def _patience_s(self, watch: Watch) -> float:
+    def _patience_s(self, watch: WatchedAttempt) -> float:
         """How much silence is too much. A request that met it before is given more: if it is honestly
         slow, it is so everywhere."""
         load = watch.lease.load
@@ -143,7 +146,7 @@ class Watcher:
         return max(self._limits.silence_s, usual_s) * SILENCE_PATIENCE ** (watch.attempt - 1)
 
 
-def _silence_s(watch: Watch, now_s: float) -> float:
+def _silence_s(watch: WatchedAttempt, now_s: float) -> float:
     """For how long neither this exchange nor any other of its endpoint gave a byte."""
     return now_s - max(watch.lease.load.sign_s, watch.connection.last_byte_s, watch.started_s)
 

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import httptools
 
-from controlplane.core.routing.retry import Failure
+from controlplane.core.routing.retry import AttemptFailure
 from controlplane.errors import EngineError
 
 HIGH_WATER_BYTES: Final = 256 * 1024
@@ -36,7 +36,7 @@ class UpstreamFailure(EngineError):
     """
 
     def __init__(
-        self, kind: Failure | None, detail: str, *, stale: bool = False, status: int | None = None
+        self, kind: AttemptFailure | None, detail: str, *, stale: bool = False, status: int | None = None
     ) -> None:
         super().__init__(f"{kind or 'deadline'}: {detail}")
         self.kind = kind
@@ -45,7 +45,7 @@ class UpstreamFailure(EngineError):
         self.status = status
 
 
-class Connection(asyncio.Protocol):
+class UpstreamConnection(asyncio.Protocol):
     """One TCP connection to an engine; carries one exchange at a time.
 
     The life of an exchange: :meth:`send`, ``await`` :meth:`head`, ``await`` :meth:`read` until it gives
@@ -97,7 +97,7 @@ class Connection(asyncio.Protocol):
         """Start an exchange with the bytes of a whole request."""
         transport = self._transport
         if transport is None or self.closed:
-            raise UpstreamFailure(Failure.RESET, "the connection is closed", stale=True)
+            raise UpstreamFailure(AttemptFailure.RESET, "the connection is closed", stale=True)
         self.exchanges += 1
         self.status = 0
         self.headers = []
@@ -133,7 +133,7 @@ class Connection(asyncio.Protocol):
             self._transport.resume_reading()
         return data
 
-    def fail(self, kind: Failure | None, detail: str) -> None:
+    def fail(self, kind: AttemptFailure | None, detail: str) -> None:
         """End the exchange from outside (a time-out, a client that left) and close the connection."""
         if self._failure is None and not self._complete:
             self._failure = UpstreamFailure(kind, detail)
@@ -205,7 +205,7 @@ class Connection(asyncio.Protocol):
         self._wake()
 
     def _broken(self, detail: str) -> None:
-        self.fail(Failure.CUT if self._head_done else Failure.RESET, detail)
+        self.fail(AttemptFailure.CUT if self._head_done else AttemptFailure.RESET, detail)
 
     def eof_received(self) -> bool:
         """Called by the event loop: the engine closed its side."""
@@ -221,7 +221,7 @@ class Connection(asyncio.Protocol):
             else:
                 reused_unanswered = self.exchanges > 1 and self._head_bytes == 0
                 self._failure = UpstreamFailure(
-                    Failure.CUT if self._head_done else Failure.RESET,
+                    AttemptFailure.CUT if self._head_done else AttemptFailure.RESET,
                     "the engine closed the connection" if exc is None else str(exc),
                     stale=reused_unanswered,
                 )
@@ -263,7 +263,7 @@ class Connection(asyncio.Protocol):
             self._complete = True
 
 
-class Origin:
+class UpstreamOrigin:
     """One engine process as an address: its connections and the fixed part of every request to it."""
 
     __slots__ = (
@@ -291,16 +291,16 @@ class Origin:
         self._tail = f" HTTP/1.1\r\nhost: {authority}\r\n{key}content-type: application/json\r\n".encode()
         self._connect_timeout_s = connect_timeout_s
         self._loop = loop
-        self._idle: list[Connection] = []
+        self._idle: list[UpstreamConnection] = []
         self._closed = False
 
     def request(self, method: str, path: str, identity: str, body: bytes) -> bytes:
-        """The bytes of a request; ``identity`` is a :class:`Call`'s, or any request id."""
+        """The bytes of a request; ``identity`` is a :class:`RequestContext`'s, or any request id."""
         start = f"{method} {self._prefix}{path}".encode("latin-1")
         lengths = f"x-request-id: {identity}\r\ncontent-length: {len(body)}\r\n\r\n".encode("latin-1")
         return b"".join((start, self._tail, lengths, body))
 
-    async def acquire(self, *, fresh: bool = False, deadline_s: float = inf) -> Connection:
+    async def acquire(self, *, fresh: bool = False, deadline_s: float = inf) -> UpstreamConnection:
         """An open connection, kept from an earlier exchange if there is one and ``fresh`` is false.
 
         Raises :class:`UpstreamFailure` if none can be made in ``connect_timeout_s``, or until
@@ -319,12 +319,12 @@ class Origin:
             if monotonic() >= deadline_s:
                 raise UpstreamFailure(None, "the deadline passed while connecting") from None
             detail = f"no connection after {self._connect_timeout_s:g} s"
-            raise UpstreamFailure(Failure.CONNECT_TIMEOUT, detail) from None
+            raise UpstreamFailure(AttemptFailure.CONNECT_TIMEOUT, detail) from None
         except OSError as error:
-            raise UpstreamFailure(Failure.REFUSED, _reason(error)) from None
+            raise UpstreamFailure(AttemptFailure.REFUSED, _reason(error)) from None
         return made
 
-    def release(self, connection: Connection) -> None:
+    def release(self, connection: UpstreamConnection) -> None:
         """Give a connection back after an exchange; it is kept if it can be used again."""
         if connection.reusable and not self._closed and len(self._idle) < MAX_IDLE_PER_ENDPOINT:
             self._idle.append(connection)
@@ -338,8 +338,8 @@ class Origin:
             connection.close()
         self._idle.clear()
 
-    def _new(self) -> Connection:
-        return Connection(self._loop)
+    def _new(self) -> UpstreamConnection:
+        return UpstreamConnection(self._loop)
 
 
 def _reason(error: OSError) -> str:

@@ -20,7 +20,7 @@ SMOOTHING: Final = 0.05
 """Weight of the newest request in a tier's GPU-seconds per token."""
 
 
-class Meter:
+class EndpointPriceMeter:
     """The price of running on one endpoint, as an integral over time."""
 
     __slots__ = ("_devices", "_price_s", "_running", "_since_s")
@@ -74,7 +74,7 @@ class Usage:
             self.next_tier_gpu_seconds += next_gpu_s
 
 
-class Ledger:
+class UsageLedger:
     """Usage by tier and by session (the latest :data:`MAX_SESSIONS` of them)."""
 
     def __init__(self, tiers: list[str]) -> None:

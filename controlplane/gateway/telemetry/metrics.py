@@ -16,9 +16,9 @@ from controlplane.core.admission.queue import AdmissionQueue
 from controlplane.core.cluster.snapshot import ClusterSnapshot
 from controlplane.core.domain.request import Priority
 from controlplane.core.routing.circuit_breaker import BreakerState
-from controlplane.core.routing.endpoint_table import Fleet
-from controlplane.gateway.proxy.request_context import Call
-from controlplane.gateway.telemetry.traffic import TrafficMeter
+from controlplane.core.routing.endpoint_table import EndpointTable
+from controlplane.gateway.proxy.request_context import RequestContext
+from controlplane.gateway.telemetry.traffic import TrafficCounter
 
 LATENCY_BUCKETS_S: Final = (
     0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0,
@@ -43,7 +43,7 @@ class _TierSeries(NamedTuple):
 class Metrics:
     """All series of one gateway replica. ``traffic`` is told what they are, for the controller."""
 
-    def __init__(self, traffic: TrafficMeter | None = None) -> None:
+    def __init__(self, traffic: TrafficCounter | None = None) -> None:
         self.traffic = traffic
         self.registry = registry = CollectorRegistry()
         self.requests = Counter(
@@ -205,14 +205,14 @@ class Metrics:
         self.hedges = Counter(
             "tierplane_hedges", "Second first attempts, by whether they won.", ["outcome"], registry=registry
         )
-        self.on_finished: Callable[[Call, str, str, float], None] | None = None
+        self.on_finished: Callable[[RequestContext, str, str, float], None] | None = None
         """Told of each call's end too: call, outcome, reason, monotonic seconds."""
         self._per_tier: dict[str, _TierSeries] = {}
         self._outcomes: dict[tuple[str, str, str], Counter] = {}
         for tier, target in traffic.slo_targets.items() if traffic is not None else ():
             self.slo_target.labels(tier).set(target)
 
-    def finished(self, call: Call, outcome: str, reason: str, now_s: float) -> None:
+    def finished(self, call: RequestContext, outcome: str, reason: str, now_s: float) -> None:
         """A call ended."""
         if self.on_finished is not None:
             self.on_finished(call, outcome, reason, now_s)
@@ -232,7 +232,9 @@ class Metrics:
             if call.stream:
                 series.ttft_s.observe(call.first_byte_s - call.arrived_s)
 
-    def used(self, call: Call, tier: str, prompt: int, generated: int, next_gpu_s: float | None) -> None:
+    def used(
+        self, call: RequestContext, tier: str, prompt: int, generated: int, next_gpu_s: float | None
+    ) -> None:
         """What a call that is about to end took."""
         if self.traffic is not None:
             self.traffic.used(call, tier, prompt, generated)
@@ -256,7 +258,7 @@ class Metrics:
             )
         return series
 
-    def observe(self, fleet: Fleet, queue: AdmissionQueue) -> None:
+    def observe(self, fleet: EndpointTable, queue: AdmissionQueue) -> None:
         """Set the gauges to what is now; called when they are read."""
         self.breaker_open.clear()
         self.endpoints.clear()

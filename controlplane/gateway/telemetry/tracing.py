@@ -18,7 +18,7 @@ from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from controlplane.gateway.http.messages import Request
-from controlplane.gateway.proxy.request_context import Call
+from controlplane.gateway.proxy.request_context import RequestContext
 
 _PROPAGATOR: Final = TraceContextTextMapPropagator()
 _FAILED: Final = frozenset({"failed", "shed"})
@@ -37,7 +37,7 @@ class Tracing:
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("tierplane")
 
-    def begin(self, call: Call, request: Request) -> None:
+    def begin(self, call: RequestContext, request: Request) -> None:
         """Start the call's span; engines are told of it with every attempt."""
         given = {}
         for name in ("traceparent", "tracestate"):
@@ -54,7 +54,7 @@ class Tracing:
             [call.request_id, *(f"{name}: {value}" for name, value in passed_on.items())]
         )
 
-    def end(self, call: Call, outcome: str, reason: str, now_s: float) -> None:
+    def end(self, call: RequestContext, outcome: str, reason: str, now_s: float) -> None:
         """The call ended: what became of it, and when its first byte came."""
         span = call.span
         if not isinstance(span, Span) or not span.is_recording():

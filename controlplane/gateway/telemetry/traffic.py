@@ -10,10 +10,10 @@ from typing import Final
 
 from controlplane.core.admission.queue import AdmissionQueue
 from controlplane.core.domain.slo import Slo
-from controlplane.core.routing.endpoint_table import Fleet
+from controlplane.core.routing.endpoint_table import EndpointTable
 from controlplane.core.routing.tier_table import TierTable
-from controlplane.core.traffic.counters import LATENCY_BOUNDS_S, Traffic, kept
-from controlplane.gateway.proxy.request_context import Call
+from controlplane.core.traffic.counters import LATENCY_BOUNDS_S, TrafficCounters, within_slo
+from controlplane.gateway.proxy.request_context import RequestContext
 
 MAX_SLOT_S: Final = 10.0
 """A largest latency is told for so long, and up to twice that."""
@@ -26,7 +26,7 @@ def _nobody() -> None:
     """Nobody wants to know."""
 
 
-class _Counts:
+class _SubjectCounts:
     """One subject's figures, while they grow."""
 
     __slots__ = (
@@ -44,7 +44,7 @@ class _Counts:
         self.ttft = [0] * len(LATENCY_BOUNDS_S)
         self.max_s = self.max_before_s = self.max_since_s = 0.0
 
-    def served(self, call: Call, outcome: str, total_s: float, now_s: float) -> None:
+    def served(self, call: RequestContext, outcome: str, total_s: float, now_s: float) -> None:
         self.retried += max(0, call.attempts - 1)
         if outcome == "ok":
             self.ok += 1
@@ -67,9 +67,9 @@ class _Counts:
             self.max_s = 0.0
             self.max_since_s = now_s
 
-    def reading(self, subject: str, waiting: int, in_flight: int, now_s: float) -> Traffic:
+    def reading(self, subject: str, waiting: int, in_flight: int, now_s: float) -> TrafficCounters:
         self._turn(now_s)
-        return Traffic(
+        return TrafficCounters(
             subject,
             self.arrived,
             self.judged,
@@ -92,15 +92,15 @@ class _Counts:
         )
 
 
-class TrafficMeter:
+class TrafficCounter:
     """Counts one gateway replica's requests."""
 
     def __init__(self, table: TierTable, slos: Mapping[str, Slo]) -> None:
         self._table = table
         self._slos = slos
         self._names = [policy.name for policy in table.policies]
-        self._tiers = {name: _Counts() for name in self._names}
-        self._endpoints: dict[str, _Counts] = {}
+        self._tiers = {name: _SubjectCounts() for name in self._names}
+        self._endpoints: dict[str, _SubjectCounts] = {}
         self.on_asleep: Callable[[], None] = _nobody
         """Called when a request is meant for a tier without an endpoint, every now and then."""
         self._asleep_s = 0.0
@@ -117,7 +117,7 @@ class TrafficMeter:
             self._asleep_s = now_s
             self.on_asleep()
 
-    def used(self, call: Call, tier: str, prompt: int, generated: int) -> None:
+    def used(self, call: RequestContext, tier: str, prompt: int, generated: int) -> None:
         """What a call that is about to end took."""
         call.generated_tokens = generated
         for counts in self._of(tier, call):
@@ -125,7 +125,7 @@ class TrafficMeter:
             counts.generated_tokens += generated
             counts.gpu_s += call.gpu_s
 
-    def ended(self, call: Call, outcome: str, now_s: float) -> tuple[str, bool] | None:
+    def ended(self, call: RequestContext, outcome: str, now_s: float) -> tuple[str, bool] | None:
         """A call ended: with outcome ``ok``, ``client_error``, ``failed``, ``shed`` or ``cancelled``. The
         tier that it was meant for and whether it missed that tier's SLO; None: it does not count for one."""
         total_s = now_s - call.arrived_s
@@ -141,15 +141,15 @@ class TrafficMeter:
         counts.missed += missed
         return meant, missed
 
-    def _kept(self, call: Call, tier: str, total_s: float) -> bool:
+    def _kept(self, call: RequestContext, tier: str, total_s: float) -> bool:
         tokens = call.generated_tokens
         if not call.stream:
-            return kept(self._slos[tier], ttft_s=None, itl_s=None, total_s=total_s, tokens=tokens)
+            return within_slo(self._slos[tier], ttft_s=None, itl_s=None, total_s=total_s, tokens=tokens)
         ttft_s = call.first_byte_s - call.arrived_s
         itl_s = (total_s - ttft_s) / (tokens - 1) if tokens > 1 else None
-        return kept(self._slos[tier], ttft_s=ttft_s, itl_s=itl_s, total_s=total_s, tokens=tokens)
+        return within_slo(self._slos[tier], ttft_s=ttft_s, itl_s=itl_s, total_s=total_s, tokens=tokens)
 
-    def _of(self, tier: str, call: Call) -> list[_Counts]:
+    def _of(self, tier: str, call: RequestContext) -> list[_SubjectCounts]:
         """The tier and the endpoint that serve a call."""
         found = [self._tiers[tier]] if tier in self._tiers else []
         load = call.decision.load if call.decision is not None else None
@@ -157,11 +157,11 @@ class TrafficMeter:
             name = load.endpoint.endpoint_id
             counts = self._endpoints.get(name)
             if counts is None:
-                counts = self._endpoints[name] = _Counts()
+                counts = self._endpoints[name] = _SubjectCounts()
             found.append(counts)
         return found
 
-    def read(self, fleet: Fleet, queue: AdmissionQueue) -> tuple[Traffic, ...]:
+    def read(self, fleet: EndpointTable, queue: AdmissionQueue) -> tuple[TrafficCounters, ...]:
         """Every tier, and every endpoint that is there; those that are gone are forgotten."""
         now_s = monotonic()
         waiting = [0] * len(self._names)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from controlplane.core.placement.free_capacity import Ledger
-from controlplane.core.placement.gangs import Gang, Placement, Shape
-from controlplane.core.placement.planner import ClusterState, Planner
+from controlplane.core.placement.free_capacity import FreeCapacity
+from controlplane.core.placement.gangs import Gang, GangShape, Placement
+from controlplane.core.placement.planner import PlacedCluster, Planner
 from controlplane.core.placement.topology import Distance, Gpu, Node, spread_of
 
 NODES = 128
@@ -44,7 +44,7 @@ def fleet(nodes: int = NODES) -> tuple[Node, ...]:
 class _Simple:
     """A node by a simple rule, on it the first idle GPUs: what a scheduler does that counts GPUs only."""
 
-    ledger: Ledger
+    ledger: FreeCapacity
     rng: random.Random
     tightest: bool
 
@@ -78,8 +78,8 @@ class _Ours:
 
 def _agent(policy: str, nodes: Sequence[Node], rng: random.Random) -> _Simple | _Ours:
     if policy == "tierplane":
-        return _Ours(Planner(ClusterState(tuple(nodes))))
-    return _Simple(Ledger(nodes), rng, policy == "bestfit")
+        return _Ours(Planner(PlacedCluster(tuple(nodes))))
+    return _Simple(FreeCapacity(nodes), rng, policy == "bestfit")
 
 
 def run(policy: str, seed: int, nodes: Sequence[Node]) -> tuple[float, float, float]:
@@ -92,7 +92,7 @@ def run(policy: str, seed: int, nodes: Sequence[Node]) -> tuple[float, float, fl
     asked = several = together = placed = number = used = 0
     while asked < ROUNDS * capacity:
         number += 1
-        gang = Gang(str(number), Shape(gpus=rng.choices(SIZES, FREQUENCY)[0]))
+        gang = Gang(str(number), GangShape(gpus=rng.choices(SIZES, FREQUENCY)[0]))
         asked += gang.shape.gpus
         found = agent.place(gang)
         if found is not None:

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.optimize import linprog
 
-from controlplane.core.placement.gangs import WHOLE_MILLI, Shape
+from controlplane.core.placement.gangs import WHOLE_MILLI, GangShape
 
 
-def limit_percent(shapes: Sequence[Shape]) -> float:
+def limit_percent(shapes: Sequence[GangShape]) -> float:
     """The allocation at which a fleet of any size is full, in percent."""
     demand: Counter[int] = Counter()
     for shape in shapes:

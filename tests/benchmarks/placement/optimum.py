@@ -17,8 +17,8 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from controlplane.core.placement.batch_planner import plan
-from controlplane.core.placement.gangs import WHOLE_MILLI, Gang, Placement, Shape
-from controlplane.core.placement.planner import ClusterState, Planner
+from controlplane.core.placement.gangs import WHOLE_MILLI, Gang, GangShape, Placement
+from controlplane.core.placement.planner import PlacedCluster, Planner
 from controlplane.core.placement.topology import Gpu, Node
 
 
@@ -45,7 +45,7 @@ def case(seed: int) -> Case:
     while asked < 1.2 * total:
         gpus = rng.choice((1, 1, 1, 2, 2, 4))
         share = rng.choice((250, 500, 650, 810, WHOLE_MILLI)) if gpus == 1 else WHOLE_MILLI
-        shape = Shape(
+        shape = GangShape(
             gpus=gpus,
             milli_gpu=share,
             cpu_milli=rng.choice((2, 4, 8, 12)) * 1000 * gpus,
@@ -122,13 +122,13 @@ def _quiet() -> Iterator[None]:
 
 def planned_milli(problem: Case) -> int:
     """What :func:`plan` allocates, knowing all gangs."""
-    answer = plan(ClusterState(problem.nodes), problem.gangs)
+    answer = plan(PlacedCluster(problem.nodes), problem.gangs)
     return sum(placement.gang.shape.total_milli for placement in answer.placements)
 
 
 def online_milli(problem: Case) -> int:
     """What gangs get that come one after the other."""
-    planner = Planner(ClusterState(problem.nodes))
+    planner = Planner(PlacedCluster(problem.nodes))
     answers = [planner.place(gang) for gang in problem.gangs]
     return sum(a.gang.shape.total_milli for a in answers if isinstance(a, Placement))
 

@@ -16,10 +16,10 @@ from typing import Protocol
 import numpy as np
 
 from controlplane.core.placement.fragmentation import Floats, Ints
-from controlplane.core.placement.free_capacity import Ledger, all_rows
-from controlplane.core.placement.gangs import WHOLE_MILLI, Gang, Placement, Shape
+from controlplane.core.placement.free_capacity import FreeCapacity, all_rows
+from controlplane.core.placement.gangs import WHOLE_MILLI, Gang, GangShape, Placement
 from controlplane.core.placement.node_fit import Bools
-from controlplane.core.placement.planner import ClusterState, Planner
+from controlplane.core.placement.planner import PlacedCluster, Planner
 from controlplane.core.placement.topology import Node
 
 MOST_CPU_MILLI = 128_000
@@ -32,7 +32,7 @@ TYPICAL_RATIO = 0.95
 class Policy(Protocol):
     """Takes pods one by one."""
 
-    def place(self, shape: Shape) -> bool:
+    def place(self, shape: GangShape) -> bool:
         """Place one; False if it fits nowhere."""
         ...
 
@@ -41,10 +41,10 @@ class Tierplane:
     """The production placement. It is told nothing in advance: it learns from what arrived."""
 
     def __init__(self, nodes: Sequence[Node]) -> None:
-        self._planner = Planner(ClusterState(tuple(nodes)))
+        self._planner = Planner(PlacedCluster(tuple(nodes)))
         self._number = count()
 
-    def place(self, shape: Shape) -> bool:
+    def place(self, shape: GangShape) -> bool:
         return isinstance(self._planner.place(Gang(str(next(self._number)), shape)), Placement)
 
 
@@ -52,10 +52,10 @@ class _Books:
     """What the other policies know of the fleet."""
 
     def __init__(self, nodes: Sequence[Node]) -> None:
-        self.ledger = Ledger(nodes)
+        self.ledger = FreeCapacity(nodes)
         self.rows = all_rows(self.ledger)
 
-    def fits(self, shape: Shape, rows: Ints) -> Bools:
+    def fits(self, shape: GangShape, rows: Ints) -> Bools:
         ledger = self.ledger
         fits = ledger.cpu_milli[rows] >= shape.cpu_milli
         fits &= ledger.memory_bytes[rows] >= shape.memory_bytes
@@ -66,7 +66,7 @@ class _Books:
             fits &= able.sum(axis=1) >= shape.gpus
         return fits
 
-    def first_idle(self, row: int, shape: Shape) -> list[int]:
+    def first_idle(self, row: int, shape: GangShape) -> list[int]:
         return np.flatnonzero(self.ledger.free_milli[row] == WHOLE_MILLI)[: shape.gpus].tolist()
 
 
@@ -77,7 +77,7 @@ class Random(_Books):
         super().__init__(nodes)
         self._rng = rng
 
-    def place(self, shape: Shape) -> bool:
+    def place(self, shape: GangShape) -> bool:
         found = np.flatnonzero(self.fits(shape, self.rows))
         if not len(found):
             return False
@@ -92,7 +92,7 @@ class Random(_Books):
 class BestFit(_Books):
     """The node with the least left over of CPUs and GPUs, the GPU with the least left over."""
 
-    def place(self, shape: Shape) -> bool:
+    def place(self, shape: GangShape) -> bool:
         found = np.flatnonzero(self.fits(shape, self.rows))
         if not len(found):
             return False
@@ -114,7 +114,7 @@ class BestFit(_Books):
 class Fgd(_Books):
     """Fragmentation gradient descent: where fragmentation, for the typical pods, grows least."""
 
-    def __init__(self, nodes: Sequence[Node], workload: Sequence[Shape]) -> None:
+    def __init__(self, nodes: Sequence[Node], workload: Sequence[GangShape]) -> None:
         super().__init__(nodes)
         typical = _typical(workload)
         self._weight = np.array([weight for *_, weight in typical])
@@ -128,9 +128,9 @@ class Fgd(_Books):
                 for kind in self.ledger.kinds
             ]
         )
-        self._views: dict[Shape, tuple[int, Ints, Ints]] = {}
+        self._views: dict[GangShape, tuple[int, Ints, Ints]] = {}
 
-    def place(self, shape: Shape) -> bool:
+    def place(self, shape: GangShape) -> bool:
         score, column = self._scores(shape)
         row = int(score.argmax())
         if score[row] < 0:
@@ -139,7 +139,7 @@ class Fgd(_Books):
         self.ledger.take(row, columns, shape)
         return True
 
-    def _scores(self, shape: Shape) -> tuple[Ints, Ints]:
+    def _scores(self, shape: GangShape) -> tuple[Ints, Ints]:
         """Per node, 0 to 100, -1 where it does not fit; and the GPU for a share."""
         changed = self.ledger.changed
         empty = (-1, np.full(len(self.rows), -1), np.zeros(len(self.rows), dtype=np.int64))
@@ -152,7 +152,7 @@ class Fgd(_Books):
             column[rows], score[rows] = self._rate(shape, rows)
         return score, column
 
-    def _rate(self, shape: Shape, rows: Ints) -> tuple[Ints, Ints]:
+    def _rate(self, shape: GangShape, rows: Ints) -> tuple[Ints, Ints]:
         ledger = self.ledger
         free = ledger.free_milli[rows]
         width = free.shape[1]
@@ -185,7 +185,7 @@ class Fgd(_Books):
         return result
 
 
-def _typical(workload: Sequence[Shape]) -> list[tuple[int, int, int, frozenset[str], float]]:
+def _typical(workload: Sequence[GangShape]) -> list[tuple[int, int, int, frozenset[str], float]]:
     """The most frequent pods as (cpu, GPUs, share, models, weight); FGD does not look at memory."""
     counts = Counter(
         (shape.cpu_milli, shape.gpus, shape.milli_gpu if shape.gpus else 0, shape.models)

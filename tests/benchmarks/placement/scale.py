@@ -10,8 +10,8 @@ from math import log10
 from pathlib import Path
 
 from controlplane.core.placement.batch_planner import plan
-from controlplane.core.placement.gangs import Gang, Shape
-from controlplane.core.placement.planner import ClusterState
+from controlplane.core.placement.gangs import Gang, GangShape
+from controlplane.core.placement.planner import PlacedCluster
 from controlplane.core.placement.revalidation import revalidate
 from tests.benchmarks.placement.gangs import fleet
 
@@ -19,12 +19,12 @@ GANGS = 500
 SIZES = (80, 640, 2_560, 5_120, 10_000, 20_000)
 """GPUs; eight to a node."""
 _SHAPES = (
-    (Shape(milli_gpu=500, gpu_memory_bytes=30 * 2**30, cpu_milli=4000), 25),
-    (Shape(gpu_memory_bytes=60 * 2**30, cpu_milli=8000), 30),
-    (Shape(gpus=2, gpu_memory_bytes=70 * 2**30, cpu_milli=16000), 20),
-    (Shape(gpus=4, gpu_memory_bytes=70 * 2**30, cpu_milli=32000), 15),
-    (Shape(gpus=8, gpu_memory_bytes=70 * 2**30, cpu_milli=64000), 7),
-    (Shape(gpus=8, stages=2, gpu_memory_bytes=70 * 2**30, cpu_milli=64000, across_nodes=True), 3),
+    (GangShape(milli_gpu=500, gpu_memory_bytes=30 * 2**30, cpu_milli=4000), 25),
+    (GangShape(gpu_memory_bytes=60 * 2**30, cpu_milli=8000), 30),
+    (GangShape(gpus=2, gpu_memory_bytes=70 * 2**30, cpu_milli=16000), 20),
+    (GangShape(gpus=4, gpu_memory_bytes=70 * 2**30, cpu_milli=32000), 15),
+    (GangShape(gpus=8, gpu_memory_bytes=70 * 2**30, cpu_milli=64000), 7),
+    (GangShape(gpus=8, stages=2, gpu_memory_bytes=70 * 2**30, cpu_milli=64000, across_nodes=True), 3),
 )
 
 
@@ -51,7 +51,7 @@ def measure(sizes: Sequence[int] = SIZES, repeats: int = 3) -> Iterator[Point]:
     """The best of some repeats: from nodes as values to a plan as a value."""
     wanted = gangs(GANGS)
     for size in sizes:
-        state = ClusterState(fleet(size // 8))
+        state = PlacedCluster(fleet(size // 8))
         best = float("inf")
         for _ in range(repeats):
             start_s = time.perf_counter()

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from controlplane.core.placement.gangs import WHOLE_MILLI, Shape
+from controlplane.core.placement.gangs import WHOLE_MILLI, GangShape
 from controlplane.core.placement.topology import Gpu, Node
 
 LOAD = 1.3
@@ -26,7 +26,7 @@ class Workload:
     """A list of pods."""
 
     name: str
-    shapes: tuple[Shape, ...]
+    shapes: tuple[GangShape, ...]
 
 
 def read_nodes(path: Path) -> tuple[Node, ...]:
@@ -50,9 +50,9 @@ def read_pods(path: Path) -> Workload:
     return Workload(path.stem.removeprefix("openb_pod_list_"), tuple(_shape(row) for row in rows))
 
 
-def _shape(row: dict[str, str]) -> Shape:
+def _shape(row: dict[str, str]) -> GangShape:
     gpus = int(row["num_gpu"])
-    return Shape(
+    return GangShape(
         gpus=gpus,
         milli_gpu=min(int(row["gpu_milli"]), WHOLE_MILLI) if gpus == 1 else WHOLE_MILLI,
         cpu_milli=int(row["cpu_milli"]),
@@ -61,7 +61,7 @@ def _shape(row: dict[str, str]) -> Shape:
     )
 
 
-def arrivals(shapes: Sequence[Shape], fleet_milli: int, rng: random.Random) -> list[Shape]:
+def arrivals(shapes: Sequence[GangShape], fleet_milli: int, rng: random.Random) -> list[GangShape]:
     """The pods in the order they come."""
     order = list(shapes)
     rng.shuffle(order)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from controlplane.core.placement.gangs import Gang, Shape
+from controlplane.core.placement.gangs import Gang, GangShape
 from controlplane.core.placement.topology import Gpu, Node
 from tests.benchmarks.bench_placement import command
 from tests.benchmarks.placement import gangs, optimum, policies, scale
@@ -89,7 +89,7 @@ def node(name: str, free_cpu: int, gpus: int = 2) -> Node:
 
 
 def test_fgd_fills_a_begun_gpu_before_a_whole_one() -> None:
-    half, whole = Shape(milli_gpu=500), Shape()
+    half, whole = GangShape(milli_gpu=500), GangShape()
     fgd = policies.Fgd([node("a", 8000), node("b", 8000)], [half, whole, whole])
     assert fgd.place(half)
     assert fgd.place(half)
@@ -100,8 +100,8 @@ def test_fgd_fills_a_begun_gpu_before_a_whole_one() -> None:
 
 def test_best_fit_takes_the_tightest_node() -> None:
     best = policies.BestFit([node("a", 64000, 4), node("b", 8000)])
-    assert best.place(Shape(milli_gpu=300))
-    assert best.place(Shape(milli_gpu=300))
+    assert best.place(GangShape(milli_gpu=300))
+    assert best.place(GangShape(milli_gpu=300))
     assert best.ledger.free_milli.tolist() == [[1000] * 4, [400, 1000, 0, 0]]
 
 
@@ -128,15 +128,19 @@ def test_plans_are_close_to_the_optimum() -> None:
 
 
 def test_the_limit_of_a_mix() -> None:
-    half, large, whole = Shape(milli_gpu=500), Shape(milli_gpu=810), Shape(gpus=2)
+    half, large, whole = GangShape(milli_gpu=500), GangShape(milli_gpu=810), GangShape(gpus=2)
     assert limit_percent([half, half, whole]) == pytest.approx(100)
     assert limit_percent([large]) == pytest.approx(81)
-    assert limit_percent([large, Shape(milli_gpu=190), Shape(gpus=0)]) == pytest.approx(100)
-    assert limit_percent([large, large, Shape(milli_gpu=190)]) == pytest.approx(100 * 1.81 / 2)
+    assert limit_percent([large, GangShape(milli_gpu=190), GangShape(gpus=0)]) == pytest.approx(100)
+    assert limit_percent([large, large, GangShape(milli_gpu=190)]) == pytest.approx(100 * 1.81 / 2)
 
 
 def test_the_optimum_of_a_case_that_can_be_seen() -> None:
-    gang = [Gang("whole", Shape(gpus=2)), Gang("a", Shape(milli_gpu=600)), Gang("b", Shape(milli_gpu=400))]
+    gang = [
+        Gang("whole", GangShape(gpus=2)),
+        Gang("a", GangShape(milli_gpu=600)),
+        Gang("b", GangShape(milli_gpu=400)),
+    ]
     assert optimum.optimum_milli(optimum.Case((node("n", 0),), tuple(gang))) == 2000
     assert optimum.optimum_milli(optimum.Case((node("n", 0),), tuple(gang[1:]))) == 1000
     assert optimum.optimum_milli(optimum.Case((node("n", 0, 1),), tuple(gang))) == 1000

@@ -19,15 +19,15 @@ from structlog.testing import capture_logs
 from controlplane.config.alerts import WebhookConfig
 from controlplane.controller import alert_delivery
 from controlplane.controller.alert_delivery import SIGNATURE, AlertDelivery, pause_s, signature
-from controlplane.core.alerts.book import AlertState, Kind, Severity
-from controlplane.core.alerts.views import AlertView, Happening, Notice
+from controlplane.core.alerts.book import AlertState, Severity, SubjectType
+from controlplane.core.alerts.views import AlertNotice, AlertTransition, AlertView
 
 SECRET = "not for logs"
 VIEW = AlertView(
     rule="TierplaneTierDown",
     state=AlertState.FIRING,
     severity=Severity.CRITICAL,
-    kind=Kind.TIER,
+    kind=SubjectType.TIER,
     subject="small",
     summary="Tier small has no ready endpoint.",
     action="tierplane status says why.",
@@ -38,8 +38,10 @@ VIEW = AlertView(
 )
 
 
-def notice(subject: str = "small", happening: Happening = Happening.FIRING, **fields: Any) -> Notice:
-    return Notice(happening, replace(VIEW, subject=subject, **fields))
+def notice(
+    subject: str = "small", happening: AlertTransition = AlertTransition.FIRING, **fields: Any
+) -> AlertNotice:
+    return AlertNotice(happening, replace(VIEW, subject=subject, **fields))
 
 
 @dataclass
@@ -164,7 +166,7 @@ async def test_what_is_not_taken_is_sent_again_and_the_order_holds(status: int) 
         receiver.statuses = [status, status]
         delivery.tell([notice("a")])
         await until(lambda: receiver.calls)
-        delivery.tell([notice("b"), notice("a", Happening.RESOLVED)])
+        delivery.tell([notice("b"), notice("a", AlertTransition.RESOLVED)])
         await until(lambda: len(receiver.taken) == 3)
         assert receiver.subjects == ["a", "b", "a"]
         assert [item["event"] for item in receiver.taken] == ["firing", "firing", "resolved"]
@@ -344,8 +346,8 @@ def test_the_log_says_it_by_severity() -> None:
                 notice(),
                 notice(severity=Severity.WARNING),
                 notice(severity=Severity.INFO),
-                notice(happening=Happening.REPEATED),
-                notice(happening=Happening.RESOLVED),
+                notice(happening=AlertTransition.REPEATED),
+                notice(happening=AlertTransition.RESOLVED),
             ]
         )
     assert [(line["event"], line["log_level"]) for line in logs] == [

@@ -12,18 +12,18 @@ import pytest
 from controlplane.config import ControllerConfig
 from controlplane.config.alerts import AlertsConfig
 from controlplane.controller.alerting import Alerting
-from controlplane.controller.operator_actions import Operations
+from controlplane.controller.operator_actions import OperatorActions
 from controlplane.core.alerts import rules as names
-from controlplane.core.alerts.book import AlertState, Kind
-from controlplane.core.alerts.signals import Known
-from controlplane.core.alerts.views import AlertView, Happening, Notice
+from controlplane.core.alerts.book import AlertState, SubjectType
+from controlplane.core.alerts.signals import AlertSignals
+from controlplane.core.alerts.views import AlertNotice, AlertTransition, AlertView
 from controlplane.core.cluster.snapshot import GatewayInfo
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.endpoint import EndpointState
-from controlplane.core.reconcile.commands import Outcome
+from controlplane.core.reconcile.commands import ActionOutcome
 from controlplane.core.reconcile.migrations import CONTROLLER, TierHold
 from controlplane.core.telemetry.series import Signal, known_now, missing
-from controlplane.core.traffic.counters import Traffic
+from controlplane.core.traffic.counters import TrafficCounters
 from tests.support.control import HEARTBEAT_S, World, xid
 
 SHIFT_S = 5000.0
@@ -46,7 +46,7 @@ class Rig:
         values = {"heartbeat_s": HEARTBEAT_S, "alerts": {"rules": rules or {}, **alerts}}
         self.config = ControllerConfig.model_validate(values)
         self.make()
-        self.told: list[Notice] = []
+        self.told: list[AlertNotice] = []
         self.world.settle()
 
     def make(self) -> None:
@@ -56,7 +56,7 @@ class Rig:
 
     def step(self, count: int = 1) -> list[str]:
         """Seconds pass; what is told meanwhile, as ``happening rule subject``."""
-        told: list[Notice] = []
+        told: list[AlertNotice] = []
         for _ in range(count):
             self.world.step()
             told += self.alerting.look()
@@ -114,7 +114,7 @@ def test_a_tier_that_is_down_rings_once_and_is_over_when_it_is_up() -> None:
 
 def test_a_tier_that_an_operator_drained_or_that_wants_none_is_not_down() -> None:
     rig = Rig(QUICK)
-    Operations(rig.world.control).drain("small", "its weights change")
+    OperatorActions(rig.world.control).drain("small", "its weights change")
     assert rig.step(60) == []
     assert rig.world.control.registry.snapshot(secrets=False).due == (("small", 0),)
     none = Rig(QUICK, tiers={"small": 1, "none": 0})
@@ -143,7 +143,7 @@ def test_a_tier_that_the_controller_holds_rings_with_the_diagnosis() -> None:
 
 def test_gpus_that_failed_ring_and_those_that_an_operator_took_do_not() -> None:
     rig = Rig()
-    Operations(rig.world.control).cordon("GPU-node-b-1", "a fan rattles")
+    OperatorActions(rig.world.control).cordon("GPU-node-b-1", "a fan rattles")
     rig.world.events.append(xid("node-b", "GPU-node-b-0", 79))
     assert rig.step(3) == ["firing GpuOutOfUse GPU-node-b-0"]
     assert "79" in rig.told[0].alert.detail
@@ -192,7 +192,7 @@ def test_a_node_that_was_empty_or_drained_may_go() -> None:
     rig.world.nodes.pop(empty)
     assert rig.step(5) == []
     drained = Rig(replicas=1)
-    Operations(drained.world.control).cordon("node-a", "a new kernel")
+    OperatorActions(drained.world.control).cordon("node-a", "a new kernel")
     drained.world.nodes.pop("node-a")
     assert drained.step(3) == []
 
@@ -231,7 +231,7 @@ def test_what_gateways_count_is_judged() -> None:
     def second(more_ok: int, more_failed: int) -> list[str]:
         nonlocal ok, failed
         ok, failed = ok + more_ok, failed + more_failed
-        counted = Traffic("small", ok + failed, ok + failed, failed, ok=ok, failed=failed)
+        counted = TrafficCounters("small", ok + failed, ok + failed, failed, ok=ok, failed=failed)
         control.gateway_report(GatewayInfo("g1", "n", "", traffic=(counted,)))
         control.demand.look(["small"], [], rig.world.clock.s)
         return rig.step()
@@ -257,7 +257,7 @@ def test_a_tiers_slo_is_judged_by_what_that_tier_promises() -> None:
     judged = missed = 0
     for each in range(60):
         judged, missed = judged + 100, missed + 3
-        counted = [Traffic(name, judged, judged, missed, ok=judged) for name in tiers]
+        counted = [TrafficCounters(name, judged, judged, missed, ok=judged) for name in tiers]
         control.gateway_report(GatewayInfo("g1", "n", "", traffic=tuple(counted)))
         control.demand.look(tiers, [], rig.world.clock.s)
         told = rig.step()
@@ -271,7 +271,7 @@ def test_a_tiers_slo_is_judged_by_what_that_tier_promises() -> None:
 def test_figures_of_others_are_judged_and_what_is_missing_is_not() -> None:
     rig = Rig({"TierplaneRequestsFail": {"for_s": 0.0}, "TierplaneTierIdle": {"for_s": 0.0}})
     supplied: dict[str, dict[str, Signal]] = {}
-    rig.alerting.sources.append(lambda now_s: Known(supplied))
+    rig.alerting.sources.append(lambda now_s: AlertSignals(supplied))
     fresh = lambda value: {"small": known_now(value)}  # noqa: E731
     supplied["tier/failed_ratio"] = {"small": missing("no request ended")}
     supplied[names.TIER_SATURATION] = fresh(0.0)
@@ -336,8 +336,8 @@ def test_an_acknowledged_alert_is_not_told_again() -> None:
     rig.fail()
     assert rig.step(26) == ["firing TierDown small", "repeated TierDown small", "repeated TierDown small"]
     done = rig.alerting.acknowledge("tierdown", "small", "ada")
-    assert done.outcome is Outcome.DONE
-    assert rig.alerting.acknowledge("TierplaneTierDown", "small", "bob").outcome is Outcome.UNCHANGED
+    assert done.outcome is ActionOutcome.DONE
+    assert rig.alerting.acknowledge("TierplaneTierDown", "small", "bob").outcome is ActionOutcome.UNCHANGED
     assert rig.step(60) == []
     [shown] = rig.world.control.registry.snapshot(secrets=False).alerts
     assert shown.acknowledged == "ada"
@@ -360,7 +360,7 @@ def test_only_what_fires_can_be_acknowledged(name: str, subject: str, words: str
     rig.fail()
     rig.step(10)
     answer = rig.alerting.acknowledge(name, subject, "ada")
-    assert answer.outcome is Outcome.UNKNOWN
+    assert answer.outcome is ActionOutcome.UNKNOWN
     assert words in answer.reason
 
 
@@ -374,7 +374,7 @@ def test_subjects_may_be_cut_short() -> None:
 def test_a_silence_holds_back_what_it_names_and_is_listed() -> None:
     rig = Rig(QUICK)
     done = rig.alerting.silence("TierDown", "small", 60.0, "an upgrade", "ada")
-    assert (done.outcome, done.subjects) == (Outcome.DONE, ("1",))
+    assert (done.outcome, done.subjects) == (ActionOutcome.DONE, ("1",))
     rig.fail()
     assert rig.step(20) == []
     answer = rig.alerting.answer(())
@@ -383,8 +383,8 @@ def test_a_silence_holds_back_what_it_names_and_is_listed() -> None:
     assert rig.world.control.registry.snapshot(secrets=False).alerts[0].silenced
     [silence] = answer.silences
     assert (silence.rule, silence.subject, silence.by) == ("TierplaneTierDown", "small", "ada")
-    assert rig.alerting.unsilence(2, "ada").outcome is Outcome.UNKNOWN
-    assert rig.alerting.unsilence(1, "ada").outcome is Outcome.DONE
+    assert rig.alerting.unsilence(2, "ada").outcome is ActionOutcome.UNKNOWN
+    assert rig.alerting.unsilence(1, "ada").outcome is ActionOutcome.DONE
     assert rig.step() == ["firing TierDown small"]
     kinds = [event.kind for event in rig.world.control.registry.events if event.actor == "operator"]
     assert kinds == ["silence", "silence ended"]
@@ -392,10 +392,10 @@ def test_a_silence_holds_back_what_it_names_and_is_listed() -> None:
 
 def test_a_silence_that_makes_no_sense_is_refused() -> None:
     rig = Rig()
-    assert rig.alerting.silence("Nonsense", "", 60.0, "x", "ada").outcome is Outcome.UNKNOWN
-    assert rig.alerting.silence("", "", 0.0, "x", "ada").outcome is Outcome.REFUSED
-    assert rig.alerting.silence("", "", 1e9, "x", "ada").outcome is Outcome.REFUSED
-    assert rig.alerting.silence("", "", 60.0, "x", "ada").outcome is Outcome.DONE
+    assert rig.alerting.silence("Nonsense", "", 60.0, "x", "ada").outcome is ActionOutcome.UNKNOWN
+    assert rig.alerting.silence("", "", 0.0, "x", "ada").outcome is ActionOutcome.REFUSED
+    assert rig.alerting.silence("", "", 1e9, "x", "ada").outcome is ActionOutcome.REFUSED
+    assert rig.alerting.silence("", "", 60.0, "x", "ada").outcome is ActionOutcome.DONE
 
 
 def test_the_worst_is_listed_first() -> None:
@@ -449,7 +449,7 @@ def test_alerts_of_rules_that_are_no_more_are_left_out_and_of_those_switched_off
     rig.make()
     rig.alerting.restore(values)
     assert rig.step(2) == ["resolved TierDown small"]
-    assert rig.told[-1].happening is Happening.RESOLVED
+    assert rig.told[-1].happening is AlertTransition.RESOLVED
     assert rig.told[-1].alert.detail == "the rule is switched off"
 
 
@@ -479,4 +479,4 @@ def test_many_gpus_are_judged_in_little_time() -> None:
         alerting.look()
     assert (time.thread_time() - began_s) / 5 < 0.25, "800 GPUs"
     kinds = {alert.rule.kind for alert in alerting.watch.book.alerts}
-    assert kinds <= {Kind.GPU, Kind.TIER}
+    assert kinds <= {SubjectType.GPU, SubjectType.TIER}

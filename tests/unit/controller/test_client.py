@@ -16,8 +16,8 @@ from controlplane.controller.client import (
     pull_snapshots,
     report_gateway,
 )
-from controlplane.controller.controller import Control
-from controlplane.controller.registry import Controller
+from controlplane.controller.controller import Controller
+from controlplane.controller.registry import Registry
 from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
@@ -52,8 +52,8 @@ class DirectLink(ControllerLink):
         self.start("e1")
 
     def start(self, epoch: str) -> None:
-        self.controller = Controller(epoch=epoch, heartbeat_s=1.0, now_s=lambda: 0.0, unix_s=lambda: 0.0)
-        self.control = Control(
+        self.controller = Registry(epoch=epoch, heartbeat_s=1.0, now_s=lambda: 0.0, unix_s=lambda: 0.0)
+        self.control = Controller(
             self.controller, heartbeat_s=1.0, now_s=lambda: 0.0, unix_s=lambda: 0.0, settle_s=0.0
         )
 

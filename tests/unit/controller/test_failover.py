@@ -8,12 +8,12 @@ import pytest
 
 from controlplane.controller import checkpoint
 from controlplane.controller.controller import NotSettled
-from controlplane.controller.operator_actions import Operations
+from controlplane.controller.operator_actions import OperatorActions
 from controlplane.core.domain.endpoint import EndpointState
 from controlplane.core.gpus.health import OUT_OF_USE, GpuState
-from controlplane.core.placement.gangs import Shape
-from controlplane.core.reconcile.commands import OrderKind
-from controlplane.core.reconcile.migrations import MovePhase
+from controlplane.core.placement.gangs import GangShape
+from controlplane.core.reconcile.commands import ReplicaCommandKind
+from controlplane.core.reconcile.migrations import MigrationPhase
 from controlplane.core.telemetry.samples import (
     Absence,
     EngineSample,
@@ -149,7 +149,7 @@ def test_a_replica_that_serves_nothing_is_not_waited_for() -> None:
     world.events.append(xid(sick[:2], sick, 79))
     world.step(3)
     move = world.control.work.moves[replica.endpoint.endpoint_id]
-    assert move.phase is MovePhase.RETIRING
+    assert move.phase is MigrationPhase.RETIRING
     assert "serves nothing" in move.note
 
 
@@ -160,7 +160,7 @@ def test_where_nothing_starts_elsewhere_the_old_one_is_retired_after_a_while() -
     world.start = lambda tier: None  # type: ignore[method-assign]
     [name] = world.replicas
     world.step(30)
-    assert world.control.work.moves[name].phase is MovePhase.ELSEWHERE_FIRST
+    assert world.control.work.moves[name].phase is MigrationPhase.ELSEWHERE_FIRST
     world.step(40)
     assert name not in world.control.registry.endpoints
 
@@ -172,7 +172,7 @@ def test_a_move_goes_on_when_the_controller_is_killed_in_its_middle(vouched: boo
     world.events.append(xid(sick[:2], sick, 79))
     world.step(2)
     [move] = world.control.work.moves.values()
-    assert move.phase is MovePhase.ELSEWHERE_FIRST
+    assert move.phase is MigrationPhase.ELSEWHERE_FIRST
     old = world.control
     values = checkpoint.to_values(old.fleet, old.desk.book, old.work, 5.0)
     leases = {holder: lease.parts for holder, lease in old.desk.book.leases.items()}
@@ -235,7 +235,7 @@ def test_a_target_outlives_the_return_of_a_controller_that_is_rarely_heard() -> 
 
 def test_a_restart_of_a_tier_is_rolling() -> None:
     world = two_nodes(replicas=3)
-    answer = Operations(world.control).restart("small", "new weights")
+    answer = OperatorActions(world.control).restart("small", "new weights")
     assert answer.outcome == "done"
     assert len(answer.subjects) == 3
     for _ in range(40):
@@ -343,7 +343,9 @@ def test_metrics_that_no_longer_come_say_nothing() -> None:
 
 
 def test_a_gang_gets_gpus_of_one_node_and_moves_whole() -> None:
-    world = World({"n1": ["n1-0", "n1-1"], "n2": ["n2-0", "n2-1"], "n3": ["n3-0"]}, {"big": 1}, Shape(gpus=2))
+    world = World(
+        {"n1": ["n1-0", "n1-1"], "n2": ["n2-0", "n2-1"], "n3": ["n3-0"]}, {"big": 1}, GangShape(gpus=2)
+    )
     world.settle()
     assert used(world) == ["n1-0", "n1-1"]
     world.events.append(xid("n1", "n1-1", 48))
@@ -357,12 +359,12 @@ def test_orders_are_repeated_until_they_are_done() -> None:
     [name] = world.replicas
     replica = world.replicas[name]
     replica.obeys = False
-    assert Operations(world.control).restart(name, "").outcome == "done"
-    assert Operations(world.control).restart(name, "").outcome == "unchanged"
+    assert OperatorActions(world.control).restart(name, "").outcome == "done"
+    assert OperatorActions(world.control).restart(name, "").outcome == "unchanged"
     world.control.tick()
     for _ in range(3):
         [order] = world.control.report(replica.endpoint).orders
-        assert (order.kind, order.generation) == (OrderKind.RESTART, 1)
+        assert (order.kind, order.generation) == (ReplicaCommandKind.RESTART, 1)
     replica.obeys = True
     world.step(8)
     assert world.control.report(replica.endpoint).orders == ()
@@ -394,9 +396,9 @@ def test_a_node_that_was_never_listed_is_not_lost() -> None:
 def test_what_an_operator_asked_for_survives_the_controller() -> None:
     world = two_nodes(replicas=2)
     first, second = sorted(world.replicas)
-    Operations(world.control).drain(first, "looks odd")
-    Operations(world.control).restart(second, "new weights")
-    Operations(world.control).cordon("n2-1", "a fan rattles")
+    OperatorActions(world.control).drain(first, "looks odd")
+    OperatorActions(world.control).restart(second, "new weights")
+    OperatorActions(world.control).cordon("n2-1", "a fan rattles")
     old = world.control
     values = checkpoint.to_values(old.fleet, old.desk.book, old.work, 3.0)
     world.start_controller("e2", settle_s=6.0)
@@ -417,7 +419,7 @@ def test_a_move_that_waited_does_not_count_on_a_place_that_is_taken_since() -> N
     first, second = sorted(world.replicas)
     [node_id] = {replica.endpoint.node_id for replica in world.replicas.values()}
     other = "n1" if node_id == "n2" else "n2"
-    Operations(world.control).drain(node_id, "a fan rattles")
+    OperatorActions(world.control).drain(node_id, "a fan rattles")
     control = world.control
     control.tick()
     assert set(control.work.moves) == {first}

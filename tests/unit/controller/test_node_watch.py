@@ -14,7 +14,7 @@ from ray.exceptions import RayActorError
 
 from controlplane.controller import node_watch
 from controlplane.controller.node_watch import RECENT_S, NodeWatch, recent
-from controlplane.core.telemetry.node_updates import NO_INFOS, Infos, NodeNews, news_of
+from controlplane.core.telemetry.node_updates import NO_INFOS, GpuInfoCache, NodeUpdate, node_update
 from controlplane.core.telemetry.samples import (
     GpuEvent,
     GpuEventKind,
@@ -39,8 +39,8 @@ class Cluster:
         self.alive: dict[str, int] = {"n1": 8}
         self.made: list[str] = []
         self.asked: list[tuple[str, int]] = []
-        self.answer: Callable[[], Awaitable[NodeNews]] = self.all_well
-        self.say: Callable[..., Awaitable[NodeNews]] = self.news
+        self.answer: Callable[[], Awaitable[NodeUpdate]] = self.all_well
+        self.say: Callable[..., Awaitable[NodeUpdate]] = self.news
         self.events: list[GpuEvent] = []
         self.heard: list[tuple[str, Sequence[NodeSample], Sequence[GpuEvent]]] = []
         monkeypatch.setattr(node_watch, "alive_nodes", lambda: dict(self.alive))
@@ -55,15 +55,15 @@ class Cluster:
                 found[node_id] = SimpleNamespace(news=SimpleNamespace(remote=self.ask))
         return found
 
-    def ask(self, *asked: Any) -> Awaitable[NodeNews]:
+    def ask(self, *asked: Any) -> Awaitable[NodeUpdate]:
         return self.say(*asked)
 
-    def news(self, epoch: str, seq: int, infos: tuple[str, int]) -> Awaitable[NodeNews]:
+    def news(self, epoch: str, seq: int, infos: tuple[str, int]) -> Awaitable[NodeUpdate]:
         self.asked.append((epoch, seq))
         return self.answer()
 
-    async def all_well(self) -> NodeNews:
-        return news_of(node_sample("n1", 1, 5000.0), Infos("a", 1, ()), self.events, NO_INFOS)
+    async def all_well(self) -> NodeUpdate:
+        return node_update(node_sample("n1", 1, 5000.0), GpuInfoCache("a", 1, ()), self.events, NO_INFOS)
 
     def watch(self, heard: dict[str, tuple[str, int]] | None = None) -> NodeWatch:
         def on_news(node_id: str, samples: Sequence[NodeSample], events: Sequence[GpuEvent]) -> None:
@@ -109,7 +109,7 @@ async def test_an_agent_that_is_gone_is_made_anew(cluster: Cluster) -> None:
     watch = cluster.watch()
     await look(watch)
 
-    async def gone() -> NodeNews:
+    async def gone() -> NodeUpdate:
         raise RayActorError
 
     cluster.answer = gone
@@ -123,7 +123,7 @@ async def test_an_agent_that_is_gone_is_made_anew(cluster: Cluster) -> None:
 async def test_a_silent_agent_is_asked_once_and_holds_nobody_up(cluster: Cluster) -> None:
     watch = cluster.watch()
 
-    async def silent() -> NodeNews:
+    async def silent() -> NodeUpdate:
         await asyncio.sleep(3600)
         raise AssertionError
 
@@ -197,7 +197,7 @@ class Wire:
     def __init__(self, cluster: Cluster, *uuids: str) -> None:
         self.cluster = cluster
         self.gpus = Gpus(*uuids)
-        self.sent: list[NodeNews] = []
+        self.sent: list[NodeUpdate] = []
         self.restart()
         cluster.say = self.news
 
@@ -205,10 +205,10 @@ class Wire:
         """The agent's process is another one."""
         self.agent = NodeAgent("n1", self.gpus, NoEvents)
 
-    async def news(self, *asked: Any) -> NodeNews:
+    async def news(self, *asked: Any) -> NodeUpdate:
         taken = self.agent.sample()
         packed = pickle.dumps(self.agent.news(*asked))
-        news: NodeNews = pickle.loads(packed)
+        news: NodeUpdate = pickle.loads(packed)
         self.sent.append(news)
         self.taken = taken
         return news
@@ -304,7 +304,7 @@ async def test_readings_of_other_infos_than_are_known_are_not_taken_in(cluster: 
     await wire.heard(watch)
     wire.gpus.change(0, index=5)
 
-    async def cut(*asked: Any) -> NodeNews:
+    async def cut(*asked: Any) -> NodeUpdate:
         return replace(await wire.news(*asked), infos=None)
 
     cluster.say = cut

@@ -6,23 +6,22 @@ from dataclasses import replace
 
 import pytest
 
-from controlplane.controller.operator_actions import Operations
-from controlplane.core.domain.resource_name import Subject, SubjectKind, find_subject
+from controlplane.controller.operator_actions import OperatorActions
+from controlplane.core.domain.resource_name import ResourceKind, ResourceName, find_resource
 from controlplane.core.gpus.health import GpuState
-from controlplane.core.gpus.leases import Outcome as LeaseOutcome
-from controlplane.core.gpus.leases import Part
-from controlplane.core.placement.gangs import Shape
-from controlplane.core.reconcile.commands import Outcome
+from controlplane.core.gpus.leases import GpuPart, LeaseOutcome
+from controlplane.core.placement.gangs import GangShape
+from controlplane.core.reconcile.commands import ActionOutcome
 from controlplane.core.telemetry.samples import Absence, GpuCondition, Missing, NvLink
 from controlplane.core.telemetry.series import Freshness
 from tests.support.control import GIB, World, gpu_sample, node_sample
 
 
-def world(replicas: int = 2, shape: Shape | None = None) -> World:
+def world(replicas: int = 2, shape: GangShape | None = None) -> World:
     made = World(
         {name: [f"{name}-gpu{i}" for i in range(2)] for name in ("node-a", "node-b")},
         {"small": replicas},
-        shape or Shape(),
+        shape or GangShape(),
     )
     made.settle()
     return made
@@ -34,29 +33,29 @@ def state_of(made: World, uuid: str) -> GpuState:
 
 def test_a_cordon_keeps_what_runs_and_takes_nothing_new() -> None:
     made = world(replicas=1)
-    operations = Operations(made.control)
+    operations = OperatorActions(made.control)
     [name] = made.holder_of("node-a-gpu0")
     first = operations.cordon("node-a-gpu0", "a fan rattles")
-    assert first.outcome is Outcome.DONE
+    assert first.outcome is ActionOutcome.DONE
     assert name in first.reason
     again = operations.cordon("node-a-gpu0", "a fan rattles")
-    assert again.outcome is Outcome.UNCHANGED
+    assert again.outcome is ActionOutcome.UNCHANGED
     made.step(20)
     assert made.holder_of("node-a-gpu0") == (name,)
     assert state_of(made, "node-a-gpu0") is GpuState.CORDONED
     assert not made.control.work.moves
     assert made.control.fleet.out_of_use() == {"node-a-gpu0": "node-a"}
-    assert operations.uncordon("node-a-gpu0").outcome is Outcome.DONE
-    assert operations.uncordon("node-a-gpu0").outcome is Outcome.UNCHANGED
+    assert operations.uncordon("node-a-gpu0").outcome is ActionOutcome.DONE
+    assert operations.uncordon("node-a-gpu0").outcome is ActionOutcome.UNCHANGED
     assert made.control.fleet.out_of_use() == {}
 
 
 def test_a_drain_after_a_cordon_moves_what_runs() -> None:
     made = world(replicas=1)
-    operations = Operations(made.control)
+    operations = OperatorActions(made.control)
     operations.cordon("node-a-gpu0", "a fan rattles")
-    assert operations.drain("node-a-gpu0", "a fan rattles").outcome is Outcome.DONE
-    assert operations.drain("node-a-gpu0", "a fan rattles").outcome is Outcome.UNCHANGED
+    assert operations.drain("node-a-gpu0", "a fan rattles").outcome is ActionOutcome.DONE
+    assert operations.drain("node-a-gpu0", "a fan rattles").outcome is ActionOutcome.UNCHANGED
     made.step(15)
     assert made.holder_of("node-a-gpu0") == ()
     assert state_of(made, "node-a-gpu0") is GpuState.DRAINED
@@ -65,34 +64,34 @@ def test_a_drain_after_a_cordon_moves_what_runs() -> None:
 
 def test_a_node_is_emptied_and_comes_back() -> None:
     made = world(replicas=2)
-    operations = Operations(made.control)
-    assert operations.drain("node-a", "a new kernel").outcome is Outcome.DONE
+    operations = OperatorActions(made.control)
+    assert operations.drain("node-a", "a new kernel").outcome is ActionOutcome.DONE
     assert set(made.control.fleet.out_of_use()) == {"node-a-gpu0", "node-a-gpu1"}
     refused = operations.uncordon("node-a-gpu0")
-    assert refused.outcome is Outcome.REFUSED
+    assert refused.outcome is ActionOutcome.REFUSED
     assert "uncordon node-a" in refused.reason
     for _ in range(150):
         made.step()
         assert made.ready("small") >= 2
     assert made.holder_of("node-a-gpu0") == made.holder_of("node-a-gpu1") == ()
-    assert operations.uncordon("node-a").outcome is Outcome.DONE
-    assert operations.uncordon("node-a").outcome is Outcome.UNCHANGED
+    assert operations.uncordon("node-a").outcome is ActionOutcome.DONE
+    assert operations.uncordon("node-a").outcome is ActionOutcome.UNCHANGED
     assert made.control.fleet.out_of_use() == {}
 
 
 @pytest.mark.parametrize("condition", [GpuCondition.LOST, GpuCondition.RESET_REQUIRED])
 def test_a_gpu_that_its_driver_does_not_have_cannot_be_let_return(condition: GpuCondition) -> None:
     made = world(replicas=1)
-    operations = Operations(made.control)
+    operations = OperatorActions(made.control)
     made.samples["node-a"] = {"node-a-gpu1": {"condition": condition, "detail": "fell off the bus"}}
     made.step(2)
     refused = operations.uncordon("node-a-gpu1")
-    assert refused.outcome is Outcome.REFUSED
+    assert refused.outcome is ActionOutcome.REFUSED
     assert condition.value.replace("_", " ") in refused.reason
     assert made.control.fleet.records["node-a-gpu1"].out_of_use
     made.samples.clear()
     made.step()
-    assert operations.uncordon("node-a-gpu1").outcome is Outcome.DONE
+    assert operations.uncordon("node-a-gpu1").outcome is ActionOutcome.DONE
     made.step(3)
     assert not made.control.fleet.records["node-a-gpu1"].out_of_use
 
@@ -103,31 +102,31 @@ def test_what_a_silent_node_said_last_keeps_no_operator_back() -> None:
     made.step(2)
     made.silent.add("node-a")
     made.step(10)
-    assert Operations(made.control).uncordon("node-a-gpu1").outcome is Outcome.DONE
+    assert OperatorActions(made.control).uncordon("node-a-gpu1").outcome is ActionOutcome.DONE
 
 
 def test_a_tier_is_drained_until_it_is_uncordoned() -> None:
     made = world(replicas=2)
-    operations = Operations(made.control)
-    assert operations.drain("small", "costs too much").outcome is Outcome.DONE
-    assert operations.drain("small", "costs too much").outcome is Outcome.UNCHANGED
+    operations = OperatorActions(made.control)
+    assert operations.drain("small", "costs too much").outcome is ActionOutcome.DONE
+    assert operations.drain("small", "costs too much").outcome is ActionOutcome.UNCHANGED
     made.step(10)
     assert not made.replicas
     assert made.control.targets()["small"].replicas == 0
-    assert operations.restart("small", "").outcome is Outcome.REFUSED
+    assert operations.restart("small", "").outcome is ActionOutcome.REFUSED
     start = made.control.may_start("small-9", "small")
     assert not start.allowed
     assert start.retry_after_s > 0
-    waits = made.control.lease_gpus("small-9", 1, "node-a", Shape(), "small")
+    waits = made.control.lease_gpus("small-9", 1, "node-a", GangShape(), "small")
     assert waits.outcome is LeaseOutcome.WAIT
-    assert operations.uncordon("small").outcome is Outcome.DONE
+    assert operations.uncordon("small").outcome is ActionOutcome.DONE
     made.step(10)
     assert made.ready("small") == 2
 
 
 def test_serve_hears_that_a_tier_is_drained_before_its_replicas_do() -> None:
     made = world(replicas=2)
-    Operations(made.control).drain("small", "costs too much")
+    OperatorActions(made.control).drain("small", "costs too much")
     made.clock.s += 0.5
     made.control.targets()
     made.control.tick()
@@ -140,7 +139,7 @@ def test_serve_hears_that_a_tier_is_drained_before_its_replicas_do() -> None:
 
 def test_a_tier_is_drained_while_serve_is_away() -> None:
     made = world(replicas=2)
-    Operations(made.control).drain("small", "costs too much")
+    OperatorActions(made.control).drain("small", "costs too much")
     made.clock.s += 1.0
     made.control.tick()
     assert not made.control.work.moves
@@ -151,11 +150,11 @@ def test_a_tier_is_drained_while_serve_is_away() -> None:
 
 def test_a_drained_endpoint_is_replaced_by_another() -> None:
     made = world(replicas=1)
-    operations = Operations(made.control)
+    operations = OperatorActions(made.control)
     [name] = made.replicas
-    assert operations.cordon(name, "").outcome is Outcome.REFUSED
-    assert operations.drain(name, "looks odd").outcome is Outcome.DONE
-    assert operations.drain(name, "looks odd").outcome is Outcome.UNCHANGED
+    assert operations.cordon(name, "").outcome is ActionOutcome.REFUSED
+    assert operations.drain(name, "looks odd").outcome is ActionOutcome.DONE
+    assert operations.drain(name, "looks odd").outcome is ActionOutcome.UNCHANGED
     for _ in range(15):
         made.step()
         assert made.ready("small") >= 1
@@ -168,7 +167,7 @@ def test_a_drained_endpoint_is_replaced_by_another() -> None:
 @pytest.mark.parametrize("subject", ["node-a", "node-a-gpu0"])
 def test_restarting_a_gpu_or_a_node_restarts_what_runs_there(subject: str) -> None:
     made = world(replicas=3)
-    operations = Operations(made.control)
+    operations = OperatorActions(made.control)
     there = {
         name
         for name, lease in made.control.desk.book.leases.items()
@@ -179,20 +178,20 @@ def test_restarting_a_gpu_or_a_node_restarts_what_runs_there(subject: str) -> No
     made.step(30)
     restarted = {name for name, item in made.control.registry.endpoints.items() if item.generation > 1}
     assert restarted == there
-    assert operations.restart("node-b-gpu1", "").outcome is Outcome.REFUSED
+    assert operations.restart("node-b-gpu1", "").outcome is ActionOutcome.REFUSED
 
 
 @pytest.mark.parametrize("wish", ["cordon", "uncordon", "drain", "restart"])
 def test_what_is_not_there_is_unknown(wish: str) -> None:
     made = world()
     events = made.control.registry.events
-    assert getattr(Operations(made.control), wish)("GPU-nowhere", "").outcome is Outcome.UNKNOWN
+    assert getattr(OperatorActions(made.control), wish)("GPU-nowhere", "").outcome is ActionOutcome.UNKNOWN
     assert made.control.registry.events == events
 
 
 def test_every_wish_is_in_the_record_with_who_and_why() -> None:
     made = world()
-    Operations(made.control).cordon("node-a-gpu0", "a fan rattles")
+    OperatorActions(made.control).cordon("node-a-gpu0", "a fan rattles")
     event = made.control.registry.events[-1]
     assert (event.kind, event.subject, event.actor) == ("cordon", "node-a-gpu0", "operator")
     assert event.reason == "a fan rattles"
@@ -206,14 +205,14 @@ def test_names_may_be_cut_short_where_they_name_one_thing() -> None:
         "endpoints": {"small-x1y2"},
     }
 
-    def find(name: str) -> Subject | str:
-        return find_subject(name, **there)
+    def find(name: str) -> ResourceName | str:
+        return find_resource(name, **there)
 
-    assert find("small") == Subject(SubjectKind.TIER, "small")
-    assert find("smaller") == Subject(SubjectKind.TIER, "smaller")
-    assert find("GPU-9") == Subject(SubjectKind.GPU, "GPU-9")
-    assert find("3fa9c") == Subject(SubjectKind.NODE, "3fa9c0de")
-    assert find("small-x") == Subject(SubjectKind.ENDPOINT, "small-x1y2")
+    assert find("small") == ResourceName(ResourceKind.TIER, "small")
+    assert find("smaller") == ResourceName(ResourceKind.TIER, "smaller")
+    assert find("GPU-9") == ResourceName(ResourceKind.GPU, "GPU-9")
+    assert find("3fa9c") == ResourceName(ResourceKind.NODE, "3fa9c0de")
+    assert find("small-x") == ResourceName(ResourceKind.ENDPOINT, "small-x1y2")
     assert "2 things" in str(find("GPU-1234"))
     assert "no GPU, node, tier or endpoint" in str(find("3fa"))
 
@@ -224,17 +223,17 @@ def test_names_may_be_cut_short_where_they_name_one_thing() -> None:
 def test_a_lease_waits_for_the_nodes_first_report_and_for_a_new_controller() -> None:
     made = World({}, {"small": 1})
     control = made.control
-    assert control.lease_gpus("h", 1, "node-a", Shape(), "small").outcome is LeaseOutcome.WAIT
+    assert control.lease_gpus("h", 1, "node-a", GangShape(), "small").outcome is LeaseOutcome.WAIT
     control.observe_node("node-a", [node_sample("node-a", 1, 0.0, [gpu_sample("g0")])], [])
-    assert control.lease_gpus("h", 1, "node-a", Shape(), "small").outcome is LeaseOutcome.GRANTED
+    assert control.lease_gpus("h", 1, "node-a", GangShape(), "small").outcome is LeaseOutcome.GRANTED
     made.start_controller("e2", settle_s=6.0)
     made.control.observe_node("node-a", [node_sample("node-a", 2, 0.0, [gpu_sample("g0")])], [])
-    waits = made.control.lease_gpus("other", 1, "node-a", Shape(), "small")
+    waits = made.control.lease_gpus("other", 1, "node-a", GangShape(), "small")
     assert waits.outcome is LeaseOutcome.WAIT
     assert waits.retry_after_s > 0
-    assert made.control.restore_lease("h", 1, "node-a", (Part("g0"),)).outcome is LeaseOutcome.GRANTED
+    assert made.control.restore_lease("h", 1, "node-a", (GpuPart("g0"),)).outcome is LeaseOutcome.GRANTED
     made.clock.s += 6.0
-    refused = made.control.lease_gpus("other", 1, "node-a", Shape(), "small")
+    refused = made.control.lease_gpus("other", 1, "node-a", GangShape(), "small")
     assert refused.outcome is LeaseOutcome.REFUSED
     assert "needs 1 free GPU" in refused.reason
 
@@ -242,7 +241,7 @@ def test_a_lease_waits_for_the_nodes_first_report_and_for_a_new_controller() -> 
 def test_a_node_whose_gpus_cannot_be_read_is_left_to_ray() -> None:
     made = World({"node-a": []}, {})
     made.observe()
-    answer = made.control.lease_gpus("h", 1, "node-a", Shape(), "small")
+    answer = made.control.lease_gpus("h", 1, "node-a", GangShape(), "small")
     assert answer.outcome is LeaseOutcome.UNMANAGED
     assert "no driver" in answer.reason
 
@@ -251,8 +250,8 @@ def test_suspect_gpus_and_those_of_a_silent_driver_are_the_last_resort() -> None
     made = World({"node-a": ["g0", "g1"]}, {})
     made.samples["node-a"] = {"g0": {"temperature_c": 95}}
     made.observe()
-    first = made.control.lease_gpus("h1", 1, "node-a", Shape(), "t")
-    second = made.control.lease_gpus("h2", 1, "node-a", Shape(), "t")
+    first = made.control.lease_gpus("h1", 1, "node-a", GangShape(), "t")
+    second = made.control.lease_gpus("h2", 1, "node-a", GangShape(), "t")
     assert first.lease is not None
     assert first.lease.gpu_uuids == ("g1",)
     assert second.lease is not None
@@ -268,7 +267,7 @@ def test_gpus_of_one_island_go_together() -> None:
         nvlinks = (NvLink(0, True, "", f"g{links[i]}", False),)
         gpus.append(replace(sample, info=replace(sample.info, nvlinks=nvlinks)))
     made.control.observe_node("n", [node_sample("n", 1, 0.0, gpus)], [])
-    answer = made.control.lease_gpus("h", 1, "n", Shape(gpus=2), "t")
+    answer = made.control.lease_gpus("h", 1, "n", GangShape(gpus=2), "t")
     assert answer.lease is not None
     assert answer.lease.gpu_uuids in (("g0", "g2"), ("g1", "g3"))
 
@@ -301,7 +300,7 @@ def test_whoever_claims_somebody_elses_gpu_is_told_to_leave() -> None:
     [uuid] = made.replicas[name].endpoint.gpu_uuids
     other = replace(made.replicas[name].endpoint, endpoint_id="small-old")
     made.control.register(other)
-    answer = made.control.restore_lease("small-old", 1, other.node_id, (Part(uuid),))
+    answer = made.control.restore_lease("small-old", 1, other.node_id, (GpuPart(uuid),))
     assert answer.outcome is LeaseOutcome.REFUSED
     made.control.tick()
     made.control.tick()
@@ -310,7 +309,7 @@ def test_whoever_claims_somebody_elses_gpu_is_told_to_leave() -> None:
 
 
 def test_shares_are_accounted_with_their_memory() -> None:
-    made = world(replicas=3, shape=Shape(milli_gpu=300, gpu_memory_bytes=30 * GIB))
+    made = world(replicas=3, shape=GangShape(milli_gpu=300, gpu_memory_bytes=30 * GIB))
     assert made.ready("small") == 3
     for view in made.control.gpus():
         assert sum(holder.milli for holder in view.holders) <= 1000

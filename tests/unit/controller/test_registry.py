@@ -1,6 +1,6 @@
 from dataclasses import replace
 
-from controlplane.controller.registry import FAILED_KEPT_S, MISSED_REPORTS, WARMING_REPORTS, Controller
+from controlplane.controller.registry import FAILED_KEPT_S, MISSED_REPORTS, WARMING_REPORTS, Registry
 from controlplane.core.cluster.snapshot import GatewayInfo
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
@@ -16,9 +16,9 @@ class Clock:
         return self.s
 
 
-def make() -> tuple[Controller, Clock]:
+def make() -> tuple[Registry, Clock]:
     clock = Clock()
-    return Controller(epoch="e1", heartbeat_s=HEARTBEAT_S, now_s=clock, unix_s=clock), clock
+    return Registry(epoch="e1", heartbeat_s=HEARTBEAT_S, now_s=clock, unix_s=clock), clock
 
 
 def endpoint(name: str = "balanced-1", state: EndpointState = EndpointState.STARTING) -> Endpoint:
@@ -35,11 +35,11 @@ def endpoint(name: str = "balanced-1", state: EndpointState = EndpointState.STAR
     )
 
 
-def kinds(controller: Controller) -> list[str]:
+def kinds(controller: Registry) -> list[str]:
     return [event.kind for event in controller.events]
 
 
-def pass_time(controller: Controller, clock: Clock, s: float) -> None:
+def pass_time(controller: Registry, clock: Clock, s: float) -> None:
     """Time passes in steps of one heartbeat, as the actor's loop has it."""
     end_s = clock.s + s
     while clock.s < end_s:

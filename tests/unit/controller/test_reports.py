@@ -15,7 +15,7 @@ from controlplane.controller.recorder import Recorder
 from controlplane.controller.reports import Reports
 from controlplane.core.cluster.snapshot import GatewayInfo
 from controlplane.core.reports.report import PlaneReport
-from controlplane.core.traffic.counters import Traffic
+from controlplane.core.traffic.counters import TrafficCounters
 from tests.support.control import HEARTBEAT_S, World
 from tests.support.waiting import until
 
@@ -31,7 +31,7 @@ class Plane:
         self.world.clock.s = START_S
         self.path = path
         self.settings = ReportsConfig(**settings)
-        self.served = Traffic("small")
+        self.served = TrafficCounters("small")
         self.start()
 
     def start(self, epoch: str = "e1") -> None:

@@ -10,15 +10,15 @@ import pytest
 from controlplane.config import TierConfig
 from controlplane.config.scaling import ControllerScalingConfig, ScalingConfig
 from controlplane.controller import checkpoint
-from controlplane.controller.operator_actions import Operations
+from controlplane.controller.operator_actions import OperatorActions
 from controlplane.controller.scaling import Scaling
 from controlplane.core.cluster.snapshot import GatewayInfo
-from controlplane.core.gpus.inventory import GpuFleet
+from controlplane.core.gpus.inventory import GpuInventory
 from controlplane.core.gpus.leases import LeaseBook
 from controlplane.core.recommendations.views import as_json_value
-from controlplane.core.reconcile.commands import Outcome
-from controlplane.core.reconcile.in_progress import Work
-from controlplane.core.traffic.counters import LATENCY_BOUNDS_S, Traffic
+from controlplane.core.reconcile.commands import ActionOutcome
+from controlplane.core.reconcile.in_progress import InProgress
+from controlplane.core.traffic.counters import LATENCY_BOUNDS_S, TrafficCounters
 from controlplane.planning.tier_specs import tier_specs
 from tests.support.control import HEARTBEAT_S, World
 from tests.support.gateway import plane
@@ -44,7 +44,7 @@ class Live:
         self.config = ControllerScalingConfig.model_validate(
             {"mode": mode, "tick_s": 1.0, "advice_interval_s": 10.0, "window_s": 20.0, "score_after_s": 20.0}
         )
-        self.counted = Traffic("small")
+        self.counted = TrafficCounters("small")
         self.silent = False
         self.connect()
 
@@ -171,8 +171,8 @@ def test_a_number_set_by_hand_wins_for_as_long_as_it_was_set() -> None:
     live = Live({"min_replicas": 1, "max_replicas": 5})
     live.step(20, per_s=1)
     answer = live.scaling.scale("small", 3, 30.0, "a rush is coming")
-    assert answer.outcome is Outcome.DONE
-    assert live.scaling.scale("small", 3, 30.0, "a rush is coming").outcome is Outcome.UNCHANGED
+    assert answer.outcome is ActionOutcome.DONE
+    assert live.scaling.scale("small", 3, 30.0, "a rush is coming").outcome is ActionOutcome.UNCHANGED
     live.step(10, per_s=1)
     assert live.replicas == 3
     assert live.scaling.report().tiers[0].mode == "by hand"
@@ -181,8 +181,8 @@ def test_a_number_set_by_hand_wins_for_as_long_as_it_was_set() -> None:
     live.scaling.scale("small", 2, None, "")
     live.step(60, per_s=0)
     assert live.replicas == 2
-    assert live.scaling.scale("small", None, None, "").outcome is Outcome.DONE
-    assert live.scaling.scale("small", None, None, "").outcome is Outcome.UNCHANGED
+    assert live.scaling.scale("small", None, None, "").outcome is ActionOutcome.DONE
+    assert live.scaling.scale("small", None, None, "").outcome is ActionOutcome.UNCHANGED
     live.step(60, per_s=0)
     assert live.replicas == 1
 
@@ -206,7 +206,7 @@ def test_what_can_not_be_set_by_hand(tier: str, replicas: int) -> None:
     live = Live({"min_replicas": 1, "max_replicas": 5})
     live.step(5, per_s=1)
     answer = live.scaling.scale(tier, replicas, None, "")
-    assert answer.outcome in {Outcome.REFUSED, Outcome.UNKNOWN}
+    assert answer.outcome in {ActionOutcome.REFUSED, ActionOutcome.UNKNOWN}
     assert ("max_replicas" if tier == "small" else "there is small") in answer.reason
 
 
@@ -303,7 +303,7 @@ def test_a_node_that_is_cordoned_counts_with_what_runs_there_and_one_that_is_dra
     live.step(60, per_s=16)
     before = live.replicas
     assert 3 <= before < len(GPUS)
-    operations = Operations(live.world.control)
+    operations = OperatorActions(live.world.control)
     operations.cordon("n1", "new cables")
     live.step(40, per_s=60)
     (found,) = live.scaling.report().tiers
@@ -320,10 +320,10 @@ def test_that_there_were_gpus_is_still_known_after_a_restart() -> None:
     live.step(30, per_s=3)
     old = live.world.control
     values = checkpoint.to_values(old.fleet, old.desk.book, old.work, 0.0)
-    fleet, book, work = GpuFleet(), LeaseBook(), Work()
+    fleet, book, work = GpuInventory(), LeaseBook(), InProgress()
     checkpoint.restore_plane(values, fleet, book, work, now_s=0.0, shift_s=0.0)
     assert fleet.counted
 
 
 def test_where_no_gpu_was_ever_reported_nobody_counts() -> None:
-    assert not GpuFleet().counted
+    assert not GpuInventory().counted

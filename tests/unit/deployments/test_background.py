@@ -8,7 +8,7 @@ import contextlib
 import pytest
 
 from deployments import background as tasks
-from deployments.background import Background
+from deployments.background import BackgroundTasks
 
 
 def test_one_that_lost_its_cancellation_is_cancelled_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,7 +23,7 @@ def test_one_that_lost_its_cancellation_is_cancelled_again(monkeypatch: pytest.M
         await asyncio.sleep(60)
 
     async def work() -> None:
-        background = Background(deaf(), asyncio.sleep(60))
+        background = BackgroundTasks(deaf(), asyncio.sleep(60))
         await asyncio.sleep(0)
         await asyncio.wait_for(background.cancel(), 5)
         background.check()
@@ -37,7 +37,7 @@ def test_one_that_ended_by_itself_is_told_with_its_cause() -> None:
         raise ValueError("no such thing")
 
     async def work() -> None:
-        background = Background(fail())
+        background = BackgroundTasks(fail())
         await asyncio.sleep(0.01)
         with pytest.raises(RuntimeError, match="no such thing"):
             background.check()

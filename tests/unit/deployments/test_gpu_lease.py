@@ -9,14 +9,14 @@ import pytest
 import structlog
 
 from controlplane.controller.client import ControllerUnavailable
-from controlplane.core.gpus.leases import Answer, Lease, Outcome, Part
-from controlplane.core.placement.gangs import Shape
-from controlplane.core.reconcile.commands import StartAnswer
+from controlplane.core.gpus.leases import GpuLease, GpuPart, LeaseOutcome, LeaseResponse
+from controlplane.core.placement.gangs import GangShape
+from controlplane.core.reconcile.commands import StartPermission
 from controlplane.errors import EngineError
 from deployments import gpu_lease
-from deployments.gpu_lease import GpuDesk, Gpus
+from deployments.gpu_lease import EngineGpus, GpuLeaseClient
 
-LEASE = Lease("small-a", 1, "node-1", (Part("GPU-7"), Part("GPU-3")), 0.0)
+LEASE = GpuLease("small-a", 1, "node-1", (GpuPart("GPU-7"), GpuPart("GPU-3")), 0.0)
 AWAY = ControllerUnavailable("it is away")
 
 
@@ -51,30 +51,30 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_lease.asyncio, "sleep", sleep)
 
 
-def desk(link: Link, said: list[str] | None = None) -> GpuDesk:
+def desk(link: Link, said: list[str] | None = None) -> GpuLeaseClient:
     tell = (said if said is not None else []).append
     log = structlog.get_logger()
-    return GpuDesk(link, holder="small-a", tier="small", node_id="node-1", tell=tell, log=log)  # type: ignore[arg-type]
+    return GpuLeaseClient(link, holder="small-a", tier="small", node_id="node-1", tell=tell, log=log)  # type: ignore[arg-type]
 
 
-def lease(link: Link, said: list[str] | None = None) -> Gpus:
-    return asyncio.run(desk(link, said).lease(Shape(gpus=2), ("0", "1")))
+def lease(link: Link, said: list[str] | None = None) -> EngineGpus:
+    return asyncio.run(desk(link, said).lease(GangShape(gpus=2), ("0", "1")))
 
 
 def test_the_engine_gets_the_leased_uuids_in_the_order_of_the_ranks() -> None:
-    link = Link(Answer(Outcome.GRANTED, "in one NVLink island", LEASE))
+    link = Link(LeaseResponse(LeaseOutcome.GRANTED, "in one NVLink island", LEASE))
     found = lease(link)
     assert found.ids == found.uuids == ("GPU-7", "GPU-3")
     assert found.lease is LEASE
-    assert link.calls == [("lease_gpus", "small-a", 1, "node-1", Shape(gpus=2), "small")]
+    assert link.calls == [("lease_gpus", "small-a", 1, "node-1", GangShape(gpus=2), "small")]
 
 
 @pytest.mark.parametrize(
     ("answers", "reason"),
     [
         ([AWAY], "away"),
-        ([Answer(Outcome.UNMANAGED, "no driver")], "no driver"),
-        ([Answer(Outcome.WAIT, "the agent is silent", retry_after_s=1.0)], "silent"),
+        ([LeaseResponse(LeaseOutcome.UNMANAGED, "no driver")], "no driver"),
+        ([LeaseResponse(LeaseOutcome.WAIT, "the agent is silent", retry_after_s=1.0)], "silent"),
     ],
     ids=["no controller", "no driver", "never known"],
 )
@@ -87,24 +87,26 @@ def test_without_a_lease_the_engine_gets_what_ray_named(answers: list[Any], reas
 
 def test_what_is_not_known_yet_is_waited_for_and_people_are_told() -> None:
     said: list[str] = []
-    wait = Answer(Outcome.WAIT, "the node's agent has not reported yet", retry_after_s=1.0)
-    assert lease(Link(AWAY, wait, wait, Answer(Outcome.UNCHANGED, "", LEASE)), said).lease is LEASE
+    wait = LeaseResponse(LeaseOutcome.WAIT, "the node's agent has not reported yet", retry_after_s=1.0)
+    assert (
+        lease(Link(AWAY, wait, wait, LeaseResponse(LeaseOutcome.UNCHANGED, "", LEASE)), said).lease is LEASE
+    )
     assert said == ["waiting for a GPU: the node's agent has not reported yet"] * 2
 
 
 def test_a_node_without_a_gpu_for_it_is_left_for_another() -> None:
-    refused = Answer(Outcome.REFUSED, "needs 2 free GPUs, has 1", retry_after_s=5.0)
+    refused = LeaseResponse(LeaseOutcome.REFUSED, "needs 2 free GPUs, has 1", retry_after_s=5.0)
     link = Link(refused)
     with pytest.raises(EngineError, match="needs 2 free GPUs, has 1"):
         lease(link)
     assert len(link.calls) == 5
-    assert lease(Link(refused, refused, Answer(Outcome.GRANTED, "", LEASE))).lease is LEASE
+    assert lease(Link(refused, refused, LeaseResponse(LeaseOutcome.GRANTED, "", LEASE))).lease is LEASE
 
 
 def test_a_held_tier_is_waited_for_as_long_as_it_takes() -> None:
     said: list[str] = []
-    held = StartAnswer(False, "tier small is held: it crashes", 5.0)
-    link = Link(*[held] * 100, StartAnswer(True, ""))
+    held = StartPermission(False, "tier small is held: it crashes", 5.0)
+    link = Link(*[held] * 100, StartPermission(True, ""))
     asyncio.run(desk(link, said).may_start())
     assert said == ["tier small is held: it crashes"] * 100
     asyncio.run(desk(Link(AWAY)).may_start())

@@ -11,10 +11,10 @@ import pytest
 
 from controlplane.config import TierConfig
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
-from controlplane.core.reconcile.commands import Order, OrderKind
+from controlplane.core.reconcile.commands import ReplicaCommand, ReplicaCommandKind
 from controlplane.engines.supervision.status import EngineStatus
 from deployments import tier as module
-from deployments.background import Background
+from deployments.background import BackgroundTasks
 from deployments.tier import TierReplica
 
 
@@ -64,13 +64,13 @@ def replica(supervisor: Supervisor) -> tuple[Any, Link]:
     made: Any = object.__new__(Bare)
     link = Link()
     made._tier = TierConfig(name="small", engine="simulated")
-    made._supervisor, made._link, made._tasks = supervisor, link, Background()
+    made._supervisor, made._link, made._tasks = supervisor, link, BackgroundTasks()
     made._base = Endpoint("small-a", "small", "m", "simulated", "", EndpointState.READY, 10)
     return made, link
 
 
-def order(kind: OrderKind, generation: int = 0) -> Order:
-    return Order(kind, "small-a", "why", generation)
+def order(kind: ReplicaCommandKind, generation: int = 0) -> ReplicaCommand:
+    return ReplicaCommand(kind, "small-a", "why", generation)
 
 
 def test_a_replica_that_is_retired_drains_and_ends_once(ended: list[tuple[int, int]]) -> None:
@@ -79,9 +79,9 @@ def test_a_replica_that_is_retired_drains_and_ends_once(ended: list[tuple[int, i
     async def work() -> None:
         made, link = replica(supervisor)
         for _ in range(3):
-            made._obey((order(OrderKind.RETIRE),))
+            made._obey((order(ReplicaCommandKind.RETIRE),))
         await asyncio.gather(made._retiring, TierReplica.__del__(made))
-        made._obey((order(OrderKind.RETIRE),))
+        made._obey((order(ReplicaCommandKind.RETIRE),))
         await made.check_health()
         assert link.told == [("deregister", "small-a", "drained")]
 
@@ -95,7 +95,7 @@ def test_one_that_does_not_serve_yet_is_stopped(ended: list[tuple[int, int]]) ->
 
     async def work() -> None:
         made, _ = replica(supervisor)
-        made._obey((order(OrderKind.RETIRE),))
+        made._obey((order(ReplicaCommandKind.RETIRE),))
         await made._retiring
 
     asyncio.run(work())
@@ -107,13 +107,13 @@ def test_an_engine_is_restarted_once_for_each_process_that_is_meant() -> None:
     supervisor = Supervisor(generation=3)
     made, _ = replica_without_loop(supervisor)
     for _ in range(3):
-        made._obey((order(OrderKind.RESTART, 3),))
-    made._obey((order(OrderKind.RESTART, 2),))
+        made._obey((order(ReplicaCommandKind.RESTART, 3),))
+    made._obey((order(ReplicaCommandKind.RESTART, 2),))
     assert supervisor.calls == ["restart: why"]
     supervisor.status = EngineStatus(state=EndpointState.READY, generation=4)
-    made._obey((order(OrderKind.RESTART, 3),))
+    made._obey((order(ReplicaCommandKind.RESTART, 3),))
     assert supervisor.calls == ["restart: why"]
-    made._obey((order(OrderKind.RESTART, 4),))
+    made._obey((order(ReplicaCommandKind.RESTART, 4),))
     assert supervisor.calls == ["restart: why"] * 2
 
 

@@ -8,7 +8,7 @@ import pytest
 from controlplane.config import TierConfig
 from controlplane.engines.base import Launch
 from controlplane.engines.llamacpp import SECRET_ENV, LlamaCppEngine
-from controlplane.engines.llamacpp_server import Unusable, apply, gguf_file
+from controlplane.engines.llamacpp_server import UnusableSettings, apply, gguf_file
 from controlplane.engines.output import PORT_TAKEN
 
 ENGINE = LlamaCppEngine()
@@ -67,7 +67,7 @@ def test_names_of_the_command_line_and_of_the_fields_both_work():
     ],
 )
 def test_wrong_arguments_are_named(given, says):
-    with pytest.raises(Unusable) as caught:
+    with pytest.raises(UnusableSettings) as caught:
         apply(params(), given)
     assert says in str(caught.value)
 
@@ -94,9 +94,9 @@ def test_the_model_is_a_file_or_the_only_one_in_a_folder(tmp_path):
         (tmp_path / part).touch()
     assert gguf_file(str(tmp_path)).name == "big-00001-of-00002.gguf"
     one.touch()
-    with pytest.raises(Unusable, match=r"there is big-00001-of-00002.gguf, one.gguf: name the file"):
+    with pytest.raises(UnusableSettings, match=r"there is big-00001-of-00002.gguf, one.gguf: name the file"):
         gguf_file(str(tmp_path))
-    with pytest.raises(Unusable, match=r"no model at"):
+    with pytest.raises(UnusableSettings, match=r"no model at"):
         gguf_file(str(tmp_path / "none"))
 
 

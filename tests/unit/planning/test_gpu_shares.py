@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from controlplane.config import TierConfig
-from controlplane.core.placement.gangs import Shape
+from controlplane.core.placement.gangs import GangShape
 from controlplane.core.sizing.gpu_models import GIB, MIB
 from controlplane.core.telemetry.samples import GpuCondition, GpuInfo, GpuSample
 from controlplane.planning.gpu_shares import lease_shape
@@ -34,7 +34,7 @@ class Reader:
         pass
 
 
-def asked(reader: Any = None, **fields: Any) -> Shape:
+def asked(reader: Any = None, **fields: Any) -> GangShape:
     values = {"name": "t", "model": "bundled:smollm2-135m", "engine": "vllm", **fields}
     return lease_shape(TierConfig(**values), reader or Reader())
 
@@ -42,13 +42,13 @@ def asked(reader: Any = None, **fields: Any) -> Shape:
 @pytest.mark.parametrize(
     ("fields", "shape"),
     [
-        ({}, Shape()),
-        ({"tensor_parallel_size": 3}, Shape(gpus=3)),
-        ({"device": "cpu"}, Shape(gpus=0)),
-        ({"engine": "simulated", "engine_args": {"gpus": 2}}, Shape(gpus=2)),
+        ({}, GangShape()),
+        ({"tensor_parallel_size": 3}, GangShape(gpus=3)),
+        ({"device": "cpu"}, GangShape(gpus=0)),
+        ({"engine": "simulated", "engine_args": {"gpus": 2}}, GangShape(gpus=2)),
     ],
 )
-def test_whole_gpus_need_no_accounting(fields: dict[str, Any], shape: Shape) -> None:
+def test_whole_gpus_need_no_accounting(fields: dict[str, Any], shape: GangShape) -> None:
     assert asked(**fields) == shape
 
 
@@ -75,7 +75,7 @@ def test_without_a_driver_a_share_is_compute_only() -> None:
         def read(self) -> tuple[GpuSample, ...]:
             return ()
 
-    assert asked(Nothing(), gpu_share=0.5) == Shape(milli_gpu=500)
+    assert asked(Nothing(), gpu_share=0.5) == GangShape(milli_gpu=500)
 
 
 def test_accepted_models_go_by_the_names_that_the_driver_uses() -> None:

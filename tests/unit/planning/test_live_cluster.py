@@ -10,7 +10,7 @@ import ray._private.state
 
 from controlplane.config import PlaneConfig
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
-from controlplane.core.placement.occupancy import Reserved
+from controlplane.core.placement.occupancy import ReservedResources
 from controlplane.core.telemetry.samples import NOT_SAMPLED, GpuCondition, GpuInfo, GpuSample, NodeSample
 from controlplane.planning import live_cluster as module
 from controlplane.planning.live_cluster import live_cluster
@@ -89,8 +89,8 @@ def test_nodes_and_what_is_reserved(cluster: SimpleNamespace) -> None:
     assert (one.gpus[0].model, two.gpus[0].model) == ("L4", "H100-80G")
     assert (one.memory_bytes, two.memory_bytes) == (64 * GIB, 9 * GIB)
     assert found.reserved == {
-        "host-aaaaaaaa": Reserved(3500, 1500, 14 * GIB),
-        "host-bbbbbbbb": Reserved(1000, 0, 0),
+        "host-aaaaaaaa": ReservedResources(3500, 1500, 14 * GIB),
+        "host-bbbbbbbb": ReservedResources(1000, 0, 0),
     }
     assert found.notes == ()
 

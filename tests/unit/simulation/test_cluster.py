@@ -5,15 +5,15 @@ from dataclasses import replace
 import pytest
 
 from controlplane.core.placement.batch_planner import plan
-from controlplane.core.placement.gangs import Gang, Placement, Shape
-from controlplane.core.placement.planner import ClusterState
+from controlplane.core.placement.gangs import Gang, GangShape, Placement
+from controlplane.core.placement.planner import PlacedCluster
 from controlplane.core.placement.topology import Gpu, Node
 from controlplane.simulation.clock import VirtualClock
 from controlplane.simulation.cluster import Cluster
 
-WHOLE = Shape()
-PAIR = Shape(gpus=2)
-HALF = Shape(milli_gpu=500)
+WHOLE = GangShape()
+PAIR = GangShape(gpus=2)
+HALF = GangShape(milli_gpu=500)
 
 
 def node(name: str, gpus: int, model: str = "L4") -> Node:
@@ -32,7 +32,7 @@ class Bench:
         if opened:
             self.cluster.open()
 
-    def ask(self, name: str, shape: Shape | None = WHOLE) -> None:
+    def ask(self, name: str, shape: GangShape | None = WHOLE) -> None:
         def start(placement: Placement | None, ready: bool) -> None:
             self.begun.append((name, self.clock.now_s))
             self.places[name] = placement
@@ -62,7 +62,7 @@ def test_what_the_run_begins_with_is_placed_together_as_a_plan_would() -> None:
     bench.cluster.open()
     # One after the other, the two single ones would have kept apart, and the pair would find no node.
     assert sorted(bench.ready) == ["one", "pair", "two"]
-    expected = plan(ClusterState(machines), [Gang(name, shape, "tier") for name, shape in shapes.items()])
+    expected = plan(PlacedCluster(machines), [Gang(name, shape, "tier") for name, shape in shapes.items()])
     assert {name: place.gpu_uuids for name, place in bench.places.items() if place} == {
         place.gang.gang_id: place.gpu_uuids for place in expected.placements
     }
@@ -179,6 +179,6 @@ def test_without_nodes_there_is_always_room() -> None:
 
 def test_the_gpu_model_of_a_place_is_known() -> None:
     bench = Bench(node("a", 1, "H100-80G"))
-    bench.ask("one", Shape(models=frozenset({"H100-80G"})))
+    bench.ask("one", GangShape(models=frozenset({"H100-80G"})))
     assert bench.cluster.model_of(bench.places["one"]) == "H100-80G"
     assert bench.cluster.model_of(None) == ""

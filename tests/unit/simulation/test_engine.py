@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from controlplane.simulation.clock import VirtualClock
-from controlplane.simulation.engine import BLOCK_TOKENS, Engine, Job, SimulatedTiming
+from controlplane.simulation.engine import BLOCK_TOKENS, EngineJob, SimulatedTiming, VirtualEngine
 
 
 class Steady:
@@ -22,8 +22,8 @@ class Steady:
 class Bench:
     def __init__(self, *, timing=None, kv_tokens=1e9, max_sequences=100) -> None:
         self.clock = VirtualClock()
-        self.done: list[Job] = []
-        self.engine = Engine(
+        self.done: list[EngineJob] = []
+        self.engine = VirtualEngine(
             self.clock,
             timing or Steady(),
             max_sequences=max_sequences,
@@ -32,8 +32,8 @@ class Bench:
             on_done=self.done.append,
         )
 
-    def submit(self, prompt: int, answer: int, blocks=None) -> Job:
-        job = Job(prompt, answer, blocks, None)
+    def submit(self, prompt: int, answer: int, blocks=None) -> EngineJob:
+        job = EngineJob(prompt, answer, blocks, None)
         self.engine.submit(job)
         return job
 

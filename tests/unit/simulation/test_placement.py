@@ -9,12 +9,12 @@ from dataclasses import replace
 
 import pytest
 
-from controlplane.core.autoscaling.capacity import EngineSpeed, Work
+from controlplane.core.autoscaling.capacity import EngineSpeed, RequestShape
 from controlplane.core.autoscaling.policy import ScalingSettings
 from controlplane.core.domain.slo import Slo
-from controlplane.core.placement.gangs import Shape
+from controlplane.core.placement.gangs import GangShape
 from controlplane.core.placement.topology import Gpu, Node
-from controlplane.core.routing.tier_table import Direction, TierPolicy
+from controlplane.core.routing.tier_table import OverflowDirection, TierPolicy
 from controlplane.simulation.clock import VirtualClock
 from controlplane.simulation.cluster import Cluster
 from controlplane.simulation.engine import SimulatedTiming
@@ -23,22 +23,22 @@ from controlplane.simulation.outages import OutageModel
 from controlplane.simulation.placement_text import room_lines
 from controlplane.simulation.plot import page
 from controlplane.simulation.policies import decision, each, reactive_policy
-from controlplane.simulation.results import Result
-from controlplane.simulation.simulator import Scenario, Seen, TierScenario, replay
+from controlplane.simulation.results import SimulationResult
+from controlplane.simulation.simulator import PolicyInput, Scenario, TierScenario, replay
 from controlplane.simulation.traces import Arrival
 
 COLD_S = 30.0
 
 
 def tier(name: str, replicas: int = 1, **shape: int) -> TierScenario:
-    asked = Shape(**shape)
+    asked = GangShape(**shape)
     engine = EngineModel(SimulatedTiming(0.05, 0.02, 0.01), 1e6, 256)
     return TierScenario(
-        TierPolicy(name, f"{name}-model", spill=Direction.NONE),
+        TierPolicy(name, f"{name}-model", spill=OverflowDirection.NONE),
         ReplicaModel(engine, 10, gpus=asked.total_milli / 1000, cold_start_s=COLD_S, shape=asked),
         ScalingSettings(1, 20, cold_start_s=COLD_S, sequences=10.0, slo=Slo(2.0, 0.1)),
         EngineSpeed(0.02, 0.0002, 1e-6),
-        Work(100.0, 50.0),
+        RequestShape(100.0, 50.0),
         replicas,
     )
 
@@ -55,7 +55,7 @@ class Script:
     def __init__(self, steps: dict[float, int]) -> None:
         self.steps = steps
 
-    def decide(self, seen: Seen):
+    def decide(self, seen: PolicyInput):
         begun = [target for at_s, target in self.steps.items() if at_s <= seen.observation.now_s]
         return decision(seen, begun[-1], "the script")
 
@@ -68,7 +68,7 @@ def quiet(*tiers: str, until_s: float = 600.0) -> list[Arrival]:
     return [Arrival(at_s, 20, 10, tier=name) for at_s in range(0, int(until_s) + 1, 5) for name in tiers]
 
 
-def ready_at(result: Result, name: str, count: int) -> float:
+def ready_at(result: SimulationResult, name: str, count: int) -> float:
     samples = next(entry.samples for entry in result.tiers if entry.record.tier == name)
     return next(sample.at_s for sample in samples if sample.ready >= count)
 
@@ -120,7 +120,7 @@ def test_what_the_run_begins_with_waits_too_if_there_is_no_room() -> None:
     assert only.room.waited_s == pytest.approx(600.0)
 
 
-def busy(scenario: Scenario, policy: str = "tierplane", seed: int = 0) -> Result:
+def busy(scenario: Scenario, policy: str = "tierplane", seed: int = 0) -> SimulationResult:
     """Some minutes in which both tiers want more than there is."""
     rng = random.Random(seed)
     arrivals, at_s = [], 0.0
@@ -201,7 +201,7 @@ def test_an_engine_is_as_fast_as_the_gpu_that_it_is_on() -> None:
         (lambda: busy(replace(failing(), outages=None), "hpa-slots"), ["waited for room: "]),
     ],
 )
-def test_people_read_what_there_was_room_for(make: Callable[[], Result], words: list[str]) -> None:
+def test_people_read_what_there_was_room_for(make: Callable[[], SimulationResult], words: list[str]) -> None:
     text = "\n".join(room_lines(make()))
     for word in words:
         assert word in text

@@ -8,28 +8,34 @@ from typing import Any
 
 import pytest
 
-from controlplane.core.autoscaling.capacity import EngineSpeed, Work
+from controlplane.core.autoscaling.capacity import EngineSpeed, RequestShape
 from controlplane.core.autoscaling.policy import ScalingSettings, TierScaler
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
 from controlplane.core.domain.slo import Slo
-from controlplane.core.placement.gangs import Shape
+from controlplane.core.placement.gangs import GangShape
 from controlplane.core.placement.topology import Gpu, Node
-from controlplane.core.recommendations.cycle import AdviceRules
-from controlplane.core.recommendations.rules import GPU_LOAD, SLOT_LOAD, Kind, Thresholds, TierCondition
+from controlplane.core.recommendations.cycle import RecommendationRules
+from controlplane.core.recommendations.rules import (
+    GPU_LOAD,
+    SLOT_LOAD,
+    RecommendationKind,
+    Thresholds,
+    TierCondition,
+)
 from controlplane.core.routing.endpoint_table import TierPool
-from controlplane.core.routing.tier_table import Direction, TierPolicy
+from controlplane.core.routing.tier_table import OverflowDirection, TierPolicy
 from controlplane.core.telemetry.series import Freshness
 from controlplane.simulation import recommendations as simulated
 from controlplane.simulation.engine import SimulatedTiming
 from controlplane.simulation.fleet import EngineModel, ReplicaModel
 from controlplane.simulation.plot import page
-from controlplane.simulation.policies import Static, each, reactive_policy
-from controlplane.simulation.recommendations import LOOKS, AdviceSettings, SimulatedAdvice
-from controlplane.simulation.results import START_UNIX_S, Result, TierRecord
+from controlplane.simulation.policies import StaticPolicy, each, reactive_policy
+from controlplane.simulation.recommendations import LOOKS, RecommendationSettings, SimulatedRecommendations
+from controlplane.simulation.results import START_UNIX_S, SimulationResult, TierRecord
 from controlplane.simulation.simulator import Scenario, TierScenario, replay
 from controlplane.simulation.traces import Arrival
 
-WORK = Work(100.0, 50.0)
+WORK = RequestShape(100.0, 50.0)
 PRIOR = EngineSpeed(0.02, 0.0002, 1e-6)
 
 
@@ -45,9 +51,9 @@ def steady(per_s: float, seconds: float) -> list[Arrival]:
     return [Arrival(i / per_s, 100, 50) for i in range(1, int(per_s * seconds))]
 
 
-def fixed(scenario: Scenario, arrivals: list[Arrival]) -> Result:
+def fixed(scenario: Scenario, arrivals: list[Arrival]) -> SimulationResult:
     """With as many replicas as it begins with."""
-    return replay(scenario, each(lambda made: Static(made.replicas)), arrivals, "static")
+    return replay(scenario, each(lambda made: StaticPolicy(made.replicas)), arrivals, "static")
 
 
 # --- whole runs -------------------------------------------------------------------------------------------
@@ -56,7 +62,7 @@ def fixed(scenario: Scenario, arrivals: list[Arrival]) -> Result:
 def test_a_tier_that_is_too_small_is_told_to_scale_out_and_rightly_so() -> None:
     result = fixed(Scenario((tier(),)), steady(12.0, 1500.0))
     first = result.advice[0]
-    assert first.advice.kind is Kind.SCALE_OUT
+    assert first.advice.kind is RecommendationKind.SCALE_OUT
     assert first.advice.reasons[0] == "GPU utilisation is 100%, over 95%"
     assert any("requests wait, over 50" in reason for reason in first.advice.reasons)
     assert first.advice.replicas > 1
@@ -75,13 +81,13 @@ def test_what_the_policy_does_by_itself_counts_as_followed() -> None:
     result = replay(Scenario((tier(),)), reactive_policy("tierplane"), arrivals, "tierplane")
     followed = [item for item in result.advice if item.applied]
     assert followed
-    assert all(item.advice.kind is Kind.SCALE_OUT for item in followed)
+    assert all(item.advice.kind is RecommendationKind.SCALE_OUT for item in followed)
     assert result.decisions
 
 
 def test_an_idle_tier_is_told_to_scale_down() -> None:
     result = fixed(Scenario((tier(replicas=3),)), steady(0.05, 1200.0))
-    assert {item.advice.kind for item in result.advice} == {Kind.SCALE_DOWN}
+    assert {item.advice.kind for item in result.advice} == {RecommendationKind.SCALE_DOWN}
     assert result.advice[0].advice.replicas == 2
     assert result.advice[0].advice.effect.gpus == -1.0
     assert result.record.right == result.record.judged >= 1
@@ -89,19 +95,25 @@ def test_an_idle_tier_is_told_to_scale_down() -> None:
 
 def test_where_gpus_are_short_an_idle_tier_is_asked_to_give_one() -> None:
     hot = tier("light")
-    tiers = (replace(hot, policy=replace(hot.policy, spill=Direction.NONE)), tier("capable", replicas=3))
+    tiers = (
+        replace(hot, policy=replace(hot.policy, spill=OverflowDirection.NONE)),
+        tier("capable", replicas=3),
+    )
     arrivals = [arrival._replace(tier="light") for arrival in steady(12.0, 400.0)]
     short = fixed(Scenario(tiers, "light", gpus=4.0), arrivals)
-    assert {item.advice.kind for item in short.advice} == {Kind.REBALANCE}
+    assert {item.advice.kind for item in short.advice} == {RecommendationKind.REBALANCE}
     enough = fixed(Scenario(tiers, "light"), arrivals)
-    assert {item.advice.kind for item in enough.advice} == {Kind.SCALE_OUT, Kind.SCALE_DOWN}
+    assert {item.advice.kind for item in enough.advice} == {
+        RecommendationKind.SCALE_OUT,
+        RecommendationKind.SCALE_DOWN,
+    }
 
 
 def test_the_gpus_of_a_cluster_are_what_there_is() -> None:
-    def on(node_gpus: int) -> Result:
+    def on(node_gpus: int) -> SimulationResult:
         gpus = tuple(Gpu(f"n/{i}", i, "L4") for i in range(node_gpus))
         tiers = tuple(
-            replace(made, policy=replace(made.policy, spill=Direction.NONE), replica=placed(made))
+            replace(made, policy=replace(made.policy, spill=OverflowDirection.NONE), replica=placed(made))
             for made in (tier("light"), tier("capable", replicas=3))
         )
         nodes = (Node("n", gpus, 64_000, 1 << 40),)
@@ -109,10 +121,13 @@ def test_the_gpus_of_a_cluster_are_what_there_is() -> None:
         return fixed(Scenario(tiers, "light", nodes=nodes), arrivals)
 
     def placed(made: TierScenario) -> ReplicaModel:
-        return replace(made.replica, shape=Shape())
+        return replace(made.replica, shape=GangShape())
 
-    assert {item.advice.kind for item in on(4).advice} == {Kind.REBALANCE}
-    assert {item.advice.kind for item in on(8).advice} == {Kind.SCALE_OUT, Kind.SCALE_DOWN}
+    assert {item.advice.kind for item in on(4).advice} == {RecommendationKind.REBALANCE}
+    assert {item.advice.kind for item in on(8).advice} == {
+        RecommendationKind.SCALE_OUT,
+        RecommendationKind.SCALE_DOWN,
+    }
     # The idle tier has all of them, and a replica that waits for room is none.
     (first, *_) = on(3).advice
     assert first.advice.suggestion.startswith("take a replica from tier 'capable' (3 now) and run")
@@ -125,10 +140,12 @@ def test_thresholds_interval_and_times_are_the_settings() -> None:
     calm = Thresholds(gpu_ratio=1.0, queue=1e9, latency_ms=1e9)
     lenient = Scenario(
         (tier(slo=Slo(1e9, 1e9, attainment=0.01)),),
-        advice=AdviceSettings(AdviceRules(calm, 300.0, 600.0), 300.0),
+        advice=RecommendationSettings(RecommendationRules(calm, 300.0, 600.0), 300.0),
     )
     assert fixed(lenient, arrivals).record.given == 0
-    often = replace(scenario, advice=AdviceSettings(AdviceRules(Thresholds(), 50.0, 100.0), 50.0))
+    often = replace(
+        scenario, advice=RecommendationSettings(RecommendationRules(Thresholds(), 50.0, 100.0), 50.0)
+    )
     given = fixed(often, arrivals).advice
     assert given[0].unix_s == START_UNIX_S + 10.0
     assert given[1].unix_s - given[0].unix_s == 100.0
@@ -141,7 +158,7 @@ def test_looking_changes_nothing_of_the_run() -> None:
     arrivals = steady(9.0, 1200.0)
     texts = set()
     for window_s in (10.0, 333.0, 3600.0):
-        scenario = Scenario((failing,), advice=AdviceSettings(window_s=window_s))
+        scenario = Scenario((failing,), advice=RecommendationSettings(window_s=window_s))
         found = replay(scenario, reactive_policy("tierplane"), arrivals).as_json()
         texts.add(json.dumps([found["tiers"], found["decisions"]]))
     assert len(texts) == 1
@@ -149,7 +166,9 @@ def test_looking_changes_nothing_of_the_run() -> None:
 
 def test_a_run_keeps_the_last_advice_and_counts_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulated, "MOST_ADVICE", 2)
-    scenario = Scenario((tier(),), advice=AdviceSettings(AdviceRules(Thresholds(), 50.0, 100.0), 50.0))
+    scenario = Scenario(
+        (tier(),), advice=RecommendationSettings(RecommendationRules(Thresholds(), 50.0, 100.0), 50.0)
+    )
     result = fixed(scenario, steady(12.0, 1500.0))
     assert len(result.advice) == 2
     assert result.record.given == result.advice[-1].number > 10
@@ -209,7 +228,7 @@ class Played:
         self.pool = TierPool(0, "light")
         rule = self.scenario.rule
         scaler = TierScaler(rule.tier, rule.settings, rule.prior, rule.work)
-        made = simulated._Tier(self, self.pool, scaler, 100.0)
+        made = simulated._TierWindow(self, self.pool, scaler, 100.0)
         self.condition = made.condition
 
     def counts(self, arrived: int = 0, kept: int = 0, missed: int = 0, lost: int = 0) -> None:
@@ -281,13 +300,13 @@ def test_without_a_gpu_the_used_share_of_its_slots_stands_for_it() -> None:
 
 def test_a_window_holds_few_points() -> None:
     played = Played()
-    made = simulated._Tier(played, played.pool, TierScaler("light", *settings()), 100.0)
+    made = simulated._TierWindow(played, played.pool, TierScaler("light", *settings()), 100.0)
     for step in range(1000):
         made.condition(20.0 * (step + 1))
     assert len(made._points) <= LOOKS + 2
 
 
-def settings() -> tuple[ScalingSettings, EngineSpeed, Work]:
+def settings() -> tuple[ScalingSettings, EngineSpeed, RequestShape]:
     return ScalingSettings(), PRIOR, WORK
 
 
@@ -300,11 +319,15 @@ def test_what_the_policy_learned_is_what_is_advised_by() -> None:
         asked.append(name)
         return scaler
 
-    run = SimulatedAdvice(AdviceSettings(), [played], [played.pool], learned, start_unix_s=START_UNIX_S)
+    run = SimulatedRecommendations(
+        RecommendationSettings(), [played], [played.pool], learned, start_unix_s=START_UNIX_S
+    )
     seen: TierCondition = run._tiers[0].condition(60.0)
     assert asked == ["light"]
     assert seen.capacity is scaler.capacity
-    unknown = SimulatedAdvice(AdviceSettings(), [played], [played.pool], lambda _: None, start_unix_s=0.0)
+    unknown = SimulatedRecommendations(
+        RecommendationSettings(), [played], [played.pool], lambda _: None, start_unix_s=0.0
+    )
     assumed = unknown._tiers[0].condition(60.0)
     assert assumed.capacity is not None
     assert (assumed.capacity.prior, assumed.work) == (PRIOR, WORK)

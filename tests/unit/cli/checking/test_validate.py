@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from controlplane.cli import main
-from controlplane.cli.checking.checks import Verdict, check_variables
+from controlplane.cli.checking.checks import CheckStatus, check_variables
 from controlplane.cli.checking.extras import extras
 from controlplane.config import load_plane
 from tests.support.repository import CONFIGS
@@ -120,7 +120,7 @@ def test_variables_that_are_not_set_are_warned_of(naming: str, monkeypatch: pyte
 def test_doctor_warns_of_a_variable_that_is_not_set(naming: str) -> None:
     file = load_plane(naming)
     [check] = check_variables(file, {"FAR_KEY": "f4r"})
-    assert check.verdict is Verdict.WARN
+    assert check.verdict is CheckStatus.WARN
     assert check.message.startswith("applications[0].args.controller.alerts.webhooks[1].secret_env: ")
     assert "HOOK_SECRET" in check.remedy
     assert check_variables(file, {"FAR_KEY": "f4r", "HOOK_SECRET": "h00k"}) == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from controlplane.cli.lifecycle.activity import activity_json, activity_lines
-from controlplane.core.reconcile.migrations import Activity, Move, MovePhase, Restart, TierHold
+from controlplane.core.reconcile.migrations import Activity, Migration, MigrationPhase, Restart, TierHold
 
 REST = Activity((), (), (), (), settled=True, store_warning="", tick_s=0.001)
 
@@ -15,7 +15,9 @@ def test_at_rest_there_is_nothing_to_say() -> None:
 
 
 def test_everything_under_way_is_said_with_its_reason() -> None:
-    move = Move("small-a", "small", MovePhase.RETIRING, "XID 79", 1.0, 0.0, note="enough others serve")
+    move = Migration(
+        "small-a", "small", MigrationPhase.RETIRING, "XID 79", 1.0, 0.0, note="enough others serve"
+    )
     busy = Activity(
         (move,),
         (Restart("small-b", "small", 2, "asked to", 0.0),),

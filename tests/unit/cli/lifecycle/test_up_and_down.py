@@ -12,7 +12,7 @@ import yaml
 from click.testing import CliRunner, Result
 
 from controlplane.cli import main
-from controlplane.cli.lifecycle.progress import JsonVoice, LineVoice
+from controlplane.cli.lifecycle.progress import JsonProgress, LineProgress
 from controlplane.cli.lifecycle.tables import age
 from controlplane.cli.lifecycle.up import Interrupts, curl_line, openai_snippet
 from controlplane.core.cluster.snapshot import ClusterSnapshot
@@ -164,7 +164,7 @@ def tiers(phase: str, state: EndpointState = EndpointState.STARTING) -> tuple[Ti
 
 
 def test_lines_tell_changes_only(capsys: pytest.CaptureFixture[str]) -> None:
-    voice = LineVoice()
+    voice = LineProgress()
     voice.progress(tiers("loading weights"), 1.0)
     voice.progress(tiers("loading weights"), 1.5)
     voice.progress(tiers("", EndpointState.READY), 2.0)
@@ -175,7 +175,7 @@ def test_lines_tell_changes_only(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_json_lines_tell_changes_only_and_no_secret(capsys: pytest.CaptureFixture[str]) -> None:
-    voice = JsonVoice()
+    voice = JsonProgress()
     voice.step("starting Ray")
     voice.progress(tiers("loading weights"), 1.0)
     voice.progress(tiers("loading weights"), 1.5)

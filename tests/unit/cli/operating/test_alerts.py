@@ -16,19 +16,19 @@ from controlplane.cli import main
 from controlplane.cli.controller_access import PlaneAddress
 from controlplane.cli.lifecycle import status
 from controlplane.cli.operating import alerts
-from controlplane.core.alerts.book import AlertState, Kind, Severity
+from controlplane.core.alerts.book import AlertState, Severity, SubjectType
 from controlplane.core.alerts.rules import RULES
-from controlplane.core.alerts.views import AlertsAnswer, AlertView, FiringAlert, SilenceView, WebhookView
+from controlplane.core.alerts.views import AlertsResponse, AlertView, FiringAlert, SilenceView, WebhookView
 from controlplane.core.cluster.snapshot import ClusterSnapshot
 from controlplane.core.domain.event import Event
-from controlplane.core.reconcile.commands import ActionAnswer, Outcome
+from controlplane.core.reconcile.commands import ActionOutcome, ActionResponse
 from controlplane.core.reconcile.migrations import Activity
 
 DOWN = AlertView(
     rule="TierplaneTierDown",
     state=AlertState.FIRING,
     severity=Severity.CRITICAL,
-    kind=Kind.TIER,
+    kind=SubjectType.TIER,
     subject="small",
     summary="Tier small has no ready endpoint.",
     action="tierplane status says why.",
@@ -75,11 +75,11 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(main, ["alerts", *arguments])
 
 
-def answer(*shown: AlertView) -> AlertsAnswer:
+def answer(*shown: AlertView) -> AlertsResponse:
     unix_s = time.time()
     silence = SilenceView(3, "", "large", unix_s + 3630, "an upgrade", "ada")
     webhook = WebhookView("https://hooks.example", 4, 1, 0, 2, "it answered 500")
-    return AlertsAnswer(tuple(replace(a, since_unix_s=unix_s - 65) for a in shown), (silence,), (webhook,))
+    return AlertsResponse(tuple(replace(a, since_unix_s=unix_s - 65) for a in shown), (silence,), (webhook,))
 
 
 def test_for_people(play: Any) -> None:
@@ -114,7 +114,7 @@ def test_for_people(play: Any) -> None:
 
 
 def test_when_nothing_is_wrong(play: Any) -> None:
-    play(alerts=AlertsAnswer((), (), (WebhookView("https://x", 4, 0, 0, 0),)))
+    play(alerts=AlertsResponse((), (), (WebhookView("https://x", 4, 0, 0, 0),)))
     assert run().output == "Nothing is wrong that a rule looks for.\n"
 
 
@@ -133,7 +133,7 @@ def test_for_programs_and_with_the_past(play: Any) -> None:
 
 
 def test_wishes_go_to_the_controller(play: Any) -> None:
-    done = ActionAnswer(Outcome.DONE, "done so", ("small",))
+    done = ActionResponse(ActionOutcome.DONE, "done so", ("small",))
     plane = play(acknowledge_alert=done, silence_alerts=done, unsilence_alerts=done)
     assert run("ack", "TierDown", "small", "--by", "ada").output == "done so\n"
     assert run("silence", "--for", "2h", "--reason", "an upgrade", "--by", "ada").exit_code == 0
@@ -163,12 +163,12 @@ def test_a_duration_that_is_none_is_refused(words: str, play: Any) -> None:
 
 
 def test_what_is_not_done_ends_with_1_and_what_is_so_already_with_0(play: Any) -> None:
-    play(acknowledge_alert=ActionAnswer(Outcome.UNKNOWN, "there is no alert rule 'x'"))
+    play(acknowledge_alert=ActionResponse(ActionOutcome.UNKNOWN, "there is no alert rule 'x'"))
     done = run("ack", "x", "small")
     assert done.exit_code == 1
     assert "Error: there is no alert rule 'x'" in done.output
     assert run("ack", "x", "small", "--json").exit_code == 1
-    play(acknowledge_alert=ActionAnswer(Outcome.UNCHANGED, "bob has acknowledged it", ("small",)))
+    play(acknowledge_alert=ActionResponse(ActionOutcome.UNCHANGED, "bob has acknowledged it", ("small",)))
     done = run("ack", "TierDown", "small")
     assert (done.exit_code, done.output) == (0, "nothing to do: bob has acknowledged it\n")
 

@@ -15,7 +15,7 @@ from controlplane.cli import main
 from controlplane.cli.operating import events, gpus, operate
 from controlplane.core.domain.event import Event
 from controlplane.core.gpus.views import GpuHolder, GpuView
-from controlplane.core.reconcile.commands import ActionAnswer, Outcome
+from controlplane.core.reconcile.commands import ActionOutcome, ActionResponse
 from controlplane.core.telemetry.series import Freshness
 from controlplane.errors import SetupError
 
@@ -88,7 +88,7 @@ def gpu(**fields: Any) -> GpuView:
 
 @pytest.mark.parametrize("verb", ["cordon", "drain", "restart", "uncordon"])
 def test_a_wish_goes_to_the_controller_with_its_reason(verb: str, play: Any) -> None:
-    plane = play(lambda *_: ActionAnswer(Outcome.DONE, f"GPU {GPU}: {verb}ed", (GPU,)))
+    plane = play(lambda *_: ActionResponse(ActionOutcome.DONE, f"GPU {GPU}: {verb}ed", (GPU,)))
     done = run(verb, "GPU-5c72", "--reason", "fan is loud")
     assert done.exit_code == 0
     assert done.output == f"GPU {GPU}: {verb}ed\n"
@@ -105,15 +105,15 @@ def test_taking_something_out_of_use_needs_a_reason(verb: str, play: Any) -> Non
 
 
 def test_what_is_so_already_is_no_error(play: Any) -> None:
-    play(lambda *_: ActionAnswer(Outcome.UNCHANGED, "it was so already", (GPU,)))
+    play(lambda *_: ActionResponse(ActionOutcome.UNCHANGED, "it was so already", (GPU,)))
     done = run("cordon", GPU, "--reason", "again")
     assert done.exit_code == 0
     assert done.output == f"nothing to do: {GPU}: it was so already\n"
 
 
-@pytest.mark.parametrize("outcome", [Outcome.UNKNOWN, Outcome.REFUSED])
-def test_a_wish_that_is_not_fulfilled_ends_with_1_and_says_why(outcome: Outcome, play: Any) -> None:
-    play(lambda *_: ActionAnswer(outcome, "there is no GPU, node, tier or endpoint named 'x'"))
+@pytest.mark.parametrize("outcome", [ActionOutcome.UNKNOWN, ActionOutcome.REFUSED])
+def test_a_wish_that_is_not_fulfilled_ends_with_1_and_says_why(outcome: ActionOutcome, play: Any) -> None:
+    play(lambda *_: ActionResponse(outcome, "there is no GPU, node, tier or endpoint named 'x'"))
     done = run("drain", "x", "--reason", "y")
     assert done.exit_code == 1
     assert "Error: there is no GPU" in done.output

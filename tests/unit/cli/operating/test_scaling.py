@@ -13,23 +13,25 @@ from click.testing import CliRunner, Result
 
 from controlplane.cli import main
 from controlplane.cli.operating import recommendations, report, scale
-from controlplane.core.recommendations.log import Given, Record
-from controlplane.core.recommendations.rules import Effect, Kind, Recommendation, Score
+from controlplane.core.recommendations.log import IssuedRecommendation, TrackRecord
+from controlplane.core.recommendations.rules import Effect, Recommendation, RecommendationKind, Score
 from controlplane.core.recommendations.views import ScalingReport, TierScalingView
-from controlplane.core.reconcile.commands import ActionAnswer, Outcome
+from controlplane.core.reconcile.commands import ActionOutcome, ActionResponse
 from tests.unit.gateway.api.test_report_page import EVIL, made
 
 ADVICE = Recommendation(
     "small",
-    Kind.SCALE_OUT,
+    RecommendationKind.SCALE_OUT,
     ("60 requests wait, over 50",),
     "run 3 replicas instead of 2",
     Effect(900, 1, 1),
     0.7,
     3,
 )
-OPEN = Given(1, 0.0, ADVICE, 2, 0.0)
-JUDGED = Given(2, 0.0, ADVICE, 2, 0.0, True, Score(True, 0.8, "1000 ms measured, 900 predicted"))
+OPEN = IssuedRecommendation(1, 0.0, ADVICE, 2, 0.0)
+JUDGED = IssuedRecommendation(
+    2, 0.0, ADVICE, 2, 0.0, True, Score(True, 0.8, "1000 ms measured, 900 predicted")
+)
 VIEW = TierScalingView("small", 2, 2, 3, "5 requests/s are forecast", "advise", 5.0, 2.5, 21.0, 0.6)
 
 
@@ -39,8 +41,8 @@ class Plane:
     def __init__(self) -> None:
         self.asked: list[tuple[Any, ...]] = []
         self.answers: dict[str, Any] = {
-            "scale": ActionAnswer(Outcome.DONE, "tier small: 3 replicas", ("small",)),
-            "scaling": ScalingReport("advise", (VIEW,), (OPEN, JUDGED), Record(2, 1, 1, 0.8)),
+            "scale": ActionResponse(ActionOutcome.DONE, "tier small: 3 replicas", ("small",)),
+            "scaling": ScalingReport("advise", (VIEW,), (OPEN, JUDGED), TrackRecord(2, 1, 1, 0.8)),
             "plane_report": made(),
         }
 
@@ -99,7 +101,9 @@ def test_scale_says_what_is_wrong(plane: Plane, words: tuple[str, ...], says: st
 
 
 def test_a_refusal_is_an_error(plane: Plane) -> None:
-    plane.answers["scale"] = ActionAnswer(Outcome.REFUSED, "tier small: 0 to 4 replicas, not 9", ("small",))
+    plane.answers["scale"] = ActionResponse(
+        ActionOutcome.REFUSED, "tier small: 0 to 4 replicas, not 9", ("small",)
+    )
     done = run("scale", "small", "9")
     assert done.exit_code == 1
     assert "0 to 4" in done.output

@@ -22,7 +22,7 @@ from controlplane.controller.recorder import Recorder
 from controlplane.controller.reports import Reports
 from controlplane.core.cluster.snapshot import GatewayInfo
 from controlplane.core.reports.recorded_traffic import COLUMNS
-from controlplane.core.traffic.counters import Traffic
+from controlplane.core.traffic.counters import TrafficCounters
 from controlplane.simulation.traces import read_trace
 from tests.support.control import HEARTBEAT_S, World
 from tests.support.repository import CONFIGS
@@ -42,7 +42,7 @@ class Plane:
         self.world = World({"n1": ["g0", "g1"]}, dict.fromkeys(TIERS, 1))
         self.world.clock.s = int(time.time()) - 3000.0
         self.recorder = Recorder(self.path)
-        self.counted = {tier: Traffic(tier) for tier in TIERS}
+        self.counted = {tier: TrafficCounters(tier) for tier in TIERS}
         self.away = False
         self.start("e1")
 

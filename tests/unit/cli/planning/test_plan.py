@@ -16,11 +16,11 @@ from controlplane.cli.planning.plan import command
 from controlplane.cli.planning.plan_view import serve_options
 from controlplane.config import PlaneConfig
 from controlplane.core.placement.batch_planner import plan
-from controlplane.core.placement.occupancy import Replica, Reserved
-from controlplane.core.placement.planner import ClusterState
+from controlplane.core.placement.occupancy import ReservedResources, RunningReplica
+from controlplane.core.placement.planner import PlacedCluster
 from controlplane.core.placement.topology import Gpu, Node
 from controlplane.planning.live_cluster import LiveCluster
-from controlplane.planning.tier_gangs import TierDemand, tier_demands
+from controlplane.planning.tier_gangs import TierGang, tier_demands
 
 CLUSTER = """
 node_types:
@@ -205,7 +205,7 @@ def test_a_pipeline_goes_over_several_nodes_only_when_asked(tmp_path: Path) -> N
     }
 
 
-def live(*replicas: Replica, **reserved: Reserved) -> LiveCluster:
+def live(*replicas: RunningReplica, **reserved: ReservedResources) -> LiveCluster:
     gpus = tuple(Gpu(f"GPU-{i}", i, "H100-80G", 79 * 2**30) for i in range(4))
     return LiveCluster((Node("n", gpus, 64_000, 2**38),), replicas, reserved, ("from the test",))
 
@@ -224,9 +224,9 @@ def test_on_a_running_cluster_what_runs_stays_and_others_keep_theirs(
     files: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster = live(
-        Replica("capable-x", "capable", "n", ("GPU-1", "GPU-2")),
-        Replica("lightweight-y", "lightweight", "n", ("GPU-0",)),
-        n=Reserved(gpu_milli=2500),
+        RunningReplica("capable-x", "capable", "n", ("GPU-1", "GPU-2")),
+        RunningReplica("lightweight-y", "lightweight", "n", ("GPU-0",)),
+        n=ReservedResources(gpu_milli=2500),
     )
     found = plan_live(monkeypatch, files[0], cluster)
     assert found["complete"]
@@ -244,7 +244,7 @@ def test_on_a_running_cluster_what_runs_stays_and_others_keep_theirs(
     assert where["balanced-0"]["visible_devices"] == {"n": "3"}
     assert found["notes"] == ["from the test"]
     # Somebody else's GPU: nothing is left for balanced.
-    taken = plan_live(monkeypatch, files[0], live(*cluster.replicas, n=Reserved(gpu_milli=3500)))
+    taken = plan_live(monkeypatch, files[0], live(*cluster.replicas, n=ReservedResources(gpu_milli=3500)))
     assert [item["replica"] for item in taken["infeasible"]] == ["balanced-0"]
     assert taken["notes"][1:] == ["others hold 1 GPUs of n; which ones is assumed"]
     # What if: from what is planned now.
@@ -254,7 +254,7 @@ def test_on_a_running_cluster_what_runs_stays_and_others_keep_theirs(
     assert "runs there (capable-x)" in text
 
 
-def demands(*tiers: dict[str, Any], model: str = "H100-80G", gib: int = 79) -> dict[str, TierDemand]:
+def demands(*tiers: dict[str, Any], model: str = "H100-80G", gib: int = 79) -> dict[str, TierGang]:
     plane = PlaneConfig.model_validate({"tiers": list(tiers)})
     node = Node("n", (Gpu("n/0", 0, model, gib * 2**30),), 8000, 2**34)
     return {demand.tier.name: demand for demand in tier_demands(plane, [node])}
@@ -278,7 +278,7 @@ def test_engines_on_the_cpu_take_memory() -> None:
     (demand,) = tier_demands(PlaneConfig.model_validate({"tiers": [tier]}), [Node("n", (), 8000, 16 * 2**30)])
     assert demand.shape is not None
     assert 3.5 < demand.shape.memory_bytes / 2**30 < 4
-    placed = plan(ClusterState((Node("n", (), 8000, 13 * 2**30),)), demand.gangs())
+    placed = plan(PlacedCluster((Node("n", (), 8000, 13 * 2**30),)), demand.gangs())
     assert len(placed.placements) == 3
     assert "GiB of memory, has 1." in str(placed.infeasible[0].refusals[0])
     large = demands({**tier, "model": "Qwen/Qwen2.5-7B-Instruct"})["t"]

@@ -7,8 +7,8 @@ import pytest
 from click.testing import CliRunner
 
 from controlplane.cli import main
-from controlplane.core.recommendations.log import Given
-from controlplane.core.recommendations.rules import Effect, Kind, Recommendation
+from controlplane.core.recommendations.log import IssuedRecommendation
+from controlplane.core.recommendations.rules import Effect, Recommendation, RecommendationKind
 from controlplane.core.recommendations.views import effect_text, given_as_json
 from tests.support.repository import ROOT
 
@@ -68,8 +68,12 @@ def test_recommendations_are_those_of_the_configuration_in_the_form_of_the_gatew
     assert first["given_unix_s"] == start_s + 20, "the first look: a fifth of window_s"
     assert first["instance"] == "balanced"
     assert any("over 1000 ms" in reason for reason in first["reasons"])
-    known = Given(
-        1, 0.0, Recommendation("a", Kind.SCALE_OUT, (), "", Effect(None, None, 1.0), 0.5, 2), 1, 0.0
+    known = IssuedRecommendation(
+        1,
+        0.0,
+        Recommendation("a", RecommendationKind.SCALE_OUT, (), "", Effect(None, None, 1.0), 0.5, 2),
+        1,
+        0.0,
     )
     assert first.keys() == given_as_json(known).keys()
     people = simulate(*args).stdout

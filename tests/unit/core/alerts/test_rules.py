@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from controlplane.core.alerts import rules as core
-from controlplane.core.alerts.book import AlertRule, Judge, Kind, Severity, Unit, lasts_text
+from controlplane.core.alerts.book import AlertRule, EvaluatedBy, Severity, SubjectType, Unit, lasts_text
 from controlplane.core.alerts.rules import BY_NAME, RULES, RuleChange, changed, rule_named
 from controlplane.core.traffic.counters import TierFigures
 from controlplane.monitoring import rules as prometheus
@@ -24,7 +24,7 @@ def test_prometheus_has_the_same_rule(rule: AlertRule) -> None:
     alert = PROM[rule.name]
     assert (alert.severity, alert.action) == (rule.severity.value, rule.action)
     assert alert.summary.split("{{")[0] in rule.text("{{")
-    if rule.judge is Judge.PROGRAM:
+    if rule.judge is EvaluatedBy.PROGRAM:
         assert f'alert="{rule.name}"' in alert.expr
         assert alert.lasts == "0s", "the controller has waited already"
         assert rule.figure not in prometheus.FIGURES
@@ -38,13 +38,13 @@ def test_prometheus_has_the_same_rule(rule: AlertRule) -> None:
 def test_no_rule_is_anywhere_alone() -> None:
     assert set(PROM) == set(prometheus.PROOFS) == set(BY_NAME)
     assert len(BY_NAME) == len(RULES)
-    used = {rule.figure for rule in RULES if rule.judge is not Judge.PROGRAM}
+    used = {rule.figure for rule in RULES if rule.judge is not EvaluatedBy.PROGRAM}
     used |= {rule.given.figure for rule in RULES if rule.given is not None}
     assert set(prometheus.FIGURES) == used
 
 
 @pytest.mark.parametrize(
-    "rule", [r for r in RULES if r.judge is not Judge.PROMETHEUS], ids=lambda rule: rule.name
+    "rule", [r for r in RULES if r.judge is not EvaluatedBy.PROMETHEUS], ids=lambda rule: rule.name
 )
 def test_the_controllers_figures_are_supplied(rule: AlertRule) -> None:
     assert rule.figure in SUPPLIED
@@ -69,7 +69,7 @@ def test_every_rule_is_whole(rule: AlertRule) -> None:
     assert "{" not in text
     assert text.endswith(".")
     assert rule.action
-    assert ("SUBJECT" in text) == (rule.kind is not Kind.PLANE)
+    assert ("SUBJECT" in text) == (rule.kind is not SubjectType.PLANE)
     if rule.clear is not None:
         assert rule.right(rule.clear)
         assert not rule.wrong(rule.clear)

@@ -7,14 +7,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from controlplane.core.autoscaling.capacity import Bounds, Capacity, EngineSpeed, Work
+from controlplane.core.autoscaling.capacity import EngineSpeed, LatencyBounds, ReplicaCapacity, RequestShape
 
 PRIOR = EngineSpeed(0.02, 0.001, 0.0001)
 TRUTH = EngineSpeed(0.03, 0.0015, 0.0003)
-WORK = Work(500.0, 100.0)
+WORK = RequestShape(500.0, 100.0)
 
 
-def teach(capacity: Capacity, truth: EngineSpeed, ticks: int = 4000) -> None:
+def teach(capacity: ReplicaCapacity, truth: EngineSpeed, ticks: int = 4000) -> None:
     """Ticks of a busy engine that obeys the equation exactly; its load is another each minute."""
     for tick in range(ticks):
         batch = 2.0 + tick // 12 % 15
@@ -32,13 +32,13 @@ def teach(capacity: Capacity, truth: EngineSpeed, ticks: int = 4000) -> None:
 
 
 def test_before_anything_is_measured_the_prior_holds() -> None:
-    capacity = Capacity(PRIOR)
+    capacity = ReplicaCapacity(PRIOR)
     assert capacity.speed == PRIOR
     assert capacity.confidence == 0.0
 
 
 def test_it_learns_what_the_engine_really_is() -> None:
-    capacity = Capacity(PRIOR)
+    capacity = ReplicaCapacity(PRIOR)
     teach(capacity, TRUTH)
     speed = capacity.speed
     assert speed.step_s == pytest.approx(TRUTH.step_s, rel=0.1)
@@ -59,7 +59,7 @@ def test_it_learns_what_the_engine_really_is() -> None:
     ],
 )
 def test_what_no_busy_engine_could_say_teaches_nothing(reading: dict[str, float]) -> None:
-    capacity = Capacity(PRIOR)
+    capacity = ReplicaCapacity(PRIOR)
     good = {
         "generation_tokens_per_s": 100.0,
         "prompt_tokens_per_s": 100.0,
@@ -73,7 +73,7 @@ def test_what_no_busy_engine_could_say_teaches_nothing(reading: dict[str, float]
 
 
 def test_prompts_that_are_counted_too_early_and_batches_of_one_size_do_not_lead_it_astray() -> None:
-    capacity, rng = Capacity(PRIOR), random.Random(1)
+    capacity, rng = ReplicaCapacity(PRIOR), random.Random(1)
     worked = [rng.choice((0.0, 0.0, 0.3, 0.6, 1.0)) for _ in range(4000)]
     for share, counted in pairwise(worked):
         # A share of the tick goes to prompts; the engine counts those of the next tick in this one.
@@ -85,13 +85,13 @@ def test_prompts_that_are_counted_too_early_and_batches_of_one_size_do_not_lead_
             busy_ratio=1.0,
             interval_s=5.0,
         )
-    true = Capacity(TRUTH)
-    work = Work(1200.0, 100.0)
+    true = ReplicaCapacity(TRUTH)
+    work = RequestShape(1200.0, 100.0)
     assert capacity.requests_per_s(work, 16.0) == pytest.approx(true.requests_per_s(work, 16.0), rel=0.1)
 
 
 def test_rate_and_batch_are_each_others_inverse() -> None:
-    capacity = Capacity(PRIOR)
+    capacity = ReplicaCapacity(PRIOR)
     for batch in (1.0, 8.0, 50.0):
         rate = capacity.requests_per_s(WORK, batch)
         assert capacity.batch(rate, WORK) == pytest.approx(batch)
@@ -100,21 +100,21 @@ def test_rate_and_batch_are_each_others_inverse() -> None:
 
 
 def test_more_than_it_can_is_without_end() -> None:
-    capacity = Capacity(PRIOR)
+    capacity = ReplicaCapacity(PRIOR)
     assert capacity.batch(1e6, WORK) == math.inf
 
 
 def test_the_promise_on_time_per_token_limits_the_batch() -> None:
-    capacity = Capacity(PRIOR)
-    most = capacity.most_sequences(WORK, Bounds(1000.0, itl_s=0.05))
+    capacity = ReplicaCapacity(PRIOR)
+    most = capacity.most_sequences(WORK, LatencyBounds(1000.0, itl_s=0.05))
     assert capacity.itl_s(most, WORK) == pytest.approx(0.05)
-    assert capacity.most_sequences(WORK, Bounds(10.0, itl_s=0.05)) == 10.0
-    assert capacity.most_sequences(WORK, Bounds(10.0, itl_s=0.001)) == 1.0
+    assert capacity.most_sequences(WORK, LatencyBounds(10.0, itl_s=0.05)) == 10.0
+    assert capacity.most_sequences(WORK, LatencyBounds(10.0, itl_s=0.001)) == 1.0
 
 
 def test_replicas_follow_the_rate_and_the_burstiness() -> None:
-    capacity = Capacity(PRIOR)
-    bounds = Bounds(16.0)
+    capacity = ReplicaCapacity(PRIOR)
+    bounds = LatencyBounds(16.0)
     each = capacity.requests_per_s(WORK, 16.0)
     assert capacity.replicas(0.0, WORK, bounds) == 0
     assert capacity.replicas(each, WORK, bounds) == 1
@@ -127,7 +127,7 @@ def test_replicas_follow_the_rate_and_the_burstiness() -> None:
 def test_rounding_errors_are_not_blown_up_by_forgetting() -> None:
     """The two halves of the covariance stay the same, and it stays one."""
     rng = random.Random(3)
-    capacity = Capacity(PRIOR)
+    capacity = ReplicaCapacity(PRIOR)
     for _ in range(5000):
         capacity.observe(
             generation_tokens_per_s=20.0 * rng.random(),

@@ -4,15 +4,20 @@ import random
 
 import pytest
 
-from controlplane.core.autoscaling.counterfactuals import Choice, Prior, Sliding, VirtualQueues
+from controlplane.core.autoscaling.counterfactuals import (
+    ForecastPrior,
+    HeadroomChoice,
+    SlidingMaximum,
+    VirtualQueues,
+)
 
 ALLOWED = 0.01
-PRIOR = Prior(1.2, 300.0)
+PRIOR = ForecastPrior(1.2, 300.0)
 
 
 def play(
     loads: list[float], *, forecast: float = 10.0, cold_start_s: float = 60.0, patience_s: float = 4.0
-) -> Choice:
+) -> HeadroomChoice:
     """Ticks of 5 s of that many replicas' work, under a forecast that stays the same."""
     queues = VirtualQueues([PRIOR], allowed=ALLOWED, hold_s=90.0)
     for number, load in enumerate(loads, 1):
@@ -24,7 +29,9 @@ def play(
 
 
 def test_before_anything_came_what_was_thought_is_chosen() -> None:
-    queues = VirtualQueues([Prior(1.2, 300.0), Prior(1.4, 300.0)], allowed=ALLOWED, hold_s=90.0)
+    queues = VirtualQueues(
+        [ForecastPrior(1.2, 300.0), ForecastPrior(1.4, 300.0)], allowed=ALLOWED, hold_s=90.0
+    )
     choice = queues.choose(ALLOWED)
     assert choice.forecast == 0
     assert choice.factor == pytest.approx(1.2, rel=0.05)
@@ -57,7 +64,7 @@ def test_what_no_headroom_would_have_avoided_calls_for_none() -> None:
 
 
 def test_the_forecast_that_costs_less_is_followed() -> None:
-    def chosen(loads: list[float], soon: list[float]) -> Choice:
+    def chosen(loads: list[float], soon: list[float]) -> HeadroomChoice:
         queues = VirtualQueues([PRIOR, PRIOR], allowed=ALLOWED, hold_s=90.0)
         for number, (load, fast) in enumerate(zip(loads, soon, strict=True), 1):
             queues.observe(
@@ -107,7 +114,7 @@ def test_a_forecast_is_needed_for_each_prior() -> None:
 
 
 def test_the_highest_value_of_a_window() -> None:
-    sliding = Sliding()
+    sliding = SlidingMaximum()
     assert sliding.since(0.0) == 0.0
     for at_s, value in ((1.0, 5.0), (2.0, 9.0), (3.0, 4.0), (4.0, 6.0)):
         sliding.push(at_s, value, 0.0)

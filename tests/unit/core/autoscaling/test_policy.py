@@ -5,14 +5,14 @@ from itertools import pairwise
 
 import pytest
 
-from controlplane.core.autoscaling.capacity import EngineSpeed, Work
-from controlplane.core.autoscaling.policy import Move, ScalingSettings, TierObservation, TierScaler
+from controlplane.core.autoscaling.capacity import EngineSpeed, RequestShape
+from controlplane.core.autoscaling.policy import ScaleDirection, ScalingSettings, TierObservation, TierScaler
 from controlplane.core.autoscaling.schedules import Schedule
 from controlplane.core.domain.slo import Slo
 from controlplane.core.telemetry.series import Freshness, Signal, known_now, missing
 
 SPEED = EngineSpeed(0.02, 0.001, 0.0001)
-WORK = Work(500.0, 100.0)
+WORK = RequestShape(500.0, 100.0)
 MONDAY_UNIX_S = 1_767_571_200.0
 STALE = Signal(Freshness.STALE, 0.0, 10.0, "the last sample is 10 s old")
 GONE = missing("no sample for 60 s")
@@ -121,13 +121,13 @@ def test_steps_are_limited() -> None:
 
 def test_cool_downs_keep_moves_apart() -> None:
     tier = Harness(replace(SETTINGS, cool_down_up_s=60.0, cool_down_down_s=120.0))
-    moves: list[tuple[float, Move]] = []
+    moves: list[tuple[float, ScaleDirection]] = []
     for rate in [5.0] * 60 + [20.0] * 60 + [60.0] * 60 + [1.0] * 400:
         tier.tick(rate)
-        if tier.decision.move is not Move.STAY:
+        if tier.decision.move is not ScaleDirection.STAY:
             moves.append((tier.now_s, tier.decision.move))
-    ups = [at_s for at_s, move in moves if move is Move.UP]
-    downs = [at_s for at_s, move in moves if move is Move.DOWN]
+    ups = [at_s for at_s, move in moves if move is ScaleDirection.UP]
+    downs = [at_s for at_s, move in moves if move is ScaleDirection.DOWN]
     assert ups
     assert downs
     assert all(later - earlier >= 60.0 for earlier, later in pairwise(ups))

@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from controlplane.core.autoscaling.capacity import EngineSpeed, Work
-from controlplane.core.autoscaling.policy import Move, ScalingSettings, TierObservation
+from controlplane.core.autoscaling.capacity import EngineSpeed, RequestShape
+from controlplane.core.autoscaling.policy import ScaleDirection, ScalingSettings, TierObservation
 from controlplane.core.autoscaling.round import RoundDecision, ScalingRound, TierRule
 from controlplane.core.autoscaling.schedules import Schedule
 from controlplane.core.telemetry.series import known_now, missing
 
 SPEED = EngineSpeed(0.02, 0.001, 0.0001)
-WORK = Work(500.0, 100.0)
+WORK = RequestShape(500.0, 100.0)
 SETTINGS = ScalingSettings(max_replicas=20, cold_start_s=30.0, sequences=16.0)
 MONDAY_UNIX_S = 1_767_571_200.0
 
@@ -79,8 +79,8 @@ def test_an_important_tier_takes_running_replicas_from_another() -> None:
     plane = Plane(rule("a"), rule("b", priority=1), gpus=5.0)
     assert plane.run(600, a=60.0, b=1.0)["a"].target == 4
     wakes = plane.tick(a=60.0, b=80.0)
-    assert (wakes["b"].target, wakes["b"].move) == (4, Move.UP)
-    assert (wakes["a"].target, wakes["a"].move) == (1, Move.DOWN)
+    assert (wakes["b"].target, wakes["b"].move) == (4, ScaleDirection.UP)
+    assert (wakes["a"].target, wakes["a"].move) == (1, ScaleDirection.DOWN)
 
 
 def test_equal_tiers_do_not_take_replicas_from_each_other_for_small_differences() -> None:
@@ -90,7 +90,7 @@ def test_equal_tiers_do_not_take_replicas_from_each_other_for_small_differences(
     for step in range(200):
         wobble = 3.0 if step % 2 else -3.0
         now = plane.tick(a=60.0 + wobble, b=60.0 - wobble)
-        changes += sum(decision.move is not Move.STAY for decision in now.values())
+        changes += sum(decision.move is not ScaleDirection.STAY for decision in now.values())
     assert first["a"].target + first["b"].target == 6
     assert changes == 0
 
@@ -190,4 +190,4 @@ def test_while_a_node_is_away_what_runs_of_a_minimum_stays() -> None:
     seen = [plane.seen("a", 1.0), plane.seen("b", 1.0, ready=0)]
     decisions = plane.round.decide(seen, 2.0)
     assert [decision.target for decision in decisions] == [2, 2]
-    assert [decision.move for decision in decisions] == [Move.STAY, Move.STAY]
+    assert [decision.move for decision in decisions] == [ScaleDirection.STAY, ScaleDirection.STAY]

@@ -3,7 +3,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controlplane.core.alerts.book import Kind, Severity
+from controlplane.core.alerts.book import Severity, SubjectType
 from controlplane.core.alerts.views import FiringAlert
 from controlplane.core.cluster.snapshot import ClusterSnapshot, is_newer, merge
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
@@ -75,7 +75,7 @@ def test_while_warming_what_is_known_to_be_gone_is_not_kept() -> None:
 
 
 def test_a_restarted_controller_clears_no_alert_until_it_has_judged() -> None:
-    alert = FiringAlert("Rule", Severity.WARNING, Kind.TIER, "balanced", "It is down.", "Look.", 1.0)
+    alert = FiringAlert("Rule", Severity.WARNING, SubjectType.TIER, "balanced", "It is down.", "Look.", 1.0)
     old = replace(snapshot("a", 5), alerts=(alert,), due=(("balanced", 2),))
     warming = merge(old, snapshot("b", 1, warming=True))
     assert (warming.alerts, warming.due) == (old.alerts, old.due)

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controlplane.core.gpus.allocation import choose_gpus, held, parts_of, room_for
-from controlplane.core.gpus.leases import Capacity, Lease, LeaseBook, Outcome, Part
-from controlplane.core.placement.gangs import Cause, Infeasible, Placement, Shape
-from controlplane.core.placement.planner import ClusterState
+from controlplane.core.gpus.leases import GpuCapacity, GpuLease, GpuPart, LeaseBook, LeaseOutcome
+from controlplane.core.placement.gangs import GangShape, Infeasible, Placement, RefusalCause
+from controlplane.core.placement.planner import PlacedCluster
 from controlplane.core.placement.revalidation import revalidate
 from controlplane.core.placement.topology import Distance
 from tests.unit.core.placement.test_planner import make_node
@@ -18,9 +18,9 @@ from tests.unit.core.placement.test_planner import make_node
 GIB = 1024**3
 
 
-def lease(holder: str, node_id: str, *gpus: int, milli: int = 1000, memory_bytes: int = 0) -> Lease:
-    parts = tuple(Part(f"{node_id}/{i}", milli, memory_bytes) for i in gpus)
-    return Lease(holder, 1, node_id, parts, 0.0)
+def lease(holder: str, node_id: str, *gpus: int, milli: int = 1000, memory_bytes: int = 0) -> GpuLease:
+    parts = tuple(GpuPart(f"{node_id}/{i}", milli, memory_bytes) for i in gpus)
+    return GpuLease(holder, 1, node_id, parts, 0.0)
 
 
 def chosen(answer: Placement | Infeasible) -> tuple[str, ...]:
@@ -30,7 +30,7 @@ def chosen(answer: Placement | Infeasible) -> tuple[str, ...]:
 
 def test_gpus_of_one_island_are_taken_though_others_come_first() -> None:
     node = make_node("n", island=4)
-    answer = choose_gpus(node, Shape(gpus=4), [lease("a", "n", 0)])
+    answer = choose_gpus(node, GangShape(gpus=4), [lease("a", "n", 0)])
     assert chosen(answer) == ("n/4", "n/5", "n/6", "n/7")
     assert isinstance(answer, Placement)
     assert answer.distance is Distance.ISLAND
@@ -38,26 +38,26 @@ def test_gpus_of_one_island_are_taken_though_others_come_first() -> None:
 
 
 def test_without_links_they_are_on_one_numa_node() -> None:
-    answer = choose_gpus(make_node("n"), Shape(gpus=3), [lease("a", "n", 0, 1)])
+    answer = choose_gpus(make_node("n"), GangShape(gpus=3), [lease("a", "n", 0, 1)])
     assert chosen(answer) == ("n/4", "n/5", "n/6")
 
 
 def test_a_single_gpu_leaves_the_whole_island_alone() -> None:
     node = make_node("n", island=4)
-    answer = choose_gpus(node, Shape(), [lease("a", "n", 0)], expected=[Shape(gpus=4), Shape()])
+    answer = choose_gpus(node, GangShape(), [lease("a", "n", 0)], expected=[GangShape(gpus=4), GangShape()])
     assert chosen(answer)[0] in {"n/1", "n/2", "n/3"}
 
 
 def test_shares_fill_a_gpu_that_is_begun_and_never_one_that_is_held_whole() -> None:
     node = make_node("n", gpus=3)
     leases = [lease("a", "n", 0), lease("b", "n", 1, milli=500)]
-    assert chosen(choose_gpus(node, Shape(milli_gpu=500), leases)) == ("n/1",)
-    assert chosen(choose_gpus(node, Shape(milli_gpu=600), leases)) == ("n/2",)
+    assert chosen(choose_gpus(node, GangShape(milli_gpu=500), leases)) == ("n/1",)
+    assert chosen(choose_gpus(node, GangShape(milli_gpu=600), leases)) == ("n/2",)
 
 
 def test_each_stage_has_an_island_of_its_own() -> None:
     node = make_node("n", island=2)
-    assert chosen(choose_gpus(node, Shape(gpus=2, stages=2), [lease("a", "n", 0)])) == (
+    assert chosen(choose_gpus(node, GangShape(gpus=2, stages=2), [lease("a", "n", 0)])) == (
         "n/2",
         "n/3",
         "n/4",
@@ -67,21 +67,21 @@ def test_each_stage_has_an_island_of_its_own() -> None:
 
 def test_what_ray_counts_is_not_counted_again() -> None:
     node = replace(make_node("n"), cpu_milli=0, memory_bytes=0)
-    assert chosen(choose_gpus(node, Shape(cpu_milli=8000, memory_bytes=GIB))) == ("n/0",)
+    assert chosen(choose_gpus(node, GangShape(cpu_milli=8000, memory_bytes=GIB))) == ("n/0",)
 
 
 def test_leases_of_other_nodes_and_of_gpus_that_are_gone_do_not_matter() -> None:
     node = make_node("n", gpus=1)
     leases = [lease("a", "elsewhere", 0), lease("b", "n", 7)]
-    assert chosen(choose_gpus(node, Shape(), leases)) == ("n/0",)
+    assert chosen(choose_gpus(node, GangShape(), leases)) == ("n/0",)
 
 
 def test_a_refusal_says_what_the_node_lacks() -> None:
     node = make_node("n", gpus=2)
     cordoned = replace(node, gpus=(replace(node.gpus[0], unavailable="cordoned: XID 79"), *node.gpus[1:]))
-    answer = choose_gpus(cordoned, Shape(gpus=2))
+    answer = choose_gpus(cordoned, GangShape(gpus=2))
     assert isinstance(answer, Infeasible)
-    assert [refusal.cause for refusal in answer.refusals] == [Cause.GPU_UNAVAILABLE]
+    assert [refusal.cause for refusal in answer.refusals] == [RefusalCause.GPU_UNAVAILABLE]
     assert "XID 79" in str(answer.refusals[0])
 
 
@@ -89,11 +89,11 @@ def test_room_for_one_more_is_away_from_its_tier_and_from_what_is_emptied() -> N
     nodes = [make_node(name, gpus=2) for name in ("n0", "n1", "n2")]
     leases = [lease("small-a", "n0", 0), lease("small-b", "n1", 0)]
     tier_of = {"small-a": "small", "small-b": "small"}
-    first = room_for(nodes, Shape(), leases, tier="small", tier_of=tier_of)
+    first = room_for(nodes, GangShape(), leases, tier="small", tier_of=tier_of)
     assert chosen(first)[0].startswith("n2/")
-    second = room_for(nodes, Shape(), leases, tier="small", tier_of=tier_of, avoid={"n2", "n0"})
+    second = room_for(nodes, GangShape(), leases, tier="small", tier_of=tier_of, avoid={"n2", "n0"})
     assert chosen(second) == ("n1/1",)
-    none = room_for(nodes, Shape(gpus=2), leases, tier="small", tier_of=tier_of, avoid={"n2"})
+    none = room_for(nodes, GangShape(gpus=2), leases, tier="small", tier_of=tier_of, avoid={"n2"})
     assert isinstance(none, Infeasible)
     assert {str(refusal) for refusal in none.refusals} == {
         "n0: needs 2 free GPUs, has 1",
@@ -115,15 +115,17 @@ def test_a_replica_with_several_gpus_counts_once_for_its_tier() -> None:
 def test_the_lease_book_grants_whatever_is_chosen(asked: list[tuple[int, int]], island: int) -> None:
     node = make_node("n", island=island, memory_gib=80)
     book = LeaseBook()
-    capacities = {gpu.uuid: Capacity(gpu.uuid, "n", gpu.memory_bytes) for gpu in node.gpus}
+    capacities = {gpu.uuid: GpuCapacity(gpu.uuid, "n", gpu.memory_bytes) for gpu in node.gpus}
     for number, (gpus, milli) in enumerate(asked):
-        shape = Shape(gpus=gpus) if milli == 1000 else Shape(milli_gpu=milli, gpu_memory_bytes=10 * GIB)
+        shape = (
+            GangShape(gpus=gpus) if milli == 1000 else GangShape(milli_gpu=milli, gpu_memory_bytes=10 * GIB)
+        )
         answer = choose_gpus(node, shape, book.leases.values())
         if isinstance(answer, Placement):
-            now = ClusterState((node,), held(book.leases.values()))
+            now = PlacedCluster((node,), held(book.leases.values()))
             assert revalidate([answer], now) == ()
             granted = book.acquire(f"r{number}", parts_of(answer), capacities, generation=1, now_s=0.0)
-            assert granted.outcome is Outcome.GRANTED, granted.reason
+            assert granted.outcome is LeaseOutcome.GRANTED, granted.reason
         else:
             free = [book.free(capacity)[0] for capacity in capacities.values()]
             assert sum(milli >= shape.milli_gpu for milli in free) < shape.gpus

@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 
-from controlplane.core.gpus.findings import GpuRules, Spell
+from controlplane.core.gpus.findings import GpuRules, Streak
 from controlplane.core.gpus.health import (
     LAST_RESORT,
     MOVES,
@@ -13,14 +13,14 @@ from controlplane.core.gpus.health import (
     TAKES_NEW,
     GpuHealth,
     GpuState,
-    Verdict,
+    HealthDecision,
     assess,
     check,
     cordon,
     move,
     uncordon,
 )
-from controlplane.core.gpus.xid import Level, Recovery, classify
+from controlplane.core.gpus.xid import Recovery, XidSeverity, classify
 from controlplane.core.telemetry.samples import (
     Absence,
     GpuCondition,
@@ -69,11 +69,11 @@ class Life:
         self.rules = rules
         self.now_s = 0.0
         self.health = GpuHealth("GPU-a")
-        self.moves: list[Verdict] = []
+        self.moves: list[HealthDecision] = []
 
     def see(
         self, sample: GpuSample | None, *events: GpuEvent, boot_id: str = "boot-1", wait_s: float = 1.0
-    ) -> Verdict:
+    ) -> HealthDecision:
         self.now_s += wait_s
         done = assess(self.health, sample, events, now_s=self.now_s, rules=self.rules, boot_id=boot_id)
         self.health = done.health
@@ -114,19 +114,21 @@ def test_every_move_is_allowed_or_raises_and_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("code", "level"),
     [
-        *[(code, Level.NOTE) for code in (8, 13, 31, 32, 43, 45, 68, 69, 137)],
-        *[(code, Level.WATCH) for code in (63, 74, 92, 94, 109, 154, 9999)],
-        *[(code, Level.FATAL) for code in (46, 48, 62, 64, 79, 95, 110, 119, 120, 136, 140, 143)],
+        *[(code, XidSeverity.NOTE) for code in (8, 13, 31, 32, 43, 45, 68, 69, 137)],
+        *[(code, XidSeverity.WATCH) for code in (63, 74, 92, 94, 109, 154, 9999)],
+        *[(code, XidSeverity.FATAL) for code in (46, 48, 62, 64, 79, 95, 110, 119, 120, 136, 140, 143)],
     ],
 )
-def test_xids(code: int, level: Level) -> None:
+def test_xids(code: int, level: XidSeverity) -> None:
     assert classify(code).level is level
     life = Life()
     life.see(look())
     verdict = life.see(look(), event(code=code))
-    expected = {Level.NOTE: S.HEALTHY, Level.WATCH: S.SUSPECT, Level.FATAL: S.CORDONED}[level]
+    expected = {XidSeverity.NOTE: S.HEALTHY, XidSeverity.WATCH: S.SUSPECT, XidSeverity.FATAL: S.CORDONED}[
+        level
+    ]
     assert life.state is expected
-    assert verdict.reason.startswith(f"XID {code}: ") is (level is not Level.NOTE)
+    assert verdict.reason.startswith(f"XID {code}: ") is (level is not XidSeverity.NOTE)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +224,7 @@ def test_missing_readings_do_not_make_heat_last() -> None:
     assert life.state is S.SUSPECT
     life.see(look(temperature_c=88))
     assert life.state is S.SUSPECT, "what happened in between is not known"
-    assert life.health.hot == Spell(life.now_s, life.now_s)
+    assert life.health.hot == Streak(life.now_s, life.now_s)
 
 
 def test_heat_has_a_hysteresis() -> None:

@@ -2,27 +2,27 @@ from __future__ import annotations
 
 import pytest
 
-from controlplane.core.gpus.leases import Capacity, Lease, LeaseBook, Outcome, Part
+from controlplane.core.gpus.leases import GpuCapacity, GpuLease, GpuPart, LeaseBook, LeaseOutcome
 
 GPUS = {
-    f"GPU-{index}": Capacity(f"GPU-{index}", node_id="n1" if index < 4 else "n2", memory_bytes=80)
+    f"GPU-{index}": GpuCapacity(f"GPU-{index}", node_id="n1" if index < 4 else "n2", memory_bytes=80)
     for index in range(6)
 }
 
 
-def whole(*indices: int) -> list[Part]:
-    return [Part(f"GPU-{index}") for index in indices]
+def whole(*indices: int) -> list[GpuPart]:
+    return [GpuPart(f"GPU-{index}") for index in indices]
 
 
-def snapshot(book: LeaseBook) -> tuple[dict[str, Lease], list[tuple[str, ...]]]:
+def snapshot(book: LeaseBook) -> tuple[dict[str, GpuLease], list[tuple[str, ...]]]:
     return dict(book.leases), [book.holders(uuid) for uuid in GPUS]
 
 
 def test_a_gang_in_the_order_asked_for() -> None:
     book = LeaseBook()
     answer = book.acquire("a", whole(2, 0), GPUS, generation=1, now_s=5)
-    assert answer.outcome is Outcome.GRANTED
-    assert answer.lease == Lease("a", 1, "n1", tuple(whole(2, 0)), 5)
+    assert answer.outcome is LeaseOutcome.GRANTED
+    assert answer.lease == GpuLease("a", 1, "n1", tuple(whole(2, 0)), 5)
     assert answer.lease.gpu_uuids == ("GPU-2", "GPU-0")
     assert book.free(GPUS["GPU-2"]) == (0, 0)
     assert book.free(GPUS["GPU-1"]) == (1000, 80)
@@ -33,61 +33,61 @@ def test_a_gang_in_the_order_asked_for() -> None:
     [
         ([], "no GPU was asked for"),
         (whole(1, 1), "the same GPU was asked for twice"),
-        ([Part("GPU-1", 0)], "GPU-1: 0 thousandths and 0 bytes are no share"),
-        ([Part("GPU-1", 1001)], "GPU-1: 1001 thousandths and 0 bytes are no share"),
-        ([Part("GPU-1", 500, -1)], "GPU-1: 500 thousandths and -1 bytes are no share"),
+        ([GpuPart("GPU-1", 0)], "GPU-1: 0 thousandths and 0 bytes are no share"),
+        ([GpuPart("GPU-1", 1001)], "GPU-1: 1001 thousandths and 0 bytes are no share"),
+        ([GpuPart("GPU-1", 500, -1)], "GPU-1: 500 thousandths and -1 bytes are no share"),
         (whole(1, 9), "GPU-9 is not known"),
         (whole(1, 5), "the GPUs are on several nodes: n1, n2"),
         (whole(1, 3), "GPU-3 is not available: XID 79"),
         (whole(1, 0), "1000 thousandths of GPU-0 are held by a"),
-        ([Part("GPU-2", 500, 10)], "600 thousandths of GPU-2 are held by b"),
-        ([Part("GPU-2", 100, 41)], "GPU-2 has 80 bytes, 81 would be held"),
+        ([GpuPart("GPU-2", 500, 10)], "600 thousandths of GPU-2 are held by b"),
+        ([GpuPart("GPU-2", 100, 41)], "GPU-2 has 80 bytes, 81 would be held"),
     ],
 )
-def test_a_refusal_says_why_and_changes_nothing(parts: list[Part], reason: str) -> None:
+def test_a_refusal_says_why_and_changes_nothing(parts: list[GpuPart], reason: str) -> None:
     book = LeaseBook()
     book.acquire("a", whole(0), GPUS, generation=1, now_s=0)
-    book.acquire("b", [Part("GPU-2", 600, 40)], GPUS, generation=1, now_s=0)
+    book.acquire("b", [GpuPart("GPU-2", 600, 40)], GPUS, generation=1, now_s=0)
     before = snapshot(book)
-    sick = {**GPUS, "GPU-3": Capacity("GPU-3", "n1", 80, unavailable="XID 79")}
+    sick = {**GPUS, "GPU-3": GpuCapacity("GPU-3", "n1", 80, unavailable="XID 79")}
     answer = book.acquire("c", parts, sick, generation=1, now_s=1)
-    assert (answer.outcome, answer.reason, answer.lease) == (Outcome.REFUSED, reason, None)
+    assert (answer.outcome, answer.reason, answer.lease) == (LeaseOutcome.REFUSED, reason, None)
     assert snapshot(book) == before
 
 
 def test_shares_of_one_gpu() -> None:
     book = LeaseBook()
     for place, holder in enumerate("abc"):
-        answer = book.acquire(holder, [Part("GPU-0", 300, 20)], GPUS, generation=1, now_s=place)
-        assert answer.outcome is Outcome.GRANTED
+        answer = book.acquire(holder, [GpuPart("GPU-0", 300, 20)], GPUS, generation=1, now_s=place)
+        assert answer.outcome is LeaseOutcome.GRANTED
     assert book.holders("GPU-0") == ("a", "b", "c")
     assert book.free(GPUS["GPU-0"]) == (100, 20)
-    assert book.free(Capacity("GPU-0", "n1", 0)) == (100, None)
-    assert book.free(Capacity("GPU-0", "n1", 80, unavailable="hot")) == (0, 0)
-    assert book.acquire("d", whole(0), GPUS, generation=1, now_s=9).outcome is Outcome.REFUSED
+    assert book.free(GpuCapacity("GPU-0", "n1", 0)) == (100, None)
+    assert book.free(GpuCapacity("GPU-0", "n1", 80, unavailable="hot")) == (0, 0)
+    assert book.acquire("d", whole(0), GPUS, generation=1, now_s=9).outcome is LeaseOutcome.REFUSED
 
 
 def test_asking_again_is_answered_with_what_is_held() -> None:
     book = LeaseBook()
     first = book.acquire("a", whole(0, 1), GPUS, generation=3, now_s=0)
     again = book.acquire("a", whole(2, 3), GPUS, generation=3, now_s=7)
-    assert again.outcome is Outcome.UNCHANGED
+    assert again.outcome is LeaseOutcome.UNCHANGED
     assert first.lease is not None
-    assert again.lease == Lease("a", 3, "n1", first.lease.parts, 7)
-    assert book.acquire("a", whole(2), GPUS, generation=2, now_s=8).outcome is Outcome.REFUSED
+    assert again.lease == GpuLease("a", 3, "n1", first.lease.parts, 7)
+    assert book.acquire("a", whole(2), GPUS, generation=2, now_s=8).outcome is LeaseOutcome.REFUSED
     newer = book.acquire("a", whole(1, 2), GPUS, generation=4, now_s=9)
-    assert newer.outcome is Outcome.GRANTED
+    assert newer.outcome is LeaseOutcome.GRANTED
     assert [book.holders(f"GPU-{index}") for index in range(3)] == [(), ("a",), ("a",)]
 
 
 def test_release_is_of_one_generation_and_once() -> None:
     book = LeaseBook()
     book.acquire("a", whole(0), GPUS, generation=2, now_s=0)
-    assert book.release("a", generation=1).outcome is Outcome.UNKNOWN
+    assert book.release("a", generation=1).outcome is LeaseOutcome.UNKNOWN
     assert book.holders("GPU-0") == ("a",)
-    assert book.release("a", generation=2).outcome is Outcome.GRANTED
-    assert book.release("a", generation=2).outcome is Outcome.UNKNOWN
-    assert book.release("a").outcome is Outcome.UNKNOWN
+    assert book.release("a", generation=2).outcome is LeaseOutcome.GRANTED
+    assert book.release("a", generation=2).outcome is LeaseOutcome.UNKNOWN
+    assert book.release("a").outcome is LeaseOutcome.UNKNOWN
     assert snapshot(book) == snapshot(LeaseBook())
 
 
@@ -95,10 +95,10 @@ def test_a_lease_dies_with_its_holder() -> None:
     book = LeaseBook()
     book.acquire("a", whole(0), GPUS, generation=1, now_s=0)
     book.acquire("b", whole(1), GPUS, generation=1, now_s=0)
-    assert book.renew("a", generation=1, now_s=20).outcome is Outcome.UNCHANGED
-    assert book.renew("a", generation=1, now_s=3).lease == Lease("a", 1, "n1", tuple(whole(0)), 20)
-    assert book.renew("b", generation=2, now_s=20).outcome is Outcome.UNKNOWN
-    assert book.renew("c", generation=1, now_s=20).outcome is Outcome.UNKNOWN
+    assert book.renew("a", generation=1, now_s=20).outcome is LeaseOutcome.UNCHANGED
+    assert book.renew("a", generation=1, now_s=3).lease == GpuLease("a", 1, "n1", tuple(whole(0)), 20)
+    assert book.renew("b", generation=2, now_s=20).outcome is LeaseOutcome.UNKNOWN
+    assert book.renew("c", generation=1, now_s=20).outcome is LeaseOutcome.UNKNOWN
     assert book.reap(now_s=30, ttl_s=30) == ()
     [dead] = book.reap(now_s=31, ttl_s=30)
     assert dead.holder == "b"
@@ -108,19 +108,22 @@ def test_a_lease_dies_with_its_holder() -> None:
 def test_a_new_controller_learns_from_the_holders() -> None:
     old = LeaseBook()
     old.acquire("a", whole(0, 1), GPUS, generation=1, now_s=0)
-    old.acquire("b", [Part("GPU-2", 500, 30)], GPUS, generation=4, now_s=2)
+    old.acquire("b", [GpuPart("GPU-2", 500, 30)], GPUS, generation=4, now_s=2)
     new = LeaseBook()
-    assert [answer.outcome for answer in new.restore(old.leases.values())] == [Outcome.GRANTED] * 2
+    assert [answer.outcome for answer in new.restore(old.leases.values())] == [LeaseOutcome.GRANTED] * 2
     assert snapshot(new) == snapshot(old)
-    assert [answer.outcome for answer in new.restore(old.leases.values())] == [Outcome.UNCHANGED] * 2
+    assert [answer.outcome for answer in new.restore(old.leases.values())] == [LeaseOutcome.UNCHANGED] * 2
     conflict, stale, odd = new.restore(
         [
-            Lease("c", 1, "n1", tuple(whole(1)), 3),
-            Lease("d", 1, "n1", tuple(whole(3, 3)), 5),
-            Lease("b", 3, "n1", tuple(whole(3)), 4),
+            GpuLease("c", 1, "n1", tuple(whole(1)), 3),
+            GpuLease("d", 1, "n1", tuple(whole(3, 3)), 5),
+            GpuLease("b", 3, "n1", tuple(whole(3)), 4),
         ]
     )
-    assert (conflict.outcome, conflict.reason) == (Outcome.REFUSED, "1000 thousandths of GPU-1 are held by a")
-    assert (stale.outcome, stale.reason) == (Outcome.REFUSED, "generation 4 is newer")
+    assert (conflict.outcome, conflict.reason) == (
+        LeaseOutcome.REFUSED,
+        "1000 thousandths of GPU-1 are held by a",
+    )
+    assert (stale.outcome, stale.reason) == (LeaseOutcome.REFUSED, "generation 4 is newer")
     assert odd.reason == "the same GPU was asked for twice"
     assert snapshot(new) == snapshot(old)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from controlplane.core.placement.gangs import Gang, Shape
-from controlplane.core.placement.occupancy import Occupancy, Replica, Reserved, occupancy
+from controlplane.core.placement.gangs import Gang, GangShape
+from controlplane.core.placement.occupancy import Occupancy, ReservedResources, RunningReplica, occupancy
 from controlplane.core.placement.topology import Node
 from controlplane.core.placement.what_if import change
 from tests.unit.core.placement.test_planner import make_node
 
-BIG = Shape(gpus=2)
+BIG = GangShape(gpus=2)
 
 
-def gangs(tier: str, shape: Shape, count: int) -> list[Gang]:
+def gangs(tier: str, shape: GangShape, count: int) -> list[Gang]:
     return [Gang(f"{tier}-{i}", shape, tier) for i in range(count)]
 
 
-def seen(nodes: list[Node], wanted: list[Gang], replicas: list[Replica], **reserved: Reserved) -> Occupancy:
+def seen(
+    nodes: list[Node], wanted: list[Gang], replicas: list[RunningReplica], **reserved: ReservedResources
+) -> Occupancy:
     return occupancy(nodes, wanted, replicas, reserved, replica_cpu_milli={"cpu": 2000})
 
 
@@ -26,8 +28,8 @@ def test_replicas_stay_on_the_gpus_that_they_are_known_to_have() -> None:
     found = seen(
         [make_node("n", island=4)],
         wanted,
-        [Replica("big-x", "big", "n", ("n/5", "n/6"))],
-        n=Reserved(gpu_milli=2000),
+        [RunningReplica("big-x", "big", "n", ("n/5", "n/6"))],
+        n=ReservedResources(gpu_milli=2000),
     )
     assert found.notes == ()
     assert found.replica_of == {"big-0": "big-x"}
@@ -39,8 +41,8 @@ def test_replicas_stay_on_the_gpus_that_they_are_known_to_have() -> None:
 
 
 def test_what_others_hold_is_not_given_away() -> None:
-    wanted = gangs("one", Shape(), 4)
-    found = seen([make_node("n", gpus=4)], wanted, [], n=Reserved(gpu_milli=2500, cpu_milli=3000))
+    wanted = gangs("one", GangShape(), 4)
+    found = seen([make_node("n", gpus=4)], wanted, [], n=ReservedResources(gpu_milli=2500, cpu_milli=3000))
     assert found.notes == (
         "others hold 2.5 GPUs of n; which ones is assumed",
         "others hold 3 CPUs of n",
@@ -56,8 +58,8 @@ def test_where_nobody_says_which_gpus_they_are_assumed() -> None:
     found = seen(
         [make_node("n", gpus=4, island=2)],
         wanted,
-        [Replica("big-x", "big", "n")],
-        n=Reserved(gpu_milli=2000),
+        [RunningReplica("big-x", "big", "n")],
+        n=ReservedResources(gpu_milli=2000),
     )
     assert found.running.placements[0].gpu_uuids in {("n/0", "n/1"), ("n/2", "n/3")}
     assert found.notes == ("which GPUs of n big-x has is not known: assumed",)
@@ -65,15 +67,15 @@ def test_where_nobody_says_which_gpus_they_are_assumed() -> None:
 
 
 def test_what_drains_or_is_too_many_goes() -> None:
-    wanted = gangs("one", Shape(), 1)
+    wanted = gangs("one", GangShape(), 1)
     replicas = [
-        Replica("one-a", "one", "n", ("n/0",), leaving=True),
-        Replica("one-b", "one", "n", ("n/1",)),
-        Replica("one-c", "one", "n", ("n/2",)),
-        Replica("old-d", "old", "n", ("n/3",)),
-        Replica("one-e", "one", "gone", ("gone/0",)),
+        RunningReplica("one-a", "one", "n", ("n/0",), leaving=True),
+        RunningReplica("one-b", "one", "n", ("n/1",)),
+        RunningReplica("one-c", "one", "n", ("n/2",)),
+        RunningReplica("old-d", "old", "n", ("n/3",)),
+        RunningReplica("one-e", "one", "gone", ("gone/0",)),
     ]
-    found = seen([make_node("n", gpus=4)], wanted, replicas, n=Reserved(gpu_milli=4000))
+    found = seen([make_node("n", gpus=4)], wanted, replicas, n=ReservedResources(gpu_milli=4000))
     now = change(found.state, found.running, wanted)
     assert now.kept == ("one-0",)
     assert now.plan.placements[0].gpu_uuids == ("n/1",)
@@ -84,21 +86,21 @@ def test_what_drains_or_is_too_many_goes() -> None:
 def test_a_replica_of_another_size_or_on_a_bad_gpu_moves() -> None:
     node = make_node("n", gpus=6)
     bad = replace(node, gpus=(replace(node.gpus[0], unavailable="cordoned"), *node.gpus[1:]))
-    wanted = [*gangs("big", BIG, 1), *gangs("one", Shape(), 1)]
-    replicas = [Replica("big-x", "big", "n", ("n/1",)), Replica("one-y", "one", "n", ("n/0",))]
-    found = seen([bad], wanted, replicas, n=Reserved(gpu_milli=2000))
+    wanted = [*gangs("big", BIG, 1), *gangs("one", GangShape(), 1)]
+    replicas = [RunningReplica("big-x", "big", "n", ("n/1",)), RunningReplica("one-y", "one", "n", ("n/0",))]
+    found = seen([bad], wanted, replicas, n=ReservedResources(gpu_milli=2000))
     now = change(found.state, found.running, wanted)
     assert sorted(now.moved) == ["big-0", "one-0"]
     assert "n/0" not in {uuid for p in now.plan.placements for uuid in p.gpu_uuids}
 
 
 def test_cpu_tiers_run_where_they_run_and_ray_counts_their_cpus_once() -> None:
-    wanted = gangs("cpu", Shape(gpus=0, cpu_milli=2000, memory_bytes=5 * 2**30), 1)
+    wanted = gangs("cpu", GangShape(gpus=0, cpu_milli=2000, memory_bytes=5 * 2**30), 1)
     found = seen(
         [make_node("n", gpus=0), make_node("m", gpus=0)],
         wanted,
-        [Replica("cpu-x", "cpu", "n")],
-        n=Reserved(cpu_milli=2000, memory_bytes=8 * 2**30),
+        [RunningReplica("cpu-x", "cpu", "n")],
+        n=ReservedResources(cpu_milli=2000, memory_bytes=8 * 2**30),
     )
     assert found.notes == ()
     assert [node.memory_bytes >> 30 for node in found.state.nodes] == [509, 512]
@@ -108,10 +110,12 @@ def test_cpu_tiers_run_where_they_run_and_ray_counts_their_cpus_once() -> None:
 
 
 def test_an_engine_on_several_nodes_holds_what_it_reserved_there() -> None:
-    wanted = gangs("wide", Shape(gpus=2, stages=2, across_nodes=True), 1)
+    wanted = gangs("wide", GangShape(gpus=2, stages=2, across_nodes=True), 1)
     nodes = [make_node(name, gpus=2) for name in ("a", "b", "head")]
-    replica = Replica("wide-x", "wide", "head", gpus_by_node=(("a", 2), ("b", 2)))
-    found = seen(nodes, wanted, [replica], a=Reserved(gpu_milli=2000), b=Reserved(gpu_milli=2000))
+    replica = RunningReplica("wide-x", "wide", "head", gpus_by_node=(("a", 2), ("b", 2)))
+    found = seen(
+        nodes, wanted, [replica], a=ReservedResources(gpu_milli=2000), b=ReservedResources(gpu_milli=2000)
+    )
     assert [stage.node_id for stage in found.running.placements[0].stages] == ["a", "b"]
     assert found.state.placements == ()
     assert change(found.state, found.running, wanted).kept == ("wide-0",)

@@ -7,8 +7,16 @@ from dataclasses import replace
 import pytest
 
 from controlplane.core.placement.batch_planner import plan
-from controlplane.core.placement.gangs import Cause, Gang, Infeasible, Placement, Refusal, Shape, Stage
-from controlplane.core.placement.planner import ClusterState, Planner, demand_of
+from controlplane.core.placement.gangs import (
+    Gang,
+    GangShape,
+    GangStage,
+    Infeasible,
+    NodeRefusal,
+    Placement,
+    RefusalCause,
+)
+from controlplane.core.placement.planner import PlacedCluster, Planner, demand_of
 from controlplane.core.placement.revalidation import revalidate
 from controlplane.core.placement.topology import Distance, Gpu, Node
 
@@ -44,7 +52,7 @@ def make_node(
     )
 
 
-def place(state: ClusterState, *gangs: Gang) -> list[Placement | Infeasible]:
+def place(state: PlacedCluster, *gangs: Gang) -> list[Placement | Infeasible]:
     planner = Planner(state, demand_of(gang.shape for gang in gangs))
     return [planner.place(gang) for gang in gangs]
 
@@ -59,14 +67,14 @@ def refused(answer: Placement | Infeasible) -> Infeasible:
     return answer
 
 
-def cluster(*nodes: Node) -> ClusterState:
-    return ClusterState(nodes)
+def cluster(*nodes: Node) -> PlacedCluster:
+    return PlacedCluster(nodes)
 
 
 def test_tensor_parallel_goes_into_an_island_before_a_numa_node_before_a_node() -> None:
     # n0 has pairs only, n1 has islands of four.
     state = cluster(make_node("n0", island=2), make_node("n1", island=4))
-    shape = Shape(gpus=4, gpu_memory_bytes=40 * GIB)
+    shape = GangShape(gpus=4, gpu_memory_bytes=40 * GIB)
     answers = [placed(a) for a in place(state, *(Gang(f"g{i}", shape) for i in range(4)))]
     assert [a.distance for a in answers] == [
         Distance.ISLAND,
@@ -75,12 +83,12 @@ def test_tensor_parallel_goes_into_an_island_before_a_numa_node_before_a_node() 
         Distance.NUMA,
     ]
     assert [a.node_ids for a in answers] == [("n1",), ("n1",), ("n0",), ("n0",)]
-    assert placed(place(cluster(make_node("n0")), Gang("g", Shape(gpus=8)))[0]).distance is Distance.NODE
+    assert placed(place(cluster(make_node("n0")), Gang("g", GangShape(gpus=8)))[0]).distance is Distance.NODE
 
 
 def test_a_pair_leaves_the_whole_island_alone() -> None:
     state = cluster(make_node("n0", island=4))
-    small, large = Shape(gpus=2), Shape(gpus=4)
+    small, large = GangShape(gpus=2), GangShape(gpus=4)
     planner = Planner(state, demand_of([small, large]))
     for i in range(2):
         assert placed(planner.place(Gang(f"small{i}", small))).distance is Distance.ISLAND
@@ -89,7 +97,7 @@ def test_a_pair_leaves_the_whole_island_alone() -> None:
 
 def test_shares_of_one_gpu_are_filled_up_and_memory_counts() -> None:
     state = cluster(make_node("n0", gpus=2), make_node("n1", gpus=2))
-    half = Shape(milli_gpu=500, gpu_memory_bytes=20 * GIB)
+    half = GangShape(milli_gpu=500, gpu_memory_bytes=20 * GIB)
     answers = [placed(a) for a in place(state, *(Gang(f"g{i}", half) for i in range(4)))]
     assert len({a.gpu_uuids for a in answers}) == 2
     heavy = replace(half, milli_gpu=100, gpu_memory_bytes=50 * GIB)
@@ -99,11 +107,11 @@ def test_shares_of_one_gpu_are_filled_up_and_memory_counts() -> None:
 
 def test_pipeline_stages_stay_on_one_node_unless_they_may_be_apart() -> None:
     nodes = cluster(make_node("n0", gpus=4, island=4), make_node("n1", gpus=4, island=4))
-    together = Shape(gpus=2, stages=2)
+    together = GangShape(gpus=2, stages=2)
     assert placed(place(nodes, Gang("g", together))[0]).node_ids == ("n0",)
-    too_large = Shape(gpus=4, stages=2)
+    too_large = GangShape(gpus=4, stages=2)
     answer = refused(place(nodes, Gang("g", too_large))[0])
-    assert {refusal.cause for refusal in answer.refusals} == {Cause.NO_SUCH_GPU}
+    assert {refusal.cause for refusal in answer.refusals} == {RefusalCause.NO_SUCH_GPU}
     apart = placed(place(nodes, Gang("g", replace(too_large, across_nodes=True)))[0])
     assert apart.node_ids == ("n0", "n1")
     assert apart.distance is Distance.ISLAND
@@ -112,18 +120,18 @@ def test_pipeline_stages_stay_on_one_node_unless_they_may_be_apart() -> None:
 
 def test_a_gang_across_nodes_takes_nothing_when_one_stage_has_no_place() -> None:
     planner = Planner(cluster(make_node("n0", gpus=4), make_node("n1", gpus=4)))
-    shape = Shape(gpus=4, stages=3, across_nodes=True)
+    shape = GangShape(gpus=4, stages=3, across_nodes=True)
     answer = refused(planner.place(Gang("g", shape)))
     assert [(r.node_id, r.cause, r.needed, r.available) for r in answer.refusals] == [
-        ("n0", Cause.STAGES, 3, 1),
-        ("n1", Cause.STAGES, 3, 1),
+        ("n0", RefusalCause.STAGES, 3, 1),
+        ("n1", RefusalCause.STAGES, 3, 1),
     ]
     assert placed(planner.place(Gang("h", replace(shape, stages=2)))).node_ids == ("n0", "n1")
 
 
 def test_replicas_of_a_tier_are_spread_but_not_at_any_price() -> None:
     state = cluster(*(make_node(f"n{i}", gpus=4) for i in range(3)))
-    shape = Shape()
+    shape = GangShape()
     answers = [placed(a) for a in place(state, *(Gang(f"g{i}", shape, "tier") for i in range(6)))]
     assert sorted(node for a in answers for node in a.node_ids) == ["n0", "n0", "n1", "n1", "n2", "n2"]
     assert [a.replicas_beside for a in answers] == [0, 0, 0, 1, 1, 1]
@@ -133,8 +141,8 @@ def test_replicas_of_a_tier_are_spread_but_not_at_any_price() -> None:
 
 def test_gpu_models_by_requirement() -> None:
     state = cluster(make_node("n0", model="A"), make_node("n1", model="B"))
-    assert placed(place(state, Gang("g", Shape(models=frozenset({"B"}))))[0]).node_ids == ("n1",)
-    answer = refused(place(state, Gang("g", Shape(models=frozenset({"C"}))))[0])
+    assert placed(place(state, Gang("g", GangShape(models=frozenset({"B"}))))[0]).node_ids == ("n1",)
+    answer = refused(place(state, Gang("g", GangShape(models=frozenset({"C"}))))[0])
     assert [str(r) for r in answer.refusals] == [
         "n0: needs 1 GPUs of an accepted model, has 0",
         "n1: needs 1 GPUs of an accepted model, has 0",
@@ -143,7 +151,7 @@ def test_gpu_models_by_requirement() -> None:
 
 def test_a_model_that_others_need_is_left_to_them() -> None:
     state = cluster(make_node("n0", gpus=1, model="rare"), make_node("n1", gpus=1, model="common"))
-    any_model, only_rare = Shape(), Shape(models=frozenset({"rare"}))
+    any_model, only_rare = GangShape(), GangShape(models=frozenset({"rare"}))
     planner = Planner(state, demand_of([any_model, only_rare]))
     assert placed(planner.place(Gang("a", any_model))).node_ids == ("n1",)
     assert placed(planner.place(Gang("b", only_rare))).node_ids == ("n0",)
@@ -154,30 +162,30 @@ def test_a_model_that_others_need_is_left_to_them() -> None:
     [
         (
             replace(make_node("n"), unavailable="cordoned: maintenance"),
-            Shape(),
-            Refusal("n", Cause.NODE_UNAVAILABLE, 0, 0, "cordoned: maintenance"),
+            GangShape(),
+            NodeRefusal("n", RefusalCause.NODE_UNAVAILABLE, 0, 0, "cordoned: maintenance"),
         ),
-        (make_node("n", gpus=1), Shape(gpus=2), Refusal("n", Cause.NO_SUCH_GPU, 2, 1)),
+        (make_node("n", gpus=1), GangShape(gpus=2), NodeRefusal("n", RefusalCause.NO_SUCH_GPU, 2, 1)),
         (
             replace(make_node("n", gpus=1), gpus=(Gpu("g", 3, "A", GIB, unavailable="XID 79"),)),
-            Shape(),
-            Refusal("n", Cause.GPU_UNAVAILABLE, 1, 0, "GPU 3: XID 79"),
+            GangShape(),
+            NodeRefusal("n", RefusalCause.GPU_UNAVAILABLE, 1, 0, "GPU 3: XID 79"),
         ),
         (
             make_node("n", memory_gib=24),
-            Shape(gpu_memory_bytes=40 * GIB),
-            Refusal("n", Cause.GPU_TOO_SMALL, 1, 0),
+            GangShape(gpu_memory_bytes=40 * GIB),
+            NodeRefusal("n", RefusalCause.GPU_TOO_SMALL, 1, 0),
         ),
-        (make_node("n", cpus=4), Shape(cpu_milli=4500), Refusal("n", Cause.CPU, 4500, 4000)),
+        (make_node("n", cpus=4), GangShape(cpu_milli=4500), NodeRefusal("n", RefusalCause.CPU, 4500, 4000)),
         (
             make_node("n", host_gib=4),
-            Shape(memory_bytes=5 * GIB),
-            Refusal("n", Cause.MEMORY, 5 * GIB, 4 * GIB),
+            GangShape(memory_bytes=5 * GIB),
+            NodeRefusal("n", RefusalCause.MEMORY, 5 * GIB, 4 * GIB),
         ),
     ],
     ids=["node", "number", "unhealthy", "size", "cpu", "memory"],
 )
-def test_each_refusal_has_its_reason(node: Node, shape: Shape, expected: Refusal) -> None:
+def test_each_refusal_has_its_reason(node: Node, shape: GangShape, expected: NodeRefusal) -> None:
     answer = refused(place(cluster(node), Gang("g", shape))[0])
     assert list(answer.refusals) == [expected]
     assert str(expected.cause) in answer.why
@@ -185,31 +193,37 @@ def test_each_refusal_has_its_reason(node: Node, shape: Shape, expected: Refusal
 
 def test_busy_gpus_and_taken_memory_are_told_apart() -> None:
     planner = Planner(cluster(make_node("n", gpus=1)))
-    planner.place(Gang("a", Shape(milli_gpu=500, gpu_memory_bytes=60 * GIB)))
-    busy = refused(planner.place(Gang("b", Shape())))
-    assert busy.refusals[0] == Refusal("n", Cause.GPU_BUSY, 1, 0)
-    full = refused(planner.place(Gang("b", Shape(milli_gpu=500, gpu_memory_bytes=30 * GIB))))
-    assert full.refusals[0] == Refusal("n", Cause.GPU_MEMORY, 1, 0)
+    planner.place(Gang("a", GangShape(milli_gpu=500, gpu_memory_bytes=60 * GIB)))
+    busy = refused(planner.place(Gang("b", GangShape())))
+    assert busy.refusals[0] == NodeRefusal("n", RefusalCause.GPU_BUSY, 1, 0)
+    full = refused(planner.place(Gang("b", GangShape(milli_gpu=500, gpu_memory_bytes=30 * GIB))))
+    assert full.refusals[0] == NodeRefusal("n", RefusalCause.GPU_MEMORY, 1, 0)
     assert full.refusals[-1:] == [full.refusals[0]]
 
 
 def test_what_runs_is_accounted_and_can_leave() -> None:
-    running = Placement(Gang("old", Shape(gpus=8)), (Stage("n0", tuple(f"n0/{i}" for i in range(8))),))
-    gone = Placement(Gang("lost", Shape()), (Stage("n9", ("n9/0",)),))
-    planner = Planner(ClusterState((make_node("n0"),), (running, gone)))
-    assert isinstance(planner.place(Gang("new", Shape())), Infeasible)
+    running = Placement(
+        Gang("old", GangShape(gpus=8)), (GangStage("n0", tuple(f"n0/{i}" for i in range(8))),)
+    )
+    gone = Placement(Gang("lost", GangShape()), (GangStage("n9", ("n9/0",)),))
+    planner = Planner(PlacedCluster((make_node("n0"),), (running, gone)))
+    assert isinstance(planner.place(Gang("new", GangShape())), Infeasible)
     assert planner.remove("old") == running
-    assert placed(planner.place(Gang("new", Shape()))).node_ids == ("n0",)
+    assert placed(planner.place(Gang("new", GangShape()))).node_ids == ("n0",)
     assert [p.gang.gang_id for p in planner.placements] == ["lost", "new"]
     with pytest.raises(ValueError, match="already"):
-        planner.place(Gang("new", Shape()))
+        planner.place(Gang("new", GangShape()))
     with pytest.raises(KeyError):
         planner.remove("old")
 
 
 def test_a_plan_answers_in_the_order_asked_and_places_large_gangs_first() -> None:
     state = cluster(make_node("n0", gpus=4, island=4))
-    gangs = [Gang("small", Shape()), Gang("large", Shape(gpus=4)), Gang("half", Shape(milli_gpu=500))]
+    gangs = [
+        Gang("small", GangShape()),
+        Gang("large", GangShape(gpus=4)),
+        Gang("half", GangShape(milli_gpu=500)),
+    ]
     answer = plan(state, gangs)
     assert [p.gang.gang_id for p in answer.placements] == ["large"]
     assert [i.gang.gang_id for i in answer.infeasible] == ["small", "half"]
@@ -220,11 +234,11 @@ def test_a_plan_answers_in_the_order_asked_and_places_large_gangs_first() -> Non
 
 def test_gangs_on_cpus_leave_the_cpus_of_gpu_nodes_alone() -> None:
     state = cluster(make_node("n0", gpus=8, cpus=32), make_node("n1", gpus=0, cpus=32))
-    on_cpu, on_gpu = Shape(gpus=0, cpu_milli=8000), Shape(cpu_milli=4000)
+    on_cpu, on_gpu = GangShape(gpus=0, cpu_milli=8000), GangShape(cpu_milli=4000)
     planner = Planner(state, demand_of([on_cpu, on_gpu]))
     answers = [placed(planner.place(Gang(f"c{i}", on_cpu))) for i in range(5)]
     assert [a.node_ids[0] for a in answers] == ["n1"] * 4 + ["n0"]
-    assert answers[0].stages == (Stage("n1"),)
+    assert answers[0].stages == (GangStage("n1"),)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +255,7 @@ def test_gangs_on_cpus_leave_the_cpus_of_gpu_nodes_alone() -> None:
 )
 def test_shapes_that_make_no_sense(fields: dict[str, int]) -> None:
     with pytest.raises(ValueError):
-        Shape(**fields)
+        GangShape(**fields)
 
 
 def test_two_nodes_or_gpus_of_one_name_are_refused() -> None:
@@ -254,21 +268,26 @@ def test_two_nodes_or_gpus_of_one_name_are_refused() -> None:
 
 def test_revalidation_sees_what_changed_since() -> None:
     nodes = (make_node("n0", gpus=2), make_node("n1", gpus=2))
-    gangs = [Gang("a", Shape(gpus=2, cpu_milli=60_000, memory_bytes=300 * GIB)), Gang("b", Shape(gpus=2))]
-    answer = plan(ClusterState(nodes), gangs)
-    assert revalidate(answer.placements, ClusterState(nodes)) == ()
+    gangs = [
+        Gang("a", GangShape(gpus=2, cpu_milli=60_000, memory_bytes=300 * GIB)),
+        Gang("b", GangShape(gpus=2)),
+    ]
+    answer = plan(PlacedCluster(nodes), gangs)
+    assert revalidate(answer.placements, PlacedCluster(nodes)) == ()
     a = next(p for p in answer.placements if p.gang.gang_id == "a")
     where = a.node_ids[0]
 
-    def problems(state: ClusterState, placement: Placement = a) -> str:
+    def problems(state: PlacedCluster, placement: Placement = a) -> str:
         return "; ".join(str(conflict) for conflict in revalidate([placement], state))
 
-    def changed(**fields: object) -> ClusterState:
-        return ClusterState(
+    def changed(**fields: object) -> PlacedCluster:
+        return PlacedCluster(
             tuple(replace(node, **fields) if node.node_id == where else node for node in nodes)  # type: ignore[arg-type]
         )
 
-    assert problems(ClusterState(tuple(n for n in nodes if n.node_id != where))) == f"a: node {where} is gone"
+    assert (
+        problems(PlacedCluster(tuple(n for n in nodes if n.node_id != where))) == f"a: node {where} is gone"
+    )
     assert "out of use: drained" in problems(changed(unavailable="drained"))
     assert "lacks CPUs" in problems(changed(cpu_milli=1000))
     assert "lacks memory" in problems(changed(memory_bytes=GIB))
@@ -279,28 +298,28 @@ def test_revalidation_sees_what_changed_since() -> None:
     assert "is a B" in problems(changed(gpus=broken), picky)
     hungry = replace(a, gang=replace(a.gang, shape=replace(a.gang.shape, gpu_memory_bytes=2 * GIB)))
     assert "lacks memory" in problems(changed(gpus=broken), hungry)
-    assert problems(ClusterState(nodes, (a,))) == "a: it runs already"
+    assert problems(PlacedCluster(nodes, (a,))) == "a: it runs already"
     other = replace(a, gang=replace(a.gang, gang_id="c"))
-    assert "is taken" in problems(ClusterState(nodes, (other,)))
-    half = replace(a, stages=(Stage(where, a.gpu_uuids[:1]),))
-    assert "a stage has not its 2 GPUs" in problems(ClusterState(nodes), half)
-    twice = replace(a, stages=(Stage(where, (a.gpu_uuids[0],) * 2),))
-    assert "a GPU is used twice" in problems(ClusterState(nodes), twice)
-    assert "0 of 1 stages" in problems(ClusterState(nodes), replace(a, stages=()))
+    assert "is taken" in problems(PlacedCluster(nodes, (other,)))
+    half = replace(a, stages=(GangStage(where, a.gpu_uuids[:1]),))
+    assert "a stage has not its 2 GPUs" in problems(PlacedCluster(nodes), half)
+    twice = replace(a, stages=(GangStage(where, (a.gpu_uuids[0],) * 2),))
+    assert "a GPU is used twice" in problems(PlacedCluster(nodes), twice)
+    assert "0 of 1 stages" in problems(PlacedCluster(nodes), replace(a, stages=()))
 
 
 def test_the_reason_names_the_next_best_node() -> None:
     state = cluster(make_node("n0", gpus=2), make_node("n1", gpus=2))
-    answer = placed(place(state, Gang("g", Shape()))[0])
+    answer = placed(place(state, Gang("g", GangShape()))[0])
     assert answer.runner_up == "n1"
     assert "next best n1" in answer.why
-    only = placed(place(cluster(make_node("n0")), Gang("g", Shape(gpus=0)))[0])
+    only = placed(place(cluster(make_node("n0")), Gang("g", GangShape(gpus=0)))[0])
     assert (only.runner_up, only.why) == ("", "fits")
 
 
 def test_a_refusal_says_what_was_free_when_it_was_made() -> None:
     planner = Planner(cluster(make_node("n", gpus=2)))
-    placed(planner.place(Gang("a", Shape())))
-    answer = refused(planner.place(Gang("b", Shape(gpus=2))))
+    placed(planner.place(Gang("a", GangShape())))
+    answer = refused(planner.place(Gang("b", GangShape(gpus=2))))
     planner.remove("a")
     assert [str(refusal) for refusal in answer.refusals] == ["n: needs 2 free GPUs, has 1"]

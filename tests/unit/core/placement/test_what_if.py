@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from controlplane.core.placement.batch_planner import plan
-from controlplane.core.placement.gangs import Gang, Shape
-from controlplane.core.placement.planner import ClusterState
+from controlplane.core.placement.gangs import Gang, GangShape
+from controlplane.core.placement.planner import PlacedCluster
 from controlplane.core.placement.revalidation import revalidate
 from controlplane.core.placement.topology import Gpu, Node, islands
 from controlplane.core.placement.what_if import add_node, change, lose_node
@@ -20,11 +20,11 @@ NODE = Node(
     100,
     node_type="kind",
 )
-STATE = ClusterState((NODE, replace(NODE, node_id="b", gpus=(Gpu("b/0", 0, "M"), Gpu("b/1", 1, "M")))))
+STATE = PlacedCluster((NODE, replace(NODE, node_id="b", gpus=(Gpu("b/0", 0, "M"), Gpu("b/1", 1, "M")))))
 
 
 def gangs(count: int) -> list[Gang]:
-    return [Gang(f"t-{i}", Shape(), "t") for i in range(count)]
+    return [Gang(f"t-{i}", GangShape(), "t") for i in range(count)]
 
 
 def test_a_lost_node_moves_only_what_ran_there() -> None:
@@ -45,7 +45,7 @@ def test_a_lost_node_moves_only_what_ran_there() -> None:
 
 def test_an_added_node_is_whole_and_takes_what_had_no_place() -> None:
     broken = replace(NODE, unavailable="gone", gpus=tuple(replace(g, unavailable="x") for g in NODE.gpus))
-    state = add_node(add_node(ClusterState((broken,)), broken), broken)
+    state = add_node(add_node(PlacedCluster((broken,)), broken), broken)
     assert [node.node_id for node in state.nodes] == ["a", "kind-new0", "kind-new1"]
     new = state.nodes[1]
     assert not new.unavailable
@@ -69,7 +69,7 @@ def test_scaling_adds_and_removes() -> None:
 def test_a_node_that_drains_is_left() -> None:
     before = plan(STATE, gangs(1))
     drained = before.placements[0].node_ids[0]
-    state = ClusterState(
+    state = PlacedCluster(
         tuple(replace(n, unavailable="draining") if n.node_id == drained else n for n in STATE.nodes)
     )
     assert change(state, before, gangs(1)).moved == ("t-0",)

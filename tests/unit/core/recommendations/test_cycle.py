@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-from controlplane.core.recommendations.cycle import AdviceRules, Advised, Adviser
-from controlplane.core.recommendations.log import AdviceBook
-from controlplane.core.recommendations.rules import Kind, Thresholds, TierCondition
+from controlplane.core.recommendations.cycle import RecommendationChanges, RecommendationRules, Recommender
+from controlplane.core.recommendations.log import RecommendationLog
+from controlplane.core.recommendations.rules import RecommendationKind, Thresholds, TierCondition
 from controlplane.core.telemetry.series import known_now, missing
 
-RULES = AdviceRules(interval_s=300.0, score_after_s=600.0)
+RULES = RecommendationRules(interval_s=300.0, score_after_s=600.0)
 
 
 CALM = TierCondition(
@@ -31,9 +31,9 @@ class Run:
     """An adviser that is asked at given times."""
 
     def __init__(self, most: int = 200) -> None:
-        self.adviser = Adviser(AdviceBook(most))
+        self.adviser = Recommender(RecommendationLog(most))
 
-    def at(self, now_s: float, *tiers: TierCondition, gpus: float | None = None) -> Advised:
+    def at(self, now_s: float, *tiers: TierCondition, gpus: float | None = None) -> RecommendationChanges:
         found = {tier.tier: tier for tier in tiers}
         return self.adviser.look(found, RULES, gpus, now_s=now_s, unix_s=1000.0 + now_s)
 
@@ -60,7 +60,7 @@ def test_what_lasts_is_said_again_every_interval_and_after_it_was_judged() -> No
     assert run.adviser.book.given[0].again_unix_s == 1000.0
     run.at(300.0, FULL)
     assert run.adviser.book.given[0].again_unix_s == 1300.0
-    assert run.at(599.0, FULL) == Advised()
+    assert run.at(599.0, FULL) == RecommendationChanges()
     done = run.at(600.0, FULL)
     assert [item.number for item in done.judged] == [1]
     assert [item.number for item in done.new] == [2]
@@ -116,11 +116,11 @@ def test_two_tiers_with_different_slos_do_not_take_from_the_same_idle_one() -> N
 
 
 def test_thresholds_are_the_rules() -> None:
-    rules = AdviceRules(Thresholds(queue=100.0))
-    assert Adviser().look({"small": CALM}, rules, None, now_s=0.0, unix_s=0.0) == Advised()
+    rules = RecommendationRules(Thresholds(queue=100.0))
+    assert Recommender().look({"small": CALM}, rules, None, now_s=0.0, unix_s=0.0) == RecommendationChanges()
     calm = replace(FULL, attainment=known_now(1.0))
-    assert Adviser().look({"small": calm}, rules, None, now_s=0.0, unix_s=0.0) == Advised()
-    assert len(Adviser().look({"small": calm}, RULES, None, now_s=0.0, unix_s=0.0).new) == 1
+    assert Recommender().look({"small": calm}, rules, None, now_s=0.0, unix_s=0.0) == RecommendationChanges()
+    assert len(Recommender().look({"small": calm}, RULES, None, now_s=0.0, unix_s=0.0).new) == 1
 
 
 def test_the_book_forgets_the_oldest_and_what_was_open_of_it() -> None:
@@ -137,11 +137,11 @@ def test_a_book_survives_as_json() -> None:
     run.at(0.0, FULL)
     run.at(600.0, FULL)
     kept = json.loads(json.dumps(run.adviser.book.values()))
-    again = AdviceBook()
+    again = RecommendationLog()
     again.restore(kept)
     assert again.given == run.adviser.book.given
     assert again.open == run.adviser.book.open
-    assert again.given[0].advice.kind is Kind.SCALE_OUT
-    later = Adviser(again)
+    assert again.given[0].advice.kind is RecommendationKind.SCALE_OUT
+    later = Recommender(again)
     found = later.look({"small": FULL}, RULES, None, now_s=0.0, unix_s=1700.0)
-    assert found == Advised(), "what was open still is"
+    assert found == RecommendationChanges(), "what was open still is"

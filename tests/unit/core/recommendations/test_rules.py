@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 
-from controlplane.core.autoscaling.capacity import Bounds, Capacity, EngineSpeed, Work
+from controlplane.core.autoscaling.capacity import EngineSpeed, LatencyBounds, ReplicaCapacity, RequestShape
 from controlplane.core.domain.slo import Slo
 from controlplane.core.recommendations.rules import (
     Breach,
     Figure,
-    Kind,
     Recommendation,
+    RecommendationKind,
     Score,
     Thresholds,
     TierCondition,
@@ -31,26 +31,34 @@ CALM = TierCondition(
     error_ratio=known_now(0.0),
     requests_per_s=known_now(5.0),
     attainment=known_now(0.999),
-    capacity=Capacity(EngineSpeed(0.02, 0.001, 0.0001)),
-    work=Work(500.0, 100.0),
-    bounds=Bounds(16.0),
+    capacity=ReplicaCapacity(EngineSpeed(0.02, 0.001, 0.0001)),
+    work=RequestShape(500.0, 100.0),
+    bounds=LatencyBounds(16.0),
 )
 
 
 @pytest.mark.parametrize(
     ("change", "kind", "words"),
     [
-        ({"gpu_ratio": known_now(0.97)}, Kind.SCALE_OUT, "97%, over 95%"),
-        ({"memory_ratio": known_now(0.99)}, Kind.SCALE_OUT, "memory is 99%"),
-        ({"queue": known_now(51.0)}, Kind.SCALE_OUT, "51 requests wait, over 50"),
-        ({"latency_ms": known_now(3100.0)}, Kind.SCALE_UP, "3100 ms, over 3000 ms"),
-        ({"attainment": known_now(0.9)}, Kind.SCALE_UP, "90.0% of the requests keep the SLO"),
-        ({"latency_ms": known_now(3100.0), "queue": known_now(60.0)}, Kind.SCALE_OUT, "60 requests wait"),
-        ({"error_ratio": known_now(0.2)}, Kind.SCALE_OUT, "20% of the requests fail"),
-        ({"gpu_ratio": known_now(0.1), "requests_per_s": known_now(0.5)}, Kind.SCALE_DOWN, "10%, under 20%"),
+        ({"gpu_ratio": known_now(0.97)}, RecommendationKind.SCALE_OUT, "97%, over 95%"),
+        ({"memory_ratio": known_now(0.99)}, RecommendationKind.SCALE_OUT, "memory is 99%"),
+        ({"queue": known_now(51.0)}, RecommendationKind.SCALE_OUT, "51 requests wait, over 50"),
+        ({"latency_ms": known_now(3100.0)}, RecommendationKind.SCALE_UP, "3100 ms, over 3000 ms"),
+        ({"attainment": known_now(0.9)}, RecommendationKind.SCALE_UP, "90.0% of the requests keep the SLO"),
+        (
+            {"latency_ms": known_now(3100.0), "queue": known_now(60.0)},
+            RecommendationKind.SCALE_OUT,
+            "60 requests wait",
+        ),
+        ({"error_ratio": known_now(0.2)}, RecommendationKind.SCALE_OUT, "20% of the requests fail"),
+        (
+            {"gpu_ratio": known_now(0.1), "requests_per_s": known_now(0.5)},
+            RecommendationKind.SCALE_DOWN,
+            "10%, under 20%",
+        ),
     ],
 )
-def test_each_threshold(change: dict[str, Signal], kind: Kind, words: str) -> None:
+def test_each_threshold(change: dict[str, Signal], kind: RecommendationKind, words: str) -> None:
     (advice,) = advise([replace(CALM, **change)])
     assert advice.kind is kind
     assert words in " ".join(advice.reasons)
@@ -106,7 +114,7 @@ def test_the_predicted_latency_is_of_the_percentile_that_is_measured() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"latency_ms": missing("gone")}, {"work": Work(1.0, 0.0)}, {"requests_per_s": missing("gone")}],
+    [{"latency_ms": missing("gone")}, {"work": RequestShape(1.0, 0.0)}, {"requests_per_s": missing("gone")}],
 )
 def test_what_can_not_be_told_is_not_predicted(change: dict[str, object]) -> None:
     (advice,) = advise([replace(CALM, gpu_ratio=known_now(0.99), **change)])
@@ -117,11 +125,14 @@ def test_without_free_gpus_an_idle_tier_gives_one() -> None:
     idle = replace(CALM, tier="light", gpu_ratio=known_now(0.05), requests_per_s=known_now(0.0), replicas=3)
     hot = replace(CALM, gpu_ratio=known_now(0.99))
     (advice,) = advise([idle, hot], free_gpus=0.0)
-    assert advice.kind is Kind.REBALANCE
+    assert advice.kind is RecommendationKind.REBALANCE
     assert advice.instance == "balanced"
     assert "take a replica from tier 'light'" in advice.suggestion
     assert advice.effect.gpus == 0.0
-    assert {entry.kind for entry in advise([idle, hot], free_gpus=4.0)} == {Kind.SCALE_OUT, Kind.SCALE_DOWN}
+    assert {entry.kind for entry in advise([idle, hot], free_gpus=4.0)} == {
+        RecommendationKind.SCALE_OUT,
+        RecommendationKind.SCALE_DOWN,
+    }
 
 
 def test_a_small_share_grows_before_the_parallel_size() -> None:
@@ -256,7 +267,7 @@ def test_what_is_not_fresh_judges_nothing() -> None:
 
 def test_fewer_replicas_were_right_where_the_slo_is_kept() -> None:
     (advice,) = advise([replace(CALM, gpu_ratio=known_now(0.1), requests_per_s=known_now(0.5))])
-    assert (advice.kind, advice.named) == (Kind.SCALE_DOWN, ())
+    assert (advice.kind, advice.named) == (RecommendationKind.SCALE_DOWN, ())
     assert scored(advice, CALM).right
     assert not scored(advice, replace(CALM, attainment=known_now(0.9))).right
 

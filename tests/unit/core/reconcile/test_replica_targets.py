@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from controlplane.core.reconcile.migrations import CONTROLLER, Move, MovePhase, TierHold
+from controlplane.core.reconcile.migrations import CONTROLLER, Migration, MigrationPhase, TierHold
 from controlplane.core.reconcile.replica_targets import TierTarget, desired_replicas, target_of
 
 MOVE = TierTarget(3, "moving a away from GPU-1", 10.0)
@@ -30,8 +30,8 @@ def test_what_serve_is_told(
     assert why in answer.reason
 
 
-def move(name: str, phase: MovePhase) -> Move:
-    return Move(name, "small", phase, "XID 79", 0.0, 0.0)
+def move(name: str, phase: MigrationPhase) -> Migration:
+    return Migration(name, "small", phase, "XID 79", 0.0, 0.0)
 
 
 HOLD = TierHold("3 replicas failed", 0.0, CONTROLLER, 60.0)
@@ -42,19 +42,19 @@ DRAINED = TierHold("costs too much", 0.0, must_leave=True)
     ("moves", "hold", "serving", "replicas", "leaving"),
     [
         ([], None, 2, 2, ()),
-        ([move("a", MovePhase.ELSEWHERE_FIRST)], None, 2, 3, ()),
-        ([move("a", MovePhase.RETIRING)], None, 3, 2, ("a",)),
-        ([move("a", MovePhase.SETTLING), move("b", MovePhase.ELSEWHERE_FIRST)], None, 2, 3, ("a",)),
+        ([move("a", MigrationPhase.ELSEWHERE_FIRST)], None, 2, 3, ()),
+        ([move("a", MigrationPhase.RETIRING)], None, 3, 2, ("a",)),
+        ([move("a", MigrationPhase.SETTLING), move("b", MigrationPhase.ELSEWHERE_FIRST)], None, 2, 3, ("a",)),
         ([], HOLD, 1, 1, ()),
         ([], HOLD, 5, 2, ()),
-        ([move("a", MovePhase.RETIRING)], DRAINED, 2, 0, ()),
+        ([move("a", MigrationPhase.RETIRING)], DRAINED, 2, 0, ()),
         ([], TierHold("by hand", 0.0), 2, 2, ()),
     ],
 )
 def test_what_is_published(
-    moves: list[Move], hold: TierHold | None, serving: int, replicas: int, leaving: tuple[str, ...]
+    moves: list[Migration], hold: TierHold | None, serving: int, replicas: int, leaving: tuple[str, ...]
 ) -> None:
-    others = [Move("z", "other", MovePhase.ELSEWHERE_FIRST, "XID 79", 0.0, 0.0)]
+    others = [Migration("z", "other", MigrationPhase.ELSEWHERE_FIRST, "XID 79", 0.0, 0.0)]
     target = target_of("small", 2, [*moves, *others], hold, serving=serving, valid_until_unix_s=9.0)
     assert (target.replicas, target.leaving, target.valid_until_unix_s) == (replicas, leaving, 9.0)
     assert target.reason

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from controlplane.core.cluster.snapshot import GatewayInfo
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
-from controlplane.core.gpus.inventory import GpuFleet
+from controlplane.core.gpus.inventory import GpuInventory
 from controlplane.core.reports.history import points
 from controlplane.core.telemetry.samples import Absence, EngineSample, Missing
 from controlplane.core.telemetry.signals import EngineTelemetry
@@ -26,7 +26,7 @@ def test_every_series_has_its_figure_and_what_is_missing_has_none() -> None:
             ),
             at_s,
         )
-    fleet = GpuFleet()
+    fleet = GpuInventory()
     blind = gpu_sample("g1", 1, gpu_ratio=Missing(Absence.ERROR, "no"), power_w=Missing(Absence.ERROR, "no"))
     fleet.observe("n", [node_sample("n", 1, 4.0, [gpu_sample("g0"), blind])], [], now_s=4.0)
     gateway = GatewayInfo("g", "n", "", in_flight=4, queued=2, in_flight_by_endpoint=(("small-1", 4),))

@@ -8,21 +8,21 @@ from hypothesis import strategies as st
 
 from controlplane.core.reports.recorded_traffic import (
     FIGURES,
-    Kept,
-    TrafficWindow,
+    RecordedWindow,
+    StoredPoint,
     from_the_first,
     windows_of,
 )
 from controlplane.core.reports.report import SUMS
 
-Figures = dict[str, list[Kept]]
+Figures = dict[str, list[StoredPoint]]
 
 
 def figures(*points: tuple[int, int, dict[str, float]]) -> Figures:
     found: Figures = {}
     for at_s, step_s, values in points:
         for name, total in values.items():
-            found.setdefault(name, []).append(Kept(at_s, step_s, total))
+            found.setdefault(name, []).append(StoredPoint(at_s, step_s, total))
     return found
 
 
@@ -77,7 +77,7 @@ def test_lengths_are_of_the_answered_ones_or_else_the_tiers() -> None:
 
 
 def test_all_count_from_the_first() -> None:
-    made = [TrafficWindow(start_s, 10, tier, 1, None, None) for start_s, tier in ((30, "a"), (20, "b"))]
+    made = [RecordedWindow(start_s, 10, tier, 1, None, None) for start_s, tier in ((30, "a"), (20, "b"))]
     assert [(w.start_s, w.tier) for w in from_the_first(made)] == [(0, "b"), (10, "a")]
     assert from_the_first([]) == []
 

@@ -20,7 +20,7 @@ from controlplane.core.reports.report import (
     track,
     track_step_s,
 )
-from controlplane.core.reports.ring_buffer import Look, ReportRing, tally
+from controlplane.core.reports.ring_buffer import ReportRing, SampleRound, tally
 
 LIGHT = Instance(InstanceKind.TIER, "light", "light")
 ONE = Instance(InstanceKind.ENDPOINT, "light", "light-1")
@@ -137,11 +137,11 @@ def test_a_track_has_few_parts(window_s: float, step_s: int) -> None:
 def test_memory_is_bounded_in_looks_and_in_rows() -> None:
     ring = ReportRing(limit=3, max_rows=5)
     for at_s in range(4):
-        ring.add(Look.of(at_s, {LIGHT: SAMPLES[0]}))
+        ring.add(SampleRound.of(at_s, {LIGHT: SAMPLES[0]}))
     assert [look.unix_s for look in ring.looks] == [1, 2, 3]
     assert ring.looks[0].instances is ring.looks[2].instances
-    ring.add(Look.of(4, {LIGHT: SAMPLES[0], ONE: SAMPLES[1]}))
-    ring.add(Look.of(5, {LIGHT: SAMPLES[0], ONE: SAMPLES[1]}))
+    ring.add(SampleRound.of(4, {LIGHT: SAMPLES[0], ONE: SAMPLES[1]}))
+    ring.add(SampleRound.of(5, {LIGHT: SAMPLES[0], ONE: SAMPLES[1]}))
     assert ([look.unix_s for look in ring.looks], ring.rows) == ([3, 4, 5], 5)
 
 
@@ -154,7 +154,7 @@ samples = st.builds(
 looks = st.lists(st.dictionaries(st.sampled_from([LIGHT, ONE]), samples), max_size=12)
 
 
-def totals_of(blocks: list[Look], from_s: int, until_s: int) -> dict[Instance, Totals]:
+def totals_of(blocks: list[SampleRound], from_s: int, until_s: int) -> dict[Instance, Totals]:
     inside = [look for look in blocks if from_s <= look.unix_s < until_s]
     return {instance: found for (instance, _), found in tally(inside, lambda each: each).items()}
 
@@ -163,7 +163,7 @@ def totals_of(blocks: list[Look], from_s: int, until_s: int) -> dict[Instance, T
 def test_two_windows_side_by_side_are_the_window_over_both(
     taken: list[dict[Instance, ReportSample]], middle: int
 ) -> None:
-    blocks = [Look.of(at_s, each) for at_s, each in enumerate(taken)]
+    blocks = [SampleRound.of(at_s, each) for at_s, each in enumerate(taken)]
     first, second = totals_of(blocks, 0, middle), totals_of(blocks, middle, 12)
     both = totals_of(blocks, 0, 12)
     for instance, found in second.items():
@@ -179,12 +179,12 @@ def test_memory_adds_up_what_the_samples_say_part_by_part(taken: list[dict[Insta
     for at_s, each in enumerate(taken):
         for instance, sample in each.items():
             expected.setdefault((instance, at_s // 5), Totals()).include(sample)
-    blocks = [Look.of(at_s, each) for at_s, each in enumerate(taken)]
+    blocks = [SampleRound.of(at_s, each) for at_s, each in enumerate(taken)]
     assert tally(blocks, lambda instance: instance, lambda look: look.unix_s // 5) == expected
 
 
 def test_instances_that_are_not_asked_for_are_left_out() -> None:
-    blocks = [Look.of(0, {LIGHT: SAMPLES[0], ONE: SAMPLES[1]}), Look.of(1, {ONE: SAMPLES[1]})]
+    blocks = [SampleRound.of(0, {LIGHT: SAMPLES[0], ONE: SAMPLES[1]}), SampleRound.of(1, {ONE: SAMPLES[1]})]
     found = tally(blocks, lambda each: each.tier if each.kind is InstanceKind.TIER else None)
     assert found == {("light", 0): added(SAMPLES[:1])}
     assert tally(blocks, lambda each: None) == {}

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
-from controlplane.core.gpus.inventory import GpuFleet
-from controlplane.core.gpus.leases import Capacity, LeaseBook, Outcome, Part
+from controlplane.core.gpus.inventory import GpuInventory
+from controlplane.core.gpus.leases import GpuCapacity, GpuPart, LeaseBook, LeaseOutcome
 from controlplane.core.reports.report import Instance, InstanceKind, ReportSample
-from controlplane.core.reports.sampler import ReportSampler, Scene
+from controlplane.core.reports.sampler import ReportSampler, SampledCluster
 from controlplane.core.telemetry.samples import Absence, EngineSample, Missing
 from controlplane.core.telemetry.signals import EngineTelemetry
-from controlplane.core.traffic.counters import Traffic
-from controlplane.core.traffic.demand import Demand
+from controlplane.core.traffic.counters import TrafficCounters
+from controlplane.core.traffic.demand import TierDemandTracker
 from tests.support.control import GIB, gpu_sample, node_sample
 
 TIER = Instance(InstanceKind.TIER, "small", "small")
@@ -36,17 +36,17 @@ class Plane:
 
     endpoints: dict[str, Endpoint] = field(default_factory=lambda: {"small-1": endpoint("small-1")})
     wanted: dict[str, int] = field(default_factory=lambda: {"small": 1})
-    gateways: dict[str, Traffic] = field(default_factory=lambda: {"g": Traffic("small")})
+    gateways: dict[str, TrafficCounters] = field(default_factory=lambda: {"g": TrafficCounters("small")})
     silent: set[str] = field(default_factory=set)
-    demand: Demand = field(default_factory=Demand)
+    demand: TierDemandTracker = field(default_factory=TierDemandTracker)
     book: LeaseBook = field(default_factory=LeaseBook)
-    fleet: GpuFleet = field(default_factory=GpuFleet)
+    fleet: GpuInventory = field(default_factory=GpuInventory)
     engines: dict[str, EngineTelemetry] = field(default_factory=dict)
     sampler: ReportSampler = field(default_factory=ReportSampler)
     now_s: float = 1000.0
 
-    def scene(self) -> Scene:
-        return Scene(
+    def scene(self) -> SampledCluster:
+        return SampledCluster(
             self.endpoints, self.wanted, self.book, self.fleet, self.engines, self.demand, HEARTBEAT_S
         )
 
@@ -127,7 +127,7 @@ def test_a_lost_gateways_last_words_count_and_the_time_after_them_is_a_gap() -> 
     assert (last.counted_s, last.requests, last.queue, last.in_flight) == (4, 3, None, None)
     plane.step(10)
     assert plane.take()[TIER].counted_s == 0
-    plane.gateways["h"], plane.silent = Traffic("small"), set()
+    plane.gateways["h"], plane.silent = TrafficCounters("small"), set()
     plane.step(2)
     assert plane.take()[TIER].counted_s == 1, "since it was first heard of"
     plane.serve("h", ok=5)
@@ -137,7 +137,7 @@ def test_a_lost_gateways_last_words_count_and_the_time_after_them_is_a_gap() -> 
 
 
 def test_with_another_gateway_nothing_that_was_told_is_lost() -> None:
-    plane = started(gateways={"g": Traffic("small"), "h": Traffic("small")})
+    plane = started(gateways={"g": TrafficCounters("small"), "h": TrafficCounters("small")})
     plane.serve("g", ok=1)
     plane.serve("h", ok=2)
     plane.step(3)
@@ -158,7 +158,7 @@ def test_a_controller_that_starts_anew_counts_nothing_from_before() -> None:
     plane = started()
     plane.serve(ok=50)
     plane.step(3)
-    plane.demand, plane.sampler = Demand(), ReportSampler()
+    plane.demand, plane.sampler = TierDemandTracker(), ReportSampler()
     plane.step(3)
     found = plane.take()[TIER]
     assert (found.counted_s, found.requests) == (2, 0)
@@ -236,9 +236,11 @@ def test_an_instances_gpus_are_those_that_it_leases() -> None:
         plane.fleet.observe(
             "n", [node_sample("n", seconds, float(seconds), gpus)], [], now_s=1000.0 + seconds
         )
-    capacity = {"g0": Capacity("g0", "n", 80 * GIB)}
-    answer = plane.book.acquire("small-1", [Part("g0", 500, GIB)], capacity, generation=1, now_s=plane.now_s)
-    assert answer.outcome is Outcome.GRANTED
+    capacity = {"g0": GpuCapacity("g0", "n", 80 * GIB)}
+    answer = plane.book.acquire(
+        "small-1", [GpuPart("g0", 500, GIB)], capacity, generation=1, now_s=plane.now_s
+    )
+    assert answer.outcome is LeaseOutcome.GRANTED
     plane.step(4)
     found = plane.take()
     assert found[instance("small-1")].gpu_s == pytest.approx(0.5 * 4)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from controlplane.core.admission.queue import AdmissionQueue, AdmissionSettings, Why
+from controlplane.core.admission.queue import AdmissionQueue, AdmissionSettings, RejectReason
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
 from controlplane.core.domain.request import Priority
-from controlplane.core.routing.dispatcher import Dispatcher, Held, Refused, Started, lane_key
-from controlplane.core.routing.endpoint_table import Fleet, FleetSettings
-from controlplane.core.routing.router import Outcome
+from controlplane.core.routing.dispatcher import Dispatcher, DispatchRefused, Started, WaitsInQueue, lane_key
+from controlplane.core.routing.endpoint_table import EndpointTable, LoadSettings
+from controlplane.core.routing.router import RouteOutcome
 from controlplane.core.routing.tier_table import (
-    Direction,
-    Refusal,
+    OverflowDirection,
+    RouteRefusal,
     RouteRequest,
     TierPolicy,
     TierTable,
@@ -21,20 +21,20 @@ from controlplane.core.routing.tier_table import (
 )
 
 NOW_S = 10.0
-TABLE = TierTable.build([TierPolicy("small", "s"), TierPolicy("large", "l", spill=Direction.NONE)])
+TABLE = TierTable.build([TierPolicy("small", "s"), TierPolicy("large", "l", spill=OverflowDirection.NONE)])
 SMALL = Endpoint("small-0", "small", "s", "vllm", "http://127.0.0.1:1", EndpointState.READY, 1, generation=1)
 LARGE = replace(SMALL, endpoint_id="large-0", tier="large", model="l")
 
 
 def dispatcher(*endpoints: Endpoint, capacity: int = 10, **settings: Any) -> Dispatcher:
-    fleet = Fleet(TABLE, FleetSettings(**settings))
+    fleet = EndpointTable(TABLE, LoadSettings(**settings))
     fleet.apply(endpoints)
     return Dispatcher(TABLE, fleet, AdmissionQueue(AdmissionSettings(capacity=capacity)))
 
 
 def submit(
     plane: Dispatcher, request: RouteRequest, now_s: float = NOW_S, **fields: Any
-) -> Started | Held | Refused:
+) -> Started | WaitsInQueue | DispatchRefused:
     return plane.submit(request, now_s, 0, **{"deadline_s": NOW_S + 60.0, **fields})
 
 
@@ -43,7 +43,7 @@ def test_starts_queues_and_starts_again_when_a_slot_frees() -> None:
     first = submit(plane, RouteRequest(model="large"))
     assert isinstance(first, Started)
     second = submit(plane, RouteRequest(model="large"), payload="second")
-    assert isinstance(second, Held)
+    assert isinstance(second, WaitsInQueue)
     assert second.decision.reason == "model=large; large full"
     assert plane.pump(NOW_S, 0) == []
     first.lease.succeed(NOW_S + 1)
@@ -57,7 +57,7 @@ def test_starts_queues_and_starts_again_when_a_slot_frees() -> None:
 def test_a_tier_that_becomes_ready_gets_what_waits_for_it() -> None:
     plane = dispatcher(replace(LARGE, state=EndpointState.RESTARTING))
     held = submit(plane, RouteRequest(model="large"))
-    assert isinstance(held, Held)
+    assert isinstance(held, WaitsInQueue)
     assert plane.fleet.apply([replace(LARGE, generation=2)])
     (started,) = plane.pump(NOW_S, 0)
     assert started.decision.reason == "model=large"
@@ -68,8 +68,8 @@ def test_a_full_tier_in_front_does_not_hold_up_others() -> None:
     running = [submit(plane, RouteRequest(model=name)) for name in ("small", "large")]
     waits_high = submit(plane, RouteRequest(model="large", priority=Priority.HIGH))
     waits_low = submit(plane, RouteRequest(model="s", priority=Priority.LOW))
-    assert isinstance(waits_high, Held)
-    assert isinstance(waits_low, Held)
+    assert isinstance(waits_high, WaitsInQueue)
+    assert isinstance(waits_low, WaitsInQueue)
     assert isinstance(running[0], Started)
     running[0].lease.succeed(NOW_S + 1)
     assert [one.ticket for one in plane.pump(NOW_S + 1, 0)] == [waits_low.ticket]
@@ -86,19 +86,19 @@ def test_what_spills_is_told_apart_from_what_must_stay() -> None:
 def test_refusals_of_routing_and_of_the_queue() -> None:
     plane = dispatcher(LARGE, capacity=1)
     unknown = submit(plane, RouteRequest(model="nope"))
-    assert isinstance(unknown, Refused)
-    assert unknown.decision.refusal is Refusal.UNKNOWN_MODEL
+    assert isinstance(unknown, DispatchRefused)
+    assert unknown.decision.refusal is RouteRefusal.UNKNOWN_MODEL
     assert unknown.rejected is None
     late = submit(plane, RouteRequest(model="large"), deadline_s=NOW_S)
-    assert isinstance(late, Refused)
+    assert isinstance(late, DispatchRefused)
     assert late.rejected is not None
-    assert late.rejected.why is Why.TOO_LATE
+    assert late.rejected.why is RejectReason.TOO_LATE
     submit(plane, RouteRequest(model="large"))
     submit(plane, RouteRequest(model="large"))
     full = submit(plane, RouteRequest(model="large"))
-    assert isinstance(full, Refused)
+    assert isinstance(full, DispatchRefused)
     assert full.rejected is not None
-    assert full.rejected.why is Why.FULL
+    assert full.rejected.why is RejectReason.FULL
 
 
 def test_sheds_by_what_it_has_seen_of_the_tiers_speed() -> None:
@@ -108,9 +108,9 @@ def test_sheds_by_what_it_has_seen_of_the_tiers_speed() -> None:
     first.lease.succeed(NOW_S + 4.0)
     submit(plane, RouteRequest(model="large"), NOW_S + 4.0)
     hopeless = submit(plane, RouteRequest(model="large"), NOW_S + 4.0, deadline_s=NOW_S + 7.0)
-    assert isinstance(hopeless, Refused)
+    assert isinstance(hopeless, DispatchRefused)
     assert hopeless.rejected is not None
-    assert (hopeless.rejected.why, hopeless.rejected.wait_s) == (Why.HOPELESS, 4.0)
+    assert (hopeless.rejected.why, hopeless.rejected.wait_s) == (RejectReason.HOPELESS, 4.0)
 
 
 def test_a_retry_keeps_its_age_and_goes_elsewhere() -> None:
@@ -123,20 +123,20 @@ def test_a_retry_keeps_its_age_and_goes_elsewhere() -> None:
     assert isinstance(second, Started)
     assert second.lease.load is not first.lease.load
     third = submit(plane, request, NOW_S + 2, arrived_s=NOW_S)
-    assert isinstance(third, Held)
+    assert isinstance(third, WaitsInQueue)
     assert third.ticket.arrived_s == NOW_S
 
 
 def test_waiting_requests_that_become_hopeless_are_refused() -> None:
     plane = dispatcher(replace(LARGE, state=EndpointState.RESTARTING), replace(SMALL, concurrency_limit=2))
     held = submit(plane, RouteRequest(model="l"))
-    assert isinstance(held, Held)
+    assert isinstance(held, WaitsInQueue)
     assert plane.refused(NOW_S, 0) == []
     plane.fleet.apply([replace(LARGE, state=EndpointState.FAILED, diagnosis="bad flag"), SMALL])
     ((ticket, decision),) = plane.refused(NOW_S, 0)
     assert ticket is held.ticket
     assert (decision.outcome, decision.message) == (
-        Outcome.REJECT,
+        RouteOutcome.REJECT,
         "all endpoints of large failed: bad flag",
     )
     assert len(plane.queue) == 0
@@ -148,7 +148,7 @@ def test_what_goes_by_age_may_use_the_reserve() -> None:
     running = [submit(plane, RouteRequest(model="large")) for _ in range(9)]
     assert all(isinstance(one, Started) for one in running)
     low = submit(plane, RouteRequest(model="large", priority=Priority.LOW))
-    assert isinstance(low, Held)
+    assert isinstance(low, WaitsInQueue)
     assert plane.pump(NOW_S, 0) == [], "the tenth slot is kept"
     row = plane.queue._lanes[low.ticket.lane].rows[low.ticket.band]
     row.credit = 1.0
@@ -165,6 +165,6 @@ def test_a_second_try_takes_a_free_place_or_none() -> None:
     assert second is not None
     assert second.lease.load.in_flight == 2
     waiting = submit(plane, request._replace(priority=Priority.LOW))
-    assert isinstance(waiting, Held)
+    assert isinstance(waiting, WaitsInQueue)
     assert plane.start_now(request._replace(priority=Priority.HIGH), route, NOW_S, 0) is None
     assert len(plane.queue) == 1, "nobody was evicted for it"

@@ -11,7 +11,13 @@ from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
 from controlplane.core.domain.request import Priority
 from controlplane.core.routing.circuit_breaker import BreakerState
-from controlplane.core.routing.endpoint_table import Fleet, FleetSettings, Seat, seat, share
+from controlplane.core.routing.endpoint_table import (
+    EndpointTable,
+    GatewayShard,
+    LoadSettings,
+    gateway_shard,
+    shard_share,
+)
 from controlplane.core.routing.tier_table import TierPolicy, TierTable
 
 NOW_S = 50.0
@@ -19,8 +25,8 @@ TABLE = TierTable.build([TierPolicy("small", "s"), TierPolicy("large", "l")])
 READY = Endpoint("small-0", "small", "s", "vllm", "http://127.0.0.1:1", EndpointState.READY, 10, generation=1)
 
 
-def one(**settings: Any) -> Fleet:
-    fleet = Fleet(TABLE, FleetSettings(**settings))
+def one(**settings: Any) -> EndpointTable:
+    fleet = EndpointTable(TABLE, LoadSettings(**settings))
     fleet.apply([READY])
     return fleet
 
@@ -36,13 +42,13 @@ def one(**settings: Any) -> Fleet:
     ],
 )
 def test_shares(limit: int, count: int, offset: int, shares: list[int]) -> None:
-    assert [share(limit, index, count, offset) for index in range(count)] == shares
+    assert [shard_share(limit, index, count, offset) for index in range(count)] == shares
 
 
 @pytest.mark.parametrize(("limit", "index", "count"), [(-1, 0, 1), (1, 1, 1), (1, 0, 0), (1, -1, 2)])
 def test_no_such_share(limit: int, index: int, count: int) -> None:
     with pytest.raises(ValueError, match="no share"):
-        share(limit, index, count)
+        shard_share(limit, index, count)
 
 
 def test_a_lease_counts_while_it_lasts_and_ends_once() -> None:
@@ -140,7 +146,7 @@ def test_requests_of_an_endpoint_that_is_not_ready_don_t_count_for_its_tier() ->
 def test_applying_says_whether_waiting_requests_may_find_a_place(
     before: list[Endpoint], after: list[Endpoint], better: bool
 ) -> None:
-    fleet = Fleet(TABLE)
+    fleet = EndpointTable(TABLE)
     fleet.apply(before)
     assert fleet.apply(after) is better
 
@@ -153,7 +159,7 @@ def test_a_snapshot_gives_each_gateway_its_share_and_the_others_load() -> None:
     snapshot = ClusterSnapshot("e", 1, 0.0, (READY,), gateways)
     limits = []
     for name, others in (("a", 6), ("b", 5), ("c", 3)):
-        fleet = Fleet(TABLE)
+        fleet = EndpointTable(TABLE)
         fleet.apply_snapshot(snapshot, name)
         limits.append(fleet.pools[0].limit)
         assert fleet.by_endpoint_id["small-0"].others_in_flight == others
@@ -162,9 +168,9 @@ def test_a_snapshot_gives_each_gateway_its_share_and_the_others_load() -> None:
 
 def test_a_gateway_counts_itself_and_trusts_no_warming_controller() -> None:
     snapshot = ClusterSnapshot("e", 1, 0.0, gateways=(GatewayInfo("b", "node", ""),))
-    first = seat(snapshot, "a")
-    assert first == Seat(0, 2)
+    first = gateway_shard(snapshot, "a")
+    assert first == GatewayShard(0, 2)
     warming = ClusterSnapshot("f", 1, 0.0, warming=True)
-    assert seat(warming, "a", first) == first
-    assert seat(warming, "a") == Seat(0, 1)
-    assert seat(ClusterSnapshot("f", 2, 0.0), "a", first) == Seat(0, 1)
+    assert gateway_shard(warming, "a", first) == first
+    assert gateway_shard(warming, "a") == GatewayShard(0, 1)
+    assert gateway_shard(ClusterSnapshot("f", 2, 0.0), "a", first) == GatewayShard(0, 1)

@@ -8,8 +8,8 @@ import pytest
 
 from controlplane.core.routing.retry import (
     RULES,
-    Attempt,
-    Failure,
+    AttemptFailure,
+    FailedAttempt,
     GiveUp,
     Resume,
     RetryBudget,
@@ -20,8 +20,8 @@ from controlplane.core.routing.retry import (
 
 NOW_S = 10.0
 SETTINGS = RetrySettings(max_attempts=3, budget_ratio=0.2, budget_min_per_s=1.0, budget_burst=2.0)
-FRESH = Attempt(number=1, sent=False, deadline_s=100.0)
-STREAMING = Attempt(number=1, sent=True, deadline_s=100.0)
+FRESH = FailedAttempt(number=1, sent=False, deadline_s=100.0)
+STREAMING = FailedAttempt(number=1, sent=True, deadline_s=100.0)
 
 
 def budget(tokens: float = 2.0) -> RetryBudget:
@@ -31,16 +31,20 @@ def budget(tokens: float = 2.0) -> RetryBudget:
 
 
 def test_every_failure_has_a_rule() -> None:
-    assert set(RULES) == set(Failure)
+    assert set(RULES) == set(AttemptFailure)
 
 
-@pytest.mark.parametrize("failure", [kind for kind in Failure if kind is not Failure.WRONG_REQUEST])
-def test_before_the_first_byte_all_but_wrong_requests_are_tried_elsewhere(failure: Failure) -> None:
+@pytest.mark.parametrize(
+    "failure", [kind for kind in AttemptFailure if kind is not AttemptFailure.WRONG_REQUEST]
+)
+def test_before_the_first_byte_all_but_wrong_requests_are_tried_elsewhere(failure: AttemptFailure) -> None:
     assert next_step(failure, FRESH, SETTINGS, budget(), NOW_S) == RetryElsewhere(str(failure))
 
 
-@pytest.mark.parametrize("failure", [Failure.CUT, Failure.TOKEN_TIMEOUT, Failure.STREAM_ERROR])
-def test_a_stream_is_resumed_or_honestly_ended(failure: Failure) -> None:
+@pytest.mark.parametrize(
+    "failure", [AttemptFailure.CUT, AttemptFailure.TOKEN_TIMEOUT, AttemptFailure.STREAM_ERROR]
+)
+def test_a_stream_is_resumed_or_honestly_ended(failure: AttemptFailure) -> None:
     assert next_step(failure, STREAMING, SETTINGS, budget(), NOW_S) == Resume(str(failure))
     cannot = STREAMING._replace(not_resumable="a tool call was begun")
     assert next_step(failure, cannot, SETTINGS, budget(), NOW_S) == GiveUp(
@@ -49,7 +53,9 @@ def test_a_stream_is_resumed_or_honestly_ended(failure: Failure) -> None:
 
 
 def test_a_wrong_request_keeps_the_engines_status() -> None:
-    step = next_step(Failure.WRONG_REQUEST, FRESH._replace(engine_status=422), SETTINGS, budget(), NOW_S)
+    step = next_step(
+        AttemptFailure.WRONG_REQUEST, FRESH._replace(engine_status=422), SETTINGS, budget(), NOW_S
+    )
     assert isinstance(step, GiveUp)
     assert (step.status, step.code) == (422, "bad_request")
 
@@ -57,13 +63,15 @@ def test_a_wrong_request_keeps_the_engines_status() -> None:
 @pytest.mark.parametrize(
     ("failure", "status", "code"),
     [
-        (Failure.CONNECT_TIMEOUT, 503, "no_endpoint"),
-        (Failure.RESET, 502, "endpoint_lost"),
-        (Failure.BUSY, 429, "queue_full"),
-        (Failure.FIRST_TOKEN_TIMEOUT, 504, "first_token_timeout"),
+        (AttemptFailure.CONNECT_TIMEOUT, 503, "no_endpoint"),
+        (AttemptFailure.RESET, 502, "endpoint_lost"),
+        (AttemptFailure.BUSY, 429, "queue_full"),
+        (AttemptFailure.FIRST_TOKEN_TIMEOUT, 504, "first_token_timeout"),
     ],
 )
-def test_the_last_attempt_gives_the_failures_own_status(failure: Failure, status: int, code: str) -> None:
+def test_the_last_attempt_gives_the_failures_own_status(
+    failure: AttemptFailure, status: int, code: str
+) -> None:
     step = next_step(failure, FRESH._replace(number=3), SETTINGS, budget(), NOW_S)
     assert step == GiveUp(status, code, f"{failure} at the last of 3 attempts")
 
@@ -73,16 +81,18 @@ def test_attempts_that_reached_nobody_are_counted_apart() -> None:
     plenty = RetryBudget(settings, NOW_S)
     for refused in range(4):
         attempt = FRESH._replace(number=refused + 1, refused=refused)
-        assert isinstance(next_step(Failure.REFUSED, attempt, settings, plenty, NOW_S), RetryElsewhere)
-    last = next_step(Failure.REFUSED, FRESH._replace(number=5, refused=4), settings, plenty, NOW_S)
+        assert isinstance(next_step(AttemptFailure.REFUSED, attempt, settings, plenty, NOW_S), RetryElsewhere)
+    last = next_step(AttemptFailure.REFUSED, FRESH._replace(number=5, refused=4), settings, plenty, NOW_S)
     assert last == GiveUp(503, "no_endpoint", "5 connections were refused")
     reached = FRESH._replace(number=4, refused=2)
-    assert isinstance(next_step(Failure.RESET, reached, settings, plenty, NOW_S), RetryElsewhere)
-    assert isinstance(next_step(Failure.RESET, reached._replace(number=5), settings, plenty, NOW_S), GiveUp)
+    assert isinstance(next_step(AttemptFailure.RESET, reached, settings, plenty, NOW_S), RetryElsewhere)
+    assert isinstance(
+        next_step(AttemptFailure.RESET, reached._replace(number=5), settings, plenty, NOW_S), GiveUp
+    )
 
 
 def test_attempts_are_bounded_for_streams_too() -> None:
-    step = next_step(Failure.CUT, STREAMING._replace(number=3), SETTINGS, budget(), NOW_S)
+    step = next_step(AttemptFailure.CUT, STREAMING._replace(number=3), SETTINGS, budget(), NOW_S)
     assert step == GiveUp(502, "endpoint_lost", "cut at the last of 3 attempts")
 
 
@@ -99,22 +109,24 @@ def test_attempts_are_bounded_for_streams_too() -> None:
         ),
     ],
 )
-def test_nothing_is_tried_without_time(attempt: Attempt, expected: GiveUp) -> None:
-    assert next_step(Failure.CUT, attempt, SETTINGS, budget(), NOW_S) == expected
+def test_nothing_is_tried_without_time(attempt: FailedAttempt, expected: GiveUp) -> None:
+    assert next_step(AttemptFailure.CUT, attempt, SETTINGS, budget(), NOW_S) == expected
 
 
 @pytest.mark.parametrize(
     ("failure", "losses", "goes_on"),
     [
-        (Failure.SERVER_ERROR, 0, False),
-        (Failure.FIRST_TOKEN_TIMEOUT, 0, False),
-        (Failure.REFUSED, 0, True),
-        (Failure.REFUSED, 1, False),
-        (Failure.CUT, 0, True),
-        (Failure.CUT, 1, False),
+        (AttemptFailure.SERVER_ERROR, 0, False),
+        (AttemptFailure.FIRST_TOKEN_TIMEOUT, 0, False),
+        (AttemptFailure.REFUSED, 0, True),
+        (AttemptFailure.REFUSED, 1, False),
+        (AttemptFailure.CUT, 0, True),
+        (AttemptFailure.CUT, 1, False),
     ],
 )
-def test_without_budget_only_a_first_loss_is_made_good(failure: Failure, losses: int, goes_on: bool) -> None:
+def test_without_budget_only_a_first_loss_is_made_good(
+    failure: AttemptFailure, losses: int, goes_on: bool
+) -> None:
     step = next_step(failure, FRESH._replace(losses=losses), SETTINGS, budget(0.0), NOW_S)
     assert isinstance(step, RetryElsewhere) is goes_on
     if isinstance(step, GiveUp):
@@ -124,15 +136,15 @@ def test_without_budget_only_a_first_loss_is_made_good(failure: Failure, losses:
 @pytest.mark.parametrize(
     ("failure", "losses", "deadline_s", "pause_s"),
     [
-        (Failure.CUT, 0, 100.0, 0.0),
-        (Failure.CUT, 1, 100.0, SETTINGS.pause_s),
-        (Failure.REFUSED, 1, 100.0, SETTINGS.pause_s),
-        (Failure.SERVER_ERROR, 1, 100.0, 0.0),
-        (Failure.CUT, 1, NOW_S + 0.15, 0.1),
+        (AttemptFailure.CUT, 0, 100.0, 0.0),
+        (AttemptFailure.CUT, 1, 100.0, SETTINGS.pause_s),
+        (AttemptFailure.REFUSED, 1, 100.0, SETTINGS.pause_s),
+        (AttemptFailure.SERVER_ERROR, 1, 100.0, 0.0),
+        (AttemptFailure.CUT, 1, NOW_S + 0.15, 0.1),
     ],
 )
 def test_a_request_that_loses_a_second_engine_pauses_inside_its_deadline(
-    failure: Failure, losses: int, deadline_s: float, pause_s: float
+    failure: AttemptFailure, losses: int, deadline_s: float, pause_s: float
 ) -> None:
     for attempt in (FRESH, STREAMING):
         at = attempt._replace(number=2, losses=losses, deadline_s=deadline_s)
@@ -157,7 +169,7 @@ def test_the_budget_is_a_share_of_the_traffic_and_a_little_a_second() -> None:
 
 def test_a_first_loss_costs_no_budget() -> None:
     tokens = budget(2.0)
-    next_step(Failure.CUT, STREAMING, SETTINGS, tokens, NOW_S)
+    next_step(AttemptFailure.CUT, STREAMING, SETTINGS, tokens, NOW_S)
     assert tokens.tokens == 2.0
-    next_step(Failure.SERVER_ERROR, FRESH, SETTINGS, tokens, NOW_S)
+    next_step(AttemptFailure.SERVER_ERROR, FRESH, SETTINGS, tokens, NOW_S)
     assert tokens.tokens == 1.0

@@ -10,9 +10,16 @@ import pytest
 from controlplane.core.domain.endpoint import Capabilities, Endpoint, EndpointState
 from controlplane.core.domain.request import Complexity, Priority
 from controlplane.core.routing import scorers
-from controlplane.core.routing.endpoint_table import EndpointLoad, Fleet, FleetSettings
-from controlplane.core.routing.router import Outcome, decide, explain
-from controlplane.core.routing.tier_table import Api, Direction, Refusal, RouteRequest, TierPolicy, TierTable
+from controlplane.core.routing.endpoint_table import EndpointLoad, EndpointTable, LoadSettings
+from controlplane.core.routing.router import RouteOutcome, decide, explain
+from controlplane.core.routing.tier_table import (
+    Api,
+    OverflowDirection,
+    RouteRefusal,
+    RouteRequest,
+    TierPolicy,
+    TierTable,
+)
 
 NOW_S = 1000.0
 ALL = Capabilities(embeddings=True, responses=True, messages=True)
@@ -27,15 +34,18 @@ def endpoint(name: str, **fields: Any) -> Endpoint:
 
 
 def plane(
-    *endpoints: Endpoint, spill: Direction = Direction.UP, bridge: Direction | None = None, **settings: Any
-) -> tuple[TierTable, Fleet]:
+    *endpoints: Endpoint,
+    spill: OverflowDirection = OverflowDirection.UP,
+    bridge: OverflowDirection | None = None,
+    **settings: Any,
+) -> tuple[TierTable, EndpointTable]:
     table = TierTable.build(
         [
             TierPolicy(name, f"{name}-model", spill=spill, bridge=bridge)
             for name in ("lightweight", "balanced", "capable")
         ]
     )
-    fleet = Fleet(table, FleetSettings(**settings))
+    fleet = EndpointTable(table, LoadSettings(**settings))
     fleet.apply(endpoints)
     return table, fleet
 
@@ -45,7 +55,7 @@ def fill(load: EndpointLoad, count: int | None = None) -> None:
         load.begin(NOW_S)
 
 
-def chosen(request: RouteRequest, table: TierTable, fleet: Fleet, pick: int = 0) -> str:
+def chosen(request: RouteRequest, table: TierTable, fleet: EndpointTable, pick: int = 0) -> str:
     decision = decide(request, table, fleet, NOW_S, pick)
     assert decision.load is not None, decision
     return decision.load.endpoint.endpoint_id
@@ -58,7 +68,7 @@ def test_sends_to_the_tier_asked_for_and_says_why() -> None:
     table, fleet = plane(endpoint("lightweight-0"), endpoint("balanced-0"))
     decision = decide(RouteRequest(complexity=Complexity.SIMPLE), table, fleet, NOW_S, 0)
     assert (decision.outcome, decision.tier, decision.reason) == (
-        Outcome.SEND,
+        RouteOutcome.SEND,
         "lightweight",
         "complexity=simple",
     )
@@ -176,26 +186,30 @@ def test_a_full_tier_spills_to_the_least_loaded_that_the_policy_allows() -> None
 
 @pytest.mark.parametrize(
     ("spill", "tier"),
-    [(Direction.UP, "capable"), (Direction.DOWN, "lightweight"), (Direction.NONE, None)],
+    [
+        (OverflowDirection.UP, "capable"),
+        (OverflowDirection.DOWN, "lightweight"),
+        (OverflowDirection.NONE, None),
+    ],
 )
-def test_spilling_goes_where_the_policy_says(spill: Direction, tier: str | None) -> None:
+def test_spilling_goes_where_the_policy_says(spill: OverflowDirection, tier: str | None) -> None:
     table, fleet = plane(
         endpoint("lightweight-0"), endpoint("balanced-0"), endpoint("capable-0"), spill=spill
     )
     fill(fleet.by_endpoint_id["balanced-0"])
     decision = decide(BALANCED, table, fleet, NOW_S, 0)
     if tier is None:
-        assert (decision.outcome, decision.reason) == (Outcome.QUEUE, "model=balanced; balanced full")
+        assert (decision.outcome, decision.reason) == (RouteOutcome.QUEUE, "model=balanced; balanced full")
     else:
         assert decision.tier == tier
 
 
 def test_a_floor_forbids_going_down() -> None:
-    table, fleet = plane(endpoint("lightweight-0"), endpoint("balanced-0"), spill=Direction.BOTH)
+    table, fleet = plane(endpoint("lightweight-0"), endpoint("balanced-0"), spill=OverflowDirection.BOTH)
     fill(fleet.by_endpoint_id["balanced-0"])
     assert decide(BALANCED, table, fleet, NOW_S, 0).tier == "lightweight"
     floored = decide(BALANCED._replace(min_tier="balanced"), table, fleet, NOW_S, 0)
-    assert (floored.outcome, floored.tiers) == (Outcome.QUEUE, (1, 2))
+    assert (floored.outcome, floored.tiers) == (RouteOutcome.QUEUE, (1, 2))
 
 
 @pytest.mark.parametrize("state", [EndpointState.RESTARTING, EndpointState.STARTING, EndpointState.DRAINING])
@@ -224,11 +238,11 @@ def test_no_bridge_without_the_policy() -> None:
     table, fleet = plane(
         endpoint("lightweight-0", state=EndpointState.RESTARTING),
         endpoint("balanced-0"),
-        spill=Direction.NONE,
+        spill=OverflowDirection.NONE,
     )
     decision = decide(RouteRequest(model="lightweight"), table, fleet, NOW_S, 0)
     assert (decision.outcome, decision.reason) == (
-        Outcome.QUEUE,
+        RouteOutcome.QUEUE,
         "model=lightweight; lightweight restarting",
     )
 
@@ -255,19 +269,19 @@ def test_a_list_takes_the_first_with_room_and_else_waits_for_any() -> None:
     assert decide(request, table, fleet, NOW_S, 0).reason == "models[1]=lightweight"
     fill(fleet.by_endpoint_id["lightweight-0"])
     decision = decide(request, table, fleet, NOW_S, 0)
-    assert (decision.outcome, decision.tiers) == (Outcome.QUEUE, (2, 0)), "balanced was not asked for"
+    assert (decision.outcome, decision.tiers) == (RouteOutcome.QUEUE, (2, 0)), "balanced was not asked for"
 
 
 def test_what_was_tried_is_not_tried_again_until_it_is_a_new_process() -> None:
-    table, fleet = plane(endpoint("balanced-0"), endpoint("balanced-1"), spill=Direction.NONE)
+    table, fleet = plane(endpoint("balanced-0"), endpoint("balanced-1"), spill=OverflowDirection.NONE)
     first = fleet.by_endpoint_id["balanced-0"]
     request = BALANCED._replace(exclude=frozenset({first.key}))
     assert {chosen(request, table, fleet, pick) for pick in range(4)} == {"balanced-1"}
     both = BALANCED._replace(exclude=frozenset({first.key, fleet.by_endpoint_id["balanced-1"].key}))
     decision = decide(both, table, fleet, NOW_S, 0)
-    assert (decision.outcome, decision.refusal) == (Outcome.REJECT, Refusal.EXHAUSTED)
+    assert (decision.outcome, decision.refusal) == (RouteOutcome.REJECT, RouteRefusal.EXHAUSTED)
     fleet.apply([endpoint("balanced-0", state=EndpointState.RESTARTING), endpoint("balanced-1")])
-    assert decide(both, table, fleet, NOW_S, 0).outcome is Outcome.QUEUE
+    assert decide(both, table, fleet, NOW_S, 0).outcome is RouteOutcome.QUEUE
     fleet.apply([endpoint("balanced-0", generation=2), endpoint("balanced-1")])
     assert chosen(both, table, fleet) == "balanced-0"
 
@@ -282,19 +296,19 @@ def test_a_tier_whose_engines_all_gave_up_is_bridged_or_refused_with_the_diagnos
     failed = endpoint("balanced-0", state=EndpointState.FAILED, diagnosis="out of memory")
     table, fleet = plane(failed, endpoint("capable-0"))
     assert decide(BALANCED, table, fleet, NOW_S, 0).reason == "model=balanced; bridge: balanced failed"
-    table, fleet = plane(failed, spill=Direction.NONE)
+    table, fleet = plane(failed, spill=OverflowDirection.NONE)
     decision = decide(BALANCED, table, fleet, NOW_S, 0)
     assert (decision.refusal, decision.message) == (
-        Refusal.FAILED,
+        RouteRefusal.FAILED,
         "all endpoints of balanced failed: out of memory",
     )
 
 
 def test_a_tier_without_endpoints_may_be_starting_so_the_request_waits() -> None:
-    table, fleet = plane(spill=Direction.NONE)
+    table, fleet = plane(spill=OverflowDirection.NONE)
     decision = decide(BALANCED, table, fleet, NOW_S, 0)
     assert (decision.outcome, decision.reason) == (
-        Outcome.QUEUE,
+        RouteOutcome.QUEUE,
         "model=balanced; balanced has no endpoint",
     )
 
@@ -305,7 +319,7 @@ def test_the_api_is_a_filter() -> None:
     assert decision.reason == "default; bridge: balanced does not serve messages"
     pinned = decide(RouteRequest(model="balanced-model", api=Api.MESSAGES), table, fleet, NOW_S, 0)
     assert (pinned.refusal, pinned.message) == (
-        Refusal.NO_CAPABILITY,
+        RouteRefusal.NO_CAPABILITY,
         "no engine of balanced serves messages",
     )
 
@@ -320,21 +334,21 @@ def test_embeddings_never_change_the_model_by_load() -> None:
     decision = decide(request, table, fleet, NOW_S, 0)
     assert (decision.tier, decision.reason) == ("lightweight", "serves embeddings")
     fill(fleet.by_endpoint_id["lightweight-0"])
-    assert decide(request, table, fleet, NOW_S, 0).outcome is Outcome.QUEUE
+    assert decide(request, table, fleet, NOW_S, 0).outcome is RouteOutcome.QUEUE
     named = decide(request._replace(model="balanced"), table, fleet, NOW_S, 0)
-    assert named.refusal is Refusal.NO_CAPABILITY
+    assert named.refusal is RouteRefusal.NO_CAPABILITY
     floored = decide(request._replace(min_tier="balanced"), table, fleet, NOW_S, 0)
     assert floored.tier == "capable"
 
 
 def test_the_last_slots_are_for_high_priority_while_there_is_any() -> None:
-    table, fleet = plane(endpoint("balanced-0", concurrency_limit=10), spill=Direction.NONE)
+    table, fleet = plane(endpoint("balanced-0", concurrency_limit=10), spill=OverflowDirection.NONE)
     fill(fleet.by_endpoint_id["balanced-0"], 9)
-    assert decide(BALANCED, table, fleet, NOW_S, 0).outcome is Outcome.SEND
+    assert decide(BALANCED, table, fleet, NOW_S, 0).outcome is RouteOutcome.SEND
     fleet.high_seen_s = NOW_S - 1.0
-    assert decide(BALANCED, table, fleet, NOW_S, 0).outcome is Outcome.QUEUE
+    assert decide(BALANCED, table, fleet, NOW_S, 0).outcome is RouteOutcome.QUEUE
     high = BALANCED._replace(priority=Priority.HIGH)
-    assert decide(high, table, fleet, NOW_S, 0).outcome is Outcome.SEND
+    assert decide(high, table, fleet, NOW_S, 0).outcome is RouteOutcome.SEND
     explained = explain(BALANCED, table, fleet, NOW_S, 0)
     assert explained.candidates[0].left_out == ("its last 1 slots are kept for high priority",)
 
@@ -342,7 +356,7 @@ def test_the_last_slots_are_for_high_priority_while_there_is_any() -> None:
 def test_an_unknown_model_is_a_value() -> None:
     table, fleet = plane(endpoint("balanced-0"))
     decision = decide(RouteRequest(model="nope"), table, fleet, NOW_S, 0)
-    assert (decision.outcome, decision.refusal) == (Outcome.REJECT, Refusal.UNKNOWN_MODEL)
+    assert (decision.outcome, decision.refusal) == (RouteOutcome.REJECT, RouteRefusal.UNKNOWN_MODEL)
     assert (
         explain(RouteRequest(model="nope"), table, fleet, NOW_S, 0)
         .candidates[0]
@@ -384,9 +398,9 @@ def test_an_explanation_says_why_each_endpoint_was_left_out() -> None:
 
 
 def test_an_explanation_of_a_bridge_leaves_out_the_tiers_that_only_take_overflow() -> None:
-    table, fleet = plane(endpoint("lightweight-0"), spill=Direction.DOWN, bridge=Direction.UP)
+    table, fleet = plane(endpoint("lightweight-0"), spill=OverflowDirection.DOWN, bridge=OverflowDirection.UP)
     decision, _, (candidate,) = explain(BALANCED, table, fleet, NOW_S, 0)
-    assert decision.outcome is Outcome.QUEUE
+    assert decision.outcome is RouteOutcome.QUEUE
     assert candidate.left_out == (
         "tier 'lightweight' only takes what balanced has no room for, and balanced is down",
     )

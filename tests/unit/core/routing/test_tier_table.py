@@ -11,8 +11,8 @@ from controlplane.core.domain.request import Complexity
 from controlplane.core.routing.tier_table import (
     API_BITS,
     Api,
-    Direction,
-    Refusal,
+    OverflowDirection,
+    RouteRefusal,
     RouteRequest,
     TierPolicy,
     TierTable,
@@ -78,14 +78,14 @@ def test_a_model_id_is_meant_as_it_stands_but_a_tier_may_spill() -> None:
 @pytest.mark.parametrize(
     ("request_fields", "refusal", "says"),
     [
-        ({"model": "gpt-5"}, Refusal.UNKNOWN_MODEL, "no model 'gpt-5': there is auto, lightweight"),
-        ({"models": ("a", "b")}, Refusal.UNKNOWN_MODEL, "no model 'a', 'b'"),
-        ({"min_tier": "huge"}, Refusal.UNKNOWN_TIER, "no tier 'huge' for x-min-tier"),
-        ({"model": "small", "min_tier": "balanced"}, Refusal.BELOW_FLOOR, "model 'small' is below"),
-        ({"models": ("small",), "min_tier": "balanced"}, Refusal.BELOW_FLOOR, "every model asked for"),
+        ({"model": "gpt-5"}, RouteRefusal.UNKNOWN_MODEL, "no model 'gpt-5': there is auto, lightweight"),
+        ({"models": ("a", "b")}, RouteRefusal.UNKNOWN_MODEL, "no model 'a', 'b'"),
+        ({"min_tier": "huge"}, RouteRefusal.UNKNOWN_TIER, "no tier 'huge' for x-min-tier"),
+        ({"model": "small", "min_tier": "balanced"}, RouteRefusal.BELOW_FLOOR, "model 'small' is below"),
+        ({"models": ("small",), "min_tier": "balanced"}, RouteRefusal.BELOW_FLOOR, "every model asked for"),
     ],
 )
-def test_refusals(request_fields: dict[str, Any], refusal: Refusal, says: str) -> None:
+def test_refusals(request_fields: dict[str, Any], refusal: RouteRefusal, says: str) -> None:
     route = resolve(RouteRequest(**request_fields), THREE)
     assert route.refusal is refusal
     assert says in route.message
@@ -114,16 +114,20 @@ def test_the_scorer_is_asked_only_if_nothing_else_decides() -> None:
 @pytest.mark.parametrize(
     ("spill", "bridge", "floor", "spills", "bridges"),
     [
-        (Direction.UP, None, None, ["c", "d"], ["c", "a", "d"]),
-        (Direction.DOWN, None, None, ["a"], ["c", "a", "d"]),
-        (Direction.BOTH, Direction.UP, None, ["c", "a", "d"], ["c", "d"]),
-        (Direction.NONE, None, None, [], []),
-        (Direction.NONE, Direction.DOWN, None, [], ["a"]),
-        (Direction.BOTH, Direction.BOTH, "b", ["c", "d"], ["c", "d"]),
+        (OverflowDirection.UP, None, None, ["c", "d"], ["c", "a", "d"]),
+        (OverflowDirection.DOWN, None, None, ["a"], ["c", "a", "d"]),
+        (OverflowDirection.BOTH, OverflowDirection.UP, None, ["c", "a", "d"], ["c", "d"]),
+        (OverflowDirection.NONE, None, None, [], []),
+        (OverflowDirection.NONE, OverflowDirection.DOWN, None, [], ["a"]),
+        (OverflowDirection.BOTH, OverflowDirection.BOTH, "b", ["c", "d"], ["c", "d"]),
     ],
 )
 def test_neighbours(
-    spill: Direction, bridge: Direction | None, floor: str | None, spills: list[str], bridges: list[str]
+    spill: OverflowDirection,
+    bridge: OverflowDirection | None,
+    floor: str | None,
+    spills: list[str],
+    bridges: list[str],
 ) -> None:
     table = TierTable.build(
         [

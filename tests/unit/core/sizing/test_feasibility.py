@@ -6,22 +6,22 @@ from typing import Any
 
 import pytest
 
-from controlplane.core.sizing.engine_args import EngineSettings
-from controlplane.core.sizing.feasibility import Fit, Limits, Unfit, fit, shortfalls
+from controlplane.core.sizing.engine_args import EngineArgs
+from controlplane.core.sizing.feasibility import Fit, FitLimits, Unfit, fit, shortfalls
 from controlplane.core.sizing.quantization import preset
 from controlplane.models.catalog import gpu_named, gpu_table, known_model
 
 ALLOWED = ("fp8", "awq")
 
 
-def verdict(model: str, gpu: str, settings: EngineSettings, **limits: Any) -> Fit | Unfit:
+def verdict(model: str, gpu: str, settings: EngineArgs, **limits: Any) -> Fit | Unfit:
     spec = known_model(model)
     assert spec is not None
-    return fit(spec, settings, gpu_named(gpu), Limits(**limits))
+    return fit(spec, settings, gpu_named(gpu), FitLimits(**limits))
 
 
 def test_a_fit_says_how_much() -> None:
-    found = verdict("qwen3-8b", "H100", EngineSettings(max_length=8192), length=4096)
+    found = verdict("qwen3-8b", "H100", EngineArgs(max_length=8192), length=4096)
     assert isinstance(found, Fit)
     assert found.length == 4096
     assert found.sequences == min(found.plan.usable_blocks // 256, 1024)
@@ -78,46 +78,46 @@ def test_a_fit_says_how_much() -> None:
 def test_the_smallest_change(
     model: str, gpu: str, settings: dict[str, Any], limits: dict[str, Any], flags: list[str]
 ) -> None:
-    found = verdict(model, gpu, EngineSettings(**settings), **limits)
+    found = verdict(model, gpu, EngineArgs(**settings), **limits)
     assert isinstance(found, Unfit)
     assert found.reasons
     assert len(found.changes) == len(flags), found.remedy
     for change, flag in zip(found.changes, flags, strict=True):
         assert change.setting.startswith(flag)
     assert found.changed is not None
-    assert shortfalls(found.changed, Limits(**limits)) == ()
+    assert shortfalls(found.changed, FitLimits(**limits)) == ()
 
 
 def test_numbers_stand_in_the_reason() -> None:
-    found = verdict("llama-3.1-70b-instruct", "H100", EngineSettings())
+    found = verdict("llama-3.1-70b-instruct", "H100", EngineArgs())
     assert isinstance(found, Unfit)
     assert "GiB" in found.reasons[0]
     assert found.needed_bytes > found.available_bytes > 0
 
 
 def test_nothing_helps_is_said() -> None:
-    found = verdict("deepseek-v3", "T4", EngineSettings(), count=1)
+    found = verdict("deepseek-v3", "T4", EngineArgs(), count=1)
     assert isinstance(found, Unfit)
     assert found.changes == ()
     assert found.remedy.startswith("no ")
 
 
 def test_more_parallel_than_there_are_gpus() -> None:
-    found = verdict("qwen3-8b", "H100", EngineSettings(tp=4), count=2)
+    found = verdict("qwen3-8b", "H100", EngineArgs(tp=4), count=2)
     assert isinstance(found, Unfit)
     assert "more than 2 GPUs" in found.reasons[0]
     assert str(found.changes[0]) == "tensor-parallel-size 4 → 2"
 
 
 def test_a_gpu_that_vllm_does_not_support() -> None:
-    found = verdict("smollm2-135m-instruct", "P100", EngineSettings(), alternatives=gpu_table())
+    found = verdict("smollm2-135m-instruct", "P100", EngineArgs(), alternatives=gpu_table())
     assert isinstance(found, Unfit)
     assert "7.0" in found.reasons[0]
     assert found.changes[0].setting == "gpu"
 
 
 def test_a_whole_gpu_leaves_no_room_for_cuda() -> None:
-    found = verdict("qwen3-0.6b", "T4", EngineSettings(memory_ratio=1.0))
+    found = verdict("qwen3-0.6b", "T4", EngineArgs(memory_ratio=1.0))
     assert isinstance(found, Unfit)
     assert "CUDA context" in found.reasons[0]
     assert found.changes[0].setting == "gpu-memory-utilization"

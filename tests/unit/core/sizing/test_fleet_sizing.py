@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import pytest
 
-from controlplane.core.sizing.engine_args import EngineSettings
-from controlplane.core.sizing.fleet_sizing import FleetGpu, NoSizing, Sizing, TierNeed, options, size_tiers
+from controlplane.core.sizing.engine_args import EngineArgs
+from controlplane.core.sizing.fleet_sizing import (
+    FleetGpu,
+    FleetSizing,
+    NoFleetSizing,
+    TierNeed,
+    options,
+    size_tiers,
+)
 from controlplane.core.sizing.gpu_models import seen_gpu
-from controlplane.core.sizing.roofline import Load, Slo, roofline
+from controlplane.core.sizing.roofline import ExpectedTraffic, LatencyTargets, roofline
 from controlplane.models.catalog import gpu_named, known_model
 
-SETTINGS = EngineSettings(max_length=8192)
+SETTINGS = EngineArgs(max_length=8192)
 
 
-RELAXED = Slo(1000, 50)
+RELAXED = LatencyTargets(1000, 50)
 
 
-def need(model: str, rate: float, *, slo: Slo = RELAXED, formats: tuple[str, ...] = ("none",)) -> TierNeed:
+def need(
+    model: str, rate: float, *, slo: LatencyTargets = RELAXED, formats: tuple[str, ...] = ("none",)
+) -> TierNeed:
     spec = known_model(model)
     assert spec is not None
-    return TierNeed(model, spec, Load(rate, 1000, 250), slo, formats, SETTINGS)
+    return TierNeed(model, spec, ExpectedTraffic(rate, 1000, 250), slo, formats, SETTINGS)
 
 
 def fleet(**counts: int) -> list[FleetGpu]:
@@ -29,7 +38,7 @@ def fleet(**counts: int) -> list[FleetGpu]:
 
 def test_the_cheapest_that_keeps_the_slo() -> None:
     found = size_tiers([need("qwen2.5-1.5b-instruct", 5)], fleet(L4=8, H100=8))
-    assert isinstance(found, Sizing)
+    assert isinstance(found, FleetSizing)
     (choice,) = found.choices
     assert choice.option.gpu == "L4"
     assert choice.option.expected.itl_ms <= 50
@@ -42,30 +51,33 @@ def test_the_cheapest_that_keeps_the_slo() -> None:
 
 
 def test_a_strict_slo_takes_a_faster_gpu() -> None:
-    slow = size_tiers([need("llama-3.1-8b-instruct", 1, slo=Slo(2000, 100))], fleet(L4=8, H100=8))
-    fast = size_tiers([need("llama-3.1-8b-instruct", 1, slo=Slo(500, 15))], fleet(L4=8, H100=8))
-    assert isinstance(slow, Sizing)
-    assert isinstance(fast, Sizing)
+    slow = size_tiers([need("llama-3.1-8b-instruct", 1, slo=LatencyTargets(2000, 100))], fleet(L4=8, H100=8))
+    fast = size_tiers([need("llama-3.1-8b-instruct", 1, slo=LatencyTargets(500, 15))], fleet(L4=8, H100=8))
+    assert isinstance(slow, FleetSizing)
+    assert isinstance(fast, FleetSizing)
     assert (slow.choices[0].option.gpu, fast.choices[0].option.gpu) == ("L4", "H100-80G")
 
 
 def test_formats_only_as_allowed() -> None:
-    plain = size_tiers([need("llama-3.1-70b-instruct", 1, slo=Slo(3000, 80))], fleet(H100=4))
-    assert isinstance(plain, Sizing)
+    plain = size_tiers([need("llama-3.1-70b-instruct", 1, slo=LatencyTargets(3000, 80))], fleet(H100=4))
+    assert isinstance(plain, FleetSizing)
     assert plain.choices[0].option.quantization == "none"
-    allowed = need("llama-3.1-70b-instruct", 1, slo=Slo(3000, 80), formats=("none", "fp8"))
+    allowed = need("llama-3.1-70b-instruct", 1, slo=LatencyTargets(3000, 80), formats=("none", "fp8"))
     smaller = size_tiers([allowed], fleet(H100=4))
-    assert isinstance(smaller, Sizing)
+    assert isinstance(smaller, FleetSizing)
     assert smaller.choices[0].option.quantization == "fp8"
     assert smaller.cost_per_hour < plain.cost_per_hour
 
 
 def test_tiers_share_the_fleet() -> None:
-    needs = [need("qwen2.5-1.5b-instruct", 5), need("llama-3.1-8b-instruct", 0.2, slo=Slo(2000, 100))]
+    needs = [
+        need("qwen2.5-1.5b-instruct", 5),
+        need("llama-3.1-8b-instruct", 0.2, slo=LatencyTargets(2000, 100)),
+    ]
     alone = [size_tiers([one], fleet(L4=1, H100=2)) for one in needs]
     together = size_tiers(needs, fleet(L4=1, H100=2))
-    assert all(isinstance(one, Sizing) for one in alone)
-    assert isinstance(together, Sizing)
+    assert all(isinstance(one, FleetSizing) for one in alone)
+    assert isinstance(together, FleetSizing)
     assert dict(together.gpus_used).get("L4", 0) <= 1
     assert dict(together.gpus_used)["H100-80G"] >= 1
     assert any("other tiers take those GPUs" in choice.why for choice in together.choices)
@@ -75,7 +87,7 @@ def test_more_load_never_takes_fewer_gpus() -> None:
     counts = []
     for rate in (1, 5, 20, 60):
         found = size_tiers([need("llama-3.1-8b-instruct", rate)], fleet(H100=64))
-        assert isinstance(found, Sizing)
+        assert isinstance(found, FleetSizing)
         counts.append(found.choices[0].option.gpus)
     assert counts == sorted(counts)
 
@@ -89,10 +101,10 @@ def test_every_way_left_out_has_a_reason() -> None:
 
 def test_no_way_is_a_value_with_reasons() -> None:
     found = size_tiers([need("llama-3.1-70b-instruct", 1)], fleet(L4=2))
-    assert isinstance(found, NoSizing)
+    assert isinstance(found, NoFleetSizing)
     assert "llama-3.1-70b-instruct" in found.reasons[0]
     crowded = size_tiers([need("llama-3.1-8b-instruct", 1), need("qwen3-8b", 1)], fleet(H100=1))
-    assert isinstance(crowded, NoSizing)
+    assert isinstance(crowded, NoFleetSizing)
     assert "more GPUs than there are" in crowded.reasons[0]
 
 
@@ -116,7 +128,7 @@ def test_an_overload_is_infinite() -> None:
     spec = known_model("llama-3.1-8b-instruct")
     assert spec is not None
     line = roofline(spec, SETTINGS, gpu_named("L4"))
-    assert line.speed(Load(1, 1000, 250), 1e3).ttft_ms == float("inf")
-    idle = line.capacity(Load(1, 1000, 250), Slo(1, 1), 10)
+    assert line.speed(ExpectedTraffic(1, 1000, 250), 1e3).ttft_ms == float("inf")
+    idle = line.capacity(ExpectedTraffic(1, 1000, 250), LatencyTargets(1, 1), 10)
     assert idle.requests_per_s == 0
-    assert idle.ttft_ms == pytest.approx(line.speed(Load(1, 1000, 250), 0).ttft_ms)
+    assert idle.ttft_ms == pytest.approx(line.speed(ExpectedTraffic(1, 1000, 250), 0).ttft_ms)

@@ -8,7 +8,7 @@ import pytest
 
 from controlplane.core.sizing.architecture import LayerKind, ModelSpec, plain_model
 from controlplane.core.sizing.cpu_memory import judge_cpu, plan_cpu_memory
-from controlplane.core.sizing.engine_args import ArgValue, EngineSettings, parse_settings
+from controlplane.core.sizing.engine_args import ArgValue, EngineArgs, parse_settings
 from controlplane.core.sizing.gpu_memory import MemoryPlan, gib, graph_sizes, plan_memory
 from controlplane.core.sizing.gpu_models import GIB, MIB
 from controlplane.core.sizing.kv_cache import kv_groups, kv_layout
@@ -49,12 +49,12 @@ def test_weights_against_public_logs_of_vllm(
 def test_weights_of_one_gpu_are_all_parameters() -> None:
     for name in ("llama-3.1-8b-instruct", "qwen2.5-0.5b-instruct", "gemma-2-9b-it"):
         spec = known(name)
-        assert weights(plan_memory(spec, EngineSettings(), H100)) == spec.params * 2
+        assert weights(plan_memory(spec, EngineArgs(), H100)) == spec.params * 2
 
 
 def test_padding_of_the_vocabulary_counts() -> None:
     spec = plain_model(layers=2, hidden=64, heads=4, kv_heads=2, intermediate=128, vocab=1001)
-    plan = plan_memory(spec, EngineSettings(), H100)
+    plan = plan_memory(spec, EngineArgs(), H100)
     assert spec.padded_vocab == 1024
     assert weights(plan) == (spec.params + 2 * 23 * 64) * 2
 
@@ -70,9 +70,9 @@ def test_kv_heads_are_replicated_once_they_run_out() -> None:
 
 def test_mla_caches_one_latent_per_token_on_every_rank() -> None:
     spec = known("deepseek-v3")
-    plans = [plan_memory(spec, EngineSettings(tp=tp), gpu_named("B200")) for tp in (1, 8)]
+    plans = [plan_memory(spec, EngineArgs(tp=tp), gpu_named("B200")) for tp in (1, 8)]
     assert {plan.stages[0].layout.page_bytes for plan in plans} == {16 * 576 * 2}
-    fp8 = plan_memory(spec, EngineSettings(tp=8, kv_dtype="fp8"), gpu_named("B200"))
+    fp8 = plan_memory(spec, EngineArgs(tp=8, kv_dtype="fp8"), gpu_named("B200"))
     assert fp8.stages[0].layout.page_bytes == 16 * 576
 
 
@@ -92,7 +92,7 @@ def test_layers_are_grouped_as_vllm_does(full: int, sliding: int, groups: list[i
 
 def test_sliding_layers_hold_their_window_and_what_is_in_flight() -> None:
     spec = known("gemma-2-9b-it")
-    plan = plan_memory(spec, EngineSettings(max_batched_tokens=512), L4)
+    plan = plan_memory(spec, EngineArgs(max_batched_tokens=512), L4)
     layout = plan.stages[0].layout
     # 21 full layers hold 8192 tokens; 21 sliding ones 4095 + 2 x 512 in flight, and one block more.
     assert layout.blocks_for(8192) == 512 + (-(-(4095 + 1024) // 16) + 1)
@@ -112,7 +112,7 @@ def test_layers_over_stages_as_vllm_deals_them(layers: int, pp: int, sizes: list
 
 def test_a_tied_embedding_is_on_both_ends_of_a_pipeline() -> None:
     spec = known("qwen2.5-0.5b-instruct")
-    plan = plan_memory(spec, EngineSettings(pp=2), L4)
+    plan = plan_memory(spec, EngineArgs(pp=2), L4)
     assert weights(plan, 0) + weights(plan, 1) == (spec.params + spec.embedding().params) * 2
 
 
@@ -126,18 +126,18 @@ def test_a_tied_embedding_is_on_both_ends_of_a_pipeline() -> None:
     ],
 )
 def test_what_cannot_be_divided_is_named(name: str, tp: int, words: str) -> None:
-    assert words in "; ".join(divisibility(known(name), EngineSettings(tp=tp)))
+    assert words in "; ".join(divisibility(known(name), EngineArgs(tp=tp)))
 
 
 def test_what_can_be_divided() -> None:
-    assert divisibility(known("smollm2-135m-instruct"), EngineSettings(tp=3)) == ()
-    assert divisibility(known("deepseek-v3"), EngineSettings(tp=8, expert_parallel=True)) == ()
-    assert "fewer" in divisibility(known("qwen3-8b"), EngineSettings(pp=37))[0]
+    assert divisibility(known("smollm2-135m-instruct"), EngineArgs(tp=3)) == ()
+    assert divisibility(known("deepseek-v3"), EngineArgs(tp=8, expert_parallel=True)) == ()
+    assert "fewer" in divisibility(known("qwen3-8b"), EngineArgs(pp=37))[0]
 
 
 def test_a_group_of_a_packed_format_is_not_cut() -> None:
     spec = known("qwen2.5-72b-instruct")
-    assert divisibility(spec, EngineSettings(tp=8)) == ()
+    assert divisibility(spec, EngineArgs(tp=8)) == ()
     awq = parse_settings({"quantization": "awq"}, tp=8)
     assert "3696 is no multiple of the quantisation group 128" in divisibility(spec, awq)[0]
 
@@ -145,9 +145,9 @@ def test_a_group_of_a_packed_format_is_not_cut() -> None:
 def test_formats_leave_embeddings_alone() -> None:
     spec = known("llama-3.1-8b-instruct")
     (stage,) = stages(spec, 1)
-    full = {t.name: t.size_bytes for t in weight_terms(spec, EngineSettings(), stage, "bfloat16")}
+    full = {t.name: t.size_bytes for t in weight_terms(spec, EngineArgs(), stage, "bfloat16")}
     for quantization in (INT8, BNB4):
-        settings = EngineSettings(quantization=quantization)
+        settings = EngineArgs(quantization=quantization)
         small = {t.name: t.size_bytes for t in weight_terms(spec, settings, stage, "bfloat16")}
         assert small["weights: embedding"] == full["weights: embedding"]
         assert small["weights: output head"] == full["weights: output head"]
@@ -156,12 +156,12 @@ def test_formats_leave_embeddings_alone() -> None:
 
 def test_defaults_of_the_batch_follow_the_gpu() -> None:
     spec = known("llama-3.1-8b-instruct")
-    settings = EngineSettings()
+    settings = EngineArgs()
     assert settings.batch(spec, H100) == (8192, 1024)
     assert settings.batch(spec, gpu_named("A100-80G")) == (2048, 256)
     assert settings.batch(spec, gpu_named("B200")) == (16384, 1024)
-    assert EngineSettings(tp=3).batch(spec, None) == (2048 * 3, 128 * 3)
-    assert EngineSettings(max_sequences=4, max_length=100).batch(spec, L4) == (400, 4)
+    assert EngineArgs(tp=3).batch(spec, None) == (2048 * 3, 128 * 3)
+    assert EngineArgs(max_sequences=4, max_length=100).batch(spec, L4) == (400, 4)
 
 
 def test_captured_graphs() -> None:
@@ -172,19 +172,19 @@ def test_captured_graphs() -> None:
 
 
 def test_kv_cache_in_bytes_overrides_the_memory_ratio() -> None:
-    plan = plan_memory(known("qwen3-8b"), EngineSettings(kv_cache_bytes=4 * GIB), H100)
+    plan = plan_memory(known("qwen3-8b"), EngineArgs(kv_cache_bytes=4 * GIB), H100)
     assert plan.blocks == 4 * GIB // (16 * 36 * 2 * 8 * 128 * 2)
 
 
 def test_the_longest_that_fits() -> None:
-    plan = plan_memory(known("llama-3.1-8b-instruct"), EngineSettings(max_length=-1), L4)
+    plan = plan_memory(known("llama-3.1-8b-instruct"), EngineArgs(max_length=-1), L4)
     assert 0 < plan.longest == plan.length < 131072
     assert plan.sequences(plan.longest) == 1
     assert plan.sequences(plan.longest + 16) == 0
 
 
 def test_without_estimates_only_weights_remain() -> None:
-    plan = plan_memory(known("qwen3-8b"), EngineSettings(), L4, estimates=False)
+    plan = plan_memory(known("qwen3-8b"), EngineArgs(), L4, estimates=False)
     assert plan.worst.fixed_bytes == plan.worst.weights_bytes
 
 

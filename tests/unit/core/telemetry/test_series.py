@@ -10,15 +10,15 @@ from controlplane.core.telemetry.samples import Absence, Histogram, Missing
 from controlplane.core.telemetry.series import (
     CounterSeries,
     Freshness,
+    FreshnessLimits,
     GaugeSeries,
     HistogramSeries,
-    Limits,
     Signal,
     histogram_quantile,
 )
 
 INF = math.inf
-LIMITS = Limits(stale_after_s=5, missing_after_s=30, window_s=60, half_life_s=10, max_points=50)
+LIMITS = FreshnessLimits(stale_after_s=5, missing_after_s=30, window_s=60, half_life_s=10, max_points=50)
 GONE = Missing(Absence.ERROR, "connection refused")
 
 

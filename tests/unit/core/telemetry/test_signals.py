@@ -15,11 +15,11 @@ from controlplane.core.telemetry.samples import (
     Missing,
     NodeSample,
 )
-from controlplane.core.telemetry.series import Freshness, Limits
+from controlplane.core.telemetry.series import Freshness, FreshnessLimits
 from controlplane.core.telemetry.signals import COUNTERS, GAUGES, HISTOGRAMS, EngineTelemetry, NodeTelemetry
 from controlplane.engines.base import MetricNames
 
-LIMITS = Limits()
+LIMITS = FreshnessLimits()
 LOST = Missing(Absence.GPU_LOST, "GPU is lost")
 
 

@@ -14,19 +14,19 @@ from controlplane.core.telemetry.series import Freshness
 from controlplane.core.traffic.counters import (
     LATENCY_BOUNDS_S,
     POINTS_KEPT,
-    Traffic,
-    TrafficBook,
-    TrafficWindow,
-    kept,
+    RecordedWindow,
+    TrafficCounters,
+    TrafficLedger,
     named,
     quantile_s,
     since,
+    within_slo,
 )
-from controlplane.core.traffic.demand import Demand
+from controlplane.core.traffic.demand import TierDemandTracker
 
 
-def counted(**values: int) -> Traffic:
-    return Traffic("small", **values)  # type: ignore[arg-type]
+def counted(**values: int) -> TrafficCounters:
+    return TrafficCounters("small", **values)  # type: ignore[arg-type]
 
 
 def buckets(**at: int) -> tuple[int, ...]:
@@ -37,7 +37,7 @@ def buckets(**at: int) -> tuple[int, ...]:
 
 
 def test_what_a_gateway_counted_before_it_was_heard_of_is_not_news() -> None:
-    book = TrafficBook()
+    book = TrafficLedger()
     book.observe("g1", [counted(arrived=1000, ok=900)], 0.0)
     assert book.reading("small").arrived == 0
     book.observe("g1", [counted(arrived=1010, ok=905, waiting=4)], 2.0)
@@ -45,7 +45,7 @@ def test_what_a_gateway_counted_before_it_was_heard_of_is_not_news() -> None:
 
 
 def test_two_gateways_add_up_and_one_that_starts_anew_starts_at_zero() -> None:
-    book = TrafficBook()
+    book = TrafficLedger()
     for at_s, one, two in ((0.0, 5, 50), (2.0, 8, 54)):
         book.observe("g1", [counted(arrived=one, in_flight=1)], at_s)
         book.observe("g2", [counted(arrived=two, in_flight=2)], at_s)
@@ -60,7 +60,7 @@ def test_two_gateways_add_up_and_one_that_starts_anew_starts_at_zero() -> None:
 def test_the_sum_never_falls_whatever_gateways_do(
     steps: list[tuple[str, int, bool]],
 ) -> None:
-    book = TrafficBook()
+    book = TrafficLedger()
     counts = {"g1": 0, "g2": 0}
     last = 0
     for at_s, (gateway, more, restarted) in enumerate(steps):
@@ -73,7 +73,7 @@ def test_the_sum_never_falls_whatever_gateways_do(
 
 
 def test_a_window_looks_back_by_the_nearest_readings() -> None:
-    window = TrafficWindow(60.0)
+    window = RecordedWindow(60.0)
     assert window.back(10.0) is None
     for at_s in range(0, 100, 5):
         window.observe(counted(arrived=at_s), float(at_s))
@@ -88,7 +88,7 @@ def test_a_window_looks_back_by_the_nearest_readings() -> None:
 
 
 def test_a_long_window_is_thinned_and_still_begins_where_it_should() -> None:
-    window = TrafficWindow(3600.0)
+    window = RecordedWindow(3600.0)
     most = 0
     for at_s in range(8000):
         window.observe(counted(arrived=at_s * 7), float(at_s))
@@ -103,7 +103,7 @@ def test_a_long_window_is_thinned_and_still_begins_where_it_should() -> None:
 
 
 def test_a_window_that_remembers_for_longer_keeps_what_it_has_and_for_shorter_forgets() -> None:
-    window = TrafficWindow(100.0)
+    window = RecordedWindow(100.0)
     for at_s in range(0, 205, 5):
         window.observe(counted(arrived=at_s), float(at_s))
     window.remember(400.0)
@@ -123,7 +123,7 @@ def test_a_window_that_remembers_for_longer_keeps_what_it_has_and_for_shorter_fo
 def test_the_memory_of_the_demand_follows_the_setting_and_alerts_keep_their_span(
     window_s: float, over_s: float
 ) -> None:
-    demand = Demand()
+    demand = TierDemandTracker()
     demand.look(["small"], [], 0.0)
     demand.remember(window_s)
     # One arrival a second for an hour, then two for five minutes.
@@ -138,7 +138,7 @@ def test_the_memory_of_the_demand_follows_the_setting_and_alerts_keep_their_span
 
 
 def test_figures_are_shares_rates_and_percentiles_of_the_span() -> None:
-    demand = Demand()
+    demand = TierDemandTracker()
     info = GatewayInfo("g1", "n1", "")
     first = counted(arrived=100, ok=100)
     then = replace(
@@ -171,7 +171,7 @@ def test_figures_are_shares_rates_and_percentiles_of_the_span() -> None:
 
 
 def test_a_silent_gateway_makes_figures_stale_and_then_missing_and_none_makes_them_missing() -> None:
-    demand = Demand()
+    demand = TierDemandTracker()
     demand.look(["small"], [], 0.0)
     assert demand.figures(0.0, 2.0)["small"].waiting.freshness is Freshness.MISSING
     demand.observe("g1", (counted(arrived=1),), 0.0)
@@ -199,7 +199,7 @@ def test_the_slo(
     ttft_s: float | None, itl_s: float | None, total_s: float, tokens: int, expected: bool
 ) -> None:
     slo = Slo(ttft_s=3.0, itl_s=0.2, total_s=30.0)
-    assert kept(slo, ttft_s=ttft_s, itl_s=itl_s, total_s=total_s, tokens=tokens) is expected
+    assert within_slo(slo, ttft_s=ttft_s, itl_s=itl_s, total_s=total_s, tokens=tokens) is expected
 
 
 def test_differences_and_quantiles() -> None:

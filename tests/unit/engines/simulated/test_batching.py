@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from controlplane.engines.simulated.batching import Ask, Clockwork, metrics_text
+from controlplane.engines.simulated.batching import BatchScheduler, GenerationRequest, metrics_text
 from controlplane.engines.simulated.engine import SimulatedSettings
 from controlplane.engines.simulated.text import ANSWER, encode
 
@@ -34,21 +34,21 @@ class Receiver:
         self.over.set()
 
 
-def clockwork(**settings) -> Clockwork:
-    return Clockwork(asyncio.get_running_loop(), SimulatedSettings(**settings))
+def clockwork(**settings) -> BatchScheduler:
+    return BatchScheduler(asyncio.get_running_loop(), SimulatedSettings(**settings))
 
 
 async def test_without_times_an_answer_is_there_at_once():
     work, sink = clockwork(), Receiver()
-    work.submit(Ask(PROMPT, max_tokens=5), sink)
+    work.submit(GenerationRequest(PROMPT, max_tokens=5), sink)
     assert sink.finish.reason == "length"
     assert (work.running, work.waiting) == (0, 0)
 
 
 async def test_long_answers_without_times_leave_room_for_others():
     work, long, short = clockwork(), Receiver(), Receiver()
-    work.submit(Ask(PROMPT, max_tokens=3000, ignore_eos=True), long)
-    work.submit(Ask(PROMPT, max_tokens=3), short)
+    work.submit(GenerationRequest(PROMPT, max_tokens=3000, ignore_eos=True), long)
+    work.submit(GenerationRequest(PROMPT, max_tokens=3), short)
     assert short.finish is not None
     assert long.finish is None
     await asyncio.wait_for(long.over.wait(), 5)
@@ -58,7 +58,7 @@ async def test_long_answers_without_times_leave_room_for_others():
 async def test_time_to_first_token_and_between_tokens():
     work, sink = clockwork(ttft_ms=60, itl_ms=10, prefill_tokens_per_s=100), Receiver()
     began_s = time.monotonic()
-    work.submit(Ask(PROMPT, max_tokens=11), sink)
+    work.submit(GenerationRequest(PROMPT, max_tokens=11), sink)
     await asyncio.wait_for(sink.over.wait(), 5)
     prefill_s = len(PROMPT) / 100
     assert sink.times[0] - began_s == pytest.approx(0.06 + prefill_s, abs=0.05)
@@ -69,12 +69,12 @@ async def test_time_to_first_token_and_between_tokens():
 
 async def test_a_larger_batch_is_slower():
     alone, sink = clockwork(itl_ms=4, batch_slowdown=1.0), Receiver()
-    alone.submit(Ask(PROMPT, max_tokens=20), sink)
+    alone.submit(GenerationRequest(PROMPT, max_tokens=20), sink)
     await asyncio.wait_for(sink.over.wait(), 5)
     alone_s = sink.times[-1] - sink.times[0]
     batch, sinks = clockwork(itl_ms=4, batch_slowdown=1.0), [Receiver() for _ in range(4)]
     for receiver in sinks:
-        batch.submit(Ask(PROMPT, max_tokens=20), receiver)
+        batch.submit(GenerationRequest(PROMPT, max_tokens=20), receiver)
     await asyncio.wait_for(asyncio.gather(*(receiver.over.wait() for receiver in sinks)), 10)
     batch_s = sinks[0].times[-1] - sinks[0].times[0]
     # 1 + 1 × (4 − 1) = 4 times, a little less while the last ones end.
@@ -85,7 +85,7 @@ async def test_more_than_it_runs_wait_in_order_and_are_counted():
     work = clockwork(max_running=2, itl_ms=5)
     sinks = [Receiver() for _ in range(4)]
     for sink in sinks:
-        work.submit(Ask(PROMPT, max_tokens=5), sink)
+        work.submit(GenerationRequest(PROMPT, max_tokens=5), sink)
     assert (work.running, work.waiting) == (2, 2)
     await asyncio.wait_for(asyncio.gather(*(sink.over.wait() for sink in sinks)), 5)
     assert sinks[2].times[0] >= min(sinks[0].times[-1], sinks[1].times[-1])
@@ -96,9 +96,9 @@ async def test_more_than_it_runs_wait_in_order_and_are_counted():
 async def test_who_hangs_up_frees_the_slot_for_the_next():
     work = clockwork(max_running=1, itl_ms=1000)
     first, second, third = Receiver(), Receiver(), Receiver()
-    running = work.submit(Ask(PROMPT), first)
-    waiting = work.submit(Ask(PROMPT), second)
-    work.submit(Ask(PROMPT), third)
+    running = work.submit(GenerationRequest(PROMPT), first)
+    waiting = work.submit(GenerationRequest(PROMPT), second)
+    work.submit(GenerationRequest(PROMPT), third)
     work.abort(waiting)
     work.abort(running)
     await asyncio.sleep(0)
@@ -113,7 +113,7 @@ async def test_who_hangs_up_frees_the_slot_for_the_next():
 
 async def test_a_slow_reader_stops_the_tokens():
     work, sink = clockwork(itl_ms=1), Receiver()
-    generation = work.submit(Ask(PROMPT, max_tokens=50), sink)
+    generation = work.submit(GenerationRequest(PROMPT, max_tokens=50), sink)
     work.block(generation)
     await asyncio.sleep(0.05)
     held = len(sink.ids)
@@ -126,11 +126,11 @@ async def test_a_slow_reader_stops_the_tokens():
 @pytest.mark.parametrize("itl_ms", [0, 1])
 async def test_cut_and_hang_after_tokens(itl_ms):
     work, sink = clockwork(itl_ms=itl_ms, cut_after_tokens=7), Receiver()
-    work.submit(Ask(PROMPT, max_tokens=50), sink)
+    work.submit(GenerationRequest(PROMPT, max_tokens=50), sink)
     await asyncio.wait_for(sink.over.wait(), 5)
     assert (sink.was_cut, len(sink.ids), work.running) == (True, 7, 0)
     work, sink = clockwork(itl_ms=itl_ms, hang_after_tokens=7), Receiver()
-    work.submit(Ask(PROMPT, max_tokens=50), sink)
+    work.submit(GenerationRequest(PROMPT, max_tokens=50), sink)
     await asyncio.sleep(0.1)
     assert (len(sink.ids), sink.finish, work.running) == (7, None, 1)
     work.change(SimulatedSettings(itl_ms=itl_ms))
@@ -152,7 +152,7 @@ async def test_metrics_are_prometheus_text():
     from prometheus_client.parser import text_string_to_metric_families
 
     work, sink = clockwork(), Receiver()
-    work.submit(Ask(PROMPT, max_tokens=5), sink)
+    work.submit(GenerationRequest(PROMPT, max_tokens=5), sink)
     families = {
         family.name: family for family in text_string_to_metric_families(metrics_text(work, "m").decode())
     }

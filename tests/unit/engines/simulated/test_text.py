@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controlplane.engines.simulated.batching import Ask, Generation
+from controlplane.engines.simulated.batching import Generation, GenerationRequest
 from controlplane.engines.simulated.engine import SimulatedSettings
 from controlplane.engines.simulated.text import ANSWER, END, answered, decode, digest, encode, speak, vector
 
@@ -60,7 +60,7 @@ class Nowhere:
     cut = emit
 
 
-def take_all(ask: Ask, settings: SimulatedSettings, step: int = 1000):
+def take_all(ask: GenerationRequest, settings: SimulatedSettings, step: int = 1000):
     generation = Generation(ask, settings, Nowhere(), 0.0)
     ids, text, finish = [], b"", None
     while finish is None:
@@ -75,22 +75,25 @@ PROMPT = (*encode("user: hello\n"), ANSWER)
 
 @pytest.mark.parametrize("step", [1, 3, 1000])
 def test_answers_end_by_themselves_with_an_end_token(step):
-    ids, _, finish = take_all(Ask(PROMPT), SimulatedSettings(tokens=10), step)
+    ids, _, finish = take_all(GenerationRequest(PROMPT), SimulatedSettings(tokens=10), step)
     assert (len(ids), ids[-1], finish.reason) == (11, END, "stop")
 
 
 @pytest.mark.parametrize("step", [1, 3, 1000])
 def test_max_tokens_cuts_shorter(step):
-    ids, _, finish = take_all(Ask(PROMPT, max_tokens=4), SimulatedSettings(tokens=10), step)
+    ids, _, finish = take_all(GenerationRequest(PROMPT, max_tokens=4), SimulatedSettings(tokens=10), step)
     assert (len(ids), finish.reason) == (4, "length")
 
 
 def test_max_tokens_of_the_whole_answer_leaves_no_room_for_the_end_token():
-    ids, _, finish = take_all(Ask(PROMPT, max_tokens=10), SimulatedSettings(tokens=10))
+    ids, _, finish = take_all(GenerationRequest(PROMPT, max_tokens=10), SimulatedSettings(tokens=10))
     assert (len(ids), finish.reason) == (10, "length")
 
 
-@pytest.mark.parametrize("ask", [Ask(PROMPT, max_tokens=30, ignore_eos=True), Ask(PROMPT, 30, min_tokens=30)])
+@pytest.mark.parametrize(
+    "ask",
+    [GenerationRequest(PROMPT, max_tokens=30, ignore_eos=True), GenerationRequest(PROMPT, 30, min_tokens=30)],
+)
 def test_longer_than_its_natural_length_when_asked(ask):
     ids, _, finish = take_all(ask, SimulatedSettings(tokens=10))
     assert (len(ids), finish.reason) == (30, "length")
@@ -98,8 +101,8 @@ def test_longer_than_its_natural_length_when_asked(ask):
 
 def test_a_resumed_answer_ends_where_the_undisturbed_one_does():
     settings = SimulatedSettings(tokens=10)
-    whole, text, _ = take_all(Ask(PROMPT), settings)
-    rest, rest_text, finish = take_all(Ask((*PROMPT, *whole[:4])), settings)
+    whole, text, _ = take_all(GenerationRequest(PROMPT), settings)
+    rest, rest_text, finish = take_all(GenerationRequest((*PROMPT, *whole[:4])), settings)
     assert whole[:4] + rest == whole
     assert text.endswith(rest_text)
     assert finish.reason == "stop"
@@ -107,10 +110,10 @@ def test_a_resumed_answer_ends_where_the_undisturbed_one_does():
 
 @pytest.mark.parametrize("step", [1, 2, 1000])
 def test_a_stop_string_over_token_borders_is_cut_off(step):
-    _, whole, _ = take_all(Ask(PROMPT, max_tokens=8), SimulatedSettings())
+    _, whole, _ = take_all(GenerationRequest(PROMPT, max_tokens=8), SimulatedSettings())
     stop = whole[len(whole) // 2 - 2 : len(whole) // 2 + 4]
     ids, text, finish = take_all(
-        Ask(PROMPT, max_tokens=8, stop=("nothing like it", stop)), SimulatedSettings(), step
+        GenerationRequest(PROMPT, max_tokens=8, stop=("nothing like it", stop)), SimulatedSettings(), step
     )
     assert text == whole[: whole.index(stop)]
     assert (finish.reason, finish.stop_string) == ("stop", stop)
@@ -118,8 +121,8 @@ def test_a_stop_string_over_token_borders_is_cut_off(step):
 
 
 def test_text_held_back_for_a_stop_string_is_not_lost():
-    _, whole, _ = take_all(Ask(PROMPT, max_tokens=8), SimulatedSettings())
+    _, whole, _ = take_all(GenerationRequest(PROMPT, max_tokens=8), SimulatedSettings())
     _, text, finish = take_all(
-        Ask(PROMPT, max_tokens=8, stop=("a stop that never comes",)), SimulatedSettings(), 1
+        GenerationRequest(PROMPT, max_tokens=8, stop=("a stop that never comes",)), SimulatedSettings(), 1
     )
     assert (text, finish.reason) == (whole, "length")

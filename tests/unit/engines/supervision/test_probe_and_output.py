@@ -5,16 +5,16 @@ import asyncio
 import pytest
 
 from controlplane.config import TierConfig
-from controlplane.engines.external import EndpointEngine, address_of
+from controlplane.engines.external import ExternalEngine, address_of
 from controlplane.engines.output import ending, last_error, plain
 from controlplane.engines.supervision.probe import get, metric
-from controlplane.engines.supervision.process import LogFile, Output
+from controlplane.engines.supervision.process import EngineOutput, LogFile
 from controlplane.errors import EngineStartError
 
 
-def lines_of(*chunks: bytes, secret: str = "") -> tuple[list[str], Output]:
+def lines_of(*chunks: bytes, secret: str = "") -> tuple[list[str], EngineOutput]:
     seen: list[str] = []
-    output = Output(secret, None, seen.append)
+    output = EngineOutput(secret, None, seen.append)
     for chunk in chunks:
         output.feed(chunk)
     output.end()
@@ -159,4 +159,4 @@ def test_addresses(monkeypatch):
     monkeypatch.delenv("FAR_KEY")
     with pytest.raises(EngineStartError, match="FAR_KEY, which is not set"):
         address_of(endpoint(api_key_env="FAR_KEY"))
-    assert not EndpointEngine.has_process
+    assert not ExternalEngine.has_process

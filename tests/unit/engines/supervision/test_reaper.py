@@ -289,8 +289,8 @@ def test_a_session_number_that_was_given_away_is_not_ours(reaped):
     run = reaped(sys.executable, "-c", OBEDIENT)
     pid = run.pid()
     run.up()
-    assert reaper.Family(pid, reaper.start_of(pid), "", adopts=False).members() == [pid]
-    assert reaper.Family(pid, reaper.start_of(pid) - 1, "", adopts=False).members() == []
+    assert reaper.ProcessFamily(pid, reaper.start_of(pid), "", adopts=False).members() == [pid]
+    assert reaper.ProcessFamily(pid, reaper.start_of(pid) - 1, "", adopts=False).members() == []
 
 
 def test_a_reaper_whose_supervisor_is_gone_starts_nothing(tmp_path):

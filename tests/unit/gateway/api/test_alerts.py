@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import time
 
-from controlplane.core.alerts.book import Kind, Severity
+from controlplane.core.alerts.book import Severity, SubjectType
 from controlplane.core.alerts.views import FiringAlert
 from controlplane.core.cluster.snapshot import ClusterSnapshot
 from tests.support.gateway import Rig, plane, running
 
 DOWN = FiringAlert(
-    "TierplaneTierDown", Severity.CRITICAL, Kind.TIER, "balanced", "It is down.", "Look.", 1000.0, "ada"
+    "TierplaneTierDown",
+    Severity.CRITICAL,
+    SubjectType.TIER,
+    "balanced",
+    "It is down.",
+    "Look.",
+    1000.0,
+    "ada",
 )
 
 

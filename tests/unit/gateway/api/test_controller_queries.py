@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from controlplane.errors import BadRequest, ControllerAway, TierplaneError
+from controlplane.errors import BadRequest, ControllerUnreachable, TierplaneError
 from controlplane.gateway.api.controller_queries import ask_controller
 
 
@@ -23,7 +23,7 @@ async def test_a_controller_that_is_away_is_a_503_that_says_when_to_ask_again() 
         raise TierplaneError("the controller is gone")
 
     for ask in (None, away):
-        with pytest.raises(ControllerAway) as raised:
+        with pytest.raises(ControllerUnreachable) as raised:
             await ask_controller(ask, "report")
         assert (raised.value.status, raised.value.code) == (503, "controller_unavailable")
         assert raised.value.retry_after_s
@@ -38,7 +38,7 @@ async def test_a_controller_that_is_slow_is_not_waited_for() -> None:
         finally:
             cancelled.set()
 
-    with pytest.raises(ControllerAway, match=r"0\.01 s"):
+    with pytest.raises(ControllerUnreachable, match=r"0\.01 s"):
         await ask_controller(slow, "report", timeout_s=0.01)
     assert cancelled.is_set()
 

@@ -12,7 +12,7 @@ import pytest
 
 from controlplane.core.domain.endpoint import EndpointState
 from controlplane.core.gpus.views import GpuView
-from controlplane.core.recommendations.log import Record
+from controlplane.core.recommendations.log import TrackRecord
 from controlplane.core.recommendations.views import ScalingReport
 from controlplane.core.reports.report import Instance, InstanceKind, ReportSample, Totals, plane_report
 from controlplane.core.telemetry.series import Freshness
@@ -72,7 +72,7 @@ def report() -> Any:
 ANSWERS: dict[str, Any] = {
     "gpus": (gpu(),),
     "plane_report": report(),
-    "scaling": ScalingReport("advise", (), (), Record(0, 0, 0, None)),
+    "scaling": ScalingReport("advise", (), (), TrackRecord(0, 0, 0, None)),
 }
 
 

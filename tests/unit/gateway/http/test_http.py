@@ -10,7 +10,7 @@ from controlplane.errors import NoEndpoint, TooManyRequests
 from controlplane.gateway.api.agents import MAX_BATCH
 from controlplane.gateway.http.asgi import AsgiApp
 from controlplane.gateway.http.messages import Request, Responder, error_headers, error_value
-from controlplane.gateway.http.server import MAX_HEAD_BYTES, Server
+from controlplane.gateway.http.server import MAX_HEAD_BYTES, HttpServer
 from controlplane.gateway.proxy.body import parse, rewrite
 from controlplane.gateway.telemetry.metrics import merge_expositions
 from tests.support.gateway import CHAT, chat_body, plane, running
@@ -34,7 +34,7 @@ async def echo(request: Request, out: Responder) -> None:
         out.send(200, [(b"x-query", request.query.encode())], request.body or request.path.encode())
 
 
-async def talk(server: Server, port: int, *pieces: bytes, until_close: bool = True) -> bytes:
+async def talk(server: HttpServer, port: int, *pieces: bytes, until_close: bool = True) -> bytes:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     for piece in pieces:
         writer.write(piece)
@@ -50,7 +50,7 @@ CLOSE = b"connection: close\r\n\r\n"
 
 @pytest.fixture
 async def served() -> Any:
-    server = Server(echo, max_body_bytes=2000)
+    server = HttpServer(echo, max_body_bytes=2000)
     port = await server.start("127.0.0.1", 0)
     yield server, port
     await server.drain(0.2)
@@ -127,7 +127,7 @@ async def test_an_answer_that_breaks_off_is_seen_to_be_broken(served: Any) -> No
 
 
 async def test_a_drain_waits_for_what_runs_and_then_ends_it() -> None:
-    server = Server(echo, max_body_bytes=100)
+    server = HttpServer(echo, max_body_bytes=100)
     port = await server.start("127.0.0.1", 0)
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(b"GET /slow HTTP/1.1\r\nhost: h\r\n\r\n")

@@ -13,7 +13,7 @@ from controlplane.gateway.api.pages import fetch_text
 from controlplane.gateway.http import server as server_module
 from controlplane.gateway.http.asgi import AsgiApp
 from controlplane.gateway.http.messages import Request, Responder
-from controlplane.gateway.http.server import MAX_HEAD_BYTES, Server
+from controlplane.gateway.http.server import MAX_HEAD_BYTES, HttpServer
 
 BIG = b"x" * (8 * 1024 * 1024)
 
@@ -33,8 +33,8 @@ async def handler(request: Request, out: Responder) -> None:
 
 
 @asynccontextmanager
-async def serving(max_body_bytes: int = 2000) -> AsyncIterator[tuple[Server, int]]:
-    server = Server(handler, max_body_bytes=max_body_bytes)
+async def serving(max_body_bytes: int = 2000) -> AsyncIterator[tuple[HttpServer, int]]:
+    server = HttpServer(handler, max_body_bytes=max_body_bytes)
     port = await server.start("127.0.0.1", 0)
     try:
         yield server, port

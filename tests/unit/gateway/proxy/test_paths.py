@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from controlplane.core.routing.retry import Failure
+from controlplane.core.routing.retry import AttemptFailure
 from controlplane.gateway.gateway import Gateway
 from controlplane.gateway.proxy.upstream import UpstreamFailure
 from tests.support.gateway import CHAT, Rig, chat_body, plane, running
@@ -130,7 +130,7 @@ async def test_an_unforeseen_error_of_an_attempt_holds_no_place(monkeypatch: pyt
         async def fails(*_: Any, **__: Any) -> None:
             raise UnicodeError("label empty or too long")
 
-        monkeypatch.setattr("controlplane.gateway.proxy.upstream.Origin.acquire", fails)
+        monkeypatch.setattr("controlplane.gateway.proxy.upstream.UpstreamOrigin.acquire", fails)
         assert (await rig.post(CHAT, chat_body()))[0] == 500
         assert idle(rig)
         assert ended(rig) == 1
@@ -165,7 +165,7 @@ async def test_a_client_that_stops_reading_holds_its_engine_until_the_deadline_a
             # It was the client that was slow: the engine is not to blame.
             assert not load.breaker._consecutive
             counted = rig.gateway.metrics.registry.get_sample_value
-            blamed = {"tier": "balanced", "kind": str(Failure.TOKEN_TIMEOUT)}
+            blamed = {"tier": "balanced", "kind": str(AttemptFailure.TOKEN_TIMEOUT)}
             assert counted("tierplane_endpoint_failures_total", blamed) is None
             writer.transport.abort()
         assert ended(rig) == 1

@@ -14,7 +14,7 @@ from controlplane.gateway.proxy.resume import (
     TOKEN_ID_MEMBERS,
     Continuation,
     NotResumable,
-    Seen,
+    SentSoFar,
     Splice,
     Tape,
     error_event,
@@ -58,7 +58,7 @@ OPENING = {
 }
 
 
-def seen_of(*events: dict[str, Any], done: bool = False) -> Seen:
+def seen_of(*events: dict[str, Any], done: bool = False) -> SentSoFar:
     tape = Tape("chat")
     tape.keep(sse(OPENING, *events, done=done))
     return tape.read()

@@ -4,11 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controlplane.gateway.telemetry.accounting import MAX_SESSIONS, Ledger, Meter
+from controlplane.gateway.telemetry.accounting import MAX_SESSIONS, EndpointPriceMeter, UsageLedger
 
 
 def test_two_requests_at_a_time_share_the_price() -> None:
-    meter = Meter(2.0, 0.0)
+    meter = EndpointPriceMeter(2.0, 0.0)
     one = meter.start(0.0)
     two = meter.start(1.0)
     assert meter.stop(one, 3.0) == pytest.approx(2.0 * 1 + 2.0 * 2 / 2)
@@ -17,7 +17,7 @@ def test_two_requests_at_a_time_share_the_price() -> None:
 
 @given(st.lists(st.tuples(st.floats(0, 100), st.floats(0.01, 50)), min_size=1, max_size=20))
 def test_all_that_is_charged_is_the_time_that_was_busy(spans: list[tuple[float, float]]) -> None:
-    meter = Meter(3.0, 0.0)
+    meter = EndpointPriceMeter(3.0, 0.0)
     moments = [(start, 1, i) for i, (start, _) in enumerate(spans)]
     moments += [(start + length, 0, i) for i, (start, length) in enumerate(spans)]
     readings: dict[int, float] = {}
@@ -34,7 +34,7 @@ def test_all_that_is_charged_is_the_time_that_was_busy(spans: list[tuple[float, 
 
 
 def test_the_next_tier_is_priced_by_its_own_tokens() -> None:
-    ledger = Ledger(["small", "large"])
+    ledger = UsageLedger(["small", "large"])
     assert ledger.record("small", "s", 5, 5, 1.0) is None
     assert ledger.record("large", "", 5, 5, 4.0) is None
     assert ledger.record("small", "s", 10, 10, 2.0) == pytest.approx(8.0)
@@ -46,7 +46,7 @@ def test_the_next_tier_is_priced_by_its_own_tokens() -> None:
 
 
 def test_sessions_are_bounded() -> None:
-    ledger = Ledger(["small"])
+    ledger = UsageLedger(["small"])
     for i in range(MAX_SESSIONS + 5):
         ledger.record("small", f"s{i}", 1, 1, 0.1)
     assert ledger.session("s0") is None

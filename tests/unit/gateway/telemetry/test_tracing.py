@@ -14,7 +14,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from controlplane.gateway.http.messages import Request, Responder
-from controlplane.gateway.http.server import Server
+from controlplane.gateway.http.server import HttpServer
 from controlplane.gateway.telemetry.tracing import otlp_tracing
 from tests.support.gateway import CHAT, Rig, chat_body, running
 
@@ -29,7 +29,7 @@ ANSWER = {
 
 @asynccontextmanager
 async def serving(handle: object) -> AsyncIterator[int]:
-    server = Server(handle, max_body_bytes=1 << 20)  # type: ignore[arg-type]
+    server = HttpServer(handle, max_body_bytes=1 << 20)  # type: ignore[arg-type]
     port = await server.start("127.0.0.1", 0)
     try:
         yield port

@@ -6,13 +6,13 @@ import asyncio
 from typing import Any
 
 from controlplane.config.scaling import SloConfig
-from controlplane.core.traffic.counters import Traffic
+from controlplane.core.traffic.counters import TrafficCounters
 from tests.support.gateway import CHAT, Rig, chat_body, plane, running
 
 FAST: dict[str, Any] = {"ttft_ms": 1, "itl_ms": 0.1, "tokens": 8}
 
 
-def read(rig: Rig) -> dict[str, Traffic]:
+def read(rig: Rig) -> dict[str, TrafficCounters]:
     return {item.subject: item for item in rig.gateway.info().traffic}
 
 
