@@ -33,9 +33,6 @@ from controlplane.errors import BadRequest, RequestError
 from controlplane.gateway.api import agents, pages, report_page, ui
 from controlplane.gateway.api.alert_page import alerts
 from controlplane.gateway.api.controller_queries import Ask, ask_controller
-from controlplane.gateway.http.asgi import AsgiApp
-from controlplane.gateway.http.messages import Request, Responder, error_value, send_error, send_json
-from controlplane.gateway.http.server import HttpServer
 from controlplane.gateway.proxy.connections import ConnectionTable
 from controlplane.gateway.proxy.dispatch import RequestDispatch
 from controlplane.gateway.proxy.relay import Relay, answer_headers
@@ -45,6 +42,9 @@ from controlplane.gateway.proxy.timeouts import SWEEP_S, AttemptTimeouts, Timeou
 from controlplane.gateway.telemetry.accounting import UsageLedger
 from controlplane.gateway.telemetry.metrics import Metrics, merge_expositions
 from controlplane.gateway.telemetry.traffic import TrafficCounter
+from controlplane.http.asgi import AsgiApp
+from controlplane.http.messages import Request, Responder, error_value, send_error, send_json
+from controlplane.http.server import HttpServer
 
 if TYPE_CHECKING:
     from controlplane.gateway.telemetry.tracing import Tracing

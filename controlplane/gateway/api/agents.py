@@ -12,7 +12,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from controlplane.errors import BadRequest, RequestError
-from controlplane.gateway.http.messages import (
+from controlplane.http.messages import (
     Headers,
     Request,
     Responder,
@@ -52,7 +52,7 @@ class _BatchRequest(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class CapturedResponse:
-    """A :class:`~controlplane.gateway.http.messages.Responder` that keeps the answer."""
+    """A :class:`~controlplane.http.messages.Responder` that keeps the answer."""
 
     def __init__(self) -> None:
         self.status = 0

@@ -17,9 +17,9 @@ from controlplane.core.domain.request import Priority
 from controlplane.core.routing.endpoint_table import EndpointTable, TierPool
 from controlplane.core.routing.router import explain as explain_route
 from controlplane.core.routing.tier_table import AUTO, TierTable
-from controlplane.gateway.http.messages import Request
 from controlplane.gateway.proxy.request_context import route_request
 from controlplane.gateway.telemetry.accounting import Usage, UsageLedger
+from controlplane.http.messages import Request
 
 FETCH_TIMEOUT_S: Final = 2.0
 MAX_FETCH_BYTES: Final = 8 * 1024 * 1024

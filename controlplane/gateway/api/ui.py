@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
-from controlplane.gateway.http.messages import Headers
+from controlplane.http.messages import Headers
 
 _FILE: Final = Path(__file__).with_name("ui.html")
 

@@ -10,12 +10,12 @@ from time import monotonic
 
 from controlplane.core.routing.endpoint_table import EndpointLoad, RequestSlot
 from controlplane.core.routing.retry import AttemptFailure
-from controlplane.gateway.http.messages import EVENT_STREAM
-from controlplane.gateway.http.sse import events_end
 from controlplane.gateway.proxy.connections import EndpointConnections
 from controlplane.gateway.proxy.request_context import RequestContext
 from controlplane.gateway.proxy.timeouts import TimeoutWatcher, WatchedAttempt
 from controlplane.gateway.proxy.upstream import UpstreamConnection, UpstreamFailure
+from controlplane.http.messages import EVENT_STREAM
+from controlplane.http.sse import events_end
 
 
 class Attempt:

@@ -28,8 +28,6 @@ from controlplane.core.routing.retry import (
     next_step,
 )
 from controlplane.errors import DeadlineExceeded, EndpointLost, RequestError
-from controlplane.gateway.http.messages import EVENT_STREAM, JSON_TYPE, Headers, Responder
-from controlplane.gateway.http.sse import events_end, has_end, has_error, is_end
 from controlplane.gateway.proxy.attempt import Attempt
 from controlplane.gateway.proxy.connections import ConnectionTable, EndpointConnections
 from controlplane.gateway.proxy.dispatch import RequestDispatch, give_up_error
@@ -48,6 +46,8 @@ from controlplane.gateway.proxy.timeouts import TimeoutWatcher
 from controlplane.gateway.proxy.upstream import UpstreamFailure
 from controlplane.gateway.telemetry.accounting import UsageLedger
 from controlplane.gateway.telemetry.metrics import Metrics
+from controlplane.http.messages import EVENT_STREAM, JSON_TYPE, Headers, Responder
+from controlplane.http.sse import events_end, has_end, has_error, is_end
 
 MAX_ANSWER_BYTES: Final = 256 * 1024 * 1024
 MAX_ERROR_BYTES: Final = 64 * 1024

@@ -12,9 +12,9 @@ from controlplane.core.routing.endpoint_table import EndpointLoad
 from controlplane.core.routing.router import RouteDecision
 from controlplane.core.routing.tier_table import AUTO, Api, Route, RouteRequest
 from controlplane.errors import BadRequest
-from controlplane.gateway.http.messages import Request
 from controlplane.gateway.proxy.body import RequestBody, parse, rewrite
 from controlplane.gateway.proxy.resume import Kind
+from controlplane.http.messages import Request
 
 APIS: Final = {
     "/v1/chat/completions": Api.CHAT,

@@ -25,7 +25,7 @@ import msgspec
 
 from controlplane.core.routing.tier_table import Api
 from controlplane.errors import RequestError
-from controlplane.gateway.http.messages import error_value
+from controlplane.http.messages import error_value
 
 FOLD_BYTES: Final = 1024 * 1024
 """Raw bytes that a tape keeps before it folds them into token ids and text."""

@@ -17,8 +17,8 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from controlplane.gateway.http.messages import Request
 from controlplane.gateway.proxy.request_context import RequestContext
+from controlplane.http.messages import Request
 
 _PROPAGATOR: Final = TraceContextTextMapPropagator()
 _FAILED: Final = frozenset({"failed", "shed"})

@@ -13,9 +13,9 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
-from controlplane.gateway.http.messages import Request, Responder
-from controlplane.gateway.http.server import HttpServer
 from controlplane.gateway.telemetry.tracing import otlp_tracing
+from controlplane.http.messages import Request, Responder
+from controlplane.http.server import HttpServer
 from tests.support.gateway import CHAT, Rig, chat_body, running
 
 TRACE_ID, CLIENT_SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"

@@ -10,10 +10,10 @@ from contextlib import asynccontextmanager
 import pytest
 
 from controlplane.gateway.api.pages import fetch_text
-from controlplane.gateway.http import server as server_module
-from controlplane.gateway.http.asgi import AsgiApp
-from controlplane.gateway.http.messages import Request, Responder
-from controlplane.gateway.http.server import MAX_HEAD_BYTES, HttpServer
+from controlplane.http import server as server_module
+from controlplane.http.asgi import AsgiApp
+from controlplane.http.messages import Request, Responder
+from controlplane.http.server import MAX_HEAD_BYTES, HttpServer
 
 BIG = b"x" * (8 * 1024 * 1024)
 

@@ -1,7 +1,7 @@
 """What a handler sees of HTTP: a request that is whole, and somewhere to answer to.
 
-Handlers are the same on the gateway's own port (:mod:`controlplane.gateway.http.server`) and on Serve's
-ingress (:mod:`controlplane.gateway.http.asgi`).
+Handlers are the same on the gateway's own port (:mod:`controlplane.http.server`) and on Serve's
+ingress (:mod:`controlplane.http.asgi`).
 """
 
 from __future__ import annotations

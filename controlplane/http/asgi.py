@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from controlplane.errors import PayloadTooLarge
-from controlplane.gateway.http.messages import Handler, Headers, Request, send_error
+from controlplane.http.messages import Handler, Headers, Request, send_error
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -18,7 +18,7 @@ HIGH_WATER_MESSAGES = 64
 
 
 class _AsgiResponder:
-    """The :class:`~controlplane.gateway.http.messages.Responder` of one ASGI request.
+    """The :class:`~controlplane.http.messages.Responder` of one ASGI request.
 
     Handlers write without waiting; a task of this answer hands the messages on, so that their order
     holds and ``drain`` can wait for a slow client.

@@ -8,11 +8,11 @@ import pytest
 
 from controlplane.errors import NoEndpoint, TooManyRequests
 from controlplane.gateway.api.agents import MAX_BATCH
-from controlplane.gateway.http.asgi import AsgiApp
-from controlplane.gateway.http.messages import Request, Responder, error_headers, error_value
-from controlplane.gateway.http.server import MAX_HEAD_BYTES, HttpServer
 from controlplane.gateway.proxy.body import parse, rewrite
 from controlplane.gateway.telemetry.metrics import merge_expositions
+from controlplane.http.asgi import AsgiApp
+from controlplane.http.messages import Request, Responder, error_headers, error_value
+from controlplane.http.server import MAX_HEAD_BYTES, HttpServer
 from tests.support.gateway import CHAT, chat_body, plane, running
 
 

@@ -1,4 +1,4 @@
-"""The gateway's own port: HTTP/1.1 straight from the event loop to the handlers.
+"""An HTTP/1.1 server of our own: straight from the event loop to the handlers.
 
 This is the fast way in. It does what the relay needs and no more: requests are read whole (bounded),
 answers go out in as few writes as they come in, a client that leaves cancels its handler. Parsing is
@@ -18,7 +18,7 @@ from typing import Any, Final
 import httptools
 
 from controlplane.errors import BadRequest, PayloadTooLarge, RequestError
-from controlplane.gateway.http.messages import (
+from controlplane.http.messages import (
     JSON_TYPE,
     Handler,
     Headers,
@@ -55,7 +55,7 @@ def _status_line(status: int) -> bytes:
 
 
 class _HttpResponder:
-    """The :class:`~controlplane.gateway.http.messages.Responder` of one request on this port."""
+    """The :class:`~controlplane.http.messages.Responder` of one request on this port."""
 
     __slots__ = ("_chunked", "_connection", "_head_only", "_keep_alive", "finished", "started")
 

@@ -1,1 +1,0 @@
-"""The gateway's own HTTP server, its ASGI twin, and server-sent events."""
