@@ -33,16 +33,16 @@ from controlplane.core.reconcile.in_progress import AppliedCommand, InProgress
 from controlplane.core.reconcile.migrations import Activity, MigrationPhase
 from controlplane.core.reconcile.reconcile import (
     BeginMigration,
+    ClusterState,
     GpuOutOfUse,
-    PlacedCluster,
     ReconcileRules,
     SetGpu,
     reconcile,
 )
 from controlplane.core.reconcile.replica_targets import TierTarget, target_of
+from controlplane.core.telemetry.engine import EngineTelemetry
 from controlplane.core.telemetry.samples import EngineSample, GpuEvent, GpuEventKind, Missing, NodeSample
 from controlplane.core.telemetry.series import FreshnessLimits
-from controlplane.core.telemetry.signals import EngineTelemetry
 from controlplane.core.telemetry.stalled_engine import StalledEngine, StallRules, stall_reason
 from controlplane.core.traffic.demand import TierDemandTracker
 from controlplane.errors import IllegalTransition, TierplaneError
@@ -413,7 +413,7 @@ class Controller:
         name = self.fleet.sample(uuid).info.name
         return "" if isinstance(name, Missing) else table_name(name)
 
-    def _observe(self, now_s: float) -> PlacedCluster:
+    def _observe(self, now_s: float) -> ClusterState:
         endpoints = self.registry.endpoints
         book = self.desk.book
         out_of_use, places = {}, {}
@@ -431,7 +431,7 @@ class Controller:
                     if endpoint.node_id == node_id:
                         places.setdefault(endpoint.endpoint_id, f"node {node_id} is drained: {hold.reason}")
         leaving = self.work.leaving(endpoints, places, self._drained(now_s))
-        return PlacedCluster(
+        return ClusterState(
             now_s,
             endpoints,
             self.bases(),

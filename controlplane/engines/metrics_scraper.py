@@ -17,8 +17,8 @@ from typing import Final
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
+from controlplane.core.telemetry.engine import COUNTERS, GAUGES, HISTOGRAMS
 from controlplane.core.telemetry.samples import EngineSample, Histogram
-from controlplane.core.telemetry.signals import COUNTERS, GAUGES, HISTOGRAMS
 
 _CHUNK_BYTES: Final = 65536
 _LARGEST: Final = frozenset({"kv_usage_ratio"})

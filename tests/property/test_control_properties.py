@@ -24,13 +24,13 @@ from controlplane.core.reconcile.reconcile import (
     AdvanceMigration,
     BeginMigration,
     BeginRestart,
+    ClusterState,
     Command,
     EndMigration,
     EndRestart,
     GpuOutOfUse,
     HoldTier,
     IssueRestart,
-    PlacedCluster,
     ReconcileRules,
     ReleaseTier,
     ReplicaFailure,
@@ -272,7 +272,7 @@ holds = st.builds(
 )
 failures = st.lists(st.builds(ReplicaFailure, times, ids, st.just("bad flag")), max_size=5).map(tuple)
 observations = st.builds(
-    PlacedCluster,
+    ClusterState,
     now_s=times,
     endpoints=st.dictionaries(ids, endpoints).map(
         lambda found: {name: replace(item, endpoint_id=name) for name, item in found.items()}
@@ -299,7 +299,7 @@ observations = st.builds(
 )
 
 
-def consistent(seen: PlacedCluster) -> PlacedCluster:
+def consistent(seen: ClusterState) -> ClusterState:
     """Moves and restarts are filed under their own endpoint."""
     return replace(
         seen,
@@ -308,7 +308,7 @@ def consistent(seen: PlacedCluster) -> PlacedCluster:
     )
 
 
-def work_of(seen: PlacedCluster) -> InProgress:
+def work_of(seen: ClusterState) -> InProgress:
     return InProgress(
         moves=dict(seen.moves),
         restarts=dict(seen.restarts),
@@ -320,7 +320,7 @@ def work_of(seen: PlacedCluster) -> InProgress:
 
 @settings(max_examples=200)
 @given(observations.map(consistent))
-def test_any_state_comes_to_rest_and_every_command_has_a_reason(seen: PlacedCluster) -> None:
+def test_any_state_comes_to_rest_and_every_command_has_a_reason(seen: ClusterState) -> None:
     work = work_of(seen)
     gpus = dict(seen.gpus)
     for _ in range(12):
@@ -362,7 +362,7 @@ commands = st.one_of(
 
 @settings(max_examples=150)
 @given(observations.map(consistent), st.lists(commands, max_size=10))
-def test_a_command_that_does_not_fit_changes_nothing(seen: PlacedCluster, asked: list[Command]) -> None:
+def test_a_command_that_does_not_fit_changes_nothing(seen: ClusterState, asked: list[Command]) -> None:
     work = work_of(seen)
     for command in asked:
         before = (dict(work.moves), dict(work.restarts), dict(work.holds), dict(work.failures))

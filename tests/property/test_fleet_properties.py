@@ -16,6 +16,7 @@ from controlplane.core.gpus.health import OUT_OF_USE, GpuHealth, GpuState, Healt
 from controlplane.core.gpus.inventory import GpuInventory, GpuRecord
 from controlplane.core.gpus.xid import XidSeverity
 from controlplane.core.reports.history import points
+from controlplane.core.telemetry.gpu import GpuSignals
 from controlplane.core.telemetry.samples import (
     Absence,
     GpuCondition,
@@ -27,7 +28,6 @@ from controlplane.core.telemetry.samples import (
     Reading,
 )
 from controlplane.core.telemetry.series import DEFAULT_LIMITS, Freshness, Signal, judge
-from controlplane.core.telemetry.signals import GpuSignals
 from tests.support.control import gpu_sample, node_sample
 
 RULES = GpuRules(hold_initial_s=4, hot_for_s=3, suspect_for_s=4, probation_s=4, evidence_gap_s=6)

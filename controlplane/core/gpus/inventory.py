@@ -26,9 +26,10 @@ from controlplane.core.gpus.health import (
 from controlplane.core.gpus.node_view import node_of
 from controlplane.core.gpus.xid import XidSeverity
 from controlplane.core.placement.topology import Node
+from controlplane.core.telemetry.gpu import GpuSignals, GpuTelemetry
+from controlplane.core.telemetry.node import NodeTelemetry
 from controlplane.core.telemetry.samples import GpuCondition, GpuEvent, GpuSample, Missing, NodeSample
 from controlplane.core.telemetry.series import DEFAULT_LIMITS, judge
-from controlplane.core.telemetry.signals import GpuSignals, GpuTelemetry, NodeTelemetry
 
 _AWAY = frozenset({GpuCondition.LOST, GpuCondition.RESET_REQUIRED})
 REMEMBERED = 10_000

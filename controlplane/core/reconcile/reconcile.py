@@ -69,7 +69,7 @@ class ReplicaFailure:
 
 
 @dataclass(frozen=True, slots=True)
-class PlacedCluster:
+class ClusterState:
     """All that is looked at."""
 
     now_s: float
@@ -192,7 +192,7 @@ Command: TypeAlias = (
 )
 
 
-def reconcile(seen: PlacedCluster, rules: ReconcileRules) -> tuple[Command, ...]:
+def reconcile(seen: ClusterState, rules: ReconcileRules) -> tuple[Command, ...]:
     """Everything to do now, in the order in which to do it."""
     tiers = _Tiers(seen)
     return (
@@ -208,7 +208,7 @@ def reconcile(seen: PlacedCluster, rules: ReconcileRules) -> tuple[Command, ...]
 class _Tiers:
     """Counts by tier, kept up to date with what has been decided in this look."""
 
-    def __init__(self, seen: PlacedCluster) -> None:
+    def __init__(self, seen: ClusterState) -> None:
         self._seen = seen
         self._serving: dict[str, int] = {}
         self.surges: dict[str, int] = {}
@@ -246,7 +246,7 @@ class _Tiers:
         self._serving[tier] -= 1
         return True
 
-    def newcomer(self, seen: PlacedCluster, tier: str) -> bool:
+    def newcomer(self, seen: ClusterState, tier: str) -> bool:
         """Whether a replica of the tier is starting that does not leave itself."""
         return any(
             item.state in _COMING
@@ -256,12 +256,12 @@ class _Tiers:
         )
 
 
-def _retires(seen: PlacedCluster, endpoint_id: str) -> bool:
+def _retires(seen: ClusterState, endpoint_id: str) -> bool:
     move = seen.moves.get(endpoint_id)
     return move is not None and move.phase is not MigrationPhase.ELSEWHERE_FIRST
 
 
-def _gpus(seen: PlacedCluster) -> Iterable[Command]:
+def _gpus(seen: ClusterState) -> Iterable[Command]:
     for uuid, gpu in sorted(seen.gpus.items()):
         if not gpu.holders and gpu.state in (GpuState.CORDONED, GpuState.DRAINING):
             yield SetGpu(uuid, GpuState.DRAINED, "nothing runs on it")
@@ -269,7 +269,7 @@ def _gpus(seen: PlacedCluster) -> Iterable[Command]:
             yield SetGpu(uuid, GpuState.DRAINING, f"{', '.join(gpu.holders)} must leave: {gpu.reason}")
 
 
-def _running_moves(seen: PlacedCluster, tiers: _Tiers, rules: ReconcileRules) -> Iterable[Command]:
+def _running_moves(seen: ClusterState, tiers: _Tiers, rules: ReconcileRules) -> Iterable[Command]:
     for endpoint_id, move in sorted(seen.moves.items(), key=lambda item: (item[1].began_s, item[0])):
         endpoint = seen.endpoints.get(endpoint_id)
         gone = endpoint is None or endpoint.state in ENDED
@@ -290,7 +290,7 @@ def _running_moves(seen: PlacedCluster, tiers: _Tiers, rules: ReconcileRules) ->
 
 
 def _may_retire(
-    seen: PlacedCluster,
+    seen: ClusterState,
     tiers: _Tiers,
     rules: ReconcileRules,
     move: Migration,
@@ -309,7 +309,7 @@ def _may_retire(
     return ""
 
 
-def _new_moves(seen: PlacedCluster, tiers: _Tiers, rules: ReconcileRules) -> Iterable[Command]:
+def _new_moves(seen: ClusterState, tiers: _Tiers, rules: ReconcileRules) -> Iterable[Command]:
     for endpoint_id, reason in sorted(seen.leaving.items()):
         endpoint = seen.endpoints.get(endpoint_id)
         if endpoint is None or endpoint_id in seen.moves or endpoint.state in ENDED:
@@ -347,7 +347,7 @@ def _new_moves(seen: PlacedCluster, tiers: _Tiers, rules: ReconcileRules) -> Ite
             yield BeginMigration(endpoint_id, tier, MigrationPhase.RETIRING, reason, note)
 
 
-def _restarts(seen: PlacedCluster, tiers: _Tiers, rules: ReconcileRules) -> Iterable[Command]:
+def _restarts(seen: ClusterState, tiers: _Tiers, rules: ReconcileRules) -> Iterable[Command]:
     busy = {item.tier for item in seen.restarts.values() if item.issued}
     for endpoint_id, restart in sorted(seen.restarts.items(), key=lambda item: (item[1].since_s, item[0])):
         endpoint = seen.endpoints.get(endpoint_id)
@@ -370,7 +370,7 @@ def _restarts(seen: PlacedCluster, tiers: _Tiers, rules: ReconcileRules) -> Iter
                 yield IssueRestart(endpoint_id, "its turn")
 
 
-def _hung(seen: PlacedCluster, tiers: _Tiers, rules: ReconcileRules) -> Iterable[Command]:
+def _hung(seen: ClusterState, tiers: _Tiers, rules: ReconcileRules) -> Iterable[Command]:
     for endpoint_id, reason in sorted(seen.hung.items()):
         endpoint = seen.endpoints.get(endpoint_id)
         busy = endpoint_id in seen.restarts or endpoint_id in seen.moves or endpoint_id in seen.leaving
@@ -384,7 +384,7 @@ def _hung(seen: PlacedCluster, tiers: _Tiers, rules: ReconcileRules) -> Iterable
             yield BeginMigration(endpoint_id, endpoint.tier, MigrationPhase.RETIRING, reason, note)
 
 
-def _holds(seen: PlacedCluster, rules: ReconcileRules) -> Iterable[Command]:
+def _holds(seen: ClusterState, rules: ReconcileRules) -> Iterable[Command]:
     for tier, hold in sorted(seen.holds.items()):
         if hold.until_s is not None and seen.now_s >= hold.until_s:
             yield ReleaseTier(tier, f"held for {seen.now_s - hold.since_s:.0f} s: it is tried again")

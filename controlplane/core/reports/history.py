@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from controlplane.core.cluster.snapshot import GatewayInfo
 from controlplane.core.domain.endpoint import SERVING, Endpoint
 from controlplane.core.gpus.inventory import GpuInventory
-from controlplane.core.telemetry.signals import EngineTelemetry
+from controlplane.core.telemetry.engine import EngineTelemetry
 
 
 def points(

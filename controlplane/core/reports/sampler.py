@@ -16,7 +16,7 @@ from controlplane.core.domain.endpoint import ENDED, SERVING, Endpoint, Endpoint
 from controlplane.core.gpus.inventory import GpuInventory
 from controlplane.core.gpus.leases import WHOLE_MILLI, LeaseBook
 from controlplane.core.reports.report import Instance, InstanceKind, ReportSample
-from controlplane.core.telemetry.signals import EngineTelemetry
+from controlplane.core.telemetry.engine import EngineTelemetry
 from controlplane.core.traffic.counters import TrafficCounters, since
 from controlplane.core.traffic.demand import SILENT_REPORTS, TierDemandTracker
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from controlplane.core.telemetry.signals import EngineLoad
+from controlplane.core.telemetry.engine import EngineLoad
 
 
 @dataclass(frozen=True, slots=True)

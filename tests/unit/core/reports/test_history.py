@@ -6,8 +6,8 @@ from controlplane.core.cluster.snapshot import GatewayInfo
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
 from controlplane.core.gpus.inventory import GpuInventory
 from controlplane.core.reports.history import points
+from controlplane.core.telemetry.engine import EngineTelemetry
 from controlplane.core.telemetry.samples import Absence, EngineSample, Missing
-from controlplane.core.telemetry.signals import EngineTelemetry
 from tests.support.control import gpu_sample, node_sample
 
 

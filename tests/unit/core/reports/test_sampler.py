@@ -11,8 +11,8 @@ from controlplane.core.gpus.inventory import GpuInventory
 from controlplane.core.gpus.leases import GpuCapacity, GpuPart, LeaseBook, LeaseOutcome
 from controlplane.core.reports.report import Instance, InstanceKind, ReportSample
 from controlplane.core.reports.sampler import ReportSampler, SampledCluster
+from controlplane.core.telemetry.engine import EngineTelemetry
 from controlplane.core.telemetry.samples import Absence, EngineSample, Missing
-from controlplane.core.telemetry.signals import EngineTelemetry
 from controlplane.core.traffic.counters import TrafficCounters
 from controlplane.core.traffic.demand import TierDemandTracker
 from tests.support.control import GIB, gpu_sample, node_sample

@@ -5,6 +5,8 @@ from dataclasses import asdict, replace
 
 import pytest
 
+from controlplane.core.telemetry.engine import COUNTERS, GAUGES, HISTOGRAMS, EngineTelemetry
+from controlplane.core.telemetry.node import NodeTelemetry
 from controlplane.core.telemetry.samples import (
     Absence,
     EngineSample,
@@ -16,7 +18,6 @@ from controlplane.core.telemetry.samples import (
     NodeSample,
 )
 from controlplane.core.telemetry.series import Freshness, FreshnessLimits
-from controlplane.core.telemetry.signals import COUNTERS, GAUGES, HISTOGRAMS, EngineTelemetry, NodeTelemetry
 from controlplane.engines.base import MetricNames
 
 LIMITS = FreshnessLimits()
