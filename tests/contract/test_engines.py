@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from openai import AuthenticationError, NotFoundError, OpenAI
@@ -85,7 +86,7 @@ class Running:
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def running(request) -> Iterator[Running]:
+def running(request: pytest.FixtureRequest) -> Iterator[Running]:
     kind = request.param
     with ExitStack() as stack:
         settings = {}
@@ -105,7 +106,7 @@ MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 CHAT = {"model": "served", "messages": MESSAGES, "max_tokens": 8, "temperature": 0}
 
 
-def test_it_is_ready_and_says_where(running):
+def test_it_is_ready_and_says_where(running) -> None:
     status = running.status
     assert status.state is EndpointState.READY
     assert status.base_url.startswith("http://")
@@ -117,28 +118,28 @@ def test_it_is_ready_and_says_where(running):
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/chat/completions", "/v1/completions"])
 @pytest.mark.parametrize("secret", ["", "wrong"])
-def test_v1_demands_the_secret(running, path, secret):
+def test_v1_demands_the_secret(running, path, secret) -> None:
     body = None if path.endswith("models") else CHAT
     assert call(running.status.base_url + path, secret, body)[0] == 401
 
 
-def test_the_openai_client_is_refused_with_a_wrong_key(running):
+def test_the_openai_client_is_refused_with_a_wrong_key(running) -> None:
     with pytest.raises(AuthenticationError):
         running.client.with_options(api_key="wrong").models.list()
 
 
-def test_it_answers_to_the_tiers_name(running):
+def test_it_answers_to_the_tiers_name(running) -> None:
     assert "served" in [model.id for model in running.client.models.list()]
 
 
-def test_an_unknown_model_is_not_found(running):
+def test_an_unknown_model_is_not_found(running) -> None:
     if running.kind == "llamacpp":
         pytest.skip("llama.cpp serves its one model under any name; the gateway checks names itself")
     with pytest.raises(NotFoundError):
         running.client.chat.completions.create(model="nope", messages=MESSAGES, max_tokens=1)
 
 
-def test_chat(running):
+def test_chat(running) -> None:
     answer = running.client.chat.completions.create(**CHAT)
     assert answer.choices[0].message.role == "assistant"
     assert answer.choices[0].message.content
@@ -147,7 +148,7 @@ def test_chat(running):
     assert 0 < answer.usage.completion_tokens <= 8
 
 
-def test_chat_streamed_says_the_same(running):
+def test_chat_streamed_says_the_same(running) -> None:
     whole = running.client.chat.completions.create(**CHAT)
     text, finishes, usage = "", [], None
     chunks = running.client.chat.completions.create(
@@ -164,7 +165,7 @@ def test_chat_streamed_says_the_same(running):
     assert usage.completion_tokens == whole.usage.completion_tokens
 
 
-def test_completions_whole_and_streamed(running):
+def test_completions_whole_and_streamed(running) -> None:
     ask = {"model": "served", "prompt": "The capital of France is", "max_tokens": 4, "temperature": 0}
     whole = running.client.completions.create(**ask)
     assert whole.choices[0].text
@@ -172,7 +173,7 @@ def test_completions_whole_and_streamed(running):
     assert "".join(chunk.choices[0].text for chunk in streamed if chunk.choices) == whole.choices[0].text
 
 
-def test_an_empty_conversation_is_the_clients_fault(running):
+def test_an_empty_conversation_is_the_clients_fault(running) -> None:
     status, _, text = call(
         running.status.base_url + "/v1/chat/completions", running.status.secret, {"model": "served"}
     )
@@ -180,7 +181,7 @@ def test_an_empty_conversation_is_the_clients_fault(running):
     assert "error" in text
 
 
-def test_what_its_capabilities_promise(running):
+def test_what_its_capabilities_promise(running) -> None:
     capabilities = running.engine.capabilities(running.tier)
     client = running.client
     if capabilities.responses:
@@ -212,7 +213,7 @@ def test_what_its_capabilities_promise(running):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_completion_resumes_from_token_ids(running, stream):
+def test_a_completion_resumes_from_token_ids(running, stream) -> None:
     if not running.engine.capabilities(running.tier).resume_by_token_ids:
         pytest.skip(f"{running.kind} does not promise to resume")
     secret, url = running.status.secret, running.status.base_url
@@ -242,7 +243,7 @@ def _token_ids(answers):
     return [token for choice in choices for token in choice.get("token_ids") or []]
 
 
-def test_metrics_carry_the_names_it_promises(running):
+def test_metrics_carry_the_names_it_promises(running) -> None:
     engine = running.engine
     if not engine.metrics_path:
         assert engine.metric_names.running == ""
@@ -265,7 +266,7 @@ def test_metrics_carry_the_names_it_promises(running):
     assert missing == []
 
 
-def test_a_client_that_hangs_up_aborts_its_request(running):
+def test_a_client_that_hangs_up_aborts_its_request(running) -> None:
     if not running.engine.metric_names.running:
         pytest.skip("an address does not show what it runs")
     ask = {**CHAT, "max_tokens": 1500, "ignore_eos": True, "stream": True}
@@ -301,7 +302,7 @@ def family_of(pid: int) -> list[int]:
     return reaper.ProcessFamily(pid, reaper.start_of(pid), "", adopts=False).members()
 
 
-def test_it_comes_back_after_sigkill_and_after_the_loss_of_its_reaper(running):
+def test_it_comes_back_after_sigkill_and_after_the_loss_of_its_reaper(running) -> None:
     if not running.engine.has_process:
         pytest.skip("an address has no process here")
     supervisor = running.supervisor
@@ -319,7 +320,7 @@ def test_it_comes_back_after_sigkill_and_after_the_loss_of_its_reaper(running):
     assert supervisor.wait_ready(READY_S).restarts == 2
 
 
-def test_no_process_is_left_after_stop(running):
+def test_no_process_is_left_after_stop(running) -> None:
     if not running.engine.has_process:
         pytest.skip("an address has no process here")
     status = running.supervisor.wait_ready(READY_S)
@@ -335,7 +336,7 @@ def test_no_process_is_left_after_stop(running):
 
 
 @pytest.mark.parametrize("kind", WITH_PROCESS)
-def test_a_bad_flag_is_named_and_not_tried_twice(kind):
+def test_a_bad_flag_is_named_and_not_tried_twice(kind) -> None:
     # Past the configuration's own check, as when another version of the engine is installed.
     tier = tier_of(kind, restart=RestartConfig(max_restarts=5)).model_copy(
         update={"engine_args": {"bogus-flag": 1}}
@@ -348,7 +349,7 @@ def test_a_bad_flag_is_named_and_not_tried_twice(kind):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in WITH_PROCESS if kind.values != ("simulated",)])
-def test_a_missing_model_is_diagnosed_and_not_tried_twice(kind, tmp_path):
+def test_a_missing_model_is_diagnosed_and_not_tried_twice(kind, tmp_path: Path) -> None:
     tier = tier_of(kind, restart=RestartConfig(max_restarts=5))
     missing = str(tmp_path / "no-such-model")
     # Past the resolver, as when the folder vanishes between: the engine's own words are read.
@@ -359,7 +360,7 @@ def test_a_missing_model_is_diagnosed_and_not_tried_twice(kind, tmp_path):
         assert supervisor.status.generation == 1
 
 
-def test_an_address_that_is_not_there_yet_is_waited_for(monkeypatch):
+def test_an_address_that_is_not_there_yet_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     monkeypatch.setenv("TIERPLANE_TEST_KEY", "k")
@@ -372,7 +373,7 @@ def test_an_address_that_is_not_there_yet_is_waited_for(monkeypatch):
     assert recorder.states[-1] is EndpointState.STOPPED
 
 
-def test_an_address_is_lost_and_found(monkeypatch):
+def test_an_address_is_lost_and_found(monkeypatch: pytest.MonkeyPatch) -> None:
     with supervised(tier_of("simulated"), replica_id="elsewhere") as (other, _):
         status = other.wait_ready(READY_S)
         monkeypatch.setenv("TIERPLANE_TEST_KEY", status.secret)
@@ -387,7 +388,7 @@ def test_an_address_is_lost_and_found(monkeypatch):
         assert EndpointState.FAILED not in recorder.states
 
 
-def test_an_address_that_refuses_the_key_says_so(monkeypatch):
+def test_an_address_that_refuses_the_key_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     with supervised(tier_of("simulated"), replica_id="elsewhere") as (other, _):
         status = other.wait_ready(READY_S)
         monkeypatch.setenv("TIERPLANE_TEST_KEY", "wrong")
@@ -397,7 +398,7 @@ def test_an_address_that_refuses_the_key_says_so(monkeypatch):
 
 @pytest.mark.vllm
 @pytest.mark.timeout(600)
-def test_vllm_leaves_nothing_when_its_supervisor_and_its_reaper_are_killed_together():
+def test_vllm_leaves_nothing_when_its_supervisor_and_its_reaper_are_killed_together() -> None:
     """vLLM's core process does not notice that its parent is gone: the reaper's watchdog ends it."""
     import subprocess
     import sys

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -23,13 +24,13 @@ def params_of(**settings) -> dict[str, object]:
     return json.loads(argv[argv.index("--params") + 1])
 
 
-def test_the_secret_is_in_the_environment_only():
+def test_the_secret_is_in_the_environment_only() -> None:
     command = ENGINE.command(tier(), Launch("127.0.0.1", 4000, "s3cret", "/m.gguf"))
     assert command.env[SECRET_ENV] == "s3cret"
     assert not any("s3cret" in word for word in command.argv)
 
 
-def test_slots_follow_the_concurrency_limit_unless_named():
+def test_slots_follow_the_concurrency_limit_unless_named() -> None:
     assert params_of()["parallel"] == 4
     assert params_of(concurrency_limit=2)["parallel"] == 2
     assert params_of(engine_args={"parallel": 7})["parallel"] == 7
@@ -39,7 +40,7 @@ def test_slots_follow_the_concurrency_limit_unless_named():
 class Params(SimpleNamespace):
     """Fields like llama.cpp's, as strict about their kinds as the binding."""
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name, value) -> None:
         if name in self.__dict__ and type(value) is not type(getattr(self, name)):
             raise TypeError(name)
         super().__setattr__(name, value)
@@ -49,7 +50,7 @@ def params() -> Params:
     return Params(n_ctx=0, port=0, use_jinja=True, cpuparams=Params(n_threads=-1), sampling=Params(temp=0.8))
 
 
-def test_names_of_the_command_line_and_of_the_fields_both_work():
+def test_names_of_the_command_line_and_of_the_fields_both_work() -> None:
     target = params()
     given = {"ctx-size": 2048, "threads": 2, "temp": 0.1, "use-jinja": False, "n-ctx": None}
     apply(target, given)
@@ -66,13 +67,13 @@ def test_names_of_the_command_line_and_of_the_fields_both_work():
         ({"--class--": 1}, "unknown"),
     ],
 )
-def test_wrong_arguments_are_named(given, says):
+def test_wrong_arguments_are_named(given, says) -> None:
     with pytest.raises(UnusableSettings) as caught:
         apply(params(), given)
     assert says in str(caught.value)
 
 
-def test_every_alias_is_a_field_of_the_installed_llamacpp():
+def test_every_alias_is_a_field_of_the_installed_llamacpp() -> None:
     xllamacpp = pytest.importorskip("xllamacpp")
     from controlplane.engines.llamacpp import ALIASES
 
@@ -84,7 +85,7 @@ def test_every_alias_is_a_field_of_the_installed_llamacpp():
         assert hasattr(target, field), name
 
 
-def test_the_model_is_a_file_or_the_only_one_in_a_folder(tmp_path):
+def test_the_model_is_a_file_or_the_only_one_in_a_folder(tmp_path: Path) -> None:
     one = tmp_path / "one.gguf"
     one.touch()
     assert gguf_file(str(one)) == one
@@ -122,7 +123,7 @@ def test_the_model_is_a_file_or_the_only_one_in_a_folder(tmp_path):
         (["RuntimeError: llama.cpp could not start: odd"], 1, "could not start: odd", False),
     ],
 )
-def test_diagnoses(lines, exit_code, says, permanent):
+def test_diagnoses(lines, exit_code, says, permanent) -> None:
     diagnosis = ENGINE.diagnose(lines, exit_code)
     assert says in diagnosis.summary
     assert diagnosis.permanent is permanent
@@ -137,5 +138,5 @@ def test_diagnoses(lines, exit_code, says, permanent):
         ("0.06.310.083 I slot print_timing: id  1", None),
     ],
 )
-def test_phases(line, phase):
+def test_phases(line, phase) -> None:
     assert ENGINE.phase(line) == phase

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -27,7 +28,7 @@ def after(argv, flag):
     return argv[argv.index(flag) + 1]
 
 
-def test_every_kind_has_its_engine_and_importing_them_is_light():
+def test_every_kind_has_its_engine_and_importing_them_is_light() -> None:
     assert {kind: engine.kind for kind, engine in ENGINES.items()} == {kind: kind for kind in ENGINES}
     assert engine_for(tier()) is ENGINES["vllm"]
     script = (
@@ -38,7 +39,7 @@ def test_every_kind_has_its_engine_and_importing_them_is_light():
     assert done.stdout.strip() == "[]"
 
 
-def test_the_command_line():
+def test_the_command_line() -> None:
     command = ENGINE.command(
         tier(
             tensor_parallel_size=2,
@@ -60,7 +61,7 @@ def test_the_command_line():
     assert "--dtype=float32" not in argv
 
 
-def test_the_secret_is_in_the_environment_only():
+def test_the_secret_is_in_the_environment_only() -> None:
     command = ENGINE.command(tier(), launch())
     assert command.env["VLLM_API_KEY"] == "s3cret"
     assert not any("s3cret" in word for word in command.argv)
@@ -85,11 +86,11 @@ def test_the_secret_is_in_the_environment_only():
         ),
     ],
 )
-def test_engine_arguments_become_flags(given, argv):
+def test_engine_arguments_become_flags(given, argv) -> None:
     assert flags(given) == argv
 
 
-def test_on_cpu_float32_and_eager_unless_named():
+def test_on_cpu_float32_and_eager_unless_named() -> None:
     argv = ENGINE.command(tier(device="cpu"), launch()).argv
     assert "--dtype=float32" in argv
     assert "--enforce-eager" in argv
@@ -100,7 +101,7 @@ def test_on_cpu_float32_and_eager_unless_named():
     assert "--enforce-eager" not in argv
 
 
-def test_a_pipeline_on_several_nodes_uses_ray_unless_another_executor_is_named():
+def test_a_pipeline_on_several_nodes_uses_ray_unless_another_executor_is_named() -> None:
     wide = {"pipeline_parallel_size": 2, "pipeline_across_nodes": True}
     assert "--distributed-executor-backend=ray" in ENGINE.command(tier(**wide), launch()).argv
     own = tier(**wide, engine_args={"distributed-executor-backend": "mp", "nnodes": 2})
@@ -109,13 +110,13 @@ def test_a_pipeline_on_several_nodes_uses_ray_unless_another_executor_is_named()
     assert not any("executor" in word for word in on_one_node)
 
 
-def test_gpus_are_named_in_the_environment():
+def test_gpus_are_named_in_the_environment() -> None:
     env = ENGINE.command(tier(), launch(gpu_ids=("GPU-a", "GPU-b"))).env
     assert env["CUDA_VISIBLE_DEVICES"] == "GPU-a,GPU-b"
     assert "CUDA_VISIBLE_DEVICES" not in ENGINE.command(tier(), launch()).env
 
 
-def test_a_local_model_never_asks_the_hub(tmp_path):
+def test_a_local_model_never_asks_the_hub(tmp_path: Path) -> None:
     assert ENGINE.command(tier(), launch(str(tmp_path))).env["HF_HUB_OFFLINE"] == "1"
     assert "HF_HUB_OFFLINE" not in ENGINE.command(tier(), launch()).env
 
@@ -137,7 +138,7 @@ def test_a_local_model_never_asks_the_hub(tmp_path):
         (2, 33, {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "16"}),
     ],
 )
-def test_threads_on_cpu(monkeypatch, world_size, cores, env):
+def test_threads_on_cpu(monkeypatch: pytest.MonkeyPatch, world_size, cores, env) -> None:
     for name in ("VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     assert _cpu_environment(world_size, cores) == {"VLLM_CPU_KVCACHE_SPACE": "1", **env}
@@ -146,7 +147,9 @@ def test_threads_on_cpu(monkeypatch, world_size, cores, env):
 @pytest.mark.parametrize(
     ("world_size", "cores", "uni"), [(1, 2, True), (1, 4, True), (1, 32, False), (3, 2, False)]
 )
-def test_an_unbound_worker_shares_its_core_s_process(monkeypatch, world_size, cores, uni):
+def test_an_unbound_worker_shares_its_core_s_process(
+    monkeypatch: pytest.MonkeyPatch, world_size, cores, uni
+) -> None:
     monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
     command = ENGINE.command(tier(device="cpu", tensor_parallel_size=world_size), launch())
@@ -154,7 +157,7 @@ def test_an_unbound_worker_shares_its_core_s_process(monkeypatch, world_size, co
     assert ("VLLM_ENABLE_V1_MULTIPROCESSING" in command.env) == uni
 
 
-def test_what_the_environment_or_the_tier_sets_stands(monkeypatch):
+def test_what_the_environment_or_the_tier_sets_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-3")
     assert _cpu_environment(1, 2) == {}
@@ -162,7 +165,7 @@ def test_what_the_environment_or_the_tier_sets_stands(monkeypatch):
     assert env["VLLM_CPU_KVCACHE_SPACE"] == "9"
 
 
-def test_a_pooling_model_embeds_and_does_not_generate():
+def test_a_pooling_model_embeds_and_does_not_generate() -> None:
     pooling = ENGINE.capabilities(tier(engine_args={"runner": "pooling"}))
     assert (pooling.embeddings, pooling.resume_by_token_ids) == (True, False)
     generating = ENGINE.capabilities(tier())
@@ -204,7 +207,7 @@ def test_a_pooling_model_embeds_and_does_not_generate():
         ('INFO:     127.0.0.1:53326 - "GET /health HTTP/1.1" 200 OK', None),
     ],
 )
-def test_phases(line, phase):
+def test_phases(line, phase) -> None:
     assert ENGINE.phase(line) == phase
 
 
@@ -314,14 +317,14 @@ def test_phases(line, phase):
         (["INFO loading"], -11, "vLLM was killed by SIGSEGV", False),
     ],
 )
-def test_diagnoses(lines, exit_code, says, permanent):
+def test_diagnoses(lines, exit_code, says, permanent) -> None:
     diagnosis = ENGINE.diagnose(lines, exit_code)
     assert says in diagnosis.summary
     assert diagnosis.permanent is permanent
     assert diagnosis.last_lines == tuple(lines)
 
 
-def test_a_cause_outlives_the_noise_after_it():
+def test_a_cause_outlives_the_noise_after_it() -> None:
     lines = [
         "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.",
         "RuntimeError: Engine core initialization failed. See root cause above.",
@@ -330,7 +333,7 @@ def test_a_cause_outlives_the_noise_after_it():
     assert "GPU memory ran out" in ENGINE.diagnose(lines, 1).summary
 
 
-def test_output_of_the_environment_variable_name_alone_is_no_cause():
+def test_output_of_the_environment_variable_name_alone_is_no_cause() -> None:
     lines = [
         "WARNING VLLM_CPU_KVCACHE_SPACE not set. Using 4 GiB by default.",
         "RuntimeError: something else",
@@ -339,7 +342,7 @@ def test_output_of_the_environment_variable_name_alone_is_no_cause():
 
 
 @pytest.mark.vllm
-def test_the_installed_vllm_knows_every_flag_that_is_always_given():
+def test_the_installed_vllm_knows_every_flag_that_is_always_given() -> None:
     parser = (
         "from vllm.utils.argparse_utils import FlexibleArgumentParser as P\n"
         "try:\n    from vllm.entrypoints.launchers.cli_args import make_arg_parser\n"

@@ -4,6 +4,7 @@ import json
 import random
 from dataclasses import replace
 from itertools import groupby
+from pathlib import Path
 
 import pytest
 
@@ -183,7 +184,7 @@ def test_serves_policy_is_the_installed_one() -> None:
     assert policy._config.target_ongoing_requests == 2
 
 
-def test_the_page_needs_no_network_and_is_the_same_each_time(tmp_path) -> None:
+def test_the_page_needs_no_network_and_is_the_same_each_time(tmp_path: Path) -> None:
     result = run(ONE)
     text = page(result)
     assert text == page(result)

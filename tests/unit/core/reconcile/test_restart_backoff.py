@@ -20,19 +20,21 @@ POLICY = RestartPolicy(max_restarts=3, window_s=100.0, backoff_initial_s=0.5, ba
         ([0.0, 1.0, 2.0], 200.0, True, 0.5),
     ],
 )
-def test_backoff_doubles_inside_the_window_and_ends_at_the_limit(restarted_s, now_s, restart, delay_s):
+def test_backoff_doubles_inside_the_window_and_ends_at_the_limit(
+    restarted_s, now_s, restart, delay_s
+) -> None:
     decision = decide_restart(POLICY, restarted_s, now_s)
     assert (decision.restart, decision.delay_s) == (restart, delay_s)
     assert decision.reason
 
 
-def test_a_permanent_diagnosis_stops_at_once():
+def test_a_permanent_diagnosis_stops_at_once() -> None:
     decision = decide_restart(POLICY, [], 0.0, permanent=True)
     assert not decision.restart
     assert "would not help" in decision.reason
 
 
-def test_no_restarts_allowed():
+def test_no_restarts_allowed() -> None:
     policy = RestartPolicy(max_restarts=0, window_s=10, backoff_initial_s=1, backoff_max_s=1)
     decision = decide_restart(policy, [], 0.0)
     assert not decision.restart
@@ -47,7 +49,7 @@ def test_no_restarts_allowed():
 )
 def test_never_more_restarts_in_a_window_than_allowed_and_never_a_longer_wait(
     limit, losses, initial_s, most_s
-):
+) -> None:
     policy = RestartPolicy(limit, 50.0, initial_s, most_s)
     restarted_s: list[float] = []
     for now_s in sorted(losses):

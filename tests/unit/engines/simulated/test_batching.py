@@ -22,14 +22,14 @@ class Receiver:
         self.was_cut = False
         self.over = asyncio.Event()
 
-    def emit(self, ids, texts, finish):
+    def emit(self, ids, texts, finish) -> None:
         self.times += [time.monotonic()] * len(ids)
         self.ids += ids
         self.finish = finish
         if finish is not None:
             self.over.set()
 
-    def cut(self):
+    def cut(self) -> None:
         self.was_cut = True
         self.over.set()
 
@@ -38,14 +38,14 @@ def clockwork(**settings) -> BatchScheduler:
     return BatchScheduler(asyncio.get_running_loop(), SimulatedSettings(**settings))
 
 
-async def test_without_times_an_answer_is_there_at_once():
+async def test_without_times_an_answer_is_there_at_once() -> None:
     work, sink = clockwork(), Receiver()
     work.submit(GenerationRequest(PROMPT, max_tokens=5), sink)
     assert sink.finish.reason == "length"
     assert (work.running, work.waiting) == (0, 0)
 
 
-async def test_long_answers_without_times_leave_room_for_others():
+async def test_long_answers_without_times_leave_room_for_others() -> None:
     work, long, short = clockwork(), Receiver(), Receiver()
     work.submit(GenerationRequest(PROMPT, max_tokens=3000, ignore_eos=True), long)
     work.submit(GenerationRequest(PROMPT, max_tokens=3), short)
@@ -55,7 +55,7 @@ async def test_long_answers_without_times_leave_room_for_others():
     assert len(long.ids) == 3000
 
 
-async def test_time_to_first_token_and_between_tokens():
+async def test_time_to_first_token_and_between_tokens() -> None:
     work, sink = clockwork(ttft_ms=60, itl_ms=10, prefill_tokens_per_s=100), Receiver()
     began_s = time.monotonic()
     work.submit(GenerationRequest(PROMPT, max_tokens=11), sink)
@@ -67,7 +67,7 @@ async def test_time_to_first_token_and_between_tokens():
     assert work.counts.itl_s.sum == pytest.approx(sink.times[-1] - sink.times[0], abs=0.02)
 
 
-async def test_a_larger_batch_is_slower():
+async def test_a_larger_batch_is_slower() -> None:
     alone, sink = clockwork(itl_ms=4, batch_slowdown=1.0), Receiver()
     alone.submit(GenerationRequest(PROMPT, max_tokens=20), sink)
     await asyncio.wait_for(sink.over.wait(), 5)
@@ -81,7 +81,7 @@ async def test_a_larger_batch_is_slower():
     assert batch_s > 2.5 * alone_s
 
 
-async def test_more_than_it_runs_wait_in_order_and_are_counted():
+async def test_more_than_it_runs_wait_in_order_and_are_counted() -> None:
     work = clockwork(max_running=2, itl_ms=5)
     sinks = [Receiver() for _ in range(4)]
     for sink in sinks:
@@ -93,7 +93,7 @@ async def test_more_than_it_runs_wait_in_order_and_are_counted():
     assert work.counts.finished["length"] == 4
 
 
-async def test_who_hangs_up_frees_the_slot_for_the_next():
+async def test_who_hangs_up_frees_the_slot_for_the_next() -> None:
     work = clockwork(max_running=1, itl_ms=1000)
     first, second, third = Receiver(), Receiver(), Receiver()
     running = work.submit(GenerationRequest(PROMPT), first)
@@ -111,7 +111,7 @@ async def test_who_hangs_up_frees_the_slot_for_the_next():
     assert work.counts.finished["abort"] == 2
 
 
-async def test_a_slow_reader_stops_the_tokens():
+async def test_a_slow_reader_stops_the_tokens() -> None:
     work, sink = clockwork(itl_ms=1), Receiver()
     generation = work.submit(GenerationRequest(PROMPT, max_tokens=50), sink)
     work.block(generation)
@@ -124,7 +124,7 @@ async def test_a_slow_reader_stops_the_tokens():
 
 
 @pytest.mark.parametrize("itl_ms", [0, 1])
-async def test_cut_and_hang_after_tokens(itl_ms):
+async def test_cut_and_hang_after_tokens(itl_ms) -> None:
     work, sink = clockwork(itl_ms=itl_ms, cut_after_tokens=7), Receiver()
     work.submit(GenerationRequest(PROMPT, max_tokens=50), sink)
     await asyncio.wait_for(sink.over.wait(), 5)
@@ -138,7 +138,7 @@ async def test_cut_and_hang_after_tokens(itl_ms):
     assert len(sink.ids) == 50
 
 
-async def test_the_share_of_errors_is_what_was_asked_for_and_repeats_with_the_seed():
+async def test_the_share_of_errors_is_what_was_asked_for_and_repeats_with_the_seed() -> None:
     def run() -> list[bool]:
         work = clockwork(error_rate=0.3, seed=7)
         return [work.errs() for _ in range(2000)]
@@ -148,7 +148,7 @@ async def test_the_share_of_errors_is_what_was_asked_for_and_repeats_with_the_se
     assert first == run()
 
 
-async def test_metrics_are_prometheus_text():
+async def test_metrics_are_prometheus_text() -> None:
     from prometheus_client.parser import text_string_to_metric_families
 
     work, sink = clockwork(), Receiver()

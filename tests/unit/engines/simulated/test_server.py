@@ -87,7 +87,7 @@ def server():
         each.close()
 
 
-def test_it_says_that_it_is_simulated(server):
+def test_it_says_that_it_is_simulated(server) -> None:
     sim = server()
     _, headers, text = sim.post()
     assert headers["x-engine"] == "simulated"
@@ -97,7 +97,7 @@ def test_it_says_that_it_is_simulated(server):
     assert {event["system_fingerprint"] for event in events_of(text)} == {"simulated"}
 
 
-def test_only_health_is_open(server):
+def test_only_health_is_open(server) -> None:
     sim = server()
     assert sim.get("/health", "")[0] == 200
     for path in ("/v1/models", "/metrics", "/simulated/knobs", "/nothing"):
@@ -115,7 +115,7 @@ def raw_post(**body) -> bytes:
     ) + data
 
 
-def test_a_stream_is_one_http_chunk_for_each_token(server):
+def test_a_stream_is_one_http_chunk_for_each_token(server) -> None:
     sim = server(itl_ms=1)
     connection = HTTPConnection("127.0.0.1", sim.port, timeout=10)
     body = json.dumps({"messages": MESSAGES, "stream": True, "max_tokens": 5})
@@ -131,7 +131,7 @@ def test_a_stream_is_one_http_chunk_for_each_token(server):
     assert sizes == [1] * 7
 
 
-def test_whole_and_streamed_say_the_same_and_count_the_same(server):
+def test_whole_and_streamed_say_the_same_and_count_the_same(server) -> None:
     sim = server(tokens=10)
     whole = json.loads(sim.post(return_token_ids=True)[2])
     events = events_of(
@@ -147,7 +147,7 @@ def test_whole_and_streamed_say_the_same_and_count_the_same(server):
     assert whole["usage"]["completion_tokens"] == 11
 
 
-def test_token_ids_are_only_given_when_asked_for(server):
+def test_token_ids_are_only_given_when_asked_for(server) -> None:
     text = server(tokens=3).post(stream=True)[2]
     assert "token_ids" not in text
 
@@ -170,7 +170,7 @@ def test_token_ids_are_only_given_when_asked_for(server):
         ("/v1/nothing", {}, 404),
     ],
 )
-def test_bad_requests(server_shared, path, body, status):
+def test_bad_requests(server_shared, path, body, status) -> None:
     answer, _, text = server_shared.post(path, **body)
     assert answer == status
     assert json.loads(text)["error"]["code"] == status
@@ -183,13 +183,13 @@ def server_shared():
     sim.close()
 
 
-def test_a_prompt_that_is_too_long_is_refused(server_shared):
+def test_a_prompt_that_is_too_long_is_refused(server_shared) -> None:
     status, _, text = server_shared.post(messages=[{"role": "user", "content": "x" * 1000}])
     assert status == 400
     assert "under 100" in text
 
 
-def test_bodies_that_are_no_json_and_requests_that_are_no_http(server_shared):
+def test_bodies_that_are_no_json_and_requests_that_are_no_http(server_shared) -> None:
     connection = HTTPConnection("127.0.0.1", server_shared.port, timeout=10)
     connection.request("POST", "/v1/chat/completions", "{", {"authorization": "Bearer s"})
     assert connection.getresponse().status == 400
@@ -200,7 +200,7 @@ def test_bodies_that_are_no_json_and_requests_that_are_no_http(server_shared):
         assert client.recv(100) == b""
 
 
-def test_requests_in_a_row_on_one_connection_are_answered_in_order(server_shared):
+def test_requests_in_a_row_on_one_connection_are_answered_in_order(server_shared) -> None:
     request = raw_post(max_tokens=1)
     with socket.create_connection(("127.0.0.1", server_shared.port), timeout=10) as client:
         client.sendall(request + request + b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
@@ -211,7 +211,7 @@ def test_requests_in_a_row_on_one_connection_are_answered_in_order(server_shared
     assert answer.index(b"chat.completion") < answer.rindex(b"HTTP/1.1 200")
 
 
-def test_embeddings_in_both_encodings_are_the_same(server_shared):
+def test_embeddings_in_both_encodings_are_the_same(server_shared) -> None:
     import base64
     import struct
 
@@ -223,7 +223,7 @@ def test_embeddings_in_both_encodings_are_the_same(server_shared):
     assert struct.unpack("<4f", base64.b64decode(packed)) == pytest.approx(plain, abs=1e-6)
 
 
-def test_cut_after_tokens(server):
+def test_cut_after_tokens(server) -> None:
     sim = server(cut_after_tokens=3)
     connection = HTTPConnection("127.0.0.1", sim.port, timeout=10)
     body = json.dumps({"messages": MESSAGES, "stream": True})
@@ -241,7 +241,7 @@ def test_cut_after_tokens(server):
     assert sim.count("num_requests_running") == 0
 
 
-def test_hang_after_tokens_and_release(server):
+def test_hang_after_tokens_and_release(server) -> None:
     sim = server(hang_after_tokens=2)
     done: list[str] = []
     client = threading.Thread(target=lambda: done.append(sim.post(stream=True, max_tokens=5)[2]))
@@ -254,7 +254,7 @@ def test_hang_after_tokens_and_release(server):
     assert len(events_of(done[0])) == 6
 
 
-def test_hang_takes_connections_and_answers_none_until_it_ends(server):
+def test_hang_takes_connections_and_answers_none_until_it_ends(server) -> None:
     sim = server()
     sim.knobs(hang=True)
     with pytest.raises(TimeoutError):
@@ -269,7 +269,7 @@ def test_hang_takes_connections_and_answers_none_until_it_ends(server):
     assert done == [200]
 
 
-def test_refuse_closes_the_port_for_a_while(server):
+def test_refuse_closes_the_port_for_a_while(server) -> None:
     sim = server()
     sim.knobs(refuse=True, for_s=0.5)
     with pytest.raises(OSError, match="refused"):
@@ -285,7 +285,7 @@ def test_refuse_closes_the_port_for_a_while(server):
     assert sim.knobs()["faults"] == {}
 
 
-def test_errors_and_health(server):
+def test_errors_and_health(server) -> None:
     sim = server(error_rate=1.0, error_status=503)
     assert sim.post()[0] == 503
     assert sim.get("/v1/models")[0] == 200
@@ -294,7 +294,7 @@ def test_errors_and_health(server):
     assert sim.get("/health")[0] == 503
 
 
-def test_a_wrong_knob_changes_nothing(server):
+def test_a_wrong_knob_changes_nothing(server) -> None:
     sim = server()
     before = sim.knobs()
     status, _, text = sim.post("/simulated/knobs", messages=None, bogus=1)
@@ -303,13 +303,13 @@ def test_a_wrong_knob_changes_nothing(server):
     assert sim.knobs() == before
 
 
-def test_exit_code(server):
+def test_exit_code(server) -> None:
     sim = server()
     sim.knobs(exit_code=7)
     assert sim.popen.wait(10) == 7
 
 
-def test_who_hangs_up_frees_the_slot(server):
+def test_who_hangs_up_frees_the_slot(server) -> None:
     sim = server(itl_ms=1000, max_running=1)
     request = raw_post(stream=True)
     with socket.create_connection(("127.0.0.1", sim.port), timeout=10) as running:
@@ -323,7 +323,7 @@ def test_who_hangs_up_frees_the_slot(server):
     assert sim.count("request_success_total", 'finished_reason="abort"') == 2
 
 
-def test_a_client_that_does_not_read_holds_up_only_itself(server):
+def test_a_client_that_does_not_read_holds_up_only_itself(server) -> None:
     sim = server(max_model_len=2_000_000)
     request = raw_post(stream=True, max_tokens=200_000, ignore_eos=True)
     with socket.create_connection(("127.0.0.1", sim.port), timeout=10) as slow:
@@ -342,7 +342,7 @@ def test_a_client_that_does_not_read_holds_up_only_itself(server):
         until(lambda: sim.count("generation_tokens_total") > last + 1)
 
 
-def test_bad_settings_are_named():
+def test_bad_settings_are_named() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "controlplane.engines.simulated.server", "--settings", '{"itl_ms": -1}'],
         capture_output=True,
@@ -354,7 +354,7 @@ def test_bad_settings_are_named():
     assert "itl_ms" in done.stderr
 
 
-def test_sigterm_ends_it_with_0_also_while_it_loads(server):
+def test_sigterm_ends_it_with_0_also_while_it_loads(server) -> None:
     assert server().close() == 0
     loading = subprocess.Popen(
         [sys.executable, "-m", "controlplane.engines.simulated.server", "--settings", '{"load_s": 60}'],

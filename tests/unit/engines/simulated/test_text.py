@@ -10,21 +10,21 @@ from controlplane.engines.simulated.text import ANSWER, END, answered, decode, d
 
 
 @given(st.text())
-def test_text_comes_back(text):
+def test_text_comes_back(text) -> None:
     assert decode(encode(text)) == text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
 
 
-def test_words_are_one_token_and_other_text_about_three_bytes_each():
+def test_words_are_one_token_and_other_text_about_three_bytes_each() -> None:
     assert len(encode("Mal bran ren")) == 3
     assert len(encode("abcdefghi")) == 3
 
 
-def test_unknown_ids_are_no_error():
+def test_unknown_ids_are_no_error() -> None:
     assert decode([999, 5, 1 << 40]) == "\ufffd" * 3
 
 
 @given(st.lists(st.integers(0, 100_000), min_size=1), st.integers(1, 40), st.integers(0, 39))
-def test_continuing_from_any_point_gives_the_undisturbed_tokens(prompt, count, cut):
+def test_continuing_from_any_point_gives_the_undisturbed_tokens(prompt, count, cut) -> None:
     cut = min(cut, count)
     whole, _ = speak(digest(prompt), prompt[-1], count)
     resumed = prompt + whole[:cut]
@@ -32,7 +32,7 @@ def test_continuing_from_any_point_gives_the_undisturbed_tokens(prompt, count, c
     assert whole[:cut] + rest == whole
 
 
-def test_different_prompts_get_different_answers():
+def test_different_prompts_get_different_answers() -> None:
     first, _ = speak(digest(encode("one")), ANSWER, 20)
     second, _ = speak(digest(encode("two")), ANSWER, 20)
     assert first != second
@@ -42,11 +42,11 @@ def test_different_prompts_get_different_answers():
     ("ids", "count"),
     [([5, 6, ANSWER], 0), ([5, ANSWER, 20, 21], 2), ([5, 6], 0), ([ANSWER, 3, ANSWER, 4], 1)],
 )
-def test_position_counts_from_the_last_marker(ids, count):
+def test_position_counts_from_the_last_marker(ids, count) -> None:
     assert answered(ids) == count
 
 
-def test_vectors_are_of_length_one_and_depend_on_the_text():
+def test_vectors_are_of_length_one_and_depend_on_the_text() -> None:
     one = vector(encode("one"), 16)
     assert sum(x * x for x in one) == pytest.approx(1.0)
     assert one == vector(encode("one"), 16)
@@ -54,7 +54,7 @@ def test_vectors_are_of_length_one_and_depend_on_the_text():
 
 
 class Nowhere:
-    def emit(self, ids, texts, finish):
+    def emit(self, ids, texts, finish) -> None:
         raise AssertionError("a generation does not emit by itself")
 
     cut = emit
@@ -74,18 +74,18 @@ PROMPT = (*encode("user: hello\n"), ANSWER)
 
 
 @pytest.mark.parametrize("step", [1, 3, 1000])
-def test_answers_end_by_themselves_with_an_end_token(step):
+def test_answers_end_by_themselves_with_an_end_token(step) -> None:
     ids, _, finish = take_all(GenerationRequest(PROMPT), SimulatedSettings(tokens=10), step)
     assert (len(ids), ids[-1], finish.reason) == (11, END, "stop")
 
 
 @pytest.mark.parametrize("step", [1, 3, 1000])
-def test_max_tokens_cuts_shorter(step):
+def test_max_tokens_cuts_shorter(step) -> None:
     ids, _, finish = take_all(GenerationRequest(PROMPT, max_tokens=4), SimulatedSettings(tokens=10), step)
     assert (len(ids), finish.reason) == (4, "length")
 
 
-def test_max_tokens_of_the_whole_answer_leaves_no_room_for_the_end_token():
+def test_max_tokens_of_the_whole_answer_leaves_no_room_for_the_end_token() -> None:
     ids, _, finish = take_all(GenerationRequest(PROMPT, max_tokens=10), SimulatedSettings(tokens=10))
     assert (len(ids), finish.reason) == (10, "length")
 
@@ -94,12 +94,12 @@ def test_max_tokens_of_the_whole_answer_leaves_no_room_for_the_end_token():
     "ask",
     [GenerationRequest(PROMPT, max_tokens=30, ignore_eos=True), GenerationRequest(PROMPT, 30, min_tokens=30)],
 )
-def test_longer_than_its_natural_length_when_asked(ask):
+def test_longer_than_its_natural_length_when_asked(ask) -> None:
     ids, _, finish = take_all(ask, SimulatedSettings(tokens=10))
     assert (len(ids), finish.reason) == (30, "length")
 
 
-def test_a_resumed_answer_ends_where_the_undisturbed_one_does():
+def test_a_resumed_answer_ends_where_the_undisturbed_one_does() -> None:
     settings = SimulatedSettings(tokens=10)
     whole, text, _ = take_all(GenerationRequest(PROMPT), settings)
     rest, rest_text, finish = take_all(GenerationRequest((*PROMPT, *whole[:4])), settings)
@@ -109,7 +109,7 @@ def test_a_resumed_answer_ends_where_the_undisturbed_one_does():
 
 
 @pytest.mark.parametrize("step", [1, 2, 1000])
-def test_a_stop_string_over_token_borders_is_cut_off(step):
+def test_a_stop_string_over_token_borders_is_cut_off(step) -> None:
     _, whole, _ = take_all(GenerationRequest(PROMPT, max_tokens=8), SimulatedSettings())
     stop = whole[len(whole) // 2 - 2 : len(whole) // 2 + 4]
     ids, text, finish = take_all(
@@ -120,7 +120,7 @@ def test_a_stop_string_over_token_borders_is_cut_off(step):
     assert len(ids) < 8
 
 
-def test_text_held_back_for_a_stop_string_is_not_lost():
+def test_text_held_back_for_a_stop_string_is_not_lost() -> None:
     _, whole, _ = take_all(GenerationRequest(PROMPT, max_tokens=8), SimulatedSettings())
     _, text, finish = take_all(
         GenerationRequest(PROMPT, max_tokens=8, stop=("a stop that never comes",)), SimulatedSettings(), 1

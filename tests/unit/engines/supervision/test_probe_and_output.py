@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
@@ -33,21 +34,21 @@ def lines_of(*chunks: bytes, secret: str = "") -> tuple[list[str], EngineOutput]
         ([b"x" * 9000], ["x" * 4000]),
     ],
 )
-def test_output_becomes_lines(chunks, lines):
+def test_output_becomes_lines(chunks, lines) -> None:
     assert lines_of(*chunks)[0] == lines
 
 
-def test_the_secret_is_blotted_out_also_over_chunks():
+def test_the_secret_is_blotted_out_also_over_chunks() -> None:
     assert lines_of(b"key=s3c", b"ret!\n", secret="s3cret")[0] == ["key=***!"]
 
 
-def test_only_the_last_lines_are_kept():
+def test_only_the_last_lines_are_kept() -> None:
     _, output = lines_of(b"".join(b"%d\n" % n for n in range(1000)))
     assert len(output.lines) == 400
     assert output.lines[-1] == "999"
 
 
-def test_the_log_file_is_bounded(tmp_path):
+def test_the_log_file_is_bounded(tmp_path: Path) -> None:
     file = LogFile(tmp_path / "logs" / "a.log", max_bytes=1000)
     for number in range(200):
         file.write(f"line {number:03}")
@@ -66,7 +67,7 @@ def test_the_log_file_is_bounded(tmp_path):
         ("ValueError: odd", "ValueError: odd"),
     ],
 )
-def test_log_prefixes_are_taken_off(line, text):
+def test_log_prefixes_are_taken_off(line, text) -> None:
     assert plain(line) == text
 
 
@@ -79,11 +80,11 @@ def test_log_prefixes_are_taken_off(line, text):
         (-70, "was killed by signal 70"),
     ],
 )
-def test_endings(code, text):
+def test_endings(code, text) -> None:
     assert ending(code) == text
 
 
-def test_an_exception_tells_more_than_a_later_error_line():
+def test_an_exception_tells_more_than_a_later_error_line() -> None:
     lines = ["ValueError: the cause", "ERROR: shutting down", "nanobind: leaked 3 types!"]
     assert last_error("it", lines, 1).summary == "it ended with exit code 1: ValueError: the cause"
 
@@ -91,7 +92,7 @@ def test_an_exception_tells_more_than_a_later_error_line():
 async def serve_once(answer: bytes, hold: bool = False):
     """A server that answers each connection with these bytes."""
 
-    async def client(reader, writer):
+    async def client(reader, writer) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(answer)
         await writer.drain()
@@ -114,7 +115,7 @@ async def serve_once(answer: bytes, hold: bool = False):
         ),
     ],
 )
-async def test_probes_read_every_kind_of_body(answer, status, body):
+async def test_probes_read_every_kind_of_body(answer, status, body) -> None:
     server = await serve_once(answer)
     async with server:
         port = server.sockets[0].getsockname()[1]
@@ -131,7 +132,7 @@ async def test_probes_read_every_kind_of_body(answer, status, body):
         (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhi", False, "IncompleteReadError"),
     ],
 )
-async def test_probes_never_raise(answer, hold, says):
+async def test_probes_never_raise(answer, hold, says) -> None:
     server = await serve_once(answer, hold)
     async with server:
         port = server.sockets[0].getsockname()[1]
@@ -141,7 +142,7 @@ async def test_probes_never_raise(answer, hold, says):
     assert str(await get(f"http://127.0.0.1:{port}/x", "", 1)) == "connection refused"
 
 
-def test_metrics_are_summed_over_their_labels_and_not_mixed_up():
+def test_metrics_are_summed_over_their_labels_and_not_mixed_up() -> None:
     text = '# TYPE a gauge\na{x="1"} 2\na{x="2"} 3.5\na_total 9\nb 1\n'
     assert metric(text, "a") == 5.5
     assert metric(text, "a_total") == 9
@@ -152,7 +153,7 @@ def endpoint(**settings) -> TierConfig:
     return TierConfig(name="far", engine="endpoint", model="m", url="http://x:1/v1/", **settings)
 
 
-def test_addresses(monkeypatch):
+def test_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert address_of(endpoint()) == ("http://x:1", "")
     monkeypatch.setenv("FAR_KEY", "k")
     assert address_of(endpoint(api_key_env="FAR_KEY")) == ("http://x:1", "k")

@@ -126,7 +126,7 @@ def pids_in(path: Path, count: int = 1) -> list[int]:
     ("script", "said", "code"),
     [("exit 0", "0", 0), ("exit 7", "7", 7), ("kill -9 $$", "-9", 137), ("kill -TERM $$", "-15", 143)],
 )
-def test_the_engines_exit_code_is_reported_and_returned(reaped, script, said, code):
+def test_the_engines_exit_code_is_reported_and_returned(reaped, script, said, code) -> None:
     run = reaped("sh", "-c", script)
     run.next("pid")
     assert run.next("exit") == said
@@ -134,14 +134,14 @@ def test_the_engines_exit_code_is_reported_and_returned(reaped, script, said, co
     assert run.code() == code
 
 
-def test_a_command_that_is_not_there(reaped):
+def test_a_command_that_is_not_there(reaped) -> None:
     run = reaped("/no/such/engine")
     run.next("pid")
     assert run.next("exit") == "127"
     assert b"can't start /no/such/engine: No such file" in run.popen.stdout.read()
 
 
-def test_end_of_file_stops_the_engine(reaped):
+def test_end_of_file_stops_the_engine(reaped) -> None:
     run = reaped(sys.executable, "-c", OBEDIENT)
     pid = run.pid()
     run.up()
@@ -152,7 +152,7 @@ def test_end_of_file_stops_the_engine(reaped):
     assert not alive(pid)
 
 
-def test_sigterm_stops_the_engine_and_a_stubborn_one_is_killed_after_the_grace(reaped):
+def test_sigterm_stops_the_engine_and_a_stubborn_one_is_killed_after_the_grace(reaped) -> None:
     run = reaped(sys.executable, "-c", STUBBORN, grace_s=0.5)
     run.pid()
     run.up()
@@ -162,7 +162,7 @@ def test_sigterm_stops_the_engine_and_a_stubborn_one_is_killed_after_the_grace(r
     assert 0.4 < time.monotonic() - began_s < 5
 
 
-def test_sigusr1_kills_at_once(reaped):
+def test_sigusr1_kills_at_once(reaped) -> None:
     run = reaped(sys.executable, "-c", STUBBORN, grace_s=60)
     run.pid()
     run.up()
@@ -173,7 +173,7 @@ def test_sigusr1_kills_at_once(reaped):
 
 
 @pytest.mark.parametrize("bare", [[], ["bare"]], ids=["marked", "without an environment"])
-def test_a_daemon_dies_with_the_engine_that_made_it(reaped, tmp_path, bare):
+def test_a_daemon_dies_with_the_engine_that_made_it(reaped, tmp_path: Path, bare) -> None:
     pids = tmp_path / "pids"
     nap = NAPPING.replace("{pids}", str(pids))
     run = reaped(sys.executable, "-c", DAEMON, nap, *bare, env={"PIDS": str(pids)})
@@ -185,7 +185,7 @@ def test_a_daemon_dies_with_the_engine_that_made_it(reaped, tmp_path, bare):
     assert not alive(daemon)
 
 
-def test_a_daemon_that_ignores_sigterm_dies_too(reaped, tmp_path):
+def test_a_daemon_that_ignores_sigterm_dies_too(reaped, tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     nap = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)" + NAPPING
     run = reaped(sys.executable, "-c", DAEMON, nap, "stay", env={"PIDS": str(pids)}, grace_s=1.0)
@@ -218,7 +218,7 @@ def supervisor_of(*command: str, env: dict[str, str]) -> tuple[subprocess.Popen[
     return popen, int(popen.stdout.readline())
 
 
-def test_sigkill_of_the_supervisor_leaves_nothing(tmp_path):
+def test_sigkill_of_the_supervisor_leaves_nothing(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     stubborn = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)" + NAPPING
     supervisor, its_reaper = supervisor_of(
@@ -232,7 +232,7 @@ def test_sigkill_of_the_supervisor_leaves_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("bare", [[], ["bare"]], ids=["marked", "without an environment"])
-def test_sigkill_of_supervisor_and_reaper_at_once_leaves_nothing(tmp_path, bare):
+def test_sigkill_of_supervisor_and_reaper_at_once_leaves_nothing(tmp_path: Path, bare) -> None:
     pids = tmp_path / "pids"
     nap = NAPPING.replace("{pids}", str(pids))
     program = FORKER if bare else DAEMON
@@ -248,7 +248,7 @@ def test_sigkill_of_supervisor_and_reaper_at_once_leaves_nothing(tmp_path, bare)
     until(lambda: not any(map(alive, (child, *engine))), what="the family ends")
 
 
-def test_the_watchdog_leaves_with_the_reaper(reaped):
+def test_the_watchdog_leaves_with_the_reaper(reaped) -> None:
     run = reaped("sh", "-c", "sleep 0.3")
     engine = run.pid()
     watchdog = until(lambda: [pid for pid in children_of(run.popen.pid) if pid != engine])
@@ -258,7 +258,9 @@ def test_the_watchdog_leaves_with_the_reaper(reaped):
     assert not any(map(alive, watchdog))
 
 
-def test_after_sigkill_of_reaper_and_watchdog_a_sweep_finds_the_rest_and_nothing_else(reaped, tmp_path):
+def test_after_sigkill_of_reaper_and_watchdog_a_sweep_finds_the_rest_and_nothing_else(
+    reaped, tmp_path: Path
+) -> None:
     pids = tmp_path / "pids"
     run = reaped(sys.executable, "-c", DAEMON, NAPPING, "stay", env={"PIDS": str(pids)})
     pid = run.pid()
@@ -285,7 +287,7 @@ def test_after_sigkill_of_reaper_and_watchdog_a_sweep_finds_the_rest_and_nothing
         bystander.communicate()
 
 
-def test_a_session_number_that_was_given_away_is_not_ours(reaped):
+def test_a_session_number_that_was_given_away_is_not_ours(reaped) -> None:
     run = reaped(sys.executable, "-c", OBEDIENT)
     pid = run.pid()
     run.up()
@@ -293,7 +295,7 @@ def test_a_session_number_that_was_given_away_is_not_ours(reaped):
     assert reaper.ProcessFamily(pid, reaper.start_of(pid) - 1, "", adopts=False).members() == []
 
 
-def test_a_reaper_whose_supervisor_is_gone_starts_nothing(tmp_path):
+def test_a_reaper_whose_supervisor_is_gone_starts_nothing(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     done = subprocess.run(
         [sys.executable, reaper.__file__, "--parent", "1", "--", sys.executable, "-c", NAPPING],
@@ -307,7 +309,7 @@ def test_a_reaper_whose_supervisor_is_gone_starts_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("argv", [["--bogus", "1", "--", "true"], ["--grace-s", "1"], []])
-def test_bad_command_lines(argv):
+def test_bad_command_lines(argv) -> None:
     done = subprocess.run(
         [sys.executable, reaper.__file__, *argv], capture_output=True, timeout=20, check=False
     )

@@ -38,12 +38,12 @@ def tier(**settings) -> TierConfig:
     )
 
 
-def knobs(status, **values):
+def knobs(status, **values) -> None:
     code, _, text = call(status.base_url + "/simulated/knobs", status.secret, values)
     assert code == 200, text
 
 
-def test_ready_serves_and_stops():
+def test_ready_serves_and_stops() -> None:
     with supervised(tier()) as (supervisor, recorder):
         status = supervisor.wait_ready(20)
         assert status.generation == 1
@@ -65,7 +65,7 @@ def test_ready_serves_and_stops():
     assert not marked(b"small/r1/")
 
 
-def test_the_secret_is_on_no_command_line_and_in_no_log():
+def test_the_secret_is_on_no_command_line_and_in_no_log() -> None:
     with supervised(tier()) as (supervisor, recorder):
         status = supervisor.wait_ready(20)
         listing = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
@@ -75,7 +75,7 @@ def test_the_secret_is_on_no_command_line_and_in_no_log():
         assert status.secret not in log_path("small", "r1").read_text()
 
 
-def test_progress_is_shown_by_phase():
+def test_progress_is_shown_by_phase() -> None:
     with supervised(tier(args={"load-s": 0.5})) as (supervisor, recorder):
         status = until(lambda: supervisor.status if supervisor.status.phase == "loading weights" else None)
         first = status.phase_elapsed_s
@@ -92,7 +92,7 @@ def test_progress_is_shown_by_phase():
     ]
 
 
-def test_a_killed_engine_is_seen_without_a_probe_and_comes_back():
+def test_a_killed_engine_is_seen_without_a_probe_and_comes_back() -> None:
     with supervised(tier(health_interval_s=60.0)) as (supervisor, recorder):
         before = supervisor.wait_ready(20)
         os.kill(before.pid, signal.SIGKILL)
@@ -108,7 +108,7 @@ def test_a_killed_engine_is_seen_without_a_probe_and_comes_back():
         assert not any(s.base_url or s.secret for s in waiting)
 
 
-def test_a_hung_engine_is_replaced():
+def test_a_hung_engine_is_replaced() -> None:
     with supervised(tier()) as (supervisor, _):
         before = supervisor.wait_ready(20)
         os.kill(before.pid, signal.SIGSTOP)
@@ -120,14 +120,14 @@ def test_a_hung_engine_is_replaced():
 
 
 @pytest.mark.parametrize("fault", [{"health_fails": True}, {"hang": True}])
-def test_an_unhealthy_engine_is_replaced(fault):
+def test_an_unhealthy_engine_is_replaced(fault) -> None:
     with supervised(tier()) as (supervisor, _):
         knobs(supervisor.wait_ready(20), **fault)
         until(lambda: supervisor.status.generation == 2)
         supervisor.wait_ready(20)
 
 
-def test_a_probe_that_fails_once_is_forgiven():
+def test_a_probe_that_fails_once_is_forgiven() -> None:
     with supervised(tier(health_failures=1000)) as (supervisor, recorder):
         status = supervisor.wait_ready(20)
         knobs(status, health_fails=True)
@@ -138,10 +138,10 @@ def test_a_probe_that_fails_once_is_forgiven():
 
 
 @pytest.mark.parametrize(("error", "tries"), [(EngineStartError, 1), (EngineError, 3)])
-def test_a_launch_that_is_refused_starts_no_process(error, tries):
+def test_a_launch_that_is_refused_starts_no_process(error, tries) -> None:
     asked = []
 
-    def refuse(model, _progress):
+    def refuse(model, _progress) -> None:
         asked.append(model)
         raise error("the launch does not fit: 20 GiB needed, 16 GiB there")
 
@@ -153,7 +153,7 @@ def test_a_launch_that_is_refused_starts_no_process(error, tries):
     assert not [status for status in recorder.statuses if status.pid or status.port]
 
 
-def test_a_crash_loop_ends_with_a_diagnosis():
+def test_a_crash_loop_ends_with_a_diagnosis() -> None:
     with supervised(tier(args={"exit-code": 3})) as (supervisor, recorder):
         with pytest.raises(
             EngineStartError, match=r"told to exit with 3 \(restarted 2 times in the last 60 s"
@@ -168,7 +168,7 @@ def test_a_crash_loop_ends_with_a_diagnosis():
         assert delays == [0.05, 0.1]
 
 
-def test_an_engine_that_crashes_again_and_again_after_it_was_ready_is_given_up_too():
+def test_an_engine_that_crashes_again_and_again_after_it_was_ready_is_given_up_too() -> None:
     with supervised(tier(args={"exit-after-s": 0.1})) as (supervisor, _):
         status = until(
             lambda: supervisor.status if supervisor.status.state is EndpointState.FAILED else None, 20
@@ -176,7 +176,7 @@ def test_an_engine_that_crashes_again_and_again_after_it_was_ready_is_given_up_t
         assert "ended with exit code 1" in status.diagnosis
 
 
-def test_what_failed_starts_again_on_request():
+def test_what_failed_starts_again_on_request() -> None:
     with supervised(tier(restart=RestartConfig(max_restarts=0))) as (supervisor, _):
         before = supervisor.wait_ready(20)
         os.kill(before.pid, signal.SIGKILL)
@@ -187,7 +187,7 @@ def test_what_failed_starts_again_on_request():
         )
 
 
-def test_restart_on_request_does_not_count_as_a_failure():
+def test_restart_on_request_does_not_count_as_a_failure() -> None:
     with supervised(tier(restart=RestartConfig(max_restarts=0))) as (supervisor, _):
         before = supervisor.wait_ready(20)
         supervisor.restart("the operator asked")
@@ -197,15 +197,15 @@ def test_restart_on_request_does_not_count_as_a_failure():
         assert not alive(before.pid)
 
 
-def test_unknown_settings_are_permanent():
+def test_unknown_settings_are_permanent() -> None:
     with supervised(tier(args={"ttft-seconds": 1})) as (supervisor, _):
         with pytest.raises(EngineStartError, match=r"ttft_seconds.*would not help"):
             supervisor.wait_ready(20)
         assert supervisor.status.generation == 0
 
 
-def test_a_model_that_is_not_there_is_permanent():
-    def resolve(model, progress):
+def test_a_model_that_is_not_there_is_permanent() -> None:
+    def resolve(model, progress) -> None:
         raise ConfigError([Problem("tiers.small.model", "no such model")])
 
     with supervised(tier(), resolve=resolve) as (supervisor, _):
@@ -213,7 +213,7 @@ def test_a_model_that_is_not_there_is_permanent():
             supervisor.wait_ready(20)
 
 
-def test_a_download_shows_its_progress_and_is_tried_again():
+def test_a_download_shows_its_progress_and_is_tried_again() -> None:
     tries: list[str] = []
 
     def resolve(model, progress):
@@ -230,7 +230,7 @@ def test_a_download_shows_its_progress_and_is_tried_again():
         assert any("can't be fetched: the network is down" in s.diagnosis for s in recorder.statuses)
 
 
-def test_stop_does_not_wait_for_a_download():
+def test_stop_does_not_wait_for_a_download() -> None:
     release = threading.Event()
 
     def resolve(model, progress):
@@ -246,7 +246,7 @@ def test_stop_does_not_wait_for_a_download():
     release.set()
 
 
-def test_an_engine_that_takes_too_long_to_start_is_stopped():
+def test_an_engine_that_takes_too_long_to_start_is_stopped() -> None:
     late = tier(args={"load-s": 30}, startup_timeout_s=6.0, restart=RestartConfig(max_restarts=0))
     with supervised(late) as (supervisor, _):
         with pytest.raises(EngineStartError, match=r"not ready after 6 s .*loading weights.*refused"):
@@ -254,14 +254,14 @@ def test_an_engine_that_takes_too_long_to_start_is_stopped():
         assert not marked(b"small/r1/")
 
 
-def test_wait_ready_says_where_it_stands_when_time_is_up():
+def test_wait_ready_says_where_it_stands_when_time_is_up() -> None:
     with supervised(tier(args={"load-s": 30})) as (supervisor, _):
         until(lambda: supervisor.status.phase == "loading weights")
         with pytest.raises(EngineStartError, match="still at: loading weights"):
             supervisor.wait_ready(0.05)
 
 
-def test_a_taken_port_is_no_failure(monkeypatch):
+def test_a_taken_port_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first two ports are somebody else's by the time the engine binds them."""
     takers: list[socket.socket] = []
 
@@ -286,24 +286,24 @@ def test_a_taken_port_is_no_failure(monkeypatch):
 class _Held:
     """Looks like a held port and is another's."""
 
-    def __init__(self, held, name):
+    def __init__(self, held, name) -> None:
         self._held = held
         self._name = name
 
     def getsockname(self):
         return self._name
 
-    def close(self):
+    def close(self) -> None:
         self._held.close()
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_) -> None:
         self.close()
 
 
-def test_a_held_port_is_given_to_nobody_else_but_can_be_served():
+def test_a_held_port_is_given_to_nobody_else_but_can_be_served() -> None:
     with hold_port("127.0.0.1") as held:
         port = held.getsockname()[1]
         with socket.socket() as other, pytest.raises(OSError, match="in use"):
@@ -312,7 +312,7 @@ def test_a_held_port_is_given_to_nobody_else_but_can_be_served():
             assert server.getsockname()[1] == port
 
 
-def test_drain_waits_for_what_runs():
+def test_drain_waits_for_what_runs() -> None:
     with supervised(tier(args={"itl-ms": 20, "tokens": 60})) as (supervisor, recorder):
         status = supervisor.wait_ready(20)
         answers: list[int] = []
@@ -330,7 +330,7 @@ def test_drain_waits_for_what_runs():
         assert recorder.states[-2:] == [EndpointState.DRAINING, EndpointState.STOPPED]
 
 
-def test_drain_gives_up_in_time():
+def test_drain_gives_up_in_time() -> None:
     with supervised(tier(args={"itl-ms": 1000})) as (supervisor, _):
         status = supervisor.wait_ready(20)
         with socket.create_connection(("127.0.0.1", status.port)) as client:
@@ -346,7 +346,7 @@ def test_drain_gives_up_in_time():
         assert not alive(status.pid)
 
 
-def test_drain_asks_the_caller_too():
+def test_drain_asks_the_caller_too() -> None:
     with supervised(tier()) as (supervisor, _):
         supervisor.wait_ready(20)
         left = iter([2, 1, 0])
@@ -354,7 +354,7 @@ def test_drain_asks_the_caller_too():
         assert next(left, None) is None
 
 
-def test_an_engine_lost_while_draining_is_not_restarted():
+def test_an_engine_lost_while_draining_is_not_restarted() -> None:
     with supervised(tier(args={"itl-ms": 1000})) as (supervisor, recorder):
         status = supervisor.wait_ready(20)
         threading.Timer(0.3, os.kill, (status.pid, signal.SIGKILL)).start()
@@ -363,7 +363,7 @@ def test_an_engine_lost_while_draining_is_not_restarted():
         assert EndpointState.RESTARTING not in recorder.states
 
 
-def test_sigkill_of_the_reaper_is_survived():
+def test_sigkill_of_the_reaper_is_survived() -> None:
     with supervised(tier()) as (supervisor, _):
         before = supervisor.wait_ready(20)
         its_reaper = int(_stat_field(before.pid, 1))
@@ -373,10 +373,10 @@ def test_sigkill_of_the_reaper_is_survived():
         assert not alive(before.pid)
 
 
-def test_a_callback_that_fails_does_not_cost_the_engine():
+def test_a_callback_that_fails_does_not_cost_the_engine() -> None:
     recorder = Recorder()
 
-    def broken(status):
+    def broken(status) -> None:
         raise RuntimeError("the owner's trouble")
 
     supervisor = EngineSupervisor(
@@ -390,7 +390,7 @@ def test_a_callback_that_fails_does_not_cost_the_engine():
     assert ("status callback failed", {"error": 'RuntimeError("the owner\'s trouble")'}) in recorder.events
 
 
-def test_stop_before_start_and_twice():
+def test_stop_before_start_and_twice() -> None:
     supervisor = EngineSupervisor(
         tier(), replica_id="r1", resolve_model=local, on_change=lambda _: None, log=Recorder()
     )
@@ -418,7 +418,7 @@ time.sleep(60)
 """
 
 
-def test_sigkill_of_the_supervisors_process_leaves_no_engine():
+def test_sigkill_of_the_supervisors_process_leaves_no_engine() -> None:
     owner = subprocess.Popen([sys.executable, "-c", OWNER], stdout=subprocess.PIPE)
     assert owner.stdout is not None
     pid = int(owner.stdout.readline())
