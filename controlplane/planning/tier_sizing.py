@@ -22,7 +22,7 @@ from controlplane.planning.tier_memory import tier_settings
 
 
 @dataclass(frozen=True, slots=True)
-class GpuInventory:
+class GpuFleet:
     """GPUs that may be chosen."""
 
     gpus: tuple[FleetGpu, ...]
@@ -32,7 +32,7 @@ class GpuInventory:
     """GPU models that are not in the table: nothing is known of their speed."""
 
 
-def fleet_of(cluster: ClusterFile) -> GpuInventory:
+def fleet_of(cluster: ClusterFile) -> GpuFleet:
     """The usable GPUs of a cluster by model, each model at the price of its dearest machine."""
     counts: dict[str, int] = {}
     for node in cluster.to_nodes():
@@ -52,7 +52,7 @@ def fleet_of(cluster: ClusterFile) -> GpuInventory:
             cost = max((kind.cost_per_hour or kind.gpus) / kind.gpus for kind in of_model)
             found.append(FleetGpu(known, count, cost, max(kind.gpus for kind in of_model)))
     unknown = tuple(model for model in sorted(counts) if find_gpu(gpu_table(), model) is None)
-    return GpuInventory(tuple(found), priced, unknown)
+    return GpuFleet(tuple(found), priced, unknown)
 
 
 def needs_of(config: PlaneConfig) -> tuple[TierNeed, ...]:

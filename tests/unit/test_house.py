@@ -48,7 +48,7 @@ def test_there_is_something_to_check() -> None:
 
 @pytest.mark.parametrize("path", CORE, ids=relative)
 def test_the_core_calls_nothing_impure(path: Path) -> None:
-    """What the core may import is a contract in pyproject.toml; this is about built-in functions and methods."""
+    """Imports are a contract in pyproject.toml; this is about built-in functions and methods."""
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             wrong = {node.func.id} & IMPURE_CALLS

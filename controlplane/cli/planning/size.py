@@ -24,7 +24,7 @@ from controlplane.core.sizing.fleet_sizing import (
 from controlplane.errors import SetupError
 from controlplane.planning.cluster_file import load_cluster
 from controlplane.planning.tier_sizing import (
-    GpuInventory,
+    GpuFleet,
     checkpoint_note,
     fleet_of,
     needs_of,
@@ -66,7 +66,7 @@ def command(config: str, cluster: Path, as_json: bool) -> None:
         raise SystemExit(3)
 
 
-def _show(found: FleetSizing | NoFleetSizing, where: PlacementPlan | None, fleet: GpuInventory) -> None:
+def _show(found: FleetSizing | NoFleetSizing, where: PlacementPlan | None, fleet: GpuFleet) -> None:
     console = stdout()
     if fleet.unknown:
         console.print(f"left out, not in the table of GPU models: {', '.join(fleet.unknown)}")
@@ -122,9 +122,7 @@ def _main_reasons(ruled_out: tuple[RuledOutOption, ...]) -> list[str]:
     ]
 
 
-def _json(
-    found: FleetSizing | NoFleetSizing, where: PlacementPlan | None, fleet: GpuInventory
-) -> dict[str, Any]:
+def _json(found: FleetSizing | NoFleetSizing, where: PlacementPlan | None, fleet: GpuFleet) -> dict[str, Any]:
     if isinstance(found, NoFleetSizing):
         ruled_out = {tier: [_ruled_out(each) for each in out] for tier, out in found.ruled_out}
         return {"fits": False, "reasons": list(found.reasons), "ruled_out": ruled_out}

@@ -1,6 +1,6 @@
 """Every GPU that node agents report: its readings, its health, and who has taken it out of use.
 
-:meth:`GpuInventory.observe` takes in what an agent sent and judges the node's GPUs at once, so the work is
+:meth:`GpuFleet.observe` takes in what an agent sent and judges the node's GPUs at once, so the work is
 spread over the time in which samples arrive. What nobody reports is not judged: a node whose agent is silent,
 or whose driver does not answer, keeps the health it had.
 """

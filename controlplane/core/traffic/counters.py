@@ -3,7 +3,7 @@ endpoint.
 
 A gateway's figures only grow (:class:`TrafficCounters`), so a report that is lost loses nothing: the next one
 has it. The controller adds up what all gateways counted since it first heard of each
-(:class:`TrafficLedger`), and looks back by the difference of two readings (:class:`RecordedWindow`). A
+(:class:`TrafficLedger`), and looks back by the difference of two readings (:class:`TrafficWindow`). A
 gateway that starts anew starts at zero, which the book notices by its id.
 """
 
@@ -187,7 +187,7 @@ class TrafficLedger:
         return min(self._heard_s.values(), default=None)
 
 
-class RecordedWindow:
+class TrafficWindow:
     """One subject's last minutes."""
 
     def __init__(self, window_s: float = WINDOW_S) -> None:
@@ -251,7 +251,7 @@ class TierFigures:
 
 
 def figures(
-    window: RecordedWindow,
+    window: TrafficWindow,
     reading: TrafficCounters,
     heard_s: float | None,
     now_s: float,

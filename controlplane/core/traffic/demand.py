@@ -7,10 +7,10 @@ from collections.abc import Collection, Sequence
 from controlplane.core.telemetry.series import FreshnessLimits
 from controlplane.core.traffic.counters import (
     WINDOW_S,
-    RecordedWindow,
     TierFigures,
     TrafficCounters,
     TrafficLedger,
+    TrafficWindow,
     figures,
 )
 
@@ -24,7 +24,7 @@ class TierDemandTracker:
     def __init__(self, window_s: float = WINDOW_S) -> None:
         self.book = TrafficLedger()
         self._window_s = max(window_s, WINDOW_S)
-        self._windows: dict[str, RecordedWindow] = {}
+        self._windows: dict[str, TrafficWindow] = {}
 
     def remember(self, window_s: float) -> None:
         """Look back so far from now on; never less than :data:`WINDOW_S`, which alerts go by."""
@@ -42,7 +42,7 @@ class TierDemandTracker:
         for tier in self._windows.keys() - set(tiers):
             del self._windows[tier]
         for tier in tiers:
-            window = self._windows.setdefault(tier, RecordedWindow(self._window_s))
+            window = self._windows.setdefault(tier, TrafficWindow(self._window_s))
             window.observe(self.book.reading(tier), now_s)
 
     @staticmethod

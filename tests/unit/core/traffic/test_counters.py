@@ -14,9 +14,9 @@ from controlplane.core.telemetry.series import Freshness
 from controlplane.core.traffic.counters import (
     LATENCY_BOUNDS_S,
     POINTS_KEPT,
-    RecordedWindow,
     TrafficCounters,
     TrafficLedger,
+    TrafficWindow,
     named,
     quantile_s,
     since,
@@ -73,7 +73,7 @@ def test_the_sum_never_falls_whatever_gateways_do(
 
 
 def test_a_window_looks_back_by_the_nearest_readings() -> None:
-    window = RecordedWindow(60.0)
+    window = TrafficWindow(60.0)
     assert window.back(10.0) is None
     for at_s in range(0, 100, 5):
         window.observe(counted(arrived=at_s), float(at_s))
@@ -88,7 +88,7 @@ def test_a_window_looks_back_by_the_nearest_readings() -> None:
 
 
 def test_a_long_window_is_thinned_and_still_begins_where_it_should() -> None:
-    window = RecordedWindow(3600.0)
+    window = TrafficWindow(3600.0)
     most = 0
     for at_s in range(8000):
         window.observe(counted(arrived=at_s * 7), float(at_s))
@@ -103,7 +103,7 @@ def test_a_long_window_is_thinned_and_still_begins_where_it_should() -> None:
 
 
 def test_a_window_that_remembers_for_longer_keeps_what_it_has_and_for_shorter_forgets() -> None:
-    window = RecordedWindow(100.0)
+    window = TrafficWindow(100.0)
     for at_s in range(0, 205, 5):
         window.observe(counted(arrived=at_s), float(at_s))
     window.remember(400.0)
