@@ -51,7 +51,6 @@ from controlplane.core.reconcile.commands import ActionResponse, ReportResponse,
 from controlplane.core.reconcile.migrations import Activity
 from controlplane.core.reconcile.reconcile import ReconcileRules
 from controlplane.core.reconcile.replica_targets import TierTarget
-from controlplane.core.reports.history import points
 from controlplane.core.reports.report import PlaneReport
 from controlplane.core.telemetry.stalled_engine import StallRules
 from controlplane.engines.metrics_scraper import EngineScraper, ScrapeTarget
@@ -61,7 +60,6 @@ from controlplane.paths import run_dir
 CONTROLLER_NAME = "tierplane-controller"
 IDLE_EXIT_S = 300.0
 """A controller that knows nobody for this long ends: nothing of a plane that is gone stays behind."""
-HISTORY_INTERVAL_S = 10.0
 SAVE_INTERVAL_S = 30.0
 """State that changes without an event (counters of a GPU that is out of use) is saved this often."""
 CORDONS_INTERVAL_S = 30.0
@@ -124,7 +122,6 @@ class ControllerActor:
         self._held_s = 0.0
         self._saved = (-1, 0.0)
         self._noted = 0
-        self._history_s = 0.0
         self._tick_s = 0.0
         heard = {node: (epoch, seq) for node, (epoch, seq) in self._recorder.state.get(_HEARD, {}).items()}
         self._watch = NodeWatch(config.namespace, config.sample_interval_s, self._control.observe_node, heard)
@@ -317,7 +314,7 @@ class ControllerActor:
     async def history(
         self, series: tuple[str, ...], since_unix_s: float, until_unix_s: float
     ) -> Mapping[str, list[Point]]:
-        """Points of the series that :func:`controlplane.core.reports.history.points` names."""
+        """Stored points of the series that :func:`controlplane.controller.reports.series_of` names."""
         store = self._recorder.store
         return {
             name: await asyncio.to_thread(store.history, name, since_unix_s, until_unix_s) for name in series
@@ -357,7 +354,6 @@ class ControllerActor:
                 self._tick_s = time.monotonic() - began_s
                 self._wake()
                 self._save()
-                self._add_history()
                 self._reports.tick()
             except Exception as error:
                 log.exception("a tick failed; the next one looks again", error=repr(error))
@@ -459,18 +455,6 @@ class ControllerActor:
         values |= self._alerts.kept()
         self._recorder.save(values)
         self._saved = (self._noted, now_s)
-
-    def _add_history(self) -> None:
-        now_s = time.monotonic()
-        if now_s - self._history_s < HISTORY_INTERVAL_S:
-            return
-        self._history_s = now_s
-        control = self._control
-        endpoints = control.registry.endpoints.values()
-        gateways = control.registry.gateways
-        self._recorder.add_points(
-            time.time(), points(endpoints, gateways, control.engines, control.fleet, now_s)
-        )
 
     def _done(self, answer: ActionResponse) -> ActionResponse:
         self._record()

@@ -433,18 +433,18 @@ class Controller:
         leaving = self.work.leaving(endpoints, places, self._drained(now_s))
         return ClusterState(
             now_s,
-            endpoints,
-            self.bases(),
-            leaving,
-            self._room(leaving, endpoints, now_s),
-            out_of_use,
-            dict(self.work.moves),
-            dict(self.work.restarts),
-            dict(self.work.holds),
-            self._hung(endpoints, now_s),
-            dict(self.work.hung_before),
-            dict(self.work.failures),
-            {tier: count for tier, (count, _) in self.work.held_before.items()},
+            endpoints=endpoints,
+            bases=self.bases(),
+            leaving=leaving,
+            room=self._room(leaving, endpoints, now_s),
+            gpus=out_of_use,
+            moves=dict(self.work.moves),
+            restarts=dict(self.work.restarts),
+            holds=dict(self.work.holds),
+            hung=self._hung(endpoints, now_s),
+            hung_before=dict(self.work.hung_before),
+            failures=dict(self.work.failures),
+            holds_before={tier: count for tier, (count, _) in self.work.held_before.items()},
         )
 
     def _drained(self, now_s: float) -> dict[str, str]:

@@ -31,7 +31,6 @@ from controlplane.core.domain.endpoint import Endpoint, EndpointState
 from controlplane.core.gpus.leases import GpuPart, LeaseOutcome
 from controlplane.core.placement.gangs import GangShape
 from controlplane.core.reconcile.commands import ReplicaCommandKind
-from controlplane.core.reports.history import points
 from controlplane.core.telemetry.node_updates import GpuInfoCache, NodeUpdate, node_update, whole_sample
 from controlplane.core.telemetry.samples import (
     GpuCondition,
@@ -271,9 +270,6 @@ def measure(nodes: int, ticks: int) -> dict[str, float]:
         registry = fleet.control.registry
         if registry.take_events():
             keeper.values(fleet.control.fleet, fleet.control.desk.book, fleet.control.work)
-        if tick % 10 == 0:
-            endpoints = registry.endpoints.values()
-            points(endpoints, registry.gateways, fleet.control.engines, fleet.control.fleet, fleet.now_s)
         ended_s, ended_cpu_s = time.perf_counter(), time.thread_time()
         moves += sum(item.kind == "settling" for item in done)
         if tick >= 20:

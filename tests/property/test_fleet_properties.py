@@ -15,7 +15,6 @@ from controlplane.core.gpus.findings import GpuRules
 from controlplane.core.gpus.health import OUT_OF_USE, GpuHealth, GpuState, HealthAssessment, assess
 from controlplane.core.gpus.inventory import GpuInventory, GpuRecord
 from controlplane.core.gpus.xid import XidSeverity
-from controlplane.core.reports.history import points
 from controlplane.core.telemetry.gpu import GpuSignals
 from controlplane.core.telemetry.samples import (
     Absence,
@@ -268,9 +267,3 @@ def compare(fleet: GpuInventory, plain: PlainFleet, now_s: float) -> None:
             assert signals.power_w.freshness is Freshness.MISSING
         else:
             assert signals == series.signals(now_s)
-    loads = [series.signals(now_s) for here in plain.series.values() for series in here.values()]
-    known = points((), (), {}, fleet, now_s)
-    ratios = [each.gpu_ratio.fresh for each in loads if each.gpu_ratio.fresh is not None]
-    powers = [each.power_w.fresh for each in loads if each.power_w.fresh is not None]
-    assert known.get("gpus/gpu_ratio") == (sum(ratios) / len(ratios) if ratios else None)
-    assert known.get("gpus/power_w") == (sum(powers) if powers else None)

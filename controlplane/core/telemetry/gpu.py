@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -92,18 +92,6 @@ class GpuTelemetry:
             temperature_c=self._latest(place, "temperature_c", now_s),
             power_w=self._latest(place, "power_w", now_s),
         )
-
-    def loads(self, now_s: float) -> Iterator[tuple[float | None, float | None]]:
-        """Utilisation and power in watts of every GPU, where they are fresh; the same as of :meth:`signals`,
-        at once."""
-        oldest_s = now_s - self._limits.stale_after_s
-        fresh = self._at_s >= oldest_s
-        for place, gpu in enumerate(self._samples):
-            power = gpu.power_w if fresh and gpu is not None else None
-            if isinstance(power, Missing):
-                power = self._latest(place, "power_w", now_s).fresh
-            known = self._late.get(place, self._at_s) >= oldest_s
-            yield self._averages[place] if known else None, power
 
     def _arrange(self, named: tuple[str, ...], samples: Sequence[GpuSample]) -> Sequence[GpuSample]:
         """Makes room for these GPUs and no others; answers with one sample of each."""
