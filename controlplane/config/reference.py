@@ -1,6 +1,7 @@
-"""The reference of all settings as Markdown, from the models: ``python -m controlplane.config.reference``.
+"""The reference of all settings, ``docs/reference/settings.md``, from the configuration's models.
 
-``make docs`` puts it between the two marks in README.md; a test keeps it there.
+``python -m controlplane.config.reference`` writes it; `make docs` runs this, and a test compares the file with
+the models.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import typing
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Final, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -18,23 +19,39 @@ from pydantic_core import PydanticUndefined
 
 from controlplane.config.plane import PlaneConfig
 
-BEGIN = "<!-- settings: written by `make docs` from the models in controlplane/config -->"
-END = "<!-- settings: end -->"
+PAGE: Final = Path("docs/reference/settings.md")
+"""Where the page is, from the repository's root."""
+
+_HEAD: Final = """\
+<!-- Written by `make docs` from the models in controlplane/config: change those, not this page. -->
+
+# Settings
+
+A configuration is a [Ray Serve config file](https://docs.ray.io/en/latest/serve/production-guide/config.html).
+tierplane's own settings are the `args` of its application; the files in [configs](../../configs) are examples.
+`tierplane validate FILE` reports every mistake at once, with its line, its path in the file and what to do.
+
+Serve itself reads what surrounds `args`: `http_options.host` and `http_options.port` (Serve's ingress),
+`proxy_location`, and the application's `name`, `route_prefix` and `import_path`.
+
+An empty default means that the setting is not set, or that its description says what applies then.
+"""
+_ENVIRONMENT: Final = """\
+## Environment variables
+
+| variable | what |
+|---|---|
+| `TIERPLANE_CACHE_DIR` | The folder of the bundled model; by default `~/.cache/tierplane`. |
+| `TIERPLANE_RUN_DIR` | The folder of what runs now, with records and logs; by default `~/.cache/tierplane/run`. |
+| `RAY_ADDRESS` | A running Ray that `tierplane up` deploys to, and that the other commands ask. |
+| `HF_HUB_OFFLINE=1` | Models of a hub are taken from this machine's cache only. |
+"""
 
 
-def settings_markdown() -> str:
-    """One table for each model, from the outermost inwards."""
+def settings_page() -> str:
+    """The whole page: one table for each model, from the outermost inwards."""
     tables = [_table(path, model) for path, model in _models(PlaneConfig, "args")]
-    return "\n".join(tables)
-
-
-def with_settings(readme: str) -> str:
-    """``readme`` with the reference between its marks; ValueError if they are missing."""
-    head, _, rest = readme.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not end:
-        raise ValueError("README.md has no marks for the settings")
-    return f"{head}{BEGIN}\n\n{settings_markdown()}\n{END}{tail}"
+    return "\n".join([_HEAD, *tables, _ENVIRONMENT])
 
 
 def _models(model: type[BaseModel], path: str) -> Iterator[tuple[str, type[BaseModel]]]:
@@ -57,8 +74,8 @@ def _inner_model(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
 
 
 def _table(path: str, model: type[BaseModel]) -> str:
-    about = " ".join((model.__doc__ or "").split())
-    lines = [f"**`{path}`**: {about}", "", "| setting | value | default | what |", "|---|---|---|---|"]
+    about = " ".join((model.__doc__ or "").split()).replace("``", "`")
+    lines = [f"## `{path}`", "", about, "", "| setting | value | default | what |", "|---|---|---|---|"]
     for name, field in model.model_fields.items():
         what = " ".join((field.description or "").split()).replace("``", "`").replace("|", "\\|")
         kind = _kind(_annotated(field)).replace("|", "\\|")
@@ -116,5 +133,4 @@ def _default(field: FieldInfo) -> str:
 
 
 if __name__ == "__main__":
-    readme_path = Path("README.md")
-    readme_path.write_text(with_settings(readme_path.read_text("utf-8")), "utf-8")
+    PAGE.write_text(settings_page(), "utf-8")

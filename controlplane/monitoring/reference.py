@@ -1,0 +1,57 @@
+"""The reference of all metrics, ``docs/reference/metrics.md``, from the catalog.
+
+``python -m controlplane.monitoring.reference`` writes it; `make docs` runs this, and a test compares the file
+with the metrics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+from controlplane.monitoring.catalog import GATEWAY_LABEL, Metric, metrics
+
+PAGE: Final = Path("docs/reference/metrics.md")
+"""Where the page is, from the repository's root."""
+
+_HEAD: Final = f"""\
+<!-- Written by `make docs` from controlplane/monitoring/catalog.py: change the metrics, not this page. -->
+
+# Metrics
+
+`GET /metrics` answers in Prometheus' text format. Names are those of a query: a counter ends in `_total`, and a
+histogram has the series `_bucket`, `_sum` and `_count`.
+
+Every gateway answers for all gateways, with a label `{GATEWAY_LABEL}` that tells them apart. Scrape one, or scrape all
+and take `max by ({GATEWAY_LABEL}, …)` before a sum: otherwise each series counts once for every gateway that was
+scraped.
+
+[Alerts](../guide/alerts.md) and [monitoring](../guide/operating.md#monitoring) are built on these metrics.
+"""
+_GATEWAY: Final = "## Of the gateways\n"
+_RAY: Final = """\
+## Of Ray
+
+Ray's own agent exports these for each node; the dashboards use them. They are not part of the gateway's `/metrics`.
+"""
+
+
+def metrics_page() -> str:
+    """The whole page: one table for the gateways' metrics, one for those of Ray."""
+    found = metrics().values()
+    own = _table(metric for metric in found if metric.source == "gateway")
+    of_ray = _table(metric for metric in found if metric.source == "ray")
+    return "\n".join([_HEAD, _GATEWAY, own, _RAY, of_ray])
+
+
+def _table(found: Iterable[Metric]) -> str:
+    lines = ["| metric | type | labels | what |", "|---|---|---|---|"]
+    for metric in sorted(found, key=lambda metric: metric.name):
+        labels = ", ".join(f"`{label}`" for label in metric.labels)
+        lines.append(f"| `{metric.name}` | {metric.kind} | {labels} | {metric.about} |")
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    PAGE.write_text(metrics_page(), "utf-8")
