@@ -162,8 +162,8 @@ lock-gpu: env-dev ## Resolve .locks/gpu.txt again, from metadata
 	@$(INSTALL) uv
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) .locks/lock.py gpu
 
-docs: $(VENV)/.core ## Write the settings into README.md, from the models
-	$(PY) -m controlplane.config.reference
+docs: env-dev ## Write docs/reference from the settings, the commands and the metrics
+	@for page in config cli monitoring; do $(PY) -m controlplane.$$page.reference; done
 
 monitoring: $(VENV)/.core ## Write k8s/components/monitoring from the metrics and rules
 	@$(VENV)/bin/tierplane monitoring k8s k8s/components/monitoring

@@ -1,7 +1,7 @@
 """The reference of the command line, ``docs/reference/cli.md``, from the commands themselves.
 
-``python -m controlplane.cli.reference`` writes it in a checkout; `make docs` runs this, and a test compares the
-file with the commands.
+``python -m controlplane.cli.reference`` writes it in a checkout; `make docs` runs this, and a test compares
+the file with the commands.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _HEAD: Final = """\
 
 # Commands
 
-`tierplane COMMAND --help` prints the same. Exit status: 0 done, 1 an error or a failed check, 2 wrong usage or a
-wrong configuration file; where a command has others, its text says so.
+`tierplane COMMAND --help` prints the same. Exit status: 0 done, 1 an error or a failed check, 2 wrong usage
+or a wrong configuration file; where a command has others, its text says so.
 
 `make` prepares an environment and runs some of them: `make help` lists its targets.
 """

@@ -1,7 +1,7 @@
 """The reference of all settings, ``docs/reference/settings.md``, from the configuration's models.
 
-``python -m controlplane.config.reference`` writes it; `make docs` runs this, and a test compares the file with
-the models.
+``python -m controlplane.config.reference`` writes it; `make docs` runs this, and a test compares the file
+with the models.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ _HEAD: Final = """\
 # Settings
 
 A configuration is a [Ray Serve config file](https://docs.ray.io/en/latest/serve/production-guide/config.html).
-tierplane's own settings are the `args` of its application; the files in [configs](../../configs) are examples.
-`tierplane validate FILE` reports every mistake at once, with its line, its path in the file and what to do.
+tierplane's own settings are the `args` of its application; the files in [configs](../../configs) are
+examples. `tierplane validate FILE` reports every mistake at once, with its line, its path in the file and what
+to do.
 
 Serve itself reads what surrounds `args`: `http_options.host` and `http_options.port` (Serve's ingress),
 `proxy_location`, and the application's `name`, `route_prefix` and `import_path`.
@@ -42,7 +43,7 @@ _ENVIRONMENT: Final = """\
 | variable | what |
 |---|---|
 | `TIERPLANE_CACHE_DIR` | The folder of the bundled model; by default `~/.cache/tierplane`. |
-| `TIERPLANE_RUN_DIR` | The folder of what runs now, with records and logs; by default `~/.cache/tierplane/run`. |
+| `TIERPLANE_RUN_DIR` | The folder of what runs now: records and logs; by default `~/.cache/tierplane/run`. |
 | `RAY_ADDRESS` | A running Ray that `tierplane up` deploys to, and that the other commands ask. |
 | `HF_HUB_OFFLINE=1` | Models of a hub are taken from this machine's cache only. |
 """

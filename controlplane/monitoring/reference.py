@@ -20,12 +20,12 @@ _HEAD: Final = f"""\
 
 # Metrics
 
-`GET /metrics` answers in Prometheus' text format. Names are those of a query: a counter ends in `_total`, and a
-histogram has the series `_bucket`, `_sum` and `_count`.
+`GET /metrics` answers in Prometheus' text format. Names are those of a query: a counter ends in `_total`, and
+a histogram has the series `_bucket`, `_sum` and `_count`.
 
-Every gateway answers for all gateways, with a label `{GATEWAY_LABEL}` that tells them apart. Scrape one, or scrape all
-and take `max by ({GATEWAY_LABEL}, …)` before a sum: otherwise each series counts once for every gateway that was
-scraped.
+Every gateway answers for all gateways, with a label `{GATEWAY_LABEL}` that tells them apart. Scrape one, or
+scrape all and take `max by ({GATEWAY_LABEL}, …)` before a sum: otherwise each series counts once for every
+gateway that was scraped.
 
 [Alerts](../guide/alerts.md) and [monitoring](../guide/operating.md#monitoring) are built on these metrics.
 """
@@ -33,7 +33,8 @@ _GATEWAY: Final = "## Of the gateways\n"
 _RAY: Final = """\
 ## Of Ray
 
-Ray's own agent exports these for each node; the dashboards use them. They are not part of the gateway's `/metrics`.
+Ray's own agent exports these for each node, and the dashboards use them. They are not part of the gateways'
+`/metrics`.
 """
 
 
