@@ -29,8 +29,8 @@ _HEAD: Final = """\
 
 A configuration is a [Ray Serve config file](https://docs.ray.io/en/latest/serve/production-guide/config.html).
 tierplane's own settings are the `args` of its application; the files in [configs](../../configs) are
-examples. `tierplane validate FILE` reports every mistake at once, with its line, its path in the file and what
-to do.
+examples. `tierplane validate FILE` reports every mistake at once, with its line, its path in the file and
+what to do.
 
 Serve itself reads what surrounds `args`: `http_options.host` and `http_options.port` (Serve's ingress),
 `proxy_location`, and the application's `name`, `route_prefix` and `import_path`.
