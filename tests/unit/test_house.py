@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
 import tomllib
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from controlplane.cli import COMMANDS
-from controlplane.config.reference import settings_markdown, with_settings
-from tests.support.repository import ROOT
+from tests.support.repository import ROOT, relative, tracked
 
-README = (ROOT / "README.md").read_text("utf-8")
 MAX_LINES = 600
 MAX_FILES = 25
 
@@ -23,17 +19,6 @@ IMPURE_CALLS = {"open", "print", "input", "exec", "eval"}
 IMPURE_METHODS = {"now", "utcnow", "today", "read_text", "write_text"}
 DEFINED_TWICE: dict[str, str] = {}
 """Class names that are defined twice in the product → why that is right."""
-
-
-def tracked(*patterns: str) -> list[Path]:
-    """Files of the repository, with what is new and not ignored."""
-    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *patterns]
-    done = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True)
-    return [path for line in done.stdout.splitlines() if (path := ROOT / line).is_file()]
-
-
-def relative(path: Path) -> str:
-    return str(path.relative_to(ROOT))
 
 
 PYTHON = tracked("*.py")
@@ -89,38 +74,6 @@ def test_nothing_is_left_for_later() -> None:
         if later.search(line)
     ]
     assert found == []
-
-
-def test_the_settings_in_the_readme_are_those_of_the_models() -> None:
-    assert with_settings(README) == README, "run: make docs"
-    assert "concurrency_limit" in settings_markdown()
-
-
-def test_every_setting_is_described() -> None:
-    empty = [
-        line for line in settings_markdown().splitlines() if line.startswith("|") and line.endswith("|  |")
-    ]
-    assert empty == []
-
-
-def shell_lines() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-    return [line.partition("#")[0].strip() for block in blocks for line in block.splitlines()]
-
-
-def test_the_readmes_commands_exist() -> None:
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    tierplane = [line.split()[1] for line in shell_lines() if line.startswith("tierplane ")]
-    make = [line.split()[1] for line in shell_lines() if line.startswith("make ")]
-    assert {"up", "down", "validate", "doctor", "status"} <= set(tierplane) <= set(COMMANDS)
-    assert {"up", "test"} <= set(make) <= targets
-    assert {"make up", "make test"} <= {" ".join(line.split()[:2]) for line in shell_lines()}
-
-
-def test_the_readmes_files_exist() -> None:
-    named = set(re.findall(r"(?:configs|controlplane|\.locks)/[\w./-]*\w", README))
-    assert "configs/cpu.yaml" in named
-    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
 def test_locks_are_exact_and_name_no_place() -> None:
