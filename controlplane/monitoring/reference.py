@@ -23,7 +23,7 @@ _HEAD: Final = f"""\
 `GET /metrics` answers in Prometheus' text format. Names are those of a query: a counter ends in `_total`, and
 a histogram has the series `_bucket`, `_sum` and `_count`.
 
-Every gateway answers for all gateways, with a label `{GATEWAY_LABEL}` that tells them apart. Scrape one, or
+Every gateway answers for all gateways, with a label `{GATEWAY_LABEL}` that identifies each. Scrape one, or
 scrape all and take `max by ({GATEWAY_LABEL}, …)` before a sum: otherwise each series counts once for every
 gateway that was scraped.
 

@@ -202,7 +202,7 @@ def test_the_readme_and_the_guide_show_how_to_begin() -> None:
 @pytest.mark.parametrize(
     ("page", "made"),
     [(SETTINGS_PAGE, settings_page), (COMMANDS_PAGE, commands_page), (METRICS_PAGE, metrics_page)],
-    ids=str,
+    ids=["settings", "commands", "metrics"],
 )
 def test_generated_pages_are_up_to_date(page: Path, made: Callable[[], str]) -> None:
     assert (ROOT / page).read_text("utf-8") == made(), "run: make docs"
