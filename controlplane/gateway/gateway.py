@@ -23,6 +23,7 @@ from controlplane.config import PlaneConfig, TierConfig
 from controlplane.core.admission.queue import AdmissionQueue, AdmissionSettings
 from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo, merge
 from controlplane.core.domain.endpoint import Endpoint
+from controlplane.core.domain.request import RequestOutcome
 from controlplane.core.gpus.views import GpuView
 from controlplane.core.recommendations.views import ScalingReport, as_json_value
 from controlplane.core.reports.report import PlaneReport
@@ -75,7 +76,9 @@ class Gateway:
         slos = {tier.name: tier.slo.slo() for tier in config.tiers}
         self.traffic = TrafficCounter(self.table, slos)
         self.metrics = Metrics(self.traffic)
-        self.fleet = EndpointTable(self.table, LoadSettings(reserved_ratio=settings.queue.reserved_ratio))
+        self.endpoint_table = EndpointTable(
+            self.table, LoadSettings(reserved_ratio=settings.queue.reserved_ratio)
+        )
         self.queue = AdmissionQueue(
             AdmissionSettings(
                 capacity=settings.queue.capacity,
@@ -92,7 +95,7 @@ class Gateway:
         )
         self._watcher = TimeoutWatcher(limits)
         self._placing = RequestDispatch(
-            Dispatcher(self.table, self.fleet, self.queue),
+            Dispatcher(self.table, self.endpoint_table, self.queue),
             self.metrics,
             queue_timeout_s=settings.queue.timeout_s,
         )
@@ -158,25 +161,25 @@ class Gateway:
         if merged is self.snapshot:
             return
         self.snapshot = merged
-        self.fleet.apply_snapshot(merged, self.gateway_id)
-        self._sites.prune(self.fleet)
+        self.endpoint_table.apply_snapshot(merged, self.gateway_id)
+        self._sites.prune(self.endpoint_table)
         self._placing.recheck()
 
     def ready_endpoints(self) -> list[Endpoint]:
         """The endpoints that answer requests now."""
-        return [load.endpoint for load in self.fleet.by_endpoint_id.values() if load.ready]
+        return [load.endpoint for load in self.endpoint_table.by_endpoint_id.values() if load.ready]
 
     def observe(
         self, endpoint_id: str, generation: int, *, kv_usage_ratio: float | None, waiting: float | None
     ) -> None:
         """Take what an engine process said of its own load (a share of 1, and requests)."""
-        load = self.fleet.by_endpoint_id.get(endpoint_id)
+        load = self.endpoint_table.by_endpoint_id.get(endpoint_id)
         if load is not None and load.endpoint.generation == generation:
             load.observe(monotonic(), kv_usage_ratio=kv_usage_ratio, waiting=waiting)
 
     def info(self) -> GatewayInfo:
         """What the controller is told of this replica."""
-        loads = self.fleet.by_endpoint_id.values()
+        loads = self.endpoint_table.by_endpoint_id.values()
         busy = tuple((load.endpoint.endpoint_id, load.in_flight) for load in loads if load.in_flight)
         return GatewayInfo(
             gateway_id=self.gateway_id,
@@ -185,7 +188,7 @@ class Gateway:
             in_flight=sum(count for _, count in busy),
             queued=len(self.queue),
             in_flight_by_endpoint=busy,
-            traffic=self.traffic.read(self.fleet, self.queue),
+            traffic=self.traffic.read(self.endpoint_table, self.queue),
             seen_unix_s=time.time(),
         )
 
@@ -235,27 +238,27 @@ class Gateway:
         request_id = self._request_id(request)
         now_s = monotonic()
         try:
-            call = RequestContext(request, request_id, now_s, self.config.gateway.request_timeout_s)
+            context = RequestContext(request, request_id, now_s, self.config.gateway.request_timeout_s)
         except RequestError as error:
             send_error(out, error, [(b"x-request-id", request_id.encode())])
-            self.metrics.requests.labels("", "client_error", error.code).inc()
+            self.metrics.requests.labels("", RequestOutcome.CLIENT_ERROR, error.code).inc()
             return
         if self._tracing is not None:
-            self._tracing.begin(call, request)
+            self._tracing.begin(context, request)
         try:
-            await self._relay.serve(call, out)
+            await self._relay.serve(context, out)
         except RequestError as error:
-            self.metrics.finished(call, _outcome(error.status), error.code, monotonic())
+            self.metrics.finished(context, _outcome(error.status), error.code, monotonic())
             if out.started:
-                out.write(error_event(error, call.api))
+                out.write(error_event(error, context.api))
                 out.finish()
             else:
-                send_error(out, error, answer_headers(call))
+                send_error(out, error, answer_headers(context))
         except asyncio.CancelledError:
-            self.metrics.finished(call, "cancelled", str(CLIENT_CLOSED_REQUEST), monotonic())
+            self.metrics.finished(context, RequestOutcome.CANCELLED, str(CLIENT_CLOSED_REQUEST), monotonic())
             raise
         except Exception:
-            self.metrics.finished(call, "failed", RequestError.code, monotonic())
+            self.metrics.finished(context, RequestOutcome.FAILED, RequestError.code, monotonic())
             raise
 
     def _request_id(self, request: Request) -> str:
@@ -274,20 +277,20 @@ class Gateway:
         await agents.batch(self._infer, monotonic, request, out)
 
     async def _models(self, request: Request, out: Responder) -> None:
-        send_json(out, pages.models(self.table, self.fleet, int(self.started_unix_s)))
+        send_json(out, pages.models(self.table, self.endpoint_table, int(self.started_unix_s)))
 
     async def _explain(self, request: Request, out: Responder) -> None:
-        send_json(out, pages.explain(request, self.table, self.fleet, monotonic()))
+        send_json(out, pages.explain(request, self.table, self.endpoint_table, monotonic()))
 
     async def _health(self, request: Request, out: Responder) -> None:
-        value = pages.health(self.config, self.fleet, self.queue, self.snapshot)
+        value = pages.health(self.config, self.endpoint_table, self.queue, self.snapshot)
         send_json(out, value, 503 if value["status"] == "unhealthy" else 200)
 
     async def _live(self, request: Request, out: Responder) -> None:
         send_json(out, {"status": "alive"})
 
     async def _ready(self, request: Request, out: Responder) -> None:
-        ready = any(load.ready for load in self.fleet.by_endpoint_id.values())
+        ready = any(load.ready for load in self.endpoint_table.by_endpoint_id.values())
         send_json(out, {"status": "ready" if ready else "not ready"}, 200 if ready else 503)
 
     async def _status(self, request: Request, out: Responder) -> None:
@@ -337,7 +340,7 @@ class Gateway:
 
     def refresh_metrics(self) -> None:
         """Set the gauges of :attr:`metrics` to what is now."""
-        self.metrics.observe(self.fleet, self.queue)
+        self.metrics.observe(self.endpoint_table, self.queue)
         configured = {tier.name: tier.replicas for tier in self.config.tiers}
         self.metrics.observe_snapshot(self.snapshot, configured)
 
@@ -353,10 +356,10 @@ class Gateway:
         out.send(200, [(b"content-type", b"text/plain")], self._own_metrics().encode())
 
 
-def _outcome(status: int) -> str:
+def _outcome(status: int) -> RequestOutcome:
     if status in {408, 429}:
-        return "shed"
-    return "client_error" if status < 500 else "failed"
+        return RequestOutcome.SHED
+    return RequestOutcome.CLIENT_ERROR if status < 500 else RequestOutcome.FAILED
 
 
 def tier_policy(tier: TierConfig) -> TierPolicy:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+from controlplane.core.domain.request import RequestOutcome
 from controlplane.monitoring import queries as q
 from controlplane.monitoring.rules import threshold
 
@@ -54,7 +55,11 @@ GATEWAY: Final = Dashboard(
         ),
         Panel(
             "Failures by reason",
-            {"{{tier}} {{reason}}": q.rate("tierplane_requests_total", ["tier", "reason"], outcome="failed")},
+            {
+                "{{tier}} {{reason}}": q.rate(
+                    "tierplane_requests_total", ["tier", "reason"], outcome=RequestOutcome.FAILED
+                )
+            },
             "reqps",
         ),
         Panel(

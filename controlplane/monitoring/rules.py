@@ -11,6 +11,7 @@ from typing import Any, Final
 from controlplane.core.alerts import rules as core
 from controlplane.core.alerts.book import AlertRule, EvaluatedBy, SubjectType
 from controlplane.core.domain.endpoint import EndpointState
+from controlplane.core.domain.request import RequestOutcome
 from controlplane.monitoring import queries as q
 
 JOB: Final = "tierplane-gateway"
@@ -56,7 +57,7 @@ class PrometheusAlert:
     proof: AlertProof
 
 
-_FAILED = q.rate("tierplane_requests_total", ["tier"], outcome="failed")
+_FAILED = q.rate("tierplane_requests_total", ["tier"], outcome=RequestOutcome.FAILED)
 _ENDED = q.rate("tierplane_requests_total", ["tier"])
 _MISSED = q.rate("tierplane_slo_missed_requests_total", ["tier"])
 _JUDGED = q.rate("tierplane_slo_judged_requests_total", ["tier"])
@@ -111,7 +112,7 @@ FIGURES: Final[Mapping[str, str]] = {
     core.TIER_SLO_BURN: "tier:tierplane_slo_burn:ratio5m",
     "tier/failed_ratio": "tier:tierplane_failed:ratio5m",
     "tier/ttft_p95_s": "tier:tierplane_time_to_first_token_seconds:p95_5m",
-    "tier/shed_ratio": f"{q.rate('tierplane_requests_total', ['tier'], outcome='shed')} / ({_ENDED} > 0)",
+    "tier/shed_ratio": f"{q.rate('tierplane_requests_total', ['tier'], outcome=RequestOutcome.SHED)} / ({_ENDED} > 0)",
     "tier/retried_ratio": f"{q.rate('tierplane_retries_total', ['tier'])} / ({_ENDED} > 0)",
     "tier/requests_per_s": "tier:tierplane_requests:rate5m",
     core.QUEUE_WAITING: "sum(priority:tierplane_queued_requests:sum)",
@@ -129,7 +130,7 @@ FIGURES: Final[Mapping[str, str]] = {
 _G = 'gateway="g1", instance="a"'
 
 
-def _requests(outcome: str, values: str, tier: str = "balanced") -> dict[str, str]:
+def _requests(outcome: RequestOutcome, values: str, tier: str = "balanced") -> dict[str, str]:
     return {f'tierplane_requests_total{{{_G}, tier="{tier}", outcome="{outcome}", reason=""}}': values}
 
 
@@ -178,7 +179,7 @@ def _load(in_flight: str, rate: str = "0+600x60") -> dict[str, str]:
     return {
         f'tierplane_in_flight_requests{{{_G}, tier="balanced"}}': in_flight,
         f'tierplane_slots{{{_G}, tier="balanced"}}': "20x60",
-        **_requests("ok", rate),
+        **_requests(RequestOutcome.OK, rate),
     }
 
 
@@ -218,8 +219,8 @@ PROOFS: Final[Mapping[str, AlertProof]] = {
         {"job": JOB},
     ),
     "TierplaneRequestsFail": AlertProof(
-        PromtoolCase(_requests("ok", "0+60x60") | _requests("failed", "0+20x60")),
-        PromtoolCase(_requests("ok", "0+60x60") | _requests("failed", "0+1x60")),
+        PromtoolCase(_requests(RequestOutcome.OK, "0+60x60") | _requests(RequestOutcome.FAILED, "0+20x60")),
+        PromtoolCase(_requests(RequestOutcome.OK, "0+60x60") | _requests(RequestOutcome.FAILED, "0+1x60")),
         _TIER,
     ),
     # Of the two tiers that miss as much, only the one that promises more than it keeps.
@@ -243,13 +244,13 @@ PROOFS: Final[Mapping[str, AlertProof]] = {
         {"priority": "high"},
     ),
     "TierplaneSheds": AlertProof(
-        PromtoolCase(_requests("ok", "0+60x60") | _requests("shed", "0+10x60")),
-        PromtoolCase(_requests("ok", "0+6000x60") | _requests("shed", "0+10x60")),
+        PromtoolCase(_requests(RequestOutcome.OK, "0+60x60") | _requests(RequestOutcome.SHED, "0+10x60")),
+        PromtoolCase(_requests(RequestOutcome.OK, "0+6000x60") | _requests(RequestOutcome.SHED, "0+10x60")),
         _TIER,
     ),
     "TierplaneRetriesMany": AlertProof(
-        PromtoolCase(_requests("ok", "0+60x60") | _retries("0+30x60")),
-        PromtoolCase(_requests("ok", "0+60x60") | _retries("0+3x60")),
+        PromtoolCase(_requests(RequestOutcome.OK, "0+60x60") | _retries("0+30x60")),
+        PromtoolCase(_requests(RequestOutcome.OK, "0+60x60") | _retries("0+3x60")),
         _TIER,
     ),
     "TierplaneStreamsLost": AlertProof(

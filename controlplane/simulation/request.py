@@ -11,7 +11,7 @@ class RequestInFlight:
     """One request on its way."""
 
     __slots__ = (
-        *("arrival", "arrived_s", "attempts", "first_s", "lease", "made", "rank", "request", "route"),
+        *("arrival", "arrived_s", "attempts", "first_s", "slot", "made", "rank", "request", "route"),
         "started_s",
     )
 
@@ -25,4 +25,4 @@ class RequestInFlight:
         self.first_s: float | None = None
         self.attempts = 0
         self.made = 0
-        self.lease: RequestSlot | None = None
+        self.slot: RequestSlot | None = None

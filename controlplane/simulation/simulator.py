@@ -338,7 +338,7 @@ class Simulator:
         now_s = self.clock.now_s
         load = started.decision.load
         assert load is not None
-        flight.lease = started.lease
+        flight.slot = started.slot
         flight.attempts += 1
         tier = self.tiers[flight.rank]
         if flight.started_s is None:
@@ -354,17 +354,17 @@ class Simulator:
 
     def _first(self, job: EngineJob) -> None:
         flight: RequestInFlight = job.payload
-        assert flight.lease is not None
-        flight.lease.first_token(self.clock.now_s)
+        assert flight.slot is not None
+        flight.slot.first_token(self.clock.now_s)
         if flight.first_s is None:
             flight.first_s = self.clock.now_s
 
     def _done(self, job: EngineJob) -> None:
         now_s = self.clock.now_s
         flight: RequestInFlight = job.payload
-        lease = flight.lease
-        assert lease is not None
-        lease.succeed(now_s)
+        slot = flight.slot
+        assert slot is not None
+        slot.succeed(now_s)
         tier = self.tiers[flight.rank]
         record = tier.record
         arrival = flight.arrival
@@ -383,7 +383,7 @@ class Simulator:
         slo = tier.scenario.scaling.slo
         in_time = ttft_s <= slo.ttft_s and itl_s <= slo.itl_s and total_s <= slo.total_s
         self._end(tier, kept=in_time)
-        load = lease.load
+        load = slot.load
         if not load.ready:
             rank = self.table.rank_of[load.endpoint.tier]
             self.tiers[rank].fleet.settle()
@@ -392,9 +392,9 @@ class Simulator:
     def _lost(self, job: EngineJob) -> None:
         """The engine died under it: go on elsewhere with what the client has."""
         flight: RequestInFlight = job.payload
-        lease = flight.lease
-        assert lease is not None
-        lease.fail(self.clock.now_s)
+        slot = flight.slot
+        assert slot is not None
+        slot.fail(self.clock.now_s)
         tier = self.tiers[flight.rank]
         flight.made = min(flight.made + job.made, flight.arrival.output_tokens - 1)
         if flight.attempts >= self.scenario.max_attempts:
@@ -402,7 +402,7 @@ class Simulator:
             self._end(tier, kept=False)
             return
         tier.record.retried += 1
-        flight.request = flight.request._replace(exclude=flight.request.exclude | {lease.load.key})
+        flight.request = flight.request._replace(exclude=flight.request.exclude | {slot.load.key})
         self._submit(flight)
 
     def _refuse(self, flight: RequestInFlight) -> None:

@@ -29,16 +29,16 @@ DEADLINE_S = NOW_S + 600.0
 def plane(endpoints_per_tier: int) -> Dispatcher:
     """A plane at rest."""
     table = TierTable.build([TierPolicy(name, name + "-model") for name in TIERS])
-    fleet = EndpointTable(table)
+    endpoint_table = EndpointTable(table)
     base = Endpoint("", "", "m", "vllm", "http://127.0.0.1:1", EndpointState.READY, 10, generation=1)
-    fleet.apply(
+    endpoint_table.apply(
         replace(base, endpoint_id=f"{tier}-{index}", tier=tier)
         for tier in TIERS
         for index in range(endpoints_per_tier)
     )
-    for load in fleet.by_endpoint_id.values():
+    for load in endpoint_table.by_endpoint_id.values():
         load.observe(NOW_S, kv_usage_ratio=0.3, waiting=0.0)
-    return Dispatcher(table, fleet, AdmissionQueue())
+    return Dispatcher(table, endpoint_table, AdmissionQueue())
 
 
 def decision(dispatcher: Dispatcher, session_key: int | None) -> Callable[[], None]:
@@ -47,7 +47,7 @@ def decision(dispatcher: Dispatcher, session_key: int | None) -> Callable[[], No
 
     def run() -> None:
         request = RouteRequest(complexity=Complexity.SIMPLE, session_key=session_key)
-        decide(request, dispatcher.table, dispatcher.fleet, NOW_S, next(picks))
+        decide(request, dispatcher.table, dispatcher.endpoint_table, NOW_S, next(picks))
 
     return run
 
@@ -60,8 +60,8 @@ def life(dispatcher: Dispatcher, session_key: int | None) -> Callable[[], None]:
         request = RouteRequest(complexity=Complexity.SIMPLE, session_key=session_key)
         answer = dispatcher.submit(request, NOW_S, next(picks), deadline_s=DEADLINE_S)
         assert isinstance(answer, Started)
-        answer.lease.first_token(NOW_S + 0.1)
-        answer.lease.succeed(NOW_S + 1.0)
+        answer.slot.first_token(NOW_S + 0.1)
+        answer.slot.succeed(NOW_S + 1.0)
         if dispatcher.queue:
             dispatcher.pump(NOW_S, 0)
 
@@ -91,7 +91,7 @@ def queued(dispatcher: Dispatcher, waiting: int) -> Callable[[], None]:
         submit()
 
     def run() -> None:
-        running.pop(0).lease.succeed(NOW_S)
+        running.pop(0).slot.succeed(NOW_S)
         running.extend(dispatcher.pump(NOW_S, next(picks)))
         submit()
 

@@ -91,10 +91,10 @@ class Life(RuleBasedStateMachine):
         else:
             assert ticket.state is TicketState.NEW
             assert answer.retry_after_s >= 1.0
-            if answer.why is RejectReason.FULL:
+            if answer.reason is RejectReason.FULL:
                 assert len(self.waiting) == self.capacity
                 assert not any(ORDER[one.priority] > ORDER[priority] for one in self.waiting)
-            if answer.why is RejectReason.HOPELESS:
+            if answer.reason is RejectReason.WOULD_MISS_DEADLINE:
                 assert answer.wait_s is not None
                 assert answer.wait_s > timeout_s
 

@@ -43,7 +43,7 @@ endpoints = st.builds(
     generation=st.integers(1, 2),
     capabilities=capabilities,
 )
-fleets_of = st.lists(endpoints, max_size=10, unique_by=lambda endpoint: endpoint.endpoint_id)
+endpoint_lists = st.lists(endpoints, max_size=10, unique_by=lambda endpoint: endpoint.endpoint_id)
 directions = st.sampled_from(list(OverflowDirection))
 tables = st.builds(
     lambda spills, bridges, floors, default: TierTable.build(
@@ -77,9 +77,9 @@ requests = st.builds(
 def planes(draw: st.DrawFn) -> tuple[TierTable, EndpointTable]:
     """A table and a fleet in any state of load and health."""
     table = draw(tables)
-    fleet = EndpointTable(table)
-    fleet.apply(draw(fleets_of))
-    for load in fleet.by_endpoint_id.values():
+    endpoint_table = EndpointTable(table)
+    endpoint_table.apply(draw(endpoint_lists))
+    for load in endpoint_table.by_endpoint_id.values():
         for _ in range(draw(st.integers(0, load.limit))):
             load.begin(NOW_S - draw(st.sampled_from([0.0, 9.0])))
         trouble = draw(st.sampled_from(["none", "none", "open", "half_open"]))
@@ -96,8 +96,8 @@ def planes(draw: st.DrawFn) -> tuple[TierTable, EndpointTable]:
         load.ttft_s = draw(st.none() | st.floats(0.0, 9.0))
         load.sampled_s = NOW_S
     if draw(st.booleans()):
-        fleet.high_seen_s = NOW_S
-    return table, fleet
+        endpoint_table.high_seen_s = NOW_S
+    return table, endpoint_table
 
 
 def floor_of(request: RouteRequest, table: TierTable) -> int:
@@ -109,9 +109,9 @@ def floor_of(request: RouteRequest, table: TierTable) -> int:
 def test_only_fit_endpoints_are_chosen(
     plane: tuple[TierTable, EndpointTable], request: RouteRequest, pick: int
 ) -> None:
-    table, fleet = plane
-    decision = decide(request, table, fleet, NOW_S, pick)
-    assert has_room(resolve(request, table), request, fleet, NOW_S) == (decision.load is not None)
+    table, endpoint_table = plane
+    decision = decide(request, table, endpoint_table, NOW_S, pick)
+    assert has_room(resolve(request, table), request, endpoint_table, NOW_S) == (decision.load is not None)
     assert (decision.load is not None) == (decision.outcome is RouteOutcome.SEND)
     assert (decision.refusal is not None) == (decision.outcome is RouteOutcome.REJECT)
     assert decision.reason.isascii()
@@ -142,10 +142,10 @@ def test_only_fit_endpoints_are_chosen(
 def test_an_explanation_agrees_with_the_decision(
     plane: tuple[TierTable, EndpointTable], request: RouteRequest, pick: int
 ) -> None:
-    table, fleet = plane
-    explanation = explain(request, table, fleet, NOW_S, pick)
-    assert explanation.decision == decide(request, table, fleet, NOW_S, pick)
-    assert len(explanation.candidates) == len(fleet.by_endpoint_id)
+    table, endpoint_table = plane
+    explanation = explain(request, table, endpoint_table, NOW_S, pick)
+    assert explanation.decision == decide(request, table, endpoint_table, NOW_S, pick)
+    assert len(explanation.candidates) == len(endpoint_table.by_endpoint_id)
     for candidate in explanation.candidates:
         assert all(candidate.left_out)
         assert (candidate.score is None) == bool(candidate.left_out)
@@ -164,13 +164,13 @@ def test_every_fit_endpoint_of_the_first_tier_is_taken_sooner_or_later(
     plane: tuple[TierTable, EndpointTable], request: RouteRequest
 ) -> None:
     """No pick raises, and the better of two never loses: the best of all is always among the chosen."""
-    table, fleet = plane
+    table, endpoint_table = plane
     request = request._replace(session_key=None, prefix_key=None)
-    chosen = [decide(request, table, fleet, NOW_S, pick) for pick in range(90)]
+    chosen = [decide(request, table, endpoint_table, NOW_S, pick) for pick in range(90)]
     if chosen[0].load is None:
         return
     tier = chosen[0].tier
-    candidates = explain(request, table, fleet, NOW_S, 0).candidates
+    candidates = explain(request, table, endpoint_table, NOW_S, 0).candidates
     scored = {one.endpoint_id: one.score for one in candidates if one.tier == tier and one.score is not None}
     best = max(scored.values())
     taken = {one.load.endpoint.endpoint_id for one in chosen if one.load is not None}
@@ -191,10 +191,12 @@ def test_shares_sum_to_the_limit_and_are_even(limit: int, count: int, offset: in
 @given(st.sets(st.integers(0, 30), min_size=2, max_size=8), st.integers(0, 2**64 - 1), st.data())
 def test_keys_move_only_from_endpoints_that_go(ids: set[int], key: int, data: st.DataObject) -> None:
     table = TierTable.build([TierPolicy("balanced", "m")])
-    fleet = EndpointTable(table)
+    endpoint_table = EndpointTable(table)
     state = EndpointState.READY
-    fleet.apply(Endpoint(f"e{i}", "balanced", "m", "vllm", "http://x", state, 4) for i in sorted(ids))
-    loads = fleet.pools[0].loads
+    endpoint_table.apply(
+        Endpoint(f"e{i}", "balanced", "m", "vllm", "http://x", state, 4) for i in sorted(ids)
+    )
+    loads = endpoint_table.pools[0].loads
     owner = loads[home(loads, key)]
     gone = data.draw(st.sampled_from(loads))
     left = [load for load in loads if load is not gone]
@@ -255,7 +257,7 @@ class BreakerLife(RuleBasedStateMachine):
 
 
 class Traffic(RuleBasedStateMachine):
-    """Routing, leases and the queue together, through snapshots, failures and restarts."""
+    """Routing, slots and the queue together, through snapshots, failures and restarts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -264,15 +266,15 @@ class Traffic(RuleBasedStateMachine):
         self.running: list[RequestSlot] = []
         self.held = 0
 
-    @initialize(table=tables, first=fleets_of)
+    @initialize(table=tables, first=endpoint_lists)
     def start(self, table: TierTable, first: list[Endpoint]) -> None:
-        fleet = EndpointTable(table)
-        fleet.apply(first)
-        self.plane = Dispatcher(table, fleet, AdmissionQueue(AdmissionSettings(capacity=8)))
+        endpoint_table = EndpointTable(table)
+        endpoint_table.apply(first)
+        self.plane = Dispatcher(table, endpoint_table, AdmissionQueue(AdmissionSettings(capacity=8)))
 
     def started(self, one: Started) -> None:
-        assert one.lease.load is one.decision.load
-        self.running.append(one.lease)
+        assert one.slot.load is one.decision.load
+        self.running.append(one.slot)
 
     @rule(request=requests, timeout_s=st.sampled_from([1.0, 60.0]))
     def submit(self, request: RouteRequest, timeout_s: float) -> None:
@@ -291,9 +293,9 @@ class Traffic(RuleBasedStateMachine):
             if how != "first_token":
                 self.running.pop(index)
 
-    @rule(snapshot=fleets_of)
+    @rule(snapshot=endpoint_lists)
     def snapshot(self, snapshot: list[Endpoint]) -> None:
-        self.plane.fleet.apply(snapshot)
+        self.plane.endpoint_table.apply(snapshot)
         self.held -= len(self.plane.refused(self.now_s, self.pick))
 
     @rule(passed_s=st.sampled_from([0.1, 2.0, 7.0]))
@@ -312,9 +314,9 @@ class Traffic(RuleBasedStateMachine):
         if not hasattr(self, "plane"):
             return
         in_flight: dict[int, int] = {}
-        for lease in self.running:
-            in_flight[id(lease.load)] = in_flight.get(id(lease.load), 0) + 1
-        for pool in self.plane.fleet.pools:
+        for slot in self.running:
+            in_flight[id(slot.load)] = in_flight.get(id(slot.load), 0) + 1
+        for pool in self.plane.endpoint_table.pools:
             for load in pool.loads:
                 assert load.in_flight == in_flight.get(id(load), 0)
                 assert 0 <= load.awaiting_first <= load.in_flight
@@ -338,19 +340,19 @@ def test_a_limit_is_never_exceeded_by_what_is_started() -> None:
     def check(limits: list[int], count: int, gateways: int) -> None:
         running: dict[str, int] = {}
         for index in range(gateways):
-            fleet = EndpointTable(table)
-            fleet.apply(
+            endpoint_table = EndpointTable(table)
+            endpoint_table.apply(
                 (
                     Endpoint(f"e{i}", "balanced", "m", "vllm", "http://x", EndpointState.READY, limit)
                     for i, limit in enumerate(limits)
                 ),
-                seat=GatewayShard(index, gateways),
+                shard=GatewayShard(index, gateways),
             )
-            plane = Dispatcher(table, fleet, AdmissionQueue())
+            plane = Dispatcher(table, endpoint_table, AdmissionQueue())
             for pick in range(count):
                 answer = plane.submit(RouteRequest(priority=Priority.HIGH), NOW_S, pick, deadline_s=NOW_S + 1)
                 if isinstance(answer, Started):
-                    name = answer.lease.load.endpoint.endpoint_id
+                    name = answer.slot.load.endpoint.endpoint_id
                     running[name] = running.get(name, 0) + 1
         assert all(running.get(f"e{i}", 0) <= limit for i, limit in enumerate(limits))
         if count >= sum(limits):

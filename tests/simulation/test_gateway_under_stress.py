@@ -63,9 +63,9 @@ class World:
         tiers = list(dict.fromkeys(endpoint.tier for endpoint in endpoints))
         self.table = TierTable.build([TierPolicy(tier, tier + "-model") for tier in tiers], tiers[0])
         self.endpoints = {endpoint.endpoint_id: endpoint for endpoint in endpoints}
-        self.fleet = EndpointTable(self.table)
-        self.fleet.apply(endpoints)
-        self.plane = Dispatcher(self.table, self.fleet, AdmissionQueue(AdmissionSettings()))
+        self.endpoint_table = EndpointTable(self.table)
+        self.endpoint_table.apply(endpoints)
+        self.plane = Dispatcher(self.table, self.endpoint_table, AdmissionQueue(AdmissionSettings()))
         self.budget = RetryBudget(RetrySettings(), 0.0)
         self.service_s = service_s
         self.random = random.Random(seed)
@@ -87,7 +87,7 @@ class World:
     def change(self, moment_s: float, endpoint_id: str, **fields: Any) -> None:
         def apply() -> None:
             self.endpoints[endpoint_id] = replace(self.endpoints[endpoint_id], **fields)
-            self.fleet.apply(self.endpoints.values())
+            self.endpoint_table.apply(self.endpoints.values())
             self._pump()
 
         self.at(moment_s, apply)
@@ -114,12 +114,12 @@ class World:
         if isinstance(answer, Started):
             self._start(request, answer)
         elif isinstance(answer, DispatchRefused):
-            why = answer.rejected.why if answer.rejected else answer.decision.refusal
+            why = answer.rejected.reason if answer.rejected else answer.decision.refusal
             request.outcome = str(why)
         else:
             assert isinstance(answer, WaitsInQueue)
             self.at(request.deadline_s, lambda: None)
-            probe_s = self.fleet.next_probe_s(self.now_s)
+            probe_s = self.endpoint_table.next_probe_s(self.now_s)
             if probe_s < request.deadline_s:
                 self.at(probe_s, self._pump)
             if answer.queued.evicted is not None:
@@ -133,23 +133,23 @@ class World:
     def _start(self, request: Request, started: Started) -> None:
         request.attempts += 1
         request.tier, request.reason = started.decision.tier, started.decision.reason
-        name = started.lease.load.endpoint.endpoint_id
+        name = started.slot.load.endpoint.endpoint_id
         if name in self.mute:
-            self.at(self.now_s + FIRST_TOKEN_TIMEOUT_S, self._fail, request, started.lease)
+            self.at(self.now_s + FIRST_TOKEN_TIMEOUT_S, self._fail, request, started.slot)
             return
         held_s = self.service_s(self.random)
-        self.at(self.now_s + held_s / 10, lambda: started.lease.first_token(self.now_s))
-        self.at(self.now_s + held_s, self._end, request, started.lease)
+        self.at(self.now_s + held_s / 10, lambda: started.slot.first_token(self.now_s))
+        self.at(self.now_s + held_s, self._end, request, started.slot)
 
-    def _end(self, request: Request, lease: RequestSlot) -> None:
-        lease.succeed(self.now_s)
+    def _end(self, request: Request, slot: RequestSlot) -> None:
+        slot.succeed(self.now_s)
         request.answered_s, request.outcome = self.now_s, "ok"
         self._pump()
 
-    def _fail(self, request: Request, lease: RequestSlot) -> None:
+    def _fail(self, request: Request, slot: RequestSlot) -> None:
         failure = AttemptFailure.FIRST_TOKEN_TIMEOUT
-        lease.fail(self.now_s, RULES[failure].breaker_weight)
-        request.tried.append(lease.load.key)
+        slot.fail(self.now_s, RULES[failure].breaker_weight)
+        request.tried.append(slot.load.key)
         attempt = FailedAttempt(request.attempts, False, request.deadline_s, request.losses)
         step = next_step(failure, attempt, RetrySettings(), self.budget, self.now_s)
         if isinstance(step, RetryElsewhere):
@@ -298,7 +298,7 @@ def test_a_half_alive_engine_is_found_by_the_requests_and_costs_none_of_them() -
     hit = [request for request in world.requests if request.tried]
     assert 1 <= len(hit) <= 40, "of a thousand that came while it was mute"
     assert max(request.latency_s for request in hit) <= 2 * FIRST_TOKEN_TIMEOUT_S + 1.0
-    load = world.fleet.by_endpoint_id["balanced-0"]
+    load = world.endpoint_table.by_endpoint_id["balanced-0"]
     assert load.breaker.state == "closed"
     assert load.sampled_s > 60.0, "it serves again"
 

@@ -254,7 +254,7 @@ class RejectReason(StrEnum):
 
     FULL = "full"
     """The queue is full of what is not less important (429)."""
-    HOPELESS = "hopeless"
+    WOULD_MISS_DEADLINE = "hopeless"
     """It would not be served before its deadline (429)."""
     TOO_LATE = "too_late"
     """Its deadline has passed (408)."""
@@ -278,7 +278,7 @@ class Queued(NamedTuple):
 class Rejected(NamedTuple):
     """The ticket was not let in."""
 
-    why: RejectReason
+    reason: RejectReason
     retry_after_s: float
     """When a retry would find a place, as far as the observed speed tells."""
     wait_s: float | None = None

@@ -129,7 +129,7 @@ class AdmissionQueue:
         if wait_s is not None:
             spare_s = ticket.deadline_s - ticket.needs_s - now_s
             if wait_s > spare_s:
-                return Rejected(RejectReason.HOPELESS, self._bounded(wait_s - spare_s), wait_s)
+                return Rejected(RejectReason.WOULD_MISS_DEADLINE, self._bounded(wait_s - spare_s), wait_s)
         victim: Ticket | None = None
         if self._live >= self.settings.capacity:
             victim = self._victim(ticket)

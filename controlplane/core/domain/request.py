@@ -1,4 +1,4 @@
-"""What a request says about itself: how difficult it is, and how urgent."""
+"""What a request says about itself (how difficult it is, how urgent), and how it ended."""
 
 from __future__ import annotations
 
@@ -19,3 +19,18 @@ class Priority(StrEnum):
     LOW = "low"
     NORMAL = "normal"
     HIGH = "high"
+
+
+class RequestOutcome(StrEnum):
+    """How a request ended; the label ``outcome`` of ``tierplane_requests_total``."""
+
+    OK = "ok"
+    """Answered in full, if need be after retries or by a resumed stream."""
+    CLIENT_ERROR = "client_error"
+    """The request was wrong: a status from 400 up to 499 other than 408 and 429."""
+    SHED = "shed"
+    """Not served in time: its deadline passed or the queue was full (408, 429)."""
+    FAILED = "failed"
+    """Lost by the engines or the gateway (5xx, or a stream that ended with an error)."""
+    CANCELLED = "cancelled"
+    """The client left before the answer was whole."""

@@ -1,7 +1,7 @@
 """A request's way through routing and admission, as the gateway and the simulator drive it.
 
 ``submit`` starts a request on an endpoint, queues it, or refuses it. ``pump`` starts queued requests:
-call it after a lease ended, after a snapshot was applied, and every now and then while something waits
+call it after a slot ended, after a snapshot was applied, and every now and then while something waits
 (an open breaker lets its probe through at :meth:`EndpointTable.next_probe_s`). ``expired`` gives back what
 ran out of time. Nothing here waits or sends: the caller acts on what is returned.
 
@@ -45,7 +45,7 @@ class Started(NamedTuple):
     """The request goes to ``decision.load`` now."""
 
     decision: RouteDecision
-    lease: RequestSlot
+    slot: RequestSlot
     ticket: Ticket | None = None
     """What it waited on, if it did; ``ticket.payload.payload`` is the caller's own."""
 
@@ -69,9 +69,9 @@ class DispatchRefused(NamedTuple):
 class Dispatcher:
     """Routing, load and queue of one gateway replica."""
 
-    def __init__(self, table: TierTable, fleet: EndpointTable, queue: AdmissionQueue) -> None:
+    def __init__(self, table: TierTable, endpoint_table: EndpointTable, queue: AdmissionQueue) -> None:
         self.table = table
-        self.fleet = fleet
+        self.endpoint_table = endpoint_table
         self.queue = queue
 
     def submit(
@@ -92,10 +92,10 @@ class Dispatcher:
         ``arrived_s``, and the ``route`` of before so that it is not scored twice."""
         if route is None:
             route = resolve(request, self.table, score)
-        fleet = self.fleet
+        endpoint_table = self.endpoint_table
         if request.priority is Priority.HIGH:
-            fleet.high_seen_s = now_s
-        decision = place(route, request, fleet, now_s, pick)
+            endpoint_table.high_seen_s = now_s
+        decision = place(route, request, endpoint_table, now_s, pick)
         if decision.load is not None and deadline_s > now_s:
             if self.queue:
                 self.queue.note_arrival(route.order, request.priority, now_s)
@@ -114,7 +114,7 @@ class Dispatcher:
             payload=QueuedRequest(request, route, payload),
         )
         answer = self.queue.offer(
-            ticket, now_s, [pool.rate_per_s(request.priority) for pool in self.fleet.pools]
+            ticket, now_s, [pool.rate_per_s(request.priority) for pool in self.endpoint_table.pools]
         )
         if isinstance(answer, Rejected):
             return DispatchRefused(decision, answer)
@@ -123,7 +123,7 @@ class Dispatcher:
     def start_now(self, request: RouteRequest, route: Route, now_s: float, pick: int) -> Started | None:
         """A place at once, or None: for a second try beside the first, which must not take anybody's
         place in the queue."""
-        load = (decision := place(route, request, self.fleet, now_s, pick)).load
+        load = (decision := place(route, request, self.endpoint_table, now_s, pick)).load
         return None if load is None else Started(decision, load.begin(now_s))
 
     def pump(self, now_s: float, pick: int) -> list[Started]:
@@ -138,14 +138,14 @@ class Dispatcher:
             known = probes.get((lane, priority))
             if known is None:
                 known = probes[lane, priority] = _probe(lane, priority)
-            return has_room(*known, self.fleet, now_s)
+            return has_room(*known, self.endpoint_table, now_s)
 
         while (ticket := queue.next(now_s, can_run)) is not None:
             waiting: QueuedRequest = ticket.payload
             pick += 1
             # The queue has decided that it goes: what is kept for high priority is no longer the question.
             request = waiting.request._replace(priority=Priority.HIGH)
-            decision = place(waiting.route, request, self.fleet, now_s, pick)
+            decision = place(waiting.route, request, self.endpoint_table, now_s, pick)
             assert decision.load is not None
             started.append(Started(decision, decision.load.begin(now_s), ticket))
         return started
@@ -156,14 +156,14 @@ class Dispatcher:
         gone: list[tuple[Ticket, RouteDecision]] = []
         for ticket in self.queue.waiting():
             waiting: QueuedRequest = ticket.payload
-            decision = place(waiting.route, waiting.request, self.fleet, now_s, pick)
+            decision = place(waiting.route, waiting.request, self.endpoint_table, now_s, pick)
             if decision.outcome is RouteOutcome.REJECT and self.queue.leave(ticket):
                 gone.append((ticket, decision))
         return gone
 
     def _first_token_s(self, tiers: tuple[int, ...]) -> float:
         """How long the fastest of the tiers usually takes to give a first token; 0 if not known."""
-        return min((self.fleet.pools[tier].ttft_s or 0.0 for tier in tiers), default=0.0)
+        return min((self.endpoint_table.pools[tier].ttft_s or 0.0 for tier in tiers), default=0.0)
 
 
 def lane_key(route: Route, request: RouteRequest) -> LaneKey:

@@ -69,8 +69,8 @@ class GatewayShard:
 def gateway_shard(
     snapshot: ClusterSnapshot, gateway_id: str, last: GatewayShard | None = None
 ) -> GatewayShard:
-    """This gateway's seat among those of the snapshot. A controller that is warming up may not know all
-    of them yet: until then the ``last`` seat holds, or limits would be exceeded."""
+    """This gateway's shard among those of the snapshot. A controller that is warming up may not know all
+    of them yet: until then the ``last`` shard holds, or limits would be exceeded."""
     if snapshot.warming and last is not None:
         return last
     ids = sorted({gateway_id, *(gateway.gateway_id for gateway in snapshot.gateways)})
@@ -184,7 +184,7 @@ class RequestSlot:
         load.breaker.success(now_s, self.probe)
 
     def succeed(self, now_s: float) -> bool:
-        """The answer came whole. True if this ended the lease."""
+        """The answer came whole. True if this ended the slot."""
         if self.ended:
             return False
         if not self.answered:
@@ -199,7 +199,7 @@ class RequestSlot:
 
     def fail(self, now_s: float, weight: int = 1) -> bool:
         """The endpoint failed it; ``weight`` as in :meth:`Breaker.failure`, 0: not the endpoint's fault
-        (the request was wrong, or the engine is only busy). True if this ended the lease."""
+        (the request was wrong, or the engine is only busy). True if this ended the slot."""
         if self.ended:
             return False
         if weight:
@@ -211,7 +211,7 @@ class RequestSlot:
         return True
 
     def abandon(self, now_s: float) -> bool:
-        """The client left. True if this ended the lease."""
+        """The client left. True if this ended the slot."""
         if self.ended:
             return False
         if not self.answered:
@@ -294,14 +294,14 @@ class TierPool:
 class EndpointTable:
     """All tiers' endpoints, as one gateway sees them."""
 
-    __slots__ = ("by_endpoint_id", "high_seen_s", "pools", "seat", "settings", "table")
+    __slots__ = ("by_endpoint_id", "high_seen_s", "pools", "settings", "shard", "table")
 
     def __init__(self, table: TierTable, settings: LoadSettings | None = None) -> None:
         self.table = table
         self.settings = settings or LoadSettings()
         self.pools = tuple(TierPool(rank, policy.name) for rank, policy in enumerate(table.policies))
         self.by_endpoint_id: dict[str, EndpointLoad] = {}
-        self.seat: GatewayShard | None = None
+        self.shard: GatewayShard | None = None
         self.high_seen_s = -inf
         """When the last request of high priority came."""
 
@@ -309,13 +309,13 @@ class EndpointTable:
         self,
         endpoints: Iterable[Endpoint],
         *,
-        seat: GatewayShard = GatewayShard(),
+        shard: GatewayShard = GatewayShard(),
         others_in_flight: Mapping[str, int] | None = None,
     ) -> bool:
         """Takes a snapshot's endpoints. What is no longer there is forgotten, a new generation starts
         afresh, the rest keeps what is known of it. Endpoints of unknown tiers are left out.
 
-        ``seat`` decides this gateway's share of every limit (:func:`shard_share`); ``others_in_flight`` is
+        ``shard`` decides this gateway's share of every limit (:func:`shard_share`); ``others_in_flight`` is
         endpoint id → requests of the other gateways. Returns whether waiting requests may now find a
         place (an endpoint became ready or a limit grew).
         """
@@ -337,7 +337,7 @@ class EndpointTable:
                 load.api_bits = api_bits(endpoint.capabilities)
             else:
                 load = EndpointLoad(endpoint, self.pools[rank], self.settings.breaker)
-            load.limit = shard_share(endpoint.concurrency_limit, seat.index, seat.count, load.seed)
+            load.limit = shard_share(endpoint.concurrency_limit, shard.index, shard.count, load.seed)
             load.others_in_flight = (others_in_flight or {}).get(endpoint.endpoint_id, 0)
             better = better or (load.ready and (not was_ready or load.limit > had_limit))
             after[endpoint.endpoint_id] = load
@@ -354,13 +354,13 @@ class EndpointTable:
     def apply_snapshot(self, snapshot: ClusterSnapshot, gateway_id: str) -> bool:
         """The same with all that a snapshot says; ``snapshot`` as merged by
         :func:`controlplane.core.cluster.snapshot.merge`."""
-        self.seat = gateway_shard(snapshot, gateway_id, self.seat)
+        self.shard = gateway_shard(snapshot, gateway_id, self.shard)
         others: dict[str, int] = {}
         for gateway in snapshot.gateways:
             if gateway.gateway_id != gateway_id:
                 for endpoint_id, count in gateway.in_flight_by_endpoint:
                     others[endpoint_id] = others.get(endpoint_id, 0) + count
-        return self.apply(snapshot.endpoints, seat=self.seat, others_in_flight=others)
+        return self.apply(snapshot.endpoints, shard=self.shard, others_in_flight=others)
 
     def reserves(self, now_s: float) -> bool:
         """Are slots kept for high priority at present?"""

@@ -83,55 +83,59 @@ class RouteExplanation(NamedTuple):
 def decide(
     request: RouteRequest,
     table: TierTable,
-    fleet: EndpointTable,
+    endpoint_table: EndpointTable,
     now_s: float,
     pick: int,
     *,
     score: Callable[[], Complexity | None] | None = None,
 ) -> RouteDecision:
     """Resolves and places in one go; ``pick`` is any integer from 0, another one for each call."""
-    return place(resolve(request, table, score), request, fleet, now_s, pick)
+    return place(resolve(request, table, score), request, endpoint_table, now_s, pick)
 
 
 def place(
-    route: Route, request: RouteRequest, fleet: EndpointTable, now_s: float, pick: int
+    route: Route, request: RouteRequest, endpoint_table: EndpointTable, now_s: float, pick: int
 ) -> RouteDecision:
     """The endpoint for a request whose tiers are known, or that it has to wait, or that it can't be."""
     if route.refusal is not None:
         return RouteDecision(RouteOutcome.REJECT, "", "", refusal=route.refusal, message=route.message)
     needs = API_BITS[request.api]
     if needs == _EMBEDDINGS:
-        route = _for_embeddings(route, fleet)
-    pools = fleet.pools
+        route = _for_embeddings(route, endpoint_table)
+    pools = endpoint_table.pools
     for rank, reason in zip(route.order, route.reasons, strict=True):
-        fit = _fit(pools[rank], request, fleet, now_s)
+        fit = _fit(pools[rank], request, endpoint_table, now_s)
         if fit:
             key = request.session_key if request.session_key is not None else request.prefix_key
-            load = better_of_two(fit, now_s, fleet.settings, pick, key)
+            load = better_of_two(fit, now_s, endpoint_table.settings, pick, key)
             return RouteDecision(RouteOutcome.SEND, pools[rank].name, reason, load)
-    return _elsewhere(route, request, fleet, now_s, pick)
+    return _elsewhere(route, request, endpoint_table, now_s, pick)
 
 
-def has_room(route: Route, request: RouteRequest, fleet: EndpointTable, now_s: float) -> bool:
+def has_room(route: Route, request: RouteRequest, endpoint_table: EndpointTable, now_s: float) -> bool:
     """Would :func:`place` send it now?"""
-    pools = fleet.pools
+    pools = endpoint_table.pools
     if request.api is Api.EMBEDDINGS:
-        route = _for_embeddings(route, fleet)
-    if any(_fit(pools[rank], request, fleet, now_s) for rank in route.order):
+        route = _for_embeddings(route, endpoint_table)
+    if any(_fit(pools[rank], request, endpoint_table, now_s) for rank in route.order):
         return True
-    others = route.bridge if _down(route, request, fleet, now_s) else route.spill
-    return any(_fit(pools[rank], request, fleet, now_s) for rank in others)
+    others = route.bridge if _down(route, request, endpoint_table, now_s) else route.spill
+    return any(_fit(pools[rank], request, endpoint_table, now_s) for rank in others)
 
 
-def _kept(pool: TierPool, request: RouteRequest, fleet: EndpointTable, now_s: float) -> bool:
+def _kept(pool: TierPool, request: RouteRequest, endpoint_table: EndpointTable, now_s: float) -> bool:
     """Are its last free slots kept for more important requests?"""
-    return pool.in_flight >= pool.open_limit and request.priority is not _HIGH and fleet.reserves(now_s)
+    return (
+        pool.in_flight >= pool.open_limit and request.priority is not _HIGH and endpoint_table.reserves(now_s)
+    )
 
 
-def _fit(pool: TierPool, request: RouteRequest, fleet: EndpointTable, now_s: float) -> list[EndpointLoad]:
+def _fit(
+    pool: TierPool, request: RouteRequest, endpoint_table: EndpointTable, now_s: float
+) -> list[EndpointLoad]:
     """The filters. :func:`_left_out` says the same in words; a test holds the two together."""
     if pool.in_flight >= pool.open_limit and (
-        pool.in_flight >= pool.limit or _kept(pool, request, fleet, now_s)
+        pool.in_flight >= pool.limit or _kept(pool, request, endpoint_table, now_s)
     ):
         return []
     needs = API_BITS[request.api]
@@ -147,7 +151,9 @@ def _fit(pool: TierPool, request: RouteRequest, fleet: EndpointTable, now_s: flo
     ]
 
 
-def _left_out(load: EndpointLoad, request: RouteRequest, fleet: EndpointTable, now_s: float) -> Iterator[str]:
+def _left_out(
+    load: EndpointLoad, request: RouteRequest, endpoint_table: EndpointTable, now_s: float
+) -> Iterator[str]:
     if not load.ready:
         phase = f" ({load.endpoint.phase})" if load.endpoint.phase else ""
         yield f"{load.endpoint.state}{phase}"
@@ -160,15 +166,15 @@ def _left_out(load: EndpointLoad, request: RouteRequest, fleet: EndpointTable, n
     pool = load.pool
     if load.in_flight >= load.limit:
         yield f"at its limit: {load.in_flight} of {load.limit} in flight"
-    elif pool is not None and _kept(pool, request, fleet, now_s):
+    elif pool is not None and _kept(pool, request, endpoint_table, now_s):
         yield f"its last {pool.limit - pool.open_limit} slots are kept for high priority"
 
 
-def _down(route: Route, request: RouteRequest, fleet: EndpointTable, now_s: float) -> bool:
+def _down(route: Route, request: RouteRequest, endpoint_table: EndpointTable, now_s: float) -> bool:
     """Is there no endpoint of the tiers asked for that could serve the request once a slot is free?"""
     needs = API_BITS[request.api]
     for rank in route.order:
-        for load in fleet.pools[rank].loads:
+        for load in endpoint_table.pools[rank].loads:
             if (
                 load.ready
                 and load.api_bits & needs
@@ -179,12 +185,12 @@ def _down(route: Route, request: RouteRequest, fleet: EndpointTable, now_s: floa
     return True
 
 
-def _for_embeddings(route: Route, fleet: EndpointTable) -> Route:
+def _for_embeddings(route: Route, endpoint_table: EndpointTable) -> Route:
     """Vectors of two models can't be compared: embeddings never spill or bridge. ``auto`` means the tier
     that serves them, by configuration and not by load: the one hinted at, or else the cheapest."""
     order, reasons = route.order, route.reasons
     if route.auto:
-        pools = fleet.pools
+        pools = endpoint_table.pools
         ranked = [*order, *(rank for rank in range(len(pools)) if rank >= route.floor)]
         serving = next((rank for rank in ranked if pools[rank].api_bits & _EMBEDDINGS), None)
         if serving is not None and serving != order[0]:
@@ -193,13 +199,13 @@ def _for_embeddings(route: Route, fleet: EndpointTable) -> Route:
 
 
 def _elsewhere(
-    route: Route, request: RouteRequest, fleet: EndpointTable, now_s: float, pick: int
+    route: Route, request: RouteRequest, endpoint_table: EndpointTable, now_s: float, pick: int
 ) -> RouteDecision:
     """No tier that was asked for has room: spill, bridge, queue or reject."""
-    pools = fleet.pools
+    pools = endpoint_table.pools
     needs = API_BITS[request.api]
     wanted = pools[route.order[0]]
-    down = _down(route, request, fleet, now_s)
+    down = _down(route, request, endpoint_table, now_s)
     others = route.bridge if down else route.spill
     tiers = route.order + others
     best: list[EndpointLoad] = []
@@ -208,12 +214,12 @@ def _elsewhere(
         pool = pools[rank]
         if chosen is not None and (down or pool.load_ratio >= chosen.load_ratio):
             continue
-        fit = _fit(pool, request, fleet, now_s)
+        fit = _fit(pool, request, endpoint_table, now_s)
         if fit:
             best, chosen = fit, pool
     if chosen is not None:
         key = request.session_key if request.session_key is not None else request.prefix_key
-        load = better_of_two(best, now_s, fleet.settings, pick, key)
+        load = better_of_two(best, now_s, endpoint_table.settings, pick, key)
         if down:
             how = f"bridge: {wanted.name} {_condition(wanted, request, needs, now_s)}"
         else:
@@ -279,7 +285,7 @@ def _hopeless(
 def explain(
     request: RouteRequest,
     table: TierTable,
-    fleet: EndpointTable,
+    endpoint_table: EndpointTable,
     now_s: float,
     pick: int,
     *,
@@ -287,25 +293,29 @@ def explain(
 ) -> RouteExplanation:
     """What :func:`decide` says, and of every endpoint why it was left out or how it scored."""
     route = resolve(request, table, score)
-    decision = place(route, request, fleet, now_s, pick)
+    decision = place(route, request, endpoint_table, now_s, pick)
     needs = API_BITS[request.api]
-    asked = route if needs != _EMBEDDINGS or route.refusal is not None else _for_embeddings(route, fleet)
+    asked = (
+        route if needs != _EMBEDDINGS or route.refusal is not None else _for_embeddings(route, endpoint_table)
+    )
     key = request.session_key if request.session_key is not None else request.prefix_key
     candidates: list[ExplainedEndpoint] = []
-    for pool in fleet.pools:
-        fit = _fit(pool, request, fleet, now_s)
+    for pool in endpoint_table.pools:
+        fit = _fit(pool, request, endpoint_table, now_s)
         homed = fit[home(fit, key)] if fit and key is not None else None
         barred = _tier_left_out(pool.rank, asked, decision, table)
         for load in pool.loads:
-            why = tuple(reason for reason in (barred, *_left_out(load, request, fleet, now_s)) if reason)
+            why = tuple(
+                reason for reason in (barred, *_left_out(load, request, endpoint_table, now_s)) if reason
+            )
             at_home = load is homed
             candidates.append(
                 ExplainedEndpoint(
                     load.endpoint.endpoint_id,
                     pool.name,
                     why,
-                    None if why else total(load, now_s, fleet.settings, at_home),
-                    {} if why else scores(load, now_s, fleet.settings, at_home),
+                    None if why else total(load, now_s, endpoint_table.settings, at_home),
+                    {} if why else scores(load, now_s, endpoint_table.settings, at_home),
                     at_home,
                 )
             )

@@ -25,7 +25,7 @@ FETCH_TIMEOUT_S: Final = 2.0
 MAX_FETCH_BYTES: Final = 8 * 1024 * 1024
 
 
-def models(table: TierTable, fleet: EndpointTable, created_unix_s: int) -> dict[str, Any]:
+def models(table: TierTable, endpoint_table: EndpointTable, created_unix_s: int) -> dict[str, Any]:
     """OpenAI's model list: ``auto``, the tiers and the models behind them."""
 
     def entry(name: str, tier: str | None, ready: bool) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def models(table: TierTable, fleet: EndpointTable, created_unix_s: int) -> dict[
             "ready": ready,
         }
 
-    ready_of = {pool.name: any(load.ready for load in pool.loads) for pool in fleet.pools}
+    ready_of = {pool.name: any(load.ready for load in pool.loads) for pool in endpoint_table.pools}
     data = [entry(AUTO, None, any(ready_of.values()))]
     data += [entry(policy.name, policy.name, ready_of[policy.name]) for policy in table.policies]
     known = {item["id"] for item in data}
@@ -49,9 +49,11 @@ def models(table: TierTable, fleet: EndpointTable, created_unix_s: int) -> dict[
     return {"object": "list", "data": data}
 
 
-def explain(request: Request, table: TierTable, fleet: EndpointTable, now_s: float) -> dict[str, Any]:
+def explain(
+    request: Request, table: TierTable, endpoint_table: EndpointTable, now_s: float
+) -> dict[str, Any]:
     """Where a request would go and why, endpoint by endpoint, without sending it."""
-    told = explain_route(route_request(request), table, fleet, now_s, 0)
+    told = explain_route(route_request(request), table, endpoint_table, now_s, 0)
     decision = told.decision
     return {
         "outcome": decision.outcome,
@@ -87,14 +89,17 @@ def _names(table: TierTable, ranks: tuple[int, ...]) -> list[str]:
 
 
 def health(
-    config: PlaneConfig, fleet: EndpointTable, queue: AdmissionQueue, snapshot: ClusterSnapshot | None
+    config: PlaneConfig,
+    endpoint_table: EndpointTable,
+    queue: AdmissionQueue,
+    snapshot: ClusterSnapshot | None,
 ) -> dict[str, Any]:
     """``healthy``: every tier has all its replicas; ``unhealthy``: no tier has any; else ``degraded``."""
     tiers = {
         tier.name: _tier_health(
             pool, snapshot.wanted(tier.name, tier.replicas) if snapshot else tier.replicas
         )
-        for tier, pool in zip(config.tiers, fleet.pools, strict=True)
+        for tier, pool in zip(config.tiers, endpoint_table.pools, strict=True)
     }
     states = {value["status"] for value in tiers.values()}
     if states <= {"healthy", "idle"}:
@@ -115,8 +120,8 @@ def health(
         },
         "workers": {
             "gateways": max(1, len(gateways)),
-            "in_flight": sum(pool.in_flight for pool in fleet.pools),
-            "endpoints": len(fleet.by_endpoint_id),
+            "in_flight": sum(pool.in_flight for pool in endpoint_table.pools),
+            "endpoints": len(endpoint_table.by_endpoint_id),
         },
         "snapshot": None if snapshot is None else {"epoch": snapshot.epoch, "version": snapshot.version},
     }

@@ -19,11 +19,11 @@ from controlplane.http.sse import events_end
 
 
 class Attempt:
-    """Begun when its lease was taken."""
+    """Begun when its slot was taken."""
 
     __slots__ = (
-        "_call",
         "_connection",
+        "_context",
         "_pump",
         "_reading",
         "_watch",
@@ -32,29 +32,29 @@ class Attempt:
         "data",
         "ended",
         "ids_added",
-        "lease",
         "load",
         "site",
+        "slot",
         "status",
         "streaming",
     )
 
     def __init__(
         self,
-        call: RequestContext,
-        lease: RequestSlot,
+        context: RequestContext,
+        slot: RequestSlot,
         site: EndpointConnections,
         watcher: TimeoutWatcher,
         pump: Callable[[], None],
     ) -> None:
-        self._call = call
+        self._context = context
         self._pump = pump
         self._watcher = watcher
         self._watch: WatchedAttempt | None = None
         self._connection: UpstreamConnection | None = None
         self._reading = site.meter.start(monotonic())
-        self.lease = lease
-        self.load: EndpointLoad = lease.load
+        self.slot = slot
+        self.load: EndpointLoad = slot.load
         self.site = site
         self.status = 0
         self.content_type = b""
@@ -79,7 +79,7 @@ class Attempt:
         """
         origin = self.site.origin
         request = origin.request("POST", path, identity, body)
-        deadline_s = self._call.deadline_s
+        deadline_s = self._context.deadline_s
         connection = await origin.acquire(deadline_s=deadline_s)
         try:
             status = await self._head(connection, request)
@@ -102,11 +102,11 @@ class Attempt:
         connection.send(request)
         self._watch = WatchedAttempt(
             connection,
-            self.lease,
-            deadline_s=self._call.deadline_s,
+            self.slot,
+            deadline_s=self._context.deadline_s,
             started_s=monotonic(),
-            streaming=self._call.stream,
-            attempt=self._call.attempts,
+            streaming=self._context.stream,
+            attempt=self._context.attempts,
         )
         self._watcher.add(self._watch)
         return await connection.head()
@@ -143,7 +143,7 @@ class Attempt:
         """The first token came."""
         if self._watch is not None and not self._watch.answered:
             self._watch.answered = True
-            self.lease.first_token(monotonic())
+            self.slot.first_token(monotonic())
 
     def hold(self) -> None:
         """The client takes nothing more for the moment: what the engine does meanwhile says nothing."""
@@ -159,25 +159,25 @@ class Attempt:
     def succeed(self) -> None:
         """The answer is whole."""
         if not self.ended:
-            self.lease.succeed(self._end())
+            self.slot.succeed(self._end())
             self._pump()
 
     def fail(self, weight: int) -> None:
         """The endpoint failed it; ``weight`` as in :meth:`RequestSlot.fail`."""
         if not self.ended:
-            self.lease.fail(self._end(), weight)
+            self.slot.fail(self._end(), weight)
             self._pump()
 
     def abandon(self) -> None:
         """The client left, or another exchange was faster."""
         if not self.ended:
-            self.lease.abandon(self._end())
+            self.slot.abandon(self._end())
             self._pump()
 
     def _end(self) -> float:
         self.ended = True
         now_s = monotonic()
-        self._call.gpu_s += self.site.meter.stop(self._reading, now_s)
+        self._context.gpu_s += self.site.meter.stop(self._reading, now_s)
         if self._watch is not None:
             self._watcher.discard(self._watch)
         if self._connection is not None:

@@ -41,9 +41,9 @@ class ConnectionTable:
             site = self._sites[load.key] = self._new(load.endpoint)
         return site
 
-    def prune(self, fleet: EndpointTable) -> None:
+    def prune(self, endpoint_table: EndpointTable) -> None:
         """Forget the processes that a new snapshot no longer has; what runs there goes on."""
-        living = {load.key for load in fleet.by_endpoint_id.values()}
+        living = {load.key for load in endpoint_table.by_endpoint_id.values()}
         for key in [key for key in self._sites if key not in living]:
             self._sites.pop(key).origin.close()
 

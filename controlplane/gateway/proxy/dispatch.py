@@ -53,32 +53,32 @@ class RequestDispatch:
         self._score = score
         self._picks = 0
 
-    async def place(self, call: RequestContext) -> Started:
-        """The first place of a call, after waiting for it if need be. Raises :class:`RequestError`."""
+    async def place(self, context: RequestContext) -> Started:
+        """The first place of a context, after waiting for it if need be. Raises :class:`RequestError`."""
         scorer = self._score
-        score = None if scorer is None else partial(scorer, call)
-        call.route = resolve(call.request, self._dispatcher.table, score)
-        if self._traffic is not None and call.route.order:
-            rank = call.route.order[0]
-            self._traffic.arrived(rank, asleep=not self._dispatcher.fleet.pools[rank].loads)
-        return await self._submit(call, call.route)
+        score = None if scorer is None else partial(scorer, context)
+        context.route = resolve(context.request, self._dispatcher.table, score)
+        if self._traffic is not None and context.route.order:
+            rank = context.route.order[0]
+            self._traffic.arrived(rank, asleep=not self._dispatcher.endpoint_table.pools[rank].loads)
+        return await self._submit(context, context.route)
 
-    async def place_again(self, call: RequestContext) -> Started:
+    async def place_again(self, context: RequestContext) -> Started:
         """Another place, after an attempt failed."""
-        return await self._submit(call, call.route)
+        return await self._submit(context, context.route)
 
-    async def place_resumed(self, call: RequestContext, tier: str) -> Started:
+    async def place_resumed(self, context: RequestContext, tier: str) -> Started:
         """A place for going on with a stream that ``tier`` began: the same model."""
         table = self._dispatcher.table
-        return await self._submit(call, resume_route(table, table.rank_of[tier]))
+        return await self._submit(context, resume_route(table, table.rank_of[tier]))
 
-    def place_now(self, call: RequestContext) -> Started | None:
+    def place_now(self, context: RequestContext) -> Started | None:
         """A second place at once, or None: for a hedge, which is not worth waiting for."""
         now_s = monotonic()
-        request = call.request._replace(exclude=call.tried)
-        if call.route is None:
+        request = context.request._replace(exclude=context.tried)
+        if context.route is None:
             return None
-        return self._dispatcher.start_now(request, call.route, now_s, self._pick())
+        return self._dispatcher.start_now(request, context.route, now_s, self._pick())
 
     def pump(self) -> None:
         """Start what can run of the queue; to be called when a place was given back."""
@@ -91,7 +91,7 @@ class RequestDispatch:
             for started in self._dispatcher.pump(now_s, self._pick()):
                 waiting = _future(started.ticket)
                 if waiting.done():  # the client left in this very turn of the loop
-                    started.lease.abandon(now_s)
+                    started.slot.abandon(now_s)
                     lost = True
                 else:
                     waiting.set_result(started)
@@ -117,41 +117,41 @@ class RequestDispatch:
         self._picks += 1
         return self._picks * 7919  # any integers that spread over small moduli
 
-    async def _submit(self, call: RequestContext, route: Route | None, *, forgive: bool = True) -> Started:
+    async def _submit(self, context: RequestContext, route: Route | None, *, forgive: bool = True) -> Started:
         now_s = monotonic()
-        request = call.request._replace(exclude=call.tried) if call.tried else call.request
+        request = context.request._replace(exclude=context.tried) if context.tried else context.request
         answer = self._dispatcher.submit(
             request,
             now_s,
             self._pick(),
-            deadline_s=min(call.deadline_s, now_s + self._queue_timeout_s),
-            caller=call.caller,
+            deadline_s=min(context.deadline_s, now_s + self._queue_timeout_s),
+            caller=context.caller,
             payload=self._loop.create_future(),
-            arrived_s=call.arrived_s,
+            arrived_s=context.arrived_s,
             route=route,
         )
         if isinstance(answer, WaitsInQueue):
-            return await self._wait(call, answer, now_s)
+            return await self._wait(context, answer, now_s)
         if isinstance(answer, Started):
-            call.decision = answer.decision
+            context.decision = answer.decision
             self._note(answer.decision)
             return answer
-        return await self._refused(call, answer, route, forgive)
+        return await self._refused(context, answer, route, forgive)
 
     async def _refused(
-        self, call: RequestContext, answer: DispatchRefused, route: Route | None, forgive: bool
+        self, context: RequestContext, answer: DispatchRefused, route: Route | None, forgive: bool
     ) -> Started:
-        if answer.decision.refusal is RouteRefusal.EXHAUSTED and call.losses and forgive:
+        if answer.decision.refusal is RouteRefusal.EXHAUSTED and context.losses and forgive:
             # Everything was tried, but engines were lost on the way: they come back, so wait for them.
-            call.tried = frozenset()
-            return await self._submit(call, route, forgive=False)
-        call.decision = answer.decision
+            context.tried = frozenset()
+            return await self._submit(context, route, forgive=False)
+        context.decision = answer.decision
         if answer.rejected is not None:
             raise self._rejection_error(answer.rejected)
         raise _refusal_error(answer.decision)
 
-    async def _wait(self, call: RequestContext, held: WaitsInQueue, since_s: float) -> Started:
-        call.decision = held.decision
+    async def _wait(self, context: RequestContext, held: WaitsInQueue, since_s: float) -> Started:
+        context.decision = held.decision
         evicted = held.queued.evicted
         if evicted is not None:
             self._metrics.shed.labels("evicted").inc()
@@ -162,21 +162,21 @@ class RequestDispatch:
             started = await waiting
         except asyncio.CancelledError:
             if not self._dispatcher.queue.leave(held.ticket) and _has_result(waiting):
-                waiting.result().lease.abandon(monotonic())
+                waiting.result().slot.abandon(monotonic())
                 self.pump()
             raise
         finally:
             waited_s = monotonic() - since_s
-            self._metrics.queue_wait_s.labels(call.request.priority).observe(waited_s)
-        call.decision = started.decision
+            self._metrics.queue_wait_s.labels(context.request.priority).observe(waited_s)
+        context.decision = started.decision
         self._note(started.decision)
         return started
 
     def _rejection_error(self, rejected: Rejected) -> RequestError:
-        self._metrics.shed.labels(str(rejected.why)).inc()
-        if rejected.why is RejectReason.TOO_LATE:
+        self._metrics.shed.labels(str(rejected.reason)).inc()
+        if rejected.reason is RejectReason.TOO_LATE:
             return DeadlineExceeded("the request's deadline has passed")
-        if rejected.why is RejectReason.HOPELESS:
+        if rejected.reason is RejectReason.WOULD_MISS_DEADLINE:
             wait = f"{rejected.wait_s:.1f} s" if rejected.wait_s is not None else "longer"
             reason = f"it would wait about {wait} for an engine, which its deadline does not allow"
         else:

@@ -16,6 +16,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from controlplane.config import GatewayConfig
+from controlplane.core.domain.request import RequestOutcome
 from controlplane.core.routing.dispatcher import Started
 from controlplane.core.routing.endpoint_table import EndpointLoad
 from controlplane.core.routing.retry import (
@@ -55,6 +56,8 @@ PROMPT_IDS: Final = re.compile(rb'"prompt_token_ids":\[([0-9, ]*)\]')
 PLAN_ANY_LENGTH: Final = 1 << 40
 LATE: Final = "the request's deadline passed before its answer was whole"
 
+# Attribute look-ups on an enum class cost more than on a module.
+_OK: Final = RequestOutcome.OK
 _STATUS_FAILURES: Final = {429: AttemptFailure.BUSY, 503: AttemptFailure.UNAVAILABLE}
 _OUR_FAULT: Final = frozenset({401, 403})
 """An engine that answers these does not know our key: not the client's business."""
@@ -108,55 +111,55 @@ class Relay:
         )
         self._budget = RetryBudget(self._retry, monotonic())
 
-    async def serve(self, call: RequestContext, out: Responder) -> None:
-        """Answer a call. Raises :class:`RequestError` for what the client is to be told: as the answer if
+    async def serve(self, context: RequestContext, out: Responder) -> None:
+        """Answer a context. Raises :class:`RequestError` for what the client is to be told: as the answer if
         nothing of it was sent yet, else as an event that ends the stream."""
         self._budget.on_request()
-        started = await self._placing.place(call)
+        started = await self._placing.place(context)
         while True:
-            exchange = self._begin(call, started)
+            exchange = self._begin(context, started)
             try:
-                exchange = await self._answer(call, exchange)
+                exchange = await self._answer(context, exchange)
                 break
             except UpstreamFailure as failure:
-                self._failed(call, exchange, failure)
-                await self._decide(call, failure)
-                started = await self._placing.place_again(call)
+                self._failed(context, exchange, failure)
+                await self._decide(context, failure)
+                started = await self._placing.place_again(context)
             except BaseException:  # the client left, or an error that nobody foresaw
                 exchange.abandon()
                 raise
         if exchange.streaming:
-            await self._stream(call, exchange, out)
+            await self._stream(context, exchange, out)
         else:
-            self._whole(call, exchange, out)
+            self._whole(context, exchange, out)
 
     # -- one attempt -----------------------------------------------------------------------------
 
-    def _begin(self, call: RequestContext, started: Started) -> Attempt:
-        call.attempts += 1
-        call.tried |= {started.lease.load.key}
+    def _begin(self, context: RequestContext, started: Started) -> Attempt:
+        context.attempts += 1
+        context.tried |= {started.slot.load.key}
         try:
-            site = self._sites.site(started.lease.load)
+            site = self._sites.site(started.slot.load)
         except ValueError:  # an address that is none
-            started.lease.abandon(monotonic())
+            started.slot.abandon(monotonic())
             raise
-        return Attempt(call, started.lease, site, self._watcher, self._placing.pump)
+        return Attempt(context, started.slot, site, self._watcher, self._placing.pump)
 
-    async def _answer(self, call: RequestContext, exchange: Attempt) -> Attempt:
+    async def _answer(self, context: RequestContext, exchange: Attempt) -> Attempt:
         """The exchange once it has begun to answer; a hedge may win over the one that was begun."""
-        if self._hedge_after_s is None or not call.stream:
-            await self._open(call, exchange)
+        if self._hedge_after_s is None or not context.stream:
+            await self._open(context, exchange)
             return exchange
-        first = asyncio.ensure_future(self._open(call, exchange))
+        first = asyncio.ensure_future(self._open(context, exchange))
         try:
             await asyncio.wait((first,), timeout=self._hedge_after_s)
-            hedge = None if first.done() else self._placing.place_now(call)
+            hedge = None if first.done() else self._placing.place_now(context)
             if hedge is None:
                 await first
                 return exchange
-            winner = await self._race(call, exchange, first, self._begin(call, hedge))
+            winner = await self._race(context, exchange, first, self._begin(context, hedge))
             if winner is not exchange:
-                call.decision = hedge.decision
+                context.decision = hedge.decision
             return winner
         finally:
             if not first.done():
@@ -165,11 +168,11 @@ class Relay:
                 first.exception()  # it was looked at
 
     async def _race(
-        self, call: RequestContext, exchange: Attempt, first: asyncio.Future[None], other: Attempt
+        self, context: RequestContext, exchange: Attempt, first: asyncio.Future[None], other: Attempt
     ) -> Attempt:
         """Two exchanges of one call: the one that answers first goes on, the other ends here. If both
-        fail, so does the call, with the first one's failure."""
-        second = asyncio.ensure_future(self._open(call, other))
+        fail, so does the context, with the first one's failure."""
+        second = asyncio.ensure_future(self._open(context, other))
         runs = {first: exchange, second: other}
         winner: asyncio.Future[None] | None = None
         try:
@@ -188,26 +191,26 @@ class Relay:
                     run.abandon()
                 elif task is not winner and isinstance(failure := task.exception(), UpstreamFailure):
                     if winner is not None or task is second:  # else the caller accounts for it
-                        self._failed(call, run, failure)
+                        self._failed(context, run, failure)
                 elif task is not winner:
                     run.abandon()
 
-    async def _open(self, call: RequestContext, exchange: Attempt) -> None:
+    async def _open(self, context: RequestContext, exchange: Attempt) -> None:
         """Send the request and wait until there is something to send on."""
         endpoint = exchange.load.endpoint
         exchange.ids_added = (
-            call.stream
-            and call.api in RESUME_KINDS
+            context.stream
+            and context.api in RESUME_KINDS
             and endpoint.capabilities.resume_by_token_ids
             and self._resume_policy != "never"
-            and call.envelope.return_token_ids is None
-            and call.envelope.n in (None, 1)
+            and context.envelope.return_token_ids is None
+            and context.envelope.n in (None, 1)
         )
-        body = call.body_for(exchange.load, token_ids=exchange.ids_added)
-        await self._send(exchange, call.path, call.identity, body)
+        body = context.body_for(exchange.load, token_ids=exchange.ids_added)
+        await self._send(exchange, context.path, context.identity, body)
         if exchange.streaming:
             await exchange.first_event()
-            if has_error(call.api, exchange.data):
+            if has_error(context.api, exchange.data):
                 raise UpstreamFailure(AttemptFailure.STREAM_ERROR, _detail(exchange.data))
         else:
             exchange.data = await exchange.read_all(MAX_ANSWER_BYTES)
@@ -223,7 +226,7 @@ class Relay:
 
     # -- failures --------------------------------------------------------------------------------
 
-    def _failed(self, call: RequestContext, exchange: Attempt, failure: UpstreamFailure) -> None:
+    def _failed(self, context: RequestContext, exchange: Attempt, failure: UpstreamFailure) -> None:
         """Account for a failed attempt and free its place."""
         kind = failure.kind
         if kind is None:  # the deadline passed, which tells nothing of the endpoint
@@ -234,7 +237,7 @@ class Relay:
         self._metrics.endpoint_failures.labels(exchange.load.endpoint.tier, name).inc()
 
     async def _decide(
-        self, call: RequestContext, failure: UpstreamFailure, not_resumable: str = "", sent: bool = False
+        self, context: RequestContext, failure: UpstreamFailure, not_resumable: str = "", sent: bool = False
     ) -> None:
         """Return when the call is to go on elsewhere, raise what the client gets if it is not."""
         kind = failure.kind
@@ -242,47 +245,49 @@ class Relay:
             raise DeadlineExceeded(LATE)
         now_s = monotonic()
         attempt = FailedAttempt(
-            number=call.attempts,
+            number=context.attempts,
             sent=sent,
-            deadline_s=call.deadline_s,
-            refused=call.refused,
-            losses=call.losses,
+            deadline_s=context.deadline_s,
+            refused=context.refused,
+            losses=context.losses,
             not_resumable=not_resumable,
             engine_status=failure.status,
         )
         step = next_step(kind, attempt, self._retry, self._budget, now_s)
-        call.refused += kind is AttemptFailure.REFUSED
+        context.refused += kind is AttemptFailure.REFUSED
         if RULES[kind].lost:
-            call.losses += 1
+            context.losses += 1
         if isinstance(step, GiveUp):
             raise give_up_error(step, failure.detail)
-        self._metrics.retries.labels(call.tier, str(kind)).inc()
+        self._metrics.retries.labels(context.tier, str(kind)).inc()
         if step.pause_s:
             await asyncio.sleep(step.pause_s)
 
     # -- answers ---------------------------------------------------------------------------------
 
-    def _whole(self, call: RequestContext, exchange: Attempt, out: Responder) -> None:
-        call.first_byte_s = monotonic()
+    def _whole(self, context: RequestContext, exchange: Attempt, out: Responder) -> None:
+        context.first_byte_s = monotonic()
         content_type = exchange.content_type or JSON_TYPE
         exchange.succeed()
         tokens = TokenCounts(0, 0)
         if exchange.status < 400:
             tokens = _count_whole(exchange.data)
-        self._account(call, exchange, tokens)
-        headers = [(b"content-type", content_type), *answer_headers(call)]
+        self._account(context, exchange, tokens)
+        headers = [(b"content-type", content_type), *answer_headers(context)]
         if exchange.status < 400:
-            headers.append((b"x-gpu-seconds", b"%.6f" % call.gpu_s))
+            headers.append((b"x-gpu-seconds", b"%.6f" % context.gpu_s))
         out.send(exchange.status, headers, exchange.data)
-        outcome = "ok" if exchange.status < 400 else "client_error"
-        self._metrics.finished(call, outcome, str(exchange.status), monotonic())
+        outcome = _OK if exchange.status < 400 else RequestOutcome.CLIENT_ERROR
+        self._metrics.finished(context, outcome, str(exchange.status), monotonic())
 
-    async def _stream(self, call: RequestContext, exchange: Attempt, out: Responder) -> None:
-        kind = RESUME_KINDS.get(call.api)
+    async def _stream(self, context: RequestContext, exchange: Attempt, out: Responder) -> None:
+        kind = RESUME_KINDS.get(context.api)
         tape = Tape(kind) if kind is not None and self._resume_policy != "never" else None
         strip = TOKEN_ID_MEMBERS.sub if exchange.ids_added else None
-        started_s = call.first_byte_s = monotonic()
-        out.start(exchange.status, [(b"content-type", EVENT_STREAM), *STREAM_HEADERS, *answer_headers(call)])
+        started_s = context.first_byte_s = monotonic()
+        out.start(
+            exchange.status, [(b"content-type", EVENT_STREAM), *STREAM_HEADERS, *answer_headers(context)]
+        )
         carry = last = b""
         events = prompt = 0
         data = exchange.data
@@ -295,27 +300,27 @@ class Relay:
                 end = events_end(data)
                 whole, carry = (data, b"") if end == len(data) else (data[:end], data[end:])
                 if end:
-                    if has_error(call.api, whole):
+                    if has_error(context.api, whole):
                         raise UpstreamFailure(AttemptFailure.STREAM_ERROR, _detail(whole))
                     if tape is not None:
                         tape.keep(whole)
                     events += whole.count(b'"token_ids":[') if exchange.ids_added else whole.count(b"data: {")
                     out.write(strip(b"", whole) if strip is not None else whole)
                     if out.congested:
-                        await _client(call, exchange, out)
+                        await _client(context, exchange, out)
                     last = whole
                 data = await exchange.connection.read()
-            if not is_end(call.api, last):
+            if not is_end(context.api, last):
                 raise UpstreamFailure(AttemptFailure.CUT, "the stream ended before its end")
         except UpstreamFailure as failure:
-            self._failed(call, exchange, failure)
+            self._failed(context, exchange, failure)
             if failure.kind is None:
                 raise DeadlineExceeded(LATE) from None
             seen = tape.read() if tape is not None else None
-            await self._go_on(call, exchange.load, seen, failure, out)
+            await self._go_on(context, exchange.load, seen, failure, out)
             return
         except asyncio.CancelledError:
-            if not has_end(call.api, last):
+            if not has_end(context.api, last):
                 exchange.abandon()
                 raise
             # Clients leave at the last event; the end of the engine's body may come after it.
@@ -327,15 +332,15 @@ class Relay:
         exchange.succeed()
         out.finish()
         if events > 1:
-            self._metrics.itl_s.labels(call.tier).observe((now_s - started_s) / (events - 1))
-        self._account(call, exchange, TokenCounts(prompt, events))
-        self._metrics.finished(call, "ok", "stream", now_s)
+            self._metrics.itl_s.labels(context.tier).observe((now_s - started_s) / (events - 1))
+        self._account(context, exchange, TokenCounts(prompt, events))
+        self._metrics.finished(context, _OK, "stream", now_s)
 
     # -- resume ----------------------------------------------------------------------------------
 
     async def _go_on(
         self,
-        call: RequestContext,
+        context: RequestContext,
         lost: EndpointLoad,
         seen: SentSoFar | None,
         failure: UpstreamFailure,
@@ -346,30 +351,30 @@ class Relay:
         tier = lost.endpoint.tier
         while True:
             try:
-                how, refusal = self._plan(call, seen, PLAN_ANY_LENGTH)
+                how, refusal = self._plan(context, seen, PLAN_ANY_LENGTH)
                 if how is not None and how.method == "finish" and seen is not None:
-                    out.write(Splice(how, seen, stream_options(call)).finish())
-                    self._resumed(call, how, out)
+                    out.write(Splice(how, seen, stream_options(context)).finish())
+                    self._resumed(context, how, out)
                     return
-                await self._decide(call, failure, refusal, sent=True)
+                await self._decide(context, failure, refusal, sent=True)
                 if seen is None:
                     raise EndpointLost("streams of this route can't be resumed")
-                exchange = self._begin(call, await self._placing.place_resumed(call, tier))
+                exchange = self._begin(context, await self._placing.place_resumed(context, tier))
                 if how is None or _needs_length(how):
-                    how = await self._plan_at(call, seen, exchange)
-                await self._resume(call, exchange, how, seen, out)
+                    how = await self._plan_at(context, seen, exchange)
+                await self._resume(context, exchange, how, seen, out)
                 return
             except UpstreamFailure as again:
                 failure = again
                 if exchange is not None:
-                    self._failed(call, exchange, failure)
+                    self._failed(context, exchange, failure)
                     exchange = None
                 if failure.kind is None:
                     raise DeadlineExceeded(LATE) from None
             except (RequestError, NotResumable) as reason:
                 if exchange is not None:
                     exchange.abandon()
-                self._refuse_resume(call, failure, str(reason), out)
+                self._refuse_resume(context, failure, str(reason), out)
                 return
             except BaseException:
                 if exchange is not None:
@@ -377,47 +382,47 @@ class Relay:
                 raise
 
     def _plan(
-        self, call: RequestContext, seen: SentSoFar | None, max_model_len: int
+        self, context: RequestContext, seen: SentSoFar | None, max_model_len: int
     ) -> tuple[Continuation | None, str]:
         if seen is None:
             return None, "streams of this route can't be resumed, or the policy is never to"
-        if call.envelope.return_token_ids is not None:
+        if context.envelope.return_token_ids is not None:
             return None, "the client asked for token ids itself"
         try:
-            return plan(call.body, seen, self._resume_policy, max_model_len), ""
+            return plan(context.body, seen, self._resume_policy, max_model_len), ""
         except NotResumable as reason:
             return None, str(reason)
 
-    async def _plan_at(self, call: RequestContext, seen: SentSoFar, exchange: Attempt) -> Continuation:
+    async def _plan_at(self, context: RequestContext, seen: SentSoFar, exchange: Attempt) -> Continuation:
         site = exchange.site
         if site.max_model_len is None and exchange.load.endpoint.capabilities.resume_by_token_ids:
-            site.max_model_len = await _max_model_len(site, call.request_id)
-        return plan(call.body, seen, self._resume_policy, site.max_model_len)
+            site.max_model_len = await _max_model_len(site, context.request_id)
+        return plan(context.body, seen, self._resume_policy, site.max_model_len)
 
     async def _resume(
-        self, call: RequestContext, exchange: Attempt, how: Continuation, seen: SentSoFar, out: Responder
+        self, context: RequestContext, exchange: Attempt, how: Continuation, seen: SentSoFar, out: Responder
     ) -> None:
-        splice = Splice(how, seen, stream_options(call))
+        splice = Splice(how, seen, stream_options(context))
         if how.method != "finish":
             body = {**how.body, "model": exchange.load.endpoint.model}
             body.pop("models", None)
             if how.method == "replay" and exchange.load.endpoint.capabilities.resume_by_token_ids:
                 body["return_token_ids"] = True
-            await self._send(exchange, how.path, call.identity, _encode(body))
+            await self._send(exchange, how.path, context.identity, _encode(body))
             if 400 <= exchange.status < 500:
                 raise NotResumable(f"the other engine answered {exchange.status}")
             if not exchange.streaming:
                 raise UpstreamFailure(AttemptFailure.SERVER_ERROR, "the other engine did not stream")
-            await self._relay_resumed(call, exchange, splice, seen, out)
+            await self._relay_resumed(context, exchange, splice, seen, out)
             exchange.succeed()
-            self._account(call, exchange, TokenCounts(len(seen.prompt_ids or ()), len(seen.token_ids)))
+            self._account(context, exchange, TokenCounts(len(seen.prompt_ids or ()), len(seen.token_ids)))
         else:
             exchange.abandon()
             out.write(splice.finish())
-        self._resumed(call, how, out)
+        self._resumed(context, how, out)
 
     async def _relay_resumed(
-        self, call: RequestContext, exchange: Attempt, splice: Splice, seen: SentSoFar, out: Responder
+        self, context: RequestContext, exchange: Attempt, splice: Splice, seen: SentSoFar, out: Responder
     ) -> None:
         carry = b""
         taken = False
@@ -428,11 +433,11 @@ class Relay:
                 end = events_end(data)
                 whole, carry = data[:end], data[end:]
                 if whole:
-                    if has_error(call.api, whole):
+                    if has_error(context.api, whole):
                         raise UpstreamFailure(AttemptFailure.STREAM_ERROR, _detail(whole))
                     out.write(splice.feed(whole))
                     if out.congested:
-                        await _client(call, exchange, out)
+                        await _client(context, exchange, out)
                     taken = seen.done
         except asyncio.CancelledError:
             if not taken:  # else the client left at the last event, as in _stream
@@ -440,46 +445,48 @@ class Relay:
         if not seen.done:
             raise UpstreamFailure(AttemptFailure.CUT, "the stream ended before its end")
 
-    def _resumed(self, call: RequestContext, how: Continuation, out: Responder) -> None:
-        call.resumed += 1
+    def _resumed(self, context: RequestContext, how: Continuation, out: Responder) -> None:
+        context.resumed += 1
         out.finish()
         self._metrics.resumes.labels(how.method).inc()
-        self._metrics.finished(call, "ok", "resumed", monotonic())
+        self._metrics.finished(context, _OK, "resumed", monotonic())
 
     def _refuse_resume(
-        self, call: RequestContext, failure: UpstreamFailure, reason: str, out: Responder
+        self, context: RequestContext, failure: UpstreamFailure, reason: str, out: Responder
     ) -> None:
         self._metrics.resumes.labels("refused").inc()
-        self._metrics.finished(call, "failed", "endpoint_lost", monotonic())
+        self._metrics.finished(context, RequestOutcome.FAILED, "endpoint_lost", monotonic())
         error = EndpointLost(
             f"the engine was lost ({failure.detail}) and the stream was not resumed: {reason}"
         )
-        out.write(error_event(error, call.api))
+        out.write(error_event(error, context.api))
         out.finish()
 
-    def _account(self, call: RequestContext, exchange: Attempt, tokens: TokenCounts) -> None:
+    def _account(self, context: RequestContext, exchange: Attempt, tokens: TokenCounts) -> None:
         tier = exchange.load.endpoint.tier
-        next_gpu_s = self._ledger.record(tier, call.session, tokens.prompt, tokens.generated, call.gpu_s)
-        self._metrics.used(call, tier, tokens.prompt, tokens.generated, next_gpu_s)
+        next_gpu_s = self._ledger.record(
+            tier, context.session, tokens.prompt, tokens.generated, context.gpu_s
+        )
+        self._metrics.used(context, tier, tokens.prompt, tokens.generated, next_gpu_s)
 
 
 STREAM_HEADERS: Final[Headers] = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 
 
-def answer_headers(call: RequestContext) -> Headers:
+def answer_headers(context: RequestContext) -> Headers:
     """What every answer tells about its way."""
-    headers = [(b"x-request-id", call.request_id.encode("latin-1"))]
-    if call.decision is not None:
-        headers.append((b"x-tier", call.decision.tier.encode()))
-        headers.append((b"x-tier-reason", call.decision.reason.encode("latin-1", "replace")))
-    if call.attempts > 1:
-        headers.append((b"x-attempts", str(call.attempts).encode()))
+    headers = [(b"x-request-id", context.request_id.encode("latin-1"))]
+    if context.decision is not None:
+        headers.append((b"x-tier", context.decision.tier.encode()))
+        headers.append((b"x-tier-reason", context.decision.reason.encode("latin-1", "replace")))
+    if context.attempts > 1:
+        headers.append((b"x-attempts", str(context.attempts).encode()))
     return headers
 
 
-def stream_options(call: RequestContext) -> dict[str, object] | None:
+def stream_options(context: RequestContext) -> dict[str, object] | None:
     """The request's ``stream_options``."""
-    options = msgspec.json.decode(call.body).get("stream_options")
+    options = msgspec.json.decode(context.body).get("stream_options")
     return options if isinstance(options, dict) else None
 
 
@@ -513,12 +520,12 @@ async def _max_model_len(site: EndpointConnections, request_id: str) -> int | No
         connection.close()
 
 
-async def _client(call: RequestContext, exchange: Attempt, out: Responder) -> None:
+async def _client(context: RequestContext, exchange: Attempt, out: Responder) -> None:
     """Wait for a client that takes less than it is sent: until the deadline, for it holds a place at the
     engine all the while, which is not to blame."""
     exchange.hold()
     try:
-        async with asyncio.timeout(call.deadline_s - monotonic()):
+        async with asyncio.timeout(context.deadline_s - monotonic()):
             await out.drain()
     except TimeoutError:
         raise UpstreamFailure(None, "the client took nothing until the deadline") from None

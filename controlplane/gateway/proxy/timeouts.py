@@ -43,7 +43,7 @@ class WatchedAttempt:
         "connection",
         "deadline_s",
         "held",
-        "lease",
+        "slot",
         "started_s",
         "streaming",
     )
@@ -51,7 +51,7 @@ class WatchedAttempt:
     def __init__(
         self,
         connection: UpstreamConnection,
-        lease: RequestSlot,
+        slot: RequestSlot,
         *,
         deadline_s: float,
         started_s: float,
@@ -59,7 +59,7 @@ class WatchedAttempt:
         attempt: int = 1,
     ) -> None:
         self.connection = connection
-        self.lease = lease
+        self.slot = slot
         self.deadline_s = deadline_s
         self.started_s = started_s
         self.streaming = streaming
@@ -90,7 +90,7 @@ class TimeoutWatcher:
         """Fail what is overdue; to be called every :data:`SWEEP_S`."""
         watches = list(self._watches)
         for watch in watches:
-            load = watch.lease.load
+            load = watch.slot.load
             if watch.connection.last_byte_s > max(load.sign_s, watch.started_s):
                 load.sign_s = watch.connection.last_byte_s
         hung: set[EndpointLoad] = set()
@@ -99,11 +99,11 @@ class TimeoutWatcher:
             if verdict is not None:
                 watch.connection.fail(*verdict)
             elif self._silent(watch, self._patience_s(watch), now_s):
-                hung.add(watch.lease.load)
+                hung.add(watch.slot.load)
                 self._fail_silent(watch, now_s)
         for watch in watches if hung else ():
             # An answer in one piece shows no life before it is whole: there a stream is the witness.
-            alike = watch.lease.load in hung and not watch.streaming and watch.attempt == 1
+            alike = watch.slot.load in hung and not watch.streaming and watch.attempt == 1
             if alike and self._silent(watch, self._limits.silence_s, now_s):
                 self._fail_silent(watch, now_s)
 
@@ -126,7 +126,7 @@ class TimeoutWatcher:
         return None
 
     def _silent(self, watch: WatchedAttempt, patience_s: float, now_s: float) -> bool:
-        load = watch.lease.load
+        load = watch.slot.load
         return not watch.held and _silence_s(watch, now_s) > patience_s and _has_alternative(load, now_s)
 
     def _fail_silent(self, watch: WatchedAttempt, now_s: float) -> None:
@@ -137,7 +137,7 @@ class TimeoutWatcher:
     def _patience_s(self, watch: WatchedAttempt) -> float:
         """How much silence is too much. A request that met it before is given more: if it is honestly
         slow, it is so everywhere."""
-        load = watch.lease.load
+        load = watch.slot.load
         usual_s = SILENCE_TTFTS * (load.ttft_s or 0.0)
         if not watch.streaming:
             if load.latency_s is None:
@@ -148,7 +148,7 @@ class TimeoutWatcher:
 
 def _silence_s(watch: WatchedAttempt, now_s: float) -> float:
     """For how long neither this exchange nor any other of its endpoint gave a byte."""
-    return now_s - max(watch.lease.load.sign_s, watch.connection.last_byte_s, watch.started_s)
+    return now_s - max(watch.slot.load.sign_s, watch.connection.last_byte_s, watch.started_s)
 
 
 def _has_alternative(load: EndpointLoad, now_s: float) -> bool:

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from controlplane.core.admission.queue import AdmissionQueue
 from controlplane.core.cluster.snapshot import ClusterSnapshot
-from controlplane.core.domain.request import Priority
+from controlplane.core.domain.request import Priority, RequestOutcome
 from controlplane.core.routing.circuit_breaker import BreakerState
 from controlplane.core.routing.endpoint_table import EndpointTable
 from controlplane.gateway.proxy.request_context import RequestContext
@@ -26,6 +26,8 @@ LATENCY_BUCKETS_S: Final = (
 TOKEN_BUCKETS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
 
 
+# Attribute look-ups on an enum class cost more than on a module.
+_OK: Final = RequestOutcome.OK
 _BREAKER_LEVELS: Final = {BreakerState.CLOSED: 0.0, BreakerState.HALF_OPEN: 0.5, BreakerState.OPEN: 1.0}
 
 
@@ -205,43 +207,43 @@ class Metrics:
         self.hedges = Counter(
             "tierplane_hedges", "Second first attempts, by whether they won.", ["outcome"], registry=registry
         )
-        self.on_finished: Callable[[RequestContext, str, str, float], None] | None = None
-        """Told of each call's end too: call, outcome, reason, monotonic seconds."""
+        self.on_finished: Callable[[RequestContext, RequestOutcome, str, float], None] | None = None
+        """Called with each request's context, outcome, reason and time of its end (monotonic seconds)."""
         self._per_tier: dict[str, _TierSeries] = {}
-        self._outcomes: dict[tuple[str, str, str], Counter] = {}
+        self._outcomes: dict[tuple[str, RequestOutcome, str], Counter] = {}
         for tier, target in traffic.slo_targets.items() if traffic is not None else ():
             self.slo_target.labels(tier).set(target)
 
-    def finished(self, call: RequestContext, outcome: str, reason: str, now_s: float) -> None:
-        """A call ended."""
+    def finished(self, context: RequestContext, outcome: RequestOutcome, reason: str, now_s: float) -> None:
+        """Count a request that ended. ``reason`` refines the outcome: an error code, a status, or ``stream``."""
         if self.on_finished is not None:
-            self.on_finished(call, outcome, reason, now_s)
-        judged = self.traffic.ended(call, outcome, now_s) if self.traffic is not None else None
+            self.on_finished(context, outcome, reason, now_s)
+        judged = self.traffic.ended(context, outcome, now_s) if self.traffic is not None else None
         if judged is not None:
             self.slo_judged.labels(judged[0]).inc()
             self.slo_missed.labels(judged[0]).inc(judged[1])
-        tier = call.tier
+        tier = context.tier
         key = (tier, outcome, reason)
         counter = self._outcomes.get(key)
         if counter is None:
             counter = self._outcomes[key] = self.requests.labels(*key)
         counter.inc()
-        if outcome == "ok":
+        if outcome is _OK:
             series = self._series(tier)
-            series.total_s.observe(now_s - call.arrived_s)
-            if call.stream:
-                series.ttft_s.observe(call.first_byte_s - call.arrived_s)
+            series.total_s.observe(now_s - context.arrived_s)
+            if context.stream:
+                series.ttft_s.observe(context.first_byte_s - context.arrived_s)
 
     def used(
-        self, call: RequestContext, tier: str, prompt: int, generated: int, next_gpu_s: float | None
+        self, context: RequestContext, tier: str, prompt: int, generated: int, next_gpu_s: float | None
     ) -> None:
-        """What a call that is about to end took."""
+        """Count the tokens and GPU time of a request that is about to end."""
         if self.traffic is not None:
-            self.traffic.used(call, tier, prompt, generated)
+            self.traffic.used(context, tier, prompt, generated)
         series = self._series(tier)
         series.prompt.inc(prompt)
         series.generated.inc(generated)
-        series.gpu_s.inc(call.gpu_s)
+        series.gpu_s.inc(context.gpu_s)
         if next_gpu_s is not None:
             series.next_gpu_s.inc(next_gpu_s)
 
@@ -258,11 +260,11 @@ class Metrics:
             )
         return series
 
-    def observe(self, fleet: EndpointTable, queue: AdmissionQueue) -> None:
+    def observe(self, endpoint_table: EndpointTable, queue: AdmissionQueue) -> None:
         """Set the gauges to what is now; called when they are read."""
         self.breaker_open.clear()
         self.endpoints.clear()
-        for pool in fleet.pools:
+        for pool in endpoint_table.pools:
             self.in_flight.labels(pool.name).set(pool.in_flight)
             self.slots.labels(pool.name).set(pool.limit)
             for load in pool.loads:

@@ -17,11 +17,12 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from controlplane.core.domain.request import RequestOutcome
 from controlplane.gateway.proxy.request_context import RequestContext
 from controlplane.http.messages import Request
 
 _PROPAGATOR: Final = TraceContextTextMapPropagator()
-_FAILED: Final = frozenset({"failed", "shed"})
+_FAILED: Final = frozenset({RequestOutcome.FAILED, RequestOutcome.SHED})
 
 
 class Tracing:
@@ -37,8 +38,8 @@ class Tracing:
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("tierplane")
 
-    def begin(self, call: RequestContext, request: Request) -> None:
-        """Start the call's span; engines are told of it with every attempt."""
+    def begin(self, context: RequestContext, request: Request) -> None:
+        """Start the request's span; every attempt passes it on to the engine."""
         given = {}
         for name in ("traceparent", "tracestate"):
             value = request.header(name.encode())
@@ -48,30 +49,30 @@ class Tracing:
         span = self._tracer.start_span(request.path, parent, kind=trace.SpanKind.SERVER)
         passed_on: dict[str, str] = {}
         _PROPAGATOR.inject(passed_on, trace.set_span_in_context(span))
-        call.span = span
+        context.span = span
         # What a client sent may hold anything but a line's end, which the server's parser let nobody send.
-        call.identity = "\r\n".join(
-            [call.request_id, *(f"{name}: {value}" for name, value in passed_on.items())]
+        context.identity = "\r\n".join(
+            [context.request_id, *(f"{name}: {value}" for name, value in passed_on.items())]
         )
 
-    def end(self, call: RequestContext, outcome: str, reason: str, now_s: float) -> None:
-        """The call ended: what became of it, and when its first byte came."""
-        span = call.span
+    def end(self, context: RequestContext, outcome: RequestOutcome, reason: str, now_s: float) -> None:
+        """End the request's span with its outcome and the time of its first byte."""
+        span = context.span
         if not isinstance(span, Span) or not span.is_recording():
             return
         attributes: dict[str, str | int | bool] = {
-            "tierplane.request_id": call.request_id,
-            "tierplane.tier": call.tier,
-            "tierplane.outcome": outcome,
+            "tierplane.request_id": context.request_id,
+            "tierplane.tier": context.tier,
+            "tierplane.outcome": outcome.value,
             "tierplane.reason": reason,
-            "tierplane.attempts": call.attempts,
-            "tierplane.resumed": call.resumed,
-            "tierplane.stream": call.stream,
-            "gen_ai.request.model": call.request.model,
+            "tierplane.attempts": context.attempts,
+            "tierplane.resumed": context.resumed,
+            "tierplane.stream": context.stream,
+            "gen_ai.request.model": context.request.model,
         }
         span.set_attributes(attributes)
-        if call.first_byte_s:
-            behind_ns = round((now_s - call.first_byte_s) * 1e9)
+        if context.first_byte_s:
+            behind_ns = round((now_s - context.first_byte_s) * 1e9)
             span.add_event("first byte", timestamp=time.time_ns() - behind_ns)
         if outcome in _FAILED:
             span.set_status(trace.StatusCode.ERROR, reason)

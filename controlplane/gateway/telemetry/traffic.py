@@ -9,6 +9,7 @@ from time import monotonic
 from typing import Final
 
 from controlplane.core.admission.queue import AdmissionQueue
+from controlplane.core.domain.request import RequestOutcome
 from controlplane.core.domain.slo import Slo
 from controlplane.core.routing.endpoint_table import EndpointTable
 from controlplane.core.routing.tier_table import TierTable
@@ -18,6 +19,12 @@ from controlplane.gateway.proxy.request_context import RequestContext
 MAX_SLOT_S: Final = 10.0
 """A largest latency is told for so long, and up to twice that."""
 
+
+# Attribute look-ups on an enum class cost more than on a module.
+_OK: Final = RequestOutcome.OK
+_FAILED: Final = RequestOutcome.FAILED
+_SHED: Final = RequestOutcome.SHED
+_NOT_JUDGED: Final = frozenset({RequestOutcome.CLIENT_ERROR, RequestOutcome.CANCELLED})
 
 ASLEEP_AGAIN_S: Final = 0.25
 
@@ -44,20 +51,20 @@ class _SubjectCounts:
         self.ttft = [0] * len(LATENCY_BOUNDS_S)
         self.max_s = self.max_before_s = self.max_since_s = 0.0
 
-    def served(self, call: RequestContext, outcome: str, total_s: float, now_s: float) -> None:
-        self.retried += max(0, call.attempts - 1)
-        if outcome == "ok":
+    def served(self, context: RequestContext, outcome: RequestOutcome, total_s: float, now_s: float) -> None:
+        self.retried += max(0, context.attempts - 1)
+        if outcome is _OK:
             self.ok += 1
-            self.resumed += call.resumed
+            self.resumed += context.resumed
             self.latency_s += total_s
             self.latency[bisect_left(LATENCY_BOUNDS_S, total_s)] += 1
-            if call.stream:
-                self.ttft[bisect_left(LATENCY_BOUNDS_S, call.first_byte_s - call.arrived_s)] += 1
+            if context.stream:
+                self.ttft[bisect_left(LATENCY_BOUNDS_S, context.first_byte_s - context.arrived_s)] += 1
             self._turn(now_s)
             self.max_s = max(self.max_s, total_s)
-        elif outcome == "failed":
+        elif outcome is _FAILED:
             self.failed += 1
-        elif outcome == "shed":
+        elif outcome is _SHED:
             self.shed += 1
 
     def _turn(self, now_s: float) -> None:
@@ -117,42 +124,44 @@ class TrafficCounter:
             self._asleep_s = now_s
             self.on_asleep()
 
-    def used(self, call: RequestContext, tier: str, prompt: int, generated: int) -> None:
-        """What a call that is about to end took."""
-        call.generated_tokens = generated
-        for counts in self._of(tier, call):
+    def used(self, context: RequestContext, tier: str, prompt: int, generated: int) -> None:
+        """Count the tokens and GPU time of a request that is about to end."""
+        context.generated_tokens = generated
+        for counts in self._of(tier, context):
             counts.prompt_tokens += prompt
             counts.generated_tokens += generated
-            counts.gpu_s += call.gpu_s
+            counts.gpu_s += context.gpu_s
 
-    def ended(self, call: RequestContext, outcome: str, now_s: float) -> tuple[str, bool] | None:
-        """A call ended: with outcome ``ok``, ``client_error``, ``failed``, ``shed`` or ``cancelled``. The
-        tier that it was meant for and whether it missed that tier's SLO; None: it does not count for one."""
-        total_s = now_s - call.arrived_s
-        for counts in self._of(call.tier, call):
-            counts.served(call, outcome, total_s, now_s)
-        if call.route is None or not call.route.order or outcome in ("client_error", "cancelled"):
+    def ended(
+        self, context: RequestContext, outcome: RequestOutcome, now_s: float
+    ) -> tuple[str, bool] | None:
+        """Count a request that ended. Returns the tier that it was meant for and whether it missed that
+        tier's SLO; None if it counts for no SLO."""
+        total_s = now_s - context.arrived_s
+        for counts in self._of(context.tier, context):
+            counts.served(context, outcome, total_s, now_s)
+        if context.route is None or not context.route.order or outcome in _NOT_JUDGED:
             return None
-        meant = self._names[call.route.order[0]]
+        meant = self._names[context.route.order[0]]
         counts = self._tiers[meant]
         counts.judged += 1
-        counts.away += bool(call.tier) and call.tier != meant and outcome == "ok"
-        missed = outcome != "ok" or not self._kept(call, meant, total_s)
+        counts.away += bool(context.tier) and context.tier != meant and outcome is _OK
+        missed = outcome is not _OK or not self._kept(context, meant, total_s)
         counts.missed += missed
         return meant, missed
 
-    def _kept(self, call: RequestContext, tier: str, total_s: float) -> bool:
-        tokens = call.generated_tokens
-        if not call.stream:
+    def _kept(self, context: RequestContext, tier: str, total_s: float) -> bool:
+        tokens = context.generated_tokens
+        if not context.stream:
             return within_slo(self._slos[tier], ttft_s=None, itl_s=None, total_s=total_s, tokens=tokens)
-        ttft_s = call.first_byte_s - call.arrived_s
+        ttft_s = context.first_byte_s - context.arrived_s
         itl_s = (total_s - ttft_s) / (tokens - 1) if tokens > 1 else None
         return within_slo(self._slos[tier], ttft_s=ttft_s, itl_s=itl_s, total_s=total_s, tokens=tokens)
 
-    def _of(self, tier: str, call: RequestContext) -> list[_SubjectCounts]:
-        """The tier and the endpoint that serve a call."""
+    def _of(self, tier: str, context: RequestContext) -> list[_SubjectCounts]:
+        """The tier and the endpoint that serve a context."""
         found = [self._tiers[tier]] if tier in self._tiers else []
-        load = call.decision.load if call.decision is not None else None
+        load = context.decision.load if context.decision is not None else None
         if load is not None:
             name = load.endpoint.endpoint_id
             counts = self._endpoints.get(name)
@@ -161,7 +170,7 @@ class TrafficCounter:
             found.append(counts)
         return found
 
-    def read(self, fleet: EndpointTable, queue: AdmissionQueue) -> tuple[TrafficCounters, ...]:
+    def read(self, endpoint_table: EndpointTable, queue: AdmissionQueue) -> tuple[TrafficCounters, ...]:
         """Every tier, and every endpoint that is there; those that are gone are forgotten."""
         now_s = monotonic()
         waiting = [0] * len(self._names)
@@ -169,11 +178,11 @@ class TrafficCounter:
             waiting[ticket.payload.route.order[0]] += 1
         found = [
             self._tiers[pool.name].reading(pool.name, waiting[pool.rank], pool.in_flight, now_s)
-            for pool in fleet.pools
+            for pool in endpoint_table.pools
         ]
-        for name in self._endpoints.keys() - fleet.by_endpoint_id.keys():
+        for name in self._endpoints.keys() - endpoint_table.by_endpoint_id.keys():
             del self._endpoints[name]
-        for name, load in fleet.by_endpoint_id.items():
+        for name, load in endpoint_table.by_endpoint_id.items():
             counts = self._endpoints.get(name)
             if counts is not None:
                 found.append(counts.reading(name, 0, load.in_flight, now_s))

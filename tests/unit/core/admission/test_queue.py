@@ -163,7 +163,7 @@ def test_a_full_queue_says_when_to_come_back() -> None:
     queue = queue_of(*(ticket() for _ in range(4)), capacity=4)
     answer = queue.offer(ticket(), NOW_S, [0.5])
     assert answer == Rejected(RejectReason.FULL, 10.0, 10.0)
-    assert answer.why.status == 429
+    assert answer.reason.status == 429
     assert len(queue) == 4
 
 
@@ -175,7 +175,7 @@ def test_retry_after_stays_in_its_bounds(rate: float | None, expected_s: float) 
     )
     answer = queue.offer(ticket(deadline_s=far), NOW_S, [rate])
     assert isinstance(answer, Rejected)
-    assert (answer.why, answer.retry_after_s) == (RejectReason.FULL, expected_s)
+    assert (answer.reason, answer.retry_after_s) == (RejectReason.FULL, expected_s)
 
 
 def test_the_more_important_evicts_the_youngest_of_the_least_important() -> None:
@@ -207,21 +207,21 @@ def test_what_cannot_make_its_deadline_is_shed_at_once(needs_s: float, let_in: b
     if let_in:
         assert answer == Queued(5.0)
     else:
-        assert answer == Rejected(RejectReason.HOPELESS, 1.0, 5.0)
-        assert RejectReason.HOPELESS.status == 429
+        assert answer == Rejected(RejectReason.WOULD_MISS_DEADLINE, 1.0, 5.0)
+        assert RejectReason.WOULD_MISS_DEADLINE.status == 429
     assert len(queue) == 4 + let_in
 
 
 def test_shedding_says_by_how_much_it_was_too_late() -> None:
     queue = queue_of(*(ticket(deadline_s=NOW_S + 19.0) for _ in range(49)))
     answer = queue.offer(ticket(deadline_s=NOW_S + 20.0), NOW_S, [1.0])
-    assert answer == Rejected(RejectReason.HOPELESS, 30.0, 50.0)
+    assert answer == Rejected(RejectReason.WOULD_MISS_DEADLINE, 30.0, 50.0)
 
 
 def test_a_passed_deadline_is_too_late() -> None:
     answer = AdmissionQueue().offer(ticket(deadline_s=NOW_S), NOW_S, [1.0])
     assert isinstance(answer, Rejected)
-    assert (answer.why, answer.why.status) == (RejectReason.TOO_LATE, 408)
+    assert (answer.reason, answer.reason.status) == (RejectReason.TOO_LATE, 408)
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,9 @@ LARGE = replace(SMALL, endpoint_id="large-0", tier="large", model="l")
 
 
 def dispatcher(*endpoints: Endpoint, capacity: int = 10, **settings: Any) -> Dispatcher:
-    fleet = EndpointTable(TABLE, LoadSettings(**settings))
-    fleet.apply(endpoints)
-    return Dispatcher(TABLE, fleet, AdmissionQueue(AdmissionSettings(capacity=capacity)))
+    endpoint_table = EndpointTable(TABLE, LoadSettings(**settings))
+    endpoint_table.apply(endpoints)
+    return Dispatcher(TABLE, endpoint_table, AdmissionQueue(AdmissionSettings(capacity=capacity)))
 
 
 def submit(
@@ -46,11 +46,11 @@ def test_starts_queues_and_starts_again_when_a_slot_frees() -> None:
     assert isinstance(second, WaitsInQueue)
     assert second.decision.reason == "model=large; large full"
     assert plane.pump(NOW_S, 0) == []
-    first.lease.succeed(NOW_S + 1)
+    first.slot.succeed(NOW_S + 1)
     (started,) = plane.pump(NOW_S + 1, 0)
     assert started.ticket is second.ticket
     assert started.ticket.payload.payload == "second"
-    assert started.lease.load.endpoint.endpoint_id == "large-0"
+    assert started.slot.load.endpoint.endpoint_id == "large-0"
     assert plane.pump(NOW_S + 1, 0) == []
 
 
@@ -58,7 +58,7 @@ def test_a_tier_that_becomes_ready_gets_what_waits_for_it() -> None:
     plane = dispatcher(replace(LARGE, state=EndpointState.RESTARTING))
     held = submit(plane, RouteRequest(model="large"))
     assert isinstance(held, WaitsInQueue)
-    assert plane.fleet.apply([replace(LARGE, generation=2)])
+    assert plane.endpoint_table.apply([replace(LARGE, generation=2)])
     (started,) = plane.pump(NOW_S, 0)
     assert started.decision.reason == "model=large"
 
@@ -71,7 +71,7 @@ def test_a_full_tier_in_front_does_not_hold_up_others() -> None:
     assert isinstance(waits_high, WaitsInQueue)
     assert isinstance(waits_low, WaitsInQueue)
     assert isinstance(running[0], Started)
-    running[0].lease.succeed(NOW_S + 1)
+    running[0].slot.succeed(NOW_S + 1)
     assert [one.ticket for one in plane.pump(NOW_S + 1, 0)] == [waits_low.ticket]
 
 
@@ -92,36 +92,36 @@ def test_refusals_of_routing_and_of_the_queue() -> None:
     late = submit(plane, RouteRequest(model="large"), deadline_s=NOW_S)
     assert isinstance(late, DispatchRefused)
     assert late.rejected is not None
-    assert late.rejected.why is RejectReason.TOO_LATE
+    assert late.rejected.reason is RejectReason.TOO_LATE
     submit(plane, RouteRequest(model="large"))
     submit(plane, RouteRequest(model="large"))
     full = submit(plane, RouteRequest(model="large"))
     assert isinstance(full, DispatchRefused)
     assert full.rejected is not None
-    assert full.rejected.why is RejectReason.FULL
+    assert full.rejected.reason is RejectReason.FULL
 
 
 def test_sheds_by_what_it_has_seen_of_the_tiers_speed() -> None:
     plane = dispatcher(LARGE)
     first = submit(plane, RouteRequest(model="large"))
     assert isinstance(first, Started)
-    first.lease.succeed(NOW_S + 4.0)
+    first.slot.succeed(NOW_S + 4.0)
     submit(plane, RouteRequest(model="large"), NOW_S + 4.0)
     hopeless = submit(plane, RouteRequest(model="large"), NOW_S + 4.0, deadline_s=NOW_S + 7.0)
     assert isinstance(hopeless, DispatchRefused)
     assert hopeless.rejected is not None
-    assert (hopeless.rejected.why, hopeless.rejected.wait_s) == (RejectReason.HOPELESS, 4.0)
+    assert (hopeless.rejected.reason, hopeless.rejected.wait_s) == (RejectReason.WOULD_MISS_DEADLINE, 4.0)
 
 
 def test_a_retry_keeps_its_age_and_goes_elsewhere() -> None:
     plane = dispatcher(replace(LARGE, concurrency_limit=2), replace(LARGE, endpoint_id="large-1"))
     first = submit(plane, RouteRequest(model="large"))
     assert isinstance(first, Started)
-    first.lease.fail(NOW_S + 1)
-    request = RouteRequest(model="large", exclude=frozenset({first.lease.load.key}))
+    first.slot.fail(NOW_S + 1)
+    request = RouteRequest(model="large", exclude=frozenset({first.slot.load.key}))
     second = submit(plane, request, NOW_S + 1, arrived_s=NOW_S)
     assert isinstance(second, Started)
-    assert second.lease.load is not first.lease.load
+    assert second.slot.load is not first.slot.load
     third = submit(plane, request, NOW_S + 2, arrived_s=NOW_S)
     assert isinstance(third, WaitsInQueue)
     assert third.ticket.arrived_s == NOW_S
@@ -132,7 +132,7 @@ def test_waiting_requests_that_become_hopeless_are_refused() -> None:
     held = submit(plane, RouteRequest(model="l"))
     assert isinstance(held, WaitsInQueue)
     assert plane.refused(NOW_S, 0) == []
-    plane.fleet.apply([replace(LARGE, state=EndpointState.FAILED, diagnosis="bad flag"), SMALL])
+    plane.endpoint_table.apply([replace(LARGE, state=EndpointState.FAILED, diagnosis="bad flag"), SMALL])
     ((ticket, decision),) = plane.refused(NOW_S, 0)
     assert ticket is held.ticket
     assert (decision.outcome, decision.message) == (
@@ -144,7 +144,7 @@ def test_waiting_requests_that_become_hopeless_are_refused() -> None:
 
 def test_what_goes_by_age_may_use_the_reserve() -> None:
     plane = dispatcher(replace(LARGE, concurrency_limit=10))
-    plane.fleet.high_seen_s = NOW_S
+    plane.endpoint_table.high_seen_s = NOW_S
     running = [submit(plane, RouteRequest(model="large")) for _ in range(9)]
     assert all(isinstance(one, Started) for one in running)
     low = submit(plane, RouteRequest(model="large", priority=Priority.LOW))
@@ -163,7 +163,7 @@ def test_a_second_try_takes_a_free_place_or_none() -> None:
     assert isinstance(submit(plane, request), Started)
     second = plane.start_now(request, route, NOW_S, 0)
     assert second is not None
-    assert second.lease.load.in_flight == 2
+    assert second.slot.load.in_flight == 2
     waiting = submit(plane, request._replace(priority=Priority.LOW))
     assert isinstance(waiting, WaitsInQueue)
     assert plane.start_now(request._replace(priority=Priority.HIGH), route, NOW_S, 0) is None

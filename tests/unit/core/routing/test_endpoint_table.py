@@ -1,4 +1,4 @@
-"""What a gateway counts: shares, leases, averages, snapshots."""
+"""What a gateway counts: shares, slots, averages, snapshots."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ READY = Endpoint("small-0", "small", "s", "vllm", "http://127.0.0.1:1", Endpoint
 
 
 def one(**settings: Any) -> EndpointTable:
-    fleet = EndpointTable(TABLE, LoadSettings(**settings))
-    fleet.apply([READY])
-    return fleet
+    endpoint_table = EndpointTable(TABLE, LoadSettings(**settings))
+    endpoint_table.apply([READY])
+    return endpoint_table
 
 
 @pytest.mark.parametrize(
@@ -51,44 +51,44 @@ def test_no_such_share(limit: int, index: int, count: int) -> None:
         shard_share(limit, index, count)
 
 
-def test_a_lease_counts_while_it_lasts_and_ends_once() -> None:
-    fleet = one()
-    load, pool = fleet.by_endpoint_id["small-0"], fleet.pools[0]
-    lease = load.begin(NOW_S)
+def test_a_slot_counts_while_it_lasts_and_ends_once() -> None:
+    endpoint_table = one()
+    load, pool = endpoint_table.by_endpoint_id["small-0"], endpoint_table.pools[0]
+    slot = load.begin(NOW_S)
     other = load.begin(NOW_S)
     assert (load.in_flight, load.awaiting_first, pool.in_flight) == (2, 2, 2)
-    lease.first_token(NOW_S + 0.5)
+    slot.first_token(NOW_S + 0.5)
     assert (load.in_flight, load.awaiting_first) == (2, 1)
-    assert lease.succeed(NOW_S + 2.0)
-    assert not lease.fail(NOW_S + 2.0)
-    assert not lease.abandon(NOW_S + 2.0)
-    assert not lease.succeed(NOW_S + 2.0)
+    assert slot.succeed(NOW_S + 2.0)
+    assert not slot.fail(NOW_S + 2.0)
+    assert not slot.abandon(NOW_S + 2.0)
+    assert not slot.succeed(NOW_S + 2.0)
     assert other.abandon(NOW_S + 3.0)
     assert (load.in_flight, load.awaiting_first, pool.in_flight) == (0, 0, 0)
     assert load.breaker.state is BreakerState.CLOSED
 
 
 def test_averages_move_towards_new_samples() -> None:
-    fleet = one()
-    load, pool = fleet.by_endpoint_id["small-0"], fleet.pools[0]
+    endpoint_table = one()
+    load, pool = endpoint_table.by_endpoint_id["small-0"], endpoint_table.pools[0]
     load.begin(NOW_S).succeed(NOW_S + 1.0)
     assert (load.ttft_s, load.latency_s, pool.ttft_s, pool.held_s) == (1.0, 1.0, 1.0, 1.0)
-    lease = load.begin(NOW_S)
-    lease.first_token(NOW_S + 2.0)
-    lease.succeed(NOW_S + 3.0)
+    slot = load.begin(NOW_S)
+    slot.first_token(NOW_S + 2.0)
+    slot.succeed(NOW_S + 3.0)
     assert load.ttft_s == pytest.approx(1.2)
     assert load.latency_s == pytest.approx(1.4)
     assert pool.held_s == pytest.approx(1.1)
 
 
 def test_the_rate_is_that_of_a_full_tier() -> None:
-    fleet = one(reserved_ratio=0.2)
-    pool = fleet.pools[0]
+    endpoint_table = one(reserved_ratio=0.2)
+    pool = endpoint_table.pools[0]
     assert pool.rate_per_s(Priority.HIGH) is None
-    fleet.by_endpoint_id["small-0"].begin(NOW_S).succeed(NOW_S + 2.0)
+    endpoint_table.by_endpoint_id["small-0"].begin(NOW_S).succeed(NOW_S + 2.0)
     assert pool.rate_per_s(Priority.HIGH) == pytest.approx(5.0)
     assert pool.rate_per_s(Priority.LOW) == pytest.approx(4.0)
-    assert fleet.pools[1].rate_per_s(Priority.HIGH) is None
+    assert endpoint_table.pools[1].rate_per_s(Priority.HIGH) is None
 
 
 def test_failures_reach_the_breaker_and_the_clients_own_do_not() -> None:
@@ -106,28 +106,28 @@ def test_failures_reach_the_breaker_and_the_clients_own_do_not() -> None:
 
 
 def test_a_new_process_of_a_replica_starts_afresh() -> None:
-    fleet = one()
-    old = fleet.by_endpoint_id["small-0"]
-    lease = old.begin(NOW_S)
-    fleet.apply([replace(READY, generation=2)])
-    new = fleet.by_endpoint_id["small-0"]
+    endpoint_table = one()
+    old = endpoint_table.by_endpoint_id["small-0"]
+    slot = old.begin(NOW_S)
+    endpoint_table.apply([replace(READY, generation=2)])
+    new = endpoint_table.by_endpoint_id["small-0"]
     assert new is not old
-    assert (new.in_flight, fleet.pools[0].in_flight) == (0, 0)
-    lease.fail(NOW_S)
-    assert (new.in_flight, fleet.pools[0].in_flight) == (0, 0)
+    assert (new.in_flight, endpoint_table.pools[0].in_flight) == (0, 0)
+    slot.fail(NOW_S)
+    assert (new.in_flight, endpoint_table.pools[0].in_flight) == (0, 0)
     assert new.breaker.state is BreakerState.CLOSED
 
 
 def test_requests_of_an_endpoint_that_is_not_ready_don_t_count_for_its_tier() -> None:
-    fleet = one()
-    load = fleet.by_endpoint_id["small-0"]
-    lease = load.begin(NOW_S)
-    fleet.apply([replace(READY, state=EndpointState.DRAINING)])
-    assert fleet.by_endpoint_id["small-0"] is load
-    assert (load.in_flight, fleet.pools[0].in_flight, fleet.pools[0].limit) == (1, 0, 0)
-    assert fleet.pools[0].load_ratio == 1.0
-    lease.succeed(NOW_S + 1.0)
-    assert (load.in_flight, fleet.pools[0].in_flight) == (0, 0)
+    endpoint_table = one()
+    load = endpoint_table.by_endpoint_id["small-0"]
+    slot = load.begin(NOW_S)
+    endpoint_table.apply([replace(READY, state=EndpointState.DRAINING)])
+    assert endpoint_table.by_endpoint_id["small-0"] is load
+    assert (load.in_flight, endpoint_table.pools[0].in_flight, endpoint_table.pools[0].limit) == (1, 0, 0)
+    assert endpoint_table.pools[0].load_ratio == 1.0
+    slot.succeed(NOW_S + 1.0)
+    assert (load.in_flight, endpoint_table.pools[0].in_flight) == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -146,9 +146,9 @@ def test_requests_of_an_endpoint_that_is_not_ready_don_t_count_for_its_tier() ->
 def test_applying_says_whether_waiting_requests_may_find_a_place(
     before: list[Endpoint], after: list[Endpoint], better: bool
 ) -> None:
-    fleet = EndpointTable(TABLE)
-    fleet.apply(before)
-    assert fleet.apply(after) is better
+    endpoint_table = EndpointTable(TABLE)
+    endpoint_table.apply(before)
+    assert endpoint_table.apply(after) is better
 
 
 def test_a_snapshot_gives_each_gateway_its_share_and_the_others_load() -> None:
@@ -159,10 +159,10 @@ def test_a_snapshot_gives_each_gateway_its_share_and_the_others_load() -> None:
     snapshot = ClusterSnapshot("e", 1, 0.0, (READY,), gateways)
     limits = []
     for name, others in (("a", 6), ("b", 5), ("c", 3)):
-        fleet = EndpointTable(TABLE)
-        fleet.apply_snapshot(snapshot, name)
-        limits.append(fleet.pools[0].limit)
-        assert fleet.by_endpoint_id["small-0"].others_in_flight == others
+        endpoint_table = EndpointTable(TABLE)
+        endpoint_table.apply_snapshot(snapshot, name)
+        limits.append(endpoint_table.pools[0].limit)
+        assert endpoint_table.by_endpoint_id["small-0"].others_in_flight == others
     assert sorted(limits) == [3, 3, 4]
 
 

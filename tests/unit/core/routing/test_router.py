@@ -45,9 +45,9 @@ def plane(
             for name in ("lightweight", "balanced", "capable")
         ]
     )
-    fleet = EndpointTable(table, LoadSettings(**settings))
-    fleet.apply(endpoints)
-    return table, fleet
+    endpoint_table = EndpointTable(table, LoadSettings(**settings))
+    endpoint_table.apply(endpoints)
+    return table, endpoint_table
 
 
 def fill(load: EndpointLoad, count: int | None = None) -> None:
@@ -55,8 +55,8 @@ def fill(load: EndpointLoad, count: int | None = None) -> None:
         load.begin(NOW_S)
 
 
-def chosen(request: RouteRequest, table: TierTable, fleet: EndpointTable, pick: int = 0) -> str:
-    decision = decide(request, table, fleet, NOW_S, pick)
+def chosen(request: RouteRequest, table: TierTable, endpoint_table: EndpointTable, pick: int = 0) -> str:
+    decision = decide(request, table, endpoint_table, NOW_S, pick)
     assert decision.load is not None, decision
     return decision.load.endpoint.endpoint_id
 
@@ -65,8 +65,8 @@ BALANCED = RouteRequest(model="balanced")
 
 
 def test_sends_to_the_tier_asked_for_and_says_why() -> None:
-    table, fleet = plane(endpoint("lightweight-0"), endpoint("balanced-0"))
-    decision = decide(RouteRequest(complexity=Complexity.SIMPLE), table, fleet, NOW_S, 0)
+    table, endpoint_table = plane(endpoint("lightweight-0"), endpoint("balanced-0"))
+    decision = decide(RouteRequest(complexity=Complexity.SIMPLE), table, endpoint_table, NOW_S, 0)
     assert (decision.outcome, decision.tier, decision.reason) == (
         RouteOutcome.SEND,
         "lightweight",
@@ -75,10 +75,10 @@ def test_sends_to_the_tier_asked_for_and_says_why() -> None:
 
 
 def test_equal_endpoints_get_equal_shares() -> None:
-    table, fleet = plane(*(endpoint(f"balanced-{i}") for i in range(3)))
+    table, endpoint_table = plane(*(endpoint(f"balanced-{i}") for i in range(3)))
     counts: dict[str, int] = {}
     for pick in range(600):
-        name = chosen(BALANCED, table, fleet, pick)
+        name = chosen(BALANCED, table, endpoint_table, pick)
         counts[name] = counts.get(name, 0) + 1
     assert counts == {f"balanced-{i}": 200 for i in range(3)}
 
@@ -97,51 +97,55 @@ def test_equal_endpoints_get_equal_shares() -> None:
     ],
 )
 def test_the_worse_of_two_is_not_taken(worse: Any) -> None:
-    table, fleet = plane(
+    table, endpoint_table = plane(
         endpoint("balanced-0", concurrency_limit=10), endpoint("balanced-1", concurrency_limit=10)
     )
-    for load in fleet.by_endpoint_id.values():
+    for load in endpoint_table.by_endpoint_id.values():
         load.observe(NOW_S, kv_usage_ratio=0.2, waiting=0)
-    fleet.pools[1].ttft_s = 0.5
-    worse(fleet.by_endpoint_id["balanced-0"])
-    assert {chosen(BALANCED, table, fleet, pick) for pick in range(6)} == {"balanced-1"}
+    endpoint_table.pools[1].ttft_s = 0.5
+    worse(endpoint_table.by_endpoint_id["balanced-0"])
+    assert {chosen(BALANCED, table, endpoint_table, pick) for pick in range(6)} == {"balanced-1"}
 
 
 def test_an_endpoint_that_owes_tokens_and_is_silent_loses_to_a_fuller_one() -> None:
-    table, fleet = plane(
+    table, endpoint_table = plane(
         endpoint("balanced-0", concurrency_limit=10), endpoint("balanced-1", concurrency_limit=10)
     )
-    fleet.by_endpoint_id["balanced-0"].begin(NOW_S - 2.5)
+    endpoint_table.by_endpoint_id["balanced-0"].begin(NOW_S - 2.5)
     for _ in range(8):
-        fleet.by_endpoint_id["balanced-1"].begin(NOW_S).first_token(NOW_S)
-    assert {chosen(BALANCED, table, fleet, pick) for pick in range(6)} == {"balanced-1"}
+        endpoint_table.by_endpoint_id["balanced-1"].begin(NOW_S).first_token(NOW_S)
+    assert {chosen(BALANCED, table, endpoint_table, pick) for pick in range(6)} == {"balanced-1"}
 
 
 def test_an_old_latency_says_nothing() -> None:
-    _, fleet = plane(endpoint("balanced-0"))
-    load = fleet.by_endpoint_id["balanced-0"]
-    load.ttft_s, load.sampled_s, fleet.pools[1].ttft_s = 9.0, NOW_S - 31, 1.0
-    assert scorers.latency(load, NOW_S, fleet.settings) == scorers.NEUTRAL
+    _, endpoint_table = plane(endpoint("balanced-0"))
+    load = endpoint_table.by_endpoint_id["balanced-0"]
+    load.ttft_s, load.sampled_s, endpoint_table.pools[1].ttft_s = 9.0, NOW_S - 31, 1.0
+    assert scorers.latency(load, NOW_S, endpoint_table.settings) == scorers.NEUTRAL
     load.sampled_s = NOW_S
-    assert scorers.latency(load, NOW_S, fleet.settings) == pytest.approx(0.1)
+    assert scorers.latency(load, NOW_S, endpoint_table.settings) == pytest.approx(0.1)
 
 
 def test_a_session_stays_with_its_endpoint_and_moves_only_if_that_goes() -> None:
     endpoints = [endpoint(f"balanced-{i}", concurrency_limit=10) for i in range(5)]
-    table, fleet = plane(*endpoints)
-    homes = {key: chosen(RouteRequest(session_key=key), table, fleet, pick=key) for key in range(200)}
+    table, endpoint_table = plane(*endpoints)
+    homes = {
+        key: chosen(RouteRequest(session_key=key), table, endpoint_table, pick=key) for key in range(200)
+    }
     assert len(set(homes.values())) == 5
-    fleet.apply(endpoints[1:])
+    endpoint_table.apply(endpoints[1:])
     for key, name in homes.items():
-        now = chosen(RouteRequest(session_key=key), table, fleet, pick=key + 1)
+        now = chosen(RouteRequest(session_key=key), table, endpoint_table, pick=key + 1)
         assert (now == name) or name == "balanced-0"
 
 
 def test_the_prefix_counts_if_there_is_no_session() -> None:
-    table, fleet = plane(*(endpoint(f"balanced-{i}") for i in range(5)))
-    by_prefix = [chosen(RouteRequest(prefix_key=key), table, fleet, 3) for key in range(20)]
-    assert by_prefix == [chosen(RouteRequest(session_key=key), table, fleet, 3) for key in range(20)]
-    mixed = [chosen(RouteRequest(session_key=7, prefix_key=key), table, fleet, 3) for key in range(20)]
+    table, endpoint_table = plane(*(endpoint(f"balanced-{i}") for i in range(5)))
+    by_prefix = [chosen(RouteRequest(prefix_key=key), table, endpoint_table, 3) for key in range(20)]
+    assert by_prefix == [chosen(RouteRequest(session_key=key), table, endpoint_table, 3) for key in range(20)]
+    mixed = [
+        chosen(RouteRequest(session_key=7, prefix_key=key), table, endpoint_table, 3) for key in range(20)
+    ]
     assert len(set(mixed)) == 1
 
 
@@ -155,31 +159,31 @@ def test_the_prefix_counts_if_there_is_no_session() -> None:
     ],
 )
 def test_affinity_never_overrules_overload(overload: Any) -> None:
-    table, fleet = plane(*(endpoint(f"balanced-{i}", concurrency_limit=10) for i in range(2)))
-    for load in fleet.by_endpoint_id.values():
+    table, endpoint_table = plane(*(endpoint(f"balanced-{i}", concurrency_limit=10) for i in range(2)))
+    for load in endpoint_table.by_endpoint_id.values():
         load.observe(NOW_S, kv_usage_ratio=0.1, waiting=0)
     request = RouteRequest(session_key=12)
-    before = chosen(request, table, fleet)
-    overload(fleet.by_endpoint_id[before])
-    assert chosen(request, table, fleet) != before
+    before = chosen(request, table, endpoint_table)
+    overload(endpoint_table.by_endpoint_id[before])
+    assert chosen(request, table, endpoint_table) != before
 
 
 def test_affinity_bears_a_little_more_load() -> None:
-    table, fleet = plane(*(endpoint(f"balanced-{i}", concurrency_limit=10) for i in range(2)))
+    table, endpoint_table = plane(*(endpoint(f"balanced-{i}", concurrency_limit=10) for i in range(2)))
     request = RouteRequest(session_key=12)
-    before = chosen(request, table, fleet)
-    fleet.by_endpoint_id[before].begin(NOW_S)
-    assert chosen(request, table, fleet) == before
+    before = chosen(request, table, endpoint_table)
+    endpoint_table.by_endpoint_id[before].begin(NOW_S)
+    assert chosen(request, table, endpoint_table) == before
 
 
 def test_a_full_tier_spills_to_the_least_loaded_that_the_policy_allows() -> None:
-    table, fleet = plane(
+    table, endpoint_table = plane(
         endpoint("lightweight-0"), endpoint("balanced-0"), endpoint("capable-0", concurrency_limit=10)
     )
-    fill(fleet.by_endpoint_id["lightweight-0"])
-    fill(fleet.by_endpoint_id["balanced-0"], 1)
-    fill(fleet.by_endpoint_id["capable-0"], 2)
-    decision = decide(RouteRequest(model="lightweight"), table, fleet, NOW_S, 0)
+    fill(endpoint_table.by_endpoint_id["lightweight-0"])
+    fill(endpoint_table.by_endpoint_id["balanced-0"], 1)
+    fill(endpoint_table.by_endpoint_id["capable-0"], 2)
+    decision = decide(RouteRequest(model="lightweight"), table, endpoint_table, NOW_S, 0)
     assert (decision.tier, decision.spilled, decision.bridged) == ("capable", True, False)
     assert decision.reason == "model=lightweight; spill: lightweight -> capable"
 
@@ -193,11 +197,11 @@ def test_a_full_tier_spills_to_the_least_loaded_that_the_policy_allows() -> None
     ],
 )
 def test_spilling_goes_where_the_policy_says(spill: OverflowDirection, tier: str | None) -> None:
-    table, fleet = plane(
+    table, endpoint_table = plane(
         endpoint("lightweight-0"), endpoint("balanced-0"), endpoint("capable-0"), spill=spill
     )
-    fill(fleet.by_endpoint_id["balanced-0"])
-    decision = decide(BALANCED, table, fleet, NOW_S, 0)
+    fill(endpoint_table.by_endpoint_id["balanced-0"])
+    decision = decide(BALANCED, table, endpoint_table, NOW_S, 0)
     if tier is None:
         assert (decision.outcome, decision.reason) == (RouteOutcome.QUEUE, "model=balanced; balanced full")
     else:
@@ -205,42 +209,44 @@ def test_spilling_goes_where_the_policy_says(spill: OverflowDirection, tier: str
 
 
 def test_a_floor_forbids_going_down() -> None:
-    table, fleet = plane(endpoint("lightweight-0"), endpoint("balanced-0"), spill=OverflowDirection.BOTH)
-    fill(fleet.by_endpoint_id["balanced-0"])
-    assert decide(BALANCED, table, fleet, NOW_S, 0).tier == "lightweight"
-    floored = decide(BALANCED._replace(min_tier="balanced"), table, fleet, NOW_S, 0)
+    table, endpoint_table = plane(
+        endpoint("lightweight-0"), endpoint("balanced-0"), spill=OverflowDirection.BOTH
+    )
+    fill(endpoint_table.by_endpoint_id["balanced-0"])
+    assert decide(BALANCED, table, endpoint_table, NOW_S, 0).tier == "lightweight"
+    floored = decide(BALANCED._replace(min_tier="balanced"), table, endpoint_table, NOW_S, 0)
     assert (floored.outcome, floored.tiers) == (RouteOutcome.QUEUE, (1, 2))
 
 
 @pytest.mark.parametrize("state", [EndpointState.RESTARTING, EndpointState.STARTING, EndpointState.DRAINING])
 def test_a_tier_that_is_down_is_bridged_and_gets_its_traffic_back(state: EndpointState) -> None:
-    table, fleet = plane(endpoint("lightweight-0", state=state), endpoint("balanced-0"))
-    decision = decide(RouteRequest(model="lightweight"), table, fleet, NOW_S, 0)
+    table, endpoint_table = plane(endpoint("lightweight-0", state=state), endpoint("balanced-0"))
+    decision = decide(RouteRequest(model="lightweight"), table, endpoint_table, NOW_S, 0)
     assert (decision.tier, decision.bridged, decision.spilled) == ("balanced", True, False)
     assert decision.reason == f"model=lightweight; bridge: lightweight {state}"
-    fleet.apply([endpoint("lightweight-0", generation=2), endpoint("balanced-0")])
-    decision = decide(RouteRequest(model="lightweight"), table, fleet, NOW_S, 0)
+    endpoint_table.apply([endpoint("lightweight-0", generation=2), endpoint("balanced-0")])
+    decision = decide(RouteRequest(model="lightweight"), table, endpoint_table, NOW_S, 0)
     assert (decision.tier, decision.reason) == ("lightweight", "model=lightweight")
 
 
 def test_bridging_takes_the_nearest_neighbour_and_the_better_of_two_as_near() -> None:
-    table, fleet = plane(
+    table, endpoint_table = plane(
         endpoint("lightweight-0"),
         endpoint("balanced-0", state=EndpointState.RESTARTING),
         endpoint("capable-0"),
     )
-    assert decide(BALANCED, table, fleet, NOW_S, 0).tier == "capable"
-    fill(fleet.by_endpoint_id["capable-0"])
-    assert decide(BALANCED, table, fleet, NOW_S, 0).tier == "lightweight"
+    assert decide(BALANCED, table, endpoint_table, NOW_S, 0).tier == "capable"
+    fill(endpoint_table.by_endpoint_id["capable-0"])
+    assert decide(BALANCED, table, endpoint_table, NOW_S, 0).tier == "lightweight"
 
 
 def test_no_bridge_without_the_policy() -> None:
-    table, fleet = plane(
+    table, endpoint_table = plane(
         endpoint("lightweight-0", state=EndpointState.RESTARTING),
         endpoint("balanced-0"),
         spill=OverflowDirection.NONE,
     )
-    decision = decide(RouteRequest(model="lightweight"), table, fleet, NOW_S, 0)
+    decision = decide(RouteRequest(model="lightweight"), table, endpoint_table, NOW_S, 0)
     assert (decision.outcome, decision.reason) == (
         RouteOutcome.QUEUE,
         "model=lightweight; lightweight restarting",
@@ -248,56 +254,60 @@ def test_no_bridge_without_the_policy() -> None:
 
 
 def test_open_breakers_bridge_and_one_probe_goes_through_later() -> None:
-    table, fleet = plane(endpoint("lightweight-0"), endpoint("balanced-0"))
-    load = fleet.by_endpoint_id["lightweight-0"]
+    table, endpoint_table = plane(endpoint("lightweight-0"), endpoint("balanced-0"))
+    load = endpoint_table.by_endpoint_id["lightweight-0"]
     load.begin(NOW_S).fail(NOW_S, weight=3)
-    decision = decide(RouteRequest(model="lightweight"), table, fleet, NOW_S, 0)
+    decision = decide(RouteRequest(model="lightweight"), table, endpoint_table, NOW_S, 0)
     assert decision.reason == "model=lightweight; bridge: lightweight fails"
-    assert fleet.next_probe_s(NOW_S) == NOW_S + 1.0
+    assert endpoint_table.next_probe_s(NOW_S) == NOW_S + 1.0
     later_s = NOW_S + 1.0
-    decision = decide(RouteRequest(model="lightweight"), table, fleet, later_s, 0)
+    decision = decide(RouteRequest(model="lightweight"), table, endpoint_table, later_s, 0)
     assert decision.load is load
     load.begin(later_s)
-    assert decide(RouteRequest(model="lightweight"), table, fleet, later_s, 0).tier == "balanced"
+    assert decide(RouteRequest(model="lightweight"), table, endpoint_table, later_s, 0).tier == "balanced"
 
 
 def test_a_list_takes_the_first_with_room_and_else_waits_for_any() -> None:
-    table, fleet = plane(endpoint("capable-0"), endpoint("lightweight-0"), endpoint("balanced-0"))
+    table, endpoint_table = plane(endpoint("capable-0"), endpoint("lightweight-0"), endpoint("balanced-0"))
     request = RouteRequest(models=("capable", "lightweight"))
-    assert decide(request, table, fleet, NOW_S, 0).reason == "models[0]=capable"
-    fill(fleet.by_endpoint_id["capable-0"])
-    assert decide(request, table, fleet, NOW_S, 0).reason == "models[1]=lightweight"
-    fill(fleet.by_endpoint_id["lightweight-0"])
-    decision = decide(request, table, fleet, NOW_S, 0)
+    assert decide(request, table, endpoint_table, NOW_S, 0).reason == "models[0]=capable"
+    fill(endpoint_table.by_endpoint_id["capable-0"])
+    assert decide(request, table, endpoint_table, NOW_S, 0).reason == "models[1]=lightweight"
+    fill(endpoint_table.by_endpoint_id["lightweight-0"])
+    decision = decide(request, table, endpoint_table, NOW_S, 0)
     assert (decision.outcome, decision.tiers) == (RouteOutcome.QUEUE, (2, 0)), "balanced was not asked for"
 
 
 def test_what_was_tried_is_not_tried_again_until_it_is_a_new_process() -> None:
-    table, fleet = plane(endpoint("balanced-0"), endpoint("balanced-1"), spill=OverflowDirection.NONE)
-    first = fleet.by_endpoint_id["balanced-0"]
+    table, endpoint_table = plane(
+        endpoint("balanced-0"), endpoint("balanced-1"), spill=OverflowDirection.NONE
+    )
+    first = endpoint_table.by_endpoint_id["balanced-0"]
     request = BALANCED._replace(exclude=frozenset({first.key}))
-    assert {chosen(request, table, fleet, pick) for pick in range(4)} == {"balanced-1"}
-    both = BALANCED._replace(exclude=frozenset({first.key, fleet.by_endpoint_id["balanced-1"].key}))
-    decision = decide(both, table, fleet, NOW_S, 0)
+    assert {chosen(request, table, endpoint_table, pick) for pick in range(4)} == {"balanced-1"}
+    both = BALANCED._replace(exclude=frozenset({first.key, endpoint_table.by_endpoint_id["balanced-1"].key}))
+    decision = decide(both, table, endpoint_table, NOW_S, 0)
     assert (decision.outcome, decision.refusal) == (RouteOutcome.REJECT, RouteRefusal.EXHAUSTED)
-    fleet.apply([endpoint("balanced-0", state=EndpointState.RESTARTING), endpoint("balanced-1")])
-    assert decide(both, table, fleet, NOW_S, 0).outcome is RouteOutcome.QUEUE
-    fleet.apply([endpoint("balanced-0", generation=2), endpoint("balanced-1")])
-    assert chosen(both, table, fleet) == "balanced-0"
+    endpoint_table.apply([endpoint("balanced-0", state=EndpointState.RESTARTING), endpoint("balanced-1")])
+    assert decide(both, table, endpoint_table, NOW_S, 0).outcome is RouteOutcome.QUEUE
+    endpoint_table.apply([endpoint("balanced-0", generation=2), endpoint("balanced-1")])
+    assert chosen(both, table, endpoint_table) == "balanced-0"
 
 
 def test_tried_everywhere_in_its_tier_a_request_goes_to_a_neighbour() -> None:
-    table, fleet = plane(endpoint("balanced-0"), endpoint("capable-0"))
-    request = BALANCED._replace(exclude=frozenset({fleet.by_endpoint_id["balanced-0"].key}))
-    assert decide(request, table, fleet, NOW_S, 0).reason == "model=balanced; bridge: balanced tried"
+    table, endpoint_table = plane(endpoint("balanced-0"), endpoint("capable-0"))
+    request = BALANCED._replace(exclude=frozenset({endpoint_table.by_endpoint_id["balanced-0"].key}))
+    assert decide(request, table, endpoint_table, NOW_S, 0).reason == "model=balanced; bridge: balanced tried"
 
 
 def test_a_tier_whose_engines_all_gave_up_is_bridged_or_refused_with_the_diagnosis() -> None:
     failed = endpoint("balanced-0", state=EndpointState.FAILED, diagnosis="out of memory")
-    table, fleet = plane(failed, endpoint("capable-0"))
-    assert decide(BALANCED, table, fleet, NOW_S, 0).reason == "model=balanced; bridge: balanced failed"
-    table, fleet = plane(failed, spill=OverflowDirection.NONE)
-    decision = decide(BALANCED, table, fleet, NOW_S, 0)
+    table, endpoint_table = plane(failed, endpoint("capable-0"))
+    assert (
+        decide(BALANCED, table, endpoint_table, NOW_S, 0).reason == "model=balanced; bridge: balanced failed"
+    )
+    table, endpoint_table = plane(failed, spill=OverflowDirection.NONE)
+    decision = decide(BALANCED, table, endpoint_table, NOW_S, 0)
     assert (decision.refusal, decision.message) == (
         RouteRefusal.FAILED,
         "all endpoints of balanced failed: out of memory",
@@ -305,8 +315,8 @@ def test_a_tier_whose_engines_all_gave_up_is_bridged_or_refused_with_the_diagnos
 
 
 def test_a_tier_without_endpoints_may_be_starting_so_the_request_waits() -> None:
-    table, fleet = plane(spill=OverflowDirection.NONE)
-    decision = decide(BALANCED, table, fleet, NOW_S, 0)
+    table, endpoint_table = plane(spill=OverflowDirection.NONE)
+    decision = decide(BALANCED, table, endpoint_table, NOW_S, 0)
     assert (decision.outcome, decision.reason) == (
         RouteOutcome.QUEUE,
         "model=balanced; balanced has no endpoint",
@@ -314,10 +324,10 @@ def test_a_tier_without_endpoints_may_be_starting_so_the_request_waits() -> None
 
 
 def test_the_api_is_a_filter() -> None:
-    table, fleet = plane(endpoint("balanced-0"), endpoint("capable-0", capabilities=ALL))
-    decision = decide(RouteRequest(api=Api.MESSAGES), table, fleet, NOW_S, 0)
+    table, endpoint_table = plane(endpoint("balanced-0"), endpoint("capable-0", capabilities=ALL))
+    decision = decide(RouteRequest(api=Api.MESSAGES), table, endpoint_table, NOW_S, 0)
     assert decision.reason == "default; bridge: balanced does not serve messages"
-    pinned = decide(RouteRequest(model="balanced-model", api=Api.MESSAGES), table, fleet, NOW_S, 0)
+    pinned = decide(RouteRequest(model="balanced-model", api=Api.MESSAGES), table, endpoint_table, NOW_S, 0)
     assert (pinned.refusal, pinned.message) == (
         RouteRefusal.NO_CAPABILITY,
         "no engine of balanced serves messages",
@@ -325,40 +335,40 @@ def test_the_api_is_a_filter() -> None:
 
 
 def test_embeddings_never_change_the_model_by_load() -> None:
-    table, fleet = plane(
+    table, endpoint_table = plane(
         endpoint("lightweight-0", capabilities=ALL),
         endpoint("balanced-0"),
         endpoint("capable-0", capabilities=ALL),
     )
     request = RouteRequest(api=Api.EMBEDDINGS)
-    decision = decide(request, table, fleet, NOW_S, 0)
+    decision = decide(request, table, endpoint_table, NOW_S, 0)
     assert (decision.tier, decision.reason) == ("lightweight", "serves embeddings")
-    fill(fleet.by_endpoint_id["lightweight-0"])
-    assert decide(request, table, fleet, NOW_S, 0).outcome is RouteOutcome.QUEUE
-    named = decide(request._replace(model="balanced"), table, fleet, NOW_S, 0)
+    fill(endpoint_table.by_endpoint_id["lightweight-0"])
+    assert decide(request, table, endpoint_table, NOW_S, 0).outcome is RouteOutcome.QUEUE
+    named = decide(request._replace(model="balanced"), table, endpoint_table, NOW_S, 0)
     assert named.refusal is RouteRefusal.NO_CAPABILITY
-    floored = decide(request._replace(min_tier="balanced"), table, fleet, NOW_S, 0)
+    floored = decide(request._replace(min_tier="balanced"), table, endpoint_table, NOW_S, 0)
     assert floored.tier == "capable"
 
 
 def test_the_last_slots_are_for_high_priority_while_there_is_any() -> None:
-    table, fleet = plane(endpoint("balanced-0", concurrency_limit=10), spill=OverflowDirection.NONE)
-    fill(fleet.by_endpoint_id["balanced-0"], 9)
-    assert decide(BALANCED, table, fleet, NOW_S, 0).outcome is RouteOutcome.SEND
-    fleet.high_seen_s = NOW_S - 1.0
-    assert decide(BALANCED, table, fleet, NOW_S, 0).outcome is RouteOutcome.QUEUE
+    table, endpoint_table = plane(endpoint("balanced-0", concurrency_limit=10), spill=OverflowDirection.NONE)
+    fill(endpoint_table.by_endpoint_id["balanced-0"], 9)
+    assert decide(BALANCED, table, endpoint_table, NOW_S, 0).outcome is RouteOutcome.SEND
+    endpoint_table.high_seen_s = NOW_S - 1.0
+    assert decide(BALANCED, table, endpoint_table, NOW_S, 0).outcome is RouteOutcome.QUEUE
     high = BALANCED._replace(priority=Priority.HIGH)
-    assert decide(high, table, fleet, NOW_S, 0).outcome is RouteOutcome.SEND
-    explained = explain(BALANCED, table, fleet, NOW_S, 0)
+    assert decide(high, table, endpoint_table, NOW_S, 0).outcome is RouteOutcome.SEND
+    explained = explain(BALANCED, table, endpoint_table, NOW_S, 0)
     assert explained.candidates[0].left_out == ("its last 1 slots are kept for high priority",)
 
 
 def test_an_unknown_model_is_a_value() -> None:
-    table, fleet = plane(endpoint("balanced-0"))
-    decision = decide(RouteRequest(model="nope"), table, fleet, NOW_S, 0)
+    table, endpoint_table = plane(endpoint("balanced-0"))
+    decision = decide(RouteRequest(model="nope"), table, endpoint_table, NOW_S, 0)
     assert (decision.outcome, decision.refusal) == (RouteOutcome.REJECT, RouteRefusal.UNKNOWN_MODEL)
     assert (
-        explain(RouteRequest(model="nope"), table, fleet, NOW_S, 0)
+        explain(RouteRequest(model="nope"), table, endpoint_table, NOW_S, 0)
         .candidates[0]
         .left_out[0]
         .startswith("no model")
@@ -366,7 +376,7 @@ def test_an_unknown_model_is_a_value() -> None:
 
 
 def test_an_explanation_says_why_each_endpoint_was_left_out() -> None:
-    table, fleet = plane(
+    table, endpoint_table = plane(
         endpoint("lightweight-0"),
         endpoint("balanced-0", state=EndpointState.STARTING, phase="loading weights"),
         endpoint("balanced-1"),
@@ -375,10 +385,10 @@ def test_an_explanation_says_why_each_endpoint_was_left_out() -> None:
         endpoint("balanced-4"),
         endpoint("capable-0"),
     )
-    fill(fleet.by_endpoint_id["balanced-1"])
-    fleet.by_endpoint_id["balanced-2"].begin(NOW_S).fail(NOW_S, weight=3)
+    fill(endpoint_table.by_endpoint_id["balanced-1"])
+    endpoint_table.by_endpoint_id["balanced-2"].begin(NOW_S).fail(NOW_S, weight=3)
     request = BALANCED._replace(exclude=frozenset({"balanced-3#1"}), session_key=5)
-    explanation = explain(request, table, fleet, NOW_S, 0)
+    explanation = explain(request, table, endpoint_table, NOW_S, 0)
     left_out = {candidate.endpoint_id: candidate.left_out for candidate in explanation.candidates}
     assert left_out == {
         "lightweight-0": ("not needed: balanced has room",),
@@ -390,7 +400,7 @@ def test_an_explanation_says_why_each_endpoint_was_left_out() -> None:
         "capable-0": ("not needed: balanced has room",),
     }
     taken = next(c for c in explanation.candidates if c.endpoint_id == "balanced-4")
-    assert explanation.decision.load is fleet.by_endpoint_id["balanced-4"]
+    assert explanation.decision.load is endpoint_table.by_endpoint_id["balanced-4"]
     assert taken.home
     assert taken.scores.keys() == scorers.WEIGHTS.keys()
     weighted = sum(scorers.WEIGHTS[name] * value for name, value in taken.scores.items())
@@ -398,8 +408,10 @@ def test_an_explanation_says_why_each_endpoint_was_left_out() -> None:
 
 
 def test_an_explanation_of_a_bridge_leaves_out_the_tiers_that_only_take_overflow() -> None:
-    table, fleet = plane(endpoint("lightweight-0"), spill=OverflowDirection.DOWN, bridge=OverflowDirection.UP)
-    decision, _, (candidate,) = explain(BALANCED, table, fleet, NOW_S, 0)
+    table, endpoint_table = plane(
+        endpoint("lightweight-0"), spill=OverflowDirection.DOWN, bridge=OverflowDirection.UP
+    )
+    decision, _, (candidate,) = explain(BALANCED, table, endpoint_table, NOW_S, 0)
     assert decision.outcome is RouteOutcome.QUEUE
     assert candidate.left_out == (
         "tier 'lightweight' only takes what balanced has no room for, and balanced is down",
@@ -407,9 +419,11 @@ def test_an_explanation_of_a_bridge_leaves_out_the_tiers_that_only_take_overflow
 
 
 def test_an_explanation_of_a_spill_leaves_out_the_tiers_that_only_bridge() -> None:
-    table, fleet = plane(endpoint("lightweight-0"), endpoint("balanced-0"), endpoint("capable-0"))
-    fill(fleet.by_endpoint_id["balanced-0"])
-    left_out = [candidate.left_out for candidate in explain(BALANCED, table, fleet, NOW_S, 0).candidates]
+    table, endpoint_table = plane(endpoint("lightweight-0"), endpoint("balanced-0"), endpoint("capable-0"))
+    fill(endpoint_table.by_endpoint_id["balanced-0"])
+    left_out = [
+        candidate.left_out for candidate in explain(BALANCED, table, endpoint_table, NOW_S, 0).candidates
+    ]
     assert left_out == [
         ("tier 'lightweight' only bridges balanced, which is not down",),
         ("at its limit: 2 of 2 in flight",),
@@ -430,6 +444,6 @@ def test_an_explanation_of_a_spill_leaves_out_the_tiers_that_only_bridge() -> No
 def test_an_explanation_says_why_a_tier_is_not_for_a_request(
     request_fields: dict[str, str], says: str
 ) -> None:
-    table, fleet = plane(endpoint("lightweight-0"), endpoint("balanced-0"))
-    explanation = explain(RouteRequest(**request_fields), table, fleet, NOW_S, 0)
+    table, endpoint_table = plane(endpoint("lightweight-0"), endpoint("balanced-0"))
+    explanation = explain(RouteRequest(**request_fields), table, endpoint_table, NOW_S, 0)
     assert explanation.candidates[0].left_out == (says,)

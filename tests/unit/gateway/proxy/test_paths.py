@@ -62,10 +62,10 @@ async def scripted(
 
 def idle(rig: Rig) -> bool:
     """Nothing is held any more: no place, no watch."""
-    fleet = rig.gateway.fleet
+    endpoint_table = rig.gateway.endpoint_table
     return (
         not rig.gateway.info().in_flight
-        and not any(load.awaiting_first for load in fleet.by_endpoint_id.values())
+        and not any(load.awaiting_first for load in endpoint_table.by_endpoint_id.values())
         and not rig.gateway._watcher._watches
     )
 
@@ -100,7 +100,7 @@ async def test_of_two_hedged_attempts_the_one_that_failed_first_gives_its_place_
         async def kill_first() -> None:
             nonlocal killed
             for _ in range(100):
-                busy = [load for load in rig.gateway.fleet.by_endpoint_id.values() if load.in_flight]
+                busy = [load for load in rig.gateway.endpoint_table.by_endpoint_id.values() if load.in_flight]
                 if len(busy) == 2:
                     rig.kill(busy[0].endpoint.endpoint_id)
                     killed = True
@@ -159,7 +159,7 @@ async def test_a_client_that_stops_reading_holds_its_engine_until_the_deadline_a
             )
             await reader.readexactly(100)
             await asyncio.sleep(0.6)
-            load = rig.gateway.fleet.by_endpoint_id["a"]
+            load = rig.gateway.endpoint_table.by_endpoint_id["a"]
             assert load.in_flight == 1
             assert await becomes_idle(rig)
             # It was the client that was slow: the engine is not to blame.
@@ -262,7 +262,7 @@ async def test_the_deadline_of_a_running_stream_is_told_as_such() -> None:
 async def test_a_probe_that_only_met_its_deadline_closes_no_breaker() -> None:
     async with running() as rig:
         await rig.engine("a", hang=True)
-        breaker = rig.gateway.fleet.by_endpoint_id["a"].breaker
+        breaker = rig.gateway.endpoint_table.by_endpoint_id["a"].breaker
         loop = asyncio.get_running_loop()
         breaker.failure(loop.time(), weight=3)
         assert breaker.state == "open"
@@ -282,7 +282,7 @@ async def test_a_connection_is_not_waited_for_beyond_the_deadline(monkeypatch: p
 
         monkeypatch.setattr(rig.gateway._sites._loop, "create_connection", never, raising=False)
         rig.gateway._sites._sites.clear()
-        site = rig.gateway._sites.site(rig.gateway.fleet.by_endpoint_id["a"])
+        site = rig.gateway._sites.site(rig.gateway.endpoint_table.by_endpoint_id["a"])
         started_s = loop.time()
         with pytest.raises(UpstreamFailure) as caught:
             await site.origin.acquire(fresh=True, deadline_s=started_s + 0.1)

@@ -325,7 +325,7 @@ async def test_limits_are_shared_with_other_gateways() -> None:
         await rig.engine("a", limit=4)
         others = tuple(GatewayInfo(name, "", "") for name in ("gateway-a", "gateway-b"))
         rig.publish(others)
-        assert rig.gateway.fleet.pools[0].limit == 2
+        assert rig.gateway.endpoint_table.pools[0].limit == 2
 
 
 async def test_health_models_status_usage_and_explain() -> None:

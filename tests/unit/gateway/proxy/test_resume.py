@@ -76,7 +76,7 @@ async def lost_after(rig: Rig, events: int, request: dict[str, Any], path: str =
 
     def kill(count: int) -> None:
         if count == events:
-            busy = [load for load in rig.gateway.fleet.by_endpoint_id.values() if load.in_flight]
+            busy = [load for load in rig.gateway.endpoint_table.by_endpoint_id.values() if load.in_flight]
             rig.kill(busy[0].endpoint.endpoint_id)
 
     return await rig.stream(request, path, on_event=kill)
@@ -115,7 +115,7 @@ async def test_a_stream_survives_two_losses() -> None:
 
         def kill(count: int) -> None:
             if count in {5, 12}:
-                busy = [load for load in rig.gateway.fleet.by_endpoint_id.values() if load.in_flight]
+                busy = [load for load in rig.gateway.endpoint_table.by_endpoint_id.values() if load.in_flight]
                 rig.kill(busy[0].endpoint.endpoint_id)
 
         assert (await rig.stream(request, on_event=kill)).text == whole.text

@@ -43,7 +43,7 @@ async def test_a_request_that_another_tier_serves_was_meant_for_its_own() -> Non
         await rig.engine("s1", "small", limit=1, **{**FAST, "itl_ms": 30})
         await rig.engine("l1", "large", **FAST)
         first = asyncio.ensure_future(rig.post(CHAT, {**chat_body(), "model": "small"}))
-        while not rig.gateway.fleet.pools[0].in_flight:
+        while not rig.gateway.endpoint_table.pools[0].in_flight:
             await asyncio.sleep(0.001)
         _, headers, _ = await rig.post(CHAT, {**chat_body(), "model": "small"})
         assert headers["x-tier"] == "large"
