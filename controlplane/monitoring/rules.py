@@ -58,6 +58,7 @@ class PrometheusAlert:
 
 
 _FAILED = q.rate("tierplane_requests_total", ["tier"], outcome=RequestOutcome.FAILED)
+_SHED = q.rate("tierplane_requests_total", ["tier"], outcome=RequestOutcome.SHED)
 _ENDED = q.rate("tierplane_requests_total", ["tier"])
 _MISSED = q.rate("tierplane_slo_missed_requests_total", ["tier"])
 _JUDGED = q.rate("tierplane_slo_judged_requests_total", ["tier"])
@@ -112,7 +113,7 @@ FIGURES: Final[Mapping[str, str]] = {
     core.TIER_SLO_BURN: "tier:tierplane_slo_burn:ratio5m",
     "tier/failed_ratio": "tier:tierplane_failed:ratio5m",
     "tier/ttft_p95_s": "tier:tierplane_time_to_first_token_seconds:p95_5m",
-    "tier/shed_ratio": f"{q.rate('tierplane_requests_total', ['tier'], outcome=RequestOutcome.SHED)} / ({_ENDED} > 0)",
+    "tier/shed_ratio": f"{_SHED} / ({_ENDED} > 0)",
     "tier/retried_ratio": f"{q.rate('tierplane_retries_total', ['tier'])} / ({_ENDED} > 0)",
     "tier/requests_per_s": "tier:tierplane_requests:rate5m",
     core.QUEUE_WAITING: "sum(priority:tierplane_queued_requests:sum)",

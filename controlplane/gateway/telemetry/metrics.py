@@ -215,7 +215,8 @@ class Metrics:
             self.slo_target.labels(tier).set(target)
 
     def finished(self, context: RequestContext, outcome: RequestOutcome, reason: str, now_s: float) -> None:
-        """Count a request that ended. ``reason`` refines the outcome: an error code, a status, or ``stream``."""
+        """Count a request that ended. ``reason`` refines the outcome: an error's code, the HTTP status,
+        ``stream`` or ``resumed``."""
         if self.on_finished is not None:
             self.on_finished(context, outcome, reason, now_s)
         judged = self.traffic.ended(context, outcome, now_s) if self.traffic is not None else None
