@@ -180,7 +180,7 @@ class Controller:
         self.registry.gateway_gone(gateway_id, reason)
         self.left = not self.registry.gateways
 
-    def observe_node(self, node_id: str, samples: Sequence[NodeSample], events: Sequence[GpuEvent]) -> None:
+    def observe_node(self, node_id: str, sample: NodeSample | None, events: Sequence[GpuEvent]) -> None:
         """What a node's agent sent."""
         for event in events:
             if event.kind in (GpuEventKind.XID, GpuEventKind.UNCORRECTED_ECC, GpuEventKind.LOST) or (
@@ -188,7 +188,7 @@ class Controller:
             ):
                 detail = f"XID {event.code}" if event.kind is GpuEventKind.XID else event.detail
                 self.registry.note(event.kind.value, event.gpu_uuid or node_id, detail or event.kind.value)
-        for moved in self.fleet.observe(node_id, samples, events, now_s=self.now_s()):
+        for moved in self.fleet.observe(node_id, sample, events, now_s=self.now_s()):
             verdict = moved.verdict
             self.registry.note(f"GPU {verdict.after}", verdict.uuid, f"{verdict.rule}: {verdict.reason}")
 

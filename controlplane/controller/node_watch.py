@@ -28,7 +28,7 @@ LIST_INTERVAL_S = 2.0
 RECENT_S = 600.0
 """Events from before a controller's first contact with an agent count if they are not older."""
 
-OnNews = Callable[[str, Sequence[NodeSample], Sequence[GpuEvent]], None]
+OnNews = Callable[[str, NodeSample | None, Sequence[GpuEvent]], None]
 
 
 class NodeWatch:
@@ -109,7 +109,7 @@ class NodeWatch:
                 self._heard[node_id] = (news.sample.epoch, 0)
             sample = self._whole(node_id, news)
             fresh = recent(events, news.sample) if not epoch else events
-            self._on_news(node_id, () if sample is None else (sample,), fresh)
+            self._on_news(node_id, sample, fresh)
         except RayActorError as error:
             log.warning("a node agent is gone", node_id=node_id, error=str(error).strip().splitlines()[0])
             self._agents.pop(node_id, None)

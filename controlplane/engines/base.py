@@ -57,13 +57,8 @@ class MetricNames:
     kv_usage_ratio: str = ""
     generation_tokens_total: str = ""
     prompt_tokens_total: str = ""
-    preemptions_total: str = ""
     prefix_hits_total: str = ""
     prefix_queries_total: str = ""
-    ttft_seconds: str = ""
-    itl_seconds: str = ""
-    e2e_seconds: str = ""
-    queue_seconds: str = ""
     success_total: str = ""
 
 

@@ -17,8 +17,8 @@ from typing import Final
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
-from controlplane.core.telemetry.engine import COUNTERS, GAUGES, HISTOGRAMS
-from controlplane.core.telemetry.samples import EngineSample, Histogram
+from controlplane.core.telemetry.engine import COUNTERS, GAUGES
+from controlplane.core.telemetry.samples import EngineSample
 
 _CHUNK_BYTES: Final = 65536
 _LARGEST: Final = frozenset({"kv_usage_ratio"})
@@ -106,26 +106,21 @@ def parse(target: ScrapeTarget, text: str, unix_s: float, scrape_s: float) -> En
     that of ``kv_usage_ratio`` the largest counts. Values that are no number are left out.
     """
     wanted = {name: signal for signal, name in target.names.items() if name}
-    series: dict[str, list[tuple[Mapping[str, str], float]]] = {}
+    series: dict[str, list[float]] = {}
     for family in text_string_to_metric_families(_only(text, tuple(wanted))):
         for sample in family.samples:
             if not math.isnan(sample.value):
-                series.setdefault(sample.name, []).append((sample.labels, sample.value))
-    gauges, counters, histograms = [], [], []
+                series.setdefault(sample.name, []).append(sample.value)
+    gauges, counters = [], []
     for name, signal in wanted.items():
-        if signal in HISTOGRAMS:
-            histogram = _histogram(series.get(f"{name}_bucket", []), series.get(f"{name}_sum", []))
-            if histogram is not None:
-                histograms.append((signal, histogram))
-            continue
-        values = [value for _, value in series.get(name, ())]
+        values = series.get(name)
         if not values:
             continue
         if signal in GAUGES:
             gauges.append((signal, max(values) if signal in _LARGEST else math.fsum(values)))
         elif signal in COUNTERS:
             counters.append((signal, math.fsum(values)))
-    nothing = wanted and not gauges and not counters and not histograms
+    nothing = wanted and not gauges and not counters
     return EngineSample(
         endpoint_id=target.endpoint_id,
         generation=target.generation,
@@ -134,7 +129,6 @@ def parse(target: ScrapeTarget, text: str, unix_s: float, scrape_s: float) -> En
         error=f"{target.url} has none of the engine's metrics" if nothing else "",
         gauges=tuple(gauges),
         counters=tuple(counters),
-        histograms=tuple(histograms),
     )
 
 
@@ -143,16 +137,3 @@ def _only(text: str, names: tuple[str, ...]) -> str:
     if not names:
         return ""
     return "\n".join(line for line in text.splitlines() if line.startswith(names)) + "\n"
-
-
-def _histogram(
-    buckets: list[tuple[Mapping[str, str], float]], sums: list[tuple[Mapping[str, str], float]]
-) -> Histogram | None:
-    counts: dict[float, float] = {}
-    for labels, value in buckets:
-        bound = float(labels["le"])
-        counts[bound] = counts.get(bound, 0.0) + value
-    if math.inf not in counts:
-        return None
-    bounds = tuple(sorted(counts))
-    return Histogram(bounds, tuple(counts[bound] for bound in bounds), math.fsum(value for _, value in sums))

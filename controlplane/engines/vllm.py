@@ -206,13 +206,8 @@ class VllmEngine:
         kv_usage_ratio="vllm:kv_cache_usage_perc",
         generation_tokens_total="vllm:generation_tokens_total",
         prompt_tokens_total="vllm:prompt_tokens_total",
-        preemptions_total="vllm:num_preemptions_total",
         prefix_hits_total="vllm:prefix_cache_hits_total",
         prefix_queries_total="vllm:prefix_cache_queries_total",
-        ttft_seconds="vllm:time_to_first_token_seconds",
-        itl_seconds="vllm:inter_token_latency_seconds",
-        e2e_seconds="vllm:e2e_request_latency_seconds",
-        queue_seconds="vllm:request_queue_time_seconds",
         success_total="vllm:request_success_total",
     )
 

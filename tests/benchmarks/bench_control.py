@@ -244,7 +244,7 @@ def measure(nodes: int, ticks: int) -> dict[str, float]:
     gc.set_threshold(*GC_THRESHOLDS)
     fleet = Fleet(nodes)
     for sample in fleet.samples():
-        fleet.control.observe_node(sample.node_id, [sample], [])
+        fleet.control.observe_node(sample.node_id, sample, [])
     fleet.fill()
     fleet.control.observe_nodes(fleet.infos.keys())
     process, keeper = psutil.Process(), checkpoint.CheckpointWriter(0.0)
@@ -263,7 +263,7 @@ def measure(nodes: int, ticks: int) -> dict[str, float]:
         began_s, began_cpu_s = time.perf_counter(), time.thread_time()
         for sample in samples:
             event = trouble.get(sample.node_id)
-            fleet.control.observe_node(sample.node_id, [sample], [event] if event else [])
+            fleet.control.observe_node(sample.node_id, sample, [event] if event else [])
         seen_s = time.perf_counter()
         fleet.control.observe_nodes(alive)
         done = fleet.control.tick()

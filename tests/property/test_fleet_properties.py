@@ -26,7 +26,7 @@ from controlplane.core.telemetry.samples import (
     NodeSample,
     Reading,
 )
-from controlplane.core.telemetry.series import DEFAULT_LIMITS, Freshness, Signal, judge
+from controlplane.core.telemetry.series import DEFAULT_LIMITS, Freshness, Signal, signal_of
 from tests.support.control import gpu_sample, node_sample
 
 RULES = GpuRules(hold_initial_s=4, hot_for_s=3, suspect_for_s=4, probation_s=4, evidence_gap_s=6)
@@ -62,11 +62,13 @@ class PlainSeries:
         for name, value in readings_of(self.sample).items():
             at_s, last = self.last.get(name, (None, None))
             why = value.reason if isinstance(value, Missing) else ""
-            found[name] = judge(last, at_s, now_s, LIMITS, why)
+            found[name] = signal_of(last, at_s, now_s, LIMITS, why)
         known = self.ratio_s > -math.inf
         ratio = self.sample.gpu_ratio
         why = ratio.reason if isinstance(ratio, Missing) else ""
-        average = judge(self.average if known else None, self.ratio_s if known else None, now_s, LIMITS, why)
+        average = signal_of(
+            self.average if known else None, self.ratio_s if known else None, now_s, LIMITS, why
+        )
         return GpuSignals(gpu_ratio=average, **found)
 
 
@@ -81,7 +83,6 @@ def readings_of(sample: GpuSample) -> dict[str, Reading[float]]:
         share = used / total
     return {
         "memory_used_ratio": share,
-        "memory_free_bytes": sample.memory_free_bytes,
         "temperature_c": sample.temperature_c,
         "power_w": sample.power_w,
     }
@@ -200,7 +201,7 @@ def test_the_fleet_knows_what_looking_at_everything_would_tell(
         now_s += passed_s
         if step[0] == "sample":
             sample, events = sample_of(step, seq, now_s)
-            moved = fleet.observe(sample.node_id, [sample], events, now_s=now_s)
+            moved = fleet.observe(sample.node_id, sample, events, now_s=now_s)
             assert list(moved) == plain.observe(sample, events, now_s)
         else:
             wish(fleet, plain, step, now_s)

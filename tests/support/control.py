@@ -161,7 +161,7 @@ class World:
             driver: Reading[str] = "580" if uuids else Missing(Absence.NO_DRIVER, "there is no driver")
             events = [event for event in self.events if event.node_id == node_id]
             sample = node_sample(node_id, self.seq, self.clock.s, gpus, driver)
-            self.control.observe_node(node_id, [sample], events)
+            self.control.observe_node(node_id, sample, events)
         self.events.clear()
         self.control.observe_nodes(self.nodes.keys())
 

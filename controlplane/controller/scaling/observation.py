@@ -9,7 +9,7 @@ from controlplane.core.autoscaling.overrides import Overrides
 from controlplane.core.autoscaling.policy import EngineObservation, TierObservation
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.endpoint import SERVING, Endpoint, EndpointState
-from controlplane.core.telemetry.series import Signal, judge, missing
+from controlplane.core.telemetry.series import Signal, missing, signal_of
 from controlplane.core.traffic.counters import TrafficCounters, since
 
 
@@ -58,7 +58,7 @@ class TierObserver:
         heard_s, limits = control.demand.book.heard_s(), control.demand.limits(control.heartbeat_s)
 
         def now(value: float) -> Signal:
-            return judge(
+            return signal_of(
                 value, heard_s, now_s, limits, "" if heard_s is not None else "no gateway has reported"
             )
 

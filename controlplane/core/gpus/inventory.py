@@ -29,7 +29,7 @@ from controlplane.core.placement.topology import Node
 from controlplane.core.telemetry.gpu import GpuSignals, GpuTelemetry
 from controlplane.core.telemetry.node import NodeTelemetry
 from controlplane.core.telemetry.samples import GpuCondition, GpuEvent, GpuSample, Missing, NodeSample
-from controlplane.core.telemetry.series import DEFAULT_LIMITS, judge
+from controlplane.core.telemetry.series import DEFAULT_LIMITS, signal_of
 
 _AWAY = frozenset({GpuCondition.LOST, GpuCondition.RESET_REQUIRED})
 REMEMBERED = 10_000
@@ -105,21 +105,20 @@ class GpuInventory:
         return self._by_node.get(node_id, ())
 
     def observe(
-        self, node_id: str, samples: Sequence[NodeSample], events: Sequence[GpuEvent], *, now_s: float
+        self, node_id: str, sample: NodeSample | None, events: Sequence[GpuEvent], *, now_s: float
     ) -> tuple[HealthAssessment, ...]:
         """Takes in what a node's agent sent at ``now_s``; answers with what moved."""
         telemetry = self._nodes.get(node_id)
         if telemetry is None:
-            if not samples:
+            if sample is None:
                 return ()
             telemetry = self._nodes[node_id] = NodeTelemetry()
         before = telemetry.latest
-        new = telemetry.observe(samples, now_s)
+        latest = sample if sample is not None and telemetry.observe(sample, now_s) else None
         by_gpu: dict[str, list[GpuEvent]] = {}
         for event in events:
             if event.gpu_uuid:
                 by_gpu.setdefault(event.gpu_uuid, []).append(event)
-        latest = new[-1] if new else None
         moved: list[HealthAssessment] = []
         if latest is not None:
             listed = telemetry.gpus.uuids
@@ -281,7 +280,7 @@ class GpuInventory:
         or nothing new is known of it. KeyError for an unknown GPU."""
         record, sample = self._records[uuid], self.sample(uuid)
         telemetry = self._nodes[record.node_id]
-        fresh = judge(0.0, telemetry.latest_s, now_s, DEFAULT_LIMITS).fresh is not None
+        fresh = signal_of(0.0, telemetry.latest_s, now_s, DEFAULT_LIMITS).fresh is not None
         if not record.out_of_use or not fresh or sample.condition not in _AWAY:
             return ""
         detail = f" ({sample.detail})" if sample.detail else ""

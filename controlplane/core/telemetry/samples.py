@@ -277,17 +277,6 @@ class GpuEvent:
 
 
 @dataclass(frozen=True, slots=True)
-class Histogram:
-    """A cumulative Prometheus histogram: ``counts[i]`` observations were ≤ ``bounds[i]``; the last bound
-    is infinity."""
-
-    bounds: tuple[float, ...]
-    counts: tuple[float, ...]
-    total: float
-    """Sum of all observations."""
-
-
-@dataclass(frozen=True, slots=True)
 class EngineSample:
     """What one engine process said of itself at one scrape."""
 
@@ -301,4 +290,3 @@ class EngineSample:
     gauges: tuple[tuple[str, float], ...] = ()
     """Signal name (a field of the engine's metric names) and value; what is not there is missing."""
     counters: tuple[tuple[str, float], ...] = ()
-    histograms: tuple[tuple[str, Histogram], ...] = ()

@@ -1,11 +1,11 @@
 """Samples over time → windowed signals, each FRESH, STALE or MISSING with its age.
 
-A series remembers a bounded window of one figure. Reading it never needs the whole window: counters are
-stored with their resets already added up, so a rate is one difference, and a percentile one difference of
-two histograms. ``at_s`` and ``now_s`` are the caller's monotonic clock.
+A series stores a bounded window of one value. Reading it never scans the window: counters are stored with
+their resets already added up, so a rate is one difference. ``at_s`` and ``now_s`` are the caller's monotonic
+clock.
 
-* A rate is the increase between the first and the last point of the window over the time between them; a
-  counter that falls was reset, and what it shows then has been counted since (Prometheus' ``increase``
+* A rate is the increase between the first and the last point of the window, divided by the time between them.
+  A counter that falls was reset, and its new value has been counted since the reset (Prometheus' ``increase``
   without its extrapolation to the window's edges).
 * A percentile is interpolated linearly inside its bucket, as Prometheus' ``histogram_quantile`` does
   (``promql/quantile.go``, ``BucketQuantile``).
@@ -19,7 +19,7 @@ from collections import deque
 from dataclasses import dataclass
 from enum import StrEnum
 
-from controlplane.core.telemetry.samples import Histogram, Missing, Reading
+from controlplane.core.telemetry.samples import Missing, Reading
 
 
 class Freshness(StrEnum):
@@ -27,17 +27,17 @@ class Freshness(StrEnum):
 
     FRESH = "fresh"
     STALE = "stale"
-    """Was true a while ago; good for display, not for shrinking or cordoning."""
+    """Too old to shrink a tier or cordon a GPU by; still good for display."""
     MISSING = "missing"
 
 
 @dataclass(frozen=True, slots=True)
 class Signal:
-    """One figure about now."""
+    """One value about now."""
 
     freshness: Freshness
     value: float | None
-    """None exactly when it is MISSING."""
+    """None exactly when the signal is MISSING."""
     age_s: float | None = None
     """Since the newest point in it; None if there never was one."""
     reason: str = ""
@@ -57,16 +57,16 @@ class FreshnessLimits:
     missing_after_s: float = 30.0
     window_s: float = 60.0
     half_life_s: float = 10.0
-    """An EWMA forgets half of the past in this time."""
+    """A moving average weighs a value half as much after this time."""
     max_points: int = 240
-    """Points a series keeps at most; past it the oldest go, and the window is shorter."""
+    """Most points that a series stores; beyond that the oldest are dropped and the window gets shorter."""
 
 
 DEFAULT_LIMITS = FreshnessLimits()
 
 
 def known_now(value: float) -> Signal:
-    """A value as of this moment: what is counted in one's own memory is never old."""
+    """The signal of a value that was counted in this process, so it is never old."""
     return Signal(Freshness.FRESH, float(value), 0.0)
 
 
@@ -75,10 +75,13 @@ def missing(reason: str, age_s: float | None = None) -> Signal:
     return Signal(Freshness.MISSING, None, age_s, reason)
 
 
-def judge(
+def signal_of(
     value: float | None, at_s: float | None, now_s: float, limits: FreshnessLimits, why: str = ""
 ) -> Signal:
-    """The signal that ``value``, true at ``at_s``, is at ``now_s``; ``why`` says what went wrong since."""
+    """The signal at ``now_s`` of a ``value`` measured at ``at_s``.
+
+    ``why`` is the reason why nothing was measured since; empty if nothing went wrong.
+    """
     if value is None or at_s is None:
         return missing(why or "no sample yet")
     age_s = max(0.0, now_s - at_s)
@@ -90,66 +93,45 @@ def judge(
 
 
 class GaugeSeries:
-    """A figure that goes up and down."""
+    """A value that goes up and down."""
 
-    __slots__ = ("_average", "_limits", "_points", "_why")
+    __slots__ = ("_limits", "_points", "_why")
 
     def __init__(self, limits: FreshnessLimits = DEFAULT_LIMITS) -> None:
         self._limits = limits
         self._points: deque[tuple[float, float]] = deque(maxlen=limits.max_points)
-        self._average = 0.0
         self._why = ""
 
     def observe(self, at_s: float, reading: Reading[float]) -> None:
-        """Adds a point; a missing reading adds none, and the last value grows old."""
+        """Adds a point. A missing reading adds none, so the last value gets older."""
         if isinstance(reading, Missing):
             self._why = reading.reason
             return
         self._why = ""
         points = self._points
-        gap_s = at_s - points[-1][0] if points else math.inf
-        if gap_s < 0:
+        if points and at_s < points[-1][0]:
             return
-        if gap_s > self._limits.missing_after_s:
-            self._average = reading  # the past before a long gap says nothing about now
-        else:
-            keep = math.exp2(-gap_s / self._limits.half_life_s)
-            self._average = keep * self._average + (1 - keep) * reading
         points.append((at_s, reading))
         _trim(points, at_s - self._limits.window_s)
 
     def latest(self, now_s: float) -> Signal:
         """The newest value."""
-        return self._judged(self._points[-1][1] if self._points else None, now_s)
-
-    def average(self, now_s: float) -> Signal:
-        """Exponentially weighted, by time and not by number of points."""
-        return self._judged(self._average if self._points else None, now_s)
-
-    def mean(self, now_s: float) -> Signal:
-        """Of the window's points."""
-        points = self._points
-        return self._judged(math.fsum(value for _, value in points) / len(points) if points else None, now_s)
-
-    def maximum(self, now_s: float) -> Signal:
-        """Of the window's points."""
-        return self._judged(max((value for _, value in self._points), default=None), now_s)
+        at_s, value = self._points[-1] if self._points else (None, None)
+        return signal_of(value, at_s, now_s, self._limits, self._why)
 
     def busy(self, now_s: float) -> tuple[float, float] | None:
-        """The share of the window's points that are over 0, and their mean; None if the newest is not FRESH
-        or there are fewer than three."""
+        """The share of the window's points that are over 0, and the mean of those.
+
+        None if the newest point is not FRESH or there are fewer than three.
+        """
         if len(self._points) < 3 or self.latest(now_s).fresh is None:
             return None
         over = [value for _, value in self._points if value > 0]
         return len(over) / len(self._points), math.fsum(over) / len(over) if over else 0.0
 
-    def _judged(self, value: float | None, now_s: float) -> Signal:
-        at_s = self._points[-1][0] if self._points else None
-        return judge(value, at_s, now_s, self._limits, self._why)
-
 
 class LastReading:
-    """A figure of which nobody asks more than its newest value: there is no window."""
+    """A value of which only the newest is ever read: no window is stored."""
 
     __slots__ = ("_at_s", "_limits", "_value", "_why")
 
@@ -160,7 +142,7 @@ class LastReading:
         self._why = ""
 
     def observe(self, at_s: float, reading: Reading[float]) -> None:
-        """Takes in a value; a missing reading is none, and the last value grows old."""
+        """Stores the value. A missing reading leaves the last value in place, and that gets older."""
         if isinstance(reading, Missing):
             self._why = reading.reason
             return
@@ -170,11 +152,11 @@ class LastReading:
 
     def latest(self, now_s: float) -> Signal:
         """The newest value."""
-        return judge(self._value, self._at_s, now_s, self._limits, self._why)
+        return signal_of(self._value, self._at_s, now_s, self._limits, self._why)
 
 
 class CounterSeries:
-    """A figure that only grows, until its source starts anew at zero."""
+    """A value that only grows until its source restarts at zero."""
 
     __slots__ = ("_limits", "_offset", "_points", "_raw", "_why")
 
@@ -202,69 +184,26 @@ class CounterSeries:
     def rate(self, now_s: float) -> Signal:
         """Increase per second over the window."""
         if not self._points:
-            return judge(None, None, now_s, self._limits, self._why)
+            return signal_of(None, None, now_s, self._limits, self._why)
         (first_s, first), (last_s, last) = self._points[0], self._points[-1]
         if last_s <= first_s:
             return missing(self._why or "a rate needs two samples", max(0.0, now_s - last_s))
-        return judge((last - first) / (last_s - first_s), last_s, now_s, self._limits, self._why)
+        return signal_of((last - first) / (last_s - first_s), last_s, now_s, self._limits, self._why)
 
     def increase(self, now_s: float) -> Signal:
         """Increase over the window."""
         if not self._points:
-            return judge(None, None, now_s, self._limits, self._why)
+            return signal_of(None, None, now_s, self._limits, self._why)
         (_, first), (last_s, last) = self._points[0], self._points[-1]
-        return judge(last - first, last_s, now_s, self._limits, self._why)
-
-
-class HistogramSeries:
-    """A cumulative histogram over time."""
-
-    __slots__ = ("_bounds", "_limits", "_offsets", "_points", "_raw", "_why")
-
-    def __init__(self, limits: FreshnessLimits = DEFAULT_LIMITS) -> None:
-        self._limits = limits
-        self._points: deque[tuple[float, tuple[float, ...]]] = deque(maxlen=limits.max_points)
-        self._bounds: tuple[float, ...] = ()
-        self._offsets: tuple[float, ...] = ()
-        self._raw: tuple[float, ...] = ()
-        self._why = ""
-
-    def observe(self, at_s: float, reading: Reading[Histogram]) -> None:
-        """Adds the histogram as its source shows it; other buckets than before begin a new window."""
-        if isinstance(reading, Missing):
-            self._why = reading.reason
-            return
-        self._why = ""
-        counts = reading.counts
-        if self._points and at_s < self._points[-1][0]:
-            return
-        if reading.bounds != self._bounds:
-            self._points.clear()
-            self._bounds, self._offsets = reading.bounds, (0.0,) * len(counts)
-        elif any(now < before for now, before in zip(counts, self._raw, strict=True)):
-            self._offsets = tuple(map(sum, zip(self._offsets, self._raw, strict=True)))
-        self._raw = counts
-        self._points.append((at_s, tuple(map(sum, zip(self._offsets, counts, strict=True)))))
-        _trim(self._points, at_s - self._limits.window_s)
-
-    def percentile(self, quantile: float, now_s: float) -> Signal:
-        """Of what was observed in the window; MISSING if that is nothing."""
-        if not self._points:
-            return judge(None, None, now_s, self._limits, self._why)
-        (_, first), (last_s, last) = self._points[0], self._points[-1]
-        counts = tuple(after - before for before, after in zip(first, last, strict=True))
-        value = histogram_quantile(quantile, self._bounds, counts)
-        if value is None:
-            return missing(self._why or "nothing was observed in the window", max(0.0, now_s - last_s))
-        return judge(value, last_s, now_s, self._limits, self._why)
+        return signal_of(last - first, last_s, now_s, self._limits, self._why)
 
 
 def histogram_quantile(quantile: float, bounds: tuple[float, ...], counts: tuple[float, ...]) -> float | None:
-    """The ``quantile`` (in [0, 1]) of cumulative bucket ``counts``, or None if there are no observations.
+    """The ``quantile`` (in [0, 1]) of cumulative bucket ``counts``.
 
-    As Prometheus: linear inside the bucket; in the lowest bucket from 0 (or its bound, if that is ≤ 0); in
-    the highest, unbounded one the bound below it. None, too, without an infinite last bound and a second
-    bucket.
+    As in Prometheus: linear inside the bucket. The lowest bucket starts at 0 (or is its bound, if that is
+    ≤ 0); the unbounded highest bucket gives the bound below it. None if nothing was observed, if the last
+    bound is not infinite, or if there is only one bucket.
     """
     if len(bounds) < 2 or bounds[-1] != math.inf or len(bounds) != len(counts):
         return None
@@ -273,30 +212,28 @@ def histogram_quantile(quantile: float, bounds: tuple[float, ...], counts: tuple
     if observations <= 0:
         return None
     rank = min(max(quantile, 0.0), 1.0) * observations
-    place = bisect_left(cumulative, rank, hi=len(cumulative) - 1)
-    if place == len(bounds) - 1:
+    bucket = bisect_left(cumulative, rank, hi=len(cumulative) - 1)
+    if bucket == len(bounds) - 1:
         return bounds[-2]
-    if place == 0 and bounds[0] <= 0:
+    if bucket == 0 and bounds[0] <= 0:
         return bounds[0]
-    start, below = (bounds[place - 1], cumulative[place - 1]) if place else (0.0, 0.0)
-    inside = cumulative[place] - below
+    start, below = (bounds[bucket - 1], cumulative[bucket - 1]) if bucket else (0.0, 0.0)
+    inside = cumulative[bucket] - below
     if inside <= 0:
         return start
-    return start + (bounds[place] - start) * ((rank - below) / inside)
+    return start + (bounds[bucket] - start) * ((rank - below) / inside)
 
 
 def _monotonic(counts: tuple[float, ...]) -> list[float]:
-    """Buckets are scraped while they change: a larger bound never holds fewer."""
+    """The counts, corrected where buckets changed while they were read: a larger bound never holds fewer."""
     highest = 0.0
-    steady = []
+    corrected = []
     for count in counts:
         highest = max(highest, count)
-        steady.append(highest)
-    return steady
+        corrected.append(highest)
+    return corrected
 
 
-def _trim(
-    points: deque[tuple[float, float]] | deque[tuple[float, tuple[float, ...]]], oldest_s: float
-) -> None:
+def _trim(points: deque[tuple[float, float]], oldest_s: float) -> None:
     while points[0][0] < oldest_s:
         points.popleft()

@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Final
 
 from controlplane.core.domain.slo import Slo
-from controlplane.core.telemetry.series import FreshnessLimits, Signal, histogram_quantile, judge, missing
+from controlplane.core.telemetry.series import FreshnessLimits, Signal, histogram_quantile, missing, signal_of
 
 LATENCY_BOUNDS_S: Final = (
     *(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 60.0),
@@ -264,7 +264,7 @@ def figures(
         return TierFigures(*(nothing,) * 10)
 
     def signal(value: float | None, why: str) -> Signal:
-        return missing(why) if value is None else judge(value, heard_s, now_s, limits)
+        return missing(why) if value is None else signal_of(value, heard_s, now_s, limits)
 
     def share(part: float, whole: float) -> float | None:
         return part / whole if whole > 0 else None

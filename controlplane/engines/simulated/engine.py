@@ -126,10 +126,6 @@ class SimulatedEngine:
         kv_usage_ratio="simulated:kv_cache_usage_perc",
         generation_tokens_total="simulated:generation_tokens_total",
         prompt_tokens_total="simulated:prompt_tokens_total",
-        ttft_seconds="simulated:time_to_first_token_seconds",
-        itl_seconds="simulated:inter_token_latency_seconds",
-        e2e_seconds="simulated:e2e_request_latency_seconds",
-        queue_seconds="simulated:request_queue_time_seconds",
         success_total="simulated:request_success_total",
     )
 

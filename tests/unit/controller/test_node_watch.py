@@ -42,7 +42,7 @@ class Cluster:
         self.answer: Callable[[], Awaitable[NodeUpdate]] = self.all_well
         self.say: Callable[..., Awaitable[NodeUpdate]] = self.news
         self.events: list[GpuEvent] = []
-        self.heard: list[tuple[str, Sequence[NodeSample], Sequence[GpuEvent]]] = []
+        self.heard: list[tuple[str, NodeSample | None, Sequence[GpuEvent]]] = []
         monkeypatch.setattr(node_watch, "alive_nodes", lambda: dict(self.alive))
         monkeypatch.setattr(node_watch, "ensure_node_agents", self.ensure)
         monkeypatch.setattr(node_watch, "LIST_INTERVAL_S", 0.0)
@@ -66,8 +66,8 @@ class Cluster:
         return node_update(node_sample("n1", 1, 5000.0), GpuInfoCache("a", 1, ()), self.events, NO_INFOS)
 
     def watch(self, heard: dict[str, tuple[str, int]] | None = None) -> NodeWatch:
-        def on_news(node_id: str, samples: Sequence[NodeSample], events: Sequence[GpuEvent]) -> None:
-            self.heard.append((node_id, samples, events))
+        def on_news(node_id: str, sample: NodeSample | None, events: Sequence[GpuEvent]) -> None:
+            self.heard.append((node_id, sample, events))
 
         return NodeWatch("tierplane", 1.0, on_news, heard)
 
@@ -216,9 +216,10 @@ class Wire:
     async def heard(self, watch: NodeWatch) -> NodeSample:
         """What the controller makes of the next answer: exactly what the agent took."""
         await look(watch)
-        node_id, samples, _ = self.cluster.heard[-1]
-        assert (node_id, list(samples)) == ("n1", [self.taken])
-        return samples[0]
+        node_id, sample, _ = self.cluster.heard[-1]
+        assert sample is not None
+        assert (node_id, sample) == ("n1", self.taken)
+        return sample
 
     def told(self) -> tuple[GpuInfo, ...] | None:
         """The infos that came along last."""
@@ -309,7 +310,7 @@ async def test_readings_of_other_infos_than_are_known_are_not_taken_in(cluster: 
 
     cluster.say = cut
     await look(watch)
-    assert cluster.heard[-1] == ("n1", (), ())
+    assert cluster.heard[-1] == ("n1", None, ())
     cluster.say = wire.news
     assert (await wire.heard(watch)).gpus[0].info.index == 5
     await watch.close()

@@ -224,10 +224,10 @@ def test_a_lease_waits_for_the_nodes_first_report_and_for_a_new_controller() -> 
     made = World({}, {"small": 1})
     control = made.control
     assert control.lease_gpus("h", 1, "node-a", GangShape(), "small").outcome is LeaseOutcome.WAIT
-    control.observe_node("node-a", [node_sample("node-a", 1, 0.0, [gpu_sample("g0")])], [])
+    control.observe_node("node-a", node_sample("node-a", 1, 0.0, [gpu_sample("g0")]), [])
     assert control.lease_gpus("h", 1, "node-a", GangShape(), "small").outcome is LeaseOutcome.GRANTED
     made.start_controller("e2", settle_s=6.0)
-    made.control.observe_node("node-a", [node_sample("node-a", 2, 0.0, [gpu_sample("g0")])], [])
+    made.control.observe_node("node-a", node_sample("node-a", 2, 0.0, [gpu_sample("g0")]), [])
     waits = made.control.lease_gpus("other", 1, "node-a", GangShape(), "small")
     assert waits.outcome is LeaseOutcome.WAIT
     assert waits.retry_after_s > 0
@@ -266,7 +266,7 @@ def test_gpus_of_one_island_go_together() -> None:
         sample = gpu_sample(f"g{i}", i)
         nvlinks = (NvLink(0, True, "", f"g{links[i]}", False),)
         gpus.append(replace(sample, info=replace(sample.info, nvlinks=nvlinks)))
-    made.control.observe_node("n", [node_sample("n", 1, 0.0, gpus)], [])
+    made.control.observe_node("n", node_sample("n", 1, 0.0, gpus), [])
     answer = made.control.lease_gpus("h", 1, "n", GangShape(gpus=2), "t")
     assert answer.lease is not None
     assert answer.lease.gpu_uuids in (("g0", "g2"), ("g1", "g3"))

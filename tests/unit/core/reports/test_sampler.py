@@ -233,9 +233,7 @@ def test_an_instances_gpus_are_those_that_it_leases() -> None:
             gpu_sample("g1", 1, gpu_ratio=0.75),
             gpu_sample("g2", 2, gpu_ratio=Missing(Absence.ERROR, "no")),
         ]
-        plane.fleet.observe(
-            "n", [node_sample("n", seconds, float(seconds), gpus)], [], now_s=1000.0 + seconds
-        )
+        plane.fleet.observe("n", node_sample("n", seconds, float(seconds), gpus), [], now_s=1000.0 + seconds)
     capacity = {"g0": GpuCapacity("g0", "n", 80 * GIB)}
     answer = plane.book.acquire(
         "small-1", [GpuPart("g0", 500, GIB)], capacity, generation=1, now_s=plane.now_s

@@ -6,13 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controlplane.core.telemetry.samples import Absence, Histogram, Missing
+from controlplane.core.telemetry.samples import Absence, Missing
 from controlplane.core.telemetry.series import (
     CounterSeries,
     Freshness,
     FreshnessLimits,
     GaugeSeries,
-    HistogramSeries,
     Signal,
     histogram_quantile,
 )
@@ -59,33 +58,13 @@ def test_what_went_wrong_is_the_reason() -> None:
     assert series.latest(101) == Signal(Freshness.FRESH, 4, 0)
 
 
-def test_window_statistics() -> None:
+def test_busy_is_the_share_of_points_over_zero_and_their_mean() -> None:
     series = GaugeSeries(LIMITS)
-    for at_s, value in [(0, 100), (50, 1), (70, 2), (90, 6)]:
+    for at_s, value in [(0, 100), (50, 1), (70, 0), (90, 6)]:
+        assert series.busy(at_s) is None, "fewer than three points"
         series.observe(at_s, value)
-    assert series.maximum(90).value == 6
-    assert series.mean(90).value == 3
-
-
-def test_an_average_forgets_half_in_its_half_life() -> None:
-    series = GaugeSeries(LIMITS)
-    series.observe(0, 0)
-    series.observe(10, 100)
-    assert series.average(10).value == pytest.approx(50)
-    series.observe(20, 100)
-    assert series.average(20).value == pytest.approx(75)
-    series.observe(80, 8)
-    assert series.average(80).value == 8, "after a long gap the past says nothing"
-
-
-@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=40))
-def test_an_average_stays_between_the_extremes(values: list[float]) -> None:
-    series = GaugeSeries(LIMITS)
-    for at_s, value in enumerate(values):
-        series.observe(at_s, value)
-    average = series.average(len(values)).value
-    assert average is not None
-    assert min(values) - 1e-6 <= average <= max(values) + 1e-6
+    assert series.busy(90) == (pytest.approx(2 / 3), 3.5), "the point at 0 s is outside the window"
+    assert series.busy(96) is None, "the newest point is stale"
 
 
 def test_a_rate_needs_two_samples() -> None:
@@ -147,7 +126,7 @@ def test_a_series_is_bounded(count: int) -> None:
     series = GaugeSeries(LIMITS)
     for step in range(count):
         series.observe(step * 0.001, step)
-    assert series.mean(count * 0.001).value == pytest.approx(sum(range(count - 50, count)) / 50)
+    assert series.busy(count * 0.001) == (1, pytest.approx(sum(range(count - 50, count)) / 50))
 
 
 @pytest.mark.parametrize(
@@ -186,33 +165,3 @@ def test_a_quantile_lies_in_the_bucket_of_the_true_one(observations: list[float]
     place = next(index for index, bound in enumerate(bounds) if true <= bound)
     low = bounds[place - 1] if place else 0.0
     assert low - 1e-9 <= estimate <= min(bounds[place], 10.0) + 1e-9
-
-
-def histogram(*counts: float) -> Histogram:
-    return Histogram((0.1, 1.0, INF), counts, total=0.0)
-
-
-def test_a_percentile_is_of_the_window() -> None:
-    series = HistogramSeries(LIMITS)
-    series.observe(0, histogram(1000, 1000, 1000))
-    assert series.percentile(0.5, 0).reason == "nothing was observed in the window"
-    series.observe(10, histogram(1000, 1010, 1010))
-    assert series.percentile(0.5, 10).value == pytest.approx(0.55)
-    series.observe(20, histogram(1000, 1010, 1010))
-    assert series.percentile(0.5, 20).value == pytest.approx(0.55)
-    series.observe(75, histogram(1000, 1010, 1010))
-    assert series.percentile(0.5, 75).freshness is Freshness.MISSING
-    assert series.percentile(0.5, 200).freshness is Freshness.MISSING
-
-
-def test_a_histogram_that_starts_anew() -> None:
-    series = HistogramSeries(LIMITS)
-    series.observe(0, histogram(0, 100, 100))
-    series.observe(10, histogram(10, 10, 10))
-    assert series.percentile(0.99, 10).value == pytest.approx(0.099)
-    series.observe(20, Histogram((0.5, INF), (4, 4), 0.0))
-    assert series.percentile(0.5, 20).freshness is Freshness.MISSING, "other buckets: another window"
-    series.observe(30, Histogram((0.5, INF), (8, 8), 0.0))
-    assert series.percentile(0.5, 30).value == pytest.approx(0.25)
-    series.observe(31, GONE)
-    assert series.percentile(0.5, 40) == Signal(Freshness.STALE, 0.25, 10, "connection refused")
