@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from controlplane.config.strict import ConfigFinding, Strict
-from controlplane.core.alerts.book import EvaluatedBy, Severity, Unit
+from controlplane.core.alerts.alert import EvaluatedBy, Severity, Unit
 from controlplane.core.alerts.rules import BY_NAME, RuleChange, rule_named
 
 SeverityName = Literal["info", "warning", "critical"]

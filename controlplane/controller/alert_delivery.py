@@ -25,7 +25,7 @@ import aiohttp
 import structlog
 
 from controlplane.config.alerts import WebhookConfig
-from controlplane.core.alerts.book import Severity
+from controlplane.core.alerts.alert import Severity
 from controlplane.core.alerts.views import AlertNotice, AlertTransition, WebhookView
 
 log = structlog.stdlib.get_logger(__name__)
@@ -60,8 +60,8 @@ def item_of(notice: AlertNotice) -> Item:
     """One alert as messages carry it."""
     alert = notice.alert
     return {
-        "id": f"{alert.rule}/{alert.subject}/{alert.since_unix_s:.3f}/{notice.happening}/{time.time():.3f}",
-        "event": notice.happening.value,
+        "id": f"{alert.rule}/{alert.subject}/{alert.since_unix_s:.3f}/{notice.transition}/{time.time():.3f}",
+        "event": notice.transition.value,
         "rule": alert.rule,
         "severity": alert.severity.value,
         "kind": alert.kind.value,
@@ -285,9 +285,9 @@ def _log(notice: AlertNotice) -> None:
         "value": round(alert.value, 4),
     }
     values |= {"detail": alert.detail} if alert.detail else {}
-    if notice.happening is AlertTransition.RESOLVED:
+    if notice.transition is AlertTransition.RESOLVED:
         log.info("alert over", **values)
         return
-    words = "alert still fires" if notice.happening is AlertTransition.REPEATED else "alert"
+    words = "alert still fires" if notice.transition is AlertTransition.REPEATED else "alert"
     tell = {Severity.INFO: log.info, Severity.WARNING: log.warning, Severity.CRITICAL: log.error}
     tell[alert.severity](words, **values, action=alert.action)

@@ -12,11 +12,18 @@ from typing import Any, Final
 from controlplane.config.alerts import AlertsConfig
 from controlplane.controller.controller import Controller
 from controlplane.core.alerts import checkpoint
-from controlplane.core.alerts import signals as figures_of
-from controlplane.core.alerts.book import Alert, AlertState, Silence, SubjectType
+from controlplane.core.alerts.alert import Alert, AlertState, Silence, SubjectType
 from controlplane.core.alerts.evaluator import AlertEvaluator
 from controlplane.core.alerts.rules import NODE_LOST, TIER_MISSING, rule_named
-from controlplane.core.alerts.signals import AlertSignals, joined
+from controlplane.core.alerts.signals import (
+    AlertSignals,
+    gpu_signals,
+    merged,
+    node_signals,
+    plane_signals,
+    slo_signals,
+    tier_signals,
+)
 from controlplane.core.alerts.views import (
     AlertNotice,
     AlertsResponse,
@@ -72,37 +79,37 @@ class Alerting:
     def look(self) -> tuple[AlertNotice, ...]:
         """Judge every rule; what must be told. Nothing happens while the controller does not know everybody,
         and after the plane was stopped on purpose."""
-        control, book = self._control, self.watch.book
+        control, table = self._control, self.watch.table
         if not control.knows_all or control.left:
             return ()
         now_s = control.now_s()
-        known = joined(source(now_s) for source in self.sources)
-        tick = self.watch.look(known, now_s)
-        for alert in tick.begun:
+        known = merged(source(now_s) for source in self.sources)
+        changes = self.watch.evaluate(known, now_s)
+        for alert in changes.fired:
             self._note(BEGAN, alert)
-        for alert in tick.ended:
+        for alert in changes.resolved:
             self._note(OVER, alert)
-        if book.full and not self._was_full:
+        if table.full and not self._was_full:
             control.registry.note(
-                "alerts left out", "controller", f"{len(book.alerts)} are as many as it keeps"
+                "alerts left out", "controller", f"{len(table.alerts)} are as many as it keeps"
             )
-        self._was_full = book.full
+        self._was_full = table.full
         self._forget_lost(known)
         self.show()
-        return tuple(notice(alert, book, now_s, self._shift_s) for alert in tick.told)
+        return tuple(notice(alert, table, now_s, self._shift_s) for alert in changes.due)
 
     def show(self) -> None:
         """Let gateways know what fires, and how many replicas have to be there of each tier."""
         control = self._control
         control.registry.show(
-            firing(self.watch.book, control.now_s(), self._shift_s), tuple(sorted(self._due().items()))
+            firing(self.watch.table, control.now_s(), self._shift_s), tuple(sorted(self._due().items()))
         )
 
     def answer(self, webhooks: tuple[WebhookView, ...]) -> AlertsResponse:
         """For people: what fires or is pending, the worst first, and silences."""
-        book, now_s = self.watch.book, self._control.now_s()
-        views = worst_first(view(alert, book, now_s, self._shift_s) for alert in book.alerts)
-        return AlertsResponse(tuple(views), silences(book, now_s, self._shift_s), webhooks)
+        table, now_s = self.watch.table, self._control.now_s()
+        views = worst_first(view(alert, table, now_s, self._shift_s) for alert in table.alerts)
+        return AlertsResponse(tuple(views), silences(table, now_s, self._shift_s), webhooks)
 
     # --- operators ----------------------------------------------------------------------------------------
 
@@ -113,7 +120,7 @@ class Alerting:
             return ActionResponse(ActionOutcome.UNKNOWN, _no_rule(name))
         of_rule = [
             alert
-            for alert in self.watch.book.alerts
+            for alert in self.watch.table.alerts
             if alert.rule.name == rule.name and alert.state is AlertState.FIRING
         ]
         found = [alert for alert in of_rule if alert.subject == subject] or [
@@ -130,7 +137,7 @@ class Alerting:
             return ActionResponse(
                 ActionOutcome.UNCHANGED, f"{alert.acknowledged} has acknowledged it", (alert.subject,)
             )
-        self.watch.book.acknowledge(*alert.key, by)
+        self.watch.table.acknowledge(*alert.key, by)
         reason = f"{rule.name}: {by} looks after it"
         self._control.registry.note("alert acknowledged", alert.subject, reason, _tier(alert), actor=OPERATOR)
         self.show()
@@ -149,7 +156,7 @@ class Alerting:
                 f"a silence lasts up to {MAX_SILENCE_S / 86_400:g} days, not {for_s:g} s",
             )
         until_s = self._control.now_s() + for_s
-        silence = self.watch.book.silence(Silence(until_s, rule.name if rule else "", subject, reason, by))
+        silence = self.watch.table.silence(Silence(until_s, rule.name if rule else "", subject, reason, by))
         text = f"silence {silence.number}: {_matches(silence)} for {for_s:g} s"
         self._control.registry.note(
             "silence", subject or "every subject", f"{text}: {reason} ({by})", actor=OPERATOR
@@ -159,7 +166,7 @@ class Alerting:
 
     def unsilence(self, number: int, by: str) -> ActionResponse:
         """The end of a silence: what it kept back is told."""
-        silence = self.watch.book.unsilence(number)
+        silence = self.watch.table.unsilence(number)
         if silence is None:
             return ActionResponse(
                 ActionOutcome.UNKNOWN, f"there is no silence {number}: `tierplane alerts` lists them"
@@ -175,11 +182,11 @@ class Alerting:
 
     def kept(self) -> dict[str, Any]:
         """What has to survive the controller, by key."""
-        return checkpoint.to_values(self.watch.book, self._shift_s)
+        return checkpoint.to_values(self.watch.table, self._shift_s)
 
     def restore(self, values: Mapping[str, Any]) -> None:
         """What was kept."""
-        checkpoint.restore(values, self.watch.book, self._shift_s)
+        checkpoint.restore(values, self.watch.table, self._shift_s)
         self.show()
 
     # --- figures ------------------------------------------------------------------------------------------
@@ -191,7 +198,7 @@ class Alerting:
             spec.name: spec.attainment for spec in control.registry.tiers if spec.attainment is not None
         }
         attainments = {tier: each.attainment for tier, each in found.items()}
-        return joined((AlertSignals(named(found)), figures_of.of_slos(attainments, targets)))
+        return merged((AlertSignals(named(found)), slo_signals(attainments, targets)))
 
     def _own(self, now_s: float) -> AlertSignals:
         control = self._control
@@ -200,7 +207,7 @@ class Alerting:
         for gateway in gateways:
             for endpoint_id, count in gateway.in_flight_by_endpoint:
                 in_flight[endpoint_id] = in_flight.get(endpoint_id, 0) + count
-        tiers = figures_of.of_tiers(
+        tiers = tier_signals(
             self._due(),
             control.registry.endpoints.values(),
             in_flight if gateways else None,
@@ -210,12 +217,12 @@ class Alerting:
             tier: int(signal.value or 0) for tier, signal in tiers.figures.get(TIER_MISSING, {}).items()
         }
         waiting = sum(gateway.queued for gateway in gateways) if gateways else None
-        return joined(
+        return merged(
             (
                 tiers,
-                figures_of.of_plane(waiting=waiting, store_warning=self._store_warning()),
-                figures_of.of_gpus(control.fleet, now_s),
-                figures_of.of_nodes(control.fleet, control.lost_nodes, missing, now_s),
+                plane_signals(waiting=waiting, store_warning=self._store_warning()),
+                gpu_signals(control.fleet, now_s),
+                node_signals(control.fleet, control.lost_nodes, missing, now_s),
             )
         )
 
@@ -228,7 +235,7 @@ class Alerting:
 
     def _forget_lost(self, known: AlertSignals) -> None:
         """Nodes that everything has been replaced of, and of which nothing rings any more."""
-        rings = {alert.subject for alert in self.watch.book.alerts if alert.rule.kind is SubjectType.NODE}
+        rings = {alert.subject for alert in self.watch.table.alerts if alert.rule.kind is SubjectType.NODE}
         for node_id, signal in known.figures.get(NODE_LOST, {}).items():
             if not signal.value and node_id not in rings:
                 self._control.lost_nodes.pop(node_id, None)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from controlplane.core.alerts import rules as core
-from controlplane.core.alerts.book import AlertRule, EvaluatedBy, SubjectType
+from controlplane.core.alerts.alert import AlertRule, EvaluatedBy, SubjectType
 from controlplane.core.domain.endpoint import EndpointState
 from controlplane.core.domain.request import RequestOutcome
 from controlplane.monitoring import queries as q

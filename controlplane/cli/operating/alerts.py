@@ -18,7 +18,7 @@ from controlplane.cli.console import stdout
 from controlplane.cli.controller_access import PlaneAddress, connected, plane_options
 from controlplane.cli.lifecycle.tables import age
 from controlplane.cli.operating.events import event_json, event_line
-from controlplane.core.alerts.book import AlertState, EvaluatedBy, Unit, lasts_text
+from controlplane.core.alerts.alert import AlertState, EvaluatedBy, Unit, duration_text
 from controlplane.core.alerts.rules import BY_NAME, PREFIX, RULES
 from controlplane.core.alerts.views import AlertsResponse, AlertView, FiringAlert, SilenceView, WebhookView
 from controlplane.core.domain.event import Event
@@ -154,7 +154,7 @@ def rules(as_json: bool) -> None:
             Text(rule.severity.value, style=style),
             rule.kind.value,
             when,
-            lasts_text(rule.for_s) if rule.for_s else "at once",
+            duration_text(rule.for_s) if rule.for_s else "at once",
             judges[rule.judge],
         )
     console.print(table)

@@ -1,1 +1,1 @@
-"""Alert rules, the signals that they judge, and the alerts that fire."""
+"""Alert rules, the signals that they evaluate, and the alerts that are pending or firing."""

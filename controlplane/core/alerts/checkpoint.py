@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from controlplane.core.alerts.book import Alert, AlertBook, AlertState, Silence
+from controlplane.core.alerts.alert import Alert, AlertState, Silence
 from controlplane.core.alerts.rules import BY_NAME
+from controlplane.core.alerts.table import AlertTable
 from controlplane.core.json_values import Values, from_value, shifted, to_value, under
 
 _ALERT, _SILENCE = "alert/", "silence/"
@@ -31,21 +32,21 @@ class _Firing:
     detail: str = ""
 
 
-def to_values(book: AlertBook, shift_s: float) -> Values:
+def to_values(table: AlertTable, shift_s: float) -> Values:
     """Alerts that fire and silences, by key."""
     values: Values = {}
-    for alert in book.alerts:
+    for alert in table.alerts:
         if alert.state is AlertState.FIRING:
             name, subject = alert.key
-            times = alert.since_s, alert.told_s
+            times = alert.since_s, alert.notified_s
             firing = _Firing(name, subject, alert.value, *times, alert.acknowledged, alert.detail)
             values[f"{_ALERT}{name}/{subject}"] = shifted(to_value(firing), shift_s, "since_s", "told_s")
-    for silence in book.silences:
+    for silence in table.silences:
         values[f"{_SILENCE}{silence.number}"] = shifted(to_value(silence), shift_s, "until_s")
     return values
 
 
-def restore(values: Mapping[str, Any], book: AlertBook, shift_s: float) -> None:
+def restore(values: Mapping[str, Any], table: AlertTable, shift_s: float) -> None:
     """What :func:`to_values` said before. Alerts of rules that are no more are left out."""
     firing = [
         from_value(_Firing, shifted(value, -shift_s, "since_s", "told_s"))
@@ -58,7 +59,7 @@ def restore(values: Mapping[str, Any], book: AlertBook, shift_s: float) -> None:
             AlertState.FIRING,
             item.value,
             item.since_s,
-            told_s=item.told_s,
+            notified_s=item.told_s,
             acknowledged=item.acknowledged,
             detail=item.detail,
         )
@@ -68,4 +69,4 @@ def restore(values: Mapping[str, Any], book: AlertBook, shift_s: float) -> None:
     silences = [
         from_value(Silence, shifted(value, -shift_s, "until_s")) for value in under(values, _SILENCE).values()
     ]
-    book.restore(sorted(alerts, key=lambda alert: alert.since_s), silences)
+    table.restore(sorted(alerts, key=lambda alert: alert.since_s), silences)

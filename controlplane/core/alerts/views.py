@@ -1,4 +1,4 @@
-"""Alerts as people and programs are shown them: in the controller's answers, in snapshots, in webhooks."""
+"""Alerts as they are shown: in the controller's responses, in snapshots and in webhooks."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from controlplane.core.alerts.book import Alert, AlertBook, AlertState, Severity, SubjectType
+from controlplane.core.alerts.alert import Alert, AlertState, Severity, SubjectType
+from controlplane.core.alerts.table import AlertTable
 
 MAX_IN_SNAPSHOT: Final = 500
-"""Alerts that gateways are told of, the worst first."""
+"""Alerts that a snapshot carries at most, the worst ones."""
 
 
 @dataclass(frozen=True, slots=True)
 class FiringAlert:
-    """An alert that fires, as snapshots carry it: without what changes at every look."""
+    """A firing alert as snapshots and ``GET /alerts`` carry it: without value and detail, which would make a
+    new snapshot at every evaluation."""
 
     rule: str
     severity: Severity
@@ -30,7 +32,7 @@ class FiringAlert:
 
 @dataclass(frozen=True, slots=True)
 class AlertView:
-    """An alert that is pending, fires, or is over."""
+    """A pending, firing or resolved alert, for ``tierplane alerts`` and webhooks."""
 
     rule: str
     state: AlertState
@@ -40,7 +42,7 @@ class AlertView:
     summary: str
     action: str
     detail: str
-    """What is known of the cause; may be empty."""
+    """The cause, if it is known."""
     value: float
     threshold: float
     since_unix_s: float
@@ -52,7 +54,7 @@ class AlertView:
 
 @dataclass(frozen=True, slots=True)
 class SilenceView:
-    """A silence that holds."""
+    """A silence that has not expired."""
 
     number: int
     rule: str
@@ -64,107 +66,108 @@ class SilenceView:
 
 @dataclass(frozen=True, slots=True)
 class WebhookView:
-    """How deliveries to one webhook go, since the controller started."""
+    """Deliveries to one webhook since the controller started."""
 
     name: str
-    """Its scheme and host: the rest of its address may be secret."""
+    """Scheme and host; the rest of the URL may be secret."""
     delivered: int
-    """Messages that it took."""
+    """Messages that it accepted."""
     failed: int
-    """Messages that were given up."""
+    """Messages given up after the last attempt."""
     dropped: int
-    """Alerts that were left out because too many waited."""
+    """Alerts dropped because the queue was full."""
     waiting: int
+    """Alerts in the queue."""
     problem: str = ""
-    """What is wrong now."""
+    """Why the last delivery failed; empty: it did not."""
 
 
 @dataclass(frozen=True, slots=True)
 class AlertsResponse:
-    """All that ``tierplane alerts`` shows."""
+    """Everything that ``tierplane alerts`` shows."""
 
     alerts: tuple[AlertView, ...]
     silences: tuple[SilenceView, ...]
     webhooks: tuple[WebhookView, ...]
 
 
-def view(alert: Alert, book: AlertBook, now_s: float, shift_s: float) -> AlertView:
+def view(alert: Alert, table: AlertTable, now_s: float, shift_s: float) -> AlertView:
     """One alert; ``shift_s`` is wall clock less monotonic clock."""
     rule = alert.rule
-    silence = book.silenced_by(alert, now_s)
+    silence = table.silenced_by(alert, now_s)
     return AlertView(
-        rule.name,
-        alert.state,
-        rule.severity,
-        rule.kind,
-        alert.subject,
-        rule.text(alert.subject),
-        rule.action,
-        alert.detail,
-        alert.value,
-        rule.threshold,
-        alert.since_s + shift_s,
-        alert.acknowledged,
-        None if silence is None else silence.until_s + shift_s,
+        rule=rule.name,
+        state=alert.state,
+        severity=rule.severity,
+        kind=rule.kind,
+        subject=alert.subject,
+        summary=rule.text(alert.subject),
+        action=rule.action,
+        detail=alert.detail,
+        value=alert.value,
+        threshold=rule.threshold,
+        since_unix_s=alert.since_s + shift_s,
+        acknowledged=alert.acknowledged,
+        silenced_until_unix_s=None if silence is None else silence.until_s + shift_s,
     )
 
 
 def worst_first(views: Iterable[AlertView]) -> list[AlertView]:
-    """By severity, then those that fire before those that are pending, then the oldest."""
+    """By severity; then firing before pending; then the oldest first."""
     return sorted(
         views, key=lambda each: (-each.severity.rank, each.state is AlertState.PENDING, each.since_unix_s)
     )
 
 
-def firing(book: AlertBook, now_s: float, shift_s: float) -> tuple[FiringAlert, ...]:
-    """For a snapshot."""
-    views = [view(alert, book, now_s, shift_s) for alert in book.alerts if alert.state is AlertState.FIRING]
+def firing(table: AlertTable, now_s: float, shift_s: float) -> tuple[FiringAlert, ...]:
+    """The firing alerts for a snapshot, the worst first."""
+    views = [view(alert, table, now_s, shift_s) for alert in table.alerts if alert.state is AlertState.FIRING]
     return tuple(
         FiringAlert(
-            each.rule,
-            each.severity,
-            each.kind,
-            each.subject,
-            each.summary,
-            each.action,
-            each.since_unix_s,
-            each.acknowledged,
-            each.silenced_until_unix_s is not None,
+            rule=each.rule,
+            severity=each.severity,
+            kind=each.kind,
+            subject=each.subject,
+            summary=each.summary,
+            action=each.action,
+            since_unix_s=each.since_unix_s,
+            acknowledged=each.acknowledged,
+            silenced=each.silenced_until_unix_s is not None,
         )
         for each in worst_first(views)[:MAX_IN_SNAPSHOT]
     )
 
 
-def silences(book: AlertBook, now_s: float, shift_s: float) -> tuple[SilenceView, ...]:
-    """Those that hold, in the order in which they were given."""
+def silences(table: AlertTable, now_s: float, shift_s: float) -> tuple[SilenceView, ...]:
+    """Silences that have not expired, by number."""
     return tuple(
         SilenceView(each.number, each.rule, each.subject, each.until_s + shift_s, each.reason, each.by)
-        for each in book.silences
+        for each in table.silences
         if each.until_s > now_s
     )
 
 
 class AlertTransition(StrEnum):
-    """What is told of an alert."""
+    """What a notification says of its alert."""
 
     FIRING = "firing"
     REPEATED = "repeated"
-    """It still fires."""
+    """It is still firing."""
     RESOLVED = "resolved"
 
 
 @dataclass(frozen=True, slots=True)
 class AlertNotice:
-    """Something that must be told."""
+    """One notification."""
 
-    happening: AlertTransition
+    transition: AlertTransition
     alert: AlertView
 
 
-def notice(alert: Alert, book: AlertBook, now_s: float, shift_s: float) -> AlertNotice:
-    """Of an alert that :attr:`~controlplane.core.alerts.book.AlertChanges.told` names."""
+def notice(alert: Alert, table: AlertTable, now_s: float, shift_s: float) -> AlertNotice:
+    """The notification for an alert of :attr:`~controlplane.core.alerts.table.AlertChanges.due`."""
     if alert.state is AlertState.RESOLVED:
-        happening = AlertTransition.RESOLVED
+        transition = AlertTransition.RESOLVED
     else:
-        happening = AlertTransition.FIRING if alert.told_s is None else AlertTransition.REPEATED
-    return AlertNotice(happening, view(alert, book, now_s, shift_s))
+        transition = AlertTransition.FIRING if alert.notified_s is None else AlertTransition.REPEATED
+    return AlertNotice(transition, view(alert, table, now_s, shift_s))

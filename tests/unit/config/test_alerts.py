@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from controlplane.config import parse_plane
-from controlplane.core.alerts.book import Severity
+from controlplane.core.alerts.alert import Severity
 from controlplane.core.alerts.rules import RuleChange
 from controlplane.errors import ConfigError, Problem
 from controlplane.kubernetes.overlays import OVERLAYS

@@ -19,7 +19,7 @@ from structlog.testing import capture_logs
 from controlplane.config.alerts import WebhookConfig
 from controlplane.controller import alert_delivery
 from controlplane.controller.alert_delivery import SIGNATURE, AlertDelivery, pause_s, signature
-from controlplane.core.alerts.book import AlertState, Severity, SubjectType
+from controlplane.core.alerts.alert import AlertState, Severity, SubjectType
 from controlplane.core.alerts.views import AlertNotice, AlertTransition, AlertView
 
 SECRET = "not for logs"
@@ -39,9 +39,9 @@ VIEW = AlertView(
 
 
 def notice(
-    subject: str = "small", happening: AlertTransition = AlertTransition.FIRING, **fields: Any
+    subject: str = "small", transition: AlertTransition = AlertTransition.FIRING, **fields: Any
 ) -> AlertNotice:
-    return AlertNotice(happening, replace(VIEW, subject=subject, **fields))
+    return AlertNotice(transition, replace(VIEW, subject=subject, **fields))
 
 
 @dataclass
@@ -346,8 +346,8 @@ def test_the_log_says_it_by_severity() -> None:
                 notice(),
                 notice(severity=Severity.WARNING),
                 notice(severity=Severity.INFO),
-                notice(happening=AlertTransition.REPEATED),
-                notice(happening=AlertTransition.RESOLVED),
+                notice(transition=AlertTransition.REPEATED),
+                notice(transition=AlertTransition.RESOLVED),
             ]
         )
     assert [(line["event"], line["log_level"]) for line in logs] == [

@@ -14,7 +14,7 @@ from controlplane.config.alerts import AlertsConfig
 from controlplane.controller.alerting import Alerting
 from controlplane.controller.operator_actions import OperatorActions
 from controlplane.core.alerts import rules as names
-from controlplane.core.alerts.book import AlertState, SubjectType
+from controlplane.core.alerts.alert import AlertState, SubjectType
 from controlplane.core.alerts.signals import AlertSignals
 from controlplane.core.alerts.views import AlertNotice, AlertTransition, AlertView
 from controlplane.core.cluster.snapshot import GatewayInfo
@@ -55,14 +55,14 @@ class Rig:
         )
 
     def step(self, count: int = 1) -> list[str]:
-        """Seconds pass; what is told meanwhile, as ``happening rule subject``."""
+        """Seconds pass; what is told meanwhile, as ``transition rule subject``."""
         told: list[AlertNotice] = []
         for _ in range(count):
             self.world.step()
             told += self.alerting.look()
         self.told += told
         return [
-            f"{each.happening} {each.alert.rule.removeprefix('Tierplane')} {each.alert.subject}"
+            f"{each.transition} {each.alert.rule.removeprefix('Tierplane')} {each.alert.subject}"
             for each in told
         ]
 
@@ -218,7 +218,7 @@ def test_queue_and_places_come_from_the_gateways_and_without_one_are_not_known()
     assert sorted(rig.step()) == ["firing QueueLong plane", "firing TierSaturated small"]
     rig.step(30)
     assert rig.world.control.registry.gateways == ()
-    assert {alert.state for alert in rig.alerting.watch.book.alerts} == {AlertState.FIRING}
+    assert {alert.state for alert in rig.alerting.watch.table.alerts} == {AlertState.FIRING}
     report(0, 0)
     assert sorted(rig.step()) == ["resolved QueueLong plane", "resolved TierSaturated small"]
 
@@ -265,7 +265,7 @@ def test_a_tiers_slo_is_judged_by_what_that_tier_promises() -> None:
     [view] = rig.firing
     assert (view.rule, view.subject) == ("TierplaneSloMissed", "strict")
     assert view.value == pytest.approx(3.0)
-    assert view.detail == "97 % keep it, 99 % are promised"
+    assert view.detail == "97 % of its requests met the SLO, 99 % must"
 
 
 def test_figures_of_others_are_judged_and_what_is_missing_is_not() -> None:
@@ -449,7 +449,7 @@ def test_alerts_of_rules_that_are_no_more_are_left_out_and_of_those_switched_off
     rig.make()
     rig.alerting.restore(values)
     assert rig.step(2) == ["resolved TierDown small"]
-    assert rig.told[-1].happening is AlertTransition.RESOLVED
+    assert rig.told[-1].transition is AlertTransition.RESOLVED
     assert rig.told[-1].alert.detail == "the rule is switched off"
 
 
@@ -478,5 +478,5 @@ def test_many_gpus_are_judged_in_little_time() -> None:
     for _ in range(5):
         alerting.look()
     assert (time.thread_time() - began_s) / 5 < 0.25, "800 GPUs"
-    kinds = {alert.rule.kind for alert in alerting.watch.book.alerts}
+    kinds = {alert.rule.kind for alert in alerting.watch.table.alerts}
     assert kinds <= {SubjectType.GPU, SubjectType.TIER}

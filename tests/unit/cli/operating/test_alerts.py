@@ -16,7 +16,7 @@ from controlplane.cli import main
 from controlplane.cli.controller_access import PlaneAddress
 from controlplane.cli.lifecycle import status
 from controlplane.cli.operating import alerts
-from controlplane.core.alerts.book import AlertState, Severity, SubjectType
+from controlplane.core.alerts.alert import AlertState, Severity, SubjectType
 from controlplane.core.alerts.rules import RULES
 from controlplane.core.alerts.views import AlertsResponse, AlertView, FiringAlert, SilenceView, WebhookView
 from controlplane.core.cluster.snapshot import ClusterSnapshot

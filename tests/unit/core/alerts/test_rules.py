@@ -1,4 +1,4 @@
-"""One source: every rule once, for the controller and for Prometheus."""
+"""The alert rules, which the controller and Prometheus share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from controlplane.core.alerts import rules as core
-from controlplane.core.alerts.book import AlertRule, EvaluatedBy, Severity, SubjectType, Unit, lasts_text
+from controlplane.core.alerts.alert import AlertRule, EvaluatedBy, Severity, SubjectType, Unit, duration_text
 from controlplane.core.alerts.rules import BY_NAME, RULES, RuleChange, changed, rule_named
 from controlplane.core.traffic.counters import TierFigures
 from controlplane.monitoring import rules as prometheus
@@ -26,7 +26,7 @@ def test_prometheus_has_the_same_rule(rule: AlertRule) -> None:
     assert alert.summary.split("{{")[0] in rule.text("{{")
     if rule.judge is EvaluatedBy.PROGRAM:
         assert f'alert="{rule.name}"' in alert.expr
-        assert alert.lasts == "0s", "the controller has waited already"
+        assert alert.lasts == "0s", "the controller has already waited"
         assert rule.figure not in prometheus.FIGURES
         return
     sign = "<" if rule.below else ">"
@@ -35,7 +35,7 @@ def test_prometheus_has_the_same_rule(rule: AlertRule) -> None:
     assert int(alert.lasts[:-1]) * unit == rule.for_s
 
 
-def test_no_rule_is_anywhere_alone() -> None:
+def test_controller_and_prometheus_have_the_same_rules() -> None:
     assert set(PROM) == set(prometheus.PROOFS) == set(BY_NAME)
     assert len(BY_NAME) == len(RULES)
     used = {rule.figure for rule in RULES if rule.judge is not EvaluatedBy.PROGRAM}
@@ -51,7 +51,7 @@ def test_the_controllers_figures_are_supplied(rule: AlertRule) -> None:
     assert rule.given is None or rule.given.figure in SUPPLIED
 
 
-def test_no_threshold_is_written_a_second_time() -> None:
+def test_thresholds_are_not_repeated_in_the_monitoring_package() -> None:
     """In the monitoring package numbers belong to recordings, layouts and test series only."""
     thresholds = {rule.threshold for rule in RULES if not rule.fixed} - {1, 3}
     for path in Path(prometheus.__file__).parent.glob("*.py"):
@@ -64,26 +64,26 @@ def test_no_threshold_is_written_a_second_time() -> None:
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
-def test_every_rule_is_whole(rule: AlertRule) -> None:
+def test_every_rule_is_complete(rule: AlertRule) -> None:
     text = rule.text("SUBJECT")
     assert "{" not in text
     assert text.endswith(".")
     assert rule.action
     assert ("SUBJECT" in text) == (rule.kind is not SubjectType.PLANE)
     if rule.clear is not None:
-        assert rule.right(rule.clear)
-        assert not rule.wrong(rule.clear)
-    assert not rule.wrong(rule.threshold), "the threshold itself is still right"
+        assert rule.cleared(rule.clear)
+        assert not rule.breached(rule.clear)
+    assert not rule.breached(rule.threshold), "the threshold itself is no breach"
 
 
-def test_texts_say_the_figures_of_the_rule_at_hand() -> None:
+def test_texts_show_the_configured_threshold_and_duration() -> None:
     rule = changed(BY_NAME["TierplaneRequestsFail"], RuleChange(threshold=0.25))
     assert rule.text("small") == "More than 25 % of tier small's requests fail."
     assert rule.clear == pytest.approx(0.125)
     slow = changed(BY_NAME["TierplaneTierSaturated"], RuleChange(for_s=90.0, severity=Severity.CRITICAL))
-    assert slow.text("small").endswith("taken for 90 s.")
+    assert slow.text("small").endswith("in use for 90 s.")
     assert slow.severity is Severity.CRITICAL
-    assert (lasts_text(600), lasts_text(0.5)) == ("10 min", "0.5 s")
+    assert (duration_text(600), duration_text(0.5)) == ("10 min", "0.5 s")
     assert (Unit.SECONDS.text(3.0), Unit.CELSIUS.text(87), Unit.COUNT.text(51.0)) == ("3 s", "87 °C", "51")
     burn = changed(BY_NAME["TierplaneSloMissed"], RuleChange(threshold=2.5))
     assert (
@@ -92,7 +92,7 @@ def test_texts_say_the_figures_of_the_rule_at_hand() -> None:
     assert burn.clear == pytest.approx(1.5)
 
 
-def test_a_share_that_must_not_be_too_small_can_always_be_right_again() -> None:
+def test_a_ratio_that_must_stay_above_its_threshold_can_always_clear() -> None:
     rule = BY_NAME["TierplaneTierIdle"]
     for threshold in (0.05, 0.5, 0.95, 0.999):
         clear = changed(rule, RuleChange(threshold=threshold)).clear

@@ -3,7 +3,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controlplane.core.alerts.book import Severity, SubjectType
+from controlplane.core.alerts.alert import Severity, SubjectType
 from controlplane.core.alerts.views import FiringAlert
 from controlplane.core.cluster.snapshot import ClusterSnapshot, is_newer, merge
 from controlplane.core.domain.endpoint import Endpoint, EndpointState

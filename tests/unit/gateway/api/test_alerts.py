@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from controlplane.core.alerts.book import Severity, SubjectType
+from controlplane.core.alerts.alert import Severity, SubjectType
 from controlplane.core.alerts.views import FiringAlert
 from controlplane.core.cluster.snapshot import ClusterSnapshot
 from tests.support.gateway import Rig, plane, running
