@@ -23,10 +23,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from controlplane.config import BUNDLED_PREFIX, EngineKind
 from controlplane.errors import SetupError
+from controlplane.models.weight_files import open_safetensors
 from controlplane.paths import cache_dir
 
 Progress = Callable[[str], None]
@@ -94,16 +94,11 @@ def tensors_digest(path: Path) -> str:
     Independent of the file's layout and metadata, which change between versions of the writer.
     """
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(header_bytes))
-        header.pop("__metadata__", None)
-        for name in sorted(header):
-            tensor = header[name]
-            begin, end = tensor["data_offsets"]
-            digest.update(json.dumps([name, tensor["dtype"], tensor["shape"]]).encode())
-            file.seek(8 + header_bytes + begin)
-            _update(digest, file, end - begin)
+    with open_safetensors(path) as file:
+        for name in sorted(file.offset_keys()):
+            tensor = file.get_slice(name)
+            digest.update(json.dumps([name, tensor.get_dtype(), tensor.get_shape()]).encode())
+            digest.update(file.get_tensor(name).data)
     return digest.hexdigest()
 
 
@@ -264,15 +259,6 @@ def _partial(folder: Path) -> Iterator[Path]:
 def _file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _update(digest: hashlib._Hash, file: IO[bytes], count: int) -> None:
-    while count > 0:
-        chunk = file.read(min(count, 1 << 20))
-        if not chunk:
-            raise ValueError("the safetensors file is cut short")
-        digest.update(chunk)
-        count -= len(chunk)
 
 
 def _last_line(text: str) -> str:

@@ -40,9 +40,8 @@ class LoadedModel:
     spec: ModelSpec
     where: str
     """Where the numbers come from, for people."""
-    stored_params: int = 0
-    """Parameters in the checkpoint's headers that the engine loads; 0: no weights at hand."""
     stored_bytes: int = 0
+    """Tensors in the checkpoint's headers that the engine loads; 0 where no weights are on this machine."""
     checks: tuple[str, ...] = ()
     """How the headers and the formula compare, in words."""
     extra: MemoryTerm | None = None
@@ -156,7 +155,7 @@ def _checked(spec: ModelSpec, tensors: list[StoredTensor], where: str) -> Loaded
         )
     elif difference < -0.02:
         checks.append("the checkpoint holds less than its config describes: is it complete?")
-    return LoadedModel(spec, where, elements, size, tuple(checks), extra)
+    return LoadedModel(spec, where, size, tuple(checks), extra)
 
 
 def _formula_bytes(spec: ModelSpec) -> int:
@@ -170,7 +169,7 @@ def _from_gguf(path: Path) -> LoadedModel:
     spec = gguf_spec(gguf, path.name)
     elements = sum(tensor.elements for tensor in gguf.tensors)
     checks = (f"the header lists {elements:,} parameters in {gguf.size_bytes:,} bytes",)
-    return LoadedModel(spec, str(path), elements, gguf.size_bytes, checks)
+    return LoadedModel(spec, str(path), gguf.size_bytes, checks)
 
 
 def gguf_spec(gguf: GgufFile, name: str) -> ModelSpec:

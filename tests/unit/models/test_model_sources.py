@@ -10,12 +10,13 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from controlplane.core.sizing.quantization import gguf_bytes
 from controlplane.errors import SetupError
 from controlplane.models.model_config import load_model
-from controlplane.models.weight_files import read_gguf, safetensors_tensors
+from controlplane.models.weight_files import StoredTensor, read_gguf, safetensors_tensors
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -74,7 +75,6 @@ def folder(tmp_path: Path) -> Path:
 
 def test_headers_agree_with_the_formula(folder: Path) -> None:
     loaded = load_model(str(folder))
-    assert loaded.stored_params == loaded.spec.params
     assert loaded.stored_bytes == loaded.spec.params * 2
     assert "as the formula gives" in loaded.checks[0]
     assert loaded.extra is None
@@ -87,7 +87,8 @@ def test_what_the_engine_does_not_load_is_not_counted(folder: Path) -> None:
         "model.layers.0.self_attn.rotary_emb.inv_freq": (8,),
     }
     write_safetensors(folder / "model.safetensors", {**shapes(), **more})
-    assert load_model(str(folder)).stored_params == load_model(str(folder)).spec.params
+    loaded = load_model(str(folder))
+    assert loaded.stored_bytes == loaded.spec.params * 2
 
 
 def test_what_the_config_does_not_explain_becomes_a_term(folder: Path) -> None:
@@ -108,7 +109,8 @@ def test_only_the_files_that_the_index_lists(folder: Path) -> None:
     index = {"weight_map": dict.fromkeys(shapes(), "model.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     write_safetensors(folder / "consolidated.safetensors", shapes())
-    assert load_model(str(folder)).stored_params == load_model(str(folder)).spec.params
+    loaded = load_model(str(folder))
+    assert loaded.stored_bytes == loaded.spec.params * 2
 
 
 @pytest.mark.parametrize(
@@ -119,6 +121,23 @@ def test_a_broken_safetensors_file_is_named(tmp_path: Path, content: bytes) -> N
     path.write_bytes(content)
     with pytest.raises(SetupError, match=r"broken\.safetensors"):
         safetensors_tensors([path])
+
+
+def test_a_truncated_safetensors_file_is_named(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(SetupError, match=r"model\.safetensors .*download it again"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size_bytes"), [("BOOL", 6), ("F8_E4M3", 6), ("BF16", 12), ("F32", 24), ("I64", 48), ("F4", 3)]
+)
+def test_bytes_of_stored_types(tmp_path: Path, dtype: str, size_bytes: int) -> None:
+    header = json.dumps({"x": {"dtype": dtype, "shape": [3, 2], "data_offsets": [0, size_bytes]}}).encode()
+    path = tmp_path / "one.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(size_bytes))
+    assert safetensors_tensors([path]) == (StoredTensor("x", dtype, 6, size_bytes),)
 
 
 def gguf_string(text: str) -> bytes:
@@ -162,9 +181,41 @@ def test_gguf(tmp_path: Path) -> None:
     for source in (path, tmp_path):
         loaded = load_model(str(source))
         assert loaded.stored_bytes == size
-        assert loaded.spec.params == loaded.stored_params
+        assert f"lists {loaded.spec.params:,} parameters" in loaded.checks[0]
         assert loaded.spec.quantization.gguf_type == "Q4_0"
         assert (loaded.spec.vocab, loaded.spec.kv_heads, loaded.spec.tied) == (256, 2, True)
+
+
+def test_gguf_headers_are_read_as_the_gguf_package_reads_them(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path / "written.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(512)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_bool("llama.flag", True)
+    writer.add_array("llama.nested", [[1, 2], [3, 4]])
+    writer.add_token_list(["a", "b", "ä"])
+    writer.add_token_scores([0.0, 1.0, 2.0])
+    writer.add_tensor("plain", np.zeros((3, 5), np.float32))
+    writer.add_tensor("packed", np.zeros((4, 68), np.uint8), raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    theirs, ours = gguf.GGUFReader(path), read_gguf(path)
+    assert ours.tensors == tuple(
+        StoredTensor(tensor.name, tensor.tensor_type.name, int(tensor.n_elements), int(tensor.n_bytes))
+        for tensor in theirs.tensors
+    )
+    assert ours.metadata == {
+        "general.architecture": "llama",
+        "llama.context_length": 512,
+        "llama.attention.layer_norm_rms_epsilon": pytest.approx(1e-5),
+        "llama.flag": True,
+        "llama.nested": 2,
+        "tokenizer.ggml.tokens": 3,
+        "tokenizer.ggml.scores": 3,
+    }
 
 
 def test_a_gguf_without_a_needed_field(tmp_path: Path) -> None:
