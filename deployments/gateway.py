@@ -18,7 +18,8 @@ from ray import serve
 
 from controlplane import logs
 from controlplane.config import PlaneConfig
-from controlplane.controller.client import ControllerLink, pull_snapshots, report_gateway
+from controlplane.controller.api import ControllerApi
+from controlplane.controller.client import ControllerLink, ControllerQueries, pull_snapshots, report_gateway
 from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo
 from controlplane.core.domain.endpoint import EndpointState
 from controlplane.gateway.gateway import Gateway
@@ -68,7 +69,7 @@ class GatewayReplica:
         address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         await self._gateway.start(config.gateway.host, config.gateway.port or None, address)
         self._link = ControllerLink(config.controller)
-        self._gateway.ask = self._link.call
+        self._gateway.controller = ControllerQueries(self._link)
         self._tasks = BackgroundTasks(
             pull_snapshots(self._link, self._apply),
             watch_engines(self._gateway, config),
@@ -95,7 +96,7 @@ class GatewayReplica:
     async def __del__(self) -> None:  # Serve awaits it
         await self._gateway.drain(DRAIN_S)
         await self._tasks.cancel()
-        await self._link.tell("gateway_gone", self._id, "stopped")
+        await self._link.notify(ControllerApi.gateway_gone, self._id, "stopped")
         log.info("gateway stopped")
 
     def _apply(self, snapshot: ClusterSnapshot) -> None:

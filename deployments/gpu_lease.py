@@ -10,12 +10,12 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, cast
+from typing import Any, Final
 
+from controlplane.controller.api import ControllerApi, Method, P, R
 from controlplane.controller.client import ControllerLink, ControllerUnavailable
-from controlplane.core.gpus.leases import GpuLease, LeaseOutcome, LeaseResponse
+from controlplane.core.gpus.leases import GpuLease, LeaseOutcome
 from controlplane.core.placement.gangs import GangShape
-from controlplane.core.reconcile.commands import StartPermission
 from controlplane.errors import EngineError
 
 AWAY_LIMIT_S: Final = 5.0
@@ -67,14 +67,14 @@ class GpuLeaseClient:
         """Wait until an engine of the tier may be started: at once, unless the tier is held."""
         while True:
             try:
-                answer = cast(StartPermission, await self._ask("may_start", self._holder, self._tier))
+                permission = await self._call(ControllerApi.may_start, self._holder, self._tier)
             except ControllerUnavailable as error:
                 self._log.warning("starting without the controller's leave", reason=str(error))
                 return
-            if answer.allowed:
+            if permission.allowed:
                 return
-            self._tell(answer.reason)
-            await asyncio.sleep(answer.retry_after_s)
+            self._tell(permission.reason)
+            await asyncio.sleep(permission.retry_after_s)
 
     async def lease(self, shape: GangShape, given: tuple[str, ...]) -> EngineGpus:
         """GPUs for ``shape``; ``given`` are those that Ray named.
@@ -84,9 +84,8 @@ class GpuLeaseClient:
         began_s = time.monotonic()
         while True:
             try:
-                answer = cast(
-                    LeaseResponse,
-                    await self._ask("lease_gpus", self._holder, LIFE, self._node_id, shape, self._tier),
+                answer = await self._call(
+                    ControllerApi.lease_gpus, self._holder, LIFE, self._node_id, shape, self._tier
                 )
             except ControllerUnavailable as error:
                 return self._as_given(given, str(error))
@@ -107,19 +106,19 @@ class GpuLeaseClient:
 
     async def release(self) -> None:
         """Give back what is leased."""
-        await self._link.tell("release_lease", self._holder, LIFE)
+        await self._link.notify(ControllerApi.release_lease, self._holder, LIFE)
 
     def _as_given(self, given: tuple[str, ...], reason: str) -> EngineGpus:
         self._log.warning("no lease, using the GPUs that Ray named", gpus=given, reason=reason)
         return EngineGpus(given, None, reason)
 
-    async def _ask(self, method: str, *args: Any) -> Any:
+    async def _call(self, method: Method[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the controller, for a short time also one that is just not there."""
         deadline_s = time.monotonic() + AWAY_LIMIT_S
         while True:
             try:
                 limit_s = max(0.5, deadline_s - time.monotonic())
-                return await self._link.call(method, *args, timeout_s=limit_s)
+                return await self._link.call_within(limit_s, method, *args, **kwargs)
             except ControllerUnavailable:
                 if time.monotonic() > deadline_s:
                     raise

@@ -20,6 +20,7 @@ from ray import serve
 
 from controlplane import logs
 from controlplane.config import PlaneConfig, TierConfig
+from controlplane.controller.api import ControllerApi
 from controlplane.controller.client import ControllerLink, ControllerUnavailable, EndpointReporter
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
 from controlplane.core.reconcile.commands import ReplicaCommand, ReplicaCommandKind
@@ -200,14 +201,14 @@ class TierReplica:
             await asyncio.to_thread(supervisor.stop)
             reason = "stopped before it served"
         await self._tasks.cancel()
-        await self._link.tell("deregister", self._base.endpoint_id, reason)
+        await self._link.notify(ControllerApi.deregister, self._base.endpoint_id, reason)
         log.info("replica stopped", reason=reason)
 
     def _still_running(self) -> int:
         """For the supervisor: requests that gateways have in flight here; 1 while that is unknown."""
-        asking = self._link.call("still_running", self._base.endpoint_id, timeout_s=2.0)
+        query = self._link.call_within(2.0, ControllerApi.still_running, self._base.endpoint_id)
         try:
-            count: int | None = asyncio.run_coroutine_threadsafe(asking, self._loop).result()
+            count = asyncio.run_coroutine_threadsafe(query, self._loop).result()
         except ControllerUnavailable:
             count = None
         if count is None:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
+from controlplane.controller.api import Method, P, R
 from controlplane.errors import SetupError
 from controlplane.ray_cluster import session
 
@@ -25,11 +26,11 @@ class PlaneAddress:
     url: str = ""
     """The gateway's, if it is known here."""
 
-    def ask(self, method: str, *args: Any) -> Any:
+    def call(self, method: Method[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call a method of the controller. Raises SetupError if it does not answer."""
         from controlplane.ray_cluster import plane
 
-        return plane.ask(self.namespace, self.ray, method, *args)
+        return plane.call_controller(self.namespace, self.ray, method, *args, **kwargs)
 
 
 def plane_options(command: F) -> F:

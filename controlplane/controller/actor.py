@@ -28,7 +28,9 @@ from controlplane.config.alerts import AlertsConfig
 from controlplane.config.scaling import ControllerScalingConfig
 from controlplane.controller import checkpoint
 from controlplane.controller.alert_loop import AlertLoop
+from controlplane.controller.api import ControllerApi
 from controlplane.controller.controller import GC_THRESHOLDS, Controller, ControllerRules
+from controlplane.controller.handle import CONTROLLER_NAME, ControllerHandle
 from controlplane.controller.node_watch import NodeWatch
 from controlplane.controller.operator_actions import OperatorActions
 from controlplane.controller.ray_cordons import hold_gpus, let_go_of_all
@@ -57,7 +59,6 @@ from controlplane.engines.metrics_scraper import EngineScraper, ScrapeTarget
 from controlplane.node_agent.ray_actor import stop_node_agents
 from controlplane.paths import run_dir
 
-CONTROLLER_NAME = "tierplane-controller"
 IDLE_EXIT_S = 300.0
 """A controller that knows nobody for this long ends: nothing of a plane that is gone stays behind."""
 SAVE_INTERVAL_S = 30.0
@@ -221,10 +222,6 @@ class ControllerActor:
         self._wake()
         return answer
 
-    async def renew_lease(self, holder: str, generation: int) -> LeaseResponse:
-        """The holder is alive; each report says so too."""
-        return self._control.renew_lease(holder, generation)
-
     async def release_lease(self, holder: str, generation: int | None = None) -> LeaseResponse:
         """Give back what the holder has; deregistering does so too."""
         answer = self._control.release_lease(holder, generation)
@@ -242,10 +239,6 @@ class ControllerActor:
         """Tier → replicas to keep, and until when that holds. Raises NotSettled just after a restart: the
         last answer holds on."""
         return self._control.targets()
-
-    async def publish_targets(self, targets: Mapping[str, TierTarget]) -> None:
-        """What scaling recommends; moves and held tiers go on top of it."""
-        self._control.publish(targets)
 
     async def scaling(self) -> ScalingReport:
         """Targets with their reasons, advice, and how good it has been."""
@@ -516,10 +509,12 @@ def scrape_targets(endpoints: Iterable[Endpoint]) -> list[ScrapeTarget]:
     ]
 
 
-def get_or_create_controller(config: ControllerConfig) -> Any:
-    """The controller's actor handle, made if there is none. Blocks; not for an event loop."""
-    actor = ray.remote(ControllerActor)
-    return actor.options(
+def get_or_create_controller(config: ControllerConfig) -> ControllerHandle:
+    """The controller of the configuration's namespace, created if there is none. Blocks; not for an event
+    loop."""
+    body: type[ControllerApi] = ControllerActor
+    actor: Any = ray.remote(body)
+    handle = actor.options(
         name=CONTROLLER_NAME,
         namespace=config.namespace,
         get_if_exists=True,
@@ -531,14 +526,7 @@ def get_or_create_controller(config: ControllerConfig) -> Any:
         # Each gateway holds one call open.
         max_concurrency=10_000,
     ).remote(config)
-
-
-def find_controller(namespace: str) -> Any | None:
-    """The controller's actor handle; None if there is none. Blocks."""
-    try:
-        return ray.get_actor(CONTROLLER_NAME, namespace=namespace)
-    except ValueError:
-        return None
+    return ControllerHandle(handle)
 
 
 def _made_again() -> bool:

@@ -10,22 +10,28 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, NoReturn, cast
+from typing import NoReturn
 
 import structlog
 from ray.exceptions import ActorDiedError, RayActorError, RayError
 
 from controlplane.config import ControllerConfig
 from controlplane.controller.actor import get_or_create_controller
+from controlplane.controller.api import ControllerApi, Method, P, R
+from controlplane.controller.handle import ControllerHandle
 from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.endpoint import Endpoint
-from controlplane.core.gpus.leases import GpuLease, LeaseOutcome, LeaseResponse
-from controlplane.core.reconcile.commands import ReplicaCommand, ReportResponse
+from controlplane.core.gpus.leases import GpuLease, LeaseOutcome
+from controlplane.core.gpus.views import GpuView
+from controlplane.core.recommendations.views import ScalingReport
+from controlplane.core.reconcile.commands import ReplicaCommand
+from controlplane.core.reports.report import PlaneReport
 from controlplane.errors import TierplaneError
 
 LONG_POLL_S = 20.0
 CALL_TIMEOUT_S = 5.0
+LEAVING_TIMEOUT_S = 2.0
 RETRY_S = 0.25
 
 log = structlog.stdlib.get_logger(__name__)
@@ -40,15 +46,24 @@ class ControllerLink:
 
     def __init__(self, config: ControllerConfig) -> None:
         self._config = config
-        self._handle: Any | None = None
+        self._handle: ControllerHandle | None = None
 
-    async def call(self, method: str, *args: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
-        """Call a method of the actor. Raises ControllerUnavailable; it may or may not have happened then."""
+    async def call(self, method: Method[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call a method of :class:`ControllerApi` within :data:`CALL_TIMEOUT_S`.
+
+        Raises ControllerUnavailable; the call may or may not have had its effect then.
+        """
+        return await self.call_within(CALL_TIMEOUT_S, method, *args, **kwargs)
+
+    async def call_within(
+        self, timeout_s: float, method: Method[P, R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        """:meth:`call` with another timeout."""
         try:
             if self._handle is None:
                 # Looking an actor up asks Ray's head and blocks while that is away.
                 self._handle = await asyncio.to_thread(get_or_create_controller, self._config)
-            return await asyncio.wait_for(_result(getattr(self._handle, method).remote(*args)), timeout_s)
+            return await asyncio.wait_for(self._handle.call(method, *args, **kwargs), timeout_s)
         except ActorDiedError as error:
             self._handle = None
             raise ControllerUnavailable(f"the controller is gone: {_brief(error)}") from error
@@ -57,12 +72,13 @@ class ControllerLink:
         except (RayActorError, RayError, OSError, RuntimeError) as error:
             raise ControllerUnavailable(f"the controller can't be reached: {_brief(error)}") from error
 
-    async def tell(self, method: str, *args: Any, timeout_s: float = 2.0) -> bool:
-        """Call a method if the controller is there; False if it is not. For what a leaving replica says."""
+    async def notify(self, method: Method[P, R], /, *args: P.args, **kwargs: P.kwargs) -> bool:
+        """Call a method if the controller is there, within :data:`LEAVING_TIMEOUT_S`; False if it is not. For
+        a process that is about to end."""
         try:
-            await self.call(method, *args, timeout_s=timeout_s)
+            await self.call_within(LEAVING_TIMEOUT_S, method, *args, **kwargs)
         except ControllerUnavailable as error:
-            log.info("could not tell the controller", call=method, reason=str(error))
+            log.info("could not tell the controller", call=method.__name__, reason=str(error))
             return False
         return True
 
@@ -125,17 +141,37 @@ class EndpointReporter:
             log.info("could not tell the controller", call="report", reason=str(error))
 
     async def _report(self) -> None:
-        answer = cast(ReportResponse, await self._link.call("report", self._endpoint))
-        if not answer.known:
-            await self._link.call("register", self._endpoint)
+        response = await self._link.call(ControllerApi.report, self._endpoint)
+        if not response.known:
+            await self._link.call(ControllerApi.register, self._endpoint)
         lease = self._lease
-        if lease is not None and not (answer.known and answer.lease_known):
-            claim = (lease.holder, lease.generation, lease.node_id, lease.parts)
-            restored = cast(LeaseResponse, await self._link.call("restore_lease", *claim))
+        if lease is not None and not (response.known and response.lease_known):
+            restored = await self._link.call(
+                ControllerApi.restore_lease, lease.holder, lease.generation, lease.node_id, lease.parts
+            )
             if restored.outcome is LeaseOutcome.REFUSED:
                 log.warning("the lease was refused", gpus=lease.gpu_uuids, reason=restored.reason)
-        if answer.orders and self._on_orders is not None:
-            self._on_orders(answer.orders)
+        if response.orders and self._on_orders is not None:
+            self._on_orders(response.orders)
+
+
+class ControllerQueries:
+    """What a gateway's pages ask the controller, over a link. Each raises ControllerUnavailable."""
+
+    def __init__(self, link: ControllerLink) -> None:
+        self._link = link
+
+    async def plane_report(self, window_minutes: float) -> PlaneReport:
+        """See :meth:`ControllerApi.plane_report`."""
+        return await self._link.call(ControllerApi.plane_report, window_minutes)
+
+    async def gpus(self) -> tuple[GpuView, ...]:
+        """See :meth:`ControllerApi.gpus`."""
+        return await self._link.call(ControllerApi.gpus)
+
+    async def scaling(self) -> ScalingReport:
+        """See :meth:`ControllerApi.scaling`."""
+        return await self._link.call(ControllerApi.scaling)
 
 
 async def report_gateway(
@@ -159,10 +195,10 @@ async def report_gateway(
     async def report() -> None:
         nonlocal declared
         hurry.clear()
-        known = await link.call("gateway_report", info())
+        known = await link.call(ControllerApi.gateway_report, info())
         declared = declared and known
         if not declared:  # Also if that was lost after a report that was not.
-            await link.call("declare", tiers, config.heartbeat_s, config.scaling, config.alerts)
+            await link.call(ControllerApi.declare, tiers, config.heartbeat_s, config.scaling, config.alerts)
             declared = True
 
     while True:
@@ -182,8 +218,7 @@ async def pull_snapshots(link: ControllerLink, apply: Callable[[ClusterSnapshot]
     async def pull() -> None:
         nonlocal epoch, version
         limit_s = LONG_POLL_S + CALL_TIMEOUT_S
-        answer = await link.call("snapshot", epoch, version, LONG_POLL_S, timeout_s=limit_s)
-        new = cast(ClusterSnapshot | None, answer)
+        new = await link.call_within(limit_s, ControllerApi.snapshot, epoch, version, LONG_POLL_S)
         if new is not None:
             epoch, version = new.epoch, new.version
             apply(new)
@@ -208,10 +243,6 @@ async def _patiently(what: str, attempt: Callable[[], Awaitable[None]]) -> None:
                 away_s = round(time.monotonic() - away_since_s, 2)
                 log.info("controller is back", call=what, away_s=away_s)
             return
-
-
-async def _result(ref: Any) -> Any:
-    return await ref
 
 
 def _brief(error: BaseException) -> str:

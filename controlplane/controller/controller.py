@@ -256,10 +256,6 @@ class Controller:
                 self.registry.note("drain", holder, "two replicas can't use one GPU")
         return answer
 
-    def renew_lease(self, holder: str, generation: int) -> LeaseResponse:
-        """See :meth:`LeaseBook.renew`; every report renews too."""
-        return self.desk.book.renew(holder, generation=generation, now_s=self.now_s())
-
     def release_lease(self, holder: str, generation: int | None = None) -> LeaseResponse:
         """See :meth:`LeaseBook.release`."""
         answer = self.desk.book.release(holder, generation=generation)

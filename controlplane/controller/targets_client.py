@@ -9,13 +9,13 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Final
+from typing import Final
 
-import ray
 import structlog
 from ray.exceptions import RayError
 
-from controlplane.controller.actor import find_controller
+from controlplane.controller.api import ControllerApi
+from controlplane.controller.handle import ControllerHandle, find_controller
 from controlplane.core.reconcile.replica_targets import TierTarget, desired_replicas
 
 REFRESH_S: Final = 0.5
@@ -118,18 +118,17 @@ _by_namespace: dict[str, Targets] = {}
 
 
 def _fetch_from(namespace: str) -> Fetch:
-    actor: Any = None
+    controller: ControllerHandle | None = None
 
     def fetch() -> Mapping[str, TierTarget]:
-        nonlocal actor
-        actor = actor or find_controller(namespace)
-        if actor is None:
+        nonlocal controller
+        controller = controller or find_controller(namespace)
+        if controller is None:
             raise ValueError(f"there is no controller in namespace '{namespace}'")
         try:
-            targets: Mapping[str, TierTarget] = ray.get(actor.targets.remote(), timeout=ANSWER_LIMIT_S)
+            return controller.get(ANSWER_LIMIT_S, ControllerApi.targets)
         except RayError:
-            actor = None  # It may have been made anew.
+            controller = None  # It may have been made anew.
             raise
-        return targets
 
     return fetch

@@ -24,16 +24,14 @@ from controlplane.core.admission.queue import AdmissionQueue, AdmissionSettings
 from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo, merge
 from controlplane.core.domain.endpoint import Endpoint
 from controlplane.core.domain.request import RequestOutcome
-from controlplane.core.gpus.views import GpuView
-from controlplane.core.recommendations.views import ScalingReport, as_json_value
-from controlplane.core.reports.report import PlaneReport
+from controlplane.core.recommendations.views import as_json_value
 from controlplane.core.routing.dispatcher import Dispatcher
 from controlplane.core.routing.endpoint_table import EndpointTable, LoadSettings
 from controlplane.core.routing.tier_table import OverflowDirection, TierPolicy, TierTable
 from controlplane.errors import BadRequest, RequestError
 from controlplane.gateway.api import agents, pages, report_page, ui
 from controlplane.gateway.api.alert_page import alerts
-from controlplane.gateway.api.controller_queries import Ask, ask_controller
+from controlplane.gateway.api.controller_queries import ControllerQueries, query_controller
 from controlplane.gateway.proxy.connections import ConnectionTable
 from controlplane.gateway.proxy.dispatch import RequestDispatch
 from controlplane.gateway.proxy.relay import Relay, answer_headers
@@ -68,9 +66,8 @@ class Gateway:
         self.loop = asyncio.get_running_loop()
         self.started_unix_s = time.time()
         self.snapshot: ClusterSnapshot | None = None
-        self.ask: Ask | None = None
-        """How pages (never inference) ask the controller; see
-        :mod:`controlplane.gateway.api.controller_queries`."""
+        self.controller: ControllerQueries | None = None
+        """For pages that the controller answers, never for inference."""
         settings = config.gateway
         self.table = TierTable.build([tier_policy(tier) for tier in config.tiers], settings.default_tier)
         slos = {tier.name: tier.slo.slo() for tier in config.tiers}
@@ -304,7 +301,7 @@ class Gateway:
 
     async def _report(self, request: Request, out: Responder) -> None:
         minutes, form = report_page.parse_query(request.query)
-        report: PlaneReport = await ask_controller(self.ask, "plane_report", minutes)
+        report = await query_controller(self.controller, lambda asked: asked.plane_report(minutes))
         if form == "html":
             headers = [
                 (b"content-type", b"text/html; charset=utf-8"),
@@ -316,14 +313,14 @@ class Gateway:
             send_json(out, await asyncio.to_thread(asdict, report))
 
     async def _gpus(self, request: Request, out: Responder) -> None:
-        found: tuple[GpuView, ...] = await ask_controller(self.ask, "gpus")
+        found = await query_controller(self.controller, lambda asked: asked.gpus())
         send_json(out, {"gpus": [asdict(gpu) for gpu in found]})
 
     async def _ui(self, request: Request, out: Responder) -> None:
         out.send(200, *ui.page())
 
     async def _recommendations(self, request: Request, out: Responder) -> None:
-        report: ScalingReport = await ask_controller(self.ask, "scaling")
+        report = await query_controller(self.controller, lambda asked: asked.scaling())
         send_json(out, as_json_value(report))
 
     async def _metrics(self, request: Request, out: Responder) -> None:

@@ -16,9 +16,11 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util import placement_group_table
 
 from controlplane.config import PlaneConfig
-from controlplane.controller.actor import find_controller
+from controlplane.controller.api import ControllerApi
+from controlplane.controller.handle import find_controller
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
 from controlplane.core.gpus.node_view import node_of
+from controlplane.core.gpus.views import GpuView
 from controlplane.core.placement.occupancy import ReservedResources, RunningReplica
 from controlplane.core.placement.topology import Gpu, Node
 from controlplane.core.sizing.gpu_models import find_gpu
@@ -79,11 +81,11 @@ class _Barred:
 
 
 def _out_of_use(namespace: str) -> _Barred:
-    actor = find_controller(namespace)
-    views: Any = ()
-    if actor is not None:
+    controller = find_controller(namespace)
+    views: tuple[GpuView, ...] = ()
+    if controller is not None:
         try:
-            views = ray.get(actor.gpus.remote(), timeout=ASK_TIMEOUT_S)
+            views = controller.get(ASK_TIMEOUT_S, ControllerApi.gpus)
         except (GetTimeoutError, RayError, AttributeError):
             # A controller that is busy, or older than this.
             views = ()

@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ray
 from ray import serve
@@ -20,7 +19,8 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 
-from controlplane.controller.actor import find_controller
+from controlplane.controller.api import ControllerApi, Method, P, R
+from controlplane.controller.handle import find_controller
 from controlplane.controller.ray_cordons import let_go_of_all
 from controlplane.core.cluster.snapshot import ClusterSnapshot
 from controlplane.core.cluster.tier_spec import TierSpec
@@ -138,21 +138,23 @@ def undeploy(names: tuple[str, ...], *, limit_s: float, on_wait: Callable[[float
 
 def stop_controller(namespace: str) -> bool:
     """End the controller actor, its node agents and what it holds in Ray; False if there was none."""
-    actor = find_controller(namespace)
-    if actor is not None:
-        ray.kill(actor, no_restart=True)
+    controller = find_controller(namespace)
+    if controller is not None:
+        controller.kill()
     stop_node_agents(namespace)
     let_go_of_all(namespace)
-    return actor is not None
+    return controller is not None
 
 
-def ask(namespace: str, address: str, method: str, *args: Any) -> Any:
+def call_controller(
+    namespace: str, address: str, method: Method[P, R], /, *args: P.args, **kwargs: P.kwargs
+) -> R:
     """Call a method of the controller. Raises SetupError if there is none or it does not answer."""
     try:
-        actor = find_controller(namespace)
-        if actor is None:
+        controller = find_controller(namespace)
+        if controller is None:
             raise SetupError(f"no plane in namespace '{namespace}' of the Ray at {address}")
-        return ray.get(getattr(actor, method).remote(*args), timeout=ASK_TIMEOUT_S)
+        return controller.get(ASK_TIMEOUT_S, method, *args, **kwargs)
     except (RayError, RuntimeError, TimeoutError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SetupError(f"the controller does not answer, try again in a moment: {first}") from error
@@ -161,10 +163,9 @@ def ask(namespace: str, address: str, method: str, *args: Any) -> Any:
 def view(namespace: str) -> PlaneView | None:
     """What the controller knows now; None if there is no controller or it does not answer yet."""
     try:
-        actor = find_controller(namespace)
-        if actor is None:
+        controller = find_controller(namespace)
+        if controller is None:
             return None
-        answer: Any = ray.get(actor.status.remote(), timeout=ASK_TIMEOUT_S)
+        return PlaneView(*controller.get(ASK_TIMEOUT_S, ControllerApi.status))
     except (RayError, RuntimeError, TimeoutError):
         return None
-    return PlaneView(*answer)

@@ -17,6 +17,7 @@ from controlplane.cli.controller_access import PlaneAddress, connected, plane_op
 from controlplane.cli.lifecycle.activity import activity_json, activity_lines
 from controlplane.cli.lifecycle.tables import gateway_table, gateways_json, status_table, tier_json, troubles
 from controlplane.cli.operating.alerts import firing_lines
+from controlplane.controller.api import ControllerApi
 from controlplane.core.cluster.status import TierStatus, tier_statuses
 from controlplane.core.reconcile.migrations import Activity
 
@@ -69,7 +70,7 @@ def _watch(plane: PlaneAddress, as_json: bool) -> None:
 def _look(plane: PlaneAddress) -> tuple[PlaneView, Activity]:
     from controlplane.ray_cluster.plane import PlaneView
 
-    return PlaneView(*plane.ask("status")), plane.ask("activity")
+    return PlaneView(*plane.call(ControllerApi.status)), plane.call(ControllerApi.activity)
 
 
 def _tiers(view: PlaneView) -> tuple[TierStatus, ...]:

@@ -8,7 +8,6 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 import click
 from rich.table import Table
@@ -18,9 +17,10 @@ from controlplane.cli.console import stdout
 from controlplane.cli.controller_access import PlaneAddress, connected, plane_options
 from controlplane.cli.lifecycle.tables import age
 from controlplane.cli.operating.events import event_json, event_line
+from controlplane.controller.api import ControllerApi, Method, P
 from controlplane.core.alerts.alert import AlertState, EvaluatedBy, Unit, duration_text
 from controlplane.core.alerts.rules import BY_NAME, PREFIX, RULES
-from controlplane.core.alerts.views import AlertsResponse, AlertView, FiringAlert, SilenceView, WebhookView
+from controlplane.core.alerts.views import AlertView, FiringAlert, SilenceView, WebhookView
 from controlplane.core.domain.event import Event
 from controlplane.core.reconcile.commands import ActionOutcome, ActionResponse
 from controlplane.errors import SetupError
@@ -56,7 +56,7 @@ def command(
     if ctx.invoked_subcommand is not None:
         return
     with connected(address, namespace) as plane:
-        answer: AlertsResponse = plane.ask("alerts")
+        answer = plane.call(ControllerApi.alerts)
         past = _past(plane) if with_past else []
     if as_json:
         value = asdict(answer)
@@ -91,7 +91,7 @@ def ack(
     rule: str, subject: str, by: str | None, as_json: bool, address: str | None, namespace: str | None
 ) -> None:
     """Say that you look after the alert RULE about SUBJECT: it is not told again while it lasts."""
-    _act(as_json, address, namespace, "acknowledge_alert", rule, subject, by or _who())
+    _act(as_json, address, namespace, ControllerApi.acknowledge_alert, rule, subject, by or _who())
 
 
 @command.command(name="silence")
@@ -113,7 +113,9 @@ def silence(
     namespace: str | None,
 ) -> None:
     """Have nothing told of alerts that match, for a while; they are judged and listed all the same."""
-    _act(as_json, address, namespace, "silence_alerts", rule, subject, for_s, reason, by or _who())
+    _act(
+        as_json, address, namespace, ControllerApi.silence_alerts, rule, subject, for_s, reason, by or _who()
+    )
 
 
 @command.command(name="unsilence")
@@ -123,7 +125,7 @@ def silence(
 @plane_options
 def unsilence(number: int, by: str | None, as_json: bool, address: str | None, namespace: str | None) -> None:
     """End the silence of that NUMBER, as `tierplane alerts` lists it."""
-    _act(as_json, address, namespace, "unsilence_alerts", number, by or _who())
+    _act(as_json, address, namespace, ControllerApi.unsilence_alerts, number, by or _who())
 
 
 @command.command(name="rules")
@@ -227,13 +229,20 @@ def _hushed(alert: AlertView, unix_s: float) -> str:
 
 
 def _past(plane: PlaneAddress) -> list[Event]:
-    events: tuple[Event, ...] = plane.ask("events", -1, _LATE)
+    events = plane.call(ControllerApi.events, -1, _LATE)
     return [event for event in events if event.kind in _OF_ALERTS]
 
 
-def _act(as_json: bool, address: str | None, namespace: str | None, method: str, *args: Any) -> None:
+def _act(
+    as_json: bool,
+    address: str | None,
+    namespace: str | None,
+    method: Method[P, ActionResponse],
+    *args: P.args,
+    **kwargs: P.kwargs,
+) -> None:
     with connected(address, namespace) as plane:
-        answer: ActionResponse = plane.ask(method, *args)
+        answer = plane.call(method, *args, **kwargs)
     if as_json:
         said = {"outcome": answer.outcome.value, "reason": answer.reason, "subjects": list(answer.subjects)}
         click.echo(json.dumps(said))

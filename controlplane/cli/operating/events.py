@@ -8,6 +8,7 @@ import time
 import click
 
 from controlplane.cli.controller_access import PlaneAddress, connected, plane_options
+from controlplane.controller.api import ControllerApi
 from controlplane.core.domain.event import Event
 from controlplane.errors import SetupError
 
@@ -26,8 +27,8 @@ AT_ONCE = 1000
 def command(follow: bool, lines: int, as_json: bool, address: str | None, namespace: str | None) -> None:
     """Show the audit log: what happened to GPUs, nodes, tiers and endpoints, what was done, and why."""
     with connected(address, namespace) as plane:
-        events: tuple[Event, ...] = plane.ask("events", -1, lines) if lines > 0 else ()
-        last = plane.ask("events", -1, 1)
+        events = plane.call(ControllerApi.events, -1, lines) if lines > 0 else ()
+        last = plane.call(ControllerApi.events, -1, 1)
         after = last[-1].number if last else 0
         for event in events:
             click.echo(event_json(event) if as_json else event_line(event))
@@ -46,7 +47,7 @@ def _patiently(plane: PlaneAddress, after: int) -> tuple[Event, ...]:
     deadline_s = time.monotonic() + AWAY_LIMIT_S
     while True:
         try:
-            events: tuple[Event, ...] = plane.ask("events", after, AT_ONCE)
+            events = plane.call(ControllerApi.events, after, AT_ONCE)
         except SetupError:
             if time.monotonic() > deadline_s:
                 raise

@@ -15,6 +15,7 @@ from rich.text import Text
 from controlplane.cli.console import stdout
 from controlplane.cli.controller_access import connected, plane_options
 from controlplane.cli.lifecycle.tables import age
+from controlplane.controller.api import ControllerApi
 from controlplane.core.gpus.views import GpuHolder, GpuView
 from controlplane.core.placement.gangs import WHOLE_MILLI
 
@@ -28,7 +29,7 @@ _STYLES = {"healthy": "green", "returned": "green", "suspect": "yellow"}
 def command(as_json: bool, address: str | None, namespace: str | None) -> None:
     """Show every GPU: its health, its readings, and which endpoints have it."""
     with connected(address, namespace) as plane:
-        gpus: tuple[GpuView, ...] = plane.ask("gpus")
+        gpus = plane.call(ControllerApi.gpus)
     if as_json:
         click.echo(json.dumps({"gpus": [asdict(gpu) for gpu in gpus]}, indent=2))
         return

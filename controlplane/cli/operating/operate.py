@@ -7,6 +7,7 @@ import json
 import click
 
 from controlplane.cli.controller_access import connected, plane_options
+from controlplane.controller.api import ControllerApi, Method
 from controlplane.core.reconcile.commands import ActionOutcome, ActionResponse
 from controlplane.errors import SetupError
 
@@ -14,11 +15,17 @@ _SUBJECT = "A GPU's UUID, a node's id, a tier or an endpoint; ids may be cut sho
 
 
 def _act(
-    verb: str, subject: str, reason: str, as_json: bool, address: str | None, namespace: str | None
+    action: Method[[str, str], ActionResponse],
+    subject: str,
+    reason: str,
+    *,
+    as_json: bool,
+    address: str | None,
+    namespace: str | None,
 ) -> None:
     with connected(address, namespace) as plane:
-        answer: ActionResponse = plane.ask(verb, subject, reason)
-    show_answer(answer, as_json)
+        response = plane.call(action, subject, reason)
+    show_answer(response, as_json)
 
 
 def show_answer(answer: ActionResponse, as_json: bool) -> None:
@@ -48,7 +55,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @plane_options
 def cordon(subject: str, reason: str, as_json: bool, address: str | None, namespace: str | None) -> None:
     """Let nothing new come to SUBJECT (a GPU, a node or a tier); what runs there goes on."""
-    _act("cordon", subject, reason, as_json, address, namespace)
+    _act(ControllerApi.cordon, subject, reason, as_json=as_json, address=address, namespace=namespace)
 
 
 @click.command(epilog=_SUBJECT)
@@ -58,7 +65,7 @@ def cordon(subject: str, reason: str, as_json: bool, address: str | None, namesp
 @plane_options
 def uncordon(subject: str, reason: str, as_json: bool, address: str | None, namespace: str | None) -> None:
     """Use SUBJECT again: the end of a cordon, of a drain, or of a hold after crashes."""
-    _act("uncordon", subject, reason, as_json, address, namespace)
+    _act(ControllerApi.uncordon, subject, reason, as_json=as_json, address=address, namespace=namespace)
 
 
 @click.command(epilog=_SUBJECT)
@@ -71,7 +78,7 @@ def drain(subject: str, reason: str, as_json: bool, address: str | None, namespa
 
     A tier that is drained has no replicas until it is uncordoned; an endpoint that is drained is replaced.
     """
-    _act("drain", subject, reason, as_json, address, namespace)
+    _act(ControllerApi.drain, subject, reason, as_json=as_json, address=address, namespace=namespace)
 
 
 @click.command(epilog=_SUBJECT)
@@ -81,4 +88,4 @@ def drain(subject: str, reason: str, as_json: bool, address: str | None, namespa
 @plane_options
 def restart(subject: str, reason: str, as_json: bool, address: str | None, namespace: str | None) -> None:
     """Replace the engine processes of SUBJECT, those of one tier one after the other."""
-    _act("restart", subject, reason, as_json, address, namespace)
+    _act(ControllerApi.restart, subject, reason, as_json=as_json, address=address, namespace=namespace)

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from controlplane.cli.console import stdout
 from controlplane.cli.controller_access import connected, plane_options
+from controlplane.controller.api import ControllerApi
 from controlplane.core.recommendations.log import IssuedRecommendation
 from controlplane.core.recommendations.views import ScalingReport, as_json_value, effect_text, judged_text
 
@@ -22,7 +23,7 @@ from controlplane.core.recommendations.views import ScalingReport, as_json_value
 def command(scored: bool, as_json: bool, address: str | None, namespace: str | None) -> None:
     """Show each tier's target with its reason, the advice that holds, and how good advice has been."""
     with connected(address, namespace) as plane:
-        report: ScalingReport = plane.ask("scaling")
+        report = plane.call(ControllerApi.scaling)
     if as_json:
         click.echo(json.dumps(as_json_value(report)))
         return

@@ -12,11 +12,11 @@ from rich.text import Text
 
 from controlplane.cli.console import stdout
 from controlplane.cli.controller_access import connected, plane_options
+from controlplane.controller.api import ControllerApi
 from controlplane.core.reports.report import (
     MAX_WINDOW_MINUTES,
     MIN_WINDOW_MINUTES,
     InstanceReport,
-    PlaneReport,
 )
 from controlplane.gateway.api.report_page import DEFAULT_MINUTES, HEADS, OF_SLO, page, row
 
@@ -38,7 +38,7 @@ def command(
 ) -> None:
     """Show what the last minutes, hours or days were like, for every tier and endpoint."""
     with connected(address, namespace) as plane:
-        report: PlaneReport = plane.ask("plane_report", minutes)
+        report = plane.call(ControllerApi.plane_report, minutes)
     if html is not None:
         html.write_text(page(report), "utf-8")
     if as_json:

@@ -9,6 +9,7 @@ import click
 
 from controlplane.cli.controller_access import connected, plane_options
 from controlplane.cli.operating.operate import show_answer
+from controlplane.controller.api import ControllerApi
 
 AUTO: Final = "auto"
 _UNITS: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
@@ -51,5 +52,5 @@ def command(
     if number is None and for_s is not None:
         raise click.BadParameter(f"{AUTO} has no end", param_hint="--for")
     with connected(address, namespace) as plane:
-        answer = plane.ask("scale", tier, number, for_s, reason)
+        answer = plane.call(ControllerApi.scale, tier, number, for_s, reason)
     show_answer(answer, as_json)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import csv
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from typing import IO, Any
 
 import click
 
 from controlplane.cli.controller_access import PlaneAddress, connected, plane_options
+from controlplane.controller.api import ControllerApi
 from controlplane.controller.reports import series_of
 from controlplane.controller.store import Point
-from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.reports.recorded_traffic import (
     COLUMNS,
     FIGURES,
@@ -81,14 +81,14 @@ def command(hours: float, output: str, as_json: bool, address: str | None, names
 
 def recorded(plane: PlaneAddress, hours: float) -> list[RecordedWindow]:
     """The windows of all tiers that the controller knows, from the first one's beginning."""
-    specs: Sequence[TierSpec] = plane.ask("status")[1]
+    _, specs, _ = plane.call(ControllerApi.status)
     until_s = time.time() + _SLACK_S
     since_s = until_s - _SLACK_S - hours * 3600
     windows: list[RecordedWindow] = []
     for spec in specs:
         tier = Instance(InstanceKind.TIER, spec.name, spec.name)
         series = {series_of(tier, figure): figure for figure in FIGURES}
-        points: Mapping[str, list[Point]] = plane.ask("history", tuple(series), since_s, until_s)
+        points = plane.call(ControllerApi.history, tuple(series), since_s, until_s)
         windows += windows_of(spec.name, {series[name]: _kept(found) for name, found in points.items()})
     return from_the_first(windows)
 

@@ -1,27 +1,53 @@
-"""Pages that only the controller can answer (``/report``): the gateway passes the question on and waits for a
-few seconds. This is no way for inference: requests to models never wait for the controller."""
+"""Pages that only the controller can answer (``/report``, ``/gpus``, ``/recommendations``).
+
+The gateway passes the question on and waits for a few seconds. Requests to models never wait for the
+controller.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from typing import Final, Protocol, TypeVar
 
+from controlplane.core.gpus.views import GpuView
+from controlplane.core.recommendations.views import ScalingReport
+from controlplane.core.reports.report import PlaneReport
 from controlplane.errors import ControllerUnreachable, RequestError, TierplaneError
 
-ASK_TIMEOUT_S: Final = 4.0
+QUERY_TIMEOUT_S: Final = 4.0
 RETRY_AFTER_S: Final = 5.0
 
-Ask = Callable[..., Awaitable[Any]]
-"""Calls a method of the controller, by name and with its arguments; raises a TierplaneError if it can't."""
+R = TypeVar("R")
 
 
-async def ask_controller(ask: Ask | None, method: str, *args: Any, timeout_s: float = ASK_TIMEOUT_S) -> Any:
-    """What the controller answers. Raises ControllerUnreachable (503) if it does not within ``timeout_s``."""
-    if ask is None:
+class ControllerQueries(Protocol):
+    """What the pages ask the controller. Each raises a TierplaneError if it can't be reached."""
+
+    async def plane_report(self, window_minutes: float) -> PlaneReport:
+        """What every tier and endpoint did in the last minutes."""
+        ...
+
+    async def gpus(self) -> tuple[GpuView, ...]:
+        """Every GPU with its health, lease holders and last readings."""
+        ...
+
+    async def scaling(self) -> ScalingReport:
+        """Targets with their reasons, and recommendations."""
+        ...
+
+
+async def query_controller(
+    controller: ControllerQueries | None,
+    query: Callable[[ControllerQueries], Awaitable[R]],
+    *,
+    timeout_s: float = QUERY_TIMEOUT_S,
+) -> R:
+    """The controller's response. Raises ControllerUnreachable (503) if there is none within ``timeout_s``."""
+    if controller is None:
         raise ControllerUnreachable("this gateway has no controller", retry_after_s=RETRY_AFTER_S)
     try:
-        return await asyncio.wait_for(ask(method, *args), timeout_s)
+        return await asyncio.wait_for(query(controller), timeout_s)
     except RequestError:
         raise
     except TimeoutError as error:

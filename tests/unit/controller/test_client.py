@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from controlplane.config import ControllerConfig, parse_plane
+from controlplane.controller.api import ControllerApi, Method, P, R
 from controlplane.controller.client import (
     ControllerLink,
     ControllerUnavailable,
@@ -57,7 +58,10 @@ class DirectLink(ControllerLink):
             self.controller, heartbeat_s=1.0, now_s=lambda: 0.0, unix_s=lambda: 0.0, settle_s=0.0
         )
 
-    async def call(self, method: str, *args: Any, timeout_s: float = 5.0) -> Any:
+    async def call_within(
+        self, timeout_s: float, call: Method[P, R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Any:
+        method, arguments = call.__name__, args
         await asyncio.sleep(0)
         self.calls.append(method)
         if self.away:
@@ -66,16 +70,16 @@ class DirectLink(ControllerLink):
             self.loses.remove(method)
             raise ControllerUnavailable("lost")
         if method == "snapshot":
-            epoch, version, _ = args
+            epoch, version, _ = arguments
             while epoch == self.controller.epoch and version >= self.controller.version:
                 await asyncio.sleep(0.001)
                 if self.away:
                     raise ControllerUnavailable("away")
             return self.controller.snapshot(secrets=True)
         if method == "declare":
-            args = args[:2]  # what scaling and alerts are to do is the actor's
+            arguments = arguments[:2]  # what scaling and alerts are to do is the actor's
         owner = self.control if hasattr(self.control, method) else self.controller
-        return getattr(owner, method)(*args)
+        return getattr(owner, method)(*arguments)
 
 
 @contextlib.asynccontextmanager
@@ -141,10 +145,10 @@ async def test_a_reporter_goes_on_while_the_controller_is_away() -> None:
 async def test_what_is_said_at_the_end_is_not_waited_for() -> None:
     link = DirectLink()
     link.away = True
-    assert not await link.tell("deregister", "balanced-1", "stopped")
+    assert not await link.notify(ControllerApi.deregister, "balanced-1", "stopped")
     await EndpointReporter(link, ENDPOINT, heartbeat_s=1).flush()
     link.away = False
-    assert await link.tell("deregister", "balanced-1", "stopped")
+    assert await link.notify(ControllerApi.deregister, "balanced-1", "stopped")
 
 
 async def test_snapshots_are_pulled_once_each_and_across_a_restart() -> None:

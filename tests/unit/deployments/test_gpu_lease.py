@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -27,15 +28,15 @@ class Link:
         self.answers = list(answers)
         self.calls: list[tuple[Any, ...]] = []
 
-    async def call(self, method: str, *args: Any, timeout_s: float) -> Any:
-        self.calls.append((method, *args))
+    async def call_within(self, timeout_s: float, method: Callable[..., Any], *args: Any) -> Any:
+        self.calls.append((method.__name__, *args))
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         if isinstance(answer, Exception):
             raise answer
         return answer
 
-    async def tell(self, method: str, *args: Any) -> bool:
-        self.calls.append((method, *args))
+    async def notify(self, method: Callable[..., Any], *args: Any) -> bool:
+        self.calls.append((method.__name__, *args))
         return True
 
 

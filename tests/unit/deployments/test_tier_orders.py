@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -47,8 +48,8 @@ class Link:
     def __init__(self) -> None:
         self.told: list[tuple[Any, ...]] = []
 
-    async def tell(self, *args: Any) -> bool:
-        self.told.append(args)
+    async def notify(self, method: Callable[..., Any], *args: Any) -> bool:
+        self.told.append((method.__name__, *args))
         return True
 
 

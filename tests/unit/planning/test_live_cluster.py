@@ -9,6 +9,7 @@ import pytest
 import ray._private.state
 
 from controlplane.config import PlaneConfig
+from controlplane.controller.handle import ControllerHandle
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
 from controlplane.core.placement.occupancy import ReservedResources
 from controlplane.core.telemetry.samples import NOT_SAMPLED, GpuCondition, GpuInfo, GpuSample, NodeSample
@@ -70,7 +71,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(module, "_sample", lambda node_id, _: sample(4) if node_id[0] == "a" else None)
     monkeypatch.setattr(module, "placement_group_table", lambda: seen.groups)
     actor = SimpleNamespace(gpus=SimpleNamespace(remote=lambda: seen.views))
-    monkeypatch.setattr(module, "find_controller", lambda _: actor)
+    monkeypatch.setattr(module, "find_controller", lambda _: ControllerHandle(actor))
     monkeypatch.setattr(module.ray, "get", lambda ref, timeout: ref)
     view = lambda _: SimpleNamespace(snapshot=SimpleNamespace(endpoints=seen.endpoints))  # noqa: E731
     monkeypatch.setattr(module.plane, "view", view)

@@ -51,9 +51,9 @@ class Plane:
         self._answers = answers
         self.asked: list[tuple[Any, ...]] = []
 
-    def ask(self, method: str, *args: Any) -> Any:
-        self.asked.append((method, *args))
-        return self._answers[method]
+    def call(self, method: Callable[..., Any], *args: Any) -> Any:
+        self.asked.append((method.__name__, *args))
+        return self._answers[method.__name__]
 
 
 @pytest.fixture
@@ -189,7 +189,7 @@ def test_the_worst_is_in_the_status(monkeypatch: pytest.MonkeyPatch) -> None:
         yield PlaneAddress("ray", "tierplane")
 
     monkeypatch.setattr(status, "connected", connected)
-    monkeypatch.setattr(PlaneAddress, "ask", lambda _, *words: plane.ask(*words))
+    monkeypatch.setattr(PlaneAddress, "call", lambda _, *words: plane.call(*words))
     shown = CliRunner().invoke(main, ["status"])
     assert "critical: Tier small has no ready endpoint." in shown.output
     value = json.loads(CliRunner().invoke(main, ["status", "--json"]).output)

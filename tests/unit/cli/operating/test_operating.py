@@ -30,9 +30,9 @@ class Plane:
         self._answer = answer
         self.asked: list[tuple[Any, ...]] = []
 
-    def ask(self, method: str, *args: Any) -> Any:
-        self.asked.append((method, *args))
-        return self._answer(method, *args)
+    def call(self, method: Callable[..., Any], *args: Any) -> Any:
+        self.asked.append((method.__name__, *args))
+        return self._answer(method.__name__, *args)
 
 
 @pytest.fixture

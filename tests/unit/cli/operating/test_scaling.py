@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,9 @@ class Plane:
             "plane_report": made(),
         }
 
-    def ask(self, method: str, *args: Any) -> Any:
-        self.asked.append((method, *args))
-        return self.answers[method]
+    def call(self, method: Callable[..., Any], *args: Any) -> Any:
+        self.asked.append((method.__name__, *args))
+        return self.answers[method.__name__]
 
 
 @pytest.fixture

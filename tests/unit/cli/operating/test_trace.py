@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 from controlplane.cli import main
 from controlplane.cli.operating import trace as module
 from controlplane.config.reports import ReportsConfig
+from controlplane.controller.api import ControllerApi
 from controlplane.controller.recorder import Recorder
 from controlplane.controller.reports import Reports
 from controlplane.core.cluster.snapshot import GatewayInfo
@@ -79,10 +80,10 @@ class Plane:
         self.recorder.save({"mark": self.world.clock.s})
         until(lambda: self.recorder.store.get("mark") == self.world.clock.s, every_s=0.002)
 
-    def ask(self, method: str, *args: Any) -> Any:
-        if method == "status":
+    def call(self, method: Callable[..., Any], *args: Any) -> Any:
+        if method is ControllerApi.status:
             return None, self.world.control.registry.tiers, ()
-        assert method == "history"
+        assert method is ControllerApi.history
         names, since_s, until_s = args
         return {name: self.recorder.store.history(name, since_s, until_s) for name in names}
 

@@ -3,28 +3,46 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 
 from controlplane.errors import BadRequest, ControllerUnreachable, TierplaneError
-from controlplane.gateway.api.controller_queries import ask_controller
+from controlplane.gateway.api.controller_queries import query_controller
+
+
+class Controller:
+    """Answers every query with what ``respond`` gives for its name and arguments."""
+
+    def __init__(self, respond: Callable[..., Awaitable[Any]]) -> None:
+        self._respond = respond
+
+    async def plane_report(self, window_minutes: float) -> Any:
+        return await self._respond("plane_report", window_minutes)
+
+    async def gpus(self) -> Any:
+        return await self._respond("gpus")
+
+    async def scaling(self) -> Any:
+        return await self._respond("scaling")
 
 
 async def test_the_question_goes_to_the_controller_and_its_answer_comes_back() -> None:
-    async def ask(method: str, *args: Any) -> Any:
-        return method, args
+    async def echo(name: str, *args: Any) -> Any:
+        return name, args
 
-    assert await ask_controller(ask, "report", 60.0) == ("report", (60.0,))
+    answer = await query_controller(Controller(echo), lambda asked: asked.plane_report(60.0))
+    assert answer == ("plane_report", (60.0,))
 
 
 async def test_a_controller_that_is_away_is_a_503_that_says_when_to_ask_again() -> None:
-    async def away(method: str, *args: Any) -> Any:
+    async def away(name: str, *args: Any) -> Any:
         raise TierplaneError("the controller is gone")
 
-    for ask in (None, away):
+    for controller in (None, Controller(away)):
         with pytest.raises(ControllerUnreachable) as raised:
-            await ask_controller(ask, "report")
+            await query_controller(controller, lambda asked: asked.gpus())
         assert (raised.value.status, raised.value.code) == (503, "controller_unavailable")
         assert raised.value.retry_after_s
 
@@ -32,20 +50,20 @@ async def test_a_controller_that_is_away_is_a_503_that_says_when_to_ask_again() 
 async def test_a_controller_that_is_slow_is_not_waited_for() -> None:
     cancelled = asyncio.Event()
 
-    async def slow(method: str, *args: Any) -> Any:
+    async def slow(name: str, *args: Any) -> Any:
         try:
             await asyncio.Event().wait()
         finally:
             cancelled.set()
 
     with pytest.raises(ControllerUnreachable, match=r"0\.01 s"):
-        await ask_controller(slow, "report", timeout_s=0.01)
+        await query_controller(Controller(slow), lambda asked: asked.gpus(), timeout_s=0.01)
     assert cancelled.is_set()
 
 
 async def test_what_was_asked_wrongly_stays_the_askers_fault() -> None:
-    async def refuse(method: str, *args: Any) -> Any:
+    async def refuse(name: str, *args: Any) -> Any:
         raise BadRequest("no such window")
 
     with pytest.raises(BadRequest):
-        await ask_controller(refuse, "report")
+        await query_controller(Controller(refuse), lambda asked: asked.gpus())

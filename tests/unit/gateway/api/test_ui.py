@@ -69,20 +69,35 @@ def report() -> Any:
     return plane_report({tier: totals}, tracks, tiers={"balanced": 0.995}, present=[], **span)
 
 
-ANSWERS: dict[str, Any] = {
-    "gpus": (gpu(),),
-    "plane_report": report(),
-    "scaling": ScalingReport("advise", (), (), TrackRecord(0, 0, 0, None)),
-}
+class Played:
+    """A controller that has these answers."""
+
+    async def gpus(self) -> Any:
+        return (gpu(),)
+
+    async def plane_report(self, window_minutes: float) -> Any:
+        return report()
+
+    async def scaling(self) -> Any:
+        return ScalingReport("advise", (), (), TrackRecord(0, 0, 0, None))
 
 
-async def controller(method: str, *_: Any) -> Any:
-    return ANSWERS[method]
+class Away:
+    """A controller that can't be reached."""
+
+    async def gpus(self) -> Any:
+        raise TierplaneError("the controller is gone")
+
+    async def plane_report(self, window_minutes: float) -> Any:
+        raise TierplaneError("the controller is gone")
+
+    async def scaling(self) -> Any:
+        raise TierplaneError("the controller is gone")
 
 
 async def test_the_page_shows_the_plane_and_runs_nothing_that_it_is_told(tmp_path: Path) -> None:
     async with running(plane({"name": "balanced"}, {"name": "capable"})) as rig:
-        rig.gateway.ask = controller
+        rig.gateway.controller = Played()
         await rig.engine("balanced-1")
         await rig.engine("capable-1", "capable")
         rig.change("capable-1", state=EndpointState.FAILED, diagnosis=EVIL)
@@ -104,11 +119,8 @@ async def test_the_page_shows_the_plane_and_runs_nothing_that_it_is_told(tmp_pat
 
 
 async def test_without_the_controller_the_page_says_what_is_not_known(tmp_path: Path) -> None:
-    async def away(method: str, *_: Any) -> Any:
-        raise TierplaneError("the controller is gone")
-
     async with running() as rig:
-        rig.gateway.ask = away
+        rig.gateway.controller = Away()
         await rig.engine("balanced-1")
         text = await seen(rig, tmp_path)
     assert ">healthy</span>" in section(text, "tiers")
@@ -134,7 +146,7 @@ def links(text: str) -> Sequence[str]:
 async def test_gpus_are_told_as_json() -> None:
     async with running() as rig:
         assert (await rig.get("/gpus"))[0] == 503
-        rig.gateway.ask = controller
+        rig.gateway.controller = Played()
         status, value = await rig.get("/gpus")
         assert (status, value["gpus"][0]["uuid"]) == (200, "GPU-5c72063a")
 
