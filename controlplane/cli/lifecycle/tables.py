@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from controlplane.cli.console import age
 from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo
 from controlplane.core.cluster.status import EndpointStatus, TierStatus
 from controlplane.core.domain.endpoint import Endpoint
@@ -23,20 +24,8 @@ _STYLES = {
     "failed": "bold red",
     "stopped": "dim",
 }
-
-
 _WHOLE_COLUMNS = 6
 """So many columns of the status table are never cut."""
-
-
-def age(s: float) -> str:
-    """A duration for people: ``8 s``, ``3 m 20 s``, ``5 h 02 m``."""
-    whole = max(0, int(s))
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} m {whole % 60:02} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02} m"
 
 
 def what_it_does(tier: TierStatus) -> str:

@@ -13,9 +13,8 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from controlplane.cli.console import stdout
+from controlplane.cli.console import age, stdout
 from controlplane.cli.controller_access import PlaneAddress, connected, plane_options
-from controlplane.cli.lifecycle.tables import age
 from controlplane.cli.operating.events import event_json, event_line
 from controlplane.controller.api import ControllerApi, Method, P
 from controlplane.core.alerts.alert import AlertState, EvaluatedBy, Unit, duration_text

@@ -12,9 +12,8 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from controlplane.cli.console import stdout
+from controlplane.cli.console import age, stdout
 from controlplane.cli.controller_access import connected, plane_options
-from controlplane.cli.lifecycle.tables import age
 from controlplane.controller.api import ControllerApi
 from controlplane.core.gpus.views import GpuHolder, GpuView
 from controlplane.core.placement.gangs import WHOLE_MILLI

@@ -12,8 +12,8 @@ import yaml
 from click.testing import CliRunner, Result
 
 from controlplane.cli import main
+from controlplane.cli.console import age
 from controlplane.cli.lifecycle.progress import JsonProgress, LineProgress
-from controlplane.cli.lifecycle.tables import age
 from controlplane.cli.lifecycle.up import Interrupts, curl_line, openai_snippet
 from controlplane.core.cluster.snapshot import ClusterSnapshot
 from controlplane.core.cluster.status import TierStatus, tier_statuses
