@@ -88,7 +88,7 @@ class ControllerActor:
         self._keeper = checkpoint.CheckpointWriter(self._shift_s)
         self._recorder = await asyncio.to_thread(Recorder, store_path(config))
         again = _made_again()
-        self._control = Controller(
+        self._controller = Controller(
             Registry(
                 epoch=f"{int(time.time()):x}-{secrets.token_hex(4)}",
                 heartbeat_s=config.heartbeat_s,
@@ -102,21 +102,21 @@ class ControllerActor:
             # One that was never there before has nobody to wait for but those it has just missed.
             settle_s=config.heartbeat_s * (WARMING_REPORTS if again else 1),
         )
-        self._scaling = Scaling(self._control, config.scaling)
-        self._operations = OperatorActions(self._control)
+        self._scaling = Scaling(self._controller, config.scaling)
+        self._operations = OperatorActions(self._controller)
         self._reports = Reports(
-            *(self._control, self._recorder, config.reports, config.scaling.cost_per_gpu_hour),
+            *(self._controller, self._recorder, config.reports, config.scaling.cost_per_gpu_hour),
             heartbeat_s=config.heartbeat_s,
             unix_s=lambda: time.monotonic() + self._shift_s,
         )
         self._hurry = asyncio.Event()
         self._alerts = AlertLoop(
-            *(self._control, config),
+            *(self._controller, config),
             shift_s=self._shift_s,
             store_warning=lambda: self._recorder.warning,
         )
         self._change = asyncio.Event()
-        self._version = self._control.registry.version
+        self._version = self._controller.registry.version
         self._cluster: set[str] | None = None
         self._ray_gpus: dict[str, int] = {}
         self._held: dict[str, str] | None = None
@@ -125,8 +125,10 @@ class ControllerActor:
         self._noted = 0
         self._tick_s = 0.0
         heard = {node: (epoch, seq) for node, (epoch, seq) in self._recorder.state.get(_HEARD, {}).items()}
-        self._watch = NodeWatch(config.namespace, config.sample_interval_s, self._control.observe_node, heard)
-        checkpoint.restore_gpus(self._recorder.state, self._control.fleet, self._shift_s)
+        self._watch = NodeWatch(
+            config.namespace, config.sample_interval_s, self._controller.observe_node, heard
+        )
+        checkpoint.restore_gpus(self._recorder.state, self._controller.fleet, self._shift_s)
         self._loops = [
             asyncio.create_task(loop)
             for loop in (
@@ -152,47 +154,47 @@ class ControllerActor:
     ) -> None:
         """What the configuration asks for; see :meth:`Registry.declare`, :meth:`Scaling.configure` and
         :meth:`AlertLoop.configure`."""
-        self._control.declare(tiers, heartbeat_s)
+        self._controller.declare(tiers, heartbeat_s)
         self._scaling.configure(scaling)
         self._alerts.configure(alerts)
 
     async def register(self, endpoint: Endpoint) -> None:
         """See :meth:`Registry.register`."""
-        self._control.register(endpoint)
+        self._controller.register(endpoint)
         self._wake()
 
     async def report(self, endpoint: Endpoint) -> ReportResponse:
         """See :meth:`Controller.report`."""
-        answer = self._control.report(endpoint)
+        answer = self._controller.report(endpoint)
         self._wake()
         return answer
 
     async def deregister(self, endpoint_id: str, reason: str) -> None:
         """See :meth:`Controller.deregister`."""
-        self._control.deregister(endpoint_id, reason)
+        self._controller.deregister(endpoint_id, reason)
         self._wake()
 
     async def gateway_report(self, info: GatewayInfo) -> bool:
         """See :meth:`Controller.gateway_report`."""
         if self._scaling.wakes(info):
             self._hurry.set()
-        known = self._control.gateway_report(info)
+        known = self._controller.gateway_report(info)
         self._wake()
         return known
 
     async def gateway_gone(self, gateway_id: str, reason: str) -> None:
         """See :meth:`Registry.gateway_gone`."""
-        self._control.gateway_gone(gateway_id, reason)
+        self._controller.gateway_gone(gateway_id, reason)
         self._wake()
 
     async def still_running(self, endpoint_id: str) -> int | None:
         """See :meth:`Registry.still_running`."""
-        return self._control.registry.still_running(endpoint_id)
+        return self._controller.registry.still_running(endpoint_id)
 
     async def snapshot(self, epoch: str, version: int, wait_s: float) -> ClusterSnapshot | None:
         """For gateways, with secrets: what is newer than ``(epoch, version)``; None if nothing is for
         ``wait_s``."""
-        registry = self._control.registry
+        registry = self._controller.registry
         if epoch == registry.epoch and version >= registry.version:
             try:
                 await asyncio.wait_for(self._change.wait(), wait_s)
@@ -207,7 +209,7 @@ class ControllerActor:
     ) -> LeaseResponse:
         """Exact GPUs for a replica on a node. GRANTED and UNCHANGED carry the lease; WAIT and REFUSED say
         when to ask again; with UNMANAGED the replica uses what Ray gave it."""
-        answer = self._control.lease_gpus(holder, generation, node_id, shape, tier)
+        answer = self._controller.lease_gpus(holder, generation, node_id, shape, tier)
         self._save()
         self._wake()
         return answer
@@ -217,28 +219,28 @@ class ControllerActor:
     ) -> LeaseResponse:
         """What a running holder says that it has. REFUSED: it is somebody else's, and the holder will be
         told to retire."""
-        answer = self._control.restore_lease(holder, generation, node_id, parts)
+        answer = self._controller.restore_lease(holder, generation, node_id, parts)
         self._save()
         self._wake()
         return answer
 
     async def release_lease(self, holder: str, generation: int | None = None) -> LeaseResponse:
         """Give back what the holder has; deregistering does so too."""
-        answer = self._control.release_lease(holder, generation)
+        answer = self._controller.release_lease(holder, generation)
         self._save()
         self._wake()
         return answer
 
     async def may_start(self, holder: str, tier: str) -> StartPermission:
         """Whether an engine of the tier may be started now: not while the tier is held."""
-        return self._control.may_start(holder, tier)
+        return self._controller.may_start(holder, tier)
 
     # --- scaling --------------------------------------------------------------------------------------------
 
     async def targets(self) -> Mapping[str, TierTarget]:
         """Tier → replicas to keep, and until when that holds. Raises NotSettled just after a restart: the
         last answer holds on."""
-        return self._control.targets()
+        return self._controller.targets()
 
     async def scaling(self) -> ScalingReport:
         """Targets with their reasons, advice, and how good it has been."""
@@ -288,12 +290,12 @@ class ControllerActor:
 
     async def status(self) -> tuple[ClusterSnapshot, tuple[TierSpec, ...], tuple[Event, ...]]:
         """Without secrets: endpoints and gateways, what the configuration asks for, events."""
-        registry = self._control.registry
+        registry = self._controller.registry
         return registry.snapshot(secrets=False), registry.tiers, registry.events
 
     async def gpus(self) -> tuple[GpuView, ...]:
         """Every GPU with its health, holders and last readings."""
-        return self._control.gpus()
+        return self._controller.gpus()
 
     async def alerts(self) -> AlertsResponse:
         """What fires or is pending, silences, and how deliveries go."""
@@ -319,7 +321,7 @@ class ControllerActor:
 
     async def activity(self) -> Activity:
         """What is under way."""
-        return replace(self._control.activity(), store_warning=self._recorder.warning, tick_s=self._tick_s)
+        return replace(self._controller.activity(), store_warning=self._recorder.warning, tick_s=self._tick_s)
 
     # --- loops ----------------------------------------------------------------------------------------------
 
@@ -333,7 +335,7 @@ class ControllerActor:
                     self._ray_gpus = alive
                     if self._cluster is None:
                         self._remember(set(alive))
-                    self._control.observe_nodes(alive.keys())
+                    self._controller.observe_nodes(alive.keys())
                     self._wake()
             except Exception as error:
                 log.exception("could not look at the nodes", error=repr(error))
@@ -343,14 +345,14 @@ class ControllerActor:
         while True:
             began_s = time.monotonic()
             try:
-                self._control.tick()
+                self._controller.tick()
                 self._tick_s = time.monotonic() - began_s
                 self._wake()
                 self._save()
                 self._reports.tick()
             except Exception as error:
                 log.exception("a tick failed; the next one looks again", error=repr(error))
-            if self._control.registry.empty_for_s() > IDLE_EXIT_S:
+            if self._controller.registry.empty_for_s() > IDLE_EXIT_S:
                 await self._end()
             await asyncio.sleep(_left_s(began_s, self._config.tick_interval_s))
 
@@ -360,9 +362,9 @@ class ControllerActor:
             while True:
                 began_s, worked_s = time.monotonic(), time.thread_time()
                 try:
-                    endpoints = self._control.registry.endpoints.values()
+                    endpoints = self._controller.registry.endpoints.values()
                     for sample in await scraper.scrape_all(scrape_targets(endpoints)):
-                        self._control.observe_engine(sample)
+                        self._controller.observe_engine(sample)
                 except Exception as error:
                     log.exception("could not read the engines' metrics", error=repr(error))
                 # Reading a page takes milliseconds: with very many engines it is done less often.
@@ -391,7 +393,7 @@ class ControllerActor:
 
     async def _hold_gpus(self) -> None:
         """Have Ray's own accounting know what is out of use."""
-        wanted = self._control.fleet.out_of_use()
+        wanted = self._controller.fleet.out_of_use()
         now_s = time.monotonic()
         if not self._ray_gpus or (wanted == self._held and now_s - self._held_s < CORDONS_INTERVAL_S):
             return
@@ -418,16 +420,16 @@ class ControllerActor:
         self._cluster = cluster
         before = self._recorder.state.get(_CLUSTER) or ()
         if cluster & set(before):
-            control = self._control
+            controller = self._controller
             checkpoint.restore_plane(
-                *(self._recorder.state, control.fleet, control.desk.book, control.work),
+                *(self._recorder.state, controller.fleet, controller.desk.book, controller.work),
                 now_s=time.monotonic(),
                 shift_s=self._shift_s,
             )
             self._scaling.restore(self._recorder.state)
             self._alerts.restore(self._recorder.state)
-            control.settle()
-            control.registry.note("remembers", "controller", "leases, cordons and moves from before")
+            controller.settle()
+            controller.registry.note("remembers", "controller", "leases, cordons and moves from before")
 
     def _save(self) -> None:
         if self._cluster is None:
@@ -436,12 +438,12 @@ class ControllerActor:
         noted, saved_s = self._saved
         if (
             noted == self._noted
-            and not self._control.registry.has_fresh
+            and not self._controller.registry.has_fresh
             and now_s - saved_s < SAVE_INTERVAL_S
         ):
             return
-        control = self._control
-        values = self._keeper.values(control.fleet, control.desk.book, control.work)
+        controller = self._controller
+        values = self._keeper.values(controller.fleet, controller.desk.book, controller.work)
         values |= self._scaling.values()
         values[_CLUSTER] = sorted(self._ray_gpus)
         values[_HEARD] = {node: list(last) for node, last in self._watch.heard.items()}
@@ -458,7 +460,7 @@ class ControllerActor:
         self._wake()
 
     def _wake(self) -> None:
-        registry = self._control.registry
+        registry = self._controller.registry
         events = registry.take_events()
         for event in events:
             log.info(event.kind, **{key: value for key, value in asdict(event).items() if key in _LOGGED})

@@ -26,14 +26,14 @@ class AlertLoop:
 
     def __init__(
         self,
-        control: Controller,
+        controller: Controller,
         config: ControllerConfig,
         *,
         shift_s: float,
         store_warning: Callable[[], str],
     ) -> None:
         self._config = config.alerts
-        self.alerting = Alerting(control, config.alerts, shift_s=shift_s, store_warning=store_warning)
+        self.alerting = Alerting(controller, config.alerts, shift_s=shift_s, store_warning=store_warning)
         self._delivery = AlertDelivery(config.alerts.webhooks, os.environ, config.namespace)
 
     def configure(self, config: AlertsConfig) -> None:

@@ -59,13 +59,13 @@ class Alerting:
 
     def __init__(
         self,
-        control: Controller,
+        controller: Controller,
         config: AlertsConfig,
         *,
         shift_s: float,
         store_warning: Callable[[], str] = lambda: "",
     ) -> None:
-        self._control = control
+        self._controller = controller
         self._shift_s = shift_s
         self._store_warning = store_warning
         self._was_full = False
@@ -79,10 +79,10 @@ class Alerting:
     def look(self) -> tuple[AlertNotice, ...]:
         """Judge every rule; what must be told. Nothing happens while the controller does not know everybody,
         and after the plane was stopped on purpose."""
-        control, table = self._control, self.watch.table
-        if not control.knows_all or control.left:
+        controller, table = self._controller, self.watch.table
+        if not controller.knows_all or controller.left:
             return ()
-        now_s = control.now_s()
+        now_s = controller.now_s()
         known = merged(source(now_s) for source in self.sources)
         changes = self.watch.evaluate(known, now_s)
         for alert in changes.fired:
@@ -90,7 +90,7 @@ class Alerting:
         for alert in changes.resolved:
             self._note(OVER, alert)
         if table.full and not self._was_full:
-            control.registry.note(
+            controller.registry.note(
                 "alerts left out", "controller", f"{len(table.alerts)} are as many as it keeps"
             )
         self._was_full = table.full
@@ -100,14 +100,14 @@ class Alerting:
 
     def show(self) -> None:
         """Let gateways know what fires, and how many replicas have to be there of each tier."""
-        control = self._control
-        control.registry.show(
-            firing(self.watch.table, control.now_s(), self._shift_s), tuple(sorted(self._due().items()))
+        controller = self._controller
+        controller.registry.show(
+            firing(self.watch.table, controller.now_s(), self._shift_s), tuple(sorted(self._due().items()))
         )
 
     def answer(self, webhooks: tuple[WebhookView, ...]) -> AlertsResponse:
         """For people: what fires or is pending, the worst first, and silences."""
-        table, now_s = self.watch.table, self._control.now_s()
+        table, now_s = self.watch.table, self._controller.now_s()
         views = worst_first(view(alert, table, now_s, self._shift_s) for alert in table.alerts)
         return AlertsResponse(tuple(views), silences(table, now_s, self._shift_s), webhooks)
 
@@ -139,7 +139,9 @@ class Alerting:
             )
         self.watch.table.acknowledge(*alert.key, by)
         reason = f"{rule.name}: {by} looks after it"
-        self._control.registry.note("alert acknowledged", alert.subject, reason, _tier(alert), actor=OPERATOR)
+        self._controller.registry.note(
+            "alert acknowledged", alert.subject, reason, _tier(alert), actor=OPERATOR
+        )
         self.show()
         return ActionResponse(
             ActionOutcome.DONE, f"{rule.name} about {alert.subject} is acknowledged by {by}", (alert.subject,)
@@ -155,10 +157,10 @@ class Alerting:
                 ActionOutcome.REFUSED,
                 f"a silence lasts up to {MAX_SILENCE_S / 86_400:g} days, not {for_s:g} s",
             )
-        until_s = self._control.now_s() + for_s
+        until_s = self._controller.now_s() + for_s
         silence = self.watch.table.silence(Silence(until_s, rule.name if rule else "", subject, reason, by))
         text = f"silence {silence.number}: {_matches(silence)} for {for_s:g} s"
-        self._control.registry.note(
+        self._controller.registry.note(
             "silence", subject or "every subject", f"{text}: {reason} ({by})", actor=OPERATOR
         )
         self.show()
@@ -172,7 +174,7 @@ class Alerting:
                 ActionOutcome.UNKNOWN, f"there is no silence {number}: `tierplane alerts` lists them"
             )
         text = f"silence {number} ends: {_matches(silence)}"
-        self._control.registry.note(
+        self._controller.registry.note(
             "silence ended", silence.subject or "every subject", f"{text} ({by})", actor=OPERATOR
         )
         self.show()
@@ -192,26 +194,26 @@ class Alerting:
     # --- figures ------------------------------------------------------------------------------------------
 
     def _traffic(self, now_s: float) -> AlertSignals:
-        control = self._control
-        found = control.demand.figures(now_s, control.heartbeat_s, TRAFFIC_S)
+        controller = self._controller
+        found = controller.demand.figures(now_s, controller.heartbeat_s, TRAFFIC_S)
         targets = {
-            spec.name: spec.attainment for spec in control.registry.tiers if spec.attainment is not None
+            spec.name: spec.attainment for spec in controller.registry.tiers if spec.attainment is not None
         }
         attainments = {tier: each.attainment for tier, each in found.items()}
         return merged((AlertSignals(named(found)), slo_signals(attainments, targets)))
 
     def _own(self, now_s: float) -> AlertSignals:
-        control = self._control
-        gateways = control.registry.gateways
+        controller = self._controller
+        gateways = controller.registry.gateways
         in_flight: dict[str, int] = {}
         for gateway in gateways:
             for endpoint_id, count in gateway.in_flight_by_endpoint:
                 in_flight[endpoint_id] = in_flight.get(endpoint_id, 0) + count
         tiers = tier_signals(
             self._due(),
-            control.registry.endpoints.values(),
+            controller.registry.endpoints.values(),
             in_flight if gateways else None,
-            control.work.holds,
+            controller.work.holds,
         )
         missing = {
             tier: int(signal.value or 0) for tier, signal in tiers.figures.get(TIER_MISSING, {}).items()
@@ -221,16 +223,16 @@ class Alerting:
             (
                 tiers,
                 plane_signals(waiting=waiting, store_warning=self._store_warning()),
-                gpu_signals(control.fleet, now_s),
-                node_signals(control.fleet, control.lost_nodes, missing, now_s),
+                gpu_signals(controller.fleet, now_s),
+                node_signals(controller.fleet, controller.lost_nodes, missing, now_s),
             )
         )
 
     def _due(self) -> dict[str, int]:
         """Tier → replicas that have to be there: none while an operator has drained it."""
-        control = self._control
-        drained = {tier for tier, hold in control.work.holds.items() if hold.must_leave}
-        bases = control.bases()
+        controller = self._controller
+        drained = {tier for tier, hold in controller.work.holds.items() if hold.must_leave}
+        bases = controller.bases()
         return {tier: 0 if tier in drained else count for tier, count in bases.items()}
 
     def _forget_lost(self, known: AlertSignals) -> None:
@@ -238,10 +240,10 @@ class Alerting:
         rings = {alert.subject for alert in self.watch.table.alerts if alert.rule.kind is SubjectType.NODE}
         for node_id, signal in known.figures.get(NODE_LOST, {}).items():
             if not signal.value and node_id not in rings:
-                self._control.lost_nodes.pop(node_id, None)
+                self._controller.lost_nodes.pop(node_id, None)
 
     def _note(self, kind: str, alert: Alert) -> None:
-        self._control.registry.note(kind, alert.subject, f"{alert.rule.name}: {alert.text}", _tier(alert))
+        self._controller.registry.note(kind, alert.subject, f"{alert.rule.name}: {alert.text}", _tier(alert))
 
 
 def _tier(alert: Alert) -> str:

@@ -17,8 +17,8 @@ from controlplane.core.reconcile.migrations import OPERATOR
 class OperatorActions:
     """Operators' wishes, carried out on the controller's state; the reconciler does the rest."""
 
-    def __init__(self, control: Controller) -> None:
-        self._control = control
+    def __init__(self, controller: Controller) -> None:
+        self._controller = controller
 
     def cordon(self, name: str, reason: str) -> ActionResponse:
         """Nothing new comes to the GPU, the node or the tier; what runs goes on."""
@@ -34,22 +34,22 @@ class OperatorActions:
         subject = self._find(name)
         if isinstance(subject, str):
             return ActionResponse(ActionOutcome.UNKNOWN, subject)
-        control, reason = self._control, reason or "an operator says so"
+        controller, reason = self._controller, reason or "an operator says so"
         match subject.kind:
             case ResourceKind.GPU:
-                gone = control.fleet.away(subject.id, control.now_s())
+                gone = controller.fleet.away(subject.id, controller.now_s())
                 if gone:
                     return _refused(subject, f"{gone}: it would be taken out of use again at once")
-                changed = control.fleet.uncordon_gpu(subject.id, reason, now_s=control.now_s())
-                node_id = control.fleet.records[subject.id].node_id
-                if not changed and node_id in control.fleet.holds:
+                changed = controller.fleet.uncordon_gpu(subject.id, reason, now_s=controller.now_s())
+                node_id = controller.fleet.records[subject.id].node_id
+                if not changed and node_id in controller.fleet.holds:
                     return _refused(subject, f"its node is out of use: uncordon {node_id}")
             case ResourceKind.NODE:
-                changed = control.fleet.uncordon_node(subject.id)
+                changed = controller.fleet.uncordon_node(subject.id)
             case ResourceKind.TIER:
-                changed = control.work.release(subject.id)
+                changed = controller.work.release(subject.id)
             case ResourceKind.ENDPOINT:
-                if control.work.drains.pop(subject.id, None) is None:
+                if controller.work.drains.pop(subject.id, None) is None:
                     return ActionResponse(ActionOutcome.UNCHANGED, f"{subject} is not drained", (subject.id,))
                 changed = True
         return self._answer(subject, "uncordon", reason, changed, "it was in use")
@@ -60,26 +60,26 @@ class OperatorActions:
         subject = self._find(name)
         if isinstance(subject, str):
             return ActionResponse(ActionOutcome.UNKNOWN, subject)
-        control, reason = self._control, reason or "an operator says so"
+        controller, reason = self._controller, reason or "an operator says so"
         released = False
         if subject.kind is ResourceKind.TIER:
-            hold = control.work.holds.get(subject.id)
+            hold = controller.work.holds.get(subject.id)
             if hold is not None and hold.by == OPERATOR:
                 return _refused(subject, f"it is out of use ({hold.reason}): uncordon it first")
-            released = control.work.release(subject.id)
+            released = controller.work.release(subject.id)
         concerned = [item for item in self._endpoints_of(subject) if item.engine != "endpoint"]
         asked = [
             endpoint.endpoint_id
             for endpoint in concerned
             if endpoint.state not in ENDED or subject.kind is ResourceKind.ENDPOINT
-            if endpoint.endpoint_id not in control.work.moves
-            if control.work.ask_restart(endpoint, reason, control.now_s())
+            if endpoint.endpoint_id not in controller.work.moves
+            if controller.work.ask_restart(endpoint, reason, controller.now_s())
         ]
         for endpoint_id in asked:
-            tier = control.registry.endpoints[endpoint_id].tier
-            control.registry.note("restart asked", endpoint_id, reason, tier, actor=OPERATOR)
+            tier = controller.registry.endpoints[endpoint_id].tier
+            controller.registry.note("restart asked", endpoint_id, reason, tier, actor=OPERATOR)
         if released:
-            control.registry.note("released", subject.id, reason, subject.id, actor=OPERATOR)
+            controller.registry.note("released", subject.id, reason, subject.id, actor=OPERATOR)
         if asked or released:
             text = f"{len(asked)} engine{'s' * (len(asked) != 1)} will restart"
             return ActionResponse(ActionOutcome.DONE, text, tuple(asked) or (subject.id,))
@@ -91,22 +91,22 @@ class OperatorActions:
         subject = self._find(name)
         if isinstance(subject, str):
             return ActionResponse(ActionOutcome.UNKNOWN, subject)
-        control, reason = self._control, reason or "an operator says so"
-        now_s = control.now_s()
+        controller, reason = self._controller, reason or "an operator says so"
+        now_s = controller.now_s()
         match subject.kind:
             case ResourceKind.GPU:
-                changed = control.fleet.cordon_gpu(subject.id, reason, must_leave=must_leave, now_s=now_s)
+                changed = controller.fleet.cordon_gpu(subject.id, reason, must_leave=must_leave, now_s=now_s)
             case ResourceKind.NODE:
-                changed = control.fleet.cordon_node(subject.id, reason, must_leave=must_leave)
+                changed = controller.fleet.cordon_node(subject.id, reason, must_leave=must_leave)
             case ResourceKind.TIER:
-                changed = control.work.hold(subject.id, reason, now_s, must_leave=must_leave)
+                changed = controller.work.hold(subject.id, reason, now_s, must_leave=must_leave)
             case ResourceKind.ENDPOINT:
                 if not must_leave:
                     return _refused(subject, "an endpoint can't be cordoned: drain or restart it")
-                endpoint = control.registry.endpoints[subject.id]
+                endpoint = controller.registry.endpoints[subject.id]
                 if endpoint.state in ENDED:
                     return ActionResponse(ActionOutcome.UNCHANGED, f"it is {endpoint.state}", (subject.id,))
-                changed = control.work.ask_drain(subject.id, reason)
+                changed = controller.work.ask_drain(subject.id, reason)
         return self._answer(
             subject, "drain" if must_leave else "cordon", reason, changed, "it was so already"
         )
@@ -118,29 +118,32 @@ class OperatorActions:
             return ActionResponse(ActionOutcome.UNCHANGED, already, (subject.id,))
         tier = subject.id if subject.kind is ResourceKind.TIER else ""
         if subject.kind is ResourceKind.ENDPOINT:
-            tier = self._control.registry.endpoints[subject.id].tier
-        self._control.registry.note(word, subject.id, reason, tier, actor=OPERATOR)
+            tier = self._controller.registry.endpoints[subject.id].tier
+        self._controller.registry.note(word, subject.id, reason, tier, actor=OPERATOR)
         left = [item.endpoint_id for item in self._endpoints_of(subject)]
         goes = {"drain": "to leave", "cordon": "goes on"}.get(word)
         runs = f"; {', '.join(left)} {goes}" if left and goes else ""
         return ActionResponse(ActionOutcome.DONE, f"{subject}: {word}ed{runs}", (subject.id,))
 
     def _find(self, name: str) -> ResourceName | str:
-        control = self._control
-        endpoints = control.registry.endpoints
-        nodes = {*control.fleet.nodes, *control.fleet.holds} | {item.node_id for item in endpoints.values()}
+        controller = self._controller
+        endpoints = controller.registry.endpoints
+        nodes = {*controller.fleet.nodes, *controller.fleet.holds} | {
+            item.node_id for item in endpoints.values()
+        }
         return find_resource(
             name,
-            gpus=control.fleet.records.keys(),
+            gpus=controller.fleet.records.keys(),
             nodes=nodes - {""},
-            tiers={spec.name for spec in control.registry.tiers} | {item.tier for item in endpoints.values()},
+            tiers={spec.name for spec in controller.registry.tiers}
+            | {item.tier for item in endpoints.values()},
             endpoints=endpoints.keys(),
         )
 
     def _endpoints_of(self, subject: ResourceName) -> Iterable[Endpoint]:
-        control = self._control
-        for endpoint in control.registry.endpoints.values():
-            lease = control.desk.book.leases.get(endpoint.endpoint_id)
+        controller = self._controller
+        for endpoint in controller.registry.endpoints.values():
+            lease = controller.desk.book.leases.get(endpoint.endpoint_id)
             match subject.kind:
                 case ResourceKind.GPU:
                     concerned = lease is not None and subject.id in lease.gpu_uuids

@@ -47,7 +47,7 @@ class Reports:
 
     def __init__(
         self,
-        control: Controller,
+        controller: Controller,
         recorder: Recorder,
         settings: ReportsConfig,
         cost_per_gpu_hour: float,
@@ -55,7 +55,7 @@ class Reports:
         heartbeat_s: float,
         unix_s: Callable[[], float],
     ) -> None:
-        self._control = control
+        self._controller = controller
         self._recorder = recorder
         self._settings = settings
         self._cost_per_gpu_hour = cost_per_gpu_hour
@@ -63,15 +63,15 @@ class Reports:
         self._unix_s = unix_s
         self._sampler = ReportSampler()
         self.ring = ReportRing(settings.samples)
-        self._taken_s = self._logged_s = control.now_s()
+        self._taken_s = self._logged_s = controller.now_s()
         self._made: dict[float, PlaneReport] = {}
         self._making = asyncio.Lock()
         self._logging: asyncio.Task[None] | None = None
 
     def tick(self) -> None:
         """Look at who can serve; take a sample, and write the log's report, when it is time."""
-        now_s = self._control.now_s()
-        if not self._control.knows_all:
+        now_s = self._controller.now_s()
+        if not self._controller.knows_all:
             self._sampler.begin_anew()
             self._taken_s = now_s
             return
@@ -94,7 +94,7 @@ class Reports:
         async with self._making:
             made = self._made.get(window_minutes)
             if made is None:
-                registry = self._control.registry
+                registry = self._controller.registry
                 tiers = {spec.name: spec.attainment for spec in registry.tiers}
                 present = list(registry.endpoints)
                 made = await asyncio.to_thread(
@@ -106,14 +106,14 @@ class Reports:
             return made
 
     def _scene(self) -> SampledCluster:
-        control = self._control
+        controller = self._controller
         return SampledCluster(
-            control.registry.endpoints,
-            control.bases(),
-            control.desk.book,
-            control.fleet,
-            control.engines,
-            control.demand,
+            controller.registry.endpoints,
+            controller.bases(),
+            controller.desk.book,
+            controller.fleet,
+            controller.engines,
+            controller.demand,
             self._heartbeat_s,
         )
 

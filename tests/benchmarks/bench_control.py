@@ -72,11 +72,11 @@ class Fleet:
     replicas: dict[str, Endpoint] = field(default_factory=dict)
     known: dict[str, GpuInfoCache] = field(default_factory=dict)
     """What the controller was told of each node's GPUs."""
-    control: Controller = field(init=False)
+    controller: Controller = field(init=False)
 
     def __post_init__(self) -> None:
         registry = Registry(epoch="bench", heartbeat_s=2.0, now_s=self.clock, unix_s=self.clock)
-        self.control = Controller(
+        self.controller = Controller(
             registry,
             heartbeat_s=2.0,
             now_s=self.clock,
@@ -162,21 +162,21 @@ class Fleet:
         share = max(1, wanted // TIERS)
         names = [f"tier-{i}" for i in range(TIERS)]
         specs = [TierSpec(name, "m", "simulated", share, 10) for name in names]
-        self.control.declare(specs, 2.0)
+        self.controller.declare(specs, 2.0)
         for number in range(wanted):
             # claimed, as running holders do after a restart: leasing one by one takes a while
             node_id = f"node-{number % self.nodes:05d}"
             self.born += 1
             name = f"{names[number % TIERS]}-{self.born}"
             part = GpuPart(self.infos[node_id][number // self.nodes].uuid)
-            self.control.restore_lease(name, 1, node_id, (part,))
+            self.controller.restore_lease(name, 1, node_id, (part,))
             self.join(name, names[number % TIERS], node_id, (part.gpu_uuid,))
 
     def start(self, tier: str, node_id: str) -> bool:
         """A new replica; False if there is no GPU for it on the node."""
         self.born += 1
         name = f"{tier}-{self.born}"
-        answer = self.control.lease_gpus(name, 1, node_id, GangShape(), tier)
+        answer = self.controller.lease_gpus(name, 1, node_id, GangShape(), tier)
         if answer.outcome is not LeaseOutcome.GRANTED or answer.lease is None:
             return False
         self.join(name, tier, node_id, answer.lease.gpu_uuids)
@@ -190,27 +190,29 @@ class Fleet:
             node_id=node_id,
             gpu_uuids=uuids,
         )
-        self.control.register(self.replicas[name])
+        self.controller.register(self.replicas[name])
 
     def report(self) -> None:
         """Every replica reports; one that is told to leaves, and another one starts."""
         for name, endpoint in list(self.replicas.items()):
-            answer = self.control.report(endpoint)
+            answer = self.controller.report(endpoint)
             for order in answer.orders:
                 if order.kind is ReplicaCommandKind.RETIRE:
                     self.replicas[name] = replace(endpoint, state=EndpointState.DRAINING)
-                    self.control.report(self.replicas[name])
+                    self.controller.report(self.replicas[name])
                     del self.replicas[name]
-                    self.control.deregister(name, "drained")
+                    self.controller.deregister(name, "drained")
         missing = LEASED_OF_8 * self.nodes - len(self.replicas)
-        missing += sum(1 for move in self.control.work.moves.values() if move.surged)
+        missing += sum(1 for move in self.controller.work.moves.values() if move.surged)
         for number in range(min(missing, 5)):
             self.start(f"tier-{number % TIERS}", f"node-{(self.seq + number) % self.nodes:05d}")
 
     def return_some(self) -> None:
         """An operator lets GPUs return, or all would be gone after a while."""
-        for uuid in list(self.control.fleet.out_of_use())[: max(0, len(self.control.fleet.out_of_use()) - 3)]:
-            self.control.fleet.uncordon_gpu(uuid, "mended", now_s=self.now_s)
+        for uuid in list(self.controller.fleet.out_of_use())[
+            : max(0, len(self.controller.fleet.out_of_use()) - 3)
+        ]:
+            self.controller.fleet.uncordon_gpu(uuid, "mended", now_s=self.now_s)
 
 
 def reading(info: GpuInfo, level: int) -> GpuSample:
@@ -244,9 +246,9 @@ def measure(nodes: int, ticks: int) -> dict[str, float]:
     gc.set_threshold(*GC_THRESHOLDS)
     fleet = Fleet(nodes)
     for sample in fleet.samples():
-        fleet.control.observe_node(sample.node_id, sample, [])
+        fleet.controller.observe_node(sample.node_id, sample, [])
     fleet.fill()
-    fleet.control.observe_nodes(fleet.infos.keys())
+    fleet.controller.observe_nodes(fleet.infos.keys())
     process, keeper = psutil.Process(), checkpoint.CheckpointWriter(0.0)
     spent_ms: list[float] = []
     decide_ms: list[float] = []
@@ -263,13 +265,13 @@ def measure(nodes: int, ticks: int) -> dict[str, float]:
         began_s, began_cpu_s = time.perf_counter(), time.thread_time()
         for sample in samples:
             event = trouble.get(sample.node_id)
-            fleet.control.observe_node(sample.node_id, sample, [event] if event else [])
+            fleet.controller.observe_node(sample.node_id, sample, [event] if event else [])
         seen_s = time.perf_counter()
-        fleet.control.observe_nodes(alive)
-        done = fleet.control.tick()
-        registry = fleet.control.registry
+        fleet.controller.observe_nodes(alive)
+        done = fleet.controller.tick()
+        registry = fleet.controller.registry
         if registry.take_events():
-            keeper.values(fleet.control.fleet, fleet.control.desk.book, fleet.control.work)
+            keeper.values(fleet.controller.fleet, fleet.controller.desk.book, fleet.controller.work)
         ended_s, ended_cpu_s = time.perf_counter(), time.thread_time()
         moves += sum(item.kind == "settling" for item in done)
         if tick >= 20:

@@ -39,7 +39,7 @@ from controlplane.core.reconcile.reconcile import (
 )
 from controlplane.core.telemetry.samples import Absence, GpuCondition, Missing
 from controlplane.errors import IllegalTransition
-from tests.support.control import GIB, World, xid
+from tests.support.controller import GIB, World, xid
 
 NODES = {"node-1": ["gpu-a0", "gpu-a1"], "node-2": ["gpu-b0", "gpu-b1"], "node-3": ["gpu-c0"]}
 GPUS = [uuid for uuids in NODES.values() for uuid in uuids]
@@ -89,7 +89,7 @@ def strike(world: World, trouble: tuple[str, object, object]) -> None:
             else:
                 world.nodes[str(what)] = NODES[str(what)]
         case "cordon" | "drain" | "uncordon" | "restart":
-            answer = getattr(OperatorActions(world.control), kind)(str(what), "because")
+            answer = getattr(OperatorActions(world.controller), kind)(str(what), "because")
             assert answer.reason
         case "engine lost" if replicas:
             assert isinstance(what, int)
@@ -117,10 +117,10 @@ def strike(world: World, trouble: tuple[str, object, object]) -> None:
 
 
 def restart_controller(world: World, *, vouched: bool) -> None:
-    old = world.control
+    old = world.controller
     values = checkpoint.to_values(old.fleet, old.desk.book, old.work, 7.0)
     world.start_controller("e2", settle_s=6.0)
-    new = world.control
+    new = world.controller
     checkpoint.restore_gpus(values, new.fleet, 7.0)
     if vouched:
         checkpoint.restore_plane(values, new.fleet, new.desk.book, new.work, now_s=world.clock.s, shift_s=7.0)
@@ -130,7 +130,7 @@ def restart_controller(world: World, *, vouched: bool) -> None:
 
 def check(world: World) -> None:
     """No GPU is leased twice or over-committed, by the book and by what the replicas were told."""
-    book = world.control.desk.book
+    book = world.controller.desk.book
     kept_by_changes(world)
     for uuid in GPUS:
         milli, memory_bytes = book.used(uuid)
@@ -144,7 +144,7 @@ def check(world: World) -> None:
             if part.gpu_uuid == uuid
         ]
         assert sum(told) <= WHOLE_MILLI, f"{uuid} is in use by {told}"
-    for move in world.control.work.moves.values():
+    for move in world.controller.work.moves.values():
         assert move.reason
 
 
@@ -153,9 +153,9 @@ keepers: WeakKeyDictionary[Controller, checkpoint.CheckpointWriter] = WeakKeyDic
 
 def kept_by_changes(world: World) -> None:
     """What is gathered from the changes is what gathering everything anew gives."""
-    control = world.control
-    keeper = keepers.setdefault(control, checkpoint.CheckpointWriter(3.0))
-    state = (control.fleet, control.desk.book, control.work)
+    controller = world.controller
+    keeper = keepers.setdefault(controller, checkpoint.CheckpointWriter(3.0))
+    state = (controller.fleet, controller.desk.book, controller.work)
     assert keeper.values(*state) == checkpoint.to_values(*state, 3.0)
 
 
@@ -179,18 +179,18 @@ def test_nothing_is_leased_twice_and_all_comes_to_rest(
         replica.obeys = True
     world.step(20)
     for uuid in GPUS:
-        OperatorActions(world.control).uncordon(uuid, "mended")
+        OperatorActions(world.controller).uncordon(uuid, "mended")
     for name in (*NODES, "small", "other"):
-        OperatorActions(world.control).uncordon(name, "mended")
+        OperatorActions(world.controller).uncordon(name, "mended")
     for _ in range(120):
         world.step()
         check(world)
-    before = world.control.registry.events[-1].number
+    before = world.controller.registry.events[-1].number
     for _ in range(30):
         world.step()
-        assert world.control.tick() == ()
-    assert world.control.registry.events[-1].number == before, world.control.registry.events[-3:]
-    work = world.control.work
+        assert world.controller.tick() == ()
+    assert world.controller.registry.events[-1].number == before, world.controller.registry.events[-3:]
+    work = world.controller.work
     assert not work.moves
     assert not work.restarts
     assert not work.drains
@@ -225,16 +225,16 @@ def test_what_is_missing_never_cordons_and_never_scales(
 ) -> None:
     world = World({name: list(uuids) for name, uuids in NODES.items()}, {"small": 3})
     world.settle()
-    targets = {tier: target.replicas for tier, target in world.control.targets().items()}
+    targets = {tier: target.replicas for tier, target in world.controller.targets().items()}
     holders = {uuid: world.holder_of(uuid) for uuid in GPUS}
     for uuid, reading in readings.items():
         world.samples.setdefault(node_of(uuid), {})[uuid] = reading
     world.silent |= silent
     for _ in range(seconds):
         world.step()
-        assert not world.control.fleet.out_of_use()
-        assert not world.control.work.moves
-        assert {tier: target.replicas for tier, target in world.control.targets().items()} == targets
+        assert not world.controller.fleet.out_of_use()
+        assert not world.controller.work.moves
+        assert {tier: target.replicas for tier, target in world.controller.targets().items()} == targets
     assert {uuid: world.holder_of(uuid) for uuid in GPUS} == holders
 
 

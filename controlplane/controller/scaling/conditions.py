@@ -15,19 +15,19 @@ from controlplane.core.traffic.counters import TierFigures
 
 
 def conditions(
-    control: Controller, specs: Iterable[TierSpec], scalers: ScalingRound, window_s: float, now_s: float
+    controller: Controller, specs: Iterable[TierSpec], scalers: ScalingRound, window_s: float, now_s: float
 ) -> dict[str, TierCondition]:
     """By tier, over ``window_s``. ``scalers`` has what was learned of each tier's engines."""
-    figures = control.demand.figures(now_s, control.heartbeat_s, window_s)
-    return {spec.name: _condition(control, spec, scalers, figures[spec.name], now_s) for spec in specs}
+    figures = controller.demand.figures(now_s, controller.heartbeat_s, window_s)
+    return {spec.name: _condition(controller, spec, scalers, figures[spec.name], now_s) for spec in specs}
 
 
 def _condition(
-    control: Controller, spec: TierSpec, scalers: ScalingRound, seen: TierFigures, now_s: float
+    controller: Controller, spec: TierSpec, scalers: ScalingRound, seen: TierFigures, now_s: float
 ) -> TierCondition:
     plan, scaler, latency = spec.plan, scalers.scaler(spec.name), seen.latency_p95_s
-    mine = [item for item in control.registry.endpoints.values() if item.tier == spec.name]
-    gpu, memory, name = _busiest(control, mine, seen, spec, now_s)
+    mine = [item for item in controller.registry.endpoints.values() if item.tier == spec.name]
+    gpu, memory, name = _busiest(controller, mine, seen, spec, now_s)
     return TierCondition(
         tier=spec.name,
         replicas=sum(item.state not in ENDED for item in mine),
@@ -38,7 +38,7 @@ def _condition(
         gpu_ratio=gpu,
         load_name=name,
         memory_ratio=memory,
-        kv_ratio=_fullest(control, mine, now_s),
+        kv_ratio=_fullest(controller, mine, now_s),
         latency_ms=replace(latency, value=None if latency.value is None else latency.value * 1000),
         latency_limit_ms=plan.latency_limit_ms,
         queue=seen.waiting,
@@ -53,11 +53,11 @@ def _condition(
 
 
 def _busiest(
-    control: Controller, endpoints: Sequence[Endpoint], seen: TierFigures, spec: TierSpec, now_s: float
+    controller: Controller, endpoints: Sequence[Endpoint], seen: TierFigures, spec: TierSpec, now_s: float
 ) -> tuple[Signal, Signal, str]:
     """Utilisation and memory of the tier's busiest and fullest GPU; without GPUs, the used share of its slots
     and nothing."""
-    fleet = control.fleet
+    fleet = controller.fleet
     uuids = {uuid for endpoint in endpoints for uuid in endpoint.gpu_uuids}
     signals = [fleet.signals(uuid, now_s) for uuid in uuids if uuid in fleet.records]
     if signals:
@@ -74,8 +74,8 @@ def _busiest(
     return replace(busy, value=busy.value / slots), missing("it has no GPU"), SLOT_LOAD
 
 
-def _fullest(control: Controller, endpoints: Iterable[Endpoint], now_s: float) -> Signal:
-    engines = control.engines
+def _fullest(controller: Controller, endpoints: Iterable[Endpoint], now_s: float) -> Signal:
+    engines = controller.engines
     return _highest(
         [
             engines[item.endpoint_id].load(now_s).kv_usage_ratio

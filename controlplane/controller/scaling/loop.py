@@ -39,14 +39,14 @@ _OVERRIDE, _ADVICE, _STARTS, _TARGET = "override/", "advice/", "starts/", "targe
 class Scaling:
     """Decides once a tick. Not safe for use by several threads; the controller's event loop owns it."""
 
-    def __init__(self, control: Controller, config: ControllerScalingConfig) -> None:
+    def __init__(self, controller: Controller, config: ControllerScalingConfig) -> None:
         self.config = config
-        self._control = control
+        self._controller = controller
         self._round = ScalingRound()
         self._adviser = Recommender()
-        self._by_hand = ManualTargets(control)
-        self._observer = TierObserver(control)
-        self._teller = ScalingReporter(control)
+        self._by_hand = ManualTargets(controller)
+        self._observer = TierObserver(controller)
+        self._teller = ScalingReporter(controller)
         self._starts = ColdStarts()
         self._decisions: dict[str, RoundDecision] = {}
         self._adopt(config)
@@ -62,13 +62,15 @@ class Scaling:
         """Other settings from now on. Targets of a mode that no longer applies end."""
         if self.config.mode == "apply" and config.mode != "apply":
             overrides = self._by_hand.overrides
-            self._control.unpublish([name for name in self._control.published if not overrides.of(name)])
+            self._controller.unpublish(
+                [name for name in self._controller.published if not overrides.of(name)]
+            )
         self._adopt(config)
 
     def _adopt(self, config: ControllerScalingConfig) -> None:
         self.config = config
-        self._control.applies = config.mode == "apply"
-        self._control.demand.remember(config.window_s)
+        self._controller.applies = config.mode == "apply"
+        self._controller.demand.remember(config.window_s)
 
     def scale(self, name: str, replicas: int | None, for_s: float | None, reason: str) -> ActionResponse:
         """See :meth:`ManualTargets.scale`."""
@@ -77,28 +79,28 @@ class Scaling:
     def wakes(self, info: GatewayInfo) -> bool:
         """Whether a gateway's report is reason not to wait for the next tick: somebody asks for a tier that
         has no replica and is to have none."""
-        control = self._control
+        controller = self._controller
         asked = {item.subject for item in info.traffic if item.waiting or item.in_flight}
         asked |= {
             item.subject
             for item in info.traffic
-            if item.arrived > control.demand.book.last(info.gateway_id, item.subject).arrived
+            if item.arrived > controller.demand.book.last(info.gateway_id, item.subject).arrived
         }
-        bases = control.bases()
-        return any(bases.get(name) == 0 for name in asked & {spec.name for spec in control.registry.tiers})
+        bases = controller.bases()
+        return any(bases.get(name) == 0 for name in asked & {spec.name for spec in controller.registry.tiers})
 
     # --- the tick -----------------------------------------------------------------------------------------
 
     def tick(self) -> tuple[IssuedRecommendation, ...]:
         """One look at all tiers: new targets, and the advice that is new."""
-        control = self._control
-        now_s, unix_s = control.now_s(), control.unix_s()
+        controller = self._controller
+        now_s, unix_s = controller.now_s(), controller.unix_s()
         self._by_hand.expire(unix_s)
-        specs = {spec.name: spec for spec in control.registry.tiers if spec.scaling is not None}
-        self._starts.learn(control.registry.endpoints)
+        specs = {spec.name: spec for spec in controller.registry.tiers if spec.scaling is not None}
+        self._starts.learn(controller.registry.endpoints)
         self._round.configure(self._rule(spec) for spec in specs.values())
-        control.demand.look(specs, control.registry.endpoints, now_s)
-        if not control.knows_all or not specs:
+        controller.demand.look(specs, controller.registry.endpoints, now_s)
+        if not controller.knows_all or not specs:
             return ()
         observations = self._observer.look(specs.values(), self._by_hand.overrides, now_s, unix_s)
         decisions = self._round.decide(observations, self._gpus())
@@ -123,7 +125,7 @@ class Scaling:
         are out of use what is held there and may stay."""
         if self.config.gpus is not None:
             return self.config.gpus
-        fleet, book = self._control.fleet, self._control.desk.book
+        fleet, book = self._controller.fleet, self._controller.desk.book
         if not fleet.counted:
             return None
         out_of_use = fleet.out_of_use()
@@ -133,7 +135,7 @@ class Scaling:
     def _publish(
         self, specs: Mapping[str, TierSpec], decisions: Iterable[RoundDecision], unix_s: float
     ) -> None:
-        control = self._control
+        controller = self._controller
         targets = {}
         for decision in decisions:
             tier, plan = decision.tier, specs[decision.tier].plan
@@ -144,15 +146,15 @@ class Scaling:
             targets[tier] = TierTarget(decision.target, reason, unix_s + TARGET_TTL_S)
             if decision.target != decision.before:
                 text = f"{decision.before} -> {decision.target}: {reason}"
-                control.registry.note("scaled", tier, text, tier)
-        control.publish(targets)
+                controller.registry.note("scaled", tier, text, tier)
+        controller.publish(targets)
 
     def _advise(
         self, specs: Iterable[TierSpec], now_s: float, unix_s: float
     ) -> tuple[IssuedRecommendation, ...]:
-        control, config = self._control, self.config
+        controller, config = self._controller, self.config
         advised = self._adviser.look(
-            conditions(control, specs, self._round, config.window_s, now_s),
+            conditions(controller, specs, self._round, config.window_s, now_s),
             config.advice_rules(),
             self._gpus(),
             now_s=now_s,
@@ -160,23 +162,23 @@ class Scaling:
         )
         for item in advised.judged:
             told = item.score.reason if item.score is not None else "nothing was measured"
-            control.registry.note("advice judged", item.advice.instance, told, item.advice.instance)
+            controller.registry.note("advice judged", item.advice.instance, told, item.advice.instance)
         for item in advised.new:
             advice = item.advice
             text = f"{advice.suggestion} ({'; '.join(advice.reasons)})"
-            control.registry.note(advice.kind.value, advice.instance, text, advice.instance)
+            controller.registry.note(advice.kind.value, advice.instance, text, advice.instance)
         return advised.new
 
     def report(self) -> ScalingReport:
         """For people."""
         views = []
-        for spec in self._control.registry.tiers:
+        for spec in self._controller.registry.tiers:
             if spec.scaling is None:
                 continue
             decision = self._decisions.get(spec.name)
             views.append(
                 view(
-                    *(self._control, spec, decision, self._by_hand.overrides.of(spec.name)),
+                    *(self._controller, spec, decision, self._by_hand.overrides.of(spec.name)),
                     mode=self.config.mode,
                     each_per_s=self._round.scaler(spec.name).each_per_s if decision is not None else 0.0,
                     cold_start_s=self.cold_start_s(spec),
@@ -193,7 +195,7 @@ class Scaling:
             (_OVERRIDE, self._by_hand.overrides.values()),
             (_ADVICE, self.book.values()),
             (_STARTS, self._starts.values()),
-            (_TARGET, {tier: target.replicas for tier, target in self._control.published.items()}),
+            (_TARGET, {tier: target.replicas for tier, target in self._controller.published.items()}),
         ):
             found |= {prefix + key: value for key, value in kept.items()}
         return found
@@ -203,8 +205,8 @@ class Scaling:
         self._by_hand.overrides.restore(under(values, _OVERRIDE))
         self.book.restore(under(values, _ADVICE))
         self._starts.restore(under(values, _STARTS))
-        until_s = self._control.unix_s() + TARGET_TTL_S
+        until_s = self._controller.unix_s() + TARGET_TTL_S
         why = "as before the controller's restart"
-        self._control.publish(
+        self._controller.publish(
             {tier: TierTarget(count, why, until_s) for tier, count in under(values, _TARGET).items()}
         )

@@ -11,17 +11,17 @@ from controlplane.core.reconcile.migrations import OPERATOR
 class ManualTargets:
     """The controller's numbers set by hand; those that end leave their tier to the policy."""
 
-    def __init__(self, control: Controller) -> None:
+    def __init__(self, controller: Controller) -> None:
         self.overrides = Overrides()
-        self._control = control
+        self._controller = controller
 
     def scale(self, name: str, replicas: int | None, for_s: float | None, reason: str) -> ActionResponse:
         """Give a tier that number of replicas, for a while or until this is ended; None ends it. It wins over
         the policy; a tier that is drained or held has none all the same."""
-        control = self._control
-        spec = next((item for item in control.registry.tiers if item.name == name), None)
+        controller = self._controller
+        spec = next((item for item in controller.registry.tiers if item.name == name), None)
         if spec is None:
-            known = ", ".join(item.name for item in control.registry.tiers)
+            known = ", ".join(item.name for item in controller.registry.tiers)
             return ActionResponse(ActionOutcome.UNKNOWN, f"there is no tier '{name}': there is {known}")
         if spec.scaling is None:
             return ActionResponse(
@@ -31,23 +31,23 @@ class ManualTargets:
         if replicas is None:
             if not self.overrides.end(name):
                 return ActionResponse(ActionOutcome.UNCHANGED, "no number was set by hand", (name,))
-            control.unpublish([name])
-            control.registry.note("scaling resumed", name, reason, name, actor=OPERATOR)
+            controller.unpublish([name])
+            controller.registry.note("scaling resumed", name, reason, name, actor=OPERATOR)
             return ActionResponse(ActionOutcome.DONE, f"tier {name}: no longer set by hand", (name,))
         if not 0 <= replicas <= spec.scaling.ceiling:
             setting = "tiers[].scaling.max_replicas"
             text = f"tier {name}: 0 to {spec.scaling.ceiling} replicas ({setting}), not {replicas}"
             return ActionResponse(ActionOutcome.REFUSED, text, (name,))
-        until = None if for_s is None else control.unix_s() + for_s
+        until = None if for_s is None else controller.unix_s() + for_s
         if not self.overrides.set(name, Override(replicas, reason, until)):
             return ActionResponse(ActionOutcome.UNCHANGED, "it was so already", (name,))
         text = f"{replicas} replicas{'' if for_s is None else f' for {for_s:g} s'}"
-        control.registry.note("scale", name, f"{text}: {reason}", name, actor=OPERATOR)
+        controller.registry.note("scale", name, f"{text}: {reason}", name, actor=OPERATOR)
         return ActionResponse(ActionOutcome.DONE, f"tier {name}: {text}", (name,))
 
     def expire(self, unix_s: float) -> None:
         """End those whose time is over."""
         for tier in self.overrides.expire(unix_s):
             text = "the time of the number set by hand is over"
-            self._control.registry.note("scaling resumed", tier, text, tier)
-            self._control.unpublish([tier])
+            self._controller.registry.note("scaling resumed", tier, text, tier)
+            self._controller.unpublish([tier])

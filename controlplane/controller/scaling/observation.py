@@ -16,8 +16,8 @@ from controlplane.core.traffic.counters import TrafficCounters, since
 class TierObserver:
     """Remembers the look before."""
 
-    def __init__(self, control: Controller) -> None:
-        self._control = control
+    def __init__(self, controller: Controller) -> None:
+        self._controller = controller
         self._before: dict[str, TrafficCounters] = {}
         self._before_s: float | None = None
 
@@ -25,10 +25,10 @@ class TierObserver:
         self, specs: Iterable[TierSpec], overrides: Overrides, now_s: float, unix_s: float
     ) -> list[TierObservation]:
         """All tiers that have replicas here, since the last look."""
-        control = self._control
-        bases = control.bases()
+        controller = self._controller
+        bases = controller.bases()
         interval_s = 0.0 if self._before_s is None else now_s - self._before_s
-        readings = {spec.name: control.demand.book.reading(spec.name) for spec in specs}
+        readings = {spec.name: controller.demand.book.reading(spec.name) for spec in specs}
         found = []
         for tier, reading in readings.items():
             override = overrides.of(tier)
@@ -53,9 +53,9 @@ class TierObserver:
         target: int,
         override: int | None,
     ) -> TierObservation:
-        control = self._control
+        controller = self._controller
         gained = self._gained(reading)
-        heard_s, limits = control.demand.book.heard_s(), control.demand.limits(control.heartbeat_s)
+        heard_s, limits = controller.demand.book.heard_s(), controller.demand.limits(controller.heartbeat_s)
 
         def now(value: float) -> Signal:
             return signal_of(
@@ -64,7 +64,7 @@ class TierObserver:
 
         nothing = missing("no request ended in the interval")
         ok = gained.ok if gained is not None else 0
-        mine = [item for item in control.registry.endpoints.values() if item.tier == tier]
+        mine = [item for item in controller.registry.endpoints.values() if item.tier == tier]
         hit = self._prefix_hit_ratio(mine, now_s)
         return TierObservation(
             tier=tier,
@@ -94,7 +94,7 @@ class TierObserver:
 
     def _prefix_hit_ratio(self, endpoints: Sequence[Endpoint], now_s: float) -> float:
         """Share of prompt tokens that prefix caches had; 0 where engines don't say."""
-        engines = self._control.engines
+        engines = self._controller.engines
         ratios = [
             value
             for endpoint in endpoints
@@ -107,7 +107,7 @@ class TierObserver:
         self, endpoints: Iterable[Endpoint], now_s: float, hit: float
     ) -> Iterable[EngineObservation]:
         for endpoint in endpoints:
-            telemetry = self._control.engines.get(endpoint.endpoint_id)
+            telemetry = self._controller.engines.get(endpoint.endpoint_id)
             if telemetry is None or endpoint.state is not EndpointState.READY:
                 continue
             load, busy = telemetry.load(now_s), telemetry.busy(now_s)

@@ -20,14 +20,14 @@ FORECAST_STEP = 0.1
 class ScalingReporter:
     """Tells gateways what they show, when it is worth telling."""
 
-    def __init__(self, control: Controller) -> None:
-        self._control = control
+    def __init__(self, controller: Controller) -> None:
+        self._controller = controller
         self._told: tuple[TierScaling, ...] = ()
 
     def tell(self, decisions: Mapping[str, RoundDecision], book: RecommendationLog) -> None:
         """After each tick."""
         kinds = {item.advice.instance: item.advice.kind.value for item in book.open}
-        bases = self._control.bases()
+        bases = self._controller.bases()
         before = {item.tier: item.forecast_per_s for item in self._told}
         new = tuple(
             TierScaling(
@@ -41,7 +41,7 @@ class ScalingReporter:
         )
         if new != self._told:
             self._told = new
-            self._control.registry.tell_scaling(new)
+            self._controller.registry.tell_scaling(new)
 
 
 def _forecast(decision: RoundDecision, before: float | None) -> float:
@@ -51,7 +51,7 @@ def _forecast(decision: RoundDecision, before: float | None) -> float:
 
 
 def view(
-    control: Controller,
+    controller: Controller,
     spec: TierSpec,
     decision: RoundDecision | None,
     override: Override | None,
@@ -61,9 +61,9 @@ def view(
     cold_start_s: float,
 ) -> TierScalingView:
     """One tier for people; ``decision`` None: it was not looked at yet."""
-    base = control.bases()[spec.name]
+    base = controller.bases()[spec.name]
     serving = sum(
-        item.state in SERVING for item in control.registry.endpoints.values() if item.tier == spec.name
+        item.state in SERVING for item in controller.registry.endpoints.values() if item.tier == spec.name
     )
     forecast = decision.asked.forecast if decision is not None else None
     return TierScalingView(

@@ -24,7 +24,7 @@ from controlplane.core.reconcile.commands import ActionOutcome
 from controlplane.core.reconcile.migrations import CONTROLLER, TierHold
 from controlplane.core.telemetry.series import Signal, known_now, missing
 from controlplane.core.traffic.counters import TrafficCounters
-from tests.support.control import HEARTBEAT_S, World, xid
+from tests.support.controller import HEARTBEAT_S, World, xid
 
 SHIFT_S = 5000.0
 SPEC = TierSpec("small", "m", "simulated", 1, 10)
@@ -51,7 +51,7 @@ class Rig:
 
     def make(self) -> None:
         self.alerting = Alerting(
-            self.world.control, self.config.alerts, shift_s=SHIFT_S, store_warning=lambda: self.warning
+            self.world.controller, self.config.alerts, shift_s=SHIFT_S, store_warning=lambda: self.warning
         )
 
     def step(self, count: int = 1) -> list[str]:
@@ -98,7 +98,7 @@ def test_a_tier_that_is_down_rings_once_and_is_over_when_it_is_up() -> None:
     assert "restarting (out of memory)" in notice.alert.detail
     assert (notice.alert.value, notice.alert.threshold) == (0.0, 1)
     assert abs(notice.alert.since_unix_s - SHIFT_S - rig.world.clock.s) < 22
-    registry = rig.world.control.registry
+    registry = rig.world.controller.registry
     assert [alert.rule for alert in registry.snapshot(secrets=False).alerts] == ["TierplaneTierDown"]
     rig.mend()
     assert rig.step(10) == ["resolved TierDown small"]
@@ -114,9 +114,9 @@ def test_a_tier_that_is_down_rings_once_and_is_over_when_it_is_up() -> None:
 
 def test_a_tier_that_an_operator_drained_or_that_wants_none_is_not_down() -> None:
     rig = Rig(QUICK)
-    OperatorActions(rig.world.control).drain("small", "its weights change")
+    OperatorActions(rig.world.controller).drain("small", "its weights change")
     assert rig.step(60) == []
-    assert rig.world.control.registry.snapshot(secrets=False).due == (("small", 0),)
+    assert rig.world.controller.registry.snapshot(secrets=False).due == (("small", 0),)
     none = Rig(QUICK, tiers={"small": 1, "none": 0})
     assert none.step(60) == []
 
@@ -134,16 +134,16 @@ def test_a_tier_with_fewer_replicas_than_it_is_to_have_rings_later() -> None:
 def test_a_tier_that_the_controller_holds_rings_with_the_diagnosis() -> None:
     rig = Rig()
     now_s = rig.world.clock.s
-    rig.world.control.work.holds["small"] = TierHold("bad flag", now_s, CONTROLLER, now_s + 600)
+    rig.world.controller.work.holds["small"] = TierHold("bad flag", now_s, CONTROLLER, now_s + 600)
     assert rig.step() == ["firing TierHeld small"]
     assert rig.told[0].alert.detail == "bad flag"
-    rig.world.control.work.release("small")
+    rig.world.controller.work.release("small")
     assert rig.step() == ["resolved TierHeld small"]
 
 
 def test_gpus_that_failed_ring_and_those_that_an_operator_took_do_not() -> None:
     rig = Rig()
-    OperatorActions(rig.world.control).cordon("GPU-node-b-1", "a fan rattles")
+    OperatorActions(rig.world.controller).cordon("GPU-node-b-1", "a fan rattles")
     rig.world.events.append(xid("node-b", "GPU-node-b-0", 79))
     assert rig.step(3) == ["firing GpuOutOfUse GPU-node-b-0"]
     assert "79" in rig.told[0].alert.detail
@@ -183,7 +183,7 @@ def test_a_node_is_lost_until_everything_that_ran_there_is_replaced() -> None:
     assert rig.world.ready("small") == 2
     assert told == ["resolved NodeLost node-a"]
     rig.step()
-    assert rig.world.control.lost_nodes == {}
+    assert rig.world.controller.lost_nodes == {}
 
 
 def test_a_node_that_was_empty_or_drained_may_go() -> None:
@@ -192,7 +192,7 @@ def test_a_node_that_was_empty_or_drained_may_go() -> None:
     rig.world.nodes.pop(empty)
     assert rig.step(5) == []
     drained = Rig(replicas=1)
-    OperatorActions(drained.world.control).cordon("node-a", "a new kernel")
+    OperatorActions(drained.world.controller).cordon("node-a", "a new kernel")
     drained.world.nodes.pop("node-a")
     assert drained.step(3) == []
 
@@ -212,12 +212,12 @@ def test_queue_and_places_come_from_the_gateways_and_without_one_are_not_known()
     def report(queued: int, in_flight: int) -> None:
         [name] = rig.world.replicas
         info = GatewayInfo("g1", "n", "", queued=queued, in_flight_by_endpoint=((name, in_flight),))
-        rig.world.control.gateway_report(info)
+        rig.world.controller.gateway_report(info)
 
     report(51, 10)
     assert sorted(rig.step()) == ["firing QueueLong plane", "firing TierSaturated small"]
     rig.step(30)
-    assert rig.world.control.registry.gateways == ()
+    assert rig.world.controller.registry.gateways == ()
     assert {alert.state for alert in rig.alerting.watch.table.alerts} == {AlertState.FIRING}
     report(0, 0)
     assert sorted(rig.step()) == ["resolved QueueLong plane", "resolved TierSaturated small"]
@@ -225,18 +225,18 @@ def test_queue_and_places_come_from_the_gateways_and_without_one_are_not_known()
 
 def test_what_gateways_count_is_judged() -> None:
     rig = Rig({"TierplaneRequestsFail": {"for_s": 2.0}, "TierplaneSloMissed": {"for_s": 2.0}})
-    control = rig.world.control
+    controller = rig.world.controller
     ok = failed = 0
 
     def second(more_ok: int, more_failed: int) -> list[str]:
         nonlocal ok, failed
         ok, failed = ok + more_ok, failed + more_failed
         counted = TrafficCounters("small", ok + failed, ok + failed, failed, ok=ok, failed=failed)
-        control.gateway_report(GatewayInfo("g1", "n", "", traffic=(counted,)))
-        control.demand.look(["small"], [], rig.world.clock.s)
+        controller.gateway_report(GatewayInfo("g1", "n", "", traffic=(counted,)))
+        controller.demand.look(["small"], [], rig.world.clock.s)
         return rig.step()
 
-    rig.world.control.registry.declare([replace(SPEC, attainment=0.95)], HEARTBEAT_S)
+    rig.world.controller.registry.declare([replace(SPEC, attainment=0.95)], HEARTBEAT_S)
     told = [text for _ in range(10) for text in second(99, 1)]
     assert told == [], "one in a hundred"
     told = [text for _ in range(10) for text in second(50, 50)]
@@ -250,16 +250,16 @@ def test_what_gateways_count_is_judged() -> None:
 def test_a_tiers_slo_is_judged_by_what_that_tier_promises() -> None:
     tiers = {"strict": 0.99, "loose": 0.9, "silent": None}
     rig = Rig({"TierplaneSloMissed": {"for_s": 2.0}}, tiers=dict.fromkeys(tiers, 1))
-    control = rig.world.control
-    control.registry.declare(
+    controller = rig.world.controller
+    controller.registry.declare(
         [replace(SPEC, name=name, attainment=promised) for name, promised in tiers.items()], HEARTBEAT_S
     )
     judged = missed = 0
     for each in range(60):
         judged, missed = judged + 100, missed + 3
         counted = [TrafficCounters(name, judged, judged, missed, ok=judged) for name in tiers]
-        control.gateway_report(GatewayInfo("g1", "n", "", traffic=tuple(counted)))
-        control.demand.look(tiers, [], rig.world.clock.s)
+        controller.gateway_report(GatewayInfo("g1", "n", "", traffic=tuple(counted)))
+        controller.demand.look(tiers, [], rig.world.clock.s)
         told = rig.step()
         assert told == [] or (told == ["firing SloMissed strict"] and each == 3)
     [view] = rig.firing
@@ -291,11 +291,11 @@ def test_nothing_is_judged_while_the_controller_does_not_know_everybody_or_all_h
     assert rig.step(8) == []
     assert "firing TierDown small" in rig.step(20)
     gone = Rig(QUICK)
-    gone.world.control.gateway_report(GatewayInfo("g1", "n", ""))
-    gone.world.control.gateway_gone("g1", "stopped")
+    gone.world.controller.gateway_report(GatewayInfo("g1", "n", ""))
+    gone.world.controller.gateway_gone("g1", "stopped")
     gone.fail()
     assert gone.step(30) == []
-    gone.world.control.gateway_report(GatewayInfo("g2", "n", ""))
+    gone.world.controller.gateway_report(GatewayInfo("g2", "n", ""))
     assert gone.step(10) == ["firing TierDown small"]
 
 
@@ -322,7 +322,7 @@ def test_a_subject_that_is_gone_takes_its_alerts_along() -> None:
     rig = Rig(QUICK)
     rig.fail()
     assert rig.step(10) == ["firing TierDown small"]
-    rig.world.control.declare((), HEARTBEAT_S)
+    rig.world.controller.declare((), HEARTBEAT_S)
     assert rig.step(50) == []
     assert rig.step(20) == ["resolved TierDown small"]
     assert rig.told[-1].alert.detail == "it is no longer there"
@@ -339,9 +339,9 @@ def test_an_acknowledged_alert_is_not_told_again() -> None:
     assert done.outcome is ActionOutcome.DONE
     assert rig.alerting.acknowledge("TierplaneTierDown", "small", "bob").outcome is ActionOutcome.UNCHANGED
     assert rig.step(60) == []
-    [shown] = rig.world.control.registry.snapshot(secrets=False).alerts
+    [shown] = rig.world.controller.registry.snapshot(secrets=False).alerts
     assert shown.acknowledged == "ada"
-    event = rig.world.control.registry.events[-1]
+    event = rig.world.controller.registry.events[-1]
     assert (event.kind, event.subject, event.actor) == ("alert acknowledged", "small", "operator")
     rig.mend()
     assert rig.step(10) == ["resolved TierDown small"]
@@ -380,13 +380,13 @@ def test_a_silence_holds_back_what_it_names_and_is_listed() -> None:
     answer = rig.alerting.answer(())
     [alert] = rig.firing
     assert alert.silenced_until_unix_s is not None
-    assert rig.world.control.registry.snapshot(secrets=False).alerts[0].silenced
+    assert rig.world.controller.registry.snapshot(secrets=False).alerts[0].silenced
     [silence] = answer.silences
     assert (silence.rule, silence.subject, silence.by) == ("TierplaneTierDown", "small", "ada")
     assert rig.alerting.unsilence(2, "ada").outcome is ActionOutcome.UNKNOWN
     assert rig.alerting.unsilence(1, "ada").outcome is ActionOutcome.DONE
     assert rig.step() == ["firing TierDown small"]
-    kinds = [event.kind for event in rig.world.control.registry.events if event.actor == "operator"]
+    kinds = [event.kind for event in rig.world.controller.registry.events if event.actor == "operator"]
     assert kinds == ["silence", "silence ended"]
 
 
@@ -421,10 +421,10 @@ def test_what_fires_and_silences_survive_the_controller() -> None:
     [before] = rig.firing
     rig.world.start_controller("e2")
     rig.alerting = Alerting(
-        rig.world.control, rig.config.alerts, shift_s=SHIFT_S + 7.0, store_warning=lambda: rig.warning
+        rig.world.controller, rig.config.alerts, shift_s=SHIFT_S + 7.0, store_warning=lambda: rig.warning
     )
     rig.alerting.restore(values)
-    shown = rig.world.control.registry.snapshot(secrets=False)
+    shown = rig.world.controller.registry.snapshot(secrets=False)
     assert [alert.acknowledged for alert in shown.alerts] == ["ada"], "gateways are told at once"
     assert rig.step(20) == [], "it was told before"
     answer = rig.alerting.answer(())
@@ -456,7 +456,7 @@ def test_alerts_of_rules_that_are_no_more_are_left_out_and_of_those_switched_off
 def test_the_snapshots_version_grows_only_when_the_set_changes() -> None:
     rig = Rig(QUICK)
     rig.step(5)
-    registry = rig.world.control.registry
+    registry = rig.world.controller.registry
     before = registry.version
     rig.step(30)
     assert registry.version == before
@@ -472,7 +472,7 @@ def test_many_gpus_are_judged_in_little_time() -> None:
     nodes = {f"n{i}": [f"GPU-{i}-{j}" for j in range(8)] for i in range(100)}
     world = World(nodes, {"small": 1})
     world.settle()
-    alerting = Alerting(world.control, AlertsConfig(), shift_s=0.0)
+    alerting = Alerting(world.controller, AlertsConfig(), shift_s=0.0)
     world.step()
     began_s = time.thread_time()
     for _ in range(5):

@@ -16,7 +16,7 @@ from controlplane.core.cluster.snapshot import GatewayInfo
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.telemetry.samples import Absence, GpuInfo, Missing, Reading
 from controlplane.planning.tier_specs import GUESS, tier_specs
-from tests.support.control import HEARTBEAT_S, World
+from tests.support.controller import HEARTBEAT_S, World
 from tests.support.gateway import plane
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -109,12 +109,12 @@ class Rig:
         }
 
     def connect(self) -> None:
-        self.world.control.declare([self.spec], HEARTBEAT_S)
-        self.scaling = Scaling(self.world.control, ControllerScalingConfig())
+        self.world.controller.declare([self.spec], HEARTBEAT_S)
+        self.scaling = Scaling(self.world.controller, ControllerScalingConfig())
 
     def step(self, count: int) -> None:
         for _ in range(count):
-            self.world.control.gateway_report(GatewayInfo("g1", "l", ""))
+            self.world.controller.gateway_report(GatewayInfo("g1", "l", ""))
             self.world.step()
 
     @property
@@ -134,7 +134,7 @@ def test_scaling_begins_with_the_speed_of_the_gpus_that_are_there() -> None:
     rig.connect()
     rig.step(20)
     assert rig.assumed == speeds(rig.spec)["H100-80G"], "most are"
-    told = [event.reason for event in rig.world.control.registry.events if event.kind == "speed assumed"]
+    told = [event.reason for event in rig.world.controller.registry.events if event.kind == "speed assumed"]
     assert len(told) == 1
     assert "H100-80G" in told[0]
     rig.spec = replace(rig.spec, replicas=1)

@@ -53,9 +53,9 @@ class DirectLink(ControllerLink):
         self.start("e1")
 
     def start(self, epoch: str) -> None:
-        self.controller = Registry(epoch=epoch, heartbeat_s=1.0, now_s=lambda: 0.0, unix_s=lambda: 0.0)
-        self.control = Controller(
-            self.controller, heartbeat_s=1.0, now_s=lambda: 0.0, unix_s=lambda: 0.0, settle_s=0.0
+        self.registry = Registry(epoch=epoch, heartbeat_s=1.0, now_s=lambda: 0.0, unix_s=lambda: 0.0)
+        self.controller = Controller(
+            self.registry, heartbeat_s=1.0, now_s=lambda: 0.0, unix_s=lambda: 0.0, settle_s=0.0
         )
 
     async def call_within(
@@ -71,14 +71,14 @@ class DirectLink(ControllerLink):
             raise ControllerUnavailable("lost")
         if method == "snapshot":
             epoch, version, _ = arguments
-            while epoch == self.controller.epoch and version >= self.controller.version:
+            while epoch == self.registry.epoch and version >= self.registry.version:
                 await asyncio.sleep(0.001)
                 if self.away:
                     raise ControllerUnavailable("away")
-            return self.controller.snapshot(secrets=True)
+            return self.registry.snapshot(secrets=True)
         if method == "declare":
             arguments = arguments[:2]  # what scaling and alerts are to do is the actor's
-        owner = self.control if hasattr(self.control, method) else self.controller
+        owner = self.controller if hasattr(self.controller, method) else self.registry
         return getattr(owner, method)(*arguments)
 
 
@@ -100,7 +100,7 @@ async def until(condition: Callable[[], Any]) -> None:
 
 
 def known(link: DirectLink) -> tuple[Endpoint, ...]:
-    return link.controller.snapshot(secrets=True).endpoints
+    return link.registry.snapshot(secrets=True).endpoints
 
 
 async def test_a_reporter_registers_reports_and_leaves() -> None:
@@ -156,7 +156,7 @@ async def test_snapshots_are_pulled_once_each_and_across_a_restart() -> None:
     got: list[ClusterSnapshot] = []
     async with running(pull_snapshots(link, got.append)):
         await until(lambda: len(got) == 1)
-        link.controller.register(ENDPOINT)
+        link.registry.register(ENDPOINT)
         await until(lambda: len(got) == 2)
         assert got[1].endpoints == (ENDPOINT,)
         link.away = True
@@ -182,11 +182,11 @@ async def test_a_gateway_declares_to_a_controller_that_does_not_know_it() -> Non
     async with running(
         report_gateway(link, PLANE.controller, specs, lambda: info, interval_s=lambda: 0.01, hurry=hurry)
     ):
-        await until(lambda: link.controller.tiers == tier_specs(PLANE))
+        await until(lambda: link.registry.tiers == tier_specs(PLANE))
         await until(lambda: link.calls.count("gateway_report") > 2)
         assert link.calls.count("declare") == 1
         link.start("e2")
-        await until(lambda: link.controller.tiers == tier_specs(PLANE))
+        await until(lambda: link.registry.tiers == tier_specs(PLANE))
 
 
 async def test_a_gateway_declares_again_if_only_that_was_lost() -> None:
@@ -197,7 +197,7 @@ async def test_a_gateway_declares_again_if_only_that_was_lost() -> None:
         link, PLANE.controller, specs, lambda: info, interval_s=lambda: 0.01, hurry=asyncio.Event()
     )
     async with running(reporting):
-        await until(lambda: link.controller.declared)
+        await until(lambda: link.registry.declared)
     assert link.calls.count("declare") == 2
 
 

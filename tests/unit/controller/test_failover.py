@@ -22,7 +22,7 @@ from controlplane.core.telemetry.samples import (
     GpuEventKind,
     Missing,
 )
-from tests.support.control import HEARTBEAT_S, World, xid
+from tests.support.controller import HEARTBEAT_S, World, xid
 
 
 def two_nodes(replicas: int = 1, gpus: int = 2) -> World:
@@ -34,11 +34,11 @@ def two_nodes(replicas: int = 1, gpus: int = 2) -> World:
 
 
 def used(world: World) -> list[str]:
-    return sorted(uuid for lease in world.control.desk.book.leases.values() for uuid in lease.gpu_uuids)
+    return sorted(uuid for lease in world.controller.desk.book.leases.values() for uuid in lease.gpu_uuids)
 
 
 def state_of(world: World, uuid: str) -> GpuState:
-    return world.control.fleet.records[uuid].health.state
+    return world.controller.fleet.records[uuid].health.state
 
 
 def test_an_xid_moves_the_replica_and_at_no_time_fewer_serve() -> None:
@@ -50,14 +50,14 @@ def test_an_xid_moves_the_replica_and_at_no_time_fewer_serve() -> None:
         world.step()
         assert world.ready("small") >= 2
     assert sick not in used(world)
-    assert holder not in world.control.registry.endpoints
+    assert holder not in world.controller.registry.endpoints
     assert world.ready("small") == 2
     assert state_of(world, sick) is GpuState.DRAINED
     wanted = ["starting elsewhere first", "retiring", "draining", "deregistered", "lease ended"]
     assert [kind for kind in world.kinds(holder) if kind in wanted] == wanted
     world.step(70)
-    assert not world.control.work.moves
-    assert world.control.targets()["small"].replicas == 2
+    assert not world.controller.work.moves
+    assert world.controller.targets()["small"].replicas == 2
     assert world.ready("small") == 2
 
 
@@ -68,7 +68,7 @@ def test_without_room_it_is_retired_and_comes_back_when_there_is_room() -> None:
     world.step(10)
     assert world.ready("small") == 0
     assert used(world) == []
-    move = next(event for event in world.control.registry.events if event.kind == "retiring")
+    move = next(event for event in world.controller.registry.events if event.kind == "retiring")
     assert "no room elsewhere" in move.reason
     world.nodes["n2"] = ["n2-0"]
     world.step(10)
@@ -98,10 +98,10 @@ def test_a_gpu_that_comes_and_goes_stays_away_longer_each_time() -> None:
     for _ in range(3):
         world.samples["n1"] = {"n1-1": {"temperature_c": 95}}
         world.step(10)
-        assert "n1-1" in world.control.fleet.out_of_use()
+        assert "n1-1" in world.controller.fleet.out_of_use()
         world.samples.clear()
         steps = 0
-        while "n1-1" in world.control.fleet.out_of_use():
+        while "n1-1" in world.controller.fleet.out_of_use():
             world.step()
             steps += 1
         away.append(steps)
@@ -125,9 +125,9 @@ def test_a_silent_agent_and_a_driver_that_is_gone_change_nothing() -> None:
     world.events.append(GpuEvent("n1", "a", 1, 0.0, GpuEventKind.DRIVER_GONE, detail="unloaded"))
     world.step(60)
     assert used(world) == before
-    assert not world.control.fleet.out_of_use()
-    assert not world.control.work.moves
-    assert world.control.targets()["small"].replicas == 2
+    assert not world.controller.fleet.out_of_use()
+    assert not world.controller.work.moves
+    assert world.controller.targets()["small"].replicas == 2
 
 
 def test_a_lost_node_is_forgotten_with_its_leases_and_replaced() -> None:
@@ -148,7 +148,7 @@ def test_a_replica_that_serves_nothing_is_not_waited_for() -> None:
     replica.starts_in = 1000
     world.events.append(xid(sick[:2], sick, 79))
     world.step(3)
-    move = world.control.work.moves[replica.endpoint.endpoint_id]
+    move = world.controller.work.moves[replica.endpoint.endpoint_id]
     assert move.phase is MigrationPhase.RETIRING
     assert "serves nothing" in move.note
 
@@ -160,9 +160,9 @@ def test_where_nothing_starts_elsewhere_the_old_one_is_retired_after_a_while() -
     world.start = lambda tier: None  # type: ignore[method-assign]
     [name] = world.replicas
     world.step(30)
-    assert world.control.work.moves[name].phase is MigrationPhase.ELSEWHERE_FIRST
+    assert world.controller.work.moves[name].phase is MigrationPhase.ELSEWHERE_FIRST
     world.step(40)
-    assert name not in world.control.registry.endpoints
+    assert name not in world.controller.registry.endpoints
 
 
 @pytest.mark.parametrize("vouched", [True, False])
@@ -171,14 +171,14 @@ def test_a_move_goes_on_when_the_controller_is_killed_in_its_middle(vouched: boo
     [sick, _] = used(world)
     world.events.append(xid(sick[:2], sick, 79))
     world.step(2)
-    [move] = world.control.work.moves.values()
+    [move] = world.controller.work.moves.values()
     assert move.phase is MigrationPhase.ELSEWHERE_FIRST
-    old = world.control
+    old = world.controller
     values = checkpoint.to_values(old.fleet, old.desk.book, old.work, 5.0)
     leases = {holder: lease.parts for holder, lease in old.desk.book.leases.items()}
     world.clock.s += 3
     world.start_controller("e2", settle_s=6.0)
-    new = world.control
+    new = world.controller
     checkpoint.restore_gpus(values, new.fleet, 5.0)
     if vouched:
         checkpoint.restore_plane(values, new.fleet, new.desk.book, new.work, now_s=world.clock.s, shift_s=5.0)
@@ -201,10 +201,10 @@ def test_nothing_is_decided_before_a_gateway_has_said_what_is_configured() -> No
     world.step(3)
     [newcomer] = [item for item in world.replicas.values() if item.endpoint.state is EndpointState.STARTING]
     newcomer.starts_in = 20
-    old = world.control
+    old = world.controller
     values = checkpoint.to_values(old.fleet, old.desk.book, old.work, 0.0)
     world.start_controller("e2", declared=False)
-    new = world.control
+    new = world.controller
     checkpoint.restore_gpus(values, new.fleet, 0.0)
     checkpoint.restore_plane(values, new.fleet, new.desk.book, new.work, now_s=world.clock.s, shift_s=0.0)
     new.settle()
@@ -228,21 +228,21 @@ def test_a_target_outlives_the_return_of_a_controller_that_is_rarely_heard() -> 
     world = two_nodes()
     left_s = {}
     for heartbeat_s in (HEARTBEAT_S, 10.0):
-        world.control.declare(world.control.registry.tiers, heartbeat_s)
-        left_s[heartbeat_s] = world.control.targets()["small"].valid_until_unix_s - world.clock.s
+        world.controller.declare(world.controller.registry.tiers, heartbeat_s)
+        left_s[heartbeat_s] = world.controller.targets()["small"].valid_until_unix_s - world.clock.s
     assert left_s == {HEARTBEAT_S: 30.0, 10.0: 100.0}
 
 
 def test_a_restart_of_a_tier_is_rolling() -> None:
     world = two_nodes(replicas=3)
-    answer = OperatorActions(world.control).restart("small", "new weights")
+    answer = OperatorActions(world.controller).restart("small", "new weights")
     assert answer.outcome == "done"
     assert len(answer.subjects) == 3
     for _ in range(40):
         world.step()
         assert world.ready("small") >= 2
-    assert {item.generation for item in world.control.registry.endpoints.values()} == {2}
-    assert not world.control.work.restarts
+    assert {item.generation for item in world.controller.registry.endpoints.values()} == {2}
+    assert not world.controller.work.restarts
 
 
 def test_crashing_replicas_hold_their_tier_with_the_diagnosis() -> None:
@@ -256,9 +256,9 @@ def test_crashing_replicas_hold_their_tier_with_the_diagnosis() -> None:
         world.report()
         world.end(name)
         world.step(2)
-    assert "--bad" in world.control.work.holds["small"].reason
-    assert not world.control.may_start("small-9", "small").allowed
-    assert world.control.targets()["small"].replicas <= 1
+    assert "--bad" in world.controller.work.holds["small"].reason
+    assert not world.controller.may_start("small-9", "small").allowed
+    assert world.controller.targets()["small"].replicas <= 1
     born = world.born
     world.step(500)
     assert not world.replicas or all(
@@ -281,9 +281,9 @@ def test_replicas_that_find_no_gpu_do_not_hold_their_tier() -> None:
             generation=0,
             diagnosis="no GPU for tier 'small' on this node",
         )
-        world.control.register(failed)
+        world.controller.register(failed)
         world.step(2)
-    assert not world.control.work.holds
+    assert not world.controller.work.holds
 
 
 def engine_sample(world: World, name: str, running: float, tokens: float) -> EngineSample:
@@ -304,7 +304,7 @@ def hang(world: World, name: str, seconds: int, running: float = 3.0, tokens_per
         world.step()
         if name in world.replicas:
             tokens = 100.0 + world.clock.s * tokens_per_s
-            world.control.observe_engine(engine_sample(world, name, running, tokens))
+            world.controller.observe_engine(engine_sample(world, name, running, tokens))
 
 
 def test_an_engine_that_makes_nothing_is_restarted_and_in_the_end_replaced() -> None:
@@ -314,7 +314,7 @@ def test_an_engine_that_makes_nothing_is_restarted_and_in_the_end_replaced() -> 
     assert world.replicas[name].endpoint.generation == 1
     hang(world, name, 30)
     assert world.replicas[name].endpoint.generation == 2
-    event = next(event for event in world.control.registry.events if event.kind == "restart")
+    event = next(event for event in world.controller.registry.events if event.kind == "restart")
     assert "3 requests run and no token comes" in event.reason
     hang(world, name, 450)
     assert name not in world.replicas
@@ -338,7 +338,7 @@ def test_metrics_that_no_longer_come_say_nothing() -> None:
     for _ in range(200):
         world.step()
         gone = EngineSample(name, 1, world.clock.s, 0.01, error="connection refused")
-        world.control.observe_engine(gone)
+        world.controller.observe_engine(gone)
     assert world.replicas[name].endpoint.generation == 1
 
 
@@ -359,15 +359,15 @@ def test_orders_are_repeated_until_they_are_done() -> None:
     [name] = world.replicas
     replica = world.replicas[name]
     replica.obeys = False
-    assert OperatorActions(world.control).restart(name, "").outcome == "done"
-    assert OperatorActions(world.control).restart(name, "").outcome == "unchanged"
-    world.control.tick()
+    assert OperatorActions(world.controller).restart(name, "").outcome == "done"
+    assert OperatorActions(world.controller).restart(name, "").outcome == "unchanged"
+    world.controller.tick()
     for _ in range(3):
-        [order] = world.control.report(replica.endpoint).orders
+        [order] = world.controller.report(replica.endpoint).orders
         assert (order.kind, order.generation) == (ReplicaCommandKind.RESTART, 1)
     replica.obeys = True
     world.step(8)
-    assert world.control.report(replica.endpoint).orders == ()
+    assert world.controller.report(replica.endpoint).orders == ()
 
 
 def test_a_gpu_that_a_new_agent_does_not_see_is_lost() -> None:
@@ -375,8 +375,8 @@ def test_a_gpu_that_a_new_agent_does_not_see_is_lost() -> None:
     [uuid] = used(world)
     world.nodes["n1"].remove(uuid)
     world.step(3)
-    assert uuid in world.control.fleet.out_of_use()
-    assert "lists it no more" in world.control.fleet.records[uuid].health.reason
+    assert uuid in world.controller.fleet.out_of_use()
+    assert "lists it no more" in world.controller.fleet.records[uuid].health.reason
     world.step(15)
     assert used(world) != [uuid]
     assert world.ready("small") == 1
@@ -387,22 +387,22 @@ def test_a_node_that_was_never_listed_is_not_lost() -> None:
     before = used(world)
     [replica, _] = world.replicas.values()
     new = replace(replica.endpoint, endpoint_id="small-new", node_id="n9")
-    world.control.register(new)
+    world.controller.register(new)
     world.step()
-    assert "small-new" in world.control.registry.endpoints
+    assert "small-new" in world.controller.registry.endpoints
     assert used(world) == before
 
 
 def test_what_an_operator_asked_for_survives_the_controller() -> None:
     world = two_nodes(replicas=2)
     first, second = sorted(world.replicas)
-    OperatorActions(world.control).drain(first, "looks odd")
-    OperatorActions(world.control).restart(second, "new weights")
-    OperatorActions(world.control).cordon("n2-1", "a fan rattles")
-    old = world.control
+    OperatorActions(world.controller).drain(first, "looks odd")
+    OperatorActions(world.controller).restart(second, "new weights")
+    OperatorActions(world.controller).cordon("n2-1", "a fan rattles")
+    old = world.controller
     values = checkpoint.to_values(old.fleet, old.desk.book, old.work, 3.0)
     world.start_controller("e2", settle_s=6.0)
-    new = world.control
+    new = world.controller
     checkpoint.restore_gpus(values, new.fleet, 3.0)
     checkpoint.restore_plane(values, new.fleet, new.desk.book, new.work, now_s=world.clock.s, shift_s=3.0)
     new.settle()
@@ -419,17 +419,17 @@ def test_a_move_that_waited_does_not_count_on_a_place_that_is_taken_since() -> N
     first, second = sorted(world.replicas)
     [node_id] = {replica.endpoint.node_id for replica in world.replicas.values()}
     other = "n1" if node_id == "n2" else "n2"
-    OperatorActions(world.control).drain(node_id, "a fan rattles")
-    control = world.control
-    control.tick()
-    assert set(control.work.moves) == {first}
-    control.tick()
-    for uuid in control.fleet.gpus_of(other):
-        control.fleet.cordon_gpu(uuid, "so is this one", must_leave=False, now_s=world.clock.s)
-    del world.replicas[first], control.work.moves[first]
-    control.deregister(first, "gone")
-    assert {done.kind for done in control.tick()} == {"GPU drained"}
-    assert not control.work.moves, "the place that was found for it before is no place any more"
-    [begun] = control.tick()
+    OperatorActions(world.controller).drain(node_id, "a fan rattles")
+    controller = world.controller
+    controller.tick()
+    assert set(controller.work.moves) == {first}
+    controller.tick()
+    for uuid in controller.fleet.gpus_of(other):
+        controller.fleet.cordon_gpu(uuid, "so is this one", must_leave=False, now_s=world.clock.s)
+    del world.replicas[first], controller.work.moves[first]
+    controller.deregister(first, "gone")
+    assert {done.kind for done in controller.tick()} == {"GPU drained"}
+    assert not controller.work.moves, "the place that was found for it before is no place any more"
+    [begun] = controller.tick()
     assert (begun.kind, begun.subject) == ("retiring", second)
     assert "no room elsewhere" in begun.reason

@@ -25,7 +25,7 @@ from controlplane.core.telemetry.samples import (
     Reading,
 )
 from controlplane.node_agent.agent import EventHandler, NodeAgent
-from tests.support.control import gpu_sample, node_sample
+from tests.support.controller import gpu_sample, node_sample
 
 
 def xid(seq: int, unix_s: float = 5000.0, epoch: str = "a") -> GpuEvent:

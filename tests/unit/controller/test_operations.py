@@ -14,7 +14,7 @@ from controlplane.core.placement.gangs import GangShape
 from controlplane.core.reconcile.commands import ActionOutcome
 from controlplane.core.telemetry.samples import Absence, GpuCondition, Missing, NvLink
 from controlplane.core.telemetry.series import Freshness
-from tests.support.control import GIB, World, gpu_sample, node_sample
+from tests.support.controller import GIB, World, gpu_sample, node_sample
 
 
 def world(replicas: int = 2, shape: GangShape | None = None) -> World:
@@ -28,12 +28,12 @@ def world(replicas: int = 2, shape: GangShape | None = None) -> World:
 
 
 def state_of(made: World, uuid: str) -> GpuState:
-    return made.control.fleet.records[uuid].health.state
+    return made.controller.fleet.records[uuid].health.state
 
 
 def test_a_cordon_keeps_what_runs_and_takes_nothing_new() -> None:
     made = world(replicas=1)
-    operations = OperatorActions(made.control)
+    operations = OperatorActions(made.controller)
     [name] = made.holder_of("node-a-gpu0")
     first = operations.cordon("node-a-gpu0", "a fan rattles")
     assert first.outcome is ActionOutcome.DONE
@@ -43,16 +43,16 @@ def test_a_cordon_keeps_what_runs_and_takes_nothing_new() -> None:
     made.step(20)
     assert made.holder_of("node-a-gpu0") == (name,)
     assert state_of(made, "node-a-gpu0") is GpuState.CORDONED
-    assert not made.control.work.moves
-    assert made.control.fleet.out_of_use() == {"node-a-gpu0": "node-a"}
+    assert not made.controller.work.moves
+    assert made.controller.fleet.out_of_use() == {"node-a-gpu0": "node-a"}
     assert operations.uncordon("node-a-gpu0").outcome is ActionOutcome.DONE
     assert operations.uncordon("node-a-gpu0").outcome is ActionOutcome.UNCHANGED
-    assert made.control.fleet.out_of_use() == {}
+    assert made.controller.fleet.out_of_use() == {}
 
 
 def test_a_drain_after_a_cordon_moves_what_runs() -> None:
     made = world(replicas=1)
-    operations = OperatorActions(made.control)
+    operations = OperatorActions(made.controller)
     operations.cordon("node-a-gpu0", "a fan rattles")
     assert operations.drain("node-a-gpu0", "a fan rattles").outcome is ActionOutcome.DONE
     assert operations.drain("node-a-gpu0", "a fan rattles").outcome is ActionOutcome.UNCHANGED
@@ -64,9 +64,9 @@ def test_a_drain_after_a_cordon_moves_what_runs() -> None:
 
 def test_a_node_is_emptied_and_comes_back() -> None:
     made = world(replicas=2)
-    operations = OperatorActions(made.control)
+    operations = OperatorActions(made.controller)
     assert operations.drain("node-a", "a new kernel").outcome is ActionOutcome.DONE
-    assert set(made.control.fleet.out_of_use()) == {"node-a-gpu0", "node-a-gpu1"}
+    assert set(made.controller.fleet.out_of_use()) == {"node-a-gpu0", "node-a-gpu1"}
     refused = operations.uncordon("node-a-gpu0")
     assert refused.outcome is ActionOutcome.REFUSED
     assert "uncordon node-a" in refused.reason
@@ -76,24 +76,24 @@ def test_a_node_is_emptied_and_comes_back() -> None:
     assert made.holder_of("node-a-gpu0") == made.holder_of("node-a-gpu1") == ()
     assert operations.uncordon("node-a").outcome is ActionOutcome.DONE
     assert operations.uncordon("node-a").outcome is ActionOutcome.UNCHANGED
-    assert made.control.fleet.out_of_use() == {}
+    assert made.controller.fleet.out_of_use() == {}
 
 
 @pytest.mark.parametrize("condition", [GpuCondition.LOST, GpuCondition.RESET_REQUIRED])
 def test_a_gpu_that_its_driver_does_not_have_cannot_be_let_return(condition: GpuCondition) -> None:
     made = world(replicas=1)
-    operations = OperatorActions(made.control)
+    operations = OperatorActions(made.controller)
     made.samples["node-a"] = {"node-a-gpu1": {"condition": condition, "detail": "fell off the bus"}}
     made.step(2)
     refused = operations.uncordon("node-a-gpu1")
     assert refused.outcome is ActionOutcome.REFUSED
     assert condition.value.replace("_", " ") in refused.reason
-    assert made.control.fleet.records["node-a-gpu1"].out_of_use
+    assert made.controller.fleet.records["node-a-gpu1"].out_of_use
     made.samples.clear()
     made.step()
     assert operations.uncordon("node-a-gpu1").outcome is ActionOutcome.DONE
     made.step(3)
-    assert not made.control.fleet.records["node-a-gpu1"].out_of_use
+    assert not made.controller.fleet.records["node-a-gpu1"].out_of_use
 
 
 def test_what_a_silent_node_said_last_keeps_no_operator_back() -> None:
@@ -102,22 +102,22 @@ def test_what_a_silent_node_said_last_keeps_no_operator_back() -> None:
     made.step(2)
     made.silent.add("node-a")
     made.step(10)
-    assert OperatorActions(made.control).uncordon("node-a-gpu1").outcome is ActionOutcome.DONE
+    assert OperatorActions(made.controller).uncordon("node-a-gpu1").outcome is ActionOutcome.DONE
 
 
 def test_a_tier_is_drained_until_it_is_uncordoned() -> None:
     made = world(replicas=2)
-    operations = OperatorActions(made.control)
+    operations = OperatorActions(made.controller)
     assert operations.drain("small", "costs too much").outcome is ActionOutcome.DONE
     assert operations.drain("small", "costs too much").outcome is ActionOutcome.UNCHANGED
     made.step(10)
     assert not made.replicas
-    assert made.control.targets()["small"].replicas == 0
+    assert made.controller.targets()["small"].replicas == 0
     assert operations.restart("small", "").outcome is ActionOutcome.REFUSED
-    start = made.control.may_start("small-9", "small")
+    start = made.controller.may_start("small-9", "small")
     assert not start.allowed
     assert start.retry_after_s > 0
-    waits = made.control.lease_gpus("small-9", 1, "node-a", GangShape(), "small")
+    waits = made.controller.lease_gpus("small-9", 1, "node-a", GangShape(), "small")
     assert waits.outcome is LeaseOutcome.WAIT
     assert operations.uncordon("small").outcome is ActionOutcome.DONE
     made.step(10)
@@ -126,31 +126,31 @@ def test_a_tier_is_drained_until_it_is_uncordoned() -> None:
 
 def test_serve_hears_that_a_tier_is_drained_before_its_replicas_do() -> None:
     made = world(replicas=2)
-    OperatorActions(made.control).drain("small", "costs too much")
+    OperatorActions(made.controller).drain("small", "costs too much")
     made.clock.s += 0.5
-    made.control.targets()
-    made.control.tick()
-    assert not made.control.work.moves, "Serve may not have gone by it"
+    made.controller.targets()
+    made.controller.tick()
+    assert not made.controller.work.moves, "Serve may not have gone by it"
     made.clock.s += 0.5
-    made.control.targets()
-    made.control.tick()
-    assert {move.endpoint_id for move in made.control.work.moves.values()} == set(made.replicas)
+    made.controller.targets()
+    made.controller.tick()
+    assert {move.endpoint_id for move in made.controller.work.moves.values()} == set(made.replicas)
 
 
 def test_a_tier_is_drained_while_serve_is_away() -> None:
     made = world(replicas=2)
-    OperatorActions(made.control).drain("small", "costs too much")
+    OperatorActions(made.controller).drain("small", "costs too much")
     made.clock.s += 1.0
-    made.control.tick()
-    assert not made.control.work.moves
+    made.controller.tick()
+    assert not made.controller.work.moves
     made.clock.s += 5.0
-    made.control.tick()
-    assert len(made.control.work.moves) == 2
+    made.controller.tick()
+    assert len(made.controller.work.moves) == 2
 
 
 def test_a_drained_endpoint_is_replaced_by_another() -> None:
     made = world(replicas=1)
-    operations = OperatorActions(made.control)
+    operations = OperatorActions(made.controller)
     [name] = made.replicas
     assert operations.cordon(name, "").outcome is ActionOutcome.REFUSED
     assert operations.drain(name, "looks odd").outcome is ActionOutcome.DONE
@@ -160,23 +160,23 @@ def test_a_drained_endpoint_is_replaced_by_another() -> None:
         assert made.ready("small") >= 1
     assert name not in made.replicas
     made.step(70)
-    assert not made.control.work.drains
+    assert not made.controller.work.drains
     assert made.ready("small") == 1
 
 
 @pytest.mark.parametrize("subject", ["node-a", "node-a-gpu0"])
 def test_restarting_a_gpu_or_a_node_restarts_what_runs_there(subject: str) -> None:
     made = world(replicas=3)
-    operations = OperatorActions(made.control)
+    operations = OperatorActions(made.controller)
     there = {
         name
-        for name, lease in made.control.desk.book.leases.items()
+        for name, lease in made.controller.desk.book.leases.items()
         if subject in (lease.node_id, *lease.gpu_uuids)
     }
     answer = operations.restart(subject, "a new driver")
     assert set(answer.subjects) == there
     made.step(30)
-    restarted = {name for name, item in made.control.registry.endpoints.items() if item.generation > 1}
+    restarted = {name for name, item in made.controller.registry.endpoints.items() if item.generation > 1}
     assert restarted == there
     assert operations.restart("node-b-gpu1", "").outcome is ActionOutcome.REFUSED
 
@@ -184,15 +184,15 @@ def test_restarting_a_gpu_or_a_node_restarts_what_runs_there(subject: str) -> No
 @pytest.mark.parametrize("wish", ["cordon", "uncordon", "drain", "restart"])
 def test_what_is_not_there_is_unknown(wish: str) -> None:
     made = world()
-    events = made.control.registry.events
-    assert getattr(OperatorActions(made.control), wish)("GPU-nowhere", "").outcome is ActionOutcome.UNKNOWN
-    assert made.control.registry.events == events
+    events = made.controller.registry.events
+    assert getattr(OperatorActions(made.controller), wish)("GPU-nowhere", "").outcome is ActionOutcome.UNKNOWN
+    assert made.controller.registry.events == events
 
 
 def test_every_wish_is_in_the_record_with_who_and_why() -> None:
     made = world()
-    OperatorActions(made.control).cordon("node-a-gpu0", "a fan rattles")
-    event = made.control.registry.events[-1]
+    OperatorActions(made.controller).cordon("node-a-gpu0", "a fan rattles")
+    event = made.controller.registry.events[-1]
     assert (event.kind, event.subject, event.actor) == ("cordon", "node-a-gpu0", "operator")
     assert event.reason == "a fan rattles"
 
@@ -222,18 +222,18 @@ def test_names_may_be_cut_short_where_they_name_one_thing() -> None:
 
 def test_a_lease_waits_for_the_nodes_first_report_and_for_a_new_controller() -> None:
     made = World({}, {"small": 1})
-    control = made.control
-    assert control.lease_gpus("h", 1, "node-a", GangShape(), "small").outcome is LeaseOutcome.WAIT
-    control.observe_node("node-a", node_sample("node-a", 1, 0.0, [gpu_sample("g0")]), [])
-    assert control.lease_gpus("h", 1, "node-a", GangShape(), "small").outcome is LeaseOutcome.GRANTED
+    controller = made.controller
+    assert controller.lease_gpus("h", 1, "node-a", GangShape(), "small").outcome is LeaseOutcome.WAIT
+    controller.observe_node("node-a", node_sample("node-a", 1, 0.0, [gpu_sample("g0")]), [])
+    assert controller.lease_gpus("h", 1, "node-a", GangShape(), "small").outcome is LeaseOutcome.GRANTED
     made.start_controller("e2", settle_s=6.0)
-    made.control.observe_node("node-a", node_sample("node-a", 2, 0.0, [gpu_sample("g0")]), [])
-    waits = made.control.lease_gpus("other", 1, "node-a", GangShape(), "small")
+    made.controller.observe_node("node-a", node_sample("node-a", 2, 0.0, [gpu_sample("g0")]), [])
+    waits = made.controller.lease_gpus("other", 1, "node-a", GangShape(), "small")
     assert waits.outcome is LeaseOutcome.WAIT
     assert waits.retry_after_s > 0
-    assert made.control.restore_lease("h", 1, "node-a", (GpuPart("g0"),)).outcome is LeaseOutcome.GRANTED
+    assert made.controller.restore_lease("h", 1, "node-a", (GpuPart("g0"),)).outcome is LeaseOutcome.GRANTED
     made.clock.s += 6.0
-    refused = made.control.lease_gpus("other", 1, "node-a", GangShape(), "small")
+    refused = made.controller.lease_gpus("other", 1, "node-a", GangShape(), "small")
     assert refused.outcome is LeaseOutcome.REFUSED
     assert "needs 1 free GPU" in refused.reason
 
@@ -241,7 +241,7 @@ def test_a_lease_waits_for_the_nodes_first_report_and_for_a_new_controller() -> 
 def test_a_node_whose_gpus_cannot_be_read_is_left_to_ray() -> None:
     made = World({"node-a": []}, {})
     made.observe()
-    answer = made.control.lease_gpus("h", 1, "node-a", GangShape(), "small")
+    answer = made.controller.lease_gpus("h", 1, "node-a", GangShape(), "small")
     assert answer.outcome is LeaseOutcome.UNMANAGED
     assert "no driver" in answer.reason
 
@@ -250,8 +250,8 @@ def test_suspect_gpus_and_those_of_a_silent_driver_are_the_last_resort() -> None
     made = World({"node-a": ["g0", "g1"]}, {})
     made.samples["node-a"] = {"g0": {"temperature_c": 95}}
     made.observe()
-    first = made.control.lease_gpus("h1", 1, "node-a", GangShape(), "t")
-    second = made.control.lease_gpus("h2", 1, "node-a", GangShape(), "t")
+    first = made.controller.lease_gpus("h1", 1, "node-a", GangShape(), "t")
+    second = made.controller.lease_gpus("h2", 1, "node-a", GangShape(), "t")
     assert first.lease is not None
     assert first.lease.gpu_uuids == ("g1",)
     assert second.lease is not None
@@ -266,8 +266,8 @@ def test_gpus_of_one_island_go_together() -> None:
         sample = gpu_sample(f"g{i}", i)
         nvlinks = (NvLink(0, True, "", f"g{links[i]}", False),)
         gpus.append(replace(sample, info=replace(sample.info, nvlinks=nvlinks)))
-    made.control.observe_node("n", node_sample("n", 1, 0.0, gpus), [])
-    answer = made.control.lease_gpus("h", 1, "n", GangShape(gpus=2), "t")
+    made.controller.observe_node("n", node_sample("n", 1, 0.0, gpus), [])
+    answer = made.controller.lease_gpus("h", 1, "n", GangShape(gpus=2), "t")
     assert answer.lease is not None
     assert answer.lease.gpu_uuids in (("g0", "g2"), ("g1", "g3"))
 
@@ -282,16 +282,16 @@ def test_a_lease_dies_with_its_holder() -> None:
     assert made.holder_of(uuid) == (name,)
     made.step(5)
     assert made.holder_of(uuid) == ()
-    answer = made.control.report(replica.endpoint)
+    answer = made.controller.report(replica.endpoint)
     assert not answer.known
 
 
 def test_nobody_loses_a_lease_because_the_controller_stood_still() -> None:
     made = world(replicas=1)
-    before = dict(made.control.desk.book.leases)
+    before = dict(made.controller.desk.book.leases)
     made.clock.s += 300.0
-    made.control.tick()
-    assert made.control.desk.book.leases.keys() == before.keys()
+    made.controller.tick()
+    assert made.controller.desk.book.leases.keys() == before.keys()
 
 
 def test_whoever_claims_somebody_elses_gpu_is_told_to_leave() -> None:
@@ -299,22 +299,22 @@ def test_whoever_claims_somebody_elses_gpu_is_told_to_leave() -> None:
     [name] = made.replicas
     [uuid] = made.replicas[name].endpoint.gpu_uuids
     other = replace(made.replicas[name].endpoint, endpoint_id="small-old")
-    made.control.register(other)
-    answer = made.control.restore_lease("small-old", 1, other.node_id, (GpuPart(uuid),))
+    made.controller.register(other)
+    answer = made.controller.restore_lease("small-old", 1, other.node_id, (GpuPart(uuid),))
     assert answer.outcome is LeaseOutcome.REFUSED
-    made.control.tick()
-    made.control.tick()
-    assert [order.kind for order in made.control.report(other).orders] == ["retire"]
+    made.controller.tick()
+    made.controller.tick()
+    assert [order.kind for order in made.controller.report(other).orders] == ["retire"]
     assert made.holder_of(uuid) == (name,)
 
 
 def test_shares_are_accounted_with_their_memory() -> None:
     made = world(replicas=3, shape=GangShape(milli_gpu=300, gpu_memory_bytes=30 * GIB))
     assert made.ready("small") == 3
-    for view in made.control.gpus():
+    for view in made.controller.gpus():
         assert sum(holder.milli for holder in view.holders) <= 1000
         assert sum(holder.memory_bytes for holder in view.holders) <= 80 * GIB
-    assert sum(len(view.holders) for view in made.control.gpus()) == 3
+    assert sum(len(view.holders) for view in made.controller.gpus()) == 3
 
 
 # --- the inventory -----------------------------------------------------------------------------------------
@@ -322,7 +322,7 @@ def test_shares_are_accounted_with_their_memory() -> None:
 
 def test_the_inventory_says_none_for_what_is_missing() -> None:
     made = world(replicas=1)
-    view = made.control.gpus()[0]
+    view = made.controller.gpus()[0]
     assert (view.uuid, view.node_id, view.state, view.condition) == (
         "node-a-gpu0",
         "node-a",
@@ -343,10 +343,10 @@ def test_the_inventory_says_none_for_what_is_missing() -> None:
         }
     }
     made.step(10)
-    stale = made.control.gpus()[0]
+    stale = made.controller.gpus()[0]
     assert (stale.condition, stale.freshness) == ("unreadable", Freshness.STALE)
     made.step(40)
-    gone = made.control.gpus()[0]
+    gone = made.controller.gpus()[0]
     assert gone.freshness is Freshness.MISSING
     assert gone.temperature_c is gone.memory_used_bytes is gone.gpu_ratio is gone.power_w is None
     assert gone.state == "healthy"

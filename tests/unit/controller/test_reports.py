@@ -16,7 +16,7 @@ from controlplane.controller.reports import Reports
 from controlplane.core.cluster.snapshot import GatewayInfo
 from controlplane.core.reports.report import PlaneReport
 from controlplane.core.traffic.counters import TrafficCounters
-from tests.support.control import HEARTBEAT_S, World
+from tests.support.controller import HEARTBEAT_S, World
 from tests.support.waiting import until
 
 START_S = 1_800_000_000.0
@@ -39,7 +39,7 @@ class Plane:
         self.world.start_controller(epoch)
         self.recorder = Recorder(self.path)
         self.reports = Reports(
-            *(self.world.control, self.recorder, self.settings, COST),
+            *(self.world.controller, self.recorder, self.settings, COST),
             heartbeat_s=HEARTBEAT_S,
             unix_s=self.world.clock,
         )
@@ -58,9 +58,9 @@ class Plane:
                 latency_max_s=0.1 * requests,
                 waiting=requests,
             )
-            one = next(iter(self.world.control.registry.endpoints), "")
+            one = next(iter(self.world.controller.registry.endpoints), "")
             traffic = (self.served, replace(self.served, subject=one))
-            self.world.control.gateway_report(GatewayInfo("g", "n1", "", traffic=traffic))
+            self.world.controller.gateway_report(GatewayInfo("g", "n1", "", traffic=traffic))
             self.world.step()
             self.reports.tick()
 
@@ -96,7 +96,7 @@ def told(found: PlaneReport) -> dict[str, Any]:
 
 
 async def test_what_was_served_is_reported_per_tier_and_endpoint(plane: Plane) -> None:
-    registry = plane.world.control.registry
+    registry = plane.world.controller.registry
     registry.declare([replace(spec, attainment=0.8) for spec in registry.tiers], HEARTBEAT_S)
     plane.step(60)
     served = plane.served.ok
@@ -131,7 +131,7 @@ async def test_the_store_tells_the_same_as_the_memory_at_any_age(plane: Plane) -
     assert told_before["tiers"][0]["requests"] > 1000
     store = plane.recorder.store
     again = Reports(
-        *(plane.world.control, plane.recorder, plane.settings, COST),
+        *(plane.world.controller, plane.recorder, plane.settings, COST),
         heartbeat_s=HEARTBEAT_S,
         unix_s=plane.world.clock,
     )

@@ -20,7 +20,7 @@ from controlplane.core.reconcile.commands import ActionOutcome
 from controlplane.core.reconcile.in_progress import InProgress
 from controlplane.core.traffic.counters import LATENCY_BOUNDS_S, TrafficCounters
 from controlplane.planning.tier_specs import tier_specs
-from tests.support.control import HEARTBEAT_S, World
+from tests.support.controller import HEARTBEAT_S, World
 from tests.support.gateway import plane
 
 GPUS = [f"n1-gpu{i}" for i in range(8)]
@@ -50,14 +50,14 @@ class Live:
 
     def connect(self) -> None:
         """To the world's controller, which may be a new one."""
-        self.world.control.declare(self.specs, HEARTBEAT_S)
-        self.scaling = Scaling(self.world.control, self.config)
+        self.world.controller.declare(self.specs, HEARTBEAT_S)
+        self.scaling = Scaling(self.world.controller, self.config)
 
     def step(self, seconds: int, per_s: int, slow: bool = False) -> None:
         for _ in range(seconds):
             if not self.silent:
                 self._count(per_s, slow)
-                self.world.control.gateway_report(GatewayInfo("g1", "n1", "", traffic=(self.counted,)))
+                self.world.controller.gateway_report(GatewayInfo("g1", "n1", "", traffic=(self.counted,)))
             self.world.step()
             self.scaling.tick()
 
@@ -87,7 +87,7 @@ class Live:
 
     @property
     def target(self) -> int:
-        return self.world.control.bases()["small"]
+        return self.world.controller.bases()["small"]
 
 
 def test_a_load_step_makes_a_tier_grow_and_shrink_again() -> None:
@@ -247,9 +247,9 @@ def test_advice_looks_back_as_far_as_it_is_told() -> None:
     live.scaling.configure(live.config.model_copy(update={"window_s": 600.0}))
     live.step(350, per_s=4)
     live.step(250, per_s=0)
-    demand = live.world.control.demand
-    long = demand.figures(live.world.control.now_s(), HEARTBEAT_S, 600.0)["small"]
-    short = demand.figures(live.world.control.now_s(), HEARTBEAT_S, 200.0)["small"]
+    demand = live.world.controller.demand
+    long = demand.figures(live.world.controller.now_s(), HEARTBEAT_S, 600.0)["small"]
+    short = demand.figures(live.world.controller.now_s(), HEARTBEAT_S, 200.0)["small"]
     assert long.arrivals_per_s.fresh == pytest.approx(350 * 4 / 600, rel=0.02)
     assert short.arrivals_per_s.fresh == 0.0
 
@@ -268,7 +268,7 @@ def test_cold_starts_are_measured() -> None:
     assert live.scaling.cold_start_s(spec) == 60.0
     fresh = Live({"cold_start_s": None})
     started = replace(replica.endpoint, started_unix_s=10.0, since_unix_s=31.0)
-    fresh.world.control.register(started)
+    fresh.world.controller.register(started)
     fresh.scaling.tick()
     assert fresh.scaling.cold_start_s(spec) == 24.0
 
@@ -276,7 +276,7 @@ def test_cold_starts_are_measured() -> None:
 def test_snapshots_say_what_tiers_are_to_have() -> None:
     live = Live({"min_replicas": 1, "max_replicas": 5})
     live.step(30, per_s=3)
-    registry = live.world.control.registry
+    registry = live.world.controller.registry
     (told,) = registry.snapshot(secrets=False).scaling
     assert (told.tier, told.target) == ("small", 1)
     assert registry.snapshot(secrets=False).wanted("small", 9) == 1
@@ -290,8 +290,8 @@ def test_with_no_gpu_left_nothing_is_unlimited_and_the_minimum_waits() -> None:
     live = Live({"min_replicas": 2, "max_replicas": 8}, replicas=2)
     live.step(60, per_s=30)
     assert live.target > 2
-    live.world.control.observe_nodes({"n1"})
-    live.world.control.observe_nodes(())
+    live.world.controller.observe_nodes({"n1"})
+    live.world.controller.observe_nodes(())
     live.scaling.tick()
     (found,) = live.scaling.report().tiers
     assert live.target == 2
@@ -303,7 +303,7 @@ def test_a_node_that_is_cordoned_counts_with_what_runs_there_and_one_that_is_dra
     live.step(60, per_s=16)
     before = live.replicas
     assert 3 <= before < len(GPUS)
-    operations = OperatorActions(live.world.control)
+    operations = OperatorActions(live.world.controller)
     operations.cordon("n1", "new cables")
     live.step(40, per_s=60)
     (found,) = live.scaling.report().tiers
@@ -318,7 +318,7 @@ def test_a_node_that_is_cordoned_counts_with_what_runs_there_and_one_that_is_dra
 def test_that_there_were_gpus_is_still_known_after_a_restart() -> None:
     live = Live({"min_replicas": 1, "max_replicas": 8})
     live.step(30, per_s=3)
-    old = live.world.control
+    old = live.world.controller
     values = checkpoint.to_values(old.fleet, old.desk.book, old.work, 0.0)
     fleet, book, work = GpuInventory(), LeaseBook(), InProgress()
     checkpoint.restore_plane(values, fleet, book, work, now_s=0.0, shift_s=0.0)

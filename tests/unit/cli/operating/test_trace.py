@@ -25,7 +25,7 @@ from controlplane.core.cluster.snapshot import GatewayInfo
 from controlplane.core.reports.recorded_traffic import COLUMNS
 from controlplane.core.traffic.counters import TrafficCounters
 from controlplane.simulation.traces import read_trace
-from tests.support.control import HEARTBEAT_S, World
+from tests.support.controller import HEARTBEAT_S, World
 from tests.support.repository import CONFIGS
 from tests.support.waiting import until
 
@@ -51,7 +51,7 @@ class Plane:
         """A controller process, with what is stored."""
         self.world.start_controller(epoch)
         self.reports = Reports(
-            *(self.world.control, self.recorder, ReportsConfig(), 0.0),
+            *(self.world.controller, self.recorder, ReportsConfig(), 0.0),
             heartbeat_s=HEARTBEAT_S,
             unix_s=self.world.clock,
         )
@@ -71,7 +71,7 @@ class Plane:
                 )
             if not self.away:
                 info = GatewayInfo("g", "n1", "", traffic=tuple(self.counted.values()))
-                self.world.control.gateway_report(info)
+                self.world.controller.gateway_report(info)
             self.world.step()
             self.reports.tick()
 
@@ -82,7 +82,7 @@ class Plane:
 
     def call(self, method: Callable[..., Any], *args: Any) -> Any:
         if method is ControllerApi.status:
-            return None, self.world.control.registry.tiers, ()
+            return None, self.world.controller.registry.tiers, ()
         assert method is ControllerApi.history
         names, since_s, until_s = args
         return {name: self.recorder.store.history(name, since_s, until_s) for name in names}

@@ -122,7 +122,7 @@ class World:
     """Tier → how many Serve keeps."""
     born: int = 0
     seq: int = 0
-    control: Controller = field(init=False)
+    controller: Controller = field(init=False)
 
     def __post_init__(self) -> None:
         self.start_controller()
@@ -132,7 +132,7 @@ class World:
             gpus=GpuRules(hold_initial_s=30.0, hot_for_s=5.0, probation_s=5.0, suspect_for_s=10.0)
         )
         registry = Registry(epoch=epoch, heartbeat_s=HEARTBEAT_S, now_s=self.clock, unix_s=self.clock)
-        self.control = Controller(
+        self.controller = Controller(
             registry,
             heartbeat_s=HEARTBEAT_S,
             now_s=self.clock,
@@ -146,7 +146,7 @@ class World:
     def declare(self) -> None:
         """The gateway's part."""
         specs = [TierSpec(tier, "m", "simulated", count, 10) for tier, count in self.tiers.items()]
-        self.control.declare(specs, HEARTBEAT_S)
+        self.controller.declare(specs, HEARTBEAT_S)
 
     # --- what the rest of the plane does ---------------------------------------------------------------
 
@@ -161,14 +161,14 @@ class World:
             driver: Reading[str] = "580" if uuids else Missing(Absence.NO_DRIVER, "there is no driver")
             events = [event for event in self.events if event.node_id == node_id]
             sample = node_sample(node_id, self.seq, self.clock.s, gpus, driver)
-            self.control.observe_node(node_id, sample, events)
+            self.controller.observe_node(node_id, sample, events)
         self.events.clear()
-        self.control.observe_nodes(self.nodes.keys())
+        self.controller.observe_nodes(self.nodes.keys())
 
     def serve(self) -> None:
         """Serve's part: as many replicas as the last targets say, on nodes with GPUs that nobody holds."""
         with suppress(NotSettled):
-            self.targets = self.control.targets()
+            self.targets = self.controller.targets()
         for tier, configured in self.tiers.items():
             mine = [name for name, replica in self.replicas.items() if replica.endpoint.tier == tier]
             present = self.goes_by.setdefault(tier, configured) if tier in self.scaled else None
@@ -193,7 +193,7 @@ class World:
         self.born += 1
         name = f"{tier}-{self.born}"
         for node_id in self.nodes:
-            answer = self.control.lease_gpus(name, 1, node_id, self.shape, tier)
+            answer = self.controller.lease_gpus(name, 1, node_id, self.shape, tier)
             if answer.outcome is LeaseOutcome.GRANTED:
                 assert answer.lease is not None
                 endpoint = Endpoint(
@@ -214,7 +214,7 @@ class World:
 
     def end(self, name: str) -> None:
         del self.replicas[name]
-        self.control.deregister(name, "ended")
+        self.controller.deregister(name, "ended")
 
     def report(self) -> None:
         """Every replica reports, goes on with its life and obeys."""
@@ -223,12 +223,12 @@ class World:
                 del self.replicas[name]
                 continue
             self._live(replica)
-            answer = self.control.report(replica.endpoint)
+            answer = self.controller.report(replica.endpoint)
             if not answer.known:
-                self.control.register(replica.endpoint)
+                self.controller.register(replica.endpoint)
             lease = replica.lease
             if lease is not None and not (answer.known and answer.lease_known):
-                self.control.restore_lease(lease.holder, lease.generation, lease.node_id, lease.parts)
+                self.controller.restore_lease(lease.holder, lease.generation, lease.node_id, lease.parts)
             for order in answer.orders if replica.obeys else ():
                 self._obey(replica, order.kind, order.generation)
             if replica.endpoint.state is EndpointState.DRAINING:
@@ -258,26 +258,26 @@ class World:
             self.clock.s += 1.0
             self.observe()
             self.report()
-            self.control.tick()
+            self.controller.tick()
             self.serve()
 
     def settle(self) -> None:
         """All replicas are there and the controller knows everybody."""
         self.step(12)
-        assert not self.control.registry.warming
+        assert not self.controller.registry.warming
 
     # --- what tests ask --------------------------------------------------------------------------------
 
     def ready(self, tier: str) -> int:
         return sum(
             item.state is EndpointState.READY and item.tier == tier
-            for item in self.control.registry.endpoints.values()
+            for item in self.controller.registry.endpoints.values()
         )
 
     def holder_of(self, uuid: str) -> tuple[str, ...]:
-        return self.control.desk.book.holders(uuid)
+        return self.controller.desk.book.holders(uuid)
 
     def kinds(self, subject: str = "") -> list[str]:
         return [
-            event.kind for event in self.control.registry.events if not subject or event.subject == subject
+            event.kind for event in self.controller.registry.events if not subject or event.subject == subject
         ]
