@@ -16,7 +16,7 @@ from typing import Any
 import structlog
 from ray.exceptions import RayActorError, RayError
 
-from controlplane.core.telemetry.node_updates import NO_INFOS, GpuInfoCache, NodeUpdate, whole_sample
+from controlplane.core.telemetry.node_updates import NOTHING_CACHED, GpuInfoCache, NodeUpdate, whole_sample
 from controlplane.core.telemetry.samples import GpuEvent, NodeSample
 from controlplane.node_agent.ray_actor import alive_nodes, ensure_node_agents
 
@@ -100,7 +100,7 @@ class NodeWatch:
         epoch, seq = self._heard.get(node_id, ("", 0))
         try:
             known = self._infos.get(node_id)
-            asked = agent.news.remote(epoch, seq, known.key if known is not None else NO_INFOS)
+            asked = agent.update.remote(epoch, seq, known.key if known is not None else NOTHING_CACHED)
             news: NodeUpdate = await asyncio.wait_for(_result(asked), ANSWER_TIMEOUT_S)
             events = news.events
             if events:

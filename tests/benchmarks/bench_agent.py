@@ -42,7 +42,7 @@ print(json.dumps({
     "sample_ms_p99": costs[int(len(costs) * 0.99)] * 1e3,
     "slow_sample_ms_p50": slow_costs[len(slow_costs) // 2] * 1e3,
     "cpu_percent": 100 * cpu_s / (time.monotonic() - began),
-    "record_kb": len(pickle.dumps(agent.since(0))) / 1e3,
+    "sample_kb": len(pickle.dumps(agent.latest())) / 1e3,
     "rss_mb": psutil.Process().memory_info().rss / 1e6,
 }))
 """
@@ -83,7 +83,6 @@ def measure(gpus: int, samples: int) -> dict[str, Any]:
         driver = FakeDriver(Path(folder), devices=gpus)
         for gpu in range(gpus):
             driver.links(gpu, [None] * 18)
-            driver.processes(gpu, [(1000 + gpu, 1 << 30)])
         env = {**os.environ, **driver.env()}
         done = subprocess.run(
             [sys.executable, "-c", _CHILD, str(samples)],

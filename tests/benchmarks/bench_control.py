@@ -91,11 +91,10 @@ class Fleet:
                     uuid,
                     j,
                     "NVIDIA H100 80GB HBM3",
-                    f"0000:{j:02x}:00.0",
                     slowdown_c=90,
                     shutdown_c=95,
                     numa_node=j // 4,
-                    nvlinks=tuple(NvLink(k, True, "", peer, False) for k, peer in enumerate(uuids) if k != j),
+                    nvlinks=tuple(NvLink(True, peer, to_switch=False) for peer in uuids if peer != uuid),
                 )
                 for j, uuid in enumerate(uuids)
             )
@@ -224,15 +223,12 @@ def reading(info: GpuInfo, level: int) -> GpuSample:
         memory_used_bytes=(40 + level) * GIB,
         memory_free_bytes=(40 - level) * GIB,
         gpu_ratio=level / 20,
-        memory_ratio=level / 40,
         temperature_c=50 + level,
         power_w=300.0 + level,
         sm_clock_mhz=1980,
-        memory_clock_mhz=2619,
         throttle=(),
         ecc_corrected=0,
         ecc_uncorrected=0,
-        processes=(),
     )
 
 

@@ -17,7 +17,7 @@ import json, time
 import ray
 from ray.cluster_utils import Cluster
 from controlplane.planning.live_cluster import live_cluster
-from controlplane.node_agent.ray_actor import ensure_node_agents
+from controlplane.node_agent.ray_actor import alive_nodes, ensure_node_agents
 from controlplane.config import PlaneConfig
 from controlplane.core.placement.gangs import Gang, Shape
 from controlplane.core.placement.occupancy import occupancy
@@ -64,7 +64,7 @@ while placed(look()[0], 8)[0]:  # Ray's tables follow in their own time
     time.sleep(0.2)
 live, nodes = look()
 answer["beside somebody"] = placed(live, 5), placed(live, 6)[0]
-agents = ensure_node_agents("telemetry", interval_s=0.1)
+agents = ensure_node_agents("telemetry", interval_s=0.1, known={}, nodes=alive_nodes())
 while not all(ray.get(agent.latest.remote()) for agent in agents.values()):
     time.sleep(0.05)
 answer["with agents"] = [len(node.gpus) for node in look()[1]]

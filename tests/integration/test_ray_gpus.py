@@ -26,7 +26,7 @@ AGENTS = """
 import json, os, time
 import ray
 from ray.cluster_utils import Cluster
-from controlplane.node_agent.ray_actor import ensure_node_agents
+from controlplane.node_agent.ray_actor import alive_nodes, ensure_node_agents
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
 second = cluster.add_node(num_cpus=1)
@@ -43,26 +43,29 @@ def until(holds):
 def latest(agents):
     return {node: ray.get(agent.latest.remote(), timeout=60) for node, agent in agents.items()}
 
-agents = ensure_node_agents("telemetry", interval_s=0.1)
+def node_agents():
+    return ensure_node_agents("telemetry", interval_s=0.1, known={}, nodes=alive_nodes())
+
+agents = node_agents()
 until(lambda: all(latest(agents).values()))
 first = latest(agents)
 answer["nodes"] = sorted(agents) == sorted(node["NodeID"] for node in ray.nodes())
 answer["own_samples"] = all(sample.node_id == node for node, sample in first.items())
 answer["gpus"] = [len(sample.gpus) for sample in first.values()]
-again = latest(ensure_node_agents("telemetry", interval_s=0.1))
+again = latest(node_agents())
 answer["same_agents"] = all(again[node].epoch == first[node].epoch for node in first)
 
 ray.kill(agents[second.node_id])
 def replaced():
     try:
-        sample = latest(ensure_node_agents("telemetry", interval_s=0.1))[second.node_id]
+        sample = latest(node_agents())[second.node_id]
     except ray.exceptions.RayActorError:
         return False
     return sample is not None and sample.epoch != first[second.node_id].epoch
 until(replaced)
 
 cluster.remove_node(second)
-until(lambda: len(ensure_node_agents("telemetry")) == 1)
+until(lambda: len(node_agents()) == 1)
 print("ANSWER", json.dumps(answer))
 ray.shutdown()
 cluster.shutdown()

@@ -41,7 +41,7 @@ class Clock:
 
 def gpu_sample(uuid: str, index: int = 0, **fields: object) -> GpuSample:
     """A healthy GPU of 80 GiB, with what the test wants otherwise."""
-    info = GpuInfo(uuid, index, "NVIDIA A", "bus", numa_node=0, slowdown_c=90, nvlinks=())
+    info = GpuInfo(uuid, index, "NVIDIA A", numa_node=0, slowdown_c=90, nvlinks=())
     usual: dict[str, object] = {
         "memory_total_bytes": 80 * GIB,
         "memory_used_bytes": 1 * GIB,

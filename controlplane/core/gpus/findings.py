@@ -195,8 +195,7 @@ def _of_worn_memory(sample: GpuSample) -> list[GpuFinding]:
                     "row_remap_pending", XidSeverity.WATCH, "a memory row is remapped at the next reset"
                 )
             )
-    pages = sample.info.retired_pages
-    if not isinstance(pages, Missing) and pages.pending:
+    if sample.info.page_retirement_pending is True:
         found.append(
             GpuFinding(
                 "page_retirement_pending", XidSeverity.WATCH, "a memory page is retired at the next reset"
@@ -219,11 +218,11 @@ def is_hot(sample: GpuSample, temperature_c: int, rules: GpuRules) -> bool:
 
 def nothing_found(info: GpuInfo) -> bool:
     """Whether what changes rarely gives no finding."""
-    action, remaps, pages = info.recovery_action, info.row_remaps, info.retired_pages
+    action, remaps = info.recovery_action, info.row_remaps
     return (
         (isinstance(action, Missing) or action is RecoveryAction.NONE)
         and (isinstance(remaps, Missing) or not (remaps.failed or remaps.pending))
-        and (isinstance(pages, Missing) or not pages.pending)
+        and info.page_retirement_pending is not True
     )
 
 

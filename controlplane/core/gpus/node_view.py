@@ -52,12 +52,11 @@ def _gpu(sample: GpuSample, behind_switch: frozenset[str], cordoned: str) -> Gpu
     return Gpu(
         info.uuid,
         info.index,
-        _value(info.name, ""),
-        _value(sample.memory_total_bytes, 0),
-        peers,
-        numa if numa >= 0 else None,
-        _value(info.bus_id, ""),
-        problem,
+        model=_value(info.name, ""),
+        memory_bytes=_value(sample.memory_total_bytes, 0),
+        nvlink_peers=peers,
+        numa_node=numa if numa >= 0 else None,
+        unavailable=problem,
     )
 
 

@@ -38,7 +38,6 @@ class Gpu:
     nvlink_peers: frozenset[str] = frozenset()
     """UUIDs that its NVLinks lead to. A link reported by one end only counts for both."""
     numa_node: int | None = None
-    pcie_bus_id: str = ""
     unavailable: str = ""
     """Why it must not be used (unhealthy, cordoned, lost); empty: usable."""
 

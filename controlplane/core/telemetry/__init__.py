@@ -1,1 +1,1 @@
-"""Samples of engines, GPUs and nodes, and the windowed signals made of them, each FRESH, STALE or MISSING."""
+"""Samples of engines, GPUs and nodes, and the windowed signals made from them: FRESH, STALE or MISSING."""

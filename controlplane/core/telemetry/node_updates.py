@@ -1,9 +1,10 @@
-"""What a node agent tells a reader that asks again and again: its newest sample, without what the reader has.
+"""What a node agent sends to a reader that polls it: its newest sample, without what the reader has cached.
 
-Most of a sample is what rarely changes of each GPU: links, peers, limits
-(:class:`~controlplane.core.telemetry.samples.GpuInfo`). An agent numbers it, a reader says the number that it
-has, and only another one is sent. A number is of one agent process (``epoch``): who starts anew, agent or
-reader, begins with everything.
+Most of a sample's size is what rarely changes about each GPU: links, limits, counters of worn memory
+(:class:`~controlplane.core.telemetry.samples.GpuInfo`). The agent numbers each version of it, the reader
+sends the number that it has cached, and the agent sends it only if that number is out of date. A number
+belongs to one agent process (its ``epoch``), so after a restart of the agent or the reader the next update is
+complete.
 """
 
 from __future__ import annotations
@@ -15,60 +16,63 @@ from typing import Any, Final
 
 from controlplane.core.telemetry.samples import GpuEvent, GpuInfo, GpuSample, NodeSample
 
-NO_INFOS: Final = ("", 0)
-"""Said by a reader that has none."""
+NOTHING_CACHED: Final = ("", 0)
+"""Sent by a reader that has no :class:`GpuInfoCache` of the node."""
 
 _readings = attrgetter(*(item.name for item in fields(GpuSample) if item.name != "info"))
 
 
 @dataclass(frozen=True, slots=True)
 class GpuInfoCache:
-    """What rarely changes of a node's GPUs, as an agent had it for some samples."""
+    """One version of what rarely changes about a node's GPUs."""
 
     epoch: str
     number: int
-    """From 1; a larger one is newer."""
+    """From 1; a larger number is newer."""
     gpus: tuple[GpuInfo, ...]
     """In the order of the samples' GPUs."""
 
     @property
     def key(self) -> tuple[str, int]:
-        """Which they are."""
+        """Identifies this version."""
         return self.epoch, self.number
 
 
 @dataclass(frozen=True, slots=True)
 class NodeUpdate:
-    """An agent's answer."""
+    """An agent's response to a poll."""
 
     sample: NodeSample | None
-    """The newest, without its GPUs; None before the first."""
+    """The newest sample, with its GPUs left out; None before the first."""
     readings: tuple[tuple[Any, ...], ...]
-    """Of each GPU: the fields of :class:`~controlplane.core.telemetry.samples.GpuSample` but ``info``, in its
-    order."""
+    """For each GPU: the fields of :class:`~controlplane.core.telemetry.samples.GpuSample` except ``info``, in
+    their order."""
     infos_key: tuple[str, int]
-    """Which infos belong to the readings."""
+    """The version of the infos that belongs to the readings."""
     infos: GpuInfoCache | None
-    """None: the reader has them."""
+    """None if the reader has that version already."""
     events: tuple[GpuEvent, ...]
 
 
 def node_update(
-    sample: NodeSample | None, infos: GpuInfoCache, events: Sequence[GpuEvent], known: tuple[str, int]
+    sample: NodeSample | None, infos: GpuInfoCache, events: Sequence[GpuEvent], cached: tuple[str, int]
 ) -> NodeUpdate:
-    """The answer to a reader that has the infos of ``known``."""
-    told = None if infos.key == known else infos
+    """The response to a reader that has the infos with the key ``cached``."""
+    sent = None if infos.key == cached else infos
     if sample is None:
-        return NodeUpdate(None, (), infos.key, told, tuple(events))
+        return NodeUpdate(None, (), infos.key, sent, tuple(events))
     readings = tuple(_readings(gpu) for gpu in sample.gpus)
-    return NodeUpdate(replace(sample, gpus=()), readings, infos.key, told, tuple(events))
+    return NodeUpdate(replace(sample, gpus=()), readings, infos.key, sent, tuple(events))
 
 
-def whole_sample(news: NodeUpdate, infos: GpuInfoCache | None) -> NodeSample | None:
-    """The sample as the agent took it, with the infos that came along or that the reader has. None: there is
-    none yet, or those are others, and all has to be asked for anew."""
-    infos = news.infos or infos
-    if news.sample is None or infos is None or infos.key != news.infos_key:
+def whole_sample(update: NodeUpdate, cached: GpuInfoCache | None) -> NodeSample | None:
+    """The sample as the agent took it, put together from the update and the reader's ``cached`` infos.
+
+    None if there is no sample yet, or if neither has the version of the infos that belongs to it: the reader
+    then has to poll with :data:`NOTHING_CACHED`.
+    """
+    infos = update.infos or cached
+    if update.sample is None or infos is None or infos.key != update.infos_key:
         return None
-    gpus = zip(infos.gpus, news.readings, strict=True)
-    return replace(news.sample, gpus=tuple(GpuSample(info, *readings) for info, readings in gpus))
+    gpus = zip(infos.gpus, update.readings, strict=True)
+    return replace(update.sample, gpus=tuple(GpuSample(info, *readings) for info, readings in gpus))

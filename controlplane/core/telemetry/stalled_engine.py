@@ -1,7 +1,7 @@
-"""An engine that answers its probes but makes nothing: seen in what it says of itself.
+"""Detects an engine that answers its probes but makes no progress, from its own metrics.
 
-Its supervisor sees an engine that ends or no longer answers, and a gateway one that is silent on its
-requests; this is for the one in between. Readings that are not fresh say nothing.
+The engine's supervisor notices when the process ends or stops answering, and a gateway when its requests get
+no response. This covers the case in between. Only fresh readings count.
 """
 
 from __future__ import annotations
@@ -13,28 +13,29 @@ from controlplane.core.telemetry.engine import EngineLoad
 
 @dataclass(frozen=True, slots=True)
 class StallRules:
-    """Times."""
+    """When an engine counts as stalled."""
 
     after_s: float = 120.0
-    """An engine that runs requests and makes nothing for this long is hung. Long enough for the longest
-    prompt on a slow machine, which counts only when all of it was read."""
+    """How long an engine may run requests without producing a token. Long enough for the longest prompt on a
+    slow machine: its tokens are counted only once all of it was read."""
 
 
 @dataclass(frozen=True, slots=True)
 class StalledEngine:
-    """An engine that has made nothing for a while."""
+    """An engine that makes no progress."""
 
     since_s: float
+    """When it was first seen so."""
     seen_s: float
-    """When that was last seen."""
+    """When it was last seen so."""
     reason: str
 
 
 def stall_reason(load: EngineLoad) -> str:
-    """By which readings the engine runs requests and gets nowhere; empty: not so, or not known."""
+    """Which readings show that the engine runs requests without progress; empty if they don't show that."""
     running = load.running.fresh
     rates = (load.generation_tokens_per_s, load.prompt_tokens_per_s, load.completions_per_s)
     known = [rate.fresh for rate in rates if rate.fresh is not None]
     if not running or load.generation_tokens_per_s.fresh is None or any(known):
         return ""
-    return f"{running:.0f} requests run and no token comes"
+    return f"{running:.0f} requests run but produce no tokens"

@@ -1,4 +1,4 @@
-"""NVML's return codes in our words: a value, a missing reading with its reason, or a GPU or driver gone."""
+"""NVML's return codes: a value, a missing reading with its reason, or a GPU or driver that is gone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LASTING_CODES: Final = frozenset(
         pynvml.NVML_ERROR_DEPRECATED,
     }
 )
-"""Asking again would give the same answer until the driver changes."""
+"""Until the driver changes, every further call returns the same code."""
 
 _ABSENCES: Final = {
     pynvml.NVML_ERROR_NO_PERMISSION: Absence.NO_PERMISSION,
@@ -46,15 +46,15 @@ _REMEDIES: Final = {
     pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH: "the driver was updated: reload it or reboot",
 }
 
-_known: dict[tuple[str, int], Missing] = {}
+_missing: dict[tuple[str, int], Missing] = {}
 
 
 class GpuLostError(Exception):
-    """The driver says that this GPU is gone."""
+    """The driver reports that this GPU is gone."""
 
 
 class DriverGoneError(Exception):
-    """The driver does not answer any more; ``missing`` says why."""
+    """The driver no longer responds; ``missing`` says why."""
 
     def __init__(self, missing: Missing) -> None:
         super().__init__(missing.reason)
@@ -62,21 +62,20 @@ class DriverGoneError(Exception):
 
 
 def missing_for(what: str, error: pynvml.NVMLError) -> Missing:
-    """The reading that ``error`` leaves of ``what``; equal ones are one object, so that a ring of samples
-    stays small."""
+    """The missing reading of ``what`` after ``error``. Equal ones are the same object, to save memory."""
     key = (what, int(error.value))
-    if key not in _known:
+    if key not in _missing:
         text = f"{what}: {error}"
         if key[1] in _REMEDIES:
             text += f" ({_REMEDIES[key[1]]})"
-        _known[key] = Missing(_ABSENCES.get(key[1], Absence.ERROR), text)
-    return _known[key]
+        _missing[key] = Missing(_ABSENCES.get(key[1], Absence.ERROR), text)
+    return _missing[key]
 
 
 def read(what: str, call: Callable[..., T], *args: object) -> Reading[T]:
     """The call's value, or why there is none.
 
-    Raises GpuLostError or DriverGoneError when it is not about this value alone.
+    Raises GpuLostError or DriverGoneError if the failure concerns more than this one value.
     """
     try:
         return call(*args)
@@ -87,4 +86,4 @@ def read(what: str, call: Callable[..., T], *args: object) -> Reading[T]:
             raise DriverGoneError(missing_for(what, error)) from error
         return missing_for(what, error)
     except UnicodeDecodeError:
-        return Missing(Absence.ERROR, f"{what}: the driver's answer is no text")
+        return Missing(Absence.ERROR, f"{what}: the driver returned text that is not valid UTF-8")

@@ -1,7 +1,7 @@
-"""XID and ECC events, waited for in a thread of their own: the driver wakes it, nothing is polled.
+"""XID and ECC events. A separate thread blocks in the driver until one occurs; nothing is polled.
 
-The watcher keeps a connection to NVML of its own (connections are counted), so the sampling thread may
-let the driver go and come back without taking it away under a wait.
+The watcher has its own connection to NVML (NVML counts connections), so when the sampling thread disconnects
+from the driver and reconnects, the watcher's wait is not affected.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _KINDS: Final = {
 }
 _ALL_KINDS: Final = functools.reduce(operator.or_, _KINDS)
 _REJOIN_PAUSE_S: Final = 0.2
-"""Between two event sets that fail at once, so that the driver is not asked without pause."""
+"""Pause before a new event set if the last one failed at once, so that the driver is not called in a loop."""
 
 
 class EventWatcher:
-    """Waits for events of all GPUs until it is stopped; survives lost GPUs and a driver that goes."""
+    """Waits for events of all GPUs until it is stopped. Survives lost GPUs and a driver that goes away."""
 
     def __init__(self, handler: EventHandler, *, wait_s: float = 1.0, retry_interval_s: float = 5.0) -> None:
         self._handler = handler
@@ -44,18 +44,18 @@ class EventWatcher:
         """How many GPUs report their events, or why none does."""
 
     def start(self) -> None:
-        """Begins to wait."""
+        """Starts waiting."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread; takes up to one wait."""
+        """Ends the thread; takes up to ``wait_s``."""
         self._stopping.set()
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join(self._wait_ms / 1000 + 5)
 
-    def look_again(self) -> None:
-        """The GPUs or the driver changed: register anew."""
+    def refresh(self) -> None:
+        """Registers GPUs that are not watched yet, since the GPUs or the driver changed."""
         self._wake.set()
 
     def _run(self) -> None:
@@ -64,7 +64,7 @@ class EventWatcher:
             self._wake.wait(self._connection())
 
     def _connection(self) -> float:
-        """One connection to the driver, from start to end; says how long to pause before the next."""
+        """Runs one connection to the driver until it ends; returns the pause in seconds before the next."""
         began_s = time.monotonic()
         try:
             pynvml.nvmlInit()
@@ -77,7 +77,7 @@ class EventWatcher:
             self.watched = missing_for("GPU events", error)
             if error.value not in GPU_LOST_CODES:
                 return self._retry_interval_s
-            # a lost GPU spoils the set: at once a new one without it, since nothing is heard in between
+            # A lost GPU invalidates the event set. Events in between are missed, so make a new one at once.
             return 0.0 if time.monotonic() - began_s > _REJOIN_PAUSE_S else _REJOIN_PAUSE_S
         finally:
             with contextlib.suppress(pynvml.NVMLError):
@@ -112,7 +112,7 @@ class EventWatcher:
 
 
 def _register_new(events: Any, uuids: dict[int | None, str]) -> Missing:
-    """Adds the GPUs that are not in ``uuids`` (by handle) yet; answers why others report no events."""
+    """Registers the GPUs that are not in ``uuids`` (by handle) yet; returns why others report no events."""
     refused = Missing(Absence.NOT_SUPPORTED, "GPU events: there is no GPU")
     for index in range(pynvml.nvmlDeviceGetCount()):
         try:
@@ -120,8 +120,8 @@ def _register_new(events: Any, uuids: dict[int | None, str]) -> Missing:
             if _address(handle) in uuids:
                 continue
             uuid = pynvml.nvmlDeviceGetUUID(handle)
-            wanted = _ALL_KINDS & pynvml.nvmlDeviceGetSupportedEventTypes(handle)
-            pynvml.nvmlDeviceRegisterEvents(handle, wanted, events)
+            supported = _ALL_KINDS & pynvml.nvmlDeviceGetSupportedEventTypes(handle)
+            pynvml.nvmlDeviceRegisterEvents(handle, supported, events)
         except pynvml.NVMLError as error:
             refused = missing_for("GPU events", error)
             continue

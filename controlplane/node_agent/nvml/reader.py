@@ -1,16 +1,17 @@
-"""GPUs of this machine through the driver's NVML, by the ``nvidia-ml-py`` binding.
+"""Reads this machine's GPUs through the driver's NVML, using the ``nvidia-ml-py`` binding.
 
-:class:`GpuReader` answers with one :class:`GpuSample` per GPU that it has ever seen, whatever happens: no
-driver, no permission, a GPU that fell off the bus, a function the driver doesn't have, a driver that goes
-and comes back. What can't be read is a missing reading with its reason. Nothing here decides anything.
+:class:`GpuReader` returns one :class:`GpuSample` per GPU that it has ever seen, whatever happens: no driver,
+no permission, a GPU that fell off the bus, a function that the driver doesn't have, a driver that goes away
+and comes back. What can't be read is a missing reading with its reason. Nothing is decided here.
 
-Figures that change rarely (limits, links, topology, MIG, lifetime counters) are read every
-``slow_interval_s``, together with a fresh look at which GPUs there are.
+The list of GPUs and the values that rarely change (limits, worn memory, links, MIG mode) are read every
+``slow_interval_s``, everything else at each read.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,6 @@ from controlplane.core.telemetry.samples import (
     Absence,
     GpuCondition,
     GpuInfo,
-    GpuProcess,
     GpuSample,
     Missing,
     Reading,
@@ -52,14 +52,15 @@ class _Slot:
     index: int
     info: GpuInfo
     handle: Any = None
-    """None: the driver did not give one at the last enumeration."""
+    """None if the driver returned none at the last enumeration."""
     lost: str = ""
+    """Why the GPU is lost; empty if it is not."""
     lasting: dict[str, Missing] = field(default_factory=dict)
-    """Readings that this driver can't give; asked for again after the next enumeration."""
+    """Readings that this driver can't provide; not requested again before the next enumeration."""
 
 
 class GpuReader:
-    """All GPUs of this machine. One thread at a time may use it."""
+    """All GPUs of this machine. Only one thread may use it."""
 
     def __init__(
         self,
@@ -72,10 +73,13 @@ class GpuReader:
         self._retry_interval_s = retry_interval_s
         self._clock = clock
         self.connected = False
-        """Whether the driver answered last."""
-        self._due_s = float("-inf")
+        """Whether the driver responded to the last read."""
+        self._due_s = -math.inf
+        """When to enumerate the GPUs next, or to connect if not connected; by ``clock``."""
         self._slots: dict[str, _Slot] = {}
-        self._nameless: dict[int, _Slot] = {}
+        """By UUID."""
+        self._unidentified: dict[int, _Slot] = {}
+        """By index: GPUs whose UUID could not be read."""
         self.driver_version: Reading[str] = _CLOSED
         """The driver's version, or why there is no driver."""
 
@@ -96,12 +100,8 @@ class GpuReader:
             self._due_s = now_s + self._retry_interval_s
             return self._unreadable()
 
-    def look_again(self) -> None:
-        """Makes the next :meth:`read` enumerate the GPUs and connect to the driver without waiting."""
-        self._due_s = float("-inf")
-
     def close(self) -> None:
-        """Lets the driver go."""
+        """Disconnects from the driver."""
         self._disconnect(_CLOSED)
 
     def _connect(self) -> None:
@@ -110,7 +110,7 @@ class GpuReader:
         except pynvml.NVMLError as error:
             raise DriverGoneError(missing_for("NVML", error)) from error
         self.connected = True
-        self._due_s = float("-inf")
+        self._due_s = -math.inf
         self.driver_version = read("driver version", pynvml.nvmlSystemGetDriverVersion)
 
     def _disconnect(self, why: Missing) -> None:
@@ -128,7 +128,7 @@ class GpuReader:
             raise DriverGoneError(count)
         found: set[str] = set()
         lost_at: dict[int, str] = {}
-        self._nameless = {}
+        self._unidentified = {}
         for index in range(count):
             try:
                 handle = read("GPU handle", pynvml.nvmlDeviceGetHandleByIndex, index)
@@ -139,8 +139,8 @@ class GpuReader:
                 lost_at[index] = str(lost)
                 continue
             if isinstance(uuid, Missing):
-                self._nameless[index] = _Slot(index, GpuInfo(uuid="", index=index), lost="")
-                self._nameless[index].lasting["identity"] = uuid
+                self._unidentified[index] = _Slot(index, GpuInfo(uuid="", index=index))
+                self._unidentified[index].lasting["identity"] = uuid
                 continue
             found.add(uuid)
             slot = self._slots.setdefault(uuid, _Slot(index, GpuInfo(uuid=uuid, index=index)))
@@ -155,21 +155,21 @@ class GpuReader:
             except GpuLostError as lost:
                 slot.handle, slot.lost = None, str(lost)
                 continue
-            if info != slot.info:
+            if info != slot.info:  # else the samples go on sharing the one instance
                 slot.info = info
 
     def _mark_lost(self, found: set[str], lost_at: dict[int, str]) -> None:
-        """Gives every GPU that was not found a reason; one lost before its first look has no UUID."""
+        """Marks every GPU that was not found as lost; one that was never identified has no UUID."""
         for uuid, slot in self._slots.items():
             if uuid in found:
                 continue
             slot.handle = None
             slot.lost = lost_at.pop(slot.index, "the driver no longer lists it")
         for index, why in lost_at.items():
-            self._nameless[index] = _Slot(index, GpuInfo(uuid="", index=index), lost=why)
+            self._unidentified[index] = _Slot(index, GpuInfo(uuid="", index=index), lost=why)
 
     def _ordered(self) -> list[_Slot]:
-        return sorted([*self._slots.values(), *self._nameless.values()], key=lambda slot: slot.index)
+        return sorted([*self._slots.values(), *self._unidentified.values()], key=lambda slot: slot.index)
 
     def _unreadable(self) -> tuple[GpuSample, ...]:
         why = self.driver_version if isinstance(self.driver_version, Missing) else _CLOSED
@@ -184,12 +184,12 @@ class GpuReader:
             why = slot.lasting.get("identity", NOT_SAMPLED)
             return _absent(slot.info, GpuCondition.UNREADABLE, why)
         try:
-            return self._figures(slot, _Figures(slot))
+            return self._read_values(slot, _Reads(slot))
         except GpuLostError as lost:
             slot.handle, slot.lost = None, str(lost)
             return _absent(slot.info, GpuCondition.LOST, _LOST)
 
-    def _figures(self, slot: _Slot, ask: _Figures) -> GpuSample:
+    def _read_values(self, slot: _Slot, ask: _Reads) -> GpuSample:
         memory = ask("memory", _memory)
         utilisation = ask("utilisation", pynvml.nvmlDeviceGetUtilizationRates)
         power_mw = ask("power", pynvml.nvmlDeviceGetPowerUsage)
@@ -200,11 +200,9 @@ class GpuReader:
             memory_used_bytes=memory if isinstance(memory, Missing) else memory.total - memory.free,
             memory_free_bytes=memory if isinstance(memory, Missing) else memory.free,
             gpu_ratio=utilisation if isinstance(utilisation, Missing) else utilisation.gpu / 100,
-            memory_ratio=utilisation if isinstance(utilisation, Missing) else utilisation.memory / 100,
             temperature_c=ask("temperature", _temperature),
             power_w=power_mw if isinstance(power_mw, Missing) else power_mw / 1000,
             sm_clock_mhz=ask("SM clock", pynvml.nvmlDeviceGetClockInfo, pynvml.NVML_CLOCK_SM),
-            memory_clock_mhz=ask("memory clock", pynvml.nvmlDeviceGetClockInfo, pynvml.NVML_CLOCK_MEM),
             throttle=ask("throttle reasons", _throttle),
             ecc_corrected=ask(
                 "corrected ECC errors",
@@ -218,7 +216,6 @@ class GpuReader:
                 pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED,
                 pynvml.NVML_VOLATILE_ECC,
             ),
-            processes=ask("processes", _processes),
         )
         if ask.reset_required is not None:
             why = ask.reset_required.reason
@@ -226,8 +223,8 @@ class GpuReader:
         return sample
 
 
-class _Figures:
-    """Asks one GPU, leaving out what its driver is known not to have."""
+class _Reads:
+    """Calls the driver about one GPU, except for readings that it is known not to provide."""
 
     def __init__(self, slot: _Slot) -> None:
         self._slot = slot
@@ -261,20 +258,17 @@ def _absent(info: GpuInfo, condition: GpuCondition, why: Missing) -> GpuSample:
         memory_used_bytes=why,
         memory_free_bytes=why,
         gpu_ratio=why,
-        memory_ratio=why,
         temperature_c=why,
         power_w=why,
         sm_clock_mhz=why,
-        memory_clock_mhz=why,
         throttle=why,
         ecc_corrected=why,
         ecc_uncorrected=why,
-        processes=why,
     )
 
 
 def _memory(handle: Any) -> Any:
-    """Version 2 first: version 1 is all that drivers before 510 have."""
+    """Version 2 first. Drivers before 510 have only version 1."""
     try:
         return pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
     except pynvml.NVMLError as error:
@@ -284,7 +278,7 @@ def _memory(handle: Any) -> Any:
 
 
 def _temperature(handle: Any) -> int:
-    """The first of the two names is to go with CUDA 14, the second came with driver 570."""
+    """The first function is removed in CUDA 14; the second exists from driver 570 on."""
     try:
         return int(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))
     except pynvml.NVMLError as error:
@@ -302,22 +296,4 @@ def _throttle(handle: Any) -> tuple[str, ...]:
         bits = pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
     if bits == 0:
         return ()
-    return tuple(name for place, name in enumerate(THROTTLE_REASONS) if bits >> place & 1)
-
-
-def _processes(handle: Any) -> tuple[GpuProcess, ...]:
-    try:
-        running = pynvml.nvmlDeviceGetComputeRunningProcesses_v3(handle)
-    except pynvml.NVMLError as error:
-        if error.value != pynvml.NVML_ERROR_FUNCTION_NOT_FOUND:
-            raise
-        running = pynvml.nvmlDeviceGetComputeRunningProcesses_v2(handle)
-    return tuple(
-        GpuProcess(
-            one.pid,
-            Missing(Absence.NOT_SUPPORTED, "the driver does not tell a process's memory")
-            if one.usedGpuMemory is None
-            else one.usedGpuMemory,
-        )
-        for one in running
-    )
+    return tuple(name for bit, name in enumerate(THROTTLE_REASONS) if bits >> bit & 1)

@@ -26,31 +26,18 @@ from typing import Any
 SOURCE = Path(__file__).with_name("nvml.c")
 STATE_VARIABLE = "TIERPLANE_TEST_NVML_STATE"
 MAGIC = 0x4E564D4C
-MAX_GPUS, MAX_LINKS, MAX_PROCESSES, MAX_MIG, MAX_EVENTS = 16, 18, 32, 8, 64
+MAX_GPUS, MAX_LINKS, MAX_EVENTS = 16, 18, 64
 GIB = 1024**3
 
 NO_PERMISSION, NOT_SUPPORTED, DRIVER_NOT_LOADED, UNKNOWN = 4, 3, 9, 999
 XID_EVENT, DOUBLE_BIT_ECC_EVENT = 0x8, 0x2
-TOPOLOGY = {"internal": 0, "single": 10, "multiple": 20, "hostbridge": 30, "node": 40, "system": 50}
 
 FIELDS = (
-    *("identity", "memory", "utilisation", "temperature", "threshold", "power", "power_limit", "clocks"),
-    *("throttle", "ecc", "remapped", "retired", "nvlink", "topology", "affinity", "mig", "processes"),
-    *("events", "recovery"),
+    *("identity", "memory", "utilisation", "temperature", "threshold", "power", "clocks", "throttle", "ecc"),
+    *("remapped", "retired", "nvlink", "affinity", "mig", "events", "recovery"),
 )
 
 _u32, _i32, _u64, _char = ctypes.c_uint32, ctypes.c_int32, ctypes.c_uint64, ctypes.c_char
-
-
-class _Process(ctypes.Structure):
-    _fields_ = [("pid", _u32), ("reserved", _u32), ("bytes", _u64)]
-
-
-class _Mig(ctypes.Structure):
-    _fields_ = [
-        *[("uuid", _char * 96), ("total", _u64), ("used", _u64)],
-        *[("gpu_instance", _u32), ("compute_instance", _u32)],
-    ]
 
 
 class _Link(ctypes.Structure):
@@ -65,19 +52,19 @@ class _Gpu(ctypes.Structure):
     _fields_ = [
         *[("uuid", _char * 96), ("name", _char * 96), ("bus_id", _char * 32)],
         *[(name, _u64) for name in ("memory_total", "memory_used", "memory_reserved", "throttle")],
-        *[("ecc", _u64 * 2 * 2), ("cpu_mask", _u64 * 4)],
-        *[(name, _u32) for name in ("utilisation", "memory_utilisation", "temperature", "slowdown")],
-        *[(name, _u32) for name in ("shutdown", "power_mw", "power_limit_mw", "sm_mhz", "memory_mhz")],
-        *[(name, _u32) for name in ("max_sm_mhz", "max_memory_mhz")],
+        ("ecc", _u64 * 2),
+        *[
+            (name, _u32)
+            for name in ("utilisation", "temperature", "slowdown", "shutdown", "power_mw", "sm_mhz")
+        ],
         ("remapped", _u32 * 4),
-        *[(name, _u32) for name in ("retired_corrected", "retired_uncorrected", "retired_pending")],
-        *[(name, _u32) for name in ("numa_node", "capability_major", "capability_minor")],
-        *[(name, _u32) for name in ("recovery_action", "lost", "hidden", "hang_ms")],
-        *[(name, _u32) for name in ("link_count", "process_count", "mig_mode", "mig_count")],
+        *[(name, _u32) for name in ("retired_pending", "numa_node", "capability_major", "capability_minor")],
+        *[
+            (name, _u32)
+            for name in ("recovery_action", "lost", "hidden", "hang_ms", "link_count", "mig_mode")
+        ],
         ("errors", _u32 * len(FIELDS)),
         ("links", _Link * MAX_LINKS),
-        ("processes", _Process * MAX_PROCESSES),
-        ("migs", _Mig * MAX_MIG),
     ]
 
 
@@ -85,7 +72,7 @@ class _State(ctypes.Structure):
     _fields_ = [
         *[(name, _u32) for name in ("magic", "size", "init_result", "call_result", "gpu_count", "reserved")],
         *[("event_head", _u64), ("driver_version", _char * 80), ("events", _Event * MAX_EVENTS)],
-        *[("topology", _u32 * MAX_GPUS * MAX_GPUS), ("gpus", _Gpu * MAX_GPUS)],
+        ("gpus", _Gpu * MAX_GPUS),
     ]
 
 
@@ -130,10 +117,6 @@ class FakeDriver:
         self._state.gpu_count = len(described)
         for index, device in enumerate(described):
             self._describe(index, device)
-        for one in range(MAX_GPUS):
-            for other in range(MAX_GPUS):
-                same_node = self._state.gpus[one].numa_node == self._state.gpus[other].numa_node
-                self._state.topology[one][other] = TOPOLOGY["node" if same_node else "system"]
         self.write()
 
     def env(self) -> dict[str, str]:
@@ -147,24 +130,19 @@ class FakeDriver:
     def uuid(self, gpu: int) -> str:
         return str(self._state.gpus[gpu].uuid.decode())
 
-    def bus_id(self, gpu: int) -> str:
-        return str(self._state.gpus[gpu].bus_id.decode())
-
     def set(self, gpu: int | None = None, **values: Any) -> None:
-        """Sets figures of one GPU, or of all: any scalar of the C struct, ``ecc=((corrected volatile,
-        corrected aggregate), (uncorrected volatile, uncorrected aggregate))``, ``remapped=(corrected,
-        uncorrected, pending, failed)``."""
+        """Sets values of one GPU, or of all: any scalar of the C struct, ``ecc=(corrected, uncorrected)``,
+        ``remapped=(corrected, uncorrected, pending, failed)``."""
         chosen = range(self._state.gpu_count) if gpu is None else [gpu]
         for index in chosen:
             target = self._state.gpus[index]
             for name, value in values.items():
-                if name == "ecc":
-                    for kind in (0, 1):
-                        target.ecc[kind][:] = value[kind]
-                elif isinstance(value, (tuple, list)):
+                if isinstance(value, (tuple, list)):
                     getattr(target, name)[: len(value)] = value
                 else:
-                    getattr(target, name)  # a misspelt name fails instead of being set on the mirror only
+                    getattr(
+                        target, name
+                    )  # a misspelt name fails here instead of being set on the Python object only
                     setattr(target, name, value.encode() if isinstance(value, str) else value)
         self.write()
 
@@ -203,27 +181,6 @@ class FakeDriver:
             target.links[link] = _Link(int(link not in inactive), -1 if remote is None else remote)
         self.write()
 
-    def topology(self, one: int, other: int, level: str) -> None:
-        """The common ancestor of two GPUs, a key of TOPOLOGY."""
-        self._state.topology[one][other] = self._state.topology[other][one] = TOPOLOGY[level]
-        self.write()
-
-    def processes(self, gpu: int, running: Sequence[tuple[int, int]]) -> None:
-        """(pid, bytes) of the processes on a GPU."""
-        target = self._state.gpus[gpu]
-        target.process_count = len(running)
-        for place, (pid, size) in enumerate(running):
-            target.processes[place] = _Process(pid, 0, size)
-        self.write()
-
-    def mig(self, gpu: int, instances: Sequence[tuple[int, int]]) -> None:
-        """MIG mode on, with instances of (total, used) bytes."""
-        target = self._state.gpus[gpu]
-        target.mig_mode, target.mig_count = 1, len(instances)
-        for place, (total, used) in enumerate(instances):
-            target.migs[place] = _Mig(f"MIG-{gpu:04x}-{place:04x}".encode(), total, used, place + 1, 0)
-        self.write()
-
     def driver_fails(self, code: int = DRIVER_NOT_LOADED) -> None:
         """NVML can't be initialised and every call answers ``code``; 0 mends it."""
         self._state.init_result = self._state.call_result = code
@@ -247,8 +204,6 @@ class FakeDriver:
         gpu.bus_id = f"00000000:{0x10 + index:02X}:00.0".encode()
         gpu.memory_total, gpu.memory_reserved, gpu.memory_used = device.memory_total, GIB // 2, GIB
         gpu.temperature, gpu.slowdown, gpu.shutdown = device.temperature, 87, 92
-        gpu.power_mw, gpu.power_limit_mw = 120_000, 700_000
-        gpu.sm_mhz, gpu.max_sm_mhz, gpu.memory_mhz, gpu.max_memory_mhz = 1200, 1980, 2619, 2619
+        gpu.power_mw, gpu.sm_mhz = 120_000, 1200
         gpu.numa_node = device.numa_node
-        gpu.cpu_mask[0] = 0xFF << (8 * device.numa_node)
         gpu.capability_major = 9

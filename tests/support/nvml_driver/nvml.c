@@ -11,7 +11,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <strings.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -19,43 +18,32 @@
 #define MAGIC 0x4e564d4cu
 #define MAX_GPUS 16
 #define MAX_LINKS 18
-#define MAX_PROCESSES 32
-#define MAX_MIG 8
 #define MAX_EVENTS 64
 
 enum {
-    SUCCESS = 0, UNINITIALIZED = 1, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6,
-    INSUFFICIENT_SIZE = 7, DRIVER_NOT_LOADED = 9, TIMEOUT = 10, GPU_IS_LOST = 15, VERSION_MISMATCH = 25
+    SUCCESS = 0, UNINITIALIZED = 1, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3,
+    DRIVER_NOT_LOADED = 9, TIMEOUT = 10, GPU_IS_LOST = 15, VERSION_MISMATCH = 25
 };
 
 /* What a scripted failure applies to; the order is FIELDS in driver.py. */
 enum field {
-    F_IDENTITY, F_MEMORY, F_UTILISATION, F_TEMPERATURE, F_THRESHOLD, F_POWER, F_POWER_LIMIT, F_CLOCKS,
-    F_THROTTLE, F_ECC, F_REMAPPED, F_RETIRED, F_NVLINK, F_TOPOLOGY, F_AFFINITY, F_MIG, F_PROCESSES,
-    F_EVENTS, F_RECOVERY, FIELDS
+    F_IDENTITY, F_MEMORY, F_UTILISATION, F_TEMPERATURE, F_THRESHOLD, F_POWER, F_CLOCKS, F_THROTTLE, F_ECC,
+    F_REMAPPED, F_RETIRED, F_NVLINK, F_AFFINITY, F_MIG, F_EVENTS, F_RECOVERY, FIELDS
 };
 
-struct process { uint32_t pid, reserved; uint64_t bytes; };
-struct mig { char uuid[96]; uint64_t total, used; uint32_t gpu_instance, compute_instance; };
 struct link { uint32_t active; int32_t remote_gpu; };
 struct event { uint64_t seq, type, data; uint32_t gpu, reserved; };
 
 struct gpu {
     char uuid[96], name[96], bus_id[32];
     uint64_t memory_total, memory_used, memory_reserved, throttle;
-    uint64_t ecc[2][2]; /* corrected, uncorrected by volatile, aggregate */
-    uint64_t cpu_mask[4];
-    uint32_t utilisation, memory_utilisation, temperature, slowdown, shutdown;
-    uint32_t power_mw, power_limit_mw, sm_mhz, memory_mhz, max_sm_mhz, max_memory_mhz;
+    uint64_t ecc[2]; /* corrected, uncorrected; since the driver was loaded */
+    uint32_t utilisation, temperature, slowdown, shutdown, power_mw, sm_mhz;
     uint32_t remapped[4]; /* corrected, uncorrected, pending, failed */
-    uint32_t retired_corrected, retired_uncorrected, retired_pending;
-    uint32_t numa_node, capability_major, capability_minor, recovery_action;
-    uint32_t lost, hidden, hang_ms;
-    uint32_t link_count, process_count, mig_mode, mig_count;
+    uint32_t retired_pending, numa_node, capability_major, capability_minor, recovery_action;
+    uint32_t lost, hidden, hang_ms, link_count, mig_mode;
     uint32_t errors[FIELDS];
     struct link links[MAX_LINKS];
-    struct process processes[MAX_PROCESSES];
-    struct mig migs[MAX_MIG];
 };
 
 struct state {
@@ -63,7 +51,6 @@ struct state {
     uint64_t event_head; /* seq of the next event; the ring holds the last MAX_EVENTS */
     char driver_version[80];
     struct event events[MAX_EVENTS];
-    uint32_t topology[MAX_GPUS][MAX_GPUS];
     struct gpu gpus[MAX_GPUS];
 };
 
@@ -74,7 +61,6 @@ typedef struct { uint32_t version; unsigned long long total, reserved, free, use
 typedef struct { unsigned long long total, free, used; } memory_v1;
 typedef struct { uint32_t gpu, memory; } utilisation;
 typedef struct { uint32_t version, sensor; int32_t temperature; } temperature_v1;
-typedef struct { uint32_t pid; unsigned long long bytes; uint32_t gpu_instance, compute_instance; } process_info;
 typedef struct { void *device; unsigned long long type, data; uint32_t gpu_instance, compute_instance; } event_data;
 typedef struct {
     uint32_t field, scope; int64_t timestamp, latency; uint32_t value_type, result;
@@ -85,7 +71,7 @@ static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 static struct state state;
 static struct stat seen;
 static int loaded, users;
-static char gpu_tokens[MAX_GPUS], mig_tokens[MAX_GPUS][MAX_MIG];
+static char gpu_tokens[MAX_GPUS];
 
 /* Takes the newest state; the mutex is held. A file that is gone means that the driver is not loaded. */
 static int reload(void) {
@@ -116,23 +102,18 @@ static int ready(void) {
     return result != SUCCESS ? result : (int)state.call_result;
 }
 
-static int find(const void *device, int *gpu, int *mig) {
+static int find(const void *device, int *gpu) {
     const char *token = device;
-    *mig = -1;
-    if (token >= gpu_tokens && token < gpu_tokens + MAX_GPUS) return *gpu = (int)(token - gpu_tokens), SUCCESS;
-    const char *first = &mig_tokens[0][0];
-    if (token < first || token >= first + sizeof mig_tokens) return INVALID_ARGUMENT;
-    *gpu = (int)(token - first) / MAX_MIG;
-    *mig = (int)(token - first) % MAX_MIG;
-    return SUCCESS;
+    if (token < gpu_tokens || token >= gpu_tokens + MAX_GPUS) return INVALID_ARGUMENT;
+    return *gpu = (int)(token - gpu_tokens), SUCCESS;
 }
 
-/* Begins a call on a device: on success the mutex is held and `at` and `mig` say which device. */
-static int enter(const void *device, enum field field, struct gpu **at, int *mig) {
+/* Begins a call on a device: on success the mutex is held and `at` is the device. */
+static int enter(const void *device, enum field field, struct gpu **at) {
     int gpu = 0;
     pthread_mutex_lock(&mutex);
     int result = ready();
-    if (result == SUCCESS) result = find(device, &gpu, mig);
+    if (result == SUCCESS) result = find(device, &gpu);
     if (result == SUCCESS && state.gpus[gpu].hang_ms > 0) {
         struct timespec pause = {state.gpus[gpu].hang_ms / 1000, (state.gpus[gpu].hang_ms % 1000) * 1000000L};
         pthread_mutex_unlock(&mutex);
@@ -150,10 +131,9 @@ static int enter(const void *device, enum field field, struct gpu **at, int *mig
 static int leave(int result) { return pthread_mutex_unlock(&mutex), result; }
 
 #define ON_DEVICE(field)                                   \
-    struct gpu *g; int mig;                                \
-    int entered = enter(device, field, &g, &mig);          \
-    if (entered != SUCCESS) return entered;                \
-    (void)mig
+    struct gpu *g;                                         \
+    int entered = enter(device, field, &g);                \
+    if (entered != SUCCESS) return entered
 
 #define GETTER(name, type, field, value)                   \
     int name(void *device, type *out) {                    \
@@ -189,13 +169,6 @@ int nvmlSystemGetDriverVersion(char *out, unsigned size) {
     if (result == SUCCESS) snprintf(out, size, "%s", state.driver_version);
     return leave(result);
 }
-int nvmlSystemGetNVMLVersion(char *out, unsigned size) {
-    snprintf(out, size, "13.580.00");
-    return SUCCESS;
-}
-int nvmlSystemGetCudaDriverVersion(int *out) { return *out = 13000, SUCCESS; }
-int nvmlSystemGetCudaDriverVersion_v2(int *out) { return *out = 13000, SUCCESS; }
-
 /* --- finding devices ----------------------------------------------------------------------------------- */
 
 int nvmlDeviceGetCount_v2(unsigned *out) {
@@ -219,26 +192,9 @@ int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **out) {
         if (!state.gpus[i].hidden && index-- == 0) return leave(handle_of(i, out));
     return leave(INVALID_ARGUMENT);
 }
-int nvmlDeviceGetHandleByUUID(const char *uuid, void **out) {
-    pthread_mutex_lock(&mutex);
-    int result = ready();
-    if (result != SUCCESS) return leave(result);
-    for (unsigned i = 0; i < state.gpu_count; i++)
-        if (!state.gpus[i].hidden && strcmp(uuid, state.gpus[i].uuid) == 0) return leave(handle_of(i, out));
-    return leave(NOT_FOUND);
-}
-int nvmlDeviceGetHandleByPciBusId_v2(const char *bus_id, void **out) {
-    pthread_mutex_lock(&mutex);
-    int result = ready();
-    if (result != SUCCESS) return leave(result);
-    for (unsigned i = 0; i < state.gpu_count; i++)
-        if (!state.gpus[i].hidden && strcasecmp(bus_id, state.gpus[i].bus_id) == 0) return leave(handle_of(i, out));
-    return leave(NOT_FOUND);
-}
-
 int nvmlDeviceGetUUID(void *device, char *out, unsigned size) {
     ON_DEVICE(F_IDENTITY);
-    snprintf(out, size, "%s", mig < 0 ? g->uuid : g->migs[mig].uuid);
+    snprintf(out, size, "%s", g->uuid);
     return leave(SUCCESS);
 }
 int nvmlDeviceGetName(void *device, char *out, unsigned size) {
@@ -246,8 +202,6 @@ int nvmlDeviceGetName(void *device, char *out, unsigned size) {
     snprintf(out, size, "%s", g->name);
     return leave(SUCCESS);
 }
-GETTER(nvmlDeviceGetIndex, unsigned, F_IDENTITY, (unsigned)(g - state.gpus))
-GETTER(nvmlDeviceGetMinorNumber, unsigned, F_IDENTITY, (unsigned)(g - state.gpus))
 int nvmlDeviceGetCudaComputeCapability(void *device, int *major, int *minor) {
     ON_DEVICE(F_IDENTITY);
     *major = (int)g->capability_major;
@@ -272,24 +226,23 @@ int nvmlDeviceGetPciInfo_v3(void *device, pci_info *out) {
 int nvmlDeviceGetMemoryInfo_v2(void *device, memory_v2 *out) {
     ON_DEVICE(F_MEMORY);
     if (out->version != 0x02000028u) return leave(VERSION_MISMATCH);
-    out->total = mig < 0 ? g->memory_total : g->migs[mig].total;
-    out->used = mig < 0 ? g->memory_used : g->migs[mig].used;
-    out->reserved = mig < 0 ? g->memory_reserved : 0;
+    out->total = g->memory_total;
+    out->used = g->memory_used;
+    out->reserved = g->memory_reserved;
     out->free = out->total - out->used - out->reserved;
     return leave(SUCCESS);
 }
 int nvmlDeviceGetMemoryInfo(void *device, memory_v1 *out) {
     ON_DEVICE(F_MEMORY);
-    out->total = mig < 0 ? g->memory_total : g->migs[mig].total;
-    out->used = mig < 0 ? g->memory_used + g->memory_reserved : g->migs[mig].used;
+    out->total = g->memory_total;
+    out->used = g->memory_used + g->memory_reserved;
     out->free = out->total - out->used;
     return leave(SUCCESS);
 }
 int nvmlDeviceGetUtilizationRates(void *device, utilisation *out) {
     ON_DEVICE(F_UTILISATION);
-    if (mig >= 0 || g->mig_mode) return leave(NOT_SUPPORTED);
-    out->gpu = g->utilisation;
-    out->memory = g->memory_utilisation;
+    if (g->mig_mode) return leave(NOT_SUPPORTED);
+    out->gpu = out->memory = g->utilisation;
     return leave(SUCCESS);
 }
 int nvmlDeviceGetTemperature(void *device, unsigned sensor, unsigned *out) {
@@ -311,24 +264,18 @@ int nvmlDeviceGetTemperatureThreshold(void *device, unsigned threshold, unsigned
     return leave(SUCCESS);
 }
 GETTER(nvmlDeviceGetPowerUsage, unsigned, F_POWER, g->power_mw)
-GETTER(nvmlDeviceGetEnforcedPowerLimit, unsigned, F_POWER_LIMIT, g->power_limit_mw)
-GETTER(nvmlDeviceGetPowerManagementLimit, unsigned, F_POWER_LIMIT, g->power_limit_mw)
 int nvmlDeviceGetClockInfo(void *device, unsigned type, unsigned *out) {
     ON_DEVICE(F_CLOCKS);
-    *out = type == 2 ? g->memory_mhz : g->sm_mhz;
-    return leave(SUCCESS);
-}
-int nvmlDeviceGetMaxClockInfo(void *device, unsigned type, unsigned *out) {
-    ON_DEVICE(F_CLOCKS);
-    *out = type == 2 ? g->max_memory_mhz : g->max_sm_mhz;
+    if (type != 1) return leave(NOT_SUPPORTED);
+    *out = g->sm_mhz;
     return leave(SUCCESS);
 }
 GETTER(nvmlDeviceGetCurrentClocksEventReasons, unsigned long long, F_THROTTLE, g->throttle)
 GETTER(nvmlDeviceGetCurrentClocksThrottleReasons, unsigned long long, F_THROTTLE, g->throttle)
 int nvmlDeviceGetTotalEccErrors(void *device, unsigned type, unsigned counter, unsigned long long *out) {
     ON_DEVICE(F_ECC);
-    if (type > 1 || counter > 1) return leave(INVALID_ARGUMENT);
-    *out = g->ecc[type][counter];
+    if (type > 1 || counter != 0) return leave(INVALID_ARGUMENT);
+    *out = g->ecc[type];
     return leave(SUCCESS);
 }
 int nvmlDeviceGetRemappedRows(void *device, unsigned *corrected, unsigned *uncorrected, unsigned *pending, unsigned *failed) {
@@ -337,15 +284,6 @@ int nvmlDeviceGetRemappedRows(void *device, unsigned *corrected, unsigned *uncor
     *uncorrected = g->remapped[1];
     *pending = g->remapped[2];
     *failed = g->remapped[3];
-    return leave(SUCCESS);
-}
-int nvmlDeviceGetRetiredPages(void *device, unsigned cause, unsigned *count, unsigned long long *addresses) {
-    ON_DEVICE(F_RETIRED);
-    unsigned have = cause == 0 ? g->retired_corrected : g->retired_uncorrected;
-    unsigned room = *count;
-    *count = have;
-    if (addresses == NULL || room < have) return leave(have == 0 ? SUCCESS : INSUFFICIENT_SIZE);
-    for (unsigned i = 0; i < have; i++) addresses[i] = 0x1000ull * (i + 1);
     return leave(SUCCESS);
 }
 GETTER(nvmlDeviceGetRetiredPagesPendingStatus, unsigned, F_RETIRED, g->retired_pending)
@@ -357,24 +295,6 @@ int nvmlDeviceGetFieldValues(void *device, int count, field_value *values) {
         values[i].value.ull = 0;
         values[i].value.u = g->recovery_action;
     }
-    return leave(SUCCESS);
-}
-int nvmlDeviceGetComputeRunningProcesses_v3(void *device, unsigned *count, process_info *out) {
-    ON_DEVICE(F_PROCESSES);
-    unsigned room = *count, have = mig < 0 ? g->process_count : 0;
-    *count = have;
-    if (have > 0 && (out == NULL || room < have)) return leave(INSUFFICIENT_SIZE);
-    for (unsigned i = 0; i < have; i++)
-        out[i] = (process_info){g->processes[i].pid, g->processes[i].bytes, 0xffffffffu, 0xffffffffu};
-    return leave(SUCCESS);
-}
-int nvmlDeviceGetComputeRunningProcesses_v2(void *device, unsigned *count, process_info *out) {
-    return nvmlDeviceGetComputeRunningProcesses_v3(device, count, out);
-}
-int nvmlDeviceGetGraphicsRunningProcesses_v3(void *device, unsigned *count, process_info *out) {
-    ON_DEVICE(F_PROCESSES);
-    (void)out;
-    *count = 0;
     return leave(SUCCESS);
 }
 
@@ -404,19 +324,6 @@ int nvmlDeviceGetNvLinkRemoteDeviceType(void *device, unsigned link, unsigned *o
     if (result == SUCCESS) *out = g->links[link].remote_gpu < 0 ? 2 : 0;
     return leave(result);
 }
-int nvmlDeviceGetTopologyCommonAncestor(void *device, void *other, unsigned *out) {
-    int second, second_mig;
-    ON_DEVICE(F_TOPOLOGY);
-    int result = find(other, &second, &second_mig);
-    if (result == SUCCESS && state.gpus[second].lost) result = GPU_IS_LOST;
-    if (result == SUCCESS) *out = state.topology[g - state.gpus][second];
-    return leave(result);
-}
-int nvmlDeviceGetCpuAffinity(void *device, unsigned size, unsigned long *out) {
-    ON_DEVICE(F_AFFINITY);
-    for (unsigned i = 0; i < size; i++) out[i] = i < 4 ? g->cpu_mask[i] : 0;
-    return leave(SUCCESS);
-}
 int nvmlDeviceGetMemoryAffinity(void *device, unsigned size, unsigned long *out, unsigned scope) {
     ON_DEVICE(F_AFFINITY);
     (void)scope;
@@ -431,16 +338,6 @@ int nvmlDeviceGetMigMode(void *device, unsigned *current, unsigned *pending) {
     *current = *pending = g->mig_mode;
     return leave(SUCCESS);
 }
-GETTER(nvmlDeviceGetMaxMigDeviceCount, unsigned, F_MIG, MAX_MIG)
-int nvmlDeviceGetMigDeviceHandleByIndex(void *device, unsigned index, void **out) {
-    ON_DEVICE(F_MIG);
-    if (!g->mig_mode || index >= g->mig_count) return leave(NOT_FOUND);
-    *out = &mig_tokens[g - state.gpus][index];
-    return leave(SUCCESS);
-}
-GETTER(nvmlDeviceIsMigDeviceHandle, unsigned, F_MIG, mig >= 0)
-GETTER(nvmlDeviceGetGpuInstanceId, unsigned, F_MIG, mig < 0 ? 0 : g->migs[mig].gpu_instance)
-GETTER(nvmlDeviceGetComputeInstanceId, unsigned, F_MIG, mig < 0 ? 0 : g->migs[mig].compute_instance)
 
 /* --- events ------------------------------------------------------------------------------------------------- */
 

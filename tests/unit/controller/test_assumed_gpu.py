@@ -104,7 +104,7 @@ class Rig:
 
     def name(self, node: str, uuids: list[str], name: Reading[str]) -> None:
         self.world.samples[node] = {
-            uuid: {"info": GpuInfo(uuid, i, name, "bus", numa_node=0, slowdown_c=90, nvlinks=())}
+            uuid: {"info": GpuInfo(uuid, i, name, numa_node=0, slowdown_c=90, nvlinks=())}
             for i, uuid in enumerate(uuids)
         }
 

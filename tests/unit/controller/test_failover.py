@@ -315,7 +315,7 @@ def test_an_engine_that_makes_nothing_is_restarted_and_in_the_end_replaced() -> 
     hang(world, name, 30)
     assert world.replicas[name].endpoint.generation == 2
     event = next(event for event in world.controller.registry.events if event.kind == "restart")
-    assert "3 requests run and no token comes" in event.reason
+    assert "3 requests run but produce no tokens" in event.reason
     hang(world, name, 450)
     assert name not in world.replicas
     assert world.replicas

@@ -14,7 +14,7 @@ from ray.exceptions import RayActorError
 
 from controlplane.controller import node_watch
 from controlplane.controller.node_watch import RECENT_S, NodeWatch, recent
-from controlplane.core.telemetry.node_updates import NO_INFOS, GpuInfoCache, NodeUpdate, node_update
+from controlplane.core.telemetry.node_updates import NOTHING_CACHED, GpuInfoCache, NodeUpdate, node_update
 from controlplane.core.telemetry.samples import (
     GpuEvent,
     GpuEventKind,
@@ -52,7 +52,7 @@ class Cluster:
         for node_id in nodes:
             if node_id not in found:
                 self.made.append(node_id)
-                found[node_id] = SimpleNamespace(news=SimpleNamespace(remote=self.ask))
+                found[node_id] = SimpleNamespace(update=SimpleNamespace(remote=self.ask))
         return found
 
     def ask(self, *asked: Any) -> Awaitable[NodeUpdate]:
@@ -63,7 +63,9 @@ class Cluster:
         return self.answer()
 
     async def all_well(self) -> NodeUpdate:
-        return node_update(node_sample("n1", 1, 5000.0), GpuInfoCache("a", 1, ()), self.events, NO_INFOS)
+        return node_update(
+            node_sample("n1", 1, 5000.0), GpuInfoCache("a", 1, ()), self.events, NOTHING_CACHED
+        )
 
     def watch(self, heard: dict[str, tuple[str, int]] | None = None) -> NodeWatch:
         def on_news(node_id: str, sample: NodeSample | None, events: Sequence[GpuEvent]) -> None:
@@ -188,7 +190,7 @@ class NoEvents:
     def start(self) -> None:
         """Nothing to wait for."""
 
-    stop = look_again = start
+    stop = refresh = start
 
 
 class Wire:
@@ -207,7 +209,7 @@ class Wire:
 
     async def news(self, *asked: Any) -> NodeUpdate:
         taken = self.agent.sample()
-        packed = pickle.dumps(self.agent.news(*asked))
+        packed = pickle.dumps(self.agent.update(*asked))
         news: NodeUpdate = pickle.loads(packed)
         self.sent.append(news)
         self.taken = taken
@@ -243,8 +245,8 @@ async def test_what_rarely_changes_comes_once(cluster: Cluster) -> None:
 async def test_and_again_when_it_has_changed(cluster: Cluster) -> None:
     wire, watch = Wire(cluster, "g0"), cluster.watch()
     await wire.heard(watch)
-    wire.gpus.change(0, power_limit_w=250.0)
-    assert (await wire.heard(watch)).gpus[0].info.power_limit_w == 250.0
+    wire.gpus.change(0, slowdown_c=80)
+    assert (await wire.heard(watch)).gpus[0].info.slowdown_c == 80
     await wire.heard(watch)
     assert wire.told() is None
     wire.gpus.samples.append(gpu_sample("g1", 1))  # hot-plugged
@@ -265,7 +267,9 @@ async def test_an_agent_that_has_started_again_tells_all(cluster: Cluster) -> No
     assert wire.told() is None
     wire.gpus.change(0, name="NVIDIA B")
     wire.restart()
-    assert wire.agent.news("", 0).infos_key[1] == 1, "it counts anew, so its numbers come again"
+    assert wire.agent.update("", 0, NOTHING_CACHED).infos_key[1] == 1, (
+        "it counts anew, so its numbers come again"
+    )
     assert (await wire.heard(watch)).gpus[0].info.name == "NVIDIA B"
     assert wire.told() is not None
     await wire.heard(watch)
@@ -318,7 +322,7 @@ async def test_readings_of_other_infos_than_are_known_are_not_taken_in(cluster: 
 
 async def test_a_node_without_gpus_and_an_agent_without_a_sample(cluster: Cluster) -> None:
     wire, watch = Wire(cluster), cluster.watch()
-    early = wire.agent.news("", 0)
+    early = wire.agent.update("", 0, NOTHING_CACHED)
     assert (early.sample, early.readings) == (None, ())
     assert (await wire.heard(watch)).gpus == ()
     assert isinstance((await wire.heard(watch)).cpu_ratio, float | Missing)

@@ -264,7 +264,7 @@ def test_gpus_of_one_island_go_together() -> None:
     gpus = []
     for i in range(4):
         sample = gpu_sample(f"g{i}", i)
-        nvlinks = (NvLink(0, True, "", f"g{links[i]}", False),)
+        nvlinks = (NvLink(True, f"g{links[i]}", to_switch=False),)
         gpus.append(replace(sample, info=replace(sample.info, nvlinks=nvlinks)))
     made.controller.observe_node("n", node_sample("n", 1, 0.0, gpus), [])
     answer = made.controller.lease_gpus("h", 1, "n", GangShape(gpus=2), "t")

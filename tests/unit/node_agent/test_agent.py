@@ -8,14 +8,24 @@ from pathlib import Path
 import pytest
 
 from controlplane.core.telemetry.samples import Absence, GpuCondition, GpuEvent, GpuEventKind, Missing
-from controlplane.node_agent.local import local_agent
+from controlplane.node_agent.agent import NodeAgent
+from controlplane.node_agent.nvml.events import EventWatcher
+from controlplane.node_agent.nvml.reader import GpuReader
 from tests.support.nvml_driver.children import Child
 from tests.support.nvml_driver.driver import DOUBLE_BIT_ECC_EVENT, NOT_SUPPORTED, FakeDriver
 
 AGENT = """
-from controlplane.node_agent.local import local_agent
-agent = local_agent("node-a", interval_s=0.02, keep_samples=20, keep_events=5, slow_interval_s=0.02,
-                  retry_interval_s=0.05)
+import functools
+from controlplane.node_agent.agent import NodeAgent
+from controlplane.node_agent.nvml.events import EventWatcher
+from controlplane.node_agent.nvml.reader import GpuReader
+agent = NodeAgent(
+    "node-a",
+    GpuReader(slow_interval_s=0.02, retry_interval_s=0.05),
+    functools.partial(EventWatcher, retry_interval_s=0.05),
+    interval_s=0.02,
+    max_events=5,
+)
 agent.start()
 """
 
@@ -38,7 +48,7 @@ def kinds(events: list[GpuEvent]) -> list[tuple[GpuEventKind, str]]:
 
 
 def test_a_node_without_gpus() -> None:
-    agent = local_agent("node-a", disk_path="/no/such/place")
+    agent = NodeAgent("node-a", GpuReader(), EventWatcher, disk_path="/no/such/folder")
     first, second = agent.sample(), agent.sample()
     assert (first.node_id, first.epoch, first.gpus) == ("node-a", agent.epoch, ())
     assert isinstance(first.cpu_ratio, Missing)
@@ -53,18 +63,6 @@ def test_a_node_without_gpus() -> None:
     assert first.boot_id == second.boot_id != ""
 
 
-def test_the_record_is_bounded_and_read_by_number(child: Child) -> None:
-    sample = child.until("agent.latest()", lambda latest: latest.seq > 25)
-    kept = child.ask("agent.since(0)")
-    assert len(kept) == 20
-    assert [one.seq for one in kept] == list(range(kept[0].seq, kept[0].seq + 20))
-    newer = child.ask(f"agent.since({kept[-2].seq})")
-    assert newer[0].seq == kept[-1].seq
-    assert child.ask("agent.since(10**9)") == []
-    assert len(child.ask("agent.since(10**9, 'another epoch')")) == 20
-    assert child.ask(f"agent.since(10**9, {sample.epoch!r})") == []
-
-
 def test_xid_events_arrive_at_once_and_in_order(child: Child, driver: FakeDriver) -> None:
     driver.xid(3, 79)
     driver.event(5, DOUBLE_BIT_ECC_EVENT)
@@ -76,6 +74,9 @@ def test_xid_events_arrive_at_once_and_in_order(child: Child, driver: FakeDriver
         (GpuEventKind.XID, driver.uuid(3), 31),
     ]
     assert child.ask(f"agent.events({events[1].seq})") == events[2:]
+    assert child.ask(f"agent.events({events[1].seq}, agent.epoch)") == events[2:]
+    assert child.ask(f"agent.events({events[1].seq}, 'the epoch of an earlier agent')") == events
+    assert child.ask("agent.events(10**9)") == []
     for code in range(10):
         driver.xid(0, code)
     bounded = child.until("agent.events()", lambda found: found[-1].code == 9)
@@ -114,7 +115,7 @@ def test_a_driver_that_hangs_delays_no_reader(child: Child, driver: FakeDriver) 
     driver.set(2, hang_ms=2000)
     child.until("__import__('time').time() - agent.latest().unix_s", lambda age_s: age_s > 0.5)
     elapsed = child.ask(
-        "(lambda time: (lambda began: (agent.latest(), agent.since(0), agent.events(),"
+        "(lambda time: (lambda began: (agent.latest(), agent.update('', 0, ('', 0)), agent.events(),"
         " time.monotonic() - began)[-1])(time.monotonic()))(__import__('time'))"
     )
     assert elapsed < 0.3

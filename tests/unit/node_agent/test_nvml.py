@@ -10,13 +10,10 @@ import pytest
 from controlplane.core.telemetry.samples import (
     Absence,
     GpuCondition,
-    GpuProcess,
     GpuSample,
     Missing,
     RecoveryAction,
-    RetiredPages,
     RowRemaps,
-    TopologyLevel,
 )
 from tests.support.nvml_driver.children import Child
 from tests.support.nvml_driver.driver import (
@@ -25,7 +22,6 @@ from tests.support.nvml_driver.driver import (
     NO_PERMISSION,
     NOT_SUPPORTED,
     UNKNOWN,
-    Device,
     FakeDriver,
 )
 
@@ -33,10 +29,9 @@ READER = """
 from controlplane.node_agent.nvml.reader import GpuReader
 reader = GpuReader(slow_interval_s=0.0, retry_interval_s=0.0)
 """
-FIGURES = (
-    *("memory_total_bytes", "memory_used_bytes", "memory_free_bytes", "gpu_ratio", "memory_ratio"),
-    *("temperature_c", "power_w", "sm_clock_mhz", "memory_clock_mhz", "throttle", "ecc_corrected"),
-    *("ecc_uncorrected", "processes"),
+READINGS = (
+    *("memory_total_bytes", "memory_used_bytes", "memory_free_bytes", "gpu_ratio", "temperature_c"),
+    *("power_w", "sm_clock_mhz", "throttle", "ecc_corrected", "ecc_uncorrected"),
 )
 
 
@@ -65,32 +60,25 @@ def absence(reading: object) -> Absence:
     return reading.absence
 
 
-def test_every_figure_of_a_healthy_gpu(start: Callable[..., tuple[FakeDriver, Child]]) -> None:
+def test_every_reading_of_a_healthy_gpu(start: Callable[..., tuple[FakeDriver, Child]]) -> None:
     driver, child = start(devices=2)
-    driver.set(1, utilisation=83, memory_utilisation=41, temperature=71, power_mw=512_500, sm_mhz=1755)
-    driver.set(1, memory_used=40 * GIB, throttle=0x24, ecc=((7, 1000), (1, 3)), numa_node=1)
-    driver.processes(1, [(4711, 30 * GIB), (4712, 2**64 - 1)])
+    driver.set(1, utilisation=83, temperature=71, power_mw=512_500, sm_mhz=1755)
+    driver.set(1, memory_used=40 * GIB, throttle=0x24, ecc=(7, 1), numa_node=1)
     gpu = read(child)[1]
     assert gpu.condition is GpuCondition.OK
     assert (gpu.info.uuid, gpu.info.index, gpu.info.name) == (driver.uuid(1), 1, "NVIDIA H100 80GB HBM3")
-    assert (gpu.gpu_ratio, gpu.memory_ratio, gpu.temperature_c, gpu.power_w) == (0.83, 0.41, 71, 512.5)
-    assert (gpu.sm_clock_mhz, gpu.memory_clock_mhz) == (1755, 2619)
+    assert (gpu.gpu_ratio, gpu.temperature_c, gpu.power_w) == (0.83, 71, 512.5)
+    assert gpu.sm_clock_mhz == 1755
     assert (gpu.memory_total_bytes, gpu.memory_used_bytes) == (80 * GIB, 40 * GIB + GIB // 2)
     assert gpu.memory_free_bytes == 80 * GIB - 40 * GIB - GIB // 2
     assert gpu.throttle == ("sw_power_cap", "sw_thermal")
     assert (gpu.ecc_corrected, gpu.ecc_uncorrected) == (7, 1)
-    assert (gpu.info.ecc_corrected_aggregate, gpu.info.ecc_uncorrected_aggregate) == (1000, 3)
-    assert (gpu.info.slowdown_c, gpu.info.shutdown_c, gpu.info.power_limit_w) == (87, 92, 700.0)
-    assert (gpu.info.max_sm_clock_mhz, gpu.info.max_memory_clock_mhz) == (1980, 2619)
-    assert (gpu.info.compute_capability, gpu.info.bus_id) == ((9, 0), driver.bus_id(1))
-    assert (gpu.info.numa_node, gpu.info.cpu_affinity) == (1, tuple(range(8)))
-    assert isinstance(gpu.processes, tuple)
-    assert gpu.processes[0] == GpuProcess(4711, 30 * GIB)
-    assert absence(gpu.processes[1].memory_bytes) is Absence.NOT_SUPPORTED
+    assert (gpu.info.slowdown_c, gpu.info.shutdown_c) == (87, 92)
+    assert (gpu.info.compute_capability, gpu.info.numa_node) == ((9, 0), 1)
     assert child.ask("reader.driver_version") == "580.95.05"
 
 
-def test_figures_follow_the_driver_while_it_runs(start: Callable[..., tuple[FakeDriver, Child]]) -> None:
+def test_readings_follow_the_driver_while_it_runs(start: Callable[..., tuple[FakeDriver, Child]]) -> None:
     driver, child = start(devices=1)
     for temperature in (50, 60, 70):
         driver.set(0, temperature=temperature, utilisation=temperature)
@@ -99,19 +87,20 @@ def test_figures_follow_the_driver_while_it_runs(start: Callable[..., tuple[Fake
 
 def test_memory_that_wore_out(start: Callable[..., tuple[FakeDriver, Child]]) -> None:
     driver, child = start(devices=1)
-    driver.set(0, remapped=(2, 1, 1, 0), retired_corrected=3, retired_uncorrected=1, recovery_action=4)
+    driver.set(0, remapped=(2, 1, 1, 0), retired_pending=1, recovery_action=4)
     info = read(child)[0].info
     assert info.row_remaps == RowRemaps(2, 1, pending=True, failed=False)
-    assert info.retired_pages == RetiredPages(3, 1, pending=False)
+    assert info.page_retirement_pending is True
     assert info.recovery_action is RecoveryAction.DRAIN_AND_RESET
-    driver.set(0, recovery_action=77)
-    assert absence(read(child)[0].info.recovery_action) is Absence.ERROR
+    driver.set(0, recovery_action=77, retired_pending=0)
+    info = read(child)[0].info
+    assert absence(info.recovery_action) is Absence.ERROR
+    assert info.page_retirement_pending is False
 
 
-def test_links_and_topology(start: Callable[..., tuple[FakeDriver, Child]]) -> None:
-    driver, child = start(devices=[Device(), Device(), Device(numa_node=1)])
+def test_nvlinks(start: Callable[..., tuple[FakeDriver, Child]]) -> None:
+    driver, child = start(devices=2)
     driver.links(0, [1, None, 1], inactive=[2])
-    driver.topology(0, 1, "single")
     gpus = read(child)
     links = gpus[0].info.nvlinks
     assert isinstance(links, tuple)
@@ -121,27 +110,15 @@ def test_links_and_topology(start: Callable[..., tuple[FakeDriver, Child]]) -> N
         (False, driver.uuid(1), False),
     ]
     assert absence(gpus[1].info.nvlinks) is Absence.NOT_SUPPORTED
-    peers = gpus[0].info.peers
-    assert isinstance(peers, tuple)
-    assert {peer.uuid: peer.level for peer in peers} == {
-        driver.uuid(1): TopologyLevel.SWITCH,
-        driver.uuid(2): TopologyLevel.SYSTEM,
-    }
 
 
-def test_mig_instances(start: Callable[..., tuple[FakeDriver, Child]]) -> None:
+def test_mig_mode(start: Callable[..., tuple[FakeDriver, Child]]) -> None:
     driver, child = start(devices=2)
-    driver.mig(0, [(10 * GIB, GIB), (20 * GIB, 0)])
+    driver.set(0, mig_mode=1)
     sliced, whole = read(child)
     assert sliced.info.mig_enabled is True
-    instances = sliced.info.mig_instances
-    assert isinstance(instances, tuple)
-    assert [(one.uuid, one.gpu_instance, one.memory_total_bytes) for one in instances] == [
-        ("MIG-0000-0000", 1, 10 * GIB),
-        ("MIG-0000-0001", 2, 20 * GIB),
-    ]
     assert absence(sliced.gpu_ratio) is Absence.NOT_SUPPORTED
-    assert (whole.info.mig_enabled, whole.info.mig_instances) == (False, ())
+    assert whole.info.mig_enabled is False
 
 
 def test_without_any_driver_library() -> None:
@@ -172,16 +149,15 @@ def test_a_driver_that_can_not_be_initialised(
 
 
 @pytest.mark.parametrize(
-    ("field", "figures"),
+    ("field", "readings"),
     [
         ("memory", ("memory_total_bytes", "memory_used_bytes", "memory_free_bytes")),
-        ("utilisation", ("gpu_ratio", "memory_ratio")),
+        ("utilisation", ("gpu_ratio",)),
         ("temperature", ("temperature_c",)),
         ("power", ("power_w",)),
-        ("clocks", ("sm_clock_mhz", "memory_clock_mhz")),
+        ("clocks", ("sm_clock_mhz",)),
         ("throttle", ("throttle",)),
         ("ecc", ("ecc_corrected", "ecc_uncorrected")),
-        ("processes", ("processes",)),
     ],
 )
 @pytest.mark.parametrize(
@@ -192,10 +168,10 @@ def test_a_driver_that_can_not_be_initialised(
         (UNKNOWN, Absence.ERROR),
     ],
 )
-def test_one_figure_refused_leaves_the_others(
+def test_a_reading_that_is_refused_leaves_the_others(
     start: Callable[..., tuple[FakeDriver, Child]],
     field: str,
-    figures: tuple[str, ...],
+    readings: tuple[str, ...],
     code: int,
     why: Absence,
 ) -> None:
@@ -203,40 +179,35 @@ def test_one_figure_refused_leaves_the_others(
     driver.fail(0, field, code)
     gpu = read(child)[0]
     assert gpu.condition is GpuCondition.OK
-    refused = {name for name in FIGURES if isinstance(getattr(gpu, name), Missing)}
-    assert refused == set(figures)
-    assert {absence(getattr(gpu, name)) for name in figures} == {why}
+    refused = {name for name in READINGS if isinstance(getattr(gpu, name), Missing)}
+    assert refused == set(readings)
+    assert {absence(getattr(gpu, name)) for name in readings} == {why}
     driver.fail(0, field, 0)
-    assert not any(isinstance(getattr(read(child)[0], name), Missing) for name in figures)
+    assert not any(isinstance(getattr(read(child)[0], name), Missing) for name in readings)
 
 
-@pytest.mark.parametrize("field", ["threshold", "power_limit", "remapped", "retired", "nvlink", "topology"])
-def test_slow_figures_refused(start: Callable[..., tuple[FakeDriver, Child]], field: str) -> None:
+@pytest.mark.parametrize("field", ["threshold", "remapped", "retired", "nvlink", "mig"])
+def test_slow_readings_that_are_refused(start: Callable[..., tuple[FakeDriver, Child]], field: str) -> None:
     driver, child = start(devices=2)
     driver.links(0, [1])
     driver.fail(0, field, NO_PERMISSION)
     info = read(child)[0].info
     readings = {
         "threshold": info.slowdown_c,
-        "power_limit": info.power_limit_w,
         "remapped": info.row_remaps,
-        "retired": info.retired_pages,
+        "retired": info.page_retirement_pending,
         "nvlink": info.nvlinks,
-        "topology": info.peers,
+        "mig": info.mig_enabled,
     }
     for name, reading in readings.items():
         assert isinstance(reading, Missing) is (name == field), name
 
 
 @pytest.mark.parametrize(
-    ("symbols", "figure"),
+    ("symbols", "reading"),
     [
         (("nvmlDeviceGetPowerUsage",), "power_w"),
         (("nvmlDeviceGetTotalEccErrors",), "ecc_corrected"),
-        (
-            ("nvmlDeviceGetComputeRunningProcesses_v3", "nvmlDeviceGetComputeRunningProcesses_v2"),
-            "processes",
-        ),
         (
             ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons"),
             "throttle",
@@ -244,30 +215,29 @@ def test_slow_figures_refused(start: Callable[..., tuple[FakeDriver, Child]], fi
     ],
 )
 def test_functions_that_the_driver_does_not_have(
-    start: Callable[..., tuple[FakeDriver, Child]], symbols: tuple[str, ...], figure: str
+    start: Callable[..., tuple[FakeDriver, Child]], symbols: tuple[str, ...], reading: str
 ) -> None:
     _, child = start(devices=1, without=symbols)
     for _ in range(2):  # the second time from memory
         gpu = read(child)[0]
         assert gpu.condition is GpuCondition.OK
-        assert absence(getattr(gpu, figure)) is Absence.NO_FUNCTION
+        assert absence(getattr(gpu, reading)) is Absence.NO_FUNCTION
         assert gpu.temperature_c == 45
 
 
 @pytest.mark.parametrize(
-    ("symbol", "figure", "value"),
+    ("symbol", "reading", "value"),
     [
         ("nvmlDeviceGetMemoryInfo_v2", "memory_free_bytes", 80 * GIB - GIB - GIB // 2),
         ("nvmlDeviceGetTemperature", "temperature_c", 45),
         ("nvmlDeviceGetCurrentClocksEventReasons", "throttle", ()),
-        ("nvmlDeviceGetComputeRunningProcesses_v3", "processes", ()),
     ],
 )
 def test_older_and_newer_names_of_a_function(
-    start: Callable[..., tuple[FakeDriver, Child]], symbol: str, figure: str, value: object
+    start: Callable[..., tuple[FakeDriver, Child]], symbol: str, reading: str, value: object
 ) -> None:
     _, child = start(devices=1, without=(symbol,))
-    assert getattr(read(child)[0], figure) == value
+    assert getattr(read(child)[0], reading) == value
 
 
 def test_a_gpu_falls_off_the_bus_and_returns(start: Callable[..., tuple[FakeDriver, Child]]) -> None:
@@ -277,25 +247,26 @@ def test_a_gpu_falls_off_the_bus_and_returns(start: Callable[..., tuple[FakeDriv
     gpus = read(child)
     assert [gpu.info.uuid for gpu in gpus] == [driver.uuid(index) for index in range(8)]
     assert [gpu.info.index for gpu in gpus if gpu.condition is GpuCondition.LOST] == [3]
-    assert {absence(getattr(gpus[3], name)) for name in FIGURES} == {Absence.GPU_LOST}
+    assert {absence(getattr(gpus[3], name)) for name in READINGS} == {Absence.GPU_LOST}
     assert gpus[3].info.name == "NVIDIA H100 80GB HBM3"
-    assert not any(isinstance(gpus[4].info.peers, Missing) for gpu in gpus)
+    assert not any(isinstance(gpu.info.slowdown_c, Missing) for gpu in gpus)
     driver.find(3)
     assert {gpu.condition for gpu in read(child)} == {GpuCondition.OK}
 
 
 def test_a_gpu_is_lost_between_two_enumerations(tmp_path: Path) -> None:
     driver = FakeDriver(tmp_path, devices=2)
-    setup = (
-        "from controlplane.node_agent.nvml.reader import GpuReader\nreader = GpuReader(slow_interval_s=1e9)"
-    )
+    setup = """
+from controlplane.node_agent.nvml.reader import GpuReader
+clock = iter([0, 1, 2, 60])
+reader = GpuReader(slow_interval_s=60, clock=clock.__next__)
+"""
     with Child(setup, driver.env()) as child:
         read(child)
         driver.lose(1)
         assert [gpu.condition for gpu in read(child)] == [GpuCondition.OK, GpuCondition.LOST]
         assert [gpu.condition for gpu in read(child)] == [GpuCondition.OK, GpuCondition.LOST]
         driver.find(1)
-        child.ask("reader.look_again()")
         assert [gpu.condition for gpu in read(child)] == [GpuCondition.OK, GpuCondition.OK]
 
 
@@ -347,7 +318,7 @@ def test_the_driver_goes_and_comes_back(start: Callable[..., tuple[FakeDriver, C
         gpus = read(child)
         assert [gpu.info.uuid for gpu in gpus] == [driver.uuid(0), driver.uuid(1)]
         assert {gpu.condition for gpu in gpus} == {GpuCondition.UNREADABLE}
-        assert {absence(getattr(gpus[0], name)) for name in FIGURES} == {Absence.NO_DRIVER}
+        assert {absence(getattr(gpus[0], name)) for name in READINGS} == {Absence.NO_DRIVER}
         assert child.ask("reader.connected") is False
         restore()
         assert {gpu.condition for gpu in read(child)} == {GpuCondition.OK}

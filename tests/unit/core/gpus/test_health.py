@@ -30,7 +30,6 @@ from controlplane.core.telemetry.samples import (
     GpuSample,
     Missing,
     RecoveryAction,
-    RetiredPages,
     RowRemaps,
 )
 from controlplane.errors import IllegalTransition
@@ -171,7 +170,7 @@ def test_xids(code: int, level: XidSeverity) -> None:
             "a memory row is remapped at the next reset",
         ),
         (
-            look(replace(INFO, retired_pages=RetiredPages(0, 1, pending=True))),
+            look(replace(INFO, page_retirement_pending=True)),
             S.SUSPECT,
             "a memory page is retired at the next reset",
         ),

@@ -15,11 +15,11 @@ from controlplane.core.telemetry.samples import (
 
 
 def link(remote: str = "", *, active: bool = True, switch: bool = False) -> NvLink:
-    return NvLink(0, active, "0000:01:00.0", remote, switch)
+    return NvLink(active, remote, switch)
 
 
 def gpu(name: str, *links: NvLink, **fields: object) -> GpuSample:
-    info = GpuInfo(name, int(name[1:]), "NVIDIA A", "bus", numa_node=0, nvlinks=links)
+    info = GpuInfo(name, int(name[1:]), "NVIDIA A", numa_node=0, nvlinks=links)
     return GpuSample(info, GpuCondition.OK, memory_total_bytes=1000, **fields)  # type: ignore[arg-type]
 
 
