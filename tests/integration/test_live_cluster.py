@@ -19,7 +19,7 @@ from ray.cluster_utils import Cluster
 from controlplane.planning.live_cluster import live_cluster
 from controlplane.node_agent.ray_actor import alive_nodes, ensure_node_agents
 from controlplane.config import PlaneConfig
-from controlplane.core.placement.gangs import Gang, Shape
+from controlplane.core.placement.gangs import Gang, GangShape
 from controlplane.core.placement.occupancy import occupancy
 from controlplane.core.placement.what_if import change
 
@@ -45,7 +45,7 @@ def look():
     return live, sorted(live.nodes, key=lambda node: len(node.gpus))
 
 def placed(live, gpus):
-    gangs = [Gang("g", Shape(gpus=gpus))]
+    gangs = [Gang("g", GangShape(gpus=gpus))]
     now = occupancy(live.nodes, gangs, live.replicas, live.reserved, replica_cpu_milli={})
     return len(change(now.state, now.running, gangs).plan.placements), sorted(now.notes)
 
