@@ -19,7 +19,7 @@ from controlplane.core.sizing.gpu_models import GpuModel
 from controlplane.errors import SetupError
 from controlplane.models.model_config import load_model
 from controlplane.node_agent.nvml.reader import GpuReader
-from controlplane.planning.launch_check import seen_gpus
+from controlplane.planning.launch_check import identified_gpus
 
 
 def lease_shape(tier: TierConfig, reader: GpuReader | None = None) -> GangShape:
@@ -43,7 +43,7 @@ def lease_shape(tier: TierConfig, reader: GpuReader | None = None) -> GangShape:
         names = {name for sample in samples if isinstance(name := sample.info.name, str)}
         accepted = {name for name in names if table_name(name) in shape.models}
         shape = replace(shape, models=shape.models | accepted)
-    gpus = [gpu for gpu, _ in seen_gpus(samples)]
+    gpus = [gpu for gpu, _ in identified_gpus(samples)]
     if not gpus or not shape.shared:
         return shape
     largest = max(gpus, key=lambda gpu: gpu.usable_bytes)

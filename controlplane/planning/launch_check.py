@@ -1,8 +1,8 @@
-"""Refuses a launch that cannot fit, before the engine starts: with the numbers and the smallest change.
+"""Refuses a launch that can't fit, before the engine starts, with the figures and the smallest change.
 
-Only what is exact (weights, the KV cache of one full-length sequence, divisibility) refuses a launch on
-GPUs; what the estimates add is said but left to the engine's own profile. What can't be known (a model that
-isn't on this machine yet, a GPU the driver doesn't show) refuses nothing.
+On GPUs only exact terms (weights, the KV cache of one full-length sequence, divisibility) refuse a launch; if
+it only fits without the estimated terms, that is logged, and the engine's own profile decides. Where memory
+is unknown (a model that isn't on this machine yet, a GPU that the driver doesn't show) nothing is refused.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import structlog
 
 from controlplane.config import TierConfig
 from controlplane.core.sizing.cpu_memory import judge_cpu
-from controlplane.core.sizing.engine_args import SPARING, EngineArgs
+from controlplane.core.sizing.engine_args import MAY_REDUCE_MEMORY, EngineArgs
 from controlplane.core.sizing.feasibility import FitLimits, Unfit, judge
 from controlplane.core.sizing.gpu_memory import gib, plan_memory
-from controlplane.core.sizing.gpu_models import GpuModel, find_gpu, seen_gpu
+from controlplane.core.sizing.gpu_models import GpuModel, find_gpu, unlisted_gpu
 from controlplane.core.sizing.weights import divisibility
 from controlplane.core.telemetry.samples import GpuSample, Missing
 from controlplane.errors import EngineError, EngineStartError, SetupError
@@ -35,40 +35,42 @@ log = structlog.stdlib.get_logger(__name__)
 class LaunchCheck:
     """A launch that was not refused."""
 
-    known: bool
-    """False: it could not be checked; ``text`` says why."""
+    checked: bool
+    """False if memory could not be checked; ``text`` then says why."""
     text: str
+    """What was found, for the log."""
 
 
 def launchable_model(
     tier: TierConfig, gpu_ids: Sequence[str], model: str, progress: Callable[[str], None]
 ) -> str:
-    """What an engine of ``tier`` is to load for ``model``, once it is known that it is not too large.
+    """The hub id or path that an engine of ``tier`` loads for ``model``, after a check that it fits.
 
-    Blocks, for a download perhaps. Raises what :func:`controlplane.models.bundled.resolve` and
+    Blocks, and may download the model. Raises what :func:`controlplane.models.bundled.resolve` and
     :func:`check_launch` raise.
     """
-    found = bundled.resolve(model, tier.engine, progress)
+    resolved = bundled.resolve(model, tier.engine, progress)
     progress("checking that it fits")
     try:
-        check = check_launch(tier, found, gpu_ids)
+        check = check_launch(tier, resolved, gpu_ids)
     except EngineError:
         raise
     except Exception as error:
-        # A model too odd for the memory model may still be one that the engine can run.
+        # The engine may still run a model that the memory model can't handle.
         log.warning("launch not checked", error=f"{type(error).__name__}: {error}", exc_info=True)
     else:
-        log.info("launch checked", known=check.known, found=check.text)
-    return found
+        log.info("launch checked", memory_checked=check.checked, found=check.text)
+    return resolved
 
 
 def check_launch(
     tier: TierConfig, model: str, gpu_ids: Sequence[str] = (), *, reader: GpuReader | None = None
 ) -> LaunchCheck:
-    """Whether an engine of ``tier`` with the resolved ``model`` can fit where it is about to start.
+    """Check that an engine of ``tier`` with the resolved ``model`` can fit on this machine.
 
-    ``gpu_ids`` are indices or UUIDs as for ``CUDA_VISIBLE_DEVICES``. Blocks for file reads and a few driver
-    calls. Raises EngineStartError if it can never fit, EngineError if it doesn't fit beside what runs now.
+    ``gpu_ids`` are indices or UUIDs as for ``CUDA_VISIBLE_DEVICES``; none means all GPUs. Blocks for file
+    reads and a few driver calls. Raises EngineStartError if it can never fit, EngineError if it doesn't fit
+    beside the programs that run now.
     """
     if tier.engine not in {"vllm", "llamacpp"}:
         return LaunchCheck(False, f"engine '{tier.engine}' holds no weights here")
@@ -81,18 +83,18 @@ def check_launch(
         return _check_llamacpp(tier, loaded)
     if loaded.spec.guesses:
         return LaunchCheck(False, f"memory was not checked: {'; '.join(loaded.spec.guesses)}")
-    sparing = ", ".join(f"--{flag}" for flag in settings.unmodelled if flag in SPARING)
-    if sparing:
-        return LaunchCheck(False, f"memory was not checked: what {sparing} saves is not counted")
+    flags = ", ".join(f"--{flag}" for flag in settings.unmodelled if flag in MAY_REDUCE_MEMORY)
+    if flags:
+        return LaunchCheck(False, f"memory was not checked: how much {flags} saves is not modelled")
     if tier.device == "cpu":
         return _check_cpu(tier, loaded, settings)
     if tier.pipeline_across_nodes:
-        _check_cut(loaded, settings)
-        return LaunchCheck(False, "memory was not checked: vLLM chooses the GPUs, on several nodes perhaps")
+        _check_divisibility(loaded, settings)
+        return LaunchCheck(False, "memory was not checked: vLLM chooses the GPUs, maybe on several nodes")
     owned = reader is None
     reader = reader or GpuReader()
     try:
-        return _check_gpus(tier, loaded, settings, _chosen(reader.read(), gpu_ids))
+        return _check_gpus(loaded, settings, _chosen(reader.read(), gpu_ids))
     finally:
         if owned:
             reader.close()
@@ -133,41 +135,40 @@ def _chosen(samples: Sequence[GpuSample], gpu_ids: Sequence[str]) -> list[GpuSam
     return [s for s in samples if {str(s.info.index), s.info.uuid, s.info.uuid[:12]} & wanted]
 
 
-def _check_gpus(
-    tier: TierConfig, loaded: LoadedModel, settings: EngineArgs, samples: Sequence[GpuSample]
-) -> LaunchCheck:
+def _check_gpus(loaded: LoadedModel, settings: EngineArgs, samples: Sequence[GpuSample]) -> LaunchCheck:
     if not samples:
-        _check_cut(loaded, settings)
+        _check_divisibility(loaded, settings)
         return LaunchCheck(False, "memory was not checked: the driver shows none of the tier's GPUs")
     text = ""
-    for gpu, sample in seen_gpus(samples):
+    for gpu, sample in identified_gpus(samples):
         exact = judge(plan_memory(loaded.spec, settings, gpu, loaded.extra, estimates=False))
-        whole = judge(
+        estimated = judge(
             plan_memory(loaded.spec, settings, gpu, loaded.extra),
             FitLimits(quantizations=("fp8", "int8", "awq", "gptq")),
         )
         if isinstance(exact, Unfit):
-            remedy = whole.remedy if isinstance(whole, Unfit) else exact.remedy
+            remedy = estimated.remedy if isinstance(estimated, Unfit) else exact.remedy
             raise EngineStartError(
                 f"the launch does not fit {gpu.name}: {'; '.join(exact.reasons)}. "
                 f"The smallest change: {remedy}"
             )
         _check_free(settings, gpu, sample)
-        if isinstance(whole, Unfit):
-            text = f"tight on {gpu.name}: {'; '.join(whole.reasons)} (estimated)"
+        if isinstance(estimated, Unfit):
+            text = f"tight on {gpu.name}: {'; '.join(estimated.reasons)} (estimated)"
         elif not text:
-            text = f"KV cache for about {whole.plan.kv_tokens:,} tokens on {gpu.name}"
+            text = f"KV cache for about {estimated.plan.kv_tokens:,} tokens on {gpu.name}"
     return LaunchCheck(True, text)
 
 
-def _check_cut(loaded: LoadedModel, settings: EngineArgs) -> None:
+def _check_divisibility(loaded: LoadedModel, settings: EngineArgs) -> None:
     wrong = divisibility(loaded.spec, settings)
     if wrong:
         raise EngineStartError("the launch does not fit: " + "; ".join(wrong))
 
 
-def seen_gpus(samples: Sequence[GpuSample]) -> list[tuple[GpuModel, GpuSample]]:
-    """Each GPU as a model: from the table, with the total that the driver shows, or from the driver alone."""
+def identified_gpus(samples: Sequence[GpuSample]) -> list[tuple[GpuModel, GpuSample]]:
+    """Each GPU whose name and memory are known, with its model: from the table if the driver shows the same
+    memory, else from the driver's figures."""
     found = []
     for sample in samples:
         info = sample.info
@@ -179,13 +180,13 @@ def seen_gpus(samples: Sequence[GpuSample]) -> list[tuple[GpuModel, GpuSample]]:
         mib = sample.memory_total_bytes // (1024 * 1024)
         known = find_gpu(gpu_table(), info.name)
         if known is None or abs(known.memory_mib - mib) > 0.02 * mib:
-            known = seen_gpu(info.name, mib, capability)
+            known = unlisted_gpu(info.name, mib, capability)
         found.append((known, sample))
     return found
 
 
 def _check_free(settings: EngineArgs, gpu: GpuModel, sample: GpuSample) -> None:
-    """vLLM stops at once if less is free than its share of the GPU."""
+    """EngineError if less is free than the engine's share of the GPU: vLLM would stop at once."""
     free = sample.memory_free_bytes
     if isinstance(free, Missing) or settings.kv_cache_bytes:
         return
@@ -194,6 +195,6 @@ def _check_free(settings: EngineArgs, gpu: GpuModel, sample: GpuSample) -> None:
         ratio = int(free / gpu.usable_bytes * 100) / 100
         raise EngineError(
             f"GPU {sample.info.index} has {gib(free)} free, the engine wants {gib(wanted)} "
-            f"(gpu-memory-utilization {settings.memory_ratio:g}): end what holds the rest, or set "
+            f"(gpu-memory-utilization {settings.memory_ratio:g}): end the programs that use the rest, or set "
             f"gpu-memory-utilization to {max(ratio, 0.01):g}"
         )

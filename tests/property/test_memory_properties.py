@@ -1,4 +1,4 @@
-"""What holds for every model and every way to cut it."""
+"""Properties of the memory model for any model, parallelism and GPU."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from controlplane.core.sizing.architecture import LayerKind, ModelSpec, plain_model
 from controlplane.core.sizing.engine_args import EngineArgs
-from controlplane.core.sizing.feasibility import Fit, FitLimits, Unfit, fit, shortfalls
+from controlplane.core.sizing.feasibility import Fit, FitLimits, Unfit, judge, shortfalls
 from controlplane.core.sizing.gpu_memory import activation_bytes, plan_memory
+from controlplane.core.sizing.gpu_models import GpuModel
 from controlplane.core.sizing.hf_config import parse_config
 from controlplane.core.sizing.kv_cache import kv_bytes_per_token, kv_groups, kv_layout
 from controlplane.core.sizing.quantization import PRESETS, matrix_bytes
@@ -39,17 +40,17 @@ def small_models(draw: st.DrawFn) -> ModelSpec:
 
 
 @given(small_models(), st.sampled_from([1, 2, 3, 4, 8]), st.integers(1, 4), gpus)
-def test_the_parts_hold_at_least_the_whole(model: ModelSpec, tp: int, pp: int, gpu: object) -> None:
-    cut = EngineArgs(tp=tp, pp=min(pp, len(model.layers)))
-    if divisibility(model, cut):
+def test_the_ranks_together_hold_all_parameters(model: ModelSpec, tp: int, pp: int, gpu: GpuModel) -> None:
+    split = EngineArgs(tp=tp, pp=min(pp, len(model.layers)))
+    if divisibility(model, split):
         return
-    plan = plan_memory(model, cut, gpu, estimates=False)  # type: ignore[arg-type]
+    plan = plan_memory(model, split, gpu, estimates=False)
     held = sum(
         tp * sum(t.size_bytes for t in stage.terms if t.name.startswith("weights")) for stage in plan.stages
     )
     whole = model.params * 2
     assert held >= whole
-    # Beyond the whole: replicated KV heads and norms, row-parallel biases, padding, a second tied embedding.
+    # Beyond that: replicated KV heads and norms, row-parallel biases, padding, a second tied embedding.
     assert held <= whole * tp + 2 * model.embedding().params * 2 + 64 * 4 * model.hidden
 
 
@@ -97,12 +98,12 @@ def test_kv_bytes_per_token(model: ModelSpec, tp: int, kv_bytes: int) -> None:
 
 @given(models, gpus, st.sampled_from([1, 2, 4, 8]), st.integers(1, 32768), st.floats(0.3, 0.95))
 def test_sequences_stay_inside_the_budget(
-    model: ModelSpec, gpu: object, tp: int, length: int, ratio: float
+    model: ModelSpec, gpu: GpuModel, tp: int, length: int, ratio: float
 ) -> None:
-    plan = plan_memory(model, EngineArgs(tp=tp, memory_ratio=ratio), gpu)  # type: ignore[arg-type]
+    plan = plan_memory(model, EngineArgs(tp=tp, memory_ratio=ratio), gpu)
     count = plan.sequences(length)
     assert count >= 0
-    held = count * plan.sequence_bytes(length)
+    held = count * max(s.layout.block_bytes * s.layout.blocks_for(length) for s in plan.stages)
     assert held <= max(0, plan.worst.kv_budget_bytes)
     assert plan.sequences(length + 1000) <= count
     if count:
@@ -132,14 +133,14 @@ def test_formats_never_take_more_than_16_bit(name: str, inputs: int, outputs: in
     assert matrix_bytes(PRESETS[name], inputs, outputs, 2) >= inputs * outputs // 2
 
 
-# A hopeless case tries every combination: up to a second.
+# If nothing fits, every combination of changes is tried, which takes up to a second.
 @settings(deadline=None, max_examples=40)
 @given(models, gpus, st.sampled_from([1, 2, 4]), st.integers(0, 4))
-def test_a_verdict_is_right(model: ModelSpec, gpu: object, tp: int, count: int) -> None:
+def test_a_verdict_is_right(model: ModelSpec, gpu: GpuModel, tp: int, count: int) -> None:
     limits = FitLimits(
         count=count, length=4096 if model.max_length >= 4096 else 0, quantizations=("fp8", "awq")
     )
-    found = fit(model, EngineArgs(tp=tp), gpu, limits)  # type: ignore[arg-type]
+    found = judge(plan_memory(model, EngineArgs(tp=tp), gpu), limits)
     if isinstance(found, Fit):
         assert shortfalls(found.plan, limits) == ()
         assert found.sequences >= 1

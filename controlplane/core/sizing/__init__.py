@@ -1,2 +1,2 @@
-"""How much memory a model needs on which GPU or CPU, how fast it would be, and the cheapest fleet for a
+"""How much memory a model needs on a GPU or CPU, how fast it would be, and the cheapest fleet for an expected
 load."""

@@ -1,8 +1,8 @@
-"""A model's architecture as numbers: every matrix of a decoder, so that parameters can be counted exactly.
+"""A model's architecture as numbers: every matrix of a decoder, so that parameters are counted exactly.
 
 A :class:`ModelSpec` covers decoders with MHA, GQA or MLA attention, dense or mixture-of-experts layers,
 biases, query/key norms, tied embeddings and sliding windows. :mod:`controlplane.core.sizing.hf_config` makes
-one from a ``config.json``. How a matrix is cut over tensor-parallel ranks follows vLLM's parallel layers.
+one from a ``config.json``. How a matrix is split over tensor-parallel ranks follows vLLM's parallel layers.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ VOCAB_PADDING = 64
 
 
 class Split(StrEnum):
-    """How tensor parallelism cuts a matrix."""
+    """How tensor parallelism splits a matrix."""
 
     COLUMN = "column"
-    """The outputs are cut; so is the bias."""
+    """By outputs, and so is the bias."""
     ROW = "row"
-    """The inputs are cut; every rank holds the whole bias."""
+    """By inputs; every rank holds the whole bias."""
     KV = "kv"
-    """The outputs are cut by KV heads; with fewer heads than ranks they are replicated."""
+    """By KV heads; with fewer heads than ranks the heads are replicated."""
     REPLICATED = "replicated"
+    """Every rank holds the whole matrix."""
     VOCAB = "vocab"
-    """The padded vocabulary is cut."""
+    """By rows of the padded vocabulary."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +61,9 @@ class Moe:
     shared_intermediate: int = 0
     """Hidden units of all shared experts together."""
     shared_gate: bool = False
-    """Qwen2-MoE: one more row that weighs the shared expert."""
+    """Qwen2-MoE: one more row, which gates the shared expert."""
     router_bias: bool = False
-    """DeepSeek-V3: a correction bias per expert, float32."""
+    """DeepSeek-V3: a float32 correction bias per expert."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,7 @@ class Mla:
     """Multi-head latent attention (DeepSeek)."""
 
     q_lora_rank: int
-    """0: the query is projected in one step."""
+    """0 means that the query is projected in one step."""
     kv_lora_rank: int
     nope_head_dim: int
     rope_head_dim: int
@@ -84,10 +85,10 @@ class Mla:
 
 @dataclass(frozen=True, slots=True)
 class LayerKind:
-    """What tells one decoder layer from another."""
+    """What distinguishes decoder layers of one model from each other."""
 
     window: int = 0
-    """Sliding-window tokens; 0: full attention."""
+    """Tokens of the sliding window; 0 means full attention."""
     moe: bool = False
 
 
@@ -108,14 +109,14 @@ class ModelSpec:
     tied: bool = False
     """Input embedding and output head are one matrix."""
     dtype: str = "bfloat16"
-    """Of the checkpoint."""
+    """The checkpoint's."""
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     head_bias: bool = False
     gated_mlp: bool = True
     qk_norm: bool = False
-    """Query and key norms of ``head_dim`` (Qwen3, Gemma 3)."""
+    """Norms over ``head_dim`` for queries and keys (Qwen3, Gemma 3)."""
     norms_per_layer: int = 2
     norm_bias: bool = False
     rotary_ratio: float = 1.0
@@ -124,18 +125,18 @@ class ModelSpec:
     quantization: Quantization = NONE
     architecture: str = ""
     notes: tuple[str, ...] = ()
+    """What is not counted or was not read exactly, in words for the user."""
     guesses: tuple[str, ...] = ()
-    """Why its sizes may be quite wrong: what was not understood of its configuration."""
-    """What could not be read exactly, for people."""
+    """The notes because of which its sizes may be far off: parts of its configuration that are not known."""
 
     @property
     def layer_counts(self) -> Counter[LayerKind]:
-        """How many layers there are of each kind."""
+        """Number of layers of each kind."""
         return Counter(self.layers)
 
     @property
     def params(self) -> int:
-        """Parameters of the whole model; a tied embedding counts once, the vocabulary is not padded."""
+        """Parameters of the whole model: a tied embedding counts once, and the vocabulary is not padded."""
         total = self.embedding(padded=False).params + self.final_norm_params
         if not self.tied:
             total += self.head(padded=False).params
@@ -143,8 +144,8 @@ class ModelSpec:
 
     @property
     def active_params(self) -> int:
-        """Parameters that one token goes through: with experts, only those chosen, and no embedding
-        look-up."""
+        """Parameters that one token passes through: of the experts only the chosen ones, and no embedding
+        lookup."""
         total = self.final_norm_params + self.head(padded=False).params
         for kind, n in self.layer_counts.items():
             total += n * (self.layer_params(kind) - (self._idle_expert_params() if kind.moe else 0))
@@ -157,7 +158,7 @@ class ModelSpec:
 
     @property
     def padded_vocab(self) -> int:
-        """The vocabulary as vLLM holds it."""
+        """Rows of the vocabulary as vLLM stores it."""
         return -(-self.vocab // VOCAB_PADDING) * VOCAB_PADDING
 
     def embedding(self, padded: bool = True) -> Matrix:
@@ -166,7 +167,7 @@ class ModelSpec:
         return Matrix("embed_tokens", self.hidden, rows, Split.VOCAB, quantizable=False)
 
     def head(self, padded: bool = True) -> Matrix:
-        """The output head (the embedding again if ``tied``)."""
+        """The output head; the same matrix as the embedding if ``tied``."""
         rows = self.padded_vocab if padded else self.vocab
         bias = self.head_bias
         return Matrix(
@@ -180,7 +181,7 @@ class ModelSpec:
 
     @property
     def layer_norm_params(self) -> int:
-        """All norm weights of one layer (replicated on every rank)."""
+        """All norm weights of one layer, which every rank holds."""
         total = self.norms_per_layer * self.hidden * (2 if self.norm_bias else 1)
         if self.qk_norm:
             total += 2 * self.head_dim
@@ -189,7 +190,7 @@ class ModelSpec:
         return total
 
     def router_bias_params(self, kind: LayerKind) -> int:
-        """DeepSeek-V3's per-expert correction."""
+        """Parameters of DeepSeek-V3's per-expert correction in one layer of that kind."""
         return self.moe.experts if kind.moe and self.moe and self.moe.router_bias else 0
 
     def matrices(self, kind: LayerKind) -> tuple[Matrix, ...]:
@@ -267,15 +268,12 @@ def plain_model(
     intermediate: int = 0,
     vocab: int = 32000,
     params: float = 0,
-    max_length: int = 8192,
     head_dim: int = 0,
-    dtype: str = "bfloat16",
-    quantization: Quantization = NONE,
 ) -> ModelSpec:
-    """A Llama-like model from plain numbers.
+    """A Llama-like model from plain numbers, in bfloat16 and with 8192 tokens of context.
 
-    Without ``intermediate`` the feed-forward width is chosen so that the whole has ``params`` parameters.
-    Raises ValueError if the numbers don't go together.
+    Without ``intermediate`` the feed-forward width is chosen so that the model has ``params`` parameters.
+    Raises ValueError if the numbers contradict each other.
     """
     if min(layers, hidden, heads, kv_heads, vocab) < 1:
         raise ValueError("layers, hidden, heads, kv_heads and vocab must be at least 1")
@@ -291,9 +289,7 @@ def plain_model(
             intermediate=width,
             vocab=vocab,
             layers=(LayerKind(),) * layers,
-            max_length=max_length,
-            dtype=dtype,
-            quantization=quantization,
+            max_length=8192,
             architecture="LlamaForCausalLM",
             notes=("a Llama-like model from plain numbers",),
         )

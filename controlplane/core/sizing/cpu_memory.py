@@ -1,9 +1,9 @@
-"""The memory of an engine that runs on CPUs: weights, KV cache and what its processes need besides.
+"""The memory of an engine that runs on CPUs: weights, KV cache and its processes.
 
 On CPU every worker allocates its own KV cache (``VLLM_CPU_KVCACHE_SPACE`` GiB each) in the same memory, and
-an engine is three kinds of processes. The process constants are resident sets measured with the bundled
-model on vLLM 0.32; ``tierplane bench memory`` measures them again. Where tierplane lets vLLM keep its only
-worker in the engine core's process (few cores), an engine needs about 0.45 GiB less than is said here.
+an engine has three kinds of processes. The process constants are resident sets measured with the bundled
+model on vLLM 0.32; ``tierplane bench memory`` measures them again. Where tierplane lets vLLM run its only
+worker inside the engine core's process (few cores), an engine needs about 0.45 GiB less than predicted here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from controlplane.core.sizing.weights import (
 API_SERVER_BYTES = 752 * MIB
 ENGINE_CORE_BYTES = 679 * MIB
 WORKER_BYTES = 690 * MIB
-"""Resident set of a process without weights and KV cache (see the table in ``memory.md``)."""
+"""Resident set of each kind of process without weights and KV cache (see the table in ``memory.md``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class CpuWorker:
     """One worker process: a tensor-parallel rank of a pipeline stage."""
 
     weights_bytes: int
-    """With the rotary table."""
+    """The rotary table included."""
     tables_bytes: int
     """The rotary table alone."""
     layout: KvLayout
@@ -43,7 +43,7 @@ class CpuWorker:
 
     @property
     def blocks(self) -> int:
-        """KV blocks, as vLLM reports them."""
+        """KV blocks of this worker, as vLLM reports them."""
         return self.layout.blocks_in(self.kv_budget_bytes)
 
 
@@ -61,34 +61,34 @@ class CpuPlan:
 
     @property
     def total_bytes(self) -> int:
-        """What the whole engine needs."""
+        """What the whole engine needs, estimates included."""
         return sum(term.size_bytes for term in self.terms)
 
     @property
     def least_bytes(self) -> int:
-        """The same without what is only estimated: the engine runs with no less."""
+        """What the engine needs at least: ``total_bytes`` without the activations, which are estimated."""
         return sum(term.size_bytes for term in self.terms if term.name != "activations")
 
     @property
     def blocks(self) -> int:
-        """KV blocks as vLLM reports them."""
+        """KV blocks of the engine, as vLLM reports them."""
         return self.settings.blocks or min(worker.blocks for worker in self.workers)
 
     @property
     def usable_blocks(self) -> int:
-        """Blocks that sequences can use: vLLM keeps one back."""
+        """Blocks that sequences can use: vLLM reserves one."""
         return max(0, self.blocks - 1)
 
     @property
     def length(self) -> int:
-        """The longest sequence the engine promises."""
+        """Tokens of the longest sequence that the engine accepts."""
         if self.settings.max_length < 0:
             return self.longest
         return self.settings.length(self.model)
 
     @property
     def longest(self) -> int:
-        """The longest sequence that fits alone, up to the model's own limit."""
+        """Tokens of the longest sequence that fits alone, up to the model's own limit."""
         return self.workers[0].layout.longest(self.usable_blocks, self.model.max_length)
 
     @property
@@ -117,11 +117,11 @@ def plan_cpu_memory(
     node_bytes: int,
     packs_16_bit: bool = True,
 ) -> CpuPlan:
-    """The memory of one engine on a machine of ``node_bytes``.
+    """The memory of one engine on a machine with ``node_bytes`` of memory.
 
-    ``kv_cache_bytes`` is per worker (``VLLM_CPU_KVCACHE_SPACE``); 0: vLLM takes the memory ratio of the
-    machine per worker, less what the worker already holds. ``packs_16_bit``: oneDNN has 16-bit kernels for
-    this CPU (AVX-512 on x86), otherwise it packs float32 only.
+    ``kv_cache_bytes`` is per worker (``VLLM_CPU_KVCACHE_SPACE``); with 0 vLLM takes the memory ratio of the
+    machine per worker, less what the worker already holds. ``packs_16_bit`` says whether oneDNN has 16-bit
+    kernels for this CPU (AVX-512 on x86); otherwise it packs float32 only.
     """
     dtype = settings.resolved_dtype(model)
     tokens, sequences = settings.batch(model, None)
@@ -148,11 +148,11 @@ def plan_cpu_memory(
         activations += settings.tp * size
     count = len(workers)
     kv = sum(max(0, worker.kv_budget_bytes) for worker in workers)
-    given = "VLLM_CPU_KVCACHE_SPACE" if kv_cache_bytes else f"{settings.memory_ratio} of the machine"
+    source = "VLLM_CPU_KVCACHE_SPACE" if kv_cache_bytes else f"{settings.memory_ratio} of the machine"
     terms = (
         MemoryTerm("weights", sum(w.weights_bytes for w in workers), f"config, {dtype}, {count} workers"),
         MemoryTerm("packed copies", packed, "oneDNN's copies of embedding and output head (vLLM 0.32)"),
-        MemoryTerm("KV cache", kv, f"{given}, per worker, {count} workers"),
+        MemoryTerm("KV cache", kv, f"{source}, per worker, {count} workers"),
         MemoryTerm(
             "activations", activations, f"estimate for {tokens} batched tokens, {sequences} sequences"
         ),
@@ -164,8 +164,11 @@ def plan_cpu_memory(
 
 
 def _packed_bytes(model: ModelSpec, settings: EngineArgs, stage: WeightStage, dtype: str) -> int:
-    """vLLM 0.32 lets oneDNN pack the embedding and the output head without giving up the originals, a tied
-    matrix once for each use. All other matrices are moved."""
+    """oneDNN's packed copies on one rank.
+
+    vLLM 0.32 lets oneDNN pack the embedding and the output head without freeing the originals, a tied matrix
+    once for each use. It frees the originals of all other matrices.
+    """
     embedding = stage.first or (stage.last and model.tied)
     size = local_bytes(model, model.embedding(), settings, dtype) if embedding else 0
     if stage.last:
@@ -179,16 +182,16 @@ class CpuVerdict:
 
     fits: bool
     lasting: bool = False
-    """It would not fit with all other programs ended either."""
+    """It would not fit even if all other programs ended."""
     reason: str = ""
     remedy: str = ""
-    """The smallest change that would fit."""
+    """The smallest change that would make it fit."""
 
 
 def judge_cpu(plan: CpuPlan, *, total_bytes: int, available_bytes: int) -> CpuVerdict:
-    """Whether the plan fits a machine with that much memory, and what would have to change if not.
+    """Whether the plan fits a machine with that much memory, and the smallest change that would make it fit.
 
-    Activations are an estimate and not held against it.
+    Activations, which are only estimated, don't count.
     """
     if plan.problems:
         return CpuVerdict(False, True, "; ".join(plan.problems), _other_tp(plan))
@@ -206,7 +209,7 @@ def judge_cpu(plan: CpuPlan, *, total_bytes: int, available_bytes: int) -> CpuVe
     limit = f"{gib(total_bytes)} in all" if lasting else f"{gib(available_bytes)} available"
     reason = f"the engine needs {gib(needed)} ({parts}), the machine has {limit}"
     return CpuVerdict(
-        False, lasting, reason, _smaller(plan, needed, total_bytes if lasting else available_bytes)
+        False, lasting, reason, _remedy(plan, needed, total_bytes if lasting else available_bytes)
     )
 
 
@@ -215,7 +218,8 @@ def _term(plan: CpuPlan, name: str) -> int:
 
 
 def _short_cache(plan: CpuPlan, total_bytes: int) -> CpuVerdict | None:
-    """vLLM starts only if one sequence of ``max-model-len`` fits the KV cache."""
+    """The verdict if the KV cache is too small for one sequence of ``max-model-len``, without which vLLM
+    doesn't start; None if it is large enough."""
     layout = plan.workers[0].layout
     need = layout.blocks_for(max(plan.length, 1)) + 1
     if plan.blocks >= need:
@@ -236,17 +240,17 @@ def _short_cache(plan: CpuPlan, total_bytes: int) -> CpuVerdict | None:
     return CpuVerdict(False, True, reason, ", or ".join(ways))
 
 
-def _smaller(plan: CpuPlan, needed_bytes: int, room_bytes: int) -> str:
+def _remedy(plan: CpuPlan, needed_bytes: int, limit_bytes: int) -> str:
     """The largest KV cache that fits, else a smaller dtype, else a smaller model."""
     kv = _term(plan, "KV cache")
     count = len(plan.workers)
-    per_worker = max(0, room_bytes - (needed_bytes - kv)) // count // GIB
+    per_worker = max(0, limit_bytes - (needed_bytes - kv)) // count // GIB
     layout = plan.workers[0].layout
     if per_worker >= 1:
         longest = layout.longest(per_worker * GIB // layout.block_bytes - 1, plan.length)
         text = f"set VLLM_CPU_KVCACHE_SPACE to {per_worker} (GiB per worker) in the tier's env"
         return text if longest >= plan.length else f"{text} and max-model-len to {longest}"
-    if plan.dtype == "float32" and room_bytes > needed_bytes - kv - _halved(plan) + count * GIB:
+    if plan.dtype == "float32" and limit_bytes > needed_bytes - kv - _halved(plan) + count * GIB:
         return "dtype bfloat16 with VLLM_CPU_KVCACHE_SPACE 1, where this CPU computes it"
     return "take a smaller model, a quantised one with engine llamacpp, or a machine with more memory"
 

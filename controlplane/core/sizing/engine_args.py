@@ -1,7 +1,7 @@
-"""The engine arguments that decide about memory, with vLLM's own defaults (0.32).
+"""The engine arguments that determine memory, with vLLM's own defaults (0.32).
 
-:func:`parse_settings` takes what ``engine_args`` of a tier says; arguments that take memory but are not in
-the model are named in ``unmodelled`` so that nobody takes the sum for complete.
+:func:`parse_settings` reads a tier's ``engine_args``. Arguments that change memory but are not modelled are
+listed in ``unmodelled``, so that a report can say that its total is incomplete.
 """
 
 from __future__ import annotations
@@ -36,41 +36,41 @@ UNMODELLED = (
 )
 """Arguments that change memory in ways that are not counted here."""
 
-SPARING = frozenset(UNMODELLED) - {
+MAY_REDUCE_MEMORY = frozenset(UNMODELLED) - {
     "speculative-config",
     "enable-lora",
     "kv-offloading-size",
     "compilation-config",
 }
-"""Those of them with which an engine may need less than weights and one sequence."""
+"""The unmodelled arguments with which an engine may need less than the weights and one sequence."""
 
 _FACTORS = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
 @dataclass(frozen=True, slots=True)
 class EngineArgs:
-    """Engine arguments as values; 0 or an empty string stands for the engine's default."""
+    """Engine arguments as values; 0 or an empty string means the engine's default."""
 
     tp: int = 1
     pp: int = 1
     expert_parallel: bool = False
     dtype: str = ""
     quantization: Quantization | None = None
-    """Asked for on top of a checkpoint that isn't quantised; None: as the checkpoint is."""
+    """The format to which the engine quantises the checkpoint's weights; None means as stored."""
     kv_dtype: str = ""
     max_length: int = 0
-    """-1: the longest that fits."""
+    """``max-model-len``; -1 means the longest that fits."""
     max_sequences: int = 0
     max_batched_tokens: int = 0
     memory_ratio: float = DEFAULT_MEMORY_RATIO
     block_size: int = 0
     eager: bool = False
     kv_cache_bytes: int = 0
-    """``--kv-cache-memory-bytes`` per worker: overrides the memory ratio."""
+    """``--kv-cache-memory-bytes`` per worker, which overrides the memory ratio."""
     blocks: int = 0
     """``--num-gpu-blocks-override``."""
     hybrid_kv: bool = True
-    """Sliding-window layers free what they no longer need."""
+    """Sliding-window layers free the blocks that have left the window."""
     async_scheduling: bool = True
     device: Literal["gpu", "cpu"] = "gpu"
     unmodelled: tuple[str, ...] = ()
@@ -81,13 +81,13 @@ class EngineArgs:
         return self.tp * self.pp
 
     def block_tokens(self, model: ModelSpec) -> int:
-        """Tokens in a KV block: 16; on CPU 128, or 16 with latent attention."""
+        """Tokens in a KV block, by default 16 on GPU and 128 on CPU (16 with latent attention)."""
         if self.device == "cpu":
             return 16 if model.mla else (self.block_size or 128)
         return self.block_size or 16
 
     def length(self, model: ModelSpec) -> int:
-        """The longest sequence the engine promises to serve."""
+        """Tokens of the longest sequence that the engine accepts."""
         return self.max_length if self.max_length > 0 else model.max_length
 
     def resolved_dtype(self, model: ModelSpec, default: str = "bfloat16") -> str:
@@ -105,10 +105,10 @@ class EngineArgs:
         return KV_DTYPE_BYTES[self.kv_dtype or dtype]
 
     def batch(self, model: ModelSpec, gpu: GpuModel | None) -> tuple[int, int]:
-        """(most tokens, most sequences) of one step, by vLLM's defaults for the OpenAI server.
+        """(maximum tokens, maximum sequences) of one step, by vLLM's defaults for the OpenAI server.
 
-        Source: ``EngineArgs.get_batch_defaults`` in vLLM 0.32: 16384 and 1024 from 160 GiB on, 8192 and
-        1024 from 70 GiB on except A100, else 2048 and 256; on CPU 2048 and 128 per worker.
+        Source: ``EngineArgs.get_batch_defaults`` in vLLM 0.32: 16384 and 1024 with at least 160 GiB, 8192
+        and 1024 with at least 70 GiB except on A100, else 2048 and 256; on CPU 2048 and 128 per worker.
         """
         if gpu is None:
             tokens, sequences = 2048 * self.world_size, 128 * self.world_size
@@ -127,15 +127,16 @@ class EngineArgs:
         return tokens, sequences_limit
 
     def in_flight_tokens(self, model: ModelSpec, gpu: GpuModel | None) -> int:
-        """Tokens scheduled but not settled (``VllmConfig.max_in_flight_tokens``): sliding-window layers
-        hold on to that many more. Asynchronous scheduling overlaps two steps, not on CPU."""
+        """Tokens that are scheduled but not finished (``VllmConfig.max_in_flight_tokens``), which
+        sliding-window layers store beyond their window. Asynchronous scheduling, used on GPUs only, overlaps
+        two steps."""
         batches = self.pp
         if self.async_scheduling and self.device == "gpu":
             batches = self.pp + 1
         return batches * self.batch(model, gpu)[0]
 
     def weights_format(self, model: ModelSpec) -> Quantization:
-        """The format the weights are held in."""
+        """The format in which the engine holds the weights."""
         if model.quantization.quantized:
             return model.quantization
         return self.quantization or model.quantization
@@ -148,7 +149,7 @@ def parse_settings(
     pp: int = 1,
     device: Literal["gpu", "cpu"] = "gpu",
 ) -> EngineArgs:
-    """Settings from engine arguments (flag names without dashes in front, ``_`` or ``-`` inside).
+    """Settings from engine arguments: flag names without leading dashes, with ``_`` or ``-`` inside.
 
     Raises ValueError that names the argument if a value can't be understood.
     """
@@ -253,7 +254,7 @@ def _quantization(flags: Mapping[str, ArgValue]) -> Quantization | None:
         "gptq-marlin": "gptq",
     }
     if name.startswith("gguf:"):
-        name = str(value).lower()  # its types are written with underscores
+        name = str(value).lower()  # ggml's types are written with underscores
     try:
         return preset(known.get(name, name))
     except KeyError:

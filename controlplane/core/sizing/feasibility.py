@@ -1,8 +1,8 @@
-"""Does it fit, and if not, what is the least that would have to change?
+"""Does an engine fit its GPUs, and if not, what is the smallest change that makes it fit?
 
 Changes are tried one at a time in the order of :data:`STEPS`, then two, then three together; the first that
-fits is suggested. The order says what «smallest» means: first what costs nothing, then what limits requests,
-then what may change answers, then what costs GPUs.
+fits is suggested. The order defines «smallest»: first what costs nothing, then what limits requests, then
+what costs GPUs or may change answers.
 """
 
 from __future__ import annotations
@@ -25,29 +25,27 @@ from controlplane.core.sizing.gpu_models import GpuModel
 from controlplane.core.sizing.quantization import PRESETS, Quantization, preset, runs_on
 
 MOST_GPUS = 8
-"""GPUs of one engine that are suggested when the number at hand isn't given."""
+"""GPUs per engine that may be suggested when the number of available GPUs isn't given."""
 
 SHORTEST_LENGTH = 2048
-"""A shorter ``max-model-len`` than this is not suggested: chats would not fit."""
+"""A ``max-model-len`` below this is not suggested: chats would not fit."""
 
 MOST_CHANGES = 3
+"""Changes that are suggested together."""
 
 
 @dataclass(frozen=True, slots=True)
 class FitLimits:
-    """What the one who asks allows and wants."""
+    """What must fit, and what may be suggested to make it fit."""
 
     count: int = 0
-    """GPUs at hand for one engine; 0: not known."""
+    """GPUs available for one engine; 0 if unknown."""
     length: int = 0
-    """Tokens per sequence that must fit; 0: ``max-model-len``."""
+    """Tokens per sequence that must fit; 0 means ``max-model-len``."""
     sequences: int = 1
     """Sequences of that length that must fit at once."""
     quantizations: tuple[str, ...] = ()
     """Weight formats that may be suggested, by name, in order of preference."""
-    shortest_length: int = SHORTEST_LENGTH
-    fp8_kv: bool = True
-    """An fp8 KV cache may be suggested."""
     alternatives: tuple[GpuModel, ...] = ()
     """Other GPU models that may be suggested."""
 
@@ -71,8 +69,9 @@ class Fit:
 
     plan: MemoryPlan
     sequences: int
-    """Of the wanted length, at once."""
+    """Sequences of ``length`` tokens that fit at once."""
     length: int
+    """Tokens per sequence that had to fit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,34 +82,28 @@ class Unfit:
     reasons: tuple[str, ...]
     """Every reason, with its numbers."""
     needed_bytes: int
-    """On the fullest GPU."""
+    """On the GPU with the least room."""
     available_bytes: int
     changes: tuple[SettingChange, ...] = ()
-    """The smallest change that would fit; empty if none was found."""
+    """The smallest change that makes it fit; empty if none was found."""
     changed: MemoryPlan | None = None
     """The plan with those changes."""
 
     @property
     def remedy(self) -> str:
-        """The smallest change in words."""
+        """The smallest change, in words."""
         if not self.changes:
             return "no single engine argument, format or GPU of the table makes it fit"
         return "; ".join(str(change) for change in self.changes)
 
 
 Verdict = Fit | Unfit
-Option = tuple[SettingChange, EngineArgs]
-Step = Callable[[ModelSpec, EngineArgs, GpuModel, FitLimits], Iterator[Option]]
-
-
-def fit(model: ModelSpec, settings: EngineArgs, gpu: GpuModel, limits: FitLimits = FitLimits()) -> Verdict:
-    """Whether the engine fits GPUs of that model, with the smallest change if it doesn't."""
-    plan = plan_memory(model, settings, gpu)
-    return judge(plan, limits)
+ChangedArgs = tuple[SettingChange, EngineArgs]
+Step = Callable[[ModelSpec, EngineArgs, GpuModel, FitLimits], Iterator[ChangedArgs]]
 
 
 def judge(plan: MemoryPlan, limits: FitLimits = FitLimits()) -> Verdict:
-    """The same for a plan that is already made (perhaps with measured weights)."""
+    """Whether the planned engine fits, and the smallest change that makes it fit if it doesn't."""
     length = _length(plan, limits)
     reasons = shortfalls(plan, limits)
     if not reasons:
@@ -118,12 +111,12 @@ def judge(plan: MemoryPlan, limits: FitLimits = FitLimits()) -> Verdict:
     worst = plan.worst
     needed = worst.fixed_bytes + _wanted_blocks(plan, limits) * worst.layout.block_bytes
     available = plan.settings.kv_cache_bytes + worst.fixed_bytes if plan.settings.kv_cache_bytes else 0
-    options, changed = _smallest(plan, limits)
-    return Unfit(plan, reasons, needed, available or worst.budget_bytes, options, changed)
+    changes, changed = _smallest(plan, limits)
+    return Unfit(plan, reasons, needed, available or worst.budget_bytes, changes, changed)
 
 
 def shortfalls(plan: MemoryPlan, limits: FitLimits) -> tuple[str, ...]:
-    """Every reason why the plan doesn't do what is wanted; empty if it does."""
+    """Every reason why the plan doesn't meet the limits; empty if it does."""
     reasons = list(plan.problems)
     settings = plan.settings
     if limits.count and settings.world_size > limits.count:
@@ -175,11 +168,12 @@ def _length(plan: MemoryPlan, limits: FitLimits) -> int:
 
 
 def _wanted_blocks(plan: MemoryPlan, limits: FitLimits) -> int:
-    """Blocks for what is wanted, and for one sequence of ``max-model-len``: vLLM won't start otherwise."""
+    """Blocks for the sequences that must fit, and at least for one of ``max-model-len``, without which vLLM
+    doesn't start."""
     layout = plan.stages[0].layout
     wanted = layout.blocks_for(_length(plan, limits)) * limits.sequences
-    promised = layout.blocks_for(plan.length) if plan.settings.max_length >= 0 else 0
-    return max(wanted, promised) + 1
+    longest = layout.blocks_for(plan.length) if plan.settings.max_length >= 0 else 0
+    return max(wanted, longest) + 1
 
 
 def _smallest(plan: MemoryPlan, limits: FitLimits) -> tuple[tuple[SettingChange, ...], MemoryPlan | None]:
@@ -204,7 +198,7 @@ def _smallest(plan: MemoryPlan, limits: FitLimits) -> tuple[tuple[SettingChange,
 def _try(
     plan: MemoryPlan, limits: FitLimits, steps: Sequence[Step]
 ) -> tuple[tuple[SettingChange, ...], MemoryPlan] | None:
-    """The first way to combine one option of each step that fits."""
+    """The first combination of one change from each step that fits."""
     model, gpu = plan.model, plan.gpu
     ways: list[tuple[tuple[SettingChange, ...], EngineArgs]] = [((), plan.settings)]
     for step in steps:
@@ -220,13 +214,17 @@ def _try(
     return None
 
 
-def _dtype(_model: ModelSpec, settings: EngineArgs, gpu: GpuModel, _limits: FitLimits) -> Iterator[Option]:
+def _dtype(
+    _model: ModelSpec, settings: EngineArgs, gpu: GpuModel, _limits: FitLimits
+) -> Iterator[ChangedArgs]:
     if settings.dtype == "float32" or (settings.dtype == "bfloat16" and not gpu.bfloat16):
         after = gpu.default_dtype
         yield SettingChange("dtype", settings.dtype, after), replace(settings, dtype=after)
 
 
-def _ratio(_model: ModelSpec, settings: EngineArgs, gpu: GpuModel, _limits: FitLimits) -> Iterator[Option]:
+def _ratio(
+    _model: ModelSpec, settings: EngineArgs, gpu: GpuModel, _limits: FitLimits
+) -> Iterator[ChangedArgs]:
     free = 1 - CUDA_CONTEXT_BYTES / gpu.usable_bytes
     highest = int(min(HIGHEST_RATIO, free) * 100) / 100
     ratio = 0.01 * (int(settings.memory_ratio * 100) + 1)
@@ -239,7 +237,7 @@ def _ratio(_model: ModelSpec, settings: EngineArgs, gpu: GpuModel, _limits: FitL
         ratio += 0.01
 
 
-def _batch(model: ModelSpec, settings: EngineArgs, gpu: GpuModel, limits: FitLimits) -> Iterator[Option]:
+def _batch(model: ModelSpec, settings: EngineArgs, gpu: GpuModel, limits: FitLimits) -> Iterator[ChangedArgs]:
     tokens, sequences = settings.batch(model, gpu)
     for after in (256, 128, 64, 32):
         if limits.sequences <= after < sequences:
@@ -247,41 +245,51 @@ def _batch(model: ModelSpec, settings: EngineArgs, gpu: GpuModel, limits: FitLim
             yield change, replace(settings, max_sequences=after, max_batched_tokens=min(tokens, 2048))
 
 
-def _eager(_model: ModelSpec, settings: EngineArgs, _gpu: GpuModel, _limits: FitLimits) -> Iterator[Option]:
+def _eager(
+    _model: ModelSpec, settings: EngineArgs, _gpu: GpuModel, _limits: FitLimits
+) -> Iterator[ChangedArgs]:
     if not settings.eager:
         yield SettingChange("enforce-eager", "off", "on"), replace(settings, eager=True)
 
 
-def _shorter(model: ModelSpec, settings: EngineArgs, gpu: GpuModel, limits: FitLimits) -> Iterator[Option]:
-    """The longest that fits, in steps of 256 tokens."""
+def _shorter(
+    model: ModelSpec, settings: EngineArgs, gpu: GpuModel, limits: FitLimits
+) -> Iterator[ChangedArgs]:
+    """The longest ``max-model-len`` that fits, in steps of 256 tokens."""
     before = settings.length(model)
     plan = plan_memory(model, replace(settings, max_length=-1), gpu)
     after = plan.longest // 256 * 256
-    if max(limits.shortest_length, limits.length) <= after < before:
+    if max(SHORTEST_LENGTH, limits.length) <= after < before:
         yield SettingChange("max-model-len", str(before), str(after)), replace(settings, max_length=after)
 
 
-def _plain_kv(_model: ModelSpec, settings: EngineArgs, gpu: GpuModel, _limits: FitLimits) -> Iterator[Option]:
+def _plain_kv(
+    _model: ModelSpec, settings: EngineArgs, gpu: GpuModel, _limits: FitLimits
+) -> Iterator[ChangedArgs]:
     if settings.kv_dtype.startswith("fp8") and not gpu.fp8_kv_cache:
         yield SettingChange("kv-cache-dtype", settings.kv_dtype, "auto"), replace(settings, kv_dtype="")
 
 
-def _fp8_kv(model: ModelSpec, settings: EngineArgs, gpu: GpuModel, limits: FitLimits) -> Iterator[Option]:
+def _fp8_kv(
+    model: ModelSpec, settings: EngineArgs, gpu: GpuModel, _limits: FitLimits
+) -> Iterator[ChangedArgs]:
     dtype = settings.resolved_dtype(model, gpu.default_dtype)
-    if limits.fp8_kv and gpu.fp8_kv_cache and settings.kv_bytes(dtype) > 1:
+    if gpu.fp8_kv_cache and settings.kv_bytes(dtype) > 1:
         yield (
             SettingChange("kv-cache-dtype", settings.kv_dtype or "auto", "fp8"),
             replace(settings, kv_dtype="fp8"),
         )
 
 
-def _quantize(model: ModelSpec, settings: EngineArgs, gpu: GpuModel, limits: FitLimits) -> Iterator[Option]:
+def _quantize(
+    model: ModelSpec, settings: EngineArgs, gpu: GpuModel, limits: FitLimits
+) -> Iterator[ChangedArgs]:
     now = settings.quantization
     if model.quantization.quantized or (now and runs_on(now, gpu.capability)[0]):
         return
     before = "none"
     if now is not None:
-        # Not for this GPU: without it, or in another format.
+        # The format doesn't run on this GPU: try without it, then in another format.
         before = next((name for name, each in PRESETS.items() if each == now), now.label)
         yield SettingChange("quantization", before, "none"), replace(settings, quantization=None)
     for name in limits.quantizations:
@@ -292,7 +300,7 @@ def _quantize(model: ModelSpec, settings: EngineArgs, gpu: GpuModel, limits: Fit
 
 def _tensor_parallel(
     _model: ModelSpec, settings: EngineArgs, _gpu: GpuModel, limits: FitLimits
-) -> Iterator[Option]:
+) -> Iterator[ChangedArgs]:
     most = (limits.count or MOST_GPUS) // settings.pp
     sizes = [*range(settings.tp + 1, most + 1), *range(settings.tp - 1, 0, -1)]
     for tp in sizes:
@@ -301,7 +309,7 @@ def _tensor_parallel(
 
 def _pipeline_parallel(
     _model: ModelSpec, settings: EngineArgs, _gpu: GpuModel, limits: FitLimits
-) -> Iterator[Option]:
+) -> Iterator[ChangedArgs]:
     most = (limits.count or MOST_GPUS) // settings.tp
     for pp in range(settings.pp + 1, most + 1):
         yield SettingChange("pipeline-parallel-size", str(settings.pp), str(pp)), replace(settings, pp=pp)
@@ -319,6 +327,6 @@ STEPS: tuple[Step, ...] = (
     _pipeline_parallel,
     _quantize,
 )
-"""From the smallest change to the largest: a dtype and a KV cache that the GPU can do, more of the GPU, fewer
-sequences in a step, shorter requests, no CUDA graphs (slower), an fp8 KV cache, more GPUs, quantised
-weights."""
+"""From the smallest change to the largest: a dtype and a KV cache format that the GPU supports, more of the
+GPU's memory, fewer sequences in a step, shorter requests, no CUDA graphs (slower), an fp8 KV cache, more
+GPUs, quantised weights."""

@@ -1,9 +1,10 @@
-"""Tensor parallel size, weight format and replicas for each tier: the cheapest that keeps the SLO and fits.
+"""Tensor parallel size, weight format and replicas for each tier: the cheapest that meets the SLO and fits.
 
-For every tier, GPU model, parallel size and allowed format: does it fit (:mod:`.memory`), what rate does a
-replica carry inside the SLO (:mod:`.roofline`), how many replicas does the load need. Then one choice per
-tier such that the fleet suffices at the lowest cost. The speeds are a prior from published GPU figures;
-the result says so, why it was chosen, what came next, and why the others were left out.
+For every tier, GPU model, parallel size and allowed format: does it fit (:mod:`.gpu_memory`), which request
+rate can a replica serve within the SLO (:mod:`.roofline`), and how many replicas does the load need? Then one
+option per tier is chosen so that the fleet suffices at the lowest cost. The speeds are estimates from
+published GPU figures; the result says so, and gives the reason for each choice, the next best option, and why
+the others were ruled out.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ from controlplane.core.sizing.quantization import preset
 from controlplane.core.sizing.roofline import ExpectedTraffic, LatencyTargets, ReplicaSpeed, roofline
 
 TARGET_RATIO = 0.7
-"""Share of a replica's capacity that the expected load may take: the rest is for bursts."""
+"""Share of a replica's capacity that the expected load may use; the rest is for bursts."""
 
 PARALLEL_SIZES = (1, 2, 4, 8)
 MOST_REPLICAS = 1000
 LENGTH_FACTOR = 2
-"""Sequences this many times the mean length must fit too."""
+"""Sequences of this many times the mean length must fit as well."""
 
 
 @dataclass(frozen=True, slots=True)
 class TierNeed:
-    """One tier: its model, what it must carry and what is allowed."""
+    """One tier: its model, the load that it must serve, and the options that are allowed."""
 
     name: str
     model: ModelSpec
@@ -41,7 +42,6 @@ class TierNeed:
     quantizations: tuple[str, ...] = ("none",)
     """Allowed weight formats by name, the preferred one first."""
     settings: EngineArgs = field(default_factory=EngineArgs)
-    min_replicas: int = 1
     pipeline: bool = False
     """Pipeline parallelism may be used."""
 
@@ -53,9 +53,9 @@ class FleetGpu:
     gpu: GpuModel
     count: int
     cost_per_hour: float
-    """Of one GPU; any unit, as long as it is the same for all."""
+    """Of one GPU, in a unit that is the same for all."""
     per_node: int = 8
-    """GPUs of one node: a tensor-parallel group stays inside one."""
+    """GPUs of one node; a tensor-parallel group never spans nodes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class ServingOption:
     replicas: int
     cost_per_hour: float
     capacity: ReplicaSpeed
-    """One replica at the highest rate inside the SLO."""
+    """One replica at the highest rate within the SLO."""
     expected: ReplicaSpeed
     """One replica at its share of the expected load."""
     sequences: int
@@ -91,7 +91,7 @@ class ServingOption:
 
 @dataclass(frozen=True, slots=True)
 class RuledOutOption:
-    """One way that can't serve a tier, and why."""
+    """One way to serve a tier that was ruled out, and why."""
 
     gpu: str
     tp: int
@@ -102,19 +102,19 @@ class RuledOutOption:
 
 @dataclass(frozen=True, slots=True)
 class TierChoice:
-    """What was chosen for a tier."""
+    """The option chosen for a tier."""
 
     tier: str
     option: ServingOption
     why: str
     next_best: ServingOption | None
-    """The cheapest other way for this tier alone."""
+    """The cheapest other option for this tier alone."""
     ruled_out: tuple[RuledOutOption, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class FleetSizing:
-    """A choice for every tier that the fleet can hold."""
+    """Choices for all tiers that fit the fleet together."""
 
     choices: tuple[TierChoice, ...]
     cost_per_hour: float
@@ -124,7 +124,7 @@ class FleetSizing:
 
 @dataclass(frozen=True, slots=True)
 class NoFleetSizing:
-    """No choice serves every tier with this fleet."""
+    """No choice of options serves every tier with this fleet."""
 
     reasons: tuple[str, ...]
     ruled_out: tuple[tuple[str, tuple[RuledOutOption, ...]], ...] = field(default=())
@@ -134,15 +134,14 @@ class NoFleetSizing:
 def size_tiers(needs: Sequence[TierNeed], fleet: Sequence[FleetGpu]) -> FleetSizing | NoFleetSizing:
     """The cheapest way to serve every tier with the fleet."""
     found = {need.name: options(need, fleet) for need in needs}
-    stuck = [need.name for need in needs if not found[need.name][0]]
-    if stuck:
-        reasons = tuple(f"tier '{name}': {_main_reason(found[name][1])}" for name in stuck)
-        return NoFleetSizing(reasons, tuple((name, found[name][1]) for name in stuck))
+    unserved = [need.name for need in needs if not found[need.name][0]]
+    if unserved:
+        reasons = tuple(f"tier '{name}': {_main_reason(found[name][1])}" for name in unserved)
+        return NoFleetSizing(reasons, tuple((name, found[name][1]) for name in unserved))
     available = {entry.gpu.name: entry.count for entry in fleet}
-    # The tier with the fewest ways first: the search ends sooner.
+    # Tiers with few options first: the search ends sooner.
     order = sorted(needs, key=lambda need: len(found[need.name][0]))
-    ways = [_frugal(found[need.name][0]) for need in order]
-    best = _cheapest(ways, available)
+    best = _cheapest([_fewest_gpus(found[need.name][0]) for need in order], available)
     if best is None:
         least = {need.name: min(o.gpus for o in found[need.name][0]) for need in needs}
         wanted = ", ".join(f"'{name}' at least {gpus}" for name, gpus in least.items())
@@ -161,7 +160,7 @@ def size_tiers(needs: Sequence[TierNeed], fleet: Sequence[FleetGpu]) -> FleetSiz
 def options(
     need: TierNeed, fleet: Sequence[FleetGpu]
 ) -> tuple[tuple[ServingOption, ...], tuple[RuledOutOption, ...]]:
-    """Every way to serve one tier, cheapest first, and every way that was ruled out."""
+    """Every option to serve one tier, cheapest first, and every option that was ruled out."""
     good: list[ServingOption] = []
     bad: list[RuledOutOption] = []
     for entry in fleet:
@@ -186,7 +185,7 @@ def _shapes(need: TierNeed, entry: FleetGpu) -> Iterator[tuple[str, int, int]]:
 
 
 def _option(need: TierNeed, entry: FleetGpu, name: str, tp: int, pp: int) -> ServingOption | str:
-    """The way with its replicas, or why it is none."""
+    """The option with its replicas, or the reason why it is ruled out."""
     gpu, model, load = entry.gpu, need.model, need.load
     quantization = preset(name)
     settings = replace(need.settings, tp=tp, pp=pp)
@@ -206,7 +205,7 @@ def _option(need: TierNeed, entry: FleetGpu, name: str, tp: int, pp: int) -> Ser
     if capacity.requests_per_s <= 0:
         return _too_slow(capacity, need.slo)
     wanted = load.requests_per_s / (capacity.requests_per_s * TARGET_RATIO)
-    replicas = max(need.min_replicas, math.ceil(wanted - 1e-9), 1)
+    replicas = max(math.ceil(wanted - 1e-9), 1)
     if replicas > MOST_REPLICAS or replicas * tp * pp > entry.count:
         return f"{replicas} replicas need {replicas * tp * pp} GPUs, there are {entry.count}"
     expected = line.speed(load, load.requests_per_s / replicas)
@@ -215,7 +214,7 @@ def _option(need: TierNeed, entry: FleetGpu, name: str, tp: int, pp: int) -> Ser
 
 
 def _too_slow(idle: ReplicaSpeed, slo: LatencyTargets) -> str:
-    """Of a replica with a single request."""
+    """Why a replica that serves a single request at a time misses the SLO; ``idle`` is its speed then."""
     parts = []
     if idle.ttft_ms > slo.ttft_ms:
         parts.append(f"{idle.ttft_ms:.0f} ms to the first token, at most {slo.ttft_ms:g} wanted")
@@ -224,8 +223,8 @@ def _too_slow(idle: ReplicaSpeed, slo: LatencyTargets) -> str:
     return "even idle: " + "; ".join(parts) if parts else "it carries no load inside the SLO"
 
 
-def _frugal(found: Sequence[ServingOption]) -> list[ServingOption]:
-    """Per GPU model the way with the fewest GPUs: on one model, fewer GPUs cost less and leave more."""
+def _fewest_gpus(found: Sequence[ServingOption]) -> list[ServingOption]:
+    """Per GPU model the option with the fewest GPUs: on one model, fewer GPUs cost less and leave more."""
     best: dict[str, ServingOption] = {}
     for option in found:
         known = best.get(option.gpu)
@@ -237,7 +236,10 @@ def _frugal(found: Sequence[ServingOption]) -> list[ServingOption]:
 def _cheapest(
     ways: Sequence[Sequence[ServingOption]], available: dict[str, int]
 ) -> list[ServingOption] | None:
-    """One option per tier within the GPUs at the lowest cost: depth first, cut by the best cost so far."""
+    """One option per tier within the available GPUs at the lowest cost; None if there is none.
+
+    A depth-first search that leaves out branches that can't be cheaper than the best choice so far.
+    """
     rest = [0.0] * (len(ways) + 1)
     for index in range(len(ways) - 1, -1, -1):
         rest[index] = rest[index + 1] + ways[index][0].cost_per_hour

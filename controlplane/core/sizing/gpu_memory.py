@@ -1,9 +1,9 @@
-"""From a model and engine arguments to bytes per GPU: weights, KV cache, activations and the rest.
+"""From a model and engine arguments to bytes per GPU: weights, KV cache, activations and overhead.
 
-The result is a :class:`MemoryPlan`, one :class:`StageMemory` per pipeline stage (tensor-parallel ranks of a
-stage are equal). Weights and KV blocks are exact; activations, CUDA graphs and overhead are estimates whose
-constants stand below with where they come from. ``memory.md`` beside this file compares predictions with
-what vLLM reports.
+The result is a :class:`MemoryPlan` with one :class:`StageMemory` per pipeline stage (tensor-parallel ranks of
+a stage are equal). Weights and KV blocks are exact; activations, CUDA graphs and overhead are estimates,
+whose constants and their sources are below. ``memory.md`` beside this file compares predictions with what
+vLLM reports.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from controlplane.core.sizing.quantization import DTYPE_BYTES, runs_on
 from controlplane.core.sizing.weights import MemoryTerm, WeightStage, divisibility, stages, weight_terms
 
 CUDA_CONTEXT_BYTES = 512 * MIB
-"""CUDA context and kernels of one process, outside what vLLM counts (estimate: 0.4 to 0.6 GiB shown by
-nvidia-smi for a process that only initialised CUDA)."""
+"""CUDA context and kernels of one process, which vLLM doesn't count (estimate: nvidia-smi shows 0.4 to
+0.6 GiB for a process that only initialised CUDA)."""
 
 NON_TORCH_BYTES = 164 * MIB
-"""What vLLM's profile calls non-torch memory on one GPU (0.16 GiB in the log of vllm-project/vllm#12126)."""
+"""Non-torch memory of vLLM's profile on one GPU (0.16 GiB in the log of vllm-project/vllm#12126)."""
 
 COMMUNICATION_BYTES = 512 * MIB
-"""NCCL channels and custom all-reduce buffers once there is a peer (estimate)."""
+"""NCCL channels and custom all-reduce buffers with more than one GPU (estimate)."""
 
 GRAPH_BYTES = 8 * MIB
 """Per captured CUDA graph (estimate: 0.73 GiB for 86 graphs in the log of vllm-project/vllm#39559)."""
@@ -38,20 +38,21 @@ MINIMUM_CAPABILITY = 70
 """Compute capability x 10 that vLLM's installation guide asks for; wheels built with CUDA 13 want 7.5."""
 
 HIGHEST_RATIO = 0.97
-"""The most of a GPU that this module suggests to give an engine."""
+"""The highest ``gpu-memory-utilization`` that is suggested."""
 
 
 @dataclass(frozen=True, slots=True)
 class StageMemory:
-    """What one GPU of one pipeline stage holds."""
+    """The memory of one GPU of one pipeline stage."""
 
     stage: WeightStage
     terms: tuple[MemoryTerm, ...]
-    """All but the KV cache."""
+    """Everything except the KV cache."""
     budget_bytes: int
-    """What the engine may take: memory ratio x total; only the KV cache if that was given in bytes."""
+    """What the engine may take: the memory ratio times the GPU's usable memory."""
     kv_budget_bytes: int
-    """What is left for KV blocks; negative if the rest alone is too much."""
+    """What remains for KV blocks, or ``kv-cache-memory-bytes`` if given; negative if the terms alone exceed
+    the budget."""
     layout: KvLayout
 
     @property
@@ -61,7 +62,7 @@ class StageMemory:
 
     @property
     def fixed_bytes(self) -> int:
-        """All but the KV cache."""
+        """Everything except the KV cache."""
         return sum(term.size_bytes for term in self.terms)
 
     @property
@@ -86,7 +87,7 @@ class MemoryPlan:
     problems: tuple[str, ...] = ()
     """Why the engine would refuse these settings whatever the memory."""
     extra: MemoryTerm | None = None
-    """What every GPU holds besides what the config explains."""
+    """What every GPU holds beyond what the model's config explains."""
 
     @property
     def blocks(self) -> int:
@@ -97,19 +98,19 @@ class MemoryPlan:
 
     @property
     def usable_blocks(self) -> int:
-        """Blocks that sequences can use: vLLM keeps one back."""
+        """Blocks that sequences can use: vLLM reserves one."""
         return max(0, self.blocks - 1)
 
     @property
     def length(self) -> int:
-        """The longest sequence the engine promises; the longest that fits if that was asked for."""
+        """Tokens of the longest sequence that the engine accepts: ``max-model-len``, or as many as fit."""
         if self.settings.max_length < 0:
             return self.longest
         return self.settings.length(self.model)
 
     @property
     def longest(self) -> int:
-        """The longest sequence that fits alone, up to the model's own limit."""
+        """Tokens of the longest sequence that fits alone, up to the model's own limit."""
         return self._layout.longest(self.usable_blocks, self.model.max_length)
 
     @property
@@ -128,10 +129,6 @@ class MemoryPlan:
         need = self._layout.blocks_for(length)
         by_blocks = self.usable_blocks // need if need else 0
         return min(by_blocks, self.settings.batch(self.model, self.gpu)[1])
-
-    def sequence_bytes(self, length: int) -> int:
-        """KV bytes that one sequence of ``length`` tokens holds on the fullest GPU."""
-        return max(s.layout.block_bytes * s.layout.blocks_for(length) for s in self.stages)
 
     @property
     def _layout(self) -> KvLayout:
@@ -153,8 +150,8 @@ def plan_memory(
 ) -> MemoryPlan:
     """The memory of one engine on GPUs of one model.
 
-    ``extra`` is held by every GPU besides what the config explains (a checkpoint's other parts). Without
-    ``estimates`` only what is exact is counted: what doesn't fit then can't fit.
+    ``extra`` is what every GPU holds beyond what the config explains (other parts of a checkpoint). Without
+    ``estimates`` only the exact terms are counted: a plan that doesn't fit then can't fit.
     """
     dtype = settings.resolved_dtype(model, gpu.default_dtype)
     problems = list(divisibility(model, settings))

@@ -1,4 +1,4 @@
-"""GPU models as values: memory, links, what they compute and how fast.
+"""GPU models as values: memory, links, formats they support and speeds.
 
 The table itself is data (``controlplane/data/gpus.json``); :mod:`controlplane.models.catalog` reads it.
 """
@@ -23,43 +23,43 @@ class GpuModel:
     name: str
     """Our short name, such as ``H100-80G``."""
     nvml_name: str
-    """What the driver calls it; empty if it isn't known."""
+    """The driver's name; empty if unknown."""
     memory_mib: int
-    """What ``nvidia-smi`` and NVML show."""
+    """Total memory as ``nvidia-smi`` and NVML show it."""
     usable_mib: int
-    """What CUDA (``torch.cuda.mem_get_info``) gives as total; the engine's memory ratio is of this."""
+    """Total memory as CUDA (``torch.cuda.mem_get_info``) reports it: the engine's memory ratio is of this."""
     capability: int
     """Compute capability x 10."""
     bandwidth_bytes_per_s: float
     nvlink_bytes_per_s: float
-    """Sum of both directions to its peers; 0: none, peers talk over PCIe."""
+    """Both directions to its peers together; 0 means no NVLink, peers communicate over PCIe."""
     flops: Mapping[str, float]
-    """Dense multiply-accumulate rate per dtype (``float16``, ``bfloat16``, ``fp8``, ``int8``), per second."""
+    """Dense operations per second by dtype (``float16``, ``bfloat16``, ``fp8``, ``int8``)."""
     aliases: tuple[str, ...] = ()
     source: str = ""
 
     @property
     def usable_bytes(self) -> int:
-        """Bytes that an engine's memory ratio is taken of."""
+        """Bytes to which an engine's memory ratio applies."""
         return self.usable_mib * MIB
 
     @property
     def bfloat16(self) -> bool:
-        """Whether vLLM runs bfloat16 there (compute capability 8.0)."""
+        """Whether vLLM runs bfloat16 on it (compute capability 8.0)."""
         return self.capability >= 80
 
     @property
     def default_dtype(self) -> str:
-        """What vLLM picks for a float32 checkpoint with ``--dtype auto``."""
+        """The dtype that vLLM chooses for a float32 checkpoint with ``--dtype auto``."""
         return "bfloat16" if self.bfloat16 else "float16"
 
     @property
     def fp8_kv_cache(self) -> bool:
-        """Whether an fp8 KV cache runs there."""
+        """Whether vLLM runs an fp8 KV cache on it."""
         return self.capability >= FP8_KV_MINIMUM
 
     def flops_for(self, scheme: Scheme, dtype: str) -> float:
-        """Dense rate of multiplications for weights in ``scheme`` and activations in ``dtype``.
+        """Dense operations per second for weights in ``scheme`` and activations in ``dtype``; 0 if unknown.
 
         Formats that only save memory (4 bit; fp8 on older GPUs) are computed in 16 bit.
         """
@@ -70,13 +70,13 @@ class GpuModel:
         return sixteen
 
     def quantizations(self) -> dict[str, str]:
-        """Format names that run there → how."""
+        """Names of the weight formats that run on it → how they are computed, and the source."""
         found = {name: runs_on(quantization, self.capability) for name, quantization in PRESETS.items()}
         return {name: why for name, (ok, why) in found.items() if ok and name != "none"}
 
 
 def parse_gpus(rows: Iterable[Mapping[str, Any]]) -> tuple[GpuModel, ...]:
-    """The table's rows as values. KeyError or ValueError if a row is not complete."""
+    """The table's rows as values. KeyError or ValueError if a row is incomplete."""
     return tuple(
         GpuModel(
             name=row["name"],
@@ -95,7 +95,7 @@ def parse_gpus(rows: Iterable[Mapping[str, Any]]) -> tuple[GpuModel, ...]:
 
 
 def find_gpu(gpus: Iterable[GpuModel], text: str) -> GpuModel | None:
-    """The GPU that ``text`` names: our name, an alias, or the driver's name; None if there is none."""
+    """The GPU with that short name, alias or driver name; None if there is none."""
     wanted = _normal(text)
     table = tuple(gpus)
     for gpu in table:
@@ -104,8 +104,8 @@ def find_gpu(gpus: Iterable[GpuModel], text: str) -> GpuModel | None:
     return None
 
 
-def seen_gpu(name: str, memory_mib: int, capability: int) -> GpuModel:
-    """A GPU that isn't in the table, from what the driver says; its speed is not known (0)."""
+def unlisted_gpu(name: str, memory_mib: int, capability: int) -> GpuModel:
+    """A GPU that isn't in the table, from the driver's figures; its speed is unknown (0)."""
     return GpuModel(
         name=name,
         nvml_name=name,

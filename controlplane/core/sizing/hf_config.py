@@ -1,7 +1,7 @@
 """From the fields of a ``config.json`` (Hugging Face) to a :class:`ModelSpec`.
 
-Families known exactly are in :data:`FAMILIES`; the tests compare each with the parameter count of the
-model class in ``transformers``. Others are read as if they were Llama-like, and a note says so.
+The families in :data:`FAMILIES` are exact; the tests compare each with the parameter count of the model class
+in ``transformers``. Others are read as if they were Llama-like, and a note says so.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Config = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class ModelFamily:
-    """What a ``model_type`` implies that its config does not say."""
+    """Properties that a ``model_type`` implies and its config doesn't state."""
 
     qkv_bias: bool = False
     o_bias: bool = False
@@ -30,11 +30,11 @@ class ModelFamily:
     norm_bias: bool = False
     gated_mlp: bool = True
     sliding_every_other: bool = False
-    """Gemma 2: every even layer slides."""
+    """Gemma 2: every even layer has a sliding window."""
     sliding_pattern: int = 0
-    """Gemma 3: all but each n-th layer slide."""
+    """Gemma 3: all layers but every n-th have a sliding window."""
     sliding_opt_in: bool = False
-    """Qwen: ``sliding_window`` only counts with ``use_sliding_window``."""
+    """Qwen: ``sliding_window`` applies only with ``use_sliding_window``."""
     rotary_ratio: float = 1.0
 
 
@@ -69,18 +69,18 @@ FAMILIES: dict[str, ModelFamily] = {
     "deepseek_v2": ModelFamily(),
     "deepseek_v3": ModelFamily(),
 }
-"""``model_type`` → what it implies."""
+"""By ``model_type``."""
 
 _SHARED_BIAS = frozenset(
     {"llama", "granite", "smollm3", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text"}
 )
-"""Families whose ``attention_bias`` is about all four attention matrices."""
+"""Families in which ``attention_bias`` applies to all four attention matrices."""
 
 
 def parse_config(config: Config, name: str) -> ModelSpec:
-    """The model that ``config`` describes; ``name`` is for people.
+    """The model that ``config`` describes; ``name`` appears in reports only.
 
-    Raises ValueError naming the field if one that is needed is missing or has no sensible value.
+    Raises ValueError that names the field if a required one is missing or has no usable value.
     """
     notes: list[str] = []
     guesses: list[str] = []
@@ -138,7 +138,7 @@ def parse_config(config: Config, name: str) -> ModelSpec:
 
 
 def parse_quantization(raw: object) -> tuple[Quantization, str]:
-    """The format that a ``quantization_config`` describes, and a note where it can't be read exactly."""
+    """The format that a ``quantization_config`` describes, and a note if it can't be read exactly."""
     if not isinstance(raw, Mapping):
         return NONE, ""
     method = str(raw.get("quant_method", "")).lower()
@@ -195,7 +195,7 @@ def _compressed(raw: Config) -> Quantization | None:
 
 
 def _is_general(module: str) -> bool:
-    """Whether an exception names a kind of module rather than single layers."""
+    """Whether an entry of the modules not to quantise names a kind of module rather than single layers."""
     return "layers." not in module and not module.startswith("re:")
 
 

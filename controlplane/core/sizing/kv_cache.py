@@ -1,8 +1,8 @@
-"""How vLLM lays out its KV cache: bytes of a block, blocks of a request, blocks in a budget.
+"""The layout of vLLM's KV cache: bytes per block, blocks per request, blocks in a memory budget.
 
 Follows ``vllm/v1/core/kv_cache_utils.py`` and ``kv_cache_interface.py`` (0.32). All layers of one kind
-(full or sliding attention) share block tables; in a model with both, layers are grouped so that every
-group has the same number of layers, and all groups draw blocks of one size from one pool.
+(full or sliding attention) share block tables. In a model with both, layers are grouped so that all groups
+have the same number of layers and take blocks of one size from one pool.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class KvGroup:
 
     layers: tuple[int, ...]
     window: int
-    """0: full attention."""
+    """Tokens; 0 means full attention."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,34 +29,36 @@ class KvLayout:
     """One block of one layer."""
     block_tokens: int
     layers_per_block: int
-    """Layers that one block holds: the largest group's share in this stage."""
+    """Layers that one block holds: those of the largest group in this stage."""
     windows: tuple[int, ...]
-    """Per group its window; 0: full attention."""
+    """The window of each group in tokens; 0 means full attention."""
     in_flight_tokens: int
+    """Tokens scheduled but not finished, which layers with a window store beyond it."""
 
     @property
     def block_bytes(self) -> int:
-        """One block of the pool."""
+        """Bytes of one block of the pool."""
         return self.page_bytes * self.layers_per_block
 
     def blocks_in(self, budget_bytes: int) -> int:
-        """Blocks that fit in a budget, as vLLM counts them."""
+        """Blocks that fit into ``budget_bytes``, as vLLM counts them."""
         if not self.block_bytes:
             return 0
         return max(0, budget_bytes) // self.block_bytes
 
     def blocks_for(self, length: int) -> int:
-        """Blocks that one sequence of ``length`` tokens may hold."""
+        """Maximum number of blocks that one sequence of ``length`` tokens occupies."""
         return sum(self._group_blocks(window, length) for window in self.windows)
 
     def _group_blocks(self, window: int, length: int) -> int:
         if not window:
             return -(-length // self.block_tokens)
-        kept = min(window - 1 + self.in_flight_tokens, length)
-        return -(-kept // self.block_tokens) + 1
+        stored = min(window - 1 + self.in_flight_tokens, length)
+        return -(-stored // self.block_tokens) + 1
 
     def longest(self, usable_blocks: int, limit: int) -> int:
-        """The longest sequence, up to ``limit``, whose blocks fit; 0 if not even one token does."""
+        """Tokens of the longest sequence, up to ``limit``, that ``usable_blocks`` can hold; 0 if not even one
+        token fits."""
         low, high = 0, limit
         while low < high:
             middle = (low + high + 1) // 2
@@ -68,31 +70,30 @@ class KvLayout:
 
 
 def kv_heads_per_rank(model: ModelSpec, tp: int) -> int:
-    """KV heads that one rank holds: never less than one, so few heads are replicated."""
+    """KV heads of one rank: at least one, so with fewer heads than ranks they are replicated."""
     return max(1, model.kv_heads // tp)
 
 
 def page_bytes(model: ModelSpec, tp: int, block_tokens: int, kv_bytes: int) -> int:
     """Bytes of one layer's block on one rank.
 
-    MHA and GQA cache a key and a value per KV head, cut over ranks; MLA caches one latent vector per token
-    (``kv_lora_rank + qk_rope_head_dim`` values) that every rank holds whole.
+    MHA and GQA cache a key and a value per KV head, split over ranks; MLA caches one latent vector per token
+    (``kv_lora_rank + qk_rope_head_dim`` values), replicated on every rank.
     """
     if model.mla:
         return block_tokens * model.mla.cache_dim * kv_bytes
     return block_tokens * 2 * kv_heads_per_rank(model, tp) * model.head_dim * kv_bytes
 
 
-def kv_bytes_per_token(model: ModelSpec, tp: int, kv_bytes: int, layers: int | None = None) -> int:
-    """Bytes that one token of a full-attention sequence takes on one rank, over ``layers`` (all)."""
-    count = len(model.layers) if layers is None else layers
-    return count * page_bytes(model, tp, 1, kv_bytes)
+def kv_bytes_per_token(model: ModelSpec, tp: int, kv_bytes: int) -> int:
+    """Bytes of one token on one rank over all layers, as if all had full attention."""
+    return len(model.layers) * page_bytes(model, tp, 1, kv_bytes)
 
 
 def kv_groups(model: ModelSpec, hybrid: bool = True) -> tuple[KvGroup, ...]:
     """The layers of the whole model, grouped as vLLM groups them.
 
-    Without ``hybrid`` a model with both kinds keeps every token of every layer.
+    Without ``hybrid`` a model with both kinds of layers stores every token in every layer.
     """
     buckets: dict[int, list[int]] = {}
     for layer, kind in enumerate(model.layers):
@@ -121,7 +122,7 @@ def kv_layout(
     in_flight_tokens: int,
     hybrid: bool = True,
 ) -> KvLayout:
-    """The KV cache of the pipeline stage that runs the layers ``stage``."""
+    """The KV cache on one GPU of the pipeline stage that runs the layers ``stage``."""
     groups = kv_groups(model, hybrid)
     per_group = [sum(layer in stage for layer in group.layers) for group in groups]
     return KvLayout(

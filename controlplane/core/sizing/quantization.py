@@ -1,8 +1,7 @@
 """How weights are stored: bytes of one matrix in each format, and which GPUs run the format.
 
 The layouts are those that vLLM's linear methods create (read in vLLM 0.32, ``model_executor/layers/
-quantization``) and, for GGUF, the block layouts of ggml (``ggml-common.h``): a block of ``elements``
-weights takes ``bytes``, scales included.
+quantization``) and, for GGUF, the block layouts of ggml (``ggml-common.h``).
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
-"""The dtypes that an engine may compute in, bytes per value."""
+"""The dtypes that an engine may compute in → bytes per value."""
 
 DTYPE_ALIASES: dict[str, str] = {
     "fp32": "float32",
@@ -45,13 +44,13 @@ class Scheme(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """One weight format with its parameters. Matrices outside it (embeddings, norms, router) keep the
+    """One weight format with its parameters. Embeddings, norms and routers are not quantised: they have the
     engine's dtype."""
 
     scheme: Scheme = Scheme.NONE
     bits: int = 16
     group_size: int = 0
-    """Weights along the input that share a scale; 0: one scale per output channel. For block-wise fp8
+    """Weights along the input that share a scale; 0 means one scale per output channel. For block-wise fp8
     the side of the square block."""
     zero_points: bool = False
     activation_order: bool = False
@@ -60,7 +59,7 @@ class Quantization:
     lm_head: bool = False
     """The output head is quantised too."""
     skipped: tuple[str, ...] = ()
-    """Parts of module names that stay unquantised."""
+    """A matrix whose name contains one of these is not quantised."""
     online: bool = False
     """Quantised while loading from a checkpoint in full precision."""
 
@@ -71,7 +70,7 @@ class Quantization:
 
     @property
     def label(self) -> str:
-        """A short name for people, such as ``awq 4 bit g128``."""
+        """A short name for reports, such as ``awq 4 bit g128``."""
         if not self.quantized:
             return "none"
         if self.scheme is Scheme.GGUF:
@@ -99,7 +98,7 @@ PRESETS: dict[str, Quantization] = {
     "gptq-int8": GPTQ_INT8,
     "bitsandbytes": BNB4,
 }
-"""Formats by the name a user gives; ``gguf:TYPE`` is the other spelling :func:`preset` takes."""
+"""Formats by the name that a user gives; :func:`preset` also accepts ``gguf:TYPE``."""
 
 GGUF_BLOCKS: dict[str, tuple[int, int]] = {
     "F32": (1, 4),
@@ -135,7 +134,7 @@ GGUF_BLOCKS: dict[str, tuple[int, int]] = {
     "I64": (1, 8),
     "F64": (1, 8),
 }
-"""ggml tensor type → (elements in a block, bytes of a block)."""
+"""ggml tensor type → (elements in a block, bytes of a block with its scales)."""
 
 GGUF_MIXES: dict[str, str] = {
     "Q2_K_S": "Q2_K",
@@ -147,18 +146,18 @@ GGUF_MIXES: dict[str, str] = {
     "Q5_K_S": "Q5_K",
     "Q5_K_M": "Q5_K",
 }
-"""Names of llama.cpp's mixes → the type of most of their matrices. A mix keeps some matrices in a larger
-type, so its estimate is low by up to a tenth; with the file at hand its header is exact."""
+"""llama.cpp's name of a mix → the type of most of its matrices. A mix stores some matrices in a larger type,
+so the estimate is up to 10 % too low; the header of a local file is exact."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """What a GPU must offer for a format."""
+    """The GPUs that run a format."""
 
     minimum: int
-    """Compute capability x 10 from which vLLM loads the format."""
+    """Lowest compute capability x 10 on which vLLM loads the format."""
     native: int
-    """… from which the multiplications themselves run in it; between the two it saves memory only."""
+    """Lowest compute capability x 10 on which it also computes in the format; below, it only saves memory."""
     source: str
 
 
@@ -173,11 +172,11 @@ HARDWARE: dict[Scheme, Hardware] = {
 }
 
 FP8_KV_MINIMUM = 80
-"""Compute capability x 10 for an fp8 KV cache (FlashInfer and Triton attention, vLLM 0.32)."""
+"""Lowest compute capability x 10 for an fp8 KV cache (FlashInfer and Triton attention, vLLM 0.32)."""
 
 
 def dtype_name(text: str) -> str:
-    """``bf16`` → ``bfloat16``; also takes ``torch.bfloat16``. KeyError if it is no dtype of an engine."""
+    """``bf16`` or ``torch.bfloat16`` → ``bfloat16``. KeyError if no engine computes in that dtype."""
     name = text.removeprefix("torch.").lower()
     name = DTYPE_ALIASES.get(name, name)
     if name not in DTYPE_BYTES:
@@ -207,8 +206,8 @@ def gguf_bytes(elements: int, gguf_type: str) -> int:
 def matrix_bytes(quantization: Quantization, inputs: int, outputs: int, dtype_bytes: int) -> int:
     """Bytes of one ``outputs x inputs`` weight matrix on one GPU, with its scales and zero points.
 
-    ``dtype_bytes`` is the engine's dtype, in which AWQ's and GPTQ's scales are kept. Biases are not
-    counted here: they stay in the engine's dtype in every format.
+    ``dtype_bytes`` is the size of the engine's dtype, in which the scales of AWQ and GPTQ are stored. Biases,
+    which have the engine's dtype in every format, are not counted.
     """
     weights = inputs * outputs
     q = quantization
@@ -236,7 +235,7 @@ def matrix_bytes(quantization: Quantization, inputs: int, outputs: int, dtype_by
 
 
 def runs_on(quantization: Quantization, capability: int) -> tuple[bool, str]:
-    """Whether a GPU of ``capability`` (compute capability x 10) runs the format, and why (not)."""
+    """Whether a GPU of ``capability`` (compute capability x 10) runs the format; and how, or why not."""
     need = HARDWARE[quantization.scheme]
     if capability < need.minimum:
         return False, (

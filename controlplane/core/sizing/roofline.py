@@ -1,8 +1,8 @@
-"""How fast an engine would be, from memory bandwidth and arithmetic rate alone: a prior, not a promise.
+"""An estimate of an engine's speed from memory bandwidth and arithmetic rate alone (the roofline model).
 
-Prefill is taken as bound by multiplications, decode by reading weights and KV cache, each at a stated share
-of the GPU's published peak; batches follow from Little's law. What really happens depends on kernels,
-prompts and prefix hits, so a figure from here is where one starts until the running tier was measured.
+Prefill is bound by arithmetic, decode by reading weights and KV cache, each at a stated share of the GPU's
+published peak; batch sizes follow from Little's law. Real speeds depend on kernels, prompts and prefix hits:
+these figures are a prior, to be replaced by measurements of the running tier.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _ITERATIONS = 40
 
 @dataclass(frozen=True, slots=True)
 class ExpectedTraffic:
-    """What a tier is expected to serve."""
+    """The mean load that a tier is expected to serve."""
 
     requests_per_s: float
     input_tokens: int
@@ -52,7 +52,7 @@ class ExpectedTraffic:
 
 @dataclass(frozen=True, slots=True)
 class LatencyTargets:
-    """What its users may expect, at the mean."""
+    """Upper bounds of a tier's mean latencies."""
 
     ttft_ms: float
     itl_ms: float
@@ -64,11 +64,9 @@ class ReplicaSpeed:
 
     requests_per_s: float
     batch: float
-    """Sequences decoding at once."""
+    """Mean number of sequences that decode at once."""
     ttft_ms: float
     itl_ms: float
-    prefill_ratio: float
-    """Share of the time that goes into prompts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,40 +74,42 @@ class Roofline:
     """An engine's speed as functions of batch and length; :func:`roofline` makes it."""
 
     rate: float
-    """Multiplications and additions per second over all tensor-parallel ranks."""
+    """Arithmetic operations per second over all tensor-parallel ranks."""
     bandwidth_bytes_per_s: float
     """Of one GPU."""
     pp: int
     matrix_flops: float
-    """Per token in all matrices but the output head."""
+    """Operations per token in all matrices except the output head."""
     head_flops: float
+    """Operations per token in the output head."""
     attention_flops: float
-    """Per layer, and per token and attended token."""
+    """Operations per layer, token and attended token."""
     dense_bytes: float
     """Weights that every step reads on one rank, over all stages."""
     expert_bytes: float
-    """Weights of experts on one rank, over all stages."""
+    """Weights of all experts on one rank, over all stages."""
     expert_ratio: float
-    """Share of the experts that one token chooses."""
+    """Share of the experts that one token uses."""
     kv_bytes: float
-    """Per layer and token, on one rank."""
+    """KV cache per layer and token, on one rank."""
     layers: tuple[tuple[int, int], ...]
-    """(window or 0, number of layers)."""
-    exchange_s: float
-    """Between GPUs, per step."""
-    exchange_s_per_token: float
+    """(window in tokens, or 0 for full attention; number of layers)."""
+    communication_s: float
+    """Communication between GPUs, per step."""
+    communication_s_per_token: float
 
     def prefill_s(self, tokens: int) -> float:
-        """Time to process a prompt of ``tokens`` alone."""
-        # Causal: a token attends to half of the prompt, at most to its window.
+        """Time to process a prompt of ``tokens`` tokens while nothing else runs."""
+        # Causal attention: on average a token attends to half of the prompt, at most to its window.
         attended = sum(tokens * min(tokens / 2, window or tokens) * n for window, n in self.layers)
         work = self.matrix_flops * tokens + self.head_flops + self.attention_flops * attended
-        return work / self.rate + self._exchange(tokens) + STEP_OVERHEAD_S
+        return work / self.rate + self._communication_s(tokens) + STEP_OVERHEAD_S
 
     def step_s(self, batch: float, context: float) -> float:
         """Time of one decode step for ``batch`` sequences of ``context`` tokens each.
 
-        With pipeline parallelism a token passes all stages; each works on its share of the batch.
+        With pipeline parallelism a token passes through all stages, each of which works on its share of the
+        batch.
         """
         share = batch / self.pp
         touched = 1 - math.pow(1 - self.expert_ratio, max(share, 1.0))
@@ -117,22 +117,23 @@ class Roofline:
         read = self.dense_bytes + self.expert_bytes * touched + share * cached
         memory = read / self.bandwidth_bytes_per_s
         compute = (self.matrix_flops + self.head_flops) * share / self.rate
-        return max(memory, compute) + self._exchange(share) + STEP_OVERHEAD_S
+        return max(memory, compute) + self._communication_s(share) + STEP_OVERHEAD_S
 
-    def _exchange(self, tokens: float) -> float:
-        return self.exchange_s + self.exchange_s_per_token * tokens
+    def _communication_s(self, tokens: float) -> float:
+        return self.communication_s + self.communication_s_per_token * tokens
 
     def speed(self, load: ExpectedTraffic, requests_per_s: float) -> ReplicaSpeed:
-        """One replica that gets ``requests_per_s`` of that load.
+        """The latencies of one replica at ``requests_per_s`` with the load's mean lengths; infinite if the
+        replica is overloaded.
 
-        Prompts take their share of the time and stretch the steps between; how many sequences decode is
-        arrivals x answer length x time per token. A prompt waits for the one before it as in an M/D/1
-        queue. An overload shows as infinite times.
+        Prompts take a share of the time and stretch the decode steps by it. The number of decoding sequences
+        is arrivals x answer length x time per token (Little's law), and a prompt waits for those before it as
+        in an M/D/1 queue.
         """
         prefill = self.prefill_s(load.input_tokens)
         busy = requests_per_s * prefill / self.pp
         if busy >= 1:
-            return ReplicaSpeed(requests_per_s, float("inf"), float("inf"), float("inf"), busy)
+            return ReplicaSpeed(requests_per_s, math.inf, math.inf, math.inf)
         context = load.input_tokens + load.output_tokens / 2
         tokens_per_s = requests_per_s * load.output_tokens
         batch = 0.0
@@ -141,30 +142,30 @@ class Roofline:
             batch = tokens_per_s * itl
             itl = self.step_s(max(batch, 1.0), context) / (1 - busy)
             if itl > 1e3:
-                return ReplicaSpeed(requests_per_s, float("inf"), float("inf"), float("inf"), busy)
+                return ReplicaSpeed(requests_per_s, math.inf, math.inf, math.inf)
         wait = busy / (2 * (1 - busy)) * prefill
         ttft = wait + prefill + itl / 2
-        return ReplicaSpeed(requests_per_s, batch, ttft * 1e3, itl * 1e3, busy)
+        return ReplicaSpeed(requests_per_s, batch, ttft * 1e3, itl * 1e3)
 
-    def capacity(self, load: ExpectedTraffic, slo: LatencyTargets, most_sequences: int) -> ReplicaSpeed:
-        """The highest rate of one replica that keeps the SLO; a rate of 0 if not even a single request
-        at a time does."""
+    def capacity(self, load: ExpectedTraffic, slo: LatencyTargets, max_sequences: int) -> ReplicaSpeed:
+        """One replica at the highest rate that meets the SLO; the rate is 0 if not even a single request at a
+        time does."""
 
-        def keeps(speed: ReplicaSpeed) -> bool:
+        def meets_slo(speed: ReplicaSpeed) -> bool:
             return (
                 speed.ttft_ms <= slo.ttft_ms
                 and speed.itl_ms <= slo.itl_ms
-                and speed.batch <= most_sequences
-                and speed.batch < float("inf")
+                and speed.batch <= max_sequences
+                and speed.batch < math.inf
             )
 
         idle = self.speed(load, 0.0)
-        if not keeps(idle) or most_sequences < 1:
+        if not meets_slo(idle) or max_sequences < 1:
             return idle
         low, high = 0.0, self.pp / self.prefill_s(load.input_tokens)
         for _ in range(_ITERATIONS):
             middle = (low + high) / 2
-            if keeps(self.speed(load, middle)):
+            if meets_slo(self.speed(load, middle)):
                 low = middle
             else:
                 high = middle
@@ -172,7 +173,7 @@ class Roofline:
 
 
 def roofline(model: ModelSpec, settings: EngineArgs, gpu: GpuModel) -> Roofline:
-    """The speed of an engine on GPUs of that model. ValueError if the GPU's speed is not known."""
+    """The speed of an engine on GPUs of that model. ValueError if the GPU's speed is unknown."""
     dtype = settings.resolved_dtype(model, gpu.default_dtype)
     rate = gpu.flops_for(settings.weights_format(model).scheme, dtype)
     if not rate or not gpu.bandwidth_bytes_per_s:
@@ -183,14 +184,14 @@ def roofline(model: ModelSpec, settings: EngineArgs, gpu: GpuModel) -> Roofline:
             if term.name == "weights: experts":
                 experts += term.size_bytes
             elif term.name == "weights: embedding":
-                # Looked up row by row; a tied one is read whole as the output head.
+                # A lookup reads single rows; a tied embedding is read completely as the output head.
                 dense += term.size_bytes if model.tied and stage.last else 0
             elif term.name.startswith("weights"):
                 dense += term.size_bytes
     head = 2.0 * model.head().params
     windows = Counter(kind.window for kind in model.layers)
     width = model.heads * (model.mla.v_head_dim if model.mla else model.head_dim)
-    fixed, per_token = _exchange(model, settings, gpu, dtype)
+    fixed, per_token = _communication(model, settings, gpu, dtype)
     moe = model.moe
     return Roofline(
         rate=rate * COMPUTE_RATIO * settings.tp,
@@ -204,16 +205,16 @@ def roofline(model: ModelSpec, settings: EngineArgs, gpu: GpuModel) -> Roofline:
         expert_ratio=moe.experts_per_token / moe.experts if moe else 1.0,
         kv_bytes=page_bytes(model, settings.tp, 1, settings.kv_bytes(dtype)),
         layers=tuple(windows.items()),
-        exchange_s=fixed,
-        exchange_s_per_token=per_token,
+        communication_s=fixed,
+        communication_s_per_token=per_token,
     )
 
 
-def _exchange(model: ModelSpec, settings: EngineArgs, gpu: GpuModel, dtype: str) -> tuple[float, float]:
-    """(per step, per token): two all-reduces per layer between ranks, one hand-over between stages."""
+def _communication(model: ModelSpec, settings: EngineArgs, gpu: GpuModel, dtype: str) -> tuple[float, float]:
+    """Seconds (per step, per token): two all-reduces per layer between ranks, one transfer between stages."""
     size = model.hidden * DTYPE_BYTES[dtype]
     linked = gpu.nvlink_bytes_per_s > 0
-    # One direction of the link carries what a rank sends.
+    # A rank sends over one direction of the link.
     rate = (gpu.nvlink_bytes_per_s or PCIE_BYTES_PER_S) / 2 * LINK_RATIO
     fixed = per_token = 0.0
     if settings.tp > 1:

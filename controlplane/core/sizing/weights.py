@@ -1,4 +1,4 @@
-"""Bytes of weights per GPU: every matrix cut over tensor-parallel ranks and pipeline stages as vLLM does."""
+"""Bytes of weights per GPU: every matrix split over tensor-parallel ranks and pipeline stages as in vLLM."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from controlplane.core.sizing.quantization import DTYPE_BYTES, NONE, Quantizatio
 
 @dataclass(frozen=True, slots=True)
 class MemoryTerm:
-    """One part of the memory of one GPU, and where its number comes from."""
+    """One part of the memory of one GPU, and the source of its size."""
 
     name: str
     size_bytes: int
@@ -21,7 +21,7 @@ class MemoryTerm:
 
 @dataclass(frozen=True, slots=True)
 class WeightStage:
-    """One pipeline stage: which layers, and whether it holds the two ends."""
+    """One pipeline stage: its layers, and whether it is the first or the last one."""
 
     index: int
     layers: range
@@ -30,8 +30,8 @@ class WeightStage:
 
 
 def stages(model: ModelSpec, pp: int) -> tuple[WeightStage, ...]:
-    """The layers over ``pp`` stages as ``vllm.distributed.utils.get_pp_indices`` deals them out: what is
-    left over goes to the stages before the last one."""
+    """The layers over ``pp`` stages as ``vllm.distributed.utils.get_pp_indices`` distributes them: the
+    remainder goes to the stages before the last one."""
     count = len(model.layers)
     sizes = [count // pp] * pp
     for i in range(2, count % pp + 2):
@@ -45,7 +45,7 @@ def stages(model: ModelSpec, pp: int) -> tuple[WeightStage, ...]:
 
 
 def divisibility(model: ModelSpec, settings: EngineArgs) -> tuple[str, ...]:
-    """Why the model can't be cut that way, in words; empty if it can."""
+    """Why the model can't be split into that many ranks and stages, in words; empty if it can."""
     tp, pp = settings.tp, settings.pp
     wrong = []
     if model.heads % tp:
@@ -72,7 +72,7 @@ def divisibility(model: ModelSpec, settings: EngineArgs) -> tuple[str, ...]:
 
 
 def _group_problems(model: ModelSpec, settings: EngineArgs) -> tuple[str, ...]:
-    """Packed formats can't cut inside a scale group (a row-parallel matrix, per rank)."""
+    """A row-parallel matrix in a packed format can't be split inside a scale group."""
     quantization = settings.weights_format(model)
     group = quantization.group_size
     if settings.tp == 1 or not group or quantization.scheme not in {Scheme.AWQ, Scheme.GPTQ, Scheme.FP8}:
@@ -123,7 +123,7 @@ def _format_of(matrix: Matrix, quantization: Quantization) -> Quantization:
 def weight_terms(
     model: ModelSpec, settings: EngineArgs, stage: WeightStage, dtype: str
 ) -> tuple[MemoryTerm, ...]:
-    """The weights of one GPU of a stage, in groups a person would ask about."""
+    """The weights of one GPU of a stage, in the groups that reports show."""
     quantization = settings.weights_format(model)
     wide = DTYPE_BYTES[dtype]
     sums: Counter[str] = Counter()
@@ -155,7 +155,7 @@ def weight_terms(
 def _derived_terms(
     model: ModelSpec, settings: EngineArgs, kinds: Counter[LayerKind], dtype: str
 ) -> list[MemoryTerm]:
-    """Tables and copies that the engine makes from config and weights while loading."""
+    """Tables and copies that the engine derives from the config and the weights while it loads."""
     wide = DTYPE_BYTES[dtype]
     rotary = model.mla.rope_head_dim if model.mla else int(model.head_dim * model.rotary_ratio)
     tables = 2 if len({kind.window for kind in model.layers}) > 1 and model.norms_per_layer == 4 else 1

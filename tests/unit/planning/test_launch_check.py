@@ -1,4 +1,4 @@
-"""Launches that cannot fit are refused with numbers and a remedy; what isn't known refuses nothing."""
+"""Launches that can't fit are refused with figures and a remedy; what is unknown never refuses a launch."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ def gpus(name: str = "NVIDIA L4", mib: int = 23034, free_mib: int = 22500, **mor
     return Reader(name, mib, more.pop("capability", (8, 9)), free_mib, **more)
 
 
-def test_a_launch_that_fits_says_how() -> None:
+def test_a_launch_that_fits_reports_the_kv_cache() -> None:
     found = check_launch(tier(), SMALL)
-    assert found.known
+    assert found.checked
     assert "23,296 tokens" in found.text
 
 
@@ -96,31 +96,31 @@ def test_on_cpu(fields: dict[str, Any], model: str, kind: type[Exception], words
 def test_on_gpus() -> None:
     small = tier(device="gpu", engine_args={"max-model-len": 8192})
     found = check_launch(small, "Qwen/Qwen2.5-7B-Instruct", reader=gpus())
-    assert found.known
+    assert found.checked
     assert "KV cache for about" in found.text
     with pytest.raises(EngineStartError, match=r"30\.\d+ GiB|61\.\d+ GiB") as caught:
         check_launch(small, "Qwen/Qwen2.5-32B-Instruct", reader=gpus())
     assert "The smallest change: tensor-parallel-size 1 → 4" in str(caught.value)
 
 
-def test_estimates_alone_refuse_nothing() -> None:
+def test_estimates_alone_never_refuse_a_launch() -> None:
     # Weights and one sequence fit; activations and CUDA graphs by estimate do not.
     tight = tier(device="gpu", engine_args={"max-model-len": 8192, "gpu-memory-utilization": 0.72})
     found = check_launch(tight, "Qwen/Qwen2.5-7B-Instruct", reader=gpus())
-    assert found.known
+    assert found.checked
     assert "tight" in found.text
 
 
-def test_gpus_that_vllm_chooses_on_several_nodes_are_not_looked_at() -> None:
+def test_gpus_that_vllm_chooses_on_several_nodes_are_not_checked() -> None:
     wide = tier(device="gpu", pipeline_parallel_size=2, pipeline_across_nodes=True)
     found = check_launch(wide, SMALL, reader=gpus(free_mib=10))
-    assert not found.known
+    assert not found.checked
     assert "on several nodes" in found.text
     with pytest.raises(EngineStartError, match="9 attention heads"):
         check_launch(wide.model_copy(update={"tensor_parallel_size": 2}), SMALL, reader=gpus())
 
 
-def test_memory_that_others_hold() -> None:
+def test_memory_that_other_programs_use() -> None:
     with pytest.raises(EngineError, match=r"gpu-memory-utilization to 0\.4") as caught:
         check_launch(tier(device="gpu"), SMALL, reader=gpus(free_mib=10000))
     assert not isinstance(caught.value, EngineStartError)
@@ -128,33 +128,33 @@ def test_memory_that_others_hold() -> None:
 
 def test_only_the_gpus_of_the_replica_count() -> None:
     reader = gpus(count=2)
-    assert check_launch(tier(device="gpu"), SMALL, ("GPU-1",), reader=reader).known
-    assert not check_launch(tier(device="gpu"), SMALL, ("7",), reader=reader).known
+    assert check_launch(tier(device="gpu"), SMALL, ("GPU-1",), reader=reader).checked
+    assert not check_launch(tier(device="gpu"), SMALL, ("7",), reader=reader).checked
 
 
 def test_a_gpu_that_is_not_in_the_table() -> None:
     reader = gpus("NVIDIA New", 16384, 16000, capability=(9, 0))
-    assert check_launch(tier(device="gpu"), SMALL, reader=reader).known
+    assert check_launch(tier(device="gpu"), SMALL, reader=reader).checked
     with pytest.raises(EngineStartError, match="NVIDIA New"):
         check_launch(tier(device="gpu"), "Qwen/Qwen2.5-14B-Instruct", reader=reader)
 
 
-def test_without_a_driver_the_cut_is_still_checked() -> None:
-    assert not check_launch(tier(device="gpu"), SMALL).known
+def test_without_a_driver_divisibility_is_still_checked() -> None:
+    assert not check_launch(tier(device="gpu"), SMALL).checked
     with pytest.raises(EngineStartError, match="9 attention heads"):
         check_launch(tier(device="gpu", tensor_parallel_size=2), SMALL)
 
 
-def test_what_is_not_known_refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_model_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     found = check_launch(tier(), "someone/unknown-model")
-    assert not found.known
+    assert not found.checked
     assert "not checked" in found.text
-    assert not check_launch(tier(engine_args={"dtype": "odd"}), SMALL).known
-    assert not check_launch(tier(engine="simulated"), SMALL).known
+    assert not check_launch(tier(engine_args={"dtype": "odd"}), SMALL).checked
+    assert not check_launch(tier(engine="simulated"), SMALL).checked
 
 
-def test_a_model_is_given_to_an_engine_only_if_it_can_fit(tmp_path: Path) -> None:
+def test_an_engine_gets_a_model_only_if_it_can_fit(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))
     phases: list[str] = []
     with pytest.raises(EngineStartError, match=r"needs \d+.*smaller model"):
@@ -169,20 +169,20 @@ def test_a_model_is_given_to_an_engine_only_if_it_can_fit(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "odd", [{"quantization_config": {"quant_method": "mxfp4"}}, {"model_type": "not_yet_known"}]
 )
-def test_what_is_guessed_of_a_model_refuses_nothing(tmp_path: Path, odd: dict[str, Any]) -> None:
+def test_a_model_whose_size_is_guessed_is_not_refused(tmp_path: Path, odd: dict[str, Any]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B | odd))
     found = check_launch(tier(device="gpu"), str(tmp_path), reader=gpus())
-    assert not found.known
+    assert not found.checked
     assert "memory was not checked" in found.text
 
 
 @pytest.mark.parametrize("saving", [{"cpu-offload-gb": 60}, {"hf-overrides": '{"num_hidden_layers": 2}'}])
-def test_what_may_make_it_smaller_refuses_nothing(saving: dict[str, Any]) -> None:
+def test_with_an_argument_that_may_reduce_memory_nothing_is_refused(saving: dict[str, Any]) -> None:
     args = {"max-model-len": 8192}
     with pytest.raises(EngineStartError):
         check_launch(tier(device="gpu", engine_args=args), "Qwen/Qwen2.5-32B-Instruct", reader=gpus())
-    spared = tier(device="gpu", engine_args=args | saving)
-    assert not check_launch(spared, "Qwen/Qwen2.5-32B-Instruct", reader=gpus()).known
+    reduced = tier(device="gpu", engine_args=args | saving)
+    assert not check_launch(reduced, "Qwen/Qwen2.5-32B-Instruct", reader=gpus()).checked
 
 
 def test_a_model_that_breaks_the_check_is_left_to_the_engine(

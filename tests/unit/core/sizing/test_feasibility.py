@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from controlplane.core.sizing.engine_args import EngineArgs
-from controlplane.core.sizing.feasibility import Fit, FitLimits, Unfit, fit, shortfalls
+from controlplane.core.sizing.feasibility import Fit, FitLimits, Unfit, judge, shortfalls
+from controlplane.core.sizing.gpu_memory import plan_memory
 from controlplane.core.sizing.quantization import preset
 from controlplane.models.catalog import gpu_named, gpu_table, known_model
 
@@ -17,10 +18,10 @@ ALLOWED = ("fp8", "awq")
 def verdict(model: str, gpu: str, settings: EngineArgs, **limits: Any) -> Fit | Unfit:
     spec = known_model(model)
     assert spec is not None
-    return fit(spec, settings, gpu_named(gpu), FitLimits(**limits))
+    return judge(plan_memory(spec, settings, gpu_named(gpu)), FitLimits(**limits))
 
 
-def test_a_fit_says_how_much() -> None:
+def test_a_fit_reports_sequences_and_length() -> None:
     found = verdict("qwen3-8b", "H100", EngineArgs(max_length=8192), length=4096)
     assert isinstance(found, Fit)
     assert found.length == 4096
@@ -30,7 +31,7 @@ def test_a_fit_says_how_much() -> None:
 @pytest.mark.parametrize(
     ("model", "gpu", "settings", "limits", "flags"),
     [
-        # What the GPU can't do at all is taken back, not the GPU changed.
+        # A setting that the GPU doesn't support is removed before another GPU is suggested.
         (
             "qwen2.5-1.5b-instruct",
             "T4",
@@ -45,15 +46,15 @@ def test_a_fit_says_how_much() -> None:
             {"alternatives": gpu_table()},
             ["quantization"],
         ),
-        # Free first: a GPU that isn't used whole.
+        # Changes without a cost first: here the engine doesn't use the whole GPU.
         ("qwen2.5-7b-instruct", "L4", {"memory_ratio": 0.7}, {"length": 8192}, ["gpu-memory-utilization"]),
         ("llama-3.1-8b-instruct", "L4", {}, {}, ["max-model-len"]),
-        # The length is given: an fp8 cache makes room for as many sequences.
+        # The length is fixed: an fp8 cache makes room for that many sequences.
         (
             "llama-3.1-8b-instruct",
             "L4",
             {"max_length": 16384, "memory_ratio": 0.97, "max_sequences": 8, "eager": True},
-            {"sequences": 4, "shortest_length": 16384},
+            {"sequences": 4, "length": 16384},
             ["kv-cache-dtype"],
         ),
         (
@@ -88,14 +89,14 @@ def test_the_smallest_change(
     assert shortfalls(found.changed, FitLimits(**limits)) == ()
 
 
-def test_numbers_stand_in_the_reason() -> None:
+def test_a_reason_contains_the_figures() -> None:
     found = verdict("llama-3.1-70b-instruct", "H100", EngineArgs())
     assert isinstance(found, Unfit)
     assert "GiB" in found.reasons[0]
     assert found.needed_bytes > found.available_bytes > 0
 
 
-def test_nothing_helps_is_said() -> None:
+def test_a_verdict_says_that_no_change_helps() -> None:
     found = verdict("deepseek-v3", "T4", EngineArgs(), count=1)
     assert isinstance(found, Unfit)
     assert found.changes == ()

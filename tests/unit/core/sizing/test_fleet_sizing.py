@@ -1,4 +1,4 @@
-"""The chooser: cheapest first, inside the SLO and the fleet, with reasons."""
+"""The cheapest options that meet the SLO and fit the fleet, with reasons."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from controlplane.core.sizing.fleet_sizing import (
     options,
     size_tiers,
 )
-from controlplane.core.sizing.gpu_models import seen_gpu
+from controlplane.core.sizing.gpu_models import unlisted_gpu
 from controlplane.core.sizing.roofline import ExpectedTraffic, LatencyTargets, roofline
 from controlplane.models.catalog import gpu_named, known_model
 
@@ -36,7 +36,7 @@ def fleet(**counts: int) -> list[FleetGpu]:
     return [FleetGpu(gpu_named(name), count, prices[name]) for name, count in counts.items()]
 
 
-def test_the_cheapest_that_keeps_the_slo() -> None:
+def test_the_cheapest_option_that_meets_the_slo() -> None:
     found = size_tiers([need("qwen2.5-1.5b-instruct", 5)], fleet(L4=8, H100=8))
     assert isinstance(found, FleetSizing)
     (choice,) = found.choices
@@ -58,7 +58,7 @@ def test_a_strict_slo_takes_a_faster_gpu() -> None:
     assert (slow.choices[0].option.gpu, fast.choices[0].option.gpu) == ("L4", "H100-80G")
 
 
-def test_formats_only_as_allowed() -> None:
+def test_only_allowed_formats_are_chosen() -> None:
     plain = size_tiers([need("llama-3.1-70b-instruct", 1, slo=LatencyTargets(3000, 80))], fleet(H100=4))
     assert isinstance(plain, FleetSizing)
     assert plain.choices[0].option.quantization == "none"
@@ -92,14 +92,14 @@ def test_more_load_never_takes_fewer_gpus() -> None:
     assert counts == sorted(counts)
 
 
-def test_every_way_left_out_has_a_reason() -> None:
+def test_every_option_that_was_ruled_out_has_a_reason() -> None:
     good, bad = options(need("llama-3.1-70b-instruct", 1), fleet(L4=8, A100=8))
     assert bad
     assert all(entry.reason for entry in bad)
     assert len(good) + len(bad) == 8
 
 
-def test_no_way_is_a_value_with_reasons() -> None:
+def test_a_load_that_nothing_serves_is_a_value_with_reasons() -> None:
     found = size_tiers([need("llama-3.1-70b-instruct", 1)], fleet(L4=2))
     assert isinstance(found, NoFleetSizing)
     assert "llama-3.1-70b-instruct" in found.reasons[0]
@@ -108,8 +108,8 @@ def test_no_way_is_a_value_with_reasons() -> None:
     assert "more GPUs than there are" in crowded.reasons[0]
 
 
-def test_a_gpu_of_unknown_speed_is_left_out() -> None:
-    unknown = FleetGpu(seen_gpu("New GPU", 81920, 90), 4, 1.0)
+def test_a_gpu_of_unknown_speed_is_ruled_out() -> None:
+    unknown = FleetGpu(unlisted_gpu("New GPU", 81920, 90), 4, 1.0)
     good, bad = options(need("qwen3-8b", 1), [unknown])
     assert not good
     assert "not known" in bad[0].reason

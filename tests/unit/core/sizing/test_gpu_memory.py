@@ -1,4 +1,4 @@
-"""Bytes per GPU, KV blocks and how models are cut."""
+"""Bytes per GPU, KV blocks, and how models are split over GPUs."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_padding_of_the_vocabulary_counts() -> None:
     assert weights(plan) == (spec.params + 2 * 23 * 64) * 2
 
 
-def test_kv_heads_are_replicated_once_they_run_out() -> None:
+def test_kv_heads_are_replicated_when_there_are_fewer_than_ranks() -> None:
     spec = known("qwen2.5-3b-instruct")  # 2 KV heads
     per_layer = [
         kv_layout(spec, tp=tp, stage=range(36), block_tokens=16, kv_bytes=2, in_flight_tokens=0).page_bytes
@@ -90,7 +90,7 @@ def test_layers_are_grouped_as_vllm_does(full: int, sliding: int, groups: list[i
     assert [len(g.layers) for g in kv_groups(spec, hybrid=False)] == [len(kinds)]
 
 
-def test_sliding_layers_hold_their_window_and_what_is_in_flight() -> None:
+def test_sliding_layers_store_their_window_and_tokens_in_flight() -> None:
     spec = known("gemma-2-9b-it")
     plan = plan_memory(spec, EngineArgs(max_batched_tokens=512), L4)
     layout = plan.stages[0].layout
@@ -102,7 +102,7 @@ def test_sliding_layers_hold_their_window_and_what_is_in_flight() -> None:
 @pytest.mark.parametrize(
     ("layers", "pp", "sizes"), [(32, 1, [32]), (32, 4, [8] * 4), (30, 4, [7, 8, 8, 7]), (61, 2, [31, 30])]
 )
-def test_layers_over_stages_as_vllm_deals_them(layers: int, pp: int, sizes: list[int]) -> None:
+def test_layers_are_distributed_over_stages_as_in_vllm(layers: int, pp: int, sizes: list[int]) -> None:
     spec = plain_model(layers=layers, hidden=64, heads=4, kv_heads=2, intermediate=64)
     found = stages(spec, pp)
     assert [len(stage.layers) for stage in found] == sizes
@@ -125,24 +125,24 @@ def test_a_tied_embedding_is_on_both_ends_of_a_pipeline() -> None:
         ("llama-3.1-8b-instruct", 3, "feed-forward width"),
     ],
 )
-def test_what_cannot_be_divided_is_named(name: str, tp: int, words: str) -> None:
+def test_the_size_that_is_not_divisible_is_named(name: str, tp: int, words: str) -> None:
     assert words in "; ".join(divisibility(known(name), EngineArgs(tp=tp)))
 
 
-def test_what_can_be_divided() -> None:
+def test_divisible_models() -> None:
     assert divisibility(known("smollm2-135m-instruct"), EngineArgs(tp=3)) == ()
     assert divisibility(known("deepseek-v3"), EngineArgs(tp=8, expert_parallel=True)) == ()
     assert "fewer" in divisibility(known("qwen3-8b"), EngineArgs(pp=37))[0]
 
 
-def test_a_group_of_a_packed_format_is_not_cut() -> None:
+def test_a_group_of_a_packed_format_is_not_split() -> None:
     spec = known("qwen2.5-72b-instruct")
     assert divisibility(spec, EngineArgs(tp=8)) == ()
     awq = parse_settings({"quantization": "awq"}, tp=8)
     assert "3696 is no multiple of the quantisation group 128" in divisibility(spec, awq)[0]
 
 
-def test_formats_leave_embeddings_alone() -> None:
+def test_formats_do_not_quantise_embeddings() -> None:
     spec = known("llama-3.1-8b-instruct")
     (stage,) = stages(spec, 1)
     full = {t.name: t.size_bytes for t in weight_terms(spec, EngineArgs(), stage, "bfloat16")}
@@ -176,7 +176,7 @@ def test_kv_cache_in_bytes_overrides_the_memory_ratio() -> None:
     assert plan.blocks == 4 * GIB // (16 * 36 * 2 * 8 * 128 * 2)
 
 
-def test_the_longest_that_fits() -> None:
+def test_the_longest_sequence_that_fits() -> None:
     plan = plan_memory(known("llama-3.1-8b-instruct"), EngineArgs(max_length=-1), L4)
     assert 0 < plan.longest == plan.length < 131072
     assert plan.sequences(plan.longest) == 1
@@ -198,7 +198,7 @@ def test_without_estimates_only_weights_remain() -> None:
         ({"quantization": "magic"}, "quantization"),
     ],
 )
-def test_arguments_that_make_no_sense_are_named(args: dict[str, ArgValue], words: str) -> None:
+def test_an_invalid_argument_is_named(args: dict[str, ArgValue], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         parse_settings(args)
 
@@ -269,13 +269,13 @@ def test_cpu_verdicts() -> None:
     assert judge_cpu(odd, total_bytes=24 * GIB, available_bytes=24 * GIB).remedy.endswith("2 → 1")
 
 
-def test_automatic_cpu_cache_takes_what_is_left_of_the_ratio() -> None:
+def test_an_automatic_cpu_cache_takes_the_remainder_of_the_memory_ratio() -> None:
     settings = parse_settings({"dtype": "float32", "gpu-memory-utilization": 0.5}, device="cpu")
     plan = plan_cpu_memory(known("smollm2-135m-instruct"), settings, kv_cache_bytes=0, node_bytes=16 * GIB)
     assert 6 * GIB < plan.workers[0].kv_budget_bytes < 8 * GIB
 
 
-def test_bytes_for_people() -> None:
+def test_bytes_as_text() -> None:
     assert [gib(15 * GIB), gib(200 * MIB), gib(2 * MIB), gib(131072)] == [
         "15.00 GiB",
         "0.20 GiB",

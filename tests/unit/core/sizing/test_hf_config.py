@@ -59,7 +59,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("family", "change"), CASES, ids=[f"{f}-{i}" for i, (f, _) in enumerate(CASES)])
-def test_params_are_those_of_the_model_class(family: str, change: dict[str, Any]) -> None:
+def test_parameter_counts_equal_the_model_class(family: str, change: dict[str, Any]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch = pytest.importorskip("torch")
@@ -187,7 +187,7 @@ def test_quantization_configs(raw: dict[str, Any], scheme: Scheme, bits: int, gr
     assert (found.scheme, found.bits, found.group_size, note) == (scheme, bits, group, "")
 
 
-def test_an_unknown_quantization_is_said_not_guessed() -> None:
+def test_an_unknown_quantization_is_reported_and_not_guessed() -> None:
     found, note = parse_quantization({"quant_method": "tomorrow"})
     assert not found.quantized
     assert "tomorrow" in note
