@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from controlplane.controller.controller import Controller, ControllerRules, NotSettled
 from controlplane.controller.registry import Registry
@@ -39,7 +40,7 @@ class Clock:
         return self.s
 
 
-def gpu_sample(uuid: str, index: int = 0, **fields: object) -> GpuSample:
+def gpu_sample(uuid: str, index: int = 0, **fields: Any) -> GpuSample:
     """A healthy GPU of 80 GiB, with what the test wants otherwise."""
     info = GpuInfo(uuid, index, "NVIDIA A", numa_node=0, slowdown_c=90, nvlinks=())
     usual: dict[str, object] = {

@@ -133,7 +133,7 @@ class Rig:
         endpoints = tuple(self.endpoints.values())
         self.gateway.apply(ClusterSnapshot("epoch", self.version, time.time(), endpoints, gateways))
 
-    async def post(self, path: str, body: Any, **headers: str) -> tuple[int, Any, Any]:
+    async def post(self, path: str, body: Any, **headers: Any) -> tuple[int, Any, Any]:
         """Status, headers and JSON of an answer."""
         names = {name.replace("_", "-"): value for name, value in headers.items()}
         async with self.client.post(self.base + path, json=body, headers=names) as answer:
@@ -149,7 +149,7 @@ class Rig:
         body: dict[str, Any],
         path: str = CHAT,
         on_event: Callable[[int], Awaitable[None] | None] | None = None,
-        **headers: str,
+        **headers: Any,
     ) -> Stream:
         """All of a stream; ``on_event`` is called with the number of events so far."""
         names = {name.replace("_", "-"): value for name, value in headers.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,7 +40,7 @@ READINGS = (
 def start(tmp_path: Path) -> Iterator[Callable[..., tuple[FakeDriver, Child]]]:
     children: list[Child] = []
 
-    def begin(**settings: object) -> tuple[FakeDriver, Child]:
+    def begin(**settings: Any) -> tuple[FakeDriver, Child]:
         driver = FakeDriver(tmp_path, **settings)  # type: ignore[arg-type]
         child = Child(READER, driver.env())
         children.append(child)

@@ -54,7 +54,7 @@ PARENT = (
 )
 
 
-def record(plane_id: str = "p1", **kwargs: object) -> RunRecord:
+def record(plane_id: str = "p1", **kwargs: Any) -> RunRecord:
     base = RunRecord(
         plane_id=plane_id,
         config="/etc/plane.yaml",

@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,7 @@ from controlplane.simulation.traces import Arrival
 COLD_S = 30.0
 
 
-def tier(name: str, replicas: int = 1, **shape: int) -> TierScenario:
+def tier(name: str, replicas: int = 1, **shape: Any) -> TierScenario:
     asked = GangShape(**shape)
     engine = EngineModel(SimulatedTiming(0.05, 0.02, 0.01), 1e6, 256)
     return TierScenario(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -22,13 +23,13 @@ SMALL = {"name": "t", "model": "Qwen/Qwen2.5-1.5B-Instruct"}
 LARGE = {**SMALL, "model": "Qwen/Qwen2.5-14B-Instruct"}
 
 
-def node(name: str, gpus: int, model: str, **more: object) -> Node:
+def node(name: str, gpus: int, model: str, **more: Any) -> Node:
     known = gpu_named(model).usable_bytes if model != "Homemade" else 1 << 40
     found = tuple(Gpu(f"{name}/{i}", i, model, known) for i in range(gpus))
     return Node(name, found, 64_000, 1 << 40, **more)
 
 
-def scenario(tier: dict[str, object], *nodes: Node, **settings: object):
+def scenario(tier: dict[str, object], *nodes: Node, **settings: Any):
     plane = parse_plane({"tiers": [tier], **settings})
     return build(plane, Options(), WORK, nodes)
 

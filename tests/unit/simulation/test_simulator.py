@@ -5,6 +5,7 @@ import random
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,7 @@ PRIOR = EngineSpeed(0.02, 0.0002, 1e-6)
 REACTIVE = tuple(name for name in NAMES if name not in ("static", "oracle"))
 
 
-def tier(name: str = "light", **more: object) -> TierScenario:
+def tier(name: str = "light", **more: Any) -> TierScenario:
     engine = EngineModel(SimulatedTiming(0.05, 0.02, 0.01), 1e6, 256)
     replica = ReplicaModel(engine, 10, cost_per_gpu_hour=2.0, cold_start_s=30.0)
     scaling = ScalingSettings(1, 20, cold_start_s=30.0, sequences=10.0, slo=Slo(2.0, 0.1))

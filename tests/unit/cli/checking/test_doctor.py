@@ -6,6 +6,7 @@ import json
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -21,7 +22,7 @@ def plane(name: str) -> PlaneConfig:
     return load_plane(CONFIGS / f"{name}.yaml").plane
 
 
-def versions(**installed: str) -> Callable[[str], str | None]:
+def versions(**installed: Any) -> Callable[[str], str | None]:
     return lambda name: installed.get(name.replace("-", "_"))
 
 

@@ -57,7 +57,7 @@ def run(*arguments: str) -> Result:
             signal.signal(number, handler)
 
 
-def record(**kwargs: object) -> RunRecord:
+def record(**kwargs: Any) -> RunRecord:
     base = RunRecord(
         plane_id="no-such-plane",
         config="/etc/plane.yaml",

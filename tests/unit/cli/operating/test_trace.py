@@ -56,7 +56,7 @@ class Plane:
             unix_s=self.world.clock,
         )
 
-    def step(self, seconds: int, **per_s: int) -> None:
+    def step(self, seconds: int, **per_s: Any) -> None:
         """Seconds pass in which so many requests come for each tier, of 70 and 11 tokens."""
         for _ in range(seconds):
             for tier, count in per_s.items():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from controlplane.core.autoscaling.cold_starts import PLACING_S, STARTS_KEPT, ColdStarts
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
 
 
-def ready(number: int, took_s: float, **more: object) -> Endpoint:
+def ready(number: int, took_s: float, **more: Any) -> Endpoint:
     made = Endpoint(f"e{number}", "small", "m", "simulated", "", EndpointState.READY, 4)
     return replace(made, generation=1, started_unix_s=100.0, since_unix_s=100.0 + took_s, **more)
 

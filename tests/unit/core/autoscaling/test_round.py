@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ SETTINGS = ScalingSettings(max_replicas=20, cold_start_s=30.0, sequences=16.0)
 MONDAY_UNIX_S = 1_767_571_200.0
 
 
-def rule(tier: str, **more: object) -> TierRule:
+def rule(tier: str, **more: Any) -> TierRule:
     return replace(TierRule(tier, SETTINGS, SPEED, WORK), **more)
 
 
@@ -36,7 +37,7 @@ class Plane:
         self.targets |= {tier: decision.target for tier, decision in decisions.items()}
         return decisions
 
-    def seen(self, tier: str, rate: float, **more: object) -> TierObservation:
+    def seen(self, tier: str, rate: float, **more: Any) -> TierObservation:
         target = self.targets[tier]
         made = TierObservation(
             tier, self.now_s, MONDAY_UNIX_S + self.now_s, target, target, 5.0, known_now(rate * 5.0),
@@ -53,7 +54,7 @@ class Plane:
 class Busy(Plane):
     """One whose requests end, so that it is known what a replica carries."""
 
-    def seen(self, tier: str, rate: float, **more: object) -> TierObservation:
+    def seen(self, tier: str, rate: float, **more: Any) -> TierObservation:
         tokens = {"input_tokens": known_now(500.0), "output_tokens": known_now(100.0)}
         return super().seen(tier, rate, in_flight=known_now(0.0), finished=rate * 5.0, **tokens, **more)
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 
@@ -40,7 +41,7 @@ GONE = Missing(Absence.NO_DRIVER, "the driver is gone")
 INFO = GpuInfo("GPU-a", 0, slowdown_c=87, shutdown_c=92, recovery_action=RecoveryAction.NONE)
 
 
-def look(info: GpuInfo = INFO, **figures: object) -> GpuSample:
+def look(info: GpuInfo = INFO, **figures: Any) -> GpuSample:
     healthy = GpuSample(
         info,
         GpuCondition.OK,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from controlplane.core.gpus.node_view import node_of
 from controlplane.core.placement.topology import islands
 from controlplane.core.telemetry.samples import (
@@ -18,7 +20,7 @@ def link(remote: str = "", *, active: bool = True, switch: bool = False) -> NvLi
     return NvLink(active, remote, switch)
 
 
-def gpu(name: str, *links: NvLink, **fields: object) -> GpuSample:
+def gpu(name: str, *links: NvLink, **fields: Any) -> GpuSample:
     info = GpuInfo(name, int(name[1:]), "NVIDIA A", numa_node=0, nvlinks=links)
     return GpuSample(info, GpuCondition.OK, memory_total_bytes=1000, **fields)  # type: ignore[arg-type]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -280,7 +281,7 @@ def test_revalidation_sees_what_changed_since() -> None:
     def problems(state: PlacedCluster, placement: Placement = a) -> str:
         return "; ".join(str(conflict) for conflict in revalidate([placement], state))
 
-    def changed(**fields: object) -> PlacedCluster:
+    def changed(**fields: Any) -> PlacedCluster:
         return PlacedCluster(
             tuple(replace(node, **fields) if node.node_id == where else node for node in nodes)  # type: ignore[arg-type]
         )

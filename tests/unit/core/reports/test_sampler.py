@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ TIER = Instance(InstanceKind.TIER, "small", "small")
 HEARTBEAT_S = 2.0
 
 
-def endpoint(name: str, state: EndpointState = EndpointState.READY, **more: object) -> Endpoint:
+def endpoint(name: str, state: EndpointState = EndpointState.READY, **more: Any) -> Endpoint:
     plain = Endpoint(name, "small", "m", "vllm", "", state, 10, generation=1)
     return replace(plain, **more)  # type: ignore[arg-type]
 
@@ -72,7 +73,7 @@ class Plane:
         self.demand.book.forget_others(self.gateways)
 
 
-def started(**fields: object) -> Plane:
+def started(**fields: Any) -> Plane:
     plane = Plane(**fields)  # type: ignore[arg-type]
     plane.step(2)
     plane.take()

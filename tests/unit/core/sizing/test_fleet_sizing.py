@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from controlplane.core.sizing.engine_args import EngineArgs
@@ -31,7 +33,7 @@ def need(
     return TierNeed(model, spec, ExpectedTraffic(rate, 1000, 250), slo, formats, SETTINGS)
 
 
-def fleet(**counts: int) -> list[FleetGpu]:
+def fleet(**counts: Any) -> list[FleetGpu]:
     prices = {"L4": 0.7, "A100": 2.5, "H100": 4.0}
     return [FleetGpu(gpu_named(name), count, prices[name]) for name, count in counts.items()]
 

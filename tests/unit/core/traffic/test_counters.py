@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -25,11 +26,11 @@ from controlplane.core.traffic.counters import (
 from controlplane.core.traffic.demand import TierDemandTracker
 
 
-def counted(**values: int) -> TrafficCounters:
+def counted(**values: Any) -> TrafficCounters:
     return TrafficCounters("small", **values)  # type: ignore[arg-type]
 
 
-def buckets(**at: int) -> tuple[int, ...]:
+def buckets(**at: Any) -> tuple[int, ...]:
     """``_0_5=3``: three observations in the bucket up to 0.5 s."""
     wanted = {float(name[1:].replace("_", ".")): count for name, count in at.items()}
     assert wanted.keys() <= set(LATENCY_BOUNDS_S)
