@@ -65,7 +65,7 @@ def cases() -> list[Case]:
         for dtype in ("float32", "bfloat16")
         for kv in (1, 2)
     ]
-    shortened = {
+    shortened: dict[str, dict[str, Any]] = {
         "Qwen/Qwen2.5-0.5B-Instruct": {"num_hidden_layers": 6},
         "Qwen/Qwen3-0.6B": {"num_hidden_layers": 6},
         "google/gemma-2-2b-it": {"num_hidden_layers": 4},

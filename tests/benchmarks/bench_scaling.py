@@ -218,7 +218,7 @@ def _draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 def _missed(row: dict[str, Any]) -> float:
     """In %; at least one in ten thousand, for a logarithmic axis."""
-    return max(100 * (1 - row["slo_attainment"]), 0.01)
+    return max(100 * (1 - float(row["slo_attainment"])), 0.01)
 
 
 def _rows(trace: Trace, cold_s: float, runs: Sequence[Run]) -> Iterable[dict[str, Any]]:

@@ -6,10 +6,11 @@ import asyncio
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from time import monotonic
 
-from tests.benchmarks.load import Load, generate, question, session
+from tests.benchmarks.load import Kind, Load, Question, generate, question, session
 from tests.benchmarks.plane import Plane
 
 LOOK_S = 0.5
@@ -71,8 +72,8 @@ async def run_steps(
     run = Run()
     over = asyncio.Event()
 
-    def ask(number: int):  # type: ignore[no-untyped-def]
-        kind = "stream" if random.Random(number).random() < 0.5 else "post"
+    def ask(number: int) -> tuple[Question, dict[str, str]]:
+        kind: Kind = "stream" if random.Random(number).random() < 0.5 else "post"
         return question(number, kind, tier, tokens, tokens), {}
 
     async def look() -> None:
@@ -88,11 +89,9 @@ async def run_steps(
             ends_s = run.began_s
             for number, step in enumerate(steps):
                 ends_s += step.seconds
-                until = ends_s
                 # Requests of a step that still run do not hold the next one up.
-                task = generate(
-                    run.load, http, plane.url, step.per_s, ask, lambda u=until: u, poisson_seed=seed + number
-                )
+                end_s = partial(float, ends_s)
+                task = generate(run.load, http, plane.url, step.per_s, ask, end_s, poisson_seed=seed + number)
                 running = asyncio.create_task(task)
                 await asyncio.sleep(max(0.0, ends_s - monotonic()))
                 last = running

@@ -10,10 +10,11 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from openai import AuthenticationError, NotFoundError, OpenAI
@@ -28,7 +29,7 @@ from controlplane.engines.supervision.status import EngineStatus
 from controlplane.engines.supervision.supervisor import EngineSupervisor
 from controlplane.errors import EngineStartError
 from controlplane.models import bundled
-from tests.support.engines import alive, call, events_of, supervised
+from tests.support.engines import alive, call, events_of, parent_of, pid_of, supervised
 from tests.support.waiting import until
 
 NO_RESTARTS = RestartConfig(max_restarts=0)
@@ -44,27 +45,27 @@ KINDS = [
 WITH_PROCESS = [kind for kind in KINDS if kind.values != ("endpoint",)]
 
 
-def tier_of(kind: str, **settings) -> TierConfig:
+def tier_of(kind: str, **settings: Any) -> TierConfig:
     """A tier of that kind, small enough for a test."""
-    of_kind: dict[str, object] = {
+    kinds: dict[str, dict[str, Any]] = {
         "simulated": {"engine_args": {"ttft-ms": 20, "itl-ms": 5}},
         "llamacpp": {"model": BUNDLED, "engine_args": {"ctx-size": 4096}},
         "vllm": {"model": BUNDLED, "device": "cpu", "engine_args": {"max-model-len": 2048}},
         "endpoint": {"model": "served", "api_key_env": "TIERPLANE_TEST_KEY"},
-    }[kind]
+    }
     return TierConfig(
         **{
             "name": f"t-{kind}",
             "engine": kind,
             "served_model_name": "served",
             "restart": NO_RESTARTS,
-            **of_kind,
+            **kinds[kind],
             **settings,
         }
     )
 
 
-def resolver(tier: TierConfig):
+def resolver(tier: TierConfig) -> Callable[[str, Callable[[str], None]], str]:
     return lambda model, progress: bundled.resolve(model, tier.engine, progress) if model else ""
 
 
@@ -102,11 +103,11 @@ def running(request: pytest.FixtureRequest) -> Iterator[Running]:
         yield Running(kind, tier, engine_for(tier), supervisor, supervisor.wait_ready(READY_S))
 
 
-MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
-CHAT = {"model": "served", "messages": MESSAGES, "max_tokens": 8, "temperature": 0}
+MESSAGES: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
+CHAT: dict[str, Any] = {"model": "served", "messages": MESSAGES, "max_tokens": 8, "temperature": 0}
 
 
-def test_it_is_ready_and_says_where(running) -> None:
+def test_it_is_ready_and_says_where(running: Running) -> None:
     status = running.status
     assert status.state is EndpointState.READY
     assert status.base_url.startswith("http://")
@@ -118,28 +119,28 @@ def test_it_is_ready_and_says_where(running) -> None:
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/chat/completions", "/v1/completions"])
 @pytest.mark.parametrize("secret", ["", "wrong"])
-def test_v1_demands_the_secret(running, path, secret) -> None:
+def test_v1_demands_the_secret(running: Running, path: str, secret: str) -> None:
     body = None if path.endswith("models") else CHAT
     assert call(running.status.base_url + path, secret, body)[0] == 401
 
 
-def test_the_openai_client_is_refused_with_a_wrong_key(running) -> None:
+def test_the_openai_client_is_refused_with_a_wrong_key(running: Running) -> None:
     with pytest.raises(AuthenticationError):
         running.client.with_options(api_key="wrong").models.list()
 
 
-def test_it_answers_to_the_tiers_name(running) -> None:
+def test_it_answers_to_the_tiers_name(running: Running) -> None:
     assert "served" in [model.id for model in running.client.models.list()]
 
 
-def test_an_unknown_model_is_not_found(running) -> None:
+def test_an_unknown_model_is_not_found(running: Running) -> None:
     if running.kind == "llamacpp":
         pytest.skip("llama.cpp serves its one model under any name; the gateway checks names itself")
     with pytest.raises(NotFoundError):
         running.client.chat.completions.create(model="nope", messages=MESSAGES, max_tokens=1)
 
 
-def test_chat(running) -> None:
+def test_chat(running: Running) -> None:
     answer = running.client.chat.completions.create(**CHAT)
     assert answer.choices[0].message.role == "assistant"
     assert answer.choices[0].message.content
@@ -148,7 +149,7 @@ def test_chat(running) -> None:
     assert 0 < answer.usage.completion_tokens <= 8
 
 
-def test_chat_streamed_says_the_same(running) -> None:
+def test_chat_streamed_says_the_same(running: Running) -> None:
     whole = running.client.chat.completions.create(**CHAT)
     text, finishes, usage = "", [], None
     chunks = running.client.chat.completions.create(
@@ -165,15 +166,20 @@ def test_chat_streamed_says_the_same(running) -> None:
     assert usage.completion_tokens == whole.usage.completion_tokens
 
 
-def test_completions_whole_and_streamed(running) -> None:
-    ask = {"model": "served", "prompt": "The capital of France is", "max_tokens": 4, "temperature": 0}
+def test_completions_whole_and_streamed(running: Running) -> None:
+    ask: dict[str, Any] = {
+        "model": "served",
+        "prompt": "The capital of France is",
+        "max_tokens": 4,
+        "temperature": 0,
+    }
     whole = running.client.completions.create(**ask)
     assert whole.choices[0].text
     streamed = running.client.completions.create(**ask, stream=True)
     assert "".join(chunk.choices[0].text for chunk in streamed if chunk.choices) == whole.choices[0].text
 
 
-def test_an_empty_conversation_is_the_clients_fault(running) -> None:
+def test_an_empty_conversation_is_the_clients_fault(running: Running) -> None:
     status, _, text = call(
         running.status.base_url + "/v1/chat/completions", running.status.secret, {"model": "served"}
     )
@@ -181,7 +187,7 @@ def test_an_empty_conversation_is_the_clients_fault(running) -> None:
     assert "error" in text
 
 
-def test_what_its_capabilities_promise(running) -> None:
+def test_what_its_capabilities_promise(running: Running) -> None:
     capabilities = running.engine.capabilities(running.tier)
     client = running.client
     if capabilities.responses:
@@ -213,7 +219,7 @@ def test_what_its_capabilities_promise(running) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_completion_resumes_from_token_ids(running, stream) -> None:
+def test_a_completion_resumes_from_token_ids(running: Running, stream: bool) -> None:
     if not running.engine.capabilities(running.tier).resume_by_token_ids:
         pytest.skip(f"{running.kind} does not promise to resume")
     secret, url = running.status.secret, running.status.base_url
@@ -238,12 +244,12 @@ def test_a_completion_resumes_from_token_ids(running, stream) -> None:
     assert ids[:5] + _token_ids(answers) == ids
 
 
-def _token_ids(answers):
+def _token_ids(answers: list[dict[str, Any]]) -> list[int]:
     choices = [choice for answer in answers for choice in answer["choices"]]
     return [token for choice in choices for token in choice.get("token_ids") or []]
 
 
-def test_metrics_carry_the_names_it_promises(running) -> None:
+def test_metrics_carry_the_names_it_promises(running: Running) -> None:
     engine = running.engine
     if not engine.metrics_path:
         assert engine.metric_names.running == ""
@@ -266,7 +272,7 @@ def test_metrics_carry_the_names_it_promises(running) -> None:
     assert missing == []
 
 
-def test_a_client_that_hangs_up_aborts_its_request(running) -> None:
+def test_a_client_that_hangs_up_aborts_its_request(running: Running) -> None:
     if not running.engine.metric_names.running:
         pytest.skip("an address does not show what it runs")
     ask = {**CHAT, "max_tokens": 1500, "ignore_eos": True, "stream": True}
@@ -302,29 +308,31 @@ def family_of(pid: int) -> list[int]:
     return reaper.ProcessFamily(pid, reaper.start_of(pid), "", adopts=False).members()
 
 
-def test_it_comes_back_after_sigkill_and_after_the_loss_of_its_reaper(running) -> None:
+def test_it_comes_back_after_sigkill_and_after_the_loss_of_its_reaper(running: Running) -> None:
     if not running.engine.has_process:
         pytest.skip("an address has no process here")
     supervisor = running.supervisor
     now = supervisor.status
     assert (now.state, now.generation, now.restarts) == (EndpointState.READY, 1, 0), "it was lost before"
-    family = family_of(running.status.pid)
-    os.kill(running.status.pid, signal.SIGKILL)
+    pid = pid_of(running.status)
+    family = family_of(pid)
+    os.kill(pid, signal.SIGKILL)
     until(lambda: supervisor.status.generation == 2, 30)
     assert not [pid for pid in family if alive(pid)]
     second = supervisor.wait_ready(READY_S)
-    family = family_of(second.pid)
-    os.kill(reaper._stat(second.pid)[1], signal.SIGKILL)
+    second_pid = pid_of(second)
+    family = family_of(second_pid)
+    os.kill(parent_of(second_pid), signal.SIGKILL)
     until(lambda: supervisor.status.generation == 3, 30)
     assert not [pid for pid in family if alive(pid)]
     assert supervisor.wait_ready(READY_S).restarts == 2
 
 
-def test_no_process_is_left_after_stop(running) -> None:
+def test_no_process_is_left_after_stop(running: Running) -> None:
     if not running.engine.has_process:
         pytest.skip("an address has no process here")
     status = running.supervisor.wait_ready(READY_S)
-    family = family_of(status.pid)
+    family = family_of(pid_of(status))
     assert status.pid in family
     running.supervisor.stop()
     assert not [pid for pid in family if alive(pid)]
@@ -336,7 +344,7 @@ def test_no_process_is_left_after_stop(running) -> None:
 
 
 @pytest.mark.parametrize("kind", WITH_PROCESS)
-def test_a_bad_flag_is_named_and_not_tried_twice(kind) -> None:
+def test_a_bad_flag_is_named_and_not_tried_twice(kind: str) -> None:
     # Past the configuration's own check, as when another version of the engine is installed.
     tier = tier_of(kind, restart=RestartConfig(max_restarts=5)).model_copy(
         update={"engine_args": {"bogus-flag": 1}}
@@ -349,7 +357,7 @@ def test_a_bad_flag_is_named_and_not_tried_twice(kind) -> None:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in WITH_PROCESS if kind.values != ("simulated",)])
-def test_a_missing_model_is_diagnosed_and_not_tried_twice(kind, tmp_path: Path) -> None:
+def test_a_missing_model_is_diagnosed_and_not_tried_twice(kind: str, tmp_path: Path) -> None:
     tier = tier_of(kind, restart=RestartConfig(max_restarts=5))
     missing = str(tmp_path / "no-such-model")
     # Past the resolver, as when the folder vanishes between: the engine's own words are read.
@@ -417,7 +425,7 @@ def test_vllm_leaves_nothing_when_its_supervisor_and_its_reaper_are_killed_toget
     pid = int(owner.stdout.readline())
     family = family_of(pid)
     assert len(family) >= 3
-    its_reaper = reaper._stat(pid)[1]
+    its_reaper = parent_of(pid)
     os.kill(its_reaper, signal.SIGSTOP)
     owner.kill()
     os.kill(its_reaper, signal.SIGKILL)

@@ -335,7 +335,7 @@ def test_a_killed_gateway_is_replaced(up: tuple[Machine, str]) -> None:
     (gateway,) = titled(place.record().plane_id, "ServeReplica:tierplane:gateway")
     gateway.kill()
     for url in (place.url, place.ingress_url):
-        until(lambda url=url: answers(url), 60, f"a gateway at {url}", every_s=0.2)
+        until(partial(answers, url), 60, f"a gateway at {url}", every_s=0.2)
 
 
 def test_down_lets_a_stream_end_and_leaves_nothing(up: tuple[Machine, str]) -> None:

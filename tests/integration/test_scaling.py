@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.benchmarks.load import Load, generate, question, session
-from tests.benchmarks.load_steps import Step, run_steps
+from tests.benchmarks.load_steps import Run, Step, run_steps
 from tests.benchmarks.plane import TIERPLANE, Plane, running
 from tests.support.waiting import until
 
@@ -76,10 +76,10 @@ def test_a_load_step_makes_a_tier_grow_and_shrink_and_no_request_fails(plane: Pl
     steps = [Step(2.0, 10.0), Step(11.0, 25.0), Step(1.0, 5.0)]
     seen: dict[str, int] = {}
 
-    def shrunk(run: Any) -> bool:
+    def shrunk(run: Run) -> bool:
         return run.most() >= 3 and run.looks[-1].living < run.most()
 
-    async def play() -> Any:
+    async def play() -> Run:
         task = asyncio.create_task(run_steps(plane, STEADY, steps, tokens=TOKENS, seed=1, done=shrunk))
         while not task.done():
             replicas = await asyncio.to_thread(on_the_dashboard, plane, STEADY)

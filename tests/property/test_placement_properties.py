@@ -121,7 +121,8 @@ def test_a_plan_is_whole_holds_and_explains_itself(fleet: tuple[Node, ...], aske
         assert [refusal.node_id for refusal in refused.refusals] == [node.node_id for node in fleet]
         assert all(str(refusal) for refusal in refused.refusals)
         assert refused.why
-    names = [a.gang.gang_id for a in (*answer.placements, *answer.infeasible)]
+    names = [each.gang.gang_id for each in answer.placements]
+    names += [each.gang.gang_id for each in answer.infeasible]
     assert sorted(names) == sorted(gang.gang_id for gang in asked)
 
 

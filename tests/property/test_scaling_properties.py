@@ -33,7 +33,13 @@ ticks = st.lists(
     st.one_of(st.none(), st.integers(1, 5)),
     st.floats(0.0, 600.0),
 )
-def test_targets_stay_inside_bounds_and_steps(ticks, lowest, extra, step, cool_down_s) -> None:
+def test_targets_stay_inside_bounds_and_steps(
+    ticks: list[tuple[Signal, Signal, Signal, float, float, float]],
+    lowest: int,
+    extra: int,
+    step: int | None,
+    cool_down_s: float,
+) -> None:
     highest = max(lowest + extra, 1)
     scaling = ScalingSettings(
         lowest,
@@ -68,7 +74,7 @@ def test_targets_stay_inside_bounds_and_steps(ticks, lowest, extra, step, cool_d
         max_size=50,
     )
 )
-def test_no_reading_makes_the_capacity_absurd(readings) -> None:
+def test_no_reading_makes_the_capacity_absurd(readings: list[tuple[float, float, float, float]]) -> None:
     capacity = ReplicaCapacity(SPEED)
     for generated, prompted, batch, busy in readings:
         capacity.observe(
@@ -104,7 +110,9 @@ demands = st.lists(
 
 @settings(max_examples=200, deadline=None)
 @given(demands, st.floats(0.0, 40.0))
-def test_no_gpu_is_given_twice_and_none_is_left_that_would_be_taken(demands, gpus) -> None:
+def test_no_gpu_is_given_twice_and_none_is_left_that_would_be_taken(
+    demands: list[GpuDemand], gpus: float
+) -> None:
     shares = share_gpus(demands, gpus)
     used = sum(d.gpus_per_replica * s.replicas for d, s in zip(demands, shares, strict=True))
     sure = sum(d.gpus_per_replica * d.sure for d in demands)

@@ -24,6 +24,7 @@ from controlplane.core.routing.retry import (
     RULES,
     AttemptFailure,
     FailedAttempt,
+    GiveUp,
     RetryBudget,
     RetryElsewhere,
     RetrySettings,
@@ -155,7 +156,7 @@ class World:
         if isinstance(step, RetryElsewhere):
             self._submit(request)
         else:
-            request.outcome = step.code if hasattr(step, "code") else "resume"
+            request.outcome = step.code if isinstance(step, GiveUp) else "resume"
         self._pump()
 
 

@@ -53,7 +53,7 @@ def gpu_sample(uuid: str, index: int = 0, **fields: Any) -> GpuSample:
         "ecc_uncorrected": 0,
         "ecc_corrected": 0,
     }
-    return GpuSample(**{"info": info, "condition": GpuCondition.OK, **usual, **fields})  # type: ignore[arg-type]
+    return GpuSample(**{"info": info, "condition": GpuCondition.OK, **usual, **fields})
 
 
 def node_sample(

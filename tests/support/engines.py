@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from controlplane.config import TierConfig
 from controlplane.core.domain.endpoint import EndpointState
 from controlplane.engines.supervision import reaper
@@ -47,6 +49,17 @@ def alive(pid: int) -> bool:
     """Whether the process runs (a zombie does not)."""
     stat = reaper._stat(pid)
     return stat is not None and stat[0] not in "ZX"
+
+
+def pid_of(status: EngineStatus) -> int:
+    """The id of the engine's process, which there must be."""
+    assert status.pid is not None
+    return status.pid
+
+
+def parent_of(pid: int) -> int:
+    """The process that started it: of an engine, its reaper."""
+    return psutil.Process(pid).ppid()
 
 
 def marked(marker_part: bytes) -> list[int]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def until(
-    condition: Callable[[], Any],
+    condition: Callable[[], T | None],
     timeout_s: float = 10.0,
     what: str = "",
     story: Callable[[], str] = str,
     every_s: float = 0.02,
-) -> Any:
+) -> T:
     """The first true value of ``condition``, asked for every ``every_s``; fails the test if there is none in
     time, and then asks ``story`` for more."""
     deadline_s = time.monotonic() + timeout_s

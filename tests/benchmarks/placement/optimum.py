@@ -43,13 +43,13 @@ def case(seed: int) -> Case:
     gangs: list[Gang] = []
     asked = 0
     while asked < 1.2 * total:
-        gpus = rng.choice((1, 1, 1, 2, 2, 4))
-        share = rng.choice((250, 500, 650, 810, WHOLE_MILLI)) if gpus == 1 else WHOLE_MILLI
+        count = rng.choice((1, 1, 1, 2, 2, 4))
+        share = rng.choice((250, 500, 650, 810, WHOLE_MILLI)) if count == 1 else WHOLE_MILLI
         shape = GangShape(
-            gpus=gpus,
+            gpus=count,
             milli_gpu=share,
-            cpu_milli=rng.choice((2, 4, 8, 12)) * 1000 * gpus,
-            memory_bytes=rng.choice((16, 32, 64)) * 2**30 * gpus,
+            cpu_milli=rng.choice((2, 4, 8, 12)) * 1000 * count,
+            memory_bytes=rng.choice((16, 32, 64)) * 2**30 * count,
             models=frozenset(rng.choice(((), (), ("A",), ("B",)))),
         )
         asked += shape.total_milli
@@ -103,7 +103,7 @@ def optimum_milli(problem: Case) -> int:
         )
     if solved.status != 0:
         raise RuntimeError(f"no proven optimum: {solved.message}")
-    return round(-solved.fun)
+    return round(-float(solved.fun))
 
 
 @contextmanager

@@ -67,7 +67,8 @@ class _Books:
         return fits
 
     def first_idle(self, row: int, shape: GangShape) -> list[int]:
-        return np.flatnonzero(self.ledger.free_milli[row] == WHOLE_MILLI)[: shape.gpus].tolist()
+        idle = np.flatnonzero(self.ledger.free_milli[row] == WHOLE_MILLI)
+        return [int(gpu) for gpu in idle[: shape.gpus]]
 
 
 class Random(_Books):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+from typing import Any
 
 import psutil
 import pytest
@@ -41,9 +42,15 @@ def test_the_capital_of_france_is_paris(plane: Plane, model: str, way: str) -> N
 
 def test_a_stream_survives_the_kill_of_its_engine_word_for_word(plane: Plane) -> None:
     """All tiers of this plane serve one model, so a lost stream goes on at another tier."""
-    story = [{"role": "user", "content": "Tell me a short story about a lighthouse."}]
+    messages = [{"role": "user", "content": "Tell me a short story about a lighthouse."}]
     # long enough that the kill comes in time on a busy machine, whose engine puts many tokens into a chunk
-    ask = {"model": "capable", "messages": story, "temperature": 0, "max_tokens": 120, "stream": True}
+    ask: dict[str, Any] = {
+        "model": "capable",
+        "messages": messages,
+        "temperature": 0,
+        "max_tokens": 120,
+        "stream": True,
+    }
     ask["extra_body"] = {"ignore_eos": True}
     with client(plane.url) as openai:
         whole = "".join(c.choices[0].delta.content or "" for c in openai.chat.completions.create(**ask))

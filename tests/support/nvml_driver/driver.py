@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 SOURCE = Path(__file__).with_name("nvml.c")
 STATE_VARIABLE = "TIERPLANE_TEST_NVML_STATE"
@@ -37,19 +37,26 @@ FIELDS = (
     *("remapped", "retired", "nvlink", "affinity", "mig", "events", "recovery"),
 )
 
+_Fields = list[tuple[str, Any]]
 _u32, _i32, _u64, _char = ctypes.c_uint32, ctypes.c_int32, ctypes.c_uint64, ctypes.c_char
 
 
 class _Link(ctypes.Structure):
-    _fields_ = [("active", _u32), ("remote_gpu", _i32)]
+    _fields_: ClassVar[_Fields] = [("active", _u32), ("remote_gpu", _i32)]
 
 
 class _Event(ctypes.Structure):
-    _fields_ = [("seq", _u64), ("type", _u64), ("data", _u64), ("gpu", _u32), ("reserved", _u32)]
+    _fields_: ClassVar[_Fields] = [
+        ("seq", _u64),
+        ("type", _u64),
+        ("data", _u64),
+        ("gpu", _u32),
+        ("reserved", _u32),
+    ]
 
 
 class _Gpu(ctypes.Structure):
-    _fields_ = [
+    _fields_: ClassVar[_Fields] = [
         *[("uuid", _char * 96), ("name", _char * 96), ("bus_id", _char * 32)],
         *[(name, _u64) for name in ("memory_total", "memory_used", "memory_reserved", "throttle")],
         ("ecc", _u64 * 2),
@@ -69,7 +76,7 @@ class _Gpu(ctypes.Structure):
 
 
 class _State(ctypes.Structure):
-    _fields_ = [
+    _fields_: ClassVar[_Fields] = [
         *[(name, _u32) for name in ("magic", "size", "init_result", "call_result", "gpu_count", "reserved")],
         *[("event_head", _u64), ("driver_version", _char * 80), ("events", _Event * MAX_EVENTS)],
         ("gpus", _Gpu * MAX_GPUS),

@@ -227,7 +227,7 @@ async def test_a_receiver_may_ask_for_a_pause(monkeypatch: pytest.MonkeyPatch) -
         receiver.statuses = [429, 429]
         receiver.headers = {"retry-after": "7"}
         async with delivering({"url": receiver.url}) as delivery:
-            monkeypatch.setattr(alert_delivery.asyncio, "sleep", sleep)
+            monkeypatch.setattr(asyncio, "sleep", sleep)
             delivery.tell([notice()])
             async with asyncio.timeout(10):
                 while not receiver.taken:

@@ -272,7 +272,10 @@ def test_figures_of_others_are_judged_and_what_is_missing_is_not() -> None:
     rig = Rig({"TierplaneRequestsFail": {"for_s": 0.0}, "TierplaneTierIdle": {"for_s": 0.0}})
     supplied: dict[str, dict[str, Signal]] = {}
     rig.alerting.sources.append(lambda now_s: AlertSignals(supplied))
-    fresh = lambda value: {"small": known_now(value)}  # noqa: E731
+
+    def fresh(value: float) -> dict[str, Signal]:
+        return {"small": known_now(value)}
+
     supplied["tier/failed_ratio"] = {"small": missing("no request ended")}
     supplied[names.TIER_SATURATION] = fresh(0.0)
     assert rig.step() == [], "how many requests come is not known"

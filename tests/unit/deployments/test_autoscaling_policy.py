@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -137,5 +137,6 @@ def test_serve_can_copy_the_policy_into_its_checkpoints(controller: Controller) 
     settings = autoscaling(TierConfig(name="small", engine="simulated", replicas=2), "here")
     policy: Any = settings.policy.get_policy()(**settings.policy.policy_kwargs)
     assert policy(context("a", "b")) == (2, {})
-    again = cloudpickle.loads(cloudpickle.dumps(settings))
+    dumps: Callable[[Any], bytes] = cloudpickle.dumps
+    again = cloudpickle.loads(dumps(settings))
     assert again.policy.get_policy().__name__ == "TargetPolicy"

@@ -13,7 +13,7 @@ from deployments.background import BackgroundTasks
 
 def test_one_that_lost_its_cancellation_is_cancelled_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "AGAIN_S", 0.01)
-    lost = []
+    lost: list[int] = []
 
     async def deaf() -> None:
         while len(lost) < 3:

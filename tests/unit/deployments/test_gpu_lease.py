@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,6 @@ from controlplane.core.gpus.leases import GpuLease, GpuPart, LeaseOutcome, Lease
 from controlplane.core.placement.gangs import GangShape
 from controlplane.core.reconcile.commands import StartPermission
 from controlplane.errors import EngineError
-from deployments import gpu_lease
 from deployments.gpu_lease import EngineGpus, GpuLeaseClient
 
 LEASE = GpuLease("small-a", 1, "node-1", (GpuPart("GPU-7"), GpuPart("GPU-3")), 0.0)
@@ -48,8 +48,8 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     async def sleep(wait_s: float) -> None:
         now_s[0] += wait_s
 
-    monkeypatch.setattr(gpu_lease.time, "monotonic", lambda: now_s[0])
-    monkeypatch.setattr(gpu_lease.asyncio, "sleep", sleep)
+    monkeypatch.setattr(time, "monotonic", lambda: now_s[0])
+    monkeypatch.setattr(asyncio, "sleep", sleep)
 
 
 def desk(link: Link, said: list[str] | None = None) -> GpuLeaseClient:

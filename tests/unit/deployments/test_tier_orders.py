@@ -14,7 +14,6 @@ from controlplane.config import TierConfig
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
 from controlplane.core.reconcile.commands import ReplicaCommand, ReplicaCommandKind
 from controlplane.engines.supervision.status import EngineStatus
-from deployments import tier as module
 from deployments.background import BackgroundTasks
 from deployments.tier import TierReplica
 
@@ -56,7 +55,7 @@ class Link:
 @pytest.fixture
 def ended(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     calls: list[tuple[int, int]] = []
-    monkeypatch.setattr(module.os, "kill", lambda pid, number: calls.append((pid, number)))
+    monkeypatch.setattr(os, "kill", lambda pid, number: calls.append((pid, number)))
     return calls
 
 

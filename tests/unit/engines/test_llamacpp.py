@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -15,11 +16,12 @@ from controlplane.engines.output import PORT_TAKEN
 ENGINE = LlamaCppEngine()
 
 
-def tier(**settings) -> TierConfig:
+def tier(**settings: Any) -> TierConfig:
     return TierConfig(**{"name": "small", "engine": "llamacpp", "model": "/m.gguf", **settings})
 
 
-def params_of(**settings) -> dict[str, object]:
+def params_of(**settings: Any) -> Any:
+    """The ``--params`` of the command line, decoded."""
     argv = ENGINE.command(tier(**settings), Launch("127.0.0.1", 4000, "s3cret", "/m.gguf")).argv
     return json.loads(argv[argv.index("--params") + 1])
 
@@ -40,7 +42,7 @@ def test_slots_follow_the_concurrency_limit_unless_named() -> None:
 class Params(SimpleNamespace):
     """Fields like llama.cpp's, as strict about their kinds as the binding."""
 
-    def __setattr__(self, name, value) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__ and type(value) is not type(getattr(self, name)):
             raise TypeError(name)
         super().__setattr__(name, value)
@@ -67,7 +69,7 @@ def test_names_of_the_command_line_and_of_the_fields_both_work() -> None:
         ({"--class--": 1}, "unknown"),
     ],
 )
-def test_wrong_arguments_are_named(given, says) -> None:
+def test_wrong_arguments_are_named(given: dict[str, Any], says: str) -> None:
     with pytest.raises(UnusableSettings) as caught:
         apply(params(), given)
     assert says in str(caught.value)
@@ -123,7 +125,7 @@ def test_the_model_is_a_file_or_the_only_one_in_a_folder(tmp_path: Path) -> None
         (["RuntimeError: llama.cpp could not start: odd"], 1, "could not start: odd", False),
     ],
 )
-def test_diagnoses(lines, exit_code, says, permanent) -> None:
+def test_diagnoses(lines: list[str], exit_code: int, says: str, permanent: bool) -> None:
     diagnosis = ENGINE.diagnose(lines, exit_code)
     assert says in diagnosis.summary
     assert diagnosis.permanent is permanent
@@ -138,5 +140,5 @@ def test_diagnoses(lines, exit_code, says, permanent) -> None:
         ("0.06.310.083 I slot print_timing: id  1", None),
     ],
 )
-def test_phases(line, phase) -> None:
+def test_phases(line: str, phase: str | None) -> None:
     assert ENGINE.phase(line) == phase

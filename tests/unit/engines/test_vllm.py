@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ from controlplane.engines.vllm import VllmEngine, _cpu_environment, flags
 ENGINE = VllmEngine()
 
 
-def tier(**settings) -> TierConfig:
+def tier(**settings: Any) -> TierConfig:
     return TierConfig(**{"name": "small", "model": "org/model", **settings})
 
 
@@ -24,7 +25,7 @@ def launch(model: str = "org/model", gpu_ids: tuple[str, ...] = ()) -> Launch:
     return Launch("127.0.0.1", 4000, "s3cret", model, gpu_ids)
 
 
-def after(argv, flag):
+def after(argv: list[str], flag: str) -> str:
     return argv[argv.index(flag) + 1]
 
 
@@ -86,7 +87,7 @@ def test_the_secret_is_in_the_environment_only() -> None:
         ),
     ],
 )
-def test_engine_arguments_become_flags(given, argv) -> None:
+def test_engine_arguments_become_flags(given: dict[str, Any], argv: list[str]) -> None:
     assert flags(given) == argv
 
 
@@ -138,7 +139,9 @@ def test_a_local_model_never_asks_the_hub(tmp_path: Path) -> None:
         (2, 33, {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "16"}),
     ],
 )
-def test_threads_on_cpu(monkeypatch: pytest.MonkeyPatch, world_size, cores, env) -> None:
+def test_threads_on_cpu(
+    monkeypatch: pytest.MonkeyPatch, world_size: int, cores: int, env: dict[str, str]
+) -> None:
     for name in ("VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     assert _cpu_environment(world_size, cores) == {"VLLM_CPU_KVCACHE_SPACE": "1", **env}
@@ -148,7 +151,7 @@ def test_threads_on_cpu(monkeypatch: pytest.MonkeyPatch, world_size, cores, env)
     ("world_size", "cores", "uni"), [(1, 2, True), (1, 4, True), (1, 32, False), (3, 2, False)]
 )
 def test_an_unbound_worker_shares_its_core_s_process(
-    monkeypatch: pytest.MonkeyPatch, world_size, cores, uni
+    monkeypatch: pytest.MonkeyPatch, world_size: int, cores: int, uni: bool
 ) -> None:
     monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
@@ -207,7 +210,7 @@ def test_a_pooling_model_embeds_and_does_not_generate() -> None:
         ('INFO:     127.0.0.1:53326 - "GET /health HTTP/1.1" 200 OK', None),
     ],
 )
-def test_phases(line, phase) -> None:
+def test_phases(line: str, phase: str | None) -> None:
     assert ENGINE.phase(line) == phase
 
 
@@ -317,7 +320,7 @@ def test_phases(line, phase) -> None:
         (["INFO loading"], -11, "vLLM was killed by SIGSEGV", False),
     ],
 )
-def test_diagnoses(lines, exit_code, says, permanent) -> None:
+def test_diagnoses(lines: list[str], exit_code: int, says: str, permanent: bool) -> None:
     diagnosis = ENGINE.diagnose(lines, exit_code)
     assert says in diagnosis.summary
     assert diagnosis.permanent is permanent

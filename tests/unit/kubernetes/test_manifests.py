@@ -60,7 +60,8 @@ def of_kind(overlay: str, kind: str) -> dict[str, Manifest]:
 
 
 def ray_service(overlay: str) -> Manifest:
-    return of_kind(overlay, "RayService")["tierplane"]["spec"]
+    spec: Manifest = of_kind(overlay, "RayService")["tierplane"]["spec"]
+    return spec
 
 
 def groups(overlay: str) -> list[Manifest]:
@@ -77,7 +78,7 @@ def pod_templates(overlay: str) -> Iterator[Manifest]:
 
 
 def component(template: Manifest) -> str:
-    return template["metadata"]["labels"].get("app.kubernetes.io/component", "")
+    return str(template["metadata"]["labels"].get("app.kubernetes.io/component", ""))
 
 
 every_overlay = pytest.mark.parametrize("overlay", CONFIGS)

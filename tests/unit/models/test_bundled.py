@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -32,7 +32,7 @@ def quiet(_: str) -> None:
     """No progress wanted."""
 
 
-def safetensors_bytes(header: dict[str, object], data: bytes) -> bytes:
+def safetensors_bytes(header: Mapping[str, object], data: bytes) -> bytes:
     text = json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + data
 
@@ -252,7 +252,7 @@ def test_several_processes_at_once(tiny: BundledModel, converter: Path, cache_di
 
 
 def test_tensors_digest_does_not_depend_on_the_layout(tmp_path: Path) -> None:
-    def digest(header: dict[str, object], data: bytes) -> str:
+    def digest(header: Mapping[str, object], data: bytes) -> str:
         path = tmp_path / "x.safetensors"
         path.write_bytes(safetensors_bytes(header, data))
         return tensors_digest(path)

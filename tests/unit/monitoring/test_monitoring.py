@@ -155,7 +155,7 @@ def test_local_files_are_taken_by_the_programs_that_read_them(tmp_path: Path) ->
     assert result.exit_code == 0, result.output
     checked = promtool("check", "config", tmp_path / "prometheus.yml")
     assert checked.returncode == 0, checked.stdout + checked.stderr
-    amtool = [tool("amtool"), "check-config", tmp_path / "alertmanager.yml"]
+    amtool = [tool("amtool"), "check-config", str(tmp_path / "alertmanager.yml")]
     checked = subprocess.run(amtool, capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stderr
     assert "10.0.0.1:8080" in (tmp_path / "prometheus.yml").read_text()

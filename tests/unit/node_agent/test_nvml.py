@@ -41,7 +41,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., tuple[FakeDriver, Child]]]:
     children: list[Child] = []
 
     def begin(**settings: Any) -> tuple[FakeDriver, Child]:
-        driver = FakeDriver(tmp_path, **settings)  # type: ignore[arg-type]
+        driver = FakeDriver(tmp_path, **settings)
         child = Child(READER, driver.env())
         children.append(child)
         return driver, child

@@ -10,10 +10,11 @@ from controlplane.config import TierConfig
 from controlplane.core.placement.gangs import GangShape
 from controlplane.core.sizing.gpu_models import GIB, MIB
 from controlplane.core.telemetry.samples import GpuCondition, GpuInfo, GpuSample
+from controlplane.node_agent.nvml.reader import GpuReader
 from controlplane.planning.gpu_shares import lease_shape
 
 
-class Reader:
+class Reader(GpuReader):
     """Stands for the driver: 80 GiB and 24 GiB."""
 
     def __init__(self, *mib: int) -> None:
@@ -34,7 +35,7 @@ class Reader:
         pass
 
 
-def asked(reader: Any = None, **fields: Any) -> GangShape:
+def asked(reader: GpuReader | None = None, **fields: Any) -> GangShape:
     values = {"name": "t", "model": "bundled:smollm2-135m", "engine": "vllm", **fields}
     return lease_shape(TierConfig(**values), reader or Reader())
 

@@ -194,7 +194,7 @@ def test_a_model_that_breaks_the_check_is_left_to_the_engine(
         raise ZeroDivisionError
 
     monkeypatch.setattr(launch_check, "cpu_plan", broken)
-    assert launchable_model(tier(), (), str(tmp_path), str) == str(tmp_path)
+    assert launchable_model(tier(), (), str(tmp_path), lambda _: None) == str(tmp_path)
 
 
 def test_this_machine() -> None:

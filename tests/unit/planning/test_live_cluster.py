@@ -15,6 +15,7 @@ from controlplane.core.placement.occupancy import ReservedResources
 from controlplane.core.telemetry.samples import NOT_SAMPLED, GpuCondition, GpuInfo, GpuSample, NodeSample
 from controlplane.planning import live_cluster as module
 from controlplane.planning.live_cluster import live_cluster
+from controlplane.ray_cluster import plane
 
 GIB = 2**30
 CONFIG = {
@@ -27,7 +28,13 @@ CONFIG = {
 
 
 def endpoint(name: str, tier: str, state: EndpointState = EndpointState.READY, **more: Any) -> Endpoint:
-    values = {"model": "m", "engine": "vllm", "base_url": "", "concurrency_limit": 1, "node_id": "aaaaaaaaaa"}
+    values: dict[str, Any] = {
+        "model": "m",
+        "engine": "vllm",
+        "base_url": "",
+        "concurrency_limit": 1,
+        "node_id": "aaaaaaaaaa",
+    }
     return Endpoint(endpoint_id=name, tier=tier, state=state, **values | more)
 
 
@@ -65,16 +72,16 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     ]
     rows[1]["Resources"]["accelerator_type:H100"] = 1.0  # type: ignore[index]
     rows = [{**row, "NodeManagerHostname": "host"} for row in rows]
-    monkeypatch.setattr(module.ray, "nodes", lambda: rows)
+    monkeypatch.setattr(ray, "nodes", lambda: rows)
     available = {"aaaaaaaaaa": {"CPU": 6.5, "GPU": 0.5}, "bbbbbbbbbb": {"GPU": 1.0}}
     monkeypatch.setattr(ray._private.state, "available_resources_per_node", lambda: available)
     monkeypatch.setattr(module, "_sample", lambda node_id, _: sample(4) if node_id[0] == "a" else None)
     monkeypatch.setattr(module, "placement_group_table", lambda: seen.groups)
     actor = SimpleNamespace(gpus=SimpleNamespace(remote=lambda: seen.views))
     monkeypatch.setattr(module, "find_controller", lambda _: ControllerHandle(actor))
-    monkeypatch.setattr(module.ray, "get", lambda ref, timeout: ref)
+    monkeypatch.setattr(ray, "get", lambda ref, timeout: ref)
     view = lambda _: SimpleNamespace(snapshot=SimpleNamespace(endpoints=seen.endpoints))  # noqa: E731
-    monkeypatch.setattr(module.plane, "view", view)
+    monkeypatch.setattr(plane, "view", view)
     return seen
 
 
@@ -146,7 +153,7 @@ def test_without_a_plane_or_ray_s_account_it_says_so(
     cluster: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "find_controller", lambda _: None)
-    monkeypatch.setattr(module.plane, "view", lambda _: None)
+    monkeypatch.setattr(plane, "view", lambda _: None)
     monkeypatch.delattr(ray._private.state, "available_resources_per_node")
     found = look()
     assert found.reserved is None

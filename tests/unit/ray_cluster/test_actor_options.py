@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -42,10 +43,10 @@ def test_actor_options(fields: dict[str, Any], gpus: float, selector: str | None
 
 
 def test_types_are_what_ray_makes_of_the_driver_s_names() -> None:
+    ray_name: Callable[[str], str] = NvidiaGPUAcceleratorManager._gpu_name_to_accelerator_type
     for gpu in gpu_table():
         if gpu.nvml_name:
-            ray_name = NvidiaGPUAcceleratorManager._gpu_name_to_accelerator_type(gpu.nvml_name)
-            assert ray_types([gpu.name]) == [ray_name], gpu.name
+            assert ray_types([gpu.name]) == [ray_name(gpu.nvml_name)], gpu.name
     assert ray_types(["Homemade"]) == []
 
 

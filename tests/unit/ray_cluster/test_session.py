@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -65,7 +66,7 @@ def record(plane_id: str = "p1", **kwargs: Any) -> RunRecord:
         started_unix_s=time.time(),
         owns_ray=True,
     )
-    return replace(base, **kwargs)  # type: ignore[arg-type]
+    return replace(base, **kwargs)
 
 
 def test_a_record_comes_back_as_it_was_saved() -> None:

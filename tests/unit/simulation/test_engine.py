@@ -3,7 +3,13 @@ from __future__ import annotations
 import pytest
 
 from controlplane.simulation.clock import VirtualClock
-from controlplane.simulation.engine import BLOCK_TOKENS, EngineJob, SimulatedTiming, VirtualEngine
+from controlplane.simulation.engine import (
+    BLOCK_TOKENS,
+    EngineJob,
+    EngineTiming,
+    SimulatedTiming,
+    VirtualEngine,
+)
 
 
 class Steady:
@@ -20,7 +26,9 @@ class Steady:
 
 
 class Bench:
-    def __init__(self, *, timing=None, kv_tokens=1e9, max_sequences=100) -> None:
+    def __init__(
+        self, *, timing: EngineTiming | None = None, kv_tokens: float = 1e9, max_sequences: int = 100
+    ) -> None:
         self.clock = VirtualClock()
         self.done: list[EngineJob] = []
         self.engine = VirtualEngine(
@@ -32,7 +40,7 @@ class Bench:
             on_done=self.done.append,
         )
 
-    def submit(self, prompt: int, answer: int, blocks=None) -> EngineJob:
+    def submit(self, prompt: int, answer: int, blocks: tuple[int, ...] | None = None) -> EngineJob:
         job = EngineJob(prompt, answer, blocks, None)
         self.engine.submit(job)
         return job

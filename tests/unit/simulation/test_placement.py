@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from controlplane.core.autoscaling.capacity import EngineSpeed, RequestShape
-from controlplane.core.autoscaling.policy import ScalingSettings
+from controlplane.core.autoscaling.policy import ScalingDecision, ScalingSettings
 from controlplane.core.domain.slo import Slo
 from controlplane.core.placement.gangs import GangShape
 from controlplane.core.placement.topology import Gpu, Node
@@ -24,8 +24,8 @@ from controlplane.simulation.outages import OutageModel
 from controlplane.simulation.placement_text import room_lines
 from controlplane.simulation.plot import page
 from controlplane.simulation.policies import decision, each, reactive_policy
-from controlplane.simulation.results import SimulationResult
-from controlplane.simulation.simulator import PolicyInput, Scenario, TierScenario, replay
+from controlplane.simulation.results import ClusterResult, SimulationResult
+from controlplane.simulation.simulator import MakePolicy, PolicyInput, Scenario, TierScenario, replay
 from controlplane.simulation.traces import Arrival
 
 COLD_S = 30.0
@@ -53,16 +53,21 @@ class Script:
 
     period_s = 10.0
 
-    def __init__(self, steps: dict[float, int]) -> None:
+    def __init__(self, steps: Mapping[float, int]) -> None:
         self.steps = steps
 
-    def decide(self, seen: PolicyInput):
+    def decide(self, seen: PolicyInput) -> ScalingDecision:
         begun = [target for at_s, target in self.steps.items() if at_s <= seen.observation.now_s]
         return decision(seen, begun[-1], "the script")
 
 
-def scripted(scripts: dict[str, dict[float, int]]):
+def scripted(scripts: Mapping[str, Mapping[float, int]]) -> MakePolicy:
     return each(lambda tier: Script(scripts[tier.policy.name]))
+
+
+def cluster_of(result: SimulationResult) -> ClusterResult:
+    assert result.cluster is not None
+    return result.cluster
 
 
 def quiet(*tiers: str, until_s: float = 600.0) -> list[Arrival]:
@@ -76,7 +81,7 @@ def ready_at(result: SimulationResult, name: str, count: int) -> float:
 
 def test_a_replica_waits_for_room_and_its_cold_start_begins_when_another_goes() -> None:
     scenario = Scenario((tier("one", 2), tier("two", 1)), nodes=(node("a", 3),))
-    scripts = {"one": {0: 2, 300: 1}, "two": {0: 1, 100: 2}}
+    scripts: dict[str, dict[float, int]] = {"one": {0: 2, 300: 1}, "two": {0: 1, 100: 2}}
     result = replay(scenario, scripted(scripts), quiet("one", "two"))
     first, second = result.tiers
     assert (first.room.waited, second.room.waited) == (0, 1)
@@ -87,7 +92,7 @@ def test_a_replica_waits_for_room_and_its_cold_start_begins_when_another_goes() 
     # It holds nothing while it waits.
     assert second.replica_hours * 3600 == pytest.approx(600.0 + 300.0, abs=1.0)
     assert second.starts == 2
-    assert (result.cluster.gpus, result.cluster.most_gpus) == (3.0, 3.0)
+    assert (cluster_of(result).gpus, cluster_of(result).most_gpus) == (3.0, 3.0)
 
 
 def test_what_waits_is_taken_back_first() -> None:
@@ -103,7 +108,7 @@ def test_what_waits_is_taken_back_first() -> None:
 def test_a_parallel_replica_waits_for_gpus_of_one_node() -> None:
     tiers = (tier("single", 2), tier("pair", 0, gpus=2))
     scenario = Scenario(tiers, nodes=(node("a", 2), node("b", 2)))
-    scripts = {"single": {0: 2, 200: 1}, "pair": {0: 0, 50: 1}}
+    scripts: dict[str, dict[float, int]] = {"single": {0: 2, 200: 1}, "pair": {0: 0, 50: 1}}
     result = replay(scenario, scripted(scripts), quiet("single"))
     pair = result.tiers[1]
     # Two GPUs were free all the time, one on each node.
@@ -145,7 +150,7 @@ def test_the_gpus_of_the_cluster_are_the_budget_and_a_setting_wins() -> None:
     scenario = replace(failing(), outages=None)
     by_cluster, by_setting = busy(scenario), busy(replace(scenario, gpus=5.0))
     assert (by_cluster.gpu_budget, by_setting.gpu_budget) == (8.0, 5.0)
-    assert by_setting.cluster.most_gpus < by_cluster.cluster.most_gpus <= 8.0
+    assert cluster_of(by_setting).most_gpus < cluster_of(by_cluster).most_gpus <= 8.0
     for result, gpus in ((by_cluster, 8), (by_setting, 5)):
         assert sum(entry.cuts for entry in result.tiers) > 0
         assert any(f"{gpus} GPUs are shared" in entry.reason for entry in result.decisions)
@@ -162,12 +167,12 @@ def test_policies_that_know_no_budget_make_their_replicas_wait() -> None:
     result = busy(replace(failing(), outages=None), "hpa-slots")
     assert sum(entry.room.waited for entry in result.tiers) > 0
     assert sum(entry.cuts for entry in result.tiers) == 0
-    assert result.cluster.most_gpus <= 8.0
+    assert cluster_of(result).most_gpus <= 8.0
 
 
 def test_a_lost_node_takes_its_replicas_and_others_come_where_there_is_room() -> None:
     result = busy(failing())
-    assert result.cluster.node_failures > 0
+    assert cluster_of(result).node_failures > 0
     assert sum(entry.failures for entry in result.tiers) > 0
     for entry in result.tiers:
         record = entry.record

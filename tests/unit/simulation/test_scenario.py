@@ -15,11 +15,12 @@ from controlplane.simulation.engine import SimulatedTiming
 from controlplane.simulation.options import Options
 from controlplane.simulation.outages import OutageModel
 from controlplane.simulation.scenario import build
+from controlplane.simulation.simulator import Scenario
 from tests.support.repository import CONFIGS
 
 WORK = RequestShape(500.0, 100.0)
 CLUSTERS = CONFIGS / "clusters"
-SMALL = {"name": "t", "model": "Qwen/Qwen2.5-1.5B-Instruct"}
+SMALL: dict[str, Any] = {"name": "t", "model": "Qwen/Qwen2.5-1.5B-Instruct"}
 LARGE = {**SMALL, "model": "Qwen/Qwen2.5-14B-Instruct"}
 
 
@@ -29,7 +30,7 @@ def node(name: str, gpus: int, model: str, **more: Any) -> Node:
     return Node(name, found, 64_000, 1 << 40, **more)
 
 
-def scenario(tier: dict[str, object], *nodes: Node, **settings: Any):
+def scenario(tier: dict[str, Any], *nodes: Node, **settings: Any) -> Scenario:
     plane = parse_plane({"tiers": [tier], **settings})
     return build(plane, Options(), WORK, nodes)
 

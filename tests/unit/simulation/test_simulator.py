@@ -18,6 +18,7 @@ from controlplane.simulation.engine import SimulatedTiming
 from controlplane.simulation.fleet import EngineModel, ReplicaModel
 from controlplane.simulation.plot import page, write_png
 from controlplane.simulation.policies import NAMES, ServePolicy, StaticPolicy, each, reactive_policy
+from controlplane.simulation.results import SimulationResult
 from controlplane.simulation.simulator import Scenario, Simulator, TierScenario, replay
 from controlplane.simulation.traces import Arrival
 
@@ -48,7 +49,9 @@ ARRIVALS = load_step()
 ONE = Scenario((tier(),))
 
 
-def run(scenario: Scenario, policy: str = "tierplane", arrivals: list[Arrival] = ARRIVALS):
+def run(
+    scenario: Scenario, policy: str = "tierplane", arrivals: list[Arrival] = ARRIVALS
+) -> SimulationResult:
     return replay(scenario, reactive_policy(policy), arrivals, policy)
 
 
@@ -125,7 +128,7 @@ def test_scale_to_zero_queues_the_request_that_wakes_the_tier() -> None:
     assert result.gpu_hours < 1000 / 3600
 
 
-def two_tiers(gpus: float | None):
+def two_tiers(gpus: float | None) -> SimulationResult:
     """The same load on an important tier and on another."""
     alone = TierPolicy("light", "light-model", spill=OverflowDirection.NONE)
     tiers = (tier(policy=alone), tier(policy=replace(alone, name="capable"), priority=1))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import statistics
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -77,7 +78,7 @@ def the_engine(settings: SimulatedSettings, load: Load, patch: pytest.MonkeyPatc
     """Its clockwork, in virtual time."""
     clock = VirtualClock()
     patch.setattr(batching, "monotonic", lambda: clock.now_s)
-    clockwork = BatchScheduler(Loop(clock), settings)
+    clockwork = BatchScheduler(cast(asyncio.AbstractEventLoop, Loop(clock)), settings)
     readers = []
     for at_s, prompt, answer in load:
         clock.run_until(at_s)

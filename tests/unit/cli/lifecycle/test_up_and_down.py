@@ -5,6 +5,7 @@ import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -68,7 +69,7 @@ def record(**kwargs: Any) -> RunRecord:
         started_unix_s=1.0,
         owns_ray=True,
     )
-    return replace(base, **kwargs)  # type: ignore[arg-type]
+    return replace(base, **kwargs)
 
 
 def test_a_port_that_is_taken_is_named_and_nothing_is_started(tmp_path: Path, run_dir: Path) -> None:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
 from controlplane.cli import main
 from controlplane.core.recommendations.log import IssuedRecommendation
@@ -24,7 +24,7 @@ def trace(tmp_path: Path) -> str:
     return str(path)
 
 
-def simulate(*args: str):
+def simulate(*args: str) -> Result:
     return CliRunner().invoke(main, ["simulate", *args])
 
 

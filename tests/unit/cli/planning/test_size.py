@@ -24,7 +24,7 @@ LIGHT = {
     "engine_args": {"max-model-len": 8192},
     "expected": {"requests_per_s": 20, "input_tokens": 500, "output_tokens": 150},
 }
-HEAVY = {
+HEAVY: dict[str, Any] = {
     "name": "heavy",
     "model": "Qwen/Qwen2.5-72B-Instruct",
     "engine_args": {"max-model-len": 8192},

@@ -2,11 +2,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
 from controlplane.core.autoscaling.capacity import EngineSpeed, RequestShape
-from controlplane.core.autoscaling.policy import ScaleDirection, ScalingSettings, TierObservation, TierScaler
+from controlplane.core.autoscaling.policy import (
+    ScaleDirection,
+    ScalingDecision,
+    ScalingSettings,
+    TierObservation,
+    TierScaler,
+)
 from controlplane.core.autoscaling.schedules import Schedule
 from controlplane.core.domain.slo import Slo
 from controlplane.core.telemetry.series import Freshness, Signal, known_now, missing
@@ -25,10 +32,16 @@ class Harness:
         self.scaler = TierScaler("light", settings, SPEED, WORK)
         self.target = target
         self.now_s = 0.0
-        self.decision = None
+        self.decision: ScalingDecision
 
     def tick(
-        self, rate: float, *, in_flight: float | None = None, queued: float = 0.0, signals=(), **more: object
+        self,
+        rate: float,
+        *,
+        in_flight: float | None = None,
+        queued: float = 0.0,
+        signals: dict[str, Any] | None = None,
+        **more: Any,
     ) -> int:
         self.now_s += 5.0
         flight = in_flight if in_flight is not None else rate * 2.5
@@ -36,7 +49,7 @@ class Harness:
             "light", self.now_s, MONDAY_UNIX_S + self.now_s, self.target, self.target, 5.0,
             known_now(rate * 5.0), known_now(flight), known_now(queued),
         )  # fmt: skip
-        self.decision = self.scaler.decide(replace(seen, **more, **dict(signals)))
+        self.decision = self.scaler.decide(replace(seen, **more, **(signals or {})))
         self.target = self.decision.target
         return self.target
 

@@ -30,7 +30,7 @@ class Plane:
         self.targets = {entry.tier: 1 for entry in rules}
         self.now_s = 0.0
 
-    def tick(self, **rates: float | TierObservation) -> dict[str, RoundDecision]:
+    def tick(self, **rates: float) -> dict[str, RoundDecision]:
         self.now_s += 5.0
         seen = [self.seen(tier, rate) for tier, rate in rates.items()]
         decisions = {decision.tier: decision for decision in self.round.decide(seen, self.gpus)}

@@ -51,7 +51,7 @@ def look(info: GpuInfo = INFO, **figures: Any) -> GpuSample:
         ecc_corrected=0,
         ecc_uncorrected=0,
     )
-    return replace(healthy, **figures)  # type: ignore[arg-type]
+    return replace(healthy, **figures)
 
 
 def unreadable() -> GpuSample:

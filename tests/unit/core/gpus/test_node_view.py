@@ -22,7 +22,7 @@ def link(remote: str = "", *, active: bool = True, switch: bool = False) -> NvLi
 
 def gpu(name: str, *links: NvLink, **fields: Any) -> GpuSample:
     info = GpuInfo(name, int(name[1:]), "NVIDIA A", numa_node=0, nvlinks=links)
-    return GpuSample(info, GpuCondition.OK, memory_total_bytes=1000, **fields)  # type: ignore[arg-type]
+    return GpuSample(info, GpuCondition.OK, memory_total_bytes=1000, **fields)
 
 
 def sample(*gpus: GpuSample) -> NodeSample:

@@ -254,7 +254,7 @@ def test_gangs_on_cpus_leave_the_cpus_of_gpu_nodes_alone() -> None:
         {"cpu_milli": -1},
     ],
 )
-def test_shapes_that_make_no_sense(fields: dict[str, int]) -> None:
+def test_shapes_that_make_no_sense(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
         GangShape(**fields)
 
@@ -283,7 +283,7 @@ def test_revalidation_sees_what_changed_since() -> None:
 
     def changed(**fields: Any) -> PlacedCluster:
         return PlacedCluster(
-            tuple(replace(node, **fields) if node.node_id == where else node for node in nodes)  # type: ignore[arg-type]
+            tuple(replace(node, **fields) if node.node_id == where else node for node in nodes)
         )
 
     assert (

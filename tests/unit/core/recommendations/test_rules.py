@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -58,7 +59,7 @@ CALM = TierCondition(
         ),
     ],
 )
-def test_each_threshold(change: dict[str, Signal], kind: RecommendationKind, words: str) -> None:
+def test_each_threshold(change: dict[str, Any], kind: RecommendationKind, words: str) -> None:
     (advice,) = advise([replace(CALM, **change)])
     assert advice.kind is kind
     assert words in " ".join(advice.reasons)
@@ -80,7 +81,7 @@ def test_each_threshold(change: dict[str, Signal], kind: RecommendationKind, wor
         {"gpu_ratio": known_now(0.0), "requests_per_s": known_now(0.0), "replicas": 1},
     ],
 )
-def test_no_breach_no_advice(change: dict[str, object]) -> None:
+def test_no_breach_no_advice(change: dict[str, Any]) -> None:
     assert advise([replace(CALM, **change)]) == ()
 
 
@@ -116,7 +117,7 @@ def test_the_predicted_latency_is_of_the_percentile_that_is_measured() -> None:
     "change",
     [{"latency_ms": missing("gone")}, {"work": RequestShape(1.0, 0.0)}, {"requests_per_s": missing("gone")}],
 )
-def test_what_can_not_be_told_is_not_predicted(change: dict[str, object]) -> None:
+def test_what_can_not_be_told_is_not_predicted(change: dict[str, Any]) -> None:
     (advice,) = advise([replace(CALM, gpu_ratio=known_now(0.99), **change)])
     assert advice.effect.latency_ms is None
 
@@ -194,7 +195,7 @@ def test_a_tier_that_is_only_busy_is_a_weak_reason() -> None:
     (weak,) = advise([busy])
     assert weak.reasons == ("GPU utilisation is 97%, over 95%", "but the SLO is kept and nothing waits")
     assert weak.confidence == 0.2
-    for change in (
+    changes: tuple[dict[str, Any], ...] = (
         {"queue": known_now(1.0)},
         {"queue": missing("gone")},
         {"attainment": known_now(0.98)},
@@ -202,7 +203,8 @@ def test_a_tier_that_is_only_busy_is_a_weak_reason() -> None:
         {"latency_ms": known_now(3100.0)},
         {"kv_ratio": known_now(0.99)},
         {"error_ratio": known_now(0.2)},
-    ):
+    )
+    for change in changes:
         (found,) = advise([replace(busy, **change)])
         assert found.confidence > 0.4, change
         assert not any("SLO is kept" in reason for reason in found.reasons)
@@ -236,7 +238,7 @@ def test_what_was_followed_is_scored_by_how_near_the_prediction_came() -> None:
     ],
 )
 def test_what_was_not_followed_is_right_while_the_trouble_that_it_named_is_there(
-    change: dict[str, Signal], words: str
+    change: dict[str, Any], words: str
 ) -> None:
     calm = replace(CALM, kv_ratio=known_now(0.1))
     (advice,) = advise([replace(calm, **change)])
@@ -259,8 +261,11 @@ def test_what_is_not_fresh_judges_nothing() -> None:
     stale = Signal(Freshness.STALE, 99.0, 9.0)
     assert score(advice, replace(CALM, queue=stale), applied=False) is None
     assert scored(advice, replace(CALM, queue=stale, attainment=known_now(0.5))).right
-    for name in ("latency_ms", "attainment"):
-        blind = replace(CALM, queue=known_now(99.0), **{name: missing("gone")})
+    gone = missing("gone")
+    for blind in (
+        replace(CALM, queue=known_now(99.0), latency_ms=gone),
+        replace(CALM, queue=known_now(99.0), attainment=gone),
+    ):
         for applied in (False, True):
             assert score(advice, blind, applied=applied) is None
 

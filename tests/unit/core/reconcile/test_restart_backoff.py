@@ -21,7 +21,7 @@ POLICY = RestartPolicy(max_restarts=3, window_s=100.0, backoff_initial_s=0.5, ba
     ],
 )
 def test_backoff_doubles_inside_the_window_and_ends_at_the_limit(
-    restarted_s, now_s, restart, delay_s
+    restarted_s: list[float], now_s: float, restart: bool, delay_s: float
 ) -> None:
     decision = decide_restart(POLICY, restarted_s, now_s)
     assert (decision.restart, decision.delay_s) == (restart, delay_s)
@@ -48,7 +48,7 @@ def test_no_restarts_allowed() -> None:
     most_s=st.floats(0.01, 60),
 )
 def test_never_more_restarts_in_a_window_than_allowed_and_never_a_longer_wait(
-    limit, losses, initial_s, most_s
+    limit: int, losses: list[float], initial_s: float, most_s: float
 ) -> None:
     policy = RestartPolicy(limit, 50.0, initial_s, most_s)
     restarted_s: list[float] = []

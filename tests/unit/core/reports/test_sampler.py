@@ -24,7 +24,7 @@ HEARTBEAT_S = 2.0
 
 def endpoint(name: str, state: EndpointState = EndpointState.READY, **more: Any) -> Endpoint:
     plain = Endpoint(name, "small", "m", "vllm", "", state, 10, generation=1)
-    return replace(plain, **more)  # type: ignore[arg-type]
+    return replace(plain, **more)
 
 
 def instance(name: str) -> Instance:
@@ -74,7 +74,7 @@ class Plane:
 
 
 def started(**fields: Any) -> Plane:
-    plane = Plane(**fields)  # type: ignore[arg-type]
+    plane = Plane(**fields)
     plane.step(2)
     plane.take()
     return plane
@@ -83,8 +83,18 @@ def started(**fields: Any) -> Plane:
 def test_what_was_counted_between_two_samples_is_told_once() -> None:
     plane = started()
     plane.serve(
-        **{"arrived": 9, "judged": 8, "missed": 2, "away": 1, "ok": 4, "failed": 2, "shed": 1},
-        **{"retried": 3, "resumed": 1, "prompt_tokens": 70, "generated_tokens": 40, "latency_s": 8.0},
+        arrived=9,
+        judged=8,
+        missed=2,
+        away=1,
+        ok=4,
+        failed=2,
+        shed=1,
+        retried=3,
+        resumed=1,
+        prompt_tokens=70,
+        generated_tokens=40,
+        latency_s=8.0,
     )
     plane.gateways["g"] = replace(plane.gateways["g"], waiting=5, in_flight=3, latency_max_s=4.0)
     plane.step(10)

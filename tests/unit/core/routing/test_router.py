@@ -83,6 +83,10 @@ def test_equal_endpoints_get_equal_shares() -> None:
     assert counts == {f"balanced-{i}": 200 for i in range(3)}
 
 
+def slower(load: EndpointLoad) -> None:
+    load.ttft_s, load.sampled_s = 3.0, NOW_S
+
+
 @pytest.mark.parametrize(
     "worse",
     [
@@ -91,9 +95,7 @@ def test_equal_endpoints_get_equal_shares() -> None:
         pytest.param(lambda load: load.observe(NOW_S, kv_usage_ratio=0.2, waiting=2), id="queue"),
         pytest.param(lambda load: load.observe(NOW_S, kv_usage_ratio=0.9, waiting=0), id="KV cache"),
         pytest.param(lambda load: load.observe(NOW_S - 11, kv_usage_ratio=0.1, waiting=0), id="stale"),
-        pytest.param(
-            lambda load: (setattr(load, "ttft_s", 3.0), setattr(load, "sampled_s", NOW_S)), id="slow"
-        ),
+        pytest.param(slower, id="slow"),
     ],
 )
 def test_the_worse_of_two_is_not_taken(worse: Any) -> None:
@@ -442,7 +444,7 @@ def test_an_explanation_of_a_spill_leaves_out_the_tiers_that_only_bridge() -> No
     ],
 )
 def test_an_explanation_says_why_a_tier_is_not_for_a_request(
-    request_fields: dict[str, str], says: str
+    request_fields: dict[str, Any], says: str
 ) -> None:
     table, endpoint_table = plane(endpoint("lightweight-0"), endpoint("balanced-0"))
     explanation = explain(RouteRequest(**request_fields), table, endpoint_table, NOW_S, 0)

@@ -27,7 +27,7 @@ from controlplane.core.traffic.demand import TierDemandTracker
 
 
 def counted(**values: Any) -> TrafficCounters:
-    return TrafficCounters("small", **values)  # type: ignore[arg-type]
+    return TrafficCounters("small", **values)
 
 
 def buckets(**at: Any) -> tuple[int, ...]:

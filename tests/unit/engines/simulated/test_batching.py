@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any
 
 import pytest
 
-from controlplane.engines.simulated.batching import BatchScheduler, GenerationRequest, metrics_text
+from controlplane.engines.simulated.batching import BatchScheduler, Finish, GenerationRequest, metrics_text
 from controlplane.engines.simulated.engine import SimulatedSettings
 from controlplane.engines.simulated.text import ANSWER, encode
 
@@ -18,11 +19,11 @@ class Receiver:
     def __init__(self) -> None:
         self.times: list[float] = []
         self.ids: list[int] = []
-        self.finish = None
+        self.finish: Finish | None = None
         self.was_cut = False
         self.over = asyncio.Event()
 
-    def emit(self, ids, texts, finish) -> None:
+    def emit(self, ids: list[int], texts: list[bytes], finish: Finish | None) -> None:
         self.times += [time.monotonic()] * len(ids)
         self.ids += ids
         self.finish = finish
@@ -34,13 +35,14 @@ class Receiver:
         self.over.set()
 
 
-def clockwork(**settings) -> BatchScheduler:
+def clockwork(**settings: Any) -> BatchScheduler:
     return BatchScheduler(asyncio.get_running_loop(), SimulatedSettings(**settings))
 
 
 async def test_without_times_an_answer_is_there_at_once() -> None:
     work, sink = clockwork(), Receiver()
     work.submit(GenerationRequest(PROMPT, max_tokens=5), sink)
+    assert sink.finish is not None
     assert sink.finish.reason == "length"
     assert (work.running, work.waiting) == (0, 0)
 
@@ -124,7 +126,7 @@ async def test_a_slow_reader_stops_the_tokens() -> None:
 
 
 @pytest.mark.parametrize("itl_ms", [0, 1])
-async def test_cut_and_hang_after_tokens(itl_ms) -> None:
+async def test_cut_and_hang_after_tokens(itl_ms: int) -> None:
     work, sink = clockwork(itl_ms=itl_ms, cut_after_tokens=7), Receiver()
     work.submit(GenerationRequest(PROMPT, max_tokens=50), sink)
     await asyncio.wait_for(sink.over.wait(), 5)

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from http.client import HTTPConnection, IncompleteRead, RemoteDisconnected
+from typing import Any
 
 import pytest
 
@@ -24,7 +26,7 @@ MESSAGES = [{"role": "user", "content": "hello"}]
 class Server:
     """A server process and its address."""
 
-    def __init__(self, secret: str = "s", **settings) -> None:
+    def __init__(self, secret: str = "s", **settings: Any) -> None:
         self.secret = secret
         self.popen = subprocess.Popen(
             [
@@ -40,7 +42,7 @@ class Server:
             env={**os.environ, SECRET_ENV: secret},
         )
         assert self.popen.stdout is not None
-        self.said = []
+        self.said: list[str] = []
         self.port = 0
         for raw in self.popen.stdout:
             self.said.append(raw.decode().strip())
@@ -49,14 +51,14 @@ class Server:
             if self.said[-1] == "simulated: ready":
                 break
 
-    def post(self, path: str = "/v1/chat/completions", **body) -> tuple[int, dict[str, str], str]:
+    def post(self, path: str = "/v1/chat/completions", **body: Any) -> tuple[int, dict[str, str], str]:
         body.setdefault("messages", MESSAGES)
         return call(f"http://127.0.0.1:{self.port}{path}", self.secret, body)
 
     def get(self, path: str, secret: str | None = None) -> tuple[int, dict[str, str], str]:
         return call(f"http://127.0.0.1:{self.port}{path}", self.secret if secret is None else secret)
 
-    def knobs(self, **values) -> dict[str, object]:
+    def knobs(self, **values: Any) -> Any:
         status, _, text = call(f"http://127.0.0.1:{self.port}/simulated/knobs", self.secret, values)
         assert status == 200, text
         return json.loads(text)
@@ -74,11 +76,14 @@ class Server:
         return self.popen.returncode
 
 
+StartServer = Callable[..., Server]
+
+
 @pytest.fixture
-def server():
+def server() -> Iterator[StartServer]:
     servers: list[Server] = []
 
-    def make(**settings) -> Server:
+    def make(**settings: Any) -> Server:
         servers.append(Server(**settings))
         return servers[-1]
 
@@ -87,7 +92,7 @@ def server():
         each.close()
 
 
-def test_it_says_that_it_is_simulated(server) -> None:
+def test_it_says_that_it_is_simulated(server: StartServer) -> None:
     sim = server()
     _, headers, text = sim.post()
     assert headers["x-engine"] == "simulated"
@@ -97,7 +102,7 @@ def test_it_says_that_it_is_simulated(server) -> None:
     assert {event["system_fingerprint"] for event in events_of(text)} == {"simulated"}
 
 
-def test_only_health_is_open(server) -> None:
+def test_only_health_is_open(server: StartServer) -> None:
     sim = server()
     assert sim.get("/health", "")[0] == 200
     for path in ("/v1/models", "/metrics", "/simulated/knobs", "/nothing"):
@@ -106,7 +111,7 @@ def test_only_health_is_open(server) -> None:
     assert server(secret="").get("/v1/models", "")[0] == 200
 
 
-def raw_post(**body) -> bytes:
+def raw_post(**body: Any) -> bytes:
     """A chat request as bytes."""
     data = json.dumps({"messages": MESSAGES, **body}).encode()
     return (
@@ -115,7 +120,7 @@ def raw_post(**body) -> bytes:
     ) + data
 
 
-def test_a_stream_is_one_http_chunk_for_each_token(server) -> None:
+def test_a_stream_is_one_http_chunk_for_each_token(server: StartServer) -> None:
     sim = server(itl_ms=1)
     connection = HTTPConnection("127.0.0.1", sim.port, timeout=10)
     body = json.dumps({"messages": MESSAGES, "stream": True, "max_tokens": 5})
@@ -131,7 +136,7 @@ def test_a_stream_is_one_http_chunk_for_each_token(server) -> None:
     assert sizes == [1] * 7
 
 
-def test_whole_and_streamed_say_the_same_and_count_the_same(server) -> None:
+def test_whole_and_streamed_say_the_same_and_count_the_same(server: StartServer) -> None:
     sim = server(tokens=10)
     whole = json.loads(sim.post(return_token_ids=True)[2])
     events = events_of(
@@ -147,7 +152,7 @@ def test_whole_and_streamed_say_the_same_and_count_the_same(server) -> None:
     assert whole["usage"]["completion_tokens"] == 11
 
 
-def test_token_ids_are_only_given_when_asked_for(server) -> None:
+def test_token_ids_are_only_given_when_asked_for(server: StartServer) -> None:
     text = server(tokens=3).post(stream=True)[2]
     assert "token_ids" not in text
 
@@ -170,26 +175,26 @@ def test_token_ids_are_only_given_when_asked_for(server) -> None:
         ("/v1/nothing", {}, 404),
     ],
 )
-def test_bad_requests(server_shared, path, body, status) -> None:
+def test_bad_requests(server_shared: Server, path: str, body: Any, status: int) -> None:
     answer, _, text = server_shared.post(path, **body)
     assert answer == status
     assert json.loads(text)["error"]["code"] == status
 
 
 @pytest.fixture(scope="module")
-def server_shared():
+def server_shared() -> Iterator[Server]:
     sim = Server(max_model_len=100)
     yield sim
     sim.close()
 
 
-def test_a_prompt_that_is_too_long_is_refused(server_shared) -> None:
+def test_a_prompt_that_is_too_long_is_refused(server_shared: Server) -> None:
     status, _, text = server_shared.post(messages=[{"role": "user", "content": "x" * 1000}])
     assert status == 400
     assert "under 100" in text
 
 
-def test_bodies_that_are_no_json_and_requests_that_are_no_http(server_shared) -> None:
+def test_bodies_that_are_no_json_and_requests_that_are_no_http(server_shared: Server) -> None:
     connection = HTTPConnection("127.0.0.1", server_shared.port, timeout=10)
     connection.request("POST", "/v1/chat/completions", "{", {"authorization": "Bearer s"})
     assert connection.getresponse().status == 400
@@ -200,7 +205,7 @@ def test_bodies_that_are_no_json_and_requests_that_are_no_http(server_shared) ->
         assert client.recv(100) == b""
 
 
-def test_requests_in_a_row_on_one_connection_are_answered_in_order(server_shared) -> None:
+def test_requests_in_a_row_on_one_connection_are_answered_in_order(server_shared: Server) -> None:
     request = raw_post(max_tokens=1)
     with socket.create_connection(("127.0.0.1", server_shared.port), timeout=10) as client:
         client.sendall(request + request + b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
@@ -211,7 +216,7 @@ def test_requests_in_a_row_on_one_connection_are_answered_in_order(server_shared
     assert answer.index(b"chat.completion") < answer.rindex(b"HTTP/1.1 200")
 
 
-def test_embeddings_in_both_encodings_are_the_same(server_shared) -> None:
+def test_embeddings_in_both_encodings_are_the_same(server_shared: Server) -> None:
     import base64
     import struct
 
@@ -223,7 +228,7 @@ def test_embeddings_in_both_encodings_are_the_same(server_shared) -> None:
     assert struct.unpack("<4f", base64.b64decode(packed)) == pytest.approx(plain, abs=1e-6)
 
 
-def test_cut_after_tokens(server) -> None:
+def test_cut_after_tokens(server: StartServer) -> None:
     sim = server(cut_after_tokens=3)
     connection = HTTPConnection("127.0.0.1", sim.port, timeout=10)
     body = json.dumps({"messages": MESSAGES, "stream": True})
@@ -241,7 +246,7 @@ def test_cut_after_tokens(server) -> None:
     assert sim.count("num_requests_running") == 0
 
 
-def test_hang_after_tokens_and_release(server) -> None:
+def test_hang_after_tokens_and_release(server: StartServer) -> None:
     sim = server(hang_after_tokens=2)
     done: list[str] = []
     client = threading.Thread(target=lambda: done.append(sim.post(stream=True, max_tokens=5)[2]))
@@ -254,7 +259,7 @@ def test_hang_after_tokens_and_release(server) -> None:
     assert len(events_of(done[0])) == 6
 
 
-def test_hang_takes_connections_and_answers_none_until_it_ends(server) -> None:
+def test_hang_takes_connections_and_answers_none_until_it_ends(server: StartServer) -> None:
     sim = server()
     sim.knobs(hang=True)
     with pytest.raises(TimeoutError):
@@ -269,7 +274,7 @@ def test_hang_takes_connections_and_answers_none_until_it_ends(server) -> None:
     assert done == [200]
 
 
-def test_refuse_closes_the_port_for_a_while(server) -> None:
+def test_refuse_closes_the_port_for_a_while(server: StartServer) -> None:
     sim = server()
     sim.knobs(refuse=True, for_s=0.5)
     with pytest.raises(OSError, match="refused"):
@@ -285,7 +290,7 @@ def test_refuse_closes_the_port_for_a_while(server) -> None:
     assert sim.knobs()["faults"] == {}
 
 
-def test_errors_and_health(server) -> None:
+def test_errors_and_health(server: StartServer) -> None:
     sim = server(error_rate=1.0, error_status=503)
     assert sim.post()[0] == 503
     assert sim.get("/v1/models")[0] == 200
@@ -294,7 +299,7 @@ def test_errors_and_health(server) -> None:
     assert sim.get("/health")[0] == 503
 
 
-def test_a_wrong_knob_changes_nothing(server) -> None:
+def test_a_wrong_knob_changes_nothing(server: StartServer) -> None:
     sim = server()
     before = sim.knobs()
     status, _, text = sim.post("/simulated/knobs", messages=None, bogus=1)
@@ -303,13 +308,13 @@ def test_a_wrong_knob_changes_nothing(server) -> None:
     assert sim.knobs() == before
 
 
-def test_exit_code(server) -> None:
+def test_exit_code(server: StartServer) -> None:
     sim = server()
     sim.knobs(exit_code=7)
     assert sim.popen.wait(10) == 7
 
 
-def test_who_hangs_up_frees_the_slot(server) -> None:
+def test_who_hangs_up_frees_the_slot(server: StartServer) -> None:
     sim = server(itl_ms=1000, max_running=1)
     request = raw_post(stream=True)
     with socket.create_connection(("127.0.0.1", sim.port), timeout=10) as running:
@@ -323,7 +328,7 @@ def test_who_hangs_up_frees_the_slot(server) -> None:
     assert sim.count("request_success_total", 'finished_reason="abort"') == 2
 
 
-def test_a_client_that_does_not_read_holds_up_only_itself(server) -> None:
+def test_a_client_that_does_not_read_holds_up_only_itself(server: StartServer) -> None:
     sim = server(max_model_len=2_000_000)
     request = raw_post(stream=True, max_tokens=200_000, ignore_eos=True)
     with socket.create_connection(("127.0.0.1", sim.port), timeout=10) as slow:
@@ -354,7 +359,7 @@ def test_bad_settings_are_named() -> None:
     assert "itl_ms" in done.stderr
 
 
-def test_sigterm_ends_it_with_0_also_while_it_loads(server) -> None:
+def test_sigterm_ends_it_with_0_also_while_it_loads(server: StartServer) -> None:
     assert server().close() == 0
     loading = subprocess.Popen(
         [sys.executable, "-m", "controlplane.engines.simulated.server", "--settings", '{"load_s": 60}'],

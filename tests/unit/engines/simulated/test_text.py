@@ -4,13 +4,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controlplane.engines.simulated.batching import Generation, GenerationRequest
+from controlplane.engines.simulated.batching import Finish, Generation, GenerationRequest
 from controlplane.engines.simulated.engine import SimulatedSettings
 from controlplane.engines.simulated.text import ANSWER, END, answered, decode, digest, encode, speak, vector
 
 
 @given(st.text())
-def test_text_comes_back(text) -> None:
+def test_text_comes_back(text: str) -> None:
     assert decode(encode(text)) == text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
 
 
@@ -24,7 +24,9 @@ def test_unknown_ids_are_no_error() -> None:
 
 
 @given(st.lists(st.integers(0, 100_000), min_size=1), st.integers(1, 40), st.integers(0, 39))
-def test_continuing_from_any_point_gives_the_undisturbed_tokens(prompt, count, cut) -> None:
+def test_continuing_from_any_point_gives_the_undisturbed_tokens(
+    prompt: list[int], count: int, cut: int
+) -> None:
     cut = min(cut, count)
     whole, _ = speak(digest(prompt), prompt[-1], count)
     resumed = prompt + whole[:cut]
@@ -42,7 +44,7 @@ def test_different_prompts_get_different_answers() -> None:
     ("ids", "count"),
     [([5, 6, ANSWER], 0), ([5, ANSWER, 20, 21], 2), ([5, 6], 0), ([ANSWER, 3, ANSWER, 4], 1)],
 )
-def test_position_counts_from_the_last_marker(ids, count) -> None:
+def test_position_counts_from_the_last_marker(ids: list[int], count: int) -> None:
     assert answered(ids) == count
 
 
@@ -54,15 +56,19 @@ def test_vectors_are_of_length_one_and_depend_on_the_text() -> None:
 
 
 class Nowhere:
-    def emit(self, ids, texts, finish) -> None:
+    def emit(self, ids: list[int], texts: list[bytes], finish: Finish | None) -> None:
         raise AssertionError("a generation does not emit by itself")
 
-    cut = emit
+    def cut(self) -> None:
+        raise AssertionError("a generation is not cut by itself")
 
 
-def take_all(ask: GenerationRequest, settings: SimulatedSettings, step: int = 1000):
+def take_all(
+    ask: GenerationRequest, settings: SimulatedSettings, step: int = 1000
+) -> tuple[list[int], str, Finish]:
     generation = Generation(ask, settings, Nowhere(), 0.0)
-    ids, text, finish = [], b"", None
+    ids: list[int] = []
+    text, finish = b"", None
     while finish is None:
         some, texts, finish = generation.take(step)
         ids += some
@@ -74,13 +80,13 @@ PROMPT = (*encode("user: hello\n"), ANSWER)
 
 
 @pytest.mark.parametrize("step", [1, 3, 1000])
-def test_answers_end_by_themselves_with_an_end_token(step) -> None:
+def test_answers_end_by_themselves_with_an_end_token(step: int) -> None:
     ids, _, finish = take_all(GenerationRequest(PROMPT), SimulatedSettings(tokens=10), step)
     assert (len(ids), ids[-1], finish.reason) == (11, END, "stop")
 
 
 @pytest.mark.parametrize("step", [1, 3, 1000])
-def test_max_tokens_cuts_shorter(step) -> None:
+def test_max_tokens_cuts_shorter(step: int) -> None:
     ids, _, finish = take_all(GenerationRequest(PROMPT, max_tokens=4), SimulatedSettings(tokens=10), step)
     assert (len(ids), finish.reason) == (4, "length")
 
@@ -94,7 +100,7 @@ def test_max_tokens_of_the_whole_answer_leaves_no_room_for_the_end_token() -> No
     "ask",
     [GenerationRequest(PROMPT, max_tokens=30, ignore_eos=True), GenerationRequest(PROMPT, 30, min_tokens=30)],
 )
-def test_longer_than_its_natural_length_when_asked(ask) -> None:
+def test_longer_than_its_natural_length_when_asked(ask: GenerationRequest) -> None:
     ids, _, finish = take_all(ask, SimulatedSettings(tokens=10))
     assert (len(ids), finish.reason) == (30, "length")
 
@@ -109,7 +115,7 @@ def test_a_resumed_answer_ends_where_the_undisturbed_one_does() -> None:
 
 
 @pytest.mark.parametrize("step", [1, 2, 1000])
-def test_a_stop_string_over_token_borders_is_cut_off(step) -> None:
+def test_a_stop_string_over_token_borders_is_cut_off(step: int) -> None:
     _, whole, _ = take_all(GenerationRequest(PROMPT, max_tokens=8), SimulatedSettings())
     stop = whole[len(whole) // 2 - 2 : len(whole) // 2 + 4]
     ids, text, finish = take_all(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,7 +35,7 @@ def lines_of(*chunks: bytes, secret: str = "") -> tuple[list[str], EngineOutput]
         ([b"x" * 9000], ["x" * 4000]),
     ],
 )
-def test_output_becomes_lines(chunks, lines) -> None:
+def test_output_becomes_lines(chunks: list[bytes], lines: list[str]) -> None:
     assert lines_of(*chunks)[0] == lines
 
 
@@ -67,7 +68,7 @@ def test_the_log_file_is_bounded(tmp_path: Path) -> None:
         ("ValueError: odd", "ValueError: odd"),
     ],
 )
-def test_log_prefixes_are_taken_off(line, text) -> None:
+def test_log_prefixes_are_taken_off(line: str, text: str) -> None:
     assert plain(line) == text
 
 
@@ -80,7 +81,7 @@ def test_log_prefixes_are_taken_off(line, text) -> None:
         (-70, "was killed by signal 70"),
     ],
 )
-def test_endings(code, text) -> None:
+def test_endings(code: int | None, text: str) -> None:
     assert ending(code) == text
 
 
@@ -89,10 +90,10 @@ def test_an_exception_tells_more_than_a_later_error_line() -> None:
     assert last_error("it", lines, 1).summary == "it ended with exit code 1: ValueError: the cause"
 
 
-async def serve_once(answer: bytes, hold: bool = False):
+async def serve_once(answer: bytes, hold: bool = False) -> asyncio.Server:
     """A server that answers each connection with these bytes."""
 
-    async def client(reader, writer) -> None:
+    async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(answer)
         await writer.drain()
@@ -115,7 +116,7 @@ async def serve_once(answer: bytes, hold: bool = False):
         ),
     ],
 )
-async def test_probes_read_every_kind_of_body(answer, status, body) -> None:
+async def test_probes_read_every_kind_of_body(answer: bytes, status: int, body: str) -> None:
     server = await serve_once(answer)
     async with server:
         port = server.sockets[0].getsockname()[1]
@@ -132,7 +133,7 @@ async def test_probes_read_every_kind_of_body(answer, status, body) -> None:
         (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhi", False, "IncompleteReadError"),
     ],
 )
-async def test_probes_never_raise(answer, hold, says) -> None:
+async def test_probes_never_raise(answer: bytes, hold: bool, says: str) -> None:
     server = await serve_once(answer, hold)
     async with server:
         port = server.sockets[0].getsockname()[1]
@@ -149,7 +150,7 @@ def test_metrics_are_summed_over_their_labels_and_not_mixed_up() -> None:
     assert metric(text, "c") is None
 
 
-def endpoint(**settings) -> TierConfig:
+def endpoint(**settings: Any) -> TierConfig:
     return TierConfig(name="far", engine="endpoint", model="m", url="http://x:1/v1/", **settings)
 
 

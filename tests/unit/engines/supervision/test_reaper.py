@@ -5,7 +5,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Protocol
 
 import pytest
 
@@ -87,6 +89,14 @@ class Run:
         assert self.popen.stdout is not None
         assert self.popen.stdout.readline() == b"up\n"
 
+    def read(self) -> bytes:
+        assert self.popen.stdout is not None
+        return self.popen.stdout.read()
+
+    def close_stdin(self) -> None:
+        assert self.popen.stdin is not None
+        self.popen.stdin.close()
+
     def code(self) -> int:
         return self.popen.wait(20)
 
@@ -99,11 +109,17 @@ class Run:
             pipe.close()
 
 
+class Reaped(Protocol):
+    """Starts reapers that are closed after the test."""
+
+    def __call__(self, *argv: str, grace_s: float = ..., env: dict[str, str] | None = ...) -> Run: ...
+
+
 @pytest.fixture
-def reaped():
+def reaped() -> Iterator[Reaped]:
     runs: list[Run] = []
 
-    def make(*argv: str, **options) -> Run:
+    def make(*argv: str, **options: Any) -> Run:
         runs.append(Run(*argv, **options))
         return runs[-1]
 
@@ -126,7 +142,9 @@ def pids_in(path: Path, count: int = 1) -> list[int]:
     ("script", "said", "code"),
     [("exit 0", "0", 0), ("exit 7", "7", 7), ("kill -9 $$", "-9", 137), ("kill -TERM $$", "-15", 143)],
 )
-def test_the_engines_exit_code_is_reported_and_returned(reaped, script, said, code) -> None:
+def test_the_engines_exit_code_is_reported_and_returned(
+    reaped: Reaped, script: str, said: str, code: int
+) -> None:
     run = reaped("sh", "-c", script)
     run.next("pid")
     assert run.next("exit") == said
@@ -134,25 +152,25 @@ def test_the_engines_exit_code_is_reported_and_returned(reaped, script, said, co
     assert run.code() == code
 
 
-def test_a_command_that_is_not_there(reaped) -> None:
+def test_a_command_that_is_not_there(reaped: Reaped) -> None:
     run = reaped("/no/such/engine")
     run.next("pid")
     assert run.next("exit") == "127"
-    assert b"can't start /no/such/engine: No such file" in run.popen.stdout.read()
+    assert b"can't start /no/such/engine: No such file" in run.read()
 
 
-def test_end_of_file_stops_the_engine(reaped) -> None:
+def test_end_of_file_stops_the_engine(reaped: Reaped) -> None:
     run = reaped(sys.executable, "-c", OBEDIENT)
     pid = run.pid()
     run.up()
-    run.popen.stdin.close()
+    run.close_stdin()
     assert run.next("exit") == "-15"
     run.next("gone")
     assert run.code() == 143
     assert not alive(pid)
 
 
-def test_sigterm_stops_the_engine_and_a_stubborn_one_is_killed_after_the_grace(reaped) -> None:
+def test_sigterm_stops_the_engine_and_a_stubborn_one_is_killed_after_the_grace(reaped: Reaped) -> None:
     run = reaped(sys.executable, "-c", STUBBORN, grace_s=0.5)
     run.pid()
     run.up()
@@ -162,7 +180,7 @@ def test_sigterm_stops_the_engine_and_a_stubborn_one_is_killed_after_the_grace(r
     assert 0.4 < time.monotonic() - began_s < 5
 
 
-def test_sigusr1_kills_at_once(reaped) -> None:
+def test_sigusr1_kills_at_once(reaped: Reaped) -> None:
     run = reaped(sys.executable, "-c", STUBBORN, grace_s=60)
     run.pid()
     run.up()
@@ -173,7 +191,7 @@ def test_sigusr1_kills_at_once(reaped) -> None:
 
 
 @pytest.mark.parametrize("bare", [[], ["bare"]], ids=["marked", "without an environment"])
-def test_a_daemon_dies_with_the_engine_that_made_it(reaped, tmp_path: Path, bare) -> None:
+def test_a_daemon_dies_with_the_engine_that_made_it(reaped: Reaped, tmp_path: Path, bare: list[str]) -> None:
     pids = tmp_path / "pids"
     nap = NAPPING.replace("{pids}", str(pids))
     run = reaped(sys.executable, "-c", DAEMON, nap, *bare, env={"PIDS": str(pids)})
@@ -185,13 +203,13 @@ def test_a_daemon_dies_with_the_engine_that_made_it(reaped, tmp_path: Path, bare
     assert not alive(daemon)
 
 
-def test_a_daemon_that_ignores_sigterm_dies_too(reaped, tmp_path: Path) -> None:
+def test_a_daemon_that_ignores_sigterm_dies_too(reaped: Reaped, tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     nap = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)" + NAPPING
     run = reaped(sys.executable, "-c", DAEMON, nap, "stay", env={"PIDS": str(pids)}, grace_s=1.0)
     run.next("pid")
     (daemon,) = pids_in(pids)
-    run.popen.stdin.close()
+    run.close_stdin()
     run.next("exit")
     run.next("gone")
     assert not alive(daemon)
@@ -232,7 +250,7 @@ def test_sigkill_of_the_supervisor_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bare", [[], ["bare"]], ids=["marked", "without an environment"])
-def test_sigkill_of_supervisor_and_reaper_at_once_leaves_nothing(tmp_path: Path, bare) -> None:
+def test_sigkill_of_supervisor_and_reaper_at_once_leaves_nothing(tmp_path: Path, bare: list[str]) -> None:
     pids = tmp_path / "pids"
     nap = NAPPING.replace("{pids}", str(pids))
     program = FORKER if bare else DAEMON
@@ -240,7 +258,7 @@ def test_sigkill_of_supervisor_and_reaper_at_once_leaves_nothing(tmp_path: Path,
         sys.executable, "-c", program, nap, "stay", *bare, env={"PIDS": str(pids)}
     )
     (child,) = pids_in(pids)
-    engine = until(lambda: [p for p in children_of(its_reaper) if reaper._stat(p)[2] == p])
+    engine = until(lambda: [p for p in children_of(its_reaper) if os.getsid(p) == p])
     os.kill(its_reaper, signal.SIGSTOP)
     supervisor.kill()
     os.kill(its_reaper, signal.SIGKILL)
@@ -248,7 +266,7 @@ def test_sigkill_of_supervisor_and_reaper_at_once_leaves_nothing(tmp_path: Path,
     until(lambda: not any(map(alive, (child, *engine))), what="the family ends")
 
 
-def test_the_watchdog_leaves_with_the_reaper(reaped) -> None:
+def test_the_watchdog_leaves_with_the_reaper(reaped: Reaped) -> None:
     run = reaped("sh", "-c", "sleep 0.3")
     engine = run.pid()
     watchdog = until(lambda: [pid for pid in children_of(run.popen.pid) if pid != engine])
@@ -259,7 +277,7 @@ def test_the_watchdog_leaves_with_the_reaper(reaped) -> None:
 
 
 def test_after_sigkill_of_reaper_and_watchdog_a_sweep_finds_the_rest_and_nothing_else(
-    reaped, tmp_path: Path
+    reaped: Reaped, tmp_path: Path
 ) -> None:
     pids = tmp_path / "pids"
     run = reaped(sys.executable, "-c", DAEMON, NAPPING, "stay", env={"PIDS": str(pids)})
@@ -287,7 +305,7 @@ def test_after_sigkill_of_reaper_and_watchdog_a_sweep_finds_the_rest_and_nothing
         bystander.communicate()
 
 
-def test_a_session_number_that_was_given_away_is_not_ours(reaped) -> None:
+def test_a_session_number_that_was_given_away_is_not_ours(reaped: Reaped) -> None:
     run = reaped(sys.executable, "-c", OBEDIENT)
     pid = run.pid()
     run.up()
@@ -309,7 +327,7 @@ def test_a_reaper_whose_supervisor_is_gone_starts_nothing(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("argv", [["--bogus", "1", "--", "true"], ["--grace-s", "1"], []])
-def test_bad_command_lines(argv) -> None:
+def test_bad_command_lines(argv: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, reaper.__file__, *argv], capture_output=True, timeout=20, check=False
     )

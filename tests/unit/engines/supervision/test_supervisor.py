@@ -7,21 +7,24 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from typing import Any, Self
 
 import pytest
 
 from controlplane.config import RestartConfig, TierConfig
 from controlplane.core.domain.endpoint import EndpointState
 from controlplane.engines.supervision.process import hold_port
+from controlplane.engines.supervision.status import EngineStatus
 from controlplane.engines.supervision.supervisor import EngineSupervisor, log_path
 from controlplane.errors import ConfigError, EngineError, EngineStartError, Problem
-from tests.support.engines import Recorder, alive, call, local, marked, supervised
+from tests.support.engines import Recorder, alive, call, local, marked, parent_of, pid_of, supervised
 from tests.support.waiting import until
 
 QUICK = RestartConfig(max_restarts=2, window_s=60, backoff_initial_s=0.05, backoff_max_s=0.1)
 
 
-def tier(**settings) -> TierConfig:
+def tier(**settings: Any) -> TierConfig:
     """A simulated tier that is supervised impatiently; engine arguments go in with ``args``."""
     args = settings.pop("args", {})
     return TierConfig(
@@ -38,7 +41,7 @@ def tier(**settings) -> TierConfig:
     )
 
 
-def knobs(status, **values) -> None:
+def knobs(status: EngineStatus, **values: Any) -> None:
     code, _, text = call(status.base_url + "/simulated/knobs", status.secret, values)
     assert code == 200, text
 
@@ -49,7 +52,7 @@ def test_ready_serves_and_stops() -> None:
         assert status.generation == 1
         assert status.restarts == 0
         assert status.base_url == f"http://127.0.0.1:{status.port}"
-        assert alive(status.pid)
+        assert alive(pid_of(status))
         assert call(status.base_url + "/v1/models")[0] == 401
         assert call(status.base_url + "/v1/models", status.secret)[0] == 200
         assert status.secret not in repr(status)
@@ -61,7 +64,7 @@ def test_ready_serves_and_stops() -> None:
         EndpointState.DRAINING,
         EndpointState.STOPPED,
     ]
-    assert not alive(status.pid)
+    assert not alive(pid_of(status))
     assert not marked(b"small/r1/")
 
 
@@ -95,7 +98,7 @@ def test_progress_is_shown_by_phase() -> None:
 def test_a_killed_engine_is_seen_without_a_probe_and_comes_back() -> None:
     with supervised(tier(health_interval_s=60.0)) as (supervisor, recorder):
         before = supervisor.wait_ready(20)
-        os.kill(before.pid, signal.SIGKILL)
+        os.kill(pid_of(before), signal.SIGKILL)
         # Long before the next probe.
         until(lambda: supervisor.status.state is EndpointState.RESTARTING, 5)
         assert supervisor.status.diagnosis == "the simulated engine was killed by SIGKILL"
@@ -111,16 +114,16 @@ def test_a_killed_engine_is_seen_without_a_probe_and_comes_back() -> None:
 def test_a_hung_engine_is_replaced() -> None:
     with supervised(tier()) as (supervisor, _):
         before = supervisor.wait_ready(20)
-        os.kill(before.pid, signal.SIGSTOP)
+        os.kill(pid_of(before), signal.SIGSTOP)
         until(lambda: supervisor.status.state is EndpointState.RESTARTING)
         assert "hung: 2 health probes in a row failed" in supervisor.status.diagnosis
         after = supervisor.wait_ready(20)
         assert after.generation == 2
-        assert not alive(before.pid)
+        assert not alive(pid_of(before))
 
 
 @pytest.mark.parametrize("fault", [{"health_fails": True}, {"hang": True}])
-def test_an_unhealthy_engine_is_replaced(fault) -> None:
+def test_an_unhealthy_engine_is_replaced(fault: dict[str, bool]) -> None:
     with supervised(tier()) as (supervisor, _):
         knobs(supervisor.wait_ready(20), **fault)
         until(lambda: supervisor.status.generation == 2)
@@ -138,10 +141,10 @@ def test_a_probe_that_fails_once_is_forgiven() -> None:
 
 
 @pytest.mark.parametrize(("error", "tries"), [(EngineStartError, 1), (EngineError, 3)])
-def test_a_launch_that_is_refused_starts_no_process(error, tries) -> None:
+def test_a_launch_that_is_refused_starts_no_process(error: type[EngineError], tries: int) -> None:
     asked = []
 
-    def refuse(model, _progress) -> None:
+    def refuse(model: str, _progress: Callable[[str], None]) -> str:
         asked.append(model)
         raise error("the launch does not fit: 20 GiB needed, 16 GiB there")
 
@@ -179,12 +182,11 @@ def test_an_engine_that_crashes_again_and_again_after_it_was_ready_is_given_up_t
 def test_what_failed_starts_again_on_request() -> None:
     with supervised(tier(restart=RestartConfig(max_restarts=0))) as (supervisor, _):
         before = supervisor.wait_ready(20)
-        os.kill(before.pid, signal.SIGKILL)
+        os.kill(pid_of(before), signal.SIGKILL)
         until(lambda: supervisor.status.state is EndpointState.FAILED)
         supervisor.restart("the operator asked")
-        assert (
-            until(lambda: supervisor.status.generation == 2 and supervisor.wait_ready(20)).pid != before.pid
-        )
+        until(lambda: supervisor.status.generation == 2)
+        assert supervisor.wait_ready(20).pid != before.pid
 
 
 def test_restart_on_request_does_not_count_as_a_failure() -> None:
@@ -194,7 +196,7 @@ def test_restart_on_request_does_not_count_as_a_failure() -> None:
         until(lambda: supervisor.status.generation == 2)
         assert supervisor.status.diagnosis == "the operator asked"
         supervisor.wait_ready(20)
-        assert not alive(before.pid)
+        assert not alive(pid_of(before))
 
 
 def test_unknown_settings_are_permanent() -> None:
@@ -205,7 +207,7 @@ def test_unknown_settings_are_permanent() -> None:
 
 
 def test_a_model_that_is_not_there_is_permanent() -> None:
-    def resolve(model, progress) -> None:
+    def resolve(model: str, progress: Callable[[str], None]) -> str:
         raise ConfigError([Problem("tiers.small.model", "no such model")])
 
     with supervised(tier(), resolve=resolve) as (supervisor, _):
@@ -216,7 +218,7 @@ def test_a_model_that_is_not_there_is_permanent() -> None:
 def test_a_download_shows_its_progress_and_is_tried_again() -> None:
     tries: list[str] = []
 
-    def resolve(model, progress):
+    def resolve(model: str, progress: Callable[[str], None]) -> str:
         tries.append(model)
         progress(f"downloading, try {len(tries)}")
         if len(tries) == 1:
@@ -233,7 +235,7 @@ def test_a_download_shows_its_progress_and_is_tried_again() -> None:
 def test_stop_does_not_wait_for_a_download() -> None:
     release = threading.Event()
 
-    def resolve(model, progress):
+    def resolve(model: str, progress: Callable[[str], None]) -> str:
         release.wait(30)
         return model
 
@@ -265,7 +267,7 @@ def test_a_taken_port_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first two ports are somebody else's by the time the engine binds them."""
     takers: list[socket.socket] = []
 
-    def unlucky(host):
+    def unlucky(host: str) -> socket.socket | _Held:
         if len(takers) == 2:
             return hold_port(host)
         taker = socket.create_server((host, 0))
@@ -286,20 +288,20 @@ def test_a_taken_port_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
 class _Held:
     """Looks like a held port and is another's."""
 
-    def __init__(self, held, name) -> None:
+    def __init__(self, held: socket.socket, name: tuple[str, int]) -> None:
         self._held = held
         self._name = name
 
-    def getsockname(self):
+    def getsockname(self) -> tuple[str, int]:
         return self._name
 
     def close(self) -> None:
         self._held.close()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -343,7 +345,7 @@ def test_drain_gives_up_in_time() -> None:
             )
             until(lambda: " 1\n" in _running(status))
             assert supervisor.drain(0.5) is False
-        assert not alive(status.pid)
+        assert not alive(pid_of(status))
 
 
 def test_drain_asks_the_caller_too() -> None:
@@ -357,8 +359,8 @@ def test_drain_asks_the_caller_too() -> None:
 def test_an_engine_lost_while_draining_is_not_restarted() -> None:
     with supervised(tier(args={"itl-ms": 1000})) as (supervisor, recorder):
         status = supervisor.wait_ready(20)
-        threading.Timer(0.3, os.kill, (status.pid, signal.SIGKILL)).start()
-        supervisor.drain(5, lambda: 1 if alive(status.pid) else 0)
+        threading.Timer(0.3, os.kill, (pid_of(status), signal.SIGKILL)).start()
+        supervisor.drain(5, lambda: 1 if alive(pid_of(status)) else 0)
         assert supervisor.status.generation == 1
         assert EndpointState.RESTARTING not in recorder.states
 
@@ -366,17 +368,16 @@ def test_an_engine_lost_while_draining_is_not_restarted() -> None:
 def test_sigkill_of_the_reaper_is_survived() -> None:
     with supervised(tier()) as (supervisor, _):
         before = supervisor.wait_ready(20)
-        its_reaper = int(_stat_field(before.pid, 1))
-        os.kill(its_reaper, signal.SIGKILL)
+        os.kill(parent_of(pid_of(before)), signal.SIGKILL)
         until(lambda: supervisor.status.generation == 2)
         supervisor.wait_ready(20)
-        assert not alive(before.pid)
+        assert not alive(pid_of(before))
 
 
 def test_a_callback_that_fails_does_not_cost_the_engine() -> None:
     recorder = Recorder()
 
-    def broken(status) -> None:
+    def broken(status: EngineStatus) -> None:
         raise RuntimeError("the owner's trouble")
 
     supervisor = EngineSupervisor(
@@ -429,14 +430,9 @@ def test_sigkill_of_the_supervisors_process_leaves_no_engine() -> None:
     assert not alive(pid)
 
 
-def _metrics(status):
+def _metrics(status: EngineStatus) -> str:
     return call(status.base_url + "/metrics", status.secret)[2]
 
 
-def _running(status):
+def _running(status: EngineStatus) -> str:
     return next(line for line in _metrics(status).splitlines() if "_running{" in line) + "\n"
-
-
-def _stat_field(pid, index):
-    with open(f"/proc/{pid}/stat") as file:
-        return file.read().rpartition(")")[2].split()[index]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from controlplane.core.alerts.alert import Severity, SubjectType
 from controlplane.core.alerts.views import FiringAlert
@@ -70,7 +71,7 @@ async def test_replicas_due_are_the_controllers_or_else_the_configurations() -> 
 
 
 async def test_each_tiers_slo_target_is_a_metric() -> None:
-    tiers = [{"name": "balanced", "slo": {"attainment": 0.95}}, {"name": "capable"}]
+    tiers: list[dict[str, Any]] = [{"name": "balanced", "slo": {"attainment": 0.95}}, {"name": "capable"}]
     async with running(plane(*tiers)) as rig:
         text = await metrics(rig)
         assert 'tierplane_slo_target_ratio{gateway="gateway-a",tier="balanced"} 0.95' in text
