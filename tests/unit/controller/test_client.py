@@ -61,7 +61,8 @@ class DirectLink(ControllerLink):
     async def call_within(
         self, timeout_s: float, call: Method[P, R], /, *args: P.args, **kwargs: P.kwargs
     ) -> Any:
-        method, arguments = call.__name__, args
+        method = call.__name__
+        arguments: tuple[Any, ...] = args
         await asyncio.sleep(0)
         self.calls.append(method)
         if self.away:
