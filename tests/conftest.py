@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import socket
 import tempfile
 import time
 import uuid
@@ -15,6 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 from hypothesis import settings
+
+from controlplane.ray_cluster import ports
 
 SESSION_VARIABLE = "TIERPLANE_TEST_SESSION"
 GRACE_S = 10.0
@@ -87,19 +88,8 @@ def describe(process: psutil.Process) -> str:
 
 @pytest.fixture
 def free_port() -> Callable[[], int]:
-    """A function that gives a loopback port that is free, another one each time."""
-    given: set[int] = set()
-
-    def find() -> int:
-        while True:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port: int = probe.getsockname()[1]
-            if port not in given:
-                given.add(port)
-                return port
-
-    return find
+    """A function that gives a port that is free, another one each time."""
+    return ports.free_port
 
 
 @pytest.fixture

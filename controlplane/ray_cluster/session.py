@@ -11,7 +11,6 @@ import json
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ import psutil
 
 from controlplane.errors import SetupError
 from controlplane.paths import run_dir
+from controlplane.ray_cluster.ports import Ports, PortTaken
 
 PLANE_ID_VARIABLE = "TIERPLANE_PLANE_ID"
 START_TIMEOUT_S = 120.0
@@ -88,25 +88,6 @@ def load_record() -> RunRecord | None:
         raise SetupError(f"{path} can't be read ({error}): stop what runs by hand and remove it") from error
 
 
-def free_port(host: str = "127.0.0.1") -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def port_is_free(port: int, host: str = "127.0.0.1") -> bool:
-    """Whether a server could listen there now."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-        return True
-
-
 def serve_environment() -> dict[str, str]:
     """What Ray Serve reads when Ray starts, and which has no effect later."""
     return {
@@ -123,7 +104,7 @@ def serve_environment() -> dict[str, str]:
     }
 
 
-def _environment(plane_id: str, temp_dir: Path) -> dict[str, str]:
+def _environment(plane_id: str, temp_dir: Path, ports: Ports) -> dict[str, str]:
     env = {key: value for key, value in os.environ.items() if key not in _NOT_INHERITED}
     for key, value in serve_environment().items():
         env.setdefault(key, value)
@@ -141,8 +122,15 @@ def _environment(plane_id: str, temp_dir: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        # HAProxy listens there on every address: Ray's template for its configuration says
+        # "bind :PORT" and "bind *:PORT", and has no variable for the address.
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports.choose("HAProxy's metrics")),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(ports.choose("HAProxy's statistics")),
+        # These two are fixed otherwise, in the ephemeral range, and a second plane would have none.
+        "AUTOSCALER_METRIC_PORT": str(ports.choose("the autoscaler's metrics")),
+        "DASHBOARD_METRIC_PORT": str(ports.choose("the dashboard's metrics")),
+        # By default 8500, which two planes of one user would share (SO_REUSEPORT) without an error.
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports.choose("Serve's fallback proxy")),
     }
     return env
 
@@ -151,7 +139,8 @@ _NOT_INHERITED = frozenset({"RAY_ADDRESS", "RAY_TMPDIR", "RAY_AUTH_TOKEN", "PYTH
 
 
 def _token_environment(temp_dir: Path) -> dict[str, str]:
-    """Ray's ports are open to the network, and whoever may talk to Ray may run code: a token guards it."""
+    """Some of Ray's ports are open to other users and machines, and whoever may talk to Ray may run code: a
+    token guards it."""
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(temp_dir / "auth_token")}
 
 
@@ -174,16 +163,21 @@ def prepare(record: RunRecord) -> RunRecord:
     return record
 
 
-def start(record: RunRecord, *, dashboard: bool) -> RunRecord:
-    """Start Ray in the folder that :func:`prepare` made; the record is saved. Raises SetupError."""
+def start(record: RunRecord, ports: Ports, *, dashboard: bool) -> RunRecord:
+    """Start Ray in the folder that :func:`prepare` made; the record is saved.
+
+    ``ports`` gets the ports that Ray and HAProxy listen on: release them when HAProxy runs. Raises PortTaken
+    if one of them was lost, otherwise SetupError.
+    """
     temp_dir = Path(record.temp_dir)
-    port = free_port()
-    dashboard_port = DASHBOARD_PORT if port_is_free(DASHBOARD_PORT) else free_port()
+    port = ports.choose("Ray's GCS")
+    dashboard_port = ports.choose("Ray's dashboard", preferred=DASHBOARD_PORT)
     command = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head"),
+        # On Linux, Ray replaces 127.0.0.1 by the address that other machines use, and listens on all.
         *("--port", str(port), "--node-ip-address", "127.0.0.1"),
         *("--min-worker-port", "0", "--max-worker-port", "0"),
-        *("--ray-client-server-port", str(free_port()), "--dashboard-agent-listen-port", "0"),
+        *("--ray-client-server-port", str(ports.choose("Ray client")), "--dashboard-agent-listen-port", "0"),
         *("--object-store-memory", str(OBJECT_STORE_BYTES), "--disable-usage-stats"),
         *("--include-dashboard", str(dashboard).lower(), "--include-log-monitor", "false"),
         *("--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard_port)),
@@ -192,7 +186,7 @@ def start(record: RunRecord, *, dashboard: bool) -> RunRecord:
     try:
         done = subprocess.run(
             command,
-            env=_environment(record.plane_id, temp_dir),
+            env=_environment(record.plane_id, temp_dir, ports),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -202,8 +196,11 @@ def start(record: RunRecord, *, dashboard: bool) -> RunRecord:
             start_new_session=True,
         )
     except subprocess.TimeoutExpired as error:
+        check_ports(record, ports)
         raise SetupError(f"Ray did not start in {START_TIMEOUT_S:g} s; its logs are in {temp_dir}") from error
     address_file = temp_dir / "ray" / "ray_current_cluster"
+    # Also if Ray came up: it does not notice that its client server could not.
+    check_ports(record, ports, done.stdout + done.stderr)
     if done.returncode != 0 or not address_file.exists():
         output = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
         raise SetupError(f"Ray could not be started:\n{output}")
@@ -214,6 +211,14 @@ def start(record: RunRecord, *, dashboard: bool) -> RunRecord:
     )
     record.save()
     return record
+
+
+def check_ports(record: RunRecord, ports: Ports, output: str = "") -> None:
+    """Raise PortTaken if a process that is not the plane's has one of ``ports``, or if one of the plane's
+    programs could not bind one, as it says in ``output``."""
+    taken = ports.taken(lambda: {process.pid for process in processes(record.plane_id)}, output)
+    if taken:
+        raise PortTaken(taken)
 
 
 def processes(plane_id: str) -> list[psutil.Process]:
@@ -235,6 +240,30 @@ def stop(record: RunRecord, *, grace_s: float = 3.0) -> int:
 
     Raises SetupError if one can't be stopped.
     """
+    stopped = _stop_processes(record, grace_s)
+    if record.temp_dir:
+        _keep_logs(Path(record.temp_dir))
+        shutil.rmtree(record.temp_dir, ignore_errors=True)
+    return stopped
+
+
+def clear(record: RunRecord) -> RunRecord:
+    """Stop what :func:`start` started and empty its folder for another start; the record is saved.
+
+    The token stays: a process that has talked to Ray does not read another one. Raises SetupError if a
+    process can't be stopped.
+    """
+    _stop_processes(record, grace_s=3.0)
+    temp_dir = Path(record.temp_dir)
+    _keep_logs(temp_dir)
+    for each in ("ray", "h"):
+        shutil.rmtree(temp_dir / each, ignore_errors=True)
+    record = replace(record, ray_address="", dashboard_url="")
+    record.save()
+    return record
+
+
+def _stop_processes(record: RunRecord, grace_s: float) -> int:
     stopped: set[int] = set()
     deadline_s = time.monotonic() + grace_s
     # The raylet first: it ends its workers itself and would take their end for a failure otherwise.
@@ -251,9 +280,6 @@ def stop(record: RunRecord, *, grace_s: float = 3.0) -> int:
             raise SetupError(f"these processes can't be stopped: {pids}")
         _signal(left, stopped, psutil.Process.kill)
         psutil.wait_procs(left, timeout=0.5)
-    if record.temp_dir:
-        _keep_logs(Path(record.temp_dir))
-        shutil.rmtree(record.temp_dir, ignore_errors=True)
     return len(stopped)
 
 

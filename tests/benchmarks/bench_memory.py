@@ -12,7 +12,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -35,6 +34,7 @@ from controlplane.models.bundled import resolve
 from controlplane.models.catalog import known_models
 from controlplane.models.model_config import load_model
 from controlplane.planning.cpu_info import packs_16_bit
+from controlplane.ray_cluster.ports import free_port
 from tests.benchmarks.memory_probe import resident_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -152,9 +152,7 @@ def run(case: Case, bundled: str) -> list[dict[str, Any]]:
 @contextmanager
 def engine(model: str, args: Mapping[str, str], case: Case, log: Path) -> Iterator[int]:
     """A running vLLM server; yields its port and ends its whole process group."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = int(free.getsockname()[1])
+    port = free_port()
     argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1"]
     argv += ["--port", str(port), "--model", model]
     argv += ["--worker-extension-cls", "tests.benchmarks.memory_probe.MemoryProbe"]

@@ -17,7 +17,7 @@ from controlplane.config import TierConfig
 from controlplane.engines import engine_for
 from controlplane.engines.base import Launch
 from controlplane.models import bundled
-from controlplane.ray_cluster.session import free_port
+from controlplane.ray_cluster.ports import free_port
 from tests.benchmarks.plane import Plane, running
 
 TIER = "only"

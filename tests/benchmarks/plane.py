@@ -31,7 +31,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from controlplane.engines.simulated.engine import SECRET_ENV
 from controlplane.errors import SetupError
 from controlplane.paths import RUN_DIR_VARIABLE
-from controlplane.ray_cluster.session import PLANE_ID_VARIABLE, free_port, processes
+from controlplane.ray_cluster.ports import free_port
+from controlplane.ray_cluster.session import PLANE_ID_VARIABLE, processes
 
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 60.0

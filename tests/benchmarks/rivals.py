@@ -25,7 +25,7 @@ import yaml
 
 from controlplane.engines.simulated.engine import SECRET_ENV
 from controlplane.errors import SetupError
-from controlplane.ray_cluster.session import free_port
+from controlplane.ray_cluster.ports import free_port
 from tests.benchmarks.wrk import Target, body
 
 START_TIMEOUT_S = 120.0

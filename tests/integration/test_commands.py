@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,7 +28,8 @@ import pytest
 import yaml
 
 from controlplane.ray_cluster import session
-from controlplane.ray_cluster.session import RunRecord, free_port, processes
+from controlplane.ray_cluster.ports import free_port
+from controlplane.ray_cluster.session import RunRecord, processes
 from tests.benchmarks.plane import titled
 from tests.support.waiting import until
 
@@ -35,6 +37,37 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
 COMMAND = (sys.executable, "-c", "from controlplane.cli import main; main()")
 START_S = 150.0
+ROBBED = """
+import subprocess, sys
+from controlplane.ray_cluster import session
+from controlplane.cli import main
+from controlplane.ray_cluster.ports import Ports
+
+chosen, choose, start, servers = {}, Ports.choose, session.start, []
+SERVER = "import socket, sys; s = socket.create_server(('', int(sys.argv[1]))); print(flush=True); input()"
+
+
+def remember(self, purpose, preferred=0):
+    chosen[purpose] = choose(self, purpose, preferred)
+    return chosen[purpose]
+
+
+def rob(*args, **kwargs):
+    record = start(*args, **kwargs)
+    if not servers:
+        command = [sys.executable, "-c", SERVER, str(chosen["HAProxy's statistics"]), "--password=s3cret"]
+        servers.append(subprocess.Popen(command, env={}, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+        servers[0].stdout.readline()
+    return record
+
+
+Ports.choose, session.start = remember, rob
+try:
+    main()
+finally:
+    servers[0].communicate()
+"""
+"""``tierplane``, but another program takes a port of HAProxy when Ray is up and HAProxy is not."""
 
 
 @dataclass
@@ -52,9 +85,11 @@ class Machine:
         env = {key: value for key, value in os.environ.items() if key not in left_out}
         return {**env, "TIERPLANE_RUN_DIR": str(self.run_dir), **self.env}
 
-    def run(self, *arguments: str, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *arguments: str, timeout_s: float = 120.0, command: Sequence[str] = COMMAND
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [*COMMAND, *arguments],
+            [*command, *arguments],
             env=self.environment(),
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -465,3 +500,28 @@ def answers(url: str) -> bool:
 def until_record(place: Machine) -> RunRecord:
     until((place.run_dir / "up.json").exists, 30)
     return place.record()
+
+
+def test_a_port_that_haproxy_loses_is_named_and_up_starts_again_with_others() -> None:
+    with machine([tier("only")]) as place:
+        done = place.run(
+            *("up", str(place.config), "--detach", "--json", "--timeout", str(START_S)),
+            timeout_s=2 * START_S,
+            command=(sys.executable, "-c", ROBBED),
+        )
+        try:
+            assert done.returncode == 0, done.stdout + done.stderr
+            said = [json.loads(line) for line in done.stdout.splitlines()]
+            steps = [each["text"] for each in said if each["event"] == "step"]
+            [lost] = [step for step in steps if "is taken by" in step]
+            assert re.match(
+                r"port \d+ \(HAProxy's statistics\) is taken by python\S* \(process \d+\): once more", lost
+            )
+            assert "s3cret" not in done.stdout + done.stderr
+            assert steps.count("starting Ray") == 2
+            for url in (place.url, place.ingress_url):
+                with urllib.request.urlopen(f"{url}/health/ready", timeout=10) as answer:
+                    assert answer.status == 200
+        finally:
+            stopped = place.run("down", "--now")
+        assert stopped.returncode == 0, stopped.stdout + stopped.stderr

@@ -23,7 +23,7 @@ import yaml
 from controlplane.monitoring.dashboards import DASHBOARDS, GPUS
 from controlplane.monitoring.files import local_files
 from controlplane.monitoring.rules import JOB
-from controlplane.ray_cluster.session import free_port
+from controlplane.ray_cluster.ports import free_port
 from tests.benchmarks.load import Load, generate, question, session
 from tests.benchmarks.plane import Plane, running
 from tests.support.debian_tools import tool

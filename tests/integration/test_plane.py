@@ -18,7 +18,8 @@ import psutil
 import pytest
 from openai import DefaultHttpxClient, OpenAI
 
-from controlplane.ray_cluster.session import free_port, processes
+from controlplane.ray_cluster.ports import free_port
+from controlplane.ray_cluster.session import processes
 from tests.benchmarks.plane import TIERPLANE, Plane, command, running
 from tests.support.waiting import until
 

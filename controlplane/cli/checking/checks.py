@@ -30,11 +30,11 @@ from controlplane.node_agent.nvml.reader import GpuReader
 from controlplane.paths import cache_dir
 from controlplane.planning.cpu_info import node_memory
 from controlplane.planning.tier_memory import cpu_plan, tier_settings
+from controlplane.ray_cluster.ports import port_holders, port_is_free, process_name
 from controlplane.ray_cluster.session import (
     DASHBOARD_PORT,
     PLANE_ID_VARIABLE,
     load_record,
-    port_is_free,
     processes,
 )
 
@@ -299,10 +299,12 @@ def check_port(name: str, port: int, own_pids: frozenset[int]) -> Check:
     title = f"port {port}"
     if port_is_free(port, "0.0.0.0") and port_is_free(port):  # noqa: S104 - a probe, nothing listens
         return Check(title, CheckStatus.OK, f"free ({name})")
-    pid, holder = _port_holder(port)
+    holders = port_holders([port]).get(port)
+    pid = holders[0] if holders else None
     if pid in own_pids:
         return Check(title, CheckStatus.OK, f"held by the plane that runs now ({name})")
-    who = f"held by {holder} (process {pid})" if pid else "held by another process"
+    holder = process_name(pid) if pid else ""
+    who = f"held by {holder or 'another process'}"
     if name == "dashboard":
         return Check(title, CheckStatus.WARN, f"{who}: the Ray dashboard takes another port", "")
     setting = "http_options.port" if name == "ingress" else "gateway.port"
@@ -310,20 +312,6 @@ def check_port(name: str, port: int, own_pids: frozenset[int]) -> Check:
     if holder.startswith("haproxy"):
         remedy = f"a Ray that was stopped left it behind: kill {pid}"
     return Check(title, CheckStatus.FAIL, f"{who} ({name})", remedy)
-
-
-def _port_holder(port: int) -> tuple[int | None, str]:
-    try:
-        connections = psutil.net_connections("tcp")
-    except psutil.Error:
-        return None, ""
-    for connection in connections:
-        if connection.laddr and connection.laddr[1] == port and connection.status == psutil.CONN_LISTEN:
-            try:
-                return connection.pid, psutil.Process(connection.pid).name() if connection.pid else ""
-            except psutil.Error:
-                return connection.pid, "?"
-    return None, ""
 
 
 def _own_pids() -> frozenset[int]:

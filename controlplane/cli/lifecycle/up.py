@@ -31,12 +31,15 @@ from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.errors import SetupError, TierplaneError
 from controlplane.paths import run_dir
 from controlplane.ray_cluster import session
+from controlplane.ray_cluster.ports import Ports, PortTaken, bind_failures, port_holder, port_is_free
 from controlplane.ray_cluster.session import RunRecord
 
 POLL_S = 0.5
 SERVE_CHECK_S = 3.0
 DIAGNOSIS_WAIT_S = 5.0
 HTTP_TIMEOUT_S = 5.0
+START_TRIES = 3
+"""With other ports each time, if a port was lost to another program."""
 LOST_AFTER_S = 30.0
 """In the foreground: a Ray that does not answer for so long is taken for dead."""
 
@@ -107,8 +110,8 @@ def command(
         record = _new_record(file, named)
         if record.owns_ray and not no_checks:
             _check_machine(file, speech)
-        elif not session.port_is_free(file.plane.gateway.port, file.plane.gateway.host):
-            raise SetupError(f"port {file.plane.gateway.port} is taken: set gateway.port in {file.path}")
+        elif not port_is_free(file.plane.gateway.port, file.plane.gateway.host):
+            raise _port_error(file.plane.gateway.port, "gateway.port", file)
         record.save()
         drain_s = max(tier.drain_timeout_s for tier in file.plane.tiers)
         try:
@@ -173,15 +176,54 @@ def _start(
     """Ray, the application, then wait for every tier. Raises TierplaneError, or Stopped."""
     began_s = time.monotonic()
     if record.owns_ray:
-        speech.step("starting Ray")
         record = session.prepare(record)
         session.enter(record)
-        with ThreadPoolExecutor(1) as pool:
-            starting = pool.submit(session.start, record, dashboard=dashboard)
-            # Seconds of importing that would come after Ray's start otherwise.
-            importlib.import_module("controlplane.ray_cluster.plane")
-            record = starting.result()
-    _check(interrupts)
+        record = deploy_on_own_ray(record, file, speech, interrupts, dashboard=dashboard)
+    else:
+        _check(interrupts)
+        _deploy(record, file, speech, interrupts)
+    snapshot = _wait_for_tiers(record, file, speech, interrupts, began_s=began_s, timeout_s=timeout_s)
+    ready_s = time.monotonic() - began_s
+    record = replace(record, ready_unix_s=time.time())
+    record.save()
+    _say_ready(record, file, speech, snapshot, ready_s)
+    return record
+
+
+def deploy_on_own_ray(
+    record: RunRecord, file: ServeFile, speech: ProgressReporter, interrupts: Interrupts, *, dashboard: bool
+) -> RunRecord:
+    """Start Ray and deploy, again with other ports if one of them is lost before it is bound."""
+    for tries_left in reversed(range(START_TRIES)):
+        speech.step("starting Ray")
+        with Ports() as ports:
+            try:
+                with ThreadPoolExecutor(1) as pool:
+                    starting = pool.submit(session.start, record, ports, dashboard=dashboard)
+                    # Seconds of importing that would come after Ray's start otherwise.
+                    plane = importlib.import_module("controlplane.ray_cluster.plane")
+                    record = starting.result()
+                _check(interrupts)
+                try:
+                    _deploy(record, file, speech, interrupts)
+                except SetupError as error:
+                    session.check_ports(record, ports, str(error))
+                    raise
+                session.check_ports(record, ports)
+                return record
+            except PortTaken as error:
+                if not tries_left:
+                    raise
+                speech.step(f"{error}: once more, with other ports")
+                plane.disconnect()
+                interrupts.install()
+                record = session.clear(record)
+                _check(interrupts)
+    raise AssertionError("the last try returns or raises")
+
+
+def _deploy(record: RunRecord, file: ServeFile, speech: ProgressReporter, interrupts: Interrupts) -> None:
+    """Connect to Ray and deploy the file. Raises SetupError; it names who has a port of the file."""
     from controlplane.ray_cluster import plane
 
     plane.connect(record.ray_address)
@@ -189,15 +231,20 @@ def _start(
     if not record.owns_ray:
         _check_no_other_applications(record)
     speech.step(f"deploying {file.application}")
-    plane.deploy(Path(record.config), record.ray_address)
+    try:
+        plane.deploy(Path(record.config), record.ray_address)
+    except SetupError as error:
+        if record.owns_ray and file.http_port in bind_failures(str(error)):
+            raise _port_error(file.http_port, "http_options.port", file) from error
+        raise
     interrupts.install()
     _check(interrupts)
-    snapshot = _wait_for_tiers(record, file, speech, interrupts, began_s=began_s, timeout_s=timeout_s)
-    ready_s = time.monotonic() - began_s
-    record = replace(record, ready_unix_s=time.time())
-    record.save()
-    _say_ready(record, file, speech, snapshot, ready_s)
-    return record
+
+
+def _port_error(port: int, setting: str, file: ServeFile) -> SetupError:
+    return SetupError(
+        f"port {port} is taken by {port_holder(port)}: stop it, or set {setting} in {file.path}"
+    )
 
 
 def _wait_for_tiers(

@@ -8,7 +8,7 @@ import pytest
 
 from controlplane.errors import SetupError
 from controlplane.ray_cluster import plane
-from controlplane.ray_cluster.session import free_port
+from controlplane.ray_cluster.ports import free_port
 
 
 def test_a_ray_that_is_gone_is_not_waited_for() -> None:

@@ -1,5 +1,5 @@
 import os
-import socket
+import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +13,7 @@ import pytest
 
 from controlplane.errors import SetupError
 from controlplane.ray_cluster import session
+from controlplane.ray_cluster.ports import Ports, PortTaken, ephemeral_range
 from controlplane.ray_cluster.session import PLANE_ID_VARIABLE, RunRecord
 
 Spawn = Callable[..., "subprocess.Popen[bytes]"]
@@ -127,9 +128,100 @@ def test_memory_is_counted(spawn: Spawn) -> None:
     assert session.memory_bytes(session.processes("p1")) > 2**20
 
 
-def test_ports() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        assert not session.port_is_free(taken.getsockname()[1])
-    assert session.port_is_free(session.free_port())
+RAY = """
+import os, sys
+from pathlib import Path
+arguments = dict(zip(sys.argv[5::2], sys.argv[6::2]))
+folder = Path(os.environ["RAY_TMPDIR"]) / "ray"
+folder.mkdir()
+(folder / "ray_current_cluster").write_text("127.0.0.1:" + arguments["--port"])
+"""
+"""Stands in for ``ray start --head``: writes the address and ends."""
+FAILING = """
+import sys
+print("Failed to bind to 127.0.0.1:" + sys.argv[6] + " because it's already occupied.")
+sys.exit(1)
+"""
+
+
+@pytest.fixture
+def fake_ray(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[list[str]]]:
+    """Has ``ray start`` be a program instead; its command lines are in the list."""
+    real = subprocess.run
+
+    def replace_by(program: str) -> list[list[str]]:
+        calls: list[list[str]] = []
+
+        def run(command: list[str], **kwargs: object) -> object:
+            calls.append(command)
+            return real([command[0], "-c", program, *command[1:]], **kwargs)  # type: ignore[call-overload]
+
+        monkeypatch.setattr(subprocess, "run", run)
+        return calls
+
+    return replace_by
+
+
+@pytest.fixture
+def prepared() -> Iterator[RunRecord]:
+    made = session.prepare(record("no-such-plane"))
+    yield made
+    shutil.rmtree(made.temp_dir)
+
+
+def test_ray_gets_ports_that_are_reserved_until_it_has_them(
+    fake_ray: Callable[[str], list[list[str]]], prepared: RunRecord
+) -> None:
+    calls = fake_ray(RAY)
+    with Ports() as ports:
+        started = session.start(prepared, ports, dashboard=False)
+        port = int(calls[0][calls[0].index("--port") + 1])
+        assert started.ray_address == f"127.0.0.1:{port}"
+        assert port not in ephemeral_range()
+        with Ports() as others:
+            assert others.choose("another plane's", preferred=port) != port
+
+
+def test_a_ray_that_comes_up_with_a_port_lost_is_no_success(
+    fake_ray: Callable[[str], list[list[str]]], prepared: RunRecord, spawn: Spawn
+) -> None:
+    fake_ray(RAY)
+    with Ports() as ports:
+        port = ports.choose("Ray client")
+        server = f"import socket; s = socket.create_server(('', {port})); " + WAIT
+        holder = spawn(server, None)
+        with pytest.raises(PortTaken, match=rf"port {port} \(Ray client\) .* \(process {holder.pid}\)"):
+            session.start(prepared, ports, dashboard=False)
+        ours = spawn(server.replace(str(port), str(ports.choose("HAProxy's statistics"))), "no-such-plane")
+        holder.kill()
+        holder.wait()
+        session.check_ports(prepared, ports)
+        assert ours.poll() is None
+
+
+def test_a_ray_that_can_t_bind_a_port_names_it(
+    fake_ray: Callable[[str], list[list[str]]], prepared: RunRecord
+) -> None:
+    fake_ray(FAILING)
+    with Ports() as ports, pytest.raises(PortTaken, match=r"port \d+ \(Ray's GCS\) was taken"):
+        session.start(prepared, ports, dashboard=False)
+
+
+def test_a_cleared_folder_has_its_token_still_and_ray_starts_in_it_again(
+    fake_ray: Callable[[str], list[list[str]]], prepared: RunRecord, spawn: Spawn
+) -> None:
+    fake_ray(RAY)
+    temp_dir = Path(prepared.temp_dir)
+    token = (temp_dir / "auth_token").read_text()
+    with Ports() as ports:
+        started = session.start(prepared, ports, dashboard=True)
+    ours = spawn(WAIT, "no-such-plane")
+    cleared = session.clear(started)
+    ours.wait(5)
+    assert [path.name for path in temp_dir.iterdir()] == ["auth_token"]
+    assert (cleared.ray_address, cleared.dashboard_url) == ("", "")
+    assert session.load_record() == cleared
+    with Ports() as ports:
+        again = session.start(cleared, ports, dashboard=True)
+    assert again.ray_address not in {"", started.ray_address}
+    assert (temp_dir / "auth_token").read_text() == token

@@ -3,6 +3,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,24 @@ import yaml
 from click.testing import CliRunner, Result
 
 from controlplane.cli import main
+from controlplane.cli.checking.configuration import load_checked
 from controlplane.cli.console import age
 from controlplane.cli.lifecycle.progress import JsonProgress, LineProgress
-from controlplane.cli.lifecycle.up import Interrupts, curl_line, openai_snippet
+from controlplane.cli.lifecycle.up import (
+    START_TRIES,
+    Interrupts,
+    curl_line,
+    deploy_on_own_ray,
+    openai_snippet,
+)
 from controlplane.core.cluster.snapshot import ClusterSnapshot
 from controlplane.core.cluster.status import TierStatus, tier_statuses
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
 from controlplane.core.domain.event import Event
+from controlplane.errors import SetupError
+from controlplane.ray_cluster import session
+from controlplane.ray_cluster.ports import Ports, PortTaken
 from controlplane.ray_cluster.session import RunRecord
 
 
@@ -79,7 +90,8 @@ def test_a_port_that_is_taken_is_named_and_nothing_is_started(tmp_path: Path, ru
         port = taken.getsockname()[1]
         result = run("up", str(config(tmp_path, port)))
     assert result.exit_code == 1
-    assert str(port) in result.output
+    assert f"port {port}" in result.output
+    assert f"(process {os.getpid()})" in result.output
     assert not (run_dir / "up.json").exists()
     assert "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
 
@@ -97,6 +109,100 @@ def test_up_beside_one_that_runs_is_refused(tmp_path: Path) -> None:
     result = run("up", str(config(tmp_path, 18080)))
     assert result.exit_code == 1
     assert "is up already" in result.output
+
+
+class Rays:
+    """Stands in for Ray: the first ``lost`` starts, or deployments, lose a port."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, lost: int, when: str) -> None:
+        from controlplane.ray_cluster import plane
+
+        self.lost, self.when = lost, when
+        self.ports: list[int] = []
+        self.calls: list[str] = []
+        monkeypatch.setattr(session, "start", self.start)
+        monkeypatch.setattr(session, "check_ports", self.check)
+        monkeypatch.setattr(session, "clear", lambda record: self.called("clear", record))
+        monkeypatch.setattr(plane, "connect", lambda _: self.called("connect", None))
+        monkeypatch.setattr(plane, "disconnect", lambda: self.called("disconnect", None))
+        monkeypatch.setattr(plane, "deploy", self.deploy)
+
+    def called(self, name: str, result: Any) -> Any:
+        self.calls.append(name)
+        return result
+
+    def start(self, record: RunRecord, ports: Ports, *, dashboard: bool) -> RunRecord:
+        self.called("start", None)
+        self.ports.append(ports.choose("HAProxy's statistics"))
+        self.lose("start")
+        return record
+
+    def deploy(self, _: Path, __: str) -> None:
+        self.called("deploy", None)
+        if self.when == "deploy" and self.lost:
+            raise SetupError("Serve could not be started: HAProxy crashed")
+
+    def check(self, _: RunRecord, __: Ports, output: str = "") -> None:
+        if output:
+            self.lose("deploy")
+
+    def lose(self, when: str) -> None:
+        if self.when == when and self.lost:
+            self.lost -= 1
+            raise PortTaken(f"port {self.ports[-1]} (HAProxy's statistics) is taken by x (process 7)")
+
+
+def deploy(tmp_path: Path, progress: JsonProgress) -> None:
+    file = load_checked(str(config(tmp_path, 18080)))
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        deploy_on_own_ray(record(), file, progress, Interrupts(), dashboard=False)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("when", ["start", "deploy"])
+def test_a_lost_port_is_named_and_ray_starts_again_with_others(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rays = Rays(monkeypatch, lost=1, when=when)
+    deploy(tmp_path, JsonProgress())
+    first = ["start"] if when == "start" else ["start", "connect", "deploy"]
+    assert rays.calls == [*first, "disconnect", "clear", "start", "connect", "deploy"]
+    assert len(set(rays.ports)) == 2
+    said = [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
+    lost = f"port {rays.ports[0]} (HAProxy's statistics) is taken by x (process 7)"
+    assert [text for text in said if "port" in text] == [f"{lost}: once more, with other ports"]
+
+
+@pytest.mark.parametrize("when", ["start", "deploy"])
+def test_ports_that_are_lost_again_and_again_end_the_start(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rays = Rays(monkeypatch, lost=100, when=when)
+    with pytest.raises(PortTaken, match=r"\(HAProxy's statistics\) is taken by x"):
+        deploy(tmp_path, JsonProgress())
+    assert rays.calls.count("start") == START_TRIES
+    assert rays.calls.count("clear") == START_TRIES - 1
+
+
+def test_a_lost_port_of_the_configuration_is_named_with_its_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rays = Rays(monkeypatch, lost=0, when="")
+    message = "cannot bind socket (Address already in use) for [127.0.0.1:18000]"
+    monkeypatch.setattr("controlplane.ray_cluster.plane.deploy", raising(SetupError(message)))
+    with pytest.raises(SetupError, match=r"port 18000 is taken by .*: stop it, or set http_options\.port in"):
+        deploy(tmp_path, JsonProgress())
+    assert rays.calls == ["start", "connect"]
+
+
+def raising(error: Exception) -> Callable[..., None]:
+    def fail(*_: object) -> None:
+        raise error
+
+    return fail
 
 
 def test_down_with_nothing_to_stop_says_so_and_needs_no_ray() -> None:
