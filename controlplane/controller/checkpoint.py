@@ -1,30 +1,45 @@
-"""What the controller knows that has to survive it, as JSON values by key.
+"""The controller's state that survives a restart, as JSON values by key.
 
-Times are the process's monotonic clock inside and wall-clock seconds in the values; ``shift_s`` is the
-difference (wall clock less monotonic), taken once when the process starts. Leases keep no time: after a
-restart their holders have the usual time to be heard of.
+Times are monotonic in memory and wall clock in the store. ``shift_s`` is wall clock less monotonic clock,
+measured once when the process starts. Leases are stored without their renewal time: after a restart their
+holders have the usual time to report again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, replace
 
 from controlplane.core.gpus.health import GpuHealth
 from controlplane.core.gpus.inventory import GpuInventory, NodeHold
 from controlplane.core.gpus.leases import GpuLease, GpuPart, LeaseBook
-from controlplane.core.json_values import Values, from_value, shifted, to_value, under
+from controlplane.core.json_values import StoredState, Values, shifted, to_value
 from controlplane.core.reconcile.in_progress import InProgress
 from controlplane.core.reconcile.migrations import Migration, Restart, TierHold
 from controlplane.core.reconcile.reconcile import ReplicaFailure
 
-_GPU, _NODE, _LEASE, _MOVE, _RESTART = "gpu/", "node/", "lease/", "move/", "restart/"
+_GPU, _NODE, _LEASE, _MIGRATION, _RESTART = "gpu/", "node/", "lease/", "move/", "restart/"
 _COUNTED = "gpus counted"
-_DRAIN, _HOLD, _HELD, _FAILURES, _HUNG = "drain/", "hold/", "held/", "failures/", "hung/"
+_DRAIN, _HOLD, _HELD_BEFORE, _FAILURES, _HUNG = "drain/", "hold/", "held/", "failures/", "hung/"
+_NOT_STORED = ("hot", "well", "marks")
+"""Of a GPU's health: streaks of readings, which a restart breaks."""
+
+
+@dataclass(frozen=True, slots=True)
+class _StoredGpu:
+    health: GpuHealth
+    must_leave: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _StoredLease:
+    generation: int
+    node_id: str
+    parts: tuple[tuple[str, int, int], ...]
+    """GPU UUID, thousandths of the GPU, bytes of its memory."""
 
 
 class CheckpointWriter:
-    """Turns the state into values again and again; the many leases only when they changed."""
+    """Converts the state at every save; of the leases, which may be many, only those that changed."""
 
     def __init__(self, shift_s: float) -> None:
         self._shift_s = shift_s
@@ -32,7 +47,8 @@ class CheckpointWriter:
         self._leases: Values = {}
 
     def values(self, fleet: GpuInventory, book: LeaseBook, work: InProgress) -> Values:
-        """All of it, by key; what did not change is the same object as before. Always of the same book."""
+        """The whole state by key. ``book`` must be the same at every call; an unchanged lease is the same object as
+        in the call before."""
         changed = book.changed_since(self._version)
         if changed is None:
             self._leases = {}
@@ -41,52 +57,24 @@ class CheckpointWriter:
             if lease is None:
                 self._leases.pop(_LEASE + holder, None)
             else:
-                self._leases[_LEASE + holder] = _of_lease(lease)
+                self._leases[_LEASE + holder] = _lease_value(lease)
         self._version = book.version
-        return self._leases | _of_rest(fleet, work, self._shift_s)
+        return self._leases | _other_values(fleet, work, self._shift_s)
 
 
 def to_values(fleet: GpuInventory, book: LeaseBook, work: InProgress, shift_s: float) -> Values:
-    """All of it, by key."""
+    """The whole state by key."""
     return CheckpointWriter(shift_s).values(fleet, book, work)
 
 
-def _of_lease(lease: GpuLease) -> Values:
-    return {
-        "generation": lease.generation,
-        "node_id": lease.node_id,
-        "parts": [[part.gpu_uuid, part.milli, part.memory_bytes] for part in lease.parts],
-    }
-
-
-def _of_rest(fleet: GpuInventory, work: InProgress, shift_s: float) -> Values:
-    gpus, holds = fleet.kept()
-    values: Values = {_GPU + uuid: _of_gpu(health, leave, shift_s) for uuid, (health, leave) in gpus.items()}
-    values |= {_NODE + node_id: to_value(hold) for node_id, hold in holds.items()}
-    values[_COUNTED] = fleet.counted
-    for name, move in work.moves.items():
-        values[_MOVE + name] = shifted(to_value(move), shift_s, "since_s", "began_s")
-    for name, restart in work.restarts.items():
-        values[_RESTART + name] = shifted(to_value(restart), shift_s, "since_s")
-    values |= {_DRAIN + name: reason for name, reason in work.drains.items()}
-    for tier, tier_hold in work.holds.items():
-        values[_HOLD + tier] = shifted(to_value(tier_hold), shift_s, "since_s", "until_s")
-    for tier, (count, at_s) in work.held_before.items():
-        values[_HELD + tier] = [count, at_s + shift_s]
-    for tier, failures in work.failures.items():
-        values[_FAILURES + tier] = [shifted(to_value(item), shift_s, "at_s") for item in failures]
-    for name, times in work.hung_before.items():
-        values[_HUNG + name] = [at_s + shift_s for at_s in times]
-    return values
-
-
-def restore_gpus(values: Mapping[str, Any], fleet: GpuInventory, shift_s: float) -> None:
-    """What concerns the hardware; it holds on any cluster that these GPUs are in."""
-    fleet.restore([_gpu(value, shift_s) for value in under(values, _GPU).values()], {})
+def restore_gpus(stored: StoredState, fleet: GpuInventory, shift_s: float) -> None:
+    """Restore the health of GPUs, which is valid on any cluster that contains them."""
+    gpus = stored.entries(_GPU, _StoredGpu).values()
+    fleet.restore([(_shifted_health(gpu.health, -shift_s), gpu.must_leave) for gpu in gpus], {})
 
 
 def restore_plane(
-    values: Mapping[str, Any],
+    stored: StoredState,
     fleet: GpuInventory,
     book: LeaseBook,
     work: InProgress,
@@ -94,59 +82,70 @@ def restore_plane(
     now_s: float,
     shift_s: float,
 ) -> None:
-    """What concerns the plane that ran when it was written."""
-    fleet.restore(
-        (),
-        {node_id: from_value(NodeHold, value) for node_id, value in under(values, _NODE).items()},
-        counted=bool(values.get(_COUNTED)),
-    )
+    """Restore the rest, which is valid only while the stored cluster still runs."""
+    fleet.restore((), stored.entries(_NODE, NodeHold), counted=bool(stored.get(_COUNTED)))
     book.restore(
         GpuLease(
-            holder,
-            value["generation"],
-            value["node_id"],
-            tuple(GpuPart(*part) for part in value["parts"]),
-            now_s,
+            holder, lease.generation, lease.node_id, tuple(GpuPart(*part) for part in lease.parts), now_s
         )
-        for holder, value in under(values, _LEASE).items()
+        for holder, lease in stored.entries(_LEASE, _StoredLease).items()
     )
-    for name, value in under(values, _MOVE).items():
-        work.moves[name] = from_value(Migration, shifted(value, -shift_s, "since_s", "began_s"))
-    for name, value in under(values, _RESTART).items():
-        work.restarts[name] = from_value(Restart, shifted(value, -shift_s, "since_s"))
-    work.drains.update(under(values, _DRAIN))
-    for tier, value in under(values, _HOLD).items():
-        work.holds[tier] = from_value(TierHold, shifted(value, -shift_s, "since_s", "until_s"))
-    for tier, (count, at_s) in under(values, _HELD).items():
+    for name, migration in stored.entries(_MIGRATION, Migration).items():
+        work.moves[name] = shifted(migration, -shift_s, "since_s", "began_s")
+    for name, restart in stored.entries(_RESTART, Restart).items():
+        work.restarts[name] = shifted(restart, -shift_s, "since_s")
+    work.drains.update(stored.entries(_DRAIN, str))
+    for tier, hold in stored.entries(_HOLD, TierHold).items():
+        work.holds[tier] = shifted(hold, -shift_s, "since_s", "until_s")
+    for tier, (count, at_s) in stored.entries(_HELD_BEFORE, tuple[int, float]).items():
         work.held_before[tier] = (count, at_s - shift_s)
-    for tier, failures in under(values, _FAILURES).items():
-        work.failures[tier] = tuple(
-            from_value(ReplicaFailure, shifted(item, -shift_s, "at_s")) for item in failures
-        )
-    for name, times in under(values, _HUNG).items():
+    for tier, failures in stored.entries(_FAILURES, tuple[ReplicaFailure, ...]).items():
+        work.failures[tier] = tuple(shifted(failure, -shift_s, "at_s") for failure in failures)
+    for name, times in stored.entries(_HUNG, tuple[float, ...]).items():
         work.hung_before[name] = tuple(at_s - shift_s for at_s in times)
 
 
-def _of_gpu(health: GpuHealth, must_leave: bool, shift_s: float) -> Values:
-    value = {
-        "uuid": health.uuid,
-        "state": health.state.value,
-        "since_s": health.since_s + shift_s,
-        "rule": health.rule,
-        "reason": health.reason,
-        "recovery": health.recovery.value,
-        "hold_s": health.hold_s,
-        "cordons_s": [at_s + shift_s for at_s in health.cordons_s],
-        "reset_seen": health.reset_seen,
-        "was_lost": health.was_lost,
-        "boot_id": health.boot_id,
-        "ecc_uncorrected": health.ecc_uncorrected,
-        "ecc_corrected": health.ecc_corrected,
+def _lease_value(lease: GpuLease) -> Values:
+    return {
+        "generation": lease.generation,
+        "node_id": lease.node_id,
+        "parts": [[part.gpu_uuid, part.milli, part.memory_bytes] for part in lease.parts],
     }
+
+
+def _other_values(fleet: GpuInventory, work: InProgress, shift_s: float) -> Values:
+    gpus, holds = fleet.kept()
+    values: Values = {
+        _GPU + uuid: _gpu_value(health, must_leave, shift_s) for uuid, (health, must_leave) in gpus.items()
+    }
+    values |= {_NODE + node_id: to_value(hold) for node_id, hold in holds.items()}
+    values[_COUNTED] = fleet.counted
+    for name, migration in work.moves.items():
+        values[_MIGRATION + name] = to_value(shifted(migration, shift_s, "since_s", "began_s"))
+    for name, restart in work.restarts.items():
+        values[_RESTART + name] = to_value(shifted(restart, shift_s, "since_s"))
+    values |= {_DRAIN + name: reason for name, reason in work.drains.items()}
+    for tier, tier_hold in work.holds.items():
+        values[_HOLD + tier] = to_value(shifted(tier_hold, shift_s, "since_s", "until_s"))
+    for tier, (count, at_s) in work.held_before.items():
+        values[_HELD_BEFORE + tier] = [count, at_s + shift_s]
+    for tier, failures in work.failures.items():
+        values[_FAILURES + tier] = [to_value(shifted(failure, shift_s, "at_s")) for failure in failures]
+    for name, times in work.hung_before.items():
+        values[_HUNG + name] = [at_s + shift_s for at_s in times]
+    return values
+
+
+def _gpu_value(health: GpuHealth, must_leave: bool, shift_s: float) -> Values:
+    value = to_value(_shifted_health(health, shift_s))
+    for name in _NOT_STORED:
+        del value[name]
     return {"health": value, "must_leave": must_leave}
 
 
-def _gpu(value: Mapping[str, Any], shift_s: float) -> tuple[GpuHealth, bool]:
-    fields = shifted(value["health"], -shift_s, "since_s")
-    fields["cordons_s"] = [at_s - shift_s for at_s in fields["cordons_s"]]
-    return from_value(GpuHealth, fields), bool(value["must_leave"])
+def _shifted_health(health: GpuHealth, shift_s: float) -> GpuHealth:
+    return replace(
+        health,
+        since_s=health.since_s + shift_s,
+        cordons_s=tuple(at_s + shift_s for at_s in health.cordons_s),
+    )

@@ -1,72 +1,74 @@
-"""What has to survive the controller of its alerts, as JSON values by key (as
-:mod:`controlplane.controller.checkpoint`).
+"""The alerts that survive a restart of the controller, as JSON values by key.
 
-Times are monotonic inside and wall-clock seconds in the values; ``shift_s`` is wall clock less monotonic.
-What is pending is not kept: nobody looks while the controller is away, so it begins anew.
+Times are monotonic in memory and wall clock in the store; ``shift_s`` is wall clock less monotonic clock.
+Pending alerts are not stored: nothing is evaluated while the controller is away, so they begin again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from controlplane.core.alerts.alert import Alert, AlertState, Silence
 from controlplane.core.alerts.rules import BY_NAME
 from controlplane.core.alerts.table import AlertTable
-from controlplane.core.json_values import Values, from_value, shifted, to_value, under
+from controlplane.core.json_values import StoredState, Values, shifted, to_value
 
 _ALERT, _SILENCE = "alert/", "silence/"
 
 
 @dataclass(frozen=True, slots=True)
-class _Firing:
-    """An alert as it is kept."""
+class _StoredAlert:
+    """A firing alert; the names are those of the stored keys."""
 
     rule: str
     subject: str
     value: float
     since_s: float
     told_s: float | None
+    """:attr:`Alert.notified_s`."""
     acknowledged: str = ""
     detail: str = ""
 
 
 def to_values(table: AlertTable, shift_s: float) -> Values:
-    """Alerts that fire and silences, by key."""
+    """Firing alerts and silences, by key."""
     values: Values = {}
     for alert in table.alerts:
         if alert.state is AlertState.FIRING:
             name, subject = alert.key
-            times = alert.since_s, alert.notified_s
-            firing = _Firing(name, subject, alert.value, *times, alert.acknowledged, alert.detail)
-            values[f"{_ALERT}{name}/{subject}"] = shifted(to_value(firing), shift_s, "since_s", "told_s")
+            stored = _StoredAlert(
+                rule=name,
+                subject=subject,
+                value=alert.value,
+                since_s=alert.since_s,
+                told_s=alert.notified_s,
+                acknowledged=alert.acknowledged,
+                detail=alert.detail,
+            )
+            values[f"{_ALERT}{name}/{subject}"] = to_value(shifted(stored, shift_s, "since_s", "told_s"))
     for silence in table.silences:
-        values[f"{_SILENCE}{silence.number}"] = shifted(to_value(silence), shift_s, "until_s")
+        values[f"{_SILENCE}{silence.number}"] = to_value(shifted(silence, shift_s, "until_s"))
     return values
 
 
-def restore(values: Mapping[str, Any], table: AlertTable, shift_s: float) -> None:
-    """What :func:`to_values` said before. Alerts of rules that are no more are left out."""
-    firing = [
-        from_value(_Firing, shifted(value, -shift_s, "since_s", "told_s"))
-        for value in under(values, _ALERT).values()
-    ]
+def restore(stored: StoredState, table: AlertTable, shift_s: float) -> None:
+    """Restore what :func:`to_values` wrote. Alerts of rules that no longer exist are dropped."""
     alerts = [
         Alert(
             BY_NAME[item.rule],
             item.subject,
             AlertState.FIRING,
             item.value,
-            item.since_s,
-            notified_s=item.told_s,
+            item.since_s - shift_s,
+            notified_s=None if item.told_s is None else item.told_s - shift_s,
             acknowledged=item.acknowledged,
             detail=item.detail,
         )
-        for item in firing
+        for item in stored.entries(_ALERT, _StoredAlert).values()
         if item.rule in BY_NAME
     ]
-    silences = [
-        from_value(Silence, shifted(value, -shift_s, "until_s")) for value in under(values, _SILENCE).values()
-    ]
-    table.restore(sorted(alerts, key=lambda alert: alert.since_s), silences)
+    silences = stored.entries(_SILENCE, Silence).values()
+    table.restore(
+        sorted(alerts, key=lambda alert: alert.since_s),
+        [shifted(silence, -shift_s, "until_s") for silence in silences],
+    )
