@@ -187,6 +187,6 @@ class ControllerScalingConfig(Strict):
     thresholds: ThresholdsConfig = ThresholdsConfig()
     """When a figure is a reason for advice."""
 
-    def advice_rules(self) -> RecommendationRules:
+    def recommendation_rules(self) -> RecommendationRules:
         """As the core has them."""
         return RecommendationRules(self.thresholds.thresholds(), self.advice_interval_s, self.score_after_s)

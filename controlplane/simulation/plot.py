@@ -7,7 +7,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from controlplane.core.recommendations.views import effect_text, judged_text
+from controlplane.core.recommendations.views import effect_text, outcome_text
 from controlplane.simulation.placement_text import room_lines
 from controlplane.simulation.results import SimulationResult, TierResult
 
@@ -30,7 +30,7 @@ def write_png(result: SimulationResult, path: Path) -> None:
 
 
 def write_html(result: SimulationResult, path: Path) -> None:
-    """Figure, tables, advice and decisions on one page."""
+    """Figure, tables, recommendations and decisions on one page."""
     path.write_text(page(result), "utf-8")
 
 
@@ -47,7 +47,7 @@ def page(result: SimulationResult) -> str:
             _svg(result),
             _tier_table(result),
             "".join(f"<p>{html.escape(line)}</p>" for line in room_lines(result)),
-            _advice_table(result),
+            _recommendation_table(result),
             _decision_table(result),
             "</html>",
         ]
@@ -123,24 +123,24 @@ def _tier_table(result: SimulationResult) -> str:
     return _table(titles, rows)
 
 
-def _advice_table(result: SimulationResult) -> str:
+def _recommendation_table(result: SimulationResult) -> str:
     rows = []
-    for item in result.advice[-_MOST_ROWS:]:
-        advice = item.advice
+    for item in result.recommendations[-_MOST_ROWS:]:
+        recommendation = item.recommendation
         cells = (
-            advice.instance,
-            f"{advice.kind}: {advice.suggestion}",
-            "; ".join(advice.reasons),
-            effect_text(advice.effect),
-            f"{advice.confidence:.0%}",
-            judged_text(item),
+            recommendation.instance,
+            f"{recommendation.kind}: {recommendation.suggestion}",
+            "; ".join(recommendation.reasons),
+            effect_text(recommendation.effect),
+            f"{recommendation.confidence:.0%}",
+            outcome_text(item),
         )
         inner = "".join(f"<td class=text>{html.escape(cell)}</td>" for cell in cells)
         rows.append(f"<tr><td>{result.hours_of(item):.3f} h</td>{inner}</tr>")
     record = result.record
     mean = "" if record.mean is None else f", mean score {record.mean:.2f}"
     said = f"{record.judged} judged, {record.right} right{mean}"
-    titles = ("when", "tier", "advice", "why", "predicted", "sure", "judged")
+    titles = ("when", "tier", "recommendation", "why", "predicted", "sure", "judged")
     head = f"<h2>Recommendations ({_shown(rows, record.given)})</h2><p>{said}</p>"
     return head + _table(titles, rows)
 

@@ -57,7 +57,7 @@ class TierplanePolicy:
         return self._round.decide([tier.observation for tier in seen], gpus)
 
     def learned(self, tier: str) -> TierScaler | None:
-        """What production would advise by."""
+        """What production would base recommendations on."""
         return self._round.scaler(tier)
 
 

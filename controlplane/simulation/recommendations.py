@@ -1,9 +1,9 @@
-"""What would have been advised during a run: the production code, told the simulation's own figures.
+"""The recommendations that would have been issued during a run: the production code on the simulation's figures.
 
-Every fifth of the window the tiers are looked at as :mod:`controlplane.controller.scaling.conditions` does it
-live: counts and latencies over the window, what waits, runs and fills KV caches as it is at that moment.
-There is no GPU to ask, so utilisation is the share of the window in which the busiest engine worked, and
-memory is not measured. Looking changes nothing of the run.
+:data:`UPDATES` times per window the tiers' conditions are computed as in
+:mod:`controlplane.controller.scaling.conditions`: counts and latencies over the window; queue, requests in flight
+and KV cache usage at that moment. There is no GPU to measure, so utilisation is the ratio of the window in which
+the busiest engine worked, and memory is missing. None of this affects the run.
 """
 
 from __future__ import annotations
@@ -31,11 +31,10 @@ if TYPE_CHECKING:
     from controlplane.simulation.results import TierRecord
     from controlplane.simulation.simulator import TierScenario
 
-MOST_ADVICE: Final = 1000
-"""Advice that a result keeps, the last."""
-LOOKS: Final = 5
-"""So often in one window is it looked whether there is advice. Live that is done every tick, which here would
-take a fifth of the time."""
+MAX_RECOMMENDATIONS: Final = 1000
+"""Recommendations in a result, the last ones."""
+UPDATES: Final = 5
+"""Updates per window. Live there is one every tick, which here would take a fifth of the run's time."""
 
 _NOTHING: Final[Mapping[str, float]] = MappingProxyType({})
 _NO_END: Final = missing("no request ended in the window")
@@ -45,7 +44,7 @@ _NO_MEMORY: Final = missing("the simulation has no GPU memory")
 
 @dataclass(frozen=True, slots=True)
 class RecommendationSettings:
-    """``controller.scaling``, as far as it is about advice."""
+    """``controller.scaling``, the part about recommendations."""
 
     rules: RecommendationRules = field(default_factory=RecommendationRules)
     window_s: float = 300.0
@@ -86,10 +85,10 @@ class _TierWindow:
         self._figures: tuple[object, ...] = ()
         self._condition = TierCondition(self.name, 0)
         """What was made of them."""
-        self._points = deque([_CountedPoint(0.0, 0, 0, 0, 0, 0, _NOTHING)], maxlen=LOOKS + 2)
+        self._points = deque([_CountedPoint(0.0, 0, 0, 0, 0, 0, _NOTHING)], maxlen=UPDATES + 2)
 
     def condition(self, now_s: float) -> TierCondition:
-        """As advice sees it."""
+        """Its condition now."""
         watched, points = self._watched, self._points
         while len(points) > 1 and points[1].at_s <= now_s - self._window_s + 1e-6:
             points.popleft()
@@ -188,7 +187,7 @@ class _TierWindow:
 
 
 class SimulatedRecommendations:
-    """Looks, and remembers what was advised."""
+    """The recommendations of one run."""
 
     def __init__(
         self,
@@ -199,13 +198,13 @@ class SimulatedRecommendations:
         *,
         start_unix_s: float,
     ) -> None:
-        """``tiers`` and ``pools`` in the same order. ``learned`` is what the policy knows of a tier's
-        engines; where it knows nothing, advice goes by what is assumed beforehand. ``start_unix_s`` is when
-        the run begins."""
-        self.every_s = settings.window_s / LOOKS
+        """``tiers`` and ``pools`` are in the same order. ``learned`` returns the scaler that measured a tier's
+        engines, or None if the policy has none; then their assumed speed is used. ``start_unix_s`` is when the run
+        begins."""
+        self.every_s = settings.window_s / UPDATES
         self._rules = settings.rules
         self._start_unix_s = start_unix_s
-        self._adviser = Recommender(RecommendationLog(MOST_ADVICE))
+        self._recommender = Recommender(RecommendationLog(MAX_RECOMMENDATIONS))
         self._tiers = [
             _TierWindow(
                 watched,
@@ -218,25 +217,26 @@ class SimulatedRecommendations:
         self._count = self._judged = self._right = 0
         self._sum = 0.0
 
-    def look(self, now_s: float, gpus: float | None) -> None:
-        """Every :attr:`every_s`. ``gpus`` is what all tiers together may hold; None: nobody counts."""
+    def update(self, now_s: float, gpus: float | None) -> None:
+        """Call this every :attr:`every_s`. ``gpus`` is what all tiers together may use; None means the total is
+        unknown."""
         conditions = {tier.name: tier.condition(now_s) for tier in self._tiers}
         unix_s = self._start_unix_s + now_s
-        advised = self._adviser.look(conditions, self._rules, gpus, now_s=now_s, unix_s=unix_s)
-        self._count += len(advised.new)
-        scores = [item.score for item in advised.judged if item.score is not None]
+        changes = self._recommender.update(conditions, self._rules, gpus, now_s=now_s, unix_s=unix_s)
+        self._count += len(changes.issued)
+        scores = [item.score for item in changes.scored if item.score is not None]
         self._judged += len(scores)
         self._right += sum(score.right for score in scores)
         self._sum += sum(score.value for score in scores)
 
     @property
-    def given(self) -> tuple[IssuedRecommendation, ...]:
-        """The last of it, oldest first."""
-        return self._adviser.book.given
+    def issued(self) -> tuple[IssuedRecommendation, ...]:
+        """The last recommendations, oldest first."""
+        return self._recommender.log.issued
 
     @property
     def record(self) -> TrackRecord:
-        """How good all of it was."""
+        """How well all recommendations of the run turned out."""
         mean = self._sum / self._judged if self._judged else None
         return TrackRecord(self._count, self._judged, self._right, mean)
 

@@ -10,11 +10,11 @@ from typing import Any, Final
 import numpy as np
 
 from controlplane.core.recommendations.log import IssuedRecommendation, TrackRecord
-from controlplane.core.recommendations.views import given_as_json
+from controlplane.core.recommendations.views import recommendation_as_json
 
 QUANTILES: Final = (0.5, 0.9, 0.95, 0.99)
 START_UNIX_S: Final = 1_767_571_200.0
-"""A Monday, 00:00 UTC: the trace's beginning as schedules and advice see it."""
+"""A Monday, 00:00 UTC: the trace's beginning as schedules and recommendations see it."""
 
 
 @dataclass(slots=True)
@@ -178,7 +178,7 @@ class SimulationResult:
     """The first that changed a target, or that the budget cut by more than was told."""
     decisions_total: int
     """All of them."""
-    advice: tuple[IssuedRecommendation, ...]
+    recommendations: tuple[IssuedRecommendation, ...]
     """The last that would have been given, oldest first."""
     record: TrackRecord
     """How good all of it was."""
@@ -187,9 +187,9 @@ class SimulationResult:
     cluster: ClusterResult | None = None
     """None: there was always room."""
 
-    def hours_of(self, advice: IssuedRecommendation) -> float:
+    def hours_of(self, item: IssuedRecommendation) -> float:
         """When it was given, since the trace's beginning."""
-        return (advice.unix_s - START_UNIX_S) / 3600
+        return (item.unix_s - START_UNIX_S) / 3600
 
     @property
     def requests(self) -> int:
@@ -233,7 +233,7 @@ class SimulationResult:
                 }
                 for entry in self.decisions
             ],
-            "recommendations": [given_as_json(item) for item in self.advice],
+            "recommendations": [recommendation_as_json(item) for item in self.recommendations],
             "record": asdict(self.record),
         }
 

@@ -56,8 +56,8 @@ def build(
         nodes=None if nodes is None else tuple(nodes),
         outages=None if lasts_hours is None else OutageModel(lasts_hours * 3600, options.node_recovery_s),
         seed=options.seed,
-        advice=RecommendationSettings(
-            plane.controller.scaling.advice_rules(), plane.controller.scaling.window_s
+        recommendations=RecommendationSettings(
+            plane.controller.scaling.recommendation_rules(), plane.controller.scaling.window_s
         ),
     )
 

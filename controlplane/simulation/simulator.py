@@ -71,7 +71,7 @@ class TierScenario:
     """Who gets GPUs first when they are short: the higher."""
     tensor_parallel: int = 1
     latency_limit_ms: float = LATENCY_MS
-    """Over it advice calls the tier slow, where no threshold is set."""
+    """Above it a recommendation calls the tier slow, if no threshold is set."""
 
     @property
     def rule(self) -> TierRule:
@@ -98,7 +98,7 @@ class Scenario:
     outages: OutageModel | None = None
     """None: no node fails."""
     seed: int = 0
-    advice: RecommendationSettings = field(default_factory=RecommendationSettings)
+    recommendations: RecommendationSettings = field(default_factory=RecommendationSettings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,7 @@ class ScalingPolicy(Protocol):
         together may hold; None: nobody counts."""
 
     def learned(self, tier: str) -> TierScaler | None:
-        """What it knows of a tier's engines, for advice; None: it asks nobody how fast they are."""
+        """What it knows of a tier's engines, for recommendations; None: it does not measure how fast they are."""
 
 
 MakePolicy = Callable[[Scenario], ScalingPolicy]
@@ -182,8 +182,8 @@ class Simulator:
         self.cluster = Cluster(self.clock, scenario.nodes, (shape for shape in shapes if shape is not None))
         self._outages: Outages | None = None
         self.tiers = tuple(_TierCounters(tier, self._tier_fleet(tier)) for tier in scenario.tiers)
-        self._advice = SimulatedRecommendations(
-            *(scenario.advice, self.tiers, self.fleet.pools, self._policy.learned),
+        self._recommendations = SimulatedRecommendations(
+            *(scenario.recommendations, self.tiers, self.fleet.pools, self._policy.learned),
             start_unix_s=START_UNIX_S,
         )
 
@@ -220,7 +220,7 @@ class Simulator:
         clock.at(self._policy.period_s, self._decide)
         clock.at(_SCRAPE_S, self._scrape)
         clock.at(self._sample_s, self._sample)
-        clock.at(self._advice.every_s, self._advise)
+        clock.at(self._recommendations.every_s, self._recommend)
         for count, arrival in enumerate(arrivals, 1):
             if clock.next_s <= arrival.at_s:
                 clock.run_until(arrival.at_s)
@@ -232,7 +232,7 @@ class Simulator:
         end_s = clock.now_s
         held = [(tier.fleet.replica_hours(), tier.fleet.room_record()) for tier in self.tiers]
         cluster = None if self.cluster.nodes is None else self._cluster_result(gpus)
-        advice, record = self._advice.given, self._advice.record
+        recommendations, record = self._recommendations.issued, self._recommendations.record
         while any(tier.ongoing for tier in self.tiers) and clock.now_s < end_s + self.scenario.deadline_s * 2:
             clock.run_until(clock.now_s + 1.0)
         self._over = True
@@ -251,11 +251,11 @@ class Simulator:
             for tier, (hours, room) in zip(self.tiers, held, strict=True)
         ]
         # GPU hours are those of the trace: the time in which the last answers are finished is not counted,
-        # and nothing is advised in it.
+        # and nothing is recommended in it.
         return SimulationResult(
             *(policy, self.scenario.seed, end_s, tuple(results)),
             *(tuple(self._decisions), self._decided),
-            *(advice, record),
+            *(recommendations, record),
             *(budget, cluster),
         )
 
@@ -476,10 +476,10 @@ class Simulator:
         if not self._over:
             self.clock.at(now_s + self._policy.period_s, self._decide)
 
-    def _advise(self, _: Any) -> None:
-        self._advice.look(self.clock.now_s, self._gpus)
+    def _recommend(self, _: Any) -> None:
+        self._recommendations.update(self.clock.now_s, self._gpus)
         if not self._over:
-            self.clock.at(self.clock.now_s + self._advice.every_s, self._advise)
+            self.clock.at(self.clock.now_s + self._recommendations.every_s, self._recommend)
 
     def _note(self, decision: RoundDecision) -> None:
         self._decided += 1

@@ -13,7 +13,7 @@ from controlplane.cli.console import stdout
 from controlplane.cli.controller_access import connected, plane_options
 from controlplane.controller.api import ControllerApi
 from controlplane.core.recommendations.log import IssuedRecommendation
-from controlplane.core.recommendations.views import ScalingReport, as_json_value, effect_text, judged_text
+from controlplane.core.recommendations.views import ScalingReport, as_json_value, effect_text, outcome_text
 
 
 @click.command()
@@ -30,9 +30,9 @@ def command(scored: bool, as_json: bool, address: str | None, namespace: str | N
     console = stdout()
     if not scored:
         console.print(_targets(report))
-    shown = [item for item in report.advice if (item.applied is not None) == scored]
+    shown = [item for item in report.recommendations if (item.applied is not None) == scored]
     if shown:
-        console.print(_advice(shown))
+        console.print(_recommendations(shown))
     else:
         console.print("no advice was judged yet" if scored else "no advice: nothing is over its threshold")
     record = report.record
@@ -54,18 +54,18 @@ def _targets(report: ScalingReport) -> Table:
     return table
 
 
-def _advice(given: list[IssuedRecommendation]) -> Table:
+def _recommendations(given: list[IssuedRecommendation]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for head in ("given", "tier", "advice", "effect", "sure", "judged"):
         table.add_column(head, overflow="fold")
     for item in given:
-        advice = item.advice
+        recommendation = item.recommendation
         table.add_row(
             time.strftime("%H:%M:%S", time.localtime(item.unix_s)),
-            advice.instance,
-            f"{advice.kind}: {advice.suggestion} ({'; '.join(advice.reasons)})",
-            effect_text(advice.effect),
-            f"{advice.confidence:.0%}",
-            judged_text(item),
+            recommendation.instance,
+            f"{recommendation.kind}: {recommendation.suggestion} ({'; '.join(recommendation.reasons)})",
+            effect_text(recommendation.effect),
+            f"{recommendation.confidence:.0%}",
+            outcome_text(item),
         )
     return table

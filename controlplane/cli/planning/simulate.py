@@ -18,7 +18,7 @@ from controlplane.cli.console import stdout
 from controlplane.config import PlaneConfig
 from controlplane.core.domain.request import Complexity
 from controlplane.core.placement.topology import Node
-from controlplane.core.recommendations.views import effect_text, judged_text
+from controlplane.core.recommendations.views import effect_text, outcome_text
 from controlplane.errors import SetupError
 from controlplane.planning.cluster_file import load_cluster
 from controlplane.simulation import oracle
@@ -128,7 +128,7 @@ def command(
 ) -> None:
     """Replay recorded arrivals on a simulated fleet of CONFIG: SLO attainment, GPU hours, latencies.
 
-    Routing, admission, scaling and advice are the production code; engines, GPUs and time are simulated. With
+    Routing, admission, scaling and recommendations are the production code; engines, GPUs and time are simulated. With
     --cluster replicas are placed by the production code too, on GPUs that the tiers share; one that finds no
     room waits. The same seed gives the same output.
 
@@ -340,14 +340,14 @@ def _show(result: SimulationResult) -> None:
     mean = "" if record.mean is None else f", mean score {record.mean:.2f}"
     console.print(
         f"{record.given} recommendations, {record.judged} judged, {record.right} right{mean}"
-        f"{'; the last of them:' if result.advice else ''}"
+        f"{'; the last of them:' if result.recommendations else ''}"
     )
-    for item in result.advice[-_SHOWN:]:
-        advice = item.advice
-        where = f"{result.hours_of(item):.2f} h {advice.instance}: {advice.kind}, {advice.suggestion}"
-        console.print(f"  {where}: {'; '.join(advice.reasons)}", soft_wrap=True)
-        sure = f"predicted {effect_text(advice.effect)}; {advice.confidence:.0%} sure"
-        console.print(f"    {sure}; {judged_text(item) or 'not judged yet'}", soft_wrap=True)
+    for item in result.recommendations[-_SHOWN:]:
+        recommendation = item.recommendation
+        where = f"{result.hours_of(item):.2f} h {recommendation.instance}: {recommendation.kind}, {recommendation.suggestion}"
+        console.print(f"  {where}: {'; '.join(recommendation.reasons)}", soft_wrap=True)
+        sure = f"predicted {effect_text(recommendation.effect)}; {recommendation.confidence:.0%} sure"
+        console.print(f"    {sure}; {outcome_text(item) or 'still open'}", soft_wrap=True)
 
 
 def _span(found: dict[str, float | None]) -> str:

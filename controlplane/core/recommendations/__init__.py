@@ -1,1 +1,1 @@
-"""Recommendations to operators: when they are made, what effect they predict, and how they are scored."""
+"""Recommendations to operators: when they are issued, what they predict, and how well they turned out."""

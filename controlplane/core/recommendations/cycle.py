@@ -1,8 +1,8 @@
-"""When advice is given and when it is judged; the live controller and the simulator call the same
+"""When recommendations are issued and when they are scored. The live controller and the simulator use the same
 :class:`Recommender`.
 
-All advice that holds is given every so often, and at once what names a tier that was not in that trouble a
-look before. What is open already is not given anew
+Every ``interval_s`` all recommendations that apply are issued; between those times, only one for a tier that did
+not have that trouble at the update before. One that is still open is not issued again
 (:class:`~controlplane.core.recommendations.log.RecommendationLog`).
 """
 
@@ -12,37 +12,37 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from controlplane.core.recommendations.log import IssuedRecommendation, RecommendationLog
-from controlplane.core.recommendations.rules import RecommendationKind, Thresholds, TierCondition, advise
+from controlplane.core.recommendations.rules import RecommendationKind, Thresholds, TierCondition, recommend
 
 
 @dataclass(frozen=True, slots=True)
 class RecommendationRules:
-    """When there is advice, and when it is judged."""
+    """When recommendations are issued and scored."""
 
     thresholds: Thresholds = field(default_factory=Thresholds)
     interval_s: float = 300.0
-    """All advice that holds is given so often."""
+    """How often all recommendations that apply are issued."""
     score_after_s: float = 600.0
-    """It is judged by how its tier is so long after."""
+    """How long after it was issued a recommendation is scored."""
 
 
 @dataclass(frozen=True, slots=True)
 class RecommendationChanges:
-    """What one look brought."""
+    """The result of one update."""
 
-    new: tuple[IssuedRecommendation, ...] = ()
-    judged: tuple[IssuedRecommendation, ...] = ()
+    issued: tuple[IssuedRecommendation, ...] = ()
+    scored: tuple[IssuedRecommendation, ...] = ()
 
 
 class Recommender:
-    """The advice about all tiers; one for each control plane."""
+    """The recommendations for all tiers of one plane."""
 
-    def __init__(self, book: RecommendationLog | None = None) -> None:
-        self.book = book or RecommendationLog()
+    def __init__(self, log: RecommendationLog | None = None) -> None:
+        self.log = log or RecommendationLog()
         self._breaches: set[tuple[str, RecommendationKind]] = set()
-        self._given_s: float | None = None
+        self._issued_s: float | None = None
 
-    def look(
+    def update(
         self,
         tiers: Mapping[str, TierCondition],
         rules: RecommendationRules,
@@ -51,16 +51,16 @@ class Recommender:
         now_s: float,
         unix_s: float,
     ) -> RecommendationChanges:
-        """Judge what is due, then give what is new. ``gpus`` is what all tiers together may hold; None:
-        nobody counts, and then there is one for everybody."""
-        judged = self.book.judge(tiers, unix_s, rules.score_after_s)
+        """Score what is due, then issue what is new. ``gpus`` is what all tiers together may use; None means
+        the total is unknown, and then no tier lacks a free GPU."""
+        scored = self.log.score_due(tiers, unix_s, rules.score_after_s)
         free = None
         if gpus is not None:
             free = gpus - sum(tier.replicas * tier.gpus_per_replica for tier in tiers.values())
-        found = advise(tuple(tiers.values()), rules.thresholds, free)
-        due = self._given_s is None or now_s - self._given_s >= rules.interval_s
+        found = recommend(tuple(tiers.values()), rules.thresholds, free)
+        due = self._issued_s is None or now_s - self._issued_s >= rules.interval_s
         if due:
-            self._given_s = now_s
-        fresh = [item for item in found if due or (item.instance, item.kind) not in self._breaches]
+            self._issued_s = now_s
+        new = [item for item in found if due or (item.instance, item.kind) not in self._breaches]
         self._breaches = {(item.instance, item.kind) for item in found}
-        return RecommendationChanges(self.book.give(fresh, tiers, unix_s), judged)
+        return RecommendationChanges(self.log.issue(new, tiers, unix_s), scored)

@@ -1,16 +1,18 @@
-"""What was advised, whether it was followed, and how good it turned out to be.
+"""Which recommendations were issued, whether they were followed, and how well they turned out.
 
-An advice stays open until it is judged; while it is open the same advice is not given again. Judging needs
-fresh figures: without them an advice waits, and after :data:`PATIENCE` times its term it ends unjudged.
+A recommendation is open until it is scored, and while it is open the same one is not issued again. Scoring needs
+fresh figures: without them it is postponed, up to :data:`PATIENCE` times the usual time, and then the
+recommendation is closed without a score.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Final
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
 
-from controlplane.core.json_values import from_value, to_value
+import msgspec
+
 from controlplane.core.recommendations.rules import (
     Recommendation,
     RecommendationKind,
@@ -19,134 +21,131 @@ from controlplane.core.recommendations.rules import (
     score,
 )
 
-MAX_GIVEN: Final = 200
-"""Advice that is remembered, unless said otherwise."""
+MAX_RECOMMENDATIONS: Final = 200
+"""Recommendations that a log holds by default."""
 PATIENCE: Final = 3.0
 
 
-@dataclass(frozen=True, slots=True)
-class IssuedRecommendation:
-    """One advice and what came of it."""
+class IssuedRecommendation(msgspec.Struct, frozen=True, rename={"recommendation": "advice"}):
+    """A recommendation and its outcome. The controller's store has the same keys as the fields, except ``advice``
+    for ``recommendation``."""
 
     number: int
     unix_s: float
-    advice: Recommendation
+    recommendation: Recommendation
     replicas: int
-    """That the tier had then."""
+    """Replicas that the tier had when it was issued."""
     again_unix_s: float
-    """When it last still held."""
+    """When it last still applied."""
     applied: bool | None = None
-    """None: not judged yet."""
+    """Whether it was followed; None: it is open."""
     score: Score | None = None
-    """None with ``applied`` set: there were no figures to judge it by."""
+    """None although ``applied`` is set: figures to score it by were missing."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrackRecord:
-    """How good the advice has been."""
+    """How well recommendations turned out."""
 
     given: int
+    """Recommendations that were issued."""
     judged: int
+    """Those that have a score."""
     right: int
     mean: float | None
-    """Of the scores, in [0, 1]; None: none was judged."""
+    """Mean score in [0, 1]; None: none has a score."""
 
 
 class RecommendationLog:
-    """All advice of late."""
+    """The last recommendations."""
 
-    def __init__(self, most: int = MAX_GIVEN) -> None:
-        """``most`` is how much is remembered."""
-        self._most = most
-        self._given: dict[int, IssuedRecommendation] = {}
+    def __init__(self, limit: int = MAX_RECOMMENDATIONS) -> None:
+        self._limit = limit
+        self._issued: dict[int, IssuedRecommendation] = {}
         self._open: dict[tuple[str, RecommendationKind], int] = {}
-        """Tier and kind → the number of what is not judged yet: at most one of each."""
-        self._number = 0
+        """(tier, kind) → number of the open recommendation; there is at most one."""
+        self._last_number = 0
 
     @property
-    def given(self) -> tuple[IssuedRecommendation, ...]:
+    def issued(self) -> tuple[IssuedRecommendation, ...]:
         """Oldest first."""
-        return tuple(self._given.values())
+        return tuple(self._issued.values())
 
     @property
     def open(self) -> tuple[IssuedRecommendation, ...]:
-        """Not judged yet."""
-        return tuple(self._given[number] for number in sorted(self._open.values()))
+        """Those that have not been scored or closed, oldest first."""
+        return tuple(self._issued[number] for number in sorted(self._open.values()))
 
-    def give(
-        self, advice: Sequence[Recommendation], conditions: Mapping[str, TierCondition], unix_s: float
+    def issue(
+        self, recommendations: Sequence[Recommendation], conditions: Mapping[str, TierCondition], unix_s: float
     ) -> tuple[IssuedRecommendation, ...]:
-        """Write it down; the part of it that is new."""
+        """Add the recommendations, and return those that were not open already."""
         new = []
-        for item in advice:
+        for item in recommendations:
             known = self._open.get(_key(item))
             if known is not None:
-                self._given[known] = replace(self._given[known], again_unix_s=unix_s)
+                self._issued[known] = msgspec.structs.replace(self._issued[known], again_unix_s=unix_s)
                 continue
-            self._number += 1
+            self._last_number += 1
             replicas = conditions[item.instance].replicas
-            given = IssuedRecommendation(self._number, unix_s, item, replicas, unix_s)
-            self._write(given)
-            new.append(given)
+            issued = IssuedRecommendation(self._last_number, unix_s, item, replicas, unix_s)
+            self._add(issued)
+            new.append(issued)
         return tuple(new)
 
-    def judge(
+    def score_due(
         self, conditions: Mapping[str, TierCondition], unix_s: float, after_s: float
     ) -> tuple[IssuedRecommendation, ...]:
-        """Judge what was given at least ``after_s`` ago by how its tier is now; what was judged."""
-        judged = []
+        """Score the open recommendations that were issued at least ``after_s`` ago by the present condition of their
+        tiers, and return them."""
+        closed = []
         for item in self.open:
             age_s = unix_s - item.unix_s
             if age_s < after_s:
                 continue
-            condition = conditions.get(item.advice.instance)
+            condition = conditions.get(item.recommendation.instance)
             applied = condition is not None and _followed(item, condition)
-            value = None if condition is None else score(item.advice, condition, applied=applied)
+            value = None if condition is None else score(item.recommendation, condition, applied=applied)
             if value is None and age_s < PATIENCE * after_s:
                 continue
-            done = replace(item, applied=applied, score=value)
-            self._given[item.number] = done
-            del self._open[_key(item.advice)]
-            judged.append(done)
-        return tuple(judged)
+            done = msgspec.structs.replace(item, applied=applied, score=value)
+            self._issued[item.number] = done
+            del self._open[_key(item.recommendation)]
+            closed.append(done)
+        return tuple(closed)
 
     def record(self) -> TrackRecord:
-        """How good it has been."""
-        scores = [item.score for item in self._given.values() if item.score is not None]
+        """How well the recommendations in the log turned out."""
+        scores = [item.score for item in self._issued.values() if item.score is not None]
         right = sum(item.right for item in scores)
         mean = sum(item.value for item in scores) / len(scores) if scores else None
-        return TrackRecord(len(self._given), len(scores), right, mean)
+        return TrackRecord(len(self._issued), len(scores), right, mean)
 
-    def values(self) -> dict[str, Any]:
-        """By number, as JSON values, for the store."""
-        return {str(number): to_value(item) for number, item in self._given.items()}
+    def restore(self, items: Iterable[IssuedRecommendation]) -> None:
+        """Take in what was in the log before a restart."""
+        for item in sorted(items, key=lambda item: item.number):
+            self._add(item)
+            self._last_number = max(self._last_number, item.number)
 
-    def restore(self, values: Mapping[str, Any]) -> None:
-        """What was stored before."""
-        for item in sorted(
-            (from_value(IssuedRecommendation, each) for each in values.values()), key=lambda i: i.number
-        ):
-            self._write(item)
-            self._number = max(self._number, item.number)
-
-    def _write(self, item: IssuedRecommendation) -> None:
-        self._given[item.number] = item
+    def _add(self, item: IssuedRecommendation) -> None:
+        self._issued[item.number] = item
         if item.applied is None:
-            self._open[_key(item.advice)] = item.number
-        while len(self._given) > self._most:
-            gone = self._given.pop(next(iter(self._given)))
-            if self._open.get(_key(gone.advice)) == gone.number:
-                del self._open[_key(gone.advice)]
+            self._open[_key(item.recommendation)] = item.number
+        while len(self._issued) > self._limit:
+            oldest = self._issued.pop(next(iter(self._issued)))
+            if self._open.get(_key(oldest.recommendation)) == oldest.number:
+                del self._open[_key(oldest.recommendation)]
 
 
-def _key(advice: Recommendation) -> tuple[str, RecommendationKind]:
-    return advice.instance, advice.kind
+def _key(recommendation: Recommendation) -> tuple[str, RecommendationKind]:
+    return recommendation.instance, recommendation.kind
 
 
 def _followed(item: IssuedRecommendation, condition: TierCondition) -> bool:
-    """Has the tier become what was suggested?"""
-    if item.advice.kind is RecommendationKind.SCALE_UP:
-        return condition.gpus_per_replica > item.advice.gpus_per_replica
-    if item.advice.replicas >= item.replicas:
-        return condition.replicas >= item.advice.replicas > item.replicas
-    return condition.replicas <= item.advice.replicas
+    """Whether the tier now is as it was recommended."""
+    recommendation = item.recommendation
+    if recommendation.kind is RecommendationKind.SCALE_UP:
+        return condition.gpus_per_replica > recommendation.gpus_per_replica
+    if recommendation.replicas >= item.replicas:
+        return condition.replicas >= recommendation.replicas > item.replicas
+    return condition.replicas <= recommendation.replicas

@@ -1,8 +1,9 @@
-"""Advice for people: what a tier lacks or has too much of, what to do, what that would bring, how sure it is.
+"""Recommendations: what a tier lacks or has too much of, what to change, the predicted effect, and a confidence.
 
-:func:`advise` looks at the windowed signals of all tiers and gives at most one recommendation for each. Only
-fresh signals count: what is stale or missing breaches no threshold, and never makes a tier idle. An advice
-keeps what it named, with the limits of then. What came of it, followed or not, is judged by :func:`score`.
+:func:`recommend` evaluates the windowed signals of all tiers and makes at most one recommendation for each. Only
+fresh signals count: a stale or missing one breaches no threshold and never makes a tier idle. A recommendation
+records the breaches that it was made for, with their limits. :func:`score` rates the outcome, whether it was
+followed or not.
 """
 
 from __future__ import annotations
@@ -20,37 +21,37 @@ from controlplane.core.telemetry.series import Signal, missing
 _NOT_MEASURED: Final = missing("not measured")
 GPU_LOAD: Final = "GPU utilisation"
 SLOT_LOAD: Final = "the used share of its slots"
-"""Stands for it where there is no GPU to ask."""
+"""Used in place of GPU utilisation for tiers without a GPU."""
 LATENCY_MS: Final = 3000.0
-"""The limit where neither a threshold nor the tier's SLO says one."""
+"""The latency limit where neither a threshold nor the tier's SLO sets one."""
 _LATENCY_QUANTILE: Final = 0.95
-"""Of the latency that is looked at."""
+"""The quantile of :attr:`TierCondition.latency_ms`."""
 _FAILING_CONFIDENCE: Final = 0.3
-"""More replicas seldom cure errors."""
+"""More replicas seldom fix errors."""
 _BUSY_CONFIDENCE: Final = 0.2
-"""A tier that is only busy has no trouble yet."""
+"""A tier that is busy but meets its SLO has no problem yet."""
 
 
 class RecommendationKind(StrEnum):
-    """What to do."""
+    """What to change."""
 
     SCALE_UP = "scale_up"
-    """More of a GPU, or more tensor parallelism: each request must become faster."""
+    """A larger GPU share or more tensor parallelism, to make each request faster."""
     SCALE_OUT = "scale_out"
-    """More replicas: there are too many requests."""
+    """More replicas, to serve more requests."""
     SCALE_DOWN = "scale_down"
     REBALANCE = "rebalance"
-    """Move GPUs from an idle tier to one that lacks them."""
+    """Take a replica from an idle tier, for a tier that needs its GPUs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """When a figure is a breach."""
+    """The limits of the figures."""
 
     gpu_ratio: float = 0.95
     memory_ratio: float = 0.95
     latency_ms: float | None = None
-    """None: as each tier has it."""
+    """None means each tier's own limit, :attr:`TierCondition.latency_limit_ms`."""
     queue: float = 50.0
     kv_ratio: float = 0.95
     error_ratio: float = 0.10
@@ -59,7 +60,8 @@ class Thresholds:
 
 
 class Figure(StrEnum):
-    """What can be over its limit (attainment: under it), by its name in :class:`TierCondition`."""
+    """A figure with an upper limit (attainment: a lower limit); the value is its name in
+    :class:`TierCondition`."""
 
     LOAD = "gpu_ratio"
     MEMORY = "memory_ratio"
@@ -72,16 +74,15 @@ class Figure(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Breach:
-    """A figure that an advice was given for."""
+    """A figure past its limit when a recommendation was made."""
 
     figure: Figure
     limit: float
-    """As it was then."""
 
 
 @dataclass(frozen=True, slots=True)
 class TierCondition:
-    """One tier as the last minutes show it."""
+    """The condition of one tier over the last minutes."""
 
     tier: str
     replicas: int
@@ -90,24 +91,24 @@ class TierCondition:
     gpus_per_replica: float = 1.0
     tensor_parallel: int = 1
     gpu_ratio: Signal = _NOT_MEASURED
-    """Highest of its GPUs."""
+    """Utilisation of its busiest GPU, or its stand-in."""
     load_name: str = GPU_LOAD
-    """What ``gpu_ratio`` is."""
+    """What ``gpu_ratio`` measures."""
     memory_ratio: Signal = _NOT_MEASURED
-    """Of GPU memory, the highest of its GPUs."""
+    """Used memory of its fullest GPU."""
     kv_ratio: Signal = _NOT_MEASURED
-    """Of its KV caches, the fullest."""
+    """Usage of its fullest KV cache."""
     latency_ms: Signal = _NOT_MEASURED
-    """95th percentile of the whole answer."""
+    """95th percentile of the time for a whole response."""
     latency_limit_ms: float = LATENCY_MS
-    """Where no threshold says one: see :func:`latency_limit_ms`."""
+    """Applies if no threshold is set; see :func:`latency_limit_ms`."""
     queue: Signal = _NOT_MEASURED
     error_ratio: Signal = _NOT_MEASURED
     requests_per_s: Signal = _NOT_MEASURED
     attainment: Signal = _NOT_MEASURED
-    """Share of the requests that kept the SLO."""
+    """Ratio of requests that met the SLO."""
     goal: float = 0.99
-    """The share that the SLO asks for; less is a breach."""
+    """The ratio that the SLO requires; less is a breach."""
     capacity: ReplicaCapacity | None = None
     work: RequestShape | None = None
     bounds: LatencyBounds | None = None
@@ -115,39 +116,40 @@ class TierCondition:
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """What following the advice is expected to bring; None: it can't be told."""
+    """The predicted effect of following a recommendation; None: no prediction."""
 
     latency_ms: float | None
-    """Of the same percentile as is measured."""
+    """The same percentile as :attr:`TierCondition.latency_ms`."""
     attainment: float | None
     gpus: float
-    """More GPUs (or fewer, if negative)."""
+    """Additional GPUs; negative: GPUs freed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recommendation:
-    """One advice."""
+    """One recommendation. The controller's store has the fields under these names."""
 
     instance: str
+    """The tier."""
     kind: RecommendationKind
     reasons: tuple[str, ...]
-    """Each with its figure and the threshold."""
+    """Each with the value and its threshold."""
     suggestion: str
     effect: Effect
     confidence: float
     replicas: int
-    """That the tier would have."""
+    """Replicas that the tier would have after following it."""
     latency_ms: float | None = None
-    """As it was when the advice was given."""
+    """Measured when it was made."""
     gpus_per_replica: float = 0.0
-    """As it was then."""
+    """When it was made."""
     named: tuple[Breach, ...] = ()
-    """The trouble that it was given for; nothing if it was idleness."""
+    """The breaches that it was made for; empty if the tier was idle."""
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How good an advice was."""
+    """How well a recommendation turned out."""
 
     right: bool
     value: float
@@ -157,15 +159,15 @@ class Score:
 
 @dataclass(slots=True)
 class _Breaches:
-    """What is over its threshold: the reasons, and all that they name."""
+    """The figures of a tier that are past their limits: texts by kind of trouble, and the breaches."""
 
     saturated: list[str] = field(default_factory=list)
     slow: list[str] = field(default_factory=list)
     failing: list[str] = field(default_factory=list)
     named: list[Breach] = field(default_factory=list)
 
-    def look(self, tier: TierCondition, figure: Figure, limit: float, reasons: list[str]) -> None:
-        """Note the figure if it is a breach."""
+    def check(self, tier: TierCondition, figure: Figure, limit: float, reasons: list[str]) -> None:
+        """Add the figure if it is past the limit."""
         breach = Breach(figure, limit)
         if _holds(tier, breach):
             reasons.append(_text(tier, breach))
@@ -173,87 +175,88 @@ class _Breaches:
 
 
 def latency_limit_ms(slo: Slo | None) -> float:
-    """What the 95th percentile of a tier's answers may be where no threshold is set for it. ``slo`` is what
-    the configuration gives, None if it gives none: then :data:`LATENCY_MS`.
+    """The limit of a tier's 95th latency percentile where no threshold is set. ``slo`` is the configured one;
+    None: none is configured, and then it is :data:`LATENCY_MS`.
 
-    An SLO's limit of whole answers counts only where it may be missed by no more than the percentile leaves
-    out; what else it promises shows in the attainment.
+    The SLO's ``total_s`` is the limit only if at most 5 % of the requests may miss it; otherwise latency has no
+    limit, and attainment shows whether the SLO is met.
     """
     if slo is None:
         return LATENCY_MS
     return slo.total_s * 1000 if slo.attainment >= _LATENCY_QUANTILE else math.inf
 
 
-def advise(
+def recommend(
     tiers: Sequence[TierCondition], thresholds: Thresholds | None = None, free_gpus: float | None = None
 ) -> tuple[Recommendation, ...]:
-    """At most one recommendation for each tier. ``free_gpus`` None: not known, then they are taken to be
-    there."""
+    """At most one recommendation for each tier. ``free_gpus`` None means unknown; then GPUs are assumed to be
+    free."""
     limits = thresholds or Thresholds()
     idle = [tier for tier in tiers if _idle(tier, limits) and tier.replicas > tier.min_replicas]
     found: list[Recommendation] = []
-    givers: set[str] = set()
+    donors: set[str] = set()
     for tier in tiers:
         breaches = _breaches(tier, limits)
         if breaches.saturated:
-            wants = _out(tier, breaches)
-            if free_gpus is not None and wants.effect.gpus > free_gpus:
-                giver = next((other for other in idle if other.tier not in givers | {tier.tier}), None)
-                if giver is not None:
-                    givers.add(giver.tier)
-                    wants = _moved(wants, giver)
-            found.append(wants)
+            scale_out = _scale_out(tier, breaches)
+            if free_gpus is not None and scale_out.effect.gpus > free_gpus:
+                donor = next((other for other in idle if other.tier not in donors | {tier.tier}), None)
+                if donor is not None:
+                    donors.add(donor.tier)
+                    scale_out = _rebalance(scale_out, donor)
+            found.append(scale_out)
         elif breaches.slow:
-            found.append(_up(tier, breaches))
+            found.append(_scale_up(tier, breaches))
         elif breaches.failing:
-            found.append(_failing(tier, breaches))
-    advised = {advice.instance for advice in found}
-    found += [_down(tier, limits) for tier in idle if tier.tier not in advised | givers]
+            found.append(_replace_failing(tier, breaches))
+    covered = {item.instance for item in found}
+    found += [_scale_down(tier, limits) for tier in idle if tier.tier not in covered | donors]
     return tuple(found)
 
 
-def score(advice: Recommendation, tier: TierCondition, *, applied: bool) -> Score | None:
-    """How good it was, by how its tier is afterwards. None: a figure that it takes is not fresh.
+def score(recommendation: Recommendation, tier: TierCondition, *, applied: bool) -> Score | None:
+    """Rate a recommendation by the later condition of its tier. None: a figure that this needs is not fresh.
 
-    Applied: how near the prediction came. Not applied: whether the trouble it named is still there, or the
-    tier attains less than its SLO asks for (scale-down: whether it attains that).
+    If it was applied: how close the prediction came. If not: whether the breaches it was made for still exist, or
+    the tier's attainment is below what its SLO requires (for scale-down: whether it is not).
     """
     latency_ms, attainment = tier.latency_ms.fresh, tier.attainment.fresh
     if latency_ms is None or attainment is None:
         return None
     if not applied:
-        return _not_applied(advice, tier, attainment)
-    errors = []
-    if advice.effect.latency_ms:
-        errors.append(abs(latency_ms - advice.effect.latency_ms) / max(latency_ms, advice.effect.latency_ms))
-    if advice.effect.attainment is not None:
-        errors.append(min(1.0, abs(attainment - advice.effect.attainment) * 10))
+        return _score_not_applied(recommendation, tier, attainment)
+    predicted, errors = recommendation.effect, []
+    if predicted.latency_ms:
+        errors.append(abs(latency_ms - predicted.latency_ms) / max(latency_ms, predicted.latency_ms))
+    if predicted.attainment is not None:
+        errors.append(min(1.0, abs(attainment - predicted.attainment) * 10))
     value = 1.0 - sum(errors) / len(errors) if errors else float(attainment >= tier.goal)
-    predicted = "-" if advice.effect.latency_ms is None else f"{advice.effect.latency_ms:.0f}"
-    return Score(value >= 0.5, value, f"{latency_ms:.0f} ms measured, {predicted} predicted")
+    text = "-" if predicted.latency_ms is None else f"{predicted.latency_ms:.0f}"
+    return Score(value >= 0.5, value, f"{latency_ms:.0f} ms measured, {text} predicted")
 
 
-def _not_applied(advice: Recommendation, tier: TierCondition, attainment: float) -> Score | None:
-    kept = f"attainment is {attainment:.1%}"
-    if advice.kind is RecommendationKind.SCALE_DOWN or attainment < tier.goal:
-        right = (advice.kind is RecommendationKind.SCALE_DOWN) == (attainment >= tier.goal)
-        return Score(right, float(right), f"not applied; {kept}")
-    still = [_text(tier, breach) for breach in advice.named if _holds(tier, breach)]
+def _score_not_applied(recommendation: Recommendation, tier: TierCondition, attainment: float) -> Score | None:
+    text = f"attainment is {attainment:.1%}"
+    scale_down = recommendation.kind is RecommendationKind.SCALE_DOWN
+    if scale_down or attainment < tier.goal:
+        right = scale_down == (attainment >= tier.goal)
+        return Score(right, float(right), f"not applied; {text}")
+    still = [_text(tier, breach) for breach in recommendation.named if _holds(tier, breach)]
     if still:
-        return Score(True, 1.0, f"not applied; still {', '.join(still)}; {kept}")
-    if any(_value(tier, breach.figure) is None for breach in advice.named):
+        return Score(True, 1.0, f"not applied; still {', '.join(still)}; {text}")
+    if any(_value(tier, breach.figure) is None for breach in recommendation.named):
         return None
-    return Score(False, 0.0, f"not applied; {kept}, and what it named is over")
+    return Score(False, 0.0, f"not applied; {text}, and what it named is over")
 
 
 def _value(tier: TierCondition, figure: Figure) -> float | None:
-    """None: it is not fresh."""
+    """The figure's value; None: it is not fresh."""
     signal: Signal = getattr(tier, figure.value)
     return signal.fresh
 
 
 def _holds(tier: TierCondition, breach: Breach) -> bool:
-    """Is it so, as far as is known?"""
+    """Whether the figure is past the limit; False if it is not fresh."""
     value = _value(tier, breach.figure)
     if value is None:
         return False
@@ -261,7 +264,7 @@ def _holds(tier: TierCondition, breach: Breach) -> bool:
 
 
 def _text(tier: TierCondition, breach: Breach) -> str:
-    """A breach that holds, with its figure and the limit."""
+    """A breach as text, with value and limit."""
     value, limit = _value(tier, breach.figure) or 0.0, breach.limit
     texts = {
         Figure.LOAD: f"{tier.load_name} is {value:.0%}, over {limit:.0%}",
@@ -278,24 +281,25 @@ def _text(tier: TierCondition, breach: Breach) -> str:
 def _breaches(tier: TierCondition, limits: Thresholds) -> _Breaches:
     found = _Breaches()
     latency_ms = tier.latency_limit_ms if limits.latency_ms is None else limits.latency_ms
-    found.look(tier, Figure.LOAD, limits.gpu_ratio, found.saturated)
-    found.look(tier, Figure.MEMORY, limits.memory_ratio, found.saturated)
-    found.look(tier, Figure.KV, limits.kv_ratio, found.saturated)
-    found.look(tier, Figure.QUEUE, limits.queue, found.saturated)
-    found.look(tier, Figure.LATENCY, latency_ms, found.slow)
-    found.look(tier, Figure.ATTAINMENT, tier.goal, found.slow)
-    found.look(tier, Figure.ERRORS, limits.error_ratio, found.failing)
+    found.check(tier, Figure.LOAD, limits.gpu_ratio, found.saturated)
+    found.check(tier, Figure.MEMORY, limits.memory_ratio, found.saturated)
+    found.check(tier, Figure.KV, limits.kv_ratio, found.saturated)
+    found.check(tier, Figure.QUEUE, limits.queue, found.saturated)
+    found.check(tier, Figure.LATENCY, latency_ms, found.slow)
+    found.check(tier, Figure.ATTAINMENT, tier.goal, found.slow)
+    found.check(tier, Figure.ERRORS, limits.error_ratio, found.failing)
     return found
 
 
 def _only_busy(tier: TierCondition, breaches: _Breaches) -> str:
-    """Its GPUs work all the time, and that is all: why this is no trouble, or empty if it is not so."""
+    """Why a tier needs nothing although its GPUs are busy; empty: it has other trouble, too."""
     if [breach.figure for breach in breaches.named] != [Figure.LOAD] or tier.queue.fresh != 0:
         return ""
     if tier.requests_per_s.fresh == 0:
         return "but no request came: see first what else keeps the GPU busy"
-    kept = tier.attainment.fresh
-    return "but the SLO is kept and nothing waits" if kept is not None and kept >= tier.goal else ""
+    attainment = tier.attainment.fresh
+    met = attainment is not None and attainment >= tier.goal
+    return "but the SLO is kept and nothing waits" if met else ""
 
 
 def _count(replicas: int) -> str:
@@ -310,11 +314,10 @@ def _idle(tier: TierCondition, limits: Thresholds) -> bool:
 
 
 def _effect(tier: TierCondition, replicas: int, gpus: float) -> Effect:
-    """From the capacity model; the attainment is the share of the arrivals that finds a free slot.
+    """The prediction of the capacity model; attainment is the ratio of arrivals that find a free slot.
 
-    The model says how long a request is with a replica on the average, and what is measured is a percentile
-    of whole answers. So the measured one, less what the queue adds to it now (Little's law), is taken to
-    change as the average does.
+    The model gives the mean time of a request at a replica, but the measured latency is a percentile. The measured
+    latency, less what the queue adds to it now (Little's law), is therefore scaled by the change of the mean.
     """
     rate = tier.requests_per_s.fresh
     if tier.capacity is None or tier.work is None or tier.bounds is None or rate is None or replicas < 1:
@@ -333,12 +336,12 @@ def _effect(tier: TierCondition, replicas: int, gpus: float) -> Effect:
 
 
 def _confidence(tier: TierCondition, breaches: int) -> float:
-    """More with each breach that agrees, and with what is measured of the engine's speed."""
+    """Grows with the number of breaches and with how much of the engine's speed has been measured."""
     measured = tier.capacity.confidence if tier.capacity is not None else 0.0
     return min(0.95, 0.4 + 0.1 * breaches + 0.35 * measured)
 
 
-def _out(tier: TierCondition, breaches: _Breaches) -> Recommendation:
+def _scale_out(tier: TierCondition, breaches: _Breaches) -> Recommendation:
     only_busy = _only_busy(tier, breaches)
     calm = (only_busy,) if only_busy else ()
     reasons = (*breaches.saturated, *breaches.slow, *breaches.failing, *calm)
@@ -352,14 +355,14 @@ def _out(tier: TierCondition, breaches: _Breaches) -> Recommendation:
     if not more:
         suggestion = f"raise the most replicas it may have, {tier.max_replicas}: all of them are saturated"
     effect = _effect(tier, replicas, more * tier.gpus_per_replica)
-    advice = _recommend(
+    found = _recommendation(
         tier, RecommendationKind.SCALE_OUT, reasons, suggestion, effect, replicas, breaches.named
     )
-    return replace(advice, confidence=min(advice.confidence, _BUSY_CONFIDENCE)) if only_busy else advice
+    return replace(found, confidence=min(found.confidence, _BUSY_CONFIDENCE)) if only_busy else found
 
 
-def _up(tier: TierCondition, breaches: _Breaches) -> Recommendation:
-    """Slow although neither the GPUs nor the queue are the limit: more replicas would not help."""
+def _scale_up(tier: TierCondition, breaches: _Breaches) -> Recommendation:
+    """For a tier that is slow although neither GPUs nor queue are saturated: more replicas would not help."""
     reasons = (*breaches.slow, "neither GPUs nor queue are saturated", *breaches.failing)
     if not tier.gpus_per_replica:
         suggestion = "give each replica more CPU cores, or take a smaller model or a GPU"
@@ -374,26 +377,26 @@ def _up(tier: TierCondition, breaches: _Breaches) -> Recommendation:
         )
         gpus = tier.gpus_per_replica * tier.replicas
     latency = tier.latency_ms.fresh
-    # Twice the bandwidth reads the weights in half the time; all-reduces take some of it back.
+    # Twice the bandwidth reads the weights in half the time; all-reduces cost a part of the gain.
     faster = latency * 0.6 if latency is not None and tier.gpus_per_replica else None
     effect = Effect(faster, None, gpus)
-    return _recommend(
+    return _recommendation(
         tier, RecommendationKind.SCALE_UP, reasons, suggestion, effect, tier.replicas, breaches.named
     )
 
 
-def _failing(tier: TierCondition, breaches: _Breaches) -> Recommendation:
+def _replace_failing(tier: TierCondition, breaches: _Breaches) -> Recommendation:
     reasons = tuple(breaches.failing)
     suggestion = "look at the replicas' diagnoses first; one more replica takes over from those that fail"
     replicas = min(tier.replicas + 1, max(tier.max_replicas, tier.replicas))
     effect = Effect(None, None, (replicas - tier.replicas) * tier.gpus_per_replica)
-    advice = _recommend(
+    found = _recommendation(
         tier, RecommendationKind.SCALE_OUT, reasons, suggestion, effect, replicas, breaches.named
     )
-    return replace(advice, confidence=min(advice.confidence, _FAILING_CONFIDENCE))
+    return replace(found, confidence=min(found.confidence, _FAILING_CONFIDENCE))
 
 
-def _down(tier: TierCondition, limits: Thresholds) -> Recommendation:
+def _scale_down(tier: TierCondition, limits: Thresholds) -> Recommendation:
     gpu, rate = tier.gpu_ratio.fresh or 0.0, tier.requests_per_s.fresh or 0.0
     reasons = (
         f"{tier.load_name} is {gpu:.0%}, under {limits.idle_gpu_ratio:.0%}",
@@ -402,20 +405,20 @@ def _down(tier: TierCondition, limits: Thresholds) -> Recommendation:
     replicas = tier.replicas - 1
     effect = _effect(tier, replicas, 0.0 - tier.gpus_per_replica)
     suggestion = f"run {_count(replicas)} instead of {tier.replicas}"
-    return _recommend(tier, RecommendationKind.SCALE_DOWN, reasons, suggestion, effect, replicas)
+    return _recommendation(tier, RecommendationKind.SCALE_DOWN, reasons, suggestion, effect, replicas)
 
 
-def _moved(wants: Recommendation, giver: TierCondition) -> Recommendation:
+def _rebalance(scale_out: Recommendation, donor: TierCondition) -> Recommendation:
     return replace(
-        wants,
+        scale_out,
         kind=RecommendationKind.REBALANCE,
-        reasons=(*wants.reasons, f"no GPU is free, and tier '{giver.tier}' is idle"),
-        suggestion=f"take a replica from tier '{giver.tier}' ({giver.replicas} now) and {wants.suggestion}",
-        effect=replace(wants.effect, gpus=wants.effect.gpus - giver.gpus_per_replica),
+        reasons=(*scale_out.reasons, f"no GPU is free, and tier '{donor.tier}' is idle"),
+        suggestion=f"take a replica from tier '{donor.tier}' ({donor.replicas} now) and {scale_out.suggestion}",
+        effect=replace(scale_out.effect, gpus=scale_out.effect.gpus - donor.gpus_per_replica),
     )
 
 
-def _recommend(
+def _recommendation(
     tier: TierCondition,
     kind: RecommendationKind,
     reasons: tuple[str, ...],
@@ -426,14 +429,14 @@ def _recommend(
 ) -> Recommendation:
     confidence = _confidence(tier, len(reasons))
     return Recommendation(
-        tier.tier,
-        kind,
-        reasons,
-        suggestion,
-        effect,
-        confidence,
-        replicas,
-        tier.latency_ms.fresh,
-        tier.gpus_per_replica,
-        tuple(named),
+        instance=tier.tier,
+        kind=kind,
+        reasons=reasons,
+        suggestion=suggestion,
+        effect=effect,
+        confidence=confidence,
+        replicas=replicas,
+        latency_ms=tier.latency_ms.fresh,
+        gpus_per_replica=tier.gpus_per_replica,
+        named=tuple(named),
     )

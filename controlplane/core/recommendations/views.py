@@ -1,5 +1,4 @@
-"""What people and programs are told of scaling: targets with their reasons, advice, and how good it has
-been."""
+"""What is shown of scaling: targets with their reasons, recommendations, and how well those turned out."""
 
 from __future__ import annotations
 
@@ -13,21 +12,21 @@ from controlplane.core.recommendations.rules import Effect
 
 @dataclass(frozen=True, slots=True)
 class TierScalingView:
-    """One tier, for people."""
+    """One tier's scaling, as ``/recommendations`` shows it."""
 
     tier: str
     replicas: int
-    """That serve."""
+    """Replicas that serve."""
     target: int
-    """What Serve is to keep now."""
+    """Replicas that Serve is to run now."""
     wanted: int
-    """What the policy would have, inside bounds and budget."""
+    """Replicas that the policy decided on, inside bounds and GPU budget."""
     reason: str
     mode: str
     """``apply``, ``advise``, ``by hand``, or ``fixed``: no bounds are configured."""
     forecast_per_s: float | None
     each_per_s: float
-    """Requests a second that one replica is believed to carry."""
+    """Requests a second that one replica is estimated to carry."""
     cold_start_s: float
     confidence: float
     override: Override | None = None
@@ -35,11 +34,11 @@ class TierScalingView:
 
 @dataclass(frozen=True, slots=True)
 class ScalingReport:
-    """Targets, advice, and how good the advice has been."""
+    """Targets, recommendations, and how well those turned out."""
 
     mode: str
     tiers: tuple[TierScalingView, ...]
-    advice: tuple[IssuedRecommendation, ...]
+    recommendations: tuple[IssuedRecommendation, ...]
     record: TrackRecord
 
 
@@ -49,39 +48,40 @@ def as_json_value(report: ScalingReport) -> dict[str, Any]:
     return {
         "mode": report.mode,
         "tiers": [asdict(tier) for tier in report.tiers],
-        "recommendations": [given_as_json(item) for item in report.advice],
+        "recommendations": [recommendation_as_json(item) for item in report.recommendations],
         "record": asdict(report.record),
     }
 
 
-def given_as_json(item: IssuedRecommendation) -> dict[str, Any]:
-    """One advice and what came of it, as ``/recommendations`` and ``tierplane simulate --json`` have it."""
+def recommendation_as_json(item: IssuedRecommendation) -> dict[str, Any]:
+    """A recommendation and its outcome, for ``/recommendations`` and ``tierplane simulate --json``."""
+    recommendation = item.recommendation
     return {
         "number": item.number,
         "given_unix_s": item.unix_s,
         "held_unix_s": item.again_unix_s,
-        "instance": item.advice.instance,
-        "type": item.advice.kind.value,
-        "reasons": list(item.advice.reasons),
-        "suggestion": item.advice.suggestion,
-        "replicas": {"then": item.replicas, "suggested": item.advice.replicas},
-        "predicted": asdict(item.advice.effect),
-        "confidence": item.advice.confidence,
+        "instance": recommendation.instance,
+        "type": recommendation.kind.value,
+        "reasons": list(recommendation.reasons),
+        "suggestion": recommendation.suggestion,
+        "replicas": {"then": item.replicas, "suggested": recommendation.replicas},
+        "predicted": asdict(recommendation.effect),
+        "confidence": recommendation.confidence,
         "applied": item.applied,
         "score": asdict(item.score) if item.score is not None else None,
     }
 
 
 def effect_text(effect: Effect) -> str:
-    """What following an advice would bring, for people."""
+    """The predicted effect, as text."""
     parts = [] if effect.latency_ms is None else [f"{effect.latency_ms:.0f} ms"]
     if effect.attainment is not None:
         parts.append(f"{effect.attainment:.1%} keep the SLO")
     return ", ".join([*parts, f"{effect.gpus:+g} GPUs"])
 
 
-def judged_text(item: IssuedRecommendation) -> str:
-    """What came of an advice, for people; empty: it is not judged yet."""
+def outcome_text(item: IssuedRecommendation) -> str:
+    """The outcome of a recommendation, as text; empty: it is open."""
     if item.applied is None:
         return ""
     done = "followed" if item.applied else "not followed"

@@ -1,4 +1,4 @@
-"""What would have been advised during a simulated run."""
+"""The recommendations of a simulated run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from controlplane.simulation.engine import SimulatedTiming
 from controlplane.simulation.fleet import EngineModel, ReplicaModel
 from controlplane.simulation.plot import page
 from controlplane.simulation.policies import StaticPolicy, each, reactive_policy
-from controlplane.simulation.recommendations import LOOKS, RecommendationSettings, SimulatedRecommendations
+from controlplane.simulation.recommendations import UPDATES, RecommendationSettings, SimulatedRecommendations
 from controlplane.simulation.results import START_UNIX_S, SimulationResult, TierRecord
 from controlplane.simulation.simulator import Scenario, TierScenario, replay
 from controlplane.simulation.traces import Arrival
@@ -61,35 +61,35 @@ def fixed(scenario: Scenario, arrivals: list[Arrival]) -> SimulationResult:
 
 def test_a_tier_that_is_too_small_is_told_to_scale_out_and_rightly_so() -> None:
     result = fixed(Scenario((tier(),)), steady(12.0, 1500.0))
-    first = result.advice[0]
-    assert first.advice.kind is RecommendationKind.SCALE_OUT
-    assert first.advice.reasons[0] == "GPU utilisation is 100%, over 95%"
-    assert any("requests wait, over 50" in reason for reason in first.advice.reasons)
-    assert first.advice.replicas > 1
+    first = result.recommendations[0]
+    assert first.recommendation.kind is RecommendationKind.SCALE_OUT
+    assert first.recommendation.reasons[0] == "GPU utilisation is 100%, over 95%"
+    assert any("requests wait, over 50" in reason for reason in first.recommendation.reasons)
+    assert first.recommendation.replicas > 1
     assert first.unix_s == START_UNIX_S + 60.0, "at the first look"
     assert first.applied is False
     assert first.score is not None
     assert first.score.right
     assert result.record.right == result.record.judged == 2
     assert result.record.mean == 1.0
-    assert [entry.unix_s - START_UNIX_S for entry in result.advice] == [60.0, 660.0, 1260.0]
-    assert not result.decisions, "advice changes no target"
+    assert [entry.unix_s - START_UNIX_S for entry in result.recommendations] == [60.0, 660.0, 1260.0]
+    assert not result.decisions, "recommendations change no target"
 
 
 def test_what_the_policy_does_by_itself_counts_as_followed() -> None:
     arrivals = [*steady(2.0, 600.0), *(Arrival(600.0 + i / 12.0, 100, 50) for i in range(1, 18000))]
     result = replay(Scenario((tier(),)), reactive_policy("tierplane"), arrivals, "tierplane")
-    followed = [item for item in result.advice if item.applied]
+    followed = [item for item in result.recommendations if item.applied]
     assert followed
-    assert all(item.advice.kind is RecommendationKind.SCALE_OUT for item in followed)
+    assert all(item.recommendation.kind is RecommendationKind.SCALE_OUT for item in followed)
     assert result.decisions
 
 
 def test_an_idle_tier_is_told_to_scale_down() -> None:
     result = fixed(Scenario((tier(replicas=3),)), steady(0.05, 1200.0))
-    assert {item.advice.kind for item in result.advice} == {RecommendationKind.SCALE_DOWN}
-    assert result.advice[0].advice.replicas == 2
-    assert result.advice[0].advice.effect.gpus == -1.0
+    assert {item.recommendation.kind for item in result.recommendations} == {RecommendationKind.SCALE_DOWN}
+    assert result.recommendations[0].recommendation.replicas == 2
+    assert result.recommendations[0].recommendation.effect.gpus == -1.0
     assert result.record.right == result.record.judged >= 1
 
 
@@ -101,9 +101,9 @@ def test_where_gpus_are_short_an_idle_tier_is_asked_to_give_one() -> None:
     )
     arrivals = [arrival._replace(tier="light") for arrival in steady(12.0, 400.0)]
     short = fixed(Scenario(tiers, "light", gpus=4.0), arrivals)
-    assert {item.advice.kind for item in short.advice} == {RecommendationKind.REBALANCE}
+    assert {item.recommendation.kind for item in short.recommendations} == {RecommendationKind.REBALANCE}
     enough = fixed(Scenario(tiers, "light"), arrivals)
-    assert {item.advice.kind for item in enough.advice} == {
+    assert {item.recommendation.kind for item in enough.recommendations} == {
         RecommendationKind.SCALE_OUT,
         RecommendationKind.SCALE_DOWN,
     }
@@ -123,14 +123,14 @@ def test_the_gpus_of_a_cluster_are_what_there_is() -> None:
     def placed(made: TierScenario) -> ReplicaModel:
         return replace(made.replica, shape=GangShape())
 
-    assert {item.advice.kind for item in on(4).advice} == {RecommendationKind.REBALANCE}
-    assert {item.advice.kind for item in on(8).advice} == {
+    assert {item.recommendation.kind for item in on(4).recommendations} == {RecommendationKind.REBALANCE}
+    assert {item.recommendation.kind for item in on(8).recommendations} == {
         RecommendationKind.SCALE_OUT,
         RecommendationKind.SCALE_DOWN,
     }
     # The idle tier has all of them, and a replica that waits for room is none.
-    (first, *_) = on(3).advice
-    assert first.advice.suggestion.startswith("take a replica from tier 'capable' (3 now) and run")
+    (first, *_) = on(3).recommendations
+    assert first.recommendation.suggestion.startswith("take a replica from tier 'capable' (3 now) and run")
     assert first.replicas == 0
 
 
@@ -140,13 +140,13 @@ def test_thresholds_interval_and_times_are_the_settings() -> None:
     calm = Thresholds(gpu_ratio=1.0, queue=1e9, latency_ms=1e9)
     lenient = Scenario(
         (tier(slo=Slo(1e9, 1e9, attainment=0.01)),),
-        advice=RecommendationSettings(RecommendationRules(calm, 300.0, 600.0), 300.0),
+        recommendations=RecommendationSettings(RecommendationRules(calm, 300.0, 600.0), 300.0),
     )
     assert fixed(lenient, arrivals).record.given == 0
     often = replace(
-        scenario, advice=RecommendationSettings(RecommendationRules(Thresholds(), 50.0, 100.0), 50.0)
+        scenario, recommendations=RecommendationSettings(RecommendationRules(Thresholds(), 50.0, 100.0), 50.0)
     )
-    given = fixed(often, arrivals).advice
+    given = fixed(often, arrivals).recommendations
     assert given[0].unix_s == START_UNIX_S + 10.0
     assert given[1].unix_s - given[0].unix_s == 100.0
     assert given[0].again_unix_s - given[0].unix_s == 50.0
@@ -158,20 +158,20 @@ def test_looking_changes_nothing_of_the_run() -> None:
     arrivals = steady(9.0, 1200.0)
     texts = set()
     for window_s in (10.0, 333.0, 3600.0):
-        scenario = Scenario((failing,), advice=RecommendationSettings(window_s=window_s))
+        scenario = Scenario((failing,), recommendations=RecommendationSettings(window_s=window_s))
         found = replay(scenario, reactive_policy("tierplane"), arrivals).as_json()
         texts.add(json.dumps([found["tiers"], found["decisions"]]))
     assert len(texts) == 1
 
 
-def test_a_run_keeps_the_last_advice_and_counts_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_holds_the_last_recommendations_and_counts_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulated, "MOST_ADVICE", 2)
     scenario = Scenario(
-        (tier(),), advice=RecommendationSettings(RecommendationRules(Thresholds(), 50.0, 100.0), 50.0)
+        (tier(),), recommendations=RecommendationSettings(RecommendationRules(Thresholds(), 50.0, 100.0), 50.0)
     )
     result = fixed(scenario, steady(12.0, 1500.0))
-    assert len(result.advice) == 2
-    assert result.record.given == result.advice[-1].number > 10
+    assert len(result.recommendations) == 2
+    assert result.record.given == result.recommendations[-1].number > 10
     assert result.record.judged >= result.record.given - 1
 
 
@@ -303,14 +303,14 @@ def test_a_window_holds_few_points() -> None:
     made = simulated._TierWindow(played, played.pool, TierScaler("light", *settings()), 100.0)
     for step in range(1000):
         made.condition(20.0 * (step + 1))
-    assert len(made._points) <= LOOKS + 2
+    assert len(made._points) <= UPDATES + 2
 
 
 def settings() -> tuple[ScalingSettings, EngineSpeed, RequestShape]:
     return ScalingSettings(), PRIOR, WORK
 
 
-def test_what_the_policy_learned_is_what_is_advised_by() -> None:
+def test_recommendations_are_based_on_what_the_policy_learned() -> None:
     played = Played()
     scaler = TierScaler("light", *settings())
     asked: list[str] = []

@@ -9,7 +9,7 @@ from click.testing import CliRunner, Result
 from controlplane.cli import main
 from controlplane.core.recommendations.log import IssuedRecommendation
 from controlplane.core.recommendations.rules import Effect, Recommendation, RecommendationKind
-from controlplane.core.recommendations.views import effect_text, given_as_json
+from controlplane.core.recommendations.views import effect_text, recommendation_as_json
 from tests.support.repository import ROOT
 
 CONFIG = str(ROOT / "configs" / "simulated.yaml")
@@ -65,7 +65,7 @@ def test_recommendations_are_those_of_the_configuration_in_the_form_of_the_gatew
     assert data["record"]["judged"] > 0
     first = data["recommendations"][0]
     start_s = 1_767_571_200
-    assert first["given_unix_s"] == start_s + 20, "the first look: a fifth of window_s"
+    assert first["given_unix_s"] == start_s + 20, "the first update: a fifth of window_s"
     assert first["instance"] == "balanced"
     assert any("over 1000 ms" in reason for reason in first["reasons"])
     known = IssuedRecommendation(
@@ -75,7 +75,7 @@ def test_recommendations_are_those_of_the_configuration_in_the_form_of_the_gatew
         1,
         0.0,
     )
-    assert first.keys() == given_as_json(known).keys()
+    assert first.keys() == recommendation_as_json(known).keys()
     people = simulate(*args).stdout
     record = data["record"]
     assert f"{record['given']} recommendations, {record['judged']} judged, {record['right']} right" in people
