@@ -47,6 +47,7 @@ from controlplane.core.domain.event import Event
 from controlplane.core.gpus.findings import GpuRules
 from controlplane.core.gpus.leases import GpuPart, LeaseResponse
 from controlplane.core.gpus.views import GpuView
+from controlplane.core.json_values import StoredState
 from controlplane.core.placement.gangs import GangShape
 from controlplane.core.recommendations.views import ScalingReport
 from controlplane.core.reconcile.commands import ActionResponse, ReportResponse, StartPermission
@@ -128,7 +129,9 @@ class ControllerActor:
         self._watch = NodeWatch(
             config.namespace, config.sample_interval_s, self._controller.observe_node, heard
         )
-        checkpoint.restore_gpus(self._recorder.state, self._controller.fleet, self._shift_s)
+        stored = StoredState(self._recorder.state)
+        checkpoint.restore_gpus(stored, self._controller.fleet, self._shift_s)
+        _warn_of_damage(stored)
         self._loops = [
             asyncio.create_task(loop)
             for loop in (
@@ -421,13 +424,15 @@ class ControllerActor:
         before = self._recorder.state.get(_CLUSTER) or ()
         if cluster & set(before):
             controller = self._controller
+            stored = StoredState(self._recorder.state)
             checkpoint.restore_plane(
-                *(self._recorder.state, controller.fleet, controller.desk.book, controller.work),
+                *(stored, controller.fleet, controller.desk.book, controller.work),
                 now_s=time.monotonic(),
                 shift_s=self._shift_s,
             )
-            self._scaling.restore(self._recorder.state)
-            self._alerts.restore(self._recorder.state)
+            self._scaling.restore(stored)
+            self._alerts.restore(stored)
+            _warn_of_damage(stored)
             controller.settle()
             controller.registry.note("remembers", "controller", "leases, cordons and moves from before")
 
@@ -476,6 +481,11 @@ _CLUSTER, _HEARD = "cluster", "heard"
 """Keys of what is stored besides :mod:`controlplane.controller.checkpoint`: ids of Ray's nodes, last events
 heard."""
 _LOGGED = ("subject", "tier", "reason", "actor")
+
+
+def _warn_of_damage(stored: StoredState) -> None:
+    if stored.damaged:
+        log.warning("entries of the store can't be read and are dropped", entries=stored.damaged)
 
 
 def store_path(config: ControllerConfig) -> Path | None:

@@ -27,6 +27,7 @@ import structlog
 from controlplane.config.alerts import WebhookConfig
 from controlplane.core.alerts.alert import Severity
 from controlplane.core.alerts.views import AlertNotice, AlertTransition, WebhookView
+from controlplane.core.json_values import StoredState
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -104,7 +105,7 @@ class AlertDelivery:
         for task in self._tasks:
             task.cancel()
         self._webhooks = [self._make(config) for config in webhooks]
-        self.restore(kept)
+        self.restore(StoredState(kept))
         if self._started:
             self.start()
 
@@ -133,10 +134,11 @@ class AlertDelivery:
         """What waits, by key; no address is in it."""
         return {_KEPT + webhook.key: items for webhook in self._webhooks if (items := webhook.waiting())}
 
-    def restore(self, values: Mapping[str, Any]) -> None:
+    def restore(self, stored: StoredState) -> None:
         """What waited before a restart goes first."""
+        waiting = stored.entries(_KEPT, list[Item])
         for webhook in self._webhooks:
-            webhook.restore(values.get(_KEPT + webhook.key, ()))
+            webhook.restore(waiting.get(webhook.key, ()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import structlog
@@ -16,6 +16,7 @@ from controlplane.controller.alert_delivery import AlertDelivery
 from controlplane.controller.alerting import Alerting
 from controlplane.controller.controller import Controller
 from controlplane.core.alerts.views import AlertsResponse
+from controlplane.core.json_values import StoredState
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -70,7 +71,7 @@ class AlertLoop:
         """What has to survive the controller, by key."""
         return self.alerting.kept() | self._delivery.kept()
 
-    def restore(self, values: Mapping[str, Any]) -> None:
-        """What was kept."""
-        self.alerting.restore(values)
-        self._delivery.restore(values)
+    def restore(self, stored: StoredState) -> None:
+        """Restore what was stored before a restart."""
+        self.alerting.restore(stored)
+        self._delivery.restore(stored)

@@ -6,7 +6,7 @@ Plain Python with the controller's clocks, as :mod:`controlplane.controller.cont
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Final
 
 from controlplane.config.alerts import AlertsConfig
@@ -35,6 +35,7 @@ from controlplane.core.alerts.views import (
     worst_first,
 )
 from controlplane.core.domain.resource_name import MIN_PREFIX
+from controlplane.core.json_values import StoredState
 from controlplane.core.reconcile.commands import ActionOutcome, ActionResponse
 from controlplane.core.reconcile.migrations import OPERATOR
 from controlplane.core.traffic.counters import named
@@ -186,9 +187,9 @@ class Alerting:
         """What has to survive the controller, by key."""
         return checkpoint.to_values(self.watch.table, self._shift_s)
 
-    def restore(self, values: Mapping[str, Any]) -> None:
-        """What was kept."""
-        checkpoint.restore(values, self.watch.table, self._shift_s)
+    def restore(self, stored: StoredState) -> None:
+        """Restore what was stored before a restart."""
+        checkpoint.restore(stored, self.watch.table, self._shift_s)
         self.show()
 
     # --- figures ------------------------------------------------------------------------------------------

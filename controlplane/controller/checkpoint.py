@@ -47,8 +47,8 @@ class CheckpointWriter:
         self._leases: Values = {}
 
     def values(self, fleet: GpuInventory, book: LeaseBook, work: InProgress) -> Values:
-        """The whole state by key. ``book`` must be the same at every call; an unchanged lease is the same object as
-        in the call before."""
+        """The whole state by key. ``book`` must be the same at every call; an unchanged lease is the same
+        object as in the call before."""
         changed = book.changed_since(self._version)
         if changed is None:
             self._leases = {}

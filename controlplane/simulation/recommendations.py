@@ -1,9 +1,10 @@
-"""The recommendations that would have been issued during a run: the production code on the simulation's figures.
+"""The recommendations that would have been issued during a run: the production code on the simulation's
+figures.
 
 :data:`UPDATES` times per window the tiers' conditions are computed as in
-:mod:`controlplane.controller.scaling.conditions`: counts and latencies over the window; queue, requests in flight
-and KV cache usage at that moment. There is no GPU to measure, so utilisation is the ratio of the window in which
-the busiest engine worked, and memory is missing. None of this affects the run.
+:mod:`controlplane.controller.scaling.conditions`: counts and latencies over the window; queue, requests in
+flight and KV cache usage at that moment. There is no GPU to measure, so utilisation is the ratio of the
+window in which the busiest engine worked, and memory is missing. None of this affects the run.
 """
 
 from __future__ import annotations
@@ -198,9 +199,9 @@ class SimulatedRecommendations:
         *,
         start_unix_s: float,
     ) -> None:
-        """``tiers`` and ``pools`` are in the same order. ``learned`` returns the scaler that measured a tier's
-        engines, or None if the policy has none; then their assumed speed is used. ``start_unix_s`` is when the run
-        begins."""
+        """``tiers`` and ``pools`` are in the same order. ``learned`` returns the scaler that measured a
+        tier's engines, or None if the policy has none; then their assumed speed is used. ``start_unix_s`` is
+        when the run begins."""
         self.every_s = settings.window_s / UPDATES
         self._rules = settings.rules
         self._start_unix_s = start_unix_s
@@ -218,8 +219,8 @@ class SimulatedRecommendations:
         self._sum = 0.0
 
     def update(self, now_s: float, gpus: float | None) -> None:
-        """Call this every :attr:`every_s`. ``gpus`` is what all tiers together may use; None means the total is
-        unknown."""
+        """Call this every :attr:`every_s`. ``gpus`` is what all tiers together may use; None means the total
+        is unknown."""
         conditions = {tier.name: tier.condition(now_s) for tier in self._tiers}
         unix_s = self._start_unix_s + now_s
         changes = self._recommender.update(conditions, self._rules, gpus, now_s=now_s, unix_s=unix_s)

@@ -124,7 +124,8 @@ class ScalingPolicy(Protocol):
         together may hold; None: nobody counts."""
 
     def learned(self, tier: str) -> TierScaler | None:
-        """What it knows of a tier's engines, for recommendations; None: it does not measure how fast they are."""
+        """What it knows of a tier's engines, for recommendations; None: it does not measure how fast they
+        are."""
 
 
 MakePolicy = Callable[[Scenario], ScalingPolicy]

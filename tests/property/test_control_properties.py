@@ -17,6 +17,7 @@ from controlplane.controller.operator_actions import OperatorActions
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
 from controlplane.core.gpus.health import GpuState
 from controlplane.core.gpus.leases import WHOLE_MILLI
+from controlplane.core.json_values import StoredState
 from controlplane.core.placement.gangs import GangShape
 from controlplane.core.reconcile.in_progress import InProgress
 from controlplane.core.reconcile.migrations import STEPS, Migration, MigrationPhase, Restart, TierHold, step
@@ -121,9 +122,12 @@ def restart_controller(world: World, *, vouched: bool) -> None:
     values = checkpoint.to_values(old.fleet, old.desk.book, old.work, 7.0)
     world.start_controller("e2", settle_s=6.0)
     new = world.controller
-    checkpoint.restore_gpus(values, new.fleet, 7.0)
+    stored = StoredState(values)
+    checkpoint.restore_gpus(stored, new.fleet, 7.0)
     if vouched:
-        checkpoint.restore_plane(values, new.fleet, new.desk.book, new.work, now_s=world.clock.s, shift_s=7.0)
+        checkpoint.restore_plane(
+            StoredState(values), new.fleet, new.desk.book, new.work, now_s=world.clock.s, shift_s=7.0
+        )
         new.settle()
         assert checkpoint.to_values(new.fleet, new.desk.book, new.work, 7.0) == values
 

@@ -128,9 +128,9 @@ def command(
 ) -> None:
     """Replay recorded arrivals on a simulated fleet of CONFIG: SLO attainment, GPU hours, latencies.
 
-    Routing, admission, scaling and recommendations are the production code; engines, GPUs and time are simulated. With
-    --cluster replicas are placed by the production code too, on GPUs that the tiers share; one that finds no
-    room waits. The same seed gives the same output.
+    Routing, admission, scaling and recommendations are the production code; engines, GPUs and time are
+    simulated. With --cluster replicas are placed by the production code too, on GPUs that the tiers share;
+    one that finds no room waits. The same seed gives the same output.
 
     Traces: Azure's CSV, Mooncake's JSONL, ServeGen's windows, what `tierplane trace` wrote, or a CSV with
     at_s, input_tokens, output_tokens and, if you like, tier, complexity, priority, session.
@@ -344,7 +344,8 @@ def _show(result: SimulationResult) -> None:
     )
     for item in result.recommendations[-_SHOWN:]:
         recommendation = item.recommendation
-        where = f"{result.hours_of(item):.2f} h {recommendation.instance}: {recommendation.kind}, {recommendation.suggestion}"
+        at = f"{result.hours_of(item):.2f} h {recommendation.instance}"
+        where = f"{at}: {recommendation.kind}, {recommendation.suggestion}"
         console.print(f"  {where}: {'; '.join(recommendation.reasons)}", soft_wrap=True)
         sure = f"predicted {effect_text(recommendation.effect)}; {recommendation.confidence:.0%} sure"
         console.print(f"    {sure}; {outcome_text(item) or 'still open'}", soft_wrap=True)

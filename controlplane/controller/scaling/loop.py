@@ -20,10 +20,11 @@ from controlplane.controller.scaling.manual_targets import ManualTargets
 from controlplane.controller.scaling.observation import TierObserver
 from controlplane.controller.scaling.reporting import ScalingReporter, view
 from controlplane.core.autoscaling.cold_starts import ColdStarts
+from controlplane.core.autoscaling.overrides import Override
 from controlplane.core.autoscaling.round import RoundDecision, ScalingRound, TierRule
 from controlplane.core.cluster.snapshot import GatewayInfo
 from controlplane.core.cluster.tier_spec import TierSpec
-from controlplane.core.json_values import under
+from controlplane.core.json_values import StoredState, to_value
 from controlplane.core.placement.gangs import WHOLE_MILLI
 from controlplane.core.recommendations.cycle import Recommender
 from controlplane.core.recommendations.log import IssuedRecommendation, RecommendationLog
@@ -33,7 +34,7 @@ from controlplane.core.reconcile.replica_targets import TierTarget
 
 TARGET_TTL_S: Final = 60.0
 """A target that was worked out holds for so long when none follows; then it stays as the tier is."""
-_OVERRIDE, _ADVICE, _STARTS, _TARGET = "override/", "advice/", "starts/", "target/"
+_OVERRIDE, _RECOMMENDATION, _STARTS, _TARGET = "override/", "advice/", "starts/", "target/"
 
 
 class Scaling:
@@ -43,7 +44,7 @@ class Scaling:
         self.config = config
         self._controller = controller
         self._round = ScalingRound()
-        self._adviser = Recommender()
+        self._recommender = Recommender()
         self._by_hand = ManualTargets(controller)
         self._observer = TierObserver(controller)
         self._teller = ScalingReporter(controller)
@@ -52,9 +53,9 @@ class Scaling:
         self._adopt(config)
 
     @property
-    def book(self) -> RecommendationLog:
-        """All advice of late."""
-        return self._adviser.book
+    def recommendations(self) -> RecommendationLog:
+        """The last recommendations."""
+        return self._recommender.log
 
     # --- what comes in ------------------------------------------------------------------------------------
 
@@ -106,8 +107,8 @@ class Scaling:
         decisions = self._round.decide(observations, self._gpus())
         self._decisions = {decision.tier: decision for decision in decisions}
         self._publish(specs, decisions, unix_s)
-        new = self._advise(specs.values(), now_s, unix_s)
-        self._teller.tell(self._decisions, self.book)
+        new = self._recommend(specs.values(), now_s, unix_s)
+        self._teller.tell(self._decisions, self.recommendations)
         return new
 
     def _rule(self, spec: TierSpec) -> TierRule:
@@ -149,25 +150,26 @@ class Scaling:
                 controller.registry.note("scaled", tier, text, tier)
         controller.publish(targets)
 
-    def _advise(
+    def _recommend(
         self, specs: Iterable[TierSpec], now_s: float, unix_s: float
     ) -> tuple[IssuedRecommendation, ...]:
         controller, config = self._controller, self.config
-        advised = self._adviser.look(
+        changes = self._recommender.update(
             conditions(controller, specs, self._round, config.window_s, now_s),
-            config.advice_rules(),
+            config.recommendation_rules(),
             self._gpus(),
             now_s=now_s,
             unix_s=unix_s,
         )
-        for item in advised.judged:
-            told = item.score.reason if item.score is not None else "nothing was measured"
-            controller.registry.note("advice judged", item.advice.instance, told, item.advice.instance)
-        for item in advised.new:
-            advice = item.advice
-            text = f"{advice.suggestion} ({'; '.join(advice.reasons)})"
-            controller.registry.note(advice.kind.value, advice.instance, text, advice.instance)
-        return advised.new
+        for item in changes.scored:
+            tier = item.recommendation.instance
+            reason = item.score.reason if item.score is not None else "nothing was measured"
+            controller.registry.note("advice judged", tier, reason, tier)
+        for item in changes.issued:
+            new = item.recommendation
+            text = f"{new.suggestion} ({'; '.join(new.reasons)})"
+            controller.registry.note(new.kind.value, new.instance, text, new.instance)
+        return changes.issued
 
     def report(self) -> ScalingReport:
         """For people."""
@@ -184,29 +186,30 @@ class Scaling:
                     cold_start_s=self.cold_start_s(spec),
                 )
             )
-        return ScalingReport(self.config.mode, tuple(views), self.book.given, self.book.record())
+        log = self.recommendations
+        return ScalingReport(self.config.mode, tuple(views), log.issued, log.record())
 
-    # --- what is kept -------------------------------------------------------------------------------------
+    # --- over a restart -----------------------------------------------------------------------------------
 
     def values(self) -> dict[str, Any]:
-        """What has to survive the controller, as JSON values by key."""
-        found: dict[str, Any] = {}
-        for prefix, kept in (
+        """The state that survives a restart, as JSON values by key."""
+        state: dict[str, object] = {}
+        for prefix, items in (
             (_OVERRIDE, self._by_hand.overrides.values()),
-            (_ADVICE, self.book.values()),
+            (_RECOMMENDATION, {item.number: item for item in self.recommendations.issued}),
             (_STARTS, self._starts.values()),
             (_TARGET, {tier: target.replicas for tier, target in self._controller.published.items()}),
         ):
-            found |= {prefix + key: value for key, value in kept.items()}
-        return found
+            state |= {f"{prefix}{key}": to_value(item) for key, item in items.items()}
+        return state
 
-    def restore(self, values: Mapping[str, Any]) -> None:
-        """What was stored before; targets hold on until new ones are worked out."""
-        self._by_hand.overrides.restore(under(values, _OVERRIDE))
-        self.book.restore(under(values, _ADVICE))
-        self._starts.restore(under(values, _STARTS))
+    def restore(self, stored: StoredState) -> None:
+        """Restore what was stored before a restart. Targets apply until new ones are computed."""
+        self._by_hand.overrides.restore(stored.entries(_OVERRIDE, Override))
+        self.recommendations.restore(stored.entries(_RECOMMENDATION, IssuedRecommendation).values())
+        self._starts.restore(stored.entries(_STARTS, list[float]))
         until_s = self._controller.unix_s() + TARGET_TTL_S
         why = "as before the controller's restart"
         self._controller.publish(
-            {tier: TierTarget(count, why, until_s) for tier, count in under(values, _TARGET).items()}
+            {tier: TierTarget(count, why, until_s) for tier, count in stored.entries(_TARGET, int).items()}
         )

@@ -24,9 +24,11 @@ class ScalingReporter:
         self._controller = controller
         self._told: tuple[TierScaling, ...] = ()
 
-    def tell(self, decisions: Mapping[str, RoundDecision], book: RecommendationLog) -> None:
+    def tell(self, decisions: Mapping[str, RoundDecision], recommendations: RecommendationLog) -> None:
         """After each tick."""
-        kinds = {item.advice.instance: item.advice.kind.value for item in book.open}
+        kinds = {
+            item.recommendation.instance: item.recommendation.kind.value for item in recommendations.open
+        }
         bases = self._controller.bases()
         before = {item.tier: item.forecast_per_s for item in self._told}
         new = tuple(

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from controlplane.core.json_values import from_value, to_value
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +48,10 @@ class Overrides:
         """The tier's, if it has one."""
         return self._set.get(tier)
 
-    def values(self) -> dict[str, Any]:
-        """By tier, as JSON values, for the store."""
-        return {tier: to_value(item) for tier, item in self._set.items()}
+    def values(self) -> dict[str, Override]:
+        """All overrides, by tier."""
+        return dict(self._set)
 
-    def restore(self, values: Mapping[str, Any]) -> None:
-        """What was stored before."""
-        self._set.update({tier: from_value(Override, value) for tier, value in values.items()})
+    def restore(self, overrides: Mapping[str, Override]) -> None:
+        """Take in the overrides from before a restart."""
+        self._set.update(overrides)

@@ -1,8 +1,8 @@
-"""When recommendations are issued and when they are scored. The live controller and the simulator use the same
-:class:`Recommender`.
+"""When recommendations are issued and when they are scored. The live controller and the simulator use the
+same :class:`Recommender`.
 
-Every ``interval_s`` all recommendations that apply are issued; between those times, only one for a tier that did
-not have that trouble at the update before. One that is still open is not issued again
+Every ``interval_s`` all recommendations that apply are issued; between those times, only one for a tier that
+did not have that trouble at the update before. One that is still open is not issued again
 (:class:`~controlplane.core.recommendations.log.RecommendationLog`).
 """
 

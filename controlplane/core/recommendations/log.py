@@ -1,7 +1,7 @@
 """Which recommendations were issued, whether they were followed, and how well they turned out.
 
-A recommendation is open until it is scored, and while it is open the same one is not issued again. Scoring needs
-fresh figures: without them it is postponed, up to :data:`PATIENCE` times the usual time, and then the
+A recommendation is open until it is scored, and while it is open the same one is not issued again. Scoring
+needs fresh figures: without them it is postponed, up to :data:`PATIENCE` times the usual time, and then the
 recommendation is closed without a score.
 """
 
@@ -27,8 +27,8 @@ PATIENCE: Final = 3.0
 
 
 class IssuedRecommendation(msgspec.Struct, frozen=True, rename={"recommendation": "advice"}):
-    """A recommendation and its outcome. The controller's store has the same keys as the fields, except ``advice``
-    for ``recommendation``."""
+    """A recommendation and its outcome. The controller's store has the same keys as the fields, except
+    ``advice`` for ``recommendation``."""
 
     number: int
     unix_s: float
@@ -77,7 +77,10 @@ class RecommendationLog:
         return tuple(self._issued[number] for number in sorted(self._open.values()))
 
     def issue(
-        self, recommendations: Sequence[Recommendation], conditions: Mapping[str, TierCondition], unix_s: float
+        self,
+        recommendations: Sequence[Recommendation],
+        conditions: Mapping[str, TierCondition],
+        unix_s: float,
     ) -> tuple[IssuedRecommendation, ...]:
         """Add the recommendations, and return those that were not open already."""
         new = []
@@ -96,8 +99,8 @@ class RecommendationLog:
     def score_due(
         self, conditions: Mapping[str, TierCondition], unix_s: float, after_s: float
     ) -> tuple[IssuedRecommendation, ...]:
-        """Score the open recommendations that were issued at least ``after_s`` ago by the present condition of their
-        tiers, and return them."""
+        """Score the open recommendations that were issued at least ``after_s`` ago by the present condition
+        of their tiers, and return them."""
         closed = []
         for item in self.open:
             age_s = unix_s - item.unix_s

@@ -1,9 +1,10 @@
-"""Recommendations: what a tier lacks or has too much of, what to change, the predicted effect, and a confidence.
+"""Recommendations: what a tier lacks or has too much of, what to change, the predicted effect, and a
+confidence.
 
-:func:`recommend` evaluates the windowed signals of all tiers and makes at most one recommendation for each. Only
-fresh signals count: a stale or missing one breaches no threshold and never makes a tier idle. A recommendation
-records the breaches that it was made for, with their limits. :func:`score` rates the outcome, whether it was
-followed or not.
+:func:`recommend` evaluates the windowed signals of all tiers and makes at most one recommendation for each.
+Only fresh signals count: a stale or missing one breaches no threshold and never makes a tier idle. A
+recommendation records the breaches that it was made for, with their limits. :func:`score` rates the outcome,
+whether it was followed or not.
 """
 
 from __future__ import annotations
@@ -178,8 +179,8 @@ def latency_limit_ms(slo: Slo | None) -> float:
     """The limit of a tier's 95th latency percentile where no threshold is set. ``slo`` is the configured one;
     None: none is configured, and then it is :data:`LATENCY_MS`.
 
-    The SLO's ``total_s`` is the limit only if at most 5 % of the requests may miss it; otherwise latency has no
-    limit, and attainment shows whether the SLO is met.
+    The SLO's ``total_s`` is the limit only if at most 5 % of the requests may miss it; otherwise latency has
+    no limit, and attainment shows whether the SLO is met.
     """
     if slo is None:
         return LATENCY_MS
@@ -217,8 +218,8 @@ def recommend(
 def score(recommendation: Recommendation, tier: TierCondition, *, applied: bool) -> Score | None:
     """Rate a recommendation by the later condition of its tier. None: a figure that this needs is not fresh.
 
-    If it was applied: how close the prediction came. If not: whether the breaches it was made for still exist, or
-    the tier's attainment is below what its SLO requires (for scale-down: whether it is not).
+    If it was applied: how close the prediction came. If not: whether the breaches it was made for still
+    exist, or the tier's attainment is below what its SLO requires (for scale-down: whether it is not).
     """
     latency_ms, attainment = tier.latency_ms.fresh, tier.attainment.fresh
     if latency_ms is None or attainment is None:
@@ -235,7 +236,9 @@ def score(recommendation: Recommendation, tier: TierCondition, *, applied: bool)
     return Score(value >= 0.5, value, f"{latency_ms:.0f} ms measured, {text} predicted")
 
 
-def _score_not_applied(recommendation: Recommendation, tier: TierCondition, attainment: float) -> Score | None:
+def _score_not_applied(
+    recommendation: Recommendation, tier: TierCondition, attainment: float
+) -> Score | None:
     text = f"attainment is {attainment:.1%}"
     scale_down = recommendation.kind is RecommendationKind.SCALE_DOWN
     if scale_down or attainment < tier.goal:
@@ -316,8 +319,9 @@ def _idle(tier: TierCondition, limits: Thresholds) -> bool:
 def _effect(tier: TierCondition, replicas: int, gpus: float) -> Effect:
     """The prediction of the capacity model; attainment is the ratio of arrivals that find a free slot.
 
-    The model gives the mean time of a request at a replica, but the measured latency is a percentile. The measured
-    latency, less what the queue adds to it now (Little's law), is therefore scaled by the change of the mean.
+    The model gives the mean time of a request at a replica, but the measured latency is a percentile. The
+    measured latency, less what the queue adds to it now (Little's law), is therefore scaled by the change of
+    the mean.
     """
     rate = tier.requests_per_s.fresh
     if tier.capacity is None or tier.work is None or tier.bounds is None or rate is None or replicas < 1:
@@ -413,7 +417,9 @@ def _rebalance(scale_out: Recommendation, donor: TierCondition) -> Recommendatio
         scale_out,
         kind=RecommendationKind.REBALANCE,
         reasons=(*scale_out.reasons, f"no GPU is free, and tier '{donor.tier}' is idle"),
-        suggestion=f"take a replica from tier '{donor.tier}' ({donor.replicas} now) and {scale_out.suggestion}",
+        suggestion=(
+            f"take a replica from tier '{donor.tier}' ({donor.replicas} now) and {scale_out.suggestion}"
+        ),
         effect=replace(scale_out.effect, gpus=scale_out.effect.gpus - donor.gpus_per_replica),
     )
 

@@ -21,6 +21,7 @@ from controlplane.controller import alert_delivery
 from controlplane.controller.alert_delivery import SIGNATURE, AlertDelivery, pause_s, signature
 from controlplane.core.alerts.alert import AlertState, Severity, SubjectType
 from controlplane.core.alerts.views import AlertNotice, AlertTransition, AlertView
+from controlplane.core.json_values import StoredState
 
 SECRET = "not for logs"
 VIEW = AlertView(
@@ -300,7 +301,7 @@ async def test_a_missing_secret_is_said_loudly_and_nothing_goes_out_unsigned() -
         webhook = {"url": receiver.url, "secret_env": "HOOK_SECRET"}
         with capture_logs() as logs:
             async with delivering(webhook, environ=environ) as delivery:
-                delivery.restore(json.loads(json.dumps(kept)))
+                delivery.restore(StoredState(json.loads(json.dumps(kept))))
                 await until(lambda: receiver.subjects == ["small"])
         assert SECRET not in repr(logs)
         assert "s3cret-path" not in repr(logs) + repr(kept)
@@ -317,7 +318,7 @@ async def test_what_waits_survives_a_restart_in_its_order() -> None:
         assert delivery.kept() == kept, "closing loses nothing"
         receiver.hold_s = 0.0
         async with delivering({"url": receiver.url}) as again:
-            again.restore(json.loads(json.dumps(kept)))
+            again.restore(StoredState(json.loads(json.dumps(kept))))
             again.tell([notice("c")])
             await until(lambda: receiver.subjects[-3:] == ["a", "b", "c"])
             await until(lambda: again.kept() == {})

@@ -20,6 +20,7 @@ from controlplane.core.alerts.views import AlertNotice, AlertTransition, AlertVi
 from controlplane.core.cluster.snapshot import GatewayInfo
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.endpoint import EndpointState
+from controlplane.core.json_values import StoredState
 from controlplane.core.reconcile.commands import ActionOutcome
 from controlplane.core.reconcile.migrations import CONTROLLER, TierHold
 from controlplane.core.telemetry.series import Signal, known_now, missing
@@ -426,7 +427,7 @@ def test_what_fires_and_silences_survive_the_controller() -> None:
     rig.alerting = Alerting(
         rig.world.controller, rig.config.alerts, shift_s=SHIFT_S + 7.0, store_warning=lambda: rig.warning
     )
-    rig.alerting.restore(values)
+    rig.alerting.restore(StoredState(values))
     shown = rig.world.controller.registry.snapshot(secrets=False)
     assert [alert.acknowledged for alert in shown.alerts] == ["ada"], "gateways are told at once"
     assert rig.step(20) == [], "it was told before"
@@ -450,7 +451,7 @@ def test_alerts_of_rules_that_are_no_more_are_left_out_and_of_those_switched_off
         {"heartbeat_s": HEARTBEAT_S, "alerts": {"rules": {"TierplaneTierDown": {"enabled": False}}}}
     )
     rig.make()
-    rig.alerting.restore(values)
+    rig.alerting.restore(StoredState(values))
     assert rig.step(2) == ["resolved TierDown small"]
     assert rig.told[-1].transition is AlertTransition.RESOLVED
     assert rig.told[-1].alert.detail == "the rule is switched off"

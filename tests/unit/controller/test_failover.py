@@ -11,6 +11,7 @@ from controlplane.controller.controller import NotSettled
 from controlplane.controller.operator_actions import OperatorActions
 from controlplane.core.domain.endpoint import EndpointState
 from controlplane.core.gpus.health import OUT_OF_USE, GpuState
+from controlplane.core.json_values import StoredState
 from controlplane.core.placement.gangs import GangShape
 from controlplane.core.reconcile.commands import ReplicaCommandKind
 from controlplane.core.reconcile.migrations import MigrationPhase
@@ -179,9 +180,12 @@ def test_a_move_goes_on_when_the_controller_is_killed_in_its_middle(vouched: boo
     world.clock.s += 3
     world.start_controller("e2", settle_s=6.0)
     new = world.controller
-    checkpoint.restore_gpus(values, new.fleet, 5.0)
+    stored = StoredState(values)
+    checkpoint.restore_gpus(stored, new.fleet, 5.0)
     if vouched:
-        checkpoint.restore_plane(values, new.fleet, new.desk.book, new.work, now_s=world.clock.s, shift_s=5.0)
+        checkpoint.restore_plane(
+            StoredState(values), new.fleet, new.desk.book, new.work, now_s=world.clock.s, shift_s=5.0
+        )
         new.settle()
         assert new.work.moves == old.work.moves
         assert {holder: lease.parts for holder, lease in new.desk.book.leases.items()} == leases
@@ -205,8 +209,11 @@ def test_nothing_is_decided_before_a_gateway_has_said_what_is_configured() -> No
     values = checkpoint.to_values(old.fleet, old.desk.book, old.work, 0.0)
     world.start_controller("e2", declared=False)
     new = world.controller
-    checkpoint.restore_gpus(values, new.fleet, 0.0)
-    checkpoint.restore_plane(values, new.fleet, new.desk.book, new.work, now_s=world.clock.s, shift_s=0.0)
+    stored = StoredState(values)
+    checkpoint.restore_gpus(stored, new.fleet, 0.0)
+    checkpoint.restore_plane(
+        StoredState(values), new.fleet, new.desk.book, new.work, now_s=world.clock.s, shift_s=0.0
+    )
     new.settle()
     for _ in range(12):
         world.step()
@@ -403,8 +410,11 @@ def test_what_an_operator_asked_for_survives_the_controller() -> None:
     values = checkpoint.to_values(old.fleet, old.desk.book, old.work, 3.0)
     world.start_controller("e2", settle_s=6.0)
     new = world.controller
-    checkpoint.restore_gpus(values, new.fleet, 3.0)
-    checkpoint.restore_plane(values, new.fleet, new.desk.book, new.work, now_s=world.clock.s, shift_s=3.0)
+    stored = StoredState(values)
+    checkpoint.restore_gpus(stored, new.fleet, 3.0)
+    checkpoint.restore_plane(
+        StoredState(values), new.fleet, new.desk.book, new.work, now_s=world.clock.s, shift_s=3.0
+    )
     new.settle()
     world.step(30)
     assert first not in world.replicas

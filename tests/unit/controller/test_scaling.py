@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from controlplane.controller.scaling import Scaling
 from controlplane.core.cluster.snapshot import GatewayInfo
 from controlplane.core.gpus.inventory import GpuInventory
 from controlplane.core.gpus.leases import LeaseBook
+from controlplane.core.json_values import StoredState
 from controlplane.core.recommendations.views import as_json_value
 from controlplane.core.reconcile.commands import ActionOutcome
 from controlplane.core.reconcile.in_progress import InProgress
@@ -134,7 +136,7 @@ def test_a_controllers_restart_never_shrinks_a_tier() -> None:
     before, checkpoint = live.replicas, live.scaling.values()
     live.world.start_controller("e2", settle_s=5.0)
     live.connect()
-    live.scaling.restore(checkpoint)
+    live.scaling.restore(StoredState(checkpoint))
     live.step(30, per_s=16)
     assert live.replicas >= before
     # Nor does one that has lost its store: what runs is what there is to be.
@@ -196,7 +198,7 @@ def test_a_number_set_by_hand_holds_in_advice_too_and_survives_the_controller() 
     checkpoint = live.scaling.values()
     live.world.start_controller("e2", settle_s=5.0)
     live.connect()
-    live.scaling.restore(checkpoint)
+    live.scaling.restore(StoredState(checkpoint))
     live.step(20, per_s=1)
     assert live.replicas == 4
 
@@ -222,24 +224,24 @@ def test_from_apply_back_to_advise_ends_the_targets_of_the_scaling() -> None:
 def test_advice_is_given_at_once_given_once_and_judged() -> None:
     live = Live({"min_replicas": 1, "max_replicas": 5}, mode="advise")
     live.step(30, per_s=2)
-    assert not live.scaling.book.given
+    assert not live.scaling.recommendations.issued
     live.step(15, per_s=2, slow=True)
-    (given,) = live.scaling.book.given
-    assert given.advice.kind == "scale_up"
-    assert "keep the SLO, under 99%" in given.advice.reasons[0]
+    (given,) = live.scaling.recommendations.issued
+    assert given.recommendation.kind == "scale_up"
+    assert "keep the SLO, under 99%" in given.recommendation.reasons[0]
     assert given.applied is None
     live.step(30, per_s=2, slow=True)
-    first = live.scaling.book.given[0]
+    first = live.scaling.recommendations.issued[0]
     assert first.applied is False
     assert first.score is not None
     assert first.score.right, "the trouble that it named is still there"
-    assert live.scaling.book.record().judged == 1
+    assert live.scaling.recommendations.record().judged == 1
     told = as_json_value(live.scaling.report())
     assert told["recommendations"][0]["type"] == "scale_up"
     assert told["record"]["right"] == 1
     again = Live({"min_replicas": 1, "max_replicas": 5})
-    again.scaling.restore(live.scaling.values())
-    assert again.scaling.book.given == live.scaling.book.given
+    again.scaling.restore(StoredState(json.loads(json.dumps(live.scaling.values()))))
+    assert again.scaling.recommendations.issued == live.scaling.recommendations.issued
 
 
 def test_advice_looks_back_as_far_as_it_is_told() -> None:
@@ -321,7 +323,7 @@ def test_that_there_were_gpus_is_still_known_after_a_restart() -> None:
     old = live.world.controller
     values = checkpoint.to_values(old.fleet, old.desk.book, old.work, 0.0)
     fleet, book, work = GpuInventory(), LeaseBook(), InProgress()
-    checkpoint.restore_plane(values, fleet, book, work, now_s=0.0, shift_s=0.0)
+    checkpoint.restore_plane(StoredState(values), fleet, book, work, now_s=0.0, shift_s=0.0)
     assert fleet.counted
 
 

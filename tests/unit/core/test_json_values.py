@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controlplane.core.json_values import from_value, shifted, to_value, under
+from controlplane.core.json_values import StoredState, shifted, to_value
 
 
 class Colour(StrEnum):
@@ -34,6 +35,13 @@ class Whole:
     also: Part | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Times:
+    at_s: float
+    until_s: float | None
+    took_s: float
+
+
 parts = st.builds(Part, st.text(), st.sampled_from(Colour))
 wholes = st.builds(
     Whole,
@@ -47,36 +55,42 @@ wholes = st.builds(
 
 
 @given(wholes)
-def test_there_and_back_is_the_same(whole: Whole) -> None:
-    assert from_value(Whole, json.loads(json.dumps(to_value(whole)))) == whole
+def test_a_value_reads_back_as_it_was_written(whole: Whole) -> None:
+    stored = StoredState({"whole/a": json.loads(json.dumps(to_value(whole)))})
+    assert stored.entries("whole/", Whole) == {"a": whole}
+    assert stored.damaged == []
 
 
-def test_another_version_of_it_is_read_too() -> None:
-    found = from_value(Whole, {"number": 1, "ratio": None, "dropped_since": [1, 2]})
-    assert found == Whole(1, None)
-    assert found.more == ("usual",)
+def test_missing_fields_get_defaults_and_unknown_keys_are_ignored() -> None:
+    stored = StoredState({"whole/a": {"number": 1, "ratio": None, "dropped_since": [1, 2]}})
+    assert stored.entries("whole/", Whole) == {"a": Whole(1, None, more=("usual",))}
 
 
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        ({"ratio": 1.0}, "'number' of Whole is not there"),
+        ({"ratio": 1.0}, "missing required field `number`"),
         ({"number": 1, "ratio": 1.0, "also": {"name": "a", "colour": "green"}}, "green"),
-        ({"number": 1, "ratio": 1.0, "pair": [1.0]}, "shorter"),
+        ({"number": 1, "ratio": 1.0, "pair": [1.0]}, "length 2, got 1"),
+        (None, "null"),
+        ("text", "str"),
     ],
 )
-def test_what_can_not_be_read_is_said(value: dict[str, object], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        from_value(Whole, value)
+def test_a_damaged_entry_is_left_out_alone_and_named_with_the_reason(value: Any, words: str) -> None:
+    stored = StoredState({"whole/a": value, "whole/b": {"number": 2, "ratio": 0.5}, "other/c": 3})
+    assert stored.entries("whole/", Whole) == {"b": Whole(2, 0.5)}
+    [damaged] = stored.damaged
+    assert damaged.startswith("whole/a: ")
+    assert words in damaged
 
 
-def test_times_move_and_none_stays() -> None:
-    assert shifted({"at_s": 1.0, "until_s": None, "took_s": 2.0}, 10.0, "at_s", "until_s") == {
-        "at_s": 11.0,
-        "until_s": None,
-        "took_s": 2.0,
-    }
+def test_entries_without_a_dataclass_are_checked_too() -> None:
+    stored = StoredState({"pair/a": [2, 5.5], "pair/b": [2], "pair/c": 1, "single": 7})
+    assert stored.entries("pair/", tuple[int, float]) == {"a": (2, 5.5)}
+    assert [text.partition(":")[0] for text in stored.damaged] == ["pair/b", "pair/c"]
+    assert (stored.get("single"), stored.get("none")) == (7, None)
 
 
-def test_keys_under_a_prefix_lose_it() -> None:
-    assert under({"a/x": 1, "a/y": 2, "b/x": 3}, "a/") == {"x": 1, "y": 2}
+def test_times_are_shifted_and_none_stays() -> None:
+    assert shifted(Times(1.0, None, 2.0), 10.0, "at_s", "until_s") == Times(11.0, None, 2.0)
+    assert shifted(Times(1.0, 3.0, 2.0), -1.0, "at_s", "until_s") == Times(0.0, 2.0, 2.0)

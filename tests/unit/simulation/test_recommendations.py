@@ -165,9 +165,10 @@ def test_looking_changes_nothing_of_the_run() -> None:
 
 
 def test_a_run_holds_the_last_recommendations_and_counts_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simulated, "MOST_ADVICE", 2)
+    monkeypatch.setattr(simulated, "MAX_RECOMMENDATIONS", 2)
     scenario = Scenario(
-        (tier(),), recommendations=RecommendationSettings(RecommendationRules(Thresholds(), 50.0, 100.0), 50.0)
+        (tier(),),
+        recommendations=RecommendationSettings(RecommendationRules(Thresholds(), 50.0, 100.0), 50.0),
     )
     result = fixed(scenario, steady(12.0, 1500.0))
     assert len(result.recommendations) == 2

@@ -16,8 +16,8 @@ from controlplane.core.recommendations.rules import (
     Score,
     Thresholds,
     TierCondition,
-    advise,
     latency_limit_ms,
+    recommend,
     score,
 )
 from controlplane.core.telemetry.series import Freshness, Signal, known_now, missing
@@ -60,11 +60,11 @@ CALM = TierCondition(
     ],
 )
 def test_each_threshold(change: dict[str, Any], kind: RecommendationKind, words: str) -> None:
-    (advice,) = advise([replace(CALM, **change)])
-    assert advice.kind is kind
-    assert words in " ".join(advice.reasons)
-    assert advice.suggestion
-    assert 0.0 < advice.confidence < 1.0
+    (found,) = recommend([replace(CALM, **change)])
+    assert found.kind is kind
+    assert words in " ".join(found.reasons)
+    assert found.suggestion
+    assert 0.0 < found.confidence < 1.0
 
 
 @pytest.mark.parametrize(
@@ -81,56 +81,56 @@ def test_each_threshold(change: dict[str, Any], kind: RecommendationKind, words:
         {"gpu_ratio": known_now(0.0), "requests_per_s": known_now(0.0), "replicas": 1},
     ],
 )
-def test_no_breach_no_advice(change: dict[str, Any]) -> None:
-    assert advise([replace(CALM, **change)]) == ()
+def test_without_a_breach_nothing_is_recommended(change: dict[str, Any]) -> None:
+    assert recommend([replace(CALM, **change)]) == ()
 
 
 def test_the_effect_of_more_replicas_is_predicted() -> None:
-    (advice,) = advise([replace(CALM, queue=known_now(200.0), requests_per_s=known_now(30.0), replicas=2)])
-    assert advice.replicas > 3
-    assert advice.effect.gpus == advice.replicas - 2
-    assert advice.effect.attainment == 1.0
-    assert advice.effect.latency_ms is not None
-    assert advice.effect.latency_ms < 16 * 1000
+    (found,) = recommend([replace(CALM, queue=known_now(200.0), requests_per_s=known_now(30.0), replicas=2)])
+    assert found.replicas > 3
+    assert found.effect.gpus == found.replicas - 2
+    assert found.effect.attainment == 1.0
+    assert found.effect.latency_ms is not None
+    assert found.effect.latency_ms < 16 * 1000
 
 
-def test_the_predicted_latency_is_of_the_percentile_that_is_measured() -> None:
+def test_the_predicted_latency_is_the_measured_percentile_scaled() -> None:
     hot = replace(
         CALM, gpu_ratio=known_now(0.99), requests_per_s=known_now(6.0), latency_ms=known_now(9000.0)
     )
-    (advice,) = advise([hot])
-    assert advice.replicas == 3
+    (found,) = recommend([hot])
+    assert found.replicas == 3
     assert hot.capacity is not None
     assert hot.work is not None
     change = hot.capacity.hold_s(6.0 / 3, hot.work) / hot.capacity.hold_s(6.0 / 2, hot.work)
     assert 0.5 < change < 1.0
-    assert advice.effect.latency_ms == pytest.approx(9000.0 * change)
+    assert found.effect.latency_ms == pytest.approx(9000.0 * change)
     # 12 requests that wait at 6 a second are 2 s of it, and nobody waits afterwards.
-    (advice,) = advise([replace(hot, queue=known_now(12.0))])
-    assert advice.effect.latency_ms == pytest.approx(7000.0 * change)
+    (found,) = recommend([replace(hot, queue=known_now(12.0))])
+    assert found.effect.latency_ms == pytest.approx(7000.0 * change)
     # What is left is never less than one request takes.
-    (advice,) = advise([replace(hot, queue=known_now(1000.0))])
-    assert advice.effect.latency_ms == pytest.approx(hot.capacity.hold_s(6.0 / 3, hot.work) * 1000)
+    (found,) = recommend([replace(hot, queue=known_now(1000.0))])
+    assert found.effect.latency_ms == pytest.approx(hot.capacity.hold_s(6.0 / 3, hot.work) * 1000)
 
 
 @pytest.mark.parametrize(
     "change",
     [{"latency_ms": missing("gone")}, {"work": RequestShape(1.0, 0.0)}, {"requests_per_s": missing("gone")}],
 )
-def test_what_can_not_be_told_is_not_predicted(change: dict[str, Any]) -> None:
-    (advice,) = advise([replace(CALM, gpu_ratio=known_now(0.99), **change)])
-    assert advice.effect.latency_ms is None
+def test_without_figures_there_is_no_prediction(change: dict[str, Any]) -> None:
+    (found,) = recommend([replace(CALM, gpu_ratio=known_now(0.99), **change)])
+    assert found.effect.latency_ms is None
 
 
 def test_without_free_gpus_an_idle_tier_gives_one() -> None:
     idle = replace(CALM, tier="light", gpu_ratio=known_now(0.05), requests_per_s=known_now(0.0), replicas=3)
     hot = replace(CALM, gpu_ratio=known_now(0.99))
-    (advice,) = advise([idle, hot], free_gpus=0.0)
-    assert advice.kind is RecommendationKind.REBALANCE
-    assert advice.instance == "balanced"
-    assert "take a replica from tier 'light'" in advice.suggestion
-    assert advice.effect.gpus == 0.0
-    assert {entry.kind for entry in advise([idle, hot], free_gpus=4.0)} == {
+    (found,) = recommend([idle, hot], free_gpus=0.0)
+    assert found.kind is RecommendationKind.REBALANCE
+    assert found.instance == "balanced"
+    assert "take a replica from tier 'light'" in found.suggestion
+    assert found.effect.gpus == 0.0
+    assert {entry.kind for entry in recommend([idle, hot], free_gpus=4.0)} == {
         RecommendationKind.SCALE_OUT,
         RecommendationKind.SCALE_DOWN,
     }
@@ -138,16 +138,16 @@ def test_without_free_gpus_an_idle_tier_gives_one() -> None:
 
 def test_a_small_share_grows_before_the_parallel_size() -> None:
     slow = replace(CALM, latency_ms=known_now(5000.0))
-    (share,) = advise([replace(slow, gpus_per_replica=0.25)])
+    (share,) = recommend([replace(slow, gpus_per_replica=0.25)])
     assert "0.5 of a GPU instead of 0.25" in share.suggestion
-    (parallel,) = advise([slow])
+    (parallel,) = recommend([slow])
     assert "tensor_parallel_size to 2 instead of 1" in parallel.suggestion
 
 
-def test_at_the_bound_it_says_so() -> None:
-    (advice,) = advise([replace(CALM, queue=known_now(99.0), replicas=10)])
-    assert advice.replicas == 10
-    assert "raise the most replicas" in advice.suggestion
+def test_at_max_replicas_it_suggests_raising_the_bound() -> None:
+    (found,) = recommend([replace(CALM, queue=known_now(99.0), replicas=10)])
+    assert found.replicas == 10
+    assert "raise the most replicas" in found.suggestion
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_at_the_bound_it_says_so() -> None:
         (Slo(total_s=8.0, attainment=0.9), math.inf),
     ],
 )
-def test_latency_is_judged_by_the_slo_that_is_given(slo: Slo | None, limit_ms: float) -> None:
+def test_the_latency_limit_follows_from_the_slo(slo: Slo | None, limit_ms: float) -> None:
     assert latency_limit_ms(slo) == limit_ms
 
 
@@ -169,30 +169,30 @@ def test_a_gpu_that_is_busy_without_a_request_is_a_weak_reason() -> None:
     busy = replace(
         CALM, gpu_ratio=known_now(0.97), requests_per_s=known_now(0.0), attainment=missing("no request")
     )
-    (weak,) = advise([busy])
+    (weak,) = recommend([busy])
     assert weak.reasons[-1] == "but no request came: see first what else keeps the GPU busy"
     assert weak.confidence == 0.2
-    (unknown,) = advise([replace(busy, requests_per_s=missing("gone"))])
+    (unknown,) = recommend([replace(busy, requests_per_s=missing("gone"))])
     assert unknown.confidence > 0.2
 
 
-def test_a_threshold_that_is_set_counts_for_all_tiers() -> None:
+def test_a_configured_threshold_applies_to_all_tiers() -> None:
     slow = replace(CALM, latency_ms=known_now(5000.0))
     promised = replace(slow, latency_limit_ms=math.inf)
-    assert [item.reasons[0] for item in advise([slow])] == ["latency is 5000 ms, over 3000 ms"]
-    assert advise([promised]) == ()
-    assert advise([replace(promised, latency_limit_ms=6000.0)]) == ()
-    (missed,) = advise([replace(promised, latency_limit_ms=4000.0)])
+    assert [item.reasons[0] for item in recommend([slow])] == ["latency is 5000 ms, over 3000 ms"]
+    assert recommend([promised]) == ()
+    assert recommend([replace(promised, latency_limit_ms=6000.0)]) == ()
+    (missed,) = recommend([replace(promised, latency_limit_ms=4000.0)])
     assert missed.reasons[0] == "latency is 5000 ms, over 4000 ms"
     for tier in (slow, promised):
-        (found,) = advise([tier], Thresholds(latency_ms=4500.0))
+        (found,) = recommend([tier], Thresholds(latency_ms=4500.0))
         assert found.reasons[0] == "latency is 5000 ms, over 4500 ms"
-        assert advise([tier], Thresholds(latency_ms=5500.0)) == ()
+        assert recommend([tier], Thresholds(latency_ms=5500.0)) == ()
 
 
 def test_a_tier_that_is_only_busy_is_a_weak_reason() -> None:
     busy = replace(CALM, gpu_ratio=known_now(0.97))
-    (weak,) = advise([busy])
+    (weak,) = recommend([busy])
     assert weak.reasons == ("GPU utilisation is 97%, over 95%", "but the SLO is kept and nothing waits")
     assert weak.confidence == 0.2
     changes: tuple[dict[str, Any], ...] = (
@@ -205,25 +205,25 @@ def test_a_tier_that_is_only_busy_is_a_weak_reason() -> None:
         {"error_ratio": known_now(0.2)},
     )
     for change in changes:
-        (found,) = advise([replace(busy, **change)])
+        (found,) = recommend([replace(busy, **change)])
         assert found.confidence > 0.4, change
         assert not any("SLO is kept" in reason for reason in found.reasons)
 
 
-def scored(advice: Recommendation, tier: TierCondition, *, applied: bool = False) -> Score:
-    found = score(advice, tier, applied=applied)
-    assert found is not None
-    return found
+def scored(recommendation: Recommendation, tier: TierCondition, *, applied: bool = False) -> Score:
+    result = score(recommendation, tier, applied=applied)
+    assert result is not None
+    return result
 
 
-def test_what_was_followed_is_scored_by_how_near_the_prediction_came() -> None:
-    (advice,) = advise([replace(CALM, queue=known_now(200.0), requests_per_s=known_now(10.0))])
-    predicted = advice.effect.latency_ms
+def test_a_followed_recommendation_is_scored_by_its_prediction() -> None:
+    (found,) = recommend([replace(CALM, queue=known_now(200.0), requests_per_s=known_now(10.0))])
+    predicted = found.effect.latency_ms
     assert predicted is not None
     near = replace(CALM, latency_ms=known_now(predicted), attainment=known_now(1.0))
-    assert scored(advice, near, applied=True).value == pytest.approx(1.0)
+    assert scored(found, near, applied=True).value == pytest.approx(1.0)
     far = replace(CALM, latency_ms=known_now(predicted * 50), attainment=known_now(0.5))
-    assert not scored(advice, far, applied=True).right
+    assert not scored(found, far, applied=True).right
 
 
 @pytest.mark.parametrize(
@@ -237,53 +237,50 @@ def test_what_was_followed_is_scored_by_how_near_the_prediction_came() -> None:
         ({"error_ratio": known_now(0.2)}, "20% of the requests fail, over 10%"),
     ],
 )
-def test_what_was_not_followed_is_right_while_the_trouble_that_it_named_is_there(
+def test_one_not_followed_was_right_while_its_breaches_still_exist(
     change: dict[str, Any], words: str
 ) -> None:
     calm = replace(CALM, kv_ratio=known_now(0.1))
-    (advice,) = advise([replace(calm, **change)])
-    still = scored(advice, replace(calm, **change))
+    (found,) = recommend([replace(calm, **change)])
+    still = scored(found, replace(calm, **change))
     assert (still.right, still.value) == (True, 1.0)
     assert still.reason == f"not applied; still {words}; attainment is 99.9%"
-    over = scored(advice, calm)
+    over = scored(found, calm)
     assert (over.right, over.value) == (False, 0.0)
     assert over.reason == "not applied; attainment is 99.9%, and what it named is over"
-    assert scored(advice, replace(calm, attainment=known_now(0.9))).right, "the SLO is missed"
+    assert scored(found, replace(calm, attainment=known_now(0.9))).right, "the SLO is missed"
     other = replace(calm, queue=known_now(70.0), latency_ms=known_now(3200.0), gpu_ratio=known_now(0.99))
-    named = {breach.figure for breach in advice.named}
+    named = {breach.figure for breach in found.named}
     elsewhere = bool(named & {Figure.QUEUE, Figure.LATENCY, Figure.LOAD})
-    assert scored(advice, other).right is elsewhere, "another trouble is not what it named"
+    assert scored(found, other).right is elsewhere, "other breaches do not count"
 
 
-def test_what_is_not_fresh_judges_nothing() -> None:
-    (advice,) = advise([replace(CALM, queue=known_now(99.0))])
-    assert advice.named == (Breach(Figure.QUEUE, 50.0),)
+def test_stale_figures_give_no_score() -> None:
+    (found,) = recommend([replace(CALM, queue=known_now(99.0))])
+    assert found.named == (Breach(Figure.QUEUE, 50.0),)
     stale = Signal(Freshness.STALE, 99.0, 9.0)
-    assert score(advice, replace(CALM, queue=stale), applied=False) is None
-    assert scored(advice, replace(CALM, queue=stale, attainment=known_now(0.5))).right
-    gone = missing("gone")
-    for blind in (
-        replace(CALM, queue=known_now(99.0), latency_ms=gone),
-        replace(CALM, queue=known_now(99.0), attainment=gone),
-    ):
+    assert score(found, replace(CALM, queue=stale), applied=False) is None
+    assert scored(found, replace(CALM, queue=stale, attainment=known_now(0.5))).right
+    for name in ("latency_ms", "attainment"):
+        blind = replace(CALM, queue=known_now(99.0), **{name: missing("gone")})
         for applied in (False, True):
-            assert score(advice, blind, applied=applied) is None
+            assert score(found, blind, applied=applied) is None
 
 
-def test_fewer_replicas_were_right_where_the_slo_is_kept() -> None:
-    (advice,) = advise([replace(CALM, gpu_ratio=known_now(0.1), requests_per_s=known_now(0.5))])
-    assert (advice.kind, advice.named) == (RecommendationKind.SCALE_DOWN, ())
-    assert scored(advice, CALM).right
-    assert not scored(advice, replace(CALM, attainment=known_now(0.9))).right
+def test_scale_down_was_right_where_the_slo_is_met() -> None:
+    (found,) = recommend([replace(CALM, gpu_ratio=known_now(0.1), requests_per_s=known_now(0.5))])
+    assert (found.kind, found.named) == (RecommendationKind.SCALE_DOWN, ())
+    assert scored(found, CALM).right
+    assert not scored(found, replace(CALM, attainment=known_now(0.9))).right
 
 
-def test_good_is_what_the_tiers_own_slo_asks_for() -> None:
-    (advice,) = advise([replace(CALM, queue=known_now(200.0))])
+def test_the_score_depends_on_the_tiers_own_goal() -> None:
+    (found,) = recommend([replace(CALM, queue=known_now(200.0))])
     for goal, still_there in ((0.99, True), (0.9, False)):
-        found = scored(advice, replace(CALM, attainment=known_now(0.95), goal=goal))
-        assert found.right is still_there
+        result = scored(found, replace(CALM, attainment=known_now(0.95), goal=goal))
+        assert result.right is still_there
     lenient = replace(CALM, attainment=known_now(0.95), goal=0.9)
     strict = replace(CALM, tier="strict", attainment=known_now(0.998), goal=0.999)
-    (only,) = advise([lenient, strict])
+    (only,) = recommend([lenient, strict])
     assert only.instance == "strict"
     assert only.reasons[0] == "99.8% of the requests keep the SLO, under 99.9%"

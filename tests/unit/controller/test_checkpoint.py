@@ -1,0 +1,99 @@
+"""The store's format: state that an earlier version wrote is restored, and is written again as it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from controlplane.config.alerts import AlertsConfig
+from controlplane.config.scaling import ControllerScalingConfig
+from controlplane.controller import checkpoint
+from controlplane.controller.alerting import Alerting
+from controlplane.controller.scaling import Scaling
+from controlplane.core.alerts.alert import AlertState
+from controlplane.core.gpus.health import GpuState
+from controlplane.core.json_values import StoredState
+from controlplane.core.recommendations.rules import Breach, Figure, RecommendationKind
+from controlplane.core.reconcile.migrations import MigrationPhase
+from tests.support.controller import World
+
+STORED: dict[str, Any] = json.loads(Path(__file__).with_name("stored_state.json").read_text("utf-8"))
+"""Written by version 0.1, before msgspec read the store."""
+SHIFT_S = 1_764_500_000.0
+OTHER_KEYS = {"cluster", "heard"}
+"""Keys that the actor reads itself."""
+
+
+class Restored:
+    """A controller, its scaling and its alerts after a restart."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.stored = StoredState(values)
+        self.controller = World({}, {}).controller
+        self.scaling = Scaling(self.controller, ControllerScalingConfig())
+        self.alerting = Alerting(self.controller, AlertsConfig(), shift_s=SHIFT_S)
+        checkpoint.restore_gpus(self.stored, self.controller.fleet, SHIFT_S)
+        checkpoint.restore_plane(
+            self.stored,
+            self.controller.fleet,
+            self.controller.desk.book,
+            self.controller.work,
+            now_s=7.0,
+            shift_s=SHIFT_S,
+        )
+        self.scaling.restore(self.stored)
+        self.alerting.restore(self.stored)
+
+    def values(self) -> dict[str, Any]:
+        controller = self.controller
+        values = checkpoint.to_values(controller.fleet, controller.desk.book, controller.work, SHIFT_S)
+        values |= self.scaling.values() | self.alerting.kept()
+        again: dict[str, Any] = json.loads(json.dumps(values))
+        return again
+
+
+def test_what_an_earlier_version_stored_is_restored_and_written_the_same() -> None:
+    restored = Restored(STORED)
+    assert restored.stored.damaged == []
+    assert restored.values() == {key: value for key, value in STORED.items() if key not in OTHER_KEYS}
+
+
+def test_restored_values_have_their_types_and_the_process_clock() -> None:
+    restored = Restored(STORED)
+    work, book = restored.controller.work, restored.controller.desk.book
+    migration = work.moves["small-a"]
+    assert migration.phase is MigrationPhase.ELSEWHERE_FIRST
+    assert (migration.since_s, migration.began_s) == (200.5, 190.25)
+    assert work.held_before == {"small": (2, 220.0)}
+    assert [failure.at_s for failure in work.failures["small"]] == [215.0, 218.5]
+    assert work.hung_before == {"small-d": (205.0, 209.5)}
+    assert work.holds["small"].until_s == 520.0
+    assert work.holds["large"].until_s is None
+    assert [part.milli for part in book.leases["small-a"].parts] == [500, 1000]
+    assert book.leases["small-a"].renewed_s == 7.0
+    gpus, _ = restored.controller.fleet.kept()
+    health, must_leave = gpus["GPU-a1"]
+    assert (health.state, must_leave) == (GpuState.CORDONED, True)
+    assert (health.since_s, health.cordons_s) == (120.5, (60.25, 120.5))
+    log = restored.scaling.recommendations
+    assert [item.number for item in log.open] == [3]
+    [recommendation] = [item.recommendation for item in log.open]
+    assert recommendation.kind is RecommendationKind.SCALE_OUT
+    assert recommendation.named == (Breach(Figure.LOAD, 0.95), Breach(Figure.QUEUE, 50.0))
+    assert restored.controller.published["small"].replicas == 3
+    down, missed = restored.alerting.watch.table.alerts
+    assert (down.state, down.since_s, down.notified_s) == (AlertState.FIRING, 230.0, 230.0)
+    assert (missed.since_s, missed.notified_s) == (231.0, None)
+    assert [silence.until_s for silence in restored.alerting.watch.table.silences] == [900.0, 800.0]
+
+
+@pytest.mark.parametrize("key", sorted(STORED.keys() - OTHER_KEYS - {"gpus counted"}))
+def test_a_damaged_entry_loses_only_itself(key: str) -> None:
+    restored = Restored(STORED | {key: {"damaged": True}})
+    [damaged] = restored.stored.damaged
+    assert damaged.startswith(f"{key}: ")
+    expected = {name: value for name, value in STORED.items() if name not in {*OTHER_KEYS, key}}
+    assert restored.values() == expected
