@@ -261,8 +261,11 @@ def test_stale_figures_give_no_score() -> None:
     stale = Signal(Freshness.STALE, 99.0, 9.0)
     assert score(found, replace(CALM, queue=stale), applied=False) is None
     assert scored(found, replace(CALM, queue=stale, attainment=known_now(0.5))).right
-    for name in ("latency_ms", "attainment"):
-        blind = replace(CALM, queue=known_now(99.0), **{name: missing("gone")})
+    gone = missing("gone")
+    for blind in (
+        replace(CALM, queue=known_now(99.0), latency_ms=gone),
+        replace(CALM, queue=known_now(99.0), attainment=gone),
+    ):
         for applied in (False, True):
             assert score(found, blind, applied=applied) is None
 
