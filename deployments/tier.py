@@ -92,7 +92,7 @@ class TierReplica:
         )
         self._link = ControllerLink(config.controller)
         self._reporter = EndpointReporter(
-            self._link, self._base, config.controller.heartbeat_s, on_orders=self._obey
+            self._link, self._base, config.controller.heartbeat_s, on_commands=self._obey
         )
         self._tasks = BackgroundTasks(self._reporter.run())
         self._desk = GpuLeaseClient(

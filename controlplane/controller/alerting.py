@@ -233,8 +233,8 @@ class Alerting:
         """Tier → replicas that have to be there: none while an operator has drained it."""
         controller = self._controller
         drained = {tier for tier, hold in controller.work.holds.items() if hold.must_leave}
-        bases = controller.bases()
-        return {tier: 0 if tier in drained else count for tier, count in bases.items()}
+        base_targets = controller.base_targets()
+        return {tier: 0 if tier in drained else count for tier, count in base_targets.items()}
 
     def _forget_lost(self, known: AlertSignals) -> None:
         """Nodes that everything has been replaced of, and of which nothing rings any more."""

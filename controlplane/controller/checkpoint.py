@@ -91,18 +91,18 @@ def restore_plane(
         for holder, lease in stored.entries(_LEASE, _StoredLease).items()
     )
     for name, migration in stored.entries(_MIGRATION, Migration).items():
-        work.moves[name] = shifted(migration, -shift_s, "since_s", "began_s")
+        work.migrations[name] = shifted(migration, -shift_s, "since_s", "began_s")
     for name, restart in stored.entries(_RESTART, Restart).items():
         work.restarts[name] = shifted(restart, -shift_s, "since_s")
     work.drains.update(stored.entries(_DRAIN, str))
     for tier, hold in stored.entries(_HOLD, TierHold).items():
         work.holds[tier] = shifted(hold, -shift_s, "since_s", "until_s")
     for tier, (count, at_s) in stored.entries(_HELD_BEFORE, tuple[int, float]).items():
-        work.held_before[tier] = (count, at_s - shift_s)
+        work.hold_history[tier] = (count, at_s - shift_s)
     for tier, failures in stored.entries(_FAILURES, tuple[ReplicaFailure, ...]).items():
         work.failures[tier] = tuple(shifted(failure, -shift_s, "at_s") for failure in failures)
     for name, times in stored.entries(_HUNG, tuple[float, ...]).items():
-        work.hung_before[name] = tuple(at_s - shift_s for at_s in times)
+        work.stall_restarts[name] = tuple(at_s - shift_s for at_s in times)
 
 
 def _lease_value(lease: GpuLease) -> Values:
@@ -120,18 +120,18 @@ def _other_values(fleet: GpuInventory, work: InProgress, shift_s: float) -> Valu
     }
     values |= {_NODE + node_id: to_value(hold) for node_id, hold in holds.items()}
     values[_COUNTED] = fleet.counted
-    for name, migration in work.moves.items():
+    for name, migration in work.migrations.items():
         values[_MIGRATION + name] = to_value(shifted(migration, shift_s, "since_s", "began_s"))
     for name, restart in work.restarts.items():
         values[_RESTART + name] = to_value(shifted(restart, shift_s, "since_s"))
     values |= {_DRAIN + name: reason for name, reason in work.drains.items()}
     for tier, tier_hold in work.holds.items():
         values[_HOLD + tier] = to_value(shifted(tier_hold, shift_s, "since_s", "until_s"))
-    for tier, (count, at_s) in work.held_before.items():
+    for tier, (count, at_s) in work.hold_history.items():
         values[_HELD_BEFORE + tier] = [count, at_s + shift_s]
     for tier, failures in work.failures.items():
         values[_FAILURES + tier] = [to_value(shifted(failure, shift_s, "at_s")) for failure in failures]
-    for name, times in work.hung_before.items():
+    for name, times in work.stall_restarts.items():
         values[_HUNG + name] = [at_s + shift_s for at_s in times]
     return values
 

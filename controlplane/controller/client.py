@@ -86,7 +86,7 @@ class ControllerLink:
 class EndpointReporter:
     """Keeps the controller informed of one endpoint: at once on a change, and every ``heartbeat_s``.
 
-    ``on_orders`` gets what the controller wants of the replica, with every report for as long as it is not
+    ``on_commands`` gets what the controller wants of the replica, with every report for as long as it is not
     done: doing it twice must be the same as doing it once. It is called in the event loop and must be quick.
     """
 
@@ -96,12 +96,12 @@ class EndpointReporter:
         endpoint: Endpoint,
         heartbeat_s: float,
         *,
-        on_orders: Callable[[tuple[ReplicaCommand, ...]], None] | None = None,
+        on_commands: Callable[[tuple[ReplicaCommand, ...]], None] | None = None,
     ) -> None:
         self._link = link
         self._endpoint = endpoint
         self._heartbeat_s = heartbeat_s
-        self._on_orders = on_orders
+        self._on_commands = on_commands
         self._lease: GpuLease | None = None
         self._changed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -151,8 +151,8 @@ class EndpointReporter:
             )
             if restored.outcome is LeaseOutcome.REFUSED:
                 log.warning("the lease was refused", gpus=lease.gpu_uuids, reason=restored.reason)
-        if response.orders and self._on_orders is not None:
-            self._on_orders(response.orders)
+        if response.commands and self._on_commands is not None:
+            self._on_commands(response.commands)
 
 
 class ControllerQueries:

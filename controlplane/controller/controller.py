@@ -39,7 +39,7 @@ from controlplane.core.reconcile.reconcile import (
     SetGpu,
     reconcile,
 )
-from controlplane.core.reconcile.replica_targets import TierTarget, target_of
+from controlplane.core.reconcile.replica_targets import TierTarget, tier_target
 from controlplane.core.telemetry.engine import EngineTelemetry
 from controlplane.core.telemetry.samples import EngineSample, GpuEvent, GpuEventKind, Missing, NodeSample
 from controlplane.core.telemetry.series import FreshnessLimits
@@ -161,7 +161,7 @@ class Controller:
         if not known:
             return ReportResponse(False, lease_known=endpoint.endpoint_id in self.desk.book.leases)
         held = self._seen(endpoint)
-        return ReportResponse(True, self.work.orders_for(endpoint), held or not endpoint.gpu_uuids)
+        return ReportResponse(True, self.work.commands_for(endpoint), held or not endpoint.gpu_uuids)
 
     def deregister(self, endpoint_id: str, reason: str) -> None:
         """See :meth:`Registry.deregister`; its lease ends too."""
@@ -252,7 +252,7 @@ class Controller:
         answer = self.desk.restore(holder, generation, node_id, parts, self.now_s())
         if answer.outcome is LeaseOutcome.REFUSED:
             self.registry.note("lease refused", holder, answer.reason)
-            if self.work.ask_drain(holder, f"its GPUs are somebody else's: {answer.reason}"):
+            if self.work.request_drain(holder, f"its GPUs are somebody else's: {answer.reason}"):
                 self.registry.note("drain", holder, "two replicas can't use one GPU")
         return answer
 
@@ -296,7 +296,7 @@ class Controller:
         for tier in tiers:
             self._published.pop(tier, None)
 
-    def bases(self) -> dict[str, int]:
+    def base_targets(self) -> dict[str, int]:
         """Tier → replicas when nothing moves: what was published last and still holds, or the
         configuration's number. One that scales never shrinks for want of a target."""
         unix_s = self.unix_s()
@@ -327,19 +327,19 @@ class Controller:
         for endpoint in self.registry.endpoints.values():
             serving[endpoint.tier] = serving.get(endpoint.tier, 0) + (endpoint.state in SERVING)
         return {
-            tier: target_of(
-                *(tier, base, self.work.moves.values(), self.work.holds.get(tier)),
+            tier: tier_target(
+                *(tier, base, self.work.migrations.values(), self.work.holds.get(tier)),
                 serving=serving.get(tier, 0),
                 valid_until_unix_s=unix_s + max(TARGET_TTL_S, TARGET_TTL_REPORTS * self._heartbeat_s),
             )
-            for tier, base in self.bases().items()
+            for tier, base in self.base_targets().items()
         }
 
     def activity(self) -> Activity:
         """What is under way."""
         work = self.work
         return Activity(
-            tuple(work.moves.values()),
+            tuple(work.migrations.values()),
             tuple(work.restarts.values()),
             tuple(work.holds.items()),
             tuple(work.drains.items()),
@@ -369,7 +369,7 @@ class Controller:
         if now_s - self._assumed_s >= ASSUME_AGAIN_S:
             self._assumed_s = now_s
             self._assume_gpus()
-        self.work.forget(endpoints, now_s, self.rules.reconcile.hold_max_s)
+        self.work.prune(endpoints, now_s, self.rules.reconcile.hold_max_s)
         for kept in (self.engines, self._room_asked, self._failed):
             for gone in [name for name in kept if name not in endpoints]:
                 del kept[gone]
@@ -430,17 +430,17 @@ class Controller:
         return ClusterState(
             now_s,
             endpoints=endpoints,
-            bases=self.bases(),
+            base_targets=self.base_targets(),
             leaving=leaving,
             room=self._room(leaving, endpoints, now_s),
             gpus=out_of_use,
-            moves=dict(self.work.moves),
+            migrations=dict(self.work.migrations),
             restarts=dict(self.work.restarts),
             holds=dict(self.work.holds),
-            hung=self._hung(endpoints, now_s),
-            hung_before=dict(self.work.hung_before),
+            stalled=self._stalled(endpoints, now_s),
+            stall_restarts=dict(self.work.stall_restarts),
             failures=dict(self.work.failures),
-            holds_before={tier: count for tier, (count, _) in self.work.held_before.items()},
+            hold_counts={tier: count for tier, (count, _) in self.work.hold_history.items()},
         )
 
     def _drained(self, now_s: float) -> dict[str, str]:
@@ -462,7 +462,7 @@ class Controller:
         book = self.desk.book
         looked = False
         found = {}
-        for endpoint_id in sorted(leaving.keys() - self.work.moves.keys()):
+        for endpoint_id in sorted(leaving.keys() - self.work.migrations.keys()):
             endpoint = endpoints[endpoint_id]
             lease = book.leases.get(endpoint_id)
             if endpoint.state not in SERVING:
@@ -484,14 +484,14 @@ class Controller:
     def _still_room(self, command: BeginMigration) -> bool:
         """Whether the place that a move counts on is still there; if not, it is looked for anew."""
         asked = self._room_asked.get(command.endpoint_id)
-        if command.phase is not MigrationPhase.ELSEWHERE_FIRST or asked is None or asked[1] is None:
+        if command.phase is not MigrationPhase.STARTING_ELSEWHERE or asked is None or asked[1] is None:
             return True
         if still_room(self.fleet, self.desk.book, asked[1]):
             return True
         del self._room_asked[command.endpoint_id]
         return False
 
-    def _hung(self, endpoints: Mapping[str, Endpoint], now_s: float) -> dict[str, str]:
+    def _stalled(self, endpoints: Mapping[str, Endpoint], now_s: float) -> dict[str, str]:
         found = {}
         for name, stuck in list(self._stuck.items()):
             endpoint = endpoints.get(name)
@@ -516,5 +516,5 @@ class Controller:
         # Without a generation no engine was ever started, for want of a GPU: that is no crash.
         if endpoint.state is EndpointState.FAILED and generation and self._failed.get(name) != generation:
             self._failed[name] = generation
-            self.work.failed(endpoint, self.now_s())
+            self.work.record_failure(endpoint, self.now_s())
         return self.desk.renew(name, self.now_s())

@@ -72,8 +72,8 @@ class OperatorActions:
             endpoint.endpoint_id
             for endpoint in concerned
             if endpoint.state not in ENDED or subject.kind is ResourceKind.ENDPOINT
-            if endpoint.endpoint_id not in controller.work.moves
-            if controller.work.ask_restart(endpoint, reason, controller.now_s())
+            if endpoint.endpoint_id not in controller.work.migrations
+            if controller.work.request_restart(endpoint, reason, controller.now_s())
         ]
         for endpoint_id in asked:
             tier = controller.registry.endpoints[endpoint_id].tier
@@ -106,7 +106,7 @@ class OperatorActions:
                 endpoint = controller.registry.endpoints[subject.id]
                 if endpoint.state in ENDED:
                     return ActionResponse(ActionOutcome.UNCHANGED, f"it is {endpoint.state}", (subject.id,))
-                changed = controller.work.ask_drain(subject.id, reason)
+                changed = controller.work.request_drain(subject.id, reason)
         return self._answer(
             subject, "drain" if must_leave else "cordon", reason, changed, "it was so already"
         )

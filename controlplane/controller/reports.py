@@ -109,7 +109,7 @@ class Reports:
         controller = self._controller
         return SampledCluster(
             controller.registry.endpoints,
-            controller.bases(),
+            controller.base_targets(),
             controller.desk.book,
             controller.fleet,
             controller.engines,

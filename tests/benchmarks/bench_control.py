@@ -195,14 +195,14 @@ class Fleet:
         """Every replica reports; one that is told to leaves, and another one starts."""
         for name, endpoint in list(self.replicas.items()):
             answer = self.controller.report(endpoint)
-            for order in answer.orders:
+            for order in answer.commands:
                 if order.kind is ReplicaCommandKind.RETIRE:
                     self.replicas[name] = replace(endpoint, state=EndpointState.DRAINING)
                     self.controller.report(self.replicas[name])
                     del self.replicas[name]
                     self.controller.deregister(name, "drained")
         missing = LEASED_OF_8 * self.nodes - len(self.replicas)
-        missing += sum(1 for move in self.controller.work.moves.values() if move.surged)
+        missing += sum(1 for move in self.controller.work.migrations.values() if move.surged)
         for number in range(min(missing, 5)):
             self.start(f"tier-{number % TIERS}", f"node-{(self.seq + number) % self.nodes:05d}")
 

@@ -20,7 +20,14 @@ from controlplane.core.gpus.leases import WHOLE_MILLI
 from controlplane.core.json_values import StoredState
 from controlplane.core.placement.gangs import GangShape
 from controlplane.core.reconcile.in_progress import InProgress
-from controlplane.core.reconcile.migrations import STEPS, Migration, MigrationPhase, Restart, TierHold, step
+from controlplane.core.reconcile.migrations import (
+    TRANSITIONS,
+    Migration,
+    MigrationPhase,
+    Restart,
+    TierHold,
+    transition,
+)
 from controlplane.core.reconcile.reconcile import (
     AdvanceMigration,
     BeginMigration,
@@ -148,7 +155,7 @@ def check(world: World) -> None:
             if part.gpu_uuid == uuid
         ]
         assert sum(told) <= WHOLE_MILLI, f"{uuid} is in use by {told}"
-    for move in world.controller.work.moves.values():
+    for move in world.controller.work.migrations.values():
         assert move.reason
 
 
@@ -195,7 +202,7 @@ def test_nothing_is_leased_twice_and_all_comes_to_rest(
         assert world.controller.tick() == ()
     assert world.controller.registry.events[-1].number == before, world.controller.registry.events[-3:]
     work = world.controller.work
-    assert not work.moves
+    assert not work.migrations
     assert not work.restarts
     assert not work.drains
     if shape.gpus == 1:
@@ -237,7 +244,7 @@ def test_what_is_missing_never_cordons_and_never_scales(
     for _ in range(seconds):
         world.step()
         assert not world.controller.fleet.out_of_use()
-        assert not world.controller.work.moves
+        assert not world.controller.work.migrations
         assert {tier: target.replicas for tier, target in world.controller.targets().items()} == targets
     assert {uuid: world.holder_of(uuid) for uuid in GPUS} == holders
 
@@ -281,7 +288,7 @@ observations = st.builds(
     endpoints=st.dictionaries(ids, endpoints).map(
         lambda found: {name: replace(item, endpoint_id=name) for name, item in found.items()}
     ),
-    bases=st.dictionaries(tiers, st.integers(0, 3)),
+    base_targets=st.dictionaries(tiers, st.integers(0, 3)),
     leaving=st.dictionaries(ids, st.just("its GPU is bad")),
     room=st.dictionaries(ids, st.sampled_from(["", "on n2"])),
     gpus=st.dictionaries(
@@ -294,11 +301,11 @@ observations = st.builds(
             st.just("XID 79"),
         ),
     ),
-    moves=st.dictionaries(ids, moves),
+    migrations=st.dictionaries(ids, moves),
     restarts=st.dictionaries(ids, restarts),
     holds=st.dictionaries(tiers, holds),
-    hung=st.dictionaries(ids, st.just("no token")),
-    hung_before=st.dictionaries(ids, st.lists(times, max_size=4).map(tuple)),
+    stalled=st.dictionaries(ids, st.just("no token")),
+    stall_restarts=st.dictionaries(ids, st.lists(times, max_size=4).map(tuple)),
     failures=st.dictionaries(tiers, failures),
 )
 
@@ -307,18 +314,18 @@ def consistent(seen: ClusterState) -> ClusterState:
     """Moves and restarts are filed under their own endpoint."""
     return replace(
         seen,
-        moves={name: replace(item, endpoint_id=name) for name, item in seen.moves.items()},
+        migrations={name: replace(item, endpoint_id=name) for name, item in seen.migrations.items()},
         restarts={name: replace(item, endpoint_id=name) for name, item in seen.restarts.items()},
     )
 
 
 def work_of(seen: ClusterState) -> InProgress:
     return InProgress(
-        moves=dict(seen.moves),
+        migrations=dict(seen.migrations),
         restarts=dict(seen.restarts),
         holds=dict(seen.holds),
         failures=dict(seen.failures),
-        hung_before=dict(seen.hung_before),
+        stall_restarts=dict(seen.stall_restarts),
     )
 
 
@@ -331,12 +338,12 @@ def test_any_state_comes_to_rest_and_every_command_has_a_reason(seen: ClusterSta
         now = replace(
             seen,
             gpus=gpus,
-            moves=dict(work.moves),
+            migrations=dict(work.migrations),
             restarts=dict(work.restarts),
             holds=dict(work.holds),
             failures=dict(work.failures),
-            hung_before=dict(work.hung_before),
-            holds_before={tier: count for tier, (count, _) in work.held_before.items()},
+            stall_restarts=dict(work.stall_restarts),
+            hold_counts={tier: count for tier, (count, _) in work.hold_history.items()},
         )
         commands = reconcile(now, ReconcileRules())
         assert commands == reconcile(now, ReconcileRules()), "the same state gives the same commands"
@@ -369,24 +376,24 @@ commands = st.one_of(
 def test_a_command_that_does_not_fit_changes_nothing(seen: ClusterState, asked: list[Command]) -> None:
     work = work_of(seen)
     for command in asked:
-        before = (dict(work.moves), dict(work.restarts), dict(work.holds), dict(work.failures))
+        before = (dict(work.migrations), dict(work.restarts), dict(work.holds), dict(work.failures))
         applied = work.apply(command, seen.endpoints, seen.now_s)
-        after = (work.moves, work.restarts, work.holds, work.failures)
+        after = (work.migrations, work.restarts, work.holds, work.failures)
         if applied is None:
             assert after == before
         else:
             assert after != before or isinstance(command, AdvanceMigration)
-        for name, move in work.moves.items():
+        for name, move in work.migrations.items():
             old = before[0].get(name)
-            assert old is None or move.phase is old.phase or move.phase in STEPS[old.phase]
+            assert old is None or move.phase is old.phase or move.phase in TRANSITIONS[old.phase]
 
 
 @given(moves, phases)
 def test_an_illegal_step_of_a_move_raises(move: Migration, phase: MigrationPhase) -> None:
     if phase is move.phase:
-        assert step(move, phase, now_s=1.0, note="") is move
-    elif phase in STEPS[move.phase]:
-        assert step(move, phase, now_s=1.0, note="n").phase is phase
+        assert transition(move, phase, now_s=1.0, note="") is move
+    elif phase in TRANSITIONS[move.phase]:
+        assert transition(move, phase, now_s=1.0, note="n").phase is phase
     else:
         with pytest.raises(IllegalTransition):
-            step(move, phase, now_s=1.0, note="")
+            transition(move, phase, now_s=1.0, note="")

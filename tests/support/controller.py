@@ -230,7 +230,7 @@ class World:
             lease = replica.lease
             if lease is not None and not (answer.known and answer.lease_known):
                 self.controller.restore_lease(lease.holder, lease.generation, lease.node_id, lease.parts)
-            for order in answer.orders if replica.obeys else ():
+            for order in answer.commands if replica.obeys else ():
                 self._obey(replica, order.kind, order.generation)
             if replica.endpoint.state is EndpointState.DRAINING:
                 replica.drains_in -= 1

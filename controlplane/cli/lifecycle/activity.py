@@ -24,9 +24,9 @@ def activity_lines(activity: Activity) -> list[Text]:
     ]
     lines += [
         Text(f"{move.endpoint_id} moves ({move.phase}): {move.reason}; {move.note}", style="yellow")
-        for move in activity.moves
+        for move in activity.migrations
     ]
-    moving = {move.endpoint_id for move in activity.moves}
+    moving = {move.endpoint_id for move in activity.migrations}
     lines += [
         Text(f"{endpoint_id} is to leave: {reason}", style="yellow")
         for endpoint_id, reason in activity.drains
@@ -52,7 +52,7 @@ def activity_json(activity: Activity) -> dict[str, Any]:
                 "reason": move.reason,
                 "note": move.note,
             }
-            for move in activity.moves
+            for move in activity.migrations
         ],
         "restarts": [
             {"endpoint_id": item.endpoint_id, "tier": item.tier, "issued": item.issued, "reason": item.reason}

@@ -87,8 +87,10 @@ class Scaling:
             for item in info.traffic
             if item.arrived > controller.demand.book.last(info.gateway_id, item.subject).arrived
         }
-        bases = controller.bases()
-        return any(bases.get(name) == 0 for name in asked & {spec.name for spec in controller.registry.tiers})
+        base_targets = controller.base_targets()
+        return any(
+            base_targets.get(name) == 0 for name in asked & {spec.name for spec in controller.registry.tiers}
+        )
 
     # --- the tick -----------------------------------------------------------------------------------------
 

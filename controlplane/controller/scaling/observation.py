@@ -26,7 +26,7 @@ class TierObserver:
     ) -> list[TierObservation]:
         """All tiers that have replicas here, since the last look."""
         controller = self._controller
-        bases = controller.bases()
+        base_targets = controller.base_targets()
         interval_s = 0.0 if self._before_s is None else now_s - self._before_s
         readings = {spec.name: controller.demand.book.reading(spec.name) for spec in specs}
         found = []
@@ -35,7 +35,7 @@ class TierObserver:
             found.append(
                 self._of_tier(
                     *(tier, reading, now_s, unix_s, interval_s),
-                    target=bases[tier],
+                    target=base_targets[tier],
                     override=override.replicas if override is not None else None,
                 )
             )

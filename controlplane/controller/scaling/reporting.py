@@ -29,12 +29,12 @@ class ScalingReporter:
         kinds = {
             item.recommendation.instance: item.recommendation.kind.value for item in recommendations.open
         }
-        bases = self._controller.bases()
+        base_targets = self._controller.base_targets()
         before = {item.tier: item.forecast_per_s for item in self._told}
         new = tuple(
             TierScaling(
                 tier,
-                bases.get(tier, 0),
+                base_targets.get(tier, 0),
                 decision.target,
                 _forecast(decision, before.get(tier)),
                 kinds.get(tier, ""),
@@ -63,7 +63,7 @@ def view(
     cold_start_s: float,
 ) -> TierScalingView:
     """One tier for people; ``decision`` None: it was not looked at yet."""
-    base = controller.bases()[spec.name]
+    base = controller.base_targets()[spec.name]
     serving = sum(
         item.state in SERVING for item in controller.registry.endpoints.values() if item.tier == spec.name
     )

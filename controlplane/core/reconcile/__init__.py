@@ -1,1 +1,1 @@
-"""From observed state to commands: migrations, restarts, holds, and how many replicas Serve is to run."""
+"""From the observed state to commands: migrations, restarts, holds, and the number of replicas for Serve."""

@@ -1,7 +1,7 @@
-"""What the controller tells the edges: orders to replicas, leave to start, answers to operators.
+"""What the controller answers to replicas and operators: commands, permissions to start, results of actions.
 
-A replica gets its orders in the answer to every report for as long as they are not carried out: an order
-that is repeated means nothing new, and one that is lost comes again.
+A replica gets its commands with the response to every report until they are carried out. So a repeated
+command means nothing new, and a lost one is sent again.
 """
 
 from __future__ import annotations
@@ -11,34 +11,34 @@ from enum import StrEnum
 
 
 class ReplicaCommandKind(StrEnum):
-    """What a replica may be told to do."""
+    """What a replica can be told to do."""
 
     RETIRE = "retire"
-    """Drain, end the engine and then the replica itself; Serve replaces it as its target says."""
+    """Drain, end the engine, then the replica itself. Serve starts another one if its target says so."""
     RESTART = "restart"
-    """End the engine process and start another one, in the same replica."""
+    """End the engine process and start another one in the same replica."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaCommand:
-    """One thing that one replica is to do."""
+    """One command to one replica."""
 
     kind: ReplicaCommandKind
     endpoint_id: str
     reason: str
     generation: int = 0
-    """RESTART: the engine process that is meant; a replica with a newer one has obeyed already."""
+    """RESTART: the engine process to replace. A replica with a newer one has carried out the command."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReportResponse:
-    """The answer to an endpoint's report."""
+    """The response to an endpoint's report."""
 
     known: bool
-    """False: it has to register, and to say again which GPUs it holds."""
-    orders: tuple[ReplicaCommand, ...] = ()
+    """False if the endpoint has to register, and to say again which GPUs it holds."""
+    commands: tuple[ReplicaCommand, ...] = ()
     lease_known: bool = True
-    """False: it says that it uses GPUs of which no lease is known; it has to claim them with
+    """False if the endpoint reports GPUs for which there is no lease; it has to claim them with
     ``restore_lease``."""
 
 
@@ -53,21 +53,21 @@ class StartPermission:
 
 
 class ActionOutcome(StrEnum):
-    """What became of an operator's wish."""
+    """The outcome of an operator's action."""
 
     DONE = "done"
     UNCHANGED = "unchanged"
-    """It was already so."""
+    """It was in that state already."""
     REFUSED = "refused"
     UNKNOWN = "unknown"
-    """There is nothing of that name, or it names several things."""
+    """Nothing has that name, or several things do."""
 
 
 @dataclass(frozen=True, slots=True)
 class ActionResponse:
-    """What became of an operator's wish, and why."""
+    """The outcome of an operator's action, and why."""
 
     outcome: ActionOutcome
     reason: str
     subjects: tuple[str, ...] = ()
-    """What it concerns, by full id."""
+    """Full ids of what the action applies to."""

@@ -1,7 +1,7 @@
-"""The book of what is under way: moves, restarts, drained replicas, held tiers; and the orders that follow.
+"""What is in progress: migrations, restarts, drained replicas, held tiers; and the commands that follow.
 
-Commands of :mod:`controlplane.core.reconcile.reconcile` and operators' wishes change it. Each command is
-checked again against the book just before it is carried out; one that no longer fits changes nothing.
+It is changed by the commands of :mod:`controlplane.core.reconcile.reconcile` and by operators' requests. Each
+command is checked again just before it is carried out; one that no longer applies changes nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from controlplane.core.reconcile.migrations import (
     MigrationPhase,
     Restart,
     TierHold,
-    step,
+    transition,
 )
 from controlplane.core.reconcile.reconcile import (
     AdvanceMigration,
@@ -30,16 +30,19 @@ from controlplane.core.reconcile.reconcile import (
     IssueRestart,
     ReleaseTier,
     ReplicaFailure,
+    SetGpu,
 )
 from controlplane.errors import IllegalTransition
 
-_FAILURES_KEPT = 20
-_HUNG_KEPT = 16
+_MAX_FAILURES = 20
+"""Most failures that are remembered of a tier."""
+_MAX_STALL_RESTARTS = 16
+"""Most restarts for stalling that are remembered of an endpoint."""
 
 
 @dataclass(frozen=True, slots=True)
 class AppliedCommand:
-    """What became of a command, for the record."""
+    """A command that was carried out, for the audit log."""
 
     kind: str
     subject: str
@@ -49,57 +52,40 @@ class AppliedCommand:
 
 @dataclass(slots=True)
 class InProgress:
-    """Everything that is under way. Not safe for use by several threads."""
+    """Everything that is in progress. Not safe for use by several threads."""
 
-    moves: dict[str, Migration] = field(default_factory=dict)
+    migrations: dict[str, Migration] = field(default_factory=dict)
+    """By endpoint id."""
     restarts: dict[str, Restart] = field(default_factory=dict)
+    """By endpoint id."""
     drains: dict[str, str] = field(default_factory=dict)
-    """Endpoint id → why an operator wants it gone."""
+    """Endpoint id → why an operator drained it."""
     holds: dict[str, TierHold] = field(default_factory=dict)
+    """By tier."""
     failures: dict[str, tuple[ReplicaFailure, ...]] = field(default_factory=dict)
-    held_before: dict[str, tuple[int, float]] = field(default_factory=dict)
-    """Tier → how often the controller held it in a row, and when last."""
-    hung_before: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    """By tier, oldest first."""
+    hold_history: dict[str, tuple[int, float]] = field(default_factory=dict)
+    """Tier → how many times in a row the controller held it, and when last."""
+    stall_restarts: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    """Endpoint id → when its engine was restarted for stalling."""
 
     def leaving_count(self, tier: str) -> int:
-        """Replicas of a tier that are on their way out."""
-        return sum(move.tier == tier for move in self.moves.values())
+        """Replicas of the tier that are migrating."""
+        return sum(migration.tier == tier for migration in self.migrations.values())
 
     def apply(
         self, command: Command, endpoints: Mapping[str, Endpoint], now_s: float
     ) -> AppliedCommand | None:
-        """Carries a command out; None if it no longer fits, and then nothing has changed."""
+        """Carries out the command. None if it no longer applies; then nothing has changed."""
         match command:
             case BeginMigration():
-                return self._begin_move(command, endpoints, now_s)
+                return self._begin_migration(command, endpoints, now_s)
             case AdvanceMigration():
-                move = self._move(command.endpoint_id, command.expected)
-                if move is None:
-                    return None
-                try:
-                    self.moves[move.endpoint_id] = step(move, command.phase, now_s=now_s, note=command.reason)
-                except IllegalTransition:
-                    return None
-                return AppliedCommand(command.phase.value, move.endpoint_id, command.reason, move.tier)
+                return self._advance_migration(command, now_s)
             case EndMigration():
-                move = self._move(command.endpoint_id, command.expected)
-                if move is None:
-                    return None
-                del self.moves[move.endpoint_id]
-                if move.phase is MigrationPhase.SETTLING:
-                    self.drains.pop(move.endpoint_id, None)
-                word = "moved" if move.phase is MigrationPhase.SETTLING else "move ended"
-                return AppliedCommand(word, move.endpoint_id, command.reason, move.tier)
+                return self._end_migration(command)
             case BeginRestart():
-                endpoint = endpoints.get(command.endpoint_id)
-                if endpoint is None or endpoint.generation != command.generation:
-                    return None
-                if command.endpoint_id in self.restarts:
-                    return None
-                self.ask_restart(endpoint, command.reason, now_s, issued=True)
-                times = (*self.hung_before.get(command.endpoint_id, ()), now_s)[-_HUNG_KEPT:]
-                self.hung_before[command.endpoint_id] = times
-                return AppliedCommand("restart", command.endpoint_id, command.reason, command.tier)
+                return self._begin_restart(command, endpoints, now_s)
             case IssueRestart():
                 restart = self.restarts.get(command.endpoint_id)
                 if restart is None or restart.issued:
@@ -114,8 +100,8 @@ class InProgress:
             case HoldTier():
                 if command.tier in self.holds:
                     return None
-                count = self.held_before.get(command.tier, (0, now_s))[0] + 1
-                self.held_before[command.tier] = (count, now_s)
+                count = self.hold_history.get(command.tier, (0, now_s))[0] + 1
+                self.hold_history[command.tier] = (count, now_s)
                 self.holds[command.tier] = TierHold(command.reason, now_s, CONTROLLER, now_s + command.for_s)
                 return AppliedCommand("held", command.tier, command.reason, command.tier)
             case ReleaseTier():
@@ -123,35 +109,72 @@ class InProgress:
                     return None
                 self.failures.pop(command.tier, None)
                 return AppliedCommand("released", command.tier, command.reason, command.tier)
-            case _:
-                return None
+            case SetGpu():
+                return None  # GPUs' states are in the inventory.
 
-    def _begin_move(
+    def _begin_migration(
         self, command: BeginMigration, endpoints: Mapping[str, Endpoint], now_s: float
     ) -> AppliedCommand | None:
         endpoint = endpoints.get(command.endpoint_id)
-        if endpoint is None or endpoint.state in ENDED or command.endpoint_id in self.moves:
+        if endpoint is None or endpoint.state in ENDED or command.endpoint_id in self.migrations:
             return None
-        surged = command.phase is MigrationPhase.ELSEWHERE_FIRST
-        self.moves[command.endpoint_id] = Migration(
-            *(command.endpoint_id, command.tier, command.phase, command.reason),
+        self.migrations[command.endpoint_id] = Migration(
+            endpoint_id=command.endpoint_id,
+            tier=command.tier,
+            phase=command.phase,
+            reason=command.reason,
             since_s=now_s,
             began_s=now_s,
-            surged=surged,
+            surged=command.phase is MigrationPhase.STARTING_ELSEWHERE,
             note=command.note,
         )
         self.restarts.pop(command.endpoint_id, None)
         reason = f"{command.reason}; {command.note}"
         return AppliedCommand(command.phase.value, command.endpoint_id, reason, command.tier)
 
-    def _move(self, endpoint_id: str, expected: MigrationPhase) -> Migration | None:
-        move = self.moves.get(endpoint_id)
-        return move if move is not None and move.phase is expected else None
+    def _advance_migration(self, command: AdvanceMigration, now_s: float) -> AppliedCommand | None:
+        migration = self._migration(command.endpoint_id, command.expected)
+        if migration is None:
+            return None
+        try:
+            after = transition(migration, command.phase, now_s=now_s, note=command.reason)
+        except IllegalTransition:
+            return None
+        self.migrations[command.endpoint_id] = after
+        return AppliedCommand(command.phase.value, command.endpoint_id, command.reason, migration.tier)
 
-    # --- wishes ------------------------------------------------------------------------------------------
+    def _end_migration(self, command: EndMigration) -> AppliedCommand | None:
+        migration = self._migration(command.endpoint_id, command.expected)
+        if migration is None:
+            return None
+        del self.migrations[command.endpoint_id]
+        finished = migration.phase is MigrationPhase.SETTLING
+        if finished:
+            self.drains.pop(command.endpoint_id, None)
+        kind = "moved" if finished else "move ended"
+        return AppliedCommand(kind, command.endpoint_id, command.reason, migration.tier)
 
-    def ask_restart(self, endpoint: Endpoint, reason: str, now_s: float, *, issued: bool = False) -> bool:
-        """The engine process that is there now is to be replaced; False if that is asked for already."""
+    def _begin_restart(
+        self, command: BeginRestart, endpoints: Mapping[str, Endpoint], now_s: float
+    ) -> AppliedCommand | None:
+        endpoint = endpoints.get(command.endpoint_id)
+        if endpoint is None or endpoint.generation != command.generation:
+            return None
+        if command.endpoint_id in self.restarts:
+            return None
+        self.request_restart(endpoint, command.reason, now_s, issued=True)
+        times_s = (*self.stall_restarts.get(command.endpoint_id, ()), now_s)[-_MAX_STALL_RESTARTS:]
+        self.stall_restarts[command.endpoint_id] = times_s
+        return AppliedCommand("restart", command.endpoint_id, command.reason, command.tier)
+
+    def _migration(self, endpoint_id: str, expected: MigrationPhase) -> Migration | None:
+        migration = self.migrations.get(endpoint_id)
+        return migration if migration is not None and migration.phase is expected else None
+
+    # --- requests of operators ----------------------------------------------------------------------------
+
+    def request_restart(self, endpoint: Endpoint, reason: str, now_s: float, *, issued: bool = False) -> bool:
+        """The endpoint's current engine process is to be replaced; False if that was requested already."""
         known = self.restarts.get(endpoint.endpoint_id)
         if known is not None and known.generation == endpoint.generation:
             return False
@@ -160,15 +183,15 @@ class InProgress:
         )
         return True
 
-    def ask_drain(self, endpoint_id: str, reason: str) -> bool:
-        """The replica is to leave; False if that is asked for already."""
-        if endpoint_id in self.drains or endpoint_id in self.moves:
+    def request_drain(self, endpoint_id: str, reason: str) -> bool:
+        """The replica is to leave; False if that was requested already or it is migrating."""
+        if endpoint_id in self.drains or endpoint_id in self.migrations:
             return False
         self.drains[endpoint_id] = reason
         return True
 
     def hold(self, tier: str, reason: str, now_s: float, *, must_leave: bool) -> bool:
-        """As an operator asks; False if it was so already."""
+        """An operator holds the tier; False if it was held like that already."""
         known = self.holds.get(tier)
         if known is not None and known.by != CONTROLLER and (known.must_leave or not must_leave):
             return False
@@ -176,24 +199,25 @@ class InProgress:
         return True
 
     def release(self, tier: str) -> bool:
-        """As an operator asks: the tier's past is forgotten. False if it was not held."""
+        """An operator releases the tier, and its failures no longer count; False if it was not held."""
         self.failures.pop(tier, None)
-        self.held_before.pop(tier, None)
+        self.hold_history.pop(tier, None)
         return self.holds.pop(tier, None) is not None
 
-    # --- what is seen -------------------------------------------------------------------------------------
+    # --- what is observed ---------------------------------------------------------------------------------
 
-    def failed(self, endpoint: Endpoint, now_s: float) -> None:
-        """A replica gave up."""
+    def record_failure(self, endpoint: Endpoint, now_s: float) -> None:
+        """The endpoint's supervisor gave up."""
         failure = ReplicaFailure(now_s, endpoint.endpoint_id, endpoint.diagnosis)
-        self.failures[endpoint.tier] = (*self.failures.get(endpoint.tier, ()), failure)[-_FAILURES_KEPT:]
+        self.failures[endpoint.tier] = (*self.failures.get(endpoint.tier, ()), failure)[-_MAX_FAILURES:]
 
-    def forget(self, endpoints: Mapping[str, Endpoint], now_s: float, memory_s: float) -> None:
-        """Drops what is about replicas that are gone, and what is older than ``memory_s``."""
-        for endpoint_id in [name for name in self.drains if name not in endpoints and name not in self.moves]:
-            del self.drains[endpoint_id]
-        for endpoint_id in [name for name in self.hung_before if name not in endpoints]:
-            del self.hung_before[endpoint_id]
+    def prune(self, endpoints: Mapping[str, Endpoint], now_s: float, memory_s: float) -> None:
+        """Drops records of replicas that are gone, and of failures and holds older than ``memory_s``."""
+        for endpoint_id in list(self.drains):
+            if endpoint_id not in endpoints and endpoint_id not in self.migrations:
+                del self.drains[endpoint_id]
+        for endpoint_id in [name for name in self.stall_restarts if name not in endpoints]:
+            del self.stall_restarts[endpoint_id]
         for tier, failures in list(self.failures.items()):
             recent = tuple(item for item in failures if now_s - item.at_s < memory_s)
             if recent != failures:
@@ -201,17 +225,17 @@ class InProgress:
                     self.failures[tier] = recent
                 else:
                     del self.failures[tier]
-        for tier, (_, held_s) in list(self.held_before.items()):
+        for tier, (_, held_s) in list(self.hold_history.items()):
             if tier not in self.holds and now_s - held_s >= memory_s:
-                del self.held_before[tier]
+                del self.hold_history[tier]
 
-    # --- what follows -------------------------------------------------------------------------------------
+    # --- what follows from it -----------------------------------------------------------------------------
 
-    def orders_for(self, endpoint: Endpoint) -> tuple[ReplicaCommand, ...]:
-        """What the replica is told now."""
-        move = self.moves.get(endpoint.endpoint_id)
-        if move is not None and move.phase is MigrationPhase.RETIRING:
-            return (ReplicaCommand(ReplicaCommandKind.RETIRE, endpoint.endpoint_id, move.reason),)
+    def commands_for(self, endpoint: Endpoint) -> tuple[ReplicaCommand, ...]:
+        """What the replica is told to do now."""
+        migration = self.migrations.get(endpoint.endpoint_id)
+        if migration is not None and migration.phase is MigrationPhase.RETIRING:
+            return (ReplicaCommand(ReplicaCommandKind.RETIRE, endpoint.endpoint_id, migration.reason),)
         restart = self.restarts.get(endpoint.endpoint_id)
         if (
             restart is not None
@@ -219,25 +243,32 @@ class InProgress:
             and endpoint.generation <= restart.generation
             and endpoint.state is not EndpointState.DRAINING
         ):
-            order = ReplicaCommand(
+            command = ReplicaCommand(
                 ReplicaCommandKind.RESTART, endpoint.endpoint_id, restart.reason, restart.generation
             )
-            return (order,)
+            return (command,)
         return ()
 
     def leaving(
-        self, endpoints: Mapping[str, Endpoint], why_of_places: Mapping[str, str], drained: Mapping[str, str]
+        self,
+        endpoints: Mapping[str, Endpoint],
+        gpus_out_of_use: Mapping[str, str],
+        drained_tiers: Mapping[str, str],
     ) -> dict[str, str]:
-        """Endpoint id → why it has to leave; ``why_of_places`` are those whose place is out of use,
-        ``drained`` the tiers that are, and why."""
+        """Endpoint id → why it has to leave.
+
+        ``gpus_out_of_use`` maps endpoint ids whose GPUs or node must be left to the reason, ``drained_tiers``
+        maps tiers to the reason why all their replicas leave.
+        """
         found: dict[str, str] = {}
-        for name in endpoints if drained else dict.fromkeys((*why_of_places, *self.drains)):
-            endpoint = endpoints.get(name)
+        candidates = endpoints if drained_tiers else dict.fromkeys((*gpus_out_of_use, *self.drains))
+        for endpoint_id in candidates:
+            endpoint = endpoints.get(endpoint_id)
             if endpoint is None:
                 continue
-            why = why_of_places.get(endpoint.endpoint_id) or self.drains.get(endpoint.endpoint_id, "")
-            if not why and endpoint.tier in drained:
-                why = f"tier {endpoint.tier} is drained: {drained[endpoint.tier]}"
+            why = gpus_out_of_use.get(endpoint_id) or self.drains.get(endpoint_id, "")
+            if not why and endpoint.tier in drained_tiers:
+                why = f"tier {endpoint.tier} is drained: {drained_tiers[endpoint.tier]}"
             if why:
-                found[endpoint.endpoint_id] = why
+                found[endpoint_id] = why
         return found

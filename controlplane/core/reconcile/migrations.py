@@ -1,7 +1,7 @@
-"""What is under way: replicas that leave their place, engines that are restarted, tiers that are held.
+"""What the controller has under way: replicas that migrate, engines that restart, tiers that are held.
 
-Times are the controller's monotonic clock. A move's life is a transition table as an endpoint's is
-(:mod:`controlplane.core.domain.endpoint`): an illegal step raises and changes nothing.
+Times are the controller's monotonic clock. A migration's life is a transition table, as an endpoint's is
+(:mod:`controlplane.core.domain.endpoint`): an illegal transition raises and changes nothing.
 """
 
 from __future__ import annotations
@@ -15,36 +15,36 @@ from controlplane.errors import IllegalTransition
 
 CONTROLLER = "controller"
 OPERATOR = "operator"
-"""Who wants something."""
+"""Who decided something."""
 
 
 class MigrationPhase(StrEnum):
-    """How far a move is."""
+    """How far a migration is; the legal transitions are in :data:`TRANSITIONS`."""
 
-    ELSEWHERE_FIRST = "starting elsewhere first"
-    """The tier's target is one higher; the old replica serves until the new one is ready."""
+    STARTING_ELSEWHERE = "starting elsewhere first"
+    """The tier's target is one higher, and the old replica serves until its replacement is ready."""
     RETIRING = "retiring"
     """The old replica is told to drain and end."""
     SETTLING = "settling"
-    """The old replica is gone. It stays listed as leaving until Serve has certainly seen that, or Serve would
-    end one of those that serve (:mod:`controlplane.core.reconcile.replica_targets`)."""
+    """The old replica has ended. It stays listed as leaving until Serve has certainly seen its end; otherwise
+    Serve would end a replica that serves (:mod:`controlplane.core.reconcile.replica_targets`)."""
 
 
 _P = MigrationPhase
 
-STEPS: Mapping[MigrationPhase, frozenset[MigrationPhase]] = MappingProxyType(
+TRANSITIONS: Mapping[MigrationPhase, frozenset[MigrationPhase]] = MappingProxyType(
     {
-        _P.ELSEWHERE_FIRST: frozenset({_P.RETIRING, _P.SETTLING}),
+        _P.STARTING_ELSEWHERE: frozenset({_P.RETIRING, _P.SETTLING}),
         _P.RETIRING: frozenset({_P.SETTLING}),
         _P.SETTLING: frozenset(),
     }
 )
-"""From each phase, where a move may go. Staying is always allowed."""
+"""From each phase, the phases that a migration may enter next. Staying is always allowed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Migration:
-    """One replica that leaves its place; another one takes over."""
+    """One replica that leaves its GPUs, for another one to take over."""
 
     endpoint_id: str
     tier: str
@@ -52,64 +52,74 @@ class Migration:
     reason: str
     """Why it leaves."""
     since_s: float
-    """When the phase was entered."""
+    """When ``phase`` was entered."""
     began_s: float
     surged: bool = False
-    """It began with another one starting elsewhere."""
+    """Whether it began with a replacement starting elsewhere."""
     note: str = ""
     """Why it is in this phase."""
 
 
-def step(move: Migration, phase: MigrationPhase, *, now_s: float, note: str) -> Migration:
-    """The move in ``phase``; staying keeps the time. Raises IllegalTransition."""
-    if phase is move.phase:
-        return move
-    if phase not in STEPS[move.phase]:
-        raise IllegalTransition(f"a move that is {move.phase} can't become {phase}")
-    return replace(move, phase=phase, since_s=now_s, note=note)
+def check_transition(current: MigrationPhase, new: MigrationPhase) -> None:
+    """Raises IllegalTransition unless a migration in ``current`` may enter ``new``."""
+    if new is not current and new not in TRANSITIONS[current]:
+        raise IllegalTransition(f"a migration that is {current} can't become {new}")
+
+
+def transition(migration: Migration, phase: MigrationPhase, *, now_s: float, note: str) -> Migration:
+    """The migration in ``phase``, entered at ``now_s``; unchanged if it is in that phase already.
+
+    Raises IllegalTransition.
+    """
+    check_transition(migration.phase, phase)
+    if phase is migration.phase:
+        return migration
+    return replace(migration, phase=phase, since_s=now_s, note=note)
 
 
 @dataclass(frozen=True, slots=True)
 class Restart:
-    """An engine process that is to be replaced in its place."""
+    """An engine process that is to be replaced by another one of the same replica."""
 
     endpoint_id: str
     tier: str
     generation: int
-    """The process that is meant: a newer one ends it."""
+    """Of the process to replace; the restart is over once a newer one serves."""
     reason: str
     since_s: float
-    """When it was asked for, or issued."""
+    """When it was requested, or issued."""
     issued: bool = False
-    """The replica is told; until then it waits for its turn in the tier."""
+    """Whether the replica has been told. Before that, the restart waits until no other engine of the tier
+    restarts."""
 
 
 @dataclass(frozen=True, slots=True)
 class TierHold:
-    """Nothing of the tier is started."""
+    """No replica of the tier is started."""
 
     reason: str
     since_s: float
     by: str = OPERATOR
+    """:data:`CONTROLLER` or :data:`OPERATOR`."""
     until_s: float | None = None
-    """When it is tried again; None: when an operator says so."""
+    """When replicas are started again; None if an operator has to say so."""
     must_leave: bool = False
-    """What runs is retired."""
+    """Whether the replicas that run are retired."""
 
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """What the controller is at, for people."""
+    """What the controller is doing, for display."""
 
-    moves: tuple[Migration, ...]
+    migrations: tuple[Migration, ...]
     restarts: tuple[Restart, ...]
     holds: tuple[tuple[str, TierHold], ...]
     """By tier."""
     drains: tuple[tuple[str, str], ...]
-    """Endpoint ids that are to leave, and why."""
+    """Endpoint ids that an operator drained, and why."""
     settled: bool
-    """False: it has just started, and does nothing until everybody has been heard again."""
+    """False while the controller has just started and waits for all replicas and gateways to report."""
     store_warning: str
-    """Why its memory would not survive a restart; empty: it would."""
+    """Why the controller's state would not survive a restart; empty if it would."""
     tick_s: float
-    """How long its last look at everything took."""
+    """How long the last tick of the control loop took."""

@@ -1,17 +1,20 @@
-"""What is to be done now: observed state → commands, each with its reason.
+"""What to do now: the cluster's observed state → commands, each with its reason.
 
 Pure and repeatable: the same state gives the same commands, and once they are applied there is nothing more
-to do until something changes or time passes. Only what was *seen* makes a command: a node that is silent, a
-reading that is missing or a controller that has just started and does not know everybody again give none.
+to do until something changes or time passes. Only what was *observed* leads to a command. A node that does
+not report, a missing reading, or a controller that has just started and has not heard from everyone again
+leads to none.
 
-A replica leaves its place (its GPU is out of use, its node is drained, an operator says so) like this: if
-there is room elsewhere, its tier's target goes up by one; when the new replica serves, the target goes down
-again with the old one listed as leaving, and the old one is told to drain and end. Without room, or if
-it serves nothing anyway, it is retired at once and Serve starts another one where there is a place.
+A replica that has to leave its GPUs (one is out of use, its node is drained, an operator drains the replica)
+migrates. If there is room elsewhere, its tier's target goes up by one; once the new replica serves, the
+target goes down again with the old replica listed as leaving, and the old replica is told to drain and end.
+Without room, or if the replica serves no requests anyway, it is retired at once, and Serve starts another one
+as soon as there is room.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,47 +24,49 @@ from controlplane.core.domain.endpoint import ENDED, SERVING, Endpoint, Endpoint
 from controlplane.core.gpus.health import GpuState
 from controlplane.core.reconcile.migrations import Migration, MigrationPhase, Restart, TierHold
 
-_COMING = frozenset({EndpointState.STARTING, EndpointState.RESTARTING})
+_BECOMING_READY = frozenset({EndpointState.STARTING, EndpointState.RESTARTING})
 
 
 @dataclass(frozen=True, slots=True)
 class ReconcileRules:
     """Times and limits."""
 
-    newcomer_wait_s: float = 60.0
-    """If no replica of the tier has begun to start elsewhere by then, the old one is retired first."""
+    replacement_wait_s: float = 60.0
+    """If no replacement has begun to start by then, the old replica is retired first."""
     start_limit_s: float = 3600.0
-    """A replica that starts elsewhere may take this long."""
+    """A replacement that is not ready by then is no longer waited for."""
     settle_s: float = 60.0
-    """Serve has seen that a replica is gone by then."""
+    """How long a replica that has ended stays listed as leaving, so that Serve has certainly seen its end."""
     surge_limit: int = 1
-    """Replicas of one tier that start elsewhere first at a time."""
+    """Most replicas of one tier that may have a replacement starting at the same time."""
     restart_limit_s: float = 3600.0
-    """A restart that is not over by then is given up."""
-    hung_limit: int = 3
-    """An engine that hung so often within ``hung_window_s`` is replaced rather than restarted."""
-    hung_window_s: float = 1800.0
+    """A restart that is not finished by then is given up."""
+    stall_limit: int = 3
+    """An engine that was restarted this often for stalling, in ``stall_window_s``, is replaced instead."""
+    stall_window_s: float = 1800.0
     crash_limit: int = 3
-    """Replicas of one tier that failed within ``crash_window_s`` and the tier is held."""
+    """A tier is held once this many of its replicas have failed within ``crash_window_s``."""
     crash_window_s: float = 1800.0
     hold_initial_s: float = 600.0
-    """A held tier is tried again after this, after twice as long the next time."""
+    """How long a tier is held the first time; each further hold lasts twice as long."""
     hold_max_s: float = 14_400.0
 
 
 @dataclass(frozen=True, slots=True)
 class GpuOutOfUse:
-    """A GPU that nothing new comes to."""
+    """A GPU that takes no new replicas."""
 
     state: GpuState
     holders: tuple[str, ...]
+    """Endpoint ids that hold a lease on it."""
     must_leave: bool
+    """Whether the holders have to leave it."""
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaFailure:
-    """A replica that gave up."""
+    """A replica whose supervisor gave up."""
 
     at_s: float
     endpoint_id: str
@@ -70,66 +75,72 @@ class ReplicaFailure:
 
 @dataclass(frozen=True, slots=True)
 class ClusterState:
-    """All that is looked at."""
+    """Everything that commands are decided from."""
 
     now_s: float
     endpoints: Mapping[str, Endpoint] = field(default_factory=dict)
-    bases: Mapping[str, int] = field(default_factory=dict)
-    """Tier → replicas that it is to have when nothing moves."""
+    base_targets: Mapping[str, int] = field(default_factory=dict)
+    """Tier → replicas that it should have while nothing migrates."""
     leaving: Mapping[str, str] = field(default_factory=dict)
-    """Endpoint id → why it has to leave its place."""
+    """Endpoint id → why it has to leave its GPUs."""
     room: Mapping[str, str] = field(default_factory=dict)
-    """Endpoint id → where another one like it would go; empty: nowhere. Of those not looked at yet: no
-    entry, and they wait."""
+    """Endpoint id → where a replacement would go; empty if nowhere. An endpoint without an entry has not been
+    looked at yet, and waits."""
     gpus: Mapping[str, GpuOutOfUse] = field(default_factory=dict)
-    moves: Mapping[str, Migration] = field(default_factory=dict)
+    """By UUID."""
+    migrations: Mapping[str, Migration] = field(default_factory=dict)
+    """By endpoint id."""
     restarts: Mapping[str, Restart] = field(default_factory=dict)
+    """By endpoint id."""
     holds: Mapping[str, TierHold] = field(default_factory=dict)
     """By tier."""
-    hung: Mapping[str, str] = field(default_factory=dict)
-    """Endpoint id → by which readings its engine is hung."""
-    hung_before: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    """Endpoint id → when it was restarted for it."""
+    stalled: Mapping[str, str] = field(default_factory=dict)
+    """Endpoint id → which readings show that its engine makes no progress."""
+    stall_restarts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Endpoint id → when its engine was restarted for stalling."""
     failures: Mapping[str, tuple[ReplicaFailure, ...]] = field(default_factory=dict)
     """By tier, oldest first."""
-    holds_before: Mapping[str, int] = field(default_factory=dict)
-    """Tier → how often it was held in a row."""
+    hold_counts: Mapping[str, int] = field(default_factory=dict)
+    """Tier → how many times in a row it was held for failures."""
 
 
 @dataclass(frozen=True, slots=True)
 class BeginMigration:
-    """The replica leaves its place."""
+    """A replica begins to leave its GPUs."""
 
     endpoint_id: str
     tier: str
     phase: MigrationPhase
     reason: str
+    """Why it leaves."""
     note: str
+    """Why it begins in this phase."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdvanceMigration:
-    """The move goes on."""
+    """A migration enters its next phase."""
 
     endpoint_id: str
     expected: MigrationPhase
-    """It is carried out only from there."""
+    """The current phase; in any other, the command is not carried out."""
     phase: MigrationPhase
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class EndMigration:
-    """The move is over."""
+    """A migration is over."""
 
     endpoint_id: str
     expected: MigrationPhase
+    """The current phase; in any other, the command is not carried out."""
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class SetGpu:
-    """A cordoned GPU is being left, or is empty."""
+    """A cordoned GPU is being left, or nothing runs on it any more."""
 
     uuid: str
     state: GpuState
@@ -138,7 +149,7 @@ class SetGpu:
 
 @dataclass(frozen=True, slots=True)
 class BeginRestart:
-    """The engine process is to be replaced."""
+    """An engine process is replaced, since it stalled."""
 
     endpoint_id: str
     tier: str
@@ -148,7 +159,7 @@ class BeginRestart:
 
 @dataclass(frozen=True, slots=True)
 class IssueRestart:
-    """It is its turn."""
+    """The replica is told to carry out the restart that was requested."""
 
     endpoint_id: str
     reason: str
@@ -156,7 +167,7 @@ class IssueRestart:
 
 @dataclass(frozen=True, slots=True)
 class EndRestart:
-    """It is over."""
+    """A restart is over."""
 
     endpoint_id: str
     reason: str
@@ -164,7 +175,7 @@ class EndRestart:
 
 @dataclass(frozen=True, slots=True)
 class HoldTier:
-    """Nothing of the tier is started until ``for_s`` have passed."""
+    """No replica of the tier is started for ``for_s``."""
 
     tier: str
     for_s: float
@@ -173,7 +184,7 @@ class HoldTier:
 
 @dataclass(frozen=True, slots=True)
 class ReleaseTier:
-    """The tier is tried again."""
+    """Replicas of the tier may be started again."""
 
     tier: str
     reason: str
@@ -192,210 +203,214 @@ Command: TypeAlias = (
 )
 
 
-def reconcile(seen: ClusterState, rules: ReconcileRules) -> tuple[Command, ...]:
+def reconcile(state: ClusterState, rules: ReconcileRules) -> tuple[Command, ...]:
     """Everything to do now, in the order in which to do it."""
-    tiers = _Tiers(seen)
+    tiers = _TierCounts(state)
     return (
-        *_gpus(seen),
-        *_running_moves(seen, tiers, rules),
-        *_new_moves(seen, tiers, rules),
-        *_restarts(seen, tiers, rules),
-        *_hung(seen, tiers, rules),
-        *_holds(seen, rules),
+        *_update_gpus(state),
+        *_advance_migrations(state, tiers, rules),
+        *_begin_migrations(state, tiers, rules),
+        *_advance_restarts(state, tiers, rules),
+        *_replace_stalled(state, rules),
+        *_update_holds(state, rules),
     )
 
 
-class _Tiers:
-    """Counts by tier, kept up to date with what has been decided in this look."""
+class _TierCounts:
+    """Counts per tier, including what this call of :func:`reconcile` has decided so far."""
 
-    def __init__(self, seen: ClusterState) -> None:
-        self._seen = seen
+    def __init__(self, state: ClusterState) -> None:
+        self._state = state
         self._serving: dict[str, int] = {}
-        self.surges: dict[str, int] = {}
-        self.bare: dict[str, int] = {}
-        """Retirements without anybody to take over."""
-        for move in seen.moves.values():
-            if move.phase is MigrationPhase.SETTLING:
-                continue
-            if move.surged:
-                self.surges[move.tier] = self.surges.get(move.tier, 0) + 1
-            else:
-                self.bare[move.tier] = self.bare.get(move.tier, 0) + 1
+        self.with_replacement: Counter[str] = Counter()
+        """Migrations for which a replacement was started first."""
+        self.without_replacement: Counter[str] = Counter()
+        """Migrations in which the replica was retired first."""
+        for migration in state.migrations.values():
+            if migration.phase is not MigrationPhase.SETTLING:
+                count = self.with_replacement if migration.surged else self.without_replacement
+                count[migration.tier] += 1
 
     @cached_property
     def members(self) -> Mapping[str, Sequence[Endpoint]]:
-        """By tier. Mostly nothing is to be decided, and then nobody asks."""
+        """Endpoints by tier. Usually nothing is to be decided, and this is never computed."""
         members: dict[str, list[Endpoint]] = {}
-        for endpoint in self._seen.endpoints.values():
+        for endpoint in self._state.endpoints.values():
             members.setdefault(endpoint.tier, []).append(endpoint)
         return members
 
     def serving(self, tier: str) -> int:
-        """How many of the tier serve and will go on to."""
+        """How many replicas of the tier serve and are not being retired."""
         if tier not in self._serving:
             self._serving[tier] = sum(
-                item.state in SERVING and not _retires(self._seen, item.endpoint_id)
+                item.state in SERVING and not _retires(self._state, item.endpoint_id)
                 for item in self.members.get(tier, ())
             )
         return self._serving[tier]
 
-    def let_go(self, tier: str, base: int) -> bool:
-        """Whether one that serves may end with ``base`` left; if so it is counted as gone."""
-        if self.serving(tier) <= base:
+    def retire_one(self, tier: str, needed: int) -> bool:
+        """Counts one serving replica of the tier as retired; False if fewer than ``needed`` would be left."""
+        if self.serving(tier) <= needed:
             return False
         self._serving[tier] -= 1
         return True
 
-    def newcomer(self, seen: ClusterState, tier: str) -> bool:
-        """Whether a replica of the tier is starting that does not leave itself."""
+    def replacement_starting(self, tier: str) -> bool:
+        """Whether a replica of the tier is starting that doesn't have to leave itself."""
         return any(
-            item.state in _COMING
-            and item.endpoint_id not in seen.moves
-            and item.endpoint_id not in seen.leaving
+            item.state in _BECOMING_READY
+            and item.endpoint_id not in self._state.migrations
+            and item.endpoint_id not in self._state.leaving
             for item in self.members.get(tier, ())
         )
 
 
-def _retires(seen: ClusterState, endpoint_id: str) -> bool:
-    move = seen.moves.get(endpoint_id)
-    return move is not None and move.phase is not MigrationPhase.ELSEWHERE_FIRST
+def _retires(state: ClusterState, endpoint_id: str) -> bool:
+    migration = state.migrations.get(endpoint_id)
+    return migration is not None and migration.phase is not MigrationPhase.STARTING_ELSEWHERE
 
 
-def _gpus(seen: ClusterState) -> Iterable[Command]:
-    for uuid, gpu in sorted(seen.gpus.items()):
+def _update_gpus(state: ClusterState) -> Iterable[Command]:
+    for uuid, gpu in sorted(state.gpus.items()):
         if not gpu.holders and gpu.state in (GpuState.CORDONED, GpuState.DRAINING):
             yield SetGpu(uuid, GpuState.DRAINED, "nothing runs on it")
         elif gpu.holders and gpu.must_leave and gpu.state is GpuState.CORDONED:
             yield SetGpu(uuid, GpuState.DRAINING, f"{', '.join(gpu.holders)} must leave: {gpu.reason}")
 
 
-def _running_moves(seen: ClusterState, tiers: _Tiers, rules: ReconcileRules) -> Iterable[Command]:
-    for endpoint_id, move in sorted(seen.moves.items(), key=lambda item: (item[1].began_s, item[0])):
-        endpoint = seen.endpoints.get(endpoint_id)
-        gone = endpoint is None or endpoint.state in ENDED
-        waited_s = seen.now_s - move.since_s
-        if move.phase is MigrationPhase.SETTLING:
-            if waited_s >= rules.settle_s:
-                yield EndMigration(endpoint_id, move.phase, f"gone for {waited_s:.0f} s")
-        elif gone:
-            yield AdvanceMigration(endpoint_id, move.phase, MigrationPhase.SETTLING, "it has ended")
-        elif move.phase is MigrationPhase.ELSEWHERE_FIRST:
-            assert endpoint is not None
-            if endpoint_id not in seen.leaving and endpoint.state is not EndpointState.DRAINING:
-                yield EndMigration(endpoint_id, move.phase, "it need not leave any more")
+def _advance_migrations(state: ClusterState, tiers: _TierCounts, rules: ReconcileRules) -> Iterable[Command]:
+    oldest_first = sorted(state.migrations.items(), key=lambda item: (item[1].began_s, item[0]))
+    for endpoint_id, migration in oldest_first:
+        endpoint = state.endpoints.get(endpoint_id)
+        in_phase_s = state.now_s - migration.since_s
+        if migration.phase is MigrationPhase.SETTLING:
+            if in_phase_s >= rules.settle_s:
+                yield EndMigration(endpoint_id, migration.phase, f"ended {in_phase_s:.0f} s ago")
+        elif endpoint is None or endpoint.state in ENDED:
+            yield AdvanceMigration(
+                endpoint_id, migration.phase, MigrationPhase.SETTLING, "the replica has ended"
+            )
+        elif migration.phase is MigrationPhase.STARTING_ELSEWHERE:
+            if endpoint_id not in state.leaving and endpoint.state is not EndpointState.DRAINING:
+                yield EndMigration(endpoint_id, migration.phase, "the replica no longer has to leave")
                 continue
-            why = _may_retire(seen, tiers, rules, move, endpoint, waited_s)
+            why = _may_retire(state, tiers, rules, endpoint, in_phase_s)
             if why:
-                yield AdvanceMigration(endpoint_id, move.phase, MigrationPhase.RETIRING, why)
+                yield AdvanceMigration(endpoint_id, migration.phase, MigrationPhase.RETIRING, why)
 
 
 def _may_retire(
-    seen: ClusterState,
-    tiers: _Tiers,
-    rules: ReconcileRules,
-    move: Migration,
-    endpoint: Endpoint,
-    waited_s: float,
+    state: ClusterState, tiers: _TierCounts, rules: ReconcileRules, endpoint: Endpoint, waited_s: float
 ) -> str:
+    """Why a replica need not wait any longer for its replacement; empty if it has to wait."""
     if endpoint.state not in SERVING:
-        return f"it is {endpoint.state} and serves nothing"
-    base = seen.bases.get(move.tier, 0)
-    if tiers.let_go(move.tier, base):
-        return f"{base} of {base} others serve"
-    if waited_s >= rules.newcomer_wait_s and not tiers.newcomer(seen, move.tier):
-        return f"none has begun to start elsewhere in {waited_s:.0f} s"
+        return f"it is {endpoint.state} and serves no requests"
+    needed = state.base_targets.get(endpoint.tier, 0)
+    if tiers.retire_one(endpoint.tier, needed):
+        return f"{needed} other replicas serve"
+    if waited_s >= rules.replacement_wait_s and not tiers.replacement_starting(endpoint.tier):
+        return f"no replacement has begun to start after {waited_s:.0f} s"
     if waited_s >= rules.start_limit_s:
-        return f"none was ready elsewhere in {waited_s:.0f} s"
+        return f"no replacement was ready after {waited_s:.0f} s"
     return ""
 
 
-def _new_moves(seen: ClusterState, tiers: _Tiers, rules: ReconcileRules) -> Iterable[Command]:
-    for endpoint_id, reason in sorted(seen.leaving.items()):
-        endpoint = seen.endpoints.get(endpoint_id)
-        if endpoint is None or endpoint_id in seen.moves or endpoint.state in ENDED:
+def _begin_migrations(state: ClusterState, tiers: _TierCounts, rules: ReconcileRules) -> Iterable[Command]:
+    for endpoint_id, reason in sorted(state.leaving.items()):
+        endpoint = state.endpoints.get(endpoint_id)
+        if endpoint is None or endpoint_id in state.migrations or endpoint.state in ENDED:
             continue
-        tier = endpoint.tier
-        if endpoint.state not in SERVING:
-            note = (
-                "it is leaving already" if endpoint.state is EndpointState.DRAINING else "it serves nothing"
-            )
-            yield BeginMigration(endpoint_id, tier, MigrationPhase.RETIRING, reason, note)
-            continue
-        if tier in seen.holds:
-            held = seen.holds[tier]
-            if held.must_leave:
-                yield BeginMigration(
-                    endpoint_id, tier, MigrationPhase.RETIRING, reason, "its tier is drained"
-                )
-                continue
-        elif tiers.serving(tier) > seen.bases.get(tier, 0) + tiers.surges.get(tier, 0):
-            # more serve than are asked for: somebody has taken over already
-            tiers.let_go(tier, seen.bases.get(tier, 0))
-            yield BeginMigration(endpoint_id, tier, MigrationPhase.RETIRING, reason, "enough others serve")
-            continue
-        elif seen.room.get(endpoint_id):
-            if tiers.surges.get(tier, 0) < rules.surge_limit:
-                tiers.surges[tier] = tiers.surges.get(tier, 0) + 1
-                note = f"there is room: {seen.room[endpoint_id]}"
-                yield BeginMigration(endpoint_id, tier, MigrationPhase.ELSEWHERE_FIRST, reason, note)
-            continue
-        looked = tier in seen.holds or endpoint_id in seen.room
-        # one at a time: the others go on serving where they are
-        if looked and not tiers.bare.get(tier, 0) and not tiers.surges.get(tier, 0):
-            tiers.bare[tier] = 1
-            note = "its tier is held" if tier in seen.holds else "there is no room elsewhere"
-            yield BeginMigration(endpoint_id, tier, MigrationPhase.RETIRING, reason, note)
+        beginning = _first_phase(state, tiers, rules, endpoint)
+        if beginning is not None:
+            phase, note = beginning
+            yield BeginMigration(endpoint_id, endpoint.tier, phase, reason, note)
 
 
-def _restarts(seen: ClusterState, tiers: _Tiers, rules: ReconcileRules) -> Iterable[Command]:
-    busy = {item.tier for item in seen.restarts.values() if item.issued}
-    for endpoint_id, restart in sorted(seen.restarts.items(), key=lambda item: (item[1].since_s, item[0])):
-        endpoint = seen.endpoints.get(endpoint_id)
+def _first_phase(
+    state: ClusterState, tiers: _TierCounts, rules: ReconcileRules, endpoint: Endpoint
+) -> tuple[MigrationPhase, str] | None:
+    """The phase in which the migration of ``endpoint`` begins now, and why; None if it has to wait."""
+    tier, hold = endpoint.tier, state.holds.get(endpoint.tier)
+    if endpoint.state is EndpointState.DRAINING:
+        return MigrationPhase.RETIRING, "it is draining already"
+    if endpoint.state not in SERVING:
+        return MigrationPhase.RETIRING, "it serves no requests"
+    if hold is not None and hold.must_leave:
+        return MigrationPhase.RETIRING, "its tier is drained"
+    if hold is None:
+        needed = state.base_targets.get(tier, 0)
+        if tiers.serving(tier) > needed + tiers.with_replacement[tier]:
+            tiers.retire_one(tier, needed)
+            return MigrationPhase.RETIRING, "enough other replicas serve"
+        where = state.room.get(endpoint.endpoint_id)
+        if where is None:
+            return None
+        if where:
+            if tiers.with_replacement[tier] >= rules.surge_limit:
+                return None
+            tiers.with_replacement[tier] += 1
+            return MigrationPhase.STARTING_ELSEWHERE, f"there is room: {where}"
+    # The tier loses a serving replica, so only one at a time.
+    if tiers.without_replacement[tier] or tiers.with_replacement[tier]:
+        return None
+    tiers.without_replacement[tier] += 1
+    return MigrationPhase.RETIRING, "there is no room elsewhere" if hold is None else "its tier is held"
+
+
+def _advance_restarts(state: ClusterState, tiers: _TierCounts, rules: ReconcileRules) -> Iterable[Command]:
+    restarting_tiers = {item.tier for item in state.restarts.values() if item.issued}
+    oldest_first = sorted(state.restarts.items(), key=lambda item: (item[1].since_s, item[0]))
+    for endpoint_id, restart in oldest_first:
+        endpoint = state.endpoints.get(endpoint_id)
+        waited_s = state.now_s - restart.since_s
         if endpoint is None or endpoint.state in (EndpointState.DRAINING, EndpointState.STOPPED):
             yield EndRestart(endpoint_id, "the replica is gone")
         elif endpoint.generation > restart.generation:
             if endpoint.state in SERVING:
                 yield EndRestart(endpoint_id, f"generation {endpoint.generation} serves")
             elif endpoint.state is EndpointState.FAILED:
-                yield EndRestart(endpoint_id, f"it failed: {endpoint.diagnosis}")
-            elif seen.now_s - restart.since_s >= rules.restart_limit_s:
-                yield EndRestart(endpoint_id, f"not ready after {seen.now_s - restart.since_s:.0f} s")
+                yield EndRestart(endpoint_id, f"the new engine failed: {endpoint.diagnosis}")
+            elif waited_s >= rules.restart_limit_s:
+                yield EndRestart(endpoint_id, f"the new engine was not ready after {waited_s:.0f} s")
         elif restart.issued:
-            if seen.now_s - restart.since_s >= rules.restart_limit_s:
-                yield EndRestart(endpoint_id, "the replica does not obey")
-        elif restart.tier not in busy:
+            if waited_s >= rules.restart_limit_s:
+                yield EndRestart(endpoint_id, f"the replica has not restarted after {waited_s:.0f} s")
+        elif restart.tier not in restarting_tiers:
             others = [item for item in tiers.members.get(restart.tier, ()) if item.endpoint_id != endpoint_id]
             if endpoint.state not in SERVING or not others or any(item.state in SERVING for item in others):
-                busy.add(restart.tier)
-                yield IssueRestart(endpoint_id, "its turn")
+                restarting_tiers.add(restart.tier)
+                yield IssueRestart(endpoint_id, "no other engine of the tier is restarting")
 
 
-def _hung(seen: ClusterState, tiers: _Tiers, rules: ReconcileRules) -> Iterable[Command]:
-    for endpoint_id, reason in sorted(seen.hung.items()):
-        endpoint = seen.endpoints.get(endpoint_id)
-        busy = endpoint_id in seen.restarts or endpoint_id in seen.moves or endpoint_id in seen.leaving
-        if endpoint is None or busy or endpoint.state not in SERVING:
+def _replace_stalled(state: ClusterState, rules: ReconcileRules) -> Iterable[Command]:
+    for endpoint_id, reason in sorted(state.stalled.items()):
+        endpoint = state.endpoints.get(endpoint_id)
+        handled = (
+            endpoint_id in state.restarts or endpoint_id in state.migrations or endpoint_id in state.leaving
+        )
+        if endpoint is None or handled or endpoint.state not in SERVING:
             continue
-        times = sum(seen.now_s - at_s < rules.hung_window_s for at_s in seen.hung_before.get(endpoint_id, ()))
-        if times < rules.hung_limit:
+        restarts_s = state.stall_restarts.get(endpoint_id, ())
+        recent = sum(state.now_s - at_s < rules.stall_window_s for at_s in restarts_s)
+        if recent < rules.stall_limit:
             yield BeginRestart(endpoint_id, endpoint.tier, endpoint.generation, reason)
         else:
-            note = f"it hung {times} times before"
+            note = f"it was restarted {recent} times before for this"
             yield BeginMigration(endpoint_id, endpoint.tier, MigrationPhase.RETIRING, reason, note)
 
 
-def _holds(seen: ClusterState, rules: ReconcileRules) -> Iterable[Command]:
-    for tier, hold in sorted(seen.holds.items()):
-        if hold.until_s is not None and seen.now_s >= hold.until_s:
-            yield ReleaseTier(tier, f"held for {seen.now_s - hold.since_s:.0f} s: it is tried again")
-    for tier, failures in sorted(seen.failures.items()):
-        recent = [item for item in failures if seen.now_s - item.at_s < rules.crash_window_s]
-        if tier in seen.holds or len(recent) < rules.crash_limit:
+def _update_holds(state: ClusterState, rules: ReconcileRules) -> Iterable[Command]:
+    for tier, hold in sorted(state.holds.items()):
+        if hold.until_s is not None and state.now_s >= hold.until_s:
+            yield ReleaseTier(tier, f"held for {state.now_s - hold.since_s:.0f} s; replicas start again")
+    for tier, failures in sorted(state.failures.items()):
+        recent = [item for item in failures if state.now_s - item.at_s < rules.crash_window_s]
+        if tier in state.holds or len(recent) < rules.crash_limit:
             continue
-        for_s = min(rules.hold_max_s, rules.hold_initial_s * 2.0 ** min(seen.holds_before.get(tier, 0), 60))
+        for_s = min(rules.hold_max_s, rules.hold_initial_s * 2.0 ** min(state.hold_counts.get(tier, 0), 60))
         reason = (
             f"{len(recent)} replicas failed in {rules.crash_window_s:.0f} s; the last one: "
-            f"{recent[-1].diagnosis or 'no diagnosis'}; it is tried again in {for_s:.0f} s, "
-            f"or by `tierplane restart {tier}`"
+            f"{recent[-1].diagnosis or 'no diagnosis'}; replicas start again in {for_s:.0f} s, "
+            f"or now with `tierplane restart {tier}`"
         )
         yield HoldTier(tier, for_s, reason)

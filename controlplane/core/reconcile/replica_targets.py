@@ -1,10 +1,10 @@
-"""How many replicas Serve is to run of a tier: the controller's target while it is valid, or the configured
+"""How many replicas of a tier Serve should run: the controller's target while it is valid, or the configured
 number.
 
-A move is two targets one after the other: first one replica more than before, and once that serves, the
-number as before with the old replica ``leaving``. A replica that leaves is counted on top for as long as
-Serve counts it too. Serve could otherwise be told to run one less before it has seen that replica's end,
-and would take one of its own choice instead.
+A migration is two targets in sequence: first one replica more, and once that one serves, the original number
+with the old replica ``leaving``. A replica that is leaving is added to the number for as long as Serve counts
+it. Otherwise the number would fall before Serve has seen that replica's end, and Serve would stop a replica
+of its own choice.
 """
 
 from __future__ import annotations
@@ -20,17 +20,16 @@ class TierTarget:
     """What the controller publishes for one tier."""
 
     replicas: int
-    """Without those that leave."""
+    """Without those that are leaving."""
     reason: str
     valid_until_unix_s: float
-    """After that it says nothing any more."""
     leaving: tuple[str, ...] = ()
-    """Endpoints that were told to leave."""
+    """Endpoint ids that were told to retire."""
 
 
 @dataclass(frozen=True, slots=True)
 class DesiredReplicas:
-    """What the policy answers."""
+    """What Serve's autoscaler is asked for: a target plus the replicas that are leaving and still counted."""
 
     replicas: int
     reason: str
@@ -44,43 +43,50 @@ def desired_replicas(
     running: Collection[str],
     present: int | None = None,
 ) -> DesiredReplicas:
-    """The number for Serve now; ``running`` are the endpoint ids of the replicas that Serve counts.
-    ``present``, the number that Serve goes by, is for a tier that scales or whose target is not known yet:
-    without a target that holds, it stays."""
+    """The number for Serve at ``unix_s``.
+
+    ``running`` are the endpoint ids of the replicas that Serve counts. ``present`` is Serve's current number.
+    It is given for a tier that scales, and while the controller's first targets have yet to arrive: without a
+    valid target, such a tier stays at that number. Any other tier goes to the ``configured`` number.
+    """
     if target is None and present is not None:
-        return DesiredReplicas(present, "as it is: the controller has said nothing yet")
+        return DesiredReplicas(present, "unchanged: the controller has not published a target yet")
     if target is None:
         return DesiredReplicas(configured, "as configured")
     if unix_s > target.valid_until_unix_s:
         if present is not None:
-            return DesiredReplicas(present, "as it is: the controller's last target has run out")
-        return DesiredReplicas(configured, "as configured: the controller's last target has run out")
+            return DesiredReplicas(present, "unchanged: the controller's last target has expired")
+        return DesiredReplicas(configured, "as configured: the controller's last target has expired")
     leaving = sum(endpoint_id in running for endpoint_id in target.leaving)
     if not leaving:
         return DesiredReplicas(target.replicas, target.reason)
     return DesiredReplicas(target.replicas + leaving, f"{target.reason}; {leaving} more until it has left")
 
 
-def target_of(
+def tier_target(
     tier: str,
     base: int,
-    moves: Iterable[Migration],
+    migrations: Iterable[Migration],
     hold: TierHold | None,
     *,
     serving: int,
     valid_until_unix_s: float,
 ) -> TierTarget:
-    """How many replicas Serve is to keep, and why."""
-    mine = [move for move in moves if move.tier == tier]
-    leaving = tuple(move.endpoint_id for move in mine if move.phase is not MigrationPhase.ELSEWHERE_FIRST)
-    first = [move for move in mine if move.phase is MigrationPhase.ELSEWHERE_FIRST]
-    replicas, reason = base + len(first), "as asked for"
+    """How many replicas of ``tier`` Serve should keep, and why.
+
+    ``base`` is their number while nothing migrates, ``serving`` how many serve now. ``migrations`` may be
+    those of all tiers.
+    """
+    mine = [item for item in migrations if item.tier == tier]
+    starting = [item for item in mine if item.phase is MigrationPhase.STARTING_ELSEWHERE]
+    leaving = tuple(item.endpoint_id for item in mine if item.phase is not MigrationPhase.STARTING_ELSEWHERE)
     if hold is not None and hold.must_leave:
-        # All go, so Serve can't choose a wrong one: it is told at once.
+        # All replicas go, so Serve can't stop the wrong one and is told at once.
         return TierTarget(0, f"drained: {hold.reason}", valid_until_unix_s)
     if hold is not None and hold.by == CONTROLLER:
-        replicas, reason = min(base, serving), f"held: {hold.reason}"
-    elif mine:
-        words = "; ".join(f"{move.endpoint_id} moves, {move.phase}: {move.reason}" for move in mine)
-        reason = f"{base} and what moves: {words}"
-    return TierTarget(replicas, reason, valid_until_unix_s, leaving)
+        return TierTarget(min(base, serving), f"held: {hold.reason}", valid_until_unix_s, leaving)
+    reason = "base target; nothing migrates"
+    if mine:
+        each = "; ".join(f"{item.endpoint_id} ({item.phase}): {item.reason}" for item in mine)
+        reason = f"base target {base}, with migrations: {each}"
+    return TierTarget(base + len(starting), reason, valid_until_unix_s, leaving)

@@ -1,7 +1,7 @@
-"""Whether and when a lost engine process is started again.
+"""Whether and when an engine process that was lost is started again.
 
-The wait doubles with every restart inside the window and starts anew once the window is past: a rare crash
-costs half a second, a crash loop ends soon.
+The delay doubles with every restart within the window, and is back at its first value once the window has
+passed. So a rare crash costs half a second, and a crash loop ends soon.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ class RestartPolicy:
     """The limits of restarting."""
 
     max_restarts: int
-    """Restarts inside ``window_s`` before it is given up."""
+    """Restarts within ``window_s``; the next loss is final."""
     window_s: float
     backoff_initial_s: float
     backoff_max_s: float
@@ -23,7 +23,7 @@ class RestartPolicy:
 
 @dataclass(frozen=True, slots=True)
 class RestartDecision:
-    """Start it again after ``delay_s``, or give up; ``reason`` says why."""
+    """Start the engine again after ``delay_s``, or give up; ``reason`` says why."""
 
     restart: bool
     delay_s: float
@@ -35,7 +35,7 @@ def decide_restart(
 ) -> RestartDecision:
     """What to do about an engine lost at ``now_s`` that was restarted at the times ``restarted_s``.
 
-    ``permanent`` says that its diagnosis rules out that starting it again helps.
+    ``permanent`` means that its diagnosis says another start would fail in the same way.
     """
     if permanent:
         return RestartDecision(False, 0.0, "starting it again would not help")
@@ -49,7 +49,7 @@ def decide_restart(
             0.0,
             f"restarted {times} in the last {policy.window_s:g} s, the limit is {policy.max_restarts}",
         )
-    # Beyond 2^60 the product is over any bound there is.
+    # The exponent is limited to avoid an overflow; 2^60 exceeds any maximum.
     delay_s = min(policy.backoff_initial_s * 2.0 ** min(recent, 60), policy.backoff_max_s)
     return RestartDecision(
         True, delay_s, f"restart {recent + 1} of {policy.max_restarts} in {policy.window_s:g} s"

@@ -64,12 +64,12 @@ def test_what_an_earlier_version_stored_is_restored_and_written_the_same() -> No
 def test_restored_values_have_their_types_and_the_process_clock() -> None:
     restored = Restored(STORED)
     work, book = restored.controller.work, restored.controller.desk.book
-    migration = work.moves["small-a"]
-    assert migration.phase is MigrationPhase.ELSEWHERE_FIRST
+    migration = work.migrations["small-a"]
+    assert migration.phase is MigrationPhase.STARTING_ELSEWHERE
     assert (migration.since_s, migration.began_s) == (200.5, 190.25)
-    assert work.held_before == {"small": (2, 220.0)}
+    assert work.hold_history == {"small": (2, 220.0)}
     assert [failure.at_s for failure in work.failures["small"]] == [215.0, 218.5]
-    assert work.hung_before == {"small-d": (205.0, 209.5)}
+    assert work.stall_restarts == {"small-d": (205.0, 209.5)}
     assert work.holds["small"].until_s == 520.0
     assert work.holds["large"].until_s is None
     assert [part.milli for part in book.leases["small-a"].parts] == [500, 1000]

@@ -57,7 +57,7 @@ def test_an_xid_moves_the_replica_and_at_no_time_fewer_serve() -> None:
     wanted = ["starting elsewhere first", "retiring", "draining", "deregistered", "lease ended"]
     assert [kind for kind in world.kinds(holder) if kind in wanted] == wanted
     world.step(70)
-    assert not world.controller.work.moves
+    assert not world.controller.work.migrations
     assert world.controller.targets()["small"].replicas == 2
     assert world.ready("small") == 2
 
@@ -127,7 +127,7 @@ def test_a_silent_agent_and_a_driver_that_is_gone_change_nothing() -> None:
     world.step(60)
     assert used(world) == before
     assert not world.controller.fleet.out_of_use()
-    assert not world.controller.work.moves
+    assert not world.controller.work.migrations
     assert world.controller.targets()["small"].replicas == 2
 
 
@@ -149,9 +149,9 @@ def test_a_replica_that_serves_nothing_is_not_waited_for() -> None:
     replica.starts_in = 1000
     world.events.append(xid(sick[:2], sick, 79))
     world.step(3)
-    move = world.controller.work.moves[replica.endpoint.endpoint_id]
+    move = world.controller.work.migrations[replica.endpoint.endpoint_id]
     assert move.phase is MigrationPhase.RETIRING
-    assert "serves nothing" in move.note
+    assert "serves no requests" in move.note
 
 
 def test_where_nothing_starts_elsewhere_the_old_one_is_retired_after_a_while() -> None:
@@ -161,7 +161,7 @@ def test_where_nothing_starts_elsewhere_the_old_one_is_retired_after_a_while() -
     world.start = lambda tier: None  # type: ignore[method-assign]
     [name] = world.replicas
     world.step(30)
-    assert world.controller.work.moves[name].phase is MigrationPhase.ELSEWHERE_FIRST
+    assert world.controller.work.migrations[name].phase is MigrationPhase.STARTING_ELSEWHERE
     world.step(40)
     assert name not in world.controller.registry.endpoints
 
@@ -172,8 +172,8 @@ def test_a_move_goes_on_when_the_controller_is_killed_in_its_middle(vouched: boo
     [sick, _] = used(world)
     world.events.append(xid(sick[:2], sick, 79))
     world.step(2)
-    [move] = world.controller.work.moves.values()
-    assert move.phase is MigrationPhase.ELSEWHERE_FIRST
+    [move] = world.controller.work.migrations.values()
+    assert move.phase is MigrationPhase.STARTING_ELSEWHERE
     old = world.controller
     values = checkpoint.to_values(old.fleet, old.desk.book, old.work, 5.0)
     leases = {holder: lease.parts for holder, lease in old.desk.book.leases.items()}
@@ -187,14 +187,14 @@ def test_a_move_goes_on_when_the_controller_is_killed_in_its_middle(vouched: boo
             StoredState(values), new.fleet, new.desk.book, new.work, now_s=world.clock.s, shift_s=5.0
         )
         new.settle()
-        assert new.work.moves == old.work.moves
+        assert new.work.migrations == old.work.migrations
         assert {holder: lease.parts for holder, lease in new.desk.book.leases.items()} == leases
     for _ in range(40):
         world.step()
     assert sick not in used(world)
     assert world.ready("small") == 2
     world.step(70)
-    assert not new.work.moves
+    assert not new.work.migrations
     assert len(world.replicas) == 2
 
 
@@ -370,11 +370,11 @@ def test_orders_are_repeated_until_they_are_done() -> None:
     assert OperatorActions(world.controller).restart(name, "").outcome == "unchanged"
     world.controller.tick()
     for _ in range(3):
-        [order] = world.controller.report(replica.endpoint).orders
+        [order] = world.controller.report(replica.endpoint).commands
         assert (order.kind, order.generation) == (ReplicaCommandKind.RESTART, 1)
     replica.obeys = True
     world.step(8)
-    assert world.controller.report(replica.endpoint).orders == ()
+    assert world.controller.report(replica.endpoint).commands == ()
 
 
 def test_a_gpu_that_a_new_agent_does_not_see_is_lost() -> None:
@@ -432,14 +432,14 @@ def test_a_move_that_waited_does_not_count_on_a_place_that_is_taken_since() -> N
     OperatorActions(world.controller).drain(node_id, "a fan rattles")
     controller = world.controller
     controller.tick()
-    assert set(controller.work.moves) == {first}
+    assert set(controller.work.migrations) == {first}
     controller.tick()
     for uuid in controller.fleet.gpus_of(other):
         controller.fleet.cordon_gpu(uuid, "so is this one", must_leave=False, now_s=world.clock.s)
-    del world.replicas[first], controller.work.moves[first]
+    del world.replicas[first], controller.work.migrations[first]
     controller.deregister(first, "gone")
     assert {done.kind for done in controller.tick()} == {"GPU drained"}
-    assert not controller.work.moves, "the place that was found for it before is no place any more"
+    assert not controller.work.migrations, "the place that was found for it before is no place any more"
     [begun] = controller.tick()
     assert (begun.kind, begun.subject) == ("retiring", second)
     assert "no room elsewhere" in begun.reason

@@ -43,7 +43,7 @@ def test_a_cordon_keeps_what_runs_and_takes_nothing_new() -> None:
     made.step(20)
     assert made.holder_of("node-a-gpu0") == (name,)
     assert state_of(made, "node-a-gpu0") is GpuState.CORDONED
-    assert not made.controller.work.moves
+    assert not made.controller.work.migrations
     assert made.controller.fleet.out_of_use() == {"node-a-gpu0": "node-a"}
     assert operations.uncordon("node-a-gpu0").outcome is ActionOutcome.DONE
     assert operations.uncordon("node-a-gpu0").outcome is ActionOutcome.UNCHANGED
@@ -130,11 +130,11 @@ def test_serve_hears_that_a_tier_is_drained_before_its_replicas_do() -> None:
     made.clock.s += 0.5
     made.controller.targets()
     made.controller.tick()
-    assert not made.controller.work.moves, "Serve may not have gone by it"
+    assert not made.controller.work.migrations, "Serve may not have gone by it"
     made.clock.s += 0.5
     made.controller.targets()
     made.controller.tick()
-    assert {move.endpoint_id for move in made.controller.work.moves.values()} == set(made.replicas)
+    assert {move.endpoint_id for move in made.controller.work.migrations.values()} == set(made.replicas)
 
 
 def test_a_tier_is_drained_while_serve_is_away() -> None:
@@ -142,10 +142,10 @@ def test_a_tier_is_drained_while_serve_is_away() -> None:
     OperatorActions(made.controller).drain("small", "costs too much")
     made.clock.s += 1.0
     made.controller.tick()
-    assert not made.controller.work.moves
+    assert not made.controller.work.migrations
     made.clock.s += 5.0
     made.controller.tick()
-    assert len(made.controller.work.moves) == 2
+    assert len(made.controller.work.migrations) == 2
 
 
 def test_a_drained_endpoint_is_replaced_by_another() -> None:
@@ -304,7 +304,7 @@ def test_whoever_claims_somebody_elses_gpu_is_told_to_leave() -> None:
     assert answer.outcome is LeaseOutcome.REFUSED
     made.controller.tick()
     made.controller.tick()
-    assert [order.kind for order in made.controller.report(other).orders] == ["retire"]
+    assert [order.kind for order in made.controller.report(other).commands] == ["retire"]
     assert made.holder_of(uuid) == (name,)
 
 

@@ -89,7 +89,7 @@ class Live:
 
     @property
     def target(self) -> int:
-        return self.world.controller.bases()["small"]
+        return self.world.controller.base_targets()["small"]
 
 
 def test_a_load_step_makes_a_tier_grow_and_shrink_again() -> None:

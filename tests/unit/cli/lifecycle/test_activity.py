@@ -16,7 +16,7 @@ def test_at_rest_there_is_nothing_to_say() -> None:
 
 def test_everything_under_way_is_said_with_its_reason() -> None:
     move = Migration(
-        "small-a", "small", MigrationPhase.RETIRING, "XID 79", 1.0, 0.0, note="enough others serve"
+        "small-a", "small", MigrationPhase.RETIRING, "XID 79", 1.0, 0.0, note="enough other replicas serve"
     )
     busy = Activity(
         (move,),
@@ -32,7 +32,7 @@ def test_everything_under_way_is_said_with_its_reason() -> None:
         "the controller's memory: disk full",
         "the controller has just started and waits for everybody to report",
         "tier big is held: 3 replicas failed",
-        "small-a moves (retiring): XID 79; enough others serve",
+        "small-a moves (retiring): XID 79; enough other replicas serve",
         "small-c is to leave: looks odd",
         "small-b waits for its restart: asked to",
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from controlplane.core.reconcile.migrations import CONTROLLER, Migration, MigrationPhase, TierHold
-from controlplane.core.reconcile.replica_targets import TierTarget, desired_replicas, target_of
+from controlplane.core.reconcile.replica_targets import TierTarget, desired_replicas, tier_target
 
 MOVE = TierTarget(3, "moving a away from GPU-1", 10.0)
 
@@ -16,7 +16,7 @@ MOVE = TierTarget(3, "moving a away from GPU-1", 10.0)
         (None, 0.0, {"a", "b"}, 2, "as configured"),
         (MOVE, 0.0, {"a", "b"}, 3, "moving a"),
         (MOVE, 10.0, {"a", "b"}, 3, "moving a"),
-        (MOVE, 10.1, {"a", "b", "c"}, 2, "run out"),
+        (MOVE, 10.1, {"a", "b", "c"}, 2, "expired"),
         (TierTarget(2, "moved", 10.0, ("a",)), 0.0, {"a", "b", "c"}, 3, "until it has left"),
         (TierTarget(2, "moved", 10.0, ("a",)), 0.0, {"b", "c"}, 2, "moved"),
         (TierTarget(2, "moved", 10.0, ("a", "b")), 0.0, {"a", "b", "c", "d"}, 4, "2 more"),
@@ -42,9 +42,15 @@ DRAINED = TierHold("costs too much", 0.0, must_leave=True)
     ("moves", "hold", "serving", "replicas", "leaving"),
     [
         ([], None, 2, 2, ()),
-        ([move("a", MigrationPhase.ELSEWHERE_FIRST)], None, 2, 3, ()),
+        ([move("a", MigrationPhase.STARTING_ELSEWHERE)], None, 2, 3, ()),
         ([move("a", MigrationPhase.RETIRING)], None, 3, 2, ("a",)),
-        ([move("a", MigrationPhase.SETTLING), move("b", MigrationPhase.ELSEWHERE_FIRST)], None, 2, 3, ("a",)),
+        (
+            [move("a", MigrationPhase.SETTLING), move("b", MigrationPhase.STARTING_ELSEWHERE)],
+            None,
+            2,
+            3,
+            ("a",),
+        ),
         ([], HOLD, 1, 1, ()),
         ([], HOLD, 5, 2, ()),
         ([move("a", MigrationPhase.RETIRING)], DRAINED, 2, 0, ()),
@@ -54,7 +60,7 @@ DRAINED = TierHold("costs too much", 0.0, must_leave=True)
 def test_what_is_published(
     moves: list[Migration], hold: TierHold | None, serving: int, replicas: int, leaving: tuple[str, ...]
 ) -> None:
-    others = [Migration("z", "other", MigrationPhase.ELSEWHERE_FIRST, "XID 79", 0.0, 0.0)]
-    target = target_of("small", 2, [*moves, *others], hold, serving=serving, valid_until_unix_s=9.0)
+    others = [Migration("z", "other", MigrationPhase.STARTING_ELSEWHERE, "XID 79", 0.0, 0.0)]
+    target = tier_target("small", 2, [*moves, *others], hold, serving=serving, valid_until_unix_s=9.0)
     assert (target.replicas, target.leaving, target.valid_until_unix_s) == (replicas, leaving, 9.0)
     assert target.reason
