@@ -1,14 +1,17 @@
-"""What holds of every placement, whatever the fleet and the gangs."""
+"""Properties of every placement, for any fleet and gangs."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from random import Random
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from controlplane.core.placement import batch_planner
 from controlplane.core.placement.batch_planner import plan
 from controlplane.core.placement.gangs import Gang, GangShape, Placement
 from controlplane.core.placement.occupancy import ReservedResources, RunningReplica, occupancy
@@ -18,6 +21,14 @@ from controlplane.core.placement.topology import Distance, Gpu, Node, spread_of
 from controlplane.core.placement.what_if import change
 
 GIB = 1024**3
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_orders() -> Iterator[None]:
+    """Fewer attempts per plan, so that many plans can be made."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch_planner, "EFFORT", 40)
+        yield
 
 
 @st.composite
@@ -100,12 +111,12 @@ def check_nothing_over_committed(fleet: tuple[Node, ...], placements: tuple[Plac
 
 @given(nodes(), gangs())
 @settings(max_examples=150, deadline=None)
-def test_a_plan_is_whole_holds_and_explains_itself(fleet: tuple[Node, ...], asked: tuple[Gang, ...]) -> None:
+def test_a_plan_is_complete_valid_and_explained(fleet: tuple[Node, ...], requested: tuple[Gang, ...]) -> None:
     state = PlacedCluster(fleet)
-    answer = plan(state, asked, effort=40)
-    check_nothing_over_committed(fleet, answer.placements)
+    result = plan(state, requested)
+    check_nothing_over_committed(fleet, result.placements)
     by_id = {node.node_id: node for node in fleet}
-    for placement in answer.placements:
+    for placement in result.placements:
         shape = placement.gang.shape
         assert len(placement.stages) == shape.stages
         assert all(len(stage.gpu_uuids) == shape.gpus for stage in placement.stages)
@@ -116,23 +127,25 @@ def test_a_plan_is_whole_holds_and_explains_itself(fleet: tuple[Node, ...], aske
         spreads = [spread_of(by_id[stage.node_id], stage.gpu_uuids) for stage in placement.stages]
         assert placement.distance == max(spreads, default=Distance.SAME)
         assert placement.why
-    assert revalidate(answer.placements, state) == ()
-    for refused in answer.infeasible:
+    assert revalidate(result.placements, state) == ()
+    for refused in result.infeasible:
         assert [refusal.node_id for refusal in refused.refusals] == [node.node_id for node in fleet]
         assert all(str(refusal) for refusal in refused.refusals)
         assert refused.why
-    names = [each.gang.gang_id for each in answer.placements]
-    names += [each.gang.gang_id for each in answer.infeasible]
-    assert sorted(names) == sorted(gang.gang_id for gang in asked)
+    names = [each.gang.gang_id for each in result.placements]
+    names += [each.gang.gang_id for each in result.infeasible]
+    assert sorted(names) == sorted(gang.gang_id for gang in requested)
 
 
 @given(nodes(), gangs(), st.booleans(), st.integers(0, 3000))
 @settings(max_examples=50, deadline=None)
-def test_what_runs_stays_and_what_others_hold_is_theirs(
-    fleet: tuple[Node, ...], asked: tuple[Gang, ...], known: bool, foreign_milli: int
+def test_running_gangs_stay_and_other_programs_keep_their_gpus(
+    fleet: tuple[Node, ...], requested: tuple[Gang, ...], known: bool, foreign_milli: int
 ) -> None:
-    asked = tuple(replace(gang, tier=repr(gang.shape)) for gang in asked)  # a tier's replicas are alike
-    first = plan(PlacedCluster(fleet), asked, effort=40)
+    requested = tuple(
+        replace(gang, tier=repr(gang.shape)) for gang in requested
+    )  # a tier's replicas are alike
+    first = plan(PlacedCluster(fleet), requested)
     running = [placement for placement in first.placements if len(placement.node_ids) == 1]
     replicas = [
         RunningReplica(f"r-{p.gang.gang_id}", p.gang.tier, p.node_ids[0], p.gpu_uuids if known else ())
@@ -145,12 +158,12 @@ def test_what_runs_stays_and_what_others_hold_is_theirs(
         )
         for node in fleet
     }
-    now = occupancy(fleet, asked, replicas, reserved, replica_cpu_milli={})
-    wanted = [gang for gang in asked if gang.gang_id in now.replica_of]
+    now = occupancy(fleet, requested, replicas, reserved, replica_cpu_milli={})
+    wanted = [gang for gang in requested if gang.gang_id in now.replica_of]
     found = change(now.state, now.running, wanted)
     held = (*now.state.placements, *found.plan.placements)
     if known:
-        assert len(found.kept) == len(running)
+        assert len(found.unchanged) == len(running)
         assert (found.moved, found.lost, found.removed) == ((), (), ())
         assert {u for p in found.plan.placements for u in p.gpu_uuids} == {
             uuid for placement in running for uuid in placement.gpu_uuids
@@ -164,21 +177,21 @@ def test_what_runs_stays_and_what_others_hold_is_theirs(
 
 @given(nodes(), gangs(), st.randoms(use_true_random=False))
 @settings(max_examples=60, deadline=None)
-def test_equal_questions_get_equal_answers(
-    fleet: tuple[Node, ...], asked: tuple[Gang, ...], rng: Random
+def test_equal_calls_give_equal_results(
+    fleet: tuple[Node, ...], requested: tuple[Gang, ...], rng: Random
 ) -> None:
     mixed = list(fleet)
     rng.shuffle(mixed)
-    first = plan(PlacedCluster(fleet), asked, effort=40)
-    assert plan(PlacedCluster(tuple(mixed)), asked, effort=40).placements == first.placements
+    first = plan(PlacedCluster(fleet), requested)
+    assert plan(PlacedCluster(tuple(mixed)), requested).placements == first.placements
 
 
 @given(nodes(), gangs())
 @settings(max_examples=100, deadline=None)
-def test_what_is_refused_truly_does_not_fit(fleet: tuple[Node, ...], asked: tuple[Gang, ...]) -> None:
-    """Nothing is refused to keep room: each refused gang of one node fails a plain look at every node."""
+def test_a_refused_gang_does_not_fit(fleet: tuple[Node, ...], requested: tuple[Gang, ...]) -> None:
+    """No gang is refused to leave room: a simple check shows for each refused gang that no node holds it."""
     planner = Planner(PlacedCluster(fleet))
-    for gang in asked:
+    for gang in requested:
         before = planner.placements
         if isinstance(planner.place(gang), Placement):
             continue
@@ -209,11 +222,11 @@ def test_what_is_refused_truly_does_not_fit(fleet: tuple[Node, ...], asked: tupl
 
 @given(nodes(), gangs(), st.lists(st.integers(0, 13), max_size=8))
 @settings(max_examples=60, deadline=None)
-def test_what_leaves_is_free_again(
-    fleet: tuple[Node, ...], asked: tuple[Gang, ...], leaving: list[int]
+def test_a_removed_gang_leaves_its_resources_free(
+    fleet: tuple[Node, ...], requested: tuple[Gang, ...], leaving: list[int]
 ) -> None:
     planner = Planner(PlacedCluster(fleet))
-    for gang in asked:
+    for gang in requested:
         planner.place(gang)
     for i in leaving:
         if f"g{i}" in {placement.gang.gang_id for placement in planner.placements}:

@@ -83,7 +83,7 @@ def _difference_text(difference: ClusterChange) -> str:
     parts = [
         f"{name}: {', '.join(gangs)}"
         for name, gangs in (
-            ("stay", difference.kept),
+            ("stay", difference.unchanged),
             ("move", difference.moved),
             ("come", difference.added),
             ("go", difference.removed),
@@ -191,7 +191,7 @@ def to_json(answer: PlanResult) -> dict[str, Any]:
     }
     if answer.change is not None:
         result["change"] = {
-            "kept": list(answer.change.kept),
+            "kept": list(answer.change.unchanged),
             "moved": list(answer.change.moved),
             "added": list(answer.change.added),
             "removed": list(answer.change.removed),

@@ -1,2 +1,2 @@
-"""Which GPUs of which nodes a gang of workers gets, why not others, and what a change to the cluster would
-do."""
+"""Which GPUs of which nodes a gang of workers gets, with the reasons, and the effect of a change to the
+cluster."""

@@ -1,8 +1,8 @@
-"""A place for each of many gangs at once.
+"""Placement of many gangs at once.
 
 Gangs are placed one by one (:class:`~controlplane.core.placement.planner.Planner`), so their order matters.
-Large ones first is nearly always good. When some find no place, other orders are tried: gangs that few GPUs
-will do for first, then those with few CPUs per GPU; then, from the best order so far, one refused gang at a
+Large gangs first is nearly always good. If some can't be placed, other orders are tried: gangs that few GPUs
+suit first, then gangs with few CPUs per GPU. Then, starting from the best order so far, one refused gang at a
 time is moved to the front. The order that allocates most wins.
 """
 
@@ -12,24 +12,17 @@ from collections.abc import Callable, Sequence
 
 from controlplane.core.placement.fragmentation import ExpectedDemand
 from controlplane.core.placement.gangs import Gang, Infeasible, Placement, PlacementPlan
-from controlplane.core.placement.planner import SPREAD_MILLI, PlacedCluster, Planner, demand_of
+from controlplane.core.placement.planner import PlacedCluster, Planner, demand_of
 
 EFFORT = 1000
-"""Placements to try at most, beyond those of the first order: about 1 ms each on 10,000 GPUs."""
+"""Maximum number of placements tried beyond the first order: about 1 ms each on 10,000 GPUs."""
 
 
-def plan(
-    state: PlacedCluster,
-    gangs: Sequence[Gang],
-    demand: ExpectedDemand | None = None,
-    *,
-    spread_milli: int = SPREAD_MILLI,
-    effort: int = EFFORT,
-) -> PlacementPlan:
-    """Place ``gangs`` beside what ``state`` runs; the answers are in the order asked for.
+def plan(state: PlacedCluster, gangs: Sequence[Gang], demand: ExpectedDemand | None = None) -> PlacementPlan:
+    """Place ``gangs`` beside the placements of ``state``; the results are in the order of ``gangs``.
 
-    ``demand`` is what the fleet must expect; by default more of what runs and what is asked for.
-    ValueError if two gangs have the same id, or one that runs already.
+    ``demand`` is the expected demand, by default that of which the running gangs and ``gangs`` are a sample.
+    ValueError if two gangs have the same id, or a gang has the id of a running one.
     """
     if len({gang.gang_id for gang in gangs}) != len(gangs):
         raise ValueError("two gangs have the same id")
@@ -38,61 +31,60 @@ def plan(
     expected = demand
 
     def attempt(order: Sequence[Gang]) -> PlacementPlan:
-        planner = Planner(state, expected, spread_milli=spread_milli)
-        answers = [planner.place(gang) for gang in order]
+        planner = Planner(state, expected)
+        results = [planner.place(gang) for gang in order]
         return PlacementPlan(
-            tuple(answer for answer in answers if isinstance(answer, Placement)),
-            tuple(answer for answer in answers if isinstance(answer, Infeasible)),
+            tuple(result for result in results if isinstance(result, Placement)),
+            tuple(result for result in results if isinstance(result, Infeasible)),
         )
 
-    best = _search(attempt, gangs, _scarcity(state, gangs), effort)
-    asked = {gang.gang_id: i for i, gang in enumerate(gangs)}
+    best = _search(attempt, gangs, _suitable_gpus(state, gangs))
+    position = {gang.gang_id: i for i, gang in enumerate(gangs)}
     return PlacementPlan(
-        tuple(sorted(best.placements, key=lambda answer: asked[answer.gang.gang_id])),
-        tuple(sorted(best.infeasible, key=lambda answer: asked[answer.gang.gang_id])),
+        tuple(sorted(best.placements, key=lambda result: position[result.gang.gang_id])),
+        tuple(sorted(best.infeasible, key=lambda result: position[result.gang.gang_id])),
     )
 
 
 def _search(
     attempt: Callable[[Sequence[Gang]], PlacementPlan],
     gangs: Sequence[Gang],
-    scarcity: dict[str, int],
-    effort: int,
+    suitable_gpus: dict[str, int],
 ) -> PlacementPlan:
     order = sorted(gangs, key=_size)
     best = attempt(order)
-    left = effort // max(1, len(gangs))
+    left = EFFORT // max(1, len(gangs))
     for other in (
-        sorted(gangs, key=lambda gang: (scarcity[gang.gang_id], _size(gang))),
+        sorted(gangs, key=lambda gang: (suitable_gpus[gang.gang_id], _size(gang))),
         sorted(gangs, key=lambda gang: (_cpu_per_gpu(gang), _size(gang))),
     ):
         if not best.complete and left > 0:
             left -= 1
-            answer = attempt(other)
-            if _worth(answer) > _worth(best):
-                best, order = answer, other
+            found = attempt(other)
+            if _value(found) > _value(best):
+                best, order = found, other
     tried: set[str] = set()
     while left > 0:
-        refused = [answer.gang for answer in best.infeasible if answer.gang.gang_id not in tried]
+        refused = [each.gang for each in best.infeasible if each.gang.gang_id not in tried]
         if not refused:
             break
         left -= 1
         first = min(refused, key=_size)
         tried.add(first.gang_id)
         moved = [first, *(gang for gang in order if gang is not first)]
-        answer = attempt(moved)
-        if _worth(answer) > _worth(best):
-            best, order, tried = answer, moved, set()
+        found = attempt(moved)
+        if _value(found) > _value(best):
+            best, order, tried = found, moved, set()
     return best
 
 
-def _worth(answer: PlacementPlan) -> tuple[int, int]:
+def _value(found: PlacementPlan) -> tuple[int, int]:
     """GPU capacity allocated, then gangs placed."""
-    return sum(p.gang.shape.total_milli for p in answer.placements), len(answer.placements)
+    return sum(p.gang.shape.total_milli for p in found.placements), len(found.placements)
 
 
 def _size(gang: Gang) -> tuple[int, int, int, int, int, str, str]:
-    """Sorts the largest first."""
+    """A sort key that puts the largest gang first."""
     shape = gang.shape
     return (
         -shape.total_milli,
@@ -105,8 +97,8 @@ def _size(gang: Gang) -> tuple[int, int, int, int, int, str, str]:
     )
 
 
-def _scarcity(state: PlacedCluster, gangs: Sequence[Gang]) -> dict[str, int]:
-    """By gang: how many GPUs of the fleet are of a model that it accepts."""
+def _suitable_gpus(state: PlacedCluster, gangs: Sequence[Gang]) -> dict[str, int]:
+    """Number of GPUs of a model that the gang accepts, by gang id."""
     models: dict[str, int] = {}
     for node in state.nodes:
         for gpu in node.gpus:

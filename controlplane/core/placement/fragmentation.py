@@ -1,18 +1,18 @@
-"""How much free GPU capacity of a node is expected to find no use.
+"""How much free GPU capacity of a node is expected to remain unused («stranded»).
 
-A gap on a GPU is worth something only if gangs come that fit into it. For a gap of ``x`` thousandths with
-``c`` CPUs to go with it, and gangs that arrive independently with frequencies ``q``, the amount that stays
+A gap on a GPU is useful only if gangs arrive that fit into it. For a gap of ``x`` thousandths of a GPU with
+``c`` CPUs available to it, and gangs that arrive independently with frequencies ``q``, the amount that stays
 stranded obeys a Bellman equation: the first arrival that fits takes its part and leaves a smaller gap, and
-with a small probability ``HAZARD`` per arrival nothing more comes and all of the gap is lost::
+with a small probability ``HAZARD`` per arrival no more gangs arrive and the whole gap is lost::
 
     W(x, c) = (HAZARD · x + Σ q_t · W(x - milli_t, c - cpu_t)) / (HAZARD + Σ q_t)     over t that fit
 
-A node's stranding is the sum over its GPUs, each with its part of the node's free CPUs; plus a little for
-each GPU that is begun; plus, for gangs of several GPUs, the free capacity times the part of them that the
-node (or its best NVLink island) can't take any more. The placement puts a gang where this sum grows least.
+A node's stranding is the sum over its GPUs, each with its part of the node's free CPUs; plus a small amount
+for each GPU that is not idle; plus, for gangs of several GPUs, the free capacity times the share of those
+gangs that no longer fit the node (or its best NVLink island). A gang is placed where this sum grows least.
 
-It differs from the fragmentation measure of Weng et al., «Beware of Fragmentation» (USENIX ATC'23),
-which asks what the *next* gang can't use; this asks what is left once many have come.
+The fragmentation measure of Weng et al., «Beware of Fragmentation» (USENIX ATC'23), asks what the *next* gang
+can't use; this one asks what remains after many gangs have arrived.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 HAZARD = 0.01
-"""Chance per arrival that no more come. Placements hardly change between 0.005 and 0.02."""
+"""Probability per arrival that no more gangs arrive. Placements hardly change between 0.005 and 0.02."""
 SEVERAL_GPUS_WEIGHT = 0.5
-"""A gap that gangs of several GPUs can't use may still serve single ones: it counts half."""
-BEGUN_MILLI = HAZARD * WHOLE_MILLI
-"""What beginning an idle GPU costs. The equation alone would rather begin one than fill up another, since
-that leaves less to be lost in case nothing more comes; whole GPUs are worth more than that."""
+"""A gap that gangs of several GPUs can't use may still serve gangs of one GPU, so it counts half."""
+STARTED_MILLI = HAZARD * WHOLE_MILLI
+"""Cost of placing the first gang on an idle GPU. The equation alone would prefer an idle GPU to one that is
+partly used, because less is lost if no more gangs arrive; but whole idle GPUs are worth more than that."""
 _QUANTUM_MILLI = 10
 _GAPS = WHOLE_MILLI // _QUANTUM_MILLI + 1
 _CPU_STEPS = 128
@@ -42,7 +42,7 @@ _CPU_STEPS = 128
 
 @dataclass(frozen=True, slots=True)
 class GpuKind:
-    """GPUs that gangs can't tell apart."""
+    """A kind of GPU: all GPUs of it are the same to a gang."""
 
     model: str
     memory_bytes: int
@@ -50,36 +50,38 @@ class GpuKind:
 
 @dataclass(frozen=True, slots=True)
 class ExpectedDemand:
-    """How often which shape is expected, in relation to each other."""
+    """Relative frequencies of the shapes that are expected."""
 
     weights: tuple[tuple[GangShape, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class NodeStates:
-    """States of nodes as arrays; the leading axes are the caller's, the last one of each is the GPU."""
+    """States of nodes as arrays. The last axis is the GPU, except for ``largest_island`` and ``cpu_milli``,
+    which have no GPU axis; the other axes are the caller's."""
 
     gap_milli: Ints
-    """What can still be given of each GPU, limited by its free memory."""
+    """Free share of each GPU, limited by its free memory."""
     kind: Ints
-    """Indices into the kinds; shaped like the gaps or broadcast to them, as ``island`` is."""
+    """Indices into the kinds, shaped like ``gap_milli`` or broadcast to it."""
     island: Ints
-    """Numbers the node's NVLink islands from 0; -1: a GPU without links."""
+    """Number of the GPU's NVLink island on the node from 0, or -1 for a GPU without links; shaped like
+    ``gap_milli`` or broadcast to it."""
     largest_island: Ints
-    """GPUs in the node's largest island; without the GPU axis, as ``cpu_milli`` is."""
+    """GPUs in the node's largest island."""
     cpu_milli: Ints
     """Free on the node."""
     islands: int
-    """The most islands that any of the nodes has."""
+    """The largest number of islands on one node."""
 
 
 class Stranding:
-    """The expected stranding for one demand, on the kinds of GPUs of one fleet."""
+    """The expected stranding under one demand, on the kinds of GPUs of one fleet."""
 
     def __init__(
         self, demand: ExpectedDemand, kinds: Sequence[GpuKind], most_cpu_milli: int, most_gpus: int
     ) -> None:
-        """At least one kind; ``most_cpu_milli`` and ``most_gpus`` are those of the largest node."""
+        """``kinds`` has at least one; ``most_cpu_milli`` and ``most_gpus`` are those of the largest node."""
         self._step = max(1, -(-most_cpu_milli // _CPU_STEPS))
         total = sum(weight for _, weight in demand.weights) or 1.0
         shares = [(shape, weight / total) for shape, weight in demand.weights if weight > 0 and shape.gpus]
@@ -96,7 +98,7 @@ class Stranding:
     def _items(
         self, shares: Sequence[tuple[GangShape, float]], kind: GpuKind
     ) -> tuple[tuple[tuple[int, int], float], ...]:
-        """What single GPUs of this kind are asked for: (gap quanta, CPU steps) → frequency."""
+        """The demand per single GPU of this kind: (gap quanta, CPU steps) → frequency."""
         items: dict[tuple[int, int], float] = {}
         for shape, share in shares:
             milli = shape.milli_gpu
@@ -117,14 +119,14 @@ class Stranding:
         part = steps - low
         at = (states.kind * _GAPS + gap // _QUANTUM_MILLI) * (_CPU_STEPS + 1) + low
         singles = self._table[at] * (1.0 - part) + self._table[at + 1] * part
-        begun = (gap < WHOLE_MILLI).sum(axis=-1)
-        result: Floats = singles.sum(axis=-1) + BEGUN_MILLI * begun
+        started = (gap < WHOLE_MILLI).sum(axis=-1)
+        result: Floats = singles.sum(axis=-1) + STARTED_MILLI * started
         if self._missed_on_node is not None:
             result += SEVERAL_GPUS_WEIGHT * free * self._missed(states)
         return result
 
     def _missed(self, states: NodeStates) -> Floats:
-        """The part of demand that needs several GPUs at once and no longer finds them."""
+        """The share of the demand that needs several GPUs at once and no longer fits."""
         assert self._missed_on_node is not None
         idle = states.gap_milli == WHOLE_MILLI
         kind = states.kind[..., 0]
@@ -138,11 +140,11 @@ class Stranding:
     def _several(
         self, shares: Sequence[tuple[GangShape, float]], kinds: Sequence[GpuKind], most_gpus: int
     ) -> tuple[Floats | None, Floats | None]:
-        """Tables of the part of demand missed: by kind, size of the largest island, idle GPUs, CPU steps.
+        """The missed share of the demand by kind, size of the largest island, idle GPUs and CPU steps.
 
-        The first is for what is idle on the node, the second for what is idle in its best island; where an
-        island would be large enough for a shape, each counts half. A node of several kinds counts as its
-        first GPU's.
+        The first table is indexed by the idle GPUs of the node, the second by those of its best island. If an
+        island is large enough for a shape, each table counts half. A node with several kinds counts as the
+        kind of its first GPU.
         """
         several = [(shape, share) for shape, share in shares if shape.gpus > 1]
         if not several:

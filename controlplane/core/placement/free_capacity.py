@@ -1,8 +1,8 @@
-"""The fleet's free capacity as arrays: what the placement reads, and where it writes down what it gave.
+"""The fleet's free capacity as arrays, which the placement reads and updates.
 
-Rows are nodes in the order of their ids, columns are a node's GPUs in the order of their indices. A GPU
-that is not there or must not be used has nothing free. The arrays are changed by :meth:`FreeCapacity.take`
-and :meth:`FreeCapacity.give_back` only.
+Rows are nodes in the order of their ids, columns are a node's GPUs in the order of their indices. A GPU that
+doesn't exist or is out of use has nothing free. Only :meth:`FreeCapacity.take` and
+:meth:`FreeCapacity.give_back` change the arrays.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from controlplane.core.placement.gangs import WHOLE_MILLI, GangShape
 from controlplane.core.placement.topology import Gpu, Node, islands, numa_groups
 
 UNKNOWN_BYTES = 1 << 60
-"""Stands for a GPU memory that nobody reported: enough for anything."""
+"""Used for GPUs whose memory is unknown: enough for any gang."""
 
 
 class FreeCapacity:
-    """Free capacity of nodes; who took what is the caller's to remember. ValueError if two nodes have the
-    same id, or two GPUs the same UUID."""
+    """Free capacity of nodes. It doesn't record which gang took what. ValueError if two nodes have the same
+    id, or two GPUs the same UUID."""
 
     def __init__(self, nodes: Iterable[Node]) -> None:
         self.nodes = tuple(sorted(nodes, key=lambda node: node.node_id))
@@ -59,12 +59,12 @@ class FreeCapacity:
                 self.numa[i, group] = number
         self.kinds = tuple(kinds) or (GpuKind("", 0),)
         self.gpu_size: Ints = np.where(self.present, self.size_bytes, 0).max(axis=1)
-        """Bytes of each node's largest GPU; 0: no GPU."""
+        """Memory of each node's largest GPU; 0 without GPUs."""
         self.sizes_differ = len(np.unique(self.gpu_size)) > 1
         self.islands = int(self.island.max(initial=-1)) + 1
         self.most_cpu_milli = int(self.cpu_milli.max(initial=0))
         self.changed: list[int] = []
-        """Rows in the order they were changed; a reader remembers how far it has read."""
+        """Rows in the order of their changes; each reader remembers how far it has read."""
 
     def _write(self, i: int, j: int, node: Node, gpu: Gpu, kinds: dict[GpuKind, int]) -> None:
         self.present[i, j] = True
@@ -76,7 +76,7 @@ class FreeCapacity:
             self.free_bytes[i, j] = self.size_bytes[i, j]
 
     def states(self, rows: Ints) -> NodeStates:
-        """What :class:`~controlplane.core.placement.fragmentation.Stranding` looks at, of these rows."""
+        """The input of :class:`~controlplane.core.placement.fragmentation.Stranding` for these rows."""
         return NodeStates(
             self.gap_milli[rows],
             self.kind[rows],
@@ -87,20 +87,20 @@ class FreeCapacity:
         )
 
     def accepted(self, shape: GangShape) -> NDArray[np.bool_]:
-        """By kind: whether the shape takes GPUs of it."""
+        """Whether the shape accepts GPUs of each kind."""
         return np.array([shape.accepts(kind.model) for kind in self.kinds], dtype=np.bool_)
 
-    def take(self, row: int, columns: Sequence[int], shape: GangShape, stages: int = 1) -> None:
-        """Write down that ``stages`` stages of ``shape`` run on this node, on these GPUs."""
-        self._move(row, columns, shape, stages, -1)
+    def take(self, row: int, columns: Sequence[int], shape: GangShape) -> None:
+        """Subtract what one stage of ``shape`` uses on this node and these of its GPUs."""
+        self._add(row, columns, shape, -1)
 
-    def give_back(self, row: int, columns: Sequence[int], shape: GangShape, stages: int = 1) -> None:
+    def give_back(self, row: int, columns: Sequence[int], shape: GangShape) -> None:
         """The reverse of :meth:`take`."""
-        self._move(row, columns, shape, stages, +1)
+        self._add(row, columns, shape, +1)
 
-    def _move(self, row: int, columns: Sequence[int], shape: GangShape, stages: int, sign: int) -> None:
-        self.cpu_milli[row] += sign * stages * shape.cpu_milli
-        self.memory_bytes[row] += sign * stages * shape.memory_bytes
+    def _add(self, row: int, columns: Sequence[int], shape: GangShape, sign: int) -> None:
+        self.cpu_milli[row] += sign * shape.cpu_milli
+        self.memory_bytes[row] += sign * shape.memory_bytes
         for column in columns:
             if self.usable[row, column]:
                 self.free_milli[row, column] += sign * shape.milli_gpu
@@ -112,12 +112,12 @@ class FreeCapacity:
 
 
 def gap_of(free_milli: Ints, free_bytes: Ints, size_bytes: Ints) -> Ints:
-    """What can still be given of a GPU, in thousandths: its free share, limited by its free memory."""
+    """The free share of a GPU in thousandths, limited by its free memory."""
     by_memory: Ints = np.floor(free_bytes / np.maximum(size_bytes, 1) * WHOLE_MILLI + 1e-9).astype(np.int64)
     gap: Ints = np.maximum(np.minimum(free_milli, by_memory), 0)
     return gap
 
 
-def all_rows(ledger: FreeCapacity) -> Ints:
+def all_rows(capacity: FreeCapacity) -> Ints:
     """Indices of all nodes."""
-    return np.arange(len(ledger.nodes), dtype=np.int64)
+    return np.arange(len(capacity.nodes), dtype=np.int64)

@@ -1,4 +1,4 @@
-"""What is to be placed, and the answers: a placement, or why there is none.
+"""What is to be placed, and the result: a placement, or the reasons why there is none.
 
 A gang is one replica of a tier: all of its processes run, or none do. It has ``stages`` (pipeline
 parallelism) of ``gpus`` GPUs each (tensor parallelism); the GPUs of one stage are always on one node.
@@ -14,18 +14,19 @@ from enum import StrEnum
 from controlplane.core.placement.topology import Distance
 
 WHOLE_MILLI = 1000
-"""A whole GPU, in thousandths."""
+"""A whole GPU, in thousandths of a GPU."""
 
 
 @dataclass(frozen=True, slots=True)
 class GangShape:
-    """What a gang asks for. Gangs of one shape are interchangeable. ValueError if it makes no sense."""
+    """The resources that a gang needs. Gangs of one shape are interchangeable. ValueError for values that
+    contradict each other."""
 
     gpus: int = 1
-    """GPUs of one stage; 0: the stage runs on CPUs."""
+    """GPUs of one stage; 0 means that the stage runs on CPUs."""
     stages: int = 1
     milli_gpu: int = WHOLE_MILLI
-    """The share of each GPU in thousandths; under 1000 only for a single GPU."""
+    """The share of each GPU in thousandths; below 1000 only for a gang with a single GPU."""
     gpu_memory_bytes: int = 0
     """On each of its GPUs."""
     cpu_milli: int = 0
@@ -33,9 +34,9 @@ class GangShape:
     memory_bytes: int = 0
     """Host memory for one stage."""
     models: frozenset[str] = frozenset()
-    """GPU models that will do; empty: any."""
+    """Accepted GPU models; empty means any."""
     across_nodes: bool = False
-    """Stages may be on different nodes when no node holds them all."""
+    """Stages may be on different nodes if no node has room for all of them."""
 
     def __post_init__(self) -> None:
         if self.gpus < 0 or self.stages < 1:
@@ -59,27 +60,27 @@ class GangShape:
 
     @property
     def total_milli(self) -> int:
-        """What it takes of the fleet, in thousandths of a GPU."""
+        """GPU capacity that it uses, in thousandths of a GPU."""
         return self.total_gpus * self.milli_gpu
 
     def accepts(self, model: str) -> bool:
-        """Whether a GPU of this model will do."""
+        """Whether it can use a GPU of this model."""
         return not self.models or model in self.models
 
 
 @dataclass(frozen=True, slots=True)
 class Gang:
-    """One replica that wants a place."""
+    """One replica to be placed."""
 
     gang_id: str
     shape: GangShape
     tier: str = ""
-    """Replicas of one tier keep away from each other; empty: no such wish."""
+    """Replicas of one tier are spread over nodes; empty means no spreading."""
 
 
 @dataclass(frozen=True, slots=True)
 class GangStage:
-    """Where one stage runs."""
+    """The node and GPUs of one stage."""
 
     node_id: str
     gpu_uuids: tuple[str, ...] = ()
@@ -87,25 +88,25 @@ class GangStage:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a gang runs, and why there."""
+    """The nodes and GPUs of a gang, and why these."""
 
     gang: Gang
     stages: tuple[GangStage, ...]
     distance: Distance = Distance.SAME
-    """The farthest apart two GPUs of one stage are."""
+    """Distance between the two GPUs of one stage that are farthest apart."""
     stranded_milli: float = 0.0
-    """By how much the GPU capacity that is expected to find no use grows, in thousandths of a GPU."""
+    """Growth of the GPU capacity that is expected to remain unused, in thousandths of a GPU."""
     replicas_beside: int = 0
     """Replicas of its tier that the nodes already ran."""
     runner_up: str = ""
-    """The next best node, if it was placed on one node and another would have done."""
+    """The next best node, if the gang is on one node and would have fitted another."""
     runner_up_stranded_milli: float = 0.0
     stays: bool = False
-    """It runs there already."""
+    """The gang already runs there."""
 
     @property
     def node_ids(self) -> tuple[str, ...]:
-        """Its nodes, each once, in the order of the stages."""
+        """Its nodes without duplicates, in the order of the stages."""
         return tuple(dict.fromkeys(stage.node_id for stage in self.stages))
 
     @property
@@ -115,7 +116,7 @@ class Placement:
 
     @property
     def why(self) -> str:
-        """One sentence for people."""
+        """The reason in one sentence, for the user."""
         if self.stays:
             return "runs there"
         shape = self.gang.shape
@@ -162,7 +163,7 @@ class RefusalCause(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class NodeRefusal:
-    """Why one node can't take a gang: what it needs of something, and what there is."""
+    """Why one node can't take a gang: how much of the missing resource it needs, and how much there is."""
 
     node_id: str
     cause: RefusalCause
@@ -202,14 +203,14 @@ def _available(refusal: NodeRefusal) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Infeasible:
-    """A gang that has no place, with the reason of every node."""
+    """A gang that can't be placed, with the reason for every node."""
 
     gang: Gang
     refusals: Sequence[NodeRefusal] = field(default=())
 
     @property
     def why(self) -> str:
-        """One sentence for people: the causes, the most frequent first."""
+        """The causes in one sentence for the user, the most frequent first."""
         counts = Counter(str(refusal.cause) for refusal in self.refusals)
         if not counts:
             return "there is no node"
@@ -218,12 +219,12 @@ class Infeasible:
 
 @dataclass(frozen=True, slots=True)
 class PlacementPlan:
-    """The answer to a list of gangs, in the order they were asked for."""
+    """The results for a list of gangs, in the order of that list."""
 
     placements: tuple[Placement, ...] = ()
     infeasible: tuple[Infeasible, ...] = ()
 
     @property
     def complete(self) -> bool:
-        """Whether every gang has its place."""
+        """Whether every gang was placed."""
         return not self.infeasible

@@ -1,6 +1,6 @@
-"""Which GPUs of a node a gang would get, what that would cost, and why a node can't take it.
+"""Which GPUs of a node a gang would get, how much capacity that would strand, and why a node can't take it.
 
-Everything here works on many nodes at once: ``rows`` are indices into the ledger.
+All functions work on many nodes at once: ``rows`` are row indices of the arrays in :class:`FreeCapacity`.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from controlplane.core.placement.topology import Distance
 Bools = NDArray[np.bool_]
 
 _FAR = 1 << 30
-"""Sorts behind every GPU that may be chosen."""
+"""A sort key larger than that of any GPU that may be chosen."""
 
 
 @dataclass(frozen=True, slots=True)
 class NodeFit:
-    """One shape on many nodes."""
+    """How one shape fits many nodes."""
 
     fits: Bools
     distance: Ints
     """See :class:`~controlplane.core.placement.topology.Distance`."""
     stranded_milli: Floats
-    """How much the expected stranding grows; infinite where it does not fit."""
+    """Growth of the expected stranding; infinite where the shape doesn't fit."""
     columns: Ints
-    """The GPUs it would get, stage by stage; meaningless where it does not fit."""
+    """The GPUs it would get, stage by stage; meaningless where the shape doesn't fit."""
 
 
-def fit_nodes(ledger: FreeCapacity, stranding: Stranding, shape: GangShape, rows: Ints) -> NodeFit:
-    """Try ``shape``, all stages on one node, on each of ``rows``; nothing is changed."""
-    eligible = _eligible(ledger, shape, rows)
-    fits = ledger.open[rows] & (ledger.cpu_milli[rows] >= shape.cpu_milli * shape.stages)
-    fits &= ledger.memory_bytes[rows] >= shape.memory_bytes * shape.stages
+def fit_nodes(capacity: FreeCapacity, stranding: Stranding, shape: GangShape, rows: Ints) -> NodeFit:
+    """Try ``shape``, with all its stages on one node, on each of ``rows``. Changes nothing."""
+    eligible = _eligible(capacity, shape, rows)
+    fits = capacity.open[rows] & (capacity.cpu_milli[rows] >= shape.cpu_milli * shape.stages)
+    fits &= capacity.memory_bytes[rows] >= shape.memory_bytes * shape.stages
     if shape.gpus:
         fits &= eligible.sum(axis=1) >= shape.total_gpus
     distance = np.zeros(len(rows), dtype=np.int64)
@@ -51,50 +51,50 @@ def fit_nodes(ledger: FreeCapacity, stranding: Stranding, shape: GangShape, rows
     if len(where):
         found, able = rows[where], eligible[where]
         if shape.shared:
-            columns[where, 0], stranded[where] = _share(ledger, stranding, shape, found, able)
+            columns[where, 0], stranded[where] = _share(capacity, stranding, shape, found, able)
         else:
-            columns[where], distance[where] = _closest(ledger, shape, found, able)
-            stranded[where] = _growth(ledger, stranding, shape, found, columns[where])
+            columns[where], distance[where] = _closest(capacity, shape, found, able)
+            stranded[where] = _growth(capacity, stranding, shape, found, columns[where])
     return NodeFit(fits, distance, np.round(stranded, 6), columns)
 
 
-def _eligible(ledger: FreeCapacity, shape: GangShape, rows: Ints) -> Bools:
-    """GPUs that could give what the shape wants of each of its GPUs now."""
-    eligible = ledger.usable[rows] & (ledger.free_milli[rows] >= shape.milli_gpu)
+def _eligible(capacity: FreeCapacity, shape: GangShape, rows: Ints) -> Bools:
+    """GPUs that have now what the shape needs of each of its GPUs."""
+    eligible = capacity.usable[rows] & (capacity.free_milli[rows] >= shape.milli_gpu)
     if shape.gpu_memory_bytes:
-        eligible &= ledger.free_bytes[rows] >= shape.gpu_memory_bytes
+        eligible &= capacity.free_bytes[rows] >= shape.gpu_memory_bytes
     if shape.models:
-        eligible &= ledger.accepted(shape)[ledger.kind[rows]]
+        eligible &= capacity.accepted(shape)[capacity.kind[rows]]
     return eligible
 
 
 def _share(
-    ledger: FreeCapacity, stranding: Stranding, shape: GangShape, rows: Ints, eligible: Bools
+    capacity: FreeCapacity, stranding: Stranding, shape: GangShape, rows: Ints, eligible: Bools
 ) -> tuple[Ints, Floats]:
-    """The GPU of each row that gives the share with the least stranding, and how much that is."""
-    gap = ledger.gap_milli[rows]
+    """The GPU of each row that can give the share with the least growth of stranding, and that growth."""
+    gap = capacity.gap_milli[rows]
     after = gap_of(
-        ledger.free_milli[rows] - shape.milli_gpu,
-        ledger.free_bytes[rows] - shape.gpu_memory_bytes,
-        ledger.size_bytes[rows],
+        capacity.free_milli[rows] - shape.milli_gpu,
+        capacity.free_bytes[rows] - shape.gpu_memory_bytes,
+        capacity.size_bytes[rows],
     )
-    # GPUs of a node that are alike now are alike after it: one of each is looked at.
-    state = np.stack([gap, after, ledger.kind[rows], ledger.island[rows]])
+    # GPUs of a node in the same state stay alike: only one of each is evaluated.
+    state = np.stack([gap, after, capacity.kind[rows], capacity.island[rows]])
     alike = np.all(state[:, :, :, None] == state[:, :, None, :], axis=0) & eligible[:, None, :]
     distinct = eligible & (alike.argmax(axis=2) == np.arange(gap.shape[1]))
     option, column = np.nonzero(distinct)
     options = gap[option]
     options[np.arange(len(option)), column] = after[option, column]
     which = np.concatenate([option, np.arange(len(rows))])
-    cpu = ledger.cpu_milli[rows]
+    cpu = capacity.cpu_milli[rows]
     stranded = stranding.of(
         NodeStates(
             np.concatenate([options, gap]),
-            ledger.kind[rows[which]],
-            ledger.island[rows[which]],
-            ledger.largest_island[rows[which]],
+            capacity.kind[rows[which]],
+            capacity.island[rows[which]],
+            capacity.largest_island[rows[which]],
             np.concatenate([cpu[option] - shape.cpu_milli, cpu]),
-            ledger.islands,
+            capacity.islands,
         )
     )
     growth = np.full(gap.shape, np.inf)
@@ -103,16 +103,16 @@ def _share(
     return best, growth[np.arange(len(rows)), best]
 
 
-def _closest(ledger: FreeCapacity, shape: GangShape, rows: Ints, idle: Bools) -> tuple[Ints, Ints]:
-    """Whole GPUs for all stages of each row, stage by stage, and how far apart those of a stage are."""
+def _closest(capacity: FreeCapacity, shape: GangShape, rows: Ints, idle: Bools) -> tuple[Ints, Ints]:
+    """Whole GPUs for all stages on each row, stage by stage, and the largest distance inside a stage."""
     distance = np.zeros(len(rows), dtype=np.int64)
     if not shape.gpus:
         return np.zeros((len(rows), 0), dtype=np.int64), distance
-    if shape.total_gpus == 1 and not ledger.islands:
+    if shape.total_gpus == 1 and not capacity.islands:
         return idle.argmax(axis=1)[:, None], distance
     stages = []
     for _ in range(shape.stages):
-        columns, far = _together(idle, ledger.island[rows], ledger.numa[rows], shape.gpus)
+        columns, far = _together(idle, capacity.island[rows], capacity.numa[rows], shape.gpus)
         np.put_along_axis(idle, columns, False, axis=1)
         distance = np.maximum(distance, far)
         stages.append(columns)
@@ -120,10 +120,10 @@ def _closest(ledger: FreeCapacity, shape: GangShape, rows: Ints, idle: Bools) ->
 
 
 def _growth(
-    ledger: FreeCapacity, stranding: Stranding, shape: GangShape, rows: Ints, columns: Ints
+    capacity: FreeCapacity, stranding: Stranding, shape: GangShape, rows: Ints, columns: Ints
 ) -> Floats:
-    """How much the stranding grows when these whole GPUs are taken."""
-    now = ledger.states(rows)
+    """Growth of the stranding if these whole GPUs are taken."""
+    now = capacity.states(rows)
     gap = now.gap_milli.copy()
     np.put_along_axis(gap, columns, 0, axis=1)
     cpu = now.cpu_milli - shape.cpu_milli * shape.stages
@@ -133,7 +133,7 @@ def _growth(
         now.island[:, None, :],
         now.largest_island[:, None],
         np.stack([now.cpu_milli, cpu], axis=1),
-        ledger.islands,
+        capacity.islands,
     )
     stranded = stranding.of(both)
     growth: Floats = stranded[:, 1] - stranded[:, 0]
@@ -141,16 +141,19 @@ def _growth(
 
 
 def _together(idle: Bools, island: Ints, numa: Ints, gpus: int) -> tuple[Ints, Ints]:
-    """``gpus`` idle GPUs per row, as close together as there are: from the tightest island that holds them,
-    else from the tightest NUMA node, else from the node; and how far apart they are."""
+    """``gpus`` idle GPUs per row, as close together as possible, and their distance.
+
+    They come from the island that is large enough and leaves the fewest idle GPUs over, else from such a NUMA
+    node, else from anywhere on the node.
+    """
     width = idle.shape[1]
     column = np.arange(width)
-    in_island = _idle_beside(idle, np.where(island >= 0, island, column - width))
-    in_numa = _idle_beside(idle, numa)
-    # Among groups that are large enough the one with the least left over; its number breaks ties.
+    in_island = _idle_in_group(idle, np.where(island >= 0, island, column - width))
+    in_numa = _idle_in_group(idle, numa)
+    # Among groups that are large enough, the one with the fewest idle GPUs; its number breaks ties.
     by_island = np.where(idle & (in_island >= gpus), in_island * width + island % width, _FAR)
     by_numa = np.where(idle & (in_numa >= gpus), in_numa * width + numa, _FAR)
-    # Inside a NUMA node or a node, take large islands first: fewer pieces.
+    # Inside a NUMA node or a node, large islands first, so that the GPUs come from few islands.
     pieces = (width - in_island) * width + island % width
     linked: Bools = np.any(by_island < _FAR, axis=1)
     near: Bools = np.any(by_numa < _FAR, axis=1)
@@ -164,48 +167,48 @@ def _together(idle: Bools, island: Ints, numa: Ints, gpus: int) -> tuple[Ints, I
     return np.sort(chosen, axis=1), np.where(gpus == 1, int(Distance.SAME), far).astype(np.int64)
 
 
-def _idle_beside(idle: Bools, group: Ints) -> Ints:
-    """For each GPU, how many idle ones are in its group."""
-    beside: Ints = np.sum((group[:, :, None] == group[:, None, :]) & idle[:, None, :], axis=2)
-    return beside
+def _idle_in_group(idle: Bools, group: Ints) -> Ints:
+    """For each GPU, the number of idle GPUs in its group."""
+    counts: Ints = np.sum((group[:, :, None] == group[:, None, :]) & idle[:, None, :], axis=2)
+    return counts
 
 
 class NodeRefusals(Sequence[NodeRefusal]):
-    """Why each node refused: what was free then is kept, and looked at when somebody reads it."""
+    """Why each node refused. The free capacity is copied at once, the reasons are computed when read."""
 
-    def __init__(self, ledger: FreeCapacity, shape: GangShape) -> None:
-        self._ledger = ledger
+    def __init__(self, capacity: FreeCapacity, shape: GangShape) -> None:
+        self._capacity = capacity
         self._shape = shape
-        self._nodes = ledger.nodes
-        self._gpus = ledger.gpus
+        self._nodes = capacity.nodes
+        self._gpus = capacity.gpus
         self._free = (
-            ledger.free_milli.copy(),
-            ledger.free_bytes.copy(),
-            ledger.cpu_milli.copy(),
-            ledger.memory_bytes.copy(),
+            capacity.free_milli.copy(),
+            capacity.free_bytes.copy(),
+            capacity.cpu_milli.copy(),
+            capacity.memory_bytes.copy(),
         )
 
     @cached_property
     def _found(self) -> tuple[Ints, Sequence[int], Sequence[Ints]]:
-        """By node the cause's place in ``_CAUSES``; by cause what is needed, and what each node has."""
-        ledger, shape = self._ledger, self._shape
+        """Each node's index in ``_CAUSES``; by cause the amount needed; by cause what each node has."""
+        capacity, shape = self._capacity, self._shape
         free_milli, free_bytes, cpu_milli, memory_bytes = self._free
-        # Where stages may be on different nodes, a node is asked for one of them.
+        # If stages may be on different nodes, a node needs room for one of them only.
         stages = 1 if shape.across_nodes else shape.stages
         gpus = shape.gpus * stages
-        accepted = ledger.present & ledger.accepted(shape)[ledger.kind]
-        usable = accepted & ledger.usable
-        large = usable & (ledger.size_bytes >= shape.gpu_memory_bytes)
+        accepted = capacity.present & capacity.accepted(shape)[capacity.kind]
+        usable = accepted & capacity.usable
+        large = usable & (capacity.size_bytes >= shape.gpu_memory_bytes)
         idle = large & (free_milli >= shape.milli_gpu)
         roomy = idle & (free_bytes >= shape.gpu_memory_bytes)
         counts = [part.sum(axis=1) for part in (accepted, usable, large, idle, roomy)]
-        wants = [*[gpus] * len(counts), shape.cpu_milli * stages, shape.memory_bytes * stages]
+        needed = [*[gpus] * len(counts), shape.cpu_milli * stages, shape.memory_bytes * stages]
         has = [*counts, cpu_milli, memory_bytes]
-        lacking = [~ledger.open, *(have < want for have, want in zip(has, wants, strict=True))]
+        lacking = [~capacity.open, *(have < need for have, need in zip(has, needed, strict=True))]
         code = np.select(lacking, range(len(lacking)), default=len(lacking))
         return (
             code,
-            [0, *wants, shape.stages],
+            [0, *needed, shape.stages],
             [np.zeros_like(has[0]), *has, _stages(has[4:], shape)],
         )
 
@@ -236,9 +239,9 @@ class NodeRefusals(Sequence[NodeRefusal]):
 
 
 def _stages(has: Sequence[Ints], shape: GangShape) -> Ints:
-    """How many stages each node could take: by its GPUs, its CPUs and its memory."""
-    wants = (shape.gpus, shape.cpu_milli, shape.memory_bytes)
-    counts = [have // want for have, want in zip(has, wants, strict=True) if want]
+    """Number of stages that each node has room for: by its GPUs, CPUs and memory."""
+    needed = (shape.gpus, shape.cpu_milli, shape.memory_bytes)
+    counts = [have // need for have, need in zip(has, needed, strict=True) if need]
     most: Ints = np.minimum.reduce(counts) if counts else np.full_like(has[0], shape.stages)
     return most
 
@@ -254,4 +257,4 @@ _CAUSES = (
     RefusalCause.MEMORY,
     RefusalCause.STAGES,
 )
-"""In the order they are looked at: the first that applies is a node's reason."""
+"""In the order in which they are checked: the first that applies is the node's cause."""

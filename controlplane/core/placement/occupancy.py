@@ -1,8 +1,8 @@
-"""What runs on a cluster, as placements: so that a plan starts from it and not from an empty cluster.
+"""What runs on a cluster, as placements, so that a plan can start from it instead of an empty cluster.
 
-Two accounts meet here: the controller's, which knows replicas and perhaps their GPUs, and Ray's, which knows
-how much of each node is reserved by anybody. What Ray has reserved beyond tierplane's replicas is held by
-others. Where nobody says which GPUs are meant, those that the placement itself would take are assumed.
+It combines two sources: the controller knows the replicas and maybe their GPUs, and Ray knows how much of
+each node is reserved in total. What Ray has reserved beyond tierplane's replicas belongs to other programs.
+If it is unknown which GPUs are used, those that the placement itself would choose are assumed.
 """
 
 from __future__ import annotations
@@ -24,22 +24,23 @@ from controlplane.core.placement.topology import Node, spread_of
 
 @dataclass(frozen=True, slots=True)
 class RunningReplica:
-    """One replica that runs, or holds its place while it starts or drains."""
+    """One replica that runs, starts or drains, and so occupies its GPUs."""
 
     endpoint_id: str
     tier: str
     node_id: str
     gpu_uuids: tuple[str, ...] = ()
-    """In the order of the ranks; empty: not known."""
+    """In the order of the ranks; empty if unknown."""
     gpus_by_node: tuple[tuple[str, int], ...] = ()
-    """Of an engine that has reserved its GPUs itself, on several nodes perhaps; empty: it has not."""
+    """(node, number of GPUs) if the engine reserved its GPUs itself, maybe on several nodes; else empty."""
     leaving: bool = False
-    """It drains: it still holds its place and won't stay."""
+    """It drains: it occupies its GPUs for now only."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReservedResources:
-    """What anybody has of a node: GPUs and CPUs as Ray counts, memory as the machine does."""
+    """What all programs together use of a node: GPUs and CPUs as Ray counts them, memory as the machine
+    reports it."""
 
     gpu_milli: int = 0
     cpu_milli: int = 0
@@ -51,12 +52,12 @@ class Occupancy:
     """A cluster and what runs on it."""
 
     state: PlacedCluster
-    """The nodes, less the CPUs and memory that others have; the GPUs that others have as placements."""
+    """The nodes, less the CPUs and memory that other programs use; the GPUs that they use as placements."""
     running: PlacementPlan
-    """tierplane's replicas: under the names of the gangs that they answer to, or their own if they are too
-    many."""
+    """tierplane's replicas, each under the name of a configured gang of its tier, or under its own if there
+    are more replicas than gangs."""
     replica_of: Mapping[str, str]
-    """Endpoint id of each running gang."""
+    """Gang id → endpoint id, for each running gang."""
     notes: tuple[str, ...] = ()
 
 
@@ -68,17 +69,18 @@ def occupancy(
     *,
     replica_cpu_milli: Mapping[str, int],
 ) -> Occupancy:
-    """What runs on ``nodes``, as far as ``gangs`` (what is wanted) and others are concerned.
+    """What runs on ``nodes``: replicas of the tiers, matched with ``gangs`` (the configured ones), and other
+    programs.
 
     ``reserved`` is by node; ``replica_cpu_milli`` (by tier) is what Ray has reserved for one replica.
-    Replicas on a node that is not there are left out.
+    Replicas on nodes that don't exist are left out.
     """
     by_id = {node.node_id: node for node in nodes}
     here = [replica for replica in replicas if replica.node_id in by_id]
-    named = _named(here, gangs)
+    matched = _matched(here, gangs)
     running: list[Placement] = []
     assumed: list[tuple[RunningReplica, Gang]] = []
-    for replica, gang in named:
+    for replica, gang in matched:
         placement = _exact(replica, gang, by_id[replica.node_id])
         if placement is not None:
             running.append(placement)
@@ -87,32 +89,32 @@ def occupancy(
     notes: list[str] = []
     for replica, gang in assumed:
         if replica.gpus_by_node:
-            found = _on_each(gang, replica.gpus_by_node, by_id, running)
+            found = _on_several(gang, replica.gpus_by_node, by_id, running)
         else:
-            found = _somewhere(gang, by_id[replica.node_id], running)
+            found = _anywhere(gang, by_id[replica.node_id], running)
         if found is None:
             notes.append(
-                f"{replica.endpoint_id} runs on {replica.node_id}, but has no room there by its size"
+                f"{replica.endpoint_id} runs on {replica.node_id}, where there is no room for its size"
             )
         else:
             running.append(replace(found, stays=True))
             where = ", ".join(found.node_ids)
-            notes.append(f"which GPUs of {where} {replica.endpoint_id} has is not known: assumed")
+            notes.append(f"the GPUs of {replica.endpoint_id} on {where} are unknown: assumed")
     others: list[Placement] = []
     left: list[Node] = []
     for node in nodes:
-        held = reserved.get(node.node_id, ReservedResources())
+        total = reserved.get(node.node_id, ReservedResources())
         ours_gpu = sum(_milli_on(placement, node.node_id) for placement in running)
         ours_cpu = sum(replica_cpu_milli.get(r.tier, 0) for r in here if r.node_id == node.node_id)
-        foreign = _foreign(node, held.gpu_milli - ours_gpu, [*running, *others])
+        foreign = _foreign(node, total.gpu_milli - ours_gpu, [*running, *others])
         if foreign:
             taken = sum(placement.gang.shape.total_milli for placement in foreign) / WHOLE_MILLI
             notes.append(f"others hold {taken:g} GPUs of {node.node_id}; which ones is assumed")
         others += foreign
-        cpu_milli = max(0, held.cpu_milli - ours_cpu)
+        cpu_milli = max(0, total.cpu_milli - ours_cpu)
         if cpu_milli:
             notes.append(f"others hold {cpu_milli / 1000:g} CPUs of {node.node_id}")
-        memory_bytes = max(0, held.memory_bytes - sum(_bytes_on(p, node.node_id) for p in running))
+        memory_bytes = max(0, total.memory_bytes - sum(_bytes_on(p, node.node_id) for p in running))
         left.append(
             replace(
                 node,
@@ -123,13 +125,13 @@ def occupancy(
     return Occupancy(
         PlacedCluster(tuple(left), tuple(others)),
         PlacementPlan(tuple(running)),
-        {gang.gang_id: replica.endpoint_id for replica, gang in named},
+        {gang.gang_id: replica.endpoint_id for replica, gang in matched},
         tuple(notes),
     )
 
 
-def _named(replicas: Sequence[RunningReplica], gangs: Sequence[Gang]) -> list[tuple[RunningReplica, Gang]]:
-    """Each replica with the gang that it answers to. Those that leave, or are too many, keep their name."""
+def _matched(replicas: Sequence[RunningReplica], gangs: Sequence[Gang]) -> list[tuple[RunningReplica, Gang]]:
+    """Each replica with a configured gang of its tier; draining and surplus replicas with their own gang."""
     free: dict[str, list[Gang]] = {}
     for gang in gangs:
         free.setdefault(gang.tier, []).append(gang)
@@ -146,7 +148,7 @@ def _named(replicas: Sequence[RunningReplica], gangs: Sequence[Gang]) -> list[tu
 
 
 def _exact(replica: RunningReplica, gang: Gang, node: Node) -> Placement | None:
-    """Where it is known to run; None if its GPUs are not known."""
+    """The placement of a replica whose GPUs are known; None if they are unknown."""
     shape = gang.shape
     if not shape.gpus:
         return Placement(gang, (GangStage(node.node_id),) * shape.stages, stays=True)
@@ -154,7 +156,7 @@ def _exact(replica: RunningReplica, gang: Gang, node: Node) -> Placement | None:
     if not uuids or not set(uuids) <= {gpu.uuid for gpu in node.gpus}:
         return None
     if len(uuids) != shape.total_gpus:
-        # It was started with another size, and will be replaced by one of the new size.
+        # It was started with another size and will be replaced by a replica of the new size.
         gang = replace(gang, shape=GangShape(gpus=len(uuids)))
         return Placement(gang, (GangStage(node.node_id, uuids),), spread_of(node, uuids), stays=True)
     size = shape.gpus
@@ -167,29 +169,29 @@ def _exact(replica: RunningReplica, gang: Gang, node: Node) -> Placement | None:
     )
 
 
-def _somewhere(gang: Gang, node: Node, running: Sequence[Placement]) -> Placement | None:
-    """A place on that node, whatever the node's state: it does run there."""
+def _anywhere(gang: Gang, node: Node, running: Sequence[Placement]) -> Placement | None:
+    """A placement of a gang that runs on that node, even if the node or its GPUs are out of use."""
     open_node = replace(
         node,
         unavailable="",
         gpus=tuple(replace(gpu, unavailable="") for gpu in node.gpus),
     )
     shape = replace(gang.shape, cpu_milli=0, memory_bytes=0, across_nodes=False, models=frozenset())
-    answer = Planner(PlacedCluster((open_node,), tuple(running))).place(replace(gang, shape=shape))
-    return replace(answer, gang=gang) if isinstance(answer, Placement) else None
+    found = Planner(PlacedCluster((open_node,), tuple(running))).place(replace(gang, shape=shape))
+    return replace(found, gang=gang) if isinstance(found, Placement) else None
 
 
-def _on_each(
+def _on_several(
     gang: Gang,
     gpus_by_node: Sequence[tuple[str, int]],
     nodes: Mapping[str, Node],
     running: Sequence[Placement],
 ) -> Placement | None:
-    """So many GPUs on each node, as stages in the order of the ranks."""
+    """A placement on the given number of GPUs of each node, with stages in the order of the ranks."""
     ranks: list[tuple[str, str]] = []
     for node_id, gpus in gpus_by_node:
         part = Gang(gang.gang_id, GangShape(gpus=gpus))
-        found = _somewhere(part, nodes[node_id], running) if node_id in nodes else None
+        found = _anywhere(part, nodes[node_id], running) if node_id in nodes else None
         if found is None:
             return None
         ranks += [(node_id, uuid) for uuid in found.gpu_uuids]
@@ -199,13 +201,13 @@ def _on_each(
     return Placement(gang, stages) if len(ranks) == gang.shape.total_gpus else None
 
 
-def _foreign(node: Node, gpu_milli: int, beside: Sequence[Placement]) -> list[Placement]:
-    """GPUs for what others hold of a node: whole ones, then a share."""
+def _foreign(node: Node, gpu_milli: int, running: Sequence[Placement]) -> list[Placement]:
+    """Placements for the GPU capacity that other programs use: whole GPUs, then a share."""
     found: list[Placement] = []
     whole, share = divmod(max(0, gpu_milli), WHOLE_MILLI)
     for number, milli in enumerate([WHOLE_MILLI] * whole + [share] * bool(share)):
         gang = Gang(f"others on {node.node_id}/{number}", GangShape(milli_gpu=milli))
-        placement = _somewhere(gang, node, [*beside, *found])
+        placement = _anywhere(gang, node, [*running, *found])
         if placement is not None:
             found.append(placement)
     return found

@@ -1,8 +1,8 @@
-"""Does a plan still hold? Asked again just before it is carried out, against the fleet as it is then: by the
-controller before a move begins that counts on a place elsewhere.
+"""Checks whether a plan is still valid just before it is carried out, against the fleet as it is then: the
+controller does so before it begins a migration that needs room elsewhere.
 
-This is a second reading of the rules, one GPU at a time and in whole numbers, apart from the arrays that
-:mod:`controlplane.core.placement.planner` decides with.
+The rules are implemented here a second time, one GPU at a time and in whole numbers, independently of the
+arrays with which :mod:`controlplane.core.placement.planner` decides.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from controlplane.core.placement.topology import Gpu, Node
 
 @dataclass(frozen=True, slots=True)
 class Conflict:
-    """Why a placement does not hold."""
+    """Why a placement is no longer valid."""
 
     gang_id: str
     problem: str
@@ -29,7 +29,7 @@ class Conflict:
 
 @dataclass(slots=True)
 class _Used:
-    """What is taken so far of one fleet, by node id and by GPU UUID."""
+    """Used resources of one fleet, by node id and by GPU UUID."""
 
     milli: Counter[str] = field(default_factory=Counter)
     gpu_bytes: Counter[str] = field(default_factory=Counter)
@@ -47,9 +47,9 @@ class _Used:
 
 
 def revalidate(placements: Iterable[Placement], state: PlacedCluster) -> tuple[Conflict, ...]:
-    """What stands against carrying out ``placements``, one after the other, beside what ``state`` runs.
+    """The conflicts of ``placements``, made one after the other, with the nodes and placements of ``state``.
 
-    A placement with a conflict is left out for those after it. Empty: all of them hold.
+    A placement with a conflict doesn't count for those after it. Empty if all are valid.
     """
     used = _Used()
     taken = {placement.gang.gang_id for placement in state.placements}
@@ -60,7 +60,7 @@ def revalidate(placements: Iterable[Placement], state: PlacedCluster) -> tuple[C
     for placement in placements:
         gang_id = placement.gang.gang_id
         problems = ["it runs already"] if gang_id in taken else []
-        problems = problems or _form(placement) or _places(placement, nodes, used)
+        problems = problems or _gang_problems(placement) or _node_problems(placement, nodes, used)
         if problems:
             conflicts += [Conflict(gang_id, problem) for problem in problems]
         else:
@@ -69,14 +69,14 @@ def revalidate(placements: Iterable[Placement], state: PlacedCluster) -> tuple[C
     return tuple(conflicts)
 
 
-def _form(placement: Placement) -> list[str]:
-    """A gang is whole: all its stages, each with all its GPUs, no GPU twice."""
+def _gang_problems(placement: Placement) -> list[str]:
+    """A gang must be complete: all its stages, each with all its GPUs, no GPU twice."""
     shape = placement.gang.shape
     problems = []
     if len(placement.stages) != shape.stages:
-        problems.append(f"{len(placement.stages)} of {shape.stages} stages have a place")
+        problems.append(f"{len(placement.stages)} of {shape.stages} stages are placed")
     if any(len(stage.gpu_uuids) != shape.gpus for stage in placement.stages):
-        problems.append(f"a stage has not its {shape.gpus} GPUs")
+        problems.append(f"a stage doesn't have its {shape.gpus} GPUs")
     if len(set(placement.gpu_uuids)) != len(placement.gpu_uuids):
         problems.append("a GPU is used twice")
     if len(placement.node_ids) > 1 and not shape.across_nodes:
@@ -84,7 +84,7 @@ def _form(placement: Placement) -> list[str]:
     return problems
 
 
-def _places(placement: Placement, nodes: dict[str, Node], used: _Used) -> list[str]:
+def _node_problems(placement: Placement, nodes: dict[str, Node], used: _Used) -> list[str]:
     shape = placement.gang.shape
     problems = []
     for node_id, stages in Counter(stage.node_id for stage in placement.stages).items():
@@ -105,11 +105,11 @@ def _places(placement: Placement, nodes: dict[str, Node], used: _Used) -> list[s
         for stage in placement.stages:
             if stage.node_id == node_id:
                 for uuid in stage.gpu_uuids:
-                    problems += _gpu(placement, gpus.get(uuid), uuid, node_id, used)
+                    problems += _gpu_problems(placement, gpus.get(uuid), uuid, node_id, used)
     return problems
 
 
-def _gpu(placement: Placement, gpu: Gpu | None, uuid: str, node_id: str, used: _Used) -> list[str]:
+def _gpu_problems(placement: Placement, gpu: Gpu | None, uuid: str, node_id: str, used: _Used) -> list[str]:
     shape = placement.gang.shape
     if gpu is None:
         return [f"GPU {uuid} is not on node {node_id}"]

@@ -1,4 +1,4 @@
-"""GPUs and nodes as the placement sees them: what is linked to what, and how far apart two GPUs are.
+"""GPUs and nodes for the placement: NVLink connections, and the distance between GPUs.
 
 An *island* is a set of GPUs that reach each other over NVLink, directly or through others of the set: the
 connected components of the peer links. A GPU without links is an island of its own.
@@ -12,17 +12,17 @@ from enum import IntEnum
 
 
 class Distance(IntEnum):
-    """How far apart GPUs are; of several, the farthest pair counts."""
+    """How far apart GPUs are; of several GPUs, the pair that is farthest apart counts."""
 
     SAME = 0
     ISLAND = 1
     """Linked by NVLink."""
     NUMA = 2
-    """One NUMA node: PCIe, without crossing between sockets."""
+    """On one NUMA node: over PCIe, without crossing sockets."""
     NODE = 3
-    """One machine, across its sockets."""
+    """On one machine, across its sockets."""
     CLUSTER = 4
-    """Different machines."""
+    """On different machines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,34 +31,34 @@ class Gpu:
 
     uuid: str
     index: int
-    """Its place on the node, as the driver counts."""
+    """The driver's index on the node."""
     model: str = ""
     memory_bytes: int = 0
-    """What an engine may take; 0: not known, and then not accounted."""
+    """Memory that engines may use; 0 if unknown, and then its memory is not accounted for."""
     nvlink_peers: frozenset[str] = frozenset()
-    """UUIDs that its NVLinks lead to. A link reported by one end only counts for both."""
+    """UUIDs of the GPUs to which it has an NVLink. A link that only one end reports counts for both."""
     numa_node: int | None = None
     unavailable: str = ""
-    """Why it must not be used (unhealthy, cordoned, lost); empty: usable."""
+    """Why it must not be used (unhealthy, cordoned, lost); empty if it may be used."""
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One machine: its GPUs, and what of its CPUs and memory gangs may take."""
+    """One machine: its GPUs, and the CPUs and memory that gangs may use."""
 
     node_id: str
     gpus: tuple[Gpu, ...] = ()
     cpu_milli: int = 0
     memory_bytes: int = 0
     unavailable: str = ""
-    """Why nothing may be placed here (cordoned, draining, lost); empty: usable."""
+    """Why nothing may be placed here (cordoned, draining, lost); empty if it may be used."""
     node_type: str = ""
-    """The kind of machine, for people and for «add one more of these»."""
+    """The kind of machine, for reports and for ``--what-if add-node``."""
 
 
 def islands(gpus: Sequence[Gpu]) -> tuple[tuple[int, ...], ...]:
-    """The NVLink islands of one node, as positions in ``gpus``; each in ascending order, ordered by their
-    first GPU. Peers that are not in ``gpus`` are ignored."""
+    """The NVLink islands of one node as positions in ``gpus``, ascending inside an island; the islands are
+    ordered by their first GPU. Peers that are not in ``gpus`` are ignored."""
     position = {gpu.uuid: i for i, gpu in enumerate(gpus)}
     root = list(range(len(gpus)))
 
@@ -80,8 +80,8 @@ def islands(gpus: Sequence[Gpu]) -> tuple[tuple[int, ...], ...]:
 
 
 def numa_groups(gpus: Sequence[Gpu]) -> tuple[tuple[int, ...], ...]:
-    """GPUs by NUMA node, as positions in ``gpus``, ordered by their first GPU. Where none is reported, GPUs
-    are taken to share one."""
+    """The GPUs of each NUMA node as positions in ``gpus``; the groups are ordered by their first GPU. GPUs
+    without a reported NUMA node form one group."""
     groups: dict[int | None, list[int]] = {}
     for i, gpu in enumerate(gpus):
         groups.setdefault(gpu.numa_node, []).append(i)
@@ -89,7 +89,7 @@ def numa_groups(gpus: Sequence[Gpu]) -> tuple[tuple[int, ...], ...]:
 
 
 def spread_of(node: Node, uuids: Iterable[str]) -> Distance:
-    """How far apart these GPUs of ``node`` are. KeyError if one is not of the node."""
+    """The distance between these GPUs of ``node``. KeyError if one is not on the node."""
     position = {gpu.uuid: i for i, gpu in enumerate(node.gpus)}
     chosen = {position[uuid] for uuid in uuids}
     if len(chosen) <= 1:
@@ -102,7 +102,7 @@ def spread_of(node: Node, uuids: Iterable[str]) -> Distance:
 
 
 def distance(a: tuple[Node, str], b: tuple[Node, str]) -> Distance:
-    """How far apart two GPUs are, each given as its node and UUID."""
+    """The distance between two GPUs, each given as its node and UUID."""
     if a[0].node_id != b[0].node_id:
         return Distance.CLUSTER
     return spread_of(a[0], (a[1], b[1]))

@@ -1,4 +1,4 @@
-"""Changed copies of a cluster, to ask what would happen: the answer comes from the same planning code."""
+"""The effect of a change to a cluster: the production planning code, run on a changed copy."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from controlplane.core.placement.topology import Node
 
 @dataclass(frozen=True, slots=True)
 class ClusterChange:
-    """What a changed cluster does to what ran."""
+    """The effect of a change on the running gangs, as gang ids."""
 
     plan: PlacementPlan
-    """Everything that then runs, and what finds no place."""
-    kept: tuple[str, ...]
-    """Gangs that stay where they are."""
+    """All gangs after the change."""
+    unchanged: tuple[str, ...]
+    """Gangs that stay on their nodes and GPUs."""
     moved: tuple[str, ...]
-    """Gangs that lose their place and find another."""
+    """Gangs that lose their nodes or GPUs and get others."""
     added: tuple[str, ...]
     removed: tuple[str, ...]
     lost: tuple[str, ...]
-    """Gangs that lose their place and find no other."""
+    """Gangs that lose their nodes or GPUs and find no others."""
 
 
 def lose_node(state: PlacedCluster, node_id: str) -> PlacedCluster:
-    """Without that node. KeyError if there is none."""
+    """The cluster without that node. KeyError if it has no such node."""
     if all(node.node_id != node_id for node in state.nodes):
         raise KeyError(node_id)
     return replace(state, nodes=tuple(node for node in state.nodes if node.node_id != node_id))
 
 
 def add_node(state: PlacedCluster, like: Node) -> PlacedCluster:
-    """With one more node of that kind, under a new name and in working order."""
+    """The cluster with one more node of that kind, under a new name and with everything usable."""
     taken = {node.node_id for node in state.nodes}
     stem = like.node_type or like.node_id
     name = next(f"{stem}-new{i}" for i in range(len(taken) + 1) if f"{stem}-new{i}" not in taken)
@@ -53,39 +53,38 @@ def add_node(state: PlacedCluster, like: Node) -> PlacedCluster:
 
 
 def change(state: PlacedCluster, before: PlacementPlan, gangs: Sequence[Gang]) -> ClusterChange:
-    """What ``gangs`` need on ``state`` after they, or others, ran as ``before`` says.
+    """What has to change so that ``gangs`` run on ``state``, if the placements of ``before`` ran so far.
 
-    Nothing moves that can stay: gangs that ask for the same as before and whose nodes and GPUs are still
-    there and in use keep them, the others are planned anew beside those and what ``state`` says that others
-    run.
+    A gang stays if its size is unchanged and its nodes and GPUs still exist and may be used. The other gangs
+    are placed anew, beside those that stay and the placements of ``state``.
     """
     wanted = {gang.gang_id: gang for gang in gangs}
-    there = {
+    usable = {
         node.node_id: {gpu.uuid for gpu in node.gpus if not gpu.unavailable}
         for node in state.nodes
         if not node.unavailable
     }
     ran = {placement.gang.gang_id: placement for placement in before.placements}
-    kept = [
+    staying = [
         placement
         for gang_id, placement in ran.items()
         if gang_id in wanted
-        and _asks_for_the_same(placement.gang.shape, wanted[gang_id].shape)
-        and all(set(stage.gpu_uuids) <= there.get(stage.node_id, set()) for stage in placement.stages)
-        and all(stage.node_id in there for stage in placement.stages)
+        and _same_size(placement.gang.shape, wanted[gang_id].shape)
+        and all(set(stage.gpu_uuids) <= usable.get(stage.node_id, set()) for stage in placement.stages)
+        and all(stage.node_id in usable for stage in placement.stages)
     ]
-    stays = {placement.gang.gang_id for placement in kept}
+    staying_ids = {placement.gang.gang_id for placement in staying}
     fresh = plan(
-        replace(state, placements=(*state.placements, *kept)),
-        [gang for gang in gangs if gang.gang_id not in stays],
+        replace(state, placements=(*state.placements, *staying)),
+        [gang for gang in gangs if gang.gang_id not in staying_ids],
     )
-    found = {placement.gang.gang_id: placement for placement in (*kept, *fresh.placements)}
+    found = {placement.gang.gang_id: placement for placement in (*staying, *fresh.placements)}
     refused = {infeasible.gang.gang_id: infeasible for infeasible in fresh.infeasible}
     placements: list[Placement] = [found[gang.gang_id] for gang in gangs if gang.gang_id in found]
     infeasible: list[Infeasible] = [refused[gang.gang_id] for gang in gangs if gang.gang_id in refused]
     return ClusterChange(
         PlacementPlan(tuple(placements), tuple(infeasible)),
-        kept=tuple(gang_id for gang_id in wanted if gang_id in stays),
+        unchanged=tuple(gang_id for gang_id in wanted if gang_id in staying_ids),
         moved=tuple(p.gang.gang_id for p in fresh.placements if p.gang.gang_id in ran),
         added=tuple(p.gang.gang_id for p in fresh.placements if p.gang.gang_id not in ran),
         removed=tuple(gang_id for gang_id in ran if gang_id not in wanted),
@@ -93,7 +92,7 @@ def change(state: PlacedCluster, before: PlacementPlan, gangs: Sequence[Gang]) -
     )
 
 
-def _asks_for_the_same(before: GangShape, now: GangShape) -> bool:
-    """Whether a running gang may stay: which models are accepted and how much memory is asked for follow from
-    the cluster's GPUs, and may change with them."""
+def _same_size(before: GangShape, now: GangShape) -> bool:
+    """Whether a running gang may stay. The accepted models and the memory don't count: they are derived from
+    the cluster's GPUs and may change with them."""
     return (before.gpus, before.stages, before.milli_gpu) == (now.gpus, now.stages, now.milli_gpu)

@@ -27,13 +27,13 @@ def gangs(count: int) -> list[Gang]:
     return [Gang(f"t-{i}", GangShape(), "t") for i in range(count)]
 
 
-def test_a_lost_node_moves_only_what_ran_there() -> None:
+def test_a_lost_node_moves_only_its_gangs() -> None:
     before = plan(STATE, gangs(3))
     after = lose_node(STATE, "a")
     assert [node.node_id for node in after.nodes] == ["b"]
     found = change(after, before, gangs(3))
     ran_on_b = {p.gang.gang_id for p in before.placements if p.node_ids == ("b",)}
-    assert set(found.kept) == ran_on_b
+    assert set(found.unchanged) == ran_on_b
     assert len(found.moved) + len(found.lost) == 3 - len(ran_on_b)
     assert len(found.plan.placements) == 2
     assert len(found.lost) == 1
@@ -43,7 +43,7 @@ def test_a_lost_node_moves_only_what_ran_there() -> None:
         lose_node(STATE, "c")
 
 
-def test_an_added_node_is_whole_and_takes_what_had_no_place() -> None:
+def test_an_added_node_is_usable_and_takes_gangs_that_did_not_fit() -> None:
     broken = replace(NODE, unavailable="gone", gpus=tuple(replace(g, unavailable="x") for g in NODE.gpus))
     state = add_node(add_node(PlacedCluster((broken,)), broken), broken)
     assert [node.node_id for node in state.nodes] == ["a", "kind-new0", "kind-new1"]
@@ -55,18 +55,18 @@ def test_an_added_node_is_whole_and_takes_what_had_no_place() -> None:
     assert not before.complete
     found = change(add_node(STATE, NODE), before, gangs(5))
     assert found.plan.complete
-    assert len(found.kept) == 4
+    assert len(found.unchanged) == 4
     assert len(found.added) == 1
 
 
-def test_scaling_adds_and_removes() -> None:
+def test_scaling_adds_and_removes_gangs() -> None:
     before = plan(STATE, gangs(2))
     assert change(STATE, before, gangs(3)).added == ("t-2",)
     fewer = change(STATE, before, gangs(1))
-    assert (fewer.removed, fewer.kept, fewer.moved) == (("t-1",), ("t-0",), ())
+    assert (fewer.removed, fewer.unchanged, fewer.moved) == (("t-1",), ("t-0",), ())
 
 
-def test_a_node_that_drains_is_left() -> None:
+def test_gangs_leave_a_draining_node() -> None:
     before = plan(STATE, gangs(1))
     drained = before.placements[0].node_ids[0]
     state = PlacedCluster(
