@@ -36,7 +36,7 @@ from controlplane.simulation.simulator import MakePolicy, Scenario, replay
 from controlplane.simulation.traces import Arrival
 from tests.benchmarks.load import percentile
 from tests.benchmarks.load_steps import Run, Step, run_steps
-from tests.benchmarks.plane import Plane, running
+from tests.support.plane import Plane, running
 
 TIER = "only"
 TOKENS = 40

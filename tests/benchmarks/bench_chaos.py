@@ -32,7 +32,7 @@ import click
 from tests.benchmarks import vllm_chaos
 from tests.benchmarks.faults import FAULTS, GATEWAYS, TIER, Fault, Over, whole
 from tests.benchmarks.load import Kind, Load, Outcome, Question, generate, p99_ms, question, session
-from tests.benchmarks.plane import Plane, running
+from tests.support.plane import Plane, running
 
 TOKENS = 90
 NATURAL_TOKENS = 110

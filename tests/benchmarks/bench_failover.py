@@ -1,6 +1,6 @@
 """What it takes to leave a GPU or a node behind: requests that fail, and how long each step takes.
 
-A plane on Ray nodes with eight scripted GPUs each (tests/benchmarks/gpu_cluster.py), all of the first in use:
+A plane on Ray nodes with eight scripted GPUs each (tests/support/gpu_cluster.py), all of the first in use:
 five simulated engines of tier ``fast`` with one GPU, one of tier ``pair`` with two, two of tier ``small``
 with half a GPU. Streams and posts come at a steady rate to ``fast``; clients know the only right answer of
 each request and do not try again.
@@ -30,9 +30,10 @@ from typing import Any
 import click
 
 from tests.benchmarks import engine_restart
-from tests.benchmarks.gpu_cluster import GpuCluster, GpuNode, gpu_cluster, until
 from tests.benchmarks.load import Kind, Load, Question, generate, p99_ms, question, session
-from tests.benchmarks.plane import TIERPLANE
+from tests.support.gpu_cluster import GpuCluster, GpuNode, gpu_cluster
+from tests.support.plane import TIERPLANE
+from tests.support.waiting import until
 
 TIER, PAIR, SMALL = "fast", "pair", "small"
 REPLICAS = {TIER: 5, PAIR: 1, SMALL: 2}
@@ -304,7 +305,6 @@ def _controller(cluster: GpuCluster, timeline: Timeline) -> Strike:
         lambda: timeline.first_s(since_unix_s, lambda e: e["subject"] == name and "elsewhere" in e["kind"]),
         RECOVERY_LIMIT_S,
         "the begin of the move",
-        0.02,
     )
     epoch = cluster.plane.get("/status")["snapshot"]["epoch"]
     for process in cluster.plane.processes("ray::ControllerActor"):

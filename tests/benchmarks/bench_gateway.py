@@ -19,8 +19,8 @@ import click
 
 from controlplane.errors import SetupError
 from tests.benchmarks import rivals, wrk
-from tests.benchmarks.plane import Plane, running
 from tests.benchmarks.wrk import STREAM_CHUNKS, Figures, Target
+from tests.support.plane import Plane, running
 
 PATHS = ("engine", "gateway", "gateway-serve", "vllm-router", "litellm")
 OPTIONAL = ("vllm-router", "litellm")

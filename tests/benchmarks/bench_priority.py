@@ -20,7 +20,7 @@ from typing import Any
 import click
 
 from tests.benchmarks.load import Kind, Load, Question, generate, p99_ms, question, session
-from tests.benchmarks.plane import Plane, running
+from tests.support.plane import Plane, running
 
 TIER = "only"
 ENGINES = 2

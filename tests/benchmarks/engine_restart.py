@@ -18,7 +18,7 @@ from controlplane.engines import engine_for
 from controlplane.engines.base import Launch
 from controlplane.models import bundled
 from controlplane.ray_cluster.ports import free_port
-from tests.benchmarks.plane import Plane, running
+from tests.support.plane import Plane, running
 
 TIER = "only"
 LIMIT_S = 240.0

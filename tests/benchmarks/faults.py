@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tests.benchmarks.plane import Plane
+from tests.support.plane import Plane
 
 TIER = "fast"
 FAULT_S = 6.0

@@ -11,7 +11,7 @@ from itertools import pairwise
 from time import monotonic
 
 from tests.benchmarks.load import Kind, Load, Question, generate, question, session
-from tests.benchmarks.plane import Plane
+from tests.support.plane import Plane
 
 LOOK_S = 0.5
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import aiohttp
 
-from tests.benchmarks.plane import Plane, running
+from tests.support.plane import Plane, running
 
 TIER = "only"
 KILL_AFTER_EVENTS = 20

@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,13 +28,10 @@ from controlplane.engines.supervision.probe import metric
 from controlplane.engines.supervision.status import EngineStatus
 from controlplane.engines.supervision.supervisor import EngineSupervisor
 from controlplane.errors import EngineStartError
-from controlplane.models import bundled
-from tests.support.engines import alive, call, events_of, parent_of, pid_of, supervised
+from tests.support.engines import alive, call, events_of, parent_of, pid_of, resolver, supervised, tier_of
 from tests.support.waiting import until
 
-NO_RESTARTS = RestartConfig(max_restarts=0)
 READY_S = 240.0
-BUNDLED = "bundled:smollm2-135m"
 
 KINDS = [
     pytest.param("simulated"),
@@ -43,30 +40,6 @@ KINDS = [
     pytest.param("vllm", marks=pytest.mark.vllm),
 ]
 WITH_PROCESS = [kind for kind in KINDS if kind.values != ("endpoint",)]
-
-
-def tier_of(kind: str, **settings: Any) -> TierConfig:
-    """A tier of that kind, small enough for a test."""
-    kinds: dict[str, dict[str, Any]] = {
-        "simulated": {"engine_args": {"ttft-ms": 20, "itl-ms": 5}},
-        "llamacpp": {"model": BUNDLED, "engine_args": {"ctx-size": 4096}},
-        "vllm": {"model": BUNDLED, "device": "cpu", "engine_args": {"max-model-len": 2048}},
-        "endpoint": {"model": "served", "api_key_env": "TIERPLANE_TEST_KEY"},
-    }
-    return TierConfig(
-        **{
-            "name": f"t-{kind}",
-            "engine": kind,
-            "served_model_name": "served",
-            "restart": NO_RESTARTS,
-            **kinds[kind],
-            **settings,
-        }
-    )
-
-
-def resolver(tier: TierConfig) -> Callable[[str, Callable[[str], None]], str]:
-    return lambda model, progress: bundled.resolve(model, tier.engine, progress) if model else ""
 
 
 @dataclass(frozen=True)
@@ -413,8 +386,7 @@ def test_vllm_leaves_nothing_when_its_supervisor_and_its_reaper_are_killed_toget
 
     script = (
         "import sys, time\n"
-        "from tests.contract.test_engines import resolver, tier_of\n"
-        "from tests.support.engines import supervised\n"
+        "from tests.support.engines import resolver, supervised, tier_of\n"
         "tier = tier_of('vllm')\n"
         "with supervised(tier, replica_id='owner', resolve=resolver(tier)) as (supervisor, _):\n"
         "    print(supervisor.wait_ready(240).pid, flush=True)\n"

@@ -30,7 +30,7 @@ import yaml
 from controlplane.ray_cluster import session
 from controlplane.ray_cluster.ports import free_port
 from controlplane.ray_cluster.session import RunRecord, processes
-from tests.benchmarks.plane import titled
+from tests.support.plane import titled
 from tests.support.waiting import until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]

@@ -21,7 +21,7 @@ from tests.benchmarks.bench_failover import (
     failover_cluster,
     measure,
 )
-from tests.benchmarks.gpu_cluster import GpuCluster
+from tests.support.gpu_cluster import GpuCluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.alone, pytest.mark.timeout(300)]
 

@@ -25,8 +25,8 @@ from controlplane.monitoring.files import local_files
 from controlplane.monitoring.rules import JOB
 from controlplane.ray_cluster.ports import free_port
 from tests.benchmarks.load import Load, generate, question, session
-from tests.benchmarks.plane import Plane, running
 from tests.support.debian_tools import tool
+from tests.support.plane import Plane, running
 from tests.support.waiting import until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]

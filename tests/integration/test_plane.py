@@ -16,17 +16,16 @@ from typing import Any
 
 import psutil
 import pytest
-from openai import DefaultHttpxClient, OpenAI
 
 from controlplane.ray_cluster.ports import free_port
 from controlplane.ray_cluster.session import processes
-from tests.benchmarks.plane import TIERPLANE, Plane, command, running
+from tests.support.openai_client import QUESTION, client
+from tests.support.plane import TIERPLANE, Plane, command, running
 from tests.support.waiting import until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 TIERS = ("lightweight", "balanced", "capable")
-QUESTION: Any = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 def tier(name: str, **more: Any) -> dict[str, Any]:
@@ -40,15 +39,6 @@ def plane() -> Iterator[Plane]:
     with running({"tiers": tiers, "controller": {"heartbeat_s": 0.5}}) as started:
         yield started
     assert not processes(started.plane_id), "Ctrl-C stops all that was started"
-
-
-def client(url: str) -> OpenAI:
-    """OpenAI's own client; its httpx client is closed with it."""
-    return OpenAI(base_url=f"{url}/v1", api_key="not-needed", max_retries=0, http_client=DefaultHttpxClient())
-
-
-def ready(plane: Plane, name: str) -> list[dict[str, Any]]:
-    return [endpoint for endpoint in plane.endpoints(name) if endpoint["state"] == "ready"]
 
 
 def ask(url: str, model: str) -> str:
@@ -75,11 +65,11 @@ def test_each_tier_answers_streaming_and_not(plane: Plane, model: str, way: str)
 
 
 def test_a_killed_engine_is_back_by_itself_and_leaves_no_orphan(plane: Plane) -> None:
-    before = ready(plane, "capable")[0]
+    before = plane.ready("capable")[0]
     os.kill(before["pid"], signal.SIGKILL)
     assert ask(plane.url, "capable")  # bridged, or after the restart: not lost
     after = until(
-        lambda: [e for e in ready(plane, "capable") if e["generation"] > before["generation"]],
+        lambda: [e for e in plane.ready("capable") if e["generation"] > before["generation"]],
         60,
         "a new generation",
     )[0]
@@ -93,12 +83,12 @@ def test_a_killed_engine_is_back_by_itself_and_leaves_no_orphan(plane: Plane) ->
 
 
 def test_a_killed_replica_actor_is_replaced_and_its_engine_ends(plane: Plane) -> None:
-    before = ready(plane, "balanced")[0]
+    before = plane.ready("balanced")[0]
     plane.replica_actor(before).kill()
     until(lambda: not psutil.pid_exists(before["pid"]), 20, "the orphaned engine's end")
     assert ask(plane.url, "balanced")
     until(
-        lambda: [e for e in ready(plane, "balanced") if e["endpoint_id"] != before["endpoint_id"]],
+        lambda: [e for e in plane.ready("balanced") if e["endpoint_id"] != before["endpoint_id"]],
         60,
         "a new replica",
     )

@@ -16,7 +16,7 @@ import pytest
 
 from tests.benchmarks.load import Load, generate, question, session
 from tests.benchmarks.load_steps import Run, Step, run_steps
-from tests.benchmarks.plane import TIERPLANE, Plane, running
+from tests.support.plane import TIERPLANE, Plane, running
 from tests.support.waiting import until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]

@@ -5,9 +5,8 @@ from __future__ import annotations
 import psutil
 import pytest
 
-from tests.benchmarks.plane import running
-from tests.integration.test_plane import QUESTION, client, ready
-from tests.integration.vllm.test_plane_on_vllm import FACT
+from tests.support.openai_client import FACT, QUESTION, client
+from tests.support.plane import running
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -26,7 +25,7 @@ def test_tensor_parallelism_for_real() -> None:
     with running({"tiers": [tier]}) as started, client(started.url) as openai:
         answer = openai.chat.completions.create(model="parallel", messages=QUESTION, temperature=0)
         assert answer.choices[0].message.content == FACT
-        pid = ready(started, "parallel")[0]["pid"]
+        pid = started.ready("parallel")[0]["pid"]
         engine = psutil.Process(pid)
         workers = [
             p for p in engine.children(recursive=True) if "Worker" in " ".join([p.name(), *p.cmdline()])

@@ -12,11 +12,15 @@ from typing import Any
 
 import psutil
 
-from controlplane.config import TierConfig
+from controlplane.config import RestartConfig, TierConfig
 from controlplane.core.domain.endpoint import EndpointState
 from controlplane.engines.supervision import reaper
 from controlplane.engines.supervision.status import EngineStatus
 from controlplane.engines.supervision.supervisor import EngineSupervisor
+from controlplane.models import bundled
+
+NO_RESTARTS = RestartConfig(max_restarts=0)
+BUNDLED = "bundled:smollm2-135m"
 
 
 class Recorder:
@@ -79,6 +83,31 @@ def marked(marker_part: bytes) -> list[int]:
 def local(model: str, _progress: Callable[[str], None]) -> str:
     """A resolver for models that are local paths."""
     return model
+
+
+def tier_of(kind: str, **settings: Any) -> TierConfig:
+    """A tier of that kind, small enough for a test."""
+    kinds: dict[str, dict[str, Any]] = {
+        "simulated": {"engine_args": {"ttft-ms": 20, "itl-ms": 5}},
+        "llamacpp": {"model": BUNDLED, "engine_args": {"ctx-size": 4096}},
+        "vllm": {"model": BUNDLED, "device": "cpu", "engine_args": {"max-model-len": 2048}},
+        "endpoint": {"model": "served", "api_key_env": "TIERPLANE_TEST_KEY"},
+    }
+    return TierConfig(
+        **{
+            "name": f"t-{kind}",
+            "engine": kind,
+            "served_model_name": "served",
+            "restart": NO_RESTARTS,
+            **kinds[kind],
+            **settings,
+        }
+    )
+
+
+def resolver(tier: TierConfig) -> Callable[[str, Callable[[str], None]], str]:
+    """Of a tier whose model may be bundled."""
+    return lambda model, progress: bundled.resolve(model, tier.engine, progress) if model else ""
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.benchmarks.plane import Plane, running
+from tests.support.plane import Plane, running
 
 TOOLS = {
     "enable-auto-tool-choice": True,

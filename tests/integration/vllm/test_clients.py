@@ -18,7 +18,7 @@ from langchain_openai import ChatOpenAI
 from openai import AsyncOpenAI, DefaultHttpxClient, NotFoundError, OpenAI
 from pydantic import SecretStr
 
-from tests.benchmarks.plane import Plane
+from tests.support.plane import Plane
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.timeout(400)]
 

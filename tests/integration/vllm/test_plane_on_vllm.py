@@ -10,13 +10,12 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.benchmarks.plane import Plane
-from tests.integration.test_plane import QUESTION, TIERS, client, ready
+from tests.support.openai_client import FACT, QUESTION, client
+from tests.support.plane import Plane
 from tests.support.waiting import until
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.timeout(600)]
 
-FACT = "The capital of France is Paris."
 COUNTS = re.compile(r"^tierplane_(?:requests|resumes|retries|endpoint_failures|spills)_total\{.*", re.M)
 
 
@@ -24,7 +23,7 @@ def _engine_processes(plane: Plane) -> list[psutil.Process]:
     return [*plane.processes("VLLM::"), *plane.processes("vllm.entrypoints")]
 
 
-@pytest.mark.parametrize("model", TIERS)
+@pytest.mark.parametrize("model", ["lightweight", "balanced", "capable"])
 @pytest.mark.parametrize("way", ["own port", "ingress"])
 def test_the_capital_of_france_is_paris(plane: Plane, model: str, way: str) -> None:
     url = plane.url if way == "own port" else plane.ingress_url
@@ -54,7 +53,7 @@ def test_a_stream_survives_the_kill_of_its_engine_word_for_word(plane: Plane) ->
     ask["extra_body"] = {"ignore_eos": True}
     with client(plane.url) as openai:
         whole = "".join(c.choices[0].delta.content or "" for c in openai.chat.completions.create(**ask))
-        before = ready(plane, "capable")[0]
+        before = plane.ready("capable")[0]
         processes_before, resumes_before = len(_engine_processes(plane)), plane.resumes()
         raw = openai.chat.completions.with_raw_response.create(**ask)
         assert raw.headers["x-tier"] == "capable"
@@ -73,7 +72,7 @@ def test_a_stream_survives_the_kill_of_its_engine_word_for_word(plane: Plane) ->
     # counted when the gateway sees that the client has left, which may be a moment later
     until(lambda: plane.resumes() == resumes_before + 1, 10, "the stream was resumed once", story)
     until(
-        lambda: [e for e in ready(plane, "capable") if e["generation"] == before["generation"] + 1],
+        lambda: [e for e in plane.ready("capable") if e["generation"] == before["generation"] + 1],
         240,
         "the engine's return",
     )

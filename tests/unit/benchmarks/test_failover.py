@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from controlplane.config import parse_plane
 from tests.benchmarks import bench_failover
 from tests.benchmarks.bench_failover import REPLICAS, SCENARIOS, Strike, Timeline, plane_args
-from tests.benchmarks.gpu_cluster import GPUS
+from tests.support.gpu_cluster import GPUS
 
 
 def timeline(*events: tuple[float, str, str]) -> Timeline:

@@ -19,30 +19,18 @@ from structlog.testing import capture_logs
 from controlplane.config.alerts import WebhookConfig
 from controlplane.controller import alert_delivery
 from controlplane.controller.alert_delivery import SIGNATURE, AlertDelivery, pause_s, signature
-from controlplane.core.alerts.alert import AlertState, Severity, SubjectType
-from controlplane.core.alerts.views import AlertNotice, AlertTransition, AlertView
+from controlplane.core.alerts.alert import Severity
+from controlplane.core.alerts.views import AlertNotice, AlertTransition
 from controlplane.core.json_values import StoredState
+from tests.support.alerts import TIER_DOWN
 
 SECRET = "not for logs"
-VIEW = AlertView(
-    rule="TierplaneTierDown",
-    state=AlertState.FIRING,
-    severity=Severity.CRITICAL,
-    kind=SubjectType.TIER,
-    subject="small",
-    summary="Tier small has no ready endpoint.",
-    action="tierplane status says why.",
-    detail="small-1 is failed",
-    value=0.0,
-    threshold=1.0,
-    since_unix_s=1000.0,
-)
 
 
 def notice(
     subject: str = "small", transition: AlertTransition = AlertTransition.FIRING, **fields: Any
 ) -> AlertNotice:
-    return AlertNotice(transition, replace(VIEW, subject=subject, **fields))
+    return AlertNotice(transition, replace(TIER_DOWN, subject=subject, **fields))
 
 
 @dataclass

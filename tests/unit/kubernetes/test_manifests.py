@@ -24,8 +24,8 @@ from controlplane.kubernetes import pods, rayservice
 from controlplane.kubernetes.overlays import IMAGE, OVERLAYS
 from controlplane.kubernetes.requests import pod_need
 from controlplane.models.catalog import gpu_named
+from tests.support.kubernetes_schemas import CUSTOM
 from tests.support.repository import ROOT
-from tests.unit.kubernetes.schemas import CUSTOM
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray's own, when it is imported

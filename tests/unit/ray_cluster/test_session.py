@@ -2,19 +2,16 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 
 from controlplane.errors import SetupError
 from controlplane.ray_cluster import session
 from controlplane.ray_cluster.ports import Ports, PortTaken, ephemeral_range
 from controlplane.ray_cluster.session import PLANE_ID_VARIABLE, RunRecord
+from tests.support.run_record import run_record
 
 Spawn = Callable[..., "subprocess.Popen[bytes]"]
 
@@ -56,26 +53,11 @@ PARENT = (
 )
 
 
-def record(plane_id: str = "p1", **kwargs: Any) -> RunRecord:
-    base = RunRecord(
-        plane_id=plane_id,
-        config="/etc/plane.yaml",
-        applications=("tierplane",),
-        namespace="tierplane",
-        up_pid=os.getpid(),
-        up_created_unix_s=psutil.Process().create_time(),
-        started_unix_s=time.time(),
-        owns_ray=True,
-    )
-    return replace(base, **kwargs)
-
-
 def test_a_record_comes_back_as_it_was_saved() -> None:
     assert session.load_record() is None
-    record().save()
-    assert session.load_record() == record(
-        started_unix_s=session.load_record().started_unix_s  # type: ignore[union-attr]
-    )
+    saved = run_record("p1")
+    saved.save()
+    assert session.load_record() == saved
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"plane_id": "x"}', '{"applications": []}'])
@@ -86,9 +68,9 @@ def test_a_broken_record_is_an_error_that_names_the_file(text: str) -> None:
 
 
 def test_whether_up_still_runs_is_not_fooled_by_a_new_process_of_that_number() -> None:
-    assert record().up_is_running()
-    assert not record(up_created_unix_s=1.0).up_is_running()
-    assert not record(up_pid=2**22 + 1).up_is_running()
+    assert run_record("p1").up_is_running()
+    assert not run_record("p1", up_created_unix_s=1.0).up_is_running()
+    assert not run_record("p1", up_pid=2**22 + 1).up_is_running()
 
 
 def test_processes_are_found_by_their_plane_s_id(spawn: Spawn) -> None:
@@ -102,7 +84,7 @@ def test_a_child_that_hides_its_environment_is_found_too(spawn: Spawn) -> None:
     found = {process.pid for process in session.processes("p1")}
     assert parent.pid in found
     assert len(found) == 2
-    session.stop(record(), grace_s=1.0)
+    session.stop(run_record("p1"), grace_s=1.0)
 
 
 def test_stop_ends_what_is_ours_only_even_if_it_does_not_want_to(spawn: Spawn, tmp_path: Path) -> None:
@@ -111,7 +93,7 @@ def test_stop_ends_what_is_ours_only_even_if_it_does_not_want_to(spawn: Spawn, t
     logs = temp_dir / "ray" / "session_latest" / "logs"
     logs.mkdir(parents=True)
     (logs / "raylet.out").write_text("bye\n")
-    assert session.stop(record(temp_dir=str(temp_dir)), grace_s=0.5) == 2
+    assert session.stop(run_record("p1", temp_dir=str(temp_dir)), grace_s=0.5) == 2
     ours.wait(5)
     stubborn.wait(5)
     assert other.poll() is None
@@ -120,7 +102,7 @@ def test_stop_ends_what_is_ours_only_even_if_it_does_not_want_to(spawn: Spawn, t
 
 
 def test_stopping_twice_is_harmless() -> None:
-    assert session.stop(record()) == 0
+    assert session.stop(run_record("p1")) == 0
 
 
 def test_memory_is_counted(spawn: Spawn) -> None:
@@ -164,7 +146,7 @@ def fake_ray(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[list[str]]
 
 @pytest.fixture
 def prepared() -> Iterator[RunRecord]:
-    made = session.prepare(record("no-such-plane"))
+    made = session.prepare(run_record("no-such-plane"))
     yield made
     shutil.rmtree(made.temp_dir)
 

@@ -7,17 +7,14 @@ import pytest
 from controlplane.core.placement.batch_planner import plan
 from controlplane.core.placement.gangs import Gang, GangShape, Placement
 from controlplane.core.placement.planner import PlacedCluster
-from controlplane.core.placement.topology import Gpu, Node
+from controlplane.core.placement.topology import Node
 from controlplane.simulation.clock import VirtualClock
 from controlplane.simulation.cluster import Cluster
+from tests.support.nodes import plain_node
 
 WHOLE = GangShape()
 PAIR = GangShape(gpus=2)
 HALF = GangShape(milli_gpu=500)
-
-
-def node(name: str, gpus: int, model: str = "L4") -> Node:
-    return Node(name, tuple(Gpu(f"{name}/{i}", i, model) for i in range(gpus)), 64_000, 1 << 40)
 
 
 class Bench:
@@ -53,7 +50,7 @@ class Bench:
 
 
 def test_what_the_run_begins_with_is_placed_together_as_a_plan_would() -> None:
-    machines = (node("a", 2), node("b", 2))
+    machines = (plain_node("a", 2), plain_node("b", 2))
     bench = Bench(*machines, opened=False)
     shapes = {"one": WHOLE, "two": WHOLE, "pair": PAIR}
     for name, shape in shapes.items():
@@ -69,7 +66,7 @@ def test_what_the_run_begins_with_is_placed_together_as_a_plan_would() -> None:
 
 
 def test_who_finds_no_room_waits_until_another_goes() -> None:
-    bench = Bench(node("a", 1))
+    bench = Bench(plain_node("a", 1))
     for name in ("first", "second", "third"):
         bench.ask(name)
     assert bench.begun == [("first", 0.0)]
@@ -81,7 +78,7 @@ def test_who_finds_no_room_waits_until_another_goes() -> None:
 
 
 def test_a_large_one_that_waits_keeps_no_room_from_a_small_one() -> None:
-    bench = Bench(node("a", 2))
+    bench = Bench(plain_node("a", 2))
     bench.ask("old")
     bench.ask("pair", PAIR)
     bench.ask("small")
@@ -91,7 +88,7 @@ def test_a_large_one_that_waits_keeps_no_room_from_a_small_one() -> None:
 
 
 def test_who_waits_longer_comes_before_who_asks_at_the_same_moment() -> None:
-    bench = Bench(node("a", 1))
+    bench = Bench(plain_node("a", 1))
     bench.ask("old")
     bench.ask("waits")
     bench.cluster.leave("old")
@@ -101,7 +98,7 @@ def test_who_waits_longer_comes_before_who_asks_at_the_same_moment() -> None:
 
 
 def test_the_gpus_of_a_stage_are_on_one_node() -> None:
-    bench = Bench(node("a", 2), node("b", 2))
+    bench = Bench(plain_node("a", 2), plain_node("b", 2))
     bench.ask("one")
     bench.ask("two")
     # Two are free, one on each node.
@@ -115,7 +112,7 @@ def test_the_gpus_of_a_stage_are_on_one_node() -> None:
 
 
 def test_shares_of_a_gpu_are_counted_as_such() -> None:
-    bench = Bench(node("a", 1))
+    bench = Bench(plain_node("a", 1))
     for name in ("one", "two", "three"):
         bench.ask(name, HALF)
     assert bench.there == ["one", "two"]
@@ -123,7 +120,7 @@ def test_shares_of_a_gpu_are_counted_as_such() -> None:
 
 
 def test_who_no_longer_waits_gets_nothing() -> None:
-    bench = Bench(node("a", 1))
+    bench = Bench(plain_node("a", 1))
     bench.ask("old")
     bench.ask("waits")
     bench.leave("waits", "old", at_s=1.0)
@@ -133,7 +130,7 @@ def test_who_no_longer_waits_gets_nothing() -> None:
 
 
 def test_a_lost_node_has_no_gpus_until_it_is_back() -> None:
-    bench = Bench(node("a", 1), replace(node("b", 1), unavailable="cordoned"), node("c", 1))
+    bench = Bench(plain_node("a", 1), replace(plain_node("b", 1), unavailable="cordoned"), plain_node("c", 1))
     bench.ask("one")
     bench.ask("two")
     assert bench.cluster.gpus == 2.0
@@ -151,10 +148,10 @@ def test_a_lost_node_has_no_gpus_until_it_is_back() -> None:
 
 
 def test_when_no_node_with_gpus_is_left_there_is_no_gpu_to_share() -> None:
-    bench = Bench(node("a", 1))
+    bench = Bench(plain_node("a", 1))
     bench.cluster.lose("a")
     assert bench.cluster.gpus == 0.0
-    assert Bench(replace(node("a", 1), unavailable="cordoned")).cluster.gpus == 0.0
+    assert Bench(replace(plain_node("a", 1), unavailable="cordoned")).cluster.gpus == 0.0
 
 
 def test_what_runs_elsewhere_always_has_room() -> None:
@@ -178,7 +175,7 @@ def test_without_nodes_there_is_always_room() -> None:
 
 
 def test_the_gpu_model_of_a_place_is_known() -> None:
-    bench = Bench(node("a", 1, "H100-80G"))
+    bench = Bench(plain_node("a", 1, "H100-80G"))
     bench.ask("one", GangShape(models=frozenset({"H100-80G"})))
     assert bench.cluster.model_of(bench.places["one"]) == "H100-80G"
     assert bench.cluster.model_of(None) == ""

@@ -14,7 +14,6 @@ from controlplane.core.autoscaling.capacity import EngineSpeed, RequestShape
 from controlplane.core.autoscaling.policy import ScalingDecision, ScalingSettings
 from controlplane.core.domain.slo import Slo
 from controlplane.core.placement.gangs import GangShape
-from controlplane.core.placement.topology import Gpu, Node
 from controlplane.core.routing.tier_table import OverflowDirection, TierPolicy
 from controlplane.simulation.clock import VirtualClock
 from controlplane.simulation.cluster import Cluster
@@ -27,6 +26,7 @@ from controlplane.simulation.policies import decision, each, reactive_policy
 from controlplane.simulation.results import ClusterResult, SimulationResult
 from controlplane.simulation.simulator import MakePolicy, PolicyInput, Scenario, TierScenario, replay
 from controlplane.simulation.traces import Arrival
+from tests.support.nodes import plain_node
 
 COLD_S = 30.0
 
@@ -42,10 +42,6 @@ def tier(name: str, replicas: int = 1, **shape: Any) -> TierScenario:
         RequestShape(100.0, 50.0),
         replicas,
     )
-
-
-def node(name: str, gpus: int, model: str = "L4") -> Node:
-    return Node(name, tuple(Gpu(f"{name}/{i}", i, model) for i in range(gpus)), 64_000, 1 << 40)
 
 
 class Script:
@@ -80,7 +76,7 @@ def ready_at(result: SimulationResult, name: str, count: int) -> float:
 
 
 def test_a_replica_waits_for_room_and_its_cold_start_begins_when_another_goes() -> None:
-    scenario = Scenario((tier("one", 2), tier("two", 1)), nodes=(node("a", 3),))
+    scenario = Scenario((tier("one", 2), tier("two", 1)), nodes=(plain_node("a", 3),))
     scripts: dict[str, dict[float, int]] = {"one": {0: 2, 300: 1}, "two": {0: 1, 100: 2}}
     result = replay(scenario, scripted(scripts), quiet("one", "two"))
     first, second = result.tiers
@@ -96,7 +92,7 @@ def test_a_replica_waits_for_room_and_its_cold_start_begins_when_another_goes() 
 
 
 def test_what_waits_is_taken_back_first() -> None:
-    scenario = Scenario((tier("one", 1),), nodes=(node("a", 2),))
+    scenario = Scenario((tier("one", 1),), nodes=(plain_node("a", 2),))
     # The second starts at 20 and would be ready at 50; the third has no room.
     result = replay(scenario, scripted({"one": {0: 1, 20: 3, 40: 2}}), quiet("one", until_s=100.0))
     (only,) = result.tiers
@@ -107,7 +103,7 @@ def test_what_waits_is_taken_back_first() -> None:
 
 def test_a_parallel_replica_waits_for_gpus_of_one_node() -> None:
     tiers = (tier("single", 2), tier("pair", 0, gpus=2))
-    scenario = Scenario(tiers, nodes=(node("a", 2), node("b", 2)))
+    scenario = Scenario(tiers, nodes=(plain_node("a", 2), plain_node("b", 2)))
     scripts: dict[str, dict[float, int]] = {"single": {0: 2, 200: 1}, "pair": {0: 0, 50: 1}}
     result = replay(scenario, scripted(scripts), quiet("single"))
     pair = result.tiers[1]
@@ -119,7 +115,7 @@ def test_a_parallel_replica_waits_for_gpus_of_one_node() -> None:
 
 def test_what_the_run_begins_with_waits_too_if_there_is_no_room() -> None:
     result = replay(
-        Scenario((tier("one", 3),), nodes=(node("a", 2),)), scripted({"one": {0: 3}}), quiet("one")
+        Scenario((tier("one", 3),), nodes=(plain_node("a", 2),)), scripted({"one": {0: 3}}), quiet("one")
     )
     (only,) = result.tiers
     assert (only.starts, only.room.waited, only.room.waiting) == (2, 1, 1)
@@ -140,7 +136,7 @@ def busy(scenario: Scenario, policy: str = "tierplane", seed: int = 0) -> Simula
 def failing(seed: int = 0) -> Scenario:
     return Scenario(
         (tier("one", 2), tier("two", 1, gpus=2)),
-        nodes=(node("a", 4), node("b", 4)),
+        nodes=(plain_node("a", 4), plain_node("b", 4)),
         outages=OutageModel(mtbf_s=400.0, recovery_s=100.0),
         seed=seed,
     )
@@ -157,7 +153,7 @@ def test_the_gpus_of_the_cluster_are_the_budget_and_a_setting_wins() -> None:
 
 
 def test_a_cut_is_told_once_even_if_no_target_changes() -> None:
-    result = busy(Scenario((tier("one", 1), tier("two", 0)), nodes=(node("a", 1),)))
+    result = busy(Scenario((tier("one", 1), tier("two", 0)), nodes=(plain_node("a", 1),)))
     told = [entry for entry in result.decisions if entry.before == entry.target]
     assert 0 < len(told) < sum(entry.cuts for entry in result.tiers) / 4
     assert all("1 GPUs are shared" in entry.reason for entry in told)
@@ -191,7 +187,7 @@ def test_an_engine_is_as_fast_as_the_gpu_that_it_is_on() -> None:
     slow = replace(slow, replica=replace(slow.replica, engines={"H100-80G": fast}))
 
     def latency_s(model: str) -> float:
-        scenario = Scenario((slow,), nodes=(node("a", 1, model),))
+        scenario = Scenario((slow,), nodes=(plain_node("a", 1, model),))
         return max(replay(scenario, scripted({"one": {0: 1}}), quiet("one")).tiers[0].record.total_s)
 
     assert latency_s("L4") > 5 * latency_s("H100-80G")
@@ -214,7 +210,7 @@ def test_people_read_what_there_was_room_for(make: Callable[[], SimulationResult
 
 
 def test_the_plot_shows_waiting_only_where_there_was_any() -> None:
-    scenario = Scenario((tier("one", 1),), nodes=(node("a", 2),))
+    scenario = Scenario((tier("one", 1),), nodes=(plain_node("a", 2),))
     enough, short = (replay(scenario, scripted({"one": {0: 1, 50: most}}), quiet("one")) for most in (2, 3))
     assert "no room" not in page(enough)
     assert "no room" in page(short)
@@ -222,7 +218,7 @@ def test_the_plot_shows_waiting_only_where_there_was_any() -> None:
 
 
 def test_with_every_node_away_the_budget_is_none_left_and_not_unlimited() -> None:
-    cluster = Cluster(VirtualClock(), (node("a", 2), node("b", 1)))
+    cluster = Cluster(VirtualClock(), (plain_node("a", 2), plain_node("b", 1)))
     cluster.open()
     counted = [cluster.gpus]
     for change in (cluster.lose, cluster.restore):
@@ -230,4 +226,4 @@ def test_with_every_node_away_the_budget_is_none_left_and_not_unlimited() -> Non
             change(node_id)
             counted.append(cluster.gpus)
     assert counted == [3.0, 1.0, 0.0, 2.0, 3.0]
-    assert Cluster(VirtualClock(), (node("cpu", 0),)).gpus is None
+    assert Cluster(VirtualClock(), (plain_node("cpu", 0),)).gpus is None

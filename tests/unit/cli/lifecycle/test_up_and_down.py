@@ -4,11 +4,9 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 from click.testing import CliRunner, Result
@@ -33,6 +31,7 @@ from controlplane.errors import SetupError
 from controlplane.ray_cluster import session
 from controlplane.ray_cluster.ports import Ports, PortTaken
 from controlplane.ray_cluster.session import RunRecord
+from tests.support.run_record import run_record
 
 
 @pytest.fixture(autouse=True)
@@ -69,20 +68,6 @@ def run(*arguments: str) -> Result:
             signal.signal(number, handler)
 
 
-def record(**kwargs: Any) -> RunRecord:
-    base = RunRecord(
-        plane_id="no-such-plane",
-        config="/etc/plane.yaml",
-        applications=("tierplane",),
-        namespace="tierplane",
-        up_pid=os.getpid(),
-        up_created_unix_s=psutil.Process().create_time(),
-        started_unix_s=1.0,
-        owns_ray=True,
-    )
-    return replace(base, **kwargs)
-
-
 def test_a_port_that_is_taken_is_named_and_nothing_is_started(tmp_path: Path, run_dir: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -105,7 +90,7 @@ def test_a_wrong_configuration_ends_with_2_and_every_problem(tmp_path: Path) -> 
 
 
 def test_up_beside_one_that_runs_is_refused(tmp_path: Path) -> None:
-    record().save()
+    run_record().save()
     result = run("up", str(config(tmp_path, 18080)))
     assert result.exit_code == 1
     assert "is up already" in result.output
@@ -156,7 +141,7 @@ def deploy(tmp_path: Path, progress: JsonProgress) -> None:
     file = load_checked(str(config(tmp_path, 18080)))
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        deploy_on_own_ray(record(), file, progress, Interrupts(), dashboard=False)
+        deploy_on_own_ray(run_record(), file, progress, Interrupts(), dashboard=False)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -212,7 +197,7 @@ def test_down_with_nothing_to_stop_says_so_and_needs_no_ray() -> None:
 
 
 def test_down_clears_what_a_dead_plane_left(run_dir: Path) -> None:
-    record(up_pid=2**22 + 1).save()
+    run_record(up_pid=2**22 + 1).save()
     result = run("down")
     assert result.exit_code == 0
     assert "none is left" in result.output

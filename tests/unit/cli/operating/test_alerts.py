@@ -16,27 +16,15 @@ from controlplane.cli import main
 from controlplane.cli.controller_access import PlaneAddress
 from controlplane.cli.lifecycle import status
 from controlplane.cli.operating import alerts
-from controlplane.core.alerts.alert import AlertState, Severity, SubjectType
+from controlplane.core.alerts.alert import AlertState, Severity
 from controlplane.core.alerts.rules import RULES
 from controlplane.core.alerts.views import AlertsResponse, AlertView, FiringAlert, SilenceView, WebhookView
 from controlplane.core.cluster.snapshot import ClusterSnapshot
 from controlplane.core.domain.event import Event
 from controlplane.core.reconcile.commands import ActionOutcome, ActionResponse
 from controlplane.core.reconcile.migrations import Activity
+from tests.support.alerts import TIER_DOWN
 
-DOWN = AlertView(
-    rule="TierplaneTierDown",
-    state=AlertState.FIRING,
-    severity=Severity.CRITICAL,
-    kind=SubjectType.TIER,
-    subject="small",
-    summary="Tier small has no ready endpoint.",
-    action="tierplane status says why.",
-    detail="small-1 is failed",
-    value=0.0,
-    threshold=1.0,
-    since_unix_s=0.0,
-)
 EVENTS = (
     Event(1, 1000.0, "ready", "small-1", "generation 1", "small"),
     Event(2, 1001.0, "alert", "small", "TierplaneTierDown: Tier small has no ready endpoint", "small"),
@@ -84,7 +72,7 @@ def answer(*shown: AlertView) -> AlertsResponse:
 
 def test_for_people(play: Any) -> None:
     hot = replace(
-        DOWN,
+        TIER_DOWN,
         rule="TierplaneGpuHot",
         severity=Severity.WARNING,
         subject="GPU-1",
@@ -94,8 +82,8 @@ def test_for_people(play: Any) -> None:
         silenced_until_unix_s=time.time() + 60,
         detail="",
     )
-    pending = replace(DOWN, state=AlertState.PENDING, subject="large", detail="")
-    play(alerts=answer(DOWN, hot, pending))
+    pending = replace(TIER_DOWN, state=AlertState.PENDING, subject="large", detail="")
+    play(alerts=answer(TIER_DOWN, hot, pending))
     done = run()
     assert done.exit_code == 0, done.output
     lines = done.output.splitlines()
@@ -119,7 +107,7 @@ def test_when_nothing_is_wrong(play: Any) -> None:
 
 
 def test_for_programs_and_with_the_past(play: Any) -> None:
-    plane = play(alerts=answer(DOWN), events=EVENTS)
+    plane = play(alerts=answer(TIER_DOWN), events=EVENTS)
     value = json.loads(run("--json", "--all").output)
     assert value["alerts"][0]["rule"] == "TierplaneTierDown"
     assert value["silences"][0]["number"] == 3
@@ -174,7 +162,9 @@ def test_what_is_not_done_ends_with_1_and_what_is_so_already_with_0(play: Any) -
 
 
 def test_the_worst_is_in_the_status(monkeypatch: pytest.MonkeyPatch) -> None:
-    down = FiringAlert("TierplaneTierDown", DOWN.severity, DOWN.kind, "small", DOWN.summary, "Look.", 1.0)
+    down = FiringAlert(
+        "TierplaneTierDown", TIER_DOWN.severity, TIER_DOWN.kind, "small", TIER_DOWN.summary, "Look.", 1.0
+    )
     assert [str(line) for line in alerts.firing_lines([down, down, down])] == [
         "critical: Tier small has no ready endpoint. And 2 more alerts. See tierplane alerts."
     ]

@@ -17,7 +17,7 @@ from controlplane.core.recommendations.log import IssuedRecommendation, TrackRec
 from controlplane.core.recommendations.rules import Effect, Recommendation, RecommendationKind, Score
 from controlplane.core.recommendations.views import ScalingReport, TierScalingView
 from controlplane.core.reconcile.commands import ActionOutcome, ActionResponse
-from tests.unit.gateway.api.test_report_page import EVIL, made
+from tests.support.reports import EVIL, sample_report
 
 ADVICE = Recommendation(
     "small",
@@ -43,7 +43,7 @@ class Plane:
         self.answers: dict[str, Any] = {
             "scale": ActionResponse(ActionOutcome.DONE, "tier small: 3 replicas", ("small",)),
             "scaling": ScalingReport("advise", (VIEW,), (OPEN, JUDGED), TrackRecord(2, 1, 1, 0.8)),
-            "plane_report": made(),
+            "plane_report": sample_report(),
         }
 
     def call(self, method: Callable[..., Any], *args: Any) -> Any:

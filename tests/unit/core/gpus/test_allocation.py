@@ -13,7 +13,7 @@ from controlplane.core.placement.gangs import GangShape, Infeasible, Placement, 
 from controlplane.core.placement.planner import PlacedCluster
 from controlplane.core.placement.revalidation import revalidate
 from controlplane.core.placement.topology import Distance
-from tests.unit.core.placement.test_planner import make_node
+from tests.support.nodes import make_node
 
 GIB = 1024**3
 

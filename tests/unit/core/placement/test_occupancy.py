@@ -8,7 +8,7 @@ from controlplane.core.placement.gangs import Gang, GangShape
 from controlplane.core.placement.occupancy import Occupancy, ReservedResources, RunningReplica, occupancy
 from controlplane.core.placement.topology import Node
 from controlplane.core.placement.what_if import change
-from tests.unit.core.placement.test_planner import make_node
+from tests.support.nodes import make_node
 
 BIG = GangShape(gpus=2)
 

@@ -20,37 +20,7 @@ from controlplane.core.placement.gangs import (
 from controlplane.core.placement.planner import PlacedCluster, Planner, demand_of
 from controlplane.core.placement.revalidation import revalidate
 from controlplane.core.placement.topology import Distance, Gpu, Node
-
-GIB = 1024**3
-
-
-def make_node(
-    name: str,
-    gpus: int = 8,
-    island: int = 0,
-    *,
-    model: str = "A",
-    memory_gib: int = 80,
-    cpus: int = 64,
-    host_gib: int = 512,
-    sockets: int = 2,
-) -> Node:
-    """GPUs in islands of ``island`` (0: no links), half of them on each socket."""
-
-    def peers(i: int) -> frozenset[str]:
-        if not island:
-            return frozenset()
-        first = i - i % island
-        return frozenset(f"{name}/{j}" for j in range(first, min(first + island, gpus)) if j != i)
-
-    return Node(
-        name,
-        tuple(
-            Gpu(f"{name}/{i}", i, model, memory_gib * GIB, peers(i), i * sockets // gpus) for i in range(gpus)
-        ),
-        cpus * 1000,
-        host_gib * GIB,
-    )
+from tests.support.nodes import GIB, make_node
 
 
 def place(state: PlacedCluster, *gangs: Gang) -> list[Placement | Infeasible]:

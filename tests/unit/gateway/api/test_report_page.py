@@ -9,42 +9,12 @@ from typing import Any
 import pytest
 
 from controlplane.core.reports.report import (
-    Instance,
-    InstanceKind,
     PlaneReport,
-    ReportSample,
-    Totals,
-    plane_report,
 )
 from controlplane.errors import BadRequest
 from controlplane.gateway.api.report_page import HEADS, page, parse_query, row
 from tests.support.gateway import running
-
-EVIL = "<script>alert('x')</script>"
-
-
-def totals(**more: float) -> Totals:
-    found = Totals()
-    sample = {"counted_s": 60.0, "watched_s": 60.0, "up_s": 45.0, "requests": 10, "answered": 8, "errors": 2}
-    more = {"latency_s": 4.0, "latency_max_s": 1.5, "judged": 10, "missed": 1, "gpu_s": 3600.0, **more}
-    found.include(ReportSample(**{**sample, **more}))
-    return found
-
-
-def made(**more: Any) -> PlaneReport:
-    tier = Instance(InstanceKind.TIER, EVIL, EVIL)
-    endpoint = Instance(InstanceKind.ENDPOINT, EVIL, "small-1&2")
-    tracks = {EVIL: {0: totals(), 1: totals(), 4: totals(queue=3.0)}}
-    return plane_report(
-        {tier: totals(), endpoint: totals()},
-        tracks,
-        tiers={EVIL: more.get("target", 0.95)},
-        present=[],
-        from_unix_s=1_000_000.0,
-        until_unix_s=1_000_060.0,
-        step_s=10.0,
-        cost_per_gpu_hour=2.0,
-    )
+from tests.support.reports import EVIL, sample_report
 
 
 @pytest.mark.parametrize(
@@ -77,7 +47,7 @@ def test_what_may_not_be_asked_names_the_parameter(query: str, param: str) -> No
 
 
 def test_a_row_has_a_cell_for_each_head_and_says_what_is_not_known() -> None:
-    (tier,) = made().tiers
+    (tier,) = sample_report().tiers
     cells = dict(zip(HEADS, row(tier), strict=True))
     assert cells["requests"] == "10"
     assert cells["mean ms"] == "500"
@@ -91,7 +61,7 @@ def test_a_row_has_a_cell_for_each_head_and_says_what_is_not_known() -> None:
     ("target", "shown", "marked"), [(0.9999, "99.99%, missed", 2), (0.9, "90%", 0), (None, "-", 0)]
 )
 def test_a_tier_that_missed_its_slo_is_marked(target: float | None, shown: str, marked: int) -> None:
-    report = made(target=target)
+    report = sample_report(target=target)
     assert row(report.tiers[0])[HEADS.index("promised")] == shown
     assert row(report.endpoints[0])[HEADS.index("promised")] == "-"
     text = page(report)
@@ -100,7 +70,7 @@ def test_a_tier_that_missed_its_slo_is_marked(target: float | None, shown: str, 
 
 
 def test_the_page_escapes_what_comes_from_outside_and_loads_nothing() -> None:
-    text = page(made())
+    text = page(sample_report())
     assert EVIL not in text
     assert "&lt;script&gt;" in text
     assert "small-1&amp;2" in text
@@ -108,14 +78,14 @@ def test_the_page_escapes_what_comes_from_outside_and_loads_nothing() -> None:
 
 
 def test_a_line_is_broken_where_nothing_is_known() -> None:
-    text = page(made())
+    text = page(sample_report())
     requests = text.split("Requests per second")[1].split("</figure>")[0]
     assert requests.count("<polyline") == 2
     assert "GPU utilisation" not in text, "no GPU was measured"
 
 
 async def test_the_route_asks_the_controller_and_answers_in_both_forms() -> None:
-    report = made()
+    report = sample_report()
     asked: list[float] = []
 
     class Played:

@@ -12,8 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +22,9 @@ import psutil
 
 from controlplane.errors import SetupError
 from controlplane.paths import RUN_DIR_VARIABLE
-from tests.benchmarks.plane import TIERPLANE, Plane, running
 from tests.support.nvml_driver.driver import STATE_VARIABLE, FakeDriver
+from tests.support.plane import TIERPLANE, Plane, running
+from tests.support.waiting import until
 
 GPUS = 8
 JOIN_LIMIT_S = 60.0
@@ -137,13 +137,3 @@ def gpu_cluster(args: Mapping[str, Any]) -> Iterator[GpuCluster]:
         head = GpuNode(FakeDriver(folder / "node-0", devices=GPUS))
         with running(args, {**head.driver.env(), **QUICK_NODE_DEATH}) as plane:
             yield GpuCluster(plane, head, folder)
-
-
-def until(condition: Callable[[], Any], limit_s: float, what: str, every_s: float = 0.1) -> Any:
-    """The condition's value once it has one. Raises SetupError when ``limit_s`` is over."""
-    deadline_s = time.monotonic() + limit_s
-    while not (value := condition()):
-        if time.monotonic() > deadline_s:
-            raise SetupError(f"not in {limit_s:g} s: {what}")
-        time.sleep(every_s)
-    return value

@@ -1,4 +1,4 @@
-"""A plane for a benchmark: started by ``tierplane up`` on free ports, with a run directory of its own.
+"""A whole plane, started by ``tierplane up`` on free ports, with a run directory of its own.
 
 Nothing of it is reached in a way that a user could not: faults go to its processes and to the simulated
 engines' own interface.
@@ -81,6 +81,10 @@ class Plane:
     def endpoints(self, tier: str) -> list[dict[str, Any]]:
         """The endpoints of a tier, as ``/status`` tells."""
         return [each for each in self.get("/status")["endpoints"] if each["tier"] == tier]
+
+    def ready(self, tier: str) -> list[dict[str, Any]]:
+        """Those of them that are ready."""
+        return [endpoint for endpoint in self.endpoints(tier) if endpoint["state"] == "ready"]
 
     def processes(self, *title: str) -> list[psutil.Process]:
         """The plane's processes whose command line has all of ``title``."""
@@ -193,7 +197,7 @@ def _wait_ready(up: subprocess.Popen[str]) -> None:
         said.append(line)
         if '"event": "ready"' in line:
             return
-    raise SetupError("the benchmark's plane did not come up:\n" + "".join(said[-10:]))
+    raise SetupError("the plane did not come up:\n" + "".join(said[-10:]))
 
 
 def _stop(up: subprocess.Popen[str], env: Mapping[str, str]) -> None:

@@ -1,0 +1,40 @@
+"""A report to show, whatever shows it."""
+
+from __future__ import annotations
+
+from controlplane.core.reports.report import (
+    Instance,
+    InstanceKind,
+    PlaneReport,
+    ReportSample,
+    Totals,
+    plane_report,
+)
+
+EVIL = "<script>alert('x')</script>"
+"""A name that runs as a program if a page does not escape it."""
+
+
+def totals(**more: float) -> Totals:
+    found = Totals()
+    sample = {"counted_s": 60.0, "watched_s": 60.0, "up_s": 45.0, "requests": 10, "answered": 8, "errors": 2}
+    more = {"latency_s": 4.0, "latency_max_s": 1.5, "judged": 10, "missed": 1, "gpu_s": 3600.0, **more}
+    found.include(ReportSample(**{**sample, **more}))
+    return found
+
+
+def sample_report(target: float | None = 0.95) -> PlaneReport:
+    """A minute of one tier, whose name is HTML, and of its endpoint."""
+    tier = Instance(InstanceKind.TIER, EVIL, EVIL)
+    endpoint = Instance(InstanceKind.ENDPOINT, EVIL, "small-1&2")
+    tracks = {EVIL: {0: totals(), 1: totals(), 4: totals(queue=3.0)}}
+    return plane_report(
+        {tier: totals(), endpoint: totals()},
+        tracks,
+        tiers={EVIL: target},
+        present=[],
+        from_unix_s=1_000_000.0,
+        until_unix_s=1_000_060.0,
+        step_s=10.0,
+        cost_per_gpu_hour=2.0,
+    )
