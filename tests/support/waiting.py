@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 T = TypeVar("T")
 
@@ -24,3 +25,19 @@ def until(
             raise AssertionError(f"not in {timeout_s:g} s: {what or condition}\n{story()}".rstrip())
         time.sleep(every_s)
     return value
+
+
+async def until_async(condition: Callable[[], T | None], timeout_s: float = 10.0, what: str = "") -> T:
+    """:func:`until` for a test that shares its event loop with what it waits for."""
+    deadline_s = time.monotonic() + timeout_s
+    while not (value := condition()):
+        if time.monotonic() > deadline_s:
+            raise AssertionError(f"not in {timeout_s:g} s: {what or condition}")
+        await asyncio.sleep(0.002)
+    return value
+
+
+async def forever() -> NoReturn:
+    """Ends only by being cancelled: for a fake that never answers."""
+    await asyncio.Event().wait()
+    raise AssertionError

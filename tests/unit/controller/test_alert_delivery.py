@@ -23,6 +23,7 @@ from controlplane.core.alerts.alert import Severity
 from controlplane.core.alerts.views import AlertNotice, AlertTransition
 from controlplane.core.json_values import StoredState
 from tests.support.alerts import TIER_DOWN
+from tests.support.waiting import forever, until_async
 
 SECRET = "not for logs"
 
@@ -40,15 +41,16 @@ class Receiver:
     url: str = ""
     statuses: list[int] = field(default_factory=list)
     headers: dict[str, str] = field(default_factory=dict)
-    hold_s: float = 0.0
+    silent: bool = False
+    """It takes a message and never answers."""
     calls: list[tuple[web.Request, bytes]] = field(default_factory=list)
     taken: list[dict[str, Any]] = field(default_factory=list)
 
     async def handle(self, request: web.Request) -> web.Response:
         body = await request.read()
         self.calls.append((request, body))
-        if self.hold_s:
-            await asyncio.sleep(self.hold_s)
+        if self.silent:
+            await forever()
         status = self.statuses.pop(0) if self.statuses else 200
         if status == 200:
             self.taken += json.loads(body)["alerts"]
@@ -89,12 +91,6 @@ async def delivering(
         await delivery.close()
 
 
-async def until(condition: Callable[[], Any]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.002)
-
-
 async def test_a_message_has_its_shape_and_a_signature_that_fits() -> None:
     environ = {"HOOK_SECRET": SECRET}
     async with receiving() as receiver:
@@ -102,8 +98,8 @@ async def test_a_message_has_its_shape_and_a_signature_that_fits() -> None:
             {"url": receiver.url, "secret_env": "HOOK_SECRET"}, environ=environ
         ) as delivery:
             delivery.tell([notice()])
-            await until(lambda: receiver.taken)
-            await until(lambda: delivery.views[0].delivered == 1)
+            await until_async(lambda: receiver.taken)
+            await until_async(lambda: delivery.views[0].delivered == 1)
     request, body = receiver.calls[0]
     unix_s, _, mac = request.headers[SIGNATURE].removeprefix("t=").partition(",v1=")
     wanted = hmac.new(SECRET.encode(), f"{unix_s}.".encode() + body, hashlib.sha256).hexdigest()
@@ -145,7 +141,7 @@ def test_a_signature_changes_with_everything_that_it_covers() -> None:
 async def test_without_a_secret_nothing_is_signed() -> None:
     async with receiving() as receiver, delivering({"url": receiver.url}) as delivery:
         delivery.tell([notice()])
-        await until(lambda: receiver.taken)
+        await until_async(lambda: receiver.taken)
         assert SIGNATURE not in receiver.calls[0][0].headers
 
 
@@ -154,12 +150,12 @@ async def test_what_is_not_taken_is_sent_again_and_the_order_holds(status: int) 
     async with receiving() as receiver, delivering({"url": receiver.url}) as delivery:
         receiver.statuses = [status, status]
         delivery.tell([notice("a")])
-        await until(lambda: receiver.calls)
+        await until_async(lambda: receiver.calls)
         delivery.tell([notice("b"), notice("a", AlertTransition.RESOLVED)])
-        await until(lambda: len(receiver.taken) == 3)
+        await until_async(lambda: len(receiver.taken) == 3)
         assert receiver.subjects == ["a", "b", "a"]
         assert [item["event"] for item in receiver.taken] == ["firing", "firing", "resolved"]
-        await until(lambda: delivery.views[0].waiting == 0)
+        await until_async(lambda: delivery.views[0].waiting == 0)
         assert (delivery.views[0].failed, delivery.views[0].problem) == (0, "")
         bodies = [body for _, body in receiver.calls[:3]]
         assert bodies[0] == bodies[1] == bodies[2], "the same message each time"
@@ -173,11 +169,11 @@ async def test_what_will_never_be_taken_is_given_up_at_once_and_said(status: int
         with capture_logs() as logs:
             async with delivering({"url": receiver.url}) as delivery:
                 delivery.tell([notice("a")])
-                await until(lambda: delivery.views[0].failed == 1)
+                await until_async(lambda: delivery.views[0].failed == 1)
                 assert delivery.views[0].problem == f"it answered {status}"
                 delivery.tell([notice("b")])
-                await until(lambda: receiver.subjects == ["b"])
-                await until(lambda: delivery.views[0].problem == "")
+                await until_async(lambda: receiver.subjects == ["b"])
+                await until_async(lambda: delivery.views[0].problem == "")
         [said] = [line for line in logs if "given up" in line["event"]]
         assert said["log_level"] == "error"
         assert "TierplaneTierDown/a" in said["alerts"][0]
@@ -189,7 +185,7 @@ async def test_attempts_are_limited(free_port: Callable[[], int]) -> None:
     with capture_logs() as logs:
         async with delivering({"url": url, "max_attempts": 3}) as delivery:
             delivery.tell([notice()])
-            await until(lambda: delivery.views[0].failed == 1)
+            await until_async(lambda: delivery.views[0].failed == 1)
     assert len([line for line in logs if "wait for a webhook" in line["event"]]) == 2
     assert "can't be reached" in delivery.views[0].problem
     assert "s3cret" not in repr(logs) + repr(delivery.views)
@@ -197,10 +193,10 @@ async def test_attempts_are_limited(free_port: Callable[[], int]) -> None:
 
 async def test_an_answer_that_does_not_come_is_not_waited_for() -> None:
     async with receiving() as receiver:
-        receiver.hold_s = 5.0
+        receiver.silent = True
         async with delivering({"url": receiver.url, "timeout_s": 0.05, "max_attempts": 2}) as delivery:
             delivery.tell([notice()])
-            await until(lambda: delivery.views[0].failed == 1)
+            await until_async(lambda: delivery.views[0].failed == 1)
             assert delivery.views[0].problem == "no answer in 0.05 s"
 
 
@@ -218,9 +214,7 @@ async def test_a_receiver_may_ask_for_a_pause(monkeypatch: pytest.MonkeyPatch) -
         async with delivering({"url": receiver.url}) as delivery:
             monkeypatch.setattr(asyncio, "sleep", sleep)
             delivery.tell([notice()])
-            async with asyncio.timeout(10):
-                while not receiver.taken:
-                    await real(0.002)
+            await until_async(lambda: receiver.taken)
             monkeypatch.undo()
     assert [each for each in slept if each > 1] == [7.0, 7.0]
 
@@ -238,7 +232,7 @@ async def test_too_many_leave_out_the_oldest_and_say_so(monkeypatch: pytest.Monk
             async with delivering({"url": receiver.url}) as delivery:
                 delivery.tell([notice(f"s{i}") for i in range(8)])
                 assert delivery.views[0].dropped == 3
-                await until(lambda: len(receiver.taken) == 5)
+                await until_async(lambda: len(receiver.taken) == 5)
     assert receiver.subjects == ["s3", "s4", "s5", "s6", "s7"]
     [said] = [line for line in logs if "too many wait" in line["event"]]
     assert (said["log_level"], said["left_out"]) == ("error", 1)
@@ -247,30 +241,30 @@ async def test_too_many_leave_out_the_oldest_and_say_so(monkeypatch: pytest.Monk
 async def test_many_go_in_a_few_messages() -> None:
     async with receiving() as receiver, delivering({"url": receiver.url}) as delivery:
         delivery.tell([notice(f"s{i}") for i in range(250)])
-        await until(lambda: len(receiver.taken) == 250)
+        await until_async(lambda: len(receiver.taken) == 250)
         assert receiver.subjects == [f"s{i}" for i in range(250)]
         assert len(receiver.calls) == 3
 
 
 async def test_telling_never_waits() -> None:
     async with receiving() as receiver:
-        receiver.hold_s = 30.0
+        receiver.silent = True
         async with delivering({"url": receiver.url}) as delivery:
             began_s = time.monotonic()
             for _ in range(20):
                 delivery.tell([notice()])
             assert time.monotonic() - began_s < 1.0
-            await until(lambda: receiver.calls)
+            await until_async(lambda: receiver.calls)
 
 
 async def test_each_webhook_has_its_own_limit_and_pace() -> None:
     async with receiving() as slow, receiving() as quick:
-        slow.hold_s = 30.0
+        slow.silent = True
         async with delivering(
             {"url": slow.url, "min_severity": "info"}, {"url": quick.url, "min_severity": "critical"}
         ) as delivery:
             delivery.tell([notice("a", severity=Severity.WARNING), notice("b")])
-            await until(lambda: [view.waiting for view in delivery.views] == [2, 0])
+            await until_async(lambda: [view.waiting for view in delivery.views] == [2, 0])
             assert quick.subjects == ["b"]
 
 
@@ -290,40 +284,40 @@ async def test_a_missing_secret_is_said_loudly_and_nothing_goes_out_unsigned() -
         with capture_logs() as logs:
             async with delivering(webhook, environ=environ) as delivery:
                 delivery.restore(StoredState(json.loads(json.dumps(kept))))
-                await until(lambda: receiver.subjects == ["small"])
+                await until_async(lambda: receiver.subjects == ["small"])
         assert SECRET not in repr(logs)
         assert "s3cret-path" not in repr(logs) + repr(kept)
 
 
 async def test_what_waits_survives_a_restart_in_its_order() -> None:
     async with receiving() as receiver:
-        receiver.hold_s = 30.0
+        receiver.silent = True
         async with delivering({"url": receiver.url}) as delivery:
             delivery.tell([notice("a")])
-            await until(lambda: receiver.calls)
+            await until_async(lambda: receiver.calls)
             delivery.tell([notice("b")])
             kept = delivery.kept()
         assert delivery.kept() == kept, "closing loses nothing"
-        receiver.hold_s = 0.0
+        receiver.silent = False
         async with delivering({"url": receiver.url}) as again:
             again.restore(StoredState(json.loads(json.dumps(kept))))
             again.tell([notice("c")])
-            await until(lambda: receiver.subjects[-3:] == ["a", "b", "c"])
-            await until(lambda: again.kept() == {})
+            await until_async(lambda: receiver.subjects[-3:] == ["a", "b", "c"])
+            await until_async(lambda: again.kept() == {})
 
 
 async def test_webhooks_may_change_and_what_waits_for_one_that_stays_is_kept() -> None:
     async with receiving() as stays, receiving() as goes, receiving() as comes:
-        stays.hold_s = goes.hold_s = 30.0
+        stays.silent = goes.silent = True
         async with delivering({"url": stays.url}, {"url": goes.url}) as delivery:
             delivery.tell([notice("a")])
-            await until(lambda: stays.calls and goes.calls)
-            stays.hold_s = 0.0
+            await until_async(lambda: stays.calls and goes.calls)
+            stays.silent = False
             changed = [{"url": comes.url}, {"url": stays.url, "min_severity": "info"}]
             delivery.configure([WebhookConfig.model_validate(each) for each in changed])
             delivery.tell([notice("b", severity=Severity.INFO), notice("c")])
-            await until(lambda: stays.subjects == ["a", "b", "c"])
-            await until(lambda: comes.subjects == ["c"])
+            await until_async(lambda: stays.subjects == ["a", "b", "c"])
+            await until_async(lambda: comes.subjects == ["c"])
             assert goes.subjects == []
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
 from controlplane.planning.tier_specs import tier_specs
+from tests.support.waiting import until_async
 
 PLANE = parse_plane({"tiers": [{"name": "balanced", "engine": "simulated", "replicas": 2}]})
 ENDPOINT = Endpoint(
@@ -72,10 +73,11 @@ class DirectLink(ControllerLink):
             raise ControllerUnavailable("lost")
         if method == "snapshot":
             epoch, version, _ = arguments
-            while epoch == self.registry.epoch and version >= self.registry.version:
-                await asyncio.sleep(0.001)
-                if self.away:
-                    raise ControllerUnavailable("away")
+            await until_async(
+                lambda: self.away or epoch != self.registry.epoch or version < self.registry.version
+            )
+            if self.away:
+                raise ControllerUnavailable("away")
             return self.registry.snapshot(secrets=True)
         if method == "declare":
             arguments = arguments[:2]  # what scaling and alerts are to do is the actor's
@@ -94,12 +96,6 @@ async def running(loop: Coroutine[Any, Any, Any]) -> AsyncIterator[None]:
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def until(condition: Callable[[], Any]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.001)
-
-
 def known(link: DirectLink) -> tuple[Endpoint, ...]:
     return link.registry.snapshot(secrets=True).endpoints
 
@@ -108,10 +104,10 @@ async def test_a_reporter_registers_reports_and_leaves() -> None:
     link = DirectLink()
     reporter = EndpointReporter(link, ENDPOINT, heartbeat_s=60)
     async with running(reporter.run()):
-        await until(lambda: known(link) == (ENDPOINT,))
+        await until_async(lambda: known(link) == (ENDPOINT,))
         draining = replace(ENDPOINT, state=EndpointState.DRAINING)
         reporter.update(draining)
-        await until(lambda: known(link) == (draining,))
+        await until_async(lambda: known(link) == (draining,))
         assert reporter.endpoint == draining
 
 
@@ -119,18 +115,18 @@ async def test_a_reporter_takes_changes_from_other_threads() -> None:
     link = DirectLink()
     reporter = EndpointReporter(link, ENDPOINT, heartbeat_s=60)
     async with running(reporter.run()):
-        await until(lambda: known(link))
+        await until_async(lambda: known(link))
         restarting = replace(ENDPOINT, state=EndpointState.RESTARTING)
         await asyncio.to_thread(reporter.update, restarting)
-        await until(lambda: known(link) == (restarting,))
+        await until_async(lambda: known(link) == (restarting,))
 
 
 async def test_a_reporter_registers_with_a_controller_that_has_restarted() -> None:
     link = DirectLink()
     async with running(EndpointReporter(link, ENDPOINT, heartbeat_s=0.01).run()):
-        await until(lambda: known(link))
+        await until_async(lambda: known(link))
         link.start("e2")
-        await until(lambda: known(link) == (ENDPOINT,))
+        await until_async(lambda: known(link) == (ENDPOINT,))
 
 
 async def test_a_reporter_goes_on_while_the_controller_is_away() -> None:
@@ -138,9 +134,9 @@ async def test_a_reporter_goes_on_while_the_controller_is_away() -> None:
     link.away = True
     reporter = EndpointReporter(link, ENDPOINT, heartbeat_s=0.01)
     async with running(reporter.run()):
-        await until(lambda: len(link.calls) > 1)
+        await until_async(lambda: len(link.calls) > 1)
         link.away = False
-        await until(lambda: known(link) == (ENDPOINT,))
+        await until_async(lambda: known(link) == (ENDPOINT,))
 
 
 async def test_what_is_said_at_the_end_is_not_waited_for() -> None:
@@ -156,15 +152,15 @@ async def test_snapshots_are_pulled_once_each_and_across_a_restart() -> None:
     link = DirectLink()
     got: list[ClusterSnapshot] = []
     async with running(pull_snapshots(link, got.append)):
-        await until(lambda: len(got) == 1)
+        await until_async(lambda: len(got) == 1)
         link.registry.register(ENDPOINT)
-        await until(lambda: len(got) == 2)
+        await until_async(lambda: len(got) == 2)
         assert got[1].endpoints == (ENDPOINT,)
         link.away = True
-        await until(lambda: link.calls.count("snapshot") > 3)
+        await until_async(lambda: link.calls.count("snapshot") > 3)
         link.start("e2")
         link.away = False
-        await until(lambda: len(got) == 3)
+        await until_async(lambda: len(got) == 3)
     assert [(each.epoch, each.warming) for each in got] == [("e1", True), ("e1", True), ("e2", True)]
 
 
@@ -183,11 +179,11 @@ async def test_a_gateway_declares_to_a_controller_that_does_not_know_it() -> Non
     async with running(
         report_gateway(link, PLANE.controller, specs, lambda: info, interval_s=lambda: 0.01, hurry=hurry)
     ):
-        await until(lambda: link.registry.tiers == tier_specs(PLANE))
-        await until(lambda: link.calls.count("gateway_report") > 2)
+        await until_async(lambda: link.registry.tiers == tier_specs(PLANE))
+        await until_async(lambda: link.calls.count("gateway_report") > 2)
         assert link.calls.count("declare") == 1
         link.start("e2")
-        await until(lambda: link.registry.tiers == tier_specs(PLANE))
+        await until_async(lambda: link.registry.tiers == tier_specs(PLANE))
 
 
 async def test_a_gateway_declares_again_if_only_that_was_lost() -> None:
@@ -198,7 +194,7 @@ async def test_a_gateway_declares_again_if_only_that_was_lost() -> None:
         link, PLANE.controller, specs, lambda: info, interval_s=lambda: 0.01, hurry=asyncio.Event()
     )
     async with running(reporting):
-        await until(lambda: link.registry.declared)
+        await until_async(lambda: link.registry.declared)
     assert link.calls.count("declare") == 2
 
 
@@ -209,9 +205,9 @@ async def test_a_gateway_in_a_hurry_reports_at_once() -> None:
     async with running(
         report_gateway(link, PLANE.controller, specs, lambda: info, interval_s=lambda: 60.0, hurry=hurry)
     ):
-        await until(lambda: link.calls.count("gateway_report") == 1)
+        await until_async(lambda: link.calls.count("gateway_report") == 1)
         hurry.set()
-        await until(lambda: link.calls.count("gateway_report") == 2)
+        await until_async(lambda: link.calls.count("gateway_report") == 2)
 
 
 def test_what_the_controller_is_told_of_the_configuration() -> None:

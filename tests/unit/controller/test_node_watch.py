@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import pickle
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
@@ -26,6 +25,7 @@ from controlplane.core.telemetry.samples import (
 )
 from controlplane.node_agent.agent import EventHandler, NodeAgent
 from tests.support.controller import gpu_sample, node_sample
+from tests.support.waiting import forever, until_async
 
 
 def xid(seq: int, unix_s: float = 5000.0, epoch: str = "a") -> GpuEvent:
@@ -76,8 +76,7 @@ class Cluster:
 
 async def look(watch: NodeWatch) -> dict[str, int] | None:
     alive = await watch.look()
-    for _ in range(5):
-        await asyncio.sleep(0)
+    await until_async(lambda: not watch._open)
     return alive
 
 
@@ -124,15 +123,13 @@ async def test_an_agent_that_is_gone_is_made_anew(cluster: Cluster) -> None:
 
 async def test_a_silent_agent_is_asked_once_and_holds_nobody_up(cluster: Cluster) -> None:
     watch = cluster.watch()
-
-    async def silent() -> NodeUpdate:
-        await asyncio.sleep(3600)
-        raise AssertionError
-
-    cluster.answer = silent
+    cluster.answer = forever
+    questions = set()
     for _ in range(3):
-        assert await look(watch) == {"n1": 8}
-    assert len(cluster.asked) == 1
+        assert await watch.look() == {"n1": 8}
+        questions |= set(watch._open.values())
+    await until_async(lambda: cluster.asked)
+    assert len(questions) == len(cluster.asked) == 1
     assert cluster.heard == []
     await watch.close()
 

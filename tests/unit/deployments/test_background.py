@@ -9,6 +9,7 @@ import pytest
 
 from deployments import background as tasks
 from deployments.background import BackgroundTasks
+from tests.support.waiting import forever
 
 
 def test_one_that_lost_its_cancellation_is_cancelled_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,12 +19,12 @@ def test_one_that_lost_its_cancellation_is_cancelled_again(monkeypatch: pytest.M
     async def deaf() -> None:
         while len(lost) < 3:
             with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.sleep(60)
+                await forever()
             lost.append(1)
-        await asyncio.sleep(60)
+        await forever()
 
     async def work() -> None:
-        background = BackgroundTasks(deaf(), asyncio.sleep(60))
+        background = BackgroundTasks(deaf(), forever())
         await asyncio.sleep(0)
         await asyncio.wait_for(background.cancel(), 5)
         background.check()
@@ -38,7 +39,7 @@ def test_one_that_ended_by_itself_is_told_with_its_cause() -> None:
 
     async def work() -> None:
         background = BackgroundTasks(fail())
-        await asyncio.sleep(0.01)
+        await asyncio.wait(background._tasks)
         with pytest.raises(RuntimeError, match="no such thing"):
             background.check()
         await background.cancel()

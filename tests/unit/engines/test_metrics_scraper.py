@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from controlplane.engines.base import MetricNames
 from controlplane.engines.metrics_scraper import EngineScraper, ScrapeTarget
+from tests.support.waiting import forever
 
 NAMES = asdict(
     MetricNames(
@@ -95,9 +96,8 @@ async def test_a_page_of_two_ranks(serve: Callable[[Handler], Awaitable[str]]) -
     assert "hush" not in repr(target(url, secret="hush"))
 
 
-async def slow(request: web.Request) -> web.StreamResponse:
-    await asyncio.sleep(30)
-    return web.Response()
+async def silent(request: web.Request) -> web.StreamResponse:
+    await forever()
 
 
 async def dripping(request: web.Request) -> web.StreamResponse:
@@ -113,7 +113,7 @@ async def dripping(request: web.Request) -> web.StreamResponse:
     [
         pytest.param(answers(b"", status=503), "answered 503", id="status"),
         pytest.param(answers(b"", status=302, headers={"Location": "/"}), "answered 302", id="redirect"),
-        pytest.param(slow, "did not answer within 0.3 s", id="silent"),
+        pytest.param(silent, "did not answer within 0.3 s", id="silent"),
         pytest.param(dripping, "did not answer within 0.3 s", id="endless"),
         pytest.param(answers(b"x" * 20_000), "sent more than 10000 bytes", id="large"),
         pytest.param(
@@ -151,7 +151,7 @@ async def test_values_that_are_no_number_are_missing(serve: Callable[[Handler], 
 
 
 async def test_one_slow_engine_delays_no_other(serve: Callable[[Handler], Awaitable[str]]) -> None:
-    good, bad = await serve(answers(page())), await serve(slow)
+    good, bad = await serve(answers(page())), await serve(silent)
     async with EngineScraper(timeout_s=0.5) as scraper:
         samples = await scraper.scrape_all([target(bad), *[target(good)] * 8])
     assert [bool(sample.error) for sample in samples] == [True] + [False] * 8

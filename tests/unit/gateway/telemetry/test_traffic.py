@@ -8,6 +8,7 @@ from typing import Any
 from controlplane.config.scaling import SloConfig
 from controlplane.core.traffic.counters import TrafficCounters
 from tests.support.gateway import CHAT, Rig, chat_body, plane, running
+from tests.support.waiting import until_async
 
 FAST: dict[str, Any] = {"ttft_ms": 1, "itl_ms": 0.1, "tokens": 8}
 
@@ -43,8 +44,7 @@ async def test_a_request_that_another_tier_serves_was_meant_for_its_own() -> Non
         await rig.engine("s1", "small", limit=1, **{**FAST, "itl_ms": 30})
         await rig.engine("l1", "large", **FAST)
         first = asyncio.ensure_future(rig.post(CHAT, {**chat_body(), "model": "small"}))
-        while not rig.gateway.endpoint_table.pools[0].in_flight:
-            await asyncio.sleep(0.001)
+        await until_async(lambda: rig.gateway.endpoint_table.pools[0].in_flight)
         _, headers, _ = await rig.post(CHAT, {**chat_body(), "model": "small"})
         assert headers["x-tier"] == "large"
         await first
@@ -81,8 +81,7 @@ async def test_what_is_slow_fails_or_is_shed_misses_the_slo_and_bad_requests_do_
 async def test_what_waits_is_told_by_the_tier_it_was_meant_for() -> None:
     async with running(plane({"name": "small", "scaling": None}, {"name": "large"})) as rig:
         waiting = asyncio.ensure_future(rig.post(CHAT, {**chat_body(), "model": "small"}))
-        while not read(rig)["small"].waiting:
-            await asyncio.sleep(0.001)
+        await until_async(lambda: read(rig)["small"].waiting)
         assert read(rig)["large"].waiting == 0
         await rig.engine("s1", "small", **FAST)
         assert (await waiting)[0] == 200
