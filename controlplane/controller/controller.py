@@ -176,7 +176,7 @@ class Controller:
 
     def gateway_gone(self, gateway_id: str, reason: str) -> None:
         """See :meth:`Registry.gateway_gone`."""
-        self.demand.book.forget(gateway_id)
+        self.demand.ledger.forget(gateway_id)
         self.registry.gateway_gone(gateway_id, reason)
         self.left = not self.registry.gateways
 
@@ -359,7 +359,7 @@ class Controller:
                 self.desk.renew(holder, now_s)
         self._looked_s = now_s
         self.registry.expire()
-        self.demand.book.forget_others({gateway.gateway_id for gateway in self.registry.gateways})
+        self.demand.ledger.retain_gateways({gateway.gateway_id for gateway in self.registry.gateways})
         for lease in self.desk.book.reap(now_s=now_s, ttl_s=MISSED_REPORTS * self._heartbeat_s):
             self._shapes.pop(lease.holder, None)
             self.registry.note("lease ended", lease.holder, "its holder was not heard of")

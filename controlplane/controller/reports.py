@@ -72,14 +72,14 @@ class Reports:
         """Look at who can serve; take a sample, and write the log's report, when it is time."""
         now_s = self._controller.now_s()
         if not self._controller.knows_all:
-            self._sampler.begin_anew()
+            self._sampler.reset()
             self._taken_s = now_s
             return
-        scene = self._scene()
-        self._sampler.watch(scene, now_s)
+        cluster = self._cluster()
+        self._sampler.watch(cluster, now_s)
         if now_s - self._taken_s >= self._settings.interval_s:
             self._taken_s = now_s
-            self._keep(self._sampler.take(scene, now_s))
+            self._keep(self._sampler.sample(cluster, now_s))
         if now_s - self._logged_s >= self._settings.log_interval_s:
             self._logged_s = now_s
             self._logging = asyncio.get_running_loop().create_task(self._log())
@@ -98,14 +98,14 @@ class Reports:
                 tiers = {spec.name: spec.attainment for spec in registry.tiers}
                 present = list(registry.endpoints)
                 made = await asyncio.to_thread(
-                    self._make, window_minutes * 60, self.ring.looks, self._unix_s(), tiers, present
+                    self._make, window_minutes * 60, self.ring.rounds, self._unix_s(), tiers, present
                 )
                 if len(self._made) >= CACHED:
                     self._made.clear()
                 self._made[window_minutes] = made
             return made
 
-    def _scene(self) -> SampledCluster:
+    def _cluster(self) -> SampledCluster:
         controller = self._controller
         return SampledCluster(
             controller.registry.endpoints,
@@ -131,19 +131,19 @@ class Reports:
     def _make(
         self,
         window_s: float,
-        looks: Sequence[SampleRound],
+        rounds: Sequence[SampleRound],
         now_unix_s: float,
         tiers: Mapping[str, float | None],
         present: Sequence[str],
     ) -> PlaneReport:
         until_s = int(now_unix_s) + 1
         from_s, step_s = until_s - int(window_s), track_step_s(window_s)
-        memory_s = max(from_s, _memory_from_s(looks[0].unix_s, until_s)) if looks else until_s
-        recent = [look for look in looks if memory_s <= look.unix_s < until_s]
+        memory_s = max(from_s, _memory_from_s(rounds[0].unix_s, until_s)) if rounds else until_s
+        recent = [each for each in rounds if memory_s <= each.unix_s < until_s]
         totals = {instance: found for (instance, _), found in tally(recent, _itself).items()}
         tracks: dict[str, dict[int, Totals]] = {}
         for (tier, part), found in tally(
-            recent, _tier_of, lambda look: (look.unix_s - from_s) // step_s
+            recent, _tier_of, lambda each: (each.unix_s - from_s) // step_s
         ).items():
             tracks.setdefault(tier, {})[part] = found
         if from_s < memory_s:

@@ -19,8 +19,8 @@ from controlplane.core.reports.recorded_traffic import (
     FIGURES,
     RecordedWindow,
     StoredPoint,
-    from_the_first,
-    windows_of,
+    relative_to_first,
+    traffic_windows,
 )
 from controlplane.core.reports.report import MAX_WINDOW_MINUTES, Instance, InstanceKind
 from controlplane.errors import SetupError
@@ -89,8 +89,8 @@ def recorded(plane: PlaneAddress, hours: float) -> list[RecordedWindow]:
         tier = Instance(InstanceKind.TIER, spec.name, spec.name)
         series = {series_of(tier, figure): figure for figure in FIGURES}
         points = plane.call(ControllerApi.history, tuple(series), since_s, until_s)
-        windows += windows_of(spec.name, {series[name]: _kept(found) for name, found in points.items()})
-    return from_the_first(windows)
+        windows += traffic_windows(spec.name, {series[name]: _kept(found) for name, found in points.items()})
+    return relative_to_first(windows)
 
 
 def write(windows: Iterable[RecordedWindow], file: IO[str]) -> None:

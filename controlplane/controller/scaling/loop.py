@@ -71,7 +71,7 @@ class Scaling:
     def _adopt(self, config: ControllerScalingConfig) -> None:
         self.config = config
         self._controller.applies = config.mode == "apply"
-        self._controller.demand.remember(config.window_s)
+        self._controller.demand.set_window(config.window_s)
 
     def scale(self, name: str, replicas: int | None, for_s: float | None, reason: str) -> ActionResponse:
         """See :meth:`ManualTargets.scale`."""
@@ -85,7 +85,7 @@ class Scaling:
         asked |= {
             item.subject
             for item in info.traffic
-            if item.arrived > controller.demand.book.last(info.gateway_id, item.subject).arrived
+            if item.arrived > controller.demand.ledger.last_report(info.gateway_id, item.subject).arrived
         }
         base_targets = controller.base_targets()
         return any(
@@ -102,7 +102,7 @@ class Scaling:
         specs = {spec.name: spec for spec in controller.registry.tiers if spec.scaling is not None}
         self._starts.learn(controller.registry.endpoints)
         self._round.configure(self._rule(spec) for spec in specs.values())
-        controller.demand.look(specs, controller.registry.endpoints, now_s)
+        controller.demand.sample(specs, controller.registry.endpoints, now_s)
         if not controller.knows_all or not specs:
             return ()
         observations = self._observer.look(specs.values(), self._by_hand.overrides, now_s, unix_s)

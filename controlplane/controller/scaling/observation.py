@@ -28,7 +28,7 @@ class TierObserver:
         controller = self._controller
         base_targets = controller.base_targets()
         interval_s = 0.0 if self._before_s is None else now_s - self._before_s
-        readings = {spec.name: controller.demand.book.reading(spec.name) for spec in specs}
+        readings = {spec.name: controller.demand.ledger.reading(spec.name) for spec in specs}
         found = []
         for tier, reading in readings.items():
             override = overrides.of(tier)
@@ -55,11 +55,12 @@ class TierObserver:
     ) -> TierObservation:
         controller = self._controller
         gained = self._gained(reading)
-        heard_s, limits = controller.demand.book.heard_s(), controller.demand.limits(controller.heartbeat_s)
+        reported_s = controller.demand.ledger.oldest_report_s()
+        limits = controller.demand.limits(controller.heartbeat_s)
 
         def now(value: float) -> Signal:
             return signal_of(
-                value, heard_s, now_s, limits, "" if heard_s is not None else "no gateway has reported"
+                value, reported_s, now_s, limits, "" if reported_s is not None else "no gateway has reported"
             )
 
         nothing = missing("no request ended in the interval")

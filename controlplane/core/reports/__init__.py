@@ -1,1 +1,1 @@
-"""Reports on a window of time, per tier and endpoint, from samples in memory."""
+"""Reports on a window of time, per tier and endpoint, from samples."""

@@ -1,12 +1,12 @@
-"""What a window of time was like, per tier and endpoint: from samples to averages, maxima and shares.
+"""Reports on a window of time, per tier and endpoint: from samples to means, maxima and ratios.
 
-A sample is what one instance (a tier or an endpoint) did since the sample before. Its figures are of two
-kinds: :data:`SUMS`, which add up, and :data:`GAUGES`, of which mean and maximum are told. So samples may be
-added up in memory, or point by point in a store that joins old points into wider ones, and the report is the
-same.
+A sample is what one instance (a tier or an endpoint) did since the previous sample. It has two kinds of
+figures: :data:`SUMS`, which are added up, and :data:`GAUGES`, which are reported as mean and maximum. So the
+report is the same whether samples are added up in memory, or in a store that merges old points into wider
+ones.
 
-A sample belongs to the window in which it ends. What was not measured is left out: an hour without gateways
-that report is an hour that is not covered, and not one without requests.
+A sample belongs to the window in which it ends. What was not measured is left out: an hour in which no
+gateway reported is not covered, rather than an hour without requests.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from enum import StrEnum
 from typing import Final
 
 MAX_WINDOW_MINUTES: Final = 30 * 24 * 60.0
-"""History is not kept for longer."""
+"""The store holds no older samples."""
 MIN_WINDOW_MINUTES: Final = 1.0
 MAX_ENDPOINTS: Final = 1000
-"""Endpoints in one report, those with the most requests; over weeks very many may have come and gone."""
+"""Endpoints in one report, those with the most requests: over weeks there may have been very many."""
 TRACK_POINTS: Final = 120
+"""Points of a track at most, about."""
 
 
 class InstanceKind(StrEnum):
-    """What an instance is."""
+    """The type of an instance."""
 
     TIER = "tier"
     ENDPOINT = "endpoint"
@@ -33,7 +34,7 @@ class InstanceKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, order=True)
 class Instance:
-    """Whom a sample is of."""
+    """A tier or an endpoint that samples are taken of."""
 
     kind: InstanceKind
     tier: str
@@ -43,16 +44,17 @@ class Instance:
 
 @dataclass(frozen=True, slots=True)
 class ReportSample:
-    """What one instance did since the sample before. None: not measured."""
+    """What one instance did since the previous sample. None: not measured. The store names its series after
+    the fields."""
 
     watched_s: float = 0.0
-    """For so long it was seen whether it could serve."""
+    """Seconds in which it was observed and was meant to serve."""
     up_s: float = 0.0
-    """Of that, in which it could."""
+    """Part of ``watched_s`` during which it could serve."""
     counted_s: float = 0.0
-    """For so long all gateways' counts are known; 0: nothing is known of requests."""
+    """Seconds that the counts of all gateways cover; 0: nothing is known of requests."""
     requests: float = 0.0
-    """That ended here by themselves: answered, failed or shed."""
+    """Requests that ended here without being cancelled: answered, failed or shed."""
     answered: float = 0.0
     errors: float = 0.0
     shed: float = 0.0
@@ -60,24 +62,24 @@ class ReportSample:
     """Attempts after the first."""
     resumed: float = 0.0
     arrived: float = 0.0
-    """Requests that came and were meant for this tier."""
+    """Requests meant for this tier."""
     spilled: float = 0.0
-    """Requests meant for this tier that another one served."""
+    """Requests meant for this tier that another tier served."""
     judged: float = 0.0
     """Requests meant for this tier that count for its SLO."""
     missed: float = 0.0
-    """Of those, that did not keep it."""
+    """Part of ``judged`` that missed the SLO."""
     prompt_tokens: float = 0.0
     generated_tokens: float = 0.0
     latency_s: float = 0.0
-    """Sum over ``answered``, from arrival to the end of the answer."""
+    """Sum over ``answered`` of the time from arrival to the end of the response."""
     gpu_s: float = 0.0
-    """GPUs held, times seconds."""
+    """GPUs held × seconds."""
     queue: float | None = None
-    """Requests that wait for it: in the gateways (tiers) and in engines that say so."""
+    """Requests that wait for it: in the gateways (tiers only) and in engines that report it."""
     in_flight: float | None = None
     gpu_ratio: float | None = None
-    """Mean utilisation of its own GPUs; a GPU that is shared counts whole."""
+    """Mean utilisation of its GPUs; a shared GPU counts in full."""
     latency_max_s: float | None = None
 
 
@@ -92,10 +94,11 @@ class Totals:
 
     sums: dict[str, float] = field(default_factory=dict)
     gauges: dict[str, tuple[float, float, float]] = field(default_factory=dict)
-    """Name → how many were measured, their sum, the highest."""
+    """Name → number of values, their sum, the highest."""
 
     def add(self, name: str, count: float, total: float, high: float) -> None:
-        """Figures of one name: how many, their sum, the highest. ValueError if there is no such name."""
+        """Add values of one figure: their number, sum and maximum. ValueError: samples have no such
+        figure."""
         if name in GAUGES:
             known = self.gauges.get(name, (0.0, 0.0, high))
             self.gauges[name] = (known[0] + count, known[1] + total, max(known[2], high))
@@ -104,45 +107,32 @@ class Totals:
         else:
             raise ValueError(f"a sample has no '{name}'")
 
-    def include(self, sample: ReportSample) -> None:
-        """One more sample."""
-        for name in _NAMES:
-            value = getattr(sample, name)
-            if value is not None:
-                self.add(name, 1.0, value, value)
-
-    def merge(self, other: Totals) -> None:
-        """All that the other has."""
-        for name, total in other.sums.items():
-            self.add(name, 1.0, total, total)
-        for name, figures in other.gauges.items():
-            self.add(name, *figures)
-
     def sum(self, name: str) -> float:
-        """Of one of :data:`SUMS`."""
+        """The sum of one of :data:`SUMS`."""
         return self.sums.get(name, 0.0)
 
     def mean(self, name: str) -> float | None:
-        """Of one of :data:`GAUGES`, over the samples that have it."""
+        """The mean of one of :data:`GAUGES` over the samples that have it."""
         count, total, _ = self.gauges.get(name, (0.0, 0.0, 0.0))
         return total / count if count else None
 
     def high(self, name: str) -> float | None:
-        """The highest of one of :data:`GAUGES`."""
+        """The maximum of one of :data:`GAUGES`."""
         return self.gauges[name][2] if name in self.gauges else None
 
 
 @dataclass(frozen=True, slots=True)
 class InstanceReport:
-    """One tier or endpoint over the window. None: not measured, or of no request."""
+    """One tier or endpoint over the window. None: not measured, or there was no request. ``GET /report`` has
+    the fields under these names."""
 
     kind: InstanceKind
     tier: str
     instance: str
     gone: bool
-    """It is there no more."""
+    """It no longer exists."""
     covered_s: float
-    """How much of the window all gateways' counts are known of; rates are over that."""
+    """Seconds of the window that the counts of all gateways cover; rates are per second of this time."""
     requests: float
     requests_per_s: float | None
     latency_mean_ms: float | None
@@ -151,8 +141,9 @@ class InstanceReport:
     queue_max: float | None
     in_flight_mean: float | None
     availability: float | None
-    """Share of the time in which it could serve: a tier with one endpoint ready, an endpoint that is ready.
-    What leaves on purpose, and a tier that is meant to have no replica, is not counted as away."""
+    """Ratio of the time in which it could serve: a tier with at least one ready endpoint, an endpoint that is
+    ready. The time of endpoints that drain, and of tiers whose desired number of replicas is 0, does not
+    count."""
     prompt_tokens: float
     generated_tokens: float
     errors: float
@@ -161,14 +152,14 @@ class InstanceReport:
     retried: float
     resumed: float
     spilled: float
-    """Meant for this tier and served by another; tiers only."""
+    """Requests meant for this tier that another tier served; tiers only."""
     judged: float
     attainment: float | None
-    """Share of ``judged`` that kept the tier's SLO; tiers only."""
+    """Ratio of ``judged`` that met the tier's SLO; tiers only."""
     slo_target: float | None
-    """The share that is to keep it, as the configuration promises now; tiers only."""
+    """The ratio that must meet it by the present configuration; tiers only."""
     slo_missed: bool | None
-    """Fewer kept it than are to; None: no request was judged, or nothing is promised."""
+    """``attainment`` is below ``slo_target``; None: one of them is None."""
     gpu_ratio: float | None
     gpu_hours: float
     cost: float
@@ -179,7 +170,7 @@ class TrackPoint:
     """A tier over a short part of the window, for a plot."""
 
     unix_s: float
-    """Where the part begins."""
+    """The beginning of the part."""
     requests_per_s: float | None
     latency_mean_ms: float | None
     latency_max_ms: float | None
@@ -190,7 +181,7 @@ class TrackPoint:
 
 @dataclass(frozen=True, slots=True)
 class Track:
-    """A tier's course; parts of which nothing is known have no point."""
+    """A tier's figures over time; a part without samples has no point."""
 
     tier: str
     step_s: float
@@ -213,12 +204,12 @@ class PlaneReport:
 
     @property
     def gpu_hours(self) -> float:
-        """Of all tiers."""
+        """The sum over all tiers."""
         return sum(tier.gpu_hours for tier in self.tiers)
 
     @property
     def cost(self) -> float:
-        """Of all tiers."""
+        """The sum over all tiers."""
         return sum(tier.cost for tier in self.tiers)
 
 
@@ -230,7 +221,7 @@ def instance_report(
     gone: bool = False,
     slo_target: float | None = None,
 ) -> InstanceReport:
-    """What the totals say."""
+    """The report on one instance's totals."""
     covered_s, requests, answered = (totals.sum(name) for name in ("counted_s", "requests", "answered"))
     gpu_hours = totals.sum("gpu_s") / 3600
     latency_mean_s = _share(totals.sum("latency_s"), answered)
@@ -268,20 +259,20 @@ def instance_report(
 
 
 def track(tier: str, parts: Mapping[int, Totals], from_unix_s: float, step_s: float) -> Track:
-    """A tier's course; ``parts`` are by their number from the window's begin."""
+    """A tier's figures over time; ``parts`` are numbered from the beginning of the window."""
     instance = Instance(InstanceKind.TIER, tier, tier)
     points = []
     for number in sorted(parts):
         found = instance_report(instance, parts[number])
         points.append(
             TrackPoint(
-                from_unix_s + number * step_s,
-                found.requests_per_s,
-                found.latency_mean_ms,
-                found.latency_max_ms,
-                found.queue_mean,
-                found.gpu_ratio,
-                found.attainment,
+                unix_s=from_unix_s + number * step_s,
+                requests_per_s=found.requests_per_s,
+                latency_mean_ms=found.latency_mean_ms,
+                latency_max_ms=found.latency_max_ms,
+                queue=found.queue_mean,
+                gpu_ratio=found.gpu_ratio,
+                attainment=found.attainment,
             )
         )
     return Track(tier, step_s, tuple(points))
@@ -298,16 +289,17 @@ def plane_report(
     step_s: float,
     cost_per_gpu_hour: float = 0.0,
 ) -> PlaneReport:
-    """All of it: ``tiers`` in the configuration's order, with the share of requests that is to keep the SLO,
-    then others that there were; endpoints by tier and name, of which ``present`` are those that are there."""
-    there = set(present)
-    order = {tier: place for place, tier in enumerate(tiers)}
+    """The report on the whole plane. ``tiers`` has the configured tiers in their order and the ratio of
+    requests that must meet the SLO; other tiers with samples follow. ``present`` are the endpoints that exist
+    now."""
+    existing = set(present)
+    order = {tier: index for index, tier in enumerate(tiers)}
     made = [
         instance_report(
             item,
             found,
             cost_per_gpu_hour,
-            gone=item.name not in (order if _is_tier(item) else there),
+            gone=item.name not in (order if _is_tier(item) else existing),
             slo_target=tiers.get(item.name) if _is_tier(item) else None,
         )
         for item, found in totals.items()
@@ -315,21 +307,22 @@ def plane_report(
     made.sort(key=lambda item: (order.get(item.tier, len(order)), item.tier, item.gone, item.instance))
     endpoints = [item for item in made if item.kind is InstanceKind.ENDPOINT]
     busiest = sorted(endpoints, key=lambda item: -item.requests)[:MAX_ENDPOINTS]
-    kept = {item.instance for item in busiest}
+    listed = {item.instance for item in busiest}
     shown = tuple(item for item in made if item.kind is InstanceKind.TIER)
     return PlaneReport(
         from_unix_s,
         until_unix_s,
         shown,
-        tuple(item for item in endpoints if item.instance in kept),
+        tuple(item for item in endpoints if item.instance in listed),
         tuple(track(item.tier, tracks.get(item.tier, {}), from_unix_s, step_s) for item in shown),
         cost_per_gpu_hour,
-        len(endpoints) - len(kept),
+        len(endpoints) - len(listed),
     )
 
 
 def track_step_s(window_s: float) -> int:
-    """How long a part of a window's track is: whole seconds, at most :data:`TRACK_POINTS` parts."""
+    """The length of a part of a window's track in whole seconds: at least 10, at most :data:`TRACK_POINTS`
+    parts."""
     return max(10, -(-int(window_s) // TRACK_POINTS))
 
 

@@ -1,7 +1,7 @@
-"""The last samples, in memory: bounded in samples and in all, and added up quickly.
+"""The last samples in memory: a bounded ring buffer that is fast to add up.
 
-The samples of one look are one block that never changes, so another thread may add up a copy of the list
-while new ones come.
+The samples of one round are one immutable block, so another thread can add up a copy of the list while new
+rounds are added.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from controlplane.core.reports.report import GAUGES, SUMS, Instance, ReportSample, Totals
 
 MAX_ROWS: Final = 250_000
-"""Samples of all instances together: 40 MB. A very large fleet has fewer of each here; the store has all."""
+"""Samples in memory, all instances together (40 MB). With very many instances it covers less time; the store
+has all samples."""
 
 K = TypeVar("K", bound=Hashable)
 P = TypeVar("P", bound=Hashable)
@@ -26,81 +27,76 @@ _COLUMNS: Final = (*SUMS, *GAUGES)
 
 @dataclass(frozen=True, slots=True)
 class SampleRound:
-    """All samples of one moment."""
+    """All samples taken at the same time."""
 
     unix_s: int
     instances: tuple[Instance, ...]
     values: NDArray[np.float64]
-    """Instances × (:data:`SUMS`, :data:`GAUGES`); NaN: not measured."""
+    """One row per instance, one column per name of :data:`SUMS` and :data:`GAUGES`; NaN: not measured."""
 
     @classmethod
     def of(cls, unix_s: int, samples: Mapping[Instance, ReportSample]) -> SampleRound:
-        """The samples as a block."""
+        """The samples as one round."""
         rows = [[_number(getattr(sample, name)) for name in _COLUMNS] for sample in samples.values()]
         values = np.array(rows, dtype=np.float64).reshape(len(rows), len(_COLUMNS))
         return cls(unix_s, tuple(samples), values)
 
 
 class ReportRing:
-    """The last ``limit`` looks, as far as :data:`MAX_ROWS` allows."""
+    """The last ``limit`` rounds, or fewer if they exceed ``max_rows`` samples."""
 
     def __init__(self, limit: int, max_rows: int = MAX_ROWS) -> None:
-        self._looks: deque[SampleRound] = deque()
+        self._rounds: deque[SampleRound] = deque()
         self._limit = limit
         self._max_rows = max_rows
         self._rows = 0
 
     @property
-    def looks(self) -> tuple[SampleRound, ...]:
+    def rounds(self) -> tuple[SampleRound, ...]:
         """Oldest first."""
-        return tuple(self._looks)
+        return tuple(self._rounds)
 
-    @property
-    def rows(self) -> int:
-        """Samples of all instances."""
-        return self._rows
-
-    def add(self, look: SampleRound) -> None:
-        """The newest look; the oldest go."""
-        last = self._looks[-1] if self._looks else look
-        if look.instances == last.instances:
-            look = replace(look, instances=last.instances)  # one tuple for all looks at the same instances
-        self._looks.append(look)
-        self._rows += len(look.instances)
-        while len(self._looks) > 1 and (len(self._looks) > self._limit or self._rows > self._max_rows):
-            self._rows -= len(self._looks.popleft().instances)
+    def add(self, new: SampleRound) -> None:
+        """Add a round, and drop the oldest beyond the limits."""
+        last = self._rounds[-1] if self._rounds else new
+        if new.instances == last.instances:
+            new = replace(new, instances=last.instances)  # rounds over the same instances share one tuple
+        self._rounds.append(new)
+        self._rows += len(new.instances)
+        while len(self._rounds) > 1 and (len(self._rounds) > self._limit or self._rows > self._max_rows):
+            self._rows -= len(self._rounds.popleft().instances)
 
 
 def tally(
-    looks: Sequence[SampleRound],
+    rounds: Sequence[SampleRound],
     choose: Callable[[Instance], K | None],
     part: Callable[[SampleRound], int] = lambda _: 0,
 ) -> dict[tuple[K, int], Totals]:
-    """The looks' samples added up by what ``choose`` makes of their instance (None: left out) and by the
-    ``part`` of the window that the look is in."""
+    """The samples of the rounds, added up by key and part: ``choose`` maps an instance to its key (None:
+    leave it out), and ``part`` maps a round to its part of the window."""
     keys: dict[K, int] = {}
     known: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
-    """By the identity of a look's instances: which rows, and the number of each row's key."""
+    """By the identity of a round's instances: the chosen rows, and the number of each row's key."""
     values, numbers, parts = [], [], []
-    for look in looks:
-        if id(look.instances) not in known:
-            chosen = [(row, choose(instance)) for row, instance in enumerate(look.instances)]
+    for each in rounds:
+        if id(each.instances) not in known:
+            chosen = [(row, choose(instance)) for row, instance in enumerate(each.instances)]
             mine = [(row, keys.setdefault(key, len(keys))) for row, key in chosen if key is not None]
-            known[id(look.instances)] = (
+            known[id(each.instances)] = (
                 np.array([row for row, _ in mine], dtype=np.int64),
                 np.array([number for _, number in mine], dtype=np.int64),
             )
-        rows, own = known[id(look.instances)]
-        values.append(look.values if len(rows) == len(look.instances) else look.values[rows])
+        rows, own = known[id(each.instances)]
+        values.append(each.values if len(rows) == len(each.instances) else each.values[rows])
         numbers.append(own)
-        parts.append(np.full(len(own), part(look), dtype=np.int64))
+        parts.append(np.full(len(own), part(each), dtype=np.int64))
     if not keys:
         return {}
     pairs, groups = np.unique(
         np.stack([np.concatenate(numbers), np.concatenate(parts)]), axis=1, return_inverse=True
     )
     names = list(keys)
-    found = [(names[number], place) for number, place in pairs.T.tolist()]
+    found = [(names[number], part_number) for number, part_number in pairs.T.tolist()]
     return _added_up(np.concatenate(values), groups.reshape(-1), found)
 
 

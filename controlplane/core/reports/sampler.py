@@ -1,9 +1,9 @@
-"""What each tier and endpoint did since the last look, from what the controller knows anyway.
+"""Takes samples of each tier and endpoint from the controller's state.
 
-Whether something can serve and which GPUs it holds is seen every tick; requests are what the gateways
-counted between two samples. While a gateway is silent nobody knows what is served: nothing is counted until
-it is heard of again, and then for the whole time. One that is lost takes what it had not told along: the time
-since then is not covered. A controller that has just started begins anew.
+Every tick shows which ones can serve and which GPUs they hold; requests are the difference of the gateways'
+counts between two samples. While a gateway is silent no requests are counted; when it reports again they are
+counted for the whole time. What a lost gateway had not reported is lost, and the time since its last report
+is not covered. A controller that has just started has no counts to compare with.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from controlplane.core.traffic.counters import TrafficCounters, since
 from controlplane.core.traffic.demand import SILENT_REPORTS, TierDemandTracker
 
 GAP_S: Final = 10.0
-"""Between two looks further apart than this nothing was seen."""
+"""If two ticks are further apart, the time between them was not observed."""
 
 
 @dataclass(frozen=True, slots=True)
 class SampledCluster:
-    """What there is to look at."""
+    """The controller's state that samples are taken of."""
 
     endpoints: Mapping[str, Endpoint]
-    wanted: Mapping[str, int]
-    """Tier → replicas that it is meant to have."""
+    desired: Mapping[str, int]
+    """Tier → desired replicas."""
     leases: LeaseBook
     fleet: GpuInventory
     engines: Mapping[str, EngineTelemetry]
@@ -40,18 +40,18 @@ class SampledCluster:
 
 @dataclass(frozen=True, slots=True)
 class _CountedTraffic:
-    """What gateways counted of everybody."""
+    """What the gateways counted of all subjects."""
 
     over_s: float = 0.0
-    """For so long it is known."""
+    """Seconds that the counts cover."""
     by_subject: Mapping[str, TrafficCounters] = field(default_factory=dict)
-    present: bool = False
-    """Whether what waits and what is in flight is known, too."""
+    has_gauges: bool = False
+    """Whether the requests that wait and are in flight now are known, too."""
 
 
 @dataclass(slots=True)
 class _WatchedInstance:
-    """What was seen of one instance since the last sample."""
+    """What the ticks since the last sample showed of one instance."""
 
     watched_s: float = 0.0
     up_s: float = 0.0
@@ -59,34 +59,35 @@ class _WatchedInstance:
 
 
 class ReportSampler:
-    """Call :meth:`watch` every tick, and :meth:`take` for each sample."""
+    """Call :meth:`watch` every tick, and :meth:`sample` to take a round of samples."""
 
     def __init__(self) -> None:
-        self._looked_s: float | None = None
+        self._last_tick_s: float | None = None
         self._watched: dict[Instance, _WatchedInstance] = {}
         self._base: dict[str, TrafficCounters] = {}
         self._base_s: float | None = None
-        self._heard: dict[str, float] = {}
-        """Gateways since the last sample that counted: when each was last heard of."""
+        self._reported_s: dict[str, float] = {}
+        """Gateways seen since the last round that counted requests → when each last reported."""
 
-    def begin_anew(self) -> None:
-        """Not everybody is known: what was seen so far is no base for what comes."""
-        self._looked_s = self._base_s = None
-        self._watched, self._heard = {}, {}
+    def reset(self) -> None:
+        """Start again: not all gateways and replicas are known, so there is nothing to compare later counts
+        with."""
+        self._last_tick_s = self._base_s = None
+        self._watched, self._reported_s = {}, {}
 
-    def watch(self, scene: SampledCluster, now_s: float) -> None:
-        """A look at who can serve."""
-        if self._base_s is None and scene.demand.book.gateways:
-            self._count(self._subjects(scene), scene, now_s)
-        self._heard.update(scene.demand.book.gateways)
-        before_s, self._looked_s = self._looked_s, now_s
+    def watch(self, cluster: SampledCluster, now_s: float) -> None:
+        """Note which endpoints can serve and which GPUs they hold."""
+        if self._base_s is None and cluster.demand.ledger.reported_s:
+            self._count(self._subjects(cluster), cluster, now_s)
+        self._reported_s.update(cluster.demand.ledger.reported_s)
+        before_s, self._last_tick_s = self._last_tick_s, now_s
         if before_s is None or not 0.0 < now_s - before_s <= GAP_S:
             return
         span_s = now_s - before_s
         ready: set[str] = set()
-        held: dict[str, float] = dict.fromkeys(scene.wanted, 0.0)
-        for endpoint in scene.endpoints.values():
-            gpus = _gpus_held(endpoint, scene.leases)
+        held: dict[str, float] = dict.fromkeys(cluster.desired, 0.0)
+        for endpoint in cluster.endpoints.values():
+            gpus = _gpus_held(endpoint, cluster.leases)
             held[endpoint.tier] = held.get(endpoint.tier, 0.0) + gpus
             up = endpoint.state in SERVING
             if up:
@@ -95,7 +96,7 @@ class ReportSampler:
             self._see(_endpoint(endpoint), span_s, counts=not leaves, up=up, gpus=gpus)
         for tier, gpus in held.items():
             up = tier in ready
-            counts = up or scene.wanted.get(tier, 0) > 0
+            counts = up or cluster.desired.get(tier, 0) > 0
             self._see(_tier(tier), span_s, counts=counts, up=up, gpus=gpus)
 
     def _see(self, instance: Instance, span_s: float, *, counts: bool, up: bool, gpus: float) -> None:
@@ -104,62 +105,62 @@ class ReportSampler:
         seen.up_s += span_s if up else 0.0
         seen.gpu_s += gpus * span_s
 
-    def take(self, scene: SampledCluster, now_s: float) -> dict[Instance, ReportSample]:
-        """What everybody did since the last sample; nothing if nothing was seen."""
+    def sample(self, cluster: SampledCluster, now_s: float) -> dict[Instance, ReportSample]:
+        """One sample of each instance since the last round; empty if nothing was observed."""
         watched, self._watched = self._watched, {}
-        members: dict[str, list[Endpoint]] = {tier: [] for tier in scene.wanted}
-        for endpoint in scene.endpoints.values():
+        members: dict[str, list[Endpoint]] = {tier: [] for tier in cluster.desired}
+        for endpoint in cluster.endpoints.values():
             members.setdefault(endpoint.tier, []).append(endpoint)
-        counted = self._count(self._subjects(scene), scene, now_s)
+        counted = self._count(self._subjects(cluster), cluster, now_s)
         found = {}
         for instance, seen in watched.items():
             is_tier = instance.kind is InstanceKind.TIER
             if is_tier:
                 mine: Iterable[Endpoint] = members.get(instance.tier, ())
             else:
-                mine = [scene.endpoints[instance.name]] if instance.name in scene.endpoints else ()
+                mine = [cluster.endpoints[instance.name]] if instance.name in cluster.endpoints else ()
             count = counted.by_subject.get(instance.name)
-            queue = _waiting(mine, scene.engines, now_s)
+            queue = _waiting(mine, cluster.engines, now_s)
             if is_tier:
-                queue = count.waiting + (queue or 0.0) if count is not None and counted.present else None
+                queue = count.waiting + (queue or 0.0) if count is not None and counted.has_gauges else None
             sample = ReportSample(
                 seen.watched_s,
                 seen.up_s,
                 gpu_s=seen.gpu_s,
                 queue=queue,
-                in_flight=count.in_flight if count is not None and counted.present else None,
-                gpu_ratio=_gpu_ratio(mine, scene.fleet, now_s),
+                in_flight=count.in_flight if count is not None and counted.has_gauges else None,
+                gpu_ratio=_gpu_ratio(mine, cluster.fleet, now_s),
             )
             found[instance] = sample if count is None else _with_counts(sample, counted.over_s, count)
         return found
 
-    def _subjects(self, scene: SampledCluster) -> list[str]:
-        """The tiers and endpoints that anything may be counted of."""
-        tiers = dict.fromkeys((*scene.wanted, *(item.tier for item in scene.endpoints.values())))
-        return [*tiers, *scene.endpoints]
+    def _subjects(self, cluster: SampledCluster) -> list[str]:
+        """The tiers and endpoints that requests are counted of."""
+        tiers = dict.fromkeys((*cluster.desired, *(item.tier for item in cluster.endpoints.values())))
+        return [*tiers, *cluster.endpoints]
 
-    def _count(self, subjects: Collection[str], scene: SampledCluster, now_s: float) -> _CountedTraffic:
-        """What was counted of each subject since the last time."""
-        book = scene.demand.book
-        heard = book.gateways
-        if any(now_s - at_s > SILENT_REPORTS * scene.heartbeat_s for at_s in heard.values()):
+    def _count(self, subjects: Collection[str], cluster: SampledCluster, now_s: float) -> _CountedTraffic:
+        """What was counted of each subject since the last round."""
+        ledger = cluster.demand.ledger
+        reported_s = ledger.reported_s
+        if any(now_s - at_s > SILENT_REPORTS * cluster.heartbeat_s for at_s in reported_s.values()):
             return _CountedTraffic()
         before_s, before = self._base_s, self._base
-        if before_s is None and not heard:
+        if before_s is None and not reported_s:
             return _CountedTraffic()
-        readings = {name: book.reading(name) for name in subjects}
-        lost_s = [at_s for name, at_s in self._heard.items() if name not in heard]
-        self._base, self._base_s = readings, (now_s if heard else None)
-        self._heard = dict(heard)
+        readings = {name: ledger.reading(name) for name in subjects}
+        lost_s = [at_s for name, at_s in self._reported_s.items() if name not in reported_s]
+        self._base, self._base_s = readings, (now_s if reported_s else None)
+        self._reported_s = dict(reported_s)
         if before_s is None:
             return _CountedTraffic()
         counts = {name: _gained(reading, before.get(name)) for name, reading in readings.items()}
-        return _CountedTraffic(max(0.0, min([now_s, *lost_s]) - before_s), counts, bool(heard))
+        return _CountedTraffic(max(0.0, min([now_s, *lost_s]) - before_s), counts, bool(reported_s))
 
 
 def _gained(reading: TrafficCounters, before: TrafficCounters | None) -> TrafficCounters:
     if before is None or reading.arrived < before.arrived or reading.served < before.served:
-        before = TrafficCounters(reading.subject)  # the book began to count it anew
+        before = TrafficCounters(reading.subject)  # the ledger started again at zero
     return since(reading, before)
 
 
@@ -174,7 +175,7 @@ def _with_counts(sample: ReportSample, over_s: float, count: TrafficCounters) ->
         retried=count.retried,
         resumed=count.resumed,
         arrived=count.arrived,
-        spilled=count.away,
+        spilled=count.served_elsewhere,
         judged=count.judged,
         missed=count.missed,
         prompt_tokens=count.prompt_tokens,
@@ -202,7 +203,7 @@ def _gpus_held(endpoint: Endpoint, book: LeaseBook) -> float:
 def _waiting(
     members: Iterable[Endpoint], engines: Mapping[str, EngineTelemetry], now_s: float
 ) -> float | None:
-    """In the engines that say so freshly; None if none does."""
+    """Requests that wait in engines with a fresh signal; None if there is no such engine."""
     known = [
         waiting
         for item in members
@@ -213,7 +214,7 @@ def _waiting(
 
 
 def _gpu_ratio(members: Iterable[Endpoint], fleet: GpuInventory, now_s: float) -> float | None:
-    """Mean over the members' GPUs of which it is freshly known; None if of none."""
+    """Mean utilisation over the members' GPUs with a fresh signal; None if there is no such GPU."""
     ratios = []
     for uuid in {uuid for item in members for uuid in item.gpu_uuids}:
         ratio = fleet.signals(uuid, now_s).gpu_ratio.fresh if uuid in fleet.records else None

@@ -1,10 +1,10 @@
-"""What gateways count, and what the controller makes of it: demand, outcomes and latencies per tier and
-endpoint.
+"""What gateways count, and how the controller derives demand, outcomes and latencies per tier and endpoint
+from it.
 
-A gateway's figures only grow (:class:`TrafficCounters`), so a report that is lost loses nothing: the next one
-has it. The controller adds up what all gateways counted since it first heard of each
-(:class:`TrafficLedger`), and looks back by the difference of two readings (:class:`TrafficWindow`). A
-gateway that starts anew starts at zero, which the book notices by its id.
+A gateway's counters only grow (:class:`TrafficCounters`), so a lost report loses nothing: the next one
+includes it. The controller adds up what each gateway counted since its first report (:class:`TrafficLedger`),
+and computes windows as the difference of two readings (:class:`TrafficWindow`). A gateway that restarts has a
+new id and counts from zero.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ LATENCY_BOUNDS_S: Final = (
 """Upper bounds of the latency buckets, in seconds."""
 _NO_COUNTS: Final = (0,) * len(LATENCY_BOUNDS_S)
 WINDOW_S: Final = 300.0
-"""How far a window looks back at most, unless said otherwise."""
-POINTS_KEPT: Final = 240
-"""Readings that a window holds, about: they are thinned so that the whole of it fits."""
+"""The default length of a window."""
+MAX_POINTS: Final = 240
+"""Readings that a window holds, approximately; closer ones are thinned out."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrafficCounters:
-    """Requests of one tier or endpoint, counted since the gateway began. A tier has both what was meant for
-    it (``arrived``, ``judged``, ``missed``, ``away``) and what it served (the rest); an endpoint only what
-    it served."""
+    """Requests of one tier or endpoint, counted since the gateway started. A tier has counts of the requests
+    meant for it (``arrived``, ``judged``, ``missed``, ``served_elsewhere``) and of those it served (the
+    rest); an endpoint has only the latter."""
 
     subject: str
     """A tier's name or an endpoint's id."""
     arrived: int = 0
-    """Requests that were meant for it, whatever became of them."""
+    """Requests meant for it, whatever their outcome."""
     judged: int = 0
-    """Of those, that ended by themselves and not by the client's fault or wish."""
+    """Part of ``arrived`` that counts for the SLO: neither invalid nor cancelled by the client."""
     missed: int = 0
-    """Of those, that did not keep the tier's SLO; what failed or was shed never did."""
-    away: int = 0
+    """Part of ``judged`` that missed the tier's SLO; failed and shed requests always do."""
+    served_elsewhere: int = 0
     """Requests meant for it that another tier served (spilled or bridged)."""
     ok: int = 0
     failed: int = 0
     shed: int = 0
-    """Not admitted, or past their deadline."""
+    """Not admitted, or expired in the queue."""
     retried: int = 0
     """Attempts after the first."""
     resumed: int = 0
@@ -58,21 +58,21 @@ class TrafficCounters:
     generated_tokens: int = 0
     gpu_s: float = 0.0
     latency_s: float = 0.0
-    """Sum over ``ok``, from arrival to the end of the answer."""
+    """Sum over ``ok`` of the time from arrival to the end of the response."""
     latency_counts: tuple[int, ...] = _NO_COUNTS
-    """Of the same, by :data:`LATENCY_BOUNDS_S`; each bucket by itself."""
+    """The same times as a histogram over :data:`LATENCY_BOUNDS_S`, not cumulative."""
     ttft_counts: tuple[int, ...] = _NO_COUNTS
-    """Times to the first byte of streamed answers."""
+    """Histogram of the times to the first byte of streamed responses."""
     waiting: int = 0
-    """Now, in the gateway's queue; not a count."""
+    """Requests in the gateway's queue now; a gauge, not a count."""
     in_flight: int = 0
-    """Now, at the engines; not a count."""
+    """Requests at the engines now; a gauge."""
     latency_max_s: float = 0.0
-    """Of the last 10 to 20 seconds; not a count."""
+    """Of the last 10 to 20 seconds; a gauge."""
 
     @property
     def served(self) -> int:
-        """Requests that ended here, however."""
+        """Requests that ended here, whatever their outcome."""
         return self.ok + self.failed + self.shed
 
 
@@ -94,14 +94,14 @@ def _combine(a: TrafficCounters, b: TrafficCounters, sign: int) -> TrafficCounte
 
 
 def since(later: TrafficCounters, earlier: TrafficCounters) -> TrafficCounters:
-    """What was counted between two readings; what is no count stays as it was at the later one."""
+    """What was counted between two readings; gauges are those of the later one."""
     return _combine(later, earlier, -1)
 
 
 def within_slo(slo: Slo, *, ttft_s: float | None, itl_s: float | None, total_s: float, tokens: int) -> bool:
-    """Whether an answer kept the SLO. ``ttft_s`` None: it came in one piece, and then it may take as long as
-    a streamed one that just keeps it; ``itl_s`` is the mean time per token after the first, None if there is
-    none."""
+    """Whether a response met the SLO. ``ttft_s`` is None for one that was not streamed; it may take as long
+    as a streamed one that just meets the SLO. ``itl_s`` is the mean time per token after the first; None:
+    there was no second token."""
     if total_s > slo.total_s:
         return False
     if ttft_s is None:
@@ -110,7 +110,7 @@ def within_slo(slo: Slo, *, ttft_s: float | None, itl_s: float | None, total_s: 
 
 
 def quantile_s(counts: Sequence[int], quantile: float) -> float | None:
-    """In seconds, of counts by :data:`LATENCY_BOUNDS_S`; None if there are none."""
+    """A quantile in seconds of a histogram over :data:`LATENCY_BOUNDS_S`; None if it is empty."""
     total = 0
     cumulative = []
     for count in counts:
@@ -120,18 +120,18 @@ def quantile_s(counts: Sequence[int], quantile: float) -> float | None:
 
 
 class TrafficLedger:
-    """All gateways together."""
+    """The counts of all gateways, added up."""
 
     def __init__(self) -> None:
         self._last: dict[str, dict[str, TrafficCounters]] = {}
         """Gateway → subject → its last reading."""
-        self._heard_s: dict[str, float] = {}
+        self._reported_s: dict[str, float] = {}
         self._sum: dict[str, TrafficCounters] = {}
 
     def observe(self, gateway_id: str, traffic: Iterable[TrafficCounters], now_s: float) -> None:
-        """A gateway's report. What it counted before its first report to this book is not news."""
+        """Take in a gateway's report. What it counted before its first report to this ledger is not added."""
         before = self._last.get(gateway_id)
-        self._heard_s[gateway_id] = now_s
+        self._reported_s[gateway_id] = now_s
         readings = {item.subject: item for item in traffic}
         if before is not None:
             for subject, item in readings.items():
@@ -147,27 +147,27 @@ class TrafficLedger:
         self._last[gateway_id] = readings
 
     def forget(self, gateway_id: str) -> None:
-        """The gateway is gone; what it counted stays counted."""
+        """Remove a gateway; what it counted remains in the sums."""
         self._last.pop(gateway_id, None)
-        self._heard_s.pop(gateway_id, None)
+        self._reported_s.pop(gateway_id, None)
 
-    def forget_others(self, gateway_ids: Collection[str]) -> None:
-        """Those that are none of these are gone."""
+    def retain_gateways(self, gateway_ids: Collection[str]) -> None:
+        """Remove all gateways except these."""
         for gateway_id in self._last.keys() - set(gateway_ids):
             self.forget(gateway_id)
 
-    def keep_only(self, subjects: Iterable[str]) -> None:
-        """Forget what is about nobody else."""
-        wanted = set(subjects)
-        for subject in self._sum.keys() - wanted:
+    def retain_subjects(self, subjects: Iterable[str]) -> None:
+        """Drop the sums of all subjects except these."""
+        retained = set(subjects)
+        for subject in self._sum.keys() - retained:
             del self._sum[subject]
 
-    def last(self, gateway_id: str, subject: str) -> TrafficCounters:
+    def last_report(self, gateway_id: str, subject: str) -> TrafficCounters:
         """A gateway's last reading of a subject; zeros if there is none."""
         return self._last.get(gateway_id, {}).get(subject) or TrafficCounters(subject)
 
     def reading(self, subject: str) -> TrafficCounters:
-        """Everything counted of a subject so far, and its present as of the last reports."""
+        """All counts of a subject so far, and its gauges from the last reports."""
         base = self._sum.get(subject) or TrafficCounters(subject)
         parts = [readings[subject] for readings in self._last.values() if subject in readings]
         return replace(
@@ -178,35 +178,35 @@ class TrafficLedger:
         )
 
     @property
-    def gateways(self) -> Mapping[str, float]:
-        """When each was last heard of."""
-        return MappingProxyType(self._heard_s)
+    def reported_s(self) -> Mapping[str, float]:
+        """Gateway → when it last reported."""
+        return MappingProxyType(self._reported_s)
 
-    def heard_s(self) -> float | None:
-        """When the gateway that was silent for longest was last heard of; None: there is none."""
-        return min(self._heard_s.values(), default=None)
+    def oldest_report_s(self) -> float | None:
+        """When the gateway that has been silent for longest last reported; None: there is no gateway."""
+        return min(self._reported_s.values(), default=None)
 
 
 class TrafficWindow:
-    """One subject's last minutes."""
+    """Readings of one subject over the last minutes."""
 
     def __init__(self, window_s: float = WINDOW_S) -> None:
         self._points: deque[tuple[float, TrafficCounters]] = deque()
-        self.remember(window_s)
+        self.set_length(window_s)
 
-    def remember(self, window_s: float) -> None:
-        """Look back so far from now on; what is remembered already stays as far as it is inside."""
+    def set_length(self, window_s: float) -> None:
+        """Change the length of the window; readings inside it remain."""
         self._window_s = window_s
-        self._apart_s = window_s / POINTS_KEPT
+        self._apart_s = window_s / MAX_POINTS
 
     def observe(self, reading: TrafficCounters, now_s: float) -> None:
-        """A reading of the book. One that counts less than the last begins a new window: the book was made
-        anew."""
+        """Add a reading of the ledger. If it counts less than the last one, the ledger started again, and so
+        does the window."""
         points = self._points
         if points and (reading.arrived < points[-1][1].arrived or reading.served < points[-1][1].served):
             points.clear()
-        # The last one is always kept, and stays when the next comes only if it is far enough from its own
-        # last: what is counted goes on, so nothing is lost but where exactly a window may begin.
+        # The newest reading always stays, but is replaced by the next unless it is far enough from the one
+        # before it. Counts are cumulative, so thinning only makes it less exact where a window can begin.
         if len(points) >= 2 and points[-1][0] - points[-2][0] < self._apart_s:
             points.pop()
         points.append((now_s, reading))
@@ -214,11 +214,11 @@ class TrafficWindow:
             points.popleft()
 
     def __len__(self) -> int:
-        """Readings that it holds."""
+        """The number of readings."""
         return len(self._points)
 
-    def back(self, seconds: float) -> tuple[TrafficCounters, float] | None:
-        """What was counted in the last ``seconds``, and over how many seconds that is, the nearest that the
+    def over_last(self, seconds: float) -> tuple[TrafficCounters, float] | None:
+        """What was counted in the last ``seconds``, and the seconds that this covers, as close as the
         readings allow; None until there are two."""
         points = self._points
         if len(points) < 2:
@@ -233,15 +233,15 @@ class TrafficWindow:
 
 @dataclass(frozen=True, slots=True)
 class TierFigures:
-    """One tier's last minutes, for alerts, advice and reports. Shares and percentiles of no request are
-    MISSING."""
+    """One tier's figures over the last minutes, for alerts and recommendations. Ratios and percentiles over
+    no request are MISSING."""
 
     requests_per_s: Signal
     arrivals_per_s: Signal
     failed_ratio: Signal
-    """Of the requests it served, those that failed."""
+    """Failed requests among those that ended here."""
     shed_ratio: Signal
-    """Of the requests meant for it or served by it, those that were not admitted or came too late."""
+    """Requests that were not admitted or expired in the queue, among those that ended here."""
     retried_ratio: Signal
     ttft_p95_s: Signal
     latency_p95_s: Signal
@@ -253,26 +253,27 @@ class TierFigures:
 def figures(
     window: TrafficWindow,
     reading: TrafficCounters,
-    heard_s: float | None,
+    reported_s: float | None,
     now_s: float,
     limits: FreshnessLimits,
     span_s: float = WINDOW_S,
 ) -> TierFigures:
-    """The figures over ``span_s``, as fresh as the gateway that was silent for longest."""
-    if heard_s is None:
+    """The figures over ``span_s``, as fresh as the oldest of the gateways' last reports, from
+    ``reported_s``."""
+    if reported_s is None:
         nothing = missing("no gateway has reported")
         return TierFigures(*(nothing,) * 10)
 
     def signal(value: float | None, why: str) -> Signal:
-        return missing(why) if value is None else signal_of(value, heard_s, now_s, limits)
+        return missing(why) if value is None else signal_of(value, reported_s, now_s, limits)
 
     def share(part: float, whole: float) -> float | None:
         return part / whole if whole > 0 else None
 
     waiting, in_flight = signal(reading.waiting, ""), signal(reading.in_flight, "")
-    found = window.back(span_s)
+    found = window.over_last(span_s)
     if found is None:
-        nothing = missing("the gateways have reported once only")
+        nothing = missing("the gateways have reported only once")
         return TierFigures(*(nothing,) * 8, waiting, in_flight)
     counted, over_s = found
     none_ended = "no request ended in the window"
@@ -291,7 +292,7 @@ def figures(
 
 
 def named(figures: Mapping[str, TierFigures]) -> dict[str, dict[str, Signal]]:
-    """Figure (``tier/NAME``) → tier → signal."""
+    """The figures of all tiers as figure (``tier/NAME``) → tier → signal."""
     return {
         f"tier/{field.name}": {tier: getattr(value, field.name) for tier, value in figures.items()}
         for field in fields(TierFigures)

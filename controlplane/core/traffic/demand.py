@@ -1,4 +1,4 @@
-"""The tiers' traffic as the controller sees it: all gateways' counts, and the last minutes of each tier."""
+"""The traffic of all tiers: the gateways' counts added up, and a window for each tier."""
 
 from __future__ import annotations
 
@@ -15,46 +15,47 @@ from controlplane.core.traffic.counters import (
 )
 
 SILENT_REPORTS = 3
-"""So many reports that a gateway misses and what is known of its traffic is STALE."""
+"""After a gateway has missed this many reports, the figures of its traffic are STALE."""
 
 
 class TierDemandTracker:
-    """Fed with gateways' reports; :meth:`look` takes a reading every few seconds."""
+    """Takes in the gateways' reports; :meth:`sample` adds a reading to each tier's window."""
 
     def __init__(self, window_s: float = WINDOW_S) -> None:
-        self.book = TrafficLedger()
+        self.ledger = TrafficLedger()
         self._window_s = max(window_s, WINDOW_S)
         self._windows: dict[str, TrafficWindow] = {}
 
-    def remember(self, window_s: float) -> None:
-        """Look back so far from now on; never less than :data:`WINDOW_S`, which alerts go by."""
+    def set_window(self, window_s: float) -> None:
+        """Change the length of the windows; never below :data:`WINDOW_S`, which alerts need."""
         self._window_s = max(window_s, WINDOW_S)
         for window in self._windows.values():
-            window.remember(self._window_s)
+            window.set_length(self._window_s)
 
     def observe(self, gateway_id: str, traffic: Sequence[TrafficCounters], now_s: float) -> None:
-        """Take in what a gateway reports."""
-        self.book.observe(gateway_id, traffic, now_s)
+        """Take in a gateway's report."""
+        self.ledger.observe(gateway_id, traffic, now_s)
 
-    def look(self, tiers: Collection[str], subjects: Collection[str], now_s: float) -> None:
-        """Take a reading of every tier; of nobody but them and ``subjects`` (endpoints) is anything kept."""
-        self.book.keep_only({*tiers, *subjects})
+    def sample(self, tiers: Collection[str], subjects: Collection[str], now_s: float) -> None:
+        """Add a reading of every tier; drop what is not about ``tiers`` or ``subjects`` (endpoints)."""
+        self.ledger.retain_subjects({*tiers, *subjects})
         for tier in self._windows.keys() - set(tiers):
             del self._windows[tier]
         for tier in tiers:
             window = self._windows.setdefault(tier, TrafficWindow(self._window_s))
-            window.observe(self.book.reading(tier), now_s)
+            window.observe(self.ledger.reading(tier), now_s)
 
     @staticmethod
     def limits(heartbeat_s: float) -> FreshnessLimits:
-        """How old a gateway's report may be."""
+        """How old a gateway's last report may be."""
         return FreshnessLimits(SILENT_REPORTS * heartbeat_s, 5 * SILENT_REPORTS * heartbeat_s)
 
     def figures(self, now_s: float, heartbeat_s: float, span_s: float = WINDOW_S) -> dict[str, TierFigures]:
-        """Of every tier over ``span_s``, or what is remembered if that is less; as of the last look."""
+        """The figures of every tier over ``span_s``, or over the window if that is shorter, up to the last
+        :meth:`sample`."""
         limits = self.limits(heartbeat_s)
-        heard_s = self.book.heard_s()
+        reported_s = self.ledger.oldest_report_s()
         return {
-            tier: figures(window, self.book.reading(tier), heard_s, now_s, limits, span_s)
+            tier: figures(window, self.ledger.reading(tier), reported_s, now_s, limits, span_s)
             for tier, window in self._windows.items()
         }

@@ -37,13 +37,13 @@ class _SubjectCounts:
     """One subject's figures, while they grow."""
 
     __slots__ = (
-        *("arrived", "judged", "missed", "away", "ok", "failed", "shed", "retried", "resumed"),
+        *("arrived", "judged", "missed", "served_elsewhere", "ok", "failed", "shed", "retried", "resumed"),
         *("prompt_tokens", "generated_tokens", "gpu_s", "latency_s", "latency", "ttft"),
         *("max_s", "max_before_s", "max_since_s"),
     )
 
     def __init__(self) -> None:
-        self.arrived = self.judged = self.missed = self.away = 0
+        self.arrived = self.judged = self.missed = self.served_elsewhere = 0
         self.ok = self.failed = self.shed = self.retried = self.resumed = 0
         self.prompt_tokens = self.generated_tokens = 0
         self.gpu_s = self.latency_s = 0.0
@@ -81,7 +81,7 @@ class _SubjectCounts:
             arrived=self.arrived,
             judged=self.judged,
             missed=self.missed,
-            away=self.away,
+            served_elsewhere=self.served_elsewhere,
             ok=self.ok,
             failed=self.failed,
             shed=self.shed,
@@ -145,7 +145,7 @@ class TrafficCounter:
         meant = self._names[context.route.order[0]]
         counts = self._tiers[meant]
         counts.judged += 1
-        counts.away += bool(context.tier) and context.tier != meant and outcome is _OK
+        counts.served_elsewhere += bool(context.tier) and context.tier != meant and outcome is _OK
         missed = outcome is not _OK or not self._kept(context, meant, total_s)
         counts.missed += missed
         return meant, missed

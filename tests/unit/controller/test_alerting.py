@@ -234,7 +234,7 @@ def test_what_gateways_count_is_judged() -> None:
         ok, failed = ok + more_ok, failed + more_failed
         counted = TrafficCounters("small", ok + failed, ok + failed, failed, ok=ok, failed=failed)
         controller.gateway_report(GatewayInfo("g1", "n", "", traffic=(counted,)))
-        controller.demand.look(["small"], [], rig.world.clock.s)
+        controller.demand.sample(["small"], [], rig.world.clock.s)
         return rig.step()
 
     rig.world.controller.registry.declare([replace(SPEC, attainment=0.95)], HEARTBEAT_S)
@@ -260,7 +260,7 @@ def test_a_tiers_slo_is_judged_by_what_that_tier_promises() -> None:
         judged, missed = judged + 100, missed + 3
         counted = [TrafficCounters(name, judged, judged, missed, ok=judged) for name in tiers]
         controller.gateway_report(GatewayInfo("g1", "n", "", traffic=tuple(counted)))
-        controller.demand.look(tiers, [], rig.world.clock.s)
+        controller.demand.sample(tiers, [], rig.world.clock.s)
         told = rig.step()
         assert told == [] or (told == ["firing SloMissed strict"] and each == 3)
     [view] = rig.firing

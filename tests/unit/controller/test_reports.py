@@ -135,7 +135,7 @@ async def test_the_store_tells_the_same_as_the_memory_at_any_age(plane: Plane) -
         heartbeat_s=HEARTBEAT_S,
         unix_s=plane.world.clock,
     )
-    assert not again.ring.looks
+    assert not again.ring.rounds
     assert told(await again.report(60)) == told_before
     whole = told(await plane.reports.report(24 * 60))
     for age_s in (3 * 3600, 3 * 86400):
@@ -160,7 +160,7 @@ async def test_what_is_no_longer_in_memory_comes_from_the_store(tmp_path: Path, 
     plane = Plane(tmp_path / "store.sqlite", samples=samples)
     plane.work(5000)
     plane.written()
-    assert len(plane.reports.ring.looks) == min(samples, 499)
+    assert len(plane.reports.ring.rounds) == min(samples, 499)
     plane.recorder.store.compact(plane.world.clock.s)
     found = await plane.reports.report(120)
     [tier] = found.tiers

@@ -1,4 +1,4 @@
-"""From kept figures to windows: what they cover, and what they say of requests."""
+"""From stored figures to windows of traffic."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from controlplane.core.reports.recorded_traffic import (
     FIGURES,
     RecordedWindow,
     StoredPoint,
-    from_the_first,
-    windows_of,
+    relative_to_first,
+    traffic_windows,
 )
 from controlplane.core.reports.report import SUMS
 
@@ -27,10 +27,10 @@ def figures(*points: tuple[int, int, dict[str, float]]) -> Figures:
 
 
 def spans(made: Figures) -> list[tuple[float, float, int]]:
-    return [(w.start_s, w.seconds, w.requests) for w in windows_of("small", made)]
+    return [(w.start_s, w.seconds, w.requests) for w in traffic_windows("small", made)]
 
 
-def test_they_are_figures_of_samples() -> None:
+def test_figures_are_fields_of_samples() -> None:
     assert set(FIGURES) <= set(SUMS)
 
 
@@ -38,16 +38,16 @@ def test_they_are_figures_of_samples() -> None:
     ("points", "expected"),
     [
         ((), []),
-        # a sample is written down when it ends
+        # a sample is stored when it ends
         (((1010, 1, {"counted_s": 10, "arrived": 4}),), [(1000, 10, 4)]),
-        # nobody came, which is known
+        # nothing arrived, and that is known
         (((1010, 1, {"counted_s": 10}),), [(1000, 10, 0)]),
-        # nobody counted: what came, if anything is said of it, came in no time
+        # nothing was counted, so arrivals have no duration
         (((1010, 1, {"arrived": 4}),), []),
         (((1010, 1, {"counted_s": 0, "arrived": 4}),), []),
-        # joined to a minute, of which a third is known
+        # merged into a minute, a third of which is covered
         (((1020, 60, {"counted_s": 20, "arrived": 4}),), [(1060, 20, 4)]),
-        # what a sample covers and was joined before is there once
+        # samples that overlap a merged minute are not counted twice
         (
             (
                 (960, 60, {"counted_s": 61, "arrived": 30}),
@@ -58,28 +58,28 @@ def test_they_are_figures_of_samples() -> None:
         ),
     ],
 )
-def test_a_window_is_what_is_known(
+def test_a_window_covers_the_counted_time(
     points: tuple[tuple[int, int, dict[str, float]], ...], expected: list[tuple[float, float, int]]
 ) -> None:
     assert spans(figures(*points)) == expected
 
 
-def test_lengths_are_of_the_answered_ones_or_else_the_tiers() -> None:
+def test_token_means_are_of_the_window_or_else_of_the_tier() -> None:
     made = figures(
         (10, 1, {"counted_s": 10, "arrived": 3, "answered": 2, "prompt_tokens": 100, "generated_tokens": 20}),
         (20, 1, {"counted_s": 10, "arrived": 3}),
         (30, 1, {"counted_s": 10, "answered": 2, "prompt_tokens": 60, "generated_tokens": 60}),
     )
-    found = windows_of("small", made)
+    found = traffic_windows("small", made)
     assert [(w.input_tokens, w.output_tokens) for w in found] == [(50, 10), (40, 20), (30, 30)]
-    [never] = windows_of("small", figures((10, 1, {"counted_s": 10, "arrived": 3})))
+    [never] = traffic_windows("small", figures((10, 1, {"counted_s": 10, "arrived": 3})))
     assert (never.input_tokens, never.output_tokens) == (None, None)
 
 
-def test_all_count_from_the_first() -> None:
+def test_times_are_relative_to_the_first_window() -> None:
     made = [RecordedWindow(start_s, 10, tier, 1, None, None) for start_s, tier in ((30, "a"), (20, "b"))]
-    assert [(w.start_s, w.tier) for w in from_the_first(made)] == [(0, "b"), (10, "a")]
-    assert from_the_first([]) == []
+    assert [(w.start_s, w.tier) for w in relative_to_first(made)] == [(0, "b"), (10, "a")]
+    assert relative_to_first([]) == []
 
 
 @given(
@@ -94,8 +94,8 @@ def test_windows_never_overlap_and_no_request_is_counted_twice(
     points: list[tuple[int, int, float, int]],
 ) -> None:
     unique = {(at_s, step_s): (counted_s, arrived) for at_s, step_s, counted_s, arrived in points}
-    made = figures(*((*place, {"counted_s": c, "arrived": a}) for place, (c, a) in unique.items()))
-    found = windows_of("small", made)
+    made = figures(*((*key, {"counted_s": c, "arrived": a}) for key, (c, a) in unique.items()))
+    found = traffic_windows("small", made)
     assert sum(w.requests for w in found) <= sum(arrived for _, arrived in unique.values())
     ended_s = float("-inf")
     for window in found:

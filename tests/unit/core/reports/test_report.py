@@ -1,4 +1,4 @@
-"""From samples to a report: averages, maxima, shares, and sums that add up."""
+"""From samples to a report: means, maxima, ratios, and sums that add up."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from controlplane.core.reports.report import (
     track_step_s,
 )
 from controlplane.core.reports.ring_buffer import ReportRing, SampleRound, tally
+from tests.support.reports import added_up
 
 LIGHT = Instance(InstanceKind.TIER, "light", "light")
 ONE = Instance(InstanceKind.ENDPOINT, "light", "light-1")
@@ -40,15 +41,8 @@ SAMPLES = (
 )
 
 
-def added(samples: tuple[ReportSample, ...]) -> Totals:
-    totals = Totals()
-    for sample in samples:
-        totals.include(sample)
-    return totals
-
-
 def test_figures_of_a_window() -> None:
-    found = instance_report(LIGHT, added(SAMPLES), cost_per_gpu_hour=3.0)
+    found = instance_report(LIGHT, added_up(SAMPLES), cost_per_gpu_hour=3.0)
     assert found.covered_s == 120
     assert found.latency_mean_ms == pytest.approx(350.0)
     assert found.latency_max_ms == 2500.0
@@ -66,28 +60,28 @@ def test_figures_of_a_window() -> None:
 
 
 def test_what_was_not_measured_is_not_zero() -> None:
-    unheard = instance_report(LIGHT, added(SAMPLES[2:]))
-    assert unheard.covered_s == 0
-    assert unheard.availability == 0.0
+    unmeasured = instance_report(LIGHT, added_up(SAMPLES[2:]))
+    assert unmeasured.covered_s == 0
+    assert unmeasured.availability == 0.0
     unknown = {
         "requests_per_s", "latency_mean_ms", "latency_max_ms", "queue_mean", "queue_max", "in_flight_mean",
         "error_ratio", "attainment", "slo_target", "slo_missed", "gpu_ratio",
     }  # fmt: skip
-    assert {name for name in InstanceReport.__slots__ if getattr(unheard, name) is None} == unknown
+    assert {name for name in InstanceReport.__slots__ if getattr(unmeasured, name) is None} == unknown
     assert instance_report(LIGHT, Totals()).availability is None
 
 
 @pytest.mark.parametrize(("target", "missed"), [(0.96, True), (0.95, False), (0.9, False), (None, None)])
-def test_a_tier_missed_its_slo_if_fewer_kept_it_than_are_to(
+def test_a_tier_missed_its_slo_if_its_attainment_is_below_the_target(
     target: float | None, missed: bool | None
 ) -> None:
-    found = instance_report(LIGHT, added(SAMPLES), slo_target=target)
+    found = instance_report(LIGHT, added_up(SAMPLES), slo_target=target)
     assert (found.slo_target, found.slo_missed) == (target, missed)
-    unheard = instance_report(LIGHT, added(SAMPLES[2:]), slo_target=target)
-    assert unheard.slo_missed is None, "no request was judged"
+    unmeasured = instance_report(LIGHT, added_up(SAMPLES[2:]), slo_target=target)
+    assert unmeasured.slo_missed is None, "no request was judged"
 
 
-def test_a_name_that_no_sample_has_is_refused() -> None:
+def test_a_figure_that_samples_lack_is_refused() -> None:
     with pytest.raises(ValueError, match="latency_p99"):
         Totals().add("latency_p99", 1, 1, 1)
 
@@ -95,10 +89,10 @@ def test_a_name_that_no_sample_has_is_refused() -> None:
 def test_tiers_are_in_the_configurations_order_and_what_is_gone_comes_last() -> None:
     old = Instance(InstanceKind.TIER, "old", "old")
     gone = Instance(InstanceKind.ENDPOINT, "light", "light-0")
-    totals = {old: Totals(), LIGHT: Totals(), gone: Totals(), ONE: Totals()}
+    found_by_instance = {old: Totals(), LIGHT: Totals(), gone: Totals(), ONE: Totals()}
     more: dict[str, float] = {"from_unix_s": 0, "until_unix_s": 60}
     found = plane_report(
-        totals, {}, tiers={"big": 0.9, "light": 0.99}, present=["light-1"], step_s=10, **more
+        found_by_instance, {}, tiers={"big": 0.9, "light": 0.99}, present=["light-1"], step_s=10, **more
     )
     assert [(item.instance, item.gone) for item in found.tiers] == [("light", False), ("old", True)]
     assert [(item.instance, item.gone) for item in found.endpoints] == [("light-1", False), ("light-0", True)]
@@ -106,21 +100,20 @@ def test_tiers_are_in_the_configurations_order_and_what_is_gone_comes_last() -> 
     assert [item.slo_target for item in (*found.tiers, *found.endpoints)] == [0.99, None, None, None]
 
 
-def test_a_report_names_the_busiest_endpoints_of_very_many() -> None:
-    totals = {}
-    for number in range(MAX_ENDPOINTS + 5):
-        totals[Instance(InstanceKind.ENDPOINT, "light", f"light-{number}")] = added(
-            (ReportSample(requests=number),)
-        )
+def test_a_report_lists_the_busiest_of_very_many_endpoints() -> None:
+    many = {
+        Instance(InstanceKind.ENDPOINT, "light", f"light-{number}"): added_up([ReportSample(requests=number)])
+        for number in range(MAX_ENDPOINTS + 5)
+    }
     found = plane_report(
-        totals, {}, tiers={"light": None}, present=[], from_unix_s=0, until_unix_s=60, step_s=10
+        many, {}, tiers={"light": None}, present=[], from_unix_s=0, until_unix_s=60, step_s=10
     )
     assert (len(found.endpoints), found.left_out) == (MAX_ENDPOINTS, 5)
     assert min(item.requests for item in found.endpoints) == 5
 
 
-def test_a_track_has_no_point_where_nothing_is_known() -> None:
-    found = track("light", {3: added(SAMPLES[:1]), 0: added(SAMPLES[2:])}, 1000.0, 60)
+def test_a_track_has_no_point_without_samples() -> None:
+    found = track("light", {3: added_up(SAMPLES[:1]), 0: added_up(SAMPLES[2:])}, 1000.0, 60)
     assert [point.unix_s for point in found.points] == [1000.0, 1180.0]
     assert found.points[0].requests_per_s is None
     assert found.points[1].attainment == pytest.approx(0.9)
@@ -134,15 +127,17 @@ def test_a_track_has_few_parts(window_s: float, step_s: int) -> None:
 # --- in memory -----------------------------------------------------------------------------------------
 
 
-def test_memory_is_bounded_in_looks_and_in_rows() -> None:
+def test_memory_is_bounded_in_rounds_and_in_rows() -> None:
     ring = ReportRing(limit=3, max_rows=5)
     for at_s in range(4):
         ring.add(SampleRound.of(at_s, {LIGHT: SAMPLES[0]}))
-    assert [look.unix_s for look in ring.looks] == [1, 2, 3]
-    assert ring.looks[0].instances is ring.looks[2].instances
+    assert [each.unix_s for each in ring.rounds] == [1, 2, 3]
+    assert ring.rounds[0].instances is ring.rounds[2].instances
     ring.add(SampleRound.of(4, {LIGHT: SAMPLES[0], ONE: SAMPLES[1]}))
     ring.add(SampleRound.of(5, {LIGHT: SAMPLES[0], ONE: SAMPLES[1]}))
-    assert ([look.unix_s for look in ring.looks], ring.rows) == ([3, 4, 5], 5)
+    assert [each.unix_s for each in ring.rounds] == [3, 4, 5]
+    ring.add(SampleRound.of(6, {LIGHT: SAMPLES[0], ONE: SAMPLES[1]}))
+    assert [each.unix_s for each in ring.rounds] == [5, 6], "three would be six rows"
 
 
 counts = st.integers(0, 1000)
@@ -151,40 +146,45 @@ samples = st.builds(
     **dict.fromkeys(SUMS, counts),
     **dict.fromkeys(GAUGES, st.none() | counts),
 )
-looks = st.lists(st.dictionaries(st.sampled_from([LIGHT, ONE]), samples), max_size=12)
+rounds = st.lists(st.dictionaries(st.sampled_from([LIGHT, ONE]), samples), max_size=12)
 
 
-def totals_of(blocks: list[SampleRound], from_s: int, until_s: int) -> dict[Instance, Totals]:
-    inside = [look for look in blocks if from_s <= look.unix_s < until_s]
+def tally_between(blocks: list[SampleRound], from_s: int, until_s: int) -> dict[Instance, Totals]:
+    inside = [each for each in blocks if from_s <= each.unix_s < until_s]
     return {instance: found for (instance, _), found in tally(inside, lambda each: each).items()}
 
 
-@given(looks, st.integers(0, 12))
+@given(rounds, st.integers(0, 12))
 def test_two_windows_side_by_side_are_the_window_over_both(
     taken: list[dict[Instance, ReportSample]], middle: int
 ) -> None:
     blocks = [SampleRound.of(at_s, each) for at_s, each in enumerate(taken)]
-    first, second = totals_of(blocks, 0, middle), totals_of(blocks, middle, 12)
-    both = totals_of(blocks, 0, 12)
+    first, second = tally_between(blocks, 0, middle), tally_between(blocks, middle, 12)
+    both = tally_between(blocks, 0, 12)
     for instance, found in second.items():
-        first.setdefault(instance, Totals()).merge(found)
+        joint = first.setdefault(instance, Totals())
+        for name, total in found.sums.items():
+            joint.add(name, 1.0, total, total)
+        for name, (count, total, high) in found.gauges.items():
+            joint.add(name, count, total, high)
     assert {key: value for key, value in first.items() if value.sums} == {
         key: value for key, value in both.items() if value.sums
     }
 
 
-@given(looks)
-def test_memory_adds_up_what_the_samples_say_part_by_part(taken: list[dict[Instance, ReportSample]]) -> None:
-    expected: dict[tuple[Instance, int], Totals] = {}
+@given(rounds)
+def test_memory_adds_up_the_samples_of_each_part(taken: list[dict[Instance, ReportSample]]) -> None:
+    by_part: dict[tuple[Instance, int], list[ReportSample]] = {}
     for at_s, each in enumerate(taken):
         for instance, sample in each.items():
-            expected.setdefault((instance, at_s // 5), Totals()).include(sample)
+            by_part.setdefault((instance, at_s // 5), []).append(sample)
+    expected = {key: added_up(found) for key, found in by_part.items()}
     blocks = [SampleRound.of(at_s, each) for at_s, each in enumerate(taken)]
-    assert tally(blocks, lambda instance: instance, lambda look: look.unix_s // 5) == expected
+    assert tally(blocks, lambda instance: instance, lambda each: each.unix_s // 5) == expected
 
 
-def test_instances_that_are_not_asked_for_are_left_out() -> None:
+def test_instances_without_a_key_are_left_out() -> None:
     blocks = [SampleRound.of(0, {LIGHT: SAMPLES[0], ONE: SAMPLES[1]}), SampleRound.of(1, {ONE: SAMPLES[1]})]
     found = tally(blocks, lambda each: each.tier if each.kind is InstanceKind.TIER else None)
-    assert found == {("light", 0): added(SAMPLES[:1])}
+    assert found == {("light", 0): added_up(SAMPLES[:1])}
     assert tally(blocks, lambda each: None) == {}

@@ -1,4 +1,4 @@
-"""What is counted, and what is a gap: silent, lost and new gateways, a controller that starts anew."""
+"""What samples cover: silent, lost and new gateways, and a controller that has just started."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def instance(name: str) -> Instance:
 
 @dataclass
 class Plane:
-    """Gateways that count, and a sampler that looks every second."""
+    """Gateways that count, and a sampler with a tick every second."""
 
     endpoints: dict[str, Endpoint] = field(default_factory=lambda: {"small-1": endpoint("small-1")})
-    wanted: dict[str, int] = field(default_factory=lambda: {"small": 1})
+    desired: dict[str, int] = field(default_factory=lambda: {"small": 1})
     gateways: dict[str, TrafficCounters] = field(default_factory=lambda: {"g": TrafficCounters("small")})
     silent: set[str] = field(default_factory=set)
     demand: TierDemandTracker = field(default_factory=TierDemandTracker)
@@ -46,9 +46,9 @@ class Plane:
     sampler: ReportSampler = field(default_factory=ReportSampler)
     now_s: float = 1000.0
 
-    def scene(self) -> SampledCluster:
+    def cluster(self) -> SampledCluster:
         return SampledCluster(
-            self.endpoints, self.wanted, self.book, self.fleet, self.engines, self.demand, HEARTBEAT_S
+            self.endpoints, self.desired, self.book, self.fleet, self.engines, self.demand, HEARTBEAT_S
         )
 
     def serve(self, gateway: str = "g", **gained: float) -> None:
@@ -63,30 +63,30 @@ class Plane:
                 if name not in self.silent:
                     seen = (traffic, replace(traffic, subject="small-1"))
                     self.demand.observe(name, seen, self.now_s)
-            self.sampler.watch(self.scene(), self.now_s)
+            self.sampler.watch(self.cluster(), self.now_s)
 
-    def take(self) -> dict[Instance, ReportSample]:
-        return self.sampler.take(self.scene(), self.now_s)
+    def sample(self) -> dict[Instance, ReportSample]:
+        return self.sampler.sample(self.cluster(), self.now_s)
 
     def lose(self, gateway: str) -> None:
         del self.gateways[gateway]
-        self.demand.book.forget_others(self.gateways)
+        self.demand.ledger.retain_gateways(self.gateways)
 
 
 def started(**fields: Any) -> Plane:
     plane = Plane(**fields)
     plane.step(2)
-    plane.take()
+    plane.sample()
     return plane
 
 
-def test_what_was_counted_between_two_samples_is_told_once() -> None:
+def test_what_was_counted_between_two_samples_is_in_one_sample() -> None:
     plane = started()
     plane.serve(
         arrived=9,
         judged=8,
         missed=2,
-        away=1,
+        served_elsewhere=1,
         ok=4,
         failed=2,
         shed=1,
@@ -98,7 +98,7 @@ def test_what_was_counted_between_two_samples_is_told_once() -> None:
     )
     plane.gateways["g"] = replace(plane.gateways["g"], waiting=5, in_flight=3, latency_max_s=4.0)
     plane.step(10)
-    found = plane.take()
+    found = plane.sample()
     assert found[TIER] == ReportSample(
         **{"watched_s": 10, "up_s": 10, "counted_s": 10, "requests": 7, "answered": 4, "errors": 2},
         **{"shed": 1, "retried": 3, "resumed": 1, "spilled": 1, "judged": 8, "missed": 2, "arrived": 9},
@@ -107,109 +107,109 @@ def test_what_was_counted_between_two_samples_is_told_once() -> None:
     )
     assert found[instance("small-1")].requests == 7
     plane.step(10)
-    later = plane.take()[TIER]
+    later = plane.sample()[TIER]
     assert (later.counted_s, later.requests, later.latency_max_s) == (10, 0, None)
 
 
-def test_a_silent_gateway_is_a_gap_that_is_filled_when_it_is_heard_of_again() -> None:
+def test_a_silent_gateway_is_a_gap_that_is_filled_when_it_reports_again() -> None:
     plane = started()
     plane.silent = {"g"}
     plane.serve(ok=30)
     plane.step(8)
-    gap = plane.take()[TIER]
+    gap = plane.sample()[TIER]
     assert (gap.counted_s, gap.requests, gap.queue, gap.in_flight) == (0, 0, None, None)
     assert (gap.watched_s, gap.up_s) == (8, 8)
     plane.silent = set()
     plane.step(2)
-    filled = plane.take()[TIER]
+    filled = plane.sample()[TIER]
     assert (filled.counted_s, filled.requests, filled.watched_s) == (10, 30, 2)
 
 
-def test_a_lost_gateways_last_words_count_and_the_time_after_them_is_a_gap() -> None:
+def test_a_lost_gateways_last_report_counts_and_the_time_after_it_is_a_gap() -> None:
     plane = started()
     plane.serve(ok=3)
     plane.step(4)
-    plane.serve(ok=100)  # never told
+    plane.serve(ok=100)  # never reported
     plane.silent = {"g"}
     plane.step(5)
     plane.lose("g")
     plane.step()
-    last = plane.take()[TIER]
+    last = plane.sample()[TIER]
     assert (last.counted_s, last.requests, last.queue, last.in_flight) == (4, 3, None, None)
     plane.step(10)
-    assert plane.take()[TIER].counted_s == 0
+    assert plane.sample()[TIER].counted_s == 0
     plane.gateways["h"], plane.silent = TrafficCounters("small"), set()
     plane.step(2)
-    assert plane.take()[TIER].counted_s == 1, "since it was first heard of"
+    assert plane.sample()[TIER].counted_s == 1, "since its first report"
     plane.serve("h", ok=5)
     plane.step(10)
-    again = plane.take()[TIER]
+    again = plane.sample()[TIER]
     assert (again.counted_s, again.requests) == (10, 5)
 
 
-def test_with_another_gateway_nothing_that_was_told_is_lost() -> None:
+def test_reports_count_although_another_gateway_is_lost() -> None:
     plane = started(gateways={"g": TrafficCounters("small"), "h": TrafficCounters("small")})
     plane.serve("g", ok=1)
     plane.serve("h", ok=2)
     plane.step(3)
     plane.silent = {"g"}
     plane.step(7)
-    assert plane.take()[TIER].counted_s == 0
+    assert plane.sample()[TIER].counted_s == 0
     plane.serve("h", ok=4)
     plane.step(3)
     plane.lose("g")
     plane.step()
-    found = plane.take()[TIER]
+    found = plane.sample()[TIER]
     assert (found.counted_s, found.requests) == (3, 7)
     plane.step(10)
-    assert plane.take()[TIER].counted_s == 10
+    assert plane.sample()[TIER].counted_s == 10
 
 
-def test_a_controller_that_starts_anew_counts_nothing_from_before() -> None:
+def test_a_controller_that_restarted_counts_nothing_from_before() -> None:
     plane = started()
     plane.serve(ok=50)
     plane.step(3)
     plane.demand, plane.sampler = TierDemandTracker(), ReportSampler()
     plane.step(3)
-    found = plane.take()[TIER]
+    found = plane.sample()[TIER]
     assert (found.counted_s, found.requests) == (2, 0)
     plane.serve(ok=2)
     plane.step(10)
-    found = plane.take()[TIER]
+    found = plane.sample()[TIER]
     assert (found.counted_s, found.requests) == (10, 2)
 
 
-def test_while_not_everybody_is_known_nothing_is_a_base() -> None:
+def test_after_a_reset_nothing_from_before_counts() -> None:
     plane = started()
     plane.serve(ok=50)
     plane.step(3)
-    plane.sampler.begin_anew()
+    plane.sampler.reset()
     plane.step(3)
-    found = plane.take()[TIER]
+    found = plane.sample()[TIER]
     assert (found.watched_s, found.counted_s, found.requests) == (2, 2, 0)
 
 
-def test_a_book_that_was_made_anew_counts_from_zero() -> None:
+def test_a_ledger_that_dropped_a_subject_counts_it_from_zero() -> None:
     plane = started()
     plane.serve(ok=50)
     plane.step(10)
-    plane.take()
-    plane.demand.book.keep_only([])
+    plane.sample()
+    plane.demand.ledger.retain_subjects([])
     plane.serve(ok=2)
     plane.step(10)
-    assert plane.take()[TIER].requests == 2
+    assert plane.sample()[TIER].requests == 2
 
 
-def test_a_time_in_which_the_controller_did_not_look_is_a_gap() -> None:
+def test_a_time_without_ticks_is_a_gap() -> None:
     plane = started()
     plane.step(4)
     plane.now_s += 60.0
     plane.step(3)
-    assert plane.take()[TIER].watched_s == 6
+    assert plane.sample()[TIER].watched_s == 6
 
 
-def test_who_could_serve_and_who_was_not_meant_to() -> None:
-    plane = started(wanted={"small": 2, "cold": 0})
+def test_which_instances_could_serve_and_which_did_not_have_to() -> None:
+    plane = started(desired={"small": 2, "cold": 0})
     plane.endpoints |= {
         "small-2": endpoint("small-2", EndpointState.STARTING),
         "small-3": endpoint("small-3", EndpointState.DRAINING),
@@ -217,7 +217,7 @@ def test_who_could_serve_and_who_was_not_meant_to() -> None:
     plane.step(5)
     plane.endpoints["small-1"] = endpoint("small-1", EndpointState.RESTARTING)
     plane.step(5)
-    found = plane.take()
+    found = plane.sample()
     seen = {each.name: (sample.watched_s, sample.up_s) for each, sample in found.items()}
     assert seen == {
         "small": (10, 5),
@@ -228,7 +228,7 @@ def test_who_could_serve_and_who_was_not_meant_to() -> None:
     }
     del plane.endpoints["small-2"], plane.endpoints["small-3"]
     plane.step()
-    assert instance("small-3") not in plane.take()
+    assert instance("small-3") not in plane.sample()
 
 
 def test_an_instances_gpus_are_those_that_it_leases() -> None:
@@ -251,7 +251,7 @@ def test_an_instances_gpus_are_those_that_it_leases() -> None:
     )
     assert answer.outcome is LeaseOutcome.GRANTED
     plane.step(4)
-    found = plane.take()
+    found = plane.sample()
     assert found[instance("small-1")].gpu_s == pytest.approx(0.5 * 4)
     assert found[instance("small-2")].gpu_s == 8, "without a lease: what Ray gave it"
     assert found[instance("small-3")].gpu_s == 0
@@ -262,7 +262,7 @@ def test_an_instances_gpus_are_those_that_it_leases() -> None:
     assert found[TIER].gpu_ratio == pytest.approx(0.5)
 
 
-def test_what_waits_in_engines_and_gateways() -> None:
+def test_the_queue_is_in_engines_and_gateways() -> None:
     plane = started()
     plane.engines["small-1"] = EngineTelemetry()
     plane.gateways["g"] = replace(plane.gateways["g"], waiting=2)
@@ -270,17 +270,17 @@ def test_what_waits_in_engines_and_gateways() -> None:
         EngineSample("small-1", 1, 0.0, 0.01, "", gauges=(("waiting", 7.0),), counters=()), plane.now_s + 1
     )
     plane.step(2)
-    found = plane.take()
+    found = plane.sample()
     assert (found[TIER].queue, found[instance("small-1")].queue) == (9, 7)
     plane.step(60)
-    found = plane.take()
+    found = plane.sample()
     assert (found[TIER].queue, found[instance("small-1")].queue) == (2, None)
 
 
-def test_counting_begins_when_everybody_is_known_and_not_only_with_the_first_sample() -> None:
+def test_counting_begins_with_the_first_tick_and_not_only_with_the_first_sample() -> None:
     plane = Plane()
     plane.step()
     plane.serve(ok=6)
     plane.step(9)
-    found = plane.take()[TIER]
+    found = plane.sample()[TIER]
     assert (found.counted_s, found.requests) == (9, 6)

@@ -1,4 +1,4 @@
-"""Gateways' counts: added up over gateways and restarts, looked back on, and judged by the SLO."""
+"""Gateways' counts: added up over gateways and restarts, windows of them, and the SLO."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from controlplane.core.domain.slo import Slo
 from controlplane.core.telemetry.series import Freshness
 from controlplane.core.traffic.counters import (
     LATENCY_BOUNDS_S,
-    POINTS_KEPT,
+    MAX_POINTS,
     TrafficCounters,
     TrafficLedger,
     TrafficWindow,
@@ -32,60 +32,60 @@ def counted(**values: Any) -> TrafficCounters:
 
 def buckets(**at: Any) -> tuple[int, ...]:
     """``_0_5=3``: three observations in the bucket up to 0.5 s."""
-    wanted = {float(name[1:].replace("_", ".")): count for name, count in at.items()}
-    assert wanted.keys() <= set(LATENCY_BOUNDS_S)
-    return tuple(wanted.get(bound, 0) for bound in LATENCY_BOUNDS_S)
+    expected = {float(name[1:].replace("_", ".")): count for name, count in at.items()}
+    assert expected.keys() <= set(LATENCY_BOUNDS_S)
+    return tuple(expected.get(bound, 0) for bound in LATENCY_BOUNDS_S)
 
 
-def test_what_a_gateway_counted_before_it_was_heard_of_is_not_news() -> None:
-    book = TrafficLedger()
-    book.observe("g1", [counted(arrived=1000, ok=900)], 0.0)
-    assert book.reading("small").arrived == 0
-    book.observe("g1", [counted(arrived=1010, ok=905, waiting=4)], 2.0)
-    assert book.reading("small") == counted(arrived=10, ok=5, waiting=4)
+def test_what_a_gateway_counted_before_its_first_report_is_not_added() -> None:
+    ledger = TrafficLedger()
+    ledger.observe("g1", [counted(arrived=1000, ok=900)], 0.0)
+    assert ledger.reading("small").arrived == 0
+    ledger.observe("g1", [counted(arrived=1010, ok=905, waiting=4)], 2.0)
+    assert ledger.reading("small") == counted(arrived=10, ok=5, waiting=4)
 
 
-def test_two_gateways_add_up_and_one_that_starts_anew_starts_at_zero() -> None:
-    book = TrafficLedger()
+def test_two_gateways_add_up_and_one_that_restarts_counts_from_zero() -> None:
+    ledger = TrafficLedger()
     for at_s, one, two in ((0.0, 5, 50), (2.0, 8, 54)):
-        book.observe("g1", [counted(arrived=one, in_flight=1)], at_s)
-        book.observe("g2", [counted(arrived=two, in_flight=2)], at_s)
-    assert book.reading("small") == counted(arrived=7, in_flight=3)
-    book.observe("g1", [counted(arrived=2)], 4.0)
-    assert book.reading("small").arrived == 9
-    book.forget("g2")
-    assert book.reading("small") == counted(arrived=9)
+        ledger.observe("g1", [counted(arrived=one, in_flight=1)], at_s)
+        ledger.observe("g2", [counted(arrived=two, in_flight=2)], at_s)
+    assert ledger.reading("small") == counted(arrived=7, in_flight=3)
+    ledger.observe("g1", [counted(arrived=2)], 4.0)
+    assert ledger.reading("small").arrived == 9
+    ledger.forget("g2")
+    assert ledger.reading("small") == counted(arrived=9)
 
 
 @given(st.lists(st.tuples(st.sampled_from(["g1", "g2"]), st.integers(0, 20), st.booleans()), max_size=40))
 def test_the_sum_never_falls_whatever_gateways_do(
     steps: list[tuple[str, int, bool]],
 ) -> None:
-    book = TrafficLedger()
+    ledger = TrafficLedger()
     counts = {"g1": 0, "g2": 0}
     last = 0
     for at_s, (gateway, more, restarted) in enumerate(steps):
         counts[gateway] = more if restarted else counts[gateway] + more
-        book.observe(gateway, [counted(arrived=counts[gateway])], float(at_s))
-        now = book.reading("small").arrived
+        ledger.observe(gateway, [counted(arrived=counts[gateway])], float(at_s))
+        now = ledger.reading("small").arrived
         assert now >= last
         assert now <= sum(step[1] for step in steps)
         last = now
 
 
-def test_a_window_looks_back_by_the_nearest_readings() -> None:
+def test_a_window_covers_the_nearest_readings() -> None:
     window = TrafficWindow(60.0)
-    assert window.back(10.0) is None
+    assert window.over_last(10.0) is None
     for at_s in range(0, 100, 5):
         window.observe(counted(arrived=at_s), float(at_s))
-    found = window.back(10.0)
+    found = window.over_last(10.0)
     assert found is not None
     assert (found[0].arrived, found[1]) == (10, 10.0)
-    found = window.back(1000.0)
+    found = window.over_last(1000.0)
     assert found is not None
     assert found[1] == 60.0
     window.observe(counted(arrived=1), 100.0)
-    assert window.back(10.0) is None, "the book was made anew"
+    assert window.over_last(10.0) is None, "the ledger started again"
 
 
 def test_a_long_window_is_thinned_and_still_begins_where_it_should() -> None:
@@ -94,51 +94,49 @@ def test_a_long_window_is_thinned_and_still_begins_where_it_should() -> None:
     for at_s in range(8000):
         window.observe(counted(arrived=at_s * 7), float(at_s))
         most = max(most, len(window))
-    assert POINTS_KEPT * 0.9 < most <= POINTS_KEPT + 2
+    assert MAX_POINTS * 0.9 < most <= MAX_POINTS + 2
     for span_s in (60.0, 300.0, 3600.0):
-        found = window.back(span_s)
+        found = window.over_last(span_s)
         assert found is not None
         counted_since, over_s = found
-        assert span_s <= over_s <= span_s + 3600.0 / POINTS_KEPT + 1.0
-        assert counted_since.arrived == over_s * 7, "what it counts is of just that time"
+        assert span_s <= over_s <= span_s + 3600.0 / MAX_POINTS + 1.0
+        assert counted_since.arrived == over_s * 7, "the counts cover exactly that time"
 
 
-def test_a_window_that_remembers_for_longer_keeps_what_it_has_and_for_shorter_forgets() -> None:
+def test_a_longer_window_retains_its_readings_and_a_shorter_one_drops_the_oldest() -> None:
     window = TrafficWindow(100.0)
     for at_s in range(0, 205, 5):
         window.observe(counted(arrived=at_s), float(at_s))
-    window.remember(400.0)
+    window.set_length(400.0)
     for at_s in range(205, 405, 5):
         window.observe(counted(arrived=at_s), float(at_s))
-    found = window.back(400.0)
+    found = window.over_last(400.0)
     assert found is not None
     assert found[1] == 300.0, "100 s from before and 200 s since"
-    window.remember(50.0)
+    window.set_length(50.0)
     window.observe(counted(arrived=405), 405.0)
-    found = window.back(400.0)
+    found = window.over_last(400.0)
     assert found is not None
     assert found[1] == 50.0
 
 
 @pytest.mark.parametrize(("window_s", "over_s"), [(60.0, 300.0), (300.0, 300.0), (3600.0, 3600.0)])
-def test_the_memory_of_the_demand_follows_the_setting_and_alerts_keep_their_span(
-    window_s: float, over_s: float
-) -> None:
+def test_windows_follow_the_setting_but_are_long_enough_for_alerts(window_s: float, over_s: float) -> None:
     demand = TierDemandTracker()
-    demand.look(["small"], [], 0.0)
-    demand.remember(window_s)
+    demand.sample(["small"], [], 0.0)
+    demand.set_window(window_s)
     # One arrival a second for an hour, then two for five minutes.
     for at_s in range(0, 3905, 5):
         arrived = at_s if at_s <= 3600 else 3600 + 2 * (at_s - 3600)
         demand.observe("g1", (counted(arrived=arrived),), float(at_s))
-        demand.look(["small", "new"], [], float(at_s))
+        demand.sample(["small", "new"], [], float(at_s))
     expected = (over_s - 300 + 600) / over_s
     assert demand.figures(3900.0, 2.0, 3600.0)["small"].arrivals_per_s.fresh == pytest.approx(expected)
     assert demand.figures(3900.0, 2.0)["small"].arrivals_per_s.fresh == pytest.approx(2.0)
     assert demand.figures(3900.0, 2.0, 60.0)["small"].arrivals_per_s.fresh == pytest.approx(2.0)
 
 
-def test_figures_are_shares_rates_and_percentiles_of_the_span() -> None:
+def test_figures_are_ratios_rates_and_percentiles_over_the_span() -> None:
     demand = TierDemandTracker()
     info = GatewayInfo("g1", "n1", "")
     first = counted(arrived=100, ok=100)
@@ -156,9 +154,9 @@ def test_figures_are_shares_rates_and_percentiles_of_the_span() -> None:
         waiting=7,
     )
     demand.observe(info.gateway_id, (first,), 0.0)
-    demand.look(["small"], [], 0.0)
+    demand.sample(["small"], [], 0.0)
     demand.observe(info.gateway_id, (then,), 60.0)
-    demand.look(["small"], [], 60.0)
+    demand.sample(["small"], [], 60.0)
     found = demand.figures(61.0, 2.0)["small"]
     assert found.arrivals_per_s.fresh == 1.0
     assert found.requests_per_s.fresh == pytest.approx(50 / 60)
@@ -173,11 +171,11 @@ def test_figures_are_shares_rates_and_percentiles_of_the_span() -> None:
 
 def test_a_silent_gateway_makes_figures_stale_and_then_missing_and_none_makes_them_missing() -> None:
     demand = TierDemandTracker()
-    demand.look(["small"], [], 0.0)
+    demand.sample(["small"], [], 0.0)
     assert demand.figures(0.0, 2.0)["small"].waiting.freshness is Freshness.MISSING
     demand.observe("g1", (counted(arrived=1),), 0.0)
     demand.observe("g2", (counted(arrived=1),), 5.0)
-    demand.look(["small"], [], 5.0)
+    demand.sample(["small"], [], 5.0)
     assert demand.figures(5.0, 2.0)["small"].waiting.freshness is Freshness.FRESH
     assert demand.figures(7.0, 2.0)["small"].waiting.freshness is Freshness.STALE
     assert demand.figures(40.0, 2.0)["small"].waiting.freshness is Freshness.MISSING
@@ -196,7 +194,7 @@ def test_a_silent_gateway_makes_figures_stale_and_then_missing_and_none_makes_th
         (None, None, 3.1, 0, False),
     ],
 )
-def test_the_slo(
+def test_whether_a_response_met_the_slo(
     ttft_s: float | None, itl_s: float | None, total_s: float, tokens: int, expected: bool
 ) -> None:
     slo = Slo(ttft_s=3.0, itl_s=0.2, total_s=30.0)

@@ -14,11 +14,12 @@ from controlplane.core.domain.endpoint import EndpointState
 from controlplane.core.gpus.views import GpuView
 from controlplane.core.recommendations.log import TrackRecord
 from controlplane.core.recommendations.views import ScalingReport
-from controlplane.core.reports.report import Instance, InstanceKind, ReportSample, Totals, plane_report
+from controlplane.core.reports.report import Instance, InstanceKind, ReportSample, plane_report
 from controlplane.core.telemetry.series import Freshness
 from controlplane.errors import TierplaneError
 from tests.support.debian_tools import tool
 from tests.support.gateway import CHAT, Rig, chat_body, plane, running
+from tests.support.reports import added_up
 
 EVIL = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
 BROWSER_S = 60.0
@@ -59,14 +60,14 @@ def gpu(**fields: Any) -> GpuView:
 
 
 def report() -> Any:
-    totals = Totals()
-    totals.include(
-        ReportSample(watched_s=60, up_s=45, counted_s=60, requests=1234, answered=1200, judged=100, missed=1)
+    sample = ReportSample(
+        watched_s=60, up_s=45, counted_s=60, requests=1234, answered=1200, judged=100, missed=1
     )
+    found = added_up([sample])
     tier = Instance(InstanceKind.TIER, "balanced", "balanced")
     span: dict[str, Any] = {"from_unix_s": 0.0, "until_unix_s": 3600.0, "step_s": 30}
-    tracks = {"balanced": {0: totals, 1: totals, 9: totals}}
-    return plane_report({tier: totals}, tracks, tiers={"balanced": 0.995}, present=[], **span)
+    tracks = {"balanced": {0: found, 1: found, 9: found}}
+    return plane_report({tier: found}, tracks, tiers={"balanced": 0.995}, present=[], **span)
 
 
 class Played:

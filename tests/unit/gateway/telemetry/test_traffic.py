@@ -49,8 +49,8 @@ async def test_a_request_that_another_tier_serves_was_meant_for_its_own() -> Non
         assert headers["x-tier"] == "large"
         await first
         found = read(rig)
-        assert (found["small"].arrived, found["small"].away, found["small"].ok) == (2, 1, 1)
-        assert (found["large"].arrived, found["large"].away, found["large"].ok) == (0, 0, 1)
+        assert (found["small"].arrived, found["small"].served_elsewhere, found["small"].ok) == (2, 1, 1)
+        assert (found["large"].arrived, found["large"].served_elsewhere, found["large"].ok) == (0, 0, 1)
         assert found["small"].judged == 2
 
 
