@@ -1,2 +1,1 @@
-"""From what a tier calls its model to files and an architecture that engines and the memory model
-understand."""
+"""Resolves a tier's model to files that an engine can load and an architecture for the memory model."""

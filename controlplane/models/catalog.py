@@ -17,11 +17,11 @@ from controlplane.errors import SetupError
 __all__ = ["BUNDLED_NAMES", "gpu_named", "gpu_table", "known_model", "known_models"]
 
 BUNDLED_NAMES: Mapping[str, str] = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-"""Bundled models by their name in the table of known models."""
+"""Name of a bundled model → its name in the table of known models."""
 
 
 def gpu_named(name: str) -> GpuModel:
-    """The GPU of that name, alias or driver name. SetupError that lists the names if there is none."""
+    """The GPU with that name, alias or driver name; otherwise SetupError, which lists the known names."""
     gpu = find_gpu(gpu_table(), name)
     if gpu is None:
         known = ", ".join(entry.name for entry in gpu_table())
@@ -36,7 +36,7 @@ def known_models() -> tuple[Mapping[str, Any], ...]:
 
 
 def known_model(name: str) -> ModelSpec | None:
-    """The well-known model of that name (case and the part before ``/`` may be left out), or None."""
+    """The well-known model of that name, or None. Case and the part before ``/`` don't matter."""
     wanted = name.lower()
     for entry in known_models():
         full = str(entry["name"]).lower()

@@ -1,7 +1,7 @@
-"""Convert a GGUF file to a folder that vLLM opens: ``python -m controlplane.models.convert_gguf GGUF
-FOLDER``.
+"""Convert a GGUF file to a folder that vLLM can load.
 
-A program of its own because it needs torch, which its caller must not load.
+Usage: ``python -m controlplane.models.convert_gguf GGUF FOLDER``. It runs in its own process because it needs
+torch, which its caller must not import.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """Write ``folder`` with config.json, tokenizer and float32 weights made from ``gguf``."""
+    """Write config.json, the tokenizer and float32 weights of ``gguf`` to ``folder``."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     # Without dequantize=True transformers refuses to save the weights.

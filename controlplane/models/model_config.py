@@ -1,8 +1,8 @@
-"""From what a user calls a model to a :class:`ModelSpec`: a folder, GGUF file, hub id or bundled name.
+"""The architecture of a model that is given as a folder, GGUF file, hub id or bundled name.
 
-A hub id is looked for in the local hub cache, then in the table of well-known models, then on the hub (only
-``config.json``, and only if ``HF_HUB_OFFLINE`` is not set). No weights are downloaded and no code of a model
-is run.
+A hub id is looked up in the local hub cache, then in the table of well-known models, then on the hub (only
+``config.json``, and only if ``HF_HUB_OFFLINE`` is not set). No weights are downloaded, and no code from the
+model's repository is run.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ _LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model's numbers, and what its files say about them."""
+    """A model's architecture, and the sizes that its files state."""
 
     spec: ModelSpec
     where: str
-    """Where the numbers come from, for people."""
+    """Source of the architecture, for reports."""
     stored_bytes: int = 0
     """Tensors in the checkpoint's headers that the engine loads; 0 where no weights are on this machine."""
     checks: tuple[str, ...] = ()
-    """How the headers and the formula compare, in words."""
+    """How the sizes in the headers compare with the formula, in words."""
     extra: MemoryTerm | None = None
-    """What the checkpoint holds beyond the formula."""
+    """What the checkpoint contains beyond the formula."""
 
 
 def load_model(source: str) -> LoadedModel:
-    """The numbers of a model. SetupError with the remedy if they can't be found or understood."""
+    """The architecture of a model. SetupError with the remedy if it can't be found or read."""
     if source.startswith(BUNDLED_PREFIX):
         name = BUNDLED_NAMES.get(source.removeprefix(BUNDLED_PREFIX), "")
         spec = known_model(name) if name else None
@@ -62,7 +62,7 @@ def load_model(source: str) -> LoadedModel:
     if path.is_dir():
         return _from_folder(path)
     if source.startswith(("/", "./", "../", "~")):
-        raise SetupError(f"'{source}' is no folder and no GGUF file: check the path")
+        raise SetupError(f"'{source}' is neither a folder nor a GGUF file: check the path")
     cached = hub_cache_folder(source)
     if cached is not None:
         return replace(_from_folder(cached, source), where="the local hub cache")
@@ -72,13 +72,13 @@ def load_model(source: str) -> LoadedModel:
     if _HUB_ID.match(source):
         return LoadedModel(_spec(_fetch_config(source), source), "config.json on the model hub")
     raise SetupError(
-        f"'{source}' is no folder, no GGUF file, no hub id (owner/name) and not in the table of well-known "
-        "models: give a path or a hub id"
+        f"'{source}' is not a folder, a GGUF file, a hub id (owner/name) or a name in the table of "
+        "well-known models: give a path or a hub id"
     )
 
 
 def hub_cache_folder(hub_id: str) -> Path | None:
-    """The snapshot of a hub id in the local cache (its ``main``, else the newest); None if there is none."""
+    """The snapshot of a hub id in the local cache: that of ``main``, else the newest; None without any."""
     home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
     root = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
     folder = root / f"models--{hub_id.replace('/', '--')}"
@@ -101,9 +101,9 @@ def _from_folder(folder: Path, name: str = "") -> LoadedModel:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise SetupError(f"{file} is not readable as JSON ({error}): download it again") from error
+        raise SetupError(f"{file} is not valid JSON ({error}): download it again") from error
     spec = _spec(config, name or folder.name)
-    # Sharded checkpoints list their files; what else lies in the folder is not loaded.
+    # Sharded checkpoints list their files; engines load no others from the folder.
     index = folder / "model.safetensors.index.json"
     paths = sorted(folder.glob("*.safetensors"))
     if index.is_file():
@@ -122,20 +122,20 @@ def _spec(config: Mapping[str, Any], name: str) -> ModelSpec:
 
 
 def _loaded_tensors(spec: ModelSpec, tensors: tuple[StoredTensor, ...]) -> list[StoredTensor]:
-    """Without what the engine leaves in the file: a tied head, rotary buffers, layers past the last."""
-    kept = []
+    """The tensors that the engine loads: not a tied head, rotary buffers or layers past the last one."""
+    loaded = []
     for tensor in tensors:
         layer = _LAYER.search(tensor.name)
         if layer and int(layer[1]) >= len(spec.layers):
             continue
         if tensor.name.endswith("rotary_emb.inv_freq") or (spec.tied and "lm_head" in tensor.name):
             continue
-        kept.append(tensor)
-    return kept
+        loaded.append(tensor)
+    return loaded
 
 
 def _checked(spec: ModelSpec, tensors: list[StoredTensor], where: str) -> LoadedModel:
-    """Compares the headers with the formula; what the formula does not explain becomes a term."""
+    """Compare the headers with the formula; what the formula doesn't explain becomes the extra term."""
     elements = sum(tensor.elements for tensor in tensors)
     size = sum(tensor.size_bytes for tensor in tensors)
     if spec.quantization.quantized:
@@ -173,14 +173,14 @@ def _from_gguf(path: Path) -> LoadedModel:
 
 
 def gguf_spec(gguf: GgufFile, name: str) -> ModelSpec:
-    """The architecture that a GGUF header describes. SetupError if a needed field is missing."""
+    """The architecture that a GGUF header describes. SetupError if a required field is missing."""
     data = gguf.metadata
     arch = str(data.get("general.architecture", ""))
 
     def number(field: str, default: int | None = None) -> int:
         value = data.get(f"{arch}.{field}", default)
         if not isinstance(value, int) or value < 1:
-            raise SetupError(f"the GGUF file '{name}' has no usable '{arch}.{field}'")
+            raise SetupError(f"the GGUF file '{name}' has no usable value for '{arch}.{field}'")
         return value
 
     heads = number("attention.head_count")
@@ -226,22 +226,22 @@ def _fetch_config(hub_id: str) -> dict[str, Any]:
         )
     endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     if not endpoint.startswith(("https://", "http://")):
-        raise SetupError(f"HF_ENDPOINT '{endpoint}' is no http address")
+        raise SetupError(f"HF_ENDPOINT '{endpoint}' is not an http or https URL: correct or unset it")
     request = urllib.request.Request(f"{endpoint.rstrip('/')}/{hub_id}/resolve/main/config.json")  # noqa: S310
     token = os.environ.get("HF_TOKEN")
     if token:
         request.add_unredirected_header("Authorization", f"Bearer {token}")
     try:
-        with urllib.request.urlopen(request, timeout=HUB_TIMEOUT_S) as answer:  # noqa: S310
-            config = json.load(answer)
+        with urllib.request.urlopen(request, timeout=HUB_TIMEOUT_S) as response:  # noqa: S310
+            config = json.load(response)
     except (OSError, ValueError) as error:
         status = error.code if isinstance(error, urllib.error.HTTPError) else 0
         why = {
             401: "it needs a token: set HF_TOKEN",
-            403: "access to it isn't granted to this token",
+            403: "this token has no access to it: request access on the hub",
             404: "there is no such model",
         }.get(status, "the hub can't be reached: give a folder, or plain numbers (--params, --layers, …)")
         raise SetupError(f"no configuration of '{hub_id}': {why}") from error
     if not isinstance(config, dict):
-        raise SetupError(f"the hub's config.json of '{hub_id}' is no JSON object")
+        raise SetupError(f"the hub's config.json of '{hub_id}' is not a JSON object")
     return config

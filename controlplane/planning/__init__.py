@@ -1,1 +1,1 @@
-"""What `plan`, `fit`, `size` and the launch check share: clusters, tiers and what each replica needs."""
+"""What `plan`, `fit`, `size` and the launch check share: clusters, tiers, and the resources of a replica."""

@@ -1,4 +1,4 @@
-"""A cluster described in a YAML file, to plan for machines that are not there.
+"""A cluster described in a YAML file, to plan for machines that don't exist yet.
 
 node_types:
   - name: h100-8
@@ -38,26 +38,26 @@ class NodeType(Strict):
     """A kind of machine."""
 
     name: TypeName
-    """What ``nodes`` and ``--what-if add-node`` call it."""
+    """The name by which ``nodes`` and ``--what-if add-node`` refer to it."""
     gpu: str = ""
-    """The GPU model, as `tierplane fit --gpus` names it, or any other name together with the memory."""
+    """The GPU model: a name that `tierplane fit --gpus` lists, or any other name with ``gpu_memory_gib``."""
     gpus: Annotated[int, Field(ge=0, le=64)] = 0
     """GPUs of one machine."""
     gpu_memory_gib: Positive | None = None
-    """Memory of one GPU; by default what the table of GPU models says."""
+    """Memory of one GPU; by default that of the table of GPU models."""
     nvlink_island: Count = 0
-    """GPUs that NVLink connects with each other, counted from the first on; 0: none."""
+    """GPUs in each NVLink island, counted from the first GPU; 0 means no NVLink."""
     sockets: Annotated[int, Field(ge=1, le=8)] = 1
-    """NUMA nodes; the GPUs are shared out among them in order."""
+    """NUMA nodes, to which the GPUs are assigned in order and in equal numbers."""
     cpus: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    """CPUs that tiers may take."""
+    """CPUs that tiers may use."""
     memory_gib: Positive
-    """Memory that tiers may take."""
+    """Memory that tiers may use."""
     cost_per_hour: Positive | None = None
-    """Of one machine, in any unit: `tierplane size` takes the cheapest way. By default each GPU counts 1."""
+    """Of one machine, in any unit; `tierplane size` minimises it. By default each GPU counts 1."""
 
     def findings(self) -> list[ConfigFinding]:
-        """GPUs need a model, and a model that is not in the table needs its memory."""
+        """Machines with GPUs need a GPU model, and a model that isn't in the table needs its memory."""
         if self.gpus and not self.gpu:
             return [ConfigFinding(("gpu",), "missing", "name the GPU model of these machines", ("gpus",))]
         if self.gpus and self.gpu_memory_gib is None and find_gpu(gpu_table(), self.gpu) is None:
@@ -67,7 +67,7 @@ class NodeType(Strict):
 
     @property
     def model(self) -> str:
-        """The table's name of the GPU model, or the given one."""
+        """The table's name for the GPU model, or the given name if the table doesn't have it."""
         known = find_gpu(gpu_table(), self.gpu)
         return known.name if known else self.gpu
 
@@ -117,11 +117,11 @@ class Nodes(Strict):
     count: Annotated[int, Field(ge=1, le=100_000)] = 1
     """How many."""
     name: TypeName | None = None
-    """Their name, with a number behind it if there are several; by default the type's."""
+    """Their name, with a number appended if there are several; by default the name of the type."""
     cordoned: str = ""
-    """Why nothing may be placed on them; empty: they are in use."""
+    """Why nothing may be placed on them; empty if they may be used."""
     broken_gpus: dict[int, str] = Field(default_factory=dict)
-    """GPUs that must not be used: index → why."""
+    """GPUs that must not be used: index → reason."""
 
 
 class ClusterFile(Strict):
@@ -133,7 +133,7 @@ class ClusterFile(Strict):
     """The machines."""
 
     def findings(self) -> list[ConfigFinding]:
-        """Names fit together."""
+        """Names are unique, and every node refers to a node type."""
         found = []
         types = [kind.name for kind in self.node_types]
         for i, name in enumerate(types):
@@ -144,7 +144,7 @@ class ClusterFile(Strict):
         for i, group in enumerate(self.nodes):
             if group.type not in types:
                 remedy = f"there is {', '.join(types)}"
-                message = f"'{group.type}' is no node type"
+                message = f"'{group.type}' is not a node type"
                 found.append(ConfigFinding(("nodes", i, "type"), message, remedy, ("node_types",)))
         names = Counter(name for group in self.nodes for name in _numbered(group))
         twice = sorted(name for name, times in names.items() if times > 1)
@@ -154,7 +154,7 @@ class ClusterFile(Strict):
         return found
 
     def type_named(self, name: str) -> NodeType | None:
-        """The node type of that name."""
+        """The node type of that name; None if there is none."""
         return next((kind for kind in self.node_types if kind.name == name), None)
 
     def to_nodes(self) -> tuple[Node, ...]:
@@ -173,7 +173,7 @@ def _numbered(group: Nodes) -> list[str]:
 
 
 _STAND_INS = {"node_types": [{"name": "stand-in", "cpus": 1, "memory_gib": 1.0}], "nodes": []}
-"""For fields that are wrong, so that they don't hide what is wrong besides."""
+"""Replace invalid fields, so that the other fields can still be checked."""
 
 
 def load_cluster(path: Path) -> ClusterFile:

@@ -1,4 +1,4 @@
-"""What this machine's CPU and memory offer an engine."""
+"""This machine's CPU features and memory."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _CGROUP_STAT = Path("/sys/fs/cgroup/memory.stat")
 
 @dataclass(frozen=True, slots=True)
 class NodeMemory:
-    """Main memory of this machine, or of the container that this process runs in if that is less."""
+    """Main memory of this machine, or of this process's container if that has less."""
 
     total_bytes: int
     available_bytes: int
 
 
 def packs_16_bit() -> bool:
-    """Whether oneDNN packs 16-bit matrices on this CPU: everywhere but on x86 without AVX-512."""
+    """Whether oneDNN packs 16-bit matrices on this CPU: always, except on x86 without AVX-512."""
     if platform.machine() not in {"x86_64", "AMD64"}:
         return True
     try:
@@ -32,7 +32,7 @@ def packs_16_bit() -> bool:
 
 
 def node_memory() -> NodeMemory:
-    """Total and available memory now; a control group's limit counts."""
+    """Total and available memory now, within the limit of the control group."""
     machine = psutil.virtual_memory()
     total, available = int(machine.total), int(machine.available)
     try:
@@ -41,6 +41,6 @@ def node_memory() -> NodeMemory:
         stat = dict(line.split() for line in _CGROUP_STAT.read_text().splitlines())
     except (OSError, ValueError):
         return NodeMemory(total, available)
-    # File pages that the kernel can drop are not in anyone's way.
+    # The kernel can drop these pages of files, so they count as available.
     used -= int(stat.get("inactive_file", 0))
     return NodeMemory(min(total, limit), min(available, limit - used))

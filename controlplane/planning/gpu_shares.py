@@ -1,8 +1,9 @@
-"""What a replica asks of a GPU that it shares: its part of the compute and of the memory.
+"""The shape that a replica leases on its machine: for a shared GPU its share of the compute and of the
+memory.
 
-A whole GPU needs no accounting. Of a shared one vLLM takes ``gpu-memory-utilization`` of the GPU's whole
-memory, whatever its share of the compute is; with ``kv-cache-memory-bytes`` it takes that beside the weights
-and the overhead of the memory model.
+For a whole GPU no memory is accounted. On a shared one vLLM takes ``gpu-memory-utilization`` of the GPU's
+total memory, independent of its share of the compute; with ``kv-cache-memory-bytes`` it takes that amount
+plus the weights and overhead of the memory model.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from controlplane.planning.launch_check import identified_gpus
 
 
 def lease_shape(tier: TierConfig, reader: GpuReader | None = None) -> GangShape:
-    """What a replica of ``tier`` on this machine leases. Blocks for a few driver calls and file reads.
+    """The shape that a replica of ``tier`` leases here. Blocks for a few driver calls and file reads.
 
-    The memory is that on the largest GPU here, so that it is enough on any of them; 0 where neither the
-    driver nor the model says anything.
+    The memory is computed for the largest GPU of this machine, so that it suffices on any of them; 0 if the
+    driver shows no GPU.
     """
     shape = tier.shape
     if not shape.shared and not shape.models:
@@ -39,7 +40,7 @@ def lease_shape(tier: TierConfig, reader: GpuReader | None = None) -> GangShape:
         if owned:
             reader.close()
     if shape.models:
-        # The controller knows GPUs by their driver's names.
+        # The controller identifies GPU models by the driver's names.
         names = {name for sample in samples if isinstance(name := sample.info.name, str)}
         accepted = {name for name in names if table_name(name) in shape.models}
         shape = replace(shape, models=shape.models | accepted)
@@ -47,10 +48,10 @@ def lease_shape(tier: TierConfig, reader: GpuReader | None = None) -> GangShape:
     if not gpus or not shape.shared:
         return shape
     largest = max(gpus, key=lambda gpu: gpu.usable_bytes)
-    return replace(shape, gpu_memory_bytes=min(_taken_bytes(tier, largest), largest.usable_bytes))
+    return replace(shape, gpu_memory_bytes=min(_used_bytes(tier, largest), largest.usable_bytes))
 
 
-def _taken_bytes(tier: TierConfig, gpu: GpuModel) -> int:
+def _used_bytes(tier: TierConfig, gpu: GpuModel) -> int:
     if tier.engine == "simulated":
         return int(tier.gpus * gpu.usable_bytes)
     args: dict[str, Any] = dict(tier.engine_args)

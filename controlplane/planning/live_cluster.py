@@ -1,8 +1,7 @@
-"""The cluster that runs: its nodes from Ray, their GPUs from the node agents where those run, and who has
-what of them.
+"""The running cluster: its nodes from Ray, their GPUs from the node agents, and the resources in use.
 
-Where no agent answers, a node's GPUs are as many as Ray counts, without links: plans are then right about
-numbers, not about NVLink.
+If a node's agent doesn't respond, the node has as many GPUs as Ray counts, without links: plans then respect
+the number of GPUs but don't know NVLink.
 """
 
 from __future__ import annotations
@@ -29,38 +28,40 @@ from controlplane.models.catalog import gpu_table
 from controlplane.node_agent.ray_actor import NAME_PREFIX
 from controlplane.ray_cluster import plane
 
-ASK_TIMEOUT_S = 5.0
+CALL_TIMEOUT_S = 5.0
 _ACCELERATOR = "accelerator_type:"
-_HOLDING = frozenset(
+_WITH_GPUS = frozenset(
     {EndpointState.STARTING, EndpointState.READY, EndpointState.RESTARTING, EndpointState.DRAINING}
 )
-"""States in which a replica has its GPUs."""
+"""States in which a replica occupies its GPUs."""
 
 
 @dataclass(frozen=True, slots=True)
 class LiveCluster:
-    """Nodes, by names that people can read, and who has what of them."""
+    """Nodes, under readable names, and the resources in use."""
 
     nodes: tuple[Node, ...]
     replicas: tuple[RunningReplica, ...] = ()
     reserved: Mapping[str, ReservedResources] | None = None
-    """By node; None: Ray does not say."""
+    """By node; None if Ray doesn't report it."""
     notes: tuple[str, ...] = ()
 
 
 def live_cluster(config: PlaneConfig) -> LiveCluster:
-    """The Ray that this process is connected to, and the plane in the configuration's namespace.
+    """The Ray cluster to which this process is connected, and the plane in the configuration's namespace.
 
     Blocks for a few calls to Ray and one to each node's agent.
     """
     namespace = config.controller.namespace
     rows = _alive()
     samples = {str(row["NodeID"]): _sample(str(row["NodeID"]), namespace) for row in rows}
-    barred = _out_of_use(namespace)
-    nodes = {node_id: _node(row, samples[node_id], barred) for row in rows if (node_id := str(row["NodeID"]))}
+    out_of_use = _out_of_use(namespace)
+    nodes = {
+        node_id: _node(row, samples[node_id], out_of_use) for row in rows if (node_id := str(row["NodeID"]))
+    }
     names = {node_id: node.node_id for node_id, node in nodes.items()}
     notes: list[str] = []
-    reserved = _reserved(rows, names, samples, barred)
+    reserved = _reserved(rows, names, samples, out_of_use)
     if reserved is None:
         notes.append("Ray does not say what is reserved: what others run is not counted")
     view = plane.view(namespace)
@@ -71,31 +72,36 @@ def live_cluster(config: PlaneConfig) -> LiveCluster:
 
 
 @dataclass(frozen=True, slots=True)
-class _Barred:
-    """What the controller keeps out of use, with the reasons; nodes by Ray's id."""
+class _OutOfUse:
+    """Nodes and GPUs that are out of use, with the reasons; nodes by Ray's id."""
 
     nodes: Mapping[str, str]
     gpus: Mapping[str, str]
     gpus_by_node: Mapping[str, int]
-    """For each of these one GPU that Ray counts is held, so that nothing else is put there."""
+    """Number of GPUs out of use per node. For each of them tierplane reserves one GPU in Ray, so that Ray
+    puts nothing else there."""
 
 
-def _out_of_use(namespace: str) -> _Barred:
+def _out_of_use(namespace: str) -> _OutOfUse:
     controller = find_controller(namespace)
     views: tuple[GpuView, ...] = ()
     if controller is not None:
         try:
-            views = controller.get(ASK_TIMEOUT_S, ControllerApi.gpus)
+            views = controller.get(CALL_TIMEOUT_S, ControllerApi.gpus)
         except (GetTimeoutError, RayError, AttributeError):
-            # A controller that is busy, or older than this.
+            # The controller is busy, or of an older version.
             views = ()
-    barred = [view for view in views if view.cordoned]
+    cordoned = [view for view in views if view.cordoned]
     by_node: dict[str, int] = {}
-    for view in barred:
+    for view in cordoned:
         by_node[view.node_id] = by_node.get(view.node_id, 0) + 1
-    return _Barred(
-        {view.node_id: view.reason or "cordoned" for view in barred if view.node_cordoned},
-        {view.uuid: f"{view.state}: {view.reason}".rstrip(": ") for view in barred if not view.node_cordoned},
+    return _OutOfUse(
+        {view.node_id: view.reason or "cordoned" for view in cordoned if view.node_cordoned},
+        {
+            view.uuid: f"{view.state}: {view.reason}".rstrip(": ")
+            for view in cordoned
+            if not view.node_cordoned
+        },
         by_node,
     )
 
@@ -112,7 +118,7 @@ def _replicas(
     groups = _gpu_groups(names) if wide else []
     found = []
     for endpoint in endpoints:
-        if endpoint.state not in _HOLDING or endpoint.engine == "endpoint":
+        if endpoint.state not in _WITH_GPUS or endpoint.engine == "endpoint":
             continue
         group: tuple[tuple[str, int], ...] = ()
         if endpoint.tier in wide:
@@ -134,7 +140,7 @@ def _replicas(
 
 
 def _gpu_groups(names: Mapping[str, str]) -> list[tuple[tuple[str, int], ...]]:
-    """GPUs by node of each placement group that has some: an engine on several nodes has one."""
+    """(node, GPUs) of each placement group with GPUs. Every engine on several nodes has such a group."""
     table: Mapping[str, Mapping[str, Any]] = placement_group_table()
     groups = []
     for group in table.values():
@@ -153,11 +159,11 @@ def _reserved(
     rows: Sequence[Mapping[str, Any]],
     names: Mapping[str, str],
     samples: Mapping[str, NodeSample | None],
-    barred: _Barred,
+    out_of_use: _OutOfUse,
 ) -> dict[str, ReservedResources] | None:
-    """What is reserved of each node, but for GPUs that are held because they are out of use.
+    """The reserved resources of each node, without GPUs that are reserved because they are out of use.
 
-    Ray has no public call for it: None where the one it has is gone.
+    Ray has no public call for it; None if this version lacks the private one.
     """
     try:
         from ray._private.state import available_resources_per_node
@@ -168,7 +174,9 @@ def _reserved(
     for row in rows:
         node_id = str(row["NodeID"])
         left = available.get(node_id, {})
-        gpu_milli = _taken_milli("GPU", row["Resources"], left) - 1000 * barred.gpus_by_node.get(node_id, 0)
+        gpu_milli = _taken_milli("GPU", row["Resources"], left) - 1000 * out_of_use.gpus_by_node.get(
+            node_id, 0
+        )
         found[names[node_id]] = ReservedResources(
             max(0, gpu_milli), _taken_milli("CPU", row["Resources"], left), _used_bytes(samples[node_id])
         )
@@ -190,28 +198,28 @@ def _used_bytes(sample: NodeSample | None) -> int:
 def _sample(node_id: str, namespace: str) -> NodeSample | None:
     try:
         agent: Any = ray.get_actor(NAME_PREFIX + node_id, namespace)
-        sample: Any = ray.get(agent.latest.remote(), timeout=ASK_TIMEOUT_S)
+        sample: Any = ray.get(agent.latest.remote(), timeout=CALL_TIMEOUT_S)
     except (ValueError, GetTimeoutError, RayError):
         return None
     return sample if isinstance(sample, NodeSample) else None
 
 
-def _node(row: Mapping[str, Any], sample: NodeSample | None, barred: _Barred) -> Node:
+def _node(row: Mapping[str, Any], sample: NodeSample | None, out_of_use: _OutOfUse) -> Node:
     resources: Mapping[str, float] = row["Resources"]
     cpu_milli = round(resources.get("CPU", 0) * 1000)
     memory_bytes = round(resources.get("memory", 0))
     if sample is not None and not isinstance(sample.memory_total_bytes, Missing):
-        # Ray sets a part of it aside for objects, of which tierplane has none.
+        # Ray reserves a part of the memory for objects; tierplane stores none.
         memory_bytes = sample.memory_total_bytes
     name = f"{row['NodeManagerHostname']}-{str(row['NodeID'])[:8]}"
-    closed = barred.nodes.get(str(row["NodeID"]), "")
+    unavailable = out_of_use.nodes.get(str(row["NodeID"]), "")
     if sample is not None and sample.gpus:
         node = node_of(
             sample,
             cpu_milli=cpu_milli,
             memory_bytes=memory_bytes,
-            unavailable=closed,
-            cordoned=barred.gpus,
+            unavailable=unavailable,
+            cordoned=out_of_use.gpus,
         )
         return replace(node, node_id=name, gpus=tuple(replace(g, model=_named(g.model)) for g in node.gpus))
     count = int(resources.get("GPU", 0))
@@ -219,10 +227,10 @@ def _node(row: Mapping[str, Any], sample: NodeSample | None, barred: _Barred) ->
     known = find_gpu(gpu_table(), model)
     size = known.usable_bytes if known else 0
     gpus = tuple(Gpu(f"{name}/gpu{i}", i, known.name if known else model, size) for i in range(count))
-    return Node(name, gpus, cpu_milli, memory_bytes, closed)
+    return Node(name, gpus, cpu_milli, memory_bytes, unavailable)
 
 
 def _named(driver_name: str) -> str:
-    """The table's name for what the driver calls a GPU."""
+    """The table's name for a GPU, given the driver's name; the driver's name if the table lacks it."""
     known = find_gpu(gpu_table(), driver_name)
     return known.name if known else driver_name

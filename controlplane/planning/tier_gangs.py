@@ -1,7 +1,7 @@
-"""From tiers to gangs: what one replica of each needs, on the GPU models that a cluster has.
+"""From tiers to gangs: what a replica of each tier needs, on the GPU models of a cluster.
 
-The memory model says which GPU models hold a replica, and how much of each GPU it needs at least. A tier
-whose model can't be read is planned without that, and says so.
+The memory model determines which GPU models a replica fits and how much memory it needs at least on each. A
+tier whose model can't be read is planned without memory, and a note says so.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from controlplane.planning.tier_memory import cpu_plan, llamacpp_bytes, tier_set
 
 @dataclass(frozen=True, slots=True)
 class TierGang:
-    """What one tier asks of a cluster."""
+    """The resources that one tier needs."""
 
     tier: TierConfig
     shape: GangShape | None
-    """Of one replica; None: it runs elsewhere, or on no GPU model that is known."""
+    """Of one replica; None if it runs outside the cluster or fits no known GPU model."""
     gpu_bytes: int = 0
-    """What a replica needs of each GPU at least; 0: not known."""
+    """Memory that a replica needs at least on each of its GPUs; 0 if unknown."""
     unfit: tuple[tuple[str, str], ...] = ()
-    """GPU models of the cluster that can't hold it, each with the reason and the remedy."""
+    """(GPU model of the cluster that a replica doesn't fit, the reason with the remedy)."""
     notes: tuple[str, ...] = ()
 
     def gangs(self) -> tuple[Gang, ...]:
@@ -46,18 +46,18 @@ class TierGang:
         )
 
     def scaled(self, replicas: int) -> TierGang:
-        """The same with another number of replicas."""
+        """The same tier with another number of replicas."""
         return replace(self, tier=self.tier.model_copy(update={"replicas": replicas}))
 
 
-def tier_demands(config: PlaneConfig, nodes: Sequence[Node]) -> tuple[TierGang, ...]:
-    """What each tier asks for, in the configuration's order."""
+def tier_gangs(config: PlaneConfig, nodes: Sequence[Node]) -> tuple[TierGang, ...]:
+    """What each tier needs on ``nodes``, in the configuration's order."""
     models = {gpu.model: gpu.memory_bytes for node in nodes for gpu in node.gpus}
     largest_bytes = max((node.memory_bytes for node in nodes), default=0)
-    return tuple(_demand(tier, models, largest_bytes) for tier in config.tiers)
+    return tuple(_tier_gang(tier, models, largest_bytes) for tier in config.tiers)
 
 
-def _demand(tier: TierConfig, models: dict[str, int], largest_bytes: int) -> TierGang:
+def _tier_gang(tier: TierConfig, models: dict[str, int], largest_bytes: int) -> TierGang:
     if tier.engine == "endpoint":
         return TierGang(tier, None, notes=(f"runs elsewhere: {tier.url}",))
     if tier.engine == "simulated":
@@ -76,7 +76,9 @@ def _on_cpus(tier: TierConfig, loaded: LoadedModel, settings: EngineArgs, larges
     if tier.engine == "llamacpp":
         weights, kv, _ = llamacpp_bytes(tier, loaded)
         if not weights:
-            return TierGang(tier, _shape(tier), notes=("memory is not checked: the file is not at hand",))
+            return TierGang(
+                tier, _shape(tier), notes=("memory is not checked: the model file is not on this machine",)
+            )
         return TierGang(tier, _shape(tier, weights + kv))
     try:
         plan = cpu_plan(tier, loaded, settings, node_bytes=largest_bytes)
@@ -87,7 +89,7 @@ def _on_cpus(tier: TierConfig, loaded: LoadedModel, settings: EngineArgs, larges
         return TierGang(tier, _shape(tier, plan.least_bytes))
     unfit = (("the largest node's memory", f"{verdict.reason}. What would: {verdict.remedy}"),)
     if plan.least_bytes <= largest_bytes:
-        # It is not for lack of memory: it would start nowhere.
+        # Not for lack of memory: these settings would fail on any machine.
         return TierGang(tier, None, unfit=unfit)
     return TierGang(tier, _shape(tier, plan.least_bytes), unfit=unfit)
 
@@ -119,7 +121,8 @@ def _on_gpus(tier: TierConfig, loaded: LoadedModel, settings: EngineArgs, models
         names = ", ".join(sorted(needs))
         notes = (*notes, f"set gpu_models to [{names}] in the tier, so that Ray puts it on no others")
     if not needs and unfit and not tier.gpu_models:
-        # What would do, though the cluster has none: so each node can say what it lacks.
+        # The cluster has no GPU model that fits: accept those of the table that do, so that each node's
+        # refusal says what it lacks.
         accepted = frozenset(
             gpu.name
             for gpu in gpu_table()
@@ -137,7 +140,8 @@ def _on_gpus(tier: TierConfig, loaded: LoadedModel, settings: EngineArgs, models
 
 
 def _share(tier: TierConfig, settings: EngineArgs) -> tuple[int, tuple[str, ...]]:
-    """The part of a GPU that a replica takes: its share, or its memory if that is more."""
+    """The share of a GPU that a replica takes, in thousandths: that of the compute, or of the memory if that
+    is more; with notes for the user."""
     share = tier.shape.milli_gpu
     if tier.gpu_share == 1 or settings.kv_cache_bytes:
         return share, ()
@@ -151,7 +155,7 @@ def _share(tier: TierConfig, settings: EngineArgs) -> tuple[int, tuple[str, ...]
 
 
 def _shape(tier: TierConfig, host_bytes: int = 0) -> GangShape:
-    """Of one replica; its CPUs and host memory are shared out among the stages."""
+    """The shape of one replica; its CPUs and host memory are divided among the stages."""
     stages = tier.pipeline_parallel_size
     return replace(
         tier.shape, cpu_milli=ceil(tier.cpus * 1000 / stages), memory_bytes=ceil(host_bytes / stages)
@@ -159,7 +163,7 @@ def _shape(tier: TierConfig, host_bytes: int = 0) -> GangShape:
 
 
 def _judge(loaded: LoadedModel, settings: EngineArgs, gpu: GpuModel) -> tuple[int, str]:
-    """(least bytes per GPU, "") or (0, why it does not fit and what would)."""
+    """(least bytes per GPU, ""), or (0, why it doesn't fit, with the remedy)."""
     verdict = judge(plan_memory(loaded.spec, settings, gpu, loaded.extra))
     if isinstance(verdict, Unfit):
         return 0, f"{'; '.join(verdict.reasons)}. What would: {verdict.remedy}"
@@ -167,6 +171,7 @@ def _judge(loaded: LoadedModel, settings: EngineArgs, gpu: GpuModel) -> tuple[in
 
 
 def _least_bytes(plan: MemoryPlan) -> int:
-    """Weights, overhead and the KV cache of one longest sequence, on the fullest GPU."""
+    """Weights, overhead and the KV cache of one sequence of maximum length, on the GPU with the least
+    room."""
     worst = plan.worst
     return worst.fixed_bytes + worst.layout.block_bytes * (worst.layout.blocks_for(plan.length) + 1)

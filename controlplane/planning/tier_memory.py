@@ -1,4 +1,4 @@
-"""What the memory model needs to know of a tier: its engine's settings, and its engine on the CPU."""
+"""The input of the memory model for a tier: its engine's settings, and its memory on a CPU."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"
 
 
 def tier_settings(tier: TierConfig) -> EngineArgs:
-    """The settings of the tier's engine, with what tierplane adds on the CPU. ValueError that names the
-    argument if one can't be understood."""
+    """The settings of the tier's engine, with the arguments that tierplane adds on CPUs. ValueError that
+    names the argument if one is invalid."""
     args: dict[str, Any] = {} if tier.engine == "llamacpp" else dict(tier.engine_args)
     if tier.device == "cpu":
         args = {"dtype": "float32", "enforce-eager": True} | args
@@ -35,9 +35,9 @@ def cpu_plan(
     node_bytes: int,
     packs_16_bit: bool = True,
 ) -> CpuPlan:
-    """The memory of one vLLM engine of the tier on a machine of ``node_bytes`` without GPUs. ValueError if
-    its KV cache is no whole number of GiB."""
-    space = tier.env.get(KV_SPACE) or os.environ.get(KV_SPACE) or "1"  # the engine's own default
+    """The memory of one vLLM engine of the tier on a machine with ``node_bytes`` of memory and no GPU.
+    ValueError if the size of its KV cache is not a whole number of GiB."""
+    space = tier.env.get(KV_SPACE) or os.environ.get(KV_SPACE) or "1"  # vLLM's own default
     if not space.isdigit():
         raise ValueError(f"{KV_SPACE} is '{space}': vLLM takes a whole number of GiB")
     return plan_cpu_memory(
@@ -50,8 +50,8 @@ def cpu_plan(
 
 
 def llamacpp_bytes(tier: TierConfig, loaded: LoadedModel) -> tuple[int, int, int]:
-    """(weights, KV cache, tokens in it) of one llama.cpp engine: the file, and a float16 cache of the context
-    if ``ctx-size`` names one."""
+    """(bytes of weights, bytes of KV cache, its tokens) of one llama.cpp engine: the file, and a float16
+    cache for ``ctx-size`` tokens, if given."""
     given = {name.replace("_", "-"): value for name, value in tier.engine_args.items()}
     context = given.get("ctx-size") or given.get("n-ctx") or 0
     tokens = context if isinstance(context, int) else 0

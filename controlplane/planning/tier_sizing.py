@@ -1,4 +1,5 @@
-"""From tiers with an expected load and a cluster to the question that the sizing answers, and back."""
+"""Connects a configuration and a cluster file with the fleet sizing: its input, and its result as
+settings."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from controlplane.errors import SetupError
 from controlplane.models.catalog import gpu_table
 from controlplane.models.model_config import load_model
 from controlplane.planning.cluster_file import ClusterFile
-from controlplane.planning.tier_gangs import tier_demands
+from controlplane.planning.tier_gangs import tier_gangs
 from controlplane.planning.tier_memory import tier_settings
 
 
@@ -27,13 +28,13 @@ class GpuFleet:
 
     gpus: tuple[FleetGpu, ...]
     priced: bool
-    """Whether the cluster file says what machines cost."""
+    """Whether the cluster file gives the cost of machines."""
     unknown: tuple[str, ...] = ()
-    """GPU models that are not in the table: nothing is known of their speed."""
+    """GPU models that are not in the table, and whose speed is therefore unknown."""
 
 
 def fleet_of(cluster: ClusterFile) -> GpuFleet:
-    """The usable GPUs of a cluster by model, each model at the price of its dearest machine."""
+    """The usable GPUs of a cluster by model, each at the highest price of a machine with that model."""
     counts: dict[str, int] = {}
     for node in cluster.to_nodes():
         for gpu in node.gpus:
@@ -43,7 +44,7 @@ def fleet_of(cluster: ClusterFile) -> GpuFleet:
     priced = any(kind.cost_per_hour for kind in kinds)
     unpriced = [kind.name for kind in kinds if not kind.cost_per_hour]
     if priced and unpriced:
-        raise SetupError(f"node types {', '.join(unpriced)} have no cost_per_hour, others do: give it to all")
+        raise SetupError(f"node types {', '.join(unpriced)} have no cost_per_hour, others do: set it for all")
     found = []
     for model, count in sorted(counts.items()):
         of_model = [kind for kind in kinds if kind.model == model]
@@ -56,7 +57,7 @@ def fleet_of(cluster: ClusterFile) -> GpuFleet:
 
 
 def needs_of(config: PlaneConfig) -> tuple[TierNeed, ...]:
-    """What the tiers with an expected load need. SetupError if a model or an argument can't be read."""
+    """The needs of the tiers that have ``expected``. SetupError if a model or an argument can't be read."""
     return tuple(_need(tier) for tier in config.tiers if tier.expected and tier.engine == "vllm")
 
 
@@ -79,7 +80,7 @@ def _need(tier: TierConfig) -> TierNeed:
 
 
 def settings_of(choice: TierChoice) -> dict[str, object]:
-    """The tier's settings that carry the choice out."""
+    """The tier's settings that implement the choice."""
     option = choice.option
     found: dict[str, object] = {
         "replicas": option.replicas,
@@ -94,7 +95,8 @@ def settings_of(choice: TierChoice) -> dict[str, object]:
 
 
 def checkpoint_note(choice: TierChoice) -> str:
-    """What has to be had first: most formats are made before the engine starts, not by it."""
+    """A note if the choice needs a quantised checkpoint: few formats are made by the engine while it
+    loads."""
     chosen = preset(choice.option.quantization)
     if not chosen.quantized or chosen.online:
         return ""
@@ -102,12 +104,12 @@ def checkpoint_note(choice: TierChoice) -> str:
 
 
 def placed(config: PlaneConfig, choices: Sequence[TierChoice], cluster: ClusterFile) -> PlacementPlan:
-    """Where the chosen replicas would run, beside the tiers that are as configured."""
+    """The placement of the chosen replicas, together with the other tiers as configured."""
     chosen = {choice.tier: choice.option for choice in choices}
     tiers = [_with(tier, chosen[tier.name]) if tier.name in chosen else tier for tier in config.tiers]
     nodes = cluster.to_nodes()
-    demands = tier_demands(config.model_copy(update={"tiers": tiers}), nodes)
-    return plan(PlacedCluster(nodes), [gang for demand in demands for gang in demand.gangs()])
+    groups = tier_gangs(config.model_copy(update={"tiers": tiers}), nodes)
+    return plan(PlacedCluster(nodes), [gang for group in groups for gang in group.gangs()])
 
 
 def _with(tier: TierConfig, option: ServingOption) -> TierConfig:

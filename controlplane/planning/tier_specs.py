@@ -1,5 +1,5 @@
-"""What the controller is told of each tier, its scaling included: what its engines are believed to do before
-they were watched, and what its requests are like. It learns both from what runs
+"""The specification of each tier for the controller, with its scaling: settings, the assumed speed of its
+engines and the mean request. The controller replaces the last two by measurements
 (:mod:`controlplane.core.autoscaling.capacity`).
 """
 
@@ -22,29 +22,31 @@ from controlplane.errors import TierplaneError
 from controlplane.models.catalog import gpu_named, gpu_table
 from controlplane.models.model_config import load_model
 
-USUAL: Final = RequestShape(500.0, 200.0)
-"""A mean request where the configuration expects nothing."""
+DEFAULT_REQUEST: Final = RequestShape(500.0, 200.0)
+"""The mean request of a tier without ``expected``."""
 FIRST_COLD_START_S: Final = 60.0
-GUESS: Final = EngineSpeed(0.03, 0.001, 0.0005)
-"""Of an engine of which nothing is known: 30 ms a token, 2,000 prompt tokens a second."""
+"""Assumed until a cold start has been measured, unless the configuration sets one."""
+DEFAULT_SPEED: Final = EngineSpeed(0.03, 0.001, 0.0005)
+"""Assumed if nothing is known of an engine: 30 ms per token, 2,000 prompt tokens per second."""
 
 
-def usual_work(tier: TierConfig) -> RequestShape:
+def expected_request(tier: TierConfig) -> RequestShape:
     """The mean request that the configuration expects."""
     if tier.expected is None:
-        return USUAL
+        return DEFAULT_REQUEST
     return RequestShape(float(tier.expected.input_tokens), float(tier.expected.output_tokens))
 
 
 def plain_speed(itl_s: float, batch_slowdown: float) -> EngineSpeed:
-    """Of an engine whose step takes ``itl_s`` and the share ``batch_slowdown`` more with each sequence."""
+    """The speed of an engine whose step takes ``itl_s``, longer by the ratio ``batch_slowdown`` with each
+    further sequence."""
     step_s = max(itl_s, 1e-6)
     return EngineSpeed(step_s, max(step_s * batch_slowdown, step_s * 1e-3), 1e-6)
 
 
-def gpu_priors(tier: TierConfig, work: RequestShape) -> tuple[tuple[str, EngineSpeed], ...]:
-    """The roofline's of a ``vllm`` tier, for each GPU model that it may run on: those of ``gpu_models`` in
-    their order, else all of the table. Nothing where the model's configuration can't be read."""
+def gpu_priors(tier: TierConfig, request: RequestShape) -> tuple[tuple[str, EngineSpeed], ...]:
+    """(GPU model, speed by the roofline) of a ``vllm`` tier for each GPU model that it may run on: those of
+    ``gpu_models`` in their order, else all of the table. Empty if the model's configuration can't be read."""
     if tier.engine != "vllm" or tier.device != "gpu":
         return ()
     args: dict[str, Any] = dict(tier.engine_args)
@@ -54,58 +56,58 @@ def gpu_priors(tier: TierConfig, work: RequestShape) -> tuple[tuple[str, EngineS
         settings = parse_settings(args, tp=tier.tensor_parallel_size, pp=tier.pipeline_parallel_size)
         for gpu in [gpu_named(name) for name in tier.gpu_models] or gpu_table():
             line = roofline(spec, settings, gpu)
-            speed = speed_of(line, work.input_tokens, work.output_tokens, float(tier.concurrency_limit))
+            speed = speed_of(line, request.input_tokens, request.output_tokens, float(tier.concurrency_limit))
             found.append((gpu.name, speed))
     except (TierplaneError, ValueError, OSError):
-        return ()  # what is wrong with it is said where the engine is started
+        return ()  # the start of the engine reports the problem
     return tuple(found)
 
 
 def prior_speed(tier: TierConfig, by_gpu: Sequence[tuple[str, EngineSpeed]]) -> EngineSpeed:
-    """The timing model's of engine ``simulated``, the roofline's (``by_gpu``) of the first GPU model that the
-    configuration names, or a guess: the controller knows better once it sees the GPUs that are there."""
+    """The assumed speed of the tier's engines: that of the timing model for engine ``simulated``, that of
+    the first of ``gpu_models`` (in ``by_gpu``), or a default, until the controller sees the GPUs of the
+    cluster."""
     if tier.engine == "simulated":
-        made = settings_of(tier)
-        return plain_speed(made.itl_ms / 1000, made.batch_slowdown)
-    return by_gpu[0][1] if by_gpu and tier.gpu_models else GUESS
+        settings = settings_of(tier)
+        return plain_speed(settings.itl_ms / 1000, settings.batch_slowdown)
+    return by_gpu[0][1] if by_gpu and tier.gpu_models else DEFAULT_SPEED
 
 
 def scaling_plan(tier: TierConfig, tick_s: float) -> ScalingPlan:
-    """What the controller is told of a tier's scaling. Reads the model's configuration: not for an event
-    loop."""
-    work = usual_work(tier)
-    asked = tier.scaling or ScalingConfig(
+    """The scaling of a tier. Blocks: it reads the model's configuration."""
+    request = expected_request(tier)
+    scaling = tier.scaling or ScalingConfig(
         min_replicas=min(1, tier.replicas), max_replicas=max(tier.replicas, DEFAULT_MAX)
     )
     settings = ScalingSettings(
-        min_replicas=asked.min_replicas,
-        max_replicas=asked.max_replicas,
-        step_up=asked.step_up,
-        step_down=asked.step_down,
-        cool_down_up_s=asked.cool_down_up_s,
-        cool_down_down_s=asked.cool_down_down_s,
-        hold_s=asked.hold_s,
-        cold_start_s=asked.cold_start_s or FIRST_COLD_START_S,
-        idle_to_zero_s=asked.idle_to_zero_s,
+        min_replicas=scaling.min_replicas,
+        max_replicas=scaling.max_replicas,
+        step_up=scaling.step_up,
+        step_down=scaling.step_down,
+        cool_down_up_s=scaling.cool_down_up_s,
+        cool_down_down_s=scaling.cool_down_down_s,
+        hold_s=scaling.hold_s,
+        cold_start_s=scaling.cold_start_s or FIRST_COLD_START_S,
+        idle_to_zero_s=scaling.idle_to_zero_s,
         tick_s=tick_s,
         sequences=float(tier.concurrency_limit),
         slo=tier.slo.slo(),
-        schedules=tuple(item.schedule() for item in asked.schedules),
+        schedules=tuple(item.schedule() for item in scaling.schedules),
     )
-    by_gpu = gpu_priors(tier, work)
+    by_gpu = gpu_priors(tier, request)
     rule = TierRule(
         tier.name,
         settings,
         prior_speed(tier, by_gpu),
-        work,
+        request,
         gpus_per_replica=tier.engine_gpus,
-        priority=asked.priority,
+        priority=scaling.priority,
     )
     return ScalingPlan(
         rule,
         follows=tier.scaling is not None,
         ceiling=tier.ceiling,
-        cold_start_fixed=asked.cold_start_s is not None,
+        cold_start_fixed=scaling.cold_start_s is not None,
         tensor_parallel=tier.tensor_parallel_size,
         latency_limit_ms=latency_limit_ms(None if tier.given_slo is None else tier.given_slo.slo()),
         gpu_priors=by_gpu,
@@ -113,8 +115,7 @@ def scaling_plan(tier: TierConfig, tick_s: float) -> ScalingPlan:
 
 
 def tier_specs(config: PlaneConfig) -> tuple[TierSpec, ...]:
-    """What the controller needs to know of the configuration's tiers. Reads models' configurations:
-    blocks."""
+    """The specifications of the configuration's tiers. Blocks: it reads the models' configurations."""
     tick_s = config.controller.scaling.tick_s
     return tuple(
         TierSpec(
@@ -124,7 +125,7 @@ def tier_specs(config: PlaneConfig) -> tuple[TierSpec, ...]:
             tier.replicas,
             tier.concurrency_limit,
             tier.slo.attainment,
-            # What runs elsewhere has no replicas to add.
+            # An external endpoint has no replicas to scale.
             None if tier.engine == "endpoint" else scaling_plan(tier, tick_s),
         )
         for tier in config.tiers

@@ -14,7 +14,7 @@ from controlplane.core.placement.topology import Node
 from controlplane.core.recommendations.rules import latency_limit_ms
 from controlplane.core.routing.endpoint_table import LoadSettings
 from controlplane.gateway.gateway import tier_policy
-from controlplane.planning.tier_gangs import tier_demands
+from controlplane.planning.tier_gangs import tier_gangs
 from controlplane.planning.tier_specs import scaling_plan
 from controlplane.simulation.fleet import ReplicaModel
 from controlplane.simulation.options import Options
@@ -42,7 +42,7 @@ def build(
     else:
         tiers = [
             _tier(demand.tier, on_nodes(demand, nodes, options, work), options, work)
-            for demand in tier_demands(plane, nodes)
+            for demand in tier_gangs(plane, nodes)
         ]
     lasts_hours = options.node_mtbf_hours
     return Scenario(

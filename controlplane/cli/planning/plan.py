@@ -23,7 +23,7 @@ from controlplane.core.placement.topology import Node
 from controlplane.core.placement.what_if import add_node, change, lose_node
 from controlplane.errors import SetupError
 from controlplane.planning.cluster_file import ClusterFile, load_cluster
-from controlplane.planning.tier_gangs import TierGang, tier_demands
+from controlplane.planning.tier_gangs import TierGang, tier_gangs
 from controlplane.ray_cluster import session
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def command(
     described = load_cluster(cluster) if cluster else None
     if described is not None:
         nodes = described.to_nodes()
-        demands = tier_demands(plane, nodes)
+        demands = tier_gangs(plane, nodes)
         state = PlacedCluster(nodes)
         answer = PlanResult(demands, plan(state, _gangs(demands)), nodes)
     else:
@@ -76,7 +76,7 @@ def _gangs(demands: Sequence[TierGang]) -> list[Gang]:
 
 def _beside_what_runs(plane: PlaneConfig, live: LiveCluster) -> tuple[PlacedCluster, PlanResult]:
     """What the configuration needs on a cluster where some of it runs, and others may too."""
-    demands = tier_demands(plane, live.nodes)
+    demands = tier_gangs(plane, live.nodes)
     gangs = _gangs(demands)
     now = occupancy(
         live.nodes,
@@ -95,7 +95,7 @@ def _once_changed(plane: PlaneConfig, state: PlacedCluster, before: PlanResult) 
     # GPU models may have come or gone with the nodes.
     demands = tuple(
         demand.scaled(old.tier.replicas)
-        for demand, old in zip(tier_demands(plane, state.nodes), before.demands, strict=True)
+        for demand, old in zip(tier_gangs(plane, state.nodes), before.demands, strict=True)
     )
     found = change(state, before.plan, _gangs(demands))
     return replace(before, demands=demands, plan=found.plan, nodes=state.nodes, change=found)

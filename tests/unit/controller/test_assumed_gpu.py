@@ -15,7 +15,7 @@ from controlplane.core.cluster.assumed_gpu import gpu_assumed
 from controlplane.core.cluster.snapshot import GatewayInfo
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.telemetry.samples import Absence, GpuInfo, Missing, Reading
-from controlplane.planning.tier_specs import GUESS, tier_specs
+from controlplane.planning.tier_specs import DEFAULT_SPEED, tier_specs
 from tests.support.controller import HEARTBEAT_S, World
 from tests.support.gateway import plane
 
@@ -42,10 +42,10 @@ def prior(spec: TierSpec) -> EngineSpeed:
 
 def test_a_tier_that_may_run_anywhere_knows_its_speed_on_every_gpu_model() -> None:
     spec = spec_of()
-    assert prior(spec) == GUESS
+    assert prior(spec) == DEFAULT_SPEED
     known = speeds(spec)
     assert len(known) > 10
-    assert known["H100-80G"].step_s < known["L4"].step_s < GUESS.step_s
+    assert known["H100-80G"].step_s < known["L4"].step_s < DEFAULT_SPEED.step_s
 
 
 def test_a_tier_that_is_kept_to_models_begins_with_the_first() -> None:
@@ -128,7 +128,7 @@ def test_scaling_begins_with_the_speed_of_the_gpus_that_are_there() -> None:
     rig = Rig()
     rig.world.silent = {"l", "h"}
     rig.step(12)
-    assert rig.assumed == GUESS, "no agent has said anything"
+    assert rig.assumed == DEFAULT_SPEED, "no agent has said anything"
     rig.world.silent = set()
     rig.spec = replace(rig.spec, replicas=0)
     rig.connect()

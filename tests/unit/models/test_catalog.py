@@ -1,4 +1,4 @@
-"""The tables that ship: published totals, and rows that make sense."""
+"""The bundled tables: published totals, and plausible rows."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_gpu_rows(gpu: Any) -> None:
     assert ("int8" in gpu.flops) == (gpu.capability >= 75)
 
 
-def test_names_and_aliases_lead_to_one_gpu() -> None:
+def test_names_and_aliases_identify_one_gpu() -> None:
     assert gpu_named("h100").name == gpu_named("NVIDIA H100 80GB HBM3").name == "H100-80G"
     assert gpu_named("V100M32").name == "V100-32G"
     names = [name.lower() for gpu in gpu_table() for name in (gpu.name, gpu.nvml_name, *gpu.aliases)]

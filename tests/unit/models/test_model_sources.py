@@ -80,7 +80,7 @@ def test_headers_agree_with_the_formula(folder: Path) -> None:
     assert loaded.extra is None
 
 
-def test_what_the_engine_does_not_load_is_not_counted(folder: Path) -> None:
+def test_tensors_that_the_engine_does_not_load_are_not_counted(folder: Path) -> None:
     more = {
         "lm_head.weight": (256, 64),
         "model.layers.2.self_attn.q_proj.weight": (64, 64),
@@ -91,21 +91,21 @@ def test_what_the_engine_does_not_load_is_not_counted(folder: Path) -> None:
     assert loaded.stored_bytes == loaded.spec.params * 2
 
 
-def test_what_the_config_does_not_explain_becomes_a_term(folder: Path) -> None:
+def test_tensors_that_the_config_does_not_explain_become_a_term(folder: Path) -> None:
     write_safetensors(folder / "model.safetensors", {**shapes(), "vision_tower.weight": (1000, 64)})
     loaded = load_model(str(folder))
     assert loaded.extra is not None
     assert loaded.extra.size_bytes == 64000 * 2
 
 
-def test_an_incomplete_checkpoint_is_said(folder: Path) -> None:
+def test_an_incomplete_checkpoint_is_reported(folder: Path) -> None:
     tensors = shapes()
     del tensors["model.embed_tokens.weight"]
     write_safetensors(folder / "model.safetensors", tensors)
     assert "is it complete?" in load_model(str(folder)).checks[1]
 
 
-def test_only_the_files_that_the_index_lists(folder: Path) -> None:
+def test_only_files_in_the_index_count(folder: Path) -> None:
     index = {"weight_map": dict.fromkeys(shapes(), "model.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     write_safetensors(folder / "consolidated.safetensors", shapes())
@@ -304,7 +304,7 @@ def test_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         load_model("me/open")
 
 
-def test_what_is_nothing_is_said(tmp_path: Path) -> None:
+def test_an_unknown_model_source_is_refused_with_a_remedy(tmp_path: Path) -> None:
     for source, words in (
         ("/no/such/folder", "check the path"),
         ("what is this", "give a path or a hub id"),

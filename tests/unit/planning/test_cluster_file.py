@@ -77,11 +77,11 @@ def test_one_problem_is_one_line(tmp_path: Path) -> None:
     assert sorted(problem.path for problem in caught.value.problems) == ["node_types[0].memory_gib", "nodes"]
 
 
-def test_names_fit_together(tmp_path: Path) -> None:
+def test_names_must_be_unique_and_known(tmp_path: Path) -> None:
     text = GOOD + "  - {type: biggest}\n  - {type: big}\n"
     with pytest.raises(ConfigError) as caught:
         load_cluster(write(tmp_path, text))
-    assert "'biggest' is no node type (there is big, odd, plain)" in str(caught.value)
+    assert "'biggest' is not a node type (there is big, odd, plain)" in str(caught.value)
     assert "two nodes are named 'big-0'" in str(caught.value)
     twice = GOOD.replace("name: odd", "name: big").replace("{type: odd, name: lab", "{type: big, name: lab")
     with pytest.raises(ConfigError, match="two are named 'big'"):

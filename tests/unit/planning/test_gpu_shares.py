@@ -1,4 +1,4 @@
-"""What a replica asks of a GPU that it shares."""
+"""The shape that a replica leases, on whole and on shared GPUs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def asked(reader: GpuReader | None = None, **fields: Any) -> GangShape:
         ({"engine": "simulated", "engine_args": {"gpus": 2}}, GangShape(gpus=2)),
     ],
 )
-def test_whole_gpus_need_no_accounting(fields: dict[str, Any], shape: GangShape) -> None:
+def test_whole_gpus_have_no_memory_limit(fields: dict[str, Any], shape: GangShape) -> None:
     assert asked(**fields) == shape
 
 
@@ -63,7 +63,7 @@ def test_whole_gpus_need_no_accounting(fields: dict[str, Any], shape: GangShape)
     ],
     ids=["the ratio", "the ratio by default", "weights and a fixed cache", "simulated"],
 )
-def test_a_share_says_its_memory_on_the_largest_gpu(
+def test_the_memory_of_a_share_is_that_on_the_largest_gpu(
     fields: dict[str, Any], milli: int, gib: tuple[float, float]
 ) -> None:
     shape = asked(**fields)
@@ -79,7 +79,7 @@ def test_without_a_driver_a_share_is_compute_only() -> None:
     assert asked(Nothing(), gpu_share=0.5) == GangShape(milli_gpu=500)
 
 
-def test_accepted_models_go_by_the_names_that_the_driver_uses() -> None:
+def test_accepted_models_have_the_names_that_the_driver_uses() -> None:
     class Mixed(Reader):
         def read(self) -> tuple[GpuSample, ...]:
             return tuple(

@@ -1,4 +1,4 @@
-"""The running cluster, put together from what Ray, the node agents and the controller say."""
+"""The running cluster, from the data of Ray, the node agents and the controller."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def look() -> module.LiveCluster:
     return live_cluster(PlaneConfig.model_validate(CONFIG))
 
 
-def test_nodes_and_what_is_reserved(cluster: SimpleNamespace) -> None:
+def test_nodes_and_reserved_resources(cluster: SimpleNamespace) -> None:
     found = look()
     one, two = found.nodes
     assert (one.node_id, two.node_id) == ("host-aaaaaaaa", "host-bbbbbbbb")
@@ -103,7 +103,7 @@ def test_nodes_and_what_is_reserved(cluster: SimpleNamespace) -> None:
     assert found.notes == ()
 
 
-def test_what_is_out_of_use_is_left_out_and_not_taken_for_somebody_s(cluster: SimpleNamespace) -> None:
+def test_gpus_out_of_use_are_left_out_and_do_not_count_as_reserved(cluster: SimpleNamespace) -> None:
     def barred(uuid: str, node_id: str, *, node: bool = False) -> SimpleNamespace:
         return SimpleNamespace(
             uuid=uuid, node_id=node_id, cordoned=True, node_cordoned=node, state="cordoned", reason="XID 79"
@@ -120,7 +120,7 @@ def test_what_is_out_of_use_is_left_out_and_not_taken_for_somebody_s(cluster: Si
     assert found.reserved["host-bbbbbbbb"].gpu_milli == 0
 
 
-def test_replicas_that_hold_something(cluster: SimpleNamespace) -> None:
+def test_replicas_with_gpus(cluster: SimpleNamespace) -> None:
     cluster.endpoints = (
         endpoint("small-a", "small", gpu_uuids=("GPU-1",)),
         endpoint("small-b", "small", EndpointState.DRAINING),
@@ -149,7 +149,7 @@ def test_replicas_that_hold_something(cluster: SimpleNamespace) -> None:
     assert found["wide-e"].gpus_by_node == (("host-aaaaaaaa", 1), ("host-bbbbbbbb", 1))
 
 
-def test_without_a_plane_or_ray_s_account_it_says_so(
+def test_a_note_says_that_the_plane_or_the_reservations_are_unknown(
     cluster: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "find_controller", lambda _: None)

@@ -28,11 +28,11 @@ def plan(**tier: Any) -> ScalingPlan:
         ({"slo": {"ttft_s": 0.5}}, math.inf),
     ],
 )
-def test_a_tier_is_slow_by_the_slo_that_it_is_given(tier: dict[str, Any], limit_ms: float) -> None:
+def test_a_tier_is_slow_by_its_configured_slo(tier: dict[str, Any], limit_ms: float) -> None:
     assert plan(**tier).latency_limit_ms == limit_ms
 
 
-def test_what_is_promised_is_what_scaling_and_advice_go_by() -> None:
+def test_scaling_and_recommendations_use_the_configured_attainment() -> None:
     slo = {"ttft_s": 0.5, "itl_s": 0.04, "attainment": 0.95}
     settings = plan(slo=slo, scaling={"min_replicas": 1, "max_replicas": 4}).rule.settings
     assert (settings.slo.ttft_s, settings.slo.itl_s, settings.slo.attainment) == (0.5, 0.04, 0.95)

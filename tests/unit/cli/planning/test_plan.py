@@ -20,7 +20,7 @@ from controlplane.core.placement.occupancy import ReservedResources, RunningRepl
 from controlplane.core.placement.planner import PlacedCluster
 from controlplane.core.placement.topology import Gpu, Node
 from controlplane.planning.live_cluster import LiveCluster
-from controlplane.planning.tier_gangs import TierGang, tier_demands
+from controlplane.planning.tier_gangs import TierGang, tier_gangs
 
 CLUSTER = """
 node_types:
@@ -257,7 +257,7 @@ def test_on_a_running_cluster_what_runs_stays_and_others_keep_theirs(
 def demands(*tiers: dict[str, Any], model: str = "H100-80G", gib: int = 79) -> dict[str, TierGang]:
     plane = PlaneConfig.model_validate({"tiers": list(tiers)})
     node = Node("n", (Gpu("n/0", 0, model, gib * 2**30),), 8000, 2**34)
-    return {demand.tier.name: demand for demand in tier_demands(plane, [node])}
+    return {demand.tier.name: demand for demand in tier_gangs(plane, [node])}
 
 
 def test_tiers_that_take_no_gpu() -> None:
@@ -275,7 +275,7 @@ def test_tiers_that_take_no_gpu() -> None:
 
 def test_engines_on_the_cpu_take_memory() -> None:
     tier = {"name": "t", "device": "cpu", "model": "bundled:smollm2-135m", "replicas": 4}
-    (demand,) = tier_demands(PlaneConfig.model_validate({"tiers": [tier]}), [Node("n", (), 8000, 16 * 2**30)])
+    (demand,) = tier_gangs(PlaneConfig.model_validate({"tiers": [tier]}), [Node("n", (), 8000, 16 * 2**30)])
     assert demand.shape is not None
     assert 3.5 < demand.shape.memory_bytes / 2**30 < 4
     placed = plan(PlacedCluster((Node("n", (), 8000, 13 * 2**30),)), demand.gangs())
