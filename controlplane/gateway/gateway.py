@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 _REQUEST_ID: Final = re.compile(rf"^[A-Za-z0-9._:-]{{1,{MAX_REQUEST_ID}}}$")
 CLIENT_CLOSED_REQUEST: Final = 499
+BODY_LIMIT_SETTING: Final = "gateway.max_body_bytes"
 EVERY_ADDRESS: Final = frozenset({"0.0.0.0", "::", ""})  # noqa: S104 (recognised, not bound)
 
 log = structlog.stdlib.get_logger(__name__)
@@ -123,7 +124,9 @@ class Gateway:
             "/gpus": ("GET", self._gpus),
             "/ui": ("GET", self._ui),
         }
-        self.app = AsgiApp(self.handle, max_body_bytes=settings.max_body_bytes)
+        self.app = AsgiApp(
+            self.handle, max_body_bytes=settings.max_body_bytes, body_limit_setting=BODY_LIMIT_SETTING
+        )
 
     # -- life ------------------------------------------------------------------------------------
 
@@ -138,7 +141,11 @@ class Gateway:
             self._ticker = self.loop.create_task(self._tick())
         if port is None:
             return
-        shared = HttpServer(self.handle, max_body_bytes=self.config.gateway.max_body_bytes)
+        shared = HttpServer(
+            self.handle,
+            max_body_bytes=self.config.gateway.max_body_bytes,
+            body_limit_setting=BODY_LIMIT_SETTING,
+        )
         self.port = await shared.start(host, port)
         self._servers.append(shared)
         private = HttpServer(self._private, max_body_bytes=1024)

@@ -1,4 +1,4 @@
-"""The gateway as an ASGI application: how Serve's ingress reaches the same handlers."""
+"""Handlers as an ASGI application, which is what Serve's ingress calls."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from controlplane.errors import PayloadTooLarge
-from controlplane.http.messages import Handler, Headers, Request, send_error
+from controlplane.http.messages import Handler, Headers, Request, payload_too_large, send_error
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -20,8 +19,8 @@ HIGH_WATER_MESSAGES = 64
 class _AsgiResponder:
     """The :class:`~controlplane.http.messages.Responder` of one ASGI request.
 
-    Handlers write without waiting; a task of this answer hands the messages on, so that their order
-    holds and ``drain`` can wait for a slow client.
+    A handler writes without waiting. :meth:`deliver`, in a task of its own, passes the messages on in order;
+    ``drain`` waits for a slow client.
     """
 
     def __init__(self, send: Send) -> None:
@@ -72,7 +71,7 @@ class _AsgiResponder:
             self._below_high_water.clear()
 
     async def deliver(self) -> None:
-        """Hand messages on until the answer is whole or broken off."""
+        """Pass messages on until the response is complete or aborted."""
         while (message := await self._messages.get()) is not None:
             await self._send(message)
             if self._messages.qsize() < HIGH_WATER_MESSAGES:
@@ -80,32 +79,36 @@ class _AsgiResponder:
 
 
 class _Disconnected(Exception):
-    """The client left before its request was whole."""
+    """The client disconnected before its request was complete."""
 
 
 class AsgiApp:
-    """An ASGI application over ``handler``; bodies over ``max_body_bytes`` are answered with 413."""
+    """An ASGI application around ``handler``.
 
-    def __init__(self, handler: Handler, *, max_body_bytes: int) -> None:
+    A body over ``max_body_bytes`` is rejected with 413; ``body_limit_setting`` names the setting that raises
+    the limit.
+    """
+
+    def __init__(self, handler: Handler, *, max_body_bytes: int, body_limit_setting: str) -> None:
         self._handler = handler
         self._max_body_bytes = max_body_bytes
+        self._body_limit_setting = body_limit_setting
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The ASGI entry; raises RuntimeError to make the server break an answer off."""
+        """ASGI's entry point. Raises RuntimeError to make the ASGI server break off the response."""
         if scope["type"] == "lifespan":
             await _lifespan(receive, send)
             return
         if scope["type"] != "http":
-            raise RuntimeError(f"no {scope['type']} here")
-        answer = _AsgiResponder(send)
+            raise RuntimeError(f"ASGI scope {scope['type']!r} is not supported")
+        response = _AsgiResponder(send)
         try:
             body = await self._body(receive)
         except _Disconnected:
             return
         if body is None:
-            limit = self._max_body_bytes
-            send_error(answer, PayloadTooLarge(f"the body is over {limit} bytes (gateway.max_body_bytes)"))
-            await answer.deliver()
+            send_error(response, payload_too_large(self._max_body_bytes, self._body_limit_setting))
+            await response.deliver()
             return
         root = scope.get("root_path", "")
         path = scope["path"]
@@ -116,29 +119,29 @@ class AsgiApp:
             dict(scope["headers"]),
             body,
         )
-        handling = asyncio.ensure_future(self._handle(request, answer))
-        watching = asyncio.ensure_future(_left(receive))
-        delivering = asyncio.ensure_future(answer.deliver())
+        handling = asyncio.ensure_future(self._handle(request, response))
+        watching = asyncio.ensure_future(_disconnected(receive))
+        delivering = asyncio.ensure_future(response.deliver())
         try:
             done, _ = await asyncio.wait((delivering, watching), return_when=asyncio.FIRST_COMPLETED)
             if delivering in done:
                 await delivering
-                if not answer.finished or answer.gone:
-                    raise RuntimeError("the answer was broken off")
+                if not response.finished or response.gone:
+                    raise RuntimeError("the response was broken off")
             else:
-                answer.gone = True
+                response.gone = True
         finally:
             tasks = (handling, watching, delivering)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _handle(self, request: Request, answer: _AsgiResponder) -> None:
+    async def _handle(self, request: Request, response: _AsgiResponder) -> None:
         try:
-            await self._handler(request, answer)
+            await self._handler(request, response)
         finally:
-            if not answer.finished:
-                answer.abort()
+            if not response.finished:
+                response.abort()
 
     async def _body(self, receive: Receive) -> bytes | None:
         chunks: list[bytes] = []
@@ -156,8 +159,8 @@ class AsgiApp:
                 return b"".join(chunks)
 
 
-async def _left(receive: Receive) -> None:
-    """Ends when the client has left."""
+async def _disconnected(receive: Receive) -> None:
+    """Returns once the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass
 

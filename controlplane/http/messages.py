@@ -1,7 +1,7 @@
-"""What a handler sees of HTTP: a request that is whole, and somewhere to answer to.
+"""A handler's view of HTTP: a complete request, and a responder to write the response to.
 
-Handlers are the same on the gateway's own port (:mod:`controlplane.http.server`) and on Serve's
-ingress (:mod:`controlplane.http.asgi`).
+The same handlers run on the gateway's own port (:mod:`controlplane.http.server`) and behind Serve's ingress
+(:mod:`controlplane.http.asgi`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from controlplane.errors import RequestError
+from controlplane.errors import PayloadTooLarge, RequestError
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -23,7 +23,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 class Request:
-    """One whole request. ``headers`` has lower-case names; of a repeated header the last one counts."""
+    """One complete request. Names in ``headers`` are in lower case; of a repeated header, the last value."""
 
     __slots__ = ("body", "headers", "method", "path", "query")
 
@@ -43,29 +43,29 @@ class Request:
 
 
 class Responder(Protocol):
-    """Where an answer goes. Nothing is sent before :meth:`start` or :meth:`send`."""
+    """Takes the response to one request: :meth:`send`, or :meth:`start`, :meth:`write` …, :meth:`finish`."""
 
     @property
     def started(self) -> bool:
-        """The status line was sent: the answer can't be changed any more."""
+        """The status line was sent: the response can no longer become another one."""
         ...
 
     @property
     def gone(self) -> bool:
-        """The client left; what is written goes nowhere."""
+        """The client has disconnected; writes are discarded."""
         ...
 
     @property
     def congested(self) -> bool:
-        """The client takes less than it is sent: :meth:`drain` would wait."""
+        """The client reads more slowly than data is written: :meth:`drain` would wait."""
         ...
 
     def send(self, status: int, headers: Headers, body: bytes) -> None:
-        """A whole answer at once."""
+        """A complete response."""
         ...
 
     def start(self, status: int, headers: Headers) -> None:
-        """Begin an answer whose length is not known."""
+        """Begin a response of unknown length."""
         ...
 
     def write(self, data: bytes) -> None:
@@ -73,19 +73,24 @@ class Responder(Protocol):
         ...
 
     async def drain(self) -> None:
-        """Wait while the client takes less than it is sent."""
+        """Wait until the client has read enough for more to be written."""
         ...
 
     def finish(self) -> None:
-        """The body is whole."""
+        """Mark the body as complete."""
         ...
 
     def abort(self) -> None:
-        """Break the answer off so that the client can see it is not whole."""
+        """Break the response off in a way that shows the client it is incomplete."""
         ...
 
 
 Handler = Callable[[Request, Responder], Awaitable[None]]
+
+
+def payload_too_large(limit_bytes: int, setting: str) -> PayloadTooLarge:
+    """The error for a body over ``limit_bytes``; ``setting`` names the limit's setting, if there is one."""
+    return PayloadTooLarge(f"the body is over {limit_bytes} bytes" + (f" ({setting})" if setting else ""))
 
 
 def json_bytes(value: Any) -> bytes:
@@ -94,7 +99,7 @@ def json_bytes(value: Any) -> bytes:
 
 
 def send_json(responder: Responder, value: Any, status: int = 200, headers: Headers | None = None) -> None:
-    """Answer with a value as JSON."""
+    """Respond with a value as JSON."""
     responder.send(status, [(b"content-type", JSON_TYPE), *(headers or ())], json_bytes(value))
 
 
@@ -104,12 +109,12 @@ def error_value(error: RequestError) -> dict[str, Any]:
 
 
 def error_headers(error: RequestError) -> Headers:
-    """The headers that an error brings: ``Retry-After`` in whole seconds, rounded up, at least 1."""
+    """The headers of an error response: ``Retry-After`` in whole seconds, rounded up, at least 1."""
     if error.retry_after_s is None:
         return []
     return [(b"retry-after", str(max(1, math.ceil(error.retry_after_s))).encode())]
 
 
 def send_error(responder: Responder, error: RequestError, headers: Headers | None = None) -> None:
-    """Answer with an error."""
+    """Respond with an error."""
     send_json(responder, error_value(error), error.status, [*error_headers(error), *(headers or ())])

@@ -1,8 +1,8 @@
-"""An HTTP/1.1 server of our own: straight from the event loop to the handlers.
+"""The HTTP/1.1 server behind the gateway's own port and the simulated engine.
 
-This is the fast way in. It does what the relay needs and no more: requests are read whole (bounded),
-answers go out in as few writes as they come in, a client that leaves cancels its handler. Parsing is
-llhttp's (through httptools). TLS and HTTP/2 are a load balancer's job in front of it.
+It is small because the relay's speed depends on it: a request is read whole (up to a size limit) before its
+handler runs, each write of a handler becomes one write to the socket, and a client that disconnects cancels
+its handler. llhttp parses (through httptools). TLS and HTTP/2 belong to a load balancer in front of it.
 """
 
 from __future__ import annotations
@@ -10,52 +10,57 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterable
 from http import HTTPStatus
 from time import monotonic
-from typing import Any, Final
+from typing import Final
 
 import httptools
 
-from controlplane.errors import BadRequest, PayloadTooLarge, RequestError
+from controlplane.errors import BadRequest, RequestError
 from controlplane.http.messages import (
     JSON_TYPE,
-    Handler,
     Headers,
     Request,
     error_headers,
     error_value,
     json_bytes,
+    payload_too_large,
 )
 
 MAX_HEAD_BYTES: Final = 64 * 1024
 MAX_PIPELINED: Final = 16
 READ_TIMEOUT_S: Final = 30.0
-"""A request that has begun must be whole after this long without a byte."""
+"""A connection is dropped if no byte of a request that has begun arrives for this long."""
 IDLE_TIMEOUT_S: Final = 120.0
+"""A connection without a request is dropped after this long."""
 STALL_TIMEOUT_S: Final = 60.0
-"""A client that takes nothing of its answer for this long is dropped."""
+"""A client that reads nothing of its response for this long is dropped."""
 LINGER_S: Final = 2.0
-"""How long a client whose request was refused may go on sending, so that it gets to read why."""
+"""How long the connection of a rejected request stays open, so that a client that is still sending can read
+the error."""
 FIRST_BYTE_S: Final = 0.25
-"""How long a connection on which nothing came yet is kept open by a server that drains."""
+"""While the server drains: how long a new connection may take to send its first byte before it is closed."""
 BODY_OVERHEAD: Final = 8
-"""Bytes on the wire per byte of a chunked body: one-byte chunks have six."""
+"""Upper bound of the bytes on the wire per byte of a chunked body: a chunk of one byte takes six."""
 SWEEP_S: Final = 5.0
+"""How often connections are checked against these timeouts."""
 BACKLOG: Final = 2048
 
 _STATUS_LINES = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus
 }
 _UPGRADE: Final = frozenset({b"connection", b"upgrade", b"http2-settings", b"expect"})
+_SHORT_CHUNK_BYTES: Final = 4096
+_CHUNK_SIZE_LINES: Final = [b"%x\r\n" % size for size in range(_SHORT_CHUNK_BYTES)]
 
 
 def _status_line(status: int) -> bytes:
     return _STATUS_LINES.get(status) or f"HTTP/1.1 {status} Unknown\r\n".encode()
 
 
-class _HttpResponder:
-    """The :class:`~controlplane.http.messages.Responder` of one request on this port."""
+class HttpResponder:
+    """The :class:`~controlplane.http.messages.Responder` of one request on this server."""
 
     __slots__ = ("_chunked", "_connection", "_head_only", "_keep_alive", "finished", "started")
 
@@ -71,6 +76,7 @@ class _HttpResponder:
 
     @property
     def gone(self) -> bool:
+        """The client has disconnected; writes are discarded."""
         return self._connection.closed
 
     def _head(self, status: int, headers: Headers) -> list[bytes]:
@@ -82,6 +88,7 @@ class _HttpResponder:
         return parts
 
     def send(self, status: int, headers: Headers, body: bytes) -> None:
+        """Send a complete response."""
         self.started = True
         parts = self._head(status, headers)
         parts.append(b"content-length: %d\r\n\r\n" % len(body))
@@ -91,26 +98,51 @@ class _HttpResponder:
         self._end()
 
     def start(self, status: int, headers: Headers) -> None:
+        """Begin a response of unknown length."""
         self.started = True
         if not self._chunked:
-            self._keep_alive = False  # an HTTP/1.0 client learns the end from the connection's end
+            self._keep_alive = False  # an HTTP/1.0 client reads the body until the connection ends
         parts = self._head(status, headers)
         parts.append(b"transfer-encoding: chunked\r\n\r\n" if self._chunked else b"\r\n")
         self._connection.write(b"".join(parts))
 
     def write(self, data: bytes) -> None:
+        """Send a piece of the body."""
         if not data or self._head_only:
             return
         self._connection.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
 
+    def write_chunks(self, pieces: Iterable[bytes], *, finish: bool = False) -> None:
+        """Send several pieces of the body, none of them empty, in one write; each is one HTTP chunk.
+
+        ``finish`` marks the body as complete.
+        """
+        if not self._chunked or self._head_only:
+            self.write(b"".join(pieces))
+            if finish:
+                self.finish()
+            return
+        sized = ((len(piece), piece) for piece in pieces)
+        chunks = [
+            _CHUNK_SIZE_LINES[size] + piece if size < _SHORT_CHUNK_BYTES else b"%x\r\n%b" % (size, piece)
+            for size, piece in sized
+        ]
+        chunks.append(b"0\r\n\r\n" if finish else b"")
+        self._connection.write(b"\r\n".join(chunks))
+        if finish:
+            self._end()
+
     @property
     def congested(self) -> bool:
+        """The client reads more slowly than data is written."""
         return self._connection.congested
 
     async def drain(self) -> None:
+        """Wait until the client has read enough for more to be written."""
         await self._connection.drain()
 
     def finish(self) -> None:
+        """Mark the body as complete."""
         if self.finished:
             return
         if self._chunked and not self._head_only:
@@ -118,8 +150,18 @@ class _HttpResponder:
         self._end()
 
     def abort(self) -> None:
+        """Break the response off at once; the client sees that it is incomplete."""
         self.finished = True
         self._connection.abort()
+
+    def truncate(self) -> None:
+        """Deliver what was written, then close the connection without marking the body as complete."""
+        self.finished = True
+        self._connection.close()
+
+    def owns(self, connection: _ClientConnection) -> bool:
+        """Whether this response goes out on that connection."""
+        return self._connection is connection
 
     def _end(self) -> None:
         self.finished = True
@@ -128,7 +170,7 @@ class _HttpResponder:
 
 
 class _ClientConnection(asyncio.Protocol):
-    """One client's connection: requests one after the other, each handled in a task of its own."""
+    """One client's connection. Its requests are handled in order, one at a time."""
 
     def __init__(self, server: HttpServer) -> None:
         self._server = server
@@ -140,14 +182,14 @@ class _ClientConnection(asyncio.Protocol):
         self._raw_bytes = 0
         self._chunks: list[bytes] = []
         self._body_bytes = 0
-        self._ready: list[tuple[Request, _HttpResponder]] = []
+        self._ready: list[tuple[Request, HttpResponder]] = []
         self._task: asyncio.Task[None] | None = None
         self._can_write: asyncio.Future[None] | None = None
-        self._refusal: RequestError | None = None
+        self._rejection: RequestError | None = None
         self._reading_paused = False
         self._written_bytes = 0
-        self._taken_bytes = 0
-        self._taken_s = 0.0
+        self._read_bytes = 0
+        self._read_s = 0.0
         self.in_request = False
         self.closed = False
         self.last_byte_s = monotonic()
@@ -155,10 +197,9 @@ class _ClientConnection(asyncio.Protocol):
     # -- asyncio's side --------------------------------------------------------------------------
 
     def idle(self, now_s: float) -> bool:
-        """Nothing is asked, and nothing is likely to be on its way: a client that has just connected is about
-        to ask."""
-        just = self._raw_bytes == 0 and now_s - self.last_byte_s < FIRST_BYTE_S
-        return not (self.busy or self.in_request or just)
+        """No request is here or about to arrive: a client that has just connected will send one."""
+        just_connected = self._raw_bytes == 0 and now_s - self.last_byte_s < FIRST_BYTE_S
+        return not (self.busy or self.in_request or just_connected)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]  # TCP transports are asyncio.Transport
@@ -169,11 +210,12 @@ class _ClientConnection(asyncio.Protocol):
         self._server.connections.discard(self)
         self._resume_writer()
         if self._task is not None:
-            self._task.cancel()
+            # Not before its first step: a coroutine that never begins is reported as never awaited.
+            self._loop.call_soon(self._task.cancel)
 
     def data_received(self, data: bytes) -> None:
         self.last_byte_s = monotonic()
-        if self._refusal is not None:
+        if self._rejection is not None:
             return
         self._raw_bytes += len(data)
         try:
@@ -181,17 +223,19 @@ class _ClientConnection(asyncio.Protocol):
         except httptools.HttpParserUpgrade as upgrade:
             self._decline_upgrade(data[upgrade.args[0] :])
             return
+        except httptools.HttpParserCallbackError:
+            raise  # a defect of ours, not of the request
         except httptools.HttpParserError as error:
-            self._refuse(BadRequest(f"not an HTTP/1.1 request: {error}"))
+            self._reject(BadRequest(f"not an HTTP/1.1 request: {error}"))
         if self.in_request and self._raw_bytes > MAX_HEAD_BYTES + BODY_OVERHEAD * self._body_bytes:
-            self._refuse(BadRequest(f"the request's headers are over {MAX_HEAD_BYTES} bytes"))
+            self._reject(BadRequest(f"the request's headers are over {MAX_HEAD_BYTES} bytes"))
 
     def _decline_upgrade(self, rest: bytes) -> None:
-        """An upgrade is an offer that may be passed over. The parser has stopped behind the head as if it
-        had been taken up, so the request is read once more without it."""
+        """Ignore an offer to upgrade the protocol. The parser has stopped after the head as if the offer had
+        been accepted, so a new parser reads the request again without it."""
         method = self._parser.get_method()
         if method == b"CONNECT":
-            self._refuse(BadRequest("this port is no proxy"))
+            self._reject(BadRequest("CONNECT is not supported: this server is not a proxy"))
             return
         lines = [b"%b %b HTTP/1.1" % (method, self._url)]
         lines += [b"%b: %b" % (name, self._headers[name]) for name in self._headers if name not in _UPGRADE]
@@ -239,19 +283,19 @@ class _ClientConnection(asyncio.Protocol):
         self._body_bytes += len(data)
         if self._body_bytes > self._server.max_body_bytes:
             self._too_large()
-        elif self._refusal is None:
+        elif self._rejection is None:
             self._chunks.append(data)
 
     def on_message_complete(self) -> None:
         self.in_request = False
         self._raw_bytes = 0
         parser = self._parser
-        if self._refusal is not None or parser.should_upgrade():
+        if self._rejection is not None or parser.should_upgrade():
             return
         try:
             url = httptools.parse_url(self._url)
         except httptools.HttpParserInvalidURLError:
-            self._refuse(BadRequest("the request's address can't be parsed"))
+            self._reject(BadRequest("the request's address can't be parsed"))
             return
         method = parser.get_method().decode("latin-1")
         body = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
@@ -263,55 +307,62 @@ class _ClientConnection(asyncio.Protocol):
             self._headers,
             body,
         )
-        answer = _HttpResponder(
+        response = HttpResponder(
             self,
             keep_alive=parser.should_keep_alive() and not self._server.draining,
             head_only=method == "HEAD",
             chunked=parser.get_http_version() != "1.0",
         )
-        self._ready.append((request, answer))
         if self._task is None:
-            self._task = self._loop.create_task(self._work())
-        elif len(self._ready) >= MAX_PIPELINED and not self._reading_paused and self._transport is not None:
+            rest = self._server.handler(request, response)
+            if rest is not None or self.congested:
+                self._task = self._loop.create_task(self._work(response, rest))
+            return
+        self._ready.append((request, response))
+        if len(self._ready) >= MAX_PIPELINED and not self._reading_paused and self._transport is not None:
             self._reading_paused = True
             self._transport.pause_reading()
 
     # -- the handlers' side ----------------------------------------------------------------------
 
-    async def _work(self) -> None:
-        """Answer what has come, in order; ends when nothing is left, so that an idle connection costs
-        no task."""
+    async def _work(self, response: HttpResponder, rest: Awaitable[None] | None) -> None:
+        """Finish a response, then handle in order the requests that have arrived meanwhile. Ends when none is
+        left, because an idle connection needs no task."""
         try:
-            while self._ready and not self.closed:
-                request, answer = self._ready.pop(0)
-                await self._server.handler(request, answer)
-                if not answer.finished:
-                    answer.abort()
+            while True:
+                if rest is not None:
+                    await rest
+                if not response.finished:
+                    response.abort()
                 if self.congested:
                     await self.drain()
                 if self._reading_paused and self._transport is not None and not self.closed:
                     self._reading_paused = False
                     self._transport.resume_reading()
+                if self.closed or not self._ready:
+                    break
+                request, response = self._ready.pop(0)
+                rest = self._server.handler(request, response)
         except Exception:
-            self.abort()  # nobody answers any more
+            self.abort()  # no later request on this connection would get a response
             raise
         finally:
             self._task = None
-        if self._refusal is not None:
-            self._send_refusal(self._refusal)
+        if self._rejection is not None:
+            self._send_rejection(self._rejection)
 
     @property
     def congested(self) -> bool:
         return self._can_write is not None
 
     def stalled(self, now_s: float) -> bool:
-        """The client has taken nothing for long of what it is sent."""
+        """The client has read nothing for too long although there is data for it."""
         unsent_bytes = self._transport.get_write_buffer_size() if self._transport is not None else 0
-        taken_bytes = self._written_bytes - unsent_bytes
-        if not unsent_bytes or taken_bytes != self._taken_bytes or not self._taken_s:
-            self._taken_bytes, self._taken_s = taken_bytes, now_s
+        read_bytes = self._written_bytes - unsent_bytes
+        if not unsent_bytes or read_bytes != self._read_bytes or not self._read_s:
+            self._read_bytes, self._read_s = read_bytes, now_s
             self.last_byte_s = max(self.last_byte_s, now_s if unsent_bytes else 0.0)
-        return now_s - self._taken_s > STALL_TIMEOUT_S
+        return now_s - self._read_s > STALL_TIMEOUT_S
 
     @property
     def busy(self) -> bool:
@@ -328,11 +379,11 @@ class _ClientConnection(asyncio.Protocol):
 
     @property
     def unsent(self) -> bool:
-        """Not all that was written has gone out."""
+        """Some of what was written has not been sent yet."""
         return self._transport is not None and self._transport.get_write_buffer_size() > 0
 
     def close(self) -> None:
-        """Close once what was written has gone out."""
+        """Close once everything written has been sent."""
         if self._transport is not None:
             self._transport.close()
 
@@ -341,59 +392,84 @@ class _ClientConnection(asyncio.Protocol):
             self._transport.abort()
 
     def _too_large(self) -> None:
-        limit = self._server.max_body_bytes
-        self._refuse(PayloadTooLarge(f"the body is over {limit} bytes (gateway.max_body_bytes)"))
+        server = self._server
+        self._reject(payload_too_large(server.max_body_bytes, server.body_limit_setting))
 
-    def _refuse(self, error: RequestError) -> None:
-        """Answer a request that can't be taken, after those before it, and close: what follows can't be
-        told apart from it."""
-        if self._refusal is None:
-            self._refusal = error
+    def _reject(self, error: RequestError) -> None:
+        """Respond with an error, after the responses to earlier requests, and close: nobody knows where a
+        malformed request ends and the next one begins."""
+        if self._rejection is None:
+            self._rejection = error
             self._chunks = []
             if not self.busy:
-                self._send_refusal(error)
+                self._send_rejection(error)
 
-    def _send_refusal(self, error: RequestError) -> None:
-        """A connection that is closed while the client sends is reset, and the answer lost: so close our
-        side only, and take what comes for a while."""
+    def _send_rejection(self, error: RequestError) -> None:
+        """Closing a connection while its client is sending resets it, and the response is lost: so close only
+        our side, and discard what arrives for a while."""
         transport = self._transport
         if transport is None or self.closed or transport.is_closing():
             return
-        answer = _HttpResponder(self, keep_alive=True, head_only=False, chunked=True)
+        response = HttpResponder(self, keep_alive=True, head_only=False, chunked=True)
         headers = [(b"content-type", JSON_TYPE), (b"connection", b"close"), *error_headers(error)]
-        answer.send(error.status, headers, json_bytes(error_value(error)))
+        response.send(error.status, headers, json_bytes(error_value(error)))
         transport.write_eof()
         self._loop.call_later(LINGER_S, self.abort)
 
 
 class HttpServer:
-    """Listens on one address in the running event loop and hands requests to ``handler``."""
+    """Listens on one address in the running event loop and calls ``handler`` with each request.
 
-    def __init__(self, handler: Handler, *, max_body_bytes: int) -> None:
+    ``handler`` returns None if it has sent the response, otherwise an awaitable for the rest, which runs in a
+    task. A body over ``max_body_bytes`` is rejected with 413; ``body_limit_setting`` names that limit's
+    setting, if it has one. With ``share_port``, other processes of the same user may listen on the port too.
+    """
+
+    def __init__(
+        self,
+        handler: Callable[[Request, HttpResponder], Awaitable[None] | None],
+        *,
+        max_body_bytes: int,
+        body_limit_setting: str = "",
+        share_port: bool = True,
+    ) -> None:
         self.handler = handler
         self.max_body_bytes = max_body_bytes
+        self.body_limit_setting = body_limit_setting
+        self._share_port = share_port
         self.connections: set[_ClientConnection] = set()
         self.draining = False
         self.loop = asyncio.get_running_loop()
         self._server: asyncio.Server | None = None
         self._listener: socket.socket | None = None
         self._sweeper: asyncio.Task[None] | None = None
-        self._on_empty: Callable[[], Any] | None = None
 
     async def start(self, host: str, port: int) -> int:
-        """Listen; gives the port. Raises OSError if the address can't be had."""
-        self._listener = listener = _listener(host, port)
+        """Listen and return the port. Raises OSError if the address is not available."""
+        self._listener = listener = _listener(host, port, share_port=self._share_port)
         self._server = await self.loop.create_server(
             lambda: _ClientConnection(self), sock=listener, backlog=BACKLOG
         )
-        self._sweeper = self.loop.create_task(self._sweep())
+        if self._sweeper is None:
+            self._sweeper = self.loop.create_task(self._sweep())
         return int(listener.getsockname()[1])
 
+    def stop_listening(self) -> None:
+        """Refuse new connections from now on; :meth:`start` accepts them again."""
+        if self._server is not None:
+            self._server.close()
+
+    def abort_connections(self, spare: HttpResponder | None = None) -> None:
+        """Reset all connections, except the one on which ``spare`` goes out."""
+        for connection in list(self.connections):
+            if spare is None or not spare.owns(connection):
+                connection.abort()
+
     async def drain(self, timeout_s: float) -> None:
-        """Take no new connections, let running requests end (up to ``timeout_s``), then close."""
+        """Accept no new connections, let running requests finish (up to ``timeout_s``), then close all."""
         self.draining = True
         if self._server is not None:
-            await self._take_waiting()
+            await self._accept_backlog()
             self._server.close()
         now_s = monotonic()
         deadline_s = now_s + timeout_s
@@ -405,16 +481,15 @@ class HttpServer:
                 break
             await asyncio.sleep(0.05)
             now_s = monotonic()
-        for connection in list(self.connections):
-            connection.abort()
+        self.abort_connections()
         if self._sweeper is not None:
             self._sweeper.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._sweeper
 
-    async def _take_waiting(self) -> None:
-        """Accept what the kernel has connected to this listener already: closing it would reset those
-        clients, though another replica listens on the same port."""
+    async def _accept_backlog(self) -> None:
+        """Accept the connections that the kernel has already queued for this listener: closing it would reset
+        them, even while another replica listens on the same port."""
         listener = self._listener
         while listener is not None:
             try:
@@ -425,7 +500,7 @@ class HttpServer:
             await self.loop.connect_accepted_socket(lambda: _ClientConnection(self), accepted)
 
     async def _sweep(self) -> None:
-        """Close connections that stopped in the middle of a request or idle for long."""
+        """Drop the connections that have exceeded a timeout."""
         while True:
             await asyncio.sleep(SWEEP_S)
             now_s = monotonic()
@@ -436,15 +511,16 @@ class HttpServer:
                     connection.abort()
 
 
-def _listener(host: str, port: int) -> socket.socket:
-    """A listening socket that other gateway replicas of this node may share (SO_REUSEPORT)."""
+def _listener(host: str, port: int, *, share_port: bool) -> socket.socket:
+    """A bound socket. ``share_port`` lets other replicas on this node bind the same port (SO_REUSEPORT)."""
     family, _, _, _, address = socket.getaddrinfo(
         host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE | socket.AI_NUMERICSERV
     )[0]
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if share_port:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind(address)
         listener.setblocking(False)
     except OSError:

@@ -110,17 +110,15 @@ class Rig:
 
     def knobs(self, name: str, **values: Any) -> None:
         """Change an engine's settings."""
-        self.servers[name]._apply(
-            SimulatedSettings.model_validate({**self.servers[name].settings.model_dump(), **values}), None
+        self.servers[name].apply(
+            SimulatedSettings.model_validate({**self.servers[name].settings.model_dump(), **values})
         )
 
     def kill(self, name: str) -> None:
         """An engine is gone at once, with all its connections."""
-        server = self.servers[name]
-        if server._listener is not None:
-            server._listener.close()
-        for connection in list(server.connections):
-            connection.reset()
+        server = self.servers[name].http
+        server.stop_listening()
+        server.abort_connections()
 
     def change(self, name: str, **values: Any) -> None:
         """Publish an endpoint with other values."""
@@ -179,11 +177,7 @@ class Rig:
         await self.client.close()
         await self.gateway.drain(1.0)
         for server in self.servers.values():
-            for connection in list(server.connections):
-                connection.reset()
-            if server._listener is not None:
-                server._listener.close()
-                await server._listener.wait_closed()
+            await server.http.drain(0.0)
 
 
 def plane(

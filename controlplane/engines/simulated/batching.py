@@ -41,7 +41,7 @@ class Sink(Protocol):
         """Tokens with their text as the inside of a JSON string; ``finish`` comes with the last ones."""
         ...
 
-    def cut(self) -> None:
+    def truncate(self) -> None:
         """Close the connection without an ending."""
         ...
 
@@ -336,7 +336,7 @@ class BatchScheduler:
 
     def _cut(self, generation: Generation) -> None:
         self._release(generation, "error")
-        generation.sink.cut()
+        generation.sink.truncate()
 
     def _release(self, generation: Generation, reason: str) -> None:
         self._running.discard(generation)

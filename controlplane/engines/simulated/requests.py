@@ -6,7 +6,9 @@ import base64
 import json
 import struct
 import time
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
+
+import msgspec
 
 from controlplane.engines.simulated.batching import GenerationRequest
 from controlplane.engines.simulated.engine import SimulatedSettings
@@ -18,6 +20,8 @@ from controlplane.engines.simulated.wire_formats import (
     ResponsesFormat,
     WireFormat,
 )
+
+_decode: Final = msgspec.json.Decoder().decode
 
 
 class InvalidRequest(Exception):
@@ -32,12 +36,12 @@ class InvalidRequest(Exception):
 class ParsedRequest(NamedTuple):
     """A request, understood: what to generate and how to answer."""
 
-    ask: GenerationRequest
-    shape: WireFormat
+    generation: GenerationRequest
+    wire_format: WireFormat
     stream: bool
 
 
-def parse(path: bytes, body: bytes, model: str, ident: str, settings: SimulatedSettings) -> ParsedRequest:
+def parse(path: str, body: bytes, model: str, ident: str, settings: SimulatedSettings) -> ParsedRequest:
     """Understand a generating request; Refused with 404 for another path or model, 400 for a bad body."""
     fields = _fields(body, model)
     created = int(time.time())
@@ -47,38 +51,40 @@ def parse(path: bytes, body: bytes, model: str, ident: str, settings: SimulatedS
     include_usage = isinstance(options, dict) and options.get("include_usage") is True
     if fields.get("n", 1) not in (1, None):
         raise InvalidRequest("the simulated engine gives one answer a request: n must be 1")
-    shape: WireFormat
-    if path == b"/v1/chat/completions":
+    wire_format: WireFormat
+    if path == "/v1/chat/completions":
         ids = [*encode(_conversation(fields.get("messages"))), ANSWER]
         limit = fields.get("max_completion_tokens", fields.get("max_tokens"))
-        shape = ChatFormat(ident, model, created, ids, token_ids=token_ids, include_usage=include_usage)
-    elif path == b"/v1/completions":
+        wire_format = ChatFormat(ident, model, created, ids, token_ids=token_ids, include_usage=include_usage)
+    elif path == "/v1/completions":
         ids = _prompt_ids(fields.get("prompt"))
         limit = fields.get("max_tokens", 16)
-        shape = CompletionFormat(ident, model, created, ids, token_ids=token_ids, include_usage=include_usage)
-    elif path == b"/v1/responses":
+        wire_format = CompletionFormat(
+            ident, model, created, ids, token_ids=token_ids, include_usage=include_usage
+        )
+    elif path == "/v1/responses":
         ids = [*encode(_input(fields)), ANSWER]
         limit = fields.get("max_output_tokens")
-        shape = ResponsesFormat(ident, model, created, ids, asked=fields)
-    elif path == b"/v1/messages":
+        wire_format = ResponsesFormat(ident, model, created, ids, asked=fields)
+    elif path == "/v1/messages":
         system = f"system: {_flat(fields['system'])}\n" if fields.get("system") else ""
         ids = [*encode(system + _conversation(fields.get("messages"))), ANSWER]
         limit = fields.get("max_tokens")
-        shape = MessagesFormat(ident, model, created, ids)
+        wire_format = MessagesFormat(ident, model, created, ids)
     else:
-        raise InvalidRequest(f"no route {path.decode('latin-1')}", 404)
+        raise InvalidRequest(f"no route {path}", 404)
     if len(ids) >= settings.max_model_len:
         raise InvalidRequest(
             f"the prompt has {len(ids)} tokens, the model takes under {settings.max_model_len}"
         )
-    ask = GenerationRequest(
+    generation = GenerationRequest(
         prompt_ids=ids,
         max_tokens=_count(limit, "max_tokens", at_least=1),
         min_tokens=_count(fields.get("min_tokens"), "min_tokens") or 0,
         ignore_eos=fields.get("ignore_eos") is True,
         stop=_stop(fields.get("stop", fields.get("stop_sequences"))),
     )
-    return ParsedRequest(ask, shape, stream)
+    return ParsedRequest(generation, wire_format, stream)
 
 
 def embeddings(body: bytes, model: str, settings: SimulatedSettings) -> bytes:
@@ -104,15 +110,23 @@ def embeddings(body: bytes, model: str, settings: SimulatedSettings) -> bytes:
 
 def _fields(body: bytes, model: str) -> dict[str, Any]:
     try:
-        fields = json.loads(body)
-    except ValueError as error:
-        raise InvalidRequest(f"the body is no JSON: {error}") from error
+        fields = _decode(body)
+    except msgspec.DecodeError:
+        fields = _decode_leniently(body)
     if not isinstance(fields, dict):
         raise InvalidRequest("the body must be a JSON object")
     asked = fields.get("model", model)
     if asked != model:
         raise InvalidRequest(f"The model `{asked}` does not exist. Valid aliases: {model}.", 404)
     return fields
+
+
+def _decode_leniently(body: bytes) -> Any:
+    """Decode what the strict decoder rejects and vLLM accepts, such as half of a surrogate pair."""
+    try:
+        return json.loads(body)
+    except ValueError as error:
+        raise InvalidRequest(f"the body is not JSON: {error}") from error
 
 
 def _prompt_ids(prompt: Any) -> list[int]:

@@ -1,8 +1,7 @@
-"""The simulated engine's HTTP server: ``python -m controlplane.engines.simulated.server``.
+"""The simulated engine as a process: ``python -m controlplane.engines.simulated.server``.
 
-A protocol on httptools and uvloop instead of a framework: it is what gateways are measured against, so
-it has to be the faster side. Each token of a stream is one HTTP chunk; what falls due at once is written
-at once.
+Gateways are benchmarked against it, so it has to be faster than they are. Each event of a stream is one HTTP
+chunk; all events that are due at the same time go out in one write.
 """
 
 from __future__ import annotations
@@ -14,126 +13,156 @@ import hmac
 import json
 import os
 import signal
-import socket
 import time
 from abc import ABC, abstractmethod
-from collections import deque
-from typing import Any, NamedTuple
+from collections.abc import Awaitable
+from typing import Any, Final
 
-import httptools
 import uvloop
 from pydantic import ValidationError
 
 from controlplane.engines.simulated.batching import BatchScheduler, Finish, Generation, metrics_text
 from controlplane.engines.simulated.engine import FAULTS, SECRET_ENV, SimulatedSettings
-from controlplane.engines.simulated.requests import InvalidRequest, ParsedRequest, embeddings, parse
+from controlplane.engines.simulated.requests import InvalidRequest, embeddings, parse
 from controlplane.engines.simulated.wire_formats import WireFormat
+from controlplane.http.messages import JSON_TYPE, Headers, Request
+from controlplane.http.server import HttpResponder, HttpServer
 
-_JSON = b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\nx-engine: simulated\r\ncontent-length: %d\r\n"
-_TEXT = b"HTTP/1.1 200 OK\r\ncontent-type: text/plain; version=0.0.4\r\nx-engine: simulated\r\n"
-_SSE_HEAD = (
-    b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\n"
-    b"x-engine: simulated\r\ntransfer-encoding: chunked\r\n"
-)
-_BAD_REQUEST = b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
-_LENGTHS = [b"%x\r\n" % size for size in range(4096)]
-_REASONS = {200: b"OK", 400: b"Bad Request", 401: b"Unauthorized", 404: b"Not Found", 503: b"Unavailable"}
-_MAX_BODY_BYTES = 64 * 1024 * 1024
-
-
-class SimulatedRequest(NamedTuple):
-    """A request as it came over the wire."""
-
-    method: bytes
-    path: bytes
-    authorization: bytes
-    api_key: bytes
-    body: bytes
-    keep_alive: bool
+_ENGINE_HEADER: Final = (b"x-engine", b"simulated")
+_JSON_HEADERS: Final[Headers] = [(b"content-type", JSON_TYPE), _ENGINE_HEADER]
+_TEXT_HEADERS: Final[Headers] = [(b"content-type", b"text/plain; version=0.0.4"), _ENGINE_HEADER]
+_STREAM_HEADERS: Final[Headers] = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    _ENGINE_HEADER,
+]
+_SETTINGS_PATH: Final = "/simulated/knobs"
+_MAX_BODY_BYTES: Final = 64 * 1024 * 1024
 
 
 class SimulatedServer:
-    """The engine as a whole: its clockwork, its settings, its listening socket, its connections."""
+    """The engine's routes, its scheduler and its settings, which a request can change at run time."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, settings: SimulatedSettings, model: str) -> None:
         self.loop = loop
         self.model = model
-        self.created = int(time.time())
-        self.clockwork = BatchScheduler(loop, settings)
+        self.created_unix_s = int(time.time())
+        self.scheduler = BatchScheduler(loop, settings)
+        self.http = HttpServer(self._handle, max_body_bytes=_MAX_BODY_BYTES, share_port=False)
         secret = os.environ.pop(SECRET_ENV, "")
         self._bearer = f"Bearer {secret}".encode() if secret else b""
         self._api_key = secret.encode()
-        self.connections: set[SimulatedConnection] = set()
-        self._listener: asyncio.Server | None = None
         self._address = ("127.0.0.1", 0)
         self._next_id = 0
+        self._not_hanging = asyncio.Event()
+        if not settings.hang:
+            self._not_hanging.set()
         self._revert: asyncio.TimerHandle | None = None
-        self._changing: asyncio.Task[None] | None = None
+        self._reopening: asyncio.Task[None] | None = None
 
     @property
     def settings(self) -> SimulatedSettings:
         """The settings now in force."""
-        return self.clockwork.settings
-
-    def allowed(self, authorization: bytes, api_key: bytes) -> bool:
-        """Whether the request carries the secret, as a bearer token or as Anthropic's x-api-key."""
-        if not self._bearer:
-            return True
-        return hmac.compare_digest(authorization, self._bearer) or hmac.compare_digest(api_key, self._api_key)
-
-    def ident(self) -> str:
-        """A new answer's id."""
-        self._next_id += 1
-        return f"sim{self._next_id:x}"
-
-    async def listen(self, host: str, port: int) -> None:
-        """Bind and accept."""
-        self._address = (host, port)
-        listening = socket.create_server((host, port), backlog=2048, reuse_port=False)
-        self._address = (host, listening.getsockname()[1])
-        self._listener = await self.loop.create_server(lambda: SimulatedConnection(self), sock=listening)
+        return self.scheduler.settings
 
     @property
     def port(self) -> int:
-        """The port that is listened on."""
+        """The port it listens on."""
         return self._address[1]
 
-    def change(self, values: dict[str, Any], for_s: float | None, asking: SimulatedConnection) -> None:
-        """New settings, for a while if ``for_s`` is given; ValidationError changes nothing."""
+    async def listen(self, host: str, port: int) -> None:
+        """Listen; port 0 takes a free one. Raises OSError if the address is not available."""
+        self._address = (host, await self.http.start(host, port))
+
+    def apply(self, settings: SimulatedSettings, requested_by: HttpResponder | None = None) -> None:
+        """Put settings in force; ``refuse`` resets all connections but that of the request for it."""
+        before = self.settings
+        if settings.exit_code is not None:
+            self.loop.call_later(0.02, os._exit, settings.exit_code)
+        if settings.exit_after_s is not None:
+            self.loop.call_later(settings.exit_after_s, os._exit, 1)
+        self.scheduler.change(settings)
+        if settings.refuse and not before.refuse:
+            self.http.stop_listening()
+            self.http.abort_connections(spare=requested_by)
+        elif before.refuse and not settings.refuse:
+            self._reopening = self.loop.create_task(self.listen(*self._address))
+        if settings.hang:
+            self._not_hanging.clear()
+        else:
+            self._not_hanging.set()
+
+    def _change(self, values: dict[str, Any], for_s: float | None, requested_by: HttpResponder) -> None:
+        """Change some settings, for ``for_s`` seconds or for good; ValidationError changes nothing."""
         before = self.settings
         after = SimulatedSettings.model_validate({**before.model_dump(), **values})
         if self._revert is not None:
             self._revert.cancel()
             self._revert = None
-        self._apply(after, asking)
+        self.apply(after, requested_by)
         if for_s is not None:
-            self._revert = self.loop.call_later(for_s, self._apply, before, None)
+            self._revert = self.loop.call_later(for_s, self.apply, before)
 
-    def _apply(self, after: SimulatedSettings, asking: SimulatedConnection | None) -> None:
-        before = self.settings
-        if after.exit_code is not None:
-            self.loop.call_later(0.02, os._exit, after.exit_code)
-        if after.exit_after_s is not None:
-            self.loop.call_later(after.exit_after_s, os._exit, 1)
-        self.clockwork.change(after)
-        if after.refuse and not before.refuse:
-            if self._listener is not None:
-                self._listener.close()
-            for connection in list(self.connections):
-                if connection is not asking:
-                    connection.reset()
-        elif before.refuse and not after.refuse:
-            self._changing = self.loop.create_task(self.listen(*self._address))
-        if before.hang and not after.hang:
-            for connection in list(self.connections):
-                connection.proceed()
+    def _handle(self, request: Request, responder: HttpResponder) -> Awaitable[None] | None:
+        if self.settings.hang and request.path != _SETTINGS_PATH:
+            return self._handle_later(request, responder)
+        return self._handle_now(request, responder)
 
-    def models(self) -> bytes:
-        """The body of ``/v1/models``."""
+    async def _handle_later(self, request: Request, responder: HttpResponder) -> None:
+        await self._not_hanging.wait()
+        rest = self._handle_now(request, responder)
+        if rest is not None:
+            await rest
+
+    def _handle_now(self, request: Request, responder: HttpResponder) -> Awaitable[None] | None:
+        path = request.path
+        if path == "/health":
+            responder.send(503 if self.settings.health_fails else 200, _JSON_HEADERS, b"{}")
+        elif not self._authorized(request):
+            responder.send(401, _JSON_HEADERS, b'{"error":"Unauthorized"}')
+        elif request.method == "POST" and path.startswith("/v1/"):
+            return self._generate(request, responder)
+        elif path == "/v1/models":
+            responder.send(200, _JSON_HEADERS, self._models())
+        elif path == "/metrics":
+            responder.send(200, _TEXT_HEADERS, metrics_text(self.scheduler, self.model))
+        elif path == _SETTINGS_PATH:
+            self._settings(request, responder)
+        else:
+            _send_error(responder, 404, f"no route {path}")
+        return None
+
+    def _authorized(self, request: Request) -> bool:
+        """Whether the request carries the secret, as a bearer token or in Anthropic's x-api-key."""
+        if not self._bearer:
+            return True
+        headers = request.headers
+        return hmac.compare_digest(headers.get(b"authorization", b""), self._bearer) or hmac.compare_digest(
+            headers.get(b"x-api-key", b""), self._api_key
+        )
+
+    def _generate(self, request: Request, responder: HttpResponder) -> Awaitable[None] | None:
+        if self.scheduler.errs():
+            _send_error(responder, self.settings.error_status, "the simulated engine was told to fail")
+            return None
+        try:
+            if request.path == "/v1/embeddings":
+                responder.send(200, _JSON_HEADERS, embeddings(request.body, self.model, self.settings))
+                return None
+            self._next_id += 1
+            parsed = parse(request.path, request.body, self.model, f"sim{self._next_id:x}", self.settings)
+        except InvalidRequest as invalid:
+            _send_error(responder, invalid.status, invalid.message)
+            return None
+        response = (StreamedResponse if parsed.stream else WholeResponse)(responder, parsed.wire_format)
+        generation = self.scheduler.submit(parsed.generation, response)
+        return None if responder.finished else response.until_ended(self.scheduler, generation)
+
+    def _models(self) -> bytes:
         card = {
             "id": self.model,
             "object": "model",
-            "created": self.created,
+            "created": self.created_unix_s,
             "owned_by": "simulated",
             "root": self.model,
             "parent": None,
@@ -141,309 +170,102 @@ class SimulatedServer:
         }
         return json.dumps({"object": "list", "data": [card]}).encode()
 
-
-class SimulatedConnection(asyncio.Protocol):
-    """One client's connection; answers its requests one after the other."""
-
-    def __init__(self, server: SimulatedServer) -> None:
-        self._server = server
-        self._parser = httptools.HttpRequestParser(self)
-        self._transport: asyncio.Transport | None = None
-        self._waiting: deque[SimulatedRequest] = deque()
-        self._busy = False
-        self._answer: GenerationResponse | None = None
-        self._new_request()
-
-    def _new_request(self) -> None:
-        self._url = b""
-        self._authorization = b""
-        self._api_key = b""
-        self._body: list[bytes] = []
-        self._body_bytes = 0
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Remember the transport."""
-        assert isinstance(transport, asyncio.Transport) or hasattr(transport, "write")
-        self._transport = transport  # type: ignore[assignment]
-        self._server.connections.add(self)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """The client is gone: what it asked for is aborted."""
-        self._server.connections.discard(self)
-        self._transport = None
-        if self._answer is not None:
-            self._answer.abandon()
-            self._answer = None
-
-    def data_received(self, data: bytes) -> None:
-        """Bytes from the client."""
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserError:
-            if self._transport is not None:
-                self._transport.write(
-                    b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
-                )
-                self._transport.close()
-
-    def pause_writing(self) -> None:
-        """The client reads too slowly."""
-        if self._answer is not None:
-            self._answer.pause()
-
-    def resume_writing(self) -> None:
-        """The client has read."""
-        if self._answer is not None:
-            self._answer.resume()
-
-    def on_url(self, url: bytes) -> None:
-        """httptools: a part of the request target."""
-        self._url += url
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """httptools: a header."""
-        lower = name.lower()
-        if lower == b"authorization":
-            self._authorization = value
-        elif lower == b"x-api-key":
-            self._api_key = value
-        elif lower == b"expect" and self._transport is not None:
-            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-
-    def on_body(self, body: bytes) -> None:
-        """httptools: a part of the body."""
-        self._body_bytes += len(body)
-        if self._body_bytes > _MAX_BODY_BYTES:
-            self.reset()
-            return
-        self._body.append(body)
-
-    def on_message_complete(self) -> None:
-        """httptools: the request is all there."""
-        request = SimulatedRequest(
-            self._parser.get_method(),
-            self._url.partition(b"?")[0],
-            self._authorization,
-            self._api_key,
-            b"".join(self._body),
-            self._parser.should_keep_alive(),
-        )
-        self._new_request()
-        if self._busy or (self._server.settings.hang and request.path != b"/simulated/knobs"):
-            self._waiting.append(request)
-        else:
-            self._handle(request)
-
-    def proceed(self) -> None:
-        """Answer what waited."""
-        while self._waiting and not self._busy and self._transport is not None:
-            self._handle(self._waiting.popleft())
-
-    def reset(self) -> None:
-        """Drop the connection."""
-        if self._transport is not None:
-            self._transport.abort()
-
-    def cut(self) -> None:
-        """Close the connection, once what was written is sent."""
-        self._answer = None
-        if self._transport is not None:
-            self._transport.close()
-
-    def write(self, data: bytes) -> None:
-        """Send bytes, if the client is still there."""
-        if self._transport is not None:
-            self._transport.write(data)
-
-    def done(self, keep_alive: bool) -> None:
-        """The answer under way has ended."""
-        self._busy = False
-        self._answer = None
-        if not keep_alive and self._transport is not None:
-            self._transport.close()
-        elif self._waiting:
-            self._server.loop.call_soon(self.proceed)
-
-    def _handle(self, request: SimulatedRequest) -> None:
-        method, path, authorization, api_key, body, keep_alive = request
-        server = self._server
-        if path == b"/health":
-            self._json(503 if server.settings.health_fails else 200, b"{}", keep_alive)
-        elif not server.allowed(authorization, api_key):
-            self._json(401, b'{"error":"Unauthorized"}', keep_alive)
-        elif method == b"POST" and path.startswith(b"/v1/"):
-            self._generate(path, body, keep_alive)
-        elif path == b"/v1/models":
-            self._json(200, server.models(), keep_alive)
-        elif path == b"/metrics":
-            text = metrics_text(server.clockwork, server.model)
-            self._send(_TEXT + b"content-length: %d\r\n" % len(text), text, keep_alive)
-        elif path == b"/simulated/knobs":
-            self._knobs(method, body, keep_alive)
-        else:
-            self._error(404, f"no route {path.decode('latin-1')}", keep_alive)
-
-    def _generate(self, path: bytes, body: bytes, keep_alive: bool) -> None:
-        server = self._server
-        if server.clockwork.errs():
-            self._error(server.settings.error_status, "the simulated engine was told to fail", keep_alive)
-            return
-        try:
-            if path == b"/v1/embeddings":
-                self._json(200, embeddings(body, server.model, server.settings), keep_alive)
-                return
-            asked = parse(path, body, server.model, server.ident(), server.settings)
-        except InvalidRequest as refused:
-            self._error(refused.status, refused.message, keep_alive)
-            return
-        self._busy = True
-        answer = (StreamedResponse if asked.stream else WholeResponse)(self, server, asked, keep_alive)
-        self._answer = answer
-        answer.begin()
-
-    def _knobs(self, method: bytes, body: bytes, keep_alive: bool) -> None:
-        server = self._server
-        if method == b"POST":
+    def _settings(self, request: Request, responder: HttpResponder) -> None:
+        if request.method == "POST":
             try:
-                values = json.loads(body or b"{}")
+                values = json.loads(request.body or b"{}")
                 for_s = values.pop("for_s", None)
-                server.change(values, None if for_s is None else float(for_s), self)
+                self._change(values, None if for_s is None else float(for_s), responder)
             except (ValueError, AttributeError, TypeError, ValidationError) as error:
-                self._error(400, str(error), keep_alive)
+                _send_error(responder, 400, str(error))
                 return
-        faults = server.settings.model_dump(include=set(FAULTS), exclude_defaults=True)
-        settings = server.settings.model_dump()
-        self._json(200, json.dumps({"settings": settings, "faults": faults}).encode(), keep_alive)
+        faults = self.settings.model_dump(include=set(FAULTS), exclude_defaults=True)
+        body = {"settings": self.settings.model_dump(), "faults": faults}
+        responder.send(200, _JSON_HEADERS, json.dumps(body).encode())
 
-    def _error(self, status: int, message: str, keep_alive: bool) -> None:
-        kind = {400: "BadRequestError", 404: "NotFoundError"}.get(status, "InternalServerError")
-        body = {"error": {"message": message, "type": kind, "param": None, "code": status}}
-        self._json(status, json.dumps(body).encode(), keep_alive)
 
-    def _json(self, status: int, body: bytes, keep_alive: bool) -> None:
-        self._send(_JSON % (status, _REASONS.get(status, b"Error"), len(body)), body, keep_alive)
-
-    def _send(self, head: bytes, body: bytes, keep_alive: bool) -> None:
-        if self._transport is None:
-            return
-        if keep_alive:
-            self._transport.write(head + b"\r\n" + body)
-        else:
-            self._transport.write(head + b"connection: close\r\n\r\n" + body)
-            self._transport.close()
-
-    def answer_json(self, body: bytes, keep_alive: bool) -> None:
-        """A generated answer in one piece."""
-        self._json(200, body, keep_alive)
+def _send_error(responder: HttpResponder, status: int, message: str) -> None:
+    kind = {400: "BadRequestError", 404: "NotFoundError"}.get(status, "InternalServerError")
+    body = {"error": {"message": message, "type": kind, "param": None, "code": status}}
+    responder.send(status, _JSON_HEADERS, json.dumps(body).encode())
 
 
 class GenerationResponse(ABC):
-    """The HTTP side of one generation."""
+    """The HTTP response of one generation, and the sink of its tokens."""
 
-    def __init__(
-        self, connection: SimulatedConnection, server: SimulatedServer, asked: ParsedRequest, keep_alive: bool
-    ) -> None:
-        self._connection = connection
-        self._server = server
-        self._asked = asked
-        self._keep_alive = keep_alive
-        self._generation: Generation | None = None
-        self._ended = False
-        self._paused = False
+    def __init__(self, responder: HttpResponder, wire_format: WireFormat) -> None:
+        self._responder = responder
+        self._wire_format = wire_format
+        self._changed: asyncio.Event | None = None
 
-    @property
-    def _shape(self) -> WireFormat:
-        return self._asked.shape
+    async def until_ended(self, scheduler: BatchScheduler, generation: Generation) -> None:
+        """Wait until the response has ended; cancelled, free the generation's slot."""
+        responder = self._responder
+        self._changed = changed = asyncio.Event()
+        try:
+            while not responder.finished:
+                if responder.congested:
+                    scheduler.block(generation)
+                    await responder.drain()
+                    scheduler.unblock(generation)
+                else:
+                    await changed.wait()
+                    changed.clear()
+        finally:
+            scheduler.abort(generation)
 
-    def begin(self) -> None:
-        """Hand the request to the clockwork."""
-        generation = self._server.clockwork.submit(self._asked.ask, self)
-        if not self._ended:
-            self._generation = generation
-            if self._paused:
-                self._server.clockwork.block(generation)
+    def truncate(self) -> None:
+        """End the response without its ending."""
+        self._responder.truncate()
+        self._wake()
 
-    def abandon(self) -> None:
-        """The client is gone."""
-        self._ended = True
-        if self._generation is not None:
-            self._server.clockwork.abort(self._generation)
-
-    def pause(self) -> None:
-        """Generate no more until the client has read."""
-        self._paused = True
-        if self._generation is not None:
-            self._server.clockwork.block(self._generation)
-
-    def resume(self) -> None:
-        """Go on."""
-        self._paused = False
-        if self._generation is not None:
-            self._server.clockwork.unblock(self._generation)
-
-    def cut(self) -> None:
-        """The clockwork: end it without an ending."""
-        self._ended = True
-        self._connection.cut()
+    def _wake(self) -> None:
+        """Let :meth:`generate` see that the response has ended or that the client reads too slowly."""
+        if self._changed is not None:
+            self._changed.set()
 
     @abstractmethod
     def emit(self, ids: list[int], texts: list[bytes], finish: Finish | None) -> None:
-        """The clockwork: tokens."""
+        """Take the next tokens; with ``finish``, the last ones."""
 
 
 class StreamedResponse(GenerationResponse):
-    """As server-sent events, one HTTP chunk each."""
+    """Server-sent events, each one HTTP chunk."""
 
-    def __init__(
-        self, connection: SimulatedConnection, server: SimulatedServer, asked: ParsedRequest, keep_alive: bool
-    ) -> None:
-        super().__init__(connection, server, asked, keep_alive)
-        self._opened = False
+    def __init__(self, responder: HttpResponder, wire_format: WireFormat) -> None:
+        super().__init__(responder, wire_format)
         self._count = 0
 
     def emit(self, ids: list[int], texts: list[bytes], finish: Finish | None) -> None:
-        """Write what came, with the head before the first and the ending after the last."""
-        parts: list[bytes] = []
-        events = self._shape.tokens(ids, texts, finish)
+        """Send the tokens, after the opening events and before the closing ones."""
+        responder = self._responder
+        events = self._wire_format.tokens(ids, texts, finish)
         self._count += len(ids)
-        if not self._opened:
-            self._opened = True
-            parts.append(_SSE_HEAD if self._keep_alive else _SSE_HEAD + b"connection: close\r\n")
-            parts.append(b"\r\n")
-            events = self._shape.opening() + events
+        if not responder.started:
+            responder.start(200, _STREAM_HEADERS)
+            events = self._wire_format.opening() + events
         if finish is not None:
-            events += self._shape.closing(self._count, finish)
-        for event in events:
-            size = len(event)
-            parts += (_LENGTHS[size] if size < 4096 else b"%x\r\n" % size, event, b"\r\n")
-        if finish is not None:
-            parts.append(b"0\r\n\r\n")
-            self._ended = True
-        self._connection.write(b"".join(parts))
-        if finish is not None:
-            self._connection.done(self._keep_alive)
+            events += self._wire_format.closing(self._count, finish)
+        responder.write_chunks(events, finish=finish is not None)
+        if finish is not None or responder.congested:
+            self._wake()
 
 
 class WholeResponse(GenerationResponse):
-    """In one piece, once all tokens are there."""
+    """One JSON body, sent with the last token."""
 
-    def __init__(
-        self, connection: SimulatedConnection, server: SimulatedServer, asked: ParsedRequest, keep_alive: bool
-    ) -> None:
-        super().__init__(connection, server, asked, keep_alive)
+    def __init__(self, responder: HttpResponder, wire_format: WireFormat) -> None:
+        super().__init__(responder, wire_format)
         self._ids: list[int] = []
         self._texts: list[bytes] = []
 
     def emit(self, ids: list[int], texts: list[bytes], finish: Finish | None) -> None:
-        """Collect; with the last, answer."""
+        """Collect the tokens; with the last, respond."""
         self._ids += ids
         self._texts += texts
-        if finish is None:
-            return
-        self._ended = True
-        body = self._shape.whole(self._ids, self._texts, finish)
-        self._connection.answer_json(body, self._keep_alive)
-        self._connection.done(self._keep_alive)
+        if finish is not None:
+            self._responder.send(200, _JSON_HEADERS, self._wire_format.whole(self._ids, self._texts, finish))
+            self._wake()
 
 
 async def serve(host: str, port: int, model: str, settings: SimulatedSettings) -> None:
@@ -471,8 +293,7 @@ async def serve(host: str, port: int, model: str, settings: SimulatedSettings) -
     if settings.exit_after_s is not None:
         loop.call_later(settings.exit_after_s, os._exit, 1)
     await stopping.wait()
-    for connection in list(server.connections):
-        connection.reset()
+    await server.http.drain(0.0)
 
 
 def main() -> None:

@@ -81,14 +81,17 @@ def digest(ids: Sequence[int]) -> int:
 
 
 def speak(state: int, previous: int, count: int) -> tuple[list[int], int]:
-    """The next ``count`` tokens after ``state``, whose last id was ``previous``, and the state after."""
-    said: list[int] = []
-    for _ in range(count):
-        token = (_WORDS_FROM if _WORDS_FROM <= previous < _WORDS_END else _CAPITALS_FROM) + (state >> 56)
-        said.append(token)
+    """The next ``count`` tokens after ``state``, whose last id was ``previous``, and the state after them."""
+    if count <= 0:
+        return [], state
+    first = (_WORDS_FROM if _WORDS_FROM <= previous < _WORDS_END else _CAPITALS_FROM) + (state >> 56)
+    tokens = [first]
+    state = ((state ^ first) * _MULTIPLIER) & _MASK
+    for _ in range(count - 1):
+        token = _WORDS_FROM + (state >> 56)
+        tokens.append(token)
         state = ((state ^ token) * _MULTIPLIER) & _MASK
-        previous = token
-    return said, state
+    return tokens, state
 
 
 def answered(ids: Sequence[int]) -> int:

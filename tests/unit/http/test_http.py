@@ -50,7 +50,7 @@ CLOSE = b"connection: close\r\n\r\n"
 
 @pytest.fixture
 async def served() -> Any:
-    server = HttpServer(echo, max_body_bytes=2000)
+    server = HttpServer(echo, max_body_bytes=2000, body_limit_setting="gateway.max_body_bytes")
     port = await server.start("127.0.0.1", 0)
     yield server, port
     await server.drain(0.2)
@@ -168,7 +168,7 @@ async def asgi(app: AsgiApp, path: str, body: bytes = b"", *, leave: bool = Fals
 
 
 async def test_asgi_answers_like_the_own_port() -> None:
-    app = AsgiApp(echo, max_body_bytes=10)
+    app = AsgiApp(echo, max_body_bytes=10, body_limit_setting="gateway.max_body_bytes")
     sent = await asgi(app, "/x", b"body")
     assert sent[0]["status"] == 200
     assert sent[1]["body"] == b"body"
@@ -179,7 +179,7 @@ async def test_asgi_answers_like_the_own_port() -> None:
 
 
 async def test_asgi_breaks_off_and_cancels_when_the_client_leaves() -> None:
-    app = AsgiApp(echo, max_body_bytes=10)
+    app = AsgiApp(echo, max_body_bytes=10, body_limit_setting="gateway.max_body_bytes")
     with pytest.raises(RuntimeError, match="broken off"):
         await asgi(app, "/break")
     started_s = asyncio.get_running_loop().time()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 
 import pytest
@@ -13,7 +13,7 @@ from controlplane.gateway.api.pages import fetch_text
 from controlplane.http import server as server_module
 from controlplane.http.asgi import AsgiApp
 from controlplane.http.messages import Request, Responder
-from controlplane.http.server import MAX_HEAD_BYTES, HttpServer
+from controlplane.http.server import MAX_HEAD_BYTES, HttpResponder, HttpServer
 
 BIG = b"x" * (8 * 1024 * 1024)
 
@@ -202,7 +202,7 @@ async def test_asgi_hands_nothing_on_of_a_request_that_broke_off() -> None:
         raise AssertionError("nobody is there")
 
     scope = {"type": "http", "method": "POST", "path": "/x", "headers": [], "query_string": b""}
-    await AsgiApp(remember, max_body_bytes=10)(scope, receive, send)
+    await AsgiApp(remember, max_body_bytes=10, body_limit_setting="limit")(scope, receive, send)
     assert not asked
 
 
@@ -223,9 +223,115 @@ async def test_asgi_leaves_no_task_behind_when_it_is_cancelled() -> None:
     first: list[dict[str, object]] = [{"type": "http.request", "body": b"", "more_body": False}]
     scope = {"type": "http", "method": "POST", "path": "/x", "headers": [], "query_string": b""}
     before = asyncio.all_tasks()
-    running = asyncio.ensure_future(AsgiApp(slow, max_body_bytes=10)(scope, receive, send))
+    running = asyncio.ensure_future(
+        AsgiApp(slow, max_body_bytes=10, body_limit_setting="limit")(scope, receive, send)
+    )
     await asyncio.sleep(0.05)
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
     assert asyncio.all_tasks() - before == set()
+
+
+# What an engine's server needs besides a gateway's.
+
+GET = b"GET %b HTTP/1.1\r\nhost: h\r\n\r\n"
+LAST = b"GET %b HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n"
+
+
+def respond_at_once(request: Request, out: HttpResponder) -> Awaitable[None] | None:
+    """``/now`` needs no task, ``/later`` does, ``/bug`` fails; the rest use what only this server offers."""
+
+    async def later() -> None:
+        await asyncio.sleep(0)
+        out.send(200, [], b"later")
+
+    if request.path == "/later":
+        return later()
+    if request.path == "/bug":
+        raise RuntimeError("a defect of the handler")
+    if request.path == "/chunks":
+        out.start(200, [])
+        out.write_chunks([b"one", b"x" * 5000])
+        out.write_chunks([b"two"], finish=True)
+    elif request.path == "/truncated":
+        out.start(200, [])
+        out.write_chunks([b"one"])
+        out.truncate()
+    else:
+        out.send(200, [], b"now")
+    return None
+
+
+@asynccontextmanager
+async def responding_at_once(**options: bool) -> AsyncIterator[tuple[HttpServer, int]]:
+    server = HttpServer(respond_at_once, max_body_bytes=2000, **options)
+    port = await server.start("127.0.0.1", 0)
+    try:
+        yield server, port
+    finally:
+        await server.drain(0.2)
+
+
+async def test_responses_sent_at_once_and_later_keep_the_order_of_their_requests() -> None:
+    async with responding_at_once() as (_, port):
+        data = await talk(port, GET % b"/now" + GET % b"/later" + GET % b"/now" + LAST % b"/later")
+        bodies = [part.partition(b"\r\n\r\n")[2] for part in data.split(b"HTTP/1.1 200 OK\r\n")[1:]]
+        assert bodies == [b"now", b"later", b"now", b"later"]
+
+
+async def test_a_response_sent_at_once_takes_no_task() -> None:
+    async with responding_at_once() as (server, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        before = asyncio.all_tasks()
+        writer.write(GET % b"/now")
+        assert (await reader.readuntil(b"now")).startswith(b"HTTP/1.1 200 OK")
+        assert asyncio.all_tasks() == before
+        (connection,) = server.connections
+        assert not connection.busy
+        writer.close()
+
+
+async def test_pieces_are_chunks_of_their_own() -> None:
+    async with responding_at_once() as (_, port):
+        data = await talk(port, LAST % b"/chunks")
+        assert data.endswith(b"\r\n\r\n3\r\none\r\n1388\r\n" + b"x" * 5000 + b"\r\n3\r\ntwo\r\n0\r\n\r\n")
+        data = await talk(port, b"GET /chunks HTTP/1.0\r\nhost: h\r\n\r\n")
+        assert data.endswith(b"\r\n\r\none" + b"x" * 5000 + b"two")
+        data = await talk(port, b"HEAD /chunks HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n")
+        assert data.endswith(b"chunked\r\n\r\n")
+
+
+async def test_a_truncated_response_is_delivered_without_its_end() -> None:
+    async with responding_at_once() as (_, port):
+        data = await talk(port, GET % b"/truncated")
+        assert data.endswith(b"\r\n\r\n3\r\none\r\n")
+
+
+async def test_a_defect_of_the_handler_closes_the_connection_and_blames_no_client() -> None:
+    failures: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context))
+    async with responding_at_once() as (_, port):
+        assert await talk(port, GET % b"/bug") == b""
+        assert "data_received" in str(failures[0]["message"])
+
+
+async def test_a_port_is_not_shared_unless_allowed() -> None:
+    async with responding_at_once(share_port=False) as (_, port):
+        with pytest.raises(OSError, match="in use"):
+            await HttpServer(respond_at_once, max_body_bytes=2000).start("127.0.0.1", port)
+
+
+async def test_a_server_can_stop_listening_and_start_again() -> None:
+    async with responding_at_once(share_port=False) as (server, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(GET % b"/now")
+        await reader.readuntil(b"now")
+        server.stop_listening()
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.open_connection("127.0.0.1", port)
+        server.abort_connections()
+        assert await reader.read() == b""
+        writer.close()
+        assert await server.start("127.0.0.1", port) == port
+        assert (await talk(port, LAST % b"/now")).endswith(b"now")

@@ -70,7 +70,7 @@ class Reader:
         if finish is not None:
             self.done_s = self.clock.now_s
 
-    def cut(self) -> None:
+    def truncate(self) -> None:
         raise AssertionError("nothing is cut here")
 
 

@@ -30,7 +30,7 @@ class Receiver:
         if finish is not None:
             self.over.set()
 
-    def cut(self) -> None:
+    def truncate(self) -> None:
         self.was_cut = True
         self.over.set()
 

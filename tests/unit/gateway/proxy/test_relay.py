@@ -257,10 +257,10 @@ async def test_a_client_that_hangs_up_aborts_the_request_in_the_engine() -> None
             assert rig.gateway.info().in_flight == 1
             answer.close()
         for _ in range(100):
-            if not server.connections:
+            if not server.http.connections:
                 break
             await asyncio.sleep(0.02)
-        assert not server.connections
+        assert not server.http.connections
         assert rig.gateway.info().in_flight == 0
 
 
