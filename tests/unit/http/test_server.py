@@ -264,8 +264,8 @@ def respond_at_once(request: Request, out: HttpResponder) -> Awaitable[None] | N
 
 
 @asynccontextmanager
-async def responding_at_once(**options: bool) -> AsyncIterator[tuple[HttpServer, int]]:
-    server = HttpServer(respond_at_once, max_body_bytes=2000, **options)
+async def responding_at_once(*, share_port: bool = True) -> AsyncIterator[tuple[HttpServer, int]]:
+    server = HttpServer(respond_at_once, max_body_bytes=2000, share_port=share_port)
     port = await server.start("127.0.0.1", 0)
     try:
         yield server, port

@@ -59,7 +59,7 @@ class Nowhere:
     def emit(self, ids: list[int], texts: list[bytes], finish: Finish | None) -> None:
         raise AssertionError("a generation does not emit by itself")
 
-    def cut(self) -> None:
+    def truncate(self) -> None:
         raise AssertionError("a generation is not cut by itself")
 
 
