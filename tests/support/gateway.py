@@ -120,6 +120,10 @@ class Rig:
         server.stop_listening()
         server.abort_connections()
 
+    def served_by(self, name: str) -> int:
+        """Requests that the engine is computing."""
+        return self.servers[name].scheduler.running
+
     def change(self, name: str, **values: Any) -> None:
         """Publish an endpoint with other values."""
         self.endpoints[name] = replace(self.endpoints[name], **values)

@@ -37,6 +37,12 @@ async def until_async(condition: Callable[[], T | None], timeout_s: float = 10.0
     return value
 
 
+async def loop_turns() -> None:
+    """What has arrived at this event loop's sockets is read, and what that makes ready runs."""
+    for _ in range(3):
+        await asyncio.sleep(0)
+
+
 async def forever() -> NoReturn:
     """Ends only by being cancelled: for a fake that never answers."""
     await asyncio.Event().wait()

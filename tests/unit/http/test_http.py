@@ -14,6 +14,8 @@ from controlplane.http.asgi import AsgiApp
 from controlplane.http.messages import Request, Responder, error_headers, error_value
 from controlplane.http.server import MAX_HEAD_BYTES, HttpServer
 from tests.support.gateway import CHAT, chat_body, plane, running
+from tests.support.http_client import talk
+from tests.support.waiting import forever, until_async
 
 
 async def echo(request: Request, out: Responder) -> None:
@@ -29,20 +31,9 @@ async def echo(request: Request, out: Responder) -> None:
         out.write(b"half")
         out.abort()
     elif request.path == "/slow":
-        await asyncio.sleep(30)
+        await forever()
     else:
         out.send(200, [(b"x-query", request.query.encode())], request.body or request.path.encode())
-
-
-async def talk(server: HttpServer, port: int, *pieces: bytes, until_close: bool = True) -> bytes:
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    for piece in pieces:
-        writer.write(piece)
-        await writer.drain()
-        await asyncio.sleep(0.01)
-    data = await asyncio.wait_for(reader.read() if until_close else reader.read(65536), 5)
-    writer.close()
-    return data
 
 
 CLOSE = b"connection: close\r\n\r\n"
@@ -57,9 +48,9 @@ async def served() -> Any:
 
 
 async def test_a_request_in_pieces_and_its_answer(served: Any) -> None:
-    server, port = served
+    _, port = served
     data = await talk(
-        server, port, b"POST /x?a=b HTTP/1.1\r\nhost: h\r\ncontent-le", b"ngth: 4\r\n", CLOSE, b"bo", b"dy"
+        port, b"POST /x?a=b HTTP/1.1\r\nhost: h\r\ncontent-le", b"ngth: 4\r\n", CLOSE, b"bo", b"dy"
     )
     assert data.startswith(b"HTTP/1.1 200 OK\r\n")
     assert b"x-query: a=b\r\n" in data
@@ -67,32 +58,32 @@ async def test_a_request_in_pieces_and_its_answer(served: Any) -> None:
 
 
 async def test_pipelined_requests_are_answered_in_order(served: Any) -> None:
-    server, port = served
+    _, port = served
     one = b"GET /%d HTTP/1.1\r\nhost: h\r\n\r\n"
-    data = await talk(server, port, one % 1 + one % 2, b"GET /3 HTTP/1.1\r\nhost: h\r\n" + CLOSE)
+    data = await talk(port, one % 1 + one % 2, b"GET /3 HTTP/1.1\r\nhost: h\r\n" + CLOSE)
     assert data.index(b"/1") < data.index(b"/2") < data.index(b"/3")
     assert data.count(b"HTTP/1.1 200") == 3
 
 
 async def test_a_stream_is_chunked_and_ends_with_the_connection_for_http_1_0(served: Any) -> None:
-    server, port = served
-    data = await talk(server, port, b"GET /stream HTTP/1.1\r\nhost: h\r\n" + CLOSE)
+    _, port = served
+    data = await talk(port, b"GET /stream HTTP/1.1\r\nhost: h\r\n" + CLOSE)
     assert data.endswith(b"4\r\none \r\n4\r\ntwo \r\n5\r\nthree\r\n0\r\n\r\n")
-    data = await talk(server, port, b"GET /stream HTTP/1.0\r\nhost: h\r\n\r\n")
+    data = await talk(port, b"GET /stream HTTP/1.0\r\nhost: h\r\n\r\n")
     assert data.endswith(b"\r\n\r\none two three")
 
 
 async def test_a_chunked_request_body_is_taken_whole(served: Any) -> None:
-    server, port = served
+    _, port = served
     head = b"POST / HTTP/1.1\r\nhost: h\r\ntransfer-encoding: chunked\r\n" + CLOSE
-    assert (await talk(server, port, head, b"3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n")).endswith(b"abcde")
+    assert (await talk(port, head, b"3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n")).endswith(b"abcde")
 
 
 async def test_expect_continue_and_head(served: Any) -> None:
-    server, port = served
+    _, port = served
     head = b"POST / HTTP/1.1\r\nhost: h\r\nexpect: 100-continue\r\ncontent-length: 2\r\n" + CLOSE
-    assert (await talk(server, port, head, b"ok")).startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200")
-    data = await talk(server, port, b"HEAD /abc HTTP/1.1\r\nhost: h\r\n" + CLOSE)
+    assert (await talk(port, head, b"ok")).startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200")
+    data = await talk(port, b"HEAD /abc HTTP/1.1\r\nhost: h\r\n" + CLOSE)
     assert b"content-length: 4\r\n" in data
     assert data.endswith(b"\r\n\r\n")
 
@@ -108,8 +99,8 @@ async def test_expect_continue_and_head(served: Any) -> None:
 async def test_what_can_not_be_taken_is_answered_and_the_connection_closed(
     served: Any, sent: bytes, status: int, says: bytes
 ) -> None:
-    server, port = served
-    data = await talk(server, port, sent)
+    _, port = served
+    data = await talk(port, sent)
     assert data.startswith(b"HTTP/1.1 %d" % status)
     assert says in data
     assert b"connection: close" in data
@@ -131,7 +122,7 @@ async def test_a_drain_waits_for_what_runs_and_then_ends_it() -> None:
     port = await server.start("127.0.0.1", 0)
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(b"GET /slow HTTP/1.1\r\nhost: h\r\n\r\n")
-    await asyncio.sleep(0.05)
+    await until_async(lambda: any(connection.busy for connection in server.connections))
     started_s = asyncio.get_running_loop().time()
     await server.drain(0.2)
     assert asyncio.get_running_loop().time() - started_s >= 0.15
@@ -275,7 +266,7 @@ async def test_a_gateway_drains_what_runs() -> None:
     async with running() as rig:
         await rig.engine("a", itl_ms=10)
         running_one = asyncio.ensure_future(rig.post(CHAT, chat_body(max_tokens=30)))
-        await asyncio.sleep(0.1)
+        await until_async(lambda: rig.gateway.info().in_flight)
         await rig.gateway.drain(5)
         status, headers, _ = await running_one
         assert status == 200

@@ -14,6 +14,8 @@ from controlplane.http import server as server_module
 from controlplane.http.asgi import AsgiApp
 from controlplane.http.messages import Request, Responder
 from controlplane.http.server import MAX_HEAD_BYTES, HttpResponder, HttpServer
+from tests.support.http_client import talk
+from tests.support.waiting import forever, loop_turns, until_async
 
 BIG = b"x" * (8 * 1024 * 1024)
 
@@ -42,22 +44,11 @@ async def serving(max_body_bytes: int = 2000) -> AsyncIterator[tuple[HttpServer,
         await server.drain(0.2)
 
 
-async def talk(port: int, *pieces: bytes) -> bytes:
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    for piece in pieces:
-        writer.write(piece)
-        await writer.drain()
-        await asyncio.sleep(0.02)
-    data = await asyncio.wait_for(reader.read(), 5)
-    writer.close()
-    return data
-
-
 async def test_a_drain_answers_a_client_that_has_connected_and_not_yet_asked() -> None:
     async with serving() as (server, port):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         draining = asyncio.ensure_future(server.drain(5))
-        await asyncio.sleep(0.1)
+        await until_async(lambda: server.draining)
         writer.write(b"GET /first HTTP/1.1\r\nhost: h\r\n\r\n")
         answer = await asyncio.wait_for(reader.read(), 5)
         assert answer.endswith(b"/first ")
@@ -82,7 +73,7 @@ async def test_a_drain_lets_an_answer_go_out_whole() -> None:
         writer.write(b"GET /big HTTP/1.1\r\nhost: h\r\n\r\n")
         await reader.readexactly(100)
         draining = asyncio.ensure_future(server.drain(5))
-        await asyncio.sleep(0.2)
+        await until_async(lambda: server.draining)
         rest = await reader.read()
         await draining
         assert rest.endswith(BIG[:1000])
@@ -98,8 +89,7 @@ async def test_a_client_that_takes_nothing_is_dropped(monkeypatch: pytest.Monkey
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=4096)
         writer.write(b"GET /big HTTP/1.1\r\nhost: h\r\n\r\n")
         await reader.readexactly(100)
-        await asyncio.sleep(1.0)
-        assert not server.connections
+        await until_async(lambda: not server.connections)
         writer.transport.abort()
 
 
@@ -151,7 +141,7 @@ async def test_too_large_is_told_to_a_client_that_is_still_sending() -> None:
         for _ in range(40):
             writer.write(block)
             await writer.drain()
-            await asyncio.sleep(0.001)
+            await loop_turns()
         data = await asyncio.wait_for(reader.read(), 5)
         assert data.startswith(b"HTTP/1.1 413")
         writer.close()
@@ -209,24 +199,25 @@ async def test_asgi_hands_nothing_on_of_a_request_that_broke_off() -> None:
 async def test_asgi_leaves_no_task_behind_when_it_is_cancelled() -> None:
     async def slow(_: Request, out: Responder) -> None:
         out.start(200, [])
-        await asyncio.sleep(30)
+        await forever()
 
     async def receive() -> dict[str, object]:
         if first:
             return first.pop()
-        await asyncio.sleep(30)
-        return {"type": "http.disconnect"}
+        await forever()
 
     async def send(_: object) -> None:
-        await asyncio.sleep(30)
+        sending.set()
+        await forever()
 
+    sending = asyncio.Event()
     first: list[dict[str, object]] = [{"type": "http.request", "body": b"", "more_body": False}]
     scope = {"type": "http", "method": "POST", "path": "/x", "headers": [], "query_string": b""}
     before = asyncio.all_tasks()
     running = asyncio.ensure_future(
         AsgiApp(slow, max_body_bytes=10, body_limit_setting="limit")(scope, receive, send)
     )
-    await asyncio.sleep(0.05)
+    await asyncio.wait_for(sending.wait(), 5)
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running

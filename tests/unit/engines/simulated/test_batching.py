@@ -9,6 +9,7 @@ import pytest
 from controlplane.engines.simulated.batching import BatchScheduler, Finish, GenerationRequest, metrics_text
 from controlplane.engines.simulated.engine import SimulatedSettings
 from controlplane.engines.simulated.text import ANSWER, encode
+from tests.support.waiting import until_async
 
 PROMPT = (*encode("user: hello\n"), ANSWER)
 
@@ -103,10 +104,8 @@ async def test_who_hangs_up_frees_the_slot_for_the_next() -> None:
     work.submit(GenerationRequest(PROMPT), third)
     work.abort(waiting)
     work.abort(running)
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    await until_async(lambda: third.ids)
     assert (work.running, work.waiting) == (1, 0)
-    assert third.ids
     assert not second.ids
     assert work.counts.finished["abort"] == 2
     work.abort(running)
@@ -117,9 +116,10 @@ async def test_a_slow_reader_stops_the_tokens() -> None:
     work, sink = clockwork(itl_ms=1), Receiver()
     generation = work.submit(GenerationRequest(PROMPT, max_tokens=50), sink)
     work.block(generation)
-    await asyncio.sleep(0.05)
-    held = len(sink.ids)
-    assert held < 10
+    other = Receiver()
+    work.submit(GenerationRequest(PROMPT, max_tokens=50), other)
+    await asyncio.wait_for(other.over.wait(), 5)
+    assert len(sink.ids) < 10
     work.unblock(generation)
     await asyncio.wait_for(sink.over.wait(), 5)
     assert len(sink.ids) == 50
@@ -133,8 +133,11 @@ async def test_cut_and_hang_after_tokens(itl_ms: int) -> None:
     assert (sink.was_cut, len(sink.ids), work.running) == (True, 7, 0)
     work, sink = clockwork(itl_ms=itl_ms, hang_after_tokens=7), Receiver()
     work.submit(GenerationRequest(PROMPT, max_tokens=50), sink)
-    await asyncio.sleep(0.1)
-    assert (len(sink.ids), sink.finish, work.running) == (7, None, 1)
+    await until_async(lambda: len(sink.ids) == 7)
+    later = Receiver()
+    work.submit(GenerationRequest(PROMPT, max_tokens=50), later)
+    await until_async(lambda: len(later.ids) == 7)
+    assert (len(sink.ids), sink.finish, work.running) == (7, None, 2)
     work.change(SimulatedSettings(itl_ms=itl_ms))
     await asyncio.wait_for(sink.over.wait(), 5)
     assert len(sink.ids) == 50

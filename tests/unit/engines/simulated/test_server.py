@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from http.client import HTTPConnection, IncompleteRead, RemoteDisconnected
 from typing import Any
@@ -264,12 +263,11 @@ def test_hang_after_tokens_and_release(server: StartServer) -> None:
 def test_hang_takes_connections_and_answers_none_until_it_ends(server: StartServer) -> None:
     sim = server()
     sim.knobs(hang=True)
-    with pytest.raises(TimeoutError):
-        call(f"http://127.0.0.1:{sim.port}/health", timeout_s=0.3)
     done: list[int] = []
     client = threading.Thread(target=lambda: done.append(sim.post()[0]))
     client.start()
-    time.sleep(0.1)
+    with pytest.raises(TimeoutError):
+        call(f"http://127.0.0.1:{sim.port}/health", timeout_s=0.3)
     assert not done
     sim.knobs(hang=False)
     client.join(10)
@@ -336,11 +334,14 @@ def test_a_client_that_does_not_read_holds_up_only_itself(server: StartServer) -
     with socket.create_connection(("127.0.0.1", sim.port), timeout=10) as slow:
         slow.sendall(request)
         # The tokens stop coming once buffers are full, long before the end.
-        last = -1.0
-        deadline_s = time.monotonic() + 10
-        while (now := sim.count("generation_tokens_total")) != last and time.monotonic() < deadline_s:
-            last = now
-            time.sleep(0.2)
+        counts = [-1.0]
+
+        def stopped() -> bool:
+            counts.append(sim.count("generation_tokens_total"))
+            return counts[-1] == counts[-2] > 0
+
+        until(stopped, every_s=0.2)
+        last = counts[-1]
         assert 0 < last < 150_000
         assert sim.post(max_tokens=1)[0] == 200
         read = 0

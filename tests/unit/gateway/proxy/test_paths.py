@@ -6,6 +6,7 @@ import asyncio
 import re
 import socket
 import struct
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -16,6 +17,7 @@ from controlplane.core.routing.retry import AttemptFailure
 from controlplane.gateway.gateway import Gateway
 from controlplane.gateway.proxy.upstream import UpstreamFailure
 from tests.support.gateway import CHAT, Rig, chat_body, plane, running
+from tests.support.waiting import forever, until_async
 
 CHUNK = (
     '{"id":"c","object":"chat.completion.chunk","created":1,"model":"m","choices":'
@@ -71,11 +73,7 @@ def idle(rig: Rig) -> bool:
 
 
 async def becomes_idle(rig: Rig) -> bool:
-    for _ in range(100):
-        if idle(rig):
-            return True
-        await asyncio.sleep(0.02)
-    return False
+    return await until_async(lambda: idle(rig))
 
 
 def ended(rig: Rig) -> float:
@@ -95,20 +93,13 @@ async def test_of_two_hedged_attempts_the_one_that_failed_first_gives_its_place_
     async with running(plane(hedge_after_s=0.05, first_token_timeout_s=30)) as rig:
         await rig.engine("a", ttft_ms=400)
         await rig.engine("b", ttft_ms=400)
-        killed = False
+        loads = rig.gateway.endpoint_table.by_endpoint_id.values()
 
         async def kill_first() -> None:
-            nonlocal killed
-            for _ in range(100):
-                busy = [load for load in rig.gateway.endpoint_table.by_endpoint_id.values() if load.in_flight]
-                if len(busy) == 2:
-                    rig.kill(busy[0].endpoint.endpoint_id)
-                    killed = True
-                    return
-                await asyncio.sleep(0.005)
+            await until_async(lambda: all(load.in_flight for load in loads))
+            rig.kill(next(iter(loads)).endpoint.endpoint_id)
 
         stream, _ = await asyncio.gather(rig.stream(chat_body(max_tokens=2)), kill_first())
-        assert killed
         assert stream.done
         assert await becomes_idle(rig)
 
@@ -157,11 +148,12 @@ async def test_a_client_that_stops_reading_holds_its_engine_until_the_deadline_a
                 b"POST /v1/chat/completions HTTP/1.1\r\nhost: h\r\nx-request-timeout-seconds: 1\r\n"
                 b"content-length: %d\r\n\r\n%b" % (len(body), body)
             )
+            started_s = time.monotonic()
             await reader.readexactly(100)
-            await asyncio.sleep(0.6)
             load = rig.gateway.endpoint_table.by_endpoint_id["a"]
             assert load.in_flight == 1
             assert await becomes_idle(rig)
+            assert time.monotonic() - started_s > 0.6
             # It was the client that was slow: the engine is not to blame.
             assert not load.breaker._consecutive
             counted = rig.gateway.metrics.registry.get_sample_value
@@ -264,9 +256,8 @@ async def test_a_probe_that_only_met_its_deadline_closes_no_breaker() -> None:
         await rig.engine("a", hang=True)
         breaker = rig.gateway.endpoint_table.by_endpoint_id["a"].breaker
         loop = asyncio.get_running_loop()
-        breaker.failure(loop.time(), weight=3)
+        breaker.failure(loop.time() - 1.05, weight=3)
         assert breaker.state == "open"
-        await asyncio.sleep(1.05)
         status, _, _ = await rig.post(CHAT, chat_body(), x_request_timeout_seconds="0.3")
         assert status == 408
         assert breaker.state != "closed"
@@ -278,7 +269,7 @@ async def test_a_connection_is_not_waited_for_beyond_the_deadline(monkeypatch: p
         loop = asyncio.get_running_loop()
 
         async def never(*_: Any, **__: Any) -> Any:
-            await asyncio.sleep(60)
+            await forever()
 
         monkeypatch.setattr(rig.gateway._sites._loop, "create_connection", never, raising=False)
         rig.gateway._sites._sites.clear()

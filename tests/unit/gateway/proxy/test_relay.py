@@ -10,6 +10,7 @@ import pytest
 from controlplane.core.cluster.snapshot import GatewayInfo
 from controlplane.core.domain.endpoint import EndpointState
 from tests.support.gateway import CHAT, chat_body, plane, running, scripted_engine, take
+from tests.support.waiting import until_async
 
 THREE = ({"name": "lightweight"}, {"name": "balanced"}, {"name": "capable"})
 
@@ -122,8 +123,9 @@ async def test_an_unchanged_body_is_relayed_byte_for_byte() -> None:
 
     async def engine(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
-        length = int(re.search(rb"content-length: (\d+)", head)[1])  # type: ignore[index]
-        seen.append(await reader.readexactly(length))
+        length = re.search(rb"content-length: (\d+)", head)
+        assert length is not None
+        seen.append(await reader.readexactly(int(length[1])))
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}")
         await writer.drain()
         writer.close()
@@ -194,10 +196,10 @@ async def test_an_only_engine_that_restarts_loses_no_accepted_request() -> None:
     async with running(plane(retry={"max_attempts": 4})) as rig:
         await rig.engine("a", itl_ms=20)
         waiting = asyncio.ensure_future(rig.post(CHAT, chat_body(max_tokens=50)))
-        await asyncio.sleep(0.2)
+        await until_async(lambda: rig.served_by("a"))
         rig.kill("a")
         rig.change("a", state=EndpointState.RESTARTING)
-        await asyncio.sleep(0.2)
+        await until_async(lambda: rig.gateway.queue)
         assert not waiting.done()
         await rig.engine("a")
         status, _, value = await waiting
@@ -210,9 +212,9 @@ async def test_a_full_tier_spills_up_and_a_full_plane_queues_until_the_deadline(
         await rig.engine("a", "balanced", limit=1, itl_ms=20)
         await rig.engine("b", "capable", limit=1, itl_ms=20)
         first = asyncio.ensure_future(rig.post(CHAT, chat_body(max_tokens=40)))
-        await asyncio.sleep(0.1)
+        await until_async(lambda: rig.served_by("a"))
         second = asyncio.ensure_future(rig.post(CHAT, chat_body(max_tokens=40)))
-        await asyncio.sleep(0.1)
+        await until_async(lambda: rig.served_by("b"))
         status, _, value = await rig.post(CHAT, chat_body(), x_request_timeout_seconds="0.2")
         assert status == 408, value
         (_, one, _), (_, two, _) = await first, await second
@@ -225,9 +227,9 @@ async def test_a_full_queue_says_when_to_come_back() -> None:
     async with running(plane(queue={"capacity": 1})) as rig:
         await rig.engine("a", limit=1, itl_ms=20)
         running_one = asyncio.ensure_future(rig.post(CHAT, chat_body(max_tokens=30)))
-        await asyncio.sleep(0.1)
+        await until_async(lambda: rig.served_by("a"))
         queued = asyncio.ensure_future(rig.post(CHAT, chat_body(max_tokens=1), x_priority="high"))
-        await asyncio.sleep(0.05)
+        await until_async(lambda: rig.gateway.queue)
         status, headers, value = await rig.post(CHAT, chat_body(max_tokens=1))
         assert status == 429
         assert int(headers["retry-after"]) >= 1
@@ -239,13 +241,11 @@ async def test_a_client_that_leaves_the_queue_frees_its_place() -> None:
     async with running(plane(queue={"capacity": 1})) as rig:
         await rig.engine("a", limit=1, itl_ms=20)
         first = asyncio.ensure_future(rig.post(CHAT, chat_body(max_tokens=40)))
-        await asyncio.sleep(0.1)
+        await until_async(lambda: rig.served_by("a"))
         leaving = asyncio.ensure_future(rig.post(CHAT, chat_body(max_tokens=1)))
-        await asyncio.sleep(0.1)
-        assert len(rig.gateway.queue) == 1
+        await until_async(lambda: len(rig.gateway.queue) == 1)
         leaving.cancel()
-        await asyncio.sleep(0.1)
-        assert len(rig.gateway.queue) == 0
+        await until_async(lambda: len(rig.gateway.queue) == 0)
         assert (await first)[0] == 200
 
 
@@ -256,11 +256,7 @@ async def test_a_client_that_hangs_up_aborts_the_request_in_the_engine() -> None
             await answer.content.readline()
             assert rig.gateway.info().in_flight == 1
             answer.close()
-        for _ in range(100):
-            if not server.http.connections:
-                break
-            await asyncio.sleep(0.02)
-        assert not server.http.connections
+        await until_async(lambda: not server.http.connections)
         assert rig.gateway.info().in_flight == 0
 
 
@@ -284,8 +280,7 @@ async def test_a_client_that_leaves_at_the_last_event_was_served(path: str, last
         assert got.endswith(last) is whole
         value = rig.gateway.metrics.registry.get_sample_value
         fate = {"outcome": "ok", "reason": "stream"} if whole else {"outcome": "cancelled", "reason": "499"}
-        while not value("tierplane_requests_total", {"tier": "balanced", **fate}):
-            await asyncio.sleep(0.01)
+        await until_async(lambda: value("tierplane_requests_total", {"tier": "balanced", **fate}))
         assert rig.gateway.ledger.tiers["balanced"].requests == int(whole)
         assert rig.gateway.info().in_flight == 0
         samples = rig.gateway.metrics.requests.collect()
@@ -316,8 +311,7 @@ async def test_a_hedge_answers_for_a_slow_first_token() -> None:
         for i in range(4):
             stream = await asyncio.wait_for(rig.stream(chat_body(f"n {i}", max_tokens=2)), 3)
             assert stream.done
-        await asyncio.sleep(0.05)
-        assert rig.gateway.info().in_flight == 0
+        await until_async(lambda: rig.gateway.info().in_flight == 0)
 
 
 async def test_limits_are_shared_with_other_gateways() -> None:

@@ -21,6 +21,7 @@ from controlplane.gateway.proxy.resume import (
     plan,
 )
 from tests.support.gateway import CHAT, Rig, Stream, chat_body, plane, running, scripted_engine, take
+from tests.support.waiting import until_async
 
 
 def sse(*events: dict[str, Any], done: bool = False) -> bytes:
@@ -194,8 +195,7 @@ async def test_a_resumed_stream_counts_though_its_client_leaves_at_the_last_even
         got = await take(rig, chat_body(max_tokens=10), b"data: [DONE]\n\n")
         assert got.count(b'"one "') == got.count(b'"two"') == 1
         value = rig.gateway.metrics.registry.get_sample_value
-        while not value("tierplane_resumes_total", {"method": "continue"}):
-            await asyncio.sleep(0.01)
+        await until_async(lambda: value("tierplane_resumes_total", {"method": "continue"}))
         fate = {"tier": "balanced", "outcome": "ok", "reason": "resumed"}
         assert value("tierplane_requests_total", fate) == 1
         assert rig.gateway.info().in_flight == 0
