@@ -426,7 +426,7 @@ class ControllerActor:
             controller = self._controller
             stored = StoredState(self._recorder.state)
             checkpoint.restore_plane(
-                *(stored, controller.fleet, controller.desk.book, controller.work),
+                *(stored, controller.fleet, controller.desk.table, controller.work),
                 now_s=time.monotonic(),
                 shift_s=self._shift_s,
             )
@@ -448,7 +448,7 @@ class ControllerActor:
         ):
             return
         controller = self._controller
-        values = self._keeper.values(controller.fleet, controller.desk.book, controller.work)
+        values = self._keeper.values(controller.fleet, controller.desk.table, controller.work)
         values |= self._scaling.values()
         values[_CLUSTER] = sorted(self._ray_gpus)
         values[_HEARD] = {node: list(last) for node, last in self._watch.heard.items()}

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from controlplane.core.gpus.health import GpuHealth
 from controlplane.core.gpus.inventory import GpuInventory, NodeHold
-from controlplane.core.gpus.leases import GpuLease, GpuPart, LeaseBook
+from controlplane.core.gpus.leases import GpuLease, GpuPart, LeaseTable
 from controlplane.core.json_values import StoredState, Values, shifted, to_value
 from controlplane.core.reconcile.in_progress import InProgress
 from controlplane.core.reconcile.migrations import Migration, Restart, TierHold
@@ -20,7 +20,7 @@ from controlplane.core.reconcile.reconcile import ReplicaFailure
 _GPU, _NODE, _LEASE, _MIGRATION, _RESTART = "gpu/", "node/", "lease/", "move/", "restart/"
 _COUNTED = "gpus counted"
 _DRAIN, _HOLD, _HELD_BEFORE, _FAILURES, _HUNG = "drain/", "hold/", "held/", "failures/", "hung/"
-_NOT_STORED = ("hot", "well", "marks")
+_NOT_STORED = ("hot", "good", "recent_events")
 """Of a GPU's health: streaks of readings, which a restart breaks."""
 
 
@@ -46,7 +46,7 @@ class CheckpointWriter:
         self._version = -1
         self._leases: Values = {}
 
-    def values(self, fleet: GpuInventory, book: LeaseBook, work: InProgress) -> Values:
+    def values(self, fleet: GpuInventory, book: LeaseTable, work: InProgress) -> Values:
         """The whole state by key. ``book`` must be the same at every call; an unchanged lease is the same
         object as in the call before."""
         changed = book.changed_since(self._version)
@@ -62,7 +62,7 @@ class CheckpointWriter:
         return self._leases | _other_values(fleet, work, self._shift_s)
 
 
-def to_values(fleet: GpuInventory, book: LeaseBook, work: InProgress, shift_s: float) -> Values:
+def to_values(fleet: GpuInventory, book: LeaseTable, work: InProgress, shift_s: float) -> Values:
     """The whole state by key."""
     return CheckpointWriter(shift_s).values(fleet, book, work)
 
@@ -76,14 +76,14 @@ def restore_gpus(stored: StoredState, fleet: GpuInventory, shift_s: float) -> No
 def restore_plane(
     stored: StoredState,
     fleet: GpuInventory,
-    book: LeaseBook,
+    book: LeaseTable,
     work: InProgress,
     *,
     now_s: float,
     shift_s: float,
 ) -> None:
     """Restore the rest, which is valid only while the stored cluster still runs."""
-    fleet.restore((), stored.entries(_NODE, NodeHold), counted=bool(stored.get(_COUNTED)))
+    fleet.restore((), stored.entries(_NODE, NodeHold), has_reported_gpus=bool(stored.get(_COUNTED)))
     book.restore(
         GpuLease(
             holder, lease.generation, lease.node_id, tuple(GpuPart(*part) for part in lease.parts), now_s
@@ -114,12 +114,12 @@ def _lease_value(lease: GpuLease) -> Values:
 
 
 def _other_values(fleet: GpuInventory, work: InProgress, shift_s: float) -> Values:
-    gpus, holds = fleet.kept()
+    gpus, holds = fleet.state_to_store()
     values: Values = {
         _GPU + uuid: _gpu_value(health, must_leave, shift_s) for uuid, (health, must_leave) in gpus.items()
     }
     values |= {_NODE + node_id: to_value(hold) for node_id, hold in holds.items()}
-    values[_COUNTED] = fleet.counted
+    values[_COUNTED] = fleet.has_reported_gpus
     for name, migration in work.migrations.items():
         values[_MIGRATION + name] = to_value(shifted(migration, shift_s, "since_s", "began_s"))
     for name, restart in work.restarts.items():

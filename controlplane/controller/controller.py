@@ -21,7 +21,7 @@ from controlplane.core.cluster.assumed_gpu import assuming, gpu_assumed
 from controlplane.core.cluster.snapshot import GatewayInfo
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.endpoint import ENDED, SERVING, Endpoint, EndpointState
-from controlplane.core.gpus.allocation import room, shape_of, still_room
+from controlplane.core.gpus.allocation import find_room, shape_of, still_room
 from controlplane.core.gpus.findings import GpuRules
 from controlplane.core.gpus.inventory import GpuInventory
 from controlplane.core.gpus.lease_allocator import LeaseAllocator
@@ -159,7 +159,7 @@ class Controller:
         """See :meth:`Registry.report`; the answer carries what the replica is to do."""
         known = self.registry.report(endpoint)
         if not known:
-            return ReportResponse(False, lease_known=endpoint.endpoint_id in self.desk.book.leases)
+            return ReportResponse(False, lease_known=endpoint.endpoint_id in self.desk.table.leases)
         held = self._seen(endpoint)
         return ReportResponse(True, self.work.commands_for(endpoint), held or not endpoint.gpu_uuids)
 
@@ -188,9 +188,9 @@ class Controller:
             ):
                 detail = f"XID {event.code}" if event.kind is GpuEventKind.XID else event.detail
                 self.registry.note(event.kind.value, event.gpu_uuid or node_id, detail or event.kind.value)
-        for moved in self.fleet.observe(node_id, sample, events, now_s=self.now_s()):
-            verdict = moved.verdict
-            self.registry.note(f"GPU {verdict.after}", verdict.uuid, f"{verdict.rule}: {verdict.reason}")
+        for assessed in self.fleet.observe(node_id, sample, events, now_s=self.now_s()):
+            decision = assessed.decision
+            self.registry.note(f"GPU {decision.after}", decision.uuid, f"{decision.rule}: {decision.reason}")
 
     def observe_engine(self, sample: EngineSample) -> None:
         """What an engine said of itself."""
@@ -211,12 +211,12 @@ class Controller:
         self._alive = set(alive)
         for node_id in sorted(lost):
             self._lost(node_id)
-            self.fleet.forget_node(node_id)
+            self.fleet.remove_node(node_id)
             self.registry.note("node lost", node_id, "Ray no longer has it")
             for endpoint in list(self.registry.endpoints.values()):
                 if endpoint.node_id == node_id:
                     self.registry.lost(endpoint.endpoint_id, f"its node {node_id} is lost")
-            for holder, lease in list(self.desk.book.leases.items()):
+            for holder, lease in list(self.desk.table.leases.items()):
                 if lease.node_id == node_id:
                     self.release_lease(holder)
 
@@ -257,8 +257,8 @@ class Controller:
         return answer
 
     def release_lease(self, holder: str, generation: int | None = None) -> LeaseResponse:
-        """See :meth:`LeaseBook.release`."""
-        answer = self.desk.book.release(holder, generation=generation)
+        """See :meth:`LeaseTable.release`."""
+        answer = self.desk.table.release(holder, generation=generation)
         if answer.outcome is LeaseOutcome.GRANTED:
             self._shapes.pop(holder, None)
             self.registry.note("lease ended", holder, answer.reason)
@@ -275,7 +275,7 @@ class Controller:
 
     def gpus(self) -> tuple[GpuView, ...]:
         """The inventory."""
-        return gpu_views(self.fleet, self.desk.book, now_s=self.now_s(), unix_s=self.unix_s())
+        return gpu_views(self.fleet, self.desk.table, now_s=self.now_s(), unix_s=self.unix_s())
 
     @property
     def heartbeat_s(self) -> float:
@@ -355,12 +355,12 @@ class Controller:
         now_s = self.now_s()
         if now_s - self._looked_s > 2 * self._heartbeat_s:
             # nobody could be heard in the meantime: that is nobody's fault
-            for holder in self.desk.book.leases:
+            for holder in self.desk.table.leases:
                 self.desk.renew(holder, now_s)
         self._looked_s = now_s
         self.registry.expire()
         self.demand.ledger.retain_gateways({gateway.gateway_id for gateway in self.registry.gateways})
-        for lease in self.desk.book.reap(now_s=now_s, ttl_s=MISSED_REPORTS * self._heartbeat_s):
+        for lease in self.desk.table.reap(now_s=now_s, ttl_s=MISSED_REPORTS * self._heartbeat_s):
             self._shapes.pop(lease.holder, None)
             self.registry.note("lease ended", lease.holder, "its holder was not heard of")
         endpoints = self.registry.endpoints
@@ -411,11 +411,11 @@ class Controller:
 
     def _observe(self, now_s: float) -> ClusterState:
         endpoints = self.registry.endpoints
-        book = self.desk.book
+        book = self.desk.table
         out_of_use, places = {}, {}
         for uuid in self.fleet.out_of_use():
             record = self.fleet.records[uuid]
-            why = self.fleet.why_leave(uuid)
+            why = self.fleet.leave_reason(uuid)
             holders = book.holders(uuid)
             if record.out_of_use:
                 out_of_use[uuid] = GpuOutOfUse(record.health.state, holders, bool(why), record.health.reason)
@@ -459,7 +459,7 @@ class Controller:
     ) -> dict[str, str]:
         """Endpoint id → where another one like it would go. Looking costs: one at a time, and each again
         only after a while."""
-        book = self.desk.book
+        book = self.desk.table
         looked = False
         found = {}
         for endpoint_id in sorted(leaving.keys() - self.work.migrations.keys()):
@@ -476,7 +476,7 @@ class Controller:
                     continue
                 looked = True
                 shape = self._shapes.get(endpoint_id) or shape_of(lease)
-                asked = (now_s, room(self.fleet, book, shape, endpoint.tier, endpoints))
+                asked = (now_s, find_room(self.fleet, book, shape, endpoint.tier, endpoints))
                 self._room_asked[endpoint_id] = asked
             found[endpoint_id] = f"on {', '.join(asked[1].node_ids)}" if asked[1] else ""
         return found
@@ -486,7 +486,7 @@ class Controller:
         asked = self._room_asked.get(command.endpoint_id)
         if command.phase is not MigrationPhase.STARTING_ELSEWHERE or asked is None or asked[1] is None:
             return True
-        if still_room(self.fleet, self.desk.book, asked[1]):
+        if still_room(self.fleet, self.desk.table, asked[1]):
             return True
         del self._room_asked[command.endpoint_id]
         return False

@@ -37,7 +37,7 @@ class OperatorActions:
         controller, reason = self._controller, reason or "an operator says so"
         match subject.kind:
             case ResourceKind.GPU:
-                gone = controller.fleet.away(subject.id, controller.now_s())
+                gone = controller.fleet.unusable_reason(subject.id, controller.now_s())
                 if gone:
                     return _refused(subject, f"{gone}: it would be taken out of use again at once")
                 changed = controller.fleet.uncordon_gpu(subject.id, reason, now_s=controller.now_s())
@@ -143,7 +143,7 @@ class OperatorActions:
     def _endpoints_of(self, subject: ResourceName) -> Iterable[Endpoint]:
         controller = self._controller
         for endpoint in controller.registry.endpoints.values():
-            lease = controller.desk.book.leases.get(endpoint.endpoint_id)
+            lease = controller.desk.table.leases.get(endpoint.endpoint_id)
             match subject.kind:
                 case ResourceKind.GPU:
                     concerned = lease is not None and subject.id in lease.gpu_uuids

@@ -110,7 +110,7 @@ class Reports:
         return SampledCluster(
             controller.registry.endpoints,
             controller.base_targets(),
-            controller.desk.book,
+            controller.desk.table,
             controller.fleet,
             controller.engines,
             controller.demand,

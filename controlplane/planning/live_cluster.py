@@ -18,7 +18,7 @@ from controlplane.config import PlaneConfig
 from controlplane.controller.api import ControllerApi
 from controlplane.controller.handle import find_controller
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
-from controlplane.core.gpus.node_view import node_of
+from controlplane.core.gpus.node_view import placement_node
 from controlplane.core.gpus.views import GpuView
 from controlplane.core.placement.occupancy import ReservedResources, RunningReplica
 from controlplane.core.placement.topology import Gpu, Node
@@ -214,12 +214,12 @@ def _node(row: Mapping[str, Any], sample: NodeSample | None, out_of_use: _OutOfU
     name = f"{row['NodeManagerHostname']}-{str(row['NodeID'])[:8]}"
     unavailable = out_of_use.nodes.get(str(row["NodeID"]), "")
     if sample is not None and sample.gpus:
-        node = node_of(
+        node = placement_node(
             sample,
             cpu_milli=cpu_milli,
             memory_bytes=memory_bytes,
             unavailable=unavailable,
-            cordoned=out_of_use.gpus,
+            unavailable_gpus=out_of_use.gpus,
         )
         return replace(node, node_id=name, gpus=tuple(replace(g, model=_named(g.model)) for g in node.gpus))
     count = int(resources.get("GPU", 0))

@@ -267,7 +267,7 @@ def measure(nodes: int, ticks: int) -> dict[str, float]:
         done = fleet.controller.tick()
         registry = fleet.controller.registry
         if registry.take_events():
-            keeper.values(fleet.controller.fleet, fleet.controller.desk.book, fleet.controller.work)
+            keeper.values(fleet.controller.fleet, fleet.controller.desk.table, fleet.controller.work)
         ended_s, ended_cpu_s = time.perf_counter(), time.thread_time()
         moves += sum(item.kind == "settling" for item in done)
         if tick >= 20:

@@ -126,22 +126,22 @@ def strike(world: World, trouble: tuple[str, object, object]) -> None:
 
 def restart_controller(world: World, *, vouched: bool) -> None:
     old = world.controller
-    values = checkpoint.to_values(old.fleet, old.desk.book, old.work, 7.0)
+    values = checkpoint.to_values(old.fleet, old.desk.table, old.work, 7.0)
     world.start_controller("e2", settle_s=6.0)
     new = world.controller
     stored = StoredState(values)
     checkpoint.restore_gpus(stored, new.fleet, 7.0)
     if vouched:
         checkpoint.restore_plane(
-            StoredState(values), new.fleet, new.desk.book, new.work, now_s=world.clock.s, shift_s=7.0
+            StoredState(values), new.fleet, new.desk.table, new.work, now_s=world.clock.s, shift_s=7.0
         )
         new.settle()
-        assert checkpoint.to_values(new.fleet, new.desk.book, new.work, 7.0) == values
+        assert checkpoint.to_values(new.fleet, new.desk.table, new.work, 7.0) == values
 
 
 def check(world: World) -> None:
     """No GPU is leased twice or over-committed, by the book and by what the replicas were told."""
-    book = world.controller.desk.book
+    book = world.controller.desk.table
     kept_by_changes(world)
     for uuid in GPUS:
         milli, memory_bytes = book.used(uuid)
@@ -166,7 +166,7 @@ def kept_by_changes(world: World) -> None:
     """What is gathered from the changes is what gathering everything anew gives."""
     controller = world.controller
     keeper = keepers.setdefault(controller, checkpoint.CheckpointWriter(3.0))
-    state = (controller.fleet, controller.desk.book, controller.work)
+    state = (controller.fleet, controller.desk.table, controller.work)
     assert keeper.values(*state) == checkpoint.to_values(*state, 3.0)
 
 

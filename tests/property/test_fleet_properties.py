@@ -113,7 +113,7 @@ class PlainFleet:
             if gpus and not isinstance(sample.driver_version, Missing):
                 gone = tuple(uuid for uuid in self.listed.get(node_id, ()) if uuid not in gpus)
             for uuid in gone:
-                lost = GpuSample(self.readable[uuid].info, GpuCondition.LOST, "the driver lists it no more")
+                lost = GpuSample(self.readable[uuid].info, GpuCondition.LOST, "the driver no longer lists it")
                 looks.append((uuid, lost, sample.boot_id))
             self.listed[node_id] = (*gpus, *gone)
         looks += [(uuid, gpu, sample.boot_id) for uuid, gpu in gpus.items()]
@@ -146,13 +146,13 @@ class PlainFleet:
             self.readable[uuid] = sample
         leave = seen.health.state in OUT_OF_USE and (
             record.must_leave
-            or (seen.verdict.moved and seen.verdict.after is GpuState.CORDONED)
-            or any(finding.level is XidSeverity.FATAL for finding in seen.findings)
+            or (seen.decision.changed and seen.decision.after is GpuState.CORDONED)
+            or any(finding.severity is XidSeverity.FATAL for finding in seen.findings)
         )
         self.records[uuid] = GpuRecord(node_id, seen.health, leave)
-        return [seen] if seen.verdict.moved else []
+        return [seen] if seen.decision.changed else []
 
-    def forget_node(self, node_id: str) -> None:
+    def remove_node(self, node_id: str) -> None:
         self.series.pop(node_id, None)
         self.listed.pop(node_id, None)
         for uuid, record in list(self.records.items()):
@@ -229,8 +229,8 @@ def wish(fleet: GpuInventory, plain: PlainFleet, step: tuple[object, ...], now_s
     kind, uuid = str(step[0]), str(step[1])
     if kind == "forget":
         node_id = next(node_id for node_id, uuids in NODES.items() if uuid in uuids)
-        fleet.forget_node(node_id)
-        plain.forget_node(node_id)
+        fleet.remove_node(node_id)
+        plain.remove_node(node_id)
         return
     record = plain.records.get(uuid)
     if record is None:
@@ -242,10 +242,10 @@ def wish(fleet: GpuInventory, plain: PlainFleet, step: tuple[object, ...], now_s
     elif kind == "uncordon" and record.out_of_use:
         fleet.uncordon_gpu(uuid, "wanted", now_s=now_s)
         health, leave = gpu_health.uncordon(health, now_s=now_s, reason="wanted", rules=RULES), False
-    elif kind in gpu_health.MOVES[health.state]:
+    elif kind in gpu_health.TRANSITIONS[health.state]:
         state = GpuState(kind)
         fleet.advance(uuid, state, now_s=now_s)
-        health = gpu_health.move(health, state, now_s=now_s, rule="", reason="", rules=RULES)
+        health = gpu_health.transition(health, state, now_s=now_s, rule="", reason="", rules=RULES)
     plain.records[uuid] = GpuRecord(record.node_id, health, leave)
 
 
@@ -254,7 +254,7 @@ def compare(fleet: GpuInventory, plain: PlainFleet, now_s: float) -> None:
     assert fleet.out_of_use() == {
         uuid: record.node_id for uuid, record in plain.records.items() if record.out_of_use
     }
-    kept, _ = fleet.kept()
+    kept, _ = fleet.state_to_store()
     assert kept == plain.waiting | {
         uuid: (record.health, record.must_leave)
         for uuid, record in plain.records.items()

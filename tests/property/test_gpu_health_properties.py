@@ -1,4 +1,4 @@
-"""Whatever is seen of a GPU, in whatever order: its life keeps to the table and to the evidence."""
+"""Whatever is observed of a GPU, in whatever order: its state follows the table and the evidence."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controlplane.core.gpus.findings import GpuRules
-from controlplane.core.gpus.health import MOVES, OUT_OF_USE, GpuHealth, GpuState, assess, unremarkable
+from controlplane.core.gpus.health import (
+    OUT_OF_USE,
+    TRANSITIONS,
+    GpuHealth,
+    GpuState,
+    assess,
+    has_open_findings,
+    sample_changes_nothing,
+)
 from controlplane.core.gpus.xid import XIDS, XidSeverity
 from controlplane.core.telemetry.samples import (
     Absence,
@@ -84,26 +92,26 @@ def test_every_life_keeps_to_the_table_and_to_the_evidence(
         now_s += wait_s
         done = assess(health, sample, happened, now_s=now_s, rules=RULES, boot_id=boot_id)
         before, after = health.state, done.health.state
-        assert (done.verdict.before, done.verdict.after) == (before, after)
-        assert done.verdict.reason
-        assert after is before or after in MOVES[before]
+        assert (done.decision.before, done.decision.after) == (before, after)
+        assert done.decision.reason
+        assert after is before or after in TRANSITIONS[before]
         if after is not before and after in (GpuState.CORDONED, GpuState.SUSPECT):
-            assert max(finding.level for finding in done.findings) >= XidSeverity.WATCH
+            assert max(finding.severity for finding in done.findings) >= XidSeverity.WATCH
         if after is GpuState.CORDONED and before is not after:
-            assert any(finding.level is XidSeverity.FATAL for finding in done.findings)
+            assert any(finding.severity is XidSeverity.FATAL for finding in done.findings)
             assert RULES.hold_initial_s <= done.health.hold_s <= RULES.hold_max_s
         if after is GpuState.RETURNED and before is not after:
             assert now_s - health.since_s >= health.hold_s
-        assert len(done.health.marks) <= 64
+        assert len(done.health.recent_events) <= 64
         assert len(done.health.cordons_s) <= 16
         health = done.health
 
 
 @given(st.lists(looks, max_size=15), st.lists(samples, min_size=1, max_size=30))
-def test_what_is_missing_moves_nothing(
+def test_missing_readings_change_nothing(
     seen: list[tuple[GpuSample | None, list[GpuEvent], float, str]], blind: list[GpuSample]
 ) -> None:
-    """However long nothing can be read, a GPU neither gets worse nor better."""
+    """However long nothing can be read, a GPU gets neither worse nor better."""
     health, now_s = GpuHealth("GPU-a"), 0.0
     for sample, happened, wait_s, boot_id in seen:
         now_s += wait_s
@@ -113,16 +121,16 @@ def test_what_is_missing_moves_nothing(
         unread = replace(all_missing(sample), condition=GpuCondition.UNREADABLE)
         nothing = [None, unread, all_missing(sample)][place % 3]
         done = assess(health, nothing, (), now_s=now_s, rules=RULES, boot_id="boot-1")
-        assert not done.verdict.moved
+        assert not done.decision.changed
         assert done.findings == ()
         health = done.health
 
 
 @given(st.lists(looks, min_size=1, max_size=15))
-def test_a_gpu_that_is_mended_is_used_again_unless_a_person_must_say_so(
+def test_a_repaired_gpu_is_used_again_unless_an_operator_has_to_decide(
     seen: list[tuple[GpuSample | None, list[GpuEvent], float, str]],
 ) -> None:
-    """The life comes to rest: healthy, or waiting for a person."""
+    """With good readings, a GPU ends up healthy or waiting for an operator."""
     health, now_s = GpuHealth("GPU-a"), 0.0
     for sample, happened, wait_s, boot_id in seen:
         now_s += wait_s
@@ -148,15 +156,15 @@ def test_a_gpu_that_is_mended_is_used_again_unless_a_person_must_say_so(
 
 @settings(max_examples=150)
 @given(st.lists(looks, max_size=10), samples, st.sampled_from(["", "boot-1", "boot-2"]))
-def test_what_counts_as_unremarkable_changes_nothing(
+def test_a_sample_that_need_not_be_assessed_changes_nothing(
     before: list[tuple[GpuSample | None, list[GpuEvent], float, str]], sample: GpuSample, boot_id: str
 ) -> None:
     health, now_s = GpuHealth("GPU-a"), 0.0
     for seen, reported, passed_s, boot in before:
         now_s += passed_s
         health = assess(health, seen, reported, now_s=now_s, rules=RULES, boot_id=boot).health
-    if unremarkable(health, sample, boot_id, RULES):
+    if not has_open_findings(health) and sample_changes_nothing(health, sample, boot_id, RULES):
         assessment = assess(health, sample, [], now_s=now_s + 1, rules=RULES, boot_id=boot_id)
         assert assessment.health == health
-        assert not assessment.verdict.moved
+        assert not assessment.decision.changed
         assert not assessment.findings

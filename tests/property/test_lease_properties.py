@@ -1,4 +1,4 @@
-"""Whatever is asked of the book in whatever order: no GPU is given twice or over-committed."""
+"""Whatever is requested of the lease table, in whatever order: no GPU is leased twice or over-committed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from controlplane.core.gpus.leases import WHOLE_MILLI, GpuCapacity, GpuLease, GpuPart, LeaseBook, LeaseOutcome
+from controlplane.core.gpus.leases import (
+    WHOLE_MILLI,
+    GpuCapacity,
+    GpuLease,
+    GpuPart,
+    LeaseOutcome,
+    LeaseTable,
+)
 
 UUIDS = tuple(f"GPU-{index}" for index in range(5))
 MEMORY = 100
@@ -21,16 +28,16 @@ parts = st.lists(
 
 
 class Leasing(RuleBasedStateMachine):
-    """One controller's book, beside what each holder was told."""
+    """One controller's lease table, and the lease that each holder was granted."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.book = LeaseBook()
+        self.table = LeaseTable()
         self.now_s = 0.0
-        self.told: dict[str, GpuLease] = {}
+        self.granted: dict[str, GpuLease] = {}
         self.seen_version = 0
         self.seen: dict[str, tuple[GpuPart, ...]] = {}
-        """What somebody knows who asks now and then only for what changed."""
+        """The parts by holder as a reader knows them that only reads the changes."""
 
     def capacities(self, sick: set[str]) -> dict[str, GpuCapacity]:
         return {
@@ -42,8 +49,8 @@ class Leasing(RuleBasedStateMachine):
         holder=holders, wanted=parts, generation=generations, sick=st.sets(st.sampled_from(UUIDS), max_size=2)
     )
     def acquire(self, holder: str, wanted: list[GpuPart], generation: int, sick: set[str]) -> None:
-        before = dict(self.book.leases)
-        answer = self.book.acquire(
+        before = dict(self.table.leases)
+        answer = self.table.acquire(
             holder, wanted, self.capacities(sick), generation=generation, now_s=self.now_s
         )
         assert answer.reason
@@ -52,69 +59,65 @@ class Leasing(RuleBasedStateMachine):
             assert list(answer.lease.parts) == wanted, "all or nothing"
             assert not sick & set(answer.lease.gpu_uuids)
             assert {uuid < "GPU-3" for uuid in answer.lease.gpu_uuids} in ({True}, {False}), "one node"
-            self.told[holder] = answer.lease
+            self.granted[holder] = answer.lease
         elif answer.outcome is LeaseOutcome.UNCHANGED:
             assert answer.lease is not None
             assert answer.lease.parts == before[holder].parts
         else:
-            assert dict(self.book.leases) == before
+            assert dict(self.table.leases) == before
 
     @rule(holder=holders, generation=generations)
     def release(self, holder: str, generation: int) -> None:
-        before = dict(self.book.leases)
-        if self.book.release(holder, generation=generation).outcome is LeaseOutcome.GRANTED:
-            self.told.pop(holder, None)
+        before = dict(self.table.leases)
+        if self.table.release(holder, generation=generation).outcome is LeaseOutcome.GRANTED:
+            self.granted.pop(holder, None)
         else:
-            assert dict(self.book.leases) == before
-        assert self.book.release(holder, generation=generation).outcome is LeaseOutcome.UNKNOWN
-
-    @rule(holder=holders, generation=generations)
-    def renew(self, holder: str, generation: int) -> None:
-        self.book.renew(holder, generation=generation, now_s=self.now_s)
+            assert dict(self.table.leases) == before
+        assert self.table.release(holder, generation=generation).outcome is LeaseOutcome.UNKNOWN
 
     @rule(holder=holders)
-    def heard(self, holder: str) -> None:
-        assert self.book.heard(holder, self.now_s) == (holder in self.book.leases)
-        if holder in self.book.leases:
-            assert self.book.leases[holder].renewed_s >= self.now_s
+    def renew(self, holder: str) -> None:
+        assert self.table.renew(holder, self.now_s) == (holder in self.table.leases)
+        if holder in self.table.leases:
+            assert self.table.leases[holder].renewed_s >= self.now_s
 
     @rule()
     def changes_are_taken_in(self) -> None:
-        changed = self.book.changed_since(self.seen_version)
+        changed = self.table.changed_since(self.seen_version)
         assert changed is not None
         for holder in changed:
-            lease = self.book.leases.get(holder)
+            lease = self.table.leases.get(holder)
             if lease is None:
                 self.seen.pop(holder, None)
             else:
                 self.seen[holder] = lease.parts
-        self.seen_version = self.book.version
-        assert self.seen == {holder: lease.parts for holder, lease in self.book.leases.items()}
+        self.seen_version = self.table.version
+        assert self.seen == {holder: lease.parts for holder, lease in self.table.leases.items()}
 
     @rule(seconds=st.floats(0, 20))
     def time_passes(self, seconds: float) -> None:
         self.now_s += seconds
-        for dead in self.book.reap(now_s=self.now_s, ttl_s=30):
-            assert self.now_s - dead.renewed_s > 30
-            self.told.pop(dead.holder, None)
+        for expired in self.table.reap(now_s=self.now_s, ttl_s=30):
+            assert self.now_s - expired.renewed_s > 30
+            self.granted.pop(expired.holder, None)
 
     @rule()
     def controller_restarts(self) -> None:
-        """The new one hears from every holder, and knows what the old one knew."""
-        before = {holder: lease.parts for holder, lease in self.book.leases.items()}
-        self.book = LeaseBook()
-        self.book.restore(self.told.values())
+        """Every holder reports to the new controller, which then knows what the old one knew."""
+        before = {holder: lease.parts for holder, lease in self.table.leases.items()}
+        self.table = LeaseTable()
+        self.table.restore(self.granted.values())
         self.seen_version, self.seen = 0, {}
-        assert {holder: lease.parts for holder, lease in self.book.leases.items()} == before
+        assert {holder: lease.parts for holder, lease in self.table.leases.items()} == before
 
     @invariant()
     def no_gpu_is_over_committed(self) -> None:
         for uuid in UUIDS:
-            held = [p for lease in self.book.leases.values() for p in lease.parts if p.gpu_uuid == uuid]
+            held = [p for lease in self.table.leases.values() for p in lease.parts if p.gpu_uuid == uuid]
             assert sum(part.milli for part in held) <= WHOLE_MILLI
             assert sum(part.memory_bytes for part in held) <= MEMORY
-            assert len(held) == len(self.book.holders(uuid))
-            assert self.book.used(uuid) == (
+            assert len(held) == len(self.table.holders(uuid))
+            assert self.table.used(uuid) == (
                 sum(part.milli for part in held),
                 sum(part.memory_bytes for part in held),
             )
@@ -122,13 +125,13 @@ class Leasing(RuleBasedStateMachine):
     @invariant()
     def each_node_lists_its_own(self) -> None:
         for node_id in ("n1", "n2", "n3"):
-            here = [lease for lease in self.book.leases.values() if lease.node_id == node_id]
-            assert list(self.book.on_node(node_id)) == here
+            here = [lease for lease in self.table.leases.values() if lease.node_id == node_id]
+            assert list(self.table.on_node(node_id)) == here
 
     @invariant()
     def holders_and_book_agree(self) -> None:
-        assert {holder: lease.parts for holder, lease in self.told.items()} == {
-            holder: lease.parts for holder, lease in self.book.leases.items()
+        assert {holder: lease.parts for holder, lease in self.granted.items()} == {
+            holder: lease.parts for holder, lease in self.table.leases.items()
         }
 
 

@@ -276,7 +276,7 @@ class World:
         )
 
     def holder_of(self, uuid: str) -> tuple[str, ...]:
-        return self.controller.desk.book.holders(uuid)
+        return self.controller.desk.table.holders(uuid)
 
     def kinds(self, subject: str = "") -> list[str]:
         return [

@@ -128,11 +128,11 @@ class Scaling:
         are out of use what is held there and may stay."""
         if self.config.gpus is not None:
             return self.config.gpus
-        fleet, book = self._controller.fleet, self._controller.desk.book
-        if not fleet.counted:
+        fleet, book = self._controller.fleet, self._controller.desk.table
+        if not fleet.has_reported_gpus:
             return None
         out_of_use = fleet.out_of_use()
-        stays_milli = sum(book.used(uuid)[0] for uuid in out_of_use if not fleet.why_leave(uuid))
+        stays_milli = sum(book.used(uuid)[0] for uuid in out_of_use if not fleet.leave_reason(uuid))
         return len(fleet.records.keys() - out_of_use.keys()) + stays_milli / WHOLE_MILLI
 
     def _publish(

@@ -1,6 +1,6 @@
-"""What is wrong with a GPU, by one look: events and readings → findings, each with its figures.
+"""What is wrong with a GPU: events and one sample → findings, each with the values it is based on.
 
-Readings that are missing give no finding.
+A missing reading gives no finding.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from controlplane.core.telemetry.samples import (
     RecoveryAction,
 )
 
-_MARKS_KEPT = 64
+_MAX_RECENT_EVENTS = 64
 _HARDWARE_HEAT = "hw_thermal"
+_APPLICATION = "application"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,59 +29,63 @@ class GpuRules:
     """Thresholds and times."""
 
     fallback_slowdown_c: int = 90
-    """For GPUs whose driver does not tell their slowdown temperature."""
+    """The slowdown temperature of GPUs whose driver does not report it."""
     cool_margin_c: int = 3
-    """Once too hot, a GPU counts as hot until it is this far below the limit."""
+    """A GPU that was too hot counts as hot until it is this far below the limit."""
     hot_for_s: float = 30.0
     """A GPU that is too hot for this long is cordoned."""
     evidence_gap_s: float = 15.0
-    """Two readings further apart than this do not belong to one spell."""
+    """Two readings further apart than this do not belong to the same streak."""
     watch_window_s: float = 600.0
     watch_limit: int = 3
-    """Watched events in the window that cordon."""
+    """Events of severity WATCH within ``watch_window_s`` that cordon the GPU."""
     application_limit: int = 10
-    """Application errors in the window that make the GPU itself suspect."""
+    """Application errors within ``watch_window_s`` that make the GPU itself suspect."""
     corrected_ecc_limit: int = 1000
-    """Corrected ECC errors between two looks that make it suspect."""
+    """Corrected ECC errors between two samples that make the GPU suspect."""
     suspect_for_s: float = 300.0
-    """A suspect with good readings for this long is healthy."""
+    """A suspect GPU is healthy again after good readings for this long."""
     probation_s: float = 600.0
+    """A returned GPU is healthy again after good readings for this long."""
     hold_initial_s: float = 120.0
+    """A cordoned GPU returns after good readings for this long; doubled for each cordoning within
+    ``flap_memory_s``."""
     hold_max_s: float = 14_400.0
     flap_memory_s: float = 21_600.0
 
 
 @dataclass(frozen=True, slots=True)
 class Streak:
-    """Something that was seen again and again without a gap."""
+    """Something that was observed repeatedly without a gap."""
 
     since_s: float
     last_s: float
 
     @property
     def lasted_s(self) -> float:
-        """From the first time it was seen to the last."""
+        """From the first observation to the last."""
         return self.last_s - self.since_s
 
     @staticmethod
-    def extend(spell: Streak | None, now_s: float, gap_s: float) -> Streak:
-        """The spell with one more sighting, or a new one if the last is too long ago."""
-        if spell is None or now_s - spell.last_s > gap_s or now_s < spell.last_s:
+    def extend(streak: Streak | None, now_s: float, gap_s: float) -> Streak:
+        """The streak with an observation now; a new streak if the last one is more than ``gap_s`` ago."""
+        if streak is None or now_s - streak.last_s > gap_s or now_s < streak.last_s:
             return Streak(now_s, now_s)
-        return Streak(spell.since_s, now_s)
+        return Streak(streak.since_s, now_s)
 
 
 @dataclass(frozen=True, slots=True)
 class GpuFinding:
-    """One thing wrong, with its figures in the reason."""
+    """One thing that is wrong; the reason states the values."""
 
     rule: str
-    level: XidSeverity
+    severity: XidSeverity
     reason: str
     recovery: Recovery = Recovery.CLEAR
 
 
-Marks = tuple[tuple[float, str], ...]
+RecentEvents = tuple[tuple[float, str], ...]
+"""Events that matter only when they repeat, of the watch window: when, and what."""
 
 
 def findings_of(
@@ -90,42 +95,42 @@ def findings_of(
     ecc_uncorrected: int | None,
     ecc_corrected: int | None,
     hot: Streak | None,
-    marks: Marks,
+    recent_events: RecentEvents,
     now_s: float,
     rules: GpuRules,
-) -> tuple[tuple[GpuFinding, ...], Streak | None, Marks]:
-    """Everything wrong at this look, and the heat spell and the marks to remember for the next.
+) -> tuple[tuple[GpuFinding, ...], Streak | None, RecentEvents]:
+    """Everything that is wrong now, and the ``hot`` and ``recent_events`` to pass to the next call.
 
-    ``ecc_uncorrected`` and ``ecc_corrected`` are the counters at the look before (None: this is the first).
+    ``ecc_uncorrected`` and ``ecc_corrected`` are the counters of the previous sample; None if there is none.
     """
-    if marks and marks[0][0] < now_s - rules.watch_window_s:
-        marks = tuple(mark for mark in marks if mark[0] >= now_s - rules.watch_window_s)
+    if recent_events and recent_events[0][0] < now_s - rules.watch_window_s:
+        recent_events = tuple(event for event in recent_events if event[0] >= now_s - rules.watch_window_s)
     found: list[GpuFinding] = []
     for event in events:
-        finding, mark = _of_event(event)
-        if mark:
-            marks = (*marks, (now_s, mark))[-_MARKS_KEPT:]
+        finding, name = _of_event(event)
+        if name:
+            recent_events = (*recent_events, (now_s, name))[-_MAX_RECENT_EVENTS:]
         if finding is not None:
             found.append(finding)
     if events:
-        found += _of_marks(marks, rules)
+        found += _of_repetition(recent_events, rules)
     if sample is not None:
         found += _of_condition(sample)
         found += _of_ecc(sample, ecc_uncorrected, ecc_corrected, rules)
         found += _of_worn_memory(sample)
-        hot = _spell_of_heat(sample, hot, now_s, rules)
+        hot = _hot_streak(sample, hot, now_s, rules)
         if hot is not None and hot.last_s == now_s:
             found.append(_of_heat(sample, hot, rules))
-    return tuple(found), hot, marks
+    return tuple(found), hot, recent_events
 
 
 def _of_event(event: GpuEvent) -> tuple[GpuFinding | None, str]:
-    """The event's finding, and its mark if only many of them count."""
+    """The event's finding, and its name in :data:`RecentEvents` if it also matters when repeated."""
     if event.kind is GpuEventKind.XID:
         xid = classify(event.code)
         reason = f"XID {event.code}: {xid.meaning}"
-        mark = {XidSeverity.NOTE: "application", XidSeverity.WATCH: f"XID {event.code}"}.get(xid.level, "")
-        return GpuFinding("xid", xid.level, reason, xid.recovery), mark
+        name = {XidSeverity.NOTE: _APPLICATION, XidSeverity.WATCH: f"XID {event.code}"}.get(xid.severity, "")
+        return GpuFinding("xid", xid.severity, reason, xid.recovery), name
     if event.kind is GpuEventKind.UNCORRECTED_ECC:
         reason = "the driver reported an uncorrectable memory error"
         return GpuFinding("uncorrected_ecc", XidSeverity.FATAL, reason, Recovery.RESET), ""
@@ -134,15 +139,15 @@ def _of_event(event: GpuEvent) -> tuple[GpuFinding | None, str]:
     return None, ""
 
 
-def _of_marks(marks: Marks, rules: GpuRules) -> list[GpuFinding]:
-    """A GPU on which watched events repeat is worse than one of them; and a flood of application errors
-    is no longer the applications'."""
-    application = sum(1 for _, mark in marks if mark == "application")
-    watched = len(marks) - application
+def _of_repetition(recent_events: RecentEvents, rules: GpuRules) -> list[GpuFinding]:
+    """Repeated events of severity WATCH are worse than a single one, and very many application errors are no
+    longer explained by the applications."""
+    application = sum(1 for _, name in recent_events if name == _APPLICATION)
+    watched = len(recent_events) - application
     found = []
     if watched >= rules.watch_limit:
-        kinds = ", ".join(sorted({mark for _, mark in marks if mark != "application"}))
-        reason = f"{watched} watched events in {rules.watch_window_s:.0f} s: {kinds}"
+        kinds = ", ".join(sorted({name for _, name in recent_events if name != _APPLICATION}))
+        reason = f"{watched} errors in {rules.watch_window_s:.0f} s: {kinds}"
         found.append(GpuFinding("repeated", XidSeverity.FATAL, reason, Recovery.RESET))
     if application >= rules.application_limit:
         reason = f"{application} application errors in {rules.watch_window_s:.0f} s"
@@ -162,8 +167,8 @@ def _of_condition(sample: GpuSample) -> list[GpuFinding]:
     action = sample.info.recovery_action
     if isinstance(action, Missing) or action is RecoveryAction.NONE:
         return []
-    level = XidSeverity.WATCH if action is RecoveryAction.DRAIN_P2P else XidSeverity.FATAL
-    return [GpuFinding("recovery_action", level, f"the driver asks for {action}")]
+    severity = XidSeverity.WATCH if action is RecoveryAction.DRAIN_P2P else XidSeverity.FATAL
+    return [GpuFinding("recovery_action", severity, f"the driver asks for {action}")]
 
 
 def _of_ecc(
@@ -190,34 +195,29 @@ def _of_worn_memory(sample: GpuSample) -> list[GpuFinding]:
             reason = f"no spare memory row is left after {remaps.uncorrected + remaps.corrected} remaps"
             found.append(GpuFinding("row_remap_failed", XidSeverity.FATAL, reason, Recovery.OPERATOR))
         elif remaps.pending:
-            found.append(
-                GpuFinding(
-                    "row_remap_pending", XidSeverity.WATCH, "a memory row is remapped at the next reset"
-                )
-            )
+            reason = "a memory row will be remapped at the next reset"
+            found.append(GpuFinding("row_remap_pending", XidSeverity.WATCH, reason))
     if sample.info.page_retirement_pending is True:
-        found.append(
-            GpuFinding(
-                "page_retirement_pending", XidSeverity.WATCH, "a memory page is retired at the next reset"
-            )
-        )
+        reason = "a memory page will be retired at the next reset"
+        found.append(GpuFinding("page_retirement_pending", XidSeverity.WATCH, reason))
     return found
 
 
 def _slowdown_c(sample: GpuSample, rules: GpuRules) -> int:
-    told = sample.info.slowdown_c
-    return rules.fallback_slowdown_c if isinstance(told, Missing) or told <= 0 else told
+    reported = sample.info.slowdown_c
+    return rules.fallback_slowdown_c if isinstance(reported, Missing) or reported <= 0 else reported
 
 
 def is_hot(sample: GpuSample, temperature_c: int, rules: GpuRules) -> bool:
-    """Whether it is at its slowdown temperature, or the hardware throttles for heat."""
-    told, throttle = sample.info.slowdown_c, sample.throttle
-    limit_c = rules.fallback_slowdown_c if isinstance(told, Missing) or told <= 0 else told
-    return temperature_c >= limit_c or (not isinstance(throttle, Missing) and _HARDWARE_HEAT in throttle)
+    """Whether the GPU is at its slowdown temperature, or its hardware throttles because of heat."""
+    throttle = sample.throttle
+    if temperature_c >= _slowdown_c(sample, rules):
+        return True
+    return not isinstance(throttle, Missing) and _HARDWARE_HEAT in throttle
 
 
-def nothing_found(info: GpuInfo) -> bool:
-    """Whether what changes rarely gives no finding."""
+def info_is_clear(info: GpuInfo) -> bool:
+    """Whether what rarely changes about a GPU gives no finding."""
     action, remaps = info.recovery_action, info.row_remaps
     return (
         (isinstance(action, Missing) or action is RecoveryAction.NONE)
@@ -226,8 +226,8 @@ def nothing_found(info: GpuInfo) -> bool:
     )
 
 
-def _spell_of_heat(sample: GpuSample, hot: Streak | None, now_s: float, rules: GpuRules) -> Streak | None:
-    """The heat spell after this reading; a missing reading neither lengthens nor ends it."""
+def _hot_streak(sample: GpuSample, hot: Streak | None, now_s: float, rules: GpuRules) -> Streak | None:
+    """The hot streak after this reading; a missing reading neither extends nor ends it."""
     temperature = sample.temperature_c
     if isinstance(temperature, Missing):
         return hot
@@ -242,12 +242,12 @@ def _spell_of_heat(sample: GpuSample, hot: Streak | None, now_s: float, rules: G
 def _of_heat(sample: GpuSample, hot: Streak, rules: GpuRules) -> GpuFinding:
     shutdown, temperature = sample.info.shutdown_c, sample.temperature_c
     limit_c = _slowdown_c(sample, rules)
-    figures = f"{temperature} °C for {hot.lasted_s:.0f} s, slowdown at {limit_c} °C"
+    values = f"{temperature} °C for {hot.lasted_s:.0f} s, slowdown at {limit_c} °C"
     if (
         not isinstance(shutdown, Missing)
         and not isinstance(temperature, Missing)
         and 0 < shutdown <= temperature
     ):
-        return GpuFinding("overheating", XidSeverity.FATAL, f"{figures}, shutdown at {shutdown} °C")
-    level = XidSeverity.FATAL if hot.lasted_s >= rules.hot_for_s else XidSeverity.WATCH
-    return GpuFinding("overheating", level, figures)
+        return GpuFinding("overheating", XidSeverity.FATAL, f"{values}, shutdown at {shutdown} °C")
+    severity = XidSeverity.FATAL if hot.lasted_s >= rules.hot_for_s else XidSeverity.WATCH
+    return GpuFinding("overheating", severity, values)

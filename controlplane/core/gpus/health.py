@@ -1,14 +1,14 @@
 """A GPU's life: healthy → suspect → cordoned → draining → drained → returned → healthy.
 
-:func:`assess` takes what is known of a GPU and what was seen of it, and answers with what is known now and
-why. It cordons and lets return; draining is the reconciler's, by :func:`move`.
+:func:`assess` takes what is known about a GPU and what was observed since, and returns what is known now and
+why. It cordons GPUs and lets them return; the reconciler drains them, through :func:`transition`.
 
-* What is missing decides nothing: without readings a GPU neither gets worse nor better.
-* A GPU that was cordoned returns after a hold time of good readings, and only if what it was cordoned for
-  can mend that way (:class:`~controlplane.core.gpus.xid.Recovery`). The hold time doubles with every
-  cordoning within ``flap_memory_s``, so a GPU that comes and goes stays away longer each time.
-* Overheating has a hysteresis: it begins at the GPU's own slowdown temperature (or when the hardware
-  throttles for heat) and ends ``cool_margin_c`` below it.
+* Missing readings decide nothing: without readings a GPU gets neither worse nor better.
+* A cordoned GPU returns after a hold time of good readings, if its fault can be recovered from in that way
+  (:class:`~controlplane.core.gpus.xid.Recovery`). The hold time doubles with every cordoning within
+  ``flap_memory_s``, so a GPU that fails repeatedly stays away longer each time.
+* Overheating has hysteresis: it begins at the GPU's own slowdown temperature (or when the hardware throttles
+  because of heat) and ends ``cool_margin_c`` below it.
 """
 
 from __future__ import annotations
@@ -18,31 +18,39 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from types import MappingProxyType
 
-from controlplane.core.gpus.findings import GpuFinding, GpuRules, Streak, findings_of, is_hot, nothing_found
+from controlplane.core.gpus.findings import (
+    GpuFinding,
+    GpuRules,
+    RecentEvents,
+    Streak,
+    findings_of,
+    info_is_clear,
+    is_hot,
+)
 from controlplane.core.gpus.xid import Recovery, XidSeverity
 from controlplane.core.telemetry.samples import Absence, GpuCondition, GpuEvent, GpuSample, Missing, Reading
 from controlplane.errors import IllegalTransition
 
 
 class GpuState(StrEnum):
-    """Where a GPU is in its life."""
+    """A GPU's state; the legal transitions are in :data:`TRANSITIONS`."""
 
     HEALTHY = "healthy"
     SUSPECT = "suspect"
-    """Keeps what runs on it; takes new work only if nothing better is left."""
+    """What runs on it stays; takes new replicas only if there is no better GPU."""
     CORDONED = "cordoned"
-    """Takes no new work; what runs on it has to leave."""
+    """Takes no new replicas; what runs on it has to leave."""
     DRAINING = "draining"
     """What runs on it is leaving."""
     DRAINED = "drained"
     """Nothing runs on it."""
     RETURNED = "returned"
-    """Takes work again, on probation."""
+    """Takes new replicas again, on probation."""
 
 
 _S = GpuState
 
-MOVES: Mapping[GpuState, frozenset[GpuState]] = MappingProxyType(
+TRANSITIONS: Mapping[GpuState, frozenset[GpuState]] = MappingProxyType(
     {
         _S.HEALTHY: frozenset({_S.SUSPECT, _S.CORDONED}),
         _S.SUSPECT: frozenset({_S.HEALTHY, _S.CORDONED}),
@@ -52,52 +60,56 @@ MOVES: Mapping[GpuState, frozenset[GpuState]] = MappingProxyType(
         _S.RETURNED: frozenset({_S.HEALTHY, _S.SUSPECT, _S.CORDONED}),
     }
 )
-"""From each state, where a GPU may go. Staying is no move and always allowed."""
+"""From each state, the states that a GPU may enter next. Staying is always allowed."""
 
-TAKES_NEW = frozenset({_S.HEALTHY, _S.RETURNED})
 LAST_RESORT = frozenset({_S.SUSPECT})
+"""States in which a GPU takes new replicas only if there is no better GPU."""
 OUT_OF_USE = frozenset({_S.CORDONED, _S.DRAINING, _S.DRAINED})
+"""States in which a GPU takes no new replicas."""
 
 _RECOVERIES = (Recovery.CLEAR, Recovery.RESET, Recovery.OPERATOR)
-_NEVER_THERE = frozenset({Absence.NOT_SUPPORTED, Absence.NO_FUNCTION})
-_CORDONS_KEPT = 16
+"""From the easiest to the hardest."""
+_NEVER_AVAILABLE = frozenset({Absence.NOT_SUPPORTED, Absence.NO_FUNCTION})
+_MAX_CORDONS = 16
 _OPERATOR = "operator"
 
 
 @dataclass(frozen=True, slots=True)
 class GpuHealth:
-    """What is known of one GPU. Times are the caller's monotonic clock."""
+    """What is known about one GPU. Times are the caller's monotonic clock."""
 
     uuid: str
     state: GpuState = GpuState.HEALTHY
     since_s: float = 0.0
     """When ``state`` was entered."""
     rule: str = ""
-    """What put it there."""
+    """The rule that led to ``state``."""
     reason: str = ""
     recovery: Recovery = Recovery.CLEAR
     hold_s: float = 0.0
-    """Good readings that it needs before it returns."""
+    """How long it needs good readings before it returns."""
     cordons_s: tuple[float, ...] = ()
-    """When it was cordoned, inside the flap memory."""
+    """When it was cordoned, within ``flap_memory_s``."""
     reset_seen: bool = False
-    """Since it was cordoned, its counters started anew, its node rebooted, or it was lost and is back."""
+    """Whether there was a reset since it was cordoned: its counters restarted, its node rebooted, or it was
+    lost and came back."""
     was_lost: bool = False
-    """It was lost at the last look that said anything."""
+    """Whether the last readable sample reported it as lost."""
     boot_id: str = ""
+    """Of its node, at the last sample."""
     ecc_uncorrected: int | None = None
     ecc_corrected: int | None = None
-    """Counters at the last look; None before the first."""
+    """Error counters at the last sample; None before the first."""
     hot: Streak | None = None
-    well: Streak | None = None
-    """Readings without a finding, without a gap."""
-    marks: tuple[tuple[float, str], ...] = ()
-    """Passing findings of the watch window: when, and by which rule."""
+    """Readings that are too hot."""
+    good: Streak | None = None
+    """Readings without a finding."""
+    recent_events: RecentEvents = ()
 
 
 @dataclass(frozen=True, slots=True)
 class HealthDecision:
-    """One decision about one GPU, «nothing to do» too."""
+    """One decision about one GPU, including the decision to change nothing."""
 
     uuid: str
     before: GpuState
@@ -106,27 +118,27 @@ class HealthDecision:
     reason: str
 
     @property
-    def moved(self) -> bool:
-        """Whether it is more than an observation."""
+    def changed(self) -> bool:
+        """Whether the GPU's state changed."""
         return self.before is not self.after
 
 
 @dataclass(frozen=True, slots=True)
 class HealthAssessment:
-    """What is known now, and why."""
+    """What is known about a GPU now, and why."""
 
     health: GpuHealth
-    verdict: HealthDecision
+    decision: HealthDecision
     findings: tuple[GpuFinding, ...] = ()
 
 
-def check(current: GpuState, new: GpuState) -> None:
-    """Raise IllegalTransition unless a GPU in ``current`` may become ``new``."""
-    if new is not current and new not in MOVES[current]:
+def check_transition(current: GpuState, new: GpuState) -> None:
+    """Raises IllegalTransition unless a GPU in ``current`` may enter ``new``."""
+    if new is not current and new not in TRANSITIONS[current]:
         raise IllegalTransition(f"a GPU that is {current} can't become {new}")
 
 
-def move(
+def transition(
     health: GpuHealth,
     state: GpuState,
     *,
@@ -136,33 +148,36 @@ def move(
     rules: GpuRules,
     recovery: Recovery = Recovery.CLEAR,
 ) -> GpuHealth:
-    """The GPU in ``state``, entered at ``now_s``; staying changes nothing. Raises IllegalTransition.
+    """The GPU in ``state``, entered at ``now_s``; unchanged if it is in that state already.
 
-    Cordoning starts the hold time, longer for every cordoning that is still remembered.
+    Cordoning starts the hold time, which is longer for every cordoning within ``flap_memory_s``. Raises
+    IllegalTransition.
     """
-    check(health.state, state)
+    check_transition(health.state, state)
     if state is health.state:
         return health
-    moved = replace(health, state=state, since_s=now_s, rule=rule, reason=reason)
+    after = replace(health, state=state, since_s=now_s, rule=rule, reason=reason)
     if state is GpuState.CORDONED:
         oldest_s = now_s - rules.flap_memory_s
-        cordons_s = (*(at_s for at_s in health.cordons_s if at_s > oldest_s), now_s)[-_CORDONS_KEPT:]
+        cordons_s = (*(at_s for at_s in health.cordons_s if at_s > oldest_s), now_s)[-_MAX_CORDONS:]
         hold_s = min(rules.hold_max_s, rules.hold_initial_s * 2 ** (len(cordons_s) - 1))
         return replace(
-            moved, recovery=recovery, hold_s=hold_s, cordons_s=cordons_s, reset_seen=False, well=None
+            after, recovery=recovery, hold_s=hold_s, cordons_s=cordons_s, reset_seen=False, good=None
         )
     if state is GpuState.RETURNED:
-        return replace(moved, recovery=Recovery.CLEAR, reset_seen=False, well=None, hot=None, marks=())
+        return replace(
+            after, recovery=Recovery.CLEAR, reset_seen=False, good=None, hot=None, recent_events=()
+        )
     if state in (GpuState.DRAINING, GpuState.DRAINED):
-        return replace(moved, rule=health.rule, reason=health.reason)  # what it was cordoned for stays
-    return moved
+        return replace(after, rule=health.rule, reason=health.reason)  # Still why it was cordoned.
+    return after
 
 
 def cordon(health: GpuHealth, *, now_s: float, reason: str, rules: GpuRules) -> GpuHealth:
-    """As an operator asks: it stays away until an operator lets it return."""
+    """An operator cordons the GPU: it returns only when an operator uncordons it."""
     if health.state in OUT_OF_USE:
         return replace(health, recovery=Recovery.OPERATOR)
-    return move(
+    return transition(
         health,
         GpuState.CORDONED,
         now_s=now_s,
@@ -174,41 +189,43 @@ def cordon(health: GpuHealth, *, now_s: float, reason: str, rules: GpuRules) -> 
 
 
 def uncordon(health: GpuHealth, *, now_s: float, reason: str, rules: GpuRules) -> GpuHealth:
-    """As an operator asks: it takes work again, on probation, and its past cordonings are forgotten.
+    """An operator uncordons the GPU: it returns, on probation, and its past cordonings no longer count.
 
     Raises IllegalTransition if it is not out of use.
     """
-    returned = move(health, GpuState.RETURNED, now_s=now_s, rule=_OPERATOR, reason=reason, rules=rules)
+    returned = transition(health, GpuState.RETURNED, now_s=now_s, rule=_OPERATOR, reason=reason, rules=rules)
     if returned is health:
         return health
     return replace(returned, cordons_s=())
 
 
-def unremarkable(health: GpuHealth, sample: GpuSample, boot_id: str, rules: GpuRules) -> bool:
-    """Whether :func:`assess` would leave the GPU as it is: healthy before, and nothing in this sample.
+def has_open_findings(health: GpuHealth) -> bool:
+    """Whether the GPU is not healthy, or something observed earlier may still matter.
 
-    The usual case, thousands of times a second; it may say False where assessing changes nothing either, but
-    never True where it would. Both halves can be asked apart: the first changes only with the health.
+    Together with :func:`sample_changes_nothing` it finds the GPUs that need no :func:`assess`. That is the
+    usual case, thousands of times a second; the part that depends on the health alone is a function of its
+    own so that its result can be stored.
     """
-    return calm(health) and nothing_new(health, sample, boot_id, rules)
-
-
-def calm(health: GpuHealth) -> bool:
-    """Whether the GPU is healthy, and nothing of its past is still watched."""
     return (
-        health.state is GpuState.HEALTHY and not health.was_lost and health.hot is None and not health.marks
+        health.state is not GpuState.HEALTHY
+        or health.was_lost
+        or health.hot is not None
+        or bool(health.recent_events)
     )
 
 
-def nothing_new(health: GpuHealth, sample: GpuSample, boot_id: str, rules: GpuRules) -> bool:
-    """Whether the sample says what is known of a GPU that is :func:`calm`, and gives no finding."""
+def sample_changes_nothing(health: GpuHealth, sample: GpuSample, boot_id: str, rules: GpuRules) -> bool:
+    """Whether :func:`assess` would change nothing about a GPU without :func:`has_open_findings`.
+
+    It may be False although assessing would change nothing, but is never True if assessing would.
+    """
     if sample.condition is not GpuCondition.OK or (boot_id != health.boot_id and boot_id):
         return False
     uncorrected, corrected, temperature_c = sample.ecc_uncorrected, sample.ecc_corrected, sample.temperature_c
     return (
         (uncorrected == health.ecc_uncorrected or isinstance(uncorrected, Missing))
         and (corrected == health.ecc_corrected or isinstance(corrected, Missing))
-        and nothing_found(sample.info)
+        and info_is_clear(sample.info)
         and (isinstance(temperature_c, Missing) or not is_hot(sample, temperature_c, rules))
     )
 
@@ -222,54 +239,56 @@ def assess(
     rules: GpuRules,
     boot_id: str = "",
 ) -> HealthAssessment:
-    """What a new sample and new events of a GPU change.
+    """What a new sample and new events change about a GPU.
 
-    ``sample`` is None where there is none that was not assessed before; ``boot_id`` is its node's.
+    ``sample`` is None if there is no new one. ``boot_id`` is its node's.
     """
     readable = sample is not None and sample.condition is not GpuCondition.UNREADABLE
-    findings, hot, marks = findings_of(
+    findings, hot, recent_events = findings_of(
         sample if readable else None,
         events,
         ecc_uncorrected=health.ecc_uncorrected,
         ecc_corrected=health.ecc_corrected,
         hot=health.hot,
-        marks=health.marks,
+        recent_events=health.recent_events,
         now_s=now_s,
         rules=rules,
     )
-    known = health if hot is health.hot and marks == health.marks else replace(health, hot=hot, marks=marks)
+    known = health
+    if hot is not health.hot or recent_events != health.recent_events:
+        known = replace(health, hot=hot, recent_events=recent_events)
     if readable and sample is not None:
-        known = _remember(known, sample, boot_id)
-    worst = max(findings, key=lambda finding: finding.level, default=None)
-    if worst is not None and worst.level is not XidSeverity.NOTE:
-        return _worse(replace(known, well=None), worst, findings, now_s, rules)
+        known = _with_counters(known, sample, boot_id)
+    worst = max(findings, key=lambda finding: finding.severity, default=None)
+    if worst is not None and worst.severity is not XidSeverity.NOTE:
+        return _worse(replace(known, good=None), worst, findings, now_s, rules)
     if not readable or sample is None:
         why = sample.detail if sample is not None else "no new sample"
-        return _stays(known, "no telemetry", f"nothing new is known of it: {why}", findings)
-    gap = _gap(sample)
-    if gap:
-        return _stays(known, "incomplete telemetry", f"too little is known of it: {gap}", findings)
+        return _stays(known, "no telemetry", f"nothing new is known about it: {why}", findings)
+    lacking = _lacking(sample)
+    if lacking:
+        return _stays(known, "incomplete telemetry", f"too little is known about it: {lacking}", findings)
     if known.state is GpuState.HEALTHY:
         return _stays(known, "healthy", "no finding", findings)
-    well = Streak.extend(known.well, now_s, rules.evidence_gap_s)
-    return _better(replace(known, well=well), well.lasted_s, findings, now_s, rules)
+    good = Streak.extend(known.good, now_s, rules.evidence_gap_s)
+    return _better(replace(known, good=good), good.lasted_s, findings, now_s, rules)
 
 
 def _worse(
     health: GpuHealth, worst: GpuFinding, findings: tuple[GpuFinding, ...], now_s: float, rules: GpuRules
 ) -> HealthAssessment:
     if health.state in OUT_OF_USE:
-        if worst.level is XidSeverity.FATAL and _RECOVERIES.index(worst.recovery) > _RECOVERIES.index(
+        if worst.severity is XidSeverity.FATAL and _RECOVERIES.index(worst.recovery) > _RECOVERIES.index(
             health.recovery
         ):
             health = replace(health, recovery=worst.recovery, rule=worst.rule, reason=worst.reason)
         return _stays(health, worst.rule, worst.reason, findings)
-    state = GpuState.CORDONED if worst.level is XidSeverity.FATAL else GpuState.SUSPECT
+    state = GpuState.CORDONED if worst.severity is XidSeverity.FATAL else GpuState.SUSPECT
     if state is health.state:
         return _stays(
             replace(health, reason=worst.reason, rule=worst.rule), worst.rule, worst.reason, findings
         )
-    after = move(
+    after = transition(
         health, state, now_s=now_s, rule=worst.rule, reason=worst.reason, rules=rules, recovery=worst.recovery
     )
     return HealthAssessment(
@@ -278,9 +297,9 @@ def _worse(
 
 
 def _better(
-    health: GpuHealth, well_s: float, findings: tuple[GpuFinding, ...], now_s: float, rules: GpuRules
+    health: GpuHealth, good_s: float, findings: tuple[GpuFinding, ...], now_s: float, rules: GpuRules
 ) -> HealthAssessment:
-    """Good readings for ``well_s``: how far do they take it?"""
+    """The GPU after good readings for ``good_s``."""
     if health.state in OUT_OF_USE:
         if health.recovery is Recovery.OPERATOR:
             return _stays(health, "waits for an operator", health.reason, findings)
@@ -291,10 +310,10 @@ def _better(
         needed_s, state, rule = rules.probation_s, GpuState.HEALTHY, "probation over"
     else:
         needed_s, state, rule = rules.suspect_for_s, GpuState.HEALTHY, "no longer suspect"
-    if well_s < needed_s:
-        return _stays(health, "recovering", f"good readings for {well_s:.0f} of {needed_s:.0f} s", findings)
-    reason = f"good readings for {well_s:.0f} s after: {health.reason}"
-    after = move(health, state, now_s=now_s, rule=rule, reason=reason, rules=rules)
+    if good_s < needed_s:
+        return _stays(health, "recovering", f"good readings for {good_s:.0f} of {needed_s:.0f} s", findings)
+    reason = f"good readings for {good_s:.0f} s after: {health.reason}"
+    after = transition(health, state, now_s=now_s, rule=rule, reason=reason, rules=rules)
     return HealthAssessment(after, HealthDecision(health.uuid, health.state, state, rule, reason), findings)
 
 
@@ -304,15 +323,15 @@ def _stays(health: GpuHealth, rule: str, reason: str, findings: tuple[GpuFinding
     )
 
 
-def _remember(health: GpuHealth, sample: GpuSample, boot_id: str) -> GpuHealth:
-    """Keeps the counters, and sees a reset in one that fell, in a new boot of the node, or in a GPU that
-    fell off the bus and answers again."""
+def _with_counters(health: GpuHealth, sample: GpuSample, boot_id: str) -> GpuHealth:
+    """Stores the sample's counters, and whether there was a reset: a counter fell, the node rebooted, or the
+    GPU had fallen off the bus and responds again."""
     lost = sample.condition is GpuCondition.LOST
     uncorrected = _count(sample.ecc_uncorrected, health.ecc_uncorrected)
     corrected = _count(sample.ecc_corrected, health.ecc_corrected)
     unchanged = uncorrected == health.ecc_uncorrected and corrected == health.ecc_corrected
     if unchanged and lost is health.was_lost and boot_id in ("", health.boot_id):
-        return health  # the usual case, thousands of times a second
+        return health  # The usual case, thousands of times a second.
     reset = (
         _fell(health.ecc_uncorrected, uncorrected)
         or _fell(health.ecc_corrected, corrected)
@@ -329,10 +348,10 @@ def _remember(health: GpuHealth, sample: GpuSample, boot_id: str) -> GpuHealth:
     )
 
 
-def _gap(sample: GpuSample) -> str:
-    """What a reading lacks to speak for the GPU; a figure that the GPU never has is no lack."""
+def _lacking(sample: GpuSample) -> str:
+    """Why the sample can't show that the GPU is well; a reading that this GPU never has is not required."""
     for reading in (sample.memory_free_bytes, sample.temperature_c):
-        if isinstance(reading, Missing) and reading.absence not in _NEVER_THERE:
+        if isinstance(reading, Missing) and reading.absence not in _NEVER_AVAILABLE:
             return reading.reason
     return ""
 

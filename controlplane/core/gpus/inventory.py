@@ -1,8 +1,8 @@
-"""Every GPU that node agents report: its readings, its health, and who has taken it out of use.
+"""Every GPU that node agents report: its readings, its health, and whether an operator took it out of use.
 
-:meth:`GpuFleet.observe` takes in what an agent sent and judges the node's GPUs at once, so the work is
-spread over the time in which samples arrive. What nobody reports is not judged: a node whose agent is silent,
-or whose driver does not answer, keeps the health it had.
+:meth:`GpuInventory.observe` takes in one agent's update and assesses that node's GPUs at once, so the work is
+spread over the time in which updates arrive. A GPU without an update is not assessed: if a node's agent is
+silent, or its driver does not respond, its GPUs keep the health they had.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from controlplane.core.gpus.health import (
     GpuState,
     HealthAssessment,
     assess,
-    calm,
-    nothing_new,
+    has_open_findings,
+    sample_changes_nothing,
 )
-from controlplane.core.gpus.node_view import node_of
+from controlplane.core.gpus.node_view import placement_node
 from controlplane.core.gpus.xid import XidSeverity
 from controlplane.core.placement.topology import Node
 from controlplane.core.telemetry.gpu import GpuSignals, GpuTelemetry
@@ -31,9 +31,9 @@ from controlplane.core.telemetry.node import NodeTelemetry
 from controlplane.core.telemetry.samples import GpuCondition, GpuEvent, GpuSample, Missing, NodeSample
 from controlplane.core.telemetry.series import DEFAULT_LIMITS, signal_of
 
-_AWAY = frozenset({GpuCondition.LOST, GpuCondition.RESET_REQUIRED})
-REMEMBERED = 10_000
-"""GPUs that are gone and were not healthy: so many are remembered, the last ones."""
+_UNUSABLE = frozenset({GpuCondition.LOST, GpuCondition.RESET_REQUIRED})
+MAX_REMEMBERED = 10_000
+"""Most GPUs whose health is remembered after their node is gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +43,11 @@ class GpuRecord:
     node_id: str
     health: GpuHealth
     must_leave: bool = False
-    """What runs on it has to leave, and not only nothing new to come."""
+    """Whether what runs on it has to leave. If not, a GPU that is out of use only takes no new replicas."""
 
     @property
     def out_of_use(self) -> bool:
-        """Whether nothing new may come."""
+        """Whether it takes no new replicas."""
         return self.health.state in OUT_OF_USE
 
 
@@ -57,6 +57,7 @@ class NodeHold:
 
     reason: str
     must_leave: bool = False
+    """Whether what runs on it has to leave."""
 
 
 class GpuInventory:
@@ -66,19 +67,22 @@ class GpuInventory:
         self.rules = rules or GpuRules()
         self._nodes: dict[str, NodeTelemetry] = {}
         self._records: dict[str, GpuRecord] = {}
-        self._calm: dict[str, GpuHealth] = {}
+        self._without_findings: dict[str, GpuHealth] = {}
+        """UUID → health of the GPUs without open findings: nearly all of them, which are quick to assess."""
         self._out_of_use: dict[str, str] = {}
+        """UUID → node id of the GPUs whose own state takes them out of use."""
         self._eventful: dict[str, GpuRecord] = {}
-        """Of the records, by UUID: the health of those that are calm, the node of those out of use, and those
-        that are not simply healthy. Nearly all are calm, so nobody has to look at all of them."""
-        self._aside: dict[str, GpuSample] = {}
-        """UUID → the last sample that could be read, where the newest can't or the GPU is listed no more."""
-        self._counted = False
-        """Some node has reported a GPU."""
+        """By UUID: the GPUs that are not healthy, or have been cordoned before."""
+        self._last_readable: dict[str, GpuSample] = {}
+        """UUID → the last readable sample of a GPU whose newest one is not, or that is no longer listed."""
+        self._has_reported_gpus = False
         self._by_node: dict[str, tuple[str, ...]] = {}
+        """Node id → UUIDs of its GPUs, in the driver's order; vanished ones last."""
         self._holds: dict[str, NodeHold] = {}
-        self._waiting: dict[str, tuple[GpuHealth, bool]] = {}
-        """Health from before a restart of GPUs that have not been seen since."""
+        """By node id."""
+        self._remembered: dict[str, tuple[GpuHealth, bool]] = {}
+        """UUID → health and ``must_leave`` of GPUs that no node has reported since a restart or since their
+        node was lost."""
 
     @property
     def records(self) -> Mapping[str, GpuRecord]:
@@ -86,18 +90,18 @@ class GpuInventory:
         return MappingProxyType(self._records)
 
     @property
-    def counted(self) -> bool:
-        """Whether a GPU was ever reported: where none was, nobody counts them."""
-        return self._counted
+    def has_reported_gpus(self) -> bool:
+        """Whether any node has ever reported a GPU. If not, the GPU total of the cluster is unknown."""
+        return self._has_reported_gpus
 
     @property
     def nodes(self) -> Mapping[str, NodeTelemetry]:
-        """By node id: those that have reported."""
+        """The nodes that have reported, by id."""
         return MappingProxyType(self._nodes)
 
     @property
     def holds(self) -> Mapping[str, NodeHold]:
-        """Nodes that are out of use, by id."""
+        """The nodes that an operator took out of use, by id."""
         return MappingProxyType(self._holds)
 
     def gpus_of(self, node_id: str) -> tuple[str, ...]:
@@ -107,91 +111,111 @@ class GpuInventory:
     def observe(
         self, node_id: str, sample: NodeSample | None, events: Sequence[GpuEvent], *, now_s: float
     ) -> tuple[HealthAssessment, ...]:
-        """Takes in what a node's agent sent at ``now_s``; answers with what moved."""
+        """Takes in an update of a node's agent at ``now_s``; returns the GPUs whose state changed, and why.
+
+        ``sample`` is None if the agent has not taken one yet.
+        """
         telemetry = self._nodes.get(node_id)
         if telemetry is None:
             if sample is None:
                 return ()
             telemetry = self._nodes[node_id] = NodeTelemetry()
-        before = telemetry.latest
-        latest = sample if sample is not None and telemetry.observe(sample, now_s) else None
-        by_gpu: dict[str, list[GpuEvent]] = {}
+        before = telemetry.latest.gpus if telemetry.latest is not None else ()
+        events_of: dict[str, list[GpuEvent]] = {}
         for event in events:
             if event.gpu_uuid:
-                by_gpu.setdefault(event.gpu_uuid, []).append(event)
-        moved: list[HealthAssessment] = []
-        if latest is not None:
-            listed = telemetry.gpus.uuids
+                events_of.setdefault(event.gpu_uuid, []).append(event)
+        changed: list[HealthAssessment] = []
+        if sample is not None and telemetry.observe(sample, now_s):
+            listed, boot_id = telemetry.gpus.uuids, sample.boot_id
             if listed != self._by_node.get(node_id):
-                for gpu in before.gpus if before is not None else ():
-                    uuid = gpu.info.uuid
-                    if uuid and uuid not in listed and (_readable(gpu) or uuid not in self._aside):
-                        self._aside[uuid] = gpu
-                vanished = self._vanished(node_id, listed, latest)
-                for uuid in vanished:
-                    lost = GpuSample(self._aside[uuid].info, GpuCondition.LOST, "the driver lists it no more")
-                    self._aside[uuid] = lost
-                    moved += self._look(node_id, lost, by_gpu.pop(uuid, ()), now_s, latest.boot_id)
-                self._by_node[node_id] = (*listed, *vanished)
-            boot_id, rules, known = latest.boot_id, self.rules, self._calm
-            for gpu in latest.gpus:
+                for lost in self._update_list(node_id, listed, before, sample):
+                    changed += self._assess(
+                        node_id, lost.info.uuid, lost, events_of.pop(lost.info.uuid, ()), now_s, boot_id
+                    )
+            rules, without_findings = self.rules, self._without_findings
+            for gpu in sample.gpus:
                 uuid = gpu.info.uuid
-                health = known.get(uuid)
-                if health is not None and uuid not in by_gpu and nothing_new(health, gpu, boot_id, rules):
+                health = without_findings.get(uuid)
+                if (
+                    health is not None
+                    and uuid not in events_of
+                    and sample_changes_nothing(health, gpu, boot_id, rules)
+                ):
                     continue
                 if uuid:
-                    if before is not None and not _readable(gpu):
-                        for last in before.gpus:
-                            if last.info.uuid == uuid and _readable(last):
-                                self._aside[uuid] = last
-                    moved += self._look(node_id, gpu, by_gpu.pop(uuid, ()), now_s, boot_id)
-        for uuid, of_gpu in by_gpu.items():
+                    if not _readable(gpu):
+                        self._save_readable(uuid, before)
+                    changed += self._assess(node_id, uuid, gpu, events_of.pop(uuid, ()), now_s, boot_id)
+        for uuid, of_gpu in events_of.items():
             if uuid in self._records:
-                moved += self._look(node_id, None, of_gpu, now_s, "", uuid)
-        return tuple(moved)
+                changed += self._assess(node_id, uuid, None, of_gpu, now_s, "")
+        return tuple(changed)
 
-    def _vanished(self, node_id: str, listed: tuple[str, ...], latest: NodeSample) -> tuple[str, ...]:
-        """GPUs that were there and that a working driver lists no more: a new agent never saw them."""
-        if isinstance(latest.driver_version, Missing) or not listed:
-            return ()
-        return tuple(
-            uuid
-            for uuid in self._by_node.get(node_id, ())
-            if uuid not in listed and uuid in self._records and self._records[uuid].node_id == node_id
-        )
+    def _update_list(
+        self, node_id: str, listed: tuple[str, ...], before: Sequence[GpuSample], sample: NodeSample
+    ) -> list[GpuSample]:
+        """Stores which GPUs the node lists now; returns a sample for each that vanished from the list.
 
-    def _look(
+        ``before`` are the GPUs of the sample before. A GPU counts as vanished only if the driver works and
+        still lists others. The agent reports it as lost itself, unless it started after the GPU vanished.
+        """
+        for gpu in before:
+            uuid = gpu.info.uuid
+            if uuid and uuid not in listed and (_readable(gpu) or uuid not in self._last_readable):
+                self._last_readable[uuid] = gpu
+        vanished: tuple[str, ...] = ()
+        if listed and not isinstance(sample.driver_version, Missing):
+            vanished = tuple(
+                uuid
+                for uuid in self._by_node.get(node_id, ())
+                if uuid not in listed and uuid in self._records and self._records[uuid].node_id == node_id
+            )
+        self._by_node[node_id] = (*listed, *vanished)
+        lost = []
+        for uuid in vanished:
+            info = self._last_readable[uuid].info
+            self._last_readable[uuid] = GpuSample(info, GpuCondition.LOST, "the driver no longer lists it")
+            lost.append(self._last_readable[uuid])
+        return lost
+
+    def _save_readable(self, uuid: str, before: Sequence[GpuSample]) -> None:
+        for gpu in before:
+            if gpu.info.uuid == uuid and _readable(gpu):
+                self._last_readable[uuid] = gpu
+
+    def _assess(
         self,
         node_id: str,
+        uuid: str,
         sample: GpuSample | None,
         events: Sequence[GpuEvent],
         now_s: float,
         boot_id: str,
-        uuid: str = "",
     ) -> tuple[HealthAssessment, ...]:
-        uuid = sample.info.uuid if sample is not None else uuid
+        """Assesses one GPU and stores the result; returns it if the GPU's state changed."""
         record = self._records.get(uuid)
         if record is None:
-            assert sample is not None
-            health, must_leave = self._waiting.pop(uuid, (GpuHealth(uuid, since_s=now_s), False))
+            health, must_leave = self._remembered.pop(uuid, (GpuHealth(uuid, since_s=now_s), False))
             record = GpuRecord(node_id, health, must_leave)
-        seen = assess(record.health, sample, events, now_s=now_s, rules=self.rules, boot_id=boot_id)
-        must_leave = seen.health.state in OUT_OF_USE and (
+        assessed = assess(record.health, sample, events, now_s=now_s, rules=self.rules, boot_id=boot_id)
+        cordoned = assessed.decision.changed and assessed.decision.after is GpuState.CORDONED
+        must_leave = assessed.health.state in OUT_OF_USE and (
             record.must_leave
-            or (seen.verdict.moved and seen.verdict.after is GpuState.CORDONED)
-            or any(finding.level is XidSeverity.FATAL for finding in seen.findings)
+            or cordoned
+            or any(finding.severity is XidSeverity.FATAL for finding in assessed.findings)
         )
-        self._put(uuid, GpuRecord(node_id, seen.health, must_leave))
-        return (seen,) if seen.verdict.moved else ()
+        self._put(uuid, GpuRecord(node_id, assessed.health, must_leave))
+        return (assessed,) if assessed.decision.changed else ()
 
     def _put(self, uuid: str, record: GpuRecord) -> None:
         self._records[uuid] = record
-        self._counted = True
+        self._has_reported_gpus = True
         health = record.health
-        if calm(health):
-            self._calm[uuid] = health
+        if has_open_findings(health):
+            self._without_findings.pop(uuid, None)
         else:
-            self._calm.pop(uuid, None)
+            self._without_findings[uuid] = health
         if record.out_of_use:
             self._out_of_use[uuid] = record.node_id
         else:
@@ -203,44 +227,45 @@ class GpuInventory:
 
     def _drop(self, uuid: str) -> None:
         del self._records[uuid]
-        self._aside.pop(uuid, None)
-        self._calm.pop(uuid, None)
+        self._last_readable.pop(uuid, None)
+        self._without_findings.pop(uuid, None)
         self._out_of_use.pop(uuid, None)
         self._eventful.pop(uuid, None)
 
     def sample(self, uuid: str) -> GpuSample:
-        """The GPU's last sample that could be read; the very last if none could. KeyError if unknown."""
+        """The GPU's last readable sample, or its newest one if none was readable. KeyError if unknown."""
         telemetry = self._nodes.get(self._records[uuid].node_id)
         latest = telemetry.gpus.sample(uuid) if telemetry is not None else None
-        return self._aside[uuid] if latest is None else self._last_readable(latest)
+        return self._last_readable[uuid] if latest is None else self._readable_or(latest)
 
-    def _last_readable(self, latest: GpuSample) -> GpuSample:
-        aside = None if _readable(latest) else self._aside.get(latest.info.uuid)
-        return latest if aside is None or not _readable(aside) else aside
+    def _readable_or(self, latest: GpuSample) -> GpuSample:
+        """The last readable sample of the GPU, or ``latest`` if there is none."""
+        last = None if _readable(latest) else self._last_readable.get(latest.info.uuid)
+        return latest if last is None or not _readable(last) else last
 
     def node(self, node_id: str, *, last_resort: bool = False) -> Node | None:
-        """The node as the placement sees it; None if it has not reported. CPUs and memory are Ray's.
+        """The node for the placement; None if it has not reported. Ray accounts for CPUs and memory.
 
-        Suspect GPUs are left out unless ``last_resort``. A GPU whose driver does not answer is judged by what
-        was known of it before, and counts as suspect.
+        Suspect GPUs are unavailable unless ``last_resort``. A GPU whose driver does not respond is described
+        by its last readable sample, and counts as suspect.
         """
         telemetry = self._nodes.get(node_id)
         if telemetry is None or telemetry.latest is None:
             return None
-        gpus, refused = [], {}
+        gpus, unavailable = [], {}
         for gpu in telemetry.latest.gpus:
             record = self._records.get(gpu.info.uuid)
             if record is None:
                 continue
-            last = self._last_readable(gpu)
+            last = self._readable_or(gpu)
             gpus.append(last if _readable(last) else replace(last, condition=GpuCondition.OK))
-            refused[gpu.info.uuid] = self._refusal(record, not _readable(gpu), last_resort)
+            unavailable[gpu.info.uuid] = self._why_unavailable(record, _readable(gpu), last_resort)
         hold = self._holds.get(node_id)
         sample = replace(telemetry.latest, gpus=tuple(gpus))
-        unavailable = f"cordoned: {hold.reason}" if hold else ""
-        return node_of(sample, cpu_milli=0, memory_bytes=0, unavailable=unavailable, cordoned=refused)
+        cordoned = f"cordoned: {hold.reason}" if hold else ""
+        return placement_node(sample, unavailable=cordoned, unavailable_gpus=unavailable)
 
-    def _refusal(self, record: GpuRecord, unreadable: bool, last_resort: bool) -> str:
+    def _why_unavailable(self, record: GpuRecord, readable: bool, last_resort: bool) -> str:
         health = record.health
         if health.state in OUT_OF_USE:
             return f"{health.state}: {health.reason}"
@@ -248,10 +273,10 @@ class GpuInventory:
             return ""
         if health.state in LAST_RESORT:
             return f"suspect: {health.reason}"
-        return "its driver does not answer" if unreadable else ""
+        return "" if readable else "its driver does not respond"
 
     def signals(self, uuid: str, now_s: float) -> GpuSignals:
-        """A GPU's readings at ``now_s``; all MISSING for one that is not reported."""
+        """A GPU's signals at ``now_s``; all MISSING if it is not reported."""
         record = self._records.get(uuid)
         telemetry = self._nodes.get(record.node_id) if record else None
         return (telemetry.gpus if telemetry else GpuTelemetry()).signals(uuid, now_s)
@@ -259,14 +284,14 @@ class GpuInventory:
     # --- what is out of use ------------------------------------------------------------------------------
 
     def out_of_use(self) -> dict[str, str]:
-        """UUID → node id of every GPU that nothing new may come to, by its own health or with its node."""
+        """UUID → node id of every GPU that takes no new replicas, because of its own health or its node."""
         found = dict(self._out_of_use)
         for node_id in self._holds:
             found |= dict.fromkeys(self.gpus_of(node_id), node_id)
         return found
 
-    def why_leave(self, uuid: str) -> str:
-        """Why what runs on the GPU has to leave; empty: it need not."""
+    def leave_reason(self, uuid: str) -> str:
+        """Why what runs on the GPU has to leave; empty if it may stay."""
         record = self._records.get(uuid)
         if record is None:
             return ""
@@ -275,19 +300,19 @@ class GpuInventory:
         hold = self._holds.get(record.node_id)
         return f"node {record.node_id} is drained: {hold.reason}" if hold and hold.must_leave else ""
 
-    def away(self, uuid: str, now_s: float) -> str:
-        """Why the GPU can't be used whatever anybody wants, by what its driver said just now; empty: it can,
-        or nothing new is known of it. KeyError for an unknown GPU."""
+    def unusable_reason(self, uuid: str, now_s: float) -> str:
+        """Why the GPU can't return to use, according to a fresh sample of its driver; empty if it can, or if
+        there is no fresh sample. KeyError if unknown."""
         record, sample = self._records[uuid], self.sample(uuid)
         telemetry = self._nodes[record.node_id]
         fresh = signal_of(0.0, telemetry.latest_s, now_s, DEFAULT_LIMITS).fresh is not None
-        if not record.out_of_use or not fresh or sample.condition not in _AWAY:
+        if not record.out_of_use or not fresh or sample.condition not in _UNUSABLE:
             return ""
         detail = f" ({sample.detail})" if sample.detail else ""
-        return f"its driver says that it is {sample.condition.value.replace('_', ' ')}{detail}"
+        return f"its driver reports that it is {sample.condition.value.replace('_', ' ')}{detail}"
 
     def cordon_gpu(self, uuid: str, reason: str, *, must_leave: bool, now_s: float) -> bool:
-        """As an operator asks; False if it was so already. KeyError for an unknown GPU."""
+        """An operator cordons the GPU; False if nothing changed. KeyError if unknown."""
         record = self._records[uuid]
         health = gpu_health.cordon(record.health, now_s=now_s, reason=reason, rules=self.rules)
         changed = replace(record, health=health, must_leave=record.must_leave or must_leave)
@@ -295,7 +320,7 @@ class GpuInventory:
         return changed != record
 
     def uncordon_gpu(self, uuid: str, reason: str, *, now_s: float) -> bool:
-        """As an operator asks; False if it was not out of use. KeyError for an unknown GPU."""
+        """An operator uncordons the GPU; False if it was not out of use. KeyError if unknown."""
         record = self._records[uuid]
         if not record.out_of_use:
             return False
@@ -304,27 +329,34 @@ class GpuInventory:
         return True
 
     def advance(self, uuid: str, state: GpuState, *, now_s: float) -> bool:
-        """Draining and drained, as the reconciler sees them. Raises IllegalTransition; False if unchanged."""
+        """The reconciler marks the GPU as draining or drained; False if nothing changed.
+
+        Raises IllegalTransition. KeyError if unknown.
+        """
         record = self._records[uuid]
-        health = gpu_health.move(record.health, state, now_s=now_s, rule="", reason="", rules=self.rules)
+        health = gpu_health.transition(
+            record.health, state, now_s=now_s, rule="", reason="", rules=self.rules
+        )
         self._put(uuid, replace(record, health=health))
         return health is not record.health
 
     def cordon_node(self, node_id: str, reason: str, *, must_leave: bool) -> bool:
-        """As an operator asks; False if it was so already."""
-        held = self._holds.get(node_id)
-        if held is not None and (held.must_leave or not must_leave):
+        """An operator cordons the node; False if nothing changed."""
+        hold = self._holds.get(node_id)
+        if hold is not None and (hold.must_leave or not must_leave):
             return False
         self._holds[node_id] = NodeHold(reason, must_leave)
         return True
 
     def uncordon_node(self, node_id: str) -> bool:
-        """As an operator asks; False if it was in use."""
+        """An operator uncordons the node; False if it was not cordoned."""
         return self._holds.pop(node_id, None) is not None
 
-    def forget_node(self, node_id: str) -> bool:
-        """The node is gone for good: its GPUs are no longer there. Their health is kept, for the case that
-        the machine comes back under another id. False if it was not known."""
+    def remove_node(self, node_id: str) -> bool:
+        """The node is gone for good, with its GPUs; False if it was not known.
+
+        The health of GPUs that are not healthy is remembered, in case the machine comes back with another id.
+        """
         if self._nodes.pop(node_id, None) is None:
             return False
         self._holds.pop(node_id, None)
@@ -332,16 +364,17 @@ class GpuInventory:
         for uuid, record in [item for item in self._records.items() if item[1].node_id == node_id]:
             self._drop(uuid)
             if record.health.state is not GpuState.HEALTHY:
-                self._waiting[uuid] = (record.health, record.must_leave)
-        while len(self._waiting) > REMEMBERED:
-            del self._waiting[next(iter(self._waiting))]
+                self._remembered[uuid] = (record.health, record.must_leave)
+        while len(self._remembered) > MAX_REMEMBERED:
+            del self._remembered[next(iter(self._remembered))]
         return True
 
-    # --- over a restart ----------------------------------------------------------------------------------
+    # --- restarts of the controller -----------------------------------------------------------------------
 
-    def kept(self) -> tuple[dict[str, tuple[GpuHealth, bool]], dict[str, NodeHold]]:
-        """What has to survive a restart: GPUs that are not simply healthy, and nodes out of use."""
-        gpus = dict(self._waiting)
+    def state_to_store(self) -> tuple[dict[str, tuple[GpuHealth, bool]], dict[str, NodeHold]]:
+        """What has to survive a restart: UUID → health and ``must_leave`` of the GPUs that are not healthy or
+        have been cordoned before, and node id → hold of the nodes that are out of use."""
+        gpus = dict(self._remembered)
         for uuid, record in self._eventful.items():
             gpus[uuid] = (record.health, record.must_leave)
         return gpus, dict(self._holds)
@@ -351,12 +384,11 @@ class GpuInventory:
         gpus: Iterable[tuple[GpuHealth, bool]],
         holds: Mapping[str, NodeHold],
         *,
-        counted: bool = False,
+        has_reported_gpus: bool = False,
     ) -> None:
-        """What :meth:`kept` said before; it applies to each GPU when it is seen. ``counted``: some GPU
-        was reported before."""
-        self._counted = self._counted or counted
-        self._waiting.update({health.uuid: (health, leave) for health, leave in gpus})
+        """Restores what :meth:`state_to_store` returned; it applies to each GPU once a node reports it."""
+        self._has_reported_gpus = self._has_reported_gpus or has_reported_gpus
+        self._remembered.update({health.uuid: (health, leave) for health, leave in gpus})
         self._holds.update(holds)
 
 

@@ -1,39 +1,40 @@
-"""Who holds which GPU: exact UUIDs, whole or in shares, never more than there is.
+"""Which replica holds which GPU: exact UUIDs, whole GPUs or shares, never more than there is.
 
-Every request is answered with what became of it and why; one that is refused changes nothing. After a
-controller starts anew the book is rebuilt from what holders say they hold (:meth:`LeaseBook.restore`), and
-a holder without a controller goes on with what it has.
+Every request is answered with its outcome and the reason; a refused request changes nothing. When a
+controller has restarted, the table is rebuilt from what the holders report (:meth:`LeaseTable.restore`).
+Without a controller, a holder continues with what it has.
 
-* A whole lease takes GPUs that nobody else has a part of; a share takes a part of one GPU's compute (in
+* A whole GPU is leased only if no other holder has a part of it. A share is a part of one GPU's compute (in
   thousandths) and of its memory.
-* A lease lasts as long as its holder is heard of: ``ttl_s`` after the last renewal it may be reaped, and
-  until then its GPUs are not given away.
-* Acquiring again under the same holder and generation answers with the lease that is there.
+* A lease lasts as long as its holder reports: ``ttl_s`` after the last report it may be reaped, and until
+  then its GPUs are not given to others.
+* Acquiring again with the same holder and generation returns the existing lease.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import islice
 from types import MappingProxyType
 
 WHOLE_MILLI = 1000
-"""All of a GPU's compute."""
-CHANGES_KEPT = 4096
-"""Whoever asks more seldom than that for what changed has to look at all leases."""
+"""All of a GPU's compute, in thousandths."""
+MAX_CHANGES = 4096
+"""Most changes that are remembered; a caller that asks after more changes has to read all leases."""
 
 
 @dataclass(frozen=True, slots=True)
 class GpuPart:
-    """What of one GPU is asked for or held."""
+    """A part of one GPU that is requested or held."""
 
     gpu_uuid: str
     milli: int = WHOLE_MILLI
+    """Thousandths of its compute."""
     memory_bytes: int = 0
-    """Memory set aside."""
+    """Memory reserved; 0 if memory is not accounted for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +42,13 @@ class GpuLease:
     """What one holder has."""
 
     holder: str
-    """The endpoint's id."""
+    """The replica's endpoint id."""
     generation: int
-    """Of the holder's life; a newer one replaces an older one's lease."""
+    """Counts the replica's leases; a newer generation replaces an older one's lease."""
     node_id: str
     parts: tuple[GpuPart, ...]
     renewed_s: float
+    """When the holder last reported."""
 
     @property
     def gpu_uuids(self) -> tuple[str, ...]:
@@ -56,70 +58,71 @@ class GpuLease:
 
 @dataclass(frozen=True, slots=True)
 class GpuCapacity:
-    """What a GPU has to give."""
+    """What a GPU has to offer."""
 
     gpu_uuid: str
     node_id: str
     memory_bytes: int
-    """0: not known; then shares of it are limited by compute only."""
+    """0 if unknown; then only compute limits the shares of it."""
     unavailable: str = ""
-    """Why nothing new may be leased on it; what is held stays held."""
+    """Why no new lease on it is granted; existing leases stay."""
 
 
 class LeaseOutcome(StrEnum):
-    """What became of a request."""
+    """The outcome of a request."""
 
     GRANTED = "granted"
     UNCHANGED = "unchanged"
-    """It is already so."""
+    """The lease exists already."""
     REFUSED = "refused"
     UNKNOWN = "unknown"
     """There is no such lease."""
     WAIT = "wait"
-    """It can't be told yet: ask again after ``retry_after_s``."""
+    """It can't be decided yet: ask again after ``retry_after_s``."""
     UNMANAGED = "unmanaged"
-    """The node has no GPUs that can be read: the holder uses what Ray gave it."""
+    """The node has no readable GPUs: the holder uses those that Ray assigned to it."""
 
 
 @dataclass(frozen=True, slots=True)
 class LeaseResponse:
-    """What became of a request, and why."""
+    """The outcome of a request, and why."""
 
     outcome: LeaseOutcome
     reason: str
     lease: GpuLease | None = None
     retry_after_s: float = 0.0
-    """With WAIT, and with a refusal that need not last."""
+    """With WAIT, and with a refusal that may be temporary: when to ask again."""
 
 
-class LeaseBook:
-    """Every lease, by holder, and who has a part of each GPU."""
+class LeaseTable:
+    """All leases by holder, and which holders have a part of each GPU."""
 
     def __init__(self) -> None:
         self._leases: dict[str, GpuLease] = {}
-        self._users: dict[str, tuple[str, ...]] = {}
+        self._holders: dict[str, tuple[str, ...]] = {}
+        """GPU UUID → who has a part of it."""
         self._used: dict[str, tuple[int, int]] = {}
         """GPU UUID → thousandths and bytes that are held."""
         self._on_node: dict[str, dict[str, None]] = {}
-        """Node id → holders there, in the order in which they came."""
+        """Node id → holders there, in the order of their leases."""
         self._version = 0
-        self._changed: deque[str] = deque(maxlen=CHANGES_KEPT)
-        """The holder of each version's change, the last ones."""
+        self._changed: deque[str] = deque(maxlen=MAX_CHANGES)
+        """The holder of each of the last versions' changes."""
 
     @property
     def version(self) -> int:
-        """Grows whenever a lease comes or goes; not when one is renewed."""
+        """Increases whenever a lease is added or removed; not when one is renewed."""
         return self._version
 
     def changed_since(self, version: int) -> frozenset[str] | None:
-        """Holders whose lease came or went after ``version``; None if that is too long ago to tell."""
+        """Holders whose lease was added or removed after ``version``; None if too many were to remember."""
         count = self._version - version
         if not 0 <= count <= len(self._changed):
             return None
         return frozenset(islice(reversed(self._changed), count))
 
     def on_node(self, node_id: str) -> Iterator[GpuLease]:
-        """The leases of one node, in the order in which they came."""
+        """The leases on one node, oldest first."""
         return (self._leases[holder] for holder in self._on_node.get(node_id, ()))
 
     @property
@@ -128,11 +131,11 @@ class LeaseBook:
         return MappingProxyType(self._leases)
 
     def holders(self, gpu_uuid: str) -> tuple[str, ...]:
-        """Who has a part of the GPU, in the order in which they came."""
-        return self._users.get(gpu_uuid, ())
+        """Who has a part of the GPU, oldest lease first."""
+        return self._holders.get(gpu_uuid, ())
 
     def used(self, gpu_uuid: str, *, without: str = "") -> tuple[int, int]:
-        """Thousandths and bytes of a GPU that are held, ``without`` those of one holder."""
+        """Thousandths and bytes of a GPU that are held, except by the holder ``without``."""
         milli, memory_bytes = self._used.get(gpu_uuid, (0, 0))
         if without and without in self._leases:
             for part in self._leases[without].parts:
@@ -140,16 +143,6 @@ class LeaseBook:
                     milli -= part.milli
                     memory_bytes -= part.memory_bytes
         return milli, memory_bytes
-
-    def free(self, capacity: GpuCapacity) -> tuple[int, int | None]:
-        """Thousandths and bytes of a GPU that may still be leased; bytes are None where they aren't known."""
-        if capacity.unavailable:
-            return 0, 0
-        milli, memory_bytes = self.used(capacity.gpu_uuid)
-        left = max(0, WHOLE_MILLI - milli)
-        if not left:
-            return 0, 0
-        return left, max(0, capacity.memory_bytes - memory_bytes) if capacity.memory_bytes else None
 
     def acquire(
         self,
@@ -162,9 +155,9 @@ class LeaseBook:
     ) -> LeaseResponse:
         """Gives ``holder`` all of ``parts`` or nothing.
 
-        The parts must be on one node, on GPUs that are available. Asked again by the same generation it
-        answers with the lease that is there, whatever ``parts`` says (an answer that was lost is asked for
-        again); a newer generation gives up what the older one had; an older one is refused.
+        The parts must be on one node, on GPUs that are available. A repeated request of the same generation
+        returns the existing lease, whatever ``parts`` says: its first response may have been lost. A newer
+        generation replaces the lease of an older one; an older generation is refused.
         """
         held = self._leases.get(holder)
         if held is not None and held.generation == generation:
@@ -182,23 +175,19 @@ class LeaseBook:
         self._put(lease)
         return LeaseResponse(LeaseOutcome.GRANTED, f"{len(lease.parts)} GPU(s)", lease)
 
-    def renew(self, holder: str, *, generation: int, now_s: float) -> LeaseResponse:
-        """The holder is alive. UNKNOWN if it has no lease of that generation: it should claim it."""
-        held = self._leases.get(holder)
-        if held is None or held.generation != generation:
-            return LeaseResponse(LeaseOutcome.UNKNOWN, f"{holder} has no lease of generation {generation}")
-        return LeaseResponse(LeaseOutcome.UNCHANGED, "renewed", self._renewed(held, now_s))
-
-    def heard(self, holder: str, now_s: float) -> bool:
-        """The holder is alive, whatever its generation; False if it has no lease."""
+    def renew(self, holder: str, now_s: float) -> bool:
+        """The holder has reported; False if it has no lease."""
         held = self._leases.get(holder)
         if held is not None:
             self._renewed(held, now_s)
         return held is not None
 
     def release(self, holder: str, *, generation: int | None = None) -> LeaseResponse:
-        """Gives back what the holder has. A late release of an older generation changes nothing; releasing
-        twice is UNKNOWN and changes nothing. Without ``generation``: whatever it holds."""
+        """Returns what the holder has: of ``generation``, or of any generation if it is None.
+
+        UNKNOWN if there is no such lease, for example because it was released before or replaced by a newer
+        generation's; then nothing changes.
+        """
         held = self._leases.get(holder)
         if held is None or (generation is not None and held.generation != generation):
             return LeaseResponse(LeaseOutcome.UNKNOWN, f"{holder} has no such lease")
@@ -206,35 +195,34 @@ class LeaseBook:
         return LeaseResponse(LeaseOutcome.GRANTED, f"{len(held.parts)} GPU(s) are free", held)
 
     def restore(self, claims: Iterable[GpuLease]) -> tuple[LeaseResponse, ...]:
-        """Takes in what running holders say they hold, the longest unheard of first.
+        """Adds what running holders report that they hold, the least recently renewed first.
 
-        A claim is a fact (its process runs there), so health and capacity don't refuse it; only a conflict
-        with another claim does: whoever is in the book keeps the GPU, and the other answer says who has it.
+        A claim is a fact (the holder's process runs there), so neither health nor capacity is checked. Only a
+        conflict with an existing lease refuses it; the reason names who holds the GPU.
         """
-        answers = []
+        responses = []
         for claim in sorted(claims, key=lambda lease: (lease.renewed_s, lease.holder, lease.generation)):
             held = self._leases.get(claim.holder)
             if held is not None and held.generation >= claim.generation:
                 same = held.generation == claim.generation
+                outcome = LeaseOutcome.UNCHANGED if same else LeaseOutcome.REFUSED
                 reason = "it is known already" if same else f"generation {held.generation} is newer"
-                answers.append(
-                    LeaseResponse(LeaseOutcome.UNCHANGED if same else LeaseOutcome.REFUSED, reason, held)
-                )
+                responses.append(LeaseResponse(outcome, reason, held))
                 continue
             problem = _malformed(claim.parts) or self._overlap(claim.holder, claim.parts)
             if problem:
-                answers.append(LeaseResponse(LeaseOutcome.REFUSED, problem))
+                responses.append(LeaseResponse(LeaseOutcome.REFUSED, problem))
                 continue
             self._put(claim)
-            answers.append(LeaseResponse(LeaseOutcome.GRANTED, "restored", claim))
-        return tuple(answers)
+            responses.append(LeaseResponse(LeaseOutcome.GRANTED, "restored", claim))
+        return tuple(responses)
 
     def reap(self, *, now_s: float, ttl_s: float) -> tuple[GpuLease, ...]:
-        """Frees what was not renewed for ``ttl_s``; answers with the leases that died."""
-        dead = [lease for lease in self._leases.values() if now_s - lease.renewed_s > ttl_s]
-        for lease in dead:
+        """Removes and returns the leases that were not renewed for ``ttl_s``."""
+        expired = [lease for lease in self._leases.values() if now_s - lease.renewed_s > ttl_s]
+        for lease in expired:
             self._drop(lease.holder)
-        return tuple(dead)
+        return tuple(expired)
 
     def _unavailable(
         self, holder: str, parts: Sequence[GpuPart], capacities: Mapping[str, GpuCapacity]
@@ -255,15 +243,14 @@ class LeaseBook:
         for part in parts:
             milli, _ = self.used(part.gpu_uuid, without=holder)
             if milli + part.milli > WHOLE_MILLI:
-                others = ", ".join(user for user in self.holders(part.gpu_uuid) if user != holder)
+                others = ", ".join(other for other in self.holders(part.gpu_uuid) if other != holder)
                 return f"{milli} thousandths of {part.gpu_uuid} are held by {others}"
         return ""
 
     def _renewed(self, lease: GpuLease, now_s: float) -> GpuLease:
         if now_s <= lease.renewed_s:
             return lease
-        renewed = GpuLease(lease.holder, lease.generation, lease.node_id, lease.parts, now_s)
-        self._leases[lease.holder] = renewed
+        renewed = self._leases[lease.holder] = replace(lease, renewed_s=now_s)
         return renewed
 
     def _put(self, lease: GpuLease) -> None:
@@ -276,33 +263,34 @@ class LeaseBook:
         for part in lease.parts:
             milli, memory_bytes = self.used(part.gpu_uuid)
             self._used[part.gpu_uuid] = (milli + part.milli, memory_bytes + part.memory_bytes)
-            self._users[part.gpu_uuid] = (*self.holders(part.gpu_uuid), lease.holder)
+            self._holders[part.gpu_uuid] = (*self.holders(part.gpu_uuid), lease.holder)
 
     def _drop(self, holder: str) -> None:
         self._version += 1
         self._changed.append(holder)
         lease = self._leases.pop(holder)
-        here = self._on_node[lease.node_id]
-        del here[holder]
-        if not here:
+        on_node = self._on_node[lease.node_id]
+        del on_node[holder]
+        if not on_node:
             del self._on_node[lease.node_id]
         for part in lease.parts:
             uuid = part.gpu_uuid
             milli, memory_bytes = self._used[uuid]
             self._used[uuid] = (milli - part.milli, memory_bytes - part.memory_bytes)
-            left = tuple(user for user in self._users[uuid] if user != holder)
+            left = tuple(other for other in self._holders[uuid] if other != holder)
             if left:
-                self._users[uuid] = left
+                self._holders[uuid] = left
             else:
-                del self._users[uuid], self._used[uuid]
+                del self._holders[uuid], self._used[uuid]
 
 
 def _malformed(parts: Sequence[GpuPart]) -> str:
     if not parts:
-        return "no GPU was asked for"
+        return "no GPU was requested"
     if len({part.gpu_uuid for part in parts}) != len(parts):
-        return "the same GPU was asked for twice"
+        return "the same GPU was requested twice"
     for part in parts:
         if not 1 <= part.milli <= WHOLE_MILLI or part.memory_bytes < 0:
-            return f"{part.gpu_uuid}: {part.milli} thousandths and {part.memory_bytes} bytes are no share"
+            share = f"{part.milli} thousandths and {part.memory_bytes} bytes"
+            return f"{part.gpu_uuid}: {share} are not a valid share"
     return ""

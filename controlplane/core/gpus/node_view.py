@@ -1,68 +1,60 @@
-"""From what a node's agent measured to the node that the placement sees."""
+"""A node as the placement sees it, from its agent's sample."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from controlplane.core.placement.topology import Gpu, Node
-from controlplane.core.telemetry.samples import (
-    GpuCondition,
-    GpuInfo,
-    GpuSample,
-    Missing,
-    NodeSample,
-    Reading,
-    T,
-)
+from controlplane.core.telemetry.samples import GpuCondition, GpuInfo, GpuSample, NodeSample, value_or
 
 
-def node_of(
+def placement_node(
     sample: NodeSample,
     *,
-    cpu_milli: int,
-    memory_bytes: int,
+    cpu_milli: int = 0,
+    memory_bytes: int = 0,
     unavailable: str = "",
-    cordoned: Mapping[str, str] | None = None,
+    unavailable_gpus: Mapping[str, str] | None = None,
 ) -> Node:
-    """The node of ``sample``. CPUs and memory are what gangs may take there, not what the machine has;
-    ``cordoned`` are GPUs that must not be used, by UUID, with the reason."""
-    behind_switch = frozenset(gpu.info.uuid for gpu in sample.gpus if _switched(gpu.info))
+    """The node of ``sample``.
+
+    ``cpu_milli`` and ``memory_bytes`` are what gangs may use there, which may be less than the machine has.
+    ``unavailable`` is why nothing may be placed there, ``unavailable_gpus`` maps UUIDs of GPUs that must not
+    be used to the reason; empty reasons don't count.
+    """
+    behind_switch = frozenset(gpu.info.uuid for gpu in sample.gpus if _is_behind_switch(gpu.info))
+    reasons = unavailable_gpus or {}
     return Node(
         sample.node_id,
-        tuple(_gpu(gpu, behind_switch, (cordoned or {}).get(gpu.info.uuid, "")) for gpu in sample.gpus),
+        tuple(_gpu(gpu, behind_switch, reasons.get(gpu.info.uuid, "")) for gpu in sample.gpus),
         cpu_milli,
         memory_bytes,
         unavailable,
     )
 
 
-def _gpu(sample: GpuSample, behind_switch: frozenset[str], cordoned: str) -> Gpu:
+def _gpu(sample: GpuSample, behind_switch: frozenset[str], unavailable: str) -> Gpu:
     info = sample.info
-    links = _value(info.nvlinks, ())
+    links = value_or(info.nvlinks, ())
     peers = frozenset(link.remote_uuid for link in links if link.active and link.remote_uuid)
     if info.uuid in behind_switch:
-        # An NVSwitch connects all that hang on it.
+        # An NVSwitch connects all GPUs that are attached to it.
         peers |= behind_switch - {info.uuid}
-    problem = cordoned
-    if not problem and sample.condition is not GpuCondition.OK:
-        problem = f"{sample.condition.value.replace('_', ' ')}: {sample.detail}".rstrip(": ")
-    if not problem and _value(info.mig_enabled, False):
-        problem = "in MIG mode: gangs take whole GPUs or shares of one, not MIG instances"
-    numa = _value(info.numa_node, -1)
+    if not unavailable and sample.condition is not GpuCondition.OK:
+        unavailable = f"{sample.condition.value.replace('_', ' ')}: {sample.detail}".rstrip(": ")
+    if not unavailable and value_or(info.mig_enabled, False):
+        unavailable = "in MIG mode: a gang uses whole GPUs or shares of one, not MIG instances"
+    numa_node = value_or(info.numa_node, -1)
     return Gpu(
         info.uuid,
         info.index,
-        model=_value(info.name, ""),
-        memory_bytes=_value(sample.memory_total_bytes, 0),
+        model=value_or(info.name, ""),
+        memory_bytes=value_or(sample.memory_total_bytes, 0),
         nvlink_peers=peers,
-        numa_node=numa if numa >= 0 else None,
-        unavailable=problem,
+        numa_node=numa_node if numa_node >= 0 else None,
+        unavailable=unavailable,
     )
 
 
-def _switched(info: GpuInfo) -> bool:
-    return any(link.active and link.to_switch for link in _value(info.nvlinks, ()))
-
-
-def _value(reading: Reading[T], otherwise: T) -> T:
-    return otherwise if isinstance(reading, Missing) else reading
+def _is_behind_switch(info: GpuInfo) -> bool:
+    return any(link.active and link.to_switch for link in value_or(info.nvlinks, ()))

@@ -1,8 +1,8 @@
 """What an XID (an error number of NVIDIA's driver) says about a GPU.
 
-From NVIDIA's XID catalogue (docs.nvidia.com/deploy/xid-errors, its «resolution buckets») and the
-application errors that NVIDIA's Kubernetes device plugin leaves out of its health check. A number that is
-not listed is watched: it neither passes unseen nor takes a GPU away by itself.
+From NVIDIA's XID catalogue (docs.nvidia.com/deploy/xid-errors, its "resolution buckets") and the
+application errors that NVIDIA's Kubernetes device plugin leaves out of its health check. A number that is not
+listed has the severity WATCH: it is not ignored, but does not take a GPU out of use by itself.
 """
 
 from __future__ import annotations
@@ -14,33 +14,33 @@ from types import MappingProxyType
 
 
 class XidSeverity(IntEnum):
-    """How bad a finding is; the larger, the worse."""
+    """How bad a finding is; a larger value is worse."""
 
     NOTE = 0
-    """Not the GPU's fault, as far as one can tell."""
+    """As far as is known, not a fault of the GPU."""
     WATCH = 1
-    """May be the beginning of something: the GPU is suspect."""
+    """May be the first sign of a fault: the GPU is suspect."""
     FATAL = 2
     """The GPU must not be used."""
 
 
 class Recovery(StrEnum):
-    """What has to be seen before a GPU that was cordoned may return."""
+    """What has to happen before a cordoned GPU may return to use."""
 
     CLEAR = "clear"
-    """Readings without a finding for the hold time."""
+    """Readings without a finding for the whole hold time."""
     RESET = "reset"
-    """That, and a reset of the GPU or a reboot of its node."""
+    """As CLEAR, and also a reset of the GPU or a reboot of its node."""
     OPERATOR = "operator"
-    """A person says so."""
+    """An operator uncordons it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Xid:
-    """One error number."""
+    """What one error number means."""
 
     meaning: str
-    level: XidSeverity
+    severity: XidSeverity
     recovery: Recovery = Recovery.CLEAR
 
 
@@ -90,5 +90,5 @@ XIDS: Mapping[int, Xid] = MappingProxyType(
 
 
 def classify(code: int) -> Xid:
-    """What the number says; an unknown one is watched."""
+    """What the number means; an unknown one has the severity WATCH."""
     return XIDS.get(code, Xid("not in the table", XidSeverity.WATCH))

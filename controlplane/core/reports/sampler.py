@@ -14,7 +14,7 @@ from typing import Final
 
 from controlplane.core.domain.endpoint import ENDED, SERVING, Endpoint, EndpointState
 from controlplane.core.gpus.inventory import GpuInventory
-from controlplane.core.gpus.leases import WHOLE_MILLI, LeaseBook
+from controlplane.core.gpus.leases import WHOLE_MILLI, LeaseTable
 from controlplane.core.reports.report import Instance, InstanceKind, ReportSample
 from controlplane.core.telemetry.engine import EngineTelemetry
 from controlplane.core.traffic.counters import TrafficCounters, since
@@ -31,7 +31,7 @@ class SampledCluster:
     endpoints: Mapping[str, Endpoint]
     desired: Mapping[str, int]
     """Tier → desired replicas."""
-    leases: LeaseBook
+    leases: LeaseTable
     fleet: GpuInventory
     engines: Mapping[str, EngineTelemetry]
     demand: TierDemandTracker
@@ -193,7 +193,7 @@ def _endpoint(endpoint: Endpoint) -> Instance:
     return Instance(InstanceKind.ENDPOINT, endpoint.tier, endpoint.endpoint_id)
 
 
-def _gpus_held(endpoint: Endpoint, book: LeaseBook) -> float:
+def _gpus_held(endpoint: Endpoint, book: LeaseTable) -> float:
     lease = book.leases.get(endpoint.endpoint_id)
     if lease is not None:
         return sum(part.milli for part in lease.parts) / WHOLE_MILLI

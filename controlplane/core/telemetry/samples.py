@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import TypeAlias, TypeVar
 
 T = TypeVar("T")
+D = TypeVar("D")
 
 
 class Absence(StrEnum):
@@ -44,6 +45,11 @@ class Missing:
 Reading: TypeAlias = T | Missing
 
 NOT_SAMPLED = Missing(Absence.NOT_SAMPLED, "not sampled yet")
+
+
+def value_or(reading: Reading[T], default: D) -> T | D:
+    """The reading's value, or ``default`` if it is missing."""
+    return default if isinstance(reading, Missing) else reading
 
 
 class GpuCondition(StrEnum):

@@ -39,7 +39,7 @@ class Restored:
         checkpoint.restore_plane(
             self.stored,
             self.controller.fleet,
-            self.controller.desk.book,
+            self.controller.desk.table,
             self.controller.work,
             now_s=7.0,
             shift_s=SHIFT_S,
@@ -49,7 +49,7 @@ class Restored:
 
     def values(self) -> dict[str, Any]:
         controller = self.controller
-        values = checkpoint.to_values(controller.fleet, controller.desk.book, controller.work, SHIFT_S)
+        values = checkpoint.to_values(controller.fleet, controller.desk.table, controller.work, SHIFT_S)
         values |= self.scaling.values() | self.alerting.kept()
         again: dict[str, Any] = json.loads(json.dumps(values))
         return again
@@ -63,7 +63,7 @@ def test_what_an_earlier_version_stored_is_restored_and_written_the_same() -> No
 
 def test_restored_values_have_their_types_and_the_process_clock() -> None:
     restored = Restored(STORED)
-    work, book = restored.controller.work, restored.controller.desk.book
+    work, book = restored.controller.work, restored.controller.desk.table
     migration = work.migrations["small-a"]
     assert migration.phase is MigrationPhase.STARTING_ELSEWHERE
     assert (migration.since_s, migration.began_s) == (200.5, 190.25)
@@ -74,7 +74,7 @@ def test_restored_values_have_their_types_and_the_process_clock() -> None:
     assert work.holds["large"].until_s is None
     assert [part.milli for part in book.leases["small-a"].parts] == [500, 1000]
     assert book.leases["small-a"].renewed_s == 7.0
-    gpus, _ = restored.controller.fleet.kept()
+    gpus, _ = restored.controller.fleet.state_to_store()
     health, must_leave = gpus["GPU-a1"]
     assert (health.state, must_leave) == (GpuState.CORDONED, True)
     assert (health.since_s, health.cordons_s) == (120.5, (60.25, 120.5))

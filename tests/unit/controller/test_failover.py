@@ -35,7 +35,7 @@ def two_nodes(replicas: int = 1, gpus: int = 2) -> World:
 
 
 def used(world: World) -> list[str]:
-    return sorted(uuid for lease in world.controller.desk.book.leases.values() for uuid in lease.gpu_uuids)
+    return sorted(uuid for lease in world.controller.desk.table.leases.values() for uuid in lease.gpu_uuids)
 
 
 def state_of(world: World, uuid: str) -> GpuState:
@@ -175,8 +175,8 @@ def test_a_move_goes_on_when_the_controller_is_killed_in_its_middle(vouched: boo
     [move] = world.controller.work.migrations.values()
     assert move.phase is MigrationPhase.STARTING_ELSEWHERE
     old = world.controller
-    values = checkpoint.to_values(old.fleet, old.desk.book, old.work, 5.0)
-    leases = {holder: lease.parts for holder, lease in old.desk.book.leases.items()}
+    values = checkpoint.to_values(old.fleet, old.desk.table, old.work, 5.0)
+    leases = {holder: lease.parts for holder, lease in old.desk.table.leases.items()}
     world.clock.s += 3
     world.start_controller("e2", settle_s=6.0)
     new = world.controller
@@ -184,11 +184,11 @@ def test_a_move_goes_on_when_the_controller_is_killed_in_its_middle(vouched: boo
     checkpoint.restore_gpus(stored, new.fleet, 5.0)
     if vouched:
         checkpoint.restore_plane(
-            StoredState(values), new.fleet, new.desk.book, new.work, now_s=world.clock.s, shift_s=5.0
+            StoredState(values), new.fleet, new.desk.table, new.work, now_s=world.clock.s, shift_s=5.0
         )
         new.settle()
         assert new.work.migrations == old.work.migrations
-        assert {holder: lease.parts for holder, lease in new.desk.book.leases.items()} == leases
+        assert {holder: lease.parts for holder, lease in new.desk.table.leases.items()} == leases
     for _ in range(40):
         world.step()
     assert sick not in used(world)
@@ -206,13 +206,13 @@ def test_nothing_is_decided_before_a_gateway_has_said_what_is_configured() -> No
     [newcomer] = [item for item in world.replicas.values() if item.endpoint.state is EndpointState.STARTING]
     newcomer.starts_in = 20
     old = world.controller
-    values = checkpoint.to_values(old.fleet, old.desk.book, old.work, 0.0)
+    values = checkpoint.to_values(old.fleet, old.desk.table, old.work, 0.0)
     world.start_controller("e2", declared=False)
     new = world.controller
     stored = StoredState(values)
     checkpoint.restore_gpus(stored, new.fleet, 0.0)
     checkpoint.restore_plane(
-        StoredState(values), new.fleet, new.desk.book, new.work, now_s=world.clock.s, shift_s=0.0
+        StoredState(values), new.fleet, new.desk.table, new.work, now_s=world.clock.s, shift_s=0.0
     )
     new.settle()
     for _ in range(12):
@@ -383,7 +383,7 @@ def test_a_gpu_that_a_new_agent_does_not_see_is_lost() -> None:
     world.nodes["n1"].remove(uuid)
     world.step(3)
     assert uuid in world.controller.fleet.out_of_use()
-    assert "lists it no more" in world.controller.fleet.records[uuid].health.reason
+    assert "no longer lists it" in world.controller.fleet.records[uuid].health.reason
     world.step(15)
     assert used(world) != [uuid]
     assert world.ready("small") == 1
@@ -407,13 +407,13 @@ def test_what_an_operator_asked_for_survives_the_controller() -> None:
     OperatorActions(world.controller).restart(second, "new weights")
     OperatorActions(world.controller).cordon("n2-1", "a fan rattles")
     old = world.controller
-    values = checkpoint.to_values(old.fleet, old.desk.book, old.work, 3.0)
+    values = checkpoint.to_values(old.fleet, old.desk.table, old.work, 3.0)
     world.start_controller("e2", settle_s=6.0)
     new = world.controller
     stored = StoredState(values)
     checkpoint.restore_gpus(stored, new.fleet, 3.0)
     checkpoint.restore_plane(
-        StoredState(values), new.fleet, new.desk.book, new.work, now_s=world.clock.s, shift_s=3.0
+        StoredState(values), new.fleet, new.desk.table, new.work, now_s=world.clock.s, shift_s=3.0
     )
     new.settle()
     world.step(30)

@@ -170,7 +170,7 @@ def test_restarting_a_gpu_or_a_node_restarts_what_runs_there(subject: str) -> No
     operations = OperatorActions(made.controller)
     there = {
         name
-        for name, lease in made.controller.desk.book.leases.items()
+        for name, lease in made.controller.desk.table.leases.items()
         if subject in (lease.node_id, *lease.gpu_uuids)
     }
     answer = operations.restart(subject, "a new driver")
@@ -288,10 +288,10 @@ def test_a_lease_dies_with_its_holder() -> None:
 
 def test_nobody_loses_a_lease_because_the_controller_stood_still() -> None:
     made = world(replicas=1)
-    before = dict(made.controller.desk.book.leases)
+    before = dict(made.controller.desk.table.leases)
     made.clock.s += 300.0
     made.controller.tick()
-    assert made.controller.desk.book.leases.keys() == before.keys()
+    assert made.controller.desk.table.leases.keys() == before.keys()
 
 
 def test_whoever_claims_somebody_elses_gpu_is_told_to_leave() -> None:

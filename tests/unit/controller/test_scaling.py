@@ -15,7 +15,7 @@ from controlplane.controller.operator_actions import OperatorActions
 from controlplane.controller.scaling import Scaling
 from controlplane.core.cluster.snapshot import GatewayInfo
 from controlplane.core.gpus.inventory import GpuInventory
-from controlplane.core.gpus.leases import LeaseBook
+from controlplane.core.gpus.leases import LeaseTable
 from controlplane.core.json_values import StoredState
 from controlplane.core.recommendations.views import as_json_value
 from controlplane.core.reconcile.commands import ActionOutcome
@@ -321,11 +321,11 @@ def test_that_there_were_gpus_is_still_known_after_a_restart() -> None:
     live = Live({"min_replicas": 1, "max_replicas": 8})
     live.step(30, per_s=3)
     old = live.world.controller
-    values = checkpoint.to_values(old.fleet, old.desk.book, old.work, 0.0)
-    fleet, book, work = GpuInventory(), LeaseBook(), InProgress()
+    values = checkpoint.to_values(old.fleet, old.desk.table, old.work, 0.0)
+    fleet, book, work = GpuInventory(), LeaseTable(), InProgress()
     checkpoint.restore_plane(StoredState(values), fleet, book, work, now_s=0.0, shift_s=0.0)
-    assert fleet.counted
+    assert fleet.has_reported_gpus
 
 
 def test_where_no_gpu_was_ever_reported_nobody_counts() -> None:
-    assert not GpuInventory().counted
+    assert not GpuInventory().has_reported_gpus

@@ -7,8 +7,15 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controlplane.core.gpus.allocation import choose_gpus, held, parts_of, room_for
-from controlplane.core.gpus.leases import GpuCapacity, GpuLease, GpuPart, LeaseBook, LeaseOutcome
+from controlplane.core.gpus.allocation import choose_gpus, held, parts_of, room_on
+from controlplane.core.gpus.leases import (
+    WHOLE_MILLI,
+    GpuCapacity,
+    GpuLease,
+    GpuPart,
+    LeaseOutcome,
+    LeaseTable,
+)
 from controlplane.core.placement.gangs import GangShape, Infeasible, Placement, RefusalCause
 from controlplane.core.placement.planner import PlacedCluster
 from controlplane.core.placement.revalidation import revalidate
@@ -44,8 +51,8 @@ def test_without_links_they_are_on_one_numa_node() -> None:
 
 def test_a_single_gpu_leaves_the_whole_island_alone() -> None:
     node = make_node("n", island=4)
-    answer = choose_gpus(node, GangShape(), [lease("a", "n", 0)], expected=[GangShape(gpus=4), GangShape()])
-    assert chosen(answer)[0] in {"n/1", "n/2", "n/3"}
+    others = [lease("a", "n", 0), lease("b", "elsewhere", 0, 1, 2, 3)]
+    assert chosen(choose_gpus(node, GangShape(), others))[0] in {"n/1", "n/2", "n/3"}
 
 
 def test_shares_fill_a_gpu_that_is_begun_and_never_one_that_is_held_whole() -> None:
@@ -85,20 +92,19 @@ def test_a_refusal_says_what_the_node_lacks() -> None:
     assert "XID 79" in str(answer.refusals[0])
 
 
-def test_room_for_one_more_is_away_from_its_tier_and_from_what_is_emptied() -> None:
+def test_room_for_one_more_is_away_from_its_tier() -> None:
     nodes = [make_node(name, gpus=2) for name in ("n0", "n1", "n2")]
     leases = [lease("small-a", "n0", 0), lease("small-b", "n1", 0)]
-    tier_of = {"small-a": "small", "small-b": "small"}
-    first = room_for(nodes, GangShape(), leases, tier="small", tier_of=tier_of)
+    tiers = {"small-a": "small", "small-b": "small"}
+    first = room_on(nodes, GangShape(), leases, tier="small", tiers=tiers)
     assert chosen(first)[0].startswith("n2/")
-    second = room_for(nodes, GangShape(), leases, tier="small", tier_of=tier_of, avoid={"n2", "n0"})
+    second = room_on(nodes[1:2], GangShape(), leases, tier="small", tiers=tiers)
     assert chosen(second) == ("n1/1",)
-    none = room_for(nodes, GangShape(gpus=2), leases, tier="small", tier_of=tier_of, avoid={"n2"})
+    none = room_on(nodes[:2], GangShape(gpus=2), leases, tier="small", tiers=tiers)
     assert isinstance(none, Infeasible)
     assert {str(refusal) for refusal in none.refusals} == {
         "n0: needs 2 free GPUs, has 1",
         "n1: needs 2 free GPUs, has 1",
-        "n2: out of use (to be emptied)",
     }
 
 
@@ -112,20 +118,20 @@ def test_a_replica_with_several_gpus_counts_once_for_its_tier() -> None:
     st.lists(st.tuples(st.integers(1, 3), st.sampled_from([250, 500, 1000])), max_size=12),
     st.sampled_from([0, 2, 4]),
 )
-def test_the_lease_book_grants_whatever_is_chosen(asked: list[tuple[int, int]], island: int) -> None:
+def test_the_lease_table_grants_whatever_is_chosen(asked: list[tuple[int, int]], island: int) -> None:
     node = make_node("n", island=island, memory_gib=80)
-    book = LeaseBook()
+    table = LeaseTable()
     capacities = {gpu.uuid: GpuCapacity(gpu.uuid, "n", gpu.memory_bytes) for gpu in node.gpus}
     for number, (gpus, milli) in enumerate(asked):
         shape = (
             GangShape(gpus=gpus) if milli == 1000 else GangShape(milli_gpu=milli, gpu_memory_bytes=10 * GIB)
         )
-        answer = choose_gpus(node, shape, book.leases.values())
+        answer = choose_gpus(node, shape, table.leases.values())
         if isinstance(answer, Placement):
-            now = PlacedCluster((node,), held(book.leases.values()))
+            now = PlacedCluster((node,), held(table.leases.values()))
             assert revalidate([answer], now) == ()
-            granted = book.acquire(f"r{number}", parts_of(answer), capacities, generation=1, now_s=0.0)
+            granted = table.acquire(f"r{number}", parts_of(answer), capacities, generation=1, now_s=0.0)
             assert granted.outcome is LeaseOutcome.GRANTED, granted.reason
         else:
-            free = [book.free(capacity)[0] for capacity in capacities.values()]
+            free = [WHOLE_MILLI - table.used(uuid)[0] for uuid in capacities]
             assert sum(milli >= shape.milli_gpu for milli in free) < shape.gpus

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from controlplane.core.gpus.leases import GpuCapacity, GpuLease, GpuPart, LeaseBook, LeaseOutcome
+from controlplane.core.gpus.leases import GpuCapacity, GpuLease, GpuPart, LeaseOutcome, LeaseTable
 
 GPUS = {
     f"GPU-{index}": GpuCapacity(f"GPU-{index}", node_id="n1" if index < 4 else "n2", memory_bytes=80)
@@ -14,28 +14,27 @@ def whole(*indices: int) -> list[GpuPart]:
     return [GpuPart(f"GPU-{index}") for index in indices]
 
 
-def snapshot(book: LeaseBook) -> tuple[dict[str, GpuLease], list[tuple[str, ...]]]:
-    return dict(book.leases), [book.holders(uuid) for uuid in GPUS]
+def snapshot(table: LeaseTable) -> tuple[dict[str, GpuLease], list[tuple[str, ...]]]:
+    return dict(table.leases), [table.holders(uuid) for uuid in GPUS]
 
 
-def test_a_gang_in_the_order_asked_for() -> None:
-    book = LeaseBook()
-    answer = book.acquire("a", whole(2, 0), GPUS, generation=1, now_s=5)
+def test_a_gang_in_the_order_requested() -> None:
+    table = LeaseTable()
+    answer = table.acquire("a", whole(2, 0), GPUS, generation=1, now_s=5)
     assert answer.outcome is LeaseOutcome.GRANTED
     assert answer.lease == GpuLease("a", 1, "n1", tuple(whole(2, 0)), 5)
     assert answer.lease.gpu_uuids == ("GPU-2", "GPU-0")
-    assert book.free(GPUS["GPU-2"]) == (0, 0)
-    assert book.free(GPUS["GPU-1"]) == (1000, 80)
+    assert (table.used("GPU-2"), table.used("GPU-1")) == ((1000, 0), (0, 0))
 
 
 @pytest.mark.parametrize(
     ("parts", "reason"),
     [
-        ([], "no GPU was asked for"),
-        (whole(1, 1), "the same GPU was asked for twice"),
-        ([GpuPart("GPU-1", 0)], "GPU-1: 0 thousandths and 0 bytes are no share"),
-        ([GpuPart("GPU-1", 1001)], "GPU-1: 1001 thousandths and 0 bytes are no share"),
-        ([GpuPart("GPU-1", 500, -1)], "GPU-1: 500 thousandths and -1 bytes are no share"),
+        ([], "no GPU was requested"),
+        (whole(1, 1), "the same GPU was requested twice"),
+        ([GpuPart("GPU-1", 0)], "GPU-1: 0 thousandths and 0 bytes are not a valid share"),
+        ([GpuPart("GPU-1", 1001)], "GPU-1: 1001 thousandths and 0 bytes are not a valid share"),
+        ([GpuPart("GPU-1", 500, -1)], "GPU-1: 500 thousandths and -1 bytes are not a valid share"),
         (whole(1, 9), "GPU-9 is not known"),
         (whole(1, 5), "the GPUs are on several nodes: n1, n2"),
         (whole(1, 3), "GPU-3 is not available: XID 79"),
@@ -45,71 +44,70 @@ def test_a_gang_in_the_order_asked_for() -> None:
     ],
 )
 def test_a_refusal_says_why_and_changes_nothing(parts: list[GpuPart], reason: str) -> None:
-    book = LeaseBook()
-    book.acquire("a", whole(0), GPUS, generation=1, now_s=0)
-    book.acquire("b", [GpuPart("GPU-2", 600, 40)], GPUS, generation=1, now_s=0)
-    before = snapshot(book)
+    table = LeaseTable()
+    table.acquire("a", whole(0), GPUS, generation=1, now_s=0)
+    table.acquire("b", [GpuPart("GPU-2", 600, 40)], GPUS, generation=1, now_s=0)
+    before = snapshot(table)
     sick = {**GPUS, "GPU-3": GpuCapacity("GPU-3", "n1", 80, unavailable="XID 79")}
-    answer = book.acquire("c", parts, sick, generation=1, now_s=1)
+    answer = table.acquire("c", parts, sick, generation=1, now_s=1)
     assert (answer.outcome, answer.reason, answer.lease) == (LeaseOutcome.REFUSED, reason, None)
-    assert snapshot(book) == before
+    assert snapshot(table) == before
 
 
 def test_shares_of_one_gpu() -> None:
-    book = LeaseBook()
+    table = LeaseTable()
     for place, holder in enumerate("abc"):
-        answer = book.acquire(holder, [GpuPart("GPU-0", 300, 20)], GPUS, generation=1, now_s=place)
+        answer = table.acquire(holder, [GpuPart("GPU-0", 300, 20)], GPUS, generation=1, now_s=place)
         assert answer.outcome is LeaseOutcome.GRANTED
-    assert book.holders("GPU-0") == ("a", "b", "c")
-    assert book.free(GPUS["GPU-0"]) == (100, 20)
-    assert book.free(GpuCapacity("GPU-0", "n1", 0)) == (100, None)
-    assert book.free(GpuCapacity("GPU-0", "n1", 80, unavailable="hot")) == (0, 0)
-    assert book.acquire("d", whole(0), GPUS, generation=1, now_s=9).outcome is LeaseOutcome.REFUSED
+    assert table.holders("GPU-0") == ("a", "b", "c")
+    assert table.used("GPU-0") == (900, 60)
+    assert table.used("GPU-0", without="b") == (600, 40)
+    assert table.acquire("d", whole(0), GPUS, generation=1, now_s=9).outcome is LeaseOutcome.REFUSED
 
 
-def test_asking_again_is_answered_with_what_is_held() -> None:
-    book = LeaseBook()
-    first = book.acquire("a", whole(0, 1), GPUS, generation=3, now_s=0)
-    again = book.acquire("a", whole(2, 3), GPUS, generation=3, now_s=7)
+def test_a_repeated_request_returns_the_existing_lease() -> None:
+    table = LeaseTable()
+    first = table.acquire("a", whole(0, 1), GPUS, generation=3, now_s=0)
+    again = table.acquire("a", whole(2, 3), GPUS, generation=3, now_s=7)
     assert again.outcome is LeaseOutcome.UNCHANGED
     assert first.lease is not None
     assert again.lease == GpuLease("a", 3, "n1", first.lease.parts, 7)
-    assert book.acquire("a", whole(2), GPUS, generation=2, now_s=8).outcome is LeaseOutcome.REFUSED
-    newer = book.acquire("a", whole(1, 2), GPUS, generation=4, now_s=9)
+    assert table.acquire("a", whole(2), GPUS, generation=2, now_s=8).outcome is LeaseOutcome.REFUSED
+    newer = table.acquire("a", whole(1, 2), GPUS, generation=4, now_s=9)
     assert newer.outcome is LeaseOutcome.GRANTED
-    assert [book.holders(f"GPU-{index}") for index in range(3)] == [(), ("a",), ("a",)]
+    assert [table.holders(f"GPU-{index}") for index in range(3)] == [(), ("a",), ("a",)]
 
 
 def test_release_is_of_one_generation_and_once() -> None:
-    book = LeaseBook()
-    book.acquire("a", whole(0), GPUS, generation=2, now_s=0)
-    assert book.release("a", generation=1).outcome is LeaseOutcome.UNKNOWN
-    assert book.holders("GPU-0") == ("a",)
-    assert book.release("a", generation=2).outcome is LeaseOutcome.GRANTED
-    assert book.release("a", generation=2).outcome is LeaseOutcome.UNKNOWN
-    assert book.release("a").outcome is LeaseOutcome.UNKNOWN
-    assert snapshot(book) == snapshot(LeaseBook())
+    table = LeaseTable()
+    table.acquire("a", whole(0), GPUS, generation=2, now_s=0)
+    assert table.release("a", generation=1).outcome is LeaseOutcome.UNKNOWN
+    assert table.holders("GPU-0") == ("a",)
+    assert table.release("a", generation=2).outcome is LeaseOutcome.GRANTED
+    assert table.release("a", generation=2).outcome is LeaseOutcome.UNKNOWN
+    assert table.release("a").outcome is LeaseOutcome.UNKNOWN
+    assert snapshot(table) == snapshot(LeaseTable())
 
 
-def test_a_lease_dies_with_its_holder() -> None:
-    book = LeaseBook()
-    book.acquire("a", whole(0), GPUS, generation=1, now_s=0)
-    book.acquire("b", whole(1), GPUS, generation=1, now_s=0)
-    assert book.renew("a", generation=1, now_s=20).outcome is LeaseOutcome.UNCHANGED
-    assert book.renew("a", generation=1, now_s=3).lease == GpuLease("a", 1, "n1", tuple(whole(0)), 20)
-    assert book.renew("b", generation=2, now_s=20).outcome is LeaseOutcome.UNKNOWN
-    assert book.renew("c", generation=1, now_s=20).outcome is LeaseOutcome.UNKNOWN
-    assert book.reap(now_s=30, ttl_s=30) == ()
-    [dead] = book.reap(now_s=31, ttl_s=30)
-    assert dead.holder == "b"
-    assert (book.holders("GPU-0"), book.holders("GPU-1")) == (("a",), ())
+def test_a_lease_expires_without_its_holder() -> None:
+    table = LeaseTable()
+    table.acquire("a", whole(0), GPUS, generation=1, now_s=0)
+    table.acquire("b", whole(1), GPUS, generation=1, now_s=0)
+    assert table.renew("a", 20)
+    assert table.renew("a", 3), "an earlier time changes nothing"
+    assert table.leases["a"] == GpuLease("a", 1, "n1", tuple(whole(0)), 20)
+    assert not table.renew("c", 20)
+    assert table.reap(now_s=30, ttl_s=30) == ()
+    [expired] = table.reap(now_s=31, ttl_s=30)
+    assert expired.holder == "b"
+    assert (table.holders("GPU-0"), table.holders("GPU-1")) == (("a",), ())
 
 
-def test_a_new_controller_learns_from_the_holders() -> None:
-    old = LeaseBook()
+def test_a_new_controller_restores_leases_from_their_holders() -> None:
+    old = LeaseTable()
     old.acquire("a", whole(0, 1), GPUS, generation=1, now_s=0)
     old.acquire("b", [GpuPart("GPU-2", 500, 30)], GPUS, generation=4, now_s=2)
-    new = LeaseBook()
+    new = LeaseTable()
     assert [answer.outcome for answer in new.restore(old.leases.values())] == [LeaseOutcome.GRANTED] * 2
     assert snapshot(new) == snapshot(old)
     assert [answer.outcome for answer in new.restore(old.leases.values())] == [LeaseOutcome.UNCHANGED] * 2
@@ -125,5 +123,5 @@ def test_a_new_controller_learns_from_the_holders() -> None:
         "1000 thousandths of GPU-1 are held by a",
     )
     assert (stale.outcome, stale.reason) == (LeaseOutcome.REFUSED, "generation 4 is newer")
-    assert odd.reason == "the same GPU was asked for twice"
+    assert odd.reason == "the same GPU was requested twice"
     assert snapshot(new) == snapshot(old)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from controlplane.core.gpus.node_view import node_of
+from controlplane.core.gpus.node_view import placement_node
 from controlplane.core.placement.topology import islands
 from controlplane.core.telemetry.samples import (
     NOT_SAMPLED,
@@ -45,14 +45,14 @@ def sample(*gpus: GpuSample) -> NodeSample:
 
 
 def test_links_make_islands() -> None:
-    pairs = node_of(
+    pairs = placement_node(
         sample(gpu("g0", link("g1")), gpu("g1"), gpu("g2", link("g3", active=False)), gpu("g3")),
         cpu_milli=1000,
         memory_bytes=5,
     )
     assert islands(pairs.gpus) == ((0, 1), (2,), (3,))
     assert (pairs.node_id, pairs.cpu_milli, pairs.memory_bytes) == ("n", 1000, 5)
-    switched = node_of(
+    switched = placement_node(
         sample(gpu("g0", link(switch=True)), gpu("g1", link(switch=True)), gpu("g2")),
         cpu_milli=0,
         memory_bytes=0,
@@ -64,12 +64,12 @@ def test_what_must_not_be_used_says_why() -> None:
     lost = GpuSample(GpuInfo("g0", 0), GpuCondition.LOST, "fell off the bus")
     mig = GpuSample(GpuInfo("g1", 1, mig_enabled=True), GpuCondition.OK)
     bare = GpuSample(GpuInfo("g2", 2), GpuCondition.RESET_REQUIRED)
-    node = node_of(
+    node = placement_node(
         sample(lost, mig, bare, gpu("g3")),
         cpu_milli=0,
         memory_bytes=0,
         unavailable="draining",
-        cordoned={"g3": "XID 48"},
+        unavailable_gpus={"g3": "XID 48"},
     )
     assert node.unavailable == "draining"
     assert [g.unavailable.split(":")[0] for g in node.gpus] == [
@@ -83,7 +83,7 @@ def test_what_must_not_be_used_says_why() -> None:
 
 def test_missing_readings_are_not_guessed() -> None:
     unknown = GpuSample(GpuInfo("g0", 0, numa_node=NOT_SAMPLED), GpuCondition.OK)
-    found = node_of(sample(unknown), cpu_milli=0, memory_bytes=0).gpus[0]
+    found = placement_node(sample(unknown), cpu_milli=0, memory_bytes=0).gpus[0]
     assert (found.model, found.memory_bytes, found.numa_node, found.nvlink_peers) == (
         "",
         0,

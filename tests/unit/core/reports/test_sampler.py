@@ -9,7 +9,7 @@ import pytest
 
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
 from controlplane.core.gpus.inventory import GpuInventory
-from controlplane.core.gpus.leases import GpuCapacity, GpuPart, LeaseBook, LeaseOutcome
+from controlplane.core.gpus.leases import GpuCapacity, GpuPart, LeaseOutcome, LeaseTable
 from controlplane.core.reports.report import Instance, InstanceKind, ReportSample
 from controlplane.core.reports.sampler import ReportSampler, SampledCluster
 from controlplane.core.telemetry.engine import EngineTelemetry
@@ -40,7 +40,7 @@ class Plane:
     gateways: dict[str, TrafficCounters] = field(default_factory=lambda: {"g": TrafficCounters("small")})
     silent: set[str] = field(default_factory=set)
     demand: TierDemandTracker = field(default_factory=TierDemandTracker)
-    book: LeaseBook = field(default_factory=LeaseBook)
+    book: LeaseTable = field(default_factory=LeaseTable)
     fleet: GpuInventory = field(default_factory=GpuInventory)
     engines: dict[str, EngineTelemetry] = field(default_factory=dict)
     sampler: ReportSampler = field(default_factory=ReportSampler)
