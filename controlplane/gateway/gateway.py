@@ -1,8 +1,8 @@
-"""One gateway replica: its routes, and what it keeps of the last snapshot.
+"""One gateway replica: its routes, its life cycle, and its state from the last snapshot.
 
 The same handlers answer on Serve's ingress (:attr:`Gateway.app`) and on the gateway's own port
-(:meth:`Gateway.start`); all of it lives in one event loop. Nothing on a request's path calls Ray, the
-controller or a disk.
+(:meth:`Gateway.start`); all of it runs in one event loop. Nothing on a request's path calls Ray, the
+controller or a disk. A request for an engine goes through :mod:`controlplane.gateway.proxy`.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from controlplane.gateway.api.alert_page import alerts
 from controlplane.gateway.api.controller_queries import ControllerQueries, query_controller
 from controlplane.gateway.proxy.connections import ConnectionTable
 from controlplane.gateway.proxy.dispatch import RequestDispatch
-from controlplane.gateway.proxy.relay import Relay, answer_headers
+from controlplane.gateway.proxy.relay import Relay
 from controlplane.gateway.proxy.request_context import APIS, MAX_REQUEST_ID, RequestContext
-from controlplane.gateway.proxy.resume import error_event
+from controlplane.gateway.proxy.responses import error_event, response_headers
 from controlplane.gateway.proxy.timeouts import SWEEP_S, AttemptTimeouts, TimeoutWatcher
 from controlplane.gateway.telemetry.accounting import UsageLedger
 from controlplane.gateway.telemetry.metrics import Metrics, merge_expositions
@@ -59,7 +59,7 @@ Route = Callable[[Request, Responder], Awaitable[None]]
 
 
 class Gateway:
-    """Serves requests by the last snapshot it was given. Make it in a running event loop."""
+    """Serves requests by the last snapshot that it was given. To be made in a running event loop."""
 
     def __init__(self, config: PlaneConfig, gateway_id: str) -> None:
         self.config = config
@@ -68,14 +68,14 @@ class Gateway:
         self.started_unix_s = time.time()
         self.snapshot: ClusterSnapshot | None = None
         self.controller: ControllerQueries | None = None
-        """For pages that the controller answers, never for inference."""
+        """For pages that need the controller's answer, never for inference."""
         settings = config.gateway
-        self.table = TierTable.build([tier_policy(tier) for tier in config.tiers], settings.default_tier)
+        tier_table = TierTable.build([tier_policy(tier) for tier in config.tiers], settings.default_tier)
         slos = {tier.name: tier.slo.slo() for tier in config.tiers}
-        self.traffic = TrafficCounter(self.table, slos)
+        self.traffic = TrafficCounter(tier_table, slos)
         self.metrics = Metrics(self.traffic)
         self.endpoint_table = EndpointTable(
-            self.table, LoadSettings(reserved_ratio=settings.queue.reserved_ratio)
+            tier_table, LoadSettings(reserved_ratio=settings.queue.reserved_ratio)
         )
         self.queue = AdmissionQueue(
             AdmissionSettings(
@@ -85,19 +85,21 @@ class Gateway:
             )
         )
         self.ledger = UsageLedger([tier.name for tier in config.tiers])
-        self._sites = ConnectionTable(config, self.loop)
-        limits = AttemptTimeouts(
+        self._connections = ConnectionTable(config, self.loop)
+        timeouts = AttemptTimeouts(
             first_token_s=settings.first_token_timeout_s,
             token_gap_s=settings.token_timeout_s,
             silence_s=settings.silence_timeout_s,
         )
-        self._watcher = TimeoutWatcher(limits)
-        self._placing = RequestDispatch(
-            Dispatcher(self.table, self.endpoint_table, self.queue),
+        self._timeouts = TimeoutWatcher(timeouts)
+        self._dispatch = RequestDispatch(
+            Dispatcher(self.endpoint_table, self.queue),
             self.metrics,
             queue_timeout_s=settings.queue.timeout_s,
         )
-        self._relay = Relay(settings, self._placing, self._sites, self.metrics, self.ledger, self._watcher)
+        self._relay = Relay(
+            settings, self._dispatch, self._connections, self.metrics, self.ledger, self._timeouts
+        )
         self._tracing: Tracing | None = None
         self._request_ids = f"{secrets.token_hex(6)}-"
         self._request_count = 0
@@ -131,11 +133,11 @@ class Gateway:
     # -- life ------------------------------------------------------------------------------------
 
     async def start(self, host: str, port: int | None, node_address: str = "") -> None:
-        """Begin to tick, and open the own port (unless it is None), shared with the other gateway
-        replicas of this node, plus a private one on which the others find this replica's metrics: there under
-        ``node_address`` if ``host`` is every address of the node.
+        """Begin to tick and, unless ``port`` is None, listen on two ports: ``port``, which the gateway
+        replicas of this node share, and a private one at which the others read this replica's metrics. They
+        reach the private one at ``node_address`` if ``host`` is every address of the node.
 
-        Raises OSError if the port can't be had.
+        Raises OSError if the port can't be opened.
         """
         if self._ticker is None:
             self._ticker = self.loop.create_task(self._tick())
@@ -155,34 +157,34 @@ class Gateway:
         self._private_url = f"http://{f'[{reached}]' if ':' in reached else reached}:{private_port}"
 
     def trace(self, tracing: Tracing) -> None:
-        """Record the requests' traces from now on; closed with the gateway."""
+        """Trace requests from now on. ``tracing`` is closed with the gateway."""
         self._tracing = tracing
         self.metrics.on_finished = tracing.end
 
     def apply(self, snapshot: ClusterSnapshot) -> None:
-        """Go by a new snapshot from now on."""
+        """Serve by a new snapshot from now on."""
         merged = merge(self.snapshot, snapshot)
         if merged is self.snapshot:
             return
         self.snapshot = merged
         self.endpoint_table.apply_snapshot(merged, self.gateway_id)
-        self._sites.prune(self.endpoint_table)
-        self._placing.recheck()
+        self._connections.prune(self.endpoint_table)
+        self._dispatch.on_snapshot()
 
     def ready_endpoints(self) -> list[Endpoint]:
-        """The endpoints that answer requests now."""
+        """The endpoints that take requests now."""
         return [load.endpoint for load in self.endpoint_table.by_endpoint_id.values() if load.ready]
 
     def observe(
         self, endpoint_id: str, generation: int, *, kv_usage_ratio: float | None, waiting: float | None
     ) -> None:
-        """Take what an engine process said of its own load (a share of 1, and requests)."""
+        """Store an engine process's own metrics: used share of its KV cache, requests in its queue."""
         load = self.endpoint_table.by_endpoint_id.get(endpoint_id)
         if load is not None and load.endpoint.generation == generation:
             load.observe(monotonic(), kv_usage_ratio=kv_usage_ratio, waiting=waiting)
 
     def info(self) -> GatewayInfo:
-        """What the controller is told of this replica."""
+        """This replica's state, for the controller."""
         loads = self.endpoint_table.by_endpoint_id.values()
         busy = tuple((load.endpoint.endpoint_id, load.in_flight) for load in loads if load.in_flight)
         return GatewayInfo(
@@ -204,7 +206,7 @@ class Gateway:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._ticker
             self._ticker = None
-        self._sites.close()
+        self._connections.close()
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close)
 
@@ -212,13 +214,13 @@ class Gateway:
         while True:
             await asyncio.sleep(SWEEP_S)
             now_s = monotonic()
-            self._watcher.sweep(now_s)
-            self._placing.tick(now_s)
+            self._timeouts.sweep(now_s)
+            self._dispatch.tick(now_s)
 
     # -- every request ---------------------------------------------------------------------------
 
     async def handle(self, request: Request, out: Responder) -> None:
-        """Answer any request; never raises for what a request did wrong."""
+        """Answer any request. Errors become responses; only cancellation is raised."""
         method, route = self._routes.get(request.path, ("", None))
         if route is None:
             value = error_value(BadRequest(f"there is no {request.path} here"))
@@ -236,7 +238,7 @@ class Gateway:
                 if out.started:
                     out.abort()
                 else:
-                    send_error(out, RequestError("an error of the gateway's own; its log says more"))
+                    send_error(out, RequestError("an internal error of the gateway; see its log"))
 
     async def _infer(self, request: Request, out: Responder) -> None:
         request_id = self._request_id(request)
@@ -257,7 +259,7 @@ class Gateway:
                 out.write(error_event(error, context.api))
                 out.finish()
             else:
-                send_error(out, error, answer_headers(context))
+                send_error(out, error, response_headers(context))
         except asyncio.CancelledError:
             self.metrics.finished(context, RequestOutcome.CANCELLED, str(CLIENT_CLOSED_REQUEST), monotonic())
             raise
@@ -281,10 +283,10 @@ class Gateway:
         await agents.batch(self._infer, monotonic, request, out)
 
     async def _models(self, request: Request, out: Responder) -> None:
-        send_json(out, pages.models(self.table, self.endpoint_table, int(self.started_unix_s)))
+        send_json(out, pages.models(self.endpoint_table, int(self.started_unix_s)))
 
     async def _explain(self, request: Request, out: Responder) -> None:
-        send_json(out, pages.explain(request, self.table, self.endpoint_table, monotonic()))
+        send_json(out, pages.explain(request, self.endpoint_table, monotonic()))
 
     async def _health(self, request: Request, out: Responder) -> None:
         value = pages.health(self.config, self.endpoint_table, self.queue, self.snapshot)
@@ -314,7 +316,7 @@ class Gateway:
                 (b"content-type", b"text/html; charset=utf-8"),
                 (b"content-security-policy", report_page.CONTENT_SECURITY),
             ]
-            # the page of a large plane takes longer than requests may wait
+            # rendering the page of a large plane would block requests for too long
             out.send(200, headers, (await asyncio.to_thread(report_page.page, report)).encode())
         else:
             send_json(out, await asyncio.to_thread(asdict, report))
@@ -343,7 +345,7 @@ class Gateway:
         out.send(200, [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")], text.encode())
 
     def refresh_metrics(self) -> None:
-        """Set the gauges of :attr:`metrics` to what is now."""
+        """Set the gauges of :attr:`metrics` to their present values."""
         self.metrics.observe(self.endpoint_table, self.queue)
         configured = {tier.name: tier.replicas for tier in self.config.tiers}
         self.metrics.observe_snapshot(self.snapshot, configured)
@@ -353,7 +355,7 @@ class Gateway:
         return self.metrics.text()
 
     async def _private(self, request: Request, out: Responder) -> None:
-        """The private port: this replica's own metrics, for the others to merge."""
+        """Answer on the private port: this replica's own metrics, for other replicas to merge."""
         if request.path != "/metrics":
             send_json(out, error_value(BadRequest("only /metrics is here")), 404)
             return
@@ -367,7 +369,7 @@ def _outcome(status: int) -> RequestOutcome:
 
 
 def tier_policy(tier: TierConfig) -> TierPolicy:
-    """What routing needs to know of a configured tier."""
+    """A configured tier as routing sees it."""
     return TierPolicy(
         name=tier.name,
         model_id=tier.model_id,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
-from controlplane.core.admission.queue import AdmissionQueue, AdmissionSettings
+from controlplane.core.admission.queue import AdmissionQueue, AdmissionSettings, Ticket
 from controlplane.core.autoscaling.capacity import EngineSpeed, RequestShape
 from controlplane.core.autoscaling.policy import (
     EngineObservation,
@@ -172,7 +172,8 @@ class Simulator:
         self.table = TierTable.build(policies, scenario.default_tier)
         self.fleet = EndpointTable(self.table, scenario.fleet)
         self.queue = AdmissionQueue(scenario.admission)
-        self.dispatcher = Dispatcher(self.table, self.fleet, self.queue)
+        self.dispatcher = Dispatcher(self.fleet, self.queue)
+        self._waiting: dict[Ticket, RequestInFlight] = {}
         self._picks = 0
         self._sample_s = span_s / _SAMPLES if span_s else 60.0
         self._decisions: list[RecordedDecision] = []
@@ -317,19 +318,19 @@ class Simulator:
         self._picks += 7919
         answer = self.dispatcher.submit(
             flight.request,
+            flight.route,
             now_s,
             self._picks,
             deadline_s=flight.arrived_s + self.scenario.deadline_s,
-            payload=flight,
             arrived_s=flight.arrived_s,
-            route=flight.route,
         )
         if isinstance(answer, Started):
             self._start(flight, answer)
         elif isinstance(answer, WaitsInQueue):
             self.tiers[flight.rank].queued += 1
+            self._waiting[answer.ticket] = flight
             if answer.queued.evicted is not None:
-                evicted: RequestInFlight = answer.queued.evicted.payload.payload
+                evicted = self._waiting.pop(answer.queued.evicted)
                 self.tiers[evicted.rank].queued -= 1
                 self._refuse(evicted)
         elif isinstance(answer, DispatchRefused):
@@ -426,7 +427,7 @@ class Simulator:
         self._picks += 7919
         for started in self.dispatcher.pump(self.clock.now_s, self._picks):
             assert started.ticket is not None
-            flight: RequestInFlight = started.ticket.payload.payload
+            flight = self._waiting.pop(started.ticket)
             self.tiers[flight.rank].queued -= 1
             self._start(flight, started)
 
@@ -453,7 +454,7 @@ class Simulator:
                     load.observe(now_s, kv_usage_ratio=engine.kv_usage_ratio, waiting=len(engine.waiting))
         if self.queue:
             for ticket in self.queue.expire(now_s):
-                flight: RequestInFlight = ticket.payload.payload
+                flight = self._waiting.pop(ticket)
                 tier = self.tiers[flight.rank]
                 tier.queued -= 1
                 tier.record.expired += 1

@@ -18,8 +18,8 @@ from controlplane.core.domain.endpoint import Endpoint, EndpointState
 from controlplane.core.domain.request import Complexity
 from controlplane.core.routing.dispatcher import Dispatcher, Started, WaitsInQueue
 from controlplane.core.routing.endpoint_table import EndpointTable
-from controlplane.core.routing.router import decide
-from controlplane.core.routing.tier_table import RouteRequest, TierPolicy, TierTable
+from controlplane.core.routing.router import choose_endpoint
+from controlplane.core.routing.tier_table import RouteRequest, TierPolicy, TierTable, resolve
 
 TIERS = ("lightweight", "balanced", "capable")
 NOW_S = 1000.0
@@ -38,16 +38,18 @@ def plane(endpoints_per_tier: int) -> Dispatcher:
     )
     for load in endpoint_table.by_endpoint_id.values():
         load.observe(NOW_S, kv_usage_ratio=0.3, waiting=0.0)
-    return Dispatcher(table, endpoint_table, AdmissionQueue())
+    return Dispatcher(endpoint_table, AdmissionQueue())
 
 
 def decision(dispatcher: Dispatcher, session_key: int | None) -> Callable[[], None]:
     """Decides and no more."""
     picks = iter(range(1_000_000_000))
+    table = dispatcher.endpoint_table.tier_table
 
     def run() -> None:
         request = RouteRequest(complexity=Complexity.SIMPLE, session_key=session_key)
-        decide(request, dispatcher.table, dispatcher.endpoint_table, NOW_S, next(picks))
+        route = resolve(request, table)
+        choose_endpoint(route, request, dispatcher.endpoint_table, NOW_S, next(picks))
 
     return run
 
@@ -55,10 +57,13 @@ def decision(dispatcher: Dispatcher, session_key: int | None) -> Callable[[], No
 def life(dispatcher: Dispatcher, session_key: int | None) -> Callable[[], None]:
     """A request's whole way: decided, begun, first token, ended."""
     picks = iter(range(1_000_000_000))
+    table = dispatcher.endpoint_table.tier_table
 
     def run() -> None:
         request = RouteRequest(complexity=Complexity.SIMPLE, session_key=session_key)
-        answer = dispatcher.submit(request, NOW_S, next(picks), deadline_s=DEADLINE_S)
+        answer = dispatcher.submit(
+            request, resolve(request, table), NOW_S, next(picks), deadline_s=DEADLINE_S
+        )
         assert isinstance(answer, Started)
         answer.slot.first_token(NOW_S + 0.1)
         answer.slot.succeed(NOW_S + 1.0)
@@ -73,10 +78,13 @@ def queued(dispatcher: Dispatcher, waiting: int) -> Callable[[], None]:
     running: list[Started] = []
     picks = iter(range(1_000_000_000))
 
+    request = RouteRequest(complexity=Complexity.SIMPLE)
+
     def submit() -> Started | WaitsInQueue:
         number = next(picks)
         answer = dispatcher.submit(
-            RouteRequest(complexity=Complexity.SIMPLE),
+            request,
+            resolve(request, dispatcher.endpoint_table.tier_table),
             NOW_S,
             number,
             deadline_s=DEADLINE_S + number % 97,

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from controlplane.core.admission.fair_queue import BANDS
+from controlplane.core.admission.fair_queue import PRIORITIES
 from controlplane.core.admission.queue import (
     AdmissionQueue,
     AdmissionSettings,
@@ -23,12 +23,12 @@ from controlplane.core.admission.queue import (
 from controlplane.core.domain.request import Priority
 
 LANES = ("x", "y", "z")
-ORDER = {priority: rank for rank, priority in enumerate(BANDS)}
+ORDER = {priority: rank for rank, priority in enumerate(PRIORITIES)}
 
 
 def make(priority: Priority, caller: str, lane: str, now_s: float, timeout_s: float, **more: Any) -> Ticket:
     return Ticket(
-        lane=lane,
+        lane_key=lane,
         tiers=(LANES.index(lane),),
         priority=priority,
         caller=caller,
@@ -73,12 +73,9 @@ class Life(RuleBasedStateMachine):
         lane=st.sampled_from(LANES),
         timeout_s=st.sampled_from([0.0, 1.0, 2.5, 10.0, 10.0]),
         rate=st.sampled_from([None, 0.1, 5.0]),
-        cost=st.sampled_from([1.0, 3.0]),
     )
-    def offer(
-        self, priority: Priority, caller: str, lane: str, timeout_s: float, rate: float | None, cost: float
-    ) -> None:
-        ticket = make(priority, caller, lane, self.now_s, timeout_s, cost=cost)
+    def offer(self, priority: Priority, caller: str, lane: str, timeout_s: float, rate: float | None) -> None:
+        ticket = make(priority, caller, lane, self.now_s, timeout_s)
         answer = self.queue.offer(ticket, self.now_s, [rate] * 3)
         self.note_expiries()
         if isinstance(answer, Queued):
@@ -109,11 +106,11 @@ class Life(RuleBasedStateMachine):
         ticket = self.queue.next(self.now_s, can_run)
         self.note_expiries()
         assert len(asked) == len(set(asked))
-        could = [one for one in self.waiting if one.lane in open_lanes]
+        could = [one for one in self.waiting if one.lane_key in open_lanes]
         if not kept:
             assert (ticket is None) == (not could), "a ticket that can run is never left lying"
         if ticket is not None:
-            assert ticket.lane in open_lanes
+            assert ticket.lane_key in open_lanes
             assert ticket.deadline_s > self.now_s
             best = min((ORDER[one.priority] for one in could), default=0)
             aged = self.now_s - ticket.arrived_s >= 3.0
@@ -122,7 +119,8 @@ class Life(RuleBasedStateMachine):
                 rivals = [
                     one
                     for one in could
-                    if (one.caller, one.priority, one.lane) == (ticket.caller, ticket.priority, ticket.lane)
+                    if (one.caller, one.priority, one.lane_key)
+                    == (ticket.caller, ticket.priority, ticket.lane_key)
                 ]
                 assert ticket.deadline_s == min(one.deadline_s for one in rivals)
             self.end(ticket, TicketState.SERVED)
@@ -222,7 +220,7 @@ def test_low_priority_is_served_however_much_high_comes(
         ticket = queue.next(2.0, lambda key, priority, lane=lane: key == lane)  # type: ignore[misc]
         assert ticket is not None
         for low in lows:
-            passes[low] += low.lane == lane and low.state is TicketState.WAITING
+            passes[low] += low.lane_key == lane and low.state is TicketState.WAITING
     assert all(count <= bound for count in passes.values()), passes
 
 

@@ -9,10 +9,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from controlplane.core.admission.queue import AdmissionQueue, AdmissionSettings
 from controlplane.core.domain.endpoint import Capabilities, Endpoint, EndpointState
 from controlplane.core.domain.request import Complexity, Priority
-from controlplane.core.routing.circuit_breaker import MOVES, Breaker, BreakerSettings, BreakerState
+from controlplane.core.routing.circuit_breaker import TRANSITIONS, Breaker, BreakerSettings, BreakerState
 from controlplane.core.routing.dispatcher import Dispatcher, Started, WaitsInQueue
 from controlplane.core.routing.endpoint_table import EndpointTable, GatewayShard, RequestSlot, shard_share
-from controlplane.core.routing.router import RouteOutcome, decide, explain, has_room
+from controlplane.core.routing.router import Overflow, RouteOutcome, explain, has_room
 from controlplane.core.routing.scorers import home
 from controlplane.core.routing.tier_table import (
     API_BITS,
@@ -24,6 +24,7 @@ from controlplane.core.routing.tier_table import (
     resolve,
 )
 from controlplane.errors import IllegalTransition
+from tests.support.routing import decide
 
 NOW_S = 100.0
 NAMES = ("lightweight", "balanced", "capable")
@@ -110,7 +111,7 @@ def test_only_fit_endpoints_are_chosen(
     plane: tuple[TierTable, EndpointTable], request: RouteRequest, pick: int
 ) -> None:
     table, endpoint_table = plane
-    decision = decide(request, table, endpoint_table, NOW_S, pick)
+    decision = decide(request, endpoint_table, NOW_S, pick)
     assert has_room(resolve(request, table), request, endpoint_table, NOW_S) == (decision.load is not None)
     assert (decision.load is not None) == (decision.outcome is RouteOutcome.SEND)
     assert (decision.refusal is not None) == (decision.outcome is RouteOutcome.REJECT)
@@ -121,7 +122,7 @@ def test_only_fit_endpoints_are_chosen(
     assert load.endpoint.state is EndpointState.READY
     assert load.in_flight < load.limit
     assert load.key not in request.exclude
-    assert load.breaker.allows(NOW_S)
+    assert load.breaker.blocked_until_s <= NOW_S
     assert load.api_bits & API_BITS[request.api]
     assert load.endpoint.tier == decision.tier
     rank = table.rank_of[decision.tier]
@@ -130,8 +131,8 @@ def test_only_fit_endpoints_are_chosen(
     if rank not in route.order and request.api is not Api.EMBEDDINGS:
         policy = table.policies[route.order[0]]
         assert policy.floor is None or rank >= table.rank_of[policy.floor]
-        assert decision.spilled != decision.bridged
-        way = policy.spill if decision.spilled else policy.bridge
+        assert decision.wanted_tier == policy.name
+        way = policy.spill if decision.overflow is Overflow.SPILL else policy.bridge
         if way is not None:
             assert way is not OverflowDirection.NONE
             assert way is OverflowDirection.BOTH or (way is OverflowDirection.UP) == (rank > route.order[0])
@@ -142,9 +143,9 @@ def test_only_fit_endpoints_are_chosen(
 def test_an_explanation_agrees_with_the_decision(
     plane: tuple[TierTable, EndpointTable], request: RouteRequest, pick: int
 ) -> None:
-    table, endpoint_table = plane
-    explanation = explain(request, table, endpoint_table, NOW_S, pick)
-    assert explanation.decision == decide(request, table, endpoint_table, NOW_S, pick)
+    _, endpoint_table = plane
+    explanation = explain(request, endpoint_table, NOW_S, pick)
+    assert explanation.decision == decide(request, endpoint_table, NOW_S, pick)
     assert len(explanation.candidates) == len(endpoint_table.by_endpoint_id)
     for candidate in explanation.candidates:
         assert all(candidate.left_out)
@@ -164,13 +165,13 @@ def test_every_fit_endpoint_of_the_first_tier_is_taken_sooner_or_later(
     plane: tuple[TierTable, EndpointTable], request: RouteRequest
 ) -> None:
     """No pick raises, and the better of two never loses: the best of all is always among the chosen."""
-    table, endpoint_table = plane
+    _, endpoint_table = plane
     request = request._replace(session_key=None, prefix_key=None)
-    chosen = [decide(request, table, endpoint_table, NOW_S, pick) for pick in range(90)]
+    chosen = [decide(request, endpoint_table, NOW_S, pick) for pick in range(90)]
     if chosen[0].load is None:
         return
     tier = chosen[0].tier
-    candidates = explain(request, table, endpoint_table, NOW_S, 0).candidates
+    candidates = explain(request, endpoint_table, NOW_S, 0).candidates
     scored = {one.endpoint_id: one.score for one in candidates if one.tier == tier and one.score is not None}
     best = max(scored.values())
     taken = {one.load.endpoint.endpoint_id for one in chosen if one.load is not None}
@@ -214,24 +215,27 @@ class BreakerLife(RuleBasedStateMachine):
         self.state = BreakerState.CLOSED
         self.probes: list[int] = [0]
 
+    def allowed(self) -> bool:
+        return self.now_s >= self.breaker.blocked_until_s
+
     @rule(passed_s=st.sampled_from([0.1, 1.0, 6.0, 30.0]))
     def wait(self, passed_s: float) -> None:
         self.now_s += passed_s
 
     @rule()
     def start(self) -> None:
-        before = (self.breaker.state, self.breaker.blocked_until_s, self.breaker.opened)
-        allowed = self.breaker.allows(self.now_s)
+        before = (self.breaker.state, self.breaker.blocked_until_s)
+        allowed = self.allowed()
         try:
             probe = self.breaker.start(self.now_s)
         except IllegalTransition:
             assert not allowed
-            assert (self.breaker.state, self.breaker.blocked_until_s, self.breaker.opened) == before
+            assert (self.breaker.state, self.breaker.blocked_until_s) == before
             return
         assert allowed
         if self.breaker.state is BreakerState.HALF_OPEN:
             assert probe > max(self.probes)
-            assert not self.breaker.allows(self.now_s), "the second of two at once is no probe"
+            assert not self.allowed(), "the second of two at once is no probe"
             self.probes.append(probe)
         else:
             assert probe == 0
@@ -249,11 +253,11 @@ class BreakerLife(RuleBasedStateMachine):
     def legal(self) -> None:
         new = self.breaker.state
         assert new is self.state or new in {
-            target for (source, _), target in MOVES.items() if source is self.state
+            target for (source, _), target in TRANSITIONS.items() if source is self.state
         }
         self.state = new
         if new is BreakerState.CLOSED:
-            assert self.breaker.allows(self.now_s)
+            assert self.allowed()
 
 
 class Traffic(RuleBasedStateMachine):
@@ -270,7 +274,8 @@ class Traffic(RuleBasedStateMachine):
     def start(self, table: TierTable, first: list[Endpoint]) -> None:
         endpoint_table = EndpointTable(table)
         endpoint_table.apply(first)
-        self.plane = Dispatcher(table, endpoint_table, AdmissionQueue(AdmissionSettings(capacity=8)))
+        self.table = table
+        self.plane = Dispatcher(endpoint_table, AdmissionQueue(AdmissionSettings(capacity=8)))
 
     def started(self, one: Started) -> None:
         assert one.slot.load is one.decision.load
@@ -279,7 +284,9 @@ class Traffic(RuleBasedStateMachine):
     @rule(request=requests, timeout_s=st.sampled_from([1.0, 60.0]))
     def submit(self, request: RouteRequest, timeout_s: float) -> None:
         self.pick += 1
-        answer = self.plane.submit(request, self.now_s, self.pick, deadline_s=self.now_s + timeout_s)
+        answer = self.plane.submit(
+            request, resolve(request, self.table), self.now_s, self.pick, deadline_s=self.now_s + timeout_s
+        )
         if isinstance(answer, Started):
             self.started(answer)
         elif isinstance(answer, WaitsInQueue):
@@ -296,7 +303,7 @@ class Traffic(RuleBasedStateMachine):
     @rule(snapshot=endpoint_lists)
     def snapshot(self, snapshot: list[Endpoint]) -> None:
         self.plane.endpoint_table.apply(snapshot)
-        self.held -= len(self.plane.refused(self.now_s, self.pick))
+        self.held -= len(self.plane.remove_unservable(self.now_s, self.pick))
 
     @rule(passed_s=st.sampled_from([0.1, 2.0, 7.0]))
     def pump(self, passed_s: float) -> None:
@@ -335,6 +342,8 @@ class Traffic(RuleBasedStateMachine):
 def test_a_limit_is_never_exceeded_by_what_is_started() -> None:
     """Stated on its own, since a snapshot may lower a limit below what runs."""
     table = TierTable.build([TierPolicy("balanced", "m")])
+    request = RouteRequest(priority=Priority.HIGH)
+    route = resolve(request, table)
 
     @given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.integers(1, 40), st.integers(1, 4))
     def check(limits: list[int], count: int, gateways: int) -> None:
@@ -348,9 +357,9 @@ def test_a_limit_is_never_exceeded_by_what_is_started() -> None:
                 ),
                 shard=GatewayShard(index, gateways),
             )
-            plane = Dispatcher(table, endpoint_table, AdmissionQueue())
+            plane = Dispatcher(endpoint_table, AdmissionQueue())
             for pick in range(count):
-                answer = plane.submit(RouteRequest(priority=Priority.HIGH), NOW_S, pick, deadline_s=NOW_S + 1)
+                answer = plane.submit(request, route, NOW_S, pick, deadline_s=NOW_S + 1)
                 if isinstance(answer, Started):
                     name = answer.slot.load.endpoint.endpoint_id
                     running[name] = running.get(name, 0) + 1

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from itertools import pairwise
+from math import inf
 from typing import Any
 
 import pytest
 
-from controlplane.core.admission.queue import AdmissionQueue, AdmissionSettings
+from controlplane.core.admission.queue import AdmissionQueue, AdmissionSettings, Ticket
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
 from controlplane.core.domain.request import Priority
 from controlplane.core.routing.dispatcher import Dispatcher, DispatchRefused, Started, WaitsInQueue
@@ -30,7 +31,7 @@ from controlplane.core.routing.retry import (
     RetrySettings,
     next_step,
 )
-from controlplane.core.routing.tier_table import RouteRequest, TierPolicy, TierTable
+from controlplane.core.routing.tier_table import RouteRequest, TierPolicy, TierTable, resolve
 
 FIRST_TOKEN_TIMEOUT_S = 3.0
 
@@ -66,10 +67,11 @@ class World:
         self.endpoints = {endpoint.endpoint_id: endpoint for endpoint in endpoints}
         self.endpoint_table = EndpointTable(self.table)
         self.endpoint_table.apply(endpoints)
-        self.plane = Dispatcher(self.table, self.endpoint_table, AdmissionQueue(AdmissionSettings()))
+        self.plane = Dispatcher(self.endpoint_table, AdmissionQueue(AdmissionSettings()))
         self.budget = RetryBudget(RetrySettings(), 0.0)
         self.service_s = service_s
         self.random = random.Random(seed)
+        self.waiting: dict[Ticket, Request] = {}
         self.mute: set[str] = set()
         self.now_s = 0.0
         self.requests: list[Request] = []
@@ -93,23 +95,36 @@ class World:
 
         self.at(moment_s, apply)
 
+    def next_probe_s(self) -> float:
+        """When the next open breaker lets a request through."""
+        loads = self.endpoint_table.by_endpoint_id.values()
+        return min(
+            (
+                load.breaker.blocked_until_s
+                for load in loads
+                if load.ready and load.breaker.blocked_until_s > self.now_s
+            ),
+            default=inf,
+        )
+
     def run(self) -> None:
         while self._events:
             self.now_s, _, what, args = heappop(self._events)
             what(*args)
             for ticket in self.plane.queue.expire(self.now_s):
-                ticket.payload.payload.outcome = "expired"
+                self.waiting.pop(ticket).outcome = "expired"
 
     def _submit(self, request: Request) -> None:
         self._count += 1
         self.budget.on_request()
+        ask = request.ask._replace(exclude=frozenset(request.tried))
         answer = self.plane.submit(
-            request.ask._replace(exclude=frozenset(request.tried)),
+            ask,
+            resolve(ask, self.table),
             self.now_s,
             self._count,
             deadline_s=request.deadline_s,
             caller=request.caller,
-            payload=request,
             arrived_s=request.arrived_s,
         )
         if isinstance(answer, Started):
@@ -119,17 +134,18 @@ class World:
             request.outcome = str(why)
         else:
             assert isinstance(answer, WaitsInQueue)
+            self.waiting[answer.ticket] = request
             self.at(request.deadline_s, lambda: None)
-            probe_s = self.endpoint_table.next_probe_s(self.now_s)
+            probe_s = self.next_probe_s()
             if probe_s < request.deadline_s:
                 self.at(probe_s, self._pump)
             if answer.queued.evicted is not None:
-                answer.queued.evicted.payload.payload.outcome = "evicted"
+                self.waiting.pop(answer.queued.evicted).outcome = "evicted"
 
     def _pump(self) -> None:
         for started in self.plane.pump(self.now_s, self._count):
             assert started.ticket is not None
-            self._start(started.ticket.payload.payload, started)
+            self._start(self.waiting.pop(started.ticket), started)
 
     def _start(self, request: Request, started: Started) -> None:
         request.attempts += 1

@@ -1,9 +1,10 @@
-"""How the tickets of an :class:`controlplane.core.admission.queue.AdmissionQueue` stand: lanes, rows and
-lines.
+"""What an :class:`controlplane.core.admission.queue.AdmissionQueue` is made of: tickets and the structures
+that order them.
 
-A *lane* holds the tickets that the same endpoints can serve, a *row* those of one priority in a lane, a
-*line* those of one caller in a row. A *band* is one priority across all lanes: there callers take turns.
-Tickets that left stay in the heaps and deques until they come to the front or become too many.
+A :class:`Lane` holds the tickets that the same endpoints can serve; in it a :class:`PriorityQueue` holds
+those of one priority, and in that a :class:`CallerQueue` those of one caller. A :class:`PriorityBand` spans
+all lanes: in it the callers of one priority take turns. Tickets that left stay in the heaps and deques until
+they reach the front or outnumber those that wait.
 """
 
 from __future__ import annotations
@@ -17,11 +18,111 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 from controlplane.core.domain.request import Priority
 
+PRIORITIES: Final = (Priority.HIGH, Priority.NORMAL, Priority.LOW)
+"""The most important first; ``Ticket.rank`` is an index here."""
+RANK_OF: Final = {priority: rank for rank, priority in enumerate(PRIORITIES)}
+
 _ARRIVAL_MEMORY_S: Final = 10.0
+"""An arrival counts for this long in a :class:`Rate`, less and less."""
 
 
-class Caller:
-    """One caller inside a priority."""
+class TicketState(StrEnum):
+    """Where a ticket is in its life."""
+
+    NEW = "new"
+    WAITING = "waiting"
+    SERVED = "served"
+    EXPIRED = "expired"
+    LEFT = "left"
+    EVICTED = "evicted"
+
+
+class Ticket:
+    """One waiting request. Tickets are compared by identity."""
+
+    __slots__ = (
+        "arrived_s",
+        "caller",
+        "caller_queue",
+        "caller_turns",
+        "deadline_s",
+        "lane",
+        "lane_key",
+        "needs_s",
+        "payload",
+        "rank",
+        "state",
+        "tiers",
+    )
+
+    def __init__(
+        self,
+        *,
+        lane_key: Hashable,
+        tiers: Sequence[int],
+        priority: Priority,
+        caller: str,
+        arrived_s: float,
+        deadline_s: float,
+        needs_s: float = 0.0,
+        payload: Any = None,
+    ) -> None:
+        self.lane_key = lane_key
+        """Tickets with equal keys can be served by the same endpoints."""
+        self.tiers = tuple(sorted(tiers))
+        """Ranks of the tiers that may serve it; for predicting the wait."""
+        self.rank = RANK_OF[priority]
+        """Of its priority, in :data:`PRIORITIES`."""
+        self.caller = caller
+        self.arrived_s = arrived_s
+        self.deadline_s = deadline_s
+        self.needs_s = needs_s
+        """Seconds before its deadline by which it must be served to be of any use."""
+        self.payload = payload
+        """Whatever the queue's user wants to find again; the queue does not read it."""
+        self.state = TicketState.NEW
+        # Set while it waits.
+        self.lane: Lane | None = None
+        self.caller_queue: CallerQueue | None = None
+        self.caller_turns: CallerTurns | None = None
+
+    @property
+    def priority(self) -> Priority:
+        """Its priority."""
+        return PRIORITIES[self.rank]
+
+
+class RejectReason(StrEnum):
+    """Why the queue rejected a ticket; a label of ``tierplane_shed_requests_total``."""
+
+    FULL = "full"
+    """The queue is full of tickets that are as important."""
+    WOULD_MISS_DEADLINE = "hopeless"
+    """By the predicted wait it would not be served before its deadline."""
+    TOO_LATE = "too_late"
+    """Its deadline has passed."""
+
+
+class Queued(NamedTuple):
+    """The ticket waits."""
+
+    evicted: Ticket | None = None
+    """The ticket that was removed to make room; its client may retry after ``retry_after_s``."""
+    retry_after_s: float = 0.0
+
+
+class Rejected(NamedTuple):
+    """The ticket was not queued."""
+
+    reason: RejectReason
+    retry_after_s: float
+    """When a retry would be queued, by the observed speed of the tiers."""
+    wait_s: float | None = None
+    """The predicted wait, if it is known."""
+
+
+class CallerTurns:
+    """One caller inside a priority, across all lanes."""
 
     __slots__ = ("count", "recent", "tag")
 
@@ -29,6 +130,7 @@ class Caller:
         self.tag = tag
         """The start tag of its next ticket."""
         self.count = 0
+        """Its tickets that wait."""
         self.recent: deque[Ticket] = deque()
         """In order of arrival; may hold tickets that left."""
 
@@ -41,72 +143,79 @@ class CallerQueue:
     def __init__(self, caller: str) -> None:
         self.caller = caller
         self.heap: list[tuple[float, int, Ticket]] = []
+        """Deadline, sequence number, ticket; may hold tickets that left."""
         self.live = 0
+        """Tickets in it that wait."""
         self.version = 0
-        """Entries of the lane's heap with another version are void."""
+        """Entries of ``PriorityQueue.heads`` with another version are void."""
 
 
 Head: TypeAlias = tuple[float, float, int, int, CallerQueue]
-"""Caller's tag, deadline, sequence number, version, line: sequence numbers differ, lines are never
-compared."""
+"""Caller's tag, deadline, sequence number, version, caller queue. Sequence numbers differ, so caller queues
+are never compared."""
 
 
 class PriorityQueue:
-    """The lines of one lane and priority."""
+    """The caller queues of one lane and priority."""
 
-    __slots__ = ("credit", "heads", "lines", "live", "recent")
+    __slots__ = ("caller_queues", "credit", "heads", "live", "recent")
 
     def __init__(self) -> None:
         self.recent: deque[Ticket] = deque()
         """In order of arrival; may hold tickets that left."""
         self.credit = 0.0
-        """Grows while higher priorities are served past its aged tickets; at 1 the oldest is due."""
-        self.lines: dict[str, CallerQueue] = {}
+        """Grows while higher priorities are served before its aged tickets; at 1 the oldest is due."""
+        self.caller_queues: dict[str, CallerQueue] = {}
         self.heads: list[Head] = []
-        """Each line's first ticket; entries of an old version are void."""
+        """A heap of each caller queue's first ticket; entries of an old version are void."""
         self.live = 0
+        """Tickets in it that wait."""
 
     def oldest(self) -> Ticket:
-        """The longest waiting ticket of a row that is not empty."""
+        """The longest waiting ticket; call it only while tickets wait."""
         recent = self.recent
         while recent[0].state is not TicketState.WAITING:
             recent.popleft()
         return recent[0]
 
     def head(self, band: PriorityBand) -> Head:
-        """The first entry of a row that is not empty, after throwing out or renewing what is no longer
-        true: a caller that was served in another lane has another tag."""
+        """The first valid entry of ``heads``; call it only while tickets wait. Void entries are dropped and
+        outdated ones renewed: a caller that was served in another lane has another tag."""
         heads = self.heads
         while True:
             entry = heads[0]
-            line = entry[4]
-            if entry[3] == line.version:
-                if entry[0] == band.callers[line.caller].tag:
+            caller_queue = entry[4]
+            if entry[3] == caller_queue.version:
+                if entry[0] == band.callers[caller_queue.caller].tag:
                     return entry
                 heappop(heads)
-                self.announce(line, band)
+                self.announce(caller_queue, band)
             else:
                 heappop(heads)
 
-    def announce(self, line: CallerQueue, band: PriorityBand) -> None:
-        """Enters a line with its present first ticket."""
-        _drop_dead(line.heap)
-        line.version += 1
-        if line.heap:
-            deadline_s, sequence, _ = line.heap[0]
-            heappush(self.heads, (band.callers[line.caller].tag, deadline_s, sequence, line.version, line))
+    def announce(self, caller_queue: CallerQueue, band: PriorityBand) -> None:
+        """Enter a caller queue's present first ticket into ``heads``, in place of an earlier entry."""
+        heap = caller_queue.heap
+        while heap and heap[0][2].state is not TicketState.WAITING:
+            heappop(heap)
+        caller_queue.version += 1
+        if heap:
+            deadline_s, sequence, _ = heap[0]
+            tag = band.callers[caller_queue.caller].tag
+            heappush(self.heads, (tag, deadline_s, sequence, caller_queue.version, caller_queue))
 
 
 class Lane:
     """Tickets that the same endpoints can serve."""
 
-    __slots__ = ("key", "live", "rows", "tiers")
+    __slots__ = ("key", "live", "priority_queues", "tiers")
 
     def __init__(self, key: Hashable, tiers: tuple[int, ...]) -> None:
         self.key = key
         self.tiers = tiers
-        self.rows = tuple(PriorityQueue() for _ in BANDS)
+        self.priority_queues = tuple(PriorityQueue() for _ in PRIORITIES)
         self.live = 0
+        """Tickets in it that wait."""
 
 
 class PriorityBand:
@@ -115,18 +224,20 @@ class PriorityBand:
     __slots__ = ("by_count", "callers", "largest", "live", "virtual")
 
     def __init__(self) -> None:
-        self.callers: dict[str, Caller] = {}
+        self.callers: dict[str, CallerTurns] = {}
         self.by_count: dict[int, dict[str, None]] = {}
-        """Callers by how many tickets they have waiting."""
+        """Number of waiting tickets → the callers that have as many."""
         self.largest = 0
+        """The most tickets that one caller has waiting."""
         self.live = 0
+        """Tickets of this priority that wait."""
         self.virtual = 0.0
-        """The tag of what was served last."""
+        """The start tag of the ticket served last: the virtual time of fair queueing."""
 
-    def recount(self, name: str, caller: Caller, change: int) -> None:
-        """A ticket of ``name`` more (1) or less (-1)."""
-        old, new = caller.count, caller.count + change
-        caller.count = new
+    def recount(self, name: str, turns: CallerTurns, change: int) -> None:
+        """Count one ticket of the caller ``name`` more (1) or less (-1)."""
+        old, new = turns.count, turns.count + change
+        turns.count = new
         self.live += change
         if old:
             group = self.by_count[old]
@@ -136,11 +247,11 @@ class PriorityBand:
         if new:
             self.by_count.setdefault(new, {})[name] = None
         if new > self.largest or (old == self.largest and old not in self.by_count):
-            self.largest = new  # Counts change by one, so ``new`` is the next there is.
+            self.largest = new  # Counts change by one, so no count lies between ``new`` and ``old``.
 
 
 class Rate:
-    """Events a second, older ones counting less and less."""
+    """Events a second; an event's weight falls to 0 over the last :data:`_ARRIVAL_MEMORY_S`."""
 
     __slots__ = ("_count", "_since_s")
 
@@ -149,12 +260,12 @@ class Rate:
         self._since_s = -inf
 
     def add(self, now_s: float) -> None:
-        """One happened."""
+        """Count one event."""
         self._count = self._left(now_s) + 1.0
         self._since_s = now_s
 
     def per_s(self, now_s: float) -> float:
-        """How many there are a second at present."""
+        """The present rate."""
         return self._left(now_s) / _ARRIVAL_MEMORY_S
 
     def _left(self, now_s: float) -> float:
@@ -162,123 +273,12 @@ class Rate:
         return self._count * max(0.0, 1.0 - passed_s / _ARRIVAL_MEMORY_S) if passed_s != inf else 0.0
 
 
-def _drop_dead(heap: list[tuple[float, int, Ticket]]) -> None:
-    while heap and heap[0][2].state is not TicketState.WAITING:
-        heappop(heap)
-
-
 def compact_heap(heap: list[tuple[float, int, Ticket]]) -> None:
-    """Throws out all tickets that left."""
+    """Remove the tickets that no longer wait, in place."""
     heap[:] = [entry for entry in heap if entry[2].state is TicketState.WAITING]
     heapify(heap)
 
 
 def compacted(tickets: deque[Ticket]) -> deque[Ticket]:
-    """The tickets that still wait."""
+    """The tickets that still wait, in the same order."""
     return deque(ticket for ticket in tickets if ticket.state is TicketState.WAITING)
-
-
-BANDS: Final = (Priority.HIGH, Priority.NORMAL, Priority.LOW)
-"""A priority's band is its index here: the most important first."""
-BAND_OF: Final = {priority: band for band, priority in enumerate(BANDS)}
-
-
-class TicketState(StrEnum):
-    """How a ticket stands."""
-
-    NEW = "new"
-    WAITING = "waiting"
-    SERVED = "served"
-    EXPIRED = "expired"
-    LEFT = "left"
-    EVICTED = "evicted"
-
-
-class Ticket:
-    """One waiting request. Identity counts; ``payload`` is the caller's own."""
-
-    __slots__ = (
-        "arrived_s",
-        "band",
-        "caller",
-        "cost",
-        "deadline_s",
-        "in_caller",
-        "in_lane",
-        "in_line",
-        "lane",
-        "needs_s",
-        "payload",
-        "state",
-        "tiers",
-    )
-
-    def __init__(
-        self,
-        *,
-        lane: Hashable,
-        tiers: Sequence[int],
-        priority: Priority,
-        caller: str,
-        arrived_s: float,
-        deadline_s: float,
-        needs_s: float = 0.0,
-        cost: float = 1.0,
-        payload: Any = None,
-    ) -> None:
-        self.lane = lane
-        """Tickets with equal lanes can be served by the same endpoints."""
-        self.tiers = tuple(sorted(tiers))
-        """Ranks of the tiers that may serve it; for predicting the wait."""
-        self.band = BAND_OF[priority]
-        self.caller = caller
-        self.arrived_s = arrived_s
-        self.deadline_s = deadline_s
-        self.needs_s = needs_s
-        """How long before its deadline it must be served to be of any use."""
-        self.cost = cost
-        self.payload = payload
-        self.state = TicketState.NEW
-        self.in_lane: Lane | None = None
-        self.in_line: CallerQueue | None = None
-        self.in_caller: Caller | None = None
-
-    @property
-    def priority(self) -> Priority:
-        """Its priority."""
-        return BANDS[self.band]
-
-
-class RejectReason(StrEnum):
-    """Why a ticket was not let in."""
-
-    FULL = "full"
-    """The queue is full of what is not less important (429)."""
-    WOULD_MISS_DEADLINE = "hopeless"
-    """It would not be served before its deadline (429)."""
-    TOO_LATE = "too_late"
-    """Its deadline has passed (408)."""
-
-    @property
-    def status(self) -> int:
-        """The HTTP status."""
-        return 408 if self is RejectReason.TOO_LATE else 429
-
-
-class Queued(NamedTuple):
-    """The ticket waits."""
-
-    wait_s: float | None
-    """The predicted wait; None: nothing is known yet of how fast the tiers are."""
-    evicted: Ticket | None = None
-    """Who had to go for it: to be answered 429 with ``retry_after_s``."""
-    retry_after_s: float = 0.0
-
-
-class Rejected(NamedTuple):
-    """The ticket was not let in."""
-
-    reason: RejectReason
-    retry_after_s: float
-    """When a retry would find a place, as far as the observed speed tells."""
-    wait_s: float | None = None

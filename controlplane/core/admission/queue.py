@@ -1,22 +1,22 @@
-"""The bounded queue in front of full tiers: who waits, who goes next, and who is told at once to go.
+"""The bounded queue in front of full tiers: which requests wait, which is next, which are rejected at once.
 
 Order of service:
 
 1. the higher priority first;
-2. inside a priority callers take turns, by start-time fair queueing (P. Goyal, H. Vin, H. Cheng, 1996),
-   a ticket's ``cost`` being what a turn takes;
+2. inside a priority callers take turns, by start-time fair queueing (P. Goyal, H. Vin, H. Cheng, 1996);
+   a ticket takes one turn;
 3. among one caller's tickets the earliest deadline first;
-4. against starvation, of the slots that go past a lower priority whose oldest ticket has waited longer
-   than ``age_after_s``, a share (``aged_ratio``) goes to that oldest ticket. It is a share and not a
-   growing priority: with the latter, at lasting overload the low tickets' age would in the end lift all
-   of them over the high.
+4. against starvation: once the oldest ticket of a lower priority has waited longer than ``age_after_s``,
+   a share (``aged_ratio``) of the slots that higher priorities would take goes to it. A share, and not a
+   priority that grows with age: under lasting overload age would in the end lift every low ticket above
+   the high ones.
 
-Tickets that can be served by the same endpoints stand in the same lane, so that a lane whose tiers are
-full never holds up another. All operations are O(log n) in tickets (amortised), times the number of
-lanes in use for :meth:`AdmissionQueue.next`. What left is taken out of the heaps lazily.
+Tickets that the same endpoints can serve are in the same lane, so that a lane whose tiers are full never
+holds up another. All operations are O(log n) in tickets (amortised), times the number of lanes in use for
+:meth:`AdmissionQueue.next`. Tickets that left are removed from the heaps lazily.
 
-A ticket that is offered ends exactly once: handed out by ``next``, given back by ``expire``, taken out
-by ``leave``, or evicted by another's ``offer``.
+A queued ticket ends exactly once: returned by ``next`` or by ``expire``, removed by ``leave``, or evicted by
+the ``offer`` of another ticket.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from math import inf
 from typing import Final
 
 from controlplane.core.admission.fair_queue import (
-    BAND_OF,
-    BANDS,
-    Caller,
+    PRIORITIES,
+    RANK_OF,
     CallerQueue,
+    CallerTurns,
     Lane,
     PriorityBand,
     PriorityQueue,
@@ -57,7 +57,7 @@ __all__ = [
 ]
 
 _DUE: Final = 1.0 - 1e-9
-"""Ten times a tenth is a little less than one."""
+"""The credit at which the oldest ticket is due: in floating point, ten times a tenth is a little under 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +65,14 @@ class AdmissionSettings:
     """The queue's bounds."""
 
     capacity: int = 1000
-    """Tickets in all."""
+    """The most tickets that wait, of all priorities together."""
     age_after_s: float = 5.0
+    """A ticket that has waited longer is aged."""
     aged_ratio: float = 0.05
-    """Share of the slots that goes to lower priorities while their oldest waits longer than that."""
+    """Share of the slots that goes to aged tickets of lower priorities."""
     retry_after_min_s: float = 1.0
     retry_after_max_s: float = 120.0
-    """``Retry-After`` is kept inside these."""
+    """Bounds of ``Retry-After``."""
 
 
 class AdmissionQueue:
@@ -80,7 +81,7 @@ class AdmissionQueue:
     def __init__(self, settings: AdmissionSettings | None = None) -> None:
         self.settings = settings or AdmissionSettings()
         self._lanes: dict[Hashable, Lane] = {}
-        self._bands = tuple(PriorityBand() for _ in BANDS)
+        self._bands = tuple(PriorityBand() for _ in PRIORITIES)
         self._deadlines: list[tuple[float, int, Ticket]] = []
         self._expired: list[Ticket] = []
         self._arrivals: dict[tuple[int, ...], tuple[Rate, ...]] = {}
@@ -92,32 +93,25 @@ class AdmissionQueue:
         return self._live
 
     def __bool__(self) -> bool:
-        """Is there anything to do: tickets that wait, or expired ones that :meth:`expire` must give back?"""
+        """Whether tickets wait, or expired ones are still to be returned by :meth:`expire`."""
         return bool(self._live or self._expired)
 
     def depth(self, priority: Priority) -> int:
         """Tickets of that priority that wait."""
-        return self._bands[BAND_OF[priority]].live
+        return self._bands[RANK_OF[priority]].live
 
     def waiting(self) -> list[Ticket]:
-        """All tickets that wait, in no order that matters."""
+        """All tickets that wait, in no particular order."""
         return [entry[2] for entry in self._deadlines if entry[2].state is TicketState.WAITING]
-
-    def next_deadline_s(self) -> float:
-        """When the next waiting ticket expires; infinity if none waits."""
-        heap = self._deadlines
-        while heap and heap[0][2].state is not TicketState.WAITING:
-            heappop(heap)
-        return heap[0][0] if heap else inf
 
     def offer(
         self, ticket: Ticket, now_s: float, rates_per_s: Sequence[float | None] = ()
     ) -> Queued | Rejected:
-        """Lets a ticket in, or says why not.
+        """Queue a ticket or reject it.
 
-        ``rates_per_s[tier]`` is how many requests a second a tier finishes when full; None or missing:
-        unknown, then nothing is shed. The prediction is a mean: a ticket is shed if that says that it
-        would be served too late. Raises ValueError if the ticket was offered before.
+        ``rates_per_s[tier]`` is how many requests a second a tier finishes when it is full; None or missing
+        means unknown, then no ticket is rejected for its predicted wait. The prediction is a mean. Raises
+        ValueError if the ticket was offered before.
         """
         if ticket.state is not TicketState.NEW:
             raise ValueError(f"this ticket is {ticket.state}: offer a new one")
@@ -142,11 +136,11 @@ class AdmissionQueue:
         return Queued(wait_s, victim, self._bounded(self.predict_wait_s(victim, now_s, rates_per_s) or 0.0))
 
     def next(self, now_s: float, can_run: Callable[[Hashable, Priority], bool]) -> Ticket | None:
-        """Hands out the ticket that goes next, or None if none can run.
+        """Remove and return the ticket to serve next, or None if none can run.
 
-        ``can_run(lane, priority)`` says whether an endpoint has room for such a ticket now; it is asked
-        at most once for each lane and priority. A ticket that goes by age needs room for high priority
-        only. What has expired is never handed out.
+        ``can_run(lane_key, priority)`` says whether an endpoint has room for such a ticket now; it is called
+        at most once for each lane and priority. A ticket that is served by age needs room for high priority
+        only. Expired tickets are never returned.
         """
         self._collect_expired(now_s)
         runnable: list[tuple[PriorityQueue, int]] = []
@@ -154,37 +148,40 @@ class AdmissionQueue:
         for lane in self._lanes.values():
             if not can_run(lane.key, Priority.HIGH):
                 continue
-            for band, row in enumerate(lane.rows):
-                if not row.live:
+            for rank, priority_queue in enumerate(lane.priority_queues):
+                if not priority_queue.live:
                     continue
-                if not band or can_run(lane.key, BANDS[band]):
-                    runnable.append((row, band))
-                if band and now_s - (oldest := row.oldest()).arrived_s >= self.settings.age_after_s:
-                    aged.append((row, band, oldest))
+                if not rank or can_run(lane.key, PRIORITIES[rank]):
+                    runnable.append((priority_queue, rank))
+                if (
+                    rank
+                    and now_s - (oldest := priority_queue.oldest()).arrived_s >= self.settings.age_after_s
+                ):
+                    aged.append((priority_queue, rank, oldest))
         due = [entry for entry in aged if entry[0].credit >= _DUE]
         if due:
-            row, _, ticket = min(due, key=lambda entry: entry[2].arrived_s)
-            row.credit -= 1.0
+            priority_queue, _, ticket = min(due, key=lambda entry: entry[2].arrived_s)
+            priority_queue.credit -= 1.0
         elif runnable:
             ticket = self._first(runnable)
         else:
             return None
-        passed_over = [row for row, band, _ in aged if band > ticket.band]
-        for row in passed_over:
-            row.credit += self.settings.aged_ratio / len(passed_over)
+        passed_over = [priority_queue for priority_queue, rank, _ in aged if rank > ticket.rank]
+        for priority_queue in passed_over:
+            priority_queue.credit += self.settings.aged_ratio / len(passed_over)
         self._charge(ticket)
         self._take_out(ticket, TicketState.SERVED)
         return ticket
 
     def leave(self, ticket: Ticket) -> bool:
-        """The client went. True if the ticket was waiting."""
+        """The client left. True if the ticket was waiting."""
         if ticket.state is not TicketState.WAITING:
             return False
         self._take_out(ticket, TicketState.LEFT)
         return True
 
     def expire(self, now_s: float) -> list[Ticket]:
-        """Takes out the tickets whose deadline has passed, and gives back those not given back before."""
+        """Remove the tickets whose deadline has passed; returns those that were not returned before."""
         self._collect_expired(now_s)
         expired, self._expired = self._expired, []
         return expired
@@ -192,88 +189,90 @@ class AdmissionQueue:
     def predict_wait_s(
         self, ticket: Ticket, now_s: float, rates_per_s: Sequence[float | None]
     ) -> float | None:
-        """How long a new ticket like this would wait; None: unknown.
+        """How long a new ticket like this would wait in seconds; None if it is unknown.
 
-        By the order of service: the tickets of higher priority, and in its own as many as take their
-        turn before it, over the rate that what arrives with higher priority, and the aged of lower
-        priority, leave. Or by age, if that is sooner: its own priority's tickets over the share that
-        goes to the aged. A lane that shares only some of its tiers counts in proportion.
+        In turn: the tickets of higher priority, plus those of its own priority that take their turn before
+        it, over the rate that is left by arrivals of higher priority and by aged tickets of lower priority.
+        Or by age, if that is sooner: the tickets of its own priority over the share of the aged. A lane that
+        shares only some of its tiers counts in proportion.
         """
         known = [rates_per_s[tier] if tier < len(rates_per_s) else None for tier in ticket.tiers]
         rate = sum(value for value in known if value is not None)
         if rate <= 0.0 or any(value is None for value in known):
             return None
-        band = ticket.band
+        rank = ticket.rank
         higher = same = lower = higher_per_s = 0.0
         for lane in self._lanes.values():
             part = _overlap(lane.tiers, ticket.tiers, rates_per_s)
             if part:
-                higher += part * sum(row.live for row in lane.rows[:band])
-                same += part * lane.rows[band].live
-                lower += part * sum(row.live for row in lane.rows[band + 1 :])
+                higher += part * sum(one.live for one in lane.priority_queues[:rank])
+                same += part * lane.priority_queues[rank].live
+                lower += part * sum(one.live for one in lane.priority_queues[rank + 1 :])
         for tiers, arrivals in self._arrivals.items():
             part = _overlap(tiers, ticket.tiers, rates_per_s)
             if part:
-                higher_per_s += part * sum(kind.per_s(now_s) for kind in arrivals[:band])
+                higher_per_s += part * sum(kind.per_s(now_s) for kind in arrivals[:rank])
         to_aged = self.settings.aged_ratio if lower else 0.0
         left_per_s = (rate - higher_per_s) * (1.0 - to_aged)
         ahead = higher + min(same, self._turns_before(ticket))
         in_turn_s = (ahead + 1.0) / left_per_s if left_per_s > 0.0 else inf
-        aged_per_s = rate * self.settings.aged_ratio / (len(BANDS) - 1)
-        if not band or aged_per_s <= 0.0:
+        aged_per_s = rate * self.settings.aged_ratio / (len(PRIORITIES) - 1)
+        if not rank or aged_per_s <= 0.0:
             return in_turn_s
         return min(in_turn_s, max(self.settings.age_after_s, (same + 1.0) / aged_per_s))
 
     def _turns_before(self, ticket: Ticket) -> float:
-        """Tickets of its own priority that go before it, by turns among its callers."""
-        band = self._bands[ticket.band]
+        """Tickets of its own priority that are served before it, by turns among the callers."""
+        band = self._bands[ticket.rank]
         active = sum(len(group) for group in band.by_count.values())
-        caller = band.callers.get(ticket.caller)
-        if caller is None or not caller.count:
+        turns = band.callers.get(ticket.caller)
+        if turns is None or not turns.count:
             return active
-        lane = self._lanes.get(ticket.lane)
-        line = lane.rows[ticket.band].lines.get(ticket.caller) if lane else None
-        first = line is not None and (not line.heap or ticket.deadline_s < line.heap[0][0])
-        return active * (1 if first else caller.count)
+        lane = self._lanes.get(ticket.lane_key)
+        own = lane.priority_queues[ticket.rank].caller_queues.get(ticket.caller) if lane else None
+        first = own is not None and (not own.heap or ticket.deadline_s < own.heap[0][0])
+        return active * (1 if first else turns.count)
 
     def note_arrival(self, tiers: tuple[int, ...], priority: Priority, now_s: float) -> None:
-        """A request came; what was offered is noted already. Of what starts without waiting, predictions
-        need to know while others wait."""
+        """Count the arrival of a request that starts at once; predictions need it while others wait.
+        :meth:`offer` counts its own."""
         arrivals = self._arrivals.get(tiers)
         if arrivals is None:
-            if len(self._arrivals) >= 64:  # Client-made lists of models: forget rather than grow.
+            if len(self._arrivals) >= 64:  # Clients make up lists of models: forget rather than grow.
                 self._arrivals.clear()
-            arrivals = self._arrivals[tiers] = tuple(Rate() for _ in BANDS)
-        arrivals[BAND_OF[priority]].add(now_s)
+            arrivals = self._arrivals[tiers] = tuple(Rate() for _ in PRIORITIES)
+        arrivals[RANK_OF[priority]].add(now_s)
 
     def _bounded(self, wait_s: float) -> float:
         return min(max(wait_s, self.settings.retry_after_min_s), self.settings.retry_after_max_s)
 
-    # The order.
+    # -- the order -------------------------------------------------------------------------------
 
     def _first(self, runnable: list[tuple[PriorityQueue, int]]) -> Ticket:
         """By priority, turn and deadline."""
-        highest = min(band for _, band in runnable)
-        heads = [row.head(self._bands[band]) for row, band in runnable if band == highest]
+        highest = min(rank for _, rank in runnable)
+        band = self._bands[highest]
+        heads = [priority_queue.head(band) for priority_queue, rank in runnable if rank == highest]
         return min(heads)[4].heap[0][2]
 
     def _charge(self, ticket: Ticket) -> None:
-        """Its caller's turn is over."""
-        band = self._bands[ticket.band]
-        caller = band.callers[ticket.caller]
+        """End the turn of the ticket's caller."""
+        band = self._bands[ticket.rank]
+        turns = band.callers[ticket.caller]
         # A caller whose lane was closed for long gets one turn at once, not all that it missed.
-        start = max(caller.tag, band.virtual)
+        start = max(turns.tag, band.virtual)
         band.virtual = start
-        caller.tag = start + ticket.cost
+        turns.tag = start + 1.0
 
     def _victim(self, newcomer: Ticket) -> Ticket | None:
-        """Who goes for a newcomer: of the lowest priority the youngest ticket of the caller that has the
-        most. At equal priority only if that caller would still have at least as many as the newcomer's."""
-        for index in range(len(BANDS) - 1, newcomer.band - 1, -1):
-            band = self._bands[index]
+        """The ticket to evict for a newcomer: the youngest one of the caller that has the most, in the lowest
+        priority. At equal priority only if that caller would still have at least as many tickets as the
+        newcomer's."""
+        for rank in range(len(PRIORITIES) - 1, newcomer.rank - 1, -1):
+            band = self._bands[rank]
             if not band.live:
                 continue
-            if index == newcomer.band:
+            if rank == newcomer.rank:
                 own = band.callers.get(newcomer.caller)
                 if band.largest < (own.count if own else 0) + 2:
                     return None
@@ -284,69 +283,69 @@ class AdmissionQueue:
             return recent[-1]
         return None
 
-    # Putting in and taking out.
+    # -- putting in and taking out ---------------------------------------------------------------
 
     def _put_in(self, ticket: Ticket) -> None:
         self._sequence += 1
         sequence = self._sequence
         ticket.state = TicketState.WAITING
-        lane = self._lanes.get(ticket.lane)
+        lane = self._lanes.get(ticket.lane_key)
         if lane is None:
-            lane = self._lanes[ticket.lane] = Lane(ticket.lane, ticket.tiers)
-        band = self._bands[ticket.band]
-        caller = band.callers.get(ticket.caller)
-        if caller is None:
+            lane = self._lanes[ticket.lane_key] = Lane(ticket.lane_key, ticket.tiers)
+        band = self._bands[ticket.rank]
+        turns = band.callers.get(ticket.caller)
+        if turns is None:
             self._forget_callers(band)
-            caller = band.callers[ticket.caller] = Caller(band.virtual)
-        elif not caller.count:
-            caller.tag = max(caller.tag, band.virtual)
-        row = lane.rows[ticket.band]
-        line = row.lines.get(ticket.caller)
-        if line is None:
-            line = row.lines[ticket.caller] = CallerQueue(ticket.caller)
-        ticket.in_lane, ticket.in_line, ticket.in_caller = lane, line, caller
-        heappush(line.heap, (ticket.deadline_s, sequence, ticket))
-        line.live += 1
-        row.live += 1
+            turns = band.callers[ticket.caller] = CallerTurns(band.virtual)
+        elif not turns.count:
+            turns.tag = max(turns.tag, band.virtual)
+        same_priority = lane.priority_queues[ticket.rank]
+        same_caller = same_priority.caller_queues.get(ticket.caller)
+        if same_caller is None:
+            same_caller = same_priority.caller_queues[ticket.caller] = CallerQueue(ticket.caller)
+        ticket.lane, ticket.caller_queue, ticket.caller_turns = lane, same_caller, turns
+        heappush(same_caller.heap, (ticket.deadline_s, sequence, ticket))
+        same_caller.live += 1
+        same_priority.live += 1
         lane.live += 1
         self._live += 1
-        band.recount(ticket.caller, caller, 1)
-        row.recent.append(ticket)
-        caller.recent.append(ticket)
+        band.recount(ticket.caller, turns, 1)
+        same_priority.recent.append(ticket)
+        turns.recent.append(ticket)
         heappush(self._deadlines, (ticket.deadline_s, sequence, ticket))
-        if line.heap[0][1] == sequence:
-            row.announce(line, band)
+        if same_caller.heap[0][1] == sequence:
+            same_priority.announce(same_caller, band)
 
     def _take_out(self, ticket: Ticket, state: TicketState) -> None:
-        lane, line, caller = ticket.in_lane, ticket.in_line, ticket.in_caller
+        lane, same_caller, turns = ticket.lane, ticket.caller_queue, ticket.caller_turns
         assert lane is not None
-        assert line is not None
-        assert caller is not None
+        assert same_caller is not None
+        assert turns is not None
         ticket.state = state
-        ticket.in_lane = ticket.in_line = ticket.in_caller = None
-        band = self._bands[ticket.band]
-        row = lane.rows[ticket.band]
-        line.live -= 1
-        row.live -= 1
+        ticket.lane = ticket.caller_queue = ticket.caller_turns = None
+        band = self._bands[ticket.rank]
+        same_priority = lane.priority_queues[ticket.rank]
+        same_caller.live -= 1
+        same_priority.live -= 1
         lane.live -= 1
         self._live -= 1
-        band.recount(ticket.caller, caller, -1)
-        if not line.live:
-            line.version += 1
-            del row.lines[ticket.caller]
-        elif line.heap[0][2] is ticket:
-            row.announce(line, band)
-        elif len(line.heap) > 2 * line.live + 8:
-            compact_heap(line.heap)
+        band.recount(ticket.caller, turns, -1)
+        if not same_caller.live:
+            same_caller.version += 1
+            del same_priority.caller_queues[ticket.caller]
+        elif same_caller.heap[0][2] is ticket:
+            same_priority.announce(same_caller, band)
+        elif len(same_caller.heap) > 2 * same_caller.live + 8:
+            compact_heap(same_caller.heap)
         if not lane.live:
             del self._lanes[lane.key]
-        if len(row.recent) > 2 * row.live + 8:
-            row.recent = compacted(row.recent)
-        if len(row.heads) > 4 * len(row.lines) + 16:
-            row.heads = [entry for entry in row.heads if entry[3] == entry[4].version]
-            heapify(row.heads)
-        if len(caller.recent) > 2 * caller.count + 8:
-            caller.recent = compacted(caller.recent)
+        if len(same_priority.recent) > 2 * same_priority.live + 8:
+            same_priority.recent = compacted(same_priority.recent)
+        if len(same_priority.heads) > 4 * len(same_priority.caller_queues) + 16:
+            same_priority.heads = [entry for entry in same_priority.heads if entry[3] == entry[4].version]
+            heapify(same_priority.heads)
+        if len(turns.recent) > 2 * turns.count + 8:
+            turns.recent = compacted(turns.recent)
         if len(self._deadlines) > 2 * self._live + 64:
             compact_heap(self._deadlines)
 
@@ -359,9 +358,9 @@ class AdmissionQueue:
                 self._expired.append(ticket)
 
     def _forget_callers(self, band: PriorityBand) -> None:
-        """Forgets the callers that wait for nothing, once they are many."""
+        """Drop the callers without a waiting ticket, once there are many."""
         if len(band.callers) > 2 * self.settings.capacity + 64:
-            band.callers = {name: caller for name, caller in band.callers.items() if caller.count}
+            band.callers = {name: turns for name, turns in band.callers.items() if turns.count}
 
 
 def _overlap(tiers: tuple[int, ...], mine: tuple[int, ...], rates_per_s: Sequence[float | None]) -> float:

@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class Complexity(StrEnum):
-    """How much model a request needs, as its caller or a scorer says."""
+    """How capable a model a request needs, as its caller says."""
 
     SIMPLE = "simple"
     MODERATE = "moderate"

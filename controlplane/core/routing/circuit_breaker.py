@@ -1,4 +1,5 @@
-"""A circuit breaker per endpoint: stop sending to what keeps failing, and try again with one request.
+"""A circuit breaker per endpoint: stop sending to an endpoint that keeps failing, and probe it with one
+request after a pause.
 
 The life cycle is a table; an event that has no entry raises :class:`IllegalTransition` and changes
 nothing. Time comes from the caller as ``now_s`` (monotonic).
@@ -25,28 +26,28 @@ class BreakerState(StrEnum):
     OPEN = "open"
     """None until the pause is over."""
     HALF_OPEN = "half_open"
-    """One, the probe; its fate decides."""
+    """One, the probe; its result decides."""
 
 
 class BreakerEvent(StrEnum):
-    """What moves a breaker."""
+    """What changes a breaker's state."""
 
     TRIP = "trip"
     """Too many failures."""
     PROBE = "probe"
-    """The pause is over and a request goes out to see."""
+    """The pause is over and one request goes out."""
     PASS = "pass"  # noqa: S105 (an event, not a password)
     """The probe got tokens."""
     FAIL = "fail"
     """The probe failed."""
     ABANDON = "abandon"
-    """The probe's client left before it told anything."""
+    """The probe's client left before the probe passed or failed."""
 
 
-MOVES: Final[dict[tuple[BreakerState, BreakerEvent], BreakerState]] = {
+TRANSITIONS: Final[dict[tuple[BreakerState, BreakerEvent], BreakerState]] = {
     (BreakerState.CLOSED, BreakerEvent.TRIP): BreakerState.OPEN,
     (BreakerState.OPEN, BreakerEvent.PROBE): BreakerState.HALF_OPEN,
-    # A probe that never reports must not bar the endpoint for good: after its time-out another may go.
+    # A probe that never reports must not block the endpoint for good: after its time-out another may go.
     (BreakerState.HALF_OPEN, BreakerEvent.PROBE): BreakerState.HALF_OPEN,
     (BreakerState.HALF_OPEN, BreakerEvent.PASS): BreakerState.CLOSED,
     (BreakerState.HALF_OPEN, BreakerEvent.FAIL): BreakerState.OPEN,
@@ -59,16 +60,16 @@ class BreakerSettings:
     """When a breaker opens, and for how long."""
 
     consecutive_failures: int = 3
-    """This many in a row open it."""
+    """It opens after this many failures in a row …"""
     failure_ratio: float = 0.5
-    """So does this share of the requests of the window, once there were ``min_requests``."""
+    """… or when this share of the window's requests failed, once there were ``min_requests``."""
     min_requests: int = 20
     window_s: float = 10.0
     open_initial_s: float = 1.0
     """The first pause; it doubles each time a probe fails, up to ``open_max_s``."""
     open_max_s: float = 30.0
     probe_timeout_s: float = 30.0
-    """A probe that has not reported after this long no longer holds others back."""
+    """After this long without a report, a probe no longer blocks other requests."""
 
 
 class Breaker:
@@ -85,7 +86,6 @@ class Breaker:
         "_probe",
         "_total",
         "blocked_until_s",
-        "opened",
         "settings",
         "state",
     )
@@ -94,20 +94,14 @@ class Breaker:
         self.settings = settings or BreakerSettings()
         self.state = BreakerState.CLOSED
         self.blocked_until_s = -inf
-        """Before this moment nothing goes through."""
-        self.opened = 0
-        """How often it opened, for metrics."""
+        """Nothing goes through before this moment."""
         self._pause_s = self.settings.open_initial_s
         self._probe = 0
         self._consecutive = 0
-        self._forget(-inf)
-
-    def allows(self, now_s: float) -> bool:
-        """May a request go out now?"""
-        return now_s >= self.blocked_until_s
+        self._reset_counts(-inf)
 
     def start(self, now_s: float) -> int:
-        """A request goes out. Returns the number of the probe that it is, 0 for an ordinary request.
+        """A request goes out. Returns its number if it is a probe, 0 for an ordinary request.
 
         Raises :class:`IllegalTransition` if nothing may go through now.
         """
@@ -115,7 +109,7 @@ class Breaker:
             return 0
         if now_s < self.blocked_until_s:
             raise IllegalTransition(f"the breaker is {self.state} until {self.blocked_until_s:.3f} s")
-        self._move(BreakerEvent.PROBE)
+        self._transition(BreakerEvent.PROBE)
         self._probe += 1
         self.blocked_until_s = now_s + self.settings.probe_timeout_s
         return self._probe
@@ -128,15 +122,15 @@ class Breaker:
                 self._rotate(now_s)
             self._total += 1
         elif self.state is BreakerState.HALF_OPEN and probe == self._probe:
-            self._move(BreakerEvent.PASS)
+            self._transition(BreakerEvent.PASS)
             self.blocked_until_s = -inf
             self._pause_s = self.settings.open_initial_s
-            self._forget(now_s)
-        # Else it went out before the breaker opened, which says nothing about now.
+            self._reset_counts(now_s)
+        # Otherwise it went out before the breaker opened: it says nothing about the present state.
 
     def failure(self, now_s: float, probe: int = 0, weight: int = 1) -> None:
-        """A request failed in a way that the endpoint is to blame for. ``weight`` counts it as so many
-        in a row: a refused connection is surer than a slow answer."""
+        """A request failed through the endpoint's fault. It counts as ``weight`` failures in a row: a refused
+        connection says more than a slow answer."""
         if self.state is BreakerState.CLOSED:
             if now_s - self._bucket_since_s >= self.settings.window_s:
                 self._rotate(now_s)
@@ -144,36 +138,35 @@ class Breaker:
             self._failures += 1
             self._consecutive += weight
             if self._too_many(now_s):
-                self._move(BreakerEvent.TRIP)
+                self._transition(BreakerEvent.TRIP)
                 self._open(now_s)
         elif self.state is BreakerState.HALF_OPEN and probe == self._probe:
-            self._move(BreakerEvent.FAIL)
+            self._transition(BreakerEvent.FAIL)
             self._pause_s = min(self._pause_s * 2, self.settings.open_max_s)
             self._open(now_s)
 
     def abandoned(self, now_s: float, probe: int = 0) -> None:
-        """A request ended without telling anything about the endpoint. A probe's place is free again."""
+        """A request ended without saying anything about the endpoint. If it was the probe, another may go."""
         if self.state is BreakerState.HALF_OPEN and probe == self._probe:
-            self._move(BreakerEvent.ABANDON)
+            self._transition(BreakerEvent.ABANDON)
             self.blocked_until_s = now_s
 
-    def _move(self, event: BreakerEvent) -> None:
-        target = MOVES.get((self.state, event))
+    def _transition(self, event: BreakerEvent) -> None:
+        target = TRANSITIONS.get((self.state, event))
         if target is None:
-            raise IllegalTransition(f"a breaker that is {self.state} has no move '{event}'")
+            raise IllegalTransition(f"a breaker that is {self.state} has no transition '{event}'")
         self.state = target
 
     def _open(self, now_s: float) -> None:
         self.blocked_until_s = now_s + self._pause_s
-        self.opened += 1
-        self._forget(now_s)
+        self._reset_counts(now_s)
 
-    def _forget(self, now_s: float) -> None:
+    def _reset_counts(self, now_s: float) -> None:
         self._bucket_since_s = now_s
         self._consecutive = self._total = self._failures = self._old_total = self._old_failures = 0
 
     def _rotate(self, now_s: float) -> None:
-        """The window slides in two buckets: the older one counts for what is left of it."""
+        """Begin a new bucket. The window slides over two: the older counts in proportion to its overlap."""
         recent = now_s - self._bucket_since_s < 2 * self.settings.window_s
         self._old_total = self._total if recent else 0
         self._old_failures = self._failures if recent else 0

@@ -1,24 +1,28 @@
-"""A request's way through routing and admission, as the gateway and the simulator drive it.
+"""A request's way through routing and admission, without I/O: the gateway and the simulator drive it.
 
-``submit`` starts a request on an endpoint, queues it, or refuses it. ``pump`` starts queued requests:
-call it after a slot ended, after a snapshot was applied, and every now and then while something waits
-(an open breaker lets its probe through at :meth:`EndpointTable.next_probe_s`). ``expired`` gives back what
-ran out of time. Nothing here waits or sends: the caller acts on what is returned.
+:meth:`Dispatcher.submit` starts a request on an endpoint, queues it, or refuses it. :meth:`Dispatcher.pump`
+starts queued requests: call it after a slot ended, after a snapshot was applied, and every fraction of a
+second while requests wait (a circuit breaker that is open lets a probe through once its pause is over). The
+caller acts on what is returned, and expires what waited too long (:meth:`AdmissionQueue.expire`).
 
-A request that can run now never overtakes one in the queue: whatever could run there was started by the
-``pump`` that followed the slot's release.
+A new request never overtakes one in the queue: whatever could run on a slot was started by the ``pump`` that
+followed the slot's release.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Hashable
+from typing import NamedTuple
 
 from controlplane.core.admission.queue import AdmissionQueue, Queued, Rejected, Ticket
-from controlplane.core.domain.request import Complexity, Priority
+from controlplane.core.domain.request import Priority
 from controlplane.core.routing.endpoint_table import EndpointTable, RequestSlot
-from controlplane.core.routing.router import RouteDecision, RouteOutcome, has_room, place
-from controlplane.core.routing.tier_table import Api, Route, RouteRequest, TierTable, resolve
+from controlplane.core.routing.router import RouteDecision, RouteOutcome, choose_endpoint, has_room
+from controlplane.core.routing.tier_table import Api, Route, RouteRequest
+
+# Attribute look-ups on an enum class cost more than on a module.
+_HIGH = Priority.HIGH
+_REJECT = RouteOutcome.REJECT
 
 
 class LaneKey(NamedTuple):
@@ -34,11 +38,10 @@ class LaneKey(NamedTuple):
 
 
 class QueuedRequest(NamedTuple):
-    """What a queued request needs to be placed later; the ticket's ``payload``."""
+    """A ticket's ``payload``: what is needed to start the request later."""
 
     request: RouteRequest
     route: Route
-    payload: Any
 
 
 class Started(NamedTuple):
@@ -47,7 +50,7 @@ class Started(NamedTuple):
     decision: RouteDecision
     slot: RequestSlot
     ticket: Ticket | None = None
-    """What it waited on, if it did; ``ticket.payload.payload`` is the caller's own."""
+    """The ticket that it waited with; None if it did not wait."""
 
 
 class WaitsInQueue(NamedTuple):
@@ -56,11 +59,11 @@ class WaitsInQueue(NamedTuple):
     decision: RouteDecision
     ticket: Ticket
     queued: Queued
-    """``queued.evicted``, if not None, is another's ticket that had to go."""
+    """``queued.evicted``, if not None, is the ticket of another request that was removed to make room."""
 
 
 class DispatchRefused(NamedTuple):
-    """The request can't be served: either routing refuses it (``decision.refusal``) or the queue does."""
+    """The request is not served: routing refuses it (``decision.refusal``) or the queue rejects it."""
 
     decision: RouteDecision
     rejected: Rejected | None
@@ -69,105 +72,100 @@ class DispatchRefused(NamedTuple):
 class Dispatcher:
     """Routing, load and queue of one gateway replica."""
 
-    def __init__(self, table: TierTable, endpoint_table: EndpointTable, queue: AdmissionQueue) -> None:
-        self.table = table
+    def __init__(self, endpoint_table: EndpointTable, queue: AdmissionQueue) -> None:
         self.endpoint_table = endpoint_table
         self.queue = queue
 
     def submit(
         self,
         request: RouteRequest,
+        route: Route,
         now_s: float,
         pick: int,
         *,
         deadline_s: float,
         caller: str = "",
-        payload: Any = None,
-        cost: float = 1.0,
         arrived_s: float | None = None,
-        route: Route | None = None,
-        score: Callable[[], Complexity | None] | None = None,
     ) -> Started | WaitsInQueue | DispatchRefused:
-        """A new request, or a retry: then with what was tried in ``request.exclude``, its first
-        ``arrived_s``, and the ``route`` of before so that it is not scored twice."""
-        if route is None:
-            route = resolve(request, self.table, score)
-        endpoint_table = self.endpoint_table
-        if request.priority is Priority.HIGH:
-            endpoint_table.high_seen_s = now_s
-        decision = place(route, request, endpoint_table, now_s, pick)
+        """Start, queue or refuse a request whose tiers are known (:func:`resolve`).
+
+        A retry passes what was tried in ``request.exclude`` and the time of its first arrival in
+        ``arrived_s``, so that it does not lose its age in the queue.
+        """
+        table = self.endpoint_table
+        if request.priority is _HIGH:
+            table.high_seen_s = now_s
+        decision = choose_endpoint(route, request, table, now_s, pick)
         if decision.load is not None and deadline_s > now_s:
             if self.queue:
                 self.queue.note_arrival(route.order, request.priority, now_s)
             return Started(decision, decision.load.begin(now_s))
-        if decision.outcome is RouteOutcome.REJECT:
+        if decision.outcome is _REJECT:
             return DispatchRefused(decision, None)
         ticket = Ticket(
-            lane=lane_key(route, request),
+            lane_key=lane_key(route, request),
             tiers=decision.tiers,
             priority=request.priority,
             caller=caller,
             arrived_s=now_s if arrived_s is None else arrived_s,
             deadline_s=deadline_s,
             needs_s=self._first_token_s(decision.tiers),
-            cost=cost,
-            payload=QueuedRequest(request, route, payload),
+            payload=QueuedRequest(request, route),
         )
-        answer = self.queue.offer(
-            ticket, now_s, [pool.rate_per_s(request.priority) for pool in self.endpoint_table.pools]
-        )
-        if isinstance(answer, Rejected):
-            return DispatchRefused(decision, answer)
-        return WaitsInQueue(decision, ticket, answer)
+        offered = self.queue.offer(ticket, now_s, [pool.rate_per_s(request.priority) for pool in table.pools])
+        if isinstance(offered, Rejected):
+            return DispatchRefused(decision, offered)
+        return WaitsInQueue(decision, ticket, offered)
 
-    def start_now(self, request: RouteRequest, route: Route, now_s: float, pick: int) -> Started | None:
-        """A place at once, or None: for a second try beside the first, which must not take anybody's
-        place in the queue."""
-        load = (decision := place(route, request, self.endpoint_table, now_s, pick)).load
-        return None if load is None else Started(decision, load.begin(now_s))
+    def start_at_once(self, request: RouteRequest, route: Route, now_s: float, pick: int) -> Started | None:
+        """Start a request if an endpoint has room, else None: for a hedge, which must not take a place in
+        the queue from another request."""
+        decision = choose_endpoint(route, request, self.endpoint_table, now_s, pick)
+        return None if decision.load is None else Started(decision, decision.load.begin(now_s))
 
     def pump(self, now_s: float, pick: int) -> list[Started]:
-        """Starts what can run of the queue, in the queue's order."""
+        """Start the queued requests that can run, in the queue's order."""
         started: list[Started] = []
         queue = self.queue
         if not queue:
             return started
-        probes: dict[tuple[LaneKey, Priority], tuple[Route, RouteRequest]] = {}
+        probes: dict[tuple[Hashable, Priority], tuple[Route, RouteRequest]] = {}
 
-        def can_run(lane: Any, priority: Priority) -> bool:
-            known = probes.get((lane, priority))
-            if known is None:
-                known = probes[lane, priority] = _probe(lane, priority)
-            return has_room(*known, self.endpoint_table, now_s)
+        def can_run(lane: Hashable, priority: Priority) -> bool:
+            probe = probes.get((lane, priority))
+            if probe is None:
+                assert isinstance(lane, LaneKey)
+                probe = probes[lane, priority] = _probe(lane, priority)
+            return has_room(*probe, self.endpoint_table, now_s)
 
         while (ticket := queue.next(now_s, can_run)) is not None:
             waiting: QueuedRequest = ticket.payload
             pick += 1
-            # The queue has decided that it goes: what is kept for high priority is no longer the question.
-            request = waiting.request._replace(priority=Priority.HIGH)
-            decision = place(waiting.route, request, self.endpoint_table, now_s, pick)
+            # The queue has decided that this ticket is served: reserved slots are open to it, too.
+            request = waiting.request._replace(priority=_HIGH)
+            decision = choose_endpoint(waiting.route, request, self.endpoint_table, now_s, pick)
             assert decision.load is not None
             started.append(Started(decision, decision.load.begin(now_s), ticket))
         return started
 
-    def refused(self, now_s: float, pick: int) -> list[tuple[Ticket, RouteDecision]]:
-        """Takes out the queued requests that have become hopeless (all their endpoints failed for good,
-        …); to be asked after a snapshot was applied."""
-        gone: list[tuple[Ticket, RouteDecision]] = []
+    def remove_unservable(self, now_s: float, pick: int) -> list[tuple[Ticket, RouteDecision]]:
+        """Remove the queued requests that no endpoint can serve any more (all of theirs failed for good, …);
+        to be called after a snapshot was applied."""
+        removed: list[tuple[Ticket, RouteDecision]] = []
         for ticket in self.queue.waiting():
             waiting: QueuedRequest = ticket.payload
-            decision = place(waiting.route, waiting.request, self.endpoint_table, now_s, pick)
-            if decision.outcome is RouteOutcome.REJECT and self.queue.leave(ticket):
-                gone.append((ticket, decision))
-        return gone
+            decision = choose_endpoint(waiting.route, waiting.request, self.endpoint_table, now_s, pick)
+            if decision.outcome is _REJECT and self.queue.leave(ticket):
+                removed.append((ticket, decision))
+        return removed
 
     def _first_token_s(self, tiers: tuple[int, ...]) -> float:
-        """How long the fastest of the tiers usually takes to give a first token; 0 if not known."""
+        """How long the fastest of the tiers usually takes to give a first token; 0 if that is not known."""
         return min((self.endpoint_table.pools[tier].ttft_s or 0.0 for tier in tiers), default=0.0)
 
 
 def lane_key(route: Route, request: RouteRequest) -> LaneKey:
-    """The request's lane. The order of preference is none of the queue's business."""
+    """The key of the request's lane. The order of preference does not matter for it."""
     return LaneKey(
         tuple(sorted(route.order)),
         route.spill,

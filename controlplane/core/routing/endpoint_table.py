@@ -1,9 +1,9 @@
 """What one gateway knows of the endpoints' load: its own requests exactly, the rest from snapshots.
 
-A :class:`EndpointTable` has one :class:`TierPool` per tier, a pool has one :class:`EndpointLoad` per engine
-process, and a :class:`RequestSlot` is one request's place on an endpoint. These are the mutable holders that
-the decisions of :mod:`controlplane.core.routing.router` look at; every method that needs the time takes it as
-``now_s`` (monotonic). One event loop uses them: there are no locks.
+An :class:`EndpointTable` has one :class:`TierPool` per tier, a pool has one :class:`EndpointLoad` per engine
+process, and a :class:`RequestSlot` is what one request holds of an endpoint. These are the mutable state that
+the decisions of :mod:`controlplane.core.routing.router` read; every method that needs the time takes it as
+``now_s`` (monotonic). One event loop uses them, so there are no locks.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ _POOL_ALPHA: Final = 0.05
 
 @dataclass(frozen=True, slots=True)
 class LoadSettings:
-    """How load is judged."""
+    """How the load of endpoints is judged."""
 
     stale_after_s: float = 10.0
-    """Engine metrics older than this count as saturated when endpoints are compared. They never make an
-    endpoint unusable."""
+    """An endpoint whose engine metrics are older than this counts as saturated when endpoints are compared.
+    It stays usable."""
     latency_memory_s: float = 30.0
-    """A latency average without a sample for this long says nothing any more."""
+    """A latency average is ignored once its last sample is older than this."""
     silent_after_s: float = 2.0
     """An endpoint that owes first tokens and gave no sign of life for this long, and for four times its
     usual time to first token, is suspected of being half-alive."""
     reserved_ratio: float = 0.1
-    """Share of a tier's slots that only high priority may take, while there is any: without a free slot
-    a high request waits until one of the others' is done."""
+    """Share of a tier's slots that is reserved for high priority while requests of it come: otherwise a
+    high request would wait until a lower one is done."""
     reserve_memory_s: float = 30.0
-    """So long after the last high request nothing is kept free any more."""
+    """Slots are no longer reserved once the last high request came longer ago than this."""
     breaker: BreakerSettings = field(default_factory=BreakerSettings)
 
 
 def shard_share(limit: int, index: int, count: int, offset: int = 0) -> int:
     """The part of ``limit`` that gateway ``index`` of ``count`` may use; the parts sum to ``limit``.
 
-    Each gets at least 1 only if ``limit >= count``. What is left after dividing goes to the gateways
-    from ``offset`` on, so that with another offset for each endpoint no gateway is always the lucky one.
+    Each gets at least 1 only if ``limit >= count``. The remainder of the division goes to the gateways from
+    ``offset`` on: each endpoint has another offset, so that no gateway always gets more.
     """
     if limit < 0 or count < 1 or not 0 <= index < count:
         raise ValueError(f"no share {index} of {count} in {limit}")
@@ -60,7 +60,7 @@ def shard_share(limit: int, index: int, count: int, offset: int = 0) -> int:
 
 @dataclass(frozen=True, slots=True)
 class GatewayShard:
-    """Which of how many gateways this one is."""
+    """Which of how many gateway replicas this one is."""
 
     index: int = 0
     count: int = 1
@@ -69,8 +69,8 @@ class GatewayShard:
 def gateway_shard(
     snapshot: ClusterSnapshot, gateway_id: str, last: GatewayShard | None = None
 ) -> GatewayShard:
-    """This gateway's shard among those of the snapshot. A controller that is warming up may not know all
-    of them yet: until then the ``last`` shard holds, or limits would be exceeded."""
+    """This gateway's shard among the snapshot's gateways. A controller that is warming up may not know all
+    of them yet: meanwhile the ``last`` shard is used, or limits would be exceeded."""
     if snapshot.warming and last is not None:
         return last
     ids = sorted({gateway_id, *(gateway.gateway_id for gateway in snapshot.gateways)})
@@ -79,7 +79,7 @@ def gateway_shard(
 
 class EndpointLoad:
     """One engine process and what this gateway knows of its load. A new process of the same replica (a
-    new ``generation``) is a new ``EndpointLoad``: requests of the old one no longer count."""
+    new ``generation``) is a new ``EndpointLoad``: requests to the old one no longer count."""
 
     __slots__ = (
         "api_bits",
@@ -89,6 +89,7 @@ class EndpointLoad:
         "in_flight",
         "key",
         "kv_usage_ratio",
+        "last_sign_s",
         "latency_s",
         "limit",
         "observed_s",
@@ -97,7 +98,6 @@ class EndpointLoad:
         "ready",
         "sampled_s",
         "seed",
-        "sign_s",
         "ttft_s",
         "waiting",
     )
@@ -105,7 +105,7 @@ class EndpointLoad:
     def __init__(self, endpoint: Endpoint, pool: TierPool | None, breaker: BreakerSettings) -> None:
         self.endpoint = endpoint
         self.pool = pool
-        """None once the process is gone or replaced."""
+        """The tier's; None once the process is gone or replaced."""
         self.key = load_key(endpoint)
         self.seed = _mix(crc32(endpoint.endpoint_id.encode()))
         self.breaker = Breaker(breaker)
@@ -116,114 +116,109 @@ class EndpointLoad:
         self.in_flight = 0
         """This gateway's requests."""
         self.others_in_flight = 0
-        """Those of the other gateways, as of the last snapshot."""
+        """Requests of the other gateways, as of the last snapshot."""
         self.awaiting_first = 0
         """Requests of this gateway that have no first token yet."""
         self.ttft_s: float | None = None
+        """Moving average of the time to first token."""
         self.latency_s: float | None = None
+        """Moving average of the time until an answer is whole."""
         self.sampled_s = -inf
-        """When the averages got their last sample."""
-        self.sign_s = -inf
-        """When it last gave a sign of life, or was first owed one."""
+        """When ``ttft_s`` got its last sample."""
+        self.last_sign_s = -inf
+        """When it last gave a sign of life, or began to owe one."""
         self.kv_usage_ratio: float | None = None
         self.waiting: float | None = None
         """Requests in the engine's own queue."""
         self.observed_s = -inf
-        """When the two were true."""
+        """When ``kv_usage_ratio`` and ``waiting`` were measured."""
 
     def observe(self, now_s: float, *, kv_usage_ratio: float | None, waiting: float | None) -> None:
-        """Takes the engine's own metrics, as they were at ``now_s``; None: the engine has no such one."""
+        """Store the engine's own metrics as of ``now_s``; None where the engine does not report one."""
         self.kv_usage_ratio = kv_usage_ratio
         self.waiting = waiting
         self.observed_s = now_s
 
     def begin(self, now_s: float) -> RequestSlot:
-        """A request goes out to this endpoint. Raises IllegalTransition if the breaker forbids it."""
+        """Start a request at this endpoint. Raises IllegalTransition if the breaker forbids it."""
         probe = self.breaker.start(now_s)
         self.in_flight += 1
         if not self.awaiting_first:
-            self.sign_s = now_s
+            self.last_sign_s = now_s
         self.awaiting_first += 1
         if self.pool is not None and self.ready:
             self.pool.in_flight += 1
         return RequestSlot(self, now_s, probe)
 
-    def silent_s(self, now_s: float) -> float:
-        """For how long it has owed a first token without giving any sign of life."""
-        return now_s - self.sign_s if self.awaiting_first else 0.0
-
 
 class RequestSlot:
-    """One request's place on an endpoint. Ended once by :meth:`succeed`, :meth:`fail` or
-    :meth:`abandon`; ending it again does nothing."""
+    """What one request holds of an endpoint: one of its concurrent requests. Ended once by :meth:`succeed`,
+    :meth:`fail` or :meth:`abandon`; ending it again does nothing."""
 
-    __slots__ = ("answered", "ended", "load", "probe", "started_s")
+    __slots__ = ("ended", "first_token_came", "load", "probe", "started_s")
 
     def __init__(self, load: EndpointLoad, started_s: float, probe: int) -> None:
         self.load = load
         self.started_s = started_s
         self.probe = probe
-        self.answered = False
+        self.first_token_came = False
         self.ended = False
 
     def first_token(self, now_s: float) -> None:
-        """The first token (of a stream) or the first byte of the answer came."""
-        if self.answered or self.ended:
+        """The first token of a stream, or the first byte of the answer, came."""
+        if self.first_token_came or self.ended:
             return
-        self.answered = True
+        self.first_token_came = True
         load = self.load
         load.awaiting_first -= 1
-        load.sign_s = load.sampled_s = now_s
+        load.last_sign_s = load.sampled_s = now_s
         ttft_s = now_s - self.started_s
-        known_s = load.ttft_s
-        load.ttft_s = ttft_s if known_s is None else known_s + _ALPHA * (ttft_s - known_s)
+        average_s = load.ttft_s
+        load.ttft_s = ttft_s if average_s is None else average_s + _ALPHA * (ttft_s - average_s)
         pool = load.pool
         if pool is not None:
             usual_s = pool.ttft_s
             pool.ttft_s = ttft_s if usual_s is None else usual_s + _POOL_ALPHA * (ttft_s - usual_s)
         load.breaker.success(now_s, self.probe)
 
-    def succeed(self, now_s: float) -> bool:
-        """The answer came whole. True if this ended the slot."""
+    def succeed(self, now_s: float) -> None:
+        """The whole answer came."""
         if self.ended:
-            return False
-        if not self.answered:
+            return
+        if not self.first_token_came:
             self.first_token(now_s)
         load = self.load
         held_s = now_s - self.started_s
-        known_s = load.latency_s
-        load.latency_s = held_s if known_s is None else known_s + _ALPHA * (held_s - known_s)
-        load.sign_s = now_s
+        average_s = load.latency_s
+        load.latency_s = held_s if average_s is None else average_s + _ALPHA * (held_s - average_s)
+        load.last_sign_s = now_s
         self._release(held_s)
-        return True
 
-    def fail(self, now_s: float, weight: int = 1) -> bool:
-        """The endpoint failed it; ``weight`` as in :meth:`Breaker.failure`, 0: not the endpoint's fault
-        (the request was wrong, or the engine is only busy). True if this ended the slot."""
+    def fail(self, now_s: float, weight: int = 1) -> None:
+        """The request failed. ``weight`` as in :meth:`Breaker.failure`; 0 if it was not the endpoint's fault
+        (the request was wrong, or the engine is only busy)."""
         if self.ended:
-            return False
+            return
         if weight:
             self.load.breaker.failure(now_s, self.probe, weight)
         else:
             self.load.breaker.success(now_s, self.probe)
-            self.load.sign_s = now_s
+            self.load.last_sign_s = now_s
         self._release(None)
-        return True
 
-    def abandon(self, now_s: float) -> bool:
-        """The client left. True if this ended the slot."""
+    def abandon(self, now_s: float) -> None:
+        """The client left."""
         if self.ended:
-            return False
-        if not self.answered:
+            return
+        if not self.first_token_came:
             self.load.breaker.abandoned(now_s, self.probe)
         self._release(now_s - self.started_s)
-        return True
 
     def _release(self, held_s: float | None) -> None:
         self.ended = True
         load = self.load
         load.in_flight -= 1
-        if not self.answered:
+        if not self.first_token_came:
             load.awaiting_first -= 1
         pool = load.pool
         if pool is None:
@@ -231,8 +226,8 @@ class RequestSlot:
         if load.ready:
             pool.in_flight -= 1
         if held_s is not None:
-            usual_s = pool.held_s
-            pool.held_s = held_s if usual_s is None else usual_s + _POOL_ALPHA * (held_s - usual_s)
+            usual_s = pool.service_time_s
+            pool.service_time_s = held_s if usual_s is None else usual_s + _POOL_ALPHA * (held_s - usual_s)
 
 
 class TierPool:
@@ -240,13 +235,13 @@ class TierPool:
 
     __slots__ = (
         "api_bits",
-        "held_s",
         "in_flight",
         "limit",
         "loads",
         "name",
         "open_limit",
         "rank",
+        "service_time_s",
         "ttft_s",
     )
 
@@ -255,33 +250,34 @@ class TierPool:
         self.name = name
         self.loads: list[EndpointLoad] = []
         self.in_flight = 0
-        """This gateway's requests on ready endpoints."""
+        """This gateway's requests at ready endpoints."""
         self.limit = 0
-        """What this gateway may have in flight on ready endpoints."""
+        """This gateway's share of the ready endpoints' limits."""
         self.open_limit = 0
-        """The part of it that low and normal priority may fill while there is high priority."""
+        """The part of ``limit`` that low and normal priority may use while slots are reserved."""
         self.api_bits = 0
-        """The APIs that its endpoints ever had; 0: none was ever seen, nothing is known."""
+        """The APIs that its endpoints ever served, as bits; 0 if it never had an endpoint."""
         self.ttft_s: float | None = None
-        self.held_s: float | None = None
-        """How long a request usually holds its slot."""
+        """Moving average of the time to first token."""
+        self.service_time_s: float | None = None
+        """Moving average of how long a request holds its slot."""
 
     @property
     def load_ratio(self) -> float:
-        """In flight over the limit; 1 if there is no limit to fill."""
+        """In flight over the limit; 1 if the limit is 0."""
         return self.in_flight / self.limit if self.limit else 1.0
 
     def rate_per_s(self, priority: Priority) -> float | None:
-        """How many requests of ``priority`` a second it finishes when all slots open to them are taken
-        (Little's law: slots over the time each is held); None: unknown. Counting what it really finished
+        """How many requests a second the tier finishes when all slots open to ``priority`` are taken, by
+        Little's law: slots over service time. None if that is unknown. Counting finished requests instead
         would take an idle tier for a slow one."""
         slots = self.limit if priority is Priority.HIGH else self.open_limit
-        if self.held_s is None or not slots:
+        if self.service_time_s is None or not slots:
             return None
-        return slots / max(self.held_s, 1e-6)
+        return slots / max(self.service_time_s, 1e-6)
 
     def recount(self, reserved_ratio: float) -> None:
-        """Sums up what its ready endpoints have."""
+        """Sum up the ready endpoints' requests and limits."""
         ready = [load for load in self.loads if load.ready]
         self.in_flight = sum(load.in_flight for load in ready)
         self.limit = sum(load.limit for load in ready)
@@ -294,16 +290,16 @@ class TierPool:
 class EndpointTable:
     """All tiers' endpoints, as one gateway sees them."""
 
-    __slots__ = ("by_endpoint_id", "high_seen_s", "pools", "settings", "shard", "table")
+    __slots__ = ("by_endpoint_id", "high_seen_s", "pools", "settings", "shard", "tier_table")
 
-    def __init__(self, table: TierTable, settings: LoadSettings | None = None) -> None:
-        self.table = table
+    def __init__(self, tier_table: TierTable, settings: LoadSettings | None = None) -> None:
+        self.tier_table = tier_table
         self.settings = settings or LoadSettings()
-        self.pools = tuple(TierPool(rank, policy.name) for rank, policy in enumerate(table.policies))
+        self.pools = tuple(TierPool(rank, policy.name) for rank, policy in enumerate(tier_table.policies))
         self.by_endpoint_id: dict[str, EndpointLoad] = {}
         self.shard: GatewayShard | None = None
         self.high_seen_s = -inf
-        """When the last request of high priority came."""
+        """When the last request of high priority came; while that is recent, slots are reserved."""
 
     def apply(
         self,
@@ -311,27 +307,23 @@ class EndpointTable:
         *,
         shard: GatewayShard = GatewayShard(),
         others_in_flight: Mapping[str, int] | None = None,
-    ) -> bool:
-        """Takes a snapshot's endpoints. What is no longer there is forgotten, a new generation starts
-        afresh, the rest keeps what is known of it. Endpoints of unknown tiers are left out.
+    ) -> None:
+        """Replace the endpoints by a snapshot's. Processes that are still there keep what is known of their
+        load, a new generation starts afresh, endpoints of unknown tiers are left out.
 
         ``shard`` decides this gateway's share of every limit (:func:`shard_share`); ``others_in_flight`` is
-        endpoint id → requests of the other gateways. Returns whether waiting requests may now find a
-        place (an endpoint became ready or a limit grew).
+        endpoint id → requests of the other gateways.
         """
         before = self.by_endpoint_id
         after: dict[str, EndpointLoad] = {}
         loads: list[list[EndpointLoad]] = [[] for _ in self.pools]
-        better = False
         for endpoint in endpoints:
-            rank = self.table.rank_of.get(endpoint.tier)
+            rank = self.tier_table.rank_of.get(endpoint.tier)
             if rank is None:
                 continue
             known = before.get(endpoint.endpoint_id)
-            was_ready, had_limit = False, 0
             if known is not None and known.key == load_key(endpoint) and known.pool is self.pools[rank]:
                 load = known
-                was_ready, had_limit = load.ready, load.limit
                 load.endpoint = endpoint
                 load.ready = endpoint.state is EndpointState.READY
                 load.api_bits = api_bits(endpoint.capabilities)
@@ -339,7 +331,6 @@ class EndpointTable:
                 load = EndpointLoad(endpoint, self.pools[rank], self.settings.breaker)
             load.limit = shard_share(endpoint.concurrency_limit, shard.index, shard.count, load.seed)
             load.others_in_flight = (others_in_flight or {}).get(endpoint.endpoint_id, 0)
-            better = better or (load.ready and (not was_ready or load.limit > had_limit))
             after[endpoint.endpoint_id] = load
             loads[rank].append(load)
         for endpoint_id, load in before.items():
@@ -349,43 +340,31 @@ class EndpointTable:
         for pool, members in zip(self.pools, loads, strict=True):
             pool.loads = members
             pool.recount(self.settings.reserved_ratio)
-        return better
 
-    def apply_snapshot(self, snapshot: ClusterSnapshot, gateway_id: str) -> bool:
-        """The same with all that a snapshot says; ``snapshot`` as merged by
-        :func:`controlplane.core.cluster.snapshot.merge`."""
+    def apply_snapshot(self, snapshot: ClusterSnapshot, gateway_id: str) -> None:
+        """Apply a snapshot, as merged by :func:`controlplane.core.cluster.snapshot.merge`: its endpoints,
+        this gateway's shard, and the other gateways' requests."""
         self.shard = gateway_shard(snapshot, gateway_id, self.shard)
         others: dict[str, int] = {}
         for gateway in snapshot.gateways:
             if gateway.gateway_id != gateway_id:
                 for endpoint_id, count in gateway.in_flight_by_endpoint:
                     others[endpoint_id] = others.get(endpoint_id, 0) + count
-        return self.apply(snapshot.endpoints, shard=self.shard, others_in_flight=others)
+        self.apply(snapshot.endpoints, shard=self.shard, others_in_flight=others)
 
     def reserves(self, now_s: float) -> bool:
-        """Are slots kept for high priority at present?"""
+        """Whether slots are reserved for high priority now."""
         return now_s - self.high_seen_s < self.settings.reserve_memory_s
-
-    def next_probe_s(self, now_s: float) -> float:
-        """When the next open breaker lets a request through; infinity: none is open."""
-        return min(
-            (
-                load.breaker.blocked_until_s
-                for load in self.by_endpoint_id.values()
-                if load.ready and load.breaker.blocked_until_s > now_s
-            ),
-            default=inf,
-        )
 
 
 def load_key(endpoint: Endpoint) -> str:
-    """Names one engine process: what a request tried is the process, not the replica, so that it may go
-    to the same replica again after a restart."""
+    """The name of one engine process. A request excludes the processes that it tried, not the replicas, so
+    that it may go to the same replica again after a restart."""
     return f"{endpoint.endpoint_id}#{endpoint.generation}"
 
 
 def _mix(value: int) -> int:
-    """Spreads the bits of a 32-bit checksum over 64 bits (the finaliser of SplitMix64)."""
+    """Spread the bits of a 32-bit checksum over 64 bits (the finaliser of SplitMix64)."""
     value = (value + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF

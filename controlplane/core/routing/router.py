@@ -1,18 +1,19 @@
-"""Where a request goes: filters → scorers → picker, and a reason for all that was left out.
+"""Which endpoint a request goes to: filter, score, pick; and the reason for each endpoint that was left out.
 
-:func:`decide` is :func:`controlplane.core.routing.tier_table.resolve` (which tiers?) and then :func:`place`
-(which endpoint?). A request that waits keeps its route and is placed again when a slot frees. :func:`explain`
-says of every endpoint why it was left out, or how it scored; it decides with the same code.
+:func:`controlplane.core.routing.tier_table.resolve` says which tiers may serve a request,
+:func:`choose_endpoint` chooses the endpoint. A request that waits in the queue keeps its route, and its
+endpoint is chosen when a slot frees. :func:`explain` says for every endpoint why it was left out or how it
+scored; it decides with the same code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from enum import StrEnum
 from typing import Final, NamedTuple
 
 from controlplane.core.domain.endpoint import EndpointState
-from controlplane.core.domain.request import Complexity, Priority
+from controlplane.core.domain.request import Priority
 from controlplane.core.routing.endpoint_table import EndpointLoad, EndpointTable, TierPool
 from controlplane.core.routing.scorers import better_of_two, home, scores, total
 from controlplane.core.routing.tier_table import (
@@ -25,11 +26,6 @@ from controlplane.core.routing.tier_table import (
     resolve,
 )
 
-_GONE: Final = frozenset({EndpointState.FAILED, EndpointState.STOPPED})
-_EMBEDDINGS: Final = API_BITS[Api.EMBEDDINGS]
-# Attribute look-ups on an enum class cost more than on a module.
-_HIGH: Final = Priority.HIGH
-
 
 class RouteOutcome(StrEnum):
     """What to do with a request."""
@@ -39,24 +35,41 @@ class RouteOutcome(StrEnum):
     REJECT = "reject"
 
 
+class Overflow(StrEnum):
+    """Why a request goes to another tier than the one it was meant for."""
+
+    SPILL = "spill"
+    """That tier is full."""
+    BRIDGE = "bridge"
+    """That tier is down."""
+
+
+_GONE: Final = frozenset({EndpointState.FAILED, EndpointState.STOPPED})
+_EMBEDDINGS: Final = API_BITS[Api.EMBEDDINGS]
+# Attribute look-ups on an enum class cost more than on a module.
+_HIGH: Final = Priority.HIGH
+_SEND: Final = RouteOutcome.SEND
+
+
 class RouteDecision(NamedTuple):
     """What to do with a request, and why."""
 
     outcome: RouteOutcome
     tier: str
-    """The tier it goes to; for ``queue`` the one it waits for; empty if rejected."""
+    """The tier it goes to, or waits for; empty if it is rejected."""
     reason: str
-    """For ``x-tier-reason``: plain ASCII."""
+    """For the header ``x-tier-reason``: plain ASCII."""
     load: EndpointLoad | None = None
-    """Where to send it."""
+    """The endpoint to send it to."""
     tiers: tuple[int, ...] = ()
-    """The ranks of all tiers that may serve it as things are, in order of preference; empty if it goes
+    """Ranks of all tiers that may serve it under the present load, in order of preference; empty if it goes
     to a tier that was asked for."""
     refusal: RouteRefusal | None = None
     message: str = ""
-    """For the client, if rejected."""
-    spilled: bool = False
-    bridged: bool = False
+    """For the client, if it is rejected."""
+    overflow: Overflow | None = None
+    wanted_tier: str = ""
+    """The tier that it was meant for, if ``overflow`` sends it to another one."""
 
 
 class ExplainedEndpoint(NamedTuple):
@@ -65,11 +78,11 @@ class ExplainedEndpoint(NamedTuple):
     endpoint_id: str
     tier: str
     left_out: tuple[str, ...]
-    """Why; empty if it was fit."""
+    """The reasons; empty if the endpoint can take the request."""
     score: float | None
     scores: dict[str, float]
     home: bool
-    """The session or prefix belongs to it."""
+    """The request's session or prefix belongs to this endpoint."""
 
 
 class RouteExplanation(NamedTuple):
@@ -80,23 +93,11 @@ class RouteExplanation(NamedTuple):
     candidates: tuple[ExplainedEndpoint, ...]
 
 
-def decide(
-    request: RouteRequest,
-    table: TierTable,
-    endpoint_table: EndpointTable,
-    now_s: float,
-    pick: int,
-    *,
-    score: Callable[[], Complexity | None] | None = None,
-) -> RouteDecision:
-    """Resolves and places in one go; ``pick`` is any integer from 0, another one for each call."""
-    return place(resolve(request, table, score), request, endpoint_table, now_s, pick)
-
-
-def place(
+def choose_endpoint(
     route: Route, request: RouteRequest, endpoint_table: EndpointTable, now_s: float, pick: int
 ) -> RouteDecision:
-    """The endpoint for a request whose tiers are known, or that it has to wait, or that it can't be."""
+    """The endpoint for a request whose tiers are known, or that it has to wait, or that it is rejected.
+    ``pick`` is a non-negative integer, another one for each call: the source of randomness."""
     if route.refusal is not None:
         return RouteDecision(RouteOutcome.REJECT, "", "", refusal=route.refusal, message=route.message)
     needs = API_BITS[request.api]
@@ -108,12 +109,12 @@ def place(
         if fit:
             key = request.session_key if request.session_key is not None else request.prefix_key
             load = better_of_two(fit, now_s, endpoint_table.settings, pick, key)
-            return RouteDecision(RouteOutcome.SEND, pools[rank].name, reason, load)
-    return _elsewhere(route, request, endpoint_table, now_s, pick)
+            return RouteDecision(_SEND, pools[rank].name, reason, load)
+    return _overflow_or_wait(route, request, endpoint_table, now_s, pick)
 
 
 def has_room(route: Route, request: RouteRequest, endpoint_table: EndpointTable, now_s: float) -> bool:
-    """Would :func:`place` send it now?"""
+    """Whether :func:`choose_endpoint` would find an endpoint now."""
     pools = endpoint_table.pools
     if request.api is Api.EMBEDDINGS:
         route = _for_embeddings(route, endpoint_table)
@@ -123,8 +124,8 @@ def has_room(route: Route, request: RouteRequest, endpoint_table: EndpointTable,
     return any(_fit(pools[rank], request, endpoint_table, now_s) for rank in others)
 
 
-def _kept(pool: TierPool, request: RouteRequest, endpoint_table: EndpointTable, now_s: float) -> bool:
-    """Are its last free slots kept for more important requests?"""
+def _reserved(pool: TierPool, request: RouteRequest, endpoint_table: EndpointTable, now_s: float) -> bool:
+    """Whether the tier's last free slots are reserved for more important requests."""
     return (
         pool.in_flight >= pool.open_limit and request.priority is not _HIGH and endpoint_table.reserves(now_s)
     )
@@ -133,9 +134,10 @@ def _kept(pool: TierPool, request: RouteRequest, endpoint_table: EndpointTable, 
 def _fit(
     pool: TierPool, request: RouteRequest, endpoint_table: EndpointTable, now_s: float
 ) -> list[EndpointLoad]:
-    """The filters. :func:`_left_out` says the same in words; a test holds the two together."""
+    """The filters: the endpoints of a tier that can take the request now. :func:`_left_out` says the same in
+    words; a test makes sure that the two agree."""
     if pool.in_flight >= pool.open_limit and (
-        pool.in_flight >= pool.limit or _kept(pool, request, endpoint_table, now_s)
+        pool.in_flight >= pool.limit or _reserved(pool, request, endpoint_table, now_s)
     ):
         return []
     needs = API_BITS[request.api]
@@ -166,12 +168,12 @@ def _left_out(
     pool = load.pool
     if load.in_flight >= load.limit:
         yield f"at its limit: {load.in_flight} of {load.limit} in flight"
-    elif pool is not None and _kept(pool, request, endpoint_table, now_s):
-        yield f"its last {pool.limit - pool.open_limit} slots are kept for high priority"
+    elif pool is not None and _reserved(pool, request, endpoint_table, now_s):
+        yield f"its last {pool.limit - pool.open_limit} slots are reserved for high priority"
 
 
 def _down(route: Route, request: RouteRequest, endpoint_table: EndpointTable, now_s: float) -> bool:
-    """Is there no endpoint of the tiers asked for that could serve the request once a slot is free?"""
+    """Whether no endpoint of the tiers asked for could serve the request even if a slot were free."""
     needs = API_BITS[request.api]
     for rank in route.order:
         for load in endpoint_table.pools[rank].loads:
@@ -186,8 +188,9 @@ def _down(route: Route, request: RouteRequest, endpoint_table: EndpointTable, no
 
 
 def _for_embeddings(route: Route, endpoint_table: EndpointTable) -> Route:
-    """Vectors of two models can't be compared: embeddings never spill or bridge. ``auto`` means the tier
-    that serves them, by configuration and not by load: the one hinted at, or else the cheapest."""
+    """The route of a request for embeddings, which never spills or bridges: vectors of two models can't be
+    compared. ``auto`` means the tier that serves embeddings, by configuration and not by load: the one
+    hinted at, or else the cheapest."""
     order, reasons = route.order, route.reasons
     if route.auto:
         pools = endpoint_table.pools
@@ -198,10 +201,10 @@ def _for_embeddings(route: Route, endpoint_table: EndpointTable) -> Route:
     return route._replace(order=order, reasons=reasons, spill=(), bridge=())
 
 
-def _elsewhere(
+def _overflow_or_wait(
     route: Route, request: RouteRequest, endpoint_table: EndpointTable, now_s: float, pick: int
 ) -> RouteDecision:
-    """No tier that was asked for has room: spill, bridge, queue or reject."""
+    """The decision when no tier that was asked for has room: spill, bridge, queue or reject."""
     pools = endpoint_table.pools
     needs = API_BITS[request.api]
     wanted = pools[route.order[0]]
@@ -221,31 +224,31 @@ def _elsewhere(
         key = request.session_key if request.session_key is not None else request.prefix_key
         load = better_of_two(best, now_s, endpoint_table.settings, pick, key)
         if down:
-            how = f"bridge: {wanted.name} {_condition(wanted, request, needs, now_s)}"
+            reason = f"bridge: {wanted.name} {_condition(wanted, request, needs)}"
         else:
-            how = f"spill: {wanted.name} -> {chosen.name}"
+            reason = f"spill: {wanted.name} -> {chosen.name}"
         return RouteDecision(
-            RouteOutcome.SEND,
+            _SEND,
             chosen.name,
-            f"{route.reasons[0]}; {how}",
+            f"{route.reasons[0]}; {reason}",
             load,
             tiers,
-            spilled=not down,
-            bridged=down,
+            overflow=Overflow.BRIDGE if down else Overflow.SPILL,
+            wanted_tier=wanted.name,
         )
-    refusal = _hopeless(
+    refusal = _refusal(
         [pools[rank] for rank in route.order], [pools[rank] for rank in others], request, needs
     )
     if refusal is not None:
         return RouteDecision(RouteOutcome.REJECT, "", route.reasons[0], None, tiers, refusal[0], refusal[1])
-    state = _condition(wanted, request, needs, now_s) if down else "full"
+    state = _condition(wanted, request, needs) if down else "full"
     return RouteDecision(
         RouteOutcome.QUEUE, wanted.name, f"{route.reasons[0]}; {wanted.name} {state}", tiers=tiers
     )
 
 
-def _condition(pool: TierPool, request: RouteRequest, needs: int, now_s: float) -> str:
-    """In a word why none of its endpoints can be used."""
+def _condition(pool: TierPool, request: RouteRequest, needs: int) -> str:
+    """In a word or two: why none of the tier's endpoints can be used."""
     if not pool.loads:
         return "has no endpoint"
     serving = [load for load in pool.loads if load.api_bits & needs]
@@ -261,75 +264,68 @@ def _condition(pool: TierPool, request: RouteRequest, needs: int, now_s: float) 
     return next((str(state) for state in order if state in states), str(states[0]))
 
 
-def _hopeless(
-    asked: list[TierPool], others: list[TierPool], request: RouteRequest, needs: int
+def _refusal(
+    wanted: list[TierPool], others: list[TierPool], request: RouteRequest, needs: int
 ) -> tuple[RouteRefusal, str] | None:
-    """Why waiting for these tiers makes no sense; None if it does."""
-    pools = asked + others
+    """Why waiting for these tiers would not help, and the message for the client; None if it may help."""
+    pools = wanted + others
     names = ", ".join(pool.name for pool in pools)
     if all(pool.api_bits and not pool.api_bits & needs for pool in pools):
         return RouteRefusal.NO_CAPABILITY, f"no engine of {names} serves {request.api}"
-    if any(not pool.loads for pool in asked):
-        return None  # It may be starting its first endpoint.
+    if any(not pool.loads for pool in wanted):
+        return None  # The tier may be starting its first endpoint.
     serving = [load for pool in pools for load in pool.loads if load.api_bits & needs]
     living = [load for load in serving if load.endpoint.state not in _GONE]
     if not living:
-        told = next((load.endpoint.diagnosis for load in serving if load.endpoint.diagnosis), "")
-        return RouteRefusal.FAILED, f"all endpoints of {names} failed{': ' + told if told else ''}"
-    # A tried process that is being replaced comes back under another key.
+        diagnosis = next((load.endpoint.diagnosis for load in serving if load.endpoint.diagnosis), "")
+        return RouteRefusal.FAILED, f"all endpoints of {names} failed{': ' + diagnosis if diagnosis else ''}"
+    # A process that was tried and is being replaced comes back under another key.
     if all(load.ready and load.key in request.exclude for load in living):
         return RouteRefusal.EXHAUSTED, f"every endpoint of {names} was tried"
     return None
 
 
 def explain(
-    request: RouteRequest,
-    table: TierTable,
-    endpoint_table: EndpointTable,
-    now_s: float,
-    pick: int,
-    *,
-    score: Callable[[], Complexity | None] | None = None,
+    request: RouteRequest, endpoint_table: EndpointTable, now_s: float, pick: int
 ) -> RouteExplanation:
-    """What :func:`decide` says, and of every endpoint why it was left out or how it scored."""
-    route = resolve(request, table, score)
-    decision = place(route, request, endpoint_table, now_s, pick)
-    needs = API_BITS[request.api]
-    asked = (
-        route if needs != _EMBEDDINGS or route.refusal is not None else _for_embeddings(route, endpoint_table)
-    )
+    """The decision for a request, and for every endpoint why it was left out or how it scored."""
+    tier_table = endpoint_table.tier_table
+    route = resolve(request, tier_table)
+    decision = choose_endpoint(route, request, endpoint_table, now_s, pick)
+    if request.api is Api.EMBEDDINGS and route.refusal is None:
+        route = _for_embeddings(route, endpoint_table)
     key = request.session_key if request.session_key is not None else request.prefix_key
     candidates: list[ExplainedEndpoint] = []
     for pool in endpoint_table.pools:
         fit = _fit(pool, request, endpoint_table, now_s)
         homed = fit[home(fit, key)] if fit and key is not None else None
-        barred = _tier_left_out(pool.rank, asked, decision, table)
+        tier_reason = _tier_left_out(pool.rank, route, decision, tier_table)
         for load in pool.loads:
-            why = tuple(
-                reason for reason in (barred, *_left_out(load, request, endpoint_table, now_s)) if reason
+            left_out = tuple(
+                reason for reason in (tier_reason, *_left_out(load, request, endpoint_table, now_s)) if reason
             )
             at_home = load is homed
             candidates.append(
                 ExplainedEndpoint(
                     load.endpoint.endpoint_id,
                     pool.name,
-                    why,
-                    None if why else total(load, now_s, endpoint_table.settings, at_home),
-                    {} if why else scores(load, now_s, endpoint_table.settings, at_home),
+                    left_out,
+                    None if left_out else total(load, now_s, endpoint_table.settings, at_home),
+                    {} if left_out else scores(load, now_s, endpoint_table.settings, at_home),
                     at_home,
                 )
             )
-    return RouteExplanation(decision, asked, tuple(candidates))
+    return RouteExplanation(decision, route, tuple(candidates))
 
 
-def _tier_left_out(rank: int, route: Route, decision: RouteDecision, table: TierTable) -> str:
-    """Why a tier is not for this request; empty if it is."""
-    name = table.policies[rank].name
+def _tier_left_out(rank: int, route: Route, decision: RouteDecision, tier_table: TierTable) -> str:
+    """Why a tier is not open to this request; empty if it is."""
+    name = tier_table.policies[rank].name
     if route.refusal is not None:
         return route.message
     if rank in route.order:
         return ""
-    wanted = table.policies[route.order[0]].name
+    wanted = tier_table.policies[route.order[0]].name
     if rank in route.spill or rank in route.bridge:
         if not decision.tiers:
             return f"not needed: {decision.tier} has room"
@@ -338,7 +334,7 @@ def _tier_left_out(rank: int, route: Route, decision: RouteDecision, table: Tier
         if rank in route.spill:
             return f"tier '{name}' only takes what {wanted} has no room for, and {wanted} is down"
         return f"tier '{name}' only bridges {wanted}, which is not down"
-    if rank < max(route.floor, table.own_floor[route.order[0]]):
+    if rank < max(route.floor, tier_table.own_floor[route.order[0]]):
         return f"tier '{name}' is below the quality floor"
     if not route.spill and not route.bridge:
         return f"tier '{name}' is not asked for and '{wanted}' does not spill to it"

@@ -1,9 +1,9 @@
-"""Which of two endpoints of a tier is the better one: scorers of one idea each, and the picker.
+"""Scorers, one function for each criterion, and the picker that compares two endpoints of a tier by them.
 
-A score is in [0, 1], 1 is best. The picker takes the better of two endpoints (M. Mitzenmacher, "The
-power of two choices in randomized load balancing", 2001): nearly as even as taking the best of all, and
-gateways with the same slightly old view don't all pile onto one. Randomness comes from the caller as
-``pick``, any integer from 0.
+A score is in [0, 1], 1 is best. The picker takes the better of two endpoints (M. Mitzenmacher, "The power of
+two choices in randomized load balancing", 2001): that spreads load nearly as evenly as taking the best of
+all, and gateways that share a slightly old view don't all choose the same endpoint. Randomness comes from the
+caller as ``pick``, a non-negative integer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Final
 from controlplane.core.routing.endpoint_table import EndpointLoad, LoadSettings
 
 NEUTRAL: Final = 0.5
-"""The score of what is not known."""
+"""The score where nothing is known."""
 
 WEIGHTS: Final = {
     "in_flight": 3.0,
@@ -24,8 +24,9 @@ WEIGHTS: Final = {
     "alive": 8.0,
     "affinity": 3.0,
 }
-"""How much each scorer counts. In flight is exact and comes first; a half-alive endpoint loses to
-anything; affinity is as much as in-flight, but only where there is no overload (:func:`affinity`)."""
+"""Weight of each scorer. Requests in flight are known exactly, so they weigh most of the measures of load. A
+half-alive endpoint loses against any other. Affinity weighs as much as requests in flight, but only without
+overload (:func:`affinity`)."""
 
 AFFINITY_KV_LIMIT_RATIO: Final = 0.9
 AFFINITY_EXCESS: Final = 1.25
@@ -42,7 +43,7 @@ _WEIGHT_SUM: Final = sum(WEIGHTS.values())
 
 
 def in_flight(load: EndpointLoad) -> float:
-    """Free slots over all slots, other gateways' requests included."""
+    """The free share of the endpoint's slots, other gateways' requests included."""
     limit = load.endpoint.concurrency_limit
     if limit <= 0:
         return 0.0
@@ -51,7 +52,7 @@ def in_flight(load: EndpointLoad) -> float:
 
 
 def queue(load: EndpointLoad, now_s: float, settings: LoadSettings) -> float:
-    """How short the engine's own queue is: 0 once it is as long as the concurrency limit."""
+    """How short the engine's own queue is: 0 when it is as long as the concurrency limit."""
     if load.waiting is None:
         return NEUTRAL
     if now_s - load.observed_s > settings.stale_after_s:
@@ -72,7 +73,7 @@ def kv_cache(load: EndpointLoad, now_s: float, settings: LoadSettings) -> float:
 
 
 def latency(load: EndpointLoad, now_s: float, settings: LoadSettings) -> float:
-    """Time to first token against the tier's usual one: as fast is 1/2, much faster nears 1."""
+    """Time to first token compared with the tier's usual one: equal is 1/2, much faster approaches 1."""
     own_s = load.ttft_s
     if own_s is None or load.pool is None or now_s - load.sampled_s > settings.latency_memory_s:
         return NEUTRAL
@@ -83,18 +84,18 @@ def latency(load: EndpointLoad, now_s: float, settings: LoadSettings) -> float:
 
 
 def alive(load: EndpointLoad, now_s: float, settings: LoadSettings) -> float:
-    """0 if it is suspected of being half-alive: it owes first tokens and is silent."""
+    """0 if the endpoint is suspected of being half-alive: it owes first tokens and is silent."""
     if not load.awaiting_first:
         return 1.0
-    silent_s = now_s - load.sign_s
+    silent_s = now_s - load.last_sign_s
     if silent_s <= settings.silent_after_s or silent_s <= 4.0 * (load.ttft_s or 0.0):
         return 1.0
     return 0.0
 
 
 def affinity(load: EndpointLoad, now_s: float, settings: LoadSettings) -> float:
-    """1 for the endpoint that a session or prefix belongs to (see :func:`home`), unless it is overloaded:
-    then 0, so that it counts like any other."""
+    """The score of the endpoint that a session or prefix belongs to (:func:`home`): 1, or 0 if it is
+    overloaded, so that it is compared like any other."""
     pool = load.pool
     if pool is None:
         return 0.0
@@ -119,7 +120,7 @@ def home(loads: Sequence[EndpointLoad], key: int) -> int:
 
 
 def scores(load: EndpointLoad, now_s: float, settings: LoadSettings, at_home: bool) -> dict[str, float]:
-    """Every scorer's word, for explanations."""
+    """The score of every scorer by name, for explanations."""
     return {
         "in_flight": in_flight(load),
         "queue": queue(load, now_s, settings),
@@ -147,16 +148,17 @@ def total(load: EndpointLoad, now_s: float, settings: LoadSettings, at_home: boo
 def better_of_two(
     loads: Sequence[EndpointLoad], now_s: float, settings: LoadSettings, pick: int, key: int | None
 ) -> EndpointLoad:
-    """The picker. ``loads`` are all fit and not empty; one of the two looked at is ``key``'s home."""
+    """The picker: the better of two of ``loads``, which are not empty and can all take the request. With a
+    ``key``, one of the two is its home."""
     count = len(loads)
     if count == 1:
         return loads[0]
-    homed = key is not None
+    at_home = key is not None
     first = home(loads, key) if key is not None else pick % count
     second = (pick // count) % (count - 1)
     if second >= first:
         second += 1
     one, two = loads[first], loads[second]
-    if total(two, now_s, settings, False) > total(one, now_s, settings, homed):
+    if total(two, now_s, settings, False) > total(one, now_s, settings, at_home):
         return two
     return one

@@ -1,15 +1,15 @@
-"""Which tiers a request may go to, and in which order: from what it asks for, before any load counts.
+"""Which tiers a request may go to, and in which order: by what it asks for, whatever the load.
 
 A :class:`TierTable` is built once from the configuration. :func:`resolve` turns a
-:class:`RouteRequest` into a :class:`Route`; :mod:`controlplane.core.routing.router` then places it on an
+:class:`RouteRequest` into a :class:`Route`; :mod:`controlplane.core.routing.router` then chooses an
 endpoint. A tier's position in the table is its rank: 0 is the cheapest.
 
-Per-request values are named tuples: as immutable as a frozen dataclass and a third of the price to make.
+Per-request values are named tuples: as immutable as a frozen dataclass, and made in a third of the time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, NamedTuple
@@ -25,7 +25,7 @@ DEFAULT_COMPLEXITIES: Final = {
     "balanced": Complexity.MODERATE,
     "capable": Complexity.COMPLEX,
 }
-"""What tiers of these names serve if no tier says otherwise."""
+"""The complexity that a tier of this name serves, unless its policy or another tier's says otherwise."""
 
 DEFAULT_AGENT_TIERS: Final = {
     "customer_service": "customer_service",
@@ -36,7 +36,7 @@ DEFAULT_AGENT_TIERS: Final = {
 
 
 class OverflowDirection(StrEnum):
-    """Where a tier's requests may go when they can't be served by it."""
+    """Where requests meant for a tier may go when it can't serve them."""
 
     UP = "up"
     """To more capable tiers."""
@@ -48,7 +48,7 @@ class OverflowDirection(StrEnum):
 
 
 class Api(StrEnum):
-    """What kind of answer a request wants from an engine."""
+    """Which API of an engine a request is for."""
 
     CHAT = "chat"
     COMPLETIONS = "completions"
@@ -80,14 +80,14 @@ class TierPolicy:
     name: str
     model_id: str
     complexities: tuple[Complexity, ...] | None = None
-    """What it serves; None: by its name, see :data:`DEFAULT_COMPLEXITIES`."""
+    """What it serves; None means by its name, see :data:`DEFAULT_COMPLEXITIES`."""
     agent_types: tuple[str, ...] = ()
     spill: OverflowDirection = OverflowDirection.UP
-    """Where requests go when the tier is full. Up by default: under load an answer may cost more, but it
-    is never silently worse."""
+    """Where requests go when the tier is full. Up by default: under load an answer may cost more, but its
+    quality never drops unnoticed."""
     bridge: OverflowDirection | None = None
-    """Where requests go while no endpoint of the tier can take any. None: both ways, or nowhere if
-    ``spill`` is none. Overload passes in seconds and waiting helps; a restart takes minutes, and then an
+    """Where requests go while no endpoint of the tier can take any. None means both ways, or nowhere if
+    ``spill`` is none. Overload passes in seconds, so waiting helps; a restart takes minutes, and then an
     answer from a neighbour is better than none."""
     floor: str | None = None
     """Requests meant for this tier never go to a tier below that one."""
@@ -99,7 +99,7 @@ class RouteRequest(NamedTuple):
     model: str = AUTO
     """``auto``, a tier, or a model id."""
     models: tuple[str, ...] = ()
-    """Acceptable models in order of preference; if given, ``model`` is not looked at."""
+    """Acceptable models in order of preference; if given, ``model`` is ignored."""
     complexity: Complexity | None = None
     agent_type: str | None = None
     min_tier: str | None = None
@@ -111,11 +111,11 @@ class RouteRequest(NamedTuple):
     prefix_key: int | None = None
     """A hash of the prompt's beginning; used when there is no session."""
     exclude: frozenset[str] = frozenset()
-    """``EndpointLoad.key`` of what was tried already for this request."""
+    """``EndpointLoad.key`` of the endpoints that were tried for this request."""
 
 
 class RouteRefusal(StrEnum):
-    """Why a request can't be placed and waiting would not help."""
+    """Why a request can't be served and waiting would not help."""
 
     UNKNOWN_MODEL = "unknown_model"
     UNKNOWN_TIER = "unknown_tier"
@@ -134,15 +134,15 @@ class Route(NamedTuple):
     """Where a request may go. Tiers are given by rank."""
 
     order: tuple[int, ...]
-    """Tiers asked for, the first with room wins."""
+    """Tiers asked for, in order of preference."""
     reasons: tuple[str, ...]
-    """Why each of ``order``; plain ASCII, fit for a header."""
+    """Why each of ``order``: plain ASCII, for a header."""
     spill: tuple[int, ...] = ()
-    """Where else when those are full."""
+    """Tiers that may serve it when those are full."""
     bridge: tuple[int, ...] = ()
-    """Where else when those are down, nearest first."""
+    """Tiers that may serve it when those are down, nearest first."""
     auto: bool = False
-    """The tier was chosen here, not by the client."""
+    """The tier was chosen by tierplane, not by the client."""
     floor: int = 0
     refusal: RouteRefusal | None = None
     message: str = ""
@@ -151,7 +151,7 @@ class Route(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TierTable:
-    """The tiers and every question that can be answered before a request comes. Make it with
+    """The tiers, and all that can be computed of their routes before a request comes. Make it with
     :meth:`build`."""
 
     policies: tuple[TierPolicy, ...]
@@ -207,14 +207,12 @@ class TierTable:
         )
 
 
-def resolve(
-    request: RouteRequest, table: TierTable, score: Callable[[], Complexity | None] | None = None
-) -> Route:
+def resolve(request: RouteRequest, table: TierTable) -> Route:
     """Where a request may go.
 
-    In this order: the list ``models``, a tier or model id in ``model``, ``complexity``, ``agent_type``,
-    what ``score`` says of the prompt (called only if nothing else decides), the default tier. A tier
-    that is named may spill as the policy says; a model id or a list is meant as it stands.
+    The first of these that the request has decides: the list ``models``, a tier or model id in ``model``,
+    ``complexity``, ``agent_type``; else the default tier. A request for a tier may spill as the tier's policy
+    says; one for a model id or a list of models goes nowhere else.
     """
     floor = 0
     if request.min_tier is not None:
@@ -236,7 +234,7 @@ def resolve(
         reason = "model=" + model
     else:
         auto = True
-        tier, reason = _hinted(request, table, score)
+        tier, reason = _hinted(request, table)
     if tier < floor:
         tier = floor
         reason = f"{reason}, min_tier={table.policies[floor].name}"
@@ -245,17 +243,14 @@ def resolve(
 
 
 def resume_route(table: TierTable, rank: int) -> Route:
-    """For a request that must go on with the model it began with: the tiers that serve the model of
-    ``rank``, that one first, and nowhere else."""
+    """The route of a stream that must be resumed by the model that began it: the tiers that serve the model
+    of tier ``rank``, that tier first, and no others."""
     others = table.tiers_of_model[table.policies[rank].model_id]
     order = (rank, *(other for other in others if other != rank))
     return Route(order, ("resume",) * len(order))
 
 
-def _hinted(
-    request: RouteRequest, table: TierTable, score: Callable[[], Complexity | None] | None
-) -> tuple[int, str]:
-    tier: int | None
+def _hinted(request: RouteRequest, table: TierTable) -> tuple[int, str]:
     if request.complexity is not None:
         tier = table.tier_of_complexity.get(request.complexity)
         if tier is not None:
@@ -264,11 +259,6 @@ def _hinted(
         tier = table.tier_of_agent.get(request.agent_type)
         if tier is not None:
             return tier, "agent_type=" + request.agent_type
-    if score is not None:
-        scored = score()
-        tier = table.tier_of_complexity.get(scored) if scored is not None else None
-        if scored is not None and tier is not None:
-            return tier, "scored=" + scored
     return table.default, "default"
 
 
@@ -276,13 +266,13 @@ def _pinned(model: str, floor: int, table: TierTable) -> Route:
     tiers = table.tiers_of_model.get(model)
     if tiers is None:
         return _unknown([model], table)
-    kept = tuple(rank for rank in tiers if rank >= floor)
-    if not kept:
+    allowed = tuple(rank for rank in tiers if rank >= floor)
+    if not allowed:
         return _refused(
             RouteRefusal.BELOW_FLOOR,
             f"model '{model}' is below the tier '{table.policies[floor].name}' that x-min-tier asks for",
         )
-    return Route(kept, ("model=" + model,) * len(kept), floor=floor)
+    return Route(allowed, ("model=" + model,) * len(allowed), floor=floor)
 
 
 def _from_list(models: tuple[str, ...], floor: int, table: TierTable) -> Route:
@@ -348,9 +338,9 @@ def _leads(direction: OverflowDirection, rank: int, other: int) -> bool:
 
 
 def _complexity_map(policies: Sequence[TierPolicy], rank_of: dict[str, int]) -> dict[Complexity, int]:
-    """Every complexity gets a tier. One that no tier claims goes to the cheapest tier that claims more,
-    or else to the most capable that claims less: rather too good than too weak. If no tier claims any,
-    the tiers without agent types share them out by rank."""
+    """The tier of every complexity. One that no tier claims goes to the cheapest tier that claims a higher
+    one, or else to the most capable that claims a lower one: better too capable than too weak. If no tier
+    claims any, the tiers without agent types share them by rank."""
     claimed: dict[Complexity, int] = {}
     for rank, policy in enumerate(policies):
         for complexity in policy.complexities or ():

@@ -15,6 +15,7 @@ from controlplane.core.cluster.snapshot import ClusterSnapshot
 from controlplane.core.domain.endpoint import EndpointState
 from controlplane.core.domain.request import Priority
 from controlplane.core.routing.endpoint_table import EndpointTable, TierPool
+from controlplane.core.routing.router import Overflow
 from controlplane.core.routing.router import explain as explain_route
 from controlplane.core.routing.tier_table import AUTO, TierTable
 from controlplane.gateway.proxy.request_context import route_request
@@ -25,8 +26,9 @@ FETCH_TIMEOUT_S: Final = 2.0
 MAX_FETCH_BYTES: Final = 8 * 1024 * 1024
 
 
-def models(table: TierTable, endpoint_table: EndpointTable, created_unix_s: int) -> dict[str, Any]:
+def models(endpoint_table: EndpointTable, created_unix_s: int) -> dict[str, Any]:
     """OpenAI's model list: ``auto``, the tiers and the models behind them."""
+    table = endpoint_table.tier_table
 
     def entry(name: str, tier: str | None, ready: bool) -> dict[str, Any]:
         return {
@@ -49,12 +51,11 @@ def models(table: TierTable, endpoint_table: EndpointTable, created_unix_s: int)
     return {"object": "list", "data": data}
 
 
-def explain(
-    request: Request, table: TierTable, endpoint_table: EndpointTable, now_s: float
-) -> dict[str, Any]:
+def explain(request: Request, endpoint_table: EndpointTable, now_s: float) -> dict[str, Any]:
     """Where a request would go and why, endpoint by endpoint, without sending it."""
-    told = explain_route(route_request(request), table, endpoint_table, now_s, 0)
-    decision = told.decision
+    explanation = explain_route(route_request(request), endpoint_table, now_s, 0)
+    decision, route = explanation.decision, explanation.route
+    table = endpoint_table.tier_table
     return {
         "outcome": decision.outcome,
         "tier": decision.tier or None,
@@ -62,13 +63,13 @@ def explain(
         "reason": decision.reason,
         "refusal": decision.refusal,
         "message": decision.message,
-        "spilled": decision.spilled,
-        "bridged": decision.bridged,
+        "spilled": decision.overflow is Overflow.SPILL,
+        "bridged": decision.overflow is Overflow.BRIDGE,
         "tiers": {
-            "asked_for": _names(table, told.route.order),
-            "spill": _names(table, told.route.spill),
-            "bridge": _names(table, told.route.bridge),
-            "floor": table.policies[told.route.floor].name if told.route.floor else None,
+            "asked_for": _names(table, route.order),
+            "spill": _names(table, route.spill),
+            "bridge": _names(table, route.bridge),
+            "floor": table.policies[route.floor].name if route.floor else None,
         },
         "endpoints": [
             {
@@ -79,7 +80,7 @@ def explain(
                 "scores": {name: round(value, 4) for name, value in candidate.scores.items()},
                 "affinity": candidate.home,
             }
-            for candidate in told.candidates
+            for candidate in explanation.candidates
         ],
     }
 

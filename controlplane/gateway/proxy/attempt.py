@@ -1,12 +1,15 @@
-"""One attempt of a call at one endpoint: its place there, its connection, its time-outs, its price.
+"""One attempt of a request at one endpoint: its slot, its connection, its time-outs, its GPU time.
 
-However it ends (:meth:`succeed`, :meth:`fail`, :meth:`abandon`), it ends once and gives everything back.
+An attempt ends once, by :meth:`Attempt.succeed`, :meth:`Attempt.fail` or :meth:`Attempt.abandon`, and then
+gives everything back.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from time import monotonic
+from typing import Final
 
 from controlplane.core.routing.endpoint_table import EndpointLoad, RequestSlot
 from controlplane.core.routing.retry import AttemptFailure
@@ -14,71 +17,93 @@ from controlplane.gateway.proxy.connections import EndpointConnections
 from controlplane.gateway.proxy.request_context import RequestContext
 from controlplane.gateway.proxy.timeouts import TimeoutWatcher, WatchedAttempt
 from controlplane.gateway.proxy.upstream import UpstreamConnection, UpstreamFailure
-from controlplane.http.messages import EVENT_STREAM
+from controlplane.http.messages import EVENT_STREAM, Responder
 from controlplane.http.sse import events_end
+
+MAX_ERROR_BYTES: Final = 64 * 1024
+
+_STATUS_FAILURES: Final = {429: AttemptFailure.BUSY, 503: AttemptFailure.UNAVAILABLE}
+_KEY_REFUSED: Final = frozenset({401, 403})
+"""An engine that answers these does not accept the gateway's key, which is not the client's fault."""
 
 
 class Attempt:
-    """Begun when its slot was taken."""
+    """Begins with a slot that was taken for it."""
 
     __slots__ = (
         "_connection",
         "_context",
-        "_pump",
-        "_reading",
-        "_watch",
-        "_watcher",
+        "_meter_reading",
+        "_on_released",
+        "_timeouts",
+        "_watched",
         "content_type",
         "data",
         "ended",
         "ids_added",
         "load",
-        "site",
         "slot",
         "status",
         "streaming",
+        "upstream",
     )
 
     def __init__(
         self,
         context: RequestContext,
         slot: RequestSlot,
-        site: EndpointConnections,
-        watcher: TimeoutWatcher,
-        pump: Callable[[], None],
+        upstream: EndpointConnections,
+        timeouts: TimeoutWatcher,
+        on_released: Callable[[], None],
     ) -> None:
+        """``on_released`` is called when the attempt has given its slot back."""
         self._context = context
-        self._pump = pump
-        self._watcher = watcher
-        self._watch: WatchedAttempt | None = None
+        self._on_released = on_released
+        self._timeouts = timeouts
+        self._watched: WatchedAttempt | None = None
         self._connection: UpstreamConnection | None = None
-        self._reading = site.meter.start(monotonic())
+        self._meter_reading = upstream.meter.start(monotonic())
         self.slot = slot
         self.load: EndpointLoad = slot.load
-        self.site = site
+        self.upstream = upstream
         self.status = 0
         self.content_type = b""
         self.streaming = False
+        """The engine answers with a stream of events."""
         self.data = b""
-        """The answer's first events, or all of it."""
+        """The response's first events, or its whole body."""
         self.ids_added = False
         """The engine was asked for token ids that the client did not ask for."""
         self.ended = False
 
     @property
     def connection(self) -> UpstreamConnection:
-        """The connection, once :meth:`post` was called."""
+        """The connection, once :meth:`send` was called."""
         if self._connection is None:
             raise RuntimeError("nothing was sent yet")
         return self._connection
 
-    async def post(self, path: str, identity: str, body: bytes) -> int:
-        """Send a request and wait for the head of its answer; gives the status.
+    async def send(self, path: str, body: bytes) -> None:
+        """Send the request and wait for the head of the response. Raises :class:`UpstreamFailure` if the
+        engine can't be reached or its status is a failure that another engine may not have."""
+        status = await self._post(path, body)
+        if status >= 500 or status == 429 or status in _KEY_REFUSED:
+            response = await self.read_all(MAX_ERROR_BYTES)
+            kind = _STATUS_FAILURES.get(status, AttemptFailure.SERVER_ERROR)
+            reason = (
+                "the engine does not accept the gateway's key"
+                if status in _KEY_REFUSED
+                else error_text(response)
+            )
+            raise UpstreamFailure(kind, f"{status}: {reason}", status=status if status >= 500 else None)
 
-        A kept-alive connection that turns out to be closed is replaced once, unnoticed.
+    async def _post(self, path: str, body: bytes) -> int:
+        """Send the request and return the status of the response.
+
+        A kept-alive connection that turns out to be closed is replaced once: the engine did not fail.
         """
-        origin = self.site.origin
-        request = origin.request("POST", path, identity, body)
+        origin = self.upstream.origin
+        request = origin.request("POST", path, self._context.identity, body)
         deadline_s = self._context.deadline_s
         connection = await origin.acquire(deadline_s=deadline_s)
         try:
@@ -96,11 +121,11 @@ class Attempt:
         return status
 
     async def _head(self, connection: UpstreamConnection, request: bytes) -> int:
-        if self._watch is not None:
-            self._watcher.discard(self._watch)
+        if self._watched is not None:
+            self._timeouts.discard(self._watched)
         self._connection = connection
         connection.send(request)
-        self._watch = WatchedAttempt(
+        self._watched = WatchedAttempt(
             connection,
             self.slot,
             deadline_s=self._context.deadline_s,
@@ -108,11 +133,11 @@ class Attempt:
             streaming=self._context.stream,
             attempt=self._context.attempts,
         )
-        self._watcher.add(self._watch)
+        self._timeouts.add(self._watched)
         return await connection.head()
 
     async def first_event(self) -> None:
-        """Wait until the stream's first event is whole."""
+        """Read until the stream's first event is whole, into :attr:`data`."""
         data = await self.connection.read()
         while data and not events_end(data):
             more = await self.connection.read()
@@ -124,7 +149,7 @@ class Attempt:
         self.data = data
 
     async def read_all(self, limit_bytes: int) -> bytes:
-        """The whole body; an answer over ``limit_bytes`` is a failure."""
+        """The whole body; one over ``limit_bytes`` is a failure."""
         connection = self.connection
         data = await connection.read()
         if connection.complete and not connection.pending:
@@ -136,50 +161,62 @@ class Attempt:
             parts.append(data)
             size += len(data)
             if size > limit_bytes:
-                raise UpstreamFailure(AttemptFailure.SERVER_ERROR, f"the answer is over {limit_bytes} bytes")
+                raise UpstreamFailure(
+                    AttemptFailure.SERVER_ERROR, f"the engine's answer is over {limit_bytes} bytes"
+                )
         return b"".join(parts)
 
-    def answered(self) -> None:
+    def first_token(self) -> None:
         """The first token came."""
-        if self._watch is not None and not self._watch.answered:
-            self._watch.answered = True
+        if self._watched is not None and not self._watched.first_token_came:
+            self._watched.first_token_came = True
             self.slot.first_token(monotonic())
 
-    def hold(self) -> None:
-        """The client takes nothing more for the moment: what the engine does meanwhile says nothing."""
-        if self._watch is not None:
-            self._watch.held = True
-
-    def go_on(self) -> None:
-        """The client takes again."""
-        if self._watch is not None:
-            self._watch.held = False
-            self._watch.started_s = monotonic()
+    async def wait_for_client(self, out: Responder) -> None:
+        """Wait until the client has read what was written, up to the deadline: its slow reading occupies the
+        slot, but the engine is not to blame for it. Meanwhile the other time-outs are paused."""
+        watched = self._watched
+        if watched is not None:
+            watched.paused = True
+        try:
+            async with asyncio.timeout(self._context.deadline_s - monotonic()):
+                await out.drain()
+        except TimeoutError:
+            raise UpstreamFailure(None, "the client did not read until the deadline") from None
+        finally:
+            if watched is not None:
+                watched.paused = False
+                watched.started_s = monotonic()
 
     def succeed(self) -> None:
-        """The answer is whole."""
+        """The response is whole."""
         if not self.ended:
             self.slot.succeed(self._end())
-            self._pump()
+            self._on_released()
 
     def fail(self, weight: int) -> None:
-        """The endpoint failed it; ``weight`` as in :meth:`RequestSlot.fail`."""
+        """The endpoint failed; ``weight`` as in :meth:`RequestSlot.fail`."""
         if not self.ended:
             self.slot.fail(self._end(), weight)
-            self._pump()
+            self._on_released()
 
     def abandon(self) -> None:
-        """The client left, or another exchange was faster."""
+        """The response is no longer wanted: the client left, or another attempt was faster."""
         if not self.ended:
             self.slot.abandon(self._end())
-            self._pump()
+            self._on_released()
 
     def _end(self) -> float:
         self.ended = True
         now_s = monotonic()
-        self._context.gpu_s += self.site.meter.stop(self._reading, now_s)
-        if self._watch is not None:
-            self._watcher.discard(self._watch)
+        self._context.gpu_s += self.upstream.meter.stop(self._meter_reading, now_s)
+        if self._watched is not None:
+            self._timeouts.discard(self._watched)
         if self._connection is not None:
-            self.site.origin.release(self._connection)
+            self.upstream.origin.release(self._connection)
         return now_s
+
+
+def error_text(response: bytes) -> str:
+    """The beginning of an engine's error response, for messages."""
+    return response[:300].decode("utf-8", "replace").strip()

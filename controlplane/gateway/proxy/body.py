@@ -1,7 +1,6 @@
-"""The few fields of a request body that routing needs, and how a body is changed without touching the rest.
+"""The few members of a request body that routing needs, and changing a body without touching the rest.
 
-Values that are not ours stay byte for byte what the client sent: a rewrite replaces or adds top-level
-members and copies the others as they stand.
+A rewrite replaces or adds top-level members and copies all others byte for byte as the client sent them.
 """
 
 from __future__ import annotations
@@ -13,18 +12,18 @@ import msgspec
 
 from controlplane.errors import BadRequest
 
-AUTO: Final = "auto"
 GATEWAY_FIELDS: Final = ("models",)
-"""Members that are for the gateway only and are not sent on."""
+"""Members that are for the gateway only and are not sent to engines."""
 AFFINITY_MESSAGES: Final = 2
+"""How many messages from the start identify a conversation, for affinity."""
 
 
 class RequestBody(msgspec.Struct, gc=False):
-    """What routing reads. Everything else in the body is the engine's business."""
+    """The members that the gateway reads."""
 
     model: str | None = None
     models: list[str] | None = None
-    """Acceptable models in the order of preference; ``model`` is ignored when it is given."""
+    """Acceptable models in order of preference; if given, ``model`` is ignored."""
     stream: bool | None = None
     metadata: dict[str, Any] | None = None
     messages: msgspec.Raw = msgspec.Raw()
@@ -37,7 +36,8 @@ class RequestBody(msgspec.Struct, gc=False):
         return self.metadata.get(name) if self.metadata else None
 
     def affinity_key(self) -> int | None:
-        """A hash of what requests of one conversation have in common: their first messages."""
+        """A hash of what the requests of one conversation have in common: the first messages, or the start of
+        the prompt."""
         if self.messages:
             try:
                 first = _messages(self.messages)[:AFFINITY_MESSAGES]
@@ -49,16 +49,16 @@ class RequestBody(msgspec.Struct, gc=False):
         return None
 
 
-_envelope = msgspec.json.Decoder(RequestBody).decode
+_body = msgspec.json.Decoder(RequestBody).decode
 _members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _messages = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _encode = msgspec.json.Encoder().encode
 
 
 def parse(body: bytes) -> RequestBody:
-    """The envelope of a body. Raises :class:`BadRequest` that names the member that is wrong."""
+    """The members of a body that the gateway reads. Raises :class:`BadRequest` that names a wrong member."""
     try:
-        return _envelope(body)
+        return _body(body)
     except msgspec.ValidationError as error:
         text = str(error)
         _, _, path = text.rpartition("$.")
@@ -69,10 +69,8 @@ def parse(body: bytes) -> RequestBody:
 
 
 def rewrite(body: bytes, **members: Any) -> bytes:
-    """The body with these top-level members set and the gateway's own ones taken out.
-
-    Raises :class:`BadRequest`: the names of members are looked at here for the first time.
-    """
+    """The body with these top-level members set and those for the gateway removed. Raises
+    :class:`BadRequest`: here all names of members are decoded for the first time."""
     try:
         values: dict[str, Any] = _members(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

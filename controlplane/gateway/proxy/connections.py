@@ -1,9 +1,12 @@
-"""Where requests can go: the endpoints of the last snapshot with their connections and meters."""
+"""The connections to the endpoints of the last snapshot, and the meters of their GPU time."""
 
 from __future__ import annotations
 
 import asyncio
 from time import monotonic
+from typing import Final
+
+import msgspec
 
 from controlplane.config import PlaneConfig
 from controlplane.core.domain.endpoint import Endpoint
@@ -11,49 +14,74 @@ from controlplane.core.routing.endpoint_table import EndpointLoad, EndpointTable
 from controlplane.gateway.proxy.upstream import UpstreamOrigin
 from controlplane.gateway.telemetry.accounting import EndpointPriceMeter
 
+MODEL_LIST_TIMEOUT_S: Final = 5.0
+
 
 class EndpointConnections:
-    """One engine process: its address, and what its time costs."""
+    """One engine process: its connections, and the meter of its GPU time."""
 
-    __slots__ = ("devices", "max_model_len", "meter", "origin")
+    __slots__ = ("_max_model_len", "meter", "origin")
 
-    def __init__(self, origin: UpstreamOrigin, devices: float, now_s: float) -> None:
+    def __init__(self, origin: UpstreamOrigin, gpus: float, now_s: float) -> None:
         self.origin = origin
-        self.devices = devices
-        self.meter = EndpointPriceMeter(devices, now_s)
-        self.max_model_len: int | None = None
-        """The engine's context length in tokens; asked for when a stream is resumed."""
+        self.meter = EndpointPriceMeter(gpus, now_s)
+        self._max_model_len: int | None = None
+
+    async def max_model_len(self, request_id: str) -> int | None:
+        """The engine's context length in tokens, from its model list; None if the list does not say. Only
+        asked for when a stream is resumed. Raises :class:`UpstreamFailure`."""
+        if self._max_model_len is None:
+            self._max_model_len = await self._read_max_model_len(request_id)
+        return self._max_model_len
+
+    async def _read_max_model_len(self, request_id: str) -> int | None:
+        connection = await self.origin.acquire(fresh=True)
+        try:
+            connection.send(self.origin.request("GET", "/v1/models", request_id, b""))
+            async with asyncio.timeout(MODEL_LIST_TIMEOUT_S):
+                await connection.head()
+                body = b""
+                while data := await connection.read():
+                    body += data
+            length = msgspec.json.decode(body)["data"][0].get("max_model_len")
+            return length if isinstance(length, int) else None
+        except (TimeoutError, msgspec.DecodeError, LookupError, AttributeError, TypeError):
+            return None
+        finally:
+            connection.close()
 
 
 class ConnectionTable:
-    """The sites of one gateway replica, by :func:`~controlplane.core.routing.endpoint_table.load_key`."""
+    """The connections of one gateway replica, by engine process
+    (:func:`~controlplane.core.routing.endpoint_table.load_key`)."""
 
     def __init__(self, config: PlaneConfig, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._connect_timeout_s = config.gateway.connect_timeout_s
-        self._devices = {tier.name: tier.engine_gpus or 1.0 for tier in config.tiers}
-        self._sites: dict[str, EndpointConnections] = {}
+        self._gpus = {tier.name: tier.engine_gpus or 1.0 for tier in config.tiers}
+        self._by_key: dict[str, EndpointConnections] = {}
 
-    def site(self, load: EndpointLoad) -> EndpointConnections:
-        """The site of an endpoint that routing chose."""
-        site = self._sites.get(load.key)
-        if site is None:
-            site = self._sites[load.key] = self._new(load.endpoint)
-        return site
+    def to(self, load: EndpointLoad) -> EndpointConnections:
+        """The connections to an endpoint that routing chose. Raises ValueError if its address is none."""
+        connections = self._by_key.get(load.key)
+        if connections is None:
+            connections = self._by_key[load.key] = self._new(load.endpoint)
+        return connections
 
     def prune(self, endpoint_table: EndpointTable) -> None:
-        """Forget the processes that a new snapshot no longer has; what runs there goes on."""
+        """Forget the processes that a new snapshot no longer has. Running requests to them go on."""
         living = {load.key for load in endpoint_table.by_endpoint_id.values()}
-        for key in [key for key in self._sites if key not in living]:
-            self._sites.pop(key).origin.close()
+        for key in [key for key in self._by_key if key not in living]:
+            self._by_key.pop(key).origin.close()
 
     def close(self) -> None:
         """Close all idle connections."""
-        for site in self._sites.values():
-            site.origin.close()
+        for connections in self._by_key.values():
+            connections.origin.close()
 
     def _new(self, endpoint: Endpoint) -> EndpointConnections:
         origin = UpstreamOrigin(
             endpoint.base_url, endpoint.secret, connect_timeout_s=self._connect_timeout_s, loop=self._loop
         )
-        return EndpointConnections(origin, self._devices.get(endpoint.tier, 1.0), monotonic())
+        # An engine without a GPU is charged as one device.
+        return EndpointConnections(origin, self._gpus.get(endpoint.tier, 1.0), monotonic())

@@ -1,15 +1,16 @@
-"""Waiting for a place: the core's dispatcher with futures, and its refusals as HTTP errors."""
+"""From a request to a slot of an endpoint: the core's dispatcher with futures for those that wait.
+
+:class:`controlplane.core.routing.dispatcher.Dispatcher` decides. Here a queued request becomes a future, a
+refusal becomes the HTTP error for the client, and both are counted.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from functools import partial
 from time import monotonic
 from typing import Final
 
-from controlplane.core.admission.queue import Rejected, RejectReason, Ticket
-from controlplane.core.domain.request import Complexity
+from controlplane.core.admission.queue import Rejected, RejectReason, Ticket, TicketState
 from controlplane.core.routing.dispatcher import Dispatcher, DispatchRefused, Started, WaitsInQueue
 from controlplane.core.routing.retry import GiveUp
 from controlplane.core.routing.router import RouteDecision
@@ -28,152 +29,149 @@ from controlplane.gateway.proxy.request_context import RequestContext
 from controlplane.gateway.telemetry.metrics import Metrics
 
 RETRY_AFTER_S: Final = 5.0
-"""``Retry-After`` where nothing tells when an endpoint will be there."""
-
-Scorer = Callable[[RequestContext], Complexity | None]
-"""What a prompt needs, for ``auto`` without a hint; None: it can't tell."""
+"""``Retry-After`` where it is not known when an endpoint will be ready."""
 
 
 class RequestDispatch:
-    """Finds places for the calls of one gateway replica."""
+    """Gives the requests of one gateway replica their slots."""
 
-    def __init__(
-        self,
-        dispatcher: Dispatcher,
-        metrics: Metrics,
-        *,
-        queue_timeout_s: float,
-        score: Scorer | None = None,
-    ) -> None:
+    def __init__(self, dispatcher: Dispatcher, metrics: Metrics, *, queue_timeout_s: float) -> None:
         self._loop = asyncio.get_running_loop()
         self._dispatcher = dispatcher
         self._metrics = metrics
         self._traffic = metrics.traffic
         self._queue_timeout_s = queue_timeout_s
-        self._score = score
+        self._waiting: dict[Ticket, asyncio.Future[Started]] = {}
         self._picks = 0
 
-    async def place(self, context: RequestContext) -> Started:
-        """The first place of a context, after waiting for it if need be. Raises :class:`RequestError`."""
-        scorer = self._score
-        score = None if scorer is None else partial(scorer, context)
-        context.route = resolve(context.request, self._dispatcher.table, score)
-        if self._traffic is not None and context.route.order:
-            rank = context.route.order[0]
-            self._traffic.arrived(rank, asleep=not self._dispatcher.endpoint_table.pools[rank].loads)
-        return await self._submit(context, context.route)
+    def route(self, context: RequestContext) -> Route:
+        """The tiers that may serve a new request. Counts its arrival at the first of them."""
+        table = self._dispatcher.endpoint_table
+        route = context.route = resolve(context.request, table.tier_table)
+        if self._traffic is not None and route.order:
+            rank = route.order[0]
+            self._traffic.arrived(rank, asleep=not table.pools[rank].loads)
+        return route
 
-    async def place_again(self, context: RequestContext) -> Started:
-        """Another place, after an attempt failed."""
-        return await self._submit(context, context.route)
+    async def start(self, context: RequestContext, route: Route) -> Started:
+        """A slot for the request's next attempt, after waiting in the queue for it if need be. Raises
+        :class:`RequestError` if the request is refused."""
+        result = self._submit(context, route)
+        if (
+            isinstance(result, DispatchRefused)
+            and context.losses
+            and result.decision.refusal is RouteRefusal.EXHAUSTED
+        ):
+            # Every endpoint was tried, but engines were lost on the way: they come back, so wait for them.
+            context.tried = frozenset()
+            result = self._submit(context, route)
+        context.decision = result.decision
+        if isinstance(result, WaitsInQueue):
+            result = await self._wait(context, result)
+            context.decision = result.decision
+        elif isinstance(result, DispatchRefused):
+            if result.rejected is not None:
+                raise self._rejection_error(result.rejected)
+            raise _refusal_error(result.decision)
+        decision = result.decision
+        if decision.overflow is not None:
+            self._metrics.spills.labels(decision.wanted_tier, decision.tier, decision.overflow).inc()
+        return result
 
-    async def place_resumed(self, context: RequestContext, tier: str) -> Started:
-        """A place for going on with a stream that ``tier`` began: the same model."""
-        table = self._dispatcher.table
-        return await self._submit(context, resume_route(table, table.rank_of[tier]))
+    def resume_route(self, tier: str) -> Route:
+        """The tiers at which a stream that ``tier`` began can be resumed."""
+        table = self._dispatcher.endpoint_table.tier_table
+        return resume_route(table, table.rank_of[tier])
 
-    def place_now(self, context: RequestContext) -> Started | None:
-        """A second place at once, or None: for a hedge, which is not worth waiting for."""
-        now_s = monotonic()
+    def start_hedge(self, context: RequestContext, route: Route) -> Started | None:
+        """A slot for a second attempt beside the first, if one is free now: a hedge is not worth waiting
+        for."""
         request = context.request._replace(exclude=context.tried)
-        if context.route is None:
-            return None
-        return self._dispatcher.start_now(request, context.route, now_s, self._pick())
+        return self._dispatcher.start_at_once(request, route, monotonic(), self._pick())
 
     def pump(self) -> None:
-        """Start what can run of the queue; to be called when a place was given back."""
+        """Start the queued requests that can run; to be called when a slot was released."""
         if not self._dispatcher.queue:
             return
         now_s = monotonic()
-        lost = True
-        while lost:
-            lost = False
+        abandoned = True
+        while abandoned:
+            abandoned = False
             for started in self._dispatcher.pump(now_s, self._pick()):
-                waiting = _future(started.ticket)
-                if waiting.done():  # the client left in this very turn of the loop
+                assert started.ticket is not None
+                waiting = self._waiting[started.ticket]
+                if waiting.done():  # its client left during this turn of the event loop
                     started.slot.abandon(now_s)
-                    lost = True
+                    abandoned = True
                 else:
                     waiting.set_result(started)
 
     def tick(self, now_s: float) -> None:
-        """Expire what waited too long, and start what can run; to be called every now and then."""
+        """Fail the queued requests that waited too long and start those that can run; to be called several
+        times a second."""
         queue = self._dispatcher.queue
         if not queue:
             return
         for ticket in queue.expire(now_s):
-            _fail(ticket, DeadlineExceeded(_waited(ticket, now_s)))
+            waited_s = now_s - ticket.arrived_s
+            reason = f"no engine was free in {waited_s:.1f} s, until the request's deadline"
+            self._fail(ticket, DeadlineExceeded(reason))
         self.pump()
 
-    def recheck(self) -> None:
-        """After a snapshot: start what can run now, refuse what can't be served any more."""
+    def on_snapshot(self) -> None:
+        """The endpoints changed: refuse queued requests that can't be served any more, start those that can
+        run now."""
         if not self._dispatcher.queue:
             return
-        for ticket, decision in self._dispatcher.refused(monotonic(), self._pick()):
-            _fail(ticket, _refusal_error(decision))
+        for ticket, decision in self._dispatcher.remove_unservable(monotonic(), self._pick()):
+            self._fail(ticket, _refusal_error(decision))
         self.pump()
 
     def _pick(self) -> int:
         self._picks += 1
-        return self._picks * 7919  # any integers that spread over small moduli
+        return self._picks * 7919  # any integers that are evenly spread modulo small numbers
 
-    async def _submit(self, context: RequestContext, route: Route | None, *, forgive: bool = True) -> Started:
+    def _submit(self, context: RequestContext, route: Route) -> Started | WaitsInQueue | DispatchRefused:
         now_s = monotonic()
         request = context.request._replace(exclude=context.tried) if context.tried else context.request
-        answer = self._dispatcher.submit(
+        return self._dispatcher.submit(
             request,
+            route,
             now_s,
             self._pick(),
             deadline_s=min(context.deadline_s, now_s + self._queue_timeout_s),
             caller=context.caller,
-            payload=self._loop.create_future(),
             arrived_s=context.arrived_s,
-            route=route,
         )
-        if isinstance(answer, WaitsInQueue):
-            return await self._wait(context, answer, now_s)
-        if isinstance(answer, Started):
-            context.decision = answer.decision
-            self._note(answer.decision)
-            return answer
-        return await self._refused(context, answer, route, forgive)
 
-    async def _refused(
-        self, context: RequestContext, answer: DispatchRefused, route: Route | None, forgive: bool
-    ) -> Started:
-        if answer.decision.refusal is RouteRefusal.EXHAUSTED and context.losses and forgive:
-            # Everything was tried, but engines were lost on the way: they come back, so wait for them.
-            context.tried = frozenset()
-            return await self._submit(context, route, forgive=False)
-        context.decision = answer.decision
-        if answer.rejected is not None:
-            raise self._rejection_error(answer.rejected)
-        raise _refusal_error(answer.decision)
-
-    async def _wait(self, context: RequestContext, held: WaitsInQueue, since_s: float) -> Started:
-        context.decision = held.decision
-        evicted = held.queued.evicted
+    async def _wait(self, context: RequestContext, waits: WaitsInQueue) -> Started:
+        since_s = monotonic()
+        evicted = waits.queued.evicted
         if evicted is not None:
-            self._metrics.shed.labels("evicted").inc()
+            self._metrics.shed.labels(TicketState.EVICTED).inc()
             reason = "the queue is full and requests of higher priority came"
-            _fail(evicted, TooManyRequests(reason, retry_after_s=held.queued.retry_after_s))
-        waiting = _future(held.ticket)
+            self._fail(evicted, TooManyRequests(reason, retry_after_s=waits.queued.retry_after_s))
+        ticket = waits.ticket
+        waiting: asyncio.Future[Started] = self._loop.create_future()
+        self._waiting[ticket] = waiting
         try:
-            started = await waiting
+            return await waiting
         except asyncio.CancelledError:
-            if not self._dispatcher.queue.leave(held.ticket) and _has_result(waiting):
+            if not self._dispatcher.queue.leave(ticket) and _has_result(waiting):
                 waiting.result().slot.abandon(monotonic())
                 self.pump()
             raise
         finally:
-            waited_s = monotonic() - since_s
-            self._metrics.queue_wait_s.labels(context.request.priority).observe(waited_s)
-        context.decision = started.decision
-        self._note(started.decision)
-        return started
+            del self._waiting[ticket]
+            self._metrics.queue_wait_s.labels(context.request.priority).observe(monotonic() - since_s)
+
+    def _fail(self, ticket: Ticket, error: RequestError) -> None:
+        waiting = self._waiting[ticket]
+        if not waiting.done():
+            waiting.set_exception(error)
 
     def _rejection_error(self, rejected: Rejected) -> RequestError:
-        self._metrics.shed.labels(str(rejected.reason)).inc()
+        self._metrics.shed.labels(rejected.reason).inc()
         if rejected.reason is RejectReason.TOO_LATE:
             return DeadlineExceeded("the request's deadline has passed")
         if rejected.reason is RejectReason.WOULD_MISS_DEADLINE:
@@ -183,15 +181,9 @@ class RequestDispatch:
             reason = "the queue is full (gateway.queue.capacity)"
         return TooManyRequests(reason, retry_after_s=rejected.retry_after_s)
 
-    def _note(self, decision: RouteDecision) -> None:
-        if decision.spilled or decision.bridged:
-            kind = "spill" if decision.spilled else "bridge"
-            wanted = decision.reason.rpartition(f"{kind}: ")[2].split(" ", 1)[0]
-            self._metrics.spills.labels(wanted, decision.tier, kind).inc()
-
 
 def give_up_error(step: GiveUp, detail: str) -> RequestError:
-    """The error of a call that is not tried again."""
+    """The error of a request whose failed attempt is not retried."""
     text = f"{step.reason}: {detail}" if detail else step.reason
     if step.status == 408:
         return DeadlineExceeded(text)
@@ -213,22 +205,5 @@ def _refusal_error(decision: RouteDecision) -> RequestError:
     return NoEndpoint(message, retry_after_s=RETRY_AFTER_S)
 
 
-def _future(ticket: Ticket | None) -> asyncio.Future[Started]:
-    if ticket is None:
-        raise RuntimeError("a request that waited has a ticket")
-    future: asyncio.Future[Started] = ticket.payload.payload
-    return future
-
-
 def _has_result(future: asyncio.Future[Started]) -> bool:
     return future.done() and not future.cancelled() and future.exception() is None
-
-
-def _fail(ticket: Ticket, error: RequestError) -> None:
-    future = _future(ticket)
-    if not future.done():
-        future.set_exception(error)
-
-
-def _waited(ticket: Ticket, now_s: float) -> str:
-    return f"no engine was free in {now_s - ticket.arrived_s:.1f} s, until the request's deadline"

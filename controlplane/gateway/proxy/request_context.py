@@ -26,7 +26,7 @@ APIS: Final = {
 """The routes that are relayed to engines."""
 
 RESUME_KINDS: Final[dict[Api, Kind]] = {Api.CHAT: "chat", Api.COMPLETIONS: "completion"}
-"""Streams of these can be resumed."""
+"""The APIs whose streams can be resumed."""
 
 _COMPLEXITIES: Final = {str(complexity): complexity for complexity in Complexity}
 _PRIORITIES: Final = {str(priority): priority for priority in Priority}
@@ -36,7 +36,7 @@ MAX_TIMEOUT_S: Final = 24 * 3600.0
 
 
 class RequestContext:
-    """What is known of a request before and while it is served."""
+    """One request's parameters, and its state while it is served."""
 
     __slots__ = (
         "api",
@@ -46,7 +46,7 @@ class RequestContext:
         "caller",
         "deadline_s",
         "decision",
-        "envelope",
+        "fields",
         "first_byte_s",
         "generated_tokens",
         "gpu_s",
@@ -66,65 +66,71 @@ class RequestContext:
 
     def __init__(self, request: Request, request_id: str, now_s: float, default_timeout_s: float) -> None:
         """Raises :class:`BadRequest` that names the header or member that is wrong."""
-        envelope = parse(request.body)
+        fields = parse(request.body)
         self.request_id = request_id
         self.identity = request_id
-        """What an engine is told in ``x-request-id``, with a trace's headers after it if there is one."""
+        """The value of ``x-request-id`` for engines, followed by the trace's header lines if there is one."""
         self.span: object = None
         """Set by :mod:`controlplane.gateway.telemetry.tracing`."""
         self.path = request.path
         self.api = APIS[request.path]
         self.body = request.body
-        self.envelope = envelope
-        self.stream = bool(envelope.stream)
+        self.fields = fields
+        self.stream = bool(fields.stream)
         self.arrived_s = now_s
-        self.deadline_s = now_s + _timeout_s(request, envelope, default_timeout_s)
+        self.deadline_s = now_s + _timeout_s(request, fields, default_timeout_s)
         self.caller = request.header(b"authorization")
-        session = _text(request, envelope, b"x-session-id", "session_id")
+        session = _text(request, fields, b"x-session-id", "session_id")
         self.session = session
         self.request = RouteRequest(
-            model=envelope.model or AUTO,
-            models=tuple(envelope.models or ()),
-            complexity=_one_of(request, envelope, b"x-complexity", "complexity", _COMPLEXITIES),
-            agent_type=_text(request, envelope, b"x-agent-type", "agent_type") or None,
-            min_tier=_text(request, envelope, b"x-min-tier", "min_tier") or None,
-            priority=_one_of(request, envelope, b"x-priority", "priority", _PRIORITIES) or Priority.NORMAL,
+            model=fields.model or AUTO,
+            models=tuple(fields.models or ()),
+            complexity=_one_of(request, fields, b"x-complexity", "complexity", _COMPLEXITIES),
+            agent_type=_text(request, fields, b"x-agent-type", "agent_type") or None,
+            min_tier=_text(request, fields, b"x-min-tier", "min_tier") or None,
+            priority=_one_of(request, fields, b"x-priority", "priority", _PRIORITIES) or Priority.NORMAL,
             api=self.api,
             session_key=_hash(session) if session else None,
-            prefix_key=None if session else envelope.affinity_key(),
+            prefix_key=None if session else fields.affinity_key(),
         )
         self.route: Route | None = None
+        """The tiers that may serve it; None until they were resolved."""
         self.decision: RouteDecision | None = None
-        """The latest placement."""
+        """The routing decision for its latest attempt, or for what it waits for."""
         self.tried: frozenset[str] = frozenset()
+        """``EndpointLoad.key`` of the endpoints that it tried."""
         self.attempts = 0
         self.refused = 0
+        """Attempts whose connection was refused."""
         self.losses = 0
+        """Attempts that were lost with their engine."""
         self.resumed = 0
+        """How often its stream was resumed."""
         self.first_byte_s = 0.0
         self.generated_tokens = 0
         self.gpu_s = 0.0
+        """GPU time of its attempts so far (device time where there is no GPU)."""
 
     @property
     def tier(self) -> str:
-        """The tier that serves it, or the one it waits for; empty before it was placed."""
+        """The tier that serves it, or that it waits for; empty before the first decision."""
         return self.decision.tier if self.decision is not None else ""
 
     def body_for(self, load: EndpointLoad, *, token_ids: bool) -> bytes:
-        """The body as the endpoint gets it: its own model name, and ``return_token_ids`` if wanted.
-        If nothing has to change it is what the client sent, byte for byte."""
+        """The body for an endpoint: with the endpoint's model name, and ``return_token_ids`` if
+        ``token_ids``. Byte for byte what the client sent if nothing has to change."""
         members: dict[str, Any] = {}
-        if self.envelope.model != load.endpoint.model:
+        if self.fields.model != load.endpoint.model:
             members["model"] = load.endpoint.model
         if token_ids:
             members["return_token_ids"] = _TRUE
-        if not members and self.envelope.models is None:
+        if not members and self.fields.models is None:
             return self.body
         return rewrite(self.body, **members)
 
 
 def route_request(request: Request) -> RouteRequest:
-    """What routing would make of a request body, for ``POST /v1/route``."""
+    """A request body as routing sees it, for ``POST /v1/route``."""
     path = "/v1/chat/completions"
     return RequestContext(Request("POST", path, "", request.headers, request.body), "", 0.0, 1.0).request
 
@@ -133,11 +139,11 @@ def _hash(session: str) -> int:
     return zlib.crc32(session.encode())
 
 
-def _text(request: Request, envelope: RequestBody, header: bytes, member: str) -> str:
+def _text(request: Request, fields: RequestBody, header: bytes, member: str) -> str:
     value = request.header(header)
     if value:
         return value
-    hint = envelope.hint(member)
+    hint = fields.hint(member)
     if hint is None:
         return ""
     if not isinstance(hint, str):
@@ -145,10 +151,8 @@ def _text(request: Request, envelope: RequestBody, header: bytes, member: str) -
     return hint
 
 
-def _one_of(
-    request: Request, envelope: RequestBody, header: bytes, member: str, known: dict[str, Any]
-) -> Any:
-    value = _text(request, envelope, header, member)
+def _one_of(request: Request, fields: RequestBody, header: bytes, member: str, known: dict[str, Any]) -> Any:
+    value = _text(request, fields, header, member)
     if not value:
         return None
     found = known.get(value.lower())
@@ -158,12 +162,12 @@ def _one_of(
     return found
 
 
-def _timeout_s(request: Request, envelope: RequestBody, default_s: float) -> float:
+def _timeout_s(request: Request, fields: RequestBody, default_s: float) -> float:
     name = "x-request-timeout-seconds"
     value: Any = request.header(b"x-request-timeout-seconds")
     if not value:
         name = "metadata.timeout"
-        value = envelope.hint("timeout")
+        value = fields.hint("timeout")
         if value is None:
             return default_s
     try:

@@ -1,8 +1,9 @@
-"""HTTP/1.1 to the engines: one exchange at a time on keep-alive connections, bytes in and bytes out.
+"""A minimal HTTP/1.1 client for the engines: one request at a time on keep-alive connections, bytes in and
+bytes out.
 
-A general client spends more time on a request than the rest of the relay together; this one knows its
-peer (an engine that answers ``POST`` with JSON or a stream of events) and leaves out everything else.
-Parsing is llhttp's (through httptools).
+A general HTTP client takes more time for a request than the rest of the relay; this one knows its peer (an
+engine that answers ``POST`` with JSON or a stream of events) and leaves out everything else. llhttp parses
+the responses (through httptools).
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ from controlplane.core.routing.retry import AttemptFailure
 from controlplane.errors import EngineError
 
 HIGH_WATER_BYTES: Final = 256 * 1024
-"""Unread bytes of one answer at which the engine is made to wait."""
+"""Unread bytes of one response at which reading from the engine pauses."""
 MAX_HEAD_BYTES: Final = 64 * 1024
 MAX_IDLE_PER_ENDPOINT: Final = 256
 
 
 class UpstreamFailure(EngineError):
-    """An exchange ended before its answer was whole, or with an answer that is a failure.
+    """A request to an engine failed: no complete response came, or one whose status is a failure.
 
-    ``kind`` is None if only the request's deadline passed. ``stale`` is true if a kept-alive connection
-    was found closed, which tells nothing about the engine. ``status`` is what the engine answered, if
-    it did.
+    ``kind`` is None if only the request's deadline passed. ``stale`` means that a kept-alive connection
+    turned out to be closed, which says nothing about the engine. ``status`` is that of the engine's response,
+    if one came.
     """
 
     def __init__(
@@ -46,10 +47,10 @@ class UpstreamFailure(EngineError):
 
 
 class UpstreamConnection(asyncio.Protocol):
-    """One TCP connection to an engine; carries one exchange at a time.
+    """One TCP connection to an engine; carries one request at a time.
 
-    The life of an exchange: :meth:`send`, ``await`` :meth:`head`, ``await`` :meth:`read` until it gives
-    ``b""``. Then the connection may be used again if :attr:`reusable`.
+    For each request: :meth:`send`, ``await`` :meth:`head`, ``await`` :meth:`read` until it returns ``b""``.
+    Then the connection may be used again if it is :attr:`reusable`.
     """
 
     __slots__ = (
@@ -65,17 +66,17 @@ class UpstreamConnection(asyncio.Protocol):
         "_transport",
         "_waiter",
         "closed",
-        "exchanges",
         "headers",
         "last_byte_s",
         "loop",
+        "requests_sent",
         "status",
     )
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self.closed = False
-        self.exchanges = 0
+        self.requests_sent = 0
         self.status = 0
         self.headers: list[tuple[bytes, bytes]] = []
         self.last_byte_s = 0.0
@@ -94,11 +95,11 @@ class UpstreamConnection(asyncio.Protocol):
     # -- the relay's side ------------------------------------------------------------------------
 
     def send(self, request: bytes) -> None:
-        """Start an exchange with the bytes of a whole request."""
+        """Send the bytes of a whole request."""
         transport = self._transport
         if transport is None or self.closed:
             raise UpstreamFailure(AttemptFailure.RESET, "the connection is closed", stale=True)
-        self.exchanges += 1
+        self.requests_sent += 1
         self.status = 0
         self.headers = []
         self._body.clear()
@@ -109,7 +110,7 @@ class UpstreamConnection(asyncio.Protocol):
         transport.write(request)
 
     async def head(self) -> int:
-        """Wait for the answer's status and headers; gives the status."""
+        """Wait for the response's status and headers; returns the status."""
         while not self._head_done:
             if self._failure is not None:
                 raise self._failure
@@ -117,7 +118,7 @@ class UpstreamConnection(asyncio.Protocol):
         return self.status
 
     async def read(self) -> bytes:
-        """All body bytes that have come since the last call; ``b""`` when the answer is whole."""
+        """All body bytes that came since the last call; ``b""`` once the response is complete."""
         while not self._body:
             if self._complete:
                 return b""
@@ -134,7 +135,7 @@ class UpstreamConnection(asyncio.Protocol):
         return data
 
     def fail(self, kind: AttemptFailure | None, detail: str) -> None:
-        """End the exchange from outside (a time-out, a client that left) and close the connection."""
+        """End the request from outside (a time-out) and close the connection."""
         if self._failure is None and not self._complete:
             self._failure = UpstreamFailure(kind, detail)
         self.close()
@@ -142,21 +143,21 @@ class UpstreamConnection(asyncio.Protocol):
 
     @property
     def complete(self) -> bool:
-        """The answer came whole."""
+        """The whole response came."""
         return self._complete
 
     @property
     def pending(self) -> bool:
-        """Body bytes have come that were not read."""
+        """Body bytes came that were not read yet."""
         return bool(self._body)
 
     @property
     def reusable(self) -> bool:
-        """The last answer came whole and the engine keeps the connection open."""
+        """The last response is complete and the engine leaves the connection open."""
         return self._complete and self._keep_alive and not self.closed
 
     def close(self) -> None:
-        """Close the connection; the engine aborts what it was doing for it."""
+        """Close the connection; the engine aborts a request that is running on it."""
         self.closed = True
         if self._transport is not None:
             self._transport.abort()
@@ -184,7 +185,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.last_byte_s = monotonic()
         parser = self._parser
         if parser is None or self._complete:
-            self.close()  # bytes that nobody asked for: the connection can't be trusted
+            self.close()  # unsolicited bytes: the connection can't be trusted
             return
         if not self._head_done:
             self._head_bytes += len(data)
@@ -194,7 +195,7 @@ class UpstreamConnection(asyncio.Protocol):
             self._broken("the engine wants another protocol")
             return
         except httptools.HttpParserError as error:
-            self._broken(f"the engine's answer is not HTTP: {error}")
+            self._broken(f"the engine's response is not HTTP: {error}")
             return
         if not self._head_done and self._head_bytes > MAX_HEAD_BYTES:
             self._broken("the engine's headers are too large")
@@ -217,9 +218,9 @@ class UpstreamConnection(asyncio.Protocol):
         self.closed = True
         if not idle and self._failure is None:
             if exc is None and self._head_done and not self._keep_alive and not self._framed():
-                self._complete = True  # an answer without a length ends with the connection
+                self._complete = True  # a response without a length ends with the connection
             else:
-                reused_unanswered = self.exchanges > 1 and self._head_bytes == 0
+                reused_unanswered = self.requests_sent > 1 and self._head_bytes == 0
                 self._failure = UpstreamFailure(
                     AttemptFailure.CUT if self._head_done else AttemptFailure.RESET,
                     "the engine closed the connection" if exc is None else str(exc),
@@ -264,7 +265,7 @@ class UpstreamConnection(asyncio.Protocol):
 
 
 class UpstreamOrigin:
-    """One engine process as an address: its connections and the fixed part of every request to it."""
+    """The address of one engine process: its idle connections and the fixed part of every request to it."""
 
     __slots__ = (
         "_closed",
@@ -295,15 +296,15 @@ class UpstreamOrigin:
         self._closed = False
 
     def request(self, method: str, path: str, identity: str, body: bytes) -> bytes:
-        """The bytes of a request; ``identity`` is a :class:`RequestContext`'s, or any request id."""
+        """The bytes of a request; ``identity`` is that of a :class:`RequestContext`, or any request id."""
         start = f"{method} {self._prefix}{path}".encode("latin-1")
         lengths = f"x-request-id: {identity}\r\ncontent-length: {len(body)}\r\n\r\n".encode("latin-1")
         return b"".join((start, self._tail, lengths, body))
 
     async def acquire(self, *, fresh: bool = False, deadline_s: float = inf) -> UpstreamConnection:
-        """An open connection, kept from an earlier exchange if there is one and ``fresh`` is false.
+        """An open connection: an idle one if there is one and ``fresh`` is false, else a new one.
 
-        Raises :class:`UpstreamFailure` if none can be made in ``connect_timeout_s``, or until
+        Raises :class:`UpstreamFailure` if none can be opened within ``connect_timeout_s``, or until
         ``deadline_s`` (monotonic).
         """
         while self._idle and not fresh:
@@ -325,14 +326,14 @@ class UpstreamOrigin:
         return made
 
     def release(self, connection: UpstreamConnection) -> None:
-        """Give a connection back after an exchange; it is kept if it can be used again."""
+        """Give a connection back after its request; it stays open if it can be used again."""
         if connection.reusable and not self._closed and len(self._idle) < MAX_IDLE_PER_ENDPOINT:
             self._idle.append(connection)
         else:
             connection.close()
 
     def close(self) -> None:
-        """Close idle connections; running exchanges go on."""
+        """Close idle connections; running requests go on."""
         self._closed = True
         for connection in self._idle:
             connection.close()
@@ -343,7 +344,7 @@ class UpstreamOrigin:
 
 
 def _reason(error: OSError) -> str:
-    """Why there is no connection, without the address: clients see it."""
+    """Why no connection was made, without the address, as clients see the reason."""
     if error.errno is None or isinstance(error, socket.gaierror):
         return error.strerror or type(error).__name__
     return os.strerror(error.errno)

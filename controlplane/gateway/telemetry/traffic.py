@@ -11,6 +11,7 @@ from typing import Final
 from controlplane.core.admission.queue import AdmissionQueue
 from controlplane.core.domain.request import RequestOutcome
 from controlplane.core.domain.slo import Slo
+from controlplane.core.routing.dispatcher import QueuedRequest
 from controlplane.core.routing.endpoint_table import EndpointTable
 from controlplane.core.routing.tier_table import TierTable
 from controlplane.core.traffic.counters import LATENCY_BOUNDS_S, TrafficCounters, within_slo
@@ -175,7 +176,8 @@ class TrafficCounter:
         now_s = monotonic()
         waiting = [0] * len(self._names)
         for ticket in queue.waiting():
-            waiting[ticket.payload.route.order[0]] += 1
+            queued: QueuedRequest = ticket.payload
+            waiting[queued.route.order[0]] += 1
         found = [
             self._tiers[pool.name].reading(pool.name, waiting[pool.rank], pool.in_flight, now_s)
             for pool in endpoint_table.pools

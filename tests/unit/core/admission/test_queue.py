@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from math import inf
 from typing import Any
 
 import pytest
@@ -25,7 +24,7 @@ LOW, NORMAL, HIGH = Priority.LOW, Priority.NORMAL, Priority.HIGH
 
 def ticket(priority: Priority = NORMAL, name: str = "", **fields: Any) -> Ticket:
     values: dict[str, Any] = {
-        "lane": "lane",
+        "lane_key": "lane",
         "tiers": (0,),
         "caller": "",
         "arrived_s": NOW_S,
@@ -79,14 +78,6 @@ def test_callers_take_turns() -> None:
     assert drained(queue) == ["a0", "b0", "a1", "b1", "a2", "a3"]
 
 
-def test_a_costly_ticket_takes_more_of_a_turn() -> None:
-    queue = queue_of(
-        *(ticket(name=f"a{i}", caller="a", cost=2.0, deadline_s=NOW_S + 10 + i) for i in range(2)),
-        *(ticket(name=f"b{i}", caller="b", deadline_s=NOW_S + 30 + i) for i in range(3)),
-    )
-    assert drained(queue) == ["a0", "b0", "b1", "a1", "b2"]
-
-
 def test_coming_back_at_once_gains_no_caller_more_than_its_turn() -> None:
     queue = queue_of(*(ticket(name="a", caller="a") for _ in range(10)))
     served = []
@@ -100,7 +91,7 @@ def test_coming_back_at_once_gains_no_caller_more_than_its_turn() -> None:
 
 
 def test_a_saturated_lane_does_not_hold_up_another() -> None:
-    queue = queue_of(ticket(HIGH, "full", lane="full"), ticket(LOW, "free", lane="free"))
+    queue = queue_of(ticket(HIGH, "full", lane_key="full"), ticket(LOW, "free", lane_key="free"))
     one = queue.next(NOW_S, lambda lane, priority: lane == "free")
     assert one is not None
     assert one.payload == "free"
@@ -110,16 +101,16 @@ def test_a_saturated_lane_does_not_hold_up_another() -> None:
 
 def test_turns_count_across_lanes() -> None:
     queue = queue_of(
-        *(ticket(name="a", caller="a", lane=lane, deadline_s=NOW_S + 5) for lane in ("x", "x", "y", "y")),
-        *(ticket(name="b", caller="b", lane="y") for _ in range(2)),
+        *(ticket(name="a", caller="a", lane_key=lane, deadline_s=NOW_S + 5) for lane in ("x", "x", "y", "y")),
+        *(ticket(name="b", caller="b", lane_key="y") for _ in range(2)),
     )
     assert drained(queue)[:4] == ["a", "b", "a", "b"]
 
 
 def test_a_caller_whose_lane_was_closed_gets_one_turn_and_not_all_that_it_missed() -> None:
     queue = queue_of(
-        *(ticket(name="a", caller="a", lane="x", deadline_s=NOW_S + 5) for _ in range(4)),
-        *(ticket(name="b", caller="b", lane="y") for _ in range(8)),
+        *(ticket(name="a", caller="a", lane_key="x", deadline_s=NOW_S + 5) for _ in range(4)),
+        *(ticket(name="b", caller="b", lane_key="y") for _ in range(8)),
     )
     for _ in range(4):
         assert queue.next(NOW_S, lambda lane, priority: lane == "y").payload == "b"  # type: ignore[union-attr]
@@ -142,9 +133,9 @@ def test_nobody_is_aged_before_the_time() -> None:
 
 
 def test_the_share_is_for_all_the_aged_together() -> None:
-    rows = [ticket(LOW, "aged", lane=lane, arrived_s=NOW_S - 20) for lane in "abcde" for _ in range(30)]
-    highs = [ticket(HIGH, "h", lane=lane) for lane in "abcde" for _ in range(60)]
-    queue = queue_of(*rows, *highs, age_after_s=5.0, aged_ratio=0.1)
+    lows = [ticket(LOW, "aged", lane_key=lane, arrived_s=NOW_S - 20) for lane in "abcde" for _ in range(30)]
+    highs = [ticket(HIGH, "h", lane_key=lane) for lane in "abcde" for _ in range(60)]
+    queue = queue_of(*lows, *highs, age_after_s=5.0, aged_ratio=0.1)
     served = [queue.next(NOW_S, anything).payload for _ in range(275)]  # type: ignore[union-attr]
     assert served.count("aged") == 25
 
@@ -163,7 +154,6 @@ def test_a_full_queue_says_when_to_come_back() -> None:
     queue = queue_of(*(ticket() for _ in range(4)), capacity=4)
     answer = queue.offer(ticket(), NOW_S, [0.5])
     assert answer == Rejected(RejectReason.FULL, 10.0, 10.0)
-    assert answer.reason.status == 429
     assert len(queue) == 4
 
 
@@ -208,7 +198,6 @@ def test_what_cannot_make_its_deadline_is_shed_at_once(needs_s: float, let_in: b
         assert answer == Queued(5.0)
     else:
         assert answer == Rejected(RejectReason.WOULD_MISS_DEADLINE, 1.0, 5.0)
-        assert RejectReason.WOULD_MISS_DEADLINE.status == 429
     assert len(queue) == 4 + let_in
 
 
@@ -221,7 +210,7 @@ def test_shedding_says_by_how_much_it_was_too_late() -> None:
 def test_a_passed_deadline_is_too_late() -> None:
     answer = AdmissionQueue().offer(ticket(deadline_s=NOW_S), NOW_S, [1.0])
     assert isinstance(answer, Rejected)
-    assert (answer.reason, answer.reason.status) == (RejectReason.TOO_LATE, 408)
+    assert answer.reason is RejectReason.TOO_LATE
 
 
 @pytest.mark.parametrize(
@@ -266,13 +255,11 @@ def test_arrivals_are_forgotten() -> None:
 def test_expired_tickets_are_given_back_once_and_never_served() -> None:
     late, later = ticket(name="late", deadline_s=NOW_S + 1), ticket(name="later", deadline_s=NOW_S + 3)
     queue = queue_of(late, later)
-    assert queue.next_deadline_s() == NOW_S + 1
     one = queue.next(NOW_S + 1, anything)
     assert one is later
     assert queue.expire(NOW_S + 1) == [late]
     assert late.state is TicketState.EXPIRED
     assert queue.expire(NOW_S + 10) == []
-    assert queue.next_deadline_s() == inf
 
 
 def test_a_queue_with_expired_tickets_to_give_back_is_not_done() -> None:
@@ -314,10 +301,10 @@ def test_what_left_does_not_pile_up_in_the_heaps() -> None:
         one = ticket(caller=f"caller{i}" if i % 2 else "stays", deadline_s=NOW_S + 1e5)
         queue.offer(one, NOW_S)
         queue.leave(one)
-    row = queue._lanes["lane"].rows[1]
+    normal = queue._lanes["lane"].priority_queues[1]
     band = queue._bands[1]
     assert len(queue._deadlines) < 100
-    assert max(len(row.heads), len(row.recent), len(row.lines["stays"].heap)) < 100
+    assert max(len(normal.heads), len(normal.recent), len(normal.caller_queues["stays"].heap)) < 100
     assert len(band.callers["stays"].recent) < 100
     assert len(queue.waiting()) == 3
 

@@ -29,36 +29,36 @@ LARGE = replace(SMALL, endpoint_id="large-0", tier="large", model="l")
 def dispatcher(*endpoints: Endpoint, capacity: int = 10, **settings: Any) -> Dispatcher:
     endpoint_table = EndpointTable(TABLE, LoadSettings(**settings))
     endpoint_table.apply(endpoints)
-    return Dispatcher(TABLE, endpoint_table, AdmissionQueue(AdmissionSettings(capacity=capacity)))
+    return Dispatcher(endpoint_table, AdmissionQueue(AdmissionSettings(capacity=capacity)))
 
 
 def submit(
     plane: Dispatcher, request: RouteRequest, now_s: float = NOW_S, **fields: Any
 ) -> Started | WaitsInQueue | DispatchRefused:
-    return plane.submit(request, now_s, 0, **{"deadline_s": NOW_S + 60.0, **fields})
+    route = resolve(request, TABLE)
+    return plane.submit(request, route, now_s, 0, **{"deadline_s": NOW_S + 60.0, **fields})
 
 
 def test_starts_queues_and_starts_again_when_a_slot_frees() -> None:
     plane = dispatcher(LARGE)
     first = submit(plane, RouteRequest(model="large"))
     assert isinstance(first, Started)
-    second = submit(plane, RouteRequest(model="large"), payload="second")
+    second = submit(plane, RouteRequest(model="large"))
     assert isinstance(second, WaitsInQueue)
     assert second.decision.reason == "model=large; large full"
     assert plane.pump(NOW_S, 0) == []
     first.slot.succeed(NOW_S + 1)
     (started,) = plane.pump(NOW_S + 1, 0)
     assert started.ticket is second.ticket
-    assert started.ticket.payload.payload == "second"
     assert started.slot.load.endpoint.endpoint_id == "large-0"
     assert plane.pump(NOW_S + 1, 0) == []
 
 
 def test_a_tier_that_becomes_ready_gets_what_waits_for_it() -> None:
     plane = dispatcher(replace(LARGE, state=EndpointState.RESTARTING))
-    held = submit(plane, RouteRequest(model="large"))
-    assert isinstance(held, WaitsInQueue)
-    assert plane.endpoint_table.apply([replace(LARGE, generation=2)])
+    waiting = submit(plane, RouteRequest(model="large"))
+    assert isinstance(waiting, WaitsInQueue)
+    plane.endpoint_table.apply([replace(LARGE, generation=2)])
     (started,) = plane.pump(NOW_S, 0)
     assert started.decision.reason == "model=large"
 
@@ -107,10 +107,10 @@ def test_sheds_by_what_it_has_seen_of_the_tiers_speed() -> None:
     assert isinstance(first, Started)
     first.slot.succeed(NOW_S + 4.0)
     submit(plane, RouteRequest(model="large"), NOW_S + 4.0)
-    hopeless = submit(plane, RouteRequest(model="large"), NOW_S + 4.0, deadline_s=NOW_S + 7.0)
-    assert isinstance(hopeless, DispatchRefused)
-    assert hopeless.rejected is not None
-    assert (hopeless.rejected.reason, hopeless.rejected.wait_s) == (RejectReason.WOULD_MISS_DEADLINE, 4.0)
+    shed = submit(plane, RouteRequest(model="large"), NOW_S + 4.0, deadline_s=NOW_S + 7.0)
+    assert isinstance(shed, DispatchRefused)
+    assert shed.rejected is not None
+    assert (shed.rejected.reason, shed.rejected.wait_s) == (RejectReason.WOULD_MISS_DEADLINE, 4.0)
 
 
 def test_a_retry_keeps_its_age_and_goes_elsewhere() -> None:
@@ -127,14 +127,14 @@ def test_a_retry_keeps_its_age_and_goes_elsewhere() -> None:
     assert third.ticket.arrived_s == NOW_S
 
 
-def test_waiting_requests_that_become_hopeless_are_refused() -> None:
+def test_queued_requests_that_no_endpoint_can_serve_any_more_are_removed() -> None:
     plane = dispatcher(replace(LARGE, state=EndpointState.RESTARTING), replace(SMALL, concurrency_limit=2))
-    held = submit(plane, RouteRequest(model="l"))
-    assert isinstance(held, WaitsInQueue)
-    assert plane.refused(NOW_S, 0) == []
+    waiting = submit(plane, RouteRequest(model="l"))
+    assert isinstance(waiting, WaitsInQueue)
+    assert plane.remove_unservable(NOW_S, 0) == []
     plane.endpoint_table.apply([replace(LARGE, state=EndpointState.FAILED, diagnosis="bad flag"), SMALL])
-    ((ticket, decision),) = plane.refused(NOW_S, 0)
-    assert ticket is held.ticket
+    ((ticket, decision),) = plane.remove_unservable(NOW_S, 0)
+    assert ticket is waiting.ticket
     assert (decision.outcome, decision.message) == (
         RouteOutcome.REJECT,
         "all endpoints of large failed: bad flag",
@@ -149,22 +149,21 @@ def test_what_goes_by_age_may_use_the_reserve() -> None:
     assert all(isinstance(one, Started) for one in running)
     low = submit(plane, RouteRequest(model="large", priority=Priority.LOW))
     assert isinstance(low, WaitsInQueue)
-    assert plane.pump(NOW_S, 0) == [], "the tenth slot is kept"
-    row = plane.queue._lanes[low.ticket.lane].rows[low.ticket.band]
-    row.credit = 1.0
+    assert plane.pump(NOW_S, 0) == [], "the tenth slot is reserved"
+    plane.queue._lanes[low.ticket.lane_key].priority_queues[low.ticket.rank].credit = 1.0
     (started,) = plane.pump(NOW_S + 6.0, 0)
     assert started.ticket is low.ticket
 
 
-def test_a_second_try_takes_a_free_place_or_none() -> None:
+def test_a_hedge_takes_a_free_slot_or_none() -> None:
     plane = dispatcher(replace(LARGE, concurrency_limit=2), capacity=1)
     request = RouteRequest(model="large")
     route = resolve(request, TABLE)
     assert isinstance(submit(plane, request), Started)
-    second = plane.start_now(request, route, NOW_S, 0)
+    second = plane.start_at_once(request, route, NOW_S, 0)
     assert second is not None
     assert second.slot.load.in_flight == 2
     waiting = submit(plane, request._replace(priority=Priority.LOW))
     assert isinstance(waiting, WaitsInQueue)
-    assert plane.start_now(request._replace(priority=Priority.HIGH), route, NOW_S, 0) is None
+    assert plane.start_at_once(request._replace(priority=Priority.HIGH), route, NOW_S, 0) is None
     assert len(plane.queue) == 1, "nobody was evicted for it"

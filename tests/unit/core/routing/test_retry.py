@@ -11,7 +11,6 @@ from controlplane.core.routing.retry import (
     AttemptFailure,
     FailedAttempt,
     GiveUp,
-    Resume,
     RetryBudget,
     RetryElsewhere,
     RetrySettings,
@@ -34,30 +33,17 @@ def test_every_failure_has_a_rule() -> None:
     assert set(RULES) == set(AttemptFailure)
 
 
-@pytest.mark.parametrize(
-    "failure", [kind for kind in AttemptFailure if kind is not AttemptFailure.WRONG_REQUEST]
-)
-def test_before_the_first_byte_all_but_wrong_requests_are_tried_elsewhere(failure: AttemptFailure) -> None:
-    assert next_step(failure, FRESH, SETTINGS, budget(), NOW_S) == RetryElsewhere(str(failure))
+@pytest.mark.parametrize("attempt", [FRESH, STREAMING])
+@pytest.mark.parametrize("failure", list(AttemptFailure))
+def test_a_first_failure_is_retried_elsewhere(failure: AttemptFailure, attempt: FailedAttempt) -> None:
+    assert next_step(failure, attempt, SETTINGS, budget(), NOW_S) == RetryElsewhere()
 
 
-@pytest.mark.parametrize(
-    "failure", [AttemptFailure.CUT, AttemptFailure.TOKEN_TIMEOUT, AttemptFailure.STREAM_ERROR]
-)
-def test_a_stream_is_resumed_or_honestly_ended(failure: AttemptFailure) -> None:
-    assert next_step(failure, STREAMING, SETTINGS, budget(), NOW_S) == Resume(str(failure))
-    cannot = STREAMING._replace(not_resumable="a tool call was begun")
-    assert next_step(failure, cannot, SETTINGS, budget(), NOW_S) == GiveUp(
-        502, "endpoint_lost", f"{failure} after tokens were sent; a tool call was begun"
-    )
-
-
-def test_a_wrong_request_keeps_the_engines_status() -> None:
-    step = next_step(
-        AttemptFailure.WRONG_REQUEST, FRESH._replace(engine_status=422), SETTINGS, budget(), NOW_S
-    )
+def test_giving_up_keeps_the_engines_own_status() -> None:
+    failed = FRESH._replace(number=3, engine_status=500)
+    step = next_step(AttemptFailure.SERVER_ERROR, failed, SETTINGS, budget(), NOW_S)
     assert isinstance(step, GiveUp)
-    assert (step.status, step.code) == (422, "bad_request")
+    assert (step.status, step.code) == (500, "engine_error")
 
 
 @pytest.mark.parametrize(
@@ -76,7 +62,7 @@ def test_the_last_attempt_gives_the_failures_own_status(
     assert step == GiveUp(status, code, f"{failure} at the last of 3 attempts")
 
 
-def test_attempts_that_reached_nobody_are_counted_apart() -> None:
+def test_attempts_that_reached_no_engine_are_counted_apart() -> None:
     settings = replace(SETTINGS, max_refused=4, budget_burst=100.0)
     plenty = RetryBudget(settings, NOW_S)
     for refused in range(4):
@@ -149,7 +135,7 @@ def test_a_request_that_loses_a_second_engine_pauses_inside_its_deadline(
     for attempt in (FRESH, STREAMING):
         at = attempt._replace(number=2, losses=losses, deadline_s=deadline_s)
         step = next_step(failure, at, SETTINGS, budget(), NOW_S)
-        assert isinstance(step, RetryElsewhere | Resume)
+        assert isinstance(step, RetryElsewhere)
         assert step.pause_s == pytest.approx(pause_s)
 
 

@@ -11,7 +11,7 @@ from controlplane.core.domain.endpoint import Capabilities, Endpoint, EndpointSt
 from controlplane.core.domain.request import Complexity, Priority
 from controlplane.core.routing import scorers
 from controlplane.core.routing.endpoint_table import EndpointLoad, EndpointTable, LoadSettings
-from controlplane.core.routing.router import RouteOutcome, decide, explain
+from controlplane.core.routing.router import Overflow, RouteOutcome, explain
 from controlplane.core.routing.tier_table import (
     Api,
     OverflowDirection,
@@ -20,6 +20,7 @@ from controlplane.core.routing.tier_table import (
     TierPolicy,
     TierTable,
 )
+from tests.support.routing import decide
 
 NOW_S = 1000.0
 ALL = Capabilities(embeddings=True, responses=True, messages=True)
@@ -38,7 +39,7 @@ def plane(
     spill: OverflowDirection = OverflowDirection.UP,
     bridge: OverflowDirection | None = None,
     **settings: Any,
-) -> tuple[TierTable, EndpointTable]:
+) -> EndpointTable:
     table = TierTable.build(
         [
             TierPolicy(name, f"{name}-model", spill=spill, bridge=bridge)
@@ -47,7 +48,7 @@ def plane(
     )
     endpoint_table = EndpointTable(table, LoadSettings(**settings))
     endpoint_table.apply(endpoints)
-    return table, endpoint_table
+    return endpoint_table
 
 
 def fill(load: EndpointLoad, count: int | None = None) -> None:
@@ -55,8 +56,8 @@ def fill(load: EndpointLoad, count: int | None = None) -> None:
         load.begin(NOW_S)
 
 
-def chosen(request: RouteRequest, table: TierTable, endpoint_table: EndpointTable, pick: int = 0) -> str:
-    decision = decide(request, table, endpoint_table, NOW_S, pick)
+def chosen(request: RouteRequest, endpoint_table: EndpointTable, pick: int = 0) -> str:
+    decision = decide(request, endpoint_table, NOW_S, pick)
     assert decision.load is not None, decision
     return decision.load.endpoint.endpoint_id
 
@@ -65,8 +66,8 @@ BALANCED = RouteRequest(model="balanced")
 
 
 def test_sends_to_the_tier_asked_for_and_says_why() -> None:
-    table, endpoint_table = plane(endpoint("lightweight-0"), endpoint("balanced-0"))
-    decision = decide(RouteRequest(complexity=Complexity.SIMPLE), table, endpoint_table, NOW_S, 0)
+    endpoint_table = plane(endpoint("lightweight-0"), endpoint("balanced-0"))
+    decision = decide(RouteRequest(complexity=Complexity.SIMPLE), endpoint_table, NOW_S, 0)
     assert (decision.outcome, decision.tier, decision.reason) == (
         RouteOutcome.SEND,
         "lightweight",
@@ -75,10 +76,10 @@ def test_sends_to_the_tier_asked_for_and_says_why() -> None:
 
 
 def test_equal_endpoints_get_equal_shares() -> None:
-    table, endpoint_table = plane(*(endpoint(f"balanced-{i}") for i in range(3)))
+    endpoint_table = plane(*(endpoint(f"balanced-{i}") for i in range(3)))
     counts: dict[str, int] = {}
     for pick in range(600):
-        name = chosen(BALANCED, table, endpoint_table, pick)
+        name = chosen(BALANCED, endpoint_table, pick)
         counts[name] = counts.get(name, 0) + 1
     assert counts == {f"balanced-{i}": 200 for i in range(3)}
 
@@ -99,28 +100,28 @@ def slower(load: EndpointLoad) -> None:
     ],
 )
 def test_the_worse_of_two_is_not_taken(worse: Any) -> None:
-    table, endpoint_table = plane(
+    endpoint_table = plane(
         endpoint("balanced-0", concurrency_limit=10), endpoint("balanced-1", concurrency_limit=10)
     )
     for load in endpoint_table.by_endpoint_id.values():
         load.observe(NOW_S, kv_usage_ratio=0.2, waiting=0)
     endpoint_table.pools[1].ttft_s = 0.5
     worse(endpoint_table.by_endpoint_id["balanced-0"])
-    assert {chosen(BALANCED, table, endpoint_table, pick) for pick in range(6)} == {"balanced-1"}
+    assert {chosen(BALANCED, endpoint_table, pick) for pick in range(6)} == {"balanced-1"}
 
 
 def test_an_endpoint_that_owes_tokens_and_is_silent_loses_to_a_fuller_one() -> None:
-    table, endpoint_table = plane(
+    endpoint_table = plane(
         endpoint("balanced-0", concurrency_limit=10), endpoint("balanced-1", concurrency_limit=10)
     )
     endpoint_table.by_endpoint_id["balanced-0"].begin(NOW_S - 2.5)
     for _ in range(8):
         endpoint_table.by_endpoint_id["balanced-1"].begin(NOW_S).first_token(NOW_S)
-    assert {chosen(BALANCED, table, endpoint_table, pick) for pick in range(6)} == {"balanced-1"}
+    assert {chosen(BALANCED, endpoint_table, pick) for pick in range(6)} == {"balanced-1"}
 
 
 def test_an_old_latency_says_nothing() -> None:
-    _, endpoint_table = plane(endpoint("balanced-0"))
+    endpoint_table = plane(endpoint("balanced-0"))
     load = endpoint_table.by_endpoint_id["balanced-0"]
     load.ttft_s, load.sampled_s, endpoint_table.pools[1].ttft_s = 9.0, NOW_S - 31, 1.0
     assert scorers.latency(load, NOW_S, endpoint_table.settings) == scorers.NEUTRAL
@@ -130,24 +131,20 @@ def test_an_old_latency_says_nothing() -> None:
 
 def test_a_session_stays_with_its_endpoint_and_moves_only_if_that_goes() -> None:
     endpoints = [endpoint(f"balanced-{i}", concurrency_limit=10) for i in range(5)]
-    table, endpoint_table = plane(*endpoints)
-    homes = {
-        key: chosen(RouteRequest(session_key=key), table, endpoint_table, pick=key) for key in range(200)
-    }
+    endpoint_table = plane(*endpoints)
+    homes = {key: chosen(RouteRequest(session_key=key), endpoint_table, pick=key) for key in range(200)}
     assert len(set(homes.values())) == 5
     endpoint_table.apply(endpoints[1:])
     for key, name in homes.items():
-        now = chosen(RouteRequest(session_key=key), table, endpoint_table, pick=key + 1)
+        now = chosen(RouteRequest(session_key=key), endpoint_table, pick=key + 1)
         assert (now == name) or name == "balanced-0"
 
 
 def test_the_prefix_counts_if_there_is_no_session() -> None:
-    table, endpoint_table = plane(*(endpoint(f"balanced-{i}") for i in range(5)))
-    by_prefix = [chosen(RouteRequest(prefix_key=key), table, endpoint_table, 3) for key in range(20)]
-    assert by_prefix == [chosen(RouteRequest(session_key=key), table, endpoint_table, 3) for key in range(20)]
-    mixed = [
-        chosen(RouteRequest(session_key=7, prefix_key=key), table, endpoint_table, 3) for key in range(20)
-    ]
+    endpoint_table = plane(*(endpoint(f"balanced-{i}") for i in range(5)))
+    by_prefix = [chosen(RouteRequest(prefix_key=key), endpoint_table, 3) for key in range(20)]
+    assert by_prefix == [chosen(RouteRequest(session_key=key), endpoint_table, 3) for key in range(20)]
+    mixed = [chosen(RouteRequest(session_key=7, prefix_key=key), endpoint_table, 3) for key in range(20)]
     assert len(set(mixed)) == 1
 
 
@@ -161,32 +158,33 @@ def test_the_prefix_counts_if_there_is_no_session() -> None:
     ],
 )
 def test_affinity_never_overrules_overload(overload: Any) -> None:
-    table, endpoint_table = plane(*(endpoint(f"balanced-{i}", concurrency_limit=10) for i in range(2)))
+    endpoint_table = plane(*(endpoint(f"balanced-{i}", concurrency_limit=10) for i in range(2)))
     for load in endpoint_table.by_endpoint_id.values():
         load.observe(NOW_S, kv_usage_ratio=0.1, waiting=0)
     request = RouteRequest(session_key=12)
-    before = chosen(request, table, endpoint_table)
+    before = chosen(request, endpoint_table)
     overload(endpoint_table.by_endpoint_id[before])
-    assert chosen(request, table, endpoint_table) != before
+    assert chosen(request, endpoint_table) != before
 
 
 def test_affinity_bears_a_little_more_load() -> None:
-    table, endpoint_table = plane(*(endpoint(f"balanced-{i}", concurrency_limit=10) for i in range(2)))
+    endpoint_table = plane(*(endpoint(f"balanced-{i}", concurrency_limit=10) for i in range(2)))
     request = RouteRequest(session_key=12)
-    before = chosen(request, table, endpoint_table)
+    before = chosen(request, endpoint_table)
     endpoint_table.by_endpoint_id[before].begin(NOW_S)
-    assert chosen(request, table, endpoint_table) == before
+    assert chosen(request, endpoint_table) == before
 
 
 def test_a_full_tier_spills_to_the_least_loaded_that_the_policy_allows() -> None:
-    table, endpoint_table = plane(
+    endpoint_table = plane(
         endpoint("lightweight-0"), endpoint("balanced-0"), endpoint("capable-0", concurrency_limit=10)
     )
     fill(endpoint_table.by_endpoint_id["lightweight-0"])
     fill(endpoint_table.by_endpoint_id["balanced-0"], 1)
     fill(endpoint_table.by_endpoint_id["capable-0"], 2)
-    decision = decide(RouteRequest(model="lightweight"), table, endpoint_table, NOW_S, 0)
-    assert (decision.tier, decision.spilled, decision.bridged) == ("capable", True, False)
+    decision = decide(RouteRequest(model="lightweight"), endpoint_table, NOW_S, 0)
+    assert (decision.tier, decision.overflow) == ("capable", Overflow.SPILL)
+    assert decision.wanted_tier == "lightweight"
     assert decision.reason == "model=lightweight; spill: lightweight -> capable"
 
 
@@ -199,11 +197,11 @@ def test_a_full_tier_spills_to_the_least_loaded_that_the_policy_allows() -> None
     ],
 )
 def test_spilling_goes_where_the_policy_says(spill: OverflowDirection, tier: str | None) -> None:
-    table, endpoint_table = plane(
+    endpoint_table = plane(
         endpoint("lightweight-0"), endpoint("balanced-0"), endpoint("capable-0"), spill=spill
     )
     fill(endpoint_table.by_endpoint_id["balanced-0"])
-    decision = decide(BALANCED, table, endpoint_table, NOW_S, 0)
+    decision = decide(BALANCED, endpoint_table, NOW_S, 0)
     if tier is None:
         assert (decision.outcome, decision.reason) == (RouteOutcome.QUEUE, "model=balanced; balanced full")
     else:
@@ -211,44 +209,43 @@ def test_spilling_goes_where_the_policy_says(spill: OverflowDirection, tier: str
 
 
 def test_a_floor_forbids_going_down() -> None:
-    table, endpoint_table = plane(
-        endpoint("lightweight-0"), endpoint("balanced-0"), spill=OverflowDirection.BOTH
-    )
+    endpoint_table = plane(endpoint("lightweight-0"), endpoint("balanced-0"), spill=OverflowDirection.BOTH)
     fill(endpoint_table.by_endpoint_id["balanced-0"])
-    assert decide(BALANCED, table, endpoint_table, NOW_S, 0).tier == "lightweight"
-    floored = decide(BALANCED._replace(min_tier="balanced"), table, endpoint_table, NOW_S, 0)
+    assert decide(BALANCED, endpoint_table, NOW_S, 0).tier == "lightweight"
+    floored = decide(BALANCED._replace(min_tier="balanced"), endpoint_table, NOW_S, 0)
     assert (floored.outcome, floored.tiers) == (RouteOutcome.QUEUE, (1, 2))
 
 
 @pytest.mark.parametrize("state", [EndpointState.RESTARTING, EndpointState.STARTING, EndpointState.DRAINING])
 def test_a_tier_that_is_down_is_bridged_and_gets_its_traffic_back(state: EndpointState) -> None:
-    table, endpoint_table = plane(endpoint("lightweight-0", state=state), endpoint("balanced-0"))
-    decision = decide(RouteRequest(model="lightweight"), table, endpoint_table, NOW_S, 0)
-    assert (decision.tier, decision.bridged, decision.spilled) == ("balanced", True, False)
+    endpoint_table = plane(endpoint("lightweight-0", state=state), endpoint("balanced-0"))
+    decision = decide(RouteRequest(model="lightweight"), endpoint_table, NOW_S, 0)
+    assert (decision.tier, decision.overflow) == ("balanced", Overflow.BRIDGE)
+    assert decision.wanted_tier == "lightweight"
     assert decision.reason == f"model=lightweight; bridge: lightweight {state}"
     endpoint_table.apply([endpoint("lightweight-0", generation=2), endpoint("balanced-0")])
-    decision = decide(RouteRequest(model="lightweight"), table, endpoint_table, NOW_S, 0)
+    decision = decide(RouteRequest(model="lightweight"), endpoint_table, NOW_S, 0)
     assert (decision.tier, decision.reason) == ("lightweight", "model=lightweight")
 
 
 def test_bridging_takes_the_nearest_neighbour_and_the_better_of_two_as_near() -> None:
-    table, endpoint_table = plane(
+    endpoint_table = plane(
         endpoint("lightweight-0"),
         endpoint("balanced-0", state=EndpointState.RESTARTING),
         endpoint("capable-0"),
     )
-    assert decide(BALANCED, table, endpoint_table, NOW_S, 0).tier == "capable"
+    assert decide(BALANCED, endpoint_table, NOW_S, 0).tier == "capable"
     fill(endpoint_table.by_endpoint_id["capable-0"])
-    assert decide(BALANCED, table, endpoint_table, NOW_S, 0).tier == "lightweight"
+    assert decide(BALANCED, endpoint_table, NOW_S, 0).tier == "lightweight"
 
 
 def test_no_bridge_without_the_policy() -> None:
-    table, endpoint_table = plane(
+    endpoint_table = plane(
         endpoint("lightweight-0", state=EndpointState.RESTARTING),
         endpoint("balanced-0"),
         spill=OverflowDirection.NONE,
     )
-    decision = decide(RouteRequest(model="lightweight"), table, endpoint_table, NOW_S, 0)
+    decision = decide(RouteRequest(model="lightweight"), endpoint_table, NOW_S, 0)
     assert (decision.outcome, decision.reason) == (
         RouteOutcome.QUEUE,
         "model=lightweight; lightweight restarting",
@@ -256,60 +253,56 @@ def test_no_bridge_without_the_policy() -> None:
 
 
 def test_open_breakers_bridge_and_one_probe_goes_through_later() -> None:
-    table, endpoint_table = plane(endpoint("lightweight-0"), endpoint("balanced-0"))
+    endpoint_table = plane(endpoint("lightweight-0"), endpoint("balanced-0"))
     load = endpoint_table.by_endpoint_id["lightweight-0"]
     load.begin(NOW_S).fail(NOW_S, weight=3)
-    decision = decide(RouteRequest(model="lightweight"), table, endpoint_table, NOW_S, 0)
+    decision = decide(RouteRequest(model="lightweight"), endpoint_table, NOW_S, 0)
     assert decision.reason == "model=lightweight; bridge: lightweight fails"
-    assert endpoint_table.next_probe_s(NOW_S) == NOW_S + 1.0
-    later_s = NOW_S + 1.0
-    decision = decide(RouteRequest(model="lightweight"), table, endpoint_table, later_s, 0)
+    later_s = load.breaker.blocked_until_s
+    assert later_s == NOW_S + 1.0
+    decision = decide(RouteRequest(model="lightweight"), endpoint_table, later_s, 0)
     assert decision.load is load
     load.begin(later_s)
-    assert decide(RouteRequest(model="lightweight"), table, endpoint_table, later_s, 0).tier == "balanced"
+    assert decide(RouteRequest(model="lightweight"), endpoint_table, later_s, 0).tier == "balanced"
 
 
 def test_a_list_takes_the_first_with_room_and_else_waits_for_any() -> None:
-    table, endpoint_table = plane(endpoint("capable-0"), endpoint("lightweight-0"), endpoint("balanced-0"))
+    endpoint_table = plane(endpoint("capable-0"), endpoint("lightweight-0"), endpoint("balanced-0"))
     request = RouteRequest(models=("capable", "lightweight"))
-    assert decide(request, table, endpoint_table, NOW_S, 0).reason == "models[0]=capable"
+    assert decide(request, endpoint_table, NOW_S, 0).reason == "models[0]=capable"
     fill(endpoint_table.by_endpoint_id["capable-0"])
-    assert decide(request, table, endpoint_table, NOW_S, 0).reason == "models[1]=lightweight"
+    assert decide(request, endpoint_table, NOW_S, 0).reason == "models[1]=lightweight"
     fill(endpoint_table.by_endpoint_id["lightweight-0"])
-    decision = decide(request, table, endpoint_table, NOW_S, 0)
+    decision = decide(request, endpoint_table, NOW_S, 0)
     assert (decision.outcome, decision.tiers) == (RouteOutcome.QUEUE, (2, 0)), "balanced was not asked for"
 
 
 def test_what_was_tried_is_not_tried_again_until_it_is_a_new_process() -> None:
-    table, endpoint_table = plane(
-        endpoint("balanced-0"), endpoint("balanced-1"), spill=OverflowDirection.NONE
-    )
+    endpoint_table = plane(endpoint("balanced-0"), endpoint("balanced-1"), spill=OverflowDirection.NONE)
     first = endpoint_table.by_endpoint_id["balanced-0"]
     request = BALANCED._replace(exclude=frozenset({first.key}))
-    assert {chosen(request, table, endpoint_table, pick) for pick in range(4)} == {"balanced-1"}
+    assert {chosen(request, endpoint_table, pick) for pick in range(4)} == {"balanced-1"}
     both = BALANCED._replace(exclude=frozenset({first.key, endpoint_table.by_endpoint_id["balanced-1"].key}))
-    decision = decide(both, table, endpoint_table, NOW_S, 0)
+    decision = decide(both, endpoint_table, NOW_S, 0)
     assert (decision.outcome, decision.refusal) == (RouteOutcome.REJECT, RouteRefusal.EXHAUSTED)
     endpoint_table.apply([endpoint("balanced-0", state=EndpointState.RESTARTING), endpoint("balanced-1")])
-    assert decide(both, table, endpoint_table, NOW_S, 0).outcome is RouteOutcome.QUEUE
+    assert decide(both, endpoint_table, NOW_S, 0).outcome is RouteOutcome.QUEUE
     endpoint_table.apply([endpoint("balanced-0", generation=2), endpoint("balanced-1")])
-    assert chosen(both, table, endpoint_table) == "balanced-0"
+    assert chosen(both, endpoint_table) == "balanced-0"
 
 
 def test_tried_everywhere_in_its_tier_a_request_goes_to_a_neighbour() -> None:
-    table, endpoint_table = plane(endpoint("balanced-0"), endpoint("capable-0"))
+    endpoint_table = plane(endpoint("balanced-0"), endpoint("capable-0"))
     request = BALANCED._replace(exclude=frozenset({endpoint_table.by_endpoint_id["balanced-0"].key}))
-    assert decide(request, table, endpoint_table, NOW_S, 0).reason == "model=balanced; bridge: balanced tried"
+    assert decide(request, endpoint_table, NOW_S, 0).reason == "model=balanced; bridge: balanced tried"
 
 
 def test_a_tier_whose_engines_all_gave_up_is_bridged_or_refused_with_the_diagnosis() -> None:
     failed = endpoint("balanced-0", state=EndpointState.FAILED, diagnosis="out of memory")
-    table, endpoint_table = plane(failed, endpoint("capable-0"))
-    assert (
-        decide(BALANCED, table, endpoint_table, NOW_S, 0).reason == "model=balanced; bridge: balanced failed"
-    )
-    table, endpoint_table = plane(failed, spill=OverflowDirection.NONE)
-    decision = decide(BALANCED, table, endpoint_table, NOW_S, 0)
+    endpoint_table = plane(failed, endpoint("capable-0"))
+    assert decide(BALANCED, endpoint_table, NOW_S, 0).reason == "model=balanced; bridge: balanced failed"
+    endpoint_table = plane(failed, spill=OverflowDirection.NONE)
+    decision = decide(BALANCED, endpoint_table, NOW_S, 0)
     assert (decision.refusal, decision.message) == (
         RouteRefusal.FAILED,
         "all endpoints of balanced failed: out of memory",
@@ -317,8 +310,8 @@ def test_a_tier_whose_engines_all_gave_up_is_bridged_or_refused_with_the_diagnos
 
 
 def test_a_tier_without_endpoints_may_be_starting_so_the_request_waits() -> None:
-    table, endpoint_table = plane(spill=OverflowDirection.NONE)
-    decision = decide(BALANCED, table, endpoint_table, NOW_S, 0)
+    endpoint_table = plane(spill=OverflowDirection.NONE)
+    decision = decide(BALANCED, endpoint_table, NOW_S, 0)
     assert (decision.outcome, decision.reason) == (
         RouteOutcome.QUEUE,
         "model=balanced; balanced has no endpoint",
@@ -326,10 +319,10 @@ def test_a_tier_without_endpoints_may_be_starting_so_the_request_waits() -> None
 
 
 def test_the_api_is_a_filter() -> None:
-    table, endpoint_table = plane(endpoint("balanced-0"), endpoint("capable-0", capabilities=ALL))
-    decision = decide(RouteRequest(api=Api.MESSAGES), table, endpoint_table, NOW_S, 0)
+    endpoint_table = plane(endpoint("balanced-0"), endpoint("capable-0", capabilities=ALL))
+    decision = decide(RouteRequest(api=Api.MESSAGES), endpoint_table, NOW_S, 0)
     assert decision.reason == "default; bridge: balanced does not serve messages"
-    pinned = decide(RouteRequest(model="balanced-model", api=Api.MESSAGES), table, endpoint_table, NOW_S, 0)
+    pinned = decide(RouteRequest(model="balanced-model", api=Api.MESSAGES), endpoint_table, NOW_S, 0)
     assert (pinned.refusal, pinned.message) == (
         RouteRefusal.NO_CAPABILITY,
         "no engine of balanced serves messages",
@@ -337,40 +330,40 @@ def test_the_api_is_a_filter() -> None:
 
 
 def test_embeddings_never_change_the_model_by_load() -> None:
-    table, endpoint_table = plane(
+    endpoint_table = plane(
         endpoint("lightweight-0", capabilities=ALL),
         endpoint("balanced-0"),
         endpoint("capable-0", capabilities=ALL),
     )
     request = RouteRequest(api=Api.EMBEDDINGS)
-    decision = decide(request, table, endpoint_table, NOW_S, 0)
+    decision = decide(request, endpoint_table, NOW_S, 0)
     assert (decision.tier, decision.reason) == ("lightweight", "serves embeddings")
     fill(endpoint_table.by_endpoint_id["lightweight-0"])
-    assert decide(request, table, endpoint_table, NOW_S, 0).outcome is RouteOutcome.QUEUE
-    named = decide(request._replace(model="balanced"), table, endpoint_table, NOW_S, 0)
+    assert decide(request, endpoint_table, NOW_S, 0).outcome is RouteOutcome.QUEUE
+    named = decide(request._replace(model="balanced"), endpoint_table, NOW_S, 0)
     assert named.refusal is RouteRefusal.NO_CAPABILITY
-    floored = decide(request._replace(min_tier="balanced"), table, endpoint_table, NOW_S, 0)
+    floored = decide(request._replace(min_tier="balanced"), endpoint_table, NOW_S, 0)
     assert floored.tier == "capable"
 
 
 def test_the_last_slots_are_for_high_priority_while_there_is_any() -> None:
-    table, endpoint_table = plane(endpoint("balanced-0", concurrency_limit=10), spill=OverflowDirection.NONE)
+    endpoint_table = plane(endpoint("balanced-0", concurrency_limit=10), spill=OverflowDirection.NONE)
     fill(endpoint_table.by_endpoint_id["balanced-0"], 9)
-    assert decide(BALANCED, table, endpoint_table, NOW_S, 0).outcome is RouteOutcome.SEND
+    assert decide(BALANCED, endpoint_table, NOW_S, 0).outcome is RouteOutcome.SEND
     endpoint_table.high_seen_s = NOW_S - 1.0
-    assert decide(BALANCED, table, endpoint_table, NOW_S, 0).outcome is RouteOutcome.QUEUE
+    assert decide(BALANCED, endpoint_table, NOW_S, 0).outcome is RouteOutcome.QUEUE
     high = BALANCED._replace(priority=Priority.HIGH)
-    assert decide(high, table, endpoint_table, NOW_S, 0).outcome is RouteOutcome.SEND
-    explained = explain(BALANCED, table, endpoint_table, NOW_S, 0)
-    assert explained.candidates[0].left_out == ("its last 1 slots are kept for high priority",)
+    assert decide(high, endpoint_table, NOW_S, 0).outcome is RouteOutcome.SEND
+    explained = explain(BALANCED, endpoint_table, NOW_S, 0)
+    assert explained.candidates[0].left_out == ("its last 1 slots are reserved for high priority",)
 
 
 def test_an_unknown_model_is_a_value() -> None:
-    table, endpoint_table = plane(endpoint("balanced-0"))
-    decision = decide(RouteRequest(model="nope"), table, endpoint_table, NOW_S, 0)
+    endpoint_table = plane(endpoint("balanced-0"))
+    decision = decide(RouteRequest(model="nope"), endpoint_table, NOW_S, 0)
     assert (decision.outcome, decision.refusal) == (RouteOutcome.REJECT, RouteRefusal.UNKNOWN_MODEL)
     assert (
-        explain(RouteRequest(model="nope"), table, endpoint_table, NOW_S, 0)
+        explain(RouteRequest(model="nope"), endpoint_table, NOW_S, 0)
         .candidates[0]
         .left_out[0]
         .startswith("no model")
@@ -378,7 +371,7 @@ def test_an_unknown_model_is_a_value() -> None:
 
 
 def test_an_explanation_says_why_each_endpoint_was_left_out() -> None:
-    table, endpoint_table = plane(
+    endpoint_table = plane(
         endpoint("lightweight-0"),
         endpoint("balanced-0", state=EndpointState.STARTING, phase="loading weights"),
         endpoint("balanced-1"),
@@ -390,7 +383,7 @@ def test_an_explanation_says_why_each_endpoint_was_left_out() -> None:
     fill(endpoint_table.by_endpoint_id["balanced-1"])
     endpoint_table.by_endpoint_id["balanced-2"].begin(NOW_S).fail(NOW_S, weight=3)
     request = BALANCED._replace(exclude=frozenset({"balanced-3#1"}), session_key=5)
-    explanation = explain(request, table, endpoint_table, NOW_S, 0)
+    explanation = explain(request, endpoint_table, NOW_S, 0)
     left_out = {candidate.endpoint_id: candidate.left_out for candidate in explanation.candidates}
     assert left_out == {
         "lightweight-0": ("not needed: balanced has room",),
@@ -410,10 +403,10 @@ def test_an_explanation_says_why_each_endpoint_was_left_out() -> None:
 
 
 def test_an_explanation_of_a_bridge_leaves_out_the_tiers_that_only_take_overflow() -> None:
-    table, endpoint_table = plane(
+    endpoint_table = plane(
         endpoint("lightweight-0"), spill=OverflowDirection.DOWN, bridge=OverflowDirection.UP
     )
-    decision, _, (candidate,) = explain(BALANCED, table, endpoint_table, NOW_S, 0)
+    decision, _, (candidate,) = explain(BALANCED, endpoint_table, NOW_S, 0)
     assert decision.outcome is RouteOutcome.QUEUE
     assert candidate.left_out == (
         "tier 'lightweight' only takes what balanced has no room for, and balanced is down",
@@ -421,11 +414,9 @@ def test_an_explanation_of_a_bridge_leaves_out_the_tiers_that_only_take_overflow
 
 
 def test_an_explanation_of_a_spill_leaves_out_the_tiers_that_only_bridge() -> None:
-    table, endpoint_table = plane(endpoint("lightweight-0"), endpoint("balanced-0"), endpoint("capable-0"))
+    endpoint_table = plane(endpoint("lightweight-0"), endpoint("balanced-0"), endpoint("capable-0"))
     fill(endpoint_table.by_endpoint_id["balanced-0"])
-    left_out = [
-        candidate.left_out for candidate in explain(BALANCED, table, endpoint_table, NOW_S, 0).candidates
-    ]
+    left_out = [candidate.left_out for candidate in explain(BALANCED, endpoint_table, NOW_S, 0).candidates]
     assert left_out == [
         ("tier 'lightweight' only bridges balanced, which is not down",),
         ("at its limit: 2 of 2 in flight",),
@@ -446,6 +437,6 @@ def test_an_explanation_of_a_spill_leaves_out_the_tiers_that_only_bridge() -> No
 def test_an_explanation_says_why_a_tier_is_not_for_a_request(
     request_fields: dict[str, Any], says: str
 ) -> None:
-    table, endpoint_table = plane(endpoint("lightweight-0"), endpoint("balanced-0"))
-    explanation = explain(RouteRequest(**request_fields), table, endpoint_table, NOW_S, 0)
+    endpoint_table = plane(endpoint("lightweight-0"), endpoint("balanced-0"))
+    explanation = explain(RouteRequest(**request_fields), endpoint_table, NOW_S, 0)
     assert explanation.candidates[0].left_out == (says,)

@@ -96,21 +96,6 @@ def test_a_list_leaves_out_what_is_below_the_floor() -> None:
     assert names(THREE, route.order) == ["capable"]
 
 
-def test_the_scorer_is_asked_only_if_nothing_else_decides() -> None:
-    asked: list[bool] = []
-
-    def score() -> Complexity | None:
-        asked.append(True)
-        return Complexity.COMPLEX
-
-    assert resolve(RouteRequest(agent_type="faq"), THREE, score).reasons == ("agent_type=faq",)
-    assert resolve(RouteRequest(model="small"), THREE, score).reasons == ("model=small",)
-    assert not asked
-    route = resolve(RouteRequest(), THREE, score)
-    assert (names(THREE, route.order), route.reasons) == (["capable"], ("scored=complex",))
-    assert resolve(RouteRequest(), THREE, lambda: None).reasons == ("default",)
-
-
 @pytest.mark.parametrize(
     ("spill", "bridge", "floor", "spills", "bridges"),
     [

@@ -68,7 +68,7 @@ def idle(rig: Rig) -> bool:
     return (
         not rig.gateway.info().in_flight
         and not any(load.awaiting_first for load in endpoint_table.by_endpoint_id.values())
-        and not rig.gateway._watcher._watches
+        and not rig.gateway._timeouts._attempts
     )
 
 
@@ -271,12 +271,12 @@ async def test_a_connection_is_not_waited_for_beyond_the_deadline(monkeypatch: p
         async def never(*_: Any, **__: Any) -> Any:
             await forever()
 
-        monkeypatch.setattr(rig.gateway._sites._loop, "create_connection", never, raising=False)
-        rig.gateway._sites._sites.clear()
-        site = rig.gateway._sites.site(rig.gateway.endpoint_table.by_endpoint_id["a"])
+        monkeypatch.setattr(rig.gateway._connections._loop, "create_connection", never, raising=False)
+        rig.gateway._connections._by_key.clear()
+        connections = rig.gateway._connections.to(rig.gateway.endpoint_table.by_endpoint_id["a"])
         started_s = loop.time()
         with pytest.raises(UpstreamFailure) as caught:
-            await site.origin.acquire(fresh=True, deadline_s=started_s + 0.1)
+            await connections.origin.acquire(fresh=True, deadline_s=started_s + 0.1)
         assert caught.value.kind is None
         assert loop.time() - started_s < 1
 
@@ -333,5 +333,5 @@ async def test_clients_that_leave_at_any_moment_leave_nothing_behind() -> None:
         await asyncio.gather(*(leave_after(0.004 * i) for i in range(60)))
         assert await becomes_idle(rig)
         assert not rig.gateway.queue
-        assert all(site.meter._running == 0 for site in rig.gateway._sites._sites.values())
+        assert all(each.meter._running == 0 for each in rig.gateway._connections._by_key.values())
         assert ended(rig) <= 60

@@ -9,6 +9,7 @@ import pytest
 from controlplane.core.domain.endpoint import EndpointState
 from controlplane.core.routing.tier_table import Api
 from controlplane.errors import EndpointLost
+from controlplane.gateway.proxy.responses import error_event
 from controlplane.gateway.proxy.resume import (
     FOLD_BYTES,
     TOKEN_ID_MEMBERS,
@@ -16,8 +17,7 @@ from controlplane.gateway.proxy.resume import (
     NotResumable,
     SentSoFar,
     Splice,
-    Tape,
-    error_event,
+    StreamRecorder,
     plan,
 )
 from tests.support.gateway import CHAT, Rig, Stream, chat_body, plane, running, scripted_engine, take
@@ -59,10 +59,10 @@ OPENING = {
 }
 
 
-def seen_of(*events: dict[str, Any], done: bool = False) -> SentSoFar:
-    tape = Tape("chat")
-    tape.keep(sse(OPENING, *events, done=done))
-    return tape.read()
+def sent_of(*events: dict[str, Any], done: bool = False) -> SentSoFar:
+    recorder = StreamRecorder("chat")
+    recorder.add(sse(OPENING, *events, done=done))
+    return recorder.sent()
 
 
 def body(**more: Any) -> bytes:
@@ -205,14 +205,14 @@ async def test_a_resumed_stream_counts_though_its_client_leaves_at_the_last_even
 
 
 def test_greedy_goes_on_from_the_last_event_whose_text_and_ids_agree() -> None:
-    seen = seen_of(chunk("a", [10]), chunk("b", [11]), chunk("cd", [12, 13]), chunk("", [14]))
-    how = plan(body(temperature=0), seen, "exact")
-    assert how.method == "continue"
-    assert how.path == "/v1/completions"
-    assert how.body["prompt"] == [1, 2, 3, 10, 11]
-    assert how.body["max_tokens"] == 8
-    assert how.skip_text == "cd"
-    assert "messages" not in how.body
+    sent = sent_of(chunk("a", [10]), chunk("b", [11]), chunk("cd", [12, 13]), chunk("", [14]))
+    continuation = plan(body(temperature=0), sent, "exact")
+    assert continuation.method == "continue"
+    assert continuation.path == "/v1/completions"
+    assert continuation.body["prompt"] == [1, 2, 3, 10, 11]
+    assert continuation.body["max_tokens"] == 8
+    assert continuation.skip_text == "cd"
+    assert "messages" not in continuation.body
 
 
 @pytest.mark.parametrize(
@@ -234,64 +234,67 @@ def test_greedy_goes_on_from_the_last_event_whose_text_and_ids_agree() -> None:
     ],
 )
 def test_the_way_a_stream_goes_on(more: dict[str, Any], policy: Any, method: str) -> None:
-    seen = seen_of(chunk("a", [10]), chunk("b", [11]))
+    sent = sent_of(chunk("a", [10]), chunk("b", [11]))
     if method in {"continue", "replay"}:
-        assert plan(body(**more), seen, policy).method == method
+        assert plan(body(**more), sent, policy).method == method
     else:
         with pytest.raises(NotResumable, match=method):
-            plan(body(**more), seen, policy)
+            plan(body(**more), sent, policy)
 
 
 def test_tool_calls_that_were_sent_can_not_go_on() -> None:
     event = chunk()
     event["choices"][0]["delta"] = {"tool_calls": [{"index": 0}]}
     with pytest.raises(NotResumable, match="tool calls"):
-        plan(body(temperature=0), seen_of(event), "best_effort")
+        plan(body(temperature=0), sent_of(event), "best_effort")
 
 
 def test_an_answer_without_a_limit_needs_the_context_length() -> None:
-    seen = seen_of(chunk("a", [10]))
+    sent = sent_of(chunk("a", [10]))
     request = json.dumps({"model": "m", "messages": [], "temperature": 0}).encode()
-    assert plan(request, seen, "exact", 100).body["max_tokens"] == 96
+    continuation = plan(request, sent, "exact")
+    assert continuation.needs_context_length
+    assert continuation.limited(100).body["max_tokens"] == 96
+    assert continuation.limited(4).method == "finish"
     with pytest.raises(NotResumable, match="context length"):
-        plan(request, seen, "exact", None)
+        continuation.limited(None)
 
 
 def test_a_stream_that_only_lacks_its_end_is_finished_here() -> None:
-    seen = seen_of(chunk("a", [10], "stop"))
-    how = plan(body(temperature=0), seen, "exact")
-    assert how.method == "finish"
-    end = Splice(how, seen, {"include_usage": True}).finish()
+    sent = sent_of(chunk("a", [10], "stop"))
+    continuation = plan(body(temperature=0), sent, "exact")
+    assert continuation.method == "finish"
+    end = Splice(continuation, sent, {"include_usage": True}).finish()
     assert b'"completion_tokens":1' in end
     assert end.endswith(b"data: [DONE]\n\n")
     assert b"finish_reason" not in end
 
 
 def test_all_tokens_sent_but_no_end_is_the_length_limit() -> None:
-    seen = seen_of(*(chunk("a", [i]) for i in range(10)))
-    how = plan(body(temperature=0), seen, "exact")
-    assert how.method == "finish"
-    assert b'"finish_reason":"length"' in Splice(how, seen, None).finish()
+    sent = sent_of(*(chunk("a", [i]) for i in range(10)))
+    continuation = plan(body(temperature=0), sent, "exact")
+    assert continuation.method == "finish"
+    assert b'"finish_reason":"length"' in Splice(continuation, sent, None).finish()
 
 
 def test_other_text_than_was_sent_is_refused() -> None:
-    seen = seen_of(chunk("a", [10]), chunk("bc", [11, 12]))
-    splice = Splice(plan(body(temperature=0), seen, "exact"), seen, None)
+    sent = sent_of(chunk("a", [10]), chunk("bc", [11, 12]))
+    splice = Splice(plan(body(temperature=0), sent, "exact"), sent, None)
     with pytest.raises(NotResumable, match="differs"):
         splice.feed(sse({"choices": [{"index": 0, "text": "x", "token_ids": [11]}]}))
 
 
-def test_a_tape_is_bounded_and_loses_nothing() -> None:
-    tape = Tape("chat")
-    tape.keep(sse(OPENING))
+def test_a_recorder_is_bounded_and_loses_nothing() -> None:
+    recorder = StreamRecorder("chat")
+    recorder.add(sse(OPENING))
     event = sse(chunk("x" * 1000, [7]))
     count = 3 * FOLD_BYTES // len(event)
     for _ in range(count):
-        tape.keep(event)
-    assert tape._raw_bytes <= FOLD_BYTES
-    seen = tape.read()
-    assert len(seen.token_ids) == count
-    assert seen.text_chars == 1000 * count
+        recorder.add(event)
+    assert recorder._raw_bytes <= FOLD_BYTES
+    sent = recorder.sent()
+    assert len(sent.token_ids) == count
+    assert sent.text_chars == 1000 * count
 
 
 def test_the_pattern_takes_out_members_and_never_text() -> None:

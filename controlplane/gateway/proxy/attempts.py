@@ -1,0 +1,115 @@
+"""Beginning an attempt, accounting for it, and deciding what follows when it failed."""
+
+from __future__ import annotations
+
+import asyncio
+from time import monotonic
+from typing import Final, NamedTuple
+
+from controlplane.config import GatewayConfig
+from controlplane.core.routing.dispatcher import Started
+from controlplane.core.routing.retry import (
+    RULES,
+    AttemptFailure,
+    FailedAttempt,
+    GiveUp,
+    RetryBudget,
+    RetrySettings,
+    next_step,
+)
+from controlplane.errors import DeadlineExceeded
+from controlplane.gateway.proxy.attempt import Attempt
+from controlplane.gateway.proxy.connections import ConnectionTable
+from controlplane.gateway.proxy.dispatch import RequestDispatch, give_up_error
+from controlplane.gateway.proxy.request_context import RequestContext
+from controlplane.gateway.proxy.timeouts import TimeoutWatcher
+from controlplane.gateway.proxy.upstream import UpstreamFailure
+from controlplane.gateway.telemetry.accounting import UsageLedger
+from controlplane.gateway.telemetry.metrics import Metrics
+
+TOO_LATE: Final = "the request's deadline passed before its answer was complete"
+
+
+class TokenCounts(NamedTuple):
+    """The tokens of a finished answer."""
+
+    prompt: int
+    generated: int
+
+
+class Attempts:
+    """The attempts of one gateway replica's requests."""
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        dispatch: RequestDispatch,
+        connections: ConnectionTable,
+        metrics: Metrics,
+        ledger: UsageLedger,
+        timeouts: TimeoutWatcher,
+    ) -> None:
+        self._dispatch = dispatch
+        self._connections = connections
+        self._metrics = metrics
+        self._ledger = ledger
+        self._timeouts = timeouts
+        self._settings = RetrySettings(
+            max_attempts=config.retry.max_attempts,
+            budget_ratio=config.retry.budget_ratio,
+            budget_min_per_s=config.retry.budget_min_per_s,
+        )
+        self.budget = RetryBudget(self._settings, monotonic())
+
+    def begin(self, context: RequestContext, started: Started) -> Attempt:
+        """The attempt that a slot was taken for. Raises ValueError if the endpoint's address is invalid."""
+        slot = started.slot
+        context.attempts += 1
+        context.tried |= {slot.load.key}
+        try:
+            upstream = self._connections.to(slot.load)
+        except ValueError:
+            slot.abandon(monotonic())
+            raise
+        return Attempt(context, slot, upstream, self._timeouts, self._dispatch.pump)
+
+    def finished(self, context: RequestContext, attempt: Attempt, tokens: TokenCounts) -> None:
+        """Account for the tokens and the GPU time of a request whose last attempt succeeded."""
+        tier = attempt.load.endpoint.tier
+        next_gpu_s = self._ledger.record(
+            tier, context.session, tokens.prompt, tokens.generated, context.gpu_s
+        )
+        self._metrics.used(context, tier, tokens.prompt, tokens.generated, next_gpu_s)
+
+    def failed(self, attempt: Attempt, failure: UpstreamFailure) -> None:
+        """Account for a failed attempt and release its slot."""
+        kind = failure.kind
+        if kind is None:  # the deadline passed, which says nothing about the endpoint
+            attempt.abandon()
+        else:
+            attempt.fail(RULES[kind].breaker_weight)
+        name = str(kind) if kind is not None else "deadline"
+        self._metrics.endpoint_failures.labels(attempt.load.endpoint.tier, name).inc()
+
+    async def retry_or_raise(self, context: RequestContext, failure: UpstreamFailure, *, sent: bool) -> None:
+        """Return when the next attempt is due; raise the client's error if there is to be none. ``sent``: a
+        part of the answer has reached the client."""
+        kind = failure.kind
+        if kind is None:
+            raise DeadlineExceeded(TOO_LATE)
+        attempt = FailedAttempt(
+            number=context.attempts,
+            sent=sent,
+            deadline_s=context.deadline_s,
+            refused=context.refused,
+            losses=context.losses,
+            engine_status=failure.status,
+        )
+        step = next_step(kind, attempt, self._settings, self.budget, monotonic())
+        context.refused += kind is AttemptFailure.REFUSED
+        context.losses += RULES[kind].lost
+        if isinstance(step, GiveUp):
+            raise give_up_error(step, failure.detail)
+        self._metrics.retries.labels(context.tier, str(kind)).inc()
+        if step.pause_s:
+            await asyncio.sleep(step.pause_s)
