@@ -132,8 +132,8 @@ class AdmissionQueue:
             self._take_out(victim, TicketState.EVICTED)
         self._put_in(ticket)
         if victim is None:
-            return Queued(wait_s)
-        return Queued(wait_s, victim, self._bounded(self.predict_wait_s(victim, now_s, rates_per_s) or 0.0))
+            return Queued()
+        return Queued(victim, self._bounded(self.predict_wait_s(victim, now_s, rates_per_s) or 0.0))
 
     def next(self, now_s: float, can_run: Callable[[Hashable, Priority], bool]) -> Ticket | None:
         """Remove and return the ticket to serve next, or None if none can run.

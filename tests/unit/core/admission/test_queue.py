@@ -193,9 +193,11 @@ def test_the_same_priority_evicts_only_from_a_caller_with_more() -> None:
 def test_what_cannot_make_its_deadline_is_shed_at_once(needs_s: float, let_in: bool) -> None:
     """Four ahead and itself at one a second: five seconds to wait, and ten until the deadline."""
     queue = queue_of(*(ticket(deadline_s=NOW_S + 9.0) for _ in range(4)))
-    answer = queue.offer(ticket(deadline_s=NOW_S + 10.0, needs_s=needs_s), NOW_S, [1.0])
+    newcomer = ticket(deadline_s=NOW_S + 10.0, needs_s=needs_s)
+    assert queue.predict_wait_s(newcomer, NOW_S, [1.0]) == 5.0
+    answer = queue.offer(newcomer, NOW_S, [1.0])
     if let_in:
-        assert answer == Queued(5.0)
+        assert answer == Queued()
     else:
         assert answer == Rejected(RejectReason.WOULD_MISS_DEADLINE, 1.0, 5.0)
     assert len(queue) == 4 + let_in
