@@ -1,25 +1,23 @@
-"""Every error that tierplane raises on purpose, in one tree.
+"""All errors that tierplane raises deliberately, in one tree.
 
     TierplaneError
-    ├── ConfigError              a configuration file is wrong; holds every problem at once
-    ├── SetupError               the machine lacks something; the message names the remedy
-    ├── EngineError              an engine process can't be started or was lost
-    │   └── EngineStartError     … and starting it again would not help
-    ├── IllegalTransition        a life-cycle table has no such move; nothing was changed
-    └── RequestError             answered to a client as OpenAI-shaped JSON
-        ├── BadRequest           400
-        ├── Unauthorized         401
-        ├── Forbidden            403
-        ├── UnknownModel         404
-        ├── DeadlineExceeded     408
-        ├── PayloadTooLarge      413
-        ├── TooManyRequests      429, with Retry-After
-        ├── EngineFailed         502, or what the engine answered
-        ├── EndpointLost         502
-        ├── NoEndpoint           503, with Retry-After
-        └── ControllerUnreachable       503, with Retry-After; pages only, never inference
+    ├── ConfigError                a configuration file is invalid; lists all its problems
+    ├── SetupError                 the machine or environment lacks something; the message names the remedy
+    ├── EngineError                an engine process can't be started or was lost
+    │   └── EngineStartError       … and starting it again would not help
+    ├── IllegalTransition          a life-cycle table has no such transition; nothing was changed
+    └── RequestError               returned to a client as OpenAI-shaped JSON
+        ├── BadRequest             400
+        ├── UnknownModel           404
+        ├── DeadlineExceeded       408
+        ├── PayloadTooLarge        413
+        ├── TooManyRequests        429, with Retry-After
+        ├── EngineFailed           502, or the engine's own status
+        ├── EndpointLost           502
+        ├── NoEndpoint             503, with Retry-After
+        └── ControllerUnreachable  503, with Retry-After; for operators' pages only, never for inference
 
-An infeasible placement, a queue that is full or a recommendation to do nothing are values, not errors.
+An infeasible placement, a full queue and a recommendation to do nothing are values, not errors.
 """
 
 from __future__ import annotations
@@ -29,18 +27,18 @@ from dataclasses import dataclass
 
 
 class TierplaneError(Exception):
-    """The root of the tree."""
+    """The root of the error tree."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing wrong with a configuration: where it stands, what is wrong, what to do."""
+    """One problem in a configuration: its path, what is wrong, and the remedy."""
 
     path: str
     message: str
     remedy: str = ""
     line: int = 0
-    """In the file it was read from, from 1; 0 if there is none."""
+    """The line in the file, counted from 1; 0 if the values don't come from a file."""
 
     def __str__(self) -> str:
         text = f"{self.path}: {self.message}" if self.path else self.message
@@ -49,7 +47,7 @@ class Problem:
 
 
 class ConfigError(TierplaneError):
-    """A configuration is wrong; ``problems`` lists all that was found, in the file's order."""
+    """A configuration is invalid; ``problems`` lists all problems, in the file's order."""
 
     def __init__(self, problems: Sequence[Problem], source: str = "") -> None:
         self.problems = tuple(problems)
@@ -76,14 +74,15 @@ class EngineStartError(EngineError):
 
 
 class IllegalTransition(TierplaneError):
-    """A life cycle has no such move. The state is what it was before."""
+    """A life cycle has no such transition. The state is unchanged."""
 
 
 class RequestError(TierplaneError):
-    """A request's failure as the client sees it.
+    """The failure of a request as the client sees it.
 
-    ``status`` is the HTTP status, ``kind`` and ``code`` are OpenAI's ``error.type`` and ``error.code``,
-    ``retry_after_s`` becomes the ``Retry-After`` header (whole seconds, rounded up).
+    ``status`` is the HTTP status; ``kind``, ``code`` and ``param`` are OpenAI's ``error.type``,
+    ``error.code`` and ``error.param``; ``retry_after_s`` becomes the ``Retry-After`` header (whole seconds,
+    rounded up).
     """
 
     status: int = 500
@@ -98,31 +97,15 @@ class RequestError(TierplaneError):
 
 
 class BadRequest(RequestError):
-    """The request can't be understood (400)."""
+    """The request is invalid (400)."""
 
     status = 400
     kind = "invalid_request_error"
     code = "bad_request"
 
 
-class Unauthorized(RequestError):
-    """No valid key (401)."""
-
-    status = 401
-    kind = "authentication_error"
-    code = "invalid_api_key"
-
-
-class Forbidden(RequestError):
-    """The key may not do this (403)."""
-
-    status = 403
-    kind = "permission_error"
-    code = "forbidden"
-
-
 class UnknownModel(RequestError):
-    """No tier or model of that name (404)."""
+    """There is no tier or model of that name (404)."""
 
     status = 404
     kind = "invalid_request_error"
@@ -130,7 +113,7 @@ class UnknownModel(RequestError):
 
 
 class DeadlineExceeded(RequestError):
-    """The request's deadline passed before its answer was whole (408; an error event in a stream)."""
+    """The deadline passed before the response was complete (408; an error event in a started stream)."""
 
     status = 408
     kind = "timeout_error"
@@ -138,7 +121,7 @@ class DeadlineExceeded(RequestError):
 
 
 class PayloadTooLarge(RequestError):
-    """The body is over ``gateway.max_body_bytes`` (413)."""
+    """The body is larger than ``gateway.max_body_bytes`` (413)."""
 
     status = 413
     kind = "invalid_request_error"
@@ -154,7 +137,7 @@ class TooManyRequests(RequestError):
 
 
 class EngineFailed(RequestError):
-    """Every engine that was tried failed the request; ``status`` is what the last one answered (5xx)."""
+    """Every engine that was tried failed the request; ``status`` is the status of the last one (5xx)."""
 
     status = 502
     kind = "server_error"
@@ -183,7 +166,7 @@ class NoEndpoint(RequestError):
 
 
 class ControllerUnreachable(RequestError):
-    """The controller, which alone can answer this page, can't be reached now (503)."""
+    """The page needs the controller, which can't be reached now (503)."""
 
     status = 503
     kind = "server_error"

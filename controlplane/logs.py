@@ -1,8 +1,8 @@
 """Logging: one structlog set-up for every process of the plane.
 
 A line is an event with key-value pairs: ``log.info("endpoint ready", tier=…, endpoint_id=…)``. On a terminal
-it is rendered for people, elsewhere as one JSON object per line. Replicas, gateways and the controller also
-write JSON to a file of their own in the run directory, which ``tierplane logs`` reads.
+it is printed as readable text, elsewhere as one JSON object per line. Replicas, gateways and the controller
+each also write JSON to their own file in the run folder, which ``tierplane logs`` reads.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Literal
 import structlog
 
 LOG_FILE_BYTES = 10 * 1024 * 1024
-LOG_FILES_KEPT = 2
+ROTATED_LOG_FILES = 2
 
 _PACKAGES = ("controlplane", "deployments")
 _HIDDEN_KEYS = frozenset({"secret", "api_key", "authorization", "token"})
@@ -33,9 +33,10 @@ def setup(
     file: Path | None = None,
     **context: str,
 ) -> None:
-    """Send what the plane's packages log to standard error, and to ``file`` as JSON.
+    """Send the log lines of the plane's packages to standard error, and as JSON to ``file``.
 
-    ``context`` is added to every line of this process (component, tier, …). May be called again.
+    ``context`` (component, tier, …) is added to every line of this process. A further call replaces the
+    set-up.
     """
     structlog.configure(
         processors=[
@@ -59,7 +60,7 @@ def setup(
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         rotating = logging.handlers.RotatingFileHandler(
-            file, maxBytes=LOG_FILE_BYTES, backupCount=LOG_FILES_KEPT, encoding="utf-8"
+            file, maxBytes=LOG_FILE_BYTES, backupCount=ROTATED_LOG_FILES, encoding="utf-8"
         )
         rotating.setFormatter(_formatter("json"))
         handlers.append(rotating)
@@ -74,7 +75,7 @@ def setup(
 
 
 def resolve_format(log_format: LogFormat) -> Literal["json", "console"]:
-    """``auto`` is for people on a terminal and JSON elsewhere."""
+    """``auto`` means readable text on a terminal and JSON elsewhere."""
     if log_format != "auto":
         return log_format
     return "console" if sys.stderr.isatty() else "json"
@@ -82,7 +83,7 @@ def resolve_format(log_format: LogFormat) -> Literal["json", "console"]:
 
 def _formatter(log_format: Literal["json", "console"]) -> structlog.stdlib.ProcessorFormatter:
     rendering: list[Any]
-    # Tracebacks never show local variables: they may hold secrets.
+    # Tracebacks never show local variables, which may contain secrets.
     if log_format == "json":
         tracebacks = structlog.processors.ExceptionRenderer(
             structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
@@ -114,7 +115,7 @@ def _adder(context: dict[str, str]) -> structlog.typing.Processor:
 
 
 def _hide(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """A last guard: what is named like a secret is not written."""
+    """A last safeguard: values of keys that are named like a secret are not written."""
     for key in event.keys() & _HIDDEN_KEYS:
         event[key] = "(hidden)"
     return event

@@ -1,4 +1,4 @@
-"""Where tierplane keeps files on a machine: what runs now, and what is worth keeping."""
+"""The folders where tierplane stores files: records of the running plane, and a cache."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ CACHE_DIR_VARIABLE = "TIERPLANE_CACHE_DIR"
 
 
 def run_dir() -> Path:
-    """The folder for what runs now (process records, logs, locks); created for its owner only.
+    """The folder for the running plane's files (records, logs, locks); created for its owner only.
 
-    ``TIERPLANE_RUN_DIR``, or ``tierplane/run`` in ``$XDG_CACHE_HOME``. Raises SetupError if it can't be made.
+    ``TIERPLANE_RUN_DIR``, or ``tierplane/run`` in ``$XDG_CACHE_HOME``. Raises SetupError if that fails.
     """
     return _folder(RUN_DIR_VARIABLE, "tierplane/run")
 
 
 def cache_dir() -> Path:
-    """The folder for what can be fetched again (the bundled model); created for its owner only.
+    """The folder for files that can be fetched again (the bundled model); created for its owner only.
 
-    ``TIERPLANE_CACHE_DIR``, or ``tierplane`` in ``$XDG_CACHE_HOME``. Raises SetupError if it can't be made.
+    ``TIERPLANE_CACHE_DIR``, or ``tierplane`` in ``$XDG_CACHE_HOME``. Raises SetupError if that fails.
     """
     return _folder(CACHE_DIR_VARIABLE, "tierplane")
 
@@ -35,14 +35,14 @@ def _folder(variable: str, below_cache: str) -> Path:
         path.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise SetupError(
-            f"can't create the folder {path}: {error.strerror}; set {variable} to one that can"
+            f"can't create the folder {path}: {error.strerror}; set {variable} to another folder"
         ) from error
     if not os.access(path, os.W_OK | os.X_OK):
-        raise SetupError(f"the folder {path} is not writable; set {variable} to one that is")
+        raise SetupError(f"the folder {path} is not writable; set {variable} to a writable one")
     return path
 
 
 def _xdg_cache_home() -> Path:
     named = os.environ.get("XDG_CACHE_HOME")
-    # The specification says to ignore a relative path.
+    # The XDG specification requires relative paths to be ignored.
     return Path(named) if named and named.startswith("/") else Path.home() / ".cache"

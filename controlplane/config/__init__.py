@@ -1,4 +1,4 @@
-"""What ``configs/*.yaml`` may say, and how such a file is read with every error reported at once."""
+"""The settings of ``configs/*.yaml``, and reading such a file with all errors reported at once."""
 
 from __future__ import annotations
 

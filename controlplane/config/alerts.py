@@ -1,4 +1,4 @@
-"""Alerts: where they go, and what of their rules is to be otherwise."""
+"""Settings of alerts: where they are sent, and changes to the built-in rules."""
 
 from __future__ import annotations
 
@@ -17,59 +17,60 @@ class WebhookConfig(Strict):
     """An address that alerts are posted to as JSON; see ``controlplane/core/alerts/alerts.md``."""
 
     url: Annotated[str, Field(pattern=r"^https?://[^/\s]+(/\S*)?$")]
-    """Where to; it may hold a secret of its own, and only its host is logged."""
+    """The address to post to. It may contain a secret: only its host appears in logs."""
     secret_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
-    """The environment variable, on every node, that holds the secret which messages are signed with; without
-    it they are not signed."""
+    """The environment variable, set on every node, that holds the secret for signing messages; without it
+    messages are not signed."""
     min_severity: SeverityName = "warning"
-    """Alerts of less are not sent there."""
+    """Alerts of a lower severity are not sent to this webhook."""
     timeout_s: Annotated[float, Field(gt=0, le=300)] = 10.0
-    """How long one attempt may take."""
+    """Time limit of one delivery attempt."""
     max_attempts: Annotated[int, Field(ge=1, le=100)] = 8
-    """A message that was not taken so often is given up; the pauses between attempts grow to a minute."""
+    """A message is dropped after this many failed attempts; the pause between attempts grows up to one
+    minute."""
 
 
 class AlertRuleConfig(Strict):
-    """What of a rule is to be otherwise; its name is the key."""
+    """Changes to one alert rule; the key is the name of the rule."""
 
     enabled: bool = True
-    """``false``: it is not judged."""
+    """``false`` switches the rule off."""
     threshold: Annotated[float, Field(allow_inf_nan=False)] | None = None
-    """Where its figure becomes wrong."""
+    """The limit that the rule compares its value with, in the rule's unit."""
     for_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    """How long it must be wrong to fire, and right to be over."""
+    """How long the limit must be exceeded before the alert fires, and respected before it resolves."""
     severity: SeverityName | None = None
-    """How soon someone should look."""
+    """How urgent the alert is."""
 
 
 class AlertsConfig(Strict):
-    """What the controller rings for."""
+    """Which alerts the controller raises, and where it sends them."""
 
     interval_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5.0
-    """How often the rules are judged."""
+    """How often the rules are evaluated."""
     repeat_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 14_400.0
-    """An alert that lasts is told again after so long, unless it is acknowledged or silenced."""
+    """An alert that keeps firing is sent again after this long, unless it is acknowledged or silenced."""
     webhooks: Annotated[list[WebhookConfig], Field(max_length=20)] = Field(default_factory=list)
     """Where alerts are sent, besides the log."""
     rules: dict[str, AlertRuleConfig] = Field(default_factory=dict)
-    """Rule → what of it is to be otherwise: ``{TierplaneTierDown: {for_s: 30}}``. `tierplane alerts rules`
-    lists them."""
+    """Changes to rules, by the rule's name: ``{TierplaneTierDown: {for_s: 30}}``. `tierplane alerts rules`
+    lists the rules."""
 
     def findings(self) -> list[ConfigFinding]:
-        """What doesn't fit."""
+        """Webhooks that are named twice, and changes that their rule does not allow."""
         found = []
         seen: set[str] = set()
         for i, webhook in enumerate(self.webhooks):
             if webhook.url in seen:
-                message = "an earlier webhook has this address too"
-                found.append(ConfigFinding(("webhooks", i, "url"), message, "name it once"))
+                message = "an earlier webhook has the same address"
+                found.append(ConfigFinding(("webhooks", i, "url"), message, "remove one of the two"))
             seen.add(webhook.url)
         for name, change in self.rules.items():
             found += _rule_findings(name, change)
         return found
 
     def changes(self) -> dict[str, RuleChange]:
-        """As the core has them."""
+        """The changes as the alert evaluator takes them."""
         return {
             name: RuleChange(
                 each.enabled,
@@ -89,16 +90,15 @@ def _rule_findings(name: str, change: AlertRuleConfig) -> list[ConfigFinding]:
         remedy = f"did you mean '{near.name}'?" if near is not None else f"known: {known}"
         return [ConfigFinding(("rules", name), f"there is no alert rule '{name}'", remedy)]
     if rule.judge is EvaluatedBy.PROMETHEUS:
-        remedy = "remove it; change it in Prometheus' rule file"
-        return [ConfigFinding(("rules", name), "only Prometheus judges this rule", remedy)]
+        remedy = "remove it here, and change the rule in Prometheus' rule file"
+        return [ConfigFinding(("rules", name), "only Prometheus evaluates this rule", remedy)]
     if change.threshold is None:
         return []
     where = ("rules", name, "threshold")
     if rule.fixed:
-        return [ConfigFinding(where, "this rule is a matter of yes or no", "remove it")]
+        return [ConfigFinding(where, "the threshold of this rule is fixed", "remove it")]
     if change.threshold <= 0 or (rule.unit is Unit.RATIO and change.threshold >= 1):
-        bounds = "between 0 and 1" if rule.unit is Unit.RATIO else "over 0"
-        return [
-            ConfigFinding(where, f"{change.threshold:g} would always or never ring", f"name one {bounds}")
-        ]
+        bounds = "between 0 and 1" if rule.unit is Unit.RATIO else "above 0"
+        message = f"with {change.threshold:g} the alert would fire always or never"
+        return [ConfigFinding(where, message, f"choose a value {bounds}")]
     return []

@@ -1,4 +1,4 @@
-"""What a tier is expected to carry: the question that ``tierplane size`` answers."""
+"""The load that a tier is expected to carry: the input of ``tierplane size``."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ Tokens = Annotated[int, Field(ge=1)]
 
 
 class ExpectedLoad(Strict):
-    """What a tier is to carry, for `tierplane size`; it changes nothing in a running plane."""
+    """The load that a tier is expected to carry, for `tierplane size`; a running plane ignores it."""
 
     requests_per_s: Positive
-    """Requests a second, at the hour for which the fleet is sized."""
+    """Requests per second, at the hour that the fleet is sized for."""
     input_tokens: Tokens
     """Mean length of a prompt."""
     output_tokens: Tokens
-    """Mean length of an answer."""
+    """Mean length of a response."""
     ttft_s: Positive = 2.0
-    """Mean time to the first token that is wanted."""
+    """Target for the mean time to first token."""
     itl_s: Positive = 0.05
-    """Mean time per token after it that is wanted."""
+    """Target for the mean time per token after the first."""
     quantizations: Annotated[list[str], Field(min_length=1)] = Field(default_factory=lambda: ["none"])
     """Weight formats that may be chosen, the preferred one first: `none` (the checkpoint as it is), `fp8`,
     `int8`, `awq`, `gptq`, …"""
     pipeline: bool = False
-    """Pipeline parallelism may be chosen."""
+    """Whether pipeline parallelism may be chosen."""
 
     @field_validator("quantizations")
     @classmethod
     def _known(cls, value: list[str]) -> list[str]:
-        remedy = f"there is {', '.join(PRESETS)}"
+        remedy = f"known: {', '.join(PRESETS)}"
         found = [
-            ConfigFinding((number,), f"'{name}' is no weight format", remedy)
+            ConfigFinding((number,), f"'{name}' is not a weight format", remedy)
             for number, name in enumerate(value)
             if name not in PRESETS
         ]

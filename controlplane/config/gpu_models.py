@@ -20,7 +20,7 @@ def gpu_table() -> tuple[GpuModel, ...]:
 
 
 def gpu_model_findings(names: Sequence[str]) -> list[ConfigFinding]:
-    """Which of ``names`` are not in the table, each by its place in ``names``."""
+    """A finding for each of ``names`` that is not in the table; its path is the index in ``names``."""
     known = [gpu.name for gpu in gpu_table()]
     found = []
     for number, name in enumerate(names):
@@ -35,6 +35,6 @@ def gpu_model_findings(names: Sequence[str]) -> list[ConfigFinding]:
 
 @functools.lru_cache(maxsize=1024)
 def table_name(name: str) -> str:
-    """The table's own name of a GPU model, alias or driver's name; ``name`` itself if it is not there."""
+    """The table's name for a GPU model, alias or driver's name; ``name`` itself if the table lacks it."""
     known = find_gpu(gpu_table(), name)
     return known.name if known else name

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from controlplane.config.plane import IMPORT_PATH, PlaneConfig, TierConfig
 from controlplane.config.problems import collect, path_text
-from controlplane.config.profiles import spread
+from controlplane.config.profiles import apply_plane_profile
 from controlplane.config.serve_file import ServeApplication, ServeSettings
 from controlplane.config.strict import PathPart
 from controlplane.config.yaml_file import read_yaml
@@ -24,7 +24,7 @@ _Found = list[tuple[_Path, Problem]]
 
 @dataclass(frozen=True, slots=True)
 class ServeFile:
-    """A Serve config file with tierplane in it."""
+    """A Serve config file that contains tierplane's application."""
 
     path: Path
     application: str
@@ -35,40 +35,43 @@ class ServeFile:
     """Where Serve's ingress listens."""
     http_port: int
     raw: Mapping[str, Any] = field(repr=False)
-    """The file as it was read: what ``serve run`` would see."""
+    """The file's values as they were read, as ``serve run`` would see them."""
 
 
 def parse_plane(values: Any) -> PlaneConfig:
-    """tierplane's settings from plain values; ConfigError holds every problem, with paths from here."""
+    """Validate tierplane's settings given as plain values.
+
+    Raises ConfigError with every problem; paths are relative to ``values``.
+    """
     found = _plane_problems(values)
     if found:
-        raise ConfigError(_placed(found, lambda _: 0))
+        raise ConfigError(_located(found, lambda _: 0))
     return PlaneConfig.model_validate(values)
 
 
 def load_plane(path: str | os.PathLike[str]) -> ServeFile:
-    """Read a Serve config file; ConfigError holds every problem, in the file's order, with its line."""
+    """Read a Serve config file. Raises ConfigError with every problem and its line, in the file's order."""
     file = read_yaml(Path(path))
     found = collect(ServeSettings, file.values, {"applications": [None]})
     index, application = _our_application(file.values, found)
     if index is not None:
         here: _Path = ("applications", index)
-        found += _below(
+        found += _prefixed(
             here, collect(ServeApplication, application, {"import_path": IMPORT_PATH, "args": None})
         )
         if isinstance(application, Mapping) and "args" in application:
-            found += _below((*here, "args"), _plane_problems(application["args"]))
+            found += _prefixed((*here, "args"), _plane_problems(application["args"]))
     if found or file.problems:
-        problems = [*file.problems, *_placed(found, file.line)]
+        problems = [*file.problems, *_located(found, file.line)]
         raise ConfigError(sorted(problems, key=lambda problem: problem.line), str(path))
     settings = ServeSettings.model_validate(file.values)
     ours = ServeApplication.model_validate(application)
     plane = PlaneConfig.model_validate(ours.args)
     if plane.gateway.port == settings.http_options.port:
         where: _Path = ("applications", index or 0, "args", "gateway", "port")
-        message = f"{plane.gateway.port} is the port of http_options too"
-        port_problem = Problem("", message, "give the gateway's own port another number, or 0 for none")
-        raise ConfigError(_placed([(where, port_problem)], file.line), str(path))
+        message = f"http_options.port is {plane.gateway.port} too"
+        port_problem = Problem("", message, "choose another port for the gateway, or 0 to switch it off")
+        raise ConfigError(_located([(where, port_problem)], file.line), str(path))
     return ServeFile(
         path=Path(path),
         application=ours.name,
@@ -81,55 +84,55 @@ def load_plane(path: str | os.PathLike[str]) -> ServeFile:
 
 
 def _our_application(values: Any, found: _Found) -> tuple[int | None, Any]:
-    """Index and values of tierplane's application; adds a problem to ``found`` if there isn't just one."""
+    """Index and values of tierplane's application; adds a problem to ``found`` if there isn't exactly one."""
     applications = values.get("applications") if isinstance(values, Mapping) else None
     if not isinstance(applications, list) or not applications:
-        return None, None  # the file's own check has said so
+        return None, None  # the check of ServeSettings has reported it
     import_paths = [each.get("import_path") if isinstance(each, Mapping) else None for each in applications]
     ours = [i for i, import_path in enumerate(import_paths) if import_path == IMPORT_PATH]
     if len(ours) > 1:
-        message = f"is tierplane's application, and applications[{ours[0]}] is too"
-        found.append((("applications", ours[1]), Problem("", message, "keep one of them in this file")))
+        message = f"is a second application of tierplane, after applications[{ours[0]}]"
+        found.append((("applications", ours[1]), Problem("", message, "remove one of the two")))
     if ours:
         return ours[0], applications[ours[0]]
     if len(applications) > 1:
         message = "none of the applications is tierplane's"
         found.append(
-            (("applications",), Problem("", message, f"give one of them import_path: {IMPORT_PATH}"))
+            (("applications",), Problem("", message, f"set import_path: {IMPORT_PATH} in one of them"))
         )
         return None, None
     if import_paths[0] is not None:
-        message, remedy = f"must be {IMPORT_PATH}, not '{import_paths[0]}'", "that is tierplane's builder"
+        message, remedy = f"must be {IMPORT_PATH}, not '{import_paths[0]}'", "this names tierplane's builder"
         found.append((("applications", 0, "import_path"), Problem("", message, remedy)))
     return 0, applications[0]
 
 
 def _plane_problems(values: Any) -> _Found:
-    """Everything wrong with tierplane's settings: of each tier, of the rest, and between them."""
-    values = spread(values)
+    """All problems of tierplane's settings: in each tier, in the other settings, and between tiers."""
+    values = apply_plane_profile(values)
     tiers = values.get("tiers") if isinstance(values, Mapping) else None
     if not isinstance(tiers, list) or not tiers:
         return collect(PlaneConfig, values, {"tiers": [_stand_in(0, None)]})
     found: _Found = []
     for i, tier in enumerate(tiers):
-        found += _below(("tiers", i), collect(TierConfig, tier, {"name": "tier"}))
-    # What concerns several tiers is checked on stand-ins, so that one wrong tier doesn't hide it.
+        found += _prefixed(("tiers", i), collect(TierConfig, tier, {"name": "tier"}))
+    # Checks across tiers use stand-ins, so that they run even if one tier is invalid.
     stand_ins = [_stand_in(i, tier) for i, tier in enumerate(tiers)]
     rest = collect(PlaneConfig, {**values, "tiers": stand_ins}, {})
-    if any(path[2:] in ((), ("name",)) for path, _ in found):  # a tier whose name is not known
+    if any(path[2:] in ((), ("name",)) for path, _ in found):  # the name of a tier is unknown
         rest = [each for each in rest if each[0] != ("gateway", "default_tier")]
     return found + rest
 
 
 def _stand_in(index: int, tier: Any) -> dict[str, Any]:
-    """A valid tier with what concerns other tiers too of ``tier``, as far as it is right."""
+    """A valid tier that has the valid ones of those values of ``tier`` that checks across tiers read."""
     values = tier if isinstance(tier, Mapping) else {}
-    kept = {
+    valid = {
         name: values[name]
         for name in ("name", "agent_types", "min_tier", "replicas", "concurrency_limit")
         if name in values and _is_valid(_annotation(name), values[name])
     }
-    return {"name": f"tier-{index}", "engine": "simulated", **kept}
+    return {"name": f"tier-{index}", "engine": "simulated", **valid}
 
 
 def _annotation(name: str) -> Any:
@@ -145,10 +148,10 @@ def _is_valid(kind: Any, value: Any) -> bool:
     return True
 
 
-def _below(prefix: _Path, found: _Found) -> _Found:
+def _prefixed(prefix: _Path, found: _Found) -> _Found:
     return [((*prefix, *path), problem) for path, problem in found]
 
 
-def _placed(found: _Found, line: Callable[[_Path], int]) -> list[Problem]:
-    """The problems with their whole path and line."""
+def _located(found: _Found, line: Callable[[_Path], int]) -> list[Problem]:
+    """The problems with their full path and line."""
     return [replace(problem, path=path_text(path), line=line(path)) for path, problem in found]

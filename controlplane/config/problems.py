@@ -1,4 +1,4 @@
-"""From pydantic's errors to problems that a person can act on: path, what is wrong, what to do."""
+"""Translates pydantic's errors to problems that a user can act on: path, message and remedy."""
 
 from __future__ import annotations
 
@@ -12,10 +12,22 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from controlplane.config.strict import ConfigFinding, FindingsError, PathPart, Strict
-from controlplane.config.valid_rest import Path, ValidRest, lies_in, meets, next_cut, remaining
+from controlplane.config.valid_rest import (
+    Path,
+    ValidRest,
+    is_removed,
+    next_removal,
+    overlaps,
+    without,
+)
 from controlplane.errors import Problem
 
-_NAME_PATTERN_TEXT = "lower-case letters, digits, '-' and '_', a letter first, 40 at most"
+_NAME_TEXT = "up to 40 lower-case letters, digits, '-' and '_', starting with a letter"
+_PATTERN_TEXTS = {
+    "^https?://": "an http:// or https:// address",
+    "^[A-Za-z_]": "the name of an environment variable",
+}
+"""How the regular expression of a setting begins → the values that it allows, for messages."""
 _NUMBER = re.compile(r"^[+-]?\d+(\.\d*)?([eE][+-]?\d+)?$")
 _NO_VALUE = object()
 
@@ -29,79 +41,79 @@ def path_text(path: Iterable[PathPart]) -> str:
 
 
 def collect(model: type[Strict], values: Any, placeholders: Mapping[str, Any]) -> list[tuple[Path, Problem]]:
-    """Every problem of ``values`` as a ``model``, with paths from there; empty if it is valid.
+    """Every problem of ``values`` as a ``model``, with paths relative to ``values``; empty if it is valid.
 
-    pydantic looks at what fields must satisfy together only once each is right by itself. So that one wrong
-    value doesn't hide the rest, wrong values are left out (``placeholders`` stand in for required fields) and
-    what remains is looked at again; findings that depend on what was left out are not made.
+    pydantic checks fields against each other only when each of them is valid. So that one invalid value
+    doesn't hide other problems, invalid values are removed (``placeholders`` replace required fields) and the
+    rest is validated again. Findings that depend on a removed value are not reported.
     """
     problems: list[tuple[Path, Problem]] = []
-    cuts: set[Path] = set()
+    removed: set[Path] = set()
     while True:
-        rest = remaining(values, cuts)
+        rest = without(values, removed)
         if isinstance(rest.values, dict):
-            stand_ins = {name: value for name, value in placeholders.items() if (name,) in cuts}
+            stand_ins = {name: value for name, value in placeholders.items() if (name,) in removed}
             rest = replace(rest, values=rest.values | stand_ins)
-        found, wrong = _validate(model, rest, cuts)
+        found, invalid = _validate(model, rest, removed)
         problems += found
-        more = {cut for path in wrong if (cut := next_cut(path, cuts))}
+        more = {next_path for path in invalid if (next_path := next_removal(path, removed))}
         if not more or not isinstance(values, Mapping):
             return problems
-        cuts |= more
+        removed |= more
 
 
 def _validate(
-    model: type[Strict], rest: ValidRest, cuts: Collection[Path]
+    model: type[Strict], rest: ValidRest, removed: Collection[Path]
 ) -> tuple[list[tuple[Path, Problem]], list[Path]]:
-    """New problems, and the paths of values that are wrong by themselves."""
+    """New problems, and the paths of the values that are invalid by themselves."""
     try:
         model.model_validate(rest.values)
     except ValidationError as error:
-        return _problems_of(error, model, rest, cuts)
+        return _problems_of(error, model, rest, removed)
     return [], []
 
 
 def _problems_of(
-    error: ValidationError, model: type[Strict], rest: ValidRest, cuts: Collection[Path]
+    error: ValidationError, model: type[Strict], rest: ValidRest, removed: Collection[Path]
 ) -> tuple[list[tuple[Path, Problem]], list[Path]]:
     problems: list[tuple[Path, Problem]] = []
-    wrong: list[Path] = []
+    invalid: list[Path] = []
     by_path: dict[Path, list[ErrorDetails]] = {}
     for item in error.errors():
         cause = item.get("ctx", {}).get("error")
         if isinstance(cause, FindingsError):
-            problems += _from_findings(cause.findings, item["loc"], rest, cuts)
+            problems += _from_findings(cause.findings, item["loc"], rest, removed)
             if item["loc"]:
-                wrong += [rest.original(item["loc"] + finding.path) for finding in cause.findings]
+                invalid += [rest.original(item["loc"] + finding.path) for finding in cause.findings]
         else:
             path = rest.original(_real_path(item, rest.values))
-            wrong += [path] if path else []
-            # What is missing, or too short, because of a cut was told when it was cut.
-            if path not in cuts and not (item["type"] == "too_short" and rest.is_shortened(path)):
+            invalid += [path] if path else []
+            # Values that are missing, or too short, because of a removal were reported before it.
+            if path not in removed and not (item["type"] == "too_short" and rest.is_shortened(path)):
                 by_path.setdefault(path, []).append(item)
     for path, items in by_path.items():
         message, remedy = _message(items, model, path)
         problems.append((path, Problem(path_text(path), message, remedy)))
-    return problems, wrong
+    return problems, invalid
 
 
 def _from_findings(
-    findings: Sequence[ConfigFinding], prefix: Path, rest: ValidRest, cuts: Collection[Path]
+    findings: Sequence[ConfigFinding], prefix: Path, rest: ValidRest, removed: Collection[Path]
 ) -> list[tuple[Path, Problem]]:
-    kept = [
+    certain = [
         (rest.original(prefix + finding.path), finding)
         for finding in findings
-        if not any(meets(rest.original((*prefix, name)), cuts) for name in finding.uses)
+        if not any(overlaps(rest.original((*prefix, name)), removed) for name in finding.uses)
     ]
     return [
         (path, Problem(path_text(path), finding.message, finding.remedy))
-        for path, finding in kept
-        if not lies_in(path, cuts)
+        for path, finding in certain
+        if not is_removed(path, removed)
     ]
 
 
 def _real_path(item: ErrorDetails, values: Any) -> Path:
-    """The error's place in the values: pydantic adds the tried members of a union to it."""
+    """The error's path without the names of union members, which pydantic adds."""
     path: list[PathPart] = []
     here = values
     for part in item["loc"]:
@@ -122,16 +134,16 @@ def _step(value: Any, part: PathPart) -> Any:
 
 
 def _message(items: Sequence[ErrorDetails], model: type[Strict], path: Path) -> tuple[str, str]:
-    """What is wrong with the value at ``path``, and the remedy."""
+    """The message and the remedy for the value at ``path``."""
     item, value = items[0], items[0]["input"]
     kinds = {each["type"] for each in items}
     if "extra_forbidden" in kinds:
         return f"unknown key '{path[-1]}'", _unknown_key_remedy(str(path[-1]), _model_at(model, path[:-1]))
     if "missing" in kinds:
         return "missing", _description(_model_at(model, path[:-1]), str(path[-1]))
-    shown = "" if "env" in path else f", not {_show(value)}"  # what is in an environment may be secret
+    shown = "" if "env" in path else f", not {_show(value)}"  # a value of an environment may be secret
     if "string_pattern_mismatch" in kinds:
-        return f"takes {_NAME_PATTERN_TEXT}{shown}", ""
+        return f"must be {_pattern_text(item)}{shown}", ""
     if kinds <= {"literal_error", "enum"}:
         allowed = [
             text.strip("'") for text in re.findall(r"'[^']*'|\d+", item.get("ctx", {}).get("expected", ""))
@@ -139,6 +151,11 @@ def _message(items: Sequence[ErrorDetails], model: type[Strict], path: Path) -> 
         return f"must be {_any_of(allowed)}{shown}", did_you_mean(str(value), allowed)
     wanted = _any_of(list(dict.fromkeys(_wanted(each) for each in items)))
     return f"must be {wanted}{shown}", _type_remedy(kinds, value)
+
+
+def _pattern_text(item: ErrorDetails) -> str:
+    pattern = str(item.get("ctx", {}).get("pattern", ""))
+    return next((text for start, text in _PATTERN_TEXTS.items() if pattern.startswith(start)), _NAME_TEXT)
 
 
 def _wanted(item: ErrorDetails) -> str:
@@ -164,7 +181,7 @@ def _wanted(item: ErrorDetails) -> str:
 def _type_remedy(kinds: set[str], value: Any) -> str:
     number_wanted = kinds & {"int_type", "float_type"}
     if isinstance(value, str) and number_wanted and _NUMBER.match(value):
-        return "write 1.0e+6: YAML takes 1e6 for text" if "e" in value.lower() else "remove the quotes"
+        return "write 1.0e+6: YAML reads 1e6 as text" if "e" in value.lower() else "remove the quotes"
     if isinstance(value, str) and "bool_type" in kinds and value.lower() in {"true", "false", "yes", "no"}:
         return "remove the quotes and write true or false"
     if isinstance(value, bool | int | float) and "string_type" in kinds and len(kinds) == 1:
@@ -173,7 +190,7 @@ def _type_remedy(kinds: set[str], value: Any) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A remedy that names the known word nearest to ``word``, or all if none is near."""
+    """A remedy that names the known word closest to ``word``, or all known words if none is close."""
     known = list(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
@@ -184,7 +201,7 @@ def _unknown_key_remedy(key: str, model: type[BaseModel] | None) -> str:
         return "remove it"
     close = difflib.get_close_matches(key.replace("-", "_"), model.model_fields, n=1, cutoff=0.75)
     if not close and "engine_args" in model.model_fields:
-        return "remove it; an engine's own flags stand under 'engine_args'"
+        return "remove it; an engine's own flags belong under 'engine_args'"
     return f"did you mean '{close[0]}'?" if close else did_you_mean(key, model.model_fields)
 
 
@@ -194,7 +211,7 @@ def _description(model: type[BaseModel] | None, name: str) -> str:
 
 
 def _model_at(model: type[BaseModel], path: Path) -> type[BaseModel] | None:
-    """The model of the values at ``path`` inside ``model``; None if they have none."""
+    """The model of the value at ``path`` inside ``model``; None if it is not a model."""
     here: type[BaseModel] | None = model
     for part in path:
         if isinstance(part, int):

@@ -1,4 +1,4 @@
-"""How reports are made: how often is sampled, and how much is kept at hand."""
+"""Settings of reports: how often the plane is sampled, and how many samples stay in memory."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ class ReportsConfig(Strict):
     interval_s: Annotated[float, Field(ge=1, le=600)] = 10.0
     """How often every tier and endpoint is sampled."""
     samples: Annotated[int, Field(ge=10, le=100_000)] = 1000
-    """Samples of each that are kept in memory; older ones are in the store, for 30 days."""
+    """Samples per tier and endpoint that stay in memory; older ones are in the store for 30 days."""
     log_interval_s: Annotated[float, Field(ge=60, le=2_592_000)] = 3600.0
-    """How often the log gets a report of every tier, over as long."""
+    """How often a report of every tier is written to the log; each covers the time since the last one."""

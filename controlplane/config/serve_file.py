@@ -1,7 +1,7 @@
 """The part of a Serve config file around tierplane's own settings.
 
-Serve ignores keys that it doesn't know; here they are errors, since a misspelt ``http_options`` would
-quietly listen on another port. What Serve checks itself when it starts is left to it (``Any``).
+Serve ignores unknown keys; here they are errors, because with a misspelt ``http_options`` Serve would
+silently listen on another port. Values that Serve checks when it starts are not checked here (``Any``).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from controlplane.config.strict import Strict
 
 
 class HttpOptions(Strict):
-    """Serve's ingress; the defaults are Serve's."""
+    """Serve's ingress, with Serve's defaults."""
 
-    host: str = "0.0.0.0"  # noqa: S104 - Serve's default; the shipped files say 127.0.0.1
+    host: str = "0.0.0.0"  # noqa: S104 - Serve's default; the files in configs/ set 127.0.0.1
     port: Port = 8000
     root_path: Any = ""
     request_timeout_s: Any = None
@@ -32,7 +32,7 @@ class ServeSettings(Strict):
     """The top level of a Serve config file."""
 
     applications: Annotated[list[Any], Field(min_length=1)]
-    """The applications to run; one of them is tierplane's."""
+    """The applications to run, one of them tierplane's."""
     proxy_location: Literal["Disabled", "HeadOnly", "EveryNode"] = "EveryNode"
     http_options: HttpOptions = HttpOptions()
     grpc_options: Any = None
@@ -46,7 +46,7 @@ class ServeApplication(Strict):
     """One application of a Serve config file."""
 
     import_path: str
-    """Of tierplane's application: deployments.app:build."""
+    """deployments.app:build for tierplane's application."""
     args: Any
     """tierplane's settings: tiers, gateway, controller."""
     name: str = "default"

@@ -1,4 +1,4 @@
-"""The base of all configuration models: strict, frozen, and able to say more than one thing at once."""
+"""The base of all configuration models: strict, frozen, and able to report several problems at once."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ PathPart = str | int
 
 @dataclass(frozen=True, slots=True)
 class ConfigFinding:
-    """Something wrong that concerns more than one field's own type."""
+    """A problem that the types of fields don't express, such as a contradiction between two fields."""
 
     path: tuple[PathPart, ...]
-    """Where, from the model that found it."""
+    """Relative to the model that reports the finding."""
     message: str
     remedy: str = ""
     uses: tuple[str, ...] = ()
-    """Other fields it was concluded from: if one of them is wrong itself, the finding may be too."""
+    """Other fields that the finding depends on: it is not reported if one of them is invalid."""
 
 
 class FindingsError(ValueError):
-    """Carries findings through pydantic."""
+    """Carries findings through pydantic's validation."""
 
     def __init__(self, findings: Sequence[ConfigFinding]) -> None:
         self.findings = tuple(findings)
@@ -32,15 +32,15 @@ class FindingsError(ValueError):
 
 
 class Strict(BaseModel):
-    """Unknown keys are errors, values are not coerced between kinds, instances don't change.
+    """Unknown keys are errors, values are not coerced to other types, instances are frozen.
 
-    A subclass overrides :meth:`findings` for what its fields must satisfy together.
+    A subclass overrides :meth:`findings` to check its fields against each other.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
     def findings(self) -> list[ConfigFinding]:
-        """What is wrong between fields that are each right by themselves."""
+        """Problems between fields that are each valid."""
         return []
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""Values without what was found to be wrong in them, so that the rest can be looked at."""
+"""Configuration values without those that were found to be invalid, so that the rest can be validated."""
 
 from __future__ import annotations
 
@@ -13,59 +13,63 @@ Path = tuple[PathPart, ...]
 
 @dataclass(frozen=True, slots=True)
 class ValidRest:
-    """What is left after cuts."""
+    """Values after some of them were removed."""
 
     values: Any
-    _kept: dict[Path, list[int]] = field(default_factory=dict)
-    """A list that lost items → the numbers that the others had."""
+    _original_indices: dict[Path, list[int]] = field(default_factory=dict)
+    """For each list that lost items: the original indices of the remaining items."""
 
     def original(self, path: Path) -> Path:
-        """The path that something in :attr:`values` had before the cuts."""
+        """The path that the value at ``path`` in :attr:`values` had before the removals."""
         found: Path = ()
         for part in path:
-            kept = self._kept.get(found, [])
-            found = (*found, kept[part] if isinstance(part, int) and part < len(kept) else part)
+            indices = self._original_indices.get(found, [])
+            found = (*found, indices[part] if isinstance(part, int) and part < len(indices) else part)
         return found
 
     def is_shortened(self, path: Path) -> bool:
-        """Whether the list that was at that path lost items."""
-        return path in self._kept
+        """Whether the list at that original path lost items."""
+        return path in self._original_indices
 
 
-def remaining(values: Any, cuts: Collection[Path]) -> ValidRest:
-    """``values`` without what is at those paths; they stay as they are."""
-    kept: dict[Path, list[int]] = {}
-    ways = {cut[:length] for cut in cuts for length in range(len(cut))}
-    """Only what lies on a way to a cut is made anew: values may contain themselves."""
+def without(values: Any, removed: Collection[Path]) -> ValidRest:
+    """``values`` without the values at the paths ``removed``; ``values`` itself is not changed."""
+    original_indices: dict[Path, list[int]] = {}
+    # Only these containers are copied: values may contain themselves.
+    containers = {path[:length] for path in removed for length in range(len(path))}
 
     def rest(here: Any, path: Path) -> Any:
-        if path not in ways:
+        if path not in containers:
             return here
         if isinstance(here, Mapping):
-            return {key: rest(each, (*path, key)) for key, each in here.items() if (*path, key) not in cuts}
+            keys = [key for key in here if (*path, key) not in removed]
+            return {key: rest(here[key], (*path, key)) for key in keys}
         if isinstance(here, list):
-            numbers = [i for i in range(len(here)) if (*path, i) not in cuts]
-            if len(numbers) < len(here):
-                kept[path] = numbers
-            return [rest(here[i], (*path, i)) for i in numbers]
+            indices = [i for i in range(len(here)) if (*path, i) not in removed]
+            if len(indices) < len(here):
+                original_indices[path] = indices
+            return [rest(here[i], (*path, i)) for i in indices]
         return here
 
-    return ValidRest(rest(values, ()), kept)
+    return ValidRest(rest(values, ()), original_indices)
 
 
-def next_cut(path: Path, cuts: Collection[Path]) -> Path:
-    """What to leave out for what is wrong at ``path``: just that or, if it was left out before and is wrong
-    all the same (it is required), the nearest around it that was not. Empty: nothing less than everything."""
-    while path in cuts:
+def next_removal(path: Path, removed: Collection[Path]) -> Path:
+    """The path to remove because the value at ``path`` is invalid.
+
+    This is ``path`` itself or, if that was removed before and is still reported (a required value), the
+    innermost container around it that was not removed. Empty if nothing but all of the values is left.
+    """
+    while path in removed:
         path = path[:-1]
     return path
 
 
-def meets(path: Path, cuts: Collection[Path]) -> bool:
-    """Whether what is at ``path``, something around it or something in it was left out."""
-    return any(path[: len(cut)] == cut[: len(path)] for cut in cuts)
+def overlaps(path: Path, removed: Collection[Path]) -> bool:
+    """Whether the value at ``path``, a container around it or a part of it was removed."""
+    return any(path[: len(each)] == each[: len(path)] for each in removed)
 
 
-def lies_in(path: Path, cuts: Collection[Path]) -> bool:
-    """Whether what is at ``path``, or something around it, was left out."""
-    return any(path[:length] in cuts for length in range(1, len(path) + 1))
+def is_removed(path: Path, removed: Collection[Path]) -> bool:
+    """Whether the value at ``path``, or a container around it, was removed."""
+    return any(path[:length] in removed for length in range(1, len(path) + 1))

@@ -1,8 +1,8 @@
-"""Which flags vLLM knows, so that a typing error is found before an engine is started.
+"""The flags that vLLM has, so that a misspelt flag is found before an engine is started.
 
-``vllm_flags.json`` holds the flags of the vLLM version named in it; ``make vllm-flags`` writes it from the
-installed vLLM's own argument parser. Another version may know others, so an unknown flag counts as wrong
-only if the versions agree, or no vLLM is installed here.
+``vllm_flags.json`` lists the flags of the vLLM version named in it; ``make vllm-flags`` writes it from the
+installed vLLM's own argument parser. Another version may have other flags, so an unknown flag is an error
+only if the installed vLLM has the listed version, or no vLLM is installed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from controlplane.config.strict import ConfigFinding
 
 
 def vllm_flag_findings(flags: Iterable[str]) -> list[ConfigFinding]:
-    """What is wrong with ``flags`` (without leading dashes), each under ``engine_args``."""
+    """A finding under ``engine_args`` for each of ``flags`` (without leading dashes) that vLLM lacks."""
     version, known = known_vllm_flags()
     certain = installed_vllm() in (None, version)
     found = []
@@ -32,7 +32,7 @@ def vllm_flag_findings(flags: Iterable[str]) -> list[ConfigFinding]:
         close = difflib.get_close_matches(flag, known, n=1, cutoff=0.8)
         if flag in OUTDATED:
             remedy = OUTDATED[flag].remedy
-            found.append(ConfigFinding(path, "vLLM has this flag no more", remedy, ("engine",)))
+            found.append(ConfigFinding(path, "vLLM no longer has this flag", remedy, ("engine",)))
         elif certain:
             remedy = (
                 f"did you mean '{close[0]}'?" if close else "remove it, or see the flags of vLLM's API server"
@@ -61,32 +61,32 @@ def installed_vllm() -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class FlagDrift:
-    """How another vLLM's flags differ from the list here."""
+    """How the flags of some vLLM version differ from the list in ``vllm_flags.json``."""
 
     version: str
     added: tuple[str, ...]
-    gone: tuple[str, ...]
-    back: tuple[str, ...]
-    """Flags that the table of outdated ones holds for gone, but this vLLM knows."""
+    removed: tuple[str, ...]
+    reintroduced: tuple[str, ...]
+    """Flags that the table of outdated flags lists, but this vLLM has."""
     profiles: tuple[str, ...]
-    """Scenario templates that name a flag which is gone."""
+    """Scenario templates that use a removed flag."""
 
     def __bool__(self) -> bool:
-        return bool(self.added or self.gone or self.back or self.profiles)
+        return bool(self.added or self.removed or self.reintroduced or self.profiles)
 
     def __str__(self) -> str:
         parts = [
             ("new", [f"--{flag}" for flag in self.added]),
-            ("gone", [f"--{flag}" for flag in self.gone]),
-            ("known again, so take it out of controlplane/config/outdated_flags.py", self.back),
+            ("removed", [f"--{flag}" for flag in self.removed]),
+            ("reintroduced, so remove it from controlplane/config/outdated_flags.py", self.reintroduced),
             ("scenario templates that no longer work", self.profiles),
         ]
-        told = "; ".join(f"{what}: {', '.join(names)}" for what, names in parts if names)
-        return f"vLLM {self.version} against the list here: {told or 'no difference'}"
+        changes = "; ".join(f"{what}: {', '.join(names)}" for what, names in parts if names)
+        return f"vLLM {self.version} compared with tierplane's list of flags: {changes or 'no difference'}"
 
 
 def drift(version: str, flags: Iterable[str]) -> FlagDrift:
-    """What is different in a vLLM of ``version`` that knows ``flags``, and what it breaks here."""
+    """How a vLLM of ``version`` with ``flags`` differs from the list, and which templates that breaks."""
     _, known = known_vllm_flags()
     now = frozenset(flags)
     broken = [
@@ -98,7 +98,7 @@ def drift(version: str, flags: Iterable[str]) -> FlagDrift:
     return FlagDrift(
         version,
         added=tuple(sorted(now - known)),
-        gone=tuple(sorted(known - now)),
-        back=tuple(sorted(now & OUTDATED.keys())),
+        removed=tuple(sorted(known - now)),
+        reintroduced=tuple(sorted(now & OUTDATED.keys())),
         profiles=tuple(broken),
     )

@@ -1,4 +1,4 @@
-"""A YAML file as plain values, with the line of each and every duplicate key."""
+"""A YAML file as plain values, with the line of each value and all duplicate keys."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from controlplane.errors import ConfigError, Problem
 
 @dataclass(frozen=True, slots=True)
 class YamlFile:
-    """What a file says."""
+    """The contents of a YAML file."""
 
     values: Any
     lines: dict[tuple[PathPart, ...], int] = field(default_factory=dict)
     """Path of a value → the line, from 1, of its key (or of itself in a list)."""
     problems: tuple[Problem, ...] = ()
-    """Duplicate keys: YAML would silently keep the last."""
+    """Duplicate keys, of which YAML would silently use the last."""
 
     def line(self, path: tuple[PathPart, ...]) -> int:
-        """The line of the value at ``path``, or of the nearest value around it; 0 for an empty file."""
+        """The line of the value at ``path``, or of the innermost container around it; 0 for an empty file."""
         while path and path not in self.lines:
             path = path[:-1]
         return self.lines.get(path, 0)
 
 
 def read_yaml(path: Path) -> YamlFile:
-    """Read one YAML document. ConfigError if the file can't be read or isn't YAML."""
+    """Read one YAML document. Raises ConfigError if the file can't be read or isn't YAML."""
     source = str(path)
     try:
         text = path.read_text("utf-8")
     except OSError as error:
-        remedy = "name an existing file; the examples stand in configs/"
+        remedy = "name an existing file; there are examples in configs/"
         raise ConfigError([Problem("", f"can't be read: {error.strerror}", remedy)], source) from error
     except UnicodeDecodeError as error:
-        raise ConfigError([Problem("", "is no UTF-8 text", "save it as UTF-8")], source) from error
+        raise ConfigError([Problem("", "is not UTF-8 text", "save it as UTF-8")], source) from error
     loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()
@@ -53,10 +53,10 @@ def read_yaml(path: Path) -> YamlFile:
         mark = error.problem_mark or error.context_mark
         what = " ".join(text for text in (error.context, error.problem) if text)
         place = f" (column {mark.column + 1})" if mark else ""
-        problem = Problem("", f"is no valid YAML: {what}{place}", line=mark.line + 1 if mark else 0)
+        problem = Problem("", f"is not valid YAML: {what}{place}", line=mark.line + 1 if mark else 0)
         raise ConfigError([problem], source) from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ConfigError([Problem("", f"is no valid YAML: {error}")], source) from error
+        raise ConfigError([Problem("", f"is not valid YAML: {error}")], source) from error
     finally:
         loader.dispose()
 
@@ -67,7 +67,7 @@ def _walk(
     lines: dict[tuple[PathPart, ...], int],
     above: tuple[int, ...],
 ) -> Iterator[Problem]:
-    """Note the line of everything below ``node``; yield a problem for each duplicate key."""
+    """Record the line of every value below ``node``; yield a problem for each duplicate key."""
     lines.setdefault(path, node.start_mark.line + 1)
     if id(node) in above:  # an alias that contains itself
         return
@@ -81,8 +81,8 @@ def _walk(
             key, line = str(key_node.value), key_node.start_mark.line + 1
             if key_node.tag != "tag:yaml.org,2002:merge":
                 if key in first:
-                    what = f"the key stands in line {first[key]} already"
-                    yield Problem(path_text((*path, key)), what, "remove one of them", line)
+                    message = f"the key is already in line {first[key]}"
+                    yield Problem(path_text((*path, key)), message, "remove one of the two", line)
                 first.setdefault(key, line)
             lines.setdefault((*path, key), line)
             yield from _walk(value_node, (*path, key), lines, above)

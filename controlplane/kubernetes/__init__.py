@@ -1,1 +1,1 @@
-"""From a Serve config file to a KubeRay RayService, so that the two can't drift: see ``k8s/README.md``."""
+"""Generates a KubeRay RayService from a Serve config file, so that the two agree: see ``k8s/README.md``."""

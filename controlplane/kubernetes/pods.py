@@ -1,6 +1,6 @@
-"""Pod templates: the parts that every pod has, and what differs by what it is for.
+"""Pod templates of the head, the gateway and the tiers.
 
-Nothing runs as root, writes to its image, or holds a Kubernetes token that it does not use.
+No container runs as root, can write to its image, or has a Kubernetes token that it does not need.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from controlplane.models.catalog import gpu_named
 Manifest = dict[str, Any]
 
 USER_ID: Final = 1000
-"""The user that the images in ``k8s/docker`` make."""
+"""The user that the images in ``k8s/docker`` create."""
 SERVE_PORT: Final = 8000
 METRICS_PORT: Final = 6385
 AGENT_PORT: Final = 52365
@@ -34,18 +34,18 @@ RAY_PORTS: Final[Mapping[str, str]] = {
     "min-worker-port": "10002",
     "max-worker-port": "19999",
 }
-"""Fixed, so that the network policy can let Ray through and keep engines closed."""
+"""Fixed, so that the network policy can allow Ray's ports but not the engines' ports."""
 
 GATEWAY_DRAIN_S: Final = 60
 ENGINE_STOP_S: Final = 30
 MARGIN_S: Final = 30
-"""Between the end of a drain and Kubernetes' SIGKILL."""
+"""The time between the end of a drain and Kubernetes' SIGKILL."""
 
 _ENV: Final[Mapping[str, str]] = {
     "HOME": "/home/tierplane",
     "HF_HOME": "/models/hub",
     "TIERPLANE_CACHE_DIR": "/models/tierplane",
-    "TIERPLANE_RUN_DIR": "/tmp/tierplane",  # noqa: S108 - an emptyDir of the pod's own
+    "TIERPLANE_RUN_DIR": "/tmp/tierplane",  # noqa: S108 - the pod's own emptyDir
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
@@ -55,7 +55,7 @@ _ENV: Final[Mapping[str, str]] = {
 
 
 def container_security() -> Manifest:
-    """What a container may do: nothing beyond being a process."""
+    """A container's security context, with no privileges."""
     return {
         "allowPrivilegeEscalation": False,
         "readOnlyRootFilesystem": True,
@@ -66,11 +66,11 @@ def container_security() -> Manifest:
 
 
 def head_pod(config: PlaneConfig, overlay: Overlay) -> Manifest:
-    """Ray's head: tables, Serve's controller, the dashboard; no engine and no gateway."""
+    """The head pod: Ray's tables, Serve's controller and the dashboard; no engine and no gateway."""
     resources = {"cpu": "2", "memory": "4Gi", "ephemeral-storage": "4Gi"}
     pod = _pod("head", overlay, "ray-head", resources, _env(config), grace_s=60)
     pod["spec"]["serviceAccountName"] = "tierplane-head"
-    # KubeRay puts the autoscaler's container into this pod: it alone talks to Kubernetes.
+    # KubeRay adds the autoscaler's container to this pod; only that container talks to Kubernetes.
     pod["spec"]["automountServiceAccountToken"] = overlay.autoscale
     container = pod["spec"]["containers"][0]
     container["ports"] = [
@@ -84,7 +84,7 @@ def head_pod(config: PlaneConfig, overlay: Overlay) -> Manifest:
 
 
 def gateway_pod(config: PlaneConfig, overlay: Overlay) -> Manifest:
-    """One gateway replica; ready when it can serve, and no longer sent requests when it ends."""
+    """The pod of one gateway replica: ready when it can serve, and drained before it stops."""
     port = config.gateway.port
     cpus = max(1, round(config.gateway.cpus))
     resources = {"cpu": str(cpus), "memory": "2Gi", "ephemeral-storage": "2Gi"}
@@ -95,7 +95,7 @@ def gateway_pod(config: PlaneConfig, overlay: Overlay) -> Manifest:
         _port("http", port), _port("serve", SERVE_PORT), _port("metrics", METRICS_PORT),
     ]  # fmt: skip
     container["readinessProbe"] = _probe("/health/ready", port, failures=2)
-    # Kubernetes stops sending new requests when the pod is deleted; those in flight get this long.
+    # Kubernetes sends no new requests once the pod is deleted; requests in flight have this long to finish.
     container["lifecycle"] = {"preStop": {"exec": {"command": ["sleep", str(GATEWAY_DRAIN_S)]}}}
     pod["spec"]["topologySpreadConstraints"] = [
         {
@@ -109,7 +109,7 @@ def gateway_pod(config: PlaneConfig, overlay: Overlay) -> Manifest:
 
 
 def tier_pod(config: PlaneConfig, tier: TierConfig, need: PodNeed, overlay: Overlay) -> Manifest:
-    """The engines of one tier on one node's GPUs, or on CPUs."""
+    """The pod of one tier's engines on the GPUs of one node, or on CPUs."""
     memory = mebibytes(need.memory_bytes)
     resources = {"cpu": str(need.cpus), "memory": memory, "ephemeral-storage": "16Gi"}
     if need.gpus:
@@ -121,7 +121,7 @@ def tier_pod(config: PlaneConfig, tier: TierConfig, need: PodNeed, overlay: Over
     pod["metadata"]["annotations"] = {"tierplane.io/memory-source": need.source}
     container = pod["spec"]["containers"][0]
     container["ports"] = [_port("serve", SERVE_PORT), _port("metrics", METRICS_PORT)]
-    # Serve's proxy on this node is there once a replica is.
+    # Serve starts a proxy on this node once a replica runs on it.
     container["readinessProbe"] = _probe("/-/healthz", SERVE_PORT, failures=2)
     container["lifecycle"] = {"preStop": {"exec": {"command": ["sh", "-c", _drain(drain_s)]}}}
     if need.shared_bytes:
@@ -132,20 +132,20 @@ def tier_pod(config: PlaneConfig, tier: TierConfig, need: PodNeed, overlay: Over
 
 
 def group_name(name: str) -> str:
-    """A tier's name as Kubernetes takes it."""
+    """A tier's name in the form that Kubernetes accepts."""
     return name.replace("_", "-")
 
 
 def labels(component: str) -> dict[str, str]:
-    """What the network policies, services and budgets in ``k8s/base`` select by."""
+    """The labels that the network policies, services and disruption budgets in ``k8s/base`` select."""
     return {"app.kubernetes.io/name": "tierplane", "app.kubernetes.io/component": component}
 
 
 def start_params(cpus: int, resources: Mapping[str, int]) -> dict[str, str]:
-    """``rayStartParams`` of a group: fixed ports, and what Ray may place there."""
+    """``rayStartParams`` of a worker group: fixed ports, and the resources that Ray may use."""
     params = {**RAY_PORTS, "num-cpus": str(cpus)}
     if resources:
-        # Quoted once more: KubeRay writes it into a shell command.
+        # Encoded twice: KubeRay writes it into a shell command.
         params["resources"] = json.dumps(json.dumps(resources))
     return params
 
@@ -180,7 +180,7 @@ def _pod(
                     "image": f"{IMAGE}:{overlay.tag}",
                     "imagePullPolicy": "IfNotPresent",
                     "env": list(env),
-                    # Memory is not overcommitted: an engine that outgrows it would take its node along.
+                    # Memory is not overcommitted: an engine that outgrows its request would harm the node.
                     "resources": {
                         "requests": dict(resources),
                         "limits": {k: v for k, v in resources.items() if k != "cpu"},
@@ -206,7 +206,7 @@ def _pod(
 def _env(config: PlaneConfig) -> list[Manifest]:
     env: list[Manifest] = [{"name": name, "value": value} for name, value in _ENV.items()]
     keys = {tier.api_key_env for tier in config.tiers}
-    # The controller may be on any pod.
+    # The controller may run in any pod.
     keys |= {webhook.secret_env for webhook in config.controller.alerts.webhooks}
     names = sorted(filter(None, keys))
     return env + [_secret_env(name, "tierplane-keys", name, optional=False) for name in names]
@@ -234,11 +234,12 @@ def _probe(path: str, port: int, *, failures: int) -> Manifest:
 
 
 def _drain(seconds: int) -> str:
-    """Tell Ray that this node ends, so that Serve replaces its replicas, and wait for the engines to go."""
+    """A shell command that has Ray drain this node, so that Serve replaces its replicas, and waits until the
+    engines have stopped."""
     return (
         "ray drain-node --reason DRAIN_NODE_REASON_PREEMPTION --reason-message 'the pod ends' "
         f"--deadline-remaining-seconds {seconds}; "
-        # The brackets keep the pattern from finding this very command line.
+        # The brackets keep the pattern from matching this command line itself.
         f"for i in $(seq {seconds}); do grep -qsa '[v]llm.entrypoints' /proc/[0-9]*/cmdline || exit 0; "
         "sleep 1; done"
     )
@@ -251,7 +252,8 @@ def _shared_memory(pod: Manifest, size_bytes: int) -> None:
 
 
 def _on_gpus(driver_name: str) -> Manifest:
-    """Nodes with that GPU, by the label of NVIDIA's GPU feature discovery, and their usual taint."""
+    """Selects nodes with that GPU by the label of NVIDIA's GPU feature discovery, and tolerates their usual
+    taint."""
     return {
         "affinity": {
             "nodeAffinity": {

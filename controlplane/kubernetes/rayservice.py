@@ -1,8 +1,8 @@
-"""A RayService from a Serve config file.
+"""Generates a RayService from a Serve config file.
 
-``serveConfigV2`` is that file, with three things said that only a cluster of pods needs: each tier and the
-gateway run in worker groups of their own (a custom Ray resource each), nothing listens on loopback, and tiers
-that scale share the GPUs that pods can be added for, not only those that are there.
+``serveConfigV2`` is that file with three changes that a cluster of pods needs: each tier and the gateway run
+in their own worker group (each with a custom Ray resource), nothing listens on loopback, and tiers that scale
+share the GPUs that pods can be added for, not only the GPUs of existing pods.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from controlplane.kubernetes.requests import PodNeed, pod_need
 from controlplane.ray_cluster.actor_options import actor_options
 
 RAY_VERSION: Final = "2.60.0"
-"""Of the images; a test keeps it that of ``.locks/core.txt``."""
+"""Ray's version in the images; a test compares it with ``.locks/core.txt``."""
 GATEWAY_RESOURCE: Final = "tierplane-gateway"
 _LOOPBACK: Final = frozenset({"127.0.0.1", "localhost", "::1"})
-_EVERYWHERE: Final = "0.0.0.0"  # noqa: S104 - inside the pod; the network policy says who gets there
+_EVERYWHERE: Final = "0.0.0.0"  # noqa: S104 - inside the pod; the network policy restricts access
 
 
 def render(file: ServeFile, overlay: Overlay) -> Manifest:
-    """The RayService. ConfigError with every tier that can't run on the overlay's nodes."""
+    """The RayService. Raises ConfigError with every tier that can't run on the overlay's nodes."""
     needs = _needs(file, overlay)
     config = file.plane
     if not config.gateway.port:
@@ -65,7 +65,7 @@ def render(file: ServeFile, overlay: Overlay) -> Manifest:
     if overlay.autoscale:
         cluster["autoscalerOptions"] = {
             "upscalingMode": "Default",
-            # Longer than an engine's start, so that a node is not taken away before it was used.
+            # Longer than an engine's start, so that a node is not removed before it was used.
             "idleTimeoutSeconds": 600,
             "resources": {
                 "requests": {"cpu": "500m", "memory": "512Mi"},
@@ -83,8 +83,8 @@ def render(file: ServeFile, overlay: Overlay) -> Manifest:
         "kind": "RayService",
         "metadata": {"name": "tierplane", "labels": labels("plane")},
         "spec": {
-            # What only changes serveConfigV2 is applied in place; anything else gets a new cluster, and
-            # traffic moves when it is ready.
+            # A change to serveConfigV2 alone is applied in place; any other change starts a new cluster, and
+            # traffic moves to it when it is ready.
             "upgradeStrategy": {"type": "NewCluster"},
             "rayClusterDeletionDelaySeconds": max([GATEWAY_DRAIN_S, *drains_s]) + MARGIN_S,
             "excludeHeadPodFromServeSvc": True,
@@ -95,8 +95,8 @@ def render(file: ServeFile, overlay: Overlay) -> Manifest:
 
 
 def serve_config(file: ServeFile, overlay: Overlay) -> dict[str, Any]:
-    """The file's own settings, with placement in worker groups, no loopback address and, where pods are added
-    on demand, the GPUs that there may be."""
+    """The file's settings with placement in worker groups, without loopback addresses and, if pods are added
+    on demand, with the most GPUs that the tiers may use."""
     values: dict[str, Any] = copy.deepcopy(dict(file.raw))
     http = values.setdefault("http_options", {})
     if http.get("host") in _LOOPBACK:
@@ -111,7 +111,7 @@ def serve_config(file: ServeFile, overlay: Overlay) -> dict[str, Any]:
     if overlay.autoscale and plane.controller.scaling.gpus is None and any(map(_scales_gpus, plane.tiers)):
         most = sum(_most_replicas(tier) * tier.engine_gpus for tier in plane.tiers)
         ours["args"].setdefault("controller", {}).setdefault("scaling", {})["gpus"] = round(most, 6)
-    # Serve replaces a deployment's actor options as a whole, so all of them are said.
+    # Serve replaces a deployment's actor options as a whole, so all of them are set.
     placed = [_placed("gateway", {"num_cpus": file.plane.gateway.cpus}, GATEWAY_RESOURCE)]
     placed += [_placed(tier.name, actor_options(tier), tier_resource(tier.name)) for tier in file.plane.tiers]
     ours["deployments"] = placed
@@ -127,7 +127,7 @@ def _most_replicas(tier: TierConfig) -> int:
 
 
 def tier_resource(name: str) -> str:
-    """The custom Ray resource that a tier's pods have: one for each replica."""
+    """The custom Ray resource of a tier's pods, one unit per replica."""
     return f"tierplane-tier-{group_name(name)}"
 
 
@@ -153,7 +153,7 @@ def _gateway_group(file: ServeFile, overlay: Overlay) -> Manifest:
     return {
         "groupName": "gateway",
         **_size(gateway.replicas, gateway.replicas, overlay),
-        # Room for the next gateway beside the last one, while a configuration changes.
+        # Room for the new gateway beside the old one while a configuration changes.
         "rayStartParams": start_params(ceil(2 * gateway.cpus), {GATEWAY_RESOURCE: 2}),
         "template": gateway_pod(file.plane, overlay),
     }
@@ -174,8 +174,11 @@ def _tier_group(file: ServeFile, index: int, need: PodNeed, overlay: Overlay) ->
 
 
 def _size(pods: int, most: int, overlay: Overlay, *, fewest: int | None = None) -> dict[str, int]:
-    """``most``: with what a change of the configuration adds for a while, and what scaling may add;
-    ``fewest``: what scaling may leave, by default all."""
+    """The replica settings of a worker group.
+
+    ``pods`` is the number at the start, ``most`` the number with all that scaling and a change of the
+    configuration may add, and ``fewest`` the number that scaling may reduce it to (by default ``pods``).
+    """
     if not overlay.autoscale:
         return {"replicas": most, "minReplicas": most, "maxReplicas": max(1, most)}
     return {

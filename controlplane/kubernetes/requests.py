@@ -1,8 +1,8 @@
-"""What a pod of a tier asks Kubernetes for, from the memory model.
+"""The resources that a tier's pod requests from Kubernetes, from the memory model.
 
-On a CPU the model counts the whole engine. With GPUs it says whether the engine fits them; the pod's own
-memory is an estimate on top of measured process sizes (not measured on a GPU machine): processes, the
-weights that pass through host memory while they load, and shared memory between the ranks.
+On a CPU the memory model covers the whole engine. With GPUs it decides whether the engine fits them; the
+pod's own memory is an estimate that builds on measured process sizes (not measured on a GPU machine):
+processes, the weights that pass through host memory while they load, and shared memory between the ranks.
 """
 
 from __future__ import annotations
@@ -35,27 +35,27 @@ CUDA_HOST_BYTES: Final = 2 * GIB
 SHARED_BYTES: Final = GIB
 """Shared memory for each rank's collectives, in ``/dev/shm``."""
 LIGHT_BYTES: Final = GIB
-"""Engines that hold no model here: an address elsewhere, a timing model."""
+"""An engine without a model in this pod: ``endpoint`` or ``simulated``."""
 _KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"
 _SUFFIXES = ("-AWQ", "-GPTQ-Int4", "-FP8")
 
 
 @dataclass(frozen=True, slots=True)
 class PodNeed:
-    """One pod of a tier."""
+    """The resources of one pod of a tier."""
 
     replicas: int
-    """Replicas of the tier that share it: more than one if they share a GPU."""
+    """Replicas of the tier in this pod: more than one if they share a GPU."""
     gpus: int
     cpus: int
     memory_bytes: int
     shared_bytes: int
     source: str
-    """Where the memory comes from, for people."""
+    """What the memory request is based on, as text."""
 
 
 def pod_need(tier: TierConfig, overlay: Overlay) -> PodNeed:
-    """The pod of one tier. ConfigError if the tier can't run on the overlay's nodes."""
+    """The pod of one tier. Raises ConfigError if the tier can't run on the overlay's nodes."""
     if tier.engine != "vllm":
         gpus, cpus = ceil(tier.gpus), max(1, ceil(tier.cpus))
         return PodNeed(1, gpus, cpus, RAY_BYTES + LIGHT_BYTES, 0, "no model in vLLM")
@@ -69,8 +69,10 @@ def pod_need(tier: TierConfig, overlay: Overlay) -> PodNeed:
 def _cpu(tier: TierConfig, model: ModelSpec, settings: EngineArgs) -> PodNeed:
     space = tier.env.get(_KV_SPACE, "1")
     if not space.isdigit() or not int(space):
-        raise _problem(tier, f"env.{_KV_SPACE}", f"'{space}' is no size for a pod", "a whole number of GiB")
-    # node_bytes plays no part: the cache's size is given.
+        raise _problem(
+            tier, f"env.{_KV_SPACE}", f"'{space}' is not a valid size", "use a whole number of GiB"
+        )
+    # node_bytes has no effect, because the size of the cache is set.
     plan = plan_cpu_memory(model, settings, kv_cache_bytes=int(space) * GIB, node_bytes=0)
     cpus = max(ceil(tier.cpus), settings.world_size)
     return PodNeed(1, 0, cpus + 1, plan.total_bytes + RAY_BYTES, 0, "memory model, engine on CPU")
@@ -79,20 +81,20 @@ def _cpu(tier: TierConfig, model: ModelSpec, settings: EngineArgs) -> PodNeed:
 def _gpu(tier: TierConfig, model: ModelSpec, settings: EngineArgs, overlay: Overlay) -> PodNeed:
     if overlay.gpu is None:
         raise _problem(
-            tier, "device", f"overlay {overlay.name} has no GPUs", "device: cpu, or another overlay"
+            tier, "device", f"overlay {overlay.name} has no GPUs", "set device: cpu, or use another overlay"
         )
     if tier.gpu_models and overlay.gpu not in tier.gpu_models:
-        message = f"overlay {overlay.name} has {overlay.gpu}, the tier takes {', '.join(tier.gpu_models)}"
-        raise _problem(tier, "gpu_models", message, "name it too, or another overlay")
+        message = f"overlay {overlay.name} has {overlay.gpu}, the tier allows {', '.join(tier.gpu_models)}"
+        raise _problem(tier, "gpu_models", message, f"add {overlay.gpu}, or use another overlay")
     if tier.pipeline_across_nodes:
-        message = "the network policies let no engine talk to pods of its own on other nodes"
-        raise _problem(tier, "pipeline_across_nodes", message, "leave it out: an engine stays on one node")
+        message = "the network policies allow no traffic between the pods of one engine"
+        raise _problem(tier, "pipeline_across_nodes", message, "remove it: an engine stays on one node")
     gpus = ceil(tier.engine_gpus)
     if gpus > overlay.gpus_per_node:
         raise _problem(
             tier,
             "tensor_parallel_size",
-            f"{gpus} GPUs for one engine, a node of overlay {overlay.name} has {overlay.gpus_per_node}",
+            f"one engine needs {gpus} GPUs, a node of overlay {overlay.name} has {overlay.gpus_per_node}",
             "lower tensor_parallel_size × pipeline_parallel_size: an engine stays on one node",
         )
     plan = plan_memory(model, settings, gpu_named(overlay.gpu))
@@ -110,7 +112,7 @@ def _gpu(tier: TierConfig, model: ModelSpec, settings: EngineArgs, overlay: Over
 
 
 def _weights_bytes(plan: MemoryPlan) -> int:
-    """The weights of the whole engine, as they pass through the page cache."""
+    """The size of the whole engine's weights, which pass through the page cache."""
     return plan.settings.tp * sum(stage.weights_bytes for stage in plan.stages)
 
 
@@ -127,7 +129,7 @@ def _settings(tier: TierConfig) -> EngineArgs:
 
 
 def _model(tier: TierConfig) -> ModelSpec:
-    """From the table of known models (also for a quantised copy of one), or else from where it is."""
+    """From the table of known models (also for a quantised variant), or else from the model's files."""
     name = tier.model
     for suffix in _SUFFIXES:
         name = name.removesuffix(suffix)
@@ -137,7 +139,8 @@ def _model(tier: TierConfig) -> ModelSpec:
     try:
         return load_model(tier.model).spec
     except (SetupError, ValueError, OSError) as error:
-        raise _problem(tier, "model", f"its size is not known: {error}", "name a model that is") from error
+        message = f"the size of the model is unknown: {error}"
+        raise _problem(tier, "model", message, "`tierplane fit --models` lists known models") from error
 
 
 def _problem(tier: TierConfig, key: str, message: str, remedy: str) -> ConfigError:

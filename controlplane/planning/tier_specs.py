@@ -109,7 +109,7 @@ def scaling_plan(tier: TierConfig, tick_s: float) -> ScalingPlan:
         ceiling=tier.ceiling,
         cold_start_fixed=scaling.cold_start_s is not None,
         tensor_parallel=tier.tensor_parallel_size,
-        latency_limit_ms=latency_limit_ms(None if tier.given_slo is None else tier.given_slo.slo()),
+        latency_limit_ms=latency_limit_ms(None if tier.configured_slo is None else tier.configured_slo.slo()),
         gpu_priors=by_gpu,
     )
 

@@ -21,7 +21,7 @@ from controlplane.config.reference import PAGE as SETTINGS_PAGE
 from controlplane.config.reference import settings_page
 from controlplane.core.alerts.rules import PREFIX, RULES
 from controlplane.core.routing import retry
-from controlplane.errors import Forbidden, RequestError, Unauthorized
+from controlplane.errors import RequestError
 from controlplane.gateway.gateway import Gateway
 from controlplane.monitoring.reference import PAGE as METRICS_PAGE
 from controlplane.monitoring.reference import metrics_page
@@ -228,11 +228,7 @@ def test_the_http_reference_has_every_error() -> None:
     text = (ROOT / "docs/reference/http.md").read_text("utf-8")
     rows = set(re.findall(r"^\| (\d+)(?:, \d+)* \| `(\w+)` \|", text, re.MULTILINE))
     kinds: list[type[RequestError]] = [RequestError, *RequestError.__subclasses__()]
-    raised = {
-        (str(kind.status), kind.code)
-        for kind in kinds
-        if kind not in (Unauthorized, Forbidden)  # for a gateway that checks keys
-    }
+    raised = {(str(kind.status), kind.code) for kind in kinds}
     raised |= {(str(rule.status), rule.code) for rule in retry.RULES.values()}
     assert raised <= rows
     assert {code for _, code in rows} == {code for _, code in raised}

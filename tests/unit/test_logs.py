@@ -10,7 +10,7 @@ from controlplane import logs
 
 
 @pytest.fixture(autouse=True)
-def _as_it_was() -> Iterator[None]:
+def _restored_logging() -> Iterator[None]:
     yield
     structlog.reset_defaults()
     for package in ("controlplane", "deployments"):
@@ -26,7 +26,7 @@ def lines(path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_line_is_json_with_its_process_s_context(
+def test_a_line_is_json_with_the_context_of_its_process(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "logs" / "tier.log"
@@ -42,12 +42,12 @@ def test_plain_loggers_of_our_packages_are_written_too(tmp_path: Path) -> None:
     path = tmp_path / "x.log"
     logs.setup("json", "info", file=path)
     logging.getLogger("deployments.test").warning("what %s", "happened", extra={"tier": "balanced"})
-    logging.getLogger("somebody.else").warning("not ours")
+    logging.getLogger("another.package").warning("not ours")
     (line,) = lines(path)
     assert (line["event"], line["level"], line["tier"]) == ("what happened", "warning", "balanced")
 
 
-def test_the_level_holds(tmp_path: Path) -> None:
+def test_lines_below_the_level_are_not_written(tmp_path: Path) -> None:
     path = tmp_path / "x.log"
     logs.setup("json", "warning", file=path)
     log = structlog.stdlib.get_logger("controlplane.test")
@@ -57,7 +57,7 @@ def test_the_level_holds(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["secret", "api_key", "authorization", "token"])
-def test_what_is_named_like_a_secret_is_not_written(tmp_path: Path, key: str) -> None:
+def test_values_that_are_named_like_secrets_are_not_written(tmp_path: Path, key: str) -> None:
     path = tmp_path / "x.log"
     logs.setup("json", "info", file=path)
     structlog.stdlib.get_logger("controlplane.test").info("started", **{key: "s3cret"})
@@ -74,7 +74,7 @@ def test_a_second_set_up_replaces_the_first(tmp_path: Path) -> None:
     assert len(lines(tmp_path / "two.log")) == 1
 
 
-def test_an_error_s_traceback_is_in_the_line(tmp_path: Path) -> None:
+def test_a_line_has_the_traceback_of_its_error(tmp_path: Path) -> None:
     path = tmp_path / "x.log"
     logs.setup("json", "info", file=path)
     try:
@@ -84,7 +84,7 @@ def test_an_error_s_traceback_is_in_the_line(tmp_path: Path) -> None:
     assert "broken" in json.dumps(lines(path)[0]["exception"])
 
 
-def test_auto_is_json_where_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_json_unless_there_is_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: False)
     assert logs.resolve_format("auto") == "json"
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
@@ -107,6 +107,6 @@ def test_a_traceback_shows_no_local_variables(
         fail()
     except RuntimeError:
         structlog.stdlib.get_logger("controlplane.test").exception("it failed")
-    told = path.read_text() + capsys.readouterr().err
-    assert "failed with 12 characters" in told
-    assert "very-private" not in told
+    written = path.read_text() + capsys.readouterr().err
+    assert "failed with 12 characters" in written
+    assert "very-private" not in written

@@ -1,4 +1,4 @@
-"""Where files are kept."""
+"""The folders for tierplane's files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from controlplane.errors import SetupError
 from controlplane.paths import cache_dir, run_dir
 
 
-def test_named_folders_are_made_for_their_owner_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_named_folders_are_created_for_their_owner_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TIERPLANE_RUN_DIR", str(tmp_path / "a" / "run"))
     monkeypatch.setenv("TIERPLANE_CACHE_DIR", str(tmp_path / "cache"))
     assert run_dir() == tmp_path / "a" / "run"
@@ -35,7 +37,7 @@ def test_the_default_is_the_users_cache(
     assert run_dir() == base / "tierplane" / "run"
 
 
-def test_a_folder_that_cannot_be_made_names_the_remedy(
+def test_the_error_about_a_folder_that_cannot_be_created_names_the_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()

@@ -1,4 +1,4 @@
-"""``controller.alerts``: every mistake at once, with what to do."""
+"""``controller.alerts``: every mistake at once, with its remedy."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def problems(alerts: dict[str, Any]) -> dict[str, Problem]:
     return {problem.path.removeprefix("controller.alerts."): problem for problem in caught.value.problems}
 
 
-def test_what_is_said_reaches_the_rules() -> None:
+def test_changes_reach_the_rules() -> None:
     rules = {
         "TierplaneQueueLong": {"threshold": 20, "for_s": 0, "severity": "critical"},
         "TierplaneGpuHot": {},
@@ -39,7 +39,7 @@ def test_what_is_said_reaches_the_rules() -> None:
     assert (webhook.secret_env, webhook.min_severity) == (None, "warning")
 
 
-def test_all_mistakes_are_told_at_once() -> None:
+def test_all_mistakes_are_reported_at_once() -> None:
     found = problems(
         {
             "interval_s": 0,
@@ -64,6 +64,8 @@ def test_all_mistakes_are_told_at_once() -> None:
         "webhooks[1].min_severity",
         "rules.TierplaneGpuHot.for",
     }
+    assert found["webhooks[0].url"].message == "must be an http:// or https:// address, not 'ftp://x'"
+    assert "name of an environment variable" in found["webhooks[1].secret_env"].message
     found = problems(
         {
             "webhooks": [{"url": "https://x/y"}, {"url": "https://x/y"}],

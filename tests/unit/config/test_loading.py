@@ -50,7 +50,7 @@ def file_problems(tmp_path: Path, text: str) -> list[Problem]:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_shipped_files_are_right(path: Path) -> None:
+def test_shipped_files_are_valid(path: Path) -> None:
     file = load_plane(path)
     assert [each.name for each in file.plane.tiers] == ["lightweight", "balanced", "capable"]
     assert file.application == "tierplane"
@@ -70,7 +70,7 @@ def test_there_are_shipped_files() -> None:
         (None, "", "must be a mapping", ""),
         ([1], "", "must be a mapping", ""),
         ({"tiers": [3]}, "tiers[0]", "must be a mapping, not 3", ""),
-        ({"tiers": [{"engine": "simulated"}]}, "tiers[0].name", "missing", "call it"),
+        ({"tiers": [{"engine": "simulated"}]}, "tiers[0].name", "missing", "that clients use"),
         ({"tiers": [tier(name="A")]}, "tiers[0].name", "not 'A'", ""),
         ({"tiers": [tier(engin="vllm")]}, "tiers[0].engin", "unknown key 'engin'", "did you mean 'engine'"),
         (
@@ -82,13 +82,13 @@ def test_there_are_shipped_files() -> None:
         (
             {"tiers": [tier(gpu_models=["L4"])]},
             "tiers[0].gpu_models",
-            "this tier takes no GPU",
+            "this tier uses no GPU",
             "remove it",
         ),
         (
             {"tiers": [tier(engine="vllm", model="m", device="cpu", pipeline_across_nodes=True)]},
             "tiers[0].pipeline_across_nodes",
-            "this tier takes no GPU",
+            "this tier uses no GPU",
             "remove it",
         ),
         (
@@ -110,14 +110,24 @@ def test_there_are_shipped_files() -> None:
         ({"tiers": [tier(agent_types="x")]}, "tiers[0].agent_types", "must be a list, not 'x'", ""),
         ({"tiers": [tier(restart={"max": 1})]}, "tiers[0].restart.max", "unknown key", "max_restarts"),
         ({"tiers": [tier(engine_args={"a": {"b": 1}})]}, "tiers[0].engine_args.a", "not a mapping", ""),
-        ({"tiers": [tier(engine_args={"--a": 1})]}, "tiers[0].engine_args.--a", "no flag", "dashes"),
-        ({"tiers": [tier(engine_args={"host": "x"})]}, "tiers[0].engine_args.host", "not set", "tierplane"),
+        (
+            {"tiers": [tier(engine_args={"--a": 1})]},
+            "tiers[0].engine_args.--a",
+            "not the name of a flag",
+            "dashes",
+        ),
+        (
+            {"tiers": [tier(engine_args={"host": "x"})]},
+            "tiers[0].engine_args.host",
+            "can't be set",
+            "tierplane",
+        ),
         ({"tiers": [tier(url="http://x")]}, "tiers[0].url", "only engine 'endpoint'", "remove it"),
         ({"tiers": [tier(engine="endpoint", model="m")]}, "tiers[0].url", "needs it", "/v1"),
         (
             {"tiers": [tier(engine="endpoint", model="m", url="x:1")]},
             "tiers[0].url",
-            "'x:1' is no address",
+            "'x:1' is not an address",
             "http://",
         ),
         ({"tiers": [tier(engine="vllm")]}, "tiers[0].model", "missing", "bundled:smollm2-135m"),
@@ -126,20 +136,25 @@ def test_there_are_shipped_files() -> None:
             {"tiers": [tier(engine="vllm", model="m", gpu_share=0.5, tensor_parallel_size=2)]},
             "tiers[0].gpu_share",
             "parallel",
-            "leave it at 1",
+            "set it to 1",
         ),
         (
             {"tiers": [tier(engine_args={"gpus": 1.5})]},
             "tiers[0].engine_args.gpus",
-            "no number",
+            "not a number",
             "whole number",
         ),
-        ({"tiers": [tier(tensor_parallel_size=2)]}, "tiers[0].tensor_parallel_size", "no such", "remove it"),
-        ({"tiers": [tier(), tier()]}, "tiers[1].name", "the name of tiers[0] too", "its own"),
+        (
+            {"tiers": [tier(tensor_parallel_size=2)]},
+            "tiers[0].tensor_parallel_size",
+            "does not support this",
+            "remove it",
+        ),
+        ({"tiers": [tier(), tier()]}, "tiers[1].name", "tiers[0] is named 'a' too", "its own"),
         (
             {"tiers": [tier(agent_types=["x"]), tier(name="b", agent_types=["y", "x"])]},
             "tiers[1].agent_types[1]",
-            "served by tier 'a' already",
+            "already served by tier 'a'",
             "one tier",
         ),
         ({"tiers": [tier(min_tier="b"), tier(name="b")]}, "tiers[0].min_tier", "before it", "a"),
@@ -147,10 +162,16 @@ def test_there_are_shipped_files() -> None:
             {"tiers": [tier()], "gateway": {"default_tier": "b"}},
             "gateway.default_tier",
             "no tier is named 'b'",
-            "there is a",
+            "known: a",
         ),
         ({"tiers": [tier()], "gateway": {"port": "80"}}, "gateway.port", "whole number or 0", "quotes"),
         ({"tiers": [tier()], "gateway": {"port": 70000}}, "gateway.port", "65535", ""),
+        (
+            {"tiers": [tier()], "gateway": {"traces_endpoint": "otlp"}},
+            "gateway.traces_endpoint",
+            "must be an http:// or https:// address, not 'otlp'",
+            "",
+        ),
         ({"tiers": [tier()], "gatway": {}}, "gatway", "unknown key", "did you mean 'gateway'"),
         ({"tiers": [tier()], "controller": 1}, "controller", "must be a mapping", ""),
     ],
@@ -166,7 +187,7 @@ def test_one_problem(values: Any, path: str, message: str, remedy: str) -> None:
     ("flag", "message", "remedy"),
     [
         ("max-model-length", "no such flag", "did you mean 'max-model-len'?"),
-        ("guided-decoding-backend", "no more", "structured-outputs-config"),
+        ("guided-decoding-backend", "no longer has this flag", "structured-outputs-config"),
         ("quite-another-thing", "no such flag", ""),
     ],
 )
@@ -185,9 +206,9 @@ def test_everything_at_once() -> None:
     found = problems_of(
         {
             "tiers": [
-                # A wrong field doesn't hide what is wrong between the others …
+                # An invalid field doesn't hide contradictions between other fields …
                 tier(replicas="1", url="http://x", engine_args={"a": {}, "--b": 1, "port": 2}),
-                # … nor what is wrong in other tiers, or between tiers.
+                # … nor problems in other tiers, or between tiers.
                 tier(engine="vllm", agent_types=["x"]),
                 "not a tier",
                 tier(name="c", engine="endpoint", model="m", agent_types=["x"], nonsense=1),
@@ -219,16 +240,16 @@ HOOK = {"url": "https://x/y"}
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        # A wrong value in an item of a list hides nothing beside the list, …
+        # An invalid value in a list item hides nothing outside the list, …
         (
             {"webhooks": [{**HOOK, "timeout_s": -1}], "rules": {"Nonsense": {}}},
             {"webhooks[0].timeout_s", "rules.Nonsense"},
         ),
-        # … in other items, of which each keeps its number, or between them, …
+        # … nor in other items, which are reported with their own indices, nor between items.
         ({"webhooks": [{"url": "x"}, HOOK, HOOK]}, {"webhooks[0].url", "webhooks[2].url"}),
         ({"webhooks": [3, HOOK, {"url": 4}, HOOK]}, {"webhooks[0]", "webhooks[2].url", "webhooks[3].url"}),
         ({"webhooks": [{}, HOOK, HOOK]}, {"webhooks[0].url", "webhooks[2].url"}),
-        # … nor does what is wrong between items hide what is beside them.
+        # A contradiction between items hides nothing outside the list.
         ({"webhooks": [HOOK, HOOK], "repeat_s": "x"}, {"webhooks[1].url", "repeat_s"}),
         (
             {"rules": {"TierplaneSheds": {"for": 1, "threshold": 2}}},
@@ -236,7 +257,7 @@ HOOK = {"url": "https://x/y"}
         ),
     ],
 )
-def test_what_is_wrong_in_a_list_of_the_controllers_hides_nothing(values: Any, expected: set[str]) -> None:
+def test_a_problem_in_a_list_of_the_controllers_hides_no_others(values: Any, expected: set[str]) -> None:
     found = problems_of({"tiers": [tier()], "controller": {"alerts": values, "reports": {"samples": 1}}})
     assert set(found) == {f"controller.alerts.{path}" for path in expected} | {"controller.reports.samples"}
 
@@ -256,18 +277,18 @@ def test_what_is_wrong_in_a_list_of_the_controllers_hides_nothing(values: Any, e
             {"schedules": [{"start": "08:00", "end": "09:00", "days": ["mo"], "min_replicas": 99}]},
             {"schedules[0].days[0]", "schedules[0].min_replicas"},
         ),
-        # How many there may be is not known, so "20 is outside" would be a guess.
+        # The bounds are unknown, so "20 is outside the bounds" would be a guess.
         ({"max_replicas": "30"}, {"max_replicas"}),
     ],
 )
-def test_nor_in_a_list_of_a_tier(scaling: dict[str, Any], expected: set[str]) -> None:
+def test_a_problem_in_a_list_of_a_tier_hides_no_others(scaling: dict[str, Any], expected: set[str]) -> None:
     replicas = {} if scaling.get("schedules") else {"replicas": 20}
     found = problems_of({"tiers": [tier(scaling=scaling, **replicas)]})
     assert set(found) == {f"tiers[0].scaling.{path}" for path in expected}
 
 
-def test_a_finding_from_a_wrong_field_is_not_made() -> None:
-    """The engine is not known, so 'only engine endpoint has this' would be a guess."""
+def test_a_finding_that_depends_on_an_invalid_field_is_not_reported() -> None:
+    """The engine is unknown, so "only engine 'endpoint' has this setting" would be a guess."""
     assert set(problems_of({"tiers": [tier(engine="endpont", url="http://x", model="m")]})) == {
         "tiers[0].engine"
     }
@@ -279,10 +300,10 @@ def test_a_secret_in_the_environment_is_not_shown() -> None:
     assert "quotes" in found["tiers[0].env.HF_TOKEN"].remedy
 
 
-def test_models_by_themselves_check_the_same() -> None:
+def test_models_check_the_same_without_a_file() -> None:
     with pytest.raises(ValueError, match="only engine 'endpoint'"):
         TierConfig(name="a", engine="simulated", url="http://x")
-    with pytest.raises(ValueError, match="the name of"):
+    with pytest.raises(ValueError, match="is named"):
         PlaneConfig(tiers=[TierConfig(name="a", engine="simulated")] * 2)
 
 
@@ -318,7 +339,7 @@ def test_duplicate_keys(tmp_path: Path) -> None:
 def test_syntax_errors(tmp_path: Path, text: str, line: int, column: str) -> None:
     [problem] = file_problems(tmp_path, text)
     assert problem.line == line
-    assert "no valid YAML" in problem.message
+    assert "is not valid YAML" in problem.message
     assert column in problem.message
 
 
@@ -337,24 +358,24 @@ def test_syntax_errors(tmp_path: Path, text: str, line: int, column: str) -> Non
         (
             "applications: [&a {import_path: deployments.app:build, args: {}}, *a]",
             "applications[1]",
-            "applications[0] is too",
+            "a second application of tierplane, after applications[0]",
         ),
     ],
 )
-def test_the_file_around_the_settings(tmp_path: Path, text: str, path: str, message: str) -> None:
+def test_problems_around_tierplanes_own_settings(tmp_path: Path, text: str, path: str, message: str) -> None:
     found = {problem.path: problem for problem in file_problems(tmp_path, text)}
     assert path in found
     assert message in found[path].message
 
 
-def test_one_port_for_two(tmp_path: Path) -> None:
+def test_the_gateway_and_the_ingress_need_different_ports(tmp_path: Path) -> None:
     tiers = "    - {name: a, engine: simulated}\n    gateway: {port: 8000}"
     [problem] = file_problems(tmp_path, FRAME.format(tiers=tiers))
     assert problem.path == "applications[0].args.gateway.port"
     assert problem.line == 8
 
 
-def test_other_applications_may_stand_beside(tmp_path: Path) -> None:
+def test_a_file_may_have_other_applications(tmp_path: Path) -> None:
     text = FRAME.format(tiers="    - {name: a, engine: simulated}")
     text += "- {name: other, import_path: other:app, route_prefix: /other}\n"
     assert load_text(tmp_path, text).application == "tierplane"
@@ -374,7 +395,7 @@ def test_serves_defaults(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["a: &x [*x]", "a: &x {b: *x}"])
-def test_a_file_that_contains_itself_ends(tmp_path: Path, text: str) -> None:
+def test_a_file_that_contains_itself_is_rejected(tmp_path: Path, text: str) -> None:
     assert file_problems(tmp_path, text)
 
 

@@ -1,4 +1,4 @@
-"""Scenario templates: what they fill in, what wins over them, and that the installed vLLM takes them."""
+"""Scenario templates: what they add, what overrides them, and whether the installed vLLM accepts them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ SPECIFIED = {
 
 
 @pytest.mark.parametrize("name", get_args(Scenario))
-def test_a_scenario_fills_in_what_the_tier_does_not_say(name: str) -> None:
+def test_a_scenario_adds_what_the_tier_does_not_set(name: str) -> None:
     filled = tier(profile=name)
     args = filled.engine_args
     assert SPECIFIED[name] == (
@@ -65,7 +65,7 @@ def test_a_scenario_fills_in_what_the_tier_does_not_say(name: str) -> None:
     )
 
 
-def test_what_a_tier_says_wins_flag_by_flag() -> None:
+def test_a_tiers_own_settings_win_flag_by_flag() -> None:
     filled = tier(
         profile="production_high",
         tensor_parallel_size=1,
@@ -79,21 +79,21 @@ def test_what_a_tier_says_wins_flag_by_flag() -> None:
     assert TierConfig.model_validate(filled.model_dump()) == filled
 
 
-def test_a_draft_model_guesses_instead_of_the_prompt() -> None:
+def test_a_draft_model_replaces_the_lookup_in_the_prompt() -> None:
     looked_up = json.loads(str(tier(profile="production_high").engine_args["speculative-config"]))
     assert looked_up["method"] == "ngram"
     drafted = tier(profile="production_high", draft_model="org/draft").engine_args["speculative-config"]
     assert json.loads(str(drafted))["model"] == "org/draft"
 
 
-def test_on_a_cpu_nothing_is_for_gpus() -> None:
+def test_on_a_cpu_gpu_settings_are_left_out() -> None:
     args = tier(profile="production_low", device="cpu").engine_args
     assert "quantization" not in args
     assert "gpu-memory-utilization" not in args
     assert args["max-num-seqs"] == 128
 
 
-def test_a_planes_profile_is_every_vllm_tiers() -> None:
+def test_a_planes_profile_applies_to_every_vllm_tier_without_its_own() -> None:
     plane = parse_plane(
         {
             "profile": "staging",
@@ -110,7 +110,7 @@ def test_a_planes_profile_is_every_vllm_tiers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "path", "said"),
+    ("values", "path", "message"),
     [
         ({"profile": "prod", "tiers": [{"name": "a", "model": "m"}]}, "profile", "production_low"),
         ({"tiers": [{"name": "a", "model": "m", "profile": "stagin"}]}, "tiers[0].profile", "'staging'?"),
@@ -122,12 +122,12 @@ def test_a_planes_profile_is_every_vllm_tiers() -> None:
         (
             {"profile": "staging", "tiers": [{"name": "a", "model": "m", "draft_model": "d"}]},
             "tiers[0].draft_model",
-            "does not guess ahead (use profile production_high or enterprise",
+            "has no speculative decoding (use profile production_high or enterprise",
         ),
         (
             {"profile": "enterprise", "tiers": [{"name": "a", "model": "m", "gpu_share": 0.5}]},
             "tiers[0].gpu_share",
-            "can't be parallel",
+            "with parallelism can't run on a share of a GPU",
         ),
         (
             {
@@ -139,14 +139,14 @@ def test_a_planes_profile_is_every_vllm_tiers() -> None:
         ),
     ],
 )
-def test_errors_have_their_path(values: dict[str, Any], path: str, said: str) -> None:
+def test_errors_have_their_path(values: dict[str, Any], path: str, message: str) -> None:
     found = problems(values)
     assert list(found) == [path]
-    assert said in found[path]
+    assert message in found[path]
 
 
 @pytest.mark.parametrize("name", GPUS)
-def test_the_production_files_fit_the_gpus_they_name(name: str) -> None:
+def test_the_production_files_fit_their_gpus(name: str) -> None:
     path = ROOT / "configs" / f"{name}.yaml"
     for each in load_plane(path).plane.tiers:
         model = known_model(each.model.removesuffix("-AWQ"))
@@ -186,7 +186,7 @@ def test_outdated_flags_are_mapped_or_refused() -> None:
     ]
 
 
-def test_the_table_of_outdated_flags_is_true() -> None:
+def test_the_table_of_outdated_flags_matches_vllms_flags() -> None:
     _, known = known_vllm_flags()
     assert set(OUTDATED) & known == set()
     assert {each.to for each in OUTDATED.values() if each.to} <= known
@@ -195,35 +195,35 @@ def test_the_table_of_outdated_flags_is_true() -> None:
         assert f"--{flag}" in DOC
 
 
-def test_the_command_refuses_an_outdated_flag_and_maps_it_when_asked() -> None:
-    asked = ["org/m", "--scenario", "staging", "--no-check", "--engine-arg"]
-    refused = CliRunner().invoke(command, [*asked, "guided-decoding-backend=outlines"])
+def test_the_command_refuses_an_outdated_flag_or_maps_it_on_request() -> None:
+    arguments = ["org/m", "--scenario", "staging", "--no-check", "--engine-arg"]
+    refused = CliRunner().invoke(command, [*arguments, "guided-decoding-backend=outlines"])
     assert isinstance(refused.exception, ConfigError)
     assert "--engine-arg guided-decoding-backend" in str(refused.exception)
     assert "structured-outputs-config" in str(refused.exception)
     done = CliRunner().invoke(
-        command, [*asked, "guided-decoding-backend=outlines", "--map-outdated", "--json"]
+        command, [*arguments, "guided-decoding-backend=outlines", "--map-outdated", "--json"]
     )
-    told = json.loads(done.stdout)
-    assert '--structured-outputs-config={"backend":"outlines"}' in told["argv"]
-    assert told["notes"] == [
+    output = json.loads(done.stdout)
+    assert '--structured-outputs-config={"backend":"outlines"}' in output["argv"]
+    assert output["notes"] == [
         "--guided-decoding-backend is the key backend of --structured-outputs-config now"
     ]
-    assert "VLLM_API_KEY" not in told["env"]
+    assert "VLLM_API_KEY" not in output["env"]
 
 
 def test_the_printed_command_is_the_one_in_the_json() -> None:
-    asked = ["org/m", "--scenario", "enterprise", "--no-check"]
-    printed = CliRunner().invoke(command, asked).stdout
-    told = json.loads(CliRunner().invoke(command, [*asked, "--json"]).stdout)
+    arguments = ["org/m", "--scenario", "enterprise", "--no-check"]
+    printed = CliRunner().invoke(command, arguments).stdout
+    output = json.loads(CliRunner().invoke(command, [*arguments, "--json"]).stdout)
     joined = printed.replace(" \\\n ", "")
-    assert all(word in joined for word in told["argv"])
+    assert all(word in joined for word in output["argv"])
     assert "--tensor-parallel-size 4" in printed
 
 
 @pytest.mark.vllm
-def test_the_installed_vllm_takes_every_scenario_and_knows_the_flags_that_we_list() -> None:
-    """Fails when another vLLM is installed whose flags differ: the message says what changed."""
+def test_the_installed_vllm_accepts_every_scenario_and_has_the_listed_flags() -> None:
+    """Fails when a vLLM with other flags is installed: the message says what changed."""
     tiers = [
         tier(profile=name, device=device, **draft)
         for name in PROFILES
@@ -233,23 +233,23 @@ def test_the_installed_vllm_takes_every_scenario_and_knows_the_flags_that_we_lis
     ]
     launch = Launch("127.0.0.1", 4000, "s3cret", "org/m")
     lines = [VllmEngine().command(each, launch).argv[3:] for each in tiers]
-    first_form = [
+    outdated = [
         ["--model", "m", "--speculative-model", "d"],
         ["--model", "m", "--disable-log-requests"],
         ["--model", "m", "--guided-decoding-backend", "xgrammar"],
     ]
-    asked = ask_installed([*lines, *first_form])
-    assert asked.errors[: len(lines)] == ("",) * len(lines)
-    assert all("unrecognized arguments" in error for error in asked.errors[len(lines) :])
-    changed = drift(asked.version, asked.flags)
+    answer = ask_installed([*lines, *outdated])
+    assert answer.errors[: len(lines)] == ("",) * len(lines)
+    assert all("unrecognized arguments" in error for error in answer.errors[len(lines) :])
+    changed = drift(answer.version, answer.flags)
     assert not changed, f"{changed}. Then: make vllm-flags"
 
 
-def test_drift_tells_what_a_new_vllm_changes() -> None:
+def test_drift_shows_what_a_new_vllm_changes() -> None:
     _, known = known_vllm_flags()
     assert not drift("0.33", known)
     changed = drift("0.33", (known - {"max-num-seqs"}) | {"swap-space", "new-flag"})
-    assert (changed.added, changed.gone, changed.back) == (
+    assert (changed.added, changed.removed, changed.reintroduced) == (
         ("new-flag", "swap-space"),
         ("max-num-seqs",),
         ("swap-space",),

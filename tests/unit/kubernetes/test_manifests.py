@@ -1,4 +1,4 @@
-"""The manifests of every overlay: built by kustomize, valid by strict schemas, closed by policy."""
+"""The manifests of every overlay: built by kustomize, valid by strict schemas, closed by network policies."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.support.kubernetes_schemas import CUSTOM
 from tests.support.repository import ROOT
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # Ray's own, when it is imported
+    warnings.simplefilter("ignore")  # Ray's own warnings at its import
     from ray.serve.schema import ServeDeploySchema
 
     from deployments import gateway as gateway_deployment
@@ -108,7 +108,7 @@ def test_pod_templates_are_valid_pods(overlay: str) -> None:
         kubernetes_validate.validate(pod, KUBERNETES, strict=True)
 
 
-def test_the_schemas_refuse_what_they_do_not_know() -> None:
+def test_the_schemas_reject_unknown_fields() -> None:
     wrong = yaml.safe_load(yaml.safe_dump(of_kind("production", "RayService")["tierplane"]))
     wrong["spec"]["rayClusterConfig"]["enableInTreeAutoscalling"] = True
     with pytest.raises(jsonschema.ValidationError):
@@ -116,7 +116,7 @@ def test_the_schemas_refuse_what_they_do_not_know() -> None:
 
 
 @every_overlay
-def test_the_committed_rayservice_is_the_configurations(overlay: str) -> None:
+def test_the_committed_rayservice_is_rendered_from_its_configuration(overlay: str) -> None:
     config = CONFIGS[overlay]
     manifest = rayservice.render(load_plane(ROOT / config), OVERLAYS[overlay])
     text = HEADER.format(config=config, overlay=overlay) + to_yaml(manifest)
@@ -127,12 +127,12 @@ def test_the_committed_rayservice_is_the_configurations(overlay: str) -> None:
     assert of_kind(overlay, "RayService")["tierplane"]["spec"] == manifest["spec"]
 
 
-def test_what_can_not_run_on_the_nodes_is_refused_all_at_once() -> None:
+def test_all_tiers_that_can_not_run_on_the_nodes_are_reported_at_once() -> None:
     file = load_plane(ROOT / CONFIGS["multi-node"])
     with pytest.raises(ConfigError) as caught:
         rayservice.render(file, OVERLAYS["production"])
     found = {problem.path: problem for problem in caught.value.problems}
-    assert "8 GPUs for one engine" in found["tiers.capable.tensor_parallel_size"].message
+    assert "one engine needs 8 GPUs" in found["tiers.capable.tensor_parallel_size"].message
     with pytest.raises(ConfigError) as caught:
         rayservice.render(file, OVERLAYS["dev-cpu"])
     assert [problem.path for problem in caught.value.problems] == [
@@ -156,7 +156,7 @@ def test_a_tier_for_other_nodes_is_refused(more: dict[str, Any], key: str) -> No
 
 
 @every_overlay
-def test_serve_takes_the_configuration_and_it_is_the_files(overlay: str) -> None:
+def test_serve_accepts_the_configuration_and_it_equals_the_file(overlay: str) -> None:
     file = load_plane(ROOT / CONFIGS[overlay])
     values = yaml.safe_load(ray_service(overlay)["serveConfigV2"])
     parsed = ServeDeploySchema.model_validate(values)
@@ -176,7 +176,7 @@ def test_serve_takes_the_configuration_and_it_is_the_files(overlay: str) -> None
 
 
 @every_overlay
-def test_every_deployment_has_a_group_that_can_hold_it(overlay: str) -> None:
+def test_every_deployment_fits_a_worker_group(overlay: str) -> None:
     file = load_plane(ROOT / CONFIGS[overlay])
     values = yaml.safe_load(ray_service(overlay)["serveConfigV2"])
     room: dict[str, int] = {}
@@ -185,7 +185,7 @@ def test_every_deployment_has_a_group_that_can_hold_it(overlay: str) -> None:
         for name, amount in resources.items():
             room[name] = amount * group["maxReplicas"]
             assert group["minReplicas"] == group["replicas"] <= group["maxReplicas"]
-    # A change of the configuration starts as many gateways again, and what rollout_surge says of a tier.
+    # A changed configuration starts as many gateways again, and up to rollout_surge engines of a tier.
     replicas = {t.name: t.replicas + t.rollout_surge for t in file.plane.tiers}
     replicas["gateway"] = 2 * file.plane.gateway.replicas
     for deployment in values["applications"][0]["deployments"]:
@@ -212,7 +212,7 @@ def test_tiers_are_on_the_gpus_they_were_planned_for(overlay: str) -> None:
 
 
 @every_overlay
-def test_memory_is_asked_for_and_not_overcommitted(overlay: str) -> None:
+def test_memory_is_requested_and_not_overcommitted(overlay: str) -> None:
     for template in pod_templates(overlay):
         for container in template["spec"]["containers"]:
             resources = container["resources"]
@@ -221,7 +221,7 @@ def test_memory_is_asked_for_and_not_overcommitted(overlay: str) -> None:
 
 
 @every_overlay
-def test_no_container_may_do_more_than_run(overlay: str) -> None:
+def test_no_container_has_privileges(overlay: str) -> None:
     for template in pod_templates(overlay):
         spec = template["spec"]
         security = spec["securityContext"]
@@ -241,7 +241,7 @@ def test_no_container_may_do_more_than_run(overlay: str) -> None:
 
 
 @every_overlay
-def test_only_the_heads_autoscaler_has_a_token_and_hardly_any_rights(overlay: str) -> None:
+def test_only_the_heads_autoscaler_has_a_token_with_few_permissions(overlay: str) -> None:
     autoscales = ray_service(overlay)["rayClusterConfig"]["enableInTreeAutoscaling"]
     for template in pod_templates(overlay):
         head = component(template) == "head"
@@ -302,7 +302,7 @@ def policies(overlay: str, pod_labels: dict[str, str], direction: str) -> list[M
 
 
 def may_reach(overlay: str, to: str, port: int, source: dict[str, str], namespace: str = "tierplane") -> bool:
-    """Whether the policies let a pod with the labels ``source`` reach ``port`` of a pod of a component."""
+    """Whether the policies let a pod with labels ``source`` connect to ``port`` of a component's pod."""
     selecting = policies(overlay, pods.labels(to), "Ingress")
     assert selecting
     namespace_labels = {"kubernetes.io/metadata.name": namespace}
@@ -354,14 +354,14 @@ OPERATOR = {"app.kubernetes.io/name": "kuberay-operator"}
         ("head", 6379, pods.labels("tier"), "tierplane", True),
     ],
 )
-def test_who_reaches_what(
+def test_the_network_policies_allow_only_these_connections(
     overlay: str, to: str, port: int, source: dict[str, str], namespace: str, allowed: bool
 ) -> None:
     assert may_reach(overlay, to, port, source, namespace) is allowed
 
 
 @every_overlay
-def test_what_no_policy_allows_is_denied(overlay: str) -> None:
+def test_connections_are_denied_by_default(overlay: str) -> None:
     deny = of_kind(overlay, "NetworkPolicy")["deny-all"]["spec"]
     assert deny == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
     egress = of_kind(overlay, "NetworkPolicy")["egress"]["spec"]["egress"]
@@ -370,7 +370,7 @@ def test_what_no_policy_allows_is_denied(overlay: str) -> None:
     assert all(rule.get("ports") for rule in egress if any("ipBlock" in peer for peer in rule["to"]))
 
 
-def test_redis_is_reached_from_the_head_only() -> None:
+def test_only_the_head_may_connect_to_redis() -> None:
     policy = of_kind("production", "NetworkPolicy")["redis"]["spec"]
     sources = [peer["podSelector"]["matchLabels"] for rule in policy["ingress"] for peer in rule["from"]]
     assert sources == [pods.labels("head"), {"ray.io/node-type": "redis-cleanup"}]
@@ -379,7 +379,7 @@ def test_redis_is_reached_from_the_head_only() -> None:
 
 
 @every_overlay
-def test_a_pod_ends_after_its_drain(overlay: str) -> None:
+def test_a_pod_has_time_to_drain_before_it_is_killed(overlay: str) -> None:
     file = load_plane(ROOT / CONFIGS[overlay])
     assert pods.GATEWAY_DRAIN_S >= gateway_deployment.DRAIN_S
     assert pods.ENGINE_STOP_S >= tier_deployment.ENGINE_STOP_S
@@ -428,7 +428,7 @@ def test_budgets_and_the_service_select_pods_that_exist(overlay: str) -> None:
 
 
 @every_overlay
-def test_images_are_pinned_and_an_overlay_can_name_another_registry(overlay: str) -> None:
+def test_images_are_pinned_and_an_overlay_can_use_another_registry(overlay: str) -> None:
     images = [c["image"] for template in pod_templates(overlay) for c in template["spec"]["containers"]]
     assert all(re.search(r":\d+\.\d+\.\d+(-\w+)?$", image) for image in images)
     tags = {image.rpartition(":")[2] for image in images if image.startswith(IMAGE)}
@@ -438,14 +438,14 @@ def test_images_are_pinned_and_an_overlay_can_name_another_registry(overlay: str
     assert {each["path"].split("/")[2] for each in fields} == {"headGroupSpec", "workerGroupSpecs[]"}
 
 
-def test_rays_version_is_the_locks() -> None:
+def test_the_ray_version_is_the_locked_one() -> None:
     locked = re.search(r"^ray==(\S+)$", (ROOT / ".locks" / "core.txt").read_text(), re.MULTILINE)
     assert locked is not None
     assert locked[1] == rayservice.RAY_VERSION
 
 
 @pytest.mark.parametrize("kind", ["cpu", "gpu"])
-def test_images_take_what_is_locked_and_run_as_nobody_special(kind: str) -> None:
+def test_images_install_the_locked_packages_and_run_as_an_ordinary_user(kind: str) -> None:
     text = (ROOT / "k8s" / "docker" / f"Dockerfile.{kind}").read_text("utf-8")
     user = re.findall(r"^USER (\d+):(\d+)$", text, re.MULTILINE)
     assert user == [(str(pods.USER_ID), str(pods.USER_ID))]
@@ -461,8 +461,8 @@ def test_images_take_what_is_locked_and_run_as_nobody_special(kind: str) -> None
     assert all("--no-deps" in each for each in installs)
 
 
-def test_a_tier_that_scales_has_pods_between_its_bounds(tmp_path: Path) -> None:
-    """KubeRay's autoscaler may go as far as the tier's own scaling does, and no further."""
+def test_the_pods_of_a_tier_that_scales_stay_within_its_bounds(tmp_path: Path) -> None:
+    """KubeRay's autoscaler has the same bounds as the tier's own scaling."""
     values = yaml.safe_load((ROOT / CONFIGS["production"]).read_text())
     tier = values["applications"][0]["args"]["tiers"][0]
     tier |= {"replicas": 2, "scaling": {"min_replicas": 0, "max_replicas": 6}}
@@ -488,7 +488,7 @@ def test_a_tier_that_scales_has_pods_between_its_bounds(tmp_path: Path) -> None:
 def test_tiers_share_the_gpus_that_pods_can_be_added_for(
     tmp_path: Path, given: int | None, scales: bool, autoscale: bool, gpus: float | None
 ) -> None:
-    """With the GPUs that are there as the limit, nothing would ask for a pod that is not there."""
+    """If the GPUs of existing pods were the limit, no pod would ever be added."""
     values = yaml.safe_load((ROOT / CONFIGS["production"]).read_text())
     args = values["applications"][0]["args"]
     args["tiers"][0] |= {
