@@ -13,7 +13,7 @@ import pytest
 pytestmark = pytest.mark.ray
 
 SCRIPT = """
-import json, time
+import json
 import ray
 from ray.cluster_utils import Cluster
 from controlplane.planning.live_cluster import live_cluster
@@ -22,6 +22,7 @@ from controlplane.config import PlaneConfig
 from controlplane.core.placement.gangs import Gang, GangShape
 from controlplane.core.placement.occupancy import occupancy
 from controlplane.core.placement.what_if import change
+from tests.support.waiting import until
 
 config = PlaneConfig.model_validate(
     {"tiers": [{"name": "t", "engine": "simulated"}], "controller": {"namespace": "telemetry"}}
@@ -32,8 +33,7 @@ gone = cluster.add_node(num_cpus=1, num_gpus=1)
 ray.init(address=cluster.address, log_to_driver=False)
 cluster.wait_for_nodes()
 cluster.remove_node(gone)
-while len([n for n in ray.nodes() if n["Alive"]]) > 2:
-    time.sleep(0.05)
+until(lambda: len([n for n in ray.nodes() if n["Alive"]]) == 2, 60)
 
 @ray.remote(num_gpus=3, num_cpus=3)
 class Somebody:
@@ -60,13 +60,11 @@ answer = {
 }
 somebody = Somebody.remote()
 ray.get(somebody.there.remote())
-while placed(look()[0], 8)[0]:  # Ray's tables follow in their own time
-    time.sleep(0.2)
+until(lambda: not placed(look()[0], 8)[0], 60)  # Ray's tables follow in their own time
 live, nodes = look()
 answer["beside somebody"] = placed(live, 5), placed(live, 6)[0]
 agents = ensure_node_agents("telemetry", interval_s=0.1, known={}, nodes=alive_nodes())
-while not all(ray.get(agent.latest.remote()) for agent in agents.values()):
-    time.sleep(0.05)
+until(lambda: all(ray.get(agent.latest.remote()) for agent in agents.values()), 60)
 answer["with agents"] = [len(node.gpus) for node in look()[1]]
 print("ANSWER", json.dumps(answer).replace(nodes[1].node_id, "NODE"))
 ray.shutdown()

@@ -27,7 +27,7 @@ from controlplane.ray_cluster.ports import free_port
 from tests.benchmarks.load import Load, generate, question, session
 from tests.support.debian_tools import tool
 from tests.support.plane import Plane, running
-from tests.support.waiting import until
+from tests.support.waiting import until, until_async
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -67,8 +67,12 @@ def deploy(plane: Plane, values: dict[str, Any]) -> None:
 
 
 async def under_load(plane: Plane, change: Callable[[], None], over: Callable[[], bool]) -> Load:
-    """A steady load on both tiers, from before ``change`` until ``over``."""
+    """A steady load on both tiers, from before ``change`` until after ``over``."""
     load, ends_s = Load(), [float("inf")]
+
+    async def more(answers: int) -> None:
+        wanted = len(load.outcomes) + answers
+        await until_async(lambda: len(load.outcomes) >= wanted, 60.0, f"{answers} more answers")
 
     def ask(number: int) -> tuple[Any, dict[str, str]]:
         kind: Any = "stream" if number % 3 else "post"
@@ -76,10 +80,10 @@ async def under_load(plane: Plane, change: Callable[[], None], over: Callable[[]
 
     async with session() as http:
         task = asyncio.create_task(generate(load, http, plane.url, 25.0, ask, lambda: ends_s[0]))
-        await asyncio.sleep(1.0)
+        await more(25)
         await asyncio.to_thread(change)
         await asyncio.to_thread(until, over, 150.0, "the change to be over")
-        await asyncio.sleep(2.0)
+        await more(50)
         ends_s[0] = 0.0
         await task
     return load

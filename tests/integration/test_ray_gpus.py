@@ -23,22 +23,17 @@ ray.shutdown()
 """
 
 AGENTS = """
-import json, os, time
+import json
 import ray
 from ray.cluster_utils import Cluster
 from controlplane.node_agent.ray_actor import alive_nodes, ensure_node_agents
+from tests.support.waiting import until
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
 second = cluster.add_node(num_cpus=1)
 ray.init(address=cluster.address, log_to_driver=False)
 cluster.wait_for_nodes()
 answer = {}
-
-def until(holds):
-    deadline = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 def latest(agents):
     return {node: ray.get(agent.latest.remote(), timeout=60) for node, agent in agents.items()}
@@ -47,7 +42,7 @@ def node_agents():
     return ensure_node_agents("telemetry", interval_s=0.1, known={}, nodes=alive_nodes())
 
 agents = node_agents()
-until(lambda: all(latest(agents).values()))
+until(lambda: all(latest(agents).values()), 60)
 first = latest(agents)
 answer["nodes"] = sorted(agents) == sorted(node["NodeID"] for node in ray.nodes())
 answer["own_samples"] = all(sample.node_id == node for node, sample in first.items())
@@ -62,10 +57,10 @@ def replaced():
     except ray.exceptions.RayActorError:
         return False
     return sample is not None and sample.epoch != first[second.node_id].epoch
-until(replaced)
+until(replaced, 60)
 
 cluster.remove_node(second)
-until(lambda: len(node_agents()) == 1)
+until(lambda: len(node_agents()) == 1, 60)
 print("ANSWER", json.dumps(answer))
 ray.shutdown()
 cluster.shutdown()

@@ -85,7 +85,7 @@ def test_a_load_step_makes_a_tier_grow_and_shrink_and_no_request_fails(plane: Pl
             replicas = await asyncio.to_thread(on_the_dashboard, plane, STEADY)
             running_now = [each for each in replicas["replicas"] if each["state"] == "RUNNING"]
             seen["most"] = max(seen.get("most", 0), len(running_now))
-            await asyncio.sleep(1.0)
+            await asyncio.wait({task}, timeout=1.0)
         return task.result()
 
     run = asyncio.run(play())

@@ -10,9 +10,10 @@ import os
 import pickle
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
+
+from tests.support.waiting import until
 
 T = TypeVar("T")
 
@@ -65,10 +66,11 @@ class Child:
 
     def until(self, expression: str, holds: Callable[[Any], bool], timeout_s: float = 10.0) -> Any:
         """Asks until the answer ``holds``; the last answer is in the failure."""
-        deadline = time.monotonic() + timeout_s
-        while True:
-            answer = self.ask(expression)
-            if holds(answer):
-                return answer
-            assert time.monotonic() < deadline, f"{expression} stayed {answer}"
-            time.sleep(0.01)
+        answers: list[Any] = []
+
+        def held() -> bool:
+            answers.append(self.ask(expression))
+            return holds(answers[-1])
+
+        until(held, timeout_s, expression, lambda: f"it is {answers[-1]}")
+        return answers[-1]
