@@ -17,7 +17,7 @@ from types import MappingProxyType
 from controlplane.config.gpu_models import table_name
 from controlplane.controller.registry import MISSED_REPORTS, WARMING_REPORTS, Registry
 from controlplane.core.alerts.signals import LostNode
-from controlplane.core.cluster.assumed_gpu import assuming, gpu_assumed
+from controlplane.core.cluster.assumed_gpu import assumed_gpu, assuming_gpu
 from controlplane.core.cluster.snapshot import GatewayInfo
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.endpoint import ENDED, SERVING, Endpoint, EndpointState
@@ -146,7 +146,9 @@ class Controller:
         """See :meth:`Registry.declare`."""
         self._heartbeat_s = heartbeat_s
         self._gpu_assumed = {spec.name: self._gpu_assumed.get(spec.name, "") for spec in tiers}
-        self.registry.declare([assuming(spec, self._gpu_assumed[spec.name]) for spec in tiers], heartbeat_s)
+        self.registry.declare(
+            [assuming_gpu(spec, self._gpu_assumed[spec.name]) for spec in tiers], heartbeat_s
+        )
 
     # --- what comes in ------------------------------------------------------------------------------------
 
@@ -303,7 +305,7 @@ class Controller:
         found = {}
         for spec in self.registry.tiers:
             published = self._published.get(spec.name)
-            scales = self.applies and spec.scaling is not None and spec.scaling.follows
+            scales = self.applies and spec.scaling is not None and spec.scaling.autoscaled
             if published is not None and (scales or published.valid_until_unix_s > unix_s):
                 found[spec.name] = published.replicas
             elif scales:
@@ -396,7 +398,7 @@ class Controller:
             mine = [item for item in self.registry.endpoints.values() if item.tier == spec.name]
             own = Counter(names.get(uuid, "") for item in mine for uuid in item.gpu_uuids)
             before = self._gpu_assumed.get(spec.name, "")
-            gpu = assumed[spec.name] = gpu_assumed(spec, before, own, there)
+            gpu = assumed[spec.name] = assumed_gpu(spec, before, own, there)
             if gpu and gpu != before:
                 text = f"until its engines were watched, it is assumed to be as fast as a {gpu} allows"
                 self.registry.note("speed assumed", spec.name, text, spec.name)

@@ -105,7 +105,7 @@ def scaling_plan(tier: TierConfig, tick_s: float) -> ScalingPlan:
     )
     return ScalingPlan(
         rule,
-        follows=tier.scaling is not None,
+        autoscaled=tier.scaling is not None,
         ceiling=tier.ceiling,
         cold_start_fixed=scaling.cold_start_s is not None,
         tensor_parallel=tier.tensor_parallel_size,

@@ -71,7 +71,7 @@ def _tier(tier: TierConfig, found: TierEngines, options: Options, work: RequestS
         engine.max_sequences,
     )
     plan = scaling_plan(tier, ScalingSettings().tick_s)
-    asked = plan.rule.settings if plan.follows else ScalingSettings(max_replicas=MOST_REPLICAS)
+    asked = plan.rule.settings if plan.autoscaled else ScalingSettings(max_replicas=MOST_REPLICAS)
     lowest = asked.min_replicas if options.min_replicas is None else options.min_replicas
     highest = asked.max_replicas if options.max_replicas is None else options.max_replicas
     if tier.engine == "endpoint":

@@ -143,7 +143,7 @@ class Scaling:
         for decision in decisions:
             tier, plan = decision.tier, specs[decision.tier].plan
             by_hand = self._by_hand.overrides.of(tier)
-            if by_hand is None and not (plan.follows and self.config.mode == "apply"):
+            if by_hand is None and not (plan.autoscaled and self.config.mode == "apply"):
                 continue
             reason = f"set by hand: {by_hand.reason}" if by_hand is not None else decision.reason
             targets[tier] = TierTarget(decision.target, reason, unix_s + TARGET_TTL_S)

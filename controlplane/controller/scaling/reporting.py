@@ -74,7 +74,7 @@ def view(
         target=base,
         wanted=decision.target if decision is not None else base,
         reason=decision.reason if decision is not None else "not looked at yet",
-        mode="by hand" if override is not None else mode if spec.plan.follows else "fixed",
+        mode="by hand" if override is not None else mode if spec.plan.autoscaled else "fixed",
         forecast_per_s=forecast.mean_per_s if forecast is not None else None,
         each_per_s=each_per_s if decision is not None else 0.0,
         cold_start_s=cold_start_s,

@@ -1,1 +1,1 @@
-"""What the configuration asks of each tier, and the snapshot of the cluster that gateways work from."""
+"""What the controller knows about each tier, and the cluster snapshot that the gateways use."""

@@ -1,5 +1,5 @@
-"""Which GPU model a tier's engines are assumed to run on until they were watched, where the configuration
-leaves it open: the one that they hold, else the one that there is most of.
+"""Which GPU model a tier's engines are assumed to run on until their speed has been measured, if the
+configuration doesn't say: the one that they hold most of, else the one that the cluster has most of.
 """
 
 from __future__ import annotations
@@ -10,26 +10,26 @@ from dataclasses import replace
 from controlplane.core.cluster.tier_spec import TierSpec
 
 Counts = Mapping[str, int]
-"""GPU model, by its name in the table → how many."""
+"""GPU model, by its name in the table of GPU models → how many."""
 
 
-def gpu_assumed(spec: TierSpec, before: str, own: Counts, there: Counts) -> str:
-    """The GPU model that the tier's engines are assumed to run on; empty: none that anything is known of.
+def assumed_gpu(spec: TierSpec, before: str, held: Counts, reported: Counts) -> str:
+    """The GPU model that the tier's engines are assumed to run on; empty if no model's speed is known.
 
-    What was assumed ``before`` stays while the tier holds one such GPU, or none whose speed is known: another
-    model's figures make the controller forget what it learned of the tier. ``own`` are the GPUs that the
-    tier's replicas hold, ``there`` all that node agents report.
+    The model assumed ``before`` stays while the tier holds one such GPU, or none whose speed is known: a
+    change makes the controller discard what it has learned about the tier. ``held`` are the GPUs of the
+    tier's replicas, ``reported`` all that node agents report.
     """
     speeds = dict(spec.scaling.gpu_priors) if spec.scaling is not None else {}
-    mine = {name: count for name, count in own.items() if name in speeds and count > 0}
-    if before in speeds and (before in mine or not mine):
+    known_held = {name: count for name, count in held.items() if name in speeds and count > 0}
+    if before in speeds and (before in known_held or not known_held):
         return before
-    choice = mine or {name: count for name, count in there.items() if name in speeds and count > 0}
+    choice = known_held or {name: count for name, count in reported.items() if name in speeds and count > 0}
     return max(sorted(choice), key=lambda name: choice[name], default="")
 
 
-def assuming(spec: TierSpec, gpu: str) -> TierSpec:
-    """The tier with that GPU model's speed assumed; as it is if nothing is known of the model."""
+def assuming_gpu(spec: TierSpec, gpu: str) -> TierSpec:
+    """The tier with that GPU model's speed assumed; unchanged if the model's speed is unknown."""
     speed = dict(spec.scaling.gpu_priors).get(gpu) if spec.scaling is not None else None
     if spec.scaling is None or speed is None:
         return spec

@@ -1,8 +1,8 @@
-"""The snapshot that the controller publishes, and how a gateway merges one into what it has.
+"""The snapshot that the controller publishes, and how a gateway merges it with the one it has.
 
-A controller that has just started knows nothing until replicas and gateways register again. Its snapshots
-say ``warming`` for that time, and a gateway keeps what it knew beside them, so that a controller's restart
-is not felt on any request's path.
+A controller that has just started knows nothing until replicas and gateways register again. Until then its
+snapshots are marked ``warming``, and a gateway also keeps what it knew before, so that a restart of the
+controller affects no request.
 """
 
 from __future__ import annotations
@@ -21,36 +21,39 @@ class GatewayInfo:
     gateway_id: str
     node_id: str
     url: str
-    """Its own port; empty if it only answers on Serve's ingress."""
+    """Address of its own port; empty if it is only reachable through Serve's ingress."""
     in_flight: int = 0
     queued: int = 0
     in_flight_by_endpoint: tuple[tuple[str, int], ...] = ()
     traffic: tuple[TrafficCounters, ...] = ()
-    """What it has counted, by tier and endpoint; for the controller only, not in snapshots."""
+    """Its counters by tier and endpoint. Only the controller reads them; snapshots don't have them."""
     snapshot: tuple[str, int] = ("", 0)
-    """Epoch and version of the snapshot it goes by."""
+    """Epoch and version of the snapshot that it uses."""
     seen_unix_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class TierScaling:
-    """What gateways show of a tier's scaling."""
+    """The part of a tier's scaling that gateways export as metrics."""
 
     tier: str
     target: int
-    """Replicas that it is to have."""
+    """Target replicas, without migrations."""
     wanted: int
-    """Replicas that the policy would have."""
+    """Replicas that the scaling policy wants, followed or not."""
     forecast_per_s: float
-    """Requests a second that are expected when a replica ordered now is ready."""
-    advice: str = ""
-    """The kind of the recommendation that holds now; empty: none."""
+    """Requests per second expected at the time when a replica ordered now would be ready."""
+    recommendation: str = ""
+    """The kind of the open recommendation; empty if there is none."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterSnapshot:
-    """What the controller knows at one moment. ``(epoch, version)`` orders snapshots: a new epoch is a
-    new controller process, and inside an epoch the version only grows."""
+    """What the controller knows at one moment.
+
+    ``(epoch, version)`` orders snapshots: each controller process has its own epoch, and within an epoch the
+    version only increases.
+    """
 
     epoch: str
     version: int
@@ -58,33 +61,32 @@ class ClusterSnapshot:
     endpoints: tuple[Endpoint, ...] = ()
     gateways: tuple[GatewayInfo, ...] = ()
     warming: bool = False
-    """The controller has just started and may not know every endpoint yet: see
-    :func:`controlplane.core.cluster.snapshot.merge`."""
+    """Whether the controller has just started and may not know every endpoint yet; see :func:`merge`."""
     gone: tuple[str, ...] = ()
-    """While warming: endpoint ids that left since this epoch began."""
+    """While warming: ids of endpoints that left since this epoch began."""
     scaling: tuple[TierScaling, ...] = ()
     alerts: tuple[FiringAlert, ...] = ()
-    """What fires, the worst first."""
+    """Alerts that fire, the most severe first."""
     due: tuple[tuple[str, int], ...] = ()
-    """Tier → replicas that have to be there now: none while an operator has drained it."""
+    """Tier → replicas that it has to have now; 0 while an operator has drained it."""
 
-    def wanted(self, tier: str, configured: int) -> int:
-        """Replicas that a tier is to have: as it is scaled, else as configured."""
+    def target_replicas(self, tier: str, configured: int) -> int:
+        """Target replicas of a tier; the ``configured`` number if it isn't scaled."""
         return next((item.target for item in self.scaling if item.tier == tier), configured)
 
 
 def is_newer(old: ClusterSnapshot, new: ClusterSnapshot) -> bool:
-    """Whether ``new`` says something that ``old`` does not: another epoch, or a later version of the same."""
+    """Whether ``new`` is from another epoch than ``old``, or has a higher version."""
     return new.epoch != old.epoch or new.version > old.version
 
 
 def merge(old: ClusterSnapshot | None, new: ClusterSnapshot) -> ClusterSnapshot:
-    """What to go by after ``new`` arrived.
+    """The snapshot to use once ``new`` has arrived.
 
-    * a snapshot that is not newer changes nothing;
-    * while ``new`` is warming, endpoints that it does not name are kept from ``old``, except those that it
-      knows to be gone, and so are alerts and the replicas due until it names some;
-    * otherwise ``new`` is the truth.
+    * A snapshot that isn't newer changes nothing.
+    * While ``new`` is warming, endpoints that it lacks are taken from ``old``, except those listed in its
+      ``gone``. Alerts and due replicas are taken from ``old`` until ``new`` has some.
+    * Otherwise ``new`` replaces ``old``.
     """
     if old is None:
         return new
@@ -92,11 +94,11 @@ def merge(old: ClusterSnapshot | None, new: ClusterSnapshot) -> ClusterSnapshot:
         return old
     if not new.warming:
         return new
-    settled = {endpoint.endpoint_id for endpoint in new.endpoints} | set(new.gone)
-    kept = tuple(endpoint for endpoint in old.endpoints if endpoint.endpoint_id not in settled)
+    known = {endpoint.endpoint_id for endpoint in new.endpoints} | set(new.gone)
+    from_old = tuple(endpoint for endpoint in old.endpoints if endpoint.endpoint_id not in known)
     return replace(
         new,
-        endpoints=new.endpoints + kept,
+        endpoints=new.endpoints + from_old,
         alerts=new.alerts or old.alerts,
         due=new.due or old.due,
     )

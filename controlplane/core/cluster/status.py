@@ -1,4 +1,4 @@
-"""What people are told of the tiers: the configuration's wishes beside what there is."""
+"""The status of each tier for display: what is configured, and what runs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from controlplane.core.domain.endpoint import Endpoint, EndpointState
 WAITING = "waiting"
 """No replica of the tier has reported yet."""
 DEGRADED = "degraded"
-"""Some replicas serve, but fewer than the tier is to have."""
+"""Some replicas serve, but fewer than the target."""
 IDLE = "idle"
-"""It is to have no replica: so configured, or it sleeps until somebody asks for it."""
+"""Its target is 0: it is configured so, or scaled to zero until a request arrives."""
 
-_SHOWN_FIRST = (
+_LEAST_ADVANCED_FIRST = (
     EndpointState.FAILED,
     EndpointState.RESTARTING,
     EndpointState.STARTING,
@@ -27,7 +27,7 @@ _SHOWN_FIRST = (
 
 @dataclass(frozen=True, slots=True)
 class EndpointStatus:
-    """One endpoint and what all gateways have in flight there."""
+    """One endpoint, and the requests that all gateways have in flight there."""
 
     endpoint: Endpoint
     in_flight: int
@@ -35,7 +35,7 @@ class EndpointStatus:
 
 @dataclass(frozen=True, slots=True)
 class TierStatus:
-    """One tier in a line: ``state`` is an endpoint state, or waiting, degraded, idle."""
+    """One tier. ``state`` is an endpoint state, or :data:`WAITING`, :data:`DEGRADED`, :data:`IDLE`."""
 
     name: str
     model: str
@@ -43,26 +43,27 @@ class TierStatus:
     state: str
     replicas_ready: int
     replicas_wanted: int
+    """Target replicas."""
     in_flight: int
     restarts: int
     phase: str
-    """What the least advanced replica is doing; empty when all serve."""
+    """What the least advanced replica is doing; empty if all serve."""
     diagnosis: str
     endpoints: tuple[EndpointStatus, ...]
 
     @property
     def ready(self) -> bool:
-        """Whether as many replicas serve as the tier is to have."""
+        """Whether at least the target number of replicas serve."""
         return self.replicas_ready >= self.replicas_wanted
 
     @property
     def failed(self) -> bool:
-        """Whether a replica gave up and none serves in its place."""
+        """Whether a replica has failed and none serves."""
         return self.state == EndpointState.FAILED
 
 
 def tier_statuses(snapshot: ClusterSnapshot, specs: Sequence[TierSpec]) -> tuple[TierStatus, ...]:
-    """Each configured tier in its order, then tiers that only endpoints know of."""
+    """Each configured tier in the configuration's order, then tiers that only endpoints name."""
     in_flight: dict[str, int] = {}
     for gateway in snapshot.gateways:
         for endpoint_id, count in gateway.in_flight_by_endpoint:
@@ -76,7 +77,7 @@ def tier_statuses(snapshot: ClusterSnapshot, specs: Sequence[TierSpec]) -> tuple
     return tuple(
         _tier_status(
             spec,
-            snapshot.wanted(spec.name, spec.replicas),
+            snapshot.target_replicas(spec.name, spec.replicas),
             tuple(
                 EndpointStatus(endpoint, in_flight.get(endpoint.endpoint_id, 0))
                 for endpoint in snapshot.endpoints
@@ -87,27 +88,27 @@ def tier_statuses(snapshot: ClusterSnapshot, specs: Sequence[TierSpec]) -> tuple
     )
 
 
-def _tier_status(spec: TierSpec, wanted: int, endpoints: tuple[EndpointStatus, ...]) -> TierStatus:
+def _tier_status(spec: TierSpec, target: int, endpoints: tuple[EndpointStatus, ...]) -> TierStatus:
     by_state = {item.endpoint.state: item.endpoint for item in reversed(endpoints)}
     ready = sum(item.endpoint.state == EndpointState.READY for item in endpoints)
-    behind = next((by_state[state] for state in _SHOWN_FIRST if state in by_state), None)
-    if ready >= wanted:
+    least = next((by_state[state] for state in _LEAST_ADVANCED_FIRST if state in by_state), None)
+    if ready >= target:
         state = EndpointState.READY.value if endpoints else IDLE
-        behind = None
+        least = None
     elif ready:
         state = DEGRADED
     else:
-        state = behind.state.value if behind else WAITING
+        state = least.state.value if least else WAITING
     return TierStatus(
         name=spec.name,
         model=spec.model,
         engine=spec.engine,
         state=state,
         replicas_ready=ready,
-        replicas_wanted=wanted,
+        replicas_wanted=target,
         in_flight=sum(item.in_flight for item in endpoints),
         restarts=sum(item.endpoint.restarts for item in endpoints),
-        phase=behind.phase if behind else "",
-        diagnosis=behind.diagnosis if behind else "",
+        phase=least.phase if least else "",
+        diagnosis=least.diagnosis if least else "",
         endpoints=endpoints,
     )

@@ -1,4 +1,4 @@
-"""What the controller is told of a tier's scaling: where it starts from, what it may do, what is promised."""
+"""What the controller needs to know about each tier: its configured replicas, its scaling and its SLO."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from controlplane.core.recommendations.rules import LATENCY_MS
 
 @dataclass(frozen=True, slots=True)
 class ScalingPlan:
-    """One tier's scaling as the configuration has it."""
+    """The configuration of one tier's scaling."""
 
     rule: TierRule
-    follows: bool
-    """It is scaled where the controller's mode is to apply; otherwise it is only advised about."""
+    autoscaled: bool
+    """Whether the controller scales it if its mode is ``apply``; if not, it only makes recommendations."""
     ceiling: int
-    """Replicas that it may be given by hand at most."""
+    """Most replicas that an operator may set."""
     cold_start_fixed: bool = False
-    """The configuration says how long a start takes; otherwise it is measured."""
+    """Whether the configuration says how long a start takes; if not, it is measured."""
     tensor_parallel: int = 1
     latency_limit_ms: float = LATENCY_MS
-    """Over it advice calls the tier slow, where no threshold is set."""
+    """Latency above which recommendations call the tier slow, if no threshold is configured."""
     gpu_priors: tuple[tuple[str, EngineSpeed], ...] = ()
-    """GPU model, by its name in the table → what an engine of the tier is assumed to do there. Empty: it
-    takes no GPU, or its model's configuration can't be read."""
+    """GPU model, by its name in the table of GPU models → speed that is assumed for an engine of the tier.
+    Empty if the tier uses no GPU, or its model's configuration can't be read."""
 
 
 @dataclass(frozen=True, slots=True)
 class TierSpec:
-    """What the configuration asks of a tier, as far as the controller needs it."""
+    """The part of a tier's configuration that the controller needs."""
 
     name: str
     model: str
@@ -38,13 +38,13 @@ class TierSpec:
     replicas: int
     concurrency_limit: int
     attainment: float | None = None
-    """The share of its requests that must get what its SLO promises; None: not said."""
+    """The share of requests that must be served within the SLO; None if not configured."""
     scaling: ScalingPlan | None = None
-    """None: it runs elsewhere, and no replicas of it are here."""
+    """None if the tier runs elsewhere, without replicas in this cluster."""
 
     @property
     def plan(self) -> ScalingPlan:
-        """Its scaling. ValueError: it runs elsewhere."""
+        """Its scaling. ValueError if the tier runs elsewhere."""
         if self.scaling is None:
-            raise ValueError(f"nothing is known of the scaling of tier '{self.name}'")
+            raise ValueError(f"tier '{self.name}' runs elsewhere, so it can't be scaled here")
         return self.scaling

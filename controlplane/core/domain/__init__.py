@@ -1,1 +1,1 @@
-"""The nouns that every other package uses: endpoints, requests, events, SLOs, resource names."""
+"""The basic types of all other packages: endpoints, requests, events, SLOs, resource names."""

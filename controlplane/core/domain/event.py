@@ -10,7 +10,7 @@ class Event:
     """Something that happened or was done, and why."""
 
     number: int
-    """Counts the events of one controller process."""
+    """Counts the events of one controller process, from 1."""
     unix_s: float
     kind: str
     subject: str
@@ -18,4 +18,4 @@ class Event:
     reason: str
     tier: str = ""
     actor: str = "controller"
-    """Who did it: ``controller`` or ``operator``."""
+    """Who caused it: ``controller`` or ``operator``."""

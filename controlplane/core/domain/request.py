@@ -1,4 +1,4 @@
-"""What a request says about itself (how difficult it is, how urgent), and how it ended."""
+"""Properties of a request: how difficult and how urgent it is, and how it ended."""
 
 from __future__ import annotations
 
@@ -31,6 +31,6 @@ class RequestOutcome(StrEnum):
     SHED = "shed"
     """Not served in time: its deadline passed or the queue was full (408, 429)."""
     FAILED = "failed"
-    """Lost by the engines or the gateway (5xx, or a stream that ended with an error)."""
+    """The engines or the gateway failed it (5xx, or a stream that ended with an error)."""
     CANCELLED = "cancelled"
-    """The client left before the answer was whole."""
+    """The client disconnected before the response was complete."""

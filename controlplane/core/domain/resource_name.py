@@ -1,4 +1,4 @@
-"""What an operator means by a name: a GPU, a node, a tier or an endpoint."""
+"""Resolves the name that an operator gave: to a GPU, a node, a tier or an endpoint."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 MIN_PREFIX = 4
-"""An id may be cut short to so many characters, where that names one thing only."""
+"""An id may be abbreviated to this many characters or more, if the abbreviation is unambiguous."""
 
 
 class ResourceKind(StrEnum):
-    """What can be named."""
+    """What an operator can name."""
 
     GPU = "GPU"
     NODE = "node"
@@ -21,7 +21,7 @@ class ResourceKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ResourceName:
-    """One thing, by its full id."""
+    """One resource, by its full id."""
 
     kind: ResourceKind
     id: str
@@ -38,7 +38,7 @@ def find_resource(
     tiers: Collection[str],
     endpoints: Collection[str],
 ) -> ResourceName | str:
-    """What ``name`` says, by its full id or a beginning of it that names one thing; or why nothing."""
+    """The resource with the id ``name``, or the only one whose id begins with it; else why there is none."""
     groups = (
         (ResourceKind.TIER, tiers),
         (ResourceKind.ENDPOINT, endpoints),
@@ -54,7 +54,7 @@ def find_resource(
             return found[0]
         if found:
             some = ", ".join(sorted(str(each) for each in found)[:4])
-            return f"'{name}' names {len(found)} things: {some}{', …' if len(found) > 4 else ''}"
+            return f"'{name}' matches {len(found)} resources: {some}{', …' if len(found) > 4 else ''}"
     return (
         f"there is no GPU, node, tier or endpoint named '{name}': "
         "`tierplane gpus` and `tierplane status` list what there is"

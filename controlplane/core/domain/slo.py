@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Slo:
-    """What the requests of a tier are promised."""
+    """The limits that the requests of a tier should be served within."""
 
     ttft_s: float = 3.0
     itl_s: float = 0.2
-    """Time per token, mean of one request."""
+    """Time per token after the first, averaged over one request."""
     attainment: float = 0.99
-    """The share of requests that must get all of it."""
+    """The share of requests that must be served within all limits."""
     total_s: float = math.inf
-    """From arrival to the end of the answer."""
+    """From arrival to the end of the response."""

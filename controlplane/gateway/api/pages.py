@@ -98,7 +98,7 @@ def health(
     """``healthy``: every tier has all its replicas; ``unhealthy``: no tier has any; else ``degraded``."""
     tiers = {
         tier.name: _tier_health(
-            pool, snapshot.wanted(tier.name, tier.replicas) if snapshot else tier.replicas
+            pool, snapshot.target_replicas(tier.name, tier.replicas) if snapshot else tier.replicas
         )
         for tier, pool in zip(config.tiers, endpoint_table.pools, strict=True)
     }

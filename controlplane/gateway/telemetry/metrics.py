@@ -287,8 +287,8 @@ class Metrics:
             self.target_replicas.labels(item.tier).set(item.target)
             self.wanted_replicas.labels(item.tier).set(item.wanted)
             self.forecast_per_s.labels(item.tier).set(item.forecast_per_s)
-            if item.advice:
-                self.recommendation.labels(item.tier, item.advice).set(1)
+            if item.recommendation:
+                self.recommendation.labels(item.tier, item.recommendation).set(1)
         said = dict(snapshot.due) if snapshot is not None else {}
         for tier, replicas in configured.items():
             self.due.labels(tier).set(said.get(tier, replicas))

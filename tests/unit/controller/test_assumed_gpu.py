@@ -11,7 +11,7 @@ from controlplane.config import TierConfig
 from controlplane.config.scaling import ControllerScalingConfig
 from controlplane.controller.scaling import Scaling
 from controlplane.core.autoscaling.capacity import EngineSpeed
-from controlplane.core.cluster.assumed_gpu import gpu_assumed
+from controlplane.core.cluster.assumed_gpu import assumed_gpu
 from controlplane.core.cluster.snapshot import GatewayInfo
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.telemetry.samples import Absence, GpuInfo, Missing, Reading
@@ -87,7 +87,7 @@ L4, H100, OTHER = "L4", "H100-80G", "Mystery 9000"
     ],
 )
 def test_which_gpu_is_assumed(before: str, own: dict[str, int], there: dict[str, int], expected: str) -> None:
-    assert gpu_assumed(spec_of(), before, own, there) == expected
+    assert assumed_gpu(spec_of(), before, own, there) == expected
 
 
 class Rig:

@@ -213,7 +213,7 @@ def test_names_may_be_cut_short_where_they_name_one_thing() -> None:
     assert find("GPU-9") == ResourceName(ResourceKind.GPU, "GPU-9")
     assert find("3fa9c") == ResourceName(ResourceKind.NODE, "3fa9c0de")
     assert find("small-x") == ResourceName(ResourceKind.ENDPOINT, "small-x1y2")
-    assert "2 things" in str(find("GPU-1234"))
+    assert "matches 2 resources" in str(find("GPU-1234"))
     assert "no GPU, node, tier or endpoint" in str(find("3fa"))
 
 

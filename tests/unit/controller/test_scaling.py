@@ -281,8 +281,8 @@ def test_snapshots_say_what_tiers_are_to_have() -> None:
     registry = live.world.controller.registry
     (told,) = registry.snapshot(secrets=False).scaling
     assert (told.tier, told.target) == ("small", 1)
-    assert registry.snapshot(secrets=False).wanted("small", 9) == 1
-    assert registry.snapshot(secrets=False).wanted("other", 9) == 9
+    assert registry.snapshot(secrets=False).target_replicas("small", 9) == 1
+    assert registry.snapshot(secrets=False).target_replicas("other", 9) == 9
     version = registry.version
     live.step(5, per_s=3)
     assert registry.version == version, "nothing is told anew that has not changed"

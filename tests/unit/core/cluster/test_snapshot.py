@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 from dataclasses import replace
 
 from hypothesis import given
@@ -49,12 +51,12 @@ def test_an_older_or_equal_version_changes_nothing() -> None:
     assert merge(old, snapshot("a", 4)) is old
 
 
-def test_a_settled_snapshot_replaces() -> None:
+def test_a_snapshot_that_is_not_warming_replaces_the_old_one() -> None:
     assert ids(merge(snapshot("a", 5, "x", "y"), snapshot("a", 6, "y"))) == {"y"}
     assert ids(merge(snapshot("a", 5, "x"), snapshot("b", 1))) == set()
 
 
-def test_a_restarted_controller_empties_nothing_until_it_is_warm() -> None:
+def test_a_restarted_controller_removes_nothing_while_warming() -> None:
     known = snapshot("a", 50, "x", "y")
     known = merge(known, snapshot("b", 1, warming=True))
     assert ids(known) == {"x", "y"}
@@ -64,17 +66,17 @@ def test_a_restarted_controller_empties_nothing_until_it_is_warm() -> None:
     assert ids(known) == {"y"}
 
 
-def test_while_warming_what_the_new_one_says_wins() -> None:
+def test_while_warming_the_new_snapshot_s_endpoints_win() -> None:
     old = snapshot("a", 5, "x")
     new = ClusterSnapshot("b", 1, 0.0, (endpoint("x", "http://127.0.0.1:2"),), warming=True)
     assert [item.base_url for item in merge(old, new).endpoints] == ["http://127.0.0.1:2"]
 
 
-def test_while_warming_what_is_known_to_be_gone_is_not_kept() -> None:
+def test_while_warming_endpoints_that_are_gone_are_removed() -> None:
     assert ids(merge(snapshot("a", 5, "x", "y"), snapshot("b", 2, warming=True, gone=("x",)))) == {"y"}
 
 
-def test_a_restarted_controller_clears_no_alert_until_it_has_judged() -> None:
+def test_a_restarted_controller_clears_no_alert_while_warming() -> None:
     alert = FiringAlert("Rule", Severity.WARNING, SubjectType.TIER, "balanced", "It is down.", "Look.", 1.0)
     old = replace(snapshot("a", 5), alerts=(alert,), due=(("balanced", 2),))
     warming = merge(old, snapshot("b", 1, warming=True))
@@ -88,7 +90,7 @@ names = st.sets(st.sampled_from("abcdef"), max_size=6)
 
 
 @given(old=names, new=names, gone=names, warming=st.booleans(), same=st.booleans())
-def test_merge_never_loses_what_the_new_one_names_nor_keeps_what_is_gone(
+def test_merge_has_every_new_endpoint_and_none_that_is_gone(
     old: set[str], new: set[str], gone: set[str], warming: bool, same: bool
 ) -> None:
     gone = gone - new

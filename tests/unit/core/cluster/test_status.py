@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 from dataclasses import replace
 
 import pytest
@@ -29,7 +31,7 @@ def snapshot(*endpoints: Endpoint, gateways: tuple[GatewayInfo, ...] = ()) -> Cl
 
 
 @pytest.mark.parametrize(
-    ("states", "wanted", "state", "ready"),
+    ("states", "target", "state", "ready"),
     [
         ((), 2, WAITING, False),
         ((), 0, IDLE, True),
@@ -43,14 +45,14 @@ def snapshot(*endpoints: Endpoint, gateways: tuple[GatewayInfo, ...] = ()) -> Cl
         ((S.DRAINING,), 1, "draining", False),
     ],
 )
-def test_a_tier_in_a_word(states: tuple[EndpointState, ...], wanted: int, state: str, ready: bool) -> None:
+def test_state_of_a_tier(states: tuple[EndpointState, ...], target: int, state: str, ready: bool) -> None:
     endpoints = [endpoint(f"balanced-{i}", each) for i, each in enumerate(states)]
-    (tier,) = tier_statuses(snapshot(*endpoints), [replace(SPEC, replicas=wanted)])
+    (tier,) = tier_statuses(snapshot(*endpoints), [replace(SPEC, replicas=target)])
     assert (tier.state, tier.ready) == (state, ready)
     assert tier.failed == (state == "failed")
 
 
-def test_it_says_what_the_least_advanced_replica_does() -> None:
+def test_phase_is_that_of_the_least_advanced_replica() -> None:
     ahead = endpoint("balanced-1", S.READY, phase="serving")
     behind = endpoint("balanced-2", S.STARTING, phase="loading weights")
     (tier,) = tier_statuses(snapshot(ahead, behind), [SPEC])
@@ -75,7 +77,7 @@ def test_requests_in_flight_are_those_of_all_gateways() -> None:
     assert [item.in_flight for item in tier.endpoints] == [5, 1]
 
 
-def test_tiers_keep_the_configuration_s_order_and_unknown_ones_come_last() -> None:
+def test_tiers_are_in_the_configuration_s_order_and_unknown_ones_come_last() -> None:
     stray = replace(endpoint("old-1", S.DRAINING), tier="old")
     first = replace(SPEC, name="capable")
     tiers = tier_statuses(snapshot(stray), [first, SPEC])
