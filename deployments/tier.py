@@ -31,7 +31,7 @@ from controlplane.paths import run_dir
 from controlplane.planning.gpu_shares import lease_shape
 from controlplane.planning.launch_check import launchable_model
 from controlplane.ray_cluster import session
-from controlplane.ray_cluster.actor_options import actor_options, cluster_gpu_kinds
+from controlplane.ray_cluster.actor_options import actor_options, cluster_accelerator_types
 from deployments.autoscaling_policy import autoscaling
 from deployments.background import BackgroundTasks
 from deployments.gpu_lease import EngineGpus, GpuLeaseClient
@@ -226,7 +226,9 @@ def tier_application(config: PlaneConfig, tier: TierConfig) -> serve.Application
     deployment = serve.deployment(
         name=tier.name,
         autoscaling_config=autoscaling(tier, config.controller.namespace),
-        ray_actor_options=actor_options(tier, cluster_gpu_kinds() if tier.pipeline_across_nodes else ()),
+        ray_actor_options=actor_options(
+            tier, cluster_accelerator_types() if tier.pipeline_across_nodes else ()
+        ),
         max_surge_percent=_surge_percent(tier),
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=tier.drain_timeout_s + ENGINE_STOP_S,
@@ -269,7 +271,9 @@ def _metric_names(tier: TierConfig) -> tuple[tuple[str, str], ...]:
 
 def _engine_host(config: PlaneConfig) -> str:
     """Where engines listen: where every gateway can reach them, and no wider than that takes."""
-    if config.engine_host == "loopback" or (config.engine_host == "auto" and session.marked(os.environ)):
+    if config.engine_host == "loopback" or (
+        config.engine_host == "auto" and session.started_by_up(os.environ)
+    ):
         return LOOPBACK
     address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
     return address

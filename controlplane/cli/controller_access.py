@@ -56,7 +56,7 @@ def connected(address: str | None, namespace: str | None) -> Iterator[PlaneAddre
     if not where:
         raise SetupError("no plane runs here: start one with `tierplane up`, or name its Ray with --address")
     if record is not None and where == record.ray_address:
-        session.enter(record)
+        session.authenticate(record)
     from controlplane.ray_cluster import plane
 
     plane.connect(where)

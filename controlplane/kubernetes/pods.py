@@ -14,6 +14,7 @@ from controlplane.core.sizing.gpu_models import GIB
 from controlplane.kubernetes.overlays import IMAGE, Overlay
 from controlplane.kubernetes.requests import PodNeed, mebibytes
 from controlplane.models.catalog import gpu_named
+from controlplane.ray_cluster.session import SERVE_ENVIRONMENT
 
 Manifest = dict[str, Any]
 
@@ -46,11 +47,7 @@ _ENV: Final[Mapping[str, str]] = {
     "HF_HOME": "/models/hub",
     "TIERPLANE_CACHE_DIR": "/models/tierplane",
     "TIERPLANE_RUN_DIR": "/tmp/tierplane",  # noqa: S108 - the pod's own emptyDir
-    "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
-    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
+    **SERVE_ENVIRONMENT,
 }
 
 

@@ -1,1 +1,1 @@
-"""A Ray cluster of our own on this machine, and the plane that runs on it as seen from outside."""
+"""The Ray that ``tierplane up`` starts on this machine, and access to a plane from other processes."""

@@ -1,4 +1,4 @@
-"""The plane from outside, as the command line sees it: connect to its Ray, deploy, ask, delete."""
+"""The plane from the command line's side: connect to its Ray, deploy, query the controller, delete."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from controlplane.errors import SetupError
 from controlplane.node_agent.ray_actor import stop_node_agents
 
 SERVE_NAMESPACE = "serve"
-ASK_TIMEOUT_S = 10.0
+CALL_TIMEOUT_S = 10.0
 CONNECT_TIMEOUT_S = 10.0
 
 _FAILED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY)
@@ -37,7 +37,7 @@ _FAILED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY)
 
 @dataclass(frozen=True, slots=True)
 class PlaneView:
-    """What the controller knows, without secrets."""
+    """The state of the plane as the controller reports it, without secrets."""
 
     snapshot: ClusterSnapshot
     tiers: tuple[TierSpec, ...]
@@ -48,9 +48,9 @@ def connect(address: str) -> None:
     """Connect this process to a running Ray. Raises SetupError."""
     if ray.is_initialized():
         return
-    _see_that_somebody_listens(address)
+    _check_that_ray_listens(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray counts CPUs and warns about it; what it says to a driver is not for our users' terminal.
+    # Ray warns about the number of CPUs; its messages to a driver don't belong on our users' terminal.
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -64,24 +64,26 @@ def connect(address: str) -> None:
     except (ConnectionError, RuntimeError, RayError, OSError) as error:
         raise SetupError(f"can't connect to Ray at {address}: {str(error).strip()}") from error
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    # Ray writes what happens to nodes and actors on standard output, in the middle of our JSON. It has no
-    # setting for that, but its own debugger switches it off like this.
+    # Ray prints events of nodes and actors to standard output, in between our JSON. There is no setting
+    # against it; Ray's own debugger switches it off this way.
     ray._private.worker._worker_logs_enabled = False
 
 
-def _see_that_somebody_listens(address: str) -> None:
-    """Ray itself tries for a minute to reach a head that is gone. Raises SetupError."""
+def _check_that_ray_listens(address: str) -> None:
+    """Raise SetupError at once if the head is gone: Ray itself would try for a minute."""
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdecimal():
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
     except OSError as error:
-        raise SetupError(f"no Ray answers at {address}: {error.strerror or error}") from error
+        raise SetupError(
+            f"no Ray answers at {address} ({error.strerror or error}): start one, or check the address"
+        ) from error
 
 
 def disconnect() -> None:
-    """Leave Ray; nothing is stopped."""
+    """Disconnect this process from Ray; nothing is stopped."""
     if ray.is_initialized():
         ray.shutdown()
 
@@ -95,18 +97,18 @@ def deploy(config_path: Path, address: str) -> None:
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             serve_cli.main(args=arguments, standalone_mode=False)
-    except SystemExit as left:
-        raise SetupError(f"Serve did not take {config_path}:\n{output.getvalue().strip()}") from left
+    except SystemExit as error:
+        raise SetupError(f"Serve rejected {config_path}:\n{output.getvalue().strip()}") from error
     except RayError as error:
         raise SetupError(f"Serve could not be started:\n{str(error).strip()}") from error
 
 
 def application_failure(names: tuple[str, ...]) -> str:
-    """Why an application could not be deployed, in Serve's words; empty if none failed."""
+    """Serve's own messages about an application that could not be deployed; empty if none failed."""
     try:
         applications = serve.status().applications
     except (RayError, RayServeException):
-        return ""  # Serve's controller restarts; it is asked again.
+        return ""  # Serve's controller is restarting; the caller checks again.
     for name in names:
         application = applications.get(name)
         if application is None or application.status not in _FAILED:
@@ -117,55 +119,59 @@ def application_failure(names: tuple[str, ...]) -> str:
 
 
 def applications_present(names: tuple[str, ...]) -> bool:
-    """Whether Serve still knows one of these applications."""
+    """Whether Serve still has one of these applications."""
     return any(name in serve.status().applications for name in names)
 
 
-def undeploy(names: tuple[str, ...], *, limit_s: float, on_wait: Callable[[float], None]) -> bool:
-    """Delete the applications, letting replicas drain; False if they were not gone after ``limit_s``."""
+def undeploy(names: tuple[str, ...], *, limit_s: float, on_wait: Callable[[], None]) -> bool:
+    """Delete the applications and let their replicas drain; False if some are left after ``limit_s``.
+
+    ``on_wait`` is called again and again while waiting; an exception from it ends the wait.
+    """
     present = tuple(name for name in names if name in serve.status().applications)
     for name in present:
         serve.delete(name, _blocking=False)
     began_s = time.monotonic()
     while applications_present(present):
-        waited_s = time.monotonic() - began_s
-        if waited_s > limit_s:
+        if time.monotonic() - began_s > limit_s:
             return False
-        on_wait(waited_s)
+        on_wait()
         time.sleep(0.2)
     return True
 
 
-def stop_controller(namespace: str) -> bool:
-    """End the controller actor, its node agents and what it holds in Ray; False if there was none."""
+def stop_controller(namespace: str) -> None:
+    """Stop the controller actor, if there is one, and its node agents, and release its cordons in Ray."""
     controller = find_controller(namespace)
     if controller is not None:
         controller.kill()
     stop_node_agents(namespace)
     let_go_of_all(namespace)
-    return controller is not None
 
 
 def call_controller(
     namespace: str, address: str, method: Method[P, R], /, *args: P.args, **kwargs: P.kwargs
 ) -> R:
-    """Call a method of the controller. Raises SetupError if there is none or it does not answer."""
+    """Call a method of the controller. Raises SetupError if there is no controller or it does not answer."""
     try:
         controller = find_controller(namespace)
         if controller is None:
-            raise SetupError(f"no plane in namespace '{namespace}' of the Ray at {address}")
-        return controller.get(ASK_TIMEOUT_S, method, *args, **kwargs)
+            raise SetupError(
+                f"no plane runs in namespace '{namespace}' of the Ray at {address}: name its namespace with "
+                "--namespace, or its Ray with --address"
+            )
+        return controller.get(CALL_TIMEOUT_S, method, *args, **kwargs)
     except (RayError, RuntimeError, TimeoutError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise SetupError(f"the controller does not answer, try again in a moment: {first}") from error
+        raise SetupError(f"the controller does not answer ({first}): try again in a moment") from error
 
 
 def view(namespace: str) -> PlaneView | None:
-    """What the controller knows now; None if there is no controller or it does not answer yet."""
+    """The state of the plane; None if there is no controller or it does not answer (yet)."""
     try:
         controller = find_controller(namespace)
         if controller is None:
             return None
-        return PlaneView(*controller.get(ASK_TIMEOUT_S, ControllerApi.status))
+        return PlaneView(*controller.get(CALL_TIMEOUT_S, ControllerApi.status))
     except (RayError, RuntimeError, TimeoutError):
         return None

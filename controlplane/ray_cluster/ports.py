@@ -1,13 +1,13 @@
-"""Ports that this process chooses and that another process binds later: HAProxy, Ray, a server of a test.
+"""Ports that this process chooses and that another process binds later: HAProxy, Ray, a server in a test.
 
-The kernel hands out ports of its ephemeral range at any time, to whoever connects or binds port 0, Ray's own
-processes included. So ports are chosen outside that range, and each one is reserved against other processes
-that choose with this module: by a Unix socket in Linux's abstract namespace. It needs no file, is valid where
-the ports are (in the network namespace, for all users), and the kernel removes it when its process ends. A
-bound TCP socket would also stop servers that don't set SO_REUSEADDR.
+The kernel may assign any port of its ephemeral range at any time to a process that connects or binds port 0,
+including Ray's own processes. So ports are chosen outside that range, and each is reserved against other
+processes that use this module, with a Unix socket in Linux's abstract namespace. Such a socket needs no file,
+has the same scope as the ports (the network namespace, all users), and the kernel removes it when its process
+ends. A bound TCP socket as reservation would block servers that don't set SO_REUSEADDR.
 
-A server with a fixed port can still take one of them: :meth:`Ports.taken` says so, and the start is repeated
-with other ports.
+A server with a fixed port can still take a chosen port: :meth:`Ports.taken` reports that, and the start is
+repeated with other ports.
 """
 
 from __future__ import annotations
@@ -25,22 +25,23 @@ import psutil
 from controlplane.errors import SetupError
 
 FIRST_PORT = 20_000
-"""Below it are well-known servers, and the workers of a Ray with default settings (10002 to 19999)."""
+"""Lower ports are used by well-known servers and by the workers of a Ray with default settings (10002 to
+19999)."""
 SERVE_REPLICA_PORTS = range(30_000, 31_001)
-"""Serve gives them to its replicas, and tries the next one if one is taken."""
+"""Serve assigns these to its replicas; if one is taken it tries the next."""
 
 _KERNEL = Path("/proc/sys/net/ipv4")
 _LINUX_DEFAULT = range(32_768, 61_000)
 _BIND_FAILURE = re.compile(r"bind[^\n]*?(?::|', )(\d{1,5})\b")
-"""As in "cannot bind socket (Address already in use) for [0.0.0.0:80]" and "bind on address ('::', 80)"."""
+"""Matches "cannot bind socket (Address already in use) for [0.0.0.0:80]" and "bind on address ('::', 80)"."""
 
 
 class PortTaken(SetupError):
-    """Another process took a chosen port before the program that it was for: other ports may do."""
+    """Another process took a chosen port before the intended program; starting with other ports may help."""
 
 
 class Ports:
-    """Chosen ports, reserved until :meth:`release`; a context manager that releases them."""
+    """Chosen ports, reserved until :meth:`release`; as a context manager it releases them at its end."""
 
     def __init__(self) -> None:
         self._purposes: dict[int, str] = {}
@@ -55,14 +56,14 @@ class Ports:
         self.release()
 
     def choose(self, purpose: str, preferred: int = 0) -> int:
-        """A port that nobody has bound and nobody else has chosen; ``preferred`` if that is so of it.
+        """Choose a port that is neither bound nor reserved: ``preferred`` if possible, else a random one.
 
-        ``purpose`` names the port in messages. Raises SetupError if there is none.
+        ``purpose`` names the port in messages. Raises SetupError if no port is available.
         """
         candidates = eligible_ports()
         start = random.randrange(len(candidates))
         for port in (*([preferred] if preferred else []), *candidates[start:], *candidates[:start]):
-            # Reserved before it is probed: a probe could disturb whoever is about to bind it.
+            # Reserved before it is probed: the probe could disturb a process that is about to bind it.
             reservation = _reserve(port)
             if reservation is None:
                 continue
@@ -74,15 +75,15 @@ class Ports:
         raise SetupError(f"no port from {FIRST_PORT} to 65535 is free for {purpose}")
 
     def taken(self, own_pids: Callable[[], Collection[int]], output: str = "") -> str:
-        """Which of the ports other processes have, and which processes; empty if none is taken.
+        """The ports that other processes have taken, with these processes, as text; empty if none is taken.
 
-        ``own_pids`` gives the processes that may have them now. ``output`` is what a failed program wrote: a
-        port that it could not bind is taken even if its holder is gone.
+        ``own_pids`` returns the processes that may have the ports. ``output`` is the output of a program that
+        failed: a port that it could not bind counts as taken even if its holder has ended.
         """
         unbindable = bind_failures(output)
         before = port_holders(self._purposes)
         own = own_pids()
-        # One of ours that came after or left before `own` was made is not in both.
+        # Twice, because a process of ours that starts or ends in between is missing from one of the two.
         after = port_holders(self._purposes)
         found = []
         for port, purpose in self._purposes.items():
@@ -90,11 +91,11 @@ class Ports:
             if others:
                 found.append(f"port {port} ({purpose}) is taken by {process_name(others[0])}")
             elif port in unbindable:
-                found.append(f"port {port} ({purpose}) was taken by a process that is gone")
+                found.append(f"port {port} ({purpose}) was taken by a process that has ended")
         return ", ".join(found)
 
     def release(self) -> None:
-        """Let others choose these ports again; whoever has bound them is not disturbed."""
+        """Release the reservations; processes that have bound the ports are not affected."""
         for reservation in self._reservations:
             reservation.close()
         self._reservations.clear()
@@ -111,16 +112,17 @@ def free_port() -> int:
 
 
 def eligible_ports() -> list[int]:
-    """The ports that may be chosen, free or not: outside the ephemeral range, and promised to nobody."""
+    """The ports that may be chosen, free or not: outside the ephemeral range and not reserved for a
+    server."""
     excluded = {*SERVE_REPLICA_PORTS, *_administrator_reserved()}
     ports = [port for port in range(FIRST_PORT, 65_536) if port not in excluded]
     ephemeral = ephemeral_range()
-    # If the administrator made all of them ephemeral, reservations and repeated starts have to do.
+    # If the administrator made all of them ephemeral, only reservations and repeated starts are left.
     return [port for port in ports if port not in ephemeral] or ports
 
 
 def ephemeral_range() -> range:
-    """The ports that the kernel hands out by itself."""
+    """The ports that the kernel assigns by itself."""
     try:
         first, last = (_KERNEL / "ip_local_port_range").read_text().split()
         return range(int(first), int(last) + 1)
@@ -145,7 +147,7 @@ def bind_failures(output: str) -> set[int]:
 
 
 def port_holders(ports: Iterable[int]) -> dict[int, list[int | None]]:
-    """The processes that have each of ``ports``, those that listen first; None is one of another user."""
+    """The processes that have each of ``ports``, listening ones first; None stands for another user's."""
     wanted = set(ports)
     try:
         connections = psutil.net_connections("tcp")
@@ -156,20 +158,20 @@ def port_holders(ports: Iterable[int]) -> dict[int, list[int | None]]:
         for each in connections:
             if not each.laddr or each.laddr[1] not in wanted:
                 continue
-            # Without a process and not listening: what is left of a closed connection.
+            # A socket that has no process and does not listen is the rest of a closed connection.
             if (each.status == psutil.CONN_LISTEN) is listening and (listening or each.pid is not None):
                 found.setdefault(each.laddr[1], []).append(each.pid)
     return found
 
 
 def port_holder(port: int) -> str:
-    """Who has ``port``, for people."""
+    """The process that has ``port``, as text."""
     holders = port_holders([port]).get(port)
     return process_name(holders[0]) if holders else "a process that can't be seen from here"
 
 
 def process_name(pid: int | None) -> str:
-    """A process for people: its name and its number, never its arguments, which may hold secrets."""
+    """A process as text: its name and its id, never its arguments, which may contain secrets."""
     if pid is None:
         return "a process of another user"
     try:
@@ -189,7 +191,7 @@ def _reserve(port: int) -> socket.socket | None:
 
 
 def _is_unbound(port: int) -> bool:
-    """Whether no socket has the port on any address, not even a closed connection."""
+    """Whether no socket has the port on any address, not even that of a closed connection."""
     with socket.socket() as probe:
         try:
             probe.bind(("", port))
@@ -199,7 +201,7 @@ def _is_unbound(port: int) -> bool:
 
 
 def _administrator_reserved() -> set[int]:
-    """Ports that the kernel does not hand out, because the administrator has a server for them."""
+    """Ports that the administrator has excluded from the kernel's own assignment, usually for a server."""
     try:
         parts = (_KERNEL / "ip_local_reserved_ports").read_text().strip().split(",")
         ranges = [part.partition("-") for part in parts if part]

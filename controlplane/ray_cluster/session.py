@@ -1,8 +1,8 @@
-"""A Ray of our own on this machine: started with the environment that the plane wants, found and stopped
-again without touching any other Ray.
+"""The Ray that ``tierplane up`` starts on this machine: started with the environment that the plane needs,
+found and stopped again without affecting any other Ray.
 
-It has its own folder for sockets and logs and free ports. All its processes inherit ``TIERPLANE_PLANE_ID``,
-by which :func:`processes` finds them, whatever became of the process that started them.
+It has its own ports and its own folder for sockets and logs. All its processes inherit
+``TIERPLANE_PLANE_ID``, by which :func:`processes` finds them even if the process that started them has ended.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import psutil
 
@@ -29,15 +29,22 @@ from controlplane.ray_cluster.ports import Ports, PortTaken
 PLANE_ID_VARIABLE = "TIERPLANE_PLANE_ID"
 START_TIMEOUT_S = 120.0
 OBJECT_STORE_BYTES = 128 * 1024 * 1024
-"""No token and no weight passes through Ray's object store."""
+"""Small, because neither tokens nor weights pass through Ray's object store."""
 DASHBOARD_PORT = 8265
-STREAM_LIFE_S = 3600
-"""HAProxy cuts streams that are older than this when its configuration changes."""
+SERVE_ENVIRONMENT: Final[Mapping[str, str]] = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    # When its configuration changes, HAProxy closes streams that are older than this.
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+"""Variables that Ray Serve reads when Ray starts; they have no effect later."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """What ``tierplane up`` started, as kept in ``up.json`` of the run directory."""
+    """The plane that ``tierplane up`` started, as stored in ``up.json`` in the run folder."""
 
     plane_id: str
     config: str
@@ -49,21 +56,22 @@ class RunRecord:
     owns_ray: bool
     ray_address: str = ""
     temp_dir: str = ""
-    """Ray's folder if it is ours; removed when it is stopped."""
+    """The folder of our own Ray, removed when Ray is stopped; empty for a Ray that was running before."""
     dashboard_url: str = ""
     gateway_url: str = ""
     ingress_url: str = ""
     ready_unix_s: float = 0.0
 
     def save(self) -> None:
-        """Write ``up.json`` in one step."""
+        """Write ``up.json`` atomically."""
         path = record_path()
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(asdict(self), indent=2) + "\n")
         partial.replace(path)
 
     def up_is_running(self) -> bool:
-        """Whether the ``tierplane up`` that wrote this is still there (not detached, not dead)."""
+        """Whether the ``tierplane up`` that wrote this record still runs (it has neither detached nor
+        ended)."""
         try:
             process = psutil.Process(self.up_pid)
             return process.is_running() and abs(process.create_time() - self.up_created_unix_s) < 1.0
@@ -72,12 +80,12 @@ class RunRecord:
 
 
 def record_path() -> Path:
-    """Where the record is kept."""
+    """The path of the record."""
     return run_dir() / "up.json"
 
 
 def load_record() -> RunRecord | None:
-    """The record of what runs; None if there is none. Raises SetupError if it can't be read."""
+    """The record of the running plane; None if there is none. Raises SetupError if it can't be read."""
     path = record_path()
     try:
         values = json.loads(path.read_text())
@@ -85,29 +93,21 @@ def load_record() -> RunRecord | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise SetupError(f"{path} can't be read ({error}): stop what runs by hand and remove it") from error
-
-
-def serve_environment() -> dict[str, str]:
-    """What Ray Serve reads when Ray starts, and which has no effect later."""
-    return {
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(STREAM_LIFE_S),
-        "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
-        # HAProxy on the same machine learns of a leaving replica in milliseconds.
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
-        # Serve's loop looks ten times a second otherwise: 7 % of a core while nothing happens.
-        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
+        raise SetupError(
+            f"{path} can't be read ({error}): stop the plane's processes yourself and remove the file"
+        ) from error
 
 
 def _environment(plane_id: str, temp_dir: Path, ports: Ports) -> dict[str, str]:
-    env = {key: value for key, value in os.environ.items() if key not in _NOT_INHERITED}
-    for key, value in serve_environment().items():
-        env.setdefault(key, value)
+    env = {
+        **SERVE_ENVIRONMENT,
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
+        # HAProxy on the same machine notices a stopping replica within milliseconds.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+        # By default Serve's loop runs ten times a second, which takes 7 % of a core even when idle.
+        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
+        **{key: value for key, value in os.environ.items() if key not in _NOT_INHERITED},
+    }
     haproxy = temp_dir / "h"
     haproxy.mkdir(exist_ok=True)
     env |= _token_environment(temp_dir)
@@ -115,21 +115,21 @@ def _environment(plane_id: str, temp_dir: Path, ports: Ports) -> dict[str, str]:
         PLANE_ID_VARIABLE: plane_id,
         "TIERPLANE_RUN_DIR": str(run_dir()),
         "RAY_TMPDIR": str(temp_dir),
-        # Process titles are written over the environment otherwise, and processes are found by it.
+        # Otherwise process titles overwrite the environment, by which processes are found.
         "SPT_NOENV": "1",
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
-        # HAProxy listens there on every address: Ray's template for its configuration says
-        # "bind :PORT" and "bind *:PORT", and has no variable for the address.
+        # HAProxy binds these two on every address: Ray's template of its configuration has
+        # "bind :PORT" and "bind *:PORT", without a variable for the address.
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports.choose("HAProxy's metrics")),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(ports.choose("HAProxy's statistics")),
-        # These two are fixed otherwise, in the ephemeral range, and a second plane would have none.
+        # By default these two are fixed ports in the ephemeral range, which a second plane could not bind.
         "AUTOSCALER_METRIC_PORT": str(ports.choose("the autoscaler's metrics")),
         "DASHBOARD_METRIC_PORT": str(ports.choose("the dashboard's metrics")),
-        # By default 8500, which two planes of one user would share (SO_REUSEPORT) without an error.
+        # By default 8500, which two planes of one user would share without an error (SO_REUSEPORT).
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports.choose("Serve's fallback proxy")),
     }
     return env
@@ -139,21 +139,21 @@ _NOT_INHERITED = frozenset({"RAY_ADDRESS", "RAY_TMPDIR", "RAY_AUTH_TOKEN", "PYTH
 
 
 def _token_environment(temp_dir: Path) -> dict[str, str]:
-    """Some of Ray's ports are open to other users and machines, and whoever may talk to Ray may run code: a
-    token guards it."""
+    """The variables for token authentication: some of Ray's ports are open to other users and machines, and a
+    process that can connect to Ray can run any code."""
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(temp_dir / "auth_token")}
 
 
-def enter(record: RunRecord) -> None:
-    """Let this process talk to the Ray of ``record``. To be called before Ray is imported."""
+def authenticate(record: RunRecord) -> None:
+    """Give this process access to the Ray of ``record``. Must be called before Ray is imported."""
     if record.owns_ray and record.temp_dir:
         os.environ.pop("RAY_AUTH_TOKEN", None)
         os.environ.update(_token_environment(Path(record.temp_dir)))
 
 
 def prepare(record: RunRecord) -> RunRecord:
-    """Make the folder that a Ray for ``record`` will live in, with its token; the record is saved."""
-    # Ray and HAProxy put sockets below this folder, and a socket's path may be 97 bytes long.
+    """Create the folder of the Ray for ``record``, with its token, and save the record."""
+    # Ray and HAProxy create sockets in this folder, and a socket's path has at most 97 bytes.
     temp_dir = Path(tempfile.mkdtemp(prefix="plane-", dir="/tmp"))
     record = replace(record, temp_dir=str(temp_dir))
     record.save()
@@ -164,17 +164,17 @@ def prepare(record: RunRecord) -> RunRecord:
 
 
 def start(record: RunRecord, ports: Ports, *, dashboard: bool) -> RunRecord:
-    """Start Ray in the folder that :func:`prepare` made; the record is saved.
+    """Start Ray in the folder that :func:`prepare` created, and save the record.
 
-    ``ports`` gets the ports that Ray and HAProxy listen on: release them when HAProxy runs. Raises PortTaken
-    if one of them was lost, otherwise SetupError.
+    The ports for Ray and HAProxy are chosen with ``ports``; release them once HAProxy runs. Raises PortTaken
+    if another process took one of them, and SetupError if Ray does not start for another reason.
     """
     temp_dir = Path(record.temp_dir)
     port = ports.choose("Ray's GCS")
     dashboard_port = ports.choose("Ray's dashboard", preferred=DASHBOARD_PORT)
     command = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head"),
-        # On Linux, Ray replaces 127.0.0.1 by the address that other machines use, and listens on all.
+        # On Linux, Ray replaces 127.0.0.1 by the machine's external address, and listens on all addresses.
         *("--port", str(port), "--node-ip-address", "127.0.0.1"),
         *("--min-worker-port", "0", "--max-worker-port", "0"),
         *("--ray-client-server-port", str(ports.choose("Ray client")), "--dashboard-agent-listen-port", "0"),
@@ -192,14 +192,14 @@ def start(record: RunRecord, ports: Ports, *, dashboard: bool) -> RunRecord:
             text=True,
             timeout=START_TIMEOUT_S,
             check=False,
-            # Ctrl-C is for us: Ray is stopped in order, not interrupted.
+            # Ctrl-C must reach only this process, which then stops Ray in order.
             start_new_session=True,
         )
     except subprocess.TimeoutExpired as error:
         check_ports(record, ports)
         raise SetupError(f"Ray did not start in {START_TIMEOUT_S:g} s; its logs are in {temp_dir}") from error
     address_file = temp_dir / "ray" / "ray_current_cluster"
-    # Also if Ray came up: it does not notice that its client server could not.
+    # Checked even if Ray has started: it does not notice if its client server could not bind its port.
     check_ports(record, ports, done.stdout + done.stderr)
     if done.returncode != 0 or not address_file.exists():
         output = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
@@ -214,15 +214,15 @@ def start(record: RunRecord, ports: Ports, *, dashboard: bool) -> RunRecord:
 
 
 def check_ports(record: RunRecord, ports: Ports, output: str = "") -> None:
-    """Raise PortTaken if a process that is not the plane's has one of ``ports``, or if one of the plane's
-    programs could not bind one, as it says in ``output``."""
+    """Raise PortTaken if another process than the plane's has one of ``ports``, or if ``output`` shows that
+    one of the plane's programs could not bind its port."""
     taken = ports.taken(lambda: {process.pid for process in processes(record.plane_id)}, output)
     if taken:
         raise PortTaken(taken)
 
 
 def processes(plane_id: str) -> list[psutil.Process]:
-    """Every process of a plane that is alive now: Ray's, HAProxy's, the engines' and their children."""
+    """All processes of a plane that are alive: Ray, HAProxy, the engines and their children."""
     mark = f"{PLANE_ID_VARIABLE}={plane_id}".encode()
     found: dict[int, psutil.Process] = {}
     for process in psutil.process_iter():
@@ -236,26 +236,26 @@ def processes(plane_id: str) -> list[psutil.Process]:
 
 
 def stop(record: RunRecord, *, grace_s: float = 3.0) -> int:
-    """Stop every process of the plane, keep Ray's last logs, remove its folder; how many were stopped.
+    """Stop all processes of the plane, save Ray's last logs in the run folder and remove Ray's folder.
 
-    Raises SetupError if one can't be stopped.
+    Returns how many processes were stopped. Raises SetupError if one can't be stopped.
     """
     stopped = _stop_processes(record, grace_s)
     if record.temp_dir:
-        _keep_logs(Path(record.temp_dir))
+        _save_logs(Path(record.temp_dir))
         shutil.rmtree(record.temp_dir, ignore_errors=True)
     return stopped
 
 
 def clear(record: RunRecord) -> RunRecord:
-    """Stop what :func:`start` started and empty its folder for another start; the record is saved.
+    """Stop the processes that :func:`start` started, empty the folder for another start, and save the record.
 
-    The token stays: a process that has talked to Ray does not read another one. Raises SetupError if a
-    process can't be stopped.
+    The token stays, because a process that has connected to Ray does not read a new one. Raises SetupError if
+    a process can't be stopped.
     """
     _stop_processes(record, grace_s=3.0)
     temp_dir = Path(record.temp_dir)
-    _keep_logs(temp_dir)
+    _save_logs(temp_dir)
     for each in ("ray", "h"):
         shutil.rmtree(temp_dir / each, ignore_errors=True)
     record = replace(record, ray_address="", dashboard_url="")
@@ -266,7 +266,7 @@ def clear(record: RunRecord) -> RunRecord:
 def _stop_processes(record: RunRecord, grace_s: float) -> int:
     stopped: set[int] = set()
     deadline_s = time.monotonic() + grace_s
-    # The raylet first: it ends its workers itself and would take their end for a failure otherwise.
+    # The raylet first: it stops its workers itself; otherwise it would take their end for a failure.
     first = [process for process in processes(record.plane_id) if _name(process) == "raylet"]
     _signal(first, stopped, psutil.Process.terminate)
     psutil.wait_procs(first, timeout=grace_s / 2)
@@ -277,18 +277,35 @@ def _stop_processes(record: RunRecord, grace_s: float) -> int:
     while left := processes(record.plane_id):
         if time.monotonic() > deadline_s:
             pids = ", ".join(f"{process.pid} ({_name(process)})" for process in left)
-            raise SetupError(f"these processes can't be stopped: {pids}")
+            raise SetupError(f"these processes can't be stopped: {pids}; stop them yourself")
         _signal(left, stopped, psutil.Process.kill)
         psutil.wait_procs(left, timeout=0.5)
     return len(stopped)
 
 
-def _keep_logs(temp_dir: Path) -> None:
+def memory_bytes(found: list[psutil.Process]) -> int:
+    """The memory of these processes: their proportional set size, so that shared pages count once."""
+    total = 0
+    for process in found:
+        try:
+            total += process.memory_full_info().pss
+        except psutil.Error:
+            continue
+    return total
+
+
+def started_by_up(env: Mapping[str, str]) -> bool:
+    """Whether ``tierplane up`` started the Ray of a process with environment ``env``: then all of the plane
+    is on one machine."""
+    return bool(env.get(PLANE_ID_VARIABLE))
+
+
+def _save_logs(temp_dir: Path) -> None:
     logs = (temp_dir / "ray" / "session_latest").resolve() / "logs"
     if logs.is_dir():
-        kept = run_dir() / "ray-logs"
-        shutil.rmtree(kept, ignore_errors=True)
-        shutil.copytree(logs, kept, ignore_dangling_symlinks=True, dirs_exist_ok=True)
+        saved = run_dir() / "ray-logs"
+        shutil.rmtree(saved, ignore_errors=True)
+        shutil.copytree(logs, saved, ignore_dangling_symlinks=True, dirs_exist_ok=True)
 
 
 def _signal(found: list[psutil.Process], stopped: set[int], how: Any) -> None:
@@ -326,19 +343,3 @@ def _name(process: psutil.Process) -> str:
         return process.name()
     except psutil.Error:
         return "?"
-
-
-def memory_bytes(found: list[psutil.Process]) -> int:
-    """Memory that these processes hold: proportional set size, so that shared pages count once."""
-    total = 0
-    for process in found:
-        try:
-            total += process.memory_full_info().pss
-        except psutil.Error:
-            continue
-    return total
-
-
-def marked(env: Mapping[str, str]) -> bool:
-    """Whether a Ray of :func:`start` runs this process: then all of the plane is on one machine."""
-    return bool(env.get(PLANE_ID_VARIABLE))

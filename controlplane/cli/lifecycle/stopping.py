@@ -49,14 +49,14 @@ def stop_plane(
 def _undeploy(
     record: RunRecord, voice: ProgressReporter, *, drain_s: float, impatient: Callable[[], bool]
 ) -> None:
-    session.enter(record)
+    session.authenticate(record)
     from ray import serve
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
     from controlplane.ray_cluster import plane
 
-    def waiting(_: float) -> None:
+    def waiting() -> None:
         if impatient():
             raise _Impatient
 

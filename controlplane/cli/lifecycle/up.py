@@ -177,7 +177,7 @@ def _start(
     began_s = time.monotonic()
     if record.owns_ray:
         record = session.prepare(record)
-        session.enter(record)
+        session.authenticate(record)
         record = deploy_on_own_ray(record, file, speech, interrupts, dashboard=dashboard)
     else:
         _check(interrupts)

@@ -109,7 +109,7 @@ def _live(address: str | None, config: PlaneConfig) -> LiveCluster:
             "no cluster runs here: describe one with --cluster FILE, or name a Ray with --address"
         )
     if record is not None and where == record.ray_address:
-        session.enter(record)
+        session.authenticate(record)
     from controlplane.planning import live_cluster
     from controlplane.ray_cluster import plane
 

@@ -14,7 +14,7 @@ from controlplane.core.placement.gangs import WHOLE_MILLI, GangShape, Placement,
 from controlplane.core.placement.topology import Node
 from controlplane.core.placement.what_if import ClusterChange
 from controlplane.planning.tier_gangs import TierGang
-from controlplane.ray_cluster.actor_options import actor_options, ray_types
+from controlplane.ray_cluster.actor_options import accelerator_types, actor_options
 
 _GIB = 1024**3
 _SHOWN_REFUSALS = 20
@@ -156,7 +156,7 @@ def _by_node(answer: PlanResult, placement: Placement) -> dict[str, str]:
 def serve_options(demand: TierGang, nodes: Sequence[Node]) -> dict[str, Any]:
     """What the tier's Serve deployment asks Ray for, and what its engine asks for itself."""
     tier = demand.tier
-    kinds = ray_types(gpu.model for node in nodes for gpu in node.gpus)
+    kinds = accelerator_types(gpu.model for node in nodes for gpu in node.gpus)
     options: dict[str, Any] = {
         "num_replicas": tier.replicas,
         "ray_actor_options": actor_options(tier, kinds),

@@ -1,4 +1,4 @@
-"""What Ray is told to reserve for a replica."""
+"""The resources that Ray reserves for a replica."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ray._private.label_utils import validate_label_selector
 
 from controlplane.config import TierConfig
 from controlplane.models.catalog import gpu_table
-from controlplane.ray_cluster.actor_options import actor_options, cluster_gpu_kinds, ray_types
+from controlplane.ray_cluster.actor_options import accelerator_types, actor_options, cluster_accelerator_types
 
 
 def tier(**fields: Any) -> TierConfig:
@@ -42,13 +42,13 @@ def test_actor_options(fields: dict[str, Any], gpus: float, selector: str | None
     assert not validate_label_selector(found)
 
 
-def test_types_are_what_ray_makes_of_the_driver_s_names() -> None:
+def test_accelerator_types_are_those_that_ray_derives_from_the_drivers_names() -> None:
     ray_name: Callable[[str], str] = NvidiaGPUAcceleratorManager._gpu_name_to_accelerator_type
     for gpu in gpu_table():
         if gpu.nvml_name:
-            assert ray_types([gpu.name]) == [ray_name(gpu.nvml_name)], gpu.name
-    assert ray_types(["Homemade"]) == []
+            assert accelerator_types([gpu.name]) == [ray_name(gpu.nvml_name)], gpu.name
+    assert accelerator_types(["Homemade"]) == []
 
 
-def test_without_ray_no_kinds_are_known() -> None:
-    assert cluster_gpu_kinds() == ()
+def test_without_ray_there_are_no_accelerator_types() -> None:
+    assert cluster_accelerator_types() == ()

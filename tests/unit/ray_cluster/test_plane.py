@@ -1,4 +1,4 @@
-"""The plane from outside, without one."""
+"""Access to a plane when there is none."""
 
 from __future__ import annotations
 

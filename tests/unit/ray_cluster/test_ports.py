@@ -1,4 +1,4 @@
-"""Ports for servers that start later: who gets which, and what is said when one is lost."""
+"""Ports for servers that start later: which are chosen, and how a lost port is reported."""
 
 from __future__ import annotations
 
@@ -36,31 +36,31 @@ Limit = Callable[..., None]
 
 @pytest.fixture
 def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Limit:
-    """Sets what the kernel says of its ports."""
+    """Sets the kernel's settings of ports."""
     monkeypatch.setattr(ports, "_KERNEL", tmp_path)
 
-    def say(**files: str) -> None:
+    def write(**files: str) -> None:
         for name, text in files.items():
             (tmp_path / name).write_text(text)
 
-    return say
+    return write
 
 
 @pytest.fixture
 def limit(monkeypatch: pytest.MonkeyPatch) -> Limit:
-    """Leaves these ports only."""
+    """Makes only the given ports eligible."""
 
-    def leave(*left: int) -> None:
-        monkeypatch.setattr(ports, "eligible_ports", lambda: list(left))
+    def allow(*allowed: int) -> None:
+        monkeypatch.setattr(ports, "eligible_ports", lambda: list(allowed))
 
-    return leave
+    return allow
 
 
 @contextmanager
 def program(
     text: str, *arguments: str, env: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen[str]]:
-    """Python with a program that ends when its standard input does."""
+    """A Python process with a program that ends when its standard input is closed."""
     process = subprocess.Popen(
         [sys.executable, "-c", text, *arguments],
         stdin=subprocess.PIPE,
@@ -85,7 +85,7 @@ def go(process: subprocess.Popen[str]) -> None:
     process.stdin.flush()
 
 
-def test_a_port_is_outside_the_ephemeral_range_and_of_no_replica() -> None:
+def test_a_port_is_outside_the_ephemeral_range_and_that_of_replicas() -> None:
     with Ports() as chosen:
         found = {chosen.choose("a test") for _ in range(300)}
     assert len(found) == 300
@@ -97,13 +97,13 @@ def test_a_port_is_outside_the_ephemeral_range_and_of_no_replica() -> None:
     assert max(found) < 65_536
 
 
-def test_the_kernel_s_own_figures_count(kernel: Limit) -> None:
+def test_the_kernels_settings_are_respected(kernel: Limit) -> None:
     kernel(ip_local_port_range="20010\t65535\n", ip_local_reserved_ports="20001,20003-20005,8080\n")
     assert ports.eligible_ports() == [20_000, 20_002, *range(20_006, 20_010)]
 
 
 @pytest.mark.parametrize("files", [{}, {"ip_local_port_range": "?", "ip_local_reserved_ports": "a-b"}])
-def test_without_figures_linux_s_own_are_taken(kernel: Limit, files: dict[str, str]) -> None:
+def test_without_kernel_settings_the_defaults_of_linux_apply(kernel: Limit, files: dict[str, str]) -> None:
     kernel(**files)
     eligible = ports.eligible_ports()
     assert eligible[0] == ports.FIRST_PORT
@@ -176,28 +176,28 @@ def test_a_process_that_dies_leaves_no_reservation(limit: Limit) -> None:
         assert chosen.choose("a test") == port
 
 
-def test_what_is_taken_is_said_with_its_holder_but_not_the_holder_s_arguments() -> None:
+def test_a_taken_port_is_reported_with_its_holder_but_not_the_holders_arguments() -> None:
     with Ports() as chosen:
-        lost, kept = chosen.choose("a server"), chosen.choose("another server")
+        lost, free = chosen.choose("a server"), chosen.choose("another server")
         assert chosen.taken(set) == ""
         with program(SERVER, str(lost), "--password=s3cret") as holder:
             assert line(holder) == "up\n"
-            said = chosen.taken(set)
+            report = chosen.taken(set)
             assert re.fullmatch(
-                rf"port {lost} \(a server\) is taken by python\S* \(process {holder.pid}\)", said
+                rf"port {lost} \(a server\) is taken by python\S* \(process {holder.pid}\)", report
             )
             assert chosen.taken(lambda: {holder.pid}) == ""
-            with program(SERVER, str(kept)) as second:
+            with program(SERVER, str(free)) as second:
                 assert line(second) == "up\n"
                 assert chosen.taken(set).count("is taken by") == 2
         assert chosen.taken(set) == ""
 
 
-def test_a_holder_that_is_gone_is_known_from_what_could_not_bind() -> None:
+def test_a_port_that_could_not_be_bound_counts_as_taken_even_if_its_holder_has_ended() -> None:
     with Ports() as chosen:
         port = chosen.choose("HAProxy's statistics")
         output = f"[ALERT] (7) : cannot bind socket (Address already in use) for [0.0.0.0:{port}]"
-        expected = f"port {port} (HAProxy's statistics) was taken by a process that is gone"
+        expected = f"port {port} (HAProxy's statistics) was taken by a process that has ended"
         assert chosen.taken(set, output) == expected
         assert chosen.taken(set, f"connected to 127.0.0.1:{port}") == ""
 
@@ -217,14 +217,14 @@ def test_ports_that_could_not_be_bound_are_found(output: str, found: set[int]) -
     assert ports.bind_failures(output) == found
 
 
-def test_a_holder_of_whom_nothing_can_be_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_holders_are_described_even_if_nothing_is_known_about_them(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ports.port_holder(ports.free_port()) == "a process that can't be seen from here"
     assert ports.process_name(None) == "a process of another user"
     assert ports.process_name(2**22 + 1) == f"process {2**22 + 1}"
     assert ports.process_name(os.getpid()).endswith(f"(process {os.getpid()})")
 
 
-def test_a_lost_port_is_an_error_of_setting_up() -> None:
+def test_a_lost_port_is_a_setup_error() -> None:
     assert issubclass(PortTaken, SetupError)
 
 

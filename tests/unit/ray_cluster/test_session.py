@@ -23,7 +23,7 @@ def _run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def spawn() -> Iterator[Spawn]:
-    """Starts Python with a program and a plane's id; whatever is left is ended after the test."""
+    """Starts Python with a program and a plane's id; all are stopped after the test."""
     started: list[subprocess.Popen[bytes]] = []
 
     def start(program: str, plane_id: str | None) -> subprocess.Popen[bytes]:
@@ -53,7 +53,7 @@ PARENT = (
 )
 
 
-def test_a_record_comes_back_as_it_was_saved() -> None:
+def test_a_record_is_loaded_as_it_was_saved() -> None:
     assert session.load_record() is None
     saved = run_record("p1")
     saved.save()
@@ -67,13 +67,13 @@ def test_a_broken_record_is_an_error_that_names_the_file(text: str) -> None:
         session.load_record()
 
 
-def test_whether_up_still_runs_is_not_fooled_by_a_new_process_of_that_number() -> None:
+def test_a_new_process_with_the_same_pid_is_not_taken_for_up() -> None:
     assert run_record("p1").up_is_running()
     assert not run_record("p1", up_created_unix_s=1.0).up_is_running()
     assert not run_record("p1", up_pid=2**22 + 1).up_is_running()
 
 
-def test_processes_are_found_by_their_plane_s_id(spawn: Spawn) -> None:
+def test_processes_are_found_by_the_id_of_their_plane(spawn: Spawn) -> None:
     ours, other, none = spawn(WAIT, "p1"), spawn(WAIT, "p2"), spawn(WAIT, None)
     assert [process.pid for process in session.processes("p1")] == [ours.pid]
     assert {other.pid, none.pid}.isdisjoint(process.pid for process in session.processes("p1"))
@@ -87,7 +87,7 @@ def test_a_child_that_hides_its_environment_is_found_too(spawn: Spawn) -> None:
     session.stop(run_record("p1"), grace_s=1.0)
 
 
-def test_stop_ends_what_is_ours_only_even_if_it_does_not_want_to(spawn: Spawn, tmp_path: Path) -> None:
+def test_stop_ends_only_our_processes_even_if_they_ignore_sigterm(spawn: Spawn, tmp_path: Path) -> None:
     ours, stubborn, other = spawn(WAIT, "p1"), spawn(STUBBORN, "p1"), spawn(WAIT, "p2")
     temp_dir = tmp_path / "ray-temp"
     logs = temp_dir / "ray" / "session_latest" / "logs"
@@ -105,7 +105,7 @@ def test_stopping_twice_is_harmless() -> None:
     assert session.stop(run_record("p1")) == 0
 
 
-def test_memory_is_counted(spawn: Spawn) -> None:
+def test_the_memory_of_processes_is_summed(spawn: Spawn) -> None:
     spawn(WAIT, "p1")
     assert session.memory_bytes(session.processes("p1")) > 2**20
 
@@ -128,7 +128,7 @@ sys.exit(1)
 
 @pytest.fixture
 def fake_ray(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[list[str]]]:
-    """Has ``ray start`` be a program instead; its command lines are in the list."""
+    """Replaces ``ray start`` by a program and returns a list of its command lines."""
     real = subprocess.run
 
     def replace_by(program: str) -> list[list[str]]:
@@ -164,7 +164,7 @@ def test_ray_gets_ports_that_are_reserved_until_it_has_them(
             assert others.choose("another plane's", preferred=port) != port
 
 
-def test_a_ray_that_comes_up_with_a_port_lost_is_no_success(
+def test_a_ray_that_starts_without_one_of_its_ports_counts_as_failed(
     fake_ray: Callable[[str], list[list[str]]], prepared: RunRecord, spawn: Spawn
 ) -> None:
     fake_ray(RAY)
@@ -181,7 +181,7 @@ def test_a_ray_that_comes_up_with_a_port_lost_is_no_success(
         assert ours.poll() is None
 
 
-def test_a_ray_that_can_t_bind_a_port_names_it(
+def test_a_port_that_ray_can_not_bind_is_named(
     fake_ray: Callable[[str], list[list[str]]], prepared: RunRecord
 ) -> None:
     fake_ray(FAILING)
@@ -189,7 +189,7 @@ def test_a_ray_that_can_t_bind_a_port_names_it(
         session.start(prepared, ports, dashboard=False)
 
 
-def test_a_cleared_folder_has_its_token_still_and_ray_starts_in_it_again(
+def test_ray_starts_again_in_a_cleared_folder_with_the_same_token(
     fake_ray: Callable[[str], list[list[str]]], prepared: RunRecord, spawn: Spawn
 ) -> None:
     fake_ray(RAY)
