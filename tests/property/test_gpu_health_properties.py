@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -73,13 +74,13 @@ looks = st.tuples(
 def all_missing(sample: GpuSample) -> GpuSample:
     """The same GPU when nothing of it can be read; the driver still lists it."""
     nothing = Missing(Absence.ERROR, "nothing")
-    readings = {
+    readings: dict[str, Any] = {
         field.name: nothing
         for field in fields(GpuSample)
         if field.name not in ("info", "condition", "detail")
     }
     blank = GpuInfo(sample.info.uuid, sample.info.index)
-    return replace(sample, info=blank, condition=GpuCondition.OK, **readings)  # type: ignore[arg-type]
+    return replace(sample, info=blank, condition=GpuCondition.OK, **readings)
 
 
 @settings(max_examples=300)

@@ -10,11 +10,11 @@ from click.testing import CliRunner
 from controlplane.config import parse_plane
 from tests.benchmarks import bench_failover
 from tests.benchmarks.bench_failover import REPLICAS, SCENARIOS, Strike, Timeline, plane_args
-from tests.support.gpu_cluster import GPUS
+from tests.support.gpu_cluster import GPUS, GpuCluster
 
 
 def timeline(*events: tuple[float, str, str]) -> Timeline:
-    told = Timeline(cluster=None)  # type: ignore[arg-type]
+    told = Timeline(object.__new__(GpuCluster))
     told.events = [{"unix_s": at, "kind": kind, "subject": subject} for at, kind, subject in events]
     return told
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -38,7 +39,7 @@ def test_without_a_checkout(checkout: Path) -> None:
 
 def test_every_benchmark_of_this_checkout_is_a_command() -> None:
     group = bench.command
-    names = group.list_commands(None)  # type: ignore[arg-type]
+    names = group.list_commands(click.Context(group))
     assert names
     for name in names:
         assert CliRunner().invoke(main, ["bench", name, "--help"]).exit_code == 0, name

@@ -14,19 +14,22 @@ from controlplane.cli import COMMANDS, main
 from controlplane.errors import ConfigError, EngineError, Problem, SetupError
 
 
+class Failing(click.Command):
+    """A command that raises ``error``."""
+
+    error: Exception = SetupError("no")
+
+    def invoke(self, ctx: click.Context) -> None:
+        raise self.error
+
+
 @pytest.fixture
-def failing(monkeypatch: pytest.MonkeyPatch) -> type[click.Command]:
-    """A command ``fail`` that raises what ``failing.error`` says."""
-
-    class Failing(click.Command):
-        error: Exception = SetupError("no")
-
-        def invoke(self, ctx: click.Context) -> None:
-            raise type(self).error
-
-    monkeypatch.setattr(cli, "FAILING", Failing("fail"), raising=False)
+def failing(monkeypatch: pytest.MonkeyPatch) -> Failing:
+    """The command ``fail``."""
+    command = Failing("fail")
+    monkeypatch.setattr(cli, "FAILING", command, raising=False)
     monkeypatch.setitem(COMMANDS, "fail", ("controlplane.cli:FAILING", "Fail."))
-    return Failing
+    return command
 
 
 @pytest.mark.parametrize("name", list(COMMANDS))
@@ -61,21 +64,21 @@ def test_what_needs_no_ray_imports_none(arguments: list[str]) -> None:
         (ConfigError([Problem("a.b", "wrong", "mend it")], "f.yaml"), 2, "a.b: wrong (mend it)"),
     ],
 )
-def test_errors_are_text(failing: type[click.Command], error: Exception, code: int, text: str) -> None:
-    failing.error = error  # type: ignore[attr-defined]
+def test_errors_are_text(failing: Failing, error: Exception, code: int, text: str) -> None:
+    failing.error = error
     result = CliRunner().invoke(main, ["fail"])
     assert result.exit_code == code
     assert text in result.stderr
     assert "Traceback" not in result.output
 
 
-def test_debug_shows_the_traceback(failing: type[click.Command]) -> None:
+def test_debug_shows_the_traceback(failing: Failing) -> None:
     result = CliRunner().invoke(main, ["--debug", "fail"])
     assert isinstance(result.exception, SetupError)
 
 
-def test_a_bug_is_not_hidden(failing: type[click.Command]) -> None:
-    failing.error = KeyError("x")  # type: ignore[attr-defined]
+def test_a_bug_is_not_hidden(failing: Failing) -> None:
+    failing.error = KeyError("x")
     assert isinstance(CliRunner().invoke(main, ["fail"]).exception, KeyError)
 
 

@@ -154,11 +154,13 @@ def test_a_replica_that_serves_nothing_is_not_waited_for() -> None:
     assert "serves no requests" in move.note
 
 
-def test_where_nothing_starts_elsewhere_the_old_one_is_retired_after_a_while() -> None:
+def test_where_nothing_starts_elsewhere_the_old_one_is_retired_after_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     world = two_nodes()
     [sick] = used(world)
     world.events.append(xid(sick[:2], sick, 79))
-    world.start = lambda tier: None  # type: ignore[method-assign]
+    monkeypatch.setattr(world, "start", lambda tier: None)
     [name] = world.replicas
     world.step(30)
     assert world.controller.work.migrations[name].phase is MigrationPhase.STARTING_ELSEWHERE

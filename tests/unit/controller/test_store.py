@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -271,11 +272,12 @@ def test_a_full_disk_loses_nothing(path: Path) -> None:
 
 
 def test_a_value_that_json_can_not_hold_is_the_callers_mistake(path: Path) -> None:
+    no_json: Any = object()
     with Store(path) as store:
         with pytest.raises(TypeError):
-            store.put({"a": object()})
+            store.put({"a": no_json})
         with pytest.raises(sqlite3.ProgrammingError):
-            store.audit(replace(ENTRY, detail=object()))  # type: ignore[arg-type]
+            store.audit(replace(ENTRY, detail=no_json))
         assert store.audit(ENTRY).seq == 1
         assert store.warning == ""
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import structlog
 
-from controlplane.controller.client import ControllerUnavailable
+from controlplane.config import ControllerConfig
+from controlplane.controller.api import Method, P, R
+from controlplane.controller.client import ControllerLink, ControllerUnavailable
 from controlplane.core.gpus.leases import GpuLease, GpuPart, LeaseOutcome, LeaseResponse
 from controlplane.core.placement.gangs import GangShape
 from controlplane.core.reconcile.commands import StartPermission
@@ -21,21 +22,24 @@ LEASE = GpuLease("small-a", 1, "node-1", (GpuPart("GPU-7"), GpuPart("GPU-3")), 0
 AWAY = ControllerUnavailable("it is away")
 
 
-class Link:
+class Link(ControllerLink):
     """Answers one after the other; the last one for good."""
 
     def __init__(self, *answers: Any) -> None:
+        super().__init__(ControllerConfig())
         self.answers = list(answers)
         self.calls: list[tuple[Any, ...]] = []
 
-    async def call_within(self, timeout_s: float, method: Callable[..., Any], *args: Any) -> Any:
+    async def call_within(
+        self, timeout_s: float, method: Method[P, R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Any:
         self.calls.append((method.__name__, *args))
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         if isinstance(answer, Exception):
             raise answer
         return answer
 
-    async def notify(self, method: Callable[..., Any], *args: Any) -> bool:
+    async def notify(self, method: Method[P, R], /, *args: P.args, **kwargs: P.kwargs) -> bool:
         self.calls.append((method.__name__, *args))
         return True
 
@@ -55,7 +59,7 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 def desk(link: Link, said: list[str] | None = None) -> GpuLeaseClient:
     tell = (said if said is not None else []).append
     log = structlog.get_logger()
-    return GpuLeaseClient(link, holder="small-a", tier="small", node_id="node-1", tell=tell, log=log)  # type: ignore[arg-type]
+    return GpuLeaseClient(link, holder="small-a", tier="small", node_id="node-1", tell=tell, log=log)
 
 
 def lease(link: Link, said: list[str] | None = None) -> EngineGpus:

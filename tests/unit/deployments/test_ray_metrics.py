@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -11,7 +11,7 @@ from deployments import ray_metrics
 class FakeMetric:
     """A fake Ray metric that keeps what it is told."""
 
-    made: dict[str, FakeMetric] = {}  # noqa: RUF012
+    made: ClassVar[dict[str, FakeMetric]] = {}
 
     def __init__(self, name: str, description: str, tags: tuple[str, ...]) -> None:
         self.calls: list[tuple[float, dict[str, str]]] = []

@@ -39,8 +39,7 @@ class Supervisor:
 class Bare(TierReplica):
     """Without Serve, nobody awaits what ``__del__`` gives."""
 
-    def __del__(self) -> None:  # type: ignore[override]
-        pass
+    __del__: Any = lambda self: None
 
 
 class Link:

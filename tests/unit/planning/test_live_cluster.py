@@ -65,12 +65,12 @@ def sample(gpus: int) -> NodeSample:
 def cluster(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Two nodes: one with an agent and four GPUs, one without an agent and with two."""
     seen = SimpleNamespace(endpoints=(), views=[], groups={})
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"NodeID": "aaaaaaaaaa", "Alive": True, "Resources": {"CPU": 8.0, "GPU": 4.0}},
         {"NodeID": "bbbbbbbbbb", "Alive": True, "Resources": {"GPU": 2.0, "memory": 9.0 * GIB}},
         {"NodeID": "cccccccccc", "Alive": False, "Resources": {"GPU": 8.0}},
     ]
-    rows[1]["Resources"]["accelerator_type:H100"] = 1.0  # type: ignore[index]
+    rows[1]["Resources"]["accelerator_type:H100"] = 1.0
     rows = [{**row, "NodeManagerHostname": "host"} for row in rows]
     monkeypatch.setattr(ray, "nodes", lambda: rows)
     available = {"aaaaaaaaaa": {"CPU": 6.5, "GPU": 0.5}, "bbbbbbbbbb": {"GPU": 1.0}}
@@ -80,7 +80,10 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     actor = SimpleNamespace(gpus=SimpleNamespace(remote=lambda: seen.views))
     monkeypatch.setattr(module, "find_controller", lambda _: ControllerHandle(actor))
     monkeypatch.setattr(ray, "get", lambda ref, timeout: ref)
-    view = lambda _: SimpleNamespace(snapshot=SimpleNamespace(endpoints=seen.endpoints))  # noqa: E731
+
+    def view(_: PlaneConfig) -> SimpleNamespace:
+        return SimpleNamespace(snapshot=SimpleNamespace(endpoints=seen.endpoints))
+
     monkeypatch.setattr(plane, "view", view)
     return seen
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -134,9 +135,10 @@ def fake_ray(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[list[str]]
     def replace_by(program: str) -> list[list[str]]:
         calls: list[list[str]] = []
 
-        def run(command: list[str], **kwargs: object) -> object:
+        def run(command: list[str], **kwargs: Any) -> subprocess.CompletedProcess[str]:
             calls.append(command)
-            return real([command[0], "-c", program, *command[1:]], **kwargs)  # type: ignore[call-overload]
+            done: subprocess.CompletedProcess[str] = real([command[0], "-c", program, *command[1:]], **kwargs)
+            return done
 
         monkeypatch.setattr(subprocess, "run", run)
         return calls

@@ -18,7 +18,7 @@ TYPES = [
     {"name": "small", "gpu": "L4", "gpus": 4, "cpus": 48, "memory_gib": 192, "cost_per_hour": 3},
     {"name": "big", "gpu": "H100-80G", "gpus": 8, "cpus": 192, "memory_gib": 1024, "cost_per_hour": 30},
 ]
-LIGHT = {
+LIGHT: dict[str, Any] = {
     "name": "light",
     "model": "Qwen/Qwen2.5-1.5B-Instruct",
     "engine_args": {"max-model-len": 8192},
@@ -110,9 +110,7 @@ def test_a_question_is_needed(tmp_path: Path) -> None:
     assert isinstance(result.exception, SetupError)
     assert "requests_per_s" in str(result.exception)
     with pytest.raises(ConfigError, match="'fp7' is no weight format"):
-        parse_plane(
-            {"tiers": [{**LIGHT, "expected": {**LIGHT["expected"], "quantizations": ["fp7"]}}]}  # type: ignore[dict-item]
-        )
+        parse_plane({"tiers": [{**LIGHT, "expected": {**LIGHT["expected"], "quantizations": ["fp7"]}}]})
 
 
 def test_for_people(tmp_path: Path) -> None:

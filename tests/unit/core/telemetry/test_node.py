@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -24,9 +25,9 @@ LIMITS = FreshnessLimits()
 LOST = Missing(Absence.GPU_LOST, "GPU is lost")
 
 
-def gpu(uuid: str = "GPU-a", **readings: object) -> GpuSample:
+def gpu(uuid: str = "GPU-a", **readings: Any) -> GpuSample:
     sample = GpuSample(GpuInfo(uuid, 0), GpuCondition.OK, memory_total_bytes=100, memory_used_bytes=25)
-    return replace(sample, **readings)  # type: ignore[arg-type]
+    return replace(sample, **readings)
 
 
 def node(seq: int, unix_s: float, *gpus: GpuSample, epoch: str = "one") -> NodeSample:
