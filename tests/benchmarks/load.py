@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import aiohttp
 
-from controlplane.engines.simulated.text import ANSWER, decode, digest, encode, speak
+from controlplane.engines.simulated.text import ANSWER, decode, digest, encode, next_tokens
 from controlplane.errors import DeadlineExceeded
 
 Kind = Literal["stream", "post"]
@@ -75,7 +75,7 @@ def question(number: int, kind: Kind, model: str, tokens: int, natural_tokens: i
     ids = [*encode(f"user: {message}\n"), ANSWER]
     by_itself = number % 2 == 0
     spoken = natural_tokens if by_itself else tokens
-    said, _ = speak(digest(ids), ids[-1], spoken)
+    said, _ = next_tokens(digest(ids), ids[-1], spoken)
     body: dict[str, Any] = {
         "model": model,
         "temperature": 0,

@@ -1,7 +1,7 @@
-"""The simulated engine's clockwork: who generates, who waits, and when each token falls due.
+"""The simulated engine's scheduler: which requests generate, which wait, and when each token is due.
 
-One event loop, no locks. A :class:`Generation` is a request's answer in the making; it hands its tokens
-to a :class:`Sink` (the HTTP side) and knows nothing of HTTP.
+All of it runs in one event loop, without locks. A :class:`Generation` is the response to one request while it
+is generated. Its tokens go to a :class:`Sink`, which is the HTTP side; nothing here knows HTTP.
 """
 
 from __future__ import annotations
@@ -17,37 +17,38 @@ from time import monotonic
 from typing import NamedTuple, Protocol
 
 from controlplane.engines.simulated.engine import SimulatedSettings
-from controlplane.engines.simulated.text import END, WORD_TEXT, answered, decode, digest, speak
+from controlplane.engines.simulated.text import END, WORD_TEXT, decode, digest, generated_length, next_tokens
 
 _TEXT_BYTES = {token: text.encode() for token, text in WORD_TEXT.items()}
 _BURST_TOKENS = 256
-"""Tokens written in one go when time between tokens is 0."""
+"""Tokens emitted together when the time between tokens is 0."""
 _MAX_LAG_S = 0.002
-"""Timers have millisecond resolution: a token that late is caught up, a later one moves the schedule."""
+"""Timers have millisecond resolution: a delay up to this is made up for at the next token, a longer one
+shifts the schedule."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """Why an answer ended: ``stop`` (by itself or at a stop string) or ``length``."""
+    """Why a generation ended: ``stop`` (its natural end or a stop string) or ``length``."""
 
     reason: str
     stop_string: str | None = None
 
 
 class Sink(Protocol):
-    """Where a generation's tokens go."""
+    """Receives a generation's tokens."""
 
     def emit(self, ids: list[int], texts: list[bytes], finish: Finish | None) -> None:
-        """Tokens with their text as the inside of a JSON string; ``finish`` comes with the last ones."""
+        """Take tokens, their texts as the inside of JSON strings, and with the last ones ``finish``."""
         ...
 
     def truncate(self) -> None:
-        """Close the connection without an ending."""
+        """Close the connection without completing the response."""
         ...
 
 
 class GenerationRequest(NamedTuple):
-    """What a request wants generated. A tuple, because one is made for each request."""
+    """What to generate. A tuple because it is cheap to make, and each request makes one."""
 
     prompt_ids: Sequence[int]
     max_tokens: int | None = None
@@ -57,21 +58,20 @@ class GenerationRequest(NamedTuple):
 
 
 class Generation:
-    """One answer in the making."""
+    """One response while it is generated."""
 
     __slots__ = (
-        "_ask",
-        "_held",
-        "_left",
-        "_natural_left",
+        "_natural_tokens_left",
         "_previous",
-        "_sent_text",
+        "_request",
         "_state",
+        "_tokens_left",
+        "_withheld",
         "arrived_s",
-        "blocked",
         "due_s",
         "emitted",
         "last_s",
+        "paused",
         "prompt_tokens",
         "sink",
         "stalled",
@@ -79,8 +79,10 @@ class Generation:
         "timer",
     )
 
-    def __init__(self, ask: GenerationRequest, settings: SimulatedSettings, sink: Sink, now_s: float) -> None:
-        ids = ask.prompt_ids
+    def __init__(
+        self, request: GenerationRequest, settings: SimulatedSettings, sink: Sink, now_s: float
+    ) -> None:
+        ids = request.prompt_ids
         self.sink = sink
         self.prompt_tokens = len(ids)
         self.arrived_s = now_s
@@ -89,61 +91,60 @@ class Generation:
         self.due_s = now_s
         self.emitted = 0
         self.stalled = False
-        self.blocked = False
+        self.paused = False
         self.timer: asyncio.TimerHandle | asyncio.Handle | None = None
-        self._ask = ask
+        self._request = request
         self._state = digest(ids)
         self._previous = ids[-1] if ids else END
         room = max(settings.max_model_len - len(ids), 1)
-        self._left = room if ask.max_tokens is None else min(ask.max_tokens, room)
-        natural = max(settings.tokens - answered(ids), ask.min_tokens, 0)
-        self._natural_left = room + 1 if ask.ignore_eos else natural
-        self._held = ""
-        self._sent_text = ""
+        self._tokens_left = room if request.max_tokens is None else min(request.max_tokens, room)
+        natural = max(settings.tokens - generated_length(ids), request.min_tokens, 0)
+        self._natural_tokens_left = room + 1 if request.ignore_eos else natural
+        self._withheld = ""
 
     def take(self, count: int) -> tuple[list[int], list[bytes], Finish | None]:
-        """The next tokens, at most ``count``, their texts and whether the answer ends with them."""
-        spoken = min(count, self._left, self._natural_left)
-        ids, self._state = speak(self._state, self._previous, spoken)
-        self._left -= spoken
-        self._natural_left -= spoken
+        """The next tokens, at most ``count``, their texts, and why the generation ends if it does."""
+        words = min(count, self._tokens_left, self._natural_tokens_left)
+        ids, self._state = next_tokens(self._state, self._previous, words)
+        self._tokens_left -= words
+        self._natural_tokens_left -= words
         finish: Finish | None = None
-        if spoken < count and self._natural_left == 0 and self._left > 0:
+        if words < count and self._natural_tokens_left == 0 and self._tokens_left > 0:
             ids.append(END)
-            self._left -= 1
+            self._tokens_left -= 1
             finish = Finish("stop")
-        elif self._left == 0:
+        elif self._tokens_left == 0:
             finish = Finish("length")
         if ids:
             self._previous = ids[-1]
         self.emitted += len(ids)
-        if self._ask.stop:
+        if self._request.stop:
             return self._take_until_stop(ids, finish)
         return ids, [_TEXT_BYTES[token] for token in ids], finish
 
     def _take_until_stop(
         self, ids: list[int], finish: Finish | None
     ) -> tuple[list[int], list[bytes], Finish | None]:
-        """Holds back as much text as may be the beginning of a stop string, as vLLM does."""
+        """Withhold as much text as may be the beginning of a stop string, as vLLM does."""
         texts: list[bytes] = []
-        hold = max(len(stop) for stop in self._ask.stop) - 1
+        withheld_chars = max(len(stop) for stop in self._request.stop) - 1
         for index, token in enumerate(ids):
-            self._held += decode([token])
-            hits = [(at, stop) for stop in self._ask.stop if (at := self._held.find(stop)) >= 0]
+            self._withheld += decode([token])
+            hits = [(at, stop) for stop in self._request.stop if (at := self._withheld.find(stop)) >= 0]
             if hits:
                 at, stop = min(hits)
-                texts.append(_json_inside(self._held[:at]))
+                texts.append(_json_inside(self._withheld[:at]))
                 self.emitted -= len(ids) - index - 1
                 return ids[: index + 1], texts, Finish("stop", stop)
             is_last = finish is not None and index == len(ids) - 1
-            cut = len(self._held) if is_last else max(len(self._held) - hold, 0)
-            texts.append(_json_inside(self._held[:cut]))
-            self._held = self._held[cut:]
+            cut = len(self._withheld) if is_last else max(len(self._withheld) - withheld_chars, 0)
+            texts.append(_json_inside(self._withheld[:cut]))
+            self._withheld = self._withheld[cut:]
         return ids, texts, finish
 
 
 class LatencyHistogram:
-    """A Prometheus histogram that takes many equal values at once."""
+    """A Prometheus histogram to which many equal values can be added in one call."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self.bounds = tuple(bounds)
@@ -151,7 +152,7 @@ class LatencyHistogram:
         self.sum = 0.0
 
     def observe(self, value: float, count: int = 1) -> None:
-        """``count`` observations of ``value``."""
+        """Add ``count`` observations of ``value``."""
         self.counts[bisect_left(self.bounds, value)] += count
         self.sum += value * count
 
@@ -183,7 +184,7 @@ def _times() -> LatencyHistogram:
 
 @dataclass(slots=True)
 class EngineCounters:
-    """What the engine did so far."""
+    """Totals since the engine started."""
 
     prompt_tokens: int = 0
     generation_tokens: int = 0
@@ -207,7 +208,7 @@ class BatchScheduler:
 
     @property
     def running(self) -> int:
-        """Requests that generate now."""
+        """Requests that are generating."""
         return len(self._running)
 
     @property
@@ -217,21 +218,21 @@ class BatchScheduler:
 
     @property
     def kv_usage_ratio(self) -> float:
-        """The share of the KV cache that running requests hold."""
-        held = sum(g.prompt_tokens + g.emitted for g in self._running)
-        return min(held / self.settings.kv_cache_tokens, 1.0)
+        """The share of the KV cache that running requests occupy."""
+        tokens = sum(g.prompt_tokens + g.emitted for g in self._running)
+        return min(tokens / self.settings.kv_cache_tokens, 1.0)
 
-    def errs(self) -> bool:
-        """Whether the next request is one of those that fail."""
+    def fails_next(self) -> bool:
+        """Whether the next request is to fail, by ``error_rate``; counts the failure."""
         rate = self.settings.error_rate
         if rate > 0 and self._random.random() < rate:
             self.counts.finished["error"] += 1
             return True
         return False
 
-    def submit(self, ask: GenerationRequest, sink: Sink) -> Generation:
-        """Run it now or queue it. Tokens may reach the sink before this returns."""
-        generation = Generation(ask, self.settings, sink, monotonic())
+    def submit(self, request: GenerationRequest, sink: Sink) -> Generation:
+        """Start or queue a generation. Its tokens may reach the sink before this returns."""
+        generation = Generation(request, self.settings, sink, monotonic())
         if len(self._running) < self.settings.max_running:
             self._start(generation)
         else:
@@ -239,31 +240,31 @@ class BatchScheduler:
         return generation
 
     def abort(self, generation: Generation) -> None:
-        """The client is gone: free the slot. Without effect on an answer that has ended."""
+        """Remove a generation whose client has disconnected. Does nothing if it has ended."""
         if generation in self._running:
             self._release(generation, "abort")
         elif generation in self._waiting:
             self._waiting.remove(generation)
             self.counts.finished["abort"] += 1
 
-    def block(self, generation: Generation) -> None:
-        """The client reads slower than tokens come: generate no more until :meth:`unblock`."""
-        generation.blocked = True
+    def pause(self, generation: Generation) -> None:
+        """Stop generating until :meth:`resume`, because the client reads too slowly."""
+        generation.paused = True
 
-    def unblock(self, generation: Generation) -> None:
-        """The client has read."""
-        generation.blocked = False
+    def resume(self, generation: Generation) -> None:
+        """Continue after :meth:`pause`."""
+        generation.paused = False
         if generation in self._running and generation.timer is None and not generation.stalled:
             self._step(generation)
 
     def change(self, settings: SimulatedSettings) -> None:
-        """Take new settings for running answers too; stalled ones go on if nothing stalls them now."""
+        """Put settings in force, for running generations too; stalled ones continue unless still stalled."""
         self.settings = settings
         for generation in list(self._running):
             if generation.stalled:
                 generation.stalled = False
                 self._step(generation)
-        self._fill()
+        self._start_waiting()
 
     def _start(self, generation: Generation) -> None:
         now_s = monotonic()
@@ -275,7 +276,7 @@ class BatchScheduler:
         delay_s = settings.ttft_ms / 1000
         if settings.prefill_tokens_per_s:
             delay_s += generation.prompt_tokens / settings.prefill_tokens_per_s
-        delay_s *= self._wobble()
+        delay_s *= self._jitter_factor()
         generation.due_s = now_s + delay_s
         if delay_s:
             generation.timer = self._loop.call_later(delay_s, self._step, generation)
@@ -285,7 +286,7 @@ class BatchScheduler:
     def _step(self, generation: Generation) -> None:
         generation.timer = None
         settings = self.settings
-        if generation.blocked:
+        if generation.paused:
             return
         count = 1 if settings.itl_ms else _BURST_TOKENS
         hang_after = 0 if settings.hang else settings.hang_after_tokens
@@ -298,18 +299,18 @@ class BatchScheduler:
         if cut_after is not None:
             count = min(count, cut_after - generation.emitted)
             if count <= 0:
-                self._cut(generation)
+                self._truncate(generation)
                 return
         ids, texts, finish = generation.take(count)
         now_s = monotonic()
-        self._measure(generation, len(ids), now_s)
+        self._record(generation, len(ids), now_s)
         if finish is not None:
             self._release(generation, finish.reason)
             generation.sink.emit(ids, texts, finish)
             return
         generation.sink.emit(ids, texts, None)
         if cut_after is not None and generation.emitted >= cut_after:
-            self._cut(generation)
+            self._truncate(generation)
         elif generation in self._running:
             self._schedule(generation, now_s)
 
@@ -319,11 +320,14 @@ class BatchScheduler:
             generation.timer = self._loop.call_soon(self._step, generation)
             return
         slower = 1 + settings.batch_slowdown * (len(self._running) - 1)
-        due_s = max(generation.due_s, now_s - _MAX_LAG_S) + settings.itl_ms / 1000 * slower * self._wobble()
+        due_s = (
+            max(generation.due_s, now_s - _MAX_LAG_S)
+            + settings.itl_ms / 1000 * slower * self._jitter_factor()
+        )
         generation.due_s = due_s
         generation.timer = self._loop.call_later(max(due_s - now_s, 0.0), self._step, generation)
 
-    def _measure(self, generation: Generation, tokens: int, now_s: float) -> None:
+    def _record(self, generation: Generation, tokens: int, now_s: float) -> None:
         counts = self.counts
         counts.generation_tokens += tokens
         if generation.emitted == tokens:
@@ -334,7 +338,7 @@ class BatchScheduler:
             counts.itl_s.observe((now_s - generation.last_s) / tokens, tokens)
         generation.last_s = now_s
 
-    def _cut(self, generation: Generation) -> None:
+    def _truncate(self, generation: Generation) -> None:
         self._release(generation, "error")
         generation.sink.truncate()
 
@@ -347,20 +351,20 @@ class BatchScheduler:
         if reason in ("stop", "length"):
             self.counts.e2e_s.observe(monotonic() - generation.arrived_s)
         if self._waiting:
-            self._loop.call_soon(self._fill)
+            self._loop.call_soon(self._start_waiting)
 
-    def _fill(self) -> None:
+    def _start_waiting(self) -> None:
         while self._waiting and len(self._running) < self.settings.max_running:
             self._start(self._waiting.popleft())
 
-    def _wobble(self) -> float:
+    def _jitter_factor(self) -> float:
         jitter = self.settings.jitter
         return self._random.uniform(1 - jitter, 1 + jitter) if jitter else 1.0
 
 
-def metrics_text(clockwork: BatchScheduler, model: str) -> bytes:
-    """The clockwork's counts in Prometheus' text format."""
-    counts = clockwork.counts
+def metrics_text(scheduler: BatchScheduler, model: str) -> bytes:
+    """The scheduler's state and counters in Prometheus' text format."""
+    counts = scheduler.counts
     label = f'model_name="{model}"'
     lines: list[str] = []
 
@@ -368,9 +372,9 @@ def metrics_text(clockwork: BatchScheduler, model: str) -> bytes:
         lines.append(f"# TYPE simulated:{name} {kind}")
         lines.append(f"simulated:{name}{{{label}}} {value}")
 
-    plain("num_requests_running", "gauge", clockwork.running)
-    plain("num_requests_waiting", "gauge", clockwork.waiting)
-    plain("kv_cache_usage_perc", "gauge", clockwork.kv_usage_ratio)
+    plain("num_requests_running", "gauge", scheduler.running)
+    plain("num_requests_waiting", "gauge", scheduler.waiting)
+    plain("kv_cache_usage_perc", "gauge", scheduler.kv_usage_ratio)
     plain("prompt_tokens_total", "counter", counts.prompt_tokens)
     plain("generation_tokens_total", "counter", counts.generation_tokens)
     lines.append("# TYPE simulated:request_success_total counter")

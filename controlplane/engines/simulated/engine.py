@@ -1,8 +1,8 @@
 """Engine ``simulated``: a real HTTP server with a token timing model instead of a language model.
 
-Everything above an engine can be tested and load-tested with it. It never passes for a model: every
-answer carries ``x-engine: simulated`` and ``"system_fingerprint": "simulated"``, its metrics begin with
-``simulated:`` and its capabilities say so.
+Everything above an engine can be tested and load-tested with it. Nobody can mistake it for a model: every
+response has the header ``x-engine: simulated`` and ``"system_fingerprint": "simulated"``, its metric names
+begin with ``simulated:``, and its capabilities include ``simulated``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from controlplane.engines.output import last_error, port_taken
 from controlplane.errors import ConfigError, Problem
 
 SECRET_ENV = "TIERPLANE_SIMULATED_KEY"  # noqa: S105 - the variable's name, not a secret
-"""The environment variable that carries the secret to the server; none means that none is demanded."""
+"""The environment variable with the secret that the server requires; without it, it requires none."""
 
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -29,52 +29,53 @@ _PHASE = re.compile(r"^simulated: (?P<phase>[a-z ]+)$")
 
 
 class SimulatedSettings(Strict):
-    """The timing model and the faults; a tier gives them as ``engine_args``, a test also at run time."""
+    """The timing model and the faults: a tier's ``engine_args``. A test can also change them at run time."""
 
     ttft_ms: NonNegative = 0.0
     """Time to first token of an idle engine, without the prefill time."""
     itl_ms: NonNegative = 0.0
     """Time between two tokens of a stream when it runs alone; 0 sends as fast as the machine can."""
     batch_slowdown: NonNegative = 0.0
-    """k in: inter-token time = itl_ms × (1 + k × (running − 1))."""
+    """k in: time between tokens = itl_ms × (1 + k × (running − 1))."""
     max_running: Annotated[int, Field(ge=1)] = 256
-    """Requests that generate at the same time; more wait in the queue."""
+    """Requests that generate at the same time; the rest wait in the queue."""
     tokens: Annotated[int, Field(ge=1)] = 128
-    """The length at which an answer ends by itself. ``max_tokens`` cuts it shorter; ``ignore_eos`` and
-    ``min_tokens`` make it longer, as in vLLM."""
+    """The length at which a generation ends by itself. ``max_tokens`` makes it shorter, ``ignore_eos`` and
+    ``min_tokens`` longer, as in vLLM."""
     prefill_tokens_per_s: NonNegative = 0.0
-    """Prompt tokens read per second, added to ``ttft_ms``; 0 takes no time."""
+    """Prompt tokens processed per second. The time this takes is added to ``ttft_ms``; with 0 it takes
+    none."""
     jitter: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Each time is multiplied by a number between 1 − jitter and 1 + jitter."""
+    """Each time is multiplied by a random number between 1 − jitter and 1 + jitter."""
     seed: int = 0
-    """Of the jitter and of the errors."""
+    """The random seed of the jitter and of the errors."""
     load_s: NonNegative = 0.0
     """How long the start takes."""
     kv_cache_tokens: Annotated[int, Field(ge=1)] = 262_144
-    """Tokens the KV cache holds, for the usage gauge."""
+    """Capacity of the KV cache, for the usage gauge only."""
     max_model_len: Annotated[int, Field(ge=1)] = 32_768
     embedding_dimensions: Annotated[int, Field(ge=1)] = 64
     gpus: NonNegative = 0.0
-    """GPUs that Ray reserves for a replica and that it leases, though it computes nothing there: a share of
-    one, or a whole number."""
+    """GPUs that Ray reserves for a replica and that the replica leases, although it computes nothing on them:
+    a fraction below 1, or a whole number."""
 
     refuse: bool = False
     """The port is closed and open connections are reset."""
     hang: bool = False
-    """Connections are accepted and get no bytes, those of running answers neither."""
+    """Connections are accepted but nothing is sent on any of them, running responses included."""
     hang_after_tokens: Annotated[int, Field(ge=0)] | None = None
-    """Each answer stops for good after so many tokens, the connection stays open."""
+    """Each response stalls after this many tokens; its connection stays open."""
     cut_after_tokens: Annotated[int, Field(ge=0)] | None = None
-    """The connection is closed after so many tokens of an answer, without an ending."""
+    """After this many tokens of a response, its connection is closed without completing it."""
     error_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """The share of generating requests that get ``error_status``."""
+    """The share of generating requests that fail with ``error_status``."""
     error_status: Annotated[int, Field(ge=400, le=599)] = 500
     health_fails: bool = False
-    """``/health`` answers 503."""
+    """``/health`` returns 503."""
     exit_code: Annotated[int, Field(ge=0, le=255)] | None = None
-    """The process ends with this code, at start once loaded, at run time at once."""
+    """The process exits with this code: after loading if set at the start, otherwise at once."""
     exit_after_s: NonNegative | None = None
-    """The process ends with code 1 so long after it was ready."""
+    """The process exits with code 1 this long after it was ready."""
 
 
 FAULTS = frozenset(
@@ -94,7 +95,7 @@ FAULTS = frozenset(
 
 
 def settings_of(tier: TierConfig) -> SimulatedSettings:
-    """The timing model that ``tier.engine_args`` describe; ConfigError names every wrong one."""
+    """The settings in ``tier.engine_args``; raises ConfigError, which names every invalid one."""
     try:
         return SimulatedSettings.model_validate(
             {flag.replace("-", "_"): value for flag, value in tier.engine_args.items()}
@@ -130,7 +131,7 @@ class SimulatedEngine:
     )
 
     def command(self, tier: TierConfig, launch: Launch) -> Command:
-        """The server's command line; raises ConfigError for settings it does not know."""
+        """The server's command line; raises ConfigError for invalid settings."""
         settings = settings_of(tier)
         devices = {"CUDA_VISIBLE_DEVICES": ",".join(launch.gpu_ids)} if launch.gpu_ids else {}
         return Command(
@@ -151,16 +152,16 @@ class SimulatedEngine:
         )
 
     def capabilities(self, tier: TierConfig) -> Capabilities:
-        """Everything, and that it is simulated."""
+        """Everything that an engine can do."""
         return Capabilities(
             resume_by_token_ids=True, embeddings=True, responses=True, messages=True, simulated=True
         )
 
     def phase(self, line: str) -> str | None:
-        """The server prints its phases itself."""
+        """The phase in a line that the server prints for this purpose."""
         match = _PHASE.match(line)
         return match["phase"] if match else None
 
     def diagnose(self, lines: Sequence[str], exit_code: int | None) -> Diagnosis:
-        """A taken port or the last error line."""
+        """That the port was taken, or the last error line."""
         return port_taken(lines) or last_error("the simulated engine", lines, exit_code)

@@ -1,4 +1,4 @@
-"""What a request asks of the simulated engine: bodies of the five interfaces → an :class:`ParsedRequest`."""
+"""Request bodies of the simulated engine's five interfaces, parsed and checked."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _decode: Final = msgspec.json.Decoder().decode
 
 
 class InvalidRequest(Exception):
-    """The request can't be served; becomes an OpenAI-shaped error."""
+    """The request is invalid; the engine responds with an OpenAI-shaped error of this status."""
 
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message)
@@ -34,7 +34,7 @@ class InvalidRequest(Exception):
 
 
 class ParsedRequest(NamedTuple):
-    """A request, understood: what to generate and how to answer."""
+    """A generating request: what to generate and how to write the response."""
 
     generation: GenerationRequest
     wire_format: WireFormat
@@ -42,7 +42,10 @@ class ParsedRequest(NamedTuple):
 
 
 def parse(path: str, body: bytes, model: str, ident: str, settings: SimulatedSettings) -> ParsedRequest:
-    """Understand a generating request; Refused with 404 for another path or model, 400 for a bad body."""
+    """Parse a generating request.
+
+    Raises InvalidRequest, with 404 for an unknown path or model and 400 for a bad body.
+    """
     fields = _fields(body, model)
     created = int(time.time())
     stream = fields.get("stream") is True
@@ -50,7 +53,7 @@ def parse(path: str, body: bytes, model: str, ident: str, settings: SimulatedSet
     options = fields.get("stream_options")
     include_usage = isinstance(options, dict) and options.get("include_usage") is True
     if fields.get("n", 1) not in (1, None):
-        raise InvalidRequest("the simulated engine gives one answer a request: n must be 1")
+        raise InvalidRequest("the simulated engine generates one choice per request: n must be 1")
     wire_format: WireFormat
     if path == "/v1/chat/completions":
         ids = [*encode(_conversation(fields.get("messages"))), ANSWER]
@@ -63,11 +66,11 @@ def parse(path: str, body: bytes, model: str, ident: str, settings: SimulatedSet
             ident, model, created, ids, token_ids=token_ids, include_usage=include_usage
         )
     elif path == "/v1/responses":
-        ids = [*encode(_input(fields)), ANSWER]
+        ids = [*encode(_responses_input(fields)), ANSWER]
         limit = fields.get("max_output_tokens")
-        wire_format = ResponsesFormat(ident, model, created, ids, asked=fields)
+        wire_format = ResponsesFormat(ident, model, created, ids, request_fields=fields)
     elif path == "/v1/messages":
-        system = f"system: {_flat(fields['system'])}\n" if fields.get("system") else ""
+        system = f"system: {_text(fields['system'])}\n" if fields.get("system") else ""
         ids = [*encode(system + _conversation(fields.get("messages"))), ANSWER]
         limit = fields.get("max_tokens")
         wire_format = MessagesFormat(ident, model, created, ids)
@@ -79,8 +82,8 @@ def parse(path: str, body: bytes, model: str, ident: str, settings: SimulatedSet
         )
     generation = GenerationRequest(
         prompt_ids=ids,
-        max_tokens=_count(limit, "max_tokens", at_least=1),
-        min_tokens=_count(fields.get("min_tokens"), "min_tokens") or 0,
+        max_tokens=_integer(limit, "max_tokens", at_least=1),
+        min_tokens=_integer(fields.get("min_tokens"), "min_tokens") or 0,
         ignore_eos=fields.get("ignore_eos") is True,
         stop=_stop(fields.get("stop", fields.get("stop_sequences"))),
     )
@@ -88,15 +91,15 @@ def parse(path: str, body: bytes, model: str, ident: str, settings: SimulatedSet
 
 
 def embeddings(body: bytes, model: str, settings: SimulatedSettings) -> bytes:
-    """The body of an answer to ``/v1/embeddings``."""
+    """The response body of ``/v1/embeddings``; raises InvalidRequest."""
     fields = _fields(body, model)
-    given = fields.get("input")
-    if isinstance(given, str) or (isinstance(given, list) and given and isinstance(given[0], int)):
-        given = [given]
-    if not isinstance(given, list) or not given:
+    inputs = fields.get("input")
+    if isinstance(inputs, str) or (isinstance(inputs, list) and inputs and isinstance(inputs[0], int)):
+        inputs = [inputs]
+    if not isinstance(inputs, list) or not inputs:
         raise InvalidRequest("'input' must be a text, a list of texts or lists of token ids")
-    prompts = [encode(item) if isinstance(item, str) else _ids(item) for item in given]
-    size = _count(fields.get("dimensions"), "dimensions", at_least=1) or settings.embedding_dimensions
+    prompts = [encode(item) if isinstance(item, str) else _ids(item) for item in inputs]
+    size = _integer(fields.get("dimensions"), "dimensions", at_least=1) or settings.embedding_dimensions
     as_base64 = fields.get("encoding_format") == "base64"
     data: list[dict[str, Any]] = []
     for index, ids in enumerate(prompts):
@@ -115,9 +118,9 @@ def _fields(body: bytes, model: str) -> dict[str, Any]:
         fields = _decode_leniently(body)
     if not isinstance(fields, dict):
         raise InvalidRequest("the body must be a JSON object")
-    asked = fields.get("model", model)
-    if asked != model:
-        raise InvalidRequest(f"The model `{asked}` does not exist. Valid aliases: {model}.", 404)
+    requested = fields.get("model", model)
+    if requested != model:
+        raise InvalidRequest(f"The model `{requested}` does not exist. Valid aliases: {model}.", 404)
     return fields
 
 
@@ -130,7 +133,8 @@ def _decode_leniently(body: bytes) -> Any:
 
 
 def _prompt_ids(prompt: Any) -> list[int]:
-    """A text is a prompt of its own; token ids are continued as they stand."""
+    """The ids of a prompt: a text is followed by the mark for generated text, a list of ids is used as it
+    is."""
     if isinstance(prompt, str):
         return [*encode(prompt), ANSWER]
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
@@ -154,18 +158,18 @@ def _conversation(messages: Any) -> str:
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise InvalidRequest("each message must be an object with a 'role'")
-        parts.append(f"{message['role']}: {_flat(message.get('content'))}\n")
+        parts.append(f"{message['role']}: {_text(message.get('content'))}\n")
     return "".join(parts)
 
 
-def _input(fields: dict[str, Any]) -> str:
-    given = fields.get("input")
-    if isinstance(given, str):
-        text = f"user: {given}\n"
-    elif isinstance(given, list):
+def _responses_input(fields: dict[str, Any]) -> str:
+    value = fields.get("input")
+    if isinstance(value, str):
+        text = f"user: {value}\n"
+    elif isinstance(value, list):
         text = "".join(
-            f"{item.get('role', item.get('type', 'item'))}: {_flat(item.get('content', item))}\n"
-            for item in given
+            f"{item.get('role', item.get('type', 'item'))}: {_text(item.get('content', item))}\n"
+            for item in value
             if isinstance(item, dict)
         )
     else:
@@ -174,8 +178,8 @@ def _input(fields: dict[str, Any]) -> str:
     return f"system: {instructions}\n{text}" if instructions else text
 
 
-def _flat(content: Any) -> str:
-    """The text of a message's content, which may be a list of parts; what is no text is kept as JSON."""
+def _text(content: Any) -> str:
+    """The text of a message's content, which may be a list of parts; other content is written as JSON."""
     if content is None:
         return ""
     if isinstance(content, str):
@@ -188,7 +192,7 @@ def _flat(content: Any) -> str:
     return json.dumps(content, sort_keys=True)
 
 
-def _count(value: Any, name: str, at_least: int = 0) -> int | None:
+def _integer(value: Any, name: str, at_least: int = 0) -> int | None:
     if value is None:
         return None
     if type(value) is not int or value < at_least:

@@ -142,7 +142,7 @@ class SimulatedServer:
         )
 
     def _generate(self, request: Request, responder: HttpResponder) -> Awaitable[None] | None:
-        if self.scheduler.errs():
+        if self.scheduler.fails_next():
             _send_error(responder, self.settings.error_status, "the simulated engine was told to fail")
             return None
         try:
@@ -205,9 +205,9 @@ class GenerationResponse(ABC):
         try:
             while not responder.finished:
                 if responder.congested:
-                    scheduler.block(generation)
+                    scheduler.pause(generation)
                     await responder.drain()
-                    scheduler.unblock(generation)
+                    scheduler.resume(generation)
                 else:
                     await changed.wait()
                     changed.clear()

@@ -1,11 +1,11 @@
 """The simulated model's tokens: text ↔ ids, and the next token as a function of all ids before it.
 
-The next token depends on nothing but the ids so far, so a completion continued from
-``prompt ids + generated ids`` gives the very tokens the undisturbed run gives. That is what makes
-resuming a lost stream checkable without a model.
+The next token depends only on the ids so far: a completion continued from ``prompt ids + generated ids``
+gives the same tokens as an undisturbed run. So tests can check, without a model, that a lost stream is
+resumed correctly.
 
-Ids: 0 ends an answer, 1 marks where the answer begins, 16… are the words the model speaks (in small
-letters, then capitalised), 1024… are one to three raw bytes of text.
+Ids: 0 ends the generated text, 1 marks its beginning, 16… are the model's words (in small letters, then
+capitalised), 1024… are one to three raw bytes of text.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 END = 0
-"""Ends an answer; no text."""
+"""Ends the generated text; has no text itself."""
 ANSWER = 1
-"""Stands at the end of a prompt: what follows is the answer. No text."""
+"""Ends a prompt: what follows is generated. Has no text itself."""
 
 _WORDS_FROM = 16
 _CAPITALS_FROM = _WORDS_FROM + 256
@@ -37,14 +37,14 @@ WORD_TEXT: dict[int, str] = {
     **{_WORDS_FROM + i: f" {word}" for i, word in enumerate(_WORDS)},
     **{_CAPITALS_FROM + i: word.capitalize() for i, word in enumerate(_WORDS)},
 }
-"""The text of every id the model itself can say. Needs no JSON escape."""
+"""The text of every id that the model generates. None needs a JSON escape."""
 
 _IDS = {text: token for token, text in WORD_TEXT.items() if text}
 _PIECES = re.compile(r" ?[A-Za-z0-9]+|[^A-Za-z0-9]", re.DOTALL)
 
 
 def encode(text: str) -> list[int]:
-    """The ids of ``text``; :func:`decode` gives the text back."""
+    """The ids of ``text``; :func:`decode` is the inverse."""
     ids: list[int] = []
     for piece in _PIECES.findall(text):
         ids += _of_piece(piece)
@@ -73,14 +73,14 @@ def decode(ids: Sequence[int]) -> str:
 
 
 def digest(ids: Sequence[int]) -> int:
-    """The state after ``ids``: 64 bits from which the next token follows."""
+    """The state after ``ids``: 64 bits that determine the next token."""
     state = _SEED
     for token in ids:
         state = ((state ^ token) * _MULTIPLIER) & _MASK
     return state
 
 
-def speak(state: int, previous: int, count: int) -> tuple[list[int], int]:
+def next_tokens(state: int, previous: int, count: int) -> tuple[list[int], int]:
     """The next ``count`` tokens after ``state``, whose last id was ``previous``, and the state after them."""
     if count <= 0:
         return [], state
@@ -94,8 +94,8 @@ def speak(state: int, previous: int, count: int) -> tuple[list[int], int]:
     return tokens, state
 
 
-def answered(ids: Sequence[int]) -> int:
-    """How many tokens of the answer ``ids`` already holds: those after the last :data:`ANSWER`."""
+def generated_length(ids: Sequence[int]) -> int:
+    """How many of ``ids`` are generated tokens: those after the last :data:`ANSWER`."""
     for back, token in enumerate(reversed(ids)):
         if token == ANSWER:
             return back
@@ -103,7 +103,7 @@ def answered(ids: Sequence[int]) -> int:
 
 
 def vector(ids: Sequence[int], dimensions: int) -> list[float]:
-    """A unit vector for ``ids``: the same for the same text, unrelated for another."""
+    """A unit vector that depends on ``ids`` alone; vectors of different texts are unrelated."""
     state = digest(ids)
     raw: list[float] = []
     for _ in range(dimensions):

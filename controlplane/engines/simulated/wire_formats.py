@@ -1,7 +1,7 @@
-"""The simulated engine's answers in the shapes of vLLM 0.32: OpenAI's three interfaces and Anthropic's.
+"""Response bodies as vLLM 0.32 writes them: for OpenAI's three interfaces and for Anthropic's.
 
-A :class:`WireFormat` turns tokens into the body of one answer, whole or as server-sent events. Events are
-built from prepared bytes, for the engine must outrun what is tested with it.
+A :class:`WireFormat` turns the tokens of one response into its body, whole or as server-sent events. Most
+events are built by joining prepared bytes, because gateways are benchmarked against this engine.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 class WireFormat(ABC):
-    """One answer's form. ``opening``, ``tokens`` and ``closing`` give lists of events, in order."""
+    """The body of one response. ``opening``, ``tokens`` and ``closing`` return the events, in this order."""
 
     def __init__(self, ident: str, model: str, created: int, prompt_ids: Sequence[int]) -> None:
         self.ident = ident
@@ -41,7 +41,7 @@ class WireFormat(ABC):
 
     @abstractmethod
     def whole(self, ids: Sequence[int], texts: Sequence[bytes], finish: Finish) -> bytes:
-        """The body of an answer that is not streamed."""
+        """The body of a response that is not streamed."""
 
     def _usage(self, count: int) -> bytes:
         prompt = len(self.prompt_ids)
@@ -206,10 +206,10 @@ class ResponsesFormat(WireFormat):
         created: int,
         prompt_ids: Sequence[int],
         *,
-        asked: Mapping[str, Any],
+        request_fields: Mapping[str, Any],
     ) -> None:
         super().__init__(f"resp_{ident}", model, created, prompt_ids)
-        self._asked = asked
+        self._request_fields = request_fields
         self._message = f"msg_{ident}"
         self._sequence = 0
         self._texts: list[bytes] = []
@@ -222,7 +222,7 @@ class ResponsesFormat(WireFormat):
             self._event("response.created", response=started),
             self._event("response.in_progress", response=started),
             self._event("response.output_item.added", output_index=0, item={**item, "status": "in_progress"}),
-            self._event("response.content_part.added", **self._place(), part=_part("")),
+            self._event("response.content_part.added", **self._position(), part=_part("")),
         ]
 
     def tokens(self, ids: Sequence[int], texts: Sequence[bytes], finish: Finish | None) -> list[bytes]:
@@ -231,7 +231,7 @@ class ResponsesFormat(WireFormat):
         return [
             self._event(
                 "response.output_text.delta",
-                **self._place(),
+                **self._position(),
                 delta=json.loads(b'"' + text + b'"'),
                 logprobs=[],
             )
@@ -245,8 +245,8 @@ class ResponsesFormat(WireFormat):
         item = self._item(text)
         status = "incomplete" if finish.reason == "length" else "completed"
         return [
-            self._event("response.output_text.done", **self._place(), text=text, logprobs=[]),
-            self._event("response.content_part.done", **self._place(), part=_part(text)),
+            self._event("response.output_text.done", **self._position(), text=text, logprobs=[]),
+            self._event("response.content_part.done", **self._position(), part=_part(text)),
             self._event("response.output_item.done", output_index=0, item=item),
             self._event("response.completed", response=self._response(status, [item], count, finish)),
         ]
@@ -257,7 +257,7 @@ class ResponsesFormat(WireFormat):
         status = "incomplete" if finish.reason == "length" else "completed"
         return json.dumps(self._response(status, [self._item(text)], len(ids), finish)).encode()
 
-    def _place(self) -> dict[str, Any]:
+    def _position(self) -> dict[str, Any]:
         return {"content_index": 0, "item_id": self._message, "output_index": 0}
 
     def _item(self, text: str) -> dict[str, Any]:
@@ -273,7 +273,7 @@ class ResponsesFormat(WireFormat):
         self, status: str, output: list[dict[str, Any]], count: int | None, finish: Finish | None
     ) -> dict[str, Any]:
         prompt = len(self.prompt_ids)
-        cut = finish is not None and finish.reason == "length"
+        truncated = finish is not None and finish.reason == "length"
         usage = count is not None and {
             "input_tokens": prompt,
             "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
@@ -288,15 +288,15 @@ class ResponsesFormat(WireFormat):
             "model": self.model,
             "status": status,
             "output": output,
-            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
-            "instructions": self._asked.get("instructions"),
+            "incomplete_details": {"reason": "max_output_tokens"} if truncated else None,
+            "instructions": self._request_fields.get("instructions"),
             "metadata": {"engine": FINGERPRINT},
             "parallel_tool_calls": True,
-            "temperature": self._asked.get("temperature", 1.0),
+            "temperature": self._request_fields.get("temperature", 1.0),
             "tool_choice": "none",
             "tools": [],
-            "top_p": self._asked.get("top_p", 1.0),
-            "max_output_tokens": self._asked.get("max_output_tokens"),
+            "top_p": self._request_fields.get("top_p", 1.0),
+            "max_output_tokens": self._request_fields.get("max_output_tokens"),
             "previous_response_id": None,
             "truncation": "disabled",
             "usage": usage or None,
@@ -315,8 +315,8 @@ class MessagesFormat(WireFormat):
         """The first events: vLLM's, in its order."""
         message = {**self._message([], None), "usage": self._counts(0)}
         return [
-            _named("message_start", message=message),
-            _named("content_block_start", content_block={"type": "text", "text": ""}, index=0),
+            _messages_event("message_start", message=message),
+            _messages_event("content_block_start", content_block={"type": "text", "text": ""}, index=0),
         ]
 
     def tokens(self, ids: Sequence[int], texts: Sequence[bytes], finish: Finish | None) -> list[bytes]:
@@ -330,11 +330,11 @@ class MessagesFormat(WireFormat):
 
     def closing(self, count: int, finish: Finish) -> list[bytes]:
         """The last events."""
-        delta = {"stop_reason": _anthropic(finish), "stop_sequence": finish.stop_string}
+        delta = {"stop_reason": _stop_reason(finish), "stop_sequence": finish.stop_string}
         return [
-            _named("content_block_stop", index=0),
-            _named("message_delta", delta=delta, usage=self._counts(count)),
-            _named("message_stop"),
+            _messages_event("content_block_stop", index=0),
+            _messages_event("message_delta", delta=delta, usage=self._counts(count)),
+            _messages_event("message_stop"),
         ]
 
     def whole(self, ids: Sequence[int], texts: Sequence[bytes], finish: Finish) -> bytes:
@@ -350,7 +350,7 @@ class MessagesFormat(WireFormat):
             "role": "assistant",
             "content": content,
             "model": self.model,
-            "stop_reason": _anthropic(finish) if finish else None,
+            "stop_reason": _stop_reason(finish) if finish else None,
             "stop_sequence": finish.stop_string if finish else None,
         }
 
@@ -379,11 +379,11 @@ def _part(text: str) -> dict[str, Any]:
     return {"annotations": [], "text": text, "type": "output_text", "logprobs": []}
 
 
-def _anthropic(finish: Finish) -> str:
+def _stop_reason(finish: Finish) -> str:
     if finish.stop_string is not None:
         return "stop_sequence"
     return "max_tokens" if finish.reason == "length" else "end_turn"
 
 
-def _named(name: str, **fields: Any) -> bytes:
+def _messages_event(name: str, **fields: Any) -> bytes:
     return f"event: {name}\ndata: {json.dumps({'type': name, **fields}, separators=(',', ':'))}\n\n".encode()

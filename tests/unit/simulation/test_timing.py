@@ -75,15 +75,15 @@ class Reader:
 
 
 def the_engine(settings: SimulatedSettings, load: Load, patch: pytest.MonkeyPatch) -> Times:
-    """Its clockwork, in virtual time."""
+    """Its scheduler, in virtual time."""
     clock = VirtualClock()
     patch.setattr(batching, "monotonic", lambda: clock.now_s)
-    clockwork = BatchScheduler(cast(asyncio.AbstractEventLoop, Loop(clock)), settings)
+    scheduler = BatchScheduler(cast(asyncio.AbstractEventLoop, Loop(clock)), settings)
     readers = []
     for at_s, prompt, answer in load:
         clock.run_until(at_s)
         readers.append(Reader(clock))
-        clockwork.submit(GenerationRequest(range(prompt), max_tokens=answer, ignore_eos=True), readers[-1])
+        scheduler.submit(GenerationRequest(range(prompt), max_tokens=answer, ignore_eos=True), readers[-1])
     clock.run_until(load[-1][0] + 3600.0)
     return since(load, [(reader.first_s, reader.done_s) for reader in readers])
 

@@ -36,12 +36,12 @@ class Receiver:
         self.over.set()
 
 
-def clockwork(**settings: Any) -> BatchScheduler:
+def scheduler(**settings: Any) -> BatchScheduler:
     return BatchScheduler(asyncio.get_running_loop(), SimulatedSettings(**settings))
 
 
 async def test_without_times_an_answer_is_there_at_once() -> None:
-    work, sink = clockwork(), Receiver()
+    work, sink = scheduler(), Receiver()
     work.submit(GenerationRequest(PROMPT, max_tokens=5), sink)
     assert sink.finish is not None
     assert sink.finish.reason == "length"
@@ -49,7 +49,7 @@ async def test_without_times_an_answer_is_there_at_once() -> None:
 
 
 async def test_long_answers_without_times_leave_room_for_others() -> None:
-    work, long, short = clockwork(), Receiver(), Receiver()
+    work, long, short = scheduler(), Receiver(), Receiver()
     work.submit(GenerationRequest(PROMPT, max_tokens=3000, ignore_eos=True), long)
     work.submit(GenerationRequest(PROMPT, max_tokens=3), short)
     assert short.finish is not None
@@ -59,7 +59,7 @@ async def test_long_answers_without_times_leave_room_for_others() -> None:
 
 
 async def test_time_to_first_token_and_between_tokens() -> None:
-    work, sink = clockwork(ttft_ms=60, itl_ms=10, prefill_tokens_per_s=100), Receiver()
+    work, sink = scheduler(ttft_ms=60, itl_ms=10, prefill_tokens_per_s=100), Receiver()
     began_s = time.monotonic()
     work.submit(GenerationRequest(PROMPT, max_tokens=11), sink)
     await asyncio.wait_for(sink.over.wait(), 5)
@@ -71,11 +71,11 @@ async def test_time_to_first_token_and_between_tokens() -> None:
 
 
 async def test_a_larger_batch_is_slower() -> None:
-    alone, sink = clockwork(itl_ms=4, batch_slowdown=1.0), Receiver()
+    alone, sink = scheduler(itl_ms=4, batch_slowdown=1.0), Receiver()
     alone.submit(GenerationRequest(PROMPT, max_tokens=20), sink)
     await asyncio.wait_for(sink.over.wait(), 5)
     alone_s = sink.times[-1] - sink.times[0]
-    batch, sinks = clockwork(itl_ms=4, batch_slowdown=1.0), [Receiver() for _ in range(4)]
+    batch, sinks = scheduler(itl_ms=4, batch_slowdown=1.0), [Receiver() for _ in range(4)]
     for receiver in sinks:
         batch.submit(GenerationRequest(PROMPT, max_tokens=20), receiver)
     await asyncio.wait_for(asyncio.gather(*(receiver.over.wait() for receiver in sinks)), 10)
@@ -85,7 +85,7 @@ async def test_a_larger_batch_is_slower() -> None:
 
 
 async def test_more_than_it_runs_wait_in_order_and_are_counted() -> None:
-    work = clockwork(max_running=2, itl_ms=5)
+    work = scheduler(max_running=2, itl_ms=5)
     sinks = [Receiver() for _ in range(4)]
     for sink in sinks:
         work.submit(GenerationRequest(PROMPT, max_tokens=5), sink)
@@ -97,7 +97,7 @@ async def test_more_than_it_runs_wait_in_order_and_are_counted() -> None:
 
 
 async def test_who_hangs_up_frees_the_slot_for_the_next() -> None:
-    work = clockwork(max_running=1, itl_ms=1000)
+    work = scheduler(max_running=1, itl_ms=1000)
     first, second, third = Receiver(), Receiver(), Receiver()
     running = work.submit(GenerationRequest(PROMPT), first)
     waiting = work.submit(GenerationRequest(PROMPT), second)
@@ -113,25 +113,25 @@ async def test_who_hangs_up_frees_the_slot_for_the_next() -> None:
 
 
 async def test_a_slow_reader_stops_the_tokens() -> None:
-    work, sink = clockwork(itl_ms=1), Receiver()
+    work, sink = scheduler(itl_ms=1), Receiver()
     generation = work.submit(GenerationRequest(PROMPT, max_tokens=50), sink)
-    work.block(generation)
+    work.pause(generation)
     other = Receiver()
     work.submit(GenerationRequest(PROMPT, max_tokens=50), other)
     await asyncio.wait_for(other.over.wait(), 5)
     assert len(sink.ids) < 10
-    work.unblock(generation)
+    work.resume(generation)
     await asyncio.wait_for(sink.over.wait(), 5)
     assert len(sink.ids) == 50
 
 
 @pytest.mark.parametrize("itl_ms", [0, 1])
 async def test_cut_and_hang_after_tokens(itl_ms: int) -> None:
-    work, sink = clockwork(itl_ms=itl_ms, cut_after_tokens=7), Receiver()
+    work, sink = scheduler(itl_ms=itl_ms, cut_after_tokens=7), Receiver()
     work.submit(GenerationRequest(PROMPT, max_tokens=50), sink)
     await asyncio.wait_for(sink.over.wait(), 5)
     assert (sink.was_cut, len(sink.ids), work.running) == (True, 7, 0)
-    work, sink = clockwork(itl_ms=itl_ms, hang_after_tokens=7), Receiver()
+    work, sink = scheduler(itl_ms=itl_ms, hang_after_tokens=7), Receiver()
     work.submit(GenerationRequest(PROMPT, max_tokens=50), sink)
     await until_async(lambda: len(sink.ids) == 7)
     later = Receiver()
@@ -145,8 +145,8 @@ async def test_cut_and_hang_after_tokens(itl_ms: int) -> None:
 
 async def test_the_share_of_errors_is_what_was_asked_for_and_repeats_with_the_seed() -> None:
     def run() -> list[bool]:
-        work = clockwork(error_rate=0.3, seed=7)
-        return [work.errs() for _ in range(2000)]
+        work = scheduler(error_rate=0.3, seed=7)
+        return [work.fails_next() for _ in range(2000)]
 
     first = run()
     assert sum(first) / 2000 == pytest.approx(0.3, abs=0.05)
@@ -156,7 +156,7 @@ async def test_the_share_of_errors_is_what_was_asked_for_and_repeats_with_the_se
 async def test_metrics_are_prometheus_text() -> None:
     from prometheus_client.parser import text_string_to_metric_families
 
-    work, sink = clockwork(), Receiver()
+    work, sink = scheduler(), Receiver()
     work.submit(GenerationRequest(PROMPT, max_tokens=5), sink)
     families = {
         family.name: family for family in text_string_to_metric_families(metrics_text(work, "m").decode())

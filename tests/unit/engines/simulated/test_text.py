@@ -6,7 +6,16 @@ from hypothesis import strategies as st
 
 from controlplane.engines.simulated.batching import Finish, Generation, GenerationRequest
 from controlplane.engines.simulated.engine import SimulatedSettings
-from controlplane.engines.simulated.text import ANSWER, END, answered, decode, digest, encode, speak, vector
+from controlplane.engines.simulated.text import (
+    ANSWER,
+    END,
+    decode,
+    digest,
+    encode,
+    generated_length,
+    next_tokens,
+    vector,
+)
 
 
 @given(st.text())
@@ -28,15 +37,15 @@ def test_continuing_from_any_point_gives_the_undisturbed_tokens(
     prompt: list[int], count: int, cut: int
 ) -> None:
     cut = min(cut, count)
-    whole, _ = speak(digest(prompt), prompt[-1], count)
+    whole, _ = next_tokens(digest(prompt), prompt[-1], count)
     resumed = prompt + whole[:cut]
-    rest, _ = speak(digest(resumed), resumed[-1], count - cut)
+    rest, _ = next_tokens(digest(resumed), resumed[-1], count - cut)
     assert whole[:cut] + rest == whole
 
 
 def test_different_prompts_get_different_answers() -> None:
-    first, _ = speak(digest(encode("one")), ANSWER, 20)
-    second, _ = speak(digest(encode("two")), ANSWER, 20)
+    first, _ = next_tokens(digest(encode("one")), ANSWER, 20)
+    second, _ = next_tokens(digest(encode("two")), ANSWER, 20)
     assert first != second
 
 
@@ -45,7 +54,7 @@ def test_different_prompts_get_different_answers() -> None:
     [([5, 6, ANSWER], 0), ([5, ANSWER, 20, 21], 2), ([5, 6], 0), ([ANSWER, 3, ANSWER, 4], 1)],
 )
 def test_position_counts_from_the_last_marker(ids: list[int], count: int) -> None:
-    assert answered(ids) == count
+    assert generated_length(ids) == count
 
 
 def test_vectors_are_of_length_one_and_depend_on_the_text() -> None:
