@@ -9,11 +9,11 @@ import json
 from pathlib import Path
 
 from controlplane.config.vllm_flags import drift
-from controlplane.engines.vllm_parser import ask_installed
+from controlplane.engines.vllm_parser import check_command_lines
 
 LIST = Path(__file__).parents[1] / "controlplane" / "config" / "vllm_flags.json"
 
 if __name__ == "__main__":
-    installed = ask_installed([])
+    installed = check_command_lines([])
     print(drift(installed.version, installed.flags))
     LIST.write_text(json.dumps({"vllm": installed.version, "flags": installed.flags}, indent=1) + "\n")

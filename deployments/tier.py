@@ -25,7 +25,8 @@ from controlplane.controller.client import ControllerLink, ControllerUnavailable
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
 from controlplane.core.reconcile.commands import ReplicaCommand, ReplicaCommandKind
 from controlplane.engines import engine_for
-from controlplane.engines.supervision.supervisor import EngineStatus, EngineSupervisor
+from controlplane.engines.supervision.status import EngineStatus
+from controlplane.engines.supervision.supervisor import EngineSupervisor
 from controlplane.errors import EngineError
 from controlplane.paths import run_dir
 from controlplane.planning.gpu_shares import lease_shape

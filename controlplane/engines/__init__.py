@@ -1,6 +1,6 @@
-"""Engines: what serves a tier's model. One line here for each kind.
+"""The kinds of engine that can serve a tier's model. Each is one entry in :data:`ENGINES`.
 
-Importing this starts nothing and imports neither torch nor any engine's own package.
+Importing this package starts nothing, and imports neither torch nor an engine's own package.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ENGINES: Mapping[str, Engine] = MappingProxyType(
         "simulated": SimulatedEngine(),
     }
 )
-"""Every kind of engine by its name in a tier's ``engine``."""
+"""Every kind of engine, by its name in a tier's setting ``engine``."""
 
 
 def engine_for(tier: TierConfig) -> Engine:

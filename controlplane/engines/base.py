@@ -1,9 +1,9 @@
-"""The small interface behind which every engine stands.
+"""The interface of every kind of engine.
 
-An engine is described, not wrapped: a command line, how to see that it is ready, what it can do, what
-its metrics are called, and how to read its output when it fails.
-:mod:`controlplane.engines.supervision.supervisor` does the rest, the same for all kinds. A new kind is one
-file here plus one line in :mod:`controlplane.engines`.
+An engine is described, not wrapped: its command line, how to see that it is ready, what it can do, what its
+metrics are called, and how to read its output when it fails.
+:mod:`controlplane.engines.supervision.supervisor` does the rest in the same way for all kinds. A new kind is
+one file here plus one entry in :mod:`controlplane.engines`.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from controlplane.core.domain.endpoint import Capabilities
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """What a supervisor decides for one engine process."""
+    """What the supervisor decides about one engine process."""
 
     host: str
     port: int
     secret: str = field(repr=False)
-    """Bearer token the process must demand; goes into its environment, never on its command line."""
+    """Bearer token that the process must require. Passed in its environment, never on its command line."""
     model: str
     """The resolved model: a hub id or a local path."""
     gpu_ids: tuple[str, ...] = ()
-    """Values for ``CUDA_VISIBLE_DEVICES`` (indices or UUIDs); empty: leave the environment as it is."""
+    """Values for ``CUDA_VISIBLE_DEVICES`` (indices or UUIDs); if empty, the environment stays as it is."""
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A process to start: arguments without a secret, and what to add to the environment."""
+    """A process to start: its arguments, which contain no secret, and additions to the environment."""
 
     argv: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
@@ -40,17 +40,20 @@ class Command:
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """Why an engine failed, for people, and whether starting it again can help."""
+    """Why an engine failed, and whether starting it again can help."""
 
     summary: str
-    """One sentence with the cause and the remedy."""
+    """One sentence for the operator: the cause and the remedy."""
     permanent: bool = False
+    """Starting the engine again would fail in the same way."""
+    port_taken: bool = False
+    """Another process has taken the port; the engine may start on a different one."""
     last_lines: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class MetricNames:
-    """The engine's own names (Prometheus) for what the control plane reads; empty: not available."""
+    """The engine's Prometheus names of the metrics that the control plane reads; empty: not available."""
 
     running: str = ""
     waiting: str = ""
@@ -63,19 +66,19 @@ class MetricNames:
 
 
 class Engine(Protocol):
-    """One kind of engine. Instances hold no state: everything comes with the tier's configuration."""
+    """One kind of engine. Instances have no state; all they need is in the tier's configuration."""
 
     kind: ClassVar[str]
     has_process: ClassVar[bool]
-    """False for an address that runs elsewhere: nothing to start or stop."""
+    """False for an engine that runs elsewhere, which is neither started nor stopped here."""
     ready_path: ClassVar[str]
-    """GET here answers 200 once the engine serves requests (with the secret sent)."""
+    """A GET of this path, with the secret, returns 200 once the engine serves requests."""
     metrics_path: ClassVar[str]
-    """Prometheus text; empty if the engine has none."""
+    """Path of the metrics in Prometheus' text format; empty if the engine has none."""
     metric_names: ClassVar[MetricNames]
 
     def command(self, tier: TierConfig, launch: Launch) -> Command:
-        """The process that serves ``tier`` as ``launch`` says."""
+        """The command that serves ``tier`` with the settings in ``launch``."""
         ...
 
     def capabilities(self, tier: TierConfig) -> Capabilities:
@@ -83,9 +86,10 @@ class Engine(Protocol):
         ...
 
     def phase(self, line: str) -> str | None:
-        """The start-up phase that a line of output announces, for people; None if it announces none."""
+        """The start-up phase that a line of output shows, in words for the operator; None if it shows
+        none."""
         ...
 
     def diagnose(self, lines: Sequence[str], exit_code: int | None) -> Diagnosis:
-        """Why it failed, from the last lines of output; ``exit_code`` is negative for a signal."""
+        """Why the engine failed, from the last lines of its output. A negative ``exit_code`` is a signal."""
         ...

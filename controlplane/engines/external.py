@@ -1,7 +1,8 @@
-"""Engine ``endpoint``: an OpenAI-compatible address that runs elsewhere; nothing to start or stop.
+"""Engine ``endpoint``: an OpenAI-compatible server that runs elsewhere and is neither started nor stopped
+here.
 
-Ollama, Foundry Local, another machine's vLLM, a model in the cloud. Readiness is that ``/v1/models``
-answers; its metrics are not read, for nothing is known about what serves it.
+Examples are Ollama, Foundry Local, vLLM on another machine, and a model in the cloud. It is ready when
+``/v1/models`` responds. Its metrics are not read, because nothing is known about the software behind it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from controlplane.errors import EngineStartError
 
 
 class ExternalEngine:
-    """Somebody else's engine."""
+    """A server at a URL, run by somebody else."""
 
     kind: ClassVar[str] = "endpoint"
     has_process: ClassVar[bool] = False
@@ -26,26 +27,26 @@ class ExternalEngine:
     metric_names: ClassVar[MetricNames] = MetricNames()
 
     def command(self, tier: TierConfig, launch: Launch) -> Command:
-        """There is none; raises EngineStartError."""
-        raise EngineStartError(f"tier '{tier.name}' is an address: there is no process to start")
+        """Raises EngineStartError: there is no process to start."""
+        raise EngineStartError(f"tier '{tier.name}' has engine 'endpoint': there is no process to start")
 
     def capabilities(self, tier: TierConfig) -> Capabilities:
-        """Chat and completions; nothing more can be taken for granted."""
+        """Chat and completions; nothing else is certain."""
         return Capabilities()
 
     def phase(self, line: str) -> str | None:
-        """There is no output to read."""
+        """None: there is no output to read."""
         return None
 
     def diagnose(self, lines: Sequence[str], exit_code: int | None) -> Diagnosis:
-        """There is no output to read; the probe's own words are the diagnosis."""
-        return Diagnosis(lines[-1] if lines else "the address does not answer", last_lines=tuple(lines))
+        """The last line; there is no output to read other than the probe's errors."""
+        return Diagnosis(lines[-1] if lines else "the address does not respond", last_lines=tuple(lines))
 
 
 def address_of(tier: TierConfig) -> tuple[str, str]:
-    """The address in front of ``/v1`` without a trailing slash, and the key to send there.
+    """The URL up to ``/v1``, without a trailing slash, and the API key to send there.
 
-    Raises EngineStartError if the tier has no address or its key's variable is not set.
+    Raises EngineStartError if the tier has no URL, or if the environment variable for its key is not set.
     """
     if not tier.url:
         raise EngineStartError(f"tier '{tier.name}' needs 'url'")
@@ -55,7 +56,7 @@ def address_of(tier: TierConfig) -> tuple[str, str]:
     key = os.environ.get(tier.api_key_env, "")
     if not key:
         raise EngineStartError(
-            f"tier '{tier.name}' takes its key from the environment variable {tier.api_key_env}, "
-            f"which is not set: set it where Ray is started"
+            f"the environment variable {tier.api_key_env}, which holds the API key of tier '{tier.name}' "
+            f"(api_key_env), is not set: set it where Ray is started"
         )
     return url, key

@@ -1,7 +1,7 @@
 """Engine ``llamacpp``: llama.cpp's OpenAI server on GGUF files, from the package ``xllamacpp``.
 
-For machines without a GPU: no torch, up in about a second. ``engine_args`` are the fields of llama.cpp's
-parameters (see :data:`ALIASES` for its command line's names of the common ones).
+For machines without a GPU: it needs no torch and starts in about a second. ``engine_args`` sets the fields of
+llama.cpp's parameters; :data:`ALIASES` has the command line's names of the common ones.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ ALIASES = {
     "min-p": "sampling.min_p",
     "seed": "sampling.seed",
 }
-"""Names of llama.cpp's command line → fields of its parameters. Any other field goes by its own name."""
+"""Flags of llama.cpp's command line → fields of its parameters. All other fields have only their own name."""
 
 OWN_FIELDS = frozenset({"api_keys", "hostnames", "port", "model_alias", "ssl_file_key", "ssl_file_cert"})
-"""Fields that tierplane sets; a tier may not."""
+"""Fields that tierplane sets and a tier may not."""
 
 _PHASES = (
     (re.compile(r"loading model '"), "loading weights"),
-    (re.compile(r"initializing, n_slots"), "making slots"),
+    (re.compile(r"initializing, n_slots"), "creating slots"),
     (re.compile(r"warming up"), "warming up"),
     (re.compile(r"listening on http"), "ready"),
 )
@@ -60,11 +60,11 @@ _CAUSES: tuple[tuple[re.Pattern[str], str], ...] = (
     ),
     (
         re.compile(r"unknown model architecture: '(?P<detail>[^']+)'"),
-        "this llama.cpp does not know the architecture '{detail}': take a newer xllamacpp or another model",
+        "this llama.cpp does not know the architecture '{detail}': use a newer xllamacpp or another model",
     ),
     (
         re.compile(r"invalid magic characters|gguf_init_from_file|not a GGUF|tensor .* data is not within"),
-        "the model's file is no valid GGUF file: fetch it again",
+        "the model's file is not a valid GGUF file: download it again",
     ),
 )
 _OUT_OF_MEMORY = re.compile(
@@ -75,7 +75,7 @@ _OUT_OF_MEMORY = re.compile(
 
 
 class LlamaCppEngine:
-    """llama.cpp behind its own OpenAI server."""
+    """llama.cpp's OpenAI server."""
 
     kind: ClassVar[str] = "llamacpp"
     has_process: ClassVar[bool] = True
@@ -89,11 +89,11 @@ class LlamaCppEngine:
     )
 
     def command(self, tier: TierConfig, launch: Launch) -> Command:
-        """The server's command line. Its slots are as many as the tier's ``concurrency_limit`` allows,
-        up to four, unless ``parallel`` says otherwise."""
-        given = dict(tier.engine_args)
-        if not {"parallel", "n-parallel"} & given.keys():
-            given["parallel"] = min(tier.concurrency_limit, 4)
+        """The server's command line. Unless ``parallel`` is set, it has as many slots as the tier's
+        ``concurrency_limit``, up to four."""
+        args = dict(tier.engine_args)
+        if not {"parallel", "n-parallel"} & args.keys():
+            args["parallel"] = min(tier.concurrency_limit, 4)
         return Command(
             argv=(
                 sys.executable,
@@ -108,23 +108,23 @@ class LlamaCppEngine:
                 "--alias",
                 tier.model_id,
                 "--params",
-                json.dumps(given),
+                json.dumps(args),
             ),
-            # On an abort llama.cpp would start a debugger for a backtrace, if there is one.
+            # If it aborted, llama.cpp would start a debugger, where one is installed, for a backtrace.
             env={"GGML_NO_BACKTRACE": "1", **tier.env, SECRET_ENV: launch.secret},
         )
 
     def capabilities(self, tier: TierConfig) -> Capabilities:
-        """Chat and completions, and the two newer interfaces; embeddings if asked for."""
+        """Chat, completions, responses and messages; embeddings if ``engine_args`` turns them on."""
         embeds = any(tier.engine_args.get(name) is True for name in ("embeddings", "embedding"))
         return Capabilities(embeddings=embeds, responses=True, messages=True)
 
     def phase(self, line: str) -> str | None:
-        """The start-up phase from llama.cpp's log lines."""
+        """The start-up phase that a log line of llama.cpp shows."""
         return next((phase for pattern, phase in _PHASES if pattern.search(line)), None)
 
     def diagnose(self, lines: Sequence[str], exit_code: int | None) -> Diagnosis:
-        """What the server itself says first; then memory; then the last error line."""
+        """A known cause with its remedy, else lack of memory, else the last error line."""
         taken = port_taken(lines)
         if taken:
             return taken
@@ -135,7 +135,7 @@ class LlamaCppEngine:
                 return Diagnosis(text, permanent=True, last_lines=tail(lines))
         if exit_code == -9 or find(_OUT_OF_MEMORY, lines):
             return Diagnosis(
-                "memory ran out: lower ctx-size or parallel, or take a smaller model",
+                "memory ran out: lower ctx-size or parallel, or use a smaller model",
                 last_lines=tail(lines),
             )
         return last_error("llama.cpp", lines, exit_code)

@@ -1,8 +1,7 @@
 """llama.cpp's OpenAI server as a process: ``python -m controlplane.engines.llamacpp_server``.
 
-A thin shell around ``xllamacpp.Server``, which serves HTTP in threads of its own and checks the key
-itself on everything but ``/health``. What goes wrong before it
-listens is printed as one line ``tierplane: …`` with the remedy.
+A thin shell around ``xllamacpp.Server``, which serves HTTP in its own threads and checks the key on all
+routes but ``/health``. An error before it listens is printed as one line ``tierplane: …`` with the remedy.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from controlplane.engines.llamacpp import ALIASES, OWN_FIELDS, SECRET_ENV
 
 
 class UnusableSettings(Exception):
-    """The server can't be started as asked; the message names the setting and the remedy."""
+    """The server can't start with these settings; the message names the setting and the remedy."""
 
 
-def apply(params: Any, given: dict[str, Any]) -> None:
-    """Set llama.cpp's parameters from a tier's ``engine_args``; Unusable for an unknown or wrong one."""
-    for name, value in given.items():
+def apply(params: Any, engine_args: dict[str, Any]) -> None:
+    """Set llama.cpp's parameters from a tier's ``engine_args``; UnusableSettings names an invalid one."""
+    for name, value in engine_args.items():
         if value is None:
             continue
         path = ALIASES.get(name, name.replace("-", "_"))
@@ -35,7 +34,7 @@ def apply(params: Any, given: dict[str, Any]) -> None:
         for parent in parents:
             target = getattr(target, parent)
         if field in OWN_FIELDS:
-            raise UnusableSettings(f"engine_args.{name} is set by tierplane itself: leave it out")
+            raise UnusableSettings(f"engine_args.{name} is set by tierplane: remove it")
         if field.startswith("_") or not hasattr(target, field):
             raise UnusableSettings(f"engine_args.{name} is unknown to llama.cpp: {_known(params)}")
         try:
@@ -43,7 +42,7 @@ def apply(params: Any, given: dict[str, Any]) -> None:
         except (TypeError, ValueError, OverflowError) as error:
             kind = type(getattr(target, field)).__name__
             raise UnusableSettings(
-                f"engine_args.{name} can't be {value!r}: llama.cpp wants a value of kind {kind}"
+                f"engine_args.{name} can't be {value!r}: llama.cpp needs a value of type {kind}"
             ) from error
 
 
@@ -55,25 +54,27 @@ def _known(params: Any) -> str:
         and name not in OWN_FIELDS
         and isinstance(getattr(params, name), bool | int | float | str)
     )
-    return f"there are {', '.join(ALIASES)} and the fields {', '.join(fields)}"
+    return f"use one of {', '.join(ALIASES)}, or a field: {', '.join(fields)}"
 
 
 def gguf_file(model: str) -> Path:
-    """The GGUF file that ``model`` names: itself, or the only one in a folder. Unusable otherwise."""
+    """The GGUF file at ``model``: the file itself, or the only one in the folder. Raises UnusableSettings."""
     path = Path(model).expanduser()
     if path.is_file():
         return path
     if not path.is_dir():
         raise UnusableSettings(
-            f"no model at '{model}': llamacpp needs a local GGUF file or a folder with one"
+            f"there is no model at '{model}': llamacpp needs a local GGUF file, or a folder with one"
         )
-    # The first part of a split model brings its siblings along.
+    # Of a split model, llama.cpp is given the first part and finds the others itself.
     files = sorted(
         file for file in path.glob("*.gguf") if "-of-" not in file.name or "-00001-of-" in file.name
     )
     if len(files) != 1:
         names = ", ".join(file.name for file in files) or "none"
-        raise UnusableSettings(f"'{model}' must hold one GGUF model, there is {names}: name the file itself")
+        raise UnusableSettings(
+            f"'{model}' must contain one GGUF model but contains {names}: name the file itself"
+        )
     return files[0]
 
 
@@ -92,14 +93,14 @@ def main() -> int:
         signal.signal(number, lambda *_: stopping.set())
     try:
         path = gguf_file(options.model)
-        _port_is_free(options.host, options.port)
+        _check_port_is_free(options.host, options.port)
         server = _start(options, path, secret)
     except UnusableSettings as error:
         print(f"tierplane: {error}", file=sys.stderr, flush=True)
         return 2
     print(f"listening on {server.listening_address}", flush=True)
     stopping.wait()
-    # The server's threads may still generate: leave without waiting for them.
+    # Exit without waiting for the server's threads, which may still be generating.
     os._exit(0)
 
 
@@ -125,8 +126,8 @@ def _start(options: argparse.Namespace, path: Path, secret: str) -> Any:
         raise RuntimeError(f"llama.cpp could not start: {error}") from error
 
 
-def _port_is_free(host: str, port: int) -> None:
-    """llama.cpp would share the port with whoever has it: look first."""
+def _check_port_is_free(host: str, port: int) -> None:
+    """Raises OSError if the port is taken; llama.cpp itself would share it with the other process."""
     with socket.create_server((host, port)):
         pass
 

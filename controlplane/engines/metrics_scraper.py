@@ -1,7 +1,7 @@
 """Scrapes engines' Prometheus metrics into engine samples.
 
-Each engine says what its metrics are called (``MetricNames``); only those lines of the answer are parsed.
-A scrape never raises and is bounded in time and size: a sample without readings says why in ``error``.
+Each kind of engine names its metrics (``MetricNames``), and only their lines are parsed. A scrape never
+raises and is bounded in time and size: a sample without readings has the reason in ``error``.
 """
 
 from __future__ import annotations
@@ -22,24 +22,25 @@ from controlplane.core.telemetry.samples import EngineSample
 
 _CHUNK_BYTES: Final = 65536
 _LARGEST: Final = frozenset({"kv_usage_ratio"})
-"""Gauges of which several series (one per data-parallel rank) make their largest, not their sum."""
+"""Gauges of which the largest series counts (there is one per data-parallel rank) and not the sum."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScrapeTarget:
-    """Where one engine's metrics are and what they are called."""
+    """The address and the names of one engine's metrics."""
 
     endpoint_id: str
     generation: int
     url: str
-    """The whole address of the metrics page."""
+    """URL of the metrics page."""
     names: Mapping[str, str]
-    """Signal name → the engine's own name; ``dataclasses.asdict(engine.metric_names)``. Empty: not there."""
+    """Signal → the engine's name for it (empty: not available):
+    ``dataclasses.asdict(engine.metric_names)``."""
     secret: str = field(default="", repr=False)
 
 
 class EngineScraper:
-    """Scrapes in the event loop that enters it."""
+    """Scrapes in the event loop in which it was entered (``async with``)."""
 
     def __init__(
         self, *, timeout_s: float = 2.0, max_bytes: int = 4 * 1024 * 1024, concurrency: int = 32
@@ -60,7 +61,7 @@ class EngineScraper:
             await self._session.close()
 
     async def scrape_all(self, targets: Iterable[ScrapeTarget]) -> list[EngineSample]:
-        """One sample per target, in their order."""
+        """One sample per target, in the order of the targets."""
         return list(await asyncio.gather(*(self.scrape(target) for target in targets)))
 
     async def scrape(self, target: ScrapeTarget) -> EngineSample:
@@ -72,38 +73,38 @@ class EngineScraper:
                 try:
                     return parse(target, text, time.time(), time.perf_counter() - began_s)
                 except (ValueError, KeyError) as problem:
-                    error = f"{target.url} is no Prometheus text: {problem}"
+                    error = f"{target.url} did not send Prometheus text: {problem}"
             return EngineSample(
                 target.endpoint_id, target.generation, time.time(), time.perf_counter() - began_s, error
             )
 
     async def _fetch(self, target: ScrapeTarget) -> tuple[str, str]:
-        """The page, and why there is none."""
+        """The page's text, or "" and the reason why there is none."""
         if self._session is None:
             raise RuntimeError("EngineScraper is used as 'async with EngineScraper() as scraper'")
         headers = {"Authorization": f"Bearer {target.secret}"} if target.secret else {}
         try:
-            # a redirect would take the secret elsewhere
-            async with self._session.get(target.url, headers=headers, allow_redirects=False) as answer:
-                if answer.status != 200:
-                    return "", f"{target.url} answered {answer.status}"
+            # A redirect would send the secret elsewhere.
+            async with self._session.get(target.url, headers=headers, allow_redirects=False) as response:
+                if response.status != 200:
+                    return "", f"{target.url} returned status {response.status}"
                 page = bytearray()
-                async for chunk in answer.content.iter_chunked(_CHUNK_BYTES):
+                async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
                     page += chunk
                     if len(page) > self._max_bytes:
                         return "", f"{target.url} sent more than {self._max_bytes} bytes"
                 return page.decode("utf-8"), ""
         except TimeoutError:
-            return "", f"{target.url} did not answer within {self._timeout.total} s"
+            return "", f"{target.url} did not respond within {self._timeout.total} s"
         except (aiohttp.ClientError, OSError, ValueError) as problem:
             return "", f"{target.url}: {problem}"
 
 
 def parse(target: ScrapeTarget, text: str, unix_s: float, scrape_s: float) -> EngineSample:
-    """Reads the target's metrics out of a page; ValueError if it is no Prometheus text.
+    """Read the target's metrics from a page; ValueError if it is not Prometheus text.
 
-    Series that differ in labels only (ranks, finish reasons, models of one process) are added up, except
-    that of ``kv_usage_ratio`` the largest counts. Values that are no number are left out.
+    Series that differ only in labels (ranks, finish reasons, models of one process) are added up, except for
+    ``kv_usage_ratio``, where the largest counts. NaN values are ignored.
     """
     wanted = {name: signal for signal, name in target.names.items() if name}
     series: dict[str, list[float]] = {}
@@ -120,20 +121,20 @@ def parse(target: ScrapeTarget, text: str, unix_s: float, scrape_s: float) -> En
             gauges.append((signal, max(values) if signal in _LARGEST else math.fsum(values)))
         elif signal in COUNTERS:
             counters.append((signal, math.fsum(values)))
-    nothing = wanted and not gauges and not counters
+    found_none = wanted and not gauges and not counters
     return EngineSample(
         endpoint_id=target.endpoint_id,
         generation=target.generation,
         unix_s=unix_s,
         scrape_s=scrape_s,
-        error=f"{target.url} has none of the engine's metrics" if nothing else "",
+        error=f"{target.url} has none of the engine's metrics" if found_none else "",
         gauges=tuple(gauges),
         counters=tuple(counters),
     )
 
 
 def _only(text: str, names: tuple[str, ...]) -> str:
-    """The lines about ``names``: the parser takes longer for a line than this for a page."""
+    """The lines of ``names``. The parser takes longer for one line than this takes for a page."""
     if not names:
         return ""
     return "\n".join(line for line in text.splitlines() if line.startswith(names)) + "\n"

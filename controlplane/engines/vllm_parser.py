@@ -1,7 +1,8 @@
-"""What the installed vLLM's own argument parser says of command lines: no list of ours, no guess.
+"""Checks command lines with the installed vLLM's own argument parser, instead of a list that could be
+outdated.
 
-Importing vLLM takes many seconds and much memory, so a process of its own does it: this module run as a
-program, with command lines as JSON on standard input and verdicts as JSON on standard output.
+Importing vLLM takes many seconds and much memory, so a separate process does it: this module run as a
+program, with command lines as JSON on standard input and the results as JSON on standard output.
 """
 
 from __future__ import annotations
@@ -26,24 +27,26 @@ _PARSERS = (
     ("vllm.entrypoints.openai.cli_args", "vllm.utils.argparse_utils"),
     ("vllm.entrypoints.openai.cli_args", "vllm.utils"),
 )
-"""Where vLLM keeps its server's parser and its parser class: newest first."""
+"""The modules with vLLM's server parser and with its parser class, for several versions, newest first."""
 
 
 @dataclass(frozen=True, slots=True)
-class ParserAnswer:
-    """What the installed vLLM knows and says."""
+class ParserReport:
+    """The installed vLLM's flags, and the errors it found."""
 
     version: str
-    """major.minor."""
+    """Its version as ``major.minor``."""
     flags: tuple[str, ...]
-    """All its server's flags, without dashes and without ``no-`` forms."""
+    """All flags of its server, without the leading dashes and without the ``no-`` forms."""
     errors: tuple[str, ...]
-    """For each command line why it was refused; an empty text if it was accepted."""
+    """For each command line, why it was rejected; "" if it was accepted."""
 
 
-def ask_installed(command_lines: Sequence[Sequence[str]]) -> ParserAnswer:
-    """Let the installed vLLM parse each command line (what stands after the module's name). Blocks for the
-    time of vLLM's import, 10 to 30 s. SetupError if no vLLM is installed or its parser is not found."""
+def check_command_lines(command_lines: Sequence[Sequence[str]]) -> ParserReport:
+    """Let the installed vLLM parse each command line (the arguments after the module's name).
+
+    Blocks while vLLM is imported, 10 to 30 s. SetupError if vLLM is not installed or its parser is not found.
+    """
     env = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     try:
         done = subprocess.run(
@@ -60,14 +63,14 @@ def ask_installed(command_lines: Sequence[Sequence[str]]) -> ParserAnswer:
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise SetupError(
-            f"the installed vLLM can't be asked ({last}): install it with `make env EXTRA=cpu` or EXTRA=gpu"
+            f"vLLM's argument parser can't run ({last}): install vLLM with `make env EXTRA=cpu` or EXTRA=gpu"
         )
-    answer = json.loads(done.stdout.splitlines()[-1])
-    return ParserAnswer(answer["version"], tuple(answer["flags"]), tuple(answer["errors"]))
+    report = json.loads(done.stdout.splitlines()[-1])
+    return ParserReport(report["version"], tuple(report["flags"]), tuple(report["errors"]))
 
 
 def _new_parser() -> tuple[Any, Any]:
-    """An empty parser of the server's flags, and vLLM's own check of what was parsed."""
+    """The parser of the server's flags, and vLLM's own check of the parsed arguments."""
     for module, classes in _PARSERS:
         try:
             cli_args = importlib.import_module(module)
@@ -77,7 +80,7 @@ def _new_parser() -> tuple[Any, Any]:
                 raise
             continue
         return cli_args.make_arg_parser(parser_class()), cli_args.validate_parsed_serve_args
-    raise ModuleNotFoundError("no vLLM whose parser is known")
+    raise ModuleNotFoundError("no vLLM with a parser at a known place")
 
 
 def _flags(parser: Any) -> list[str]:
@@ -86,12 +89,12 @@ def _flags(parser: Any) -> list[str]:
 
 
 def _error(parser: Any, check: Any, argv: list[str]) -> str:
-    said = io.StringIO()
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
             check(parser.parse_args(argv))
     except SystemExit:
-        lines = said.getvalue().strip().splitlines() or ["refused"]
+        lines = printed.getvalue().strip().splitlines() or ["rejected"]
         return lines[-1].partition("error: ")[2] or lines[-1]
     except (TypeError, ValueError) as error:
         return str(error)

@@ -374,7 +374,11 @@ def test_an_address_that_refuses_the_key_says_so(monkeypatch: pytest.MonkeyPatch
         status = other.wait_ready(READY_S)
         monkeypatch.setenv("TIERPLANE_TEST_KEY", "wrong")
         with supervised(tier_of("endpoint", url=status.base_url)) as (supervisor, _):
-            until(lambda: "answered 401; check the key in TIERPLANE_TEST_KEY" in supervisor.status.diagnosis)
+            until(
+                lambda: (
+                    "returned status 401; check the key in TIERPLANE_TEST_KEY" in supervisor.status.diagnosis
+                )
+            )
 
 
 @pytest.mark.vllm

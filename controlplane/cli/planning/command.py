@@ -17,7 +17,7 @@ from controlplane.config.profiles import Scenario
 from controlplane.config.vllm_flags import drift, installed_vllm, known_vllm_flags
 from controlplane.engines.base import Launch
 from controlplane.engines.vllm import VllmEngine
-from controlplane.engines.vllm_parser import ask_installed
+from controlplane.engines.vllm_parser import check_command_lines
 from controlplane.errors import ConfigError, Problem
 
 _MODULE = ("python", "-m", "vllm.entrypoints.openai.api_server")
@@ -137,7 +137,7 @@ def _checked(arguments: list[str], check: bool | None) -> tuple[str, str]:
     if not check:
         return known, f"the list of vLLM {known}'s flags"
     with Console(stderr=True).status("asking the installed vLLM's parser"):
-        parsed = ask_installed([arguments])
+        parsed = check_command_lines([arguments])
     if parsed.errors[0]:
         changed = drift(parsed.version, parsed.flags)
         note = f"{changed}" if changed and parsed.version != known else ""

@@ -143,7 +143,7 @@ class SimulatedServer:
 
     def _generate(self, request: Request, responder: HttpResponder) -> Awaitable[None] | None:
         if self.scheduler.fails_next():
-            _send_error(responder, self.settings.error_status, "the simulated engine was told to fail")
+            _send_error(responder, self.settings.error_status, "this error is simulated (error_rate)")
             return None
         try:
             if request.path == "/v1/embeddings":
@@ -283,7 +283,7 @@ async def serve(host: str, port: int, model: str, settings: SimulatedSettings) -
         except TimeoutError:
             pass
     if settings.exit_code is not None:
-        print(f"RuntimeError: the simulated engine was told to exit with {settings.exit_code}", flush=True)
+        print(f"RuntimeError: this exit is simulated (exit_code {settings.exit_code})", flush=True)
         raise SystemExit(settings.exit_code)
     await server.listen(host, port)
     gc.freeze()

@@ -1,4 +1,4 @@
-"""What other threads want of a supervisor, waited for in its loop together with what happens there."""
+"""Commands that other threads give a supervisor, and the wait for them in its event loop."""
 
 from __future__ import annotations
 
@@ -7,40 +7,43 @@ from enum import Enum, auto
 
 
 class SupervisorCommand(Enum):
-    """What is wanted; to stop overrules to restart."""
+    """A command. STOP takes precedence over RESTART."""
 
     STOP = auto()
     RESTART = auto()
 
 
 class CommandInbox:
-    """Belongs to the supervisor's loop; other threads reach it through ``call_soon_threadsafe``."""
+    """A supervisor's pending commands.
+
+    It belongs to the supervisor's event loop; other threads use it through ``call_soon_threadsafe``.
+    """
 
     def __init__(self) -> None:
         self._stop = asyncio.Event()
         self._restart = asyncio.Event()
         self.reason = ""
-        """Of the last wish to restart."""
+        """The reason given with the last restart command."""
         self.draining = False
-        """A draining engine is not restarted."""
+        """The engine is draining: restart commands are ignored."""
 
     def stop(self) -> None:
-        """Stop for good."""
+        """Command the supervisor to stop the engine and end."""
         self._stop.set()
 
     def restart(self, reason: str) -> None:
-        """Replace the engine."""
+        """Command the supervisor to replace the engine process."""
         if not self.draining:
             self.reason = reason
             self._restart.set()
 
-    def forget_restart(self) -> None:
-        """The wish is being fulfilled."""
+    def clear_restart(self) -> None:
+        """Remove a restart command, because it is being carried out or does not apply."""
         self._restart.clear()
 
     @property
-    def now(self) -> SupervisorCommand | None:
-        """The wish that stands."""
+    def pending(self) -> SupervisorCommand | None:
+        """The command to carry out, if there is one."""
         if self._stop.is_set():
             return SupervisorCommand.STOP
         return SupervisorCommand.RESTART if self._restart.is_set() else None
@@ -48,11 +51,11 @@ class CommandInbox:
     async def wait(
         self, timeout_s: float | None, ended: asyncio.Event | None = None
     ) -> SupervisorCommand | None:
-        """Until there is a wish, ``ended`` is set, or the time has passed; the wish that stands then."""
+        """Wait for a command, for ``ended`` or for ``timeout_s``; returns the command pending then."""
         events = [self._stop, self._restart, *([ended] if ended is not None else [])]
         if not any(event.is_set() for event in events):
             waits = [asyncio.ensure_future(event.wait()) for event in events]
             await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
             for wait in waits:
                 wait.cancel()
-        return self.now
+        return self.pending

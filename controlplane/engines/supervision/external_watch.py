@@ -1,4 +1,4 @@
-"""An address under a supervisor: nothing to start, only to see whether it answers."""
+"""Supervises a server that runs elsewhere: there is nothing to start, so it is only probed."""
 
 from __future__ import annotations
 
@@ -14,46 +14,49 @@ from controlplane.engines.supervision.status import StatusBoard
 from controlplane.errors import EngineStartError
 
 _ALIVE = (200, 404, 405)
-"""Not every server lists its models; that it answers is enough."""
+"""Statuses that show a working server; some servers don't list their models."""
 
 
-async def watch_address(tier: TierConfig, engine: Engine, board: StatusBoard, wishes: CommandInbox) -> None:
-    """Probe the tier's address until the wish to stop. One that is not there yet may come: never given up."""
+async def watch_address(tier: TierConfig, engine: Engine, board: StatusBoard, inbox: CommandInbox) -> None:
+    """Probe the tier's URL until the stop command. An unreachable server may appear later, so it is never
+    given up."""
     try:
         base_url, key = address_of(tier)
     except EngineStartError as error:
         board.publish(EndpointState.FAILED, diagnosis=str(error))
-        while await wishes.wait(None) is not SupervisorCommand.STOP:
-            wishes.forget_restart()
+        while await inbox.wait(None) is not SupervisorCommand.STOP:
+            inbox.clear_restart()
         return
     waiting = f"waiting for {base_url}"
     board.publish(phase=waiting, base_url=base_url, secret=key, generation=1, started_unix_s=time.time())
     failures = 0
     was_ready = False
     wait_s = 0.0
-    while await wishes.wait(wait_s) is not SupervisorCommand.STOP:
-        wishes.forget_restart()
+    while await inbox.wait(wait_s) is not SupervisorCommand.STOP:
+        inbox.clear_restart()
         wait_s = tier.health_interval_s
-        answer = await get(base_url + engine.ready_path, key, tier.health_timeout_s)
-        if answer.status in _ALIVE:
+        response = await get(base_url + engine.ready_path, key, tier.health_timeout_s)
+        if response.status in _ALIVE:
             failures = 0
             was_ready = True
-            board.publish(None if wishes.draining else EndpointState.READY, phase="", diagnosis="")
+            board.publish(None if inbox.draining else EndpointState.READY, phase="", diagnosis="")
             continue
         failures += 1
         if not was_ready or failures >= tier.health_failures:
             state = EndpointState.RESTARTING if was_ready else EndpointState.STARTING
             board.publish(
-                None if wishes.draining else state, phase=waiting, diagnosis=_said(base_url, answer, tier)
+                None if inbox.draining else state,
+                phase=waiting,
+                diagnosis=_diagnosis(base_url, response, tier),
             )
 
 
-def _said(base_url: str, answer: ProbeResponse, tier: TierConfig) -> str:
-    text = f"{base_url}: {answer}"
-    if answer.status in (401, 403):
+def _diagnosis(base_url: str, response: ProbeResponse, tier: TierConfig) -> str:
+    text = f"{base_url}: {response}"
+    if response.status in (401, 403):
         text += (
             f"; check the key in {tier.api_key_env}"
             if tier.api_key_env
-            else "; it wants a key: name its variable in 'api_key_env'"
+            else "; it requires a key: set 'api_key_env' to the environment variable that contains it"
         )
     return text

@@ -1,4 +1,4 @@
-"""One engine process under a supervisor, from finding its model to its end."""
+"""One engine process under a supervisor, from resolving its model to the process's end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from socket import socket
 from controlplane.config import TierConfig
 from controlplane.core.domain.endpoint import EndpointState
 from controlplane.engines.base import Command, Diagnosis, Engine, Launch
-from controlplane.engines.output import PORT_TAKEN
 from controlplane.engines.supervision.commands import CommandInbox, SupervisorCommand
 from controlplane.engines.supervision.probe import ProbeResponse, get
 from controlplane.engines.supervision.process import (
@@ -21,35 +20,35 @@ from controlplane.engines.supervision.process import (
     EngineOutput,
     EngineProcess,
     LogFile,
-    hold_port,
+    reserve_port,
     start,
 )
 from controlplane.engines.supervision.status import StatusBoard, StructuredLog
 from controlplane.errors import ConfigError, EngineError, EngineStartError, SetupError
 
 _PROBE_FIRST_S = 0.05
-_PROBE_MOST_S = 0.5
-"""Between two probes of an engine that starts; grows from the first to the most."""
+_PROBE_LONGEST_S = 0.5
+"""Time between two probes of an engine that starts; grows from the first value to the longest."""
 _STARTING_PROBE_S = 2.0
 _PORT_TRIES = 10
 _HUNG_GRACE_S = 2.0
-"""A hung engine gets so long to end by itself."""
+"""How long a hung engine may take to end after SIGTERM."""
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationEnd:
-    """How a generation ended: by itself or hung (``wish`` None), or because it was wished for."""
+    """How a generation ended: by a ``command``, or without one because it ended by itself or hung."""
 
     diagnosis: Diagnosis
     was_ready: bool = False
-    wish: SupervisorCommand | None = None
+    command: SupervisorCommand | None = None
     grace_s: float = GRACE_S
-    """How long its process may take to end by itself."""
+    """How long its process may take to end after SIGTERM."""
 
 
 @dataclass(slots=True)
 class GenerationRunner:
-    """Starts and watches one engine process after the other; all in the supervisor's loop."""
+    """Starts and watches one engine process after another, in the supervisor's event loop."""
 
     tier: TierConfig
     replica_id: str
@@ -58,24 +57,25 @@ class GenerationRunner:
     gpu_ids: tuple[str, ...]
     resolve_model: Callable[[str, Callable[[str], None]], str]
     board: StatusBoard
-    wishes: CommandInbox
+    inbox: CommandInbox
     log: StructuredLog
     log_file: LogFile
     output: EngineOutput | None = None
     _model: str = ""
 
     async def run(self) -> GenerationEnd:
-        """One generation. A port that somebody else took is no failure: another one is tried."""
+        """Run one generation to its end. If another process takes its port, it starts again on another
+        port."""
         end = GenerationEnd(Diagnosis("there is no free port"))
         for _ in range(_PORT_TRIES):
-            self.wishes.forget_restart()
+            self.inbox.clear_restart()
             try:
                 end = await self._run_once()
             except (ConfigError, SetupError, EngineStartError) as error:
                 return GenerationEnd(Diagnosis(str(error), permanent=True))
             except OSError as error:
                 return GenerationEnd(Diagnosis(f"the engine's process can't be started: {error}"))
-            if end.was_ready or end.wish or not end.diagnosis.summary.startswith(PORT_TAKEN):
+            if end.was_ready or end.command or not end.diagnosis.port_taken:
                 break
             self.log.info("port taken", replica=self.replica_id, port=self.board.status.port)
         return end
@@ -89,28 +89,28 @@ class GenerationRunner:
             except EngineError as error:
                 return GenerationEnd(Diagnosis(str(error)))
             except Exception as error:
-                return GenerationEnd(Diagnosis(f"the model '{self.tier.model}' can't be fetched: {error}"))
-        if self.wishes.now is SupervisorCommand.STOP:
-            return GenerationEnd(Diagnosis("stopped"), wish=SupervisorCommand.STOP)
+                return GenerationEnd(Diagnosis(f"the model '{self.tier.model}' can't be downloaded: {error}"))
+        if self.inbox.pending is SupervisorCommand.STOP:
+            return GenerationEnd(Diagnosis("stopped"), command=SupervisorCommand.STOP)
         secret = secrets.token_urlsafe(32)
-        with hold_port(self.host) as held:
-            port = int(held.getsockname()[1])
+        with reserve_port(self.host) as reserved:
+            port = int(reserved.getsockname()[1])
             launch = Launch(self.host, port, secret, self._model, self.gpu_ids)
             command = self.engine.command(self.tier, launch)
             process = await self._start(command, launch)
             end = GenerationEnd(Diagnosis("the supervisor failed"))
             try:
-                end = await self._watch(process, held)
+                end = await self._watch(process, reserved)
                 self._announce(end)
                 return end
             finally:
                 await process.stop(end.grace_s)
 
     async def _resolve(self) -> str:
-        """The model's place on this machine, once it may start there; a download shows as a phase.
+        """Resolve the model, and wait until it may start on this node; "" after a stop command.
 
-        In a thread of its own and not in the loop's executor: a download can't be interrupted, and the
-        loop would wait for its executor when it ends.
+        A download shows as a phase. It runs in a separate thread instead of the loop's executor, because it
+        can't be interrupted and the loop would wait for its executor when it ends.
         """
         loop = asyncio.get_running_loop()
         found: asyncio.Future[str] = loop.create_future()
@@ -119,7 +119,7 @@ class GenerationRunner:
         def progress(text: str) -> None:
             loop.call_soon_threadsafe(self._phase, text)
 
-        def tell(result: str | BaseException) -> None:
+        def deliver(result: str | BaseException) -> None:
             if found.done():
                 return
             if isinstance(result, str):
@@ -134,15 +134,15 @@ class GenerationRunner:
             except Exception as error:
                 result = error
             if not loop.is_closed():
-                loop.call_soon_threadsafe(tell, result)
+                loop.call_soon_threadsafe(deliver, result)
 
         threading.Thread(target=work, name=f"model-{self.replica_id}", daemon=True).start()
         ended = asyncio.Event()
         found.add_done_callback(lambda _: ended.set())
         while not ended.is_set():
-            if await self.wishes.wait(None, ended) is SupervisorCommand.STOP:
+            if await self.inbox.wait(None, ended) is SupervisorCommand.STOP:
                 return ""
-            self.wishes.forget_restart()
+            self.inbox.clear_restart()
         return found.result()
 
     async def _start(self, command: Command, launch: Launch) -> EngineProcess:
@@ -162,8 +162,8 @@ class GenerationRunner:
         self.log.info("engine started", replica=self.replica_id, port=launch.port, generation=generation)
         return process
 
-    async def _watch(self, process: EngineProcess, held: socket) -> GenerationEnd:
-        """From the started process to its end, whoever brings it about."""
+    async def _watch(self, process: EngineProcess, reserved: socket) -> GenerationEnd:
+        """Watch the started process until it ends, hangs or a command ends it."""
         tier = self.tier
         url = self.board.status.base_url + self.engine.ready_path
         ready = False
@@ -171,66 +171,66 @@ class GenerationRunner:
         wait_s = _PROBE_FIRST_S
         deadline_s = time.monotonic() + tier.startup_timeout_s
         while True:
-            wish = await self.wishes.wait(wait_s, process.ended)
+            command = await self.inbox.wait(wait_s, process.ended)
             self.board.publish(pid=process.pid)
-            if wish is not None:
-                why = "stopped" if wish is SupervisorCommand.STOP else self.wishes.reason
-                return GenerationEnd(Diagnosis(why), ready, wish)
+            if command is not None:
+                reason = "stopped" if command is SupervisorCommand.STOP else self.inbox.reason
+                return GenerationEnd(Diagnosis(reason), ready, command)
             if process.ended.is_set():
                 lines = process.output.lines
                 return GenerationEnd(self.engine.diagnose(lines, process.exit_code), ready)
-            answer = await self._probe(url, process, ready=ready)
-            if answer.ok and not ready:
-                # Healthy is not yet serving, and another's server may have got the port: ours knows
-                # its secret.
-                answer = await self._probe(f"{self.board.status.base_url}/v1/models", process, ready=False)
-            if answer.ok:
+            response = await self._probe(url, process, ready=ready)
+            if response.ok and not ready:
+                # A healthy engine may not serve yet, and another server may have taken the port: only ours
+                # accepts the secret.
+                response = await self._probe(f"{self.board.status.base_url}/v1/models", process, ready=False)
+            if response.ok:
                 failures = 0
                 wait_s = tier.health_interval_s
                 if not ready:
                     ready = True
-                    held.close()
+                    reserved.close()
                     self._became_ready(process)
             elif process.ended.is_set():
                 continue
             elif ready:
                 failures += 1
-                self.log.info("probe failed", replica=self.replica_id, error=str(answer), times=failures)
+                self.log.info("probe failed", replica=self.replica_id, error=str(response), times=failures)
                 if failures >= tier.health_failures:
-                    text = f"the engine hung: {failures} health probes in a row failed, the last: {answer}"
+                    text = f"the engine hung: {failures} health probes in a row failed, the last: {response}"
                     lines = process.output.lines[-20:]
                     return GenerationEnd(Diagnosis(text, last_lines=lines), True, grace_s=_HUNG_GRACE_S)
             else:
-                wait_s = min(wait_s * 1.5, _PROBE_MOST_S)
+                wait_s = min(wait_s * 1.5, _PROBE_LONGEST_S)
                 if time.monotonic() > deadline_s:
-                    return GenerationEnd(self._late(process, answer), grace_s=_HUNG_GRACE_S)
+                    return GenerationEnd(self._startup_timeout(process, response), grace_s=_HUNG_GRACE_S)
 
     def _announce(self, end: GenerationEnd) -> None:
-        """Say that it serves no more before its process is ended, which may take seconds."""
-        if end.wish is SupervisorCommand.STOP:
+        """Publish that the engine serves no more, before its process is ended, which may take seconds."""
+        if end.command is SupervisorCommand.STOP:
             self.board.publish(EndpointState.DRAINING, phase="stopping")
         elif end.was_ready:
             self.board.publish(
-                None if self.wishes.draining else EndpointState.RESTARTING,
+                None if self.inbox.draining else EndpointState.RESTARTING,
                 phase="ending the old process",
                 diagnosis=end.diagnosis.summary,
             )
 
     async def _probe(self, url: str, process: EngineProcess, *, ready: bool) -> ProbeResponse:
-        """A GET that gives way when the process ends."""
+        """A GET that is abandoned when the process ends."""
         timeout_s = self.tier.health_timeout_s
         if not ready:
             timeout_s = min(timeout_s, _STARTING_PROBE_S)
-        asking = asyncio.ensure_future(get(url, self.board.status.secret, timeout_s))
+        probing = asyncio.ensure_future(get(url, self.board.status.secret, timeout_s))
         ending = asyncio.ensure_future(process.ended.wait())
-        await asyncio.wait({asking, ending}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({probing, ending}, return_when=asyncio.FIRST_COMPLETED)
         ending.cancel()
-        if asking.done():
-            return asking.result()
-        asking.cancel()
+        if probing.done():
+            return probing.result()
+        probing.cancel()
         return ProbeResponse(0, error="the process ended")
 
-    def _late(self, process: EngineProcess, last: ProbeResponse) -> Diagnosis:
+    def _startup_timeout(self, process: EngineProcess, last: ProbeResponse) -> Diagnosis:
         return Diagnosis(
             f"not ready after {self.tier.startup_timeout_s:g} s (startup_timeout_s); the last phase was: "
             f"{self.board.status.phase}; the last probe: {last}",
@@ -240,7 +240,7 @@ class GenerationRunner:
     def _became_ready(self, process: EngineProcess) -> None:
         status = self.board.status
         took_s = round(time.time() - status.started_unix_s, 2)
-        state = EndpointState.DRAINING if self.wishes.draining else EndpointState.READY
+        state = EndpointState.DRAINING if self.inbox.draining else EndpointState.READY
         self.board.publish(state, phase="", diagnosis="", pid=process.pid)
         self.log.info("engine ready", replica=self.replica_id, generation=status.generation, took_s=took_s)
 

@@ -1,4 +1,4 @@
-"""One HTTP GET, for readiness, health and metrics: nothing kept open, bounded in time and size."""
+"""One HTTP GET for readiness, health and metrics, on a connection of its own, bounded in time and size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MAX_BODY_BYTES = 4 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class ProbeResponse:
-    """What came back; ``status`` 0 when nothing did, and ``error`` says why."""
+    """The response to a probe. Without one, ``status`` is 0 and ``error`` is the reason."""
 
     status: int
     body: str = ""
@@ -20,19 +20,20 @@ class ProbeResponse:
 
     @property
     def ok(self) -> bool:
-        """Whether it is a 200."""
+        """Whether the status is 200."""
         return self.status == 200
 
     def __str__(self) -> str:
-        return self.error or f"answered {self.status}"
+        return self.error or f"returned status {self.status}"
 
 
 async def get(url: str, secret: str, timeout_s: float) -> ProbeResponse:
-    """GET ``url`` with ``secret`` as bearer token (none if empty). Never raises for the network's sake."""
+    """GET ``url`` with ``secret`` as bearer token (none if empty). A network error is returned, not
+    raised."""
     try:
         return await asyncio.wait_for(_get(url, secret), timeout_s)
     except TimeoutError:
-        return ProbeResponse(0, error=f"no answer in {timeout_s:g} s")
+        return ProbeResponse(0, error=f"no response within {timeout_s:g} s")
     except ConnectionRefusedError:
         return ProbeResponse(0, error="connection refused")
     except (OSError, ValueError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
@@ -63,7 +64,7 @@ async def _get(url: str, secret: str) -> ProbeResponse:
         }
         return ProbeResponse(status, body=(await _body(reader, headers)).decode("utf-8", "replace"))
     except IndexError as error:
-        raise ValueError("no HTTP answer") from error
+        raise ValueError("not an HTTP response") from error
     finally:
         writer.close()
 
@@ -76,14 +77,14 @@ async def _body(reader: asyncio.StreamReader, headers: dict[str, str]) -> bytes:
     body = bytearray()
     while size := int((await reader.readline()).split(b";")[0] or b"0", 16):
         if len(body) + size > _MAX_BODY_BYTES:
-            raise ValueError("the answer is too large")
+            raise ValueError("the response is too large")
         body += await reader.readexactly(size)
         await reader.readexactly(2)
     return bytes(body)
 
 
 def metric(text: str, name: str) -> float | None:
-    """The sum of a metric's samples over all labels in Prometheus' text format; None if there is none."""
+    """The sum of a metric's samples over all labels, in Prometheus' text format; None without samples."""
     values = [
         float(line.rsplit(" ", 1)[1])
         for line in text.splitlines()

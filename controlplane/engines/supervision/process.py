@@ -1,4 +1,4 @@
-"""One engine process behind its reaper: start it, read its output, learn of its end, end it."""
+"""One engine process behind its reaper: starts it, reads its output, notices its end, ends it."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from controlplane.engines.base import Command
 from controlplane.engines.supervision import reaper
 
 GRACE_S = 8.0
-"""Between SIGTERM and SIGKILL."""
-_LOST_S = 5.0
-"""A reaper that has reported the end and does not leave by then is killed."""
+"""Time between SIGTERM and SIGKILL."""
+_REAPER_EXIT_S = 5.0
+"""A reaper is killed if it still runs this long after the pipe it reports on was closed."""
 
-_KEPT_LINES = 400
+_TAIL_LINES = 400
 _LINE_CHARS = 4000
 _BREAKS = re.compile(rb"\r\n|\n|\r")
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 class LogFile:
-    """A file for an engine's output that keeps itself and one older part under ``max_bytes`` each."""
+    """A log file for an engine's output. At ``max_bytes`` it is renamed, replacing the previous old part."""
 
     def __init__(self, path: Path, max_bytes: int = 8 * 1024 * 1024) -> None:
         self.path = path
@@ -39,7 +39,7 @@ class LogFile:
         self._file = path.open("ab")
 
     def write(self, line: str) -> None:
-        """Append a line; on a full disk the line is lost and the engine runs on."""
+        """Append a line. If the disk is full, the line is lost and the engine continues."""
         with contextlib.suppress(OSError):
             self._file.write(line.encode("utf-8", "replace") + b"\n")
             self._file.flush()
@@ -55,14 +55,14 @@ class LogFile:
 
 
 class EngineOutput:
-    """An engine's output as lines: without its secret, without colours, the last ones kept."""
+    """An engine's output as lines, without its secret and without colours; the last ones stay in memory."""
 
     def __init__(self, secret: str, log_file: LogFile | None, on_line: Callable[[str], None]) -> None:
         self._secret = secret
         self._log_file = log_file
         self._on_line = on_line
         self._rest = b""
-        self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
+        self._lines: deque[str] = deque(maxlen=_TAIL_LINES)
 
     @property
     def lines(self) -> tuple[str, ...]:
@@ -70,7 +70,7 @@ class EngineOutput:
         return tuple(self._lines)
 
     def feed(self, data: bytes) -> None:
-        """Take bytes; progress bars that rewrite their line count as lines."""
+        """Process output. Each state of a progress bar that overwrites itself counts as a line."""
         *whole, self._rest = _BREAKS.split(self._rest + data)
         for raw in whole:
             self._line(raw)
@@ -79,7 +79,7 @@ class EngineOutput:
             self._rest = b""
 
     def end(self) -> None:
-        """Take what is left without a line break."""
+        """Process the rest of the output, which has no line break."""
         if self._rest:
             self._line(self._rest)
             self._rest = b""
@@ -98,8 +98,8 @@ class EngineOutput:
 
 @dataclass(slots=True)
 class EngineProcess:
-    """A started engine. Belongs to the event loop, and to the thread, that started it: the kernel ends the
-    engine when that thread ends."""
+    """A started engine. It belongs to the thread that started it, and to that thread's event loop: when the
+    thread ends, the kernel ends the engine."""
 
     popen: subprocess.Popen[bytes]
     output: EngineOutput
@@ -107,16 +107,16 @@ class EngineProcess:
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     """The engine's first process has ended, or its reaper was lost."""
     gone: asyncio.Event = field(default_factory=asyncio.Event)
-    """Nothing of the engine is left."""
+    """All processes of the engine have ended."""
     pid: int | None = None
     exit_code: int | None = None
-    """Negative for a signal; None while it runs or if it was not learnt."""
+    """Negative for a signal; None while it runs, or if the exit code is unknown."""
     _pid_start: int = 0
     _follower: asyncio.Task[None] | None = None
     _pipes: tuple[asyncio.ReadTransport, ...] = ()
 
     async def stop(self, grace_s: float = GRACE_S) -> None:
-        """SIGTERM, at most ``grace_s`` of waiting, SIGKILL; returns when nothing of it is left."""
+        """Send SIGTERM and, after ``grace_s``, SIGKILL; returns when all processes have ended."""
         if not self.gone.is_set():
             self._signal(signal.SIGTERM)
             try:
@@ -126,7 +126,7 @@ class EngineProcess:
                 await self.gone.wait()
 
     def kill(self) -> None:
-        """End it without waiting; :attr:`gone` follows."""
+        """Kill all processes without waiting for their end; :attr:`gone` is set then."""
         self._signal(signal.SIGUSR1)
 
     def _signal(self, number: int) -> None:
@@ -134,7 +134,7 @@ class EngineProcess:
             self.popen.send_signal(number)
 
     async def _follow(self, status: asyncio.StreamReader, output: asyncio.StreamReader) -> None:
-        """Read what the reaper and the engine say until both have ended."""
+        """Read the reaper's reports and the engine's output until both have ended."""
         reading = asyncio.create_task(self._read(output))
         while line := await status.readline():
             word, _, number = line.decode().strip().partition(" ")
@@ -143,13 +143,13 @@ class EngineProcess:
                 self._pid_start = reaper.start_of(self.pid)
             elif word == "exit":
                 self.exit_code = int(number)
-                # What it said last is still in the pipe, and the diagnosis wants it.
+                # The last output may still be in the pipe, and the diagnosis needs it.
                 await asyncio.wait({reading}, timeout=0.2)
                 self.ended.set()
         loop = asyncio.get_running_loop()
         code = await loop.run_in_executor(None, self._await_reaper)
         if self.pid is not None and (code < 0 or self.exit_code is None):
-            # The reaper was killed; its charges may live on.
+            # The reaper was killed; the engine's processes may still run.
             await loop.run_in_executor(None, reaper.sweep, self.pid, self._pid_start, self.marker)
         elif self.pid is None and self.exit_code is None:
             self.exit_code = code
@@ -167,7 +167,7 @@ class EngineProcess:
 
     def _await_reaper(self) -> int:
         try:
-            return self.popen.wait(_LOST_S)
+            return self.popen.wait(_REAPER_EXIT_S)
         except subprocess.TimeoutExpired:
             self.popen.kill()
             return self.popen.wait()
@@ -178,7 +178,7 @@ class EngineProcess:
 
 
 async def start(command: Command, output: EngineOutput, marker: str) -> EngineProcess:
-    """Start ``command`` behind a reaper; raises OSError if not even that can be started."""
+    """Start ``command`` behind a reaper; raises OSError if the reaper can't be started."""
     loop = asyncio.get_running_loop()
     status_read, status_write = os.pipe()
     try:
@@ -214,27 +214,29 @@ async def start(command: Command, output: EngineOutput, marker: str) -> EnginePr
     from_reaper, _ = await loop.connect_read_pipe(
         lambda: asyncio.StreamReaderProtocol(status), os.fdopen(status_read, "rb", buffering=0)
     )
-    said = asyncio.StreamReader()
-    from_engine, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(said), popen.stdout)
+    engine_output = asyncio.StreamReader()
+    from_engine, _ = await loop.connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(engine_output), popen.stdout
+    )
     process = EngineProcess(popen=popen, output=output, marker=marker)
     process._pipes = (from_reaper, from_engine)
-    process._follower = loop.create_task(process._follow(status, said))
+    process._follower = loop.create_task(process._follow(status, engine_output))
     return process
 
 
-def hold_port(host: str) -> socket.socket:
-    """A free port, held by a bound socket that does not listen.
+def reserve_port(host: str) -> socket.socket:
+    """Reserve a free port with a bound socket that does not listen.
 
-    While it is held, nobody gets the port by chance; an engine that binds it with SO_REUSEADDR, as servers
-    do, still can. Close it once the engine listens.
+    While the socket is open, no other process is given the port by chance, but an engine that binds it with
+    SO_REUSEADDR, as servers do, can have it. Close the socket once the engine listens.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    held = socket.socket(family, socket.SOCK_STREAM)
+    reserved = socket.socket(family, socket.SOCK_STREAM)
     try:
-        held.bind((host, 0))
-        # After the bind: the port was to be nobody's, now it may be shared.
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reserved.bind((host, 0))
+        # Only after the bind, which must fail on a port that is in use.
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     except OSError:
-        held.close()
+        reserved.close()
         raise
-    return held
+    return reserved

@@ -1,28 +1,28 @@
-"""Stands between a supervisor and its engine so that no engine process outlives its supervisor.
+"""Runs between a supervisor and its engine so that no engine process outlives its supervisor.
 
 Run as ``python -S -E reaper.py [options] -- command…`` (or with ``-m
-controlplane.engines.supervision.reaper``). Uses the standard library only and starts in a few hundredths of a
-second.
+controlplane.engines.supervision.reaper``). It uses only the standard library, and starts in a few hundredths
+of a second.
 
 Who watches whom:
 
-* The supervisor holds the write end of the reaper's standard input and never writes. When it is gone, for
-  whatever reason, SIGKILL included, the reaper reads end of file and stops the engine.
-* The reaper is single-threaded and the engine's parent: the engine's first process gets SIGKILL from the
-  kernel if the reaper is killed (PR_SET_PDEATHSIG follows the forking *thread*, so it must be one that
-  lives).
-* A watchdog, forked from the reaper, waits for the reaper's end. If it was killed, the watchdog kills the
-  engine's whole family: vLLM's core process, for one, does not notice that its parent is gone.
-* The engine runs in a session of its own, and the reaper is a child subreaper: what the engine forks and
-  forgets becomes the reaper's child. Whatever leaves even the session is found by a variable in its
-  environment (:data:`MARKER`).
+* The supervisor holds the write end of the reaper's standard input and never writes to it. When the
+supervisor ends for any reason, SIGKILL included, the reaper reads end of file and stops the engine.
+* The reaper is single-threaded and the engine's parent: if it is killed, the kernel sends SIGKILL to the
+engine's first process. (PR_SET_PDEATHSIG takes effect when the forking *thread* ends, so that thread must
+live as long as the process.)
+* A watchdog, forked from the reaper, waits for the reaper's end. If the reaper was killed, the watchdog kills
+the engine's whole process family: vLLM's core process, for example, does not notice that its parent is gone.
+* The engine runs in its own session, and the reaper is a child subreaper: a process whose parent in the
+engine has ended becomes the reaper's child. A process that has even left the session is found by a variable
+in its environment (:data:`MARKER`).
 
-Stopping: SIGTERM to the engine's process group, at most ``--grace-s`` of waiting, then SIGKILL to all of the
-family. SIGUSR1 skips the waiting. When the engine ends by itself, the rest of its family is ended too.
+Stopping: SIGTERM to the engine's process group and, after ``--grace-s``, SIGKILL to the whole family. SIGUSR1
+skips the wait. When the engine ends by itself, the rest of its family is ended too.
 
-On ``--status-fd`` it reports ``pid N`` once the engine is started, ``exit N`` when its first process has
-ended (negative for a signal), and ``gone`` when nothing of it is left. Its own exit code is the engine's,
-128 + n for a signal.
+On ``--status-fd`` the reaper reports ``pid N`` once the engine has started, ``exit N`` when its first process
+has ended (negative for a signal), and ``gone`` when no process of it is left. The reaper's own exit code is
+the engine's, or 128 + n for signal n.
 """
 
 from __future__ import annotations
@@ -36,19 +36,20 @@ import sys
 import time
 
 MARKER = "TIERPLANE_ENGINE_ID"
-"""Environment variable that every process of an engine carries."""
+"""Environment variable that every process of an engine has."""
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _LINGER_S = 1.0
-"""What an engine left behind gets so long between SIGTERM and SIGKILL, to remove its shared memory."""
+"""Time between SIGTERM and SIGKILL for processes that an engine left behind; they may have shared memory to
+remove."""
 _GIVE_UP_S = 10.0
-"""A process that SIGKILL does not end by then hangs in the kernel; nothing more can be done here."""
+"""A process that still exists this long after SIGKILL hangs in the kernel; nothing more can be done here."""
 
 
 class ProcessFamily:
-    """The living processes of one engine: by session, by marker, by descent from those; with ``adopts``
-    also every child of this process."""
+    """The living processes of one engine, found by session, by marker and by descent from those; with
+    ``adopts``, also every child of this process."""
 
     def __init__(
         self, session: int, session_start: int, marker: str, *, adopts: bool, without: int = 0
@@ -60,13 +61,13 @@ class ProcessFamily:
         self._marker = f"{MARKER}={marker}".encode() if marker else b""
 
     def members(self) -> list[int]:
-        """The ids of the engine's processes, this one never among them."""
+        """The ids of the engine's processes, without this process."""
         own = os.getpid()
         processes = {
             pid: stat for pid in _pids() if pid not in self._without and (stat := _stat(pid)) is not None
         }
         leader = processes.get(self._session)
-        # The number was given to another process: our session is empty.
+        # If the id now belongs to another process, the engine's session is empty.
         reused = leader is not None and leader[3] != self._session_start
         found = {
             pid
@@ -88,7 +89,7 @@ class ProcessFamily:
         return sorted(found)
 
     def signal(self, number: int) -> list[int]:
-        """Send ``number`` to every member; the ids it was sent to."""
+        """Send signal ``number`` to every member; returns their ids."""
         members = self.members()
         for pid in members:
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -106,9 +107,9 @@ class ProcessFamily:
 
 
 def sweep(session: int, session_start: int, marker: str, give_up_s: float = _GIVE_UP_S) -> list[int]:
-    """Kill an engine's family after its reaper was lost; the ids that were killed.
+    """Kill an engine's process family after its reaper was killed; returns the ids of the killed processes.
 
-    For the supervisor, which must not carry the marker itself.
+    The caller must not have the marker in its own environment.
     """
     family = ProcessFamily(session, session_start, marker, adopts=False)
     killed: set[int] = set()
@@ -122,8 +123,8 @@ def sweep(session: int, session_start: int, marker: str, give_up_s: float = _GIV
 
 
 def start_of(pid: int) -> int:
-    """When the process was started, in clock ticks since boot; 0 if there is none. With its id it names
-    a process for good."""
+    """When the process started, in clock ticks since boot; 0 if there is none. Together with the id it
+    identifies a process uniquely, although ids are reused."""
     stat = _stat(pid)
     return stat[3] if stat else 0
 
@@ -136,7 +137,7 @@ def _stat(pid: int) -> tuple[str, int, int, int] | None:
     """State, parent, session and start time; None if the process is gone."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
-            # The name in parentheses may hold anything: fields are counted after the last one.
+            # The name in parentheses may contain anything, so fields are counted after the last parenthesis.
             fields = file.read().rpartition(b")")[2].split()
     except OSError:
         return None
@@ -146,7 +147,7 @@ def _stat(pid: int) -> tuple[str, int, int, int] | None:
 
 
 class Reaper:
-    """One engine from its start to the last of its processes."""
+    """Runs one engine from its start until the last of its processes has ended."""
 
     def __init__(self, command: list[str], grace_s: float, status_fd: int | None, parent: int) -> None:
         self._command = command
@@ -158,7 +159,7 @@ class Reaper:
         self._now = False
 
     def run(self) -> int:
-        """Start the engine, watch both sides, clean up; the exit code to leave with."""
+        """Start the engine, watch it and the supervisor, clean up; returns the exit code."""
         wake_read, wake_write = os.pipe()
         os.set_blocking(wake_read, False)
         os.set_blocking(wake_write, False)
@@ -169,7 +170,7 @@ class Reaper:
         self._set(_PR_SET_CHILD_SUBREAPER, 1)
         self._set(_PR_SET_PDEATHSIG, signal.SIGTERM)
         if self._parent and os.getppid() != self._parent:
-            return 0  # The supervisor died before it could be watched; nothing was started.
+            return 0  # The supervisor died before it could be watched; nothing has been started.
         engine = self._start()
         started = start_of(engine)
         marker = os.environ.get(MARKER, "")
@@ -191,7 +192,7 @@ class Reaper:
 
     def _start(self) -> int:
         own = os.getpid()
-        # Buffered output would be written twice.
+        # Otherwise both processes would write the buffered output.
         sys.stdout.flush()
         sys.stderr.flush()
         pid = os.fork()
@@ -217,19 +218,19 @@ class Reaper:
             os._exit(127)
 
     def _start_watchdog(self, engine: int, started: int, marker: str) -> tuple[int, int]:
-        """Fork the watchdog; its id and the pipe on which a byte sends it home."""
+        """Fork the watchdog; returns its id and the pipe on which a byte makes it end without killing."""
         leash_read, leash_write = os.pipe()
         pid = os.fork()
         if pid:
             os.close(leash_read)
             return pid, leash_write
         try:
-            # Out of reach of what is meant for the reaper, its process group or its terminal.
+            # Not to get signals that are meant for the reaper, its process group or its terminal.
             os.setsid()
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
                 signal.signal(number, signal.SIG_IGN)
             signal.set_wakeup_fd(-1)
-            # Not hold the pipes open whose end tells the supervisor that the reaper is gone.
+            # Not to keep open the pipes whose end shows the supervisor that the reaper is gone.
             nothing = os.open(os.devnull, os.O_RDWR)
             for fd in (0, 1, 2):
                 os.dup2(nothing, fd)
@@ -241,7 +242,7 @@ class Reaper:
             os._exit(0)
 
     def _watch(self, engine: int, family: ProcessFamily, wake_read: int) -> None:
-        """Until the engine's first process has ended, stopping it when asked to."""
+        """Wait until the engine's first process has ended; stop it when requested."""
         poll = select.poll()
         poll.register(0, select.POLLIN)
         poll.register(wake_read, select.POLLIN)
@@ -251,15 +252,15 @@ class Reaper:
             timeout_ms: float | None = None
             if deadline_s is not None:
                 timeout_ms = max(0.0, deadline_s - time.monotonic()) * 1000 + 1
-            asked = False
+            stop_requested = False
             for fd, _ in poll.poll(timeout_ms):
                 if fd == 0:
-                    # The supervisor never writes: data is as strange as the end of file is final.
-                    asked = True
+                    # End of file; data would be just as wrong, because the supervisor never writes.
+                    stop_requested = True
                     poll.unregister(0)
                 else:
-                    asked |= self._signals(wake_read)
-            if asked and deadline_s is None:
+                    stop_requested |= self._read_signals(wake_read)
+            if stop_requested and deadline_s is None:
                 deadline_s = time.monotonic() + self._grace_s
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(engine, signal.SIGTERM)
@@ -270,8 +271,8 @@ class Reaper:
                 self._grace_s = _GIVE_UP_S
                 family.signal(signal.SIGKILL)
 
-    def _signals(self, wake_read: int) -> bool:
-        """Take the signals that came; whether one asks to stop."""
+    def _read_signals(self, wake_read: int) -> bool:
+        """Process the signals that have arrived; returns whether one of them requests a stop."""
         try:
             numbers = os.read(wake_read, 4096)
         except BlockingIOError:
@@ -280,7 +281,7 @@ class Reaper:
         return any(number in numbers for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
 
     def _reap(self, engine: int) -> bool:
-        """Collect ended children; whether the engine's first process is among them."""
+        """Collect ended children; returns whether the engine's first process has ended."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -293,13 +294,13 @@ class Reaper:
                 self._report(f"exit {self._exit_code}")
 
     def _end(self, family: ProcessFamily, wake_read: int) -> None:
-        """End what the engine left behind, and wait until it is gone."""
+        """End the processes that the engine left behind, and wait for their end."""
         started_s = time.monotonic()
         family.signal(signal.SIGTERM)
         wait_s = 0.005
         while True:
             self._reap(0)
-            self._signals(wake_read)
+            self._read_signals(wake_read)
             elapsed_s = time.monotonic() - started_s
             if not family.members() or elapsed_s > _GIVE_UP_S:
                 return
@@ -315,7 +316,7 @@ class Reaper:
 
 
 def main(argv: list[str]) -> int:
-    """The command line. Not argparse: importing it takes as long as all the rest."""
+    """The command line. Parsed by hand because importing argparse takes as long as everything else."""
     options = {"--grace-s": "8", "--status-fd": "", "--parent": "0"}
     words = argv[1:]
     while words and words[0] != "--":

@@ -1,4 +1,4 @@
-"""What is known about an engine, as one immutable value that is replaced as a whole."""
+"""An engine's status: one immutable value that is replaced as a whole."""
 
 from __future__ import annotations
 
@@ -13,44 +13,44 @@ from controlplane.core.domain.endpoint import EndpointState
 
 
 class StructuredLog(Protocol):
-    """A structured logger: structlog's, or anything with these two."""
+    """A structured logger, such as structlog's."""
 
     def info(self, event: str, **fields: Any) -> Any:
-        """Something happened."""
+        """Log an event."""
         ...
 
     def warning(self, event: str, **fields: Any) -> Any:
-        """Something went wrong."""
+        """Log a problem."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
-    """What a supervisor knows about its engine at one moment."""
+    """An engine as its supervisor sees it at one moment."""
 
     state: EndpointState
     phase: str = ""
-    """What it is doing while it is not ready, for people."""
+    """What the engine is doing while it is not ready, in words for the operator."""
     phase_elapsed_s: float = 0.0
     base_url: str = ""
-    """In front of ``/v1``, without a trailing slash; empty until there is a port."""
+    """The URL up to ``/v1``, without a trailing slash; empty until there is a port."""
     port: int | None = None
     secret: str = field(default="", repr=False)
     pid: int | None = None
-    """The engine's first process."""
+    """Id of the engine's first process."""
     generation: int = 0
-    """Counts engine processes, from 1."""
+    """Number of the engine process, from 1; 0 before the first."""
     restarts: int = 0
     started_unix_s: float = 0.0
-    """When this generation's process was started."""
+    """When this generation's process started."""
     since_unix_s: float = 0.0
-    """When ``state`` was entered."""
+    """When ``state`` began."""
     diagnosis: str = ""
-    """Why the last generation was lost, or why it was given up; empty once it is ready."""
+    """Why the last generation failed or the engine was given up; empty once the engine is ready."""
 
 
 class StatusBoard:
-    """The newest status: written by the supervisor's thread, read and waited for by any."""
+    """Holds the latest status. The supervisor's thread writes it; any thread may read it or wait for it."""
 
     def __init__(self, on_change: Callable[[EngineStatus], None], log: StructuredLog) -> None:
         self._on_change = on_change
@@ -61,23 +61,24 @@ class StatusBoard:
 
     @property
     def status(self) -> EngineStatus:
-        """The newest status."""
+        """The latest status."""
         status = self._status
         return dataclasses.replace(status, phase_elapsed_s=time.monotonic() - self._phase_since_s)
 
     @property
     def state(self) -> EndpointState:
-        """The state of the newest status."""
+        """The latest state."""
         return self._status.state
 
     def wait_for(self, states: frozenset[EndpointState], timeout_s: float) -> EngineStatus:
-        """Wait for one of ``states``, at most ``timeout_s``; the status then."""
+        """Wait up to ``timeout_s`` for one of ``states``; returns the status at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._status.state in states, timeout_s)
             return self.status
 
     def publish(self, state: EndpointState | None = None, **fields: Any) -> None:
-        """Replace ``fields`` (and the state), wake who waits, and tell the owner if anything changed."""
+        """Replace ``fields`` (and the state); if that changes anything, wake waiting threads and call
+        ``on_change``."""
         with self._changed:
             before = self._status
             if state is not None and state is not before.state:
@@ -92,5 +93,5 @@ class StatusBoard:
         try:
             self._on_change(after)
         except Exception as error:
-            # The owner's trouble must not cost it the engine.
+            # An error in the owner's callback must not end the engine.
             self._log.warning("status callback failed", error=repr(error))

@@ -1,10 +1,9 @@
-"""Keeps one engine serving: starts it, waits until it is ready, watches it, brings it back, ends it.
+"""Runs one engine: starts it, waits until it is ready, watches it, restarts it, ends it.
 
-Threads: an :class:`EngineSupervisor` has one thread of its own with an event loop, where all its state
-lives and where its engine is forked (the kernel ends the engine if that thread dies). The public methods may
-be called from any thread but that one; they hand their wish to the loop and wait. ``status`` is an
-immutable value that is replaced as a whole. ``on_change`` is called in the supervisor's thread: it must be
-quick and must not call back.
+Threads: an :class:`EngineSupervisor` has a thread with an event loop, which owns all of its state and forks
+the engine (the kernel ends the engine if that thread dies). The public methods may be called from any other
+thread; they pass a command to the loop and wait. ``status`` is an immutable value that is replaced as a
+whole. ``on_change`` is called in the supervisor's thread: it must be quick and must not call the supervisor.
 """
 
 from __future__ import annotations
@@ -30,16 +29,14 @@ from controlplane.engines.supervision.status import EngineStatus, StatusBoard, S
 from controlplane.errors import EngineStartError
 from controlplane.paths import run_dir
 
-__all__ = ["EngineStatus", "EngineSupervisor", "StructuredLog", "log_path"]
-
 _DRAIN_POLL_S = 0.2
 _DRAIN_SETTLED_S = 1.0
-"""An engine's gauges lag: it counts as idle after it looked idle for so long."""
+"""An engine's gauges lag behind: it counts as idle once they have shown it idle for this long."""
 _ENDED = frozenset({EndpointState.READY, EndpointState.FAILED, EndpointState.STOPPED})
 
 
 class EngineSupervisor:
-    """One tier replica's engine, from its start to its end."""
+    """Supervises the engine of one tier replica, from its start to its end."""
 
     def __init__(
         self,
@@ -68,9 +65,9 @@ class EngineSupervisor:
         self._board = StatusBoard(on_change, log)
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._wishes: CommandInbox | None = None
-        self._calling = threading.Lock()
-        """Held where the loop is called or declared gone."""
+        self._inbox: CommandInbox | None = None
+        self._loop_lock = threading.Lock()
+        """Held while calling the loop, and while recording that it has ended."""
         self._runner: GenerationRunner | None = None
         self._draining: asyncio.Task[None] | None = None
         self._was_ready = False
@@ -79,7 +76,7 @@ class EngineSupervisor:
 
     @property
     def status(self) -> EngineStatus:
-        """The engine's state now."""
+        """The engine's latest status."""
         return self._board.status
 
     @property
@@ -89,12 +86,12 @@ class EngineSupervisor:
         return runner.output.lines if runner is not None and runner.output is not None else ()
 
     def start(self) -> None:
-        """Begin; returns once the supervisor's thread runs, long before the engine is ready.
+        """Start the supervisor's thread; returns long before the engine is ready.
 
-        Raises SetupError if the folder for logs can't be made.
+        Raises SetupError if the folder for logs can't be created.
         """
         if self._thread is not None:
-            raise RuntimeError("the supervisor was started before")
+            raise RuntimeError("the supervisor has already been started")
         running: Future[None] = Future()
         self._thread = threading.Thread(
             target=self._thread_main, args=(running,), name=f"engine-{self.replica_id}", daemon=True
@@ -105,31 +102,33 @@ class EngineSupervisor:
     def wait_ready(self, timeout_s: float) -> EngineStatus:
         """Wait until the engine is ready.
 
-        Raises EngineStartError with the diagnosis when it was given up or stopped, and with what it is
-        doing when ``timeout_s`` is over.
+        Raises EngineStartError: with the diagnosis if the engine was given up or stopped, with its phase if
+        it is not ready after ``timeout_s``.
         """
         status = self._board.wait_for(_ENDED, timeout_s)
         if status.state is EndpointState.READY:
             return status
         if status.state in _ENDED:
-            why = status.diagnosis or "it was stopped"
-            raise EngineStartError(f"tier '{self.tier.name}' can't be served: {why}")
-        before = f"; before: {status.diagnosis}" if status.diagnosis else ""
+            reason = status.diagnosis or "it was stopped"
+            raise EngineStartError(f"tier '{self.tier.name}' can't be served: {reason}")
+        earlier = f"; the previous attempt failed: {status.diagnosis}" if status.diagnosis else ""
         raise EngineStartError(
-            f"tier '{self.tier.name}' is not ready after {timeout_s:g} s, it is still at: "
-            f"{status.phase or status.state.value}{before}"
+            f"tier '{self.tier.name}' is not ready after {timeout_s:g} s; its phase is: "
+            f"{status.phase or status.state.value}{earlier}"
         )
 
     def restart(self, reason: str) -> None:
-        """Replace the engine process; starts one that was given up anew. Not while it drains."""
-        if self._wishes is not None:
-            self._call(self._wishes.restart, reason)
+        """Replace the engine process, or start an engine again that was given up. Ignored while it drains."""
+        if self._inbox is not None:
+            self._call(self._inbox.restart, reason)
 
     def drain(self, timeout_s: float, still_running: Callable[[], int] | None = None) -> bool:
-        """Wait until the engine runs nothing, then :meth:`stop`; whether it got idle in ``timeout_s``.
+        """Wait up to ``timeout_s`` until the engine is idle, then :meth:`stop`; returns whether it became
+        idle.
 
-        The state is DRAINING meanwhile, so that nothing new is sent. Idle is what the engine's own metrics
-        say and, if given, ``still_running``, the caller's count of requests (called in another thread).
+        Meanwhile the state is DRAINING, so that no new requests are sent. Idle means that the engine's
+        metrics, and ``still_running`` if given, show no requests. ``still_running`` is the caller's own count
+        of requests; it is called in another thread.
         """
         idle: Future[bool] = Future()
         thread = self._thread
@@ -140,36 +139,36 @@ class EngineSupervisor:
                 try:
                     return idle.result(timeout=1.0)
                 except TimeoutError:
-                    # The loop may have ended between the call and its turn.
+                    # The loop may have ended before it ran the call.
                     if thread is not None and not thread.is_alive():
                         return False
         except CancelledError:
-            return False  # The engine was lost meanwhile.
+            return False  # The engine failed meanwhile.
         finally:
             self.stop()
 
     def stop(self) -> None:
-        """End the engine with every process of it, then the supervisor's thread; returns when all is gone."""
+        """End all processes of the engine, then the supervisor's thread; returns when all have ended."""
         if self._thread is None:
             self._board.publish(EndpointState.STOPPED)
             return
-        if self._wishes is not None:
-            self._call(self._wishes.stop)
+        if self._inbox is not None:
+            self._call(self._inbox.stop)
         self._thread.join()
 
-    def _call(self, wish: Callable[..., None], *values: object) -> bool:
-        """Have the loop do it; False if the loop has ended."""
-        with self._calling:
+    def _call(self, function: Callable[..., None], *values: object) -> bool:
+        """Have the loop call ``function``; False if the loop has ended."""
+        with self._loop_lock:
             if self._loop is None:
                 return False
-            self._loop.call_soon_threadsafe(wish, *values)
+            self._loop.call_soon_threadsafe(function, *values)
             return True
 
     # In the supervisor's thread.
 
     def _thread_main(self, running: Future[None]) -> None:
         try:
-            # Not the process's own kind of loop: this one is known to work with pipes in any thread.
+            # Not the process's default kind of loop: this one works with pipes in any thread.
             with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
                 runner.run(self._main(running))
         except Exception as error:
@@ -180,22 +179,22 @@ class EngineSupervisor:
             self._board.publish(EndpointState.FAILED, diagnosis=f"the supervisor failed: {error!r}")
 
     async def _main(self, running: Future[None]) -> None:
-        self._wishes = CommandInbox()
+        self._inbox = CommandInbox()
         try:
             await self._serve(running)
         finally:
-            with self._calling:
+            with self._loop_lock:
                 self._loop = None
             if self._draining is not None:
                 self._draining.cancel()
         self._board.publish(EndpointState.STOPPED, phase="", pid=None)
 
     async def _serve(self, running: Future[None]) -> None:
-        assert self._wishes is not None
+        assert self._inbox is not None
         if not self._engine.has_process:
             self._loop = asyncio.get_running_loop()
             running.set_result(None)
-            await watch_address(self.tier, self._engine, self._board, self._wishes)
+            await watch_address(self.tier, self._engine, self._board, self._inbox)
         else:
             log_file = LogFile(log_path(self.tier.name, self.replica_id))
             try:
@@ -206,9 +205,9 @@ class EngineSupervisor:
                 log_file.close()
 
     async def _supervise(self, log_file: LogFile) -> None:
-        """One generation after the other, until the wish to stop."""
-        assert self._wishes is not None
-        wishes = self._wishes
+        """Run one generation after another until the stop command."""
+        assert self._inbox is not None
+        inbox = self._inbox
         self._runner = GenerationRunner(
             tier=self.tier,
             replica_id=self.replica_id,
@@ -217,7 +216,7 @@ class EngineSupervisor:
             gpu_ids=self._gpu_ids,
             resolve_model=self._resolve_model,
             board=self._board,
-            wishes=wishes,
+            inbox=inbox,
             log=self._log,
             log_file=log_file,
         )
@@ -225,26 +224,26 @@ class EngineSupervisor:
         while True:
             end = await self._runner.run()
             self._was_ready |= end.was_ready
-            if end.wish is SupervisorCommand.STOP or wishes.draining:
+            if end.command is SupervisorCommand.STOP or inbox.draining:
                 return
-            if end.wish is SupervisorCommand.RESTART:
-                self._restarting(end.diagnosis, 0.0, "asked to")
+            if end.command is SupervisorCommand.RESTART:
+                self._restarting(end.diagnosis, 0.0, "requested")
                 continue
             now_s = time.monotonic()
-            # What was ready once is not ruled out by its settings.
+            # If the engine was ready once, its settings can't be the cause.
             permanent = end.diagnosis.permanent and not end.was_ready
             decision = decide_restart(self._policy, restarted_s, now_s, permanent=permanent)
             if decision.restart:
                 restarted_s.append(now_s + decision.delay_s)
                 self._restarting(end.diagnosis, decision.delay_s, decision.reason)
-                wish = await wishes.wait(decision.delay_s)
+                command = await inbox.wait(decision.delay_s)
             else:
                 self._give_up(end.diagnosis, decision.reason)
-                wish = await wishes.wait(None)
+                command = await inbox.wait(None)
                 restarted_s.clear()
-                if wish is SupervisorCommand.RESTART:
-                    self._restarting(end.diagnosis, 0.0, wishes.reason)
-            if wish is SupervisorCommand.STOP:
+                if command is SupervisorCommand.RESTART:
+                    self._restarting(end.diagnosis, 0.0, inbox.reason)
+            if command is SupervisorCommand.STOP:
                 return
 
     def _restarting(self, diagnosis: Diagnosis, delay_s: float, reason: str) -> None:
@@ -293,12 +292,12 @@ class EngineSupervisor:
 
     async def _drain(self, timeout_s: float, still_running: Callable[[], int] | None) -> bool:
         loop = asyncio.get_running_loop()
-        assert self._wishes is not None
+        assert self._inbox is not None
         if self._board.state in (EndpointState.FAILED, EndpointState.STOPPED):
             return True
-        self._wishes.draining = True
-        self._board.publish(EndpointState.DRAINING, phase="finishing what runs")
-        # The caller's zero needs no waiting for lagging gauges.
+        self._inbox.draining = True
+        self._board.publish(EndpointState.DRAINING, phase="finishing running requests")
+        # The caller's own count does not lag behind.
         settled_s = 0.0 if still_running else _DRAIN_SETTLED_S
         deadline_s = time.monotonic() + timeout_s
         idle_since_s: float | None = None
@@ -319,19 +318,19 @@ class EngineSupervisor:
             await asyncio.sleep(_DRAIN_POLL_S)
 
     async def _load(self) -> tuple[float, float | None]:
-        """Requests running and waiting, and the token counter; 0 and None from an engine that can't say."""
+        """Requests running and waiting, and the token counter; 0 and None if the engine has no metrics."""
         status = self._board.status
         if not (self._engine.metrics_path and status.base_url):
             return 0.0, None
-        answer = await get(status.base_url + self._engine.metrics_path, status.secret, 2.0)
-        if not answer.ok:
+        response = await get(status.base_url + self._engine.metrics_path, status.secret, 2.0)
+        if not response.ok:
             return 0.0, None
         names = self._engine.metric_names
-        running = metric(answer.body, names.running) or 0.0
-        waiting = metric(answer.body, names.waiting) or 0.0
-        return running + waiting, metric(answer.body, names.generation_tokens_total) or 0.0
+        running = metric(response.body, names.running) or 0.0
+        waiting = metric(response.body, names.waiting) or 0.0
+        return running + waiting, metric(response.body, names.generation_tokens_total) or 0.0
 
 
 def log_path(tier: str, replica_id: str) -> Path:
-    """Where an engine's whole output is written."""
+    """The file to which an engine's output is written."""
     return run_dir() / "logs" / f"{tier}-{replica_id}.log"

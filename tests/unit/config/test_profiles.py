@@ -18,7 +18,7 @@ from controlplane.core.sizing.feasibility import Fit, judge
 from controlplane.core.sizing.gpu_memory import plan_memory
 from controlplane.engines.base import Launch
 from controlplane.engines.vllm import VllmEngine
-from controlplane.engines.vllm_parser import ask_installed
+from controlplane.engines.vllm_parser import check_command_lines
 from controlplane.errors import ConfigError
 from controlplane.models.catalog import gpu_named, known_model
 from tests.support.repository import ROOT
@@ -238,10 +238,10 @@ def test_the_installed_vllm_accepts_every_scenario_and_has_the_listed_flags() ->
         ["--model", "m", "--disable-log-requests"],
         ["--model", "m", "--guided-decoding-backend", "xgrammar"],
     ]
-    answer = ask_installed([*lines, *outdated])
-    assert answer.errors[: len(lines)] == ("",) * len(lines)
-    assert all("unrecognized arguments" in error for error in answer.errors[len(lines) :])
-    changed = drift(answer.version, answer.flags)
+    report = check_command_lines([*lines, *outdated])
+    assert report.errors[: len(lines)] == ("",) * len(lines)
+    assert all("unrecognized arguments" in error for error in report.errors[len(lines) :])
+    changed = drift(report.version, report.flags)
     assert not changed, f"{changed}. Then: make vllm-flags"
 
 

@@ -11,7 +11,6 @@ from controlplane.config import TierConfig
 from controlplane.engines.base import Launch
 from controlplane.engines.llamacpp import SECRET_ENV, LlamaCppEngine
 from controlplane.engines.llamacpp_server import UnusableSettings, apply, gguf_file
-from controlplane.engines.output import PORT_TAKEN
 
 ENGINE = LlamaCppEngine()
 
@@ -63,9 +62,9 @@ def test_names_of_the_command_line_and_of_the_fields_both_work() -> None:
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"bogus": 1}, "engine_args.bogus is unknown to llama.cpp: there are ctx-size"),
-        ({"ctx-size": "big"}, "engine_args.ctx-size can't be 'big': llama.cpp wants a value of kind int"),
-        ({"port": 1}, "engine_args.port is set by tierplane itself"),
+        ({"bogus": 1}, "engine_args.bogus is unknown to llama.cpp: use one of ctx-size"),
+        ({"ctx-size": "big"}, "engine_args.ctx-size can't be 'big': llama.cpp needs a value of type int"),
+        ({"port": 1}, "engine_args.port is set by tierplane: remove it"),
         ({"--class--": 1}, "unknown"),
     ],
 )
@@ -97,7 +96,7 @@ def test_the_model_is_a_file_or_the_only_one_in_a_folder(tmp_path: Path) -> None
         (tmp_path / part).touch()
     assert gguf_file(str(tmp_path)).name == "big-00001-of-00002.gguf"
     one.touch()
-    with pytest.raises(UnusableSettings, match=r"there is big-00001-of-00002.gguf, one.gguf: name the file"):
+    with pytest.raises(UnusableSettings, match=r"contains big-00001-of-00002.gguf, one.gguf: name the file"):
         gguf_file(str(tmp_path))
     with pytest.raises(UnusableSettings, match=r"no model at"):
         gguf_file(str(tmp_path / "none"))
@@ -110,7 +109,7 @@ def test_the_model_is_a_file_or_the_only_one_in_a_folder(tmp_path: Path) -> None
         (
             ["E gguf_init_from_reader: invalid magic characters: '{?', expected 'GGUF'"],
             1,
-            "no valid GGUF file",
+            "not a valid GGUF file",
             True,
         ),
         (["error loading model: unknown model architecture: 'foo'"], 1, "architecture 'foo'", True),
@@ -121,7 +120,7 @@ def test_the_model_is_a_file_or_the_only_one_in_a_folder(tmp_path: Path) -> None
             False,
         ),
         ([], -9, "memory ran out", False),
-        (["OSError: [Errno 98] Address already in use"], 1, PORT_TAKEN, False),
+        (["OSError: [Errno 98] Address already in use"], 1, "the port was taken by another process", False),
         (["RuntimeError: llama.cpp could not start: odd"], 1, "could not start: odd", False),
     ],
 )
@@ -135,7 +134,7 @@ def test_diagnoses(lines: list[str], exit_code: int, says: str, permanent: bool)
     ("line", "phase"),
     [
         ("0.00.009.815 I srv    load_model: loading model '/m.gguf'", "loading weights"),
-        ("0.00.800.476 I srv    load_model: initializing, n_slots = 2, n_ctx_slot = 2048", "making slots"),
+        ("0.00.800.476 I srv    load_model: initializing, n_slots = 2, n_ctx_slot = 2048", "creating slots"),
         ("0.00.805.454 I srv          init: listening on http://127.0.0.1:18003", "ready"),
         ("0.06.310.083 I slot print_timing: id  1", None),
     ],

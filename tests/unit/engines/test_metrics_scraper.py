@@ -111,10 +111,12 @@ async def dripping(request: web.Request) -> web.StreamResponse:
 @pytest.mark.parametrize(
     ("handler", "error"),
     [
-        pytest.param(answers(b"", status=503), "answered 503", id="status"),
-        pytest.param(answers(b"", status=302, headers={"Location": "/"}), "answered 302", id="redirect"),
-        pytest.param(silent, "did not answer within 0.3 s", id="silent"),
-        pytest.param(dripping, "did not answer within 0.3 s", id="endless"),
+        pytest.param(answers(b"", status=503), "returned status 503", id="status"),
+        pytest.param(
+            answers(b"", status=302, headers={"Location": "/"}), "returned status 302", id="redirect"
+        ),
+        pytest.param(silent, "did not respond within 0.3 s", id="silent"),
+        pytest.param(dripping, "did not respond within 0.3 s", id="endless"),
         pytest.param(answers(b"x" * 20_000), "sent more than 10000 bytes", id="large"),
         pytest.param(
             answers(gzip.compress(b"x" * 10**7), headers={"Content-Encoding": "gzip"}),
@@ -122,7 +124,9 @@ async def dripping(request: web.Request) -> web.StreamResponse:
             id="bomb",
         ),
         pytest.param(answers(b"\xff\xfe"), "utf-8", id="bytes"),
-        pytest.param(answers(b"vllm:num_requests_running many\n"), "no Prometheus text", id="no number"),
+        pytest.param(
+            answers(b"vllm:num_requests_running many\n"), "did not send Prometheus text", id="no number"
+        ),
         pytest.param(answers(b"<html>hello</html>"), "none of the engine's metrics", id="html"),
         pytest.param(answers(b""), "none of the engine's metrics", id="empty"),
     ],

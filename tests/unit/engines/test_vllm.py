@@ -11,7 +11,6 @@ import pytest
 from controlplane.config import TierConfig
 from controlplane.engines import ENGINES, engine_for
 from controlplane.engines.base import Launch
-from controlplane.engines.output import PORT_TAKEN
 from controlplane.engines.vllm import VllmEngine, _cpu_environment, flags
 
 ENGINE = VllmEngine()
@@ -281,7 +280,7 @@ def test_phases(line: str, phase: str | None) -> None:
         (
             ["ValueError: Free memory on device cuda:0 (3/80 GiB) on startup is less than desired"],
             1,
-            "another process holds memory",
+            "another process uses memory",
             False,
         ),
         (
@@ -290,21 +289,21 @@ def test_phases(line: str, phase: str | None) -> None:
             "VLLM_CPU_KVCACHE_SPACE",
             False,
         ),
-        (["INFO all is well"], -9, "unless somebody did that, memory ran out", False),
-        (["OSError: [Errno 98] Address already in use"], 1, PORT_TAKEN, False),
+        (["INFO all is well"], -9, "killed by SIGKILL, probably because memory ran out", False),
+        (["OSError: [Errno 98] Address already in use"], 1, "the port was taken by another process", False),
         (
             [
                 "Traceback (most recent call last):",
                 "(EngineCore pid=2) ERROR 11-22 18:07:03 [a:1] ValueError: odd",
             ],
             1,
-            "vLLM ended with exit code 1: ValueError: odd",
+            "vLLM exited with code 1: ValueError: odd",
             False,
         ),
         (
             ["  Value error, invalid literal for int() with base 10: 'x' [type=value_error, x=A()]"],
             1,
-            "vLLM refuses its settings: invalid literal for int() with base 10: 'x'; correct",
+            "vLLM rejects its settings: invalid literal for int() with base 10: 'x'; correct",
             True,
         ),
         (
@@ -316,7 +315,7 @@ def test_phases(line: str, phase: str | None) -> None:
             "lower VLLM_CPU_KVCACHE_SPACE",
             False,
         ),
-        ([], 1, "vLLM ended with exit code 1", False),
+        ([], 1, "vLLM exited with code 1", False),
         (["INFO loading"], -11, "vLLM was killed by SIGSEGV", False),
     ],
 )

@@ -75,8 +75,8 @@ def test_log_prefixes_are_taken_off(line: str, text: str) -> None:
 @pytest.mark.parametrize(
     ("code", "text"),
     [
-        (None, "did not get ready"),
-        (3, "ended with exit code 3"),
+        (None, "did not become ready"),
+        (3, "exited with code 3"),
         (-15, "was killed by SIGTERM"),
         (-70, "was killed by signal 70"),
     ],
@@ -87,7 +87,7 @@ def test_endings(code: int | None, text: str) -> None:
 
 def test_an_exception_tells_more_than_a_later_error_line() -> None:
     lines = ["ValueError: the cause", "ERROR: shutting down", "nanobind: leaked 3 types!"]
-    assert last_error("it", lines, 1).summary == "it ended with exit code 1: ValueError: the cause"
+    assert last_error("it", lines, 1).summary == "it exited with code 1: ValueError: the cause"
 
 
 async def serve_once(answer: bytes, hold: bool = False) -> asyncio.Server:
@@ -127,9 +127,9 @@ async def test_probes_read_every_kind_of_body(answer: bytes, status: int, body: 
 @pytest.mark.parametrize(
     ("answer", "hold", "says"),
     [
-        (b"", True, "no answer in 0.2 s"),
+        (b"", True, "no response within 0.2 s"),
         (b"", False, "IncompleteReadError"),
-        (b"nonsense\r\n\r\n", False, "no HTTP answer"),
+        (b"nonsense\r\n\r\n", False, "not an HTTP response"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhi", False, "IncompleteReadError"),
     ],
 )
@@ -159,6 +159,8 @@ def test_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAR_KEY", "k")
     assert address_of(endpoint(api_key_env="FAR_KEY")) == ("http://x:1", "k")
     monkeypatch.delenv("FAR_KEY")
-    with pytest.raises(EngineStartError, match="FAR_KEY, which is not set"):
+    with pytest.raises(
+        EngineStartError, match=r"FAR_KEY, which holds the API key of tier .far. \(api_key_env\), is not set"
+    ):
         address_of(endpoint(api_key_env="FAR_KEY"))
     assert not ExternalEngine.has_process

@@ -14,7 +14,7 @@ import pytest
 
 from controlplane.config import RestartConfig, TierConfig
 from controlplane.core.domain.endpoint import EndpointState
-from controlplane.engines.supervision.process import hold_port
+from controlplane.engines.supervision.process import reserve_port
 from controlplane.engines.supervision.status import EngineStatus
 from controlplane.engines.supervision.supervisor import EngineSupervisor, log_path
 from controlplane.errors import ConfigError, EngineError, EngineStartError, Problem
@@ -158,14 +158,15 @@ def test_a_launch_that_is_refused_starts_no_process(error: type[EngineError], tr
 def test_a_crash_loop_ends_with_a_diagnosis() -> None:
     with supervised(tier(args={"exit-code": 3})) as (supervisor, recorder):
         with pytest.raises(
-            EngineStartError, match=r"told to exit with 3 \(restarted 2 times in the last 60 s"
+            EngineStartError,
+            match=r"this exit is simulated \(exit_code 3\) \(restarted 2 times in the last 60 s",
         ):
             supervisor.wait_ready(20)
         status = supervisor.status
         assert (status.state, status.generation, status.restarts) == (EndpointState.FAILED, 3, 2)
         assert (status.pid, status.base_url, status.secret) == (None, "", "")
         assert EndpointState.READY not in recorder.states
-        assert any("told to exit with 3" in line for line in supervisor.output)
+        assert any("this exit is simulated (exit_code 3)" in line for line in supervisor.output)
         delays = [fields["delay_s"] for event, fields in recorder.events if event == "engine restarts"]
         assert delays == [0.05, 0.1]
 
@@ -175,7 +176,7 @@ def test_an_engine_that_crashes_again_and_again_after_it_was_ready_is_given_up_t
         status = until(
             lambda: supervisor.status if supervisor.status.state is EndpointState.FAILED else None, 20
         )
-        assert "ended with exit code 1" in status.diagnosis
+        assert "exited with code 1" in status.diagnosis
 
 
 def test_what_failed_starts_again_on_request() -> None:
@@ -228,7 +229,7 @@ def test_a_download_shows_its_progress_and_is_tried_again() -> None:
         supervisor.wait_ready(20)
         assert len(tries) == 2
         assert any(s.phase == "downloading, try 1" for s in recorder.statuses)
-        assert any("can't be fetched: the network is down" in s.diagnosis for s in recorder.statuses)
+        assert any("can't be downloaded: the network is down" in s.diagnosis for s in recorder.statuses)
 
 
 def test_stop_does_not_wait_for_a_download() -> None:
@@ -258,7 +259,7 @@ def test_an_engine_that_takes_too_long_to_start_is_stopped() -> None:
 def test_wait_ready_says_where_it_stands_when_time_is_up() -> None:
     with supervised(tier(args={"load-s": 30})) as (supervisor, _):
         until(lambda: supervisor.status.phase == "loading weights")
-        with pytest.raises(EngineStartError, match="still at: loading weights"):
+        with pytest.raises(EngineStartError, match="its phase is: loading weights"):
             supervisor.wait_ready(0.05)
 
 
@@ -268,12 +269,12 @@ def test_a_taken_port_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def unlucky(host: str) -> socket.socket | _Held:
         if len(takers) == 2:
-            return hold_port(host)
+            return reserve_port(host)
         taker = socket.create_server((host, 0))
         takers.append(taker)
         return _Held(socket.socket(), taker.getsockname())
 
-    monkeypatch.setattr("controlplane.engines.supervision.generation.hold_port", unlucky)
+    monkeypatch.setattr("controlplane.engines.supervision.generation.reserve_port", unlucky)
     try:
         with supervised(tier(restart=RestartConfig(max_restarts=0))) as (supervisor, recorder):
             status = supervisor.wait_ready(20)
@@ -305,7 +306,7 @@ class _Held:
 
 
 def test_a_held_port_is_given_to_nobody_else_but_can_be_served() -> None:
-    with hold_port("127.0.0.1") as held:
+    with reserve_port("127.0.0.1") as held:
         port = held.getsockname()[1]
         with socket.socket() as other, pytest.raises(OSError, match="in use"):
             other.bind(("127.0.0.1", port))
@@ -399,7 +400,7 @@ def test_stop_before_start_and_twice() -> None:
     with supervised(tier()) as (other, _):
         other.stop()
         other.stop()
-        with pytest.raises(RuntimeError, match="before"):
+        with pytest.raises(RuntimeError, match="already been started"):
             other.start()
 
 
