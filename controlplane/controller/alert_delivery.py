@@ -1,10 +1,10 @@
-"""Tells alerts: to the log, and to webhooks (the shape of a message is in
+"""Sends alert notifications to the log and to webhooks (the format of a message is in
 ``controlplane/core/alerts/alerts.md``).
 
-Nothing here holds up the control loop: :meth:`AlertDelivery.tell` only puts notices into bounded queues, and
-each webhook has a task that posts what waits, in order. A message that is not taken (no answer, 429, 5xx) is
-tried again, later each time; what can't be delivered is in the log. Messages that wait survive the
-controller, so each arrives at least once, or is reported as given up.
+Nothing here delays the control loop: :meth:`AlertDelivery.deliver` only puts notices into bounded queues, and
+each webhook has a task that posts what waits, in order. A message that is not accepted (no response, 429,
+5xx) is tried again, later each time; the log has what can't be delivered. Messages that wait survive the
+controller, so that each arrives at least once or is logged as given up.
 """
 
 from __future__ import annotations
@@ -32,33 +32,36 @@ from controlplane.core.json_values import StoredState
 log = structlog.stdlib.get_logger(__name__)
 
 VERSION: Final = 1
-"""Of the messages' shape."""
+"""Of the message format."""
 QUEUE_LIMIT: Final = 1000
-"""Alerts that may wait for one webhook; past it the oldest is left out."""
+"""Alerts that may wait for one webhook; beyond that the oldest is dropped."""
 BATCH: Final = 100
-"""Alerts in one message at most."""
-PAUSE_MAX_S: Final = 60.0
+"""Most alerts in one message."""
+MAX_PAUSE_S: Final = 60.0
 SIGNATURE: Final = "X-Tierplane-Signature"
-_KEPT: Final = "webhook/"
+_KEY: Final = "webhook/"
+"""Beginning of the keys in a checkpoint."""
 _TOO_MANY: Final = 429
 _SERVER: Final = 500
 
 Item = dict[str, Any]
+"""An alert as it stands in a message."""
 
 
 def signature(secret: str, body: bytes, unix_s: int) -> str:
-    """The value of :data:`SIGNATURE`: HMAC-SHA256 of time, full stop, body."""
+    """The value of the header :data:`SIGNATURE`: HMAC-SHA256 of time, full stop, body."""
     mac = hmac.new(secret.encode(), f"{unix_s}.".encode() + body, hashlib.sha256)
     return f"t={unix_s},v1={mac.hexdigest()}"
 
 
 def pause_s(attempt: int) -> float:
-    """Before the next attempt, the first being 1: doubled each time, and spread so that many don't meet."""
-    return min(PAUSE_MAX_S, 2.0 ** (attempt - 1)) * random.uniform(0.5, 1.0)
+    """The pause after attempt number ``attempt``, from 1: doubled each time, with jitter so that many
+    webhooks don't retry at once."""
+    return min(MAX_PAUSE_S, 2.0 ** (attempt - 1)) * random.uniform(0.5, 1.0)
 
 
 def item_of(notice: AlertNotice) -> Item:
-    """One alert as messages carry it."""
+    """An alert as messages carry it."""
     alert = notice.alert
     return {
         "id": f"{alert.rule}/{alert.subject}/{alert.since_unix_s:.3f}/{notice.transition}/{time.time():.3f}",
@@ -100,24 +103,25 @@ class AlertDelivery:
         self._tasks = [asyncio.create_task(webhook.run()) for webhook in self._webhooks if webhook.usable]
 
     def configure(self, webhooks: Iterable[WebhookConfig]) -> None:
-        """Other webhooks from now on; what waits for an address that stays goes on waiting."""
-        kept = self.kept()
+        """Use other webhooks from now on. What waits for a URL that is still configured goes on waiting."""
+        waiting = self.checkpoint()
         for task in self._tasks:
             task.cancel()
         self._webhooks = [self._make(config) for config in webhooks]
-        self.restore(StoredState(kept))
+        self.restore(StoredState(waiting))
         if self._started:
             self.start()
 
     async def close(self) -> None:
-        """Stop; what still waits is in :meth:`kept`."""
+        """Stop posting; what still waits is in :meth:`checkpoint`."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks = []
 
-    def tell(self, notices: Sequence[AlertNotice]) -> None:
-        """To the log and to every webhook that wants it. Returns at once."""
+    def deliver(self, notices: Sequence[AlertNotice]) -> None:
+        """Write notices to the log, and queue them for each webhook whose least severity they reach. Returns
+        at once."""
         for notice in notices:
             _log(notice)
             item = item_of(notice)
@@ -127,33 +131,33 @@ class AlertDelivery:
 
     @property
     def views(self) -> tuple[WebhookView, ...]:
-        """How it goes."""
+        """The state of each webhook's deliveries."""
         return tuple(webhook.view for webhook in self._webhooks)
 
-    def kept(self) -> dict[str, Any]:
-        """What waits, by key; no address is in it."""
-        return {_KEPT + webhook.key: items for webhook in self._webhooks if (items := webhook.waiting())}
+    def checkpoint(self) -> dict[str, Any]:
+        """The alerts that wait, by webhook. Keys are hashes: a URL may be secret."""
+        return {_KEY + webhook.key: items for webhook in self._webhooks if (items := webhook.waiting())}
 
     def restore(self, stored: StoredState) -> None:
-        """What waited before a restart goes first."""
-        waiting = stored.entries(_KEPT, list[Item])
+        """Queue what a checkpoint holds, before everything else."""
+        waiting = stored.entries(_KEY, list[Item])
         for webhook in self._webhooks:
             webhook.restore(waiting.get(webhook.key, ()))
 
 
 @dataclass(frozen=True, slots=True)
 class _DeliveryResult:
-    """What became of one attempt."""
+    """The result of one attempt."""
 
-    taken: bool
-    again: bool = False
-    why: str = ""
+    accepted: bool
+    retry: bool = False
+    reason: str = ""
     after_s: float = 0.0
-    """The receiver asked for at least such a pause."""
+    """The least pause that the receiver asked for."""
 
 
 class _Webhook:
-    """One address, its queue, and its task."""
+    """One URL, its queue, and the task that posts."""
 
     def __init__(
         self, config: WebhookConfig, environ: Mapping[str, str], plane: str, pause: Callable[[int], float]
@@ -168,7 +172,7 @@ class _Webhook:
         self._secret = environ.get(config.secret_env, "") if config.secret_env else ""
         self._queue: deque[Item] = deque()
         self._sending: list[Item] = []
-        self._news = asyncio.Event()
+        self._queued = asyncio.Event()
         self._delivered = self._failed = self._dropped = 0
         self._problem = ""
         self.usable = True
@@ -191,10 +195,10 @@ class _Webhook:
         return WebhookView(self.name, self._delivered, self._failed, self._dropped, waiting, self._problem)
 
     def put(self, item: Item) -> None:
-        """Let it wait; if too many do, the oldest goes."""
+        """Queue an alert; if too many wait, the oldest is dropped."""
         self._queue.append(item)
         self._trim()
-        self._news.set()
+        self._queued.set()
 
     def waiting(self) -> list[Item]:
         return [*self._sending, *self._queue]
@@ -203,18 +207,18 @@ class _Webhook:
         self._queue.extendleft(reversed(list(items)))
         self._trim()
         if self._queue:
-            self._news.set()
+            self._queued.set()
 
     def _trim(self) -> None:
         while len(self._queue) > QUEUE_LIMIT:
-            left_out = self._queue.popleft()
+            dropped = self._queue.popleft()
             self._dropped += 1
             if self._dropped == 1 or self._dropped % 100 == 0:
                 log.error(
                     "an alert is not sent: too many wait for the webhook",
                     webhook=self.name,
-                    alert=left_out["id"],
-                    left_out=self._dropped,
+                    alert=dropped["id"],
+                    dropped=self._dropped,
                     problem=self._problem,
                 )
 
@@ -224,8 +228,8 @@ class _Webhook:
         async with aiohttp.ClientSession(timeout=timeout, trust_env=False) as session:
             while True:
                 if not self._queue:
-                    self._news.clear()
-                    await self._news.wait()
+                    self._queued.clear()
+                    await self._queued.wait()
                 self._sending = [self._queue.popleft() for _ in range(min(BATCH, len(self._queue)))]
                 await self._deliver(session)
                 self._sending = []
@@ -235,16 +239,16 @@ class _Webhook:
         body = json.dumps(message, ensure_ascii=False).encode()
         ids = [item["id"] for item in self._sending]
         for attempt in range(1, self._config.max_attempts + 1):
-            outcome = await self._post(session, body)
-            if outcome.taken:
+            result = await self._post(session, body)
+            if result.accepted:
                 self._delivered += 1
                 self._problem = ""
                 return
-            self._problem = outcome.why
-            if not outcome.again or attempt == self._config.max_attempts:
+            self._problem = result.reason
+            if not result.retry or attempt == self._config.max_attempts:
                 break
-            log.warning("alerts wait for a webhook", webhook=self.name, why=outcome.why, attempt=attempt)
-            await asyncio.sleep(max(self._pause_s(attempt), outcome.after_s))
+            log.warning("alerts wait for a webhook", webhook=self.name, why=result.reason, attempt=attempt)
+            await asyncio.sleep(max(self._pause_s(attempt), result.after_s))
         self._failed += 1
         log.error(
             "alerts could not be sent and are given up",
@@ -262,18 +266,18 @@ class _Webhook:
             # A redirect would take the message elsewhere.
             async with session.post(
                 self._config.url, data=body, headers=headers, allow_redirects=False
-            ) as answer:
-                status = answer.status
+            ) as response:
+                status = response.status
                 if 200 <= status < 300:
                     return _DeliveryResult(True)
-                again = status == _TOO_MANY or status >= _SERVER
-                wanted = answer.headers.get("retry-after", "")
-                after_s = min(float(wanted), PAUSE_MAX_S) if wanted.isdecimal() else 0.0
-                return _DeliveryResult(False, again, f"it answered {status}", after_s)
+                retry = status == _TOO_MANY or status >= _SERVER
+                retry_after = response.headers.get("retry-after", "")
+                after_s = min(float(retry_after), MAX_PAUSE_S) if retry_after.isdecimal() else 0.0
+                return _DeliveryResult(False, retry, f"it answered {status}", after_s)
         except TimeoutError:
             return _DeliveryResult(False, True, f"no answer in {self._config.timeout_s:g} s")
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            # Its text may hold the whole address.
+            # The error's text may hold the whole URL.
             return _DeliveryResult(False, True, f"it can't be reached ({type(error).__name__})")
 
 
@@ -291,5 +295,5 @@ def _log(notice: AlertNotice) -> None:
         log.info("alert over", **values)
         return
     words = "alert still fires" if notice.transition is AlertTransition.REPEATED else "alert"
-    tell = {Severity.INFO: log.info, Severity.WARNING: log.warning, Severity.CRITICAL: log.error}
-    tell[alert.severity](words, **values, action=alert.action)
+    write = {Severity.INFO: log.info, Severity.WARNING: log.warning, Severity.CRITICAL: log.error}
+    write[alert.severity](words, **values, action=alert.action)

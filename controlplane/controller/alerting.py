@@ -1,7 +1,6 @@
-"""The controller's alerts: figures from what it knows, rules, the record of what happened, operators' wishes.
+"""The controller's alerts: signals from what it knows, the rules, notifications, and operators' silences.
 
-Plain Python with the controller's clocks, as :mod:`controlplane.controller.controller`; who is told is
-:mod:`controlplane.controller.alert_delivery`'s.
+Plain Python with the controller's clocks; :mod:`controlplane.controller.alert_delivery` sends notifications.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from controlplane.config.alerts import AlertsConfig
+from controlplane.controller.alert_delivery import AlertDelivery
 from controlplane.controller.controller import Controller
 from controlplane.core.alerts import checkpoint
 from controlplane.core.alerts.alert import Alert, AlertState, Silence, SubjectType
@@ -17,9 +17,7 @@ from controlplane.core.alerts.evaluator import AlertEvaluator
 from controlplane.core.alerts.rules import NODE_LOST, TIER_MISSING, rule_named
 from controlplane.core.alerts.signals import (
     AlertSignals,
-    gpu_signals,
     merged,
-    node_signals,
     plane_signals,
     slo_signals,
     tier_signals,
@@ -27,7 +25,6 @@ from controlplane.core.alerts.signals import (
 from controlplane.core.alerts.views import (
     AlertNotice,
     AlertsResponse,
-    WebhookView,
     firing,
     notice,
     silences,
@@ -41,115 +38,127 @@ from controlplane.core.reconcile.migrations import OPERATOR
 from controlplane.core.traffic.counters import named
 
 TRAFFIC_S: Final = 300.0
-"""How far figures of a tier's traffic look back."""
+"""The window of the signals about a tier's traffic."""
 MAX_SILENCE_S: Final = 30 * 24 * 3600.0
 
-BEGAN, OVER = "alert", "alert over"
-"""Kinds of entries in the audit log."""
+FIRED, RESOLVED = "alert", "alert over"
+"""Kinds of events."""
 
-Source = Callable[[float], AlertSignals]
-"""``now_s`` → some figures."""
+SignalSource = Callable[[], AlertSignals]
 
 
 class Alerting:
-    """Not safe for use by several threads; the control loop's owns it.
+    """Not safe for use by several threads; the controller's event loop owns it.
 
-    ``shift_s`` is wall clock less monotonic clock; ``store_warning`` says why the controller's memory is not
-    safe. More figures may be supplied by adding to :attr:`sources`.
+    ``store_warning`` says why the controller's state would not survive a restart (empty: it would). More
+    signals may be supplied by adding to :attr:`sources`.
     """
 
     def __init__(
         self,
         controller: Controller,
         config: AlertsConfig,
+        delivery: AlertDelivery,
         *,
-        shift_s: float,
         store_warning: Callable[[], str] = lambda: "",
     ) -> None:
         self._controller = controller
-        self._shift_s = shift_s
+        self._config = config
+        self._delivery = delivery
         self._store_warning = store_warning
         self._was_full = False
-        self.watch = AlertEvaluator(config.changes(), config.repeat_s)
-        self.sources: list[Source] = [self._traffic, self._own]
+        self._evaluator = AlertEvaluator(config.changes(), config.repeat_s)
+        self._table = self._evaluator.table
+        self.sources: list[SignalSource] = [self._traffic_signals, self._state_signals]
 
     def configure(self, config: AlertsConfig) -> None:
-        """Other rules from now on; alerts of those that were switched off are over at the next look."""
-        self.watch.configure(config.changes(), config.repeat_s)
+        """Use other rules and webhooks from now on. Alerts of rules that are switched off resolve at the next
+        evaluation."""
+        if config == self._config:
+            return
+        self._config = config
+        self._evaluator.configure(config.changes(), config.repeat_s)
+        self._delivery.configure(config.webhooks)
 
-    def look(self) -> tuple[AlertNotice, ...]:
-        """Judge every rule; what must be told. Nothing happens while the controller does not know everybody,
-        and after the plane was stopped on purpose."""
-        controller, table = self._controller, self.watch.table
-        if not controller.knows_all or controller.left:
+    @property
+    def interval_s(self) -> float:
+        """How often :meth:`step` is to be called."""
+        return self._config.interval_s
+
+    def step(self) -> None:
+        """Evaluate every rule and send the notifications that are due."""
+        self._delivery.deliver(self.evaluate())
+
+    def evaluate(self) -> tuple[AlertNotice, ...]:
+        """Evaluate every rule; the notifications that are due. Does nothing while the controller may not
+        decide, and after the plane was stopped on purpose."""
+        controller, table = self._controller, self._table
+        if not controller.may_decide or controller.stopped:
             return ()
-        now_s = controller.now_s()
-        known = merged(source(now_s) for source in self.sources)
-        changes = self.watch.evaluate(known, now_s)
+        now_s, shift_s = controller.now_s(), controller.shift_s
+        signals = merged(source() for source in self.sources)
+        changes = self._evaluator.evaluate(signals, now_s)
         for alert in changes.fired:
-            self._note(BEGAN, alert)
+            self._note(FIRED, alert)
         for alert in changes.resolved:
-            self._note(OVER, alert)
+            self._note(RESOLVED, alert)
         if table.full and not self._was_full:
-            controller.registry.note(
-                "alerts left out", "controller", f"{len(table.alerts)} are as many as it keeps"
+            controller.note(
+                "alerts left out", "controller", f"{len(table.alerts)} alerts are as many as are tracked"
             )
         self._was_full = table.full
-        self._forget_lost(known)
-        self.show()
-        return tuple(notice(alert, table, now_s, self._shift_s) for alert in changes.due)
+        self._forget_replaced_nodes(signals)
+        self._publish()
+        return tuple(notice(alert, table, now_s, shift_s) for alert in changes.due)
 
-    def show(self) -> None:
-        """Let gateways know what fires, and how many replicas have to be there of each tier."""
+    def response(self) -> AlertsResponse:
+        """Alerts that fire or are pending, the worst first; silences; deliveries."""
+        table, now_s, shift_s = self._table, self._controller.now_s(), self._controller.shift_s
+        views = worst_first(view(alert, table, now_s, shift_s) for alert in table.alerts)
+        return AlertsResponse(tuple(views), silences(table, now_s, shift_s), self._delivery.views)
+
+    def _publish(self) -> None:
+        """Let snapshots carry what fires now."""
         controller = self._controller
-        controller.registry.show(
-            firing(self.watch.table, controller.now_s(), self._shift_s), tuple(sorted(self._due().items()))
-        )
-
-    def answer(self, webhooks: tuple[WebhookView, ...]) -> AlertsResponse:
-        """For people: what fires or is pending, the worst first, and silences."""
-        table, now_s = self.watch.table, self._controller.now_s()
-        views = worst_first(view(alert, table, now_s, self._shift_s) for alert in table.alerts)
-        return AlertsResponse(tuple(views), silences(table, now_s, self._shift_s), webhooks)
+        controller.publish_alerts(firing(self._table, controller.now_s(), controller.shift_s))
 
     # --- operators ----------------------------------------------------------------------------------------
 
     def acknowledge(self, name: str, subject: str, by: str) -> ActionResponse:
-        """Somebody looks after an alert that fires: it is not told again while it lasts."""
+        """Send no more repeats of a firing alert."""
         rule = rule_named(name)
         if rule is None:
             return ActionResponse(ActionOutcome.UNKNOWN, _no_rule(name))
         of_rule = [
             alert
-            for alert in self.watch.table.alerts
+            for alert in self._table.alerts
             if alert.rule.name == rule.name and alert.state is AlertState.FIRING
         ]
         found = [alert for alert in of_rule if alert.subject == subject] or [
             alert for alert in of_rule if len(subject) >= MIN_PREFIX and alert.subject.startswith(subject)
         ]
         if len(found) != 1:
-            there = ", ".join(alert.subject for alert in of_rule[:5]) or "nothing"
+            subjects = ", ".join(alert.subject for alert in of_rule[:5]) or "nothing"
             return ActionResponse(
                 ActionOutcome.UNKNOWN,
-                f"{rule.name} does not fire about one '{subject}'; it fires about {there}",
+                f"{rule.name} does not fire about one '{subject}'; it fires about {subjects}",
             )
         [alert] = found
         if alert.acknowledged:
             return ActionResponse(
                 ActionOutcome.UNCHANGED, f"{alert.acknowledged} has acknowledged it", (alert.subject,)
             )
-        self.watch.table.acknowledge(*alert.key, by)
-        reason = f"{rule.name}: {by} looks after it"
-        self._controller.registry.note(
-            "alert acknowledged", alert.subject, reason, _tier(alert), actor=OPERATOR
-        )
-        self.show()
+        self._table.acknowledge(*alert.key, by)
+        reason = f"{rule.name}: acknowledged by {by}"
+        self._controller.note("alert acknowledged", alert.subject, reason, _tier(alert), actor=OPERATOR)
+        self._publish()
         return ActionResponse(
             ActionOutcome.DONE, f"{rule.name} about {alert.subject} is acknowledged by {by}", (alert.subject,)
         )
 
     def silence(self, name: str, subject: str, for_s: float, reason: str, by: str) -> ActionResponse:
-        """Nothing is told of what matches, for a while; ``name`` and ``subject`` empty: all."""
+        """Send nothing about matching alerts for ``for_s`` seconds; an empty ``name`` or ``subject`` matches
+        every rule or subject."""
         rule = rule_named(name) if name else None
         if name and rule is None:
             return ActionResponse(ActionOutcome.UNKNOWN, _no_rule(name))
@@ -159,62 +168,62 @@ class Alerting:
                 f"a silence lasts up to {MAX_SILENCE_S / 86_400:g} days, not {for_s:g} s",
             )
         until_s = self._controller.now_s() + for_s
-        silence = self.watch.table.silence(Silence(until_s, rule.name if rule else "", subject, reason, by))
+        silence = self._table.silence(Silence(until_s, rule.name if rule else "", subject, reason, by))
         text = f"silence {silence.number}: {_matches(silence)} for {for_s:g} s"
-        self._controller.registry.note(
+        self._controller.note(
             "silence", subject or "every subject", f"{text}: {reason} ({by})", actor=OPERATOR
         )
-        self.show()
+        self._publish()
         return ActionResponse(ActionOutcome.DONE, text, (str(silence.number),))
 
     def unsilence(self, number: int, by: str) -> ActionResponse:
-        """The end of a silence: what it kept back is told."""
-        silence = self.watch.table.unsilence(number)
+        """End a silence; alerts that it held back are notified at the next evaluation."""
+        silence = self._table.unsilence(number)
         if silence is None:
             return ActionResponse(
                 ActionOutcome.UNKNOWN, f"there is no silence {number}: `tierplane alerts` lists them"
             )
         text = f"silence {number} ends: {_matches(silence)}"
-        self._controller.registry.note(
+        self._controller.note(
             "silence ended", silence.subject or "every subject", f"{text} ({by})", actor=OPERATOR
         )
-        self.show()
+        self._publish()
         return ActionResponse(ActionOutcome.DONE, text, (str(number),))
 
     # --- over a restart -----------------------------------------------------------------------------------
 
-    def kept(self) -> dict[str, Any]:
-        """What has to survive the controller, by key."""
-        return checkpoint.to_values(self.watch.table, self._shift_s)
+    def checkpoint(self) -> dict[str, Any]:
+        """What has to survive the controller's process, as JSON values by key."""
+        return checkpoint.to_values(self._table, self._controller.shift_s) | self._delivery.checkpoint()
 
     def restore(self, stored: StoredState) -> None:
-        """Restore what was stored before a restart."""
-        checkpoint.restore(stored, self.watch.table, self._shift_s)
-        self.show()
+        """Take over a checkpoint."""
+        checkpoint.restore(stored, self._table, self._controller.shift_s)
+        self._delivery.restore(stored)
+        self._publish()
 
-    # --- figures ------------------------------------------------------------------------------------------
+    # --- signals ------------------------------------------------------------------------------------------
 
-    def _traffic(self, now_s: float) -> AlertSignals:
-        controller = self._controller
-        found = controller.demand.figures(now_s, controller.heartbeat_s, TRAFFIC_S)
+    def _traffic_signals(self) -> AlertSignals:
+        figures = self._controller.traffic_figures(TRAFFIC_S)
         targets = {
-            spec.name: spec.attainment for spec in controller.registry.tiers if spec.attainment is not None
+            spec.name: spec.attainment for spec in self._controller.tiers if spec.attainment is not None
         }
-        attainments = {tier: each.attainment for tier, each in found.items()}
-        return merged((AlertSignals(named(found)), slo_signals(attainments, targets)))
+        attainments = {tier: each.attainment for tier, each in figures.items()}
+        return merged((AlertSignals(named(figures)), slo_signals(attainments, targets)))
 
-    def _own(self, now_s: float) -> AlertSignals:
+    def _state_signals(self) -> AlertSignals:
         controller = self._controller
-        gateways = controller.registry.gateways
+        gateways = controller.gateways
         in_flight: dict[str, int] = {}
         for gateway in gateways:
             for endpoint_id, count in gateway.in_flight_by_endpoint:
                 in_flight[endpoint_id] = in_flight.get(endpoint_id, 0) + count
         tiers = tier_signals(
-            self._due(),
-            controller.registry.endpoints.values(),
+            controller.due_replicas(),
+            controller.endpoints.values(),
             in_flight if gateways else None,
-            controller.work.holds,
+            controller.tier_holds,
         )
         missing = {
             tier: int(signal.value or 0) for tier, signal in tiers.figures.get(TIER_MISSING, {}).items()
@@ -224,27 +233,20 @@ class Alerting:
             (
                 tiers,
                 plane_signals(waiting=waiting, store_warning=self._store_warning()),
-                gpu_signals(controller.fleet, now_s),
-                node_signals(controller.fleet, controller.lost_nodes, missing, now_s),
+                controller.gpu_alert_signals(),
+                controller.node_alert_signals(missing),
             )
         )
 
-    def _due(self) -> dict[str, int]:
-        """Tier → replicas that have to be there: none while an operator has drained it."""
-        controller = self._controller
-        drained = {tier for tier, hold in controller.work.holds.items() if hold.must_leave}
-        base_targets = controller.base_targets()
-        return {tier: 0 if tier in drained else count for tier, count in base_targets.items()}
-
-    def _forget_lost(self, known: AlertSignals) -> None:
-        """Nodes that everything has been replaced of, and of which nothing rings any more."""
-        rings = {alert.subject for alert in self.watch.table.alerts if alert.rule.kind is SubjectType.NODE}
-        for node_id, signal in known.figures.get(NODE_LOST, {}).items():
-            if not signal.value and node_id not in rings:
-                self._controller.lost_nodes.pop(node_id, None)
+    def _forget_replaced_nodes(self, signals: AlertSignals) -> None:
+        """Forget lost nodes whose replicas were all replaced, once no alert about them is left."""
+        alerted = {alert.subject for alert in self._table.alerts if alert.rule.kind is SubjectType.NODE}
+        for node_id, signal in signals.figures.get(NODE_LOST, {}).items():
+            if not signal.value and node_id not in alerted:
+                self._controller.forget_lost_node(node_id)
 
     def _note(self, kind: str, alert: Alert) -> None:
-        self._controller.registry.note(kind, alert.subject, f"{alert.rule.name}: {alert.text}", _tier(alert))
+        self._controller.note(kind, alert.subject, f"{alert.rule.name}: {alert.text}", _tier(alert))
 
 
 def _tier(alert: Alert) -> str:

@@ -1,76 +1,72 @@
-"""The controller's whole mind: the registry, the GPUs, who holds them, what operators asked for, what is
-under way.
+"""The controller's state and decisions: the registry, the GPUs and their leases, and what is in progress.
 
-It is plain Python with two clocks: :mod:`controlplane.controller.actor` feeds it with reports and
-samples, calls :meth:`Controller.tick`, and carries out what needs Ray. What has to survive a restart goes in
-and out by :mod:`controlplane.controller.checkpoint`.
+Plain Python with two clocks. :mod:`controlplane.controller.actor` feeds it with reports and samples, calls
+:meth:`Controller.tick`, and carries out what needs Ray. Nothing outside this class changes its state; other
+modules read and act through its methods.
 """
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import Any, Final
 
-from controlplane.config.gpu_models import table_name
+from controlplane.controller import checkpoint
+from controlplane.controller.assumed_gpus import AssumedGpus
+from controlplane.controller.engine_readings import EngineReadings
+from controlplane.controller.migration_room import MigrationRoom
+from controlplane.controller.operator_actions import OperatorActions
+from controlplane.controller.out_of_use import out_of_use_now, usable_gpus
 from controlplane.controller.registry import MISSED_REPORTS, WARMING_REPORTS, Registry
-from controlplane.core.alerts.signals import LostNode
-from controlplane.core.cluster.assumed_gpu import assumed_gpu, assuming_gpu
-from controlplane.core.cluster.snapshot import GatewayInfo
+from controlplane.controller.target_table import TargetTable
+from controlplane.core.alerts.signals import AlertSignals, LostNode, gpu_signals, node_signals
+from controlplane.core.alerts.views import FiringAlert
+from controlplane.core.cluster.snapshot import GatewayInfo, TierScaling
 from controlplane.core.cluster.tier_spec import TierSpec
-from controlplane.core.domain.endpoint import ENDED, SERVING, Endpoint, EndpointState
-from controlplane.core.gpus.allocation import find_room, shape_of, still_room
+from controlplane.core.domain.endpoint import SERVING, Endpoint, EndpointState
 from controlplane.core.gpus.findings import GpuRules
 from controlplane.core.gpus.inventory import GpuInventory
 from controlplane.core.gpus.lease_allocator import LeaseAllocator
-from controlplane.core.gpus.leases import GpuPart, LeaseOutcome, LeaseResponse
+from controlplane.core.gpus.leases import GpuLease, GpuPart, LeaseOutcome, LeaseResponse
 from controlplane.core.gpus.views import GpuView, gpu_views
-from controlplane.core.placement.gangs import GangShape, Placement
-from controlplane.core.reconcile.commands import ReportResponse, StartPermission
+from controlplane.core.json_values import StoredState
+from controlplane.core.placement.gangs import GangShape
+from controlplane.core.reconcile.commands import ActionResponse, ReportResponse, StartPermission
 from controlplane.core.reconcile.in_progress import AppliedCommand, InProgress
-from controlplane.core.reconcile.migrations import Activity, MigrationPhase
+from controlplane.core.reconcile.migrations import Activity, MigrationPhase, TierHold
 from controlplane.core.reconcile.reconcile import (
     BeginMigration,
     ClusterState,
-    GpuOutOfUse,
     ReconcileRules,
     SetGpu,
     reconcile,
 )
 from controlplane.core.reconcile.replica_targets import TierTarget, tier_target
+from controlplane.core.reports.sampler import SampledCluster
 from controlplane.core.telemetry.engine import EngineTelemetry
-from controlplane.core.telemetry.samples import EngineSample, GpuEvent, GpuEventKind, Missing, NodeSample
-from controlplane.core.telemetry.series import FreshnessLimits
-from controlplane.core.telemetry.stalled_engine import StalledEngine, StallRules, stall_reason
+from controlplane.core.telemetry.gpu import GpuSignals
+from controlplane.core.telemetry.samples import EngineSample, GpuEvent, GpuEventKind, NodeSample
+from controlplane.core.telemetry.series import Signal, signal_of
+from controlplane.core.telemetry.stalled_engine import StallRules
+from controlplane.core.traffic.counters import TierFigures, TrafficCounters
 from controlplane.core.traffic.demand import TierDemandTracker
 from controlplane.errors import IllegalTransition, TierplaneError
 
-GC_THRESHOLDS = (50_000, 20, 1000)
-"""For :func:`gc.set_threshold` in the controller's process: next to nothing here refers to itself, and a look
-through all objects of a large fleet takes longer than a tick."""
-TARGET_TTL_S = 30.0
-TARGET_TTL_REPORTS = 10
-"""A target holds for so long, or for so many intervals between reports, after the controller was last asked:
-a controller that was killed must have the time to come back and hear everybody."""
-TARGETS_SEEN_S = 5.0
-"""Serve that has not asked for targets for so long is away: drained replicas hear it from us alone."""
-ROOM_AGAIN_S = 15.0
-"""Whether there is room elsewhere is looked at anew after so long."""
-ENGINE_LIMITS = FreshnessLimits(stale_after_s=15.0, missing_after_s=60.0)
-"""Engines are read every few seconds."""
-STUCK_MEMORY_S = 30.0
-"""An engine that has not been seen to make nothing for so long no longer counts as such."""
-LOST_NODES_KEPT = 100
-ASSUME_AGAIN_S = 10.0
-"""How often it is looked which GPU models there are."""
-START_AGAIN_S = 5.0
-"""When a replica of a held tier asks again."""
+GC_THRESHOLDS: Final = (50_000, 20, 1000)
+"""For :func:`gc.set_threshold` in the controller's process: it has next to no reference cycles, and a full
+collection over the objects of a large fleet takes longer than a tick."""
+TARGET_TTL_S: Final = 30.0
+TARGET_TTL_REPORTS: Final = 10
+"""A target stays valid this long, or for this many report intervals, after it was fetched: a controller that
+was killed needs the time to come back and receive every report."""
+MAX_LOST_NODES: Final = 100
+START_AGAIN_S: Final = 5.0
+"""When a replica of a held tier asks again whether it may start."""
 
 
 class NotSettled(TierplaneError):
-    """The controller has just started; it is asked again later, and until then nothing changes."""
+    """The controller has just started. Ask again later; until then the previous response stays valid."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +75,15 @@ class ControllerRules:
 
     gpus: GpuRules = field(default_factory=GpuRules)
     reconcile: ReconcileRules = field(default_factory=ReconcileRules)
-    hangs: StallRules = field(default_factory=StallRules)
+    stalls: StallRules = field(default_factory=StallRules)
 
 
 class Controller:
-    """Not safe for use by several threads; one event loop owns it."""
+    """Not safe for use by several threads; one event loop owns it.
+
+    ``now_s`` is the monotonic clock, ``unix_s`` the wall clock. For ``settle_s`` after the start no lease is
+    granted and nothing is decided, so that every holder can report first.
+    """
 
     def __init__(
         self,
@@ -95,428 +95,502 @@ class Controller:
         rules: ControllerRules | None = None,
         settle_s: float | None = None,
     ) -> None:
-        self.registry = registry
-        self.rules = rules or ControllerRules()
-        self.fleet = GpuInventory(self.rules.gpus)
-        self.desk = LeaseAllocator(self.fleet)
-        self.work = InProgress()
-        self.engines: dict[str, EngineTelemetry] = {}
-        self.demand = TierDemandTracker()
         self.now_s = now_s
         self.unix_s = unix_s
+        self.shift_s: Final = unix_s() - now_s()
+        """Wall clock less monotonic clock, taken once: stored times must not jump with the wall clock."""
         self._heartbeat_s = heartbeat_s
+        self._rules = rules or ControllerRules()
+        self._registry = registry
+        self._inventory = GpuInventory(self._rules.gpus)
+        self._allocator = LeaseAllocator(self._inventory)
+        self._leases = self._allocator.table
+        self._in_progress = InProgress()
+        self._engines = EngineReadings(self._rules.stalls)
+        self._traffic = TierDemandTracker()
+        self._targets = TargetTable(now_s, unix_s)
+        self._room = MigrationRoom(self._inventory, self._leases)
+        self._assumed_gpus = AssumedGpus()
+        self._operator = OperatorActions(
+            registry, self._inventory, self._leases, self._in_progress, now_s=now_s
+        )
+        self._checkpoint = checkpoint.CheckpointWriter(self.shift_s)
         self._settled_s = now_s() + (WARMING_REPORTS * heartbeat_s if settle_s is None else settle_s)
+        self._ticked_s = now_s()
         self._shapes: dict[str, GangShape] = {}
-        """Holder → what it asked for."""
-        self._published: dict[str, TierTarget] = {}
-        self._asked_s = self._asked_before_s = -math.inf
-        """When Serve asked for targets last, and the time before."""
-        self.applies = False
-        """Tiers whose configuration lets them scale do so, and keep what they have until they are told."""
-        self._looked_s = now_s()
-        self._room_asked: dict[str, tuple[float, Placement | None]] = {}
-        self._stuck: dict[str, StalledEngine] = {}
-        self._alive: set[str] = set()
-        self.lost_nodes: dict[str, LostNode] = {}
-        """Nodes that went with replicas of ours, the last ones."""
-        self.left = False
-        """The last gateway said that it leaves: nothing is wanted any more."""
-        self._gpu_assumed: dict[str, str] = {}
-        """Tier → GPU model that its engines are assumed to run on; empty: none is known yet."""
-        self._assumed_s = -ASSUME_AGAIN_S
+        """Lease holder → the shape that it asked for."""
+        self._alive_nodes: set[str] = set()
+        self._lost_nodes: dict[str, LostNode] = {}
         self._failed: dict[str, int] = {}
-        """Endpoint id → the generation that it gave up."""
+        """Endpoint id → the generation in which its replica gave up."""
+        self._stopped = False
+
+    @property
+    def heartbeat_s(self) -> float:
+        """Interval between the reports of a replica or a gateway."""
+        return self._heartbeat_s
 
     @property
     def settled(self) -> bool:
-        """Whether everybody has had the time to say again what they hold."""
+        """Whether every lease holder has had the time to report its lease."""
         return self.now_s() >= self._settled_s
 
     @property
-    def knows_all(self) -> bool:
-        """Whether everybody was heard and the configuration is known. Nothing is decided before: without it
-        every tier would seem to want no replica, and one that moves would end before another one serves."""
-        return self.settled and not self.registry.warming and self.registry.declared
+    def may_decide(self) -> bool:
+        """Whether every process has had the time to report, and the configuration is known. Nothing is
+        decided before: without the configuration every tier would seem to want no replica, and a migrating
+        replica would end before the one that replaces it serves."""
+        return self.settled and not self._registry.warming and self._registry.declared
 
-    def settle(self) -> None:
-        """What was stored before vouches for everything: nobody has to be waited for."""
-        self._settled_s = self.now_s()
+    @property
+    def stopped(self) -> bool:
+        """Whether the last gateway has deregistered: the plane was stopped on purpose."""
+        return self._stopped
+
+    # --- the registry -------------------------------------------------------------------------------------
+
+    @property
+    def endpoints(self) -> Mapping[str, Endpoint]:
+        """By id, with their secrets."""
+        return self._registry.endpoints
+
+    @property
+    def gateways(self) -> tuple[GatewayInfo, ...]:
+        """The last report of each gateway."""
+        return self._registry.gateways
+
+    @property
+    def tiers(self) -> tuple[TierSpec, ...]:
+        """The configured tiers."""
+        return self._registry.tiers
+
+    def note(
+        self, kind: str, subject: str, reason: str, tier: str = "", *, actor: str = "controller"
+    ) -> None:
+        """Add an event."""
+        self._registry.note(kind, subject, reason, tier, actor=actor)
+
+    def endpoints_of(self, tier: str) -> list[Endpoint]:
+        """The tier's endpoints in any state."""
+        return [endpoint for endpoint in self.endpoints.values() if endpoint.tier == tier]
+
+    def publish_scaling(self, scaling: tuple[TierScaling, ...]) -> None:
+        """See :meth:`Registry.publish_scaling`."""
+        self._registry.publish_scaling(scaling)
+
+    def publish_alerts(self, alerts: tuple[FiringAlert, ...]) -> None:
+        """Set what snapshots say about firing alerts, and about the replicas that tiers should have."""
+        self._registry.publish_alerts(alerts, tuple(sorted(self.due_replicas().items())))
+
+    # --- reports and samples ------------------------------------------------------------------------------
 
     def declare(self, tiers: Sequence[TierSpec], heartbeat_s: float) -> None:
         """See :meth:`Registry.declare`."""
         self._heartbeat_s = heartbeat_s
-        self._gpu_assumed = {spec.name: self._gpu_assumed.get(spec.name, "") for spec in tiers}
-        self.registry.declare(
-            [assuming_gpu(spec, self._gpu_assumed[spec.name]) for spec in tiers], heartbeat_s
-        )
-
-    # --- what comes in ------------------------------------------------------------------------------------
+        self._registry.declare(self._assumed_gpus.applied(tiers), heartbeat_s)
 
     def register(self, endpoint: Endpoint) -> None:
         """See :meth:`Registry.register`."""
-        self.registry.register(endpoint)
-        self._seen(endpoint)
+        self._registry.register(endpoint)
+        self._reported(endpoint)
 
     def report(self, endpoint: Endpoint) -> ReportResponse:
-        """See :meth:`Registry.report`; the answer carries what the replica is to do."""
-        known = self.registry.report(endpoint)
-        if not known:
-            return ReportResponse(False, lease_known=endpoint.endpoint_id in self.desk.table.leases)
-        held = self._seen(endpoint)
-        return ReportResponse(True, self.work.commands_for(endpoint), held or not endpoint.gpu_uuids)
+        """See :meth:`Registry.report`; the response carries the replica's commands."""
+        if not self._registry.report(endpoint):
+            return ReportResponse(False, lease_known=endpoint.endpoint_id in self._leases.leases)
+        has_lease = self._reported(endpoint)
+        commands = self._in_progress.commands_for(endpoint)
+        return ReportResponse(True, commands, has_lease or not endpoint.gpu_uuids)
 
     def deregister(self, endpoint_id: str, reason: str) -> None:
-        """See :meth:`Registry.deregister`; its lease ends too."""
-        self.registry.deregister(endpoint_id, reason)
+        """See :meth:`Registry.deregister`; the endpoint's lease ends too."""
+        self._registry.deregister(endpoint_id, reason)
         self.release_lease(endpoint_id)
 
     def gateway_report(self, info: GatewayInfo) -> bool:
-        """See :meth:`Registry.gateway_report`; what it counted goes no further than here."""
-        self.demand.observe(info.gateway_id, info.traffic, self.now_s())
-        self.left = False
-        return self.registry.gateway_report(replace(info, traffic=()))
+        """See :meth:`Registry.gateway_report`. Traffic counters stay here: no snapshot carries them."""
+        self._traffic.observe(info.gateway_id, info.traffic, self.now_s())
+        self._stopped = False
+        return self._registry.gateway_report(replace(info, traffic=()))
 
     def gateway_gone(self, gateway_id: str, reason: str) -> None:
         """See :meth:`Registry.gateway_gone`."""
-        self.demand.ledger.forget(gateway_id)
-        self.registry.gateway_gone(gateway_id, reason)
-        self.left = not self.registry.gateways
+        self._traffic.ledger.forget(gateway_id)
+        self._registry.gateway_gone(gateway_id, reason)
+        self._stopped = not self.gateways
 
     def observe_node(self, node_id: str, sample: NodeSample | None, events: Sequence[GpuEvent]) -> None:
-        """What a node's agent sent."""
+        """Take in what a node's agent sent."""
         for event in events:
             if event.kind in (GpuEventKind.XID, GpuEventKind.UNCORRECTED_ECC, GpuEventKind.LOST) or (
                 not event.gpu_uuid
             ):
                 detail = f"XID {event.code}" if event.kind is GpuEventKind.XID else event.detail
-                self.registry.note(event.kind.value, event.gpu_uuid or node_id, detail or event.kind.value)
-        for assessed in self.fleet.observe(node_id, sample, events, now_s=self.now_s()):
+                self.note(event.kind.value, event.gpu_uuid or node_id, detail or event.kind.value)
+        for assessed in self._inventory.observe(node_id, sample, events, now_s=self.now_s()):
             decision = assessed.decision
-            self.registry.note(f"GPU {decision.after}", decision.uuid, f"{decision.rule}: {decision.reason}")
-
-    def observe_engine(self, sample: EngineSample) -> None:
-        """What an engine said of itself."""
-        name, now_s = sample.endpoint_id, self.now_s()
-        telemetry = self.engines.setdefault(name, EngineTelemetry(ENGINE_LIMITS))
-        telemetry.observe(sample, now_s)
-        why = stall_reason(telemetry.load(now_s))
-        if not why:
-            self._stuck.pop(name, None)
-            return
-        known = self._stuck.get(name)
-        self._stuck[name] = StalledEngine(known.since_s if known else now_s, now_s, why)
+            self.note(f"GPU {decision.after}", decision.uuid, f"{decision.rule}: {decision.reason}")
 
     def observe_nodes(self, alive: Collection[str]) -> None:
-        """Which nodes Ray has; those that it had before and has no more are lost. A node that was never
-        among them may just have come."""
-        lost = self._alive - set(alive)
-        self._alive = set(alive)
+        """Take in which nodes Ray has. Nodes that it had before and no longer has are lost; a node that was
+        never in ``alive`` may just have joined."""
+        lost = self._alive_nodes - set(alive)
+        self._alive_nodes = set(alive)
         for node_id in sorted(lost):
-            self._lost(node_id)
-            self.fleet.remove_node(node_id)
-            self.registry.note("node lost", node_id, "Ray no longer has it")
-            for endpoint in list(self.registry.endpoints.values()):
+            self._remember_lost(node_id)
+            self._inventory.remove_node(node_id)
+            self.note("node lost", node_id, "Ray no longer has it")
+            for endpoint in list(self.endpoints.values()):
                 if endpoint.node_id == node_id:
-                    self.registry.lost(endpoint.endpoint_id, f"its node {node_id} is lost")
-            for holder, lease in list(self.desk.table.leases.items()):
+                    self._registry.lost(endpoint.endpoint_id, f"its node {node_id} is lost")
+            for holder, lease in list(self._leases.leases.items()):
                 if lease.node_id == node_id:
                     self.release_lease(holder)
 
-    def _lost(self, node_id: str) -> None:
-        """Remember it, unless it was empty or an operator had taken it out of use."""
-        tiers = {item.tier for item in self.registry.endpoints.values() if item.node_id == node_id}
-        if tiers and node_id not in self.fleet.holds:
-            self.lost_nodes[node_id] = LostNode(self.now_s(), tuple(sorted(tiers)))
-            while len(self.lost_nodes) > LOST_NODES_KEPT:
-                del self.lost_nodes[next(iter(self.lost_nodes))]
+    def observe_engine(self, sample: EngineSample) -> None:
+        """Take in an engine's metrics."""
+        self._engines.observe(sample, self.now_s())
+
+    def _reported(self, endpoint: Endpoint) -> bool:
+        """An endpoint has reported; False if it has no lease."""
+        name, generation = endpoint.endpoint_id, endpoint.generation
+        # Generation 0: no engine was started, because there was no GPU for it. That is no crash.
+        if endpoint.state is EndpointState.FAILED and generation and self._failed.get(name) != generation:
+            self._failed[name] = generation
+            self._in_progress.record_failure(endpoint, self.now_s())
+        return self._allocator.renew(name, self.now_s())
+
+    def _remember_lost(self, node_id: str) -> None:
+        """Remember a lost node, unless it had no replica or was cordoned or drained."""
+        tiers = {endpoint.tier for endpoint in self.endpoints.values() if endpoint.node_id == node_id}
+        if tiers and node_id not in self._inventory.holds:
+            self._lost_nodes[node_id] = LostNode(self.now_s(), tuple(sorted(tiers)))
+            while len(self._lost_nodes) > MAX_LOST_NODES:
+                del self._lost_nodes[next(iter(self._lost_nodes))]
 
     # --- leases -------------------------------------------------------------------------------------------
+
+    @property
+    def leases(self) -> Mapping[str, GpuLease]:
+        """By holder, which is an endpoint id."""
+        return self._leases.leases
 
     def lease_gpus(
         self, holder: str, generation: int, node_id: str, shape: GangShape, tier: str
     ) -> LeaseResponse:
-        """GPUs for a replica that Ray has put on a node; see :meth:`LeaseAllocator.acquire`."""
-        wait = "" if self.settled else "the controller has just started: holders say again what they have"
+        """Lease GPUs to a replica that Ray has put on a node; see :meth:`LeaseAllocator.acquire`."""
+        wait = "" if self.settled else "the controller has just started: holders report their leases first"
         start = self.may_start(holder, tier)
         if not start.allowed:
             return LeaseResponse(LeaseOutcome.WAIT, start.reason, retry_after_s=start.retry_after_s)
-        answer = self.desk.acquire(holder, generation, node_id, shape, now_s=self.now_s(), wait=wait)
-        if answer.outcome is LeaseOutcome.GRANTED and answer.lease is not None:
+        response = self._allocator.acquire(holder, generation, node_id, shape, now_s=self.now_s(), wait=wait)
+        if response.outcome is LeaseOutcome.GRANTED and response.lease is not None:
             self._shapes[holder] = shape
-            gpus = ", ".join(answer.lease.gpu_uuids)
-            self.registry.note("leased", holder, f"{gpus}: {answer.reason}", tier)
-        return answer
+            gpus = ", ".join(response.lease.gpu_uuids)
+            self.note("leased", holder, f"{gpus}: {response.reason}", tier)
+        return response
 
     def restore_lease(
         self, holder: str, generation: int, node_id: str, parts: Iterable[GpuPart]
     ) -> LeaseResponse:
-        """What a running holder says it has; a conflict is refused, and the holder has to end."""
-        answer = self.desk.restore(holder, generation, node_id, parts, self.now_s())
-        if answer.outcome is LeaseOutcome.REFUSED:
-            self.registry.note("lease refused", holder, answer.reason)
-            if self.work.request_drain(holder, f"its GPUs are somebody else's: {answer.reason}"):
-                self.registry.note("drain", holder, "two replicas can't use one GPU")
-        return answer
+        """Take in the lease that a running replica holds. If it conflicts with another lease, it is refused,
+        and the replica has to leave."""
+        response = self._allocator.restore(holder, generation, node_id, parts, self.now_s())
+        if response.outcome is LeaseOutcome.REFUSED:
+            self.note("lease refused", holder, response.reason)
+            if self._in_progress.request_drain(holder, f"another replica holds its GPUs: {response.reason}"):
+                self.note("drain", holder, "two replicas can't use one GPU")
+        return response
 
     def release_lease(self, holder: str, generation: int | None = None) -> LeaseResponse:
         """See :meth:`LeaseTable.release`."""
-        answer = self.desk.table.release(holder, generation=generation)
-        if answer.outcome is LeaseOutcome.GRANTED:
+        response = self._leases.release(holder, generation=generation)
+        if response.outcome is LeaseOutcome.GRANTED:
             self._shapes.pop(holder, None)
-            self.registry.note("lease ended", holder, answer.reason)
-        return answer
+            self.note("lease ended", holder, response.reason)
+        return response
 
     def may_start(self, holder: str, tier: str) -> StartPermission:
         """Whether an engine of the tier may be started now."""
-        hold = self.work.holds.get(tier)
+        hold = self.tier_holds.get(tier)
         if hold is None:
-            return StartPermission(True, "nothing holds the tier")
+            return StartPermission(True, "the tier is not held")
         return StartPermission(False, f"tier {tier} is held: {hold.reason}", START_AGAIN_S)
 
-    # --- what goes out ------------------------------------------------------------------------------------
+    # --- operators' actions -------------------------------------------------------------------------------
 
-    def gpus(self) -> tuple[GpuView, ...]:
-        """The inventory."""
-        return gpu_views(self.fleet, self.desk.table, now_s=self.now_s(), unix_s=self.unix_s())
+    def cordon(self, name: str, reason: str) -> ActionResponse:
+        """See :meth:`OperatorActions.cordon`."""
+        return self._operator.cordon(name, reason)
 
-    @property
-    def heartbeat_s(self) -> float:
-        """How often replicas and gateways report."""
-        return self._heartbeat_s
+    def uncordon(self, name: str, reason: str = "") -> ActionResponse:
+        """See :meth:`OperatorActions.uncordon`."""
+        return self._operator.uncordon(name, reason)
+
+    def drain(self, name: str, reason: str) -> ActionResponse:
+        """See :meth:`OperatorActions.drain`."""
+        return self._operator.drain(name, reason)
+
+    def restart(self, name: str, reason: str) -> ActionResponse:
+        """See :meth:`OperatorActions.restart`."""
+        return self._operator.restart(name, reason)
+
+    # --- targets ------------------------------------------------------------------------------------------
 
     @property
     def published(self) -> Mapping[str, TierTarget]:
-        """What was published last, by tier."""
-        return MappingProxyType(self._published)
+        """The last published target of each tier."""
+        return self._targets.published
 
     def publish(self, targets: Mapping[str, TierTarget]) -> None:
-        """How many replicas the tiers are to have, as the scaling recommends; moves and holds go on top."""
-        self._published.update(targets)
+        """Set how many replicas tiers should have; migrations and holds are added on top."""
+        self._targets.publish(targets)
 
     def unpublish(self, tiers: Iterable[str]) -> None:
-        """These have the configuration's number again, or keep what they have, if they scale."""
-        for tier in tiers:
-            self._published.pop(tier, None)
+        """Withdraw the targets of these tiers: each gets its configured replicas, or stays as it is if it
+        scales."""
+        self._targets.unpublish(tiers)
+
+    def configure_scaling(self, *, apply: bool, window_s: float) -> None:
+        """Whether tiers follow scaling's targets, and how far back its traffic figures go."""
+        self._targets.apply_scaling = apply
+        self._traffic.set_window(window_s)
 
     def base_targets(self) -> dict[str, int]:
-        """Tier → replicas when nothing moves: what was published last and still holds, or the
-        configuration's number. One that scales never shrinks for want of a target."""
-        unix_s = self.unix_s()
-        found = {}
-        for spec in self.registry.tiers:
-            published = self._published.get(spec.name)
-            scales = self.applies and spec.scaling is not None and spec.scaling.autoscaled
-            if published is not None and (scales or published.valid_until_unix_s > unix_s):
-                found[spec.name] = published.replicas
-            elif scales:
-                living = sum(
-                    endpoint.tier == spec.name and endpoint.state not in ENDED
-                    for endpoint in self.registry.endpoints.values()
-                )
-                found[spec.name] = max(spec.replicas, living - self.work.leaving_count(spec.name))
-            else:
-                found[spec.name] = spec.replicas
-        return found
+        """Tier → replicas when nothing migrates; see :meth:`TargetTable.base`."""
+        return {spec.name: self._targets.base(spec, self.endpoints, self._in_progress) for spec in self.tiers}
+
+    def due_replicas(self) -> dict[str, int]:
+        """Tier → replicas that should be there: :meth:`base_targets`, and 0 for a drained tier."""
+        drained = {tier for tier, hold in self.tier_holds.items() if hold.must_leave}
+        return {tier: 0 if tier in drained else count for tier, count in self.base_targets().items()}
 
     def targets(self) -> dict[str, TierTarget]:
-        """Tier → how many replicas Serve is to keep. Raises NotSettled while it may not know everything: the
-        last answer holds on then."""
-        if not self.knows_all:
-            raise NotSettled("the controller has just started and may not know every replica and move yet")
-        self._asked_before_s, self._asked_s = self._asked_s, self.now_s()
-        unix_s = self.unix_s()
+        """Tier → the target for Serve, which is the caller. Raises NotSettled while the controller may not
+        know everything; the previous targets stay valid then."""
+        if not self.may_decide:
+            raise NotSettled("the controller has just started and may not know every replica and migration")
+        self._targets.fetched()
         serving: dict[str, int] = {}
-        for endpoint in self.registry.endpoints.values():
+        for endpoint in self.endpoints.values():
             serving[endpoint.tier] = serving.get(endpoint.tier, 0) + (endpoint.state in SERVING)
+        valid_s = max(TARGET_TTL_S, TARGET_TTL_REPORTS * self._heartbeat_s)
         return {
             tier: tier_target(
-                *(tier, base, self.work.migrations.values(), self.work.holds.get(tier)),
+                *(tier, base, self._in_progress.migrations.values(), self.tier_holds.get(tier)),
                 serving=serving.get(tier, 0),
-                valid_until_unix_s=unix_s + max(TARGET_TTL_S, TARGET_TTL_REPORTS * self._heartbeat_s),
+                valid_until_unix_s=self.unix_s() + valid_s,
             )
             for tier, base in self.base_targets().items()
         }
 
+    # --- queries ------------------------------------------------------------------------------------------
+
+    @property
+    def tier_holds(self) -> Mapping[str, TierHold]:
+        """Tiers of which nothing is started now."""
+        return MappingProxyType(self._in_progress.holds)
+
+    @property
+    def lost_nodes(self) -> Mapping[str, LostNode]:
+        """The last nodes that were lost with replicas on them."""
+        return MappingProxyType(self._lost_nodes)
+
+    def forget_lost_node(self, node_id: str) -> None:
+        """Everything that ran on a lost node was replaced."""
+        self._lost_nodes.pop(node_id, None)
+
     def activity(self) -> Activity:
-        """What is under way."""
-        work = self.work
+        """Everything in progress."""
         return Activity(
-            tuple(work.migrations.values()),
-            tuple(work.restarts.values()),
-            tuple(work.holds.items()),
-            tuple(work.drains.items()),
-            self.knows_all,
-            "",
-            0.0,
+            migrations=tuple(self._in_progress.migrations.values()),
+            restarts=tuple(self._in_progress.restarts.values()),
+            holds=tuple(self._in_progress.holds.items()),
+            drains=tuple(self._in_progress.drains.items()),
+            settled=self.may_decide,
+            store_warning="",
+            tick_s=0.0,
         )
+
+    def gpus(self) -> tuple[GpuView, ...]:
+        """Every GPU."""
+        return gpu_views(self._inventory, self._leases, now_s=self.now_s(), unix_s=self.unix_s())
+
+    def gpus_out_of_use(self) -> dict[str, str]:
+        """UUID → node id of every GPU on which nothing may be started."""
+        return self._inventory.out_of_use()
+
+    def usable_gpus(self) -> float | None:
+        """The GPUs that tiers may hold together: those in use, plus what is leased on others and may stay.
+        None if no GPU was ever reported."""
+        return usable_gpus(self._inventory, self._leases)
+
+    def gpu_signals(self, uuid: str) -> GpuSignals | None:
+        """A GPU's readings now; None for one that no agent has reported."""
+        known = uuid in self._inventory.records
+        return self._inventory.signals(uuid, self.now_s()) if known else None
+
+    def engine_telemetry(self, endpoint_id: str) -> EngineTelemetry | None:
+        """What is known of an engine from its metrics; None if they were never read."""
+        return self._engines.telemetry.get(endpoint_id)
+
+    def gpu_alert_signals(self) -> AlertSignals:
+        """What alert rules about GPUs compare."""
+        return gpu_signals(self._inventory, self.now_s())
+
+    def node_alert_signals(self, missing: Mapping[str, int]) -> AlertSignals:
+        """What alert rules about nodes compare; ``missing`` are the replicas that each tier lacks."""
+        return node_signals(self._inventory, self.lost_nodes, missing, self.now_s())
+
+    def sampled_cluster(self) -> SampledCluster:
+        """What report samples are taken from."""
+        return SampledCluster(
+            endpoints=self.endpoints,
+            desired=self.base_targets(),
+            leases=self._leases,
+            fleet=self._inventory,
+            engines=self._engines.telemetry,
+            demand=self._traffic,
+            heartbeat_s=self._heartbeat_s,
+        )
+
+    # --- traffic ------------------------------------------------------------------------------------------
+
+    def record_traffic(self, tiers: Collection[str]) -> None:
+        """Take a reading of every tier's traffic for :meth:`traffic_figures`. Counters of other tiers, and of
+        endpoints that are gone, are dropped."""
+        self._traffic.sample(tiers, self.endpoints, self.now_s())
+
+    def traffic_figures(self, span_s: float) -> dict[str, TierFigures]:
+        """Every tier's traffic over the last ``span_s``, as of the last reading."""
+        return self._traffic.figures(self.now_s(), self._heartbeat_s, span_s)
+
+    def traffic_counters(self, tier: str) -> TrafficCounters:
+        """A tier's counters, added up over the gateways."""
+        return self._traffic.ledger.reading(tier)
+
+    def traffic_signal(self, value: float) -> Signal:
+        """A value from the counters with its freshness, which is that of the gateways' reports."""
+        reported_s = self._traffic.ledger.oldest_report_s()
+        why = "" if reported_s is not None else "no gateway has reported"
+        limits = self._traffic.limits(self._heartbeat_s)
+        return signal_of(value, reported_s, self.now_s(), limits, why)
+
+    def requested(self, info: GatewayInfo) -> set[str]:
+        """Names in a gateway's report that requests wait or run for, or that more requests came for than in
+        its report before. To be called before the report is taken in."""
+        return {
+            item.subject
+            for item in info.traffic
+            if item.waiting
+            or item.in_flight
+            or item.arrived > self._traffic.ledger.last_report(info.gateway_id, item.subject).arrived
+        }
 
     # --- the tick -----------------------------------------------------------------------------------------
 
     def tick(self) -> tuple[AppliedCommand, ...]:
-        """One look at everything, and what was done about it."""
+        """Expire what no longer reports, decide, and carry the commands out; returns those carried out."""
         now_s = self.now_s()
-        if now_s - self._looked_s > 2 * self._heartbeat_s:
-            # nobody could be heard in the meantime: that is nobody's fault
-            for holder in self.desk.table.leases:
-                self.desk.renew(holder, now_s)
-        self._looked_s = now_s
-        self.registry.expire()
-        self.demand.ledger.retain_gateways({gateway.gateway_id for gateway in self.registry.gateways})
-        for lease in self.desk.table.reap(now_s=now_s, ttl_s=MISSED_REPORTS * self._heartbeat_s):
-            self._shapes.pop(lease.holder, None)
-            self.registry.note("lease ended", lease.holder, "its holder was not heard of")
-        endpoints = self.registry.endpoints
-        if not self.knows_all:
+        self._expire(now_s)
+        if not self.may_decide:
             return ()
-        if now_s - self._assumed_s >= ASSUME_AGAIN_S:
-            self._assumed_s = now_s
-            self._assume_gpus()
-        self.work.prune(endpoints, now_s, self.rules.reconcile.hold_max_s)
-        for kept in (self.engines, self._room_asked, self._failed):
-            for gone in [name for name in kept if name not in endpoints]:
-                del kept[gone]
+        self._update_assumed_gpus(now_s)
+        self._in_progress.prune(self.endpoints, now_s, self._rules.reconcile.hold_max_s)
+        self._engines.keep_only(self.endpoints)
+        self._room.keep_only(self.endpoints)
+        self._failed = {name: made for name, made in self._failed.items() if name in self.endpoints}
         done = []
-        for command in reconcile(self._observe(now_s), self.rules.reconcile):
-            if isinstance(command, BeginMigration) and not self._still_room(command):
+        for command in reconcile(self._cluster_state(now_s), self._rules.reconcile):
+            if (
+                isinstance(command, BeginMigration)
+                and command.phase is MigrationPhase.STARTING_ELSEWHERE
+                and not self._room.still_there(command.endpoint_id)
+            ):
                 continue
             applied = self._apply_gpu(command, now_s) if isinstance(command, SetGpu) else None
-            applied = applied or self.work.apply(command, endpoints, now_s)
+            applied = applied or self._in_progress.apply(command, self.endpoints, now_s)
             if applied is not None:
-                self.registry.note(applied.kind, applied.subject, applied.reason, applied.tier)
+                self.note(applied.kind, applied.subject, applied.reason, applied.tier)
                 done.append(applied)
         return tuple(done)
 
-    def _assume_gpus(self) -> None:
-        """Have each tier's scaling begin with the speed of the GPUs that are there."""
-        tiers = self.registry.tiers
-        if not any(spec.scaling is not None and spec.scaling.gpu_priors for spec in tiers):
-            return
-        names = {uuid: self._gpu_model(uuid) for uuid in self.fleet.records}
-        there = Counter(names.values())
-        assumed = {}
-        for spec in tiers:
-            mine = [item for item in self.registry.endpoints.values() if item.tier == spec.name]
-            own = Counter(names.get(uuid, "") for item in mine for uuid in item.gpu_uuids)
-            before = self._gpu_assumed.get(spec.name, "")
-            gpu = assumed[spec.name] = assumed_gpu(spec, before, own, there)
-            if gpu and gpu != before:
-                text = f"until its engines were watched, it is assumed to be as fast as a {gpu} allows"
-                self.registry.note("speed assumed", spec.name, text, spec.name)
-        if assumed != self._gpu_assumed:
-            self._gpu_assumed = assumed
-            self.declare(tiers, self._heartbeat_s)
+    def _expire(self, now_s: float) -> None:
+        """Drop endpoints, gateways, traffic counters and leases of those that no longer report."""
+        if now_s - self._ticked_s > 2 * self._heartbeat_s:
+            # The controller was not running, so that no report could arrive: no lease ends for that.
+            for holder in self.leases:
+                self._allocator.renew(holder, now_s)
+        self._ticked_s = now_s
+        self._registry.expire()
+        self._traffic.ledger.retain_gateways({gateway.gateway_id for gateway in self.gateways})
+        for lease in self._leases.reap(now_s=now_s, ttl_s=MISSED_REPORTS * self._heartbeat_s):
+            self._shapes.pop(lease.holder, None)
+            self.note("lease ended", lease.holder, "its holder no longer reports")
 
-    def _gpu_model(self, uuid: str) -> str:
-        """The GPU's name in the table, or the driver's; empty: not known."""
-        name = self.fleet.sample(uuid).info.name
-        return "" if isinstance(name, Missing) else table_name(name)
+    def _update_assumed_gpus(self, now_s: float) -> None:
+        """Let the scaling of each tier begin with the speed of the GPUs that are there."""
+        changed = self._assumed_gpus.update(self.tiers, self.endpoints.values(), self._inventory, now_s)
+        for tier, gpu in changed.items():
+            if gpu:
+                text = f"until its engines were measured, it is assumed to be as fast as a {gpu} allows"
+                self.note("speed assumed", tier, text, tier)
+        if changed:
+            self.declare(self.tiers, self._heartbeat_s)
 
-    def _observe(self, now_s: float) -> ClusterState:
-        endpoints = self.registry.endpoints
-        book = self.desk.table
-        out_of_use, places = {}, {}
-        for uuid in self.fleet.out_of_use():
-            record = self.fleet.records[uuid]
-            why = self.fleet.leave_reason(uuid)
-            holders = book.holders(uuid)
-            if record.out_of_use:
-                out_of_use[uuid] = GpuOutOfUse(record.health.state, holders, bool(why), record.health.reason)
-            if why:
-                places.update(dict.fromkeys(holders, why))
-        for node_id, hold in self.fleet.holds.items():
-            if hold.must_leave:
-                for endpoint in endpoints.values():
-                    if endpoint.node_id == node_id:
-                        places.setdefault(endpoint.endpoint_id, f"node {node_id} is drained: {hold.reason}")
-        leaving = self.work.leaving(endpoints, places, self._drained(now_s))
+    def _cluster_state(self, now_s: float) -> ClusterState:
+        endpoints, work = self.endpoints, self._in_progress
+        out_of_use, unusable = out_of_use_now(self._inventory, self._leases, endpoints)
+        leaving = work.leaving(endpoints, unusable, self._drained_tiers())
         return ClusterState(
             now_s,
             endpoints=endpoints,
             base_targets=self.base_targets(),
             leaving=leaving,
-            room=self._room(leaving, endpoints, now_s),
+            room=self._room.find(leaving.keys() - work.migrations.keys(), endpoints, self._shapes, now_s),
             gpus=out_of_use,
-            migrations=dict(self.work.migrations),
-            restarts=dict(self.work.restarts),
-            holds=dict(self.work.holds),
-            stalled=self._stalled(endpoints, now_s),
-            stall_restarts=dict(self.work.stall_restarts),
-            failures=dict(self.work.failures),
-            hold_counts={tier: count for tier, (count, _) in self.work.hold_history.items()},
+            migrations=dict(work.migrations),
+            restarts=dict(work.restarts),
+            holds=dict(work.holds),
+            stalled=self._engines.stalled(endpoints, now_s),
+            stall_restarts=dict(work.stall_restarts),
+            failures=dict(work.failures),
+            hold_counts={tier: count for tier, (count, _) in work.hold_history.items()},
         )
 
-    def _drained(self, now_s: float) -> dict[str, str]:
-        """Tier → why all its replicas leave. Serve hears that first, and has gone by it when it asks again: a
-        replica that ended before would be replaced, also by a Serve that was killed and comes back."""
-        away = now_s - self._asked_s > TARGETS_SEEN_S
+    def _drained_tiers(self) -> dict[str, str]:
+        """Tier → why all its replicas leave. Serve has to act on the target first: a replica that ended
+        earlier would be replaced, also by a Serve that was killed and comes back."""
         return {
             tier: hold.reason
-            for tier, hold in self.work.holds.items()
-            if hold.must_leave
-            if self._asked_before_s > hold.since_s or (away and now_s - hold.since_s > TARGETS_SEEN_S)
+            for tier, hold in self.tier_holds.items()
+            if hold.must_leave and self._targets.serve_follows(hold.since_s)
         }
-
-    def _room(
-        self, leaving: Mapping[str, str], endpoints: Mapping[str, Endpoint], now_s: float
-    ) -> dict[str, str]:
-        """Endpoint id → where another one like it would go. Looking costs: one at a time, and each again
-        only after a while."""
-        book = self.desk.table
-        looked = False
-        found = {}
-        for endpoint_id in sorted(leaving.keys() - self.work.migrations.keys()):
-            endpoint = endpoints[endpoint_id]
-            lease = book.leases.get(endpoint_id)
-            if endpoint.state not in SERVING:
-                continue
-            if lease is None:
-                found[endpoint_id] = "where Ray finds a place"
-                continue
-            asked = self._room_asked.get(endpoint_id)
-            if asked is None or now_s - asked[0] >= ROOM_AGAIN_S:
-                if looked:
-                    continue
-                looked = True
-                shape = self._shapes.get(endpoint_id) or shape_of(lease)
-                asked = (now_s, find_room(self.fleet, book, shape, endpoint.tier, endpoints))
-                self._room_asked[endpoint_id] = asked
-            found[endpoint_id] = f"on {', '.join(asked[1].node_ids)}" if asked[1] else ""
-        return found
-
-    def _still_room(self, command: BeginMigration) -> bool:
-        """Whether the place that a move counts on is still there; if not, it is looked for anew."""
-        asked = self._room_asked.get(command.endpoint_id)
-        if command.phase is not MigrationPhase.STARTING_ELSEWHERE or asked is None or asked[1] is None:
-            return True
-        if still_room(self.fleet, self.desk.table, asked[1]):
-            return True
-        del self._room_asked[command.endpoint_id]
-        return False
-
-    def _stalled(self, endpoints: Mapping[str, Endpoint], now_s: float) -> dict[str, str]:
-        found = {}
-        for name, stuck in list(self._stuck.items()):
-            endpoint = endpoints.get(name)
-            if endpoint is None or endpoint.state not in SERVING or now_s - stuck.seen_s > STUCK_MEMORY_S:
-                del self._stuck[name]
-                continue
-            lasted_s = stuck.seen_s - stuck.since_s
-            if lasted_s >= self.rules.hangs.after_s:
-                found[name] = f"{stuck.reason} for {lasted_s:.0f} s"
-        return found
 
     def _apply_gpu(self, command: SetGpu, now_s: float) -> AppliedCommand | None:
         try:
-            changed = self.fleet.advance(command.uuid, command.state, now_s=now_s)
+            changed = self._inventory.advance(command.uuid, command.state, now_s=now_s)
         except (IllegalTransition, KeyError):
             return None
         return AppliedCommand(f"GPU {command.state}", command.uuid, command.reason) if changed else None
 
-    def _seen(self, endpoint: Endpoint) -> bool:
-        """The endpoint was heard of; False if it has no lease."""
-        name, generation = endpoint.endpoint_id, endpoint.generation
-        # Without a generation no engine was ever started, for want of a GPU: that is no crash.
-        if endpoint.state is EndpointState.FAILED and generation and self._failed.get(name) != generation:
-            self._failed[name] = generation
-            self.work.record_failure(endpoint, self.now_s())
-        return self.desk.renew(name, self.now_s())
+    # --- over a restart -----------------------------------------------------------------------------------
+
+    def checkpoint(self) -> dict[str, Any]:
+        """What has to survive this process, as JSON values by key."""
+        return self._checkpoint.values(self._inventory, self._leases, self._in_progress)
+
+    def restore_gpus(self, stored: StoredState) -> None:
+        """Take over the health of GPUs from a checkpoint; valid on any cluster that these GPUs are in."""
+        checkpoint.restore_gpus(stored, self._inventory, self.shift_s)
+
+    def restore(self, stored: StoredState) -> None:
+        """Take over a checkpoint of the plane that still runs: leases, cordons and what is in progress. No
+        holder has to be waited for after that."""
+        checkpoint.restore_plane(
+            *(stored, self._inventory, self._leases, self._in_progress),
+            now_s=self.now_s(),
+            shift_s=self.shift_s,
+        )
+        self._settled_s = self.now_s()
+        self.note("remembers", "controller", "leases, cordons and migrations from before the restart")

@@ -1,7 +1,7 @@
-"""The controller's eyes: keeps an agent on every node and asks each for what is new.
+"""Samples from every node: starts an agent on each node and polls the agents.
 
-Each look starts a question to every agent that has none open, and what comes back is handed over as it
-arrives. A node that does not answer holds nobody up: its readings grow old, which is what they are.
+Each round starts a request to every agent that has none open, and each response is handed over as it arrives.
+A node that does not respond delays no other; its readings grow old, and so become STALE and MISSING.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from controlplane.node_agent.ray_actor import alive_nodes, ensure_node_agents
 
 log = structlog.stdlib.get_logger(__name__)
 
-ANSWER_TIMEOUT_S = 10.0
+RESPONSE_TIMEOUT_S = 10.0
 LIST_INTERVAL_S = 2.0
-"""Ray is asked for its nodes no more often: the list of a large cluster is long."""
+"""The shortest interval between two calls for Ray's list of nodes, which is long for a large cluster."""
 RECENT_S = 600.0
-"""Events from before a controller's first contact with an agent count if they are not older."""
+"""Events from before a controller's first contact with an agent count if they are at most this old."""
 
-OnNews = Callable[[str, NodeSample | None, Sequence[GpuEvent]], None]
+OnUpdate = Callable[[str, NodeSample | None, Sequence[GpuEvent]], None]
+"""Gets a node's id, its newest sample, and new events."""
 
 
 class NodeWatch:
@@ -38,49 +39,50 @@ class NodeWatch:
         self,
         namespace: str,
         interval_s: float,
-        on_news: OnNews,
-        heard: Mapping[str, tuple[str, int]] | None = None,
+        on_update: OnUpdate,
+        last_events: Mapping[str, tuple[str, int]] | None = None,
     ) -> None:
         self._namespace = namespace
         self._interval_s = interval_s
-        self._on_news = on_news
+        self._on_update = on_update
         self._agents: dict[str, Any] = {}
         self._open: dict[str, asyncio.Task[None]] = {}
-        self._heard: dict[str, tuple[str, int]] = dict(heard or {})
+        self._last_events: dict[str, tuple[str, int]] = dict(last_events or {})
         self._infos: dict[str, GpuInfoCache] = {}
-        """Node id → what rarely changes of its GPUs, as its agent said it last."""
+        """Node id → what rarely changes of its GPUs, from its agent's last complete update."""
         self._alive: dict[str, int] = {}
         self._listed_s = -math.inf
 
     @property
-    def heard(self) -> Mapping[str, tuple[str, int]]:
-        """Node id → epoch and number of the last event that was heard of its agent. Who starts again with it
-        hears nothing twice: an old XID is no reason to take a GPU away that has returned since."""
-        return MappingProxyType(self._heard)
+    def last_events(self) -> Mapping[str, tuple[str, int]]:
+        """Node id → epoch and number of the last event received from its agent. A controller that starts with
+        them gets no event twice: an old XID must not take a GPU out of use that has returned since."""
+        return MappingProxyType(self._last_events)
 
-    async def look(self) -> dict[str, int] | None:
-        """Ask every node; those that Ray has with their GPUs as it counts them, None if it can't tell now."""
+    async def poll(self) -> dict[str, int] | None:
+        """Start a request to every agent. Returns the nodes that Ray has, each with the number of GPUs that
+        Ray counts there; None if Ray does not respond."""
         try:
             if time.monotonic() - self._listed_s >= LIST_INTERVAL_S:
                 await self._list()
         except (RayError, RuntimeError, OSError) as error:
-            log.warning("Ray does not tell its nodes", error=str(error))
+            log.warning("Ray does not list its nodes", error=str(error))
             self._alive = {}
         for node_id, agent in self._agents.items():
             if node_id not in self._open:
-                self._open[node_id] = asyncio.create_task(self._ask(node_id, agent))
+                self._open[node_id] = asyncio.create_task(self._request(node_id, agent))
         return self._alive or None
 
     async def _list(self) -> None:
-        """Which nodes there are; makes the agents that are missing."""
+        """List the nodes, and start the agents that are missing."""
         alive = self._alive = await asyncio.to_thread(alive_nodes)
         if not alive:
             return
         self._listed_s = time.monotonic()
         self._agents = {node: agent for node, agent in self._agents.items() if node in alive}
-        for kept in (self._heard, self._infos):
-            for gone in kept.keys() - alive.keys() - self._open.keys():
-                del kept[gone]
+        for by_node in (self._last_events, self._infos):
+            for gone in by_node.keys() - alive.keys() - self._open.keys():
+                del by_node[gone]
         if alive.keys() - self._agents.keys():
             self._agents = await asyncio.to_thread(
                 ensure_node_agents,
@@ -91,48 +93,47 @@ class NodeWatch:
             )
 
     async def close(self) -> None:
-        """Ask nobody any more."""
+        """Cancel the open requests."""
         for task in self._open.values():
             task.cancel()
         await asyncio.gather(*self._open.values(), return_exceptions=True)
 
-    async def _ask(self, node_id: str, agent: Any) -> None:
-        epoch, seq = self._heard.get(node_id, ("", 0))
+    async def _request(self, node_id: str, agent: Any) -> None:
+        epoch, seq = self._last_events.get(node_id, ("", 0))
         try:
             known = self._infos.get(node_id)
-            asked = agent.update.remote(epoch, seq, known.key if known is not None else NOTHING_CACHED)
-            news: NodeUpdate = await asyncio.wait_for(_result(asked), ANSWER_TIMEOUT_S)
-            events = news.events
+            pending = agent.update.remote(epoch, seq, known.key if known is not None else NOTHING_CACHED)
+            update: NodeUpdate = await asyncio.wait_for(_result(pending), RESPONSE_TIMEOUT_S)
+            events = update.events
             if events:
-                self._heard[node_id] = (events[-1].epoch, events[-1].seq)
-            elif news.sample is not None and news.sample.epoch != epoch:
-                self._heard[node_id] = (news.sample.epoch, 0)
-            sample = self._whole(node_id, news)
-            fresh = recent(events, news.sample) if not epoch else events
-            self._on_news(node_id, sample, fresh)
+                self._last_events[node_id] = (events[-1].epoch, events[-1].seq)
+            elif update.sample is not None and update.sample.epoch != epoch:
+                self._last_events[node_id] = (update.sample.epoch, 0)
+            sample = self._whole(node_id, update)
+            self._on_update(node_id, sample, recent(events, update.sample) if not epoch else events)
         except RayActorError as error:
             log.warning("a node agent is gone", node_id=node_id, error=str(error).strip().splitlines()[0])
             self._agents.pop(node_id, None)
             self._listed_s = -math.inf
         except (RayError, TimeoutError) as error:
-            log.warning("a node agent does not answer", node_id=node_id, error=repr(error)[:300])
+            log.warning("a node agent does not respond", node_id=node_id, error=repr(error)[:300])
         except Exception as error:
-            log.exception("what a node agent said could not be taken in", node_id=node_id, error=repr(error))
+            log.exception("a node agent's update could not be processed", node_id=node_id, error=repr(error))
         finally:
             self._open.pop(node_id, None)
 
-    def _whole(self, node_id: str, news: NodeUpdate) -> NodeSample | None:
-        """The sample with what rarely changes of its GPUs, which is kept for the next one."""
-        if news.infos is not None:
-            self._infos[node_id] = news.infos
-        sample = whole_sample(news, self._infos.get(node_id))
+    def _whole(self, node_id: str, update: NodeUpdate) -> NodeSample | None:
+        """The sample completed with what rarely changes of its GPUs, which is cached for the next update."""
+        if update.infos is not None:
+            self._infos[node_id] = update.infos
+        sample = whole_sample(update, self._infos.get(node_id))
         if sample is None:
-            self._infos.pop(node_id, None)  # the next answer has everything
+            self._infos.pop(node_id, None)  # The next update is complete.
         return sample
 
 
 def recent(events: Sequence[GpuEvent], sample: NodeSample | None) -> Sequence[GpuEvent]:
-    """Of an agent that was never heard before: what is not too old to count, by the agent's own clock."""
+    """The events of an agent's first response that are not too old to count, by the agent's own clock."""
     if sample is None:
         return events
     return [event for event in events if sample.unix_s - event.unix_s <= RECENT_S]

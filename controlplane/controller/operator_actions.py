@@ -1,151 +1,165 @@
-"""What operators ask for: take a GPU, a node or a tier out of use, empty it, let it return, restart engines.
+"""What operators can do: take a GPU, a node or a tier out of use, empty it, return it, restart engines.
 
-Every wish may be repeated: what is so already is answered as such and changes nothing.
+Every action may be repeated: what is so already is answered as UNCHANGED.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
-from controlplane.controller.controller import Controller
+from controlplane.controller.registry import Registry
 from controlplane.core.domain.endpoint import ENDED, Endpoint
 from controlplane.core.domain.resource_name import ResourceKind, ResourceName, find_resource
+from controlplane.core.gpus.inventory import GpuInventory
+from controlplane.core.gpus.leases import LeaseTable
 from controlplane.core.reconcile.commands import ActionOutcome, ActionResponse
+from controlplane.core.reconcile.in_progress import InProgress
 from controlplane.core.reconcile.migrations import OPERATOR
+
+NO_REASON = "an operator says so"
 
 
 class OperatorActions:
-    """Operators' wishes, carried out on the controller's state; the reconciler does the rest."""
+    """Part of the controller, which owns the state that these actions change; the reconciler does the
+    rest."""
 
-    def __init__(self, controller: Controller) -> None:
-        self._controller = controller
+    def __init__(
+        self,
+        registry: Registry,
+        inventory: GpuInventory,
+        leases: LeaseTable,
+        in_progress: InProgress,
+        *,
+        now_s: Callable[[], float],
+    ) -> None:
+        self._registry = registry
+        self._inventory = inventory
+        self._leases = leases
+        self._in_progress = in_progress
+        self._now_s = now_s
 
     def cordon(self, name: str, reason: str) -> ActionResponse:
-        """Nothing new comes to the GPU, the node or the tier; what runs goes on."""
+        """Start nothing new on a GPU, on a node or in a tier; what runs there goes on."""
         return self._out_of_use(name, reason, must_leave=False)
 
     def drain(self, name: str, reason: str) -> ActionResponse:
-        """Nothing new comes, and what runs leaves: elsewhere first if there is room. A tier that is drained
-        has no replicas until it is uncordoned; an endpoint that is drained is replaced by another one."""
+        """Start nothing new, and make what runs leave: it starts elsewhere first if there is room. A drained
+        tier has no replicas until it is uncordoned; a drained endpoint is replaced by another one."""
         return self._out_of_use(name, reason, must_leave=True)
 
     def uncordon(self, name: str, reason: str = "") -> ActionResponse:
-        """The GPU, the node or the tier is in use again."""
+        """Use a GPU, a node or a tier again, or let a draining endpoint stay."""
         subject = self._find(name)
         if isinstance(subject, str):
             return ActionResponse(ActionOutcome.UNKNOWN, subject)
-        controller, reason = self._controller, reason or "an operator says so"
+        inventory, reason = self._inventory, reason or NO_REASON
         match subject.kind:
             case ResourceKind.GPU:
-                gone = controller.fleet.unusable_reason(subject.id, controller.now_s())
-                if gone:
-                    return _refused(subject, f"{gone}: it would be taken out of use again at once")
-                changed = controller.fleet.uncordon_gpu(subject.id, reason, now_s=controller.now_s())
-                node_id = controller.fleet.records[subject.id].node_id
-                if not changed and node_id in controller.fleet.holds:
+                unusable = inventory.unusable_reason(subject.id, self._now_s())
+                if unusable:
+                    return _refused(subject, f"{unusable}: it would be taken out of use again at once")
+                changed = inventory.uncordon_gpu(subject.id, reason, now_s=self._now_s())
+                node_id = inventory.records[subject.id].node_id
+                if not changed and node_id in inventory.holds:
                     return _refused(subject, f"its node is out of use: uncordon {node_id}")
             case ResourceKind.NODE:
-                changed = controller.fleet.uncordon_node(subject.id)
+                changed = inventory.uncordon_node(subject.id)
             case ResourceKind.TIER:
-                changed = controller.work.release(subject.id)
+                changed = self._in_progress.release(subject.id)
             case ResourceKind.ENDPOINT:
-                if controller.work.drains.pop(subject.id, None) is None:
+                if self._in_progress.drains.pop(subject.id, None) is None:
                     return ActionResponse(ActionOutcome.UNCHANGED, f"{subject} is not drained", (subject.id,))
                 changed = True
-        return self._answer(subject, "uncordon", reason, changed, "it was in use")
+        return self._response(subject, "uncordon", reason, changed, "it was in use")
 
     def restart(self, name: str, reason: str) -> ActionResponse:
-        """Replace the engine processes of an endpoint, a tier, a GPU or a node: those of a tier one after the
-        other. A tier that is held for its crashes is tried again."""
+        """Replace the engine processes of an endpoint, a tier, a GPU or a node; those of a tier one after the
+        other. A tier that is held because its replicas crashed is started again."""
         subject = self._find(name)
         if isinstance(subject, str):
             return ActionResponse(ActionOutcome.UNKNOWN, subject)
-        controller, reason = self._controller, reason or "an operator says so"
+        registry, in_progress, reason = self._registry, self._in_progress, reason or NO_REASON
         released = False
         if subject.kind is ResourceKind.TIER:
-            hold = controller.work.holds.get(subject.id)
+            hold = in_progress.holds.get(subject.id)
             if hold is not None and hold.by == OPERATOR:
                 return _refused(subject, f"it is out of use ({hold.reason}): uncordon it first")
-            released = controller.work.release(subject.id)
+            released = in_progress.release(subject.id)
         concerned = [item for item in self._endpoints_of(subject) if item.engine != "endpoint"]
-        asked = [
-            endpoint.endpoint_id
+        restarting = [
+            endpoint
             for endpoint in concerned
             if endpoint.state not in ENDED or subject.kind is ResourceKind.ENDPOINT
-            if endpoint.endpoint_id not in controller.work.migrations
-            if controller.work.request_restart(endpoint, reason, controller.now_s())
+            if endpoint.endpoint_id not in in_progress.migrations
+            if in_progress.request_restart(endpoint, reason, self._now_s())
         ]
-        for endpoint_id in asked:
-            tier = controller.registry.endpoints[endpoint_id].tier
-            controller.registry.note("restart asked", endpoint_id, reason, tier, actor=OPERATOR)
+        for endpoint in restarting:
+            registry.note("restart asked", endpoint.endpoint_id, reason, endpoint.tier, actor=OPERATOR)
         if released:
-            controller.registry.note("released", subject.id, reason, subject.id, actor=OPERATOR)
-        if asked or released:
-            text = f"{len(asked)} engine{'s' * (len(asked) != 1)} will restart"
-            return ActionResponse(ActionOutcome.DONE, text, tuple(asked) or (subject.id,))
+            registry.note("released", subject.id, reason, subject.id, actor=OPERATOR)
+        if restarting or released:
+            text = f"{len(restarting)} engine{'s' * (len(restarting) != 1)} will restart"
+            ids = tuple(endpoint.endpoint_id for endpoint in restarting)
+            return ActionResponse(ActionOutcome.DONE, text, ids or (subject.id,))
         if not concerned:
             return _refused(subject, "no engine runs there")
-        return ActionResponse(ActionOutcome.UNCHANGED, "asked for already, or leaving", (subject.id,))
+        return ActionResponse(ActionOutcome.UNCHANGED, "requested before, or leaving", (subject.id,))
 
     def _out_of_use(self, name: str, reason: str, *, must_leave: bool) -> ActionResponse:
         subject = self._find(name)
         if isinstance(subject, str):
             return ActionResponse(ActionOutcome.UNKNOWN, subject)
-        controller, reason = self._controller, reason or "an operator says so"
-        now_s = controller.now_s()
+        reason, now_s = reason or NO_REASON, self._now_s()
         match subject.kind:
             case ResourceKind.GPU:
-                changed = controller.fleet.cordon_gpu(subject.id, reason, must_leave=must_leave, now_s=now_s)
+                changed = self._inventory.cordon_gpu(subject.id, reason, must_leave=must_leave, now_s=now_s)
             case ResourceKind.NODE:
-                changed = controller.fleet.cordon_node(subject.id, reason, must_leave=must_leave)
+                changed = self._inventory.cordon_node(subject.id, reason, must_leave=must_leave)
             case ResourceKind.TIER:
-                changed = controller.work.hold(subject.id, reason, now_s, must_leave=must_leave)
+                changed = self._in_progress.hold(subject.id, reason, now_s, must_leave=must_leave)
             case ResourceKind.ENDPOINT:
                 if not must_leave:
                     return _refused(subject, "an endpoint can't be cordoned: drain or restart it")
-                endpoint = controller.registry.endpoints[subject.id]
+                endpoint = self._registry.endpoints[subject.id]
                 if endpoint.state in ENDED:
                     return ActionResponse(ActionOutcome.UNCHANGED, f"it is {endpoint.state}", (subject.id,))
-                changed = controller.work.request_drain(subject.id, reason)
-        return self._answer(
+                changed = self._in_progress.request_drain(subject.id, reason)
+        return self._response(
             subject, "drain" if must_leave else "cordon", reason, changed, "it was so already"
         )
 
-    def _answer(
+    def _response(
         self, subject: ResourceName, word: str, reason: str, changed: bool, already: str
     ) -> ActionResponse:
         if not changed:
             return ActionResponse(ActionOutcome.UNCHANGED, already, (subject.id,))
         tier = subject.id if subject.kind is ResourceKind.TIER else ""
         if subject.kind is ResourceKind.ENDPOINT:
-            tier = self._controller.registry.endpoints[subject.id].tier
-        self._controller.registry.note(word, subject.id, reason, tier, actor=OPERATOR)
+            tier = self._registry.endpoints[subject.id].tier
+        self._registry.note(word, subject.id, reason, tier, actor=OPERATOR)
         left = [item.endpoint_id for item in self._endpoints_of(subject)]
-        goes = {"drain": "to leave", "cordon": "goes on"}.get(word)
-        runs = f"; {', '.join(left)} {goes}" if left and goes else ""
+        effect = {"drain": "to leave", "cordon": "goes on"}.get(word)
+        runs = f"; {', '.join(left)} {effect}" if left and effect else ""
         return ActionResponse(ActionOutcome.DONE, f"{subject}: {word}ed{runs}", (subject.id,))
 
     def _find(self, name: str) -> ResourceName | str:
-        controller = self._controller
-        endpoints = controller.registry.endpoints
-        nodes = {*controller.fleet.nodes, *controller.fleet.holds} | {
-            item.node_id for item in endpoints.values()
-        }
+        endpoints = self._registry.endpoints
+        nodes = {*self._inventory.nodes, *self._inventory.holds}
+        nodes |= {endpoint.node_id for endpoint in endpoints.values()}
+        tiers = {spec.name for spec in self._registry.tiers} | {item.tier for item in endpoints.values()}
         return find_resource(
             name,
-            gpus=controller.fleet.records.keys(),
+            gpus=self._inventory.records.keys(),
             nodes=nodes - {""},
-            tiers={spec.name for spec in controller.registry.tiers}
-            | {item.tier for item in endpoints.values()},
+            tiers=tiers,
             endpoints=endpoints.keys(),
         )
 
     def _endpoints_of(self, subject: ResourceName) -> Iterable[Endpoint]:
-        controller = self._controller
-        for endpoint in controller.registry.endpoints.values():
-            lease = controller.desk.table.leases.get(endpoint.endpoint_id)
+        for endpoint in self._registry.endpoints.values():
             match subject.kind:
                 case ResourceKind.GPU:
+                    lease = self._leases.leases.get(endpoint.endpoint_id)
                     concerned = lease is not None and subject.id in lease.gpu_uuids
                 case ResourceKind.NODE:
                     concerned = endpoint.node_id == subject.id

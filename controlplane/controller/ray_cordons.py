@@ -1,9 +1,9 @@
-"""Cordoned GPUs in Ray's own accounting: an actor that holds one GPU of the node, and does nothing.
+"""Cordoned GPUs in Ray's own accounting: each is represented by an actor that holds one GPU of its node.
 
-Ray counts a node's GPUs without knowing which is which. For each GPU that is out of use, one that Ray counts
-is taken away, so that nothing is scheduled on the node that would find no healthy one. The actor is asked for
-before what runs there is told to leave: it waits in the node's queue and takes the GPU that becomes free.
-It is an actor, not a placement group, because only actors wait in that queue.
+Ray counts a node's GPUs but can't say which is which. For each GPU out of use, an actor takes one GPU from
+the count, so that Ray schedules no replica on a node that has no healthy GPU for it. The actor is created
+before the replica on the GPU gets the command to retire: it waits in the node's queue and takes the GPU that
+becomes free. It is an actor, not a placement group, because only actors wait in that queue.
 
 The actors are named and detached: a controller that restarts finds them again.
 """
@@ -24,18 +24,14 @@ NAME_PREFIX = "cordon-"
 
 
 class HeldGpu:
-    """Holds what Ray gave it."""
-
-    def ping(self) -> str:
-        """Answers once it holds its GPU."""
-        return "held"
+    """Holds the GPU that Ray assigned to it."""
 
 
 def hold_gpus(namespace: str, wanted: Mapping[str, str], gpus_of_node: Mapping[str, int]) -> bool:
-    """Have exactly the GPUs ``wanted`` (UUID → node id) held; whether anything changed. Blocks.
+    """Hold exactly the GPUs ``wanted`` (UUID → node id); whether anything changed. Blocks.
 
-    Nodes that Ray counts no (more) GPUs on are passed over: there is nothing to take away. ``gpus_of_node``
-    are the nodes that are alive.
+    ``gpus_of_node`` are the nodes that are alive, with the number of GPUs that Ray counts there: no more than
+    that can be held on a node.
     """
     held = held_gpus(namespace)
     left = dict(gpus_of_node)
@@ -46,14 +42,14 @@ def hold_gpus(namespace: str, wanted: Mapping[str, str], gpus_of_node: Mapping[s
             should[uuid] = node_id
     changed = False
     for uuid in sorted(held - should.keys()):
-        changed |= _let_go(uuid, namespace)
+        changed |= _release(uuid, namespace)
     for uuid in sorted(should.keys() - held):
         changed |= _hold(uuid, should[uuid], namespace)
     return changed
 
 
 def held_gpus(namespace: str) -> set[str]:
-    """UUIDs that are held or waited for. Blocks."""
+    """UUIDs of the GPUs that an actor holds or waits for. Blocks."""
     return {
         actor["name"].removeprefix(NAME_PREFIX)
         for actor in ray.util.list_named_actors(all_namespaces=True)
@@ -61,9 +57,9 @@ def held_gpus(namespace: str) -> set[str]:
     }
 
 
-def let_go_of_all(namespace: str) -> int:
-    """End all of the namespace; how many there were. Blocks."""
-    return sum(_let_go(uuid, namespace) for uuid in sorted(held_gpus(namespace)))
+def release_all_gpus(namespace: str) -> int:
+    """End all actors of the namespace; returns how many there were. Blocks."""
+    return sum(_release(uuid, namespace) for uuid in sorted(held_gpus(namespace)))
 
 
 def _hold(uuid: str, node_id: str, namespace: str) -> bool:
@@ -74,19 +70,21 @@ def _hold(uuid: str, node_id: str, namespace: str) -> bool:
             namespace=namespace,
             lifetime="detached",
             get_if_exists=True,
-            # without its process the GPU would be free again
+            # Without its process the GPU would be free again.
             max_restarts=-1,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
         ).remote()
     except (RayError, ValueError) as error:
-        log.warning("a cordoned GPU is not held in Ray", gpu=uuid, node_id=node_id, error=str(error))
+        log.warning(
+            "a cordoned GPU is not held in Ray's accounting", gpu=uuid, node_id=node_id, error=str(error)
+        )
         return False
     return True
 
 
-def _let_go(uuid: str, namespace: str) -> bool:
+def _release(uuid: str, namespace: str) -> bool:
     try:
         ray.kill(ray.get_actor(NAME_PREFIX + uuid, namespace=namespace), no_restart=True)
     except (RayError, ValueError):
-        return False  # it has just ended
+        return False  # It has just ended.
     return True

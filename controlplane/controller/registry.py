@@ -1,12 +1,11 @@
 """The controller's registry: which endpoints and gateways there are, as a versioned snapshot.
 
 All of it is soft state. Replicas and gateways report every ``heartbeat_s``; a new controller process starts
-empty with a new epoch, answers "unknown" to the first report of each endpoint, and so gets them all to
-register again. Until they have had the time to, its snapshots say ``warming`` (see
+empty with a new epoch, answers "unknown" to the first report of each endpoint, and so makes them all register
+again. Until they have had the time to, its snapshots are marked ``warming`` (see
 :mod:`controlplane.core.cluster.snapshot`).
 
-This class knows neither Ray nor asyncio: :mod:`controlplane.controller.client` puts it into an actor.
-Time comes in through two clocks.
+Plain Python with two clocks; :mod:`controlplane.controller.actor` puts it into a Ray actor.
 """
 
 from __future__ import annotations
@@ -24,16 +23,18 @@ from controlplane.core.domain.event import Event
 from controlplane.errors import IllegalTransition
 
 MISSED_REPORTS = 5
-"""So many missed reports and an endpoint or a gateway counts as gone."""
+"""An endpoint or a gateway that has missed this many reports counts as gone."""
 WARMING_REPORTS = 3
-"""A new controller's snapshots count as incomplete for so many report intervals after it first hears of
-anybody: a process that has started may not be reachable at once."""
-FAILED_KEPT_S = 600.0
-"""An endpoint that failed is shown for so long after it was last heard of, for its diagnosis."""
-KEPT_EVENTS = 500
-KEPT_FRESH = 100_000
-"""Events that wait to be taken by whoever writes them down."""
-KEPT_GONE = 1000
+"""A new controller's snapshots count as incomplete for this many report intervals after the first report: a
+process that has started may not be reachable at once."""
+FAILED_SHOWN_S = 600.0
+"""How long a failed endpoint stays listed after its last report, so that its diagnosis can be read."""
+MAX_EVENTS = 500
+"""Events in :attr:`Registry.events`."""
+MAX_UNSAVED_EVENTS = 100_000
+"""Events that may wait for :meth:`Registry.take_events`."""
+MAX_GONE = 1000
+"""Ids of deregistered endpoints in a warming snapshot."""
 
 
 class Registry:
@@ -52,22 +53,25 @@ class Registry:
         self._now_s = now_s
         self._unix_s = unix_s
         self._version = 1
-        self._looked_s = now_s()
-        self._first_heard_s: float | None = None
+        self._expired_s = now_s()
+        """When :meth:`expire` ran last."""
+        self._first_report_s: float | None = None
         self._warming = True
         self._tiers: tuple[TierSpec, ...] | None = None
         self._scaling: tuple[TierScaling, ...] = ()
         self._endpoints: dict[str, Endpoint] = {}
         self._gateways: dict[str, GatewayInfo] = {}
-        self._heard_s: dict[str, float] = {}
-        self._gone: deque[str] = deque(maxlen=KEPT_GONE)
+        self._reported_s: dict[str, float] = {}
+        """Endpoint or gateway id → its last report."""
+        self._gone: deque[str] = deque(maxlen=MAX_GONE)
         self._alerts: tuple[FiringAlert, ...] = ()
         self._due: tuple[tuple[str, int], ...] = ()
         self._draining: dict[str, int] = {}
-        self._events: deque[Event] = deque(maxlen=KEPT_EVENTS)
-        self._fresh: deque[Event] = deque(maxlen=KEPT_FRESH)
-        self._noted = 0
-        self._empty_since_s: float | None = self._looked_s
+        """Endpoint id → the first snapshot version in which it drains."""
+        self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
+        self._unsaved: deque[Event] = deque(maxlen=MAX_UNSAVED_EVENTS)
+        self._event_count = 0
+        self._empty_since_s: float | None = self._expired_s
         self.note("started", "controller", f"epoch {epoch}")
 
     @property
@@ -82,7 +86,7 @@ class Registry:
 
     @property
     def warming(self) -> bool:
-        """Whether this process has just started and may not know everybody yet."""
+        """Whether this process has just started and may not know every endpoint and gateway yet."""
         return self._warming
 
     @property
@@ -92,38 +96,44 @@ class Registry:
 
     @property
     def gateways(self) -> tuple[GatewayInfo, ...]:
-        """As each last reported itself."""
+        """The last report of each."""
         return tuple(self._gateways.values())
 
     @property
     def tiers(self) -> tuple[TierSpec, ...]:
-        """What the configuration asks for, as the last gateway to become known has it."""
+        """The configured tiers, by the last :meth:`declare`."""
         return self._tiers or ()
 
     @property
     def declared(self) -> bool:
-        """Whether anybody has said yet what the configuration asks for."""
+        """Whether a gateway has declared the configuration to this process."""
         return self._tiers is not None
 
     @property
     def events(self) -> tuple[Event, ...]:
-        """What happened lately, oldest first."""
+        """The last :data:`MAX_EVENTS`, oldest first."""
         return tuple(self._events)
 
     def declare(self, tiers: Sequence[TierSpec], heartbeat_s: float) -> None:
-        """Take over what the configuration asks for; the last one to say so wins."""
+        """Set the configured tiers; the last call wins."""
         self._tiers = tuple(tiers)
         self._heartbeat_s = heartbeat_s
 
-    def tell_scaling(self, scaling: tuple[TierScaling, ...]) -> None:
-        """What snapshots say of the tiers' scaling from now on."""
+    def publish_scaling(self, scaling: tuple[TierScaling, ...]) -> None:
+        """Set what snapshots say about the tiers' scaling."""
         self._scaling = scaling
         self._changed()
 
+    def publish_alerts(self, alerts: tuple[FiringAlert, ...], due: tuple[tuple[str, int], ...]) -> None:
+        """Set what snapshots say about firing alerts, and about the replicas that each tier should have."""
+        if (alerts, due) != (self._alerts, self._due):
+            self._alerts, self._due = alerts, due
+            self._changed()
+
     def register(self, endpoint: Endpoint) -> None:
-        """Make an endpoint known, or known again. What is known is replaced."""
+        """Make an endpoint known; a known one is replaced."""
         known = self._endpoints.get(endpoint.endpoint_id)
-        self._heard(endpoint.endpoint_id)
+        self._reported(endpoint.endpoint_id)
         if known == endpoint:
             return
         self._put(endpoint)
@@ -131,15 +141,15 @@ class Registry:
             self.note("registered", endpoint.endpoint_id, _describe(endpoint), endpoint.tier)
 
     def report(self, endpoint: Endpoint) -> bool:
-        """Take an endpoint's state in; False if it is unknown here and has to register.
+        """Take in an endpoint's state; False if it is unknown here and has to register.
 
         A report of an older generation, or of a state that can't follow the known one, is refused: the
-        registry stays as it was and an event says so.
+        registry stays as it was, and an event says so.
         """
         known = self._endpoints.get(endpoint.endpoint_id)
         if known is None:
             return False
-        self._heard(endpoint.endpoint_id)
+        self._reported(endpoint.endpoint_id)
         if endpoint == known:
             return True
         try:
@@ -155,20 +165,20 @@ class Registry:
         return True
 
     def deregister(self, endpoint_id: str, reason: str) -> None:
-        """Forget an endpoint that leaves on purpose. An unknown one is remembered as gone while warming."""
+        """Remove an endpoint that stops on purpose. While warming, unknown ids are remembered as gone too."""
         if self._warming and endpoint_id not in self._gone:
             self._gone.append(endpoint_id)
             self._changed()
         self._drop(endpoint_id, "deregistered", reason)
 
     def lost(self, endpoint_id: str, reason: str) -> None:
-        """Forget an endpoint that is known to be gone without having said so."""
+        """Remove an endpoint that is known to be gone without having deregistered."""
         self._drop(endpoint_id, "lost", reason)
 
     def gateway_report(self, info: GatewayInfo) -> bool:
-        """Take a gateway's state in; an unknown one becomes known by it, and is told so by False."""
+        """Take in a gateway's state; False if the gateway was unknown. It is known from then on."""
         new = info.gateway_id not in self._gateways
-        self._heard(info.gateway_id)
+        self._reported(info.gateway_id)
         self._gateways[info.gateway_id] = replace(info, seen_unix_s=self._unix_s())
         if new:
             self.note("gateway", info.gateway_id, f"answers on {info.url or 'the ingress only'}")
@@ -176,34 +186,34 @@ class Registry:
         return not new
 
     def gateway_gone(self, gateway_id: str, reason: str) -> None:
-        """Forget a gateway that leaves on purpose."""
+        """Remove a gateway."""
         if self._gateways.pop(gateway_id, None) is not None:
-            self._heard_s.pop(gateway_id, None)
+            self._reported_s.pop(gateway_id, None)
             self.note("gateway gone", gateway_id, reason)
             self._changed()
 
     def expire(self) -> None:
-        """Drop whoever has not been heard of for ``MISSED_REPORTS`` intervals, and end the warming.
+        """Drop every endpoint and gateway that has missed ``MISSED_REPORTS`` reports, and end the warming.
 
-        To be called every interval or so. If the controller itself stood still for longer than that, the
-        others could not be heard: the gap is not counted against them.
+        To be called about every report interval. If the controller itself was not running for longer than
+        that, no report could arrive: the gap is not counted.
         """
         now_s = self._now_s()
-        gap_s = now_s - self._looked_s
-        self._looked_s = now_s
+        gap_s = now_s - self._expired_s
+        self._expired_s = now_s
         if gap_s > (MISSED_REPORTS - 1) * self._heartbeat_s:
-            self._heard_s = {key: heard_s + gap_s for key, heard_s in self._heard_s.items()}
-            self.note("stood still", "controller", f"for {gap_s:.1f} s; nobody is dropped for it")
-        kept_s = MISSED_REPORTS * self._heartbeat_s
-        soonest_s = min(kept_s, FAILED_KEPT_S)
-        for key in [key for key, heard_s in self._heard_s.items() if now_s - heard_s > soonest_s]:
-            endpoint, silent_s = self._endpoints.get(key), now_s - self._heard_s[key]
+            self._reported_s = {key: reported_s + gap_s for key, reported_s in self._reported_s.items()}
+            self.note("stood still", "controller", f"for {gap_s:.1f} s; nothing is dropped for it")
+        silent_limit_s = MISSED_REPORTS * self._heartbeat_s
+        shortest_s = min(silent_limit_s, FAILED_SHOWN_S)
+        for key in [key for key, at_s in self._reported_s.items() if now_s - at_s > shortest_s]:
+            endpoint, silent_s = self._endpoints.get(key), now_s - self._reported_s[key]
             failed = endpoint is not None and endpoint.state == EndpointState.FAILED
-            if silent_s > (FAILED_KEPT_S if failed else kept_s):
-                reason = f"not heard of for {silent_s:.1f} s"
+            if silent_s > (FAILED_SHOWN_S if failed else silent_limit_s):
+                reason = f"no report for {silent_s:.1f} s"
                 self._drop(key, "dropped", reason)
                 self.gateway_gone(key, reason)
-        first_s = self._first_heard_s
+        first_s = self._first_report_s
         if self._warming and first_s is not None and now_s - first_s >= WARMING_REPORTS * self._heartbeat_s:
             self._warming = False
             self._gone.clear()
@@ -212,12 +222,6 @@ class Registry:
             self._empty_since_s = None
         elif self._empty_since_s is None:
             self._empty_since_s = now_s
-
-    def show(self, alerts: tuple[FiringAlert, ...], due: tuple[tuple[str, int], ...]) -> None:
-        """What else gateways are to know: what fires, and how many replicas have to be there of each tier."""
-        if (alerts, due) != (self._alerts, self._due):
-            self._alerts, self._due = alerts, due
-            self._changed()
 
     def still_running(self, endpoint_id: str) -> int | None:
         """Requests that gateways have in flight at a draining endpoint; None if that is not known yet.
@@ -237,11 +241,11 @@ class Registry:
         return total
 
     def empty_for_s(self) -> float:
-        """For how long no gateway and no living endpoint has been known; 0 if there is one."""
+        """For how long there has been neither a gateway nor a living endpoint; 0 while there is one."""
         return 0.0 if self._empty_since_s is None else self._now_s() - self._empty_since_s
 
     def snapshot(self, *, secrets: bool) -> ClusterSnapshot:
-        """What is known now. Only gateways need ``secrets``."""
+        """The state now. Only gateways need ``secrets``."""
         endpoints: tuple[Endpoint, ...] = tuple(
             sorted(self._endpoints.values(), key=lambda endpoint: (endpoint.tier, endpoint.endpoint_id))
         )
@@ -260,10 +264,30 @@ class Registry:
             due=self._due,
         )
 
-    def _heard(self, key: str) -> None:
-        self._heard_s[key] = self._now_s()
-        if self._first_heard_s is None:
-            self._first_heard_s = self._now_s()
+    def note(
+        self, kind: str, subject: str, reason: str, tier: str = "", *, actor: str = "controller"
+    ) -> None:
+        """Add an event."""
+        self._event_count += 1
+        event = Event(self._event_count, self._unix_s(), kind, subject, reason, tier, actor)
+        self._events.append(event)
+        self._unsaved.append(event)
+
+    @property
+    def has_unsaved_events(self) -> bool:
+        """Whether :meth:`take_events` would return something."""
+        return bool(self._unsaved)
+
+    def take_events(self) -> tuple[Event, ...]:
+        """The events since the last call, oldest first."""
+        unsaved = tuple(self._unsaved)
+        self._unsaved.clear()
+        return unsaved
+
+    def _reported(self, key: str) -> None:
+        self._reported_s[key] = self._now_s()
+        if self._first_report_s is None:
+            self._first_report_s = self._now_s()
         self._empty_since_s = None
 
     def _put(self, endpoint: Endpoint) -> None:
@@ -276,32 +300,12 @@ class Registry:
         endpoint = self._endpoints.pop(endpoint_id, None)
         self._draining.pop(endpoint_id, None)
         if endpoint is not None:
-            self._heard_s.pop(endpoint_id, None)
+            self._reported_s.pop(endpoint_id, None)
             self.note(kind, endpoint_id, reason, endpoint.tier)
             self._changed()
 
     def _changed(self) -> None:
         self._version += 1
-
-    def note(
-        self, kind: str, subject: str, reason: str, tier: str = "", *, actor: str = "controller"
-    ) -> None:
-        """Write down that something happened."""
-        self._noted += 1
-        event = Event(self._noted, self._unix_s(), kind, subject, reason, tier, actor)
-        self._events.append(event)
-        self._fresh.append(event)
-
-    @property
-    def has_fresh(self) -> bool:
-        """Whether :meth:`take_events` has something."""
-        return bool(self._fresh)
-
-    def take_events(self) -> tuple[Event, ...]:
-        """What happened since this was last asked, oldest first; asked again, only what is newer."""
-        fresh = tuple(self._fresh)
-        self._fresh.clear()
-        return fresh
 
 
 def _describe(endpoint: Endpoint) -> str:

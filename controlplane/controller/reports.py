@@ -1,14 +1,14 @@
-"""Reports of the plane: samples into memory and into the store, and added up again when somebody asks.
+"""Reports on the plane: samples into memory and into the store, added up again on request.
 
-Memory has the last samples; the store has all of them, in points that get wider with age, and what an earlier
-controller process took. A report takes from the store what is older than the memory. It is made in a thread,
-once for all who ask before the next sample.
+Memory has the last samples; the store has all of them, as points that get wider with age, and those of
+earlier controller processes. A report takes from the store what is older than the memory. It is made in a
+thread, and serves all requests until the next sample.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import structlog
 
@@ -31,11 +31,12 @@ from controlplane.core.reports.report import (
     track_step_s,
 )
 from controlplane.core.reports.ring_buffer import ReportRing, SampleRound, tally
-from controlplane.core.reports.sampler import ReportSampler, SampledCluster
+from controlplane.core.reports.sampler import ReportSampler
 
 PREFIX = "report/"
-CACHED = 16
-"""Different windows whose reports are kept until the next sample."""
+"""Beginning of the names of reports' series in the store."""
+MAX_CACHED = 16
+"""Windows whose reports are cached until the next sample."""
 JOIN_SLACK_S = 60
 """Points this close to the age at which they are joined count as joined."""
 
@@ -43,7 +44,7 @@ log = structlog.stdlib.get_logger(__name__)
 
 
 class Reports:
-    """The plane's samples. One event loop owns it; give it every tick."""
+    """One event loop owns it, and calls :meth:`tick` every second or so."""
 
     def __init__(
         self,
@@ -51,35 +52,30 @@ class Reports:
         recorder: Recorder,
         settings: ReportsConfig,
         cost_per_gpu_hour: float,
-        *,
-        heartbeat_s: float,
-        unix_s: Callable[[], float],
     ) -> None:
         self._controller = controller
         self._recorder = recorder
         self._settings = settings
         self._cost_per_gpu_hour = cost_per_gpu_hour
-        self._heartbeat_s = heartbeat_s
-        self._unix_s = unix_s
         self._sampler = ReportSampler()
         self.ring = ReportRing(settings.samples)
-        self._taken_s = self._logged_s = controller.now_s()
-        self._made: dict[float, PlaneReport] = {}
+        self._sampled_s = self._logged_s = controller.now_s()
+        self._cached: dict[float, PlaneReport] = {}
         self._making = asyncio.Lock()
         self._logging: asyncio.Task[None] | None = None
 
     def tick(self) -> None:
-        """Look at who can serve; take a sample, and write the log's report, when it is time."""
+        """Record which instances can serve; when it is time, take a sample and write a report to the log."""
         now_s = self._controller.now_s()
-        if not self._controller.knows_all:
+        if not self._controller.may_decide:
             self._sampler.reset()
-            self._taken_s = now_s
+            self._sampled_s = now_s
             return
-        cluster = self._cluster()
+        cluster = self._controller.sampled_cluster()
         self._sampler.watch(cluster, now_s)
-        if now_s - self._taken_s >= self._settings.interval_s:
-            self._taken_s = now_s
-            self._keep(self._sampler.sample(cluster, now_s))
+        if now_s - self._sampled_s >= self._settings.interval_s:
+            self._sampled_s = now_s
+            self._add(self._sampler.sample(cluster, now_s))
         if now_s - self._logged_s >= self._settings.log_interval_s:
             self._logged_s = now_s
             self._logging = asyncio.get_running_loop().create_task(self._log())
@@ -92,40 +88,31 @@ class Reports:
                 f"{MAX_WINDOW_MINUTES:g} minutes"
             )
         async with self._making:
-            made = self._made.get(window_minutes)
-            if made is None:
-                registry = self._controller.registry
-                tiers = {spec.name: spec.attainment for spec in registry.tiers}
-                present = list(registry.endpoints)
-                made = await asyncio.to_thread(
+            report = self._cached.get(window_minutes)
+            if report is None:
+                tiers = {spec.name: spec.attainment for spec in self._controller.tiers}
+                present = list(self._controller.endpoints)
+                report = await asyncio.to_thread(
                     self._make, window_minutes * 60, self.ring.rounds, self._unix_s(), tiers, present
                 )
-                if len(self._made) >= CACHED:
-                    self._made.clear()
-                self._made[window_minutes] = made
-            return made
+                if len(self._cached) >= MAX_CACHED:
+                    self._cached.clear()
+                self._cached[window_minutes] = report
+            return report
 
-    def _cluster(self) -> SampledCluster:
-        controller = self._controller
-        return SampledCluster(
-            controller.registry.endpoints,
-            controller.base_targets(),
-            controller.desk.table,
-            controller.fleet,
-            controller.engines,
-            controller.demand,
-            self._heartbeat_s,
-        )
+    def _unix_s(self) -> float:
+        """Wall-clock time that does not jump with the wall clock."""
+        return self._controller.now_s() + self._controller.shift_s
 
-    def _keep(self, samples: dict[Instance, ReportSample]) -> None:
+    def _add(self, samples: dict[Instance, ReportSample]) -> None:
         if not samples:
             return
-        self._made = {}
+        self._cached = {}
         unix_s = int(self._unix_s())
         self.ring.add(SampleRound.of(unix_s, samples))
         values: dict[str, float] = {}
         for instance, sample in samples.items():
-            values |= {series_of(instance, name): value for name, value in figures(sample)}
+            values |= {series_of(instance, name): value for name, value in stored_figures(sample)}
         self._recorder.add_points(unix_s, values)
 
     def _make(
@@ -154,7 +141,7 @@ class Reports:
                 ):
                     instance, name = _parsed(series)
                     if name not in SUMS and name not in GAUGES:
-                        continue  # of another version
+                        continue  # another version wrote it
                     totals.setdefault(instance, Totals()).add(name, count, total, high)
                     if kind is InstanceKind.TIER:
                         parts = tracks.setdefault(instance.tier, {})
@@ -173,17 +160,17 @@ class Reports:
     async def _log(self) -> None:
         minutes = self._settings.log_interval_s / 60
         try:
-            found = await self.report(minutes)
+            report = await self.report(minutes)
         except Exception as error:
-            log.exception("there is no report for the log", error=repr(error))
+            log.exception("the report for the log failed", error=repr(error))
             return
-        for tier in found.tiers:
+        for tier in report.tiers:
             if not tier.gone:
                 log.info("report", window_minutes=minutes, tier=tier.tier, **log_figures(tier))
 
 
-def figures(sample: ReportSample) -> list[tuple[str, float]]:
-    """What the store keeps of a sample: sums that add nothing are left out."""
+def stored_figures(sample: ReportSample) -> list[tuple[str, float]]:
+    """The figures of a sample that are stored: sums that are 0 and gauges that are unknown are left out."""
     sums = [(name, getattr(sample, name)) for name in SUMS]
     gauges = [(name, getattr(sample, name)) for name in GAUGES]
     return [(name, value) for name, value in sums if value] + [
@@ -192,7 +179,7 @@ def figures(sample: ReportSample) -> list[tuple[str, float]]:
 
 
 def log_figures(tier: InstanceReport) -> dict[str, float]:
-    """One line's figures; what is not known is left out."""
+    """The figures of a line in the log; unknown ones are left out."""
     values = {
         "requests": round(tier.requests),
         "requests_per_s": tier.requests_per_s,
@@ -215,8 +202,8 @@ def log_figures(tier: InstanceReport) -> dict[str, float]:
 
 
 def _memory_from_s(oldest_s: int, now_s: int) -> int:
-    """From when on the memory is used: a point of the store that is joined of several must not hold samples
-    from both sides."""
+    """From when on samples are taken from memory: a point of the store that joins several samples must not
+    hold samples from both sides of it."""
     for step_s, keep_s in STEPS:
         if now_s - oldest_s < keep_s - JOIN_SLACK_S:
             return -(-oldest_s // step_s) * step_s
@@ -224,7 +211,7 @@ def _memory_from_s(oldest_s: int, now_s: int) -> int:
 
 
 def series_of(instance: Instance, figure: str) -> str:
-    """What the store calls a figure of an instance's samples."""
+    """The name in the store of one figure of an instance's samples."""
     return f"{PREFIX}{instance.kind}/{instance.tier}/{instance.name}/{figure}"
 
 

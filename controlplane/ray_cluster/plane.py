@@ -21,7 +21,7 @@ from ray.serve.schema import ApplicationStatus
 
 from controlplane.controller.api import ControllerApi, Method, P, R
 from controlplane.controller.handle import find_controller
-from controlplane.controller.ray_cordons import let_go_of_all
+from controlplane.controller.ray_cordons import release_all_gpus
 from controlplane.core.cluster.snapshot import ClusterSnapshot
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.event import Event
@@ -146,7 +146,7 @@ def stop_controller(namespace: str) -> None:
     if controller is not None:
         controller.kill()
     stop_node_agents(namespace)
-    let_go_of_all(namespace)
+    release_all_gpus(namespace)
 
 
 def call_controller(

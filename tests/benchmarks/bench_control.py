@@ -23,7 +23,6 @@ from dataclasses import dataclass, field, replace
 import click
 import psutil
 
-from controlplane.controller import checkpoint
 from controlplane.controller.controller import GC_THRESHOLDS, Controller, ControllerRules
 from controlplane.controller.registry import Registry
 from controlplane.core.cluster.tier_spec import TierSpec
@@ -72,12 +71,13 @@ class Fleet:
     replicas: dict[str, Endpoint] = field(default_factory=dict)
     known: dict[str, GpuInfoCache] = field(default_factory=dict)
     """What the controller was told of each node's GPUs."""
+    registry: Registry = field(init=False)
     controller: Controller = field(init=False)
 
     def __post_init__(self) -> None:
-        registry = Registry(epoch="bench", heartbeat_s=2.0, now_s=self.clock, unix_s=self.clock)
+        self.registry = Registry(epoch="bench", heartbeat_s=2.0, now_s=self.clock, unix_s=self.clock)
         self.controller = Controller(
-            registry,
+            self.registry,
             heartbeat_s=2.0,
             now_s=self.clock,
             unix_s=self.clock,
@@ -202,16 +202,16 @@ class Fleet:
                     del self.replicas[name]
                     self.controller.deregister(name, "drained")
         missing = LEASED_OF_8 * self.nodes - len(self.replicas)
-        missing += sum(1 for move in self.controller.work.migrations.values() if move.surged)
+        missing += sum(1 for migration in self.controller.activity().migrations if migration.surged)
         for number in range(min(missing, 5)):
             self.start(f"tier-{number % TIERS}", f"node-{(self.seq + number) % self.nodes:05d}")
 
     def return_some(self) -> None:
         """An operator lets GPUs return, or all would be gone after a while."""
-        for uuid in list(self.controller.fleet.out_of_use())[
-            : max(0, len(self.controller.fleet.out_of_use()) - 3)
+        for uuid in list(self.controller.gpus_out_of_use())[
+            : max(0, len(self.controller.gpus_out_of_use()) - 3)
         ]:
-            self.controller.fleet.uncordon_gpu(uuid, "mended", now_s=self.now_s)
+            self.controller.uncordon(uuid, "mended")
 
 
 def reading(info: GpuInfo, level: int) -> GpuSample:
@@ -245,7 +245,7 @@ def measure(nodes: int, ticks: int) -> dict[str, float]:
         fleet.controller.observe_node(sample.node_id, sample, [])
     fleet.fill()
     fleet.controller.observe_nodes(fleet.infos.keys())
-    process, keeper = psutil.Process(), checkpoint.CheckpointWriter(0.0)
+    process = psutil.Process()
     spent_ms: list[float] = []
     decide_ms: list[float] = []
     cpu_ms: list[float] = []
@@ -265,9 +265,8 @@ def measure(nodes: int, ticks: int) -> dict[str, float]:
         seen_s = time.perf_counter()
         fleet.controller.observe_nodes(alive)
         done = fleet.controller.tick()
-        registry = fleet.controller.registry
-        if registry.take_events():
-            keeper.values(fleet.controller.fleet, fleet.controller.desk.table, fleet.controller.work)
+        if fleet.registry.take_events():
+            fleet.controller.checkpoint()
         ended_s, ended_cpu_s = time.perf_counter(), time.thread_time()
         moves += sum(item.kind == "settling" for item in done)
         if tick >= 20:

@@ -5,19 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from weakref import WeakKeyDictionary
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from controlplane.controller import checkpoint
-from controlplane.controller.controller import Controller
-from controlplane.controller.operator_actions import OperatorActions
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
 from controlplane.core.gpus.health import GpuState
 from controlplane.core.gpus.leases import WHOLE_MILLI
-from controlplane.core.json_values import StoredState
 from controlplane.core.placement.gangs import GangShape
 from controlplane.core.reconcile.in_progress import InProgress
 from controlplane.core.reconcile.migrations import (
@@ -97,7 +92,7 @@ def strike(world: World, trouble: tuple[str, object, object]) -> None:
             else:
                 world.nodes[str(what)] = NODES[str(what)]
         case "cordon" | "drain" | "uncordon" | "restart":
-            answer = getattr(OperatorActions(world.controller), kind)(str(what), "because")
+            answer = getattr(world.controller, kind)(str(what), "because")
             assert answer.reason
         case "engine lost" if replicas:
             assert isinstance(what, int)
@@ -116,7 +111,7 @@ def strike(world: World, trouble: tuple[str, object, object]) -> None:
             assert isinstance(what, int)
             replicas[what % len(replicas)].obeys = not how
         case "controller killed":
-            restart_controller(world, vouched=bool(what))
+            restart_controller(world, same_cluster=bool(what))
         case "seconds":
             assert isinstance(what, int)
             for _ in range(what):
@@ -124,50 +119,43 @@ def strike(world: World, trouble: tuple[str, object, object]) -> None:
                 check(world)
 
 
-def restart_controller(world: World, *, vouched: bool) -> None:
-    old = world.controller
-    values = checkpoint.to_values(old.fleet, old.desk.table, old.work, 7.0)
-    world.start_controller("e2", settle_s=6.0)
-    new = world.controller
-    stored = StoredState(values)
-    checkpoint.restore_gpus(stored, new.fleet, 7.0)
-    if vouched:
-        checkpoint.restore_plane(
-            StoredState(values), new.fleet, new.desk.table, new.work, now_s=world.clock.s, shift_s=7.0
-        )
-        new.settle()
-        assert checkpoint.to_values(new.fleet, new.desk.table, new.work, 7.0) == values
+def restart_controller(world: World, *, same_cluster: bool) -> None:
+    stored = world.restart_controller(same_cluster=same_cluster)
+    if same_cluster:
+        assert world.controller.checkpoint() == stored
 
 
 def check(world: World) -> None:
-    """No GPU is leased twice or over-committed, by the book and by what the replicas were told."""
-    book = world.controller.desk.table
-    kept_by_changes(world)
+    """No GPU is leased twice or over-committed, by the controller's leases and by those of the replicas."""
+    leases = world.controller.leases
+    check_stored_leases(world)
     for uuid in GPUS:
-        milli, memory_bytes = book.used(uuid)
-        assert milli <= WHOLE_MILLI
-        assert memory_bytes <= 80 * GIB
-        told = [
+        parts = [part for lease in leases.values() for part in lease.parts if part.gpu_uuid == uuid]
+        assert sum(part.milli for part in parts) <= WHOLE_MILLI
+        assert sum(part.memory_bytes for part in parts) <= 80 * GIB
+        held = [
             part.milli
             for replica in world.replicas.values()
             if replica.lease is not None
             for part in replica.lease.parts
             if part.gpu_uuid == uuid
         ]
-        assert sum(told) <= WHOLE_MILLI, f"{uuid} is in use by {told}"
-    for move in world.controller.work.migrations.values():
-        assert move.reason
+        assert sum(held) <= WHOLE_MILLI, f"{uuid} is in use by {held}"
+    for migration in world.migrations.values():
+        assert migration.reason
 
 
-keepers: WeakKeyDictionary[Controller, checkpoint.CheckpointWriter] = WeakKeyDictionary()
-
-
-def kept_by_changes(world: World) -> None:
-    """What is gathered from the changes is what gathering everything anew gives."""
-    controller = world.controller
-    keeper = keepers.setdefault(controller, checkpoint.CheckpointWriter(3.0))
-    state = (controller.fleet, controller.desk.table, controller.work)
-    assert keeper.values(*state) == checkpoint.to_values(*state, 3.0)
+def check_stored_leases(world: World) -> None:
+    """The leases of a checkpoint, which are gathered from changes, are all leases that there are."""
+    stored = {key: value for key, value in world.controller.checkpoint().items() if key.startswith("lease/")}
+    assert stored == {
+        f"lease/{holder}": {
+            "generation": lease.generation,
+            "node_id": lease.node_id,
+            "parts": [[part.gpu_uuid, part.milli, part.memory_bytes] for part in lease.parts],
+        }
+        for holder, lease in world.controller.leases.items()
+    }
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow], phases=STORY_PHASES)
@@ -176,7 +164,10 @@ def test_nothing_is_leased_twice_and_all_comes_to_rest(
     shape: GangShape, replicas: int, story: list[tuple[str, object, object]]
 ) -> None:
     world = World(
-        {name: list(uuids) for name, uuids in NODES.items()}, {"small": replicas, "other": 1}, shape
+        {name: list(uuids) for name, uuids in NODES.items()},
+        {"small": replicas, "other": 1},
+        shape,
+        shift_s=7.0,
     )
     world.step(10)
     for trouble in story:
@@ -190,21 +181,21 @@ def test_nothing_is_leased_twice_and_all_comes_to_rest(
         replica.obeys = True
     world.step(20)
     for uuid in GPUS:
-        OperatorActions(world.controller).uncordon(uuid, "mended")
+        world.controller.uncordon(uuid, "mended")
     for name in (*NODES, "small", "other"):
-        OperatorActions(world.controller).uncordon(name, "mended")
+        world.controller.uncordon(name, "mended")
     for _ in range(120):
         world.step()
         check(world)
-    before = world.controller.registry.events[-1].number
+    before = world.registry.events[-1].number
     for _ in range(30):
         world.step()
         assert world.controller.tick() == ()
-    assert world.controller.registry.events[-1].number == before, world.controller.registry.events[-3:]
-    work = world.controller.work
-    assert not work.migrations
-    assert not work.restarts
-    assert not work.drains
+    assert world.registry.events[-1].number == before, world.registry.events[-3:]
+    activity = world.controller.activity()
+    assert not activity.migrations
+    assert not activity.restarts
+    assert not activity.drains
     if shape.gpus == 1:
         assert world.ready("small") == replicas
         assert world.ready("other") == 1
@@ -243,8 +234,8 @@ def test_what_is_missing_never_cordons_and_never_scales(
     world.silent |= silent
     for _ in range(seconds):
         world.step()
-        assert not world.controller.fleet.out_of_use()
-        assert not world.controller.work.migrations
+        assert not world.controller.gpus_out_of_use()
+        assert not world.migrations
         assert {tier: target.replicas for tier, target in world.controller.targets().items()} == targets
     assert {uuid: world.holder_of(uuid) for uuid in GPUS} == holders
 

@@ -1,4 +1,4 @@
-"""A controller without Ray: nodes with GPUs, replicas that obey, and a clock that tests turn."""
+"""A controller without Ray: nodes with GPUs, replicas that obey commands, and a clock that tests advance."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
 from controlplane.core.gpus.findings import GpuRules
 from controlplane.core.gpus.leases import GpuLease, LeaseOutcome
+from controlplane.core.gpus.views import GpuView
+from controlplane.core.json_values import StoredState
 from controlplane.core.placement.gangs import GangShape
 from controlplane.core.reconcile.commands import ReplicaCommandKind
+from controlplane.core.reconcile.migrations import Migration
 from controlplane.core.reconcile.replica_targets import TierTarget, desired_replicas
 from controlplane.core.telemetry.samples import (
     Absence,
@@ -88,7 +91,7 @@ def xid(node_id: str, uuid: str, code: int, seq: int = 1) -> GpuEvent:
 
 @dataclass
 class Replica:
-    """A replica as Serve and the tier's deployment make it: it leases, reports and obeys."""
+    """A replica as Serve and the tier's deployment run it: it leases, reports and carries out commands."""
 
     endpoint: Endpoint
     shape: GangShape
@@ -109,20 +112,23 @@ class World:
     clock: Clock = field(default_factory=Clock)
     replicas: dict[str, Replica] = field(default_factory=dict)
     samples: dict[str, dict[str, dict[str, object]]] = field(default_factory=dict)
-    """Node → GPU → what its readings are, besides the usual."""
+    """Node → GPU → its readings that are not as usual."""
     silent: set[str] = field(default_factory=set)
-    """Nodes whose agent says nothing."""
+    """Nodes whose agent sends nothing."""
     events: list[GpuEvent] = field(default_factory=list)
     retry_s: dict[str, float] = field(default_factory=dict)
-    """Tier → when Serve tries again to start a replica that found no place."""
+    """Tier → when Serve tries again to start a replica that got no GPU."""
     scaled: set[str] = field(default_factory=set)
     """Tiers that scale: without a target Serve leaves them as they are."""
     targets: dict[str, TierTarget] = field(default_factory=dict)
-    """What Serve has heard last."""
-    goes_by: dict[str, int] = field(default_factory=dict)
-    """Tier → how many Serve keeps."""
-    born: int = 0
+    """What Serve has fetched last."""
+    serve_counts: dict[str, int] = field(default_factory=dict)
+    """Tier → the number of replicas that Serve runs."""
+    shift_s: float = 0.0
+    """Wall clock less monotonic clock, for the next controller that is started."""
+    started: int = 0
     seq: int = 0
+    registry: Registry = field(init=False)
     controller: Controller = field(init=False)
 
     def __post_init__(self) -> None:
@@ -132,27 +138,42 @@ class World:
         rules = ControllerRules(
             gpus=GpuRules(hold_initial_s=30.0, hot_for_s=5.0, probation_s=5.0, suspect_for_s=10.0)
         )
-        registry = Registry(epoch=epoch, heartbeat_s=HEARTBEAT_S, now_s=self.clock, unix_s=self.clock)
+        self.registry = Registry(epoch=epoch, heartbeat_s=HEARTBEAT_S, now_s=self.clock, unix_s=self.unix_s)
         self.controller = Controller(
-            registry,
+            self.registry,
             heartbeat_s=HEARTBEAT_S,
             now_s=self.clock,
-            unix_s=self.clock,
+            unix_s=self.unix_s,
             rules=rules,
             settle_s=settle_s,
         )
         if declared:
             self.declare()
 
+    def restart_controller(self, *, same_cluster: bool, declared: bool = True) -> dict[str, Any]:
+        """The controller's process dies, and the next one takes over what was stored: all of it if
+        ``same_cluster``, else only the health of GPUs. Returns what was stored."""
+        values = self.controller.checkpoint()
+        stored = StoredState(values)
+        self.start_controller("e2", settle_s=6.0, declared=declared)
+        self.controller.restore_gpus(stored)
+        if same_cluster:
+            self.controller.restore(stored)
+        return values
+
+    def unix_s(self) -> float:
+        """The wall clock."""
+        return self.clock.s + self.shift_s
+
     def declare(self) -> None:
-        """The gateway's part."""
+        """What a gateway declares."""
         specs = [TierSpec(tier, "m", "simulated", count, 10) for tier, count in self.tiers.items()]
         self.controller.declare(specs, HEARTBEAT_S)
 
     # --- what the rest of the plane does ---------------------------------------------------------------
 
     def observe(self) -> None:
-        """Every agent says what it sees."""
+        """Every agent sends a sample."""
         self.seq += 1
         for node_id, uuids in self.nodes.items():
             if node_id in self.silent:
@@ -172,12 +193,12 @@ class World:
             self.targets = self.controller.targets()
         for tier, configured in self.tiers.items():
             mine = [name for name, replica in self.replicas.items() if replica.endpoint.tier == tier]
-            present = self.goes_by.setdefault(tier, configured) if tier in self.scaled else None
+            present = self.serve_counts.setdefault(tier, configured) if tier in self.scaled else None
             target = self.targets.get(tier)
             wanted = desired_replicas(
-                target, self.clock.s, configured=configured, running=mine, present=present
+                target, self.unix_s(), configured=configured, running=mine, present=present
             ).replicas
-            self.goes_by[tier] = wanted
+            self.serve_counts[tier] = wanted
             if wanted > len(mine) and self.clock.s >= self.retry_s.get(tier, 0.0):
                 started = [self.start(tier) for _ in range(wanted - len(mine))]
                 if None in started:
@@ -191,8 +212,8 @@ class World:
 
     def start(self, tier: str) -> Replica | None:
         """A new replica of the tier, where the controller leases it GPUs; None if nowhere."""
-        self.born += 1
-        name = f"{tier}-{self.born}"
+        self.started += 1
+        name = f"{tier}-{self.started}"
         for node_id in self.nodes:
             answer = self.controller.lease_gpus(name, 1, node_id, self.shape, tier)
             if answer.outcome is LeaseOutcome.GRANTED:
@@ -265,20 +286,25 @@ class World:
     def settle(self) -> None:
         """All replicas are there and the controller knows everybody."""
         self.step(12)
-        assert not self.controller.registry.warming
+        assert not self.registry.warming
 
-    # --- what tests ask --------------------------------------------------------------------------------
+    # --- what tests look at ----------------------------------------------------------------------------
 
     def ready(self, tier: str) -> int:
-        return sum(
-            item.state is EndpointState.READY and item.tier == tier
-            for item in self.controller.registry.endpoints.values()
-        )
+        return sum(item.state is EndpointState.READY for item in self.controller.endpoints_of(tier))
 
     def holder_of(self, uuid: str) -> tuple[str, ...]:
-        return self.controller.desk.table.holders(uuid)
+        leases = self.controller.leases.values()
+        return tuple(lease.holder for lease in leases if uuid in lease.gpu_uuids)
+
+    def gpu(self, uuid: str) -> GpuView:
+        [view] = [view for view in self.controller.gpus() if view.uuid == uuid]
+        return view
+
+    @property
+    def migrations(self) -> dict[str, Migration]:
+        """By endpoint id."""
+        return {item.endpoint_id: item for item in self.controller.activity().migrations}
 
     def kinds(self, subject: str = "") -> list[str]:
-        return [
-            event.kind for event in self.controller.registry.events if not subject or event.subject == subject
-        ]
+        return [event.kind for event in self.registry.events if not subject or event.subject == subject]

@@ -1,5 +1,5 @@
-"""The live half of scaling: what gateways, engines and GPUs say → targets and advice, every few seconds."""
+"""The live half of scaling: from counters and engine readings to targets and recommendations."""
 
-from controlplane.controller.scaling.loop import Scaling
+from controlplane.controller.scaling.scaler import PlaneScaler
 
-__all__ = ["Scaling"]
+__all__ = ["PlaneScaler"]

@@ -1,4 +1,4 @@
-"""The last minutes of every tier, for advice."""
+"""The last minutes of every tier, as the recommendations' rules compare them."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ def conditions(
     controller: Controller, specs: Iterable[TierSpec], scalers: ScalingRound, window_s: float, now_s: float
 ) -> dict[str, TierCondition]:
     """By tier, over ``window_s``. ``scalers`` has what was learned of each tier's engines."""
-    figures = controller.demand.figures(now_s, controller.heartbeat_s, window_s)
+    figures = controller.traffic_figures(window_s)
     return {spec.name: _condition(controller, spec, scalers, figures[spec.name], now_s) for spec in specs}
 
 
 def _condition(
-    controller: Controller, spec: TierSpec, scalers: ScalingRound, seen: TierFigures, now_s: float
+    controller: Controller, spec: TierSpec, scalers: ScalingRound, figures: TierFigures, now_s: float
 ) -> TierCondition:
-    plan, scaler, latency = spec.plan, scalers.scaler(spec.name), seen.latency_p95_s
-    mine = [item for item in controller.registry.endpoints.values() if item.tier == spec.name]
-    gpu, memory, name = _busiest(controller, mine, seen, spec, now_s)
+    plan, scaler, latency = spec.plan, scalers.scaler(spec.name), figures.latency_p95_s
+    endpoints = controller.endpoints_of(spec.name)
+    load, memory, load_name = _highest_load(controller, endpoints, figures, spec)
     return TierCondition(
         tier=spec.name,
-        replicas=sum(item.state not in ENDED for item in mine),
+        replicas=sum(item.state not in ENDED for item in endpoints),
         min_replicas=plan.rule.settings.min_replicas,
         max_replicas=plan.rule.settings.max_replicas,
         gpus_per_replica=plan.rule.gpus_per_replica,
         tensor_parallel=plan.tensor_parallel,
-        gpu_ratio=gpu,
-        load_name=name,
+        gpu_ratio=load,
+        load_name=load_name,
         memory_ratio=memory,
-        kv_ratio=_fullest(controller, mine, now_s),
+        kv_ratio=_highest_kv_ratio(controller, endpoints, now_s),
         latency_ms=replace(latency, value=None if latency.value is None else latency.value * 1000),
         latency_limit_ms=plan.latency_limit_ms,
-        queue=seen.waiting,
-        error_ratio=seen.failed_ratio,
-        requests_per_s=seen.arrivals_per_s,
-        attainment=seen.attainment,
+        queue=figures.waiting,
+        error_ratio=figures.failed_ratio,
+        requests_per_s=figures.arrivals_per_s,
+        attainment=figures.attainment,
         goal=plan.rule.settings.slo.attainment,
         capacity=scaler.capacity,
         work=scaler.work,
@@ -52,14 +52,13 @@ def _condition(
     )
 
 
-def _busiest(
-    controller: Controller, endpoints: Sequence[Endpoint], seen: TierFigures, spec: TierSpec, now_s: float
+def _highest_load(
+    controller: Controller, endpoints: Sequence[Endpoint], figures: TierFigures, spec: TierSpec
 ) -> tuple[Signal, Signal, str]:
-    """Utilisation and memory of the tier's busiest and fullest GPU; without GPUs, the used share of its slots
-    and nothing."""
-    fleet = controller.fleet
+    """The highest utilisation and memory use among the tier's GPUs, in [0, 1], and what the first one
+    measures. For a tier without GPUs, the share of its slots in use, and MISSING."""
     uuids = {uuid for endpoint in endpoints for uuid in endpoint.gpu_uuids}
-    signals = [fleet.signals(uuid, now_s) for uuid in uuids if uuid in fleet.records]
+    signals = [found for uuid in uuids if (found := controller.gpu_signals(uuid)) is not None]
     if signals:
         return (
             _highest([item.gpu_ratio for item in signals]),
@@ -67,20 +66,19 @@ def _busiest(
             GPU_LOAD,
         )
     slots = spec.concurrency_limit * sum(item.state in SERVING for item in endpoints)
-    busy = seen.in_flight
-    if uuids or not slots or busy.value is None:
-        nothing = missing("its GPUs are not measured")
-        return nothing, nothing, GPU_LOAD
-    return replace(busy, value=busy.value / slots), missing("it has no GPU"), SLOT_LOAD
+    in_flight = figures.in_flight
+    if uuids or not slots or in_flight.value is None:
+        unknown = missing("its GPUs are not measured")
+        return unknown, unknown, GPU_LOAD
+    return replace(in_flight, value=in_flight.value / slots), missing("it has no GPU"), SLOT_LOAD
 
 
-def _fullest(controller: Controller, endpoints: Iterable[Endpoint], now_s: float) -> Signal:
-    engines = controller.engines
+def _highest_kv_ratio(controller: Controller, endpoints: Iterable[Endpoint], now_s: float) -> Signal:
     return _highest(
         [
-            engines[item.endpoint_id].load(now_s).kv_usage_ratio
+            engine.load(now_s).kv_usage_ratio
             for item in endpoints
-            if item.endpoint_id in engines
+            if (engine := controller.engine_telemetry(item.endpoint_id)) is not None
         ]
     )
 
@@ -88,4 +86,4 @@ def _fullest(controller: Controller, endpoints: Iterable[Endpoint], now_s: float
 def _highest(signals: Iterable[Signal]) -> Signal:
     """The highest of the fresh ones; MISSING if there is none."""
     fresh = [item for item in signals if item.freshness is Freshness.FRESH and item.value is not None]
-    return max(fresh, key=lambda item: item.value or 0.0) if fresh else missing("nothing fresh is known")
+    return max(fresh, key=lambda item: item.value or 0.0) if fresh else missing("no fresh reading")

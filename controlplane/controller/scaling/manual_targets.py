@@ -1,4 +1,4 @@
-"""Numbers of replicas that a person sets: what can be set, for how long, and what is noted of it."""
+"""Replicas that an operator sets by hand: what can be set, for how long, and the events about it."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from controlplane.core.reconcile.migrations import OPERATOR
 
 
 class ManualTargets:
-    """The controller's numbers set by hand; those that end leave their tier to the policy."""
+    """Overrides by tier. When one ends, its tier is left to the scaling policy."""
 
     def __init__(self, controller: Controller) -> None:
         self.overrides = Overrides()
         self._controller = controller
 
     def scale(self, name: str, replicas: int | None, for_s: float | None, reason: str) -> ActionResponse:
-        """Give a tier that number of replicas, for a while or until this is ended; None ends it. It wins over
-        the policy; a tier that is drained or held has none all the same."""
+        """Set a tier's replicas, for ``for_s`` seconds or until it is ended; None ends it. An override wins
+        over the policy; a drained or held tier has no replicas all the same."""
         controller = self._controller
-        spec = next((item for item in controller.registry.tiers if item.name == name), None)
+        spec = next((item for item in controller.tiers if item.name == name), None)
         if spec is None:
-            known = ", ".join(item.name for item in controller.registry.tiers)
+            known = ", ".join(item.name for item in controller.tiers)
             return ActionResponse(ActionOutcome.UNKNOWN, f"there is no tier '{name}': there is {known}")
         if spec.scaling is None:
             return ActionResponse(
@@ -32,7 +32,7 @@ class ManualTargets:
             if not self.overrides.end(name):
                 return ActionResponse(ActionOutcome.UNCHANGED, "no number was set by hand", (name,))
             controller.unpublish([name])
-            controller.registry.note("scaling resumed", name, reason, name, actor=OPERATOR)
+            controller.note("scaling resumed", name, reason, name, actor=OPERATOR)
             return ActionResponse(ActionOutcome.DONE, f"tier {name}: no longer set by hand", (name,))
         if not 0 <= replicas <= spec.scaling.ceiling:
             setting = "tiers[].scaling.max_replicas"
@@ -42,12 +42,11 @@ class ManualTargets:
         if not self.overrides.set(name, Override(replicas, reason, until)):
             return ActionResponse(ActionOutcome.UNCHANGED, "it was so already", (name,))
         text = f"{replicas} replicas{'' if for_s is None else f' for {for_s:g} s'}"
-        controller.registry.note("scale", name, f"{text}: {reason}", name, actor=OPERATOR)
+        controller.note("scale", name, f"{text}: {reason}", name, actor=OPERATOR)
         return ActionResponse(ActionOutcome.DONE, f"tier {name}: {text}", (name,))
 
     def expire(self, unix_s: float) -> None:
-        """End those whose time is over."""
+        """End the overrides whose time is over."""
         for tier in self.overrides.expire(unix_s):
-            text = "the time of the number set by hand is over"
-            self._controller.registry.note("scaling resumed", tier, text, tier)
+            self._controller.note("scaling resumed", tier, "the time of the number set by hand is over", tier)
             self._controller.unpublish([tier])

@@ -1,4 +1,4 @@
-"""What gateways and people are told of scaling."""
+"""What gateways and operators are shown about scaling."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from controlplane.core.recommendations.log import RecommendationLog
 from controlplane.core.recommendations.views import TierScalingView
 
 FORECAST_STEP = 0.1
-"""A forecast that changed by less than this share is not told anew."""
+"""A forecast that changed by less than this share is not published again: each change is a new snapshot for
+every gateway."""
 
 
 class ScalingReporter:
-    """Tells gateways what they show, when it is worth telling."""
+    """Publishes for snapshots what changed."""
 
     def __init__(self, controller: Controller) -> None:
         self._controller = controller
-        self._told: tuple[TierScaling, ...] = ()
+        self._published: tuple[TierScaling, ...] = ()
 
-    def tell(self, decisions: Mapping[str, RoundDecision], recommendations: RecommendationLog) -> None:
-        """After each tick."""
+    def publish(self, decisions: Mapping[str, RoundDecision], recommendations: RecommendationLog) -> None:
+        """To be called after each tick."""
         kinds = {
             item.recommendation.instance: item.recommendation.kind.value for item in recommendations.open
         }
         base_targets = self._controller.base_targets()
-        before = {item.tier: item.forecast_per_s for item in self._told}
+        before = {item.tier: item.forecast_per_s for item in self._published}
         new = tuple(
             TierScaling(
                 tier,
@@ -41,9 +42,9 @@ class ScalingReporter:
             )
             for tier, decision in decisions.items()
         )
-        if new != self._told:
-            self._told = new
-            self._controller.registry.tell_scaling(new)
+        if new != self._published:
+            self._published = new
+            self._controller.publish_scaling(new)
 
 
 def _forecast(decision: RoundDecision, before: float | None) -> float:
@@ -62,18 +63,15 @@ def view(
     each_per_s: float,
     cold_start_s: float,
 ) -> TierScalingView:
-    """One tier for people; ``decision`` None: it was not looked at yet."""
-    base = controller.base_targets()[spec.name]
-    serving = sum(
-        item.state in SERVING for item in controller.registry.endpoints.values() if item.tier == spec.name
-    )
+    """One tier for operators; ``decision`` is None before the first tick."""
+    base_target = controller.base_targets()[spec.name]
     forecast = decision.asked.forecast if decision is not None else None
     return TierScalingView(
         tier=spec.name,
-        replicas=serving,
-        target=base,
-        wanted=decision.target if decision is not None else base,
-        reason=decision.reason if decision is not None else "not looked at yet",
+        replicas=sum(item.state in SERVING for item in controller.endpoints_of(spec.name)),
+        target=base_target,
+        wanted=decision.target if decision is not None else base_target,
+        reason=decision.reason if decision is not None else "not decided yet",
         mode="by hand" if override is not None else mode if spec.plan.autoscaled else "fixed",
         forecast_per_s=forecast.mean_per_s if forecast is not None else None,
         each_per_s=each_per_s if decision is not None else 0.0,

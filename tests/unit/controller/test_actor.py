@@ -10,7 +10,8 @@ import pytest
 
 from controlplane.config import ControllerConfig
 from controlplane.controller import ray_cordons
-from controlplane.controller.actor import control_rules, scrape_targets, store_path
+from controlplane.controller.actor import controller_rules, store_path
+from controlplane.controller.loops import scrape_targets
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
 
 ENDPOINT = Endpoint(
@@ -36,11 +37,11 @@ def test_the_store_is_where_the_configuration_says(run_dir: Path) -> None:
 
 
 def test_the_rules_are_those_of_the_configuration() -> None:
-    rules = control_rules(
+    rules = controller_rules(
         ControllerConfig(overheat_after_s=7.0, cordon_hold_s=8.0, hang_after_s=9.0, crash_limit=2)
     )
     assert (rules.gpus.hot_for_s, rules.gpus.hold_initial_s) == (7.0, 8.0)
-    assert (rules.hangs.after_s, rules.reconcile.crash_limit) == (9.0, 2)
+    assert (rules.stalls.after_s, rules.reconcile.crash_limit) == (9.0, 2)
 
 
 def test_engines_that_serve_and_have_metrics_are_read_with_their_secret() -> None:
@@ -61,7 +62,7 @@ class Ray:
         self.asked: list[tuple[str, str]] = []
         monkeypatch.setattr(ray_cordons, "held_gpus", lambda namespace: set(self.held))
         monkeypatch.setattr(ray_cordons, "_hold", self.hold)
-        monkeypatch.setattr(ray_cordons, "_let_go", self.let_go)
+        monkeypatch.setattr(ray_cordons, "_release", self.let_go)
 
     def hold(self, uuid: str, node_id: str, namespace: str) -> bool:
         self.held.add(uuid)
@@ -100,5 +101,5 @@ def test_what_returns_is_let_go_and_what_a_lost_controller_held_is_found(
     assert ray_cordons.hold_gpus("tierplane", {"g2": "n1"}, {"n1": 8})
     assert ray.held == {"g2"}
     assert ray.asked == []
-    assert ray_cordons.let_go_of_all("tierplane") == 1
+    assert ray_cordons.release_all_gpus("tierplane") == 1
     assert ray.held == set()

@@ -97,7 +97,7 @@ async def test_a_message_has_its_shape_and_a_signature_that_fits() -> None:
         async with delivering(
             {"url": receiver.url, "secret_env": "HOOK_SECRET"}, environ=environ
         ) as delivery:
-            delivery.tell([notice()])
+            delivery.deliver([notice()])
             await until_async(lambda: receiver.taken)
             await until_async(lambda: delivery.views[0].delivered == 1)
     request, body = receiver.calls[0]
@@ -140,7 +140,7 @@ def test_a_signature_changes_with_everything_that_it_covers() -> None:
 
 async def test_without_a_secret_nothing_is_signed() -> None:
     async with receiving() as receiver, delivering({"url": receiver.url}) as delivery:
-        delivery.tell([notice()])
+        delivery.deliver([notice()])
         await until_async(lambda: receiver.taken)
         assert SIGNATURE not in receiver.calls[0][0].headers
 
@@ -149,9 +149,9 @@ async def test_without_a_secret_nothing_is_signed() -> None:
 async def test_what_is_not_taken_is_sent_again_and_the_order_holds(status: int) -> None:
     async with receiving() as receiver, delivering({"url": receiver.url}) as delivery:
         receiver.statuses = [status, status]
-        delivery.tell([notice("a")])
+        delivery.deliver([notice("a")])
         await until_async(lambda: receiver.calls)
-        delivery.tell([notice("b"), notice("a", AlertTransition.RESOLVED)])
+        delivery.deliver([notice("b"), notice("a", AlertTransition.RESOLVED)])
         await until_async(lambda: len(receiver.taken) == 3)
         assert receiver.subjects == ["a", "b", "a"]
         assert [item["event"] for item in receiver.taken] == ["firing", "firing", "resolved"]
@@ -168,10 +168,10 @@ async def test_what_will_never_be_taken_is_given_up_at_once_and_said(status: int
         receiver.headers = {"location": receiver.url}
         with capture_logs() as logs:
             async with delivering({"url": receiver.url}) as delivery:
-                delivery.tell([notice("a")])
+                delivery.deliver([notice("a")])
                 await until_async(lambda: delivery.views[0].failed == 1)
                 assert delivery.views[0].problem == f"it answered {status}"
-                delivery.tell([notice("b")])
+                delivery.deliver([notice("b")])
                 await until_async(lambda: receiver.subjects == ["b"])
                 await until_async(lambda: delivery.views[0].problem == "")
         [said] = [line for line in logs if "given up" in line["event"]]
@@ -184,7 +184,7 @@ async def test_attempts_are_limited(free_port: Callable[[], int]) -> None:
     url = f"http://127.0.0.1:{free_port()}/x?token=s3cret"
     with capture_logs() as logs:
         async with delivering({"url": url, "max_attempts": 3}) as delivery:
-            delivery.tell([notice()])
+            delivery.deliver([notice()])
             await until_async(lambda: delivery.views[0].failed == 1)
     assert len([line for line in logs if "wait for a webhook" in line["event"]]) == 2
     assert "can't be reached" in delivery.views[0].problem
@@ -195,7 +195,7 @@ async def test_an_answer_that_does_not_come_is_not_waited_for() -> None:
     async with receiving() as receiver:
         receiver.silent = True
         async with delivering({"url": receiver.url, "timeout_s": 0.05, "max_attempts": 2}) as delivery:
-            delivery.tell([notice()])
+            delivery.deliver([notice()])
             await until_async(lambda: delivery.views[0].failed == 1)
             assert delivery.views[0].problem == "no answer in 0.05 s"
 
@@ -213,7 +213,7 @@ async def test_a_receiver_may_ask_for_a_pause(monkeypatch: pytest.MonkeyPatch) -
         receiver.headers = {"retry-after": "7"}
         async with delivering({"url": receiver.url}) as delivery:
             monkeypatch.setattr(asyncio, "sleep", sleep)
-            delivery.tell([notice()])
+            delivery.deliver([notice()])
             await until_async(lambda: receiver.taken)
             monkeypatch.undo()
     assert [each for each in slept if each > 1] == [7.0, 7.0]
@@ -230,17 +230,17 @@ async def test_too_many_leave_out_the_oldest_and_say_so(monkeypatch: pytest.Monk
     with capture_logs() as logs:
         async with receiving() as receiver:
             async with delivering({"url": receiver.url}) as delivery:
-                delivery.tell([notice(f"s{i}") for i in range(8)])
+                delivery.deliver([notice(f"s{i}") for i in range(8)])
                 assert delivery.views[0].dropped == 3
                 await until_async(lambda: len(receiver.taken) == 5)
     assert receiver.subjects == ["s3", "s4", "s5", "s6", "s7"]
     [said] = [line for line in logs if "too many wait" in line["event"]]
-    assert (said["log_level"], said["left_out"]) == ("error", 1)
+    assert (said["log_level"], said["dropped"]) == ("error", 1)
 
 
 async def test_many_go_in_a_few_messages() -> None:
     async with receiving() as receiver, delivering({"url": receiver.url}) as delivery:
-        delivery.tell([notice(f"s{i}") for i in range(250)])
+        delivery.deliver([notice(f"s{i}") for i in range(250)])
         await until_async(lambda: len(receiver.taken) == 250)
         assert receiver.subjects == [f"s{i}" for i in range(250)]
         assert len(receiver.calls) == 3
@@ -252,7 +252,7 @@ async def test_telling_never_waits() -> None:
         async with delivering({"url": receiver.url}) as delivery:
             began_s = time.monotonic()
             for _ in range(20):
-                delivery.tell([notice()])
+                delivery.deliver([notice()])
             assert time.monotonic() - began_s < 1.0
             await until_async(lambda: receiver.calls)
 
@@ -263,7 +263,7 @@ async def test_each_webhook_has_its_own_limit_and_pace() -> None:
         async with delivering(
             {"url": slow.url, "min_severity": "info"}, {"url": quick.url, "min_severity": "critical"}
         ) as delivery:
-            delivery.tell([notice("a", severity=Severity.WARNING), notice("b")])
+            delivery.deliver([notice("a", severity=Severity.WARNING), notice("b")])
             await until_async(lambda: [view.waiting for view in delivery.views] == [2, 0])
             assert quick.subjects == ["b"]
 
@@ -272,10 +272,10 @@ async def test_a_missing_secret_is_said_loudly_and_nothing_goes_out_unsigned() -
     async with receiving() as receiver:
         with capture_logs() as logs:
             async with delivering({"url": receiver.url, "secret_env": "HOOK_SECRET"}) as delivery:
-                delivery.tell([notice()])
+                delivery.deliver([notice()])
                 assert delivery.views[0].waiting == 1
                 assert "HOOK_SECRET is not set" in delivery.views[0].problem
-                kept = delivery.kept()
+                kept = delivery.checkpoint()
         assert receiver.calls == []
         [said] = [line for line in logs if line["log_level"] == "critical"]
         assert said["variable"] == "HOOK_SECRET"
@@ -293,29 +293,29 @@ async def test_what_waits_survives_a_restart_in_its_order() -> None:
     async with receiving() as receiver:
         receiver.silent = True
         async with delivering({"url": receiver.url}) as delivery:
-            delivery.tell([notice("a")])
+            delivery.deliver([notice("a")])
             await until_async(lambda: receiver.calls)
-            delivery.tell([notice("b")])
-            kept = delivery.kept()
-        assert delivery.kept() == kept, "closing loses nothing"
+            delivery.deliver([notice("b")])
+            kept = delivery.checkpoint()
+        assert delivery.checkpoint() == kept, "closing loses nothing"
         receiver.silent = False
         async with delivering({"url": receiver.url}) as again:
             again.restore(StoredState(json.loads(json.dumps(kept))))
-            again.tell([notice("c")])
+            again.deliver([notice("c")])
             await until_async(lambda: receiver.subjects[-3:] == ["a", "b", "c"])
-            await until_async(lambda: again.kept() == {})
+            await until_async(lambda: again.checkpoint() == {})
 
 
 async def test_webhooks_may_change_and_what_waits_for_one_that_stays_is_kept() -> None:
     async with receiving() as stays, receiving() as goes, receiving() as comes:
         stays.silent = goes.silent = True
         async with delivering({"url": stays.url}, {"url": goes.url}) as delivery:
-            delivery.tell([notice("a")])
+            delivery.deliver([notice("a")])
             await until_async(lambda: stays.calls and goes.calls)
             stays.silent = False
             changed = [{"url": comes.url}, {"url": stays.url, "min_severity": "info"}]
             delivery.configure([WebhookConfig.model_validate(each) for each in changed])
-            delivery.tell([notice("b", severity=Severity.INFO), notice("c")])
+            delivery.deliver([notice("b", severity=Severity.INFO), notice("c")])
             await until_async(lambda: stays.subjects == ["a", "b", "c"])
             await until_async(lambda: comes.subjects == ["c"])
             assert goes.subjects == []
@@ -324,7 +324,7 @@ async def test_webhooks_may_change_and_what_waits_for_one_that_stays_is_kept() -
 def test_the_log_says_it_by_severity() -> None:
     delivery = AlertDelivery([], {}, "tierplane")
     with capture_logs() as logs:
-        delivery.tell(
+        delivery.deliver(
             [
                 notice(),
                 notice(severity=Severity.WARNING),

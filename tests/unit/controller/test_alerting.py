@@ -11,8 +11,8 @@ import pytest
 
 from controlplane.config import ControllerConfig
 from controlplane.config.alerts import AlertsConfig
+from controlplane.controller.alert_delivery import AlertDelivery
 from controlplane.controller.alerting import Alerting
-from controlplane.controller.operator_actions import OperatorActions
 from controlplane.core.alerts import rules as names
 from controlplane.core.alerts.alert import AlertState, SubjectType
 from controlplane.core.alerts.signals import AlertSignals
@@ -20,7 +20,7 @@ from controlplane.core.alerts.views import AlertNotice, AlertTransition, AlertVi
 from controlplane.core.cluster.snapshot import GatewayInfo
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.endpoint import EndpointState
-from controlplane.core.json_values import StoredState
+from controlplane.core.json_values import StoredState, to_value
 from controlplane.core.reconcile.commands import ActionOutcome
 from controlplane.core.reconcile.migrations import CONTROLLER, TierHold
 from controlplane.core.telemetry.series import Signal, known_now, missing
@@ -42,7 +42,7 @@ class Rig:
         **alerts: Any,
     ) -> None:
         nodes = {name: [f"GPU-{name}-{i}" for i in range(2)] for name in ("node-a", "node-b")}
-        self.world = World(nodes, tiers or {"small": replicas})
+        self.world = World(nodes, tiers or {"small": replicas}, shift_s=SHIFT_S)
         self.warning = ""
         values = {"heartbeat_s": HEARTBEAT_S, "alerts": {"rules": rules or {}, **alerts}}
         self.config = ControllerConfig.model_validate(values)
@@ -52,7 +52,10 @@ class Rig:
 
     def make(self) -> None:
         self.alerting = Alerting(
-            self.world.controller, self.config.alerts, shift_s=SHIFT_S, store_warning=lambda: self.warning
+            self.world.controller,
+            self.config.alerts,
+            AlertDelivery((), {}, "plane"),
+            store_warning=lambda: self.warning,
         )
 
     def step(self, count: int = 1) -> list[str]:
@@ -60,7 +63,7 @@ class Rig:
         told: list[AlertNotice] = []
         for _ in range(count):
             self.world.step()
-            told += self.alerting.look()
+            told += self.alerting.evaluate()
         self.told += told
         return [
             f"{each.transition} {each.alert.rule.removeprefix('Tierplane')} {each.alert.subject}"
@@ -70,7 +73,7 @@ class Rig:
     @property
     def firing(self) -> list[AlertView]:
         """What fires now."""
-        return [each for each in self.alerting.answer(()).alerts if each.state is AlertState.FIRING]
+        return [each for each in self.alerting.response().alerts if each.state is AlertState.FIRING]
 
     def fail(self, tier: str = "small") -> None:
         """No replica of the tier comes up any more."""
@@ -99,7 +102,7 @@ def test_a_tier_that_is_down_rings_once_and_is_over_when_it_is_up() -> None:
     assert "restarting (out of memory)" in notice.alert.detail
     assert (notice.alert.value, notice.alert.threshold) == (0.0, 1)
     assert abs(notice.alert.since_unix_s - SHIFT_S - rig.world.clock.s) < 22
-    registry = rig.world.controller.registry
+    registry = rig.world.registry
     assert [alert.rule for alert in registry.snapshot(secrets=False).alerts] == ["TierplaneTierDown"]
     rig.mend()
     assert rig.step(10) == ["resolved TierDown small"]
@@ -115,9 +118,9 @@ def test_a_tier_that_is_down_rings_once_and_is_over_when_it_is_up() -> None:
 
 def test_a_tier_that_an_operator_drained_or_that_wants_none_is_not_down() -> None:
     rig = Rig(QUICK)
-    OperatorActions(rig.world.controller).drain("small", "its weights change")
+    rig.world.controller.drain("small", "its weights change")
     assert rig.step(60) == []
-    assert rig.world.controller.registry.snapshot(secrets=False).due == (("small", 0),)
+    assert rig.world.registry.snapshot(secrets=False).due == (("small", 0),)
     none = Rig(QUICK, tiers={"small": 1, "none": 0})
     assert none.step(60) == []
 
@@ -135,16 +138,17 @@ def test_a_tier_with_fewer_replicas_than_it_is_to_have_rings_later() -> None:
 def test_a_tier_that_the_controller_holds_rings_with_the_diagnosis() -> None:
     rig = Rig()
     now_s = rig.world.clock.s
-    rig.world.controller.work.holds["small"] = TierHold("bad flag", now_s, CONTROLLER, now_s + 600)
+    hold = TierHold("bad flag", now_s + SHIFT_S, CONTROLLER, now_s + SHIFT_S + 600)
+    rig.world.controller.restore(StoredState({"hold/small": to_value(hold)}))
     assert rig.step() == ["firing TierHeld small"]
     assert rig.told[0].alert.detail == "bad flag"
-    rig.world.controller.work.release("small")
+    rig.world.controller.uncordon("small")
     assert rig.step() == ["resolved TierHeld small"]
 
 
 def test_gpus_that_failed_ring_and_those_that_an_operator_took_do_not() -> None:
     rig = Rig()
-    OperatorActions(rig.world.controller).cordon("GPU-node-b-1", "a fan rattles")
+    rig.world.controller.cordon("GPU-node-b-1", "a fan rattles")
     rig.world.events.append(xid("node-b", "GPU-node-b-0", 79))
     assert rig.step(3) == ["firing GpuOutOfUse GPU-node-b-0"]
     assert "79" in rig.told[0].alert.detail
@@ -193,7 +197,7 @@ def test_a_node_that_was_empty_or_drained_may_go() -> None:
     rig.world.nodes.pop(empty)
     assert rig.step(5) == []
     drained = Rig(replicas=1)
-    OperatorActions(drained.world.controller).cordon("node-a", "a new kernel")
+    drained.world.controller.cordon("node-a", "a new kernel")
     drained.world.nodes.pop("node-a")
     assert drained.step(3) == []
 
@@ -218,8 +222,8 @@ def test_queue_and_places_come_from_the_gateways_and_without_one_are_not_known()
     report(51, 10)
     assert sorted(rig.step()) == ["firing QueueLong plane", "firing TierSaturated small"]
     rig.step(30)
-    assert rig.world.controller.registry.gateways == ()
-    assert {alert.state for alert in rig.alerting.watch.table.alerts} == {AlertState.FIRING}
+    assert rig.world.registry.gateways == ()
+    assert {alert.state for alert in rig.alerting.response().alerts} == {AlertState.FIRING}
     report(0, 0)
     assert sorted(rig.step()) == ["resolved QueueLong plane", "resolved TierSaturated small"]
 
@@ -234,10 +238,10 @@ def test_what_gateways_count_is_judged() -> None:
         ok, failed = ok + more_ok, failed + more_failed
         counted = TrafficCounters("small", ok + failed, ok + failed, failed, ok=ok, failed=failed)
         controller.gateway_report(GatewayInfo("g1", "n", "", traffic=(counted,)))
-        controller.demand.sample(["small"], [], rig.world.clock.s)
+        controller.record_traffic(["small"])
         return rig.step()
 
-    rig.world.controller.registry.declare([replace(SPEC, attainment=0.95)], HEARTBEAT_S)
+    controller.declare([replace(SPEC, attainment=0.95)], HEARTBEAT_S)
     told = [text for _ in range(10) for text in second(99, 1)]
     assert told == [], "one in a hundred"
     told = [text for _ in range(10) for text in second(50, 50)]
@@ -252,7 +256,7 @@ def test_a_tiers_slo_is_judged_by_what_that_tier_promises() -> None:
     tiers = {"strict": 0.99, "loose": 0.9, "silent": None}
     rig = Rig({"TierplaneSloMissed": {"for_s": 2.0}}, tiers=dict.fromkeys(tiers, 1))
     controller = rig.world.controller
-    controller.registry.declare(
+    controller.declare(
         [replace(SPEC, name=name, attainment=promised) for name, promised in tiers.items()], HEARTBEAT_S
     )
     judged = missed = 0
@@ -260,7 +264,7 @@ def test_a_tiers_slo_is_judged_by_what_that_tier_promises() -> None:
         judged, missed = judged + 100, missed + 3
         counted = [TrafficCounters(name, judged, judged, missed, ok=judged) for name in tiers]
         controller.gateway_report(GatewayInfo("g1", "n", "", traffic=tuple(counted)))
-        controller.demand.sample(tiers, [], rig.world.clock.s)
+        controller.record_traffic(tiers)
         told = rig.step()
         assert told == [] or (told == ["firing SloMissed strict"] and each == 3)
     [view] = rig.firing
@@ -272,7 +276,7 @@ def test_a_tiers_slo_is_judged_by_what_that_tier_promises() -> None:
 def test_figures_of_others_are_judged_and_what_is_missing_is_not() -> None:
     rig = Rig({"TierplaneRequestsFail": {"for_s": 0.0}, "TierplaneTierIdle": {"for_s": 0.0}})
     supplied: dict[str, dict[str, Signal]] = {}
-    rig.alerting.sources.append(lambda now_s: AlertSignals(supplied))
+    rig.alerting.sources.append(lambda: AlertSignals(supplied))
 
     def fresh(value: float) -> dict[str, Signal]:
         return {"small": known_now(value)}
@@ -343,9 +347,9 @@ def test_an_acknowledged_alert_is_not_told_again() -> None:
     assert done.outcome is ActionOutcome.DONE
     assert rig.alerting.acknowledge("TierplaneTierDown", "small", "bob").outcome is ActionOutcome.UNCHANGED
     assert rig.step(60) == []
-    [shown] = rig.world.controller.registry.snapshot(secrets=False).alerts
+    [shown] = rig.world.registry.snapshot(secrets=False).alerts
     assert shown.acknowledged == "ada"
-    event = rig.world.controller.registry.events[-1]
+    event = rig.world.registry.events[-1]
     assert (event.kind, event.subject, event.actor) == ("alert acknowledged", "small", "operator")
     rig.mend()
     assert rig.step(10) == ["resolved TierDown small"]
@@ -381,16 +385,16 @@ def test_a_silence_holds_back_what_it_names_and_is_listed() -> None:
     assert (done.outcome, done.subjects) == (ActionOutcome.DONE, ("1",))
     rig.fail()
     assert rig.step(20) == []
-    answer = rig.alerting.answer(())
+    answer = rig.alerting.response()
     [alert] = rig.firing
     assert alert.silenced_until_unix_s is not None
-    assert rig.world.controller.registry.snapshot(secrets=False).alerts[0].silenced
+    assert rig.world.registry.snapshot(secrets=False).alerts[0].silenced
     [silence] = answer.silences
     assert (silence.rule, silence.subject, silence.by) == ("TierplaneTierDown", "small", "ada")
     assert rig.alerting.unsilence(2, "ada").outcome is ActionOutcome.UNKNOWN
     assert rig.alerting.unsilence(1, "ada").outcome is ActionOutcome.DONE
     assert rig.step() == ["firing TierDown small"]
-    kinds = [event.kind for event in rig.world.controller.registry.events if event.actor == "operator"]
+    kinds = [event.kind for event in rig.world.registry.events if event.actor == "operator"]
     assert kinds == ["silence", "silence ended"]
 
 
@@ -406,10 +410,10 @@ def test_the_worst_is_listed_first() -> None:
     rig = Rig({"TierplaneTierDown": {"for_s": 2.0}, "TierplaneGpuBusy": {"threshold": 0.3, "for_s": 0.0}})
     rig.fail()
     rig.step()
-    states = [(alert.severity.value, alert.state.value) for alert in rig.alerting.answer(()).alerts]
+    states = [(alert.severity.value, alert.state.value) for alert in rig.alerting.response().alerts]
     assert states == [("critical", "pending"), ("warning", "pending"), *[("info", "firing")] * 4]
     rig.step(5)
-    assert rig.alerting.answer(()).alerts[0].state is AlertState.FIRING
+    assert rig.alerting.response().alerts[0].state is AlertState.FIRING
 
 
 # --- over a restart ----------------------------------------------------------------------------------------
@@ -421,30 +425,29 @@ def test_what_fires_and_silences_survive_the_controller() -> None:
     assert rig.step(10) == ["firing TierDown small"]
     rig.alerting.acknowledge("TierDown", "small", "ada")
     rig.alerting.silence("", "large", 600.0, "an upgrade", "ada")
-    values = json.loads(json.dumps(rig.alerting.kept()))
+    values = json.loads(json.dumps(rig.alerting.checkpoint()))
     [before] = rig.firing
+    rig.world.shift_s += 7.0
     rig.world.start_controller("e2")
-    rig.alerting = Alerting(
-        rig.world.controller, rig.config.alerts, shift_s=SHIFT_S + 7.0, store_warning=lambda: rig.warning
-    )
+    rig.make()
     rig.alerting.restore(StoredState(values))
-    shown = rig.world.controller.registry.snapshot(secrets=False)
+    shown = rig.world.registry.snapshot(secrets=False)
     assert [alert.acknowledged for alert in shown.alerts] == ["ada"], "gateways are told at once"
     assert rig.step(20) == [], "it was told before"
-    answer = rig.alerting.answer(())
+    answer = rig.alerting.response()
     [after] = rig.firing
     assert (after.acknowledged, after.since_unix_s) == ("ada", pytest.approx(before.since_unix_s))
     assert answer.silences[0].subject == "large"
     rig.mend()
     assert rig.step(20) == ["resolved TierDown small"]
-    assert {key.split("/")[0] for key in rig.alerting.kept()} == {"silence"}
+    assert {key.split("/")[0] for key in rig.alerting.checkpoint()} == {"silence"}
 
 
 def test_alerts_of_rules_that_are_no_more_are_left_out_and_of_those_switched_off_end() -> None:
     rig = Rig(QUICK)
     rig.fail()
     rig.step(10)
-    values = rig.alerting.kept()
+    values = rig.alerting.checkpoint()
     [key] = values
     values["alert/Old/small"] = {**values[key], "rule": "Old"}
     rig.config = ControllerConfig.model_validate(
@@ -460,7 +463,7 @@ def test_alerts_of_rules_that_are_no_more_are_left_out_and_of_those_switched_off
 def test_the_snapshots_version_grows_only_when_the_set_changes() -> None:
     rig = Rig(QUICK)
     rig.step(5)
-    registry = rig.world.controller.registry
+    registry = rig.world.registry
     before = registry.version
     rig.step(30)
     assert registry.version == before
@@ -476,11 +479,11 @@ def test_many_gpus_are_judged_in_little_time() -> None:
     nodes = {f"n{i}": [f"GPU-{i}-{j}" for j in range(8)] for i in range(100)}
     world = World(nodes, {"small": 1})
     world.settle()
-    alerting = Alerting(world.controller, AlertsConfig(), shift_s=0.0)
+    alerting = Alerting(world.controller, AlertsConfig(), AlertDelivery((), {}, "plane"))
     world.step()
     began_s = time.thread_time()
     for _ in range(5):
-        alerting.look()
+        alerting.evaluate()
     assert (time.thread_time() - began_s) / 5 < 0.25, "800 GPUs"
-    kinds = {alert.rule.kind for alert in alerting.watch.table.alerts}
+    kinds = {alert.kind for alert in alerting.response().alerts}
     assert kinds <= {SubjectType.GPU, SubjectType.TIER}

@@ -9,7 +9,7 @@ import pytest
 
 from controlplane.config import TierConfig
 from controlplane.config.scaling import ControllerScalingConfig
-from controlplane.controller.scaling import Scaling
+from controlplane.controller.scaling import PlaneScaler
 from controlplane.core.autoscaling.capacity import EngineSpeed
 from controlplane.core.cluster.assumed_gpu import assumed_gpu
 from controlplane.core.cluster.snapshot import GatewayInfo
@@ -110,7 +110,7 @@ class Rig:
 
     def connect(self) -> None:
         self.world.controller.declare([self.spec], HEARTBEAT_S)
-        self.scaling = Scaling(self.world.controller, ControllerScalingConfig())
+        self.scaling = PlaneScaler(self.world.controller, ControllerScalingConfig())
 
     def step(self, count: int) -> None:
         for _ in range(count):
@@ -134,7 +134,7 @@ def test_scaling_begins_with_the_speed_of_the_gpus_that_are_there() -> None:
     rig.connect()
     rig.step(20)
     assert rig.assumed == speeds(rig.spec)["H100-80G"], "most are"
-    told = [event.reason for event in rig.world.controller.registry.events if event.kind == "speed assumed"]
+    told = [event.reason for event in rig.world.registry.events if event.kind == "speed assumed"]
     assert len(told) == 1
     assert "H100-80G" in told[0]
     rig.spec = replace(rig.spec, replicas=1)

@@ -11,12 +11,18 @@ import pytest
 from controlplane.config.alerts import AlertsConfig
 from controlplane.config.scaling import ControllerScalingConfig
 from controlplane.controller import checkpoint
+from controlplane.controller.alert_delivery import AlertDelivery
 from controlplane.controller.alerting import Alerting
-from controlplane.controller.scaling import Scaling
+from controlplane.controller.scaling import PlaneScaler
+from controlplane.core.alerts import checkpoint as alerts_checkpoint
 from controlplane.core.alerts.alert import AlertState
+from controlplane.core.alerts.table import AlertTable
 from controlplane.core.gpus.health import GpuState
+from controlplane.core.gpus.inventory import GpuInventory
+from controlplane.core.gpus.leases import LeaseTable
 from controlplane.core.json_values import StoredState
 from controlplane.core.recommendations.rules import Breach, Figure, RecommendationKind
+from controlplane.core.reconcile.in_progress import InProgress
 from controlplane.core.reconcile.migrations import MigrationPhase
 from tests.support.controller import World
 
@@ -28,29 +34,25 @@ OTHER_KEYS = {"cluster", "heard"}
 
 
 class Restored:
-    """A controller, its scaling and its alerts after a restart."""
+    """The parts of a controller after a restart."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         self.stored = StoredState(values)
-        self.controller = World({}, {}).controller
-        self.scaling = Scaling(self.controller, ControllerScalingConfig())
-        self.alerting = Alerting(self.controller, AlertsConfig(), shift_s=SHIFT_S)
-        checkpoint.restore_gpus(self.stored, self.controller.fleet, SHIFT_S)
+        self.inventory, self.leases, self.in_progress = GpuInventory(), LeaseTable(), InProgress()
+        self.controller = World({}, {}, shift_s=SHIFT_S).controller
+        self.scaler = PlaneScaler(self.controller, ControllerScalingConfig())
+        self.alerting = Alerting(self.controller, AlertsConfig(), AlertDelivery((), {}, "plane"))
+        checkpoint.restore_gpus(self.stored, self.inventory, SHIFT_S)
         checkpoint.restore_plane(
-            self.stored,
-            self.controller.fleet,
-            self.controller.desk.table,
-            self.controller.work,
-            now_s=7.0,
-            shift_s=SHIFT_S,
+            *(self.stored, self.inventory, self.leases, self.in_progress), now_s=7.0, shift_s=SHIFT_S
         )
-        self.scaling.restore(self.stored)
+        self.scaler.restore(self.stored)
         self.alerting.restore(self.stored)
 
     def values(self) -> dict[str, Any]:
-        controller = self.controller
-        values = checkpoint.to_values(controller.fleet, controller.desk.table, controller.work, SHIFT_S)
-        values |= self.scaling.values() | self.alerting.kept()
+        writer = checkpoint.CheckpointWriter(SHIFT_S)
+        values = writer.values(self.inventory, self.leases, self.in_progress)
+        values |= self.scaler.checkpoint() | self.alerting.checkpoint()
         again: dict[str, Any] = json.loads(json.dumps(values))
         return again
 
@@ -63,7 +65,7 @@ def test_what_an_earlier_version_stored_is_restored_and_written_the_same() -> No
 
 def test_restored_values_have_their_types_and_the_process_clock() -> None:
     restored = Restored(STORED)
-    work, book = restored.controller.work, restored.controller.desk.table
+    work, leases = restored.in_progress, restored.leases.leases
     migration = work.migrations["small-a"]
     assert migration.phase is MigrationPhase.STARTING_ELSEWHERE
     assert (migration.since_s, migration.began_s) == (200.5, 190.25)
@@ -72,22 +74,24 @@ def test_restored_values_have_their_types_and_the_process_clock() -> None:
     assert work.stall_restarts == {"small-d": (205.0, 209.5)}
     assert work.holds["small"].until_s == 520.0
     assert work.holds["large"].until_s is None
-    assert [part.milli for part in book.leases["small-a"].parts] == [500, 1000]
-    assert book.leases["small-a"].renewed_s == 7.0
-    gpus, _ = restored.controller.fleet.state_to_store()
+    assert [part.milli for part in leases["small-a"].parts] == [500, 1000]
+    assert leases["small-a"].renewed_s == 7.0
+    gpus, _ = restored.inventory.state_to_store()
     health, must_leave = gpus["GPU-a1"]
     assert (health.state, must_leave) == (GpuState.CORDONED, True)
     assert (health.since_s, health.cordons_s) == (120.5, (60.25, 120.5))
-    log = restored.scaling.recommendations
+    log = restored.scaler.recommendations
     assert [item.number for item in log.open] == [3]
     [recommendation] = [item.recommendation for item in log.open]
     assert recommendation.kind is RecommendationKind.SCALE_OUT
     assert recommendation.named == (Breach(Figure.LOAD, 0.95), Breach(Figure.QUEUE, 50.0))
     assert restored.controller.published["small"].replicas == 3
-    down, missed = restored.alerting.watch.table.alerts
+    table = AlertTable()
+    alerts_checkpoint.restore(restored.stored, table, SHIFT_S)
+    down, missed = table.alerts
     assert (down.state, down.since_s, down.notified_s) == (AlertState.FIRING, 230.0, 230.0)
     assert (missed.since_s, missed.notified_s) == (231.0, None)
-    assert [silence.until_s for silence in restored.alerting.watch.table.silences] == [900.0, 800.0]
+    assert [silence.until_s for silence in table.silences] == [900.0, 800.0]
 
 
 @pytest.mark.parametrize("key", sorted(STORED.keys() - OTHER_KEYS - {"gpus counted"}))

@@ -6,12 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from controlplane.controller import checkpoint
 from controlplane.controller.controller import NotSettled
-from controlplane.controller.operator_actions import OperatorActions
 from controlplane.core.domain.endpoint import EndpointState
 from controlplane.core.gpus.health import OUT_OF_USE, GpuState
-from controlplane.core.json_values import StoredState
 from controlplane.core.placement.gangs import GangShape
 from controlplane.core.reconcile.commands import ReplicaCommandKind
 from controlplane.core.reconcile.migrations import MigrationPhase
@@ -26,20 +23,20 @@ from controlplane.core.telemetry.samples import (
 from tests.support.controller import HEARTBEAT_S, World, xid
 
 
-def two_nodes(replicas: int = 1, gpus: int = 2) -> World:
+def two_nodes(replicas: int = 1, gpus: int = 2, shift_s: float = 0.0) -> World:
     nodes = {name: [f"{name}-{i}" for i in range(gpus)] for name in ("n1", "n2")}
-    world = World(nodes, {"small": replicas})
+    world = World(nodes, {"small": replicas}, shift_s=shift_s)
     world.settle()
     assert world.ready("small") == replicas
     return world
 
 
 def used(world: World) -> list[str]:
-    return sorted(uuid for lease in world.controller.desk.table.leases.values() for uuid in lease.gpu_uuids)
+    return sorted(uuid for lease in world.controller.leases.values() for uuid in lease.gpu_uuids)
 
 
 def state_of(world: World, uuid: str) -> GpuState:
-    return world.controller.fleet.records[uuid].health.state
+    return GpuState(world.gpu(uuid).state)
 
 
 def test_an_xid_moves_the_replica_and_at_no_time_fewer_serve() -> None:
@@ -51,13 +48,13 @@ def test_an_xid_moves_the_replica_and_at_no_time_fewer_serve() -> None:
         world.step()
         assert world.ready("small") >= 2
     assert sick not in used(world)
-    assert holder not in world.controller.registry.endpoints
+    assert holder not in world.registry.endpoints
     assert world.ready("small") == 2
     assert state_of(world, sick) is GpuState.DRAINED
     wanted = ["starting elsewhere first", "retiring", "draining", "deregistered", "lease ended"]
     assert [kind for kind in world.kinds(holder) if kind in wanted] == wanted
     world.step(70)
-    assert not world.controller.work.migrations
+    assert not world.migrations
     assert world.controller.targets()["small"].replicas == 2
     assert world.ready("small") == 2
 
@@ -69,7 +66,7 @@ def test_without_room_it_is_retired_and_comes_back_when_there_is_room() -> None:
     world.step(10)
     assert world.ready("small") == 0
     assert used(world) == []
-    move = next(event for event in world.controller.registry.events if event.kind == "retiring")
+    move = next(event for event in world.registry.events if event.kind == "retiring")
     assert "no room elsewhere" in move.reason
     world.nodes["n2"] = ["n2-0"]
     world.step(10)
@@ -99,10 +96,10 @@ def test_a_gpu_that_comes_and_goes_stays_away_longer_each_time() -> None:
     for _ in range(3):
         world.samples["n1"] = {"n1-1": {"temperature_c": 95}}
         world.step(10)
-        assert "n1-1" in world.controller.fleet.out_of_use()
+        assert "n1-1" in world.controller.gpus_out_of_use()
         world.samples.clear()
         steps = 0
-        while "n1-1" in world.controller.fleet.out_of_use():
+        while "n1-1" in world.controller.gpus_out_of_use():
             world.step()
             steps += 1
         away.append(steps)
@@ -126,8 +123,8 @@ def test_a_silent_agent_and_a_driver_that_is_gone_change_nothing() -> None:
     world.events.append(GpuEvent("n1", "a", 1, 0.0, GpuEventKind.DRIVER_GONE, detail="unloaded"))
     world.step(60)
     assert used(world) == before
-    assert not world.controller.fleet.out_of_use()
-    assert not world.controller.work.migrations
+    assert not world.controller.gpus_out_of_use()
+    assert not world.migrations
     assert world.controller.targets()["small"].replicas == 2
 
 
@@ -149,7 +146,7 @@ def test_a_replica_that_serves_nothing_is_not_waited_for() -> None:
     replica.starts_in = 1000
     world.events.append(xid(sick[:2], sick, 79))
     world.step(3)
-    move = world.controller.work.migrations[replica.endpoint.endpoint_id]
+    move = world.migrations[replica.endpoint.endpoint_id]
     assert move.phase is MigrationPhase.RETIRING
     assert "serves no requests" in move.note
 
@@ -163,40 +160,32 @@ def test_where_nothing_starts_elsewhere_the_old_one_is_retired_after_a_while(
     monkeypatch.setattr(world, "start", lambda tier: None)
     [name] = world.replicas
     world.step(30)
-    assert world.controller.work.migrations[name].phase is MigrationPhase.STARTING_ELSEWHERE
+    assert world.migrations[name].phase is MigrationPhase.STARTING_ELSEWHERE
     world.step(40)
-    assert name not in world.controller.registry.endpoints
+    assert name not in world.registry.endpoints
 
 
-@pytest.mark.parametrize("vouched", [True, False])
-def test_a_move_goes_on_when_the_controller_is_killed_in_its_middle(vouched: bool) -> None:
-    world = two_nodes(replicas=2)
+@pytest.mark.parametrize("same_cluster", [True, False])
+def test_a_migration_goes_on_when_the_controller_is_killed_in_its_middle(same_cluster: bool) -> None:
+    world = two_nodes(replicas=2, shift_s=5.0)
     [sick, _] = used(world)
     world.events.append(xid(sick[:2], sick, 79))
     world.step(2)
-    [move] = world.controller.work.migrations.values()
+    [move] = world.migrations.values()
     assert move.phase is MigrationPhase.STARTING_ELSEWHERE
-    old = world.controller
-    values = checkpoint.to_values(old.fleet, old.desk.table, old.work, 5.0)
-    leases = {holder: lease.parts for holder, lease in old.desk.table.leases.items()}
+    migrations = world.migrations
+    leases = {holder: lease.parts for holder, lease in world.controller.leases.items()}
     world.clock.s += 3
-    world.start_controller("e2", settle_s=6.0)
-    new = world.controller
-    stored = StoredState(values)
-    checkpoint.restore_gpus(stored, new.fleet, 5.0)
-    if vouched:
-        checkpoint.restore_plane(
-            StoredState(values), new.fleet, new.desk.table, new.work, now_s=world.clock.s, shift_s=5.0
-        )
-        new.settle()
-        assert new.work.migrations == old.work.migrations
-        assert {holder: lease.parts for holder, lease in new.desk.table.leases.items()} == leases
+    world.restart_controller(same_cluster=same_cluster)
+    if same_cluster:
+        assert world.migrations == migrations
+        assert {holder: lease.parts for holder, lease in world.controller.leases.items()} == leases
     for _ in range(40):
         world.step()
     assert sick not in used(world)
     assert world.ready("small") == 2
     world.step(70)
-    assert not new.work.migrations
+    assert not world.migrations
     assert len(world.replicas) == 2
 
 
@@ -207,22 +196,14 @@ def test_nothing_is_decided_before_a_gateway_has_said_what_is_configured() -> No
     world.step(3)
     [newcomer] = [item for item in world.replicas.values() if item.endpoint.state is EndpointState.STARTING]
     newcomer.starts_in = 20
-    old = world.controller
-    values = checkpoint.to_values(old.fleet, old.desk.table, old.work, 0.0)
-    world.start_controller("e2", declared=False)
+    world.restart_controller(same_cluster=True, declared=False)
     new = world.controller
-    stored = StoredState(values)
-    checkpoint.restore_gpus(stored, new.fleet, 0.0)
-    checkpoint.restore_plane(
-        StoredState(values), new.fleet, new.desk.table, new.work, now_s=world.clock.s, shift_s=0.0
-    )
-    new.settle()
     for _ in range(12):
         world.step()
         assert not new.activity().settled
         with pytest.raises(NotSettled):
             new.targets()
-    assert not new.registry.warming
+    assert not world.registry.warming
     assert newcomer in world.replicas.values(), "it is still wanted"
     world.declare()
     for _ in range(30):
@@ -230,28 +211,28 @@ def test_nothing_is_decided_before_a_gateway_has_said_what_is_configured() -> No
         world.step()
     assert sick not in used(world)
     assert newcomer.endpoint.state is EndpointState.READY
-    assert world.born == 3
+    assert world.started == 3
 
 
 def test_a_target_outlives_the_return_of_a_controller_that_is_rarely_heard() -> None:
     world = two_nodes()
     left_s = {}
     for heartbeat_s in (HEARTBEAT_S, 10.0):
-        world.controller.declare(world.controller.registry.tiers, heartbeat_s)
+        world.controller.declare(world.registry.tiers, heartbeat_s)
         left_s[heartbeat_s] = world.controller.targets()["small"].valid_until_unix_s - world.clock.s
     assert left_s == {HEARTBEAT_S: 30.0, 10.0: 100.0}
 
 
 def test_a_restart_of_a_tier_is_rolling() -> None:
     world = two_nodes(replicas=3)
-    answer = OperatorActions(world.controller).restart("small", "new weights")
+    answer = world.controller.restart("small", "new weights")
     assert answer.outcome == "done"
     assert len(answer.subjects) == 3
     for _ in range(40):
         world.step()
         assert world.ready("small") >= 2
-    assert {item.generation for item in world.controller.registry.endpoints.values()} == {2}
-    assert not world.controller.work.restarts
+    assert {item.generation for item in world.registry.endpoints.values()} == {2}
+    assert not world.controller.activity().restarts
 
 
 def test_crashing_replicas_hold_their_tier_with_the_diagnosis() -> None:
@@ -265,15 +246,15 @@ def test_crashing_replicas_hold_their_tier_with_the_diagnosis() -> None:
         world.report()
         world.end(name)
         world.step(2)
-    assert "--bad" in world.controller.work.holds["small"].reason
+    assert "--bad" in world.controller.tier_holds["small"].reason
     assert not world.controller.may_start("small-9", "small").allowed
     assert world.controller.targets()["small"].replicas <= 1
-    born = world.born
+    born = world.started
     world.step(500)
     assert not world.replicas or all(
         replica.endpoint.state is EndpointState.READY for replica in world.replicas.values()
     )
-    assert world.born - born < 600
+    assert world.started - born < 600
     world.step(120)
     assert "released" in world.kinds("small")
     assert world.ready("small") == 1
@@ -292,7 +273,7 @@ def test_replicas_that_find_no_gpu_do_not_hold_their_tier() -> None:
         )
         world.controller.register(failed)
         world.step(2)
-    assert not world.controller.work.holds
+    assert not world.controller.tier_holds
 
 
 def engine_sample(world: World, name: str, running: float, tokens: float) -> EngineSample:
@@ -323,7 +304,7 @@ def test_an_engine_that_makes_nothing_is_restarted_and_in_the_end_replaced() -> 
     assert world.replicas[name].endpoint.generation == 1
     hang(world, name, 30)
     assert world.replicas[name].endpoint.generation == 2
-    event = next(event for event in world.controller.registry.events if event.kind == "restart")
+    event = next(event for event in world.registry.events if event.kind == "restart")
     assert "3 requests run but produce no tokens" in event.reason
     hang(world, name, 450)
     assert name not in world.replicas
@@ -368,8 +349,8 @@ def test_orders_are_repeated_until_they_are_done() -> None:
     [name] = world.replicas
     replica = world.replicas[name]
     replica.obeys = False
-    assert OperatorActions(world.controller).restart(name, "").outcome == "done"
-    assert OperatorActions(world.controller).restart(name, "").outcome == "unchanged"
+    assert world.controller.restart(name, "").outcome == "done"
+    assert world.controller.restart(name, "").outcome == "unchanged"
     world.controller.tick()
     for _ in range(3):
         [order] = world.controller.report(replica.endpoint).commands
@@ -384,8 +365,8 @@ def test_a_gpu_that_a_new_agent_does_not_see_is_lost() -> None:
     [uuid] = used(world)
     world.nodes["n1"].remove(uuid)
     world.step(3)
-    assert uuid in world.controller.fleet.out_of_use()
-    assert "no longer lists it" in world.controller.fleet.records[uuid].health.reason
+    assert uuid in world.controller.gpus_out_of_use()
+    assert "no longer lists it" in world.gpu(uuid).reason
     world.step(15)
     assert used(world) != [uuid]
     assert world.ready("small") == 1
@@ -398,50 +379,42 @@ def test_a_node_that_was_never_listed_is_not_lost() -> None:
     new = replace(replica.endpoint, endpoint_id="small-new", node_id="n9")
     world.controller.register(new)
     world.step()
-    assert "small-new" in world.controller.registry.endpoints
+    assert "small-new" in world.registry.endpoints
     assert used(world) == before
 
 
 def test_what_an_operator_asked_for_survives_the_controller() -> None:
-    world = two_nodes(replicas=2)
+    world = two_nodes(replicas=2, shift_s=3.0)
     first, second = sorted(world.replicas)
-    OperatorActions(world.controller).drain(first, "looks odd")
-    OperatorActions(world.controller).restart(second, "new weights")
-    OperatorActions(world.controller).cordon("n2-1", "a fan rattles")
-    old = world.controller
-    values = checkpoint.to_values(old.fleet, old.desk.table, old.work, 3.0)
-    world.start_controller("e2", settle_s=6.0)
-    new = world.controller
-    stored = StoredState(values)
-    checkpoint.restore_gpus(stored, new.fleet, 3.0)
-    checkpoint.restore_plane(
-        StoredState(values), new.fleet, new.desk.table, new.work, now_s=world.clock.s, shift_s=3.0
-    )
-    new.settle()
+    world.controller.drain(first, "looks odd")
+    world.controller.restart(second, "new weights")
+    world.controller.cordon("n2-1", "a fan rattles")
+    world.restart_controller(same_cluster=True)
     world.step(30)
     assert first not in world.replicas
     assert world.replicas[second].endpoint.generation == 2
-    assert new.fleet.out_of_use() == {"n2-1": "n2"}
+    assert world.controller.gpus_out_of_use() == {"n2-1": "n2"}
     assert world.ready("small") == 2
 
 
-def test_a_move_that_waited_does_not_count_on_a_place_that_is_taken_since() -> None:
+def test_a_migration_that_waited_does_not_use_gpus_that_were_cordoned_since() -> None:
     world = World({"n1": ["n1-0", "n1-1"], "n2": ["n2-0", "n2-1"]}, {"small": 2, "other": 0})
     world.settle()
     first, second = sorted(world.replicas)
     [node_id] = {replica.endpoint.node_id for replica in world.replicas.values()}
     other = "n1" if node_id == "n2" else "n2"
-    OperatorActions(world.controller).drain(node_id, "a fan rattles")
+    world.controller.drain(node_id, "a fan rattles")
     controller = world.controller
     controller.tick()
-    assert set(controller.work.migrations) == {first}
+    assert set(world.migrations) == {first}
     controller.tick()
-    for uuid in controller.fleet.gpus_of(other):
-        controller.fleet.cordon_gpu(uuid, "so is this one", must_leave=False, now_s=world.clock.s)
-    del world.replicas[first], controller.work.migrations[first]
+    for uuid in world.nodes[other]:
+        controller.cordon(uuid, "so is this one")
+    del world.replicas[first]
     controller.deregister(first, "gone")
-    assert {done.kind for done in controller.tick()} == {"GPU drained"}
-    assert not controller.work.migrations, "the place that was found for it before is no place any more"
+    assert {done.kind for done in controller.tick()} == {"GPU drained", "settling"}
+    assert controller.tick() == (), "the GPUs that were found for it can no longer be used"
+    assert second not in world.migrations
     [begun] = controller.tick()
     assert (begun.kind, begun.subject) == ("retiring", second)
     assert "no room elsewhere" in begun.reason

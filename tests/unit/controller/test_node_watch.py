@@ -42,7 +42,7 @@ class Cluster:
         self.answer: Callable[[], Awaitable[NodeUpdate]] = self.all_well
         self.say: Callable[..., Awaitable[NodeUpdate]] = self.news
         self.events: list[GpuEvent] = []
-        self.heard: list[tuple[str, NodeSample | None, Sequence[GpuEvent]]] = []
+        self.received: list[tuple[str, NodeSample | None, Sequence[GpuEvent]]] = []
         monkeypatch.setattr(node_watch, "alive_nodes", lambda: dict(self.alive))
         monkeypatch.setattr(node_watch, "ensure_node_agents", self.ensure)
         monkeypatch.setattr(node_watch, "LIST_INTERVAL_S", 0.0)
@@ -69,13 +69,13 @@ class Cluster:
 
     def watch(self, heard: dict[str, tuple[str, int]] | None = None) -> NodeWatch:
         def on_news(node_id: str, sample: NodeSample | None, events: Sequence[GpuEvent]) -> None:
-            self.heard.append((node_id, sample, events))
+            self.received.append((node_id, sample, events))
 
         return NodeWatch("tierplane", 1.0, on_news, heard)
 
 
 async def look(watch: NodeWatch) -> dict[str, int] | None:
-    alive = await watch.look()
+    alive = await watch.poll()
     await until_async(lambda: not watch._open)
     return alive
 
@@ -94,8 +94,8 @@ async def test_every_node_gets_an_agent_once_and_says_each_event_once(cluster: C
     await look(watch)
     assert cluster.made == ["n1", "n2"]
     assert cluster.asked[:2] == [("", 0), ("a", 2)]
-    assert [event.seq for event in cluster.heard[0][2]] == [1, 2]
-    assert watch.heard["n1"] == ("a", 2)
+    assert [event.seq for event in cluster.received[0][2]] == [1, 2]
+    assert watch.last_events["n1"] == ("a", 2)
     await watch.close()
 
 
@@ -126,11 +126,11 @@ async def test_a_silent_agent_is_asked_once_and_holds_nobody_up(cluster: Cluster
     cluster.answer = forever
     questions = set()
     for _ in range(3):
-        assert await watch.look() == {"n1": 8}
+        assert await watch.poll() == {"n1": 8}
         questions |= set(watch._open.values())
     await until_async(lambda: cluster.asked)
     assert len(questions) == len(cluster.asked) == 1
-    assert cluster.heard == []
+    assert cluster.received == []
     await watch.close()
 
 
@@ -212,10 +212,10 @@ class Wire:
         self.taken = taken
         return news
 
-    async def heard(self, watch: NodeWatch) -> NodeSample:
+    async def receive(self, watch: NodeWatch) -> NodeSample:
         """What the controller makes of the next answer: exactly what the agent took."""
         await look(watch)
-        node_id, sample, _ = self.cluster.heard[-1]
+        node_id, sample, _ = self.cluster.received[-1]
         assert sample is not None
         assert (node_id, sample) == ("n1", self.taken)
         return sample
@@ -228,10 +228,10 @@ class Wire:
 
 async def test_what_rarely_changes_comes_once(cluster: Cluster) -> None:
     wire, watch = Wire(cluster, "g0", "g1"), cluster.watch()
-    first = await wire.heard(watch)
+    first = await wire.receive(watch)
     assert [info.uuid for info in wire.told() or ()] == ["g0", "g1"]
     wire.gpus.samples[1] = replace(wire.gpus.samples[1], temperature_c=77)
-    second = await wire.heard(watch)
+    second = await wire.receive(watch)
     assert wire.told() is None
     assert (first.gpus[1].temperature_c, second.gpus[1].temperature_c) == (50, 77)
     assert second.gpus[0].info is first.gpus[0].info, "one instance, as the agent has it"
@@ -241,18 +241,18 @@ async def test_what_rarely_changes_comes_once(cluster: Cluster) -> None:
 
 async def test_and_again_when_it_has_changed(cluster: Cluster) -> None:
     wire, watch = Wire(cluster, "g0"), cluster.watch()
-    await wire.heard(watch)
+    await wire.receive(watch)
     wire.gpus.change(0, slowdown_c=80)
-    assert (await wire.heard(watch)).gpus[0].info.slowdown_c == 80
-    await wire.heard(watch)
+    assert (await wire.receive(watch)).gpus[0].info.slowdown_c == 80
+    await wire.receive(watch)
     assert wire.told() is None
     wire.gpus.samples.append(gpu_sample("g1", 1))  # hot-plugged
-    assert [gpu.info.uuid for gpu in (await wire.heard(watch)).gpus] == ["g0", "g1"]
+    assert [gpu.info.uuid for gpu in (await wire.receive(watch)).gpus] == ["g0", "g1"]
     wire.gpus.samples.reverse()
-    assert [gpu.info.uuid for gpu in (await wire.heard(watch)).gpus] == ["g1", "g0"]
+    assert [gpu.info.uuid for gpu in (await wire.receive(watch)).gpus] == ["g1", "g0"]
     del wire.gpus.samples[0]
-    assert [gpu.info.uuid for gpu in (await wire.heard(watch)).gpus] == ["g0"]
-    await wire.heard(watch)
+    assert [gpu.info.uuid for gpu in (await wire.receive(watch)).gpus] == ["g0"]
+    await wire.receive(watch)
     assert wire.told() is None
     await watch.close()
 
@@ -260,16 +260,16 @@ async def test_and_again_when_it_has_changed(cluster: Cluster) -> None:
 async def test_an_agent_that_has_started_again_tells_all(cluster: Cluster) -> None:
     wire, watch = Wire(cluster, "g0"), cluster.watch()
     for _ in range(2):
-        await wire.heard(watch)
+        await wire.receive(watch)
     assert wire.told() is None
     wire.gpus.change(0, name="NVIDIA B")
     wire.restart()
     assert wire.agent.update("", 0, NOTHING_CACHED).infos_key[1] == 1, (
         "it counts anew, so its numbers come again"
     )
-    assert (await wire.heard(watch)).gpus[0].info.name == "NVIDIA B"
+    assert (await wire.receive(watch)).gpus[0].info.name == "NVIDIA B"
     assert wire.told() is not None
-    await wire.heard(watch)
+    await wire.receive(watch)
     assert wire.told() is None
     await watch.close()
 
@@ -277,10 +277,10 @@ async def test_an_agent_that_has_started_again_tells_all(cluster: Cluster) -> No
 async def test_a_controller_that_has_started_again_is_told_all(cluster: Cluster) -> None:
     wire, watch = Wire(cluster, "g0"), cluster.watch()
     for _ in range(2):
-        await wire.heard(watch)
+        await wire.receive(watch)
     assert wire.told() is None
-    again = cluster.watch(dict(watch.heard))
-    assert (await wire.heard(again)).gpus[0].info.uuid == "g0"
+    again = cluster.watch(dict(watch.last_events))
+    assert (await wire.receive(again)).gpus[0].info.uuid == "g0"
     assert wire.told() is not None
     for each in (watch, again):
         await each.close()
@@ -288,14 +288,14 @@ async def test_a_controller_that_has_started_again_is_told_all(cluster: Cluster)
 
 async def test_two_controllers_do_not_keep_it_from_each_other(cluster: Cluster) -> None:
     wire, one, other = Wire(cluster, "g0"), cluster.watch(), cluster.watch()
-    await wire.heard(one)
-    await wire.heard(other)
+    await wire.receive(one)
+    await wire.receive(other)
     assert wire.told() is not None
     wire.gpus.change(0, index=3)
-    await wire.heard(one)
-    await wire.heard(other)
+    await wire.receive(one)
+    await wire.receive(other)
     assert wire.told() is not None
-    await wire.heard(one)
+    await wire.receive(one)
     assert wire.told() is None
     for each in (one, other):
         await each.close()
@@ -303,7 +303,7 @@ async def test_two_controllers_do_not_keep_it_from_each_other(cluster: Cluster) 
 
 async def test_readings_of_other_infos_than_are_known_are_not_taken_in(cluster: Cluster) -> None:
     wire, watch = Wire(cluster, "g0"), cluster.watch()
-    await wire.heard(watch)
+    await wire.receive(watch)
     wire.gpus.change(0, index=5)
 
     async def cut(*asked: Any) -> NodeUpdate:
@@ -311,9 +311,9 @@ async def test_readings_of_other_infos_than_are_known_are_not_taken_in(cluster: 
 
     cluster.say = cut
     await look(watch)
-    assert cluster.heard[-1] == ("n1", None, ())
+    assert cluster.received[-1] == ("n1", None, ())
     cluster.say = wire.news
-    assert (await wire.heard(watch)).gpus[0].info.index == 5
+    assert (await wire.receive(watch)).gpus[0].info.index == 5
     await watch.close()
 
 
@@ -321,7 +321,7 @@ async def test_a_node_without_gpus_and_an_agent_without_a_sample(cluster: Cluste
     wire, watch = Wire(cluster), cluster.watch()
     early = wire.agent.update("", 0, NOTHING_CACHED)
     assert (early.sample, early.readings) == (None, ())
-    assert (await wire.heard(watch)).gpus == ()
-    assert isinstance((await wire.heard(watch)).cpu_ratio, float | Missing)
+    assert (await wire.receive(watch)).gpus == ()
+    assert isinstance((await wire.receive(watch)).cpu_ratio, float | Missing)
     assert wire.told() is None
     await watch.close()

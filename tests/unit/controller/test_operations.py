@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 
-from controlplane.controller.operator_actions import OperatorActions
 from controlplane.core.domain.resource_name import ResourceKind, ResourceName, find_resource
 from controlplane.core.gpus.health import GpuState
 from controlplane.core.gpus.leases import GpuPart, LeaseOutcome
@@ -28,34 +27,34 @@ def world(replicas: int = 2, shape: GangShape | None = None) -> World:
 
 
 def state_of(made: World, uuid: str) -> GpuState:
-    return made.controller.fleet.records[uuid].health.state
+    return GpuState(made.gpu(uuid).state)
 
 
 def test_a_cordon_keeps_what_runs_and_takes_nothing_new() -> None:
     made = world(replicas=1)
-    operations = OperatorActions(made.controller)
+    controller = made.controller
     [name] = made.holder_of("node-a-gpu0")
-    first = operations.cordon("node-a-gpu0", "a fan rattles")
+    first = controller.cordon("node-a-gpu0", "a fan rattles")
     assert first.outcome is ActionOutcome.DONE
     assert name in first.reason
-    again = operations.cordon("node-a-gpu0", "a fan rattles")
+    again = controller.cordon("node-a-gpu0", "a fan rattles")
     assert again.outcome is ActionOutcome.UNCHANGED
     made.step(20)
     assert made.holder_of("node-a-gpu0") == (name,)
     assert state_of(made, "node-a-gpu0") is GpuState.CORDONED
-    assert not made.controller.work.migrations
-    assert made.controller.fleet.out_of_use() == {"node-a-gpu0": "node-a"}
-    assert operations.uncordon("node-a-gpu0").outcome is ActionOutcome.DONE
-    assert operations.uncordon("node-a-gpu0").outcome is ActionOutcome.UNCHANGED
-    assert made.controller.fleet.out_of_use() == {}
+    assert not made.migrations
+    assert made.controller.gpus_out_of_use() == {"node-a-gpu0": "node-a"}
+    assert controller.uncordon("node-a-gpu0").outcome is ActionOutcome.DONE
+    assert controller.uncordon("node-a-gpu0").outcome is ActionOutcome.UNCHANGED
+    assert made.controller.gpus_out_of_use() == {}
 
 
 def test_a_drain_after_a_cordon_moves_what_runs() -> None:
     made = world(replicas=1)
-    operations = OperatorActions(made.controller)
-    operations.cordon("node-a-gpu0", "a fan rattles")
-    assert operations.drain("node-a-gpu0", "a fan rattles").outcome is ActionOutcome.DONE
-    assert operations.drain("node-a-gpu0", "a fan rattles").outcome is ActionOutcome.UNCHANGED
+    controller = made.controller
+    controller.cordon("node-a-gpu0", "a fan rattles")
+    assert controller.drain("node-a-gpu0", "a fan rattles").outcome is ActionOutcome.DONE
+    assert controller.drain("node-a-gpu0", "a fan rattles").outcome is ActionOutcome.UNCHANGED
     made.step(15)
     assert made.holder_of("node-a-gpu0") == ()
     assert state_of(made, "node-a-gpu0") is GpuState.DRAINED
@@ -64,36 +63,36 @@ def test_a_drain_after_a_cordon_moves_what_runs() -> None:
 
 def test_a_node_is_emptied_and_comes_back() -> None:
     made = world(replicas=2)
-    operations = OperatorActions(made.controller)
-    assert operations.drain("node-a", "a new kernel").outcome is ActionOutcome.DONE
-    assert set(made.controller.fleet.out_of_use()) == {"node-a-gpu0", "node-a-gpu1"}
-    refused = operations.uncordon("node-a-gpu0")
+    controller = made.controller
+    assert controller.drain("node-a", "a new kernel").outcome is ActionOutcome.DONE
+    assert set(made.controller.gpus_out_of_use()) == {"node-a-gpu0", "node-a-gpu1"}
+    refused = controller.uncordon("node-a-gpu0")
     assert refused.outcome is ActionOutcome.REFUSED
     assert "uncordon node-a" in refused.reason
     for _ in range(150):
         made.step()
         assert made.ready("small") >= 2
     assert made.holder_of("node-a-gpu0") == made.holder_of("node-a-gpu1") == ()
-    assert operations.uncordon("node-a").outcome is ActionOutcome.DONE
-    assert operations.uncordon("node-a").outcome is ActionOutcome.UNCHANGED
-    assert made.controller.fleet.out_of_use() == {}
+    assert controller.uncordon("node-a").outcome is ActionOutcome.DONE
+    assert controller.uncordon("node-a").outcome is ActionOutcome.UNCHANGED
+    assert made.controller.gpus_out_of_use() == {}
 
 
 @pytest.mark.parametrize("condition", [GpuCondition.LOST, GpuCondition.RESET_REQUIRED])
 def test_a_gpu_that_its_driver_does_not_have_cannot_be_let_return(condition: GpuCondition) -> None:
     made = world(replicas=1)
-    operations = OperatorActions(made.controller)
+    controller = made.controller
     made.samples["node-a"] = {"node-a-gpu1": {"condition": condition, "detail": "fell off the bus"}}
     made.step(2)
-    refused = operations.uncordon("node-a-gpu1")
+    refused = controller.uncordon("node-a-gpu1")
     assert refused.outcome is ActionOutcome.REFUSED
     assert condition.value.replace("_", " ") in refused.reason
-    assert made.controller.fleet.records["node-a-gpu1"].out_of_use
+    assert made.gpu("node-a-gpu1").cordoned
     made.samples.clear()
     made.step()
-    assert operations.uncordon("node-a-gpu1").outcome is ActionOutcome.DONE
+    assert controller.uncordon("node-a-gpu1").outcome is ActionOutcome.DONE
     made.step(3)
-    assert not made.controller.fleet.records["node-a-gpu1"].out_of_use
+    assert not made.gpu("node-a-gpu1").cordoned
 
 
 def test_what_a_silent_node_said_last_keeps_no_operator_back() -> None:
@@ -102,97 +101,95 @@ def test_what_a_silent_node_said_last_keeps_no_operator_back() -> None:
     made.step(2)
     made.silent.add("node-a")
     made.step(10)
-    assert OperatorActions(made.controller).uncordon("node-a-gpu1").outcome is ActionOutcome.DONE
+    assert made.controller.uncordon("node-a-gpu1").outcome is ActionOutcome.DONE
 
 
 def test_a_tier_is_drained_until_it_is_uncordoned() -> None:
     made = world(replicas=2)
-    operations = OperatorActions(made.controller)
-    assert operations.drain("small", "costs too much").outcome is ActionOutcome.DONE
-    assert operations.drain("small", "costs too much").outcome is ActionOutcome.UNCHANGED
+    controller = made.controller
+    assert controller.drain("small", "costs too much").outcome is ActionOutcome.DONE
+    assert controller.drain("small", "costs too much").outcome is ActionOutcome.UNCHANGED
     made.step(10)
     assert not made.replicas
     assert made.controller.targets()["small"].replicas == 0
-    assert operations.restart("small", "").outcome is ActionOutcome.REFUSED
+    assert controller.restart("small", "").outcome is ActionOutcome.REFUSED
     start = made.controller.may_start("small-9", "small")
     assert not start.allowed
     assert start.retry_after_s > 0
     waits = made.controller.lease_gpus("small-9", 1, "node-a", GangShape(), "small")
     assert waits.outcome is LeaseOutcome.WAIT
-    assert operations.uncordon("small").outcome is ActionOutcome.DONE
+    assert controller.uncordon("small").outcome is ActionOutcome.DONE
     made.step(10)
     assert made.ready("small") == 2
 
 
 def test_serve_hears_that_a_tier_is_drained_before_its_replicas_do() -> None:
     made = world(replicas=2)
-    OperatorActions(made.controller).drain("small", "costs too much")
+    made.controller.drain("small", "costs too much")
     made.clock.s += 0.5
     made.controller.targets()
     made.controller.tick()
-    assert not made.controller.work.migrations, "Serve may not have gone by it"
+    assert not made.migrations, "Serve may not have gone by it"
     made.clock.s += 0.5
     made.controller.targets()
     made.controller.tick()
-    assert {move.endpoint_id for move in made.controller.work.migrations.values()} == set(made.replicas)
+    assert {move.endpoint_id for move in made.migrations.values()} == set(made.replicas)
 
 
 def test_a_tier_is_drained_while_serve_is_away() -> None:
     made = world(replicas=2)
-    OperatorActions(made.controller).drain("small", "costs too much")
+    made.controller.drain("small", "costs too much")
     made.clock.s += 1.0
     made.controller.tick()
-    assert not made.controller.work.migrations
+    assert not made.migrations
     made.clock.s += 5.0
     made.controller.tick()
-    assert len(made.controller.work.migrations) == 2
+    assert len(made.migrations) == 2
 
 
 def test_a_drained_endpoint_is_replaced_by_another() -> None:
     made = world(replicas=1)
-    operations = OperatorActions(made.controller)
+    controller = made.controller
     [name] = made.replicas
-    assert operations.cordon(name, "").outcome is ActionOutcome.REFUSED
-    assert operations.drain(name, "looks odd").outcome is ActionOutcome.DONE
-    assert operations.drain(name, "looks odd").outcome is ActionOutcome.UNCHANGED
+    assert controller.cordon(name, "").outcome is ActionOutcome.REFUSED
+    assert controller.drain(name, "looks odd").outcome is ActionOutcome.DONE
+    assert controller.drain(name, "looks odd").outcome is ActionOutcome.UNCHANGED
     for _ in range(15):
         made.step()
         assert made.ready("small") >= 1
     assert name not in made.replicas
     made.step(70)
-    assert not made.controller.work.drains
+    assert not made.controller.activity().drains
     assert made.ready("small") == 1
 
 
 @pytest.mark.parametrize("subject", ["node-a", "node-a-gpu0"])
 def test_restarting_a_gpu_or_a_node_restarts_what_runs_there(subject: str) -> None:
     made = world(replicas=3)
-    operations = OperatorActions(made.controller)
+    controller = made.controller
     there = {
-        name
-        for name, lease in made.controller.desk.table.leases.items()
-        if subject in (lease.node_id, *lease.gpu_uuids)
+        name for name, lease in made.controller.leases.items() if subject in (lease.node_id, *lease.gpu_uuids)
     }
-    answer = operations.restart(subject, "a new driver")
+    answer = controller.restart(subject, "a new driver")
     assert set(answer.subjects) == there
     made.step(30)
-    restarted = {name for name, item in made.controller.registry.endpoints.items() if item.generation > 1}
+    restarted = {name for name, item in made.registry.endpoints.items() if item.generation > 1}
     assert restarted == there
-    assert operations.restart("node-b-gpu1", "").outcome is ActionOutcome.REFUSED
+    assert controller.restart("node-b-gpu1", "").outcome is ActionOutcome.REFUSED
 
 
 @pytest.mark.parametrize("wish", ["cordon", "uncordon", "drain", "restart"])
 def test_what_is_not_there_is_unknown(wish: str) -> None:
     made = world()
-    events = made.controller.registry.events
-    assert getattr(OperatorActions(made.controller), wish)("GPU-nowhere", "").outcome is ActionOutcome.UNKNOWN
-    assert made.controller.registry.events == events
+    events = made.registry.events
+    assert getattr(made.controller, wish)("GPU-nowhere", "").outcome is ActionOutcome.UNKNOWN
+    assert made.registry.events == events
 
 
 def test_every_wish_is_in_the_record_with_who_and_why() -> None:
     made = world()
-    OperatorActions(made.controller).cordon("node-a-gpu0", "a fan rattles")
-    event = made.controller.registry.events[-1]
+    made.controller.cordon("node-a-gpu0", "a fan rattles")
+    event = made.registry.events[-1]
     assert (event.kind, event.subject, event.actor) == ("cordon", "node-a-gpu0", "operator")
     assert event.reason == "a fan rattles"
 
@@ -288,10 +285,10 @@ def test_a_lease_dies_with_its_holder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nobody_loses_a_lease_because_the_controller_stood_still() -> None:
     made = world(replicas=1)
-    before = dict(made.controller.desk.table.leases)
+    before = dict(made.controller.leases)
     made.clock.s += 300.0
     made.controller.tick()
-    assert made.controller.desk.table.leases.keys() == before.keys()
+    assert made.controller.leases.keys() == before.keys()
 
 
 def test_whoever_claims_somebody_elses_gpu_is_told_to_leave() -> None:

@@ -1,6 +1,6 @@
 from dataclasses import replace
 
-from controlplane.controller.registry import FAILED_KEPT_S, MISSED_REPORTS, WARMING_REPORTS, Registry
+from controlplane.controller.registry import FAILED_SHOWN_S, MISSED_REPORTS, WARMING_REPORTS, Registry
 from controlplane.core.cluster.snapshot import GatewayInfo
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
@@ -108,7 +108,7 @@ def test_missed_reports_drop_with_a_reason() -> None:
     assert registry.snapshot(secrets=True).endpoints == ()
     assert registry.snapshot(secrets=True).gateways == ()
     assert [(event.kind, event.reason) for event in registry.events if event.kind == "dropped"] == [
-        ("dropped", "not heard of for 12.0 s")
+        ("dropped", "no report for 12.0 s")
     ]
     assert not registry.report(endpoint())
 
@@ -194,7 +194,7 @@ def test_a_failed_endpoint_is_shown_for_a_while_after_its_replica_is_gone() -> N
     pass_time(registry, clock, 2 * MISSED_REPORTS * HEARTBEAT_S)
     assert [item.diagnosis for item in registry.snapshot(secrets=False).endpoints] == ["no such model"]
     assert registry.empty_for_s() > 0
-    pass_time(registry, clock, FAILED_KEPT_S)
+    pass_time(registry, clock, FAILED_SHOWN_S)
     assert registry.snapshot(secrets=False).endpoints == ()
 
 

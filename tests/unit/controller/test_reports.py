@@ -38,11 +38,7 @@ class Plane:
         """A controller process, with what is stored."""
         self.world.start_controller(epoch)
         self.recorder = Recorder(self.path)
-        self.reports = Reports(
-            *(self.world.controller, self.recorder, self.settings, COST),
-            heartbeat_s=HEARTBEAT_S,
-            unix_s=self.world.clock,
-        )
+        self.reports = Reports(self.world.controller, self.recorder, self.settings, COST)
 
     def step(self, count: int = 1, requests: int = 0) -> None:
         for _ in range(count):
@@ -58,7 +54,7 @@ class Plane:
                 latency_max_s=0.1 * requests,
                 waiting=requests,
             )
-            one = next(iter(self.world.controller.registry.endpoints), "")
+            one = next(iter(self.world.registry.endpoints), "")
             traffic = (self.served, replace(self.served, subject=one))
             self.world.controller.gateway_report(GatewayInfo("g", "n1", "", traffic=traffic))
             self.world.step()
@@ -96,7 +92,7 @@ def told(found: PlaneReport) -> dict[str, Any]:
 
 
 async def test_what_was_served_is_reported_per_tier_and_endpoint(plane: Plane) -> None:
-    registry = plane.world.controller.registry
+    registry = plane.world.registry
     registry.declare([replace(spec, attainment=0.8) for spec in registry.tiers], HEARTBEAT_S)
     plane.step(60)
     served = plane.served.ok
@@ -130,11 +126,7 @@ async def test_the_store_tells_the_same_as_the_memory_at_any_age(plane: Plane) -
     told_before = told(await plane.reports.report(60))
     assert told_before["tiers"][0]["requests"] > 1000
     store = plane.recorder.store
-    again = Reports(
-        *(plane.world.controller, plane.recorder, plane.settings, COST),
-        heartbeat_s=HEARTBEAT_S,
-        unix_s=plane.world.clock,
-    )
+    again = Reports(plane.world.controller, plane.recorder, plane.settings, COST)
     assert not again.ring.rounds
     assert told(await again.report(60)) == told_before
     whole = told(await plane.reports.report(24 * 60))
@@ -151,7 +143,7 @@ async def test_the_store_tells_the_same_as_the_memory_at_any_age(plane: Plane) -
 
 def replace_cache(reports: Reports) -> Reports:
     """As if a sample had come."""
-    reports._made = {}
+    reports._cached = {}
     return reports
 
 
@@ -219,7 +211,7 @@ async def test_a_report_is_made_once_between_two_samples(plane: Plane) -> None:
     assert await plane.reports.report(60) is not first
     for minutes in range(2, 60):
         await plane.reports.report(minutes)
-    assert len(plane.reports._made) <= 16
+    assert len(plane.reports._cached) <= 16
 
 
 @pytest.mark.parametrize("minutes", [0.0, 0.5, -1.0, 50_000.0, float("nan"), float("inf")])

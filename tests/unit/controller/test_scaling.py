@@ -10,16 +10,12 @@ import pytest
 
 from controlplane.config import TierConfig
 from controlplane.config.scaling import ControllerScalingConfig, ScalingConfig
-from controlplane.controller import checkpoint
-from controlplane.controller.operator_actions import OperatorActions
-from controlplane.controller.scaling import Scaling
+from controlplane.controller.scaling import PlaneScaler
 from controlplane.core.cluster.snapshot import GatewayInfo
 from controlplane.core.gpus.inventory import GpuInventory
-from controlplane.core.gpus.leases import LeaseTable
 from controlplane.core.json_values import StoredState
 from controlplane.core.recommendations.views import as_json_value
 from controlplane.core.reconcile.commands import ActionOutcome
-from controlplane.core.reconcile.in_progress import InProgress
 from controlplane.core.traffic.counters import LATENCY_BOUNDS_S, TrafficCounters
 from controlplane.planning.tier_specs import tier_specs
 from tests.support.controller import HEARTBEAT_S, World
@@ -53,7 +49,7 @@ class Live:
     def connect(self) -> None:
         """To the world's controller, which may be a new one."""
         self.world.controller.declare(self.specs, HEARTBEAT_S)
-        self.scaling = Scaling(self.world.controller, self.config)
+        self.scaling = PlaneScaler(self.world.controller, self.config)
 
     def step(self, seconds: int, per_s: int, slow: bool = False) -> None:
         for _ in range(seconds):
@@ -133,7 +129,7 @@ def test_a_silent_gateway_never_shrinks_a_tier() -> None:
 def test_a_controllers_restart_never_shrinks_a_tier() -> None:
     live = Live({"min_replicas": 1, "max_replicas": 5})
     live.step(60, per_s=16)
-    before, checkpoint = live.replicas, live.scaling.values()
+    before, checkpoint = live.replicas, live.scaling.checkpoint()
     live.world.start_controller("e2", settle_s=5.0)
     live.connect()
     live.scaling.restore(StoredState(checkpoint))
@@ -195,7 +191,7 @@ def test_a_number_set_by_hand_holds_in_advice_too_and_survives_the_controller() 
     live.scaling.scale("small", 4, None, "tests")
     live.step(10, per_s=1)
     assert live.replicas == 4
-    checkpoint = live.scaling.values()
+    checkpoint = live.scaling.checkpoint()
     live.world.start_controller("e2", settle_s=5.0)
     live.connect()
     live.scaling.restore(StoredState(checkpoint))
@@ -240,7 +236,7 @@ def test_advice_is_given_at_once_given_once_and_judged() -> None:
     assert told["recommendations"][0]["type"] == "scale_up"
     assert told["record"]["right"] == 1
     again = Live({"min_replicas": 1, "max_replicas": 5})
-    again.scaling.restore(StoredState(json.loads(json.dumps(live.scaling.values()))))
+    again.scaling.restore(StoredState(json.loads(json.dumps(live.scaling.checkpoint()))))
     assert again.scaling.recommendations.issued == live.scaling.recommendations.issued
 
 
@@ -249,9 +245,8 @@ def test_advice_looks_back_as_far_as_it_is_told() -> None:
     live.scaling.configure(live.config.model_copy(update={"window_s": 600.0}))
     live.step(350, per_s=4)
     live.step(250, per_s=0)
-    demand = live.world.controller.demand
-    long = demand.figures(live.world.controller.now_s(), HEARTBEAT_S, 600.0)["small"]
-    short = demand.figures(live.world.controller.now_s(), HEARTBEAT_S, 200.0)["small"]
+    long = live.world.controller.traffic_figures(600.0)["small"]
+    short = live.world.controller.traffic_figures(200.0)["small"]
     assert long.arrivals_per_s.fresh == pytest.approx(350 * 4 / 600, rel=0.02)
     assert short.arrivals_per_s.fresh == 0.0
 
@@ -278,7 +273,7 @@ def test_cold_starts_are_measured() -> None:
 def test_snapshots_say_what_tiers_are_to_have() -> None:
     live = Live({"min_replicas": 1, "max_replicas": 5})
     live.step(30, per_s=3)
-    registry = live.world.controller.registry
+    registry = live.world.registry
     (told,) = registry.snapshot(secrets=False).scaling
     assert (told.tier, told.target) == ("small", 1)
     assert registry.snapshot(secrets=False).target_replicas("small", 9) == 1
@@ -305,7 +300,7 @@ def test_a_node_that_is_cordoned_counts_with_what_runs_there_and_one_that_is_dra
     live.step(60, per_s=16)
     before = live.replicas
     assert 3 <= before < len(GPUS)
-    operations = OperatorActions(live.world.controller)
+    operations = live.world.controller
     operations.cordon("n1", "new cables")
     live.step(40, per_s=60)
     (found,) = live.scaling.report().tiers
@@ -320,11 +315,8 @@ def test_a_node_that_is_cordoned_counts_with_what_runs_there_and_one_that_is_dra
 def test_that_there_were_gpus_is_still_known_after_a_restart() -> None:
     live = Live({"min_replicas": 1, "max_replicas": 8})
     live.step(30, per_s=3)
-    old = live.world.controller
-    values = checkpoint.to_values(old.fleet, old.desk.table, old.work, 0.0)
-    fleet, book, work = GpuInventory(), LeaseTable(), InProgress()
-    checkpoint.restore_plane(StoredState(values), fleet, book, work, now_s=0.0, shift_s=0.0)
-    assert fleet.has_reported_gpus
+    live.world.restart_controller(same_cluster=True)
+    assert live.world.controller.usable_gpus() == 0.0, "no agent has reported yet"
 
 
 def test_where_no_gpu_was_ever_reported_nobody_counts() -> None:

@@ -25,7 +25,7 @@ from controlplane.core.cluster.snapshot import GatewayInfo
 from controlplane.core.reports.recorded_traffic import COLUMNS
 from controlplane.core.traffic.counters import TrafficCounters
 from controlplane.simulation.traces import read_trace
-from tests.support.controller import HEARTBEAT_S, World
+from tests.support.controller import World
 from tests.support.repository import CONFIGS
 from tests.support.waiting import until
 
@@ -50,11 +50,7 @@ class Plane:
     def start(self, epoch: str) -> None:
         """A controller process, with what is stored."""
         self.world.start_controller(epoch)
-        self.reports = Reports(
-            *(self.world.controller, self.recorder, ReportsConfig(), 0.0),
-            heartbeat_s=HEARTBEAT_S,
-            unix_s=self.world.clock,
-        )
+        self.reports = Reports(self.world.controller, self.recorder, ReportsConfig(), 0.0)
 
     def step(self, seconds: int, **per_s: Any) -> None:
         """Seconds pass in which so many requests come for each tier, of 70 and 11 tokens."""
@@ -82,7 +78,7 @@ class Plane:
 
     def call(self, method: Callable[..., Any], *args: Any) -> Any:
         if method is ControllerApi.status:
-            return None, self.world.controller.registry.tiers, ()
+            return None, self.world.registry.tiers, ()
         assert method is ControllerApi.history
         names, since_s, until_s = args
         return {name: self.recorder.store.history(name, since_s, until_s) for name in names}
