@@ -32,6 +32,7 @@ from controlplane.errors import BadRequest, RequestError
 from controlplane.gateway.api import agents, pages, report_page, ui
 from controlplane.gateway.api.alert_page import alerts
 from controlplane.gateway.api.controller_queries import ControllerQueries, query_controller
+from controlplane.gateway.proxy.attempts import Attempts
 from controlplane.gateway.proxy.connections import ConnectionTable
 from controlplane.gateway.proxy.dispatch import RequestDispatch
 from controlplane.gateway.proxy.relay import Relay
@@ -97,9 +98,10 @@ class Gateway:
             self.metrics,
             queue_timeout_s=settings.queue.timeout_s,
         )
-        self._relay = Relay(
+        attempts = Attempts(
             settings, self._dispatch, self._connections, self.metrics, self.ledger, self._timeouts
         )
+        self._relay = Relay(settings, self._dispatch, attempts, self.metrics)
         self._tracing: Tracing | None = None
         self._request_ids = f"{secrets.token_hex(6)}-"
         self._request_count = 0
@@ -310,7 +312,7 @@ class Gateway:
 
     async def _report(self, request: Request, out: Responder) -> None:
         minutes, form = report_page.parse_query(request.query)
-        report = await query_controller(self.controller, lambda asked: asked.plane_report(minutes))
+        report = await query_controller(self.controller, lambda controller: controller.plane_report(minutes))
         if form == "html":
             headers = [
                 (b"content-type", b"text/html; charset=utf-8"),
@@ -322,14 +324,14 @@ class Gateway:
             send_json(out, await asyncio.to_thread(asdict, report))
 
     async def _gpus(self, request: Request, out: Responder) -> None:
-        found = await query_controller(self.controller, lambda asked: asked.gpus())
+        found = await query_controller(self.controller, lambda controller: controller.gpus())
         send_json(out, {"gpus": [asdict(gpu) for gpu in found]})
 
     async def _ui(self, request: Request, out: Responder) -> None:
         out.send(200, *ui.page())
 
     async def _recommendations(self, request: Request, out: Responder) -> None:
-        report = await query_controller(self.controller, lambda asked: asked.scaling())
+        report = await query_controller(self.controller, lambda controller: controller.scaling())
         send_json(out, as_json_value(report))
 
     async def _metrics(self, request: Request, out: Responder) -> None:

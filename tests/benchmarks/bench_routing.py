@@ -61,12 +61,12 @@ def life(dispatcher: Dispatcher, session_key: int | None) -> Callable[[], None]:
 
     def run() -> None:
         request = RouteRequest(complexity=Complexity.SIMPLE, session_key=session_key)
-        answer = dispatcher.submit(
+        result = dispatcher.submit(
             request, resolve(request, table), NOW_S, next(picks), deadline_s=DEADLINE_S
         )
-        assert isinstance(answer, Started)
-        answer.slot.first_token(NOW_S + 0.1)
-        answer.slot.succeed(NOW_S + 1.0)
+        assert isinstance(result, Started)
+        result.slot.first_token(NOW_S + 0.1)
+        result.slot.succeed(NOW_S + 1.0)
         if dispatcher.queue:
             dispatcher.pump(NOW_S, 0)
 
@@ -82,7 +82,7 @@ def queued(dispatcher: Dispatcher, waiting: int) -> Callable[[], None]:
 
     def submit() -> Started | WaitsInQueue:
         number = next(picks)
-        answer = dispatcher.submit(
+        result = dispatcher.submit(
             request,
             resolve(request, dispatcher.endpoint_table.tier_table),
             NOW_S,
@@ -90,11 +90,11 @@ def queued(dispatcher: Dispatcher, waiting: int) -> Callable[[], None]:
             deadline_s=DEADLINE_S + number % 97,
             caller=f"caller-{number % 20}",
         )
-        assert isinstance(answer, Started | WaitsInQueue)
-        return answer
+        assert isinstance(result, Started | WaitsInQueue)
+        return result
 
-    while isinstance(answer := submit(), Started):
-        running.append(answer)
+    while isinstance(result := submit(), Started):
+        running.append(result)
     for _ in range(waiting - 1):
         submit()
 

@@ -76,38 +76,38 @@ class Life(RuleBasedStateMachine):
     )
     def offer(self, priority: Priority, caller: str, lane: str, timeout_s: float, rate: float | None) -> None:
         ticket = make(priority, caller, lane, self.now_s, timeout_s)
-        answer = self.queue.offer(ticket, self.now_s, [rate] * 3)
+        result = self.queue.offer(ticket, self.now_s, [rate] * 3)
         self.note_expiries()
-        if isinstance(answer, Queued):
+        if isinstance(result, Queued):
             assert ticket.state is TicketState.WAITING
-            if answer.evicted is not None:
-                assert ORDER[answer.evicted.priority] >= ORDER[priority], "never a more important one"
-                assert not any(ORDER[one.priority] > ORDER[answer.evicted.priority] for one in self.waiting)
-                self.end(answer.evicted, TicketState.EVICTED)
+            if result.evicted is not None:
+                assert ORDER[result.evicted.priority] >= ORDER[priority], "never a more important one"
+                assert not any(ORDER[one.priority] > ORDER[result.evicted.priority] for one in self.waiting)
+                self.end(result.evicted, TicketState.EVICTED)
             self.waiting[ticket] = None
         else:
             assert ticket.state is TicketState.NEW
-            assert answer.retry_after_s >= 1.0
-            if answer.reason is RejectReason.FULL:
+            assert result.retry_after_s >= 1.0
+            if result.reason is RejectReason.FULL:
                 assert len(self.waiting) == self.capacity
                 assert not any(ORDER[one.priority] > ORDER[priority] for one in self.waiting)
-            if answer.reason is RejectReason.WOULD_MISS_DEADLINE:
-                assert answer.wait_s is not None
-                assert answer.wait_s > timeout_s
+            if result.reason is RejectReason.WOULD_MISS_DEADLINE:
+                assert result.wait_s is not None
+                assert result.wait_s > timeout_s
 
-    @rule(open_lanes=st.sets(st.sampled_from(LANES)), kept=st.booleans())
-    def next(self, open_lanes: set[str], kept: bool) -> None:
-        asked: list[tuple[Hashable, Priority]] = []
+    @rule(open_lanes=st.sets(st.sampled_from(LANES)), reserved=st.booleans())
+    def next(self, open_lanes: set[str], reserved: bool) -> None:
+        calls: list[tuple[Hashable, Priority]] = []
 
         def can_run(lane: Hashable, priority: Priority) -> bool:
-            asked.append((lane, priority))
-            return lane in open_lanes and (priority is Priority.HIGH or not kept)
+            calls.append((lane, priority))
+            return lane in open_lanes and (priority is Priority.HIGH or not reserved)
 
         ticket = self.queue.next(self.now_s, can_run)
         self.note_expiries()
-        assert len(asked) == len(set(asked))
+        assert len(calls) == len(set(calls))
         could = [one for one in self.waiting if one.lane_key in open_lanes]
-        if not kept:
+        if not reserved:
             assert (ticket is None) == (not could), "a ticket that can run is never left lying"
         if ticket is not None:
             assert ticket.lane_key in open_lanes
@@ -249,15 +249,15 @@ def test_more_important_requests_never_wait_longer(
 
 
 @given(st.integers(1, 20), st.floats(0.1, 50.0))
-def test_a_retry_after_the_time_told_finds_a_place(capacity: int, rate: float) -> None:
+def test_a_retry_after_the_stated_time_is_queued(capacity: int, rate: float) -> None:
     """Honest: with nobody else coming, the queue served at the observed rate has room by then."""
     queue = AdmissionQueue(AdmissionSettings(capacity=capacity, retry_after_max_s=1e6))
     for _ in range(capacity):
         queue.offer(make(Priority.NORMAL, "", "x", 0.0, 1e9), 0.0)
-    answer = queue.offer(make(Priority.NORMAL, "", "x", 0.0, 1e9), 0.0, [rate])
-    assert isinstance(answer, Rejected)
-    for _ in range(min(capacity, int(answer.retry_after_s * rate + 1e-6))):
+    result = queue.offer(make(Priority.NORMAL, "", "x", 0.0, 1e9), 0.0, [rate])
+    assert isinstance(result, Rejected)
+    for _ in range(min(capacity, int(result.retry_after_s * rate + 1e-6))):
         queue.next(0.0, lambda lane, priority: True)
     assert isinstance(
-        queue.offer(make(Priority.NORMAL, "", "x", 0.0, 1e9), answer.retry_after_s, [rate]), Queued
+        queue.offer(make(Priority.NORMAL, "", "x", 0.0, 1e9), result.retry_after_s, [rate]), Queued
     )

@@ -161,7 +161,7 @@ def test_an_explanation_agrees_with_the_decision(
 
 @settings(max_examples=100, deadline=None)
 @given(planes(), requests)
-def test_every_fit_endpoint_of_the_first_tier_is_taken_sooner_or_later(
+def test_the_best_endpoint_of_the_first_tier_is_among_the_chosen(
     plane: tuple[TierTable, EndpointTable], request: RouteRequest
 ) -> None:
     """No pick raises, and the better of two never loses: the best of all is always among the chosen."""
@@ -268,7 +268,7 @@ class Traffic(RuleBasedStateMachine):
         self.now_s = NOW_S
         self.pick = 0
         self.running: list[RequestSlot] = []
-        self.held = 0
+        self.queued = 0
 
     @initialize(table=tables, first=endpoint_lists)
     def start(self, table: TierTable, first: list[Endpoint]) -> None:
@@ -284,13 +284,13 @@ class Traffic(RuleBasedStateMachine):
     @rule(request=requests, timeout_s=st.sampled_from([1.0, 60.0]))
     def submit(self, request: RouteRequest, timeout_s: float) -> None:
         self.pick += 1
-        answer = self.plane.submit(
+        result = self.plane.submit(
             request, resolve(request, self.table), self.now_s, self.pick, deadline_s=self.now_s + timeout_s
         )
-        if isinstance(answer, Started):
-            self.started(answer)
-        elif isinstance(answer, WaitsInQueue):
-            self.held += 1 - (answer.queued.evicted is not None)
+        if isinstance(result, Started):
+            self.started(result)
+        elif isinstance(result, WaitsInQueue):
+            self.queued += 1 - (result.queued.evicted is not None)
 
     @rule(data=st.data(), how=st.sampled_from(["succeed", "fail", "abandon", "first_token"]))
     def end(self, data: st.DataObject, how: str) -> None:
@@ -303,7 +303,7 @@ class Traffic(RuleBasedStateMachine):
     @rule(snapshot=endpoint_lists)
     def snapshot(self, snapshot: list[Endpoint]) -> None:
         self.plane.endpoint_table.apply(snapshot)
-        self.held -= len(self.plane.remove_unservable(self.now_s, self.pick))
+        self.queued -= len(self.plane.remove_unservable(self.now_s, self.pick))
 
     @rule(passed_s=st.sampled_from([0.1, 2.0, 7.0]))
     def pump(self, passed_s: float) -> None:
@@ -311,9 +311,9 @@ class Traffic(RuleBasedStateMachine):
         for one in self.plane.pump(self.now_s, self.pick):
             assert one.ticket is not None
             assert one.ticket.deadline_s > self.now_s
-            self.held -= 1
+            self.queued -= 1
             self.started(one)
-        self.held -= len(self.plane.queue.expire(self.now_s))
+        self.queued -= len(self.plane.queue.expire(self.now_s))
         assert self.plane.pump(self.now_s, self.pick) == []
 
     @invariant()
@@ -336,7 +336,7 @@ class Traffic(RuleBasedStateMachine):
     def nobody_is_lost(self) -> None:
         if hasattr(self, "plane"):
             gone = len(self.plane.queue._expired)
-            assert len(self.plane.queue) + gone == self.held
+            assert len(self.plane.queue) + gone == self.queued
 
 
 def test_a_limit_is_never_exceeded_by_what_is_started() -> None:
@@ -359,9 +359,9 @@ def test_a_limit_is_never_exceeded_by_what_is_started() -> None:
             )
             plane = Dispatcher(endpoint_table, AdmissionQueue())
             for pick in range(count):
-                answer = plane.submit(request, route, NOW_S, pick, deadline_s=NOW_S + 1)
-                if isinstance(answer, Started):
-                    name = answer.slot.load.endpoint.endpoint_id
+                result = plane.submit(request, route, NOW_S, pick, deadline_s=NOW_S + 1)
+                if isinstance(result, Started):
+                    name = result.slot.load.endpoint.endpoint_id
                     running[name] = running.get(name, 0) + 1
         assert all(running.get(f"e{i}", 0) <= limit for i, limit in enumerate(limits))
         if count >= sum(limits):

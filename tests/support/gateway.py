@@ -136,15 +136,15 @@ class Rig:
         self.gateway.apply(ClusterSnapshot("epoch", self.version, time.time(), endpoints, gateways))
 
     async def post(self, path: str, body: Any, **headers: Any) -> tuple[int, Any, Any]:
-        """Status, headers and JSON of an answer."""
+        """Status, headers and JSON of a response."""
         names = {name.replace("_", "-"): value for name, value in headers.items()}
-        async with self.client.post(self.base + path, json=body, headers=names) as answer:
-            return answer.status, answer.headers, await answer.json(content_type=None)
+        async with self.client.post(self.base + path, json=body, headers=names) as response:
+            return response.status, response.headers, await response.json(content_type=None)
 
     async def get(self, path: str) -> tuple[int, Any]:
-        """Status and JSON of an answer."""
-        async with self.client.get(self.base + path) as answer:
-            return answer.status, await answer.json(content_type=None)
+        """Status and JSON of a response."""
+        async with self.client.get(self.base + path) as response:
+            return response.status, await response.json(content_type=None)
 
     async def stream(
         self,
@@ -158,11 +158,13 @@ class Rig:
         events: list[dict[str, Any]] = []
         done = False
         raw = b""
-        async with self.client.post(self.base + path, json={**body, "stream": True}, headers=names) as answer:
-            if answer.status != 200:
-                value = await answer.json(content_type=None)
-                return Stream(answer.status, answer.headers, [value], False, b"")
-            async for line in answer.content:
+        async with self.client.post(
+            self.base + path, json={**body, "stream": True}, headers=names
+        ) as response:
+            if response.status != 200:
+                value = await response.json(content_type=None)
+                return Stream(response.status, response.headers, [value], False, b"")
+            async for line in response.content:
                 raw += line
                 if not line.startswith(b"data: "):
                     continue
@@ -174,7 +176,7 @@ class Rig:
                     waits = on_event(len(events))
                     if waits is not None:
                         await waits
-            return Stream(answer.status, answer.headers, events, done, raw)
+            return Stream(response.status, response.headers, events, done, raw)
 
     async def close(self) -> None:
         """Stop everything."""
@@ -216,12 +218,12 @@ async def running(config: PlaneConfig | None = None) -> AsyncIterator[Rig]:
 
 
 @asynccontextmanager
-async def scripted_engine(*answers: bytes) -> AsyncIterator[str]:
-    """The address of an engine that has the events of one answer for each request in turn. All but the last
-    are cut; the last stays open without its body's end until the other side closes it."""
-    left = list(answers)
+async def scripted_engine(*streams: bytes) -> AsyncIterator[str]:
+    """The address of an engine that answers each request with the events of one stream, in turn. All but the
+    last are cut off; the last stays open, without the end of its body, until the other side closes it."""
+    left = list(streams)
 
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
         length = re.search(rb"content-length: (\d+)", head)
         await reader.readexactly(int(length[1]) if length else 0)
@@ -233,7 +235,7 @@ async def scripted_engine(*answers: bytes) -> AsyncIterator[str]:
             await reader.read()
         writer.close()
 
-    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    server = await asyncio.start_server(respond, "127.0.0.1", 0)
     try:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     finally:
@@ -244,10 +246,10 @@ async def scripted_engine(*answers: bytes) -> AsyncIterator[str]:
 async def take(rig: Rig, request: dict[str, Any], until: bytes, path: str = CHAT) -> bytes:
     """What a client has of a stream that hangs up as soon as ``until`` has come, as OpenAI's own does."""
     got = b""
-    async with rig.client.post(rig.base + path, json={**request, "stream": True}) as answer:
-        async for data in answer.content.iter_any():
+    async with rig.client.post(rig.base + path, json={**request, "stream": True}) as response:
+        async for data in response.content.iter_any():
             got += data
             if until in got:
-                answer.close()
+                response.close()
                 break
     return got

@@ -20,15 +20,12 @@ from controlplane.core.routing.retry import AttemptFailure
 from controlplane.core.routing.tier_table import Route
 from controlplane.gateway.proxy.attempt import Attempt, error_text
 from controlplane.gateway.proxy.attempts import Attempts, TokenCounts
-from controlplane.gateway.proxy.connections import ConnectionTable
 from controlplane.gateway.proxy.dispatch import RequestDispatch
 from controlplane.gateway.proxy.request_context import RESUME_KINDS, RequestContext
 from controlplane.gateway.proxy.responses import STREAM_HEADERS, response_headers
 from controlplane.gateway.proxy.resume import TOKEN_ID_MEMBERS, StreamRecorder
 from controlplane.gateway.proxy.resumption import Resumption
-from controlplane.gateway.proxy.timeouts import TimeoutWatcher
 from controlplane.gateway.proxy.upstream import UpstreamFailure
-from controlplane.gateway.telemetry.accounting import UsageLedger
 from controlplane.gateway.telemetry.metrics import Metrics
 from controlplane.http.messages import EVENT_STREAM, JSON_TYPE, Responder
 from controlplane.http.sse import events_end, has_end, has_error, is_end
@@ -59,18 +56,12 @@ class Relay:
     """Serves the requests of one gateway replica."""
 
     def __init__(
-        self,
-        config: GatewayConfig,
-        dispatch: RequestDispatch,
-        connections: ConnectionTable,
-        metrics: Metrics,
-        ledger: UsageLedger,
-        timeouts: TimeoutWatcher,
+        self, config: GatewayConfig, dispatch: RequestDispatch, attempts: Attempts, metrics: Metrics
     ) -> None:
         self._dispatch = dispatch
+        self._attempts = attempts
         self._metrics = metrics
-        self._attempts = Attempts(config, dispatch, connections, metrics, ledger, timeouts)
-        self._resumption = Resumption(config.resume, dispatch, self._attempts, metrics)
+        self._resumption = Resumption(config.resume, dispatch, attempts, metrics)
         self._resumable = config.resume != "never"
         self._hedge_after_s = config.hedge_after_s
 

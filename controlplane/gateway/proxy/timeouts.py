@@ -56,7 +56,7 @@ class WatchedAttempt:
         deadline_s: float,
         started_s: float,
         streaming: bool,
-        attempt: int = 1,
+        attempt: int,
     ) -> None:
         self.connection = connection
         self.slot = slot

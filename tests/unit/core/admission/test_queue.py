@@ -85,7 +85,7 @@ def test_callers_take_turns() -> None:
     assert drained(queue) == ["a0", "b0", "a1", "b1", "a2", "a3"]
 
 
-def test_coming_back_at_once_gains_no_caller_more_than_its_turn() -> None:
+def test_a_caller_that_returns_at_once_gets_no_more_than_its_turn() -> None:
     queue = queue_of(*(ticket(name="a", caller="a") for _ in range(10)))
     served = []
     for _ in range(8):
@@ -132,7 +132,7 @@ def test_the_aged_get_their_share_and_the_oldest_of_them_first() -> None:
     assert [name for name in order if name != "h"] == ["old0", "old1"]
 
 
-def test_nobody_is_aged_before_the_time() -> None:
+def test_no_ticket_is_aged_before_the_time() -> None:
     queue = queue_of(
         ticket(LOW, "l"), *(ticket(HIGH, "h") for _ in range(40)), age_after_s=5.0, aged_ratio=0.5
     )
@@ -147,20 +147,20 @@ def test_the_share_is_for_all_the_aged_together() -> None:
     assert first.count("aged") == 25
 
 
-def test_an_aged_ticket_may_take_a_slot_that_is_kept_for_high() -> None:
-    def kept(lane: Hashable, priority: Priority) -> bool:
+def test_an_aged_ticket_may_take_a_slot_that_is_reserved_for_high() -> None:
+    def only_high(lane: Hashable, priority: Priority) -> bool:
         return priority is HIGH
 
     old = ticket(LOW, "old", arrived_s=NOW_S - 20)
     queue = queue_of(old, *(ticket(HIGH, "h") for _ in range(3)), age_after_s=5.0, aged_ratio=0.5)
-    assert [served(queue, kept) for _ in range(4)] == ["h", "h", "old", "h"]
-    assert queue.next(NOW_S, kept) is None
+    assert [served(queue, only_high) for _ in range(4)] == ["h", "h", "old", "h"]
+    assert queue.next(NOW_S, only_high) is None
 
 
-def test_a_full_queue_says_when_to_come_back() -> None:
+def test_a_full_queue_says_when_to_retry() -> None:
     queue = queue_of(*(ticket() for _ in range(4)), capacity=4)
-    answer = queue.offer(ticket(), NOW_S, [0.5])
-    assert answer == Rejected(RejectReason.FULL, 10.0, 10.0)
+    result = queue.offer(ticket(), NOW_S, [0.5])
+    assert result == Rejected(RejectReason.FULL, 10.0, 10.0)
     assert len(queue) == 4
 
 
@@ -170,18 +170,18 @@ def test_retry_after_stays_in_its_bounds(rate: float | None, expected_s: float) 
     queue = queue_of(
         *(ticket(deadline_s=far) for _ in range(3)), capacity=3, retry_after_min_s=2.0, retry_after_max_s=30.0
     )
-    answer = queue.offer(ticket(deadline_s=far), NOW_S, [rate])
-    assert isinstance(answer, Rejected)
-    assert (answer.reason, answer.retry_after_s) == (RejectReason.FULL, expected_s)
+    result = queue.offer(ticket(deadline_s=far), NOW_S, [rate])
+    assert isinstance(result, Rejected)
+    assert (result.reason, result.retry_after_s) == (RejectReason.FULL, expected_s)
 
 
 def test_the_more_important_evicts_the_youngest_of_the_least_important() -> None:
     low = [ticket(LOW, f"l{i}") for i in range(2)]
     queue = queue_of(*low, ticket(NORMAL, "n"), capacity=3)
-    answer = queue.offer(ticket(HIGH, "h"), NOW_S, [1.0])
-    assert isinstance(answer, Queued)
-    assert answer.evicted is low[1]
-    assert answer.retry_after_s >= 1.0
+    result = queue.offer(ticket(HIGH, "h"), NOW_S, [1.0])
+    assert isinstance(result, Queued)
+    assert result.evicted is low[1]
+    assert result.retry_after_s >= 1.0
     assert low[1].state is TicketState.EVICTED
     assert drained(queue) == ["h", "n", "l0"]
 
@@ -189,37 +189,37 @@ def test_the_more_important_evicts_the_youngest_of_the_least_important() -> None
 def test_the_same_priority_evicts_only_from_a_caller_with_more() -> None:
     hog = [ticket(name=f"a{i}", caller="a") for i in range(3)]
     queue = queue_of(*hog, ticket(name="b0", caller="b"), capacity=4)
-    answer = queue.offer(ticket(name="b1", caller="b"), NOW_S)
-    assert isinstance(answer, Queued)
-    assert answer.evicted is hog[2]
+    result = queue.offer(ticket(name="b1", caller="b"), NOW_S)
+    assert isinstance(result, Queued)
+    assert result.evicted is hog[2]
     assert isinstance(queue.offer(ticket(name="b2", caller="b"), NOW_S), Rejected), "two each is fair"
     assert isinstance(queue.offer(ticket(LOW, caller="c"), NOW_S), Rejected), "never one more important"
 
 
 @pytest.mark.parametrize(("needs_s", "let_in"), [(0.0, True), (4.0, True), (5.0, True), (6.0, False)])
-def test_what_cannot_make_its_deadline_is_shed_at_once(needs_s: float, let_in: bool) -> None:
+def test_a_ticket_that_would_miss_its_deadline_is_rejected_at_once(needs_s: float, let_in: bool) -> None:
     """Four ahead and itself at one a second: five seconds to wait, and ten until the deadline."""
     queue = queue_of(*(ticket(deadline_s=NOW_S + 9.0) for _ in range(4)))
     newcomer = ticket(deadline_s=NOW_S + 10.0, needs_s=needs_s)
     assert queue.predict_wait_s(newcomer, NOW_S, [1.0]) == 5.0
-    answer = queue.offer(newcomer, NOW_S, [1.0])
+    result = queue.offer(newcomer, NOW_S, [1.0])
     if let_in:
-        assert answer == Queued()
+        assert result == Queued()
     else:
-        assert answer == Rejected(RejectReason.WOULD_MISS_DEADLINE, 1.0, 5.0)
+        assert result == Rejected(RejectReason.WOULD_MISS_DEADLINE, 1.0, 5.0)
     assert len(queue) == 4 + let_in
 
 
 def test_shedding_says_by_how_much_it_was_too_late() -> None:
     queue = queue_of(*(ticket(deadline_s=NOW_S + 19.0) for _ in range(49)))
-    answer = queue.offer(ticket(deadline_s=NOW_S + 20.0), NOW_S, [1.0])
-    assert answer == Rejected(RejectReason.WOULD_MISS_DEADLINE, 30.0, 50.0)
+    result = queue.offer(ticket(deadline_s=NOW_S + 20.0), NOW_S, [1.0])
+    assert result == Rejected(RejectReason.WOULD_MISS_DEADLINE, 30.0, 50.0)
 
 
 def test_a_passed_deadline_is_too_late() -> None:
-    answer = AdmissionQueue().offer(ticket(deadline_s=NOW_S), NOW_S, [1.0])
-    assert isinstance(answer, Rejected)
-    assert answer.reason is RejectReason.TOO_LATE
+    result = AdmissionQueue().offer(ticket(deadline_s=NOW_S), NOW_S, [1.0])
+    assert isinstance(result, Rejected)
+    assert result.reason is RejectReason.TOO_LATE
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_arrivals_are_forgotten() -> None:
     assert waits == [pytest.approx(2.0 / rate) for rate in (1.0, 1.5, 2.0)]
 
 
-def test_expired_tickets_are_given_back_once_and_never_served() -> None:
+def test_expired_tickets_are_returned_once_and_never_served() -> None:
     late, later = ticket(name="late", deadline_s=NOW_S + 1), ticket(name="later", deadline_s=NOW_S + 3)
     queue = queue_of(late, later)
     one = queue.next(NOW_S + 1, anything)
@@ -271,7 +271,7 @@ def test_expired_tickets_are_given_back_once_and_never_served() -> None:
     assert queue.expire(NOW_S + 10) == []
 
 
-def test_a_queue_with_expired_tickets_to_give_back_is_not_done() -> None:
+def test_a_queue_with_expired_tickets_to_return_is_not_empty() -> None:
     queue = queue_of(ticket(deadline_s=NOW_S + 1))
     assert queue.next(NOW_S + 2, anything) is None
     assert len(queue) == 0
@@ -280,13 +280,13 @@ def test_a_queue_with_expired_tickets_to_give_back_is_not_done() -> None:
     assert not queue
 
 
-def test_the_expired_make_room() -> None:
+def test_expired_tickets_make_room() -> None:
     queue = queue_of(ticket(deadline_s=NOW_S + 1), capacity=1)
     assert isinstance(queue.offer(ticket(), NOW_S + 2), Queued)
     assert len(queue.expire(NOW_S + 2)) == 1
 
 
-def test_a_client_that_leaves_frees_its_place() -> None:
+def test_a_client_that_leaves_makes_room() -> None:
     first, second = ticket(name="1"), ticket(name="2")
     queue = queue_of(first, second, capacity=2)
     assert queue.leave(first)
@@ -297,14 +297,14 @@ def test_a_client_that_leaves_frees_its_place() -> None:
     assert not queue.leave(second)
 
 
-def test_a_ticket_is_good_for_one_offer() -> None:
+def test_a_ticket_can_be_offered_once() -> None:
     one = ticket()
     queue = queue_of(one)
     with pytest.raises(ValueError, match="this ticket is waiting"):
         queue.offer(one, NOW_S)
 
 
-def test_what_left_does_not_pile_up_in_the_heaps() -> None:
+def test_tickets_that_left_do_not_accumulate_in_the_heaps() -> None:
     queue = queue_of(*(ticket(caller="stays", deadline_s=NOW_S + 1e6) for _ in range(3)))
     for i in range(3000):
         one = ticket(caller=f"caller{i}" if i % 2 else "stays", deadline_s=NOW_S + 1e5)
@@ -318,7 +318,7 @@ def test_what_left_does_not_pile_up_in_the_heaps() -> None:
     assert len(queue.waiting()) == 3
 
 
-def test_idle_callers_are_forgotten_once_they_are_many() -> None:
+def test_idle_callers_are_dropped_once_there_are_many() -> None:
     queue = queue_of(capacity=10)
     for i in range(500):
         queue.offer(ticket(caller=f"caller{i}"), NOW_S)

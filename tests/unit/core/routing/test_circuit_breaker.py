@@ -33,7 +33,7 @@ def tripped(now_s: float = 100.0) -> Breaker:
 
 @pytest.mark.parametrize("state", BreakerState)
 @pytest.mark.parametrize("event", BreakerEvent)
-def test_only_the_moves_of_the_table_exist(state: BreakerState, event: BreakerEvent) -> None:
+def test_only_the_transitions_of_the_table_exist(state: BreakerState, event: BreakerEvent) -> None:
     breaker = Breaker(SETTINGS)
     breaker.state = state
     if (state, event) in TRANSITIONS:
@@ -114,7 +114,7 @@ def test_each_failed_probe_doubles_the_pause_up_to_its_maximum() -> None:
     assert breaker.blocked_until_s - now_s == 1.0, "a passed probe starts over"
 
 
-def test_requests_from_before_say_nothing_once_it_is_open() -> None:
+def test_requests_from_before_it_opened_do_not_count() -> None:
     breaker = tripped()
     breaker.success(100.2)
     breaker.failure(100.3)
@@ -135,7 +135,7 @@ def test_an_abandoned_probe_lets_the_next_one_go_at_once() -> None:
     assert breaker.start(101.2) == 2
 
 
-def test_a_probe_that_never_reports_does_not_bar_the_endpoint_for_good() -> None:
+def test_a_probe_that_never_reports_does_not_block_the_endpoint_for_good() -> None:
     breaker = tripped()
     lost = breaker.start(101.0)
     assert breaker.blocked_until_s > 130.9

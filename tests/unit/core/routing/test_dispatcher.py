@@ -39,7 +39,7 @@ def submit(
     return plane.submit(request, route, now_s, 0, **{"deadline_s": NOW_S + 60.0, **fields})
 
 
-def test_starts_queues_and_starts_again_when_a_slot_frees() -> None:
+def test_a_request_starts_or_waits_until_a_slot_is_free() -> None:
     plane = dispatcher(LARGE)
     first = submit(plane, RouteRequest(model="large"))
     assert isinstance(first, Started)
@@ -54,7 +54,7 @@ def test_starts_queues_and_starts_again_when_a_slot_frees() -> None:
     assert plane.pump(NOW_S + 1, 0) == []
 
 
-def test_a_tier_that_becomes_ready_gets_what_waits_for_it() -> None:
+def test_a_tier_that_becomes_ready_gets_the_requests_that_wait_for_it() -> None:
     plane = dispatcher(replace(LARGE, state=EndpointState.RESTARTING))
     waiting = submit(plane, RouteRequest(model="large"))
     assert isinstance(waiting, WaitsInQueue)
@@ -63,7 +63,7 @@ def test_a_tier_that_becomes_ready_gets_what_waits_for_it() -> None:
     assert started.decision.reason == "model=large"
 
 
-def test_a_full_tier_in_front_does_not_hold_up_others() -> None:
+def test_a_full_tier_does_not_delay_requests_for_others() -> None:
     plane = dispatcher(SMALL, LARGE)
     running = [submit(plane, RouteRequest(model=name)) for name in ("small", "large")]
     waits_high = submit(plane, RouteRequest(model="large", priority=Priority.HIGH))
@@ -75,7 +75,7 @@ def test_a_full_tier_in_front_does_not_hold_up_others() -> None:
     assert [one.ticket for one in plane.pump(NOW_S + 1, 0)] == [waits_low.ticket]
 
 
-def test_what_spills_is_told_apart_from_what_must_stay() -> None:
+def test_requests_that_may_spill_have_another_lane_than_those_that_may_not() -> None:
     spills, stays = RouteRequest(model="small"), RouteRequest(model="s")
     keys = {lane_key(resolve(request, TABLE), request) for request in (spills, stays)}
     assert len(keys) == 2
@@ -101,7 +101,7 @@ def test_refusals_of_routing_and_of_the_queue() -> None:
     assert full.rejected.reason is RejectReason.FULL
 
 
-def test_sheds_by_what_it_has_seen_of_the_tiers_speed() -> None:
+def test_sheds_by_the_observed_speed_of_the_tiers() -> None:
     plane = dispatcher(LARGE)
     first = submit(plane, RouteRequest(model="large"))
     assert isinstance(first, Started)
@@ -113,7 +113,7 @@ def test_sheds_by_what_it_has_seen_of_the_tiers_speed() -> None:
     assert (shed.rejected.reason, shed.rejected.wait_s) == (RejectReason.WOULD_MISS_DEADLINE, 4.0)
 
 
-def test_a_retry_keeps_its_age_and_goes_elsewhere() -> None:
+def test_a_retry_has_the_age_of_its_request_and_goes_elsewhere() -> None:
     plane = dispatcher(replace(LARGE, concurrency_limit=2), replace(LARGE, endpoint_id="large-1"))
     first = submit(plane, RouteRequest(model="large"))
     assert isinstance(first, Started)
@@ -142,7 +142,7 @@ def test_queued_requests_that_no_endpoint_can_serve_any_more_are_removed() -> No
     assert len(plane.queue) == 0
 
 
-def test_what_goes_by_age_may_use_the_reserve() -> None:
+def test_a_ticket_that_is_served_by_age_may_use_reserved_slots() -> None:
     plane = dispatcher(replace(LARGE, concurrency_limit=10))
     plane.endpoint_table.high_seen_s = NOW_S
     running = [submit(plane, RouteRequest(model="large")) for _ in range(9)]

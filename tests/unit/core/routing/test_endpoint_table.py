@@ -92,7 +92,7 @@ def test_the_rate_is_that_of_a_full_tier() -> None:
     assert endpoint_table.pools[1].rate_per_s(Priority.HIGH) is None
 
 
-def test_failures_reach_the_breaker_and_the_clients_own_do_not() -> None:
+def test_failures_count_for_the_breaker_unless_they_are_the_clients() -> None:
     load = one().by_endpoint_id["small-0"]
     for _ in range(5):
         load.begin(NOW_S).fail(NOW_S, weight=0)

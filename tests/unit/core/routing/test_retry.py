@@ -95,7 +95,7 @@ def test_attempts_are_bounded_for_streams_too() -> None:
         ),
     ],
 )
-def test_nothing_is_tried_without_time(attempt: FailedAttempt, expected: GiveUp) -> None:
+def test_without_time_left_there_is_no_retry(attempt: FailedAttempt, expected: GiveUp) -> None:
     assert next_step(AttemptFailure.CUT, attempt, SETTINGS, budget(), NOW_S) == expected
 
 
@@ -110,7 +110,7 @@ def test_nothing_is_tried_without_time(attempt: FailedAttempt, expected: GiveUp)
         (AttemptFailure.CUT, 1, False),
     ],
 )
-def test_without_budget_only_a_first_loss_is_made_good(
+def test_without_budget_only_a_first_loss_is_retried(
     failure: AttemptFailure, losses: int, goes_on: bool
 ) -> None:
     step = next_step(failure, FRESH._replace(losses=losses), SETTINGS, budget(0.0), NOW_S)
@@ -139,7 +139,7 @@ def test_a_request_that_loses_a_second_engine_pauses_inside_its_deadline(
         assert step.pause_s == pytest.approx(pause_s)
 
 
-def test_the_budget_is_a_share_of_the_traffic_and_a_little_a_second() -> None:
+def test_the_budget_is_a_share_of_the_traffic_and_a_rate_on_top() -> None:
     tokens = budget(0.0)
     assert not tokens.spend(NOW_S)
     for _ in range(5):

@@ -65,7 +65,7 @@ def chosen(request: RouteRequest, endpoint_table: EndpointTable, pick: int = 0) 
 BALANCED = RouteRequest(model="balanced")
 
 
-def test_sends_to_the_tier_asked_for_and_says_why() -> None:
+def test_sends_to_the_tier_asked_for_with_the_reason() -> None:
     endpoint_table = plane(endpoint("lightweight-0"), endpoint("balanced-0"))
     decision = decide(RouteRequest(complexity=Complexity.SIMPLE), endpoint_table, NOW_S, 0)
     assert (decision.outcome, decision.tier, decision.reason) == (
@@ -120,7 +120,7 @@ def test_an_endpoint_that_owes_tokens_and_is_silent_loses_to_a_fuller_one() -> N
     assert {chosen(BALANCED, endpoint_table, pick) for pick in range(6)} == {"balanced-1"}
 
 
-def test_an_old_latency_says_nothing() -> None:
+def test_an_old_latency_is_ignored() -> None:
     endpoint_table = plane(endpoint("balanced-0"))
     load = endpoint_table.by_endpoint_id["balanced-0"]
     load.ttft_s, load.sampled_s, endpoint_table.pools[1].ttft_s = 9.0, NOW_S - 31, 1.0
@@ -167,7 +167,7 @@ def test_affinity_never_overrules_overload(overload: Any) -> None:
     assert chosen(request, endpoint_table) != before
 
 
-def test_affinity_bears_a_little_more_load() -> None:
+def test_affinity_accepts_a_little_more_load() -> None:
     endpoint_table = plane(*(endpoint(f"balanced-{i}", concurrency_limit=10) for i in range(2)))
     request = RouteRequest(session_key=12)
     before = chosen(request, endpoint_table)
@@ -277,7 +277,7 @@ def test_a_list_takes_the_first_with_room_and_else_waits_for_any() -> None:
     assert (decision.outcome, decision.tiers) == (RouteOutcome.QUEUE, (2, 0)), "balanced was not asked for"
 
 
-def test_what_was_tried_is_not_tried_again_until_it_is_a_new_process() -> None:
+def test_an_endpoint_that_was_tried_is_excluded_until_it_is_a_new_process() -> None:
     endpoint_table = plane(endpoint("balanced-0"), endpoint("balanced-1"), spill=OverflowDirection.NONE)
     first = endpoint_table.by_endpoint_id["balanced-0"]
     request = BALANCED._replace(exclude=frozenset({first.key}))
@@ -291,7 +291,7 @@ def test_what_was_tried_is_not_tried_again_until_it_is_a_new_process() -> None:
     assert chosen(both, endpoint_table) == "balanced-0"
 
 
-def test_tried_everywhere_in_its_tier_a_request_goes_to_a_neighbour() -> None:
+def test_a_request_that_tried_every_endpoint_of_its_tier_is_bridged() -> None:
     endpoint_table = plane(endpoint("balanced-0"), endpoint("capable-0"))
     request = BALANCED._replace(exclude=frozenset({endpoint_table.by_endpoint_id["balanced-0"].key}))
     assert decide(request, endpoint_table, NOW_S, 0).reason == "model=balanced; bridge: balanced tried"
@@ -358,7 +358,7 @@ def test_the_last_slots_are_for_high_priority_while_there_is_any() -> None:
     assert explained.candidates[0].left_out == ("its last 1 slots are reserved for high priority",)
 
 
-def test_an_unknown_model_is_a_value() -> None:
+def test_an_unknown_model_is_rejected() -> None:
     endpoint_table = plane(endpoint("balanced-0"))
     decision = decide(RouteRequest(model="nope"), endpoint_table, NOW_S, 0)
     assert (decision.outcome, decision.refusal) == (RouteOutcome.REJECT, RouteRefusal.UNKNOWN_MODEL)
@@ -434,7 +434,7 @@ def test_an_explanation_of_a_spill_leaves_out_the_tiers_that_only_bridge() -> No
         ),
     ],
 )
-def test_an_explanation_says_why_a_tier_is_not_for_a_request(
+def test_an_explanation_says_why_a_tier_is_not_open_to_a_request(
     request_fields: dict[str, Any], says: str
 ) -> None:
     endpoint_table = plane(endpoint("lightweight-0"), endpoint("balanced-0"))

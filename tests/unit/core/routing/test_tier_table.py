@@ -70,7 +70,7 @@ def test_a_list_keeps_its_order_and_goes_nowhere_else() -> None:
     assert route.spill == route.bridge == ()
 
 
-def test_a_model_id_is_meant_as_it_stands_but_a_tier_may_spill() -> None:
+def test_a_request_for_a_model_id_never_spills_but_one_for_a_tier_may() -> None:
     assert resolve(RouteRequest(model="small"), THREE).spill == ()
     assert names(THREE, resolve(RouteRequest(model="lightweight"), THREE).spill) == ["balanced", "capable"]
 
@@ -126,7 +126,7 @@ def test_neighbours(
     assert (names(table, route.spill), names(table, route.bridge)) == (spills, bridges)
 
 
-def test_complexities_that_no_tier_claims_go_rather_too_high_than_too_low() -> None:
+def test_complexities_that_no_tier_claims_go_higher_rather_than_lower() -> None:
     table = TierTable.build(
         [
             TierPolicy("a", "m0", complexities=(Complexity.SIMPLE,)),
@@ -184,7 +184,7 @@ def test_a_model_in_two_tiers_and_resuming_with_the_same_model() -> None:
         ([TierPolicy("a", "m")], "z", "default tier 'z' is no tier"),
     ],
 )
-def test_tables_that_make_no_sense(policies: list[TierPolicy], default: str | None, says: str) -> None:
+def test_invalid_tables(policies: list[TierPolicy], default: str | None, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         TierTable.build(policies, default)
 

@@ -1,4 +1,4 @@
-"""The less trodden paths of a request: whatever happens, every place is given back, once."""
+"""The rarer paths of a request: whatever happens, every slot is given back, once."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ JSON_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
 
 @asynccontextmanager
 async def scripted(
-    rig: Rig, answer: bytes, *, reset: bool = False, hold: bool = False
+    rig: Rig, response: bytes, *, reset: bool = False, stay_open: bool = False
 ) -> AsyncIterator[None]:
-    """Endpoint ``a`` answers every request with these bytes, then closes, resets or says nothing more."""
-    held: list[asyncio.StreamWriter] = []
+    """Endpoint ``a`` answers every request with these bytes, then closes, resets or stays silent."""
+    open_writers: list[asyncio.StreamWriter] = []
 
     async def engine(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
         found = re.search(rb"content-length: (\d+)", head)
         await reader.readexactly(int(found[1]) if found else 0)
-        writer.write(answer)
+        writer.write(response)
         await writer.drain()
-        if hold:
-            held.append(writer)
+        if stay_open:
+            open_writers.append(writer)
         elif reset:
             await asyncio.sleep(0.05)
             own: socket.socket = writer.get_extra_info("socket")
@@ -56,14 +56,14 @@ async def scripted(
     try:
         yield
     finally:
-        for writer in held:
+        for writer in open_writers:
             writer.transport.abort()
         server.close()
         await server.wait_closed()
 
 
 def idle(rig: Rig) -> bool:
-    """Nothing is held any more: no place, no watch."""
+    """Nothing is in use any more: no slot, no watched attempt."""
     endpoint_table = rig.gateway.endpoint_table
     return (
         not rig.gateway.info().in_flight
@@ -86,10 +86,10 @@ def ended(rig: Rig) -> float:
     )
 
 
-# -- places are given back -----------------------------------------------------------------------------
+# -- slots are given back ------------------------------------------------------------------------------
 
 
-async def test_of_two_hedged_attempts_the_one_that_failed_first_gives_its_place_back() -> None:
+async def test_of_two_hedged_attempts_the_one_that_failed_first_releases_its_slot() -> None:
     async with running(plane(hedge_after_s=0.05, first_token_timeout_s=30)) as rig:
         await rig.engine("a", ttft_ms=400)
         await rig.engine("b", ttft_ms=400)
@@ -108,13 +108,13 @@ async def test_a_body_whose_member_names_are_not_utf_8_is_the_clients_fault() ->
     async with running() as rig:
         await rig.engine("a")
         body = b'{"model":"auto","messages":[{"role":"user","content":"x"}],"\xff":1}'
-        async with rig.client.post(rig.base + CHAT, data=body) as answer:
-            assert answer.status == 400
+        async with rig.client.post(rig.base + CHAT, data=body) as response:
+            assert response.status == 400
         assert idle(rig)
         assert ended(rig) == 1
 
 
-async def test_an_unforeseen_error_of_an_attempt_holds_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_unforeseen_error_of_an_attempt_releases_its_slot(monkeypatch: pytest.MonkeyPatch) -> None:
     async with running() as rig:
         await rig.engine("a")
 
@@ -129,8 +129,8 @@ async def test_an_unforeseen_error_of_an_attempt_holds_no_place(monkeypatch: pyt
 
 async def test_a_lost_stream_whose_events_can_not_be_read_ends_with_an_error_event() -> None:
     async with running() as rig:
-        answer = STREAM_HEAD + b"data: {not json}\n\n"
-        async with scripted(rig, answer):
+        response = STREAM_HEAD + b"data: {not json}\n\n"
+        async with scripted(rig, response):
             async with rig.client.post(rig.base + CHAT, json=chat_body(stream=True)) as got:
                 text = await got.text()
         assert "endpoint_lost" in text
@@ -138,10 +138,10 @@ async def test_a_lost_stream_whose_events_can_not_be_read_ends_with_an_error_eve
         assert ended(rig) == 1
 
 
-async def test_a_client_that_stops_reading_holds_its_engine_until_the_deadline_at_most() -> None:
+async def test_a_client_that_stops_reading_holds_its_slot_until_the_deadline_at_most() -> None:
     async with running(plane(token_timeout_s=0.2, silence_timeout_s=0.2)) as rig:
         event = b"data: " + (CHUNK % ("x" * 2000)).encode() + b"\n\n"
-        async with scripted(rig, STREAM_HEAD + event * 8000, hold=True):
+        async with scripted(rig, STREAM_HEAD + event * 8000, stay_open=True):
             reader, writer = await asyncio.open_connection("127.0.0.1", rig.gateway.port, limit=1024)
             body = b'{"model":"model-balanced","messages":[],"stream":true}'
             writer.write(
@@ -188,20 +188,20 @@ async def test_events_that_end_with_carriage_returns_are_relayed_as_they_come() 
 async def test_text_that_looks_like_the_end_of_a_stream_is_not_its_end(path: str, event: bytes) -> None:
     async with running() as rig, scripted(rig, STREAM_HEAD + event + b"\n\n"):
         body = {**chat_body(), "stream": True, "input": "x", "max_tokens": 5}
-        async with rig.client.post(rig.base + path, json=body) as answer:
-            text = await answer.text()
+        async with rig.client.post(rig.base + path, json=body) as response:
+            text = await response.text()
         assert "endpoint_lost" in text or "was not resumed" in text
 
 
-async def test_a_messages_stream_that_begins_with_an_error_is_tried_elsewhere() -> None:
+async def test_a_messages_stream_that_begins_with_an_error_is_retried_elsewhere() -> None:
     async with running() as rig:
         error = b'event: error\ndata: {"type":"error","error":{"type":"x","message":"boom"}}\n\n'
         async with scripted(rig, STREAM_HEAD + error):
             await rig.engine("b")
             for i in range(4):
                 body = {**chat_body(f"n {i}", max_tokens=3), "stream": True}
-                async with rig.client.post(rig.base + "/v1/messages", json=body) as answer:
-                    text = await answer.text()
+                async with rig.client.post(rig.base + "/v1/messages", json=body) as response:
+                    text = await response.text()
                 assert "boom" not in text
                 assert "message_stop" in text
 
@@ -213,14 +213,14 @@ async def test_an_answer_without_a_length_that_is_reset_is_not_whole() -> None:
         assert status == 502, value
 
 
-# -- what clients are told -------------------------------------------------------------------------------
+# -- what clients see ----------------------------------------------------------------------------------
 
 
-async def test_errors_tell_neither_addresses_nor_what_an_engine_says_of_our_key() -> None:
+async def test_errors_contain_neither_addresses_nor_an_engines_message_about_our_key() -> None:
     async with running(plane(retry={"max_attempts": 1})) as rig:
-        told = b'{"error":"wrong key sk-12***89"}'
-        head = b"HTTP/1.1 401 Unauthorized\r\ncontent-length: %d\r\n\r\n" % len(told)
-        async with scripted(rig, head + told):
+        error = b'{"error":"wrong key sk-12***89"}'
+        head = b"HTTP/1.1 401 Unauthorized\r\ncontent-length: %d\r\n\r\n" % len(error)
+        async with scripted(rig, head + error):
             status, _, value = await rig.post(CHAT, chat_body())
             assert status == 502
             assert "sk-12" not in value["error"]["message"]
@@ -230,18 +230,18 @@ async def test_errors_tell_neither_addresses_nor_what_an_engine_says_of_our_key(
 
 
 @pytest.mark.parametrize("timeout", ["1" + "0" * 400, '"nan"', "true"])
-async def test_a_time_out_that_is_no_time_is_a_bad_request(timeout: str) -> None:
+async def test_a_time_out_that_is_not_a_time_is_a_bad_request(timeout: str) -> None:
     async with running() as rig:
         await rig.engine("a")
         body = b'{"model":"auto","messages":[],"metadata":{"timeout":%b}}' % timeout.encode()
-        async with rig.client.post(rig.base + CHAT, data=body) as answer:
-            assert answer.status == 400
+        async with rig.client.post(rig.base + CHAT, data=body) as response:
+            assert response.status == 400
 
 
 # -- deadlines -------------------------------------------------------------------------------------------
 
 
-async def test_the_deadline_of_a_running_stream_is_told_as_such() -> None:
+async def test_the_deadline_of_a_running_stream_is_reported_as_such() -> None:
     async with running() as rig:
         await rig.engine("a", itl_ms=50)
         stream = await rig.stream(chat_body(max_tokens=100), x_request_timeout_seconds="0.5")
@@ -251,7 +251,7 @@ async def test_the_deadline_of_a_running_stream_is_told_as_such() -> None:
         assert idle(rig)
 
 
-async def test_a_probe_that_only_met_its_deadline_closes_no_breaker() -> None:
+async def test_a_probe_that_only_reached_its_deadline_does_not_close_the_breaker() -> None:
     async with running() as rig:
         await rig.engine("a", hang=True)
         breaker = rig.gateway.endpoint_table.by_endpoint_id["a"].breaker
@@ -263,7 +263,7 @@ async def test_a_probe_that_only_met_its_deadline_closes_no_breaker() -> None:
         assert breaker.state != "closed"
 
 
-async def test_a_connection_is_not_waited_for_beyond_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_connecting_takes_no_longer_than_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     async with running(plane(connect_timeout_s=5)) as rig:
         await rig.engine("a")
         loop = asyncio.get_running_loop()
@@ -281,7 +281,7 @@ async def test_a_connection_is_not_waited_for_beyond_the_deadline(monkeypatch: p
         assert loop.time() - started_s < 1
 
 
-async def test_a_long_answer_in_one_piece_is_not_taken_for_a_hung_engine() -> None:
+async def test_a_long_answer_that_is_not_streamed_is_not_taken_for_a_stalled_engine() -> None:
     async with running(plane(silence_timeout_s=0.2)) as rig:
         await rig.engine("a", ttft_ms=900)
         await rig.engine("b", ttft_ms=900)
@@ -290,7 +290,7 @@ async def test_a_long_answer_in_one_piece_is_not_taken_for_a_hung_engine() -> No
         assert "x-attempts" not in headers
 
 
-async def test_a_first_token_that_is_honestly_slow_comes_in_the_end() -> None:
+async def test_a_first_token_that_is_slow_everywhere_comes_in_the_end() -> None:
     async with running(plane(silence_timeout_s=0.3)) as rig:
         await rig.engine("a", ttft_ms=900)
         await rig.engine("b", ttft_ms=900)
@@ -301,14 +301,14 @@ async def test_a_first_token_that_is_honestly_slow_comes_in_the_end() -> None:
     ("host", "url"),
     [("0.0.0.0", "http://10.1.2.3:"), ("127.0.0.1", "http://127.0.0.1:")],
 )
-async def test_a_gateway_on_every_address_is_found_by_its_nodes(host: str, url: str) -> None:
+async def test_a_gateway_on_every_address_is_reached_by_its_nodes_address(host: str, url: str) -> None:
     gateway = Gateway(plane(), "gateway-a")
     await gateway.start(host, 0, "10.1.2.3")
     assert gateway.info().url.startswith(url)
     await gateway.drain(0.1)
 
 
-async def test_a_hedge_that_wins_at_another_tier_is_told_as_that_tier() -> None:
+async def test_a_hedge_that_wins_at_another_tier_names_that_tier() -> None:
     tiers = ({"name": "balanced"}, {"name": "capable"})
     async with running(plane(*tiers, hedge_after_s=0.05, first_token_timeout_s=30)) as rig:
         await rig.engine("a", limit=1, ttft_ms=2_000)

@@ -15,7 +15,7 @@ from tests.support.waiting import until_async
 THREE = ({"name": "lightweight"}, {"name": "balanced"}, {"name": "capable"})
 
 
-async def test_a_post_is_answered_and_says_which_way_it_went() -> None:
+async def test_a_response_names_its_tier_and_the_reason() -> None:
     async with running() as rig:
         await rig.engine("a")
         status, headers, value = await rig.post(CHAT, chat_body(max_tokens=4), x_request_id="mine-1")
@@ -34,9 +34,9 @@ async def test_a_stream_holds_no_token_ids_that_the_client_did_not_ask_for() -> 
         stream = await rig.stream(chat_body(max_tokens=5))
         assert stream.done
         assert b"token_ids" not in stream.raw
-        asked = await rig.stream(chat_body(max_tokens=5, return_token_ids=True))
-        assert b'"token_ids":[' in asked.raw
-        assert asked.text == stream.text
+        with_ids = await rig.stream(chat_body(max_tokens=5, return_token_ids=True))
+        assert b'"token_ids":[' in with_ids.raw
+        assert with_ids.text == stream.text
 
 
 @pytest.mark.parametrize(
@@ -59,8 +59,8 @@ async def test_every_route_is_relayed(path: str, body: dict[str, Any]) -> None:
         assert headers["x-tier"] == "balanced"
         assert value["model"] == "model-balanced"
         if path in {"/v1/responses", "/v1/messages"}:
-            async with rig.client.post(rig.base + path, json={**body, "stream": True}) as answer:
-                text = await answer.text()
+            async with rig.client.post(rig.base + path, json={**body, "stream": True}) as response:
+                text = await response.text()
             assert ("response.completed" if path == "/v1/responses" else "message_stop") in text
 
 
@@ -82,8 +82,8 @@ async def test_the_tier_is_the_one_asked_for(
     async with running(plane(*THREE)) as rig:
         for policy in THREE:
             await rig.engine(policy["name"], policy["name"])
-        status, told, _ = await rig.post(CHAT, chat_body(max_tokens=1, **body), **headers)
-        assert (status, told["x-tier"]) == (200, tier)
+        status, response_headers, _ = await rig.post(CHAT, chat_body(max_tokens=1, **body), **headers)
+        assert (status, response_headers["x-tier"]) == (200, tier)
 
 
 @pytest.mark.parametrize(
@@ -98,24 +98,24 @@ async def test_the_tier_is_the_one_asked_for(
         ({"max_tokens": "many"}, {}, 400, ""),
     ],
 )
-async def test_a_wrong_request_is_told_what_is_wrong(
+async def test_the_error_for_a_wrong_request_names_what_is_wrong(
     body: dict[str, Any], headers: dict[str, str], status: int, says: str
 ) -> None:
     async with running() as rig:
         await rig.engine("a")
-        answered, told, value = await rig.post(CHAT, chat_body(**body), **headers)
-        assert answered == status
+        answered_status, response_headers, value = await rig.post(CHAT, chat_body(**body), **headers)
+        assert answered_status == status
         assert says in value["error"]["message"]
-        assert told["x-request-id"]
-        assert told["content-type"] == "application/json"
+        assert response_headers["x-request-id"]
+        assert response_headers["content-type"] == "application/json"
 
 
 async def test_not_json_is_a_bad_request() -> None:
     async with running() as rig:
         await rig.engine("a")
-        async with rig.client.post(rig.base + CHAT, data=b"{nope") as answer:
-            assert answer.status == 400
-            assert "not JSON" in (await answer.json())["error"]["message"]
+        async with rig.client.post(rig.base + CHAT, data=b"{nope") as response:
+            assert response.status == 400
+            assert "not JSON" in (await response.json())["error"]["message"]
 
 
 async def test_an_unchanged_body_is_relayed_byte_for_byte() -> None:
@@ -136,18 +136,18 @@ async def test_an_unchanged_body_is_relayed_byte_for_byte() -> None:
         port = server.sockets[0].getsockname()[1]
         rig.change("a", base_url=f"http://127.0.0.1:{port}", generation=2)
         odd = b'{ "model":"model-balanced",  "messages" : [], "x": 1.50, "y": "\\u00e9" }'
-        async with rig.client.post(rig.base + CHAT, data=odd) as answer:
-            assert answer.status == 200
+        async with rig.client.post(rig.base + CHAT, data=odd) as response:
+            assert response.status == 200
         changed = odd.replace(b"model-balanced", b"auto")
-        async with rig.client.post(rig.base + CHAT, data=changed) as answer:
-            assert answer.status == 200
+        async with rig.client.post(rig.base + CHAT, data=changed) as response:
+            assert response.status == 200
     server.close()
     await server.wait_closed()
     assert seen[0] == odd
     assert seen[1] == b'{"model":"model-balanced","messages":[],"x":1.50,"y":"\\u00e9"}'
 
 
-async def test_a_refused_connection_is_tried_elsewhere_unnoticed() -> None:
+async def test_a_refused_connection_is_retried_elsewhere_unnoticed() -> None:
     async with running() as rig:
         await rig.engine("a")
         await rig.engine("b")
@@ -157,19 +157,19 @@ async def test_a_refused_connection_is_tried_elsewhere_unnoticed() -> None:
             assert status == 200
 
 
-async def test_a_server_error_is_tried_elsewhere_and_counted() -> None:
+async def test_a_server_error_is_retried_elsewhere_and_counted() -> None:
     async with running() as rig:
         await rig.engine("a", error_rate=1.0)
         await rig.engine("b")
-        answers = [await rig.post(CHAT, chat_body(max_tokens=1)) for _ in range(8)]
-        assert {status for status, _, _ in answers} == {200}
-        assert any(headers.get("x-attempts") == "2" for _, headers, _ in answers)
-        async with rig.client.get(rig.base + "/metrics") as answer:
-            text = await answer.text()
+        responses = [await rig.post(CHAT, chat_body(max_tokens=1)) for _ in range(8)]
+        assert {status for status, _, _ in responses} == {200}
+        assert any(headers.get("x-attempts") == "2" for _, headers, _ in responses)
+        async with rig.client.get(rig.base + "/metrics") as response:
+            text = await response.text()
         assert 'tierplane_endpoint_failures_total{gateway="gateway-a",kind="server_error"' in text
 
 
-async def test_the_engines_own_4xx_is_passed_on_and_not_tried_again() -> None:
+async def test_an_engines_own_4xx_is_relayed_and_not_retried() -> None:
     async with running() as rig:
         await rig.engine("a")
         await rig.engine("b")
@@ -223,7 +223,7 @@ async def test_a_full_tier_spills_up_and_a_full_plane_queues_until_the_deadline(
         assert "spill: balanced" in two["x-tier-reason"]
 
 
-async def test_a_full_queue_says_when_to_come_back() -> None:
+async def test_a_full_queue_says_when_to_retry() -> None:
     async with running(plane(queue={"capacity": 1})) as rig:
         await rig.engine("a", limit=1, itl_ms=20)
         running_one = asyncio.ensure_future(rig.post(CHAT, chat_body(max_tokens=30)))
@@ -237,7 +237,7 @@ async def test_a_full_queue_says_when_to_come_back() -> None:
         assert (await running_one)[0] == (await queued)[0] == 200
 
 
-async def test_a_client_that_leaves_the_queue_frees_its_place() -> None:
+async def test_a_client_that_leaves_is_removed_from_the_queue() -> None:
     async with running(plane(queue={"capacity": 1})) as rig:
         await rig.engine("a", limit=1, itl_ms=20)
         first = asyncio.ensure_future(rig.post(CHAT, chat_body(max_tokens=40)))
@@ -252,10 +252,10 @@ async def test_a_client_that_leaves_the_queue_frees_its_place() -> None:
 async def test_a_client_that_hangs_up_aborts_the_request_in_the_engine() -> None:
     async with running() as rig:
         server = await rig.engine("a", itl_ms=20, tokens=1000)
-        async with rig.client.post(rig.base + CHAT, json=chat_body(stream=True, max_tokens=1000)) as answer:
-            await answer.content.readline()
+        async with rig.client.post(rig.base + CHAT, json=chat_body(stream=True, max_tokens=1000)) as response:
+            await response.content.readline()
             assert rig.gateway.info().in_flight == 1
-            answer.close()
+            response.close()
         await until_async(lambda: not server.http.connections)
         assert rig.gateway.info().in_flight == 0
 
@@ -287,24 +287,24 @@ async def test_a_client_that_leaves_at_the_last_event_was_served(path: str, last
         assert sum(s.value for each in samples for s in each.samples if s.name.endswith("_total")) == 1
 
 
-async def test_an_engine_that_answers_health_but_gives_no_tokens_is_found_by_its_silence() -> None:
+async def test_an_engine_that_passes_health_checks_but_gives_no_tokens_is_found_by_its_silence() -> None:
     async with running(plane(silence_timeout_s=0.3)) as rig:
         await rig.engine("a", hang=True)
         await rig.engine("b")
-        answers = await asyncio.gather(*(rig.stream(chat_body(f"n {i}", max_tokens=2)) for i in range(6)))
-        assert all(stream.done for stream in answers)
+        streams = await asyncio.gather(*(rig.stream(chat_body(f"n {i}", max_tokens=2)) for i in range(6)))
+        assert all(stream.done for stream in streams)
 
 
-async def test_the_first_token_time_out_goes_elsewhere() -> None:
+async def test_a_request_whose_first_token_times_out_is_retried_elsewhere() -> None:
     async with running(plane(first_token_timeout_s=0.3, silence_timeout_s=30)) as rig:
         await rig.engine("a", ttft_ms=60_000)
         await rig.engine("b")
-        answers = await asyncio.gather(*(rig.stream(chat_body(f"n {i}", max_tokens=2)) for i in range(6)))
-        assert all(stream.done for stream in answers)
-        assert any(stream.headers.get("x-attempts") == "2" for stream in answers)
+        streams = await asyncio.gather(*(rig.stream(chat_body(f"n {i}", max_tokens=2)) for i in range(6)))
+        assert all(stream.done for stream in streams)
+        assert any(stream.headers.get("x-attempts") == "2" for stream in streams)
 
 
-async def test_a_hedge_answers_for_a_slow_first_token() -> None:
+async def test_a_hedge_replaces_a_slow_first_token() -> None:
     async with running(plane(hedge_after_s=0.1, first_token_timeout_s=30)) as rig:
         await rig.engine("a", ttft_ms=5_000)
         await rig.engine("b")
@@ -337,15 +337,15 @@ async def test_health_models_status_usage_and_explain() -> None:
         assert (await rig.get("/health/ready"))[0] == 200
         _, value = await rig.get("/v1/models")
         assert [model["id"] for model in value["data"]][:4] == ["auto", "lightweight", "balanced", "capable"]
-        async with rig.client.get(rig.base + "/status") as answer:
-            assert "very-secret" not in await answer.text()
+        async with rig.client.get(rig.base + "/status") as response:
+            assert "very-secret" not in await response.text()
         await rig.post(CHAT, chat_body(max_tokens=3), x_session_id="s1")
         _, value = await rig.get("/usage?session=s1")
         assert value["usage"]["generated_tokens"] == 3
-        _, _, told = await rig.post("/v1/route", {"model": "capable"})
-        assert told["outcome"] == "send"
-        assert told["bridged"]
-        assert told["endpoints"][0]["endpoint"] == "a"
+        _, _, explanation = await rig.post("/v1/route", {"model": "capable"})
+        assert explanation["outcome"] == "send"
+        assert explanation["bridged"]
+        assert explanation["endpoints"][0]["endpoint"] == "a"
 
 
 async def test_unknown_paths_and_methods() -> None:
@@ -354,7 +354,7 @@ async def test_unknown_paths_and_methods() -> None:
         assert (await rig.get(CHAT))[0] == 405
 
 
-async def test_a_stream_that_outlives_its_deadline_says_so_and_is_no_lost_engine() -> None:
+async def test_a_stream_past_its_deadline_ends_with_that_error_and_counts_as_no_lost_engine() -> None:
     async with running() as rig:
         await rig.engine("a", itl_ms=50.0)
         await rig.engine("b", itl_ms=50.0)

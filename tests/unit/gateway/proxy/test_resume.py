@@ -85,7 +85,7 @@ async def lost_after(rig: Rig, events: int, request: dict[str, Any], path: str =
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
 @pytest.mark.parametrize("events", [1, 2, 9])
-async def test_a_greedy_stream_goes_on_exactly_where_it_was_cut(path: str, events: int) -> None:
+async def test_a_greedy_stream_continues_exactly_where_it_was_lost(path: str, events: int) -> None:
     async with running() as rig:
         await rig.engine("a", itl_ms=15)
         await rig.engine("b", itl_ms=15)
@@ -122,7 +122,7 @@ async def test_a_stream_survives_two_losses() -> None:
         assert (await rig.stream(request, on_event=kill)).text == whole.text
 
 
-async def test_stop_strings_are_replayed_so_that_one_across_the_cut_still_stops() -> None:
+async def test_stop_strings_are_replayed_so_that_one_across_the_loss_still_stops() -> None:
     async with running() as rig:
         await rig.engine("a", itl_ms=15)
         await rig.engine("b", itl_ms=15)
@@ -134,7 +134,7 @@ async def test_stop_strings_are_replayed_so_that_one_across_the_cut_still_stops(
         assert resumed.finish_reason == whole.finish_reason == "stop"
 
 
-async def test_what_can_not_be_resumed_ends_with_an_error_event_and_not_in_silence() -> None:
+async def test_a_stream_that_can_not_be_resumed_ends_with_an_error_event() -> None:
     async with running(plane(resume="never")) as rig:
         await rig.engine("a", itl_ms=15)
         await rig.engine("b", itl_ms=15)
@@ -187,8 +187,8 @@ async def test_a_stream_waits_for_its_only_engine_to_come_back() -> None:
 
 async def test_a_resumed_stream_counts_though_its_client_leaves_at_the_last_event() -> None:
     rest = {"index": 0, "text": "two", "token_ids": [11], "finish_reason": "stop"}
-    answers = sse(OPENING, chunk("one ", [10])), sse({"choices": [rest]}, done=True)
-    async with running() as rig, scripted_engine(*answers) as url:
+    streams = sse(OPENING, chunk("one ", [10])), sse({"choices": [rest]}, done=True)
+    async with running() as rig, scripted_engine(*streams) as url:
         for name in "ab":
             await rig.engine(name)
             rig.change(name, base_url=url, generation=2)
@@ -204,7 +204,7 @@ async def test_a_resumed_stream_counts_though_its_client_leaves_at_the_last_even
 # -- the decision -------------------------------------------------------------------------------------
 
 
-def test_greedy_goes_on_from_the_last_event_whose_text_and_ids_agree() -> None:
+def test_greedy_continues_from_the_last_event_whose_text_and_ids_agree() -> None:
     sent = sent_of(chunk("a", [10]), chunk("b", [11]), chunk("cd", [12, 13]), chunk("", [14]))
     continuation = plan(body(temperature=0), sent, "exact")
     assert continuation.method == "continue"
@@ -233,7 +233,7 @@ def test_greedy_goes_on_from_the_last_event_whose_text_and_ids_agree() -> None:
         ({"temperature": 0, "logprobs": True}, "best_effort", "log-probabilities"),
     ],
 )
-def test_the_way_a_stream_goes_on(more: dict[str, Any], policy: Any, method: str) -> None:
+def test_how_a_stream_is_continued(more: dict[str, Any], policy: Any, method: str) -> None:
     sent = sent_of(chunk("a", [10]), chunk("b", [11]))
     if method in {"continue", "replay"}:
         assert plan(body(**more), sent, policy).method == method
@@ -242,7 +242,7 @@ def test_the_way_a_stream_goes_on(more: dict[str, Any], policy: Any, method: str
             plan(body(**more), sent, policy)
 
 
-def test_tool_calls_that_were_sent_can_not_go_on() -> None:
+def test_tool_calls_that_were_sent_can_not_be_resumed() -> None:
     event = chunk()
     event["choices"][0]["delta"] = {"tool_calls": [{"index": 0}]}
     with pytest.raises(NotResumable, match="tool calls"):
@@ -297,7 +297,7 @@ def test_a_recorder_is_bounded_and_loses_nothing() -> None:
     assert sent.text_chars == 1000 * count
 
 
-def test_the_pattern_takes_out_members_and_never_text() -> None:
+def test_the_pattern_removes_members_and_never_text() -> None:
     event = json.dumps(
         {"a": 1, "token_ids": [1, 2], "prompt_token_ids": None}, separators=(",", ":")
     ).encode()
