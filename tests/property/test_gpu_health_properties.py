@@ -63,7 +63,7 @@ events = st.builds(
     gpu_uuid=st.just("GPU-a"),
     code=st.sampled_from([*XIDS, 0, 12345]),
 )
-looks = st.tuples(
+observations = st.tuples(
     st.none() | samples,
     st.lists(events, max_size=2),
     st.floats(0.1, 6),
@@ -84,7 +84,7 @@ def all_missing(sample: GpuSample) -> GpuSample:
 
 
 @settings(max_examples=300)
-@given(st.lists(looks, max_size=40))
+@given(st.lists(observations, max_size=40))
 def test_every_life_keeps_to_the_table_and_to_the_evidence(
     seen: list[tuple[GpuSample | None, list[GpuEvent], float, str]],
 ) -> None:
@@ -108,7 +108,7 @@ def test_every_life_keeps_to_the_table_and_to_the_evidence(
         health = done.health
 
 
-@given(st.lists(looks, max_size=15), st.lists(samples, min_size=1, max_size=30))
+@given(st.lists(observations, max_size=15), st.lists(samples, min_size=1, max_size=30))
 def test_missing_readings_change_nothing(
     seen: list[tuple[GpuSample | None, list[GpuEvent], float, str]], blind: list[GpuSample]
 ) -> None:
@@ -117,17 +117,17 @@ def test_missing_readings_change_nothing(
     for sample, happened, wait_s, boot_id in seen:
         now_s += wait_s
         health = assess(health, sample, happened, now_s=now_s, rules=RULES, boot_id=boot_id).health
-    for place, sample in enumerate(blind):
+    for number, sample in enumerate(blind):
         now_s += 3
         unread = replace(all_missing(sample), condition=GpuCondition.UNREADABLE)
-        nothing = [None, unread, all_missing(sample)][place % 3]
+        nothing = [None, unread, all_missing(sample)][number % 3]
         done = assess(health, nothing, (), now_s=now_s, rules=RULES, boot_id="boot-1")
         assert not done.decision.changed
         assert done.findings == ()
         health = done.health
 
 
-@given(st.lists(looks, min_size=1, max_size=15))
+@given(st.lists(observations, min_size=1, max_size=15))
 def test_a_repaired_gpu_is_used_again_unless_an_operator_has_to_decide(
     seen: list[tuple[GpuSample | None, list[GpuEvent], float, str]],
 ) -> None:
@@ -146,9 +146,9 @@ def test_a_repaired_gpu_is_used_again_unless_an_operator_has_to_decide(
         ecc_uncorrected=0,
     )
     lasting = RULES.hold_max_s if health.state in OUT_OF_USE else 30
-    for place in range(int(lasting // 3) + 20):
+    for number in range(int(lasting // 3) + 20):
         now_s += 3
-        boot_id = "boot-3" if place else "boot-4"
+        boot_id = "boot-3" if number else "boot-4"
         health = assess(health, good, (), now_s=now_s, rules=RULES, boot_id=boot_id).health
         if health.state is GpuState.HEALTHY:
             break
@@ -156,7 +156,7 @@ def test_a_repaired_gpu_is_used_again_unless_an_operator_has_to_decide(
 
 
 @settings(max_examples=150)
-@given(st.lists(looks, max_size=10), samples, st.sampled_from(["", "boot-1", "boot-2"]))
+@given(st.lists(observations, max_size=10), samples, st.sampled_from(["", "boot-1", "boot-2"]))
 def test_a_sample_that_need_not_be_assessed_changes_nothing(
     before: list[tuple[GpuSample | None, list[GpuEvent], float, str]], sample: GpuSample, boot_id: str
 ) -> None:

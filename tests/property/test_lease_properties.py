@@ -39,30 +39,33 @@ class Leasing(RuleBasedStateMachine):
         self.seen: dict[str, tuple[GpuPart, ...]] = {}
         """The parts by holder as a reader knows them that only reads the changes."""
 
-    def capacities(self, sick: set[str]) -> dict[str, GpuCapacity]:
+    def capacities(self, out: set[str]) -> dict[str, GpuCapacity]:
         return {
-            uuid: GpuCapacity(uuid, "n1" if uuid < "GPU-3" else "n2", MEMORY, "sick" if uuid in sick else "")
+            uuid: GpuCapacity(uuid, "n1" if uuid < "GPU-3" else "n2", MEMORY, "XID 79" if uuid in out else "")
             for uuid in UUIDS
         }
 
     @rule(
-        holder=holders, wanted=parts, generation=generations, sick=st.sets(st.sampled_from(UUIDS), max_size=2)
+        holder=holders,
+        wanted=parts,
+        generation=generations,
+        unavailable=st.sets(st.sampled_from(UUIDS), max_size=2),
     )
-    def acquire(self, holder: str, wanted: list[GpuPart], generation: int, sick: set[str]) -> None:
+    def acquire(self, holder: str, wanted: list[GpuPart], generation: int, unavailable: set[str]) -> None:
         before = dict(self.table.leases)
-        answer = self.table.acquire(
-            holder, wanted, self.capacities(sick), generation=generation, now_s=self.now_s
+        response = self.table.acquire(
+            holder, wanted, self.capacities(unavailable), generation=generation, now_s=self.now_s
         )
-        assert answer.reason
-        if answer.outcome is LeaseOutcome.GRANTED:
-            assert answer.lease is not None
-            assert list(answer.lease.parts) == wanted, "all or nothing"
-            assert not sick & set(answer.lease.gpu_uuids)
-            assert {uuid < "GPU-3" for uuid in answer.lease.gpu_uuids} in ({True}, {False}), "one node"
-            self.granted[holder] = answer.lease
-        elif answer.outcome is LeaseOutcome.UNCHANGED:
-            assert answer.lease is not None
-            assert answer.lease.parts == before[holder].parts
+        assert response.reason
+        if response.outcome is LeaseOutcome.GRANTED:
+            assert response.lease is not None
+            assert list(response.lease.parts) == wanted, "all or nothing"
+            assert not unavailable & set(response.lease.gpu_uuids)
+            assert {uuid < "GPU-3" for uuid in response.lease.gpu_uuids} in ({True}, {False}), "one node"
+            self.granted[holder] = response.lease
+        elif response.outcome is LeaseOutcome.UNCHANGED:
+            assert response.lease is not None
+            assert response.lease.parts == before[holder].parts
         else:
             assert dict(self.table.leases) == before
 

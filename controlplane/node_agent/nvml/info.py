@@ -35,28 +35,28 @@ def read_info(index: int, uuid: str, handle: Any, handles: Mapping[str, Any]) ->
     Raises GpuLostError or DriverGoneError.
     """
 
-    def ask(what: str, call: Callable[..., T], *args: object) -> Reading[T]:
+    def query(what: str, call: Callable[..., T], *args: object) -> Reading[T]:
         return read(what, call, handle, *args)
 
     shutdown_c, slowdown_c = (
-        ask("temperature threshold", pynvml.nvmlDeviceGetTemperatureThreshold, kind)
+        query("temperature threshold", pynvml.nvmlDeviceGetTemperatureThreshold, kind)
         for kind in (pynvml.NVML_TEMPERATURE_THRESHOLD_SHUTDOWN, pynvml.NVML_TEMPERATURE_THRESHOLD_SLOWDOWN)
     )
     return GpuInfo(
         uuid=uuid,
         index=index,
-        name=ask("name", pynvml.nvmlDeviceGetName),
-        compute_capability=ask("compute capability", pynvml.nvmlDeviceGetCudaComputeCapability),
+        name=query("name", pynvml.nvmlDeviceGetName),
+        compute_capability=query("compute capability", pynvml.nvmlDeviceGetCudaComputeCapability),
         slowdown_c=slowdown_c,
         shutdown_c=shutdown_c,
-        row_remaps=ask("remapped rows", _row_remaps),
-        page_retirement_pending=ask(
+        row_remaps=query("remapped rows", _row_remaps),
+        page_retirement_pending=query(
             "retired pages", lambda device: bool(pynvml.nvmlDeviceGetRetiredPagesPendingStatus(device))
         ),
         recovery_action=_recovery_action(handle),
-        nvlinks=ask("NVLinks", _nvlinks, handles),
-        numa_node=_numa_node(handle, ask("PCI address", _bus_id)),
-        mig_enabled=ask("MIG mode", lambda device: bool(pynvml.nvmlDeviceGetMigMode(device)[0])),
+        nvlinks=query("NVLinks", _nvlinks, handles),
+        numa_node=_numa_node(handle, query("PCI address", _bus_id)),
+        mig_enabled=query("MIG mode", lambda device: bool(pynvml.nvmlDeviceGetMigMode(device)[0])),
     )
 
 

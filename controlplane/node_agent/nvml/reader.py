@@ -184,15 +184,15 @@ class GpuReader:
             why = slot.lasting.get("identity", NOT_SAMPLED)
             return _absent(slot.info, GpuCondition.UNREADABLE, why)
         try:
-            return self._read_values(slot, _Reads(slot))
+            return self._read_values(slot, _Query(slot))
         except GpuLostError as lost:
             slot.handle, slot.lost = None, str(lost)
             return _absent(slot.info, GpuCondition.LOST, _LOST)
 
-    def _read_values(self, slot: _Slot, ask: _Reads) -> GpuSample:
-        memory = ask("memory", _memory)
-        utilisation = ask("utilisation", pynvml.nvmlDeviceGetUtilizationRates)
-        power_mw = ask("power", pynvml.nvmlDeviceGetPowerUsage)
+    def _read_values(self, slot: _Slot, query: _Query) -> GpuSample:
+        memory = query("memory", _memory)
+        utilisation = query("utilisation", pynvml.nvmlDeviceGetUtilizationRates)
+        power_mw = query("power", pynvml.nvmlDeviceGetPowerUsage)
         sample = GpuSample(
             info=slot.info,
             condition=GpuCondition.OK,
@@ -200,30 +200,30 @@ class GpuReader:
             memory_used_bytes=memory if isinstance(memory, Missing) else memory.total - memory.free,
             memory_free_bytes=memory if isinstance(memory, Missing) else memory.free,
             gpu_ratio=utilisation if isinstance(utilisation, Missing) else utilisation.gpu / 100,
-            temperature_c=ask("temperature", _temperature),
+            temperature_c=query("temperature", _temperature),
             power_w=power_mw if isinstance(power_mw, Missing) else power_mw / 1000,
-            sm_clock_mhz=ask("SM clock", pynvml.nvmlDeviceGetClockInfo, pynvml.NVML_CLOCK_SM),
-            throttle=ask("throttle reasons", _throttle),
-            ecc_corrected=ask(
+            sm_clock_mhz=query("SM clock", pynvml.nvmlDeviceGetClockInfo, pynvml.NVML_CLOCK_SM),
+            throttle=query("throttle reasons", _throttle),
+            ecc_corrected=query(
                 "corrected ECC errors",
                 pynvml.nvmlDeviceGetTotalEccErrors,
                 pynvml.NVML_MEMORY_ERROR_TYPE_CORRECTED,
                 pynvml.NVML_VOLATILE_ECC,
             ),
-            ecc_uncorrected=ask(
+            ecc_uncorrected=query(
                 "uncorrected ECC errors",
                 pynvml.nvmlDeviceGetTotalEccErrors,
                 pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED,
                 pynvml.NVML_VOLATILE_ECC,
             ),
         )
-        if ask.reset_required is not None:
-            why = ask.reset_required.reason
+        if query.reset_required is not None:
+            why = query.reset_required.reason
             return replace(sample, condition=GpuCondition.RESET_REQUIRED, detail=why)
         return sample
 
 
-class _Reads:
+class _Query:
     """Calls the driver about one GPU, except for readings that it is known not to provide."""
 
     def __init__(self, slot: _Slot) -> None:

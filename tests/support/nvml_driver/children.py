@@ -1,4 +1,4 @@
-"""A child process that runs the real binding against the scripted driver and answers one step at a time.
+"""A child process that runs the real binding against the scripted driver, one expression at a time.
 
 The library path is read when a process starts, so whatever uses NVML runs in a child. The child holds one
 object (``agent``, ``reader``…), evaluates an expression on demand and sends the result back pickled.
@@ -11,24 +11,22 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from tests.support.waiting import until
-
-T = TypeVar("T")
 
 _LOOP = """
 import pickle, sys, traceback
 names = {}
 exec(sys.argv[1], names)
-answers, sys.stdout = sys.stdout.buffer, sys.stderr
+results, sys.stdout = sys.stdout.buffer, sys.stderr
 for line in sys.stdin:
     try:
-        answer = (True, eval(line, names))
+        result = (True, eval(line, names))
     except Exception:
-        answer = (False, traceback.format_exc())
-    pickle.dump(answer, answers)
-    answers.flush()
+        result = (False, traceback.format_exc())
+    pickle.dump(result, results)
+    results.flush()
 """
 
 
@@ -57,20 +55,21 @@ class Child:
             self._process.wait()
 
     def ask(self, expression: str) -> Any:
+        """The value of an expression."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(expression.encode() + b"\n")
         self._process.stdin.flush()
-        good, answer = pickle.load(self._process.stdout)
-        assert good, answer
-        return answer
+        succeeded, result = pickle.load(self._process.stdout)
+        assert succeeded, result
+        return result
 
     def until(self, expression: str, holds: Callable[[Any], bool], timeout_s: float = 10.0) -> Any:
-        """Asks until the answer ``holds``; the last answer is in the failure."""
-        answers: list[Any] = []
+        """Evaluates the expression until its value ``holds``; a failure shows the last value."""
+        values: list[Any] = []
 
         def held() -> bool:
-            answers.append(self.ask(expression))
-            return holds(answers[-1])
+            values.append(self.ask(expression))
+            return holds(values[-1])
 
-        until(held, timeout_s, expression, lambda: f"it is {answers[-1]}")
-        return answers[-1]
+        until(held, timeout_s, expression, lambda: f"it is {values[-1]}")
+        return values[-1]

@@ -127,7 +127,7 @@ class FakeDriver:
         self.write()
 
     def env(self) -> dict[str, str]:
-        """What a child process needs to find this driver in the place of the real one."""
+        """Environment variables for a child process, so that it finds this driver instead of the real one."""
         paths = [str(self._library), os.environ.get("LD_LIBRARY_PATH", "")]
         return {
             "LD_LIBRARY_PATH": ":".join(path for path in paths if path),
@@ -154,12 +154,12 @@ class FakeDriver:
         self.write()
 
     def fail(self, gpu: int, field: str, code: int = NOT_SUPPORTED) -> None:
-        """Calls about ``field`` answer ``code``; 0 mends it."""
+        """Calls about ``field`` return ``code``; 0 repairs it."""
         self._state.gpus[gpu].errors[FIELDS.index(field)] = code
         self.write()
 
     def lose(self, gpu: int) -> None:
-        """Every call about the GPU answers GPU_IS_LOST (15)."""
+        """Every call about the GPU returns GPU_IS_LOST (15)."""
         self.set(gpu, lost=1)
 
     def find(self, gpu: int) -> None:
@@ -189,7 +189,7 @@ class FakeDriver:
         self.write()
 
     def driver_fails(self, code: int = DRIVER_NOT_LOADED) -> None:
-        """NVML can't be initialised and every call answers ``code``; 0 mends it."""
+        """NVML can't be initialised and every call returns ``code``; 0 repairs it."""
         self._state.init_result = self._state.call_result = code
         self.write()
 

@@ -30,23 +30,23 @@ def lease(holder: str, node_id: str, *gpus: int, milli: int = 1000, memory_bytes
     return GpuLease(holder, 1, node_id, parts, 0.0)
 
 
-def chosen(answer: Placement | Infeasible) -> tuple[str, ...]:
-    assert isinstance(answer, Placement), answer.why
-    return answer.gpu_uuids
+def chosen(found: Placement | Infeasible) -> tuple[str, ...]:
+    assert isinstance(found, Placement), found.why
+    return found.gpu_uuids
 
 
 def test_gpus_of_one_island_are_taken_though_others_come_first() -> None:
     node = make_node("n", island=4)
-    answer = choose_gpus(node, GangShape(gpus=4), [lease("a", "n", 0)])
-    assert chosen(answer) == ("n/4", "n/5", "n/6", "n/7")
-    assert isinstance(answer, Placement)
-    assert answer.distance is Distance.ISLAND
-    assert answer.why.startswith("in one NVLink island")
+    found = choose_gpus(node, GangShape(gpus=4), [lease("a", "n", 0)])
+    assert chosen(found) == ("n/4", "n/5", "n/6", "n/7")
+    assert isinstance(found, Placement)
+    assert found.distance is Distance.ISLAND
+    assert found.why.startswith("in one NVLink island")
 
 
 def test_without_links_they_are_on_one_numa_node() -> None:
-    answer = choose_gpus(make_node("n"), GangShape(gpus=3), [lease("a", "n", 0, 1)])
-    assert chosen(answer) == ("n/4", "n/5", "n/6")
+    found = choose_gpus(make_node("n"), GangShape(gpus=3), [lease("a", "n", 0, 1)])
+    assert chosen(found) == ("n/4", "n/5", "n/6")
 
 
 def test_a_single_gpu_leaves_the_whole_island_alone() -> None:
@@ -86,10 +86,10 @@ def test_leases_of_other_nodes_and_of_gpus_that_are_gone_do_not_matter() -> None
 def test_a_refusal_says_what_the_node_lacks() -> None:
     node = make_node("n", gpus=2)
     cordoned = replace(node, gpus=(replace(node.gpus[0], unavailable="cordoned: XID 79"), *node.gpus[1:]))
-    answer = choose_gpus(cordoned, GangShape(gpus=2))
-    assert isinstance(answer, Infeasible)
-    assert [refusal.cause for refusal in answer.refusals] == [RefusalCause.GPU_UNAVAILABLE]
-    assert "XID 79" in str(answer.refusals[0])
+    found = choose_gpus(cordoned, GangShape(gpus=2))
+    assert isinstance(found, Infeasible)
+    assert [refusal.cause for refusal in found.refusals] == [RefusalCause.GPU_UNAVAILABLE]
+    assert "XID 79" in str(found.refusals[0])
 
 
 def test_room_for_one_more_is_away_from_its_tier() -> None:
@@ -118,19 +118,19 @@ def test_a_replica_with_several_gpus_counts_once_for_its_tier() -> None:
     st.lists(st.tuples(st.integers(1, 3), st.sampled_from([250, 500, 1000])), max_size=12),
     st.sampled_from([0, 2, 4]),
 )
-def test_the_lease_table_grants_whatever_is_chosen(asked: list[tuple[int, int]], island: int) -> None:
+def test_the_lease_table_grants_whatever_is_chosen(requests: list[tuple[int, int]], island: int) -> None:
     node = make_node("n", island=island, memory_gib=80)
     table = LeaseTable()
     capacities = {gpu.uuid: GpuCapacity(gpu.uuid, "n", gpu.memory_bytes) for gpu in node.gpus}
-    for number, (gpus, milli) in enumerate(asked):
+    for number, (gpus, milli) in enumerate(requests):
         shape = (
             GangShape(gpus=gpus) if milli == 1000 else GangShape(milli_gpu=milli, gpu_memory_bytes=10 * GIB)
         )
-        answer = choose_gpus(node, shape, table.leases.values())
-        if isinstance(answer, Placement):
+        found = choose_gpus(node, shape, table.leases.values())
+        if isinstance(found, Placement):
             now = PlacedCluster((node,), held(table.leases.values()))
-            assert revalidate([answer], now) == ()
-            granted = table.acquire(f"r{number}", parts_of(answer), capacities, generation=1, now_s=0.0)
+            assert revalidate([found], now) == ()
+            granted = table.acquire(f"r{number}", parts_of(found), capacities, generation=1, now_s=0.0)
             assert granted.outcome is LeaseOutcome.GRANTED, granted.reason
         else:
             free = [WHOLE_MILLI - table.used(uuid)[0] for uuid in capacities]

@@ -20,10 +20,10 @@ def snapshot(table: LeaseTable) -> tuple[dict[str, GpuLease], list[tuple[str, ..
 
 def test_a_gang_in_the_order_requested() -> None:
     table = LeaseTable()
-    answer = table.acquire("a", whole(2, 0), GPUS, generation=1, now_s=5)
-    assert answer.outcome is LeaseOutcome.GRANTED
-    assert answer.lease == GpuLease("a", 1, "n1", tuple(whole(2, 0)), 5)
-    assert answer.lease.gpu_uuids == ("GPU-2", "GPU-0")
+    response = table.acquire("a", whole(2, 0), GPUS, generation=1, now_s=5)
+    assert response.outcome is LeaseOutcome.GRANTED
+    assert response.lease == GpuLease("a", 1, "n1", tuple(whole(2, 0)), 5)
+    assert response.lease.gpu_uuids == ("GPU-2", "GPU-0")
     assert (table.used("GPU-2"), table.used("GPU-1")) == ((1000, 0), (0, 0))
 
 
@@ -48,17 +48,17 @@ def test_a_refusal_says_why_and_changes_nothing(parts: list[GpuPart], reason: st
     table.acquire("a", whole(0), GPUS, generation=1, now_s=0)
     table.acquire("b", [GpuPart("GPU-2", 600, 40)], GPUS, generation=1, now_s=0)
     before = snapshot(table)
-    sick = {**GPUS, "GPU-3": GpuCapacity("GPU-3", "n1", 80, unavailable="XID 79")}
-    answer = table.acquire("c", parts, sick, generation=1, now_s=1)
-    assert (answer.outcome, answer.reason, answer.lease) == (LeaseOutcome.REFUSED, reason, None)
+    unavailable = {**GPUS, "GPU-3": GpuCapacity("GPU-3", "n1", 80, unavailable="XID 79")}
+    response = table.acquire("c", parts, unavailable, generation=1, now_s=1)
+    assert (response.outcome, response.reason, response.lease) == (LeaseOutcome.REFUSED, reason, None)
     assert snapshot(table) == before
 
 
 def test_shares_of_one_gpu() -> None:
     table = LeaseTable()
-    for place, holder in enumerate("abc"):
-        answer = table.acquire(holder, [GpuPart("GPU-0", 300, 20)], GPUS, generation=1, now_s=place)
-        assert answer.outcome is LeaseOutcome.GRANTED
+    for now_s, holder in enumerate("abc"):
+        response = table.acquire(holder, [GpuPart("GPU-0", 300, 20)], GPUS, generation=1, now_s=now_s)
+        assert response.outcome is LeaseOutcome.GRANTED
     assert table.holders("GPU-0") == ("a", "b", "c")
     assert table.used("GPU-0") == (900, 60)
     assert table.used("GPU-0", without="b") == (600, 40)
@@ -108,9 +108,9 @@ def test_a_new_controller_restores_leases_from_their_holders() -> None:
     old.acquire("a", whole(0, 1), GPUS, generation=1, now_s=0)
     old.acquire("b", [GpuPart("GPU-2", 500, 30)], GPUS, generation=4, now_s=2)
     new = LeaseTable()
-    assert [answer.outcome for answer in new.restore(old.leases.values())] == [LeaseOutcome.GRANTED] * 2
+    assert [response.outcome for response in new.restore(old.leases.values())] == [LeaseOutcome.GRANTED] * 2
     assert snapshot(new) == snapshot(old)
-    assert [answer.outcome for answer in new.restore(old.leases.values())] == [LeaseOutcome.UNCHANGED] * 2
+    assert [response.outcome for response in new.restore(old.leases.values())] == [LeaseOutcome.UNCHANGED] * 2
     conflict, stale, odd = new.restore(
         [
             GpuLease("c", 1, "n1", tuple(whole(1)), 3),

@@ -25,9 +25,9 @@ MIGRATING = TierTarget(3, "a leaves GPU-1", 10.0)
 def test_desired_replicas_are_the_target_and_those_that_leave(
     target: TierTarget | None, unix_s: float, running: set[str], replicas: int, why: str
 ) -> None:
-    answer = desired_replicas(target, unix_s, configured=2, running=running)
-    assert answer.replicas == replicas
-    assert why in answer.reason
+    desired = desired_replicas(target, unix_s, configured=2, running=running)
+    assert desired.replicas == replicas
+    assert why in desired.reason
 
 
 def migration(name: str, phase: MigrationPhase) -> Migration:

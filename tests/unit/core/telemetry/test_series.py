@@ -104,7 +104,7 @@ def test_time_that_goes_back_is_left_out() -> None:
     st.lists(st.tuples(st.integers(0, 1000), st.booleans()), min_size=2, max_size=40),
 )
 def test_increase_is_what_was_counted_whatever_the_resets(steps: list[tuple[int, bool]]) -> None:
-    """A source that counts ``step`` between two scrapes, and may start anew right before counting."""
+    """A source that counts ``step`` between two scrapes, and may restart right before it counts."""
     series = CounterSeries(LIMITS)
     shown, counted = 0, 0
     series.observe(0, shown)
@@ -162,6 +162,6 @@ def test_a_quantile_lies_in_the_bucket_of_the_true_one(observations: list[float]
     estimate = histogram_quantile(quantile, bounds, counts)
     assert estimate is not None
     true = sorted(observations)[max(0, math.ceil(quantile * len(observations)) - 1)]
-    place = next(index for index, bound in enumerate(bounds) if true <= bound)
-    low = bounds[place - 1] if place else 0.0
-    assert low - 1e-9 <= estimate <= min(bounds[place], 10.0) + 1e-9
+    bucket = next(index for index, bound in enumerate(bounds) if true <= bound)
+    low = bounds[bucket - 1] if bucket else 0.0
+    assert low - 1e-9 <= estimate <= min(bounds[bucket], 10.0) + 1e-9

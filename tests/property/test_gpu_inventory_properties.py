@@ -1,5 +1,4 @@
-"""The fleet looks closely only at GPUs that something happened to; it knows what looking at all of them each
-time would tell."""
+"""The inventory assesses only GPUs about which something changed, with the same result as assessing all."""
 
 from __future__ import annotations
 
@@ -90,17 +89,17 @@ def readings_of(sample: GpuSample) -> dict[str, Reading[float]]:
 
 
 @dataclass
-class PlainFleet:
-    """Judges every GPU at every sample, and looks through all of them when asked."""
+class PlainInventory:
+    """Assesses every GPU at every sample, and computes every result from all GPUs."""
 
     records: dict[str, GpuRecord] = field(default_factory=dict)
     series: dict[str, dict[str, PlainSeries]] = field(default_factory=dict)
     readable: dict[str, GpuSample] = field(default_factory=dict)
     listed: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    waiting: dict[str, tuple[GpuHealth, bool]] = field(default_factory=dict)
+    remembered: dict[str, tuple[GpuHealth, bool]] = field(default_factory=dict)
 
     def observe(self, sample: NodeSample, events: Sequence[GpuEvent], now_s: float) -> list[HealthAssessment]:
-        node_id, moved = sample.node_id, []
+        node_id, changed = sample.node_id, []
         gpus = {gpu.info.uuid: gpu for gpu in sample.gpus if gpu.info.uuid}
         known = self.series.get(node_id, {})
         here = self.series[node_id] = {
@@ -108,25 +107,25 @@ class PlainFleet:
         }
         for uuid, gpu in gpus.items():
             here[uuid].observe(gpu, now_s)
-        looks: list[tuple[str, GpuSample | None, str]] = []
+        observations: list[tuple[str, GpuSample | None, str]] = []
         if tuple(gpus) != self.listed.get(node_id):
             gone: tuple[str, ...] = ()
             if gpus and not isinstance(sample.driver_version, Missing):
                 gone = tuple(uuid for uuid in self.listed.get(node_id, ()) if uuid not in gpus)
             for uuid in gone:
                 lost = GpuSample(self.readable[uuid].info, GpuCondition.LOST, "the driver no longer lists it")
-                looks.append((uuid, lost, sample.boot_id))
+                observations.append((uuid, lost, sample.boot_id))
             self.listed[node_id] = (*gpus, *gone)
-        looks += [(uuid, gpu, sample.boot_id) for uuid, gpu in gpus.items()]
+        observations += [(uuid, gpu, sample.boot_id) for uuid, gpu in gpus.items()]
         for event in events:
-            if event.gpu_uuid not in [uuid for uuid, _, _ in looks] and event.gpu_uuid in self.records:
-                looks.append((event.gpu_uuid, None, ""))
-        for uuid, gpu_or_none, boot_id in looks:
+            if event.gpu_uuid not in [uuid for uuid, _, _ in observations] and event.gpu_uuid in self.records:
+                observations.append((event.gpu_uuid, None, ""))
+        for uuid, gpu_or_none, boot_id in observations:
             mine = [event for event in events if event.gpu_uuid == uuid]
-            moved += self.look(node_id, uuid, gpu_or_none, mine, now_s, boot_id)
-        return moved
+            changed += self.assess(node_id, uuid, gpu_or_none, mine, now_s, boot_id)
+        return changed
 
-    def look(
+    def assess(
         self,
         node_id: str,
         uuid: str,
@@ -137,7 +136,7 @@ class PlainFleet:
     ) -> list[HealthAssessment]:
         record = self.records.get(uuid)
         if record is None:
-            health, leave = self.waiting.pop(uuid, (GpuHealth(uuid, since_s=now_s), False))
+            health, leave = self.remembered.pop(uuid, (GpuHealth(uuid, since_s=now_s), False))
             record = GpuRecord(node_id, health, leave)
         seen = assess(record.health, sample, events, now_s=now_s, rules=RULES, boot_id=boot)
         if sample is not None and (
@@ -161,7 +160,7 @@ class PlainFleet:
                 continue
             del self.records[uuid], self.readable[uuid]
             if record.health.state is not GpuState.HEALTHY:
-                self.waiting[uuid] = (record.health, record.must_leave)
+                self.remembered[uuid] = (record.health, record.must_leave)
 
 
 lost_reading = st.just(Missing(Absence.ERROR, "not now"))
@@ -186,35 +185,35 @@ samples = st.tuples(
     st.sets(st.sampled_from([*UUIDS, "all"]), max_size=1),
     st.sampled_from(["580", "580", "580", Missing(Absence.NO_DRIVER, "gone")]),
 )
-wishes = st.tuples(
-    st.sampled_from(["cordon", "uncordon", "draining", "drained", "forget"]), st.sampled_from(UUIDS)
+actions = st.tuples(
+    st.sampled_from(["cordon", "uncordon", "draining", "drained", "remove"]), st.sampled_from(UUIDS)
 )
-steps = st.lists(st.tuples(st.floats(0.5, 8), st.one_of(samples, samples, samples, wishes)), max_size=40)
+histories = st.lists(st.tuples(st.floats(0.5, 8), st.one_of(samples, samples, samples, actions)), max_size=40)
 
 
 @settings(max_examples=150, deadline=None)
-@given(steps)
-def test_the_fleet_knows_what_looking_at_everything_would_tell(
-    story: list[tuple[float, tuple[Any, ...]]],
+@given(histories)
+def test_the_inventory_knows_what_assessing_every_gpu_would_show(
+    steps: list[tuple[float, tuple[Any, ...]]],
 ) -> None:
-    fleet, plain, now_s = GpuInventory(RULES), PlainFleet(), 0.0
-    for seq, (passed_s, step) in enumerate(story, start=1):
+    inventory, plain, now_s = GpuInventory(RULES), PlainInventory(), 0.0
+    for seq, (passed_s, step) in enumerate(steps, start=1):
         now_s += passed_s
         if step[0] == "sample":
             sample, events = sample_of(step, seq, now_s)
-            moved = fleet.observe(sample.node_id, sample, events, now_s=now_s)
-            assert list(moved) == plain.observe(sample, events, now_s)
+            changed = inventory.observe(sample.node_id, sample, events, now_s=now_s)
+            assert list(changed) == plain.observe(sample, events, now_s)
         else:
-            wish(fleet, plain, step, now_s)
-        compare(fleet, plain, now_s)
-        compare(fleet, plain, now_s + 10)
+            act(inventory, plain, step, now_s)
+        compare(inventory, plain, now_s)
+        compare(inventory, plain, now_s + 10)
 
 
 def sample_of(step: tuple[Any, ...], seq: int, now_s: float) -> tuple[NodeSample, list[GpuEvent]]:
     _, node_id, changed, codes, left_out, driver = step
     gpus = [
-        gpu_sample(uuid, place, **changed.get(uuid, {}))
-        for place, uuid in enumerate(NODES[node_id])
+        gpu_sample(uuid, index, **changed.get(uuid, {}))
+        for index, uuid in enumerate(NODES[node_id])
         if not left_out & {uuid, "all"}
     ]
     uuid = NODES[node_id][0]
@@ -222,11 +221,11 @@ def sample_of(step: tuple[Any, ...], seq: int, now_s: float) -> tuple[NodeSample
     return node_sample(node_id, seq, now_s, gpus, driver), events
 
 
-def wish(fleet: GpuInventory, plain: PlainFleet, step: tuple[Any, ...], now_s: float) -> None:
+def act(inventory: GpuInventory, plain: PlainInventory, step: tuple[Any, ...], now_s: float) -> None:
     kind, uuid = str(step[0]), str(step[1])
-    if kind == "forget":
+    if kind == "remove":
         node_id = next(node_id for node_id, uuids in NODES.items() if uuid in uuids)
-        fleet.remove_node(node_id)
+        inventory.remove_node(node_id)
         plain.remove_node(node_id)
         return
     record = plain.records.get(uuid)
@@ -234,33 +233,33 @@ def wish(fleet: GpuInventory, plain: PlainFleet, step: tuple[Any, ...], now_s: f
         return
     health, leave = record.health, record.must_leave
     if kind == "cordon":
-        fleet.cordon_gpu(uuid, "wanted", must_leave=True, now_s=now_s)
-        health, leave = gpu_health.cordon(health, now_s=now_s, reason="wanted", rules=RULES), True
+        inventory.cordon_gpu(uuid, "loud fan", must_leave=True, now_s=now_s)
+        health, leave = gpu_health.cordon(health, now_s=now_s, reason="loud fan", rules=RULES), True
     elif kind == "uncordon" and record.out_of_use:
-        fleet.uncordon_gpu(uuid, "wanted", now_s=now_s)
-        health, leave = gpu_health.uncordon(health, now_s=now_s, reason="wanted", rules=RULES), False
+        inventory.uncordon_gpu(uuid, "loud fan", now_s=now_s)
+        health, leave = gpu_health.uncordon(health, now_s=now_s, reason="loud fan", rules=RULES), False
     elif kind in gpu_health.TRANSITIONS[health.state]:
         state = GpuState(kind)
-        fleet.advance(uuid, state, now_s=now_s)
+        inventory.advance(uuid, state, now_s=now_s)
         health = gpu_health.transition(health, state, now_s=now_s, rule="", reason="", rules=RULES)
     plain.records[uuid] = GpuRecord(record.node_id, health, leave)
 
 
-def compare(fleet: GpuInventory, plain: PlainFleet, now_s: float) -> None:
-    assert dict(fleet.records) == plain.records
-    assert fleet.out_of_use() == {
+def compare(inventory: GpuInventory, plain: PlainInventory, now_s: float) -> None:
+    assert dict(inventory.records) == plain.records
+    assert inventory.out_of_use() == {
         uuid: record.node_id for uuid, record in plain.records.items() if record.out_of_use
     }
-    kept, _ = fleet.state_to_store()
-    assert kept == plain.waiting | {
+    stored, _ = inventory.state_to_store()
+    assert stored == plain.remembered | {
         uuid: (record.health, record.must_leave)
         for uuid, record in plain.records.items()
         if record.health.state is not GpuState.HEALTHY or record.health.cordons_s
     }
     for uuid, record in plain.records.items():
-        assert fleet.sample(uuid) == plain.readable[uuid]
+        assert inventory.sample(uuid) == plain.readable[uuid]
         series = plain.series[record.node_id].get(uuid)
-        signals = fleet.signals(uuid, now_s)
+        signals = inventory.signals(uuid, now_s)
         if series is None:
             assert signals.power_w.freshness is Freshness.MISSING
         else:
