@@ -11,8 +11,7 @@ from typing import Any, Final
 from controlplane.config import PlaneConfig, TierConfig
 from controlplane.config.scaling import DEFAULT_MAX, ScalingConfig
 from controlplane.core.autoscaling.capacity import EngineSpeed, RequestShape, speed_of
-from controlplane.core.autoscaling.policy import ScalingSettings
-from controlplane.core.autoscaling.round import TierRule
+from controlplane.core.autoscaling.rule import ScalingRule
 from controlplane.core.cluster.tier_spec import ScalingPlan, TierSpec
 from controlplane.core.recommendations.rules import latency_limit_ms
 from controlplane.core.sizing.engine_args import parse_settings
@@ -79,7 +78,13 @@ def scaling_plan(tier: TierConfig, tick_s: float) -> ScalingPlan:
     scaling = tier.scaling or ScalingConfig(
         min_replicas=min(1, tier.replicas), max_replicas=max(tier.replicas, DEFAULT_MAX)
     )
-    settings = ScalingSettings(
+    by_gpu = gpu_priors(tier, request)
+    rule = ScalingRule(
+        tier=tier.name,
+        prior=prior_speed(tier, by_gpu),
+        mean_request=request,
+        gpus_per_replica=tier.engine_gpus,
+        priority=scaling.priority,
         min_replicas=scaling.min_replicas,
         max_replicas=scaling.max_replicas,
         step_up=scaling.step_up,
@@ -93,15 +98,6 @@ def scaling_plan(tier: TierConfig, tick_s: float) -> ScalingPlan:
         sequences=float(tier.concurrency_limit),
         slo=tier.slo.slo(),
         schedules=tuple(item.schedule() for item in scaling.schedules),
-    )
-    by_gpu = gpu_priors(tier, request)
-    rule = TierRule(
-        tier.name,
-        settings,
-        prior_speed(tier, by_gpu),
-        request,
-        gpus_per_replica=tier.engine_gpus,
-        priority=scaling.priority,
     )
     return ScalingPlan(
         rule,

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Final
 
 from controlplane.core.autoscaling.capacity import EngineSpeed, LatencyBounds, ReplicaCapacity, RequestShape
-from controlplane.core.autoscaling.policy import ScalingDecision
+from controlplane.core.autoscaling.decision import ScalingDecision
 from controlplane.simulation.engine import EngineTiming
 from controlplane.simulation.policies import StaticPolicy, decision, each
 from controlplane.simulation.results import SimulationResult
@@ -27,16 +27,16 @@ _SEARCH: Final = 7
 _FACTORS: Final = (0.5, 3.0)
 
 
-def true_speed(timing: EngineTiming, work: RequestShape, batch: int) -> EngineSpeed:
+def true_speed(timing: EngineTiming, request: RequestShape, batch: int) -> EngineSpeed:
     """The engine's real speed as the capacity model's three figures."""
-    context = work.input_tokens + work.output_tokens / 2
+    context = request.input_tokens + request.output_tokens / 2
     one, many = timing.step_s(1, context), timing.step_s(max(batch, 2), context)
     slope = max((many - one) / (max(batch, 2) - 1), 1e-9)
-    prompt = max(round(work.input_tokens), 1)
+    prompt = max(round(request.input_tokens), 1)
     return EngineSpeed(max(one - slope, 1e-9), slope, timing.prompt_s(prompt) / prompt)
 
 
-def mean_work(arrivals: Sequence[Arrival]) -> RequestShape:
+def mean_request(arrivals: Sequence[Arrival]) -> RequestShape:
     """The mean request."""
     count = max(len(arrivals), 1)
     return RequestShape(
@@ -52,13 +52,13 @@ def demand(arrivals: Sequence[Arrival], tier: TierScenario) -> list[float]:
     """
     if not arrivals:
         return [0.0]
-    work = mean_work(arrivals)
+    request = mean_request(arrivals)
     model = tier.replica
-    capacity = ReplicaCapacity(true_speed(model.engine.timing, work, model.concurrency_limit))
-    bounds = LatencyBounds(float(model.concurrency_limit), tier.scaling.slo.itl_s)
-    slots = capacity.most_sequences(work, bounds)
+    capacity = ReplicaCapacity(true_speed(model.engine.timing, request, model.concurrency_limit))
+    bounds = LatencyBounds(float(model.concurrency_limit), tier.rule.slo.itl_s)
+    slots = capacity.most_sequences(request, bounds)
     # With all its slots taken, a replica gives each sequence a token every ``itl_s``.
-    itl_s = capacity.itl_s(slots, work)
+    itl_s = capacity.itl_s(slots, request)
     speed = capacity.speed
     length = int(arrivals[-1].at_s // SLOT_S) + 1
     needed = [0.0] * length
@@ -118,7 +118,7 @@ def static_peak(arrivals: Sequence[Arrival], tier: TierScenario, window_s: float
     for index in range(width, len(needed)):
         total += needed[index] - needed[index - width]
         most = max(most, total)
-    bounds = tier.scaling
+    bounds = tier.rule
     return min(
         max(math.ceil(most / min(width, len(needed)) - 1e-9), bounds.min_replicas, 1), bounds.max_replicas
     )
@@ -148,8 +148,8 @@ def run_oracle(scenario: Scenario, arrivals: Sequence[Arrival], attainment: floa
             needed,
             factor,
             tier.replica.cold_start_s,
-            tier.scaling.min_replicas,
-            tier.scaling.max_replicas,
+            tier.rule.min_replicas,
+            tier.rule.max_replicas,
         )
         begun = at_replicas(scenario, lambda _: ordered[0])
 

@@ -32,5 +32,5 @@ def _fared(tier: TierResult) -> Iterator[str]:
         yield f"waited for room: {room.waited}, {longest} at most and {together} in all"
     if room.waiting:
         yield f"still waiting at the end: {room.waiting}"
-    if tier.cuts:
-        yield f"decisions that the budget cut: {tier.cuts}"
+    if tier.short_rounds:
+        yield f"decisions that the budget cut: {tier.short_rounds}"

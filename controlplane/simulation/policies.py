@@ -19,8 +19,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
-from controlplane.core.autoscaling.policy import ScaleDirection, ScalingDecision, TierScaler
-from controlplane.core.autoscaling.round import RoundDecision, ScalingRound
+from controlplane.core.autoscaling.decision import ScalingDecision
+from controlplane.core.autoscaling.policy import TierScaler
+from controlplane.core.autoscaling.round import ScalingRound
 from controlplane.simulation.simulator import MakePolicy, PolicyInput, Scenario, TierScenario
 
 TARGET_RATIO: Final = 0.7
@@ -32,27 +33,20 @@ TARGETS: Final = {
 GPU's time, or of the concurrency limit."""
 
 
-def decision(seen: PolicyInput, target: int, reason: str, wanted: int | None = None) -> ScalingDecision:
+def decision(seen: PolicyInput, target: int, reason: str) -> ScalingDecision:
     """A baseline's decision."""
-    before = seen.observation.target
-    move = (
-        ScaleDirection.UP
-        if target > before
-        else ScaleDirection.DOWN
-        if target < before
-        else ScaleDirection.STAY
-    )
-    return ScalingDecision(seen.observation.tier, target, move, reason, target if wanted is None else wanted)
+    observation = seen.observation
+    return ScalingDecision(observation.tier, observation.target, target, reason, requested=target)
 
 
 class TierplanePolicy:
     """The production policy."""
 
     def __init__(self, scenario: Scenario) -> None:
-        self.period_s = min(tier.scaling.tick_s for tier in scenario.tiers)
+        self.period_s = min(tier.rule.tick_s for tier in scenario.tiers)
         self._round = ScalingRound(tier.rule for tier in scenario.tiers)
 
-    def decide(self, seen: Sequence[PolicyInput], gpus: float | None) -> tuple[RoundDecision, ...]:
+    def decide(self, seen: Sequence[PolicyInput], gpus: float | None) -> tuple[ScalingDecision, ...]:
         """What production would decide."""
         return self._round.decide([tier.observation for tier in seen], gpus)
 
@@ -77,19 +71,13 @@ class _PolicyPerTier:
         self.period_s = min(policy.period_s for policy in policies)
         self._policies = policies
 
-    def decide(self, seen: Sequence[PolicyInput], gpus: float | None) -> tuple[RoundDecision, ...]:
+    def decide(self, seen: Sequence[PolicyInput], gpus: float | None) -> tuple[ScalingDecision, ...]:
         """What each of them decides."""
-        return tuple(
-            _as_round(tier, policy.decide(tier)) for tier, policy in zip(seen, self._policies, strict=True)
-        )
+        return tuple(policy.decide(tier) for tier, policy in zip(seen, self._policies, strict=True))
 
     def learned(self, tier: str) -> TierScaler | None:
         """None of them asks how fast an engine is."""
         return None
-
-
-def _as_round(seen: PolicyInput, asked: ScalingDecision) -> RoundDecision:
-    return RoundDecision(asked.tier, seen.observation.target, asked.target, asked.move, asked.reason, asked)
 
 
 def each(make: Callable[[TierScenario], OneTierPolicy]) -> MakePolicy:
@@ -112,15 +100,15 @@ class StaticPolicy:
 
 class HpaPolicy:
     """Kubernetes: ``ceil(current * metric / target)`` every 15 s, unless inside the tolerance of 10 %;
-    up by at most 4 pods or 100 % in 15 s, down to the highest wish of the last 300 s."""
+    up by at most 4 pods or 100 % in 15 s, down to the highest desired of the last 300 s."""
 
     period_s = 15.0
 
     def __init__(self, tier: TierScenario, metric: Callable[[PolicyInput], float], target: float) -> None:
-        self._lowest, self._highest = max(tier.scaling.min_replicas, 1), tier.scaling.max_replicas
+        self._lowest, self._highest = max(tier.rule.min_replicas, 1), tier.rule.max_replicas
         self._metric = metric
         self._target = target
-        self._wishes: deque[tuple[float, int]] = deque()
+        self._recent_desired: deque[tuple[float, int]] = deque()
 
     def decide(self, seen: PolicyInput) -> ScalingDecision:
         """The controller's next step."""
@@ -130,16 +118,18 @@ class HpaPolicy:
         # Pods that are not ready count as idle on the way up: then they must not be multiplied again.
         if ratio > 1.0:
             ratio = max(1.0, ratio * ready / max(current, 1))
-            wish = current if ratio <= 1.1 else math.ceil(current * ratio - 1e-9)
+            desired = current if ratio <= 1.1 else math.ceil(current * ratio - 1e-9)
         else:
-            wish = current if ratio >= 0.9 else math.ceil(ready * ratio - 1e-9)
-        wish = min(max(wish, self._lowest), self._highest)
-        wish = min(wish, max(current + 4, 2 * current))
-        self._wishes.append((now_s, wish))
-        while self._wishes[0][0] < now_s - 300.0:
-            self._wishes.popleft()
-        target = wish if wish > current else min(current, max(entry[1] for entry in self._wishes))
-        return decision(seen, target, f"{ratio:.2f} of the target", wish)
+            desired = current if ratio >= 0.9 else math.ceil(ready * ratio - 1e-9)
+        desired = min(max(desired, self._lowest), self._highest)
+        desired = min(desired, max(current + 4, 2 * current))
+        self._recent_desired.append((now_s, desired))
+        while self._recent_desired[0][0] < now_s - 300.0:
+            self._recent_desired.popleft()
+        target = (
+            desired if desired > current else min(current, max(entry[1] for entry in self._recent_desired))
+        )
+        return decision(seen, target, f"{ratio:.2f} of the target")
 
 
 class KpaPolicy:
@@ -149,7 +139,7 @@ class KpaPolicy:
     period_s = 2.0
 
     def __init__(self, tier: TierScenario, target: float) -> None:
-        self._lowest, self._highest = max(tier.scaling.min_replicas, 1), tier.scaling.max_replicas
+        self._lowest, self._highest = max(tier.rule.min_replicas, 1), tier.rule.max_replicas
         self._target = tier.replica.concurrency_limit * target
         self._recent: deque[tuple[float, float]] = deque()
         self._panic_s = -math.inf
@@ -198,7 +188,7 @@ class ServePolicy:
         if target_ongoing_requests is not None:
             options["target_ongoing_requests"] = target_ongoing_requests
         self._config = AutoscalingConfig(
-            min_replicas=max(tier.scaling.min_replicas, 1), max_replicas=tier.scaling.max_replicas, **options
+            min_replicas=max(tier.rule.min_replicas, 1), max_replicas=tier.rule.max_replicas, **options
         )
         self._module = autoscaling_policy
         self._context = AutoscalingContext
@@ -240,9 +230,7 @@ class ServePolicy:
             max(0, scaled), target, config, self._state, _now=now_s
         )
         bounded = min(max(final, config.min_replicas), config.max_replicas)
-        return decision(
-            seen, bounded, f"{requests:.1f} requests over {config.look_back_period_s:g} s", scaled
-        )
+        return decision(seen, bounded, f"{requests:.1f} requests over {config.look_back_period_s:g} s")
 
 
 def busy_ratio(seen: PolicyInput) -> float:

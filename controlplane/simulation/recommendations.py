@@ -106,7 +106,7 @@ class _TierWindow:
             len(watched.fleet.endpoints()),
             self._gpu_ratio(base, now) if watched.scenario.replica.gpus else self._slot_ratio(),
             self._kv_ratio(),
-            self._scaler.work,
+            self._scaler.mean_request,
         )
         # A tier that nobody asks for is what it was.
         if figures != self._figures or now.answers > base.answers:
@@ -126,15 +126,15 @@ class _TierWindow:
         replicas: int,
         load_ratio: float | None,
         kv_ratio: float | None,
-        work: RequestShape,
+        mean_request: RequestShape,
     ) -> TierCondition:
         scenario, scaler, total_s = self._watched.scenario, self._scaler, self._watched.record.total_s
-        gpus, settings = scenario.replica.gpus, scenario.scaling
+        gpus, rule = scenario.replica.gpus, scenario.rule
         return TierCondition(
             tier=self.name,
             replicas=replicas,
-            min_replicas=settings.min_replicas,
-            max_replicas=settings.max_replicas,
+            min_replicas=rule.min_replicas,
+            max_replicas=rule.max_replicas,
             gpus_per_replica=gpus,
             tensor_parallel=scenario.tensor_parallel,
             gpu_ratio=_NOBODY if load_ratio is None else known_now(load_ratio),
@@ -147,9 +147,9 @@ class _TierWindow:
             error_ratio=known_now(lost / ended) if ended else _NO_END,
             requests_per_s=known_now(arrived / over_s),
             attainment=known_now(kept / ended) if ended else _NO_END,
-            goal=settings.slo.attainment,
+            goal=rule.slo.attainment,
             capacity=scaler.capacity,
-            work=work,
+            mean_request=mean_request,
             bounds=scaler.bounds,
         )
 
@@ -243,8 +243,7 @@ class SimulatedRecommendations:
 
 
 def _assumed(scenario: TierScenario) -> TierScaler:
-    rule = scenario.rule
-    return TierScaler(rule.tier, rule.settings, rule.prior, rule.work)
+    return TierScaler(scenario.rule)
 
 
 def _p95_ms(answers_s: array[float]) -> Signal:

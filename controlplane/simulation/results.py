@@ -71,7 +71,7 @@ class RecordedDecision:
 
     at_s: float
     tier: str
-    move: str
+    direction: str
     before: int
     target: int
     reason: str
@@ -126,7 +126,7 @@ class TierResult:
     failures: int
     samples: tuple[TierSample, ...]
     room: PlacementRecord
-    cuts: int
+    short_rounds: int
     """Decisions that the budget gave fewer replicas than the tier wanted."""
 
     def as_json(self) -> dict[str, Any]:
@@ -161,7 +161,7 @@ class TierResult:
                 "longest_wait_s": round(self.room.longest_wait_s, 1),
                 "waiting": self.room.waiting,
                 "most_gpus": round(self.room.most_gpus, 3),
-                "cut_by_budget": self.cuts,
+                "cut_by_budget": self.short_rounds,
             },
         }
 
@@ -226,7 +226,7 @@ class SimulationResult:
                 {
                     "at_s": round(entry.at_s, 1),
                     "tier": entry.tier,
-                    "move": entry.move,
+                    "move": entry.direction,
                     "replicas": [entry.before, entry.target],
                     "reason": entry.reason,
                     "confidence": round(entry.confidence, 3),

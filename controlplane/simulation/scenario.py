@@ -9,7 +9,6 @@ from typing import Final
 from controlplane.config import PlaneConfig, TierConfig
 from controlplane.core.admission.queue import AdmissionSettings
 from controlplane.core.autoscaling.capacity import RequestShape
-from controlplane.core.autoscaling.policy import ScalingSettings
 from controlplane.core.placement.topology import Node
 from controlplane.core.recommendations.rules import latency_limit_ms
 from controlplane.core.routing.endpoint_table import LoadSettings
@@ -28,9 +27,9 @@ MOST_REPLICAS: Final = 64
 
 
 def build(
-    plane: PlaneConfig, options: Options, work: RequestShape, nodes: Sequence[Node] | None = None
+    plane: PlaneConfig, options: Options, request: RequestShape, nodes: Sequence[Node] | None = None
 ) -> Scenario:
-    """The scenario of a configuration; ``work`` is about what a request is like, ``nodes`` are the machines
+    """The scenario of a configuration; ``request`` is the expected mean request, ``nodes`` are the machines
     that replicas find their places on, None: there is always room.
 
     SetupError names the tier whose model does not fit the GPU, whose speed can't be told, or that has no
@@ -38,10 +37,10 @@ def build(
     """
     queue = plane.gateway.queue
     if nodes is None:
-        tiers = [_tier(tier, anywhere(tier, options, work), options, work) for tier in plane.tiers]
+        tiers = [_tier(tier, anywhere(tier, options, request), options, request) for tier in plane.tiers]
     else:
         tiers = [
-            _tier(demand.tier, on_nodes(demand, nodes, options, work), options, work)
+            _tier(demand.tier, on_nodes(demand, nodes, options, request), options, request)
             for demand in tier_gangs(plane, nodes)
         ]
     lasts_hours = options.node_mtbf_hours
@@ -62,34 +61,35 @@ def build(
     )
 
 
-def _tier(tier: TierConfig, found: TierEngines, options: Options, work: RequestShape) -> TierScenario:
+def _tier(tier: TierConfig, found: TierEngines, options: Options, request: RequestShape) -> TierScenario:
     # What the gateway sends at once, and what the engine can hold of it.
     engine = found.engine
     held = min(
         float(tier.concurrency_limit),
-        engine.kv_tokens / (work.input_tokens + work.output_tokens / 2),
+        engine.kv_tokens / (request.input_tokens + request.output_tokens / 2),
         engine.max_sequences,
     )
-    plan = scaling_plan(tier, ScalingSettings().tick_s)
-    asked = plan.rule.settings if plan.autoscaled else ScalingSettings(max_replicas=MOST_REPLICAS)
-    lowest = asked.min_replicas if options.min_replicas is None else options.min_replicas
-    highest = asked.max_replicas if options.max_replicas is None else options.max_replicas
+    plan = scaling_plan(tier, options.tick_s)
+    rule = plan.rule if plan.autoscaled else replace(plan.rule, min_replicas=1, max_replicas=MOST_REPLICAS)
+    lowest = rule.min_replicas if options.min_replicas is None else options.min_replicas
+    highest = rule.max_replicas if options.max_replicas is None else options.max_replicas
     if tier.engine == "endpoint":
         # What runs elsewhere has no replicas to add.
         lowest = highest = tier.replicas
-    scaling = replace(
-        asked,
+    rule = replace(
+        rule,
+        prior=found.prior,
+        mean_request=request,
         min_replicas=lowest,
         max_replicas=highest,
         cold_start_s=options.cold_start_s,
-        tick_s=options.tick_s,
         sequences=max(1.0, held),
         slo=options.slo or tier.slo.slo(),
     )
     replica = ReplicaModel(
         engine,
         tier.concurrency_limit,
-        gpus=plan.rule.gpus_per_replica,
+        gpus=rule.gpus_per_replica,
         cost_per_gpu_hour=options.cost_per_gpu_hour,
         cold_start_s=options.cold_start_s,
         cold_start_jitter=options.cold_start_jitter,
@@ -97,10 +97,9 @@ def _tier(tier: TierConfig, found: TierEngines, options: Options, work: RequestS
         shape=found.shape,
         engines=found.engines,
     )
-    replicas = min(max(tier.replicas, scaling.min_replicas), scaling.max_replicas)
+    replicas = min(max(tier.replicas, rule.min_replicas), rule.max_replicas)
     return TierScenario(
-        *(tier_policy(tier), replica, scaling, found.prior, work, replicas),
-        priority=plan.rule.priority,
+        *(tier_policy(tier), replica, rule, replicas),
         tensor_parallel=plan.tensor_parallel,
         latency_limit_ms=plan.latency_limit_ms if options.slo is None else latency_limit_ms(options.slo),
     )

@@ -14,14 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from controlplane.core.admission.queue import AdmissionQueue, AdmissionSettings, Ticket
-from controlplane.core.autoscaling.capacity import EngineSpeed, RequestShape
-from controlplane.core.autoscaling.policy import (
-    EngineObservation,
-    ScalingSettings,
-    TierObservation,
-    TierScaler,
-)
-from controlplane.core.autoscaling.round import RoundDecision, TierRule
+from controlplane.core.autoscaling.decision import EngineObservation, ScalingDecision, TierObservation
+from controlplane.core.autoscaling.policy import TierScaler
+from controlplane.core.autoscaling.rule import ScalingRule
 from controlplane.core.domain.endpoint import EndpointState
 from controlplane.core.placement.topology import Node
 from controlplane.core.recommendations.rules import LATENCY_MS
@@ -60,25 +55,12 @@ class TierScenario:
 
     policy: TierPolicy
     replica: ReplicaModel
-    scaling: ScalingSettings
-    prior: EngineSpeed
-    """What the scaler is told of the engine's speed before it has measured anything."""
-    work: RequestShape
-    """The mean request that it is told of."""
+    rule: ScalingRule
     replicas: int = 1
     """Ready when the trace begins."""
-    priority: int = 0
-    """Who gets GPUs first when they are short: the higher."""
     tensor_parallel: int = 1
     latency_limit_ms: float = LATENCY_MS
     """Above it a recommendation calls the tier slow, if no threshold is set."""
-
-    @property
-    def rule(self) -> TierRule:
-        """What a round of scaling is told of the tier."""
-        return TierRule(
-            self.policy.name, self.scaling, self.prior, self.work, self.replica.gpus, self.priority
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +101,7 @@ class ScalingPolicy(Protocol):
 
     period_s: float
 
-    def decide(self, seen: Sequence[PolicyInput], gpus: float | None) -> Sequence[RoundDecision]:
+    def decide(self, seen: Sequence[PolicyInput], gpus: float | None) -> Sequence[ScalingDecision]:
         """The targets from now on, in the order of the tiers that were seen. ``gpus`` is what all of them
         together may hold; None: nobody counts."""
 
@@ -149,9 +131,9 @@ class _TierCounters:
         self.sampled = (0.0, 0, 0, 0)
         """Time, arrived, kept, ended at the last sample."""
         self.ended_total = 0
-        self.cuts = 0
+        self.short_rounds = 0
         """Decisions that the budget cut."""
-        self.told_cut = 0
+        self.noted_shortfall = 0
         """Replicas that it took from what the tier wanted, when that was last told."""
 
     def change(self, by: int, now_s: float) -> None:
@@ -248,7 +230,7 @@ class Simulator:
                 tier.fleet.failures,
                 tuple(tier.samples),
                 room,
-                tier.cuts,
+                tier.short_rounds,
             )
             for tier, (hours, room) in zip(self.tiers, held, strict=True)
         ]
@@ -382,7 +364,7 @@ class Simulator:
         tier.prompt += job.computed_tokens
         tier.answer += arrival.output_tokens
         tier.ended += 1
-        slo = tier.scenario.scaling.slo
+        slo = tier.scenario.rule.slo
         in_time = ttft_s <= slo.ttft_s and itl_s <= slo.itl_s and total_s <= slo.total_s
         self._end(tier, kept=in_time)
         load = slot.load
@@ -469,10 +451,10 @@ class Simulator:
         decisions = self._policy.decide(seen, self._gpus)
         for tier, decision in zip(self.tiers, decisions, strict=True):
             moves = decision.target != tier.fleet.target
-            if moves or decision.cut > tier.told_cut:
+            if moves or decision.shortfall > tier.noted_shortfall:
                 self._note(decision)
-                tier.told_cut = decision.cut
-            tier.cuts += decision.cut > 0
+                tier.noted_shortfall = decision.shortfall
+            tier.short_rounds += decision.shortfall > 0
             if moves:
                 tier.fleet.scale_to(decision.target)
         if not self._over:
@@ -483,18 +465,18 @@ class Simulator:
         if not self._over:
             self.clock.at(self.clock.now_s + self._recommendations.every_s, self._recommend)
 
-    def _note(self, decision: RoundDecision) -> None:
+    def _note(self, decision: ScalingDecision) -> None:
         self._decided += 1
         if len(self._decisions) < MOST_DECISIONS:
             self._decisions.append(
                 RecordedDecision(
                     self.clock.now_s,
                     decision.tier,
-                    str(decision.move),
+                    str(decision.direction),
                     decision.before,
                     decision.target,
                     decision.reason,
-                    decision.asked.confidence,
+                    decision.confidence,
                 )
             )
 

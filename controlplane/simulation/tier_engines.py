@@ -45,7 +45,7 @@ class TierEngines:
     """By GPU model, where that matters."""
 
 
-def anywhere(tier: TierConfig, options: Options, work: RequestShape) -> TierEngines:
+def anywhere(tier: TierConfig, options: Options, request: RequestShape) -> TierEngines:
     """Of a tier whose replicas always have room. SetupError: its model does not fit the GPU, or nobody says
     which GPU that is."""
     if tier.engine == "vllm" and (options.gpu or tier.device == "gpu"):
@@ -54,7 +54,7 @@ def anywhere(tier: TierConfig, options: Options, work: RequestShape) -> TierEngi
                 f"tier '{tier.name}' runs on GPUs: say on which, as --gpu L4 (`tierplane fit --gpus` lists "
                 "them), or on which machines, with --cluster FILE"
             )
-        return _on_gpu(tier, options.gpu, options, work)
+        return _on_gpu(tier, options.gpu, options, request)
     return _plain(tier, options)
 
 
@@ -72,7 +72,7 @@ def _plain(tier: TierConfig, options: Options) -> TierEngines:
     return TierEngines(engine, plain_speed(timing.itl_s, timing.batch_slowdown))
 
 
-def on_nodes(demand: TierGang, nodes: Sequence[Node], options: Options, work: RequestShape) -> TierEngines:
+def on_nodes(demand: TierGang, nodes: Sequence[Node], options: Options, request: RequestShape) -> TierEngines:
     """Of a tier whose replicas find their places on ``nodes``. SetupError: they have none there, or how fast
     they would be is not known."""
     tier, shape = demand.tier, demand.shape
@@ -96,7 +96,7 @@ def on_nodes(demand: TierGang, nodes: Sequence[Node], options: Options, work: Re
             f"tier '{tier.name}' may run on GPUs whose speed is not known: {', '.join(unknown)}. Name others "
             "in its gpu_models; `tierplane fit --gpus` lists those that are known"
         )
-    by_model = {name: _on_gpu(tier, name, options, work) for name in models}
+    by_model = {name: _on_gpu(tier, name, options, request) for name in models}
     first = by_model[models[0]]
     return replace(first, shape=shape, engines={name: found.engine for name, found in by_model.items()})
 
@@ -115,7 +115,7 @@ def _gpu_models(tier: TierConfig, shape: GangShape, nodes: Sequence[Node]) -> li
     return sorted(counts, key=lambda name: (name not in asked[:1], -counts[name], name))
 
 
-def _on_gpu(tier: TierConfig, gpu_model: str, options: Options, work: RequestShape) -> TierEngines:
+def _on_gpu(tier: TierConfig, gpu_model: str, options: Options, request: RequestShape) -> TierEngines:
     gpu = gpu_named(gpu_model)
     args: dict[str, Any] = dict(tier.engine_args)
     loaded = load_model(tier.model)
@@ -125,13 +125,13 @@ def _on_gpu(tier: TierConfig, gpu_model: str, options: Options, work: RequestSha
     except ValueError as error:
         raise SetupError(f"tier '{tier.name}': {error}") from error
     plan = plan_memory(loaded.spec, settings, gpu, loaded.extra)
-    if plan.kv_tokens < work.input_tokens:
+    if plan.kv_tokens < request.input_tokens:
         raise SetupError(
             f"tier '{tier.name}': {tier.model} leaves room for {plan.kv_tokens} tokens on {gpu.name}, and a "
-            f"prompt of this trace has {work.input_tokens:.0f}: take a larger GPU (--gpu, or the tier's "
+            f"prompt of this trace has {request.input_tokens:.0f}: take a larger GPU (--gpu, or the tier's "
             "gpu_models), or see `tierplane fit`"
         )
-    prior = speed_of(line, work.input_tokens, work.output_tokens, float(tier.concurrency_limit))
+    prior = speed_of(line, request.input_tokens, request.output_tokens, float(tier.concurrency_limit))
     sequences = settings.batch(loaded.spec, gpu)[1]
     return TierEngines(
         EngineModel(RooflineTiming(line, options.engine_ratio), float(plan.kv_tokens), sequences), prior

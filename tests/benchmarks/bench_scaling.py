@@ -69,7 +69,7 @@ class Trace:
     arrivals: Sequence[Arrival]
     gpu: str
     slo: Slo
-    work: RequestShape
+    mean_request: RequestShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +267,7 @@ def _scenario(trace: Trace, cold_s: float, attainment: float, seed: int) -> Scen
     options = Options(
         gpu=trace.gpu, cold_start_s=cold_s, slo=replace(trace.slo, attainment=attainment), seed=seed
     )
-    scenario = build(PlaneConfig(tiers=[tier]), options, trace.work)
+    scenario = build(PlaneConfig(tiers=[tier]), options, trace.mean_request)
     # A fleet that was there before the trace began: what the first five minutes need, and a third more.
     needed = oracle.demand(trace.arrivals, scenario.tiers[0])[: round(300 / oracle.SLOT_S)]
     begun = max(1, math.ceil(1.3 * sum(needed) / len(needed)))
@@ -291,14 +291,14 @@ def _read(path: Path, hours: float, skip_hours: float, fleet: float, seed: int) 
 
 
 def _trace(name: str, arrivals: Sequence[Arrival]) -> Trace:
-    work = oracle.mean_work(arrivals)
-    gpu, slo = LONG if work.input_tokens > LONG_TOKENS else SHORT
-    return Trace(name, arrivals, gpu, slo, work)
+    request = oracle.mean_request(arrivals)
+    gpu, slo = LONG if request.input_tokens > LONG_TOKENS else SHORT
+    return Trace(name, arrivals, gpu, slo, request)
 
 
 def _mean_replicas(trace: Trace) -> float:
     tier = TierConfig(name="tier", model=MODEL, concurrency_limit=LIMIT)
-    scenario = build(PlaneConfig(tiers=[tier]), Options(gpu=trace.gpu, slo=trace.slo), trace.work)
+    scenario = build(PlaneConfig(tiers=[tier]), Options(gpu=trace.gpu, slo=trace.slo), trace.mean_request)
     needed = oracle.demand(trace.arrivals, scenario.tiers[0])
     return sum(needed) / len(needed)
 

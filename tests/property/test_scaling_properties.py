@@ -1,4 +1,4 @@
-"""Whatever comes: targets stay inside their bounds, and what is not known takes nothing away."""
+"""Whatever is observed: targets stay inside their bounds, and unknown signals never scale down."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controlplane.core.autoscaling.capacity import EngineSpeed, LatencyBounds, ReplicaCapacity, RequestShape
+from controlplane.core.autoscaling.decision import TierObservation
 from controlplane.core.autoscaling.gpu_budget import GpuDemand, share_gpus
-from controlplane.core.autoscaling.policy import ScalingSettings, TierObservation, TierScaler
+from controlplane.core.autoscaling.policy import TierScaler
+from controlplane.core.autoscaling.rule import ScalingRule
 from controlplane.core.telemetry.series import Freshness, Signal, known_now, missing
 
 SPEED = EngineSpeed(0.02, 0.001, 0.0001)
-WORK = RequestShape(500.0, 100.0)
+REQUEST = RequestShape(500.0, 100.0)
 
 amounts = st.one_of(st.just(0.0), st.floats(0.0, 1e5))
 signals = st.one_of(
@@ -41,15 +43,18 @@ def test_targets_stay_inside_bounds_and_steps(
     cool_down_s: float,
 ) -> None:
     highest = max(lowest + extra, 1)
-    scaling = ScalingSettings(
-        lowest,
-        highest,
+    rule = ScalingRule(
+        "t",
+        SPEED,
+        REQUEST,
+        min_replicas=lowest,
+        max_replicas=highest,
         step_up=step,
         step_down=step,
         cool_down_up_s=cool_down_s,
         cool_down_down_s=cool_down_s,
     )
-    scaler = TierScaler("t", scaling, SPEED, WORK)
+    scaler = TierScaler(rule)
     target, now_s = lowest, 0.0
     for arrivals, in_flight, queued, interval_s, finished, missed in ticks:
         now_s += interval_s
@@ -88,20 +93,19 @@ def test_no_reading_makes_the_capacity_absurd(readings: list[tuple[float, float,
         assert speed.step_s > 0
         assert speed.step_s_per_sequence > 0
         assert speed.prompt_s_per_token > 0
-    assert capacity.replicas(5.0, WORK, LatencyBounds(16.0)) >= 1
+    assert capacity.replicas(5.0, REQUEST, LatencyBounds(16.0)) >= 1
 
 
 demands = st.lists(
     st.builds(
         GpuDemand,
-        tier=st.text("abc", min_size=1, max_size=3),
         gpus_per_replica=st.sampled_from([0.25, 0.5, 1.0, 2.0, 4.0]),
         lowest=st.integers(0, 3),
         wanted=st.integers(0, 12),
         priority=st.integers(0, 3),
         gains=st.lists(st.floats(0.0, 50.0), max_size=12).map(tuple),
-        held=st.integers(0, 12),
-        kept=st.sampled_from([0, 0, 0, 2]),
+        ordered=st.integers(0, 12),
+        reserved=st.sampled_from([0, 0, 0, 2]),
         running=st.integers(0, 4),
     ),
     max_size=6,
@@ -110,21 +114,21 @@ demands = st.lists(
 
 @settings(max_examples=200, deadline=None)
 @given(demands, st.floats(0.0, 40.0))
-def test_no_gpu_is_given_twice_and_none_is_left_that_would_be_taken(
+def test_no_gpu_is_granted_twice_and_none_is_left_that_would_be_used(
     demands: list[GpuDemand], gpus: float
 ) -> None:
-    shares = share_gpus(demands, gpus)
-    used = sum(d.gpus_per_replica * s.replicas for d, s in zip(demands, shares, strict=True))
-    sure = sum(d.gpus_per_replica * d.sure for d in demands)
+    granted = share_gpus(demands, gpus)
+    used = sum(d.gpus_per_replica * count for d, count in zip(demands, granted, strict=True))
+    certain = sum(d.gpus_per_replica * d.certain for d in demands)
     first = max((d.priority for d in demands if d.lacking), default=None)
     waits = 0.0
-    for demand, share in zip(demands, shares, strict=True):
-        assert demand.sure <= share.replicas <= demand.wanted
-        assert share.replicas >= min(demand.running, demand.lowest, demand.wanted)
+    for demand, count in zip(demands, granted, strict=True):
+        assert demand.certain <= count <= demand.wanted
+        assert count >= min(demand.running, demand.lowest, demand.wanted)
         if demand.priority == first:
-            assert share.replicas >= demand.floor
-            if share.replicas == demand.floor:
-                waits += demand.gpus_per_replica * max(0, demand.floor - demand.sure)
-    assert used <= max(gpus, sure) + waits + 1e-6
-    for demand, share in zip(demands, shares, strict=True):
-        assert share.replicas == demand.wanted or demand.gpus_per_replica > gpus - used - 1e-6
+            assert count >= demand.floor
+            if count == demand.floor:
+                waits += demand.gpus_per_replica * max(0, demand.floor - demand.certain)
+    assert used <= max(gpus, certain) + waits + 1e-6
+    for demand, count in zip(demands, granted, strict=True):
+        assert count == demand.wanted or demand.gpus_per_replica > gpus - used - 1e-6

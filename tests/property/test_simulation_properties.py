@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controlplane.core.autoscaling.capacity import EngineSpeed, RequestShape
-from controlplane.core.autoscaling.policy import ScalingSettings
+from controlplane.core.autoscaling.rule import ScalingRule
 from controlplane.core.domain.slo import Slo
 from controlplane.core.placement.gangs import Gang, GangShape, Infeasible
 from controlplane.core.placement.planner import PlacedCluster, Planner
@@ -119,19 +119,21 @@ def scenarios(draw: st.DrawFn) -> Scenario:
         replica = ReplicaModel(
             engine, 4, gpus=shape.total_milli / 1000, cold_start_s=20.0, mtbf_s=mtbf_s, shape=shape
         )
-        scaling = ScalingSettings(
-            draw(st.integers(0, 1)), 12, cold_start_s=20.0, sequences=4.0, slo=Slo(1.0, 0.1), hold_s=30.0
+        rule = ScalingRule(
+            tier=f"t{number}",
+            prior=EngineSpeed(0.02, 0.0002, 1e-6),
+            mean_request=RequestShape(100.0, 50.0),
+            gpus_per_replica=replica.gpus,
+            priority=draw(st.integers(0, 2)),
+            min_replicas=draw(st.integers(0, 1)),
+            max_replicas=12,
+            cold_start_s=20.0,
+            sequences=4.0,
+            slo=Slo(1.0, 0.1),
+            hold_s=30.0,
         )
         tiers.append(
-            TierScenario(
-                TierPolicy(f"t{number}", f"m{number}"),
-                replica,
-                scaling,
-                EngineSpeed(0.02, 0.0002, 1e-6),
-                RequestShape(100.0, 50.0),
-                draw(st.integers(0, 3)),
-                draw(st.integers(0, 2)),
-            )
+            TierScenario(TierPolicy(rule.tier, f"m{number}"), replica, rule, draw(st.integers(0, 3)))
         )
     return Scenario(
         tuple(tiers),

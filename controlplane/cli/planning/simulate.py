@@ -213,7 +213,7 @@ def _scenario(
         raise SetupError(
             "the trace has no requests in the part that is replayed: see --hours and --skip-hours"
         )
-    return build(plane, options, oracle.mean_work(first), nodes)
+    return build(plane, options, oracle.mean_request(first), nodes)
 
 
 def _run(
@@ -228,7 +228,7 @@ def _run(
         known = list(arrivals())
         if policy == "static":
             return oracle.run_static(scenario, known)
-        return oracle.run_oracle(scenario, known, scenario.tiers[0].scaling.slo.attainment)
+        return oracle.run_oracle(scenario, known, scenario.tiers[0].rule.slo.attainment)
     span_s = 0.0
     for arrival in arrivals():
         span_s = arrival.at_s

@@ -31,8 +31,8 @@ def _condition(
     return TierCondition(
         tier=spec.name,
         replicas=sum(item.state not in ENDED for item in endpoints),
-        min_replicas=plan.rule.settings.min_replicas,
-        max_replicas=plan.rule.settings.max_replicas,
+        min_replicas=plan.rule.min_replicas,
+        max_replicas=plan.rule.max_replicas,
         gpus_per_replica=plan.rule.gpus_per_replica,
         tensor_parallel=plan.tensor_parallel,
         gpu_ratio=load,
@@ -45,9 +45,9 @@ def _condition(
         error_ratio=figures.failed_ratio,
         requests_per_s=figures.arrivals_per_s,
         attainment=figures.attainment,
-        goal=plan.rule.settings.slo.attainment,
+        goal=plan.rule.slo.attainment,
         capacity=scaler.capacity,
-        work=scaler.work,
+        mean_request=scaler.mean_request,
         bounds=scaler.bounds,
     )
 

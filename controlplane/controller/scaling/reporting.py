@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from controlplane.controller.controller import Controller
+from controlplane.core.autoscaling.decision import ScalingDecision
 from controlplane.core.autoscaling.overrides import Override
-from controlplane.core.autoscaling.round import RoundDecision
 from controlplane.core.cluster.snapshot import TierScaling
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.endpoint import SERVING
@@ -25,7 +25,7 @@ class ScalingReporter:
         self._controller = controller
         self._published: tuple[TierScaling, ...] = ()
 
-    def publish(self, decisions: Mapping[str, RoundDecision], recommendations: RecommendationLog) -> None:
+    def publish(self, decisions: Mapping[str, ScalingDecision], recommendations: RecommendationLog) -> None:
         """To be called after each tick."""
         kinds = {
             item.recommendation.instance: item.recommendation.kind.value for item in recommendations.open
@@ -47,8 +47,8 @@ class ScalingReporter:
             self._controller.publish_scaling(new)
 
 
-def _forecast(decision: RoundDecision, before: float | None) -> float:
-    forecast = decision.asked.forecast.mean_per_s if decision.asked.forecast is not None else 0.0
+def _forecast(decision: ScalingDecision, before: float | None) -> float:
+    forecast = decision.forecast.mean_per_s if decision.forecast is not None else 0.0
     near = before is not None and abs(forecast - before) <= FORECAST_STEP * max(forecast, before)
     return before if near and before is not None else forecast
 
@@ -56,7 +56,7 @@ def _forecast(decision: RoundDecision, before: float | None) -> float:
 def view(
     controller: Controller,
     spec: TierSpec,
-    decision: RoundDecision | None,
+    decision: ScalingDecision | None,
     override: Override | None,
     *,
     mode: str,
@@ -65,7 +65,7 @@ def view(
 ) -> TierScalingView:
     """One tier for operators; ``decision`` is None before the first tick."""
     base_target = controller.base_targets()[spec.name]
-    forecast = decision.asked.forecast if decision is not None else None
+    forecast = decision.forecast if decision is not None else None
     return TierScalingView(
         tier=spec.name,
         replicas=sum(item.state in SERVING for item in controller.endpoints_of(spec.name)),
@@ -76,6 +76,6 @@ def view(
         forecast_per_s=forecast.mean_per_s if forecast is not None else None,
         each_per_s=each_per_s if decision is not None else 0.0,
         cold_start_s=cold_start_s,
-        confidence=decision.asked.confidence if decision is not None else 0.0,
+        confidence=decision.confidence if decision is not None else 0.0,
         override=override,
     )

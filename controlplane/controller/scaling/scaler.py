@@ -20,8 +20,10 @@ from controlplane.controller.scaling.manual_targets import ManualTargets
 from controlplane.controller.scaling.observation import TierObserver
 from controlplane.controller.scaling.reporting import ScalingReporter, view
 from controlplane.core.autoscaling.cold_starts import ColdStarts
+from controlplane.core.autoscaling.decision import ScalingDecision
 from controlplane.core.autoscaling.overrides import Override
-from controlplane.core.autoscaling.round import RoundDecision, ScalingRound, TierRule
+from controlplane.core.autoscaling.round import ScalingRound
+from controlplane.core.autoscaling.rule import ScalingRule
 from controlplane.core.cluster.snapshot import GatewayInfo
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.json_values import StoredState, to_value
@@ -49,7 +51,7 @@ class PlaneScaler:
         self._observer = TierObserver(controller)
         self._reporter = ScalingReporter(controller)
         self._starts = ColdStarts()
-        self._decisions: dict[str, RoundDecision] = {}
+        self._decisions: dict[str, ScalingDecision] = {}
         self._use(config)
 
     @property
@@ -108,22 +110,21 @@ class PlaneScaler:
         self._reporter.publish(self._decisions, self.recommendations)
         return new
 
-    def _rule(self, spec: TierSpec) -> TierRule:
-        rule = spec.plan.rule
-        return replace(rule, settings=replace(rule.settings, cold_start_s=self.cold_start_s(spec)))
+    def _rule(self, spec: TierSpec) -> ScalingRule:
+        return replace(spec.plan.rule, cold_start_s=self.cold_start_s(spec))
 
     def cold_start_s(self, spec: TierSpec) -> float:
         """From ordering a replica to its first response: as configured, or the longest of the last starts."""
         plan = spec.plan
         measured_s = None if plan.cold_start_fixed else self._starts.longest_s(spec.name)
-        return plan.rule.settings.cold_start_s if measured_s is None else measured_s
+        return plan.rule.cold_start_s if measured_s is None else measured_s
 
     def _gpu_total(self) -> float | None:
         """What all tiers together may hold: as configured, or what can be used."""
         return self._config.gpus if self._config.gpus is not None else self._controller.usable_gpus()
 
     def _publish(
-        self, specs: Mapping[str, TierSpec], decisions: Iterable[RoundDecision], unix_s: float
+        self, specs: Mapping[str, TierSpec], decisions: Iterable[ScalingDecision], unix_s: float
     ) -> None:
         targets = {}
         for decision in decisions:

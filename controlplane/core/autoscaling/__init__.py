@@ -1,1 +1,1 @@
-"""How many replicas each tier should have, within the GPUs that there are."""
+"""How many replicas each tier should have, inside its bounds and the GPU budget."""

@@ -1,11 +1,11 @@
-"""How many requests will come when a replica that is ordered now is ready: a level and its uncertainty.
+"""The rate of arrivals when a replica that is ordered now will be ready, and its uncertainty.
 
-What counts for an order is the rate in a window that begins one cold start from now. Several simple
-forecasters bid for it (recent averages over three spans, a damped trend after E. Gardner and E. McKenzie,
-"Forecasting trends in time series", 1985, and the same time yesterday), each is scored against what came
-when its window has passed, and the bids are mixed with weights that fall exponentially with the recent loss
-(N. Cesa-Bianchi, G. Lugosi, "Prediction, Learning, and Games", 2006, ch. 2). The uncertainty is the spread
-of the mixture's own errors over the last hour, so it needs no assumption about the traffic.
+An order depends on the rate in a window that begins one cold start from now. Several simple forecasters make
+a bid for it: recent means over several spans, a damped trend (E. Gardner, E. McKenzie, "Forecasting trends in
+time series", 1985), and the same time yesterday. Each bid is scored against the actual rate once its window
+has passed, and the bids are mixed with weights that fall exponentially with the recent loss (N. Cesa-Bianchi,
+G. Lugosi, "Prediction, Learning, and Games", 2006, ch. 2). The uncertainty is the spread of the mixture's own
+errors over the last hour, so it needs no assumption about the traffic.
 """
 
 from __future__ import annotations
@@ -18,58 +18,57 @@ from typing import Final
 _SPANS_S: Final = (20.0, 90.0, 600.0, 3600.0)
 _TREND_SPAN_S: Final = 120.0
 _DAMPING_S: Final = 300.0
-"""A trend is followed for about this long."""
+"""The time constant with which a trend is damped."""
 _DAY_S: Final = 86_400.0
 _SLOT_S: Final = 600.0
-"""The day before is remembered in slots of this length."""
+"""Yesterday's rates are stored in slots of this length."""
 _RECENT_SPAN_S: Final = 6.0
-_BIDS: Final = (*(f"mean of {span:g} s" for span in _SPANS_S), "trend", "yesterday")
-_CALM: Final = 2.0
-"""Arrivals are taken to be no more dispersed than this when it is asked whether more than usual come."""
+_BIDS: Final = len(_SPANS_S) + 2
+"""The means, the trend and yesterday."""
+_MAX_DISPERSION: Final = 2.0
+"""The dispersion is capped at this when the certain part of a rush is estimated: the rush itself raises
+it."""
 _ETA: Final = 6.0
-"""How sharply the mixture prefers the better bids."""
-_LOSS_KEEP_S: Final = 900.0
-"""Losses and errors are forgotten over this time, or over ten horizons if that is longer."""
+"""How strongly the mixture prefers the better bids."""
+_FORGET_LOSS_S: Final = 900.0
+"""The time constant over which losses are forgotten; ten horizons if that is longer."""
 _ERRORS: Final = 720
-"""Errors that the spread is taken from: an hour of ticks of 5 s."""
-_RESORT: Final = 12
+"""Errors that the spread is computed from: an hour of ticks of 5 s."""
+_RECOMPUTE: Final = 12
+"""New errors after which the spread is computed again."""
 _HIGH: Final = 0.8
 _HIGH_Z: Final = 0.8416
 _LEAST_SPREAD: Final = 0.03
 _PRIOR_ERRORS: Final = 24
+"""The initial spread weighs as much as this many errors."""
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """The rate of arrivals in the window ``[horizon_s, horizon_s + window_s]`` from now."""
+    """The rate of arrivals in a window that begins one horizon from now."""
 
     mean_per_s: float
     spread: float
-    """Of the logarithm of (what came / what was forecast): its 80th percentile over 0.84, which for a normal
-    distribution is the standard deviation; a single burst hardly moves it."""
-    horizon_s: float
-    dispersion: float
-    """Variance over mean of the counts of one interval: 1 for a Poisson process, more for bursts."""
-    basis: str
-    """The bid that counted most."""
+    """Of the logarithm of (actual rate / forecast): its 80th percentile divided by 0.84, which is the
+    standard deviation of a normal distribution; a single burst hardly changes it."""
     surely_per_s: float
-    """The mean of the last seconds less two standard deviations: what of it is no chance."""
+    """The rate of the last seconds less two standard deviations: the part of it that is not chance."""
     lasting_per_s: float
     """The mean of ten minutes."""
     steady_per_s: float
     """The mean of an hour."""
     scored: int
-    """Forecasts that were compared with what came; few of them make a poor ``spread``."""
+    """Forecasts that were compared with the actual rate; if they are few, ``spread`` is mostly assumed."""
 
     @property
     def confidence(self) -> float:
-        """How far the figure may be trusted, in [0, 1]."""
+        """How reliable the forecast is, in [0, 1]."""
         known = self.scored / (self.scored + 20.0)
         return known / (1.0 + self.spread)
 
 
 class Forecaster:
-    """Learns from counts of arrivals, taken in order of time."""
+    """Forecasts from counts of arrivals, which must come in order of time."""
 
     def __init__(self, horizon_s: float, window_s: float = 30.0, initial_spread: float = 0.3) -> None:
         if horizon_s < 0 or window_s <= 0:
@@ -82,25 +81,27 @@ class Forecaster:
         self._slope = 0.0
         self._initial_spread = self._spread = initial_spread
         self._errors: deque[float] = deque(maxlen=_ERRORS)
-        self._sorted_at = 0
-        self._losses = [0.0] * len(_BIDS)
+        self._computed_at = 0
+        self._losses = [0.0] * _BIDS
         self._dispersion = 1.0
+        """Variance over mean of the counts of one interval: 1 for a Poisson process, more for bursts."""
         self._scored = 0
         self._seen_s = 0.0
         self._total = 0.0
         self._last_s = -math.inf
         self._cumulative: deque[tuple[float, float]] = deque()
-        """(time, arrivals until then), as far back as the oldest pending forecast needs."""
+        """(time, all arrivals until then), back to the window of the oldest pending forecast."""
         self._pending: deque[tuple[float, tuple[float, ...], float]] = deque()
         """(made at, bids, mixture)."""
-        self._mixed = (0.0, 0)
-        """As of the last observation."""
+        self._mixture = 0.0
+        """At the last observation."""
         self._yesterday: dict[int, float] = {}
         self._slot = (-1, 0.0, 0.0)
-        """The slot that is being filled: number, arrivals, seconds."""
+        """The present slot: number, arrivals, seconds."""
 
     def observe(self, at_s: float, arrivals: float, interval_s: float) -> None:
-        """``arrivals`` came in the ``interval_s`` before ``at_s``. Going back in time is ignored."""
+        """Take in ``arrivals`` in the ``interval_s`` before ``at_s``; ignored unless ``at_s`` is later than
+        before."""
         if interval_s <= 0 or at_s <= self._last_s:
             return
         rate = arrivals / interval_s
@@ -118,39 +119,34 @@ class Forecaster:
         self._cumulative.append((at_s, self._total))
         self._score(at_s, interval_s)
         bids = self._bids(at_s)
-        self._mixed = self._mix(bids)
-        self._pending.append((at_s, bids, self._mixed[0]))
+        self._mixture = self._mix(bids)
+        self._pending.append((at_s, bids, self._mixture))
 
-    def aim(self, horizon_s: float, window_s: float) -> None:
-        """Another horizon from now on. Forecasts that were not yet compared are dropped."""
+    def set_horizon(self, horizon_s: float, window_s: float) -> None:
+        """Use another horizon and window from now on; forecasts that were not compared yet are dropped."""
         self.horizon_s = horizon_s
         self.window_s = window_s
         self._pending.clear()
 
     def forecast(self, now_s: float) -> Forecast:
-        """The forecast made at ``now_s``; a rate of 0 before anything was observed."""
+        """The forecast at ``now_s``; all rates are 0 before the first observation."""
         if self._seen_s == 0.0:
-            return Forecast(0.0, self._spread, self.horizon_s, 1.0, "nothing seen yet", 0.0, 0.0, 0.0, 0)
-        mean, heaviest = self._mixed if now_s == self._last_s else self._mix(self._bids(now_s))
-        # An exponential average over a span is worth a plain mean over twice that.
-        # A rush makes arrivals look dispersed: that must not hide it.
-        dispersion = min(self._dispersion, _CALM)
+            return Forecast(0.0, self._spread, 0.0, 0.0, 0.0, 0)
+        # An exponential mean over a span is as certain as a plain mean over twice that.
+        dispersion = min(self._dispersion, _MAX_DISPERSION)
         deviation = math.sqrt(dispersion * self._recent / (2 * _RECENT_SPAN_S))
         return Forecast(
-            mean,
-            self._spread,
-            self.horizon_s,
-            self._dispersion,
-            _BIDS[heaviest],
-            max(0.0, self._recent - 2.0 * deviation),
-            self._averages[2],
-            self._averages[3],
-            self._scored,
+            mean_per_s=self._mixture if now_s == self._last_s else self._mix(self._bids(now_s)),
+            spread=self._spread,
+            surely_per_s=max(0.0, self._recent - 2.0 * deviation),
+            lasting_per_s=self._averages[2],
+            steady_per_s=self._averages[3],
+            scored=self._scored,
         )
 
     def _learn_shape(self, rate: float, interval_s: float) -> None:
         for index, span_s in enumerate(_SPANS_S):
-            # An average over less than the span was seen is the plain mean of what was seen.
+            # Until a span has passed, its average is the plain mean since the beginning.
             share = -math.expm1(-interval_s / min(span_s, max(self._seen_s, interval_s)))
             self._averages[index] += share * (rate - self._averages[index])
         self._recent += -math.expm1(-interval_s / _RECENT_SPAN_S) * (rate - self._recent)
@@ -185,36 +181,33 @@ class Forecaster:
         if here is None or then is None or here <= 0:
             season = self._averages[1]
         else:
-            # Yesterday's shape at today's height, which is not trusted to differ by more than four times.
+            # Yesterday's change of the rate, scaled to today's level by at most four times.
             season = then * min(max(self._averages[1] / here, 0.25), 4.0)
         return (*self._averages, trend, season)
 
-    def _mix(self, bids: tuple[float, ...]) -> tuple[float, int]:
-        """The mixture, and the index of the bid that counts most."""
+    def _mix(self, bids: tuple[float, ...]) -> float:
         least = min(self._losses)
         weights = [math.exp(-_ETA * (loss - least)) for loss in self._losses]
-        total = math.fsum(weights)
-        mean = math.fsum(weight * bid for weight, bid in zip(weights, bids, strict=True)) / total
-        return mean, max(range(len(weights)), key=lambda index: weights[index])
+        return math.fsum(weight * bid for weight, bid in zip(weights, bids, strict=True)) / math.fsum(weights)
 
     def _score(self, now_s: float, interval_s: float) -> None:
         pending = self._pending
         while pending and pending[0][0] + self.horizon_s + self.window_s <= now_s:
             made_s, bids, mixture = pending.popleft()
             begin_s = made_s + self.horizon_s
-            came = self._between(begin_s, begin_s + self.window_s) / self.window_s
-            # One request more or less is no error: it keeps the logarithm in bounds on quiet tiers.
+            actual = self._between(begin_s, begin_s + self.window_s) / self.window_s
+            # One request more or less is no error; this also bounds the logarithm on quiet tiers.
             floor = 1.0 / self.window_s
-            keep_s = max(_LOSS_KEEP_S, 10 * self.horizon_s)
+            keep_s = max(_FORGET_LOSS_S, 10 * self.horizon_s)
             share = -math.expm1(-interval_s / min(keep_s, max(self._seen_s, interval_s)))
             for index, bid in enumerate(bids):
-                loss = abs(math.log((bid + floor) / (came + floor)))
+                loss = abs(math.log((bid + floor) / (actual + floor)))
                 self._losses[index] += share * (loss - self._losses[index])
-            error = math.log((came + floor) / (mixture + floor))
+            error = math.log((actual + floor) / (mixture + floor))
             self._errors.append(error)
             self._scored += 1
-        if self._scored - self._sorted_at >= _RESORT:
-            self._sorted_at = self._scored
+        if self._scored - self._computed_at >= _RECOMPUTE:
+            self._computed_at = self._scored
             self._spread = self._measured_spread()
         oldest_s = pending[0][0] + self.horizon_s if pending else now_s
         cumulative = self._cumulative
@@ -225,7 +218,6 @@ class Forecaster:
         errors = sorted(self._errors)
         high = errors[int(_HIGH * (len(errors) - 1))]
         measured = max(high / _HIGH_Z, _LEAST_SPREAD)
-        # As much as a few minutes of errors is assumed beforehand.
         known = len(errors) / (len(errors) + _PRIOR_ERRORS)
         return known * measured + (1.0 - known) * self._initial_spread
 

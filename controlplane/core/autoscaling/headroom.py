@@ -1,10 +1,10 @@
-"""How far above a forecast a tier aims: by a factor that would have kept its SLO at the least cost.
+"""The headroom of a tier above its forecast: the factor that would have met its SLO at the lowest cost.
 
-The factor, and the forecast that it is applied to, come from what other factors would have given with the
-arrivals of the last hours (:mod:`.virtual_queues`). The requests that really missed their SLO correct it: it
-moves by the misses beyond those allowed (adaptive conformal inference: I. Gibbs, E. Candès, 2021), within
-narrow limits. Misses that happen while nothing waits are no want of replicas (a prompt that is too long for
-its promise, an engine that fails): they use up part of what is allowed, and call for no more.
+The factor, and the forecast that it applies to, come from the virtual queues of the last hours
+(:mod:`.counterfactuals`). The requests that actually missed their SLO correct it: it changes with the misses
+beyond the allowed ones (adaptive conformal inference: I. Gibbs, E. Candès, 2021), within narrow limits.
+Misses while no request waits have other causes than missing replicas (a prompt too long for the SLO, an
+engine that fails): they use up a part of the allowed misses, but do not raise the factor.
 """
 
 from __future__ import annotations
@@ -17,34 +17,35 @@ from typing import Final
 from controlplane.core.autoscaling.counterfactuals import MOST_MISSED, ForecastPrior, VirtualQueues
 
 _MARGIN: Final = 0.55
-"""Share of the allowed misses that is kept in reserve: a fluid queue knows nothing of requests that are
-longer than others."""
+"""The ratio of the allowed misses that is reserved: a fluid queue does not model that some requests are
+longer."""
 _LEAST_ALLOWED: Final = 0.15
-"""Share of the allowed misses that a want of replicas may cause, however many have other causes."""
+"""The ratio of the allowed misses that missing replicas may cause, however many have other causes."""
 _PRIOR_FACTORS: Final = (1.15, 1.2)
-"""For each forecast, before there is experience: the slower one needs more."""
+"""The prior factor of each forecast; the slower one needs more."""
 _GROWTH: Final = 0.05
 """Added to it for a cold start of a minute: errors of a forecast grow with the root of the time ahead."""
 _LEAST_GROWTH: Final = 0.06
-"""Load may grow by so much within a minute even if it never did."""
+"""The load may grow by this ratio within a minute even if it never did."""
 _PRIOR_LEAST_S: Final = 60.0
 _PRIOR_COLD_STARTS: Final = 3.0
-"""What was thought beforehand counts as much as so many cold starts of traffic, and a minute."""
+"""A prior weighs as much as this many cold starts of traffic, plus a minute."""
 _DETECT_S: Final = 20.0
 """From a rise of the load to an order."""
-_LET_GO_S: Final = 3600.0
-"""The factor falls to 1/e in this time at most: when a burst is forgotten, all of it would go at once."""
+_DECAY_S: Final = 3600.0
+"""The factor falls to 1/e in this time at most: without this, it would drop at once when a burst is
+forgotten."""
 _CORRECTION_GAIN: Final = 1e-4
-"""A second, when the misses are over by as many as are allowed."""
+"""Change of the correction per second if the misses exceed the allowed ones by as many again."""
 _CORRECTION_RANGE: Final = (-0.05, 0.2)
-"""Of the logarithm."""
+"""Of the correction, a logarithm."""
 _MOST_OVER: Final = 5.0
 _MISS_SPAN_S: Final = 120.0
 _CALM_S: Final = 60.0
-"""So long after a queue was last seen, a miss is not its doing."""
-_OTHER_KEEP_S: Final = 3600.0
+"""A miss this long after the last queue was not caused by it."""
+_FORGET_OTHER_S: Final = 3600.0
 _OTHER_KNOWN: Final = 100.0
-"""Requests after which half of what is seen of other causes is believed."""
+"""Requests after which the measured ratio of misses with other causes has half its weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,31 +53,33 @@ class HeadroomTerms:
     """What a tier's headroom depends on."""
 
     attainment: float
-    """Share of the requests that are to keep the SLO."""
+    """The ratio of requests that must meet the SLO."""
     cold_start_s: float
     hold_s: float
-    """How long a higher target lasts."""
+    """How long a higher target is retained."""
     patience_s: float
-    """How long a request may wait and still keep the SLO."""
+    """How long a request can wait and still meet the SLO."""
 
     @property
     def most_missed(self) -> float:
-        """Share of the requests that may miss."""
+        """The ratio of requests that may miss the SLO."""
         return (1.0 - self.attainment) * (1.0 - _MARGIN)
 
     @property
     def urgency(self) -> float:
-        """Who may wait until new replicas are there needs no headroom beforehand; in [0, 1]."""
+        """In [0, 1]: near 0 if requests can wait until new replicas are ready, so that no headroom is
+        needed."""
         return math.exp(-self.patience_s / (self.cold_start_s + _DETECT_S))
 
     @property
     def growth(self) -> float:
-        """How far the load may grow unforeseen until a replica is there; 1: as in a minute."""
+        """How far the load may grow unforeseen until a new replica is ready, relative to its growth in a
+        minute."""
         return math.sqrt(self.cold_start_s / 60.0) * self.urgency
 
     @property
     def least(self) -> float:
-        """The least factor."""
+        """The smallest factor."""
         return 1.0 + _LEAST_GROWTH * self.growth
 
 
@@ -94,27 +97,27 @@ class Headroom:
             priors, allowed=terms.most_missed, hold_s=terms.hold_s, least=terms.least
         )
         self.allowed = terms.most_missed
-        """Share of the requests that may miss for want of replicas."""
+        """The ratio of requests that may miss the SLO because replicas are missing."""
         self.choice = self._queues.choose(self.allowed)
         self._factor = self.choice.factor
         self.correction = 0.0
-        """Logarithm: how much more than the virtual queues say is needed, by the requests that missed."""
+        """Logarithm of the correction by the requests that actually missed."""
         self._missed = self._virtually_missed = 0.0
         self._queued_s = -math.inf
         self._calm_ended = self._calm_missed = 0.0
 
     @property
     def factor(self) -> float:
-        """On the forecast ``choice.forecast``."""
+        """The factor for the forecast ``choice.forecast``."""
         return self._factor * math.exp(self.correction)
 
     @property
     def _other_causes(self) -> float:
-        """Share of the requests that miss while nothing waits."""
+        """The ratio of requests that miss while no request waits."""
         return self._calm_missed / (self._calm_ended + _OTHER_KNOWN)
 
     def adopt(self, terms: HeadroomTerms) -> None:
-        """Other terms from now on; what was learned stays."""
+        """Use other terms from now on; what was learned remains."""
         self._terms = terms
         self._queues.adopt(allowed=terms.most_missed, hold_s=terms.hold_s, least=terms.least)
 
@@ -128,8 +131,8 @@ class Headroom:
         forecasts_per_s: Sequence[float],
         patience_s: float,
     ) -> None:
-        """What came in a tick, for the virtual queues. ``each_per_s`` is what one replica carries; there are
-        two forecasts, one that follows soon and one that is steady. ``patience_s`` is as it is now."""
+        """Give the arrivals of a tick to the virtual queues. ``each_per_s`` is what one replica carries;
+        ``forecasts_per_s`` are the quick and the steady forecast; ``patience_s`` is the present one."""
         self._queues.observe(
             now_s,
             interval_s,
@@ -140,7 +143,7 @@ class Headroom:
             patience_s=patience_s,
         )
 
-    def judge(
+    def choose(
         self,
         now_s: float,
         interval_s: float,
@@ -150,17 +153,17 @@ class Headroom:
         queued: bool,
         expected_per_s: float,
     ) -> None:
-        """What became of requests in a tick, and the choice that follows from all that is known."""
+        """Take in the outcomes of a tick, and choose forecast and factor from everything observed so far."""
         if queued:
             self._queued_s = now_s
         elif finished > 0 and now_s - self._queued_s > _CALM_S:
-            keep = math.exp(-interval_s / _OTHER_KEEP_S)
+            keep = math.exp(-interval_s / _FORGET_OTHER_S)
             self._calm_ended = (self._calm_ended + finished) * keep
             self._calm_missed = (self._calm_missed + missed) * keep
         other = self._other_causes
         self.allowed = max(self._terms.most_missed - other, _LEAST_ALLOWED * (1.0 - self._terms.attainment))
         self.choice = choice = self._queues.choose(self.allowed)
-        self._factor = max(choice.factor, self._factor * math.exp(-interval_s / _LET_GO_S))
+        self._factor = max(choice.factor, self._factor * math.exp(-interval_s / _DECAY_S))
         if finished <= 0 or expected_per_s <= 0 or interval_s <= 0:
             return
         share = min(finished / (max(expected_per_s, 0.05) * interval_s), 2.0)

@@ -1,4 +1,5 @@
-"""Numbers of replicas that a person set; they win over everything but a tier that is drained or held."""
+"""Numbers of replicas set by an operator. They take precedence over everything except a tier that is drained
+or held."""
 
 from __future__ import annotations
 
@@ -8,44 +9,44 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Override:
-    """A number that somebody set."""
+    """A number of replicas set by an operator. The controller's store has the fields under these names."""
 
     replicas: int
     reason: str
     until_unix_s: float | None = None
-    """None: until somebody ends it."""
+    """None: until an operator ends it."""
 
 
 class Overrides:
-    """By tier."""
+    """The overrides of all tiers."""
 
     def __init__(self) -> None:
         self._set: dict[str, Override] = {}
 
     def set(self, tier: str, override: Override) -> bool:
-        """False: it was so already."""
+        """Set a tier's override. False: it is the same as before."""
         if self._set.get(tier) == override:
             return False
         self._set[tier] = override
         return True
 
     def end(self, tier: str) -> bool:
-        """False: there was none."""
+        """End a tier's override. False: there is none."""
         return self._set.pop(tier, None) is not None
 
     def expire(self, unix_s: float) -> tuple[str, ...]:
-        """End those whose time is over; their tiers."""
-        over = tuple(
+        """End the overrides whose time has passed; returns their tiers."""
+        expired = tuple(
             tier
             for tier, item in self._set.items()
             if item.until_unix_s is not None and unix_s >= item.until_unix_s
         )
-        for tier in over:
+        for tier in expired:
             del self._set[tier]
-        return over
+        return expired
 
     def of(self, tier: str) -> Override | None:
-        """The tier's, if it has one."""
+        """The tier's override, or None."""
         return self._set.get(tier)
 
     def values(self) -> dict[str, Override]:

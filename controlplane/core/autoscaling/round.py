@@ -1,133 +1,91 @@
-"""One round of scaling: what all tiers were seen to do → a target for each, inside the GPUs there are.
+"""One round of scaling: from observations of all tiers to a decision for each, within the GPU budget.
 
-The live controller and the simulator call the same :class:`ScalingRound`, once a tick: each tier's
-:class:`~controlplane.core.autoscaling.policy.TierScaler` says what it wants, and where the tiers together
-want more GPUs than there are, :func:`~controlplane.core.autoscaling.gpu_budget.share_gpus` says who gets
-them. Each decision holds both, so that nobody has to guess why a tier did not grow.
+The live controller and the simulator call the same :class:`ScalingRound` once per tick. Each tier's
+:class:`~controlplane.core.autoscaling.policy.TierScaler` decides first; if the tiers together ask for more
+GPUs than there are, :func:`~controlplane.core.autoscaling.gpu_budget.share_gpus` divides them. A decision
+names both, so that it is clear why a tier did not grow.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
-from controlplane.core.autoscaling.capacity import EngineSpeed, RequestShape
+from controlplane.core.autoscaling.decision import ScalingDecision, TierObservation
 from controlplane.core.autoscaling.gpu_budget import GpuDemand, carried_gains, share_gpus
-from controlplane.core.autoscaling.policy import (
-    ScaleDirection,
-    ScalingDecision,
-    ScalingSettings,
-    TierObservation,
-    TierScaler,
-)
-
-
-@dataclass(frozen=True, slots=True)
-class TierRule:
-    """What is known of a tier beforehand, and what its configuration asks."""
-
-    tier: str
-    settings: ScalingSettings
-    prior: EngineSpeed
-    """What its engines are assumed to do until they were watched."""
-    work: RequestShape
-    """Its mean request, a guess until some were seen."""
-    gpus_per_replica: float = 1.0
-    """0: it takes none of the budget."""
-    priority: int = 0
-    """Who gets GPUs first when they are short: the higher."""
-
-
-@dataclass(frozen=True, slots=True)
-class RoundDecision:
-    """What becomes of one tier."""
-
-    tier: str
-    before: int
-    """Replicas that were ordered when the round began."""
-    target: int
-    move: ScaleDirection
-    reason: str
-    asked: ScalingDecision
-    """What the tier wanted, before the budget."""
-
-    @property
-    def cut(self) -> int:
-        """Replicas that the budget took from what the tier wanted."""
-        return self.asked.target - self.target
+from controlplane.core.autoscaling.policy import TierScaler
+from controlplane.core.autoscaling.rule import ScalingRule
 
 
 class ScalingRound:
-    """The scaling of all tiers; one for each control plane."""
+    """The scaling of all tiers."""
 
-    def __init__(self, rules: Iterable[TierRule] = ()) -> None:
-        self._rules: dict[str, TierRule] = {}
+    def __init__(self, rules: Iterable[ScalingRule] = ()) -> None:
         self._scalers: dict[str, TierScaler] = {}
         self.configure(rules)
 
-    def configure(self, rules: Iterable[TierRule]) -> None:
-        """The tiers that there are from now on. What was learned of a tier stays, unless its engines'
-        assumed speed is another, which means another model or GPU; what is no longer named is forgotten."""
-        found = {rule.tier: rule for rule in rules}
+    def configure(self, rules: Iterable[ScalingRule]) -> None:
+        """Set the tiers. What was learned about a tier remains, unless its engines' assumed speed changed,
+        which means another model or GPU. Tiers without a rule are forgotten."""
         scalers: dict[str, TierScaler] = {}
-        for name, rule in found.items():
-            known, old = self._scalers.get(name), self._rules.get(name)
-            if known is None or old is None or old.prior != rule.prior:
-                known = TierScaler(name, rule.settings, rule.prior, rule.work)
-            elif known.settings != rule.settings:
-                known.adopt(rule.settings)
-            scalers[name] = known
-        self._rules, self._scalers = found, scalers
+        for rule in rules:
+            known = self._scalers.get(rule.tier)
+            if known is None or known.rule.prior != rule.prior:
+                known = TierScaler(rule)
+            elif known.rule != rule:
+                known.adopt(rule)
+            scalers[rule.tier] = known
+        self._scalers = scalers
 
     def scaler(self, tier: str) -> TierScaler:
-        """For its capacity model and mean request. KeyError: no such tier."""
+        """The tier's scaler. KeyError: it has no rule."""
         return self._scalers[tier]
 
-    def decide(self, seen: Sequence[TierObservation], gpus: float | None = None) -> tuple[RoundDecision, ...]:
-        """A decision for each observation, in their order. ``gpus`` is what all tiers together may hold;
-        None: nobody counts. KeyError: a tier that no rule names.
+    def decide(
+        self, observations: Sequence[TierObservation], gpus: float | None = None
+    ) -> tuple[ScalingDecision, ...]:
+        """A decision for each observation, in their order. ``gpus`` is what all tiers together may use; None
+        means the total is unknown, and no budget applies. KeyError: an observation of a tier without a rule.
 
-        A tier whose number a person set gets it, one whose telemetry is not fresh keeps what it has, and
-        what runs of a minimum stays; all this is counted first, even if it is over the budget.
+        Three things are granted first, even beyond the budget: the number that an operator set, the present
+        replicas of a tier whose telemetry is not fresh, and the running replicas of a tier's minimum.
         """
-        asked = [self._scalers[tier.tier].decide(tier) for tier in seen]
+        decisions = tuple(self._scalers[seen.tier].decide(seen) for seen in observations)
         if gpus is None:
-            return tuple(
-                RoundDecision(tier.tier, tier.target, want.target, want.move, want.reason, want)
-                for tier, want in zip(seen, asked, strict=True)
-            )
-        demands = [self._demand(tier, want) for tier, want in zip(seen, asked, strict=True)]
-        decisions = []
-        for tier, want, share in zip(seen, asked, share_gpus(demands, gpus), strict=True):
-            target, reason = share.replicas, want.reason
-            if target < want.target:
-                reason = f"{share.reason}; it wants {want.target}: {reason}"
-            move = (
-                ScaleDirection.UP
-                if target > tier.target
-                else ScaleDirection.DOWN
-                if target < tier.target
-                else ScaleDirection.STAY
-            )
-            decisions.append(RoundDecision(tier.tier, tier.target, target, move, reason, want))
-        return tuple(decisions)
-
-    def _demand(self, seen: TierObservation, want: ScalingDecision) -> GpuDemand:
-        rule, scaler = self._rules[seen.tier], self._scalers[seen.tier]
-        if seen.override is not None:
-            kept = want.target
-        elif want.blind:
-            kept = min(seen.target, want.target)
-        else:
-            kept = 0
-        return GpuDemand(
-            seen.tier,
-            rule.gpus_per_replica,
-            min(want.lowest, want.target),
-            want.target,
-            rule.priority,
-            carried_gains(want.needed_per_s, scaler.each_per_s, want.target),
-            held=seen.target,
-            running=seen.ready,
-            kept=kept,
+            return decisions
+        demands = [self._demand(*pair) for pair in zip(observations, decisions, strict=True)]
+        return tuple(
+            _granted(decision, replicas, gpus)
+            for decision, replicas in zip(decisions, share_gpus(demands, gpus), strict=True)
         )
+
+    def _demand(self, seen: TierObservation, decision: ScalingDecision) -> GpuDemand:
+        scaler = self._scalers[seen.tier]
+        if seen.override is not None:
+            reserved = decision.target
+        elif decision.blind:
+            reserved = min(seen.target, decision.target)
+        else:
+            reserved = 0
+        return GpuDemand(
+            gpus_per_replica=scaler.rule.gpus_per_replica,
+            lowest=min(decision.lowest, decision.target),
+            wanted=decision.target,
+            priority=scaler.rule.priority,
+            gains=carried_gains(decision.needed_per_s, scaler.each_per_s, decision.target),
+            ordered=seen.target,
+            running=seen.ready,
+            reserved=reserved,
+        )
+
+
+def _granted(decision: ScalingDecision, replicas: int, gpus: float) -> ScalingDecision:
+    """The decision with the replicas that the budget grants."""
+    if replicas >= decision.target:
+        return decision
+    short = decision.target - replicas
+    reason = (
+        f"{short} fewer than the {decision.target} it wants: {gpus:g} GPUs are shared, and tiers of higher "
+        f"priority or gain went first; it wants {decision.target}: {decision.reason}"
+    )
+    return replace(decision, target=replicas, reason=reason)

@@ -1,4 +1,4 @@
-"""Times of the week at which a tier's replicas have other bounds: known rushes and known quiet."""
+"""Times of the week at which a tier has other bounds: known peaks and known quiet times."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ _CLOCK: Final = re.compile(r"^([01]\d|2[0-3]):([0-5]\d)$|^24:00$")
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Bounds that hold from ``start`` to ``end`` on some days; an end before the start is on the next day."""
+    """Bounds from ``start_s`` to ``end_s`` on some days; an end before the start is on the next day."""
 
     start_s: int
     """Seconds after midnight."""
     end_s: int
     days: tuple[int, ...] = tuple(range(7))
-    """0 is Monday; the day on which it starts."""
+    """The days on which it starts; 0 is Monday."""
     min_replicas: int | None = None
     max_replicas: int | None = None
     utc_offset_s: int = 0
-    """Of the clock that the times are meant by."""
+    """Offset of the local time that ``start_s`` and ``end_s`` are in."""
 
     def covers(self, unix_s: float) -> bool:
-        """Does it hold at that moment?"""
+        """Whether the schedule applies at that moment."""
         local_s = unix_s + self.utc_offset_s + _EPOCH_DAY * _DAY_S
         length_s = (self.end_s - self.start_s) % _DAY_S or _DAY_S
         return any((local_s - day * _DAY_S - self.start_s) % _WEEK_S < length_s for day in self.days)
 
 
 def clock_s(text: str) -> int:
-    """``"08:30"`` → seconds after midnight. ValueError if it is no time of day."""
+    """``"08:30"`` → seconds after midnight. ValueError: it is not a time of day."""
     if not _CLOCK.match(text):
-        raise ValueError(f"'{text}' is no time of day such as 08:30")
+        raise ValueError(f"'{text}' is not a time of day: write it as 08:30")
     hours, minutes = text.split(":")
     return int(hours) * 3600 + int(minutes) * 60
 
@@ -47,8 +47,8 @@ def clock_s(text: str) -> int:
 def bounds_at(
     schedules: Sequence[Schedule], unix_s: float, lead_s: float, lowest: int, highest: int
 ) -> tuple[int, int]:
-    """The bounds that hold now. A minimum is kept already ``lead_s`` ahead, so that its replicas are ready
-    when it begins; a maximum is obeyed when it begins. A minimum never exceeds the highest."""
+    """The bounds that apply now. A scheduled minimum applies ``lead_s`` early, so that its replicas are ready
+    in time; a scheduled maximum applies on time. If they conflict, the maximum wins."""
     for schedule in schedules:
         if schedule.max_replicas is not None and schedule.covers(unix_s):
             highest = min(highest, schedule.max_replicas)

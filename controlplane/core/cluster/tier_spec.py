@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from controlplane.core.autoscaling.capacity import EngineSpeed
-from controlplane.core.autoscaling.round import TierRule
+from controlplane.core.autoscaling.rule import ScalingRule
 from controlplane.core.recommendations.rules import LATENCY_MS
 
 
@@ -13,7 +13,7 @@ from controlplane.core.recommendations.rules import LATENCY_MS
 class ScalingPlan:
     """The configuration of one tier's scaling."""
 
-    rule: TierRule
+    rule: ScalingRule
     autoscaled: bool
     """Whether the controller scales it if its mode is ``apply``; if not, it only makes recommendations."""
     ceiling: int

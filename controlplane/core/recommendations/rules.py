@@ -111,7 +111,7 @@ class TierCondition:
     goal: float = 0.99
     """The ratio that the SLO requires; less is a breach."""
     capacity: ReplicaCapacity | None = None
-    work: RequestShape | None = None
+    mean_request: RequestShape | None = None
     bounds: LatencyBounds | None = None
 
 
@@ -323,14 +323,13 @@ def _effect(tier: TierCondition, replicas: int, gpus: float) -> Effect:
     measured latency, less what the queue adds to it now (Little's law), is therefore scaled by the change of
     the mean.
     """
-    rate = tier.requests_per_s.fresh
-    if tier.capacity is None or tier.work is None or tier.bounds is None or rate is None or replicas < 1:
+    capacity, request, bounds, rate = tier.capacity, tier.mean_request, tier.bounds, tier.requests_per_s.fresh
+    if capacity is None or request is None or bounds is None or rate is None or replicas < 1:
         return Effect(None, None, gpus)
-    capacity, work = tier.capacity, tier.work
-    each_per_s = capacity.requests_per_s(work, capacity.most_sequences(work, tier.bounds))
+    each_per_s = capacity.requests_per_s(request, capacity.most_sequences(request, bounds))
     carried = min(1.0, replicas * each_per_s / rate) if rate > 0 else 1.0
-    then_s = capacity.hold_s(min(rate / replicas, each_per_s), work)
-    now_s = capacity.hold_s(min(rate / max(tier.replicas, 1), each_per_s), work)
+    then_s = capacity.residence_s(min(rate / replicas, each_per_s), request)
+    now_s = capacity.residence_s(min(rate / max(tier.replicas, 1), each_per_s), request)
     latency, queue = tier.latency_ms.fresh, tier.queue.fresh or 0.0
     if latency is None or not (math.isfinite(then_s) and 0 < now_s < math.inf):
         return Effect(None, carried, gpus)
@@ -351,8 +350,9 @@ def _scale_out(tier: TierCondition, breaches: _Breaches) -> Recommendation:
     reasons = (*breaches.saturated, *breaches.slow, *breaches.failing, *calm)
     rate = tier.requests_per_s.fresh
     replicas = tier.replicas + 1
-    if tier.capacity is not None and tier.work is not None and tier.bounds is not None and rate is not None:
-        replicas = max(replicas, tier.capacity.replicas(rate, tier.work, tier.bounds))
+    capacity, request, bounds = tier.capacity, tier.mean_request, tier.bounds
+    if capacity is not None and request is not None and bounds is not None and rate is not None:
+        replicas = max(replicas, capacity.replicas(rate, request, bounds))
     replicas = min(replicas, max(tier.max_replicas, tier.replicas))
     more = replicas - tier.replicas
     suggestion = f"run {_count(replicas)} instead of {tier.replicas}"

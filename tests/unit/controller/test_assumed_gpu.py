@@ -119,9 +119,9 @@ class Rig:
 
     @property
     def assumed(self) -> EngineSpeed:
-        """What scaling goes by."""
+        """The speed that scaling assumes."""
         self.scaling.tick()
-        return self.scaling._round.scaler("small").capacity.prior
+        return self.scaling._round.scaler("small").rule.prior
 
 
 def test_scaling_begins_with_the_speed_of_the_gpus_that_are_there() -> None:

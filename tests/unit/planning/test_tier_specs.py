@@ -34,6 +34,6 @@ def test_a_tier_is_slow_by_its_configured_slo(tier: dict[str, Any], limit_ms: fl
 
 def test_scaling_and_recommendations_use_the_configured_attainment() -> None:
     slo = {"ttft_s": 0.5, "itl_s": 0.04, "attainment": 0.95}
-    settings = plan(slo=slo, scaling={"min_replicas": 1, "max_replicas": 4}).rule.settings
-    assert (settings.slo.ttft_s, settings.slo.itl_s, settings.slo.attainment) == (0.5, 0.04, 0.95)
-    assert (settings.min_replicas, settings.max_replicas) == (1, 4)
+    rule = plan(slo=slo, scaling={"min_replicas": 1, "max_replicas": 4}).rule
+    assert (rule.slo.ttft_s, rule.slo.itl_s, rule.slo.attainment) == (0.5, 0.04, 0.95)
+    assert (rule.min_replicas, rule.max_replicas) == (1, 4)

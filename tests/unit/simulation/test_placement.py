@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from controlplane.core.autoscaling.capacity import EngineSpeed, RequestShape
-from controlplane.core.autoscaling.policy import ScalingDecision, ScalingSettings
+from controlplane.core.autoscaling.decision import ScalingDecision
+from controlplane.core.autoscaling.rule import ScalingRule
 from controlplane.core.domain.slo import Slo
 from controlplane.core.placement.gangs import GangShape
 from controlplane.core.routing.tier_table import OverflowDirection, TierPolicy
@@ -34,12 +35,18 @@ COLD_S = 30.0
 def tier(name: str, replicas: int = 1, **shape: Any) -> TierScenario:
     asked = GangShape(**shape)
     engine = EngineModel(SimulatedTiming(0.05, 0.02, 0.01), 1e6, 256)
+    gpus = asked.total_milli / 1000
+    rule = ScalingRule(
+        *(name, EngineSpeed(0.02, 0.0002, 1e-6), RequestShape(100.0, 50.0), gpus),
+        max_replicas=20,
+        cold_start_s=COLD_S,
+        sequences=10.0,
+        slo=Slo(2.0, 0.1),
+    )
     return TierScenario(
         TierPolicy(name, f"{name}-model", spill=OverflowDirection.NONE),
-        ReplicaModel(engine, 10, gpus=asked.total_milli / 1000, cold_start_s=COLD_S, shape=asked),
-        ScalingSettings(1, 20, cold_start_s=COLD_S, sequences=10.0, slo=Slo(2.0, 0.1)),
-        EngineSpeed(0.02, 0.0002, 1e-6),
-        RequestShape(100.0, 50.0),
+        ReplicaModel(engine, 10, gpus=gpus, cold_start_s=COLD_S, shape=asked),
+        rule,
         replicas,
     )
 
@@ -148,21 +155,21 @@ def test_the_gpus_of_the_cluster_are_the_budget_and_a_setting_wins() -> None:
     assert (by_cluster.gpu_budget, by_setting.gpu_budget) == (8.0, 5.0)
     assert cluster_of(by_setting).most_gpus < cluster_of(by_cluster).most_gpus <= 8.0
     for result, gpus in ((by_cluster, 8), (by_setting, 5)):
-        assert sum(entry.cuts for entry in result.tiers) > 0
+        assert sum(entry.short_rounds for entry in result.tiers) > 0
         assert any(f"{gpus} GPUs are shared" in entry.reason for entry in result.decisions)
 
 
 def test_a_cut_is_told_once_even_if_no_target_changes() -> None:
     result = busy(Scenario((tier("one", 1), tier("two", 0)), nodes=(plain_node("a", 1),)))
     told = [entry for entry in result.decisions if entry.before == entry.target]
-    assert 0 < len(told) < sum(entry.cuts for entry in result.tiers) / 4
+    assert 0 < len(told) < sum(entry.short_rounds for entry in result.tiers) / 4
     assert all("1 GPUs are shared" in entry.reason for entry in told)
 
 
 def test_policies_that_know_no_budget_make_their_replicas_wait() -> None:
     result = busy(replace(failing(), outages=None), "hpa-slots")
     assert sum(entry.room.waited for entry in result.tiers) > 0
-    assert sum(entry.cuts for entry in result.tiers) == 0
+    assert sum(entry.short_rounds for entry in result.tiers) == 0
     assert cluster_of(result).most_gpus <= 8.0
 
 

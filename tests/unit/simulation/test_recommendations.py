@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from controlplane.core.autoscaling.capacity import EngineSpeed, RequestShape
-from controlplane.core.autoscaling.policy import ScalingSettings, TierScaler
+from controlplane.core.autoscaling.policy import TierScaler
+from controlplane.core.autoscaling.rule import ScalingRule
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
 from controlplane.core.domain.slo import Slo
 from controlplane.core.placement.gangs import GangShape
@@ -35,16 +36,22 @@ from controlplane.simulation.results import START_UNIX_S, SimulationResult, Tier
 from controlplane.simulation.simulator import Scenario, TierScenario, replay
 from controlplane.simulation.traces import Arrival
 
-WORK = RequestShape(100.0, 50.0)
+REQUEST = RequestShape(100.0, 50.0)
 PRIOR = EngineSpeed(0.02, 0.0002, 1e-6)
 
 
 def tier(name: str = "light", replicas: int = 1, gpus: float = 1.0, **scaling: Any) -> TierScenario:
     engine = EngineModel(SimulatedTiming(0.05, 0.02, 0.01), 1e6, 256)
     replica = ReplicaModel(engine, 10, gpus=gpus, cold_start_s=30.0)
-    settings = ScalingSettings(1, 20, cold_start_s=30.0, sequences=10.0, slo=Slo(2.0, 0.1))
+    rule = ScalingRule(
+        *(name, PRIOR, REQUEST, gpus),
+        max_replicas=20,
+        cold_start_s=30.0,
+        sequences=10.0,
+        slo=Slo(2.0, 0.1),
+    )
     policy = TierPolicy(name, f"{name}-model")
-    return TierScenario(policy, replica, replace(settings, **scaling), PRIOR, WORK, replicas)
+    return TierScenario(policy, replica, replace(rule, **scaling), replicas)
 
 
 def steady(per_s: float, seconds: float) -> list[Arrival]:
@@ -227,9 +234,7 @@ class Played:
         self.ended_total = 0
         self.queued = 0
         self.pool = TierPool(0, "light")
-        rule = self.scenario.rule
-        scaler = TierScaler(rule.tier, rule.settings, rule.prior, rule.work)
-        made = simulated._TierWindow(self, self.pool, scaler, 100.0)
+        made = simulated._TierWindow(self, self.pool, TierScaler(self.scenario.rule), 100.0)
         self.condition = made.condition
 
     def counts(self, arrived: int = 0, kept: int = 0, missed: int = 0, lost: int = 0) -> None:
@@ -301,19 +306,15 @@ def test_without_a_gpu_the_used_share_of_its_slots_stands_for_it() -> None:
 
 def test_a_window_holds_few_points() -> None:
     played = Played()
-    made = simulated._TierWindow(played, played.pool, TierScaler("light", *settings()), 100.0)
+    made = simulated._TierWindow(played, played.pool, TierScaler(ScalingRule("light", PRIOR, REQUEST)), 100.0)
     for step in range(1000):
         made.condition(20.0 * (step + 1))
     assert len(made._points) <= UPDATES + 2
 
 
-def settings() -> tuple[ScalingSettings, EngineSpeed, RequestShape]:
-    return ScalingSettings(), PRIOR, WORK
-
-
 def test_recommendations_are_based_on_what_the_policy_learned() -> None:
     played = Played()
-    scaler = TierScaler("light", *settings())
+    scaler = TierScaler(ScalingRule("light", PRIOR, REQUEST))
     asked: list[str] = []
 
     def learned(name: str) -> TierScaler | None:
@@ -331,4 +332,4 @@ def test_recommendations_are_based_on_what_the_policy_learned() -> None:
     )
     assumed = unknown._tiers[0].condition(60.0)
     assert assumed.capacity is not None
-    assert (assumed.capacity.prior, assumed.work) == (PRIOR, WORK)
+    assert (assumed.capacity.speed, assumed.mean_request) == (PRIOR, REQUEST)

@@ -18,7 +18,7 @@ from controlplane.simulation.scenario import build
 from controlplane.simulation.simulator import Scenario
 from tests.support.repository import CONFIGS
 
-WORK = RequestShape(500.0, 100.0)
+REQUEST = RequestShape(500.0, 100.0)
 CLUSTERS = CONFIGS / "clusters"
 SMALL: dict[str, Any] = {"name": "t", "model": "Qwen/Qwen2.5-1.5B-Instruct"}
 LARGE = {**SMALL, "model": "Qwen/Qwen2.5-14B-Instruct"}
@@ -32,7 +32,7 @@ def node(name: str, gpus: int, model: str, **more: Any) -> Node:
 
 def scenario(tier: dict[str, Any], *nodes: Node, **settings: Any) -> Scenario:
     plane = parse_plane({"tiers": [tier], **settings})
-    return build(plane, Options(), WORK, nodes)
+    return build(plane, Options(), REQUEST, nodes)
 
 
 def test_a_replica_is_as_fast_as_the_gpu_it_is_on_and_the_usual_one_is_believed_in() -> None:
@@ -41,7 +41,7 @@ def test_a_replica_is_as_fast_as_the_gpu_it_is_on_and_the_usual_one_is_believed_
     assert slow > 3 * fast
     assert tier.replica.engine is tier.replica.engines["L4"]
     # The scaler is told the roofline's speed; engines reach a share of it.
-    assert tier.prior.step_s + tier.prior.step_s_per_sequence == pytest.approx(
+    assert tier.rule.prior.step_s + tier.rule.prior.step_s_per_sequence == pytest.approx(
         slow * Options().engine_ratio, rel=0.05
     )
 
@@ -74,7 +74,7 @@ def test_shape_priority_and_budget_come_from_the_configuration() -> None:
     assert (made.gpus, only.rule.priority, only.rule.gpus_per_replica) == (3, 7, 2.0)
     assert only.replica.shape is not None
     assert only.replica.shape.gpus == 2
-    assert only.rule.settings.max_replicas == 3
+    assert only.rule.max_replicas == 3
 
 
 def test_tiers_on_cpus_need_room_too_and_what_runs_elsewhere_does_not() -> None:
@@ -86,19 +86,19 @@ def test_tiers_on_cpus_need_room_too_and_what_runs_elsewhere_does_not() -> None:
             ]
         }
     )
-    cpu, away = build(plane, Options(), WORK, [node("a", 0, "L4")]).tiers
+    cpu, away = build(plane, Options(), REQUEST, [node("a", 0, "L4")]).tiers
     assert cpu.replica.shape is not None
     assert (cpu.replica.shape.gpus, cpu.replica.shape.cpu_milli) == (0, 2000)
     assert cpu.replica.engine.timing == SimulatedTiming(0.0, 0.005)
     assert away.replica.shape is None
     # Nobody can add replicas there.
-    assert (away.scaling.min_replicas, away.scaling.max_replicas) == (1, 1)
+    assert (away.rule.min_replicas, away.rule.max_replicas) == (1, 1)
 
 
 def test_nodes_fail_as_the_options_say() -> None:
     plane = parse_plane({"tiers": [{"name": "t", "engine": "simulated"}]})
     options = replace(Options(), node_mtbf_hours=2.0, node_recovery_s=30.0)
-    made = build(plane, options, WORK, load_cluster(CLUSTERS / "one-node.yaml").to_nodes())
+    made = build(plane, options, REQUEST, load_cluster(CLUSTERS / "one-node.yaml").to_nodes())
     assert made.outages == OutageModel(7200.0, 30.0)
     assert made.nodes is not None
     assert [len(each.gpus) for each in made.nodes] == [4]

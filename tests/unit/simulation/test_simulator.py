@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from controlplane.core.autoscaling.capacity import EngineSpeed, RequestShape
-from controlplane.core.autoscaling.policy import ScalingSettings
+from controlplane.core.autoscaling.rule import ScalingRule
 from controlplane.core.domain.slo import Slo
 from controlplane.core.routing.tier_table import OverflowDirection, TierPolicy
 from controlplane.simulation import oracle
@@ -22,7 +22,7 @@ from controlplane.simulation.results import SimulationResult
 from controlplane.simulation.simulator import Scenario, Simulator, TierScenario, replay
 from controlplane.simulation.traces import Arrival
 
-WORK = RequestShape(100.0, 50.0)
+REQUEST = RequestShape(100.0, 50.0)
 PRIOR = EngineSpeed(0.02, 0.0002, 1e-6)
 REACTIVE = tuple(name for name in NAMES if name not in ("static", "oracle"))
 
@@ -30,8 +30,10 @@ REACTIVE = tuple(name for name in NAMES if name not in ("static", "oracle"))
 def tier(name: str = "light", **more: Any) -> TierScenario:
     engine = EngineModel(SimulatedTiming(0.05, 0.02, 0.01), 1e6, 256)
     replica = ReplicaModel(engine, 10, cost_per_gpu_hour=2.0, cold_start_s=30.0)
-    scaling = ScalingSettings(1, 20, cold_start_s=30.0, sequences=10.0, slo=Slo(2.0, 0.1))
-    made = TierScenario(TierPolicy(name, f"{name}-model"), replica, scaling, PRIOR, WORK, 2)
+    rule = ScalingRule(
+        *(name, PRIOR, REQUEST), max_replicas=20, cold_start_s=30.0, sequences=10.0, slo=Slo(2.0, 0.1)
+    )
+    made = TierScenario(TierPolicy(name, f"{name}-model"), replica, rule, 2)
     return replace(made, **more)
 
 
@@ -110,7 +112,7 @@ def test_cold_starts_cost_gpu_time_before_they_serve() -> None:
     slow_tier = replace(
         slow_tier,
         replica=replace(slow_tier.replica, cold_start_s=300.0),
-        scaling=replace(slow_tier.scaling, cold_start_s=300.0),
+        rule=replace(slow_tier.rule, cold_start_s=300.0),
     )
     slow = run(Scenario((slow_tier,)))
     assert slow.attainment < fast.attainment
@@ -118,7 +120,7 @@ def test_cold_starts_cost_gpu_time_before_they_serve() -> None:
 
 def test_scale_to_zero_queues_the_request_that_wakes_the_tier() -> None:
     sleepy = tier(replicas=0)
-    sleepy = replace(sleepy, scaling=replace(sleepy.scaling, min_replicas=0, idle_to_zero_s=120.0))
+    sleepy = replace(sleepy, rule=replace(sleepy.rule, min_replicas=0, idle_to_zero_s=120.0))
     arrivals = [Arrival(10.0, 50, 20), Arrival(1500.0, 50, 20)]
     result = run(Scenario((sleepy,)), arrivals=arrivals)
     record = result.tiers[0].record
@@ -131,7 +133,8 @@ def test_scale_to_zero_queues_the_request_that_wakes_the_tier() -> None:
 def two_tiers(gpus: float | None) -> SimulationResult:
     """The same load on an important tier and on another."""
     alone = TierPolicy("light", "light-model", spill=OverflowDirection.NONE)
-    tiers = (tier(policy=alone), tier(policy=replace(alone, name="capable"), priority=1))
+    capable = tier("capable", policy=replace(alone, name="capable"))
+    tiers = (tier(policy=alone), replace(capable, rule=replace(capable.rule, priority=1)))
     arrivals = [a._replace(tier=name) for a in load_step(4.0, 48.0) for name in ("light", "capable")]
     return run(Scenario(tiers, "light", gpus=gpus), arrivals=arrivals)
 

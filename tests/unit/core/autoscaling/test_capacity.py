@@ -11,7 +11,7 @@ from controlplane.core.autoscaling.capacity import EngineSpeed, LatencyBounds, R
 
 PRIOR = EngineSpeed(0.02, 0.001, 0.0001)
 TRUTH = EngineSpeed(0.03, 0.0015, 0.0003)
-WORK = RequestShape(500.0, 100.0)
+REQUEST = RequestShape(500.0, 100.0)
 
 
 def teach(capacity: ReplicaCapacity, truth: EngineSpeed, ticks: int = 4000) -> None:
@@ -31,13 +31,13 @@ def teach(capacity: ReplicaCapacity, truth: EngineSpeed, ticks: int = 4000) -> N
         )
 
 
-def test_before_anything_is_measured_the_prior_holds() -> None:
+def test_the_estimate_starts_at_the_prior() -> None:
     capacity = ReplicaCapacity(PRIOR)
     assert capacity.speed == PRIOR
     assert capacity.confidence == 0.0
 
 
-def test_it_learns_what_the_engine_really_is() -> None:
+def test_it_learns_the_speed_of_the_engine() -> None:
     capacity = ReplicaCapacity(PRIOR)
     teach(capacity, TRUTH)
     speed = capacity.speed
@@ -58,7 +58,7 @@ def test_it_learns_what_the_engine_really_is() -> None:
         {"generation_tokens_per_s": math.inf},
     ],
 )
-def test_what_no_busy_engine_could_say_teaches_nothing(reading: dict[str, float]) -> None:
+def test_impossible_and_idle_readings_are_ignored(reading: dict[str, float]) -> None:
     capacity = ReplicaCapacity(PRIOR)
     good = {
         "generation_tokens_per_s": 100.0,
@@ -72,7 +72,7 @@ def test_what_no_busy_engine_could_say_teaches_nothing(reading: dict[str, float]
     assert capacity.observed_s == 0.0
 
 
-def test_prompts_that_are_counted_too_early_and_batches_of_one_size_do_not_lead_it_astray() -> None:
+def test_prompts_counted_too_early_and_batches_of_one_size_cause_no_bias() -> None:
     capacity, rng = ReplicaCapacity(PRIOR), random.Random(1)
     worked = [rng.choice((0.0, 0.0, 0.3, 0.6, 1.0)) for _ in range(4000)]
     for share, counted in pairwise(worked):
@@ -86,45 +86,46 @@ def test_prompts_that_are_counted_too_early_and_batches_of_one_size_do_not_lead_
             interval_s=5.0,
         )
     true = ReplicaCapacity(TRUTH)
-    work = RequestShape(1200.0, 100.0)
-    assert capacity.requests_per_s(work, 16.0) == pytest.approx(true.requests_per_s(work, 16.0), rel=0.1)
+    request = RequestShape(1200.0, 100.0)
+    assert capacity.requests_per_s(request, 16.0) == pytest.approx(
+        true.requests_per_s(request, 16.0), rel=0.1
+    )
 
 
 def test_rate_and_batch_are_each_others_inverse() -> None:
     capacity = ReplicaCapacity(PRIOR)
     for batch in (1.0, 8.0, 50.0):
-        rate = capacity.requests_per_s(WORK, batch)
-        assert capacity.batch(rate, WORK) == pytest.approx(batch)
+        rate = capacity.requests_per_s(REQUEST, batch)
+        assert capacity.batch(rate, REQUEST) == pytest.approx(batch)
         # Little's law: a sequence is there for all its tokens.
-        assert capacity.hold_s(rate, WORK) == pytest.approx(WORK.output_tokens * capacity.itl_s(batch, WORK))
+        assert capacity.residence_s(rate, REQUEST) == pytest.approx(
+            REQUEST.output_tokens * capacity.itl_s(batch, REQUEST)
+        )
 
 
-def test_more_than_it_can_is_without_end() -> None:
+def test_a_rate_that_is_too_high_has_an_infinite_batch() -> None:
     capacity = ReplicaCapacity(PRIOR)
-    assert capacity.batch(1e6, WORK) == math.inf
+    assert capacity.batch(1e6, REQUEST) == math.inf
 
 
-def test_the_promise_on_time_per_token_limits_the_batch() -> None:
+def test_the_time_per_token_of_the_slo_limits_the_batch() -> None:
     capacity = ReplicaCapacity(PRIOR)
-    most = capacity.most_sequences(WORK, LatencyBounds(1000.0, itl_s=0.05))
-    assert capacity.itl_s(most, WORK) == pytest.approx(0.05)
-    assert capacity.most_sequences(WORK, LatencyBounds(10.0, itl_s=0.05)) == 10.0
-    assert capacity.most_sequences(WORK, LatencyBounds(10.0, itl_s=0.001)) == 1.0
+    most = capacity.most_sequences(REQUEST, LatencyBounds(1000.0, itl_s=0.05))
+    assert capacity.itl_s(most, REQUEST) == pytest.approx(0.05)
+    assert capacity.most_sequences(REQUEST, LatencyBounds(10.0, itl_s=0.05)) == 10.0
+    assert capacity.most_sequences(REQUEST, LatencyBounds(10.0, itl_s=0.001)) == 1.0
 
 
-def test_replicas_follow_the_rate_and_the_burstiness() -> None:
+def test_replicas_follow_the_rate() -> None:
     capacity = ReplicaCapacity(PRIOR)
     bounds = LatencyBounds(16.0)
-    each = capacity.requests_per_s(WORK, 16.0)
-    assert capacity.replicas(0.0, WORK, bounds) == 0
-    assert capacity.replicas(each, WORK, bounds) == 1
-    assert capacity.replicas(each * 7.5, WORK, bounds) == 8
-    calm = capacity.replicas(each * 8, WORK, bounds, z=2.0)
-    bursty = capacity.replicas(each * 8, WORK, bounds, z=2.0, dispersion=9.0)
-    assert 8 < calm < bursty
+    each = capacity.requests_per_s(REQUEST, 16.0)
+    assert capacity.replicas(0.0, REQUEST, bounds) == 0
+    assert capacity.replicas(each, REQUEST, bounds) == 1
+    assert capacity.replicas(each * 7.5, REQUEST, bounds) == 8
 
 
-def test_rounding_errors_are_not_blown_up_by_forgetting() -> None:
+def test_rounding_errors_are_not_amplified_by_forgetting() -> None:
     """The two halves of the covariance stay the same, and it stays one."""
     rng = random.Random(3)
     capacity = ReplicaCapacity(PRIOR)

@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from controlplane.core.autoscaling.counterfactuals import (
+    _FACTORS,
     ForecastPrior,
     HeadroomChoice,
     SlidingMaximum,
@@ -17,18 +20,32 @@ PRIOR = ForecastPrior(1.2, 300.0)
 
 def play(
     loads: list[float], *, forecast: float = 10.0, cold_start_s: float = 60.0, patience_s: float = 4.0
-) -> HeadroomChoice:
-    """Ticks of 5 s of that many replicas' work, under a forecast that stays the same."""
+) -> VirtualQueues:
+    """Ticks of 5 s of that many replicas' work, under a constant forecast."""
     queues = VirtualQueues([PRIOR], allowed=ALLOWED, hold_s=90.0)
     for number, load in enumerate(loads, 1):
         queues.observe(
             number * 5.0, 5.0, arrived=load * 5.0, work=load * 5.0, forecasts=[forecast],
             cold_start_s=cold_start_s, patience_s=patience_s,
         )  # fmt: skip
-    return queues.choose(ALLOWED)
+    return queues
 
 
-def test_before_anything_came_what_was_thought_is_chosen() -> None:
+def factor(queues: VirtualQueues) -> float:
+    return queues.choose(ALLOWED).factor
+
+
+def of_choice(queues: VirtualQueues, values: NDArray[np.float64]) -> float:
+    """Of a value for each pair, that of the pair in use."""
+    choice = queues.choose(ALLOWED)
+    return float(values[choice.forecast, np.argmin(abs(_FACTORS - choice.factor))])
+
+
+def missed(queues: VirtualQueues) -> float:
+    return of_choice(queues, queues._missed_ratios())
+
+
+def test_before_the_first_arrival_the_prior_is_chosen() -> None:
     queues = VirtualQueues(
         [ForecastPrior(1.2, 300.0), ForecastPrior(1.4, 300.0)], allowed=ALLOWED, hold_s=90.0
     )
@@ -37,33 +54,34 @@ def test_before_anything_came_what_was_thought_is_chosen() -> None:
     assert choice.factor == pytest.approx(1.2, rel=0.05)
 
 
-def test_steady_work_needs_no_more_than_there_is_of_it() -> None:
-    choice = play([10.0] * 1500)
-    assert 1.0 <= choice.factor <= 1.06
-    assert choice.replicas == pytest.approx(10.0 * choice.factor, abs=1.0)
+def test_steady_work_needs_no_headroom() -> None:
+    queues = play([10.0] * 1500)
+    assert 1.0 <= factor(queues) <= 1.06
+    used = of_choice(queues, queues._used) / queues._seen_s
+    assert used == pytest.approx(10.0 * factor(queues), abs=1.0)
 
 
-def test_bursts_call_for_headroom_and_patience_for_less_of_it() -> None:
+def test_bursts_need_headroom_and_less_with_more_patience() -> None:
     rng = random.Random(1)
     loads = [rng.choice((7.0,) * 5 + (16.0,)) for _ in range(3000)]
     hasty, patient = play(loads, patience_s=1.0), play(loads, patience_s=60.0)
-    assert hasty.factor > 1.3
-    assert patient.factor < hasty.factor
-    assert max(hasty.missed, patient.missed) <= ALLOWED
+    assert factor(hasty) > 1.3
+    assert factor(patient) < factor(hasty)
+    assert max(missed(hasty), missed(patient)) <= ALLOWED
 
 
 def test_a_forecast_that_is_always_too_high_is_corrected_downwards() -> None:
-    assert play([7.5] * 6000).factor < 0.85
+    assert factor(play([7.5] * 6000)) < 0.85
 
 
-def test_what_no_headroom_would_have_avoided_calls_for_none() -> None:
+def test_misses_that_no_headroom_would_have_avoided_raise_no_factor() -> None:
     loads = ([10.0] * 58 + [1000.0] * 2) * 40
-    assert play(loads, cold_start_s=600.0).missed > ALLOWED
+    assert missed(play(loads, cold_start_s=600.0)) > ALLOWED
     quiet = play([10.0] * 2400, cold_start_s=600.0)
-    assert play(loads, forecast=10.0, cold_start_s=600.0).factor >= quiet.factor
+    assert factor(play(loads, forecast=10.0, cold_start_s=600.0)) >= factor(quiet)
 
 
-def test_the_forecast_that_costs_less_is_followed() -> None:
+def test_the_forecast_that_costs_less_is_chosen() -> None:
     def chosen(loads: list[float], soon: list[float]) -> HeadroomChoice:
         queues = VirtualQueues([PRIOR, PRIOR], allowed=ALLOWED, hold_s=90.0)
         for number, (load, fast) in enumerate(zip(loads, soon, strict=True), 1):
@@ -73,16 +91,16 @@ def test_the_forecast_that_costs_less_is_followed() -> None:
             )  # fmt: skip
         return queues.choose(ALLOWED)
 
-    # What seems to come and go is noise: the steady one needs fewer replicas.
+    # The changes are noise: the steady forecast needs fewer replicas.
     rng = random.Random(3)
     noise = chosen([10.0] * 2000, [10.0 * rng.uniform(0.6, 1.6) for _ in range(2000)])
     assert noise.forecast == 1
-    # What comes and goes in truth: the steady one would be too few for long, or too many for longer.
+    # The changes are real: the steady forecast would be too low for long, or too high for longer.
     waves = [4.0 + 12.0 * (tick // 240 % 2) for tick in range(2000)]
     assert chosen(waves, waves).forecast == 0
 
 
-def test_a_least_factor_holds_whatever_the_queues_say_and_can_be_changed() -> None:
+def test_a_minimum_factor_applies_and_can_be_changed() -> None:
     queues = VirtualQueues([PRIOR], allowed=ALLOWED, hold_s=90.0, least=1.3)
 
     def run() -> float:
@@ -100,7 +118,7 @@ def test_a_least_factor_holds_whatever_the_queues_say_and_can_be_changed() -> No
 
     assert 1.3 <= run() < 1.4
     queues.adopt(allowed=ALLOWED, hold_s=90.0, least=1.0)
-    # Nothing that was seen is lost: the smaller factor is known to do at once.
+    # Nothing observed is lost: it is known at once that the smaller factor is enough.
     assert queues.choose(ALLOWED).factor < 1.1
     queues.adopt(allowed=ALLOWED, hold_s=90.0, least=9.0)
     assert queues.choose(ALLOWED).factor == pytest.approx(1.82, rel=0.01)
@@ -113,7 +131,7 @@ def test_a_forecast_is_needed_for_each_prior() -> None:
         )
 
 
-def test_the_highest_value_of_a_window() -> None:
+def test_the_maximum_of_a_window() -> None:
     sliding = SlidingMaximum()
     assert sliding.since(0.0) == 0.0
     for at_s, value in ((1.0, 5.0), (2.0, 9.0), (3.0, 4.0), (4.0, 6.0)):

@@ -32,11 +32,11 @@ NIGHT = Schedule(clock_s("22:00"), clock_s("06:00"), days=(4,), max_replicas=2)
         (Schedule(0, clock_s("24:00"), days=(6,)), 0, 0.0, False),
     ],
 )
-def test_when_it_holds(schedule: Schedule, day: int, hour: float, covered: bool) -> None:
+def test_when_a_schedule_applies(schedule: Schedule, day: int, hour: float, covered: bool) -> None:
     assert schedule.covers(at(day, hour)) is covered
 
 
-def test_another_clock() -> None:
+def test_the_utc_offset() -> None:
     shifted = Schedule(clock_s("08:00"), clock_s("09:00"), utc_offset_s=3600, min_replicas=1)
     assert shifted.covers(at(2, 7.5))
     assert not shifted.covers(at(2, 8.5))
@@ -51,6 +51,6 @@ def test_a_minimum_begins_one_cold_start_early_and_a_maximum_on_time() -> None:
 
 
 @pytest.mark.parametrize("text", ["8:00", "25:00", "08:60", "", "24:01"])
-def test_what_is_no_time_of_day(text: str) -> None:
-    with pytest.raises(ValueError, match="no time of day"):
+def test_invalid_times_of_day(text: str) -> None:
+    with pytest.raises(ValueError, match="not a time of day"):
         clock_s(text)

@@ -33,7 +33,7 @@ CALM = TierCondition(
     requests_per_s=known_now(5.0),
     attainment=known_now(0.999),
     capacity=ReplicaCapacity(EngineSpeed(0.02, 0.001, 0.0001)),
-    work=RequestShape(500.0, 100.0),
+    mean_request=RequestShape(500.0, 100.0),
     bounds=LatencyBounds(16.0),
 )
 
@@ -101,8 +101,10 @@ def test_the_predicted_latency_is_the_measured_percentile_scaled() -> None:
     (found,) = recommend([hot])
     assert found.replicas == 3
     assert hot.capacity is not None
-    assert hot.work is not None
-    change = hot.capacity.hold_s(6.0 / 3, hot.work) / hot.capacity.hold_s(6.0 / 2, hot.work)
+    assert hot.mean_request is not None
+    change = hot.capacity.residence_s(6.0 / 3, hot.mean_request) / hot.capacity.residence_s(
+        6.0 / 2, hot.mean_request
+    )
     assert 0.5 < change < 1.0
     assert found.effect.latency_ms == pytest.approx(9000.0 * change)
     # 12 requests that wait at 6 a second are 2 s of it, and nobody waits afterwards.
@@ -110,12 +112,18 @@ def test_the_predicted_latency_is_the_measured_percentile_scaled() -> None:
     assert found.effect.latency_ms == pytest.approx(7000.0 * change)
     # What is left is never less than one request takes.
     (found,) = recommend([replace(hot, queue=known_now(1000.0))])
-    assert found.effect.latency_ms == pytest.approx(hot.capacity.hold_s(6.0 / 3, hot.work) * 1000)
+    assert found.effect.latency_ms == pytest.approx(
+        hot.capacity.residence_s(6.0 / 3, hot.mean_request) * 1000
+    )
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"latency_ms": missing("gone")}, {"work": RequestShape(1.0, 0.0)}, {"requests_per_s": missing("gone")}],
+    [
+        {"latency_ms": missing("gone")},
+        {"mean_request": RequestShape(1.0, 0.0)},
+        {"requests_per_s": missing("gone")},
+    ],
 )
 def test_without_figures_there_is_no_prediction(change: dict[str, Any]) -> None:
     (found,) = recommend([replace(CALM, gpu_ratio=known_now(0.99), **change)])
