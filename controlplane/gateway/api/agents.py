@@ -1,6 +1,6 @@
-"""``POST /chat`` and ``POST /batch``: a message in, an answer out, for agents that don't speak OpenAI.
+"""``POST /chat`` and ``POST /batch``: a message in, a response out, for agents that don't use OpenAI's API.
 
-Both become chat completions and take the same way through routing, admission and the relay.
+Both become chat completions and go through routing, admission and the relay like any other.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ MAX_BATCH: Final = 1000
 BATCH_CONCURRENCY: Final = 32
 
 
-class ChatCall(msgspec.Struct, forbid_unknown_fields=True):
-    """What ``/chat`` takes. Only ``message`` is required."""
+class ChatRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """The body of ``POST /chat``. Only ``message`` is required."""
 
     message: str
     agent_type: str | None = None
@@ -44,7 +44,7 @@ class ChatCall(msgspec.Struct, forbid_unknown_fields=True):
     max_tokens: int | None = None
     temperature: float | None = None
     id: str | int | None = None
-    """Comes back in the answer; ``/batch`` gives one to items without."""
+    """Repeated in the response; ``/batch`` numbers items without one."""
 
 
 class _BatchRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -52,7 +52,7 @@ class _BatchRequest(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class CapturedResponse:
-    """A :class:`~controlplane.http.messages.Responder` that keeps the answer."""
+    """A :class:`~controlplane.http.messages.Responder` that stores the response."""
 
     def __init__(self) -> None:
         self.status = 0
@@ -63,18 +63,18 @@ class CapturedResponse:
         self.congested = False
 
     def send(self, status: int, headers: Headers, body: bytes) -> None:
-        """Keep a whole answer."""
+        """Store a whole response."""
         self.start(status, headers)
         self.body = body
 
     def start(self, status: int, headers: Headers) -> None:
-        """Keep the head."""
+        """Store the head."""
         self.started = True
         self.status = status
         self.headers = dict(headers)
 
     def write(self, data: bytes) -> None:
-        """Keep a piece."""
+        """Store a piece of the body."""
         self.body += data
 
     async def drain(self) -> None:
@@ -84,26 +84,26 @@ class CapturedResponse:
         """Nothing is left to do."""
 
     def abort(self) -> None:
-        """The answer is not whole."""
+        """The response stays incomplete."""
         self.gone = True
 
 
 Complete = Callable[[Request, Responder], Awaitable[None]]
-"""Handles ``POST /v1/chat/completions``; answers errors itself."""
+"""Handles ``POST /v1/chat/completions``; errors become responses."""
 
 
 async def chat(complete: Complete, now_s: Callable[[], float], request: Request, out: Responder) -> None:
     """Answer ``POST /chat``: ``{message, …}`` → ``{response, agent_used, processing_time, …}``."""
-    call = _decode(request.body, ChatCall)
-    status, value, headers = await _answer(complete, now_s, request, call)
+    chat_request = _decode(request.body, ChatRequest)
+    status, value, headers = await _complete(complete, now_s, request, chat_request)
     send_json(out, value, status, headers)
 
 
 async def batch(complete: Complete, now_s: Callable[[], float], request: Request, out: Responder) -> None:
     """Answer ``POST /batch``: a list of ``/chat`` bodies, or ``{"requests": [...]}``.
 
-    Every item gets an answer with ``status`` ``ok`` or ``error``, in the order of the request; one that
-    fails, or is malformed, fails alone.
+    Every item gets a result with ``status`` ``ok`` or ``error``, in the order of the request. An item that
+    fails or is malformed does not affect the others.
     """
     items = _batch_items(request.body)
     slots = asyncio.Semaphore(BATCH_CONCURRENCY)
@@ -111,7 +111,7 @@ async def batch(complete: Complete, now_s: Callable[[], float], request: Request
 
     async def one(position: int, raw: msgspec.Raw) -> dict[str, Any]:
         try:
-            call = msgspec.json.decode(raw, type=ChatCall)
+            chat_request = msgspec.json.decode(raw, type=ChatRequest)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             wrong = BadRequest(f"item {position}: {error}")
             return {
@@ -121,8 +121,8 @@ async def batch(complete: Complete, now_s: Callable[[], float], request: Request
                 **error_value(wrong),
             }
         async with slots:
-            status, value, _ = await _answer(complete, now_s, request, call)
-        value["id"] = call.id if call.id is not None else position
+            status, value, _ = await _complete(complete, now_s, request, chat_request)
+        value["id"] = chat_request.id if chat_request.id is not None else position
         value["status"] = "ok" if status < 400 else "error"
         return value
 
@@ -142,59 +142,61 @@ async def batch(complete: Complete, now_s: Callable[[], float], request: Request
     )
 
 
-async def _answer(
-    complete: Complete, now_s: Callable[[], float], request: Request, call: ChatCall
+async def _complete(
+    complete: Complete, now_s: Callable[[], float], request: Request, chat_request: ChatRequest
 ) -> tuple[int, dict[str, Any], Headers]:
     started_s = now_s()
     captured = CapturedResponse()
-    await complete(_completion(request, call), captured)
+    await complete(_completion(request, chat_request), captured)
     value: dict[str, Any] = {}
-    if call.id is not None:
-        value["id"] = call.id
+    if chat_request.id is not None:
+        value["id"] = chat_request.id
     value["request_id"] = captured.headers.get(b"x-request-id", b"").decode()
     value["agent_used"] = captured.headers.get(b"x-tier", b"").decode() or None
     value["processing_time"] = round(now_s() - started_s, 6)
     try:
-        answer = msgspec.json.decode(captured.body)
+        response = msgspec.json.decode(captured.body)
         if captured.status < 400:
-            message = answer["choices"][0]["message"]
+            message = response["choices"][0]["message"]
             value["response"] = message.get("content")
-            value["model"] = answer.get("model")
-            value["usage"] = answer.get("usage")
-            value["finish_reason"] = answer["choices"][0].get("finish_reason")
+            value["model"] = response.get("model")
+            value["usage"] = response.get("usage")
+            value["finish_reason"] = response["choices"][0].get("finish_reason")
         else:
-            value["error"] = answer.get("error", answer)
+            value["error"] = response.get("error", response)
     except (msgspec.DecodeError, LookupError, AttributeError, TypeError):
         wrong = RequestError("the engine's answer can't be read")
         return 502, {**value, **error_value(wrong)}, error_headers(wrong)
-    kept: Headers = [(name, captured.headers[name]) for name in _PASSED_ON if name in captured.headers]
-    return captured.status, value, kept
+    passed_on: Headers = [(name, captured.headers[name]) for name in _PASSED_ON if name in captured.headers]
+    return captured.status, value, passed_on
 
 
 _PASSED_ON: Final = (b"retry-after", b"x-request-id", b"x-tier", b"x-tier-reason", b"x-attempts")
 
 
-def _completion(request: Request, call: ChatCall) -> Request:
-    messages = [{"role": "user", "content": call.message}]
-    if call.system:
-        messages.insert(0, {"role": "system", "content": call.system})
-    body: dict[str, Any] = {"model": call.model or "auto", "messages": messages}
-    if call.max_tokens is not None:
-        body["max_tokens"] = call.max_tokens
-    if call.temperature is not None:
-        body["temperature"] = call.temperature
+def _completion(request: Request, chat_request: ChatRequest) -> Request:
+    messages = [{"role": "user", "content": chat_request.message}]
+    if chat_request.system:
+        messages.insert(0, {"role": "system", "content": chat_request.system})
+    body: dict[str, Any] = {"model": chat_request.model or "auto", "messages": messages}
+    if chat_request.max_tokens is not None:
+        body["max_tokens"] = chat_request.max_tokens
+    if chat_request.temperature is not None:
+        body["temperature"] = chat_request.temperature
     hints = {
-        "complexity": call.complexity,
-        "agent_type": call.agent_type,
-        "priority": call.priority,
-        "timeout": call.timeout,
-        "session_id": call.session_id,
+        "complexity": chat_request.complexity,
+        "agent_type": chat_request.agent_type,
+        "priority": chat_request.priority,
+        "timeout": chat_request.timeout,
+        "session_id": chat_request.session_id,
     }
     given = {name: value for name, value in hints.items() if value is not None}
     if given:
         body["metadata"] = given
     headers = {
-        name: value for name, value in request.headers.items() if name != b"x-request-id" or call.id is None
+        name: value
+        for name, value in request.headers.items()
+        if name != b"x-request-id" or chat_request.id is None
     }
     return Request("POST", "/v1/chat/completions", "", headers, json_bytes(body))
 

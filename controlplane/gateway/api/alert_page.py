@@ -1,4 +1,4 @@
-"""``GET /alerts``: what fires, as the controller last said."""
+"""``GET /alerts``: the alerts that fire, by the controller's last snapshot."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from controlplane.core.cluster.snapshot import ClusterSnapshot
 
 
 def alerts(snapshot: ClusterSnapshot | None) -> dict[str, Any]:
-    """Alerts that fire, the worst first. ``snapshot`` is None while no controller has been heard of: then
-    nothing is known, which is not the same as nothing wrong."""
+    """Alerts that fire, the worst first. ``snapshot`` is None until the controller's first one came: then
+    ``known`` is false, as an empty list does not mean that nothing is wrong."""
     if snapshot is None:
         return {"known": False, "snapshot": None, "alerts": []}
     return {

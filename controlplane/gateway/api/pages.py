@@ -130,7 +130,7 @@ def health(
 
 def _why(snapshot: ClusterSnapshot | None, tiers: dict[str, Any]) -> str:
     if snapshot is None:
-        return "the controller has not been heard of yet"
+        return "no snapshot has come from the controller yet"
     return "; ".join(f"{name}: {tier['why']}" for name, tier in tiers.items() if tier["why"])
 
 
@@ -145,9 +145,9 @@ def _tier_health(pool: TierPool, wanted: int) -> dict[str, Any]:
         reasons.append("no replica has reported yet")
     for load in pool.loads:
         if not load.ready and load.endpoint.state is not EndpointState.STOPPED:
-            told = load.endpoint.diagnosis or load.endpoint.phase
+            detail = load.endpoint.diagnosis or load.endpoint.phase
             reasons.append(
-                f"{load.endpoint.endpoint_id} is {load.endpoint.state}{f' ({told})' if told else ''}"
+                f"{load.endpoint.endpoint_id} is {load.endpoint.state}{f' ({detail})' if detail else ''}"
             )
     return {
         "status": status,
@@ -210,16 +210,16 @@ def _usage(value: Usage) -> dict[str, Any]:
 
 
 async def fetch_text(url: str) -> str:
-    """A small text from another gateway replica; ``""`` if it can't be had."""
+    """A small text from another gateway replica; ``""`` if it can't be fetched."""
     if urlsplit(url).scheme != "http":
         return ""
     try:
         timeout = aiohttp.ClientTimeout(total=FETCH_TIMEOUT_S)
-        async with aiohttp.ClientSession(timeout=timeout) as session, session.get(url) as answer:
-            if answer.status != 200:
+        async with aiohttp.ClientSession(timeout=timeout) as session, session.get(url) as response:
+            if response.status != 200:
                 return ""
             data = bytearray()
-            async for piece in answer.content.iter_any():
+            async for piece in response.content.iter_any():
                 data += piece
                 if len(data) > MAX_FETCH_BYTES:
                     return ""

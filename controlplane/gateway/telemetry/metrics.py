@@ -1,8 +1,7 @@
 """The gateway's Prometheus metrics.
 
-Each gateway replica has a registry of its own. The replicas of a node share a port, so one scrape reaches
-any of them: :func:`merge_expositions` makes one exposition of all of theirs, told apart by the label
-``gateway``.
+Each gateway replica has a registry of its own. The replicas of a node share a port, so a scrape reaches any
+one of them: :func:`merge_expositions` merges the expositions of all, distinguished by the label ``gateway``.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ class _TierSeries(NamedTuple):
 
 
 class Metrics:
-    """All series of one gateway replica. ``traffic`` is told what they are, for the controller."""
+    """All series of one gateway replica. ``traffic`` counts the same requests for the controller."""
 
     def __init__(self, traffic: TrafficCounter | None = None) -> None:
         self.traffic = traffic
@@ -262,7 +261,7 @@ class Metrics:
         return series
 
     def observe(self, endpoint_table: EndpointTable, queue: AdmissionQueue) -> None:
-        """Set the gauges to what is now; called when they are read."""
+        """Set the gauges of load to their present values; called when they are read."""
         self.breaker_open.clear()
         self.endpoints.clear()
         for pool in endpoint_table.pools:
@@ -277,8 +276,8 @@ class Metrics:
             self.queued.labels(priority).set(queue.depth(priority))
 
     def observe_snapshot(self, snapshot: ClusterSnapshot | None, configured: Mapping[str, int]) -> None:
-        """Set the gauges of what the controller says; ``configured`` are the replicas of each tier while it
-        says nothing."""
+        """Set the gauges of what the controller publishes. ``configured`` is tier → replicas, for tiers that
+        the snapshot does not mention."""
         self.alerts.clear()
         for alert in snapshot.alerts if snapshot is not None else ():
             self.alerts.labels(alert.rule, alert.severity, alert.subject).set(1)
@@ -289,9 +288,9 @@ class Metrics:
             self.forecast_per_s.labels(item.tier).set(item.forecast_per_s)
             if item.recommendation:
                 self.recommendation.labels(item.tier, item.recommendation).set(1)
-        said = dict(snapshot.due) if snapshot is not None else {}
+        due = dict(snapshot.due) if snapshot is not None else {}
         for tier, replicas in configured.items():
-            self.due.labels(tier).set(said.get(tier, replicas))
+            self.due.labels(tier).set(due.get(tier, replicas))
 
     def text(self) -> str:
         """The exposition of this replica."""

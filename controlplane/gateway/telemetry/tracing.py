@@ -50,7 +50,7 @@ class Tracing:
         passed_on: dict[str, str] = {}
         _PROPAGATOR.inject(passed_on, trace.set_span_in_context(span))
         context.span = span
-        # What a client sent may hold anything but a line's end, which the server's parser let nobody send.
+        # A client's value may hold anything except the end of a line, which the server's parser rejects.
         context.identity = "\r\n".join(
             [context.request_id, *(f"{name}: {value}" for name, value in passed_on.items())]
         )

@@ -18,7 +18,7 @@ from controlplane.core.traffic.counters import LATENCY_BOUNDS_S, TrafficCounters
 from controlplane.gateway.proxy.request_context import RequestContext
 
 MAX_SLOT_S: Final = 10.0
-"""A largest latency is told for so long, and up to twice that."""
+"""A largest latency is reported for this long, and up to twice as long."""
 
 
 # Attribute look-ups on an enum class cost more than on a module.
