@@ -109,7 +109,7 @@ def test_a_question_is_needed(tmp_path: Path) -> None:
     result = run(tmp_path, {key: value for key, value in LIGHT.items() if key != "expected"})
     assert isinstance(result.exception, SetupError)
     assert "requests_per_s" in str(result.exception)
-    with pytest.raises(ConfigError, match="'fp7' is no weight format"):
+    with pytest.raises(ConfigError, match="'fp7' is not a weight format"):
         parse_plane({"tiers": [{**LIGHT, "expected": {**LIGHT["expected"], "quantizations": ["fp7"]}}]})
 
 
