@@ -31,7 +31,14 @@ import click
 
 from tests.benchmarks import vllm_chaos
 from tests.benchmarks.faults import FAULTS, GATEWAYS, TIER, Fault, Over, whole
-from tests.benchmarks.load import Kind, Load, Outcome, Question, generate, p99_ms, question, session
+from tests.benchmarks.load import (
+    Load,
+    Outcome,
+    generate,
+    half_streamed,
+    p99_ms,
+    session,
+)
 from tests.support.plane import Plane, running
 
 TOKENS = 90
@@ -101,7 +108,8 @@ async def measure(
         for fault in faults:
             load = Load()
             until_s = [float("inf")]
-            task = asyncio.create_task(generate(load, http, plane.url, rate, _ask, partial(_first, until_s)))
+            ask = half_streamed(TIER, TOKENS, NATURAL_TOKENS)
+            task = asyncio.create_task(generate(load, http, plane.url, rate, ask, partial(_first, until_s)))
             # Under load: a breaker that the fault before left open closes with the first good answers only.
             await _wait(plane, lambda: True)
             resumed = await asyncio.to_thread(plane.resumes)
@@ -145,11 +153,6 @@ async def measure(
 
 def _first(cell: list[float]) -> float:
     return cell[0]
-
-
-def _ask(number: int) -> tuple[Question, dict[str, str]]:
-    kind: Kind = "stream" if number // 2 % 2 == 0 else "post"
-    return question(number, kind, TIER, TOKENS, NATURAL_TOKENS), {}
 
 
 def _own(fault: Fault, outcomes: Sequence[Outcome], struck_s: float) -> tuple[list[Outcome], list[Outcome]]:

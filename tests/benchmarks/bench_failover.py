@@ -30,7 +30,7 @@ from typing import Any
 import click
 
 from tests.benchmarks import engine_restart
-from tests.benchmarks.load import Kind, Load, Question, generate, p99_ms, question, session
+from tests.benchmarks.load import Load, generate, half_streamed, p99_ms, session
 from tests.support.gpu_cluster import GpuCluster, GpuNode, gpu_cluster
 from tests.support.plane import TIERPLANE
 from tests.support.waiting import until
@@ -190,8 +190,9 @@ async def measure(
     await asyncio.to_thread(until, lambda: whole(cluster), RECOVERY_LIMIT_S, "a whole plane")
     end_s = [float("inf")]
     load = Load()
+    ask = half_streamed(TIER, TOKENS, NATURAL_TOKENS)
     async with session() as http:
-        task = asyncio.create_task(generate(load, http, cluster.plane.url, rate, _ask, lambda: end_s[0]))
+        task = asyncio.create_task(generate(load, http, cluster.plane.url, rate, ask, lambda: end_s[0]))
         await asyncio.sleep(seconds)
         before = {each["endpoint_id"] for each in cluster.plane.get("/status")["endpoints"]}
         struck_unix_s, struck_s = time.time(), monotonic()
@@ -227,11 +228,6 @@ async def measure(
         for each in wrong
     ]
     return row, lines
-
-
-def _ask(number: int) -> tuple[Question, dict[str, str]]:
-    kind: Kind = "stream" if number // 2 % 2 == 0 else "post"
-    return question(number, kind, TIER, TOKENS, NATURAL_TOKENS), {}
 
 
 def whole(cluster: GpuCluster) -> bool:

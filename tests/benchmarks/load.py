@@ -106,6 +106,18 @@ class Load:
         return [each for each in self.outcomes if from_s <= each.began_s < to_s]
 
 
+def half_streamed(
+    model: str, tokens: int, natural_tokens: int
+) -> Callable[[int], tuple[Question, dict[str, str]]]:
+    """Of the questions to ``model``, two in a row are streamed and the next two are not."""
+
+    def ask(number: int) -> tuple[Question, dict[str, str]]:
+        kind: Kind = "stream" if number // 2 % 2 == 0 else "post"
+        return question(number, kind, model, tokens, natural_tokens), {}
+
+    return ask
+
+
 @asynccontextmanager
 async def session() -> AsyncIterator[aiohttp.ClientSession]:
     """Connections enough for any load here. One is used once, as if each request were another client's: the

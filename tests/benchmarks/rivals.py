@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import secrets
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +25,7 @@ from controlplane.engines.simulated.engine import SECRET_ENV
 from controlplane.errors import SetupError
 from controlplane.ray_cluster.ports import free_port
 from tests.benchmarks.wrk import Target, body
+from tests.support.processes import await_line
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 10.0
@@ -40,7 +39,12 @@ def engine(settings: Mapping[str, object]) -> Iterator[Target]:
     command = [sys.executable, "-m", "controlplane.engines.simulated.server", "--port", "0"]
     command += ["--model", MODEL, "--settings", json.dumps(settings)]
     with _process(command, {SECRET_ENV: key}, stdout=subprocess.PIPE) as process:
-        url = "http://" + _line(process, "listening on ").split("listening on ")[1].strip()
+        url = (
+            "http://"
+            + await_line(process, "listening on ", START_TIMEOUT_S, "the engine")
+            .split("listening on ")[1]
+            .strip()
+        )
         yield Target("engine", url, MODEL, key)
 
 
@@ -123,29 +127,6 @@ def _stop(process: subprocess.Popen[str]) -> None:
             continue
     if process.stdout is not None:
         process.stdout.close()
-
-
-def _line(process: subprocess.Popen[str], mark: str) -> str:
-    """The first line of output that has ``mark``."""
-    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-
-    def read() -> None:
-        for line in process.stdout or ():
-            lines.put(line)
-        lines.put(None)
-
-    threading.Thread(target=read, daemon=True).start()
-    deadline_s = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline_s:
-        try:
-            line = lines.get(timeout=1.0)
-        except queue.Empty:
-            continue
-        if line is None:
-            break
-        if mark in line:
-            return line
-    raise SetupError(f"{process.args!r} did not start")
 
 
 def _until_it_answers(process: subprocess.Popen[str], target: Target) -> None:

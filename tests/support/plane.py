@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Collection, Iterator, Mapping
@@ -33,6 +31,7 @@ from controlplane.errors import SetupError
 from controlplane.paths import RUN_DIR_VARIABLE
 from controlplane.ray_cluster.ports import free_port
 from controlplane.ray_cluster.session import PLANE_ID_VARIABLE, processes
+from tests.support.processes import await_line
 
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 60.0
@@ -151,7 +150,7 @@ def running(
     )
     before = _end_in_order_on_sigterm()
     try:
-        _wait_ready(up)
+        await_line(up, '"event": "ready"', START_TIMEOUT_S + 30.0, "the plane")
         record = json.loads((folder / "run" / "up.json").read_text())
         yield Plane(
             f"http://127.0.0.1:{port}", f"http://127.0.0.1:{ingress_port}", record["plane_id"], folder
@@ -173,31 +172,6 @@ def _end_in_order_on_sigterm() -> Any:
         raise SystemExit(128 + number)
 
     return signal.signal(signal.SIGTERM, leave)
-
-
-def _wait_ready(up: subprocess.Popen[str]) -> None:
-    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-
-    def read() -> None:
-        if up.stdout is not None:
-            for line in up.stdout:
-                lines.put(line)
-        lines.put(None)
-
-    threading.Thread(target=read, daemon=True).start()
-    said: list[str] = []
-    deadline_s = time.monotonic() + START_TIMEOUT_S + 30.0
-    while time.monotonic() < deadline_s:
-        try:
-            line = lines.get(timeout=1.0)
-        except queue.Empty:
-            continue
-        if line is None:
-            break
-        said.append(line)
-        if '"event": "ready"' in line:
-            return
-    raise SetupError("the plane did not come up:\n" + "".join(said[-10:]))
 
 
 def _stop(up: subprocess.Popen[str], env: Mapping[str, str]) -> None:

@@ -12,16 +12,13 @@ from controlplane.config import ControllerConfig
 from controlplane.controller import ray_cordons
 from controlplane.controller.actor import controller_rules, store_path
 from controlplane.controller.loops import scrape_targets
-from controlplane.core.domain.endpoint import Endpoint, EndpointState
+from controlplane.core.domain.endpoint import EndpointState
+from tests.support.endpoints import make_endpoint
 
-ENDPOINT = Endpoint(
-    endpoint_id="small-1",
+ENDPOINT = make_endpoint(
+    "small-1",
     tier="small",
-    model="m",
     engine="vllm",
-    base_url="http://127.0.0.1:1",
-    state=EndpointState.READY,
-    concurrency_limit=10,
     secret="s3cret",
     generation=3,
     metrics_path="/metrics",

@@ -23,19 +23,11 @@ from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
 from controlplane.planning.tier_specs import tier_specs
+from tests.support.endpoints import make_endpoint
 from tests.support.waiting import until_async
 
 PLANE = parse_plane({"tiers": [{"name": "balanced", "engine": "simulated", "replicas": 2}]})
-ENDPOINT = Endpoint(
-    endpoint_id="balanced-1",
-    tier="balanced",
-    model="m",
-    engine="simulated",
-    base_url="http://127.0.0.1:1",
-    state=EndpointState.READY,
-    concurrency_limit=10,
-    generation=1,
-)
+ENDPOINT = make_endpoint(generation=1)
 
 
 def specs() -> tuple[TierSpec, ...]:

@@ -4,6 +4,7 @@ from controlplane.controller.registry import FAILED_SHOWN_S, MISSED_REPORTS, WAR
 from controlplane.core.cluster.snapshot import GatewayInfo
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
+from tests.support.endpoints import make_endpoint
 
 HEARTBEAT_S = 2.0
 
@@ -22,17 +23,7 @@ def make() -> tuple[Registry, Clock]:
 
 
 def endpoint(name: str = "balanced-1", state: EndpointState = EndpointState.STARTING) -> Endpoint:
-    return Endpoint(
-        endpoint_id=name,
-        tier="balanced",
-        model="m",
-        engine="simulated",
-        base_url="http://127.0.0.1:1",
-        state=state,
-        concurrency_limit=10,
-        secret="s3cret",
-        generation=1,
-    )
+    return make_endpoint(name, state, secret="s3cret", generation=1)
 
 
 def kinds(registry: Registry) -> list[str]:

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from controlplane.config import TierConfig
-from controlplane.core.domain.endpoint import Endpoint, EndpointState
+from controlplane.core.domain.endpoint import EndpointState
 from controlplane.core.reconcile.commands import ReplicaCommand, ReplicaCommandKind
 from controlplane.engines.supervision.status import EngineStatus
 from deployments.background import BackgroundTasks
 from deployments.tier import TierReplica
+from tests.support.endpoints import make_endpoint
 
 
 class Supervisor:
@@ -64,7 +65,7 @@ def replica(supervisor: Supervisor) -> tuple[Any, Link]:
     link = Link()
     made._tier = TierConfig(name="small", engine="simulated")
     made._supervisor, made._link, made._tasks = supervisor, link, BackgroundTasks()
-    made._base = Endpoint("small-a", "small", "m", "simulated", "", EndpointState.READY, 10)
+    made._base = make_endpoint("small-a", tier="small")
     return made, link
 
 

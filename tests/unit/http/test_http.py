@@ -14,7 +14,7 @@ from controlplane.http.asgi import AsgiApp
 from controlplane.http.messages import Request, Responder, error_headers, error_value
 from controlplane.http.server import MAX_HEAD_BYTES, HttpServer
 from tests.support.gateway import CHAT, chat_body, plane, running
-from tests.support.http_client import talk
+from tests.support.http_server import serving, talk
 from tests.support.waiting import forever, until_async
 
 
@@ -41,10 +41,8 @@ CLOSE = b"connection: close\r\n\r\n"
 
 @pytest.fixture
 async def served() -> Any:
-    server = HttpServer(echo, max_body_bytes=2000, body_limit_setting="gateway.max_body_bytes")
-    port = await server.start("127.0.0.1", 0)
-    yield server, port
-    await server.drain(0.2)
+    async with serving(echo, body_limit_setting="gateway.max_body_bytes") as started:
+        yield started
 
 
 async def test_a_request_in_pieces_and_its_answer(served: Any) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Awaitable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable
 
 import pytest
 
@@ -14,7 +13,7 @@ from controlplane.http import server as server_module
 from controlplane.http.asgi import AsgiApp
 from controlplane.http.messages import Request, Responder
 from controlplane.http.server import MAX_HEAD_BYTES, HttpResponder, HttpServer
-from tests.support.http_client import talk
+from tests.support.http_server import serving, talk
 from tests.support.waiting import forever, loop_turns, until_async
 
 BIG = b"x" * (8 * 1024 * 1024)
@@ -34,18 +33,8 @@ async def handler(request: Request, out: Responder) -> None:
         out.send(200, [], request.path.encode() + b" " + request.body)
 
 
-@asynccontextmanager
-async def serving(max_body_bytes: int = 2000) -> AsyncIterator[tuple[HttpServer, int]]:
-    server = HttpServer(handler, max_body_bytes=max_body_bytes)
-    port = await server.start("127.0.0.1", 0)
-    try:
-        yield server, port
-    finally:
-        await server.drain(0.2)
-
-
 async def test_a_drain_answers_a_client_that_has_connected_and_not_yet_asked() -> None:
-    async with serving() as (server, port):
+    async with serving(handler) as (server, port):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         draining = asyncio.ensure_future(server.drain(5))
         await until_async(lambda: server.draining)
@@ -58,7 +47,7 @@ async def test_a_drain_answers_a_client_that_has_connected_and_not_yet_asked() -
 
 
 async def test_a_drain_answers_a_client_that_the_kernel_has_connected_only() -> None:
-    async with serving() as (server, port):
+    async with serving(handler) as (server, port):
         client = socket.create_connection(("127.0.0.1", port))  # the event loop has not seen it
         client.sendall(b"GET /waiting HTTP/1.1\r\nhost: h\r\n\r\n")
         await server.drain(5)
@@ -68,7 +57,7 @@ async def test_a_drain_answers_a_client_that_the_kernel_has_connected_only() -> 
 
 
 async def test_a_drain_lets_an_answer_go_out_whole() -> None:
-    async with serving() as (server, port):
+    async with serving(handler) as (server, port):
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=4096)
         writer.write(b"GET /big HTTP/1.1\r\nhost: h\r\n\r\n")
         await reader.readexactly(100)
@@ -85,7 +74,7 @@ async def test_a_client_that_takes_nothing_is_dropped(monkeypatch: pytest.Monkey
     monkeypatch.setattr(server_module, "SWEEP_S", 0.05)
     monkeypatch.setattr(server_module, "IDLE_TIMEOUT_S", 0.3)
     monkeypatch.setattr(server_module, "STALL_TIMEOUT_S", 0.3)
-    async with serving() as (server, port):
+    async with serving(handler) as (server, port):
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=4096)
         writer.write(b"GET /big HTTP/1.1\r\nhost: h\r\n\r\n")
         await reader.readexactly(100)
@@ -94,7 +83,7 @@ async def test_a_client_that_takes_nothing_is_dropped(monkeypatch: pytest.Monkey
 
 
 async def test_headers_are_bounded_behind_a_pipelined_request_too() -> None:
-    async with serving() as (_, port):
+    async with serving(handler) as (_, port):
         start = b"GET /1 HTTP/1.1\r\nhost: h\r\n\r\nGET /2 HTTP/1.1\r\nx: "
         data = await talk(port, start, b"y" * MAX_HEAD_BYTES, b"y" * 100)
         assert b"/1" in data
@@ -102,14 +91,14 @@ async def test_headers_are_bounded_behind_a_pipelined_request_too() -> None:
 
 
 async def test_what_follows_a_chunked_body_is_bounded() -> None:
-    async with serving() as (_, port):
+    async with serving(handler) as (_, port):
         head = b"POST / HTTP/1.1\r\nhost: h\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\n0\r\n"
         data = await talk(port, head + b"x: ", b"y" * MAX_HEAD_BYTES, b"y" * 1000)
         assert data.startswith(b"HTTP/1.1 400")
 
 
 async def test_an_offer_to_upgrade_is_not_taken_up() -> None:
-    async with serving() as (_, port):
+    async with serving(handler) as (_, port):
         head = b"POST /x HTTP/1.1\r\nhost: h\r\nconnection: upgrade, http2-settings\r\nupgrade: h2c\r\n"
         head += b"http2-settings: AAMAAABkAAQCAAAAAAIAAAAA\r\ncontent-length: 4\r\n\r\nbody"
         data = await talk(port, head + b"GET /y HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n")
@@ -119,13 +108,13 @@ async def test_an_offer_to_upgrade_is_not_taken_up() -> None:
 
 
 async def test_a_wrong_request_does_not_cut_the_answer_before_it() -> None:
-    async with serving() as (_, port):
+    async with serving(handler) as (_, port):
         data = await talk(port, b"GET /later HTTP/1.1\r\nhost: h\r\n\r\n", b"nonsense\r\n\r\n")
         assert b"4\r\none \r\n3\r\ntwo\r\n0\r\n\r\nHTTP/1.1 400" in data
 
 
 async def test_a_continue_is_not_written_into_a_running_answer() -> None:
-    async with serving() as (_, port):
+    async with serving(handler) as (_, port):
         second = b"POST /y HTTP/1.1\r\nhost: h\r\nexpect: 100-continue\r\ncontent-length: 2\r\n"
         second += b"connection: close\r\n\r\n"
         data = await talk(port, b"GET /later HTTP/1.1\r\nhost: h\r\n\r\n", second, b"ok")
@@ -134,7 +123,7 @@ async def test_a_continue_is_not_written_into_a_running_answer() -> None:
 
 
 async def test_too_large_is_told_to_a_client_that_is_still_sending() -> None:
-    async with serving() as (_, port):
+    async with serving(handler) as (_, port):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"POST / HTTP/1.1\r\nhost: h\r\ntransfer-encoding: chunked\r\n\r\n")
         block = b"10000\r\n" + b"x" * 0x10000 + b"\r\n"
@@ -157,20 +146,20 @@ async def test_too_large_is_told_to_a_client_that_is_still_sending() -> None:
     ],
 )
 async def test_bodies_of_two_lengths_are_refused(head: bytes) -> None:
-    async with serving() as (_, port):
+    async with serving(handler) as (_, port):
         data = await talk(port, b"POST / HTTP/1.1\r\nhost: h\r\n" + head + b"\r\n0\r\n\r\n")
         assert data.startswith(b"HTTP/1.1 400")
         assert data.count(b"HTTP/1.1 400") == 1
 
 
 async def test_an_absolute_target_is_its_path() -> None:
-    async with serving() as (_, port):
+    async with serving(handler) as (_, port):
         data = await talk(port, b"GET http://h:1/p?q=1 HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n")
         assert data.endswith(b"/p ")
 
 
 async def test_a_large_exposition_is_fetched_whole() -> None:
-    async with serving() as (_, port):
+    async with serving(handler) as (_, port):
         text = await fetch_text(f"http://127.0.0.1:{port}/big")
         assert text == "" or len(text) == len(BIG)
         assert len(text) == len(BIG)
@@ -254,25 +243,15 @@ def respond_at_once(request: Request, out: HttpResponder) -> Awaitable[None] | N
     return None
 
 
-@asynccontextmanager
-async def responding_at_once(*, share_port: bool = True) -> AsyncIterator[tuple[HttpServer, int]]:
-    server = HttpServer(respond_at_once, max_body_bytes=2000, share_port=share_port)
-    port = await server.start("127.0.0.1", 0)
-    try:
-        yield server, port
-    finally:
-        await server.drain(0.2)
-
-
 async def test_responses_sent_at_once_and_later_keep_the_order_of_their_requests() -> None:
-    async with responding_at_once() as (_, port):
+    async with serving(respond_at_once) as (_, port):
         data = await talk(port, GET % b"/now" + GET % b"/later" + GET % b"/now" + LAST % b"/later")
         bodies = [part.partition(b"\r\n\r\n")[2] for part in data.split(b"HTTP/1.1 200 OK\r\n")[1:]]
         assert bodies == [b"now", b"later", b"now", b"later"]
 
 
 async def test_a_response_sent_at_once_takes_no_task() -> None:
-    async with responding_at_once() as (server, port):
+    async with serving(respond_at_once) as (server, port):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         before = asyncio.all_tasks()
         writer.write(GET % b"/now")
@@ -284,7 +263,7 @@ async def test_a_response_sent_at_once_takes_no_task() -> None:
 
 
 async def test_pieces_are_chunks_of_their_own() -> None:
-    async with responding_at_once() as (_, port):
+    async with serving(respond_at_once) as (_, port):
         data = await talk(port, LAST % b"/chunks")
         assert data.endswith(b"\r\n\r\n3\r\none\r\n1388\r\n" + b"x" * 5000 + b"\r\n3\r\ntwo\r\n0\r\n\r\n")
         data = await talk(port, b"GET /chunks HTTP/1.0\r\nhost: h\r\n\r\n")
@@ -294,7 +273,7 @@ async def test_pieces_are_chunks_of_their_own() -> None:
 
 
 async def test_a_truncated_response_is_delivered_without_its_end() -> None:
-    async with responding_at_once() as (_, port):
+    async with serving(respond_at_once) as (_, port):
         data = await talk(port, GET % b"/truncated")
         assert data.endswith(b"\r\n\r\n3\r\none\r\n")
 
@@ -302,19 +281,19 @@ async def test_a_truncated_response_is_delivered_without_its_end() -> None:
 async def test_a_defect_of_the_handler_closes_the_connection_and_blames_no_client() -> None:
     failures: list[dict[str, object]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context))
-    async with responding_at_once() as (_, port):
+    async with serving(respond_at_once) as (_, port):
         assert await talk(port, GET % b"/bug") == b""
         assert "data_received" in str(failures[0]["message"])
 
 
 async def test_a_port_is_not_shared_unless_allowed() -> None:
-    async with responding_at_once(share_port=False) as (_, port):
+    async with serving(respond_at_once, share_port=False) as (_, port):
         with pytest.raises(OSError, match="in use"):
             await HttpServer(respond_at_once, max_body_bytes=2000).start("127.0.0.1", port)
 
 
 async def test_a_server_can_stop_listening_and_start_again() -> None:
-    async with responding_at_once(share_port=False) as (server, port):
+    async with serving(respond_at_once, share_port=False) as (server, port):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(GET % b"/now")
         await reader.readuntil(b"now")

@@ -16,6 +16,7 @@ from controlplane.core.telemetry.samples import NOT_SAMPLED, GpuCondition, GpuIn
 from controlplane.planning import live_cluster as module
 from controlplane.planning.live_cluster import live_cluster
 from controlplane.ray_cluster import plane
+from tests.support.endpoints import make_endpoint
 
 GIB = 2**30
 CONFIG = {
@@ -28,14 +29,7 @@ CONFIG = {
 
 
 def endpoint(name: str, tier: str, state: EndpointState = EndpointState.READY, **more: Any) -> Endpoint:
-    values: dict[str, Any] = {
-        "model": "m",
-        "engine": "vllm",
-        "base_url": "",
-        "concurrency_limit": 1,
-        "node_id": "aaaaaaaaaa",
-    }
-    return Endpoint(endpoint_id=name, tier=tier, state=state, **values | more)
+    return make_endpoint(name, state, **{"tier": tier, "engine": "vllm", "node_id": "aaaaaaaaaa", **more})
 
 
 def sample(gpus: int) -> NodeSample:

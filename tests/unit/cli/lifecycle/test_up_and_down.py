@@ -25,12 +25,13 @@ from controlplane.cli.lifecycle.up import (
 from controlplane.core.cluster.snapshot import ClusterSnapshot
 from controlplane.core.cluster.status import TierStatus, tier_statuses
 from controlplane.core.cluster.tier_spec import TierSpec
-from controlplane.core.domain.endpoint import Endpoint, EndpointState
+from controlplane.core.domain.endpoint import EndpointState
 from controlplane.core.domain.event import Event
 from controlplane.errors import SetupError
 from controlplane.ray_cluster import session
 from controlplane.ray_cluster.ports import Ports, PortTaken
 from controlplane.ray_cluster.session import RunRecord
+from tests.support.endpoints import make_endpoint
 from tests.support.run_record import run_record
 
 
@@ -241,17 +242,7 @@ def test_durations_for_people(s: float, text: str) -> None:
 
 
 def tiers(phase: str, state: EndpointState = EndpointState.STARTING) -> tuple[TierStatus, ...]:
-    endpoint = Endpoint(
-        endpoint_id="only-1",
-        tier="only",
-        model="m",
-        engine="vllm",
-        base_url="",
-        state=state,
-        concurrency_limit=1,
-        secret="s3cret",
-        phase=phase,
-    )
+    endpoint = make_endpoint("only-1", state, tier="only", secret="s3cret", phase=phase)
     return tier_statuses(ClusterSnapshot("e", 1, 0.0, (endpoint,)), [TierSpec("only", "m", "vllm", 1, 1)])
 
 

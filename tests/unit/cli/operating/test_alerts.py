@@ -24,6 +24,7 @@ from controlplane.core.domain.event import Event
 from controlplane.core.reconcile.commands import ActionOutcome, ActionResponse
 from controlplane.core.reconcile.migrations import Activity
 from tests.support.alerts import TIER_DOWN
+from tests.support.fake_plane import FakePlane
 
 EVENTS = (
     Event(1, 1000.0, "ready", "small-1", "generation 1", "small"),
@@ -32,28 +33,11 @@ EVENTS = (
 )
 
 
-class Plane:
-    """Answers, and remembers what was asked."""
-
-    def __init__(self, answers: dict[str, Any]) -> None:
-        self._answers = answers
-        self.asked: list[tuple[Any, ...]] = []
-
-    def call(self, method: Callable[..., Any], *args: Any) -> Any:
-        self.asked.append((method.__name__, *args))
-        return self._answers[method.__name__]
-
-
 @pytest.fixture
-def play(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Plane]:
-    def start(**answers: Any) -> Plane:
-        plane = Plane(answers)
-
-        @contextmanager
-        def connected(address: str | None, namespace: str | None) -> Iterator[Plane]:
-            yield plane
-
-        monkeypatch.setattr(alerts, "connected", connected)
+def play(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakePlane]:
+    def start(**answers: Any) -> FakePlane:
+        plane = FakePlane(**answers)
+        plane.connect(monkeypatch, alerts)
         return plane
 
     return start
@@ -113,7 +97,7 @@ def test_for_programs_and_with_the_past(play: Any) -> None:
     assert value["silences"][0]["number"] == 3
     assert value["webhooks"][0]["waiting"] == 2
     assert [each["kind"] for each in value["past"]] == ["alert", "alert over"]
-    assert plane.asked[-1] == ("events", -1, 2000)
+    assert plane.calls[-1] == ("events", -1, 2000)
     assert "past" not in json.loads(run("--json").output)
     shown = run("--all").output
     assert "alert over: TierplaneTierDown" in shown
@@ -134,11 +118,11 @@ def test_wishes_go_to_the_controller(play: Any) -> None:
         "reason": "done so",
         "subjects": ["small"],
     }
-    assert plane.asked[0] == ("acknowledge_alert", "TierDown", "small", "ada")
-    assert plane.asked[1] == ("silence_alerts", "", "", 7200.0, "an upgrade", "ada")
-    assert plane.asked[2][:4] == ("silence_alerts", "GpuHot", "GPU-1", 90.0)
-    assert plane.asked[2][5], "who is logged in"
-    assert plane.asked[3] == ("unsilence_alerts", 3, "ada")
+    assert plane.calls[0] == ("acknowledge_alert", "TierDown", "small", "ada")
+    assert plane.calls[1] == ("silence_alerts", "", "", 7200.0, "an upgrade", "ada")
+    assert plane.calls[2][:4] == ("silence_alerts", "GpuHot", "GPU-1", 90.0)
+    assert plane.calls[2][5], "who is logged in"
+    assert plane.calls[3] == ("unsilence_alerts", 3, "ada")
 
 
 @pytest.mark.parametrize("words", ["2", "h", "-1h", "0s", "2 weeks", ""])
@@ -147,7 +131,7 @@ def test_a_duration_that_is_none_is_refused(words: str, play: Any) -> None:
     done = run("silence", "--for", words, "--reason", "x")
     assert done.exit_code == 2
     assert "90s, 30m, 2h or 1d" in done.output
-    assert not plane.asked
+    assert not plane.calls
 
 
 def test_what_is_not_done_ends_with_1_and_what_is_so_already_with_0(play: Any) -> None:
@@ -172,7 +156,7 @@ def test_the_worst_is_in_the_status(monkeypatch: pytest.MonkeyPatch) -> None:
     assert alerts.firing_lines([]) == []
     snapshot = ClusterSnapshot("e", 1, 0.0, alerts=(down,))
     activity = Activity((), (), (), (), True, "", 0.0)
-    plane = Plane({"status": (snapshot, (), ()), "activity": activity})
+    plane = FakePlane(status=(snapshot, (), ()), activity=activity)
 
     @contextmanager
     def connected(address: str | None, namespace: str | None) -> Iterator[PlaneAddress]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,34 +17,17 @@ from controlplane.core.gpus.views import GpuHolder, GpuView
 from controlplane.core.reconcile.commands import ActionOutcome, ActionResponse
 from controlplane.core.telemetry.series import Freshness
 from controlplane.errors import SetupError
+from tests.support.fake_plane import FakePlane
 
 GIB = 1024**3
 GPU = "GPU-5c72063a-5b94-2fdb-2918-647d1d1d2fdd"
 
 
-class Plane:
-    """Answers, and remembers what was asked."""
-
-    def __init__(self, answer: Callable[..., Any]) -> None:
-        self._answer = answer
-        self.asked: list[tuple[Any, ...]] = []
-
-    def call(self, method: Callable[..., Any], *args: Any) -> Any:
-        self.asked.append((method.__name__, *args))
-        return self._answer(method.__name__, *args)
-
-
 @pytest.fixture
-def play(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], Plane]:
-    def start(answer: Callable[..., Any]) -> Plane:
-        plane = Plane(answer)
-
-        @contextmanager
-        def connected(address: str | None, namespace: str | None) -> Iterator[Plane]:
-            yield plane
-
-        for module in (operate, events, gpus):
-            monkeypatch.setattr(module, "connected", connected)
+def play(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], FakePlane]:
+    def start(answer: Callable[..., Any]) -> FakePlane:
+        plane = FakePlane(answer)
+        plane.connect(monkeypatch, operate, events, gpus)
         return plane
 
     return start
@@ -92,7 +74,7 @@ def test_a_wish_goes_to_the_controller_with_its_reason(verb: str, play: Any) -> 
     done = run(verb, "GPU-5c72", "--reason", "fan is loud")
     assert done.exit_code == 0
     assert done.output == f"GPU {GPU}: {verb}ed\n"
-    assert plane.asked == [(verb, "GPU-5c72", "fan is loud")]
+    assert plane.calls == [(verb, "GPU-5c72", "fan is loud")]
 
 
 @pytest.mark.parametrize("verb", ["cordon", "drain", "restart"])
@@ -101,7 +83,7 @@ def test_taking_something_out_of_use_needs_a_reason(verb: str, play: Any) -> Non
     done = run(verb, "GPU-5c72")
     assert done.exit_code == 2
     assert "--reason" in done.output
-    assert not plane.asked
+    assert not plane.calls
 
 
 def test_what_is_so_already_is_no_error(play: Any) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from controlplane.core.recommendations.log import IssuedRecommendation, TrackRec
 from controlplane.core.recommendations.rules import Effect, Recommendation, RecommendationKind, Score
 from controlplane.core.recommendations.views import ScalingReport, TierScalingView
 from controlplane.core.reconcile.commands import ActionOutcome, ActionResponse
+from tests.support.fake_plane import FakePlane
 from tests.support.reports import EVIL, sample_report
 
 ADVICE = Recommendation(
@@ -35,32 +34,14 @@ JUDGED = IssuedRecommendation(
 VIEW = TierScalingView("small", 2, 2, 3, "5 requests/s are forecast", "advise", 5.0, 2.5, 21.0, 0.6)
 
 
-class Plane:
-    """Answers, and remembers what was asked."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[Any, ...]] = []
-        self.answers: dict[str, Any] = {
-            "scale": ActionResponse(ActionOutcome.DONE, "tier small: 3 replicas", ("small",)),
-            "scaling": ScalingReport("advise", (VIEW,), (OPEN, JUDGED), TrackRecord(2, 1, 1, 0.8)),
-            "plane_report": sample_report(),
-        }
-
-    def call(self, method: Callable[..., Any], *args: Any) -> Any:
-        self.asked.append((method.__name__, *args))
-        return self.answers[method.__name__]
-
-
 @pytest.fixture
-def plane(monkeypatch: pytest.MonkeyPatch) -> Plane:
-    played = Plane()
-
-    @contextmanager
-    def connected(address: str | None, namespace: str | None) -> Iterator[Plane]:
-        yield played
-
-    for module in (scale, recommendations, report):
-        monkeypatch.setattr(module, "connected", connected)
+def plane(monkeypatch: pytest.MonkeyPatch) -> FakePlane:
+    played = FakePlane(
+        scale=ActionResponse(ActionOutcome.DONE, "tier small: 3 replicas", ("small",)),
+        scaling=ScalingReport("advise", (VIEW,), (OPEN, JUDGED), TrackRecord(2, 1, 1, 0.8)),
+        plane_report=sample_report(),
+    )
+    played.connect(monkeypatch, scale, recommendations, report)
     return played
 
 
@@ -78,10 +59,10 @@ def run(*words: str) -> Result:
         (("auto",), ("small", None, None, "")),
     ],
 )
-def test_scale_asks_the_controller(plane: Plane, words: tuple[str, ...], asked: tuple[Any, ...]) -> None:
+def test_scale_asks_the_controller(plane: FakePlane, words: tuple[str, ...], asked: tuple[Any, ...]) -> None:
     done = run("scale", "small", *words)
     assert (done.exit_code, done.output) == (0, "tier small: 3 replicas\n")
-    assert plane.asked == [("scale", *asked)]
+    assert plane.calls == [("scale", *asked)]
 
 
 @pytest.mark.parametrize(
@@ -93,14 +74,14 @@ def test_scale_asks_the_controller(plane: Plane, words: tuple[str, ...], asked: 
         (("auto", "--for", "2h"), "auto has no end"),
     ],
 )
-def test_scale_says_what_is_wrong(plane: Plane, words: tuple[str, ...], says: str) -> None:
+def test_scale_says_what_is_wrong(plane: FakePlane, words: tuple[str, ...], says: str) -> None:
     done = run("scale", "small", *words)
     assert done.exit_code == 2
     assert says in done.output
-    assert not plane.asked
+    assert not plane.calls
 
 
-def test_a_refusal_is_an_error(plane: Plane) -> None:
+def test_a_refusal_is_an_error(plane: FakePlane) -> None:
     plane.answers["scale"] = ActionResponse(
         ActionOutcome.REFUSED, "tier small: 0 to 4 replicas, not 9", ("small",)
     )
@@ -111,7 +92,7 @@ def test_a_refusal_is_an_error(plane: Plane) -> None:
     assert (done.exit_code, json.loads(done.output)["outcome"]) == (1, "refused")
 
 
-def test_recommendations_show_targets_and_open_advice_or_what_was_judged(plane: Plane) -> None:
+def test_recommendations_show_targets_and_open_advice_or_what_was_judged(plane: FakePlane) -> None:
     done = run("recommendations")
     assert done.exit_code == 0
     assert "5 requests/s are forecast" in done.output
@@ -126,7 +107,7 @@ def test_recommendations_show_targets_and_open_advice_or_what_was_judged(plane: 
     assert told["tiers"][0]["wanted"] == 3
 
 
-def test_report_prints_a_table_json_and_a_page(plane: Plane, tmp_path: Path) -> None:
+def test_report_prints_a_table_json_and_a_page(plane: FakePlane, tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     done = run("report", "--window", "5", "--html", str(path))
     assert done.exit_code == 0, done.output
@@ -134,5 +115,5 @@ def test_report_prints_a_table_json_and_a_page(plane: Plane, tmp_path: Path) -> 
     assert "cost 2.00" in done.output
     assert path.read_text().startswith("<!doctype html>")
     assert json.loads(run("report", "--json").output)["tiers"][0]["tier"] == EVIL
-    assert plane.asked == [("plane_report", 5.0), ("plane_report", 60.0)]
+    assert plane.calls == [("plane_report", 5.0), ("plane_report", 60.0)]
     assert run("report", "--window", "0").exit_code == 2

@@ -7,11 +7,12 @@ from typing import Any
 
 from controlplane.core.autoscaling.cold_starts import MAX_STARTS, SCHEDULING_S, ColdStarts
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
+from tests.support.endpoints import make_endpoint
 
 
 def ready(number: int, took_s: float, **more: Any) -> Endpoint:
-    made = Endpoint(f"e{number}", "small", "m", "simulated", "", EndpointState.READY, 4)
-    return replace(made, generation=1, started_unix_s=100.0, since_unix_s=100.0 + took_s, **more)
+    times = {"started_unix_s": 100.0, "since_unix_s": 100.0 + took_s}
+    return make_endpoint(f"e{number}", **{"tier": "small", "generation": 1, **times, **more})
 
 
 def observed(starts: ColdStarts, *endpoints: Endpoint) -> float | None:

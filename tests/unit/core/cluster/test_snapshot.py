@@ -8,19 +8,7 @@ from hypothesis import strategies as st
 from controlplane.core.alerts.alert import Severity, SubjectType
 from controlplane.core.alerts.views import FiringAlert
 from controlplane.core.cluster.snapshot import ClusterSnapshot, is_newer, merge
-from controlplane.core.domain.endpoint import Endpoint, EndpointState
-
-
-def endpoint(name: str, url: str = "http://127.0.0.1:1") -> Endpoint:
-    return Endpoint(
-        endpoint_id=name,
-        tier="balanced",
-        model="m",
-        engine="simulated",
-        base_url=url,
-        state=EndpointState.READY,
-        concurrency_limit=10,
-    )
+from tests.support.endpoints import make_endpoint
 
 
 def snapshot(
@@ -30,7 +18,7 @@ def snapshot(
         epoch=epoch,
         version=version,
         unix_s=0.0,
-        endpoints=tuple(endpoint(name) for name in names),
+        endpoints=tuple(make_endpoint(name) for name in names),
         warming=warming,
         gone=gone,
     )
@@ -68,7 +56,7 @@ def test_a_restarted_controller_removes_nothing_while_warming() -> None:
 
 def test_while_warming_the_new_snapshot_s_endpoints_win() -> None:
     old = snapshot("a", 5, "x")
-    new = ClusterSnapshot("b", 1, 0.0, (endpoint("x", "http://127.0.0.1:2"),), warming=True)
+    new = ClusterSnapshot("b", 1, 0.0, (make_endpoint("x", base_url="http://127.0.0.1:2"),), warming=True)
     assert [item.base_url for item in merge(old, new).endpoints] == ["http://127.0.0.1:2"]
 
 

@@ -8,22 +8,10 @@ from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo
 from controlplane.core.cluster.status import DEGRADED, IDLE, WAITING, tier_statuses
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
+from tests.support.endpoints import make_endpoint
 
 S = EndpointState
 SPEC = TierSpec("balanced", "m", "simulated", 2, 10)
-
-
-def endpoint(name: str, state: EndpointState, **kwargs: str | int) -> Endpoint:
-    base = Endpoint(
-        endpoint_id=name,
-        tier="balanced",
-        model="m",
-        engine="simulated",
-        base_url="",
-        state=state,
-        concurrency_limit=10,
-    )
-    return replace(base, **kwargs)  # type: ignore[arg-type]
 
 
 def snapshot(*endpoints: Endpoint, gateways: tuple[GatewayInfo, ...] = ()) -> ClusterSnapshot:
@@ -46,15 +34,15 @@ def snapshot(*endpoints: Endpoint, gateways: tuple[GatewayInfo, ...] = ()) -> Cl
     ],
 )
 def test_state_of_a_tier(states: tuple[EndpointState, ...], target: int, state: str, ready: bool) -> None:
-    endpoints = [endpoint(f"balanced-{i}", each) for i, each in enumerate(states)]
+    endpoints = [make_endpoint(f"balanced-{i}", each) for i, each in enumerate(states)]
     (tier,) = tier_statuses(snapshot(*endpoints), [replace(SPEC, replicas=target)])
     assert (tier.state, tier.ready) == (state, ready)
     assert tier.failed == (state == "failed")
 
 
 def test_phase_is_that_of_the_least_advanced_replica() -> None:
-    ahead = endpoint("balanced-1", S.READY, phase="serving")
-    behind = endpoint("balanced-2", S.STARTING, phase="loading weights")
+    ahead = make_endpoint("balanced-1", S.READY, phase="serving")
+    behind = make_endpoint("balanced-2", S.STARTING, phase="loading weights")
     (tier,) = tier_statuses(snapshot(ahead, behind), [SPEC])
     assert tier.phase == "loading weights"
     (tier,) = tier_statuses(snapshot(ahead, replace(ahead, endpoint_id="balanced-2")), [SPEC])
@@ -62,7 +50,7 @@ def test_phase_is_that_of_the_least_advanced_replica() -> None:
 
 
 def test_a_failed_tier_says_why() -> None:
-    (tier,) = tier_statuses(snapshot(endpoint("b", S.FAILED, diagnosis="no such model")), [SPEC])
+    (tier,) = tier_statuses(snapshot(make_endpoint("b", S.FAILED, diagnosis="no such model")), [SPEC])
     assert tier.diagnosis == "no such model"
 
 
@@ -71,14 +59,14 @@ def test_requests_in_flight_are_those_of_all_gateways() -> None:
         GatewayInfo("g1", "n", "", in_flight_by_endpoint=(("b1", 2), ("b2", 1))),
         GatewayInfo("g2", "n", "", in_flight_by_endpoint=(("b1", 3),)),
     )
-    one, two = endpoint("b1", S.READY, restarts=1), endpoint("b2", S.READY, restarts=2)
+    one, two = make_endpoint("b1", S.READY, restarts=1), make_endpoint("b2", S.READY, restarts=2)
     (tier,) = tier_statuses(snapshot(one, two, gateways=gateways), [SPEC])
     assert (tier.in_flight, tier.restarts) == (6, 3)
     assert [item.in_flight for item in tier.endpoints] == [5, 1]
 
 
 def test_tiers_are_in_the_configuration_s_order_and_unknown_ones_come_last() -> None:
-    stray = replace(endpoint("old-1", S.DRAINING), tier="old")
+    stray = replace(make_endpoint("old-1", S.DRAINING), tier="old")
     first = replace(SPEC, name="capable")
     tiers = tier_statuses(snapshot(stray), [first, SPEC])
     assert [tier.name for tier in tiers] == ["capable", "balanced", "old"]

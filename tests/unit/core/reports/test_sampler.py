@@ -17,14 +17,14 @@ from controlplane.core.telemetry.samples import Absence, EngineSample, Missing
 from controlplane.core.traffic.counters import TrafficCounters
 from controlplane.core.traffic.demand import TierDemandTracker
 from tests.support.controller import GIB, gpu_sample, node_sample
+from tests.support.endpoints import make_endpoint
 
 TIER = Instance(InstanceKind.TIER, "small", "small")
 HEARTBEAT_S = 2.0
 
 
 def endpoint(name: str, state: EndpointState = EndpointState.READY, **more: Any) -> Endpoint:
-    plain = Endpoint(name, "small", "m", "vllm", "", state, 10, generation=1)
-    return replace(plain, **more)
+    return make_endpoint(name, state, **{"tier": "small", "engine": "vllm", "generation": 1, **more})
 
 
 def instance(name: str) -> Instance:

@@ -15,8 +15,8 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from controlplane.gateway.telemetry.tracing import otlp_tracing
 from controlplane.http.messages import Request, Responder
-from controlplane.http.server import HttpServer
 from tests.support.gateway import CHAT, Rig, chat_body, running
+from tests.support.http_server import serving
 
 TRACE_ID, CLIENT_SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 ANSWER = {
@@ -25,16 +25,6 @@ ANSWER = {
     "choices": [{"index": 0, "message": {"role": "assistant", "content": "x"}, "finish_reason": "stop"}],
     "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
 }
-
-
-@asynccontextmanager
-async def serving(handle: object) -> AsyncIterator[int]:
-    server = HttpServer(handle, max_body_bytes=1 << 20)  # type: ignore[arg-type]
-    port = await server.start("127.0.0.1", 0)
-    try:
-        yield port
-    finally:
-        await server.drain(0.1)
 
 
 @asynccontextmanager
@@ -57,7 +47,11 @@ async def traced(
                 spans.extend(scope.spans)
         out.send(200, [(b"content-type", b"application/x-protobuf")], b"")
 
-    async with serving(engine) as engine_port, serving(collector) as port, running() as rig:
+    async with (
+        serving(engine) as (_, engine_port),
+        serving(collector, max_body_bytes=1 << 20) as (_, port),
+        running() as rig,
+    ):
         await rig.engine("e")
         rig.change("e", base_url=f"http://127.0.0.1:{engine_port}", generation=9)
         tracing = otlp_tracing(f"http://127.0.0.1:{port}/v1/traces", "gateway-a", ratio)
