@@ -231,11 +231,8 @@ class NodeAgent:
             self._conditions[key] = gpu.condition
             if gpu.condition is GpuCondition.LOST and before is not GpuCondition.LOST:
                 self._record(time.time(), GpuEventKind.LOST, gpu.info.uuid, detail=gpu.detail)
-            elif gpu.condition is GpuCondition.OK and before is not GpuCondition.OK:
-                if before is not None:
-                    self._record(time.time(), GpuEventKind.FOUND, gpu.info.uuid)
-                if before is not None or self._sample_count:
-                    self._event_source.refresh()
+            elif gpu.condition is GpuCondition.OK and before is not GpuCondition.OK and self._sample_count:
+                self._event_source.refresh()
 
     def _record(
         self, unix_s: float, kind: GpuEventKind, gpu_uuid: str = "", code: int = 0, detail: str = ""

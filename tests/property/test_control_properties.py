@@ -42,7 +42,8 @@ from controlplane.core.reconcile.reconcile import (
 )
 from controlplane.core.telemetry.samples import Absence, GpuCondition, Missing
 from controlplane.errors import IllegalTransition
-from tests.support.controller import GIB, World, xid
+from tests.support.controller import World, xid
+from tests.support.samples import GIB
 
 NODES = {"node-1": ["gpu-a0", "gpu-a1"], "node-2": ["gpu-b0", "gpu-b1"], "node-3": ["gpu-c0"]}
 GPUS = [uuid for uuids in NODES.values() for uuid in uuids]

@@ -27,7 +27,7 @@ from controlplane.core.telemetry.samples import (
     Reading,
 )
 from controlplane.core.telemetry.series import DEFAULT_LIMITS, Freshness, Signal, signal_of
-from tests.support.controller import gpu_sample, node_sample
+from tests.support.samples import gpu_sample, node_sample
 
 RULES = GpuRules(hold_initial_s=4, hot_for_s=3, suspect_for_s=4, probation_s=4, evidence_gap_s=6)
 NODES = {"n1": ("g0", "g1", "g2"), "n2": ("g3", "")}

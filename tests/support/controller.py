@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,20 +18,10 @@ from controlplane.core.placement.gangs import GangShape
 from controlplane.core.reconcile.commands import ReplicaCommandKind
 from controlplane.core.reconcile.migrations import Migration
 from controlplane.core.reconcile.replica_targets import TierTarget, desired_replicas
-from controlplane.core.telemetry.samples import (
-    Absence,
-    GpuCondition,
-    GpuEvent,
-    GpuEventKind,
-    GpuInfo,
-    GpuSample,
-    Missing,
-    NodeSample,
-    Reading,
-)
+from controlplane.core.telemetry.samples import Absence, GpuEvent, GpuEventKind, Missing, Reading
+from tests.support.samples import gpu_sample, node_sample
 
 HEARTBEAT_S = 2.0
-GIB = 1024**3
 
 
 class Clock:
@@ -41,48 +30,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.s
-
-
-def gpu_sample(uuid: str, index: int = 0, **fields: Any) -> GpuSample:
-    """A healthy GPU of 80 GiB, with what the test wants otherwise."""
-    info = GpuInfo(uuid, index, "NVIDIA A", numa_node=0, slowdown_c=90, nvlinks=())
-    usual: dict[str, object] = {
-        "memory_total_bytes": 80 * GIB,
-        "memory_used_bytes": 1 * GIB,
-        "memory_free_bytes": 79 * GIB,
-        "temperature_c": 50,
-        "gpu_ratio": 0.5,
-        "power_w": 200.0,
-        "ecc_uncorrected": 0,
-        "ecc_corrected": 0,
-    }
-    return GpuSample(**{"info": info, "condition": GpuCondition.OK, **usual, **fields})
-
-
-def node_sample(
-    node_id: str,
-    seq: int,
-    unix_s: float,
-    gpus: Iterable[GpuSample] = (),
-    driver: Reading[str] = "580",
-    epoch: str = "a",
-) -> NodeSample:
-    return NodeSample(
-        node_id=node_id,
-        epoch=epoch,
-        seq=seq,
-        unix_s=unix_s,
-        boot_id="boot",
-        cpu_count=8,
-        cpu_ratio=0.5,
-        load_1m=1.0,
-        memory_total_bytes=64 * GIB,
-        memory_available_bytes=32 * GIB,
-        disk_total_bytes=100 * GIB,
-        disk_free_bytes=50 * GIB,
-        driver_version=driver,
-        gpus=tuple(gpus),
-    )
 
 
 def xid(node_id: str, uuid: str, code: int, seq: int = 1) -> GpuEvent:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from controlplane.core.telemetry.gpu import GpuTelemetry
 from controlplane.core.telemetry.samples import NodeSample
-from controlplane.core.telemetry.series import DEFAULT_LIMITS, FreshnessLimits, LastReading, Signal
+from controlplane.core.telemetry.series import DEFAULT_LIMITS, FreshnessLimits, GaugeSeries, Signal
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +22,10 @@ class NodeTelemetry:
     """The newest sample of one node, and the signals of the node and of its GPUs."""
 
     def __init__(self, limits: FreshnessLimits = DEFAULT_LIMITS) -> None:
-        self._cpu = LastReading(limits)
-        self._memory = LastReading(limits)
-        self._disk = LastReading(limits)
+        newest_only = replace(limits, max_points=1)
+        self._cpu = GaugeSeries(newest_only)
+        self._memory = GaugeSeries(newest_only)
+        self._disk = GaugeSeries(newest_only)
         self.gpus = GpuTelemetry(limits)
         """Of the GPUs in the newest sample."""
         self.latest: NodeSample | None = None

@@ -195,10 +195,7 @@ class GpuEventKind(StrEnum):
 
     XID = "xid"
     UNCORRECTED_ECC = "uncorrected_ecc"
-    CORRECTED_ECC = "corrected_ecc"
     LOST = "lost"
-    FOUND = "found"
-    """A lost GPU responds again."""
     DRIVER_GONE = "driver_gone"
     DRIVER_BACK = "driver_back"
 

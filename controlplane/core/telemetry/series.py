@@ -92,18 +92,20 @@ def signal_of(
     return Signal(Freshness.FRESH, value, age_s)
 
 
-class GaugeSeries:
-    """A value that goes up and down."""
+class _Series:
+    """Readings of one value within a window."""
 
     __slots__ = ("_limits", "_points", "_why")
 
     def __init__(self, limits: FreshnessLimits = DEFAULT_LIMITS) -> None:
         self._limits = limits
         self._points: deque[tuple[float, float]] = deque(maxlen=limits.max_points)
+        """Time and value, oldest first."""
         self._why = ""
+        """Why the newest reading is missing; empty if it is not."""
 
     def observe(self, at_s: float, reading: Reading[float]) -> None:
-        """Adds a point. A missing reading adds none, so the last value gets older."""
+        """Adds a reading. A missing one has no value to add, so the last value gets older."""
         if isinstance(reading, Missing):
             self._why = reading.reason
             return
@@ -111,8 +113,19 @@ class GaugeSeries:
         points = self._points
         if points and at_s < points[-1][0]:
             return
-        points.append((at_s, reading))
-        _trim(points, at_s - self._limits.window_s)
+        points.append((at_s, self._stored(reading)))
+        while points[0][0] < at_s - self._limits.window_s:
+            points.popleft()
+
+    def _stored(self, value: float) -> float:
+        """What is stored of a value."""
+        return value
+
+
+class GaugeSeries(_Series):
+    """A value that goes up and down."""
+
+    __slots__ = ()
 
     def latest(self, now_s: float) -> Signal:
         """The newest value."""
@@ -130,56 +143,23 @@ class GaugeSeries:
         return len(over) / len(self._points), math.fsum(over) / len(over) if over else 0.0
 
 
-class LastReading:
-    """A value of which only the newest is ever read: no window is stored."""
-
-    __slots__ = ("_at_s", "_limits", "_value", "_why")
-
-    def __init__(self, limits: FreshnessLimits = DEFAULT_LIMITS) -> None:
-        self._limits = limits
-        self._value: float | None = None
-        self._at_s = -math.inf
-        self._why = ""
-
-    def observe(self, at_s: float, reading: Reading[float]) -> None:
-        """Stores the value. A missing reading leaves the last value in place, and that gets older."""
-        if isinstance(reading, Missing):
-            self._why = reading.reason
-            return
-        self._why = ""
-        if at_s >= self._at_s:
-            self._value, self._at_s = reading, at_s
-
-    def latest(self, now_s: float) -> Signal:
-        """The newest value."""
-        return signal_of(self._value, self._at_s, now_s, self._limits, self._why)
-
-
-class CounterSeries:
+class CounterSeries(_Series):
     """A value that only grows until its source restarts at zero."""
 
-    __slots__ = ("_limits", "_offset", "_points", "_raw", "_why")
+    __slots__ = ("_offset", "_raw")
 
     def __init__(self, limits: FreshnessLimits = DEFAULT_LIMITS) -> None:
-        self._limits = limits
-        self._points: deque[tuple[float, float]] = deque(maxlen=limits.max_points)
+        super().__init__(limits)
         self._offset = 0.0
+        """Sum of the values at which the counter was reset."""
         self._raw = 0.0
-        self._why = ""
+        """The last value as the source showed it."""
 
-    def observe(self, at_s: float, reading: Reading[float]) -> None:
-        """Adds the counter's value as its source shows it."""
-        if isinstance(reading, Missing):
-            self._why = reading.reason
-            return
-        self._why = ""
-        if self._points and at_s < self._points[-1][0]:
-            return
-        if self._points and reading < self._raw:
+    def _stored(self, value: float) -> float:
+        if value < self._raw:
             self._offset += self._raw
-        self._raw = reading
-        self._points.append((at_s, self._offset + reading))
-        _trim(self._points, at_s - self._limits.window_s)
+        self._raw = value
+        return self._offset + value
 
     def rate(self, now_s: float) -> Signal:
         """Increase per second over the window."""
@@ -232,8 +212,3 @@ def _monotonic(counts: tuple[float, ...]) -> list[float]:
         highest = max(highest, count)
         corrected.append(highest)
     return corrected
-
-
-def _trim(points: deque[tuple[float, float]], oldest_s: float) -> None:
-    while points[0][0] < oldest_s:
-        points.popleft()

@@ -23,7 +23,6 @@ from controlplane.node_agent.nvml.calls import GPU_LOST_CODES, missing_for
 _KINDS: Final = {
     pynvml.nvmlEventTypeXidCriticalError: GpuEventKind.XID,
     pynvml.nvmlEventTypeDoubleBitEccError: GpuEventKind.UNCORRECTED_ECC,
-    pynvml.nvmlEventTypeSingleBitEccError: GpuEventKind.CORRECTED_ECC,
 }
 _ALL_KINDS: Final = functools.reduce(operator.or_, _KINDS)
 _REJOIN_PAUSE_S: Final = 0.2

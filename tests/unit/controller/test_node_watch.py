@@ -24,7 +24,7 @@ from controlplane.core.telemetry.samples import (
     Reading,
 )
 from controlplane.node_agent.agent import EventHandler, NodeAgent
-from tests.support.controller import gpu_sample, node_sample
+from tests.support.samples import gpu_sample, node_sample
 from tests.support.waiting import forever, until_async
 
 

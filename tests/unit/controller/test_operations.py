@@ -13,7 +13,8 @@ from controlplane.core.placement.gangs import GangShape
 from controlplane.core.reconcile.commands import ActionOutcome
 from controlplane.core.telemetry.samples import Absence, GpuCondition, Missing, NvLink
 from controlplane.core.telemetry.series import Freshness
-from tests.support.controller import GIB, World, gpu_sample, node_sample
+from tests.support.controller import World
+from tests.support.samples import GIB, gpu_sample, node_sample
 
 
 def world(replicas: int = 2, shape: GangShape | None = None) -> World:

@@ -205,9 +205,6 @@ def test_ecc_events_and_loss_events_cordon_without_a_sample() -> None:
         life = Life()
         life.observe(None, event(kind))
         assert life.state is S.CORDONED
-    life = Life()
-    life.observe(None, event(GpuEventKind.CORRECTED_ECC), event(GpuEventKind.FOUND))
-    assert life.state is S.HEALTHY
 
 
 def test_heat_cordons_only_if_it_lasts() -> None:

@@ -14,6 +14,7 @@ from controlplane.core.telemetry.samples import (
     NodeSample,
     NvLink,
 )
+from tests.support.samples import node_sample
 
 
 def link(remote: str = "", *, active: bool = True, switch: bool = False) -> NvLink:
@@ -26,22 +27,7 @@ def gpu(name: str, *links: NvLink, **fields: Any) -> GpuSample:
 
 
 def sample(*gpus: GpuSample) -> NodeSample:
-    return NodeSample(
-        node_id="n",
-        epoch="e",
-        seq=1,
-        unix_s=0.0,
-        boot_id="b",
-        cpu_count=8,
-        cpu_ratio=0.5,
-        load_1m=1.0,
-        memory_total_bytes=10,
-        memory_available_bytes=5,
-        disk_total_bytes=10,
-        disk_free_bytes=5,
-        driver_version="1",
-        gpus=gpus,
-    )
+    return node_sample("n", 1, 0.0, gpus)
 
 
 def test_links_make_islands() -> None:

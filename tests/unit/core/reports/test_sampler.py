@@ -16,8 +16,8 @@ from controlplane.core.telemetry.engine import EngineTelemetry
 from controlplane.core.telemetry.samples import Absence, EngineSample, Missing
 from controlplane.core.traffic.counters import TrafficCounters
 from controlplane.core.traffic.demand import TierDemandTracker
-from tests.support.controller import GIB, gpu_sample, node_sample
 from tests.support.endpoints import make_endpoint
+from tests.support.samples import GIB, gpu_sample, node_sample
 
 TIER = Instance(InstanceKind.TIER, "small", "small")
 HEARTBEAT_S = 2.0

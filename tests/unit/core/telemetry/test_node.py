@@ -20,6 +20,7 @@ from controlplane.core.telemetry.samples import (
     NodeSample,
 )
 from controlplane.core.telemetry.series import Freshness, FreshnessLimits
+from tests.support.samples import node_sample
 
 LIMITS = FreshnessLimits()
 LOST = Missing(Absence.GPU_LOST, "GPU is lost")
@@ -31,22 +32,7 @@ def gpu(uuid: str = "GPU-a", **readings: Any) -> GpuSample:
 
 
 def node(seq: int, unix_s: float, *gpus: GpuSample, epoch: str = "one") -> NodeSample:
-    return NodeSample(
-        node_id="n",
-        epoch=epoch,
-        seq=seq,
-        unix_s=unix_s,
-        boot_id="b",
-        cpu_count=2,
-        cpu_ratio=0.5,
-        load_1m=0.1,
-        memory_total_bytes=10,
-        memory_available_bytes=5,
-        disk_total_bytes=10,
-        disk_free_bytes=5,
-        driver_version="580",
-        gpus=gpus,
-    )
+    return node_sample("n", seq, unix_s, gpus, epoch=epoch)
 
 
 def test_a_sample_counts_once_and_never_after_a_newer_one() -> None:
