@@ -1,6 +1,6 @@
-"""Prometheus rules, alerts and Grafana dashboards, from one source that knows which metrics there are.
+"""Prometheus rules, alerts and Grafana dashboards, generated from one source.
 
-A query is built from a metric that the program exports (:mod:`~controlplane.monitoring.catalog`), so a
-dashboard or an alert that names any other does not come into being. ``tierplane monitoring`` writes the
-files; those in ``k8s/components/monitoring`` are written by ``make monitoring`` and kept by a test.
+Queries are built from the metrics that the program exports (:mod:`~controlplane.monitoring.catalog`), so a
+dashboard or an alert can't name any other. ``tierplane monitoring`` writes the files; those in
+``k8s/components/monitoring`` are written by ``make monitoring``, and a test checks that they are up to date.
 """

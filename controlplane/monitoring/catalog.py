@@ -1,4 +1,4 @@
-"""Which metrics there are: the gateway's own, by looking at them, and those of Ray's that are used."""
+"""The metrics that queries may use: all of the gateway's, and some of Ray's."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from controlplane.gateway.telemetry.metrics import Metrics
 Kind = Literal["counter", "gauge", "histogram"]
 
 GATEWAY_LABEL: Final = "gateway"
-"""Each gateway answers for all of them, so every series comes once for each that is scraped: they are told
-apart by this label, and nothing else may be summed before the copies are gone."""
+"""Every gateway exports the series of all gateways, so each series exists once per scraped gateway. This
+label identifies the gateway that a series is of; the copies must be removed before a sum."""
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One metric, by the name it has in a query (a counter's with ``_total``; a histogram's without
-    ``_bucket``)."""
+    """One metric. ``name`` is the one in queries: of a counter with ``_total``, of a histogram without
+    ``_bucket``."""
 
     name: str
     kind: Kind
@@ -40,12 +40,13 @@ RAY: Final = tuple(
         ("ray_node_gpu_temperature_celsius", "GPU temperature."),
     )
 )
-"""What Ray's agent exports of each node's GPUs (Ray 2.60, ``reporter_agent.py``); a test keeps the names."""
+"""The metrics of each node's GPUs that Ray's agent exports (Ray 2.60, ``reporter_agent.py``); a test checks
+the names."""
 
 
 @cache
 def metrics() -> Mapping[str, Metric]:
-    """Every metric that a query may name, by that name."""
+    """Every metric that a query may use, by its name."""
     found = list(RAY)
     for series in vars(Metrics()).values():
         if isinstance(series, Counter | Gauge | Histogram):

@@ -1,4 +1,4 @@
-"""Grafana dashboards: the gateway, the tiers, the GPUs, and what speaks for scaling."""
+"""Grafana dashboards: gateways, tiers, GPUs and scaling."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ HEIGHT: Final = 8
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One graph: what it shows, and its queries by legend."""
+    """One graph."""
 
     title: str
     queries: Mapping[str, str]
-    """Legend, with ``{{label}}`` for a label's value → PromQL."""
+    """Legend → PromQL; ``{{label}}`` in a legend is replaced by the label's value."""
     unit: Unit = "short"
     about: str = ""
     limit: float | None = None
-    """Drawn as a line: where an alert begins."""
+    """The threshold of an alert, drawn as a line."""
     wide: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Dashboard:
-    """One page of panels."""
+    """One dashboard."""
 
     uid: str
     title: str
     panels: Sequence[Panel]
 
 
-_SHARES: Final = (0.5, 0.95, 0.99)
+_QUANTILES: Final = (0.5, 0.95, 0.99)
 
 
 def _quantiles(name: str, by: str) -> dict[str, str]:
-    return {f"{{{{{by}}}}} p{share * 100:g}": q.quantile(share, name, [by]) for share in _SHARES}
+    return {f"{{{{{by}}}}} p{quantile * 100:g}": q.quantile(quantile, name, [by]) for quantile in _QUANTILES}
 
 
 GATEWAY: Final = Dashboard(
@@ -65,11 +65,11 @@ GATEWAY: Final = Dashboard(
         Panel(
             "Queued requests",
             {"{{priority}}": "priority:tierplane_queued_requests:sum"},
-            about="Requests that wait for an engine, by priority.",
+            about="Requests that wait for a free slot, by priority.",
             limit=threshold("TierplaneQueueLong"),
         ),
         Panel(
-            "Wait in the queue",
+            "Time in the queue",
             _quantiles("tierplane_queue_wait_seconds", "priority"),
             "s",
             limit=threshold("TierplaneQueueWaitLong"),
@@ -77,28 +77,28 @@ GATEWAY: Final = Dashboard(
         Panel("Shed by reason", {"{{reason}}": q.rate("tierplane_shed_requests_total", ["reason"])}, "reqps"),
         Panel("Retries by reason", {"{{reason}}": q.rate("tierplane_retries_total", ["reason"])}, "reqps"),
         Panel(
-            "Streams whose engine was lost",
+            "Streams that lost their engine",
             {"{{method}}": q.rate("tierplane_resumes_total", ["method"])},
             "cps",
-            about="How they went on; refused: they could not.",
+            about="How they were resumed; refused: they could not be.",
         ),
-        Panel("Hedges", {"{{outcome}}": q.rate("tierplane_hedges_total", ["outcome"])}, "cps"),
+        Panel("Hedged requests", {"{{outcome}}": q.rate("tierplane_hedges_total", ["outcome"])}, "cps"),
         Panel(
-            "Alerts that fire",
+            "Firing alerts",
             {
-                "{{severity}} {{alert}} {{subject}}": q.seen(
+                "{{severity}} {{alert}} {{subject}}": q.highest(
                     "tierplane_alerts", ["alert", "severity", "subject"]
                 ),
                 "Prometheus: {{alertname}} {{tier}}": 'ALERTS{alertstate="firing", alertname=~"Tierplane.+"}',
             },
-            about="As the controller judges them, and as Prometheus does.",
+            about="Evaluated by the controller, and by Prometheus.",
             wide=True,
         ),
         Panel(
             "Requests by gateway",
             {"{{gateway}}": q.rate("tierplane_requests_total", ["gateway"])},
             "reqps",
-            about="Whether the load balancer in front of them shares fairly.",
+            about="Shows whether the load balancer distributes requests evenly.",
             wide=True,
         ),
     ),
@@ -110,7 +110,7 @@ TIERS: Final = Dashboard(
     (
         Panel("Requests", {"{{tier}}": "tier:tierplane_requests:rate5m"}, "reqps"),
         Panel(
-            "Failed share",
+            "Failed requests",
             {"{{tier}}": "tier:tierplane_failed:ratio5m"},
             "percentunit",
             limit=threshold("TierplaneRequestsFail"),
@@ -118,15 +118,15 @@ TIERS: Final = Dashboard(
         Panel(
             "Endpoints by state",
             {
-                "{{tier}} {{state}}": q.seen("tierplane_endpoints", ["tier", "state"]),
-                "{{tier}} due": q.seen("tierplane_due_replicas", ["tier"]),
+                "{{tier}} {{state}}": q.highest("tierplane_endpoints", ["tier", "state"]),
+                "{{tier}} due": q.highest("tierplane_due_replicas", ["tier"]),
             },
-            about="Due: how many have to be there, none while an operator has drained the tier.",
+            about="Due: replicas that must be ready now; 0 while an operator has drained the tier.",
         ),
         Panel(
             "Circuit breakers",
-            {"{{endpoint}}": q.seen("tierplane_breaker_open", ["tier", "endpoint"])},
-            about="1: kept from requests. 0.5: probing.",
+            {"{{endpoint}}": q.highest("tierplane_breaker_open", ["tier", "endpoint"])},
+            about="1: open, no requests are sent. 0.5: half open, probing.",
         ),
         Panel(
             "Time to first token",
@@ -134,9 +134,9 @@ TIERS: Final = Dashboard(
             "s",
             limit=threshold("TierplaneFirstTokenSlow"),
         ),
-        Panel("Between tokens", _quantiles("tierplane_inter_token_seconds", "tier"), "s"),
-        Panel("Whole answers", _quantiles("tierplane_request_seconds", "tier"), "s"),
-        Panel("Mean of whole answers", {"{{tier}}": q.mean("tierplane_request_seconds", ["tier"])}, "s"),
+        Panel("Inter-token latency", _quantiles("tierplane_inter_token_seconds", "tier"), "s"),
+        Panel("Request duration", _quantiles("tierplane_request_seconds", "tier"), "s"),
+        Panel("Mean request duration", {"{{tier}}": q.mean("tierplane_request_seconds", ["tier"])}, "s"),
         Panel("Tokens", {"{{tier}} {{kind}}": q.rate("tierplane_tokens_total", ["tier", "kind"])}, "cps"),
         Panel(
             "Failures at endpoints",
@@ -144,7 +144,7 @@ TIERS: Final = Dashboard(
             "cps",
         ),
         Panel(
-            "Served by another tier",
+            "Requests served by another tier",
             {
                 "{{kind}} {{from_tier}} → {{to_tier}}": q.rate(
                     "tierplane_spills_total", ["kind", "from_tier", "to_tier"]
@@ -180,12 +180,12 @@ GPUS: Final = Dashboard(
             limit=threshold("TierplaneGpuHot"),
         ),
         Panel(
-            "GPU time that requests took",
+            "GPU time of requests",
             {"{{tier}}": q.rate("tierplane_gpu_seconds_total", ["tier"])},
-            about="GPUs' worth of work, by processor sharing; device time where there is no GPU.",
+            about="A busy GPU's time divided among its requests; engine time for tiers without a GPU.",
         ),
         Panel(
-            "What the next tier would have taken",
+            "GPU time on the next tier",
             {"{{tier}}": q.rate("tierplane_next_tier_gpu_seconds_total", ["tier"])},
         ),
     ),
@@ -193,24 +193,24 @@ GPUS: Final = Dashboard(
 
 SCALING: Final = Dashboard(
     "tierplane-scaling",
-    "tierplane: scaling advice",
+    "tierplane: scaling",
     (
         Panel(
-            "Places taken",
+            "Slots in use",
             {"{{tier}}": "tier:tierplane_saturation:ratio"},
             "percentunit",
-            about="Near 1 for long: scale out. Near 0 for long: scale in.",
+            about="Near 1 for a long time: scale out. Near 0 for a long time: scale in.",
             limit=threshold("TierplaneTierSaturated"),
         ),
         Panel(
-            "Requests at the engines, and places",
+            "Requests in flight, and slots",
             {
                 "{{tier}} in flight": q.total("tierplane_in_flight_requests", ["tier"]),
-                "{{tier}} places": q.total("tierplane_slots", ["tier"]),
+                "{{tier}} slots": q.total("tierplane_slots", ["tier"]),
             },
         ),
         Panel(
-            "Waiting for a place",
+            "Queued requests",
             {"{{priority}}": "priority:tierplane_queued_requests:sum"},
             limit=threshold("TierplaneQueueLong"),
         ),
@@ -220,51 +220,54 @@ SCALING: Final = Dashboard(
             "s",
             limit=threshold("TierplaneFirstTokenSlow"),
         ),
-        Panel("Between tokens, p95", {"{{tier}}": "tier:tierplane_inter_token_seconds:p95_5m"}, "s"),
-        Panel("Whole answers, p95", {"{{tier}}": "tier:tierplane_request_seconds:p95_5m"}, "s"),
-        Panel("Ready endpoints", {"{{tier}}": q.seen("tierplane_endpoints", ["tier"], state="ready")}),
+        Panel("Inter-token latency, p95", {"{{tier}}": "tier:tierplane_inter_token_seconds:p95_5m"}, "s"),
+        Panel("Request duration, p95", {"{{tier}}": "tier:tierplane_request_seconds:p95_5m"}, "s"),
+        Panel("Ready endpoints", {"{{tier}}": q.highest("tierplane_endpoints", ["tier"], state="ready")}),
         Panel(
             "Requests that missed the SLO",
             {
                 "{{tier}}": "tier:tierplane_slo_missed:ratio5m",
-                "{{tier}} may": f"1 - {q.seen('tierplane_slo_target_ratio', ['tier'])}",
+                "{{tier}} allowed": f"1 - {q.highest('tierplane_slo_target_ratio', ['tier'])}",
             },
             "percentunit",
-            about="Of those meant for the tier; what failed or was shed missed it. May: by slo.attainment.",
+            about=(
+                "Of the requests meant for the tier; failed and shed ones count as missed. "
+                "Allowed: by slo.attainment."
+            ),
         ),
         Panel(
-            "Missed the SLO, in times what it allows",
+            "SLO burn rate",
             {"{{tier}}": "tier:tierplane_slo_burn:ratio5m"},
-            about="Above 1 the tier does not keep what it promises.",
+            about="Misses as a multiple of what the SLO allows: above 1 the tier does not meet it.",
             limit=threshold("TierplaneSloMissed"),
         ),
         Panel(
-            "Replicas: ready, to be, and wanted by the policy",
+            "Replicas: ready, target, and wanted by the policy",
             {
-                "{{tier}} ready": q.seen("tierplane_endpoints", ["tier"], state="ready"),
-                "{{tier}} to be": q.seen("tierplane_target_replicas", ["tier"]),
-                "{{tier}} wanted": q.seen("tierplane_wanted_replicas", ["tier"]),
+                "{{tier}} ready": q.highest("tierplane_endpoints", ["tier"], state="ready"),
+                "{{tier}} target": q.highest("tierplane_target_replicas", ["tier"]),
+                "{{tier}} wanted": q.highest("tierplane_wanted_replicas", ["tier"]),
             },
-            about="Wanted and to be differ where the mode is to advise, or a number was set by hand.",
+            about="Wanted and target differ in mode `advise`, and where an operator set the number.",
         ),
         Panel(
-            "Requests: what comes, what is forecast",
+            "Requests: rate and forecast",
             {
                 "{{tier}}": "tier:tierplane_requests:rate5m",
-                "{{tier}} forecast": q.seen("tierplane_forecast_requests_per_second", ["tier"]),
+                "{{tier}} forecast": q.highest("tierplane_forecast_requests_per_second", ["tier"]),
             },
             "reqps",
-            about="The forecast is for the moment at which a replica ordered now is ready.",
+            about="The forecast is for the time when a replica ordered now would be ready.",
         ),
         Panel(
-            "Recommendations that hold",
-            {"{{tier}} {{kind}}": q.seen("tierplane_recommendation", ["tier", "kind"])},
-            about="tierplane recommendations says why, and what each would bring.",
+            "Open recommendations",
+            {"{{tier}} {{kind}}": q.highest("tierplane_recommendation", ["tier", "kind"])},
+            about="`tierplane recommendations` shows the reasons and the predicted effects.",
         ),
         Panel(
-            "Advice that fires",
+            "Scaling alerts",
             {"{{alertname}} {{tier}}": 'ALERTS{alertname=~"TierplaneTier(Saturated|Idle)"}'},
-            about="The alerts that ask for more or fewer replicas.",
+            about="Alerts that suggest more or fewer replicas.",
         ),
     ),
 )
@@ -273,7 +276,7 @@ DASHBOARDS: Final = (GATEWAY, TIERS, GPUS, SCALING)
 
 
 def grafana(dashboard: Dashboard) -> dict[str, Any]:
-    """The dashboard as Grafana imports it; the data source is chosen there."""
+    """The dashboard as JSON for Grafana, where the data source is chosen on import."""
     panels: list[dict[str, Any]] = []
     x = y = 0
     for number, panel in enumerate(dashboard.panels, 1):
@@ -311,7 +314,7 @@ def grafana(dashboard: Dashboard) -> dict[str, Any]:
     }
 
 
-def _panel(panel: Panel, number: int, place: dict[str, int]) -> dict[str, Any]:
+def _panel(panel: Panel, number: int, position: dict[str, int]) -> dict[str, Any]:
     source = {"type": "prometheus", "uid": "${datasource}"}
     steps: list[dict[str, Any]] = [{"color": "green", "value": None}]
     custom: dict[str, Any] = {"fillOpacity": 10, "lineWidth": 1, "showPoints": "never"}
@@ -324,7 +327,7 @@ def _panel(panel: Panel, number: int, place: dict[str, int]) -> dict[str, Any]:
         "description": panel.about,
         "type": "timeseries",
         "datasource": source,
-        "gridPos": place,
+        "gridPos": position,
         "fieldConfig": {
             "defaults": {
                 "unit": panel.unit,

@@ -1,4 +1,4 @@
-"""The files that Prometheus, Alertmanager, Grafana and Kubernetes read, by their path."""
+"""The files for Prometheus, Alertmanager, Grafana and Kubernetes, by path."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from controlplane.monitoring.rules import JOB, rule_groups
 SCRAPE_S: Final = 15
 HEADER: Final = "# Written by: tierplane monitoring {kind}\n"
 RAY_TARGETS: Final = "/tmp/ray/prom_metrics_service_discovery.json"  # noqa: S108 - where Ray writes it
-"""The file in which a Ray on this machine lists what exports its metrics."""
+"""The file in which Ray on this machine lists its metrics endpoints."""
 
 
 def local_files(
     targets: Sequence[str], *, webhook: str = "", ray_targets: str = RAY_TARGETS, alertmanager: str = ""
 ) -> dict[str, str]:
-    """For Prometheus, Alertmanager and Grafana on machines of your own.
+    """For Prometheus, Alertmanager and Grafana outside Kubernetes.
 
-    ``targets`` are the gateways' ``host:port``; one is enough, since each answers for all. Alerts go to
-    ``webhook`` through the Alertmanager at ``alertmanager`` (``host:port``).
+    ``targets`` are gateways as ``host:port``; one is enough, since each exports the series of all. Alerts go
+    to ``webhook`` through the Alertmanager at ``alertmanager`` (``host:port``).
     """
     return {
         "prometheus.yml": _yaml(_prometheus(targets, ray_targets, alertmanager)),
@@ -35,7 +35,7 @@ def local_files(
 
 
 def kubernetes_files() -> dict[str, str]:
-    """For the Prometheus operator, and Grafana's dashboard sidecar: a kustomize component."""
+    """A kustomize component for the Prometheus operator and Grafana's dashboard sidecar."""
     boards = {f"dashboards/{board.uid}.json": _json(grafana(board)) for board in DASHBOARDS}
     return {
         "kustomization.yaml": _yaml(_kustomization(sorted(boards))),
@@ -76,7 +76,8 @@ def _prometheus(targets: Sequence[str], ray_targets: str, alertmanager: str) -> 
 
 
 def _alertmanager(webhook: str) -> dict[str, Any]:
-    """One message for a tier or a GPU, not one for each alert; a tier that is down hushes the rest of it."""
+    """One message per tier or node rather than per alert; while a tier is down its other alerts are
+    inhibited."""
     receiver: dict[str, Any] = {"name": "default"}
     if webhook:
         receiver["webhook_configs"] = [{"url": webhook, "send_resolved": True}]
@@ -120,7 +121,7 @@ def _kustomization(boards: Sequence[str]) -> dict[str, Any]:
 
 
 def _pod_monitor(name: str, more_labels: Mapping[str, str], port: str) -> dict[str, Any]:
-    # The job's name is what alerts and dashboards know the scrape by.
+    # Alerts and dashboards select series by this job name.
     relabelings = [{"action": "replace", "targetLabel": "job", "replacement": name}]
     return {
         "apiVersion": "monitoring.coreos.com/v1",

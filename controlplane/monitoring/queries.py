@@ -1,4 +1,4 @@
-"""PromQL from metrics that exist. A wrong name or label is a ValueError when the query is made."""
+"""PromQL built from metrics that exist; a wrong name or label is a ValueError."""
 
 from __future__ import annotations
 
@@ -7,53 +7,54 @@ from collections.abc import Sequence
 from controlplane.monitoring.catalog import GATEWAY_LABEL, Metric, metrics
 
 WINDOW = "5m"
+"""The window of all rates."""
 
 
 def total(name: str, by: Sequence[str] = (), **only: str) -> str:
-    """A gauge, added up over gateways: what all of them have."""
+    """A gauge that each gateway has a part of: the sum over all gateways."""
     metric = _metric(name, "gauge")
     return _sum(by, _once(metric, _select(metric, name, only)), metric)
 
 
-def seen(name: str, by: Sequence[str] = (), **only: str) -> str:
-    """A gauge that every gateway sees whole: the most that any of them says."""
+def highest(name: str, by: Sequence[str] = (), **only: str) -> str:
+    """A gauge that every gateway reports for the whole plane: the maximum over all gateways."""
     metric = _metric(name, "gauge")
     _check(metric, by)
     return f"max by ({', '.join(by)}) ({_select(metric, name, only)})"
 
 
-def rate(name: str, by: Sequence[str] = (), window: str = WINDOW, **only: str) -> str:
-    """A counter's growth per second."""
+def rate(name: str, by: Sequence[str] = (), **only: str) -> str:
+    """The increase of a counter per second."""
     metric = _metric(name, "counter")
-    return _sum(by, _once(metric, f"rate({_select(metric, name, only)}[{window}])"), metric)
+    return _sum(by, _once(metric, f"rate({_select(metric, name, only)}[{WINDOW}])"), metric)
 
 
-def quantile(share: float, name: str, by: Sequence[str] = (), window: str = WINDOW, **only: str) -> str:
-    """A histogram's quantile, in its unit."""
+def quantile(quantile: float, name: str, by: Sequence[str] = (), **only: str) -> str:
+    """A quantile of a histogram, in its unit."""
     metric = _metric(name, "histogram")
-    buckets = _once(metric, f"rate({_select(metric, f'{name}_bucket', only)}[{window}])", "le")
+    buckets = _once(metric, f"rate({_select(metric, f'{name}_bucket', only)}[{WINDOW}])", "le")
     _check(metric, by)
-    return f"histogram_quantile({share:g}, sum by ({', '.join([*by, 'le'])}) ({buckets}))"
+    return f"histogram_quantile({quantile:g}, sum by ({', '.join([*by, 'le'])}) ({buckets}))"
 
 
-def mean(name: str, by: Sequence[str] = (), window: str = WINDOW, **only: str) -> str:
-    """A histogram's mean, in its unit."""
+def mean(name: str, by: Sequence[str] = (), **only: str) -> str:
+    """The mean of a histogram, in its unit."""
     metric = _metric(name, "histogram")
     parts = [
-        _sum(by, _once(metric, f"rate({_select(metric, f'{name}_{part}', only)}[{window}])"), metric)
+        _sum(by, _once(metric, f"rate({_select(metric, f'{name}_{part}', only)}[{WINDOW}])"), metric)
         for part in ("sum", "count")
     ]
     return f"{parts[0]} / {parts[1]}"
 
 
-def gpu(name: str, expression: str = "{}") -> str:
-    """One of Ray's GPU metrics, by node and GPU; ``expression`` is put around it."""
+def gpu(name: str) -> str:
+    """One of Ray's GPU metrics, by node and GPU."""
     _metric(name, "gauge")
-    return expression.format(f"max by (ip, GpuIndex) ({name})")
+    return f"max by (ip, GpuIndex) ({name})"
 
 
 def gpu_memory_ratio() -> str:
-    """Used share of each GPU's memory."""
+    """The used ratio of each GPU's memory."""
     used, free = gpu("ray_node_gram_used"), gpu("ray_node_gram_available")
     return f"{used} / ({used} + {free})"
 
@@ -78,7 +79,7 @@ def _select(metric: Metric, name: str, only: dict[str, str]) -> str:
 
 
 def _once(metric: Metric, expression: str, *more: str) -> str:
-    """``expression`` without the copies that come of scraping several gateways."""
+    """``expression`` without the copies that exist if several gateways are scraped."""
     if metric.source != "gateway":
         return expression
     return f"max by ({', '.join([GATEWAY_LABEL, *metric.labels, *more])}) ({expression})"

@@ -1,4 +1,4 @@
-"""Rules, alerts and dashboards: each names what exists, alerts fire and are quiet, files are kept."""
+"""Rules, alerts and dashboards: all metrics exist, alerts fire and stay quiet, files are up to date."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from controlplane.monitoring import rules
 from controlplane.monitoring.catalog import RAY, metrics
 from controlplane.monitoring.dashboards import DASHBOARDS, grafana
 from controlplane.monitoring.files import kubernetes_files, local_files
+from tests.support.alert_series import CASES, rule_tests
 from tests.support.debian_tools import tool
 from tests.support.repository import ROOT
 
@@ -46,7 +47,7 @@ def test_no_query_names_a_metric_that_does_not_exist(where: str) -> None:
     assert named or "up{" in EXPRESSIONS[where] or "ALERTS{" in EXPRESSIONS[where]
 
 
-def test_a_wrong_name_or_label_is_refused_when_the_query_is_made() -> None:
+def test_a_query_with_a_wrong_name_or_label_is_refused() -> None:
     with pytest.raises(ValueError, match="no counter 'tierplane_request_total'"):
         q.rate("tierplane_request_total")
     with pytest.raises(ValueError, match="no label model"):
@@ -65,7 +66,7 @@ def test_every_metric_is_on_a_dashboard() -> None:
     assert missing == [], "give it a panel in controlplane/monitoring/dashboards.py"
 
 
-def test_rays_metrics_are_those_of_the_installed_ray() -> None:
+def test_rays_metrics_exist_in_the_installed_ray() -> None:
     import ray
 
     source = (
@@ -75,13 +76,17 @@ def test_rays_metrics_are_those_of_the_installed_ray() -> None:
         assert f'"{metric.name.removeprefix("ray_")}"' in source
 
 
-def test_dashboards_are_whole() -> None:
+def test_dashboards_are_complete() -> None:
     assert len({board.uid for board in DASHBOARDS}) == len(DASHBOARDS)
     for board in DASHBOARDS:
         made = grafana(board)
-        places = [each["gridPos"] for each in made["panels"]]
-        cells = {(x, place["y"]) for place in places for x in range(place["x"], place["x"] + place["w"])}
-        assert len(cells) == sum(place["w"] for place in places), "panels overlap"
+        positions = [each["gridPos"] for each in made["panels"]]
+        cells = {
+            (x, position["y"])
+            for position in positions
+            for x in range(position["x"], position["x"] + position["w"])
+        }
+        assert len(cells) == sum(position["w"] for position in positions), "panels overlap"
         for panel, shown in zip(board.panels, made["panels"], strict=True):
             assert [each["expr"] for each in shown["targets"]] == list(panel.queries.values())
             for legend in panel.queries:
@@ -100,11 +105,11 @@ def promtool(*words: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([tool("promtool"), *words], capture_output=True, text=True, check=False)
 
 
-def test_every_alert_fires_and_is_quiet(tmp_path: Path) -> None:
+def test_every_alert_fires_and_stays_quiet(tmp_path: Path) -> None:
     path = write_rules(tmp_path, rules.rule_groups())
     checked = promtool("check", "rules", path)
     assert checked.returncode == 0, checked.stderr
-    tests = rules.rule_tests(path.name)
+    tests = rule_tests(path.name)
     assert len(tests["tests"]) == 2 * len(rules.ALERTS)
     (tmp_path / "tests.yml").write_text(yaml.safe_dump(tests, sort_keys=False))
     tested = promtool("test", "rules", tmp_path / "tests.yml")
@@ -112,13 +117,13 @@ def test_every_alert_fires_and_is_quiet(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["TierplaneTierDown", "TierplaneRequestsFail", "TierplaneGpuHot"])
-def test_the_rule_tests_find_a_rule_that_never_fires(
+def test_the_rule_tests_detect_a_rule_that_never_fires(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = [replace(a, expr=f"({a.expr}) * 0 > 1") if a.name == name else a for a in rules.ALERTS]
     monkeypatch.setattr(rules, "ALERTS", tuple(broken))
     path = write_rules(tmp_path, rules.rule_groups())
-    (tmp_path / "tests.yml").write_text(yaml.safe_dump(rules.rule_tests(path.name), sort_keys=False))
+    (tmp_path / "tests.yml").write_text(yaml.safe_dump(rule_tests(path.name), sort_keys=False))
     tested = promtool("test", "rules", tmp_path / "tests.yml")
     assert tested.returncode == 1
     assert name in tested.stdout + tested.stderr
@@ -127,19 +132,19 @@ def test_the_rule_tests_find_a_rule_that_never_fires(
 def test_series_of_the_rule_tests_exist_with_their_labels() -> None:
     names = existing() | {"up"}
     for alert in rules.ALERTS:
-        for series in [*alert.proof.fires.series, *alert.proof.quiet.series]:
+        for series in [*CASES[alert.name].fires.series, *CASES[alert.name].quiet.series]:
             name, _, labels = series.partition("{")
             assert name in names
             metric = metrics().get(name) or metrics().get(name.removesuffix("_bucket"))
             if metric is not None and metric.source == "gateway":
-                given = set(re.findall(r"(\w+)=", labels))
-                assert given == {*metric.labels, "gateway", "instance"} | (
+                found = set(re.findall(r"(\w+)=", labels))
+                assert found == {*metric.labels, "gateway", "instance"} | (
                     {"le"} if metric.kind == "histogram" else set()
                 )
 
 
 def test_the_gateways_copies_are_not_counted_twice() -> None:
-    """Two targets that each answer for both gateways give the same figures as one."""
+    """Two targets that each export the series of both gateways give the same figures as one."""
     for board in DASHBOARDS:
         for panel in board.panels:
             for expr in panel.queries.values():
@@ -148,7 +153,7 @@ def test_the_gateways_copies_are_not_counted_twice() -> None:
                         assert re.search(r"max by \([^)]*\) \((rate\()?" + name, expr), expr
 
 
-def test_local_files_are_taken_by_the_programs_that_read_them(tmp_path: Path) -> None:
+def test_local_files_are_valid_for_the_programs_that_read_them(tmp_path: Path) -> None:
     result = CliRunner().invoke(
         command, ["local", str(tmp_path), "--target", "10.0.0.1:8080", "--webhook", "http://127.0.0.1:1/x"]
     )
@@ -163,13 +168,13 @@ def test_local_files_are_taken_by_the_programs_that_read_them(tmp_path: Path) ->
         assert json.loads((tmp_path / "dashboards" / f"{board.uid}.json").read_text())["panels"]
 
 
-def test_the_component_is_what_the_source_says() -> None:
+def test_the_component_is_up_to_date() -> None:
     files = kubernetes_files()
     written = {str(p.relative_to(COMPONENT)) for p in COMPONENT.rglob("*") if p.is_file()}
     assert written == set(files)
     for name, text in files.items():
-        wanted = with_header(name, text, "k8s k8s/components/monitoring")
-        assert (COMPONENT / name).read_text("utf-8") == wanted, "run: make monitoring"
+        expected = with_header(name, text, "k8s k8s/components/monitoring")
+        assert (COMPONENT / name).read_text("utf-8") == expected, "run: make monitoring"
 
 
 def test_rules_are_the_same_everywhere() -> None:

@@ -13,6 +13,7 @@ from controlplane.core.alerts.alert import AlertRule, EvaluatedBy, Severity, Sub
 from controlplane.core.alerts.rules import BY_NAME, RULES, RuleChange, changed, rule_named
 from controlplane.core.traffic.counters import TierFigures
 from controlplane.monitoring import rules as prometheus
+from tests.support import alert_series
 
 PROM = {alert.name: alert for alert in prometheus.ALERTS}
 OURS = {value for name, value in vars(core).items() if name.isupper() and isinstance(value, str)}
@@ -36,7 +37,7 @@ def test_prometheus_has_the_same_rule(rule: AlertRule) -> None:
 
 
 def test_controller_and_prometheus_have_the_same_rules() -> None:
-    assert set(PROM) == set(prometheus.PROOFS) == set(BY_NAME)
+    assert set(PROM) == set(alert_series.CASES) == set(BY_NAME)
     assert len(BY_NAME) == len(RULES)
     used = {rule.figure for rule in RULES if rule.judge is not EvaluatedBy.PROGRAM}
     used |= {rule.given.figure for rule in RULES if rule.given is not None}
