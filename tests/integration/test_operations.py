@@ -155,10 +155,10 @@ def hurried(files: dict[str, str]) -> dict[str, str]:
 
 
 WITHOUT_FAULTS = {
-    "Failures by reason", "Queued requests", "Wait in the queue", "Shed by reason", "Retries by reason",
-    "Streams whose engine was lost", "Hedges", "Failures at endpoints", "Served by another tier",
-    "What the next tier would have taken", "Waiting for a place", "Advice that fires", "Alerts that fire",
-    "Recommendations that hold",
+    "Failures by reason", "Queued requests", "Time in the queue", "Shed by reason", "Retries by reason",
+    "Streams that lost their engine", "Hedged requests", "Failures at endpoints",
+    "Requests served by another tier", "GPU time on the next tier", "Scaling alerts", "Firing alerts",
+    "Open recommendations",
 }  # fmt: skip
 """Panels that may be empty on a plane where nothing goes wrong, beside those of GPUs that aren't there."""
 
