@@ -1,7 +1,8 @@
-"""A fleet under a virtual clock: the production routing, admission and scaling code, fake engines.
+"""A fleet under a virtual clock: production code for routing, admission, placement and scaling, simulated
+engines.
 
-:mod:`.traces` reads arrivals, :mod:`.scenario` turns a configuration into tiers, :mod:`.simulator` runs them,
-:mod:`.fleet` and :mod:`.cluster` hold replicas and their places, :mod:`.policies` the scaling policies,
-:mod:`.results` what came out and :mod:`.plot` the pictures. See simulation.md for what is modelled and how
-far it can be trusted.
+:mod:`.traces` reads arrivals, :mod:`.scenario_builder` makes a :mod:`.scenario` from a configuration, and
+:mod:`.simulator` runs it with one of :mod:`.policies`. A :mod:`.tier` has a :mod:`.fleet` of replicas on a
+:mod:`.cluster`. :mod:`.results` has what comes out, and :mod:`.plot` draws it. simulation.md describes what
+is modelled and how accurate it is.
 """

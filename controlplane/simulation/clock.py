@@ -1,4 +1,4 @@
-"""Virtual time: events in order of their moment, and of their making where moments are equal."""
+"""Virtual time: events in the order of their times, and those of equal times in the order of scheduling."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class VirtualClock:
-    """Runs callbacks at their time; nothing waits."""
+    """Runs callbacks at their times, without waiting."""
 
     __slots__ = ("_events", "_sequence", "now_s")
 
@@ -19,17 +19,17 @@ class VirtualClock:
         self._sequence = 0
 
     def at(self, when_s: float, call: Callable[[Any], None], argument: Any = None) -> None:
-        """``call(argument)`` at ``when_s``, or now if that has passed."""
+        """Schedule ``call(argument)`` at ``when_s``, or now if that has passed."""
         self._sequence += 1
         heappush(self._events, (when_s, self._sequence, call, argument))
 
     @property
     def next_s(self) -> float:
-        """When the next event is due; infinity: there is none."""
+        """Time of the next event; infinite if there is none."""
         return self._events[0][0] if self._events else inf
 
     def run_until(self, until_s: float) -> None:
-        """Runs every event due until then, and moves the time there."""
+        """Run every event up to ``until_s``, and set the time to it."""
         events = self._events
         while events and events[0][0] <= until_s:
             when_s, _, call, argument = heappop(events)

@@ -1,13 +1,15 @@
-"""A fake engine: continuous batching as an event model, two or three events a request.
+"""A model of an engine with continuous batching: two or three events per request.
 
-All sequences that decode advance by one token a step, so an answer of n tokens that joins when the engine has
-made V steps is done after V + n: a heap of those marks is all that is kept, and no single token is simulated.
-A step takes what :class:`EngineTiming` says for the batch and its context. A prompt takes the engine for
-itself for its time, as chunked prefill nearly does, and each of its chunks carries one token for those that
-decode. A sequence needs room in the KV cache for what it has; when the cache is full the youngest is put back
-into the engine's queue and later computed again, as vLLM does. Prefixes are kept by block, least recently
-used. Engine ``simulated`` does neither: its prompts are worked on side by side, each slows the others' steps
-as one more that decodes, and its KV cache is a gauge.
+All decoding sequences advance by one token per step, so an answer of n tokens that joins when the engine has
+made V steps is done at step V + n. A heap of these steps suffices; single tokens are not simulated. The
+duration of a step for the batch and its context comes from :class:`EngineTiming`. A prompt occupies the whole
+engine for its prefill time, which is close to chunked prefill, and each of its chunks carries one token for
+every decoding sequence. A sequence needs KV cache for its tokens; when the cache is full, the youngest
+sequence returns to the engine's queue and is computed again later, as in vLLM. Prefixes are cached by block
+and evicted least recently used first.
+
+Engine ``simulated`` works differently: prompts are processed in parallel, each slows the steps of the others
+like one more decoding sequence, and the KV cache is only a gauge.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
-from typing import Any, Final, Protocol
+from typing import Any, ClassVar, Final, Protocol
 
 from controlplane.core.sizing.roofline import Roofline
 from controlplane.simulation.clock import VirtualClock
@@ -29,21 +31,22 @@ BLOCK_TOKENS: Final = 512
 
 
 class EngineTiming(Protocol):
-    """How long an engine takes."""
+    """The durations of an engine's work."""
 
     @property
     def parallel_prompts(self) -> bool:
-        """Prompts don't take the engine from each other; they count into the batch of a step."""
+        """Prompts are processed in parallel and count as part of the batch of a step."""
 
     @property
     def kv_bound(self) -> bool:
-        """The KV cache limits what runs, and keeps prefixes; otherwise it is only measured."""
+        """The KV cache limits the running sequences and caches prefixes; otherwise its use is only
+        measured."""
 
     def prompt_s(self, tokens: int) -> float:
-        """To process a prompt."""
+        """Time to process a prompt."""
 
     def step_s(self, batch: int, context: float) -> float:
-        """One decode step of ``batch`` sequences with ``context`` tokens each."""
+        """Time of one decode step of ``batch`` sequences with ``context`` tokens each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +55,15 @@ class RooflineTiming:
 
     line: Roofline
     ratio: float = 1.0
-    parallel_prompts: bool = False
-    kv_bound: bool = True
+    parallel_prompts: ClassVar[bool] = False
+    kv_bound: ClassVar[bool] = True
 
     def prompt_s(self, tokens: int) -> float:
-        """To process a prompt."""
+        """Time to process a prompt."""
         return self.line.prefill_s(tokens) / self.ratio
 
     def step_s(self, batch: int, context: float) -> float:
-        """One decode step."""
+        """Time of one decode step."""
         return self.line.step_s(batch, context) / self.ratio
 
 
@@ -76,11 +79,11 @@ class SimulatedTiming:
     kv_bound: bool = False
 
     def prompt_s(self, tokens: int) -> float:
-        """To process a prompt."""
+        """Time to process a prompt."""
         return self.ttft_s + (tokens / self.prefill_tokens_per_s if self.prefill_tokens_per_s else 0.0)
 
     def step_s(self, batch: int, context: float) -> float:
-        """One decode step; ``context`` makes no difference."""
+        """Time of one decode step, independent of ``context``."""
         return self.itl_s * (1 + self.batch_slowdown * (batch - 1)) or 1e-6
 
 
@@ -88,8 +91,8 @@ class EngineJob:
     """One request inside an engine."""
 
     __slots__ = (
-        *("blocks", "computed_tokens", "done_s", "engine", "first_s", "input_tokens", "kv_tokens"),
-        *("made", "mark", "output_tokens", "payload", "sequence"),
+        *("blocks", "computed_tokens", "first_s", "generated_tokens", "input_tokens", "joined_step"),
+        *("output_tokens", "payload"),
     )
 
     def __init__(
@@ -100,28 +103,24 @@ class EngineJob:
         self.blocks = blocks
         self.payload = payload
         self.first_s: float | None = None
-        self.done_s = 0.0
-        self.made = 0
-        """Answer tokens that it has."""
+        """Time of its first token."""
+        self.generated_tokens = 0
         self.computed_tokens = 0
-        """Prompt tokens that were computed for it, not taken from the prefix cache."""
-        self.kv_tokens = 0.0
-        self.mark = 0.0
-        """The engine's step count when it joined."""
-        self.sequence = 0
-        self.engine: VirtualEngine | None = None
+        """Prompt tokens that were computed for it and not found in the prefix cache."""
+        self.joined_step = 0.0
+        """The engine's step count when it joined the decoding sequences."""
 
 
 @dataclass(slots=True)
 class EngineMeter:
-    """What an engine did since it was read."""
+    """The work of an engine since the last reading."""
 
     busy_s: float = 0.0
     batch_s: float = 0.0
-    """Sequences that decode, over time."""
-    generated: float = 0.0
-    prompted: float = 0.0
-    preempted: int = 0
+    """Number of running sequences, integrated over time."""
+    generated_tokens: float = 0.0
+    prompt_tokens: float = 0.0
+    """Computed prompt tokens."""
 
 
 class VirtualEngine:
@@ -145,28 +144,29 @@ class VirtualEngine:
         self._on_first = on_first
         self._on_done = on_done
         self.waiting: deque[EngineJob] = deque()
-        self._running: list[tuple[float, int, EngineJob]] = []
-        """(step count at which it is done, order of joining, job)."""
-        self._prompting: dict[int, EngineJob] = {}
-        """Whose prompts are being processed, by the order of their beginning."""
-        self._begun = 0
+        self._decoding: list[tuple[float, int, EngineJob]] = []
+        """A heap of (step count at which the job is done, number in the order of joining, job)."""
+        self._prefilling: dict[int, EngineJob] = {}
+        """Jobs whose prompts are being processed, by their number in the order of starting."""
+        self._prefills = 0
         self._steps = 0.0
         self._step_s = 0.0
         self._last_s = 0.0
         self._version = 0
+        """Changes when the scheduled end of decoding is no longer valid."""
         self._kv_used = 0.0
-        self._sequence = 0
-        self._inside = False
+        self._joined = 0
+        self._in_event = False
         self._dead = False
         self._prefixes: OrderedDict[int, None] = OrderedDict()
         self.meter = EngineMeter()
         self._read_busy_s = 0.0
-        """Of the meters that were read."""
+        """Busy time of the meters that were read."""
 
     @property
     def running(self) -> int:
-        """Sequences that it works on."""
-        return len(self._running) + len(self._prompting)
+        """Sequences that decode or whose prompts are being processed."""
+        return len(self._decoding) + len(self._prefilling)
 
     @property
     def kv_usage_ratio(self) -> float:
@@ -175,173 +175,172 @@ class VirtualEngine:
 
     @property
     def worked_s(self) -> float:
-        """How long it has worked since it began; looking changes nothing."""
+        """How long it has worked since its start. Reading this changes nothing."""
         since_s = self._clock.now_s - self._last_s if self.running else 0.0
         return self._read_busy_s + self.meter.busy_s + since_s
 
     def submit(self, job: EngineJob) -> None:
-        """A request arrives."""
-        job.engine = self
+        """Add a job to the engine's queue."""
         self.waiting.append(job)
-        if not self._inside:
+        if not self._in_event:
             self._advance()
             self._plan()
 
     def kill(self) -> list[EngineJob]:
-        """The process dies; what it had is returned."""
+        """End the process; returns all its jobs."""
         self._advance()
         self._dead = True
         self._version += 1
-        lost = [*self._prompting.values(), *(entry[2] for entry in self._running), *self.waiting]
+        lost = [*self._prefilling.values(), *(entry[2] for entry in self._decoding), *self.waiting]
         self.waiting.clear()
-        self._running.clear()
-        self._prompting.clear()
+        self._decoding.clear()
+        self._prefilling.clear()
         return lost
 
     def read(self) -> EngineMeter:
-        """What it did since the last call."""
+        """The work since the last call."""
         self._advance()
         meter, self.meter = self.meter, EngineMeter()
         self._read_busy_s += meter.busy_s
         return meter
 
     def _advance(self) -> None:
-        """Brings the count of steps up to now."""
+        """Update steps, KV cache and meter to the present."""
         now_s = self._clock.now_s
         passed_s = now_s - self._last_s
         self._last_s = now_s
         if passed_s <= 0:
             return
-        batch = len(self._running)
+        batch = len(self._decoding)
         meter = self.meter
-        if batch or self._prompting:
+        if batch or self._prefilling:
             meter.busy_s += passed_s
-            meter.batch_s += passed_s * (batch + len(self._prompting))
-        if batch and (not self._prompting or self._timing.parallel_prompts):
+            meter.batch_s += passed_s * (batch + len(self._prefilling))
+        if batch and (not self._prefilling or self._timing.parallel_prompts):
             steps = passed_s / self._step_s
             self._step(steps, batch)
 
     def _step(self, steps: float, batch: int) -> None:
         self._steps += steps
         self._kv_used += steps * batch
-        self.meter.generated += steps * batch
+        self.meter.generated_tokens += steps * batch
 
     def _plan(self) -> None:
-        """Decides what comes next."""
+        """Start prompts that fit, and schedule the next end of a decoding sequence."""
         parallel = self._timing.parallel_prompts
-        while self.waiting and (parallel or not self._prompting) and self._fits(self.waiting[0]):
+        while self.waiting and (parallel or not self._prefilling) and self._fits(self.waiting[0]):
             self._begin_prompt(self.waiting.popleft())
-        running = self._running
-        if not running or (self._prompting and not parallel):
+        decoding = self._decoding
+        if not decoding or (self._prefilling and not parallel):
             return
-        batch = len(running)
-        beside = len(self._prompting)  # none but where prompts are parallel
-        self._step_s = self._timing.step_s(batch + beside, self._kv_used / batch)
-        steps = running[0][0] - self._steps
-        room = self._kv_limit - self._kv_used
-        if batch > 1 and room < steps * batch:
-            steps = max(room, 0.0) / batch
+        batch = len(decoding)
+        prefills = len(self._prefilling)  # 0 unless prompts are processed in parallel
+        self._step_s = self._timing.step_s(batch + prefills, self._kv_used / batch)
+        steps = decoding[0][0] - self._steps
+        free = self._kv_limit - self._kv_used
+        if batch > 1 and free < steps * batch:
+            steps = max(free, 0.0) / batch
         self._version += 1
         self._clock.at(self._clock.now_s + max(steps, 0.0) * self._step_s, self._decoded, self._version)
 
     def _fits(self, job: EngineJob) -> bool:
         if self.running >= self._max_sequences:
             return False
-        # An empty engine takes whatever comes: nothing would ever change otherwise.
-        need = job.input_tokens + job.made
+        # An idle engine accepts any job, or one that is too large would wait for ever.
+        need = job.input_tokens + job.generated_tokens
         return not self.running or self._kv_used + need <= self._kv_limit
 
     def _begin_prompt(self, job: EngineJob) -> None:
-        self._begun += 1
-        self._prompting[self._begun] = job
+        self._prefills += 1
+        self._prefilling[self._prefills] = job
         self._version += 1
-        tokens = job.input_tokens + job.made
-        fresh = max(tokens - self._hits(job), 1)
-        job.computed_tokens += fresh
-        job.kv_tokens = float(tokens)
+        tokens = job.input_tokens + job.generated_tokens
+        computed = max(tokens - self._cached_tokens(job), 1)
+        job.computed_tokens += computed
         self._kv_used += tokens
-        self.meter.prompted += fresh
-        took_s = self._timing.prompt_s(fresh)
-        self._clock.at(self._clock.now_s + took_s, self._prompt_done, (self._begun, fresh))
+        self.meter.prompt_tokens += computed
+        takes_s = self._timing.prompt_s(computed)
+        self._clock.at(self._clock.now_s + takes_s, self._prompt_done, (self._prefills, computed))
 
-    def _hits(self, job: EngineJob) -> int:
-        """Prompt tokens in the prefix cache; they are there afterwards in any case."""
+    def _cached_tokens(self, job: EngineJob) -> int:
+        """Prompt tokens that are in the prefix cache; adds the whole prompt to it."""
         if not job.blocks or not self._timing.kv_bound:
             return 0
         cache = self._prefixes
-        hits = 0
+        cached_blocks = 0
         for block in job.blocks:
             if block not in cache:
                 break
-            hits += 1
+            cached_blocks += 1
         for block in job.blocks:
             cache[block] = None
             cache.move_to_end(block)
-        most = int(self._kv_capacity // BLOCK_TOKENS)
-        while len(cache) > most:
+        capacity = int(self._kv_capacity // BLOCK_TOKENS)
+        while len(cache) > capacity:
             cache.popitem(last=False)
-        # The last block is never whole: at least one token must be computed.
-        return min(hits * BLOCK_TOKENS, job.input_tokens - 1)
+        # At least one token must be computed.
+        return min(cached_blocks * BLOCK_TOKENS, job.input_tokens - 1)
 
     def _prompt_done(self, argument: tuple[int, int]) -> None:
         if self._dead:
             return
-        number, fresh = argument
-        self._inside = True
+        number, computed = argument
+        self._in_event = True
         self._advance()
-        job = self._prompting.pop(number)
-        batch = len(self._running)
+        job = self._prefilling.pop(number)
+        batch = len(self._decoding)
         if batch and not self._timing.parallel_prompts:
-            self._step(-(-fresh // CHUNK_TOKENS), batch)
-        self._sequence += 1
-        job.sequence = self._sequence
-        job.made += 1
-        job.mark = self._steps
+            self._step(-(-computed // CHUNK_TOKENS), batch)
+        self._joined += 1
+        job.generated_tokens += 1
+        job.joined_step = self._steps
         self._kv_used += 1
-        self.meter.generated += 1
+        self.meter.generated_tokens += 1
         if job.first_s is None:
             job.first_s = self._clock.now_s
             self._on_first(job)
-        if job.made >= job.output_tokens:
+        if job.generated_tokens >= job.output_tokens:
             self._finish(job)
         else:
-            heappush(self._running, (self._steps + job.output_tokens - job.made, job.sequence, job))
+            done_step = self._steps + job.output_tokens - job.generated_tokens
+            heappush(self._decoding, (done_step, self._joined, job))
         self._complete()
-        self._inside = False
+        self._in_event = False
         self._plan()
 
     def _decoded(self, version: int) -> None:
         if version != self._version or self._dead:
             return
-        self._inside = True
+        self._in_event = True
         self._advance()
         self._complete()
-        if len(self._running) > 1 and self._kv_limit - self._kv_used < 0.5:
+        if len(self._decoding) > 1 and self._kv_limit - self._kv_used < 0.5:
             self._preempt()
-        self._inside = False
+        self._in_event = False
         self._plan()
 
     def _complete(self) -> None:
-        running = self._running
-        while running and running[0][0] <= self._steps + 1e-6:
-            job = heappop(running)[2]
-            job.made = job.output_tokens
+        decoding = self._decoding
+        while decoding and decoding[0][0] <= self._steps + 1e-6:
+            job = heappop(decoding)[2]
+            job.generated_tokens = job.output_tokens
             self._finish(job)
 
     def _finish(self, job: EngineJob) -> None:
-        self._kv_used = max(0.0, self._kv_used - job.input_tokens - job.made) if self.running else 0.0
-        job.done_s = self._clock.now_s
+        kv_used = self._kv_used - job.input_tokens - job.generated_tokens
+        self._kv_used = max(0.0, kv_used) if self.running else 0.0
         self._on_done(job)
 
     def _preempt(self) -> None:
-        """The youngest gives its place in the cache up and waits."""
-        index = max(range(len(self._running)), key=lambda i: self._running[i][1])
-        job = self._running[index][2]
-        self._running[index] = self._running[-1]
-        self._running.pop()
-        heapify(self._running)
-        made = min(int(job.made + self._steps - job.mark), job.output_tokens - 1)
-        self._kv_used = max(0.0, self._kv_used - job.input_tokens - job.made - (self._steps - job.mark))
-        job.made = made
-        self.meter.preempted += 1
+        """Put the youngest decoding sequence back into the queue, and free its part of the KV cache."""
+        index = max(range(len(self._decoding)), key=lambda i: self._decoding[i][1])
+        job = self._decoding[index][2]
+        self._decoding[index] = self._decoding[-1]
+        self._decoding.pop()
+        heapify(self._decoding)
+        since_joined = self._steps - job.joined_step
+        kv_used = self._kv_used - job.input_tokens - job.generated_tokens - since_joined
+        self._kv_used = max(0.0, kv_used)
+        generated = int(job.generated_tokens + self._steps - job.joined_step)
+        job.generated_tokens = min(generated, job.output_tokens - 1)
         self.waiting.appendleft(job)

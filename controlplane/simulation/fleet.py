@@ -1,4 +1,4 @@
-"""Replicas that wait for room, start, serve, fail, drain and go, under the virtual clock."""
+"""The replicas of a tier under the virtual clock: they wait for room, start, serve, fail, drain and stop."""
 
 from __future__ import annotations
 
@@ -18,32 +18,30 @@ from controlplane.simulation.results import PlacementRecord
 
 @dataclass(frozen=True, slots=True)
 class EngineModel:
-    """What an engine is like on GPUs of one model."""
+    """Speed and limits of an engine on GPUs of one model."""
 
     timing: EngineTiming
     kv_tokens: float
     max_sequences: int
-    """What the engine itself runs at once."""
+    """Maximum number of sequences that the engine runs at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaModel:
-    """What a replica of a tier is like."""
+    """The replicas of a tier: engine, resources, cold start and failures."""
 
     engine: EngineModel
     concurrency_limit: int
-    """What gateways send it at once."""
+    """Maximum number of requests that gateways send it at once."""
     gpus: float = 1.0
     cost_per_gpu_hour: float = 0.0
     cold_start_s: float = 60.0
-    cold_start_jitter: float = 0.0
-    """Each start takes a time within this share of ``cold_start_s`` around it."""
     mtbf_s: float | None = None
-    """Mean time between failures of a replica; None: it never fails."""
+    """Mean time between failures of a replica; None means that it never fails."""
     shape: GangShape | None = None
-    """What it asks of the cluster; None: it runs elsewhere, or there is always room."""
+    """Resources on the cluster; None if it runs outside, or there are no nodes."""
     engines: Mapping[str, EngineModel] = field(default_factory=dict)
-    """GPU model → what the engine is like there, where it is not ``engine``."""
+    """GPU model → its engine, for models on which it differs from ``engine``."""
 
 
 class VirtualReplica:
@@ -54,10 +52,10 @@ class VirtualReplica:
     def __init__(self, endpoint: Endpoint, ordered_s: float) -> None:
         self.endpoint = endpoint
         self.engine: VirtualEngine | None = None
-        """None while it waits or starts."""
+        """None while the replica waits or starts."""
         self.ordered_s = ordered_s
         self.placed_s: float | None = None
-        """Since when it has its place; None: it waits for room."""
+        """When it got its resources; None while it waits for room."""
         self.gpu_model = ""
         self.ready_s = ordered_s
         self.stopped = False
@@ -90,31 +88,32 @@ class TierFleet:
         self._on_lost = on_lost
         self._on_change = on_change
         self._in_flight = in_flight
-        self._count = 0
+        self._ordered = 0
         self.replicas: dict[str, VirtualReplica] = {}
         self.target = 0
-        self._held_s = 0.0
-        """Of replicas that are gone."""
+        self._stopped_s = 0.0
+        """Replica seconds of replicas that have stopped."""
         self.failures = 0
         self.starts = 0
-        """Replicas that found a place."""
-        self.holding = 0
-        """Replicas that have a place: starting, ready, draining."""
-        self._most_holding = 0
+        """Replicas that were placed."""
+        self.placed = 0
+        """Replicas that occupy resources: starting, ready or draining."""
+        self._most_placed = 0
         self._waited, self._waited_s, self._longest_wait_s = 0, 0.0, 0.0
-        """Of replicas that had to wait for room and wait no longer."""
+        """Of replicas that waited for room and no longer do."""
         self._ordering = False
-        """What is placed now will be told with the rest of the order."""
+        """:meth:`scale_to` is ordering replicas, and reports the change when it is done."""
 
     def begin(self, replicas: int) -> None:
-        """What the run begins with: ready as soon as the cluster opens, where it has room for them."""
+        """Order the replicas at the beginning of the run, which are ready when the cluster opens, if they
+        fit."""
         self.target = replicas
         for _ in range(replicas):
             self._order()
 
     def scale_to(self, target: int) -> None:
-        """Orders replicas, or drains the ones that are easiest to lose: first those that wait for room, then
-        those that still start, the youngest first, then the ones with the fewest requests."""
+        """Order replicas, or drain surplus ones: first those that wait for room, then those that still start,
+        the youngest first, then those with the fewest requests."""
         self.target = target
         active = [r for r in self.replicas.values() if r.endpoint.state is not EndpointState.DRAINING]
         if target > len(active):
@@ -125,42 +124,43 @@ class TierFleet:
             self._on_change()
         elif target < len(active):
             surplus = len(active) - target
-            active.sort(key=self._loss)
+            active.sort(key=self._drain_order)
             for replica in active[:surplus]:
                 self._drain(replica)
             self._on_change()
 
-    def settle(self) -> None:
-        """Stops what has drained; to be called when a request ended."""
-        gone = [
+    def stop_drained(self) -> None:
+        """Stop draining replicas without requests. Call this when a request of a draining replica has
+        ended."""
+        drained = [
             replica
             for replica in self.replicas.values()
             if replica.endpoint.state is EndpointState.DRAINING
             and not self._in_flight(replica.endpoint.endpoint_id)
         ]
-        for replica in gone:
+        for replica in drained:
             self._stop(replica)
-        if gone:
+        if drained:
             self._on_change()
 
     @property
     def ready(self) -> int:
-        """Replicas that answer."""
+        """Replicas that serve requests."""
         return sum(r.endpoint.state is EndpointState.READY for r in self.replicas.values())
 
     @property
     def waiting(self) -> int:
         """Replicas that wait for room."""
-        return len(self.replicas) - self.holding
+        return len(self.replicas) - self.placed
 
     def replica_hours(self) -> float:
-        """So far, from when a replica has its place until it is gone."""
+        """Replica hours so far, each from its placement until it stops."""
         now_s = self._clock.now_s
         since = (replica.placed_s for replica in self.replicas.values())
-        return (self._held_s + sum(now_s - at_s for at_s in since if at_s is not None)) / 3600
+        return (self._stopped_s + sum(now_s - at_s for at_s in since if at_s is not None)) / 3600
 
-    def room_record(self) -> PlacementRecord:
-        """How it fared with places so far."""
+    def placement_record(self) -> PlacementRecord:
+        """Waits for room and GPUs in use so far."""
         now_s = self._clock.now_s
         waits_s = [now_s - each.ordered_s for each in self.replicas.values() if each.placed_s is None]
         shape = self.model.shape
@@ -170,12 +170,12 @@ class TierFleet:
             waited_s=self._waited_s + sum(waits_s),
             longest_wait_s=max([self._longest_wait_s, *waits_s]),
             waiting=self.waiting,
-            most_gpus=self._most_holding * gpus,
+            most_gpus=self._most_placed * gpus,
         )
 
     def lose(self, replica_ids: Collection[str]) -> list[EngineJob]:
-        """Those of them that are here are gone with their node. The answer is what their engines had; the
-        caller tells of the change, and orders others in their place with :meth:`scale_to`."""
+        """Stop those of the replicas that belong to this tier, because their node failed. Returns the jobs of
+        their engines. The caller reports the change, and replaces the replicas with :meth:`scale_to`."""
         lost: list[EngineJob] = []
         for replica in [each for name, each in self.replicas.items() if name in replica_ids]:
             self.failures += 1
@@ -185,17 +185,17 @@ class TierFleet:
         return lost
 
     def endpoints(self) -> list[Endpoint]:
-        """As the controller's snapshot would list them."""
+        """The endpoints that the controller's snapshot would list."""
         return [replica.endpoint for replica in self.replicas.values() if replica.placed_s is not None]
 
     def engine(self, endpoint_id: str) -> VirtualEngine:
-        """The engine of a ready replica."""
+        """The engine of a ready replica. KeyError if it has none yet."""
         engine = self.replicas[endpoint_id].engine
         if engine is None:
             raise KeyError(f"{endpoint_id} has no engine yet")
         return engine
 
-    def _loss(self, replica: VirtualReplica) -> tuple[Any, ...]:
+    def _drain_order(self, replica: VirtualReplica) -> tuple[Any, ...]:
         starting = replica.endpoint.state in (EndpointState.STARTING, EndpointState.RESTARTING)
         return (
             replica.placed_s is not None,
@@ -205,9 +205,9 @@ class TierFleet:
         )
 
     def _order(self) -> None:
-        self._count += 1
+        self._ordered += 1
         endpoint = Endpoint(
-            endpoint_id=f"{self.tier}-{self._count}",
+            endpoint_id=f"{self.tier}-{self._ordered}",
             tier=self.tier,
             model=self.tier,
             engine="simulated",
@@ -220,20 +220,20 @@ class TierFleet:
         replica = self.replicas[endpoint.endpoint_id] = VirtualReplica(endpoint, self._clock.now_s)
         shape = self.model.shape
         gang = None if shape is None else Gang(endpoint.endpoint_id, shape, self.tier)
-        self._cluster.ask(endpoint.endpoint_id, gang, partial(self._placed, replica))
+        self._cluster.add(endpoint.endpoint_id, gang, partial(self._on_placed, replica))
 
-    def _placed(self, replica: VirtualReplica, placement: Placement | None, ready: bool) -> None:
-        """It has a place: it starts, or is there already."""
+    def _on_placed(self, replica: VirtualReplica, placement: Placement | None, ready: bool) -> None:
+        """The replica has its resources: it starts, or is ready at once."""
         now_s = self._clock.now_s
         self.starts += 1
-        self.holding += 1
-        self._most_holding = max(self._most_holding, self.holding)
+        self.placed += 1
+        self._most_placed = max(self._most_placed, self.placed)
         replica.placed_s = now_s
         replica.gpu_model = self._cluster.model_of(placement)
         if ready:
             self._become_ready(replica)
         else:
-            self._clock.at(now_s + self._cold_start_s(), self._started, replica)
+            self._clock.at(now_s + self.model.cold_start_s, self._started, replica)
         self._count_wait(now_s - replica.ordered_s)
         if not (ready or self._ordering):
             self._on_change()
@@ -243,10 +243,6 @@ class TierFleet:
             self._waited += 1
             self._waited_s += waited_s
             self._longest_wait_s = max(self._longest_wait_s, waited_s)
-
-    def _cold_start_s(self) -> float:
-        jitter = self.model.cold_start_jitter
-        return self.model.cold_start_s * (self._rng.uniform(1 - jitter, 1 + jitter) if jitter else 1.0)
 
     def _started(self, replica: VirtualReplica) -> None:
         if replica.stopped or replica.endpoint.state is EndpointState.DRAINING:
@@ -285,7 +281,7 @@ class TierFleet:
             replica.endpoint = replace(
                 replica.endpoint, state=EndpointState.RESTARTING, generation=generation + 1
             )
-            self._clock.at(self._clock.now_s + self._cold_start_s(), self._started, replica)
+            self._clock.at(self._clock.now_s + self.model.cold_start_s, self._started, replica)
         self._on_change()
         for job in lost:
             self._on_lost(job)
@@ -302,10 +298,10 @@ class TierFleet:
         replica.stopped = True
         now_s = self._clock.now_s
         if replica.placed_s is not None:
-            self._held_s += now_s - replica.placed_s
-            self.holding -= 1
+            self._stopped_s += now_s - replica.placed_s
+            self.placed -= 1
         else:
             self._count_wait(now_s - replica.ordered_s)
         del self.replicas[replica.endpoint.endpoint_id]
         if self.model.shape is not None:
-            self._cluster.leave(replica.endpoint.endpoint_id)
+            self._cluster.remove(replica.endpoint.endpoint_id)

@@ -1,4 +1,4 @@
-"""What a simulation is told beside a configuration and a trace."""
+"""Settings of a simulation beyond the configuration and the trace."""
 
 from __future__ import annotations
 
@@ -9,28 +9,27 @@ from controlplane.core.domain.slo import Slo
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a configuration does not say."""
+    """Settings that a configuration doesn't have."""
 
     gpu: str | None = None
-    """The GPU model that ``vllm`` tiers run on; not looked at where the nodes are known."""
+    """The GPU model of ``vllm`` tiers; ignored if nodes are given."""
     engine_ratio: float = 0.8
-    """Share of the roofline's speed that engines really reach; the scaler is told the roofline's."""
+    """Share of the roofline's speed that engines reach; the scaler starts with the roofline's speed."""
     cold_start_s: float = 60.0
-    cold_start_jitter: float = 0.0
     mtbf_hours: float | None = None
     node_mtbf_hours: float | None = None
     node_recovery_s: float = 600.0
     cost_per_gpu_hour: float = 0.0
     min_replicas: int | None = None
-    """None: as the tier's ``scaling`` has it, or 1."""
+    """None means that of the tier's ``scaling``, or 1."""
     max_replicas: int | None = None
-    """None: as the tier's ``scaling`` has it, or 64."""
+    """None means that of the tier's ``scaling``, or 64."""
     slo: Slo | None = None
-    """None: each tier's own."""
+    """None means each tier's own."""
     itl_s: float = 0.05
-    """Time per token of an engine whose speed is not known."""
+    """Time per token of an engine whose speed is unknown."""
     prefill_tokens_per_s: float = 500.0
-    """Of such an engine."""
+    """Prompt tokens per second of an engine whose speed is unknown."""
     tick_s: float = 5.0
-    """How often targets are worked out."""
+    """Interval at which targets are computed."""
     seed: int = 0

@@ -1,34 +1,37 @@
-"""Policies that know the trace beforehand: the static peak and the oracle.
+"""Policies that know the trace in advance: the static peak and the oracle.
 
 The oracle knows every arrival, every length and the engines' true speed. For each slot of time it computes
-how many replicas the requests in flight need, orders them one cold start ahead, and keeps a replica through a
-lull that is shorter than a new start would take. One number is left, the share of slack it keeps for
-fluctuations inside a slot: it is the smallest of a search that attains the goal in the simulation itself. It
-is the best of this family of plans, not a proof of the optimum.
+how many replicas the requests in flight need, orders them one cold start ahead, and retains a replica during
+a lull that is shorter than a new start would take. The only free parameter is a factor for fluctuations
+inside a slot: a search finds the smallest one that attains the goal in the simulation. The result is the best
+of this family of plans, not a proven optimum.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
 from controlplane.core.autoscaling.capacity import EngineSpeed, LatencyBounds, ReplicaCapacity, RequestShape
 from controlplane.core.autoscaling.decision import ScalingDecision
 from controlplane.simulation.engine import EngineTiming
-from controlplane.simulation.policies import StaticPolicy, decision, each
+from controlplane.simulation.policies import PolicyInput, StaticPolicy, decision, per_tier
 from controlplane.simulation.results import SimulationResult
-from controlplane.simulation.simulator import PolicyInput, Scenario, TierScenario, replay
+from controlplane.simulation.scenario import Scenario, TierScenario
+from controlplane.simulation.simulator import replay
 from controlplane.simulation.traces import Arrival
 
 SLOT_S: Final = 10.0
-_SEARCH: Final = 7
+"""Width of the plan's slots of time."""
+_SEARCH_STEPS: Final = 7
 _FACTORS: Final = (0.5, 3.0)
+"""Range of the factors that are tried."""
 
 
 def true_speed(timing: EngineTiming, request: RequestShape, batch: int) -> EngineSpeed:
-    """The engine's real speed as the capacity model's three figures."""
+    """The engine's real speed, in the three parameters of the capacity model."""
     context = request.input_tokens + request.output_tokens / 2
     one, many = timing.step_s(1, context), timing.step_s(max(batch, 2), context)
     slope = max((many - one) / (max(batch, 2) - 1), 1e-9)
@@ -37,7 +40,7 @@ def true_speed(timing: EngineTiming, request: RequestShape, batch: int) -> Engin
 
 
 def mean_request(arrivals: Sequence[Arrival]) -> RequestShape:
-    """The mean request."""
+    """Mean lengths of the requests."""
     count = max(len(arrivals), 1)
     return RequestShape(
         max(sum(arrival.input_tokens for arrival in arrivals) / count, 1.0),
@@ -45,8 +48,8 @@ def mean_request(arrivals: Sequence[Arrival]) -> RequestShape:
     )
 
 
-def demand(arrivals: Sequence[Arrival], tier: TierScenario) -> list[float]:
-    """Replicas that the work of each slot takes, as a real number.
+def needed_replicas(arrivals: Sequence[Arrival], tier: TierScenario) -> list[float]:
+    """Replicas that the requests need in each slot, as real numbers.
 
     A request's work is spread over the slots in which it would run on a loaded replica.
     """
@@ -56,29 +59,29 @@ def demand(arrivals: Sequence[Arrival], tier: TierScenario) -> list[float]:
     model = tier.replica
     capacity = ReplicaCapacity(true_speed(model.engine.timing, request, model.concurrency_limit))
     bounds = LatencyBounds(float(model.concurrency_limit), tier.rule.slo.itl_s)
-    slots = capacity.most_sequences(request, bounds)
-    # With all its slots taken, a replica gives each sequence a token every ``itl_s``.
-    itl_s = capacity.itl_s(slots, request)
+    sequences = capacity.most_sequences(request, bounds)
+    # A fully loaded replica generates a token for each sequence every ``itl_s``.
+    itl_s = capacity.itl_s(sequences, request)
     speed = capacity.speed
     length = int(arrivals[-1].at_s // SLOT_S) + 1
     needed = [0.0] * length
     for arrival in arrivals:
-        hold_s = arrival.input_tokens * speed.prompt_s_per_token + arrival.output_tokens * itl_s
-        begin, left_s = arrival.at_s, hold_s
+        runs_s = arrival.input_tokens * speed.prompt_s_per_token + arrival.output_tokens * itl_s
+        begin, left_s = arrival.at_s, runs_s
         while left_s > 0:
             slot = int(begin // SLOT_S)
             if slot >= length:
                 break
             part_s = min(left_s, (slot + 1) * SLOT_S - begin)
-            needed[slot] += part_s / SLOT_S / slots
+            needed[slot] += part_s / SLOT_S / sequences
             begin += max(part_s, 1e-6)
             left_s -= part_s
     return needed
 
 
 def plan(needed: Sequence[float], factor: float, cold_start_s: float, lowest: int, highest: int) -> list[int]:
-    """Replicas to have ordered in each slot: the k-th as long as it is needed, through short lulls, and from
-    one cold start before."""
+    """Ordered replicas in each slot: the k-th while it is needed, during short lulls, and from one cold start
+    earlier."""
     counts = [min(max(math.ceil(value * factor - 1e-9), lowest), highest) for value in needed]
     ahead = math.ceil(cold_start_s / SLOT_S)
     ordered = [0] * len(counts)
@@ -87,7 +90,7 @@ def plan(needed: Sequence[float], factor: float, cold_start_s: float, lowest: in
         for slot, count in enumerate(counts):
             if count < k:
                 continue
-            # A lull costs the idle replica; a new start costs one cold start of it.
+            # Retaining a replica costs the lull, a new start costs one cold start.
             since = last + 1 if slot - last - 1 <= ahead else slot - ahead
             for covered in range(max(since, 0), slot + 1):
                 ordered[covered] = max(ordered[covered], k)
@@ -103,16 +106,16 @@ class PlannedPolicy:
     def __init__(self, ordered: Sequence[int]) -> None:
         self._ordered = ordered
 
-    def decide(self, seen: PolicyInput) -> ScalingDecision:
-        """What the plan says of now."""
-        slot = min(int((seen.observation.now_s + SLOT_S / 2) // SLOT_S), len(self._ordered) - 1)
-        return decision(seen, self._ordered[slot], "the plan")
+    def decide(self, tier: PolicyInput) -> ScalingDecision:
+        """The planned number for now."""
+        slot = min(int((tier.observation.now_s + SLOT_S / 2) // SLOT_S), len(self._ordered) - 1)
+        return decision(tier, self._ordered[slot], "the plan")
 
 
-def static_peak(arrivals: Sequence[Arrival], tier: TierScenario, window_s: float = 60.0) -> int:
+def static_peak(arrivals: Sequence[Arrival], tier: TierScenario) -> int:
     """Replicas for the busiest minute."""
-    needed = demand(arrivals, tier)
-    width = max(1, round(window_s / SLOT_S))
+    needed = needed_replicas(arrivals, tier)
+    width = round(60.0 / SLOT_S)
     total = sum(needed[:width])
     most = total
     for index in range(width, len(needed)):
@@ -124,23 +127,24 @@ def static_peak(arrivals: Sequence[Arrival], tier: TierScenario, window_s: float
     )
 
 
-def at_replicas(scenario: Scenario, counts: Callable[[TierScenario], int]) -> Scenario:
-    """The same scenario that begins with other numbers of replicas."""
-    return replace(scenario, tiers=tuple(replace(tier, replicas=counts(tier)) for tier in scenario.tiers))
+def beginning_with(scenario: Scenario, replicas: int) -> Scenario:
+    """The same scenario, with another number of replicas of each tier at the beginning."""
+    return replace(scenario, tiers=tuple(replace(tier, replicas=replicas) for tier in scenario.tiers))
 
 
 def run_static(scenario: Scenario, arrivals: Sequence[Arrival], share: float = 1.0) -> SimulationResult:
-    """The static peak of a scenario with one tier, or that share of it."""
+    """A run with the static peak, or ``share`` of it, of a scenario with one tier."""
     count = max(1, math.ceil(share * static_peak(arrivals, scenario.tiers[0]) - 1e-9))
-    begun = at_replicas(scenario, lambda _: count)
-    return replay(begun, each(lambda _: StaticPolicy(count)), arrivals, "static")
+    return replay(
+        beginning_with(scenario, count), per_tier(lambda _: StaticPolicy(count)), arrivals, "static"
+    )
 
 
 def run_oracle(scenario: Scenario, arrivals: Sequence[Arrival], attainment: float) -> SimulationResult:
-    """The cheapest plan found that attains the goal, for a scenario with one tier; if none does, the one
-    that attains most."""
+    """A run of the cheapest plan found that attains the goal, for a scenario with one tier; if none attains
+    it, of the plan with the largest factor."""
     tier = scenario.tiers[0]
-    needed = demand(arrivals, tier)
+    needed = needed_replicas(arrivals, tier)
     low, high = _FACTORS
 
     def attempt(factor: float) -> SimulationResult:
@@ -151,14 +155,13 @@ def run_oracle(scenario: Scenario, arrivals: Sequence[Arrival], attainment: floa
             tier.rule.min_replicas,
             tier.rule.max_replicas,
         )
-        begun = at_replicas(scenario, lambda _: ordered[0])
-
-        return replay(begun, each(lambda _: PlannedPolicy(ordered)), arrivals, "oracle")
+        start = beginning_with(scenario, ordered[0])
+        return replay(start, per_tier(lambda _: PlannedPolicy(ordered)), arrivals, "oracle")
 
     best = attempt(high)
     if best.attainment < attainment:
         return best
-    for _ in range(_SEARCH):
+    for _ in range(_SEARCH_STEPS):
         middle = (low + high) / 2
         result = attempt(middle)
         if result.attainment >= attainment:

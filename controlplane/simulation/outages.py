@@ -1,4 +1,4 @@
-"""Nodes that fail and come back, at random by the seed."""
+"""Random failures of nodes, determined by a seed."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class OutageModel:
     """How often a node fails, and for how long."""
 
     mtbf_s: float
-    """Mean time from when a node is there until it fails; exponentially distributed."""
+    """Mean time between a node's (re)start and its failure; exponentially distributed."""
     recovery_s: float
-    """Until it is back, empty."""
+    """Time until the node is back, with nothing running on it."""
 
 
 class Outages:
-    """Fails each node by a random sequence of its own, so that one node's fate changes no other's."""
+    """Fails each node by its own random sequence, so that one node doesn't affect another."""
 
     def __init__(
         self,
@@ -39,17 +39,17 @@ class Outages:
         self._on_back = on_back
         self.failures = 0
         for node_id in self._rngs:
-            self._await(node_id)
+            self._schedule_failure(node_id)
 
-    def _await(self, node_id: str) -> None:
-        lasts_s = self._rngs[node_id].expovariate(1.0 / self._model.mtbf_s)
-        self._clock.at(self._clock.now_s + lasts_s, self._fail, node_id)
+    def _schedule_failure(self, node_id: str) -> None:
+        lifetime_s = self._rngs[node_id].expovariate(1.0 / self._model.mtbf_s)
+        self._clock.at(self._clock.now_s + lifetime_s, self._fail, node_id)
 
     def _fail(self, node_id: str) -> None:
         self.failures += 1
         self._on_lost(node_id)
-        self._clock.at(self._clock.now_s + self._model.recovery_s, self._return, node_id)
+        self._clock.at(self._clock.now_s + self._model.recovery_s, self._recover, node_id)
 
-    def _return(self, node_id: str) -> None:
+    def _recover(self, node_id: str) -> None:
         self._on_back(node_id)
-        self._await(node_id)
+        self._schedule_failure(node_id)

@@ -1,4 +1,4 @@
-"""A run as pictures: one PNG, and one HTML file that needs no network."""
+"""The result of a run as a PNG file, and as an HTML page that needs no network."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from controlplane.core.recommendations.views import effect_text, outcome_text
-from controlplane.simulation.placement_text import room_lines
-from controlplane.simulation.results import SimulationResult, TierResult
+from controlplane.simulation.placement_text import placement_lines
+from controlplane.simulation.results import SimulationResult, TierResult, hours_since_start
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _ROWS: Final = 3
 _MOST_ROWS: Final = 200
-"""Of a table."""
+"""Rows of a table."""
 _STYLE: Final = """
 body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0}td,th{padding:.2em .8em;border-bottom:1px solid #ddd}
@@ -25,20 +25,20 @@ svg{max-width:100%;height:auto}h1{font-size:1.4em}"""
 
 
 def write_png(result: SimulationResult, path: Path) -> None:
-    """The figure as a picture."""
+    """Write the plots as a PNG file."""
     _figure(result).savefig(path, format="png", dpi=110, metadata={"Software": None})
 
 
 def write_html(result: SimulationResult, path: Path) -> None:
-    """Figure, tables, recommendations and decisions on one page."""
+    """Write plots, tables, recommendations and decisions as one HTML page."""
     path.write_text(page(result), "utf-8")
 
 
 def page(result: SimulationResult) -> str:
-    """The page; the same result gives the same text."""
+    """The HTML page; equal results give equal text."""
     head = (
         f"{result.requests} requests in {result.simulated_s / 3600:.2f} h, policy {result.policy}, seed "
-        f"{result.seed}: {result.attainment:.2%} kept the SLO with {result.gpu_hours:.2f} GPU hours"
+        f"{result.seed}: {result.attainment:.2%} met the SLO with {result.gpu_hours:.2f} GPU hours"
     )
     return "\n".join(
         [
@@ -46,7 +46,7 @@ def page(result: SimulationResult) -> str:
             f"<style>{_STYLE}</style><h1>Simulation</h1><p>{html.escape(head)}</p>",
             _svg(result),
             _tier_table(result),
-            "".join(f"<p>{html.escape(line)}</p>" for line in room_lines(result)),
+            "".join(f"<p>{html.escape(line)}</p>" for line in placement_lines(result)),
             _recommendation_table(result),
             _decision_table(result),
             "</html>",
@@ -58,7 +58,7 @@ def _svg(result: SimulationResult) -> str:
     import matplotlib as mpl
 
     buffer = io.StringIO()
-    # Without a salt the ids in the file are drawn anew each time.
+    # Without a fixed salt the ids in the file are random.
     with mpl.rc_context({"svg.hashsalt": "tierplane", "svg.fonttype": "none"}):
         _figure(result).savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
@@ -78,27 +78,27 @@ def _figure(result: SimulationResult) -> Figure:
 
 def _draw(axes: list[Any], tier: TierResult) -> None:
     hours = [sample.at_s / 3600 for sample in tier.samples]
-    load, fleet, kept = axes
+    load, fleet, attainment = axes
     load.set_title(tier.record.tier)
     load.plot(
         hours, [s.arrivals_per_s for s in tier.samples], linewidth=0.8, color="#666", label="requests/s"
     )
     load.set_ylabel("requests/s")
-    fleet.fill_between(hours, [s.held for s in tier.samples], step="post", color="#9bc", label="holding GPUs")
+    placed = [s.placed for s in tier.samples]
+    fleet.fill_between(hours, placed, step="post", color="#9bc", label="placed")
     fleet.step(hours, [s.ready for s in tier.samples], where="post", linewidth=1, color="#036", label="ready")
     if any(s.waiting for s in tier.samples):
-        held = [s.held for s in tier.samples]
-        ordered = [s.held + s.waiting for s in tier.samples]
-        fleet.fill_between(hours, held, ordered, step="post", color="#eb9", label="no room")
+        ordered = [s.placed + s.waiting for s in tier.samples]
+        fleet.fill_between(hours, placed, ordered, step="post", color="#eb9", label="no room")
     fleet.set_ylabel("replicas")
     fleet.legend(loc="upper right", fontsize="small")
-    kept.plot(hours, [s.attainment for s in tier.samples], linewidth=0.8, color="#181", label="kept the SLO")
-    kept.set_ylim(-0.02, 1.04)
-    kept.set_ylabel("kept the SLO")
-    queued = kept.twinx()
+    attainment.plot(hours, [s.attainment for s in tier.samples], linewidth=0.8, color="#181")
+    attainment.set_ylim(-0.02, 1.04)
+    attainment.set_ylabel("met the SLO")
+    queued = attainment.twinx()
     queued.plot(hours, [s.queued for s in tier.samples], linewidth=0.8, color="#b30")
     queued.set_ylabel("waiting", color="#b30")
-    kept.set_xlabel("hours")
+    attainment.set_xlabel("hours")
     for axis in (load, fleet, queued):
         axis.set_ylim(bottom=0)
 
@@ -117,7 +117,7 @@ def _tier_table(result: SimulationResult) -> str:
         inner = "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells)
         rows.append(f"<tr><td>{html.escape(data['tier'])}</td>{inner}</tr>")
     titles = (
-        *("tier", "requests", "kept the SLO", "GPU hours", "cost", "queue p50", "queue p99"),
+        *("tier", "requests", "met the SLO", "GPU hours", "cost", "queue p50", "queue p99"),
         *("first token p50", "first token p99", "answer p50", "answer p99"),
     )
     return _table(titles, rows)
@@ -136,12 +136,12 @@ def _recommendation_table(result: SimulationResult) -> str:
             outcome_text(item),
         )
         inner = "".join(f"<td class=text>{html.escape(cell)}</td>" for cell in cells)
-        rows.append(f"<tr><td>{result.hours_of(item):.3f} h</td>{inner}</tr>")
+        rows.append(f"<tr><td>{hours_since_start(item):.3f} h</td>{inner}</tr>")
     record = result.record
     mean = "" if record.mean is None else f", mean score {record.mean:.2f}"
-    said = f"{record.judged} judged, {record.right} right{mean}"
+    summary = f"{record.judged} judged, {record.right} right{mean}"
     titles = ("when", "tier", "recommendation", "why", "predicted", "sure", "judged")
-    head = f"<h2>Recommendations ({_shown(rows, record.given)})</h2><p>{said}</p>"
+    head = f"<h2>Recommendations ({_shown(rows, record.given)})</h2><p>{summary}</p>"
     return head + _table(titles, rows)
 
 

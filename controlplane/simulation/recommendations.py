@@ -3,7 +3,7 @@ figures.
 
 :data:`UPDATES` times per window the tiers' conditions are computed as in
 :mod:`controlplane.controller.scaling.conditions`: counts and latencies over the window; queue, requests in
-flight and KV cache usage at that moment. There is no GPU to measure, so utilisation is the ratio of the
+flight and KV cache usage at that time. There is no GPU to measure, so utilisation is the ratio of the
 window in which the busiest engine worked, and memory is missing. None of this affects the run.
 """
 
@@ -13,46 +13,36 @@ import math
 from array import array
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 
 from controlplane.core.autoscaling.capacity import RequestShape
 from controlplane.core.autoscaling.policy import TierScaler
-from controlplane.core.recommendations.cycle import RecommendationRules, Recommender
+from controlplane.core.recommendations.cycle import Recommender
 from controlplane.core.recommendations.log import IssuedRecommendation, RecommendationLog, TrackRecord
 from controlplane.core.recommendations.rules import GPU_LOAD, SLOT_LOAD, TierCondition
 from controlplane.core.routing.endpoint_table import TierPool
 from controlplane.core.telemetry.series import Signal, known_now, missing
-
-if TYPE_CHECKING:
-    from controlplane.simulation.fleet import TierFleet
-    from controlplane.simulation.results import TierRecord
-    from controlplane.simulation.simulator import TierScenario
+from controlplane.simulation.fleet import TierFleet
+from controlplane.simulation.results import TierRecord
+from controlplane.simulation.scenario import RecommendationSettings, TierScenario
 
 MAX_RECOMMENDATIONS: Final = 1000
 """Recommendations in a result, the last ones."""
 UPDATES: Final = 5
-"""Updates per window. Live there is one every tick, which here would take a fifth of the run's time."""
+"""Updates per window. A live controller updates every tick, which here would take a fifth of the run's
+time."""
 
 _NOTHING: Final[Mapping[str, float]] = MappingProxyType({})
 _NO_END: Final = missing("no request ended in the window")
-_NOBODY: Final = missing("no replica is ready")
+_NOT_READY: Final = missing("no replica is ready")
 _NO_MEMORY: Final = missing("the simulation has no GPU memory")
 
 
-@dataclass(frozen=True, slots=True)
-class RecommendationSettings:
-    """``controller.scaling``, the part about recommendations."""
-
-    rules: RecommendationRules = field(default_factory=RecommendationRules)
-    window_s: float = 300.0
-
-
-class WatchedTier(Protocol):
-    """What is looked at of a tier of the simulator."""
+class ObservedTier(Protocol):
+    """The parts of a simulated tier from which its condition is computed."""
 
     scenario: TierScenario
     fleet: TierFleet
@@ -62,12 +52,12 @@ class WatchedTier(Protocol):
 
 
 class _CountedPoint(NamedTuple):
-    """What a tier had counted at a time."""
+    """A tier's counters at one time."""
 
     at_s: float
     arrived: int
     ended: int
-    kept: int
+    within_slo: int
     lost: int
     answers: int
     worked_s: Mapping[str, float]
@@ -75,22 +65,22 @@ class _CountedPoint(NamedTuple):
 
 
 class _TierWindow:
-    """One tier's window."""
+    """The condition of one tier over the window."""
 
-    def __init__(self, watched: WatchedTier, pool: TierPool, scaler: TierScaler, window_s: float) -> None:
-        self.name = watched.scenario.policy.name
-        self._watched = watched
+    def __init__(self, tier: ObservedTier, pool: TierPool, scaler: TierScaler, window_s: float) -> None:
+        self.name = tier.scenario.policy.name
+        self._tier = tier
         self._pool = pool
         self._scaler = scaler
         self._window_s = window_s
         self._figures: tuple[object, ...] = ()
         self._condition = TierCondition(self.name, 0)
-        """What was made of them."""
+        """Computed from ``_figures``."""
         self._points = deque([_CountedPoint(0.0, 0, 0, 0, 0, 0, _NOTHING)], maxlen=UPDATES + 2)
 
     def condition(self, now_s: float) -> TierCondition:
         """Its condition now."""
-        watched, points = self._watched, self._points
+        tier, points = self._tier, self._points
         while len(points) > 1 and points[1].at_s <= now_s - self._window_s + 1e-6:
             points.popleft()
         base, now = points[0], self._point(now_s)
@@ -99,27 +89,27 @@ class _TierWindow:
             now_s - base.at_s,
             now.arrived - base.arrived,
             now.ended - base.ended,
-            now.kept - base.kept,
+            now.within_slo - base.within_slo,
             now.lost - base.lost,
             now.answers - base.answers,
-            watched.queued,
-            len(watched.fleet.endpoints()),
-            self._gpu_ratio(base, now) if watched.scenario.replica.gpus else self._slot_ratio(),
+            tier.queued,
+            len(tier.fleet.endpoints()),
+            self._gpu_ratio(base, now) if tier.scenario.replica.gpus else self._slot_ratio(),
             self._kv_ratio(),
             self._scaler.mean_request,
         )
-        # A tier that nobody asks for is what it was.
+        # Of an idle tier the condition doesn't change.
         if figures != self._figures or now.answers > base.answers:
             self._figures = figures
-            self._condition = self._made(*figures)
+            self._condition = self._computed(*figures)
         return self._condition
 
-    def _made(
+    def _computed(
         self,
         over_s: float,
         arrived: int,
         ended: int,
-        kept: int,
+        within_slo: int,
         lost: int,
         answers: int,
         queued: int,
@@ -128,7 +118,7 @@ class _TierWindow:
         kv_ratio: float | None,
         mean_request: RequestShape,
     ) -> TierCondition:
-        scenario, scaler, total_s = self._watched.scenario, self._scaler, self._watched.record.total_s
+        scenario, scaler, total_s = self._tier.scenario, self._scaler, self._tier.record.total_s
         gpus, rule = scenario.replica.gpus, scenario.rule
         return TierCondition(
             tier=self.name,
@@ -137,16 +127,16 @@ class _TierWindow:
             max_replicas=rule.max_replicas,
             gpus_per_replica=gpus,
             tensor_parallel=scenario.tensor_parallel,
-            gpu_ratio=_NOBODY if load_ratio is None else known_now(load_ratio),
+            gpu_ratio=_NOT_READY if load_ratio is None else known_now(load_ratio),
             load_name=GPU_LOAD if gpus else SLOT_LOAD,
             memory_ratio=_NO_MEMORY,
-            kv_ratio=_NOBODY if kv_ratio is None else known_now(kv_ratio),
+            kv_ratio=_NOT_READY if kv_ratio is None else known_now(kv_ratio),
             latency_ms=_p95_ms(total_s[len(total_s) - answers :]),
             latency_limit_ms=scenario.latency_limit_ms,
             queue=known_now(queued),
             error_ratio=known_now(lost / ended) if ended else _NO_END,
             requests_per_s=known_now(arrived / over_s),
-            attainment=known_now(kept / ended) if ended else _NO_END,
+            attainment=known_now(within_slo / ended) if ended else _NO_END,
             goal=rule.slo.attainment,
             capacity=scaler.capacity,
             mean_request=mean_request,
@@ -154,24 +144,24 @@ class _TierWindow:
         )
 
     def _point(self, now_s: float) -> _CountedPoint:
-        watched, record = self._watched, self._watched.record
+        tier, record = self._tier, self._tier.record
         worked_s: Mapping[str, float] = _NOTHING
-        if watched.scenario.replica.gpus:
+        if tier.scenario.replica.gpus:
             worked_s = {
                 name: replica.engine.worked_s
-                for name, replica in watched.fleet.replicas.items()
+                for name, replica in tier.fleet.replicas.items()
                 if replica.engine is not None
             }
         answers = len(record.total_s)
         return _CountedPoint(
-            now_s, record.arrived, watched.ended_total, record.kept, record.lost, answers, worked_s
+            now_s, record.arrived, tier.ended_total, record.within_slo, record.lost, answers, worked_s
         )
 
     def _gpu_ratio(self, base: _CountedPoint, now: _CountedPoint) -> float | None:
         found = []
         for name, worked_s in now.worked_s.items():
-            ready_s = self._watched.fleet.replicas[name].ready_s
-            # An engine that is younger than the window has worked since it was ready.
+            ready_s = self._tier.fleet.replicas[name].ready_s
+            # Of an engine that started within the window, the time since then counts.
             before_s = base.worked_s.get(name, 0.0) if ready_s <= base.at_s else 0.0
             alive_s = now.at_s - max(base.at_s, ready_s)
             if alive_s > 0:
@@ -183,7 +173,7 @@ class _TierWindow:
         return pool.in_flight / pool.limit if pool.limit else None
 
     def _kv_ratio(self) -> float | None:
-        engines = [replica.engine for replica in self._watched.fleet.replicas.values()]
+        engines = [replica.engine for replica in self._tier.fleet.replicas.values()]
         return max((engine.kv_usage_ratio for engine in engines if engine is not None), default=None)
 
 
@@ -193,7 +183,7 @@ class SimulatedRecommendations:
     def __init__(
         self,
         settings: RecommendationSettings,
-        tiers: Sequence[WatchedTier],
+        tiers: Sequence[ObservedTier],
         pools: Sequence[TierPool],
         learned: Callable[[str], TierScaler | None],
         *,
@@ -208,12 +198,12 @@ class SimulatedRecommendations:
         self._recommender = Recommender(RecommendationLog(MAX_RECOMMENDATIONS))
         self._tiers = [
             _TierWindow(
-                watched,
+                tier,
                 pool,
-                learned(watched.scenario.policy.name) or _assumed(watched.scenario),
+                learned(tier.scenario.policy.name) or _assumed(tier.scenario),
                 settings.window_s,
             )
-            for watched, pool in zip(tiers, pools, strict=True)
+            for tier, pool in zip(tiers, pools, strict=True)
         ]
         self._count = self._judged = self._right = 0
         self._sum = 0.0
@@ -250,7 +240,7 @@ def _p95_ms(answers_s: array[float]) -> Signal:
     count = len(answers_s)
     if not count:
         return _NO_END
-    place = math.ceil(0.95 * count) - 1
+    rank = math.ceil(0.95 * count) - 1
     values = np.array(answers_s, np.float32)
-    values.partition(place)
-    return known_now(float(values[place]) * 1000)
+    values.partition(rank)
+    return known_now(float(values[rank]) * 1000)

@@ -1,4 +1,4 @@
-"""What a run gave: attainment, GPU hours, percentiles; the same seed gives the same bytes."""
+"""Results of a run: attainment, GPU hours, percentiles. The same seed gives the same bytes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from controlplane.core.recommendations.views import recommendation_as_json
 
 QUANTILES: Final = (0.5, 0.9, 0.95, 0.99)
 START_UNIX_S: Final = 1_767_571_200.0
-"""A Monday, 00:00 UTC: the trace's beginning as schedules and recommendations see it."""
+"""Monday, 2026-01-05, 00:00 UTC: the beginning of the trace for schedules and recommendations."""
 
 
 @dataclass(slots=True)
 class TierRecord:
-    """Everything that happened to the requests that were meant for one tier."""
+    """What happened to the requests for one tier."""
 
     tier: str
     wait_s: array[float] = field(default_factory=lambda: array("f"))
@@ -27,47 +27,47 @@ class TierRecord:
     itl_s: array[float] = field(default_factory=lambda: array("f"))
     total_s: array[float] = field(default_factory=lambda: array("f"))
     arrived: int = 0
-    kept: int = 0
-    """Requests that kept the SLO."""
+    within_slo: int = 0
+    """Requests that met the SLO."""
     refused: int = 0
-    """Answered 429 or 503 at once."""
+    """Requests that got 429 or 503 at once."""
     expired: int = 0
-    """Waited until their deadline."""
+    """Requests whose deadline passed in the queue."""
     lost: int = 0
-    """Lost with an engine and not saved."""
+    """Requests lost with an engine after the last permitted attempt."""
     retried: int = 0
     spilled: int = 0
-    """Served by another tier."""
+    """Requests served by another tier."""
     prompt_tokens: int = 0
     computed_tokens: int = 0
     output_tokens: int = 0
 
     @property
     def attainment(self) -> float:
-        """Share of the requests that kept the SLO; 1 if there was none."""
-        return self.kept / self.arrived if self.arrived else 1.0
+        """Share of the requests that met the SLO; 1 without requests."""
+        return self.within_slo / self.arrived if self.arrived else 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class TierSample:
-    """One tier at one moment, for the plot."""
+    """One tier at one time, for the plot."""
 
     at_s: float
     arrivals_per_s: float
-    held: int
-    """Replicas that have a place: starting, ready, draining."""
+    placed: int
+    """Replicas that occupy resources: starting, ready or draining."""
     ready: int
     in_flight: int
     queued: int
     attainment: float
-    """Of the requests that ended since the sample before."""
+    """Of the requests that ended since the previous sample."""
     waiting: int = 0
     """Replicas that wait for room."""
 
 
 @dataclass(frozen=True, slots=True)
 class RecordedDecision:
-    """One that changed a target, or would have if there had been GPUs for it."""
+    """A decision that changed a target, or would have with more GPUs."""
 
     at_s: float
     tier: str
@@ -80,17 +80,17 @@ class RecordedDecision:
 
 @dataclass(frozen=True, slots=True)
 class PlacementRecord:
-    """How a tier's replicas fared with places."""
+    """How long a tier's replicas waited for room, and how many GPUs they used."""
 
     waited: int
     """Replicas that found no room when they were ordered."""
     waited_s: float
-    """All of them together, until they had room, were taken back, or the trace ended."""
+    """Sum of their waits, each until there was room, the replica was cancelled, or the trace ended."""
     longest_wait_s: float
     waiting: int
     """Replicas that still waited when the trace ended."""
     most_gpus: float
-    """The most that were held at once."""
+    """Largest number of GPUs in use at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +99,13 @@ class ClusterResult:
 
     nodes: int
     gpus: float
-    """That could be used when the trace began."""
+    """Usable GPUs when the trace began."""
     most_gpus: float
-    """The most that were held at once."""
+    """Largest number of GPUs in use at once."""
     node_failures: int
 
     def as_json(self) -> dict[str, Any]:
-        """The figures."""
+        """The result as JSON."""
         return {
             "nodes": self.nodes,
             "gpus": self.gpus,
@@ -116,21 +116,22 @@ class ClusterResult:
 
 @dataclass(frozen=True, slots=True)
 class TierResult:
-    """One tier's figures."""
+    """The results of one tier."""
 
     record: TierRecord
     gpu_hours: float
     replica_hours: float
     cost: float
     starts: int
+    """Replicas that were placed."""
     failures: int
     samples: tuple[TierSample, ...]
-    room: PlacementRecord
-    short_rounds: int
-    """Decisions that the budget gave fewer replicas than the tier wanted."""
+    placement: PlacementRecord
+    limited_decisions: int
+    """Decisions for which the GPU budget allowed fewer replicas than the tier wanted."""
 
     def as_json(self) -> dict[str, Any]:
-        """Figures, rounded to what they are worth."""
+        """The result as JSON, with rounded figures."""
         record = self.record
         return {
             "tier": record.tier,
@@ -156,40 +157,37 @@ class TierResult:
             "replica_starts": self.starts,
             "replica_failures": self.failures,
             "room": {
-                "waited": self.room.waited,
-                "waited_s": round(self.room.waited_s, 1),
-                "longest_wait_s": round(self.room.longest_wait_s, 1),
-                "waiting": self.room.waiting,
-                "most_gpus": round(self.room.most_gpus, 3),
-                "cut_by_budget": self.short_rounds,
+                "waited": self.placement.waited,
+                "waited_s": round(self.placement.waited_s, 1),
+                "longest_wait_s": round(self.placement.longest_wait_s, 1),
+                "waiting": self.placement.waiting,
+                "most_gpus": round(self.placement.most_gpus, 3),
+                "cut_by_budget": self.limited_decisions,
             },
         }
 
 
 @dataclass(frozen=True, slots=True)
 class SimulationResult:
-    """One run."""
+    """The result of one run."""
 
     policy: str
     seed: int
     simulated_s: float
     tiers: tuple[TierResult, ...]
     decisions: tuple[RecordedDecision, ...]
-    """The first that changed a target, or that the budget cut by more than was told."""
+    """The first decisions that changed a target, or for which the budget withheld more replicas than in the
+    tier's decision before."""
     decisions_total: int
-    """All of them."""
+    """Number of all such decisions."""
     recommendations: tuple[IssuedRecommendation, ...]
-    """The last that would have been given, oldest first."""
+    """The last recommendations that would have been issued, oldest first."""
     record: TrackRecord
-    """How good all of it was."""
+    """How well all recommendations turned out."""
     gpu_budget: float | None = None
-    """GPUs that the tiers shared when the trace began; None: nobody counted."""
+    """GPUs that the tiers shared when the trace began; None if there was no limit."""
     cluster: ClusterResult | None = None
-    """None: there was always room."""
-
-    def hours_of(self, item: IssuedRecommendation) -> float:
-        """When it was given, since the trace's beginning."""
-        return (item.unix_s - START_UNIX_S) / 3600
+    """None if the scenario had no nodes."""
 
     @property
     def requests(self) -> int:
@@ -199,7 +197,7 @@ class SimulationResult:
     @property
     def attainment(self) -> float:
         """Over all requests."""
-        return sum(tier.record.kept for tier in self.tiers) / self.requests if self.requests else 1.0
+        return sum(tier.record.within_slo for tier in self.tiers) / self.requests if self.requests else 1.0
 
     @property
     def gpu_hours(self) -> float:
@@ -207,9 +205,11 @@ class SimulationResult:
         return sum(tier.gpu_hours for tier in self.tiers)
 
     def as_json(self) -> dict[str, Any]:
-        """The whole run without anything that depends on the machine it ran on. ``decisions`` are changes of
-        a target by the policy; ``recommendations`` and ``record`` are what ``/recommendations`` would have
-        said."""
+        """The result as JSON, without anything that depends on the machine on which the simulation ran.
+
+        ``decisions`` are changes of a target by the policy; ``recommendations`` and ``record`` are what
+        ``/recommendations`` would have returned.
+        """
         return {
             "policy": self.policy,
             "seed": self.seed,
@@ -236,6 +236,11 @@ class SimulationResult:
             "recommendations": [recommendation_as_json(item) for item in self.recommendations],
             "record": asdict(self.record),
         }
+
+
+def hours_since_start(item: IssuedRecommendation) -> float:
+    """When a recommendation was issued, in hours since the beginning of the trace."""
+    return (item.unix_s - START_UNIX_S) / 3600
 
 
 def _percentiles(values: Sequence[float]) -> dict[str, float | None]:

@@ -1,187 +1,87 @@
-"""Arrivals through the production dispatcher onto a fake fleet, scaled by a policy, under a virtual clock.
+"""Replays arrivals through the production dispatcher on a simulated fleet, under a virtual clock.
 
-What is production code here: :class:`controlplane.core.routing.dispatcher.Dispatcher` with routing, scoring,
-circuit breakers and the admission queue, with the policy ``tierplane``
-:class:`controlplane.core.autoscaling.round.ScalingRound`, and, where nodes are given, the placement
-(:mod:`.cluster`).
-One gateway replica is simulated, and it sees endpoints at once.
+Production code: :class:`controlplane.core.routing.dispatcher.Dispatcher` with routing, scoring, circuit
+breakers and the admission queue; with the policy ``tierplane``
+:class:`controlplane.core.autoscaling.round.ScalingRound`; and, if the scenario has nodes, the placement
+(:mod:`.cluster`). One gateway replica is simulated, and it learns of endpoints without delay.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
-from controlplane.core.admission.queue import AdmissionQueue, AdmissionSettings, Ticket
-from controlplane.core.autoscaling.decision import EngineObservation, ScalingDecision, TierObservation
-from controlplane.core.autoscaling.policy import TierScaler
-from controlplane.core.autoscaling.rule import ScalingRule
-from controlplane.core.domain.endpoint import EndpointState
-from controlplane.core.placement.topology import Node
-from controlplane.core.recommendations.rules import LATENCY_MS
+from controlplane.core.admission.queue import AdmissionQueue, Ticket
+from controlplane.core.autoscaling.decision import ScalingDecision
 from controlplane.core.routing.dispatcher import Dispatcher, DispatchRefused, Started, WaitsInQueue
-from controlplane.core.routing.endpoint_table import EndpointTable, LoadSettings
-from controlplane.core.routing.tier_table import RouteRequest, TierPolicy, TierTable, resolve
-from controlplane.core.telemetry.series import known_now, missing
+from controlplane.core.routing.endpoint_table import EndpointTable
+from controlplane.core.routing.tier_table import RouteRequest, TierTable, resolve
 from controlplane.simulation.clock import VirtualClock
 from controlplane.simulation.cluster import Cluster
 from controlplane.simulation.engine import EngineJob
-from controlplane.simulation.fleet import ReplicaModel, TierFleet
-from controlplane.simulation.outages import OutageModel, Outages
-from controlplane.simulation.recommendations import RecommendationSettings, SimulatedRecommendations
+from controlplane.simulation.fleet import TierFleet
+from controlplane.simulation.outages import Outages
+from controlplane.simulation.policies import MakePolicy
+from controlplane.simulation.recommendations import SimulatedRecommendations
 from controlplane.simulation.request import RequestInFlight
 from controlplane.simulation.results import (
     START_UNIX_S,
     ClusterResult,
     RecordedDecision,
     SimulationResult,
-    TierRecord,
     TierResult,
-    TierSample,
 )
+from controlplane.simulation.scenario import Scenario, TierScenario
+from controlplane.simulation.tier import SimulatedTier
 from controlplane.simulation.traces import Arrival
 
-MOST_DECISIONS: Final = 1000
-"""That a result keeps."""
+MAX_DECISIONS: Final = 1000
+"""Decisions in a result."""
 _SAMPLES: Final = 600
 _SCRAPE_S: Final = 1.0
-"""How often engine metrics reach the gateway."""
-
-
-@dataclass(frozen=True, slots=True)
-class TierScenario:
-    """One tier: what it routes, what its replicas are like, how it scales."""
-
-    policy: TierPolicy
-    replica: ReplicaModel
-    rule: ScalingRule
-    replicas: int = 1
-    """Ready when the trace begins."""
-    tensor_parallel: int = 1
-    latency_limit_ms: float = LATENCY_MS
-    """Above it a recommendation calls the tier slow, if no threshold is set."""
-
-
-@dataclass(frozen=True, slots=True)
-class Scenario:
-    """Everything but the arrivals and the policy."""
-
-    tiers: tuple[TierScenario, ...]
-    default_tier: str | None = None
-    admission: AdmissionSettings = field(default_factory=AdmissionSettings)
-    fleet: LoadSettings = field(default_factory=LoadSettings)
-    deadline_s: float = 600.0
-    max_attempts: int = 3
-    gpus: float | None = None
-    """That all tiers together may hold; None: as many as ``nodes`` have."""
-    nodes: tuple[Node, ...] | None = None
-    """Where replicas run; None: there is always room."""
-    outages: OutageModel | None = None
-    """None: no node fails."""
-    seed: int = 0
-    recommendations: RecommendationSettings = field(default_factory=RecommendationSettings)
-
-
-@dataclass(frozen=True, slots=True)
-class PolicyInput:
-    """What a scaling policy is shown: what tierplane's own sees, and what the others go by."""
-
-    observation: TierObservation
-    ongoing: float
-    """Requests that ran or waited, averaged over the interval."""
-    busy_ratio: float
-    """Share of the interval in which a replica's GPU worked, averaged over the ready ones."""
-    slots: int
-    """Requests that the ready replicas may run at once."""
-
-
-class ScalingPolicy(Protocol):
-    """Decides how many replicas each tier has."""
-
-    period_s: float
-
-    def decide(self, seen: Sequence[PolicyInput], gpus: float | None) -> Sequence[ScalingDecision]:
-        """The targets from now on, in the order of the tiers that were seen. ``gpus`` is what all of them
-        together may hold; None: nobody counts."""
-
-    def learned(self, tier: str) -> TierScaler | None:
-        """What it knows of a tier's engines, for recommendations; None: it does not measure how fast they
-        are."""
-
-
-MakePolicy = Callable[[Scenario], ScalingPolicy]
-
-
-class _TierCounters:
-    """A tier's counters between two observations."""
-
-    def __init__(self, scenario: TierScenario, fleet: TierFleet) -> None:
-        self.scenario = scenario
-        self.fleet = fleet
-        self.record = TierRecord(scenario.policy.name)
-        self.samples: list[TierSample] = []
-        self.ongoing = 0
-        self.queued = 0
-        self.ongoing_s = 0.0
-        self.changed_s = 0.0
-        self.seen_s = 0.0
-        self.arrivals = self.finished = self.missed = 0
-        self.prompt = self.answer = self.ended = 0
-        self.sampled = (0.0, 0, 0, 0)
-        """Time, arrived, kept, ended at the last sample."""
-        self.ended_total = 0
-        self.short_rounds = 0
-        """Decisions that the budget cut."""
-        self.noted_shortfall = 0
-        """Replicas that it took from what the tier wanted, when that was last told."""
-
-    def change(self, by: int, now_s: float) -> None:
-        """One more or less that runs or waits."""
-        self.ongoing_s += self.ongoing * (now_s - self.changed_s)
-        self.changed_s = now_s
-        self.ongoing += by
+"""Interval at which the gateway gets the engines' metrics."""
 
 
 class Simulator:
     """One run; call :meth:`run` once."""
 
     def __init__(self, scenario: Scenario, make_policy: MakePolicy, *, span_s: float = 0.0) -> None:
-        """``span_s`` is about how long the trace is, for the spacing of samples; 0: a minute each."""
+        """``span_s`` is the approximate length of the trace and sets the interval of samples; with 0 it is a
+        minute."""
         self.scenario = scenario
         self.clock = VirtualClock()
         policies = [tier.policy for tier in scenario.tiers]
         self.table = TierTable.build(policies, scenario.default_tier)
-        self.fleet = EndpointTable(self.table, scenario.fleet)
+        self.endpoints = EndpointTable(self.table, scenario.load)
         self.queue = AdmissionQueue(scenario.admission)
-        self.dispatcher = Dispatcher(self.fleet, self.queue)
-        self._waiting: dict[Ticket, RequestInFlight] = {}
+        self.dispatcher = Dispatcher(self.endpoints, self.queue)
+        self._queued: dict[Ticket, RequestInFlight] = {}
         self._picks = 0
         self._sample_s = span_s / _SAMPLES if span_s else 60.0
         self._decisions: list[RecordedDecision] = []
-        self._decided = 0
+        self._decision_count = 0
         self._over = False
         self._policy = make_policy(scenario)
         shapes = [tier.replica.shape for tier in scenario.tiers for _ in range(max(1, tier.replicas))]
         self.cluster = Cluster(self.clock, scenario.nodes, (shape for shape in shapes if shape is not None))
         self._outages: Outages | None = None
-        self.tiers = tuple(_TierCounters(tier, self._tier_fleet(tier)) for tier in scenario.tiers)
+        self.tiers = tuple(SimulatedTier(tier, self._fleet(tier)) for tier in scenario.tiers)
         self._recommendations = SimulatedRecommendations(
-            *(scenario.recommendations, self.tiers, self.fleet.pools, self._policy.learned),
+            *(scenario.recommendations, self.tiers, self.endpoints.pools, self._policy.learned),
             start_unix_s=START_UNIX_S,
         )
 
-    def _tier_fleet(self, tier: TierScenario) -> TierFleet:
+    def _fleet(self, tier: TierScenario) -> TierFleet:
         return TierFleet(
             tier.policy.name,
             tier.replica,
             self.clock,
             self.cluster,
             seed=self.scenario.seed,
-            on_first=self._first,
+            on_first=self._first_token,
             on_done=self._done,
             on_lost=self._lost,
-            on_change=self._changed,
+            on_change=self._fleet_changed,
             in_flight=self._in_flight,
         )
 
@@ -192,13 +92,13 @@ class Simulator:
         policy: str = "",
         progress: Callable[[float, int], None] | None = None,
     ) -> SimulationResult:
-        """Everything that comes, until the last request has ended. ``progress`` gets the simulated seconds
-        and the requests so far, every now and then."""
+        """Replay ``arrivals`` until the last request has ended. ``progress`` is called now and then with the
+        simulated seconds and the number of requests so far."""
         clock = self.clock
         for tier in self.tiers:
             tier.fleet.begin(tier.scenario.replicas)
         self.cluster.open()
-        self._changed()
+        self._fleet_changed()
         self._begin_outages()
         budget, gpus = self._gpus, self.cluster.gpus or 0.0
         clock.at(self._policy.period_s, self._decide)
@@ -213,11 +113,13 @@ class Simulator:
             self._arrive(arrival)
             if progress is not None and not count & 0xFFF:
                 progress(clock.now_s, count)
+        # GPU hours, placements and recommendations are those until the last arrival.
         end_s = clock.now_s
-        held = [(tier.fleet.replica_hours(), tier.fleet.room_record()) for tier in self.tiers]
+        fleets = [(tier.fleet.replica_hours(), tier.fleet.placement_record()) for tier in self.tiers]
         cluster = None if self.cluster.nodes is None else self._cluster_result(gpus)
         recommendations, record = self._recommendations.issued, self._recommendations.record
-        while any(tier.ongoing for tier in self.tiers) and clock.now_s < end_s + self.scenario.deadline_s * 2:
+        latest_s = end_s + self.scenario.deadline_s * 2
+        while any(tier.unfinished for tier in self.tiers) and clock.now_s < latest_s:
             clock.run_until(clock.now_s + 1.0)
         self._over = True
         results = [
@@ -229,23 +131,27 @@ class Simulator:
                 tier.fleet.starts,
                 tier.fleet.failures,
                 tuple(tier.samples),
-                room,
-                tier.short_rounds,
+                placement,
+                tier.limited_decisions,
             )
-            for tier, (hours, room) in zip(self.tiers, held, strict=True)
+            for tier, (hours, placement) in zip(self.tiers, fleets, strict=True)
         ]
-        # GPU hours are those of the trace: the time in which the last answers are finished is not counted,
-        # and nothing is recommended in it.
         return SimulationResult(
-            *(policy, self.scenario.seed, end_s, tuple(results)),
-            *(tuple(self._decisions), self._decided),
-            *(recommendations, record),
-            *(budget, cluster),
+            policy=policy,
+            seed=self.scenario.seed,
+            simulated_s=end_s,
+            tiers=tuple(results),
+            decisions=tuple(self._decisions),
+            decisions_total=self._decision_count,
+            recommendations=recommendations,
+            record=record,
+            gpu_budget=budget,
+            cluster=cluster,
         )
 
     @property
     def _gpus(self) -> float | None:
-        """What all tiers together may hold: as the scenario says, or those that there are."""
+        """GPUs that all tiers together may use: the scenario's setting, or the cluster's usable GPUs."""
         return self.scenario.gpus if self.scenario.gpus is not None else self.cluster.gpus
 
     def _cluster_result(self, gpus: float) -> ClusterResult:
@@ -269,7 +175,7 @@ class Simulator:
         lost = [job for tier in self.tiers for job in tier.fleet.lose(gone)]
         for tier in self.tiers:
             tier.fleet.scale_to(tier.fleet.target)
-        self._changed()
+        self._fleet_changed()
         for job in lost:
             self._lost(job)
 
@@ -278,130 +184,119 @@ class Simulator:
     def _arrive(self, arrival: Arrival) -> None:
         now_s = self.clock.now_s
         blocks = arrival.blocks
-        request = RouteRequest(
+        route_request = RouteRequest(
             model=arrival.tier or "auto",
             complexity=arrival.complexity,
             priority=arrival.priority,
             session_key=arrival.session,
-            # As the gateway's key: of the prompt's beginning, past what all prompts begin with.
+            # Like the gateway's key: of the prompt's beginning, longer than what all prompts have in common.
             prefix_key=hash(blocks[:2]) if blocks else None,
         )
-        flight = RequestInFlight(arrival, request, resolve(request, self.table), now_s)
-        tier = self.tiers[flight.rank]
-        tier.arrivals += 1
-        record = tier.record
-        record.arrived += 1
-        record.prompt_tokens += arrival.input_tokens
-        tier.change(1, now_s)
-        self._submit(flight)
+        request = RequestInFlight(arrival, route_request, resolve(route_request, self.table), now_s)
+        self.tiers[request.rank].arrive(arrival.input_tokens, now_s)
+        self._submit(request)
 
-    def _submit(self, flight: RequestInFlight) -> None:
+    def _submit(self, request: RequestInFlight) -> None:
         now_s = self.clock.now_s
         self._picks += 7919
-        answer = self.dispatcher.submit(
-            flight.request,
-            flight.route,
+        result = self.dispatcher.submit(
+            request.route_request,
+            request.route,
             now_s,
             self._picks,
-            deadline_s=flight.arrived_s + self.scenario.deadline_s,
-            arrived_s=flight.arrived_s,
+            deadline_s=request.arrived_s + self.scenario.deadline_s,
+            arrived_s=request.arrived_s,
         )
-        if isinstance(answer, Started):
-            self._start(flight, answer)
-        elif isinstance(answer, WaitsInQueue):
-            self.tiers[flight.rank].queued += 1
-            self._waiting[answer.ticket] = flight
-            if answer.queued.evicted is not None:
-                evicted = self._waiting.pop(answer.queued.evicted)
+        if isinstance(result, Started):
+            self._start(request, result)
+        elif isinstance(result, WaitsInQueue):
+            self.tiers[request.rank].queued += 1
+            self._queued[result.ticket] = request
+            if result.queued.evicted is not None:
+                evicted = self._queued.pop(result.queued.evicted)
                 self.tiers[evicted.rank].queued -= 1
                 self._refuse(evicted)
-        elif isinstance(answer, DispatchRefused):
-            self._refuse(flight)
+        elif isinstance(result, DispatchRefused):
+            self._refuse(request)
 
-    def _start(self, flight: RequestInFlight, started: Started) -> None:
+    def _start(self, request: RequestInFlight, started: Started) -> None:
         now_s = self.clock.now_s
         load = started.decision.load
         assert load is not None
-        flight.slot = started.slot
-        flight.attempts += 1
-        tier = self.tiers[flight.rank]
-        if flight.started_s is None:
-            flight.started_s = now_s
-            tier.record.wait_s.append(now_s - flight.arrived_s)
-            if load.pool is not None and load.pool.rank != flight.rank:
+        request.slot = started.slot
+        request.attempts += 1
+        tier = self.tiers[request.rank]
+        if request.started_s is None:
+            request.started_s = now_s
+            tier.record.wait_s.append(now_s - request.arrived_s)
+            if load.pool is not None and load.pool.rank != request.rank:
                 tier.record.spilled += 1
-        arrival = flight.arrival
-        made = flight.made
-        job = EngineJob(arrival.input_tokens + made, arrival.output_tokens - made, arrival.blocks, flight)
-        served = self.tiers[load.pool.rank] if load.pool is not None else tier
-        served.fleet.engine(load.endpoint.endpoint_id).submit(job)
+        arrival = request.arrival
+        generated = request.generated_tokens
+        job = EngineJob(
+            arrival.input_tokens + generated, arrival.output_tokens - generated, arrival.blocks, request
+        )
+        serving = self.tiers[load.pool.rank] if load.pool is not None else tier
+        serving.fleet.engine(load.endpoint.endpoint_id).submit(job)
 
-    def _first(self, job: EngineJob) -> None:
-        flight: RequestInFlight = job.payload
-        assert flight.slot is not None
-        flight.slot.first_token(self.clock.now_s)
-        if flight.first_s is None:
-            flight.first_s = self.clock.now_s
+    def _first_token(self, job: EngineJob) -> None:
+        request: RequestInFlight = job.payload
+        assert request.slot is not None
+        request.slot.first_token(self.clock.now_s)
+        if request.first_token_s is None:
+            request.first_token_s = self.clock.now_s
 
     def _done(self, job: EngineJob) -> None:
         now_s = self.clock.now_s
-        flight: RequestInFlight = job.payload
-        slot = flight.slot
+        request: RequestInFlight = job.payload
+        slot = request.slot
         assert slot is not None
         slot.succeed(now_s)
-        tier = self.tiers[flight.rank]
-        record = tier.record
-        arrival = flight.arrival
-        first_s = flight.first_s if flight.first_s is not None else now_s
-        ttft_s = first_s - flight.arrived_s
-        itl_s = (now_s - first_s) / (arrival.output_tokens - 1) if arrival.output_tokens > 1 else 0.0
-        record.ttft_s.append(ttft_s)
-        record.itl_s.append(itl_s)
-        total_s = now_s - flight.arrived_s
-        record.total_s.append(total_s)
-        record.output_tokens += arrival.output_tokens
-        record.computed_tokens += job.computed_tokens
-        tier.prompt += job.computed_tokens
-        tier.answer += arrival.output_tokens
-        tier.ended += 1
+        tier = self.tiers[request.rank]
+        output_tokens = request.arrival.output_tokens
+        first_s = request.first_token_s if request.first_token_s is not None else now_s
+        ttft_s = first_s - request.arrived_s
+        itl_s = (now_s - first_s) / (output_tokens - 1) if output_tokens > 1 else 0.0
+        total_s = now_s - request.arrived_s
+        tier.answer(
+            ttft_s=ttft_s,
+            itl_s=itl_s,
+            total_s=total_s,
+            output_tokens=output_tokens,
+            computed_tokens=job.computed_tokens,
+        )
         slo = tier.scenario.rule.slo
-        in_time = ttft_s <= slo.ttft_s and itl_s <= slo.itl_s and total_s <= slo.total_s
-        self._end(tier, kept=in_time)
+        within_slo = ttft_s <= slo.ttft_s and itl_s <= slo.itl_s and total_s <= slo.total_s
+        tier.end(now_s, within_slo=within_slo)
         load = slot.load
         if not load.ready:
             rank = self.table.rank_of[load.endpoint.tier]
-            self.tiers[rank].fleet.settle()
+            self.tiers[rank].fleet.stop_drained()
         self._pump()
 
     def _lost(self, job: EngineJob) -> None:
-        """The engine died under it: go on elsewhere with what the client has."""
-        flight: RequestInFlight = job.payload
-        slot = flight.slot
+        """The engine died: continue on another endpoint with the tokens that the client already has."""
+        request: RequestInFlight = job.payload
+        slot = request.slot
         assert slot is not None
         slot.fail(self.clock.now_s)
-        tier = self.tiers[flight.rank]
-        flight.made = min(flight.made + job.made, flight.arrival.output_tokens - 1)
-        if flight.attempts >= self.scenario.max_attempts:
+        tier = self.tiers[request.rank]
+        request.generated_tokens = min(
+            request.generated_tokens + job.generated_tokens, request.arrival.output_tokens - 1
+        )
+        if request.attempts >= self.scenario.max_attempts:
             tier.record.lost += 1
-            self._end(tier, kept=False)
+            tier.end(self.clock.now_s, within_slo=False)
             return
         tier.record.retried += 1
-        flight.request = flight.request._replace(exclude=flight.request.exclude | {slot.load.key})
-        self._submit(flight)
+        excluded = request.route_request.exclude | {slot.load.key}
+        request.route_request = request.route_request._replace(exclude=excluded)
+        self._submit(request)
 
-    def _refuse(self, flight: RequestInFlight) -> None:
-        tier = self.tiers[flight.rank]
+    def _refuse(self, request: RequestInFlight) -> None:
+        tier = self.tiers[request.rank]
         tier.record.refused += 1
-        self._end(tier, kept=False)
-
-    def _end(self, tier: _TierCounters, *, kept: bool) -> None:
-        tier.finished += 1
-        tier.ended_total += 1
-        if kept:
-            tier.record.kept += 1
-        else:
-            tier.missed += 1
-        tier.change(-1, self.clock.now_s)
+        tier.end(self.clock.now_s, within_slo=False)
 
     def _pump(self) -> None:
         if not self.queue:
@@ -409,65 +304,61 @@ class Simulator:
         self._picks += 7919
         for started in self.dispatcher.pump(self.clock.now_s, self._picks):
             assert started.ticket is not None
-            flight = self._waiting.pop(started.ticket)
-            self.tiers[flight.rank].queued -= 1
-            self._start(flight, started)
+            request = self._queued.pop(started.ticket)
+            self.tiers[request.rank].queued -= 1
+            self._start(request, started)
 
-    def _changed(self) -> None:
-        """The fleet changed: what the controller's snapshot would say."""
+    def _fleet_changed(self) -> None:
+        """Apply the endpoints that the controller's snapshot would now list."""
         endpoints = [endpoint for tier in self.tiers for endpoint in tier.fleet.endpoints()]
-        self.fleet.apply(endpoints)
+        self.endpoints.apply(endpoints)
         self._pump()
 
     def _in_flight(self, endpoint_id: str) -> int:
-        load = self.fleet.by_endpoint_id.get(endpoint_id)
+        load = self.endpoints.by_endpoint_id.get(endpoint_id)
         return load.in_flight if load is not None else 0
 
-    # What repeats.
+    # Periodic events.
 
     def _scrape(self, _: Any) -> None:
-        """Engine metrics to the gateway, and the queue's deadlines."""
+        """Pass the engines' metrics to the gateway, and end requests whose deadline has passed in the
+        queue."""
         now_s = self.clock.now_s
         for tier in self.tiers:
             for endpoint_id, replica in tier.fleet.replicas.items():
                 engine = replica.engine
-                load = self.fleet.by_endpoint_id.get(endpoint_id)
+                load = self.endpoints.by_endpoint_id.get(endpoint_id)
                 if engine is not None and load is not None:
                     load.observe(now_s, kv_usage_ratio=engine.kv_usage_ratio, waiting=len(engine.waiting))
         if self.queue:
             for ticket in self.queue.expire(now_s):
-                flight = self._waiting.pop(ticket)
-                tier = self.tiers[flight.rank]
+                request = self._queued.pop(ticket)
+                tier = self.tiers[request.rank]
                 tier.queued -= 1
                 tier.record.expired += 1
-                self._end(tier, kept=False)
+                tier.end(now_s, within_slo=False)
             self._pump()
         if not self._over:
             self.clock.at(now_s + _SCRAPE_S, self._scrape)
 
     def _decide(self, _: Any) -> None:
         now_s = self.clock.now_s
-        seen = [self._observe(tier) for tier in self.tiers]
-        decisions = self._policy.decide(seen, self._gpus)
+        inputs = [tier.observe(now_s, self.endpoints.pools[rank]) for rank, tier in enumerate(self.tiers)]
+        decisions = self._policy.decide(inputs, self._gpus)
         for tier, decision in zip(self.tiers, decisions, strict=True):
-            moves = decision.target != tier.fleet.target
-            if moves or decision.shortfall > tier.noted_shortfall:
-                self._note(decision)
-                tier.noted_shortfall = decision.shortfall
-            tier.short_rounds += decision.shortfall > 0
-            if moves:
+            changes = decision.target != tier.fleet.target
+            if changes or decision.shortfall > tier.recorded_shortfall:
+                self._record(decision)
+                tier.recorded_shortfall = decision.shortfall
+            tier.limited_decisions += decision.shortfall > 0
+            if changes:
                 tier.fleet.scale_to(decision.target)
         if not self._over:
             self.clock.at(now_s + self._policy.period_s, self._decide)
 
-    def _recommend(self, _: Any) -> None:
-        self._recommendations.update(self.clock.now_s, self._gpus)
-        if not self._over:
-            self.clock.at(self.clock.now_s + self._recommendations.every_s, self._recommend)
-
-    def _note(self, decision: ScalingDecision) -> None:
-        self._decided += 1
-        if len(self._decisions) < MOST_DECISIONS:
+    def _record(self, decision: ScalingDecision) -> None:
+        self._decision_count += 1
+        if len(self._decisions) < MAX_DECISIONS:
             self._decisions.append(
                 RecordedDecision(
                     self.clock.now_s,
@@ -480,85 +371,15 @@ class Simulator:
                 )
             )
 
-    def _observe(self, tier: _TierCounters) -> PolicyInput:
-        now_s = self.clock.now_s
-        interval_s = now_s - tier.seen_s
-        tier.change(0, now_s)
-        engines: list[EngineObservation] = []
-        busy = 0.0
-        ready = 0
-        for replica in tier.fleet.replicas.values():
-            engine = replica.engine
-            if engine is None:
-                continue
-            meter = engine.read()
-            alive_s = min(interval_s, now_s - replica.ready_s)
-            if alive_s <= 0:
-                continue
-            if replica.endpoint.state is EndpointState.READY:
-                ready += 1
-                busy += meter.busy_s / alive_s
-            if meter.busy_s > 0:
-                engines.append(
-                    EngineObservation(
-                        meter.generated / alive_s,
-                        meter.prompted / alive_s,
-                        meter.batch_s / meter.busy_s,
-                        meter.busy_s / alive_s,
-                    )
-                )
-        rank = self.table.rank_of[tier.scenario.policy.name]
-        pool = self.fleet.pools[rank]
-        nothing = missing("no request ended in the interval")
-        ended = tier.ended
-        observation = TierObservation(
-            tier=tier.scenario.policy.name,
-            now_s=now_s,
-            unix_s=START_UNIX_S + now_s,
-            target=tier.fleet.target,
-            ready=tier.fleet.ready,
-            interval_s=interval_s,
-            arrivals=known_now(tier.arrivals),
-            in_flight=known_now(pool.in_flight),
-            queued=known_now(tier.queued),
-            input_tokens=known_now(tier.prompt / ended) if ended else nothing,
-            output_tokens=known_now(tier.answer / ended) if ended else nothing,
-            finished=tier.finished,
-            missed=tier.missed,
-            engines=tuple(engines),
-        )
-        seen = PolicyInput(
-            observation,
-            ongoing=tier.ongoing_s / interval_s if interval_s > 0 else float(tier.ongoing),
-            busy_ratio=busy / ready if ready else 0.0,
-            slots=pool.limit,
-        )
-        tier.seen_s = now_s
-        tier.ongoing_s = 0.0
-        tier.arrivals = tier.finished = tier.missed = 0
-        tier.prompt = tier.answer = tier.ended = 0
-        return seen
+    def _recommend(self, _: Any) -> None:
+        self._recommendations.update(self.clock.now_s, self._gpus)
+        if not self._over:
+            self.clock.at(self.clock.now_s + self._recommendations.every_s, self._recommend)
 
     def _sample(self, _: Any) -> None:
         now_s = self.clock.now_s
-        for tier, pool in zip(self.tiers, self.fleet.pools, strict=True):
-            record = tier.record
-            at_s, arrived, kept, ended = tier.sampled
-            span_s = now_s - at_s
-            done = tier.ended_total - ended
-            tier.samples.append(
-                TierSample(
-                    now_s,
-                    (record.arrived - arrived) / span_s if span_s > 0 else 0.0,
-                    tier.fleet.holding,
-                    tier.fleet.ready,
-                    pool.in_flight,
-                    tier.queued,
-                    (record.kept - kept) / done if done else 1.0,
-                    tier.fleet.waiting,
-                )
-            )
-            tier.sampled = (now_s, record.arrived, record.kept, tier.ended_total)
+        for tier, pool in zip(self.tiers, self.endpoints.pools, strict=True):
+            tier.sample(now_s, pool)
         if not self._over:
             self.clock.at(now_s + self._sample_s, self._sample)
 
@@ -569,6 +390,6 @@ def replay(
     arrivals: Sequence[Arrival],
     policy: str = "",
 ) -> SimulationResult:
-    """One run over arrivals that are held in memory."""
+    """One run over arrivals that are in memory."""
     span_s = arrivals[-1].at_s if arrivals else 0.0
     return Simulator(scenario, make_policy, span_s=span_s).run(arrivals, policy=policy)

@@ -1,8 +1,8 @@
-"""How fast the engines of a tier are, and where its replicas may run.
+"""The speed of a tier's engines, and the machines on which its replicas may run.
 
 Speeds come from the roofline of the tier's model on a GPU, from the timing model of engine ``simulated``, or,
-for engines on CPUs and elsewhere, from two figures of :class:`~controlplane.simulation.options.Options`,
-which are a guess until measured. On machines of several kinds a replica is as fast as the GPU it is on.
+for engines on CPUs and external ones, from two settings of :class:`~controlplane.simulation.options.Options`.
+On a cluster with several GPU models a replica has the speed of its own GPU.
 """
 
 from __future__ import annotations
@@ -34,58 +34,63 @@ from controlplane.simulation.options import Options
 
 @dataclass(frozen=True, slots=True)
 class TierEngines:
-    """What the engines of a tier's replicas are like, and what a replica asks of the machines."""
+    """The engines of a tier's replicas, and the resources of a replica."""
 
     engine: EngineModel
     prior: EngineSpeed
-    """What the scaler is told beforehand."""
+    """Speed that the scaler assumes at the beginning."""
     shape: GangShape | None = None
-    """None: a replica always has room."""
+    """None means that there is always room."""
     engines: Mapping[str, EngineModel] = field(default_factory=dict)
-    """By GPU model, where that matters."""
+    """By GPU model, if the tier may run on several."""
 
 
 def anywhere(tier: TierConfig, options: Options, request: RequestShape) -> TierEngines:
-    """Of a tier whose replicas always have room. SetupError: its model does not fit the GPU, or nobody says
-    which GPU that is."""
+    """The engines of a tier without nodes. SetupError if the tier's model doesn't fit the GPU, or no GPU
+    model is given."""
     if tier.engine == "vllm" and (options.gpu or tier.device == "gpu"):
         if not options.gpu:
             raise SetupError(
-                f"tier '{tier.name}' runs on GPUs: say on which, as --gpu L4 (`tierplane fit --gpus` lists "
-                "them), or on which machines, with --cluster FILE"
+                f"tier '{tier.name}' runs on GPUs: name the GPU model, such as --gpu L4 "
+                "(`tierplane fit --gpus` lists them), or give the machines with --cluster FILE"
             )
         return _on_gpu(tier, options.gpu, options, request)
     return _plain(tier, options)
 
 
 def _plain(tier: TierConfig, options: Options) -> TierEngines:
-    """Of a tier whose speed follows from no GPU."""
+    """The engines of a tier whose speed doesn't depend on a GPU."""
     if tier.engine == "simulated":
-        made = settings_of(tier)
+        settings = settings_of(tier)
         timing = SimulatedTiming(
-            made.ttft_ms / 1000, made.itl_ms / 1000, made.batch_slowdown, made.prefill_tokens_per_s
+            ttft_s=settings.ttft_ms / 1000,
+            itl_s=settings.itl_ms / 1000,
+            batch_slowdown=settings.batch_slowdown,
+            prefill_tokens_per_s=settings.prefill_tokens_per_s,
         )
-        engine = EngineModel(timing, float(made.kv_cache_tokens), made.max_running)
+        engine = EngineModel(timing, float(settings.kv_cache_tokens), settings.max_running)
     else:
         timing = SimulatedTiming(0.0, options.itl_s, 0.0, options.prefill_tokens_per_s, kv_bound=True)
         engine = EngineModel(timing, 1e9, 10_000)
     return TierEngines(engine, plain_speed(timing.itl_s, timing.batch_slowdown))
 
 
-def on_nodes(demand: TierGang, nodes: Sequence[Node], options: Options, request: RequestShape) -> TierEngines:
-    """Of a tier whose replicas find their places on ``nodes``. SetupError: they have none there, or how fast
-    they would be is not known."""
-    tier, shape = demand.tier, demand.shape
+def on_nodes(
+    tier_gang: TierGang, nodes: Sequence[Node], options: Options, request: RequestShape
+) -> TierEngines:
+    """The engines of a tier whose replicas run on ``nodes``. SetupError if a replica doesn't fit even the
+    empty nodes, or its speed is unknown."""
+    tier, shape = tier_gang.tier, tier_gang.shape
     if tier.engine == "endpoint":
         return _plain(tier, options)
     if shape is None:
-        reasons = "; ".join(f"{where}: {why}" for where, why in demand.unfit)
+        reasons = "; ".join(f"{where}: {why}" for where, why in tier_gang.unfit)
         raise SetupError(f"tier '{tier.name}' fits nowhere on this cluster: {reasons}")
-    answer = Planner(PlacedCluster(tuple(nodes))).place(Gang(tier.name, shape))
-    if isinstance(answer, Infeasible):
+    result = Planner(PlacedCluster(tuple(nodes))).place(Gang(tier.name, shape))
+    if isinstance(result, Infeasible):
         raise SetupError(
-            f"tier '{tier.name}' has no place on this cluster, not even when it is empty: {answer.why}; "
-            "`tierplane plan --cluster` says it of each node"
+            f"tier '{tier.name}' has no place on this cluster, not even when it is empty: {result.why}; "
+            "`tierplane plan --cluster` shows the reason for each node"
         )
     if tier.engine != "vllm" or not tier.on_gpus:
         return replace(_plain(tier, options), shape=shape)
@@ -94,7 +99,7 @@ def on_nodes(demand: TierGang, nodes: Sequence[Node], options: Options, request:
     if unknown:
         raise SetupError(
             f"tier '{tier.name}' may run on GPUs whose speed is not known: {', '.join(unknown)}. Name others "
-            "in its gpu_models; `tierplane fit --gpus` lists those that are known"
+            "in its gpu_models; `tierplane fit --gpus` lists the known ones"
         )
     by_model = {name: _on_gpu(tier, name, options, request) for name in models}
     first = by_model[models[0]]
@@ -102,7 +107,7 @@ def on_nodes(demand: TierGang, nodes: Sequence[Node], options: Options, request:
 
 
 def _gpu_models(tier: TierConfig, shape: GangShape, nodes: Sequence[Node]) -> list[str]:
-    """GPU models that replicas may find themselves on: the one that the scaler believes in first."""
+    """GPU models that replicas may run on; the first is the one whose speed the scaler assumes."""
     counts = Counter(
         gpu.model
         for node in nodes
@@ -111,8 +116,8 @@ def _gpu_models(tier: TierConfig, shape: GangShape, nodes: Sequence[Node]) -> li
         and shape.accepts(gpu.model)
         and (not gpu.memory_bytes or gpu.memory_bytes >= shape.gpu_memory_bytes)
     )
-    asked = list(tier.gpu_models)
-    return sorted(counts, key=lambda name: (name not in asked[:1], -counts[name], name))
+    preferred = list(tier.gpu_models)[:1]
+    return sorted(counts, key=lambda name: (name not in preferred, -counts[name], name))
 
 
 def _on_gpu(tier: TierConfig, gpu_model: str, options: Options, request: RequestShape) -> TierEngines:

@@ -1,9 +1,9 @@
-"""Recorded arrivals, read one by one: Azure's CSV, Mooncake's JSONL, ServeGen's windows, those of
-`tierplane trace`, a plain CSV.
+"""Recorded arrivals, read one by one: Azure's CSV, Mooncake's JSONL, ServeGen's windows, windows written by
+`tierplane trace`, or a plain CSV.
 
-A plain CSV has the columns ``at_s``, ``input_tokens``, ``output_tokens`` and, if you like, ``tier``,
-``complexity``, ``priority`` and ``session``. The format is known by the first line. Everything that is drawn
-by chance (arrivals inside a window, lengths, thinning) comes from the seed.
+A plain CSV has the columns ``at_s``, ``input_tokens``, ``output_tokens`` and optionally ``tier``,
+``complexity``, ``priority`` and ``session``. The format is recognised by the first line. Everything random
+(arrivals inside a window, lengths, thinning) is determined by the seed.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from controlplane.core.reports.recorded_traffic import RecordedWindow
 from controlplane.errors import SetupError
 
 _LENGTH_SIGMA: Final = 0.8
-"""Spread of the logarithm of prompt lengths around a window's median; answers are exponential. Both are our
-assumption: the windows hold medians only."""
+"""Standard deviation of the logarithm of prompt lengths within a window; answer lengths are exponential. Both
+are assumptions, because the windows contain medians only."""
 _LONGEST: Final = 8192
 _UNKNOWN_TOKENS: Final = (512.0, 128.0)
-"""Of a prompt and an answer, where a window does not say."""
+"""Lengths of a prompt and an answer if a window doesn't give them."""
 _MOST_IN_WINDOW: Final = 10_000_000
 
 
@@ -35,11 +35,11 @@ class Arrival(NamedTuple):
     """One request of a trace."""
 
     at_s: float
-    """Since the trace's beginning."""
+    """Since the beginning of the trace."""
     input_tokens: int
     output_tokens: int
     blocks: tuple[int, ...] | None = None
-    """Hashes of the prompt's blocks, from its beginning."""
+    """Hashes of the prompt's blocks, from the first one."""
     tier: str = ""
     complexity: Complexity | None = None
     priority: Priority = Priority.NORMAL
@@ -49,10 +49,10 @@ class Arrival(NamedTuple):
 def read_trace(
     path: Path, *, seed: int = 0, keep_ratio: float = 1.0, hours: float | None = None, skip_hours: float = 0.0
 ) -> Iterator[Arrival]:
-    """The arrivals of a file in order of time.
+    """The arrivals of a file in the order of their times.
 
-    ``keep_ratio`` under 1 keeps each request with that probability. ``hours`` is how much is read, after
-    ``skip_hours``. SetupError names the file and line that can't be read.
+    With a ``keep_ratio`` below 1 each request is used with that probability. ``hours`` limits the length of
+    the part after ``skip_hours``. SetupError names the file and line that can't be read.
     """
     from_s = skip_hours * 3600
     until_s = math.inf if hours is None else from_s + hours * 3600
@@ -86,7 +86,7 @@ def _reader(path: Path) -> Reader:
     if {"at_s", "input_tokens", "output_tokens"} <= columns:
         return _plain
     raise SetupError(
-        f"{path} is no known trace: give Azure's CSV (TIMESTAMP, ContextTokens, GeneratedTokens), "
+        f"{path} is not a known trace format: give Azure's CSV (TIMESTAMP, ContextTokens, GeneratedTokens), "
         "Mooncake's JSONL, ServeGen's windows (window_start_s, rate_rps, …), what `tierplane trace` "
         "wrote, or a CSV with at_s, input_tokens, output_tokens"
     )
@@ -168,7 +168,7 @@ class ServeGenWindow(NamedTuple):
     start_s: float
     rate_per_s: float
     cv: float
-    """Standard deviation over mean of the gaps between arrivals."""
+    """Coefficient of variation of the gaps between arrivals."""
     input_median: float
     output_median: float
 
@@ -194,10 +194,10 @@ def _window(row: Mapping[str, str]) -> ServeGenWindow:
 def _window_arrivals(
     window: ServeGenWindow, length_s: float, rng: random.Random, keep: float
 ) -> Iterator[Arrival]:
-    """Gamma-distributed gaps with the window's rate and variation.
+    """Gamma-distributed gaps with the window's rate and coefficient of variation.
 
-    Of a renewal process that is thinned at random with probability p the gaps have the squared variation
-    1 + p*(cv² - 1) (a geometric sum of gaps), so the thinned process is drawn at once.
+    If requests of a renewal process are used with probability p, the squared coefficient of variation of the
+    gaps is 1 + p*(cv² - 1) (a geometric sum of gaps), so the thinned process can be generated directly.
     """
     rate = window.rate_per_s * keep
     if rate <= 0:
@@ -206,7 +206,7 @@ def _window_arrivals(
     shape, scale = 1.0 / cv2, cv2 / rate
     mu_in = math.log(max(window.input_median, 1.0))
     mean_out = max(window.output_median, 1.0) / math.log(2.0)
-    # The first gap is a part of one: the window does not begin with an arrival.
+    # The window begins at a random point of a gap, not with an arrival.
     at_s = rng.gammavariate(shape, scale) * rng.random()
     while at_s < length_s:
         prompt = int(min(max(rng.lognormvariate(mu_in, _LENGTH_SIGMA), 1.0), _LONGEST))
@@ -216,8 +216,8 @@ def _window_arrivals(
 
 
 def _own(path: Path, rng: random.Random, keep: float, span_s: tuple[float, float]) -> Iterator[Arrival]:
-    """As many requests as each window counted, with its mean lengths. When they came inside it is not known:
-    Poisson arrivals of which so many came are spread evenly at random."""
+    """As many requests as each window counted, with its mean lengths. Their times within the window are
+    unknown and drawn uniformly, which is how a given number of Poisson arrivals is distributed."""
     tiers: dict[str, list[RecordedWindow]] = {}
     for window in _rows(path, _own_window):
         tiers.setdefault(window.tier, []).append(window)
@@ -234,7 +234,7 @@ def _own(path: Path, rng: random.Random, keep: float, span_s: tuple[float, float
 def _own_window(row: Mapping[str, str]) -> RecordedWindow:
     requests = int(row["requests"])
     if not 0 <= requests <= _MOST_IN_WINDOW:
-        raise ValueError(f"{requests} requests: 0 to {_MOST_IN_WINDOW} are in one window")
+        raise ValueError(f"{requests} requests: a window has 0 to {_MOST_IN_WINDOW}")
     return RecordedWindow(
         float(row["start_s"]),
         float(row["seconds"]),
@@ -255,11 +255,12 @@ def _own_arrivals(window: RecordedWindow, rng: random.Random) -> Iterator[Arriva
 
 
 def _with_mean(drawn: list[float], mean: float | None) -> Iterator[int]:
-    """Whole numbers from 1, in proportion to what was drawn, that have that mean as nearly as they can."""
+    """Integers of at least 1, proportional to the drawn values, whose mean is as close to ``mean`` as
+    possible."""
     factor = (mean or 0.0) * len(drawn) / (sum(drawn) or 1.0)
-    exact, given = 0.0, 0
+    exact, total = 0.0, 0
     for each in drawn:
         exact += each * factor
-        value = max(1, round(exact) - given)
-        given += value
+        value = max(1, round(exact) - total)
+        total += value
         yield value

@@ -29,10 +29,11 @@ from controlplane.config import PlaneConfig, parse_plane
 from controlplane.core.autoscaling.capacity import RequestShape
 from controlplane.simulation.engine import SimulatedTiming
 from controlplane.simulation.options import Options
-from controlplane.simulation.policies import StaticPolicy, each, reactive_policy
+from controlplane.simulation.policies import MakePolicy, StaticPolicy, per_tier, reactive_policy
 from controlplane.simulation.results import SimulationResult
-from controlplane.simulation.scenario import build
-from controlplane.simulation.simulator import MakePolicy, Scenario, replay
+from controlplane.simulation.scenario import Scenario
+from controlplane.simulation.scenario_builder import build_scenario
+from controlplane.simulation.simulator import replay
 from controlplane.simulation.traces import Arrival
 from tests.benchmarks.load import percentile
 from tests.benchmarks.load_steps import Run, Step, run_steps
@@ -128,7 +129,7 @@ def scaling_run(scale: float) -> list[Figure]:
         for outcome in sorted(run.load.outcomes, key=lambda outcome: outcome.began_s)
     ]
     options = Options(cold_start_s=cold_start_s, tick_s=1.0)
-    scenario = build(parse_plane(args), options, RequestShape(PROMPT_TOKENS, TOKENS))
+    scenario = build_scenario(parse_plane(args), options, RequestShape(PROMPT_TOKENS, TOKENS))
     predicted = replay(scenario, reactive_policy("tierplane"), arrivals)
     took_ms = [outcome.latency_ms for outcome in run.load.outcomes]
     return [*_latencies(took_ms, predicted, WITHIN_S), *_replicas(run, predicted, end_s)]
@@ -187,11 +188,11 @@ def vllm_run(seconds: float) -> list[Figure]:
 
 
 def _static(replicas: int) -> MakePolicy:
-    return each(lambda _: StaticPolicy(replicas))
+    return per_tier(lambda _: StaticPolicy(replicas))
 
 
 def _with_timing(config: PlaneConfig, timing: SimulatedTiming, prompt_tokens: int) -> Scenario:
-    scenario = build(config, Options(max_replicas=1), RequestShape(prompt_tokens, VLLM_TOKENS))
+    scenario = build_scenario(config, Options(max_replicas=1), RequestShape(prompt_tokens, VLLM_TOKENS))
     (tier,) = scenario.tiers
     engine = replace(tier.replica.engine, timing=timing)
     return replace(scenario, tiers=(replace(tier, replica=replace(tier.replica, engine=engine)),))

@@ -29,8 +29,9 @@ from controlplane.simulation import oracle
 from controlplane.simulation.options import Options
 from controlplane.simulation.policies import NAMES, TARGETS, reactive_policy
 from controlplane.simulation.results import SimulationResult
-from controlplane.simulation.scenario import build
-from controlplane.simulation.simulator import Scenario, replay
+from controlplane.simulation.scenario import Scenario
+from controlplane.simulation.scenario_builder import build_scenario
+from controlplane.simulation.simulator import replay
 from controlplane.simulation.traces import Arrival, read_trace
 
 MODEL = "Qwen/Qwen3-8B"
@@ -267,11 +268,11 @@ def _scenario(trace: Trace, cold_s: float, attainment: float, seed: int) -> Scen
     options = Options(
         gpu=trace.gpu, cold_start_s=cold_s, slo=replace(trace.slo, attainment=attainment), seed=seed
     )
-    scenario = build(PlaneConfig(tiers=[tier]), options, trace.mean_request)
+    scenario = build_scenario(PlaneConfig(tiers=[tier]), options, trace.mean_request)
     # A fleet that was there before the trace began: what the first five minutes need, and a third more.
-    needed = oracle.demand(trace.arrivals, scenario.tiers[0])[: round(300 / oracle.SLOT_S)]
+    needed = oracle.needed_replicas(trace.arrivals, scenario.tiers[0])[: round(300 / oracle.SLOT_S)]
     begun = max(1, math.ceil(1.3 * sum(needed) / len(needed)))
-    return oracle.at_replicas(scenario, lambda _: begun)
+    return oracle.beginning_with(scenario, begun)
 
 
 def _read(path: Path, hours: float, skip_hours: float, fleet: float, seed: int) -> Trace:
@@ -298,8 +299,10 @@ def _trace(name: str, arrivals: Sequence[Arrival]) -> Trace:
 
 def _mean_replicas(trace: Trace) -> float:
     tier = TierConfig(name="tier", model=MODEL, concurrency_limit=LIMIT)
-    scenario = build(PlaneConfig(tiers=[tier]), Options(gpu=trace.gpu, slo=trace.slo), trace.mean_request)
-    needed = oracle.demand(trace.arrivals, scenario.tiers[0])
+    scenario = build_scenario(
+        PlaneConfig(tiers=[tier]), Options(gpu=trace.gpu, slo=trace.slo), trace.mean_request
+    )
+    needed = oracle.needed_replicas(trace.arrivals, scenario.tiers[0])
     return sum(needed) / len(needed)
 
 

@@ -1,4 +1,4 @@
-"""What holds of a simulated fleet on machines, whatever the machines, the tiers and the load."""
+"""Properties of a simulated fleet, for any nodes, tiers and load."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from controlplane.simulation.engine import SimulatedTiming
 from controlplane.simulation.fleet import EngineModel, ReplicaModel
 from controlplane.simulation.outages import OutageModel
 from controlplane.simulation.policies import reactive_policy
-from controlplane.simulation.simulator import Scenario, Simulator, TierScenario
+from controlplane.simulation.scenario import Scenario, TierScenario
+from controlplane.simulation.simulator import Simulator
 from controlplane.simulation.traces import Arrival
 
 GIB = 1024**3
@@ -52,60 +53,60 @@ def gpus_of(machines: tuple[Node, ...]) -> int:
     return sum(not gpu.unavailable for node in machines for gpu in node.gpus)
 
 
-def holds(cluster: Cluster, machines: tuple[Node, ...]) -> None:
-    """No GPU, CPU or memory is given twice, and no replica is in two parts."""
+def check_placements(cluster: Cluster, machines: tuple[Node, ...]) -> None:
+    """No GPU, CPU or memory is used twice, and every replica is complete."""
     assert revalidate(cluster.placements, PlacedCluster(machines)) == ()
-    held_milli = sum(place.gang.shape.total_milli for place in cluster.placements)
+    held_milli = sum(placement.gang.shape.total_milli for placement in cluster.placements)
     assert held_milli <= 1000 * gpus_of(machines)
 
 
 @given(nodes(), st.lists(st.sampled_from(SHAPES), max_size=5), st.data())
 @settings(max_examples=150, deadline=None)
-def test_places_are_given_once_and_who_waits_has_none(
+def test_resources_are_used_once_and_waiting_replicas_do_not_fit(
     machines: tuple[Node, ...], first: list[GangShape], data: st.DataObject
 ) -> None:
     clock = VirtualClock()
     cluster = Cluster(clock, machines, SHAPES)
-    asked: dict[str, Gang] = {}
+    replicas: dict[str, Gang] = {}
     placed: set[str] = set()
     lost: set[str] = set()
 
-    def ask(name: str, shape: GangShape) -> None:
-        asked[name] = Gang(name, shape, "tier")
-        cluster.ask(name, asked[name], lambda _, __: placed.add(name))
+    def add(name: str, shape: GangShape) -> None:
+        replicas[name] = Gang(name, shape, "tier")
+        cluster.add(name, replicas[name], lambda _, __: placed.add(name))
 
-    def leave(name: str) -> None:
-        cluster.leave(name)
-        asked.pop(name)
+    def remove(name: str) -> None:
+        cluster.remove(name)
+        replicas.pop(name)
         placed.discard(name)
 
     for number, shape in enumerate(first):
-        ask(f"first{number}", shape)
+        add(f"first{number}", shape)
     assert not placed
     cluster.open()
     for step in range(data.draw(st.integers(1, 30))):
-        match data.draw(st.sampled_from(["ask", "ask", "ask", "leave", "lose", "restore"])):
-            case "ask":
-                ask(f"r{step}", data.draw(st.sampled_from(SHAPES)))
-            case "leave" if asked:
-                leave(data.draw(st.sampled_from(sorted(asked))))
+        match data.draw(st.sampled_from(["add", "add", "add", "remove", "lose", "restore"])):
+            case "add":
+                add(f"r{step}", data.draw(st.sampled_from(SHAPES)))
+            case "remove" if replicas:
+                remove(data.draw(st.sampled_from(sorted(replicas))))
             case "lose":
                 node_id = data.draw(st.sampled_from([node.node_id for node in machines]))
                 if node_id not in lost:
                     lost.add(node_id)
                     for name in cluster.lose(node_id):
-                        leave(name)
+                        remove(name)
             case "restore" if lost:
                 node_id = data.draw(st.sampled_from(sorted(lost)))
                 lost.discard(node_id)
                 cluster.restore(node_id)
         clock.run_until(float(step))
         usable = tuple(node for node in machines if node.node_id not in lost)
-        holds(cluster, usable)
-        assert {place.gang.gang_id for place in cluster.placements} == placed
-        for name in set(asked) - placed:
+        check_placements(cluster, usable)
+        assert {placement.gang.gang_id for placement in cluster.placements} == placed
+        for name in set(replicas) - placed:
             planner = Planner(PlacedCluster(usable, cluster.placements))
-            assert isinstance(planner.place(asked[name]), Infeasible)
+            assert isinstance(planner.place(replicas[name]), Infeasible)
     assert cluster.most_gpus <= gpus_of(machines)
 
 
@@ -147,7 +148,7 @@ def scenarios(draw: st.DrawFn) -> Scenario:
 
 @given(scenarios(), st.sampled_from(["tierplane", "hpa-slots", "kpa"]), st.data())
 @settings(max_examples=60, deadline=None)
-def test_never_more_is_held_than_there_is_and_every_request_ends_once(
+def test_no_resource_is_overcommitted_and_every_request_ends_once(
     scenario: Scenario, policy: str, data: st.DataObject
 ) -> None:
     rates = data.draw(st.lists(st.sampled_from([0.2, 4.0, 12.0]), min_size=3, max_size=3))
@@ -161,8 +162,8 @@ def test_never_more_is_held_than_there_is_and_every_request_ends_once(
     checked = []
 
     def check(_: object) -> None:
-        holds(simulator.cluster, machines)
-        held = {place.gang.gang_id for place in simulator.cluster.placements}
+        check_placements(simulator.cluster, machines)
+        held = {placement.gang.gang_id for placement in simulator.cluster.placements}
         assert held == {
             name
             for tier in simulator.tiers
@@ -181,5 +182,5 @@ def test_never_more_is_held_than_there_is_and_every_request_ends_once(
     for tier in result.tiers:
         record = tier.record
         assert len(record.total_s) + record.refused + record.expired + record.lost == record.arrived
-        assert 0 <= tier.room.waiting <= tier.room.waited
-        assert tier.room.longest_wait_s <= tier.room.waited_s + 1e-9
+        assert 0 <= tier.placement.waiting <= tier.placement.waited
+        assert tier.placement.longest_wait_s <= tier.placement.waited_s + 1e-9

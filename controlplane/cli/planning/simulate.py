@@ -23,11 +23,12 @@ from controlplane.errors import SetupError
 from controlplane.planning.cluster_file import load_cluster
 from controlplane.simulation import oracle
 from controlplane.simulation.options import Options
-from controlplane.simulation.placement_text import room_lines
+from controlplane.simulation.placement_text import placement_lines
 from controlplane.simulation.policies import NAMES, reactive_policy
-from controlplane.simulation.results import SimulationResult
-from controlplane.simulation.scenario import build
-from controlplane.simulation.simulator import Scenario, Simulator
+from controlplane.simulation.results import SimulationResult, hours_since_start
+from controlplane.simulation.scenario import Scenario
+from controlplane.simulation.scenario_builder import build_scenario
+from controlplane.simulation.simulator import Simulator
 from controlplane.simulation.traces import Arrival, read_trace
 
 _PEEK = 5000
@@ -213,7 +214,7 @@ def _scenario(
         raise SetupError(
             "the trace has no requests in the part that is replayed: see --hours and --skip-hours"
         )
-    return build(plane, options, oracle.mean_request(first), nodes)
+    return build_scenario(plane, options, oracle.mean_request(first), nodes)
 
 
 def _run(
@@ -310,11 +311,11 @@ def _show(result: SimulationResult) -> None:
     console = stdout()
     console.print(
         f"policy {result.policy}, seed {result.seed}, {result.simulated_s / 3600:.2f} h: "
-        f"{result.attainment:.2%} of {result.requests} requests kept the SLO, "
+        f"{result.attainment:.2%} of {result.requests} requests met the SLO, "
         f"{result.gpu_hours:.2f} GPU hours"
     )
     table = Table(
-        *("tier", "requests", "SLO kept", "replica h", "GPU h", "queue", "first token", "answer", "unserved"),
+        *("tier", "requests", "SLO met", "replica h", "GPU h", "queue", "first token", "answer", "unserved"),
         caption="times: 50th and 99th percentile in seconds; unserved: refused, too late or lost",
     )
     for tier in result.tiers:
@@ -329,10 +330,12 @@ def _show(result: SimulationResult) -> None:
             str(data["refused"] + data["expired"] + data["lost"]),
         )
     console.print(table)
-    for line in room_lines(result):
+    for line in placement_lines(result):
         console.print(line, soft_wrap=True)
     if result.decisions:
-        console.print(f"targets changed, or wished for: {result.decisions_total}; the last of those kept:")
+        console.print(
+            f"decisions that changed or wanted a target: {result.decisions_total}; the last recorded:"
+        )
     for entry in result.decisions[-_SHOWN:]:
         where = f"{entry.at_s / 3600:.2f} h {entry.tier}: {entry.before} to {entry.target}"
         console.print(f"  {where}, {entry.reason}", soft_wrap=True)
@@ -344,7 +347,7 @@ def _show(result: SimulationResult) -> None:
     )
     for item in result.recommendations[-_SHOWN:]:
         recommendation = item.recommendation
-        at = f"{result.hours_of(item):.2f} h {recommendation.instance}"
+        at = f"{hours_since_start(item):.2f} h {recommendation.instance}"
         where = f"{at}: {recommendation.kind}, {recommendation.suggestion}"
         console.print(f"  {where}: {'; '.join(recommendation.reasons)}", soft_wrap=True)
         sure = f"predicted {effect_text(recommendation.effect)}; {recommendation.confidence:.0%} sure"

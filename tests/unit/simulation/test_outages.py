@@ -1,3 +1,5 @@
+"""Random node failures."""
+
 from __future__ import annotations
 
 import statistics
@@ -11,8 +13,8 @@ from controlplane.simulation.outages import OutageModel, Outages
 MODEL = OutageModel(mtbf_s=1000.0, recovery_s=50.0)
 
 
-def watched(*node_ids: str, seed: int = 0, until_s: float = 200_000.0) -> dict[str, list[float]]:
-    """By node: when it was lost and when it was back, in turns."""
+def outage_times(*node_ids: str, seed: int = 0, until_s: float = 200_000.0) -> dict[str, list[float]]:
+    """By node: the times at which it failed and came back, alternating."""
     clock = VirtualClock()
     moments: dict[str, list[float]] = {node_id: [] for node_id in node_ids}
 
@@ -25,8 +27,8 @@ def watched(*node_ids: str, seed: int = 0, until_s: float = 200_000.0) -> dict[s
     return moments
 
 
-def test_a_node_is_away_for_its_recovery_and_there_for_a_random_time() -> None:
-    moments = watched("a")["a"]
+def test_a_node_is_lost_for_its_recovery_time_and_present_for_a_random_time() -> None:
+    moments = outage_times("a")["a"]
     assert [back - lost for lost, back in zip(moments[::2], moments[1::2], strict=False)] == pytest.approx(
         [50.0] * (len(moments) // 2)
     )
@@ -34,7 +36,7 @@ def test_a_node_is_away_for_its_recovery_and_there_for_a_random_time() -> None:
     assert statistics.fmean(there_s) == pytest.approx(1000.0, rel=0.2)
 
 
-def test_another_node_changes_nothing_and_another_seed_does() -> None:
-    assert watched("a")["a"] == watched("a", "b")["a"]
-    assert watched("a")["a"] != watched("b")["b"]
-    assert watched("a")["a"] != watched("a", seed=1)["a"]
+def test_failures_depend_on_the_seed_and_not_on_other_nodes() -> None:
+    assert outage_times("a")["a"] == outage_times("a", "b")["a"]
+    assert outage_times("a")["a"] != outage_times("b")["b"]
+    assert outage_times("a")["a"] != outage_times("a", seed=1)["a"]

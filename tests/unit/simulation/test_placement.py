@@ -1,4 +1,4 @@
-"""Tiers that share machines: who waits, who starts, what a lost node takes with it."""
+"""Tiers that share nodes: which replicas wait and start, and the effect of a lost node."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from controlplane.simulation.cluster import Cluster
 from controlplane.simulation.engine import SimulatedTiming
 from controlplane.simulation.fleet import EngineModel, ReplicaModel
 from controlplane.simulation.outages import OutageModel
-from controlplane.simulation.placement_text import room_lines
+from controlplane.simulation.placement_text import placement_lines
 from controlplane.simulation.plot import page
-from controlplane.simulation.policies import decision, each, reactive_policy
+from controlplane.simulation.policies import MakePolicy, PolicyInput, decision, per_tier, reactive_policy
 from controlplane.simulation.results import ClusterResult, SimulationResult
-from controlplane.simulation.simulator import MakePolicy, PolicyInput, Scenario, TierScenario, replay
+from controlplane.simulation.scenario import Scenario, TierScenario
+from controlplane.simulation.simulator import replay
 from controlplane.simulation.traces import Arrival
 from tests.support.nodes import plain_node
 
@@ -59,13 +60,13 @@ class Script:
     def __init__(self, steps: Mapping[float, int]) -> None:
         self.steps = steps
 
-    def decide(self, seen: PolicyInput) -> ScalingDecision:
-        begun = [target for at_s, target in self.steps.items() if at_s <= seen.observation.now_s]
-        return decision(seen, begun[-1], "the script")
+    def decide(self, tier: PolicyInput) -> ScalingDecision:
+        begun = [target for at_s, target in self.steps.items() if at_s <= tier.observation.now_s]
+        return decision(tier, begun[-1], "the script")
 
 
 def scripted(scripts: Mapping[str, Mapping[float, int]]) -> MakePolicy:
-    return each(lambda tier: Script(scripts[tier.policy.name]))
+    return per_tier(lambda tier: Script(scripts[tier.policy.name]))
 
 
 def cluster_of(result: SimulationResult) -> ClusterResult:
@@ -82,29 +83,33 @@ def ready_at(result: SimulationResult, name: str, count: int) -> float:
     return next(sample.at_s for sample in samples if sample.ready >= count)
 
 
-def test_a_replica_waits_for_room_and_its_cold_start_begins_when_another_goes() -> None:
+def test_a_waiting_replica_starts_when_another_is_removed() -> None:
     scenario = Scenario((tier("one", 2), tier("two", 1)), nodes=(plain_node("a", 3),))
     scripts: dict[str, dict[float, int]] = {"one": {0: 2, 300: 1}, "two": {0: 1, 100: 2}}
     result = replay(scenario, scripted(scripts), quiet("one", "two"))
     first, second = result.tiers
-    assert (first.room.waited, second.room.waited) == (0, 1)
-    assert second.room.waited_s == second.room.longest_wait_s == pytest.approx(200.0)
+    assert (first.placement.waited, second.placement.waited) == (0, 1)
+    assert second.placement.waited_s == second.placement.longest_wait_s == pytest.approx(200.0)
     assert ready_at(result, "two", 2) == pytest.approx(300.0 + COLD_S, abs=2.0)
     waits = {sample.waiting for sample in second.samples if 101 <= sample.at_s <= 299}
     assert waits == {1}
-    # It holds nothing while it waits.
+    # A waiting replica uses no resources.
     assert second.replica_hours * 3600 == pytest.approx(600.0 + 300.0, abs=1.0)
     assert second.starts == 2
     assert (cluster_of(result).gpus, cluster_of(result).most_gpus) == (3.0, 3.0)
 
 
-def test_what_waits_is_taken_back_first() -> None:
+def test_waiting_replicas_are_removed_first() -> None:
     scenario = Scenario((tier("one", 1),), nodes=(plain_node("a", 2),))
     # The second starts at 20 and would be ready at 50; the third has no room.
     result = replay(scenario, scripted({"one": {0: 1, 20: 3, 40: 2}}), quiet("one", until_s=100.0))
     (only,) = result.tiers
     assert only.starts == 2
-    assert (only.room.waited, only.room.waited_s, only.room.waiting) == (1, pytest.approx(20.0), 0)
+    assert (only.placement.waited, only.placement.waited_s, only.placement.waiting) == (
+        1,
+        pytest.approx(20.0),
+        0,
+    )
     assert only.samples[-1].ready == 2
 
 
@@ -115,22 +120,22 @@ def test_a_parallel_replica_waits_for_gpus_of_one_node() -> None:
     result = replay(scenario, scripted(scripts), quiet("single"))
     pair = result.tiers[1]
     # Two GPUs were free all the time, one on each node.
-    assert pair.room.waited_s == pytest.approx(150.0)
+    assert pair.placement.waited_s == pytest.approx(150.0)
     assert ready_at(result, "pair", 1) == pytest.approx(200.0 + COLD_S, abs=2.0)
-    assert pair.room.most_gpus == 2.0
+    assert pair.placement.most_gpus == 2.0
 
 
-def test_what_the_run_begins_with_waits_too_if_there_is_no_room() -> None:
+def test_replicas_at_the_beginning_wait_too_without_room() -> None:
     result = replay(
         Scenario((tier("one", 3),), nodes=(plain_node("a", 2),)), scripted({"one": {0: 3}}), quiet("one")
     )
     (only,) = result.tiers
-    assert (only.starts, only.room.waited, only.room.waiting) == (2, 1, 1)
-    assert only.room.waited_s == pytest.approx(600.0)
+    assert (only.starts, only.placement.waited, only.placement.waiting) == (2, 1, 1)
+    assert only.placement.waited_s == pytest.approx(600.0)
 
 
 def busy(scenario: Scenario, policy: str = "tierplane", seed: int = 0) -> SimulationResult:
-    """Some minutes in which both tiers want more than there is."""
+    """Some minutes in which both tiers want more GPUs than exist."""
     rng = random.Random(seed)
     arrivals, at_s = [], 0.0
     while at_s < 700:
@@ -149,31 +154,31 @@ def failing(seed: int = 0) -> Scenario:
     )
 
 
-def test_the_gpus_of_the_cluster_are_the_budget_and_a_setting_wins() -> None:
+def test_the_budget_is_the_setting_or_else_the_gpus_of_the_cluster() -> None:
     scenario = replace(failing(), outages=None)
     by_cluster, by_setting = busy(scenario), busy(replace(scenario, gpus=5.0))
     assert (by_cluster.gpu_budget, by_setting.gpu_budget) == (8.0, 5.0)
     assert cluster_of(by_setting).most_gpus < cluster_of(by_cluster).most_gpus <= 8.0
     for result, gpus in ((by_cluster, 8), (by_setting, 5)):
-        assert sum(entry.short_rounds for entry in result.tiers) > 0
+        assert sum(entry.limited_decisions for entry in result.tiers) > 0
         assert any(f"{gpus} GPUs are shared" in entry.reason for entry in result.decisions)
 
 
-def test_a_cut_is_told_once_even_if_no_target_changes() -> None:
+def test_a_limited_decision_is_recorded_once_even_if_no_target_changes() -> None:
     result = busy(Scenario((tier("one", 1), tier("two", 0)), nodes=(plain_node("a", 1),)))
-    told = [entry for entry in result.decisions if entry.before == entry.target]
-    assert 0 < len(told) < sum(entry.short_rounds for entry in result.tiers) / 4
-    assert all("1 GPUs are shared" in entry.reason for entry in told)
+    recorded = [entry for entry in result.decisions if entry.before == entry.target]
+    assert 0 < len(recorded) < sum(entry.limited_decisions for entry in result.tiers) / 4
+    assert all("1 GPUs are shared" in entry.reason for entry in recorded)
 
 
-def test_policies_that_know_no_budget_make_their_replicas_wait() -> None:
+def test_replicas_of_policies_without_a_budget_wait() -> None:
     result = busy(replace(failing(), outages=None), "hpa-slots")
-    assert sum(entry.room.waited for entry in result.tiers) > 0
-    assert sum(entry.short_rounds for entry in result.tiers) == 0
+    assert sum(entry.placement.waited for entry in result.tiers) > 0
+    assert sum(entry.limited_decisions for entry in result.tiers) == 0
     assert cluster_of(result).most_gpus <= 8.0
 
 
-def test_a_lost_node_takes_its_replicas_and_others_come_where_there_is_room() -> None:
+def test_replicas_of_a_lost_node_are_replaced_where_there_is_room() -> None:
     result = busy(failing())
     assert cluster_of(result).node_failures > 0
     assert sum(entry.failures for entry in result.tiers) > 0
@@ -188,7 +193,7 @@ def test_the_same_seed_gives_the_same_bytes() -> None:
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_an_engine_is_as_fast_as_the_gpu_that_it_is_on() -> None:
+def test_an_engine_has_the_speed_of_its_gpu() -> None:
     slow = tier("one", 1)
     fast = EngineModel(SimulatedTiming(0.01, 0.001), 1e6, 256)
     slow = replace(slow, replica=replace(slow.replica, engines={"H100-80G": fast}))
@@ -205,26 +210,31 @@ def test_an_engine_is_as_fast_as_the_gpu_that_it_is_on() -> None:
     [
         (
             lambda: busy(failing()),
-            ["2 nodes with 8 GPUs", "node failures: ", "the tiers share 8 GPUs", "the budget cut"],
+            [
+                "2 nodes with 8 usable GPUs",
+                "node failures: ",
+                "the tiers share 8 GPUs",
+                "decisions limited by the GPU budget",
+            ],
         ),
-        (lambda: busy(replace(failing(), outages=None), "hpa-slots"), ["waited for room: "]),
+        (lambda: busy(replace(failing(), outages=None), "hpa-slots"), ["replicas that waited for room: "]),
     ],
 )
-def test_people_read_what_there_was_room_for(make: Callable[[], SimulationResult], words: list[str]) -> None:
-    text = "\n".join(room_lines(make()))
+def test_the_use_of_the_cluster_in_words(make: Callable[[], SimulationResult], words: list[str]) -> None:
+    text = "\n".join(placement_lines(make()))
     for word in words:
         assert word in text
 
 
-def test_the_plot_shows_waiting_only_where_there_was_any() -> None:
+def test_the_plot_shows_waiting_replicas_only_if_there_were_any() -> None:
     scenario = Scenario((tier("one", 1),), nodes=(plain_node("a", 2),))
     enough, short = (replay(scenario, scripted({"one": {0: 1, 50: most}}), quiet("one")) for most in (2, 3))
     assert "no room" not in page(enough)
     assert "no room" in page(short)
-    assert "waited for room: 1" in page(short)
+    assert "replicas that waited for room: 1" in page(short)
 
 
-def test_with_every_node_away_the_budget_is_none_left_and_not_unlimited() -> None:
+def test_without_any_node_left_the_budget_is_zero_and_not_unlimited() -> None:
     cluster = Cluster(VirtualClock(), (plain_node("a", 2), plain_node("b", 1)))
     cluster.open()
     counted = [cluster.gpus]

@@ -30,10 +30,11 @@ from controlplane.simulation import recommendations as simulated
 from controlplane.simulation.engine import SimulatedTiming
 from controlplane.simulation.fleet import EngineModel, ReplicaModel
 from controlplane.simulation.plot import page
-from controlplane.simulation.policies import StaticPolicy, each, reactive_policy
-from controlplane.simulation.recommendations import UPDATES, RecommendationSettings, SimulatedRecommendations
+from controlplane.simulation.policies import StaticPolicy, per_tier, reactive_policy
+from controlplane.simulation.recommendations import UPDATES, SimulatedRecommendations
 from controlplane.simulation.results import START_UNIX_S, SimulationResult, TierRecord
-from controlplane.simulation.simulator import Scenario, TierScenario, replay
+from controlplane.simulation.scenario import RecommendationSettings, Scenario, TierScenario
+from controlplane.simulation.simulator import replay
 from controlplane.simulation.traces import Arrival
 
 REQUEST = RequestShape(100.0, 50.0)
@@ -60,20 +61,20 @@ def steady(per_s: float, seconds: float) -> list[Arrival]:
 
 def fixed(scenario: Scenario, arrivals: list[Arrival]) -> SimulationResult:
     """With as many replicas as it begins with."""
-    return replay(scenario, each(lambda made: StaticPolicy(made.replicas)), arrivals, "static")
+    return replay(scenario, per_tier(lambda made: StaticPolicy(made.replicas)), arrivals, "static")
 
 
 # --- whole runs -------------------------------------------------------------------------------------------
 
 
-def test_a_tier_that_is_too_small_is_told_to_scale_out_and_rightly_so() -> None:
+def test_a_tier_that_is_too_small_should_scale_out_and_the_score_agrees() -> None:
     result = fixed(Scenario((tier(),)), steady(12.0, 1500.0))
     first = result.recommendations[0]
     assert first.recommendation.kind is RecommendationKind.SCALE_OUT
     assert first.recommendation.reasons[0] == "GPU utilisation is 100%, over 95%"
     assert any("requests wait, over 50" in reason for reason in first.recommendation.reasons)
     assert first.recommendation.replicas > 1
-    assert first.unix_s == START_UNIX_S + 60.0, "at the first look"
+    assert first.unix_s == START_UNIX_S + 60.0, "at the first update"
     assert first.applied is False
     assert first.score is not None
     assert first.score.right
@@ -83,7 +84,7 @@ def test_a_tier_that_is_too_small_is_told_to_scale_out_and_rightly_so() -> None:
     assert not result.decisions, "recommendations change no target"
 
 
-def test_what_the_policy_does_by_itself_counts_as_followed() -> None:
+def test_a_recommendation_that_the_policy_carries_out_counts_as_applied() -> None:
     arrivals = [*steady(2.0, 600.0), *(Arrival(600.0 + i / 12.0, 100, 50) for i in range(1, 18000))]
     result = replay(Scenario((tier(),)), reactive_policy("tierplane"), arrivals, "tierplane")
     followed = [item for item in result.recommendations if item.applied]
@@ -92,7 +93,7 @@ def test_what_the_policy_does_by_itself_counts_as_followed() -> None:
     assert result.decisions
 
 
-def test_an_idle_tier_is_told_to_scale_down() -> None:
+def test_an_idle_tier_should_scale_down() -> None:
     result = fixed(Scenario((tier(replicas=3),)), steady(0.05, 1200.0))
     assert {item.recommendation.kind for item in result.recommendations} == {RecommendationKind.SCALE_DOWN}
     assert result.recommendations[0].recommendation.replicas == 2
@@ -100,7 +101,7 @@ def test_an_idle_tier_is_told_to_scale_down() -> None:
     assert result.record.right == result.record.judged >= 1
 
 
-def test_where_gpus_are_short_an_idle_tier_is_asked_to_give_one() -> None:
+def test_when_gpus_are_short_an_idle_tier_should_give_one_up() -> None:
     hot = tier("light")
     tiers = (
         replace(hot, policy=replace(hot.policy, spill=OverflowDirection.NONE)),
@@ -116,7 +117,7 @@ def test_where_gpus_are_short_an_idle_tier_is_asked_to_give_one() -> None:
     }
 
 
-def test_the_gpus_of_a_cluster_are_what_there_is() -> None:
+def test_recommendations_consider_the_gpus_of_the_cluster() -> None:
     def on(node_gpus: int) -> SimulationResult:
         gpus = tuple(Gpu(f"n/{i}", i, "L4") for i in range(node_gpus))
         tiers = tuple(
@@ -135,7 +136,7 @@ def test_the_gpus_of_a_cluster_are_what_there_is() -> None:
         RecommendationKind.SCALE_OUT,
         RecommendationKind.SCALE_DOWN,
     }
-    # The idle tier has all of them, and a replica that waits for room is none.
+    # The idle tier uses all of them, and a replica that waits for room doesn't count.
     (first, *_) = on(3).recommendations
     assert first.recommendation.suggestion.startswith("take a replica from tier 'capable' (3 now) and run")
     assert first.replicas == 0
@@ -159,9 +160,9 @@ def test_thresholds_interval_and_times_are_the_settings() -> None:
     assert given[0].again_unix_s - given[0].unix_s == 50.0
 
 
-def test_looking_changes_nothing_of_the_run() -> None:
+def test_recommendations_do_not_affect_the_run() -> None:
     failing = tier(replicas=2)
-    failing = replace(failing, replica=replace(failing.replica, mtbf_s=300.0, cold_start_jitter=0.3))
+    failing = replace(failing, replica=replace(failing.replica, mtbf_s=300.0))
     arrivals = steady(9.0, 1200.0)
     texts = set()
     for window_s in (10.0, 333.0, 3600.0):
@@ -183,7 +184,7 @@ def test_a_run_holds_the_last_recommendations_and_counts_all(monkeypatch: pytest
     assert result.record.judged >= result.record.given - 1
 
 
-def test_json_and_page_have_it() -> None:
+def test_json_and_page_have_the_recommendations() -> None:
     result = fixed(Scenario((tier(),)), steady(12.0, 700.0))
     found = result.as_json()
     assert found["record"] == {"given": 2, "judged": 1, "right": 1, "mean": 1.0}
@@ -200,7 +201,7 @@ def test_json_and_page_have_it() -> None:
     assert text == page(fixed(Scenario((tier(),)), steady(12.0, 700.0)))
 
 
-# --- one look ---------------------------------------------------------------------------------------------
+# --- one update -------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -237,21 +238,21 @@ class Played:
         made = simulated._TierWindow(self, self.pool, TierScaler(self.scenario.rule), 100.0)
         self.condition = made.condition
 
-    def counts(self, arrived: int = 0, kept: int = 0, missed: int = 0, lost: int = 0) -> None:
+    def counts(self, arrived: int = 0, within_slo: int = 0, missed: int = 0, lost: int = 0) -> None:
         self.record.arrived += arrived
-        self.record.kept += kept
+        self.record.within_slo += within_slo
         self.record.lost += lost
-        self.ended_total += kept + missed + lost
+        self.ended_total += within_slo + missed + lost
 
 
 def test_counts_are_those_of_the_window() -> None:
     played = Played()
-    played.counts(arrived=500, kept=100, missed=300, lost=100)
+    played.counts(arrived=500, within_slo=100, missed=300, lost=100)
     played.record.total_s.extend([9.0] * 400)
     played.condition(20.0)
     for at_s in (40.0, 60.0, 80.0, 100.0):
         played.condition(at_s)
-    played.counts(arrived=200, kept=90, missed=5, lost=5)
+    played.counts(arrived=200, within_slo=90, missed=5, lost=5)
     played.record.total_s.extend(i / 100 for i in range(1, 101))
     played.queued = 7
     seen = played.condition(120.0)
@@ -264,7 +265,7 @@ def test_counts_are_those_of_the_window() -> None:
     assert seen.memory_ratio.freshness is Freshness.MISSING
 
 
-def test_what_did_not_end_has_no_attainment_and_no_latency() -> None:
+def test_without_ended_requests_attainment_and_latency_are_missing() -> None:
     played = Played()
     played.counts(arrived=10)
     seen = played.condition(20.0)
@@ -285,18 +286,18 @@ def test_utilisation_is_the_busiest_engines_share_of_the_window() -> None:
     played.fleet.replicas["b"] = young
     young.engine = PlayedEngine(9.0, 0.8)
     seen = played.condition(160.0)
-    assert seen.gpu_ratio.fresh == pytest.approx(0.9), "the young one has worked 9 of its 10 s"
+    assert seen.gpu_ratio.fresh == pytest.approx(0.9), "the new engine has worked 9 of its 10 s"
     assert seen.kv_ratio.fresh == 0.8
     assert seen.load_name == GPU_LOAD
     old.engine = PlayedEngine(5.0)
     old.ready_s = 155.0
     del played.fleet.replicas["b"]
-    assert played.condition(165.0).gpu_ratio.fresh == pytest.approx(0.5), "it was started anew"
+    assert played.condition(165.0).gpu_ratio.fresh == pytest.approx(0.5), "the engine was restarted"
     old.engine = None
     assert played.condition(170.0).gpu_ratio.freshness is Freshness.MISSING
 
 
-def test_without_a_gpu_the_used_share_of_its_slots_stands_for_it() -> None:
+def test_without_a_gpu_the_used_share_of_slots_counts() -> None:
     played = Played(gpus=0.0)
     assert played.condition(20.0).gpu_ratio.freshness is Freshness.MISSING
     played.pool.limit, played.pool.in_flight = 20, 5

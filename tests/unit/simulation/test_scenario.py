@@ -1,3 +1,5 @@
+"""Scenarios from configurations and clusters."""
+
 from __future__ import annotations
 
 from dataclasses import replace
@@ -14,8 +16,8 @@ from controlplane.planning.cluster_file import load_cluster
 from controlplane.simulation.engine import SimulatedTiming
 from controlplane.simulation.options import Options
 from controlplane.simulation.outages import OutageModel
-from controlplane.simulation.scenario import build
-from controlplane.simulation.simulator import Scenario
+from controlplane.simulation.scenario import Scenario
+from controlplane.simulation.scenario_builder import build_scenario
 from tests.support.repository import CONFIGS
 
 REQUEST = RequestShape(500.0, 100.0)
@@ -32,27 +34,27 @@ def node(name: str, gpus: int, model: str, **more: Any) -> Node:
 
 def scenario(tier: dict[str, Any], *nodes: Node, **settings: Any) -> Scenario:
     plane = parse_plane({"tiers": [tier], **settings})
-    return build(plane, Options(), REQUEST, nodes)
+    return build_scenario(plane, Options(), REQUEST, nodes)
 
 
-def test_a_replica_is_as_fast_as_the_gpu_it_is_on_and_the_usual_one_is_believed_in() -> None:
+def test_a_replica_has_the_speed_of_its_gpu_and_the_most_frequent_one_is_assumed() -> None:
     (tier,) = scenario(SMALL, node("a", 4, "L4"), node("b", 2, "H100-80G")).tiers
     slow, fast = (tier.replica.engines[name].timing.step_s(1, 500.0) for name in ("L4", "H100-80G"))
     assert slow > 3 * fast
     assert tier.replica.engine is tier.replica.engines["L4"]
-    # The scaler is told the roofline's speed; engines reach a share of it.
+    # The scaler assumes the roofline's speed; engines reach a share of it.
     assert tier.rule.prior.step_s + tier.rule.prior.step_s_per_sequence == pytest.approx(
         slow * Options().engine_ratio, rel=0.05
     )
 
 
-def test_gpus_that_are_out_of_use_are_not_believed_in() -> None:
+def test_gpus_out_of_use_do_not_count() -> None:
     out = node("a", 4, "L4", unavailable="cordoned")
     (tier,) = scenario(SMALL, out, node("b", 2, "H100-80G")).tiers
     assert list(tier.replica.engines) == ["H100-80G"]
 
 
-def test_the_tier_says_which_gpus_come_first() -> None:
+def test_gpu_models_of_the_tier_come_first() -> None:
     machines = node("a", 4, "L4"), node("b", 2, "H100-80G")
     (tier,) = scenario({**SMALL, "gpu_models": ["H100-80G", "L4"]}, *machines).tiers
     assert tier.replica.engine is tier.replica.engines["H100-80G"]
@@ -77,7 +79,7 @@ def test_shape_priority_and_budget_come_from_the_configuration() -> None:
     assert only.rule.max_replicas == 3
 
 
-def test_tiers_on_cpus_need_room_too_and_what_runs_elsewhere_does_not() -> None:
+def test_tiers_on_cpus_need_room_and_external_endpoints_do_not() -> None:
     plane = parse_plane(
         {
             "tiers": [
@@ -86,19 +88,19 @@ def test_tiers_on_cpus_need_room_too_and_what_runs_elsewhere_does_not() -> None:
             ]
         }
     )
-    cpu, away = build(plane, Options(), REQUEST, [node("a", 0, "L4")]).tiers
+    cpu, away = build_scenario(plane, Options(), REQUEST, [node("a", 0, "L4")]).tiers
     assert cpu.replica.shape is not None
     assert (cpu.replica.shape.gpus, cpu.replica.shape.cpu_milli) == (0, 2000)
     assert cpu.replica.engine.timing == SimulatedTiming(0.0, 0.005)
     assert away.replica.shape is None
-    # Nobody can add replicas there.
+    # An external endpoint has no replicas to scale.
     assert (away.rule.min_replicas, away.rule.max_replicas) == (1, 1)
 
 
-def test_nodes_fail_as_the_options_say() -> None:
+def test_node_failures_follow_the_options() -> None:
     plane = parse_plane({"tiers": [{"name": "t", "engine": "simulated"}]})
     options = replace(Options(), node_mtbf_hours=2.0, node_recovery_s=30.0)
-    made = build(plane, options, REQUEST, load_cluster(CLUSTERS / "one-node.yaml").to_nodes())
+    made = build_scenario(plane, options, REQUEST, load_cluster(CLUSTERS / "one-node.yaml").to_nodes())
     assert made.outages == OutageModel(7200.0, 30.0)
     assert made.nodes is not None
     assert [len(each.gpus) for each in made.nodes] == [4]
@@ -114,7 +116,7 @@ def test_nodes_fail_as_the_options_say() -> None:
         (SMALL, node("a", 4, "L4", unavailable="cordoned"), "node unavailable on 1 node"),
     ],
 )
-def test_a_tier_without_a_place_or_a_speed_is_named(
+def test_a_tier_that_does_not_fit_or_has_no_known_speed_is_named(
     tier: dict[str, object], machine: Node, words: str
 ) -> None:
     with pytest.raises(SetupError, match="tier 't'") as raised:
@@ -122,6 +124,6 @@ def test_a_tier_without_a_place_or_a_speed_is_named(
     assert words in str(raised.value)
 
 
-def test_there_may_be_no_machine_at_all() -> None:
+def test_a_cluster_without_nodes_is_refused() -> None:
     with pytest.raises(SetupError, match="there is no node"):
         scenario(SMALL)

@@ -1,3 +1,5 @@
+"""Whole runs under every policy."""
+
 from __future__ import annotations
 
 import json
@@ -17,9 +19,10 @@ from controlplane.simulation import oracle
 from controlplane.simulation.engine import SimulatedTiming
 from controlplane.simulation.fleet import EngineModel, ReplicaModel
 from controlplane.simulation.plot import page, write_png
-from controlplane.simulation.policies import NAMES, ServePolicy, StaticPolicy, each, reactive_policy
+from controlplane.simulation.policies import NAMES, ServePolicy, StaticPolicy, per_tier, reactive_policy
 from controlplane.simulation.results import SimulationResult
-from controlplane.simulation.simulator import Scenario, Simulator, TierScenario, replay
+from controlplane.simulation.scenario import Scenario, TierScenario
+from controlplane.simulation.simulator import Simulator, replay
 from controlplane.simulation.traces import Arrival
 
 REQUEST = RequestShape(100.0, 50.0)
@@ -68,7 +71,7 @@ def test_every_request_ends_once_under_every_policy(policy: str) -> None:
     assert 0 < result.gpu_hours <= 20 * 1560 / 3600
 
 
-def test_a_load_step_takes_ours_out_and_in_again() -> None:
+def test_tierplane_scales_out_and_in_after_a_load_step() -> None:
     result = run(ONE)
     ready = [(sample.at_s, sample.ready) for sample in result.tiers[0].samples]
     busy = max(count for at_s, count in ready if 420 <= at_s < 700)
@@ -79,16 +82,16 @@ def test_a_load_step_takes_ours_out_and_in_again() -> None:
     assert any("requests/s are forecast" in entry.reason for entry in result.decisions)
 
 
-def test_the_same_seed_gives_the_same_bytes_and_the_failures_follow_it() -> None:
-    failing = replace(tier(), replica=replace(tier().replica, mtbf_s=300.0, cold_start_jitter=0.3))
+def test_the_seed_determines_every_byte_and_the_failures() -> None:
+    failing = replace(tier(), replica=replace(tier().replica, mtbf_s=300.0))
     texts = [json.dumps(run(Scenario((failing,), seed=seed)).as_json(), sort_keys=True) for seed in (1, 1, 2)]
     assert texts[0] == texts[1]
     assert texts[0] != texts[2]
 
 
-def test_failures_lose_no_request_that_can_be_tried_again() -> None:
+def test_requests_of_failed_engines_are_retried() -> None:
     failing = replace(tier(), replica=replace(tier().replica, mtbf_s=600.0), replicas=4)
-    result = replay(Scenario((failing,)), each(lambda _: StaticPolicy(4)), load_step(high=5.0), "static")
+    result = replay(Scenario((failing,)), per_tier(lambda _: StaticPolicy(4)), load_step(high=5.0), "static")
     record = result.tiers[0].record
     assert result.tiers[0].failures > 5
     assert record.retried > 0
@@ -99,7 +102,7 @@ def test_failures_lose_no_request_that_can_be_tried_again() -> None:
 def test_a_full_tier_spills_upwards() -> None:
     tiers = (tier("light", replicas=1), tier("capable", replicas=3))
     arrivals = [a._replace(tier="light") for a in load_step(20.0, 20.0)[:3000]]
-    result = replay(Scenario(tiers, "light"), each(lambda t: StaticPolicy(t.replicas)), arrivals)
+    result = replay(Scenario(tiers, "light"), per_tier(lambda t: StaticPolicy(t.replicas)), arrivals)
     light, capable = (entry.record for entry in result.tiers)
     assert light.arrived == 3000
     assert light.spilled > 100
@@ -142,10 +145,10 @@ def two_tiers(gpus: float | None) -> SimulationResult:
 def test_the_budget_goes_to_the_tier_of_higher_priority() -> None:
     enough, short = two_tiers(None), two_tiers(8.0)
     most = [
-        [max(sample.held for sample in entry.samples) for entry in run_.tiers] for run_ in (enough, short)
+        [max(sample.placed for sample in entry.samples) for entry in run_.tiers] for run_ in (enough, short)
     ]
     assert sum(most[0]) > 8
-    # All but the other's minimum.
+    # All except the other tier's minimum.
     assert most[1][1] == 7
     assert most[1][0] < most[0][0]
     targets = {"light": 2, "capable": 2}
@@ -157,7 +160,7 @@ def test_the_budget_goes_to_the_tier_of_higher_priority() -> None:
     assert capable > light
 
 
-def test_a_budget_that_is_never_short_changes_nothing() -> None:
+def test_a_budget_that_suffices_changes_nothing() -> None:
     plenty, unlimited = two_tiers(100.0).as_json(), two_tiers(None).as_json()
     assert plenty.pop("gpu_budget") == 100.0
     assert unlimited.pop("gpu_budget") is None
@@ -171,7 +174,7 @@ def test_the_oracle_attains_the_goal_with_less_than_the_static_peak() -> None:
     assert best.gpu_hours < 0.7 * peak.gpu_hours
 
 
-def test_a_plan_starts_ahead_and_keeps_replicas_through_short_lulls() -> None:
+def test_a_plan_starts_ahead_and_retains_replicas_during_short_lulls() -> None:
     needed = [1.0] * 10 + [2.5] * 5 + [1.0] * 3 + [2.5] * 5 + [1.0] * 20
     ordered = oracle.plan(needed, 1.0, 50.0, 1, 10)
     assert ordered[4] == 1
@@ -179,7 +182,7 @@ def test_a_plan_starts_ahead_and_keeps_replicas_through_short_lulls() -> None:
     assert ordered[23:] == [1] * 20
 
 
-def test_nothing_is_ordered_over_the_bounds() -> None:
+def test_a_plan_stays_within_the_bounds() -> None:
     assert max(oracle.plan([50.0] * 10, 1.0, 20.0, 0, 7)) == 7
 
 
@@ -203,7 +206,7 @@ def test_the_page_needs_no_network_and_is_the_same_each_time(tmp_path: Path) -> 
     assert (tmp_path / "a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-def test_no_requests_are_no_failure() -> None:
+def test_a_run_without_requests() -> None:
     result = Simulator(ONE, reactive_policy("tierplane")).run([])
     assert (result.requests, result.attainment) == (0, 1.0)
     assert result.as_json()["tiers"][0]["ttft_ms"]["p50"] is None

@@ -1,4 +1,4 @@
-"""The model of engine ``simulated`` takes as long as the engine itself does."""
+"""The model of engine ``simulated`` has the same timing as the engine itself."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ class Reader:
         raise AssertionError("nothing is cut here")
 
 
-def the_engine(settings: SimulatedSettings, load: Load, patch: pytest.MonkeyPatch) -> Times:
-    """Its scheduler, in virtual time."""
+def engine_times(settings: SimulatedSettings, load: Load, patch: pytest.MonkeyPatch) -> Times:
+    """The engine's scheduler, in virtual time."""
     clock = VirtualClock()
     patch.setattr(batching, "monotonic", lambda: clock.now_s)
     scheduler = BatchScheduler(cast(asyncio.AbstractEventLoop, Loop(clock)), settings)
@@ -88,27 +88,28 @@ def the_engine(settings: SimulatedSettings, load: Load, patch: pytest.MonkeyPatc
     return since(load, [(reader.first_s, reader.done_s) for reader in readers])
 
 
-def its_model(settings: SimulatedSettings, load: Load) -> Times:
-    """What the simulator makes of a tier with these settings."""
+def model_times(settings: SimulatedSettings, load: Load) -> Times:
+    """The simulator's model of a tier with these settings."""
     tier = TierConfig(name="t", engine="simulated", engine_args=settings.model_dump(exclude_defaults=True))
     model = anywhere(tier, Options(), RequestShape(400.0, 60.0)).engine
     clock = VirtualClock()
+    done_s: dict[EngineJob, float] = {}
     engine = VirtualEngine(
         clock,
         model.timing,
         max_sequences=model.max_sequences,
         kv_tokens=model.kv_tokens,
         on_first=lambda job: None,
-        on_done=lambda job: None,
+        on_done=lambda job: done_s.update({job: clock.now_s}),
     )
     jobs = []
     for at_s, prompt, answer in load:
         clock.run_until(at_s)
-        # All prompts begin alike: a prefix cache would find them.
+        # All prompts have the same prefix: a prefix cache would find it.
         jobs.append(EngineJob(prompt, answer, (1,), None))
         engine.submit(jobs[-1])
     clock.run_until(load[-1][0] + 3600.0)
-    return since(load, [(job.first_s, job.done_s or None) for job in jobs])
+    return since(load, [(job.first_s, done_s.get(job)) for job in jobs])
 
 
 def since(load: Load, moments: list[tuple[float | None, float | None]]) -> Times:
@@ -140,14 +141,14 @@ def drawn(rate_per_s: float, seed: int, count: int = 300) -> Load:
         SimulatedSettings(ttft_ms=40, itl_ms=20, prefill_tokens_per_s=3000, kv_cache_tokens=900),
     ],
 )
-def test_the_model_takes_as_long_as_the_engine(
+def test_the_model_has_the_timing_of_the_engine(
     settings: SimulatedSettings, rate_per_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load = drawn(rate_per_s, 3)
-    real, model = the_engine(settings, load, monkeypatch), its_model(settings, load)
+    real, model = engine_times(settings, load, monkeypatch), model_times(settings, load)
     for number in (0, 1):
         took, predicted = ([times[number] for times in run] for run in (real, model))
         assert statistics.fmean(predicted) == pytest.approx(statistics.fmean(took), rel=0.01)
         for one, other in zip(took, predicted, strict=True):
-            # The engine asks once a token how many others run, the model at every moment.
+            # The engine reads the number of running requests once per token, the model continuously.
             assert other == pytest.approx(one, rel=0.05, abs=3 * settings.itl_ms / 1000)

@@ -79,7 +79,7 @@ def test_thinned_windows_are_less_bursty(tmp_path: Path) -> None:
     assert variation(0.05) == pytest.approx(math.sqrt(1 + 0.05 * 15), rel=0.15)
 
 
-def test_the_seed_decides(tmp_path: Path) -> None:
+def test_the_seed_determines_the_arrivals(tmp_path: Path) -> None:
     path = written(tmp_path, windows(5.0, 2.0))
     assert list(read_trace(path, seed=1)) == list(read_trace(path, seed=1))
     assert list(read_trace(path, seed=1)) != list(read_trace(path, seed=2))
@@ -92,7 +92,7 @@ def test_a_part_of_a_trace_begins_at_zero(tmp_path: Path) -> None:
     assert 890 < part[-1].at_s < 900
 
 
-def test_thinning_keeps_a_share(tmp_path: Path) -> None:
+def test_thinning_uses_a_share_of_the_requests(tmp_path: Path) -> None:
     rows = "\n".join(f"{i},10,5" for i in range(4000))
     path = written(tmp_path, "at_s,input_tokens,output_tokens\n" + rows)
     assert 800 < len(list(read_trace(path, keep_ratio=0.25))) < 1200
@@ -101,15 +101,15 @@ def test_thinning_keeps_a_share(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("a,b,c\n1,2,3\n", "no known trace"),
-        ("", "no known trace"),
+        ("a,b,c\n1,2,3\n", "not a known trace"),
+        ("", "not a known trace"),
         ("at_s,input_tokens,output_tokens\n1,2,x\n", "line 2"),
         ('{"timestamp": 0}\n', "line 1"),
         ('{"timestamp": 0, "input_length": 1, "output_length": 1}\nnonsense\n', "line 2"),
         ("at_s,input_tokens,output_tokens,priority\n1,2,3,urgent\n", "urgent"),
     ],
 )
-def test_what_is_wrong_is_named(tmp_path: Path, text: str, words: str) -> None:
+def test_an_invalid_trace_is_refused_with_the_reason(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(SetupError, match=words):
         list(read_trace(written(tmp_path, text)))
 
@@ -123,7 +123,7 @@ OWN = """start_s,seconds,tier,requests,input_tokens,output_tokens
 """
 
 
-def test_own_windows_have_as_many_requests_and_tokens_as_were_counted(tmp_path: Path) -> None:
+def test_own_windows_have_the_counted_requests_and_tokens(tmp_path: Path) -> None:
     arrivals = list(read_trace(written(tmp_path, OWN)))
     assert [a.at_s for a in arrivals] == sorted(a.at_s for a in arrivals)
     found: dict[tuple[str, float], list[tuple[int, int]]] = {}
@@ -157,7 +157,7 @@ def test_own_windows_in_part(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("requests", ["-1", "10000001", "many", "1.5", ""])
-def test_own_windows_that_hold_no_number_of_requests(tmp_path: Path, requests: str) -> None:
+def test_own_windows_with_an_invalid_number_of_requests(tmp_path: Path, requests: str) -> None:
     path = written(tmp_path, f"start_s,seconds,tier,requests\n0,10,small,{requests}\n")
     with pytest.raises(SetupError, match="line 2"):
         list(read_trace(path))

@@ -48,7 +48,7 @@ def test_json_is_the_same_each_time_and_files_are_written(trace: str, tmp_path: 
     assert simulate(*args[:-1], "5").stdout != first.stdout
 
 
-def test_recommendations_are_those_of_the_configuration_in_the_form_of_the_gateways_page(
+def test_recommendations_follow_the_configuration_in_the_gateways_format(
     tmp_path: Path,
 ) -> None:
     trace, config = tmp_path / "trace.csv", tmp_path / "config.yaml"
@@ -83,13 +83,13 @@ def test_recommendations_are_those_of_the_configuration_in_the_form_of_the_gatew
     assert f"predicted {effect_text(Effect(**data['recommendations'][-1]['predicted']))}" in people
 
 
-def test_people_get_a_table(trace: str) -> None:
+def test_the_output_is_a_table_by_default(trace: str) -> None:
     done = simulate("--trace", trace, "--config", CONFIG, "--policy", "kpa", "--hours", "0.05")
     assert done.exit_code == 0, done.output
-    assert "kept the SLO" in done.stdout
+    assert "met the SLO" in done.stdout
 
 
-def test_replicas_find_their_places_on_the_machines_of_a_file(trace: str) -> None:
+def test_replicas_run_on_the_nodes_of_a_cluster_file(trace: str) -> None:
     args = ["--trace", trace, "--config", str(ROOT / "configs" / "gpu.yaml"), "--cluster", CLUSTER]
     failing = [*args, "--node-mtbf-hours", "0.03", "--node-recovery-s", "60", "--json"]
     first = simulate(*failing)
@@ -108,7 +108,7 @@ def test_replicas_find_their_places_on_the_machines_of_a_file(trace: str) -> Non
     assert rooms["capable"]["waited_s"] >= 60.0
     assert simulate(*failing).stdout == first.stdout
     people = simulate(*args)
-    assert "1 node with 4 GPUs" in people.stdout
+    assert "1 node with 4 usable GPUs" in people.stdout
 
 
 def test_a_gpu_tier_needs_to_know_its_gpu(trace: str) -> None:
