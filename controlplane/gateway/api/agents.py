@@ -38,7 +38,7 @@ class ChatRequest(msgspec.Struct, forbid_unknown_fields=True):
     """A tier, a model id or ``auto``."""
     priority: str | None = None
     timeout: float | None = None
-    """Seconds."""
+    """The deadline, in seconds from the request's arrival."""
     session_id: str | None = None
     system: str | None = None
     max_tokens: int | None = None
@@ -78,10 +78,10 @@ class CapturedResponse:
         self.body += data
 
     async def drain(self) -> None:
-        """There is no client to wait for."""
+        """Return at once: there is no client to wait for."""
 
     def finish(self) -> None:
-        """Nothing is left to do."""
+        """Do nothing: the body is complete."""
 
     def abort(self) -> None:
         """The response stays incomplete."""
@@ -93,7 +93,7 @@ Complete = Callable[[Request, Responder], Awaitable[None]]
 
 
 async def chat(complete: Complete, now_s: Callable[[], float], request: Request, out: Responder) -> None:
-    """Answer ``POST /chat``: ``{message, …}`` → ``{response, agent_used, processing_time, …}``."""
+    """Handle ``POST /chat``: ``{message, …}`` → ``{response, agent_used, processing_time, …}``."""
     chat_request = _decode(request.body, ChatRequest)
     status, value, headers = await _complete(complete, now_s, request, chat_request)
     send_json(out, value, status, headers)
@@ -113,12 +113,12 @@ async def batch(complete: Complete, now_s: Callable[[], float], request: Request
         try:
             chat_request = msgspec.json.decode(raw, type=ChatRequest)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            wrong = BadRequest(f"item {position}: {error}")
+            invalid = BadRequest(f"item {position}: {error}")
             return {
                 "id": _id_of(raw, position),
                 "status": "error",
                 "processing_time": 0.0,
-                **error_value(wrong),
+                **error_value(invalid),
             }
         async with slots:
             status, value, _ = await _complete(complete, now_s, request, chat_request)
@@ -165,8 +165,8 @@ async def _complete(
         else:
             value["error"] = response.get("error", response)
     except (msgspec.DecodeError, LookupError, AttributeError, TypeError):
-        wrong = RequestError("the engine's answer can't be read")
-        return 502, {**value, **error_value(wrong)}, error_headers(wrong)
+        invalid = RequestError("the engine's response can't be parsed")
+        return 502, {**value, **error_value(invalid)}, error_headers(invalid)
     passed_on: Headers = [(name, captured.headers[name]) for name in _PASSED_ON if name in captured.headers]
     return captured.status, value, passed_on
 
@@ -190,9 +190,9 @@ def _completion(request: Request, chat_request: ChatRequest) -> Request:
         "timeout": chat_request.timeout,
         "session_id": chat_request.session_id,
     }
-    given = {name: value for name, value in hints.items() if value is not None}
-    if given:
-        body["metadata"] = given
+    metadata = {name: value for name, value in hints.items() if value is not None}
+    if metadata:
+        body["metadata"] = metadata
     headers = {
         name: value
         for name, value in request.headers.items()
@@ -205,7 +205,9 @@ def _batch_items(body: bytes) -> list[msgspec.Raw]:
     start = body.lstrip()[:1]
     items = _decode(body, _BatchRequest).requests if start == b"{" else _decode(body, list[msgspec.Raw])
     if len(items) > MAX_BATCH:
-        raise BadRequest(f"a batch has at most {MAX_BATCH} items, this one has {len(items)}: send several")
+        raise BadRequest(
+            f"a batch may have {MAX_BATCH} items, this one has {len(items)}: split it into several"
+        )
     return items
 
 
@@ -213,11 +215,11 @@ def _decode(body: bytes, kind: type[_T]) -> _T:
     try:
         return msgspec.json.decode(body, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise BadRequest(f"the request body is wrong: {error}") from None
+        raise BadRequest(f"the request body is invalid: {error}") from None
 
 
 def _id_of(raw: msgspec.Raw, position: int) -> Any:
-    """A malformed item's own id where it can be read."""
+    """The id of a malformed item if it can be read, else its position."""
     try:
         value = msgspec.json.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError):

@@ -1,4 +1,4 @@
-"""``GET /alerts``: the alerts that fire, by the controller's last snapshot."""
+"""``GET /alerts``: the firing alerts, from the controller's last snapshot."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from controlplane.core.cluster.snapshot import ClusterSnapshot
 
 
 def alerts(snapshot: ClusterSnapshot | None) -> dict[str, Any]:
-    """Alerts that fire, the worst first. ``snapshot`` is None until the controller's first one came: then
-    ``known`` is false, as an empty list does not mean that nothing is wrong."""
+    """The firing alerts, most severe first.
+
+    ``known`` is false while the controller has sent no snapshot (``snapshot`` is None) or is still warming
+    up: an empty list then does not mean that all is well.
+    """
     if snapshot is None:
         return {"known": False, "snapshot": None, "alerts": []}
     return {

@@ -1,7 +1,7 @@
-"""Pages that only the controller can answer (``/report``, ``/gpus``, ``/recommendations``).
+"""Queries to the controller, for the pages whose data only it has: ``/report``, ``/gpus``,
+``/recommendations``.
 
-The gateway passes the question on and waits for a few seconds. Requests to models never wait for the
-controller.
+The gateway waits a few seconds for the result. Requests to models never wait for the controller.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ R = TypeVar("R")
 
 
 class ControllerQueries(Protocol):
-    """What the pages ask the controller. Each raises a TierplaneError if it can't be reached."""
+    """The controller's side of these pages. Each method raises a TierplaneError if it can't be reached."""
 
     async def plane_report(self, window_minutes: float) -> PlaneReport:
-        """What every tier and endpoint did in the last minutes."""
+        """The report on all tiers and endpoints over the last ``window_minutes``."""
         ...
 
     async def gpus(self) -> tuple[GpuView, ...]:
@@ -51,7 +51,7 @@ async def query_controller(
     except RequestError:
         raise
     except TimeoutError as error:
-        message = f"the controller did not answer in {timeout_s:g} s"
+        message = f"the controller did not respond within {timeout_s:g} s"
         raise ControllerUnreachable(message, retry_after_s=RETRY_AFTER_S) from error
     except TierplaneError as error:
         raise ControllerUnreachable(str(error), retry_after_s=RETRY_AFTER_S) from error

@@ -1,4 +1,5 @@
-"""What the gateway tells of itself and of the tiers: ``/health``, ``/v1/models``, ``/status`` and so on."""
+"""JSON pages about the gateway and the tiers: ``/v1/models``, ``/v1/route``, ``/health``, ``/status``,
+``/usage``."""
 
 from __future__ import annotations
 
@@ -52,7 +53,7 @@ def models(endpoint_table: EndpointTable, created_unix_s: int) -> dict[str, Any]
 
 
 def explain(request: Request, endpoint_table: EndpointTable, now_s: float) -> dict[str, Any]:
-    """Where a request would go and why, endpoint by endpoint, without sending it."""
+    """Where the router would send a request, and the reasons for every endpoint. The request is not sent."""
     explanation = explain_route(route_request(request), endpoint_table, now_s, 0)
     decision, route = explanation.decision, explanation.route
     table = endpoint_table.tier_table
@@ -112,7 +113,7 @@ def health(
     gateways = snapshot.gateways if snapshot else ()
     return {
         "status": status,
-        "why": _why(snapshot, tiers),
+        "why": _reasons(snapshot, tiers),
         "tiers": tiers,
         "queue": {
             "depth": len(queue),
@@ -128,20 +129,20 @@ def health(
     }
 
 
-def _why(snapshot: ClusterSnapshot | None, tiers: dict[str, Any]) -> str:
+def _reasons(snapshot: ClusterSnapshot | None, tiers: dict[str, Any]) -> str:
     if snapshot is None:
-        return "no snapshot has come from the controller yet"
+        return "the controller has not reported yet"
     return "; ".join(f"{name}: {tier['why']}" for name, tier in tiers.items() if tier["why"])
 
 
-def _tier_health(pool: TierPool, wanted: int) -> dict[str, Any]:
+def _tier_health(pool: TierPool, target: int) -> dict[str, Any]:
     ready = sum(load.ready for load in pool.loads)
-    if ready >= wanted:
+    if ready >= target:
         status = "healthy" if ready else "idle"
     else:
         status = "degraded" if ready else "unhealthy"
     reasons = []
-    if not pool.loads and wanted:
+    if not pool.loads and target:
         reasons.append("no replica has reported yet")
     for load in pool.loads:
         if not load.ready and load.endpoint.state is not EndpointState.STOPPED:
@@ -152,7 +153,7 @@ def _tier_health(pool: TierPool, wanted: int) -> dict[str, Any]:
     return {
         "status": status,
         "why": "; ".join(reasons),
-        "replicas": {"ready": ready, "wanted": wanted},
+        "replicas": {"ready": ready, "wanted": target},
         "in_flight": pool.in_flight,
         "limit": pool.limit,
         "endpoints": [
@@ -168,7 +169,7 @@ def _tier_health(pool: TierPool, wanted: int) -> dict[str, Any]:
 
 
 def status(config: PlaneConfig, snapshot: ClusterSnapshot | None) -> dict[str, Any]:
-    """The last snapshot, without secrets."""
+    """The last snapshot, without its secrets."""
     if snapshot is None:
         return {
             "snapshot": None,
@@ -190,7 +191,7 @@ def status(config: PlaneConfig, snapshot: ClusterSnapshot | None) -> dict[str, A
 
 
 def usage(ledger: UsageLedger, query: str) -> dict[str, Any]:
-    """Requests, tokens and GPU-seconds of this gateway replica by tier, or of ``?session=ID``."""
+    """Requests, tokens and GPU-seconds that this gateway replica served, by tier or for ``?session=ID``."""
     session = parse_qs(query).get("session", [""])[0]
     if session:
         found = ledger.session(session)

@@ -1,7 +1,6 @@
-"""A report as a page for people: tables and plots in one file that needs no network.
+"""A report as one HTML page with tables and plots, which loads nothing from the network.
 
-Everything that comes from outside is escaped. Plots are lines in SVG; where nothing is known a line is
-broken.
+All names and texts in it are escaped. Plots are lines in SVG, with gaps where there is no data.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from controlplane.core.reports.report import (
 from controlplane.errors import BadRequest
 
 CONTENT_SECURITY: Final = b"default-src 'none'; style-src 'unsafe-inline'"
-"""The page loads nothing and runs nothing."""
+"""The page may load nothing and run no script."""
 DEFAULT_MINUTES: Final = 60.0
 FORMATS: Final = ("json", "html")
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 520, 190, 56, 22, 12
@@ -41,7 +40,7 @@ h1{font-size:1.4em}h2{font-size:1.15em}.gone{opacity:.6}.missed{color:#c0392b;fo
 
 
 def parse_query(query: str) -> tuple[float, str]:
-    """``window_minutes`` and ``format`` of ``/report``. Raises BadRequest that names what is wrong."""
+    """``window_minutes`` and ``format`` in the query of ``/report``. Raises BadRequest for an invalid one."""
     found = parse_qs(query, keep_blank_values=True)
     text = found.get("window_minutes", [f"{DEFAULT_MINUTES:g}"])[0]
     try:
@@ -61,17 +60,17 @@ def parse_query(query: str) -> tuple[float, str]:
 
 
 def page(report: PlaneReport) -> str:
-    """The report as one HTML file."""
+    """The report as an HTML page."""
     begin, end = (time.strftime("%Y-%m-%d %H:%M", time.gmtime(at)) for at in _span(report))
     cost = ""
     if report.cost_per_gpu_hour:
-        cost = f", {report.cost:.2f} at {report.cost_per_gpu_hour:g} a GPU hour"
+        cost = f", cost {report.cost:.2f} at {report.cost_per_gpu_hour:g} per GPU hour"
     minutes = (report.until_unix_s - report.from_unix_s) / 60
     return "\n".join(
         [
             "<!doctype html><html lang=en><meta charset=utf-8><title>tierplane report</title>",
             f"<meta name=viewport content='width=device-width'><style>{_STYLE}</style>",
-            f"<h1>Report of {minutes:.0f} minutes</h1>",
+            f"<h1>Report on {minutes:.0f} minutes</h1>",
             f"<p>{begin} to {end} UTC. {report.gpu_hours:.2f} GPU hours{cost}.</p>",
             "<h2>Tiers</h2>",
             _table(report.tiers),
@@ -83,14 +82,14 @@ def page(report: PlaneReport) -> str:
             ),
             "<h2>Endpoints</h2>",
             _table(report.endpoints),
-            f"<p>{report.left_out} more are left out.</p>" if report.left_out else "",
+            f"<p>{report.left_out} more are not shown.</p>" if report.left_out else "",
             "</html>",
         ]
     )
 
 
 def row(item: InstanceReport) -> tuple[str, ...]:
-    """One instance in a table's columns; ``-``: not known."""
+    """An instance as cells of :data:`HEADS`; ``-`` means unknown."""
     return (
         item.tier,
         item.instance if item.instance != item.tier else "",
@@ -99,7 +98,7 @@ def row(item: InstanceReport) -> tuple[str, ...]:
         _shown(item.latency_mean_ms, "{:.0f}"),
         _shown(item.latency_max_ms, "{:.0f}"),
         _shown(item.attainment, "{:.2%}"),
-        _promised(item),
+        _target(item),
         _shown(item.availability, "{:.2%}"),
         _shown(item.queue_mean, "{:.1f}"),
         _shown(item.queue_max, "{:.0f}"),
@@ -114,19 +113,19 @@ def row(item: InstanceReport) -> tuple[str, ...]:
 
 
 HEADS: Final = (
-    *("tier", "endpoint", "requests", "per s", "mean ms", "max ms", "in SLO", "promised", "available"),
-    *("queue", "most", "GPU", "tokens", "errors", "resumed", "spilled", "GPU h", "cost"),
+    *("tier", "endpoint", "requests", "per s", "mean ms", "max ms", "in SLO", "SLO target", "available"),
+    *("queue", "max queue", "GPU", "tokens", "errors", "resumed", "spilled", "GPU h", "cost"),
 )
-"""Of :func:`row`."""
-OF_SLO: Final = ("in SLO", "promised")
-"""Columns that are marked where a tier did not keep what it promises."""
+"""Column heads of the cells that :func:`row` returns."""
+OF_SLO: Final = ("in SLO", "SLO target")
+"""Columns that are highlighted for a tier that missed its SLO."""
 
 _PLOTS: Final[tuple[tuple[str, Callable[[TrackPoint], float | None]], ...]] = (
     ("Requests per second", lambda point: point.requests_per_s),
     ("Latency, mean, ms", lambda point: point.latency_mean_ms),
-    ("Latency, highest, ms", lambda point: point.latency_max_ms),
+    ("Latency, maximum, ms", lambda point: point.latency_max_ms),
     ("Waiting requests", lambda point: point.queue),
-    ("Kept the SLO, %", lambda point: None if point.attainment is None else point.attainment * 100),
+    ("Within SLO, %", lambda point: None if point.attainment is None else point.attainment * 100),
     ("GPU utilisation, %", lambda point: None if point.gpu_ratio is None else point.gpu_ratio * 100),
 )
 
@@ -135,8 +134,8 @@ def _shown(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
 
 
-def _promised(item: InstanceReport) -> str:
-    """The share that is to keep the SLO, and whether fewer did."""
+def _target(item: InstanceReport) -> str:
+    """The share of requests that must meet the SLO, and whether it was missed."""
     if item.slo_target is None:
         return "-"
     return f"{100 * item.slo_target:.6g}%{', missed' if item.slo_missed else ''}"
@@ -203,7 +202,7 @@ def _plot(title: str, report: PlaneReport, value: Callable[[TrackPoint], float |
 
 
 def _lines(track: Track, value: Callable[[TrackPoint], float | None]) -> list[list[tuple[float, float]]]:
-    """Runs of neighbouring points; a single one becomes a short line."""
+    """Runs of adjacent points; a point without neighbours becomes a short line."""
     lines: list[list[tuple[float, float]]] = []
     last_s: float | None = None
     for point in track.points:

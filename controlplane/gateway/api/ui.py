@@ -1,7 +1,7 @@
-"""``/ui``: one page that asks the gateway's JSON pages and shows them to people.
+"""``/ui``: one page that loads the gateway's JSON pages and shows them.
 
-It loads nothing from elsewhere, and its security policy names its own script and style by their digests: no
-other script runs, whatever a diagnosis or a name holds.
+It loads nothing else. Its security policy allows its own script and style by their digests, so that no other
+script can run, even if a diagnosis or a name contains one.
 """
 
 from __future__ import annotations
@@ -35,6 +35,6 @@ def page() -> tuple[Headers, bytes]:
 
 
 def _digest(text: str, element: str) -> str:
-    """Of the page's only such element, as a Content-Security-Policy names it."""
+    """The digest of the page's only such element, as a Content-Security-Policy writes it."""
     [inner] = re.findall(rf"<{element}>(.*?)</{element}>", text, re.DOTALL)
     return f"'sha256-{base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode()}'"

@@ -1,12 +1,12 @@
-"""What a request cost in GPU time, and what it would have cost at the next tier.
+"""The GPU time that a request cost, and what it would have cost at the next tier.
 
-Requests that run at the same time share an engine's GPUs. Each is charged by processor sharing: while
-``n`` requests run on an endpoint with ``g`` GPUs, each of them pays ``g / n`` GPU-seconds a second. The
-integral of that rate is kept once per endpoint (the virtual time of fair queueing: Demers, Keshav and
-Shenker, "Analysis and simulation of a fair queueing algorithm", 1989), so that a request's share is the
-difference between two readings, whatever came and went in between.
+Requests that run at the same time share an engine's GPUs. They are charged by processor sharing: while ``n``
+requests run on an endpoint with ``g`` GPUs, each pays ``g / n`` GPU-seconds per second. There is one integral
+of that rate per endpoint (the virtual time of fair queueing: Demers, Keshav and Shenker, "Analysis and
+simulation of a fair queueing algorithm", 1989). A request's cost is the difference between the integral at
+its end and at its start, whatever other requests began or ended meanwhile.
 
-An engine without a GPU is charged as if it were one device, in device-seconds.
+An engine without a GPU is charged as one device, in device-seconds.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Final
 
 MAX_SESSIONS: Final = 10_000
 SMOOTHING: Final = 0.05
-"""Weight of the newest request in a tier's GPU-seconds per token."""
+"""Weight of the latest request in a tier's mean GPU-seconds per token."""
 
 
 class EndpointPriceMeter:
-    """The price of running on one endpoint, as an integral over time."""
+    """The integral over time of the price of running one request on an endpoint."""
 
     __slots__ = ("_devices", "_price_s", "_running", "_since_s")
 
@@ -32,13 +32,13 @@ class EndpointPriceMeter:
         self._since_s = now_s
 
     def start(self, now_s: float) -> float:
-        """A request begins; gives the reading to hand to :meth:`stop`."""
+        """A request begins; returns the reading that :meth:`stop` needs."""
         self._advance(now_s)
         self._running += 1
         return self._price_s
 
     def stop(self, reading: float, now_s: float) -> float:
-        """The request ends; gives its GPU-seconds."""
+        """A request ends; returns its GPU-seconds. ``reading`` is what :meth:`start` returned."""
         self._advance(now_s)
         self._running -= 1
         return self._price_s - reading
@@ -58,12 +58,12 @@ class Usage:
     generated_tokens: int = 0
     gpu_seconds: float = 0.0
     next_tier_gpu_seconds: float = 0.0
-    """What the same tokens would have cost at the next more capable tier, where that is known."""
+    """What the same tokens would have cost at the next more capable tier, as far as that is known."""
     unpriced_requests: int = 0
-    """Requests of which that is not known: the next tier has served nothing yet, or there is none."""
+    """Requests for which it is unknown, because there is no next tier or it has served no tokens yet."""
 
     def add(self, prompt: int, generated: int, gpu_s: float, next_gpu_s: float | None) -> None:
-        """Account for one request."""
+        """Add one request."""
         self.requests += 1
         self.prompt_tokens += prompt
         self.generated_tokens += generated
@@ -75,7 +75,7 @@ class Usage:
 
 
 class UsageLedger:
-    """Usage by tier and by session (the latest :data:`MAX_SESSIONS` of them)."""
+    """Usage by tier and by session. Only the last :data:`MAX_SESSIONS` sessions are stored."""
 
     def __init__(self, tiers: list[str]) -> None:
         self._next = dict(zip(tiers, [*tiers[1:], ""], strict=True))
@@ -84,7 +84,7 @@ class UsageLedger:
         self._sessions: OrderedDict[str, Usage] = OrderedDict()
 
     def record(self, tier: str, session: str, prompt: int, generated: int, gpu_s: float) -> float | None:
-        """Account for a finished request; gives what it would have cost at the next tier, if known."""
+        """Add a finished request; returns what it would have cost at the next tier, None if unknown."""
         tokens = prompt + generated
         if tokens:
             rate = gpu_s / tokens
@@ -108,5 +108,5 @@ class UsageLedger:
         return next_gpu_s
 
     def session(self, session: str) -> Usage | None:
-        """The usage of one session, if it is among the latest."""
+        """The usage of one session; None if it is not stored."""
         return self._sessions.get(session)

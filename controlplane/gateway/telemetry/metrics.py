@@ -31,7 +31,7 @@ _BREAKER_LEVELS: Final = {BreakerState.CLOSED: 0.0, BreakerState.HALF_OPEN: 0.5,
 
 
 class _TierSeries(NamedTuple):
-    """One tier's children, looked up once."""
+    """The labelled series of one tier, looked up once."""
 
     total_s: Histogram
     ttft_s: Histogram
@@ -49,28 +49,28 @@ class Metrics:
         self.registry = registry = CollectorRegistry()
         self.requests = Counter(
             "tierplane_requests",
-            "Requests that ended, by the tier that served them, outcome (ok, client_error, failed, shed, "
+            "Requests that have ended, by tier that served them, outcome (ok, client_error, failed, shed, "
             "cancelled) and reason.",
             ["tier", "outcome", "reason"],
             registry=registry,
         )
         self.total_s = Histogram(
             "tierplane_request_seconds",
-            "From a request's arrival to the end of its answer.",
+            "Time from a request's arrival to the end of its response.",
             ["tier"],
             buckets=LATENCY_BUCKETS_S,
             registry=registry,
         )
         self.ttft_s = Histogram(
             "tierplane_time_to_first_token_seconds",
-            "From a request's arrival to the first byte of a streamed answer.",
+            "Time from a request's arrival to the first byte of a streamed response.",
             ["tier"],
             buckets=LATENCY_BUCKETS_S,
             registry=registry,
         )
         self.itl_s = Histogram(
             "tierplane_inter_token_seconds",
-            "Mean time between the events of a streamed answer; one observation a stream.",
+            "Mean time between the events of a streamed response; one observation per stream.",
             ["tier"],
             buckets=TOKEN_BUCKETS_S,
             registry=registry,
@@ -83,50 +83,53 @@ class Metrics:
         )
         self.gpu_s = Counter(
             "tierplane_gpu_seconds",
-            "GPU time that requests took, by processor sharing (device time where there is no GPU).",
+            "GPU time of requests, by processor sharing (device time for engines without a GPU).",
             ["tier"],
             registry=registry,
         )
         self.next_tier_gpu_s = Counter(
             "tierplane_next_tier_gpu_seconds",
-            "What the same tokens would have taken at the next more capable tier, where that is known.",
+            "GPU time that the same tokens would have taken at the next more capable tier, where known.",
             ["tier"],
             registry=registry,
         )
         self.in_flight = Gauge(
-            "tierplane_in_flight_requests", "Requests at the engines.", ["tier"], registry=registry
+            "tierplane_in_flight_requests", "Requests at the engines now.", ["tier"], registry=registry
         )
         self.slots = Gauge(
             "tierplane_slots",
-            "Requests that a gateway may have at the engines of a tier at once.",
+            "Requests that a gateway may have at a tier's engines at the same time.",
             ["tier"],
             registry=registry,
         )
         self.queued = Gauge(
-            "tierplane_queued_requests", "Requests that wait for an engine.", ["priority"], registry=registry
+            "tierplane_queued_requests",
+            "Requests waiting for an engine now.",
+            ["priority"],
+            registry=registry,
         )
         self.queue_wait_s = Histogram(
             "tierplane_queue_wait_seconds",
-            "How long requests waited for an engine, of those that had to.",
+            "Time that requests waited for an engine; requests that did not wait are not counted.",
             ["priority"],
             buckets=LATENCY_BUCKETS_S,
             registry=registry,
         )
         self.retries = Counter(
             "tierplane_retries",
-            "Attempts after the first, by the tier and why the one before failed.",
+            "Attempts after the first, by tier and by the reason why the previous attempt failed.",
             ["tier", "reason"],
             registry=registry,
         )
         self.resumes = Counter(
             "tierplane_resumes",
-            "Streams whose engine was lost, by how they went on (continue, replay, finish, refused).",
+            "Streams whose engine was lost, by how they were continued (continue, replay, finish, refused).",
             ["method"],
             registry=registry,
         )
         self.spills = Counter(
             "tierplane_spills",
-            "Requests served by another tier than the one they were meant for, by kind (spill, bridge).",
+            "Requests served by a tier other than the intended one, by kind (spill, bridge).",
             ["from_tier", "to_tier", "kind"],
             registry=registry,
         )
@@ -144,7 +147,7 @@ class Metrics:
         )
         self.breaker_open = Gauge(
             "tierplane_breaker_open",
-            "1 while an endpoint's circuit breaker keeps requests away, 0.5 while it probes, 0 otherwise.",
+            "1 while an endpoint's circuit breaker is open, 0.5 while it is half-open, 0 while it is closed.",
             ["tier", "endpoint"],
             registry=registry,
         )
@@ -154,68 +157,72 @@ class Metrics:
 
         self.due = Gauge(
             "tierplane_due_replicas",
-            "Replicas that a tier has to have now: none while it is drained.",
+            "Replicas that a tier should have now: 0 while it is drained.",
             ["tier"],
             registry=registry,
         )
         self.alerts = Gauge(
             "tierplane_alerts",
-            "1 for each alert that fires, as the controller judges it.",
+            "1 for each alert that is firing, as evaluated by the controller.",
             ["alert", "severity", "subject"],
             registry=registry,
         )
         self.slo_judged = Counter(
             "tierplane_slo_judged_requests",
-            "Requests that count for the SLO of the tier that they were meant for.",
+            "Requests that count for the SLO of the tier for which they were intended.",
             ["tier"],
             registry=registry,
         )
         self.slo_missed = Counter(
             "tierplane_slo_missed_requests",
-            "Of those, the ones that did not keep it.",
+            "Requests counted in tierplane_slo_judged_requests that missed the SLO.",
             ["tier"],
             registry=registry,
         )
         self.slo_target = Gauge(
             "tierplane_slo_target_ratio",
-            "The share of a tier's requests that must keep its SLO (slo.attainment).",
+            "The share of a tier's requests that must meet its SLO (slo.attainment).",
             ["tier"],
             registry=registry,
         )
         self.target_replicas = Gauge(
-            "tierplane_target_replicas", "Replicas that a tier is to have.", ["tier"], registry=registry
+            "tierplane_target_replicas", "Target number of replicas of a tier.", ["tier"], registry=registry
         )
         self.wanted_replicas = Gauge(
             "tierplane_wanted_replicas",
-            "Replicas that the scaling policy would have, followed or not.",
+            "Replicas that the scaling policy computes, whether or not its decision is applied.",
             ["tier"],
             registry=registry,
         )
         self.forecast_per_s = Gauge(
             "tierplane_forecast_requests_per_second",
-            "Requests a second that are expected when a replica ordered now is ready.",
+            "Requests per second expected at the time when a replica started now would be ready.",
             ["tier"],
             registry=registry,
         )
         self.recommendation = Gauge(
             "tierplane_recommendation",
-            "1 while a recommendation of that kind holds (scale_up, scale_out, scale_down, rebalance).",
+            "1 while a recommendation of this kind is active (scale_up, scale_out, scale_down, rebalance).",
             ["tier", "kind"],
             registry=registry,
         )
         self.hedges = Counter(
-            "tierplane_hedges", "Second first attempts, by whether they won.", ["outcome"], registry=registry
+            "tierplane_hedges",
+            "Hedged attempts, by whether they won against the first attempt.",
+            ["outcome"],
+            registry=registry,
         )
         self.on_finished: Callable[[RequestContext, RequestOutcome, str, float], None] | None = None
-        """Called with each request's context, outcome, reason and time of its end (monotonic seconds)."""
+        """Called for each request that has ended, with its context, outcome, reason and end (monotonic
+        seconds)."""
         self._per_tier: dict[str, _TierSeries] = {}
         self._outcomes: dict[tuple[str, RequestOutcome, str], Counter] = {}
         for tier, target in traffic.slo_targets.items() if traffic is not None else ():
             self.slo_target.labels(tier).set(target)
 
     def finished(self, context: RequestContext, outcome: RequestOutcome, reason: str, now_s: float) -> None:
-        """Count a request that ended. ``reason`` refines the outcome: an error's code, the HTTP status,
-        ``stream`` or ``resumed``."""
+        """Count a request that has ended. ``reason`` is a detail of the outcome: an error's code, the HTTP
+        status, ``stream`` or ``resumed``."""
         if self.on_finished is not None:
             self.on_finished(context, outcome, reason, now_s)
         judged = self.traffic.ended(context, outcome, now_s) if self.traffic is not None else None
@@ -237,7 +244,7 @@ class Metrics:
     def used(
         self, context: RequestContext, tier: str, prompt: int, generated: int, next_gpu_s: float | None
     ) -> None:
-        """Count the tokens and GPU time of a request that is about to end."""
+        """Count the tokens and the GPU time of a request, before :meth:`finished`."""
         if self.traffic is not None:
             self.traffic.used(context, tier, prompt, generated)
         series = self._series(tier)
@@ -293,12 +300,12 @@ class Metrics:
             self.due.labels(tier).set(due.get(tier, replicas))
 
     def text(self) -> str:
-        """The exposition of this replica."""
+        """This replica's metrics in Prometheus' text format."""
         return generate_latest(self.registry).decode()
 
 
 def merge_expositions(expositions: Iterable[tuple[str, str]]) -> str:
-    """One exposition of several: ``(gateway id, text)`` each; every sample gets a ``gateway`` label."""
+    """Join several ``(gateway id, text)`` into one exposition; every sample gets a ``gateway`` label."""
     families: dict[str, tuple[list[str], list[str]]] = {}
     for gateway_id, text in expositions:
         label = f'gateway="{gateway_id}"'

@@ -1,8 +1,8 @@
 """OpenTelemetry traces of requests, from the client's span to the engine's. Off unless configured.
 
-The gateway makes one span for each request, inside the client's trace if the request names one (W3C
-``traceparent``), and passes its own on, so that an engine that traces (vLLM with ``otlp-traces-endpoint``)
-continues it. Spans are sent by a thread of the SDK's, never on a request's path.
+The gateway creates one span per request, within the client's trace if the request has a W3C ``traceparent``.
+It passes its own span on, so that an engine that traces (vLLM with ``otlp-traces-endpoint``) continues the
+trace. A thread of the SDK sends the spans, never the request's own path.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ _FAILED: Final = frozenset({RequestOutcome.FAILED, RequestOutcome.SHED})
 
 
 class Tracing:
-    """Makes, passes on and ends the spans of one gateway replica."""
+    """Starts, propagates and ends the spans of one gateway replica."""
 
     def __init__(self, exporter: SpanExporter, gateway_id: str, ratio: float = 1.0) -> None:
-        """``ratio`` of the traces that begin here are recorded; of a client's own, those it records."""
+        """``ratio`` is the share of traces that are recorded, of those that begin here. A trace that a client
+        began is recorded if the client records it."""
         resource = Resource.create({"service.name": "tierplane-gateway", "service.instance.id": gateway_id})
-        # shutdown_on_exit would wait for an unreachable collector when the process ends.
+        # shutdown_on_exit would delay the process's end if the collector is unreachable.
         self._provider = TracerProvider(
             sampler=ParentBased(TraceIdRatioBased(ratio)), resource=resource, shutdown_on_exit=False
         )
@@ -40,12 +41,12 @@ class Tracing:
 
     def begin(self, context: RequestContext, request: Request) -> None:
         """Start the request's span; every attempt passes it on to the engine."""
-        given = {}
+        carrier = {}
         for name in ("traceparent", "tracestate"):
             value = request.header(name.encode())
             if value:
-                given[name] = value
-        parent = _PROPAGATOR.extract(given)
+                carrier[name] = value
+        parent = _PROPAGATOR.extract(carrier)
         span = self._tracer.start_span(request.path, parent, kind=trace.SpanKind.SERVER)
         passed_on: dict[str, str] = {}
         _PROPAGATOR.inject(passed_on, trace.set_span_in_context(span))
@@ -72,21 +73,21 @@ class Tracing:
         }
         span.set_attributes(attributes)
         if context.first_byte_s:
-            behind_ns = round((now_s - context.first_byte_s) * 1e9)
-            span.add_event("first byte", timestamp=time.time_ns() - behind_ns)
+            age_ns = round((now_s - context.first_byte_s) * 1e9)
+            span.add_event("first byte", timestamp=time.time_ns() - age_ns)
         if outcome in _FAILED:
             span.set_status(trace.StatusCode.ERROR, reason)
         span.end()
 
     def close(self) -> None:
-        """Send what is left, for a short while, and stop the thread."""
+        """Send the remaining spans, for at most two seconds, and stop the thread."""
         self._provider.force_flush(2000)
         self._provider.shutdown()
 
 
 def otlp_tracing(endpoint: str, gateway_id: str, ratio: float) -> Tracing:
-    """Traces to a collector's OTLP/HTTP address, such as ``http://collector:4318/v1/traces``."""
-    # Imported only where it is wanted: it takes a third of a second.
+    """Tracing to a collector's OTLP/HTTP URL, such as ``http://collector:4318/v1/traces``."""
+    # Imported only when needed, because the import takes a third of a second.
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
     return Tracing(OTLPSpanExporter(endpoint=endpoint, timeout=5), gateway_id, ratio)

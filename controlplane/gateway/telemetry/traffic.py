@@ -1,4 +1,4 @@
-"""What one gateway replica counts of each tier and endpoint, for the controller
+"""One gateway replica's counters of each tier and endpoint, which the controller reads
 (:mod:`controlplane.core.traffic.counters`)."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from controlplane.core.routing.tier_table import TierTable
 from controlplane.core.traffic.counters import LATENCY_BOUNDS_S, TrafficCounters, within_slo
 from controlplane.gateway.proxy.request_context import RequestContext
 
-MAX_SLOT_S: Final = 10.0
+LARGEST_SLOT_S: Final = 10.0
 """A largest latency is reported for this long, and up to twice as long."""
 
 
@@ -27,15 +27,16 @@ _FAILED: Final = RequestOutcome.FAILED
 _SHED: Final = RequestOutcome.SHED
 _NOT_JUDGED: Final = frozenset({RequestOutcome.CLIENT_ERROR, RequestOutcome.CANCELLED})
 
-ASLEEP_AGAIN_S: Final = 0.25
+ASLEEP_INTERVAL_S: Final = 0.25
+"""``on_asleep`` is called at most once in this time."""
 
 
-def _nobody() -> None:
-    """Nobody wants to know."""
+def _do_nothing() -> None:
+    """The default of ``on_asleep``."""
 
 
 class _SubjectCounts:
-    """One subject's figures, while they grow."""
+    """The counters of one tier or endpoint."""
 
     __slots__ = (
         *("arrived", "judged", "missed", "served_elsewhere", "ok", "failed", "shed", "retried", "resumed"),
@@ -61,22 +62,22 @@ class _SubjectCounts:
             self.latency[bisect_left(LATENCY_BOUNDS_S, total_s)] += 1
             if context.stream:
                 self.ttft[bisect_left(LATENCY_BOUNDS_S, context.first_byte_s - context.arrived_s)] += 1
-            self._turn(now_s)
+            self._begin_slot_if_due(now_s)
             self.max_s = max(self.max_s, total_s)
         elif outcome is _FAILED:
             self.failed += 1
         elif outcome is _SHED:
             self.shed += 1
 
-    def _turn(self, now_s: float) -> None:
-        """Begin a new slot of the largest latency, if it is time."""
-        if now_s - self.max_since_s >= MAX_SLOT_S:
-            self.max_before_s = self.max_s if now_s - self.max_since_s < 2 * MAX_SLOT_S else 0.0
+    def _begin_slot_if_due(self, now_s: float) -> None:
+        """Begin a new slot of the maximum latency if the current one is over."""
+        if now_s - self.max_since_s >= LARGEST_SLOT_S:
+            self.max_before_s = self.max_s if now_s - self.max_since_s < 2 * LARGEST_SLOT_S else 0.0
             self.max_s = 0.0
             self.max_since_s = now_s
 
     def reading(self, subject: str, waiting: int, in_flight: int, now_s: float) -> TrafficCounters:
-        self._turn(now_s)
+        self._begin_slot_if_due(now_s)
         return TrafficCounters(
             subject,
             arrived=self.arrived,
@@ -109,24 +110,25 @@ class TrafficCounter:
         self._names = [policy.name for policy in table.policies]
         self._tiers = {name: _SubjectCounts() for name in self._names}
         self._endpoints: dict[str, _SubjectCounts] = {}
-        self.on_asleep: Callable[[], None] = _nobody
-        """Called when a request is meant for a tier without an endpoint, every now and then."""
+        self.on_asleep: Callable[[], None] = _do_nothing
+        """Called when a request arrives for a tier without endpoints, at most every ``ASLEEP_INTERVAL_S``."""
         self._asleep_s = 0.0
 
     @property
     def slo_targets(self) -> Mapping[str, float]:
-        """Tier → the share of its requests that must keep its SLO."""
+        """Tier → the share of its requests that must meet its SLO."""
         return {tier: slo.attainment for tier, slo in self._slos.items()}
 
     def arrived(self, rank: int, *, asleep: bool = False) -> None:
-        """A request came that is meant for the tier of that rank; ``asleep``: it has no endpoint."""
+        """Count a request that has arrived for the tier of ``rank``; ``asleep``: the tier has no
+        endpoints."""
         self._tiers[self._names[rank]].arrived += 1
-        if asleep and (now_s := monotonic()) - self._asleep_s >= ASLEEP_AGAIN_S:
+        if asleep and (now_s := monotonic()) - self._asleep_s >= ASLEEP_INTERVAL_S:
             self._asleep_s = now_s
             self.on_asleep()
 
     def used(self, context: RequestContext, tier: str, prompt: int, generated: int) -> None:
-        """Count the tokens and GPU time of a request that is about to end."""
+        """Count the tokens and the GPU time of a request, before :meth:`ended`."""
         context.generated_tokens = generated
         for counts in self._of(tier, context):
             counts.prompt_tokens += prompt
@@ -136,22 +138,25 @@ class TrafficCounter:
     def ended(
         self, context: RequestContext, outcome: RequestOutcome, now_s: float
     ) -> tuple[str, bool] | None:
-        """Count a request that ended. Returns the tier that it was meant for and whether it missed that
-        tier's SLO; None if it counts for no SLO."""
+        """Count a request that has ended.
+
+        Returns the tier for which it was intended and whether it missed that tier's SLO; None if it does not
+        count for an SLO.
+        """
         total_s = now_s - context.arrived_s
         for counts in self._of(context.tier, context):
             counts.served(context, outcome, total_s, now_s)
         if context.route is None or not context.route.order or outcome in _NOT_JUDGED:
             return None
-        meant = self._names[context.route.order[0]]
-        counts = self._tiers[meant]
+        intended = self._names[context.route.order[0]]
+        counts = self._tiers[intended]
         counts.judged += 1
-        counts.served_elsewhere += bool(context.tier) and context.tier != meant and outcome is _OK
-        missed = outcome is not _OK or not self._kept(context, meant, total_s)
+        counts.served_elsewhere += bool(context.tier) and context.tier != intended and outcome is _OK
+        missed = outcome is not _OK or not self._within_slo(context, intended, total_s)
         counts.missed += missed
-        return meant, missed
+        return intended, missed
 
-    def _kept(self, context: RequestContext, tier: str, total_s: float) -> bool:
+    def _within_slo(self, context: RequestContext, tier: str, total_s: float) -> bool:
         tokens = context.generated_tokens
         if not context.stream:
             return within_slo(self._slos[tier], ttft_s=None, itl_s=None, total_s=total_s, tokens=tokens)
@@ -160,7 +165,7 @@ class TrafficCounter:
         return within_slo(self._slos[tier], ttft_s=ttft_s, itl_s=itl_s, total_s=total_s, tokens=tokens)
 
     def _of(self, tier: str, context: RequestContext) -> list[_SubjectCounts]:
-        """The tier and the endpoint that serve a context."""
+        """The counters of the tier and of the endpoint that serve a request."""
         found = [self._tiers[tier]] if tier in self._tiers else []
         load = context.decision.load if context.decision is not None else None
         if load is not None:
@@ -172,7 +177,7 @@ class TrafficCounter:
         return found
 
     def read(self, endpoint_table: EndpointTable, queue: AdmissionQueue) -> tuple[TrafficCounters, ...]:
-        """Every tier, and every endpoint that is there; those that are gone are forgotten."""
+        """The counters of every tier and of every endpoint in the table; removes those of other endpoints."""
         now_s = monotonic()
         waiting = [0] * len(self._names)
         for ticket in queue.waiting():

@@ -51,7 +51,7 @@ def test_a_row_has_a_cell_for_each_head_and_says_what_is_not_known() -> None:
     cells = dict(zip(HEADS, row(tier), strict=True))
     assert cells["requests"] == "10"
     assert cells["mean ms"] == "500"
-    assert (cells["in SLO"], cells["promised"]) == ("90.00%", "95%, missed")
+    assert (cells["in SLO"], cells["SLO target"]) == ("90.00%", "95%, missed")
     assert cells["available"] == "75.00%"
     assert cells["GPU"] == "-"
     assert cells["cost"] == "2.00"
@@ -62,8 +62,8 @@ def test_a_row_has_a_cell_for_each_head_and_says_what_is_not_known() -> None:
 )
 def test_a_tier_that_missed_its_slo_is_marked(target: float | None, shown: str, marked: int) -> None:
     report = sample_report(target=target)
-    assert row(report.tiers[0])[HEADS.index("promised")] == shown
-    assert row(report.endpoints[0])[HEADS.index("promised")] == "-"
+    assert row(report.tiers[0])[HEADS.index("SLO target")] == shown
+    assert row(report.endpoints[0])[HEADS.index("SLO target")] == "-"
     text = page(report)
     assert text.count("<td class=missed>") == marked
     assert f">{shown}<" in text
