@@ -1,4 +1,4 @@
-"""The builder that Serve imports: ``args`` of a Serve config file → one Serve application.
+"""The application builder that Serve imports: ``args`` of a Serve config file → one Serve application.
 
 applications:
   - name: tierplane
@@ -19,7 +19,7 @@ from deployments.tier import tier_application
 
 
 def build(args: dict[str, Any]) -> serve.Application:
-    """The gateway in front of one deployment per tier. Raises ConfigError with every problem of ``args``."""
+    """The gateway, and a deployment for each tier. Raises ConfigError with every problem of ``args``."""
     config = parse_plane(args)
     tiers = [tier_application(config, tier) for tier in config.tiers]
     return gateway_application(config, *tiers)

@@ -1,7 +1,7 @@
-"""Serve's autoscaling policy of every tier: as many replicas as the controller asks for.
+"""Serve's autoscaling policy for every tier: the replicas that the controller's target asks for.
 
-Serve takes a policy's module by value and keeps copies of it in its checkpoints, so nothing may live here
-that can't be copied or has to be shared: that is in :mod:`controlplane.controller.targets_client`.
+Serve copies a policy's module by value into its checkpoints. So state that can't be copied, or has to be
+shared, is not here but in :mod:`controlplane.controller.targets_client`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingP
 from controlplane.config import TierConfig
 
 SURGE: Final = 1
-"""Replicas that a tier may have beyond its ceiling while one of them moves."""
+"""Replicas that a tier may have beyond its maximum while one of them migrates."""
 
 
 class TargetPolicy:
-    """What Serve's own controller calls for one tier, several times a second. It never waits."""
+    """Called by Serve's own controller for one tier, several times a second. It never waits."""
 
     def __init__(self, tier: str, replicas: int, namespace: str, scales: bool = False) -> None:
         from controlplane.controller.targets_client import tier_targets
@@ -26,14 +26,14 @@ class TargetPolicy:
         self._targets = tier_targets(tier, replicas, namespace, scales=scales)
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-        """The number of replicas to run, and no state."""
+        """The number of replicas to run, and an empty state."""
         running = {f"{self._tier}-{replica.unique_id}" for replica in context.running_replicas}
         return self._targets.desired(running, context.target_num_replicas), {}
 
 
 def autoscaling(tier: TierConfig, namespace: str) -> AutoscalingConfig:
-    """Serve's settings for a tier: the configured number to begin with, as many as it may be given, room for
-    one more while a replica moves, and none for a tier that is drained."""
+    """Serve's settings for a tier: it begins with the configured replicas, and may have up to its maximum
+    plus :data:`SURGE`, and none while it is drained."""
     return AutoscalingConfig(
         min_replicas=0,
         initial_replicas=tier.replicas,

@@ -1,7 +1,7 @@
-"""A gateway replica's look at the engines' own load: queue and KV cache, for choosing between endpoints.
+"""The engines' own load (queue and KV cache), which a gateway replica reads to choose between endpoints.
 
-It runs beside the requests, never on their path. An engine that can't be read keeps its last values,
-which routing trusts less as they age.
+This runs in the background; no request waits for it. If an engine can't be read, its last values stay, and
+routing gives them less weight as they age.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from controlplane.engines.metrics_scraper import EngineScraper, ScrapeTarget
 from controlplane.gateway.gateway import Gateway
 
 INTERVAL_S: Final = 2.0
-WANTED: Final = ("kv_usage_ratio", "waiting")
+SIGNALS: Final = ("kv_usage_ratio", "waiting")
 
 
 async def watch_engines(gateway: Gateway, config: PlaneConfig) -> NoReturn:
-    """Scrape every ready endpoint every :data:`INTERVAL_S` and tell the gateway."""
+    """Read the metrics of every ready endpoint every :data:`INTERVAL_S`, and pass them to the gateway."""
     names = {tier.name: _names(asdict(engine_for(tier).metric_names)) for tier in config.tiers}
     paths = {tier.name: engine_for(tier).metrics_path for tier in config.tiers}
     async with EngineScraper() as scraper:
@@ -44,7 +44,7 @@ async def watch_engines(gateway: Gateway, config: PlaneConfig) -> NoReturn:
 
 
 def _names(all_names: dict[str, str]) -> dict[str, str]:
-    return {signal: name for signal, name in all_names.items() if signal in WANTED and name}
+    return {signal: name for signal, name in all_names.items() if signal in SIGNALS and name}
 
 
 def _target(endpoint: Endpoint, path: str, names: dict[str, str]) -> ScrapeTarget:

@@ -1,8 +1,8 @@
 """The gateway as a Serve deployment: the REST interface on Serve's ingress and on a port of its own.
 
-A replica lives in one event loop (Serve's): the application, the own port, and background tasks, which
-pull snapshots from the controller, report what is in flight to it, and read the engines' own load. All go
-on without it.
+A replica runs in one event loop (Serve's): the application, the gateway's own port, and background tasks that
+pull snapshots from the controller, report load to it, and read the engines' own load. All of it goes on while
+the controller is away.
 """
 
 from __future__ import annotations
@@ -30,18 +30,20 @@ from deployments.engine_load import watch_engines
 from deployments.ray_metrics import mirror_metrics
 
 MAX_ONGOING_REQUESTS = 10_000
-"""What Serve lets through to a replica. The gateway's own admission is the limit that counts."""
+"""What Serve lets through to a replica: more than the gateway's own admission queue, which is the real
+limit."""
 DRAIN_S = 60.0
-"""How long a gateway that stops waits for the requests it has in flight."""
+"""How long a stopping gateway waits for its requests in flight."""
 DRAINING_REPORT_S = 0.25
-"""How often load is reported while an endpoint drains: its replica waits for the count to reach zero."""
+"""The interval between load reports while an endpoint drains: its replica waits until the count is zero."""
 
 log = structlog.stdlib.get_logger(__name__)
 
 
 @serve.ingress()
 class GatewayReplica:
-    """One gateway. ``tiers`` are handles that tie the tiers to this application; no request goes there."""
+    """One gateway. ``tiers`` are handles that make the tiers part of the application; no request uses
+    them."""
 
     async def __init__(self, config: PlaneConfig, *tiers: Any) -> None:  # type: ignore[misc]
         context = serve.get_replica_context()
@@ -56,13 +58,12 @@ class GatewayReplica:
             gateway_id=self._id,
         )
         self._gateway = Gateway(config, self._id)
-        self._hurry = asyncio.Event()
-        # A tier without a replica sleeps: the controller is told at once that somebody asks for it.
-        self._gateway.traffic.on_asleep = self._hurry.set
+        self._report_now = asyncio.Event()
+        # A tier without a replica sleeps: a request for it has to reach the controller at once.
+        self._gateway.traffic.on_asleep = self._report_now.set
         if config.gateway.traces_endpoint:
-            from controlplane.gateway.telemetry.tracing import (
-                otlp_tracing,  # a third of a second, if it is wanted
-            )
+            # Imported only where it is used: it takes a third of a second.
+            from controlplane.gateway.telemetry.tracing import otlp_tracing
 
             endpoint, ratio = config.gateway.traces_endpoint, config.gateway.traces_ratio
             self._gateway.trace(otlp_tracing(endpoint, self._id, ratio))
@@ -80,17 +81,17 @@ class GatewayReplica:
                 partial(tier_specs, config),
                 self._info,
                 interval_s=self._report_interval_s,
-                hurry=self._hurry,
+                report_now=self._report_now,
             ),
         )
         log.info("gateway started", host=config.gateway.host, port=config.gateway.port)
 
     def __serve_build_asgi_app__(self) -> Any:
-        """The application that Serve's ingress calls."""
+        """The ASGI application for Serve's ingress."""
         return self._gateway.app
 
     async def check_health(self) -> None:
-        """Raise if a background task ended: then this replica's picture no longer follows the cluster."""
+        """Raise if a background task has ended: this replica's snapshot would no longer be updated."""
         self._tasks.check()
 
     async def __del__(self) -> None:  # Serve awaits it
@@ -102,7 +103,7 @@ class GatewayReplica:
     def _apply(self, snapshot: ClusterSnapshot) -> None:
         self._gateway.apply(snapshot)
         if self._drains():
-            self._hurry.set()
+            self._report_now.set()
 
     def _info(self) -> GatewayInfo:
         known = self._gateway.snapshot
@@ -119,14 +120,14 @@ class GatewayReplica:
 
 
 def gateway_application(config: PlaneConfig, *tiers: serve.Application) -> serve.Application:
-    """The gateway deployment, bound to the tiers it stands in front of."""
+    """The gateway deployment, bound to the tiers behind it."""
     deployment = serve.deployment(
         name="gateway",
         num_replicas=config.gateway.replicas,
         ray_actor_options={"num_cpus": config.gateway.cpus},
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
-        # A change of the configuration replaces every replica: the next one takes requests before the last
-        # one stops. They share the port while both are there.
+        # A change of the configuration replaces every replica. The new one takes requests before the old one
+        # stops; until then they share the port.
         max_surge_percent=100,
         graceful_shutdown_wait_loop_s=0.2,
         graceful_shutdown_timeout_s=DRAIN_S + 10.0,

@@ -1,7 +1,8 @@
-"""A replica's way to its GPUs: leave to start, and a lease of exact ones from the controller.
+"""How a replica gets its GPUs: permission to start, and a lease of exact GPUs from the controller.
 
-Ray says how many GPUs of a node a replica has, the controller says which: healthy ones that nobody else has,
-linked ones for tensor parallelism. Without a controller that answers, the replica uses those that Ray named.
+Ray decides how many GPUs of a node a replica has, the controller decides which: healthy ones that no other
+replica holds, and linked ones for tensor parallelism. If the controller does not answer, the replica uses the
+GPUs that Ray assigned.
 """
 
 from __future__ import annotations
@@ -19,32 +20,33 @@ from controlplane.core.placement.gangs import GangShape
 from controlplane.errors import EngineError
 
 AWAY_LIMIT_S: Final = 5.0
-"""A controller that does not answer for so long is not waited for."""
+"""How long to wait for a controller that does not answer."""
 UNKNOWN_LIMIT_S: Final = 30.0
-"""Nor is one that can't say for so long which GPUs there are."""
+"""How long to wait for a controller that does not know the node's GPUs yet."""
 REFUSED_LIMIT_S: Final = 20.0
-"""A node without GPUs for this replica is left after so long: Serve starts another one, perhaps elsewhere."""
-LIFE: Final = 1
-"""The lease's generation. A replica leases once; a new one has another name."""
+"""How long to wait for a free GPU on this node; then the replica ends, and Serve starts another one, perhaps
+on another node."""
+GENERATION: Final = 1
+"""The lease's generation. A replica leases only once; a new replica is another holder."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineGpus:
-    """What a replica's engine may use."""
+    """The GPUs that a replica's engine may use."""
 
     ids: tuple[str, ...] = ()
-    """Values for ``CUDA_VISIBLE_DEVICES``; empty: the environment as it is."""
+    """Values for ``CUDA_VISIBLE_DEVICES``; empty: the environment stays as it is."""
     lease: GpuLease | None = None
     reason: str = ""
 
     @property
     def uuids(self) -> tuple[str, ...]:
-        """Those that are leased."""
+        """UUIDs of the leased GPUs."""
         return self.lease.gpu_uuids if self.lease else ()
 
 
 class GpuLeaseClient:
-    """Asks the controller for one replica. ``tell`` is called with what is being waited for, for people."""
+    """Requests permission and a lease for one replica. ``show_wait`` gets a text about what it waits for."""
 
     def __init__(
         self,
@@ -53,67 +55,67 @@ class GpuLeaseClient:
         holder: str,
         tier: str,
         node_id: str,
-        tell: Callable[[str], None],
+        show_wait: Callable[[str], None],
         log: Any,
     ) -> None:
         self._link = link
         self._holder = holder
         self._tier = tier
         self._node_id = node_id
-        self._tell = tell
+        self._show_wait = show_wait
         self._log = log
 
     async def may_start(self) -> None:
-        """Wait until an engine of the tier may be started: at once, unless the tier is held."""
+        """Wait until an engine of the tier may be started; returns at once unless the tier is held."""
         while True:
             try:
                 permission = await self._call(ControllerApi.may_start, self._holder, self._tier)
             except ControllerUnavailable as error:
-                self._log.warning("starting without the controller's leave", reason=str(error))
+                self._log.warning("starting without the controller's permission", reason=str(error))
                 return
             if permission.allowed:
                 return
-            self._tell(permission.reason)
+            self._show_wait(permission.reason)
             await asyncio.sleep(permission.retry_after_s)
 
-    async def lease(self, shape: GangShape, given: tuple[str, ...]) -> EngineGpus:
-        """GPUs for ``shape``; ``given`` are those that Ray named.
+    async def lease(self, shape: GangShape, assigned: tuple[str, ...]) -> EngineGpus:
+        """Lease GPUs for ``shape``. ``assigned`` are the GPUs that Ray assigned, for when there is no lease.
 
-        Raises EngineError if this node has none for it.
+        Raises EngineError if this node has no free GPUs for it.
         """
         began_s = time.monotonic()
         while True:
             try:
-                answer = await self._call(
-                    ControllerApi.lease_gpus, self._holder, LIFE, self._node_id, shape, self._tier
+                response = await self._call(
+                    ControllerApi.lease_gpus, self._holder, GENERATION, self._node_id, shape, self._tier
                 )
             except ControllerUnavailable as error:
-                return self._as_given(given, str(error))
+                return self._without_lease(assigned, str(error))
             waited_s = time.monotonic() - began_s
-            match answer.outcome:
-                case LeaseOutcome.GRANTED | LeaseOutcome.UNCHANGED if answer.lease is not None:
-                    self._log.info("GPUs leased", gpus=answer.lease.gpu_uuids, reason=answer.reason)
-                    return EngineGpus(answer.lease.gpu_uuids, answer.lease, answer.reason)
+            match response.outcome:
+                case LeaseOutcome.GRANTED | LeaseOutcome.UNCHANGED if response.lease is not None:
+                    self._log.info("GPUs leased", gpus=response.lease.gpu_uuids, reason=response.reason)
+                    return EngineGpus(response.lease.gpu_uuids, response.lease, response.reason)
                 case LeaseOutcome.WAIT if waited_s < UNKNOWN_LIMIT_S:
-                    self._tell(f"waiting for a GPU: {answer.reason}")
+                    self._show_wait(f"waiting for a GPU: {response.reason}")
                 case LeaseOutcome.REFUSED if waited_s < REFUSED_LIMIT_S:
-                    self._tell(f"waiting for a GPU: {answer.reason}")
+                    self._show_wait(f"waiting for a GPU: {response.reason}")
                 case LeaseOutcome.REFUSED:
-                    raise EngineError(f"no GPU for tier '{self._tier}' on this node: {answer.reason}")
+                    raise EngineError(f"no GPU for tier '{self._tier}' on this node: {response.reason}")
                 case _:
-                    return self._as_given(given, answer.reason)
-            await asyncio.sleep(max(answer.retry_after_s, 0.2))
+                    return self._without_lease(assigned, response.reason)
+            await asyncio.sleep(max(response.retry_after_s, 0.2))
 
     async def release(self) -> None:
-        """Give back what is leased."""
-        await self._link.notify(ControllerApi.release_lease, self._holder, LIFE)
+        """End the lease."""
+        await self._link.notify(ControllerApi.release_lease, self._holder, GENERATION)
 
-    def _as_given(self, given: tuple[str, ...], reason: str) -> EngineGpus:
-        self._log.warning("no lease, using the GPUs that Ray named", gpus=given, reason=reason)
-        return EngineGpus(given, None, reason)
+    def _without_lease(self, assigned: tuple[str, ...], reason: str) -> EngineGpus:
+        self._log.warning("no lease, using the GPUs that Ray assigned", gpus=assigned, reason=reason)
+        return EngineGpus(assigned, None, reason)
 
     async def _call(self, method: Method[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Call the controller, for a short time also one that is just not there."""
+        """Call the controller; tries again for a short time while it is away."""
         deadline_s = time.monotonic() + AWAY_LIMIT_S
         while True:
             try:

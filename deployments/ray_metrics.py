@@ -1,7 +1,7 @@
-"""The gateway's metrics once more as Ray metrics, where the Ray dashboard and its Prometheus read them.
+"""The gateway's metrics copied to Ray metrics, for the Ray dashboard and its Prometheus.
 
-Copied every few seconds beside the requests. A histogram arrives as its ``_sum`` and ``_count``: the
-buckets are at the gateway's own ``/metrics``.
+They are copied every few seconds; no request waits for it. Of a histogram only ``_sum`` and ``_count`` are
+copied: the buckets are at the gateway's own ``/metrics``.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class MetricsMirror:
         self._shown: dict[_Series, Sample] = {}
 
     def copy(self) -> None:
-        """Bring Ray's metrics up to what the registry says now. A gauge's series that is gone becomes 0: Ray
-        would go on with its last value."""
+        """Update Ray's metrics to the registry's values. A series of a gauge that no longer exists is set to
+        0, because Ray would go on exporting its last value."""
         before, self._shown = self._shown, {}
         for family in self._registry.collect():
             for sample in family.samples:

@@ -1,7 +1,7 @@
-"""A tier as a Serve deployment: each replica supervises one engine process and keeps the controller informed.
+"""A tier as a Serve deployment: each replica supervises one engine process and reports it to the controller.
 
-Serve places replicas, counts them and replaces those that are lost. No request goes through a replica: the
-gateway talks to the engine's own port.
+Serve places replicas, counts them and replaces lost ones. No request goes through a replica: the gateway
+connects to the engine's own port.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ from deployments.gpu_lease import EngineGpus, GpuLeaseClient
 
 LOOPBACK = "127.0.0.1"
 ENGINE_STOP_S = 30.0
-"""Beside the drain: how long Serve lets a replica take to end its engine."""
+"""How long Serve lets a replica take to end its engine, in addition to the drain."""
 GATEWAYS_SILENT_S = 5.0
-"""Gateways that have not said by then what they have in flight at a draining engine are not waited for:
-the engine's own count stands alone then."""
+"""How long a draining replica waits until all gateways have reported their requests in flight. Then only the
+engine's own count is used."""
 CONSTRUCTOR_TRIES = 2
-"""The supervisor restarts engines itself; what it gives up on is not cured by a new replica."""
+"""The supervisor restarts engines itself; where it gives up, a new replica would not help."""
 
 log = structlog.stdlib.get_logger(__name__)
 
 
 class TierReplica:
-    """One replica of a tier: ready when its engine is, healthy as long as the engine is not given up."""
+    """One replica of a tier: ready when its engine is, healthy until its supervisor gives up."""
 
     _supervisor: EngineSupervisor | None = None
     _ending: asyncio.Task[None] | None = None
     _retiring: asyncio.Task[None] | None = None
     _restarted = 0
-    """The last generation that was ordered to be replaced."""
+    """The last generation that the controller has commanded to replace."""
 
     async def __init__(self, config: PlaneConfig, tier: TierConfig) -> None:  # type: ignore[misc]
         self._tier = tier
@@ -72,10 +72,10 @@ class TierReplica:
             tier=tier.name,
             replica=unique_id,
         )
-        # Ray sets it to the CPUs it reserved, often none, for libraries in its own workers.
+        # Ray sets it to the number of CPUs that it reserved, often 0, for libraries in its own workers.
         os.environ.pop("OMP_NUM_THREADS", None)
         if tier.pipeline_across_nodes:
-            _lead_engine_to_ray(runtime.gcs_address)
+            _prepare_for_ray_workers(runtime.gcs_address)
         self._base = Endpoint(
             endpoint_id=f"{tier.name}-{unique_id}",
             tier=tier.name,
@@ -93,24 +93,24 @@ class TierReplica:
         )
         self._link = ControllerLink(config.controller)
         self._reporter = EndpointReporter(
-            self._link, self._base, config.controller.heartbeat_s, on_commands=self._obey
+            self._link, self._base, config.controller.heartbeat_s, on_commands=self._carry_out
         )
         self._tasks = BackgroundTasks(self._reporter.run())
-        self._desk = GpuLeaseClient(
+        self._lease_client = GpuLeaseClient(
             self._link,
             holder=self._base.endpoint_id,
             tier=tier.name,
             node_id=self._base.node_id,
-            tell=lambda text: self._reporter.update(replace(self._base, phase=text)),
+            show_wait=lambda text: self._reporter.update(replace(self._base, phase=text)),
             log=log,
         )
         try:
             await self._start(_engine_host(config), unique_id)
         except EngineError as error:
-            if self._ending is not None:  # It was told to leave before it served.
+            if self._ending is not None:  # It was stopped before it served.
                 await self._end()
                 raise
-            # The controller keeps a failed endpoint for its diagnosis: this process is about to end.
+            # This process is about to end; the controller shows the failed endpoint with its diagnosis.
             supervisor, self._supervisor = self._supervisor, None
             if supervisor is None:
                 state = EndpointState.FAILED
@@ -119,20 +119,20 @@ class TierReplica:
             await self._tasks.cancel()
             if supervisor is not None:
                 await asyncio.to_thread(supervisor.stop)
-            await self._desk.release()
+            await self._lease_client.release()
             raise
 
     async def _start(self, host: str, unique_id: str) -> None:
-        """Lease the GPUs, start the engine on them and wait until it is ready. Raises EngineError."""
+        """Lease GPUs, start the engine on them, and wait until it is ready. Raises EngineError."""
         tier = self._tier
-        await self._desk.may_start()
+        await self._lease_client.may_start()
         gpus = EngineGpus()
         if tier.gpus and not self._leases_gpus:
-            # Workers that vLLM starts on several nodes have the GPUs that Ray names: so must all others.
-            gpus = EngineGpus(_given_gpu_ids(), None, "as Ray named them")
+            # Workers that vLLM starts on several nodes use the GPUs that Ray assigns: so must all others.
+            gpus = EngineGpus(_assigned_gpu_ids(), None, "as Ray assigned them")
         elif tier.gpus:
             shape = await asyncio.to_thread(lease_shape, tier)
-            gpus = await self._desk.lease(shape, _given_gpu_ids())
+            gpus = await self._lease_client.lease(shape, _assigned_gpu_ids())
             self._base = replace(self._base, gpu_uuids=gpus.uuids)
             self._reporter.hold(gpus.lease)
         supervisor = EngineSupervisor(
@@ -149,42 +149,42 @@ class TierReplica:
         await asyncio.to_thread(supervisor.wait_ready, _start_limit_s(tier))
 
     async def check_health(self) -> None:
-        """Raise if the engine was given up, so that Serve replaces this replica."""
+        """Raise if the supervisor has given up, so that Serve replaces this replica."""
         self._tasks.check()
         supervisor = self._supervisor
         if supervisor is not None and supervisor.status.state == EndpointState.FAILED:
             raise RuntimeError(f"the engine was given up: {supervisor.status.diagnosis}")
 
-    def _obey(self, orders: tuple[ReplicaCommand, ...]) -> None:
-        """Do what the controller says. It repeats itself until it sees that it was done."""
-        for order in orders:
+    def _carry_out(self, commands: tuple[ReplicaCommand, ...]) -> None:
+        """Carry out the controller's commands. Each is repeated until the controller sees its effect."""
+        for command in commands:
             supervisor = self._supervisor
             if supervisor is None:
                 continue
-            match order.kind:
+            match command.kind:
                 case ReplicaCommandKind.RETIRE if self._retiring is None:
-                    log.info("retiring", reason=order.reason)
+                    log.info("retiring", reason=command.reason)
                     self._retiring = asyncio.create_task(self._retire())
-                case ReplicaCommandKind.RESTART if self._restarted != order.generation:
-                    self._restarted = order.generation
-                    if supervisor.status.generation <= order.generation:
-                        supervisor.restart(order.reason)
+                case ReplicaCommandKind.RESTART if self._restarted != command.generation:
+                    self._restarted = command.generation
+                    if supervisor.status.generation <= command.generation:
+                        supervisor.restart(command.reason)
 
     async def _retire(self) -> None:
-        """Drain, end the engine, then this process: Serve replaces it, or not, as its target says.
+        """Drain, end the engine, then this process. Serve replaces the replica if its target says so.
 
-        Serve sees an actor that is gone at its next look; one that only says that it is unwell keeps its
-        GPUs for three looks more.
+        Serve notices at its next health check that an actor is gone. An actor that only reports to be
+        unhealthy would hold its GPUs for three more checks.
         """
         await self._end()
-        log.info("replica ends")
+        log.info("the replica ends")
         os.kill(os.getpid(), signal.SIGTERM)
 
-    async def __del__(self) -> None:  # Serve awaits it before it ends the actor
+    async def __del__(self) -> None:  # Serve awaits it before it ends the actor.
         await self._end()
 
     async def _end(self) -> None:
-        """Drain and end the engine, once; whoever comes second waits for it, too."""
+        """Drain and end the engine, once; a second call waits for the first."""
         if self._ending is None:
             self._ending = asyncio.create_task(self._end_engine())
         await asyncio.shield(self._ending)
@@ -203,10 +203,11 @@ class TierReplica:
             reason = "stopped before it served"
         await self._tasks.cancel()
         await self._link.notify(ControllerApi.deregister, self._base.endpoint_id, reason)
-        log.info("replica stopped", reason=reason)
+        log.info("the replica has stopped", reason=reason)
 
     def _still_running(self) -> int:
-        """For the supervisor: requests that gateways have in flight here; 1 while that is unknown."""
+        """For the supervisor, in its thread: requests that gateways have in flight here. While that is
+        unknown: 1, and 0 after :data:`GATEWAYS_SILENT_S`."""
         query = self._link.call_within(2.0, ControllerApi.still_running, self._base.endpoint_id)
         try:
             count = asyncio.run_coroutine_threadsafe(query, self._loop).result()
@@ -220,9 +221,9 @@ class TierReplica:
 def tier_application(config: PlaneConfig, tier: TierConfig) -> serve.Application:
     """The deployment of one tier.
 
-    Tensor and pipeline parallel workers are the engine's own processes; the replica reserves the GPUs for
-    all of them. One actor's GPUs are always on one node, and Ray tells it which they are. With
-    ``pipeline_across_nodes`` the engine's workers are Ray actors and reserve their GPUs themselves.
+    Tensor and pipeline parallel workers are the engine's own processes, and the replica reserves the GPUs for
+    all of them. The GPUs of one actor are always on one node. With ``pipeline_across_nodes`` the engine's
+    workers are Ray actors and reserve their GPUs themselves.
     """
     deployment = serve.deployment(
         name=tier.name,
@@ -242,7 +243,7 @@ def tier_application(config: PlaneConfig, tier: TierConfig) -> serve.Application
 
 
 def _surge_percent(tier: TierConfig) -> int:
-    """``rollout_surge`` as Serve wants it: it takes this share of the replicas, rounded up."""
+    """``rollout_surge`` in Serve's terms: a percentage of the replicas, which Serve rounds up."""
     if not tier.rollout_surge:
         return 0
     return min(100, max(1, 100 * tier.rollout_surge // max(1, tier.replicas)))
@@ -265,13 +266,13 @@ def _endpoint(base: Endpoint, status: EngineStatus) -> Endpoint:
 
 
 def _metric_names(tier: TierConfig) -> tuple[tuple[str, str], ...]:
-    """What the controller reads of the engine, by the engine's own names."""
+    """The metrics that the controller reads: signal and the engine's own name of it."""
     names = asdict(engine_for(tier).metric_names)
     return tuple((signal, name) for signal, name in names.items() if name)
 
 
 def _engine_host(config: PlaneConfig) -> str:
-    """Where engines listen: where every gateway can reach them, and no wider than that takes."""
+    """The address that engines listen on: every gateway can reach it, and no more hosts than necessary."""
     if config.engine_host == "loopback" or (
         config.engine_host == "auto" and session.started_by_up(os.environ)
     ):
@@ -280,21 +281,21 @@ def _engine_host(config: PlaneConfig) -> str:
     return address
 
 
-def _given_gpu_ids() -> tuple[str, ...]:
-    """The GPUs that Ray gave this replica, as values for ``CUDA_VISIBLE_DEVICES``."""
-    given: dict[str, Any] = ray.get_runtime_context().get_accelerator_ids()
-    return tuple(str(each) for each in given.get("GPU", ()))
+def _assigned_gpu_ids() -> tuple[str, ...]:
+    """The GPUs that Ray assigned to this replica, as values for ``CUDA_VISIBLE_DEVICES``."""
+    assigned: dict[str, Any] = ray.get_runtime_context().get_accelerator_ids()
+    return tuple(str(each) for each in assigned.get("GPU", ()))
 
 
-def _lead_engine_to_ray(address: str) -> None:
-    """For an engine that starts Ray actors: where its cluster is, and all GPUs of this node in sight, which
-    Ray hides from an actor that has reserved none."""
+def _prepare_for_ray_workers(address: str) -> None:
+    """Set up the environment of an engine that starts Ray actors: the address of its cluster, and access to
+    all GPUs of this node, which Ray hides from an actor that has reserved none."""
     os.environ["RAY_ADDRESS"] = address
     os.environ.pop("CUDA_VISIBLE_DEVICES", None)
 
 
 def _start_limit_s(tier: TierConfig) -> float:
-    """The supervisor gives up by itself; this is the end of every start it may try."""
+    """How long all starts that the supervisor may try can take together; it gives up before that."""
     if not engine_for(tier).has_process:
         return tier.startup_timeout_s
     return (tier.restart.max_restarts + 1) * (tier.startup_timeout_s + tier.restart.backoff_max_s)

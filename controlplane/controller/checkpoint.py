@@ -19,7 +19,8 @@ from controlplane.core.reconcile.reconcile import ReplicaFailure
 
 _GPU, _NODE, _LEASE, _MIGRATION, _RESTART = "gpu/", "node/", "lease/", "move/", "restart/"
 _COUNTED = "gpus counted"
-_DRAIN, _HOLD, _HELD_BEFORE, _FAILURES, _HUNG = "drain/", "hold/", "held/", "failures/", "hung/"
+_DRAIN, _HOLD, _HOLD_HISTORY = "drain/", "hold/", "held/"
+_FAILURES, _STALL_RESTARTS = "failures/", "hung/"
 _NOT_STORED = ("hot", "good", "recent_events")
 """Of a GPU's health: streaks of readings, which a restart breaks."""
 
@@ -46,63 +47,58 @@ class CheckpointWriter:
         self._version = -1
         self._leases: Values = {}
 
-    def values(self, fleet: GpuInventory, book: LeaseTable, work: InProgress) -> Values:
-        """The whole state by key. ``book`` must be the same at every call; an unchanged lease is the same
-        object as in the call before."""
-        changed = book.changed_since(self._version)
+    def values(self, inventory: GpuInventory, leases: LeaseTable, in_progress: InProgress) -> Values:
+        """The whole state by key. ``leases`` must be the same table at every call; an unchanged lease is the
+        same object as in the call before."""
+        changed = leases.changed_since(self._version)
         if changed is None:
             self._leases = {}
-        for holder in book.leases if changed is None else changed:
-            lease = book.leases.get(holder)
+        for holder in leases.leases if changed is None else changed:
+            lease = leases.leases.get(holder)
             if lease is None:
                 self._leases.pop(_LEASE + holder, None)
             else:
                 self._leases[_LEASE + holder] = _lease_value(lease)
-        self._version = book.version
-        return self._leases | _other_values(fleet, work, self._shift_s)
+        self._version = leases.version
+        return self._leases | _other_values(inventory, in_progress, self._shift_s)
 
 
-def to_values(fleet: GpuInventory, book: LeaseTable, work: InProgress, shift_s: float) -> Values:
-    """The whole state by key."""
-    return CheckpointWriter(shift_s).values(fleet, book, work)
-
-
-def restore_gpus(stored: StoredState, fleet: GpuInventory, shift_s: float) -> None:
+def restore_gpus(stored: StoredState, inventory: GpuInventory, shift_s: float) -> None:
     """Restore the health of GPUs, which is valid on any cluster that contains them."""
     gpus = stored.entries(_GPU, _StoredGpu).values()
-    fleet.restore([(_shifted_health(gpu.health, -shift_s), gpu.must_leave) for gpu in gpus], {})
+    inventory.restore([(_shifted_health(gpu.health, -shift_s), gpu.must_leave) for gpu in gpus], {})
 
 
 def restore_plane(
     stored: StoredState,
-    fleet: GpuInventory,
-    book: LeaseTable,
-    work: InProgress,
+    inventory: GpuInventory,
+    leases: LeaseTable,
+    in_progress: InProgress,
     *,
     now_s: float,
     shift_s: float,
 ) -> None:
     """Restore the rest, which is valid only while the stored cluster still runs."""
-    fleet.restore((), stored.entries(_NODE, NodeHold), has_reported_gpus=bool(stored.get(_COUNTED)))
-    book.restore(
+    inventory.restore((), stored.entries(_NODE, NodeHold), has_reported_gpus=bool(stored.get(_COUNTED)))
+    leases.restore(
         GpuLease(
             holder, lease.generation, lease.node_id, tuple(GpuPart(*part) for part in lease.parts), now_s
         )
         for holder, lease in stored.entries(_LEASE, _StoredLease).items()
     )
     for name, migration in stored.entries(_MIGRATION, Migration).items():
-        work.migrations[name] = shifted(migration, -shift_s, "since_s", "began_s")
+        in_progress.migrations[name] = shifted(migration, -shift_s, "since_s", "began_s")
     for name, restart in stored.entries(_RESTART, Restart).items():
-        work.restarts[name] = shifted(restart, -shift_s, "since_s")
-    work.drains.update(stored.entries(_DRAIN, str))
+        in_progress.restarts[name] = shifted(restart, -shift_s, "since_s")
+    in_progress.drains.update(stored.entries(_DRAIN, str))
     for tier, hold in stored.entries(_HOLD, TierHold).items():
-        work.holds[tier] = shifted(hold, -shift_s, "since_s", "until_s")
-    for tier, (count, at_s) in stored.entries(_HELD_BEFORE, tuple[int, float]).items():
-        work.hold_history[tier] = (count, at_s - shift_s)
+        in_progress.holds[tier] = shifted(hold, -shift_s, "since_s", "until_s")
+    for tier, (count, at_s) in stored.entries(_HOLD_HISTORY, tuple[int, float]).items():
+        in_progress.hold_history[tier] = (count, at_s - shift_s)
     for tier, failures in stored.entries(_FAILURES, tuple[ReplicaFailure, ...]).items():
-        work.failures[tier] = tuple(shifted(failure, -shift_s, "at_s") for failure in failures)
-    for name, times in stored.entries(_HUNG, tuple[float, ...]).items():
-        work.stall_restarts[name] = tuple(at_s - shift_s for at_s in times)
+        in_progress.failures[tier] = tuple(shifted(failure, -shift_s, "at_s") for failure in failures)
+    for name, times in stored.entries(_STALL_RESTARTS, tuple[float, ...]).items():
+        in_progress.stall_restarts[name] = tuple(at_s - shift_s for at_s in times)
 
 
 def _lease_value(lease: GpuLease) -> Values:
@@ -113,26 +109,26 @@ def _lease_value(lease: GpuLease) -> Values:
     }
 
 
-def _other_values(fleet: GpuInventory, work: InProgress, shift_s: float) -> Values:
-    gpus, holds = fleet.state_to_store()
+def _other_values(inventory: GpuInventory, in_progress: InProgress, shift_s: float) -> Values:
+    gpus, holds = inventory.state_to_store()
     values: Values = {
         _GPU + uuid: _gpu_value(health, must_leave, shift_s) for uuid, (health, must_leave) in gpus.items()
     }
     values |= {_NODE + node_id: to_value(hold) for node_id, hold in holds.items()}
-    values[_COUNTED] = fleet.has_reported_gpus
-    for name, migration in work.migrations.items():
+    values[_COUNTED] = inventory.has_reported_gpus
+    for name, migration in in_progress.migrations.items():
         values[_MIGRATION + name] = to_value(shifted(migration, shift_s, "since_s", "began_s"))
-    for name, restart in work.restarts.items():
+    for name, restart in in_progress.restarts.items():
         values[_RESTART + name] = to_value(shifted(restart, shift_s, "since_s"))
-    values |= {_DRAIN + name: reason for name, reason in work.drains.items()}
-    for tier, tier_hold in work.holds.items():
+    values |= {_DRAIN + name: reason for name, reason in in_progress.drains.items()}
+    for tier, tier_hold in in_progress.holds.items():
         values[_HOLD + tier] = to_value(shifted(tier_hold, shift_s, "since_s", "until_s"))
-    for tier, (count, at_s) in work.hold_history.items():
-        values[_HELD_BEFORE + tier] = [count, at_s + shift_s]
-    for tier, failures in work.failures.items():
+    for tier, (count, at_s) in in_progress.hold_history.items():
+        values[_HOLD_HISTORY + tier] = [count, at_s + shift_s]
+    for tier, failures in in_progress.failures.items():
         values[_FAILURES + tier] = [to_value(shifted(failure, shift_s, "at_s")) for failure in failures]
-    for name, times in work.stall_restarts.items():
-        values[_HUNG + name] = [at_s + shift_s for at_s in times]
+    for name, times in in_progress.stall_restarts.items():
+        values[_STALL_RESTARTS + name] = [at_s + shift_s for at_s in times]
     return values
 
 

@@ -1,7 +1,7 @@
-"""How replicas and gateways talk to the controller (:mod:`controlplane.controller.actor`).
+"""The replicas' and gateways' side of the controller (:mod:`controlplane.controller.actor`).
 
-Calls to it never lie on a request's path: replicas and gateways run the loops below as background tasks,
-which wait, try again and go on with what they know while it is away.
+No request waits for a call to the controller: replicas and gateways run the loops below as background tasks.
+While the controller is away, these wait, try again, and leave the state as the controller sent it last.
 """
 
 from __future__ import annotations
@@ -30,19 +30,22 @@ from controlplane.core.reports.report import PlaneReport
 from controlplane.errors import TierplaneError
 
 LONG_POLL_S = 20.0
+"""How long the controller may hold a call for the next snapshot."""
 CALL_TIMEOUT_S = 5.0
 LEAVING_TIMEOUT_S = 2.0
+"""For the last call of a process that ends."""
 RETRY_S = 0.25
 
 log = structlog.stdlib.get_logger(__name__)
 
 
 class ControllerUnavailable(TierplaneError):
-    """The controller can't be reached now; it will be back."""
+    """The controller can't be reached now; Ray restarts it."""
 
 
 class ControllerLink:
-    """Calls to the controller from one event loop: finds or creates it, and finds it again."""
+    """Calls to the controller from one event loop. Finds or creates the controller, again after it was
+    lost."""
 
     def __init__(self, config: ControllerConfig) -> None:
         self._config = config
@@ -78,16 +81,17 @@ class ControllerLink:
         try:
             await self.call_within(LEAVING_TIMEOUT_S, method, *args, **kwargs)
         except ControllerUnavailable as error:
-            log.info("could not tell the controller", call=method.__name__, reason=str(error))
+            log.info("the controller could not be reached", call=method.__name__, reason=str(error))
             return False
         return True
 
 
 class EndpointReporter:
-    """Keeps the controller informed of one endpoint: at once on a change, and every ``heartbeat_s``.
+    """Reports one endpoint to the controller: at once on a change, and every ``heartbeat_s``.
 
-    ``on_commands`` gets what the controller wants of the replica, with every report for as long as it is not
-    done: doing it twice must be the same as doing it once. It is called in the event loop and must be quick.
+    ``on_commands`` gets the replica's commands. The controller repeats a command in every response until the
+    command was carried out, so repeating it must have no further effect. It is called in the event loop and
+    must return quickly.
     """
 
     def __init__(
@@ -106,22 +110,13 @@ class EndpointReporter:
         self._changed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
 
-    @property
-    def endpoint(self) -> Endpoint:
-        """What is reported now."""
-        return self._endpoint
-
-    @property
-    def lease(self) -> GpuLease | None:
-        """The GPUs that the endpoint holds."""
-        return self._lease
-
     def hold(self, lease: GpuLease | None) -> None:
-        """The endpoint holds this lease from now on: a controller that has forgotten it is told again."""
+        """The endpoint holds this lease from now on. A restarted controller that does not know it gets it
+        reported."""
         self._lease = lease
 
     def update(self, endpoint: Endpoint) -> None:
-        """Report this from now on. May be called from any thread; returns at once."""
+        """Report this state from now on. May be called from any thread; returns at once."""
         self._endpoint = endpoint
         self._loop.call_soon_threadsafe(self._changed.set)
 
@@ -129,16 +124,16 @@ class EndpointReporter:
         """Report until cancelled."""
         while True:
             self._changed.clear()
-            await _patiently("report", self._report)
+            await _until_reached("report", self._report)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), self._heartbeat_s)
 
     async def flush(self) -> None:
-        """Report now, unless the controller is away."""
+        """Report once, if the controller can be reached."""
         try:
             await self._report()
         except ControllerUnavailable as error:
-            log.info("could not tell the controller", call="report", reason=str(error))
+            log.info("the controller could not be reached", call="report", reason=str(error))
 
     async def _report(self) -> None:
         response = await self._link.call(ControllerApi.report, self._endpoint)
@@ -181,12 +176,12 @@ async def report_gateway(
     info: Callable[[], GatewayInfo],
     *,
     interval_s: Callable[[], float],
-    hurry: asyncio.Event,
+    report_now: asyncio.Event,
 ) -> NoReturn:
-    """Report a gateway's load until cancelled, every ``interval_s`` and whenever ``hurry`` is set.
+    """Report a gateway's load until cancelled, every ``interval_s`` and whenever ``report_now`` is set.
 
-    To a controller that does not know the gateway it also says what the configuration asks for: ``specs``,
-    which is asked once and may block.
+    To a controller that does not know the gateway, the configuration is declared too. ``specs`` returns its
+    tiers; it is called once, in a thread, and may block.
     """
 
     tiers = await asyncio.to_thread(specs)
@@ -194,24 +189,24 @@ async def report_gateway(
 
     async def report() -> None:
         nonlocal declared
-        hurry.clear()
+        report_now.clear()
         known = await link.call(ControllerApi.gateway_report, info())
         declared = declared and known
-        if not declared:  # Also if that was lost after a report that was not.
+        if not declared:  # Also if only the declaration was lost after an earlier report.
             await link.call(ControllerApi.declare, tiers, config.heartbeat_s, config.scaling, config.alerts)
             declared = True
 
     while True:
-        await _patiently("gateway_report", report)
+        await _until_reached("gateway_report", report)
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(hurry.wait(), interval_s())
+            await asyncio.wait_for(report_now.wait(), interval_s())
 
 
 async def pull_snapshots(link: ControllerLink, apply: Callable[[ClusterSnapshot], None]) -> NoReturn:
-    """Hand each new snapshot to ``apply`` until cancelled; while the controller is away, nothing changes.
+    """Pass each new snapshot to ``apply`` until cancelled.
 
-    A restarted controller's first snapshots are incomplete: the receiver merges
-    (:mod:`controlplane.core.cluster.snapshot`).
+    The first snapshots of a restarted controller are incomplete; merging them is up to ``apply``
+    (:func:`controlplane.core.cluster.snapshot.merge`).
     """
     epoch, version = "", 0
 
@@ -224,11 +219,12 @@ async def pull_snapshots(link: ControllerLink, apply: Callable[[ClusterSnapshot]
             apply(new)
 
     while True:
-        await _patiently("snapshot", pull)
+        await _until_reached("snapshot", pull)
 
 
-async def _patiently(what: str, attempt: Callable[[], Awaitable[None]]) -> None:
-    """Do it once, trying again while the controller is away; logs when that begins and ends."""
+async def _until_reached(what: str, attempt: Callable[[], Awaitable[None]]) -> None:
+    """Run ``attempt`` until the controller can be reached; logs when the controller is away and back
+    again."""
     away_since_s: float | None = None
     while True:
         try:
@@ -236,12 +232,12 @@ async def _patiently(what: str, attempt: Callable[[], Awaitable[None]]) -> None:
         except ControllerUnavailable as error:
             if away_since_s is None:
                 away_since_s = time.monotonic()
-                log.warning("controller away, going on without it", call=what, reason=str(error))
+                log.warning("the controller is away, going on without it", call=what, reason=str(error))
             await asyncio.sleep(RETRY_S)
         else:
             if away_since_s is not None:
                 away_s = round(time.monotonic() - away_since_s, 2)
-                log.info("controller is back", call=what, away_s=away_s)
+                log.info("the controller is back", call=what, away_s=away_s)
             return
 
 

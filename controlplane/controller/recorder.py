@@ -1,8 +1,8 @@
-"""Writes the controller's state, audit log and history down, on a thread of its own.
+"""Writes the controller's state, audit log and history to the store, in a thread of its own.
 
-The event loop only hands over; a disk that is slow or full delays and fails here and nowhere else (what
-:class:`~controlplane.controller.store.Store` does about it). If the thread falls behind by more than
-:data:`QUEUE_LIMIT` items, history is left out first; state and audit entries never are.
+The event loop only queues: a slow or full disk affects nothing else (see
+:class:`~controlplane.controller.store.Store`). While more than :data:`QUEUE_LIMIT` items wait, points of the
+history are dropped; state and audit entries never are.
 """
 
 from __future__ import annotations
@@ -29,30 +29,29 @@ CLOSE_TIMEOUT_S = 5.0
 
 
 class Recorder:
-    """One store and the thread that writes it. ``path`` None: in memory only."""
+    """One store and the thread that writes to it. With ``path`` None everything is in memory only."""
 
     def __init__(self, path: Path | None) -> None:
         self._lock_file: IO[bytes] | None = None
-        self.path = self._take(path)
-        self.store = Store(self.path)
+        self.store = Store(self._lock(path))
         self._saved: dict[str, Any] = self.store.values()
         self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
-        self._left_out = 0
+        self._dropped = 0
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
         self._thread.start()
 
     @property
     def state(self) -> Mapping[str, Any]:
-        """What is stored, or on its way there."""
+        """The last saved state, written or queued."""
         return self._saved
 
     @property
     def warning(self) -> str:
-        """Why what is stored now would not survive a restart; empty: it would."""
+        """Why the state would not survive a restart; empty: it would."""
         return self.store.warning
 
     def save(self, values: Mapping[str, Any]) -> None:
-        """Makes this the whole state: keys that are no longer there are removed."""
+        """Save this as the whole state; keys that are not in it are removed."""
         saved = self._saved
         changed = {
             key: value
@@ -64,23 +63,23 @@ class Recorder:
             self._saved = dict(values)
             self._queue.put(("state", changed))
 
-    def write_down(self, events: Sequence[Event]) -> None:
-        """Adds events to the audit log."""
+    def add_events(self, events: Sequence[Event]) -> None:
+        """Add events to the audit log."""
         if events:
             self._queue.put(("audit", tuple(events)))
 
     def add_points(self, unix_s: float, values: Mapping[str, float]) -> None:
-        """Adds one figure to each series of the history."""
+        """Add one value to each of these series of the history."""
         if self._queue.qsize() > QUEUE_LIMIT:
-            self._left_out += 1
-            if self._left_out == 1 or self._left_out % 1000 == 0:
-                log.warning("history is left out: the store is too slow", points=self._left_out)
+            self._dropped += 1
+            if self._dropped == 1 or self._dropped % 1000 == 0:
+                log.warning("points of the history are dropped: the store is too slow", times=self._dropped)
             return
         self._queue.put(("points", (unix_s, dict(values))))
 
     def events(self, after: int, limit: int) -> tuple[Event, ...]:
-        """Entries of the audit log after number ``after``, oldest first; a negative ``after``: the last ones.
-        Blocks: not for an event loop."""
+        """Up to ``limit`` entries of the audit log after number ``after``, oldest first; with a negative
+        ``after`` the last ones. Blocks; not for an event loop."""
         if after < 0:
             after = max(0, self.store.last_seq - limit)
         return tuple(
@@ -91,15 +90,15 @@ class Recorder:
         )
 
     def close(self) -> None:
-        """Writes what is handed over and closes the file."""
+        """Write what is queued, and close the file."""
         self._queue.put(None)
         self._thread.join(CLOSE_TIMEOUT_S)
         self.store.close()
         if self._lock_file is not None:
             self._lock_file.close()
 
-    def _take(self, path: Path | None) -> Path | None:
-        """The path, if no other controller writes there."""
+    def _lock(self, path: Path | None) -> Path | None:
+        """Lock the path; None if another controller has locked it."""
         if path is None:
             return None
         try:
@@ -117,7 +116,7 @@ class Recorder:
                 return None
             self._lock_file = file
         except OSError as error:
-            # the store itself says what is wrong with the folder, and tries again
+            # The store reports what is wrong with the folder, and tries again.
             log.warning("can't lock the store", path=str(path), error=str(error))
         return path
 
@@ -136,19 +135,19 @@ class Recorder:
                     compacted_s = time.monotonic()
                     self.store.compact(time.time())
             except Exception as error:
-                # whatever it is, the controller goes on; what was to be written is in the log
-                log.critical("could not be written down", what=repr(item)[:500], error=repr(error))
+                # Whatever happens, the controller goes on; the log has what was to be written.
+                log.critical("could not be stored", item=repr(item)[:500], error=repr(error))
 
-    def _write(self, kind: str, what: Any) -> None:
+    def _write(self, kind: str, item: Any) -> None:
         if kind == "state":
-            self.store.put(what)
+            self.store.put(item)
         elif kind == "audit":
-            for event in what:
+            for event in item:
                 self.store.audit(
                     AuditEntry(event.unix_s, event.actor, event.kind, event.subject, event.reason, event.tier)
                 )
         else:
-            self.store.add_points(*what)
+            self.store.add_points(*item)
 
 
 _Item = tuple[str, Any]

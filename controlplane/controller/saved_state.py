@@ -74,7 +74,7 @@ class SavedState:
         for event in events:
             log.info(event.kind, **{key: value for key, value in asdict(event).items() if key in _LOGGED})
         self._has_new_events |= bool(events)
-        self._recorder.write_down(events)
+        self._recorder.add_events(events)
 
     def save_if_changed(self) -> None:
         """:meth:`save` if there was an event since the last time."""

@@ -1,13 +1,13 @@
-"""The controller's memory on disk: state that must survive it, an audit log, and history (SQLite, WAL).
+"""The controller's store on disk: state that survives a restart, an audit log, and history (SQLite, WAL).
 
-A disk that fills up or a file that breaks never stops the control plane: the store says so loudly (an
-error in the log and :attr:`Store.warning` until it is over), goes on in memory with everything that matters,
-and writes it down once the file can be written again. A broken file is kept beside the new one.
+A full disk or a damaged file never stops the control plane: the store reports it (in the log, and in
+:attr:`Store.warning` until it is over), goes on in memory with the state and the last audit entries, and
+writes them once the file can be written again. A damaged file is renamed and stays beside the new one.
 
-* State: JSON values by key, such as leases and GPU health. Also held in memory, so reading it is free.
-* Audit: what was done, when and why; numbered for ever.
-* History: figures by series. A point is a second's count, sum, least and largest; older points are joined
-  into minutes, then into ten minutes, then dropped (:data:`STEPS`).
+* State: JSON values by key, such as leases and GPU health. A copy is in memory, so that reading it is cheap.
+* Audit log: what was done, when and why; entry numbers are never reused.
+* History: values by series. A point is the count, sum, minimum and maximum of one second's values; older
+  points are joined into minutes, then into ten minutes, then dropped (:data:`STEPS`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final, TypeVar
 
 import structlog
@@ -34,7 +33,8 @@ T = TypeVar("T")
 HOUR_S: Final = 3600
 DAY_S: Final = 24 * HOUR_S
 STEPS: Final = ((1, HOUR_S), (60, 2 * DAY_S), (600, 30 * DAY_S))
-"""Widths of history points in seconds and how long each is kept; the last are dropped after it."""
+"""For each width of history points in seconds: the age in seconds up to which points have that width. Points
+older than the last age are dropped."""
 
 _MIGRATIONS: Final = (
     """
@@ -52,7 +52,7 @@ _MIGRATIONS: Final = (
     CREATE INDEX history_by_age ON history (step_s, at_s);
     """,
 )
-"""Schema versions from 1; a file's is SQLite's ``user_version``."""
+"""The scripts that lead to schema version 1, 2, …; a file's version is SQLite's ``user_version``."""
 
 _ADD_POINT: Final = """
     INSERT INTO history VALUES (?, ?, ?, ?, ?, ?, ?)
@@ -66,31 +66,31 @@ _TOTAL: Final = f"""
     SELECT name, 0, sum(count), sum(total), max(high)
     FROM series CROSS JOIN history ON history.series = series.id
     WHERE name >= ?3 AND name < ?4 AND step_s IN ({_WIDTHS}) AND at_s >= ?1 AND at_s < ?2 GROUP BY name
-"""  # noqa: S608 - numbers of ours
+"""  # noqa: S608 - only numbers from this module
 _BY_PART: Final = f"""
     SELECT (at_s - ?1) / ?4 AS part, sum(count), sum(total), max(high) FROM history
     WHERE series = ?3 AND step_s IN ({_WIDTHS}) AND at_s >= ?1 AND at_s < ?2 GROUP BY part
-"""  # noqa: S608 - numbers of ours
+"""  # noqa: S608 - only numbers from this module
 
 
 @dataclass(frozen=True, slots=True)
 class AuditEntry:
-    """One thing that was done, or decided against."""
+    """One thing that was done, or was refused."""
 
     unix_s: float
     actor: str
-    """Who: ``controller``, ``operator``…"""
+    """Who did it: ``controller`` or ``operator``."""
     action: str
     target: str
     reason: str
     detail: str = ""
     seq: int = 0
-    """Given by the store."""
+    """The entry's number, which the store assigns."""
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A series over ``step_s`` seconds from ``unix_s``."""
+    """The values of a series in the ``step_s`` seconds from ``unix_s``."""
 
     unix_s: int
     step_s: int
@@ -101,21 +101,21 @@ class Point:
 
 
 class Store:
-    """One controller's store; any thread may use it. ``path`` None: in memory from the start."""
+    """One controller's store; any thread may use it. With ``path`` None it is in memory only."""
 
     def __init__(
         self,
         path: Path | None,
         *,
         retry_interval_s: float = 30.0,
-        keep_audit: int = 100_000,
-        memory_points: int = 200_000,
+        max_audit_entries: int = 100_000,
+        max_memory_points: int = 200_000,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._path = path
         self._retry_interval_s = retry_interval_s
-        self._keep_audit = keep_audit
-        self._memory_points = memory_points
+        self._max_audit_entries = max_audit_entries
+        self._max_memory_points = max_memory_points
         self._clock = clock
         self._lock = threading.RLock()
         self._state: dict[str, str] = {}
@@ -126,7 +126,7 @@ class Store:
         self._retry_s = float("inf")
         self._persistent = False
         self._known_file = False
-        """Whether this store has had the file before."""
+        """Whether this object has written the file before."""
         self.warning = ""
         """Why what is stored now would not survive a restart; empty: it would."""
         self._database = _in_memory()
@@ -137,30 +137,11 @@ class Store:
                 self._detach(error)
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         with self._lock:
             self._database.close()
 
-    def __enter__(self) -> Store:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     # --- state -----------------------------------------------------------------------------------------
-
-    def get(self, key: str) -> Any:
-        """The value at ``key``, or None."""
-        with self._lock:
-            text = self._state.get(key)
-        return None if text is None else json.loads(text)
-
-    def keys(self, prefix: str = "") -> list[str]:
-        """Keys with that beginning, sorted."""
-        with self._lock:
-            return sorted(key for key in self._state if key.startswith(prefix))
 
     def values(self) -> dict[str, Any]:
         """All values by key."""
@@ -168,7 +149,7 @@ class Store:
             return {key: json.loads(text) for key, text in self._state.items()}
 
     def put(self, values: Mapping[str, Any]) -> None:
-        """Sets keys, all or none; a value of None removes its key."""
+        """Set keys, all or none; a value of None removes its key."""
         texts = {key: None if value is None else json.dumps(value) for key, value in values.items()}
         with self._lock:
             changed = {key: text for key, text in texts.items() if self._state.get(key) != text}
@@ -188,9 +169,9 @@ class Store:
     # --- audit -----------------------------------------------------------------------------------------
 
     def audit(self, entry: AuditEntry) -> AuditEntry:
-        """Writes an entry down; answers with it numbered."""
+        """Add an entry; returns it with its number."""
         with self._lock:
-            self._try_again()
+            self._retry_file()
             self._last_seq += 1
             numbered = AuditEntry(**{**_as_dict(entry), "seq": self._last_seq})
             self._recent.append(numbered)
@@ -210,7 +191,7 @@ class Store:
 
     @property
     def last_seq(self) -> int:
-        """The number of the newest audit entry; 0: there is none."""
+        """The number of the newest audit entry; 0 if there is none."""
         return self._last_seq
 
     def audit_since(self, seq: int = 0, limit: int = 1000) -> list[AuditEntry]:
@@ -232,7 +213,7 @@ class Store:
     # --- history ---------------------------------------------------------------------------------------
 
     def add_points(self, unix_s: float, values: Mapping[str, float]) -> None:
-        """Adds one figure to each series; what is no finite number is left out."""
+        """Add one value to each series; values that are not finite are dropped."""
         at_s = int(unix_s)
         with self._lock:
 
@@ -247,7 +228,7 @@ class Store:
             self._write(write)
 
     def history(self, series: str, since_unix_s: float, until_unix_s: float) -> list[Point]:
-        """A series' points in [since, until), oldest first; older ones are wider."""
+        """A series' points in [since, until), oldest first; older points are wider."""
 
         def read(database: sqlite3.Connection) -> list[Point]:
             rows = database.execute(
@@ -267,15 +248,15 @@ class Store:
     def summary(
         self, prefix: str, since_unix_s: int, until_unix_s: int, step_s: int
     ) -> list[tuple[str, int, int, float, float]]:
-        """Every series whose name begins so, added up over parts of ``step_s`` seconds from
-        ``since_unix_s``: name, number of the part, how many figures, their sum, the largest. A point belongs
-        to where it begins, which has to be in [since, until)."""
+        """Every series whose name begins with ``prefix``, added up over parts of ``step_s`` seconds from
+        ``since_unix_s``: name, number of the part, count of values, their sum, the largest. A point counts
+        where it begins, which has to be in [since, until)."""
 
         def read(database: sqlite3.Connection) -> list[tuple[str, int, int, float, float]]:
             span = (since_unix_s, until_unix_s)
             names = (prefix, prefix + chr(0x10FFFF))
             if step_s >= until_unix_s - since_unix_s:
-                # in the order of the index: SQLite needs not sort millions of points
+                # In the order of the index, so that SQLite does not have to sort millions of points.
                 return database.execute(_TOTAL, (*span, *names)).fetchall()
             series = database.execute("SELECT name, id FROM series WHERE name >= ? AND name < ?", names)
             return [
@@ -288,12 +269,13 @@ class Store:
             return self._read(read)
 
     def compact(self, now_unix_s: float) -> None:
-        """Joins old points into wider ones, drops the oldest and old audit entries. Call it now and then."""
+        """Join old points into wider ones, and drop the oldest points and audit entries. To be called every
+        few minutes."""
 
         def write(database: sqlite3.Connection) -> None:
-            for place, (step_s, keep_s) in enumerate(STEPS):
-                wider_s = STEPS[place + 1][0] if place + 1 < len(STEPS) else step_s
-                before_s = int(now_unix_s - keep_s) // wider_s * wider_s
+            for number, (step_s, max_age_s) in enumerate(STEPS):
+                wider_s = STEPS[number + 1][0] if number + 1 < len(STEPS) else step_s
+                before_s = int(now_unix_s - max_age_s) // wider_s * wider_s
                 if wider_s != step_s:
                     database.execute(
                         "INSERT INTO history SELECT series, ?1, at_s / ?1 * ?1, sum(count), sum(total),"
@@ -305,12 +287,12 @@ class Store:
                         (wider_s, step_s, before_s),
                     )
                 database.execute("DELETE FROM history WHERE step_s = ? AND at_s < ?", (step_s, before_s))
-            database.execute("DELETE FROM audit WHERE seq <= ?", (self._last_seq - self._keep_audit,))
+            database.execute("DELETE FROM audit WHERE seq <= ?", (self._last_seq - self._max_audit_entries,))
             if not self._persistent:
                 database.execute(
                     "DELETE FROM history WHERE (series, step_s, at_s) IN (SELECT series, step_s, at_s"
                     " FROM history ORDER BY at_s DESC LIMIT -1 OFFSET ?)",
-                    (self._memory_points,),
+                    (self._max_memory_points,),
                 )
             database.execute(
                 "DELETE FROM series WHERE NOT EXISTS (SELECT 1 FROM history WHERE series = series.id)"
@@ -323,24 +305,24 @@ class Store:
     # --- the file --------------------------------------------------------------------------------------
 
     def _write(self, change: Callable[[sqlite3.Connection], None]) -> None:
-        self._try_again()
+        self._retry_file()
         try:
             _in_transaction(self._database, change)
         except sqlite3.Error as error:
             self._series.clear()
-            if not self._persistent or not _is_the_files_fault(error):
+            if not self._persistent or not _is_file_error(error):
                 raise
             self._detach(error)
             _in_transaction(self._database, change)
 
-    def _read(self, question: Callable[[sqlite3.Connection], T]) -> T:
+    def _read(self, query: Callable[[sqlite3.Connection], T]) -> T:
         try:
-            return question(self._database)
+            return query(self._database)
         except sqlite3.Error as error:
-            if not self._persistent or not _is_the_files_fault(error):
+            if not self._persistent or not _is_file_error(error):
                 raise
             self._detach(error)
-        return question(self._database)
+        return query(self._database)
 
     def _series_id(self, database: sqlite3.Connection, name: str) -> int:
         if name not in self._series:
@@ -349,18 +331,18 @@ class Store:
             self._series[name] = row[0]
         return self._series[name]
 
-    def _try_again(self) -> None:
-        """Goes back to the file when it is time to look whether it can be written."""
+    def _retry_file(self) -> None:
+        """Go back to the file if it is time to try again and it can be written."""
         if self._path is None or self._persistent or self._clock() < self._retry_s:
             return
         try:
             self._attach(self._path)
         except (sqlite3.Error, OSError, _NewerSchemaError) as error:
             self._retry_s = self._clock() + self._retry_interval_s
-            log.critical("the store still can't be written", path=str(self._path), error=str(error))
+            log.critical("the store's file still can't be written", path=str(self._path), error=str(error))
 
     def _attach(self, path: Path) -> None:
-        """Opens the file and brings together what it and the memory know; on an error nothing has changed."""
+        """Open the file, and merge it with what is in memory; on an error nothing has changed."""
         database = _open(path)
         try:
             _in_transaction(database, self._merge)
@@ -373,14 +355,14 @@ class Store:
         self._series.clear()
         self._unsaved.clear()
         if self.warning:
-            log.warning("the store can be written again", path=str(path))
+            log.warning("the store's file can be written again", path=str(path))
         self.warning = ""
 
     def _merge(self, database: sqlite3.Connection) -> None:
-        """Writes down what happened while there was no file.
+        """Write what happened while there was no file.
 
-        A file that this store has written before holds nothing newer than the memory. One that it has not
-        may hold an earlier controller's state, over which ours goes, and entries, after which ours go.
+        A file that this object has written before has nothing newer than the memory. Another file may have an
+        earlier controller's state, which ours overrides, and audit entries, which ours come after.
         """
         in_file = dict(database.execute("SELECT key, value FROM state"))
         [(last_seq,)] = database.execute("SELECT coalesce(max(seq), 0) FROM audit")
@@ -403,10 +385,11 @@ class Store:
         self._last_seq = max(self._last_seq + shift, last_seq)
 
     def _detach(self, error: Exception) -> None:
-        """Goes on in memory, with the state and the last entries, and says so."""
+        """Go on in memory, with the state and the last audit entries, and report it."""
         self.warning = (
             f"{self._path} can't be used ({error}): state, audit log and history are in memory only and "
-            "would be lost with the controller; free space or mend the file, it is tried again by itself"
+            "would be lost with the controller; free space or repair the file: it is tried again every "
+            f"{self._retry_interval_s:g} s"
         )
         log.critical("the store has failed", path=str(self._path), error=str(error), remedy=self.warning)
         with contextlib.suppress(sqlite3.Error):
@@ -415,28 +398,28 @@ class Store:
         self._series.clear()
         self._retry_s = self._clock() + self._retry_interval_s
 
-        def carry(database: sqlite3.Connection) -> None:
+        def copy(database: sqlite3.Connection) -> None:
             _write_state(database, self._state)
             _write_audit(database, self._recent)
 
-        _in_transaction(self._database, carry)
+        _in_transaction(self._database, copy)
 
 
 class _NewerSchemaError(Exception):
-    """The file was written by a newer version; it is left as it is."""
+    """The file was written by a newer version, and is not touched."""
 
 
-def _is_the_files_fault(error: sqlite3.Error) -> bool:
-    """Full, locked, broken, unreadable; not a value or a statement that SQLite can't take."""
-    ours = (sqlite3.ProgrammingError, sqlite3.IntegrityError, sqlite3.DataError, sqlite3.InterfaceError)
-    return not isinstance(error, ours)
+def _is_file_error(error: sqlite3.Error) -> bool:
+    """Whether the file is full, locked, damaged or unreadable; False for a wrong statement or value."""
+    own_faults = (sqlite3.ProgrammingError, sqlite3.IntegrityError, sqlite3.DataError, sqlite3.InterfaceError)
+    return not isinstance(error, own_faults)
 
 
 def _open(path: Path) -> sqlite3.Connection:
-    """The file's database with the newest schema; a broken file is set aside for a new one."""
+    """The file's database with the newest schema; a damaged file is renamed, and a new one created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        return _open_whole(path)
+        return _open_checked(path)
     except sqlite3.DatabaseError as error:
         if isinstance(error, sqlite3.OperationalError) or not path.exists():
             raise
@@ -444,18 +427,20 @@ def _open(path: Path) -> sqlite3.Connection:
         path.rename(aside)
         for suffix in ("-wal", "-shm"):
             path.with_name(path.name + suffix).unlink(missing_ok=True)
-        log.critical("the store's file is broken: a new one is begun", kept_as=str(aside), error=str(error))
-    return _open_whole(path)
+        log.critical(
+            "the store's file is damaged: a new one is created", renamed_to=str(aside), error=str(error)
+        )
+    return _open_checked(path)
 
 
-def _open_whole(path: Path) -> sqlite3.Connection:
+def _open_checked(path: Path) -> sqlite3.Connection:
     database = sqlite3.connect(path, timeout=2.0, isolation_level=None, check_same_thread=False)
     try:
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = NORMAL")
-        [(verdict,)] = database.execute("PRAGMA quick_check(1)")
-        if verdict != "ok":
-            raise sqlite3.DatabaseError(verdict)
+        [(result,)] = database.execute("PRAGMA quick_check(1)")
+        if result != "ok":
+            raise sqlite3.DatabaseError(result)
         _migrate(database)
     except BaseException:
         database.close()

@@ -1,6 +1,6 @@
-"""The controller's targets as Serve's autoscaler reads them: fetched in a thread, read without waiting.
+"""The controller's targets for Serve's autoscaler: fetched in a thread, read without waiting.
 
-One thread fetches for all tiers of a namespace in a process, and ends when nobody reads any more.
+One thread of a process fetches for all tiers of a namespace. It ends when no policy reads targets any more.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from controlplane.controller.handle import ControllerHandle, find_controller
 from controlplane.core.reconcile.replica_targets import TierTarget, desired_replicas
 
 REFRESH_S: Final = 0.5
-ANSWER_LIMIT_S: Final = 5.0
+CALL_TIMEOUT_S: Final = 5.0
 FIRST_LIMIT_S: Final = 30.0
-"""Until the first answer tiers stay as Serve has them, for so long: Serve's own controller may have been
-killed in the middle of a move, or while a tier is drained."""
+"""How long tiers stay as Serve has them while no target was fetched yet: Serve's own controller may have been
+killed during a migration, or while a tier is drained."""
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -30,7 +30,7 @@ Fetch = Callable[[], Mapping[str, TierTarget]]
 
 
 class Targets:
-    """The controller's last targets, refreshed in a thread while somebody reads them."""
+    """The last targets of all tiers, refreshed in a thread while there are readers."""
 
     def __init__(
         self, fetch: Fetch, *, refresh_s: float = REFRESH_S, first_limit_s: float = FIRST_LIMIT_S
@@ -44,7 +44,7 @@ class Targets:
         self._thread: threading.Thread | None = None
 
     def attach(self, reader: TierTargets) -> None:
-        """Fetch for as long as ``reader`` lives."""
+        """Refresh targets for as long as ``reader`` exists."""
         with self._lock:
             self._readers.add(reader)
             if self._thread is None:
@@ -57,11 +57,11 @@ class Targets:
 
     @property
     def expected(self) -> bool:
-        """Whether the controller has not answered yet and still may."""
+        """Whether nothing was fetched yet, and tiers still wait for it."""
         return time.monotonic() < self._expected_until_s
 
     def _run(self) -> None:
-        away = False
+        failing = False
         while True:
             with self._lock:
                 if not self._readers:
@@ -70,44 +70,44 @@ class Targets:
             try:
                 self._last = self._fetch()
                 self._expected_until_s = 0.0
-                away = False
-            except Exception as error:  # Serve's controller goes on, whatever it is.
-                if not away:
+                failing = False
+            except Exception as error:  # Whatever it is, Serve's controller must go on.
+                if not failing:
                     log.info("no targets from the controller", reason=str(error).strip()[:300])
-                away = True
+                failing = True
             time.sleep(self._refresh_s)
 
 
 class TierTargets:
-    """One tier's target: what its policy asks."""
+    """One tier's target, for its policy."""
 
     def __init__(self, targets: Targets, tier: str, configured: int, *, scales: bool = False) -> None:
         self._targets = targets
         self._tier = tier
         self._configured = configured
         self._scales = scales
-        self._said = ""
+        self._logged = ""
         targets.attach(self)
 
     def desired(self, running: Collection[str], present: int) -> int:
-        """The number of replicas to run, given the endpoint ids of the ``running`` ones and the number that
-        Serve goes by at ``present``. Never waits."""
+        """The number of replicas to run. ``running`` are the endpoint ids of the running replicas,
+        ``present`` is the number that Serve aims at now. Never waits."""
         target = self._targets.of(self._tier)
-        answer = desired_replicas(
+        desired = desired_replicas(
             target,
             time.time(),
             configured=self._configured,
             running=running,
             present=present if self._scales or self._targets.expected else None,
         )
-        if answer.replicas != present and answer.reason != self._said:
-            log.info("target", tier=self._tier, replicas=answer.replicas, reason=answer.reason)
-            self._said = answer.reason
-        return answer.replicas
+        if desired.replicas != present and desired.reason != self._logged:
+            log.info("target", tier=self._tier, replicas=desired.replicas, reason=desired.reason)
+            self._logged = desired.reason
+        return desired.replicas
 
 
 def tier_targets(tier: str, configured: int, namespace: str, *, scales: bool = False) -> TierTargets:
-    """The tier's targets from the controller of ``namespace``; all tiers share a thread."""
+    """The tier's target from the controller of ``namespace``; all tiers share a thread."""
     with _lock:
         targets = _by_namespace.setdefault(namespace, Targets(_fetch_from(namespace)))
     return TierTargets(targets, tier, configured, scales=scales)
@@ -126,9 +126,9 @@ def _fetch_from(namespace: str) -> Fetch:
         if controller is None:
             raise ValueError(f"there is no controller in namespace '{namespace}'")
         try:
-            return controller.get(ANSWER_LIMIT_S, ControllerApi.targets)
+            return controller.get(CALL_TIMEOUT_S, ControllerApi.targets)
         except RayError:
-            controller = None  # It may have been made anew.
+            controller = None  # There may be a new one.
             raise
 
     return fetch

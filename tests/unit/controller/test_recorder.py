@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from controlplane.controller.recorder import Recorder
 from controlplane.core.domain.event import Event
@@ -20,7 +21,7 @@ def test_state_and_events_survive_a_restart(tmp_path: Path) -> None:
     recorder = Recorder(path)
     recorder.save({"lease/a": {"generation": 1}, "move/a": {"phase": "retiring"}})
     recorder.save({"lease/a": {"generation": 2}})
-    recorder.write_down([event(1), event(2, "uncordon")])
+    recorder.add_events([event(1), event(2, "uncordon")])
     recorder.add_points(1000.0, {"tier/small/serving": 2.0})
     recorder.close()
     again = Recorder(path)
@@ -29,7 +30,7 @@ def test_state_and_events_survive_a_restart(tmp_path: Path) -> None:
         (1, "drain", "operator", "small"),
         (2, "uncordon", "operator", "small"),
     ]
-    again.write_down([event(1, "later")])
+    again.add_events([event(1, "later")])
     again.close()
     third = Recorder(path)
     assert [item.number for item in third.events(1, 10)] == [2, 3]
@@ -40,8 +41,10 @@ def test_state_and_events_survive_a_restart(tmp_path: Path) -> None:
 
 def test_two_controllers_never_write_one_store(tmp_path: Path) -> None:
     first = Recorder(tmp_path / "memory.sqlite")
-    second = Recorder(tmp_path / "memory.sqlite")
-    assert second.path is None
+    with capture_logs() as logs:
+        second = Recorder(tmp_path / "memory.sqlite")
+    assert [line["log_level"] for line in logs] == ["critical"]
+    assert "another controller writes this store" in logs[0]["event"]
     second.save({"lease/b": 1})
     second.close()
     first.save({"lease/a": 1})
@@ -57,7 +60,7 @@ def test_a_file_that_cannot_be_written_is_said_and_survived(tmp_path: Path) -> N
     recorder = Recorder(folder / "memory.sqlite")
     assert "in memory only" in recorder.warning
     recorder.save({"lease/a": 1})
-    recorder.write_down([event(1)])
+    recorder.add_events([event(1)])
     until(lambda: recorder.events(0, 10), 5)
     assert [item.kind for item in recorder.events(0, 10)] == ["drain"]
     recorder.close()
@@ -85,7 +88,7 @@ def test_what_can_not_be_written_does_not_end_the_thread(
 
     monkeypatch.setattr(recorder.store, "put", fail)
     recorder.save({"lease/a": 1})
-    recorder.write_down([event(1)])
+    recorder.add_events([event(1)])
     recorder.close()
     again = Recorder(tmp_path / "memory.sqlite")
     assert [item.kind for item in again.events(0, 10)] == ["drain"]

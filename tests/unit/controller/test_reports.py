@@ -67,7 +67,7 @@ class Plane:
     def written(self) -> None:
         """All that was handed over is in the store."""
         self.recorder.save({"mark": self.world.clock.s})
-        until(lambda: self.recorder.store.get("mark") == self.world.clock.s, every_s=0.002)
+        until(lambda: self.recorder.store.values().get("mark") == self.world.clock.s, every_s=0.002)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,15 +32,15 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_state_and_audit_survive(path: Path) -> None:
-    with Store(path) as store:
+    with closing(Store(path)) as store:
         store.put({"lease/a": {"gpus": ["GPU-a"]}, "lease/b": 1, "gpu/x": "healthy"})
         store.put({"lease/b": None})
         assert [store.audit(ENTRY).seq, store.audit(replace(ENTRY, action="drain")).seq] == [1, 2]
         assert store.warning == ""
-    with Store(path) as store:
-        assert store.keys("lease/") == ["lease/a"]
-        assert store.get("lease/a") == {"gpus": ["GPU-a"]}
-        assert store.get("lease/b") is None
+    with closing(Store(path)) as store:
+        assert [key for key in store.values() if key.startswith("lease/")] == ["lease/a"]
+        assert store.values().get("lease/a") == {"gpus": ["GPU-a"]}
+        assert store.values().get("lease/b") is None
         assert store.audit(replace(ENTRY, action="move")).seq == 3
         assert [entry.action for entry in store.audit_since(0)] == ["cordon", "drain", "move"]
         assert [entry.seq for entry in store.audit_since(1, limit=1)] == [2]
@@ -54,13 +55,13 @@ def test_a_file_that_was_killed_in_use(path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script, str(path)], check=False)
     assert done.returncode == -9
-    with Store(path) as store:
-        assert (store.get("lease"), store.warning) == ("kept", "")
+    with closing(Store(path)) as store:
+        assert (store.values().get("lease"), store.warning) == ("kept", "")
 
 
 def test_history_becomes_wider_with_age(path: Path) -> None:
     now = 1_800_000_000
-    with Store(path) as store:
+    with closing(Store(path)) as store:
         for age_s in (40 * DAY_S, 3 * DAY_S, 3 * DAY_S - 30, 7200, 7199, 10):
             store.add_points(now - age_s, {"gpu": float(age_s), "bad": float("nan")})
         store.add_points(now - 10, {"gpu": 20.0})
@@ -85,16 +86,16 @@ def test_history_becomes_wider_with_age(path: Path) -> None:
 
 
 def test_old_audit_entries_are_dropped(path: Path) -> None:
-    with Store(path, keep_audit=5) as store:
+    with closing(Store(path, max_audit_entries=5)) as store:
         for _ in range(12):
             store.audit(ENTRY)
         store.compact(0)
-    with Store(path, keep_audit=5) as store:
+    with closing(Store(path, max_audit_entries=5)) as store:
         assert [entry.seq for entry in store.audit_since(0)] == [8, 9, 10, 11, 12]
 
 
 def test_in_memory_history_is_bounded() -> None:
-    with Store(None, memory_points=10) as store:
+    with closing(Store(None, max_memory_points=10)) as store:
         for second in range(100):
             store.add_points(second, {"a": second})
         store.compact(100)
@@ -108,7 +109,7 @@ def garbage(path: Path) -> None:
 
 def torn(path: Path) -> None:
     """A database of which the middle was overwritten."""
-    with Store(path) as store:
+    with closing(Store(path)) as store:
         for place in range(2000):
             store.audit(replace(ENTRY, detail="x" * 50, unix_s=place))
     raw = bytearray(path.read_bytes())
@@ -121,19 +122,19 @@ def test_a_broken_file_is_set_aside(
     path: Path, break_it: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     break_it(path)
-    with Store(path) as store:
+    with closing(Store(path)) as store:
         assert store.warning == ""
         store.put({"a": 1})
     [aside] = path.parent.glob("store.sqlite.broken-*")
     assert aside.stat().st_size > 0
     assert "broken" in capsys.readouterr().out
-    with Store(path) as store:
-        assert store.get("a") == 1
+    with closing(Store(path)) as store:
+        assert store.values().get("a") == 1
 
 
 def test_a_file_that_breaks_while_it_is_used(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     clock = Clock()
-    with Store(path, retry_interval_s=30, clock=clock) as store:
+    with closing(Store(path, retry_interval_s=30, clock=clock)) as store:
         store.put({"lease": "a"})
         for place in range(500):
             store.audit(replace(ENTRY, detail="x" * 200, unix_s=place))
@@ -148,14 +149,14 @@ def test_a_file_that_breaks_while_it_is_used(path: Path, capsys: pytest.CaptureF
             if store.warning:
                 break
         assert "in memory only" in store.warning
-        assert store.get("lease") == "a"
+        assert store.values().get("lease") == "a"
         number = store.audit(ENTRY).seq
         clock.now_s = 31
         store.put({"lease": "b"})
         assert store.warning == ""
     assert list(path.parent.glob("store.sqlite.broken-*"))
-    with Store(path) as store:
-        assert store.get("lease") == "b"
+    with closing(Store(path)) as store:
+        assert store.values().get("lease") == "b"
         assert store.audit_since(number - 1)[0].seq == number
     assert "can be written again" in capsys.readouterr().out
 
@@ -163,12 +164,13 @@ def test_a_file_that_breaks_while_it_is_used(path: Path, capsys: pytest.CaptureF
 def test_a_folder_that_can_not_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     clock = Clock()
-    with Store(tmp_path / "file" / "store.sqlite", retry_interval_s=5, clock=clock) as store:
+    with closing(Store(tmp_path / "file" / "store.sqlite", retry_interval_s=5, clock=clock)) as store:
         assert "file/store.sqlite can't be used" in store.warning
         store.put({"lease": 1})
         store.audit(ENTRY)
         store.add_points(7, {"a": 1.0})
-        assert (store.get("lease"), len(store.audit_since(0)), len(store.history("a", 0, 9))) == (1, 1, 1)
+        assert store.values() == {"lease": 1}
+        assert (len(store.audit_since(0)), len(store.history("a", 0, 9))) == (1, 1)
         clock.now_s = 6
         store.put({"lease": 2})
         assert store.warning, "still no folder"
@@ -176,8 +178,8 @@ def test_a_folder_that_can_not_be_made(tmp_path: Path) -> None:
         clock.now_s = 12
         store.put({"lease": 3})
         assert store.warning == ""
-    with Store(tmp_path / "file" / "store.sqlite") as store:
-        assert store.get("lease") == 3
+    with closing(Store(tmp_path / "file" / "store.sqlite")) as store:
+        assert store.values().get("lease") == 3
         assert [entry.seq for entry in store.audit_since(0)] == [1]
         assert store.history("a", 0, 9) == [Point(7, 1, 1, 1.0, 1.0, 1.0)]
 
@@ -185,21 +187,21 @@ def test_a_folder_that_can_not_be_made(tmp_path: Path) -> None:
 def test_an_earlier_controllers_file_that_comes_late(tmp_path: Path) -> None:
     """What it holds is not overwritten by a controller that began without it."""
     path = tmp_path / "store" / "db"
-    with Store(path) as store:
+    with closing(Store(path)) as store:
         store.put({"lease/old": 1, "gpu": "old"})
         store.audit(replace(ENTRY, action="earlier"))
     (tmp_path / "store").rename(tmp_path / "away")
     (tmp_path / "store").write_text("")
     clock = Clock()
-    with Store(path, retry_interval_s=5, clock=clock) as store:
+    with closing(Store(path, retry_interval_s=5, clock=clock)) as store:
         store.put({"gpu": "new"})
         store.audit(replace(ENTRY, action="meanwhile"))
         (tmp_path / "store").unlink()
         (tmp_path / "away").rename(tmp_path / "store")
         clock.now_s = 6
         assert store.audit(replace(ENTRY, action="later")).seq == 3
-        assert (store.get("lease/old"), store.get("gpu")) == (1, "new")
-    with Store(path) as store:
+        assert (store.values().get("lease/old"), store.values().get("gpu")) == (1, "new")
+    with closing(Store(path)) as store:
         assert [(entry.seq, entry.action) for entry in store.audit_since(0)] == [
             (1, "earlier"),
             (2, "meanwhile"),
@@ -213,7 +215,7 @@ def test_a_newer_schema_is_left_alone(path: Path) -> None:
         database.execute("PRAGMA user_version = 99")
     database.close()
     before = path.read_bytes()
-    with Store(path) as store:
+    with closing(Store(path)) as store:
         assert "its schema has version 99, this tierplane knows 1" in store.warning
         store.put({"a": 1})
     assert path.read_bytes() == before
@@ -250,7 +252,7 @@ store.put({"lease": "after"})
 assert not store.warning, store.warning
 store.close()
 again = Store(path)
-assert (again.get("lease"), again.get("new"), again.get("still")) == ("after", 1, "full")
+assert again.values() == {"lease": "after", "new": 1, "still": "full"}
 numbers = [entry.seq for entry in again.audit_since(0, limit=10**6)]
 assert numbers == list(range(1, last.seq + 1)), (len(numbers), numbers[:3], numbers[-3:], last.seq)
 print("entries", len(numbers))
@@ -273,7 +275,7 @@ def test_a_full_disk_loses_nothing(path: Path) -> None:
 
 def test_a_value_that_json_can_not_hold_is_the_callers_mistake(path: Path) -> None:
     no_json: Any = object()
-    with Store(path) as store:
+    with closing(Store(path)) as store:
         with pytest.raises(TypeError):
             store.put({"a": no_json})
         with pytest.raises(sqlite3.ProgrammingError):
@@ -283,7 +285,7 @@ def test_a_value_that_json_can_not_hold_is_the_callers_mistake(path: Path) -> No
 
 
 def test_threads_share_it(path: Path) -> None:
-    with Store(path) as store:
+    with closing(Store(path)) as store:
 
         def work(name: str) -> None:
             for place in range(50):
@@ -297,11 +299,11 @@ def test_threads_share_it(path: Path) -> None:
         for thread in threads:
             thread.join()
         assert [entry.seq for entry in store.audit_since(0)] == list(range(1, 201))
-        assert {store.get(name) for name in "abcd"} == {49}
+        assert {store.values().get(name) for name in "abcd"} == {49}
 
 
 def test_a_summary_adds_up_series_by_part_over_points_of_any_width(tmp_path: Path) -> None:
-    with Store(tmp_path / "store.sqlite") as store:
+    with closing(Store(tmp_path / "store.sqlite")) as store:
         for second in range(0, 1200, 10):
             store.add_points(6000 + second, {"a/x": 1.0, "a/y": float(second), "b/x": 5.0})
         fresh = store.summary("a/", 6000, 7200, 600)
@@ -319,7 +321,7 @@ def test_a_summary_adds_up_series_by_part_over_points_of_any_width(tmp_path: Pat
 
 
 def test_the_name_of_a_series_goes_with_its_last_point(tmp_path: Path) -> None:
-    with Store(tmp_path / "store.sqlite") as store:
+    with closing(Store(tmp_path / "store.sqlite")) as store:
         store.add_points(1000, {"gone/x": 1.0})
         store.compact(1000 + 31 * DAY_S)
         store.add_points(2000 + 31 * DAY_S, {"here/x": 1.0})

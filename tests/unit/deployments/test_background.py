@@ -13,7 +13,7 @@ from tests.support.waiting import forever
 
 
 def test_one_that_lost_its_cancellation_is_cancelled_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks, "AGAIN_S", 0.01)
+    monkeypatch.setattr(tasks, "CANCEL_AGAIN_S", 0.01)
     lost: list[int] = []
 
     async def deaf() -> None:

@@ -1,4 +1,4 @@
-"""How a replica comes to its GPUs, with a controller that is played."""
+"""How a replica comes to its GPUs, with a fake controller."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(asyncio, "sleep", sleep)
 
 
-def desk(link: Link, said: list[str] | None = None) -> GpuLeaseClient:
-    tell = (said if said is not None else []).append
+def client(link: Link, waits: list[str] | None = None) -> GpuLeaseClient:
+    shown = (waits if waits is not None else []).append
     log = structlog.get_logger()
-    return GpuLeaseClient(link, holder="small-a", tier="small", node_id="node-1", tell=tell, log=log)
+    return GpuLeaseClient(link, holder="small-a", tier="small", node_id="node-1", show_wait=shown, log=log)
 
 
-def lease(link: Link, said: list[str] | None = None) -> EngineGpus:
-    return asyncio.run(desk(link, said).lease(GangShape(gpus=2), ("0", "1")))
+def lease(link: Link, waits: list[str] | None = None) -> EngineGpus:
+    return asyncio.run(client(link, waits).lease(GangShape(gpus=2), ("0", "1")))
 
 
 def test_the_engine_gets_the_leased_uuids_in_the_order_of_the_ranks() -> None:
@@ -83,20 +83,20 @@ def test_the_engine_gets_the_leased_uuids_in_the_order_of_the_ranks() -> None:
     ],
     ids=["no controller", "no driver", "never known"],
 )
-def test_without_a_lease_the_engine_gets_what_ray_named(answers: list[Any], reason: str) -> None:
+def test_without_a_lease_the_engine_gets_the_gpus_that_ray_assigned(answers: list[Any], reason: str) -> None:
     found = lease(Link(*answers))
     assert found.ids == ("0", "1")
     assert found.uuids == ()
     assert reason in found.reason
 
 
-def test_what_is_not_known_yet_is_waited_for_and_people_are_told() -> None:
-    said: list[str] = []
+def test_what_is_not_known_yet_is_waited_for_and_shown() -> None:
+    waits: list[str] = []
     wait = LeaseResponse(LeaseOutcome.WAIT, "the node's agent has not reported yet", retry_after_s=1.0)
     assert (
-        lease(Link(AWAY, wait, wait, LeaseResponse(LeaseOutcome.UNCHANGED, "", LEASE)), said).lease is LEASE
+        lease(Link(AWAY, wait, wait, LeaseResponse(LeaseOutcome.UNCHANGED, "", LEASE)), waits).lease is LEASE
     )
-    assert said == ["waiting for a GPU: the node's agent has not reported yet"] * 2
+    assert waits == ["waiting for a GPU: the node's agent has not reported yet"] * 2
 
 
 def test_a_node_without_a_gpu_for_it_is_left_for_another() -> None:
@@ -109,9 +109,9 @@ def test_a_node_without_a_gpu_for_it_is_left_for_another() -> None:
 
 
 def test_a_held_tier_is_waited_for_as_long_as_it_takes() -> None:
-    said: list[str] = []
+    waits: list[str] = []
     held = StartPermission(False, "tier small is held: it crashes", 5.0)
     link = Link(*[held] * 100, StartPermission(True, ""))
-    asyncio.run(desk(link, said).may_start())
-    assert said == ["tier small is held: it crashes"] * 100
-    asyncio.run(desk(Link(AWAY)).may_start())
+    asyncio.run(client(link, waits).may_start())
+    assert waits == ["tier small is held: it crashes"] * 100
+    asyncio.run(client(Link(AWAY)).may_start())

@@ -1,4 +1,4 @@
-"""A replica does what the controller orders, once, however often it is told."""
+"""A replica carries out each command of the controller once, however often it is repeated."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.endpoints import make_endpoint
 
 
 class Supervisor:
-    """An engine that does what it is told."""
+    """An engine that does what it is commanded to do."""
 
     def __init__(self, state: EndpointState = EndpointState.READY, generation: int = 3) -> None:
         self.status = EngineStatus(state=state, generation=generation)
@@ -45,10 +45,10 @@ class Bare(TierReplica):
 
 class Link:
     def __init__(self) -> None:
-        self.told: list[tuple[Any, ...]] = []
+        self.notified: list[tuple[Any, ...]] = []
 
     async def notify(self, method: Callable[..., Any], *args: Any) -> bool:
-        self.told.append((method.__name__, *args))
+        self.notified.append((method.__name__, *args))
         return True
 
 
@@ -69,7 +69,7 @@ def replica(supervisor: Supervisor) -> tuple[Any, Link]:
     return made, link
 
 
-def order(kind: ReplicaCommandKind, generation: int = 0) -> ReplicaCommand:
+def command(kind: ReplicaCommandKind, generation: int = 0) -> ReplicaCommand:
     return ReplicaCommand(kind, "small-a", "why", generation)
 
 
@@ -79,11 +79,11 @@ def test_a_replica_that_is_retired_drains_and_ends_once(ended: list[tuple[int, i
     async def work() -> None:
         made, link = replica(supervisor)
         for _ in range(3):
-            made._obey((order(ReplicaCommandKind.RETIRE),))
+            made._carry_out((command(ReplicaCommandKind.RETIRE),))
         await asyncio.gather(made._retiring, TierReplica.__del__(made))
-        made._obey((order(ReplicaCommandKind.RETIRE),))
+        made._carry_out((command(ReplicaCommandKind.RETIRE),))
         await made.check_health()
-        assert link.told == [("deregister", "small-a", "drained")]
+        assert link.notified == [("deregister", "small-a", "drained")]
 
     asyncio.run(work())
     assert supervisor.calls == ["drain"]
@@ -95,7 +95,7 @@ def test_one_that_does_not_serve_yet_is_stopped(ended: list[tuple[int, int]]) ->
 
     async def work() -> None:
         made, _ = replica(supervisor)
-        made._obey((order(ReplicaCommandKind.RETIRE),))
+        made._carry_out((command(ReplicaCommandKind.RETIRE),))
         await made._retiring
 
     asyncio.run(work())
@@ -107,13 +107,13 @@ def test_an_engine_is_restarted_once_for_each_process_that_is_meant() -> None:
     supervisor = Supervisor(generation=3)
     made, _ = replica_without_loop(supervisor)
     for _ in range(3):
-        made._obey((order(ReplicaCommandKind.RESTART, 3),))
-    made._obey((order(ReplicaCommandKind.RESTART, 2),))
+        made._carry_out((command(ReplicaCommandKind.RESTART, 3),))
+    made._carry_out((command(ReplicaCommandKind.RESTART, 2),))
     assert supervisor.calls == ["restart: why"]
     supervisor.status = EngineStatus(state=EndpointState.READY, generation=4)
-    made._obey((order(ReplicaCommandKind.RESTART, 3),))
+    made._carry_out((command(ReplicaCommandKind.RESTART, 3),))
     assert supervisor.calls == ["restart: why"]
-    made._obey((order(ReplicaCommandKind.RESTART, 4),))
+    made._carry_out((command(ReplicaCommandKind.RESTART, 4),))
     assert supervisor.calls == ["restart: why"] * 2
 
 
