@@ -240,7 +240,14 @@ class NodeAgent:
         with self._lock:
             self._event_count += 1
             event = GpuEvent(
-                self.node_id, self.epoch, self._event_count, unix_s, kind, gpu_uuid, code, detail
+                node_id=self.node_id,
+                epoch=self.epoch,
+                seq=self._event_count,
+                unix_s=unix_s,
+                kind=kind,
+                gpu_uuid=gpu_uuid,
+                code=code,
+                detail=detail,
             )
             self._events.append(event)
 

@@ -70,7 +70,13 @@ def tier_statuses(snapshot: ClusterSnapshot, specs: Sequence[TierSpec]) -> tuple
             in_flight[endpoint_id] = in_flight.get(endpoint_id, 0) + count
     known = {spec.name for spec in specs}
     others = {
-        endpoint.tier: TierSpec(endpoint.tier, endpoint.model, endpoint.engine, 0, endpoint.concurrency_limit)
+        endpoint.tier: TierSpec(
+            name=endpoint.tier,
+            model=endpoint.model,
+            engine=endpoint.engine,
+            replicas=0,
+            concurrency_limit=endpoint.concurrency_limit,
+        )
         for endpoint in snapshot.endpoints
         if endpoint.tier not in known
     }

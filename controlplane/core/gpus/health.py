@@ -278,22 +278,18 @@ def _worse(
     health: GpuHealth, worst: GpuFinding, findings: tuple[GpuFinding, ...], now_s: float, rules: GpuRules
 ) -> HealthAssessment:
     if health.state in OUT_OF_USE:
-        if worst.severity is XidSeverity.FATAL and _RECOVERIES.index(worst.recovery) > _RECOVERIES.index(
-            health.recovery
-        ):
+        harder = _RECOVERIES.index(worst.recovery) > _RECOVERIES.index(health.recovery)
+        if worst.severity is XidSeverity.FATAL and harder:
             health = replace(health, recovery=worst.recovery, rule=worst.rule, reason=worst.reason)
         return _stays(health, worst.rule, worst.reason, findings)
     state = GpuState.CORDONED if worst.severity is XidSeverity.FATAL else GpuState.SUSPECT
     if state is health.state:
-        return _stays(
-            replace(health, reason=worst.reason, rule=worst.rule), worst.rule, worst.reason, findings
-        )
+        health = replace(health, reason=worst.reason, rule=worst.rule)
+        return _stays(health, worst.rule, worst.reason, findings)
     after = transition(
         health, state, now_s=now_s, rule=worst.rule, reason=worst.reason, rules=rules, recovery=worst.recovery
     )
-    return HealthAssessment(
-        after, HealthDecision(health.uuid, health.state, state, worst.rule, worst.reason), findings
-    )
+    return _assessment(health.state, after, worst.rule, worst.reason, findings)
 
 
 def _better(
@@ -314,13 +310,18 @@ def _better(
         return _stays(health, "recovering", f"good readings for {good_s:.0f} of {needed_s:.0f} s", findings)
     reason = f"good readings for {good_s:.0f} s after: {health.reason}"
     after = transition(health, state, now_s=now_s, rule=rule, reason=reason, rules=rules)
-    return HealthAssessment(after, HealthDecision(health.uuid, health.state, state, rule, reason), findings)
+    return _assessment(health.state, after, rule, reason, findings)
 
 
 def _stays(health: GpuHealth, rule: str, reason: str, findings: tuple[GpuFinding, ...]) -> HealthAssessment:
-    return HealthAssessment(
-        health, HealthDecision(health.uuid, health.state, health.state, rule, reason), findings
-    )
+    return _assessment(health.state, health, rule, reason, findings)
+
+
+def _assessment(
+    before: GpuState, health: GpuHealth, rule: str, reason: str, findings: tuple[GpuFinding, ...]
+) -> HealthAssessment:
+    decision = HealthDecision(uuid=health.uuid, before=before, after=health.state, rule=rule, reason=reason)
+    return HealthAssessment(health, decision, findings)
 
 
 def _with_counters(health: GpuHealth, sample: GpuSample, boot_id: str) -> GpuHealth:

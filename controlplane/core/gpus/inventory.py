@@ -131,7 +131,12 @@ class GpuInventory:
             if listed != self._by_node.get(node_id):
                 for lost in self._update_list(node_id, listed, before, sample):
                     changed += self._assess(
-                        node_id, lost.info.uuid, lost, events_of.pop(lost.info.uuid, ()), now_s, boot_id
+                        node_id,
+                        lost.info.uuid,
+                        lost,
+                        events_of.pop(lost.info.uuid, ()),
+                        now_s=now_s,
+                        boot_id=boot_id,
                     )
             rules, without_findings = self.rules, self._without_findings
             for gpu in sample.gpus:
@@ -146,10 +151,12 @@ class GpuInventory:
                 if uuid:
                     if not _readable(gpu):
                         self._save_readable(uuid, before)
-                    changed += self._assess(node_id, uuid, gpu, events_of.pop(uuid, ()), now_s, boot_id)
+                    changed += self._assess(
+                        node_id, uuid, gpu, events_of.pop(uuid, ()), now_s=now_s, boot_id=boot_id
+                    )
         for uuid, of_gpu in events_of.items():
             if uuid in self._records:
-                changed += self._assess(node_id, uuid, None, of_gpu, now_s, "")
+                changed += self._assess(node_id, uuid, None, of_gpu, now_s=now_s, boot_id="")
         return tuple(changed)
 
     def _update_list(
@@ -190,6 +197,7 @@ class GpuInventory:
         uuid: str,
         sample: GpuSample | None,
         events: Sequence[GpuEvent],
+        *,
         now_s: float,
         boot_id: str,
     ) -> tuple[HealthAssessment, ...]:

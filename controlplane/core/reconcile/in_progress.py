@@ -179,7 +179,12 @@ class InProgress:
         if known is not None and known.generation == endpoint.generation:
             return False
         self.restarts[endpoint.endpoint_id] = Restart(
-            endpoint.endpoint_id, endpoint.tier, endpoint.generation, reason, now_s, issued
+            endpoint_id=endpoint.endpoint_id,
+            tier=endpoint.tier,
+            generation=endpoint.generation,
+            reason=reason,
+            since_s=now_s,
+            issued=issued,
         )
         return True
 

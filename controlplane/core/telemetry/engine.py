@@ -78,13 +78,14 @@ class EngineTelemetry:
 
     def load(self, now_s: float) -> EngineLoad:
         """How busy the engine is at ``now_s``."""
+        gauges, counters = self._gauges, self._counters
         return EngineLoad(
-            self._gauges["running"].latest(now_s),
-            self._gauges["waiting"].latest(now_s),
-            self._gauges["kv_usage_ratio"].latest(now_s),
-            self._counters["generation_tokens_total"].rate(now_s),
-            self._counters["prompt_tokens_total"].rate(now_s),
-            self._counters["success_total"].rate(now_s),
+            running=gauges["running"].latest(now_s),
+            waiting=gauges["waiting"].latest(now_s),
+            kv_usage_ratio=gauges["kv_usage_ratio"].latest(now_s),
+            generation_tokens_per_s=counters["generation_tokens_total"].rate(now_s),
+            prompt_tokens_per_s=counters["prompt_tokens_total"].rate(now_s),
+            completions_per_s=counters["success_total"].rate(now_s),
         )
 
     def busy(self, now_s: float) -> BusyPeriod | None:

@@ -60,9 +60,14 @@ def node_update(
     """The response to a reader that has the infos with the key ``cached``."""
     sent = None if infos.key == cached else infos
     if sample is None:
-        return NodeUpdate(None, (), infos.key, sent, tuple(events))
-    readings = tuple(_readings(gpu) for gpu in sample.gpus)
-    return NodeUpdate(replace(sample, gpus=()), readings, infos.key, sent, tuple(events))
+        return NodeUpdate(sample=None, readings=(), infos_key=infos.key, infos=sent, events=tuple(events))
+    return NodeUpdate(
+        sample=replace(sample, gpus=()),
+        readings=tuple(_readings(gpu) for gpu in sample.gpus),
+        infos_key=infos.key,
+        infos=sent,
+        events=tuple(events),
+    )
 
 
 def whole_sample(update: NodeUpdate, cached: GpuInfoCache | None) -> NodeSample | None:

@@ -31,6 +31,7 @@ from controlplane.core.reconcile.reconcile import (
     SetGpu,
     reconcile,
 )
+from tests.support.endpoints import make_endpoint
 
 RULES = ReconcileRules(
     replacement_wait_s=60,
@@ -64,17 +65,8 @@ def ago(seconds: float) -> float:
     return NOW_S - seconds
 
 
-def replica(
-    name: str,
-    state: EndpointState = READY,
-    *,
-    tier: str = "small",
-    generation: int = 1,
-    diagnosis: str = "",
-) -> Endpoint:
-    return Endpoint(
-        name, tier, "m", "vllm", "", state, concurrency_limit=8, generation=generation, diagnosis=diagnosis
-    )
+def replica(name: str, state: EndpointState = READY, *, generation: int = 1, **fields: str) -> Endpoint:
+    return make_endpoint(name, state, generation=generation, **{"tier": "small", **fields})
 
 
 def migration(
