@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from controlplane.ray_cluster import session
 from controlplane.ray_cluster.ports import free_port
 from controlplane.ray_cluster.session import RunRecord, processes
+from tests.support.config_file import write_config
 from tests.support.plane import titled
 from tests.support.waiting import until
 
@@ -128,23 +128,12 @@ def machine(
     """A place to run commands in. Whatever still runs there at the end is stopped, and that is a failure."""
     run_dir = Path(tempfile.mkdtemp(prefix="tp-cli-", dir="/tmp"))
     port, ingress = free_port(), free_port()
-    config = {
-        "http_options": {"host": "127.0.0.1", "port": ingress},
-        "applications": [
-            {
-                "name": "tierplane",
-                "route_prefix": "/",
-                "import_path": "deployments.app:build",
-                "args": {
-                    "tiers": list(tiers),
-                    "gateway": {"port": port},
-                    "controller": {"heartbeat_s": 0.5, **(controller or {})},
-                },
-            }
-        ],
+    args = {
+        "tiers": list(tiers),
+        "gateway": {"port": port},
+        "controller": {"heartbeat_s": 0.5, **(controller or {})},
     }
-    path = run_dir / "plane.yaml"
-    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    path = write_config(run_dir, args, http_options={"host": "127.0.0.1", "port": ingress})
     urls = (f"http://127.0.0.1:{port}", f"http://127.0.0.1:{ingress}")
     place = Machine(run_dir, path, *urls, dict(env or {}))
     left = False

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from controlplane.engines.simulated.engine import SECRET_ENV
@@ -31,6 +30,7 @@ from controlplane.errors import SetupError
 from controlplane.paths import RUN_DIR_VARIABLE
 from controlplane.ray_cluster.ports import free_port
 from controlplane.ray_cluster.session import PLANE_ID_VARIABLE, processes
+from tests.support.config_file import write_config
 from tests.support.processes import await_line
 
 START_TIMEOUT_S = 300.0
@@ -120,20 +120,8 @@ def running(
     folder = Path(tempfile.mkdtemp(prefix="bench-", dir="/tmp"))
     port, ingress_port = free_port(), free_port()
     plane_args = {**args, "gateway": {**args.get("gateway", {}), "host": "127.0.0.1", "port": port}}
-    config = {
-        "proxy_location": "EveryNode",
-        "http_options": {"host": "127.0.0.1", "port": ingress_port},
-        "applications": [
-            {
-                "name": "bench",
-                "route_prefix": "/",
-                "import_path": "deployments.app:build",
-                "args": plane_args,
-            }
-        ],
-    }
-    path = folder / "plane.yaml"
-    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    http = {"host": "127.0.0.1", "port": ingress_port}
+    path = write_config(folder, plane_args, name="bench", proxy_location="EveryNode", http_options=http)
     env = {key: value for key, value in os.environ.items() if key not in {"RAY_ADDRESS", PLANE_ID_VARIABLE}}
     env |= {**(extra_env or {}), RUN_DIR_VARIABLE: str(folder / "run")}
     up = subprocess.Popen(

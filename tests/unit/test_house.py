@@ -65,6 +65,17 @@ def test_modules_are_short(path: Path) -> None:
     assert len(path.read_text("utf-8").splitlines()) <= MAX_LINES
 
 
+def test_no_test_imports_from_another_test() -> None:
+    """What several of them need is in tests/support."""
+    imported = re.compile(r"^ *(?:from|import) (tests\.(?!support\b|benchmarks\b)[\w.]+)", re.MULTILINE)
+    found = {
+        relative(path): names
+        for path in tracked("tests/*.py")
+        if (names := imported.findall(path.read_text("utf-8")))
+    }
+    assert found == {}
+
+
 def test_nothing_is_left_for_later() -> None:
     later = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X|HA" + r"CK)\b")
     found = [

@@ -4,21 +4,14 @@ from controlplane.controller.registry import FAILED_SHOWN_S, MISSED_REPORTS, WAR
 from controlplane.core.cluster.snapshot import GatewayInfo
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
+from tests.support.controller import Clock
 from tests.support.endpoints import make_endpoint
 
 HEARTBEAT_S = 2.0
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.s = 100.0
-
-    def __call__(self) -> float:
-        return self.s
-
-
 def make() -> tuple[Registry, Clock]:
-    clock = Clock()
+    clock = Clock(100.0)
     return Registry(epoch="e1", heartbeat_s=HEARTBEAT_S, now_s=clock, unix_s=clock), clock
 
 

@@ -8,36 +8,17 @@ import pytest
 
 from controlplane.config import TierConfig
 from controlplane.core.placement.gangs import GangShape
-from controlplane.core.sizing.gpu_models import GIB, MIB
-from controlplane.core.telemetry.samples import GpuCondition, GpuInfo, GpuSample
+from controlplane.core.sizing.gpu_models import GIB
 from controlplane.node_agent.nvml.reader import GpuReader
 from controlplane.planning.gpu_shares import lease_shape
+from tests.support.gpu_reader import FakeGpuReader, memory_sample
 
-
-class Reader(GpuReader):
-    """Stands for the driver: 80 GiB and 24 GiB."""
-
-    def __init__(self, *mib: int) -> None:
-        self._mib = mib or (81559, 23034)
-
-    def read(self) -> tuple[GpuSample, ...]:
-        return tuple(
-            GpuSample(
-                GpuInfo(uuid=f"GPU-{index}", index=index, name=f"GPU {mib}", compute_capability=(9, 0)),
-                GpuCondition.OK,
-                memory_total_bytes=mib * MIB,
-                memory_free_bytes=mib * MIB,
-            )
-            for index, mib in enumerate(self._mib)
-        )
-
-    def close(self) -> None:
-        pass
+DRIVER = FakeGpuReader(*(memory_sample(i, f"GPU {mib}", mib, mib) for i, mib in enumerate((81559, 23034))))
 
 
 def asked(reader: GpuReader | None = None, **fields: Any) -> GangShape:
     values = {"name": "t", "model": "bundled:smollm2-135m", "engine": "vllm", **fields}
-    return lease_shape(TierConfig(**values), reader or Reader())
+    return lease_shape(TierConfig(**values), reader or DRIVER)
 
 
 @pytest.mark.parametrize(
@@ -72,20 +53,11 @@ def test_the_memory_of_a_share_is_that_on_the_largest_gpu(
 
 
 def test_without_a_driver_a_share_is_compute_only() -> None:
-    class Nothing(Reader):
-        def read(self) -> tuple[GpuSample, ...]:
-            return ()
-
-    assert asked(Nothing(), gpu_share=0.5) == GangShape(milli_gpu=500)
+    assert asked(FakeGpuReader(), gpu_share=0.5) == GangShape(milli_gpu=500)
 
 
 def test_accepted_models_have_the_names_that_the_driver_uses() -> None:
-    class Mixed(Reader):
-        def read(self) -> tuple[GpuSample, ...]:
-            return tuple(
-                GpuSample(GpuInfo(uuid=name, index=index, name=name), GpuCondition.OK)
-                for index, name in enumerate(["NVIDIA H100 80GB HBM3", "NVIDIA L4"])
-            )
-
-    assert asked(Mixed(), gpu_models=["l4"]).models == {"L4", "NVIDIA L4"}
-    assert asked(Mixed(), gpu_models=["A100-80G"]).models == {"A100-80G"}
+    names = enumerate(["NVIDIA H100 80GB HBM3", "NVIDIA L4"])
+    mixed = FakeGpuReader(*(memory_sample(index, name, 81559, 81559) for index, name in names))
+    assert asked(mixed, gpu_models=["l4"]).models == {"L4", "NVIDIA L4"}
+    assert asked(mixed, gpu_models=["A100-80G"]).models == {"A100-80G"}

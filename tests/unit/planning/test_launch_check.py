@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from controlplane.config import TierConfig
-from controlplane.core.sizing.gpu_models import GIB, MIB
-from controlplane.core.telemetry.samples import GpuCondition, GpuInfo, GpuSample
+from controlplane.core.sizing.gpu_models import GIB
 from controlplane.errors import EngineError, EngineStartError
 from controlplane.planning import launch_check
 from controlplane.planning.cpu_info import NodeMemory, node_memory, packs_16_bit
 from controlplane.planning.launch_check import check_launch, launchable_model
+from tests.support.gpu_reader import FakeGpuReader, memory_sample
 
 SMALL = "bundled:smollm2-135m"
 LLAMA_70B = {
@@ -41,32 +41,15 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
 
 
-class Reader:
-    """Stands for the driver: GPUs of one kind."""
-
-    def __init__(
-        self, name: str, mib: int, capability: tuple[int, int], free_mib: int, count: int = 1
-    ) -> None:
-        self.closed = False
-        self._samples = tuple(
-            GpuSample(
-                GpuInfo(uuid=f"GPU-{index}", index=index, name=name, compute_capability=capability),
-                GpuCondition.OK,
-                memory_total_bytes=mib * MIB,
-                memory_free_bytes=free_mib * MIB,
-            )
-            for index in range(count)
-        )
-
-    def read(self) -> tuple[GpuSample, ...]:
-        return self._samples
-
-    def close(self) -> None:
-        self.closed = True
-
-
-def gpus(name: str = "NVIDIA L4", mib: int = 23034, free_mib: int = 22500, **more: Any) -> Any:
-    return Reader(name, mib, more.pop("capability", (8, 9)), free_mib, **more)
+def gpus(
+    name: str = "NVIDIA L4",
+    mib: int = 23034,
+    free_mib: int = 22500,
+    *,
+    capability: tuple[int, int] = (8, 9),
+    count: int = 1,
+) -> FakeGpuReader:
+    return FakeGpuReader(*(memory_sample(index, name, mib, free_mib, capability) for index in range(count)))
 
 
 def test_a_launch_that_fits_reports_the_kv_cache() -> None:

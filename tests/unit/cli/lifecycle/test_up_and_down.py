@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from click.testing import CliRunner, Result
 
 from controlplane.cli import main
@@ -31,6 +30,7 @@ from controlplane.errors import SetupError
 from controlplane.ray_cluster import session
 from controlplane.ray_cluster.ports import Ports, PortTaken
 from controlplane.ray_cluster.session import RunRecord
+from tests.support.config_file import write_config
 from tests.support.endpoints import make_endpoint
 from tests.support.run_record import run_record
 
@@ -41,23 +41,8 @@ def _own_run_dir(run_dir: Path) -> Path:
 
 
 def config(folder: Path, port: int, tier: dict[str, object] | None = None) -> Path:
-    values = {
-        "http_options": {"host": "127.0.0.1", "port": 18000},
-        "applications": [
-            {
-                "name": "tierplane",
-                "route_prefix": "/",
-                "import_path": "deployments.app:build",
-                "args": {
-                    "tiers": [tier or {"name": "only", "engine": "simulated"}],
-                    "gateway": {"port": port},
-                },
-            }
-        ],
-    }
-    path = folder / "plane.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
+    args = {"tiers": [tier or {"name": "only", "engine": "simulated"}], "gateway": {"port": port}}
+    return write_config(folder, args, http_options={"host": "127.0.0.1", "port": 18000})
 
 
 def run(*arguments: str) -> Result:

@@ -30,26 +30,28 @@ nodes:
   - {type: small, count: 2}
   - {type: big, name: big}
 """
-CONFIG = """
+APPLICATION = """
 applications:
   - name: tierplane
     route_prefix: /
     import_path: deployments.app:build
     args:
+"""
+CONFIG = f"""{APPLICATION}
       tiers:
         - name: lightweight
           model: Qwen/Qwen2.5-1.5B-Instruct
           replicas: 2
           gpu_share: 0.5
-          engine_args: {max-model-len: 8192, gpu-memory-utilization: 0.42}
+          engine_args: {{max-model-len: 8192, gpu-memory-utilization: 0.42}}
         - name: balanced
           model: Qwen/Qwen2.5-7B-Instruct
           cpus: 4
-          engine_args: {max-model-len: 16384}
+          engine_args: {{max-model-len: 16384}}
         - name: capable
           model: Qwen/Qwen2.5-32B-Instruct
           tensor_parallel_size: 2
-          engine_args: {max-model-len: 16384}
+          engine_args: {{max-model-len: 16384}}
 """
 
 
@@ -156,19 +158,14 @@ def test_without_a_cluster(files: tuple[str, str]) -> None:
     assert "describe one with --cluster" in str(result.exception)
 
 
-WIDE = """
-applications:
-  - name: tierplane
-    route_prefix: /
-    import_path: deployments.app:build
-    args:
+WIDE = f"""{APPLICATION}
       tiers:
         - name: wide
           model: Qwen/Qwen2.5-72B-Instruct
           tensor_parallel_size: 2
           pipeline_parallel_size: 2
           pipeline_across_nodes: ASKED
-          engine_args: {max-model-len: 16384}
+          engine_args: {{max-model-len: 16384}}
 """
 PAIRS = """
 node_types:

@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from controlplane.cli.planning.size import command
 from controlplane.config import parse_plane
 from controlplane.errors import ConfigError, SetupError
+from tests.support.config_file import write_config
 
 TYPES = [
     {"name": "small", "gpu": "L4", "gpus": 4, "cpus": 48, "memory_gib": 192, "cost_per_hour": 3},
@@ -43,9 +44,7 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(folder: Path, *tiers: dict[str, Any], types: Any = TYPES, nodes: Any = None) -> Result:
-    application = {"name": "tierplane", "route_prefix": "/", "import_path": "deployments.app:build"}
-    config, cluster = folder / "plane.yaml", folder / "cluster.yaml"
-    config.write_text(yaml.safe_dump({"applications": [{**application, "args": {"tiers": list(tiers)}}]}))
+    config, cluster = write_config(folder, {"tiers": list(tiers)}), folder / "cluster.yaml"
     nodes = nodes or [{"type": "small", "count": 2}, {"type": "big"}]
     cluster.write_text(yaml.safe_dump({"node_types": types, "nodes": nodes}))
     return CliRunner().invoke(command, [str(config), "--cluster", str(cluster), "--json"])
