@@ -48,7 +48,7 @@ class AlertView:
     since_unix_s: float
     """When ``state`` was entered."""
     acknowledged: str = ""
-    """By whom."""
+    """Who acknowledged it."""
     silenced_until_unix_s: float | None = None
 
 

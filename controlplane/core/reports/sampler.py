@@ -193,8 +193,8 @@ def _endpoint(endpoint: Endpoint) -> Instance:
     return Instance(InstanceKind.ENDPOINT, endpoint.tier, endpoint.endpoint_id)
 
 
-def _gpus_held(endpoint: Endpoint, book: LeaseTable) -> float:
-    lease = book.leases.get(endpoint.endpoint_id)
+def _gpus_held(endpoint: Endpoint, leases: LeaseTable) -> float:
+    lease = leases.leases.get(endpoint.endpoint_id)
     if lease is not None:
         return sum(part.milli for part in lease.parts) / WHOLE_MILLI
     return 0.0 if endpoint.state in ENDED else float(len(endpoint.gpu_uuids))
