@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from controlplane.config import PlaneConfig, TierConfig
+from controlplane.core.domain.request import RequestShape
 from controlplane.core.placement.batch_planner import plan
 from controlplane.core.placement.gangs import PlacementPlan
 from controlplane.core.placement.planner import PlacedCluster
 from controlplane.core.sizing.fleet_sizing import FleetGpu, ServingOption, TierChoice, TierNeed
 from controlplane.core.sizing.gpu_models import GpuModel, find_gpu
 from controlplane.core.sizing.quantization import preset
-from controlplane.core.sizing.roofline import ExpectedTraffic, LatencyTargets
+from controlplane.core.sizing.roofline import LatencyTargets
 from controlplane.errors import SetupError
 from controlplane.models.catalog import gpu_table
 from controlplane.models.model_config import load_model
@@ -71,7 +72,8 @@ def _need(tier: TierConfig) -> TierNeed:
     return TierNeed(
         tier.name,
         load_model(tier.model).spec,
-        ExpectedTraffic(expected.requests_per_s, expected.input_tokens, expected.output_tokens),
+        RequestShape(expected.input_tokens, expected.output_tokens),
+        expected.requests_per_s,
         LatencyTargets(expected.ttft_s * 1000, expected.itl_s * 1000),
         tuple(expected.quantizations),
         settings,

@@ -10,9 +10,10 @@ from typing import Any, Final
 
 from controlplane.config import PlaneConfig, TierConfig
 from controlplane.config.scaling import DEFAULT_MAX, ScalingConfig
-from controlplane.core.autoscaling.capacity import EngineSpeed, RequestShape, speed_of
+from controlplane.core.autoscaling.capacity import EngineSpeed, speed_of
 from controlplane.core.autoscaling.rule import ScalingRule
 from controlplane.core.cluster.tier_spec import ScalingPlan, TierSpec
+from controlplane.core.domain.request import RequestShape
 from controlplane.core.recommendations.rules import latency_limit_ms
 from controlplane.core.sizing.engine_args import parse_settings
 from controlplane.core.sizing.roofline import roofline
@@ -55,7 +56,7 @@ def gpu_priors(tier: TierConfig, request: RequestShape) -> tuple[tuple[str, Engi
         settings = parse_settings(args, tp=tier.tensor_parallel_size, pp=tier.pipeline_parallel_size)
         for gpu in [gpu_named(name) for name in tier.gpu_models] or gpu_table():
             line = roofline(spec, settings, gpu)
-            speed = speed_of(line, request.input_tokens, request.output_tokens, float(tier.concurrency_limit))
+            speed = speed_of(line, request, float(tier.concurrency_limit))
             found.append((gpu.name, speed))
     except (TierplaneError, ValueError, OSError):
         return ()  # the start of the engine reports the problem

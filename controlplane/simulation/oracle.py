@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
-from controlplane.core.autoscaling.capacity import EngineSpeed, LatencyBounds, ReplicaCapacity, RequestShape
+from controlplane.core.autoscaling.capacity import EngineSpeed, LatencyBounds, ReplicaCapacity
 from controlplane.core.autoscaling.decision import ScalingDecision
+from controlplane.core.domain.request import RequestShape
 from controlplane.simulation.engine import EngineTiming
 from controlplane.simulation.policies import PolicyInput, StaticPolicy, decision, per_tier
 from controlplane.simulation.results import SimulationResult

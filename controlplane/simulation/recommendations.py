@@ -18,8 +18,8 @@ from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 
-from controlplane.core.autoscaling.capacity import RequestShape
 from controlplane.core.autoscaling.policy import TierScaler
+from controlplane.core.domain.request import RequestShape
 from controlplane.core.recommendations.cycle import Recommender
 from controlplane.core.recommendations.log import IssuedRecommendation, RecommendationLog, TrackRecord
 from controlplane.core.recommendations.rules import GPU_LOAD, SLOT_LOAD, TierCondition

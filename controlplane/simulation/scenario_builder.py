@@ -8,7 +8,7 @@ from typing import Final
 
 from controlplane.config import PlaneConfig, TierConfig
 from controlplane.core.admission.queue import AdmissionSettings
-from controlplane.core.autoscaling.capacity import RequestShape
+from controlplane.core.domain.request import RequestShape
 from controlplane.core.placement.topology import Node
 from controlplane.core.recommendations.rules import latency_limit_ms
 from controlplane.core.routing.endpoint_table import LoadSettings

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from controlplane.config import TierConfig
-from controlplane.core.autoscaling.capacity import EngineSpeed, RequestShape, speed_of
+from controlplane.core.autoscaling.capacity import EngineSpeed, speed_of
+from controlplane.core.domain.request import RequestShape
 from controlplane.core.placement.gangs import Gang, GangShape, Infeasible
 from controlplane.core.placement.planner import PlacedCluster, Planner
 from controlplane.core.placement.topology import Node
@@ -136,7 +137,7 @@ def _on_gpu(tier: TierConfig, gpu_model: str, options: Options, request: Request
             f"prompt of this trace has {request.input_tokens:.0f}: take a larger GPU (--gpu, or the tier's "
             "gpu_models), or see `tierplane fit`"
         )
-    prior = speed_of(line, request.input_tokens, request.output_tokens, float(tier.concurrency_limit))
+    prior = speed_of(line, request, float(tier.concurrency_limit))
     sequences = settings.batch(loaded.spec, gpu)[1]
     return TierEngines(
         EngineModel(RooflineTiming(line, options.engine_ratio), float(plan.kv_tokens), sequences), prior

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from controlplane.cli.console import stdout
 from controlplane.config import PlaneConfig, parse_plane
-from controlplane.core.autoscaling.capacity import RequestShape
+from controlplane.core.domain.request import RequestShape
 from controlplane.simulation.engine import SimulatedTiming
 from controlplane.simulation.options import Options
 from controlplane.simulation.policies import MakePolicy, StaticPolicy, per_tier, reactive_policy

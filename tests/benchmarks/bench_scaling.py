@@ -23,7 +23,7 @@ from rich.table import Table
 
 from controlplane.cli.console import stdout
 from controlplane.config import PlaneConfig, TierConfig
-from controlplane.core.autoscaling.capacity import RequestShape
+from controlplane.core.domain.request import RequestShape
 from controlplane.core.domain.slo import Slo
 from controlplane.simulation import oracle
 from controlplane.simulation.options import Options

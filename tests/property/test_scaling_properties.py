@@ -5,11 +5,12 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controlplane.core.autoscaling.capacity import EngineSpeed, LatencyBounds, ReplicaCapacity, RequestShape
+from controlplane.core.autoscaling.capacity import EngineSpeed, LatencyBounds, ReplicaCapacity
 from controlplane.core.autoscaling.decision import TierObservation
 from controlplane.core.autoscaling.gpu_budget import GpuDemand, share_gpus
 from controlplane.core.autoscaling.policy import TierScaler
 from controlplane.core.autoscaling.rule import ScalingRule
+from controlplane.core.domain.request import RequestShape
 from controlplane.core.telemetry.series import Freshness, Signal, known_now, missing
 
 SPEED = EngineSpeed(0.02, 0.001, 0.0001)

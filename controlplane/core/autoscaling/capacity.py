@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from controlplane.core.domain.request import RequestShape
 from controlplane.core.sizing.roofline import Roofline
 
 _FORGET_S: Final = 14_400.0
@@ -45,23 +46,14 @@ class EngineSpeed:
     prompt_s_per_token: float
 
 
-def speed_of(line: Roofline, input_tokens: float, output_tokens: float, batch: float = 16.0) -> EngineSpeed:
+def speed_of(line: Roofline, request: RequestShape, batch: float) -> EngineSpeed:
     """The roofline's speed, linearised around requests of that size and that batch."""
-    context = input_tokens + output_tokens / 2
+    context = request.input_tokens + request.output_tokens / 2
     one = line.step_s(1.0, context)
     many = line.step_s(max(batch, 2.0), context)
     slope = max((many - one) / (max(batch, 2.0) - 1.0), 1e-9)
-    prompt = max(round(input_tokens), 1)
+    prompt = max(round(request.input_tokens), 1)
     return EngineSpeed(max(one - slope, 1e-9), slope, line.prefill_s(prompt) / prompt)
-
-
-@dataclass(frozen=True, slots=True)
-class RequestShape:
-    """The mean request of a tier."""
-
-    input_tokens: float
-    """Prompt tokens that are computed, without prefix cache hits."""
-    output_tokens: float
 
 
 @dataclass(frozen=True, slots=True)

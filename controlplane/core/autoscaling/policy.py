@@ -18,13 +18,14 @@ from __future__ import annotations
 import math
 from typing import Final
 
-from controlplane.core.autoscaling.capacity import LatencyBounds, ReplicaCapacity, RequestShape
+from controlplane.core.autoscaling.capacity import LatencyBounds, ReplicaCapacity
 from controlplane.core.autoscaling.decision import ScalingDecision, TierObservation
 from controlplane.core.autoscaling.forecast import Forecast, Forecaster
 from controlplane.core.autoscaling.headroom import Headroom, HeadroomTerms
 from controlplane.core.autoscaling.rule import ScalingRule
 from controlplane.core.autoscaling.schedules import bounds_at
 from controlplane.core.autoscaling.target_limits import WATCH_S, TargetLimits
+from controlplane.core.domain.request import RequestShape
 
 _RUSH_S: Final = 60.0
 """How long a rate of the last seconds that exceeds the forecast is assumed to last."""

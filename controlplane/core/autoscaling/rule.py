@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from controlplane.core.autoscaling.capacity import EngineSpeed, RequestShape
+from controlplane.core.autoscaling.capacity import EngineSpeed
 from controlplane.core.autoscaling.schedules import Schedule
+from controlplane.core.domain.request import RequestShape
 from controlplane.core.domain.slo import Slo
 
 

@@ -1,7 +1,8 @@
-"""Properties of a request: how difficult and how urgent it is, and how it ended."""
+"""Properties of a request: how difficult, how urgent and how long it is, and how it ended."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 
 
@@ -34,3 +35,12 @@ class RequestOutcome(StrEnum):
     """The engines or the gateway failed it (5xx, or a stream that ended with an error)."""
     CANCELLED = "cancelled"
     """The client disconnected before the response was complete."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestShape:
+    """The mean request of a tier."""
+
+    input_tokens: float
+    """Prompt tokens that are computed, without prefix cache hits."""
+    output_tokens: float

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Final
 
-from controlplane.core.autoscaling.capacity import LatencyBounds, ReplicaCapacity, RequestShape
+from controlplane.core.autoscaling.capacity import LatencyBounds, ReplicaCapacity
+from controlplane.core.domain.request import RequestShape
 from controlplane.core.domain.slo import Slo
 from controlplane.core.telemetry.series import Signal, missing
 

@@ -14,13 +14,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from controlplane.core.domain.request import RequestShape
 from controlplane.core.sizing.architecture import ModelSpec
 from controlplane.core.sizing.engine_args import EngineArgs
 from controlplane.core.sizing.feasibility import FitLimits, shortfalls
 from controlplane.core.sizing.gpu_memory import plan_memory
 from controlplane.core.sizing.gpu_models import GpuModel
 from controlplane.core.sizing.quantization import preset
-from controlplane.core.sizing.roofline import ExpectedTraffic, LatencyTargets, ReplicaSpeed, roofline
+from controlplane.core.sizing.roofline import LatencyTargets, ReplicaSpeed, roofline
 
 TARGET_RATIO = 0.7
 """Share of a replica's capacity that the expected load may use; the rest is for bursts."""
@@ -37,7 +38,8 @@ class TierNeed:
 
     name: str
     model: ModelSpec
-    load: ExpectedTraffic
+    request: RequestShape
+    requests_per_s: float
     slo: LatencyTargets
     quantizations: tuple[str, ...] = ("none",)
     """Allowed weight formats by name, the preferred one first."""
@@ -186,29 +188,30 @@ def _shapes(need: TierNeed, entry: FleetGpu) -> Iterator[tuple[str, int, int]]:
 
 def _option(need: TierNeed, entry: FleetGpu, name: str, tp: int, pp: int) -> ServingOption | str:
     """The option with its replicas, or the reason why it is ruled out."""
-    gpu, model, load = entry.gpu, need.model, need.load
+    gpu, model, request = entry.gpu, need.model, need.request
     quantization = preset(name)
     settings = replace(need.settings, tp=tp, pp=pp)
     if quantization.quantized:
         settings = replace(settings, quantization=quantization)
-    length = min((load.input_tokens + load.output_tokens) * LENGTH_FACTOR, model.max_length)
+    tokens = round(request.input_tokens + request.output_tokens)
+    length = min(tokens * LENGTH_FACTOR, model.max_length)
     plan = plan_memory(model, settings, gpu)
     reasons = shortfalls(plan, FitLimits(length=length))
     if reasons:
         return reasons[0]
-    sequences = plan.sequences(load.input_tokens + load.output_tokens)
+    sequences = plan.sequences(tokens)
     try:
         line = roofline(model, settings, gpu)
     except ValueError as error:
         return str(error)
-    capacity = line.capacity(load, need.slo, sequences)
+    capacity = line.capacity(request, need.slo, sequences)
     if capacity.requests_per_s <= 0:
         return _too_slow(capacity, need.slo)
-    wanted = load.requests_per_s / (capacity.requests_per_s * TARGET_RATIO)
+    wanted = need.requests_per_s / (capacity.requests_per_s * TARGET_RATIO)
     replicas = max(math.ceil(wanted - 1e-9), 1)
     if replicas > MOST_REPLICAS or replicas * tp * pp > entry.count:
         return f"{replicas} replicas need {replicas * tp * pp} GPUs, there are {entry.count}"
-    expected = line.speed(load, load.requests_per_s / replicas)
+    expected = line.speed(request, need.requests_per_s / replicas)
     cost = replicas * tp * pp * entry.cost_per_hour
     return ServingOption(gpu.name, tp, pp, name, replicas, cost, capacity, expected, sequences)
 
@@ -274,7 +277,7 @@ def _choice(
     next_best = others[0] if others else None
     rate = option.capacity.requests_per_s
     why = (
-        f"{need.load.requests_per_s:g} requests/s at {TARGET_RATIO:.0%} of {rate:.2f} per replica inside "
+        f"{need.requests_per_s:g} requests/s at {TARGET_RATIO:.0%} of {rate:.2f} per replica inside "
         f"{need.slo.ttft_ms:g} ms to the first token and {need.slo.itl_ms:g} ms per token need "
         f"{option.replicas} replica{'' if option.replicas == 1 else 's'}"
     )

@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
+from controlplane.core.domain.request import RequestShape
 from controlplane.core.sizing.architecture import ModelSpec
 from controlplane.core.sizing.engine_args import EngineArgs
 from controlplane.core.sizing.gpu_models import GpuModel
@@ -37,17 +38,6 @@ STEP_OVERHEAD_S = 1.5e-3
 """Scheduling, sampling and detokenising of one step that isn't hidden behind the GPU."""
 
 _ITERATIONS = 40
-
-
-@dataclass(frozen=True, slots=True)
-class ExpectedTraffic:
-    """The mean load that a tier is expected to serve."""
-
-    requests_per_s: float
-    input_tokens: int
-    """Mean prompt length."""
-    output_tokens: int
-    """Mean answer length."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +88,7 @@ class Roofline:
     """Communication between GPUs, per step."""
     communication_s_per_token: float
 
-    def prefill_s(self, tokens: int) -> float:
+    def prefill_s(self, tokens: float) -> float:
         """Time to process a prompt of ``tokens`` tokens while nothing else runs."""
         # Causal attention: on average a token attends to half of the prompt, at most to its window.
         attended = sum(tokens * min(tokens / 2, window or tokens) * n for window, n in self.layers)
@@ -122,20 +112,20 @@ class Roofline:
     def _communication_s(self, tokens: float) -> float:
         return self.communication_s + self.communication_s_per_token * tokens
 
-    def speed(self, load: ExpectedTraffic, requests_per_s: float) -> ReplicaSpeed:
-        """The latencies of one replica at ``requests_per_s`` with the load's mean lengths; infinite if the
+    def speed(self, request: RequestShape, requests_per_s: float) -> ReplicaSpeed:
+        """The latencies of one replica at ``requests_per_s`` for requests of this shape; infinite if the
         replica is overloaded.
 
         Prompts take a share of the time and stretch the decode steps by it. The number of decoding sequences
         is arrivals x answer length x time per token (Little's law), and a prompt waits for those before it as
         in an M/D/1 queue.
         """
-        prefill = self.prefill_s(load.input_tokens)
+        prefill = self.prefill_s(request.input_tokens)
         busy = requests_per_s * prefill / self.pp
         if busy >= 1:
             return ReplicaSpeed(requests_per_s, math.inf, math.inf, math.inf)
-        context = load.input_tokens + load.output_tokens / 2
-        tokens_per_s = requests_per_s * load.output_tokens
+        context = request.input_tokens + request.output_tokens / 2
+        tokens_per_s = requests_per_s * request.output_tokens
         batch = 0.0
         itl = self.step_s(1, context)
         for _ in range(_ITERATIONS):
@@ -147,7 +137,7 @@ class Roofline:
         ttft = wait + prefill + itl / 2
         return ReplicaSpeed(requests_per_s, batch, ttft * 1e3, itl * 1e3)
 
-    def capacity(self, load: ExpectedTraffic, slo: LatencyTargets, max_sequences: int) -> ReplicaSpeed:
+    def capacity(self, request: RequestShape, slo: LatencyTargets, max_sequences: int) -> ReplicaSpeed:
         """One replica at the highest rate that meets the SLO; the rate is 0 if not even a single request at a
         time does."""
 
@@ -159,17 +149,17 @@ class Roofline:
                 and speed.batch < math.inf
             )
 
-        idle = self.speed(load, 0.0)
+        idle = self.speed(request, 0.0)
         if not meets_slo(idle) or max_sequences < 1:
             return idle
-        low, high = 0.0, self.pp / self.prefill_s(load.input_tokens)
+        low, high = 0.0, self.pp / self.prefill_s(request.input_tokens)
         for _ in range(_ITERATIONS):
             middle = (low + high) / 2
-            if meets_slo(self.speed(load, middle)):
+            if meets_slo(self.speed(request, middle)):
                 low = middle
             else:
                 high = middle
-        return self.speed(load, low)
+        return self.speed(request, low)
 
 
 def roofline(model: ModelSpec, settings: EngineArgs, gpu: GpuModel) -> Roofline:

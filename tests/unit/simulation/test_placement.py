@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from controlplane.core.autoscaling.capacity import EngineSpeed, RequestShape
+from controlplane.core.autoscaling.capacity import EngineSpeed
 from controlplane.core.autoscaling.decision import ScalingDecision
 from controlplane.core.autoscaling.rule import ScalingRule
+from controlplane.core.domain.request import RequestShape
 from controlplane.core.domain.slo import Slo
 from controlplane.core.placement.gangs import GangShape
 from controlplane.core.routing.tier_table import OverflowDirection, TierPolicy

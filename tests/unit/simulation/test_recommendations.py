@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from controlplane.core.autoscaling.capacity import EngineSpeed, RequestShape
+from controlplane.core.autoscaling.capacity import EngineSpeed
 from controlplane.core.autoscaling.policy import TierScaler
 from controlplane.core.autoscaling.rule import ScalingRule
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
+from controlplane.core.domain.request import RequestShape
 from controlplane.core.domain.slo import Slo
 from controlplane.core.placement.gangs import GangShape
 from controlplane.core.placement.topology import Gpu, Node

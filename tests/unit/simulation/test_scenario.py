@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from controlplane.config import parse_plane
-from controlplane.core.autoscaling.capacity import RequestShape
+from controlplane.core.domain.request import RequestShape
 from controlplane.core.placement.topology import Gpu, Node
 from controlplane.errors import SetupError
 from controlplane.models.catalog import gpu_named

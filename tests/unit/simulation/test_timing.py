@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 
 from controlplane.config import TierConfig
-from controlplane.core.autoscaling.capacity import RequestShape
+from controlplane.core.domain.request import RequestShape
 from controlplane.engines.simulated import batching
 from controlplane.engines.simulated.batching import BatchScheduler, Finish, GenerationRequest
 from controlplane.engines.simulated.engine import SimulatedSettings

@@ -7,7 +7,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from controlplane.core.autoscaling.capacity import EngineSpeed, LatencyBounds, ReplicaCapacity, RequestShape
+from controlplane.core.autoscaling.capacity import EngineSpeed, LatencyBounds, ReplicaCapacity
+from controlplane.core.domain.request import RequestShape
 
 PRIOR = EngineSpeed(0.02, 0.001, 0.0001)
 TRUTH = EngineSpeed(0.03, 0.0015, 0.0003)

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
-from controlplane.core.autoscaling.capacity import EngineSpeed, RequestShape
+from controlplane.core.autoscaling.capacity import EngineSpeed
 from controlplane.core.autoscaling.decision import ScaleDirection, ScalingDecision, TierObservation
 from controlplane.core.autoscaling.policy import TierScaler
 from controlplane.core.autoscaling.rule import ScalingRule
 from controlplane.core.autoscaling.schedules import Schedule
+from controlplane.core.domain.request import RequestShape
 from controlplane.core.domain.slo import Slo
 from controlplane.core.telemetry.series import Freshness, Signal, known_now, missing
 

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 
-from controlplane.core.autoscaling.capacity import EngineSpeed, RequestShape
+from controlplane.core.autoscaling.capacity import EngineSpeed
 from controlplane.core.autoscaling.decision import ScaleDirection, ScalingDecision, TierObservation
 from controlplane.core.autoscaling.round import ScalingRound
 from controlplane.core.autoscaling.rule import ScalingRule
 from controlplane.core.autoscaling.schedules import Schedule
+from controlplane.core.domain.request import RequestShape
 from controlplane.core.telemetry.series import known_now, missing
 
 SPEED = EngineSpeed(0.02, 0.001, 0.0001)

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from controlplane.core.autoscaling.capacity import EngineSpeed, LatencyBounds, ReplicaCapacity, RequestShape
+from controlplane.core.autoscaling.capacity import EngineSpeed, LatencyBounds, ReplicaCapacity
+from controlplane.core.domain.request import RequestShape
 from controlplane.core.domain.slo import Slo
 from controlplane.core.recommendations.rules import (
     Breach,

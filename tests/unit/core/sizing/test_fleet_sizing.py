@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from controlplane.core.domain.request import RequestShape
 from controlplane.core.sizing.engine_args import EngineArgs
 from controlplane.core.sizing.fleet_sizing import (
     FleetGpu,
@@ -16,13 +17,14 @@ from controlplane.core.sizing.fleet_sizing import (
     size_tiers,
 )
 from controlplane.core.sizing.gpu_models import unlisted_gpu
-from controlplane.core.sizing.roofline import ExpectedTraffic, LatencyTargets, roofline
+from controlplane.core.sizing.roofline import LatencyTargets, roofline
 from controlplane.models.catalog import gpu_named, known_model
 
 SETTINGS = EngineArgs(max_length=8192)
 
 
 RELAXED = LatencyTargets(1000, 50)
+REQUEST = RequestShape(1000, 250)
 
 
 def need(
@@ -30,7 +32,7 @@ def need(
 ) -> TierNeed:
     spec = known_model(model)
     assert spec is not None
-    return TierNeed(model, spec, ExpectedTraffic(rate, 1000, 250), slo, formats, SETTINGS)
+    return TierNeed(model, spec, REQUEST, rate, slo, formats, SETTINGS)
 
 
 def fleet(**counts: Any) -> list[FleetGpu]:
@@ -130,7 +132,7 @@ def test_an_overload_is_infinite() -> None:
     spec = known_model("llama-3.1-8b-instruct")
     assert spec is not None
     line = roofline(spec, SETTINGS, gpu_named("L4"))
-    assert line.speed(ExpectedTraffic(1, 1000, 250), 1e3).ttft_ms == float("inf")
-    idle = line.capacity(ExpectedTraffic(1, 1000, 250), LatencyTargets(1, 1), 10)
+    assert line.speed(REQUEST, 1e3).ttft_ms == float("inf")
+    idle = line.capacity(REQUEST, LatencyTargets(1, 1), 10)
     assert idle.requests_per_s == 0
-    assert idle.ttft_ms == pytest.approx(line.speed(ExpectedTraffic(1, 1000, 250), 0).ttft_ms)
+    assert idle.ttft_ms == pytest.approx(line.speed(REQUEST, 0).ttft_ms)
