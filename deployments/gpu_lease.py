@@ -37,7 +37,6 @@ class EngineGpus:
     ids: tuple[str, ...] = ()
     """Values for ``CUDA_VISIBLE_DEVICES``; empty: the environment stays as it is."""
     lease: GpuLease | None = None
-    reason: str = ""
 
     @property
     def uuids(self) -> tuple[str, ...]:
@@ -69,7 +68,7 @@ class GpuLeaseClient:
         """Wait until an engine of the tier may be started; returns at once unless the tier is held."""
         while True:
             try:
-                permission = await self._call(ControllerApi.may_start, self._holder, self._tier)
+                permission = await self._call(ControllerApi.may_start, self._tier)
             except ControllerUnavailable as error:
                 self._log.warning("starting without the controller's permission", reason=str(error))
                 return
@@ -95,7 +94,7 @@ class GpuLeaseClient:
             match response.outcome:
                 case LeaseOutcome.GRANTED | LeaseOutcome.UNCHANGED if response.lease is not None:
                     self._log.info("GPUs leased", gpus=response.lease.gpu_uuids, reason=response.reason)
-                    return EngineGpus(response.lease.gpu_uuids, response.lease, response.reason)
+                    return EngineGpus(response.lease.gpu_uuids, response.lease)
                 case LeaseOutcome.WAIT if waited_s < UNKNOWN_LIMIT_S:
                     self._show_wait(f"waiting for a GPU: {response.reason}")
                 case LeaseOutcome.REFUSED if waited_s < REFUSED_LIMIT_S:
@@ -112,7 +111,7 @@ class GpuLeaseClient:
 
     def _without_lease(self, assigned: tuple[str, ...], reason: str) -> EngineGpus:
         self._log.warning("no lease, using the GPUs that Ray assigned", gpus=assigned, reason=reason)
-        return EngineGpus(assigned, None, reason)
+        return EngineGpus(assigned)
 
     async def _call(self, method: Method[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the controller; tries again for a short time while it is away."""

@@ -129,7 +129,7 @@ class TierReplica:
         gpus = EngineGpus()
         if tier.gpus and not self._leases_gpus:
             # Workers that vLLM starts on several nodes use the GPUs that Ray assigns: so must all others.
-            gpus = EngineGpus(_assigned_gpu_ids(), None, "as Ray assigned them")
+            gpus = EngineGpus(_assigned_gpu_ids())
         elif tier.gpus:
             shape = await asyncio.to_thread(lease_shape, tier)
             gpus = await self._lease_client.lease(shape, _assigned_gpu_ids())

@@ -205,9 +205,9 @@ class ControllerActor:
         self._commit()
         return response
 
-    async def may_start(self, holder: str, tier: str) -> StartPermission:
+    async def may_start(self, tier: str) -> StartPermission:
         """See :meth:`Controller.may_start`."""
-        return self._controller.may_start(holder, tier)
+        return self._controller.may_start(tier)
 
     # --- scaling --------------------------------------------------------------------------------------------
 

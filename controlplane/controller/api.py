@@ -88,7 +88,7 @@ class ControllerApi(Protocol):
         """Return a holder's GPUs; deregistering does so too."""
         ...
 
-    async def may_start(self, holder: str, tier: str) -> StartPermission:
+    async def may_start(self, tier: str) -> StartPermission:
         """Whether an engine of the tier may be started now; not while the tier is held or drained."""
         ...
 

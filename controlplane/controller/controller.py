@@ -280,7 +280,7 @@ class Controller:
     ) -> LeaseResponse:
         """Lease GPUs to a replica that Ray has put on a node; see :meth:`LeaseAllocator.acquire`."""
         wait = "" if self.settled else "the controller has just started: holders report their leases first"
-        start = self.may_start(holder, tier)
+        start = self.may_start(tier)
         if not start.allowed:
             return LeaseResponse(LeaseOutcome.WAIT, start.reason, retry_after_s=start.retry_after_s)
         response = self._allocator.acquire(holder, generation, node_id, shape, now_s=self.now_s(), wait=wait)
@@ -310,7 +310,7 @@ class Controller:
             self.note("lease ended", holder, response.reason)
         return response
 
-    def may_start(self, holder: str, tier: str) -> StartPermission:
+    def may_start(self, tier: str) -> StartPermission:
         """Whether an engine of the tier may be started now."""
         hold = self.tier_holds.get(tier)
         if hold is None:

@@ -93,6 +93,7 @@ class ControlLoops:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._nodes.close()
         await self._open.aclose()
 
     def run_soon(self, loop: PeriodicLoop) -> None:

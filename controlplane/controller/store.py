@@ -96,8 +96,6 @@ class Point:
     step_s: int
     count: int
     mean: float
-    low: float
-    high: float
 
 
 class Store:
@@ -232,15 +230,12 @@ class Store:
 
         def read(database: sqlite3.Connection) -> list[Point]:
             rows = database.execute(
-                "SELECT at_s, step_s, count, total, low, high FROM history"
+                "SELECT at_s, step_s, count, total FROM history"
                 " JOIN series ON series.id = history.series"
                 " WHERE name = ? AND at_s >= ? AND at_s < ? ORDER BY at_s",
                 (series, since_unix_s, until_unix_s),
             )
-            return [
-                Point(at_s, step_s, count, total / count, low, high)
-                for at_s, step_s, count, total, low, high in rows
-            ]
+            return [Point(at_s, step_s, count, total / count) for at_s, step_s, count, total in rows]
 
         with self._lock:
             return self._read(read)

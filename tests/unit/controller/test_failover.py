@@ -247,7 +247,7 @@ def test_crashing_replicas_hold_their_tier_with_the_diagnosis() -> None:
         world.end(name)
         world.step(2)
     assert "--bad" in world.controller.tier_holds["small"].reason
-    assert not world.controller.may_start("small-9", "small").allowed
+    assert not world.controller.may_start("small").allowed
     assert world.controller.targets()["small"].replicas <= 1
     born = world.started
     world.step(500)

@@ -114,7 +114,7 @@ def test_a_tier_is_drained_until_it_is_uncordoned() -> None:
     assert not made.replicas
     assert made.controller.targets()["small"].replicas == 0
     assert controller.restart("small", "").outcome is ActionOutcome.REFUSED
-    start = made.controller.may_start("small-9", "small")
+    start = made.controller.may_start("small")
     assert not start.allowed
     assert start.retry_after_s > 0
     waits = made.controller.lease_gpus("small-9", 1, "node-a", GangShape(), "small")

@@ -70,8 +70,10 @@ def test_history_becomes_wider_with_age(path: Path) -> None:
         store.compact(now)
         assert store.history("gpu", 0, now) == before, "compacting again changes nothing"
         assert [(point.step_s, point.count) for point in before] == [(600, 2), (60, 2), (1, 2)]
-        assert before[-1] == Point(now - 10, 1, 2, 15.0, 10.0, 20.0)
-        assert (before[0].low, before[0].high) == (3 * DAY_S - 30, 3 * DAY_S)
+        assert before[-1] == Point(now - 10, 1, 2, 15.0)
+        assert before[0].mean == 3 * DAY_S - 15
+        [(*_, high)] = store.summary("gpu", before[0].unix_s, before[0].unix_s + 600, 600)
+        assert high == 3 * DAY_S
         assert all(point.unix_s % point.step_s == 0 for point in before)
         assert store.history("bad", 0, now) == store.history("other", 0, now) == []
         late = 7200 * 3
@@ -82,7 +84,8 @@ def test_history_becomes_wider_with_age(path: Path) -> None:
         store.add_points(now - late, {"gpu": 5.0})
         store.compact(now)
         [joined] = store.history("gpu", now - late - 60, now - late + 60)
-        assert (joined.step_s, joined.count, joined.mean, joined.high) == (60, 3, 3.0, 5.0)
+        assert (joined.step_s, joined.count, joined.mean) == (60, 3, 3.0)
+        assert store.summary("gpu", joined.unix_s, joined.unix_s + 60, 60) == [("gpu", 0, 3, 9.0, 5.0)]
 
 
 def test_old_audit_entries_are_dropped(path: Path) -> None:
@@ -181,7 +184,7 @@ def test_a_folder_that_can_not_be_made(tmp_path: Path) -> None:
     with closing(Store(tmp_path / "file" / "store.sqlite")) as store:
         assert store.values().get("lease") == 3
         assert [entry.seq for entry in store.audit_since(0)] == [1]
-        assert store.history("a", 0, 9) == [Point(7, 1, 1, 1.0, 1.0, 1.0)]
+        assert store.history("a", 0, 9) == [Point(7, 1, 1, 1.0)]
 
 
 def test_an_earlier_controllers_file_that_comes_late(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import structlog
+from structlog.testing import capture_logs
 
 from controlplane.config import ControllerConfig
 from controlplane.controller.api import Method, P, R
@@ -84,10 +85,12 @@ def test_the_engine_gets_the_leased_uuids_in_the_order_of_the_ranks() -> None:
     ids=["no controller", "no driver", "never known"],
 )
 def test_without_a_lease_the_engine_gets_the_gpus_that_ray_assigned(answers: list[Any], reason: str) -> None:
-    found = lease(Link(*answers))
+    with capture_logs() as logs:
+        found = lease(Link(*answers))
     assert found.ids == ("0", "1")
     assert found.uuids == ()
-    assert reason in found.reason
+    [line] = [line for line in logs if line["event"].startswith("no lease")]
+    assert reason in line["reason"]
 
 
 def test_what_is_not_known_yet_is_waited_for_and_shown() -> None:
