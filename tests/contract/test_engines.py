@@ -152,7 +152,7 @@ def test_completions_whole_and_streamed(running: Running) -> None:
     assert "".join(chunk.choices[0].text for chunk in streamed if chunk.choices) == whole.choices[0].text
 
 
-def test_an_empty_conversation_is_the_clients_fault(running: Running) -> None:
+def test_an_empty_conversation_is_a_client_error(running: Running) -> None:
     status, _, text = call(
         running.status.base_url + "/v1/chat/completions", running.status.secret, {"model": "served"}
     )

@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-from controlplane.http.messages import Request
+from controlplane.http.messages import Request, Responder
 from controlplane.http.server import HttpResponder, HttpServer
-from tests.support.waiting import loop_turns
+from tests.support.waiting import forever, loop_turns
 
 
 @asynccontextmanager
@@ -35,3 +35,21 @@ async def talk(port: int, *pieces: bytes) -> bytes:
     data = await asyncio.wait_for(reader.read(), 5)
     writer.close()
     return data
+
+
+async def echo(request: Request, out: Responder) -> None:
+    """Sends back the body or else the path; ``/stream`` in pieces, ``/break`` breaks off, ``/slow`` waits."""
+    if request.path == "/stream":
+        out.start(200, [(b"content-type", b"text/plain")])
+        for piece in (b"one ", b"two ", b"three"):
+            out.write(piece)
+            await out.drain()
+        out.finish()
+    elif request.path == "/break":
+        out.start(200, [])
+        out.write(b"half")
+        out.abort()
+    elif request.path == "/slow":
+        await forever()
+    else:
+        out.send(200, [(b"x-query", request.query.encode())], request.body or request.path.encode())

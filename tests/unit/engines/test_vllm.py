@@ -149,7 +149,7 @@ def test_threads_on_cpu(
 @pytest.mark.parametrize(
     ("world_size", "cores", "uni"), [(1, 2, True), (1, 4, True), (1, 32, False), (3, 2, False)]
 )
-def test_an_unbound_worker_shares_its_core_s_process(
+def test_an_unbound_worker_shares_the_engine_cores_process(
     monkeypatch: pytest.MonkeyPatch, world_size: int, cores: int, uni: bool
 ) -> None:
     monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
@@ -335,7 +335,7 @@ def test_a_cause_outlives_the_noise_after_it() -> None:
     assert "GPU memory ran out" in ENGINE.diagnose(lines, 1).summary
 
 
-def test_output_of_the_environment_variable_name_alone_is_no_cause() -> None:
+def test_output_that_only_names_the_environment_variable_is_no_cause() -> None:
     lines = [
         "WARNING VLLM_CPU_KVCACHE_SPACE not set. Using 4 GiB by default.",
         "RuntimeError: something else",

@@ -1,4 +1,4 @@
-"""The own port with clients that are odd, slow or hostile."""
+"""The HTTP server with clients that are odd, slow or hostile, and what an engine needs of it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from collections.abc import Awaitable
 
 import pytest
 
-from controlplane.gateway.api.pages import fetch_text
 from controlplane.http import server as server_module
-from controlplane.http.asgi import AsgiApp
 from controlplane.http.messages import Request, Responder
 from controlplane.http.server import MAX_HEAD_BYTES, HttpResponder, HttpServer
 from tests.support.http_server import serving, talk
-from tests.support.waiting import forever, loop_turns, until_async
+from tests.support.waiting import loop_turns, until_async
 
 BIG = b"x" * (8 * 1024 * 1024)
 
@@ -56,7 +54,7 @@ async def test_a_drain_answers_a_client_that_the_kernel_has_connected_only() -> 
         client.close()
 
 
-async def test_a_drain_lets_an_answer_go_out_whole() -> None:
+async def test_a_drain_lets_a_response_go_out_complete() -> None:
     async with serving(handler) as (server, port):
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=4096)
         writer.write(b"GET /big HTTP/1.1\r\nhost: h\r\n\r\n")
@@ -107,13 +105,13 @@ async def test_an_offer_to_upgrade_is_not_taken_up() -> None:
         assert b"/y" in data
 
 
-async def test_a_wrong_request_does_not_cut_the_answer_before_it() -> None:
+async def test_a_malformed_request_does_not_truncate_the_response_before_it() -> None:
     async with serving(handler) as (_, port):
         data = await talk(port, b"GET /later HTTP/1.1\r\nhost: h\r\n\r\n", b"nonsense\r\n\r\n")
         assert b"4\r\none \r\n3\r\ntwo\r\n0\r\n\r\nHTTP/1.1 400" in data
 
 
-async def test_a_continue_is_not_written_into_a_running_answer() -> None:
+async def test_a_continue_is_not_written_into_a_running_response() -> None:
     async with serving(handler) as (_, port):
         second = b"POST /y HTTP/1.1\r\nhost: h\r\nexpect: 100-continue\r\ncontent-length: 2\r\n"
         second += b"connection: close\r\n\r\n"
@@ -122,7 +120,7 @@ async def test_a_continue_is_not_written_into_a_running_answer() -> None:
         assert data.endswith(b"/y ok")
 
 
-async def test_too_large_is_told_to_a_client_that_is_still_sending() -> None:
+async def test_a_client_that_is_still_sending_too_much_gets_the_error() -> None:
     async with serving(handler) as (_, port):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"POST / HTTP/1.1\r\nhost: h\r\ntransfer-encoding: chunked\r\n\r\n")
@@ -156,61 +154,6 @@ async def test_an_absolute_target_is_its_path() -> None:
     async with serving(handler) as (_, port):
         data = await talk(port, b"GET http://h:1/p?q=1 HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n")
         assert data.endswith(b"/p ")
-
-
-async def test_a_large_exposition_is_fetched_whole() -> None:
-    async with serving(handler) as (_, port):
-        text = await fetch_text(f"http://127.0.0.1:{port}/big")
-        assert text == "" or len(text) == len(BIG)
-        assert len(text) == len(BIG)
-
-
-async def test_asgi_hands_nothing_on_of_a_request_that_broke_off() -> None:
-    asked: list[Request] = []
-
-    async def remember(request: Request, out: Responder) -> None:
-        asked.append(request)
-        out.send(200, [], b"")
-
-    messages: list[dict[str, object]] = [{"type": "http.request", "body": b"half", "more_body": True}]
-
-    async def receive() -> dict[str, object]:
-        return messages.pop() if messages else {"type": "http.disconnect"}
-
-    async def send(_: object) -> None:
-        raise AssertionError("nobody is there")
-
-    scope = {"type": "http", "method": "POST", "path": "/x", "headers": [], "query_string": b""}
-    await AsgiApp(remember, max_body_bytes=10, body_limit_setting="limit")(scope, receive, send)
-    assert not asked
-
-
-async def test_asgi_leaves_no_task_behind_when_it_is_cancelled() -> None:
-    async def slow(_: Request, out: Responder) -> None:
-        out.start(200, [])
-        await forever()
-
-    async def receive() -> dict[str, object]:
-        if first:
-            return first.pop()
-        await forever()
-
-    async def send(_: object) -> None:
-        sending.set()
-        await forever()
-
-    sending = asyncio.Event()
-    first: list[dict[str, object]] = [{"type": "http.request", "body": b"", "more_body": False}]
-    scope = {"type": "http", "method": "POST", "path": "/x", "headers": [], "query_string": b""}
-    before = asyncio.all_tasks()
-    running = asyncio.ensure_future(
-        AsgiApp(slow, max_body_bytes=10, body_limit_setting="limit")(scope, receive, send)
-    )
-    await asyncio.wait_for(sending.wait(), 5)
-    running.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await running
-    assert asyncio.all_tasks() - before == set()
 
 
 # What an engine's server needs besides a gateway's.

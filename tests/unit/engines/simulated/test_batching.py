@@ -40,7 +40,7 @@ def scheduler(**settings: Any) -> BatchScheduler:
     return BatchScheduler(asyncio.get_running_loop(), SimulatedSettings(**settings))
 
 
-async def test_without_times_an_answer_is_there_at_once() -> None:
+async def test_with_zero_times_a_response_is_complete_at_once() -> None:
     work, sink = scheduler(), Receiver()
     work.submit(GenerationRequest(PROMPT, max_tokens=5), sink)
     assert sink.finish is not None
@@ -48,7 +48,7 @@ async def test_without_times_an_answer_is_there_at_once() -> None:
     assert (work.running, work.waiting) == (0, 0)
 
 
-async def test_long_answers_without_times_leave_room_for_others() -> None:
+async def test_a_long_response_with_zero_times_lets_others_run() -> None:
     work, long, short = scheduler(), Receiver(), Receiver()
     work.submit(GenerationRequest(PROMPT, max_tokens=3000, ignore_eos=True), long)
     work.submit(GenerationRequest(PROMPT, max_tokens=3), short)
@@ -96,7 +96,7 @@ async def test_more_than_it_runs_wait_in_order_and_are_counted() -> None:
     assert work.counts.finished["length"] == 4
 
 
-async def test_who_hangs_up_frees_the_slot_for_the_next() -> None:
+async def test_a_client_that_disconnects_frees_its_slot_for_the_next() -> None:
     work = scheduler(max_running=1, itl_ms=1000)
     first, second, third = Receiver(), Receiver(), Receiver()
     running = work.submit(GenerationRequest(PROMPT), first)
@@ -143,7 +143,7 @@ async def test_cut_and_hang_after_tokens(itl_ms: int) -> None:
     assert len(sink.ids) == 50
 
 
-async def test_the_share_of_errors_is_what_was_asked_for_and_repeats_with_the_seed() -> None:
+async def test_the_share_of_errors_is_as_configured_and_repeats_with_the_seed() -> None:
     def run() -> list[bool]:
         work = scheduler(error_rate=0.3, seed=7)
         return [work.fails_next() for _ in range(2000)]

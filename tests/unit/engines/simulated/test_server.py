@@ -91,7 +91,7 @@ def server() -> Iterator[StartServer]:
         each.close()
 
 
-def test_it_says_that_it_is_simulated(server: StartServer) -> None:
+def test_every_response_is_marked_as_simulated(server: StartServer) -> None:
     sim = server()
     _, headers, text = sim.post()
     assert headers["x-engine"] == "simulated"
@@ -151,7 +151,7 @@ def test_whole_and_streamed_say_the_same_and_count_the_same(server: StartServer)
     assert whole["usage"]["completion_tokens"] == 11
 
 
-def test_token_ids_are_only_given_when_asked_for(server: StartServer) -> None:
+def test_token_ids_are_returned_only_on_request(server: StartServer) -> None:
     text = server(tokens=3).post(stream=True)[2]
     assert "token_ids" not in text
 
@@ -260,7 +260,7 @@ def test_hang_after_tokens_and_release(server: StartServer) -> None:
     assert len(events_of(done[0])) == 6
 
 
-def test_hang_takes_connections_and_answers_none_until_it_ends(server: StartServer) -> None:
+def test_while_hanging_connections_are_accepted_and_get_no_response(server: StartServer) -> None:
     sim = server()
     sim.knobs(hang=True)
     done: list[int] = []
@@ -314,7 +314,7 @@ def test_exit_code(server: StartServer) -> None:
     assert sim.popen.wait(10) == 7
 
 
-def test_who_hangs_up_frees_the_slot(server: StartServer) -> None:
+def test_a_client_that_disconnects_frees_its_slot(server: StartServer) -> None:
     sim = server(itl_ms=1000, max_running=1)
     request = raw_post(stream=True)
     with socket.create_connection(("127.0.0.1", sim.port), timeout=10) as running:

@@ -19,7 +19,7 @@ from controlplane.engines.simulated.text import (
 
 
 @given(st.text())
-def test_text_comes_back(text: str) -> None:
+def test_decode_is_the_inverse_of_encode(text: str) -> None:
     assert decode(encode(text)) == text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
 
 
@@ -43,7 +43,7 @@ def test_continuing_from_any_point_gives_the_undisturbed_tokens(
     assert whole[:cut] + rest == whole
 
 
-def test_different_prompts_get_different_answers() -> None:
+def test_different_prompts_get_different_responses() -> None:
     first, _ = next_tokens(digest(encode("one")), ANSWER, 20)
     second, _ = next_tokens(digest(encode("two")), ANSWER, 20)
     assert first != second
@@ -89,7 +89,7 @@ PROMPT = (*encode("user: hello\n"), ANSWER)
 
 
 @pytest.mark.parametrize("step", [1, 3, 1000])
-def test_answers_end_by_themselves_with_an_end_token(step: int) -> None:
+def test_a_response_ends_by_itself_with_an_end_token(step: int) -> None:
     ids, _, finish = take_all(GenerationRequest(PROMPT), SimulatedSettings(tokens=10), step)
     assert (len(ids), ids[-1], finish.reason) == (11, END, "stop")
 
@@ -100,7 +100,7 @@ def test_max_tokens_cuts_shorter(step: int) -> None:
     assert (len(ids), finish.reason) == (4, "length")
 
 
-def test_max_tokens_of_the_whole_answer_leaves_no_room_for_the_end_token() -> None:
+def test_max_tokens_of_the_whole_response_leaves_no_room_for_the_end_token() -> None:
     ids, _, finish = take_all(GenerationRequest(PROMPT, max_tokens=10), SimulatedSettings(tokens=10))
     assert (len(ids), finish.reason) == (10, "length")
 
@@ -109,12 +109,12 @@ def test_max_tokens_of_the_whole_answer_leaves_no_room_for_the_end_token() -> No
     "ask",
     [GenerationRequest(PROMPT, max_tokens=30, ignore_eos=True), GenerationRequest(PROMPT, 30, min_tokens=30)],
 )
-def test_longer_than_its_natural_length_when_asked(ask: GenerationRequest) -> None:
+def test_longer_than_its_natural_length_on_request(ask: GenerationRequest) -> None:
     ids, _, finish = take_all(ask, SimulatedSettings(tokens=10))
     assert (len(ids), finish.reason) == (30, "length")
 
 
-def test_a_resumed_answer_ends_where_the_undisturbed_one_does() -> None:
+def test_a_resumed_response_ends_where_the_undisturbed_one_does() -> None:
     settings = SimulatedSettings(tokens=10)
     whole, text, _ = take_all(GenerationRequest(PROMPT), settings)
     rest, rest_text, finish = take_all(GenerationRequest((*PROMPT, *whole[:4])), settings)
@@ -135,7 +135,7 @@ def test_a_stop_string_over_token_borders_is_cut_off(step: int) -> None:
     assert len(ids) < 8
 
 
-def test_text_held_back_for_a_stop_string_is_not_lost() -> None:
+def test_text_withheld_for_a_stop_string_is_not_lost() -> None:
     _, whole, _ = take_all(GenerationRequest(PROMPT, max_tokens=8), SimulatedSettings())
     _, text, finish = take_all(
         GenerationRequest(PROMPT, max_tokens=8, stop=("a stop that never comes",)), SimulatedSettings(), 1

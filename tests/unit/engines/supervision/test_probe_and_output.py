@@ -39,11 +39,11 @@ def test_output_becomes_lines(chunks: list[bytes], lines: list[str]) -> None:
     assert lines_of(*chunks)[0] == lines
 
 
-def test_the_secret_is_blotted_out_also_over_chunks() -> None:
+def test_the_secret_is_masked_even_across_chunks() -> None:
     assert lines_of(b"key=s3c", b"ret!\n", secret="s3cret")[0] == ["key=***!"]
 
 
-def test_only_the_last_lines_are_kept() -> None:
+def test_only_the_last_lines_are_stored() -> None:
     _, output = lines_of(b"".join(b"%d\n" % n for n in range(1000)))
     assert len(output.lines) == 400
     assert output.lines[-1] == "999"
@@ -68,7 +68,7 @@ def test_the_log_file_is_bounded(tmp_path: Path) -> None:
         ("ValueError: odd", "ValueError: odd"),
     ],
 )
-def test_log_prefixes_are_taken_off(line: str, text: str) -> None:
+def test_log_prefixes_are_removed(line: str, text: str) -> None:
     assert plain(line) == text
 
 
@@ -85,7 +85,7 @@ def test_endings(code: int | None, text: str) -> None:
     assert ending(code) == text
 
 
-def test_an_exception_tells_more_than_a_later_error_line() -> None:
+def test_an_exception_is_preferred_to_a_later_error_line() -> None:
     lines = ["ValueError: the cause", "ERROR: shutting down", "nanobind: leaked 3 types!"]
     assert last_error("it", lines, 1).summary == "it exited with code 1: ValueError: the cause"
 

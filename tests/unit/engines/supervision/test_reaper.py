@@ -305,7 +305,7 @@ def test_after_sigkill_of_reaper_and_watchdog_a_sweep_finds_the_rest_and_nothing
         bystander.communicate()
 
 
-def test_a_session_number_that_was_given_away_is_not_ours(reaped: Reaped) -> None:
+def test_a_reused_session_id_is_not_the_engines(reaped: Reaped) -> None:
     run = reaped(sys.executable, "-c", OBEDIENT)
     pid = run.pid()
     run.up()

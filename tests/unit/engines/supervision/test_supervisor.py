@@ -256,7 +256,7 @@ def test_an_engine_that_takes_too_long_to_start_is_stopped() -> None:
         assert not marked(b"small/r1/")
 
 
-def test_wait_ready_says_where_it_stands_when_time_is_up() -> None:
+def test_wait_ready_names_the_phase_when_time_is_up() -> None:
     with supervised(tier(args={"load-s": 30})) as (supervisor, _):
         until(lambda: supervisor.status.phase == "loading weights")
         with pytest.raises(EngineStartError, match="its phase is: loading weights"):
@@ -305,7 +305,7 @@ class _Held:
         self.close()
 
 
-def test_a_held_port_is_given_to_nobody_else_but_can_be_served() -> None:
+def test_a_reserved_port_goes_to_no_other_process_but_can_be_served() -> None:
     with reserve_port("127.0.0.1") as held:
         port = held.getsockname()[1]
         with socket.socket() as other, pytest.raises(OSError, match="in use"):
@@ -348,7 +348,7 @@ def test_drain_gives_up_in_time() -> None:
         assert not alive(pid_of(status))
 
 
-def test_drain_asks_the_caller_too() -> None:
+def test_drain_also_waits_for_the_callers_own_count() -> None:
     with supervised(tier()) as (supervisor, _):
         supervisor.wait_ready(20)
         left = iter([2, 1, 0])
@@ -374,7 +374,7 @@ def test_sigkill_of_the_reaper_is_survived() -> None:
         assert not alive(pid_of(before))
 
 
-def test_a_callback_that_fails_does_not_cost_the_engine() -> None:
+def test_a_failing_callback_does_not_end_the_engine() -> None:
     recorder = Recorder()
 
     def broken(status: EngineStatus) -> None:

@@ -35,7 +35,7 @@ async def metrics(rig: Rig) -> str:
         return await answer.text()
 
 
-async def test_what_fires_is_shown_and_no_more_when_it_is_over() -> None:
+async def test_a_firing_alert_is_shown_until_it_is_resolved() -> None:
     async with running() as rig:
         assert await rig.get("/alerts") == (200, {"known": False, "snapshot": None, "alerts": []})
         say(rig, DOWN)

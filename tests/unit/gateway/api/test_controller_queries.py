@@ -28,7 +28,7 @@ class Controller:
         return await self._respond("scaling")
 
 
-async def test_the_question_goes_to_the_controller_and_its_answer_comes_back() -> None:
+async def test_a_query_goes_to_the_controller_and_its_result_is_returned() -> None:
     async def echo(name: str, *args: Any) -> Any:
         return name, args
 
@@ -36,7 +36,7 @@ async def test_the_question_goes_to_the_controller_and_its_answer_comes_back() -
     assert answer == ("plane_report", (60.0,))
 
 
-async def test_a_controller_that_is_away_is_a_503_that_says_when_to_ask_again() -> None:
+async def test_an_unreachable_controller_is_a_503_with_retry_after() -> None:
     async def away(name: str, *args: Any) -> Any:
         raise TierplaneError("the controller is gone")
 
@@ -61,7 +61,7 @@ async def test_a_controller_that_is_slow_is_not_waited_for() -> None:
     assert cancelled.is_set()
 
 
-async def test_what_was_asked_wrongly_stays_the_askers_fault() -> None:
+async def test_a_bad_query_stays_a_client_error() -> None:
     async def refuse(name: str, *args: Any) -> Any:
         raise BadRequest("no such window")
 

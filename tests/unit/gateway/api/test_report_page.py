@@ -25,7 +25,7 @@ from tests.support.reports import EVIL, sample_report
         ("window_minutes=43200&format=html", (43200.0, "html")),
     ],
 )
-def test_what_may_be_asked(query: str, expected: tuple[float, str]) -> None:
+def test_valid_queries(query: str, expected: tuple[float, str]) -> None:
     assert parse_query(query) == expected
 
 
@@ -40,13 +40,13 @@ def test_what_may_be_asked(query: str, expected: tuple[float, str]) -> None:
         ("format=pdf", "format"),
     ],
 )
-def test_what_may_not_be_asked_names_the_parameter(query: str, param: str) -> None:
+def test_invalid_queries_name_the_parameter(query: str, param: str) -> None:
     with pytest.raises(BadRequest) as raised:
         parse_query(query)
     assert raised.value.param == param
 
 
-def test_a_row_has_a_cell_for_each_head_and_says_what_is_not_known() -> None:
+def test_a_row_has_a_cell_for_each_head_and_a_dash_for_the_unknown() -> None:
     (tier,) = sample_report().tiers
     cells = dict(zip(HEADS, row(tier), strict=True))
     assert cells["requests"] == "10"
@@ -77,14 +77,14 @@ def test_the_page_escapes_what_comes_from_outside_and_loads_nothing() -> None:
     assert not re.search(r"(src|href)\s*=|url\(|<script", text)
 
 
-def test_a_line_is_broken_where_nothing_is_known() -> None:
+def test_a_line_has_a_gap_where_data_is_missing() -> None:
     text = page(sample_report())
     requests = text.split("Requests per second")[1].split("</figure>")[0]
     assert requests.count("<polyline") == 2
     assert "GPU utilisation" not in text, "no GPU was measured"
 
 
-async def test_the_route_asks_the_controller_and_answers_in_both_forms() -> None:
+async def test_the_route_queries_the_controller_and_responds_in_both_formats() -> None:
     report = sample_report()
     asked: list[float] = []
 

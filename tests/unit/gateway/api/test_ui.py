@@ -96,7 +96,7 @@ class Away:
         raise TierplaneError("the controller is gone")
 
 
-async def test_the_page_shows_the_plane_and_runs_nothing_that_it_is_told(tmp_path: Path) -> None:
+async def test_the_page_shows_the_plane_and_runs_no_script_from_its_data(tmp_path: Path) -> None:
     async with running(plane({"name": "balanced"}, {"name": "capable"})) as rig:
         rig.gateway.controller = Played()
         await rig.engine("balanced-1")
@@ -119,7 +119,7 @@ async def test_the_page_shows_the_plane_and_runs_nothing_that_it_is_told(tmp_pat
     assert "<img" not in text
 
 
-async def test_without_the_controller_the_page_says_what_is_not_known(tmp_path: Path) -> None:
+async def test_without_the_controller_the_page_says_what_is_unavailable(tmp_path: Path) -> None:
     async with running() as rig:
         rig.gateway.controller = Away()
         await rig.engine("balanced-1")
@@ -144,7 +144,7 @@ def links(text: str) -> Sequence[str]:
     return re.findall(r"(?:src|href)=[\"']?([^\"'> ]+)", text)
 
 
-async def test_gpus_are_told_as_json() -> None:
+async def test_gpus_are_returned_as_json() -> None:
     async with running() as rig:
         assert (await rig.get("/gpus"))[0] == 503
         rig.gateway.controller = Played()

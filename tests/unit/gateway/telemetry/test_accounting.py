@@ -16,7 +16,7 @@ def test_two_requests_at_a_time_share_the_price() -> None:
 
 
 @given(st.lists(st.tuples(st.floats(0, 100), st.floats(0.01, 50)), min_size=1, max_size=20))
-def test_all_that_is_charged_is_the_time_that_was_busy(spans: list[tuple[float, float]]) -> None:
+def test_the_sum_of_charges_is_the_busy_time(spans: list[tuple[float, float]]) -> None:
     meter = EndpointPriceMeter(3.0, 0.0)
     moments = [(start, 1, i) for i, (start, _) in enumerate(spans)]
     moments += [(start + length, 0, i) for i, (start, length) in enumerate(spans)]

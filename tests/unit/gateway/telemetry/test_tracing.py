@@ -102,7 +102,7 @@ async def test_off_means_nothing_is_added() -> None:
     assert not asked[-1].header(b"traceparent")
 
 
-async def test_a_collector_that_is_not_there_disturbs_nobody(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_unreachable_collector_does_not_disturb_requests(caplog: pytest.LogCaptureFixture) -> None:
     async with running() as rig:
         await rig.engine("e")
         rig.gateway.trace(otlp_tracing("http://127.0.0.1:9/v1/traces", "gateway-a", 1.0))

@@ -17,7 +17,7 @@ def read(rig: Rig) -> dict[str, TrafficCounters]:
     return {item.subject: item for item in rig.gateway.info().traffic}
 
 
-async def test_answers_are_counted_for_their_tier_and_endpoint() -> None:
+async def test_responses_are_counted_for_their_tier_and_endpoint() -> None:
     async with running() as rig:
         await rig.engine("b1", **FAST)
         await rig.post(CHAT, chat_body())
@@ -38,7 +38,7 @@ async def test_answers_are_counted_for_their_tier_and_endpoint() -> None:
         assert "b1" not in read(rig), "an endpoint that is gone is forgotten"
 
 
-async def test_a_request_that_another_tier_serves_was_meant_for_its_own() -> None:
+async def test_a_request_served_by_another_tier_counts_for_the_intended_one() -> None:
     tiers = {"name": "small", "concurrency_limit": 1}, {"name": "large"}
     async with running(plane(*tiers)) as rig:
         await rig.engine("s1", "small", limit=1, **{**FAST, "itl_ms": 30})
@@ -78,7 +78,7 @@ async def test_what_is_slow_fails_or_is_shed_misses_the_slo_and_bad_requests_do_
         assert (tier.judged, tier.missed, tier.failed) == (4, 3, 1)
 
 
-async def test_what_waits_is_told_by_the_tier_it_was_meant_for() -> None:
+async def test_waiting_requests_are_counted_for_the_intended_tier() -> None:
     async with running(plane({"name": "small", "scaling": None}, {"name": "large"})) as rig:
         waiting = asyncio.ensure_future(rig.post(CHAT, {**chat_body(), "model": "small"}))
         await until_async(lambda: read(rig)["small"].waiting)
