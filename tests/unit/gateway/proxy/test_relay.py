@@ -221,6 +221,8 @@ async def test_a_full_tier_spills_up_and_a_full_plane_queues_until_the_deadline(
         assert one["x-tier"] == "balanced"
         assert two["x-tier"] == "capable"
         assert "spill: balanced" in two["x-tier-reason"]
+        spilled = {"from_tier": "balanced", "to_tier": "capable", "kind": "spill"}
+        assert rig.gateway.metrics.registry.get_sample_value("tierplane_spills_total", spilled) == 1
 
 
 async def test_a_full_queue_says_when_to_retry() -> None:
