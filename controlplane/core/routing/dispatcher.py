@@ -167,17 +167,24 @@ class Dispatcher:
 def lane_key(route: Route, request: RouteRequest) -> LaneKey:
     """The key of the request's lane. The order of preference does not matter for it."""
     return LaneKey(
-        tuple(sorted(route.order)),
-        route.spill,
-        route.bridge,
-        request.api,
-        request.exclude,
-        route.auto,
-        route.floor,
+        order=tuple(sorted(route.order)),
+        spill=route.spill,
+        bridge=route.bridge,
+        api=request.api,
+        exclude=request.exclude,
+        auto=route.auto,
+        floor=route.floor,
     )
 
 
 def _probe(lane: LaneKey, priority: Priority) -> tuple[Route, RouteRequest]:
     """A route and a request that stand for all of a lane."""
-    route = Route(lane.order, ("",) * len(lane.order), lane.spill, lane.bridge, lane.auto, lane.floor)
+    route = Route(
+        order=lane.order,
+        reasons=("",) * len(lane.order),
+        spill=lane.spill,
+        bridge=lane.bridge,
+        auto=lane.auto,
+        floor=lane.floor,
+    )
     return route, RouteRequest(priority=priority, api=lane.api, exclude=lane.exclude)

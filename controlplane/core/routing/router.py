@@ -232,7 +232,7 @@ def _overflow_or_wait(
             chosen.name,
             f"{route.reasons[0]}; {reason}",
             load,
-            tiers,
+            tiers=tiers,
             overflow=Overflow.BRIDGE if down else Overflow.SPILL,
             wanted_tier=wanted.name,
         )
@@ -240,7 +240,10 @@ def _overflow_or_wait(
         [pools[rank] for rank in route.order], [pools[rank] for rank in others], request, needs
     )
     if refusal is not None:
-        return RouteDecision(RouteOutcome.REJECT, "", route.reasons[0], None, tiers, refusal[0], refusal[1])
+        kind, message = refusal
+        return RouteDecision(
+            RouteOutcome.REJECT, "", route.reasons[0], tiers=tiers, refusal=kind, message=message
+        )
     state = _condition(wanted, request, needs) if down else "full"
     return RouteDecision(
         RouteOutcome.QUEUE, wanted.name, f"{route.reasons[0]}; {wanted.name} {state}", tiers=tiers
