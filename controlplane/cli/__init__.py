@@ -73,7 +73,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "recommendations": (
         "controlplane.cli.operating.recommendations:command",
-        "Show each tier's target with its reason, the advice that holds, and how good advice has been.",
+        "Show each tier's target with its reason, open recommendations, and how the past ones turned out.",
     ),
     "explain": (
         "controlplane.cli.operating.explain:command",

@@ -1,5 +1,4 @@
-"""``tierplane recommendations``: what the scaling would do and why, what it advises, and how good that
-was."""
+"""``tierplane recommendations``: targets and recommendations with their reasons and outcomes."""
 
 from __future__ import annotations
 
@@ -17,11 +16,11 @@ from controlplane.core.recommendations.views import ScalingReport, as_json_value
 
 
 @click.command()
-@click.option("--scored", is_flag=True, help="Only advice that was judged since, and by what.")
+@click.option("--scored", is_flag=True, help="Only recommendations that were scored, with their outcome.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @plane_options
 def command(scored: bool, as_json: bool, address: str | None, namespace: str | None) -> None:
-    """Show each tier's target with its reason, the advice that holds, and how good advice has been."""
+    """Show each tier's target with its reason, open recommendations, and how the past ones turned out."""
     with connected(address, namespace) as plane:
         report = plane.call(ControllerApi.scaling)
     if as_json:
@@ -34,7 +33,9 @@ def command(scored: bool, as_json: bool, address: str | None, namespace: str | N
     if shown:
         console.print(_recommendations(shown))
     else:
-        console.print("no advice was judged yet" if scored else "no advice: nothing is over its threshold")
+        console.print(
+            "no recommendation was scored yet" if scored else "no recommendations: no threshold is breached"
+        )
     record = report.record
     if record.judged:
         console.print(

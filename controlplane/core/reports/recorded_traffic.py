@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+from controlplane.core.reports.report import ratio
+
 FIGURES: Final = ("counted_s", "arrived", "answered", "prompt_tokens", "generated_tokens")
 """The fields of :class:`~controlplane.core.reports.report.ReportSample` that windows are made from."""
 COLUMNS: Final = ("start_s", "seconds", "tier", "requests", "input_tokens", "output_tokens")
@@ -51,7 +53,7 @@ def traffic_windows(tier: str, figures: Mapping[str, Iterable[StoredPoint]]) -> 
     }
     counted = by_time["counted_s"]
     answered = sum(by_time["answered"].values())
-    usual = [_share(sum(by_time[name].values()), answered) for name in ("prompt_tokens", "generated_tokens")]
+    usual = [ratio(sum(by_time[name].values()), answered) for name in ("prompt_tokens", "generated_tokens")]
     found = []
     ended_s = float("-inf")
     for at_s, step_s in sorted(counted):
@@ -64,7 +66,7 @@ def traffic_windows(tier: str, figures: Mapping[str, Iterable[StoredPoint]]) -> 
         ended_s = end_s
         own = by_time["answered"].get(key, 0.0)
         prompt, generated = (
-            _share(by_time[name].get(key, 0.0), own) if own else mean
+            ratio(by_time[name].get(key, 0.0), own) if own else mean
             for name, mean in zip(("prompt_tokens", "generated_tokens"), usual, strict=True)
         )
         found.append(RecordedWindow(start_s, end_s - start_s, tier, requests, prompt, generated))
@@ -76,7 +78,3 @@ def relative_to_first(windows: Sequence[RecordedWindow]) -> list[RecordedWindow]
     first_s = min((window.start_s for window in windows), default=0.0)
     ordered = sorted(windows, key=lambda window: window.start_s)
     return [replace(window, start_s=window.start_s - first_s) for window in ordered]
-
-
-def _share(total: float, count: float) -> float | None:
-    return total / count if count else None

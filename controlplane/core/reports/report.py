@@ -224,8 +224,8 @@ def instance_report(
     """The report on one instance's totals."""
     covered_s, requests, answered = (totals.sum(name) for name in ("counted_s", "requests", "answered"))
     gpu_hours = totals.sum("gpu_s") / 3600
-    latency_mean_s = _share(totals.sum("latency_s"), answered)
-    attainment = _share(totals.sum("judged") - totals.sum("missed"), totals.sum("judged"))
+    latency_mean_s = ratio(totals.sum("latency_s"), answered)
+    attainment = ratio(totals.sum("judged") - totals.sum("missed"), totals.sum("judged"))
     return InstanceReport(
         kind=instance.kind,
         tier=instance.tier,
@@ -233,17 +233,17 @@ def instance_report(
         gone=gone,
         covered_s=covered_s,
         requests=requests,
-        requests_per_s=_share(requests, covered_s),
+        requests_per_s=ratio(requests, covered_s),
         latency_mean_ms=_ms(latency_mean_s),
         latency_max_ms=_ms(totals.high("latency_max_s")),
         queue_mean=totals.mean("queue"),
         queue_max=totals.high("queue"),
         in_flight_mean=totals.mean("in_flight"),
-        availability=_share(totals.sum("up_s"), totals.sum("watched_s")),
+        availability=ratio(totals.sum("up_s"), totals.sum("watched_s")),
         prompt_tokens=totals.sum("prompt_tokens"),
         generated_tokens=totals.sum("generated_tokens"),
         errors=totals.sum("errors"),
-        error_ratio=_share(totals.sum("errors"), requests),
+        error_ratio=ratio(totals.sum("errors"), requests),
         shed=totals.sum("shed"),
         retried=totals.sum("retried"),
         resumed=totals.sum("resumed"),
@@ -330,7 +330,8 @@ def _is_tier(instance: Instance) -> bool:
     return instance.kind is InstanceKind.TIER
 
 
-def _share(part: float, whole: float) -> float | None:
+def ratio(part: float, whole: float) -> float | None:
+    """``part / whole``; None if ``whole`` is 0."""
     return part / whole if whole > 0 else None
 
 

@@ -185,7 +185,7 @@ def test_a_number_set_by_hand_wins_for_as_long_as_it_was_set() -> None:
     assert live.replicas == 1
 
 
-def test_a_number_set_by_hand_holds_in_advice_too_and_survives_the_controller() -> None:
+def test_an_override_applies_in_mode_advise_too_and_survives_a_restart() -> None:
     live = Live({"min_replicas": 1, "max_replicas": 5}, mode="advise")
     live.step(20, per_s=1)
     live.scaling.scale("small", 4, None, "tests")
@@ -217,7 +217,7 @@ def test_from_apply_back_to_advise_ends_the_targets_of_the_scaling() -> None:
     assert live.replicas == 1
 
 
-def test_advice_is_given_at_once_given_once_and_judged() -> None:
+def test_a_recommendation_is_issued_at_once_only_once_and_scored() -> None:
     live = Live({"min_replicas": 1, "max_replicas": 5}, mode="advise")
     live.step(30, per_s=2)
     assert not live.scaling.recommendations.issued
@@ -240,7 +240,7 @@ def test_advice_is_given_at_once_given_once_and_judged() -> None:
     assert again.scaling.recommendations.issued == live.scaling.recommendations.issued
 
 
-def test_advice_looks_back_as_far_as_it_is_told() -> None:
+def test_recommendations_use_the_configured_window() -> None:
     live = Live({"min_replicas": 1, "max_replicas": 5}, mode="advise")
     live.scaling.configure(live.config.model_copy(update={"window_s": 600.0}))
     live.step(350, per_s=4)

@@ -92,7 +92,7 @@ def test_a_refusal_is_an_error(plane: FakePlane) -> None:
     assert (done.exit_code, json.loads(done.output)["outcome"]) == (1, "refused")
 
 
-def test_recommendations_show_targets_and_open_advice_or_what_was_judged(plane: FakePlane) -> None:
+def test_recommendations_are_shown_with_targets_or_if_scored_with_outcomes(plane: FakePlane) -> None:
     done = run("recommendations")
     assert done.exit_code == 0
     assert "5 requests/s are forecast" in done.output
