@@ -3,7 +3,7 @@
 Each case starts vLLM's own server, asks its workers for the bytes they hold, reads the KV blocks from
 ``/metrics`` and the KV tokens from ``vllm:cache_config_info``, and stops it. The bundled model brings real
 weights (tensor parallel 1 and 3, float32 and bfloat16, two KV sizes); the family cases start shortened
-versions of other architectures with ``--load-format dummy``, where sizes are as real and values are not.
+versions of other architectures with ``--load-format dummy``, whose sizes are real and whose values are not.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ BUNDLED = "bundled:smollm2-135m"
 
 @dataclass(frozen=True)
 class Case:
-    """One engine."""
+    """One engine to start."""
 
     name: str
     tp: int = 1
@@ -54,11 +54,11 @@ class Case:
     kv_gib: int = 1
     args: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
-    """Of a family case; empty: the bundled model."""
+    """config.json of a family case; empty for the bundled model."""
 
 
 def cases() -> list[Case]:
-    """All of them: the bundled model first, then the families."""
+    """All cases: the bundled model first, then the families."""
     found = [
         Case(f"smollm2-135m tp={tp} {dtype} kv={kv}GiB", tp, dtype, kv)
         for tp in (1, 3)
@@ -99,7 +99,10 @@ def cases() -> list[Case]:
 @click.option("--model", default=BUNDLED, show_default=True, help="The model of the cases with real weights.")
 @click.option("--only", default="", metavar="TEXT", help="Only cases whose name contains TEXT.")
 @click.option(
-    "--rows", "rows_file", type=click.Path(exists=True), help="Predict anew for what --json measured."
+    "--rows",
+    "rows_file",
+    type=click.Path(exists=True),
+    help="Compare the measurements that --json printed with new predictions.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print rows as JSON.")
 @click.option("--write", is_flag=True, help="Put the table into controlplane/core/sizing/memory.md.")
@@ -109,7 +112,7 @@ def command(model: str, only: str, rows_file: str | None, as_json: bool, write: 
     if not chosen:
         raise click.UsageError("no case has that in its name: " + "; ".join(case.name for case in cases()))
     if rows_file:
-        rows = predicted_anew(json.loads(Path(rows_file).read_text(encoding="utf-8"))["rows"])
+        rows = with_new_predictions(json.loads(Path(rows_file).read_text(encoding="utf-8"))["rows"])
     else:
         rows = measure(chosen, resolve(model, "vllm", lambda text: click.echo(text, err=True)))
     if as_json:
@@ -196,7 +199,7 @@ def _wait(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """The server ends its workers itself if it gets the time; what is left of the group is killed."""
+    """Stop the server, which stops its workers, and kill what remains of its process group after 30 s."""
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
         process.wait(30)
@@ -211,14 +214,14 @@ def _args(case: Case) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Figure:
-    """One term of one case: bytes over all workers, and what is counted in it, if anything is."""
+    """One term of one case: bytes over all workers, and the number of blocks or tokens if it is a count."""
 
     size_bytes: float
     count: int | None = None
 
 
 def predict(case: Case) -> dict[str, Figure]:
-    """What the memory model says, by term."""
+    """The prediction of the memory model, by term."""
     settings = parse_settings({k: v or True for k, v in _args(case).items()}, device="cpu")
     spec = parse_config(case.config, case.name) if case.config else load_model(BUNDLED).spec
     plan = plan_cpu_memory(
@@ -246,34 +249,35 @@ def compare(case: Case, predicted: Mapping[str, Figure], port: int) -> list[dict
         data=json.dumps({"method": "tierplane_memory"}).encode(),
         headers={"content-type": "application/json"},
     )
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        workers: list[dict[str, int]] = json.load(answer)["results"]
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
-        info = re.search(r"vllm:cache_config_info\{(.*?)\} ", answer.read().decode())
+    with urllib.request.urlopen(request, timeout=60) as response:
+        workers: list[dict[str, int]] = json.load(response)["results"]
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as response:
+        info = re.search(r"vllm:cache_config_info\{(.*?)\} ", response.read().decode())
     if info is None:
         raise RuntimeError("/metrics has no vllm:cache_config_info")
     reported = dict(re.findall(r'(\w+)="([^"]*)"', info[1]))
     blocks, tokens = int(reported["num_gpu_blocks"]), int(reported["kv_cache_size_tokens"])
-    held = {name: sum(worker[name] for worker in workers) for name in workers[0]}
-    # A count has the size that it has in the prediction: the rows compare like with like.
+    totals = {name: sum(worker[name] for worker in workers) for name in workers[0]}
+    # Counts become bytes with the predicted size of a block or token, so that errors are those of the counts.
     per_block, per_token = (
         (figure.size_bytes / figure.count if figure.count else 0.0)
         for figure in (predicted["KV blocks"], predicted["KV tokens"])
     )
     measured = {
-        "weights": Figure(held["weights"]),
-        "rotary table": Figure(held["buffers"]),
-        "packed copies": Figure(held["copies"]),
-        "KV cache": Figure(held["kv_cache"]),
+        "weights": Figure(totals["weights"]),
+        "rotary table": Figure(totals["buffers"]),
+        "packed copies": Figure(totals["copies"]),
+        "KV cache": Figure(totals["kv_cache"]),
         "KV blocks": Figure(blocks * per_block, blocks),
         "KV tokens": Figure(tokens * per_token, tokens),
-        "resident set, idle": Figure(held["resident"] + sum(resident_bytes(pid) for pid in _others(port))),
+        "resident set, idle": Figure(totals["resident"] + sum(resident_bytes(pid) for pid in _others(port))),
     }
     return [_row(case.name, term, predicted[term], figure) for term, figure in measured.items()]
 
 
-def predicted_anew(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Earlier measurements beside what the memory model says now; rows of unknown cases stay as they are."""
+def with_new_predictions(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Earlier measurements with predictions of the current memory model; rows of unknown cases are
+    unchanged."""
     predictions = {case.name: predict(case) for case in cases()}
     found = []
     for row in rows:
@@ -287,7 +291,7 @@ def predicted_anew(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _others(port: int) -> list[int]:
-    """The engine's processes besides its workers: API server and engine core."""
+    """The engine's processes other than its workers: API server and engine core."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -311,13 +315,13 @@ def _others(port: int) -> list[int]:
 
 
 def _row(case: str, term: str, predicted: Figure, measured: Figure) -> dict[str, Any]:
-    guess, truth = predicted.size_bytes, measured.size_bytes
-    error = (guess - truth) / truth * 100 if truth else (0.0 if guess == truth else 100.0)
+    expected, actual = predicted.size_bytes, measured.size_bytes
+    error = (expected - actual) / actual * 100 if actual else (0.0 if expected == actual else 100.0)
     row = {
         "case": case,
         "term": term,
-        "predicted_bytes": round(guess),
-        "measured_bytes": round(truth),
+        "predicted_bytes": round(expected),
+        "measured_bytes": round(actual),
         "error_percent": round(error, 3),
     }
     if measured.count is not None:
@@ -326,7 +330,7 @@ def _row(case: str, term: str, predicted: Figure, measured: Figure) -> dict[str,
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as a Markdown table; counts stand beside their bytes."""
+    """The rows as a Markdown table; blocks and tokens are shown as counts."""
     lines = ["| case | term | predicted | measured | error |", "|---|---|---:|---:|---:|"]
     for row in rows:
         if "error" in row:

@@ -1,9 +1,10 @@
 """Placement: allocation on cluster traces, gangs in islands, planning time, distance from the optimum.
 
-The trace table replays pods of the openb format on a fleet, our policy beside Random, BestFit and FGD on the
-same simulator. FGD is given the distribution of the pods; ours learns it from the arrivals. ``limit_percent``
-is where the mix of the pods fills a fleet, whatever the policy (see placement/limit.py). ``--published`` adds
-the figures that Weng et al. (USENIX ATC'23) published for the same workloads.
+The trace table replays pods in the openb format on a fleet, with tierplane's placement and with Random,
+BestFit and FGD. FGD gets the distribution of the pods; tierplane learns it from the arrivals.
+``limit_percent`` is the allocation at which the mix of pods fills a fleet, for any policy (see
+placement/limit.py). ``--published`` adds the figures that Weng et al. (USENIX ATC'23) published for the same
+workloads.
 """
 
 from __future__ import annotations
@@ -39,8 +40,10 @@ def _cpus() -> int:
 @click.option("--pods", type=_FILE, multiple=True, help="A workload, or a folder of openb_pod_list_*.csv.")
 @click.option("--seeds", type=click.IntRange(1), default=10, show_default=True)
 @click.option("--policy", "policies", type=click.Choice(POLICIES), multiple=True, help="Default: all.")
-@click.option("--published", type=_FILE, help="The published allocation by arrived load, to compare with.")
-@click.option("--table", "tables", type=click.Choice(TABLES), multiple=True, help="Default: what can be.")
+@click.option("--published", type=_FILE, help="The published allocation by arrived load, for comparison.")
+@click.option(
+    "--table", "tables", type=click.Choice(TABLES), multiple=True, help="Default: all that the files allow."
+)
 @click.option(
     "--jobs", type=click.IntRange(1), default=_cpus, help="Processes for the traces. Default: one per CPU."
 )

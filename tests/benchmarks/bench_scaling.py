@@ -1,10 +1,10 @@
-"""Scaling: SLO attainment against GPU hours, our policy beside HPA, KPA, Serve's own, static and an oracle.
+"""Scaling: SLO attainment and GPU hours of tierplane's policy, HPA, KPA, Ray Serve's, static and an oracle.
 
-Every policy runs on the same simulated fleet (`tierplane simulate`): one tier of Qwen3-8B, 16 requests at
-once, on an L4, or on an H100 where the trace's prompts are long. A trace that would need a much larger fleet
-is thinned to about --fleet replicas. Without --trace, a made-up day is used. ``oracle_ratio`` is the GPU
-hours over the oracle's; ``better`` names the policies that are better than ours on both axes, with their
-target where it is not their own (``kpa@0.5``).
+Every policy runs on the same simulated fleet (`tierplane simulate`): one tier of Qwen3-8B with up to 16
+requests at once, on an L4, or on an H100 if the trace's prompts are long. A trace that needs a larger fleet
+is thinned to about --fleet replicas. Without --trace, a synthetic day is used. ``oracle_ratio`` is the GPU
+hours divided by the oracle's; ``better`` names the policies that are better than tierplane's on both axes,
+with their target if it isn't the default (``kpa@0.5``).
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from controlplane.simulation.traces import Arrival, read_trace
 
 MODEL = "Qwen/Qwen3-8B"
 LIMIT = 16
-"""Requests at once on a replica."""
+"""Concurrency limit of a replica."""
 LONG_TOKENS = 4000
-"""Traces with longer prompts get the larger GPU and the looser SLO."""
+"""Traces whose mean prompt is longer get the larger GPU and the looser SLO."""
 SHORT = ("L4", Slo(4.0, 0.3))
 LONG = ("H100-80G", Slo(30.0, 0.5))
 OTHER_GOALS = (0.9, 0.95, 0.98, 0.995, 0.999)
-"""That our policy is asked for, too, for its frontier."""
+"""Further attainment goals of tierplane's policy for its frontier."""
 _RATIOS = (0.4, 0.5, 0.6, 0.8, 0.9, 1.0)
 OTHER_TARGETS = {
     "static": (0.7, 0.8, 0.9, 1.1, 1.25),
@@ -51,20 +51,20 @@ OTHER_TARGETS = {
     "kpa": _RATIOS,
     "serve": _RATIOS,
 }
-"""And what baselines aim at, for theirs: nobody knows beforehand which would have been right for a trace."""
+"""Further targets of the other policies for theirs: the best target for a trace isn't known in advance."""
 FRAME_RATIO = 3.5
-"""Of the fewest GPU hours: as far as the picture goes."""
+"""The picture shows up to this multiple of the fewest GPU hours."""
 FRAME_MISSED = 30.0
-"""In %."""
+"""The picture shows up to this percentage of requests that missed the SLO."""
 PEEK_RATIO = 0.002
-"""Share of a trace that is read to see how large a fleet it needs, if it has millions of requests."""
+"""Share of a trace that is read to estimate the size of the fleet, if it has millions of requests."""
 EPSILON = 1e-4
-"""Attainments that differ by less are the same."""
+"""Attainments that differ by less count as equal."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """Arrivals in memory and what they run on."""
+    """Arrivals in memory, their GPU model and SLO."""
 
     name: str
     arrivals: Sequence[Arrival]
@@ -79,18 +79,18 @@ class Run:
 
     policy: str
     goal: float
-    """What ours and the oracle are asked to attain."""
+    """Attainment goal of tierplane's policy and the oracle."""
     target: float | None
-    """What a baseline aims at."""
+    """Target of the other policies."""
     result: SimulationResult
-    usual: bool
-    """Not only for the frontier."""
+    default: bool
+    """With the default goal and target; other runs are for the frontier."""
 
     @property
     def name(self) -> str:
-        """The policy's, with what it is asked for if that is not as usual."""
-        asked = self.goal if self.target is None else self.target
-        return self.policy if self.usual else f"{self.policy}@{asked:g}"
+        """The policy's name, with its goal or target if that isn't the default."""
+        setting = self.goal if self.target is None else self.target
+        return self.policy if self.default else f"{self.policy}@{setting:g}"
 
 
 @click.command()
@@ -100,15 +100,17 @@ class Run:
 @click.option("--hours", type=click.FloatRange(0, min_open=True), default=3.0, show_default=True)
 @click.option("--skip-hours", type=click.FloatRange(0), default=0.0, show_default=True)
 @click.option(
-    "--fleet", type=click.FloatRange(1), default=8.0, show_default=True, help="Replicas, on average."
+    "--fleet", type=click.FloatRange(1), default=8.0, show_default=True, help="Mean number of replicas."
 )
 @click.option("--attainment", type=click.FloatRange(0.5, 1.0), default=0.99, show_default=True)
 @click.option(
-    "--frontier", is_flag=True, help=f"Ask ours for {OTHER_GOALS}, and baselines with other targets, as well."
+    "--frontier",
+    is_flag=True,
+    help=f"Also run tierplane's policy with {OTHER_GOALS} and the others with other targets.",
 )
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
-    "--svg", type=click.Path(dir_okay=False, path_type=Path), help="Draw attainment against GPU hours, too."
+    "--svg", type=click.Path(dir_okay=False, path_type=Path), help="Draw attainment against GPU hours."
 )
 @click.option("--json", "as_json", is_flag=True)
 def command(
@@ -126,7 +128,7 @@ def command(
 ) -> None:
     """SLO attainment and GPU hours of scaling policies on recorded arrivals."""
     names = policies or NAMES
-    traces = [_read(path, hours, skip_hours, fleet, seed) for path in paths] or [_made_up_day(seed)]
+    traces = [_read(path, hours, skip_hours, fleet, seed) for path in paths] or [_synthetic_day(seed)]
     plan = [*_plan(names, attainment, frontier=frontier)]
     rows: list[dict[str, Any]] = []
     total = len(traces) * len(colds) * len(plan)
@@ -134,9 +136,9 @@ def command(
     for trace in traces:
         for cold_s in colds:
             runs = []
-            for name, goal, target, usual in plan:
+            for name, goal, target, default in plan:
                 found = _run(trace, cold_s, name, goal, target, seed)
-                runs.append(Run(name, goal, target, found, usual))
+                runs.append(Run(name, goal, target, found, default))
                 done += 1
                 click.echo(
                     f"[{done}/{total}, {time.monotonic() - started_s:.0f} s] {trace.name}, cold start "
@@ -160,7 +162,7 @@ def command(
 def _plan(
     names: Sequence[str], goal: float, *, frontier: bool
 ) -> Iterable[tuple[str, float, float | None, bool]]:
-    """Policy, goal, target, and whether it is as usual."""
+    """Policy, goal, target, and whether these are the defaults."""
     for name in names:
         yield name, goal, TARGETS.get(name), True
     for name in names if frontier else ():
@@ -170,9 +172,11 @@ def _plan(
 
 
 def _draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """A column for each cold start, a row for each trace: the further left and down, the better. A line joins
-    what one policy does with other goals or targets; the large mark is as usual. What costs or misses very
-    much more than others is beyond the frame."""
+    """Draw a column for each cold start and a row for each trace; further left and down is better.
+
+    A line connects the results of one policy with different goals or targets, and the large mark is the
+    default. Results that cost or miss much more than the others are outside the frame.
+    """
     import matplotlib as mpl
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
@@ -183,20 +187,20 @@ def _draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(4 * len(colds), 2.6 * len(traces) + 0.6), layout="constrained")
     axes = figure.subplots(len(traces), len(colds), squeeze=False)
     for line, trace in enumerate(traces):
-        for place, cold_s in enumerate(colds):
-            axis = axes[line, place]
+        for column, cold_s in enumerate(colds):
+            axis = axes[line, column]
             shown = [row for row in rows if (row["trace"], row["cold_start_s"]) == (trace, cold_s)]
             for number, (policy, marker) in enumerate(zip(policies, "o^vsDXP*", strict=False)):
-                mine = [row for row in shown if row["policy"] == policy]
-                mine.sort(key=lambda row: (row["goal"], row["target"] or 0.0))
-                points = [(row["gpu_hours"], _missed(row)) for row in mine]
-                asked = [(row["goal"], row["target"]) for row in mine]
-                ours = policy == "tierplane"
-                style: dict[str, Any] = {"color": f"C{number}", "zorder": 3 if ours else 2}
-                width = 1.4 if ours else 0.6
+                of_policy = [row for row in shown if row["policy"] == policy]
+                of_policy.sort(key=lambda row: (row["goal"], row["target"] or 0.0))
+                points = [(row["gpu_hours"], _missed(row)) for row in of_policy]
+                settings = [(row["goal"], row["target"]) for row in of_policy]
+                tierplane = policy == "tierplane"
+                style: dict[str, Any] = {"color": f"C{number}", "zorder": 3 if tierplane else 2}
+                width = 1.4 if tierplane else 0.6
                 axis.plot(*zip(*points, strict=True), marker=".", markersize=3, linewidth=width, **style)
-                usual = points[asked.index((goal, TARGETS.get(policy)))]
-                axis.scatter(*usual, marker=marker, s=50, label=policy, **style)
+                default = points[settings.index((goal, TARGETS.get(policy)))]
+                axis.scatter(*default, marker=marker, s=50, label=policy, **style)
             axis.axhline(100 * (1 - goal), color="0.7", linewidth=0.8)
             axis.set_xscale("log")
             axis.set_yscale("log")
@@ -218,19 +222,19 @@ def _draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def _missed(row: dict[str, Any]) -> float:
-    """In %; at least one in ten thousand, for a logarithmic axis."""
+    """Percentage of requests that missed the SLO; at least 0.01, for a logarithmic axis."""
     return max(100 * (1 - float(row["slo_attainment"])), 0.01)
 
 
 def _rows(trace: Trace, cold_s: float, runs: Sequence[Run]) -> Iterable[dict[str, Any]]:
-    usual = {run.policy: run.result for run in runs if run.usual}
-    best, ours = usual.get("oracle"), usual.get("tierplane")
+    defaults = {run.policy: run.result for run in runs if run.default}
+    oracle_run, tierplane = defaults.get("oracle"), defaults.get("tierplane")
     others = [run for run in runs if run.policy not in ("tierplane", "oracle")]
     for run in runs:
         better = ""
         if run.policy == "tierplane":
             better = " ".join(other.name for other in others if _beats(other.result, run.result))
-        elif ours is not None and run.policy != "oracle" and _beats(ours, run.result):
+        elif tierplane is not None and run.policy != "oracle" and _beats(tierplane, run.result):
             better = "tierplane"
         yield {
             "trace": trace.name,
@@ -240,14 +244,14 @@ def _rows(trace: Trace, cold_s: float, runs: Sequence[Run]) -> Iterable[dict[str
             "target": run.target,
             "slo_attainment": round(run.result.attainment, 5),
             "gpu_hours": round(run.result.gpu_hours, 3),
-            "oracle_ratio": round(run.result.gpu_hours / best.gpu_hours, 3) if best else None,
+            "oracle_ratio": round(run.result.gpu_hours / oracle_run.gpu_hours, 3) if oracle_run else None,
             "requests": run.result.requests,
             "better": better,
         }
 
 
 def _beats(one: SimulationResult, other: SimulationResult) -> bool:
-    """Is ``one`` at least as good on both axes and better on one?"""
+    """Whether ``one`` is at least as good as ``other`` on both axes and better on one."""
     no_worse = one.attainment >= other.attainment - EPSILON and one.gpu_hours <= other.gpu_hours
     return no_worse and (one.attainment > other.attainment + EPSILON or one.gpu_hours < other.gpu_hours)
 
@@ -269,10 +273,10 @@ def _scenario(trace: Trace, cold_s: float, attainment: float, seed: int) -> Scen
         gpu=trace.gpu, cold_start_s=cold_s, slo=replace(trace.slo, attainment=attainment), seed=seed
     )
     scenario = build_scenario(PlaneConfig(tiers=[tier]), options, trace.mean_request)
-    # A fleet that was there before the trace began: what the first five minutes need, and a third more.
+    # The fleet at the beginning of the trace: what the first five minutes need, plus 30 %.
     needed = oracle.needed_replicas(trace.arrivals, scenario.tiers[0])[: round(300 / oracle.SLOT_S)]
-    begun = max(1, math.ceil(1.3 * sum(needed) / len(needed)))
-    return oracle.beginning_with(scenario, begun)
+    replicas = max(1, math.ceil(1.3 * sum(needed) / len(needed)))
+    return oracle.beginning_with(scenario, replicas)
 
 
 def _read(path: Path, hours: float, skip_hours: float, fleet: float, seed: int) -> Trace:
@@ -306,8 +310,8 @@ def _mean_replicas(trace: Trace) -> float:
     return sum(needed) / len(needed)
 
 
-def _made_up_day(seed: int) -> Trace:
-    """Two hours in which a day's shape passes: a slow rise and fall, with two bursts."""
+def _synthetic_day(seed: int) -> Trace:
+    """Two hours with the shape of a day: a slow rise and fall, with two bursts."""
     rng = random.Random(f"day {seed}")
     arrivals, at_s = [], 0.0
     while at_s < 7200:

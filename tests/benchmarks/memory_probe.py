@@ -1,8 +1,7 @@
-"""Runs inside vLLM's workers (``--worker-extension-cls``): what they really hold, in bytes.
+"""Runs inside vLLM's workers (``--worker-extension-cls``) and reports the bytes that they hold.
 
-On CPU vLLM hands most matrices to oneDNN, which keeps them in its own layout and out of the model's
-parameters. So the hand-over is counted as well: importing this module (a worker does so before it loads the
-model) puts a counter in front of it.
+On CPU vLLM hands most matrices to oneDNN, which stores them in its own layout outside the model's parameters.
+Importing this module, which a worker does before it loads the model, wraps that function with a counter.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 handed_over = {"moved": 0, "copied": 0}
-"""Bytes of matrices that the CPU kernels took over, and of those that they hold a second time."""
+"""Bytes of matrices that oneDNN took over, and of those of which it holds a second copy."""
 
 
 class MemoryProbe:
@@ -22,7 +21,8 @@ class MemoryProbe:
     model_runner: Any
 
     def tierplane_memory(self) -> dict[str, int]:
-        """Bytes of weights, buffers that are not parameters, second copies, KV cache; resident set."""
+        """Bytes of weights, of buffers that are not parameters, of second copies, of the KV cache, and the
+        resident set."""
         seen: set[int] = set()
 
         def fresh(tensors: Iterable[Any]) -> int:

@@ -1,8 +1,8 @@
-"""Gangs of 2, 4 and 8 whole GPUs on 8-GPU nodes with NVLink islands: do they end up inside one?
+"""Gangs of 1, 2, 4 and 8 whole GPUs on 8-GPU nodes with NVLink islands: how many are inside one island?
 
-The fleet is made here: half of its nodes have one island of 8, half have two of 4, each on its own socket.
-Gangs come in random order until they ask for all of the GPUs; when a gang has come, with a chance of 30 %
-a random running one leaves, so that the fleet is used and holes are spread.
+The fleet is generated: half of its nodes have one island of 8, half have two of 4, each on its own socket.
+Gangs arrive in random order until they have requested three times the fleet's GPUs. After each arrival a
+random running gang leaves with a probability of 30 %, so that free GPUs are scattered.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FREQUENCY = (4, 3, 2, 1)
 
 
 def fleet(nodes: int = NODES) -> tuple[Node, ...]:
-    """8 GPUs each; islands of 8 and of 4 take turns."""
+    """Nodes of 8 GPUs; nodes with an island of 8 and with two of 4 alternate."""
 
     def gpu(name: str, i: int, island: int) -> Gpu:
         first = i - i % island
@@ -41,60 +41,60 @@ def fleet(nodes: int = NODES) -> tuple[Node, ...]:
 
 
 @dataclass
-class _Simple:
-    """A node by a simple rule, on it the first idle GPUs: what a scheduler does that counts GPUs only."""
+class _CountingPlacer:
+    """Like a scheduler that only counts GPUs: a random node or the tightest one, and its first idle GPUs."""
 
-    ledger: FreeCapacity
+    capacity: FreeCapacity
     rng: random.Random
     tightest: bool
 
     def place(self, gang: Gang) -> tuple[str, tuple[str, ...]] | None:
-        ledger = self.ledger
-        idle = (ledger.free_milli == 1000).sum(axis=1)
+        capacity = self.capacity
+        idle = (capacity.free_milli == 1000).sum(axis=1)
         found = np.flatnonzero(idle >= gang.shape.gpus)
         if not len(found):
             return None
         row = int(found[idle[found].argmin()]) if self.tightest else int(self.rng.choice(found))
-        columns = np.flatnonzero(ledger.free_milli[row] == 1000)[: gang.shape.gpus].tolist()
-        ledger.take(row, columns, gang.shape)
-        return ledger.nodes[row].node_id, tuple(ledger.gpus[row][column].uuid for column in columns)
+        columns = np.flatnonzero(capacity.free_milli[row] == 1000)[: gang.shape.gpus].tolist()
+        capacity.take(row, columns, gang.shape)
+        return capacity.nodes[row].node_id, tuple(capacity.gpus[row][column].uuid for column in columns)
 
     def remove(self, gang: Gang, uuids: Sequence[str]) -> None:
-        row = self.ledger.slot[uuids[0]][0]
-        self.ledger.give_back(row, [self.ledger.slot[uuid][1] for uuid in uuids], gang.shape)
+        row = self.capacity.slot[uuids[0]][0]
+        self.capacity.give_back(row, [self.capacity.slot[uuid][1] for uuid in uuids], gang.shape)
 
 
 @dataclass
-class _Ours:
+class _TierplanePlacer:
     planner: Planner
 
     def place(self, gang: Gang) -> tuple[str, tuple[str, ...]] | None:
-        answer = self.planner.place(gang)
-        return (answer.node_ids[0], answer.gpu_uuids) if isinstance(answer, Placement) else None
+        result = self.planner.place(gang)
+        return (result.node_ids[0], result.gpu_uuids) if isinstance(result, Placement) else None
 
     def remove(self, gang: Gang, uuids: Sequence[str]) -> None:
         self.planner.remove(gang.gang_id)
 
 
-def _agent(policy: str, nodes: Sequence[Node], rng: random.Random) -> _Simple | _Ours:
+def _placer(policy: str, nodes: Sequence[Node], rng: random.Random) -> _CountingPlacer | _TierplanePlacer:
     if policy == "tierplane":
-        return _Ours(Planner(PlacedCluster(tuple(nodes))))
-    return _Simple(FreeCapacity(nodes), rng, policy == "bestfit")
+        return _TierplanePlacer(Planner(PlacedCluster(tuple(nodes))))
+    return _CountingPlacer(FreeCapacity(nodes), rng, policy == "bestfit")
 
 
 def run(policy: str, seed: int, nodes: Sequence[Node]) -> tuple[float, float, float]:
     """(gangs of several GPUs in one island, gangs placed, GPUs allocated at the end), in percent."""
     rng = random.Random(seed)
     by_id = {node.node_id: node for node in nodes}
-    agent = _agent(policy, nodes, rng)
-    capacity = 8 * len(nodes)
+    placer = _placer(policy, nodes, rng)
+    total = 8 * len(nodes)
     running: list[tuple[Gang, tuple[str, ...]]] = []
-    asked = several = together = placed = number = used = 0
-    while asked < ROUNDS * capacity:
+    requested = several = together = placed = number = used = 0
+    while requested < ROUNDS * total:
         number += 1
         gang = Gang(str(number), GangShape(gpus=rng.choices(SIZES, FREQUENCY)[0]))
-        asked += gang.shape.gpus
-        found = agent.place(gang)
+        requested += gang.shape.gpus
+        found = placer.place(gang)
         if found is not None:
             running.append((gang, found[1]))
             placed += 1
@@ -104,9 +104,9 @@ def run(policy: str, seed: int, nodes: Sequence[Node]) -> tuple[float, float, fl
                 together += spread_of(by_id[found[0]], found[1]) <= Distance.ISLAND
         if running and rng.random() < LEAVE_RATIO:
             leaving, uuids = running.pop(rng.randrange(len(running)))
-            agent.remove(leaving, uuids)
+            placer.remove(leaving, uuids)
             used -= leaving.shape.gpus
-    return 100 * together / several, 100 * placed / number, 100 * used / capacity
+    return 100 * together / several, 100 * placed / number, 100 * used / total
 
 
 def table(seeds: int) -> Iterator[dict[str, object]]:

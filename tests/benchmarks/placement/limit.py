@@ -1,9 +1,9 @@
-"""How much of a fleet's GPUs a mix of pods could fill at most before one must be refused.
+"""The allocation at which a mix of pods fills a fleet's GPUs, so that further pods must be refused.
 
-A linear program over the ways to divide one GPU (cutting stock, by column generation): the fewest GPUs for
-the pods of the list, were there arbitrarily many of each in these relations, and CPUs, memory and models no
-matter. What is asked for divided by that is the allocation at which a fleet is full. A policy that refuses
-nothing can end a little above it: later pods still fill gaps that are left.
+A linear program over the ways to divide one GPU (cutting stock, by column generation) finds the minimum
+number of GPUs for arbitrarily many pods in the proportions of the list, without limits on CPUs, memory and
+GPU models. The requested GPU capacity divided by it is the limit. A policy that refuses nothing can end
+slightly above the limit, because later pods still fill remaining gaps.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ def limit_percent(shapes: Sequence[GangShape]) -> float:
     patterns = [np.eye(len(sizes))[i] * (WHOLE_MILLI // size) for i, size in enumerate(sizes)]
     while True:
         solved = linprog(np.ones(len(patterns)), A_ub=-np.array(patterns).T, b_ub=-wanted, method="highs")
-        worth, pattern = _best_pattern(sizes, -solved.ineqlin.marginals)
-        if worth <= 1 + 1e-7:
+        value, pattern = _best_pattern(sizes, -solved.ineqlin.marginals)
+        if value <= 1 + 1e-7:
             break
         patterns.append(pattern)
     return float(100 * (wanted * np.array(sizes)).sum() / WHOLE_MILLI / solved.fun)
 
 
-def _best_pattern(sizes: Sequence[int], worth: Sequence[float]) -> tuple[float, np.ndarray]:
-    """The way to divide a GPU that is worth most, each size at its dual price (a knapsack)."""
+def _best_pattern(sizes: Sequence[int], prices: Sequence[float]) -> tuple[float, np.ndarray]:
+    """The most valuable way to divide a GPU, with the dual prices as values: a knapsack problem."""
     best = np.zeros(WHOLE_MILLI + 1)
     chosen = np.full(WHOLE_MILLI + 1, -1)
-    for room in range(1, WHOLE_MILLI + 1):
-        best[room] = best[room - 1]
+    for milli in range(1, WHOLE_MILLI + 1):
+        best[milli] = best[milli - 1]
         for i, size in enumerate(sizes):
-            if size <= room and best[room - size] + worth[i] > best[room] + 1e-12:
-                best[room], chosen[room] = best[room - size] + worth[i], i
-    pattern, room = np.zeros(len(sizes)), WHOLE_MILLI
-    while room > 0:
-        if chosen[room] < 0:
-            room -= 1
+            if size <= milli and best[milli - size] + prices[i] > best[milli] + 1e-12:
+                best[milli], chosen[milli] = best[milli - size] + prices[i], i
+    pattern, left = np.zeros(len(sizes)), WHOLE_MILLI
+    while left > 0:
+        if chosen[left] < 0:
+            left -= 1
         else:
-            pattern[chosen[room]] += 1
-            room -= sizes[chosen[room]]
+            pattern[chosen[left]] += 1
+            left -= sizes[chosen[left]]
     return float(best[WHOLE_MILLI]), pattern

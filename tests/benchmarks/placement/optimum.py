@@ -1,7 +1,7 @@
-"""How far plans are from the best there is: small fleets, solved exactly as integer programs (HiGHS).
+"""The distance of plans from the optimum: small fleets, solved exactly as integer programs (HiGHS).
 
-The optimum is the most GPU capacity that can be allocated to gangs, each whole or not at all. A plan that
-is made at once may reach it; one gang after the other, without knowing the rest, in general can't.
+The optimum is the largest GPU capacity that can be allocated to gangs, each completely or not at all. A plan
+for all gangs can reach it; placing one gang after the other, without knowing the others, in general can't.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from controlplane.core.placement.topology import Gpu, Node
 
 @dataclass(frozen=True)
 class Case:
-    """A small fleet and more gangs than it may hold."""
+    """A small fleet, and more gangs than it has room for."""
 
     nodes: tuple[Node, ...]
     gangs: tuple[Gang, ...]
@@ -41,8 +41,8 @@ def case(seed: int) -> Case:
         nodes.append(Node(f"n{n}", gpus, rng.choice((6, 10, 14)) * 1000 * size, 64 * 2**30 * size))
     total = sum(len(node.gpus) for node in nodes) * WHOLE_MILLI
     gangs: list[Gang] = []
-    asked = 0
-    while asked < 1.2 * total:
+    requested = 0
+    while requested < 1.2 * total:
         count = rng.choice((1, 1, 1, 2, 2, 4))
         share = rng.choice((250, 500, 650, 810, WHOLE_MILLI)) if count == 1 else WHOLE_MILLI
         shape = GangShape(
@@ -52,14 +52,14 @@ def case(seed: int) -> Case:
             memory_bytes=rng.choice((16, 32, 64)) * 2**30 * count,
             models=frozenset(rng.choice(((), (), ("A",), ("B",)))),
         )
-        asked += shape.total_milli
+        requested += shape.total_milli
         gangs.append(Gang(f"g{len(gangs)}", shape))
     return Case(tuple(nodes), tuple(gangs))
 
 
 def optimum_milli(problem: Case) -> int:
     """The most that can be allocated, in thousandths of a GPU."""
-    # Variables: gang on node for whole GPUs, share on GPU; then «this GPU is used whole».
+    # Variables: a gang of whole GPUs on a node, a shared gang on a GPU; then «this GPU is used completely».
     slots = [(n, j) for n, node in enumerate(problem.nodes) for j in range(len(node.gpus))]
     choices = [
         (g, n, j)
@@ -108,29 +108,29 @@ def optimum_milli(problem: Case) -> int:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The solver prints from C, past Python; standard output is for the table."""
+    """Discards standard output at the level of the process, because the solver prints from C."""
     sys.stdout.flush()
-    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
+    saved, devnull = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 1)
     try:
         yield
     finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(nowhere)
+        os.dup2(saved, 1)
+        os.close(saved)
+        os.close(devnull)
 
 
 def planned_milli(problem: Case) -> int:
-    """What :func:`plan` allocates, knowing all gangs."""
-    answer = plan(PlacedCluster(problem.nodes), problem.gangs)
-    return sum(placement.gang.shape.total_milli for placement in answer.placements)
+    """What :func:`plan` allocates, which knows all gangs."""
+    result = plan(PlacedCluster(problem.nodes), problem.gangs)
+    return sum(placement.gang.shape.total_milli for placement in result.placements)
 
 
 def online_milli(problem: Case) -> int:
-    """What gangs get that come one after the other."""
+    """What is allocated if the gangs are placed one after the other."""
     planner = Planner(PlacedCluster(problem.nodes))
-    answers = [planner.place(gang) for gang in problem.gangs]
-    return sum(a.gang.shape.total_milli for a in answers if isinstance(a, Placement))
+    results = [planner.place(gang) for gang in problem.gangs]
+    return sum(each.gang.shape.total_milli for each in results if isinstance(each, Placement))
 
 
 def table(cases: int) -> Iterator[dict[str, object]]:

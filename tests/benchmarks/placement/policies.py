@@ -1,8 +1,8 @@
-"""The policies that the placement is measured beside, and the placement itself behind the same interface.
+"""The policies with which the placement is compared, and the placement itself behind the same interface.
 
-Random, BestFit and FGD are written from their definitions in Weng et al., «Beware of Fragmentation:
-Scheduling GPU-Sharing Workloads with Fragmentation Gradient Descent» (USENIX ATC'23), with the rounding of
-scores to whole numbers that the published runs had; among equal scores the first node wins.
+Random, BestFit and FGD follow their definitions in Weng et al., «Beware of Fragmentation: Scheduling
+GPU-Sharing Workloads with Fragmentation Gradient Descent» (USENIX ATC'23). Scores are rounded to integers as
+in the published runs, and among equal scores the first node wins.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from controlplane.core.placement.topology import Node
 
 MOST_CPU_MILLI = 128_000
 MOST_GPU_MILLI = 8_000
-"""By these the published BestFit puts CPUs and GPUs in relation."""
+"""Divisors with which the published BestFit adds CPUs and GPUs."""
 TYPICAL_RATIO = 0.95
-"""FGD's typical pods: the most frequent shapes, up to this part of all pods."""
+"""FGD's typical pods are the most frequent shapes that make up this share of all pods."""
 
 
 class Policy(Protocol):
-    """Takes pods one by one."""
+    """Places pods one by one."""
 
     def place(self, shape: GangShape) -> bool:
-        """Place one; False if it fits nowhere."""
+        """Place a pod; False if it fits nowhere."""
         ...
 
 
 class Tierplane:
-    """The production placement. It is told nothing in advance: it learns from what arrived."""
+    """The production placement, which learns the demand from the pods so far."""
 
     def __init__(self, nodes: Sequence[Node]) -> None:
         self._planner = Planner(PlacedCluster(tuple(nodes)))
@@ -48,31 +48,31 @@ class Tierplane:
         return isinstance(self._planner.place(Gang(str(next(self._number)), shape)), Placement)
 
 
-class _Books:
-    """What the other policies know of the fleet."""
+class _Baseline:
+    """The fleet's free capacity, for the other policies."""
 
     def __init__(self, nodes: Sequence[Node]) -> None:
-        self.ledger = FreeCapacity(nodes)
-        self.rows = all_rows(self.ledger)
+        self.capacity = FreeCapacity(nodes)
+        self.rows = all_rows(self.capacity)
 
     def fits(self, shape: GangShape, rows: Ints) -> Bools:
-        ledger = self.ledger
-        fits = ledger.cpu_milli[rows] >= shape.cpu_milli
-        fits &= ledger.memory_bytes[rows] >= shape.memory_bytes
+        capacity = self.capacity
+        fits = capacity.cpu_milli[rows] >= shape.cpu_milli
+        fits &= capacity.memory_bytes[rows] >= shape.memory_bytes
         if shape.gpus:
-            able = ledger.free_milli[rows] >= shape.milli_gpu
+            able = capacity.free_milli[rows] >= shape.milli_gpu
             if shape.models:
-                able &= ledger.accepted(shape)[ledger.kind[rows]]
+                able &= capacity.accepted(shape)[capacity.kind[rows]]
             fits &= able.sum(axis=1) >= shape.gpus
         return fits
 
     def first_idle(self, row: int, shape: GangShape) -> list[int]:
-        idle = np.flatnonzero(self.ledger.free_milli[row] == WHOLE_MILLI)
+        idle = np.flatnonzero(self.capacity.free_milli[row] == WHOLE_MILLI)
         return [int(gpu) for gpu in idle[: shape.gpus]]
 
 
-class Random(_Books):
-    """A random node that fits, a random GPU of it."""
+class Random(_Baseline):
+    """A random node that fits, and a random GPU of it."""
 
     def __init__(self, nodes: Sequence[Node], rng: random.Random) -> None:
         super().__init__(nodes)
@@ -85,35 +85,37 @@ class Random(_Books):
         row = int(self._rng.choice(found))
         columns = self.first_idle(row, shape)
         if shape.shared:
-            columns = [int(self._rng.choice(np.flatnonzero(self.ledger.free_milli[row] >= shape.milli_gpu)))]
-        self.ledger.take(row, columns, shape)
+            columns = [
+                int(self._rng.choice(np.flatnonzero(self.capacity.free_milli[row] >= shape.milli_gpu)))
+            ]
+        self.capacity.take(row, columns, shape)
         return True
 
 
-class BestFit(_Books):
-    """The node with the least left over of CPUs and GPUs, the GPU with the least left over."""
+class BestFit(_Baseline):
+    """The node with the fewest CPUs and GPUs left over, and the GPU with the least left over."""
 
     def place(self, shape: GangShape) -> bool:
         found = np.flatnonzero(self.fits(shape, self.rows))
         if not len(found):
             return False
-        ledger = self.ledger
-        cpu = (ledger.cpu_milli[found] - shape.cpu_milli) / MOST_CPU_MILLI
-        gpu = (ledger.free_milli[found].sum(axis=1) - shape.total_milli) / MOST_GPU_MILLI
+        capacity = self.capacity
+        cpu = (capacity.cpu_milli[found] - shape.cpu_milli) / MOST_CPU_MILLI
+        gpu = (capacity.free_milli[found].sum(axis=1) - shape.total_milli) / MOST_GPU_MILLI
         score = ((1.0 - (cpu + gpu) / 2) * 100).astype(np.int64)
         span = int(score.max() - score.min())
         scaled = (score - score.min()) * 100 // span if span else np.zeros_like(score)
         row = int(found[scaled.argmax()])
         columns = self.first_idle(row, shape)
         if shape.shared:
-            free = ledger.free_milli[row]
+            free = capacity.free_milli[row]
             columns = [int(np.where(free >= shape.milli_gpu, free, WHOLE_MILLI + 1).argmin())]
-        ledger.take(row, columns, shape)
+        capacity.take(row, columns, shape)
         return True
 
 
-class Fgd(_Books):
-    """Fragmentation gradient descent: where fragmentation, for the typical pods, grows least."""
+class Fgd(_Baseline):
+    """Fragmentation gradient descent: where the fragmentation for the typical pods grows least."""
 
     def __init__(self, nodes: Sequence[Node], workload: Sequence[GangShape]) -> None:
         super().__init__(nodes)
@@ -126,7 +128,7 @@ class Fgd(_Books):
         self._accepted = np.array(
             [
                 [gpus > 0 and (not models or kind.model in models) for _, gpus, _, models, _ in typical]
-                for kind in self.ledger.kinds
+                for kind in self.capacity.kinds
             ]
         )
         self._views: dict[GangShape, tuple[int, Ints, Ints]] = {}
@@ -137,12 +139,12 @@ class Fgd(_Books):
         if score[row] < 0:
             return False
         columns = [int(column[row])] if shape.shared else self.first_idle(row, shape)
-        self.ledger.take(row, columns, shape)
+        self.capacity.take(row, columns, shape)
         return True
 
     def _scores(self, shape: GangShape) -> tuple[Ints, Ints]:
-        """Per node, 0 to 100, -1 where it does not fit; and the GPU for a share."""
-        changed = self.ledger.changed
+        """A score per node from 0 to 100, -1 if the pod doesn't fit; and the GPU for a share."""
+        changed = self.capacity.changed
         empty = (-1, np.full(len(self.rows), -1), np.zeros(len(self.rows), dtype=np.int64))
         read, score, column = self._views.get(shape, empty)
         rows = self.rows if read < 0 else np.unique(np.array(changed[read:], dtype=np.int64))
@@ -154,8 +156,8 @@ class Fgd(_Books):
         return score, column
 
     def _rate(self, shape: GangShape, rows: Ints) -> tuple[Ints, Ints]:
-        ledger = self.ledger
-        free = ledger.free_milli[rows]
+        capacity = self.capacity
+        free = capacity.free_milli[rows]
         width = free.shape[1]
         options = np.repeat(free[:, None, :], width if shape.shared else 1, axis=1)
         if shape.shared:
@@ -164,8 +166,8 @@ class Fgd(_Books):
         else:
             for option, now in zip(options[:, 0], free, strict=True):
                 option[np.flatnonzero(now == WHOLE_MILLI)[: shape.gpus]] = 0
-        kind = ledger.kind[rows, 0]
-        cpu = ledger.cpu_milli[rows]
+        kind = capacity.kind[rows, 0]
+        cpu = capacity.cpu_milli[rows]
         before = self._fragmentation(free[:, None, :], cpu[:, None], kind)
         after = self._fragmentation(options, cpu[:, None] - shape.cpu_milli, kind)
         rating = (100.0 / (1.0 + np.exp((after - before) / WHOLE_MILLI))).astype(np.int64)
@@ -187,7 +189,7 @@ class Fgd(_Books):
 
 
 def _typical(workload: Sequence[GangShape]) -> list[tuple[int, int, int, frozenset[str], float]]:
-    """The most frequent pods as (cpu, GPUs, share, models, weight); FGD does not look at memory."""
+    """The most frequent pods as (CPUs, GPUs, share, models, weight); FGD ignores memory."""
     counts = Counter(
         (shape.cpu_milli, shape.gpus, shape.milli_gpu if shape.gpus else 0, shape.models)
         for shape in workload

@@ -1,4 +1,4 @@
-"""Replays of workloads on a fleet: how much of the GPUs ends up allocated, by policy."""
+"""Replays of workloads on a fleet: the allocated share of the GPUs at the end, by policy."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Run:
 
 
 def replay(nodes: Sequence[Node], workload: Workload, policy: str, seed: int) -> Run:
-    """All arrivals once, nobody leaves."""
+    """Place all arrivals once; none leaves."""
     rng = random.Random(seed)
     size = fleet_milli(nodes)
     order = arrivals(workload.shapes, size, rng)
-    agent = _policy(policy, shuffled(nodes, rng), workload, rng)
-    placed = sum(shape.total_milli for shape in order if agent.place(shape))
+    placer = _policy(policy, shuffled(nodes, rng), workload, rng)
+    placed = sum(shape.total_milli for shape in order if placer.place(shape))
     return Run(policy, workload.name, seed, 100.0 * placed / size)
 
 
@@ -55,7 +55,7 @@ def replay_all(
     jobs: int,
     progress: Callable[[Run], None],
 ) -> list[Run]:
-    """Every policy on every workload with every seed; the order of the answers is fixed."""
+    """Every policy on every workload with every seed; the order of the results is fixed."""
     tasks = [
         (workload, name, FIRST_SEED + i) for workload in workloads for name in names for i in range(seeds)
     ]

@@ -1,4 +1,4 @@
-"""How long a plan takes, by the size of the fleet."""
+"""Planning time by the size of the fleet."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.benchmarks.placement.gangs import fleet
 
 GANGS = 500
 SIZES = (80, 640, 2_560, 5_120, 10_000, 20_000)
-"""GPUs; eight to a node."""
+"""GPUs, eight per node."""
 _SHAPES = (
     (GangShape(milli_gpu=500, gpu_memory_bytes=30 * 2**30, cpu_milli=4000), 25),
     (GangShape(gpu_memory_bytes=60 * 2**30, cpu_milli=8000), 30),
@@ -30,7 +30,7 @@ _SHAPES = (
 
 @dataclass(frozen=True)
 class Point:
-    """One fleet."""
+    """The result for one size of fleet."""
 
     gpus: int
     gangs: int
@@ -38,9 +38,9 @@ class Point:
     seconds: float
 
 
-def gangs(number: int, seed: int = 0) -> tuple[Gang, ...]:
+def gangs(number: int) -> tuple[Gang, ...]:
     """Replicas of twenty tiers, from half a GPU to two nodes each."""
-    rng = random.Random(seed)
+    rng = random.Random(0)
     shapes, weights = zip(*_SHAPES, strict=True)
     tiers = [(f"tier{i:02d}", rng.choices(shapes, weights)[0]) for i in range(20)]
     picks = [rng.choice(tiers) for _ in range(number)]
@@ -48,18 +48,18 @@ def gangs(number: int, seed: int = 0) -> tuple[Gang, ...]:
 
 
 def measure(sizes: Sequence[int] = SIZES, repeats: int = 3) -> Iterator[Point]:
-    """The best of some repeats: from nodes as values to a plan as a value."""
+    """Plan for each size of fleet; the time is the best of ``repeats``."""
     wanted = gangs(GANGS)
     for size in sizes:
         state = PlacedCluster(fleet(size // 8))
         best = float("inf")
         for _ in range(repeats):
             start_s = time.perf_counter()
-            answer = plan(state, wanted)
+            result = plan(state, wanted)
             best = min(best, time.perf_counter() - start_s)
-        if revalidate(answer.placements, state):
-            raise AssertionError("the plan does not hold")
-        yield Point(size, GANGS, len(answer.placements), best)
+        if revalidate(result.placements, state):
+            raise AssertionError("the plan is not valid")
+        yield Point(size, GANGS, len(result.placements), best)
 
 
 def table(points: Sequence[Point]) -> Iterator[dict[str, object]]:
@@ -75,46 +75,46 @@ def table(points: Sequence[Point]) -> Iterator[dict[str, object]]:
         }
 
 
-def chart(points: Sequence[Point], width: int = 50) -> str:
-    """Bars for a terminal."""
+def chart(points: Sequence[Point]) -> str:
+    """A bar chart for a terminal."""
     longest = max(point.seconds for point in points)
     return "\n".join(
-        f"{point.gpus:>7,} GPUs {'█' * max(1, round(width * point.seconds / longest))} {point.seconds:.3f} s"
+        f"{point.gpus:>7,} GPUs {'█' * max(1, round(50 * point.seconds / longest))} {point.seconds:.3f} s"
         for point in points
     )
 
 
 def svg(points: Sequence[Point], path: Path) -> None:
-    """A plot as a file, without a plotting library: seconds over GPUs, these on a logarithmic scale."""
-    left, top, wide, high = 70, 30, 560, 300
+    """Write a plot without a plotting library: seconds over GPUs on a logarithmic scale."""
+    left, top, width, height = 70, 30, 560, 300
     most_s = max(1.0, *(point.seconds for point in points))
     low, up = (log10(pick(point.gpus for point in points)) for pick in (min, max))
-    places = [
+    dots_at = [
         (
-            left + 30 + (wide - 60) * (log10(point.gpus) - low) / ((up - low) or 1),
-            top + high * (1 - point.seconds / most_s),
+            left + 30 + (width - 60) * (log10(point.gpus) - low) / ((up - low) or 1),
+            top + height * (1 - point.seconds / most_s),
         )
         for point in points
     ]
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in dots_at)
     dots = "".join(
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="#06c"/>'
         f'<text x="{x:.1f}" y="{y - 8:.1f}" text-anchor="middle">{point.seconds:.3f} s</text>'
-        f'<text x="{x:.1f}" y="{top + high + 18}" text-anchor="middle">{point.gpus:,}</text>'
-        for (x, y), point in zip(places, points, strict=True)
+        f'<text x="{x:.1f}" y="{top + height + 18}" text-anchor="middle">{point.gpus:,}</text>'
+        for (x, y), point in zip(dots_at, points, strict=True)
     )
     grid = "".join(
-        f'<path d="M{left},{y:.1f} h{wide}" stroke="#ddd"/>'
+        f'<path d="M{left},{y:.1f} h{width}" stroke="#ddd"/>'
         f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{seconds:g} s</text>'
         for seconds in (0.25, 0.5, 0.75, 1.0)
-        for y in [top + high * (1 - seconds / most_s)]
+        for y in [top + height * (1 - seconds / most_s)]
     )
     path.write_text(
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + wide + 30}" height="{top + high + 60}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 30}" height="{top + height + 60}" '
         f'font-family="sans-serif" font-size="11"><rect width="100%" height="100%" fill="#fff"/>{grid}'
-        f'<path d="M{left},{top} v{high} h{wide}" fill="none" stroke="#888"/>'
+        f'<path d="M{left},{top} v{height} h{width}" fill="none" stroke="#888"/>'
         f'<polyline points="{line}" fill="none" stroke="#06c"/>{dots}'
-        f'<text x="{left + wide / 2}" y="{top + high + 45}" text-anchor="middle">GPUs of the fleet; time to '
-        f"plan {points[0].gangs} gangs</text></svg>\n",
+        f'<text x="{left + width / 2}" y="{top + height + 45}" text-anchor="middle">GPUs of the fleet; '
+        f"time to plan {points[0].gangs} gangs</text></svg>\n",
         encoding="utf-8",
     )

@@ -1,8 +1,8 @@
-"""Fleets and workloads from files of the openb traces' format (Alibaba, 2023), and arrivals made of them.
+"""Fleets and workloads from files in the format of the openb traces (Alibaba, 2023), and arrivals from them.
 
 Arrivals follow the published experiments of Weng et al. (USENIX ATC'23): the pods of the list in random
-order, then pods drawn from the list until they ask for 130 % of the fleet's GPUs; a list that asks for more
-loses pods at random. Nobody leaves. The order of nodes, which breaks ties, is random too.
+order, then pods drawn from the list until they request 130 % of the fleet's GPUs; from a list that requests
+more, random pods are removed. No pod leaves. The order of nodes, which breaks ties, is random too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from controlplane.core.placement.gangs import WHOLE_MILLI, GangShape
 from controlplane.core.placement.topology import Gpu, Node
 
 LOAD = 1.3
-"""Arrivals in relation to the fleet's GPUs."""
+"""GPU capacity that the arrivals request, in relation to the fleet's."""
 _MIB = 1024 * 1024
 
 
@@ -30,7 +30,7 @@ class Workload:
 
 
 def read_nodes(path: Path) -> tuple[Node, ...]:
-    """Columns ``sn, cpu_milli, memory_mib, gpu, model``."""
+    """The nodes of a CSV file with the columns ``sn, cpu_milli, memory_mib, gpu, model``."""
     with path.open(newline="", encoding="utf-8") as file:
         return tuple(
             Node(
@@ -44,7 +44,8 @@ def read_nodes(path: Path) -> tuple[Node, ...]:
 
 
 def read_pods(path: Path) -> Workload:
-    """Columns ``name, cpu_milli, memory_mib, num_gpu, gpu_milli`` and, if there, ``gpu_spec``."""
+    """The pods of a CSV file with the columns ``name, cpu_milli, memory_mib, num_gpu, gpu_milli`` and
+    optionally ``gpu_spec``."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = sorted(csv.DictReader(file), key=lambda row: row["name"])
     return Workload(path.stem.removeprefix("openb_pod_list_"), tuple(_shape(row) for row in rows))
@@ -62,32 +63,32 @@ def _shape(row: dict[str, str]) -> GangShape:
 
 
 def arrivals(shapes: Sequence[GangShape], fleet_milli: int, rng: random.Random) -> list[GangShape]:
-    """The pods in the order they come."""
+    """The pods in the order of their arrival."""
     order = list(shapes)
     rng.shuffle(order)
-    asked = sum(shape.total_milli for shape in order)
-    if asked > LOAD * fleet_milli:
-        while asked > LOAD * fleet_milli:
-            asked -= order.pop(rng.randrange(len(order))).total_milli
+    requested = sum(shape.total_milli for shape in order)
+    if requested > LOAD * fleet_milli:
+        while requested > LOAD * fleet_milli:
+            requested -= order.pop(rng.randrange(len(order))).total_milli
         return order
     while True:
         shape = rng.choice(shapes)
-        # As published: whether the next one still goes in is judged by its first GPU only.
-        if asked + (shape.milli_gpu if shape.gpus else 0) > LOAD * fleet_milli:
+        # As published: only the first GPU decides whether the next pod is still added.
+        if requested + (shape.milli_gpu if shape.gpus else 0) > LOAD * fleet_milli:
             return order
-        asked += shape.total_milli
+        requested += shape.total_milli
         order.append(shape)
 
 
 def fleet_milli(nodes: Sequence[Node]) -> int:
-    """The fleet's GPUs in thousandths."""
+    """The fleet's GPU capacity in thousandths of a GPU."""
     return sum(len(node.gpus) for node in nodes) * WHOLE_MILLI
 
 
 def shuffled(nodes: Sequence[Node], rng: random.Random) -> tuple[Node, ...]:
     """The same nodes with ids whose order is random."""
-    places = rng.sample(range(len(nodes)), len(nodes))
+    positions = rng.sample(range(len(nodes)), len(nodes))
     return tuple(
-        replace(node, node_id=f"{place:05d}-{node.node_id}")
-        for place, node in zip(places, nodes, strict=True)
+        replace(node, node_id=f"{position:05d}-{node.node_id}")
+        for position, node in zip(positions, nodes, strict=True)
     )

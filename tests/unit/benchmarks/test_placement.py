@@ -1,4 +1,4 @@
-"""The placement benchmark on small fleets made here, and its baselines against hand-made answers."""
+"""The placement benchmark on small fleets, and its baselines against results computed by hand."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def test_files_are_read(files: tuple[Path, Path]) -> None:
     assert workload.shapes[0].models == {"T4", "V100"}
 
 
-def test_arrivals_ask_for_130_percent(files: tuple[Path, Path]) -> None:
+def test_arrivals_request_130_percent(files: tuple[Path, Path]) -> None:
     shapes = read_pods(files[1]).shapes
     order = arrivals(shapes, 12_000, random.Random(1))
-    asked = sum(shape.total_milli for shape in order)
-    assert 15_600 - 2000 <= asked <= 15_600 + 1000
+    requested = sum(shape.total_milli for shape in order)
+    assert 15_600 - 2000 <= requested <= 15_600 + 1000
     assert set(shapes) == set(order[: len(shapes)])
     assert order == arrivals(shapes, 12_000, random.Random(1))
     assert sum(s.total_milli for s in arrivals(shapes, 1_000, random.Random(1))) <= 1_300
@@ -88,12 +88,12 @@ def node(name: str, free_cpu: int, gpus: int = 2) -> Node:
     return Node(name, tuple(Gpu(f"{name}/{i}", i, "M") for i in range(gpus)), free_cpu, 2**40)
 
 
-def test_fgd_fills_a_begun_gpu_before_a_whole_one() -> None:
+def test_fgd_fills_a_partly_used_gpu_before_an_idle_one() -> None:
     half, whole = GangShape(milli_gpu=500), GangShape()
     fgd = policies.Fgd([node("a", 8000), node("b", 8000)], [half, whole, whole])
     assert fgd.place(half)
     assert fgd.place(half)
-    assert fgd.ledger.free_milli.tolist() == [[0, 1000], [1000, 1000]]
+    assert fgd.capacity.free_milli.tolist() == [[0, 1000], [1000, 1000]]
     assert all(fgd.place(whole) for _ in range(3))
     assert not fgd.place(half)
 
@@ -102,7 +102,7 @@ def test_best_fit_takes_the_tightest_node() -> None:
     best = policies.BestFit([node("a", 64000, 4), node("b", 8000)])
     assert best.place(GangShape(milli_gpu=300))
     assert best.place(GangShape(milli_gpu=300))
-    assert best.ledger.free_milli.tolist() == [[1000] * 4, [400, 1000, 0, 0]]
+    assert best.capacity.free_milli.tolist() == [[1000] * 4, [400, 1000, 0, 0]]
 
 
 def test_gangs_in_islands_beat_counting_gpus() -> None:
@@ -112,7 +112,7 @@ def test_gangs_in_islands_beat_counting_gpus() -> None:
     assert ours[2] > 90
 
 
-def test_time_by_size(tmp_path: Path) -> None:
+def test_planning_time_by_size(tmp_path: Path) -> None:
     points = list(scale.measure((80, 160), repeats=1))
     assert [point.gpus for point in points] == [80, 160]
     assert points[0].placed < points[1].placed
@@ -135,7 +135,7 @@ def test_the_limit_of_a_mix() -> None:
     assert limit_percent([large, large, GangShape(milli_gpu=190)]) == pytest.approx(100 * 1.81 / 2)
 
 
-def test_the_optimum_of_a_case_that_can_be_seen() -> None:
+def test_the_optimum_of_an_obvious_case() -> None:
     gang = [
         Gang("whole", GangShape(gpus=2)),
         Gang("a", GangShape(milli_gpu=600)),
