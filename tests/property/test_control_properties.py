@@ -1,4 +1,4 @@
-"""Whatever fails and whatever operators ask for: no GPU is used twice, what is missing decides nothing, and
+"""Whatever fails and whatever operators do: no GPU is used twice, what is missing decides nothing, and
 the control loop comes to rest."""
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def node_of(uuid: str) -> str:
 
 
 def strike(world: World, trouble: tuple[str, object, object]) -> None:
-    """Something goes wrong, or somebody wants something."""
+    """Something fails, or an operator acts."""
     kind, what, how = trouble
     replicas = list(world.replicas.values())
     match kind:
@@ -365,9 +365,9 @@ commands = st.one_of(
 
 @settings(max_examples=150)
 @given(observations.map(consistent), st.lists(commands, max_size=10))
-def test_a_command_that_does_not_fit_changes_nothing(seen: ClusterState, asked: list[Command]) -> None:
+def test_a_command_that_does_not_fit_changes_nothing(seen: ClusterState, commands: list[Command]) -> None:
     work = work_of(seen)
-    for command in asked:
+    for command in commands:
         before = (dict(work.migrations), dict(work.restarts), dict(work.holds), dict(work.failures))
         applied = work.apply(command, seen.endpoints, seen.now_s)
         after = (work.migrations, work.restarts, work.holds, work.failures)
@@ -381,7 +381,7 @@ def test_a_command_that_does_not_fit_changes_nothing(seen: ClusterState, asked: 
 
 
 @given(moves, phases)
-def test_an_illegal_step_of_a_move_raises(move: Migration, phase: MigrationPhase) -> None:
+def test_an_illegal_step_of_a_migration_raises(move: Migration, phase: MigrationPhase) -> None:
     if phase is move.phase:
         assert transition(move, phase, now_s=1.0, note="") is move
     elif phase in TRANSITIONS[move.phase]:

@@ -135,7 +135,7 @@ class World:
         self.controller.observe_nodes(self.nodes.keys())
 
     def serve(self) -> None:
-        """Serve's part: as many replicas as the last targets say, on nodes with GPUs that nobody holds."""
+        """Serve's part: as many replicas as the last targets say, on nodes with free GPUs."""
         with suppress(NotSettled):
             self.targets = self.controller.targets()
         for tier, configured in self.tiers.items():
@@ -231,11 +231,11 @@ class World:
             self.serve()
 
     def settle(self) -> None:
-        """All replicas are there and the controller knows everybody."""
+        """All replicas run, and the controller knows them."""
         self.step(12)
         assert not self.registry.warming
 
-    # --- what tests look at ----------------------------------------------------------------------------
+    # --- what tests check ------------------------------------------------------------------------------
 
     def ready(self, tier: str) -> int:
         return sum(item.state is EndpointState.READY for item in self.controller.endpoints_of(tier))

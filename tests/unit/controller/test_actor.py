@@ -56,14 +56,14 @@ class Ray:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.held: set[str] = set()
-        self.asked: list[tuple[str, str]] = []
+        self.created: list[tuple[str, str]] = []
         monkeypatch.setattr(ray_cordons, "held_gpus", lambda namespace: set(self.held))
         monkeypatch.setattr(ray_cordons, "_hold", self.hold)
         monkeypatch.setattr(ray_cordons, "_release", self.let_go)
 
     def hold(self, uuid: str, node_id: str, namespace: str) -> bool:
         self.held.add(uuid)
-        self.asked.append((uuid, node_id))
+        self.created.append((uuid, node_id))
         return True
 
     def let_go(self, uuid: str, namespace: str) -> bool:
@@ -80,23 +80,23 @@ class Ray:
         ({"g1": "n1"}, {"n1": 0}, set()),
     ],
 )
-def test_what_is_out_of_use_is_held_as_far_as_ray_counts_it(
+def test_gpus_out_of_use_are_held_up_to_the_number_that_ray_counts(
     monkeypatch: pytest.MonkeyPatch, wanted: Mapping[str, str], gpus: Mapping[str, int], held: set[str]
 ) -> None:
     ray = Ray(monkeypatch)
     assert ray_cordons.hold_gpus("tierplane", wanted, gpus) is bool(held)
     assert ray.held == held
-    assert not ray_cordons.hold_gpus("tierplane", wanted, gpus), "asked again it changes nothing"
-    assert len(ray.asked) == len(held)
+    assert not ray_cordons.hold_gpus("tierplane", wanted, gpus), "the same once more changes nothing"
+    assert len(ray.created) == len(held)
 
 
-def test_what_returns_is_let_go_and_what_a_lost_controller_held_is_found(
+def test_a_returned_gpu_is_released_and_gpus_held_by_a_lost_controller_are_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ray = Ray(monkeypatch)
     ray.held = {"g1", "g2"}
     assert ray_cordons.hold_gpus("tierplane", {"g2": "n1"}, {"n1": 8})
     assert ray.held == {"g2"}
-    assert ray.asked == []
+    assert ray.created == []
     assert ray_cordons.release_all_gpus("tierplane") == 1
     assert ray.held == set()

@@ -91,7 +91,7 @@ async def delivering(
         await delivery.close()
 
 
-async def test_a_message_has_its_shape_and_a_signature_that_fits() -> None:
+async def test_a_message_has_the_documented_format_and_a_valid_signature() -> None:
     environ = {"HOOK_SECRET": SECRET}
     async with receiving() as receiver:
         async with delivering(
@@ -146,7 +146,7 @@ async def test_without_a_secret_nothing_is_signed() -> None:
 
 
 @pytest.mark.parametrize("status", [500, 503, 429])
-async def test_what_is_not_taken_is_sent_again_and_the_order_holds(status: int) -> None:
+async def test_a_message_that_is_not_accepted_is_sent_again_in_order(status: int) -> None:
     async with receiving() as receiver, delivering({"url": receiver.url}) as delivery:
         receiver.statuses = [status, status]
         delivery.deliver([notice("a")])
@@ -162,7 +162,7 @@ async def test_what_is_not_taken_is_sent_again_and_the_order_holds(status: int) 
 
 
 @pytest.mark.parametrize("status", [400, 404, 302])
-async def test_what_will_never_be_taken_is_given_up_at_once_and_said(status: int) -> None:
+async def test_a_message_that_can_never_be_accepted_is_given_up_at_once_and_logged(status: int) -> None:
     async with receiving() as receiver:
         receiver.statuses = [status]
         receiver.headers = {"location": receiver.url}
@@ -174,9 +174,9 @@ async def test_what_will_never_be_taken_is_given_up_at_once_and_said(status: int
                 delivery.deliver([notice("b")])
                 await until_async(lambda: receiver.subjects == ["b"])
                 await until_async(lambda: delivery.views[0].problem == "")
-        [said] = [line for line in logs if "given up" in line["event"]]
-        assert said["log_level"] == "error"
-        assert "TierplaneTierDown/a" in said["alerts"][0]
+        [line] = [line for line in logs if "given up" in line["event"]]
+        assert line["log_level"] == "error"
+        assert "TierplaneTierDown/a" in line["alerts"][0]
     assert len(receiver.calls) == 2
 
 
@@ -191,7 +191,7 @@ async def test_attempts_are_limited(free_port: Callable[[], int]) -> None:
     assert "s3cret" not in repr(logs) + repr(delivery.views)
 
 
-async def test_an_answer_that_does_not_come_is_not_waited_for() -> None:
+async def test_a_receiver_that_does_not_answer_times_out() -> None:
     async with receiving() as receiver:
         receiver.silent = True
         async with delivering({"url": receiver.url, "timeout_s": 0.05, "max_attempts": 2}) as delivery:
@@ -225,7 +225,7 @@ def test_pauses_grow_and_are_bounded() -> None:
         assert all(longest / 2 <= pause_s(attempt) <= longest for _ in range(20))
 
 
-async def test_too_many_leave_out_the_oldest_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_full_queue_drops_the_oldest_and_logs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(alert_delivery, "QUEUE_LIMIT", 5)
     with capture_logs() as logs:
         async with receiving() as receiver:
@@ -234,11 +234,11 @@ async def test_too_many_leave_out_the_oldest_and_say_so(monkeypatch: pytest.Monk
                 assert delivery.views[0].dropped == 3
                 await until_async(lambda: len(receiver.taken) == 5)
     assert receiver.subjects == ["s3", "s4", "s5", "s6", "s7"]
-    [said] = [line for line in logs if "too many wait" in line["event"]]
-    assert (said["log_level"], said["dropped"]) == ("error", 1)
+    [line] = [line for line in logs if "too many wait" in line["event"]]
+    assert (line["log_level"], line["dropped"]) == ("error", 1)
 
 
-async def test_many_go_in_a_few_messages() -> None:
+async def test_many_alerts_are_sent_in_few_messages() -> None:
     async with receiving() as receiver, delivering({"url": receiver.url}) as delivery:
         delivery.deliver([notice(f"s{i}") for i in range(250)])
         await until_async(lambda: len(receiver.taken) == 250)
@@ -246,7 +246,7 @@ async def test_many_go_in_a_few_messages() -> None:
         assert len(receiver.calls) == 3
 
 
-async def test_telling_never_waits() -> None:
+async def test_delivering_never_waits() -> None:
     async with receiving() as receiver:
         receiver.silent = True
         async with delivering({"url": receiver.url}) as delivery:
@@ -268,45 +268,45 @@ async def test_each_webhook_has_its_own_limit_and_pace() -> None:
             assert quick.subjects == ["b"]
 
 
-async def test_a_missing_secret_is_said_loudly_and_nothing_goes_out_unsigned() -> None:
+async def test_a_missing_secret_is_logged_and_nothing_is_sent_unsigned() -> None:
     async with receiving() as receiver:
         with capture_logs() as logs:
             async with delivering({"url": receiver.url, "secret_env": "HOOK_SECRET"}) as delivery:
                 delivery.deliver([notice()])
                 assert delivery.views[0].waiting == 1
                 assert "HOOK_SECRET is not set" in delivery.views[0].problem
-                kept = delivery.checkpoint()
+                waiting = delivery.checkpoint()
         assert receiver.calls == []
-        [said] = [line for line in logs if line["log_level"] == "critical"]
-        assert said["variable"] == "HOOK_SECRET"
+        [line] = [line for line in logs if line["log_level"] == "critical"]
+        assert line["variable"] == "HOOK_SECRET"
         environ = {"HOOK_SECRET": SECRET}
         webhook = {"url": receiver.url, "secret_env": "HOOK_SECRET"}
         with capture_logs() as logs:
             async with delivering(webhook, environ=environ) as delivery:
-                delivery.restore(StoredState(json.loads(json.dumps(kept))))
+                delivery.restore(StoredState(json.loads(json.dumps(waiting))))
                 await until_async(lambda: receiver.subjects == ["small"])
         assert SECRET not in repr(logs)
-        assert "s3cret-path" not in repr(logs) + repr(kept)
+        assert "s3cret-path" not in repr(logs) + repr(waiting)
 
 
-async def test_what_waits_survives_a_restart_in_its_order() -> None:
+async def test_queued_alerts_survive_a_restart_in_order() -> None:
     async with receiving() as receiver:
         receiver.silent = True
         async with delivering({"url": receiver.url}) as delivery:
             delivery.deliver([notice("a")])
             await until_async(lambda: receiver.calls)
             delivery.deliver([notice("b")])
-            kept = delivery.checkpoint()
-        assert delivery.checkpoint() == kept, "closing loses nothing"
+            waiting = delivery.checkpoint()
+        assert delivery.checkpoint() == waiting, "closing loses nothing"
         receiver.silent = False
         async with delivering({"url": receiver.url}) as again:
-            again.restore(StoredState(json.loads(json.dumps(kept))))
+            again.restore(StoredState(json.loads(json.dumps(waiting))))
             again.deliver([notice("c")])
             await until_async(lambda: receiver.subjects[-3:] == ["a", "b", "c"])
             await until_async(lambda: again.checkpoint() == {})
 
 
-async def test_webhooks_may_change_and_what_waits_for_one_that_stays_is_kept() -> None:
+async def test_queued_alerts_of_a_webhook_that_stays_survive_a_change_of_webhooks() -> None:
     async with receiving() as stays, receiving() as goes, receiving() as comes:
         stays.silent = goes.silent = True
         async with delivering({"url": stays.url}, {"url": goes.url}) as delivery:
@@ -321,7 +321,7 @@ async def test_webhooks_may_change_and_what_waits_for_one_that_stays_is_kept() -
             assert goes.subjects == []
 
 
-def test_the_log_says_it_by_severity() -> None:
+def test_alerts_are_logged_at_a_level_by_severity() -> None:
     delivery = AlertDelivery([], {}, "tierplane")
     with capture_logs() as logs:
         delivery.deliver(

@@ -47,7 +47,7 @@ class Rig:
         values = {"heartbeat_s": HEARTBEAT_S, "alerts": {"rules": rules or {}, **alerts}}
         self.config = ControllerConfig.model_validate(values)
         self.make()
-        self.told: list[AlertNotice] = []
+        self.notified: list[AlertNotice] = []
         self.world.settle()
 
     def make(self) -> None:
@@ -59,15 +59,15 @@ class Rig:
         )
 
     def step(self, count: int = 1) -> list[str]:
-        """Seconds pass; what is told meanwhile, as ``transition rule subject``."""
-        told: list[AlertNotice] = []
+        """Seconds pass; the notifications meanwhile, as ``transition rule subject``."""
+        notified: list[AlertNotice] = []
         for _ in range(count):
             self.world.step()
-            told += self.alerting.evaluate()
-        self.told += told
+            notified += self.alerting.evaluate()
+        self.notified += notified
         return [
             f"{each.transition} {each.alert.rule.removeprefix('Tierplane')} {each.alert.subject}"
-            for each in told
+            for each in notified
         ]
 
     @property
@@ -91,13 +91,13 @@ class Rig:
 QUICK = {"TierplaneTierDown": {"for_s": 3.0}}
 
 
-def test_a_tier_that_is_down_rings_once_and_is_over_when_it_is_up() -> None:
+def test_a_tier_without_endpoints_fires_once_and_resolves_when_one_is_ready() -> None:
     rig = Rig(QUICK)
     assert rig.step(20) == []
     rig.fail()
     assert rig.step(3) == []
     assert rig.step(20) == ["firing TierDown small"]
-    [notice] = rig.told
+    [notice] = rig.notified
     assert notice.alert.summary == "Tier small has no ready endpoint."
     assert "restarting (out of memory)" in notice.alert.detail
     assert (notice.alert.value, notice.alert.threshold) == (0.0, 1)
@@ -106,7 +106,7 @@ def test_a_tier_that_is_down_rings_once_and_is_over_when_it_is_up() -> None:
     assert [alert.rule for alert in registry.snapshot(secrets=False).alerts] == ["TierplaneTierDown"]
     rig.mend()
     assert rig.step(10) == ["resolved TierDown small"]
-    assert rig.told[-1].alert.detail == ""
+    assert rig.notified[-1].alert.detail == ""
     assert registry.snapshot(secrets=False).alerts == ()
     events = [event for event in registry.events if event.kind.startswith("alert")]
     assert [(event.kind, event.subject, event.tier) for event in events] == [
@@ -116,7 +116,7 @@ def test_a_tier_that_is_down_rings_once_and_is_over_when_it_is_up() -> None:
     assert events[0].reason.startswith("TierplaneTierDown: Tier small has no ready endpoint: small-")
 
 
-def test_a_tier_that_an_operator_drained_or_that_wants_none_is_not_down() -> None:
+def test_a_drained_tier_and_one_of_zero_replicas_are_not_down() -> None:
     rig = Rig(QUICK)
     rig.world.controller.drain("small", "its weights change")
     assert rig.step(60) == []
@@ -125,7 +125,7 @@ def test_a_tier_that_an_operator_drained_or_that_wants_none_is_not_down() -> Non
     assert none.step(60) == []
 
 
-def test_a_tier_with_fewer_replicas_than_it_is_to_have_rings_later() -> None:
+def test_missing_replicas_fire_after_a_while() -> None:
     rig = Rig({"TierplaneReplicasMissing": {"for_s": 5.0}}, replicas=2)
     [first, _] = rig.world.replicas.values()
     first.endpoint = replace(first.endpoint, state=EndpointState.RESTARTING)
@@ -135,26 +135,26 @@ def test_a_tier_with_fewer_replicas_than_it_is_to_have_rings_later() -> None:
     assert rig.step(20) == ["resolved ReplicasMissing small"]
 
 
-def test_a_tier_that_the_controller_holds_rings_with_the_diagnosis() -> None:
+def test_a_held_tier_fires_with_the_diagnosis() -> None:
     rig = Rig()
     now_s = rig.world.clock.s
     hold = TierHold("bad flag", now_s + SHIFT_S, CONTROLLER, now_s + SHIFT_S + 600)
     rig.world.controller.restore(StoredState({"hold/small": to_value(hold)}))
     assert rig.step() == ["firing TierHeld small"]
-    assert rig.told[0].alert.detail == "bad flag"
+    assert rig.notified[0].alert.detail == "bad flag"
     rig.world.controller.uncordon("small")
     assert rig.step() == ["resolved TierHeld small"]
 
 
-def test_gpus_that_failed_ring_and_those_that_an_operator_took_do_not() -> None:
+def test_failed_gpus_fire_and_those_that_an_operator_cordoned_do_not() -> None:
     rig = Rig()
     rig.world.controller.cordon("GPU-node-b-1", "a fan rattles")
     rig.world.events.append(xid("node-b", "GPU-node-b-0", 79))
     assert rig.step(3) == ["firing GpuOutOfUse GPU-node-b-0"]
-    assert "79" in rig.told[0].alert.detail
+    assert "79" in rig.notified[0].alert.detail
 
 
-def test_heat_rings_by_its_own_thresholds() -> None:
+def test_a_hot_gpu_fires_and_resolves_by_its_thresholds() -> None:
     rig = Rig({"TierplaneGpuHot": {"threshold": 60.0, "for_s": 2.0}})
     rig.world.samples["node-a"] = {"GPU-node-a-0": {"temperature_c": 61}}
     assert rig.step(5) == ["firing GpuHot GPU-node-a-0"]
@@ -164,7 +164,7 @@ def test_heat_rings_by_its_own_thresholds() -> None:
     assert rig.step(10) == ["resolved GpuHot GPU-node-a-0"]
 
 
-def test_a_silent_agent_rings_and_its_gpus_do_not() -> None:
+def test_a_silent_agent_fires_and_its_gpus_do_not() -> None:
     rig = Rig({"TierplaneGpuHot": {"threshold": 60.0, "for_s": 0.0}})
     rig.world.samples["node-a"] = {"GPU-node-a-0": {"temperature_c": 59}}
     rig.step(3)
@@ -177,21 +177,21 @@ def test_a_silent_agent_rings_and_its_gpus_do_not() -> None:
     assert rig.step(61) == ["resolved NodeSilent node-a"]
 
 
-def test_a_node_is_lost_until_everything_that_ran_there_is_replaced() -> None:
+def test_a_lost_node_fires_until_all_its_replicas_are_replaced() -> None:
     rig = Rig(replicas=2)
     rig.step()
     rig.world.nodes.pop("node-a")
     assert rig.step(3) == ["firing NodeLost node-a"]
-    assert rig.told[0].alert.detail == "it had replicas of small"
+    assert rig.notified[0].alert.detail == "it had replicas of small"
     assert rig.world.ready("small") < 2
-    told = rig.step(70)
+    notified = rig.step(70)
     assert rig.world.ready("small") == 2
-    assert told == ["resolved NodeLost node-a"]
+    assert notified == ["resolved NodeLost node-a"]
     rig.step()
     assert rig.world.controller.lost_nodes == {}
 
 
-def test_a_node_that_was_empty_or_drained_may_go() -> None:
+def test_an_empty_or_drained_node_may_be_removed() -> None:
     rig = Rig()
     empty = ({"node-a", "node-b"} - {item.endpoint.node_id for item in rig.world.replicas.values()}).pop()
     rig.world.nodes.pop(empty)
@@ -202,16 +202,16 @@ def test_a_node_that_was_empty_or_drained_may_go() -> None:
     assert drained.step(3) == []
 
 
-def test_a_memory_that_is_not_safe_rings() -> None:
+def test_a_store_that_can_not_be_written_fires() -> None:
     rig = Rig()
     rig.warning = "disk full: in memory only"
     assert rig.step(40) == ["firing StoreUnsafe plane"]
-    assert rig.told[0].alert.detail == "disk full: in memory only"
+    assert rig.notified[0].alert.detail == "disk full: in memory only"
     rig.warning = ""
     assert rig.step(40) == ["resolved StoreUnsafe plane"]
 
 
-def test_queue_and_places_come_from_the_gateways_and_without_one_are_not_known() -> None:
+def test_queue_and_saturation_are_unknown_without_a_gateway() -> None:
     rig = Rig({"TierplaneQueueLong": {"for_s": 0.0}, "TierplaneTierSaturated": {"for_s": 0.0}})
 
     def report(queued: int, in_flight: int) -> None:
@@ -228,7 +228,7 @@ def test_queue_and_places_come_from_the_gateways_and_without_one_are_not_known()
     assert sorted(rig.step()) == ["resolved QueueLong plane", "resolved TierSaturated small"]
 
 
-def test_what_gateways_count_is_judged() -> None:
+def test_rules_about_traffic_use_the_gateways_counters() -> None:
     rig = Rig({"TierplaneRequestsFail": {"for_s": 2.0}, "TierplaneSloMissed": {"for_s": 2.0}})
     controller = rig.world.controller
     ok = failed = 0
@@ -242,17 +242,17 @@ def test_what_gateways_count_is_judged() -> None:
         return rig.step()
 
     controller.declare([replace(SPEC, attainment=0.95)], HEARTBEAT_S)
-    told = [text for _ in range(10) for text in second(99, 1)]
-    assert told == [], "one in a hundred"
-    told = [text for _ in range(10) for text in second(50, 50)]
-    assert sorted(told) == ["firing RequestsFail small", "firing SloMissed small"]
-    [ratio] = [each.alert.value for each in rig.told if each.alert.rule == "TierplaneRequestsFail"]
+    notified = [text for _ in range(10) for text in second(99, 1)]
+    assert notified == [], "one in a hundred"
+    notified = [text for _ in range(10) for text in second(50, 50)]
+    assert sorted(notified) == ["firing RequestsFail small", "firing SloMissed small"]
+    [ratio] = [each.alert.value for each in rig.notified if each.alert.rule == "TierplaneRequestsFail"]
     assert 0.1 < ratio < 0.5
-    told = [text for _ in range(320) for text in second(100, 0)]
-    assert sorted(told) == ["resolved RequestsFail small", "resolved SloMissed small"]
+    notified = [text for _ in range(320) for text in second(100, 0)]
+    assert sorted(notified) == ["resolved RequestsFail small", "resolved SloMissed small"]
 
 
-def test_a_tiers_slo_is_judged_by_what_that_tier_promises() -> None:
+def test_each_tier_is_compared_with_its_own_slo() -> None:
     tiers = {"strict": 0.99, "loose": 0.9, "silent": None}
     rig = Rig({"TierplaneSloMissed": {"for_s": 2.0}}, tiers=dict.fromkeys(tiers, 1))
     controller = rig.world.controller
@@ -265,15 +265,15 @@ def test_a_tiers_slo_is_judged_by_what_that_tier_promises() -> None:
         counted = [TrafficCounters(name, judged, judged, missed, ok=judged) for name in tiers]
         controller.gateway_report(GatewayInfo("g1", "n", "", traffic=tuple(counted)))
         controller.record_traffic(tiers)
-        told = rig.step()
-        assert told == [] or (told == ["firing SloMissed strict"] and each == 3)
+        notified = rig.step()
+        assert notified == [] or (notified == ["firing SloMissed strict"] and each == 3)
     [view] = rig.firing
     assert (view.rule, view.subject) == ("TierplaneSloMissed", "strict")
     assert view.value == pytest.approx(3.0)
     assert view.detail == "97 % of its requests met the SLO, 99 % must"
 
 
-def test_figures_of_others_are_judged_and_what_is_missing_is_not() -> None:
+def test_other_sources_of_signals_are_evaluated_and_missing_signals_are_not() -> None:
     rig = Rig({"TierplaneRequestsFail": {"for_s": 0.0}, "TierplaneTierIdle": {"for_s": 0.0}})
     supplied: dict[str, dict[str, Signal]] = {}
     rig.alerting.sources.append(lambda: AlertSignals(supplied))
@@ -291,7 +291,7 @@ def test_figures_of_others_are_judged_and_what_is_missing_is_not() -> None:
     assert rig.step() == ["resolved TierIdle small"]
 
 
-def test_nothing_is_judged_while_the_controller_does_not_know_everybody_or_all_have_left() -> None:
+def test_nothing_is_evaluated_before_all_have_reported_or_after_the_plane_was_stopped() -> None:
     rig = Rig({"TierplaneTierDown": {"for_s": 0.0}})
     rig.fail()
     rig.world.start_controller("e2", settle_s=10.0)
@@ -307,17 +307,17 @@ def test_nothing_is_judged_while_the_controller_does_not_know_everybody_or_all_h
     assert gone.step(10) == ["firing TierDown small"]
 
 
-def test_a_rule_that_is_switched_off_is_not_judged() -> None:
+def test_a_rule_that_is_switched_off_is_not_evaluated() -> None:
     rig = Rig({"TierplaneTierDown": {"for_s": 1.0, "enabled": False}})
     rig.fail()
     assert rig.step(10) == []
     other = Rig({"TierplaneTierDown": {"for_s": 1.0, "severity": "info"}})
     other.fail()
     assert other.step(10) == ["firing TierDown small"]
-    assert other.told[0].alert.severity == "info"
+    assert other.notified[0].alert.severity == "info"
 
 
-def test_other_settings_hold_from_now_on() -> None:
+def test_new_settings_apply_at_once() -> None:
     rig = Rig(QUICK)
     rig.fail()
     assert rig.step(10) == ["firing TierDown small"]
@@ -326,20 +326,20 @@ def test_other_settings_hold_from_now_on() -> None:
     assert sorted(rig.step(10)) == ["firing ReplicasMissing small", "resolved TierDown small"]
 
 
-def test_a_subject_that_is_gone_takes_its_alerts_along() -> None:
+def test_alerts_of_a_removed_subject_resolve() -> None:
     rig = Rig(QUICK)
     rig.fail()
     assert rig.step(10) == ["firing TierDown small"]
     rig.world.controller.declare((), HEARTBEAT_S)
     assert rig.step(50) == []
     assert rig.step(20) == ["resolved TierDown small"]
-    assert rig.told[-1].alert.detail == "it is no longer there"
+    assert rig.notified[-1].alert.detail == "it is no longer there"
 
 
 # --- operators ---------------------------------------------------------------------------------------------
 
 
-def test_an_acknowledged_alert_is_not_told_again() -> None:
+def test_an_acknowledged_alert_is_not_repeated() -> None:
     rig = Rig(QUICK, repeat_s=10.0)
     rig.fail()
     assert rig.step(26) == ["firing TierDown small", "repeated TierDown small", "repeated TierDown small"]
@@ -363,7 +363,7 @@ def test_an_acknowledged_alert_is_not_told_again() -> None:
         ("TierHeld", "small", "it fires about nothing"),
     ],
 )
-def test_only_what_fires_can_be_acknowledged(name: str, subject: str, words: str) -> None:
+def test_only_a_firing_alert_can_be_acknowledged(name: str, subject: str, words: str) -> None:
     rig = Rig(QUICK)
     rig.fail()
     rig.step(10)
@@ -372,14 +372,14 @@ def test_only_what_fires_can_be_acknowledged(name: str, subject: str, words: str
     assert words in answer.reason
 
 
-def test_subjects_may_be_cut_short() -> None:
+def test_subjects_may_be_shortened() -> None:
     rig = Rig()
     rig.world.events.append(xid("node-b", "GPU-node-b-0", 79))
     rig.step(3)
     assert rig.alerting.acknowledge("GpuOutOfUse", "GPU-no", "ada").subjects == ("GPU-node-b-0",)
 
 
-def test_a_silence_holds_back_what_it_names_and_is_listed() -> None:
+def test_a_silence_suppresses_matching_alerts_and_is_listed() -> None:
     rig = Rig(QUICK)
     done = rig.alerting.silence("TierDown", "small", 60.0, "an upgrade", "ada")
     assert (done.outcome, done.subjects) == (ActionOutcome.DONE, ("1",))
@@ -398,7 +398,7 @@ def test_a_silence_holds_back_what_it_names_and_is_listed() -> None:
     assert kinds == ["silence", "silence ended"]
 
 
-def test_a_silence_that_makes_no_sense_is_refused() -> None:
+def test_an_invalid_silence_is_refused() -> None:
     rig = Rig()
     assert rig.alerting.silence("Nonsense", "", 60.0, "x", "ada").outcome is ActionOutcome.UNKNOWN
     assert rig.alerting.silence("", "", 0.0, "x", "ada").outcome is ActionOutcome.REFUSED
@@ -419,7 +419,7 @@ def test_the_worst_is_listed_first() -> None:
 # --- over a restart ----------------------------------------------------------------------------------------
 
 
-def test_what_fires_and_silences_survive_the_controller() -> None:
+def test_alerts_and_silences_survive_the_controller() -> None:
     rig = Rig(QUICK, repeat_s=1000.0)
     rig.fail()
     assert rig.step(10) == ["firing TierDown small"]
@@ -432,8 +432,8 @@ def test_what_fires_and_silences_survive_the_controller() -> None:
     rig.make()
     rig.alerting.restore(StoredState(values))
     shown = rig.world.registry.snapshot(secrets=False)
-    assert [alert.acknowledged for alert in shown.alerts] == ["ada"], "gateways are told at once"
-    assert rig.step(20) == [], "it was told before"
+    assert [alert.acknowledged for alert in shown.alerts] == ["ada"], "snapshots have it at once"
+    assert rig.step(20) == [], "it was notified before"
     answer = rig.alerting.response()
     [after] = rig.firing
     assert (after.acknowledged, after.since_unix_s) == ("ada", pytest.approx(before.since_unix_s))
@@ -443,7 +443,7 @@ def test_what_fires_and_silences_survive_the_controller() -> None:
     assert {key.split("/")[0] for key in rig.alerting.checkpoint()} == {"silence"}
 
 
-def test_alerts_of_rules_that_are_no_more_are_left_out_and_of_those_switched_off_end() -> None:
+def test_restored_alerts_of_unknown_rules_are_dropped_and_of_switched_off_rules_resolve() -> None:
     rig = Rig(QUICK)
     rig.fail()
     rig.step(10)
@@ -456,11 +456,11 @@ def test_alerts_of_rules_that_are_no_more_are_left_out_and_of_those_switched_off
     rig.make()
     rig.alerting.restore(StoredState(values))
     assert rig.step(2) == ["resolved TierDown small"]
-    assert rig.told[-1].transition is AlertTransition.RESOLVED
-    assert rig.told[-1].alert.detail == "the rule is switched off"
+    assert rig.notified[-1].transition is AlertTransition.RESOLVED
+    assert rig.notified[-1].alert.detail == "the rule is switched off"
 
 
-def test_the_snapshots_version_grows_only_when_the_set_changes() -> None:
+def test_the_snapshot_version_grows_only_when_the_set_of_firing_alerts_changes() -> None:
     rig = Rig(QUICK)
     rig.step(5)
     registry = rig.world.registry
@@ -475,7 +475,7 @@ def test_the_snapshots_version_grows_only_when_the_set_changes() -> None:
     assert registry.version == fired
 
 
-def test_many_gpus_are_judged_in_little_time() -> None:
+def test_many_gpus_are_evaluated_quickly() -> None:
     nodes = {f"n{i}": [f"GPU-{i}-{j}" for j in range(8)] for i in range(100)}
     world = World(nodes, {"small": 1})
     world.settle()

@@ -48,7 +48,7 @@ def test_a_tier_that_may_run_anywhere_knows_its_speed_on_every_gpu_model() -> No
     assert known["H100-80G"].step_s < known["L4"].step_s < DEFAULT_SPEED.step_s
 
 
-def test_a_tier_that_is_kept_to_models_begins_with_the_first() -> None:
+def test_a_tier_that_names_gpu_models_begins_with_the_first() -> None:
     spec = spec_of(gpu_models=["A100-80G", "L4"])
     assert list(speeds(spec)) == ["A100-80G", "L4"]
     assert prior(spec) == speeds(spec)["A100-80G"]
@@ -63,7 +63,7 @@ def test_a_tier_that_is_kept_to_models_begins_with_the_first() -> None:
         {"engine": "simulated", "device": "cpu"},
     ],
 )
-def test_of_others_nothing_is_said(tier: dict[str, Any]) -> None:
+def test_for_others_no_speed_is_known(tier: dict[str, Any]) -> None:
     assert speeds(spec_of(**tier)) == {}
 
 
@@ -128,25 +128,25 @@ def test_scaling_begins_with_the_speed_of_the_gpus_that_are_there() -> None:
     rig = Rig()
     rig.world.silent = {"l", "h"}
     rig.step(12)
-    assert rig.assumed == DEFAULT_SPEED, "no agent has said anything"
+    assert rig.assumed == DEFAULT_SPEED, "no agent has reported"
     rig.world.silent = set()
     rig.spec = replace(rig.spec, replicas=0)
     rig.connect()
     rig.step(20)
     assert rig.assumed == speeds(rig.spec)["H100-80G"], "most are"
-    told = [event.reason for event in rig.world.registry.events if event.kind == "speed assumed"]
-    assert len(told) == 1
-    assert "H100-80G" in told[0]
+    reasons = [event.reason for event in rig.world.registry.events if event.kind == "speed assumed"]
+    assert len(reasons) == 1
+    assert "H100-80G" in reasons[0]
     rig.spec = replace(rig.spec, replicas=1)
     rig.connect()
-    assert rig.assumed == speeds(rig.spec)["H100-80G"], "a gateway that says again what is configured"
+    assert rig.assumed == speeds(rig.spec)["H100-80G"], "a gateway declares the configuration again"
     rig.step(20)
     [replica] = rig.world.replicas.values()
     assert replica.endpoint.node_id == "l"
     assert rig.assumed == speeds(rig.spec)["L4"], "its replica holds one"
 
 
-def test_what_was_learned_is_not_forgotten_when_names_are_not_known_for_a_while() -> None:
+def test_what_was_learned_stays_while_gpu_names_can_not_be_read() -> None:
     rig = Rig()
     rig.step(25)
     known = rig.assumed

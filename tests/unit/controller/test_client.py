@@ -1,4 +1,4 @@
-"""The loops that keep replicas and gateways in touch with the controller, without Ray."""
+"""The loops in which replicas and gateways call the controller, without Ray."""
 
 import asyncio
 import contextlib
@@ -130,7 +130,7 @@ async def test_a_reporter_goes_on_while_the_controller_is_away() -> None:
         await until_async(lambda: known(link) == (ENDPOINT,))
 
 
-async def test_what_is_said_at_the_end_is_not_waited_for() -> None:
+async def test_the_last_call_of_a_process_does_not_wait_for_the_controller() -> None:
     link = DirectLink()
     link.away = True
     assert not await link.notify(ControllerApi.deregister, "balanced-1", "stopped")
@@ -179,7 +179,7 @@ async def test_a_gateway_declares_to_a_controller_that_does_not_know_it() -> Non
         await until_async(lambda: link.registry.tiers == tier_specs(PLANE))
 
 
-async def test_a_gateway_declares_again_if_only_that_was_lost() -> None:
+async def test_a_gateway_declares_again_if_only_the_declaration_was_lost() -> None:
     link = DirectLink()
     link.loses = ["declare"]
     info = GatewayInfo("g1", "n1", "")
@@ -191,7 +191,7 @@ async def test_a_gateway_declares_again_if_only_that_was_lost() -> None:
     assert link.calls.count("declare") == 2
 
 
-async def test_a_gateway_in_a_report_now_reports_at_once() -> None:
+async def test_a_gateway_reports_at_once_when_asked_to() -> None:
     link = DirectLink()
     report_now = asyncio.Event()
     info = GatewayInfo("g1", "n1", "")
@@ -205,6 +205,6 @@ async def test_a_gateway_in_a_report_now_reports_at_once() -> None:
         await until_async(lambda: link.calls.count("gateway_report") == 2)
 
 
-def test_what_the_controller_is_told_of_the_configuration() -> None:
+def test_the_tiers_of_a_declaration_are_the_configured_ones() -> None:
     (spec,) = tier_specs(PLANE)
     assert (spec.name, spec.model, spec.replicas) == ("balanced", "simulated-balanced", 2)

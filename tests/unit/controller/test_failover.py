@@ -39,7 +39,7 @@ def state_of(world: World, uuid: str) -> GpuState:
     return GpuState(world.gpu(uuid).state)
 
 
-def test_an_xid_moves_the_replica_and_at_no_time_fewer_serve() -> None:
+def test_an_xid_makes_the_replica_migrate_and_never_fewer_serve() -> None:
     world = two_nodes(replicas=2)
     [sick, _] = used(world)
     [holder] = world.holder_of(sick)
@@ -74,7 +74,7 @@ def test_without_room_it_is_retired_and_comes_back_when_there_is_room() -> None:
     assert world.ready("small") == 1
 
 
-def test_an_overheating_gpu_is_left_and_returns_when_it_is_cool_for_long_enough() -> None:
+def test_an_overheating_gpu_is_vacated_and_returns_after_it_was_cool_for_long_enough() -> None:
     world = two_nodes()
     [hot] = used(world)
     world.samples[hot[:2]] = {hot: {"temperature_c": 95}}
@@ -128,7 +128,7 @@ def test_a_silent_agent_and_a_driver_that_is_gone_change_nothing() -> None:
     assert world.controller.targets()["small"].replicas == 2
 
 
-def test_a_lost_node_is_forgotten_with_its_leases_and_replaced() -> None:
+def test_replicas_of_a_lost_node_are_replaced_and_its_leases_end() -> None:
     world = two_nodes(replicas=2, gpus=2)
     assert used(world) == ["n1-0", "n1-1"]
     del world.nodes["n1"]
@@ -138,7 +138,7 @@ def test_a_lost_node_is_forgotten_with_its_leases_and_replaced() -> None:
     assert "node lost" in world.kinds("n1")
 
 
-def test_a_replica_that_serves_nothing_is_not_waited_for() -> None:
+def test_a_replica_that_serves_nothing_is_retired_at_once() -> None:
     world = two_nodes()
     [replica] = world.replicas.values()
     [sick] = used(world)
@@ -189,7 +189,7 @@ def test_a_migration_goes_on_when_the_controller_is_killed_in_its_middle(same_cl
     assert len(world.replicas) == 2
 
 
-def test_nothing_is_decided_before_a_gateway_has_said_what_is_configured() -> None:
+def test_nothing_is_decided_before_a_gateway_has_declared_the_configuration() -> None:
     world = two_nodes(replicas=2)
     [sick, _] = used(world)
     world.events.append(xid(sick[:2], sick, 79))
@@ -214,7 +214,7 @@ def test_nothing_is_decided_before_a_gateway_has_said_what_is_configured() -> No
     assert world.started == 3
 
 
-def test_a_target_outlives_the_return_of_a_controller_that_is_rarely_heard() -> None:
+def test_a_target_stays_valid_until_a_killed_controller_can_be_back() -> None:
     world = two_nodes()
     left_s = {}
     for heartbeat_s in (HEARTBEAT_S, 10.0):
@@ -260,7 +260,7 @@ def test_crashing_replicas_hold_their_tier_with_the_diagnosis() -> None:
     assert world.ready("small") == 1
 
 
-def test_replicas_that_find_no_gpu_do_not_hold_their_tier() -> None:
+def test_replicas_without_a_gpu_do_not_make_the_controller_hold_their_tier() -> None:
     world = two_nodes()
     [replica] = world.replicas.values()
     for number in range(5):
@@ -289,7 +289,7 @@ def engine_sample(world: World, name: str, running: float, tokens: float) -> Eng
 
 
 def hang(world: World, name: str, seconds: int, running: float = 3.0, tokens_per_s: float = 0.0) -> None:
-    """The engine says the same for a while, whatever process it is."""
+    """The engine's metrics stay the same for a while, in every process of it."""
     for _ in range(seconds):
         world.step()
         if name in world.replicas:
@@ -297,7 +297,7 @@ def hang(world: World, name: str, seconds: int, running: float = 3.0, tokens_per
             world.controller.observe_engine(engine_sample(world, name, running, tokens))
 
 
-def test_an_engine_that_makes_nothing_is_restarted_and_in_the_end_replaced() -> None:
+def test_a_stalled_engine_is_restarted_and_in_the_end_replaced() -> None:
     world = two_nodes()
     [name] = world.replicas
     hang(world, name, 110)
@@ -312,14 +312,14 @@ def test_an_engine_that_makes_nothing_is_restarted_and_in_the_end_replaced() -> 
 
 
 @pytest.mark.parametrize(("running", "tokens_per_s"), [(0.0, 0.0), (3.0, 5.0)])
-def test_an_engine_at_rest_or_at_work_is_left_alone(running: float, tokens_per_s: float) -> None:
+def test_an_idle_or_productive_engine_is_not_restarted(running: float, tokens_per_s: float) -> None:
     world = two_nodes()
     [name] = world.replicas
     hang(world, name, 200, running, tokens_per_s)
     assert world.replicas[name].endpoint.generation == 1
 
 
-def test_metrics_that_no_longer_come_say_nothing() -> None:
+def test_without_metrics_no_engine_counts_as_stalled() -> None:
     world = two_nodes()
     [name] = world.replicas
     hang(world, name, 60)
@@ -332,7 +332,7 @@ def test_metrics_that_no_longer_come_say_nothing() -> None:
     assert world.replicas[name].endpoint.generation == 1
 
 
-def test_a_gang_gets_gpus_of_one_node_and_moves_whole() -> None:
+def test_a_gang_gets_gpus_of_one_node_and_migrates_as_a_whole() -> None:
     world = World(
         {"n1": ["n1-0", "n1-1"], "n2": ["n2-0", "n2-1"], "n3": ["n3-0"]}, {"big": 1}, GangShape(gpus=2)
     )
@@ -344,7 +344,7 @@ def test_a_gang_gets_gpus_of_one_node_and_moves_whole() -> None:
     assert world.ready("big") == 1
 
 
-def test_orders_are_repeated_until_they_are_done() -> None:
+def test_commands_are_repeated_until_they_are_carried_out() -> None:
     world = two_nodes()
     [name] = world.replicas
     replica = world.replicas[name]
@@ -383,10 +383,10 @@ def test_a_node_that_was_never_listed_is_not_lost() -> None:
     assert used(world) == before
 
 
-def test_what_an_operator_asked_for_survives_the_controller() -> None:
+def test_operators_actions_survive_the_controller() -> None:
     world = two_nodes(replicas=2, shift_s=3.0)
     first, second = sorted(world.replicas)
-    world.controller.drain(first, "looks odd")
+    world.controller.drain(first, "behaves oddly")
     world.controller.restart(second, "new weights")
     world.controller.cordon("n2-1", "a fan rattles")
     world.restart_controller(same_cluster=True)

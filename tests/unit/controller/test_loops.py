@@ -129,7 +129,7 @@ async def test_a_failed_round_is_logged_and_the_next_one_comes(
     ]
 
 
-async def test_a_round_can_be_asked_for_before_its_time(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_round_can_begin_before_its_time(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     rounds: list[str] = []
     rare = replace(counted(SCALING, rounds), period_s=lambda _: 3600.0)
     monkeypatch.setattr(module, "LOOPS", (rare,))
@@ -148,7 +148,7 @@ async def test_stopped_loops_run_no_more(rig: Rig, monkeypatch: pytest.MonkeyPat
     assert all(task.done() for task in rig.loops._tasks)
 
 
-async def test_it_ends_once_the_plane_is_gone(rig: Rig) -> None:
+async def test_the_controller_ends_once_the_plane_is_gone(rig: Rig) -> None:
     await rig.loops.start()
     await until_async(lambda: rig.changes > 5)
     assert not rig.idle.is_set()

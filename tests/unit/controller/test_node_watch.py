@@ -1,4 +1,4 @@
-"""How nodes are watched: who is asked, what counts, and what happens when somebody is silent."""
+"""Node agents are polled, and what happens when one does not respond."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class Cluster:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.alive: dict[str, int] = {"n1": 8}
         self.made: list[str] = []
-        self.asked: list[tuple[str, int]] = []
+        self.requests: list[tuple[str, int]] = []
         self.answer: Callable[[], Awaitable[NodeUpdate]] = self.all_well
-        self.say: Callable[..., Awaitable[NodeUpdate]] = self.news
+        self.respond: Callable[..., Awaitable[NodeUpdate]] = self.update
         self.events: list[GpuEvent] = []
         self.received: list[tuple[str, NodeSample | None, Sequence[GpuEvent]]] = []
         monkeypatch.setattr(node_watch, "alive_nodes", lambda: dict(self.alive))
@@ -52,14 +52,14 @@ class Cluster:
         for node_id in nodes:
             if node_id not in found:
                 self.made.append(node_id)
-                found[node_id] = SimpleNamespace(update=SimpleNamespace(remote=self.ask))
+                found[node_id] = SimpleNamespace(update=SimpleNamespace(remote=self.request))
         return found
 
-    def ask(self, *asked: Any) -> Awaitable[NodeUpdate]:
-        return self.say(*asked)
+    def request(self, *arguments: Any) -> Awaitable[NodeUpdate]:
+        return self.respond(*arguments)
 
-    def news(self, epoch: str, seq: int, infos: tuple[str, int]) -> Awaitable[NodeUpdate]:
-        self.asked.append((epoch, seq))
+    def update(self, epoch: str, seq: int, infos: tuple[str, int]) -> Awaitable[NodeUpdate]:
+        self.requests.append((epoch, seq))
         return self.answer()
 
     async def all_well(self) -> NodeUpdate:
@@ -74,7 +74,7 @@ class Cluster:
         return NodeWatch("tierplane", 1.0, on_news, heard)
 
 
-async def look(watch: NodeWatch) -> dict[str, int] | None:
+async def poll(watch: NodeWatch) -> dict[str, int] | None:
     alive = await watch.poll()
     await until_async(lambda: not watch._open)
     return alive
@@ -85,67 +85,67 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     return Cluster(monkeypatch)
 
 
-async def test_every_node_gets_an_agent_once_and_says_each_event_once(cluster: Cluster) -> None:
+async def test_every_node_gets_one_agent_and_each_event_arrives_once(cluster: Cluster) -> None:
     watch = cluster.watch()
     cluster.events = [xid(1), xid(2)]
-    assert await look(watch) == {"n1": 8}
+    assert await poll(watch) == {"n1": 8}
     cluster.events = []
     cluster.alive["n2"] = 0
-    await look(watch)
+    await poll(watch)
     assert cluster.made == ["n1", "n2"]
-    assert cluster.asked[:2] == [("", 0), ("a", 2)]
+    assert cluster.requests[:2] == [("", 0), ("a", 2)]
     assert [event.seq for event in cluster.received[0][2]] == [1, 2]
     assert watch.last_events["n1"] == ("a", 2)
     await watch.close()
 
 
-async def test_a_controller_that_starts_again_hears_no_event_twice(cluster: Cluster) -> None:
+async def test_a_restarted_controller_gets_no_event_twice(cluster: Cluster) -> None:
     watch = cluster.watch({"n1": ("a", 7)})
-    await look(watch)
-    assert cluster.asked == [("a", 7)]
+    await poll(watch)
+    assert cluster.requests == [("a", 7)]
     await watch.close()
 
 
-async def test_an_agent_that_is_gone_is_made_anew(cluster: Cluster) -> None:
+async def test_a_lost_agent_is_started_again(cluster: Cluster) -> None:
     watch = cluster.watch()
-    await look(watch)
+    await poll(watch)
 
     async def gone() -> NodeUpdate:
         raise RayActorError
 
     cluster.answer = gone
-    await look(watch)
+    await poll(watch)
     cluster.answer = cluster.all_well
-    await look(watch)
+    await poll(watch)
     assert cluster.made == ["n1", "n1"]
     await watch.close()
 
 
-async def test_a_silent_agent_is_asked_once_and_holds_nobody_up(cluster: Cluster) -> None:
+async def test_a_silent_agent_has_one_open_request_and_delays_no_other(cluster: Cluster) -> None:
     watch = cluster.watch()
     cluster.answer = forever
-    questions = set()
+    requests = set()
     for _ in range(3):
         assert await watch.poll() == {"n1": 8}
-        questions |= set(watch._open.values())
-    await until_async(lambda: cluster.asked)
-    assert len(questions) == len(cluster.asked) == 1
+        requests |= set(watch._open.values())
+    await until_async(lambda: cluster.requests)
+    assert len(requests) == len(cluster.requests) == 1
     assert cluster.received == []
     await watch.close()
 
 
-async def test_without_an_answer_of_ray_no_node_counts_as_gone(
+async def test_while_ray_does_not_answer_no_node_counts_as_gone(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watch = cluster.watch()
     cluster.alive = {}
-    assert await look(watch) is None
+    assert await poll(watch) is None
 
     def fail() -> dict[str, int]:
         raise OSError("Ray's head is away")
 
     monkeypatch.setattr(node_watch, "alive_nodes", fail)
-    assert await look(watch) is None
+    assert await poll(watch) is None
     await watch.close()
 
 
@@ -177,12 +177,12 @@ class Gpus:
 
 
 class NoEvents:
-    """A driver that tells none."""
+    """A driver without events."""
 
     watched: Reading[int] = 0
 
     def __init__(self, handler: EventHandler) -> None:
-        """Nobody is told."""
+        """There is no listener."""
 
     def start(self) -> None:
         """Nothing to wait for."""
@@ -191,61 +191,61 @@ class NoEvents:
 
 
 class Wire:
-    """An agent behind Ray: what it answers is packed and unpacked, and looked at."""
+    """An agent behind Ray: its updates are packed, unpacked and recorded."""
 
     def __init__(self, cluster: Cluster, *uuids: str) -> None:
         self.cluster = cluster
         self.gpus = Gpus(*uuids)
         self.sent: list[NodeUpdate] = []
         self.restart()
-        cluster.say = self.news
+        cluster.respond = self.update
 
     def restart(self) -> None:
         """The agent's process is another one."""
         self.agent = NodeAgent("n1", self.gpus, NoEvents)
 
-    async def news(self, *asked: Any) -> NodeUpdate:
+    async def update(self, *arguments: Any) -> NodeUpdate:
         taken = self.agent.sample()
-        packed = pickle.dumps(self.agent.update(*asked))
-        news: NodeUpdate = pickle.loads(packed)
-        self.sent.append(news)
+        packed = pickle.dumps(self.agent.update(*arguments))
+        update: NodeUpdate = pickle.loads(packed)
+        self.sent.append(update)
         self.taken = taken
-        return news
+        return update
 
     async def receive(self, watch: NodeWatch) -> NodeSample:
         """What the controller makes of the next answer: exactly what the agent took."""
-        await look(watch)
+        await poll(watch)
         node_id, sample, _ = self.cluster.received[-1]
         assert sample is not None
         assert (node_id, sample) == ("n1", self.taken)
         return sample
 
-    def told(self) -> tuple[GpuInfo, ...] | None:
+    def infos(self) -> tuple[GpuInfo, ...] | None:
         """The infos that came along last."""
         infos = self.sent[-1].infos
         return None if infos is None else infos.gpus
 
 
-async def test_what_rarely_changes_comes_once(cluster: Cluster) -> None:
+async def test_gpu_infos_are_sent_once(cluster: Cluster) -> None:
     wire, watch = Wire(cluster, "g0", "g1"), cluster.watch()
     first = await wire.receive(watch)
-    assert [info.uuid for info in wire.told() or ()] == ["g0", "g1"]
+    assert [info.uuid for info in wire.infos() or ()] == ["g0", "g1"]
     wire.gpus.samples[1] = replace(wire.gpus.samples[1], temperature_c=77)
     second = await wire.receive(watch)
-    assert wire.told() is None
+    assert wire.infos() is None
     assert (first.gpus[1].temperature_c, second.gpus[1].temperature_c) == (50, 77)
     assert second.gpus[0].info is first.gpus[0].info, "one instance, as the agent has it"
     assert [b"NVIDIA A" in pickle.dumps(sent) for sent in wire.sent] == [True, False]
     await watch.close()
 
 
-async def test_and_again_when_it_has_changed(cluster: Cluster) -> None:
+async def test_gpu_infos_are_sent_again_when_they_change(cluster: Cluster) -> None:
     wire, watch = Wire(cluster, "g0"), cluster.watch()
     await wire.receive(watch)
     wire.gpus.change(0, slowdown_c=80)
     assert (await wire.receive(watch)).gpus[0].info.slowdown_c == 80
     await wire.receive(watch)
-    assert wire.told() is None
+    assert wire.infos() is None
     wire.gpus.samples.append(gpu_sample("g1", 1))  # hot-plugged
     assert [gpu.info.uuid for gpu in (await wire.receive(watch)).gpus] == ["g0", "g1"]
     wire.gpus.samples.reverse()
@@ -253,66 +253,66 @@ async def test_and_again_when_it_has_changed(cluster: Cluster) -> None:
     del wire.gpus.samples[0]
     assert [gpu.info.uuid for gpu in (await wire.receive(watch)).gpus] == ["g0"]
     await wire.receive(watch)
-    assert wire.told() is None
+    assert wire.infos() is None
     await watch.close()
 
 
-async def test_an_agent_that_has_started_again_tells_all(cluster: Cluster) -> None:
+async def test_a_restarted_agent_sends_gpu_infos_again(cluster: Cluster) -> None:
     wire, watch = Wire(cluster, "g0"), cluster.watch()
     for _ in range(2):
         await wire.receive(watch)
-    assert wire.told() is None
+    assert wire.infos() is None
     wire.gpus.change(0, name="NVIDIA B")
     wire.restart()
     assert wire.agent.update("", 0, NOTHING_CACHED).infos_key[1] == 1, (
         "it counts anew, so its numbers come again"
     )
     assert (await wire.receive(watch)).gpus[0].info.name == "NVIDIA B"
-    assert wire.told() is not None
+    assert wire.infos() is not None
     await wire.receive(watch)
-    assert wire.told() is None
+    assert wire.infos() is None
     await watch.close()
 
 
-async def test_a_controller_that_has_started_again_is_told_all(cluster: Cluster) -> None:
+async def test_a_restarted_controller_gets_gpu_infos_again(cluster: Cluster) -> None:
     wire, watch = Wire(cluster, "g0"), cluster.watch()
     for _ in range(2):
         await wire.receive(watch)
-    assert wire.told() is None
+    assert wire.infos() is None
     again = cluster.watch(dict(watch.last_events))
     assert (await wire.receive(again)).gpus[0].info.uuid == "g0"
-    assert wire.told() is not None
+    assert wire.infos() is not None
     for each in (watch, again):
         await each.close()
 
 
-async def test_two_controllers_do_not_keep_it_from_each_other(cluster: Cluster) -> None:
+async def test_two_controllers_both_get_gpu_infos(cluster: Cluster) -> None:
     wire, one, other = Wire(cluster, "g0"), cluster.watch(), cluster.watch()
     await wire.receive(one)
     await wire.receive(other)
-    assert wire.told() is not None
+    assert wire.infos() is not None
     wire.gpus.change(0, index=3)
     await wire.receive(one)
     await wire.receive(other)
-    assert wire.told() is not None
+    assert wire.infos() is not None
     await wire.receive(one)
-    assert wire.told() is None
+    assert wire.infos() is None
     for each in (one, other):
         await each.close()
 
 
-async def test_readings_of_other_infos_than_are_known_are_not_taken_in(cluster: Cluster) -> None:
+async def test_readings_that_belong_to_other_gpu_infos_are_ignored(cluster: Cluster) -> None:
     wire, watch = Wire(cluster, "g0"), cluster.watch()
     await wire.receive(watch)
     wire.gpus.change(0, index=5)
 
-    async def cut(*asked: Any) -> NodeUpdate:
-        return replace(await wire.news(*asked), infos=None)
+    async def cut(*arguments: Any) -> NodeUpdate:
+        return replace(await wire.update(*arguments), infos=None)
 
-    cluster.say = cut
-    await look(watch)
+    cluster.respond = cut
+    await poll(watch)
     assert cluster.received[-1] == ("n1", None, ())
-    cluster.say = wire.news
+    cluster.respond = wire.update
     assert (await wire.receive(watch)).gpus[0].info.index == 5
     await watch.close()
 
@@ -323,5 +323,5 @@ async def test_a_node_without_gpus_and_an_agent_without_a_sample(cluster: Cluste
     assert (early.sample, early.readings) == (None, ())
     assert (await wire.receive(watch)).gpus == ()
     assert isinstance((await wire.receive(watch)).cpu_ratio, float | Missing)
-    assert wire.told() is None
+    assert wire.infos() is None
     await watch.close()

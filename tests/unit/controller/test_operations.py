@@ -1,4 +1,4 @@
-"""What operators ask for, what they are answered, and what comes of it."""
+"""Operators' actions: the responses, and the effects."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def state_of(made: World, uuid: str) -> GpuState:
     return GpuState(made.gpu(uuid).state)
 
 
-def test_a_cordon_keeps_what_runs_and_takes_nothing_new() -> None:
+def test_a_cordoned_gpu_keeps_its_replica_and_gets_no_other() -> None:
     made = world(replicas=1)
     controller = made.controller
     [name] = made.holder_of("node-a-gpu0")
@@ -50,7 +50,7 @@ def test_a_cordon_keeps_what_runs_and_takes_nothing_new() -> None:
     assert made.controller.gpus_out_of_use() == {}
 
 
-def test_a_drain_after_a_cordon_moves_what_runs() -> None:
+def test_a_drain_after_a_cordon_makes_the_replica_migrate() -> None:
     made = world(replicas=1)
     controller = made.controller
     controller.cordon("node-a-gpu0", "a fan rattles")
@@ -62,7 +62,7 @@ def test_a_drain_after_a_cordon_moves_what_runs() -> None:
     assert made.ready("small") == 1
 
 
-def test_a_node_is_emptied_and_comes_back() -> None:
+def test_a_node_is_drained_and_returns() -> None:
     made = world(replicas=2)
     controller = made.controller
     assert controller.drain("node-a", "a new kernel").outcome is ActionOutcome.DONE
@@ -80,7 +80,7 @@ def test_a_node_is_emptied_and_comes_back() -> None:
 
 
 @pytest.mark.parametrize("condition", [GpuCondition.LOST, GpuCondition.RESET_REQUIRED])
-def test_a_gpu_that_its_driver_does_not_have_cannot_be_let_return(condition: GpuCondition) -> None:
+def test_a_gpu_that_its_driver_can_not_use_can_not_be_uncordoned(condition: GpuCondition) -> None:
     made = world(replicas=1)
     controller = made.controller
     made.samples["node-a"] = {"node-a-gpu1": {"condition": condition, "detail": "fell off the bus"}}
@@ -96,7 +96,7 @@ def test_a_gpu_that_its_driver_does_not_have_cannot_be_let_return(condition: Gpu
     assert not made.gpu("node-a-gpu1").cordoned
 
 
-def test_what_a_silent_node_said_last_keeps_no_operator_back() -> None:
+def test_the_last_reading_of_a_silent_node_does_not_prevent_an_uncordon() -> None:
     made = world(replicas=1)
     made.samples["node-a"] = {"node-a-gpu1": {"condition": GpuCondition.LOST}}
     made.step(2)
@@ -124,7 +124,7 @@ def test_a_tier_is_drained_until_it_is_uncordoned() -> None:
     assert made.ready("small") == 2
 
 
-def test_serve_hears_that_a_tier_is_drained_before_its_replicas_do() -> None:
+def test_serve_fetches_the_target_of_a_drained_tier_before_its_replicas_retire() -> None:
     made = world(replicas=2)
     made.controller.drain("small", "costs too much")
     made.clock.s += 0.5
@@ -148,13 +148,13 @@ def test_a_tier_is_drained_while_serve_is_away() -> None:
     assert len(made.migrations) == 2
 
 
-def test_a_drained_endpoint_is_replaced_by_another() -> None:
+def test_a_drained_endpoint_is_replaced() -> None:
     made = world(replicas=1)
     controller = made.controller
     [name] = made.replicas
     assert controller.cordon(name, "").outcome is ActionOutcome.REFUSED
-    assert controller.drain(name, "looks odd").outcome is ActionOutcome.DONE
-    assert controller.drain(name, "looks odd").outcome is ActionOutcome.UNCHANGED
+    assert controller.drain(name, "behaves oddly").outcome is ActionOutcome.DONE
+    assert controller.drain(name, "behaves oddly").outcome is ActionOutcome.UNCHANGED
     for _ in range(15):
         made.step()
         assert made.ready("small") >= 1
@@ -179,15 +179,15 @@ def test_restarting_a_gpu_or_a_node_restarts_what_runs_there(subject: str) -> No
     assert controller.restart("node-b-gpu1", "").outcome is ActionOutcome.REFUSED
 
 
-@pytest.mark.parametrize("wish", ["cordon", "uncordon", "drain", "restart"])
-def test_what_is_not_there_is_unknown(wish: str) -> None:
+@pytest.mark.parametrize("action", ["cordon", "uncordon", "drain", "restart"])
+def test_an_unknown_subject_is_reported_as_unknown(action: str) -> None:
     made = world()
     events = made.registry.events
-    assert getattr(made.controller, wish)("GPU-nowhere", "").outcome is ActionOutcome.UNKNOWN
+    assert getattr(made.controller, action)("GPU-nowhere", "").outcome is ActionOutcome.UNKNOWN
     assert made.registry.events == events
 
 
-def test_every_wish_is_in_the_record_with_who_and_why() -> None:
+def test_every_action_is_in_the_audit_log_with_who_and_why() -> None:
     made = world()
     made.controller.cordon("node-a-gpu0", "a fan rattles")
     event = made.registry.events[-1]
@@ -195,7 +195,7 @@ def test_every_wish_is_in_the_record_with_who_and_why() -> None:
     assert event.reason == "a fan rattles"
 
 
-def test_names_may_be_cut_short_where_they_name_one_thing() -> None:
+def test_names_may_be_shortened_if_they_stay_unique() -> None:
     there = {
         "gpus": {"GPU-1234-a", "GPU-1234-b", "GPU-9"},
         "nodes": {"3fa9c0de", "3fa9beef"},
@@ -270,7 +270,7 @@ def test_gpus_of_one_island_go_together() -> None:
     assert answer.lease.gpu_uuids in (("g0", "g2"), ("g1", "g3"))
 
 
-def test_a_lease_dies_with_its_holder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lease_ends_with_its_holder(monkeypatch: pytest.MonkeyPatch) -> None:
     made = world(replicas=1)
     [name] = made.replicas
     [uuid] = made.replicas[name].endpoint.gpu_uuids
@@ -284,7 +284,7 @@ def test_a_lease_dies_with_its_holder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not answer.known
 
 
-def test_nobody_loses_a_lease_because_the_controller_stood_still() -> None:
+def test_no_lease_ends_because_the_controller_stood_still() -> None:
     made = world(replicas=1)
     before = dict(made.controller.leases)
     made.clock.s += 300.0
@@ -292,7 +292,7 @@ def test_nobody_loses_a_lease_because_the_controller_stood_still() -> None:
     assert made.controller.leases.keys() == before.keys()
 
 
-def test_whoever_claims_somebody_elses_gpu_is_told_to_leave() -> None:
+def test_a_replica_that_claims_another_ones_gpu_has_to_retire() -> None:
     made = world(replicas=1)
     [name] = made.replicas
     [uuid] = made.replicas[name].endpoint.gpu_uuids
@@ -318,7 +318,7 @@ def test_shares_are_accounted_with_their_memory() -> None:
 # --- the inventory -----------------------------------------------------------------------------------------
 
 
-def test_the_inventory_says_none_for_what_is_missing() -> None:
+def test_a_missing_reading_is_none_in_the_inventory() -> None:
     made = world(replicas=1)
     view = made.controller.gpus()[0]
     assert (view.uuid, view.node_id, view.state, view.condition) == (

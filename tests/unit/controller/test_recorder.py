@@ -54,7 +54,7 @@ def test_two_controllers_never_write_one_store(tmp_path: Path) -> None:
     third.close()
 
 
-def test_a_file_that_cannot_be_written_is_said_and_survived(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_is_reported_and_survived(tmp_path: Path) -> None:
     folder = tmp_path / "no"
     folder.write_text("a file where a folder should be")
     recorder = Recorder(folder / "memory.sqlite")
@@ -66,7 +66,7 @@ def test_a_file_that_cannot_be_written_is_said_and_survived(tmp_path: Path) -> N
     recorder.close()
 
 
-def test_a_broken_file_is_set_aside(tmp_path: Path) -> None:
+def test_a_damaged_file_is_renamed(tmp_path: Path) -> None:
     path = tmp_path / "memory.sqlite"
     path.write_bytes(b"this is no database, " * 100)
     recorder = Recorder(path)
@@ -78,9 +78,7 @@ def test_a_broken_file_is_set_aside(tmp_path: Path) -> None:
     again.close()
 
 
-def test_what_can_not_be_written_does_not_end_the_thread(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_does_not_end_the_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder(tmp_path / "memory.sqlite")
 
     def fail(values: object) -> None:

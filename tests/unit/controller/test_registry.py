@@ -31,7 +31,7 @@ def pass_time(registry: Registry, clock: Clock, s: float) -> None:
         registry.expire()
 
 
-def test_an_unknown_endpoint_is_told_to_register() -> None:
+def test_an_unknown_endpoint_has_to_register() -> None:
     registry, _ = make()
     assert not registry.report(endpoint())
     assert registry.snapshot(secrets=True).endpoints == ()
@@ -51,7 +51,7 @@ def test_the_version_grows_with_changes_only() -> None:
     assert registry.version == version + 1
 
 
-def test_gateway_load_is_no_change_but_coming_and_going_is() -> None:
+def test_a_gateways_load_is_no_change_of_the_version_but_its_coming_and_going_is() -> None:
     registry, _ = make()
     assert not registry.gateway_report(GatewayInfo("g1", "n1", "http://127.0.0.1:8080"))
     version = registry.version
@@ -73,7 +73,7 @@ def test_an_illegal_or_old_report_is_refused_with_an_event() -> None:
     assert kinds(registry)[-2:] == ["refused", "refused"]
 
 
-def test_secrets_are_in_what_gateways_pull_only() -> None:
+def test_only_gateways_snapshots_have_secrets() -> None:
     registry, _ = make()
     registry.register(endpoint())
     assert registry.snapshot(secrets=True).endpoints[0].secret == "s3cret"
@@ -106,7 +106,7 @@ def test_reports_keep_an_endpoint() -> None:
     assert "dropped" not in kinds(registry)
 
 
-def test_its_own_standstill_drops_nobody() -> None:
+def test_the_controllers_own_standstill_drops_nothing() -> None:
     registry, clock = make()
     registry.register(endpoint())
     clock.s += 60.0
@@ -117,12 +117,12 @@ def test_its_own_standstill_drops_nobody() -> None:
     assert registry.snapshot(secrets=True).endpoints == ()
 
 
-def test_it_warms_for_a_few_reports_and_says_when_it_is_done() -> None:
+def test_it_is_warming_for_a_few_reports_and_its_snapshots_say_so() -> None:
     registry, clock = make()
     registry.deregister("balanced-7", "stopped")
     pass_time(registry, clock, 10 * WARMING_REPORTS * HEARTBEAT_S)
     first = registry.snapshot(secrets=True)
-    assert first.warming, "nobody could reach it yet"
+    assert first.warming, "no process could reach it yet"
     assert first.gone == ("balanced-7",)
     registry.gateway_report(GatewayInfo("g1", "n1", ""))
     pass_time(registry, clock, (WARMING_REPORTS - 1) * HEARTBEAT_S)
@@ -136,7 +136,7 @@ def test_it_warms_for_a_few_reports_and_says_when_it_is_done() -> None:
     assert registry.snapshot(secrets=True).gone == ()
 
 
-def test_deregistering_says_why() -> None:
+def test_deregistering_records_the_reason() -> None:
     registry, _ = make()
     registry.register(endpoint())
     registry.deregister("balanced-1", "replica stopped")
@@ -182,7 +182,7 @@ def test_a_failed_endpoint_is_shown_for_a_while_after_its_replica_is_gone() -> N
     assert registry.snapshot(secrets=False).endpoints == ()
 
 
-def test_what_runs_at_a_draining_endpoint_is_known_once_every_gateway_saw_it_draining() -> None:
+def test_requests_at_a_draining_endpoint_are_known_once_every_gateway_has_seen_it_draining() -> None:
     registry, _ = make()
     busy = GatewayInfo("g1", "n1", "", in_flight_by_endpoint=(("balanced-1", 2), ("balanced-2", 5)))
     idle = GatewayInfo("g2", "n1", "")

@@ -1,4 +1,4 @@
-"""Reports from memory, from the store, and from both are the same; a restart keeps what was."""
+"""Reports from memory, from the store, and from both are the same, also after a restart."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def plane(tmp_path: Path) -> Iterator[Plane]:
     made.recorder.close()
 
 
-def told(found: PlaneReport) -> dict[str, Any]:
+def comparable(found: PlaneReport) -> dict[str, Any]:
     """All figures, to the precision in which sums of parts agree."""
 
     def rounded(value: Any) -> Any:
@@ -120,19 +120,19 @@ async def test_what_was_served_is_reported_per_tier_and_endpoint(plane: Plane) -
     assert found.cost == pytest.approx(tier.cost)
 
 
-async def test_the_store_tells_the_same_as_the_memory_at_any_age(plane: Plane) -> None:
+async def test_a_report_from_the_store_equals_one_from_memory_at_any_age(plane: Plane) -> None:
     plane.work(2400)
     plane.written()
-    told_before = told(await plane.reports.report(60))
-    assert told_before["tiers"][0]["requests"] > 1000
+    before = comparable(await plane.reports.report(60))
+    assert before["tiers"][0]["requests"] > 1000
     store = plane.recorder.store
     again = Reports(plane.world.controller, plane.recorder, plane.settings, COST)
     assert not again.ring.rounds
-    assert told(await again.report(60)) == told_before
-    whole = told(await plane.reports.report(24 * 60))
+    assert comparable(await again.report(60)) == before
+    whole = comparable(await plane.reports.report(24 * 60))
     for age_s in (3 * 3600, 3 * 86400):
         store.compact(plane.world.clock.s + age_s)
-        joined = told(await replace_cache(again).report(24 * 60))
+        joined = comparable(await replace_cache(again).report(24 * 60))
         assert joined["tiers"] == whole["tiers"]
         assert joined["endpoints"] == whole["endpoints"]
     assert {point[0] for point in store.summary("report/tier/", 0, 2**40, 2**40)} > {
@@ -148,7 +148,7 @@ def replace_cache(reports: Reports) -> Reports:
 
 
 @pytest.mark.parametrize("samples", [10, 37, 1000])
-async def test_what_is_no_longer_in_memory_comes_from_the_store(tmp_path: Path, samples: int) -> None:
+async def test_older_samples_come_from_the_store(tmp_path: Path, samples: int) -> None:
     plane = Plane(tmp_path / "store.sqlite", samples=samples)
     plane.work(5000)
     plane.written()
@@ -163,7 +163,7 @@ async def test_what_is_no_longer_in_memory_comes_from_the_store(tmp_path: Path, 
     plane.recorder.close()
 
 
-async def test_a_restart_keeps_the_history_and_leaves_a_gap(plane: Plane) -> None:
+async def test_after_a_restart_the_history_is_there_with_a_gap(plane: Plane) -> None:
     plane.step(60)
     plane.step(200, requests=2)
     plane.step(20)
@@ -173,9 +173,9 @@ async def test_a_restart_keeps_the_history_and_leaves_a_gap(plane: Plane) -> Non
     plane.start("e2")
     plane.step(40)
     plane.written()
-    kept = await plane.reports.report(60)
-    assert kept.tiers[0].requests == before.tiers[0].requests == 400
-    assert kept.tiers[0].covered_s == pytest.approx(before.tiers[0].covered_s + 30, abs=11)
+    after = await plane.reports.report(60)
+    assert after.tiers[0].requests == before.tiers[0].requests == 400
+    assert after.tiers[0].covered_s == pytest.approx(before.tiers[0].covered_s + 30, abs=11)
     plane.step(30, requests=1)
     plane.step(20)
     plane.written()
@@ -192,7 +192,7 @@ async def test_two_windows_side_by_side_add_up(plane: Plane) -> None:
         assert getattr(early, name) + getattr(late, name) == pytest.approx(getattr(whole, name)), name
 
 
-async def test_who_is_gone_stays_in_the_report_and_is_said_to_be(plane: Plane) -> None:
+async def test_an_endpoint_that_is_gone_stays_in_the_report_and_is_marked(plane: Plane) -> None:
     plane.step(40, requests=1)
     gone = next(iter(plane.world.replicas))
     plane.world.end(gone)
@@ -215,7 +215,7 @@ async def test_a_report_is_made_once_between_two_samples(plane: Plane) -> None:
 
 
 @pytest.mark.parametrize("minutes", [0.0, 0.5, -1.0, 50_000.0, float("nan"), float("inf")])
-async def test_a_window_that_nothing_can_be_said_of_is_refused(plane: Plane, minutes: float) -> None:
+async def test_a_window_out_of_range_is_refused(plane: Plane, minutes: float) -> None:
     with pytest.raises(ValueError, match="43200 minutes"):
         await plane.reports.report(minutes)
 

@@ -99,7 +99,7 @@ def test_a_load_step_makes_a_tier_grow_and_shrink_again() -> None:
     assert live.world.kinds("small").count("scaled") >= 2
 
 
-def test_advise_changes_nothing_and_says_what_it_would_do() -> None:
+def test_mode_advise_changes_nothing_and_shows_what_it_would_do() -> None:
     live = Live({"min_replicas": 1, "max_replicas": 5}, mode="advise")
     live.step(60, per_s=16)
     assert live.replicas == live.target == 1
@@ -109,7 +109,7 @@ def test_advise_changes_nothing_and_says_what_it_would_do() -> None:
     assert "requests" in view.reason
 
 
-def test_a_tier_without_bounds_keeps_its_number_also_where_the_mode_is_to_apply() -> None:
+def test_a_tier_without_scaling_settings_stays_as_configured_in_mode_apply() -> None:
     live = Live(None)
     live.step(60, per_s=16)
     assert live.replicas == 1
@@ -149,17 +149,17 @@ def test_a_tier_sleeps_and_is_woken_by_a_request() -> None:
     assert live.replicas == 1
     live.step(200, per_s=0)
     assert live.replicas == live.target == 0
-    nobody = GatewayInfo("g1", "n1", "", traffic=(live.counted,))
-    assert not live.scaling.wakes(nobody)
+    unchanged = GatewayInfo("g1", "n1", "", traffic=(live.counted,))
+    assert not live.scaling.wakes(unchanged)
     asked = replace(live.counted, arrived=live.counted.arrived + 1)
-    assert live.scaling.wakes(replace(nobody, traffic=(asked,)))
+    assert live.scaling.wakes(replace(unchanged, traffic=(asked,)))
     live.step(1, per_s=1)
     assert live.target == 1
     live.step(5, per_s=0)
     assert live.replicas == 1
 
 
-def test_a_tier_that_begins_asleep_stays_so_until_somebody_asks() -> None:
+def test_a_tier_that_begins_with_no_replica_stays_asleep_without_a_request() -> None:
     live = Live({"min_replicas": 0, "max_replicas": 2}, replicas=0)
     live.step(30, per_s=0)
     assert live.replicas == live.target == 0
@@ -232,9 +232,9 @@ def test_a_recommendation_is_issued_at_once_only_once_and_scored() -> None:
     assert first.score is not None
     assert first.score.right, "the trouble that it named is still there"
     assert live.scaling.recommendations.record().judged == 1
-    told = as_json_value(live.scaling.report())
-    assert told["recommendations"][0]["type"] == "scale_up"
-    assert told["record"]["right"] == 1
+    shown = as_json_value(live.scaling.report())
+    assert shown["recommendations"][0]["type"] == "scale_up"
+    assert shown["record"]["right"] == 1
     again = Live({"min_replicas": 1, "max_replicas": 5})
     again.scaling.restore(StoredState(json.loads(json.dumps(live.scaling.checkpoint()))))
     assert again.scaling.recommendations.issued == live.scaling.recommendations.issued
@@ -270,20 +270,20 @@ def test_cold_starts_are_measured() -> None:
     assert fresh.scaling.cold_start_s(spec) == 24.0
 
 
-def test_snapshots_say_what_tiers_are_to_have() -> None:
+def test_snapshots_carry_the_tiers_targets() -> None:
     live = Live({"min_replicas": 1, "max_replicas": 5})
     live.step(30, per_s=3)
     registry = live.world.registry
-    (told,) = registry.snapshot(secrets=False).scaling
-    assert (told.tier, told.target) == ("small", 1)
+    (shown,) = registry.snapshot(secrets=False).scaling
+    assert (shown.tier, shown.target) == ("small", 1)
     assert registry.snapshot(secrets=False).target_replicas("small", 9) == 1
     assert registry.snapshot(secrets=False).target_replicas("other", 9) == 9
     version = registry.version
     live.step(5, per_s=3)
-    assert registry.version == version, "nothing is told anew that has not changed"
+    assert registry.version == version, "what has not changed is not published again"
 
 
-def test_with_no_gpu_left_nothing_is_unlimited_and_the_minimum_waits() -> None:
+def test_with_no_gpu_left_no_tier_grows() -> None:
     live = Live({"min_replicas": 2, "max_replicas": 8}, replicas=2)
     live.step(60, per_s=30)
     assert live.target > 2
@@ -312,12 +312,12 @@ def test_a_node_that_is_cordoned_counts_with_what_runs_there_and_one_that_is_dra
     assert "0 GPUs are shared" in found.reason
 
 
-def test_that_there_were_gpus_is_still_known_after_a_restart() -> None:
+def test_after_a_restart_it_is_known_that_gpus_were_reported() -> None:
     live = Live({"min_replicas": 1, "max_replicas": 8})
     live.step(30, per_s=3)
     live.world.restart_controller(same_cluster=True)
     assert live.world.controller.usable_gpus() == 0.0, "no agent has reported yet"
 
 
-def test_where_no_gpu_was_ever_reported_nobody_counts() -> None:
+def test_without_any_report_of_a_gpu_their_number_is_unknown() -> None:
     assert not GpuInventory().has_reported_gpus

@@ -47,7 +47,7 @@ def test_state_and_audit_survive(path: Path) -> None:
         assert store.audit_since(3) == []
 
 
-def test_a_file_that_was_killed_in_use(path: Path) -> None:
+def test_committed_state_survives_kill_9(path: Path) -> None:
     """Committed state is there after kill -9, without a close."""
     script = (
         "import os, sys; from pathlib import Path; from controlplane.controller.store import Store\n"
@@ -121,7 +121,7 @@ def torn(path: Path) -> None:
 
 
 @pytest.mark.parametrize("break_it", [garbage, torn])
-def test_a_broken_file_is_set_aside(
+def test_a_damaged_file_is_renamed(
     path: Path, break_it: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     break_it(path)
@@ -135,7 +135,7 @@ def test_a_broken_file_is_set_aside(
         assert store.values().get("a") == 1
 
 
-def test_a_file_that_breaks_while_it_is_used(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_is_damaged_while_it_is_used(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     clock = Clock()
     with closing(Store(path, retry_interval_s=30, clock=clock)) as store:
         store.put({"lease": "a"})
@@ -164,7 +164,7 @@ def test_a_file_that_breaks_while_it_is_used(path: Path, capsys: pytest.CaptureF
     assert "can be written again" in capsys.readouterr().out
 
 
-def test_a_folder_that_can_not_be_made(tmp_path: Path) -> None:
+def test_a_folder_that_can_not_be_created(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     clock = Clock()
     with closing(Store(tmp_path / "file" / "store.sqlite", retry_interval_s=5, clock=clock)) as store:
@@ -187,7 +187,7 @@ def test_a_folder_that_can_not_be_made(tmp_path: Path) -> None:
         assert store.history("a", 0, 9) == [Point(7, 1, 1, 1.0)]
 
 
-def test_an_earlier_controllers_file_that_comes_late(tmp_path: Path) -> None:
+def test_an_earlier_controllers_file_that_appears_late_is_merged(tmp_path: Path) -> None:
     """What it holds is not overwritten by a controller that began without it."""
     path = tmp_path / "store" / "db"
     with closing(Store(path)) as store:
@@ -212,7 +212,7 @@ def test_an_earlier_controllers_file_that_comes_late(tmp_path: Path) -> None:
         ]
 
 
-def test_a_newer_schema_is_left_alone(path: Path) -> None:
+def test_a_file_of_a_newer_schema_is_not_touched(path: Path) -> None:
     Store(path).close()
     with sqlite3.connect(path) as database:
         database.execute("PRAGMA user_version = 99")
@@ -276,7 +276,7 @@ def test_a_full_disk_loses_nothing(path: Path) -> None:
     assert "the store has failed" in done.stdout
 
 
-def test_a_value_that_json_can_not_hold_is_the_callers_mistake(path: Path) -> None:
+def test_a_value_that_json_can_not_hold_raises(path: Path) -> None:
     no_json: Any = object()
     with closing(Store(path)) as store:
         with pytest.raises(TypeError):

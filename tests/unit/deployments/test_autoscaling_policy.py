@@ -79,7 +79,7 @@ def test_the_configured_number_until_there_is_a_target_and_after_it_is_too_old(
     until(lambda: policy(context("b", "c"))[0] == 2)
 
 
-def test_until_the_first_answer_a_tier_stays_as_it_is_for_a_while(controller: Controller) -> None:
+def test_until_the_first_target_a_tier_stays_as_it_is_for_a_while(controller: Controller) -> None:
     controller.away = True
     policy = TargetPolicy("small", 2, "here")
     until(lambda: controller.fetched > 2)
@@ -124,7 +124,7 @@ def test_one_thread_for_all_tiers_and_none_without_a_policy(controller: Controll
     ("replicas", "scaling", "most"),
     [(0, None, 11), (1, None, 11), (14, None, 15), (1, ScalingConfig(max_replicas=3), 4)],
 )
-def test_serve_starts_as_many_as_configured_and_may_add_one_to_the_most(
+def test_serve_starts_the_configured_replicas_and_may_exceed_the_maximum_by_one(
     replicas: int, scaling: ScalingConfig | None, most: int
 ) -> None:
     tier = TierConfig(name="small", engine="simulated", replicas=replicas, scaling=scaling)

@@ -1,4 +1,4 @@
-"""Background tasks end when they are cancelled, and tell when they ended by themselves."""
+"""Background tasks end when they are cancelled, and a check finds those that ended by themselves."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from deployments.background import BackgroundTasks
 from tests.support.waiting import forever
 
 
-def test_one_that_lost_its_cancellation_is_cancelled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_that_lost_its_cancellation_is_cancelled_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "CANCEL_AGAIN_S", 0.01)
     lost: list[int] = []
 
@@ -33,7 +33,7 @@ def test_one_that_lost_its_cancellation_is_cancelled_again(monkeypatch: pytest.M
     assert len(lost) == 3
 
 
-def test_one_that_ended_by_itself_is_told_with_its_cause() -> None:
+def test_a_task_that_ended_by_itself_is_raised_with_its_cause() -> None:
     async def fail() -> None:
         raise ValueError("no such thing")
 

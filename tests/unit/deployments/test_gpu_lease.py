@@ -93,7 +93,7 @@ def test_without_a_lease_the_engine_gets_the_gpus_that_ray_assigned(answers: lis
     assert reason in line["reason"]
 
 
-def test_what_is_not_known_yet_is_waited_for_and_shown() -> None:
+def test_a_replica_waits_for_gpus_that_are_not_known_yet_and_shows_it() -> None:
     waits: list[str] = []
     wait = LeaseResponse(LeaseOutcome.WAIT, "the node's agent has not reported yet", retry_after_s=1.0)
     assert (
@@ -102,7 +102,7 @@ def test_what_is_not_known_yet_is_waited_for_and_shown() -> None:
     assert waits == ["waiting for a GPU: the node's agent has not reported yet"] * 2
 
 
-def test_a_node_without_a_gpu_for_it_is_left_for_another() -> None:
+def test_a_replica_gives_up_on_a_node_without_free_gpus() -> None:
     refused = LeaseResponse(LeaseOutcome.REFUSED, "needs 2 free GPUs, has 1", retry_after_s=5.0)
     link = Link(refused)
     with pytest.raises(EngineError, match="needs 2 free GPUs, has 1"):

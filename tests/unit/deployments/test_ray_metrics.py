@@ -9,7 +9,7 @@ from deployments import ray_metrics
 
 
 class FakeMetric:
-    """A fake Ray metric that keeps what it is told."""
+    """A fake Ray metric that remembers its values."""
 
     made: ClassVar[dict[str, FakeMetric]] = {}
 
@@ -24,7 +24,7 @@ class FakeMetric:
     set = inc
 
 
-def test_counters_are_copied_as_what_they_grew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counters_are_copied_by_their_increase(monkeypatch: pytest.MonkeyPatch) -> None:
     FakeMetric.made = {}
     fake: Any = FakeMetric
     monkeypatch.setattr(ray_metrics, "Counter", fake)
@@ -48,7 +48,7 @@ def test_counters_are_copied_as_what_they_grew(monkeypatch: pytest.MonkeyPatch) 
     assert "requests_created" not in made
 
 
-def test_a_gauge_that_is_gone_is_zero_and_not_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_series_of_a_gauge_that_is_gone_becomes_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     FakeMetric.made = {}
     fake: Any = FakeMetric
     monkeypatch.setattr(ray_metrics, "Gauge", fake)

@@ -1,4 +1,4 @@
-"""What Serve is told about replacing replicas when a configuration changes."""
+"""Serve's settings for replacing replicas when a configuration changes."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def surge_percent(application: Any) -> int:
     return int(application._bound_deployment._deployment_config.max_surge_percent)
 
 
-def test_the_next_gateway_is_there_before_the_last_one_stops() -> None:
+def test_a_new_gateway_starts_before_the_old_one_stops() -> None:
     assert surge_percent(gateway_application(plane())) == 100
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 3, 7, 8, 30])
 @pytest.mark.parametrize("surge", [0, 1, 2, 3])
-def test_a_tier_starts_as_many_engines_more_as_it_says(replicas: int, surge: int) -> None:
+def test_a_rollout_starts_as_many_more_engines_as_configured(replicas: int, surge: int) -> None:
     config = plane(replicas=replicas, rollout_surge=surge)
     percent = surge_percent(tier_application(config, config.tiers[0]))
     assert (percent * replicas + 99) // 100 == min(surge, replicas)  # as Serve counts them (2.60)

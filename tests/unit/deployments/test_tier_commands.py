@@ -38,7 +38,7 @@ class Supervisor:
 
 
 class Bare(TierReplica):
-    """Without Serve, nobody awaits what ``__del__`` gives."""
+    """Without Serve, no caller would await ``__del__``."""
 
     __del__: Any = lambda self: None
 
@@ -90,7 +90,7 @@ def test_a_replica_that_is_retired_drains_and_ends_once(ended: list[tuple[int, i
     assert ended == [(os.getpid(), signal.SIGTERM)]
 
 
-def test_one_that_does_not_serve_yet_is_stopped(ended: list[tuple[int, int]]) -> None:
+def test_a_replica_that_does_not_serve_yet_stops_its_engine(ended: list[tuple[int, int]]) -> None:
     supervisor = Supervisor(EndpointState.STARTING)
 
     async def work() -> None:
@@ -103,7 +103,7 @@ def test_one_that_does_not_serve_yet_is_stopped(ended: list[tuple[int, int]]) ->
     assert len(ended) == 1
 
 
-def test_an_engine_is_restarted_once_for_each_process_that_is_meant() -> None:
+def test_an_engine_is_restarted_once_for_each_commanded_generation() -> None:
     supervisor = Supervisor(generation=3)
     made, _ = replica_without_loop(supervisor)
     for _ in range(3):
