@@ -1,7 +1,7 @@
 """The command line ``tierplane``.
 
-Subcommands are loaded when they are asked for: ``tierplane validate`` must not wait for Ray to import.
-So the table below also holds each command's one-line help; a test keeps the two the same.
+A subcommand is imported only when it is used: ``tierplane validate`` must not wait for the import of Ray.
+So the table below repeats each command's one-line help; a test compares them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "down": (
         "controlplane.cli.lifecycle.down:command",
-        "Stop what `tierplane up` started, and only that.",
+        "Stop the plane that `tierplane up` started, and nothing else.",
     ),
     "status": (
         "controlplane.cli.lifecycle.status:command",
@@ -33,67 +33,67 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "gpus": (
         "controlplane.cli.operating.gpus:command",
-        "Show every GPU: its health, its readings, and which endpoints have it.",
+        "Show every GPU: its health, its readings and the endpoints that use it.",
     ),
     "events": (
         "controlplane.cli.operating.events:command",
-        "Show the audit log: what happened to GPUs, nodes, tiers and endpoints, what was done, and why.",
+        "Show the audit log: events of GPUs, nodes, tiers and endpoints, actions taken, and reasons.",
     ),
     "alerts": (
         "controlplane.cli.operating.alerts:command",
-        "Show what is wrong with the plane, acknowledge it, or silence it for a while.",
+        "Show the plane's alerts, acknowledge one, or silence some for a while.",
     ),
     "cordon": (
         "controlplane.cli.operating.operate:cordon",
-        "Let nothing new come to SUBJECT (a GPU, a node or a tier); what runs there goes on.",
+        "Start no new replicas on SUBJECT (a GPU, a node or a tier); those that run there continue.",
     ),
     "uncordon": (
         "controlplane.cli.operating.operate:uncordon",
-        "Use SUBJECT again: the end of a cordon, of a drain, or of a hold after crashes.",
+        "Use SUBJECT again after a cordon, a drain, or a hold because of crashes.",
     ),
     "drain": (
         "controlplane.cli.operating.operate:drain",
-        "Cordon SUBJECT and have what runs there leave: elsewhere first, if there is room.",
+        "Cordon SUBJECT and move its replicas elsewhere; if there is room, replacements start first.",
     ),
     "restart": (
         "controlplane.cli.operating.operate:restart",
-        "Replace the engine processes of SUBJECT, those of one tier one after the other.",
+        "Restart the engine processes of SUBJECT, those of one tier one after another.",
     ),
     "report": (
         "controlplane.cli.operating.report:command",
-        "Show what the last minutes, hours or days were like, for every tier and endpoint.",
+        "Report on every tier and endpoint over the last minutes, hours or days.",
     ),
     "trace": (
         "controlplane.cli.operating.trace:command",
-        "Write the plane's own traffic to a file that `tierplane simulate --trace` replays.",
+        "Export the plane's own traffic to a file that `tierplane simulate --trace` replays.",
     ),
     "scale": (
         "controlplane.cli.operating.scale:command",
-        "Give TIER that number of REPLICAS whatever the scaling says; `auto` ends that.",
+        "Set the number of REPLICAS of TIER manually; `auto` returns to automatic scaling.",
     ),
     "recommendations": (
         "controlplane.cli.operating.recommendations:command",
-        "Show each tier's target with its reason, open recommendations, and how the past ones turned out.",
+        "Show each tier's target and its reason, current recommendations, and how past ones turned out.",
     ),
     "explain": (
         "controlplane.cli.operating.explain:command",
-        "Show where a request would go now and why, and which endpoints were left out.",
+        "Show where a request would go now and why, and why other endpoints were left out.",
     ),
     "validate": (
         "controlplane.cli.checking.validate:command",
-        "Check a configuration file; every problem at once.",
+        "Check a configuration file and report all problems at once.",
     ),
     "doctor": (
         "controlplane.cli.checking.doctor:command",
-        "Check this machine, against a configuration if one is given.",
+        "Check whether this machine can run a plane, or the plane of CONFIG.",
     ),
     "command": (
         "controlplane.cli.planning.command:command",
-        "Print the vLLM command that serves MODEL as a scenario says, for the installed vLLM.",
+        "Print the vLLM command that serves MODEL with the flags of a scenario template.",
     ),
     "fit": (
         "controlplane.cli.planning.fit:command",
-        "Does MODEL fit a GPU: each term, how many sequences, and the smallest change if not.",
+        "Check whether MODEL fits a GPU: memory by part, sequences at once, or the smallest change needed.",
     ),
     "size": (
         "controlplane.cli.planning.size:command",
@@ -101,7 +101,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "plan": (
         "controlplane.cli.planning.plan:command",
-        "Plan where the replicas of CONFIG run: on the cluster of a file, or on the one that runs.",
+        "Plan which GPUs the replicas of CONFIG run on, in a described or in the running cluster.",
     ),
     "k8s": (
         "controlplane.cli.k8s:command",
@@ -117,39 +117,39 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "bench": (
         "controlplane.cli.bench:command",
-        "Measure; each benchmark prints a table, or JSON with --json.",
+        "Run a benchmark; each prints a table, or JSON with --json.",
     ),
 }
-"""Name → (``module:attribute`` of the click command, its one-line help), in the order ``--help`` lists."""
+"""Name → (``module:attribute`` of the click command, its one-line help), in the order of ``--help``."""
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are imported on use, and which prints tierplane's errors as text.
+    """A group that imports its commands on use and prints tierplane's own errors without a traceback.
 
-    Exit status: 0 done, 1 an error or a failed check, 2 wrong usage or a wrong configuration file.
+    Exit status: 0 success, 1 an error or a failed check, 2 wrong usage or an invalid configuration file.
     """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """All names in the table's order."""
+        """All names, in the order of the table."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command of that name, imported now; None if there is none."""
+        """Import the command of that name; None if there is none."""
         if cmd_name not in COMMANDS:
             return None
         module, _, attribute = COMMANDS[cmd_name][0].partition(":")
         command = getattr(importlib.import_module(module), attribute)
         if not isinstance(command, click.Command):
-            raise TypeError(f"{module}:{attribute} is no click command")
+            raise TypeError(f"{module}:{attribute} is not a click command")
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The list of ``--help``, from the table: nothing is imported for it."""
+        """The commands in ``--help``, from the table, so that nothing is imported."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; an error raised on purpose ends it with a message, not a traceback."""
+        """Run the command; one of tierplane's own errors ends it with a message instead of a traceback."""
         try:
             return super().invoke(ctx)
         except TierplaneError as error:

@@ -1,7 +1,7 @@
 """``tierplane bench NAME``: run a benchmark of the checkout that tierplane was installed from.
 
-Each is a file ``tests/benchmarks/bench_NAME.py`` with a click command named ``command``. It is imported
-when it is run; the list takes each one's first docstring line from its source.
+A benchmark is a file ``tests/benchmarks/bench_NAME.py`` with a click command named ``command``. It is
+imported when it is run; ``--help`` lists the first line of its docstring, which it reads from the source.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class BenchGroup(click.Group):
     """The benchmarks in ``tests/benchmarks`` as commands."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Their names, with ``-`` for ``_``."""
+        """The names of the benchmarks, with ``-`` for ``_``."""
         names = (path.stem.removeprefix(_PREFIX) for path in _folder().glob(f"{_PREFIX}*.py"))
         return sorted(name.replace("_", "-") for name in names)
 
@@ -37,16 +37,16 @@ class BenchGroup(click.Group):
                     "with tierplane installed from it (pip install -e .)"
                 )
             return None
-        # The benchmarks import each other's helpers as tests.benchmarks.*.
+        # Benchmarks import shared code as tests.benchmarks.*.
         if str(ROOT) not in sys.path:
             sys.path.insert(0, str(ROOT))
         command = importlib.import_module(f"tests.benchmarks.{path.stem}").command
         if not isinstance(command, click.Command):
-            raise TypeError(f"{path}: 'command' is no click command")
+            raise TypeError(f"{path}: 'command' is not a click command")
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The list of ``--help``, without importing any."""
+        """The benchmarks in ``--help``, without importing them."""
         rows = [(name, _first_line(_path(name))) for name in self.list_commands(ctx)]
         if rows:
             with formatter.section("Benchmarks"):
@@ -67,4 +67,4 @@ def _first_line(path: Path) -> str:
 
 @click.group(cls=BenchGroup)
 def command() -> None:
-    """Measure; each benchmark prints a table, or JSON with --json."""
+    """Run a benchmark; each prints a table, or JSON with --json."""

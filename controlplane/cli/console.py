@@ -1,4 +1,4 @@
-"""The console that commands print to, and how durations are shown."""
+"""The console that commands print to, and durations as text."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Final
 from rich.console import Console
 
 PIPE_WIDTH: Final = 240
-"""Columns where nobody sees the output: what a pipe or a file gets is not cut to the width of a terminal."""
+"""The width of output to a pipe or a file, in columns: wide enough that tables are not truncated."""
 
 
 def stdout() -> Console:
-    """A console on standard output: as wide as the terminal, elsewhere wide enough."""
+    """A console on standard output: as wide as the terminal, or ``PIPE_WIDTH`` columns without one."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = PIPE_WIDTH
@@ -19,7 +19,7 @@ def stdout() -> Console:
 
 
 def age(s: float) -> str:
-    """A duration for people: ``8 s``, ``3 m 20 s``, ``5 h 02 m``."""
+    """A duration in seconds as text: ``8 s``, ``3 m 20 s``, ``5 h 02 m``."""
     whole = max(0, int(s))
     if whole < 60:
         return f"{whole} s"

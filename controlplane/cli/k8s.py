@@ -1,4 +1,4 @@
-"""``tierplane k8s``: what Kubernetes needs, from the configuration that ``serve run`` takes."""
+"""``tierplane k8s``: Kubernetes manifests from the same configuration file that ``tierplane up`` takes."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def command() -> None:
 @command.command(name="render")
 @click.argument("config", type=click.Path(dir_okay=False))
 @click.option("--overlay", type=click.Choice(list(OVERLAYS)), required=True, help="The kind of cluster.")
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Write there, not to stdout.")
-@click.option("--json", "as_json", is_flag=True, help="JSON instead of YAML.")
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Write to this file.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of YAML.")
 def render_command(config: str, overlay: str, output: Path | None, as_json: bool) -> None:
     """Print the RayService that runs CONFIG on a kind of cluster.
 
-    Pods ask for what the memory model says their engines take; a tier that doesn't fit the overlay's GPUs is
-    refused with the smallest change. Exit status 2 if one can't run there.
+    Pods request the memory that the memory model computes for their engines. Exit status 2 if a tier can't
+    run on the overlay's nodes; the message names the smallest change that helps.
     """
     manifest = render(load_checked(config), OVERLAYS[overlay])
     if as_json:
@@ -43,7 +43,7 @@ def render_command(config: str, overlay: str, output: Path | None, as_json: bool
 
 
 class _Dumper(yaml.SafeDumper):
-    """Block style for the text of ``serveConfigV2``, and no anchors: people read this."""
+    """Readable YAML: block style for the text of ``serveConfigV2``, and no anchors."""
 
     def ignore_aliases(self, data: object) -> bool:
         return True
@@ -58,5 +58,5 @@ _Dumper.add_representer(str, _text)
 
 
 def to_yaml(manifest: object) -> str:
-    """A manifest as YAML for people."""
+    """A manifest as readable YAML."""
     return yaml.dump(manifest, Dumper=_Dumper, sort_keys=False, width=110)

@@ -18,17 +18,23 @@ def command() -> None:
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.option(
     "--target", "targets", multiple=True, metavar="HOST:PORT", default=("127.0.0.1:8080",), show_default=True,
-    help="A gateway; repeatable, though one answers for all.",
+    help="A gateway; repeatable, but each gateway reports for all of them.",
 )  # fmt: skip
 @click.option("--webhook", default="", metavar="URL", help="Where Alertmanager sends alerts.")
-@click.option("--alertmanager", default="127.0.0.1:9093", metavar="HOST:PORT", show_default=True)
-@click.option("--ray-targets", default=RAY_TARGETS, metavar="FILE", show_default=True)
+@click.option(
+    "--alertmanager", default="127.0.0.1:9093", metavar="HOST:PORT", show_default=True,
+    help="The Alertmanager that Prometheus sends alerts to.",
+)  # fmt: skip
+@click.option(
+    "--ray-targets", default=RAY_TARGETS, metavar="FILE", show_default=True,
+    help="The file in which Ray lists its metrics addresses.",
+)  # fmt: skip
 def local_command(
     folder: Path, targets: tuple[str, ...], webhook: str, alertmanager: str, ray_targets: str
 ) -> None:
-    """Write FOLDER for a Prometheus, an Alertmanager and a Grafana of your own.
+    """Write files for your own Prometheus, Alertmanager and Grafana to FOLDER.
 
-    Then: prometheus --config.file FOLDER/prometheus.yml. Grafana imports FOLDER/dashboards/*.json.
+    Then run: prometheus --config.file FOLDER/prometheus.yml. Import FOLDER/dashboards/*.json in Grafana.
     """
     files = local_files(targets, webhook=webhook, alertmanager=alertmanager, ray_targets=ray_targets)
     write(folder, files, "local FOLDER")
@@ -37,12 +43,12 @@ def local_command(
 @command.command(name="k8s")
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 def k8s_command(folder: Path) -> None:
-    """Write FOLDER as a kustomize component: PodMonitors, PrometheusRule, dashboards."""
+    """Write a kustomize component to FOLDER: PodMonitors, PrometheusRule, dashboards."""
     write(folder, kubernetes_files(), f"k8s {folder}")
 
 
 def write(folder: Path, files: dict[str, str], kind: str) -> None:
-    """Write each file below ``folder`` and name it."""
+    """Write each file below ``folder`` and print its path."""
     for name, text in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,5 +57,5 @@ def write(folder: Path, files: dict[str, str], kind: str) -> None:
 
 
 def with_header(name: str, text: str, kind: str) -> str:
-    """A YAML file says where it comes from; JSON can't."""
+    """``text`` with a comment that names the command that wrote it; JSON has no comments."""
     return text if name.endswith(".json") else HEADER.format(kind=kind) + text

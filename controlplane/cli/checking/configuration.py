@@ -1,4 +1,4 @@
-"""A configuration file as the commands want it: read, and each tier's settings shown to its engine."""
+"""Reads a configuration file and has each tier's engine check its settings."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from controlplane.errors import ConfigError, Problem
 
 
 def load_checked(path: str) -> ServeFile:
-    """Read ``path`` and let every tier's engine build its command line; nothing is started.
+    """Read ``path`` and have every tier's engine build its command line; nothing is started.
 
-    ConfigError holds every problem.
+    Raises ConfigError with every problem.
     """
     file = load_plane(path)
     yaml = read_yaml(file.path)
@@ -35,13 +35,15 @@ def load_checked(path: str) -> ServeFile:
 
 
 def unset_variables(file: ServeFile, environ: Mapping[str, str]) -> list[Problem]:
-    """Settings that name an environment variable that ``environ`` does not have, or has empty. The file
-    is right all the same: another machine may have it."""
+    """A problem for each setting that names an environment variable that is unset or empty in ``environ``.
+
+    The file is valid nevertheless: the variable may be set on another machine.
+    """
     found: list[tuple[tuple[PathPart, ...], str, str]] = []
     for i, tier in enumerate(file.plane.tiers):
         if tier.api_key_env:
-            what = f"tier '{tier.name}' would not start"
-            found.append((("tiers", i, "api_key_env"), tier.api_key_env, what))
+            consequence = f"tier '{tier.name}' would not start"
+            found.append((("tiers", i, "api_key_env"), tier.api_key_env, consequence))
     for i, webhook in enumerate(file.plane.controller.alerts.webhooks):
         if webhook.secret_env:
             where = ("controller", "alerts", "webhooks", i, "secret_env")
@@ -51,17 +53,17 @@ def unset_variables(file: ServeFile, environ: Mapping[str, str]) -> list[Problem
     return [
         Problem(
             path_text((*args, *where)),
-            f"the environment variable {name} is not set: {what}",
+            f"the environment variable {name} is not set: {consequence}",
             f"set {name} where Ray is started, on every node, or remove the setting",
             yaml.line((*args, *where)),
         )
-        for where, name, what in found
+        for where, name, consequence in found
         if not environ.get(name)
     ]
 
 
 def _args(file: ServeFile) -> tuple[PathPart, ...]:
-    """Where tierplane's settings are in the file."""
+    """The path of tierplane's settings in the file."""
     applications = enumerate(file.raw["applications"])
     return "applications", next(i for i, app in applications if app.get("import_path") == IMPORT_PATH), "args"
 

@@ -25,7 +25,7 @@ _MARKS = {
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def command(ctx: click.Context, config: str | None, as_json: bool) -> None:
-    """Check this machine, against a configuration if one is given.
+    """Check whether this machine can run a plane, or the plane of CONFIG.
 
     Exit status 1 if a check fails.
     """

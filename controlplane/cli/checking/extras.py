@@ -1,5 +1,4 @@
-"""``python -m controlplane.cli.checking.extras CONFIG``: which parts of the environment a configuration
-needs.
+"""``python -m controlplane.cli.checking.extras CONFIG``: the packages that a configuration's engines need.
 
 Prints the names of lock files for `make up`: cpu or gpu (vLLM), llamacpp.
 """
@@ -13,9 +12,9 @@ from controlplane.errors import ConfigError
 
 
 def extras(plane: PlaneConfig) -> list[str]:
-    """The extras of the distribution that the engines of ``plane`` need.
+    """The extras of tierplane's distribution that the engines of ``plane`` need.
 
-    Tiers on GPU and on CPU need two builds of vLLM that exclude each other; the GPU's can do both.
+    The CPU and GPU builds of vLLM exclude each other; the GPU build also runs tiers on the CPU.
     """
     devices = {tier.device for tier in plane.tiers if tier.engine == "vllm"}
     found = ["gpu" if "gpu" in devices else "cpu"] if devices else []

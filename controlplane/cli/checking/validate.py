@@ -21,9 +21,9 @@ from controlplane.errors import ConfigError, Problem
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def command(ctx: click.Context, config: str, as_json: bool) -> None:
-    """Check a configuration file; every problem at once.
+    """Check a configuration file and report all problems at once.
 
-    What this machine's environment lacks is a warning: the plane may run elsewhere.
+    An environment variable that is missing on this machine is only a warning: the plane may run elsewhere.
     """
     try:
         file = load_checked(config)
@@ -35,8 +35,8 @@ def command(ctx: click.Context, config: str, as_json: bool) -> None:
         ctx.exit(2)
     warnings = unset_variables(file, os.environ)
     if as_json:
-        told = {"problems": [], "warnings": [asdict(warning) for warning in warnings]}
-        click.echo(json.dumps({"ok": True, "config": config, **told, **_summary(file)}, indent=2))
+        found = {"problems": [], "warnings": [asdict(warning) for warning in warnings]}
+        click.echo(json.dumps({"ok": True, "config": config, **found, **_summary(file)}, indent=2))
     else:
         _show(file, warnings)
 
@@ -79,11 +79,11 @@ def _show(file: ServeFile, warnings: list[Problem]) -> None:
     console = stdout()
     console.print(table)
     gateway = file.plane.gateway
-    own = f"port {gateway.port}" if gateway.port else "no port of its own"
-    console.print(f"Gateway: {own}; Serve's ingress: port {file.http_port}", highlight=False)
+    own_port = f"port {gateway.port}" if gateway.port else "no port of its own"
+    console.print(f"Gateway: {own_port}; Serve's ingress: port {file.http_port}", highlight=False)
     for warning in warnings:
         console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
-    console.print(f"{file.path}: no problem", style="green", highlight=False)
+    console.print(f"{file.path}: no problems", style="green", highlight=False)
 
 
 def _gpus(tier: TierConfig) -> str:

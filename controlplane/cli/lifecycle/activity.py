@@ -1,4 +1,4 @@
-"""What the controller is at, below the tables of ``tierplane status``."""
+"""The controller's actions in progress, as ``tierplane status`` shows them below its tables."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from controlplane.core.reconcile.migrations import Activity
 
 
 def activity_lines(activity: Activity) -> list[Text]:
-    """One line for each thing that is under way or held; none if all is at rest."""
+    """One line for each action in progress and each held tier; empty if there are none."""
     lines = []
     if activity.store_warning:
-        lines.append(Text(f"the controller's memory: {activity.store_warning}", style="bold red"))
+        lines.append(Text(f"the controller's store: {activity.store_warning}", style="bold red"))
     if not activity.settled:
-        lines.append(
-            Text("the controller has just started and waits for everybody to report", style="yellow")
-        )
+        text = "the controller has just started and waits for reports from replicas and gateways"
+        lines.append(Text(text, style="yellow"))
     lines += [
         Text(f"tier {tier} is {'drained' if hold.must_leave else 'held'}: {hold.reason}", style="red")
         for tier, hold in activity.holds
@@ -28,18 +27,18 @@ def activity_lines(activity: Activity) -> list[Text]:
     ]
     moving = {move.endpoint_id for move in activity.migrations}
     lines += [
-        Text(f"{endpoint_id} is to leave: {reason}", style="yellow")
+        Text(f"{endpoint_id} is being drained: {reason}", style="yellow")
         for endpoint_id, reason in activity.drains
         if endpoint_id not in moving
     ]
     for restart in activity.restarts:
-        word = "restarts" if restart.issued else "waits for its restart"
-        lines.append(Text(f"{restart.endpoint_id} {word}: {restart.reason}", style="yellow"))
+        state = "restarts" if restart.issued else "waits for its restart"
+        lines.append(Text(f"{restart.endpoint_id} {state}: {restart.reason}", style="yellow"))
     return lines
 
 
 def activity_json(activity: Activity) -> dict[str, Any]:
-    """The same for programs."""
+    """The same as JSON."""
     return {
         "settled": activity.settled,
         "store_warning": activity.store_warning,

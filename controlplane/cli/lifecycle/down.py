@@ -19,40 +19,41 @@ DEFAULT_DRAIN_S = 60.0
 
 
 @click.command()
-@click.option("--now", is_flag=True, help="Don't wait for requests that are running.")
-@click.option("--json", "as_json", is_flag=True, help="Say what is done as JSON lines.")
+@click.option("--now", is_flag=True, help="Don't wait for running requests.")
+@click.option("--json", "as_json", is_flag=True, help="Report progress as JSON lines.")
 def command(now: bool, as_json: bool) -> None:
-    """Stop what `tierplane up` started, and only that.
+    """Stop the plane that `tierplane up` started, and nothing else.
 
-    Tiers, gateway, controller, and Ray if it was started too; a Ray that was there before goes on. Running
-    requests are waited for.
+    Stops the tiers, the gateway, the controller and, if `tierplane up` started it, Ray. Waits for running
+    requests.
     """
-    speech = progress_reporter(as_json=as_json)
+    reporter = progress_reporter(as_json=as_json)
     record = session.load_record()
     if record is None:
-        speech.result("stopped", "Nothing to stop: no plane runs here.", processes=0, ray_stopped=False)
+        reporter.result("stopped", "Nothing to stop: no plane runs here.", processes=0, ray_stopped=False)
         return
     drain_s = drain_limit_s(record)
     if record.up_is_running() and record.up_pid != os.getpid():
-        _stop_foreground(record, speech, 0.0 if now else drain_s + 2 * DRAIN_MARGIN_S)
+        _stop_foreground(record, reporter, 0.0 if now else drain_s + 2 * DRAIN_MARGIN_S)
         record = session.load_record()
         if record is None:
-            speech.result("stopped", "Stopped.", processes=0, ray_stopped=True)
+            reporter.result("stopped", "Stopped.", processes=0, ray_stopped=True)
             return
-    stop_plane(record, speech, drain_s=drain_s, impatient=lambda: now)
+    stop_plane(record, reporter, drain_s=drain_s, stop_waiting=lambda: now)
 
 
 def drain_limit_s(record: RunRecord) -> float:
-    """The longest drain of the tiers in the configuration that was started, if it can still be read."""
+    """The longest drain time-out of the configuration's tiers; a default if the file can't be read."""
     try:
         return max(tier.drain_timeout_s for tier in load_plane(record.config).plane.tiers)
     except (TierplaneError, OSError):
         return DEFAULT_DRAIN_S
 
 
-def _stop_foreground(record: RunRecord, speech: ProgressReporter, limit_s: float) -> None:
-    """Ask the ``tierplane up`` that is in the foreground somewhere to stop, and wait for its end."""
-    speech.step(f"asking `tierplane up` (process {record.up_pid}) to stop")
+def _stop_foreground(record: RunRecord, reporter: ProgressReporter, limit_s: float) -> None:
+    """Ask the ``tierplane up`` that runs in the foreground to stop, wait for it, and kill it if it takes too
+    long."""
+    reporter.step(f"asking `tierplane up` (process {record.up_pid}) to stop")
     os.kill(record.up_pid, signal.SIGTERM)
     deadline_s = time.monotonic() + limit_s
     while record.up_is_running() and time.monotonic() < deadline_s:

@@ -1,4 +1,4 @@
-"""``tierplane logs``: what engines, replicas, gateways and the controller wrote."""
+"""``tierplane logs``: the logs of engines, replicas, gateways and the controller."""
 
 from __future__ import annotations
 
@@ -16,40 +16,44 @@ from controlplane.paths import run_dir
 
 POLL_S = 0.3
 TAIL_BYTES = 1024 * 1024
-"""How far back from a file's end the last lines are looked for."""
+"""The last lines of a file are searched within this many bytes of its end."""
 
-_LEFT_OUT = frozenset({"timestamp", "level", "event", "logger", "component"})
+_NOT_SHOWN = frozenset({"timestamp", "level", "event", "logger", "component"})
 
 
 @click.command()
 @click.argument("names", nargs=-1, metavar="[TIER|gateway|controller]...")
-@click.option("--follow", "-f", is_flag=True, help="Go on with what is written from now on.")
-@click.option("--lines", "-n", default=50, show_default=True, help="How many of the last lines of each file.")
-@click.option("--raw", is_flag=True, help="Lines as they were written (JSON), without the file's name.")
+@click.option("--follow", "-f", is_flag=True, help="Also print new lines as they are written.")
+@click.option(
+    "--lines", "-n", default=50, show_default=True, help="How many last lines of each file to print."
+)
+@click.option("--raw", is_flag=True, help="Print lines as they are in the file (JSON), without its name.")
 def command(names: tuple[str, ...], follow: bool, lines: int, raw: bool) -> None:
     """Show the logs of the engines, the replicas, the gateway and the controller."""
     folder = run_dir() / "logs"
     found = log_files(folder, names)
     if not found and not follow:
         wanted = f" of {', '.join(names)}" if names else ""
-        raise SetupError(f"no logs{wanted} in {folder}")
+        raise SetupError(
+            f"no logs{wanted} in {folder}: start a plane with `tierplane up`, or check the names"
+        )
     read: dict[Path, _Tail] = {}
     for path in found:
         read[path] = _Tail(path)
         for line in read[path].last(lines):
-            click.echo(_shown(path, line, raw))
+            click.echo(_line_text(path, line, raw))
     try:
         while follow:
             for path in log_files(folder, names):
                 for line in read.setdefault(path, _Tail(path)).new():
-                    click.echo(_shown(path, line, raw))
+                    click.echo(_line_text(path, line, raw))
             time.sleep(POLL_S)
     except KeyboardInterrupt:
         return
 
 
 def log_files(folder: Path, names: Sequence[str]) -> list[Path]:
-    """The log files of these tiers (or ``gateway``, ``controller``), oldest change first; all by default."""
+    """The log files of these tiers (or ``gateway``, ``controller``), all by default, the oldest first."""
     try:
         paths = [path for path in folder.iterdir() if path.suffix == ".log"]
     except FileNotFoundError:
@@ -63,7 +67,7 @@ def log_files(folder: Path, names: Sequence[str]) -> list[Path]:
 
 
 def readable(line: str) -> str:
-    """A JSON line of ours for people; any other line as it is."""
+    """One of tierplane's JSON lines as readable text; any other line unchanged."""
     try:
         event = json.loads(line) if line.startswith("{") else None
     except ValueError:
@@ -72,7 +76,7 @@ def readable(line: str) -> str:
         return line
     clock = str(event.get("timestamp", ""))[11:19]
     level = str(event.get("level", ""))
-    pairs = " ".join(f"{key}={_value(value)}" for key, value in event.items() if key not in _LEFT_OUT)
+    pairs = " ".join(f"{key}={_value(value)}" for key, value in event.items() if key not in _NOT_SHOWN)
     return f"{clock} {level:<7} {event['event']}  {pairs}".rstrip()
 
 
@@ -82,12 +86,12 @@ def _value(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _shown(path: Path, line: str, raw: bool) -> str:
+def _line_text(path: Path, line: str, raw: bool) -> str:
     return line if raw else f"{path.stem} | {readable(line)}"
 
 
 class _Tail:
-    """A growing file, read by whole lines; begins anew when the file was replaced."""
+    """Reads whole lines of a growing file, from the beginning again if the file is replaced."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -96,15 +100,15 @@ class _Tail:
         self._partial = b""
 
     def last(self, count: int) -> list[str]:
-        """The last whole lines; :meth:`new` goes on from there."""
+        """The last ``count`` whole lines; :meth:`new` continues after them."""
         try:
             size = self._path.stat().st_size
         except FileNotFoundError:
             return []
         self._position = max(0, size - TAIL_BYTES)
-        cut = self._position > 0
+        starts_in_a_line = self._position > 0
         lines = self.new()
-        return lines[1:][-count:] if cut else lines[-count:] if count else []
+        return lines[1:][-count:] if starts_in_a_line else lines[-count:] if count else []
 
     def new(self) -> list[str]:
         """Whole lines written since the last call."""

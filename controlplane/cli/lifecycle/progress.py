@@ -1,4 +1,4 @@
-"""What ``up`` and ``down`` say while they work: live on a terminal, in lines elsewhere, or as JSON lines."""
+"""The progress of ``up`` and ``down``: a live table on a terminal, lines of text elsewhere, or JSON lines."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ from rich.live import Live
 from rich.text import Text
 
 from controlplane.cli.console import stdout
-from controlplane.cli.lifecycle.tables import progress_table, tier_json, what_it_does
+from controlplane.cli.lifecycle.tables import diagnosis_or_phase, progress_table, tier_json
 from controlplane.core.cluster.status import TierStatus
 from controlplane.core.domain.event import Event
 
 QUIET_LINE_S = 20.0
-"""Lines: so long without a change, and a line says that it is still going on."""
+"""After this long without a change, :class:`LineProgress` prints what the command is waiting for."""
 
 
 class ProgressReporter(Protocol):
-    """How a command speaks."""
+    """Reports what a command does."""
 
     def step(self, text: str) -> None:
-        """Something begins or was done."""
+        """Report a step of the command."""
         ...
 
     def progress(self, tiers: Sequence[TierStatus], elapsed_s: float) -> None:
-        """How far the tiers are; called often."""
+        """Report the state of the tiers; called often."""
         ...
 
     def event(self, event: Event) -> None:
-        """The controller noted something while the plane runs."""
+        """Report an event of the running plane."""
         ...
 
     def result(self, kind: str, text: str, **fields: Any) -> None:
-        """The command's outcome: ``text`` for people, ``fields`` for programs."""
+        """Report the command's outcome: ``text`` in text output, ``kind`` and ``fields`` in JSON."""
         ...
 
     def close(self) -> None:
-        """Nothing more is live."""
+        """Stop redrawing the live table."""
         ...
 
 
 def progress_reporter(*, as_json: bool) -> ProgressReporter:
-    """The one that fits: JSON if asked for, live on a terminal, lines elsewhere."""
+    """JSON lines if ``as_json``, else a live table on a terminal and lines of text elsewhere."""
     if as_json:
         return JsonProgress()
     console = stdout()
@@ -65,7 +65,7 @@ class JsonProgress:
 
     def progress(self, tiers: Sequence[TierStatus], elapsed_s: float) -> None:
         """See :class:`ProgressReporter`."""
-        now = [_gist(tier) for tier in tiers]
+        now = [_summary(tier) for tier in tiers]
         if now != self._last:
             self._last = now
             shown = [tier_json(tier, time.time()) for tier in tiers]
@@ -88,11 +88,11 @@ class JsonProgress:
 
 
 class LineProgress:
-    """Lines, one for each change."""
+    """A line of text for each change."""
 
     def __init__(self) -> None:
         self._last: dict[str, tuple[Any, ...]] = {}
-        self._spoke_s = time.monotonic()
+        self._printed_s = time.monotonic()
 
     def step(self, text: str) -> None:
         """See :class:`ProgressReporter`."""
@@ -101,12 +101,12 @@ class LineProgress:
     def progress(self, tiers: Sequence[TierStatus], elapsed_s: float) -> None:
         """See :class:`ProgressReporter`."""
         for tier in tiers:
-            if self._last.get(tier.name) != _gist(tier):
-                self._last[tier.name] = _gist(tier)
+            if self._last.get(tier.name) != _summary(tier):
+                self._last[tier.name] = _summary(tier)
                 ready = f"{tier.replicas_ready}/{tier.replicas_wanted}"
-                what = f"{tier.name:<14} {tier.state:<10} {ready:<5} {what_it_does(tier)}"
-                self._line(f"{elapsed_s:6.1f} s  {what}".rstrip())
-        if time.monotonic() - self._spoke_s > QUIET_LINE_S:
+                text = f"{tier.name:<14} {tier.state:<10} {ready:<5} {diagnosis_or_phase(tier)}"
+                self._line(f"{elapsed_s:6.1f} s  {text}".rstrip())
+        if time.monotonic() - self._printed_s > QUIET_LINE_S:
             waiting = ", ".join(tier.name for tier in tiers if not tier.ready) or "the gateway"
             self._line(f"{elapsed_s:6.1f} s  waiting for {waiting}")
 
@@ -122,7 +122,7 @@ class LineProgress:
         """See :class:`ProgressReporter`."""
 
     def _line(self, text: str) -> None:
-        self._spoke_s = time.monotonic()
+        self._printed_s = time.monotonic()
         click.echo(text)
 
 
@@ -160,7 +160,7 @@ class LiveProgress:
             self._live = None
 
 
-def _gist(tier: TierStatus) -> tuple[Any, ...]:
+def _summary(tier: TierStatus) -> tuple[Any, ...]:
     return (tier.name, tier.state, tier.replicas_ready, tier.replicas_wanted, tier.phase, tier.diagnosis)
 
 

@@ -1,4 +1,4 @@
-"""``tierplane status``: what runs, tier by tier."""
+"""``tierplane status``: the state of every tier and endpoint."""
 
 from __future__ import annotations
 
@@ -15,8 +15,14 @@ from rich.text import Text
 from controlplane.cli.console import stdout
 from controlplane.cli.controller_access import PlaneAddress, connected, plane_options
 from controlplane.cli.lifecycle.activity import activity_json, activity_lines
-from controlplane.cli.lifecycle.tables import gateway_table, gateways_json, status_table, tier_json, troubles
-from controlplane.cli.operating.alerts import firing_lines
+from controlplane.cli.lifecycle.tables import (
+    gateway_table,
+    gateways_json,
+    not_ready_lines,
+    status_table,
+    tier_json,
+)
+from controlplane.cli.operating.alerts import firing_summary
 from controlplane.controller.api import ControllerApi
 from controlplane.core.cluster.status import TierStatus, tier_statuses
 from controlplane.core.reconcile.migrations import Activity
@@ -30,7 +36,7 @@ SHOWN_EVENTS = 8
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; with --watch one object per line.")
-@click.option("--watch", is_flag=True, help="Go on, once a second.")
+@click.option("--watch", is_flag=True, help="Refresh once a second.")
 @plane_options
 def command(as_json: bool, watch: bool, address: str | None, namespace: str | None) -> None:
     """Show each tier: replicas, state, model, endpoint, requests in flight.
@@ -42,7 +48,7 @@ def command(as_json: bool, watch: bool, address: str | None, namespace: str | No
             if watch:
                 _watch(plane, as_json)
                 return
-            view, activity = _look(plane)
+            view, activity = _query(plane)
             if as_json:
                 click.echo(json.dumps({"url": plane.url, **_as_json(view, activity)}, indent=2))
             else:
@@ -59,15 +65,15 @@ def command(as_json: bool, watch: bool, address: str | None, namespace: str | No
 def _watch(plane: PlaneAddress, as_json: bool) -> None:
     if as_json:
         while True:
-            click.echo(json.dumps(_as_json(*_look(plane))))
+            click.echo(json.dumps(_as_json(*_query(plane))))
             time.sleep(REFRESH_S)
     with Live(auto_refresh=False) as live:
         while True:
-            live.update(_tables(*_look(plane), events=True), refresh=True)
+            live.update(_tables(*_query(plane), events=True), refresh=True)
             time.sleep(REFRESH_S)
 
 
-def _look(plane: PlaneAddress) -> tuple[PlaneView, Activity]:
+def _query(plane: PlaneAddress) -> tuple[PlaneView, Activity]:
     from controlplane.ray_cluster.plane import PlaneView
 
     return PlaneView(*plane.call(ControllerApi.status)), plane.call(ControllerApi.activity)
@@ -81,9 +87,9 @@ def _tables(view: PlaneView, activity: Activity, *, events: bool = False) -> Gro
     unix_s = view.snapshot.unix_s
     parts: list[Any] = [
         status_table(_tiers(view), unix_s),
-        *troubles(_tiers(view)),
+        *not_ready_lines(_tiers(view)),
         *activity_lines(activity),
-        *firing_lines(view.snapshot.alerts),
+        *firing_summary(view.snapshot.alerts),
         Text(),
         gateway_table(view.snapshot.gateways, unix_s),
     ]

@@ -1,4 +1,4 @@
-"""Stopping what ``tierplane up`` started, and only that; used by ``up`` at its end and by ``down``."""
+"""Stops the plane that ``tierplane up`` started, and nothing else; for ``down`` and the end of ``up``."""
 
 from __future__ import annotations
 
@@ -10,44 +10,44 @@ from controlplane.ray_cluster import session
 from controlplane.ray_cluster.session import RunRecord
 
 DRAIN_MARGIN_S = 45.0
-"""Beside the longest drain that the configuration allows: Serve's own steps and the engines' end."""
+"""Time beyond the longest drain, for Serve's own steps and for stopping the engines."""
 
 
-class _Impatient(Exception):
-    """The user does not wait any longer."""
+class _WaitSkipped(Exception):
+    """The user does not want to wait any longer."""
 
 
 def stop_plane(
     record: RunRecord,
-    voice: ProgressReporter,
+    reporter: ProgressReporter,
     *,
     drain_s: float,
-    impatient: Callable[[], bool] = lambda: False,
+    stop_waiting: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Delete the application (replicas drain), end the controller, then stop Ray if it is ours.
+    """Delete the application (replicas drain), stop the controller, then stop Ray if we started it.
 
-    ``drain_s`` is the longest drain of a tier; ``impatient`` is asked again and again, and True skips what
-    is left of the wait. On somebody else's Ray only the application and the controller go. Raises
-    SetupError if something could not be stopped; the record stays then.
+    ``drain_s`` is the longest drain of a tier; ``stop_waiting`` is called repeatedly, and the rest of the
+    drain is skipped once it returns True. A Ray that we did not start continues to run. Raises SetupError if
+    something could not be stopped; the record stays in that case.
     """
-    if record.ray_address and not impatient():
+    if record.ray_address and not stop_waiting():
         try:
-            _undeploy(record, voice, drain_s=drain_s, impatient=impatient)
+            _undeploy(record, reporter, drain_s=drain_s, stop_waiting=stop_waiting)
         except SetupError as error:
             if not record.owns_ray:
                 raise
-            voice.step(f"Ray does not answer, its processes are stopped: {error}")
+            reporter.step(f"Ray does not answer, stopping its processes: {error}")
     stopped = 0
     if record.owns_ray:
-        voice.step("stopping Ray")
+        reporter.step("stopping Ray")
         stopped = session.stop(record)
     session.record_path().unlink(missing_ok=True)
-    what = f"{stopped} processes, none is left" if record.owns_ray else "Ray itself goes on"
-    voice.result("stopped", f"Stopped ({what}).", processes=stopped, ray_stopped=record.owns_ray)
+    detail = f"{stopped} processes, none left" if record.owns_ray else "Ray continues to run"
+    reporter.result("stopped", f"Stopped ({detail}).", processes=stopped, ray_stopped=record.owns_ray)
 
 
 def _undeploy(
-    record: RunRecord, voice: ProgressReporter, *, drain_s: float, impatient: Callable[[], bool]
+    record: RunRecord, reporter: ProgressReporter, *, drain_s: float, stop_waiting: Callable[[], bool]
 ) -> None:
     session.authenticate(record)
     from ray import serve
@@ -57,21 +57,21 @@ def _undeploy(
     from controlplane.ray_cluster import plane
 
     def waiting() -> None:
-        if impatient():
-            raise _Impatient
+        if stop_waiting():
+            raise _WaitSkipped
 
     plane.connect(record.ray_address)
     try:
-        voice.step("draining and stopping the tiers")
+        reporter.step("draining and stopping the tiers")
         if not plane.undeploy(record.applications, limit_s=drain_s + DRAIN_MARGIN_S, on_wait=waiting):
-            voice.step("the tiers did not stop in time")
+            reporter.step("the tiers did not stop in time")
             if not record.owns_ray:
-                raise SetupError("Serve did not delete the application in time; see `serve status`")
+                raise SetupError("Serve did not delete the application in time: see `serve status`")
         plane.stop_controller(record.namespace)
         if record.owns_ray:
             serve.shutdown()  # type: ignore[no-untyped-call]
-    except _Impatient:
-        voice.step("not waiting any longer")
+    except _WaitSkipped:
+        reporter.step("not waiting any longer")
     except (RayError, RayServeException, TimeoutError) as error:
         raise SetupError(str(error).strip().splitlines()[0]) from error
     finally:

@@ -1,4 +1,4 @@
-"""How tiers are shown: as a table, as a line, as JSON. Used by ``up`` and ``status``."""
+"""Tiers and gateways as tables, lines and JSON, for ``up`` and ``status``."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _STYLES = {
     "stopped": "dim",
 }
 _WHOLE_COLUMNS = 6
-"""So many columns of the status table are never cut."""
+"""The first columns of the status table, which are never truncated."""
 
 
-def what_it_does(tier: TierStatus) -> str:
-    """The diagnosis of what went wrong, or else the phase of what is under way."""
+def diagnosis_or_phase(tier: TierStatus) -> str:
+    """Why the tier failed or, if it has not failed, the phase that it is in."""
     return tier.diagnosis or tier.phase
 
 
@@ -42,13 +42,16 @@ def progress_table(tiers: Sequence[TierStatus], elapsed_s: float) -> Table:
     table.add_column(f"{elapsed_s:5.1f} s", overflow="fold")
     for tier in tiers:
         table.add_row(
-            tier.name, _state(tier.state), f"{tier.replicas_ready}/{tier.replicas_wanted}", what_it_does(tier)
+            tier.name,
+            _state(tier.state),
+            f"{tier.replicas_ready}/{tier.replicas_wanted}",
+            diagnosis_or_phase(tier),
         )
     return table
 
 
 def status_table(tiers: Sequence[TierStatus], unix_s: float) -> Table:
-    """One row per endpoint, under its tier; on a narrow terminal the last columns are cut."""
+    """One row per endpoint, grouped by tier; on a narrow terminal the last columns are truncated."""
     rows: list[tuple[str, ...]] = []
     for tier in tiers:
         ready = f"{tier.replicas_ready}/{tier.replicas_wanted}"
@@ -86,8 +89,8 @@ def status_table(tiers: Sequence[TierStatus], unix_s: float) -> Table:
     return table
 
 
-def troubles(tiers: Sequence[TierStatus]) -> list[Text]:
-    """A line for each endpoint that does not serve: what it does, and why it does not."""
+def not_ready_lines(tiers: Sequence[TierStatus]) -> list[Text]:
+    """A line for each endpoint that is not ready: its phase, and why it is not ready."""
     return [
         Text(f"{item.endpoint.endpoint_id}: {text}", style=_STYLES.get(item.endpoint.state.value, ""))
         for tier in tiers
@@ -100,7 +103,7 @@ def troubles(tiers: Sequence[TierStatus]) -> list[Text]:
 def gateway_table(gateways: Sequence[GatewayInfo], unix_s: float) -> Table:
     """One row per gateway."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for column in ("gateway", "in flight", "queued", "heard of"):
+    for column in ("gateway", "in flight", "queued", "last report"):
         table.add_column(column)
     for item in gateways:
         table.add_row(

@@ -1,4 +1,4 @@
-"""``tierplane up``: everything from nothing to tiers that answer, in the foreground until Ctrl-C."""
+"""``tierplane up``: starts Ray and all tiers, and stays in the foreground until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -39,23 +39,23 @@ SERVE_CHECK_S = 3.0
 DIAGNOSIS_WAIT_S = 5.0
 HTTP_TIMEOUT_S = 5.0
 START_TRIES = 3
-"""With other ports each time, if a port was lost to another program."""
+"""How often Ray is started, with other ports each time, if another program takes one of its ports."""
 LOST_AFTER_S = 30.0
-"""In the foreground: a Ray that does not answer for so long is taken for dead."""
+"""In the foreground: a Ray that does not answer for this long counts as dead."""
 
 
-_OUR_CONCERN = frozenset({"haproxy", f"port {session.DASHBOARD_PORT}"})
-"""Checks whose warnings mean nothing to a Ray that is started here with the right settings and free ports."""
+_IRRELEVANT_WARNINGS = frozenset({"haproxy", f"port {session.DASHBOARD_PORT}"})
+"""Checks whose warnings don't apply to a Ray that is started here, with the right settings and free ports."""
 
 
 class Interrupts:
-    """Ctrl-C and SIGTERM, noticed instead of raised: the first asks to stop, the second to hurry."""
+    """Counts Ctrl-C and SIGTERM: the first requests a stop, the second a stop without waiting."""
 
     def __init__(self) -> None:
         self.count = 0
 
     def install(self) -> None:
-        """Take the signals over; again after connecting to Ray, which takes them too."""
+        """Install the signal handlers; needed again after connecting to Ray, which installs its own."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
 
@@ -63,28 +63,34 @@ class Interrupts:
         self.count += 1
 
     @property
-    def asked_to_stop(self) -> bool:
+    def stop_requested(self) -> bool:
         """Whether to stop."""
         return self.count >= 1
 
     @property
-    def asked_to_hurry(self) -> bool:
-        """Whether to stop without waiting for requests."""
+    def hurry_requested(self) -> bool:
+        """Whether to stop without waiting for running requests."""
         return self.count >= 2
 
 
 class StopRequested(Exception):
-    """The user asked to stop."""
+    """The user requested a stop."""
 
 
 @click.command()
 @click.argument("config", type=click.Path(dir_okay=False, path_type=Path), default=Path("configs/cpu.yaml"))
-@click.option("--detach", "-d", is_flag=True, help="Return once all tiers are ready.")
-@click.option("--address", help="Deploy to this running Ray (as does RAY_ADDRESS) instead of starting one.")
-@click.option("--dashboard", is_flag=True, help="Start Ray's dashboard too (needs 5 s and 0.5 GB more).")
-@click.option("--no-checks", is_flag=True, help="Start even if `tierplane doctor` finds this machine unfit.")
-@click.option("--timeout", "timeout_s", type=float, help="Give up when not all tiers are ready by then (s).")
-@click.option("--json", "as_json", is_flag=True, help="Say what happens as JSON lines.")
+@click.option(
+    "--detach", "-d", is_flag=True, help="Return once all tiers are ready, and leave the plane running."
+)
+@click.option(
+    "--address", help="Deploy to this running Ray instead of starting one; by default RAY_ADDRESS, if set."
+)
+@click.option("--dashboard", is_flag=True, help="Also start Ray's dashboard (takes 5 s and 0.5 GB more).")
+@click.option("--no-checks", is_flag=True, help="Start even if a check of `tierplane doctor` fails.")
+@click.option(
+    "--timeout", "timeout_s", type=float, help="Give up if not all tiers are ready after this many seconds."
+)
+@click.option("--json", "as_json", is_flag=True, help="Report progress as JSON lines.")
 def command(
     config: Path,
     *,
@@ -97,11 +103,11 @@ def command(
 ) -> None:
     """Start every tier of CONFIG and the gateway in front of them.
 
-    CONFIG is configs/cpu.yaml by default. Starts a Ray of its own unless --address or RAY_ADDRESS names
-    one. Stays in the foreground and stops everything it started on Ctrl-C; with --detach use `tierplane
-    down`.
+    CONFIG is configs/cpu.yaml by default. Starts its own Ray unless --address or RAY_ADDRESS names one. Stays
+    in the foreground until Ctrl-C, and then stops everything that it started; after --detach, `tierplane
+    down` does that.
     """
-    speech = progress_reporter(as_json=as_json)
+    reporter = progress_reporter(as_json=as_json)
     file = load_checked(str(config))
     interrupts = Interrupts()
     interrupts.install()
@@ -109,45 +115,46 @@ def command(
         named = address or os.environ.get("RAY_ADDRESS") or ""
         record = _new_record(file, named)
         if record.owns_ray and not no_checks:
-            _check_machine(file, speech)
+            _check_machine(file, reporter)
         elif not port_is_free(file.plane.gateway.port, file.plane.gateway.host):
             raise _port_error(file.plane.gateway.port, "gateway.port", file)
         record.save()
         drain_s = max(tier.drain_timeout_s for tier in file.plane.tiers)
         try:
-            record = _start(record, file, speech, interrupts, dashboard=dashboard, timeout_s=timeout_s)
+            record = _start(record, file, reporter, interrupts, dashboard=dashboard, timeout_s=timeout_s)
             if detach:
                 return
-            _stay(record, speech, interrupts)
+            _stay(record, reporter, interrupts)
         except StopRequested:
-            speech.close()
+            reporter.close()
         except BaseException as error:
-            speech.close()
+            reporter.close()
             if isinstance(error, TierplaneError):
-                speech.result("error", f"{error}\n", error=str(error))
-            # What failed has nothing in flight worth waiting for.
-            stop_plane(session.load_record() or record, speech, drain_s=5.0)
+                reporter.result("error", f"{error}\n", error=str(error))
+            # After a failed start there are no requests worth waiting for.
+            stop_plane(session.load_record() or record, reporter, drain_s=5.0)
             if isinstance(error, TierplaneError):
                 raise SystemExit(1) from error
             raise
         stop_plane(
             session.load_record() or record,
-            speech,
+            reporter,
             drain_s=drain_s,
-            impatient=lambda: interrupts.asked_to_hurry,
+            stop_waiting=lambda: interrupts.hurry_requested,
         )
 
 
 def _new_record(file: ServeFile, address: str) -> RunRecord:
-    """The record of this start. Raises SetupError if a plane runs already; clears what a dead one left."""
+    """The record of this start, after the remains of a dead plane were removed. Raises SetupError if a plane
+    is running."""
     old = session.load_record()
     if old is not None:
         alive = old.up_is_running() or (old.owns_ray and session.processes(old.plane_id))
         if alive or not old.owns_ray:
-            raise SetupError(f"a plane of {old.config} is up already: `tierplane down` stops it")
+            raise SetupError(f"a plane of {old.config} is already up: `tierplane down` stops it")
         session.stop(old)
         session.record_path().unlink(missing_ok=True)
-    gateway, ingress = file.plane.gateway, _shown_host(file.http_host)
+    gateway, ingress = file.plane.gateway, _reachable_host(file.http_host)
     applications = file.raw.get("applications") or []
     return RunRecord(
         plane_id=secrets.token_hex(8),
@@ -159,7 +166,7 @@ def _new_record(file: ServeFile, address: str) -> RunRecord:
         started_unix_s=time.time(),
         owns_ray=not address,
         ray_address=address,
-        gateway_url=f"http://{_shown_host(gateway.host)}:{gateway.port}" if gateway.port else "",
+        gateway_url=f"http://{_reachable_host(gateway.host)}:{gateway.port}" if gateway.port else "",
         ingress_url=f"http://{ingress}:{file.http_port}{(file.route_prefix or '/').rstrip('/')}",
     )
 
@@ -167,45 +174,45 @@ def _new_record(file: ServeFile, address: str) -> RunRecord:
 def _start(
     record: RunRecord,
     file: ServeFile,
-    speech: ProgressReporter,
+    reporter: ProgressReporter,
     interrupts: Interrupts,
     *,
     dashboard: bool,
     timeout_s: float | None,
 ) -> RunRecord:
-    """Ray, the application, then wait for every tier. Raises TierplaneError, or Stopped."""
+    """Start Ray, deploy the application and wait for every tier. Raises TierplaneError or StopRequested."""
     began_s = time.monotonic()
     if record.owns_ray:
         record = session.prepare(record)
         session.authenticate(record)
-        record = deploy_on_own_ray(record, file, speech, interrupts, dashboard=dashboard)
+        record = deploy_on_own_ray(record, file, reporter, interrupts, dashboard=dashboard)
     else:
         _check(interrupts)
-        _deploy(record, file, speech, interrupts)
-    snapshot = _wait_for_tiers(record, file, speech, interrupts, began_s=began_s, timeout_s=timeout_s)
+        _deploy(record, file, reporter, interrupts)
+    snapshot = _wait_for_tiers(record, file, reporter, interrupts, began_s=began_s, timeout_s=timeout_s)
     ready_s = time.monotonic() - began_s
     record = replace(record, ready_unix_s=time.time())
     record.save()
-    _say_ready(record, file, speech, snapshot, ready_s)
+    _report_ready(record, file, reporter, snapshot, ready_s)
     return record
 
 
 def deploy_on_own_ray(
-    record: RunRecord, file: ServeFile, speech: ProgressReporter, interrupts: Interrupts, *, dashboard: bool
+    record: RunRecord, file: ServeFile, reporter: ProgressReporter, interrupts: Interrupts, *, dashboard: bool
 ) -> RunRecord:
-    """Start Ray and deploy, again with other ports if one of them is lost before it is bound."""
+    """Start Ray and deploy; start again with other ports if another program takes one before it is bound."""
     for tries_left in reversed(range(START_TRIES)):
-        speech.step("starting Ray")
+        reporter.step("starting Ray")
         with Ports() as ports:
             try:
                 with ThreadPoolExecutor(1) as pool:
                     starting = pool.submit(session.start, record, ports, dashboard=dashboard)
-                    # Seconds of importing that would come after Ray's start otherwise.
+                    # Takes seconds, which would add to the time of Ray's start otherwise.
                     plane = importlib.import_module("controlplane.ray_cluster.plane")
                     record = starting.result()
                 _check(interrupts)
                 try:
-                    _deploy(record, file, speech, interrupts)
+                    _deploy(record, file, reporter, interrupts)
                 except SetupError as error:
                     session.check_ports(record, ports, str(error))
                     raise
@@ -214,23 +221,24 @@ def deploy_on_own_ray(
             except PortTaken as error:
                 if not tries_left:
                     raise
-                speech.step(f"{error}: once more, with other ports")
+                reporter.step(f"{error}: starting again with other ports")
                 plane.disconnect()
                 interrupts.install()
                 record = session.clear(record)
                 _check(interrupts)
-    raise AssertionError("the last try returns or raises")
+    raise AssertionError("the last attempt returns or raises")
 
 
-def _deploy(record: RunRecord, file: ServeFile, speech: ProgressReporter, interrupts: Interrupts) -> None:
-    """Connect to Ray and deploy the file. Raises SetupError; it names who has a port of the file."""
+def _deploy(record: RunRecord, file: ServeFile, reporter: ProgressReporter, interrupts: Interrupts) -> None:
+    """Connect to Ray and deploy the file. Raises SetupError, which names the process that has a port of the
+    file."""
     from controlplane.ray_cluster import plane
 
     plane.connect(record.ray_address)
     interrupts.install()
     if not record.owns_ray:
         _check_no_other_applications(record)
-    speech.step(f"deploying {file.application}")
+    reporter.step(f"deploying {file.application}")
     try:
         plane.deploy(Path(record.config), record.ray_address)
     except SetupError as error:
@@ -250,7 +258,7 @@ def _port_error(port: int, setting: str, file: ServeFile) -> SetupError:
 def _wait_for_tiers(
     record: RunRecord,
     file: ServeFile,
-    speech: ProgressReporter,
+    reporter: ProgressReporter,
     interrupts: Interrupts,
     *,
     began_s: float,
@@ -269,7 +277,7 @@ def _wait_for_tiers(
         view = plane.view(record.namespace)
         snapshot = view.snapshot if view else snapshot
         tiers = tier_statuses(snapshot, specs)
-        speech.progress(tiers, now_s - began_s)
+        reporter.progress(tiers, now_s - began_s)
         _raise_if_failed(tiers)
         if snapshot.gateways and all(tier.ready for tier in tiers) and _answers(f"{url}/health/ready"):
             return snapshot
@@ -281,19 +289,25 @@ def _wait_for_tiers(
                 raise SetupError(f"Serve could not deploy the application:\n{failure}")
         if timeout_s is not None and now_s - began_s > timeout_s:
             late = ", ".join(tier.name for tier in tiers if not tier.ready) or "the gateway"
-            raise SetupError(f"not ready after {timeout_s:g} s: {late}")
+            raise SetupError(
+                f"not ready after {timeout_s:g} s: {late}; see `tierplane logs`, or raise --timeout"
+            )
         time.sleep(POLL_S)
 
 
 def _raise_if_failed(tiers: Sequence[TierStatus]) -> None:
     for tier in tiers:
         if tier.failed:
-            raise SetupError(f"tier '{tier.name}' can't be started: {tier.diagnosis or 'see its log'}")
+            diagnosis = tier.diagnosis or f"see `tierplane logs {tier.name}`"
+            raise SetupError(f"tier '{tier.name}' can't be started: {diagnosis}")
 
 
 def _raise_diagnosis(record: RunRecord, specs: Sequence[TierSpec]) -> None:
-    """Serve gave up: raise what the tier itself said, if the controller hears of it in time. Serve may know
-    sooner that a replica is gone than the controller why, and its own words name no cause."""
+    """After Serve has given up: raise the tier's own diagnosis, if the controller gets it in time.
+
+    Serve may notice that a replica has ended before the controller gets the reason, and Serve's own message
+    names no cause.
+    """
     from controlplane.ray_cluster import plane
 
     until_s = time.monotonic() + DIAGNOSIS_WAIT_S
@@ -304,33 +318,35 @@ def _raise_diagnosis(record: RunRecord, specs: Sequence[TierSpec]) -> None:
         time.sleep(POLL_S)
 
 
-def _stay(record: RunRecord, speech: ProgressReporter, interrupts: Interrupts) -> None:
-    """Until the user asks to stop: tell what happens. Raises Stopped; SetupError if Ray is gone."""
+def _stay(record: RunRecord, reporter: ProgressReporter, interrupts: Interrupts) -> None:
+    """Report events until the user requests a stop. Raises StopRequested, or SetupError if Ray is gone."""
     from controlplane.ray_cluster import plane
 
     view = plane.view(record.namespace)
     seen = (view.snapshot.epoch, view.events[-1].number) if view and view.events else ("", 0)
-    heard_s = time.monotonic()
+    answered_s = time.monotonic()
     while True:
         _check(interrupts)
         time.sleep(POLL_S)
         view = plane.view(record.namespace)
         if view is None:
-            if time.monotonic() - heard_s > LOST_AFTER_S:
-                raise SetupError("the controller has not been heard of for 30 s: Ray is gone or stuck")
+            if time.monotonic() - answered_s > LOST_AFTER_S:
+                raise SetupError(
+                    f"the controller has not answered for {LOST_AFTER_S:g} s: Ray has ended or hangs"
+                )
             continue
-        heard_s = time.monotonic()
+        answered_s = time.monotonic()
         for event in view.events:
             if (view.snapshot.epoch, event.number) != seen and (
                 view.snapshot.epoch != seen[0] or event.number > seen[1]
             ):
-                speech.event(event)
+                reporter.event(event)
         if view.events:
             seen = (view.snapshot.epoch, view.events[-1].number)
 
 
-def _say_ready(
-    record: RunRecord, file: ServeFile, speech: ProgressReporter, snapshot: ClusterSnapshot, ready_s: float
+def _report_ready(
+    record: RunRecord, file: ServeFile, reporter: ProgressReporter, snapshot: ClusterSnapshot, ready_s: float
 ) -> None:
     found = session.processes(record.plane_id) if record.owns_ray else []
     memory_bytes = session.memory_bytes(found)
@@ -338,9 +354,9 @@ def _say_ready(
     tier = file.plane.gateway.default_tier or next(
         (each.name for each in file.plane.tiers if each.name == "balanced"), file.plane.tiers[0].name
     )
-    held = f", {memory_bytes / 2**30:.1f} GiB in {len(found)} processes" if found else ""
+    memory = f", {memory_bytes / 2**30:.1f} GiB in {len(found)} processes" if found else ""
     lines = [
-        f"All tiers are ready after {ready_s:.0f} s{held}.",
+        f"All tiers are ready after {ready_s:.0f} s{memory}.",
         "",
         f"  OpenAI-compatible address  {url}/v1",
     ]
@@ -350,7 +366,7 @@ def _say_ready(
         token = Path(record.temp_dir) / "auth_token"
         lines.append(f"  Ray's dashboard  {record.dashboard_url} (asks for the token in {token})")
     lines += ["", curl_line(url, tier), "", openai_snippet(url, tier)]
-    speech.result(
+    reporter.result(
         "ready",
         "\n".join(lines),
         seconds=round(ready_s, 1),
@@ -366,7 +382,7 @@ def _say_ready(
 
 
 def curl_line(url: str, model: str) -> str:
-    """A command that asks ``model`` something."""
+    """A shell command that sends a request to ``model``."""
     body = (
         f'{{"model": "{model}", "temperature": 0, '
         '"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
@@ -375,7 +391,7 @@ def curl_line(url: str, model: str) -> str:
 
 
 def openai_snippet(url: str, model: str) -> str:
-    """The same in Python."""
+    """Python code that sends the same request."""
     return f"""\
 from openai import OpenAI
 client = OpenAI(base_url="{url}/v1", api_key="not-needed")
@@ -395,41 +411,41 @@ def _answers(url: str) -> bool:
 
 
 def _check(interrupts: Interrupts) -> None:
-    if interrupts.asked_to_stop:
+    if interrupts.stop_requested:
         raise StopRequested
 
 
-def _check_machine(file: ServeFile, speech: ProgressReporter) -> None:
-    """What `tierplane doctor` checks. Raises SetupError with all that is unfit; says what is only limited."""
+def _check_machine(file: ServeFile, reporter: ProgressReporter) -> None:
+    """Run the checks of `tierplane doctor` and report warnings. Raises SetupError with all failed ones."""
     found = [check for check in run_checks(file) if check.verdict is not CheckStatus.OK]
-    unfit = [check for check in found if check.verdict is CheckStatus.FAIL]
-    if unfit:
-        lines = [f"  - {check.name}: {check.message} ({check.remedy})" for check in unfit]
-        raise SetupError("this machine can't run that:\n" + "\n".join(lines))
+    failed = [check for check in found if check.verdict is CheckStatus.FAIL]
+    if failed:
+        lines = [f"  - {check.name}: {check.message} ({check.remedy})" for check in failed]
+        raise SetupError(f"this machine can't run {file.path}:\n" + "\n".join(lines))
     for check in found:
-        if check.name not in _OUR_CONCERN:
-            speech.step(": ".join(filter(None, (check.name, check.message, check.remedy))))
+        if check.name not in _IRRELEVANT_WARNINGS:
+            reporter.step(": ".join(filter(None, (check.name, check.message, check.remedy))))
 
 
 def _check_no_other_applications(record: RunRecord) -> None:
-    """Deploying a file removes what an earlier file deployed: not without being asked."""
+    """Raise SetupError if Serve runs other applications, because deploying a file deletes them."""
     from ray import serve
 
     others = [name for name in serve.status().applications if name not in record.applications]
     if others:
         raise SetupError(
             f"Serve on {record.ray_address} runs {', '.join(sorted(others))}, and deploying this file would "
-            "delete that: put all applications into one file and use `serve deploy`, or use another Ray"
+            "delete it: put all applications into one file and use `serve deploy`, or use another Ray"
         )
 
 
-def _shown_host(host: str) -> str:
+def _reachable_host(host: str) -> str:
     return "127.0.0.1" if host in {"0.0.0.0", "::"} else host  # noqa: S104 (nothing is bound)
 
 
 @contextmanager
 def _only_one() -> Iterator[None]:
-    """Hold the run directory's lock. Raises SetupError if another `tierplane up` does."""
+    """Hold the lock of the run folder. Raises SetupError if another `tierplane up` has it."""
     with (run_dir() / "up.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""``tierplane alerts``: what is wrong, what is told of it, and how to hush it."""
+"""``tierplane alerts``: shows alerts, acknowledges one, and silences some for a while."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from rich.text import Text
 from controlplane.cli.console import age, stdout
 from controlplane.cli.controller_access import PlaneAddress, connected, plane_options
 from controlplane.cli.operating.events import event_json, event_line
+from controlplane.cli.operating.operate import show_response
 from controlplane.controller.api import ControllerApi, Method, P
 from controlplane.core.alerts.alert import AlertState, EvaluatedBy, Unit, duration_text
 from controlplane.core.alerts.rules import BY_NAME, PREFIX, RULES
 from controlplane.core.alerts.views import AlertView, FiringAlert, SilenceView, WebhookView
 from controlplane.core.domain.event import Event
-from controlplane.core.reconcile.commands import ActionOutcome, ActionResponse
-from controlplane.errors import SetupError
+from controlplane.core.reconcile.commands import ActionResponse
 
 _STYLES = {"critical": "bold red", "warning": "yellow", "info": "dim"}
-_OF_ALERTS = ("alert", "alert over", "alert acknowledged", "silence", "silence ended", "alerts left out")
-_LATE = 2000
-"""Entries of the audit log that ``--all`` looks through."""
+_EVENT_KINDS = ("alert", "alert over", "alert acknowledged", "silence", "silence ended", "alerts left out")
+_PAST_EVENTS = 2000
+"""How many of the last entries in the audit log ``--all`` searches."""
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
@@ -35,45 +35,45 @@ def _seconds(_: click.Context, __: click.Parameter, value: str) -> float:
     """``90s``, ``30m``, ``2h``, ``1d`` → seconds."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", value.strip())
     if found is None or float(found[1]) <= 0:
-        raise click.BadParameter(f"'{value}' is no duration: write it as 90s, 30m, 2h or 1d")
+        raise click.BadParameter(f"'{value}' is not a duration: write it as 90s, 30m, 2h or 1d")
     return float(found[1]) * _UNITS_S[found[2]]
 
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-_by = click.option("--by", default=None, help="Who you are; by default the name you are logged in with.")
+_by = click.option("--by", default=None, help="Your name, for the audit log; by default your login name.")
 
 
 @click.group(invoke_without_command=True)
-@click.option("--all", "with_past", is_flag=True, help="Also what happened of late, from the audit log.")
+@click.option("--all", "with_past", is_flag=True, help="Also show recent alerts, from the audit log.")
 @_json
 @plane_options
 @click.pass_context
 def command(
     ctx: click.Context, with_past: bool, as_json: bool, address: str | None, namespace: str | None
 ) -> None:
-    """Show what is wrong with the plane, acknowledge it, or silence it for a while."""
+    """Show the plane's alerts, acknowledge one, or silence some for a while."""
     if ctx.invoked_subcommand is not None:
         return
     with connected(address, namespace) as plane:
-        answer = plane.call(ControllerApi.alerts)
+        response = plane.call(ControllerApi.alerts)
         past = _past(plane) if with_past else []
     if as_json:
-        value = asdict(answer)
+        value = asdict(response)
         if with_past:
             value["past"] = [json.loads(event_json(event)) for event in past]
         click.echo(json.dumps(value, indent=2))
         return
     console = stdout()
     unix_s = time.time()
-    if answer.alerts:
-        console.print(alert_table(answer.alerts, unix_s))
-        for line in advice(answer.alerts):
+    if response.alerts:
+        console.print(alert_table(response.alerts, unix_s))
+        for line in action_lines(response.alerts):
             console.print(line)
     else:
-        console.print("Nothing is wrong that a rule looks for.")
-    for silence in answer.silences:
+        console.print("No alerts.")
+    for silence in response.silences:
         console.print(Text(silence_line(silence, unix_s), style="dim"))
-    for webhook in answer.webhooks:
+    for webhook in response.webhooks:
         if webhook.problem or webhook.dropped or webhook.failed:
             console.print(Text(webhook_line(webhook), style="red" if webhook.problem else "yellow"))
     for event in past:
@@ -89,15 +89,17 @@ def command(
 def ack(
     rule: str, subject: str, by: str | None, as_json: bool, address: str | None, namespace: str | None
 ) -> None:
-    """Say that you look after the alert RULE about SUBJECT: it is not told again while it lasts."""
+    """Acknowledge the alert RULE about SUBJECT: no further notifications are sent while it fires."""
     _act(as_json, address, namespace, ControllerApi.acknowledge_alert, rule, subject, by or _who())
 
 
 @command.command(name="silence")
-@click.option("--rule", default="", help="Of this rule only.")
-@click.option("--subject", default="", help="About this tier, GPU or node only.")
-@click.option("--for", "for_s", required=True, callback=_seconds, help="How long: 90s, 30m, 2h, 1d.")
-@click.option("--reason", required=True, help="Why; it is shown and kept in the audit log.")
+@click.option("--rule", default="", help="Silence only alerts of this rule.")
+@click.option("--subject", default="", help="Silence only alerts about this tier, GPU or node.")
+@click.option(
+    "--for", "for_s", required=True, callback=_seconds, help="How long, such as 90s, 30m, 2h or 1d."
+)
+@click.option("--reason", required=True, help="The reason; it is displayed, and recorded in the audit log.")
 @_by
 @_json
 @plane_options
@@ -111,7 +113,7 @@ def silence(
     address: str | None,
     namespace: str | None,
 ) -> None:
-    """Have nothing told of alerts that match, for a while; they are judged and listed all the same."""
+    """Send no notifications of matching alerts for a while; they are still evaluated and listed."""
     _act(
         as_json, address, namespace, ControllerApi.silence_alerts, rule, subject, for_s, reason, by or _who()
     )
@@ -123,14 +125,14 @@ def silence(
 @_json
 @plane_options
 def unsilence(number: int, by: str | None, as_json: bool, address: str | None, namespace: str | None) -> None:
-    """End the silence of that NUMBER, as `tierplane alerts` lists it."""
+    """End the silence with this NUMBER; `tierplane alerts` lists the numbers."""
     _act(as_json, address, namespace, ControllerApi.unsilence_alerts, number, by or _who())
 
 
 @command.command(name="rules")
 @_json
 def rules(as_json: bool) -> None:
-    """List every rule as it is without a configuration: when it rings, how badly, who judges it."""
+    """List every rule with its default settings: severity, condition, duration, and what evaluates it."""
     if as_json:
         click.echo(json.dumps({"rules": [asdict(rule) for rule in RULES]}, indent=2))
         return
@@ -162,7 +164,7 @@ def rules(as_json: bool) -> None:
 
 
 def alert_table(alerts: Sequence[AlertView], unix_s: float) -> Table:
-    """One row per alert, the worst first."""
+    """One row per alert, the most severe first."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for head in ("severity", "state", "since", "alert", "subject", "value", "limit", ""):
         right = head in {"since", "value", "limit"}
@@ -179,13 +181,13 @@ def alert_table(alerts: Sequence[AlertView], unix_s: float) -> Table:
             alert.subject,
             unit.text(alert.value),
             f"{sign} {unit.text(alert.threshold)}",
-            _hushed(alert, unix_s),
+            _notification_state(alert, unix_s),
         )
     return table
 
 
-def advice(alerts: Sequence[AlertView]) -> list[Text]:
-    """What each alert that fires means, and what to do first."""
+def action_lines(alerts: Sequence[AlertView]) -> list[Text]:
+    """For each firing alert a line with its meaning and the first thing to do."""
     lines = []
     for alert in alerts:
         if alert.state is not AlertState.FIRING:
@@ -196,40 +198,42 @@ def advice(alerts: Sequence[AlertView]) -> list[Text]:
     return lines
 
 
-def firing_lines(alerts: Sequence[FiringAlert]) -> list[Text]:
-    """The worst of what fires, in one line below other tables; none if nothing fires."""
+def firing_summary(alerts: Sequence[FiringAlert]) -> list[Text]:
+    """One line with the most severe firing alert, for display below other tables; empty if none fires."""
     if not alerts:
         return []
     worst, more = alerts[0], len(alerts) - 1
     text = f"{worst.severity.value}: {worst.summary}"
-    text += f" And {more} more alert{'s' * (more != 1)}." if more else ""
-    return [Text(f"{text} See tierplane alerts.", style=_STYLES[worst.severity.value])]
+    text += f" {more} more alert{'s' * (more != 1)}." if more else ""
+    return [Text(f"{text} See `tierplane alerts`.", style=_STYLES[worst.severity.value])]
 
 
 def silence_line(silence: SilenceView, unix_s: float) -> str:
-    """A silence for people."""
-    what = f"{silence.rule or 'every rule'} about {silence.subject or 'every subject'}"
+    """A silence as text."""
+    scope = f"{silence.rule or 'all rules'} about {silence.subject or 'all subjects'}"
     left = age(silence.until_unix_s - unix_s)
-    return f"silence {silence.number}: {what}, {left} more: {silence.reason} ({silence.by})"
+    return f"silence {silence.number}: {scope}, {left} left: {silence.reason} ({silence.by})"
 
 
 def webhook_line(webhook: WebhookView) -> str:
-    """How deliveries to a webhook go, for people."""
-    counts = f"{webhook.delivered} messages taken, {webhook.failed} given up, {webhook.waiting} alerts wait"
-    dropped = f", {webhook.dropped} left out" if webhook.dropped else ""
+    """The state of deliveries to a webhook as text."""
+    counts = (
+        f"{webhook.delivered} messages delivered, {webhook.failed} failed, {webhook.waiting} alerts waiting"
+    )
+    dropped = f", {webhook.dropped} dropped" if webhook.dropped else ""
     return f"webhook {webhook.name}: {counts}{dropped}{f': {webhook.problem}' if webhook.problem else ''}"
 
 
-def _hushed(alert: AlertView, unix_s: float) -> str:
-    words = [f"acknowledged by {alert.acknowledged}"] if alert.acknowledged else []
+def _notification_state(alert: AlertView, unix_s: float) -> str:
+    parts = [f"acknowledged by {alert.acknowledged}"] if alert.acknowledged else []
     if alert.silenced_until_unix_s is not None:
-        words.append(f"silenced for {age(alert.silenced_until_unix_s - unix_s)}")
-    return ", ".join(words)
+        parts.append(f"silenced for {age(alert.silenced_until_unix_s - unix_s)}")
+    return ", ".join(parts)
 
 
 def _past(plane: PlaneAddress) -> list[Event]:
-    events = plane.call(ControllerApi.events, -1, _LATE)
-    return [event for event in events if event.kind in _OF_ALERTS]
+    events = plane.call(ControllerApi.events, -1, _PAST_EVENTS)
+    return [event for event in events if event.kind in _EVENT_KINDS]
 
 
 def _act(
@@ -241,17 +245,8 @@ def _act(
     **kwargs: P.kwargs,
 ) -> None:
     with connected(address, namespace) as plane:
-        answer = plane.call(method, *args, **kwargs)
-    if as_json:
-        said = {"outcome": answer.outcome.value, "reason": answer.reason, "subjects": list(answer.subjects)}
-        click.echo(json.dumps(said))
-    elif answer.outcome in {ActionOutcome.REFUSED, ActionOutcome.UNKNOWN}:
-        raise SetupError(answer.reason)
-    else:
-        unchanged = "nothing to do: " if answer.outcome is ActionOutcome.UNCHANGED else ""
-        click.echo(f"{unchanged}{answer.reason}")
-    if answer.outcome in {ActionOutcome.REFUSED, ActionOutcome.UNKNOWN}:
-        raise SystemExit(1)
+        response = plane.call(method, *args, **kwargs)
+    show_response(response, as_json)
 
 
 def _who() -> str:

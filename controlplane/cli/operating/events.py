@@ -1,4 +1,4 @@
-"""``tierplane events``: what happened and what was done, by whom, and why."""
+"""``tierplane events``: the audit log."""
 
 from __future__ import annotations
 
@@ -13,19 +13,18 @@ from controlplane.core.domain.event import Event
 from controlplane.errors import SetupError
 
 POLL_S = 0.5
-AWAY_LIMIT_S = 60.0
-"""While following: a controller that is away for longer ends it."""
-AT_ONCE = 1000
-"""Entries that are asked for at a time."""
+UNREACHABLE_LIMIT_S = 60.0
+"""``--follow`` ends if the controller can't be reached for this long."""
+EVENTS_PER_CALL = 1000
 
 
 @click.command()
-@click.option("--follow", "-f", is_flag=True, help="Go on with what happens from now on.")
-@click.option("--lines", "-n", default=50, show_default=True, help="How many of the last ones.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
+@click.option("--follow", "-f", is_flag=True, help="Also print new events as they happen.")
+@click.option("--lines", "-n", default=50, show_default=True, help="How many last events to print.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
 @plane_options
 def command(follow: bool, lines: int, as_json: bool, address: str | None, namespace: str | None) -> None:
-    """Show the audit log: what happened to GPUs, nodes, tiers and endpoints, what was done, and why."""
+    """Show the audit log: events of GPUs, nodes, tiers and endpoints, actions taken, and reasons."""
     with connected(address, namespace) as plane:
         events = plane.call(ControllerApi.events, -1, lines) if lines > 0 else ()
         last = plane.call(ControllerApi.events, -1, 1)
@@ -35,19 +34,19 @@ def command(follow: bool, lines: int, as_json: bool, address: str | None, namesp
         try:
             while follow:
                 time.sleep(POLL_S)
-                for event in _patiently(plane, after):
+                for event in _events_after(plane, after):
                     click.echo(event_json(event) if as_json else event_line(event))
                     after = event.number
         except KeyboardInterrupt:
             return
 
 
-def _patiently(plane: PlaneAddress, after: int) -> tuple[Event, ...]:
-    """What came after that number; a controller that is being restarted is waited for. Raises SetupError."""
-    deadline_s = time.monotonic() + AWAY_LIMIT_S
+def _events_after(plane: PlaneAddress, after: int) -> tuple[Event, ...]:
+    """The events after number ``after``; waits for a controller that is restarting. Raises SetupError."""
+    deadline_s = time.monotonic() + UNREACHABLE_LIMIT_S
     while True:
         try:
-            events = plane.call(ControllerApi.events, after, AT_ONCE)
+            events = plane.call(ControllerApi.events, after, EVENTS_PER_CALL)
         except SetupError:
             if time.monotonic() > deadline_s:
                 raise
@@ -57,14 +56,14 @@ def _patiently(plane: PlaneAddress, after: int) -> tuple[Event, ...]:
 
 
 def event_line(event: Event) -> str:
-    """An event for people."""
+    """An event as a line of text."""
     clock = time.strftime("%H:%M:%S", time.localtime(event.unix_s))
     by = f" (by {event.actor})" if event.actor != "controller" else ""
     return f"{clock}  {event.subject:<24}  {event.kind}{by}: {event.reason}"
 
 
 def event_json(event: Event) -> str:
-    """An event for programs."""
+    """An event as a line of JSON."""
     return json.dumps(
         {
             "number": event.number,

@@ -1,12 +1,11 @@
-"""``tierplane gpus``: every GPU, how it is, and who has it."""
+"""``tierplane gpus``: the health, the readings and the users of every GPU."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
 
 import click
 from rich.table import Table
@@ -26,7 +25,7 @@ _STYLES = {"healthy": "green", "returned": "green", "suspect": "yellow"}
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @plane_options
 def command(as_json: bool, address: str | None, namespace: str | None) -> None:
-    """Show every GPU: its health, its readings, and which endpoints have it."""
+    """Show every GPU: its health, its readings and the endpoints that use it."""
     with connected(address, namespace) as plane:
         gpus = plane.call(ControllerApi.gpus)
     if as_json:
@@ -37,12 +36,12 @@ def command(as_json: bool, address: str | None, namespace: str | None) -> None:
         console.print("No node reports a GPU.")
         return
     console.print(gpu_table(gpus, time.time()))
-    for line in troubles(gpus, time.time()):
+    for line in unhealthy_lines(gpus, time.time()):
         console.print(line)
 
 
 def gpu_table(gpus: Sequence[GpuView], unix_s: float) -> Table:
-    """One row per GPU, node by node. What is not known is a dash."""
+    """One row per GPU, grouped by node. Unknown values are shown as a dash."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for head in ("node", "GPU", "uuid", "state", "busy", "memory", "°C", "W", "used by"):
         table.add_column(head, no_wrap=True, justify="right" if head in {"busy", "°C", "W"} else "left")
@@ -54,18 +53,18 @@ def gpu_table(gpus: Sequence[GpuView], unix_s: float) -> Table:
             str(gpu.index),
             gpu.uuid[:12],
             Text(state, style=_STYLES.get(state, "bold red")),
-            _shown(gpu.gpu_ratio, lambda ratio: f"{ratio:.0%}"),
+            _text(gpu.gpu_ratio, lambda ratio: f"{ratio:.0%}"),
             _memory(gpu),
-            _shown(gpu.temperature_c, lambda value: f"{value:.0f}"),
-            _shown(gpu.power_w, lambda value: f"{value:.0f}"),
+            _text(gpu.temperature_c, lambda value: f"{value:.0f}"),
+            _text(gpu.power_w, lambda value: f"{value:.0f}"),
             ", ".join(_holder(each) for each in gpu.holders),
         )
         before = gpu.node_id
     return table
 
 
-def troubles(gpus: Sequence[GpuView], unix_s: float) -> list[Text]:
-    """A line for each GPU that is not simply healthy."""
+def unhealthy_lines(gpus: Sequence[GpuView], unix_s: float) -> list[Text]:
+    """A line for each GPU whose state is not ``healthy``."""
     return [
         Text(
             f"{gpu.uuid}: {gpu.state} for {age(unix_s - gpu.since_unix_s)}"
@@ -77,13 +76,13 @@ def troubles(gpus: Sequence[GpuView], unix_s: float) -> list[Text]:
     ]
 
 
-def _shown(value: float | None, how: Any) -> str:
-    return "-" if value is None else str(how(value))
+def _text(value: float | None, render: Callable[[float], str]) -> str:
+    return "-" if value is None else render(value)
 
 
 def _memory(gpu: GpuView) -> str:
-    total = _shown(gpu.memory_total_bytes, lambda value: f"{value / _GIB:.0f} GiB")
-    return f"{_shown(gpu.memory_used_bytes, lambda value: f'{value / _GIB:.1f}')} of {total}"
+    total = _text(gpu.memory_total_bytes, lambda value: f"{value / _GIB:.0f} GiB")
+    return f"{_text(gpu.memory_used_bytes, lambda value: f'{value / _GIB:.1f}')} of {total}"
 
 
 def _holder(holder: GpuHolder) -> str:

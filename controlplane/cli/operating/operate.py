@@ -1,4 +1,4 @@
-"""``tierplane cordon | uncordon | drain | restart``: take something out of use, empty it, bring it back."""
+"""``tierplane cordon | uncordon | drain | restart``: take a part of a plane out of use, or bring it back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from controlplane.controller.api import ControllerApi, Method
 from controlplane.core.reconcile.commands import ActionOutcome, ActionResponse
 from controlplane.errors import SetupError
 
-_SUBJECT = "A GPU's UUID, a node's id, a tier or an endpoint; ids may be cut short."
+_SUBJECT = "SUBJECT is a GPU's UUID, a node's id, a tier or an endpoint; the beginning of an id is enough."
 
 
 def _act(
@@ -25,26 +25,39 @@ def _act(
 ) -> None:
     with connected(address, namespace) as plane:
         response = plane.call(action, subject, reason)
-    show_answer(response, as_json)
+    show_response(response, as_json)
 
 
-def show_answer(answer: ActionResponse, as_json: bool) -> None:
-    """What became of a wish. Raises SetupError or SystemExit if it was refused."""
+def show_response(response: ActionResponse, as_json: bool) -> None:
+    """Print the outcome of an operator's action.
+
+    Raises SetupError, or SystemExit after JSON output, if the action was refused.
+    """
+    refused = response.outcome in {ActionOutcome.REFUSED, ActionOutcome.UNKNOWN}
     if as_json:
-        said = {"outcome": answer.outcome.value, "reason": answer.reason, "subjects": list(answer.subjects)}
-        click.echo(json.dumps(said))
-    elif answer.outcome in {ActionOutcome.DONE, ActionOutcome.UNCHANGED}:
-        unchanged = "nothing to do: " if answer.outcome is ActionOutcome.UNCHANGED else ""
-        names = f"{', '.join(answer.subjects)}: " if unchanged and answer.subjects else ""
-        click.echo(f"{unchanged}{names}{answer.reason}")
+        click.echo(
+            json.dumps(
+                {
+                    "outcome": response.outcome.value,
+                    "reason": response.reason,
+                    "subjects": list(response.subjects),
+                }
+            )
+        )
+    elif refused:
+        raise SetupError(response.reason)
     else:
-        raise SetupError(answer.reason)
-    if answer.outcome in {ActionOutcome.REFUSED, ActionOutcome.UNKNOWN}:
+        unchanged = "nothing to do: " if response.outcome is ActionOutcome.UNCHANGED else ""
+        names = f"{', '.join(response.subjects)}: " if unchanged and response.subjects else ""
+        click.echo(f"{unchanged}{names}{response.reason}")
+    if refused:
         raise SystemExit(1)
 
 
-_reason = click.option("--reason", required=True, help="Why; it is shown and kept in the audit log.")
-_why = click.option("--reason", default="", help="Why; it is kept in the audit log.")
+_reason = click.option(
+    "--reason", required=True, help="The reason; it is displayed, and recorded in the audit log."
+)
+_optional_reason = click.option("--reason", default="", help="The reason, for the audit log.")
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -54,17 +67,17 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @_json
 @plane_options
 def cordon(subject: str, reason: str, as_json: bool, address: str | None, namespace: str | None) -> None:
-    """Let nothing new come to SUBJECT (a GPU, a node or a tier); what runs there goes on."""
+    """Start no new replicas on SUBJECT (a GPU, a node or a tier); those that run there continue."""
     _act(ControllerApi.cordon, subject, reason, as_json=as_json, address=address, namespace=namespace)
 
 
 @click.command(epilog=_SUBJECT)
 @click.argument("subject")
-@_why
+@_optional_reason
 @_json
 @plane_options
 def uncordon(subject: str, reason: str, as_json: bool, address: str | None, namespace: str | None) -> None:
-    """Use SUBJECT again: the end of a cordon, of a drain, or of a hold after crashes."""
+    """Use SUBJECT again after a cordon, a drain, or a hold because of crashes."""
     _act(ControllerApi.uncordon, subject, reason, as_json=as_json, address=address, namespace=namespace)
 
 
@@ -74,9 +87,9 @@ def uncordon(subject: str, reason: str, as_json: bool, address: str | None, name
 @_json
 @plane_options
 def drain(subject: str, reason: str, as_json: bool, address: str | None, namespace: str | None) -> None:
-    """Cordon SUBJECT and have what runs there leave: elsewhere first, if there is room.
+    """Cordon SUBJECT and move its replicas elsewhere; if there is room, replacements start first.
 
-    A tier that is drained has no replicas until it is uncordoned; an endpoint that is drained is replaced.
+    A drained tier has no replicas until it is uncordoned. A drained endpoint is replaced.
     """
     _act(ControllerApi.drain, subject, reason, as_json=as_json, address=address, namespace=namespace)
 
@@ -87,5 +100,5 @@ def drain(subject: str, reason: str, as_json: bool, address: str | None, namespa
 @_json
 @plane_options
 def restart(subject: str, reason: str, as_json: bool, address: str | None, namespace: str | None) -> None:
-    """Replace the engine processes of SUBJECT, those of one tier one after the other."""
+    """Restart the engine processes of SUBJECT, those of one tier one after another."""
     _act(ControllerApi.restart, subject, reason, as_json=as_json, address=address, namespace=namespace)

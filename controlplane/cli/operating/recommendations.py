@@ -1,4 +1,4 @@
-"""``tierplane recommendations``: targets and recommendations with their reasons and outcomes."""
+"""``tierplane recommendations``: targets, recommendations, and how past recommendations turned out."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from controlplane.core.recommendations.views import ScalingReport, as_json_value
 
 
 @click.command()
-@click.option("--scored", is_flag=True, help="Only recommendations that were scored, with their outcome.")
+@click.option("--scored", is_flag=True, help="Show only past recommendations whose outcome is known.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @plane_options
 def command(scored: bool, as_json: bool, address: str | None, namespace: str | None) -> None:
-    """Show each tier's target with its reason, open recommendations, and how the past ones turned out."""
+    """Show each tier's target and its reason, current recommendations, and how past ones turned out."""
     with connected(address, namespace) as plane:
         report = plane.call(ControllerApi.scaling)
     if as_json:
@@ -34,20 +34,22 @@ def command(scored: bool, as_json: bool, address: str | None, namespace: str | N
         console.print(_recommendations(shown))
     else:
         console.print(
-            "no recommendation was scored yet" if scored else "no recommendations: no threshold is breached"
+            "no recommendation has an outcome yet"
+            if scored
+            else "no recommendations: no metric is beyond its threshold"
         )
     record = report.record
     if record.judged:
         console.print(
-            f"{record.right} of {record.judged} judged right, mean score {record.mean or 0.0:.2f} "
-            f"({record.given} given)"
+            f"{record.right} of {record.judged} recommendations with an outcome were right, mean score "
+            f"{record.mean or 0.0:.2f} ({record.given} made in all)"
         )
 
 
 def _targets(report: ScalingReport) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for head in ("tier", "mode", "serve", "target", "wanted", "forecast", "each", "why"):
-        table.add_column(head, overflow="fold" if head == "why" else "ellipsis", no_wrap=head != "why")
+    for head in ("tier", "mode", "serving", "target", "wanted", "forecast", "capacity", "reason"):
+        table.add_column(head, overflow="fold" if head == "reason" else "ellipsis", no_wrap=head != "reason")
     for tier in report.tiers:
         forecast = "-" if tier.forecast_per_s is None else f"{tier.forecast_per_s:.2f}/s"
         numbers = (str(tier.replicas), str(tier.target), str(tier.wanted))
@@ -55,11 +57,11 @@ def _targets(report: ScalingReport) -> Table:
     return table
 
 
-def _recommendations(given: list[IssuedRecommendation]) -> Table:
+def _recommendations(issued: list[IssuedRecommendation]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for head in ("given", "tier", "advice", "effect", "sure", "judged"):
+    for head in ("made", "tier", "recommendation", "predicted effect", "confidence", "outcome"):
         table.add_column(head, overflow="fold")
-    for item in given:
+    for item in issued:
         recommendation = item.recommendation
         table.add_row(
             time.strftime("%H:%M:%S", time.localtime(item.unix_s)),

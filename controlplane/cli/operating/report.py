@@ -1,4 +1,4 @@
-"""``tierplane report``: what the last minutes, hours or days were like, for every tier and endpoint."""
+"""``tierplane report``: a report on every tier and endpoint over the last minutes, hours or days."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from controlplane.gateway.api.report_page import DEFAULT_MINUTES, HEADS, OF_SLO,
     type=click.FloatRange(MIN_WINDOW_MINUTES, MAX_WINDOW_MINUTES),
     default=DEFAULT_MINUTES,
     show_default=True,
-    help="How many minutes to look back.",
+    help="The length of the period before now, in minutes.",
 )
-@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page with plots, too.")
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Also write a page with plots.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @plane_options
 def command(
     minutes: float, html: Path | None, as_json: bool, address: str | None, namespace: str | None
 ) -> None:
-    """Show what the last minutes, hours or days were like, for every tier and endpoint."""
+    """Report on every tier and endpoint over the last minutes, hours or days."""
     with connected(address, namespace) as plane:
         report = plane.call(ControllerApi.plane_report, minutes)
     if html is not None:
@@ -55,7 +55,7 @@ def command(
 
 
 def _table(items: tuple[InstanceReport, ...]) -> Table:
-    """Columns in which no item has anything are left out."""
+    """One row per item; columns that are empty in all rows are left out."""
     rows = [row(item) for item in items]
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     shown = [

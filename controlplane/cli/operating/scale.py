@@ -1,4 +1,4 @@
-"""``tierplane scale``: a number of replicas set by hand, and its end."""
+"""``tierplane scale``: sets a tier's number of replicas manually, or returns it to automatic scaling."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Final
 import click
 
 from controlplane.cli.controller_access import connected, plane_options
-from controlplane.cli.operating.operate import show_answer
+from controlplane.cli.operating.operate import show_response
 from controlplane.controller.api import ControllerApi
 
 AUTO: Final = "auto"
@@ -19,38 +19,42 @@ def seconds(text: str) -> float:
     """``90``, ``90s``, ``15m``, ``2h``, ``1d`` → seconds. ValueError otherwise."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", text.strip())
     if match is None or float(match[1]) <= 0:
-        raise ValueError(f"'{text}' is no length of time such as 90s, 15m or 2h")
+        raise ValueError(f"'{text}' is not a duration such as 90s, 15m or 2h")
     return float(match[1]) * _UNITS[match[2]]
 
 
 @click.command()
 @click.argument("tier")
 @click.argument("replicas")
-@click.option("--for", "lasts", help="How long, such as 90s, 15m or 2h; by default until `scale TIER auto`.")
-@click.option("--reason", default="", help="Why; it is shown and kept in the audit log.")
+@click.option(
+    "--for",
+    "duration",
+    help="How long, such as 90s, 15m or 2h; by default until `tierplane scale TIER auto`.",
+)
+@click.option("--reason", default="", help="The reason; it is displayed, and recorded in the audit log.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @plane_options
 def command(
     tier: str,
     replicas: str,
-    lasts: str | None,
+    duration: str | None,
     reason: str,
     as_json: bool,
     address: str | None,
     namespace: str | None,
 ) -> None:
-    """Give TIER that number of REPLICAS whatever the scaling says; `auto` ends that."""
+    """Set the number of REPLICAS of TIER manually; `auto` returns to automatic scaling."""
     number: int | None = None
     if replicas != AUTO:
         if not replicas.isdecimal():
-            raise click.BadParameter(f"'{replicas}' is neither a number nor {AUTO}", param_hint="REPLICAS")
+            raise click.BadParameter(f"'{replicas}' is neither a number nor '{AUTO}'", param_hint="REPLICAS")
         number = int(replicas)
     try:
-        for_s = None if lasts is None else seconds(lasts)
+        for_s = None if duration is None else seconds(duration)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--for") from None
     if number is None and for_s is not None:
-        raise click.BadParameter(f"{AUTO} has no end", param_hint="--for")
+        raise click.BadParameter(f"'{AUTO}' takes no duration", param_hint="--for")
     with connected(address, namespace) as plane:
-        answer = plane.call(ControllerApi.scale, tier, number, for_s, reason)
-    show_answer(answer, as_json)
+        response = plane.call(ControllerApi.scale, tier, number, for_s, reason)
+    show_response(response, as_json)

@@ -1,4 +1,4 @@
-"""``tierplane trace``: the plane's own traffic as a file that `tierplane simulate` replays."""
+"""``tierplane trace``: exports the plane's own traffic to a file that `tierplane simulate` replays."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from controlplane.core.reports.recorded_traffic import (
 from controlplane.core.reports.report import MAX_WINDOW_MINUTES, Instance, InstanceKind
 from controlplane.errors import SetupError
 
-_SLACK_S = 60.0
-"""The controller's clock may be ahead of this machine's."""
+_CLOCK_SKEW_S = 60.0
+"""By how much the controller's clock may be ahead of this machine's."""
 
 
 @click.command()
@@ -35,7 +35,7 @@ _SLACK_S = 60.0
     type=click.FloatRange(0, MAX_WINDOW_MINUTES / 60, min_open=True),
     default=24.0,
     show_default=True,
-    help="How far to look back.",
+    help="The length of the period before now, in hours.",
 )
 @click.option(
     "--output",
@@ -43,23 +43,23 @@ _SLACK_S = 60.0
     default="-",
     help="The file to write; by default standard output.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @plane_options
 def command(hours: float, output: str, as_json: bool, address: str | None, namespace: str | None) -> None:
-    """Write the plane's own traffic to a file that `tierplane simulate --trace` replays.
+    """Export the plane's own traffic to a file that `tierplane simulate --trace` replays.
 
-    The file has windows: how many requests came for each tier in how many seconds, and how long prompts and
-    answers were on average. Nothing of any request is in it. Windows are as long as samples of the last hour
-    (controller.reports.interval_s), a minute up to two days ago, and ten minutes before. If the file
-    goes to standard output, what is printed about it goes to stderr.
+    Each line is a window: a tier, a start, a length in seconds, the number of requests, and the mean numbers
+    of their input and output tokens. The file has no contents of requests. A window is as long as the
+    sampling interval (controller.reports.interval_s) in the last hour, one minute in the last two days, and
+    ten minutes before that. A summary is printed: to standard error if the trace goes to standard output.
     """
     with connected(address, namespace) as plane:
         windows = recorded(plane, hours)
     requests = sum(window.requests for window in windows)
     if not requests:
         raise SetupError(
-            f"no request was counted in the last {hours:g} h: ask for more --hours, or try again a while "
-            "after the gateway and the controller have started"
+            f"no requests were counted in the last {hours:g} h: raise --hours, or try again some time after "
+            "the gateway and the controller have started"
         )
     try:
         with click.open_file(output, "w", encoding="utf-8") as file:
@@ -67,34 +67,36 @@ def command(hours: float, output: str, as_json: bool, address: str | None, names
     except OSError as error:
         raise SetupError(f"{output} can't be written ({error.strerror}): name another file") from error
     found = summary(windows)
-    aside = output == "-"
+    to_stderr = output == "-"
     if as_json:
-        click.echo(json.dumps(found), err=aside)
+        click.echo(json.dumps(found), err=to_stderr)
         return
     for tier, each in found["tiers"].items():
         click.echo(
-            f"{tier}: {each['requests']} requests in {each['covered_s'] / 3600:.2f} h that are known, "
-            f"{each['windows']} windows",
-            err=aside,
+            f"{tier}: {each['requests']} requests in {each['windows']} windows that cover "
+            f"{each['covered_s'] / 3600:.2f} h",
+            err=to_stderr,
         )
 
 
 def recorded(plane: PlaneAddress, hours: float) -> list[RecordedWindow]:
-    """The windows of all tiers that the controller knows, from the first one's beginning."""
+    """The windows of all tiers, with times relative to the start of the first window."""
     _, specs, _ = plane.call(ControllerApi.status)
-    until_s = time.time() + _SLACK_S
-    since_s = until_s - _SLACK_S - hours * 3600
+    until_s = time.time() + _CLOCK_SKEW_S
+    since_s = until_s - _CLOCK_SKEW_S - hours * 3600
     windows: list[RecordedWindow] = []
     for spec in specs:
         tier = Instance(InstanceKind.TIER, spec.name, spec.name)
         series = {series_of(tier, figure): figure for figure in FIGURES}
         points = plane.call(ControllerApi.history, tuple(series), since_s, until_s)
-        windows += traffic_windows(spec.name, {series[name]: _kept(found) for name, found in points.items()})
+        windows += traffic_windows(
+            spec.name, {series[name]: _stored_points(found) for name, found in points.items()}
+        )
     return relative_to_first(windows)
 
 
 def write(windows: Iterable[RecordedWindow], file: IO[str]) -> None:
-    """As CSV, a line each."""
+    """Write the windows as CSV, one per line."""
     rows = csv.writer(file, lineterminator="\n")
     rows.writerow(COLUMNS)
     for window in windows:
@@ -111,7 +113,7 @@ def write(windows: Iterable[RecordedWindow], file: IO[str]) -> None:
 
 
 def summary(windows: Iterable[RecordedWindow]) -> dict[str, Any]:
-    """What a file of these windows holds, by tier."""
+    """The numbers of windows and requests and the time covered, in all and by tier."""
     tiers: dict[str, dict[str, float]] = {}
     for window in windows:
         tier = tiers.setdefault(window.tier, {"windows": 0, "requests": 0, "covered_s": 0.0})
@@ -121,7 +123,7 @@ def summary(windows: Iterable[RecordedWindow]) -> dict[str, Any]:
     return {"requests": sum(tier["requests"] for tier in tiers.values()), "tiers": tiers}
 
 
-def _kept(points: Iterable[Point]) -> list[StoredPoint]:
+def _stored_points(points: Iterable[Point]) -> list[StoredPoint]:
     return [StoredPoint(point.unix_s, point.step_s, point.count * point.mean) for point in points]
 
 

@@ -1,4 +1,4 @@
-"""``tierplane fit``: does a model fit a GPU, how much of what, and what would have to change."""
+"""``tierplane fit``: whether a model fits a GPU, what takes how much memory, and what change would help."""
 
 from __future__ import annotations
 
@@ -33,33 +33,40 @@ class Amount(click.ParamType[float]):
         try:
             return float(text.rstrip("kmbt")) * _SCALE.get(text[-1:], 1.0)
         except ValueError:
-            self.fail(f"'{value}' is no number such as 7B or 350M", param, ctx)
+            self.fail(f"'{value}' is not a number such as 7B or 350M", param, ctx)
 
 
 @click.command()
 @click.argument("model", required=False)
 @click.option("--gpu", "gpu_name", metavar="NAME", help="GPU model, such as H100-80G; --gpus lists them.")
-@click.option("--count", type=click.IntRange(1), help="GPUs at hand for one engine.")
+@click.option("--count", type=click.IntRange(1), help="GPUs available for one engine.")
 @click.option("--tp", type=click.IntRange(1), default=1, show_default=True, help="Tensor parallel size.")
 @click.option("--pp", type=click.IntRange(1), default=1, show_default=True, help="Pipeline parallel size.")
 @click.option("--max-model-len", metavar="N", help="Longest sequence; 'auto' for the longest that fits.")
-@click.option("--length", type=click.IntRange(1), help="Tokens per sequence to count; default: the longest.")
+@click.option(
+    "--length", type=click.IntRange(1), help="Tokens per sequence to plan for; default: the longest allowed."
+)
 @click.option("--concurrency", type=click.IntRange(1), default=1, help="Sequences that must fit at once.")
-@click.option("--quantization", metavar="FORMAT", help=f"Weights' format: {', '.join(PRESETS)}, gguf:TYPE.")
-@click.option("--allow", metavar="FORMATS", default=_SUGGESTED, show_default=True, help="May be suggested.")
+@click.option("--quantization", metavar="FORMAT", help=f"Weight format: {', '.join(PRESETS)}, gguf:TYPE.")
+@click.option(
+    "--allow", metavar="FORMATS", default=_SUGGESTED, show_default=True,
+    help="Weight formats that may be suggested as a change.",
+)  # fmt: skip
 @click.option(
     "--engine-arg", "engine_args", multiple=True, metavar="K=V", help="Any engine flag; repeatable."
 )
-@click.option("--params", type=Amount(), help="Plain numbers instead of MODEL: parameters, such as 7B.")
-@click.option("--layers", type=click.IntRange(1))
-@click.option("--hidden", type=click.IntRange(1))
-@click.option("--heads", type=click.IntRange(1))
-@click.option("--kv-heads", type=click.IntRange(1))
-@click.option("--head-dim", type=click.IntRange(1))
-@click.option("--intermediate", type=click.IntRange(1))
-@click.option("--vocab", type=click.IntRange(1), default=32000, show_default=True)
-@click.option("--gpus", "list_gpus", is_flag=True, help="List the GPU models and what runs on them.")
-@click.option("--models", "list_models", is_flag=True, help="List the models known without a download.")
+@click.option("--params", type=Amount(), help="Instead of MODEL: number of parameters, such as 7B.")
+@click.option("--layers", type=click.IntRange(1), help="Instead of MODEL: number of layers.")
+@click.option("--hidden", type=click.IntRange(1), help="Instead of MODEL: hidden size.")
+@click.option("--heads", type=click.IntRange(1), help="Instead of MODEL: attention heads.")
+@click.option("--kv-heads", type=click.IntRange(1), help="KV heads; default: as many as attention heads.")
+@click.option("--head-dim", type=click.IntRange(1), help="Size of a head; default: hidden size / heads.")
+@click.option("--intermediate", type=click.IntRange(1), help="Size of the feed-forward layers.")
+@click.option(
+    "--vocab", type=click.IntRange(1), default=32000, show_default=True, help="Size of the vocabulary."
+)
+@click.option("--gpus", "list_gpus", is_flag=True, help="List the GPU models and the formats they support.")
+@click.option("--models", "list_models", is_flag=True, help="List the models that need no download.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
     model: str | None,
@@ -78,10 +85,10 @@ def command(
     as_json: bool,
     **plain: Any,
 ) -> None:
-    """Does MODEL fit a GPU: each term, how many sequences, and the smallest change if not.
+    """Check whether MODEL fits a GPU: memory by part, sequences at once, or the smallest change needed.
 
-    MODEL is a folder, a GGUF file, a hub id, bundled:smollm2-135m, or left out for plain numbers
-    (--params 7B --layers 32 --hidden 4096 --heads 32 --kv-heads 8). Exit status 1 if it doesn't fit.
+    MODEL is a folder, a GGUF file, a hub id or bundled:smollm2-135m. Instead of MODEL, plain numbers may be
+    given: --params 7B --layers 32 --hidden 4096 --heads 32 --kv-heads 8. Exit status 1 if it doesn't fit.
     """
     if list_gpus:
         _print_gpus(as_json)
@@ -90,7 +97,7 @@ def command(
         _print_models(as_json)
         return
     if not gpu_name:
-        raise click.UsageError("--gpu is missing; --gpus lists the GPU models")
+        raise click.UsageError("--gpu is missing: set a GPU model, --gpus lists them")
     gpu = gpu_named(gpu_name)
     loaded = _model(model, plain)
     settings = _settings(engine_args, tp, pp, max_model_len, quantization)
@@ -116,7 +123,7 @@ def _model(model: str | None, plain: dict[str, Any]) -> LoadedModel:
         return load_model(model)
     missing = [f"--{name.replace('_', '-')}" for name in ("layers", "hidden", "heads") if not plain[name]]
     if missing:
-        raise click.UsageError(f"give MODEL, or plain numbers; missing: {', '.join(missing)}")
+        raise click.UsageError(f"name a MODEL, or set its numbers; missing: {', '.join(missing)}")
     try:
         spec = plain_model(
             layers=plain["layers"],
@@ -157,7 +164,7 @@ def _formats(text: str) -> tuple[str, ...]:
             preset(name)
         except KeyError:
             known = ", ".join(PRESETS)
-            raise click.UsageError(f"--allow: no format '{name}'; there is {known}, gguf:TYPE") from None
+            raise click.UsageError(f"--allow: unknown format '{name}'; known: {known}, gguf:TYPE") from None
     return names
 
 
@@ -173,53 +180,53 @@ def _summary(loaded: LoadedModel, plan: MemoryPlan) -> list[str]:
         f"KV cache {plan.settings.kv_dtype or plan.dtype}",
     ]
     lines += [f"note: {text}" for text in (*spec.notes, *loaded.checks)]
-    lines += [f"note: --{flag} changes memory in ways not counted here" for flag in plan.settings.unmodelled]
+    lines += [f"note: the effect of --{flag} on memory is not counted" for flag in plan.settings.unmodelled]
     return lines
 
 
 def _print(loaded: LoadedModel, verdict: Verdict) -> None:
     console = stdout()
 
-    def say(text: str) -> None:
+    def write(text: str) -> None:
         console.print(text, markup=False, soft_wrap=True)
 
     plan = verdict.plan
     for line in _summary(loaded, plan):
-        say(line)
+        write(line)
     for stage in plan.stages:
         if len(plan.stages) > 1:
             layers = stage.stage.layers
-            say(f"pipeline stage {stage.stage.index}, layers {layers.start} to {layers.stop - 1}")
+            write(f"pipeline stage {stage.stage.index}, layers {layers.start} to {layers.stop - 1}")
         console.print(_terms(plan, stage))
-    say(
+    write(
         f"KV cache: {gib(token_bytes(plan))} per token on each rank, {plan.blocks:,} blocks of "
         f"{plan.settings.block_tokens(plan.model)} tokens, {plan.kv_tokens:,} tokens in all"
     )
     if isinstance(verdict, Fit):
         console.print("[bold green]fits[/]", end="")
-        say(
-            f": {_count(verdict.sequences)} of {verdict.length:,} tokens at once; the longest alone has "
-            f"{plan.longest:,} tokens"
+        write(
+            f": {_count(verdict.sequences)} of {verdict.length:,} tokens at once; a single sequence may have "
+            f"up to {plan.longest:,} tokens"
         )
         return
     console.print("[bold red]does not fit[/]")
     for reason in verdict.reasons:
-        say(f"  {reason}")
-    say(f"smallest change: {verdict.remedy}")
+        write(f"  {reason}")
+    write(f"smallest change: {verdict.remedy}")
     if verdict.changed:
         length = verdict.changed.length
-        say(f"  then {_count(verdict.changed.sequences(length))} of {length:,} tokens fit at once")
+        write(f"  then {_count(verdict.changed.sequences(length))} of {length:,} tokens fit at once")
 
 
 def _terms(plan: MemoryPlan, stage: StageMemory) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("per GPU")
     table.add_column("", justify="right")
-    table.add_column("where it comes from", overflow="fold")
+    table.add_column("source", overflow="fold")
     for term in stage.terms:
         table.add_row(term.name, gib(term.size_bytes), term.source)
-    left = f"what is left of {gib(stage.budget_bytes)} ({plan.settings.memory_ratio:g} of the GPU)"
-    source = "kv-cache-memory-bytes" if plan.settings.kv_cache_bytes else left
+    rest = f"the rest of {gib(stage.budget_bytes)} ({plan.settings.memory_ratio:g} of the GPU)"
+    source = "kv-cache-memory-bytes" if plan.settings.kv_cache_bytes else rest
     table.add_row("KV cache", gib(max(0, stage.kv_budget_bytes)), source)
     return table
 

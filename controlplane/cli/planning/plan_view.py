@@ -1,4 +1,4 @@
-"""What ``tierplane plan`` prints."""
+"""The output of ``tierplane plan``, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -22,57 +22,57 @@ _SHOWN_REFUSALS = 20
 
 @dataclass(frozen=True, slots=True)
 class PlanResult:
-    """A plan, and what it is about."""
+    """A plan with the tiers and the nodes that it was made for."""
 
-    demands: tuple[TierGang, ...]
+    tiers: tuple[TierGang, ...]
     plan: PlacementPlan
     nodes: tuple[Node, ...]
     change: ClusterChange | None = None
-    """Against what runs, or against the plan before ``--what-if``."""
+    """The difference from the running replicas, or from the plan before ``--what-if``."""
     replica_of: Mapping[str, str] = field(default_factory=dict)
-    """Endpoint ids of replicas that run."""
+    """Gang id → endpoint id, for replicas that are running."""
     notes: tuple[str, ...] = ()
-    """About the cluster."""
+    """Remarks on the cluster."""
 
     @property
     def complete(self) -> bool:
-        """Whether every replica has its place."""
-        return self.plan.complete and not any(map(_hopeless, self.demands))
+        """Whether every replica could be placed."""
+        return self.plan.complete and not any(map(_fits_no_gpu, self.tiers))
 
 
-def _hopeless(demand: TierGang) -> bool:
-    return demand.shape is None and bool(demand.unfit) and demand.tier.replicas > 0
+def _fits_no_gpu(tier: TierGang) -> bool:
+    return tier.shape is None and bool(tier.unfit) and tier.tier.replicas > 0
 
 
-def show(answer: PlanResult) -> None:
-    """For people."""
+def show(result: PlanResult) -> None:
+    """Print the result as text."""
     console = stdout()
-    if answer.change is not None:
-        console.print(_difference_text(answer.change))
-    console.print(_tier_table(answer))
-    console.print(_placement_table(answer))
+    if result.change is not None:
+        console.print(_difference_text(result.change))
+    console.print(_tier_table(result))
+    console.print(_placement_table(result))
     console.print("Serve options")
-    for demand in answer.demands:
-        if demand.shape is not None:
-            options = json.dumps(serve_options(demand, answer.nodes))
-            console.print(f"  {demand.tier.name}: {options}", soft_wrap=True)
-    if any(placement.gpu_uuids for placement in answer.plan.placements):
+    for tier_gang in result.tiers:
+        if tier_gang.shape is not None:
+            options = json.dumps(serve_options(tier_gang, result.nodes))
+            console.print(f"  {tier_gang.tier.name}: {options}", soft_wrap=True)
+    if any(placement.gpu_uuids for placement in result.plan.placements):
         console.print("Visible devices")
-    for placement in answer.plan.placements:
-        for node_id, devices in _by_node(answer, placement).items():
+    for placement in result.plan.placements:
+        for node_id, devices in _by_node(result, placement).items():
             if devices:
                 text = f"  {placement.gang.gang_id} on {node_id}: CUDA_VISIBLE_DEVICES={devices}"
                 console.print(text, soft_wrap=True)
-    for note in answer.notes:
+    for note in result.notes:
         console.print(note)
-    for demand in answer.demands:
-        for note in demand.notes:
-            console.print(f"{demand.tier.name}: {note}")
-        for model, why in demand.unfit:
-            console.print(f"{demand.tier.name}: does not fit {model}: {why}")
-    for infeasible in answer.plan.infeasible:
-        console.print(f"[red]{infeasible.gang.gang_id} has no place[/red]: {infeasible.why}")
-    for infeasible in answer.plan.infeasible[:1]:
+    for tier_gang in result.tiers:
+        for note in tier_gang.notes:
+            console.print(f"{tier_gang.tier.name}: {note}")
+        for model, why in tier_gang.unfit:
+            console.print(f"{tier_gang.tier.name}: does not fit {model}: {why}")
+    for infeasible in result.plan.infeasible:
+        console.print(f"[red]{infeasible.gang.gang_id} can't be placed[/red]: {infeasible.why}")
+    for infeasible in result.plan.infeasible[:1]:
         for refusal in infeasible.refusals[:_SHOWN_REFUSALS]:
             console.print(f"  {refusal}")
         if len(infeasible.refusals) > _SHOWN_REFUSALS:
@@ -83,10 +83,10 @@ def _difference_text(difference: ClusterChange) -> str:
     parts = [
         f"{name}: {', '.join(gangs)}"
         for name, gangs in (
-            ("stay", difference.unchanged),
-            ("move", difference.moved),
-            ("come", difference.added),
-            ("go", difference.removed),
+            ("unchanged", difference.unchanged),
+            ("moved", difference.moved),
+            ("added", difference.added),
+            ("removed", difference.removed),
             ("[red]lost[/red]", difference.lost),
         )
         if gangs
@@ -94,17 +94,17 @@ def _difference_text(difference: ClusterChange) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _tier_table(answer: PlanResult) -> Table:
-    table = Table("tier", "model", "replicas", "placed", "a replica takes", "at least per GPU")
-    for demand in answer.demands:
-        placed = sum(p.gang.tier == demand.tier.name for p in answer.plan.placements)
+def _tier_table(result: PlanResult) -> Table:
+    table = Table("tier", "model", "replicas", "placed", "per replica", "at least per GPU")
+    for tier_gang in result.tiers:
+        placed = sum(p.gang.tier == tier_gang.tier.name for p in result.plan.placements)
         table.add_row(
-            demand.tier.name,
-            demand.tier.model_id,
-            str(demand.tier.replicas),
-            str(placed) if demand.shape else "-",
-            _takes(demand.shape) if demand.shape else "-",
-            f"{demand.gpu_bytes / _GIB:.1f} GiB" if demand.gpu_bytes else "-",
+            tier_gang.tier.name,
+            tier_gang.tier.model_id,
+            str(tier_gang.tier.replicas),
+            str(placed) if tier_gang.shape else "-",
+            _takes(tier_gang.shape) if tier_gang.shape else "-",
+            f"{tier_gang.gpu_bytes / _GIB:.1f} GiB" if tier_gang.gpu_bytes else "-",
         )
     return table
 
@@ -120,42 +120,43 @@ def _takes(shape: GangShape) -> str:
         parts.append(f"{shape.cpu_milli * shape.stages / 1000:g} CPUs")
     if shape.memory_bytes:
         parts.append(f"{shape.memory_bytes * shape.stages / _GIB:.1f} GiB of memory")
-    return ", ".join(parts) or "nothing that is counted"
+    return ", ".join(parts) or "no counted resource"
 
 
-def _placement_table(answer: PlanResult) -> Table:
-    table = Table("replica", "node", "GPUs", "why")
-    for placement in answer.plan.placements:
-        endpoint = answer.replica_of.get(placement.gang.gang_id, "") if placement.stays else ""
+def _placement_table(result: PlanResult) -> Table:
+    table = Table("replica", "node", "GPUs", "reason")
+    for placement in result.plan.placements:
+        endpoint = result.replica_of.get(placement.gang.gang_id, "") if placement.stays else ""
         table.add_row(
             placement.gang.gang_id,
             ", ".join(placement.node_ids),
-            _devices(answer, placement, " | "),
+            _devices(result, placement, " | "),
             f"{placement.why} ({endpoint})" if endpoint else placement.why,
         )
     return table
 
 
-def _devices(answer: PlanResult, placement: Placement, between: str = ",") -> str:
-    """Indices of its GPUs, stage by stage: values for ``CUDA_VISIBLE_DEVICES``."""
-    index = {gpu.uuid: gpu.index for node in answer.nodes for gpu in node.gpus}
+def _devices(result: PlanResult, placement: Placement, between: str = ",") -> str:
+    """The indices of a replica's GPUs, stage by stage: values for ``CUDA_VISIBLE_DEVICES``."""
+    index = {gpu.uuid: gpu.index for node in result.nodes for gpu in node.gpus}
     return between.join(
         ",".join(str(index.get(uuid, uuid)) for uuid in stage.gpu_uuids) for stage in placement.stages
     )
 
 
-def _by_node(answer: PlanResult, placement: Placement) -> dict[str, str]:
-    """Values for ``CUDA_VISIBLE_DEVICES`` on each node."""
-    index = {gpu.uuid: gpu.index for node in answer.nodes for gpu in node.gpus}
+def _by_node(result: PlanResult, placement: Placement) -> dict[str, str]:
+    """Node id → value for ``CUDA_VISIBLE_DEVICES``."""
+    index = {gpu.uuid: gpu.index for node in result.nodes for gpu in node.gpus}
     found: dict[str, list[str]] = {}
     for stage in placement.stages:
         found.setdefault(stage.node_id, []).extend(str(index.get(uuid, uuid)) for uuid in stage.gpu_uuids)
     return {node_id: ",".join(values) for node_id, values in found.items()}
 
 
-def serve_options(demand: TierGang, nodes: Sequence[Node]) -> dict[str, Any]:
-    """What the tier's Serve deployment asks Ray for, and what its engine asks for itself."""
-    tier = demand.tier
+def serve_options(tier_gang: TierGang, nodes: Sequence[Node]) -> dict[str, Any]:
+    """The resources that the tier's Serve deployment requests from Ray, and those that its engine requests
+    itself."""
+    tier = tier_gang.tier
     kinds = accelerator_types(gpu.model for node in nodes for gpu in node.gpus)
     options: dict[str, Any] = {
         "num_replicas": tier.replicas,
@@ -166,16 +167,16 @@ def serve_options(demand: TierGang, nodes: Sequence[Node]) -> dict[str, Any]:
     return options
 
 
-def to_json(answer: PlanResult) -> dict[str, Any]:
-    """For programs."""
-    result: dict[str, Any] = {
-        "complete": answer.complete,
+def to_json(result: PlanResult) -> dict[str, Any]:
+    """The result as JSON."""
+    output: dict[str, Any] = {
+        "complete": result.complete,
         "nodes": [
             {"node": n.node_id, "type": n.node_type, "gpus": len(n.gpus), "unavailable": n.unavailable}
-            for n in answer.nodes
+            for n in result.nodes
         ],
-        "tiers": [_tier_json(demand, answer.nodes) for demand in answer.demands],
-        "placements": [_replica_json(answer, placement) for placement in answer.plan.placements],
+        "tiers": [_tier_json(tier_gang, result.nodes) for tier_gang in result.tiers],
+        "placements": [_replica_json(result, placement) for placement in result.plan.placements],
         "infeasible": [
             {
                 "replica": infeasible.gang.gang_id,
@@ -185,43 +186,43 @@ def to_json(answer: PlanResult) -> dict[str, Any]:
                     for refusal in infeasible.refusals
                 },
             }
-            for infeasible in answer.plan.infeasible
+            for infeasible in result.plan.infeasible
         ],
-        "notes": list(answer.notes),
+        "notes": list(result.notes),
     }
-    if answer.change is not None:
-        result["change"] = {
-            "kept": list(answer.change.unchanged),
-            "moved": list(answer.change.moved),
-            "added": list(answer.change.added),
-            "removed": list(answer.change.removed),
-            "lost": list(answer.change.lost),
+    if result.change is not None:
+        output["change"] = {
+            "kept": list(result.change.unchanged),
+            "moved": list(result.change.moved),
+            "added": list(result.change.added),
+            "removed": list(result.change.removed),
+            "lost": list(result.change.lost),
         }
-    return result
+    return output
 
 
-def _tier_json(demand: TierGang, nodes: Sequence[Node]) -> dict[str, Any]:
+def _tier_json(tier_gang: TierGang, nodes: Sequence[Node]) -> dict[str, Any]:
     return {
-        "tier": demand.tier.name,
-        "model": demand.tier.model,
-        "replicas": demand.tier.replicas,
-        "gpu_bytes": demand.gpu_bytes,
-        "host_bytes": demand.shape.memory_bytes * demand.shape.stages if demand.shape else 0,
-        "serve_options": serve_options(demand, nodes) if demand.shape else None,
-        "unfit": [{"gpu": model, "why": why} for model, why in demand.unfit],
-        "notes": list(demand.notes),
+        "tier": tier_gang.tier.name,
+        "model": tier_gang.tier.model,
+        "replicas": tier_gang.tier.replicas,
+        "gpu_bytes": tier_gang.gpu_bytes,
+        "host_bytes": tier_gang.shape.memory_bytes * tier_gang.shape.stages if tier_gang.shape else 0,
+        "serve_options": serve_options(tier_gang, nodes) if tier_gang.shape else None,
+        "unfit": [{"gpu": model, "why": why} for model, why in tier_gang.unfit],
+        "notes": list(tier_gang.notes),
     }
 
 
-def _replica_json(answer: PlanResult, placement: Placement) -> dict[str, Any]:
+def _replica_json(result: PlanResult, placement: Placement) -> dict[str, Any]:
     return {
         "replica": placement.gang.gang_id,
         "tier": placement.gang.tier,
         "runs": placement.stays,
-        "endpoint": answer.replica_of.get(placement.gang.gang_id, "") if placement.stays else "",
+        "endpoint": result.replica_of.get(placement.gang.gang_id, "") if placement.stays else "",
         "nodes": list(placement.node_ids),
         "stages": [{"node": stage.node_id, "gpus": list(stage.gpu_uuids)} for stage in placement.stages],
-        "visible_devices": _by_node(answer, placement),
+        "visible_devices": _by_node(result, placement),
         "distance": placement.distance.name.lower(),
         "stranded_gpus": round(placement.stranded_milli / WHOLE_MILLI, 3),
         "why": placement.why,

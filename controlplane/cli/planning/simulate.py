@@ -1,4 +1,4 @@
-"""``tierplane simulate``: recorded arrivals through the production code on a fake fleet."""
+"""``tierplane simulate``: replays recorded arrivals through the production code on a simulated fleet."""
 
 from __future__ import annotations
 
@@ -32,72 +32,114 @@ from controlplane.simulation.simulator import Simulator
 from controlplane.simulation.traces import Arrival, read_trace
 
 _PEEK = 5000
-"""Requests of the trace's beginning that say what a request is like."""
+"""The first requests of the trace, from which the mean request is computed."""
 _PROGRESS_S = 1.0
 _SHOWN = 5
-"""Decisions and recommendations that people are shown, the last."""
+"""How many of the last decisions and recommendations are printed."""
 
 
 @click.command()
-@click.option("--trace", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--config", required=True, type=click.Path(dir_okay=False))
+@click.option(
+    "--trace",
+    required=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The file with the arrivals.",
+)
+@click.option(
+    "--config", required=True, type=click.Path(dir_okay=False), help="The configuration of the fleet."
+)
 @click.option("--gpu", metavar="NAME", help="The GPU model of vllm tiers; `tierplane fit --gpus` lists them.")
-@click.option("--policy", type=click.Choice(NAMES), default="tierplane", show_default=True)
-@click.option("--cold-start-s", type=click.FloatRange(0), default=60.0, show_default=True)
-@click.option("--slo-ttft-ms", type=click.FloatRange(1), help="By default each tier's `slo`.")
-@click.option("--slo-itl-ms", type=click.FloatRange(0.1), help="By default each tier's `slo`.")
-@click.option("--attainment", type=click.FloatRange(0.5, 1.0), help="By default each tier's `slo`.")
-@click.option("--min-replicas", type=click.IntRange(0), help="By default each tier's `scaling`, or 1.")
-@click.option("--max-replicas", type=click.IntRange(1), help="By default each tier's `scaling`, or 64.")
+@click.option(
+    "--policy", type=click.Choice(NAMES), default="tierplane", show_default=True, help="The scaling policy."
+)
+@click.option(
+    "--cold-start-s", type=click.FloatRange(0), default=60.0, show_default=True,
+    help="Time from requesting a replica until it serves.",
+)  # fmt: skip
+@click.option(
+    "--slo-ttft-ms",
+    type=click.FloatRange(1),
+    help="SLO for time to first token; by default each tier's `slo`.",
+)
+@click.option(
+    "--slo-itl-ms", type=click.FloatRange(0.1), help="SLO for time per token; by default each tier's `slo`."
+)
+@click.option(
+    "--attainment", type=click.FloatRange(0.5, 1.0),
+    help="Share of requests that must meet the SLO; by default each tier's `slo`.",
+)  # fmt: skip
+@click.option(
+    "--min-replicas", type=click.IntRange(0), help="Fewest replicas; by default each tier's `scaling`, or 1."
+)
+@click.option(
+    "--max-replicas", type=click.IntRange(1), help="Most replicas; by default each tier's `scaling`, or 64."
+)
 @click.option(
     "--engine-ratio",
     type=click.FloatRange(0.05, 2.0),
     default=0.8,
     show_default=True,
-    help="Share of the roofline's speed that engines reach.",
+    help="Speed of engines as a share of the roofline model's.",
 )
 @click.option(
     "--itl-ms",
     type=click.FloatRange(0.01),
     default=50.0,
     show_default=True,
-    help="Time per token of engines that are neither on a known GPU nor simulated.",
+    help="Time per token of engines that are neither simulated nor on a known GPU.",
 )
 @click.option(
     "--prefill-tokens-per-s",
     type=click.FloatRange(1),
     default=500.0,
     show_default=True,
-    help="Prompt tokens a second of such engines.",
+    help="Prompt tokens per second of such engines.",
 )
 @click.option(
     "--cluster",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="A cluster file, as `tierplane plan` reads it: replicas need room there.",
+    help="A cluster file as for `tierplane plan`: replicas are placed on its GPUs.",
 )
 @click.option("--mtbf-hours", type=click.FloatRange(0.01), help="Mean time between failures of a replica.")
-@click.option("--node-mtbf-hours", type=click.FloatRange(0.01), help="The same of a node of the cluster.")
+@click.option(
+    "--node-mtbf-hours",
+    type=click.FloatRange(0.01),
+    help="Mean time between failures of a node of the cluster.",
+)
 @click.option(
     "--node-recovery-s",
     type=click.FloatRange(0),
     default=600.0,
     show_default=True,
-    help="Until a node that failed is back.",
+    help="Time until a failed node is available again.",
 )
-@click.option("--cost-per-gpu-hour", type=click.FloatRange(0), default=0.0, show_default=True)
-@click.option("--mix", metavar="SHARES", help="Complexities drawn for requests without: simple=6,complex=1.")
+@click.option(
+    "--cost-per-gpu-hour", type=click.FloatRange(0), default=0.0, show_default=True,
+    help="The price of a GPU-hour.",
+)  # fmt: skip
+@click.option(
+    "--mix",
+    metavar="SHARES",
+    help="Shares of complexities for requests without one, such as simple=6,complex=1.",
+)
 @click.option(
     "--keep",
     type=click.FloatRange(0, 1, min_open=True),
     default=1.0,
     show_default=True,
-    help="Share of the requests that is kept, drawn at random.",
+    help="Share of the requests that is replayed, drawn at random.",
 )
-@click.option("--hours", type=click.FloatRange(0, min_open=True), help="How much of the trace is replayed.")
-@click.option("--skip-hours", type=click.FloatRange(0), default=0.0, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--hours", type=click.FloatRange(0, min_open=True),
+    help="Length of the part that is replayed; by default all.",
+)  # fmt: skip
+@click.option(
+    "--skip-hours", type=click.FloatRange(0), default=0.0, show_default=True,
+    help="Length of the beginning that is left out.",
+)  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of all random numbers.")
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page with plots.")
-@click.option("--png", type=click.Path(dir_okay=False, path_type=Path), help="Write the plots.")
+@click.option("--png", type=click.Path(dir_okay=False, path_type=Path), help="Write the plots as a picture.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
     trace: Path,
@@ -130,16 +172,16 @@ def command(
     """Replay recorded arrivals on a simulated fleet of CONFIG: SLO attainment, GPU hours, latencies.
 
     Routing, admission, scaling and recommendations are the production code; engines, GPUs and time are
-    simulated. With --cluster replicas are placed by the production code too, on GPUs that the tiers share;
-    one that finds no room waits. The same seed gives the same output.
+    simulated. With --cluster the production code also places replicas, on GPUs that the tiers share; a
+    replica without room waits. The same seed gives the same output.
 
-    Traces: Azure's CSV, Mooncake's JSONL, ServeGen's windows, what `tierplane trace` wrote, or a CSV with
-    at_s, input_tokens, output_tokens and, if you like, tier, complexity, priority, session.
+    Traces: Azure's CSV, Mooncake's JSONL, ServeGen's windows, files of `tierplane trace`, or a CSV with the
+    columns at_s, input_tokens, output_tokens and optionally tier, complexity, priority, session.
     """
     if min_replicas is not None and max_replicas is not None and min_replicas > max_replicas:
-        raise click.UsageError("--min-replicas is over --max-replicas")
+        raise click.UsageError("--min-replicas is above --max-replicas: lower it, or raise --max-replicas")
     if cluster is not None and gpu is not None:
-        raise click.UsageError("--gpu: the cluster file says which GPUs there are")
+        raise click.UsageError("--gpu can't be combined with --cluster, which has the GPU models: remove one")
     if node_mtbf_hours is not None and cluster is None:
         raise click.UsageError("--node-mtbf-hours: say which nodes there are, with --cluster")
     plane = load_checked(config).plane
@@ -190,13 +232,13 @@ def command(
 def _with_slo(
     plane: PlaneConfig, ttft_ms: float | None, itl_ms: float | None, attainment: float | None
 ) -> PlaneConfig:
-    """The plane with what the options say of every tier's SLO."""
-    said = {
+    """The plane with the options' values in every tier's SLO."""
+    values = {
         "ttft_s": None if ttft_ms is None else ttft_ms / 1000,
         "itl_s": None if itl_ms is None else itl_ms / 1000,
         "attainment": attainment,
     }
-    change = {name: value for name, value in said.items() if value is not None}
+    change = {name: value for name, value in values.items() if value is not None}
     if not change:
         return plane
     tiers = [tier.model_copy(update={"slo": tier.slo.model_copy(update=change)}) for tier in plane.tiers]
@@ -211,9 +253,7 @@ def _scenario(
 ) -> Scenario:
     first = list(islice(arrivals(), _PEEK))
     if not first:
-        raise SetupError(
-            "the trace has no requests in the part that is replayed: see --hours and --skip-hours"
-        )
+        raise SetupError("the trace has no requests in the part to replay: change --hours or --skip-hours")
     return build_scenario(plane, options, oracle.mean_request(first), nodes)
 
 
@@ -225,7 +265,7 @@ def _run(
 ) -> SimulationResult:
     if policy in ("static", "oracle"):
         if len(scenario.tiers) > 1:
-            raise click.UsageError(f"policy '{policy}' plans for one tier: give a configuration with one")
+            raise click.UsageError(f"policy '{policy}' works for one tier: use a configuration with one tier")
         known = list(arrivals())
         if policy == "static":
             return oracle.run_static(scenario, known)
@@ -239,7 +279,7 @@ def _run(
 
 
 class _Progress:
-    """Lines on stderr, at most one a second."""
+    """Prints progress to standard error, at most one line per second."""
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
@@ -247,19 +287,19 @@ class _Progress:
         self._began_s = self._last_s
 
     def reading(self, at_s: float) -> None:
-        """The trace is read once to know how long it is."""
+        """Report how far the trace has been read to determine its length."""
         if self._due():
             click.echo(f"reading the trace: {at_s / 3600:.1f} h", err=True)
 
     def running(self, span_s: float) -> Callable[[float, int], None]:
-        """For :meth:`Simulator.run`."""
+        """A callback for :meth:`Simulator.run`."""
 
-        def say(at_s: float, requests: int) -> None:
+        def report(at_s: float, requests: int) -> None:
             if self._due():
                 share = at_s / span_s if span_s else 1.0
                 click.echo(f"{share:.0%}, {at_s / 3600:.1f} h, {requests} requests", err=True)
 
-        return say
+        return report
 
     def _due(self) -> bool:
         now_s = time.perf_counter()
@@ -270,7 +310,7 @@ class _Progress:
 
 
 def _shares(mix: str | None) -> dict[Complexity, float]:
-    """``simple=6,complex=1`` as shares; a UsageError says what is wrong."""
+    """``simple=6,complex=1`` as shares. Raises UsageError."""
     found: dict[Complexity, float] = {}
     for part in (mix or "").split(","):
         if not part.strip():
@@ -282,9 +322,9 @@ def _shares(mix: str | None) -> dict[Complexity, float]:
         except ValueError:
             share = -1.0
         if share < 0 or not math.isfinite(share):
-            raise click.UsageError(f"--mix: '{part}' is no share such as simple=6")
+            raise click.UsageError(f"--mix: '{part}' is not a share such as simple=6")
     if mix and not sum(found.values()):
-        raise click.UsageError("--mix: the shares are all 0")
+        raise click.UsageError("--mix: all shares are 0, at least one must be positive")
     return found
 
 
@@ -303,7 +343,7 @@ def _checked(arrivals: Iterable[Arrival], plane: PlaneConfig, trace: Path) -> It
     for arrival in arrivals:
         if arrival.tier not in known:
             names = ", ".join(tier.name for tier in plane.tiers)
-            raise SetupError(f"{trace}: tier '{arrival.tier}' is not in the configuration; there is {names}")
+            raise SetupError(f"{trace}: tier '{arrival.tier}' is not in the configuration; known: {names}")
         yield arrival
 
 
@@ -315,8 +355,8 @@ def _show(result: SimulationResult) -> None:
         f"{result.gpu_hours:.2f} GPU hours"
     )
     table = Table(
-        *("tier", "requests", "SLO met", "replica h", "GPU h", "queue", "first token", "answer", "unserved"),
-        caption="times: 50th and 99th percentile in seconds; unserved: refused, too late or lost",
+        *("tier", "requests", "SLO met", "replica h", "GPU h", "queue", "first token", "total", "unserved"),
+        caption="times: 50th and 99th percentile in seconds; unserved: refused, expired or lost",
     )
     for tier in result.tiers:
         data = tier.as_json()
@@ -333,9 +373,7 @@ def _show(result: SimulationResult) -> None:
     for line in placement_lines(result):
         console.print(line, soft_wrap=True)
     if result.decisions:
-        console.print(
-            f"decisions that changed or wanted a target: {result.decisions_total}; the last recorded:"
-        )
+        console.print(f"scaling decisions: {result.decisions_total}; the last ones:")
     for entry in result.decisions[-_SHOWN:]:
         where = f"{entry.at_s / 3600:.2f} h {entry.tier}: {entry.before} to {entry.target}"
         console.print(f"  {where}, {entry.reason}", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""``tierplane size``: the cheapest way to carry what the tiers are expected to carry."""
+"""``tierplane size``: the cheapest fleet for the load that the tiers are expected to carry."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ _SHOWN_REASONS = 3
 def command(config: str, cluster: Path, as_json: bool) -> None:
     """Choose GPUs, parallelism, weight format and replicas for an expected load, at the lowest cost.
 
-    For each tier of CONFIG that has 'expected': the cheapest that keeps the wanted times and fits the
-    cluster, with the reason, the next best and what was ruled out. Speeds are an estimate from published
-    figures of the GPUs. Exit status 3 if the cluster can't carry it.
+    For each tier of CONFIG that has 'expected': the cheapest option that meets the latency targets and fits
+    the cluster, the reason, the next best option and those that were ruled out. Speeds are estimated from the
+    GPUs' published specifications. Exit status 3 if the cluster can't carry the load.
     """
     plane = load_checked(config).plane
     described = load_cluster(cluster)
     needs = needs_of(plane)
     if not needs:
         raise SetupError(
-            "no vllm tier has 'expected': give one requests_per_s, input_tokens and output_tokens"
+            "no vllm tier has 'expected': set its requests_per_s, input_tokens and output_tokens"
         )
     fleet = fleet_of(described)
     found = size_tiers(needs, fleet.gpus)
@@ -69,10 +69,10 @@ def command(config: str, cluster: Path, as_json: bool) -> None:
 def _show(found: FleetSizing | NoFleetSizing, where: PlacementPlan | None, fleet: GpuFleet) -> None:
     console = stdout()
     if fleet.unknown:
-        console.print(f"left out, not in the table of GPU models: {', '.join(fleet.unknown)}")
+        console.print(f"left out, because not in the table of GPU models: {', '.join(fleet.unknown)}")
     if isinstance(found, NoFleetSizing) or where is None:
         reasons = found.reasons if isinstance(found, NoFleetSizing) else ()
-        console.print("[red]the cluster can't carry it[/red]: " + "; ".join(reasons), soft_wrap=True)
+        console.print("[red]the cluster can't carry the load[/red]: " + "; ".join(reasons), soft_wrap=True)
         for tier, ruled_out in found.ruled_out if isinstance(found, NoFleetSizing) else ():
             for text in _main_reasons(ruled_out):
                 console.print(f"  {tier}: {text}", soft_wrap=True)
@@ -92,7 +92,7 @@ def _show(found: FleetSizing | NoFleetSizing, where: PlacementPlan | None, fleet
             f"{option.expected.itl_ms:.1f} ms",
         )
     console.print(table)
-    price = "" if fleet.priced else " (no cost_per_hour is given: each GPU counts as 1)"
+    price = "" if fleet.priced else " (without cost_per_hour in the cluster file each GPU costs 1)"
     console.print(f"{found.cost_per_hour:.2f} per hour in all{price}; {found.basis}")
     for choice in found.choices:
         console.print(f"{choice.tier}: {choice.why}", soft_wrap=True)
@@ -106,17 +106,17 @@ def _show(found: FleetSizing | NoFleetSizing, where: PlacementPlan | None, fleet
     console.print("Settings of the tiers")
     console.print(yaml.safe_dump(settings, sort_keys=False, default_flow_style=None).rstrip(), soft_wrap=True)
     for infeasible in where.infeasible:
-        console.print(f"[red]{infeasible.gang.gang_id} has no place[/red]: {infeasible.why}")
+        console.print(f"[red]{infeasible.gang.gang_id} can't be placed[/red]: {infeasible.why}")
 
 
 def _main_reasons(ruled_out: tuple[RuledOutOption, ...]) -> list[str]:
-    """The reasons that rule out most, each with an example of what it rules out."""
+    """For each GPU model how many options were ruled out, with an example and its reason."""
     examples: dict[str, RuledOutOption] = {}
     for each in ruled_out:
         examples.setdefault(each.gpu, each)
     counts = Counter(each.gpu for each in ruled_out)
     return [
-        f"{counts[gpu]} way{'s' * (counts[gpu] > 1)} on {gpu}, such as tensor parallel {each.tp}"
+        f"{counts[gpu]} option{'s' * (counts[gpu] > 1)} on {gpu}, such as tensor parallel {each.tp}"
         f"{f' x pipeline parallel {each.pp}' if each.pp > 1 else ''}, {each.quantization}: {each.reason}"
         for gpu, each in list(examples.items())[:_SHOWN_REASONS]
     ]

@@ -18,7 +18,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_list_needs_no_import(checkout: Path) -> None:
+def test_the_list_of_benchmarks_needs_no_import(checkout: Path) -> None:
     folder = checkout / "tests" / "benchmarks"
     folder.mkdir(parents=True)
     (folder / "bench_two_words.py").write_text(

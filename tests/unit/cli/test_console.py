@@ -6,7 +6,7 @@ from rich.table import Table
 from controlplane.cli.console import PIPE_WIDTH, stdout
 
 
-def test_what_a_pipe_gets_is_not_cut(
+def test_output_to_a_pipe_is_not_truncated(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "60")

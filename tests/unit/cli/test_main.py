@@ -33,7 +33,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Failing:
 
 
 @pytest.mark.parametrize("name", list(COMMANDS))
-def test_the_table_is_true(name: str) -> None:
+def test_the_table_of_commands_matches_the_commands(name: str) -> None:
     command = main.get_command(click.Context(main), name)
     assert command is not None
     assert command.get_short_help_str(200) == COMMANDS[name][1]
@@ -47,7 +47,7 @@ def test_help_and_version() -> None:
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["validate", "configs/cpu.yaml"], ["bench", "--help"]])
-def test_what_needs_no_ray_imports_none(arguments: list[str]) -> None:
+def test_commands_that_need_no_ray_do_not_import_it(arguments: list[str]) -> None:
     program = (
         "import sys\nfrom controlplane.cli import main\n"
         f"code = main({arguments!r}, standalone_mode=False)\n"
@@ -64,7 +64,9 @@ def test_what_needs_no_ray_imports_none(arguments: list[str]) -> None:
         (ConfigError([Problem("a.b", "wrong", "mend it")], "f.yaml"), 2, "a.b: wrong (mend it)"),
     ],
 )
-def test_errors_are_text(failing: Failing, error: Exception, code: int, text: str) -> None:
+def test_errors_are_printed_without_a_traceback(
+    failing: Failing, error: Exception, code: int, text: str
+) -> None:
     failing.error = error
     result = CliRunner().invoke(main, ["fail"])
     assert result.exit_code == code

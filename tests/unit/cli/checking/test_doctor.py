@@ -156,7 +156,7 @@ def test_a_port_of_the_running_plane_is_fine() -> None:
 
         found = checks.check_port("gateway", holder.getsockname()[1], frozenset({os.getpid()}))
         assert found.verdict is CheckStatus.OK
-        assert "runs now" in found.message
+        assert "running plane" in found.message
 
 
 def test_needed_memory_follows_the_configuration() -> None:
@@ -180,13 +180,13 @@ def test_memory(available: int, verdict: CheckStatus) -> None:
     assert ("laptop" in check.remedy) is (verdict is CheckStatus.FAIL)
 
 
-def test_disk_counts_the_model_only_while_it_is_not_there(cache_dir: Path) -> None:
-    assert "is fetched" in checks.check_disk(plane("laptop")).message
+def test_disk_space_for_the_model_is_needed_only_until_it_is_cached(cache_dir: Path) -> None:
+    assert "fetching the bundled model" in checks.check_disk(plane("laptop")).message
     folder = cache_dir / "models" / "smollm2-135m"
     folder.mkdir(parents=True)
     (folder / "x.gguf").touch()
-    assert "is fetched" not in checks.check_disk(plane("laptop")).message
-    assert "is fetched" in checks.check_disk(plane("cpu")).message
+    assert "fetching the bundled model" not in checks.check_disk(plane("laptop")).message
+    assert "fetching the bundled model" in checks.check_disk(plane("cpu")).message
 
 
 def test_the_command_on_this_machine(run_dir: Path) -> None:

@@ -28,11 +28,11 @@ def wrong(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_a_right_file() -> None:
+def test_a_valid_file() -> None:
     code, out, _ = run(str(CONFIGS / "gpu.yaml"))
     assert code == 0
     assert "capable" in out
-    assert "no problem" in out
+    assert "no problems" in out
 
 
 def test_json() -> None:
@@ -72,7 +72,7 @@ def test_no_such_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "expected"), [("cpu", ["cpu"]), ("gpu", ["gpu"]), ("laptop", ["llamacpp"]), ("simulated", [])]
 )
-def test_extras_that_make_installs(name: str, expected: list[str]) -> None:
+def test_the_extras_that_make_installs(name: str, expected: list[str]) -> None:
     assert extras(load_plane(CONFIGS / f"{name}.yaml").plane) == expected
 
 
@@ -94,7 +94,7 @@ def naming(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_variables_that_are_not_set_are_warned_of(naming: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unset_variables_are_warnings(naming: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAR_KEY", "")
     monkeypatch.delenv("HOOK_SECRET", raising=False)
     code, out, _ = run(naming, "--json")
@@ -117,7 +117,7 @@ def test_variables_that_are_not_set_are_warned_of(naming: str, monkeypatch: pyte
     assert "h00k" not in out
 
 
-def test_doctor_warns_of_a_variable_that_is_not_set(naming: str) -> None:
+def test_doctor_warns_about_an_unset_variable(naming: str) -> None:
     file = load_plane(naming)
     [check] = check_variables(file, {"FAR_KEY": "f4r"})
     assert check.verdict is CheckStatus.WARN

@@ -10,11 +10,11 @@ from controlplane.core.reconcile.migrations import Activity, Migration, Migratio
 REST = Activity((), (), (), (), settled=True, store_warning="", tick_s=0.001)
 
 
-def test_at_rest_there_is_nothing_to_say() -> None:
+def test_without_actions_in_progress_nothing_is_shown() -> None:
     assert activity_lines(REST) == []
 
 
-def test_everything_under_way_is_said_with_its_reason() -> None:
+def test_actions_in_progress_are_shown_with_their_reasons() -> None:
     move = Migration(
         "small-a", "small", MigrationPhase.RETIRING, "XID 79", 1.0, 0.0, note="enough other replicas serve"
     )
@@ -29,11 +29,11 @@ def test_everything_under_way_is_said_with_its_reason() -> None:
     )
     text = "\n".join(line.plain for line in activity_lines(busy))
     assert text.splitlines() == [
-        "the controller's memory: disk full",
-        "the controller has just started and waits for everybody to report",
+        "the controller's store: disk full",
+        "the controller has just started and waits for reports from replicas and gateways",
         "tier big is held: 3 replicas failed",
         "small-a moves (retiring): XID 79; enough other replicas serve",
-        "small-c is to leave: looks odd",
+        "small-c is being drained: looks odd",
         "small-b waits for its restart: asked to",
     ]
     said = json.loads(json.dumps(activity_json(busy)))

@@ -30,7 +30,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (("bal",), []),
     ],
 )
-def test_which_files_a_name_means(folder: Path, names: tuple[str, ...], expected: list[str]) -> None:
+def test_the_log_files_of_a_name(folder: Path, names: tuple[str, ...], expected: list[str]) -> None:
     assert [path.stem for path in log_files(folder, names)] == expected
 
 
@@ -71,10 +71,10 @@ def test_a_json_line_is_made_readable() -> None:
 
 
 @pytest.mark.parametrize("line", ["INFO 01-02 loading", "{not json", '{"a": 1}', "{}", ""])
-def test_any_other_line_stays(line: str) -> None:
+def test_any_other_line_is_unchanged(line: str) -> None:
     assert readable(line) == line
 
 
-def test_raw_is_raw(folder: Path) -> None:
+def test_raw_lines_are_unchanged(folder: Path) -> None:
     (folder / "controller.log").write_text('{"event": "x"}\n')
     assert CliRunner().invoke(command, ["controller", "--raw"]).output == '{"event": "x"}\n'

@@ -67,7 +67,7 @@ def test_a_port_that_is_taken_is_named_and_nothing_is_started(tmp_path: Path, ru
     assert "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
 
 
-def test_a_wrong_configuration_ends_with_2_and_every_problem(tmp_path: Path) -> None:
+def test_an_invalid_configuration_exits_with_2_and_lists_every_problem(tmp_path: Path) -> None:
     path = config(tmp_path, 18080, {"name": "Only", "engine": "nonsense"})
     result = run("up", str(path))
     assert result.exit_code == 2
@@ -75,11 +75,11 @@ def test_a_wrong_configuration_ends_with_2_and_every_problem(tmp_path: Path) -> 
     assert "engine" in result.output
 
 
-def test_up_beside_one_that_runs_is_refused(tmp_path: Path) -> None:
+def test_up_is_refused_while_a_plane_is_up(tmp_path: Path) -> None:
     run_record().save()
     result = run("up", str(config(tmp_path, 18080)))
     assert result.exit_code == 1
-    assert "is up already" in result.output
+    assert "is already up" in result.output
 
 
 class Rays:
@@ -144,11 +144,11 @@ def test_a_lost_port_is_named_and_ray_starts_again_with_others(
     assert len(set(rays.ports)) == 2
     said = [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
     lost = f"port {rays.ports[0]} (HAProxy's statistics) is taken by x (process 7)"
-    assert [text for text in said if "port" in text] == [f"{lost}: once more, with other ports"]
+    assert [text for text in said if "port" in text] == [f"{lost}: starting again with other ports"]
 
 
 @pytest.mark.parametrize("when", ["start", "deploy"])
-def test_ports_that_are_lost_again_and_again_end_the_start(
+def test_the_start_fails_if_ports_are_lost_repeatedly(
     when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rays = Rays(monkeypatch, lost=100, when=when)
@@ -176,17 +176,17 @@ def raising(error: Exception) -> Callable[..., None]:
     return fail
 
 
-def test_down_with_nothing_to_stop_says_so_and_needs_no_ray() -> None:
+def test_down_without_a_plane_needs_no_ray() -> None:
     result = run("down", "--json")
     assert result.exit_code == 0
     assert json.loads(result.output) == {"event": "stopped", "processes": 0, "ray_stopped": False}
 
 
-def test_down_clears_what_a_dead_plane_left(run_dir: Path) -> None:
+def test_down_removes_the_remains_of_a_dead_plane(run_dir: Path) -> None:
     run_record(up_pid=2**22 + 1).save()
     result = run("down")
     assert result.exit_code == 0
-    assert "none is left" in result.output
+    assert "none left" in result.output
     assert not (run_dir / "up.json").exists()
 
 
@@ -197,22 +197,22 @@ def test_status_without_a_plane_is_an_error(monkeypatch: pytest.MonkeyPatch) -> 
     assert "tierplane up" in result.output
 
 
-def test_the_first_signal_asks_to_stop_and_the_second_to_hurry() -> None:
+def test_the_first_signal_requests_a_stop_and_the_second_to_hurry() -> None:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     interrupts = Interrupts()
     try:
         interrupts.install()
-        assert not interrupts.asked_to_stop
+        assert not interrupts.stop_requested
         os.kill(os.getpid(), signal.SIGTERM)
-        assert (interrupts.asked_to_stop, interrupts.asked_to_hurry) == (True, False)
+        assert (interrupts.stop_requested, interrupts.hurry_requested) == (True, False)
         os.kill(os.getpid(), signal.SIGINT)
-        assert interrupts.asked_to_hurry
+        assert interrupts.hurry_requested
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def test_the_examples_are_whole() -> None:
+def test_the_examples_are_complete() -> None:
     assert "http://h:1/v1/chat/completions" in curl_line("http://h:1", "balanced")
     body = curl_line("http://h:1", "balanced").partition("-d '")[2].removesuffix("'")
     assert json.loads(body)["model"] == "balanced"
@@ -222,7 +222,7 @@ def test_the_examples_are_whole() -> None:
 @pytest.mark.parametrize(
     ("s", "text"), [(0, "0 s"), (-3, "0 s"), (59.9, "59 s"), (200, "3 m 20 s"), (18120, "5 h 02 m")]
 )
-def test_durations_for_people(s: float, text: str) -> None:
+def test_durations_as_text(s: float, text: str) -> None:
     assert age(s) == text
 
 
@@ -231,7 +231,7 @@ def tiers(phase: str, state: EndpointState = EndpointState.STARTING) -> tuple[Ti
     return tier_statuses(ClusterSnapshot("e", 1, 0.0, (endpoint,)), [TierSpec("only", "m", "vllm", 1, 1)])
 
 
-def test_lines_tell_changes_only(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_report_only_changes(capsys: pytest.CaptureFixture[str]) -> None:
     voice = LineProgress()
     voice.progress(tiers("loading weights"), 1.0)
     voice.progress(tiers("loading weights"), 1.5)
@@ -242,7 +242,7 @@ def test_lines_tell_changes_only(capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
-def test_json_lines_tell_changes_only_and_no_secret(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_lines_report_only_changes_and_no_secrets(capsys: pytest.CaptureFixture[str]) -> None:
     voice = JsonProgress()
     voice.step("starting Ray")
     voice.progress(tiers("loading weights"), 1.0)

@@ -54,7 +54,7 @@ def answer(*shown: AlertView) -> AlertsResponse:
     return AlertsResponse(tuple(replace(a, since_unix_s=unix_s - 65) for a in shown), (silence,), (webhook,))
 
 
-def test_for_people(play: Any) -> None:
+def test_output_as_text(play: Any) -> None:
     hot = replace(
         TIER_DOWN,
         rule="TierplaneGpuHot",
@@ -78,19 +78,20 @@ def test_for_people(play: Any) -> None:
     assert "acknowledged by bob, silenced for " in lines[2]
     assert "pending" in lines[3]
     assert lines[4] == ("Tier small has no ready endpoint. (small-1 is failed) tierplane status says why.")
-    assert done.output.count("tierplane status says why.") == 2, "what is pending is no advice"
-    assert "silence 3: every rule about large, 1 h 00 m more: an upgrade (ada)" in done.output
-    assert "webhook https://hooks.example: 4 messages taken, 1 given up, 2 alerts wait: it answered 500" in (
-        done.output
+    assert done.output.count("tierplane status says why.") == 2, "a pending alert needs no action"
+    assert "silence 3: all rules about large, 1 h 00 m left: an upgrade (ada)" in done.output
+    assert (
+        "webhook https://hooks.example: 4 messages delivered, 1 failed, 2 alerts waiting: it answered 500"
+        in (done.output)
     )
 
 
-def test_when_nothing_is_wrong(play: Any) -> None:
+def test_without_alerts(play: Any) -> None:
     play(alerts=AlertsResponse((), (), (WebhookView("https://x", 4, 0, 0, 0),)))
-    assert run().output == "Nothing is wrong that a rule looks for.\n"
+    assert run().output == "No alerts.\n"
 
 
-def test_for_programs_and_with_the_past(play: Any) -> None:
+def test_json_with_past_alerts(play: Any) -> None:
     plane = play(alerts=answer(TIER_DOWN), events=EVENTS)
     value = json.loads(run("--json", "--all").output)
     assert value["alerts"][0]["rule"] == "TierplaneTierDown"
@@ -104,7 +105,7 @@ def test_for_programs_and_with_the_past(play: Any) -> None:
     assert "generation 1" not in shown
 
 
-def test_wishes_go_to_the_controller(play: Any) -> None:
+def test_actions_are_sent_to_the_controller(play: Any) -> None:
     done = ActionResponse(ActionOutcome.DONE, "done so", ("small",))
     plane = play(acknowledge_alert=done, silence_alerts=done, unsilence_alerts=done)
     assert run("ack", "TierDown", "small", "--by", "ada").output == "done so\n"
@@ -126,7 +127,7 @@ def test_wishes_go_to_the_controller(play: Any) -> None:
 
 
 @pytest.mark.parametrize("words", ["2", "h", "-1h", "0s", "2 weeks", ""])
-def test_a_duration_that_is_none_is_refused(words: str, play: Any) -> None:
+def test_an_invalid_duration_is_refused(words: str, play: Any) -> None:
     plane = play()
     done = run("silence", "--for", words, "--reason", "x")
     assert done.exit_code == 2
@@ -134,7 +135,7 @@ def test_a_duration_that_is_none_is_refused(words: str, play: Any) -> None:
     assert not plane.calls
 
 
-def test_what_is_not_done_ends_with_1_and_what_is_so_already_with_0(play: Any) -> None:
+def test_a_refused_action_exits_with_1_and_an_unnecessary_one_with_0(play: Any) -> None:
     play(acknowledge_alert=ActionResponse(ActionOutcome.UNKNOWN, "there is no alert rule 'x'"))
     done = run("ack", "x", "small")
     assert done.exit_code == 1
@@ -142,18 +143,18 @@ def test_what_is_not_done_ends_with_1_and_what_is_so_already_with_0(play: Any) -
     assert run("ack", "x", "small", "--json").exit_code == 1
     play(acknowledge_alert=ActionResponse(ActionOutcome.UNCHANGED, "bob has acknowledged it", ("small",)))
     done = run("ack", "TierDown", "small")
-    assert (done.exit_code, done.output) == (0, "nothing to do: bob has acknowledged it\n")
+    assert (done.exit_code, done.output) == (0, "nothing to do: small: bob has acknowledged it\n")
 
 
-def test_the_worst_is_in_the_status(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_status_shows_the_most_severe_alert(monkeypatch: pytest.MonkeyPatch) -> None:
     down = FiringAlert(
         "TierplaneTierDown", TIER_DOWN.severity, TIER_DOWN.kind, "small", TIER_DOWN.summary, "Look.", 1.0
     )
-    assert [str(line) for line in alerts.firing_lines([down, down, down])] == [
-        "critical: Tier small has no ready endpoint. And 2 more alerts. See tierplane alerts."
+    assert [str(line) for line in alerts.firing_summary([down, down, down])] == [
+        "critical: Tier small has no ready endpoint. 2 more alerts. See `tierplane alerts`."
     ]
-    assert str(alerts.firing_lines([down])[0]).endswith("endpoint. See tierplane alerts.")
-    assert alerts.firing_lines([]) == []
+    assert str(alerts.firing_summary([down])[0]).endswith("endpoint. See `tierplane alerts`.")
+    assert alerts.firing_summary([]) == []
     snapshot = ClusterSnapshot("e", 1, 0.0, alerts=(down,))
     activity = Activity((), (), (), (), True, "", 0.0)
     plane = FakePlane(status=(snapshot, (), ()), activity=activity)

@@ -20,7 +20,7 @@ async def ask(rig: Rig, *arguments: str, text: str | None = None) -> Result:
     return await asyncio.to_thread(CliRunner().invoke, command, options, text)
 
 
-async def test_the_choice_and_what_was_left_out_are_told() -> None:
+async def test_the_choice_and_the_excluded_endpoints_are_shown() -> None:
     async with running(plane(*THREE)) as rig:
         await rig.engine("light-1", "lightweight")
         await rig.engine("light-2", "lightweight")
@@ -36,7 +36,7 @@ async def test_the_choice_and_what_was_left_out_are_told() -> None:
         assert any(line.startswith("→") and "light-2" in line for line in rest)
 
 
-async def test_options_win_over_the_body(tmp_path: Path) -> None:
+async def test_options_override_the_body(tmp_path: Path) -> None:
     path = tmp_path / "body.json"
     path.write_text(json.dumps({"model": "lightweight", "messages": [], "metadata": {"priority": "low"}}))
     async with running(plane(*THREE)) as rig:
@@ -64,7 +64,7 @@ async def test_every_hint_reaches_the_gateway() -> None:
         assert "x-priority must be one of" in str(wrong.exception)
 
 
-async def test_a_refusal_is_told_and_ends_with_1() -> None:
+async def test_a_refusal_is_shown_and_exits_with_1() -> None:
     async with running(plane(*THREE)) as rig:
         await rig.engine("light", "lightweight")
         result = await ask(rig, "--model", "nothing-like-it")
@@ -77,11 +77,11 @@ async def test_a_refusal_is_told_and_ends_with_1() -> None:
     ("options", "said"),
     [
         (["--url", "http://127.0.0.1:9"], "no gateway answers at http://127.0.0.1:9"),
-        (["--url", "127.0.0.1:9"], "is no address"),
-        (["--url", "http://127.0.0.1:9", "--body", "-"], "--body is no JSON"),
+        (["--url", "127.0.0.1:9"], "is not an address"),
+        (["--url", "http://127.0.0.1:9", "--body", "-"], "--body is not JSON"),
     ],
 )
-def test_what_can_be_wrong_is_said(options: list[str], said: str) -> None:
+def test_wrong_options_are_explained(options: list[str], said: str) -> None:
     result = CliRunner().invoke(command, options, input="{")
     assert result.exit_code != 0
     assert said in str(result.exception)

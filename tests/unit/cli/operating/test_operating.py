@@ -69,7 +69,7 @@ def gpu(**fields: Any) -> GpuView:
 
 
 @pytest.mark.parametrize("verb", ["cordon", "drain", "restart", "uncordon"])
-def test_a_wish_goes_to_the_controller_with_its_reason(verb: str, play: Any) -> None:
+def test_an_action_is_sent_to_the_controller_with_its_reason(verb: str, play: Any) -> None:
     plane = play(lambda *_: ActionResponse(ActionOutcome.DONE, f"GPU {GPU}: {verb}ed", (GPU,)))
     done = run(verb, "GPU-5c72", "--reason", "fan is loud")
     assert done.exit_code == 0
@@ -86,7 +86,7 @@ def test_taking_something_out_of_use_needs_a_reason(verb: str, play: Any) -> Non
     assert not plane.calls
 
 
-def test_what_is_so_already_is_no_error(play: Any) -> None:
+def test_an_unnecessary_action_is_no_error(play: Any) -> None:
     play(lambda *_: ActionResponse(ActionOutcome.UNCHANGED, "it was so already", (GPU,)))
     done = run("cordon", GPU, "--reason", "again")
     assert done.exit_code == 0
@@ -94,7 +94,7 @@ def test_what_is_so_already_is_no_error(play: Any) -> None:
 
 
 @pytest.mark.parametrize("outcome", [ActionOutcome.UNKNOWN, ActionOutcome.REFUSED])
-def test_a_wish_that_is_not_fulfilled_ends_with_1_and_says_why(outcome: ActionOutcome, play: Any) -> None:
+def test_a_refused_action_exits_with_1_and_its_reason(outcome: ActionOutcome, play: Any) -> None:
     play(lambda *_: ActionResponse(outcome, "there is no GPU, node, tier or endpoint named 'x'"))
     done = run("drain", "x", "--reason", "y")
     assert done.exit_code == 1
@@ -104,7 +104,7 @@ def test_a_wish_that_is_not_fulfilled_ends_with_1_and_says_why(outcome: ActionOu
     assert json.loads(done.output)["outcome"] == outcome.value
 
 
-def test_without_a_plane_the_error_says_what_to_do(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_plane_the_error_names_the_remedy(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     for arguments in (["gpus"], ["events"], ["cordon", "x", "--reason", "y"], ["status"]):
         done = run(*arguments)
@@ -112,7 +112,7 @@ def test_without_a_plane_the_error_says_what_to_do(run_dir: Path, monkeypatch: p
         assert "tierplane up" in done.output
 
 
-def test_gpus_for_people(play: Any) -> None:
+def test_gpus_as_a_table(play: Any) -> None:
     play(
         lambda *_: (
             gpu(holders=(GpuHolder("fast-a", 500, 38 * GIB), GpuHolder("fast-b", 250, 0))),
@@ -135,7 +135,7 @@ def test_gpus_for_people(play: Any) -> None:
     assert run("gpus").output == "No node reports a GPU.\n"
 
 
-def test_gpus_for_programs(play: Any) -> None:
+def test_gpus_as_json(play: Any) -> None:
     play(lambda *_: (gpu(holders=(GpuHolder("fast-a", 1000, 0),)),))
     [one] = json.loads(run("gpus", "--json").output)["gpus"]
     assert one["uuid"] == GPU
@@ -164,7 +164,7 @@ class Log:
         return tuple(event for event in self._events if event.number > after)
 
 
-def test_events_in_order_each_once_also_while_the_controller_restarts(
+def test_each_event_is_printed_once_and_in_order_even_if_the_controller_restarts(
     play: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(events, "POLL_S", 0.0)
@@ -178,9 +178,11 @@ def test_events_in_order_each_once_also_while_the_controller_restarts(
     assert len(said.splitlines()) == 1
 
 
-def test_following_a_controller_that_stays_away_ends(play: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_following_ends_if_the_controller_stays_unreachable(
+    play: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(events, "POLL_S", 0.0)
-    monkeypatch.setattr(events, "AWAY_LIMIT_S", 0.01)
+    monkeypatch.setattr(events, "UNREACHABLE_LIMIT_S", 0.01)
 
     def answer(method: str, after: int, limit: int) -> tuple[Event, ...]:
         if after < 0:

@@ -59,7 +59,7 @@ def run(*words: str) -> Result:
         (("auto",), ("small", None, None, "")),
     ],
 )
-def test_scale_asks_the_controller(plane: FakePlane, words: tuple[str, ...], asked: tuple[Any, ...]) -> None:
+def test_scale_calls_the_controller(plane: FakePlane, words: tuple[str, ...], asked: tuple[Any, ...]) -> None:
     done = run("scale", "small", *words)
     assert (done.exit_code, done.output) == (0, "tier small: 3 replicas\n")
     assert plane.calls == [("scale", *asked)]
@@ -68,13 +68,13 @@ def test_scale_asks_the_controller(plane: FakePlane, words: tuple[str, ...], ask
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("many",), "neither a number nor auto"),
-        (("3", "--for", "soon"), "no length of time"),
-        (("3", "--for", "0"), "no length of time"),
-        (("auto", "--for", "2h"), "auto has no end"),
+        (("many",), "neither a number nor 'auto'"),
+        (("3", "--for", "soon"), "not a duration"),
+        (("3", "--for", "0"), "not a duration"),
+        (("auto", "--for", "2h"), "'auto' takes no duration"),
     ],
 )
-def test_scale_says_what_is_wrong(plane: FakePlane, words: tuple[str, ...], says: str) -> None:
+def test_scale_names_the_wrong_argument(plane: FakePlane, words: tuple[str, ...], says: str) -> None:
     done = run("scale", "small", *words)
     assert done.exit_code == 2
     assert says in done.output
@@ -98,7 +98,7 @@ def test_recommendations_are_shown_with_targets_or_if_scored_with_outcomes(plane
     assert "5 requests/s are forecast" in done.output
     assert "scale_out" in done.output
     assert "followed" not in done.output
-    assert "1 of 1 judged right, mean score 0.80" in done.output
+    assert "1 of 1 recommendations with an outcome were right, mean score 0.80" in done.output
     done = run("recommendations", "--scored")
     assert "followed; 0.80" in done.output
     assert "forecast" not in done.output

@@ -114,7 +114,7 @@ def simulated(path: Path) -> dict[str, Any]:
     return found
 
 
-def test_what_came_is_what_the_simulator_replays(plane: Plane, tmp_path: Path) -> None:
+def test_the_simulator_replays_the_recorded_traffic(plane: Plane, tmp_path: Path) -> None:
     plane.step(30)
     before = {tier: plane.counted[tier].arrived for tier in TIERS}
     plane.step(100, lightweight=2)
@@ -124,7 +124,7 @@ def test_what_came_is_what_the_simulator_replays(plane: Plane, tmp_path: Path) -
     path = tmp_path / "own.csv"
     done = trace("--output", path)
     assert done.exit_code == 0, done.output
-    assert "lightweight: 300 requests in 0.07 h that are known" in done.stdout
+    assert "lightweight: 300 requests in 24 windows that cover 0.07 h" in done.stdout
     assert list(rows(path)[0]) == list(COLUMNS)
     found = simulated(path)
     assert found["requests"] == sum(came.values()) == 600
@@ -138,7 +138,7 @@ def test_what_came_is_what_the_simulator_replays(plane: Plane, tmp_path: Path) -
     assert first - begins == pytest.approx(100, abs=12), "as exact as a sample is long"
 
 
-def test_a_store_that_has_joined_old_points_tells_the_same(plane: Plane, tmp_path: Path) -> None:
+def test_a_store_that_has_merged_old_points_gives_the_same_trace(plane: Plane, tmp_path: Path) -> None:
     plane.step(30)
     plane.step(600, lightweight=1)
     plane.step(300, lightweight=1, balanced=2)
@@ -161,7 +161,7 @@ def test_a_store_that_has_joined_old_points_tells_the_same(plane: Plane, tmp_pat
         ends[row["tier"]] = float(row["start_s"]) + float(row["seconds"])
 
 
-def test_what_nobody_counted_is_a_gap(plane: Plane, tmp_path: Path) -> None:
+def test_time_without_counts_is_a_gap(plane: Plane, tmp_path: Path) -> None:
     plane.step(40, lightweight=1)
     plane.away = True
     plane.start("e2")
@@ -175,7 +175,7 @@ def test_what_nobody_counted_is_a_gap(plane: Plane, tmp_path: Path) -> None:
     assert sum(int(row["requests"]) for row in rows(path)) < 80
 
 
-def test_how_far_it_looks_back(plane: Plane, tmp_path: Path) -> None:
+def test_the_option_hours_limits_the_period(plane: Plane, tmp_path: Path) -> None:
     plane.step(300, lightweight=1)
     path = tmp_path / "own.csv"
     hours = (time.time() - plane.world.clock.s + 100) / 3600
@@ -183,18 +183,18 @@ def test_how_far_it_looks_back(plane: Plane, tmp_path: Path) -> None:
     assert 80 <= sum(int(row["requests"]) for row in rows(path)) <= 110
 
 
-def test_nothing_recorded_is_said_and_writes_no_file(plane: Plane, tmp_path: Path) -> None:
+def test_without_recorded_traffic_no_file_is_written(plane: Plane, tmp_path: Path) -> None:
     plane.step(40)
     path = tmp_path / "own.csv"
     done = trace("--output", path)
     assert done.exit_code == 1
-    assert "no request was counted in the last 24 h" in done.output
+    assert "no requests were counted in the last 24 h" in done.output
     assert not path.exists()
     assert trace("--hours", "0").exit_code == 2
     assert trace("--hours", "721").exit_code == 2
 
 
-def test_it_goes_to_standard_output(plane: Plane) -> None:
+def test_the_trace_can_go_to_standard_output(plane: Plane) -> None:
     plane.step(60, balanced=1)
     done = trace()
     assert done.stdout.splitlines()[0] == ",".join(COLUMNS)

@@ -14,7 +14,7 @@ def run(*args: str) -> Result:
     return CliRunner().invoke(command, list(args), prog_name="tierplane fit", terminal_width=200)
 
 
-def test_a_fit() -> None:
+def test_a_model_that_fits() -> None:
     result = run("qwen3-8b", "--gpu", "H100-80G", "--length", "4096")
     assert result.exit_code == 0, result.output
     for text in (
@@ -27,7 +27,7 @@ def test_a_fit() -> None:
         assert text in result.output
 
 
-def test_no_fit_names_the_change() -> None:
+def test_a_model_that_does_not_fit_names_the_change() -> None:
     result = run("qwen2.5-32b-instruct", "--gpu", "L4", "--count", "4")
     assert result.exit_code == 1
     assert "does not fit" in result.output
@@ -68,8 +68,8 @@ def test_pipeline_stages_are_shown_one_by_one() -> None:
         (["qwen3-8b"], "--gpu is missing"),
         (["--gpu", "T4"], "missing: --layers, --hidden, --heads"),
         (["qwen3-8b", "--gpu", "T4", "--engine-arg", "dtype=odd"], "dtype"),
-        (["qwen3-8b", "--gpu", "T4", "--allow", "odd"], "no format 'odd'"),
-        (["--gpu", "T4", "--params", "x"], "no number"),
+        (["qwen3-8b", "--gpu", "T4", "--allow", "odd"], "unknown format 'odd'"),
+        (["--gpu", "T4", "--params", "x"], "not a number"),
         (["--gpu", "T4", "--params", "1M", "--layers", "9", "--hidden", "999", "--heads", "9"], "fewer"),
     ],
 )
@@ -91,9 +91,9 @@ def test_lists() -> None:
     assert "Qwen/Qwen3-8B" in run("--models").output
 
 
-def test_arguments_that_are_not_counted_are_said() -> None:
+def test_arguments_whose_memory_is_not_counted_are_reported() -> None:
     result = run("qwen3-8b", "--gpu", "H100", "--engine-arg", "enable-lora", "--max-model-len", "auto")
-    assert "--enable-lora changes memory in ways not counted here" in result.output
+    assert "the effect of --enable-lora on memory is not counted" in result.output
 
 
 def test_a_gguf_type_by_name() -> None:

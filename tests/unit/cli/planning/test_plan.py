@@ -117,7 +117,7 @@ def test_losing_the_node_that_a_tier_needs(files: tuple[str, str]) -> None:
     assert sorted(found["change"]["kept"]) == ["balanced-0", "lightweight-0", "lightweight-1"]
 
 
-def test_changes_are_made_one_after_the_other(files: tuple[str, str]) -> None:
+def test_changes_are_applied_one_after_another(files: tuple[str, str]) -> None:
     found = as_json(files, "--what-if", "scale capable 5")
     assert found["complete"] is False
     assert [item["replica"] for item in found["infeasible"]] == ["capable-4"]
@@ -127,16 +127,16 @@ def test_changes_are_made_one_after_the_other(files: tuple[str, str]) -> None:
     assert more["complete"] is True
     assert more["change"]["added"] == [f"capable-{i}" for i in range(1, 5)]
     text = run(files, "--what-if", "scale capable 5").output
-    assert "capable-4 has no place" in text
+    assert "capable-4 can't be placed" in text
     assert "big: needs 2 free GPUs, has 0" in text
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("lose-node nowhere", "no node 'nowhere'; there is small-0, small-1, big"),
-        ("add-node huge", "no node type 'huge'; there is small, big"),
-        ("scale middle 3", "no tier 'middle'; there is lightweight"),
+        ("lose-node nowhere", "there is no node 'nowhere'; known: small-0, small-1, big"),
+        ("add-node huge", "there is no node type 'huge'; known: small, big"),
+        ("scale middle 3", "there is no tier 'middle'; known: lightweight"),
         ("explode", "--what-if takes"),
     ],
 )
@@ -175,7 +175,7 @@ nodes:
 """
 
 
-def test_a_pipeline_goes_over_several_nodes_only_when_asked(tmp_path: Path) -> None:
+def test_a_pipeline_spans_several_nodes_only_if_configured(tmp_path: Path) -> None:
     config, cluster = tmp_path / "plane.yaml", tmp_path / "cluster.yaml"
     cluster.write_text(PAIRS)
     config.write_text(WIDE.replace("ASKED", "false"))
@@ -217,7 +217,7 @@ def plan_live(
     return found
 
 
-def test_on_a_running_cluster_what_runs_stays_and_others_keep_theirs(
+def test_on_a_running_cluster_replicas_stay_and_resources_of_others_are_left_alone(
     files: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster = live(
@@ -257,7 +257,7 @@ def demands(*tiers: dict[str, Any], model: str = "H100-80G", gib: int = 79) -> d
     return {demand.tier.name: demand for demand in tier_gangs(plane, [node])}
 
 
-def test_tiers_that_take_no_gpu() -> None:
+def test_tiers_that_use_no_gpu() -> None:
     found = demands(
         {"name": "cloud", "engine": "endpoint", "url": "http://elsewhere", "model": "m"},
         {"name": "cpu", "device": "cpu", "model": "m", "cpus": 2.5},
@@ -288,7 +288,7 @@ def test_engines_on_the_cpu_take_memory() -> None:
     assert "whole number" in cache.unfit[0][1]
 
 
-def test_gpu_models_that_the_tier_names() -> None:
+def test_only_the_gpu_models_of_the_tier_are_used() -> None:
     tier = {"name": "t", "model": "Qwen/Qwen2.5-1.5B-Instruct", "gpu_models": ["l4"]}
     found = demands(tier, model="H100-80G")["t"]
     assert found.shape is not None
@@ -298,7 +298,7 @@ def test_gpu_models_that_the_tier_names() -> None:
     assert options["ray_actor_options"]["label_selector"] == {"ray.io/accelerator-type": "in(L4)"}
 
 
-def test_a_share_is_no_less_than_the_memory_the_engine_takes() -> None:
+def test_a_gpu_share_has_at_least_the_memory_that_the_engine_takes() -> None:
     tier = {"name": "t", "model": "Qwen/Qwen2.5-1.5B-Instruct", "gpu_share": 0.5}
     greedy = demands(tier)["t"]
     assert greedy.shape is not None
@@ -309,7 +309,7 @@ def test_a_share_is_no_less_than_the_memory_the_engine_takes() -> None:
     assert (modest.shape.milli_gpu, modest.notes) == (500, ())
 
 
-def test_what_is_not_known_is_said() -> None:
+def test_unknown_values_are_reported() -> None:
     unknown = demands({"name": "t", "model": "nobody/knows-this"})["t"]
     assert unknown.shape is not None
     assert unknown.notes[0].startswith("memory is not checked: ")

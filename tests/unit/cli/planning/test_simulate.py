@@ -111,7 +111,7 @@ def test_replicas_run_on_the_nodes_of_a_cluster_file(trace: str) -> None:
     assert "1 node with 4 usable GPUs" in people.stdout
 
 
-def test_a_gpu_tier_needs_to_know_its_gpu(trace: str) -> None:
+def test_a_gpu_tier_needs_a_gpu_model(trace: str) -> None:
     done = simulate("--trace", trace, "--config", str(ROOT / "configs" / "gpu.yaml"))
     assert done.exit_code != 0
     assert "--gpu L4" in done.output
@@ -120,13 +120,13 @@ def test_a_gpu_tier_needs_to_know_its_gpu(trace: str) -> None:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--policy", "oracle"], "plans for one tier"),
-        (["--mix", "simple"], "no share"),
-        (["--mix", "simple=0"], "all 0"),
+        (["--policy", "oracle"], "works for one tier"),
+        (["--mix", "simple"], "not a share"),
+        (["--mix", "simple=0"], "all shares are 0"),
         (["--min-replicas", "5", "--max-replicas", "2"], "--min-replicas"),
         (["--skip-hours", "9"], "no requests"),
         (["--node-mtbf-hours", "9"], "with --cluster"),
-        (["--gpu", "L4", "--cluster", CLUSTER], "the cluster file says which GPUs there are"),
+        (["--gpu", "L4", "--cluster", CLUSTER], "--gpu can't be combined with --cluster"),
         (["--cluster", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )

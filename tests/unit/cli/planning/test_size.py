@@ -55,7 +55,7 @@ def sized(folder: Path, *tiers: dict[str, Any], **more: Any) -> dict[str, Any]:
     return found
 
 
-def test_the_cheapest_gpus_that_carry_it(tmp_path: Path) -> None:
+def test_the_cheapest_gpus_that_carry_the_load_are_chosen(tmp_path: Path) -> None:
     found = sized(tmp_path, LIGHT, HEAVY)
     assert found["fits"]
     light, heavy = found["tiers"]
@@ -72,13 +72,13 @@ def test_the_cheapest_gpus_that_carry_it(tmp_path: Path) -> None:
     parse_plane({"tiers": [{**HEAVY, **heavy["settings"]}]})
 
 
-def test_a_format_that_is_made_beforehand_is_said(tmp_path: Path) -> None:
+def test_a_format_that_needs_another_checkpoint_is_noted(tmp_path: Path) -> None:
     awq = {**HEAVY, "expected": {**HEAVY["expected"], "quantizations": ["awq"]}}
     assert "needs a checkpoint of the model in awq" in sized(tmp_path, awq)["tiers"][0]["note"]
     assert sized(tmp_path, HEAVY)["tiers"][0]["note"] == ""  # fp8 is made while loading
 
 
-def test_without_prices_each_gpu_counts_the_same(tmp_path: Path) -> None:
+def test_without_prices_all_gpus_cost_the_same(tmp_path: Path) -> None:
     types = [{key: value for key, value in kind.items() if key != "cost_per_hour"} for kind in TYPES]
     found = sized(tmp_path, LIGHT, types=types)
     assert not found["priced"]
@@ -97,14 +97,14 @@ def test_gpus_that_are_out_of_use_are_not_counted(tmp_path: Path) -> None:
     assert {each["gpu"] for each in found["ruled_out"]["heavy"]} == {"L4"}
 
 
-def test_what_other_tiers_take_is_said(tmp_path: Path) -> None:
+def test_gpus_of_other_tiers_are_taken_into_account(tmp_path: Path) -> None:
     other = {"name": "other", "model": "Qwen/Qwen2.5-32B-Instruct", "tensor_parallel_size": 8}
     result = run(tmp_path, {**other, "engine_args": {"max-model-len": 8192}}, HEAVY)
     assert result.exit_code == 3
     assert [each["replica"] for each in json.loads(result.stdout)["without_a_place"]] == ["heavy-0"]
 
 
-def test_a_question_is_needed(tmp_path: Path) -> None:
+def test_at_least_one_tier_needs_an_expected_load(tmp_path: Path) -> None:
     result = run(tmp_path, {key: value for key, value in LIGHT.items() if key != "expected"})
     assert isinstance(result.exception, SetupError)
     assert "requests_per_s" in str(result.exception)
@@ -112,10 +112,10 @@ def test_a_question_is_needed(tmp_path: Path) -> None:
         parse_plane({"tiers": [{**LIGHT, "expected": {**LIGHT["expected"], "quantizations": ["fp7"]}}]})
 
 
-def test_for_people(tmp_path: Path) -> None:
+def test_output_as_text(tmp_path: Path) -> None:
     run(tmp_path, LIGHT, HEAVY)
     files = [str(tmp_path / "plane.yaml"), "--cluster", str(tmp_path / "cluster.yaml")]
     text = CliRunner().invoke(command, files, terminal_width=200).output
     assert "next best: " in text
     assert "engine_args: {quantization: fp8}" in text
-    assert "ruled out: 6 ways on L4" in text
+    assert "ruled out: 6 options on L4" in text
