@@ -38,7 +38,9 @@ def _cpus() -> int:
 @click.command()
 @click.option("--nodes", type=_FILE, help="The fleet: sn, cpu_milli, memory_mib, gpu, model.")
 @click.option("--pods", type=_FILE, multiple=True, help="A workload, or a folder of openb_pod_list_*.csv.")
-@click.option("--seeds", type=click.IntRange(1), default=10, show_default=True)
+@click.option(
+    "--seeds", type=click.IntRange(1), default=10, show_default=True, help="Random orders of each workload."
+)
 @click.option("--policy", "policies", type=click.Choice(POLICIES), multiple=True, help="Default: all.")
 @click.option("--published", type=_FILE, help="The published allocation by arrived load, for comparison.")
 @click.option(
@@ -48,7 +50,7 @@ def _cpus() -> int:
     "--jobs", type=click.IntRange(1), default=_cpus, help="Processes for the traces. Default: one per CPU."
 )
 @click.option("--plot", type=click.Path(path_type=Path), help="Write planning time by fleet size as SVG.")
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
     nodes: Path | None,
     pods: tuple[Path, ...],

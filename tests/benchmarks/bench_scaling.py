@@ -94,25 +94,57 @@ class Run:
 
 
 @click.command()
-@click.option("--trace", "paths", type=click.Path(exists=True, dir_okay=False, path_type=Path), multiple=True)
-@click.option("--cold-start-s", "colds", type=click.FloatRange(0), multiple=True, default=(10.0, 60.0, 600.0))
+@click.option(
+    "--trace",
+    "paths",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    multiple=True,
+    help="A file with arrivals; repeatable. Default: a made-up day.",
+)
+@click.option(
+    "--cold-start-s",
+    "colds",
+    type=click.FloatRange(0),
+    multiple=True,
+    default=(10.0, 60.0, 600.0),
+    show_default=True,
+    help="Cold start of a replica; repeatable.",
+)
 @click.option("--policy", "policies", type=click.Choice(NAMES), multiple=True, help="Default: all.")
-@click.option("--hours", type=click.FloatRange(0, min_open=True), default=3.0, show_default=True)
-@click.option("--skip-hours", type=click.FloatRange(0), default=0.0, show_default=True)
+@click.option(
+    "--hours",
+    type=click.FloatRange(0, min_open=True),
+    default=3.0,
+    show_default=True,
+    help="Length of the part of a trace that is replayed.",
+)
+@click.option(
+    "--skip-hours",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    help="Length of its beginning that is left out.",
+)
 @click.option(
     "--fleet", type=click.FloatRange(1), default=8.0, show_default=True, help="Mean number of replicas."
 )
-@click.option("--attainment", type=click.FloatRange(0.5, 1.0), default=0.99, show_default=True)
+@click.option(
+    "--attainment",
+    type=click.FloatRange(0.5, 1.0),
+    default=0.99,
+    show_default=True,
+    help="Share of requests that must meet the SLO.",
+)
 @click.option(
     "--frontier",
     is_flag=True,
     help=f"Also run tierplane's policy with {OTHER_GOALS} and the others with other targets.",
 )
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of all random numbers.")
 @click.option(
     "--svg", type=click.Path(dir_okay=False, path_type=Path), help="Draw attainment against GPU hours."
 )
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
     paths: tuple[Path, ...],
     colds: tuple[float, ...],

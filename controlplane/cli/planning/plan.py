@@ -49,8 +49,9 @@ def command(
     """Plan which GPUs the replicas of CONFIG run on, in a described or in the running cluster.
 
     In the running cluster, existing replicas stay where they are, resources that others have reserved count
-    as used, and GPUs and nodes that are out of use are left out. With --what-if the plan is made for a changed
+    as used, and GPUs and nodes that are out of use are left out. With --what-if the plan is for a changed
     cluster, and the differences are shown. Nothing is changed.
+
     Exit status 3 if a replica can't be placed.
     """
     plane = load_checked(config).plane
