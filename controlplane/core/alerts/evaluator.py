@@ -19,11 +19,11 @@ so it must not be shorter."""
 class AlertEvaluator:
     """The rules as configured, and the table of alerts."""
 
-    def __init__(self, changes: Mapping[str, RuleChange] | None = None, repeat_s: float = 14_400.0) -> None:
+    def __init__(self, changes: Mapping[str, RuleChange], repeat_s: float) -> None:
         self.rules: tuple[AlertRule, ...] = ()
         self.table = AlertTable()
         self._absent_since_s: dict[tuple[str, str], float] = {}
-        self.configure(changes or {}, repeat_s)
+        self.configure(changes, repeat_s)
 
     def configure(self, changes: Mapping[str, RuleChange], repeat_s: float) -> None:
         """Apply a configuration's changes, by rule name."""

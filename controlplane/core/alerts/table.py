@@ -46,11 +46,10 @@ class AlertChanges:
 class AlertTable:
     """All alerts that are pending or firing."""
 
-    def __init__(self, limit: int = MAX_ALERTS) -> None:
+    def __init__(self) -> None:
         self._alerts: dict[tuple[str, str], Alert] = {}
         self._silences: list[Silence] = []
         self._last_number = 0
-        self._limit = limit
 
     @property
     def alerts(self) -> tuple[Alert, ...]:
@@ -64,7 +63,7 @@ class AlertTable:
     @property
     def full(self) -> bool:
         """No new alert can begin until one resolves."""
-        return len(self._alerts) >= self._limit
+        return len(self._alerts) >= MAX_ALERTS
 
     @property
     def silences(self) -> tuple[Silence, ...]:

@@ -39,8 +39,9 @@ _RECOMPUTE: Final = 12
 _HIGH: Final = 0.8
 _HIGH_Z: Final = 0.8416
 _LEAST_SPREAD: Final = 0.03
+_PRIOR_SPREAD: Final = 0.3
 _PRIOR_ERRORS: Final = 24
-"""The initial spread weighs as much as this many errors."""
+"""The prior spread weighs as much as this many errors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,7 @@ class Forecast:
 class Forecaster:
     """Forecasts from counts of arrivals, which must come in order of time."""
 
-    def __init__(self, horizon_s: float, window_s: float = 30.0, initial_spread: float = 0.3) -> None:
+    def __init__(self, horizon_s: float, window_s: float = 30.0) -> None:
         if horizon_s < 0 or window_s <= 0:
             raise ValueError("the horizon must be at least 0 and the window longer than 0")
         self.horizon_s = horizon_s
@@ -79,7 +80,7 @@ class Forecaster:
         self._recent = 0.0
         self._level = 0.0
         self._slope = 0.0
-        self._initial_spread = self._spread = initial_spread
+        self._spread = _PRIOR_SPREAD
         self._errors: deque[float] = deque(maxlen=_ERRORS)
         self._computed_at = 0
         self._losses = [0.0] * _BIDS
@@ -219,7 +220,7 @@ class Forecaster:
         high = errors[int(_HIGH * (len(errors) - 1))]
         measured = max(high / _HIGH_Z, _LEAST_SPREAD)
         known = len(errors) / (len(errors) + _PRIOR_ERRORS)
-        return known * measured + (1.0 - known) * self._initial_spread
+        return known * measured + (1.0 - known) * _PRIOR_SPREAD
 
     def _between(self, from_s: float, until_s: float) -> float:
         return self._until(until_s) - self._until(from_s)

@@ -60,7 +60,7 @@ class TargetLimits:
         if bounded > seen.target:
             return self._up(rule, seen, bounded, reason, urgent=seen.target < lowest)
         if seen.blind:
-            return seen.target, f"never down on what is not known: {seen.blind}"
+            return seen.target, f"no scale-down without fresh signals: {seen.blind}"
         watch_s = WATCH_S if rule.hold_s is None else hold_s
         watched_s = self.watched_s(seen.now_s)
         if held < seen.target and watched_s < watch_s:

@@ -43,12 +43,11 @@ class SampleRound:
 
 
 class ReportRing:
-    """The last ``limit`` rounds, or fewer if they exceed ``max_rows`` samples."""
+    """The last ``limit`` rounds, or fewer if they exceed :data:`MAX_ROWS` samples."""
 
-    def __init__(self, limit: int, max_rows: int = MAX_ROWS) -> None:
+    def __init__(self, limit: int) -> None:
         self._rounds: deque[SampleRound] = deque()
         self._limit = limit
-        self._max_rows = max_rows
         self._rows = 0
 
     @property
@@ -63,7 +62,7 @@ class ReportRing:
             new = replace(new, instances=last.instances)  # rounds over the same instances share one tuple
         self._rounds.append(new)
         self._rows += len(new.instances)
-        while len(self._rounds) > 1 and (len(self._rounds) > self._limit or self._rows > self._max_rows):
+        while len(self._rounds) > 1 and (len(self._rounds) > self._limit or self._rows > MAX_ROWS):
             self._rows -= len(self._rounds.popleft().instances)
 
 

@@ -56,7 +56,6 @@ class TrafficCounters:
     resumed: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
-    gpu_s: float = 0.0
     latency_s: float = 0.0
     """Sum over ``ok`` of the time from arrival to the end of the response."""
     latency_counts: tuple[int, ...] = _NO_COUNTS

@@ -21,9 +21,9 @@ SILENT_REPORTS = 3
 class TierDemandTracker:
     """Takes in the gateways' reports; :meth:`sample` adds a reading to each tier's window."""
 
-    def __init__(self, window_s: float = WINDOW_S) -> None:
+    def __init__(self) -> None:
         self.ledger = TrafficLedger()
-        self._window_s = max(window_s, WINDOW_S)
+        self._window_s = WINDOW_S
         self._windows: dict[str, TrafficWindow] = {}
 
     def set_window(self, window_s: float) -> None:

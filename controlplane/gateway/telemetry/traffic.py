@@ -40,7 +40,7 @@ class _SubjectCounts:
 
     __slots__ = (
         *("arrived", "judged", "missed", "served_elsewhere", "ok", "failed", "shed", "retried", "resumed"),
-        *("prompt_tokens", "generated_tokens", "gpu_s", "latency_s", "latency", "ttft"),
+        *("prompt_tokens", "generated_tokens", "latency_s", "latency", "ttft"),
         *("max_s", "max_before_s", "max_since_s"),
     )
 
@@ -48,7 +48,7 @@ class _SubjectCounts:
         self.arrived = self.judged = self.missed = self.served_elsewhere = 0
         self.ok = self.failed = self.shed = self.retried = self.resumed = 0
         self.prompt_tokens = self.generated_tokens = 0
-        self.gpu_s = self.latency_s = 0.0
+        self.latency_s = 0.0
         self.latency = [0] * len(LATENCY_BOUNDS_S)
         self.ttft = [0] * len(LATENCY_BOUNDS_S)
         self.max_s = self.max_before_s = self.max_since_s = 0.0
@@ -91,7 +91,6 @@ class _SubjectCounts:
             resumed=self.resumed,
             prompt_tokens=self.prompt_tokens,
             generated_tokens=self.generated_tokens,
-            gpu_s=self.gpu_s,
             latency_s=self.latency_s,
             latency_counts=tuple(self.latency),
             ttft_counts=tuple(self.ttft),
@@ -133,7 +132,6 @@ class TrafficCounter:
         for counts in self._of(tier, context):
             counts.prompt_tokens += prompt
             counts.generated_tokens += generated
-            counts.gpu_s += context.gpu_s
 
     def ended(
         self, context: RequestContext, outcome: RequestOutcome, now_s: float

@@ -3,9 +3,11 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from controlplane.core.alerts import table as table_module
 from controlplane.core.alerts.alert import Alert, AlertRule, AlertState, Severity, Silence
 from controlplane.core.alerts.table import AlertTable, Observation
 from controlplane.core.telemetry.series import Freshness, Signal, known_now, missing
@@ -157,8 +159,9 @@ def test_ending_a_silence_by_its_number_sends_the_notification() -> None:
     assert len(ticks.tick(60)) == 1
 
 
-def test_silences_and_alerts_are_bounded() -> None:
-    table = AlertTable(limit=3)
+def test_silences_and_alerts_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table_module, "MAX_ALERTS", 3)
+    table = AlertTable()
     rule = replace(RULE, for_s=0.0)
     seen = [Observation(rule, f"s{i}", known_now(60)) for i in range(5)]
     assert len(table.observe(seen, 1.0).fired) == 3

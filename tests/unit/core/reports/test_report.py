@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from controlplane.core.reports import ring_buffer
 from controlplane.core.reports.report import (
     GAUGES,
     MAX_ENDPOINTS,
@@ -127,8 +128,9 @@ def test_a_track_has_few_parts(window_s: float, step_s: int) -> None:
 # --- in memory -----------------------------------------------------------------------------------------
 
 
-def test_memory_is_bounded_in_rounds_and_in_rows() -> None:
-    ring = ReportRing(limit=3, max_rows=5)
+def test_memory_is_bounded_in_rounds_and_in_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ring_buffer, "MAX_ROWS", 5)
+    ring = ReportRing(limit=3)
     for at_s in range(4):
         ring.add(SampleRound.of(at_s, {LIGHT: SAMPLES[0]}))
     assert [each.unix_s for each in ring.rounds] == [1, 2, 3]
