@@ -14,7 +14,7 @@ import socket
 from collections import deque
 from math import inf
 from time import monotonic
-from typing import Final
+from typing import Final, cast
 from urllib.parse import urlsplit
 
 import httptools
@@ -178,7 +178,8 @@ class UpstreamConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Called by the event loop."""
-        self._transport = transport  # type: ignore[assignment]  # TCP transports are asyncio.Transport
+        # uvloop's transports have asyncio.Transport's methods without being subclasses of it.
+        self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
         """Called by the event loop."""
