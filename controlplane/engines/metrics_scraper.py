@@ -19,8 +19,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from controlplane.core.telemetry.engine import COUNTERS, GAUGES
 from controlplane.core.telemetry.samples import EngineSample
+from controlplane.http.fetch import MAX_PAGE_BYTES, fetch
 
-_CHUNK_BYTES: Final = 65536
 _LARGEST: Final = frozenset({"kv_usage_ratio"})
 """Gauges of which the largest series counts (there is one per data-parallel rank) and not the sum."""
 
@@ -43,15 +43,15 @@ class EngineScraper:
     """Scrapes in the event loop in which it was entered (``async with``)."""
 
     def __init__(
-        self, *, timeout_s: float = 2.0, max_bytes: int = 4 * 1024 * 1024, concurrency: int = 32
+        self, *, timeout_s: float = 2.0, max_bytes: int = MAX_PAGE_BYTES, concurrency: int = 32
     ) -> None:
-        self._timeout = aiohttp.ClientTimeout(total=timeout_s)
+        self._timeout_s = timeout_s
         self._max_bytes = max_bytes
         self._gate = asyncio.Semaphore(concurrency)
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> EngineScraper:
-        self._session = aiohttp.ClientSession(timeout=self._timeout, trust_env=False)
+        self._session = aiohttp.ClientSession()
         return self
 
     async def __aexit__(
@@ -66,38 +66,25 @@ class EngineScraper:
 
     async def scrape(self, target: ScrapeTarget) -> EngineSample:
         """The target's sample; never raises."""
-        async with self._gate:
-            began_s = time.perf_counter()
-            text, error = await self._fetch(target)
-            if not error:
-                try:
-                    return parse(target, text, time.time(), time.perf_counter() - began_s)
-                except (ValueError, KeyError) as problem:
-                    error = f"{target.url} did not send Prometheus text: {problem}"
-            return EngineSample(
-                target.endpoint_id, target.generation, time.time(), time.perf_counter() - began_s, error
-            )
-
-    async def _fetch(self, target: ScrapeTarget) -> tuple[str, str]:
-        """The page's text, or "" and the reason why there is none."""
         if self._session is None:
             raise RuntimeError("EngineScraper is used as 'async with EngineScraper() as scraper'")
-        headers = {"Authorization": f"Bearer {target.secret}"} if target.secret else {}
-        try:
-            # A redirect would send the secret elsewhere.
-            async with self._session.get(target.url, headers=headers, allow_redirects=False) as response:
-                if response.status != 200:
-                    return "", f"{target.url} returned status {response.status}"
-                page = bytearray()
-                async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
-                    page += chunk
-                    if len(page) > self._max_bytes:
-                        return "", f"{target.url} sent more than {self._max_bytes} bytes"
-                return page.decode("utf-8"), ""
-        except TimeoutError:
-            return "", f"{target.url} did not respond within {self._timeout.total} s"
-        except (aiohttp.ClientError, OSError, ValueError) as problem:
-            return "", f"{target.url}: {problem}"
+        async with self._gate:
+            began_s = time.perf_counter()
+            page = await fetch(
+                target.url,
+                secret=target.secret,
+                timeout_s=self._timeout_s,
+                max_bytes=self._max_bytes,
+                session=self._session,
+            )
+            scrape_s = time.perf_counter() - began_s
+            error = f"{target.url}: {page}"
+            if page.ok:
+                try:
+                    return parse(target, page.text, time.time(), scrape_s)
+                except (ValueError, KeyError) as problem:
+                    error = f"{target.url} did not send Prometheus text: {problem}"
+            return EngineSample(target.endpoint_id, target.generation, time.time(), scrape_s, error)
 
 
 def parse(target: ScrapeTarget, text: str, unix_s: float, scrape_s: float) -> EngineSample:
@@ -138,3 +125,13 @@ def _only(text: str, names: tuple[str, ...]) -> str:
     if not names:
         return ""
     return "\n".join(line for line in text.splitlines() if line.startswith(names)) + "\n"
+
+
+def metric_sum(text: str, name: str) -> float | None:
+    """The sum of a metric's samples over all labels, in Prometheus' text format; None without samples."""
+    values = [
+        float(line.rsplit(" ", 1)[1])
+        for line in text.splitlines()
+        if line.startswith(name) and line[len(name) : len(name) + 1] in ("{", " ")
+    ]
+    return sum(values) if values else None

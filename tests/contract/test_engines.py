@@ -23,8 +23,8 @@ from controlplane.config import RestartConfig, TierConfig
 from controlplane.core.domain.endpoint import EndpointState
 from controlplane.engines import engine_for
 from controlplane.engines.base import Engine
+from controlplane.engines.metrics_scraper import metric_sum
 from controlplane.engines.supervision import reaper
-from controlplane.engines.supervision.probe import metric
 from controlplane.engines.supervision.status import EngineStatus
 from controlplane.engines.supervision.supervisor import EngineSupervisor
 from controlplane.errors import EngineStartError
@@ -228,11 +228,13 @@ def test_metrics_carry_the_names_it_promises(running: Running) -> None:
         assert engine.metric_names.running == ""
         pytest.skip("an address has no metrics of its own")
     names = engine.metric_names
-    before = metric(_metrics(running), names.generation_tokens_total) or 0
+    before = metric_sum(_metrics(running), names.generation_tokens_total) or 0
     running.client.chat.completions.create(**CHAT)
     text = until(
         lambda: (
-            text if (metric(text := _metrics(running), names.generation_tokens_total) or 0) > before else None
+            text
+            if (metric_sum(text := _metrics(running), names.generation_tokens_total) or 0) > before
+            else None
         ),
         15,
         "the token counter moves",
@@ -240,7 +242,7 @@ def test_metrics_carry_the_names_it_promises(running: Running) -> None:
     missing = [
         name
         for name in (getattr(names, field) for field in type(names).__dataclass_fields__)
-        if name and metric(text, name) is None
+        if name and metric_sum(text, name) is None
     ]
     assert missing == []
 
@@ -271,7 +273,7 @@ def _metrics(running: Running) -> str:
 def _running(running: Running) -> float:
     text = _metrics(running)
     names = running.engine.metric_names
-    return (metric(text, names.running) or 0.0) + (metric(text, names.waiting) or 0.0)
+    return (metric_sum(text, names.running) or 0.0) + (metric_sum(text, names.waiting) or 0.0)
 
 
 # In the next two the running engine is lost.

@@ -9,9 +9,9 @@ from controlplane.core.domain.endpoint import EndpointState
 from controlplane.engines.base import Engine
 from controlplane.engines.external import address_of
 from controlplane.engines.supervision.commands import CommandInbox, SupervisorCommand
-from controlplane.engines.supervision.probe import ProbeResponse, get
 from controlplane.engines.supervision.status import StatusBoard
 from controlplane.errors import EngineStartError
+from controlplane.http.fetch import Page, fetch
 
 _ALIVE = (200, 404, 405)
 """Statuses that show a working server; some servers don't list their models."""
@@ -35,7 +35,7 @@ async def watch_address(tier: TierConfig, engine: Engine, board: StatusBoard, in
     while await inbox.wait(wait_s) is not SupervisorCommand.STOP:
         inbox.clear_restart()
         wait_s = tier.health_interval_s
-        response = await get(base_url + engine.ready_path, key, tier.health_timeout_s)
+        response = await fetch(base_url + engine.ready_path, secret=key, timeout_s=tier.health_timeout_s)
         if response.status in _ALIVE:
             failures = 0
             was_ready = True
@@ -51,7 +51,7 @@ async def watch_address(tier: TierConfig, engine: Engine, board: StatusBoard, in
             )
 
 
-def _diagnosis(base_url: str, response: ProbeResponse, tier: TierConfig) -> str:
+def _diagnosis(base_url: str, response: Page, tier: TierConfig) -> str:
     text = f"{base_url}: {response}"
     if response.status in (401, 403):
         text += (

@@ -14,7 +14,6 @@ from controlplane.config import TierConfig
 from controlplane.core.domain.endpoint import EndpointState
 from controlplane.engines.base import Command, Diagnosis, Engine, Launch
 from controlplane.engines.supervision.commands import CommandInbox, SupervisorCommand
-from controlplane.engines.supervision.probe import ProbeResponse, get
 from controlplane.engines.supervision.process import (
     GRACE_S,
     EngineOutput,
@@ -25,6 +24,7 @@ from controlplane.engines.supervision.process import (
 )
 from controlplane.engines.supervision.status import StatusBoard, StructuredLog
 from controlplane.errors import ConfigError, EngineError, EngineStartError, SetupError
+from controlplane.http.fetch import Page, fetch
 
 _PROBE_FIRST_S = 0.05
 _PROBE_LONGEST_S = 0.5
@@ -216,21 +216,21 @@ class GenerationRunner:
                 diagnosis=end.diagnosis.summary,
             )
 
-    async def _probe(self, url: str, process: EngineProcess, *, ready: bool) -> ProbeResponse:
+    async def _probe(self, url: str, process: EngineProcess, *, ready: bool) -> Page:
         """A GET that is abandoned when the process ends."""
         timeout_s = self.tier.health_timeout_s
         if not ready:
             timeout_s = min(timeout_s, _STARTING_PROBE_S)
-        probing = asyncio.ensure_future(get(url, self.board.status.secret, timeout_s))
+        probing = asyncio.ensure_future(fetch(url, secret=self.board.status.secret, timeout_s=timeout_s))
         ending = asyncio.ensure_future(process.ended.wait())
         await asyncio.wait({probing, ending}, return_when=asyncio.FIRST_COMPLETED)
         ending.cancel()
         if probing.done():
             return probing.result()
         probing.cancel()
-        return ProbeResponse(0, error="the process ended")
+        return Page(0, error="the process ended")
 
-    def _startup_timeout(self, process: EngineProcess, last: ProbeResponse) -> Diagnosis:
+    def _startup_timeout(self, process: EngineProcess, last: Page) -> Diagnosis:
         return Diagnosis(
             f"not ready after {self.tier.startup_timeout_s:g} s (startup_timeout_s); the last phase was: "
             f"{self.board.status.phase}; the last probe: {last}",

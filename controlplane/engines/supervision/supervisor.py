@@ -20,16 +20,18 @@ from controlplane.core.domain.endpoint import EndpointState
 from controlplane.core.reconcile.restart_backoff import RestartPolicy, decide_restart
 from controlplane.engines import engine_for
 from controlplane.engines.base import Diagnosis
+from controlplane.engines.metrics_scraper import metric_sum
 from controlplane.engines.supervision.commands import CommandInbox, SupervisorCommand
 from controlplane.engines.supervision.external_watch import watch_address
 from controlplane.engines.supervision.generation import GenerationRunner
-from controlplane.engines.supervision.probe import get, metric
 from controlplane.engines.supervision.process import LogFile
 from controlplane.engines.supervision.status import EngineStatus, StatusBoard, StructuredLog
 from controlplane.errors import EngineStartError
+from controlplane.http.fetch import fetch
 from controlplane.paths import run_dir
 
 _DRAIN_POLL_S = 0.2
+_METRICS_TIMEOUT_S = 2.0
 _DRAIN_SETTLED_S = 1.0
 """An engine's gauges lag behind: it counts as idle once they have shown it idle for this long."""
 _ENDED = frozenset({EndpointState.READY, EndpointState.FAILED, EndpointState.STOPPED})
@@ -322,13 +324,14 @@ class EngineSupervisor:
         status = self._board.status
         if not (self._engine.metrics_path and status.base_url):
             return 0.0, None
-        response = await get(status.base_url + self._engine.metrics_path, status.secret, 2.0)
-        if not response.ok:
+        url = status.base_url + self._engine.metrics_path
+        page = await fetch(url, secret=status.secret, timeout_s=_METRICS_TIMEOUT_S)
+        if not page.ok:
             return 0.0, None
         names = self._engine.metric_names
-        running = metric(response.body, names.running) or 0.0
-        waiting = metric(response.body, names.waiting) or 0.0
-        return running + waiting, metric(response.body, names.generation_tokens_total) or 0.0
+        running = metric_sum(page.text, names.running) or 0.0
+        waiting = metric_sum(page.text, names.waiting) or 0.0
+        return running + waiting, metric_sum(page.text, names.generation_tokens_total) or 0.0
 
 
 def log_path(tier: str, replica_id: str) -> Path:

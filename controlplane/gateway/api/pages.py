@@ -3,12 +3,9 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import asdict
 from typing import Any, Final
-from urllib.parse import parse_qs, urlsplit
-
-import aiohttp
+from urllib.parse import parse_qs
 
 from controlplane.config import PlaneConfig
 from controlplane.core.admission.queue import AdmissionQueue
@@ -21,6 +18,7 @@ from controlplane.core.routing.router import explain as explain_route
 from controlplane.core.routing.tier_table import AUTO, TierTable
 from controlplane.gateway.proxy.request_context import route_request
 from controlplane.gateway.telemetry.accounting import Usage, UsageLedger
+from controlplane.http.fetch import fetch
 from controlplane.http.messages import Request
 
 FETCH_TIMEOUT_S: Final = 2.0
@@ -212,18 +210,5 @@ def _usage(value: Usage) -> dict[str, Any]:
 
 async def fetch_text(url: str) -> str:
     """A small text from another gateway replica; ``""`` if it can't be fetched."""
-    if urlsplit(url).scheme != "http":
-        return ""
-    try:
-        timeout = aiohttp.ClientTimeout(total=FETCH_TIMEOUT_S)
-        async with aiohttp.ClientSession(timeout=timeout) as session, session.get(url) as response:
-            if response.status != 200:
-                return ""
-            data = bytearray()
-            async for piece in response.content.iter_any():
-                data += piece
-                if len(data) > MAX_FETCH_BYTES:
-                    return ""
-            return data.decode("utf-8", "replace")
-    except (aiohttp.ClientError, TimeoutError, asyncio.IncompleteReadError):
-        return ""
+    page = await fetch(url, timeout_s=FETCH_TIMEOUT_S, max_bytes=MAX_FETCH_BYTES)
+    return page.text if page.ok else ""

@@ -13,7 +13,7 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from controlplane.engines.base import MetricNames
-from controlplane.engines.metrics_scraper import EngineScraper, ScrapeTarget
+from controlplane.engines.metrics_scraper import EngineScraper, ScrapeTarget, metric_sum
 from tests.support.waiting import forever
 
 NAMES = asdict(
@@ -115,15 +115,15 @@ async def dripping(request: web.Request) -> web.StreamResponse:
         pytest.param(
             answers(b"", status=302, headers={"Location": "/"}), "returned status 302", id="redirect"
         ),
-        pytest.param(silent, "did not respond within 0.3 s", id="silent"),
-        pytest.param(dripping, "did not respond within 0.3 s", id="endless"),
+        pytest.param(silent, "no response within 0.3 s", id="silent"),
+        pytest.param(dripping, "no response within 0.3 s", id="endless"),
         pytest.param(answers(b"x" * 20_000), "sent more than 10000 bytes", id="large"),
         pytest.param(
             answers(gzip.compress(b"x" * 10**7), headers={"Content-Encoding": "gzip"}),
             "sent more than 10000 bytes",
             id="bomb",
         ),
-        pytest.param(answers(b"\xff\xfe"), "utf-8", id="bytes"),
+        pytest.param(answers(b"\xff\xfe"), "none of the engine's metrics", id="bytes"),
         pytest.param(
             answers(b"vllm:num_requests_running many\n"), "did not send Prometheus text", id="no number"
         ),
@@ -165,3 +165,10 @@ async def test_one_slow_engine_delays_no_other(serve: Callable[[Handler], Awaita
 async def test_outside_its_context_it_says_so() -> None:
     with pytest.raises(RuntimeError, match="async with"):
         await EngineScraper().scrape(target("http://127.0.0.1:9/metrics"))
+
+
+def test_metrics_are_summed_over_their_labels_and_not_mixed_up() -> None:
+    text = '# TYPE a gauge\na{x="1"} 2\na{x="2"} 3.5\na_total 9\nb 1\n'
+    assert metric_sum(text, "a") == 5.5
+    assert metric_sum(text, "a_total") == 9
+    assert metric_sum(text, "c") is None

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ import pytest
 from controlplane.config import TierConfig
 from controlplane.engines.external import ExternalEngine, address_of
 from controlplane.engines.output import ending, last_error, plain
-from controlplane.engines.supervision.probe import get, metric
 from controlplane.engines.supervision.process import EngineOutput, LogFile
 from controlplane.errors import EngineStartError
 
@@ -88,66 +86,6 @@ def test_endings(code: int | None, text: str) -> None:
 def test_an_exception_is_preferred_to_a_later_error_line() -> None:
     lines = ["ValueError: the cause", "ERROR: shutting down", "nanobind: leaked 3 types!"]
     assert last_error("it", lines, 1).summary == "it exited with code 1: ValueError: the cause"
-
-
-async def serve_once(answer: bytes, hold: bool = False) -> asyncio.Server:
-    """A server that answers each connection with these bytes."""
-
-    async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(answer)
-        await writer.drain()
-        if hold:
-            await reader.read()
-        writer.close()
-
-    return await asyncio.start_server(client, "127.0.0.1", 0)
-
-
-@pytest.mark.parametrize(
-    ("answer", "status", "body"),
-    [
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi", 200, "hi"),
-        (b"HTTP/1.1 503 No\r\n\r\nlater", 503, "later"),
-        (
-            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n3\r\n ho\r\n0\r\n\r\n",
-            200,
-            "hi ho",
-        ),
-    ],
-)
-async def test_probes_read_every_kind_of_body(answer: bytes, status: int, body: str) -> None:
-    server = await serve_once(answer)
-    async with server:
-        port = server.sockets[0].getsockname()[1]
-        got = await get(f"http://127.0.0.1:{port}/x", "key", 5)
-    assert (got.status, got.body, got.ok) == (status, body, status == 200)
-
-
-@pytest.mark.parametrize(
-    ("answer", "hold", "says"),
-    [
-        (b"", True, "no response within 0.2 s"),
-        (b"", False, "IncompleteReadError"),
-        (b"nonsense\r\n\r\n", False, "not an HTTP response"),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhi", False, "IncompleteReadError"),
-    ],
-)
-async def test_probes_never_raise(answer: bytes, hold: bool, says: str) -> None:
-    server = await serve_once(answer, hold)
-    async with server:
-        port = server.sockets[0].getsockname()[1]
-        got = await get(f"http://127.0.0.1:{port}/x", "", 0.2)
-    assert got.status == 0
-    assert says in str(got)
-    assert str(await get(f"http://127.0.0.1:{port}/x", "", 1)) == "connection refused"
-
-
-def test_metrics_are_summed_over_their_labels_and_not_mixed_up() -> None:
-    text = '# TYPE a gauge\na{x="1"} 2\na{x="2"} 3.5\na_total 9\nb 1\n'
-    assert metric(text, "a") == 5.5
-    assert metric(text, "a_total") == 9
-    assert metric(text, "c") is None
 
 
 def endpoint(**settings: Any) -> TierConfig:

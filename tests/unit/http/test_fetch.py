@@ -1,0 +1,62 @@
+"""GETs of servers that behave and of servers that don't."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from controlplane.http.fetch import fetch
+
+
+async def serve_once(answer: bytes, hold: bool = False) -> asyncio.Server:
+    """A server that answers each connection with these bytes."""
+
+    async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+        await writer.drain()
+        if hold:
+            await reader.read()
+        writer.close()
+
+    return await asyncio.start_server(client, "127.0.0.1", 0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "body"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi", 200, "hi"),
+        (b"HTTP/1.1 503 No\r\n\r\nlater", 503, "later"),
+        (
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n3\r\n ho\r\n0\r\n\r\n",
+            200,
+            "hi ho",
+        ),
+    ],
+)
+async def test_every_kind_of_body_is_read(answer: bytes, status: int, body: str) -> None:
+    server = await serve_once(answer)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        page = await fetch(f"http://127.0.0.1:{port}/x", secret="key", timeout_s=5)
+    assert (page.status, page.text, page.ok) == (status, body, status == 200)
+
+
+@pytest.mark.parametrize(
+    ("answer", "hold", "says"),
+    [
+        (b"", True, "no response within 0.2 s"),
+        (b"", False, "ServerDisconnectedError"),
+        (b"nonsense\r\n\r\n", False, "ClientResponseError"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhi", False, "ClientPayloadError"),
+    ],
+)
+async def test_errors_are_returned_and_not_raised(answer: bytes, hold: bool, says: str) -> None:
+    server = await serve_once(answer, hold)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        page = await fetch(f"http://127.0.0.1:{port}/x", timeout_s=0.2)
+    assert page.status == 0
+    assert says in str(page)
+    assert str(await fetch(f"http://127.0.0.1:{port}/x", timeout_s=1)) == "connection refused"
