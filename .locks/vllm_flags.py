@@ -1,6 +1,7 @@
-"""Write the list of flags that tierplane checks a configuration against, from the installed vLLM.
+"""Writes the list of vLLM's flags that configurations are checked with, from the installed vLLM.
 
-``make vllm-flags``; see controlplane/config/vllm_flags.py. Says what is different from the list before.
+Run with ``make vllm-flags``; prints the differences from the previous list. See
+controlplane/config/vllm_flags.py.
 """
 
 from __future__ import annotations
