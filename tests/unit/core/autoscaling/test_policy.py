@@ -233,7 +233,7 @@ def test_another_rule_loses_nothing_of_what_was_learned() -> None:
     tier = Harness(RULE)
     tier.run(10.0, 7200)
     factor, forecaster = tier.scaler.headroom.factor, tier.scaler.forecaster
-    # A cold start that was measured anew is another setting, too.
+    # A newly measured cold start is another rule, too.
     tier.scaler.adopt(replace(RULE, cold_start_s=33.0, slo=Slo(attainment=0.98)))
     tier.tick(10.0)
     assert tier.scaler.headroom.factor == pytest.approx(factor, rel=0.06)

@@ -108,7 +108,7 @@ def test_the_predicted_latency_is_the_measured_percentile_scaled() -> None:
     )
     assert 0.5 < change < 1.0
     assert found.effect.latency_ms == pytest.approx(9000.0 * change)
-    # 12 requests that wait at 6 a second are 2 s of it, and nobody waits afterwards.
+    # 12 queued requests at 6 a second are 2 s of it, and none waits afterwards.
     (found,) = recommend([replace(hot, queue=known_now(12.0))])
     assert found.effect.latency_ms == pytest.approx(7000.0 * change)
     # What is left is never less than one request takes.

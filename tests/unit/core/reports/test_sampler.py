@@ -40,7 +40,7 @@ class Plane:
     gateways: dict[str, TrafficCounters] = field(default_factory=lambda: {"g": TrafficCounters("small")})
     silent: set[str] = field(default_factory=set)
     demand: TierDemandTracker = field(default_factory=TierDemandTracker)
-    book: LeaseTable = field(default_factory=LeaseTable)
+    leases: LeaseTable = field(default_factory=LeaseTable)
     fleet: GpuInventory = field(default_factory=GpuInventory)
     engines: dict[str, EngineTelemetry] = field(default_factory=dict)
     sampler: ReportSampler = field(default_factory=ReportSampler)
@@ -48,7 +48,7 @@ class Plane:
 
     def cluster(self) -> SampledCluster:
         return SampledCluster(
-            self.endpoints, self.desired, self.book, self.fleet, self.engines, self.demand, HEARTBEAT_S
+            self.endpoints, self.desired, self.leases, self.fleet, self.engines, self.demand, HEARTBEAT_S
         )
 
     def serve(self, gateway: str = "g", **gained: float) -> None:
@@ -246,7 +246,7 @@ def test_an_instances_gpus_are_those_that_it_leases() -> None:
         ]
         plane.fleet.observe("n", node_sample("n", seconds, float(seconds), gpus), [], now_s=1000.0 + seconds)
     capacity = {"g0": GpuCapacity("g0", "n", 80 * GIB)}
-    answer = plane.book.acquire(
+    answer = plane.leases.acquire(
         "small-1", [GpuPart("g0", 500, GIB)], capacity, generation=1, now_s=plane.now_s
     )
     assert answer.outcome is LeaseOutcome.GRANTED
