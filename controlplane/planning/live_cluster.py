@@ -63,10 +63,10 @@ def live_cluster(config: PlaneConfig) -> LiveCluster:
     notes: list[str] = []
     reserved = _reserved(rows, names, samples, out_of_use)
     if reserved is None:
-        notes.append("Ray does not say what is reserved: what others run is not counted")
+        notes.append("Ray doesn't report reservations: other programs are not counted")
     view = plane.view(namespace)
     if view is None:
-        notes.append(f"no plane answers in namespace {namespace}: none of its replicas are counted")
+        notes.append(f"no plane responds in namespace {namespace}: its replicas are not counted")
     endpoints = view.snapshot.endpoints if view else ()
     return LiveCluster(tuple(nodes.values()), _replicas(endpoints, config, names), reserved, tuple(notes))
 

@@ -52,7 +52,7 @@ def cpu_plan(
 def llamacpp_bytes(tier: TierConfig, loaded: LoadedModel) -> tuple[int, int, int]:
     """(bytes of weights, bytes of KV cache, its tokens) of one llama.cpp engine: the file, and a float16
     cache for ``ctx-size`` tokens, if given."""
-    given = {name.replace("_", "-"): value for name, value in tier.engine_args.items()}
-    context = given.get("ctx-size") or given.get("n-ctx") or 0
+    args = {name.replace("_", "-"): value for name, value in tier.engine_args.items()}
+    context = args.get("ctx-size") or args.get("n-ctx") or 0
     tokens = context if isinstance(context, int) else 0
     return loaded.stored_bytes, tokens * kv_bytes_per_token(loaded.spec, 1, 2), tokens

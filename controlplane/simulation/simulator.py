@@ -193,7 +193,7 @@ class Simulator:
             prefix_key=hash(blocks[:2]) if blocks else None,
         )
         request = RequestInFlight(arrival, route_request, resolve(route_request, self.table), now_s)
-        self.tiers[request.rank].arrive(arrival.input_tokens, now_s)
+        self.tiers[request.rank].count_arrival(arrival.input_tokens, now_s)
         self._submit(request)
 
     def _submit(self, request: RequestInFlight) -> None:
@@ -258,7 +258,7 @@ class Simulator:
         ttft_s = first_s - request.arrived_s
         itl_s = (now_s - first_s) / (output_tokens - 1) if output_tokens > 1 else 0.0
         total_s = now_s - request.arrived_s
-        tier.answer(
+        tier.count_answer(
             ttft_s=ttft_s,
             itl_s=itl_s,
             total_s=total_s,
@@ -267,7 +267,7 @@ class Simulator:
         )
         slo = tier.scenario.rule.slo
         within_slo = ttft_s <= slo.ttft_s and itl_s <= slo.itl_s and total_s <= slo.total_s
-        tier.end(now_s, within_slo=within_slo)
+        tier.count_end(now_s, within_slo=within_slo)
         load = slot.load
         if not load.ready:
             rank = self.table.rank_of[load.endpoint.tier]
@@ -286,7 +286,7 @@ class Simulator:
         )
         if request.attempts >= self.scenario.max_attempts:
             tier.record.lost += 1
-            tier.end(self.clock.now_s, within_slo=False)
+            tier.count_end(self.clock.now_s, within_slo=False)
             return
         tier.record.retried += 1
         excluded = request.route_request.exclude | {slot.load.key}
@@ -296,7 +296,7 @@ class Simulator:
     def _refuse(self, request: RequestInFlight) -> None:
         tier = self.tiers[request.rank]
         tier.record.refused += 1
-        tier.end(self.clock.now_s, within_slo=False)
+        tier.count_end(self.clock.now_s, within_slo=False)
 
     def _pump(self) -> None:
         if not self.queue:
@@ -336,7 +336,7 @@ class Simulator:
                 tier = self.tiers[request.rank]
                 tier.queued -= 1
                 tier.record.expired += 1
-                tier.end(now_s, within_slo=False)
+                tier.count_end(now_s, within_slo=False)
             self._pump()
         if not self._over:
             self.clock.at(now_s + _SCRAPE_S, self._scrape)

@@ -40,17 +40,17 @@ class SimulatedTier:
         self._last_sample = (0.0, 0, 0, 0)
         """Time, and requests that had arrived, met the SLO and ended by then."""
 
-    def arrive(self, input_tokens: int, now_s: float) -> None:
+    def count_arrival(self, input_tokens: int, now_s: float) -> None:
         """Count a new request."""
         self._arrived += 1
         self.record.arrived += 1
         self.record.prompt_tokens += input_tokens
         self._change_unfinished(+1, now_s)
 
-    def answer(
+    def count_answer(
         self, *, ttft_s: float, itl_s: float, total_s: float, output_tokens: int, computed_tokens: int
     ) -> None:
-        """Count a complete answer; call :meth:`end` afterwards."""
+        """Count a complete answer; call :meth:`count_end` afterwards."""
         record = self.record
         record.ttft_s.append(ttft_s)
         record.itl_s.append(itl_s)
@@ -61,7 +61,7 @@ class SimulatedTier:
         self._prompt_tokens += computed_tokens
         self._output_tokens += output_tokens
 
-    def end(self, now_s: float, *, within_slo: bool) -> None:
+    def count_end(self, now_s: float, *, within_slo: bool) -> None:
         """Count the end of a request, with or without an answer."""
         self._ended += 1
         self.ended_total += 1

@@ -82,7 +82,7 @@ def _reader(path: Path) -> Reader:
     if {"window_start_s", "rate_rps"} <= columns:
         return _servegen
     if {"start_s", "seconds", "requests"} <= columns:
-        return _own
+        return _recorded
     if {"at_s", "input_tokens", "output_tokens"} <= columns:
         return _plain
     raise SetupError(
@@ -108,7 +108,7 @@ def _thin(arrivals: Iterator[Arrival], rng: random.Random, keep_ratio: float) ->
             yield arrival
 
 
-def _azure(path: Path, rng: random.Random, keep: float, _: tuple[float, float]) -> Iterator[Arrival]:
+def _azure(path: Path, rng: random.Random, keep_ratio: float, _: tuple[float, float]) -> Iterator[Arrival]:
     def convert(row: Mapping[str, str]) -> tuple[float, int, int]:
         stamp = datetime.fromisoformat(row["TIMESTAMP"][:26] + "+00:00")
         return stamp.timestamp(), int(row["ContextTokens"]), int(row["GeneratedTokens"])
@@ -119,10 +119,10 @@ def _azure(path: Path, rng: random.Random, keep: float, _: tuple[float, float]) 
             start_s = stamp_s if start_s is None else start_s
             yield Arrival(stamp_s - start_s, prompt, answer)
 
-    yield from _thin(arrivals(), rng, keep)
+    yield from _thin(arrivals(), rng, keep_ratio)
 
 
-def _mooncake(path: Path, rng: random.Random, keep: float, _: tuple[float, float]) -> Iterator[Arrival]:
+def _mooncake(path: Path, rng: random.Random, keep_ratio: float, _: tuple[float, float]) -> Iterator[Arrival]:
     def arrivals(file: TextIO) -> Iterator[Arrival]:
         start_ms: float | None = None
         for number, line in enumerate(file, 1):
@@ -143,10 +143,10 @@ def _mooncake(path: Path, rng: random.Random, keep: float, _: tuple[float, float
                 raise SetupError(f"{path}, line {number}: {error}") from error
 
     with path.open(encoding="utf-8") as file:
-        yield from _thin(arrivals(file), rng, keep)
+        yield from _thin(arrivals(file), rng, keep_ratio)
 
 
-def _plain(path: Path, rng: random.Random, keep: float, _: tuple[float, float]) -> Iterator[Arrival]:
+def _plain(path: Path, rng: random.Random, keep_ratio: float, _: tuple[float, float]) -> Iterator[Arrival]:
     def convert(row: Mapping[str, str]) -> Arrival:
         session = row.get("session")
         return Arrival(
@@ -159,7 +159,7 @@ def _plain(path: Path, rng: random.Random, keep: float, _: tuple[float, float]) 
             session=int(session) if session else None,
         )
 
-    yield from _thin(_rows(path, convert), rng, keep)
+    yield from _thin(_rows(path, convert), rng, keep_ratio)
 
 
 class ServeGenWindow(NamedTuple):
@@ -173,12 +173,14 @@ class ServeGenWindow(NamedTuple):
     output_median: float
 
 
-def _servegen(path: Path, rng: random.Random, keep: float, span_s: tuple[float, float]) -> Iterator[Arrival]:
+def _servegen(
+    path: Path, rng: random.Random, keep_ratio: float, span_s: tuple[float, float]
+) -> Iterator[Arrival]:
     windows = list(_rows(path, _window))
     length_s = windows[1].start_s - windows[0].start_s if len(windows) > 1 else 600.0
     for window in windows:
         if window.start_s + length_s > span_s[0] and window.start_s < span_s[1]:
-            yield from _window_arrivals(window, length_s, rng, keep)
+            yield from _window_arrivals(window, length_s, rng, keep_ratio)
 
 
 def _window(row: Mapping[str, str]) -> ServeGenWindow:
@@ -192,17 +194,17 @@ def _window(row: Mapping[str, str]) -> ServeGenWindow:
 
 
 def _window_arrivals(
-    window: ServeGenWindow, length_s: float, rng: random.Random, keep: float
+    window: ServeGenWindow, length_s: float, rng: random.Random, keep_ratio: float
 ) -> Iterator[Arrival]:
     """Gamma-distributed gaps with the window's rate and coefficient of variation.
 
     If requests of a renewal process are used with probability p, the squared coefficient of variation of the
     gaps is 1 + p*(cv² - 1) (a geometric sum of gaps), so the thinned process can be generated directly.
     """
-    rate = window.rate_per_s * keep
+    rate = window.rate_per_s * keep_ratio
     if rate <= 0:
         return
-    cv2 = max(1.0 + keep * (window.cv * window.cv - 1.0), 0.01)
+    cv2 = max(1.0 + keep_ratio * (window.cv * window.cv - 1.0), 0.01)
     shape, scale = 1.0 / cv2, cv2 / rate
     mu_in = math.log(max(window.input_median, 1.0))
     mean_out = max(window.output_median, 1.0) / math.log(2.0)
@@ -215,23 +217,25 @@ def _window_arrivals(
         at_s += rng.gammavariate(shape, scale)
 
 
-def _own(path: Path, rng: random.Random, keep: float, span_s: tuple[float, float]) -> Iterator[Arrival]:
+def _recorded(
+    path: Path, rng: random.Random, keep_ratio: float, span_s: tuple[float, float]
+) -> Iterator[Arrival]:
     """As many requests as each window counted, with its mean lengths. Their times within the window are
     unknown and drawn uniformly, which is how a given number of Poisson arrivals is distributed."""
     tiers: dict[str, list[RecordedWindow]] = {}
-    for window in _rows(path, _own_window):
+    for window in _rows(path, _recorded_window):
         tiers.setdefault(window.tier, []).append(window)
 
-    def arrivals(windows: list[RecordedWindow], own: random.Random) -> Iterator[Arrival]:
+    def arrivals(windows: list[RecordedWindow], tier_rng: random.Random) -> Iterator[Arrival]:
         for window in sorted(windows, key=lambda window: window.start_s):
             if window.start_s + window.seconds > span_s[0] and window.start_s < span_s[1]:
-                yield from _own_arrivals(window, own)
+                yield from _recorded_arrivals(window, tier_rng)
 
     streams = [arrivals(windows, random.Random(rng.random())) for windows in tiers.values()]
-    yield from _thin(heapq.merge(*streams, key=lambda arrival: arrival.at_s), rng, keep)
+    yield from _thin(heapq.merge(*streams, key=lambda arrival: arrival.at_s), rng, keep_ratio)
 
 
-def _own_window(row: Mapping[str, str]) -> RecordedWindow:
+def _recorded_window(row: Mapping[str, str]) -> RecordedWindow:
     requests = int(row["requests"])
     if not 0 <= requests <= _MOST_IN_WINDOW:
         raise ValueError(f"{requests} requests: a window has 0 to {_MOST_IN_WINDOW}")
@@ -245,7 +249,7 @@ def _own_window(row: Mapping[str, str]) -> RecordedWindow:
     )
 
 
-def _own_arrivals(window: RecordedWindow, rng: random.Random) -> Iterator[Arrival]:
+def _recorded_arrivals(window: RecordedWindow, rng: random.Random) -> Iterator[Arrival]:
     count = range(window.requests)
     times = sorted(window.start_s + window.seconds * rng.random() for _ in count)
     prompts = _with_mean([rng.lognormvariate(0.0, _LENGTH_SIGMA) for _ in count], window.input_tokens)

@@ -89,7 +89,7 @@ def test_nodes_of_a_running_ray(run_dir: Path) -> None:
         "model": "H100-80G",
         "cpus": [2000, 4000],
         "memory": [True, True],
-        "notes": ["no plane answers in namespace telemetry: none of its replicas are counted"],
+        "notes": ["no plane responds in namespace telemetry: its replicas are not counted"],
         "free": [1, []],
         "beside somebody": [
             [1, ["others hold 3 CPUs of NODE", "others hold 3 GPUs of NODE; which ones is assumed"]],

@@ -35,7 +35,7 @@ SAMPLER_FLOATS = 5
 workspace and the noise (read in ``vllm/v1/sample``, 0.32; older versions sorted and needed twice that)."""
 
 MINIMUM_CAPABILITY = 70
-"""Compute capability x 10 that vLLM's installation guide asks for; wheels built with CUDA 13 want 7.5."""
+"""Compute capability x 10 that vLLM's installation guide requires; wheels built with CUDA 13 want 7.5."""
 
 HIGHEST_RATIO = 0.97
 """The highest ``gpu-memory-utilization`` that is suggested."""
@@ -279,7 +279,7 @@ def token_bytes(plan: MemoryPlan) -> int:
 
 
 def gib(size_bytes: float) -> str:
-    """Bytes for people: ``14.99 GiB``."""
+    """Bytes as text: ``14.99 GiB``."""
     if abs(size_bytes) >= GIB / 10:
         return f"{size_bytes / GIB:.2f} GiB"
     if abs(size_bytes) >= MIB / 2 or not size_bytes:

@@ -133,19 +133,19 @@ def weight_terms(
             sums[_part(matrix)] += count * local_bytes(model, matrix, settings, dtype)
         sums["norms"] += count * model.layer_norm_params * wide
         sums["norms"] += count * model.router_bias_params(kind) * 4
-    cut = f"config, cut over tensor parallel {settings.tp}" if settings.tp > 1 else "config"
+    source = f"config, cut over tensor parallel {settings.tp}" if settings.tp > 1 else "config"
     stored = f"{dtype}" if not quantization.quantized else quantization.label
     terms = [
-        MemoryTerm(f"weights: {name}", sums[name], f"{cut}, {stored}")
+        MemoryTerm(f"weights: {name}", sums[name], f"{source}, {stored}")
         for name in ("attention", "feed-forward", "experts")
         if sums[name]
     ]
     if stage.first or (stage.last and model.tied):
         size = local_bytes(model, model.embedding(), settings, dtype)
-        terms.append(MemoryTerm("weights: embedding", size, f"{cut}, {dtype}, vocabulary padded to 64s"))
+        terms.append(MemoryTerm("weights: embedding", size, f"{source}, {dtype}, vocabulary padded to 64s"))
     if stage.last and not model.tied:
         size = local_bytes(model, model.head(), settings, dtype)
-        terms.append(MemoryTerm("weights: output head", size, f"{cut}, vocabulary padded to 64s"))
+        terms.append(MemoryTerm("weights: output head", size, f"{source}, vocabulary padded to 64s"))
     norms = sums["norms"] + (model.final_norm_params * wide if stage.last else 0)
     terms.append(MemoryTerm("weights: norms", norms, f"config, {dtype}, whole on every GPU"))
     terms += _derived_terms(model, settings, kinds, dtype)
