@@ -19,7 +19,7 @@ from ray import serve
 from controlplane import logs
 from controlplane.config import PlaneConfig
 from controlplane.controller.api import ControllerApi
-from controlplane.controller.client import ControllerLink, ControllerQueries, pull_snapshots, report_gateway
+from controlplane.controller.client import ControllerLink, RemoteController, pull_snapshots, report_gateway
 from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo
 from controlplane.core.domain.endpoint import EndpointState
 from controlplane.gateway.gateway import Gateway
@@ -70,7 +70,7 @@ class GatewayReplica:
         address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         await self._gateway.start(config.gateway.host, config.gateway.port or None, address)
         self._link = ControllerLink(config.controller)
-        self._gateway.controller = ControllerQueries(self._link)
+        self._gateway.controller = RemoteController(self._link)
         self._tasks = BackgroundTasks(
             pull_snapshots(self._link, self._apply),
             watch_engines(self._gateway, config),

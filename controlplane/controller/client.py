@@ -150,7 +150,7 @@ class EndpointReporter:
             self._on_commands(response.commands)
 
 
-class ControllerQueries:
+class RemoteController:
     """What a gateway's pages ask the controller, over a link. Each raises ControllerUnavailable."""
 
     def __init__(self, link: ControllerLink) -> None:

@@ -36,9 +36,9 @@ from controlplane.gateway.proxy.attempts import Attempts
 from controlplane.gateway.proxy.connections import ConnectionTable
 from controlplane.gateway.proxy.dispatch import RequestDispatch
 from controlplane.gateway.proxy.relay import Relay
-from controlplane.gateway.proxy.request_context import APIS, MAX_REQUEST_ID, RequestContext
 from controlplane.gateway.proxy.responses import error_event, response_headers
 from controlplane.gateway.proxy.timeouts import SWEEP_S, AttemptTimeouts, TimeoutWatcher
+from controlplane.gateway.request_context import APIS, MAX_REQUEST_ID, RequestContext
 from controlplane.gateway.telemetry.accounting import UsageLedger
 from controlplane.gateway.telemetry.metrics import Metrics, merge_expositions
 from controlplane.gateway.telemetry.traffic import TrafficCounter

@@ -16,7 +16,7 @@ from controlplane.core.routing.endpoint_table import EndpointTable, TierPool
 from controlplane.core.routing.router import Overflow
 from controlplane.core.routing.router import explain as explain_route
 from controlplane.core.routing.tier_table import AUTO, TierTable
-from controlplane.gateway.proxy.request_context import route_request
+from controlplane.gateway.request_context import route_request
 from controlplane.gateway.telemetry.accounting import Usage, UsageLedger
 from controlplane.http.fetch import fetch
 from controlplane.http.messages import Request

@@ -14,9 +14,9 @@ from typing import Final
 from controlplane.core.routing.endpoint_table import EndpointLoad, RequestSlot
 from controlplane.core.routing.retry import AttemptFailure
 from controlplane.gateway.proxy.connections import EndpointConnections
-from controlplane.gateway.proxy.request_context import RequestContext
 from controlplane.gateway.proxy.timeouts import TimeoutWatcher, WatchedAttempt
 from controlplane.gateway.proxy.upstream import UpstreamConnection, UpstreamFailure
+from controlplane.gateway.request_context import RequestContext
 from controlplane.http.messages import EVENT_STREAM, Responder
 from controlplane.http.sse import events_end
 

@@ -21,9 +21,9 @@ from controlplane.errors import DeadlineExceeded
 from controlplane.gateway.proxy.attempt import Attempt
 from controlplane.gateway.proxy.connections import ConnectionTable
 from controlplane.gateway.proxy.dispatch import RequestDispatch, give_up_error
-from controlplane.gateway.proxy.request_context import RequestContext
 from controlplane.gateway.proxy.timeouts import TimeoutWatcher
 from controlplane.gateway.proxy.upstream import UpstreamFailure
+from controlplane.gateway.request_context import RequestContext
 from controlplane.gateway.telemetry.accounting import UsageLedger
 from controlplane.gateway.telemetry.metrics import Metrics
 

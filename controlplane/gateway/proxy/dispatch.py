@@ -25,7 +25,7 @@ from controlplane.errors import (
     TooManyRequests,
     UnknownModel,
 )
-from controlplane.gateway.proxy.request_context import RequestContext
+from controlplane.gateway.request_context import RequestContext
 from controlplane.gateway.telemetry.metrics import Metrics
 
 RETRY_AFTER_S: Final = 5.0

@@ -21,11 +21,11 @@ from controlplane.core.routing.tier_table import Route
 from controlplane.gateway.proxy.attempt import Attempt, error_text
 from controlplane.gateway.proxy.attempts import Attempts, TokenCounts
 from controlplane.gateway.proxy.dispatch import RequestDispatch
-from controlplane.gateway.proxy.request_context import RESUME_KINDS, RequestContext
 from controlplane.gateway.proxy.responses import STREAM_HEADERS, response_headers
 from controlplane.gateway.proxy.resume import TOKEN_ID_MEMBERS, StreamRecorder
 from controlplane.gateway.proxy.resumption import Resumption
 from controlplane.gateway.proxy.upstream import UpstreamFailure
+from controlplane.gateway.request_context import RESUME_KINDS, RequestContext
 from controlplane.gateway.telemetry.metrics import Metrics
 from controlplane.http.messages import EVENT_STREAM, JSON_TYPE, Responder
 from controlplane.http.sse import events_end, has_end, has_error, is_end

@@ -6,8 +6,8 @@ from typing import Any, Final
 
 from controlplane.core.routing.tier_table import Api
 from controlplane.errors import RequestError
-from controlplane.gateway.proxy.request_context import RequestContext
 from controlplane.gateway.proxy.resume import sse_event
+from controlplane.gateway.request_context import RequestContext
 from controlplane.http.messages import Headers, error_value
 
 STREAM_HEADERS: Final[Headers] = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]

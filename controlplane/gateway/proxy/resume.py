@@ -23,6 +23,8 @@ from typing import Any, Final, Literal
 
 import msgspec
 
+from controlplane.gateway.request_context import StreamKind
+
 FOLD_BYTES: Final = 1024 * 1024
 """Raw bytes that a recorder stores before it folds them into token ids and text."""
 
@@ -57,7 +59,6 @@ _PENALTIES: Final = ("presence_penalty", "frequency_penalty", "min_tokens", "log
 _GUIDED: Final = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice")
 
 Policy = Literal["exact", "best_effort", "never"]
-Kind = Literal["chat", "completion"]
 
 _decode = msgspec.json.Decoder().decode
 _encode = msgspec.json.Encoder().encode
@@ -73,7 +74,7 @@ class NotResumable(Exception):
 class SentSoFar:
     """What the client has of one stream."""
 
-    kind: Kind
+    kind: StreamKind
     first: dict[str, Any] = field(default_factory=dict)
     """The first event's ``id``, ``object``, ``created`` and ``model``, which the resumed part repeats."""
     prompt_ids: list[int] | None = None
@@ -174,7 +175,7 @@ class StreamRecorder:
 
     __slots__ = ("_raw", "_raw_bytes", "_sent")
 
-    def __init__(self, kind: Kind) -> None:
+    def __init__(self, kind: StreamKind) -> None:
         self._sent = SentSoFar(kind)
         self._raw: list[bytes] = []
         self._raw_bytes = 0

@@ -14,7 +14,6 @@ from controlplane.errors import DeadlineExceeded, EndpointLost, RequestError
 from controlplane.gateway.proxy.attempt import Attempt, error_text
 from controlplane.gateway.proxy.attempts import TOO_LATE, Attempts, TokenCounts
 from controlplane.gateway.proxy.dispatch import RequestDispatch
-from controlplane.gateway.proxy.request_context import RequestContext
 from controlplane.gateway.proxy.responses import error_event
 from controlplane.gateway.proxy.resume import (
     Continuation,
@@ -26,6 +25,7 @@ from controlplane.gateway.proxy.resume import (
     plan,
 )
 from controlplane.gateway.proxy.upstream import UpstreamFailure
+from controlplane.gateway.request_context import RequestContext
 from controlplane.gateway.telemetry.metrics import Metrics
 from controlplane.http.messages import Responder
 from controlplane.http.sse import events_end, has_error

@@ -16,7 +16,7 @@ from controlplane.core.cluster.snapshot import ClusterSnapshot
 from controlplane.core.domain.request import Priority, RequestOutcome
 from controlplane.core.routing.circuit_breaker import BreakerState
 from controlplane.core.routing.endpoint_table import EndpointTable
-from controlplane.gateway.proxy.request_context import RequestContext
+from controlplane.gateway.request_context import RequestContext
 from controlplane.gateway.telemetry.traffic import TrafficCounter
 
 LATENCY_BUCKETS_S: Final = (

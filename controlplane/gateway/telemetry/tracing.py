@@ -18,7 +18,7 @@ from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from controlplane.core.domain.request import RequestOutcome
-from controlplane.gateway.proxy.request_context import RequestContext
+from controlplane.gateway.request_context import RequestContext
 from controlplane.http.messages import Request
 
 _PROPAGATOR: Final = TraceContextTextMapPropagator()

@@ -15,7 +15,7 @@ from controlplane.core.routing.dispatcher import QueuedRequest
 from controlplane.core.routing.endpoint_table import EndpointTable
 from controlplane.core.routing.tier_table import TierTable
 from controlplane.core.traffic.counters import LATENCY_BOUNDS_S, TrafficCounters, within_slo
-from controlplane.gateway.proxy.request_context import RequestContext
+from controlplane.gateway.request_context import RequestContext
 
 LARGEST_SLOT_S: Final = 10.0
 """A largest latency is reported for this long, and up to twice as long."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from controlplane.gateway.proxy.body import parse, rewrite
+from controlplane.gateway.request_body import parse, rewrite
 
 
 def test_a_rewrite_leaves_other_members_as_they_stand() -> None:

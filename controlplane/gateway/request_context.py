@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from typing import Any, Final
+from typing import Any, Final, Literal, TypeAlias
 
 import msgspec
 
@@ -12,8 +12,7 @@ from controlplane.core.routing.endpoint_table import EndpointLoad
 from controlplane.core.routing.router import RouteDecision
 from controlplane.core.routing.tier_table import AUTO, Api, Route, RouteRequest
 from controlplane.errors import BadRequest
-from controlplane.gateway.proxy.body import RequestBody, parse, rewrite
-from controlplane.gateway.proxy.resume import Kind
+from controlplane.gateway.request_body import RequestBody, parse, rewrite
 from controlplane.http.messages import Request
 
 APIS: Final = {
@@ -25,7 +24,9 @@ APIS: Final = {
 }
 """The routes that are relayed to engines."""
 
-RESUME_KINDS: Final[dict[Api, Kind]] = {Api.CHAT: "chat", Api.COMPLETIONS: "completion"}
+StreamKind: TypeAlias = Literal["chat", "completion"]
+"""The streams that can be resumed."""
+RESUME_KINDS: Final[dict[Api, StreamKind]] = {Api.CHAT: "chat", Api.COMPLETIONS: "completion"}
 """The APIs whose streams can be resumed."""
 
 _COMPLEXITIES: Final = {str(complexity): complexity for complexity in Complexity}
