@@ -6,6 +6,8 @@
     ├── EngineError                an engine process can't be started or was lost
     │   └── EngineStartError       … and starting it again would not help
     ├── IllegalTransition          a life-cycle table has no such transition; nothing was changed
+    ├── NotSettled                 the controller has just started and can't tell yet; ask again later
+    ├── ControllerUnavailable      the controller can't be reached now; Ray restarts it
     └── RequestError               returned to a client as OpenAI-shaped JSON
         ├── BadRequest             400
         ├── UnknownModel           404
@@ -75,6 +77,14 @@ class EngineStartError(EngineError):
 
 class IllegalTransition(TierplaneError):
     """A life cycle has no such transition. The state is unchanged."""
+
+
+class NotSettled(TierplaneError):
+    """The controller has just started. Ask again later; until then its previous response stays valid."""
+
+
+class ControllerUnavailable(TierplaneError):
+    """The controller can't be reached now; Ray restarts it."""
 
 
 class RequestError(TierplaneError):

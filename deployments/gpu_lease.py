@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from controlplane.controller.api import ControllerApi, Method, P, R
-from controlplane.controller.client import ControllerLink, ControllerUnavailable
+from controlplane.controller.client import ControllerLink
 from controlplane.core.gpus.leases import GpuLease, LeaseOutcome
 from controlplane.core.placement.gangs import GangShape
-from controlplane.errors import EngineError
+from controlplane.errors import ControllerUnavailable, EngineError
 
 AWAY_LIMIT_S: Final = 5.0
 """How long to wait for a controller that does not answer."""

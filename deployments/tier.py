@@ -21,13 +21,13 @@ from ray import serve
 from controlplane import logs
 from controlplane.config import PlaneConfig, TierConfig
 from controlplane.controller.api import ControllerApi
-from controlplane.controller.client import ControllerLink, ControllerUnavailable, EndpointReporter
+from controlplane.controller.client import ControllerLink, EndpointReporter
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
 from controlplane.core.reconcile.commands import ReplicaCommand, ReplicaCommandKind
 from controlplane.engines import engine_for
 from controlplane.engines.supervision.status import EngineStatus
 from controlplane.engines.supervision.supervisor import EngineSupervisor
-from controlplane.errors import EngineError
+from controlplane.errors import ControllerUnavailable, EngineError
 from controlplane.paths import run_dir
 from controlplane.planning.gpu_shares import lease_shape
 from controlplane.planning.launch_check import launchable_model

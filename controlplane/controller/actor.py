@@ -109,13 +109,24 @@ class ControllerActor:
             stored_last_events(self._recorder),
         )
         self._saved = SavedState(
-            self._recorder, self._registry, self._controller, self._scaler, self._alerting, nodes
+            self._recorder,
+            registry=self._registry,
+            controller=self._controller,
+            scaler=self._scaler,
+            alerting=self._alerting,
+            nodes=nodes,
         )
         self._saved.restore_gpus()
         self._new_snapshot = asyncio.Event()
         self._version = self._registry.version
         self._loops = ControlLoops(
-            *(config, self._registry, self._controller, self._scaler, self._alerting, self._reports, nodes),
+            config,
+            registry=self._registry,
+            controller=self._controller,
+            scaler=self._scaler,
+            alerting=self._alerting,
+            reports=self._reports,
+            nodes=nodes,
             saved=self._saved,
             on_change=self._changed,
             on_idle=self._shut_down,
@@ -253,7 +264,7 @@ class ControllerActor:
         self, rule: str, subject: str, for_s: float, reason: str, by: str
     ) -> ActionResponse:
         """See :meth:`Alerting.silence`."""
-        return self._done(self._alerting.silence(rule, subject, for_s, reason, by))
+        return self._done(self._alerting.silence(rule, subject, for_s, reason=reason, by=by))
 
     async def unsilence_alerts(self, number: int, by: str) -> ActionResponse:
         """See :meth:`Alerting.unsilence`."""

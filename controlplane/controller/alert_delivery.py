@@ -191,8 +191,14 @@ class _Webhook:
 
     @property
     def view(self) -> WebhookView:
-        waiting = len(self._queue) + len(self._sending)
-        return WebhookView(self.name, self._delivered, self._failed, self._dropped, waiting, self._problem)
+        return WebhookView(
+            self.name,
+            delivered=self._delivered,
+            failed=self._failed,
+            dropped=self._dropped,
+            waiting=len(self._queue) + len(self._sending),
+            problem=self._problem,
+        )
 
     def put(self, item: Item) -> None:
         """Queue an alert; if too many wait, the oldest is dropped."""

@@ -156,7 +156,7 @@ class Alerting:
             ActionOutcome.DONE, f"{rule.name} about {alert.subject} is acknowledged by {by}", (alert.subject,)
         )
 
-    def silence(self, name: str, subject: str, for_s: float, reason: str, by: str) -> ActionResponse:
+    def silence(self, name: str, subject: str, for_s: float, *, reason: str, by: str) -> ActionResponse:
         """Send nothing about matching alerts for ``for_s`` seconds; an empty ``name`` or ``subject`` matches
         every rule or subject."""
         rule = rule_named(name) if name else None
@@ -168,7 +168,9 @@ class Alerting:
                 f"a silence lasts up to {MAX_SILENCE_S / 86_400:g} days, not {for_s:g} s",
             )
         until_s = self._controller.now_s() + for_s
-        silence = self._table.silence(Silence(until_s, rule.name if rule else "", subject, reason, by))
+        silence = self._table.silence(
+            Silence(until_s, rule.name if rule else "", subject, reason=reason, by=by)
+        )
         text = f"silence {silence.number}: {_matches(silence)} for {for_s:g} s"
         self._controller.note(
             "silence", subject or "every subject", f"{text}: {reason} ({by})", actor=OPERATOR

@@ -27,7 +27,7 @@ from controlplane.core.gpus.views import GpuView
 from controlplane.core.recommendations.views import ScalingReport
 from controlplane.core.reconcile.commands import ReplicaCommand
 from controlplane.core.reports.report import PlaneReport
-from controlplane.errors import TierplaneError
+from controlplane.errors import ControllerUnavailable
 
 LONG_POLL_S = 20.0
 """How long the controller may hold a call for the next snapshot."""
@@ -37,10 +37,6 @@ LEAVING_TIMEOUT_S = 2.0
 RETRY_S = 0.25
 
 log = structlog.stdlib.get_logger(__name__)
-
-
-class ControllerUnavailable(TierplaneError):
-    """The controller can't be reached now; Ray restarts it."""
 
 
 class ControllerLink:

@@ -51,7 +51,7 @@ from controlplane.core.telemetry.series import Signal, signal_of
 from controlplane.core.telemetry.stalled_engine import StallRules
 from controlplane.core.traffic.counters import TierFigures, TrafficCounters
 from controlplane.core.traffic.demand import TierDemandTracker
-from controlplane.errors import IllegalTransition, TierplaneError
+from controlplane.errors import IllegalTransition, NotSettled
 
 GC_THRESHOLDS: Final = (50_000, 20, 1000)
 """For :func:`gc.set_threshold` in the controller's process: it has next to no reference cycles, and a full
@@ -63,10 +63,6 @@ was killed needs the time to come back and receive every report."""
 MAX_LOST_NODES: Final = 100
 START_AGAIN_S: Final = 5.0
 """When a replica of a held tier asks again whether it may start."""
-
-
-class NotSettled(TierplaneError):
-    """The controller has just started. Ask again later; until then the previous response stays valid."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -377,7 +373,10 @@ class Controller:
         valid_s = max(TARGET_TTL_S, TARGET_TTL_REPORTS * self._heartbeat_s)
         return {
             tier: tier_target(
-                *(tier, base, self._in_progress.migrations.values(), self.tier_holds.get(tier)),
+                tier,
+                base,
+                self._in_progress.migrations.values(),
+                self.tier_holds.get(tier),
                 serving=serving.get(tier, 0),
                 valid_until_unix_s=self.unix_s() + valid_s,
             )
@@ -588,7 +587,10 @@ class Controller:
         """Take over a checkpoint of the plane that still runs: leases, cordons and what is in progress. No
         holder has to be waited for after that."""
         checkpoint.restore_plane(
-            *(stored, self._inventory, self._leases, self._in_progress),
+            stored,
+            self._inventory,
+            self._leases,
+            self._in_progress,
             now_s=self.now_s(),
             shift_s=self.shift_s,
         )

@@ -47,6 +47,7 @@ class ControlLoops:
     def __init__(
         self,
         config: ControllerConfig,
+        *,
         registry: Registry,
         controller: Controller,
         scaler: PlaneScaler,
@@ -54,7 +55,6 @@ class ControlLoops:
         reports: Reports,
         nodes: NodeWatch,
         saved: SavedState,
-        *,
         on_change: Callable[[], None],
         on_idle: Callable[[], Awaitable[None]],
     ) -> None:

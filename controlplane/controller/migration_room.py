@@ -45,7 +45,7 @@ class MigrationRoom:
                 continue
             lease = self._leases.leases.get(endpoint_id)
             if lease is None:
-                found[endpoint_id] = "where Ray finds a place"
+                found[endpoint_id] = "wherever Ray schedules it"
                 continue
             result = self._found.get(endpoint_id)
             if result is None or now_s - result[0] >= SEARCH_AGAIN_S:

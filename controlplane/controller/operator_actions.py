@@ -16,7 +16,7 @@ from controlplane.core.reconcile.commands import ActionOutcome, ActionResponse
 from controlplane.core.reconcile.in_progress import InProgress
 from controlplane.core.reconcile.migrations import OPERATOR
 
-NO_REASON = "an operator says so"
+NO_REASON = "no reason given"
 
 
 class OperatorActions:

@@ -84,7 +84,13 @@ class Recorder:
             after = max(0, self.store.last_seq - limit)
         return tuple(
             Event(
-                entry.seq, entry.unix_s, entry.action, entry.target, entry.reason, entry.detail, entry.actor
+                entry.seq,
+                entry.unix_s,
+                kind=entry.action,
+                subject=entry.target,
+                reason=entry.reason,
+                tier=entry.detail,
+                actor=entry.actor,
             )
             for entry in self.store.audit_since(after, limit)
         )
@@ -144,7 +150,14 @@ class Recorder:
         elif kind == "audit":
             for event in item:
                 self.store.audit(
-                    AuditEntry(event.unix_s, event.actor, event.kind, event.subject, event.reason, event.tier)
+                    AuditEntry(
+                        event.unix_s,
+                        actor=event.actor,
+                        action=event.kind,
+                        target=event.subject,
+                        reason=event.reason,
+                        detail=event.tier,
+                    )
                 )
         else:
             self.store.add_points(*item)

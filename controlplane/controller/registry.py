@@ -269,7 +269,15 @@ class Registry:
     ) -> None:
         """Add an event."""
         self._event_count += 1
-        event = Event(self._event_count, self._unix_s(), kind, subject, reason, tier, actor)
+        event = Event(
+            self._event_count,
+            self._unix_s(),
+            kind=kind,
+            subject=subject,
+            reason=reason,
+            tier=tier,
+            actor=actor,
+        )
         self._events.append(event)
         self._unsaved.append(event)
 

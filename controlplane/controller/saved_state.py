@@ -30,6 +30,7 @@ class SavedState:
     def __init__(
         self,
         recorder: Recorder,
+        *,
         registry: Registry,
         controller: Controller,
         scaler: PlaneScaler,

@@ -1,4 +1,4 @@
-"""How many replicas each tier is to have: what scaling published, and what Serve is told of it."""
+"""How many replicas each tier is to have: what scaling published, and when Serve fetched it."""
 
 from __future__ import annotations
 

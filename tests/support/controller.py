@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from controlplane.controller.controller import Controller, ControllerRules, NotSettled
+from controlplane.controller.controller import Controller, ControllerRules
 from controlplane.controller.registry import Registry
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
@@ -19,6 +19,7 @@ from controlplane.core.reconcile.commands import ReplicaCommandKind
 from controlplane.core.reconcile.migrations import Migration
 from controlplane.core.reconcile.replica_targets import TierTarget, desired_replicas
 from controlplane.core.telemetry.samples import Absence, GpuEvent, GpuEventKind, Missing, Reading
+from controlplane.errors import NotSettled
 from tests.support.samples import gpu_sample, node_sample
 
 HEARTBEAT_S = 2.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from controlplane.controller.controller import Controller
+from controlplane.controller.operator_actions import NO_REASON
 from controlplane.core.autoscaling.overrides import Override, Overrides
 from controlplane.core.reconcile.commands import ActionOutcome, ActionResponse
 from controlplane.core.reconcile.migrations import OPERATOR
@@ -27,7 +28,7 @@ class ManualTargets:
             return ActionResponse(
                 ActionOutcome.REFUSED, f"tier {name}: it runs elsewhere, no replicas are here", (name,)
             )
-        reason = reason or "an operator says so"
+        reason = reason or NO_REASON
         if replicas is None:
             if not self.overrides.end(name):
                 return ActionResponse(ActionOutcome.UNCHANGED, "no number was set by hand", (name,))

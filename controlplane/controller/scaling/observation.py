@@ -33,7 +33,11 @@ class TierObserver:
             override = overrides.of(tier)
             found.append(
                 self._observation(
-                    *(tier, counted, now_s, unix_s, interval_s),
+                    tier,
+                    counted,
+                    now_s=now_s,
+                    unix_s=unix_s,
+                    interval_s=interval_s,
                     target=base_targets[tier],
                     override=override.replicas if override is not None else None,
                 )
@@ -45,10 +49,10 @@ class TierObserver:
         self,
         tier: str,
         counted: TrafficCounters,
+        *,
         now_s: float,
         unix_s: float,
         interval_s: float,
-        *,
         target: int,
         override: int | None,
     ) -> TierObservation:

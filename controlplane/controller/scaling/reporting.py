@@ -35,10 +35,10 @@ class ScalingReporter:
         new = tuple(
             TierScaling(
                 tier,
-                base_targets.get(tier, 0),
-                decision.target,
-                _forecast(decision, before.get(tier)),
-                kinds.get(tier, ""),
+                target=base_targets.get(tier, 0),
+                wanted=decision.target,
+                forecast_per_s=_forecast(decision, before.get(tier)),
+                recommendation=kinds.get(tier, ""),
             )
             for tier, decision in decisions.items()
         )

@@ -169,7 +169,10 @@ class PlaneScaler:
             decision = self._decisions.get(spec.name)
             views.append(
                 view(
-                    *(self._controller, spec, decision, self._manual.overrides.of(spec.name)),
+                    self._controller,
+                    spec,
+                    decision,
+                    self._manual.overrides.of(spec.name),
                     mode=self._config.mode,
                     each_per_s=self._round.scaler(spec.name).each_per_s if decision is not None else 0.0,
                     cold_start_s=self.cold_start_s(spec),

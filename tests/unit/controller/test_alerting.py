@@ -381,7 +381,7 @@ def test_subjects_may_be_shortened() -> None:
 
 def test_a_silence_suppresses_matching_alerts_and_is_listed() -> None:
     rig = Rig(QUICK)
-    done = rig.alerting.silence("TierDown", "small", 60.0, "an upgrade", "ada")
+    done = rig.alerting.silence("TierDown", "small", 60.0, reason="an upgrade", by="ada")
     assert (done.outcome, done.subjects) == (ActionOutcome.DONE, ("1",))
     rig.fail()
     assert rig.step(20) == []
@@ -400,10 +400,10 @@ def test_a_silence_suppresses_matching_alerts_and_is_listed() -> None:
 
 def test_an_invalid_silence_is_refused() -> None:
     rig = Rig()
-    assert rig.alerting.silence("Nonsense", "", 60.0, "x", "ada").outcome is ActionOutcome.UNKNOWN
-    assert rig.alerting.silence("", "", 0.0, "x", "ada").outcome is ActionOutcome.REFUSED
-    assert rig.alerting.silence("", "", 1e9, "x", "ada").outcome is ActionOutcome.REFUSED
-    assert rig.alerting.silence("", "", 60.0, "x", "ada").outcome is ActionOutcome.DONE
+    assert rig.alerting.silence("Nonsense", "", 60.0, reason="x", by="ada").outcome is ActionOutcome.UNKNOWN
+    assert rig.alerting.silence("", "", 0.0, reason="x", by="ada").outcome is ActionOutcome.REFUSED
+    assert rig.alerting.silence("", "", 1e9, reason="x", by="ada").outcome is ActionOutcome.REFUSED
+    assert rig.alerting.silence("", "", 60.0, reason="x", by="ada").outcome is ActionOutcome.DONE
 
 
 def test_the_worst_is_listed_first() -> None:
@@ -424,7 +424,7 @@ def test_alerts_and_silences_survive_the_controller() -> None:
     rig.fail()
     assert rig.step(10) == ["firing TierDown small"]
     rig.alerting.acknowledge("TierDown", "small", "ada")
-    rig.alerting.silence("", "large", 600.0, "an upgrade", "ada")
+    rig.alerting.silence("", "large", 600.0, reason="an upgrade", by="ada")
     values = json.loads(json.dumps(rig.alerting.checkpoint()))
     [before] = rig.firing
     rig.world.shift_s += 7.0

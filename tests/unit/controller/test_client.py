@@ -12,7 +12,6 @@ from controlplane.config import ControllerConfig, parse_plane
 from controlplane.controller.api import ControllerApi, Method, P, R
 from controlplane.controller.client import (
     ControllerLink,
-    ControllerUnavailable,
     EndpointReporter,
     pull_snapshots,
     report_gateway,
@@ -22,6 +21,7 @@ from controlplane.controller.registry import Registry
 from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
+from controlplane.errors import ControllerUnavailable
 from controlplane.planning.tier_specs import tier_specs
 from tests.support.endpoints import make_endpoint
 from tests.support.waiting import until_async

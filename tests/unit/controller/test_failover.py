@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 
-from controlplane.controller.controller import NotSettled
 from controlplane.core.domain.endpoint import EndpointState
 from controlplane.core.gpus.health import OUT_OF_USE, GpuState
 from controlplane.core.placement.gangs import GangShape
@@ -20,6 +19,7 @@ from controlplane.core.telemetry.samples import (
     GpuEventKind,
     Missing,
 )
+from controlplane.errors import NotSettled
 from tests.support.controller import HEARTBEAT_S, World, xid
 
 

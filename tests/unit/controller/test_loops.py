@@ -57,13 +57,24 @@ class Rig:
         controller, nodes = self.world.controller, Nodes()
         scaler = PlaneScaler(controller, config.scaling)
         alerting = Alerting(controller, config.alerts, AlertDelivery((), {}, "plane"))
-        self.saved = SavedState(self.recorder, self.world.registry, controller, scaler, alerting, nodes)
+        self.saved = SavedState(
+            self.recorder,
+            registry=self.world.registry,
+            controller=controller,
+            scaler=scaler,
+            alerting=alerting,
+            nodes=nodes,
+        )
         self.changes = 0
         self.held: list[tuple[dict[str, str], dict[str, int]]] = []
         """GPUs to hold in Ray's accounting, and those that Ray has, by node; each time they were set."""
         self.idle = asyncio.Event()
         self.loops = ControlLoops(
-            *(config, self.world.registry, controller, scaler, alerting),
+            config,
+            registry=self.world.registry,
+            controller=controller,
+            scaler=scaler,
+            alerting=alerting,
             reports=Reports(controller, self.recorder, config.reports, 0.0),
             nodes=nodes,
             saved=self.saved,

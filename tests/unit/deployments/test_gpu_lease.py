@@ -12,11 +12,11 @@ from structlog.testing import capture_logs
 
 from controlplane.config import ControllerConfig
 from controlplane.controller.api import Method, P, R
-from controlplane.controller.client import ControllerLink, ControllerUnavailable
+from controlplane.controller.client import ControllerLink
 from controlplane.core.gpus.leases import GpuLease, GpuPart, LeaseOutcome, LeaseResponse
 from controlplane.core.placement.gangs import GangShape
 from controlplane.core.reconcile.commands import StartPermission
-from controlplane.errors import EngineError
+from controlplane.errors import ControllerUnavailable, EngineError
 from deployments.gpu_lease import EngineGpus, GpuLeaseClient
 
 LEASE = GpuLease("small-a", 1, "node-1", (GpuPart("GPU-7"), GpuPart("GPU-3")), 0.0)
