@@ -73,10 +73,10 @@ class AlertsConfig(Strict):
         """The changes as the alert evaluator takes them."""
         return {
             name: RuleChange(
-                each.enabled,
-                each.threshold,
-                each.for_s,
-                None if each.severity is None else Severity(each.severity),
+                enabled=each.enabled,
+                threshold=each.threshold,
+                for_s=each.for_s,
+                severity=None if each.severity is None else Severity(each.severity),
             )
             for name, each in self.rules.items()
         }

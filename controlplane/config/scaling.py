@@ -40,7 +40,7 @@ class SloConfig(Strict):
     def slo(self) -> Slo:
         """The SLO as the core takes it."""
         total_s = math.inf if self.total_s is None else self.total_s
-        return Slo(self.ttft_s, self.itl_s, self.attainment, total_s)
+        return Slo(ttft_s=self.ttft_s, itl_s=self.itl_s, attainment=self.attainment, total_s=total_s)
 
 
 class ScheduleConfig(Strict):
@@ -79,12 +79,12 @@ class ScheduleConfig(Strict):
     def schedule(self) -> Schedule:
         """The schedule as the core takes it."""
         return Schedule(
-            clock_s(self.start),
-            clock_s(self.end),
-            tuple(DAYS.index(day) for day in self.days),
-            self.min_replicas,
-            self.max_replicas,
-            round(self.utc_offset_hours * 3600),
+            start_s=clock_s(self.start),
+            end_s=clock_s(self.end),
+            days=tuple(DAYS.index(day) for day in self.days),
+            min_replicas=self.min_replicas,
+            max_replicas=self.max_replicas,
+            utc_offset_s=round(self.utc_offset_hours * 3600),
         )
 
 

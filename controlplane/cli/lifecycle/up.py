@@ -189,11 +189,11 @@ def _start(
     else:
         _check(interrupts)
         _deploy(record, file, reporter, interrupts)
-    snapshot = _wait_for_tiers(record, file, reporter, interrupts, began_s=began_s, timeout_s=timeout_s)
+    _wait_for_tiers(record, file, reporter, interrupts, began_s=began_s, timeout_s=timeout_s)
     ready_s = time.monotonic() - began_s
     record = replace(record, ready_unix_s=time.time())
     record.save()
-    _report_ready(record, file, reporter, snapshot, ready_s)
+    _report_ready(record, file, reporter, ready_s)
     return record
 
 
@@ -263,7 +263,7 @@ def _wait_for_tiers(
     *,
     began_s: float,
     timeout_s: float | None,
-) -> ClusterSnapshot:
+) -> None:
     from controlplane.planning.tier_specs import tier_specs
     from controlplane.ray_cluster import plane
 
@@ -280,7 +280,7 @@ def _wait_for_tiers(
         reporter.progress(tiers, now_s - began_s)
         _raise_if_failed(tiers)
         if snapshot.gateways and all(tier.ready for tier in tiers) and _answers(f"{url}/health/ready"):
-            return snapshot
+            return
         if now_s - checked_s > SERVE_CHECK_S:
             checked_s = now_s
             failure = plane.application_failure(record.applications)
@@ -345,9 +345,7 @@ def _stay(record: RunRecord, reporter: ProgressReporter, interrupts: Interrupts)
             seen = (view.snapshot.epoch, view.events[-1].number)
 
 
-def _report_ready(
-    record: RunRecord, file: ServeFile, reporter: ProgressReporter, snapshot: ClusterSnapshot, ready_s: float
-) -> None:
+def _report_ready(record: RunRecord, file: ServeFile, reporter: ProgressReporter, ready_s: float) -> None:
     found = session.processes(record.plane_id) if record.owns_ray else []
     memory_bytes = session.memory_bytes(found)
     url = record.gateway_url or record.ingress_url

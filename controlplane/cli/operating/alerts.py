@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import getpass
 import json
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,7 +12,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from controlplane.cli.console import age, stdout
+from controlplane.cli.console import age, parse_duration, stdout
 from controlplane.cli.controller_access import PlaneAddress, connected, plane_options
 from controlplane.cli.operating.events import event_json, event_line
 from controlplane.cli.operating.operate import show_response
@@ -28,15 +27,13 @@ _STYLES = {"critical": "bold red", "warning": "yellow", "info": "dim"}
 _EVENT_KINDS = ("alert", "alert over", "alert acknowledged", "silence", "silence ended", "alerts left out")
 _PAST_EVENTS = 2000
 """How many of the last entries in the audit log ``--all`` searches."""
-_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 def _seconds(_: click.Context, __: click.Parameter, value: str) -> float:
-    """``90s``, ``30m``, ``2h``, ``1d`` → seconds."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", value.strip())
-    if found is None or float(found[1]) <= 0:
-        raise click.BadParameter(f"'{value}' is not a duration: write it as 90s, 30m, 2h or 1d")
-    return float(found[1]) * _UNITS_S[found[2]]
+    try:
+        return parse_duration(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -113,7 +113,7 @@ def _print(explanation: dict[str, Any]) -> None:
     console = stdout()
     console.print(_decision(explanation), markup=False, soft_wrap=True)
     tiers = explanation["tiers"]
-    for label, key in (("asked for", "asked_for"), ("spills to", "spill"), ("bridged by", "bridge")):
+    for label, key in (("requested", "asked_for"), ("spills to", "spill"), ("bridged by", "bridge")):
         if tiers[key]:
             console.print(f"  {label:<11} {', '.join(tiers[key])}", markup=False)
     if tiers["floor"]:

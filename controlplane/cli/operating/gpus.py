@@ -35,12 +35,12 @@ def command(as_json: bool, address: str | None, namespace: str | None) -> None:
     if not gpus:
         console.print("No node reports a GPU.")
         return
-    console.print(gpu_table(gpus, time.time()))
+    console.print(gpu_table(gpus))
     for line in unhealthy_lines(gpus, time.time()):
         console.print(line)
 
 
-def gpu_table(gpus: Sequence[GpuView], unix_s: float) -> Table:
+def gpu_table(gpus: Sequence[GpuView]) -> Table:
     """One row per GPU, grouped by node. Unknown values are shown as a dash."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for head in ("node", "GPU", "uuid", "state", "busy", "memory", "°C", "W", "used by"):

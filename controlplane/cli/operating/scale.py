@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from typing import Final
 
 import click
 
+from controlplane.cli.console import parse_duration
 from controlplane.cli.controller_access import connected, plane_options
 from controlplane.cli.operating.operate import show_response
 from controlplane.controller.api import ControllerApi
 
 AUTO: Final = "auto"
-_UNITS: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
-def seconds(text: str) -> float:
-    """``90``, ``90s``, ``15m``, ``2h``, ``1d`` → seconds. ValueError otherwise."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", text.strip())
-    if match is None or float(match[1]) <= 0:
-        raise ValueError(f"'{text}' is not a duration such as 90s, 15m or 2h")
-    return float(match[1]) * _UNITS[match[2]]
+def _seconds(text: str) -> float:
+    try:
+        return parse_duration(f"{text}s" if text.strip()[-1:].isdecimal() else text)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--for") from None
 
 
 @click.command()
@@ -49,10 +47,7 @@ def command(
         if not replicas.isdecimal():
             raise click.BadParameter(f"'{replicas}' is neither a number nor '{AUTO}'", param_hint="REPLICAS")
         number = int(replicas)
-    try:
-        for_s = None if duration is None else seconds(duration)
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--for") from None
+    for_s = None if duration is None else _seconds(duration)
     if number is None and for_s is not None:
         raise click.BadParameter(f"'{AUTO}' takes no duration", param_hint="--for")
     with connected(address, namespace) as plane:

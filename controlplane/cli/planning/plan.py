@@ -93,7 +93,15 @@ def _plan_live(plane: PlaneConfig, live: LiveCluster) -> tuple[PlacedCluster, Pl
     )
     found = change(now.state, now.running, gangs)
     notes = (*live.notes, *now.notes)
-    return now.state, PlanResult(tiers, found.plan, now.state.nodes, found, now.replica_of, notes)
+    result = PlanResult(
+        tiers=tiers,
+        plan=found.plan,
+        nodes=now.state.nodes,
+        change=found,
+        replica_of=now.replica_of,
+        notes=notes,
+    )
+    return now.state, result
 
 
 def _plan_changed(plane: PlaneConfig, state: PlacedCluster, before: PlanResult) -> PlanResult:

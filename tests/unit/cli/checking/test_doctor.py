@@ -191,12 +191,12 @@ def test_disk_space_for_the_model_is_needed_only_until_it_is_cached(cache_dir: P
 
 def test_the_command_on_this_machine(run_dir: Path) -> None:
     result = CliRunner().invoke(main, ["doctor", str(CONFIGS / "laptop.yaml"), "--json"])
-    said = json.loads(result.stdout)
-    assert result.exit_code == (0 if said["ok"] else 1)
+    output = json.loads(result.stdout)
+    assert result.exit_code == (0 if output["ok"] else 1)
     assert {"system", "ray", "haproxy", "memory", "disk", "gpus"} <= {
-        check["name"] for check in said["checks"]
+        check["name"] for check in output["checks"]
     }
-    assert {check["verdict"] for check in said["checks"]} <= {"ok", "warn", "fail"}
+    assert {check["verdict"] for check in output["checks"]} <= {"ok", "warn", "fail"}
     table = CliRunner().invoke(main, ["doctor"])
     assert "Linux" in table.output
 

@@ -37,12 +37,12 @@ def test_a_valid_file() -> None:
 
 def test_json() -> None:
     code, out, _ = run(str(CONFIGS / "gpu.yaml"), "--json")
-    said = json.loads(out)
+    output = json.loads(out)
     assert code == 0
-    assert said["ok"] is True
-    assert said["problems"] == []
-    assert [tier["gpus"] for tier in said["tiers"]] == [1.0, 1.0, 2.0]
-    assert said["gpus"] == 4.0
+    assert output["ok"] is True
+    assert output["problems"] == []
+    assert [tier["gpus"] for tier in output["tiers"]] == [1.0, 1.0, 2.0]
+    assert output["gpus"] == 4.0
 
 
 def test_settings_of_an_engine(wrong: str) -> None:
@@ -54,13 +54,13 @@ def test_settings_of_an_engine(wrong: str) -> None:
 
 def test_problems_as_json(wrong: str) -> None:
     code, out, _ = run(wrong, "--json")
-    said = json.loads(out)
+    output = json.loads(out)
     assert code == 2
-    assert said["ok"] is False
-    assert [problem["path"] for problem in said["problems"]] == [
+    assert output["ok"] is False
+    assert [problem["path"] for problem in output["problems"]] == [
         "applications[0].args.tiers[1].engine_args.ttfd-ms"
     ]
-    assert set(said["problems"][0]) == {"path", "message", "remedy", "line"}
+    assert set(output["problems"][0]) == {"path", "message", "remedy", "line"}
 
 
 def test_no_such_file(tmp_path: Path) -> None:
@@ -98,9 +98,9 @@ def test_unset_variables_are_warnings(naming: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("FAR_KEY", "")
     monkeypatch.delenv("HOOK_SECRET", raising=False)
     code, out, _ = run(naming, "--json")
-    said = json.loads(out)
-    assert (code, said["ok"], said["problems"]) == (0, True, [])
-    tier, hook = said["warnings"]
+    output = json.loads(out)
+    assert (code, output["ok"], output["problems"]) == (0, True, [])
+    tier, hook = output["warnings"]
     lines = Path(naming).read_text().splitlines()
     assert tier["path"] == "applications[0].args.tiers[0].api_key_env"
     assert hook["path"] == "applications[0].args.controller.alerts.webhooks[1].secret_env"

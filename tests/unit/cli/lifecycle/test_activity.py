@@ -36,7 +36,7 @@ def test_actions_in_progress_are_shown_with_their_reasons() -> None:
         "small-c is being drained: looks odd",
         "small-b waits for its restart: asked to",
     ]
-    said = json.loads(json.dumps(activity_json(busy)))
-    assert said["moves"][0]["phase"] == "retiring"
-    assert said["holds"]["big"]["by"] == "controller"
-    assert said["store_warning"] == "disk full"
+    output = json.loads(json.dumps(activity_json(busy)))
+    assert output["moves"][0]["phase"] == "retiring"
+    assert output["holds"]["big"]["by"] == "controller"
+    assert output["store_warning"] == "disk full"

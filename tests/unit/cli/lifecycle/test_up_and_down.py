@@ -142,9 +142,9 @@ def test_a_lost_port_is_named_and_ray_starts_again_with_others(
     first = ["start"] if when == "start" else ["start", "connect", "deploy"]
     assert rays.calls == [*first, "disconnect", "clear", "start", "connect", "deploy"]
     assert len(set(rays.ports)) == 2
-    said = [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
+    output = [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
     lost = f"port {rays.ports[0]} (HAProxy's statistics) is taken by x (process 7)"
-    assert [text for text in said if "port" in text] == [f"{lost}: starting again with other ports"]
+    assert [text for text in output if "port" in text] == [f"{lost}: starting again with other ports"]
 
 
 @pytest.mark.parametrize("when", ["start", "deploy"])
@@ -232,10 +232,10 @@ def tiers(phase: str, state: EndpointState = EndpointState.STARTING) -> tuple[Ti
 
 
 def test_lines_report_only_changes(capsys: pytest.CaptureFixture[str]) -> None:
-    voice = LineProgress()
-    voice.progress(tiers("loading weights"), 1.0)
-    voice.progress(tiers("loading weights"), 1.5)
-    voice.progress(tiers("", EndpointState.READY), 2.0)
+    reporter = LineProgress()
+    reporter.progress(tiers("loading weights"), 1.0)
+    reporter.progress(tiers("loading weights"), 1.5)
+    reporter.progress(tiers("", EndpointState.READY), 2.0)
     assert capsys.readouterr().out.splitlines() == [
         "   1.0 s  only           starting   0/1   loading weights",
         "   2.0 s  only           ready      1/1",
@@ -243,15 +243,15 @@ def test_lines_report_only_changes(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_json_lines_report_only_changes_and_no_secrets(capsys: pytest.CaptureFixture[str]) -> None:
-    voice = JsonProgress()
-    voice.step("starting Ray")
-    voice.progress(tiers("loading weights"), 1.0)
-    voice.progress(tiers("loading weights"), 1.5)
-    voice.event(Event(1, 2.0, "ready", "only-1", "generation 1", "only"))
-    voice.result("ready", "for people", url="http://h:1/v1")
+    reporter = JsonProgress()
+    reporter.step("starting Ray")
+    reporter.progress(tiers("loading weights"), 1.0)
+    reporter.progress(tiers("loading weights"), 1.5)
+    reporter.event(Event(1, 2.0, "ready", "only-1", "generation 1", "only"))
+    reporter.result("ready", "as text", url="http://h:1/v1")
     out = capsys.readouterr().out
-    said = [json.loads(line) for line in out.splitlines()]
-    assert [each["event"] for each in said] == ["step", "progress", "event", "ready"]
-    assert said[1]["tiers"][0]["phase"] == "loading weights"
-    assert said[3] == {"event": "ready", "url": "http://h:1/v1"}
+    output = [json.loads(line) for line in out.splitlines()]
+    assert [each["event"] for each in output] == ["step", "progress", "event", "ready"]
+    assert output[1]["tiers"][0]["phase"] == "loading weights"
+    assert output[3] == {"event": "ready", "url": "http://h:1/v1"}
     assert "s3cret" not in out

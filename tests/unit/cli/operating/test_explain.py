@@ -30,7 +30,7 @@ async def test_the_choice_and_the_excluded_endpoints_are_shown() -> None:
         assert result.exit_code == 0
         first, *rest = result.output.splitlines()
         assert first.startswith("lightweight → light-2: ")
-        assert any("asked for" in line and "lightweight" in line for line in rest)
+        assert any("requested" in line and "lightweight" in line for line in rest)
         lines = {line.split()[0]: line for line in rest if "light-1" in line or "mid-1" in line}
         assert "left out: " in lines["light-1"]
         assert any(line.startswith("→") and "light-2" in line for line in rest)
@@ -74,14 +74,14 @@ async def test_a_refusal_is_shown_and_exits_with_1() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--url", "http://127.0.0.1:9"], "no gateway answers at http://127.0.0.1:9"),
         (["--url", "127.0.0.1:9"], "is not an address"),
         (["--url", "http://127.0.0.1:9", "--body", "-"], "--body is not JSON"),
     ],
 )
-def test_wrong_options_are_explained(options: list[str], said: str) -> None:
+def test_wrong_options_are_explained(options: list[str], message: str) -> None:
     result = CliRunner().invoke(command, options, input="{")
     assert result.exit_code != 0
-    assert said in str(result.exception)
+    assert message in str(result.exception)

@@ -173,9 +173,9 @@ def test_each_event_is_printed_once_and_in_order_even_if_the_controller_restarts
     assert [line["number"] for line in lines] == [2, 3, 4, 5, 6]
     assert lines[-1]["actor"] == "operator"
     play(Log(end_after=9))
-    said = run("events", "-n", "1").output
-    assert "ready: why" in said
-    assert len(said.splitlines()) == 1
+    output = run("events", "-n", "1").output
+    assert "ready: why" in output
+    assert len(output.splitlines()) == 1
 
 
 def test_following_ends_if_the_controller_stays_unreachable(

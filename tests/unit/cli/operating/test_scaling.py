@@ -18,7 +18,7 @@ from controlplane.core.reconcile.commands import ActionOutcome, ActionResponse
 from tests.support.fake_plane import FakePlane
 from tests.support.reports import EVIL, sample_report
 
-ADVICE = Recommendation(
+RECOMMENDATION = Recommendation(
     "small",
     RecommendationKind.SCALE_OUT,
     ("60 requests wait, over 50",),
@@ -27,9 +27,9 @@ ADVICE = Recommendation(
     0.7,
     3,
 )
-OPEN = IssuedRecommendation(1, 0.0, ADVICE, 2, 0.0)
-JUDGED = IssuedRecommendation(
-    2, 0.0, ADVICE, 2, 0.0, True, Score(True, 0.8, "1000 ms measured, 900 predicted")
+OPEN = IssuedRecommendation(1, 0.0, RECOMMENDATION, 2, 0.0)
+SCORED = IssuedRecommendation(
+    2, 0.0, RECOMMENDATION, 2, 0.0, True, Score(True, 0.8, "1000 ms measured, 900 predicted")
 )
 VIEW = TierScalingView("small", 2, 2, 3, "5 requests/s are forecast", "advise", 5.0, 2.5, 21.0, 0.6)
 
@@ -38,7 +38,7 @@ VIEW = TierScalingView("small", 2, 2, 3, "5 requests/s are forecast", "advise", 
 def plane(monkeypatch: pytest.MonkeyPatch) -> FakePlane:
     played = FakePlane(
         scale=ActionResponse(ActionOutcome.DONE, "tier small: 3 replicas", ("small",)),
-        scaling=ScalingReport("advise", (VIEW,), (OPEN, JUDGED), TrackRecord(2, 1, 1, 0.8)),
+        scaling=ScalingReport("advise", (VIEW,), (OPEN, SCORED), TrackRecord(2, 1, 1, 0.8)),
         plane_report=sample_report(),
     )
     played.connect(monkeypatch, scale, recommendations, report)
@@ -50,7 +50,7 @@ def run(*words: str) -> Result:
 
 
 @pytest.mark.parametrize(
-    ("words", "asked"),
+    ("words", "arguments"),
     [
         (("3",), ("small", 3, None, "")),
         (("0", "--for", "90s", "--reason", "a test"), ("small", 0, 90.0, "a test")),
@@ -59,10 +59,12 @@ def run(*words: str) -> Result:
         (("auto",), ("small", None, None, "")),
     ],
 )
-def test_scale_calls_the_controller(plane: FakePlane, words: tuple[str, ...], asked: tuple[Any, ...]) -> None:
+def test_scale_calls_the_controller(
+    plane: FakePlane, words: tuple[str, ...], arguments: tuple[Any, ...]
+) -> None:
     done = run("scale", "small", *words)
     assert (done.exit_code, done.output) == (0, "tier small: 3 replicas\n")
-    assert plane.calls == [("scale", *asked)]
+    assert plane.calls == [("scale", *arguments)]
 
 
 @pytest.mark.parametrize(
@@ -102,9 +104,9 @@ def test_recommendations_are_shown_with_targets_or_if_scored_with_outcomes(plane
     done = run("recommendations", "--scored")
     assert "followed; 0.80" in done.output
     assert "forecast" not in done.output
-    told = json.loads(run("recommendations", "--json").output)
-    assert [each["type"] for each in told["recommendations"]] == ["scale_out", "scale_out"]
-    assert told["tiers"][0]["wanted"] == 3
+    output = json.loads(run("recommendations", "--json").output)
+    assert [each["type"] for each in output["recommendations"]] == ["scale_out", "scale_out"]
+    assert output["tiers"][0]["wanted"] == 3
 
 
 def test_report_prints_a_table_json_and_a_page(plane: FakePlane, tmp_path: Path) -> None:

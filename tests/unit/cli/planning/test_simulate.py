@@ -76,11 +76,11 @@ def test_recommendations_follow_the_configuration_in_the_gateways_format(
         0.0,
     )
     assert first.keys() == recommendation_as_json(known).keys()
-    people = simulate(*args).stdout
+    text = simulate(*args).stdout
     record = data["record"]
-    assert f"{record['given']} recommendations, {record['judged']} judged, {record['right']} right" in people
-    assert f"mean score {record['mean']:.2f}" in people
-    assert f"predicted {effect_text(Effect(**data['recommendations'][-1]['predicted']))}" in people
+    assert f"{record['given']} recommendations, {record['judged']} judged, {record['right']} right" in text
+    assert f"mean score {record['mean']:.2f}" in text
+    assert f"predicted {effect_text(Effect(**data['recommendations'][-1]['predicted']))}" in text
 
 
 def test_the_output_is_a_table_by_default(trace: str) -> None:
@@ -104,11 +104,11 @@ def test_replicas_run_on_the_nodes_of_a_cluster_file(trace: str) -> None:
         "balanced": 1.0,
         "capable": 2.0,
     }
-    # While the node is away nobody has room.
+    # While the node is unavailable there is no room.
     assert rooms["capable"]["waited_s"] >= 60.0
     assert simulate(*failing).stdout == first.stdout
-    people = simulate(*args)
-    assert "1 node with 4 usable GPUs" in people.stdout
+    text = simulate(*args)
+    assert "1 node with 4 usable GPUs" in text.stdout
 
 
 def test_a_gpu_tier_needs_a_gpu_model(trace: str) -> None:
