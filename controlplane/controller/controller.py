@@ -538,23 +538,25 @@ class Controller:
             self.declare(self.tiers, self._heartbeat_s)
 
     def _cluster_state(self, now_s: float) -> ClusterState:
-        endpoints, work = self.endpoints, self._in_progress
+        endpoints, in_progress = self.endpoints, self._in_progress
         out_of_use, unusable = out_of_use_now(self._inventory, self._leases, endpoints)
-        leaving = work.leaving(endpoints, unusable, self._drained_tiers())
+        leaving = in_progress.leaving(endpoints, unusable, self._drained_tiers())
         return ClusterState(
             now_s,
             endpoints=endpoints,
             base_targets=self.base_targets(),
             leaving=leaving,
-            room=self._room.find(leaving.keys() - work.migrations.keys(), endpoints, self._shapes, now_s),
+            room=self._room.find(
+                leaving.keys() - in_progress.migrations.keys(), endpoints, self._shapes, now_s
+            ),
             gpus=out_of_use,
-            migrations=dict(work.migrations),
-            restarts=dict(work.restarts),
-            holds=dict(work.holds),
+            migrations=dict(in_progress.migrations),
+            restarts=dict(in_progress.restarts),
+            holds=dict(in_progress.holds),
             stalled=self._engines.stalled(endpoints, now_s),
-            stall_restarts=dict(work.stall_restarts),
-            failures=dict(work.failures),
-            hold_counts={tier: count for tier, (count, _) in work.hold_history.items()},
+            stall_restarts=dict(in_progress.stall_restarts),
+            failures=dict(in_progress.failures),
+            hold_counts={tier: count for tier, (count, _) in in_progress.hold_history.items()},
         )
 
     def _drained_tiers(self) -> dict[str, str]:
