@@ -214,7 +214,6 @@ def gguf_spec(gguf: GgufFile, name: str) -> ModelSpec:
         qkv_bias="blk.0.attn_q.bias" in names,
         moe=moe,
         quantization=Quantization(Scheme.GGUF, bits=0, gguf_type=common.most_common(1)[0][0], lm_head=True),
-        architecture=arch,
     )
 
 

@@ -15,6 +15,7 @@ from controlplane.cli.checking.configuration import load_checked
 from controlplane.cli.console import stdout
 from controlplane.core.placement.gangs import PlacementPlan
 from controlplane.core.sizing.fleet_sizing import (
+    BASIS,
     FleetSizing,
     NoFleetSizing,
     RuledOutOption,
@@ -93,7 +94,7 @@ def _show(found: FleetSizing | NoFleetSizing, where: PlacementPlan | None, fleet
         )
     console.print(table)
     price = "" if fleet.priced else " (without cost_per_hour in the cluster file each GPU costs 1)"
-    console.print(f"{found.cost_per_hour:.2f} per hour in all{price}; {found.basis}")
+    console.print(f"{found.cost_per_hour:.2f} per hour in all{price}; {BASIS}")
     for choice in found.choices:
         console.print(f"{choice.tier}: {choice.why}", soft_wrap=True)
         if note := checkpoint_note(choice):
@@ -130,7 +131,7 @@ def _json(found: FleetSizing | NoFleetSizing, where: PlacementPlan | None, fleet
         "fits": where is not None and where.complete,
         "cost_per_hour": found.cost_per_hour,
         "priced": fleet.priced,
-        "basis": found.basis,
+        "basis": BASIS,
         "gpus_used": dict(found.gpus_used),
         "tiers": [
             {

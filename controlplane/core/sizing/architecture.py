@@ -123,7 +123,6 @@ class ModelSpec:
     moe: Moe | None = None
     mla: Mla | None = None
     quantization: Quantization = NONE
-    architecture: str = ""
     notes: tuple[str, ...] = ()
     """What is not counted or was not read exactly, in words for the user."""
     guesses: tuple[str, ...] = ()
@@ -290,7 +289,6 @@ def plain_model(
             vocab=vocab,
             layers=(LayerKind(),) * layers,
             max_length=8192,
-            architecture="LlamaForCausalLM",
             notes=("a Llama-like model from plain numbers",),
         )
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from controlplane.core.sizing.architecture import ModelSpec
 from controlplane.core.sizing.engine_args import EngineArgs
+from controlplane.core.sizing.engine_plan import EnginePlan
 from controlplane.core.sizing.gpu_memory import activation_bytes, gib
 from controlplane.core.sizing.gpu_models import GIB, MIB
 from controlplane.core.sizing.kv_cache import KvLayout, kv_layout
@@ -48,12 +49,9 @@ class CpuWorker:
 
 
 @dataclass(frozen=True, slots=True)
-class CpuPlan:
+class CpuPlan(EnginePlan):
     """An engine's memory on one machine without GPUs."""
 
-    model: ModelSpec
-    settings: EngineArgs
-    dtype: str
     terms: tuple[MemoryTerm, ...]
     """Over all processes of the engine."""
     workers: tuple[CpuWorker, ...]
@@ -70,43 +68,14 @@ class CpuPlan:
         return sum(term.size_bytes for term in self.terms if term.name != "activations")
 
     @property
+    def layout(self) -> KvLayout:
+        """The KV cache of the first worker."""
+        return self.workers[0].layout
+
+    @property
     def blocks(self) -> int:
-        """KV blocks of the engine, as vLLM reports them."""
+        """KV blocks as vLLM reports them: the smallest number over the workers."""
         return self.settings.blocks or min(worker.blocks for worker in self.workers)
-
-    @property
-    def usable_blocks(self) -> int:
-        """Blocks that sequences can use: vLLM reserves one."""
-        return max(0, self.blocks - 1)
-
-    @property
-    def length(self) -> int:
-        """Tokens of the longest sequence that the engine accepts."""
-        if self.settings.max_length < 0:
-            return self.longest
-        return self.settings.length(self.model)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence that fits alone, up to the model's own limit."""
-        return self.workers[0].layout.longest(self.usable_blocks, self.model.max_length)
-
-    @property
-    def max_concurrency(self) -> float:
-        """vLLM's «Maximum concurrency for N tokens per request»."""
-        need = self.workers[0].layout.blocks_for(self.length)
-        return self.blocks / need if need else 0.0
-
-    @property
-    def kv_tokens(self) -> int:
-        """vLLM's «CPU KV cache size: N tokens»."""
-        return int(self.max_concurrency * self.length)
-
-    def sequences(self, length: int) -> int:
-        """How many sequences of ``length`` tokens fit at once."""
-        need = self.workers[0].layout.blocks_for(length)
-        by_blocks = self.usable_blocks // need if need else 0
-        return min(by_blocks, self.settings.batch(self.model, None)[1])
 
 
 def plan_cpu_memory(
@@ -220,7 +189,7 @@ def _term(plan: CpuPlan, name: str) -> int:
 def _short_cache(plan: CpuPlan, total_bytes: int) -> CpuVerdict | None:
     """The verdict if the KV cache is too small for one sequence of ``max-model-len``, without which vLLM
     doesn't start; None if it is large enough."""
-    layout = plan.workers[0].layout
+    layout = plan.layout
     need = layout.blocks_for(max(plan.length, 1)) + 1
     if plan.blocks >= need:
         return None
@@ -245,7 +214,7 @@ def _remedy(plan: CpuPlan, needed_bytes: int, limit_bytes: int) -> str:
     kv = _term(plan, "KV cache")
     count = len(plan.workers)
     per_worker = max(0, limit_bytes - (needed_bytes - kv)) // count // GIB
-    layout = plan.workers[0].layout
+    layout = plan.layout
     if per_worker >= 1:
         longest = layout.longest(per_worker * GIB // layout.block_bytes - 1, plan.length)
         text = f"set VLLM_CPU_KVCACHE_SPACE to {per_worker} (GiB per worker) in the tier's env"

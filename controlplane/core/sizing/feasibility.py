@@ -170,7 +170,7 @@ def _length(plan: MemoryPlan, limits: FitLimits) -> int:
 def _wanted_blocks(plan: MemoryPlan, limits: FitLimits) -> int:
     """Blocks for the sequences that must fit, and at least for one of ``max-model-len``, without which vLLM
     doesn't start."""
-    layout = plan.stages[0].layout
+    layout = plan.layout
     wanted = layout.blocks_for(_length(plan, limits)) * limits.sequences
     longest = layout.blocks_for(plan.length) if plan.settings.max_length >= 0 else 0
     return max(wanted, longest) + 1

@@ -30,6 +30,8 @@ PARALLEL_SIZES = (1, 2, 4, 8)
 MOST_REPLICAS = 1000
 LENGTH_FACTOR = 2
 """Sequences of this many times the mean length must fit as well."""
+BASIS = "a roofline estimate from published GPU figures; correct it with measured speeds"
+"""The source of the speeds, for reports."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +123,6 @@ class FleetSizing:
     choices: tuple[TierChoice, ...]
     cost_per_hour: float
     gpus_used: tuple[tuple[str, int], ...]
-    basis: str = "a roofline estimate from published GPU figures; correct it with measured speeds"
 
 
 @dataclass(frozen=True, slots=True)

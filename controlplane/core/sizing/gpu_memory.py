@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from controlplane.core.sizing.architecture import ModelSpec
 from controlplane.core.sizing.engine_args import EngineArgs
+from controlplane.core.sizing.engine_plan import EnginePlan
 from controlplane.core.sizing.gpu_models import GIB, MIB, GpuModel
 from controlplane.core.sizing.kv_cache import KvLayout, kv_bytes_per_token, kv_layout
 from controlplane.core.sizing.quantization import DTYPE_BYTES, runs_on
@@ -76,63 +77,31 @@ RUNTIME_TERMS = frozenset({"activations", "CUDA graphs", "framework", "communica
 
 
 @dataclass(frozen=True, slots=True)
-class MemoryPlan:
-    """An engine's memory over its GPUs, and what it can serve with that."""
+class MemoryPlan(EnginePlan):
+    """An engine's memory on its GPUs."""
 
-    model: ModelSpec
-    settings: EngineArgs
     gpu: GpuModel
-    dtype: str
     stages: tuple[StageMemory, ...]
     problems: tuple[str, ...] = ()
-    """Why the engine would refuse these settings whatever the memory."""
+    """Why the engine would refuse these settings, independent of the memory."""
     extra: MemoryTerm | None = None
     """What every GPU holds beyond what the model's config explains."""
 
     @property
+    def layout(self) -> KvLayout:
+        """The KV cache of the first pipeline stage."""
+        return self.stages[0].layout
+
+    @property
     def blocks(self) -> int:
         """KV blocks as vLLM reports them: the smallest number over the stages."""
-        if self.settings.blocks:
-            return self.settings.blocks
-        return min(stage.blocks for stage in self.stages)
-
-    @property
-    def usable_blocks(self) -> int:
-        """Blocks that sequences can use: vLLM reserves one."""
-        return max(0, self.blocks - 1)
-
-    @property
-    def length(self) -> int:
-        """Tokens of the longest sequence that the engine accepts: ``max-model-len``, or as many as fit."""
-        if self.settings.max_length < 0:
-            return self.longest
-        return self.settings.length(self.model)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence that fits alone, up to the model's own limit."""
-        return self._layout.longest(self.usable_blocks, self.model.max_length)
-
-    @property
-    def max_concurrency(self) -> float:
-        """vLLM's «Maximum concurrency for N tokens per request»."""
-        need = self._layout.blocks_for(self.length)
-        return self.blocks / need if need else 0.0
-
-    @property
-    def kv_tokens(self) -> int:
-        """vLLM's «KV cache size: N tokens»."""
-        return int(self.max_concurrency * self.length)
+        return self.settings.blocks or min(stage.blocks for stage in self.stages)
 
     def sequences(self, length: int) -> int:
         """How many sequences of ``length`` tokens fit at once, by KV blocks and by ``max-num-seqs``."""
-        need = self._layout.blocks_for(length)
-        by_blocks = self.usable_blocks // need if need else 0
+        needed = self.layout.blocks_for(length)
+        by_blocks = self.usable_blocks // needed if needed else 0
         return min(by_blocks, self.settings.batch(self.model, self.gpu)[1])
-
-    @property
-    def _layout(self) -> KvLayout:
-        return self.stages[0].layout
 
     @property
     def worst(self) -> StageMemory:
@@ -169,7 +138,7 @@ def plan_memory(
         found.append(
             StageMemory(stage, tuple(terms), budget, kv_budget, _layout(model, settings, gpu, stage, dtype))
         )
-    return MemoryPlan(model, settings, gpu, dtype, tuple(found), tuple(problems), extra)
+    return MemoryPlan(model, settings, dtype, gpu, tuple(found), tuple(problems), extra)
 
 
 def _layout(

@@ -131,7 +131,6 @@ def parse_config(config: Config, name: str) -> ModelSpec:
         moe=moe,
         mla=mla,
         quantization=quantization,
-        architecture=str((config.get("architectures") or [model_type])[0]),
         notes=(*notes, *guesses),
         guesses=tuple(guesses),
     )

@@ -51,7 +51,6 @@ def test_the_cheapest_option_that_meets_the_slo() -> None:
     assert choice.next_best.cost_per_hour >= choice.option.cost_per_hour
     assert "requests/s" in choice.why
     assert found.cost_per_hour == choice.option.cost_per_hour
-    assert "estimate" in found.basis
 
 
 def test_a_strict_slo_takes_a_faster_gpu() -> None:
