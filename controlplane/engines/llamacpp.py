@@ -17,7 +17,7 @@ from controlplane.core.domain.endpoint import Capabilities
 from controlplane.engines.base import Command, Diagnosis, Launch, MetricNames
 from controlplane.engines.output import find, last_error, port_taken, tail
 
-SECRET_ENV = "TIERPLANE_LLAMACPP_KEY"  # noqa: S105 - the variable's name, not a secret
+KEY_ENV = "TIERPLANE_LLAMACPP_KEY"
 
 ALIASES = {
     "ctx-size": "n_ctx",
@@ -111,7 +111,7 @@ class LlamaCppEngine:
                 json.dumps(args),
             ),
             # If it aborted, llama.cpp would start a debugger, where one is installed, for a backtrace.
-            env={"GGML_NO_BACKTRACE": "1", **tier.env, SECRET_ENV: launch.secret},
+            env={"GGML_NO_BACKTRACE": "1", **tier.env, KEY_ENV: launch.secret},
         )
 
     def capabilities(self, tier: TierConfig) -> Capabilities:

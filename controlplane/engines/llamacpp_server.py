@@ -16,7 +16,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from controlplane.engines.llamacpp import ALIASES, OWN_FIELDS, SECRET_ENV
+from controlplane.engines.llamacpp import ALIASES, KEY_ENV, OWN_FIELDS
 
 
 class UnusableSettings(Exception):
@@ -87,7 +87,7 @@ def main() -> int:
     parser.add_argument("--alias", required=True)
     parser.add_argument("--params", default="{}")
     options = parser.parse_args()
-    secret = os.environ.pop(SECRET_ENV, "")
+    secret = os.environ.pop(KEY_ENV, "")
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())

@@ -21,6 +21,8 @@ from controlplane.core.telemetry.engine import COUNTERS, GAUGES
 from controlplane.core.telemetry.samples import EngineSample
 from controlplane.http.fetch import MAX_PAGE_BYTES, fetch
 
+CONCURRENCY: Final = 32
+"""Scrapes at the same time."""
 _LARGEST: Final = frozenset({"kv_usage_ratio"})
 """Gauges of which the largest series counts (there is one per data-parallel rank) and not the sum."""
 
@@ -42,12 +44,10 @@ class ScrapeTarget:
 class EngineScraper:
     """Scrapes in the event loop in which it was entered (``async with``)."""
 
-    def __init__(
-        self, *, timeout_s: float = 2.0, max_bytes: int = MAX_PAGE_BYTES, concurrency: int = 32
-    ) -> None:
+    def __init__(self, *, timeout_s: float = 2.0, max_bytes: int = MAX_PAGE_BYTES) -> None:
         self._timeout_s = timeout_s
         self._max_bytes = max_bytes
-        self._gate = asyncio.Semaphore(concurrency)
+        self._gate = asyncio.Semaphore(CONCURRENCY)
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> EngineScraper:

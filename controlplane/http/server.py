@@ -13,7 +13,7 @@ import socket
 from collections.abc import Awaitable, Callable, Iterable
 from http import HTTPStatus
 from time import monotonic
-from typing import Final
+from typing import Final, cast
 
 import httptools
 
@@ -202,7 +202,7 @@ class _ClientConnection(asyncio.Protocol):
         return not (self.busy or self.in_request or just_connected)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport  # type: ignore[assignment]  # TCP transports are asyncio.Transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's has all methods but not the class
         self._server.connections.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:

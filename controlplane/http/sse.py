@@ -1,8 +1,8 @@
-"""Server-sent events as far as a relay must know them: where one ends, which one is the last or an error.
+"""Server-sent events, as far as a relay needs them: where an event ends, and which is the last or an error.
 
-Engines end an event with ``\\n\\n`` or with ``\\r\\n\\r\\n``. What marks an end or an error is looked for at
-the start of a line or with its quotes: inside a JSON string both would be escaped, so that a model that
-writes about events can't be taken for one.
+Engines end an event with ``\\n\\n`` or with ``\\r\\n\\r\\n``. The marks of an end and of an error are matched
+at the start of a line or together with their quotes. Within a JSON string both would be escaped, so generated
+text that contains such a mark does not match.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Final
 
 from controlplane.core.routing.tier_table import Api
 
-# Patterns that begin with a literal: `re` skips to it, where one with `(?:^|\n)` tries every byte,
+# Patterns that begin with a literal, because `re` skips to it. A pattern with `(?:^|\n)` tries every byte,
 # which took more than half of a stream's time in the gateway.
 _DONE: Final = re.compile(rb"data: ?\[DONE\]")
 _LAST_EVENT: Final = {
@@ -28,7 +28,7 @@ _ERROR_LINE: Final = re.compile(rb"(?:^|\n)event: error")
 
 
 def events_end(data: bytes) -> int:
-    """Where the last whole event of ``data`` ends; 0 if there is none."""
+    """The offset after the last complete event in ``data``; 0 if there is none."""
     end = data.rfind(b"\n\n")
     if end >= 0:
         return end + 2
@@ -37,7 +37,8 @@ def events_end(data: bytes) -> int:
 
 
 def has_end(api: Api, events: bytes) -> bool:
-    """Is the last event of a whole stream among these? False where the route has no such mark."""
+    """Whether ``events`` include the last event of a complete stream. False for a route without such an
+    event."""
     if api not in _LAST_EVENT:
         return False
     for done in _DONE.finditer(events):
@@ -48,12 +49,13 @@ def has_end(api: Api, events: bytes) -> bool:
 
 
 def is_end(api: Api, last: bytes) -> bool:
-    """Do the last events of a stream say that it is whole? True where the route has no such mark."""
+    """Whether the last events of a stream show that it is complete. True for a route without such an
+    event."""
     return api not in _LAST_EVENT or has_end(api, last)
 
 
 def has_error(api: Api, events: bytes) -> bool:
-    """Did the engine write an error among these events?"""
+    """Whether ``events`` include an error from the engine."""
     mark = _ERROR.get(api)
     if mark is None:
         return _ERROR_DATA in events

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import yaml
 
-from controlplane.engines.simulated.engine import SECRET_ENV
+from controlplane.engines.simulated.engine import KEY_ENV
 from controlplane.errors import SetupError
 from controlplane.ray_cluster.ports import free_port
 from tests.benchmarks.wrk import Target, body
@@ -38,7 +38,7 @@ def engine(settings: Mapping[str, object]) -> Iterator[Target]:
     key = secrets.token_hex(16)
     command = [sys.executable, "-m", "controlplane.engines.simulated.server", "--port", "0"]
     command += ["--model", MODEL, "--settings", json.dumps(settings)]
-    with _process(command, {SECRET_ENV: key}, stdout=subprocess.PIPE) as process:
+    with _process(command, {KEY_ENV: key}, stdout=subprocess.PIPE) as process:
         url = (
             "http://"
             + await_line(process, "listening on ", START_TIMEOUT_S, "the engine")

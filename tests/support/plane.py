@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
-from controlplane.engines.simulated.engine import SECRET_ENV
+from controlplane.engines.simulated.engine import KEY_ENV
 from controlplane.errors import SetupError
 from controlplane.paths import RUN_DIR_VARIABLE
 from controlplane.ray_cluster.ports import free_port
@@ -101,7 +101,7 @@ class Plane:
         request = urllib.request.Request(
             f"{endpoint['base_url']}/simulated/knobs",
             json.dumps(values).encode(),
-            {"authorization": f"Bearer {_variable(endpoint['pid'], SECRET_ENV)}"},
+            {"authorization": f"Bearer {_variable(endpoint['pid'], KEY_ENV)}"},
         )
         with urllib.request.urlopen(request, timeout=HTTP_TIMEOUT_S):
             pass

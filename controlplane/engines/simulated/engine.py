@@ -20,7 +20,7 @@ from controlplane.engines.base import Command, Diagnosis, Launch, MetricNames
 from controlplane.engines.output import last_error, port_taken
 from controlplane.errors import ConfigError, Problem
 
-SECRET_ENV = "TIERPLANE_SIMULATED_KEY"  # noqa: S105 - the variable's name, not a secret
+KEY_ENV = "TIERPLANE_SIMULATED_KEY"
 """The environment variable with the secret that the server requires; without it, it requires none."""
 
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -148,7 +148,7 @@ class SimulatedEngine:
                 "--settings",
                 settings.model_dump_json(exclude_defaults=True),
             ),
-            env={**devices, **tier.env, SECRET_ENV: launch.secret},
+            env={**devices, **tier.env, KEY_ENV: launch.secret},
         )
 
     def capabilities(self, tier: TierConfig) -> Capabilities:

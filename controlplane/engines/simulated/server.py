@@ -22,7 +22,7 @@ import uvloop
 from pydantic import ValidationError
 
 from controlplane.engines.simulated.batching import BatchScheduler, Finish, Generation, metrics_text
-from controlplane.engines.simulated.engine import FAULTS, SECRET_ENV, SimulatedSettings
+from controlplane.engines.simulated.engine import FAULTS, KEY_ENV, SimulatedSettings
 from controlplane.engines.simulated.requests import InvalidRequest, embeddings, parse
 from controlplane.engines.simulated.wire_formats import WireFormat
 from controlplane.http.messages import JSON_TYPE, Headers, Request
@@ -49,7 +49,7 @@ class SimulatedServer:
         self.created_unix_s = int(time.time())
         self.scheduler = BatchScheduler(loop, settings)
         self.http = HttpServer(self._handle, max_body_bytes=_MAX_BODY_BYTES, share_port=False)
-        secret = os.environ.pop(SECRET_ENV, "")
+        secret = os.environ.pop(KEY_ENV, "")
         self._bearer = f"Bearer {secret}".encode() if secret else b""
         self._api_key = secret.encode()
         self._address = ("127.0.0.1", 0)

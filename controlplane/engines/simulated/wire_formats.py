@@ -10,7 +10,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 from controlplane.engines.simulated.batching import Finish
 
@@ -60,8 +60,11 @@ class WireFormat(ABC):
         )
 
 
-class ChatFormat(WireFormat):
-    """``/v1/chat/completions``."""
+class _ChoicesFormat(WireFormat):
+    """What the two interfaces with ``choices`` share: the options, and how a stream ends."""
+
+    id_prefix: ClassVar[str]
+    chunk_object: ClassVar[bytes]
 
     def __init__(
         self,
@@ -73,13 +76,26 @@ class ChatFormat(WireFormat):
         token_ids: bool = False,
         include_usage: bool = False,
     ) -> None:
-        super().__init__(f"chatcmpl-{ident}", model, created, prompt_ids)
+        super().__init__(f"{self.id_prefix}-{ident}", model, created, prompt_ids)
         self._token_ids = token_ids
         self._include_usage = include_usage
 
     @cached_property
     def _chunk(self) -> bytes:
-        return b"data: " + self._head(b"chat.completion.chunk")
+        return b"data: " + self._head(self.chunk_object)
+
+    def closing(self, count: int, finish: Finish) -> list[bytes]:
+        """The usage if the request asked for it, then the end."""
+        if self._include_usage:
+            return [self._chunk + b',"choices":[],"usage":' + self._usage(count) + b"}\n\n", DONE]
+        return [DONE]
+
+
+class ChatFormat(_ChoicesFormat):
+    """``/v1/chat/completions``."""
+
+    id_prefix = "chatcmpl"
+    chunk_object = b"chat.completion.chunk"
 
     @cached_property
     def _before(self) -> bytes:
@@ -114,12 +130,6 @@ class ChatFormat(WireFormat):
             events[-1:] = [before + b"".join(texts[-1:]) + ending + b"}]}\n\n"]
         return events
 
-    def closing(self, count: int, finish: Finish) -> list[bytes]:
-        """The last events."""
-        if self._include_usage:
-            return [self._chunk + b',"choices":[],"usage":' + self._usage(count) + b"}\n\n", DONE]
-        return [DONE]
-
     def whole(self, ids: Sequence[int], texts: Sequence[bytes], finish: Finish) -> bytes:
         """The body in one piece."""
         choice = (
@@ -135,27 +145,13 @@ class ChatFormat(WireFormat):
         )
 
 
-class CompletionFormat(WireFormat):
+class CompletionFormat(_ChoicesFormat):
     """``/v1/completions``."""
 
-    def __init__(
-        self,
-        ident: str,
-        model: str,
-        created: int,
-        prompt_ids: Sequence[int],
-        *,
-        token_ids: bool = False,
-        include_usage: bool = False,
-    ) -> None:
-        super().__init__(f"cmpl-{ident}", model, created, prompt_ids)
-        self._token_ids = token_ids
-        self._include_usage = include_usage
-        self._first = True
+    id_prefix = "cmpl"
+    chunk_object = b"text_completion"
 
-    @cached_property
-    def _chunk(self) -> bytes:
-        return b"data: " + self._head(b"text_completion")
+    _first = True
 
     @cached_property
     def _before(self) -> bytes:
@@ -171,15 +167,9 @@ class CompletionFormat(WireFormat):
             if self._token_ids:
                 prompt = _numbers(self.prompt_ids) if self._first else b"null"
                 extra = b',"prompt_token_ids":%s,"token_ids":[%d]' % (prompt, ids[index])
-            self._first = False
+                self._first = False
             events.append(self._before + text + b'","logprobs":null,' + ending + extra + b"}]}\n\n")
         return events
-
-    def closing(self, count: int, finish: Finish) -> list[bytes]:
-        """The last events."""
-        if self._include_usage:
-            return [self._chunk + b',"choices":[],"usage":' + self._usage(count) + b"}\n\n", DONE]
-        return [DONE]
 
     def whole(self, ids: Sequence[int], texts: Sequence[bytes], finish: Finish) -> bytes:
         """The body in one piece."""

@@ -60,7 +60,6 @@ class GenerationRunner:
     inbox: CommandInbox
     log: StructuredLog
     log_file: LogFile
-    output: EngineOutput | None = None
     _model: str = ""
 
     async def run(self) -> GenerationEnd:
@@ -146,7 +145,7 @@ class GenerationRunner:
         return found.result()
 
     async def _start(self, command: Command, launch: Launch) -> EngineProcess:
-        self.output = EngineOutput(launch.secret, self.log_file, self._line)
+        output = EngineOutput(launch.secret, self.log_file, self._line)
         marker = f"{self.tier.name}/{self.replica_id}/{secrets.token_hex(8)}"
         generation = self.board.status.generation + 1
         host = f"[{launch.host}]" if ":" in launch.host else launch.host
@@ -158,7 +157,7 @@ class GenerationRunner:
             secret=launch.secret,
             started_unix_s=time.time(),
         )
-        process = await start(command, self.output, marker)
+        process = await start(command, output, marker)
         self.log.info("engine started", replica=self.replica_id, port=launch.port, generation=generation)
         return process
 
@@ -245,7 +244,7 @@ class GenerationRunner:
         self.log.info("engine ready", replica=self.replica_id, generation=status.generation, took_s=took_s)
 
     def _line(self, line: str) -> None:
-        if self.board.state in (EndpointState.STARTING, EndpointState.RESTARTING):
+        if self.board.status.state in (EndpointState.STARTING, EndpointState.RESTARTING):
             phase = self.engine.phase(line)
             if phase:
                 self._phase(phase)

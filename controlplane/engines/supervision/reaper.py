@@ -106,14 +106,14 @@ class ProcessFamily:
             return False
 
 
-def sweep(session: int, session_start: int, marker: str, give_up_s: float = _GIVE_UP_S) -> list[int]:
+def sweep(session: int, session_start: int, marker: str) -> list[int]:
     """Kill an engine's process family after its reaper was killed; returns the ids of the killed processes.
 
     The caller must not have the marker in its own environment.
     """
     family = ProcessFamily(session, session_start, marker, adopts=False)
     killed: set[int] = set()
-    deadline_s = time.monotonic() + give_up_s
+    deadline_s = time.monotonic() + _GIVE_UP_S
     while True:
         members = family.signal(signal.SIGKILL)
         killed |= set(members)

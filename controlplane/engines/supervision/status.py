@@ -31,7 +31,6 @@ class EngineStatus:
     state: EndpointState
     phase: str = ""
     """What the engine is doing while it is not ready, in words for the operator."""
-    phase_elapsed_s: float = 0.0
     base_url: str = ""
     """The URL up to ``/v1``, without a trailing slash; empty until there is a port."""
     port: int | None = None
@@ -57,18 +56,11 @@ class StatusBoard:
         self._log = log
         self._changed = threading.Condition()
         self._status = EngineStatus(EndpointState.STARTING, since_unix_s=time.time())
-        self._phase_since_s = time.monotonic()
 
     @property
     def status(self) -> EngineStatus:
         """The latest status."""
-        status = self._status
-        return dataclasses.replace(status, phase_elapsed_s=time.monotonic() - self._phase_since_s)
-
-    @property
-    def state(self) -> EndpointState:
-        """The latest state."""
-        return self._status.state
+        return self._status
 
     def wait_for(self, states: frozenset[EndpointState], timeout_s: float) -> EngineStatus:
         """Wait up to ``timeout_s`` for one of ``states``; returns the status at the end."""
@@ -86,8 +78,6 @@ class StatusBoard:
             after = dataclasses.replace(before, **fields)
             if after == before:
                 return
-            if after.phase != before.phase:
-                self._phase_since_s = time.monotonic()
             self._status = after
             self._changed.notify_all()
         try:

@@ -70,7 +70,6 @@ class EngineSupervisor:
         self._inbox: CommandInbox | None = None
         self._loop_lock = threading.Lock()
         """Held while calling the loop, and while recording that it has ended."""
-        self._runner: GenerationRunner | None = None
         self._draining: asyncio.Task[None] | None = None
         self._was_ready = False
 
@@ -80,12 +79,6 @@ class EngineSupervisor:
     def status(self) -> EngineStatus:
         """The engine's latest status."""
         return self._board.status
-
-    @property
-    def output(self) -> tuple[str, ...]:
-        """The last lines of the engine's output, without its secret."""
-        runner = self._runner
-        return runner.output.lines if runner is not None and runner.output is not None else ()
 
     def start(self) -> None:
         """Start the supervisor's thread; returns long before the engine is ready.
@@ -210,7 +203,7 @@ class EngineSupervisor:
         """Run one generation after another until the stop command."""
         assert self._inbox is not None
         inbox = self._inbox
-        self._runner = GenerationRunner(
+        runner = GenerationRunner(
             tier=self.tier,
             replica_id=self.replica_id,
             engine=self._engine,
@@ -224,7 +217,7 @@ class EngineSupervisor:
         )
         restarted_s: list[float] = []
         while True:
-            end = await self._runner.run()
+            end = await runner.run()
             self._was_ready |= end.was_ready
             if end.command is SupervisorCommand.STOP or inbox.draining:
                 return
@@ -295,7 +288,7 @@ class EngineSupervisor:
     async def _drain(self, timeout_s: float, still_running: Callable[[], int] | None) -> bool:
         loop = asyncio.get_running_loop()
         assert self._inbox is not None
-        if self._board.state in (EndpointState.FAILED, EndpointState.STOPPED):
+        if self._board.status.state in (EndpointState.FAILED, EndpointState.STOPPED):
             return True
         self._inbox.draining = True
         self._board.publish(EndpointState.DRAINING, phase="finishing running requests")

@@ -9,7 +9,7 @@ import pytest
 
 from controlplane.config import TierConfig
 from controlplane.engines.base import Launch
-from controlplane.engines.llamacpp import SECRET_ENV, LlamaCppEngine
+from controlplane.engines.llamacpp import KEY_ENV, LlamaCppEngine
 from controlplane.engines.llamacpp_server import UnusableSettings, apply, gguf_file
 
 ENGINE = LlamaCppEngine()
@@ -27,7 +27,7 @@ def params_of(**settings: Any) -> Any:
 
 def test_the_secret_is_in_the_environment_only() -> None:
     command = ENGINE.command(tier(), Launch("127.0.0.1", 4000, "s3cret", "/m.gguf"))
-    assert command.env[SECRET_ENV] == "s3cret"
+    assert command.env[KEY_ENV] == "s3cret"
     assert not any("s3cret" in word for word in command.argv)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from controlplane.engines.simulated.engine import SECRET_ENV
+from controlplane.engines.simulated.engine import KEY_ENV
 from controlplane.engines.simulated.text import END
 from tests.support.engines import call, events_of
 from tests.support.waiting import until
@@ -38,7 +38,7 @@ class Server:
                 json.dumps(settings),
             ],
             stdout=subprocess.PIPE,
-            env={**os.environ, SECRET_ENV: secret},
+            env={**os.environ, KEY_ENV: secret},
         )
         assert self.popen.stdout is not None
         self.said: list[str] = []
