@@ -1,4 +1,4 @@
-"""What every engine must do, asked of each kind through a supervisor and over HTTP alone.
+"""What every kind of engine must do, tested through a supervisor and over HTTP only.
 
 A new kind of engine joins with one entry in ``KINDS``.
 """
@@ -114,12 +114,12 @@ def test_an_unknown_model_is_not_found(running: Running) -> None:
 
 
 def test_chat(running: Running) -> None:
-    answer = running.client.chat.completions.create(**CHAT)
-    assert answer.choices[0].message.role == "assistant"
-    assert answer.choices[0].message.content
-    assert answer.choices[0].finish_reason in ("stop", "length")
-    assert answer.usage.prompt_tokens > 0
-    assert 0 < answer.usage.completion_tokens <= 8
+    response = running.client.chat.completions.create(**CHAT)
+    assert response.choices[0].message.role == "assistant"
+    assert response.choices[0].message.content
+    assert response.choices[0].finish_reason in ("stop", "length")
+    assert response.usage.prompt_tokens > 0
+    assert 0 < response.usage.completion_tokens <= 8
 
 
 def test_chat_streamed_says_the_same(running: Running) -> None:
@@ -140,15 +140,15 @@ def test_chat_streamed_says_the_same(running: Running) -> None:
 
 
 def test_completions_whole_and_streamed(running: Running) -> None:
-    ask: dict[str, Any] = {
+    request_body: dict[str, Any] = {
         "model": "served",
         "prompt": "The capital of France is",
         "max_tokens": 4,
         "temperature": 0,
     }
-    whole = running.client.completions.create(**ask)
+    whole = running.client.completions.create(**request_body)
     assert whole.choices[0].text
-    streamed = running.client.completions.create(**ask, stream=True)
+    streamed = running.client.completions.create(**request_body, stream=True)
     assert "".join(chunk.choices[0].text for chunk in streamed if chunk.choices) == whole.choices[0].text
 
 
@@ -164,10 +164,10 @@ def test_what_its_capabilities_promise(running: Running) -> None:
     capabilities = running.engine.capabilities(running.tier)
     client = running.client
     if capabilities.responses:
-        answer = client.responses.create(
+        response = client.responses.create(
             model="served", input="What is the capital of France?", max_output_tokens=8
         )
-        assert answer.output_text
+        assert response.output_text
         names = [
             event.type
             for event in client.responses.create(
@@ -202,7 +202,7 @@ def test_a_completion_resumes_from_token_ids(running: Running, stream: bool) -> 
     prompt_ids = events[0]["prompt_token_ids"]
     ids = _token_ids(events)
     assert len(ids) == 12
-    ask = {
+    request_body = {
         "model": "served",
         "prompt": prompt_ids + ids[:5],
         "max_tokens": 7,
@@ -211,14 +211,14 @@ def test_a_completion_resumes_from_token_ids(running: Running, stream: bool) -> 
         "ignore_eos": True,
         "stream": stream,
     }
-    status, _, text = call(url + "/v1/completions", secret, ask, timeout_s=60)
+    status, _, text = call(url + "/v1/completions", secret, request_body, timeout_s=60)
     assert status == 200
-    answers = events_of(text) if stream else events_of(f"data: {text}")
-    assert ids[:5] + _token_ids(answers) == ids
+    responses = events_of(text) if stream else events_of(f"data: {text}")
+    assert ids[:5] + _token_ids(responses) == ids
 
 
-def _token_ids(answers: list[dict[str, Any]]) -> list[int]:
-    choices = [choice for answer in answers for choice in answer["choices"]]
+def _token_ids(responses: list[dict[str, Any]]) -> list[int]:
+    choices = [choice for response in responses for choice in response["choices"]]
     return [token for choice in choices for token in choice.get("token_ids") or []]
 
 
@@ -250,8 +250,8 @@ def test_metrics_carry_the_names_it_promises(running: Running) -> None:
 def test_a_client_that_hangs_up_aborts_its_request(running: Running) -> None:
     if not running.engine.metric_names.running:
         pytest.skip("an address does not show what it runs")
-    ask = {**CHAT, "max_tokens": 1500, "ignore_eos": True, "stream": True}
-    body = json.dumps(ask).encode()
+    request_body = {**CHAT, "max_tokens": 1500, "ignore_eos": True, "stream": True}
+    body = json.dumps(request_body).encode()
     head = (
         "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         f"Authorization: Bearer {running.status.secret}\r\nContent-Length: {len(body)}\r\n\r\n"

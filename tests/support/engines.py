@@ -24,7 +24,7 @@ BUNDLED = "bundled:smollm2-135m"
 
 
 class Recorder:
-    """A logger that keeps what it is told, and the states a supervisor went through."""
+    """Records log events, and the states that a supervisor went through."""
 
     def __init__(self) -> None:
         self.events: list[tuple[str, dict[str, Any]]] = []
@@ -132,15 +132,15 @@ def supervised(
 def call(
     url: str, secret: str = "", body: Any = None, timeout_s: float = 10.0
 ) -> tuple[int, dict[str, str], str]:
-    """GET, or POST with a body: status, headers, text. An error status is an answer like any other."""
+    """GET, or POST with a body: status, headers, text. An error status is returned, not raised."""
     headers = {"content-type": "application/json"}
     if secret:
         headers["authorization"] = f"Bearer {secret}"
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, headers)
     try:
-        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
-            return answer.status, dict(answer.headers), answer.read().decode()
+        with urllib.request.urlopen(request, timeout=timeout_s) as response:
+            return response.status, dict(response.headers), response.read().decode()
     except urllib.error.HTTPError as error:
         with error:
             return error.code, dict(error.headers), error.read().decode()

@@ -53,14 +53,14 @@ def params() -> Params:
 
 def test_names_of_the_command_line_and_of_the_fields_both_work() -> None:
     target = params()
-    given = {"ctx-size": 2048, "threads": 2, "temp": 0.1, "use-jinja": False, "n-ctx": None}
-    apply(target, given)
+    engine_args = {"ctx-size": 2048, "threads": 2, "temp": 0.1, "use-jinja": False, "n-ctx": None}
+    apply(target, engine_args)
     assert (target.n_ctx, target.cpuparams.n_threads) == (2048, 2)
     assert (target.sampling.temp, target.use_jinja) == (0.1, False)
 
 
 @pytest.mark.parametrize(
-    ("given", "says"),
+    ("engine_args", "expected"),
     [
         ({"bogus": 1}, "engine_args.bogus is unknown to llama.cpp: use one of ctx-size"),
         ({"ctx-size": "big"}, "engine_args.ctx-size can't be 'big': llama.cpp needs a value of type int"),
@@ -68,10 +68,10 @@ def test_names_of_the_command_line_and_of_the_fields_both_work() -> None:
         ({"--class--": 1}, "unknown"),
     ],
 )
-def test_wrong_arguments_are_named(given: dict[str, Any], says: str) -> None:
+def test_wrong_arguments_are_named(engine_args: dict[str, Any], expected: str) -> None:
     with pytest.raises(UnusableSettings) as caught:
-        apply(params(), given)
-    assert says in str(caught.value)
+        apply(params(), engine_args)
+    assert expected in str(caught.value)
 
 
 def test_every_alias_is_a_field_of_the_installed_llamacpp() -> None:
@@ -103,7 +103,7 @@ def test_the_model_is_a_file_or_the_only_one_in_a_folder(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("lines", "exit_code", "says", "permanent"),
+    ("lines", "exit_code", "expected", "permanent"),
     [
         (["tierplane: no model at '/x'"], 2, "no model at '/x'", True),
         (
@@ -124,9 +124,9 @@ def test_the_model_is_a_file_or_the_only_one_in_a_folder(tmp_path: Path) -> None
         (["RuntimeError: llama.cpp could not start: odd"], 1, "could not start: odd", False),
     ],
 )
-def test_diagnoses(lines: list[str], exit_code: int, says: str, permanent: bool) -> None:
+def test_diagnoses(lines: list[str], exit_code: int, expected: str, permanent: bool) -> None:
     diagnosis = ENGINE.diagnose(lines, exit_code)
-    assert says in diagnosis.summary
+    assert expected in diagnosis.summary
     assert diagnosis.permanent is permanent
 
 

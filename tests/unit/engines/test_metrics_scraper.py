@@ -72,7 +72,7 @@ def target(url: str, **settings: Any) -> ScrapeTarget:
     return ScrapeTarget(endpoint_id="light-0", generation=2, url=url, names=NAMES, **settings)
 
 
-def answers(body: bytes, **settings: Any) -> Handler:
+def responds(body: bytes, **settings: Any) -> Handler:
     async def handler(request: web.Request) -> web.StreamResponse:
         return web.Response(body=body, **settings)
 
@@ -101,34 +101,34 @@ async def silent(request: web.Request) -> web.StreamResponse:
 
 
 async def dripping(request: web.Request) -> web.StreamResponse:
-    answer = web.StreamResponse()
-    await answer.prepare(request)
+    response = web.StreamResponse()
+    await response.prepare(request)
     while True:
-        await answer.write(b"# never ends\n")
+        await response.write(b"# never ends\n")
         await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize(
     ("handler", "error"),
     [
-        pytest.param(answers(b"", status=503), "returned status 503", id="status"),
+        pytest.param(responds(b"", status=503), "returned status 503", id="status"),
         pytest.param(
-            answers(b"", status=302, headers={"Location": "/"}), "returned status 302", id="redirect"
+            responds(b"", status=302, headers={"Location": "/"}), "returned status 302", id="redirect"
         ),
         pytest.param(silent, "no response within 0.3 s", id="silent"),
         pytest.param(dripping, "no response within 0.3 s", id="endless"),
-        pytest.param(answers(b"x" * 20_000), "sent more than 10000 bytes", id="large"),
+        pytest.param(responds(b"x" * 20_000), "sent more than 10000 bytes", id="large"),
         pytest.param(
-            answers(gzip.compress(b"x" * 10**7), headers={"Content-Encoding": "gzip"}),
+            responds(gzip.compress(b"x" * 10**7), headers={"Content-Encoding": "gzip"}),
             "sent more than 10000 bytes",
             id="bomb",
         ),
-        pytest.param(answers(b"\xff\xfe"), "none of the engine's metrics", id="bytes"),
+        pytest.param(responds(b"\xff\xfe"), "none of the engine's metrics", id="bytes"),
         pytest.param(
-            answers(b"vllm:num_requests_running many\n"), "did not send Prometheus text", id="no number"
+            responds(b"vllm:num_requests_running many\n"), "did not send Prometheus text", id="no number"
         ),
-        pytest.param(answers(b"<html>hello</html>"), "none of the engine's metrics", id="html"),
-        pytest.param(answers(b""), "none of the engine's metrics", id="empty"),
+        pytest.param(responds(b"<html>hello</html>"), "none of the engine's metrics", id="html"),
+        pytest.param(responds(b""), "none of the engine's metrics", id="empty"),
     ],
 )
 async def test_what_can_go_wrong(
@@ -148,14 +148,14 @@ async def test_nobody_listens() -> None:
 
 
 async def test_values_that_are_no_number_are_missing(serve: Callable[[Handler], Awaitable[str]]) -> None:
-    url = await serve(answers(b"vllm:num_requests_running NaN\nvllm:num_requests_waiting 0\n"))
+    url = await serve(responds(b"vllm:num_requests_running NaN\nvllm:num_requests_waiting 0\n"))
     async with EngineScraper() as scraper:
         sample = await scraper.scrape(target(url))
     assert dict(sample.gauges) == {"waiting": 0}
 
 
 async def test_one_slow_engine_delays_no_other(serve: Callable[[Handler], Awaitable[str]]) -> None:
-    good, bad = await serve(answers(page())), await serve(silent)
+    good, bad = await serve(responds(page())), await serve(silent)
     async with EngineScraper(timeout_s=0.5) as scraper:
         samples = await scraper.scrape_all([target(bad), *[target(good)] * 8])
     assert [bool(sample.error) for sample in samples] == [True] + [False] * 8

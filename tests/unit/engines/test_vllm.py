@@ -70,7 +70,7 @@ def test_the_secret_is_in_the_environment_only() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "argv"),
+    ("engine_args", "argv"),
     [
         ({"enforce-eager": True}, ["--enforce-eager"]),
         ({"enable-prefix-caching": False}, ["--no-enable-prefix-caching"]),
@@ -86,8 +86,8 @@ def test_the_secret_is_in_the_environment_only() -> None:
         ),
     ],
 )
-def test_engine_arguments_become_flags(given: dict[str, Any], argv: list[str]) -> None:
-    assert flags(given) == argv
+def test_engine_arguments_become_flags(engine_args: dict[str, Any], argv: list[str]) -> None:
+    assert flags(engine_args) == argv
 
 
 def test_on_cpu_float32_and_eager_unless_named() -> None:
@@ -214,7 +214,7 @@ def test_phases(line: str, phase: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lines", "exit_code", "says", "permanent"),
+    ("lines", "exit_code", "expected", "permanent"),
     [
         (
             ["api_server.py: error: unrecognized arguments: --bogus-flag"],
@@ -319,9 +319,9 @@ def test_phases(line: str, phase: str | None) -> None:
         (["INFO loading"], -11, "vLLM was killed by SIGSEGV", False),
     ],
 )
-def test_diagnoses(lines: list[str], exit_code: int, says: str, permanent: bool) -> None:
+def test_diagnoses(lines: list[str], exit_code: int, expected: str, permanent: bool) -> None:
     diagnosis = ENGINE.diagnose(lines, exit_code)
-    assert says in diagnosis.summary
+    assert expected in diagnosis.summary
     assert diagnosis.permanent is permanent
     assert diagnosis.last_lines == tuple(lines)
 

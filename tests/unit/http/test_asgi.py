@@ -57,10 +57,10 @@ async def test_asgi_breaks_off_and_cancels_when_the_client_leaves() -> None:
 
 
 async def test_asgi_hands_nothing_on_of_a_request_that_broke_off() -> None:
-    asked: list[Request] = []
+    handled: list[Request] = []
 
     async def remember(request: Request, out: Responder) -> None:
-        asked.append(request)
+        handled.append(request)
         out.send(200, [], b"")
 
     messages: list[dict[str, object]] = [{"type": "http.request", "body": b"half", "more_body": True}]
@@ -69,11 +69,11 @@ async def test_asgi_hands_nothing_on_of_a_request_that_broke_off() -> None:
         return messages.pop() if messages else {"type": "http.disconnect"}
 
     async def send(_: object) -> None:
-        raise AssertionError("nobody is there")
+        raise AssertionError("the client has disconnected")
 
     scope = {"type": "http", "method": "POST", "path": "/x", "headers": [], "query_string": b""}
     await AsgiApp(remember, max_body_bytes=10, body_limit_setting="limit")(scope, receive, send)
-    assert not asked
+    assert not handled
 
 
 async def test_asgi_leaves_no_task_behind_when_it_is_cancelled() -> None:

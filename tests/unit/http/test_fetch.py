@@ -9,12 +9,12 @@ import pytest
 from controlplane.http.fetch import fetch
 
 
-async def serve_once(answer: bytes, hold: bool = False) -> asyncio.Server:
-    """A server that answers each connection with these bytes."""
+async def serve_once(response: bytes, hold: bool = False) -> asyncio.Server:
+    """A server that sends these bytes on each connection."""
 
     async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
-        writer.write(answer)
+        writer.write(response)
         await writer.drain()
         if hold:
             await reader.read()
@@ -24,7 +24,7 @@ async def serve_once(answer: bytes, hold: bool = False) -> asyncio.Server:
 
 
 @pytest.mark.parametrize(
-    ("answer", "status", "body"),
+    ("response", "status", "body"),
     [
         (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi", 200, "hi"),
         (b"HTTP/1.1 503 No\r\n\r\nlater", 503, "later"),
@@ -35,8 +35,8 @@ async def serve_once(answer: bytes, hold: bool = False) -> asyncio.Server:
         ),
     ],
 )
-async def test_every_kind_of_body_is_read(answer: bytes, status: int, body: str) -> None:
-    server = await serve_once(answer)
+async def test_every_kind_of_body_is_read(response: bytes, status: int, body: str) -> None:
+    server = await serve_once(response)
     async with server:
         port = server.sockets[0].getsockname()[1]
         page = await fetch(f"http://127.0.0.1:{port}/x", secret="key", timeout_s=5)
@@ -44,7 +44,7 @@ async def test_every_kind_of_body_is_read(answer: bytes, status: int, body: str)
 
 
 @pytest.mark.parametrize(
-    ("answer", "hold", "says"),
+    ("response", "hold", "expected"),
     [
         (b"", True, "no response within 0.2 s"),
         (b"", False, "ServerDisconnectedError"),
@@ -52,11 +52,11 @@ async def test_every_kind_of_body_is_read(answer: bytes, status: int, body: str)
         (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhi", False, "ClientPayloadError"),
     ],
 )
-async def test_errors_are_returned_and_not_raised(answer: bytes, hold: bool, says: str) -> None:
-    server = await serve_once(answer, hold)
+async def test_errors_are_returned_and_not_raised(response: bytes, hold: bool, expected: str) -> None:
+    server = await serve_once(response, hold)
     async with server:
         port = server.sockets[0].getsockname()[1]
         page = await fetch(f"http://127.0.0.1:{port}/x", timeout_s=0.2)
     assert page.status == 0
-    assert says in str(page)
+    assert expected in str(page)
     assert str(await fetch(f"http://127.0.0.1:{port}/x", timeout_s=1)) == "connection refused"

@@ -62,7 +62,7 @@ async def test_expect_continue_and_head(served: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sent", "status", "says"),
+    ("sent", "status", "expected"),
     [
         (b"POST / HTTP/1.1\r\nhost: h\r\ncontent-length: 3000\r\n\r\n", 413, b"gateway.max_body_bytes"),
         (b"nonsense\r\n\r\n", 400, b"not an HTTP/1.1 request"),
@@ -70,12 +70,12 @@ async def test_expect_continue_and_head(served: Any) -> None:
     ],
 )
 async def test_an_invalid_request_gets_an_error_and_the_connection_is_closed(
-    served: Any, sent: bytes, status: int, says: bytes
+    served: Any, sent: bytes, status: int, expected: bytes
 ) -> None:
     _, port = served
     data = await talk(port, sent)
     assert data.startswith(b"HTTP/1.1 %d" % status)
-    assert says in data
+    assert expected in data
     assert b"connection: close" in data
 
 

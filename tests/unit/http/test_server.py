@@ -18,7 +18,7 @@ BIG = b"x" * (8 * 1024 * 1024)
 
 
 async def handler(request: Request, out: Responder) -> None:
-    """``/big`` answers with much, ``/later`` in two pieces with a pause, all else with its path."""
+    """``/big`` sends much, ``/later`` two pieces with a pause, any other path itself."""
     if request.path == "/big":
         out.send(200, [], BIG)
     elif request.path == "/later":
@@ -37,9 +37,9 @@ async def test_a_drain_answers_a_client_that_has_connected_and_not_yet_asked() -
         draining = asyncio.ensure_future(server.drain(5))
         await until_async(lambda: server.draining)
         writer.write(b"GET /first HTTP/1.1\r\nhost: h\r\n\r\n")
-        answer = await asyncio.wait_for(reader.read(), 5)
-        assert answer.endswith(b"/first ")
-        assert b"connection: close" in answer
+        response = await asyncio.wait_for(reader.read(), 5)
+        assert response.endswith(b"/first ")
+        assert b"connection: close" in response
         writer.close()
         await draining
 

@@ -41,13 +41,13 @@ class Server:
             env={**os.environ, KEY_ENV: secret},
         )
         assert self.popen.stdout is not None
-        self.said: list[str] = []
+        self.printed: list[str] = []
         self.port = 0
         for raw in self.popen.stdout:
-            self.said.append(raw.decode().strip())
-            if "listening on" in self.said[-1]:
-                self.port = int(self.said[-1].rsplit(":", 1)[1])
-            if self.said[-1] == "simulated: ready":
+            self.printed.append(raw.decode().strip())
+            if "listening on" in self.printed[-1]:
+                self.port = int(self.printed[-1].rsplit(":", 1)[1])
+            if self.printed[-1] == "simulated: ready":
                 break
 
     def post(self, path: str = "/v1/chat/completions", **body: Any) -> tuple[int, dict[str, str], str]:
@@ -124,8 +124,8 @@ def test_a_stream_is_one_http_chunk_for_each_token(server: StartServer) -> None:
     connection = HTTPConnection("127.0.0.1", sim.port, timeout=10)
     body = json.dumps({"messages": MESSAGES, "stream": True, "max_tokens": 5})
     connection.request("POST", "/v1/chat/completions", body, {"authorization": "Bearer s"})
-    answer = connection.getresponse()
-    sizes, raw = [], answer.fp
+    response = connection.getresponse()
+    sizes, raw = [], response.fp
     while size := int(raw.readline(), 16):
         data = raw.read(size)
         sizes.append(data.count(b"data: "))
@@ -175,8 +175,8 @@ def test_token_ids_are_returned_only_on_request(server: StartServer) -> None:
     ],
 )
 def test_bad_requests(server_shared: Server, path: str, body: Any, status: int) -> None:
-    answer, _, text = server_shared.post(path, **body)
-    assert answer == status
+    returned, _, text = server_shared.post(path, **body)
+    assert returned == status
     assert json.loads(text)["error"]["code"] == status
 
 
@@ -200,21 +200,21 @@ def test_bodies_that_are_no_json_and_requests_that_are_no_http(server_shared: Se
     connection.close()
     with socket.create_connection(("127.0.0.1", server_shared.port), timeout=10) as client:
         client.sendall(b"nonsense\r\n\r\n")
-        answer = b""
+        response = b""
         while data := client.recv(65536):
-            answer += data
-        assert answer.startswith(b"HTTP/1.1 400")
+            response += data
+        assert response.startswith(b"HTTP/1.1 400")
 
 
 def test_requests_in_a_row_on_one_connection_are_answered_in_order(server_shared: Server) -> None:
     request = raw_post(max_tokens=1)
     with socket.create_connection(("127.0.0.1", server_shared.port), timeout=10) as client:
         client.sendall(request + request + b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
-        answer = b""
+        response = b""
         while data := client.recv(65536):
-            answer += data
-    assert answer.count(b"HTTP/1.1 200 OK") == 3
-    assert answer.index(b"chat.completion") < answer.rindex(b"HTTP/1.1 200")
+            response += data
+    assert response.count(b"HTTP/1.1 200 OK") == 3
+    assert response.index(b"chat.completion") < response.rindex(b"HTTP/1.1 200")
 
 
 def test_embeddings_in_both_encodings_are_the_same(server_shared: Server) -> None:

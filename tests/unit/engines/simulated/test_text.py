@@ -73,9 +73,9 @@ class Nowhere:
 
 
 def take_all(
-    ask: GenerationRequest, settings: SimulatedSettings, step: int = 1000
+    generation_request: GenerationRequest, settings: SimulatedSettings, step: int = 1000
 ) -> tuple[list[int], str, Finish]:
-    generation = Generation(ask, settings, Nowhere(), 0.0)
+    generation = Generation(generation_request, settings, Nowhere(), 0.0)
     ids: list[int] = []
     text, finish = b"", None
     while finish is None:
@@ -106,11 +106,11 @@ def test_max_tokens_of_the_whole_response_leaves_no_room_for_the_end_token() -> 
 
 
 @pytest.mark.parametrize(
-    "ask",
+    "generation_request",
     [GenerationRequest(PROMPT, max_tokens=30, ignore_eos=True), GenerationRequest(PROMPT, 30, min_tokens=30)],
 )
-def test_longer_than_its_natural_length_on_request(ask: GenerationRequest) -> None:
-    ids, _, finish = take_all(ask, SimulatedSettings(tokens=10))
+def test_longer_than_its_natural_length_on_request(generation_request: GenerationRequest) -> None:
+    ids, _, finish = take_all(generation_request, SimulatedSettings(tokens=10))
     assert (len(ids), finish.reason) == (30, "length")
 
 

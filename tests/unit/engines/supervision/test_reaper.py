@@ -74,15 +74,15 @@ class Run:
             start_new_session=True,
         )
         os.close(write)
-        self.said: list[str] = []
+        self.reports: list[str] = []
 
     def pid(self) -> int:
         return int(self.next("pid"))
 
     def next(self, word: str) -> str:
         line = self.status.readline().strip()
-        assert line.startswith(word), (line, self.said)
-        self.said.append(line)
+        assert line.startswith(word), (line, self.reports)
+        self.reports.append(line)
         return line.removeprefix(word).strip()
 
     def up(self) -> None:
@@ -139,15 +139,15 @@ def pids_in(path: Path, count: int = 1) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("script", "said", "code"),
+    ("script", "report", "code"),
     [("exit 0", "0", 0), ("exit 7", "7", 7), ("kill -9 $$", "-9", 137), ("kill -TERM $$", "-15", 143)],
 )
 def test_the_engines_exit_code_is_reported_and_returned(
-    reaped: Reaped, script: str, said: str, code: int
+    reaped: Reaped, script: str, report: str, code: int
 ) -> None:
     run = reaped("sh", "-c", script)
     run.next("pid")
-    assert run.next("exit") == said
+    assert run.next("exit") == report
     run.next("gone")
     assert run.code() == code
 

@@ -138,17 +138,17 @@ def test_a_probe_that_fails_once_is_forgiven() -> None:
 
 @pytest.mark.parametrize(("error", "tries"), [(EngineStartError, 1), (EngineError, 3)])
 def test_a_launch_that_is_refused_starts_no_process(error: type[EngineError], tries: int) -> None:
-    asked = []
+    resolved = []
 
     def refuse(model: str, _progress: Callable[[str], None]) -> str:
-        asked.append(model)
+        resolved.append(model)
         raise error("the launch does not fit: 20 GiB needed, 16 GiB there")
 
     with supervised(tier(), resolve=refuse) as (supervisor, recorder):
         with pytest.raises(EngineStartError, match=r"served: .*the launch does not fit: 20 GiB") as caught:
             supervisor.wait_ready(20)
         assert "fetched" not in str(caught.value)
-    assert len(asked) == tries
+    assert len(resolved) == tries
     assert not [status for status in recorder.statuses if status.pid or status.port]
 
 
@@ -261,7 +261,7 @@ def test_wait_ready_names_the_phase_when_time_is_up() -> None:
 
 
 def test_a_taken_port_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first two ports are somebody else's by the time the engine binds them."""
+    """The first two ports are taken by the time the engine binds them."""
     takers: list[socket.socket] = []
 
     def unlucky(host: str) -> socket.socket | _Held:
@@ -314,10 +314,10 @@ def test_a_reserved_port_goes_to_no_other_process_but_can_be_served() -> None:
 def test_drain_waits_for_what_runs() -> None:
     with supervised(tier(args={"itl-ms": 20, "tokens": 60})) as (supervisor, recorder):
         status = supervisor.wait_ready(20)
-        answers: list[int] = []
+        statuses: list[int] = []
         body = {"messages": [{"role": "user", "content": "hello"}]}
         client = threading.Thread(
-            target=lambda: answers.append(
+            target=lambda: statuses.append(
                 call(status.base_url + "/v1/chat/completions", status.secret, body)[0]
             )
         )
@@ -325,7 +325,7 @@ def test_drain_waits_for_what_runs() -> None:
         until(lambda: "running{" in _metrics(status) and " 1\n" in _running(status))
         assert supervisor.drain(20) is True
         client.join(5)
-        assert answers == [200]
+        assert statuses == [200]
         assert recorder.states[-2:] == [EndpointState.DRAINING, EndpointState.STOPPED]
 
 

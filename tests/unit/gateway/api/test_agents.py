@@ -30,8 +30,8 @@ async def test_chat_responds_to_a_message() -> None:
 async def test_an_invalid_chat_is_rejected(body: dict[str, Any], status: int) -> None:
     async with running() as rig:
         await rig.engine("a")
-        answered, _, value = await rig.post("/chat", body)
-        assert answered == status
+        returned, _, value = await rig.post("/chat", body)
+        assert returned == status
         assert value["error"]["message"]
 
 

@@ -31,8 +31,8 @@ def say(rig: Rig, *alerts: FiringAlert, due: int = 2) -> None:
 
 
 async def metrics(rig: Rig) -> str:
-    async with rig.client.get(f"{rig.base}/metrics") as answer:
-        return await answer.text()
+    async with rig.client.get(f"{rig.base}/metrics") as response:
+        return await response.text()
 
 
 async def test_a_firing_alert_is_shown_until_it_is_resolved() -> None:

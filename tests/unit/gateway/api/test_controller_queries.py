@@ -1,4 +1,4 @@
-"""Pages that the controller answers."""
+"""Queries to the controller."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from controlplane.gateway.api.controller_queries import query_controller
 
 
 class Controller:
-    """Answers every query with what ``respond`` gives for its name and arguments."""
+    """Returns what ``respond`` returns for each query's name and arguments."""
 
     def __init__(self, respond: Callable[..., Awaitable[Any]]) -> None:
         self._respond = respond
@@ -32,8 +32,8 @@ async def test_a_query_goes_to_the_controller_and_its_result_is_returned() -> No
     async def echo(name: str, *args: Any) -> Any:
         return name, args
 
-    answer = await query_controller(Controller(echo), lambda asked: asked.plane_report(60.0))
-    assert answer == ("plane_report", (60.0,))
+    result = await query_controller(Controller(echo), lambda queries: queries.plane_report(60.0))
+    assert result == ("plane_report", (60.0,))
 
 
 async def test_an_unreachable_controller_is_a_503_with_retry_after() -> None:
@@ -42,7 +42,7 @@ async def test_an_unreachable_controller_is_a_503_with_retry_after() -> None:
 
     for controller in (None, Controller(away)):
         with pytest.raises(ControllerUnreachable) as raised:
-            await query_controller(controller, lambda asked: asked.gpus())
+            await query_controller(controller, lambda queries: queries.gpus())
         assert (raised.value.status, raised.value.code) == (503, "controller_unavailable")
         assert raised.value.retry_after_s
 
@@ -57,7 +57,7 @@ async def test_a_controller_that_is_slow_is_not_waited_for() -> None:
             cancelled.set()
 
     with pytest.raises(ControllerUnreachable, match=r"0\.01 s"):
-        await query_controller(Controller(slow), lambda asked: asked.gpus(), timeout_s=0.01)
+        await query_controller(Controller(slow), lambda queries: queries.gpus(), timeout_s=0.01)
     assert cancelled.is_set()
 
 
@@ -66,4 +66,4 @@ async def test_a_bad_query_stays_a_client_error() -> None:
         raise BadRequest("no such window")
 
     with pytest.raises(BadRequest):
-        await query_controller(Controller(refuse), lambda asked: asked.gpus())
+        await query_controller(Controller(refuse), lambda queries: queries.gpus())

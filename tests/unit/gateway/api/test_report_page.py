@@ -1,4 +1,4 @@
-"""The report for people: what a query may ask, and a page that is safe whatever instances are called."""
+"""The report's page: which queries are valid, and that names of instances can't inject anything."""
 
 from __future__ import annotations
 
@@ -86,13 +86,13 @@ def test_a_line_has_a_gap_where_data_is_missing() -> None:
 
 async def test_the_route_queries_the_controller_and_responds_in_both_formats() -> None:
     report = sample_report()
-    asked: list[float] = []
+    windows: list[float] = []
 
     class Played:
         """A controller that has one report."""
 
         async def plane_report(self, window_minutes: float) -> PlaneReport:
-            asked.append(window_minutes)
+            windows.append(window_minutes)
             return report
 
         async def gpus(self) -> Any:
@@ -105,14 +105,14 @@ async def test_the_route_queries_the_controller_and_responds_in_both_formats() -
         status, _ = await rig.get("/report")
         assert status == 503, "there is no controller"
         rig.gateway.controller = Played()
-        status, told = await rig.get("/report?window_minutes=5")
+        status, value = await rig.get("/report?window_minutes=5")
         assert status == 200
-        assert told["tiers"][0]["requests"] == 10
-        assert told.keys() == asdict(report).keys()
-        async with rig.client.get(f"{rig.base}/report?format=html") as answer:
-            assert answer.headers["content-type"].startswith("text/html")
-            assert "default-src 'none'" in answer.headers["content-security-policy"]
-            assert "<h2>Tiers</h2>" in await answer.text()
-        status, told = await rig.get("/report?window_minutes=x")
-        assert (status, told["error"]["param"]) == (400, "window_minutes")
-    assert asked == [5.0, 60.0]
+        assert value["tiers"][0]["requests"] == 10
+        assert value.keys() == asdict(report).keys()
+        async with rig.client.get(f"{rig.base}/report?format=html") as response:
+            assert response.headers["content-type"].startswith("text/html")
+            assert "default-src 'none'" in response.headers["content-security-policy"]
+            assert "<h2>Tiers</h2>" in await response.text()
+        status, value = await rig.get("/report?window_minutes=x")
+        assert (status, value["error"]["param"]) == (400, "window_minutes")
+    assert windows == [5.0, 60.0]

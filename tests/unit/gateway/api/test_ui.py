@@ -1,4 +1,4 @@
-"""The page for people, in a browser: what it shows, and that nothing it is told becomes a script."""
+"""The operators' page in a browser: what it shows, and that none of its data becomes a script."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BROWSER_S = 60.0
 
 
 async def seen(rig: Rig, folder: Path, *more: str) -> str:
-    """The page's elements after its script has asked everything once."""
+    """The page's elements after its script has loaded everything once."""
     command = [
         *(tool("chromium"), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
         *(f"--user-data-dir={folder}", "--virtual-time-budget=2500", *more, "--dump-dom", f"{rig.base}/ui"),
@@ -71,7 +71,7 @@ def report() -> Any:
 
 
 class Played:
-    """A controller that has these answers."""
+    """A controller with fixed data."""
 
     async def gpus(self) -> Any:
         return (gpu(),)
@@ -131,9 +131,9 @@ async def test_without_the_controller_the_page_says_what_is_unavailable(tmp_path
 
 async def test_nothing_is_loaded_from_elsewhere_and_only_the_pages_own_script_may_run() -> None:
     async with running() as rig:
-        async with rig.client.get(f"{rig.base}/ui") as answer:
-            text, policy = await answer.text(), answer.headers["content-security-policy"]
-        assert answer.status == 200
+        async with rig.client.get(f"{rig.base}/ui") as response:
+            text, policy = await response.text(), response.headers["content-security-policy"]
+        assert response.status == 200
         assert "default-src 'none'" in policy
         assert "unsafe" not in policy
         assert policy.count("'sha256-") == 2
@@ -155,5 +155,5 @@ async def test_gpus_are_returned_as_json() -> None:
 @pytest.mark.parametrize("method", ["POST", "DELETE"])
 async def test_the_page_is_only_read(method: str) -> None:
     async with running() as rig:
-        async with rig.client.request(method, f"{rig.base}/ui") as answer:
-            assert answer.status == 405
+        async with rig.client.request(method, f"{rig.base}/ui") as response:
+            assert response.status == 405

@@ -31,12 +31,12 @@ ANSWER = {
 async def traced(
     status: int = 200, ratio: float = 1.0
 ) -> AsyncIterator[tuple[Rig, list[Request], list[Span]]]:
-    """A rig whose engine keeps what it was asked, and a collector that keeps the spans."""
-    asked: list[Request] = []
+    """A rig, the requests that its engine received, and the spans that the collector received."""
+    received: list[Request] = []
     spans: list[Span] = []
 
     async def engine(request: Request, out: Responder) -> None:
-        asked.append(request)
+        received.append(request)
         out.send(status, [(b"content-type", b"application/json")], json.dumps(ANSWER).encode())
 
     async def collector(request: Request, out: Responder) -> None:
@@ -56,24 +56,24 @@ async def traced(
         rig.change("e", base_url=f"http://127.0.0.1:{engine_port}", generation=9)
         tracing = otlp_tracing(f"http://127.0.0.1:{port}/v1/traces", "gateway-a", ratio)
         rig.gateway.trace(tracing)
-        yield rig, asked, spans
+        yield rig, received, spans
         await asyncio.to_thread(tracing._provider.force_flush, 5000)
 
 
 async def test_a_request_is_one_span_between_the_clients_and_the_engines() -> None:
-    async with traced() as (rig, asked, spans):
+    async with traced() as (rig, received, spans):
         parent = f"00-{TRACE_ID}-{CLIENT_SPAN}-01"
         status, headers, _ = await rig.post(CHAT, chat_body(), traceparent=parent)
         assert status == 200
     (span,) = spans
     assert (span.trace_id.hex(), span.parent_span_id.hex()) == (TRACE_ID, CLIENT_SPAN)
-    assert asked[-1].header(b"traceparent") == f"00-{TRACE_ID}-{span.span_id.hex()}-01"
-    assert asked[-1].header(b"x-request-id") == headers["x-request-id"]
-    told = {each.key: each.value.string_value or each.value.int_value for each in span.attributes}
-    assert told["tierplane.outcome"] == "ok"
-    assert told["tierplane.tier"] == "balanced"
-    assert told["tierplane.attempts"] == 1
-    assert told["tierplane.request_id"] == headers["x-request-id"]
+    assert received[-1].header(b"traceparent") == f"00-{TRACE_ID}-{span.span_id.hex()}-01"
+    assert received[-1].header(b"x-request-id") == headers["x-request-id"]
+    attributes = {each.key: each.value.string_value or each.value.int_value for each in span.attributes}
+    assert attributes["tierplane.outcome"] == "ok"
+    assert attributes["tierplane.tier"] == "balanced"
+    assert attributes["tierplane.attempts"] == 1
+    assert attributes["tierplane.request_id"] == headers["x-request-id"]
     assert span.end_time_unix_nano > span.start_time_unix_nano
 
 
@@ -87,19 +87,21 @@ async def test_a_failed_request_says_so() -> None:
 
 
 async def test_what_is_not_sampled_is_passed_on_as_such_and_not_sent() -> None:
-    async with traced(ratio=0.0) as (rig, asked, spans):
+    async with traced(ratio=0.0) as (rig, received, spans):
         await rig.post(CHAT, chat_body())
     assert spans == []
-    passed_on = re.fullmatch("00-[0-9a-f]{32}-[0-9a-f]{16}-([0-9a-f]{2})", asked[-1].header(b"traceparent"))
+    passed_on = re.fullmatch(
+        "00-[0-9a-f]{32}-[0-9a-f]{16}-([0-9a-f]{2})", received[-1].header(b"traceparent")
+    )
     assert passed_on is not None
     assert int(passed_on[1], 16) & 1 == 0
 
 
 async def test_off_means_nothing_is_added() -> None:
-    async with traced() as (rig, asked, _):
+    async with traced() as (rig, received, _):
         rig.gateway._tracing = rig.gateway.metrics.on_finished = None
         await rig.post(CHAT, chat_body(), traceparent=f"00-{TRACE_ID}-{CLIENT_SPAN}-01")
-    assert not asked[-1].header(b"traceparent")
+    assert not received[-1].header(b"traceparent")
 
 
 async def test_an_unreachable_collector_does_not_disturb_requests(caplog: pytest.LogCaptureFixture) -> None:
