@@ -1,1 +1,1 @@
-"""HTTP as this program serves it: its own server, the same handlers under ASGI, server-sent events."""
+"""HTTP: a server of our own, the same handlers under ASGI, server-sent events, and a bounded GET."""
