@@ -73,7 +73,7 @@ class GatewayReplica:
         self._gateway.controller = RemoteController(self._link)
         self._tasks = BackgroundTasks(
             pull_snapshots(self._link, self._apply),
-            watch_engines(self._gateway, config),
+            watch_engines(self._gateway),
             mirror_metrics(self._gateway),
             report_gateway(
                 self._link,

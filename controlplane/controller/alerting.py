@@ -44,14 +44,11 @@ MAX_SILENCE_S: Final = 30 * 24 * 3600.0
 FIRED, RESOLVED = "alert", "alert over"
 """Kinds of events."""
 
-SignalSource = Callable[[], AlertSignals]
-
 
 class Alerting:
     """Not safe for use by several threads; the controller's event loop owns it.
 
-    ``store_warning`` says why the controller's state would not survive a restart (empty: it would). More
-    signals may be supplied by adding to :attr:`sources`.
+    ``store_warning`` says why the controller's state would not survive a restart (empty: it would).
     """
 
     def __init__(
@@ -63,27 +60,21 @@ class Alerting:
         store_warning: Callable[[], str] = lambda: "",
     ) -> None:
         self._controller = controller
-        self._config = config
+        self.config = config
         self._delivery = delivery
         self._store_warning = store_warning
         self._was_full = False
         self._evaluator = AlertEvaluator(config.changes(), config.repeat_s)
         self._table = self._evaluator.table
-        self.sources: list[SignalSource] = [self._traffic_signals, self._state_signals]
 
     def configure(self, config: AlertsConfig) -> None:
         """Use other rules and webhooks from now on. Alerts of rules that are switched off resolve at the next
         evaluation."""
-        if config == self._config:
+        if config == self.config:
             return
-        self._config = config
+        self.config = config
         self._evaluator.configure(config.changes(), config.repeat_s)
         self._delivery.configure(config.webhooks)
-
-    @property
-    def interval_s(self) -> float:
-        """How often :meth:`step` is to be called."""
-        return self._config.interval_s
 
     def step(self) -> None:
         """Evaluate every rule and send the notifications that are due."""
@@ -96,7 +87,7 @@ class Alerting:
         if not controller.may_decide or controller.stopped:
             return ()
         now_s, shift_s = controller.now_s(), controller.shift_s
-        signals = merged(source() for source in self.sources)
+        signals = merged((self._traffic_signals(), self._state_signals()))
         changes = self._evaluator.evaluate(signals, now_s)
         for alert in changes.fired:
             self._note(FIRED, alert)
@@ -216,7 +207,7 @@ class Alerting:
 
     def _state_signals(self) -> AlertSignals:
         controller = self._controller
-        gateways = controller.gateways
+        gateways = controller.gateways.values()
         in_flight: dict[str, int] = {}
         for gateway in gateways:
             for endpoint_id, count in gateway.in_flight_by_endpoint:
@@ -235,8 +226,7 @@ class Alerting:
             (
                 tiers,
                 plane_signals(waiting=waiting, store_warning=self._store_warning()),
-                controller.gpu_alert_signals(),
-                controller.node_alert_signals(missing),
+                *controller.alert_signals(missing),
             )
         )
 

@@ -22,19 +22,19 @@ from controlplane.controller.registry import MISSED_REPORTS, WARMING_REPORTS, Re
 from controlplane.controller.target_table import TargetTable
 from controlplane.core.alerts.signals import AlertSignals, LostNode, gpu_signals, node_signals
 from controlplane.core.alerts.views import FiringAlert
-from controlplane.core.cluster.snapshot import GatewayInfo, TierScaling
+from controlplane.core.cluster.snapshot import GatewayInfo
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.endpoint import SERVING, Endpoint, EndpointState
 from controlplane.core.gpus.findings import GpuRules
 from controlplane.core.gpus.inventory import GpuInventory
 from controlplane.core.gpus.lease_allocator import LeaseAllocator
-from controlplane.core.gpus.leases import GpuLease, GpuPart, LeaseOutcome, LeaseResponse
+from controlplane.core.gpus.leases import GpuPart, LeaseOutcome, LeaseResponse
 from controlplane.core.gpus.views import GpuView, gpu_views
 from controlplane.core.json_values import StoredState
 from controlplane.core.placement.gangs import GangShape
-from controlplane.core.reconcile.commands import ActionResponse, ReportResponse, StartPermission
+from controlplane.core.reconcile.commands import ReportResponse, StartPermission
 from controlplane.core.reconcile.in_progress import AppliedCommand, InProgress
-from controlplane.core.reconcile.migrations import Activity, MigrationPhase, TierHold
+from controlplane.core.reconcile.migrations import Activity, MigrationPhase
 from controlplane.core.reconcile.reconcile import (
     BeginMigration,
     ClusterState,
@@ -44,12 +44,11 @@ from controlplane.core.reconcile.reconcile import (
 )
 from controlplane.core.reconcile.replica_targets import TierTarget, tier_target
 from controlplane.core.reports.sampler import SampledCluster
-from controlplane.core.telemetry.engine import EngineTelemetry
 from controlplane.core.telemetry.gpu import GpuSignals
 from controlplane.core.telemetry.samples import EngineSample, GpuEvent, GpuEventKind, NodeSample
 from controlplane.core.telemetry.series import Signal, signal_of
 from controlplane.core.telemetry.stalled_engine import StallRules
-from controlplane.core.traffic.counters import TierFigures, TrafficCounters
+from controlplane.core.traffic.counters import TierFigures
 from controlplane.core.traffic.demand import TierDemandTracker
 from controlplane.errors import IllegalTransition, NotSettled
 
@@ -95,6 +94,8 @@ class Controller:
         self.unix_s = unix_s
         self.shift_s: Final = unix_s() - now_s()
         """Wall clock less monotonic clock, taken once: stored times must not jump with the wall clock."""
+        self.stopped = False
+        """Whether the last gateway has deregistered: the plane was stopped on purpose."""
         self._heartbeat_s = heartbeat_s
         self._rules = rules or ControllerRules()
         self._registry = registry
@@ -119,12 +120,30 @@ class Controller:
         self._lost_nodes: dict[str, LostNode] = {}
         self._failed: dict[str, int] = {}
         """Endpoint id → the generation in which its replica gave up."""
-        self._stopped = False
 
-    @property
-    def heartbeat_s(self) -> float:
-        """Interval between the reports of a replica or a gateway."""
-        return self._heartbeat_s
+        self.endpoints: Final = registry.endpoints
+        """By id, with their secrets."""
+        self.gateways: Final = registry.gateways
+        """The last report of each gateway, by its id."""
+        self.note: Final = registry.note
+        self.publish_scaling: Final = registry.publish_scaling
+        self.leases: Final = self._leases.leases
+        """By holder, which is an endpoint id."""
+        self.tier_holds: Final = MappingProxyType(self._in_progress.holds)
+        """Tiers of which nothing is started now."""
+        self.lost_nodes: Final = MappingProxyType(self._lost_nodes)
+        """The last nodes that were lost with replicas on them."""
+        self.engine_telemetry: Final = self._engines.telemetry
+        """By endpoint id: the engines whose metrics were read at least once."""
+        self.traffic_counters: Final = self._traffic.ledger.reading
+        self.published: Final = self._targets.published
+        """The last published target of each tier."""
+        self.publish: Final = self._targets.publish
+        self.unpublish: Final = self._targets.unpublish
+        self.cordon: Final = self._operator.cordon
+        self.uncordon: Final = self._operator.uncordon
+        self.drain: Final = self._operator.drain
+        self.restart: Final = self._operator.restart
 
     @property
     def settled(self) -> bool:
@@ -138,41 +157,16 @@ class Controller:
         replica would end before the one that replaces it serves."""
         return self.settled and not self._registry.warming and self._registry.declared
 
-    @property
-    def stopped(self) -> bool:
-        """Whether the last gateway has deregistered: the plane was stopped on purpose."""
-        return self._stopped
-
     # --- the registry -------------------------------------------------------------------------------------
-
-    @property
-    def endpoints(self) -> Mapping[str, Endpoint]:
-        """By id, with their secrets."""
-        return self._registry.endpoints
-
-    @property
-    def gateways(self) -> tuple[GatewayInfo, ...]:
-        """The last report of each gateway."""
-        return self._registry.gateways
 
     @property
     def tiers(self) -> tuple[TierSpec, ...]:
         """The configured tiers."""
         return self._registry.tiers
 
-    def note(
-        self, kind: str, subject: str, reason: str, tier: str = "", *, actor: str = "controller"
-    ) -> None:
-        """Add an event."""
-        self._registry.note(kind, subject, reason, tier, actor=actor)
-
     def endpoints_of(self, tier: str) -> list[Endpoint]:
         """The tier's endpoints in any state."""
         return [endpoint for endpoint in self.endpoints.values() if endpoint.tier == tier]
-
-    def publish_scaling(self, scaling: tuple[TierScaling, ...]) -> None:
-        """See :meth:`Registry.publish_scaling`."""
-        self._registry.publish_scaling(scaling)
 
     def publish_alerts(self, alerts: tuple[FiringAlert, ...]) -> None:
         """Set what snapshots say about firing alerts, and about the replicas that tiers should have."""
@@ -206,14 +200,14 @@ class Controller:
     def gateway_report(self, info: GatewayInfo) -> bool:
         """See :meth:`Registry.gateway_report`. Traffic counters stay here: no snapshot carries them."""
         self._traffic.observe(info.gateway_id, info.traffic, self.now_s())
-        self._stopped = False
+        self.stopped = False
         return self._registry.gateway_report(replace(info, traffic=()))
 
     def gateway_gone(self, gateway_id: str, reason: str) -> None:
         """See :meth:`Registry.gateway_gone`."""
         self._traffic.ledger.forget(gateway_id)
         self._registry.gateway_gone(gateway_id, reason)
-        self._stopped = not self.gateways
+        self.stopped = not self.gateways
 
     def observe_node(self, node_id: str, sample: NodeSample | None, events: Sequence[GpuEvent]) -> None:
         """Take in what a node's agent sent."""
@@ -238,7 +232,7 @@ class Controller:
             self.note("node lost", node_id, "Ray no longer has it")
             for endpoint in list(self.endpoints.values()):
                 if endpoint.node_id == node_id:
-                    self._registry.lost(endpoint.endpoint_id, f"its node {node_id} is lost")
+                    self._registry.drop(endpoint.endpoint_id, "lost", f"its node {node_id} is lost")
             for holder, lease in list(self._leases.leases.items()):
                 if lease.node_id == node_id:
                     self.release_lease(holder)
@@ -265,11 +259,6 @@ class Controller:
                 del self._lost_nodes[next(iter(self._lost_nodes))]
 
     # --- leases -------------------------------------------------------------------------------------------
-
-    @property
-    def leases(self) -> Mapping[str, GpuLease]:
-        """By holder, which is an endpoint id."""
-        return self._leases.leases
 
     def lease_gpus(
         self, holder: str, generation: int, node_id: str, shape: GangShape, tier: str
@@ -313,39 +302,7 @@ class Controller:
             return StartPermission(True, "the tier is not held")
         return StartPermission(False, f"tier {tier} is held: {hold.reason}", START_AGAIN_S)
 
-    # --- operators' actions -------------------------------------------------------------------------------
-
-    def cordon(self, name: str, reason: str) -> ActionResponse:
-        """See :meth:`OperatorActions.cordon`."""
-        return self._operator.cordon(name, reason)
-
-    def uncordon(self, name: str, reason: str = "") -> ActionResponse:
-        """See :meth:`OperatorActions.uncordon`."""
-        return self._operator.uncordon(name, reason)
-
-    def drain(self, name: str, reason: str) -> ActionResponse:
-        """See :meth:`OperatorActions.drain`."""
-        return self._operator.drain(name, reason)
-
-    def restart(self, name: str, reason: str) -> ActionResponse:
-        """See :meth:`OperatorActions.restart`."""
-        return self._operator.restart(name, reason)
-
     # --- targets ------------------------------------------------------------------------------------------
-
-    @property
-    def published(self) -> Mapping[str, TierTarget]:
-        """The last published target of each tier."""
-        return self._targets.published
-
-    def publish(self, targets: Mapping[str, TierTarget]) -> None:
-        """Set how many replicas tiers should have; migrations and holds are added on top."""
-        self._targets.publish(targets)
-
-    def unpublish(self, tiers: Iterable[str]) -> None:
-        """Withdraw the targets of these tiers: each gets its configured replicas, or stays as it is if it
-        scales."""
-        self._targets.unpublish(tiers)
 
     def configure_scaling(self, *, apply: bool, window_s: float) -> None:
         """Whether tiers follow scaling's targets, and how far back its traffic figures go."""
@@ -385,16 +342,6 @@ class Controller:
 
     # --- queries ------------------------------------------------------------------------------------------
 
-    @property
-    def tier_holds(self) -> Mapping[str, TierHold]:
-        """Tiers of which nothing is started now."""
-        return MappingProxyType(self._in_progress.holds)
-
-    @property
-    def lost_nodes(self) -> Mapping[str, LostNode]:
-        """The last nodes that were lost with replicas on them."""
-        return MappingProxyType(self._lost_nodes)
-
     def forget_lost_node(self, node_id: str) -> None:
         """Everything that ran on a lost node was replaced."""
         self._lost_nodes.pop(node_id, None)
@@ -429,17 +376,12 @@ class Controller:
         known = uuid in self._inventory.records
         return self._inventory.signals(uuid, self.now_s()) if known else None
 
-    def engine_telemetry(self, endpoint_id: str) -> EngineTelemetry | None:
-        """What is known of an engine from its metrics; None if they were never read."""
-        return self._engines.telemetry.get(endpoint_id)
-
-    def gpu_alert_signals(self) -> AlertSignals:
-        """What alert rules about GPUs compare."""
-        return gpu_signals(self._inventory, self.now_s())
-
-    def node_alert_signals(self, missing: Mapping[str, int]) -> AlertSignals:
-        """What alert rules about nodes compare; ``missing`` are the replicas that each tier lacks."""
-        return node_signals(self._inventory, self.lost_nodes, missing, self.now_s())
+    def alert_signals(self, missing: Mapping[str, int]) -> tuple[AlertSignals, AlertSignals]:
+        """The values that alert rules about GPUs and about nodes compare; ``missing`` are the replicas that
+        each tier lacks."""
+        now_s = self.now_s()
+        nodes = node_signals(self._inventory, self._lost_nodes, missing, now_s)
+        return gpu_signals(self._inventory, now_s), nodes
 
     def sampled_cluster(self) -> SampledCluster:
         """What report samples are taken from."""
@@ -463,10 +405,6 @@ class Controller:
     def traffic_figures(self, span_s: float) -> dict[str, TierFigures]:
         """Every tier's traffic over the last ``span_s``, as of the last reading."""
         return self._traffic.figures(self.now_s(), self._heartbeat_s, span_s)
-
-    def traffic_counters(self, tier: str) -> TrafficCounters:
-        """A tier's counters, added up over the gateways."""
-        return self._traffic.ledger.reading(tier)
 
     def traffic_signal(self, value: float) -> Signal:
         """A value from the counters with its freshness, which is that of the gateways' reports."""
@@ -522,7 +460,7 @@ class Controller:
                 self._allocator.renew(holder, now_s)
         self._ticked_s = now_s
         self._registry.expire()
-        self._traffic.ledger.retain_gateways({gateway.gateway_id for gateway in self.gateways})
+        self._traffic.ledger.retain_gateways(self.gateways.keys())
         for lease in self._leases.reap(now_s=now_s, ttl_s=MISSED_REPORTS * self._heartbeat_s):
             self._shapes.pop(lease.holder, None)
             self.note("lease ended", lease.holder, "its holder no longer reports")

@@ -24,12 +24,9 @@ class EngineReadings:
     def __init__(self, rules: StallRules) -> None:
         self._rules = rules
         self._telemetry: dict[str, EngineTelemetry] = {}
-        self._stalled: dict[str, StalledEngine] = {}
-
-    @property
-    def telemetry(self) -> Mapping[str, EngineTelemetry]:
+        self.telemetry: Final = MappingProxyType(self._telemetry)
         """By endpoint id: the engines that were read at least once."""
-        return MappingProxyType(self._telemetry)
+        self._stalled: dict[str, StalledEngine] = {}
 
     def observe(self, sample: EngineSample, now_s: float) -> None:
         """Take in one sample."""

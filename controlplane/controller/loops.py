@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final, NoReturn
 
@@ -21,8 +21,7 @@ from controlplane.controller.registry import Registry
 from controlplane.controller.reports import Reports
 from controlplane.controller.saved_state import SavedState
 from controlplane.controller.scaling import PlaneScaler
-from controlplane.core.domain.endpoint import Endpoint, EndpointState
-from controlplane.engines.metrics_scraper import EngineScraper, ScrapeTarget
+from controlplane.engines.metrics_scraper import EngineScraper, scrape_targets
 
 IDLE_EXIT_S: Final = 300.0
 """A controller that has known no gateway and no living endpoint for this long ends: when a plane is gone,
@@ -153,9 +152,8 @@ class ControlLoops:
         """Take GPUs that are out of use out of Ray's own accounting."""
         wanted = self._controller.gpus_out_of_use()
         now_s = time.monotonic()
-        if not self._ray_gpus or (wanted == self._cordons and now_s - self._cordons_s < CORDONS_INTERVAL_S):
-            return
-        if not wanted and self._cordons == {}:
+        unchanged = wanted == self._cordons
+        if not self._ray_gpus or (unchanged and (not wanted or now_s - self._cordons_s < CORDONS_INTERVAL_S)):
             return
         try:
             await asyncio.to_thread(hold_gpus, self.config.namespace, wanted, dict(self._ray_gpus))
@@ -208,7 +206,7 @@ TICK: Final = PeriodicLoop(
 )
 SCALING: Final = PeriodicLoop(
     "scaling",
-    lambda loops: loops.scaler.interval_s,
+    lambda loops: loops.scaler.config.tick_s,
     ControlLoops.scale,
     "targets of tiers (followed in mode `apply`); recommendations every "
     "`controller.scaling.advice_interval_s`; the end of targets set by hand",
@@ -236,7 +234,7 @@ LOOPS: Final = (
     ),
     PeriodicLoop(
         "alerts",
-        lambda loops: loops.alerting.interval_s,
+        lambda loops: loops.alerting.config.interval_s,
         ControlLoops.evaluate_alerts,
         "alerts; notifications to the log and webhooks",
     ),
@@ -254,18 +252,3 @@ LOOPS: Final = (
     ),
 )
 """Every periodic loop of the controller."""
-
-
-def scrape_targets(endpoints: Iterable[Endpoint]) -> list[ScrapeTarget]:
-    """Where the engines that serve have their metrics."""
-    return [
-        ScrapeTarget(
-            endpoint.endpoint_id,
-            endpoint.generation,
-            endpoint.base_url + endpoint.metrics_path,
-            dict(endpoint.metric_names),
-            endpoint.secret,
-        )
-        for endpoint in endpoints
-        if endpoint.state is EndpointState.READY and endpoint.metrics_path and endpoint.metric_names
-    ]

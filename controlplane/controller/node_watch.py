@@ -10,7 +10,6 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import structlog
@@ -40,24 +39,20 @@ class NodeWatch:
         namespace: str,
         interval_s: float,
         on_update: OnUpdate,
-        last_events: Mapping[str, tuple[str, int]] | None = None,
+        last_events: Mapping[str, tuple[str, int]],
     ) -> None:
         self._namespace = namespace
         self._interval_s = interval_s
         self._on_update = on_update
         self._agents: dict[str, Any] = {}
         self._open: dict[str, asyncio.Task[None]] = {}
-        self._last_events: dict[str, tuple[str, int]] = dict(last_events or {})
+        self.last_events = dict(last_events)
+        """Node id → epoch and number of the last event received from its agent. A controller that starts with
+        them gets no event twice: an old XID must not take a GPU out of use that has returned since."""
         self._infos: dict[str, GpuInfoCache] = {}
         """Node id → what rarely changes of its GPUs, from its agent's last complete update."""
         self._alive: dict[str, int] = {}
         self._listed_s = -math.inf
-
-    @property
-    def last_events(self) -> Mapping[str, tuple[str, int]]:
-        """Node id → epoch and number of the last event received from its agent. A controller that starts with
-        them gets no event twice: an old XID must not take a GPU out of use that has returned since."""
-        return MappingProxyType(self._last_events)
 
     async def poll(self) -> dict[str, int] | None:
         """Start a request to every agent. Returns the nodes that Ray has, each with the number of GPUs that
@@ -80,7 +75,7 @@ class NodeWatch:
             return
         self._listed_s = time.monotonic()
         self._agents = {node: agent for node, agent in self._agents.items() if node in alive}
-        for by_node in (self._last_events, self._infos):
+        for by_node in (self.last_events, self._infos):
             for gone in by_node.keys() - alive.keys() - self._open.keys():
                 del by_node[gone]
         if alive.keys() - self._agents.keys():
@@ -99,16 +94,16 @@ class NodeWatch:
         await asyncio.gather(*self._open.values(), return_exceptions=True)
 
     async def _request(self, node_id: str, agent: Any) -> None:
-        epoch, seq = self._last_events.get(node_id, ("", 0))
+        epoch, seq = self.last_events.get(node_id, ("", 0))
         try:
             known = self._infos.get(node_id)
             pending = agent.update.remote(epoch, seq, known.key if known is not None else NOTHING_CACHED)
             update: NodeUpdate = await asyncio.wait_for(_result(pending), RESPONSE_TIMEOUT_S)
             events = update.events
             if events:
-                self._last_events[node_id] = (events[-1].epoch, events[-1].seq)
+                self.last_events[node_id] = (events[-1].epoch, events[-1].seq)
             elif update.sample is not None and update.sample.epoch != epoch:
-                self._last_events[node_id] = (update.sample.epoch, 0)
+                self.last_events[node_id] = (update.sample.epoch, 0)
             sample = self._whole(node_id, update)
             self._on_update(node_id, sample, recent(events, update.sample) if not epoch else events)
         except RayActorError as error:

@@ -12,13 +12,14 @@ import fcntl
 import queue
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 import structlog
 
-from controlplane.controller.store import AuditEntry, Store
+from controlplane.controller.store import Store
 from controlplane.core.domain.event import Event
 
 log = structlog.stdlib.get_logger(__name__)
@@ -34,16 +35,13 @@ class Recorder:
     def __init__(self, path: Path | None) -> None:
         self._lock_file: IO[bytes] | None = None
         self.store = Store(self._lock(path))
-        self._saved: dict[str, Any] = self.store.values()
-        self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
+        self.state: Mapping[str, Any] = self.store.values()
+        """The last saved state, written or queued."""
+        self._queue: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        """What the thread is to call."""
         self._dropped = 0
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
         self._thread.start()
-
-    @property
-    def state(self) -> Mapping[str, Any]:
-        """The last saved state, written or queued."""
-        return self._saved
 
     @property
     def warning(self) -> str:
@@ -52,21 +50,21 @@ class Recorder:
 
     def save(self, values: Mapping[str, Any]) -> None:
         """Save this as the whole state; keys that are not in it are removed."""
-        saved = self._saved
+        saved = self.state
         changed = {
             key: value
             for key, value in values.items()
             if (before := saved.get(key)) is not value and before != value
         }
-        changed |= dict.fromkeys(self._saved.keys() - values.keys())
+        changed |= dict.fromkeys(saved.keys() - values.keys())
         if changed:
-            self._saved = dict(values)
-            self._queue.put(("state", changed))
+            self.state = dict(values)
+            self._queue.put(partial(self.store.put, changed))
 
     def add_events(self, events: Sequence[Event]) -> None:
         """Add events to the audit log."""
         if events:
-            self._queue.put(("audit", tuple(events)))
+            self._queue.put(partial(self._audit, tuple(events)))
 
     def add_points(self, unix_s: float, values: Mapping[str, float]) -> None:
         """Add one value to each of these series of the history."""
@@ -75,25 +73,18 @@ class Recorder:
             if self._dropped == 1 or self._dropped % 1000 == 0:
                 log.warning("points of the history are dropped: the store is too slow", times=self._dropped)
             return
-        self._queue.put(("points", (unix_s, dict(values))))
+        self._queue.put(partial(self.store.add_points, unix_s, dict(values)))
 
     def events(self, after: int, limit: int) -> tuple[Event, ...]:
         """Up to ``limit`` entries of the audit log after number ``after``, oldest first; with a negative
         ``after`` the last ones. Blocks; not for an event loop."""
         if after < 0:
-            after = max(0, self.store.last_seq - limit)
-        return tuple(
-            Event(
-                entry.seq,
-                entry.unix_s,
-                kind=entry.action,
-                subject=entry.target,
-                reason=entry.reason,
-                tier=entry.detail,
-                actor=entry.actor,
-            )
-            for entry in self.store.audit_since(after, limit)
-        )
+            after = max(0, self.store.last_number - limit)
+        return tuple(self.store.audit_since(after, limit))
+
+    def _audit(self, events: Sequence[Event]) -> None:
+        for event in events:
+            self.store.audit(event)
 
     def close(self) -> None:
         """Write what is queued, and close the file."""
@@ -129,38 +120,17 @@ class Recorder:
     def _run(self) -> None:
         compacted_s = time.monotonic()
         while True:
-            item: _Item | None = None
+            write: Callable[[], object] | None = None
             with contextlib.suppress(queue.Empty):
-                item = self._queue.get(timeout=COMPACT_INTERVAL_S)
-                if item is None:
+                write = self._queue.get(timeout=COMPACT_INTERVAL_S)
+                if write is None:
                     return
             try:
-                if item is not None:
-                    self._write(*item)
+                if write is not None:
+                    write()
                 if time.monotonic() - compacted_s > COMPACT_INTERVAL_S:
                     compacted_s = time.monotonic()
                     self.store.compact(time.time())
             except Exception as error:
                 # Whatever happens, the controller goes on; the log has what was to be written.
-                log.critical("could not be stored", item=repr(item)[:500], error=repr(error))
-
-    def _write(self, kind: str, item: Any) -> None:
-        if kind == "state":
-            self.store.put(item)
-        elif kind == "audit":
-            for event in item:
-                self.store.audit(
-                    AuditEntry(
-                        event.unix_s,
-                        actor=event.actor,
-                        action=event.kind,
-                        target=event.subject,
-                        reason=event.reason,
-                        detail=event.tier,
-                    )
-                )
-        else:
-            self.store.add_points(*item)
-
-
-_Item = tuple[str, Any]
+                log.critical("could not be stored", write=repr(write)[:500], error=repr(error))

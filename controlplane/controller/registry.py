@@ -11,9 +11,10 @@ Plain Python with two clocks; :mod:`controlplane.controller.actor` puts it into 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import MappingProxyType
+from typing import Final
 
 from controlplane.core.alerts.views import FiringAlert
 from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo, TierScaling
@@ -48,19 +49,29 @@ class Registry:
         now_s: Callable[[], float],
         unix_s: Callable[[], float],
     ) -> None:
-        self._epoch = epoch
+        self.epoch: Final = epoch
+        """Names this controller process."""
+        self.version = 1
+        """Grows whenever an endpoint changed or a gateway came or went."""
+        self.warming = True
+        """Whether this process has just started and may not know every endpoint and gateway yet."""
+        self.declared = False
+        """Whether a gateway has declared the configuration to this process."""
+        self.tiers: tuple[TierSpec, ...] = ()
+        """The configured tiers, by the last :meth:`declare`."""
         self._heartbeat_s = heartbeat_s
         self._now_s = now_s
         self._unix_s = unix_s
-        self._version = 1
         self._expired_s = now_s()
         """When :meth:`expire` ran last."""
         self._first_report_s: float | None = None
-        self._warming = True
-        self._tiers: tuple[TierSpec, ...] | None = None
         self._scaling: tuple[TierScaling, ...] = ()
         self._endpoints: dict[str, Endpoint] = {}
+        self.endpoints: Final = MappingProxyType(self._endpoints)
+        """By id, with their secrets."""
         self._gateways: dict[str, GatewayInfo] = {}
+        self.gateways: Final = MappingProxyType(self._gateways)
+        """The last report of each gateway, by its id."""
         self._reported_s: dict[str, float] = {}
         """Endpoint or gateway id → its last report."""
         self._gone: deque[str] = deque(maxlen=MAX_GONE)
@@ -75,48 +86,13 @@ class Registry:
         self.note("started", "controller", f"epoch {epoch}")
 
     @property
-    def version(self) -> int:
-        """Grows whenever an endpoint changed or a gateway came or went."""
-        return self._version
-
-    @property
-    def epoch(self) -> str:
-        """Names this controller process."""
-        return self._epoch
-
-    @property
-    def warming(self) -> bool:
-        """Whether this process has just started and may not know every endpoint and gateway yet."""
-        return self._warming
-
-    @property
-    def endpoints(self) -> Mapping[str, Endpoint]:
-        """By id, with their secrets."""
-        return MappingProxyType(self._endpoints)
-
-    @property
-    def gateways(self) -> tuple[GatewayInfo, ...]:
-        """The last report of each."""
-        return tuple(self._gateways.values())
-
-    @property
-    def tiers(self) -> tuple[TierSpec, ...]:
-        """The configured tiers, by the last :meth:`declare`."""
-        return self._tiers or ()
-
-    @property
-    def declared(self) -> bool:
-        """Whether a gateway has declared the configuration to this process."""
-        return self._tiers is not None
-
-    @property
     def events(self) -> tuple[Event, ...]:
         """The last :data:`MAX_EVENTS`, oldest first."""
         return tuple(self._events)
 
     def declare(self, tiers: Sequence[TierSpec], heartbeat_s: float) -> None:
         """Set the configured tiers; the last call wins."""
-        self._tiers = tuple(tiers)
+        self.tiers, self.declared = tuple(tiers), True
         self._heartbeat_s = heartbeat_s
 
     def publish_scaling(self, scaling: tuple[TierScaling, ...]) -> None:
@@ -166,14 +142,10 @@ class Registry:
 
     def deregister(self, endpoint_id: str, reason: str) -> None:
         """Remove an endpoint that stops on purpose. While warming, unknown ids are remembered as gone too."""
-        if self._warming and endpoint_id not in self._gone:
+        if self.warming and endpoint_id not in self._gone:
             self._gone.append(endpoint_id)
             self._changed()
-        self._drop(endpoint_id, "deregistered", reason)
-
-    def lost(self, endpoint_id: str, reason: str) -> None:
-        """Remove an endpoint that is known to be gone without having deregistered."""
-        self._drop(endpoint_id, "lost", reason)
+        self.drop(endpoint_id, "deregistered", reason)
 
     def gateway_report(self, info: GatewayInfo) -> bool:
         """Take in a gateway's state; False if the gateway was unknown. It is known from then on."""
@@ -211,11 +183,11 @@ class Registry:
             failed = endpoint is not None and endpoint.state == EndpointState.FAILED
             if silent_s > (FAILED_SHOWN_S if failed else silent_limit_s):
                 reason = f"no report for {silent_s:.1f} s"
-                self._drop(key, "dropped", reason)
+                self.drop(key, "dropped", reason)
                 self.gateway_gone(key, reason)
         first_s = self._first_report_s
-        if self._warming and first_s is not None and now_s - first_s >= WARMING_REPORTS * self._heartbeat_s:
-            self._warming = False
+        if self.warming and first_s is not None and now_s - first_s >= WARMING_REPORTS * self._heartbeat_s:
+            self.warming = False
             self._gone.clear()
             self._changed()
         if self._gateways or any(item.state not in ENDED for item in self._endpoints.values()):
@@ -235,7 +207,7 @@ class Registry:
         total = 0
         for gateway in self._gateways.values():
             epoch, version = gateway.snapshot
-            if epoch != self._epoch or version < since:
+            if epoch != self.epoch or version < since:
                 return None
             total += dict(gateway.in_flight_by_endpoint).get(endpoint_id, 0)
         return total
@@ -252,12 +224,12 @@ class Registry:
         if not secrets:
             endpoints = tuple(replace(endpoint, secret="") for endpoint in endpoints)
         return ClusterSnapshot(
-            epoch=self._epoch,
-            version=self._version,
+            epoch=self.epoch,
+            version=self.version,
             unix_s=self._unix_s(),
             endpoints=endpoints,
             gateways=tuple(sorted(self._gateways.values(), key=lambda gateway: gateway.gateway_id)),
-            warming=self._warming,
+            warming=self.warming,
             gone=tuple(self._gone),
             scaling=self._scaling,
             alerts=self._alerts,
@@ -269,22 +241,9 @@ class Registry:
     ) -> None:
         """Add an event."""
         self._event_count += 1
-        event = Event(
-            self._event_count,
-            self._unix_s(),
-            kind=kind,
-            subject=subject,
-            reason=reason,
-            tier=tier,
-            actor=actor,
-        )
+        event = Event(self._event_count, self._unix_s(), kind, subject, reason, tier, actor)
         self._events.append(event)
         self._unsaved.append(event)
-
-    @property
-    def has_unsaved_events(self) -> bool:
-        """Whether :meth:`take_events` would return something."""
-        return bool(self._unsaved)
 
     def take_events(self) -> tuple[Event, ...]:
         """The events since the last call, oldest first."""
@@ -302,9 +261,10 @@ class Registry:
         self._endpoints[endpoint.endpoint_id] = endpoint
         self._changed()
         if endpoint.state == EndpointState.DRAINING:
-            self._draining.setdefault(endpoint.endpoint_id, self._version)
+            self._draining.setdefault(endpoint.endpoint_id, self.version)
 
-    def _drop(self, endpoint_id: str, kind: str, reason: str) -> None:
+    def drop(self, endpoint_id: str, kind: str, reason: str) -> None:
+        """Remove an endpoint; ``kind`` is the kind of the event about it."""
         endpoint = self._endpoints.pop(endpoint_id, None)
         self._draining.pop(endpoint_id, None)
         if endpoint is not None:
@@ -313,7 +273,7 @@ class Registry:
             self._changed()
 
     def _changed(self) -> None:
-        self._version += 1
+        self.version += 1
 
 
 def _describe(endpoint: Endpoint) -> str:

@@ -79,7 +79,8 @@ class SavedState:
 
     def save_if_changed(self) -> None:
         """:meth:`save` if there was an event since the last time."""
-        if self._has_new_events or self._registry.has_unsaved_events:
+        self.record_events()
+        if self._has_new_events:
             self.save()
 
     def save(self) -> None:

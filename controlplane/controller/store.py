@@ -20,11 +20,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import structlog
+
+from controlplane.core.domain.event import Event
 
 log = structlog.get_logger(__name__)
 
@@ -74,21 +76,6 @@ _BY_PART: Final = f"""
 
 
 @dataclass(frozen=True, slots=True)
-class AuditEntry:
-    """One thing that was done, or was refused."""
-
-    unix_s: float
-    actor: str
-    """Who did it: ``controller`` or ``operator``."""
-    action: str
-    target: str
-    reason: str
-    detail: str = ""
-    seq: int = 0
-    """The entry's number, which the store assigns."""
-
-
-@dataclass(frozen=True, slots=True)
 class Point:
     """The values of a series in the ``step_s`` seconds from ``unix_s``."""
 
@@ -117,9 +104,10 @@ class Store:
         self._clock = clock
         self._lock = threading.RLock()
         self._state: dict[str, str] = {}
-        self._recent: deque[AuditEntry] = deque(maxlen=1000)
-        self._unsaved: deque[AuditEntry] = deque(maxlen=10_000)
-        self._last_seq = 0
+        self._recent: deque[Event] = deque(maxlen=1000)
+        self._unsaved: deque[Event] = deque(maxlen=10_000)
+        self.last_number = 0
+        """The number of the newest audit entry; 0 if there is none."""
         self._series: dict[str, int] = {}
         self._retry_s = float("inf")
         self._persistent = False
@@ -158,53 +146,40 @@ class Store:
                     self._state.pop(key)
                 else:
                     self._state[key] = text
-
-            def write(database: sqlite3.Connection) -> None:
-                _write_state(database, changed)
-
-            self._write(write)
+            self._write(lambda database: _write_state(database, changed))
 
     # --- audit -----------------------------------------------------------------------------------------
 
-    def audit(self, entry: AuditEntry) -> AuditEntry:
-        """Add an entry; returns it with its number."""
+    def audit(self, event: Event) -> Event:
+        """Add an entry; returns it with the number that it has in the log."""
         with self._lock:
             self._retry_file()
-            self._last_seq += 1
-            numbered = AuditEntry(**{**_as_dict(entry), "seq": self._last_seq})
+            self.last_number += 1
+            numbered = replace(event, number=self.last_number)
             self._recent.append(numbered)
-
-            def write(database: sqlite3.Connection) -> None:
-                _write_audit(database, [numbered])
-
             try:
-                self._write(write)
+                self._write(lambda database: _write_audit(database, [numbered]))
             except sqlite3.Error:
                 self._recent.pop()
-                self._last_seq -= 1
+                self.last_number -= 1
                 raise
             if not self._persistent:
                 self._unsaved.append(numbered)
             return numbered
 
-    @property
-    def last_seq(self) -> int:
-        """The number of the newest audit entry; 0 if there is none."""
-        return self._last_seq
-
-    def audit_since(self, seq: int = 0, limit: int = 1000) -> list[AuditEntry]:
-        """Up to ``limit`` entries after number ``seq``, oldest first."""
+    def audit_since(self, number: int = 0, limit: int = 1000) -> list[Event]:
+        """Up to ``limit`` entries after ``number``, oldest first."""
         with self._lock:
-            if self._recent and seq >= self._recent[0].seq - 1:
-                return [entry for entry in self._recent if entry.seq > seq][:limit]
+            if self._recent and number >= self._recent[0].number - 1:
+                return [event for event in self._recent if event.number > number][:limit]
 
-            def read(database: sqlite3.Connection) -> list[AuditEntry]:
+            def read(database: sqlite3.Connection) -> list[Event]:
                 rows = database.execute(
-                    "SELECT unix_s, actor, action, target, reason, detail, seq FROM audit"
+                    "SELECT seq, unix_s, action, target, reason, detail, actor FROM audit"
                     " WHERE seq > ? ORDER BY seq LIMIT ?",
-                    (seq, limit),
+                    (number, limit),
                 )
-                return [AuditEntry(*row) for row in rows]
+                return [Event(*row) for row in rows]
 
             return self._read(read)
 
@@ -282,7 +257,9 @@ class Store:
                         (wider_s, step_s, before_s),
                     )
                 database.execute("DELETE FROM history WHERE step_s = ? AND at_s < ?", (step_s, before_s))
-            database.execute("DELETE FROM audit WHERE seq <= ?", (self._last_seq - self._max_audit_entries,))
+            database.execute(
+                "DELETE FROM audit WHERE seq <= ?", (self.last_number - self._max_audit_entries,)
+            )
             if not self._persistent:
                 database.execute(
                     "DELETE FROM history WHERE (series, step_s, at_s) IN (SELECT series, step_s, at_s"
@@ -366,8 +343,8 @@ class Store:
         _write_state(database, {key: text for key, text in state.items() if in_file.get(key) != text})
         shift = 0 if self._known_file else last_seq
         recent, unsaved = (
-            [AuditEntry(**{**_as_dict(entry), "seq": entry.seq + shift}) for entry in entries]
-            for entries in (self._recent, self._unsaved)
+            [replace(event, number=event.number + shift) for event in events]
+            for events in (self._recent, self._unsaved)
         )
         _write_audit(database, [*recent, *unsaved])
         self._series.clear()
@@ -377,7 +354,7 @@ class Store:
         self._state = state
         self._recent.clear()
         self._recent.extend(recent)
-        self._last_seq = max(self._last_seq + shift, last_seq)
+        self.last_number = max(self.last_number + shift, last_seq)
 
     def _detach(self, error: Exception) -> None:
         """Go on in memory, with the state and the last audit entries, and report it."""
@@ -484,12 +461,11 @@ def _write_state(database: sqlite3.Connection, texts: Mapping[str, str | None]) 
             database.execute("INSERT OR REPLACE INTO state VALUES (?, ?)", (key, text))
 
 
-def _write_audit(database: sqlite3.Connection, entries: Iterable[AuditEntry]) -> None:
+def _write_audit(database: sqlite3.Connection, events: Iterable[Event]) -> None:
     database.executemany(
-        "INSERT OR REPLACE INTO audit VALUES (:seq, :unix_s, :actor, :action, :target, :reason, :detail)",
-        [_as_dict(entry) for entry in entries],
+        "INSERT OR REPLACE INTO audit VALUES (?, ?, ?, ?, ?, ?, ?)",
+        [
+            (item.number, item.unix_s, item.actor, item.kind, item.subject, item.reason, item.tier)
+            for item in events
+        ],
     )
-
-
-def _as_dict(entry: AuditEntry) -> dict[str, Any]:
-    return {name: getattr(entry, name) for name in AuditEntry.__dataclass_fields__}

@@ -23,23 +23,21 @@ class TargetTable:
         self._now_s = now_s
         self._unix_s = unix_s
         self._published: dict[str, TierTarget] = {}
+        self.published: Final = MappingProxyType(self._published)
+        """The last published target of each tier."""
         self._fetched_s = self._fetched_before_s = -math.inf
         """When Serve fetched targets last, and the time before that."""
         self.apply_scaling = False
         """Whether tiers that may scale follow what scaling publishes. Such a tier keeps the replicas that it
         has until there is a target."""
 
-    @property
-    def published(self) -> Mapping[str, TierTarget]:
-        """The last published target of each tier."""
-        return MappingProxyType(self._published)
-
     def publish(self, targets: Mapping[str, TierTarget]) -> None:
-        """Replace the targets of these tiers."""
+        """Set how many replicas these tiers should have; migrations and holds are added on top."""
         self._published.update(targets)
 
     def unpublish(self, tiers: Iterable[str]) -> None:
-        """Withdraw the targets of these tiers."""
+        """Withdraw the targets of these tiers: each gets its configured replicas, or stays as it is if it
+        scales."""
         for tier in tiers:
             self._published.pop(tier, None)
 
@@ -64,7 +62,5 @@ class TargetTable:
     def serve_follows(self, since_s: float) -> bool:
         """Whether Serve has acted on a target that holds since ``since_s``: it has fetched targets twice
         since then (it acts before it fetches again), or it is away."""
-        away_for_s = SERVE_SILENT_S
-        now_s = self._now_s()
-        away = now_s - self._fetched_s > away_for_s
-        return self._fetched_before_s > since_s or (away and now_s - since_s > away_for_s)
+        silent_s = self._now_s() - max(self._fetched_s, since_s)
+        return self._fetched_before_s > since_s or silent_s > SERVE_SILENT_S

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final
@@ -17,6 +17,7 @@ from typing import Final
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
+from controlplane.core.domain.endpoint import Endpoint, EndpointState
 from controlplane.core.telemetry.engine import COUNTERS, GAUGES
 from controlplane.core.telemetry.samples import EngineSample
 from controlplane.http.fetch import MAX_PAGE_BYTES, fetch
@@ -39,6 +40,21 @@ class ScrapeTarget:
     """Signal → the engine's name for it (empty: not available):
     ``dataclasses.asdict(engine.metric_names)``."""
     secret: str = field(default="", repr=False)
+
+
+def scrape_targets(
+    endpoints: Iterable[Endpoint], signals: Container[str] | None = None
+) -> list[ScrapeTarget]:
+    """Where the engines that are ready have their metrics; ``signals`` are those to read, None means all."""
+    targets = []
+    for endpoint in endpoints:
+        names = {key: name for key, name in endpoint.metric_names if signals is None or key in signals}
+        if endpoint.state is EndpointState.READY and endpoint.metrics_path and names:
+            url = endpoint.base_url + endpoint.metrics_path
+            targets.append(
+                ScrapeTarget(endpoint.endpoint_id, endpoint.generation, url, names, endpoint.secret)
+            )
+    return targets
 
 
 class EngineScraper:

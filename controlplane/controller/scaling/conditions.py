@@ -78,7 +78,7 @@ def _highest_kv_ratio(controller: Controller, endpoints: Iterable[Endpoint], now
         [
             engine.load(now_s).kv_usage_ratio
             for item in endpoints
-            if (engine := controller.engine_telemetry(item.endpoint_id)) is not None
+            if (engine := controller.engine_telemetry.get(item.endpoint_id)) is not None
         ]
     )
 

@@ -28,59 +28,39 @@ class TierObserver:
         base_targets = self._controller.base_targets()
         interval_s = 0.0 if self._before_s is None else now_s - self._before_s
         counters = {spec.name: self._controller.traffic_counters(spec.name) for spec in specs}
-        found = []
-        for tier, counted in counters.items():
-            override = overrides.of(tier)
-            found.append(
-                self._observation(
-                    tier,
-                    counted,
-                    now_s=now_s,
-                    unix_s=unix_s,
-                    interval_s=interval_s,
-                    target=base_targets[tier],
-                    override=override.replicas if override is not None else None,
-                )
-            )
-        self._before, self._before_s = counters, now_s
-        return found
-
-    def _observation(
-        self,
-        tier: str,
-        counted: TrafficCounters,
-        *,
-        now_s: float,
-        unix_s: float,
-        interval_s: float,
-        target: int,
-        override: int | None,
-    ) -> TierObservation:
         signal = self._controller.traffic_signal
-        gained = self._gained(counted)
-        ended = gained.ok if gained is not None else 0
-        endpoints = self._controller.endpoints_of(tier)
-        hit_ratio = self._prefix_hit_ratio(endpoints, now_s)
-        none_ended = missing("no request ended in the interval")
-        return TierObservation(
-            tier=tier,
-            now_s=now_s,
-            unix_s=unix_s,
-            target=target,
-            ready=sum(item.state in SERVING for item in endpoints),
-            interval_s=interval_s,
-            arrivals=missing("first tick") if gained is None else signal(gained.arrived),
-            in_flight=signal(counted.in_flight),
-            queued=signal(counted.waiting),
-            input_tokens=signal(gained.prompt_tokens / ended * (1.0 - hit_ratio))
-            if gained and ended
-            else none_ended,
-            output_tokens=signal(gained.generated_tokens / ended) if gained and ended else none_ended,
-            finished=gained.judged if gained is not None else 0,
-            missed=gained.missed if gained is not None else 0,
-            engines=tuple(self._engines(endpoints, now_s, hit_ratio)),
-            override=override,
-        )
+        observations = []
+        for tier, counted in counters.items():
+            gained, override = self._gained(counted), overrides.of(tier)
+            endpoints = self._controller.endpoints_of(tier)
+            hit_ratio = self._prefix_hit_ratio(endpoints, now_s)
+            arrivals, finished, missed = missing("first tick"), 0, 0
+            input_tokens = output_tokens = missing("no request ended in the interval")
+            if gained is not None:
+                arrivals, finished, missed = signal(gained.arrived), gained.judged, gained.missed
+                if gained.ok:
+                    input_tokens = signal(gained.prompt_tokens / gained.ok * (1.0 - hit_ratio))
+                    output_tokens = signal(gained.generated_tokens / gained.ok)
+            observation = TierObservation(
+                tier=tier,
+                now_s=now_s,
+                unix_s=unix_s,
+                target=base_targets[tier],
+                ready=sum(item.state in SERVING for item in endpoints),
+                interval_s=interval_s,
+                arrivals=arrivals,
+                in_flight=signal(counted.in_flight),
+                queued=signal(counted.waiting),
+                input_tokens=input_tokens,
+                output_tokens=output_tokens,
+                finished=finished,
+                missed=missed,
+                engines=tuple(self._engines(endpoints, now_s, hit_ratio)),
+                override=override.replicas if override is not None else None,
+            )
+            observations.append(observation)
+        self._before, self._before_s = counters, now_s
+        return observations
 
     def _gained(self, counted: TrafficCounters) -> TrafficCounters | None:
         """The counters since the last call; None if there was none, or if counting began anew."""
@@ -95,7 +75,7 @@ class TierObserver:
         ratios = [
             value
             for endpoint in endpoints
-            if (engine := self._controller.engine_telemetry(endpoint.endpoint_id)) is not None
+            if (engine := self._controller.engine_telemetry.get(endpoint.endpoint_id)) is not None
             and (value := engine.prefix_hit_ratio(now_s).fresh) is not None
         ]
         return min(1.0, sum(ratios) / len(ratios)) if ratios else 0.0
@@ -104,7 +84,7 @@ class TierObserver:
         self, endpoints: Iterable[Endpoint], now_s: float, hit_ratio: float
     ) -> Iterable[EngineObservation]:
         for endpoint in endpoints:
-            telemetry = self._controller.engine_telemetry(endpoint.endpoint_id)
+            telemetry = self._controller.engine_telemetry.get(endpoint.endpoint_id)
             if telemetry is None or endpoint.state is not EndpointState.READY:
                 continue
             load, busy = telemetry.load(now_s), telemetry.busy(now_s)

@@ -18,23 +18,25 @@ from controlplane.controller.controller import Controller
 from controlplane.controller.scaling.conditions import conditions
 from controlplane.controller.scaling.manual_targets import ManualTargets
 from controlplane.controller.scaling.observation import TierObserver
-from controlplane.controller.scaling.reporting import ScalingReporter, view
 from controlplane.core.autoscaling.cold_starts import ColdStarts
 from controlplane.core.autoscaling.decision import ScalingDecision
 from controlplane.core.autoscaling.overrides import Override
 from controlplane.core.autoscaling.round import ScalingRound
-from controlplane.core.autoscaling.rule import ScalingRule
-from controlplane.core.cluster.snapshot import GatewayInfo
+from controlplane.core.cluster.snapshot import GatewayInfo, TierScaling
 from controlplane.core.cluster.tier_spec import TierSpec
+from controlplane.core.domain.endpoint import SERVING
 from controlplane.core.json_values import StoredState, to_value
 from controlplane.core.recommendations.cycle import Recommender
-from controlplane.core.recommendations.log import IssuedRecommendation, RecommendationLog
-from controlplane.core.recommendations.views import ScalingReport
+from controlplane.core.recommendations.log import IssuedRecommendation
+from controlplane.core.recommendations.views import ScalingReport, TierScalingView
 from controlplane.core.reconcile.commands import ActionResponse
 from controlplane.core.reconcile.replica_targets import TierTarget
 
 TARGET_TTL_S: Final = 60.0
 """How long a published target is valid if no other follows. A tier that scales then stays as it is."""
+FORECAST_STEP: Final = 0.1
+"""A forecast that changed by less than this share is not published again: each change is a new snapshot for
+every gateway."""
 _OVERRIDE, _RECOMMENDATION, _STARTS, _TARGET = "override/", "advice/", "starts/", "target/"
 """Beginnings of keys in a checkpoint."""
 
@@ -43,32 +45,24 @@ class PlaneScaler:
     """Not safe for use by several threads; the controller's event loop owns it."""
 
     def __init__(self, controller: Controller, config: ControllerScalingConfig) -> None:
-        self._config = config
+        self.config = config
         self._controller = controller
         self._round = ScalingRound()
         self._recommender = Recommender()
+        self.recommendations: Final = self._recommender.log
         self._manual = ManualTargets(controller)
         self._observer = TierObserver(controller)
-        self._reporter = ScalingReporter(controller)
+        self._reported: tuple[TierScaling, ...] = ()
+        """What snapshots say now."""
         self._starts = ColdStarts()
         self._decisions: dict[str, ScalingDecision] = {}
         self._use(config)
-
-    @property
-    def recommendations(self) -> RecommendationLog:
-        """The latest recommendations."""
-        return self._recommender.log
-
-    @property
-    def interval_s(self) -> float:
-        """How often :meth:`tick` is to be called."""
-        return self._config.tick_s
 
     # --- configuration and operators ----------------------------------------------------------------------
 
     def configure(self, config: ControllerScalingConfig) -> None:
         """Use other settings from now on. If the mode is no longer ``apply``, its targets are withdrawn."""
-        if self._config.mode == "apply" and config.mode != "apply":
+        if self.config.mode == "apply" and config.mode != "apply":
             overrides = self._manual.overrides
             self._controller.unpublish(
                 [name for name in self._controller.published if not overrides.of(name)]
@@ -76,7 +70,7 @@ class PlaneScaler:
         self._use(config)
 
     def _use(self, config: ControllerScalingConfig) -> None:
-        self._config = config
+        self.config = config
         self._controller.configure_scaling(apply=config.mode == "apply", window_s=config.window_s)
 
     def scale(self, name: str, replicas: int | None, for_s: float | None, reason: str) -> ActionResponse:
@@ -98,7 +92,9 @@ class PlaneScaler:
         self._manual.expire(unix_s)
         specs = {spec.name: spec for spec in controller.tiers if spec.scaling is not None}
         self._starts.learn(controller.endpoints)
-        self._round.configure(self._rule(spec) for spec in specs.values())
+        self._round.configure(
+            replace(spec.plan.rule, cold_start_s=self.cold_start_s(spec)) for spec in specs.values()
+        )
         controller.record_traffic(specs)
         if not controller.may_decide or not specs:
             return ()
@@ -107,11 +103,8 @@ class PlaneScaler:
         self._decisions = {decision.tier: decision for decision in decisions}
         self._publish(specs, decisions, unix_s)
         new = self._recommend(specs.values(), now_s, unix_s)
-        self._reporter.publish(self._decisions, self.recommendations)
+        self._report_to_gateways()
         return new
-
-    def _rule(self, spec: TierSpec) -> ScalingRule:
-        return replace(spec.plan.rule, cold_start_s=self.cold_start_s(spec))
 
     def cold_start_s(self, spec: TierSpec) -> float:
         """From ordering a replica to its first response: as configured, or the longest of the last starts."""
@@ -121,7 +114,7 @@ class PlaneScaler:
 
     def _gpu_total(self) -> float | None:
         """What all tiers together may hold: as configured, or what can be used."""
-        return self._config.gpus if self._config.gpus is not None else self._controller.usable_gpus()
+        return self.config.gpus if self.config.gpus is not None else self._controller.usable_gpus()
 
     def _publish(
         self, specs: Mapping[str, TierSpec], decisions: Iterable[ScalingDecision], unix_s: float
@@ -130,7 +123,7 @@ class PlaneScaler:
         for decision in decisions:
             tier, plan = decision.tier, specs[decision.tier].plan
             override = self._manual.overrides.of(tier)
-            if override is None and not (plan.autoscaled and self._config.mode == "apply"):
+            if override is None and not (plan.autoscaled and self.config.mode == "apply"):
                 continue
             reason = f"set by hand: {override.reason}" if override is not None else decision.reason
             targets[tier] = TierTarget(decision.target, reason, unix_s + TARGET_TTL_S)
@@ -142,7 +135,7 @@ class PlaneScaler:
     def _recommend(
         self, specs: Iterable[TierSpec], now_s: float, unix_s: float
     ) -> tuple[IssuedRecommendation, ...]:
-        controller, config = self._controller, self._config
+        controller, config = self._controller, self.config
         changes = self._recommender.update(
             conditions(controller, specs, self._round, config.window_s, now_s),
             config.recommendation_rules(),
@@ -160,26 +153,63 @@ class PlaneScaler:
             controller.note(new.kind.value, new.instance, text, new.instance)
         return changes.issued
 
+    def _report_to_gateways(self) -> None:
+        """Publish a new snapshot if the state of a tier's scaling has changed."""
+        kinds = {
+            item.recommendation.instance: item.recommendation.kind.value for item in self.recommendations.open
+        }
+        base_targets = self._controller.base_targets()
+        before = {item.tier: item.forecast_per_s for item in self._reported}
+        new = tuple(
+            TierScaling(
+                tier,
+                target=base_targets.get(tier, 0),
+                wanted=decision.target,
+                forecast_per_s=_forecast(decision, before.get(tier)),
+                recommendation=kinds.get(tier, ""),
+            )
+            for tier, decision in self._decisions.items()
+        )
+        if new != self._reported:
+            self._reported = new
+            self._controller.publish_scaling(new)
+
     def report(self) -> ScalingReport:
         """Targets with their reasons, and recommendations."""
-        views = []
-        for spec in self._controller.tiers:
-            if spec.scaling is None:
-                continue
-            decision = self._decisions.get(spec.name)
-            views.append(
-                view(
-                    self._controller,
-                    spec,
-                    decision,
-                    self._manual.overrides.of(spec.name),
-                    mode=self._config.mode,
-                    each_per_s=self._round.scaler(spec.name).each_per_s if decision is not None else 0.0,
-                    cold_start_s=self.cold_start_s(spec),
-                )
-            )
+        base_targets = self._controller.base_targets()
+        views = tuple(
+            self._view(spec, base_targets[spec.name])
+            for spec in self._controller.tiers
+            if spec.scaling is not None
+        )
         log = self.recommendations
-        return ScalingReport(self._config.mode, tuple(views), log.issued, log.record())
+        return ScalingReport(self.config.mode, views, log.issued, log.record())
+
+    def _view(self, spec: TierSpec, base_target: int) -> TierScalingView:
+        decision, override = self._decisions.get(spec.name), self._manual.overrides.of(spec.name)
+        view = TierScalingView(
+            tier=spec.name,
+            replicas=sum(item.state in SERVING for item in self._controller.endpoints_of(spec.name)),
+            target=base_target,
+            wanted=base_target,
+            reason="not decided yet",
+            mode="by hand" if override is not None else self.config.mode if spec.plan.autoscaled else "fixed",
+            forecast_per_s=None,
+            each_per_s=0.0,
+            cold_start_s=self.cold_start_s(spec),
+            confidence=0.0,
+            override=override,
+        )
+        if decision is None:
+            return view
+        return replace(
+            view,
+            wanted=decision.target,
+            reason=decision.reason,
+            forecast_per_s=decision.forecast.mean_per_s if decision.forecast is not None else None,
+            each_per_s=self._round.scaler(spec.name).each_per_s,
+            confidence=decision.confidence,
+        )
 
     # --- over a restart -----------------------------------------------------------------------------------
 
@@ -205,3 +235,11 @@ class PlaneScaler:
         self._controller.publish(
             {tier: TierTarget(count, reason, until_s) for tier, count in stored.entries(_TARGET, int).items()}
         )
+
+
+def _forecast(decision: ScalingDecision, before: float | None) -> float:
+    """Requests per second as snapshots say it: ``before``, unless the forecast differs clearly."""
+    forecast = decision.forecast.mean_per_s if decision.forecast is not None else 0.0
+    if before is not None and abs(forecast - before) <= FORECAST_STEP * max(forecast, before):
+        return before
+    return forecast

@@ -11,8 +11,8 @@ import pytest
 from controlplane.config import ControllerConfig
 from controlplane.controller import ray_cordons
 from controlplane.controller.actor import controller_rules, store_path
-from controlplane.controller.loops import scrape_targets
 from controlplane.core.domain.endpoint import EndpointState
+from controlplane.engines.metrics_scraper import scrape_targets
 from tests.support.endpoints import make_endpoint
 
 ENDPOINT = make_endpoint(

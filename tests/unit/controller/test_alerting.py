@@ -222,7 +222,7 @@ def test_queue_and_saturation_are_unknown_without_a_gateway() -> None:
     report(51, 10)
     assert sorted(rig.step()) == ["firing QueueLong plane", "firing TierSaturated small"]
     rig.step(30)
-    assert rig.world.registry.gateways == ()
+    assert rig.world.registry.gateways == {}
     assert {alert.state for alert in rig.alerting.response().alerts} == {AlertState.FIRING}
     report(0, 0)
     assert sorted(rig.step()) == ["resolved QueueLong plane", "resolved TierSaturated small"]
@@ -273,10 +273,10 @@ def test_each_tier_is_compared_with_its_own_slo() -> None:
     assert view.detail == "97 % of its requests met the SLO, 99 % must"
 
 
-def test_other_sources_of_signals_are_evaluated_and_missing_signals_are_not() -> None:
+def test_a_rule_whose_signals_are_missing_does_not_fire(monkeypatch: pytest.MonkeyPatch) -> None:
     rig = Rig({"TierplaneRequestsFail": {"for_s": 0.0}, "TierplaneTierIdle": {"for_s": 0.0}})
     supplied: dict[str, dict[str, Signal]] = {}
-    rig.alerting.sources.append(lambda: AlertSignals(supplied))
+    monkeypatch.setattr(rig.alerting, "_traffic_signals", lambda: AlertSignals(supplied))
 
     def fresh(value: float) -> dict[str, Signal]:
         return {"small": known_now(value)}

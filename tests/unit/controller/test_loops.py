@@ -42,7 +42,7 @@ class Nodes(NodeWatch):
     """Two nodes; no agent is started."""
 
     def __init__(self) -> None:
-        super().__init__("tierplane", 1.0, lambda *_: None)
+        super().__init__("tierplane", 1.0, lambda *_: None, {})
 
     async def poll(self) -> dict[str, int] | None:
         return {"n1": 2, "n2": 0}

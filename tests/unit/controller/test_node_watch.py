@@ -68,10 +68,10 @@ class Cluster:
         )
 
     def watch(self, heard: dict[str, tuple[str, int]] | None = None) -> NodeWatch:
-        def on_news(node_id: str, sample: NodeSample | None, events: Sequence[GpuEvent]) -> None:
+        def on_update(node_id: str, sample: NodeSample | None, events: Sequence[GpuEvent]) -> None:
             self.received.append((node_id, sample, events))
 
-        return NodeWatch("tierplane", 1.0, on_news, heard)
+        return NodeWatch("tierplane", 1.0, on_update, heard or {})
 
 
 async def poll(watch: NodeWatch) -> dict[str, int] | None:

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from controlplane.controller.store import DAY_S, AuditEntry, Point, Store
+from controlplane.controller.store import DAY_S, Point, Store
+from controlplane.core.domain.event import Event
 
-ENTRY = AuditEntry(unix_s=1.0, actor="controller", action="cordon", target="GPU-a", reason="XID 79")
+ENTRY = Event(0, 1.0, kind="cordon", subject="GPU-a", reason="XID 79")
 
 
 class Clock:
@@ -35,15 +36,15 @@ def test_state_and_audit_survive(path: Path) -> None:
     with closing(Store(path)) as store:
         store.put({"lease/a": {"gpus": ["GPU-a"]}, "lease/b": 1, "gpu/x": "healthy"})
         store.put({"lease/b": None})
-        assert [store.audit(ENTRY).seq, store.audit(replace(ENTRY, action="drain")).seq] == [1, 2]
+        assert [store.audit(ENTRY).number, store.audit(replace(ENTRY, kind="drain")).number] == [1, 2]
         assert store.warning == ""
     with closing(Store(path)) as store:
         assert [key for key in store.values() if key.startswith("lease/")] == ["lease/a"]
         assert store.values().get("lease/a") == {"gpus": ["GPU-a"]}
         assert store.values().get("lease/b") is None
-        assert store.audit(replace(ENTRY, action="move")).seq == 3
-        assert [entry.action for entry in store.audit_since(0)] == ["cordon", "drain", "move"]
-        assert [entry.seq for entry in store.audit_since(1, limit=1)] == [2]
+        assert store.audit(replace(ENTRY, kind="move")).number == 3
+        assert [entry.kind for entry in store.audit_since(0)] == ["cordon", "drain", "move"]
+        assert [entry.number for entry in store.audit_since(1, limit=1)] == [2]
         assert store.audit_since(3) == []
 
 
@@ -94,7 +95,7 @@ def test_old_audit_entries_are_dropped(path: Path) -> None:
             store.audit(ENTRY)
         store.compact(0)
     with closing(Store(path, max_audit_entries=5)) as store:
-        assert [entry.seq for entry in store.audit_since(0)] == [8, 9, 10, 11, 12]
+        assert [entry.number for entry in store.audit_since(0)] == [8, 9, 10, 11, 12]
 
 
 def test_in_memory_history_is_bounded() -> None:
@@ -114,7 +115,7 @@ def torn(path: Path) -> None:
     """A database of which the middle was overwritten."""
     with closing(Store(path)) as store:
         for place in range(2000):
-            store.audit(replace(ENTRY, detail="x" * 50, unix_s=place))
+            store.audit(replace(ENTRY, tier="x" * 50, unix_s=place))
     raw = bytearray(path.read_bytes())
     raw[4096 : len(raw) - 4096] = b"\xa5" * (len(raw) - 8192)
     path.write_bytes(raw)
@@ -140,7 +141,7 @@ def test_a_file_that_is_damaged_while_it_is_used(path: Path, capsys: pytest.Capt
     with closing(Store(path, retry_interval_s=30, clock=clock)) as store:
         store.put({"lease": "a"})
         for place in range(500):
-            store.audit(replace(ENTRY, detail="x" * 200, unix_s=place))
+            store.audit(replace(ENTRY, tier="x" * 200, unix_s=place))
         with sqlite3.connect(path) as other:
             other.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         other.close()
@@ -148,19 +149,19 @@ def test_a_file_that_is_damaged_while_it_is_used(path: Path, capsys: pytest.Capt
         raw[:] = b"\xa5" * len(raw)
         path.write_bytes(raw)
         for place in range(2000):
-            store.audit(replace(ENTRY, detail="y" * 200, unix_s=place))
+            store.audit(replace(ENTRY, tier="y" * 200, unix_s=place))
             if store.warning:
                 break
         assert "in memory only" in store.warning
         assert store.values().get("lease") == "a"
-        number = store.audit(ENTRY).seq
+        number = store.audit(ENTRY).number
         clock.now_s = 31
         store.put({"lease": "b"})
         assert store.warning == ""
     assert list(path.parent.glob("store.sqlite.broken-*"))
     with closing(Store(path)) as store:
         assert store.values().get("lease") == "b"
-        assert store.audit_since(number - 1)[0].seq == number
+        assert store.audit_since(number - 1)[0].number == number
     assert "can be written again" in capsys.readouterr().out
 
 
@@ -183,7 +184,7 @@ def test_a_folder_that_can_not_be_created(tmp_path: Path) -> None:
         assert store.warning == ""
     with closing(Store(tmp_path / "file" / "store.sqlite")) as store:
         assert store.values().get("lease") == 3
-        assert [entry.seq for entry in store.audit_since(0)] == [1]
+        assert [entry.number for entry in store.audit_since(0)] == [1]
         assert store.history("a", 0, 9) == [Point(7, 1, 1, 1.0)]
 
 
@@ -192,20 +193,20 @@ def test_an_earlier_controllers_file_that_appears_late_is_merged(tmp_path: Path)
     path = tmp_path / "store" / "db"
     with closing(Store(path)) as store:
         store.put({"lease/old": 1, "gpu": "old"})
-        store.audit(replace(ENTRY, action="earlier"))
+        store.audit(replace(ENTRY, kind="earlier"))
     (tmp_path / "store").rename(tmp_path / "away")
     (tmp_path / "store").write_text("")
     clock = Clock()
     with closing(Store(path, retry_interval_s=5, clock=clock)) as store:
         store.put({"gpu": "new"})
-        store.audit(replace(ENTRY, action="meanwhile"))
+        store.audit(replace(ENTRY, kind="meanwhile"))
         (tmp_path / "store").unlink()
         (tmp_path / "away").rename(tmp_path / "store")
         clock.now_s = 6
-        assert store.audit(replace(ENTRY, action="later")).seq == 3
+        assert store.audit(replace(ENTRY, kind="later")).number == 3
         assert (store.values().get("lease/old"), store.values().get("gpu")) == (1, "new")
     with closing(Store(path)) as store:
-        assert [(entry.seq, entry.action) for entry in store.audit_since(0)] == [
+        assert [(entry.number, entry.kind) for entry in store.audit_since(0)] == [
             (1, "earlier"),
             (2, "meanwhile"),
             (3, "later"),
@@ -228,10 +229,11 @@ FULL_DISK = """
 import resource, signal, sys
 from dataclasses import replace
 from pathlib import Path
-from controlplane.controller.store import AuditEntry, Store
+from controlplane.controller.store import Store
+from controlplane.core.domain.event import Event
 
 path, now = Path(sys.argv[1]), [0.0]
-entry = AuditEntry(1.0, "controller", "cordon", "GPU-a", "XID 79", "x" * 500)
+entry = Event(0, 1.0, "cordon", "GPU-a", "XID 79", "x" * 500)
 store = Store(path, retry_interval_s=30, clock=lambda: now[0])
 store.put({"lease": "before"})
 # no file may grow past this: every write beyond it fails as on a full disk
@@ -256,8 +258,8 @@ assert not store.warning, store.warning
 store.close()
 again = Store(path)
 assert again.values() == {"lease": "after", "new": 1, "still": "full"}
-numbers = [entry.seq for entry in again.audit_since(0, limit=10**6)]
-assert numbers == list(range(1, last.seq + 1)), (len(numbers), numbers[:3], numbers[-3:], last.seq)
+numbers = [entry.number for entry in again.audit_since(0, limit=10**6)]
+assert numbers == list(range(1, last.number + 1)), (len(numbers), numbers[:3], numbers[-3:], last.number)
 print("entries", len(numbers))
 """
 
@@ -282,8 +284,8 @@ def test_a_value_that_json_can_not_hold_raises(path: Path) -> None:
         with pytest.raises(TypeError):
             store.put({"a": no_json})
         with pytest.raises(sqlite3.ProgrammingError):
-            store.audit(replace(ENTRY, detail=no_json))
-        assert store.audit(ENTRY).seq == 1
+            store.audit(replace(ENTRY, tier=no_json))
+        assert store.audit(ENTRY).number == 1
         assert store.warning == ""
 
 
@@ -301,7 +303,7 @@ def test_threads_share_it(path: Path) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        assert [entry.seq for entry in store.audit_since(0)] == list(range(1, 201))
+        assert [entry.number for entry in store.audit_since(0)] == list(range(1, 201))
         assert {store.values().get(name) for name in "abcd"} == {49}
 
 
