@@ -40,30 +40,10 @@ class RequestContext:
     """One request's parameters, and its state while it is served."""
 
     __slots__ = (
-        "api",
-        "arrived_s",
-        "attempts",
-        "body",
-        "caller",
-        "deadline_s",
-        "decision",
-        "fields",
-        "first_byte_s",
-        "generated_tokens",
-        "gpu_s",
-        "identity",
-        "losses",
-        "path",
-        "refused",
-        "request",
-        "request_id",
-        "resumed",
-        "route",
-        "session",
-        "span",
-        "stream",
-        "tried",
-    )
+        "api", "arrived_s", "attempts", "body", "caller", "deadline_s", "decision", "fields",
+        "first_byte_s", "generated_tokens", "gpu_s", "identity", "losses", "path", "refused", "request",
+        "request_id", "resumed", "route", "session", "span", "stream", "tried",
+    )  # fmt: skip
 
     def __init__(self, request: Request, request_id: str, now_s: float, default_timeout_s: float) -> None:
         """Raises :class:`BadRequest` that names the header or member that is wrong."""

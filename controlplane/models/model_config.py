@@ -193,11 +193,7 @@ def gguf_spec(gguf: GgufFile, name: str) -> ModelSpec:
     intermediate = number("feed_forward_length", 4 * hidden)
     moe = None
     if experts > 1:
-        moe = Moe(
-            experts,
-            number("expert_used_count", 2),
-            number("expert_feed_forward_length", intermediate),
-        )
+        moe = Moe(experts, number("expert_used_count", 2), number("expert_feed_forward_length", intermediate))
     return ModelSpec(
         name=name,
         hidden=hidden,

@@ -62,11 +62,7 @@ def _prometheus(targets: Sequence[str], ray_targets: str, alertmanager: str) -> 
         "global": {"scrape_interval": f"{SCRAPE_S}s", "evaluation_interval": f"{SCRAPE_S}s"},
         "rule_files": ["rules.yml"],
         "scrape_configs": [
-            {
-                "job_name": JOB,
-                "metrics_path": "/metrics",
-                "static_configs": [{"targets": list(targets)}],
-            },
+            {"job_name": JOB, "metrics_path": "/metrics", "static_configs": [{"targets": list(targets)}]},
             {"job_name": "tierplane-ray", "file_sd_configs": [{"files": [ray_targets]}]},
         ],
     }

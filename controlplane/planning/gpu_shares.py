@@ -20,7 +20,7 @@ from controlplane.core.sizing.gpu_models import GpuModel
 from controlplane.errors import SetupError
 from controlplane.models.model_config import load_model
 from controlplane.node_agent.nvml.reader import GpuReader
-from controlplane.planning.launch_check import identified_gpus
+from controlplane.planning.launch_check import gpu_samples, identified_gpus
 
 
 def lease_shape(tier: TierConfig, reader: GpuReader | None = None) -> GangShape:
@@ -32,13 +32,7 @@ def lease_shape(tier: TierConfig, reader: GpuReader | None = None) -> GangShape:
     shape = tier.shape
     if not shape.shared and not shape.models:
         return shape
-    owned = reader is None
-    reader = reader or GpuReader()
-    try:
-        samples = reader.read()
-    finally:
-        if owned:
-            reader.close()
+    samples = gpu_samples(reader)
     if shape.models:
         # The controller identifies GPU models by the driver's names.
         names = {name for sample in samples if isinstance(name := sample.info.name, str)}

@@ -7,6 +7,7 @@ is unknown (a model that isn't on this machine yet, a GPU that the driver doesn'
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -91,13 +92,7 @@ def check_launch(
     if tier.pipeline_across_nodes:
         _check_divisibility(loaded, settings)
         return LaunchCheck(False, "memory was not checked: vLLM chooses the GPUs, maybe on several nodes")
-    owned = reader is None
-    reader = reader or GpuReader()
-    try:
-        return _check_gpus(loaded, settings, _chosen(reader.read(), gpu_ids))
-    finally:
-        if owned:
-            reader.close()
+    return _check_gpus(loaded, settings, _chosen(gpu_samples(reader), gpu_ids))
 
 
 def _check_cpu(tier: TierConfig, loaded: LoadedModel, settings: EngineArgs) -> LaunchCheck:
@@ -164,6 +159,14 @@ def _check_divisibility(loaded: LoadedModel, settings: EngineArgs) -> None:
     wrong = divisibility(loaded.spec, settings)
     if wrong:
         raise EngineStartError("the launch does not fit: " + "; ".join(wrong))
+
+
+def gpu_samples(reader: GpuReader | None = None) -> tuple[GpuSample, ...]:
+    """The samples of this machine's GPUs, by ``reader`` or by a new one."""
+    if reader is not None:
+        return reader.read()
+    with contextlib.closing(GpuReader()) as own:
+        return own.read()
 
 
 def identified_gpus(samples: Sequence[GpuSample]) -> list[tuple[GpuModel, GpuSample]]:

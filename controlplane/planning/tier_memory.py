@@ -28,12 +28,7 @@ def tier_settings(tier: TierConfig) -> EngineArgs:
 
 
 def cpu_plan(
-    tier: TierConfig,
-    loaded: LoadedModel,
-    settings: EngineArgs,
-    *,
-    node_bytes: int,
-    packs_16_bit: bool = True,
+    tier: TierConfig, loaded: LoadedModel, settings: EngineArgs, *, node_bytes: int, packs_16_bit: bool = True
 ) -> CpuPlan:
     """The memory of one vLLM engine of the tier on a machine with ``node_bytes`` of memory and no GPU.
     ValueError if the size of its KV cache is not a whole number of GiB."""

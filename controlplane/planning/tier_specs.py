@@ -6,21 +6,21 @@ engines and the mean request. The controller replaces the last two by measuremen
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 from controlplane.config import PlaneConfig, TierConfig
 from controlplane.config.scaling import DEFAULT_MAX, ScalingConfig
-from controlplane.core.autoscaling.capacity import EngineSpeed, speed_of
+from controlplane.core.autoscaling.capacity import EngineSpeed, linear_speed
 from controlplane.core.autoscaling.rule import ScalingRule
 from controlplane.core.cluster.tier_spec import ScalingPlan, TierSpec
 from controlplane.core.domain.request import RequestShape
 from controlplane.core.recommendations.rules import latency_limit_ms
-from controlplane.core.sizing.engine_args import parse_settings
 from controlplane.core.sizing.roofline import roofline
 from controlplane.engines.simulated.engine import settings_of
 from controlplane.errors import TierplaneError
 from controlplane.models.catalog import gpu_named, gpu_table
 from controlplane.models.model_config import load_model
+from controlplane.planning.tier_memory import tier_settings
 
 DEFAULT_REQUEST: Final = RequestShape(500.0, 200.0)
 """The mean request of a tier without ``expected``."""
@@ -49,14 +49,13 @@ def gpu_priors(tier: TierConfig, request: RequestShape) -> tuple[tuple[str, Engi
     ``gpu_models`` in their order, else all of the table. Empty if the model's configuration can't be read."""
     if tier.engine != "vllm" or tier.device != "gpu":
         return ()
-    args: dict[str, Any] = dict(tier.engine_args)
     found = []
     try:
         spec = load_model(tier.model).spec
-        settings = parse_settings(args, tp=tier.tensor_parallel_size, pp=tier.pipeline_parallel_size)
+        settings = tier_settings(tier)
         for gpu in [gpu_named(name) for name in tier.gpu_models] or gpu_table():
             line = roofline(spec, settings, gpu)
-            speed = speed_of(line, request, float(tier.concurrency_limit))
+            speed = linear_speed(line.step_s, line.prefill_s, request, tier.concurrency_limit)
             found.append((gpu.name, speed))
     except (TierplaneError, ValueError, OSError):
         return ()  # the start of the engine reports the problem

@@ -45,7 +45,7 @@ class EngineTiming(Protocol):
     def prompt_s(self, tokens: int) -> float:
         """Time to process a prompt."""
 
-    def step_s(self, batch: int, context: float) -> float:
+    def step_s(self, batch: float, context: float) -> float:
         """Time of one decode step of ``batch`` sequences with ``context`` tokens each."""
 
 
@@ -62,7 +62,7 @@ class RooflineTiming:
         """Time to process a prompt."""
         return self.line.prefill_s(tokens) / self.ratio
 
-    def step_s(self, batch: int, context: float) -> float:
+    def step_s(self, batch: float, context: float) -> float:
         """Time of one decode step."""
         return self.line.step_s(batch, context) / self.ratio
 
@@ -82,7 +82,7 @@ class SimulatedTiming:
         """Time to process a prompt."""
         return self.ttft_s + (tokens / self.prefill_tokens_per_s if self.prefill_tokens_per_s else 0.0)
 
-    def step_s(self, batch: int, context: float) -> float:
+    def step_s(self, batch: float, context: float) -> float:
         """Time of one decode step, independent of ``context``."""
         return self.itl_s * (1 + self.batch_slowdown * (batch - 1)) or 1e-6
 

@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
-from controlplane.core.autoscaling.capacity import EngineSpeed, LatencyBounds, ReplicaCapacity
+from controlplane.core.autoscaling.capacity import LatencyBounds, ReplicaCapacity, linear_speed
 from controlplane.core.autoscaling.decision import ScalingDecision
 from controlplane.core.domain.request import RequestShape
-from controlplane.simulation.engine import EngineTiming
 from controlplane.simulation.policies import PolicyInput, StaticPolicy, decision, per_tier
 from controlplane.simulation.results import SimulationResult
 from controlplane.simulation.scenario import Scenario, TierScenario
@@ -29,15 +28,6 @@ SLOT_S: Final = 10.0
 _SEARCH_STEPS: Final = 7
 _FACTORS: Final = (0.5, 3.0)
 """Range of the factors that are tried."""
-
-
-def true_speed(timing: EngineTiming, request: RequestShape, batch: int) -> EngineSpeed:
-    """The engine's real speed, in the three parameters of the capacity model."""
-    context = request.input_tokens + request.output_tokens / 2
-    one, many = timing.step_s(1, context), timing.step_s(max(batch, 2), context)
-    slope = max((many - one) / (max(batch, 2) - 1), 1e-9)
-    prompt = max(round(request.input_tokens), 1)
-    return EngineSpeed(max(one - slope, 1e-9), slope, timing.prompt_s(prompt) / prompt)
 
 
 def mean_request(arrivals: Sequence[Arrival]) -> RequestShape:
@@ -58,7 +48,8 @@ def needed_replicas(arrivals: Sequence[Arrival], tier: TierScenario) -> list[flo
         return [0.0]
     request = mean_request(arrivals)
     model = tier.replica
-    capacity = ReplicaCapacity(true_speed(model.engine.timing, request, model.concurrency_limit))
+    timing = model.engine.timing
+    capacity = ReplicaCapacity(linear_speed(timing.step_s, timing.prompt_s, request, model.concurrency_limit))
     bounds = LatencyBounds(float(model.concurrency_limit), tier.rule.slo.itl_s)
     sequences = capacity.most_sequences(request, bounds)
     # A fully loaded replica generates a token for each sequence every ``itl_s``.
@@ -150,11 +141,7 @@ def run_oracle(scenario: Scenario, arrivals: Sequence[Arrival], attainment: floa
 
     def attempt(factor: float) -> SimulationResult:
         ordered = plan(
-            needed,
-            factor,
-            tier.replica.cold_start_s,
-            tier.rule.min_replicas,
-            tier.rule.max_replicas,
+            needed, factor, tier.replica.cold_start_s, tier.rule.min_replicas, tier.rule.max_replicas
         )
         start = beginning_with(scenario, ordered[0])
         return replay(start, per_tier(lambda _: PlannedPolicy(ordered)), arrivals, "oracle")

@@ -198,10 +198,7 @@ class SimulatedRecommendations:
         self._recommender = Recommender(RecommendationLog(MAX_RECOMMENDATIONS))
         self._tiers = [
             _TierWindow(
-                tier,
-                pool,
-                learned(tier.scenario.policy.name) or _assumed(tier.scenario),
-                settings.window_s,
+                tier, pool, learned(tier.scenario.policy.name) or _assumed(tier.scenario), settings.window_s
             )
             for tier, pool in zip(tiers, pools, strict=True)
         ]

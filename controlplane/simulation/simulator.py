@@ -385,10 +385,7 @@ class Simulator:
 
 
 def replay(
-    scenario: Scenario,
-    make_policy: MakePolicy,
-    arrivals: Sequence[Arrival],
-    policy: str = "",
+    scenario: Scenario, make_policy: MakePolicy, arrivals: Sequence[Arrival], policy: str = ""
 ) -> SimulationResult:
     """One run over arrivals that are in memory."""
     span_s = arrivals[-1].at_s if arrivals else 0.0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from controlplane.core.autoscaling.decision import EngineObservation, TierObservation
+from controlplane.core.autoscaling.capacity import EngineObservation
+from controlplane.core.autoscaling.decision import TierObservation
 from controlplane.core.domain.endpoint import EndpointState
 from controlplane.core.routing.endpoint_table import TierPool
 from controlplane.core.telemetry.series import known_now, missing

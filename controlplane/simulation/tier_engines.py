@@ -10,15 +10,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from controlplane.config import TierConfig
-from controlplane.core.autoscaling.capacity import EngineSpeed, speed_of
+from controlplane.core.autoscaling.capacity import EngineSpeed, linear_speed
 from controlplane.core.domain.request import RequestShape
 from controlplane.core.placement.gangs import Gang, GangShape, Infeasible
 from controlplane.core.placement.planner import PlacedCluster, Planner
 from controlplane.core.placement.topology import Node
-from controlplane.core.sizing.engine_args import parse_settings
 from controlplane.core.sizing.gpu_memory import plan_memory
 from controlplane.core.sizing.gpu_models import find_gpu
 from controlplane.core.sizing.roofline import roofline
@@ -27,6 +25,7 @@ from controlplane.errors import SetupError
 from controlplane.models.catalog import gpu_named, gpu_table
 from controlplane.models.model_config import load_model
 from controlplane.planning.tier_gangs import TierGang
+from controlplane.planning.tier_memory import tier_settings
 from controlplane.planning.tier_specs import plain_speed
 from controlplane.simulation.engine import RooflineTiming, SimulatedTiming
 from controlplane.simulation.fleet import EngineModel
@@ -123,10 +122,9 @@ def _gpu_models(tier: TierConfig, shape: GangShape, nodes: Sequence[Node]) -> li
 
 def _on_gpu(tier: TierConfig, gpu_model: str, options: Options, request: RequestShape) -> TierEngines:
     gpu = gpu_named(gpu_model)
-    args: dict[str, Any] = dict(tier.engine_args)
     loaded = load_model(tier.model)
     try:
-        settings = parse_settings(args, tp=tier.tensor_parallel_size, pp=tier.pipeline_parallel_size)
+        settings = tier_settings(tier.model_copy(update={"device": "gpu"}))
         line = roofline(loaded.spec, settings, gpu)
     except ValueError as error:
         raise SetupError(f"tier '{tier.name}': {error}") from error
@@ -137,7 +135,7 @@ def _on_gpu(tier: TierConfig, gpu_model: str, options: Options, request: Request
             f"prompt of this trace has {request.input_tokens:.0f}: take a larger GPU (--gpu, or the tier's "
             "gpu_models), or see `tierplane fit`"
         )
-    prior = speed_of(line, request, float(tier.concurrency_limit))
+    prior = linear_speed(line.step_s, line.prefill_s, request, tier.concurrency_limit)
     sequences = settings.batch(loaded.spec, gpu)[1]
     return TierEngines(
         EngineModel(RooflineTiming(line, options.engine_ratio), float(plan.kv_tokens), sequences), prior

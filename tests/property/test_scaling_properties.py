@@ -5,7 +5,12 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controlplane.core.autoscaling.capacity import EngineSpeed, LatencyBounds, ReplicaCapacity
+from controlplane.core.autoscaling.capacity import (
+    EngineObservation,
+    EngineSpeed,
+    LatencyBounds,
+    ReplicaCapacity,
+)
 from controlplane.core.autoscaling.decision import TierObservation
 from controlplane.core.autoscaling.gpu_budget import GpuDemand, share_gpus
 from controlplane.core.autoscaling.policy import TierScaler
@@ -83,13 +88,7 @@ def test_targets_stay_inside_bounds_and_steps(
 def test_no_reading_makes_the_capacity_absurd(readings: list[tuple[float, float, float, float]]) -> None:
     capacity = ReplicaCapacity(SPEED)
     for generated, prompted, batch, busy in readings:
-        capacity.observe(
-            generation_tokens_per_s=generated,
-            prompt_tokens_per_s=prompted,
-            batch=batch,
-            busy_ratio=busy,
-            interval_s=5.0,
-        )
+        capacity.observe(EngineObservation(generated, prompted, batch, busy), 5.0)
         speed = capacity.speed
         assert speed.step_s > 0
         assert speed.step_s_per_sequence > 0

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from controlplane.controller.controller import Controller
-from controlplane.core.autoscaling.decision import EngineObservation, TierObservation
+from controlplane.core.autoscaling.capacity import EngineObservation
+from controlplane.core.autoscaling.decision import TierObservation
 from controlplane.core.autoscaling.overrides import Overrides
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.endpoint import SERVING, Endpoint, EndpointState

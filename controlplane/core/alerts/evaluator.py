@@ -39,9 +39,7 @@ class AlertEvaluator:
         off = self.table.end(self._switched_off(), "the rule is switched off", now_s)
         gone = self.table.end(self._gone(signals, now_s), "it is no longer there", now_s)
         return AlertChanges(
-            seen.fired,
-            (*seen.resolved, *off.resolved, *gone.resolved),
-            (*seen.due, *off.due, *gone.due),
+            seen.fired, (*seen.resolved, *off.resolved, *gone.resolved), (*seen.due, *off.due, *gone.due)
         )
 
     def _observations(self, signals: AlertSignals) -> Iterator[Observation]:

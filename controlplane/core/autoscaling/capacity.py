@@ -16,12 +16,11 @@ with I prompt and O generated tokens
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from controlplane.core.domain.request import RequestShape
-from controlplane.core.sizing.roofline import Roofline
 
 _FORGET_S: Final = 14_400.0
 _PRIOR_SD: Final = 0.5
@@ -37,6 +36,19 @@ _LEAST: Final = 0.02
 
 
 @dataclass(frozen=True, slots=True)
+class EngineObservation:
+    """One busy engine over the last tick; :class:`ReplicaCapacity` learns its speed from this."""
+
+    generation_tokens_per_s: float
+    prompt_tokens_per_s: float
+    """Computed tokens, without prefix cache hits."""
+    batch: float
+    """Mean number of sequences that decoded while it was busy."""
+    busy_ratio: float
+    """Fraction of the tick in which it was busy."""
+
+
+@dataclass(frozen=True, slots=True)
 class EngineSpeed:
     """How fast an engine is."""
 
@@ -46,14 +58,20 @@ class EngineSpeed:
     prompt_s_per_token: float
 
 
-def speed_of(line: Roofline, request: RequestShape, batch: float) -> EngineSpeed:
-    """The roofline's speed, linearised around requests of that size and that batch."""
+def linear_speed(
+    step_s: Callable[[float, float], float],
+    prefill_s: Callable[[int], float],
+    request: RequestShape,
+    batch: float,
+) -> EngineSpeed:
+    """The speed of an engine, linearised around requests of that size and that batch: ``step_s`` maps a batch
+    and the context of each sequence in tokens to the time of a decode step, ``prefill_s`` a prompt's tokens
+    to its time."""
     context = request.input_tokens + request.output_tokens / 2
-    one = line.step_s(1.0, context)
-    many = line.step_s(max(batch, 2.0), context)
+    one, many = step_s(1.0, context), step_s(max(batch, 2.0), context)
     slope = max((many - one) / (max(batch, 2.0) - 1.0), 1e-9)
     prompt = max(round(request.input_tokens), 1)
-    return EngineSpeed(max(one - slope, 1e-9), slope, line.prefill_s(prompt) / prompt)
+    return EngineSpeed(max(one - slope, 1e-9), slope, prefill_s(prompt) / prompt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,26 +105,17 @@ class ReplicaCapacity:
         """How much of the estimate is measured rather than assumed, in [0, 1]."""
         return self.observed_s / (self.observed_s + 120.0)
 
-    def observe(
-        self,
-        *,
-        generation_tokens_per_s: float,
-        prompt_tokens_per_s: float,
-        batch: float,
-        busy_ratio: float,
-        interval_s: float,
-    ) -> None:
-        """Learn from one replica over ``interval_s``: rates over the interval, the mean batch while it was
-        busy, and the ratio of the time that it was.
-
-        Readings of a mostly idle engine, and impossible ones, are ignored.
-        """
-        figures = (generation_tokens_per_s, prompt_tokens_per_s, batch, busy_ratio, interval_s)
+    def observe(self, engine: EngineObservation, interval_s: float) -> None:
+        """Learn from one replica's engine over ``interval_s``. Readings of a mostly idle engine, and
+        impossible ones, are ignored."""
+        generated, prompted = engine.generation_tokens_per_s, engine.prompt_tokens_per_s
+        batch, busy_ratio = engine.batch, engine.busy_ratio
+        figures = (generated, prompted, batch, busy_ratio, interval_s)
         if not all(math.isfinite(figure) and figure >= 0 for figure in figures):
             return
         if batch < 0.5 or busy_ratio < 0.2 or interval_s <= 0:
             return
-        rows = (generation_tokens_per_s / batch, generation_tokens_per_s, prompt_tokens_per_s)
+        rows = (generated / batch, generated, prompted)
         pool = self._pool
         for index, row in enumerate(rows):
             pool[index] += row * interval_s

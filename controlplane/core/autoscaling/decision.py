@@ -6,22 +6,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from controlplane.core.autoscaling.capacity import EngineObservation
 from controlplane.core.autoscaling.forecast import Forecast
 from controlplane.core.telemetry.series import Signal, missing
 
 _NOT_MEASURED: Final = missing("not measured")
-
-
-@dataclass(frozen=True, slots=True)
-class EngineObservation:
-    """One busy engine over the last tick; its speed is learned from it."""
-
-    generation_tokens_per_s: float
-    prompt_tokens_per_s: float
-    """Computed tokens, without prefix cache hits."""
-    batch: float
-    """Mean number of sequences that decoded while it was busy."""
-    busy_ratio: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,13 +125,7 @@ class TierScaler:
             self.forecaster.observe(seen.now_s, arrivals, seen.interval_s)
         forecast = self.forecaster.forecast(seen.now_s)
         for engine in seen.engines:
-            self.capacity.observe(
-                generation_tokens_per_s=engine.generation_tokens_per_s,
-                prompt_tokens_per_s=engine.prompt_tokens_per_s,
-                batch=engine.batch,
-                busy_ratio=engine.busy_ratio,
-                interval_s=seen.interval_s,
-            )
+            self.capacity.observe(engine, seen.interval_s)
         prompt, generated = seen.input_tokens.fresh, seen.output_tokens.fresh
         if prompt is not None and generated is not None and generated > 0:
             self._measured_requests += seen.finished

@@ -97,8 +97,5 @@ def merge(old: ClusterSnapshot | None, new: ClusterSnapshot) -> ClusterSnapshot:
     known = {endpoint.endpoint_id for endpoint in new.endpoints} | set(new.gone)
     from_old = tuple(endpoint for endpoint in old.endpoints if endpoint.endpoint_id not in known)
     return replace(
-        new,
-        endpoints=new.endpoints + from_old,
-        alerts=new.alerts or old.alerts,
-        due=new.due or old.due,
+        new, endpoints=new.endpoints + from_old, alerts=new.alerts or old.alerts, due=new.due or old.due
     )

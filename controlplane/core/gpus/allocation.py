@@ -40,11 +40,7 @@ def choose_gpus(node: Node, shape: GangShape, leases: Iterable[GpuLease] = ()) -
 
 
 def find_room(
-    inventory: GpuInventory,
-    table: LeaseTable,
-    shape: GangShape,
-    tier: str,
-    endpoints: Mapping[str, Endpoint],
+    inventory: GpuInventory, table: LeaseTable, shape: GangShape, tier: str, endpoints: Mapping[str, Endpoint]
 ) -> Placement | None:
     """Where one more replica of ``tier`` would go; None if nowhere."""
     nodes = []

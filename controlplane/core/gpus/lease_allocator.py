@@ -38,14 +38,7 @@ class LeaseAllocator:
         self.table = LeaseTable()
 
     def acquire(
-        self,
-        holder: str,
-        generation: int,
-        node_id: str,
-        shape: GangShape,
-        *,
-        now_s: float,
-        wait: str = "",
+        self, holder: str, generation: int, node_id: str, shape: GangShape, *, now_s: float, wait: str = ""
     ) -> LeaseResponse:
         """Leases GPUs of the node for ``shape``. ``wait`` is why nothing can be granted yet, or empty."""
         held = self.table.leases.get(holder)

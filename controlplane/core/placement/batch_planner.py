@@ -47,9 +47,7 @@ def plan(state: PlacedCluster, gangs: Sequence[Gang], demand: ExpectedDemand | N
 
 
 def _search(
-    attempt: Callable[[Sequence[Gang]], PlacementPlan],
-    gangs: Sequence[Gang],
-    suitable_gpus: dict[str, int],
+    attempt: Callable[[Sequence[Gang]], PlacementPlan], gangs: Sequence[Gang], suitable_gpus: dict[str, int]
 ) -> PlacementPlan:
     order = sorted(gangs, key=_size)
     best = attempt(order)

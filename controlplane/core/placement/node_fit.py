@@ -206,11 +206,7 @@ class NodeRefusals(Sequence[NodeRefusal]):
         has = [*counts, cpu_milli, memory_bytes]
         lacking = [~capacity.open, *(have < need for have, need in zip(has, needed, strict=True))]
         code = np.select(lacking, range(len(lacking)), default=len(lacking))
-        return (
-            code,
-            [0, *needed, shape.stages],
-            [np.zeros_like(has[0]), *has, _stages(has[4:], shape)],
-        )
+        return (code, [0, *needed, shape.stages], [np.zeros_like(has[0]), *has, _stages(has[4:], shape)])
 
     def __len__(self) -> int:
         return len(self._nodes)

@@ -171,11 +171,7 @@ def _exact(replica: RunningReplica, gang: Gang, node: Node) -> Placement | None:
 
 def _anywhere(gang: Gang, node: Node, running: Sequence[Placement]) -> Placement | None:
     """A placement of a gang that runs on that node, even if the node or its GPUs are out of use."""
-    open_node = replace(
-        node,
-        unavailable="",
-        gpus=tuple(replace(gpu, unavailable="") for gpu in node.gpus),
-    )
+    open_node = replace(node, unavailable="", gpus=tuple(replace(gpu, unavailable="") for gpu in node.gpus))
     shape = replace(gang.shape, cpu_milli=0, memory_bytes=0, across_nodes=False, models=frozenset())
     found = Planner(PlacedCluster((open_node,), tuple(running))).place(replace(gang, shape=shape))
     return replace(found, gang=gang) if isinstance(found, Placement) else None

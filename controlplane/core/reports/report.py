@@ -86,6 +86,10 @@ class ReportSample:
 _NAMES: Final = tuple(item.name for item in fields(ReportSample))
 GAUGES: Final = ("queue", "in_flight", "gpu_ratio", "latency_max_s")
 SUMS: Final = tuple(name for name in _NAMES if name not in GAUGES)
+_REPORTED_SUMS: Final = (
+    "prompt_tokens", "generated_tokens", "errors", "shed", "retried", "resumed", "spilled", "judged",
+)  # fmt: skip
+"""Those of :data:`SUMS` that a report shows unchanged."""
 
 
 @dataclass(slots=True)
@@ -240,15 +244,8 @@ def instance_report(
         queue_max=totals.high("queue"),
         in_flight_mean=totals.mean("in_flight"),
         availability=ratio(totals.sum("up_s"), totals.sum("watched_s")),
-        prompt_tokens=totals.sum("prompt_tokens"),
-        generated_tokens=totals.sum("generated_tokens"),
-        errors=totals.sum("errors"),
         error_ratio=ratio(totals.sum("errors"), requests),
-        shed=totals.sum("shed"),
-        retried=totals.sum("retried"),
-        resumed=totals.sum("resumed"),
-        spilled=totals.sum("spilled"),
-        judged=totals.sum("judged"),
+        **{name: totals.sum(name) for name in _REPORTED_SUMS},
         attainment=attainment,
         slo_target=slo_target,
         slo_missed=None if attainment is None or slo_target is None else attainment < slo_target,

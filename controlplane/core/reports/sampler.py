@@ -15,9 +15,9 @@ from typing import Final
 from controlplane.core.domain.endpoint import ENDED, SERVING, Endpoint, EndpointState
 from controlplane.core.gpus.inventory import GpuInventory
 from controlplane.core.gpus.leases import WHOLE_MILLI, LeaseTable
-from controlplane.core.reports.report import Instance, InstanceKind, ReportSample
+from controlplane.core.reports.report import SUMS, Instance, InstanceKind, ReportSample
 from controlplane.core.telemetry.engine import EngineTelemetry
-from controlplane.core.traffic.counters import TrafficCounters, since
+from controlplane.core.traffic.counters import COUNTS, TrafficCounters, since
 from controlplane.core.traffic.demand import SILENT_REPORTS, TierDemandTracker
 
 GAP_S: Final = 10.0
@@ -171,16 +171,8 @@ def _with_counts(sample: ReportSample, over_s: float, count: TrafficCounters) ->
         requests=count.served,
         answered=count.ok,
         errors=count.failed,
-        shed=count.shed,
-        retried=count.retried,
-        resumed=count.resumed,
-        arrived=count.arrived,
         spilled=count.served_elsewhere,
-        judged=count.judged,
-        missed=count.missed,
-        prompt_tokens=count.prompt_tokens,
-        generated_tokens=count.generated_tokens,
-        latency_s=count.latency_s,
+        **{name: getattr(count, name) for name in COUNTS if name in SUMS},
         latency_max_s=max(count.latency_max_s, count.latency_s / count.ok) if count.ok else None,
     )
 

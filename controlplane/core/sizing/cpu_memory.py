@@ -79,12 +79,7 @@ class CpuPlan(EnginePlan):
 
 
 def plan_cpu_memory(
-    model: ModelSpec,
-    settings: EngineArgs,
-    *,
-    kv_cache_bytes: int,
-    node_bytes: int,
-    packs_16_bit: bool = True,
+    model: ModelSpec, settings: EngineArgs, *, kv_cache_bytes: int, node_bytes: int, packs_16_bit: bool = True
 ) -> CpuPlan:
     """The memory of one engine on a machine with ``node_bytes`` of memory.
 

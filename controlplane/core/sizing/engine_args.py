@@ -143,11 +143,7 @@ class EngineArgs:
 
 
 def parse_settings(
-    args: Mapping[str, ArgValue],
-    *,
-    tp: int = 1,
-    pp: int = 1,
-    device: Literal["gpu", "cpu"] = "gpu",
+    args: Mapping[str, ArgValue], *, tp: int = 1, pp: int = 1, device: Literal["gpu", "cpu"] = "gpu"
 ) -> EngineArgs:
     """Settings from engine arguments: flag names without leading dashes, with ``_`` or ``-`` inside.
 

@@ -75,15 +75,16 @@ class TrafficCounters:
         return self.ok + self.failed + self.shed
 
 
-_COUNTS: Final = tuple(
+COUNTS: Final = tuple(
     field.name
     for field in fields(TrafficCounters)
     if field.name not in ("subject", "waiting", "in_flight", "latency_max_s", "latency_counts", "ttft_counts")
 )
+"""The fields that are sums; the others are the name, gauges and histograms."""
 
 
 def _combine(a: TrafficCounters, b: TrafficCounters, sign: int) -> TrafficCounters:
-    values = {name: getattr(a, name) + sign * getattr(b, name) for name in _COUNTS}
+    values = {name: getattr(a, name) + sign * getattr(b, name) for name in COUNTS}
     return replace(
         a,
         **values,

@@ -179,18 +179,8 @@ def _completion(request: Request, chat_request: ChatRequest) -> Request:
     if chat_request.system:
         messages.insert(0, {"role": "system", "content": chat_request.system})
     body: dict[str, Any] = {"model": chat_request.model or "auto", "messages": messages}
-    if chat_request.max_tokens is not None:
-        body["max_tokens"] = chat_request.max_tokens
-    if chat_request.temperature is not None:
-        body["temperature"] = chat_request.temperature
-    hints = {
-        "complexity": chat_request.complexity,
-        "agent_type": chat_request.agent_type,
-        "priority": chat_request.priority,
-        "timeout": chat_request.timeout,
-        "session_id": chat_request.session_id,
-    }
-    metadata = {name: value for name, value in hints.items() if value is not None}
+    body |= _given(chat_request, "max_tokens", "temperature")
+    metadata = _given(chat_request, "complexity", "agent_type", "priority", "timeout", "session_id")
     if metadata:
         body["metadata"] = metadata
     headers = {
@@ -199,6 +189,11 @@ def _completion(request: Request, chat_request: ChatRequest) -> Request:
         if name != b"x-request-id" or chat_request.id is None
     }
     return Request("POST", "/v1/chat/completions", "", headers, json_bytes(body))
+
+
+def _given(chat_request: ChatRequest, *names: str) -> dict[str, Any]:
+    """Those of the named fields that the client set."""
+    return {name: value for name in names if (value := getattr(chat_request, name)) is not None}
 
 
 def _batch_items(body: bytes) -> list[msgspec.Raw]:

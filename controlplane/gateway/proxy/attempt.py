@@ -31,22 +31,9 @@ class Attempt:
     """Begins with a slot that was taken for it."""
 
     __slots__ = (
-        "_connection",
-        "_context",
-        "_meter_reading",
-        "_on_released",
-        "_timeouts",
-        "_watched",
-        "content_type",
-        "data",
-        "ended",
-        "ids_added",
-        "load",
-        "slot",
-        "status",
-        "streaming",
-        "upstream",
-    )
+        "_connection", "_context", "_meter_reading", "_on_released", "_timeouts", "_watched",
+        "content_type", "data", "ended", "ids_added", "load", "slot", "status", "streaming", "upstream",
+    )  # fmt: skip
 
     def __init__(
         self,

@@ -34,27 +34,12 @@ match text."""
 
 DONE: Final = b"data: [DONE]\n\n"
 
-_ONLY_CHAT: Final = frozenset(
-    [
-        "messages",
-        "tools",
-        "tool_choice",
-        "parallel_tool_calls",
-        "max_completion_tokens",
-        "stream_options",
-        "add_generation_prompt",
-        "continue_final_message",
-        "chat_template",
-        "chat_template_kwargs",
-        "response_format",
-        "metadata",
-        "models",
-        "store",
-        "documents",
-        "include_reasoning",
-        "reasoning_effort",
-    ]
-)
+_ONLY_CHAT: Final = frozenset({
+    "messages", "tools", "tool_choice", "parallel_tool_calls", "max_completion_tokens", "stream_options",
+    "add_generation_prompt", "continue_final_message", "chat_template", "chat_template_kwargs",
+    "response_format", "metadata", "models", "store", "documents", "include_reasoning",
+    "reasoning_effort",
+})  # fmt: skip
 _PENALTIES: Final = ("presence_penalty", "frequency_penalty", "min_tokens", "logits_processors")
 _GUIDED: Final = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice")
 
@@ -380,11 +365,7 @@ class Splice:
         if self._engine_usage is not None:
             return self._engine_usage
         prompt, completion = len(self._sent.prompt_ids or ()), len(self._sent.token_ids)
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-        }
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 def sse_event(event: dict[str, Any]) -> bytes:

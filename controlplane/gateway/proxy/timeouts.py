@@ -38,15 +38,9 @@ class WatchedAttempt:
     """What the sweep needs to know of one running attempt."""
 
     __slots__ = (
-        "attempt",
-        "connection",
-        "deadline_s",
-        "first_token_came",
-        "paused",
-        "slot",
-        "started_s",
+        "attempt", "connection", "deadline_s", "first_token_came", "paused", "slot", "started_s",
         "streaming",
-    )
+    )  # fmt: skip
 
     def __init__(
         self,

@@ -54,24 +54,10 @@ class UpstreamConnection(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_body",
-        "_buffered_bytes",
-        "_complete",
-        "_failure",
-        "_head_bytes",
-        "_head_done",
-        "_keep_alive",
-        "_parser",
-        "_paused",
-        "_transport",
-        "_waiter",
-        "closed",
-        "headers",
-        "last_byte_s",
-        "loop",
-        "requests_sent",
-        "status",
-    )
+        "_body", "_buffered_bytes", "_complete", "_failure", "_head_bytes", "_head_done", "_keep_alive",
+        "_parser", "_paused", "_transport", "_waiter", "closed", "headers", "last_byte_s", "loop",
+        "requests_sent", "status",
+    )  # fmt: skip
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
@@ -269,16 +255,9 @@ class UpstreamOrigin:
     """The address of one engine process: its idle connections and the fixed part of every request to it."""
 
     __slots__ = (
-        "_closed",
-        "_connect_timeout_s",
-        "_host",
-        "_idle",
-        "_loop",
-        "_port",
-        "_prefix",
-        "_secure",
+        "_closed", "_connect_timeout_s", "_host", "_idle", "_loop", "_port", "_prefix", "_secure",
         "_tail",
-    )
+    )  # fmt: skip
 
     def __init__(
         self, base_url: str, secret: str, *, connect_timeout_s: float, loop: asyncio.AbstractEventLoop

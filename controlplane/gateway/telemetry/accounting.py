@@ -92,19 +92,12 @@ class UsageLedger:
             self._rate[tier] = rate if known is None else known + SMOOTHING * (rate - known)
         next_rate = self._rate.get(self._next.get(tier, ""))
         next_gpu_s = None if next_rate is None or not tokens else next_rate * tokens
-        usage = self.tiers.get(tier)
-        if usage is None:
-            usage = self.tiers[tier] = Usage()
-        usage.add(prompt, generated, gpu_s, next_gpu_s)
+        self.tiers.setdefault(tier, Usage()).add(prompt, generated, gpu_s, next_gpu_s)
         if session:
-            of_session = self._sessions.get(session)
-            if of_session is None:
-                of_session = self._sessions[session] = Usage()
-                if len(self._sessions) > MAX_SESSIONS:
-                    self._sessions.popitem(last=False)
-            else:
-                self._sessions.move_to_end(session)
-            of_session.add(prompt, generated, gpu_s, next_gpu_s)
+            self._sessions.setdefault(session, Usage()).add(prompt, generated, gpu_s, next_gpu_s)
+            self._sessions.move_to_end(session)
+            if len(self._sessions) > MAX_SESSIONS:
+                self._sessions.popitem(last=False)
         return next_gpu_s
 
     def session(self, session: str) -> Usage | None:

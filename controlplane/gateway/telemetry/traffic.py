@@ -14,7 +14,7 @@ from controlplane.core.domain.slo import Slo
 from controlplane.core.routing.dispatcher import QueuedRequest
 from controlplane.core.routing.endpoint_table import EndpointTable
 from controlplane.core.routing.tier_table import TierTable
-from controlplane.core.traffic.counters import LATENCY_BOUNDS_S, TrafficCounters, within_slo
+from controlplane.core.traffic.counters import COUNTS, LATENCY_BOUNDS_S, TrafficCounters, within_slo
 from controlplane.gateway.request_context import RequestContext
 
 LARGEST_SLOT_S: Final = 10.0
@@ -39,10 +39,24 @@ class _SubjectCounts:
     """The counters of one tier or endpoint."""
 
     __slots__ = (
-        *("arrived", "judged", "missed", "served_elsewhere", "ok", "failed", "shed", "retried", "resumed"),
-        *("prompt_tokens", "generated_tokens", "latency_s", "latency", "ttft"),
-        *("max_s", "max_before_s", "max_since_s"),
-    )
+        "arrived",
+        "failed",
+        "generated_tokens",
+        "judged",
+        "latency",
+        "latency_s",
+        "max_before_s",
+        "max_s",
+        "max_since_s",
+        "missed",
+        "ok",
+        "prompt_tokens",
+        "resumed",
+        "retried",
+        "served_elsewhere",
+        "shed",
+        "ttft",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.arrived = self.judged = self.missed = self.served_elsewhere = 0
@@ -80,18 +94,7 @@ class _SubjectCounts:
         self._begin_slot_if_due(now_s)
         return TrafficCounters(
             subject,
-            arrived=self.arrived,
-            judged=self.judged,
-            missed=self.missed,
-            served_elsewhere=self.served_elsewhere,
-            ok=self.ok,
-            failed=self.failed,
-            shed=self.shed,
-            retried=self.retried,
-            resumed=self.resumed,
-            prompt_tokens=self.prompt_tokens,
-            generated_tokens=self.generated_tokens,
-            latency_s=self.latency_s,
+            **{name: getattr(self, name) for name in COUNTS},
             latency_counts=tuple(self.latency),
             ttft_counts=tuple(self.ttft),
             waiting=waiting,

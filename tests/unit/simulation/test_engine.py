@@ -23,7 +23,7 @@ class Steady:
     def prompt_s(self, tokens: int) -> float:
         return tokens * 1e-4
 
-    def step_s(self, batch: int, context: float) -> float:
+    def step_s(self, batch: float, context: float) -> float:
         return 0.010 + 0.001 * batch
 
 

@@ -7,7 +7,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from controlplane.core.autoscaling.capacity import EngineSpeed, LatencyBounds, ReplicaCapacity
+from controlplane.core.autoscaling.capacity import (
+    EngineObservation,
+    EngineSpeed,
+    LatencyBounds,
+    ReplicaCapacity,
+)
 from controlplane.core.domain.request import RequestShape
 
 PRIOR = EngineSpeed(0.02, 0.001, 0.0001)
@@ -24,11 +29,13 @@ def teach(capacity: ReplicaCapacity, truth: EngineSpeed, ticks: int = 4000) -> N
             truth.step_s + truth.step_s_per_sequence * batch
         )
         capacity.observe(
-            generation_tokens_per_s=steps * batch,
-            prompt_tokens_per_s=prompts,
-            batch=batch,
-            busy_ratio=1.0,
-            interval_s=5.0,
+            EngineObservation(
+                generation_tokens_per_s=steps * batch,
+                prompt_tokens_per_s=prompts,
+                batch=batch,
+                busy_ratio=1.0,
+            ),
+            5.0,
         )
 
 
@@ -68,7 +75,8 @@ def test_impossible_and_idle_readings_are_ignored(reading: dict[str, float]) -> 
         "busy_ratio": 1.0,
         "interval_s": 5.0,
     }
-    capacity.observe(**{**good, **reading})
+    values = {**good, **reading}
+    capacity.observe(interval_s=values.pop("interval_s"), engine=EngineObservation(**values))
     assert capacity.speed == PRIOR
     assert capacity.observed_s == 0.0
 
@@ -80,11 +88,13 @@ def test_prompts_counted_too_early_and_batches_of_one_size_cause_no_bias() -> No
         # A share of the tick goes to prompts; the engine counts those of the next tick in this one.
         steps = (1.0 - share) / (TRUTH.step_s + TRUTH.step_s_per_sequence * 16.0)
         capacity.observe(
-            generation_tokens_per_s=steps * 16.0,
-            prompt_tokens_per_s=counted / TRUTH.prompt_s_per_token,
-            batch=16.0,
-            busy_ratio=1.0,
-            interval_s=5.0,
+            EngineObservation(
+                generation_tokens_per_s=steps * 16.0,
+                prompt_tokens_per_s=counted / TRUTH.prompt_s_per_token,
+                batch=16.0,
+                busy_ratio=1.0,
+            ),
+            5.0,
         )
     true = ReplicaCapacity(TRUTH)
     request = RequestShape(1200.0, 100.0)
@@ -132,11 +142,13 @@ def test_rounding_errors_are_not_amplified_by_forgetting() -> None:
     capacity = ReplicaCapacity(PRIOR)
     for _ in range(5000):
         capacity.observe(
-            generation_tokens_per_s=20.0 * rng.random(),
-            prompt_tokens_per_s=3000.0 * rng.lognormvariate(0.0, 0.5),
-            batch=rng.choice((1.0, 2.0, 8.0, 16.0)),
-            busy_ratio=rng.uniform(0.2, 1.0),
-            interval_s=60.0,
+            EngineObservation(
+                generation_tokens_per_s=20.0 * rng.random(),
+                prompt_tokens_per_s=3000.0 * rng.lognormvariate(0.0, 0.5),
+                batch=rng.choice((1.0, 2.0, 8.0, 16.0)),
+                busy_ratio=rng.uniform(0.2, 1.0),
+            ),
+            60.0,
         )
     cov = capacity._cov
     assert all(cov[i][j] == cov[j][i] for i in range(3) for j in range(3))
