@@ -135,8 +135,8 @@ def rules(as_json: bool) -> None:
         return
     console = stdout()
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for head in ("rule", "severity", "of", "rings when", "for", "judged by"):
-        table.add_column(head, no_wrap=head != "rings when")
+    for head in ("rule", "severity", "subject", "fires when", "for", "evaluated by"):
+        table.add_column(head, no_wrap=head != "fires when")
     judges = {
         EvaluatedBy.BOTH: "controller, Prometheus",
         EvaluatedBy.PROGRAM: "controller",
@@ -207,7 +207,7 @@ def firing_summary(alerts: Sequence[FiringAlert]) -> list[Text]:
 
 def silence_line(silence: SilenceView, unix_s: float) -> str:
     """A silence as text."""
-    scope = f"{silence.rule or 'all rules'} about {silence.subject or 'all subjects'}"
+    scope = f"{silence.rule or 'every rule'} about {silence.subject or 'every subject'}"
     left = age(silence.until_unix_s - unix_s)
     return f"silence {silence.number}: {scope}, {left} left: {silence.reason} ({silence.by})"
 

@@ -121,7 +121,7 @@ def _print(explanation: dict[str, Any]) -> None:
     if not explanation["endpoints"]:
         return
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for column in ("", "endpoint", "tier", "score", "why"):
+    for column in ("", "endpoint", "tier", "score", "reason"):
         table.add_column(column, justify="right" if column == "score" else "left", overflow="fold")
     for each in explanation["endpoints"]:
         chosen = each["endpoint"] == explanation["endpoint"]

@@ -16,7 +16,7 @@ from controlplane.core.recommendations.views import ScalingReport, as_json_value
 
 
 @click.command()
-@click.option("--scored", is_flag=True, help="Show only past recommendations whose outcome is known.")
+@click.option("--scored", is_flag=True, help="Show only past recommendations that have been scored.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @plane_options
 def command(scored: bool, as_json: bool, address: str | None, namespace: str | None) -> None:
@@ -34,14 +34,14 @@ def command(scored: bool, as_json: bool, address: str | None, namespace: str | N
         console.print(_recommendations(shown))
     else:
         console.print(
-            "no recommendation has an outcome yet"
+            "no recommendation has been scored yet"
             if scored
             else "no recommendations: no metric is beyond its threshold"
         )
     record = report.record
     if record.judged:
         console.print(
-            f"{record.right} of {record.judged} recommendations with an outcome were right, mean score "
+            f"{record.right} of {record.judged} scored recommendations were right, mean score "
             f"{record.mean or 0.0:.2f} ({record.given} made in all)"
         )
 

@@ -215,7 +215,9 @@ def _print(loaded: LoadedModel, verdict: Verdict) -> None:
     write(f"smallest change: {verdict.remedy}")
     if verdict.changed:
         length = verdict.changed.length
-        write(f"  then {_count(verdict.changed.sequences(length))} of {length:,} tokens fit at once")
+        sequences = verdict.changed.sequences(length)
+        verb = "fits" if sequences == 1 else "fit"
+        write(f"  then {_count(sequences)} of {length:,} tokens {verb} at once")
 
 
 def _terms(plan: MemoryPlan, stage: StageMemory) -> Table:

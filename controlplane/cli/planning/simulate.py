@@ -380,8 +380,8 @@ def _show(result: SimulationResult) -> None:
     record = result.record
     mean = "" if record.mean is None else f", mean score {record.mean:.2f}"
     console.print(
-        f"{record.given} recommendations, {record.judged} judged, {record.right} right{mean}"
-        f"{'; the last of them:' if result.recommendations else ''}"
+        f"{record.given} recommendations, {record.judged} scored, {record.right} right{mean}"
+        f"{'; the last ones:' if result.recommendations else ''}"
     )
     for item in result.recommendations[-_SHOWN:]:
         recommendation = item.recommendation

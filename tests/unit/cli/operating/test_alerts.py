@@ -79,7 +79,7 @@ def test_output_as_text(play: Any) -> None:
     assert "pending" in lines[3]
     assert lines[4] == ("Tier small has no ready endpoint. (small-1 is failed) tierplane status says why.")
     assert done.output.count("tierplane status says why.") == 2, "a pending alert needs no action"
-    assert "silence 3: all rules about large, 1 h 00 m left: an upgrade (ada)" in done.output
+    assert "silence 3: every rule about large, 1 h 00 m left: an upgrade (ada)" in done.output
     assert (
         "webhook https://hooks.example: 4 messages delivered, 1 failed, 2 alerts waiting: it answered 500"
         in (done.output)

@@ -100,7 +100,7 @@ def test_recommendations_are_shown_with_targets_or_if_scored_with_outcomes(plane
     assert "5 requests/s are forecast" in done.output
     assert "scale_out" in done.output
     assert "followed" not in done.output
-    assert "1 of 1 recommendations with an outcome were right, mean score 0.80" in done.output
+    assert "1 of 1 scored recommendations were right, mean score 0.80" in done.output
     done = run("recommendations", "--scored")
     assert "followed; 0.80" in done.output
     assert "forecast" not in done.output

@@ -78,7 +78,7 @@ def test_recommendations_follow_the_configuration_in_the_gateways_format(
     assert first.keys() == recommendation_as_json(known).keys()
     text = simulate(*args).stdout
     record = data["record"]
-    assert f"{record['given']} recommendations, {record['judged']} judged, {record['right']} right" in text
+    assert f"{record['given']} recommendations, {record['judged']} scored, {record['right']} right" in text
     assert f"mean score {record['mean']:.2f}" in text
     assert f"predicted {effect_text(Effect(**data['recommendations'][-1]['predicted']))}" in text
 
