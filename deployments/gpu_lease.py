@@ -38,11 +38,6 @@ class EngineGpus:
     """Values for ``CUDA_VISIBLE_DEVICES``; empty: the environment stays as it is."""
     lease: GpuLease | None = None
 
-    @property
-    def uuids(self) -> tuple[str, ...]:
-        """UUIDs of the leased GPUs."""
-        return self.lease.gpu_uuids if self.lease else ()
-
 
 class GpuLeaseClient:
     """Requests permission and a lease for one replica. ``show_wait`` gets a text about what it waits for."""

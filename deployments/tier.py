@@ -133,8 +133,9 @@ class TierReplica:
         elif tier.gpus:
             shape = await asyncio.to_thread(lease_shape, tier)
             gpus = await self._lease_client.lease(shape, _assigned_gpu_ids())
-            self._base = replace(self._base, gpu_uuids=gpus.uuids)
-            self._reporter.hold(gpus.lease)
+            if gpus.lease is not None:
+                self._base = replace(self._base, gpu_uuids=gpus.lease.gpu_uuids)
+                self._reporter.hold(gpus.lease)
         supervisor = EngineSupervisor(
             tier,
             replica_id=unique_id,

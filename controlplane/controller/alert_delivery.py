@@ -18,6 +18,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from http import HTTPStatus
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -41,8 +43,6 @@ MAX_PAUSE_S: Final = 60.0
 SIGNATURE: Final = "X-Tierplane-Signature"
 _KEY: Final = "webhook/"
 """Beginning of the keys in a checkpoint."""
-_TOO_MANY: Final = 429
-_SERVER: Final = 500
 
 Item = dict[str, Any]
 """An alert as it stands in a message."""
@@ -90,9 +90,7 @@ class AlertDelivery:
         *,
         pause_s: Callable[[int], float] = pause_s,
     ) -> None:
-        self._make: Callable[[WebhookConfig], _Webhook] = lambda config: _Webhook(
-            config, environ, plane, pause_s
-        )
+        self._make = partial(_Webhook, environ=environ, plane=plane, pause=pause_s)
         self._webhooks = [self._make(config) for config in webhooks]
         self._tasks: list[asyncio.Task[None]] = []
         self._started = False
@@ -175,9 +173,8 @@ class _Webhook:
         self._queued = asyncio.Event()
         self._delivered = self._failed = self._dropped = 0
         self._problem = ""
-        self.usable = True
-        if config.secret_env and not self._secret:
-            self.usable = False
+        self.usable = bool(self._secret) or not config.secret_env
+        if not self.usable:
             self._problem = (
                 f"nothing is sent: the environment variable {config.secret_env} is not set where the "
                 "controller runs"
@@ -276,7 +273,7 @@ class _Webhook:
                 status = response.status
                 if 200 <= status < 300:
                     return _DeliveryResult(True)
-                retry = status == _TOO_MANY or status >= _SERVER
+                retry = status == HTTPStatus.TOO_MANY_REQUESTS or status >= HTTPStatus.INTERNAL_SERVER_ERROR
                 retry_after = response.headers.get("retry-after", "")
                 after_s = min(float(retry_after), MAX_PAUSE_S) if retry_after.isdecimal() else 0.0
                 return _DeliveryResult(False, retry, f"it answered {status}", after_s)

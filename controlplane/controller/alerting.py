@@ -15,13 +15,7 @@ from controlplane.core.alerts import checkpoint
 from controlplane.core.alerts.alert import Alert, AlertState, Silence, SubjectType
 from controlplane.core.alerts.evaluator import AlertEvaluator
 from controlplane.core.alerts.rules import NODE_LOST, TIER_MISSING, rule_named
-from controlplane.core.alerts.signals import (
-    AlertSignals,
-    merged,
-    plane_signals,
-    slo_signals,
-    tier_signals,
-)
+from controlplane.core.alerts.signals import AlertSignals, merged, plane_signals, slo_signals, tier_signals
 from controlplane.core.alerts.views import (
     AlertNotice,
     AlertsResponse,

@@ -106,7 +106,7 @@ class EndpointReporter:
         self._changed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
 
-    def hold(self, lease: GpuLease | None) -> None:
+    def hold(self, lease: GpuLease) -> None:
         """The endpoint holds this lease from now on. A restarted controller that does not know it gets it
         reported."""
         self._lease = lease

@@ -12,14 +12,14 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Final
 
-from controlplane.controller import checkpoint
-from controlplane.controller.assumed_gpus import AssumedGpus
-from controlplane.controller.engine_readings import EngineReadings
-from controlplane.controller.migration_room import MigrationRoom
 from controlplane.controller.operator_actions import OperatorActions
-from controlplane.controller.out_of_use import out_of_use_now, usable_gpus
 from controlplane.controller.registry import MISSED_REPORTS, WARMING_REPORTS, Registry
-from controlplane.controller.target_table import TargetTable
+from controlplane.controller.state import checkpoint
+from controlplane.controller.state.assumed_gpus import AssumedGpus
+from controlplane.controller.state.engine_readings import EngineReadings
+from controlplane.controller.state.migration_room import MigrationRoom
+from controlplane.controller.state.out_of_use import out_of_use_now, usable_gpus
+from controlplane.controller.state.target_table import TargetTable
 from controlplane.core.alerts.signals import AlertSignals, LostNode, gpu_signals, node_signals
 from controlplane.core.alerts.views import FiringAlert
 from controlplane.core.cluster.snapshot import GatewayInfo
@@ -527,12 +527,7 @@ class Controller:
         """Take over a checkpoint of the plane that still runs: leases, cordons and what is in progress. No
         holder has to be waited for after that."""
         checkpoint.restore_plane(
-            stored,
-            self._inventory,
-            self._leases,
-            self._in_progress,
-            now_s=self.now_s(),
-            shift_s=self.shift_s,
+            stored, self._inventory, self._leases, self._in_progress, now_s=self.now_s(), shift_s=self.shift_s
         )
         self._settled_s = self.now_s()
         self.note("remembers", "controller", "leases, cordons and migrations from before the restart")

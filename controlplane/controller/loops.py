@@ -244,11 +244,6 @@ LOOPS: Final = (
         ControlLoops.sample_reports,
         "samples for reports, every `controller.reports.interval_s`; reports in the log",
     ),
-    PeriodicLoop(
-        "save",
-        lambda _: SAVE_INTERVAL_S,
-        ControlLoops.save,
-        "the store",
-    ),
+    PeriodicLoop("save", lambda _: SAVE_INTERVAL_S, ControlLoops.save, "the store"),
 )
 """Every periodic loop of the controller."""

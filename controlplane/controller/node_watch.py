@@ -104,7 +104,11 @@ class NodeWatch:
                 self.last_events[node_id] = (events[-1].epoch, events[-1].seq)
             elif update.sample is not None and update.sample.epoch != epoch:
                 self.last_events[node_id] = (update.sample.epoch, 0)
-            sample = self._whole(node_id, update)
+            if update.infos is not None:
+                self._infos[node_id] = update.infos
+            sample = whole_sample(update, self._infos.get(node_id))
+            if sample is None:
+                self._infos.pop(node_id, None)  # The next update is complete.
             self._on_update(node_id, sample, recent(events, update.sample) if not epoch else events)
         except RayActorError as error:
             log.warning("a node agent is gone", node_id=node_id, error=str(error).strip().splitlines()[0])
@@ -116,15 +120,6 @@ class NodeWatch:
             log.exception("a node agent's update could not be processed", node_id=node_id, error=repr(error))
         finally:
             self._open.pop(node_id, None)
-
-    def _whole(self, node_id: str, update: NodeUpdate) -> NodeSample | None:
-        """The sample completed with what rarely changes of its GPUs, which is cached for the next update."""
-        if update.infos is not None:
-            self._infos[node_id] = update.infos
-        sample = whole_sample(update, self._infos.get(node_id))
-        if sample is None:
-            self._infos.pop(node_id, None)  # The next update is complete.
-        return sample
 
 
 def recent(events: Sequence[GpuEvent], sample: NodeSample | None) -> Sequence[GpuEvent]:

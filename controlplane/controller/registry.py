@@ -42,12 +42,7 @@ class Registry:
     """The registry. Not safe for use by several threads; one event loop owns it."""
 
     def __init__(
-        self,
-        *,
-        epoch: str,
-        heartbeat_s: float,
-        now_s: Callable[[], float],
-        unix_s: Callable[[], float],
+        self, *, epoch: str, heartbeat_s: float, now_s: Callable[[], float], unix_s: Callable[[], float]
     ) -> None:
         self.epoch: Final = epoch
         """Names this controller process."""

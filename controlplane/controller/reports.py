@@ -47,11 +47,7 @@ class Reports:
     """One event loop owns it, and calls :meth:`tick` every second or so."""
 
     def __init__(
-        self,
-        controller: Controller,
-        recorder: Recorder,
-        settings: ReportsConfig,
-        cost_per_gpu_hour: float,
+        self, controller: Controller, recorder: Recorder, settings: ReportsConfig, cost_per_gpu_hour: float
     ) -> None:
         self._controller = controller
         self._recorder = recorder
@@ -127,7 +123,9 @@ class Reports:
         from_s, step_s = until_s - int(window_s), track_step_s(window_s)
         memory_s = max(from_s, _memory_from_s(rounds[0].unix_s, until_s)) if rounds else until_s
         recent = [each for each in rounds if memory_s <= each.unix_s < until_s]
-        totals = {instance: found for (instance, _), found in tally(recent, _itself).items()}
+        totals = {
+            instance: found for (instance, _), found in tally(recent, lambda instance: instance).items()
+        }
         tracks: dict[str, dict[int, Totals]] = {}
         for (tier, part), found in tally(
             recent, _tier_of, lambda each: (each.unix_s - from_s) // step_s
@@ -171,11 +169,8 @@ class Reports:
 
 def stored_figures(sample: ReportSample) -> list[tuple[str, float]]:
     """The figures of a sample that are stored: sums that are 0 and gauges that are unknown are left out."""
-    sums = [(name, getattr(sample, name)) for name in SUMS]
-    gauges = [(name, getattr(sample, name)) for name in GAUGES]
-    return [(name, value) for name, value in sums if value] + [
-        (name, value) for name, value in gauges if value is not None
-    ]
+    figures = [(name, getattr(sample, name)) for name in (*SUMS, *GAUGES)]
+    return [(name, value) for name, value in figures if value or (value is not None and name in GAUGES)]
 
 
 def log_figures(tier: InstanceReport) -> dict[str, float]:
@@ -204,10 +199,9 @@ def log_figures(tier: InstanceReport) -> dict[str, float]:
 def _memory_from_s(oldest_s: int, now_s: int) -> int:
     """From when on samples are taken from memory: a point of the store that joins several samples must not
     hold samples from both sides of it."""
-    for step_s, keep_s in STEPS:
-        if now_s - oldest_s < keep_s - JOIN_SLACK_S:
-            return -(-oldest_s // step_s) * step_s
-    return -(-oldest_s // STEPS[-1][0]) * STEPS[-1][0]
+    age_s = now_s - oldest_s + JOIN_SLACK_S
+    step_s = next((step_s for step_s, max_age_s in STEPS if age_s < max_age_s), STEPS[-1][0])
+    return -(-oldest_s // step_s) * step_s
 
 
 def series_of(instance: Instance, figure: str) -> str:
@@ -219,10 +213,6 @@ def _parsed(series: str) -> tuple[Instance, str]:
     _, kind, tier, rest = series.split("/", 3)
     name, _, figure = rest.rpartition("/")
     return Instance(InstanceKind(kind), tier, name), figure
-
-
-def _itself(instance: Instance) -> Instance:
-    return instance
 
 
 def _tier_of(instance: Instance) -> str | None:

@@ -118,11 +118,6 @@ def application_failure(names: tuple[str, ...]) -> str:
     return ""
 
 
-def applications_present(names: tuple[str, ...]) -> bool:
-    """Whether Serve still has one of these applications."""
-    return any(name in serve.status().applications for name in names)
-
-
 def undeploy(names: tuple[str, ...], *, limit_s: float, on_wait: Callable[[], None]) -> bool:
     """Delete the applications and let their replicas drain; False if some are left after ``limit_s``.
 
@@ -132,7 +127,7 @@ def undeploy(names: tuple[str, ...], *, limit_s: float, on_wait: Callable[[], No
     for name in present:
         serve.delete(name, _blocking=False)
     began_s = time.monotonic()
-    while applications_present(present):
+    while not serve.status().applications.keys().isdisjoint(present):
         if time.monotonic() - began_s > limit_s:
             return False
         on_wait()
@@ -169,9 +164,6 @@ def call_controller(
 def view(namespace: str) -> PlaneView | None:
     """The state of the plane; None if there is no controller or it does not answer (yet)."""
     try:
-        controller = find_controller(namespace)
-        if controller is None:
-            return None
-        return PlaneView(*controller.get(CALL_TIMEOUT_S, ControllerApi.status))
-    except (RayError, RuntimeError, TimeoutError):
+        return PlaneView(*call_controller(namespace, "", ControllerApi.status))
+    except SetupError:
         return None

@@ -59,7 +59,7 @@ class Ray:
         self.created: list[tuple[str, str]] = []
         monkeypatch.setattr(ray_cordons, "held_gpus", lambda namespace: set(self.held))
         monkeypatch.setattr(ray_cordons, "_hold", self.hold)
-        monkeypatch.setattr(ray_cordons, "_release", self.let_go)
+        monkeypatch.setattr(ray_cordons, "_release", self.release)
 
     def hold(self, uuid: str, node_id: str, namespace: str) -> bool:
         self.held.add(uuid)

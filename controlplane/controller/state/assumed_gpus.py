@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from controlplane.config.gpu_models import table_name
@@ -31,11 +31,7 @@ class AssumedGpus:
         return [assuming_gpu(spec, self._by_tier[spec.name]) for spec in specs]
 
     def update(
-        self,
-        specs: Sequence[TierSpec],
-        endpoints: Iterable[Endpoint],
-        inventory: GpuInventory,
-        now_s: float,
+        self, specs: Sequence[TierSpec], endpoints: Iterable[Endpoint], inventory: GpuInventory, now_s: float
     ) -> dict[str, str]:
         """Tier → the GPU model that it is assumed to run on from now on, where that changed. Looks at most
         every :data:`CHECK_INTERVAL_S`."""
@@ -46,22 +42,17 @@ class AssumedGpus:
             return {}
         models = {uuid: _model(inventory, uuid) for uuid in inventory.records}
         present = Counter(models.values())
-        members: dict[str, list[Endpoint]] = {}
+        own: defaultdict[str, Counter[str]] = defaultdict(Counter)
         for endpoint in endpoints:
-            members.setdefault(endpoint.tier, []).append(endpoint)
+            own[endpoint.tier].update(models.get(uuid, "") for uuid in endpoint.gpu_uuids)
         changed = {}
         for spec in specs:
-            own = _count(members.get(spec.name, ()), models)
             before = self._by_tier.get(spec.name, "")
-            gpu = assumed_gpu(spec, before, own, present)
+            gpu = assumed_gpu(spec, before, own[spec.name], present)
             if gpu != before:
                 changed[spec.name] = gpu
         self._by_tier |= changed
         return changed
-
-
-def _count(endpoints: Collection[Endpoint], models: dict[str, str]) -> Counter[str]:
-    return Counter(models.get(uuid, "") for endpoint in endpoints for uuid in endpoint.gpu_uuids)
 
 
 def _model(inventory: GpuInventory, uuid: str) -> str:

@@ -141,7 +141,5 @@ def _gpu_value(health: GpuHealth, must_leave: bool, shift_s: float) -> Values:
 
 def _shifted_health(health: GpuHealth, shift_s: float) -> GpuHealth:
     return replace(
-        health,
-        since_s=health.since_s + shift_s,
-        cordons_s=tuple(at_s + shift_s for at_s in health.cordons_s),
+        health, since_s=health.since_s + shift_s, cordons_s=tuple(at_s + shift_s for at_s in health.cordons_s)
     )

@@ -1,0 +1,1 @@
+"""The parts of the controller's state; only :mod:`controlplane.controller.controller` uses them."""
