@@ -10,6 +10,7 @@ The actors are named and detached: a controller that restarts finds them again.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 
 import ray
@@ -27,8 +28,8 @@ class HeldGpu:
     """Holds the GPU that Ray assigned to it."""
 
 
-def hold_gpus(namespace: str, wanted: Mapping[str, str], gpus_of_node: Mapping[str, int]) -> bool:
-    """Hold exactly the GPUs ``wanted`` (UUID → node id); whether anything changed. Blocks.
+def hold_gpus(namespace: str, wanted: Mapping[str, str], gpus_of_node: Mapping[str, int]) -> None:
+    """Hold exactly the GPUs ``wanted`` (UUID → node id). Blocks.
 
     ``gpus_of_node`` are the nodes that are alive, with the number of GPUs that Ray counts there: no more than
     that can be held on a node.
@@ -40,12 +41,10 @@ def hold_gpus(namespace: str, wanted: Mapping[str, str], gpus_of_node: Mapping[s
         if left.get(node_id, 0) > 0:
             left[node_id] -= 1
             should[uuid] = node_id
-    changed = False
     for uuid in sorted(held - should.keys()):
-        changed |= _release(uuid, namespace)
+        _release(uuid, namespace)
     for uuid in sorted(should.keys() - held):
-        changed |= _hold(uuid, should[uuid], namespace)
-    return changed
+        _hold(uuid, should[uuid], namespace)
 
 
 def held_gpus(namespace: str) -> set[str]:
@@ -57,12 +56,13 @@ def held_gpus(namespace: str) -> set[str]:
     }
 
 
-def release_all_gpus(namespace: str) -> int:
-    """End all actors of the namespace; returns how many there were. Blocks."""
-    return sum(_release(uuid, namespace) for uuid in sorted(held_gpus(namespace)))
+def release_all_gpus(namespace: str) -> None:
+    """End all actors of the namespace. Blocks."""
+    for uuid in sorted(held_gpus(namespace)):
+        _release(uuid, namespace)
 
 
-def _hold(uuid: str, node_id: str, namespace: str) -> bool:
+def _hold(uuid: str, node_id: str, namespace: str) -> None:
     actor = ray.remote(num_cpus=0, num_gpus=1)(HeldGpu)
     try:
         actor.options(
@@ -78,13 +78,8 @@ def _hold(uuid: str, node_id: str, namespace: str) -> bool:
         log.warning(
             "a cordoned GPU is not held in Ray's accounting", gpu=uuid, node_id=node_id, error=str(error)
         )
-        return False
-    return True
 
 
-def _release(uuid: str, namespace: str) -> bool:
-    try:
+def _release(uuid: str, namespace: str) -> None:
+    with contextlib.suppress(RayError, ValueError):  # It has just ended.
         ray.kill(ray.get_actor(NAME_PREFIX + uuid, namespace=namespace), no_restart=True)
-    except (RayError, ValueError):
-        return False  # It has just ended.
-    return True

@@ -123,9 +123,7 @@ class Reports:
         from_s, step_s = until_s - int(window_s), track_step_s(window_s)
         memory_s = max(from_s, _memory_from_s(rounds[0].unix_s, until_s)) if rounds else until_s
         recent = [each for each in rounds if memory_s <= each.unix_s < until_s]
-        totals = {
-            instance: found for (instance, _), found in tally(recent, lambda instance: instance).items()
-        }
+        totals = {key: found for (key, _), found in tally(recent, lambda instance: instance).items()}
         tracks: dict[str, dict[int, Totals]] = {}
         for (tier, part), found in tally(
             recent, _tier_of, lambda each: (each.unix_s - from_s) // step_s

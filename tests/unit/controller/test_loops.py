@@ -89,9 +89,8 @@ class Rig:
     async def ended(self) -> None:
         self.idle.set()
 
-    def hold(self, namespace: str, wanted: dict[str, str], gpus: dict[str, int]) -> bool:
+    def hold(self, namespace: str, wanted: dict[str, str], gpus: dict[str, int]) -> None:
         self.held.append((wanted, gpus))
-        return True
 
 
 @pytest.fixture
