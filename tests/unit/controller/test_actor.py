@@ -57,18 +57,18 @@ class Ray:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.held: set[str] = set()
         self.created: list[tuple[str, str]] = []
+        self.released: list[str] = []
         monkeypatch.setattr(ray_cordons, "held_gpus", lambda namespace: set(self.held))
         monkeypatch.setattr(ray_cordons, "_hold", self.hold)
         monkeypatch.setattr(ray_cordons, "_release", self.release)
 
-    def hold(self, uuid: str, node_id: str, namespace: str) -> bool:
+    def hold(self, uuid: str, node_id: str, namespace: str) -> None:
         self.held.add(uuid)
         self.created.append((uuid, node_id))
-        return True
 
-    def let_go(self, uuid: str, namespace: str) -> bool:
+    def release(self, uuid: str, namespace: str) -> None:
         self.held.discard(uuid)
-        return True
+        self.released.append(uuid)
 
 
 @pytest.mark.parametrize(
@@ -84,10 +84,11 @@ def test_gpus_out_of_use_are_held_up_to_the_number_that_ray_counts(
     monkeypatch: pytest.MonkeyPatch, wanted: Mapping[str, str], gpus: Mapping[str, int], held: set[str]
 ) -> None:
     ray = Ray(monkeypatch)
-    assert ray_cordons.hold_gpus("tierplane", wanted, gpus) is bool(held)
+    ray_cordons.hold_gpus("tierplane", wanted, gpus)
     assert ray.held == held
-    assert not ray_cordons.hold_gpus("tierplane", wanted, gpus), "the same once more changes nothing"
-    assert len(ray.created) == len(held)
+    ray_cordons.hold_gpus("tierplane", wanted, gpus)
+    assert ray.held == held
+    assert (len(ray.created), ray.released) == (len(held), []), "the same once more changes nothing"
 
 
 def test_a_returned_gpu_is_released_and_gpus_held_by_a_lost_controller_are_found(
@@ -95,8 +96,7 @@ def test_a_returned_gpu_is_released_and_gpus_held_by_a_lost_controller_are_found
 ) -> None:
     ray = Ray(monkeypatch)
     ray.held = {"g1", "g2"}
-    assert ray_cordons.hold_gpus("tierplane", {"g2": "n1"}, {"n1": 8})
-    assert ray.held == {"g2"}
-    assert ray.created == []
-    assert ray_cordons.release_all_gpus("tierplane") == 1
-    assert ray.held == set()
+    ray_cordons.hold_gpus("tierplane", {"g2": "n1"}, {"n1": 8})
+    assert (ray.held, ray.created, ray.released) == ({"g2"}, [], ["g1"])
+    ray_cordons.release_all_gpus("tierplane")
+    assert (ray.held, ray.released) == (set(), ["g1", "g2"])

@@ -10,7 +10,7 @@ import pytest
 
 from controlplane.config.alerts import AlertsConfig
 from controlplane.config.scaling import ControllerScalingConfig
-from controlplane.controller import checkpoint
+from controlplane.controller.state import checkpoint
 from controlplane.controller.alert_delivery import AlertDelivery
 from controlplane.controller.alerting import Alerting
 from controlplane.controller.scaling import PlaneScaler

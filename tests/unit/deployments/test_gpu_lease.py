@@ -70,7 +70,8 @@ def lease(link: Link, waits: list[str] | None = None) -> EngineGpus:
 def test_the_engine_gets_the_leased_uuids_in_the_order_of_the_ranks() -> None:
     link = Link(LeaseResponse(LeaseOutcome.GRANTED, "in one NVLink island", LEASE))
     found = lease(link)
-    assert found.ids == found.uuids == ("GPU-7", "GPU-3")
+    assert found.lease is not None
+    assert found.ids == found.lease.gpu_uuids == ("GPU-7", "GPU-3")
     assert found.lease is LEASE
     assert link.calls == [("lease_gpus", "small-a", 1, "node-1", GangShape(gpus=2), "small")]
 
@@ -88,7 +89,7 @@ def test_without_a_lease_the_engine_gets_the_gpus_that_ray_assigned(answers: lis
     with capture_logs() as logs:
         found = lease(Link(*answers))
     assert found.ids == ("0", "1")
-    assert found.uuids == ()
+    assert found.lease is None
     [line] = [line for line in logs if line["event"].startswith("no lease")]
     assert reason in line["reason"]
 
