@@ -10,10 +10,10 @@ import pytest
 
 from controlplane.config.alerts import AlertsConfig
 from controlplane.config.scaling import ControllerScalingConfig
-from controlplane.controller.state import checkpoint
 from controlplane.controller.alert_delivery import AlertDelivery
 from controlplane.controller.alerting import Alerting
 from controlplane.controller.scaling import PlaneScaler
+from controlplane.controller.state import checkpoint
 from controlplane.core.alerts import checkpoint as alerts_checkpoint
 from controlplane.core.alerts.alert import AlertState
 from controlplane.core.alerts.table import AlertTable
