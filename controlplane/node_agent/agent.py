@@ -173,7 +173,7 @@ class NodeAgent:
         driver = self._gpus.driver_version
         self._check_driver(driver)
         self._check_conditions(gpus)
-        memory, disk = _memory(), _disk(self._disk_path)
+        memory = _memory()
         self._sample_count += 1
         sample = NodeSample(
             node_id=self.node_id,
@@ -183,11 +183,9 @@ class NodeAgent:
             boot_id=self._boot_id,
             cpu_count=os.cpu_count() or 1,
             cpu_ratio=self._cpu_ratio(),
-            load_1m=os.getloadavg()[0],
             memory_total_bytes=memory[0],
             memory_available_bytes=memory[1],
-            disk_total_bytes=disk[0],
-            disk_free_bytes=disk[1],
+            disk_free_bytes=_disk_free(self._disk_path),
             driver_version=driver,
             xid_watched_gpus=self._event_source.watched,
             gpus=gpus,
@@ -261,13 +259,11 @@ def _memory() -> tuple[Reading[int], Reading[int]]:
     return memory.total, memory.available
 
 
-def _disk(path: str) -> tuple[Reading[int], Reading[int]]:
+def _disk_free(path: str) -> Reading[int]:
     try:
-        disk = psutil.disk_usage(path)
+        return psutil.disk_usage(path).free
     except OSError as error:
-        missing = Missing(Absence.ERROR, f"disk: {error}")
-        return missing, missing
-    return disk.total, disk.free
+        return Missing(Absence.ERROR, f"disk: {error}")
 
 
 def _boot_id() -> str:

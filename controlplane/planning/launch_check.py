@@ -103,7 +103,7 @@ def _check_cpu(tier: TierConfig, loaded: LoadedModel, settings: EngineArgs) -> L
         raise EngineStartError(str(error)) from error
     verdict = judge_cpu(plan, total_bytes=memory.total_bytes, available_bytes=memory.available_bytes)
     if not verdict.fits:
-        kind = EngineStartError if verdict.lasting else EngineError
+        kind = EngineStartError if verdict.permanent else EngineError
         raise kind(f"the launch does not fit: {verdict.reason}. The smallest change: {verdict.remedy}")
     return LaunchCheck(
         True,

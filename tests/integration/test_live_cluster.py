@@ -92,7 +92,13 @@ def test_nodes_of_a_running_ray(run_dir: Path) -> None:
         "notes": ["no plane responds in namespace telemetry: its replicas are not counted"],
         "free": [1, []],
         "beside somebody": [
-            [1, ["others hold 3 CPUs of NODE", "others hold 3 GPUs of NODE; which ones is assumed"]],
+            [
+                1,
+                [
+                    "other programs use 3 CPUs of NODE",
+                    "other programs use 3 GPUs of NODE; which ones is an assumption",
+                ],
+            ],
             0,
         ],
         # No driver on this machine: the agents see no GPU, Ray's count stands.

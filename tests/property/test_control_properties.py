@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
 from controlplane.core.gpus.health import GpuState
-from controlplane.core.gpus.leases import WHOLE_MILLI
-from controlplane.core.placement.gangs import GangShape
+from controlplane.core.placement.gangs import WHOLE_MILLI, GangShape
 from controlplane.core.reconcile.in_progress import InProgress
 from controlplane.core.reconcile.migrations import (
     TRANSITIONS,

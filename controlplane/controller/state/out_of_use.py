@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from controlplane.core.domain.endpoint import Endpoint
 from controlplane.core.gpus.inventory import GpuInventory
-from controlplane.core.gpus.leases import WHOLE_MILLI, LeaseTable
+from controlplane.core.gpus.leases import LeaseTable
+from controlplane.core.placement.gangs import WHOLE_MILLI
 from controlplane.core.reconcile.reconcile import GpuOutOfUse
 
 

@@ -1,10 +1,10 @@
-"""What an :class:`controlplane.core.admission.queue.AdmissionQueue` is made of: tickets and the structures
-that order them.
+"""The tickets of an :class:`controlplane.core.admission.queue.AdmissionQueue`, and the structures that order
+them.
 
-A :class:`Lane` holds the tickets that the same endpoints can serve; in it a :class:`PriorityQueue` holds
-those of one priority, and in that a :class:`CallerQueue` those of one caller. A :class:`PriorityBand` spans
-all lanes: in it the callers of one priority take turns. Tickets that left stay in the heaps and deques until
-they reach the front or outnumber those that wait.
+A :class:`Lane` holds the tickets that the same endpoints can serve. Each lane has a :class:`PriorityQueue`
+per priority, and each of those a :class:`CallerQueue` per caller. A :class:`PriorityBand` spans all lanes:
+the callers of one priority take turns in it. Tickets that left stay in the heaps and deques until they reach
+the front or outnumber the waiting ones.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from typing import Any, Final, NamedTuple, TypeAlias
 from controlplane.core.domain.request import Priority
 
 PRIORITIES: Final = (Priority.HIGH, Priority.NORMAL, Priority.LOW)
-"""The most important first; ``Ticket.rank`` is an index here."""
+"""Highest priority first; ``Ticket.rank`` is an index into it."""
 RANK_OF: Final = {priority: rank for rank, priority in enumerate(PRIORITIES)}
 
 _ARRIVAL_MEMORY_S: Final = 10.0
-"""An arrival counts for this long in a :class:`Rate`, less and less."""
+"""How long an arrival counts in a :class:`Rate`, with falling weight."""
 
 
 class TicketState(StrEnum):
-    """Where a ticket is in its life."""
+    """The state of a ticket."""
 
     NEW = "new"
     WAITING = "waiting"
@@ -70,16 +70,16 @@ class Ticket:
         self.lane_key = lane_key
         """Tickets with equal keys can be served by the same endpoints."""
         self.tiers = tuple(sorted(tiers))
-        """Ranks of the tiers that may serve it; for predicting the wait."""
+        """Ranks of the tiers that may serve it, to predict the wait."""
         self.rank = RANK_OF[priority]
-        """Of its priority, in :data:`PRIORITIES`."""
+        """Index of its priority in :data:`PRIORITIES`."""
         self.caller = caller
         self.arrived_s = arrived_s
         self.deadline_s = deadline_s
         self.needs_s = needs_s
-        """Seconds before its deadline by which it must be served to be of any use."""
+        """It must be served at least this long before its deadline to be of any use."""
         self.payload = payload
-        """Whatever the queue's user wants to find again; the queue does not read it."""
+        """Data of the queue's user; the queue does not read it."""
         self.state = TicketState.NEW
         # Set while it waits.
         self.lane: Lane | None = None
@@ -96,9 +96,9 @@ class RejectReason(StrEnum):
     """Why the queue rejected a ticket; a label of ``tierplane_shed_requests_total``."""
 
     FULL = "full"
-    """The queue is full of tickets that are as important."""
+    """The queue is full of tickets that may not be evicted for this one."""
     WOULD_MISS_DEADLINE = "hopeless"
-    """By the predicted wait it would not be served before its deadline."""
+    """With the predicted wait, it would not be served before its deadline."""
     TOO_LATE = "too_late"
     """Its deadline has passed."""
 
@@ -116,13 +116,13 @@ class Rejected(NamedTuple):
 
     reason: RejectReason
     retry_after_s: float
-    """When a retry would be queued, by the observed speed of the tiers."""
+    """After this time, a retry would be queued, according to the observed speed of the tiers."""
     wait_s: float | None = None
     """The predicted wait, if it is known."""
 
 
 class CallerTurns:
-    """One caller inside a priority, across all lanes."""
+    """One caller's turns within a priority, across all lanes."""
 
     __slots__ = ("count", "recent", "tag")
 
@@ -130,7 +130,7 @@ class CallerTurns:
         self.tag = tag
         """The start tag of its next ticket."""
         self.count = 0
-        """Its tickets that wait."""
+        """Its waiting tickets."""
         self.recent: deque[Ticket] = deque()
         """In order of arrival; may hold tickets that left."""
 
@@ -172,15 +172,15 @@ class PriorityQueue:
         """Tickets in it that wait."""
 
     def oldest(self) -> Ticket:
-        """The longest waiting ticket; call it only while tickets wait."""
+        """The ticket that has waited longest; call it only while tickets wait."""
         recent = self.recent
         while recent[0].state is not TicketState.WAITING:
             recent.popleft()
         return recent[0]
 
     def head(self, band: PriorityBand) -> Head:
-        """The first valid entry of ``heads``; call it only while tickets wait. Void entries are dropped and
-        outdated ones renewed: a caller that was served in another lane has another tag."""
+        """The first valid entry of ``heads``; call it only while tickets wait. Drops void entries and renews
+        outdated ones: the tag of a caller that was served in another lane has changed."""
         heads = self.heads
         while True:
             entry = heads[0]
@@ -194,7 +194,7 @@ class PriorityQueue:
                 heappop(heads)
 
     def announce(self, caller_queue: CallerQueue, band: PriorityBand) -> None:
-        """Enter a caller queue's present first ticket into ``heads``, in place of an earlier entry."""
+        """Enters a caller queue's current first ticket into ``heads``, in place of an earlier entry."""
         heap = caller_queue.heap
         while heap and heap[0][2].state is not TicketState.WAITING:
             heappop(heap)
@@ -226,16 +226,16 @@ class PriorityBand:
     def __init__(self) -> None:
         self.callers: dict[str, CallerTurns] = {}
         self.by_count: dict[int, dict[str, None]] = {}
-        """Number of waiting tickets → the callers that have as many."""
+        """Number of waiting tickets → the callers that have this number."""
         self.largest = 0
-        """The most tickets that one caller has waiting."""
+        """The largest number of waiting tickets that any caller has."""
         self.live = 0
-        """Tickets of this priority that wait."""
+        """Waiting tickets of this priority."""
         self.virtual = 0.0
         """The start tag of the ticket served last: the virtual time of fair queueing."""
 
     def recount(self, name: str, turns: CallerTurns, change: int) -> None:
-        """Count one ticket of the caller ``name`` more (1) or less (-1)."""
+        """Counts one ticket of the caller ``name`` more (1) or fewer (-1)."""
         old, new = turns.count, turns.count + change
         turns.count = new
         self.live += change
@@ -251,7 +251,7 @@ class PriorityBand:
 
 
 class Rate:
-    """Events a second; an event's weight falls to 0 over the last :data:`_ARRIVAL_MEMORY_S`."""
+    """Events per second; an event's weight falls to 0 over :data:`_ARRIVAL_MEMORY_S`."""
 
     __slots__ = ("_count", "_since_s")
 
@@ -260,12 +260,12 @@ class Rate:
         self._since_s = -inf
 
     def add(self, now_s: float) -> None:
-        """Count one event."""
+        """Counts one event."""
         self._count = self._left(now_s) + 1.0
         self._since_s = now_s
 
     def per_s(self, now_s: float) -> float:
-        """The present rate."""
+        """The rate now."""
         return self._left(now_s) / _ARRIVAL_MEMORY_S
 
     def _left(self, now_s: float) -> float:
@@ -274,7 +274,7 @@ class Rate:
 
 
 def compact_heap(heap: list[tuple[float, int, Ticket]]) -> None:
-    """Remove the tickets that no longer wait, in place."""
+    """Removes the tickets that no longer wait, in place."""
     heap[:] = [entry for entry in heap if entry[2].state is TicketState.WAITING]
     heapify(heap)
 

@@ -2,21 +2,20 @@
 
 Order of service:
 
-1. the higher priority first;
-2. inside a priority callers take turns, by start-time fair queueing (P. Goyal, H. Vin, H. Cheng, 1996);
-   a ticket takes one turn;
-3. among one caller's tickets the earliest deadline first;
-4. against starvation: once the oldest ticket of a lower priority has waited longer than ``age_after_s``,
-   a share (``aged_ratio``) of the slots that higher priorities would take goes to it. A share, and not a
-   priority that grows with age: under lasting overload age would in the end lift every low ticket above
-   the high ones.
+1. Higher priorities come first.
+2. Within a priority, callers take turns by start-time fair queueing (P. Goyal, H. Vin, H. Cheng, 1996); each
+   ticket takes one turn.
+3. Among one caller's tickets, the earliest deadline comes first.
+4. Against starvation: once the oldest ticket of a lower priority has waited longer than ``age_after_s``, it
+   gets a share (``aged_ratio``) of the slots that higher priorities would take. A priority that grows with
+   age would not do: under lasting overload, age would lift every low ticket above the high ones.
 
-Tickets that the same endpoints can serve are in the same lane, so that a lane whose tiers are full never
+Tickets that the same endpoints can serve are in the same lane, so a lane whose tiers are full never
 holds up another. All operations are O(log n) in tickets (amortised), times the number of lanes in use for
 :meth:`AdmissionQueue.next`. Tickets that left are removed from the heaps lazily.
 
-A queued ticket ends exactly once: returned by ``next`` or by ``expire``, removed by ``leave``, or evicted by
-the ``offer`` of another ticket.
+A queued ticket leaves the queue exactly once: returned by ``next`` or by ``expire``, removed by ``leave``, or
+evicted by the ``offer`` of another ticket.
 """
 
 from __future__ import annotations
@@ -57,17 +56,17 @@ __all__ = [
 ]
 
 _DUE: Final = 1.0 - 1e-9
-"""The credit at which the oldest ticket is due: in floating point, ten times a tenth is a little under 1."""
+"""The credit at which the oldest ticket is due: in floating point, ten times a tenth is just below 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdmissionSettings:
-    """The queue's bounds."""
+    """The settings of the queue."""
 
     capacity: int = 1000
-    """The most tickets that wait, of all priorities together."""
+    """Maximum number of waiting tickets, all priorities together."""
     age_after_s: float = 5.0
-    """A ticket that has waited longer is aged."""
+    """A ticket that has waited longer than this is aged."""
     aged_ratio: float = 0.05
     """Share of the slots that goes to aged tickets of lower priorities."""
     retry_after_min_s: float = 1.0
@@ -89,29 +88,29 @@ class AdmissionQueue:
         self._live = 0
 
     def __len__(self) -> int:
-        """Tickets that wait."""
+        """Number of waiting tickets."""
         return self._live
 
     def __bool__(self) -> bool:
-        """Whether tickets wait, or expired ones are still to be returned by :meth:`expire`."""
+        """Whether tickets wait, or :meth:`expire` has expired ones to return."""
         return bool(self._live or self._expired)
 
     def depth(self, priority: Priority) -> int:
-        """Tickets of that priority that wait."""
+        """Number of waiting tickets of that priority."""
         return self._bands[RANK_OF[priority]].live
 
     def waiting(self) -> list[Ticket]:
-        """All tickets that wait, in no particular order."""
+        """All waiting tickets, in no particular order."""
         return [entry[2] for entry in self._deadlines if entry[2].state is TicketState.WAITING]
 
     def offer(
         self, ticket: Ticket, now_s: float, rates_per_s: Sequence[float | None] = ()
     ) -> Queued | Rejected:
-        """Queue a ticket or reject it.
+        """Queues a ticket or rejects it.
 
-        ``rates_per_s[tier]`` is how many requests a second a tier finishes when it is full; None or missing
-        means unknown, then no ticket is rejected for its predicted wait. The prediction is a mean. Raises
-        ValueError if the ticket was offered before.
+        ``rates_per_s[tier]`` is how many requests per second a tier finishes when it is full. None or a
+        missing entry means unknown; then no ticket is rejected for its predicted wait. The prediction is a
+        mean. Raises ValueError if the ticket was offered before.
         """
         if ticket.state is not TicketState.NEW:
             raise ValueError(f"this ticket is {ticket.state}: offer a new one")
@@ -136,11 +135,11 @@ class AdmissionQueue:
         return Queued(victim, self._bounded(self.predict_wait_s(victim, now_s, rates_per_s) or 0.0))
 
     def next(self, now_s: float, can_run: Callable[[Hashable, Priority], bool]) -> Ticket | None:
-        """Remove and return the ticket to serve next, or None if none can run.
+        """Removes and returns the ticket to serve next; None if none can run.
 
         ``can_run(lane_key, priority)`` says whether an endpoint has room for such a ticket now; it is called
-        at most once for each lane and priority. A ticket that is served by age needs room for high priority
-        only. Expired tickets are never returned.
+        at most once for each lane and priority. A ticket that is served because of its age runs if there is
+        room for high priority. Expired tickets are never returned.
         """
         self._collect_expired(now_s)
         runnable: list[tuple[PriorityQueue, int]] = []
@@ -181,7 +180,7 @@ class AdmissionQueue:
         return True
 
     def expire(self, now_s: float) -> list[Ticket]:
-        """Remove the tickets whose deadline has passed; returns those that were not returned before."""
+        """Removes the tickets whose deadline has passed; returns those that were not returned before."""
         self._collect_expired(now_s)
         expired, self._expired = self._expired, []
         return expired
@@ -189,12 +188,13 @@ class AdmissionQueue:
     def predict_wait_s(
         self, ticket: Ticket, now_s: float, rates_per_s: Sequence[float | None]
     ) -> float | None:
-        """How long a new ticket like this would wait in seconds; None if it is unknown.
+        """How long a new ticket like this would wait, in seconds; None if unknown.
 
-        In turn: the tickets of higher priority, plus those of its own priority that take their turn before
-        it, over the rate that is left by arrivals of higher priority and by aged tickets of lower priority.
-        Or by age, if that is sooner: the tickets of its own priority over the share of the aged. A lane that
-        shares only some of its tiers counts in proportion.
+        It is served in turn or because of its age, whichever comes first. In turn, it waits for the tickets
+        of higher priority and those of its own priority that take their turn before it, at the rate that
+        arrivals of higher priority and aged tickets of lower priority leave. By age, it waits for the tickets
+        of its own priority, at the aged tickets' share of the rate. A lane that shares only some of its tiers
+        counts in proportion.
         """
         known = [rates_per_s[tier] if tier < len(rates_per_s) else None for tier in ticket.tiers]
         rate = sum(value for value in known if value is not None)
@@ -222,7 +222,7 @@ class AdmissionQueue:
         return min(in_turn_s, max(self.settings.age_after_s, (same + 1.0) / aged_per_s))
 
     def _turns_before(self, ticket: Ticket) -> float:
-        """Tickets of its own priority that are served before it, by turns among the callers."""
+        """Tickets of its own priority whose turn comes before it."""
         band = self._bands[ticket.rank]
         active = sum(len(group) for group in band.by_count.values())
         turns = band.callers.get(ticket.caller)
@@ -234,11 +234,11 @@ class AdmissionQueue:
         return active * (1 if first else turns.count)
 
     def note_arrival(self, tiers: tuple[int, ...], priority: Priority, now_s: float) -> None:
-        """Count the arrival of a request that starts at once; predictions need it while others wait.
-        :meth:`offer` counts its own."""
+        """Counts the arrival of a request that starts at once without a ticket, for predictions.
+        :meth:`offer` counts the others."""
         arrivals = self._arrivals.get(tiers)
         if arrivals is None:
-            if len(self._arrivals) >= 64:  # Clients make up lists of models: forget rather than grow.
+            if len(self._arrivals) >= 64:  # Clients can send any list of models: start over rather than grow.
                 self._arrivals.clear()
             arrivals = self._arrivals[tiers] = tuple(Rate() for _ in PRIORITIES)
         arrivals[RANK_OF[priority]].add(now_s)
@@ -249,24 +249,24 @@ class AdmissionQueue:
     # -- the order -------------------------------------------------------------------------------
 
     def _first(self, runnable: list[tuple[PriorityQueue, int]]) -> Ticket:
-        """By priority, turn and deadline."""
+        """The first ticket by priority, turn and deadline."""
         highest = min(rank for _, rank in runnable)
         band = self._bands[highest]
         heads = [priority_queue.head(band) for priority_queue, rank in runnable if rank == highest]
         return min(heads)[4].heap[0][2]
 
     def _charge(self, ticket: Ticket) -> None:
-        """End the turn of the ticket's caller."""
+        """Ends the turn of the ticket's caller."""
         band = self._bands[ticket.rank]
         turns = band.callers[ticket.caller]
-        # A caller whose lane was closed for long gets one turn at once, not all that it missed.
+        # A caller whose lane was full for long gets one turn at once, not all the turns that it missed.
         start = max(turns.tag, band.virtual)
         band.virtual = start
         turns.tag = start + 1.0
 
     def _victim(self, newcomer: Ticket) -> Ticket | None:
-        """The ticket to evict for a newcomer: the youngest one of the caller that has the most, in the lowest
-        priority. At equal priority only if that caller would still have at least as many tickets as the
+        """The ticket to evict for a newcomer: in the lowest priority, the youngest ticket of the caller that
+        has the most. At equal priority only if that caller then still has at least as many tickets as the
         newcomer's."""
         for rank in range(len(PRIORITIES) - 1, newcomer.rank - 1, -1):
             band = self._bands[rank]
@@ -358,19 +358,19 @@ class AdmissionQueue:
                 self._expired.append(ticket)
 
     def _forget_callers(self, band: PriorityBand) -> None:
-        """Drop the callers without a waiting ticket, once there are many."""
+        """Drops the callers without a waiting ticket, once there are many."""
         if len(band.callers) > 2 * self.settings.capacity + 64:
             band.callers = {name: turns for name, turns in band.callers.items() if turns.count}
 
 
-def _overlap(tiers: tuple[int, ...], mine: tuple[int, ...], rates_per_s: Sequence[float | None]) -> float:
-    """The share of the work of tickets for ``tiers`` that falls on the tiers ``mine``."""
-    if tiers == mine:
+def _overlap(tiers: tuple[int, ...], own: tuple[int, ...], rates_per_s: Sequence[float | None]) -> float:
+    """The share of the work for ``tiers`` that falls on the tiers ``own``."""
+    if tiers == own:
         return 1.0
     whole = part = 0.0
     for tier in tiers:
         rate = (rates_per_s[tier] if tier < len(rates_per_s) else None) or 0.0
         whole += rate
-        if tier in mine:
+        if tier in own:
             part += rate
-    return part / whole if whole else float(any(tier in mine for tier in tiers))
+    return part / whole if whole else float(any(tier in own for tier in tiers))

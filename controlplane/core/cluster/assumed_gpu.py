@@ -1,5 +1,5 @@
 """Which GPU model a tier's engines are assumed to run on until their speed has been measured, if the
-configuration doesn't say: the one that they hold most of, else the one that the cluster has most of.
+configuration doesn't say: the most frequent model among the tier's own GPUs, else among the cluster's.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import replace
 from controlplane.core.cluster.tier_spec import TierSpec
 
 Counts = Mapping[str, int]
-"""GPU model, by its name in the table of GPU models → how many."""
+"""GPU model, by its name in the table of GPU models → number of GPUs."""
 
 
 def assumed_gpu(spec: TierSpec, before: str, held: Counts, reported: Counts) -> str:

@@ -1,8 +1,8 @@
 """The snapshot that the controller publishes, and how a gateway merges it with the one it has.
 
 A controller that has just started knows nothing until replicas and gateways register again. Until then its
-snapshots are marked ``warming``, and a gateway also keeps what it knew before, so that a restart of the
-controller affects no request.
+snapshots are marked ``warming``, and a gateway continues to use the endpoints it knew before, so that a
+restart of the controller affects no request.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class TierScaling:
     target: int
     """Target replicas, without migrations."""
     wanted: int
-    """Replicas that the scaling policy wants, followed or not."""
+    """Replicas that the scaling policy recommends, whether or not the controller applies it."""
     forecast_per_s: float
     """Requests per second expected at the time when a replica ordered now would be ready."""
     recommendation: str = ""
@@ -66,9 +66,9 @@ class ClusterSnapshot:
     """While warming: ids of endpoints that left since this epoch began."""
     scaling: tuple[TierScaling, ...] = ()
     alerts: tuple[FiringAlert, ...] = ()
-    """Alerts that fire, the most severe first."""
+    """Firing alerts, the most severe first."""
     due: tuple[tuple[str, int], ...] = ()
-    """Tier → replicas that it has to have now; 0 while an operator has drained it."""
+    """Tier → replicas that it must have now; 0 while it is drained by an operator."""
 
     def target_replicas(self, tier: str, configured: int) -> int:
         """Target replicas of a tier; the ``configured`` number if it isn't scaled."""

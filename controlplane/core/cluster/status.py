@@ -14,7 +14,7 @@ WAITING = "waiting"
 DEGRADED = "degraded"
 """Some replicas serve, but fewer than the target."""
 IDLE = "idle"
-"""Its target is 0: it is configured so, or scaled to zero until a request arrives."""
+"""The tier's target is 0: by configuration, or because it is scaled to zero until a request arrives."""
 
 _LEAST_ADVANCED_FIRST = (
     EndpointState.FAILED,
@@ -27,7 +27,7 @@ _LEAST_ADVANCED_FIRST = (
 
 @dataclass(frozen=True, slots=True)
 class EndpointStatus:
-    """One endpoint, and the requests that all gateways have in flight there."""
+    """One endpoint, and its in-flight requests from all gateways."""
 
     endpoint: Endpoint
     in_flight: int
@@ -63,7 +63,8 @@ class TierStatus:
 
 
 def tier_statuses(snapshot: ClusterSnapshot, specs: Sequence[TierSpec]) -> tuple[TierStatus, ...]:
-    """Each configured tier in the configuration's order, then tiers that only endpoints name."""
+    """Each configured tier in the configuration's order, then tiers that have endpoints but no
+    configuration."""
     in_flight: dict[str, int] = {}
     for gateway in snapshot.gateways:
         for endpoint_id, count in gateway.in_flight_by_endpoint:

@@ -15,16 +15,17 @@ class ScalingPlan:
 
     rule: ScalingRule
     autoscaled: bool
-    """Whether the controller scales it if its mode is ``apply``; if not, it only makes recommendations."""
+    """Whether the controller scales the tier if its mode is ``apply``; if not, it only makes
+    recommendations."""
     ceiling: int
     """Most replicas that an operator may set."""
     cold_start_fixed: bool = False
-    """Whether the configuration says how long a start takes; if not, it is measured."""
+    """Whether the configuration sets the duration of a start; if not, it is measured."""
     tensor_parallel: int = 1
     latency_limit_ms: float = LATENCY_MS
     """Latency above which recommendations call the tier slow, if no threshold is configured."""
     gpu_priors: tuple[tuple[str, EngineSpeed], ...] = ()
-    """GPU model, by its name in the table of GPU models → speed that is assumed for an engine of the tier.
+    """GPU model, by its name in the table of GPU models → speed assumed for an engine of the tier on it.
     Empty if the tier uses no GPU, or its model's configuration can't be read."""
 
 
@@ -44,7 +45,7 @@ class TierSpec:
 
     @property
     def plan(self) -> ScalingPlan:
-        """Its scaling. ValueError if the tier runs elsewhere."""
+        """The tier's scaling configuration. ValueError if the tier runs elsewhere."""
         if self.scaling is None:
             raise ValueError(f"tier '{self.name}' runs elsewhere, so it can't be scaled here")
         return self.scaling

@@ -1,4 +1,4 @@
-"""Endpoints: an engine process as the controller and the gateways know it, and its states.
+"""An endpoint (one engine process, as the controller and the gateways see it) and its states.
 
 ``*_unix_s`` is wall-clock time in seconds since the epoch, comparable between machines; ``now_s`` anywhere in
 the core is monotonic and comes from the caller.
@@ -49,10 +49,10 @@ class Capabilities:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One engine process, as the controller knows it and the gateways use it."""
+    """One engine process, as the controller and the gateways see it."""
 
     endpoint_id: str
-    """Fixed for the life of the replica, also over restarts of its engine process."""
+    """Fixed for the life of the replica; restarting its engine process does not change it."""
     tier: str
     model: str
     """The name that the engine itself expects in a request's ``model`` field."""
@@ -82,7 +82,8 @@ class Endpoint:
     metrics_path: str = ""
     """Path of the engine's metrics (Prometheus text) below ``base_url``; empty if it has none."""
     metric_names: tuple[tuple[str, str], ...] = ()
-    """Signal, and the engine's own name of its metric; see ``controlplane.engines.base.MetricNames``."""
+    """Pairs of a signal and the engine's own name for its metric; see
+    ``controlplane.engines.base.MetricNames``."""
 
 
 _S = EndpointState
@@ -103,7 +104,7 @@ SERVING = frozenset({_S.READY})
 """States in which an endpoint takes new requests."""
 
 ENDED = frozenset({_S.FAILED, _S.STOPPED})
-"""States that an endpoint doesn't leave by itself; an operator can restart one that FAILED."""
+"""Final states, except that an operator can restart an endpoint that FAILED."""
 
 
 def check_transition(current: EndpointState, new: EndpointState) -> None:

@@ -26,13 +26,13 @@ class RequestOutcome(StrEnum):
     """How a request ended; the label ``outcome`` of ``tierplane_requests_total``."""
 
     OK = "ok"
-    """Answered in full, if need be after retries or by a resumed stream."""
+    """Answered in full, possibly after retries or by a resumed stream."""
     CLIENT_ERROR = "client_error"
-    """The request was wrong: a status from 400 up to 499 other than 408 and 429."""
+    """The request was invalid: a status from 400 to 499 other than 408 and 429."""
     SHED = "shed"
     """Not served in time: its deadline passed or the queue was full (408, 429)."""
     FAILED = "failed"
-    """The engines or the gateway failed it (5xx, or a stream that ended with an error)."""
+    """An engine or the gateway failed (5xx, or a stream that ended with an error)."""
     CANCELLED = "cancelled"
     """The client disconnected before the response was complete."""
 
@@ -42,5 +42,5 @@ class RequestShape:
     """The mean request of a tier."""
 
     input_tokens: float
-    """Prompt tokens that are computed, without prefix cache hits."""
+    """Prompt tokens that the engine computes, so without those found in its prefix cache."""
     output_tokens: float

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Slo:
-    """The limits that the requests of a tier should be served within."""
+    """The limits within which the requests of a tier should be served."""
 
     ttft_s: float = 3.0
     itl_s: float = 0.2

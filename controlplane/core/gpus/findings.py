@@ -1,4 +1,4 @@
-"""What is wrong with a GPU: events and one sample → findings, each with the values it is based on.
+"""Finds what is wrong with a GPU: events and one sample → findings, each with the values it is based on.
 
 A missing reading gives no finding.
 """
@@ -31,24 +31,24 @@ class GpuRules:
     fallback_slowdown_c: int = 90
     """The slowdown temperature of GPUs whose driver does not report it."""
     cool_margin_c: int = 3
-    """A GPU that was too hot counts as hot until it is this far below the limit."""
+    """A GPU that was too hot counts as hot until its temperature is this far below the limit."""
     hot_for_s: float = 30.0
     """A GPU that is too hot for this long is cordoned."""
     evidence_gap_s: float = 15.0
     """Two readings further apart than this do not belong to the same streak."""
     watch_window_s: float = 600.0
     watch_limit: int = 3
-    """Events of severity WATCH within ``watch_window_s`` that cordon the GPU."""
+    """This many events of severity WATCH within ``watch_window_s`` cordon the GPU."""
     application_limit: int = 10
-    """Application errors within ``watch_window_s`` that make the GPU itself suspect."""
+    """This many application errors within ``watch_window_s`` make the GPU itself suspect."""
     corrected_ecc_limit: int = 1000
-    """Corrected ECC errors between two samples that make the GPU suspect."""
+    """This many corrected ECC errors between two samples make the GPU suspect."""
     suspect_for_s: float = 300.0
     """A suspect GPU is healthy again after good readings for this long."""
     probation_s: float = 600.0
     """A returned GPU is healthy again after good readings for this long."""
     hold_initial_s: float = 120.0
-    """A cordoned GPU returns after good readings for this long; doubled for each cordoning within
+    """A cordoned GPU returns after good readings for this long. The time doubles with each cordoning within
     ``flap_memory_s``."""
     hold_max_s: float = 14_400.0
     flap_memory_s: float = 21_600.0
@@ -56,7 +56,7 @@ class GpuRules:
 
 @dataclass(frozen=True, slots=True)
 class Streak:
-    """Something that was observed repeatedly without a gap."""
+    """A condition that was observed repeatedly without a gap."""
 
     since_s: float
     last_s: float
@@ -68,7 +68,8 @@ class Streak:
 
     @staticmethod
     def extend(streak: Streak | None, now_s: float, gap_s: float) -> Streak:
-        """The streak with an observation now; a new streak if the last one is more than ``gap_s`` ago."""
+        """The streak with an observation now; a new streak if the last observation is more than ``gap_s``
+        old."""
         if streak is None or now_s - streak.last_s > gap_s or now_s < streak.last_s:
             return Streak(now_s, now_s)
         return Streak(streak.since_s, now_s)
@@ -76,7 +77,7 @@ class Streak:
 
 @dataclass(frozen=True, slots=True)
 class GpuFinding:
-    """One thing that is wrong; the reason states the values."""
+    """One problem of a GPU; the reason states the measured values."""
 
     rule: str
     severity: XidSeverity
@@ -85,7 +86,7 @@ class GpuFinding:
 
 
 RecentEvents = tuple[tuple[float, str], ...]
-"""Events that matter only when they repeat, of the watch window: when, and what."""
+"""Time and name of each event within the watch window that matters only when repeated."""
 
 
 def findings_of(
@@ -140,8 +141,8 @@ def _of_event(event: GpuEvent) -> tuple[GpuFinding | None, str]:
 
 
 def _of_repetition(recent_events: RecentEvents, rules: GpuRules) -> list[GpuFinding]:
-    """Repeated events of severity WATCH are worse than a single one, and very many application errors are no
-    longer explained by the applications."""
+    """The findings of repeated events: several WATCH events are worse than one, and so many application
+    errors that the applications no longer explain them."""
     application = sum(1 for _, name in recent_events if name == _APPLICATION)
     watched = len(recent_events) - application
     found = []
@@ -217,7 +218,7 @@ def is_hot(sample: GpuSample, temperature_c: int, rules: GpuRules) -> bool:
 
 
 def info_is_clear(info: GpuInfo) -> bool:
-    """Whether what rarely changes about a GPU gives no finding."""
+    """Whether the facts in ``info`` give no finding."""
     action, remaps = info.recovery_action, info.row_remaps
     return (
         (isinstance(action, Missing) or action is RecoveryAction.NONE)
@@ -231,10 +232,8 @@ def _hot_streak(sample: GpuSample, hot: Streak | None, now_s: float, rules: GpuR
     temperature = sample.temperature_c
     if isinstance(temperature, Missing):
         return hot
-    limit_c = _slowdown_c(sample, rules)
-    if is_hot(sample, temperature, rules):
-        return Streak.extend(hot, now_s, rules.evidence_gap_s)
-    if hot is not None and temperature > limit_c - rules.cool_margin_c:
+    still_hot = hot is not None and temperature > _slowdown_c(sample, rules) - rules.cool_margin_c
+    if still_hot or is_hot(sample, temperature, rules):
         return Streak.extend(hot, now_s, rules.evidence_gap_s)
     return None
 

@@ -1,9 +1,9 @@
-"""A GPU's life: healthy → suspect → cordoned → draining → drained → returned → healthy.
+"""A GPU's life cycle: healthy → suspect → cordoned → draining → drained → returned → healthy.
 
-:func:`assess` takes what is known about a GPU and what was observed since, and returns what is known now and
-why. It cordons GPUs and lets them return; the reconciler drains them, through :func:`transition`.
+:func:`assess` takes a GPU's health and what was observed since, and returns its new health with the reason.
+It cordons GPUs and lets them return; the reconciler drains them, through :func:`transition`.
 
-* Missing readings decide nothing: without readings a GPU gets neither worse nor better.
+* Without readings, a GPU's state gets neither worse nor better.
 * A cordoned GPU returns after a hold time of good readings, if its fault can be recovered from in that way
   (:class:`~controlplane.core.gpus.xid.Recovery`). The hold time doubles with every cordoning within
   ``flap_memory_s``, so a GPU that fails repeatedly stays away longer each time.
@@ -76,7 +76,7 @@ _OPERATOR = "operator"
 
 @dataclass(frozen=True, slots=True)
 class GpuHealth:
-    """What is known about one GPU. Times are the caller's monotonic clock."""
+    """The health of one GPU, with its history. Times are the caller's monotonic clock."""
 
     uuid: str
     state: GpuState = GpuState.HEALTHY
@@ -87,7 +87,7 @@ class GpuHealth:
     reason: str = ""
     recovery: Recovery = Recovery.CLEAR
     hold_s: float = 0.0
-    """How long it needs good readings before it returns."""
+    """How long its readings must be good before it returns."""
     cordons_s: tuple[float, ...] = ()
     """When it was cordoned, within ``flap_memory_s``."""
     reset_seen: bool = False
@@ -96,14 +96,14 @@ class GpuHealth:
     was_lost: bool = False
     """Whether the last readable sample reported it as lost."""
     boot_id: str = ""
-    """Of its node, at the last sample."""
+    """The boot id of its node, at the last sample."""
     ecc_uncorrected: int | None = None
     ecc_corrected: int | None = None
     """Error counters at the last sample; None before the first."""
     hot: Streak | None = None
-    """Readings that are too hot."""
+    """Streak of readings that are too hot."""
     good: Streak | None = None
-    """Readings without a finding."""
+    """Streak of readings without a finding."""
     recent_events: RecentEvents = ()
 
 
@@ -125,7 +125,7 @@ class HealthDecision:
 
 @dataclass(frozen=True, slots=True)
 class HealthAssessment:
-    """What is known about a GPU now, and why."""
+    """A GPU's health now, and why."""
 
     health: GpuHealth
     decision: HealthDecision
@@ -202,9 +202,9 @@ def uncordon(health: GpuHealth, *, now_s: float, reason: str, rules: GpuRules) -
 def has_open_findings(health: GpuHealth) -> bool:
     """Whether the GPU is not healthy, or something observed earlier may still matter.
 
-    Together with :func:`sample_changes_nothing` it finds the GPUs that need no :func:`assess`. That is the
-    usual case, thousands of times a second; the part that depends on the health alone is a function of its
-    own so that its result can be stored.
+    With :func:`sample_changes_nothing`, it identifies GPUs for which :func:`assess` need not be called. That
+    is the usual case, thousands of times a second. This part depends on the health alone, so callers can
+    store its result.
     """
     return (
         health.state is not GpuState.HEALTHY
@@ -215,9 +215,9 @@ def has_open_findings(health: GpuHealth) -> bool:
 
 
 def sample_changes_nothing(health: GpuHealth, sample: GpuSample, boot_id: str, rules: GpuRules) -> bool:
-    """Whether :func:`assess` would change nothing about a GPU without :func:`has_open_findings`.
+    """Whether :func:`assess` would certainly change nothing about a GPU without open findings.
 
-    It may be False although assessing would change nothing, but is never True if assessing would.
+    May be False even if :func:`assess` would change nothing.
     """
     if sample.condition is not GpuCondition.OK or (boot_id != health.boot_id and boot_id):
         return False
@@ -241,7 +241,7 @@ def assess(
 ) -> HealthAssessment:
     """What a new sample and new events change about a GPU.
 
-    ``sample`` is None if there is no new one. ``boot_id`` is its node's.
+    ``sample`` is None if there is no new one. ``boot_id`` is that of the GPU's node.
     """
     readable = sample is not None and sample.condition is not GpuCondition.UNREADABLE
     findings, hot, recent_events = findings_of(

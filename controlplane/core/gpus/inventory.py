@@ -1,8 +1,8 @@
 """Every GPU that node agents report: its readings, its health, and whether an operator took it out of use.
 
 :meth:`GpuInventory.observe` takes in one agent's update and assesses that node's GPUs at once, so the work is
-spread over the time in which updates arrive. A GPU without an update is not assessed: if a node's agent is
-silent, or its driver does not respond, its GPUs keep the health they had.
+spread over time as updates arrive. A GPU without an update is not assessed: if a node's agent is silent, or
+its driver does not respond, the health of its GPUs does not change.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from controlplane.core.telemetry.series import DEFAULT_LIMITS, signal_of
 
 _UNUSABLE = frozenset({GpuCondition.LOST, GpuCondition.RESET_REQUIRED})
 MAX_REMEMBERED = 10_000
-"""Most GPUs whose health is remembered after their node is gone."""
+"""Maximum number of GPUs whose health is remembered after their node is gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,8 @@ class GpuRecord:
     node_id: str
     health: GpuHealth
     must_leave: bool = False
-    """Whether what runs on it has to leave. If not, a GPU that is out of use only takes no new replicas."""
+    """Whether the replicas on it have to leave. If not, a GPU that is out of use only takes no new
+    replicas."""
 
     @property
     def out_of_use(self) -> bool:
@@ -57,7 +58,7 @@ class NodeHold:
 
     reason: str
     must_leave: bool = False
-    """Whether what runs on it has to leave."""
+    """Whether the replicas on it have to leave."""
 
 
 class GpuInventory:
@@ -68,9 +69,9 @@ class GpuInventory:
         self._nodes: dict[str, NodeTelemetry] = {}
         self._records: dict[str, GpuRecord] = {}
         self._without_findings: dict[str, GpuHealth] = {}
-        """UUID → health of the GPUs without open findings: nearly all of them, which are quick to assess."""
+        """UUID → health of the GPUs without open findings: nearly all GPUs, and quick to assess."""
         self._out_of_use: dict[str, str] = {}
-        """UUID → node id of the GPUs whose own state takes them out of use."""
+        """UUID → node id of the GPUs that are out of use because of their own state."""
         self._eventful: dict[str, GpuRecord] = {}
         """By UUID: the GPUs that are not healthy, or have been cordoned before."""
         self._last_readable: dict[str, GpuSample] = {}
@@ -164,8 +165,9 @@ class GpuInventory:
     ) -> list[GpuSample]:
         """Stores which GPUs the node lists now; returns a sample for each that vanished from the list.
 
-        ``before`` are the GPUs of the sample before. A GPU counts as vanished only if the driver works and
-        still lists others. The agent reports it as lost itself, unless it started after the GPU vanished.
+        ``before`` are the GPUs of the previous sample. A GPU counts as vanished only if the driver works and
+        still lists others. The agent itself reports a vanished GPU as lost, unless the agent started after
+        that.
         """
         for gpu in before:
             uuid = gpu.info.uuid
@@ -289,7 +291,7 @@ class GpuInventory:
         telemetry = self._nodes.get(record.node_id) if record else None
         return (telemetry.gpus if telemetry else GpuTelemetry()).signals(uuid, now_s)
 
-    # --- what is out of use ------------------------------------------------------------------------------
+    # --- GPUs and nodes out of use -------------------------------------------------------------------------
 
     def out_of_use(self) -> dict[str, str]:
         """UUID → node id of every GPU that takes no new replicas, because of its own health or its node."""
@@ -299,7 +301,7 @@ class GpuInventory:
         return found
 
     def leave_reason(self, uuid: str) -> str:
-        """Why what runs on the GPU has to leave; empty if it may stay."""
+        """Why the replicas on the GPU have to leave; empty if they may stay."""
         record = self._records.get(uuid)
         if record is None:
             return ""
@@ -361,9 +363,9 @@ class GpuInventory:
         return self._holds.pop(node_id, None) is not None
 
     def remove_node(self, node_id: str) -> bool:
-        """The node is gone for good, with its GPUs; False if it was not known.
+        """Drops a node that is gone for good, with its GPUs; False if it was not known.
 
-        The health of GPUs that are not healthy is remembered, in case the machine comes back with another id.
+        The health of its unhealthy GPUs is remembered, in case the machine comes back with another id.
         """
         if self._nodes.pop(node_id, None) is None:
             return False
@@ -380,8 +382,8 @@ class GpuInventory:
     # --- restarts of the controller -----------------------------------------------------------------------
 
     def state_to_store(self) -> tuple[dict[str, tuple[GpuHealth, bool]], dict[str, NodeHold]]:
-        """What has to survive a restart: UUID → health and ``must_leave`` of the GPUs that are not healthy or
-        have been cordoned before, and node id → hold of the nodes that are out of use."""
+        """The state that must survive a restart: UUID → health and ``must_leave`` of the GPUs that are not
+        healthy or have been cordoned before, and node id → hold of the nodes that are out of use."""
         gpus = dict(self._remembered)
         for uuid, record in self._eventful.items():
             gpus[uuid] = (record.health, record.must_leave)

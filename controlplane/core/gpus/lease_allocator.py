@@ -1,8 +1,8 @@
-"""Grants leases of exact GPUs: what a replica that Ray has placed on a node may use there.
+"""Grants leases of exact GPUs to replicas that Ray has placed on a node.
 
-The placement chooses the GPUs, the lease table records them. A request is not refused only because something
-is not known yet: while a node's agent has not reported, or a restarted controller does not know all holders
-again, the outcome is WAIT.
+The placement planner chooses the GPUs, the lease table records them. While information is lacking (a node's
+agent has not reported yet, or a restarted controller does not know all holders again), a request is not
+refused: its outcome is WAIT.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from controlplane.core.placement.topology import Node
 from controlplane.core.telemetry.samples import Missing
 
 WAIT_RETRY_S = 1.0
-"""When to ask again after WAIT."""
+"""When to repeat a request after WAIT."""
 REFUSED_RETRY_S = 5.0
-"""When to ask again after a refusal: a GPU may have become free or returned to use."""
+"""When to repeat a request after a refusal: a GPU may have become free or returned to use."""
 
 
 class LeaseAllocator:

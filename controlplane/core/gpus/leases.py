@@ -1,13 +1,13 @@
-"""Which replica holds which GPU: exact UUIDs, whole GPUs or shares, never more than there is.
+"""Which replica holds which GPU: exact UUIDs, whole GPUs or shares, never more than a GPU has.
 
-Every request is answered with its outcome and the reason; a refused request changes nothing. When a
-controller has restarted, the table is rebuilt from what the holders report (:meth:`LeaseTable.restore`).
-Without a controller, a holder continues with what it has.
+Every request is answered with its outcome and the reason; a refused request changes nothing. After a restart
+of the controller, the table is rebuilt from what the holders report (:meth:`LeaseTable.restore`). While there
+is no controller, holders continue with the GPUs they have.
 
 * A whole GPU is leased only if no other holder has a part of it. A share is a part of one GPU's compute (in
   thousandths) and of its memory.
-* A lease lasts as long as its holder reports: ``ttl_s`` after the last report it may be reaped, and until
-  then its GPUs are not given to others.
+* A lease lasts while its holder reports. It may be reaped ``ttl_s`` after the last report; until then nobody
+  else gets its GPUs.
 * Acquiring again with the same holder and generation returns the existing lease.
 """
 
@@ -20,10 +20,10 @@ from enum import StrEnum
 from itertools import islice
 from types import MappingProxyType
 
-WHOLE_MILLI = 1000
-"""All of a GPU's compute, in thousandths."""
+from controlplane.core.placement.gangs import WHOLE_MILLI
+
 MAX_CHANGES = 4096
-"""Most changes that are remembered; a caller that asks after more changes has to read all leases."""
+"""Maximum number of changes remembered; a caller that missed more has to read all leases."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +32,14 @@ class GpuPart:
 
     gpu_uuid: str
     milli: int = WHOLE_MILLI
-    """Thousandths of its compute."""
+    """Thousandths of the GPU's compute."""
     memory_bytes: int = 0
     """Memory reserved; 0 if memory is not accounted for."""
 
 
 @dataclass(frozen=True, slots=True)
 class GpuLease:
-    """What one holder has."""
+    """The GPUs that one holder has."""
 
     holder: str
     """The replica's endpoint id."""
@@ -58,12 +58,12 @@ class GpuLease:
 
 @dataclass(frozen=True, slots=True)
 class GpuCapacity:
-    """What a GPU has to offer."""
+    """What leases may use of a GPU."""
 
     gpu_uuid: str
     node_id: str
     memory_bytes: int
-    """0 if unknown; then only compute limits the shares of it."""
+    """0 if unknown; then shares of this GPU are limited only by its compute."""
     unavailable: str = ""
     """Why no new lease on it is granted; existing leases stay."""
 
@@ -78,7 +78,7 @@ class LeaseOutcome(StrEnum):
     UNKNOWN = "unknown"
     """There is no such lease."""
     WAIT = "wait"
-    """It can't be decided yet: ask again after ``retry_after_s``."""
+    """It can't be decided yet: repeat the request after ``retry_after_s``."""
     UNMANAGED = "unmanaged"
     """The node has no readable GPUs: the holder uses those that Ray assigned to it."""
 
@@ -91,7 +91,7 @@ class LeaseResponse:
     reason: str
     lease: GpuLease | None = None
     retry_after_s: float = 0.0
-    """With WAIT, and with a refusal that may be temporary: when to ask again."""
+    """With WAIT, and with a refusal that may be temporary: when to repeat the request."""
 
 
 class LeaseTable:
@@ -100,7 +100,7 @@ class LeaseTable:
     def __init__(self) -> None:
         self._leases: dict[str, GpuLease] = {}
         self._holders: dict[str, tuple[str, ...]] = {}
-        """GPU UUID → who has a part of it."""
+        """GPU UUID → the holders of parts of it."""
         self._used: dict[str, tuple[int, int]] = {}
         """GPU UUID → thousandths and bytes that are held."""
         self._on_node: dict[str, dict[str, None]] = {}
@@ -115,7 +115,8 @@ class LeaseTable:
         return self._version
 
     def changed_since(self, version: int) -> frozenset[str] | None:
-        """Holders whose lease was added or removed after ``version``; None if too many were to remember."""
+        """Holders whose lease was added or removed after ``version``; None if that is more than is
+        remembered."""
         count = self._version - version
         if not 0 <= count <= len(self._changed):
             return None
@@ -131,7 +132,7 @@ class LeaseTable:
         return MappingProxyType(self._leases)
 
     def holders(self, gpu_uuid: str) -> tuple[str, ...]:
-        """Who has a part of the GPU, oldest lease first."""
+        """The holders of parts of the GPU, oldest lease first."""
         return self._holders.get(gpu_uuid, ())
 
     def used(self, gpu_uuid: str, *, without: str = "") -> tuple[int, int]:
@@ -183,7 +184,7 @@ class LeaseTable:
         return held is not None
 
     def release(self, holder: str, *, generation: int | None = None) -> LeaseResponse:
-        """Returns what the holder has: of ``generation``, or of any generation if it is None.
+        """Ends the holder's lease of this ``generation``, or of any generation if it is None.
 
         UNKNOWN if there is no such lease, for example because it was released before or replaced by a newer
         generation's; then nothing changes.
@@ -195,10 +196,10 @@ class LeaseTable:
         return LeaseResponse(LeaseOutcome.GRANTED, f"{len(held.parts)} GPU(s) are free", held)
 
     def restore(self, claims: Iterable[GpuLease]) -> tuple[LeaseResponse, ...]:
-        """Adds what running holders report that they hold, the least recently renewed first.
+        """Adds the leases that running holders claim, the least recently renewed first.
 
-        A claim is a fact (the holder's process runs there), so neither health nor capacity is checked. Only a
-        conflict with an existing lease refuses it; the reason names who holds the GPU.
+        The holder's process already runs on those GPUs, so neither health nor capacity is checked. A claim is
+        refused only if it conflicts with an existing lease; the reason names the GPU's holder.
         """
         responses = []
         for claim in sorted(claims, key=lambda lease: (lease.renewed_s, lease.holder, lease.generation)):

@@ -1,4 +1,4 @@
-"""A node as the placement sees it, from its agent's sample."""
+"""Converts the sample of a node's agent to a node for the placement planner."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def placement_node(
 ) -> Node:
     """The node of ``sample``.
 
-    ``cpu_milli`` and ``memory_bytes`` are what gangs may use there, which may be less than the machine has.
-    ``unavailable`` is why nothing may be placed there, ``unavailable_gpus`` maps UUIDs of GPUs that must not
-    be used to the reason; empty reasons don't count.
+    ``cpu_milli`` and ``memory_bytes`` are what gangs may use, which may be less than the machine has.
+    ``unavailable`` is why nothing may be placed on the node. ``unavailable_gpus`` maps UUIDs of GPUs that
+    must not be used to the reason; a GPU with an empty reason may be used.
     """
     behind_switch = frozenset(gpu.info.uuid for gpu in sample.gpus if _is_behind_switch(gpu.info))
     reasons = unavailable_gpus or {}

@@ -16,7 +16,7 @@ class GpuHolder:
 
     endpoint_id: str
     milli: int
-    """Thousandths of its compute."""
+    """Thousandths of the GPU's compute."""
     memory_bytes: int
     """Reserved memory; 0 if memory is not accounted for."""
 
@@ -42,7 +42,7 @@ class GpuView:
     """What the driver reports: ok, lost, reset_required, unreadable."""
     holders: tuple[GpuHolder, ...]
     freshness: Freshness
-    """Of the readings; if MISSING, they are None."""
+    """Freshness of the readings; if MISSING, they are None."""
     age_s: float | None
     gpu_ratio: float | None
     memory_used_bytes: int | None

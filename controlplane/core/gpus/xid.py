@@ -1,8 +1,8 @@
 """What an XID (an error number of NVIDIA's driver) says about a GPU.
 
-From NVIDIA's XID catalogue (docs.nvidia.com/deploy/xid-errors, its "resolution buckets") and the
+Based on NVIDIA's XID catalogue (docs.nvidia.com/deploy/xid-errors, its "resolution buckets") and the
 application errors that NVIDIA's Kubernetes device plugin leaves out of its health check. A number that is not
-listed has the severity WATCH: it is not ignored, but does not take a GPU out of use by itself.
+listed has the severity WATCH: it is not ignored, but alone it does not take a GPU out of use.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class XidSeverity(IntEnum):
     """How bad a finding is; a larger value is worse."""
 
     NOTE = 0
-    """As far as is known, not a fault of the GPU."""
+    """Not known to be a fault of the GPU."""
     WATCH = 1
     """May be the first sign of a fault: the GPU is suspect."""
     FATAL = 2

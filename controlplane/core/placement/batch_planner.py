@@ -1,9 +1,9 @@
 """Placement of many gangs at once.
 
 Gangs are placed one by one (:class:`~controlplane.core.placement.planner.Planner`), so their order matters.
-Large gangs first is nearly always good. If some can't be placed, other orders are tried: gangs that few GPUs
-suit first, then gangs with few CPUs per GPU. Then, starting from the best order so far, one refused gang at a
-time is moved to the front. The order that allocates most wins.
+Large gangs first is nearly always a good order. If some gangs can't be placed, other orders are tried: first
+gangs that few GPUs suit, then gangs with few CPUs per GPU. Then, starting from the best order so far, one
+refused gang at a time is moved to the front. The order that allocates the most GPU capacity wins.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from controlplane.core.placement.gangs import Gang, Infeasible, Placement, Place
 from controlplane.core.placement.planner import PlacedCluster, Planner, demand_of
 
 EFFORT = 1000
-"""Maximum number of placements tried beyond the first order: about 1 ms each on 10,000 GPUs."""
+"""Maximum number of gangs placed while trying further orders: about 1 ms each on 10,000 GPUs."""
 
 
 def plan(state: PlacedCluster, gangs: Sequence[Gang], demand: ExpectedDemand | None = None) -> PlacementPlan:
-    """Place ``gangs`` beside the placements of ``state``; the results are in the order of ``gangs``.
+    """Places ``gangs`` besides the placements of ``state``; the results are in the order of ``gangs``.
 
-    ``demand`` is the expected demand, by default that of which the running gangs and ``gangs`` are a sample.
+    ``demand`` is the expected demand; by default it is estimated from the running gangs and ``gangs``.
     ValueError if two gangs have the same id, or a gang has the id of a running one.
     """
     if len({gang.gang_id for gang in gangs}) != len(gangs):
@@ -96,7 +96,7 @@ def _size(gang: Gang) -> tuple[int, int, int, int, int, str, str]:
 
 
 def _suitable_gpus(state: PlacedCluster, gangs: Sequence[Gang]) -> dict[str, int]:
-    """Number of GPUs of a model that the gang accepts, by gang id."""
+    """Gang id → number of GPUs whose model the gang accepts."""
     models: dict[str, int] = {}
     for node in state.nodes:
         for gpu in node.gpus:

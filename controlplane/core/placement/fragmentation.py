@@ -1,9 +1,9 @@
 """How much free GPU capacity of a node is expected to remain unused («stranded»).
 
 A gap on a GPU is useful only if gangs arrive that fit into it. For a gap of ``x`` thousandths of a GPU with
-``c`` CPUs available to it, and gangs that arrive independently with frequencies ``q``, the amount that stays
-stranded obeys a Bellman equation: the first arrival that fits takes its part and leaves a smaller gap, and
-with a small probability ``HAZARD`` per arrival no more gangs arrive and the whole gap is lost::
+``c`` CPUs available to it, and gangs that arrive independently with frequencies ``q``, the amount left
+stranded obeys a Bellman equation: the first arrival that fits takes its part and leaves a smaller gap; with a
+small probability ``HAZARD`` per arrival no more gangs arrive, and the whole gap is lost::
 
     W(x, c) = (HAZARD · x + Σ q_t · W(x - milli_t, c - cpu_t)) / (HAZARD + Σ q_t)     over t that fit
 
@@ -33,8 +33,8 @@ HAZARD = 0.01
 SEVERAL_GPUS_WEIGHT = 0.5
 """A gap that gangs of several GPUs can't use may still serve gangs of one GPU, so it counts half."""
 STARTED_MILLI = HAZARD * WHOLE_MILLI
-"""Cost of placing the first gang on an idle GPU. The equation alone would prefer an idle GPU to one that is
-partly used, because less is lost if no more gangs arrive; but whole idle GPUs are worth more than that."""
+"""Cost of placing the first gang on an idle GPU. The equation alone would prefer an idle GPU to a partly used
+one, because less is lost if no more gangs arrive; but whole idle GPUs are worth more than that."""
 _QUANTUM_MILLI = 10
 _GAPS = WHOLE_MILLI // _QUANTUM_MILLI + 1
 _CPU_STEPS = 128
@@ -42,7 +42,7 @@ _CPU_STEPS = 128
 
 @dataclass(frozen=True, slots=True)
 class GpuKind:
-    """A kind of GPU: all GPUs of it are the same to a gang."""
+    """A kind of GPU: to a gang, all GPUs of one kind are equal."""
 
     model: str
     memory_bytes: int
@@ -70,13 +70,13 @@ class NodeStates:
     largest_island: Ints
     """GPUs in the node's largest island."""
     cpu_milli: Ints
-    """Free on the node."""
+    """Free CPUs of the node, in thousandths."""
     islands: int
     """The largest number of islands on one node."""
 
 
 class Stranding:
-    """The expected stranding under one demand, on the kinds of GPUs of one fleet."""
+    """The expected stranding under one demand, for the kinds of GPUs in one fleet."""
 
     def __init__(
         self, demand: ExpectedDemand, kinds: Sequence[GpuKind], most_cpu_milli: int, most_gpus: int
@@ -133,7 +133,7 @@ class Stranding:
         cpu = np.maximum(states.cpu_milli // self._step, 0)
         missed: Floats = self._missed_on_node[kind, states.largest_island, idle.sum(axis=-1), cpu]
         if self._missed_in_island is not None and states.islands:
-            most = _most_in_an_island(idle, states)
+            most = _most_idle_in_island(idle, states)
             missed = missed + self._missed_in_island[kind, states.largest_island, most, cpu]
         return missed
 
@@ -162,8 +162,8 @@ class Stranding:
         return on_node, in_island
 
 
-def _most_in_an_island(idle: NDArray[np.bool_], states: NodeStates) -> Ints:
-    """Idle GPUs in the island that has most of them, per state."""
+def _most_idle_in_island(idle: NDArray[np.bool_], states: NodeStates) -> Ints:
+    """Idle GPUs in the island that has the most, per state."""
     most = np.zeros(idle.shape[:-1], dtype=np.int64)
     for island in range(states.islands):
         np.maximum(most, (idle & (states.island == island)).sum(axis=-1), out=most)

@@ -1,4 +1,4 @@
-"""The fleet's free capacity as arrays, which the placement reads and updates.
+"""The fleet's free capacity as arrays, which the placement planner reads and updates.
 
 Rows are nodes in the order of their ids, columns are a node's GPUs in the order of their indices. A GPU that
 doesn't exist or is out of use has nothing free. Only :meth:`FreeCapacity.take` and
@@ -64,7 +64,7 @@ class FreeCapacity:
         self.islands = int(self.island.max(initial=-1)) + 1
         self.most_cpu_milli = int(self.cpu_milli.max(initial=0))
         self.changed: list[int] = []
-        """Rows in the order of their changes; each reader remembers how far it has read."""
+        """Rows in the order in which they changed; each reader remembers how far it has read."""
 
     def _write(self, i: int, j: int, node: Node, gpu: Gpu, kinds: dict[GpuKind, int]) -> None:
         self.present[i, j] = True

@@ -1,4 +1,4 @@
-"""What is to be placed, and the result: a placement, or the reasons why there is none.
+"""Gangs to be placed, and the result for each: a placement, or the reasons why there is none.
 
 A gang is one replica of a tier: all of its processes run, or none do. It has ``stages`` (pipeline
 parallelism) of ``gpus`` GPUs each (tensor parallelism); the GPUs of one stage are always on one node.
@@ -28,7 +28,7 @@ class GangShape:
     milli_gpu: int = WHOLE_MILLI
     """The share of each GPU in thousandths; below 1000 only for a gang with a single GPU."""
     gpu_memory_bytes: int = 0
-    """On each of its GPUs."""
+    """Memory on each of its GPUs."""
     cpu_milli: int = 0
     """Thousandths of a CPU for one stage."""
     memory_bytes: int = 0
@@ -36,7 +36,7 @@ class GangShape:
     models: frozenset[str] = frozenset()
     """Accepted GPU models; empty means any."""
     across_nodes: bool = False
-    """Stages may be on different nodes if no node has room for all of them."""
+    """Whether stages may be on different nodes if no node has room for all of them."""
 
     def __post_init__(self) -> None:
         if self.gpus < 0 or self.stages < 1:
@@ -55,7 +55,7 @@ class GangShape:
 
     @property
     def total_gpus(self) -> int:
-        """GPUs of all stages, shares counted as one."""
+        """GPUs of all stages; a share counts as one GPU."""
         return self.gpus * self.stages
 
     @property
@@ -97,12 +97,12 @@ class Placement:
     stranded_milli: float = 0.0
     """Growth of the GPU capacity that is expected to remain unused, in thousandths of a GPU."""
     replicas_beside: int = 0
-    """Replicas of its tier that the nodes already ran."""
+    """Replicas of the same tier that already ran on these nodes."""
     runner_up: str = ""
-    """The next best node, if the gang is on one node and would have fitted another."""
+    """The next best node, if the gang is on one node and would also have fitted another."""
     runner_up_stranded_milli: float = 0.0
     stays: bool = False
-    """The gang already runs there."""
+    """Whether the gang already runs there."""
 
     @property
     def node_ids(self) -> tuple[str, ...]:
@@ -163,7 +163,8 @@ class RefusalCause(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class NodeRefusal:
-    """Why one node can't take a gang: how much of the missing resource it needs, and how much there is."""
+    """Why one node can't take a gang: the lacking resource, how much the gang needs, and how much the node
+    has."""
 
     node_id: str
     cause: RefusalCause
@@ -210,7 +211,7 @@ class Infeasible:
 
     @property
     def why(self) -> str:
-        """The causes in one sentence for the user, the most frequent first."""
+        """The causes in one sentence for the user, most frequent first."""
         counts = Counter(str(refusal.cause) for refusal in self.refusals)
         if not counts:
             return "there is no node"

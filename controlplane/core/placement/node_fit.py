@@ -1,4 +1,5 @@
-"""Which GPUs of a node a gang would get, how much capacity that would strand, and why a node can't take it.
+"""Which GPUs of a node a gang would get, how much capacity that would strand, and why a node can't take a
+gang.
 
 All functions work on many nodes at once: ``rows`` are row indices of the arrays in :class:`FreeCapacity`.
 """
@@ -38,7 +39,7 @@ class NodeFit:
 
 
 def fit_nodes(capacity: FreeCapacity, stranding: Stranding, shape: GangShape, rows: Ints) -> NodeFit:
-    """Try ``shape``, with all its stages on one node, on each of ``rows``. Changes nothing."""
+    """Tries ``shape``, with all its stages on one node, on each of ``rows``. Changes nothing."""
     eligible = _eligible(capacity, shape, rows)
     fits = capacity.open[rows] & (capacity.cpu_milli[rows] >= shape.cpu_milli * shape.stages)
     fits &= capacity.memory_bytes[rows] >= shape.memory_bytes * shape.stages
@@ -59,7 +60,7 @@ def fit_nodes(capacity: FreeCapacity, stranding: Stranding, shape: GangShape, ro
 
 
 def _eligible(capacity: FreeCapacity, shape: GangShape, rows: Ints) -> Bools:
-    """GPUs that have now what the shape needs of each of its GPUs."""
+    """GPUs that now have what the shape needs of one GPU."""
     eligible = capacity.usable[rows] & (capacity.free_milli[rows] >= shape.milli_gpu)
     if shape.gpu_memory_bytes:
         eligible &= capacity.free_bytes[rows] >= shape.gpu_memory_bytes
@@ -143,7 +144,7 @@ def _growth(
 def _together(idle: Bools, island: Ints, numa: Ints, gpus: int) -> tuple[Ints, Ints]:
     """``gpus`` idle GPUs per row, as close together as possible, and their distance.
 
-    They come from the island that is large enough and leaves the fewest idle GPUs over, else from such a NUMA
+    They come from the island that is large enough and leaves the fewest GPUs idle, else from such a NUMA
     node, else from anywhere on the node.
     """
     width = idle.shape[1]
@@ -174,7 +175,7 @@ def _idle_in_group(idle: Bools, group: Ints) -> Ints:
 
 
 class NodeRefusals(Sequence[NodeRefusal]):
-    """Why each node refused. The free capacity is copied at once, the reasons are computed when read."""
+    """Why each node refused. Copies the free capacity at once, but computes the reasons only when read."""
 
     def __init__(self, capacity: FreeCapacity, shape: GangShape) -> None:
         self._capacity = capacity
@@ -190,10 +191,11 @@ class NodeRefusals(Sequence[NodeRefusal]):
 
     @cached_property
     def _found(self) -> tuple[Ints, Sequence[int], Sequence[Ints]]:
-        """Each node's index in ``_CAUSES``; by cause the amount needed; by cause what each node has."""
+        """Each node's index in ``_CAUSES``; for each cause, the amount needed; for each cause, what each node
+        has."""
         capacity, shape = self._capacity, self._shape
         free_milli, free_bytes, cpu_milli, memory_bytes = self._free
-        # If stages may be on different nodes, a node needs room for one of them only.
+        # If stages may be on different nodes, a node needs room for only one of them.
         stages = 1 if shape.across_nodes else shape.stages
         gpus = shape.gpus * stages
         accepted = capacity.present & capacity.accepted(shape)[capacity.kind]

@@ -1,8 +1,8 @@
-"""What runs on a cluster, as placements, so that a plan can start from it instead of an empty cluster.
+"""What runs on a cluster, as placements, so that a plan can start from the real cluster, not an empty one.
 
-It combines two sources: the controller knows the replicas and maybe their GPUs, and Ray knows how much of
+Two sources are combined: the controller knows the replicas and maybe their GPUs, and Ray knows how much of
 each node is reserved in total. What Ray has reserved beyond tierplane's replicas belongs to other programs.
-If it is unknown which GPUs are used, those that the placement itself would choose are assumed.
+If it is unknown which GPUs are used, those that the placement planner would choose are assumed.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class RunningReplica:
     gpus_by_node: tuple[tuple[str, int], ...] = ()
     """(node, number of GPUs) if the engine reserved its GPUs itself, maybe on several nodes; else empty."""
     leaving: bool = False
-    """It drains: it occupies its GPUs for now only."""
+    """Whether it is draining, so that its GPUs will soon be free."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReservedResources:
-    """What all programs together use of a node: GPUs and CPUs as Ray counts them, memory as the machine
+    """What all programs together use on a node: GPUs and CPUs as Ray counts them, memory as the machine
     reports it."""
 
     gpu_milli: int = 0
@@ -52,9 +52,10 @@ class Occupancy:
     """A cluster and what runs on it."""
 
     state: PlacedCluster
-    """The nodes, less the CPUs and memory that other programs use; the GPUs that they use as placements."""
+    """The nodes, without the CPUs and memory that other programs use; the GPUs that other programs use are
+    placements."""
     running: PlacementPlan
-    """tierplane's replicas, each under the name of a configured gang of its tier, or under its own if there
+    """tierplane's replicas, each under the id of a configured gang of its tier, or under its own id if there
     are more replicas than gangs."""
     replica_of: Mapping[str, str]
     """Gang id → endpoint id, for each running gang."""
@@ -93,13 +94,11 @@ def occupancy(
         else:
             found = _anywhere(gang, by_id[replica.node_id], running)
         if found is None:
-            notes.append(
-                f"{replica.endpoint_id} runs on {replica.node_id}, where there is no room for its size"
-            )
+            notes.append(f"{replica.endpoint_id} runs on {replica.node_id}, where its size does not fit")
         else:
             running.append(replace(found, stays=True))
             where = ", ".join(found.node_ids)
-            notes.append(f"the GPUs of {replica.endpoint_id} on {where} are unknown: assumed")
+            notes.append(f"the GPUs of {replica.endpoint_id} on {where} are an assumption")
     others: list[Placement] = []
     left: list[Node] = []
     for node in nodes:
@@ -109,11 +108,11 @@ def occupancy(
         foreign = _foreign(node, total.gpu_milli - ours_gpu, [*running, *others])
         if foreign:
             taken = sum(placement.gang.shape.total_milli for placement in foreign) / WHOLE_MILLI
-            notes.append(f"others hold {taken:g} GPUs of {node.node_id}; which ones is assumed")
+            notes.append(f"other programs use {taken:g} GPUs of {node.node_id}; which ones is an assumption")
         others += foreign
         cpu_milli = max(0, total.cpu_milli - ours_cpu)
         if cpu_milli:
-            notes.append(f"others hold {cpu_milli / 1000:g} CPUs of {node.node_id}")
+            notes.append(f"other programs use {cpu_milli / 1000:g} CPUs of {node.node_id}")
         memory_bytes = max(0, total.memory_bytes - sum(_bytes_on(p, node.node_id) for p in running))
         left.append(
             replace(

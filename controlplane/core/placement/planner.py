@@ -1,4 +1,4 @@
-"""Placement of gangs: all of a gang or nothing, on GPUs close together, with little GPU capacity stranded.
+"""Places gangs: all of a gang or nothing, on GPUs close together, with little GPU capacity stranded.
 
 A node is chosen by these criteria, in this order: how close together the GPUs of a stage would be (one NVLink
 island, one NUMA node, one node); the growth of the expected stranding
@@ -27,11 +27,12 @@ from controlplane.core.placement.topology import Distance, Node
 SPREAD_MILLI = 1000
 """Charge for each replica of the same tier on the node: as much as stranding one GPU."""
 EQUAL_MILLI = 1.0
-"""Nodes whose cost differs by less count as equal: a thousandth of a GPU doesn't justify a larger GPU."""
+"""Nodes whose costs differ by less than this count as equal: a thousandth of a GPU doesn't justify a larger
+GPU."""
 _LEARN_FIRST = 20
-"""Gangs after which a learned demand is first updated."""
+"""A learned demand is first updated after this many gangs."""
 _LEARN_GROWTH = 2
-"""It is updated again each time the number of gangs has grown by this factor."""
+"""A learned demand is updated again each time the number of gangs has grown by this factor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class PlacedCluster:
 
 
 def demand_of(*shapes: Iterable[GangShape]) -> ExpectedDemand:
-    """The demand of which these shapes are a sample."""
+    """The demand estimated from a sample of shapes: each shape is expected as often as it occurs."""
     counts: dict[GangShape, float] = {}
     for group in shapes:
         for shape in group:
@@ -54,7 +55,7 @@ def demand_of(*shapes: Iterable[GangShape]) -> ExpectedDemand:
 class Planner:
     """A fleet on which gangs are placed and removed. Not safe for use from several threads.
 
-    Without a ``demand`` it learns the demand from the gangs that it was asked to place so far.
+    Without a ``demand``, the demand is learned from the gangs to be placed so far.
     """
 
     def __init__(self, state: PlacedCluster, demand: ExpectedDemand | None = None) -> None:
@@ -77,7 +78,7 @@ class Planner:
         return tuple(self._placements.values())
 
     def place(self, gang: Gang) -> Placement | Infeasible:
-        """Choose nodes and GPUs and take them. ValueError if a gang of that id is already placed."""
+        """Chooses nodes and GPUs and takes them. ValueError if a gang of that id is already placed."""
         if gang.gang_id in self._placements:
             raise ValueError(f"gang '{gang.gang_id}' is already placed")
         self._learn(gang.shape)
@@ -90,7 +91,7 @@ class Planner:
         return placement
 
     def remove(self, gang_id: str) -> Placement:
-        """Free the gang's resources. KeyError if no gang of that id is placed."""
+        """Frees the gang's resources. KeyError if no gang of that id is placed."""
         placement = self._placements.pop(gang_id)
         self._apply(placement, -1)
         return placement
@@ -128,7 +129,8 @@ class Planner:
         )
 
     def _on_several_nodes(self, gang: Gang) -> Placement | None:
-        """Stage by stage, each time as many on one node as fit; None if some don't fit. Takes nothing yet."""
+        """Places as many stages as fit on one node, then the next ones on another; None if some don't fit.
+        Takes nothing yet."""
         parts: list[Placement] = []
         left, most = gang.shape.stages, gang.shape.stages - 1
         while left:
@@ -161,7 +163,7 @@ class Planner:
         self._apply(placement, +1)
 
     def _apply(self, placement: Placement, sign: int) -> None:
-        """Take (+1) or give back (-1) a placement's resources, except on nodes and GPUs that are gone."""
+        """Takes (+1) or gives back (-1) a placement's resources, except on nodes and GPUs that are gone."""
         capacity, gang = self._capacity, placement.gang
         for stage in placement.stages:
             row = capacity.row.get(stage.node_id)
@@ -185,7 +187,8 @@ class Planner:
         return fit
 
     def _learn(self, shape: GangShape) -> None:
-        """Count an arrival; update the expected demand at the first and whenever the count has doubled."""
+        """Counts an arrival; updates the expected demand at the first one and whenever the count has
+        doubled."""
         if self._learn_at is None:
             return
         self._arrivals[shape] = self._arrivals.get(shape, 0.0) + 1.0
@@ -212,7 +215,7 @@ class _ShapeFit:
         self._read = -1
 
     def refresh(self, capacity: FreeCapacity, stranding: Stranding) -> None:
-        """Re-evaluate the nodes that changed since the last call."""
+        """Re-evaluates the nodes that changed since the last call."""
         changes = capacity.changed
         if self._read < 0 or len(changes) - self._read >= len(self.fits):
             rows = all_rows(capacity)

@@ -1,8 +1,8 @@
-"""Checks whether a plan is still valid just before it is carried out, against the fleet as it is then: the
-controller does so before it begins a migration that needs room elsewhere.
+"""Checks a plan against the current fleet just before it is carried out. The controller does this before it
+begins a migration that needs room elsewhere.
 
-The rules are implemented here a second time, one GPU at a time and in whole numbers, independently of the
-arrays with which :mod:`controlplane.core.placement.planner` decides.
+The rules are deliberately implemented a second time, one GPU at a time and in whole numbers, independently of
+the arrays with which :mod:`controlplane.core.placement.planner` decides.
 """
 
 from __future__ import annotations
@@ -47,9 +47,10 @@ class _Used:
 
 
 def revalidate(placements: Iterable[Placement], state: PlacedCluster) -> tuple[Conflict, ...]:
-    """The conflicts of ``placements``, made one after the other, with the nodes and placements of ``state``.
+    """The conflicts of ``placements`` with ``state``, and with each other in this order; empty if all are
+    valid.
 
-    A placement with a conflict doesn't count for those after it. Empty if all are valid.
+    A placement with a conflict takes nothing away from those after it.
     """
     used = _Used()
     taken = {placement.gang.gang_id for placement in state.placements}

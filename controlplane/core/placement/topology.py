@@ -1,4 +1,4 @@
-"""GPUs and nodes for the placement: NVLink connections, and the distance between GPUs.
+"""GPUs and nodes as the placement planner sees them: NVLink connections, and the distance between GPUs.
 
 An *island* is a set of GPUs that reach each other over NVLink, directly or through others of the set: the
 connected components of the peer links. A GPU without links is an island of its own.
@@ -12,7 +12,7 @@ from enum import IntEnum
 
 
 class Distance(IntEnum):
-    """How far apart GPUs are; of several GPUs, the pair that is farthest apart counts."""
+    """How far apart GPUs are; for several GPUs, the distance of the pair that is farthest apart."""
 
     SAME = 0
     ISLAND = 1
@@ -34,7 +34,7 @@ class Gpu:
     """The driver's index on the node."""
     model: str = ""
     memory_bytes: int = 0
-    """Memory that engines may use; 0 if unknown, and then its memory is not accounted for."""
+    """Memory that engines may use; 0 if unknown, and then memory is not accounted for."""
     nvlink_peers: frozenset[str] = frozenset()
     """UUIDs of the GPUs to which it has an NVLink. A link that only one end reports counts for both."""
     numa_node: int | None = None
@@ -99,10 +99,3 @@ def spread_of(node: Node, uuids: Iterable[str]) -> Distance:
     if any(chosen <= set(group) for group in numa_groups(node.gpus)):
         return Distance.NUMA
     return Distance.NODE
-
-
-def distance(a: tuple[Node, str], b: tuple[Node, str]) -> Distance:
-    """The distance between two GPUs, each given as its node and UUID."""
-    if a[0].node_id != b[0].node_id:
-        return Distance.CLUSTER
-    return spread_of(a[0], (a[1], b[1]))

@@ -53,10 +53,10 @@ def add_node(state: PlacedCluster, like: Node) -> PlacedCluster:
 
 
 def change(state: PlacedCluster, before: PlacementPlan, gangs: Sequence[Gang]) -> ClusterChange:
-    """What has to change so that ``gangs`` run on ``state``, if the placements of ``before`` ran so far.
+    """What has to change so that ``gangs`` run on ``state``, if the placements of ``before`` ran until now.
 
     A gang stays if its size is unchanged and its nodes and GPUs still exist and may be used. The other gangs
-    are placed anew, beside those that stay and the placements of ``state``.
+    are placed anew, besides those that stay and the placements of ``state``.
     """
     wanted = {gang.gang_id: gang for gang in gangs}
     usable = {
@@ -93,6 +93,6 @@ def change(state: PlacedCluster, before: PlacementPlan, gangs: Sequence[Gang]) -
 
 
 def _same_size(before: GangShape, now: GangShape) -> bool:
-    """Whether a running gang may stay. The accepted models and the memory don't count: they are derived from
-    the cluster's GPUs and may change with them."""
+    """Whether a running gang may stay. Accepted models and memory are not compared: they are derived from the
+    cluster's GPUs and may change with them."""
     return (before.gpus, before.stages, before.milli_gpu) == (now.gpus, now.stages, now.milli_gpu)

@@ -1,1 +1,1 @@
-"""From the observed state to commands: migrations, restarts, holds, and the number of replicas for Serve."""
+"""From the observed state to commands: migrations, restarts, holds, and the replica targets for Serve."""

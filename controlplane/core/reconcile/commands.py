@@ -1,7 +1,7 @@
-"""What the controller answers to replicas and operators: commands, permissions to start, results of actions.
+"""The controller's responses to replicas and operators: commands, permissions to start, results of actions.
 
-A replica gets its commands with the response to every report until they are carried out. So a repeated
-command means nothing new, and a lost one is sent again.
+The response to every report of a replica contains the commands that it has not carried out yet. So a repeated
+command is the same command, and a lost one is sent again.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from enum import StrEnum
 
 
 class ReplicaCommandKind(StrEnum):
-    """What a replica can be told to do."""
+    """What the controller can command a replica to do."""
 
     RETIRE = "retire"
-    """Drain, end the engine, then the replica itself. Serve starts another one if its target says so."""
+    """Drain, stop the engine, then exit. Serve starts another replica if its target requires one."""
     RESTART = "restart"
-    """End the engine process and start another one in the same replica."""
+    """Stop the engine process and start a new one in the same replica."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class ReplicaCommand:
     endpoint_id: str
     reason: str
     generation: int = 0
-    """RESTART: the engine process to replace. A replica with a newer one has carried out the command."""
+    """For RESTART: the engine process to replace. A replica with a newer one has carried out the command."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class ReportResponse:
     """The response to an endpoint's report."""
 
     known: bool
-    """False if the endpoint has to register, and to say again which GPUs it holds."""
+    """False if the endpoint has to register again and report which GPUs it holds."""
     commands: tuple[ReplicaCommand, ...] = ()
     lease_known: bool = True
     """False if the endpoint reports GPUs for which there is no lease; it has to claim them with
@@ -49,7 +49,7 @@ class StartPermission:
     allowed: bool
     reason: str
     retry_after_s: float = 0.0
-    """When to ask again; 0 if it is allowed."""
+    """When to repeat the request; 0 if it is allowed."""
 
 
 class ActionOutcome(StrEnum):
@@ -57,7 +57,7 @@ class ActionOutcome(StrEnum):
 
     DONE = "done"
     UNCHANGED = "unchanged"
-    """It was in that state already."""
+    """The subject was in that state already."""
     REFUSED = "refused"
     UNKNOWN = "unknown"
     """Nothing has that name, or several things do."""

@@ -1,7 +1,8 @@
-"""What is in progress: migrations, restarts, drained replicas, held tiers; and the commands that follow.
+"""The controller's work in progress: migrations, restarts, drained replicas and held tiers.
 
-It is changed by the commands of :mod:`controlplane.core.reconcile.reconcile` and by operators' requests. Each
-command is checked again just before it is carried out; one that no longer applies changes nothing.
+It changes through the commands of :mod:`controlplane.core.reconcile.reconcile` and through operators'
+requests. Each command is checked again just before it is carried out; one that no longer applies changes
+nothing.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ from controlplane.core.reconcile.reconcile import (
 from controlplane.errors import IllegalTransition
 
 _MAX_FAILURES = 20
-"""Most failures that are remembered of a tier."""
+"""Maximum number of failures remembered per tier."""
 _MAX_STALL_RESTARTS = 16
-"""Most restarts for stalling that are remembered of an endpoint."""
+"""Maximum number of restarts for stalling remembered per endpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ class AppliedCommand:
 
 @dataclass(slots=True)
 class InProgress:
-    """Everything that is in progress. Not safe for use by several threads."""
+    """All work in progress. Not safe for use by several threads."""
 
     migrations: dict[str, Migration] = field(default_factory=dict)
     """By endpoint id."""
@@ -65,7 +66,7 @@ class InProgress:
     failures: dict[str, tuple[ReplicaFailure, ...]] = field(default_factory=dict)
     """By tier, oldest first."""
     hold_history: dict[str, tuple[int, float]] = field(default_factory=dict)
-    """Tier → how many times in a row the controller held it, and when last."""
+    """Tier → how many times in a row the controller held it, and when the last hold began."""
     stall_restarts: dict[str, tuple[float, ...]] = field(default_factory=dict)
     """Endpoint id → when its engine was restarted for stalling."""
 
@@ -174,7 +175,8 @@ class InProgress:
     # --- requests of operators ----------------------------------------------------------------------------
 
     def request_restart(self, endpoint: Endpoint, reason: str, now_s: float, *, issued: bool = False) -> bool:
-        """The endpoint's current engine process is to be replaced; False if that was requested already."""
+        """Requests that the endpoint's current engine process is replaced; False if it was requested
+        already."""
         known = self.restarts.get(endpoint.endpoint_id)
         if known is not None and known.generation == endpoint.generation:
             return False
@@ -189,14 +191,15 @@ class InProgress:
         return True
 
     def request_drain(self, endpoint_id: str, reason: str) -> bool:
-        """The replica is to leave; False if that was requested already or it is migrating."""
+        """Requests that the replica leaves its GPUs; False if that was requested already or it is
+        migrating."""
         if endpoint_id in self.drains or endpoint_id in self.migrations:
             return False
         self.drains[endpoint_id] = reason
         return True
 
     def hold(self, tier: str, reason: str, now_s: float, *, must_leave: bool) -> bool:
-        """An operator holds the tier; False if it was held like that already."""
+        """An operator holds the tier; False if such a hold is in effect already."""
         known = self.holds.get(tier)
         if known is not None and known.by != CONTROLLER and (known.must_leave or not must_leave):
             return False
@@ -209,19 +212,18 @@ class InProgress:
         self.hold_history.pop(tier, None)
         return self.holds.pop(tier, None) is not None
 
-    # --- what is observed ---------------------------------------------------------------------------------
+    # --- observations --------------------------------------------------------------------------------------
 
     def record_failure(self, endpoint: Endpoint, now_s: float) -> None:
-        """The endpoint's supervisor gave up."""
+        """Records that the endpoint's supervisor gave up."""
         failure = ReplicaFailure(now_s, endpoint.endpoint_id, endpoint.diagnosis)
         self.failures[endpoint.tier] = (*self.failures.get(endpoint.tier, ()), failure)[-_MAX_FAILURES:]
 
     def prune(self, endpoints: Mapping[str, Endpoint], now_s: float, memory_s: float) -> None:
         """Drops records of replicas that are gone, and of failures and holds older than ``memory_s``."""
-        for endpoint_id in list(self.drains):
-            if endpoint_id not in endpoints and endpoint_id not in self.migrations:
-                del self.drains[endpoint_id]
-        for endpoint_id in [name for name in self.stall_restarts if name not in endpoints]:
+        for endpoint_id in self.drains.keys() - endpoints.keys() - self.migrations.keys():
+            del self.drains[endpoint_id]
+        for endpoint_id in self.stall_restarts.keys() - endpoints.keys():
             del self.stall_restarts[endpoint_id]
         for tier, failures in list(self.failures.items()):
             recent = tuple(item for item in failures if now_s - item.at_s < memory_s)
@@ -234,10 +236,10 @@ class InProgress:
             if tier not in self.holds and now_s - held_s >= memory_s:
                 del self.hold_history[tier]
 
-    # --- what follows from it -----------------------------------------------------------------------------
+    # --- for replicas and the reconciler ------------------------------------------------------------------
 
     def commands_for(self, endpoint: Endpoint) -> tuple[ReplicaCommand, ...]:
-        """What the replica is told to do now."""
+        """The commands for the replica now."""
         migration = self.migrations.get(endpoint.endpoint_id)
         if migration is not None and migration.phase is MigrationPhase.RETIRING:
             return (ReplicaCommand(ReplicaCommandKind.RETIRE, endpoint.endpoint_id, migration.reason),)

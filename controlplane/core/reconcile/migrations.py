@@ -1,6 +1,6 @@
-"""What the controller has under way: replicas that migrate, engines that restart, tiers that are held.
+"""The controller's operations on running replicas: migrations, engine restarts, and holds of tiers.
 
-Times are the controller's monotonic clock. A migration's life is a transition table, as an endpoint's is
+Times are the controller's monotonic clock. A migration's life cycle is a transition table, like an endpoint's
 (:mod:`controlplane.core.domain.endpoint`): an illegal transition raises and changes nothing.
 """
 
@@ -19,15 +19,15 @@ OPERATOR = "operator"
 
 
 class MigrationPhase(StrEnum):
-    """How far a migration is; the legal transitions are in :data:`TRANSITIONS`."""
+    """The phase of a migration; the legal transitions are in :data:`TRANSITIONS`."""
 
     STARTING_ELSEWHERE = "starting elsewhere first"
     """The tier's target is one higher, and the old replica serves until its replacement is ready."""
     RETIRING = "retiring"
-    """The old replica is told to drain and end."""
+    """The old replica has to drain and stop."""
     SETTLING = "settling"
-    """The old replica has ended. It stays listed as leaving until Serve has certainly seen its end; otherwise
-    Serve would end a replica that serves (:mod:`controlplane.core.reconcile.replica_targets`)."""
+    """The old replica has stopped. It stays listed as leaving until Serve has certainly noticed; otherwise
+    Serve would stop a replica that serves (:mod:`controlplane.core.reconcile.replica_targets`)."""
 
 
 _P = MigrationPhase
@@ -44,7 +44,7 @@ TRANSITIONS: Mapping[MigrationPhase, frozenset[MigrationPhase]] = MappingProxyTy
 
 @dataclass(frozen=True, slots=True)
 class Migration:
-    """One replica that leaves its GPUs, for another one to take over."""
+    """One replica that leaves its GPUs, while another one takes over."""
 
     endpoint_id: str
     tier: str
@@ -79,18 +79,18 @@ def transition(migration: Migration, phase: MigrationPhase, *, now_s: float, not
 
 @dataclass(frozen=True, slots=True)
 class Restart:
-    """An engine process that is to be replaced by another one of the same replica."""
+    """An engine process that is to be replaced by a new one in the same replica."""
 
     endpoint_id: str
     tier: str
     generation: int
-    """Of the process to replace; the restart is over once a newer one serves."""
+    """Generation of the process to replace; the restart is over once a newer one serves."""
     reason: str
     since_s: float
     """When it was requested, or issued."""
     issued: bool = False
-    """Whether the replica has been told. Before that, the restart waits until no other engine of the tier
-    restarts."""
+    """Whether the command goes out to the replica. Before that, the restart waits until no other engine of
+    the tier is restarting."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +102,9 @@ class TierHold:
     by: str = OPERATOR
     """:data:`CONTROLLER` or :data:`OPERATOR`."""
     until_s: float | None = None
-    """When replicas are started again; None if an operator has to say so."""
+    """When replicas may start again; None: only once an operator releases the tier."""
     must_leave: bool = False
-    """Whether the replicas that run are retired."""
+    """Whether the running replicas are retired."""
 
 
 @dataclass(frozen=True, slots=True)

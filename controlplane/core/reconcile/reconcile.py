@@ -1,15 +1,14 @@
 """What to do now: the cluster's observed state → commands, each with its reason.
 
 Pure and repeatable: the same state gives the same commands, and once they are applied there is nothing more
-to do until something changes or time passes. Only what was *observed* leads to a command. A node that does
-not report, a missing reading, or a controller that has just started and has not heard from everyone again
-leads to none.
+to do until something changes or time passes. Only *observations* lead to commands. A node that does not
+report, a missing reading, or a replica that a restarted controller has not heard from yet leads to none.
 
-A replica that has to leave its GPUs (one is out of use, its node is drained, an operator drains the replica)
-migrates. If there is room elsewhere, its tier's target goes up by one; once the new replica serves, the
-target goes down again with the old replica listed as leaving, and the old replica is told to drain and end.
-Without room, or if the replica serves no requests anyway, it is retired at once, and Serve starts another one
-as soon as there is room.
+A replica has to leave its GPUs if one of them is out of use, its node is drained, or an operator drains the
+replica. Then it migrates. If there is room elsewhere, its tier's target goes up by one; once the new replica
+serves, the target goes down again with the old replica listed as leaving, and the old replica has to drain
+and stop. Without room, or if the replica serves no requests anyway, it is retired at once, and Serve starts
+another one as soon as there is room.
 """
 
 from __future__ import annotations
@@ -32,15 +31,16 @@ class ReconcileRules:
     """Times and limits."""
 
     replacement_wait_s: float = 60.0
-    """If no replacement has begun to start by then, the old replica is retired first."""
+    """If no replacement has begun to start after this time, the old replica is retired first."""
     start_limit_s: float = 3600.0
-    """A replacement that is not ready by then is no longer waited for."""
+    """If no replacement is ready after this time, the old replica is retired without one."""
     settle_s: float = 60.0
-    """How long a replica that has ended stays listed as leaving, so that Serve has certainly seen its end."""
+    """How long a stopped replica stays listed as leaving, so that Serve has certainly noticed that it
+    stopped."""
     surge_limit: int = 1
-    """Most replicas of one tier that may have a replacement starting at the same time."""
+    """Maximum number of replicas of one tier whose replacements may start at the same time."""
     restart_limit_s: float = 3600.0
-    """A restart that is not finished by then is given up."""
+    """A restart that is not finished after this time is given up."""
     stall_limit: int = 3
     """An engine that was restarted this often for stalling, in ``stall_window_s``, is replaced instead."""
     stall_window_s: float = 1800.0
@@ -75,7 +75,7 @@ class ReplicaFailure:
 
 @dataclass(frozen=True, slots=True)
 class ClusterState:
-    """Everything that commands are decided from."""
+    """The input of :func:`reconcile`."""
 
     now_s: float
     endpoints: Mapping[str, Endpoint] = field(default_factory=dict)
@@ -84,8 +84,8 @@ class ClusterState:
     leaving: Mapping[str, str] = field(default_factory=dict)
     """Endpoint id → why it has to leave its GPUs."""
     room: Mapping[str, str] = field(default_factory=dict)
-    """Endpoint id → where a replacement would go; empty if nowhere. An endpoint without an entry has not been
-    looked at yet, and waits."""
+    """Endpoint id → where a replacement would go; an empty string if nowhere. An endpoint without an entry
+    has not been checked yet, and waits."""
     gpus: Mapping[str, GpuOutOfUse] = field(default_factory=dict)
     """By UUID."""
     migrations: Mapping[str, Migration] = field(default_factory=dict)
@@ -140,7 +140,7 @@ class EndMigration:
 
 @dataclass(frozen=True, slots=True)
 class SetGpu:
-    """A cordoned GPU is being left, or nothing runs on it any more."""
+    """A cordoned GPU is now being drained, or is drained."""
 
     uuid: str
     state: GpuState
@@ -149,7 +149,7 @@ class SetGpu:
 
 @dataclass(frozen=True, slots=True)
 class BeginRestart:
-    """An engine process is replaced, since it stalled."""
+    """An engine process is replaced because it stalled."""
 
     endpoint_id: str
     tier: str
@@ -159,7 +159,7 @@ class BeginRestart:
 
 @dataclass(frozen=True, slots=True)
 class IssueRestart:
-    """The replica is told to carry out the restart that was requested."""
+    """A requested restart is sent to its replica."""
 
     endpoint_id: str
     reason: str
@@ -217,7 +217,7 @@ def reconcile(state: ClusterState, rules: ReconcileRules) -> tuple[Command, ...]
 
 
 class _TierCounts:
-    """Counts per tier, including what this call of :func:`reconcile` has decided so far."""
+    """Counts per tier, including the decisions of this call of :func:`reconcile` so far."""
 
     def __init__(self, state: ClusterState) -> None:
         self._state = state
@@ -233,7 +233,7 @@ class _TierCounts:
 
     @cached_property
     def members(self) -> Mapping[str, Sequence[Endpoint]]:
-        """Endpoints by tier. Usually nothing is to be decided, and this is never computed."""
+        """Endpoints by tier. Computed on first use, since most calls of :func:`reconcile` don't need it."""
         members: dict[str, list[Endpoint]] = {}
         for endpoint in self._state.endpoints.values():
             members.setdefault(endpoint.tier, []).append(endpoint)
@@ -256,7 +256,7 @@ class _TierCounts:
         return True
 
     def replacement_starting(self, tier: str) -> bool:
-        """Whether a replica of the tier is starting that doesn't have to leave itself."""
+        """Whether a replica of the tier is starting that doesn't have to leave too."""
         return any(
             item.state in _BECOMING_READY
             and item.endpoint_id not in self._state.migrations
@@ -302,7 +302,7 @@ def _advance_migrations(state: ClusterState, tiers: _TierCounts, rules: Reconcil
 def _may_retire(
     state: ClusterState, tiers: _TierCounts, rules: ReconcileRules, endpoint: Endpoint, waited_s: float
 ) -> str:
-    """Why a replica need not wait any longer for its replacement; empty if it has to wait."""
+    """Why a replica may retire now; empty if it has to wait for its replacement."""
     if endpoint.state not in SERVING:
         return f"it is {endpoint.state} and serves no requests"
     needed = state.base_targets.get(endpoint.tier, 0)

@@ -1,10 +1,10 @@
 """How many replicas of a tier Serve should run: the controller's target while it is valid, or the configured
 number.
 
-A migration is two targets in sequence: first one replica more, and once that one serves, the original number
-with the old replica ``leaving``. A replica that is leaving is added to the number for as long as Serve counts
-it. Otherwise the number would fall before Serve has seen that replica's end, and Serve would stop a replica
-of its own choice.
+A migration consists of two targets in sequence: first one replica more, and once the additional one serves,
+the original number with the old replica ``leaving``. While Serve still counts a leaving replica, the number
+is higher by one. Otherwise it would fall before Serve has noticed that this replica stopped, and Serve would
+stop another replica of its own choice.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ class TierTarget:
     reason: str
     valid_until_unix_s: float
     leaving: tuple[str, ...] = ()
-    """Endpoint ids that were told to retire."""
+    """Endpoint ids of replicas that are retiring or have just retired."""
 
 
 @dataclass(frozen=True, slots=True)
 class DesiredReplicas:
-    """What Serve's autoscaler is asked for: a target plus the replicas that are leaving and still counted."""
+    """The number for Serve's autoscaler: a target plus the leaving replicas that Serve still counts."""
 
     replicas: int
     reason: str
@@ -46,8 +46,8 @@ def desired_replicas(
     """The number for Serve at ``unix_s``.
 
     ``running`` are the endpoint ids of the replicas that Serve counts. ``present`` is Serve's current number.
-    It is given for a tier that scales, and while the controller's first targets have yet to arrive: without a
-    valid target, such a tier stays at that number. Any other tier goes to the ``configured`` number.
+    Pass it for a tier that scales, and until the controller's first targets have arrived: without a valid
+    target, such a tier stays at that number. Any other tier goes to the ``configured`` number.
     """
     if target is None and present is not None:
         return DesiredReplicas(present, "unchanged: the controller has not published a target yet")
@@ -72,21 +72,22 @@ def tier_target(
     serving: int,
     valid_until_unix_s: float,
 ) -> TierTarget:
-    """How many replicas of ``tier`` Serve should keep, and why.
+    """How many replicas of ``tier`` Serve should run, and why.
 
     ``base`` is their number while nothing migrates, ``serving`` how many serve now. ``migrations`` may be
     those of all tiers.
     """
-    mine = [item for item in migrations if item.tier == tier]
-    starting = [item for item in mine if item.phase is MigrationPhase.STARTING_ELSEWHERE]
-    leaving = tuple(item.endpoint_id for item in mine if item.phase is not MigrationPhase.STARTING_ELSEWHERE)
+    migrating = [item for item in migrations if item.tier == tier]
+    leaving = tuple(
+        item.endpoint_id for item in migrating if item.phase is not MigrationPhase.STARTING_ELSEWHERE
+    )
     if hold is not None and hold.must_leave:
-        # All replicas go, so Serve can't stop the wrong one and is told at once.
+        # All replicas leave, so Serve can't stop the wrong one and may get the number at once.
         return TierTarget(0, f"drained: {hold.reason}", valid_until_unix_s)
     if hold is not None and hold.by == CONTROLLER:
         return TierTarget(min(base, serving), f"held: {hold.reason}", valid_until_unix_s, leaving)
     reason = "base target; nothing migrates"
-    if mine:
-        each = "; ".join(f"{item.endpoint_id} ({item.phase}): {item.reason}" for item in mine)
-        reason = f"base target {base}, with migrations: {each}"
-    return TierTarget(base + len(starting), reason, valid_until_unix_s, leaving)
+    if migrating:
+        listed = "; ".join(f"{item.endpoint_id} ({item.phase}): {item.reason}" for item in migrating)
+        reason = f"base target {base}, with migrations: {listed}"
+    return TierTarget(base + len(migrating) - len(leaving), reason, valid_until_unix_s, leaving)

@@ -1,7 +1,7 @@
 """Whether and when an engine process that was lost is started again.
 
-The delay doubles with every restart within the window, and is back at its first value once the window has
-passed. So a rare crash costs half a second, and a crash loop ends soon.
+The delay doubles with every restart within the window, and returns to its first value once the window has
+passed. So a rare crash costs half a second, and a crash loop is given up soon.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ class RestartPolicy:
     """The limits of restarting."""
 
     max_restarts: int
-    """Restarts within ``window_s``; the next loss is final."""
+    """Restarts allowed within ``window_s``; at the next loss the engine is given up."""
     window_s: float
     backoff_initial_s: float
     backoff_max_s: float

@@ -14,7 +14,8 @@ from typing import Final
 
 from controlplane.core.domain.endpoint import ENDED, SERVING, Endpoint, EndpointState
 from controlplane.core.gpus.inventory import GpuInventory
-from controlplane.core.gpus.leases import WHOLE_MILLI, LeaseTable
+from controlplane.core.gpus.leases import LeaseTable
+from controlplane.core.placement.gangs import WHOLE_MILLI
 from controlplane.core.reports.report import SUMS, Instance, InstanceKind, ReportSample
 from controlplane.core.telemetry.engine import EngineTelemetry
 from controlplane.core.traffic.counters import COUNTS, TrafficCounters, since

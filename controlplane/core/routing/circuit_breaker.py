@@ -1,10 +1,10 @@
-"""A circuit breaker per endpoint: stop sending to an endpoint that keeps failing, and probe it with one
-request after a pause.
+"""A circuit breaker per endpoint: it stops requests to an endpoint that fails repeatedly, and after a pause
+lets one request through as a probe.
 
-The life cycle is a table; an event that has no entry raises :class:`IllegalTransition` and changes
+The life cycle is a transition table; an event without an entry raises :class:`IllegalTransition` and changes
 nothing. Time comes from the caller as ``now_s`` (monotonic).
 
-On the request path the breaker is one comparison: an endpoint may be used when
+On the request path the breaker costs one comparison: an endpoint may be used when
 ``now_s >= breaker.blocked_until_s``.
 """
 
@@ -19,14 +19,14 @@ from controlplane.errors import IllegalTransition
 
 
 class BreakerState(StrEnum):
-    """Whether requests go through."""
+    """The state of a breaker."""
 
     CLOSED = "closed"
-    """All of them."""
+    """All requests go through."""
     OPEN = "open"
-    """None until the pause is over."""
+    """No request goes through until the pause is over."""
     HALF_OPEN = "half_open"
-    """One, the probe; its result decides."""
+    """One request goes through, the probe; its result decides."""
 
 
 class BreakerEvent(StrEnum):
@@ -41,13 +41,13 @@ class BreakerEvent(StrEnum):
     FAIL = "fail"
     """The probe failed."""
     ABANDON = "abandon"
-    """The probe's client left before the probe passed or failed."""
+    """The probe's client disconnected before the probe passed or failed."""
 
 
 TRANSITIONS: Final[dict[tuple[BreakerState, BreakerEvent], BreakerState]] = {
     (BreakerState.CLOSED, BreakerEvent.TRIP): BreakerState.OPEN,
     (BreakerState.OPEN, BreakerEvent.PROBE): BreakerState.HALF_OPEN,
-    # A probe that never reports must not block the endpoint for good: after its time-out another may go.
+    # A probe without a result must not block the endpoint for good: after its time-out another may go out.
     (BreakerState.HALF_OPEN, BreakerEvent.PROBE): BreakerState.HALF_OPEN,
     (BreakerState.HALF_OPEN, BreakerEvent.PASS): BreakerState.CLOSED,
     (BreakerState.HALF_OPEN, BreakerEvent.FAIL): BreakerState.OPEN,
@@ -60,9 +60,9 @@ class BreakerSettings:
     """When a breaker opens, and for how long."""
 
     consecutive_failures: int = 3
-    """It opens after this many failures in a row …"""
+    """The breaker opens after this many failures in a row …"""
     failure_ratio: float = 0.5
-    """… or when this share of the window's requests failed, once there were ``min_requests``."""
+    """… or when this share of the window's requests failed, if there were at least ``min_requests``."""
     min_requests: int = 20
     window_s: float = 10.0
     open_initial_s: float = 1.0
@@ -73,8 +73,8 @@ class BreakerSettings:
 
 
 class Breaker:
-    """One endpoint's breaker. ``start`` when a request goes out, then one of ``success``, ``failure``,
-    ``abandoned`` with what ``start`` returned."""
+    """One endpoint's breaker. Call ``start`` when a request goes out, then one of ``success``, ``failure``
+    and ``abandoned`` with the value that ``start`` returned."""
 
     __slots__ = (
         "_bucket_since_s",
@@ -101,9 +101,9 @@ class Breaker:
         self._reset_counts(-inf)
 
     def start(self, now_s: float) -> int:
-        """A request goes out. Returns its number if it is a probe, 0 for an ordinary request.
+        """Records that a request goes out. Returns its number if it is a probe, 0 for an ordinary request.
 
-        Raises :class:`IllegalTransition` if nothing may go through now.
+        Raises :class:`IllegalTransition` if no request may go through now.
         """
         if self.state is BreakerState.CLOSED:
             return 0
@@ -115,7 +115,7 @@ class Breaker:
         return self._probe
 
     def success(self, now_s: float, probe: int = 0) -> None:
-        """A request got tokens (or its whole answer)."""
+        """Records that a request got tokens, or its whole response."""
         if self.state is BreakerState.CLOSED:
             self._consecutive = 0
             if now_s - self._bucket_since_s >= self.settings.window_s:
@@ -126,11 +126,11 @@ class Breaker:
             self.blocked_until_s = -inf
             self._pause_s = self.settings.open_initial_s
             self._reset_counts(now_s)
-        # Otherwise it went out before the breaker opened: it says nothing about the present state.
+        # Otherwise the request went out before the breaker opened, and says nothing about the current state.
 
     def failure(self, now_s: float, probe: int = 0, weight: int = 1) -> None:
-        """A request failed through the endpoint's fault. It counts as ``weight`` failures in a row: a refused
-        connection says more than a slow answer."""
+        """Records that a request failed through the endpoint's fault. It counts as ``weight`` failures in a
+        row: a refused connection is stronger evidence than a slow response."""
         if self.state is BreakerState.CLOSED:
             if now_s - self._bucket_since_s >= self.settings.window_s:
                 self._rotate(now_s)
@@ -146,7 +146,8 @@ class Breaker:
             self._open(now_s)
 
     def abandoned(self, now_s: float, probe: int = 0) -> None:
-        """A request ended without saying anything about the endpoint. If it was the probe, another may go."""
+        """Records that a request ended without evidence about the endpoint. If it was the probe, another may
+        go out."""
         if self.state is BreakerState.HALF_OPEN and probe == self._probe:
             self._transition(BreakerEvent.ABANDON)
             self.blocked_until_s = now_s
@@ -166,7 +167,8 @@ class Breaker:
         self._consecutive = self._total = self._failures = self._old_total = self._old_failures = 0
 
     def _rotate(self, now_s: float) -> None:
-        """Begin a new bucket. The window slides over two: the older counts in proportion to its overlap."""
+        """Begins a new bucket. The window spans two buckets; the older one counts in proportion to its
+        overlap."""
         recent = now_s - self._bucket_since_s < 2 * self.settings.window_s
         self._old_total = self._total if recent else 0
         self._old_failures = self._failures if recent else 0

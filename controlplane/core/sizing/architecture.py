@@ -21,11 +21,11 @@ class Split(StrEnum):
     """How tensor parallelism splits a matrix."""
 
     COLUMN = "column"
-    """By outputs, and so is the bias."""
+    """By outputs; the bias is split too."""
     ROW = "row"
     """By inputs; every rank holds the whole bias."""
     KV = "kv"
-    """By KV heads; with fewer heads than ranks the heads are replicated."""
+    """By KV heads; if there are fewer heads than ranks, the heads are replicated."""
     REPLICATED = "replicated"
     """Every rank holds the whole matrix."""
     VOCAB = "vocab"
@@ -109,7 +109,7 @@ class ModelSpec:
     tied: bool = False
     """Input embedding and output head are one matrix."""
     dtype: str = "bfloat16"
-    """The checkpoint's."""
+    """The checkpoint's dtype."""
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -124,9 +124,9 @@ class ModelSpec:
     mla: Mla | None = None
     quantization: Quantization = NONE
     notes: tuple[str, ...] = ()
-    """What is not counted or was not read exactly, in words for the user."""
+    """For the user: parts of the model that are not counted or were not read exactly."""
     guesses: tuple[str, ...] = ()
-    """The notes because of which its sizes may be far off: parts of its configuration that are not known."""
+    """Those of the notes that may make the sizes far off: parts of the configuration that are not known."""
 
     @property
     def layer_counts(self) -> Counter[LayerKind]:
@@ -143,8 +143,7 @@ class ModelSpec:
 
     @property
     def active_params(self) -> int:
-        """Parameters that one token passes through: of the experts only the chosen ones, and no embedding
-        lookup."""
+        """Parameters that one token passes through: only the chosen experts, and no embedding lookup."""
         total = self.final_norm_params + self.head(padded=False).params
         for kind, n in self.layer_counts.items():
             total += n * (self.layer_params(kind) - (self._idle_expert_params() if kind.moe else 0))

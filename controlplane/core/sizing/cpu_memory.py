@@ -2,8 +2,9 @@
 
 On CPU every worker allocates its own KV cache (``VLLM_CPU_KVCACHE_SPACE`` GiB each) in the same memory, and
 an engine has three kinds of processes. The process constants are resident sets measured with the bundled
-model on vLLM 0.32; ``tierplane bench memory`` measures them again. Where tierplane lets vLLM run its only
-worker inside the engine core's process (few cores), an engine needs about 0.45 GiB less than predicted here.
+model on vLLM 0.32; ``tierplane bench memory`` measures them again. On machines with few cores, tierplane lets
+vLLM run its only worker inside the engine core's process; then an engine needs about 0.45 GiB less than
+predicted here.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class CpuWorker:
     """One worker process: a tensor-parallel rank of a pipeline stage."""
 
     weights_bytes: int
-    """The rotary table included."""
+    """Including the rotary table."""
     tables_bytes: int
     """The rotary table alone."""
     layout: KvLayout
@@ -53,7 +54,7 @@ class CpuPlan(EnginePlan):
     """An engine's memory on one machine without GPUs."""
 
     terms: tuple[MemoryTerm, ...]
-    """Over all processes of the engine."""
+    """For all processes of the engine together."""
     workers: tuple[CpuWorker, ...]
     problems: tuple[str, ...] = ()
 
@@ -64,7 +65,8 @@ class CpuPlan(EnginePlan):
 
     @property
     def least_bytes(self) -> int:
-        """What the engine needs at least: ``total_bytes`` without the activations, which are estimated."""
+        """The least that the engine needs: ``total_bytes`` without the activations, which are only
+        estimated."""
         return sum(term.size_bytes for term in self.terms if term.name != "activations")
 
     @property
@@ -83,9 +85,9 @@ def plan_cpu_memory(
 ) -> CpuPlan:
     """The memory of one engine on a machine with ``node_bytes`` of memory.
 
-    ``kv_cache_bytes`` is per worker (``VLLM_CPU_KVCACHE_SPACE``); with 0 vLLM takes the memory ratio of the
-    machine per worker, less what the worker already holds. ``packs_16_bit`` says whether oneDNN has 16-bit
-    kernels for this CPU (AVX-512 on x86); otherwise it packs float32 only.
+    ``kv_cache_bytes`` is per worker (``VLLM_CPU_KVCACHE_SPACE``); if 0, vLLM gives each worker's cache the
+    memory ratio of the machine, less what the worker already holds. ``packs_16_bit`` says whether oneDNN has
+    16-bit kernels for this CPU (AVX-512 on x86); otherwise it packs float32 only.
     """
     dtype = settings.resolved_dtype(model)
     tokens, sequences = settings.batch(model, None)
@@ -145,8 +147,8 @@ class CpuVerdict:
     """Whether an engine fits a machine."""
 
     fits: bool
-    lasting: bool = False
-    """It would not fit even if all other programs ended."""
+    permanent: bool = False
+    """Whether it would not fit even if no other program ran."""
     reason: str = ""
     remedy: str = ""
     """The smallest change that would make it fit."""
@@ -166,14 +168,14 @@ def judge_cpu(plan: CpuPlan, *, total_bytes: int, available_bytes: int) -> CpuVe
         return short
     if needed <= available_bytes:
         return CpuVerdict(True)
-    lasting = needed > total_bytes
+    permanent = needed > total_bytes
     parts = ", ".join(
         f"{term.name} {gib(term.size_bytes)}" for term in plan.terms if term.name != "activations"
     )
-    limit = f"{gib(total_bytes)} in all" if lasting else f"{gib(available_bytes)} available"
+    limit = f"{gib(total_bytes)} in all" if permanent else f"{gib(available_bytes)} available"
     reason = f"the engine needs {gib(needed)} ({parts}), the machine has {limit}"
     return CpuVerdict(
-        False, lasting, reason, _remedy(plan, needed, total_bytes if lasting else available_bytes)
+        False, permanent, reason, _remedy(plan, needed, total_bytes if permanent else available_bytes)
     )
 
 
@@ -182,8 +184,8 @@ def _term(plan: CpuPlan, name: str) -> int:
 
 
 def _short_cache(plan: CpuPlan, total_bytes: int) -> CpuVerdict | None:
-    """The verdict if the KV cache is too small for one sequence of ``max-model-len``, without which vLLM
-    doesn't start; None if it is large enough."""
+    """The verdict if the KV cache can't hold one sequence of ``max-model-len``, which vLLM requires to start;
+    None if it can."""
     layout = plan.layout
     need = layout.blocks_for(max(plan.length, 1)) + 1
     if plan.blocks >= need:

@@ -1,4 +1,4 @@
-"""The engine arguments that determine memory, with vLLM's own defaults (0.32).
+"""The engine arguments that determine memory use, with the defaults of vLLM 0.32.
 
 :func:`parse_settings` reads a tier's ``engine_args``. Arguments that change memory but are not modelled are
 listed in ``unmodelled``, so that a report can say that its total is incomplete.
@@ -34,7 +34,7 @@ UNMODELLED = (
     "compilation-config",
     "hf-overrides",
 )
-"""Arguments that change memory in ways that are not counted here."""
+"""Arguments that change memory use in ways that are not counted here."""
 
 MAY_REDUCE_MEMORY = frozenset(UNMODELLED) - {
     "speculative-config",
@@ -42,7 +42,7 @@ MAY_REDUCE_MEMORY = frozenset(UNMODELLED) - {
     "kv-offloading-size",
     "compilation-config",
 }
-"""The unmodelled arguments with which an engine may need less than the weights and one sequence."""
+"""Unmodelled arguments that may let an engine run with less memory than its weights and one sequence need."""
 
 _FACTORS = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 
@@ -56,7 +56,7 @@ class EngineArgs:
     expert_parallel: bool = False
     dtype: str = ""
     quantization: Quantization | None = None
-    """The format to which the engine quantises the checkpoint's weights; None means as stored."""
+    """The format to which the engine quantises the checkpoint's weights; None: they stay as stored."""
     kv_dtype: str = ""
     max_length: int = 0
     """``max-model-len``; -1 means the longest that fits."""
@@ -70,7 +70,7 @@ class EngineArgs:
     blocks: int = 0
     """``--num-gpu-blocks-override``."""
     hybrid_kv: bool = True
-    """Sliding-window layers free the blocks that have left the window."""
+    """Whether sliding-window layers free the blocks that have left the window."""
     async_scheduling: bool = True
     device: Literal["gpu", "cpu"] = "gpu"
     unmodelled: tuple[str, ...] = ()
@@ -101,7 +101,7 @@ class EngineArgs:
         return model.dtype
 
     def kv_bytes(self, dtype: str) -> int:
-        """Bytes of one cached value; ``dtype`` is the engine's."""
+        """Bytes of one cached value; ``dtype`` is the dtype in which the engine computes."""
         return KV_DTYPE_BYTES[self.kv_dtype or dtype]
 
     def batch(self, model: ModelSpec, gpu: GpuModel | None) -> tuple[int, int]:
@@ -128,8 +128,8 @@ class EngineArgs:
 
     def in_flight_tokens(self, model: ModelSpec, gpu: GpuModel | None) -> int:
         """Tokens that are scheduled but not finished (``VllmConfig.max_in_flight_tokens``), which
-        sliding-window layers store beyond their window. Asynchronous scheduling, used on GPUs only, overlaps
-        two steps."""
+        sliding-window layers store in addition to their window. Asynchronous scheduling, used on GPUs only,
+        overlaps two steps."""
         batches = self.pp
         if self.async_scheduling and self.device == "gpu":
             batches = self.pp + 1
@@ -154,7 +154,6 @@ def parse_settings(
     pp = _integer(flags, "pipeline-parallel-size", pp)
     if tp < 1 or pp < 1:
         raise ValueError("tensor and pipeline parallel size must be at least 1")
-    ratio = _ratio(flags)
     return EngineArgs(
         tp=tp,
         pp=pp,
@@ -165,7 +164,7 @@ def parse_settings(
         max_length=_integer(flags, "max-model-len", 0),
         max_sequences=_integer(flags, "max-num-seqs", 0),
         max_batched_tokens=_integer(flags, "max-num-batched-tokens", 0),
-        memory_ratio=ratio,
+        memory_ratio=_ratio(flags),
         block_size=_integer(flags, "block-size", 0),
         eager=_switch(flags, "enforce-eager"),
         kv_cache_bytes=_integer(flags, "kv-cache-memory-bytes", 0) or _integer(flags, "kv-cache-memory", 0),
@@ -189,7 +188,7 @@ def _integer(flags: Mapping[str, ArgValue], name: str, default: int) -> int:
             return int(float(match[1]) * _FACTORS.get(match[2], 1))
     elif isinstance(value, (int, float)) and not isinstance(value, bool) and int(value) == value:
         return int(value)
-    raise ValueError(f"{name}: {value!r} is no whole number")
+    raise ValueError(f"{name}: {value!r} is not a whole number")
 
 
 def _ratio(flags: Mapping[str, ArgValue]) -> float:
@@ -208,8 +207,7 @@ def _ratio(flags: Mapping[str, ArgValue]) -> float:
 def _switch(flags: Mapping[str, ArgValue], name: str, default: bool = False) -> bool:
     if name not in flags:
         return not flags[f"no-{name}"] if f"no-{name}" in flags else default
-    value = flags[name]
-    return value not in (False, "false", "False")
+    return flags[name] not in (False, "false", "False")
 
 
 def _dtype(flags: Mapping[str, ArgValue]) -> str:

@@ -1,8 +1,8 @@
-"""Does an engine fit its GPUs, and if not, what is the smallest change that makes it fit?
+"""Whether an engine fits its GPUs, and if not, the smallest change that makes it fit.
 
 Changes are tried one at a time in the order of :data:`STEPS`, then two, then three together; the first that
-fits is suggested. The order defines «smallest»: first what costs nothing, then what limits requests, then
-what costs GPUs or may change answers.
+fits is suggested. The order defines «smallest»: first changes that cost nothing, then those that limit
+requests, then those that cost GPUs or may change the model's output.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from controlplane.core.sizing.gpu_models import GpuModel
 from controlplane.core.sizing.quantization import PRESETS, Quantization, preset, runs_on
 
 MOST_GPUS = 8
-"""GPUs per engine that may be suggested when the number of available GPUs isn't given."""
+"""Maximum number of GPUs per engine to suggest if the number of available GPUs is unknown."""
 
 SHORTEST_LENGTH = 2048
 """A ``max-model-len`` below this is not suggested: chats would not fit."""
 
 MOST_CHANGES = 3
-"""Changes that are suggested together."""
+"""Maximum number of changes to suggest together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Fit:
     sequences: int
     """Sequences of ``length`` tokens that fit at once."""
     length: int
-    """Tokens per sequence that had to fit."""
+    """Tokens per sequence that fit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class Unfit:
     reasons: tuple[str, ...]
     """Every reason, with its numbers."""
     needed_bytes: int
-    """On the GPU with the least room."""
+    """Needed on the GPU with the least room."""
     available_bytes: int
     changes: tuple[SettingChange, ...] = ()
     """The smallest change that makes it fit; empty if none was found."""
@@ -136,7 +136,7 @@ def shortfalls(plan: MemoryPlan, limits: FitLimits) -> tuple[str, ...]:
         reasons.append("not a single token's KV block fits")
         return tuple(reasons)
     if plan.blocks < _wanted_blocks(plan, limits):
-        reasons.append(_too_little(plan, limits))
+        reasons.append(_cache_shortfall(plan, limits))
     elif plan.sequences(length) < limits.sequences:
         reasons.append(
             f"max-num-seqs admits {settings.batch(plan.model, plan.gpu)[1]} sequences, "
@@ -145,7 +145,7 @@ def shortfalls(plan: MemoryPlan, limits: FitLimits) -> tuple[str, ...]:
     return tuple(reasons)
 
 
-def _too_little(plan: MemoryPlan, limits: FitLimits) -> str:
+def _cache_shortfall(plan: MemoryPlan, limits: FitLimits) -> str:
     worst = plan.worst
     wanted = worst.layout.blocks_for(_length(plan, limits)) * limits.sequences
     what = f"{limits.sequences} x {_length(plan, limits)} tokens need"
@@ -168,8 +168,8 @@ def _length(plan: MemoryPlan, limits: FitLimits) -> int:
 
 
 def _wanted_blocks(plan: MemoryPlan, limits: FitLimits) -> int:
-    """Blocks for the sequences that must fit, and at least for one of ``max-model-len``, without which vLLM
-    doesn't start."""
+    """Blocks for the sequences that must fit, and at least for one of ``max-model-len``, which vLLM requires
+    to start."""
     layout = plan.layout
     wanted = layout.blocks_for(_length(plan, limits)) * limits.sequences
     longest = layout.blocks_for(plan.length) if plan.settings.max_length >= 0 else 0

@@ -1,10 +1,11 @@
-"""Tensor parallel size, weight format and replicas for each tier: the cheapest that meets the SLO and fits.
+"""Chooses tensor parallel size, weight format and replicas of each tier: the cheapest that fits and meets the
+SLO.
 
-For every tier, GPU model, parallel size and allowed format: does it fit (:mod:`.gpu_memory`), which request
-rate can a replica serve within the SLO (:mod:`.roofline`), and how many replicas does the load need? Then one
-option per tier is chosen so that the fleet suffices at the lowest cost. The speeds are estimates from
-published GPU figures; the result says so, and gives the reason for each choice, the next best option, and why
-the others were ruled out.
+For every tier, GPU model, parallel size and allowed format, three questions are answered: does it fit
+(:mod:`.gpu_memory`), which request rate can a replica serve within the SLO (:mod:`.roofline`), and how many
+replicas does the load need? Then one option per tier is chosen so that the fleet suffices at the lowest cost.
+The speeds are estimates from published GPU figures; the result says so, and gives the reason for each choice,
+the next best option, and why the others were ruled out.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ TARGET_RATIO = 0.7
 PARALLEL_SIZES = (1, 2, 4, 8)
 MOST_REPLICAS = 1000
 LENGTH_FACTOR = 2
-"""Sequences of this many times the mean length must fit as well."""
+"""Sequences this many times as long as the mean must fit as well."""
 BASIS = "a roofline estimate from published GPU figures; correct it with measured speeds"
 """The source of the speeds, for reports."""
 
@@ -47,7 +48,7 @@ class TierNeed:
     """Allowed weight formats by name, the preferred one first."""
     settings: EngineArgs = field(default_factory=EngineArgs)
     pipeline: bool = False
-    """Pipeline parallelism may be used."""
+    """Whether pipeline parallelism may be used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ class FleetGpu:
     gpu: GpuModel
     count: int
     cost_per_hour: float
-    """Of one GPU, in a unit that is the same for all."""
+    """Cost of one GPU, in a currency that is the same for all."""
     per_node: int = 8
     """GPUs of one node; a tensor-parallel group never spans nodes."""
 
@@ -142,7 +143,7 @@ def size_tiers(needs: Sequence[TierNeed], fleet: Sequence[FleetGpu]) -> FleetSiz
         reasons = tuple(f"tier '{name}': {_main_reason(found[name][1])}" for name in unserved)
         return NoFleetSizing(reasons, tuple((name, found[name][1]) for name in unserved))
     available = {entry.gpu.name: entry.count for entry in fleet}
-    # Tiers with few options first: the search ends sooner.
+    # Tiers with few options first: that shortens the search.
     order = sorted(needs, key=lambda need: len(found[need.name][0]))
     best = _cheapest([_fewest_gpus(found[need.name][0]) for need in order], available)
     if best is None:
@@ -164,18 +165,18 @@ def options(
     need: TierNeed, fleet: Sequence[FleetGpu]
 ) -> tuple[tuple[ServingOption, ...], tuple[RuledOutOption, ...]]:
     """Every option to serve one tier, cheapest first, and every option that was ruled out."""
-    good: list[ServingOption] = []
-    bad: list[RuledOutOption] = []
+    found: list[ServingOption] = []
+    ruled_out: list[RuledOutOption] = []
     for entry in fleet:
         for name, tp, pp in _shapes(need, entry):
             result = _option(need, entry, name, tp, pp)
             if isinstance(result, ServingOption):
-                good.append(result)
+                found.append(result)
             else:
-                bad.append(RuledOutOption(entry.gpu.name, tp, pp, name, result))
+                ruled_out.append(RuledOutOption(entry.gpu.name, tp, pp, name, result))
     preference = {name: rank for rank, name in enumerate(need.quantizations)}
-    good.sort(key=lambda o: (o.cost_per_hour, preference[o.quantization], o.tp * o.pp, o.gpu))
-    return tuple(good), tuple(bad)
+    found.sort(key=lambda o: (o.cost_per_hour, preference[o.quantization], o.tp * o.pp, o.gpu))
+    return tuple(found), tuple(ruled_out)
 
 
 def _shapes(need: TierNeed, entry: FleetGpu) -> Iterator[tuple[str, int, int]]:
@@ -218,17 +219,19 @@ def _option(need: TierNeed, entry: FleetGpu, name: str, tp: int, pp: int) -> Ser
 
 
 def _too_slow(idle: ReplicaSpeed, slo: LatencyTargets) -> str:
-    """Why a replica that serves a single request at a time misses the SLO; ``idle`` is its speed then."""
+    """Why a replica misses the SLO even with a single request at a time; ``idle`` is its speed in that
+    case."""
     parts = []
     if idle.ttft_ms > slo.ttft_ms:
         parts.append(f"{idle.ttft_ms:.0f} ms to the first token, at most {slo.ttft_ms:g} wanted")
     if idle.itl_ms > slo.itl_ms:
         parts.append(f"{idle.itl_ms:.1f} ms per token, at most {slo.itl_ms:g} wanted")
-    return "even idle: " + "; ".join(parts) if parts else "it carries no load inside the SLO"
+    return "even idle: " + "; ".join(parts) if parts else "it can't serve any load within the SLO"
 
 
 def _fewest_gpus(found: Sequence[ServingOption]) -> list[ServingOption]:
-    """Per GPU model the option with the fewest GPUs: on one model, fewer GPUs cost less and leave more."""
+    """For each GPU model, the option with the fewest GPUs, which costs least and leaves most GPUs to other
+    tiers."""
     best: dict[str, ServingOption] = {}
     for option in found:
         known = best.get(option.gpu)
@@ -287,7 +290,7 @@ def _choice(
     elif next_best:
         why += f"; the next best costs {next_best.cost_per_hour:.2f} instead of {option.cost_per_hour:.2f}"
     else:
-        why += "; no other way keeps the SLO and fits"
+        why += "; no other option fits and meets the SLO"
     return TierChoice(need.name, option, why, next_best, ruled_out)
 
 
@@ -296,4 +299,4 @@ def _main_reason(ruled_out: Sequence[RuledOutOption]) -> str:
         return "there is no GPU for it"
     last = ruled_out[-1]
     largest = f"{last.gpu} x {last.tp * last.pp}"
-    return f"none of {len(ruled_out)} ways serves it; the last tried, {largest}: {last.reason}"
+    return f"none of {len(ruled_out)} options serves it; the last one tried, {largest}: {last.reason}"

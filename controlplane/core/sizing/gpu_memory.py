@@ -1,4 +1,4 @@
-"""From a model and engine arguments to bytes per GPU: weights, KV cache, activations and overhead.
+"""Memory per GPU for a model and engine arguments: weights, KV cache, activations and overhead.
 
 The result is a :class:`MemoryPlan` with one :class:`StageMemory` per pipeline stage (tensor-parallel ranks of
 a stage are equal). Weights and KV blocks are exact; activations, CUDA graphs and overhead are estimates,
@@ -36,7 +36,7 @@ SAMPLER_FLOATS = 5
 workspace and the noise (read in ``vllm/v1/sample``, 0.32; older versions sorted and needed twice that)."""
 
 MINIMUM_CAPABILITY = 70
-"""Compute capability x 10 that vLLM's installation guide requires; wheels built with CUDA 13 want 7.5."""
+"""Compute capability x 10 that vLLM's installation guide requires; wheels built with CUDA 13 require 7.5."""
 
 HIGHEST_RATIO = 0.97
 """The highest ``gpu-memory-utilization`` that is suggested."""
@@ -50,10 +50,10 @@ class StageMemory:
     terms: tuple[MemoryTerm, ...]
     """Everything except the KV cache."""
     budget_bytes: int
-    """What the engine may take: the memory ratio times the GPU's usable memory."""
+    """Memory that the engine may use: the memory ratio times the GPU's usable memory."""
     kv_budget_bytes: int
-    """What remains for KV blocks, or ``kv-cache-memory-bytes`` if given; negative if the terms alone exceed
-    the budget."""
+    """What remains for KV blocks, or ``kv-cache-memory-bytes`` if set; negative if the terms alone exceed the
+    budget."""
     layout: KvLayout
 
     @property
@@ -83,7 +83,7 @@ class MemoryPlan(EnginePlan):
     gpu: GpuModel
     stages: tuple[StageMemory, ...]
     problems: tuple[str, ...] = ()
-    """Why the engine would refuse these settings, independent of the memory."""
+    """Why the engine would refuse these settings, however much memory there is."""
     extra: MemoryTerm | None = None
     """What every GPU holds beyond what the model's config explains."""
 
@@ -182,12 +182,8 @@ def _runtime_terms(
     size = activation_bytes(model, settings.tp, tokens, sequences, dtype, last=stage.last)
     what = f"estimate for {tokens} batched tokens and {sequences} sequences"
     terms = [MemoryTerm("activations", size, what)]
-    graphs = (
-        0
-        if settings.eager
-        else len(graph_sizes(tokens, sequences, gpu.capability))
-        + len([n for n in graph_sizes(tokens, sequences, gpu.capability) if n <= sequences])
-    )
+    sizes = () if settings.eager else graph_sizes(tokens, sequences, gpu.capability)
+    graphs = len(sizes) + sum(size <= sequences for size in sizes)
     if graphs:
         terms.append(MemoryTerm("CUDA graphs", graphs * GRAPH_BYTES, f"estimate: {graphs} graphs of 8 MiB"))
     terms.append(MemoryTerm("framework", NON_TORCH_BYTES, "estimate: non-torch memory in vLLM's public logs"))
@@ -232,7 +228,7 @@ def _has_dense(model: ModelSpec) -> bool:
 
 
 def graph_sizes(tokens: int, sequences: int, capability: int = 80) -> tuple[int, ...]:
-    """The batch sizes that vLLM captures CUDA graphs for (``VllmConfig._set_cudagraph_sizes``, 0.32)."""
+    """The batch sizes for which vLLM captures CUDA graphs (``VllmConfig._set_cudagraph_sizes``, 0.32)."""
     largest = min(sequences * 2, 1024 if capability // 10 == 10 else 512, tokens)
     sizes = [n for n in (1, 2, 4) if n <= largest]
     sizes += range(8, min(largest + 1, 256), 8)
@@ -248,7 +244,7 @@ def token_bytes(plan: MemoryPlan) -> int:
 
 
 def gib(size_bytes: float) -> str:
-    """Bytes as text: ``14.99 GiB``."""
+    """Bytes as text with a suitable unit, such as ``14.99 GiB``."""
     if abs(size_bytes) >= GIB / 10:
         return f"{size_bytes / GIB:.2f} GiB"
     if abs(size_bytes) >= MIB / 2 or not size_bytes:

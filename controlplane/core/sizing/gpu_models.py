@@ -1,4 +1,4 @@
-"""GPU models as values: memory, links, formats they support and speeds.
+"""GPU models: memory, links, supported formats and speeds.
 
 The table itself is data (``controlplane/data/gpus.json``); :mod:`controlplane.models.catalog` reads it.
 """
@@ -21,18 +21,19 @@ class GpuModel:
     """One GPU model."""
 
     name: str
-    """Our short name, such as ``H100-80G``."""
+    """The short name in the table, such as ``H100-80G``."""
     nvml_name: str
-    """The driver's name; empty if unknown."""
+    """The driver's name for it; empty if unknown."""
     memory_mib: int
     """Total memory as ``nvidia-smi`` and NVML show it."""
     usable_mib: int
-    """Total memory as CUDA (``torch.cuda.mem_get_info``) reports it: the engine's memory ratio is of this."""
+    """Total memory as CUDA (``torch.cuda.mem_get_info``) reports it: the engine's memory ratio refers to
+    it."""
     capability: int
     """Compute capability x 10."""
     bandwidth_bytes_per_s: float
     nvlink_bytes_per_s: float
-    """Both directions to its peers together; 0 means no NVLink, peers communicate over PCIe."""
+    """Sum of both directions, to all peers together; 0 means no NVLink, so peers communicate over PCIe."""
     flops: Mapping[str, float]
     """Dense operations per second by dtype (``float16``, ``bfloat16``, ``fp8``, ``int8``)."""
     aliases: tuple[str, ...] = ()
@@ -97,8 +98,7 @@ def parse_gpus(rows: Iterable[Mapping[str, Any]]) -> tuple[GpuModel, ...]:
 def find_gpu(gpus: Iterable[GpuModel], text: str) -> GpuModel | None:
     """The GPU with that short name, alias or driver name; None if there is none."""
     wanted = _normal(text)
-    table = tuple(gpus)
-    for gpu in table:
+    for gpu in gpus:
         if wanted in {_normal(name) for name in (gpu.name, gpu.nvml_name, *gpu.aliases) if name}:
             return gpu
     return None
@@ -115,7 +115,7 @@ def unlisted_gpu(name: str, memory_mib: int, capability: int) -> GpuModel:
         bandwidth_bytes_per_s=0.0,
         nvlink_bytes_per_s=0.0,
         flops={"float16": 0.0},
-        source="the driver; 2.5 % taken off for what CUDA keeps",
+        source="the driver; less 2.5 % that CUDA reserves",
     )
 
 

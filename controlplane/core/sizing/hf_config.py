@@ -1,4 +1,4 @@
-"""From the fields of a ``config.json`` (Hugging Face) to a :class:`ModelSpec`.
+"""Reads a ``config.json`` (Hugging Face) as a :class:`ModelSpec`.
 
 The families in :data:`FAMILIES` are exact; the tests compare each with the parameter count of the model class
 in ``transformers``. Others are read as if they were Llama-like, and a note says so.
@@ -32,7 +32,7 @@ class ModelFamily:
     sliding_every_other: bool = False
     """Gemma 2: every even layer has a sliding window."""
     sliding_pattern: int = 0
-    """Gemma 3: all layers but every n-th have a sliding window."""
+    """Gemma 3: every n-th layer has full attention, all others a sliding window."""
     sliding_opt_in: bool = False
     """Qwen: ``sliding_window`` applies only with ``use_sliding_window``."""
     rotary_ratio: float = 1.0
@@ -78,7 +78,7 @@ _SHARED_BIAS = frozenset(
 
 
 def parse_config(config: Config, name: str) -> ModelSpec:
-    """The model that ``config`` describes; ``name`` appears in reports only.
+    """The model that ``config`` describes; ``name`` is only for reports.
 
     Raises ValueError that names the field if a required one is missing or has no usable value.
     """
@@ -87,7 +87,7 @@ def parse_config(config: Config, name: str) -> ModelSpec:
     text = config
     nested = config.get("text_config")
     if isinstance(nested, Mapping) and "hidden_size" in nested:
-        text = {**nested, **{k: config[k] for k in ("quantization_config",) if k in config}}
+        text = {**nested, **{k: v for k, v in config.items() if k == "quantization_config"}}
         if "dtype" not in text and "torch_dtype" not in text:
             text["dtype"] = config.get("dtype") or config.get("torch_dtype")
         notes.append("only the language model is counted, not the vision or audio part")
@@ -194,7 +194,7 @@ def _compressed(raw: Config) -> Quantization | None:
 
 
 def _is_general(module: str) -> bool:
-    """Whether an entry of the modules not to quantise names a kind of module rather than single layers."""
+    """Whether an entry of the list of unquantised modules names a kind of module, not single layers."""
     return "layers." not in module and not module.startswith("re:")
 
 

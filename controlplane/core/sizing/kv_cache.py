@@ -18,7 +18,7 @@ class KvGroup:
 
     layers: tuple[int, ...]
     window: int
-    """Tokens; 0 means full attention."""
+    """Sliding window in tokens; 0 means full attention."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +26,14 @@ class KvLayout:
     """The KV cache of one pipeline stage on one GPU."""
 
     page_bytes: int
-    """One block of one layer."""
+    """Bytes of one block of one layer."""
     block_tokens: int
     layers_per_block: int
     """Layers that one block holds: those of the largest group in this stage."""
     windows: tuple[int, ...]
     """The window of each group in tokens; 0 means full attention."""
     in_flight_tokens: int
-    """Tokens scheduled but not finished, which layers with a window store beyond it."""
+    """Tokens scheduled but not finished, which sliding-window layers store in addition to their window."""
 
     @property
     def block_bytes(self) -> int:
@@ -70,7 +70,7 @@ class KvLayout:
 
 
 def kv_heads_per_rank(model: ModelSpec, tp: int) -> int:
-    """KV heads of one rank: at least one, so with fewer heads than ranks they are replicated."""
+    """KV heads of one rank: at least one, so heads are replicated if there are fewer heads than ranks."""
     return max(1, model.kv_heads // tp)
 
 
@@ -91,9 +91,9 @@ def kv_bytes_per_token(model: ModelSpec, tp: int, kv_bytes: int) -> int:
 
 
 def kv_groups(model: ModelSpec, hybrid: bool = True) -> tuple[KvGroup, ...]:
-    """The layers of the whole model, grouped as vLLM groups them.
+    """The layers of the whole model, in the groups that vLLM forms.
 
-    Without ``hybrid`` a model with both kinds of layers stores every token in every layer.
+    Without ``hybrid``, a model with both kinds of layers stores every token in every layer.
     """
     buckets: dict[int, list[int]] = {}
     for layer, kind in enumerate(model.layers):

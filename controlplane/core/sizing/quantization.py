@@ -50,18 +50,18 @@ class Quantization:
     scheme: Scheme = Scheme.NONE
     bits: int = 16
     group_size: int = 0
-    """Weights along the input that share a scale; 0 means one scale per output channel. For block-wise fp8
-    the side of the square block."""
+    """Weights along the input that share a scale; 0 means one scale per output channel. For block-wise fp8,
+    the side length of the square block."""
     zero_points: bool = False
     activation_order: bool = False
     """GPTQ's ``desc_act``: a 4-byte group index per input row."""
     gguf_type: str = ""
     lm_head: bool = False
-    """The output head is quantised too."""
+    """Whether the output head is also quantised."""
     skipped: tuple[str, ...] = ()
     """A matrix whose name contains one of these is not quantised."""
     online: bool = False
-    """Quantised while loading from a checkpoint in full precision."""
+    """Whether the engine quantises a full-precision checkpoint while loading it."""
 
     @property
     def quantized(self) -> bool:
@@ -146,8 +146,8 @@ GGUF_MIXES: dict[str, str] = {
     "Q5_K_S": "Q5_K",
     "Q5_K_M": "Q5_K",
 }
-"""llama.cpp's name of a mix → the type of most of its matrices. A mix stores some matrices in a larger type,
-so the estimate is up to 10 % too low; the header of a local file is exact."""
+"""llama.cpp's name for a mix of types → the type of most of its matrices. A mix stores some matrices in a
+larger type, so the estimate is up to 10 % too low; the header of a local file is exact."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +157,8 @@ class Hardware:
     minimum: int
     """Lowest compute capability x 10 on which vLLM loads the format."""
     native: int
-    """Lowest compute capability x 10 on which it also computes in the format; below, it only saves memory."""
+    """Lowest compute capability x 10 on which vLLM also computes in the format; below it, the format only
+    saves memory."""
     source: str
 
 
@@ -235,7 +236,8 @@ def matrix_bytes(quantization: Quantization, inputs: int, outputs: int, dtype_by
 
 
 def runs_on(quantization: Quantization, capability: int) -> tuple[bool, str]:
-    """Whether a GPU of ``capability`` (compute capability x 10) runs the format; and how, or why not."""
+    """Whether a GPU of ``capability`` (compute capability x 10) runs the format, and how it does or why
+    not."""
     need = HARDWARE[quantization.scheme]
     if capability < need.minimum:
         return False, (

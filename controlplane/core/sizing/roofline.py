@@ -35,7 +35,7 @@ ALL_REDUCE_S = {True: 8e-6, False: 25e-6}
 """Start-up time of one all-reduce, with and without NVLink."""
 
 STEP_OVERHEAD_S = 1.5e-3
-"""Scheduling, sampling and detokenising of one step that isn't hidden behind the GPU."""
+"""Time per step for scheduling, sampling and detokenising that doesn't overlap with the GPU's work."""
 
 _ITERATIONS = 40
 
@@ -61,12 +61,12 @@ class ReplicaSpeed:
 
 @dataclass(frozen=True, slots=True)
 class Roofline:
-    """An engine's speed as functions of batch and length; :func:`roofline` makes it."""
+    """An engine's speed as functions of batch and length; made by :func:`roofline`."""
 
     rate: float
     """Arithmetic operations per second over all tensor-parallel ranks."""
     bandwidth_bytes_per_s: float
-    """Of one GPU."""
+    """Bandwidth of one GPU."""
     pp: int
     matrix_flops: float
     """Operations per token in all matrices except the output head."""
@@ -116,9 +116,9 @@ class Roofline:
         """The latencies of one replica at ``requests_per_s`` for requests of this shape; infinite if the
         replica is overloaded.
 
-        Prompts take a share of the time and stretch the decode steps by it. The number of decoding sequences
-        is arrivals x answer length x time per token (Little's law), and a prompt waits for those before it as
-        in an M/D/1 queue.
+        Prompts take a share of the time, which makes decode steps longer. The number of decoding sequences is
+        arrivals x output tokens x time per token (Little's law), and a prompt waits for the prompts before it
+        as in an M/D/1 queue.
         """
         prefill = self.prefill_s(request.input_tokens)
         busy = requests_per_s * prefill / self.pp
@@ -139,7 +139,7 @@ class Roofline:
 
     def capacity(self, request: RequestShape, slo: LatencyTargets, max_sequences: int) -> ReplicaSpeed:
         """One replica at the highest rate that meets the SLO; the rate is 0 if not even a single request at a
-        time does."""
+        time meets it."""
 
         def meets_slo(speed: ReplicaSpeed) -> bool:
             return (
@@ -167,7 +167,7 @@ def roofline(model: ModelSpec, settings: EngineArgs, gpu: GpuModel) -> Roofline:
     dtype = settings.resolved_dtype(model, gpu.default_dtype)
     rate = gpu.flops_for(settings.weights_format(model).scheme, dtype)
     if not rate or not gpu.bandwidth_bytes_per_s:
-        raise ValueError(f"the speed of {gpu.name} is not known")
+        raise ValueError(f"the speed of {gpu.name} is unknown")
     dense = experts = 0.0
     for stage in stages(model, settings.pp):
         for term in weight_terms(model, settings, stage, dtype):

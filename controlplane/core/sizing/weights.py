@@ -45,7 +45,7 @@ def stages(model: ModelSpec, pp: int) -> tuple[WeightStage, ...]:
 
 
 def divisibility(model: ModelSpec, settings: EngineArgs) -> tuple[str, ...]:
-    """Why the model can't be split into that many ranks and stages, in words; empty if it can."""
+    """Why the model can't be split into that many ranks and stages, as messages; empty if it can."""
     tp, pp = settings.tp, settings.pp
     wrong = []
     if model.heads % tp:
@@ -72,7 +72,8 @@ def divisibility(model: ModelSpec, settings: EngineArgs) -> tuple[str, ...]:
 
 
 def _group_problems(model: ModelSpec, settings: EngineArgs) -> tuple[str, ...]:
-    """A row-parallel matrix in a packed format can't be split inside a scale group."""
+    """Widths that would be split inside a scale group, which a row-parallel matrix in a packed format can't
+    be."""
     quantization = settings.weights_format(model)
     group = quantization.group_size
     if settings.tp == 1 or not group or quantization.scheme not in {Scheme.AWQ, Scheme.GPTQ, Scheme.FP8}:
@@ -123,7 +124,7 @@ def _format_of(matrix: Matrix, quantization: Quantization) -> Quantization:
 def weight_terms(
     model: ModelSpec, settings: EngineArgs, stage: WeightStage, dtype: str
 ) -> tuple[MemoryTerm, ...]:
-    """The weights of one GPU of a stage, in the groups that reports show."""
+    """The weights of one GPU of a stage, grouped as reports show them."""
     quantization = settings.weights_format(model)
     wide = DTYPE_BYTES[dtype]
     sums: Counter[str] = Counter()
@@ -133,8 +134,8 @@ def weight_terms(
             sums[_part(matrix)] += count * local_bytes(model, matrix, settings, dtype)
         sums["norms"] += count * model.layer_norm_params * wide
         sums["norms"] += count * model.router_bias_params(kind) * 4
-    source = f"config, cut over tensor parallel {settings.tp}" if settings.tp > 1 else "config"
-    stored = f"{dtype}" if not quantization.quantized else quantization.label
+    source = f"config, split over tensor parallel {settings.tp}" if settings.tp > 1 else "config"
+    stored = dtype if not quantization.quantized else quantization.label
     terms = [
         MemoryTerm(f"weights: {name}", sums[name], f"{source}, {stored}")
         for name in ("attention", "feed-forward", "experts")
@@ -155,7 +156,7 @@ def weight_terms(
 def _derived_terms(
     model: ModelSpec, settings: EngineArgs, kinds: Counter[LayerKind], dtype: str
 ) -> list[MemoryTerm]:
-    """Tables and copies that the engine derives from the config and the weights while it loads."""
+    """Tables and copies that the engine derives from the config and the weights while loading."""
     wide = DTYPE_BYTES[dtype]
     rotary = model.mla.rope_head_dim if model.mla else int(model.head_dim * model.rotary_ratio)
     tables = 2 if len({kind.window for kind in model.layers}) > 1 and model.norms_per_layer == 4 else 1

@@ -1,7 +1,7 @@
 """Current signals of each engine, from its scraped metrics.
 
-One :class:`EngineTelemetry` per endpoint takes samples in and returns signals. It is bounded. The signals of
-an engine that stopped reporting become stale and then missing.
+One :class:`EngineTelemetry` per endpoint takes in samples and returns signals; its memory is bounded. When an
+engine stops reporting, its signals become stale and then missing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COUNTERS = (
     *("generation_tokens_total", "prompt_tokens_total"),
     *("prefix_hits_total", "prefix_queries_total", "success_total"),
 )
-"""Together with :data:`GAUGES`: what is read of an engine, by the field names of
+"""With :data:`GAUGES`, all metrics that are read from an engine: fields of
 ``controlplane.engines.base.MetricNames``."""
 
 _NOT_OFFERED = Missing(Absence.NOT_SUPPORTED, "the engine does not offer it")
@@ -35,9 +35,9 @@ class EngineLoad:
     """How busy one engine process is now."""
 
     running: Signal
-    """Requests that it computes."""
+    """Requests that the engine is computing."""
     waiting: Signal
-    """Requests in its own queue."""
+    """Requests in the engine's own queue."""
     kv_usage_ratio: Signal
     generation_tokens_per_s: Signal
     prompt_tokens_per_s: Signal
@@ -89,7 +89,8 @@ class EngineTelemetry:
         )
 
     def busy(self, now_s: float) -> BusyPeriod | None:
-        """The part of the window in which the engine ran requests; None if the window is too thin or old."""
+        """The part of the window in which the engine ran requests; None if the window has too few points
+        or is too old."""
         found = self._gauges["running"].busy(now_s)
         return None if found is None else BusyPeriod(*found)
 

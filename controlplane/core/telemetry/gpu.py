@@ -37,19 +37,20 @@ class GpuTelemetry:
     def __init__(self, limits: FreshnessLimits = DEFAULT_LIMITS) -> None:
         self._limits = limits
         self.uuids: tuple[str, ...] = ()
-        """Of the GPUs in the newest sample, in its order."""
+        """The GPUs in the newest sample, in its order."""
         self._as_sent: tuple[str, ...] | None = None
-        """The newest sample's UUIDs if each occurred once and none was empty, else None. The next sample most
-        likely has the same, and then needs no rearranging."""
+        """The newest sample's UUIDs if each occurred once and none was empty, else None. The next sample
+        usually lists the same UUIDs, and then nothing has to be rearranged."""
         self._positions: dict[str, int] = {}
-        """UUID → position, the index into everything below."""
+        """UUID → position: the index into all collections below."""
         self._at_s = -math.inf
         self._samples: tuple[GpuSample | None, ...] = ()
         self._averages: list[float] = []
         self._ratio_seen_s: dict[int, float] = {}
         """Position → when utilisation was last read, for GPUs whose newest sample lacks it."""
         self._last_values: dict[int, dict[str, tuple[float, float]]] = {}
-        """Position → reading → when it was last read, and its value; for readings that are missing now."""
+        """Position → reading → time and value when it was last read; only for readings that are missing
+        now."""
 
     def observe(self, samples: Sequence[GpuSample], at_s: float) -> None:
         """Takes in one sample per GPU of the node; GPUs that are not among them are dropped."""

@@ -27,15 +27,15 @@ class NodeTelemetry:
         self._memory = GaugeSeries(newest_only)
         self._disk = GaugeSeries(newest_only)
         self.gpus = GpuTelemetry(limits)
-        """Of the GPUs in the newest sample."""
+        """The signals of the GPUs in the newest sample."""
         self.latest: NodeSample | None = None
         self.latest_s: float | None = None
         """When the newest sample arrived, by the caller's clock."""
 
     def observe(self, sample: NodeSample, received_s: float) -> bool:
-        """Takes in what an agent sent at ``received_s``; False if that sample was known already.
+        """Takes in a sample that arrived at ``received_s``; False if it had arrived before.
 
-        A sample counts as taken when it arrived: the clocks of two machines are never compared.
+        The time of arrival counts as the time of the sample: the clocks of two machines are never compared.
         """
         last = self.latest
         if last is not None and sample.epoch == last.epoch and sample.seq <= last.seq:

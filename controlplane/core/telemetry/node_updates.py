@@ -1,10 +1,10 @@
 """What a node agent sends to a reader that polls it: its newest sample, without what the reader has cached.
 
-Most of a sample's size is what rarely changes about each GPU: links, limits, counters of worn memory
-(:class:`~controlplane.core.telemetry.samples.GpuInfo`). The agent numbers each version of it, the reader
-sends the number that it has cached, and the agent sends it only if that number is out of date. A number
-belongs to one agent process (its ``epoch``), so after a restart of the agent or the reader the next update is
-complete.
+Most of a sample consists of facts about each GPU that rarely change, such as links, temperature limits and
+remapped memory rows (:class:`~controlplane.core.telemetry.samples.GpuInfo`). The agent numbers each version
+of these facts. The reader sends the number of its cached version, and the agent includes the facts only if
+that number is out of date. Numbers belong to one agent process (its ``epoch``), so the first update after a
+restart of the agent or the reader is complete.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _readings = attrgetter(*(item.name for item in fields(GpuSample) if item.name !=
 
 @dataclass(frozen=True, slots=True)
 class GpuInfoCache:
-    """One version of what rarely changes about a node's GPUs."""
+    """One version of the facts about a node's GPUs that rarely change."""
 
     epoch: str
     number: int
@@ -73,8 +73,8 @@ def node_update(
 def whole_sample(update: NodeUpdate, cached: GpuInfoCache | None) -> NodeSample | None:
     """The sample as the agent took it, put together from the update and the reader's ``cached`` infos.
 
-    None if there is no sample yet, or if neither has the version of the infos that belongs to it: the reader
-    then has to poll with :data:`NOTHING_CACHED`.
+    None if there is no sample yet, or if neither of them has the version of the infos that the sample needs:
+    then the reader has to poll with :data:`NOTHING_CACHED`.
     """
     infos = update.infos or cached
     if update.sample is None or infos is None or infos.key != update.infos_key:

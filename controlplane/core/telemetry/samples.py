@@ -1,8 +1,8 @@
-"""What is measured, as values: readings of GPUs, nodes and engines at one moment.
+"""Measurements as values: readings of GPUs, nodes and engines at one moment.
 
-A reading is either the value or a :class:`Missing` with its reason. A type checker therefore makes every
-reader say what it does without the value, and a missing value can never pass for zero. How far a reading may
-still be trusted at a given age is decided in :mod:`controlplane.core.telemetry.series`.
+A reading is either the value or a :class:`Missing` with its reason. A type checker therefore forces every
+user of a reading to handle its absence, and a missing value can never pass for zero. Whether a reading of a
+given age may still be used is decided in :mod:`controlplane.core.telemetry.series`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ D = TypeVar("D")
 
 
 class Absence(StrEnum):
-    """Why a reading is missing, for rules. The text for users is :attr:`Missing.reason`."""
+    """Why a reading is missing, for use in rules. The text for users is :attr:`Missing.reason`."""
 
     NO_DRIVER = "no_driver"
     """There is no driver, or it does not respond."""
@@ -100,7 +100,7 @@ class RowRemaps:
 
 @dataclass(frozen=True, slots=True)
 class GpuInfo:
-    """What rarely changes about a GPU. Successive samples share one instance until it does."""
+    """Facts about a GPU that rarely change. Successive samples share one instance until a fact changes."""
 
     uuid: str
     """Empty if the GPU was lost before it could be identified."""
@@ -176,10 +176,8 @@ class NodeSample:
     cpu_count: int
     cpu_ratio: Reading[float]
     """Busy share of all CPUs since the previous sample, in [0, 1]."""
-    load_1m: Reading[float]
     memory_total_bytes: Reading[int]
     memory_available_bytes: Reading[int]
-    disk_total_bytes: Reading[int]
     disk_free_bytes: Reading[int]
     driver_version: Reading[str]
     xid_watched_gpus: Reading[int] = NOT_SAMPLED
@@ -227,6 +225,6 @@ class EngineSample:
     error: str = ""
     """Why nothing could be read; then every reading is missing."""
     gauges: tuple[tuple[str, float], ...] = ()
-    """Signal name (a field of the engine's metric names) and value; what is not listed is missing."""
+    """Signal name (a field of the engine's metric names) and value; a signal not listed is missing."""
     counters: tuple[tuple[str, float], ...] = ()
     """As ``gauges``."""

@@ -5,8 +5,8 @@ their resets already added up, so a rate is one difference. ``at_s`` and ``now_s
 clock.
 
 * A rate is the increase between the first and the last point of the window, divided by the time between them.
-  A counter that falls was reset, and its new value has been counted since the reset (Prometheus' ``increase``
-  without its extrapolation to the window's edges).
+  If a counter falls, it was reset, and its new value is the increase since the reset (Prometheus'
+  ``increase`` without its extrapolation to the window's edges).
 * A percentile is interpolated linearly inside its bucket, as Prometheus' ``histogram_quantile`` does
   (``promql/quantile.go``, ``BucketQuantile``).
 """
@@ -18,6 +18,7 @@ from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import accumulate
 
 from controlplane.core.telemetry.samples import Missing, Reading
 
@@ -33,13 +34,13 @@ class Freshness(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Signal:
-    """One value about now."""
+    """The current value of one quantity, and how old it is."""
 
     freshness: Freshness
     value: float | None
     """None exactly when the signal is MISSING."""
     age_s: float | None = None
-    """Since the newest point in it; None if there never was one."""
+    """Age of the newest point; None if there never was one."""
     reason: str = ""
     """Why it is not FRESH."""
 
@@ -57,16 +58,17 @@ class FreshnessLimits:
     missing_after_s: float = 30.0
     window_s: float = 60.0
     half_life_s: float = 10.0
-    """A moving average weighs a value half as much after this time."""
+    """After this time, a value has half its weight in a moving average."""
     max_points: int = 240
-    """Most points that a series stores; beyond that the oldest are dropped and the window gets shorter."""
+    """Maximum number of points that a series stores; beyond that the oldest are dropped, so the window
+    shrinks."""
 
 
 DEFAULT_LIMITS = FreshnessLimits()
 
 
 def known_now(value: float) -> Signal:
-    """The signal of a value that was counted in this process, so it is never old."""
+    """The signal for a value that this process counted itself, which is always FRESH."""
     return Signal(Freshness.FRESH, float(value), 0.0)
 
 
@@ -80,7 +82,7 @@ def signal_of(
 ) -> Signal:
     """The signal at ``now_s`` of a ``value`` measured at ``at_s``.
 
-    ``why`` is the reason why nothing was measured since; empty if nothing went wrong.
+    ``why`` is why nothing has been measured since then; empty if nothing went wrong.
     """
     if value is None or at_s is None:
         return missing(why or "no sample yet")
@@ -105,7 +107,7 @@ class _Series:
         """Why the newest reading is missing; empty if it is not."""
 
     def observe(self, at_s: float, reading: Reading[float]) -> None:
-        """Adds a reading. A missing one has no value to add, so the last value gets older."""
+        """Adds a reading. A missing one adds no value, so the last value ages."""
         if isinstance(reading, Missing):
             self._why = reading.reason
             return
@@ -118,7 +120,7 @@ class _Series:
             points.popleft()
 
     def _stored(self, value: float) -> float:
-        """What is stored of a value."""
+        """The value to store for a reading."""
         return value
 
 
@@ -133,14 +135,14 @@ class GaugeSeries(_Series):
         return signal_of(value, at_s, now_s, self._limits, self._why)
 
     def busy(self, now_s: float) -> tuple[float, float] | None:
-        """The share of the window's points that are over 0, and the mean of those.
+        """The share of the window's points that are above 0, and the mean of those points.
 
-        None if the newest point is not FRESH or there are fewer than three.
+        None if the newest point is not FRESH or the window has fewer than three points.
         """
         if len(self._points) < 3 or self.latest(now_s).fresh is None:
             return None
-        over = [value for _, value in self._points if value > 0]
-        return len(over) / len(self._points), math.fsum(over) / len(over) if over else 0.0
+        positive = [value for _, value in self._points if value > 0]
+        return len(positive) / len(self._points), math.fsum(positive) / len(positive) if positive else 0.0
 
 
 class CounterSeries(_Series):
@@ -187,7 +189,8 @@ def histogram_quantile(quantile: float, bounds: tuple[float, ...], counts: tuple
     """
     if len(bounds) < 2 or bounds[-1] != math.inf or len(bounds) != len(counts):
         return None
-    cumulative = _monotonic(counts)
+    # Buckets may change while they are scraped; a larger bound never holds fewer observations.
+    cumulative = list(accumulate(counts, max))
     observations = cumulative[-1]
     if observations <= 0:
         return None
@@ -202,13 +205,3 @@ def histogram_quantile(quantile: float, bounds: tuple[float, ...], counts: tuple
     if inside <= 0:
         return start
     return start + (bounds[bucket] - start) * ((rank - below) / inside)
-
-
-def _monotonic(counts: tuple[float, ...]) -> list[float]:
-    """The counts, corrected where buckets changed while they were read: a larger bound never holds fewer."""
-    highest = 0.0
-    corrected = []
-    for count in counts:
-        highest = max(highest, count)
-        corrected.append(highest)
-    return corrected

@@ -1,7 +1,7 @@
 """Detects an engine that answers its probes but makes no progress, from its own metrics.
 
-The engine's supervisor notices when the process ends or stops answering, and a gateway when its requests get
-no response. This covers the case in between. Only fresh readings count.
+The engine's supervisor notices when the process exits or stops answering its probes, and a gateway notices
+when its requests get no response. This module covers the case in between. Only fresh readings count.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ class StallRules:
     """When an engine counts as stalled."""
 
     after_s: float = 120.0
-    """How long an engine may run requests without producing a token. Long enough for the longest prompt on a
-    slow machine: its tokens are counted only once all of it was read."""
+    """How long an engine may run requests without producing a token. It must exceed the time that a slow
+    machine needs for the longest prompt: a prompt's tokens are counted only once all are processed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +25,9 @@ class StalledEngine:
     """An engine that makes no progress."""
 
     since_s: float
-    """When it was first seen so."""
+    """When the stall was first observed."""
     seen_s: float
-    """When it was last seen so."""
+    """When the stall was last observed."""
     reason: str
 
 

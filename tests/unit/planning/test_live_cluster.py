@@ -42,10 +42,8 @@ def sample(gpus: int) -> NodeSample:
         boot_id="b",
         cpu_count=8,
         cpu_ratio=nothing,
-        load_1m=nothing,
         memory_total_bytes=64 * GIB,
         memory_available_bytes=50 * GIB,
-        disk_total_bytes=nothing,
         disk_free_bytes=nothing,
         driver_version=nothing,
         gpus=tuple(

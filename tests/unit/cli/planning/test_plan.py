@@ -243,7 +243,7 @@ def test_on_a_running_cluster_replicas_stay_and_resources_of_others_are_left_alo
     # Somebody else's GPU: nothing is left for balanced.
     taken = plan_live(monkeypatch, files[0], live(*cluster.replicas, n=ReservedResources(gpu_milli=3500)))
     assert [item["replica"] for item in taken["infeasible"]] == ["balanced-0"]
-    assert taken["notes"][1:] == ["others hold 1 GPUs of n; which ones is assumed"]
+    assert taken["notes"][1:] == ["other programs use 1 GPUs of n; which ones is an assumption"]
     # What if: from what is planned now.
     more = plan_live(monkeypatch, files[0], cluster, "--what-if", "scale lightweight 1")
     assert more["change"]["removed"] == ["lightweight-1"]

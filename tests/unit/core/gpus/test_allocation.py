@@ -7,16 +7,15 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controlplane.core.gpus.allocation import choose_gpus, held, parts_of, room_on
+from controlplane.core.gpus.allocation import choose_gpus, parts_of, room_on, running_placements
 from controlplane.core.gpus.leases import (
-    WHOLE_MILLI,
     GpuCapacity,
     GpuLease,
     GpuPart,
     LeaseOutcome,
     LeaseTable,
 )
-from controlplane.core.placement.gangs import GangShape, Infeasible, Placement, RefusalCause
+from controlplane.core.placement.gangs import WHOLE_MILLI, GangShape, Infeasible, Placement, RefusalCause
 from controlplane.core.placement.planner import PlacedCluster
 from controlplane.core.placement.revalidation import revalidate
 from controlplane.core.placement.topology import Distance
@@ -109,7 +108,7 @@ def test_room_for_one_more_is_away_from_its_tier() -> None:
 
 
 def test_a_replica_with_several_gpus_counts_once_for_its_tier() -> None:
-    placements = held([lease("a", "n", 0, 1, 2)], {"a": "big"})
+    placements = running_placements([lease("a", "n", 0, 1, 2)], {"a": "big"})
     assert [placement.gang.tier for placement in placements] == ["big", "", ""]
 
 
@@ -128,7 +127,7 @@ def test_the_lease_table_grants_whatever_is_chosen(requests: list[tuple[int, int
         )
         found = choose_gpus(node, shape, table.leases.values())
         if isinstance(found, Placement):
-            now = PlacedCluster((node,), held(table.leases.values()))
+            now = PlacedCluster((node,), running_placements(table.leases.values()))
             assert revalidate([found], now) == ()
             granted = table.acquire(f"r{number}", parts_of(found), capacities, generation=1, now_s=0.0)
             assert granted.outcome is LeaseOutcome.GRANTED, granted.reason

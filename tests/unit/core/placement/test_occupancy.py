@@ -46,8 +46,8 @@ def test_resources_of_other_programs_are_not_given_away() -> None:
         [make_node("n", gpus=4)], wanted, [], n=ReservedResources(gpu_milli=2500, cpu_milli=3000)
     )
     assert found.notes == (
-        "others hold 2.5 GPUs of n; which ones is assumed",
-        "others hold 3 CPUs of n",
+        "other programs use 2.5 GPUs of n; which ones is an assumption",
+        "other programs use 3 CPUs of n",
     )
     assert found.state.nodes[0].cpu_milli == 61_000
     now = change(found.state, found.running, wanted)

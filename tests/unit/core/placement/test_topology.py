@@ -8,7 +8,6 @@ from controlplane.core.placement.topology import (
     Distance,
     Gpu,
     Node,
-    distance,
     islands,
     numa_groups,
     spread_of,
@@ -49,12 +48,9 @@ def test_numa_groups() -> None:
 
 def test_distances() -> None:
     here = node({0: [1]}, [0, 0, 0, 1])
-    there = Node("m", (Gpu("h0", 0),))
     assert spread_of(here, ["g2"]) is Distance.SAME
     assert spread_of(here, ["g0", "g1"]) is Distance.ISLAND
     assert spread_of(here, ["g1", "g2"]) is Distance.NUMA
     assert spread_of(here, ["g0", "g1", "g3"]) is Distance.NODE
-    assert distance((here, "g0"), (here, "g1")) is Distance.ISLAND
-    assert distance((here, "g0"), (there, "h0")) is Distance.CLUSTER
     with pytest.raises(KeyError):
         spread_of(here, ["h0"])

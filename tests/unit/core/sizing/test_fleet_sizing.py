@@ -115,7 +115,7 @@ def test_a_gpu_of_unknown_speed_is_ruled_out() -> None:
     unknown = FleetGpu(unlisted_gpu("New GPU", 81920, 90), 4, 1.0)
     good, bad = options(need("qwen3-8b", 1), [unknown])
     assert not good
-    assert "not known" in bad[0].reason
+    assert "is unknown" in bad[0].reason
 
 
 def test_decode_is_bound_by_reading_the_weights() -> None:

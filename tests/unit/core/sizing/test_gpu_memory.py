@@ -254,9 +254,9 @@ def test_cpu_verdicts() -> None:
     plan = plan_cpu_memory(spec, settings, kv_cache_bytes=GIB, node_bytes=24 * GIB)
     assert judge_cpu(plan, total_bytes=24 * GIB, available_bytes=20 * GIB).fits
     now = judge_cpu(plan, total_bytes=24 * GIB, available_bytes=2 * GIB)
-    assert (now.fits, now.lasting) == (False, False)
+    assert (now.fits, now.permanent) == (False, False)
     ever = judge_cpu(plan, total_bytes=2 * GIB, available_bytes=2 * GIB)
-    assert (ever.fits, ever.lasting) == (False, True)
+    assert (ever.fits, ever.permanent) == (False, True)
     large = plan_cpu_memory(spec, settings, kv_cache_bytes=30 * GIB, node_bytes=24 * GIB)
     verdict = judge_cpu(large, total_bytes=24 * GIB, available_bytes=24 * GIB)
     assert "VLLM_CPU_KVCACHE_SPACE to 21" in verdict.remedy
