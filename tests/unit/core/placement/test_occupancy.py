@@ -64,7 +64,7 @@ def test_unknown_gpus_are_assumed() -> None:
         n=ReservedResources(gpu_milli=2000),
     )
     assert found.running.placements[0].gpu_uuids in {("n/0", "n/1"), ("n/2", "n/3")}
-    assert found.notes == ("the GPUs of big-x on n are unknown: assumed",)
+    assert found.notes == ("the GPUs of big-x on n are an assumption",)
     assert found.state.placements == ()
 
 
