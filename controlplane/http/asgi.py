@@ -1,4 +1,4 @@
-"""Handlers as an ASGI application, which is what Serve's ingress calls."""
+"""Handlers as an ASGI application, for Serve's ingress."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HIGH_WATER_MESSAGES = 64
 class _AsgiResponder:
     """The :class:`~controlplane.http.messages.Responder` of one ASGI request.
 
-    A handler writes without waiting. :meth:`deliver`, in a task of its own, passes the messages on in order;
+    A handler writes without waiting. :meth:`deliver`, in a separate task, passes the messages on in order;
     ``drain`` waits for a slow client.
     """
 
@@ -71,7 +71,7 @@ class _AsgiResponder:
             self._below_high_water.clear()
 
     async def deliver(self) -> None:
-        """Pass messages on until the response is complete or aborted."""
+        """Passes messages on until the response is complete or aborted."""
         while (message := await self._messages.get()) is not None:
             await self._send(message)
             if self._messages.qsize() < HIGH_WATER_MESSAGES:
@@ -95,7 +95,7 @@ class AsgiApp:
         self._body_limit_setting = body_limit_setting
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI's entry point. Raises RuntimeError to make the ASGI server break off the response."""
+        """ASGI's entry point. Raises RuntimeError to make the ASGI server abort the response."""
         if scope["type"] == "lifespan":
             await _lifespan(receive, send)
             return

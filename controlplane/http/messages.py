@@ -23,7 +23,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 class Request:
-    """One complete request. Names in ``headers`` are in lower case; of a repeated header, the last value."""
+    """One complete request. Names in ``headers`` are in lower case; a repeated header has its last value."""
 
     __slots__ = ("body", "headers", "method", "path", "query")
 
@@ -43,45 +43,45 @@ class Request:
 
 
 class Responder(Protocol):
-    """Takes the response to one request: :meth:`send`, or :meth:`start`, :meth:`write` …, :meth:`finish`."""
+    """Writes the response to one request: :meth:`send`, or :meth:`start`, :meth:`write` …, :meth:`finish`."""
 
     @property
     def started(self) -> bool:
-        """The status line was sent: the response can no longer become another one."""
+        """Whether the status line was sent, so that no other response is possible."""
         ...
 
     @property
     def gone(self) -> bool:
-        """The client has disconnected; writes are discarded."""
+        """Whether the client has disconnected; then writes are discarded."""
         ...
 
     @property
     def congested(self) -> bool:
-        """The client reads more slowly than data is written: :meth:`drain` would wait."""
+        """Whether the client reads more slowly than data is written, so that :meth:`drain` would wait."""
         ...
 
     def send(self, status: int, headers: Headers, body: bytes) -> None:
-        """A complete response."""
+        """Sends a complete response."""
         ...
 
     def start(self, status: int, headers: Headers) -> None:
-        """Begin a response of unknown length."""
+        """Begins a response of unknown length."""
         ...
 
     def write(self, data: bytes) -> None:
-        """A piece of the body."""
+        """Sends a piece of the body."""
         ...
 
     async def drain(self) -> None:
-        """Wait until the client has read enough for more to be written."""
+        """Waits until the client has read enough for more to be written."""
         ...
 
     def finish(self) -> None:
-        """Mark the body as complete."""
+        """Marks the body as complete."""
         ...
 
     def abort(self) -> None:
-        """Break the response off in a way that shows the client it is incomplete."""
+        """Aborts the response in a way that shows the client that it is incomplete."""
         ...
 
 
@@ -99,7 +99,7 @@ def json_bytes(value: Any) -> bytes:
 
 
 def send_json(responder: Responder, value: Any, status: int = 200, headers: Headers | None = None) -> None:
-    """Respond with a value as JSON."""
+    """Responds with a value as JSON."""
     responder.send(status, [(b"content-type", JSON_TYPE), *(headers or ())], json_bytes(value))
 
 
@@ -116,5 +116,5 @@ def error_headers(error: RequestError) -> Headers:
 
 
 def send_error(responder: Responder, error: RequestError, headers: Headers | None = None) -> None:
-    """Respond with an error."""
+    """Responds with an error."""
     send_json(responder, error_value(error), error.status, [*error_headers(error), *(headers or ())])

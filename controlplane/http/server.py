@@ -1,8 +1,9 @@
 """The HTTP/1.1 server behind the gateway's own port and the simulated engine.
 
-It is small because the relay's speed depends on it: a request is read whole (up to a size limit) before its
-handler runs, each write of a handler becomes one write to the socket, and a client that disconnects cancels
-its handler. llhttp parses (through httptools). TLS and HTTP/2 belong to a load balancer in front of it.
+It is small because the relay's speed depends on it: a request is read completely (up to a size limit) before
+its handler runs, each write of a handler becomes one write to the socket, and when a client disconnects, its
+handler is cancelled. The parser is llhttp (through httptools). TLS and HTTP/2 are left to a load balancer in
+front of it.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class HttpResponder:
 
     @property
     def gone(self) -> bool:
-        """The client has disconnected; writes are discarded."""
+        """Whether the client has disconnected; then writes are discarded."""
         return self._connection.closed
 
     def _head(self, status: int, headers: Headers) -> list[bytes]:
@@ -88,7 +89,7 @@ class HttpResponder:
         return parts
 
     def send(self, status: int, headers: Headers, body: bytes) -> None:
-        """Send a complete response."""
+        """Sends a complete response."""
         self.started = True
         parts = self._head(status, headers)
         parts.append(b"content-length: %d\r\n\r\n" % len(body))
@@ -98,7 +99,7 @@ class HttpResponder:
         self._end()
 
     def start(self, status: int, headers: Headers) -> None:
-        """Begin a response of unknown length."""
+        """Begins a response of unknown length."""
         self.started = True
         if not self._chunked:
             self._keep_alive = False  # an HTTP/1.0 client reads the body until the connection ends
@@ -107,15 +108,15 @@ class HttpResponder:
         self._connection.write(b"".join(parts))
 
     def write(self, data: bytes) -> None:
-        """Send a piece of the body."""
+        """Sends a piece of the body."""
         if not data or self._head_only:
             return
         self._connection.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
 
     def write_chunks(self, pieces: Iterable[bytes], *, finish: bool = False) -> None:
-        """Send several pieces of the body, none of them empty, in one write; each is one HTTP chunk.
+        """Sends several pieces of the body, none of them empty, in one write; each is one HTTP chunk.
 
-        ``finish`` marks the body as complete.
+        With ``finish``, the body is complete.
         """
         if not self._chunked or self._head_only:
             self.write(b"".join(pieces))
@@ -134,15 +135,15 @@ class HttpResponder:
 
     @property
     def congested(self) -> bool:
-        """The client reads more slowly than data is written."""
+        """Whether the client reads more slowly than data is written."""
         return self._connection.congested
 
     async def drain(self) -> None:
-        """Wait until the client has read enough for more to be written."""
+        """Waits until the client has read enough for more to be written."""
         await self._connection.drain()
 
     def finish(self) -> None:
-        """Mark the body as complete."""
+        """Marks the body as complete."""
         if self.finished:
             return
         if self._chunked and not self._head_only:
@@ -150,12 +151,12 @@ class HttpResponder:
         self._end()
 
     def abort(self) -> None:
-        """Break the response off at once; the client sees that it is incomplete."""
+        """Aborts the response at once; the client sees that it is incomplete."""
         self.finished = True
         self._connection.abort()
 
     def truncate(self) -> None:
-        """Deliver what was written, then close the connection without marking the body as complete."""
+        """Sends what was written, then closes the connection without marking the body as complete."""
         self.finished = True
         self._connection.close()
 
@@ -194,10 +195,11 @@ class _ClientConnection(asyncio.Protocol):
         self.closed = False
         self.last_byte_s = monotonic()
 
-    # -- asyncio's side --------------------------------------------------------------------------
+    # -- called by asyncio -----------------------------------------------------------------------
 
     def idle(self, now_s: float) -> bool:
-        """No request is here or about to arrive: a client that has just connected will send one."""
+        """Whether no request is being handled or about to arrive: a client that has just connected will send
+        one."""
         just_connected = self._raw_bytes == 0 and now_s - self.last_byte_s < FIRST_BYTE_S
         return not (self.busy or self.in_request or just_connected)
 
@@ -208,9 +210,9 @@ class _ClientConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.closed = True
         self._server.connections.discard(self)
-        self._resume_writer()
+        self.resume_writing()
         if self._task is not None:
-            # Not before its first step: a coroutine that never begins is reported as never awaited.
+            # Only after its first step: a coroutine that never begins is reported as never awaited.
             self._loop.call_soon(self._task.cancel)
 
     def data_received(self, data: bytes) -> None:
@@ -224,15 +226,15 @@ class _ClientConnection(asyncio.Protocol):
             self._decline_upgrade(data[upgrade.args[0] :])
             return
         except httptools.HttpParserCallbackError:
-            raise  # a defect of ours, not of the request
+            raise  # a defect of this server, not of the request
         except httptools.HttpParserError as error:
             self._reject(BadRequest(f"not an HTTP/1.1 request: {error}"))
         if self.in_request and self._raw_bytes > MAX_HEAD_BYTES + BODY_OVERHEAD * self._body_bytes:
             self._reject(BadRequest(f"the request's headers are over {MAX_HEAD_BYTES} bytes"))
 
     def _decline_upgrade(self, rest: bytes) -> None:
-        """Ignore an offer to upgrade the protocol. The parser has stopped after the head as if the offer had
-        been accepted, so a new parser reads the request again without it."""
+        """Ignores an offer to upgrade the protocol. The parser has stopped after the headers as if the offer
+        had been accepted, so a new parser reads the request again without the offer."""
         method = self._parser.get_method()
         if method == b"CONNECT":
             self._reject(BadRequest("CONNECT is not supported: this server is not a proxy"))
@@ -250,14 +252,11 @@ class _ClientConnection(asyncio.Protocol):
             self._can_write = self._loop.create_future()
 
     def resume_writing(self) -> None:
-        self._resume_writer()
-
-    def _resume_writer(self) -> None:
         waiter, self._can_write = self._can_write, None
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
 
-    # -- llhttp's side ---------------------------------------------------------------------------
+    # -- called by llhttp ------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
         self.in_request = True
@@ -323,11 +322,11 @@ class _ClientConnection(asyncio.Protocol):
             self._reading_paused = True
             self._transport.pause_reading()
 
-    # -- the handlers' side ----------------------------------------------------------------------
+    # -- for handlers ----------------------------------------------------------------------------
 
     async def _work(self, response: HttpResponder, rest: Awaitable[None] | None) -> None:
-        """Finish a response, then handle in order the requests that have arrived meanwhile. Ends when none is
-        left, because an idle connection needs no task."""
+        """Finishes a response, then handles in order the requests that have arrived meanwhile. Returns when
+        none is left, because an idle connection needs no task."""
         try:
             while True:
                 if rest is not None:
@@ -356,7 +355,7 @@ class _ClientConnection(asyncio.Protocol):
         return self._can_write is not None
 
     def stalled(self, now_s: float) -> bool:
-        """The client has read nothing for too long although there is data for it."""
+        """Whether the client has read nothing for too long although there is data for it."""
         unsent_bytes = self._transport.get_write_buffer_size() if self._transport is not None else 0
         read_bytes = self._written_bytes - unsent_bytes
         if not unsent_bytes or read_bytes != self._read_bytes or not self._read_s:
@@ -379,11 +378,11 @@ class _ClientConnection(asyncio.Protocol):
 
     @property
     def unsent(self) -> bool:
-        """Some of what was written has not been sent yet."""
+        """Whether some written data has not been sent yet."""
         return self._transport is not None and self._transport.get_write_buffer_size() > 0
 
     def close(self) -> None:
-        """Close once everything written has been sent."""
+        """Closes the connection once everything written has been sent."""
         if self._transport is not None:
             self._transport.close()
 
@@ -396,8 +395,8 @@ class _ClientConnection(asyncio.Protocol):
         self._reject(payload_too_large(server.max_body_bytes, server.body_limit_setting))
 
     def _reject(self, error: RequestError) -> None:
-        """Respond with an error, after the responses to earlier requests, and close: nobody knows where a
-        malformed request ends and the next one begins."""
+        """Responds with an error, after the responses to earlier requests, and closes the connection: it is
+        unknown where a malformed request ends and the next one begins."""
         if self._rejection is None:
             self._rejection = error
             self._chunks = []
@@ -405,8 +404,8 @@ class _ClientConnection(asyncio.Protocol):
                 self._send_rejection(error)
 
     def _send_rejection(self, error: RequestError) -> None:
-        """Closing a connection while its client is sending resets it, and the response is lost: so close only
-        our side, and discard what arrives for a while."""
+        """Closing a connection while its client is sending would reset it, and the response would be lost. So
+        this closes only the sending direction, and discards what arrives for a while."""
         transport = self._transport
         if transport is None or self.closed or transport.is_closing():
             return
@@ -420,9 +419,10 @@ class _ClientConnection(asyncio.Protocol):
 class HttpServer:
     """Listens on one address in the running event loop and calls ``handler`` with each request.
 
-    ``handler`` returns None if it has sent the response, otherwise an awaitable for the rest, which runs in a
-    task. A body over ``max_body_bytes`` is rejected with 413; ``body_limit_setting`` names that limit's
-    setting, if it has one. With ``share_port``, other processes of the same user may listen on the port too.
+    ``handler`` returns None if it has sent the response, otherwise an awaitable that sends the rest, which
+    runs in a task. A body over ``max_body_bytes`` is rejected with 413; ``body_limit_setting`` names that
+    limit's setting, if it has one. With ``share_port``, other processes of the same user may also listen on
+    the port.
     """
 
     def __init__(
@@ -445,7 +445,7 @@ class HttpServer:
         self._sweeper: asyncio.Task[None] | None = None
 
     async def start(self, host: str, port: int) -> int:
-        """Listen and return the port. Raises OSError if the address is not available."""
+        """Starts listening and returns the port. Raises OSError if the address is not available."""
         self._listener = listener = _listener(host, port, share_port=self._share_port)
         self._server = await self.loop.create_server(
             lambda: _ClientConnection(self), sock=listener, backlog=BACKLOG
@@ -455,18 +455,19 @@ class HttpServer:
         return int(listener.getsockname()[1])
 
     def stop_listening(self) -> None:
-        """Refuse new connections from now on; :meth:`start` accepts them again."""
+        """Refuses new connections from now on; :meth:`start` accepts them again."""
         if self._server is not None:
             self._server.close()
 
     def abort_connections(self, spare: HttpResponder | None = None) -> None:
-        """Reset all connections, except the one on which ``spare`` goes out."""
+        """Resets all connections, except the one on which ``spare`` goes out."""
         for connection in list(self.connections):
             if spare is None or not spare.owns(connection):
                 connection.abort()
 
     async def drain(self, timeout_s: float) -> None:
-        """Accept no new connections, let running requests finish (up to ``timeout_s``), then close all."""
+        """Accepts no new connections, lets running requests finish (up to ``timeout_s``), then closes all
+        connections."""
         self.draining = True
         if self._server is not None:
             await self._accept_backlog()
@@ -488,8 +489,8 @@ class HttpServer:
                 await self._sweeper
 
     async def _accept_backlog(self) -> None:
-        """Accept the connections that the kernel has already queued for this listener: closing it would reset
-        them, even while another replica listens on the same port."""
+        """Accepts the connections that the kernel has already queued for this listener. Closing the listener
+        would reset them, even while another replica listens on the same port."""
         listener = self._listener
         while listener is not None:
             try:
@@ -500,7 +501,7 @@ class HttpServer:
             await self.loop.connect_accepted_socket(lambda: _ClientConnection(self), accepted)
 
     async def _sweep(self) -> None:
-        """Drop the connections that have exceeded a timeout."""
+        """Drops the connections that have exceeded a timeout."""
         while True:
             await asyncio.sleep(SWEEP_S)
             now_s = monotonic()

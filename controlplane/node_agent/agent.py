@@ -2,7 +2,7 @@
 
 The agent only measures; the controller decides. Readers poll: :meth:`NodeAgent.latest` for one sample, or
 :meth:`NodeAgent.update` repeatedly. Neither ever waits for the driver. If the driver hangs, the newest sample
-gets older, which is what the reader has to see.
+ages, so the reader notices.
 
 The agent depends neither on Ray nor on the driver: :func:`controlplane.node_agent.local.local_agent` connects
 it to this machine's GPUs, :mod:`controlplane.node_agent.ray_actor` makes it a Ray actor.
@@ -39,7 +39,7 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 EventHandler = Callable[[float, GpuEventKind, str, int], None]
-"""Called from any thread with the wall-clock time in seconds, kind, GPU UUID and XID number (0 if no XID)."""
+"""Called from any thread with wall-clock time in seconds, kind, GPU UUID and XID number (0 if not an XID)."""
 
 
 class GpuSource(Protocol):
@@ -81,7 +81,7 @@ class EventSource(Protocol):
         ...
 
     def refresh(self) -> None:
-        """Looks for GPUs that are not watched yet, since the GPUs or the driver changed."""
+        """Starts watching further GPUs. Call it when the GPUs or the driver have changed."""
         ...
 
 
@@ -109,7 +109,7 @@ class NodeAgent:
         self._latest: NodeSample | None = None
         self._events: deque[GpuEvent] = deque(maxlen=max_events)
         self._infos = GpuInfoCache(self.epoch, 1, ())
-        """Of the newest sample."""
+        """The infos of the newest sample's GPUs."""
         self._lock = threading.Lock()
         self._sample_count = 0
         self._event_count = 0
@@ -126,7 +126,7 @@ class NodeAgent:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stops sampling and disconnects from the driver. What was recorded stays readable."""
+        """Stops sampling and disconnects from the driver. The newest sample and the events stay readable."""
         self._stopping.set()
         self._event_source.stop()
         if self._thread.is_alive():
@@ -159,15 +159,16 @@ class NodeAgent:
     def update(self, epoch: str, event_seq: int, cached: tuple[str, int]) -> NodeUpdate:
         """The newest sample, and the events after number ``event_seq`` of ``epoch``.
 
-        What rarely changes about the GPUs is included unless the reader has it already: ``cached`` is the
-        :attr:`GpuInfoCache.key` of what it has, or ``NOTHING_CACHED``.
+        The infos of the GPUs are included unless the reader has them already: ``cached`` is the
+        :attr:`GpuInfoCache.key` of those it has, or ``NOTHING_CACHED``.
         """
         with self._lock:
             sample, infos = self._latest, self._infos
         return node_update(sample, infos, self.events(event_seq, epoch), cached)
 
     def sample(self) -> NodeSample:
-        """Takes a sample now and stores it. The agent's thread does this; don't call it while that runs."""
+        """Takes a sample now and stores it. Don't call it while the agent's thread runs, which does this
+        itself."""
         started_s = time.perf_counter()
         gpus = self._gpus.read()
         driver = self._gpus.driver_version

@@ -16,10 +16,10 @@ def local_agent(
     slow_interval_s: float = 10.0,
     retry_interval_s: float = 5.0,
 ) -> NodeAgent:
-    """A node agent that is not started yet.
+    """A new node agent, not started yet.
 
-    ``slow_interval_s`` is how often the values that rarely change are read, ``retry_interval_s`` how often to
-    retry a driver that does not respond.
+    Values that rarely change are read every ``slow_interval_s``; a driver that does not respond is retried
+    every ``retry_interval_s``.
     """
     return NodeAgent(
         node_id,

@@ -1,7 +1,7 @@
 """The node agent as a Ray actor: one per node, pinned to it, with no CPU or GPU reserved.
 
-The actor outlives the process that created it (a restarted controller finds it again by name) and ends with
-its node. :func:`ensure_node_agents` creates the missing ones; calling it again changes nothing.
+The actor outlives the process that created it (a restarted controller finds it again by name) and lives as
+long as its node. :func:`ensure_node_agents` creates the missing ones; calling it again changes nothing.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class RayNodeAgent:
 
 
 def alive_nodes() -> dict[str, int]:
-    """Ray's nodes by id, each with the number of GPUs that Ray counts there. Blocks."""
+    """Node id → number of GPUs, of Ray's living nodes. Blocks."""
     return {
         str(node["NodeID"]): int(node["Resources"].get("GPU", 0))
         for node in ray.nodes()  # type: ignore[no-untyped-call]
@@ -74,13 +74,13 @@ def ensure_node_agents(
 
 
 def stop_node_agents(namespace: str) -> None:
-    """Ends all agents of the namespace. Blocks."""
+    """Kills all agents of the namespace. Blocks."""
     for actor in ray.util.list_named_actors(all_namespaces=True):
         if actor["namespace"] == namespace and actor["name"].startswith(NAME_PREFIX):
             try:
                 ray.kill(ray.get_actor(actor["name"], namespace=namespace))
             except ValueError:
-                continue  # It has just ended by itself.
+                continue  # It has just exited.
 
 
 def _agent_of(node_id: str, namespace: str, interval_s: float) -> Any:

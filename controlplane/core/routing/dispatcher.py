@@ -1,12 +1,12 @@
-"""A request's way through routing and admission, without I/O: the gateway and the simulator drive it.
+"""Takes a request through routing and admission, without I/O; used by the gateway and the simulator.
 
 :meth:`Dispatcher.submit` starts a request on an endpoint, queues it, or refuses it. :meth:`Dispatcher.pump`
-starts queued requests: call it after a slot ended, after a snapshot was applied, and every fraction of a
-second while requests wait (a circuit breaker that is open lets a probe through once its pause is over). The
-caller acts on what is returned, and expires what waited too long (:meth:`AdmissionQueue.expire`).
+starts queued requests: call it after a slot was released, after a snapshot was applied, and every fraction of
+a second while requests wait (an open circuit breaker lets a probe through once its pause is over). The caller
+acts on the results, and expires tickets that waited too long (:meth:`AdmissionQueue.expire`).
 
-A new request never overtakes one in the queue: whatever could run on a slot was started by the ``pump`` that
-followed the slot's release.
+A new request never overtakes one in the queue: the ``pump`` that followed the release of a slot has already
+started every request that could run on it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Started(NamedTuple):
     decision: RouteDecision
     slot: RequestSlot
     ticket: Ticket | None = None
-    """The ticket that it waited with; None if it did not wait."""
+    """The ticket with which it waited; None if it did not wait."""
 
 
 class WaitsInQueue(NamedTuple):
@@ -87,10 +87,10 @@ class Dispatcher:
         caller: str = "",
         arrived_s: float | None = None,
     ) -> Started | WaitsInQueue | DispatchRefused:
-        """Start, queue or refuse a request whose tiers are known (:func:`resolve`).
+        """Starts, queues or refuses a request whose tiers are known (:func:`resolve`).
 
-        A retry passes what was tried in ``request.exclude`` and the time of its first arrival in
-        ``arrived_s``, so that it does not lose its age in the queue.
+        A retry passes the endpoints already tried in ``request.exclude``, and the time of its first arrival
+        in ``arrived_s``, so that it keeps its age in the queue.
         """
         table = self.endpoint_table
         if request.priority is _HIGH:
@@ -118,13 +118,13 @@ class Dispatcher:
         return WaitsInQueue(decision, ticket, offered)
 
     def start_at_once(self, request: RouteRequest, route: Route, now_s: float, pick: int) -> Started | None:
-        """Start a request if an endpoint has room, else None: for a hedge, which must not take a place in
-        the queue from another request."""
+        """Starts a request if an endpoint has room, else returns None: for a hedge, which must not take a
+        position in the queue from another request."""
         decision = choose_endpoint(route, request, self.endpoint_table, now_s, pick)
         return None if decision.load is None else Started(decision, decision.load.begin(now_s))
 
     def pump(self, now_s: float, pick: int) -> list[Started]:
-        """Start the queued requests that can run, in the queue's order."""
+        """Starts the queued requests that can run, in the queue's order."""
         started: list[Started] = []
         queue = self.queue
         if not queue:
@@ -141,7 +141,7 @@ class Dispatcher:
         while (ticket := queue.next(now_s, can_run)) is not None:
             waiting: QueuedRequest = ticket.payload
             pick += 1
-            # The queue has decided that this ticket is served: reserved slots are open to it, too.
+            # The queue has decided to serve this ticket, so it may also use reserved slots.
             request = waiting.request._replace(priority=_HIGH)
             decision = choose_endpoint(waiting.route, request, self.endpoint_table, now_s, pick)
             assert decision.load is not None
@@ -149,8 +149,8 @@ class Dispatcher:
         return started
 
     def remove_unservable(self, now_s: float, pick: int) -> list[tuple[Ticket, RouteDecision]]:
-        """Remove the queued requests that no endpoint can serve any more (all of theirs failed for good, …);
-        to be called after a snapshot was applied."""
+        """Removes the queued requests that no endpoint can serve any more, for example because all their
+        endpoints failed for good. Call it after a snapshot was applied."""
         removed: list[tuple[Ticket, RouteDecision]] = []
         for ticket in self.queue.waiting():
             waiting: QueuedRequest = ticket.payload
@@ -160,12 +160,12 @@ class Dispatcher:
         return removed
 
     def _first_token_s(self, tiers: tuple[int, ...]) -> float:
-        """How long the fastest of the tiers usually takes to give a first token; 0 if that is not known."""
+        """Usual time to first token of the fastest of the tiers; 0 if unknown."""
         return min((self.endpoint_table.pools[tier].ttft_s or 0.0 for tier in tiers), default=0.0)
 
 
 def lane_key(route: Route, request: RouteRequest) -> LaneKey:
-    """The key of the request's lane. The order of preference does not matter for it."""
+    """The key of the request's lane, which does not depend on the order of preference."""
     return LaneKey(
         order=tuple(sorted(route.order)),
         spill=route.spill,
@@ -178,7 +178,7 @@ def lane_key(route: Route, request: RouteRequest) -> LaneKey:
 
 
 def _probe(lane: LaneKey, priority: Priority) -> tuple[Route, RouteRequest]:
-    """A route and a request that stand for all of a lane."""
+    """A route and a request that represent all requests of a lane."""
     route = Route(
         order=lane.order,
         reasons=("",) * len(lane.order),

@@ -1,9 +1,9 @@
-"""What one gateway knows of the endpoints' load: its own requests exactly, the rest from snapshots.
+"""What one gateway knows about the endpoints' load: its own requests exactly, the rest from snapshots.
 
 An :class:`EndpointTable` has one :class:`TierPool` per tier, a pool has one :class:`EndpointLoad` per engine
-process, and a :class:`RequestSlot` is what one request holds of an endpoint. These are the mutable state that
-the decisions of :mod:`controlplane.core.routing.router` read; every method that needs the time takes it as
-``now_s`` (monotonic). One event loop uses them, so there are no locks.
+process, and each request holds a :class:`RequestSlot` of an endpoint. This mutable state is the input to the
+decisions of :mod:`controlplane.core.routing.router`; every method that needs the time takes it as ``now_s``
+(monotonic). Only one event loop uses it, so there are no locks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _POOL_ALPHA: Final = 0.05
 
 @dataclass(frozen=True, slots=True)
 class LoadSettings:
-    """How the load of endpoints is judged."""
+    """Settings for judging the load of endpoints."""
 
     stale_after_s: float = 10.0
     """An endpoint whose engine metrics are older than this counts as saturated when endpoints are compared.
@@ -36,21 +36,21 @@ class LoadSettings:
     latency_memory_s: float = 30.0
     """A latency average is ignored once its last sample is older than this."""
     silent_after_s: float = 2.0
-    """An endpoint that owes first tokens and gave no sign of life for this long, and for four times its
-    usual time to first token, is suspected of being half-alive."""
+    """An endpoint with requests that wait for their first token is suspected of being half-alive if it showed
+    no activity for this long and for four times its usual time to first token."""
     reserved_ratio: float = 0.1
-    """Share of a tier's slots that is reserved for high priority while requests of it come: otherwise a
-    high request would wait until a lower one is done."""
+    """Share of a tier's slots that is reserved for high priority while such requests arrive: otherwise a
+    high-priority request would wait until a lower one has finished."""
     reserve_memory_s: float = 30.0
-    """Slots are no longer reserved once the last high request came longer ago than this."""
+    """Slots are reserved for this long after the last high-priority request arrived."""
     breaker: BreakerSettings = field(default_factory=BreakerSettings)
 
 
 def shard_share(limit: int, index: int, count: int, offset: int = 0) -> int:
     """The part of ``limit`` that gateway ``index`` of ``count`` may use; the parts sum to ``limit``.
 
-    Each gets at least 1 only if ``limit >= count``. The remainder of the division goes to the gateways from
-    ``offset`` on: each endpoint has another offset, so that no gateway always gets more.
+    Each part is at least 1 only if ``limit >= count``. The remainder of the division goes to the gateways
+    from ``offset`` on: offsets differ between endpoints, so that no gateway always gets more.
     """
     if limit < 0 or count < 1 or not 0 <= index < count:
         raise ValueError(f"no share {index} of {count} in {limit}")
@@ -60,7 +60,7 @@ def shard_share(limit: int, index: int, count: int, offset: int = 0) -> int:
 
 @dataclass(frozen=True, slots=True)
 class GatewayShard:
-    """Which of how many gateway replicas this one is."""
+    """This gateway's position among all gateway replicas."""
 
     index: int = 0
     count: int = 1
@@ -70,7 +70,7 @@ def gateway_shard(
     snapshot: ClusterSnapshot, gateway_id: str, last: GatewayShard | None = None
 ) -> GatewayShard:
     """This gateway's shard among the snapshot's gateways. A controller that is warming up may not know all
-    of them yet: meanwhile the ``last`` shard is used, or limits would be exceeded."""
+    of them yet; until then the ``last`` shard is used, because a larger share would exceed the limits."""
     if snapshot.warming and last is not None:
         return last
     ids = sorted({gateway_id, *(gateway.gateway_id for gateway in snapshot.gateways)})
@@ -78,8 +78,8 @@ def gateway_shard(
 
 
 class EndpointLoad:
-    """One engine process and what this gateway knows of its load. A new process of the same replica (a
-    new ``generation``) is a new ``EndpointLoad``: requests to the old one no longer count."""
+    """One engine process and what this gateway knows about its load. A new process of the same replica (a new
+    ``generation``) is a new ``EndpointLoad``: requests to the old process no longer count."""
 
     __slots__ = (
         "api_bits",
@@ -105,7 +105,7 @@ class EndpointLoad:
     def __init__(self, endpoint: Endpoint, pool: TierPool | None, breaker: BreakerSettings) -> None:
         self.endpoint = endpoint
         self.pool = pool
-        """The tier's; None once the process is gone or replaced."""
+        """The tier's pool; None once the process is gone or replaced."""
         self.key = load_key(endpoint)
         self.seed = _mix(crc32(endpoint.endpoint_id.encode()))
         self.breaker = Breaker(breaker)
@@ -122,11 +122,12 @@ class EndpointLoad:
         self.ttft_s: float | None = None
         """Moving average of the time to first token."""
         self.latency_s: float | None = None
-        """Moving average of the time until an answer is whole."""
+        """Moving average of the time until a response is complete."""
         self.sampled_s = -inf
         """When ``ttft_s`` got its last sample."""
         self.last_sign_s = -inf
-        """When it last gave a sign of life, or began to owe one."""
+        """When it last sent a token or response, or, if later, when requests began to wait for a first
+        token."""
         self.kv_usage_ratio: float | None = None
         self.waiting: float | None = None
         """Requests in the engine's own queue."""
@@ -134,13 +135,14 @@ class EndpointLoad:
         """When ``kv_usage_ratio`` and ``waiting`` were measured."""
 
     def observe(self, now_s: float, *, kv_usage_ratio: float | None, waiting: float | None) -> None:
-        """Store the engine's own metrics as of ``now_s``; None where the engine does not report one."""
+        """Stores the engine's own metrics as of ``now_s``; None for a metric that the engine does not
+        report."""
         self.kv_usage_ratio = kv_usage_ratio
         self.waiting = waiting
         self.observed_s = now_s
 
     def begin(self, now_s: float) -> RequestSlot:
-        """Start a request at this endpoint. Raises IllegalTransition if the breaker forbids it."""
+        """Starts a request at this endpoint. Raises IllegalTransition if the breaker forbids it."""
         probe = self.breaker.start(now_s)
         self.in_flight += 1
         if not self.awaiting_first:
@@ -152,8 +154,8 @@ class EndpointLoad:
 
 
 class RequestSlot:
-    """What one request holds of an endpoint: one of its concurrent requests. Ended once by :meth:`succeed`,
-    :meth:`fail` or :meth:`abandon`; ending it again does nothing."""
+    """One of an endpoint's concurrent requests, held by one request. It ends with :meth:`succeed`,
+    :meth:`fail` or :meth:`abandon`; further calls of these do nothing."""
 
     __slots__ = ("ended", "first_token_came", "load", "probe", "started_s")
 
@@ -165,7 +167,7 @@ class RequestSlot:
         self.ended = False
 
     def first_token(self, now_s: float) -> None:
-        """The first token of a stream, or the first byte of the answer, came."""
+        """Records that the first token of a stream, or the first byte of the response, arrived."""
         if self.first_token_came or self.ended:
             return
         self.first_token_came = True
@@ -182,7 +184,7 @@ class RequestSlot:
         load.breaker.success(now_s, self.probe)
 
     def succeed(self, now_s: float) -> None:
-        """The whole answer came."""
+        """Records that the whole response arrived."""
         if self.ended:
             return
         if not self.first_token_came:
@@ -195,8 +197,8 @@ class RequestSlot:
         self._release(held_s)
 
     def fail(self, now_s: float, weight: int = 1) -> None:
-        """The request failed. ``weight`` as in :meth:`Breaker.failure`; 0 if it was not the endpoint's fault
-        (the request was wrong, or the engine is only busy)."""
+        """Records that the request failed. ``weight`` is that of :meth:`Breaker.failure`; 0 if it was not the
+        endpoint's fault (the request was invalid, or the engine is only busy)."""
         if self.ended:
             return
         if weight:
@@ -207,7 +209,7 @@ class RequestSlot:
         self._release(None)
 
     def abandon(self, now_s: float) -> None:
-        """The client left."""
+        """Records that the client disconnected."""
         if self.ended:
             return
         if not self.first_token_came:
@@ -256,7 +258,7 @@ class TierPool:
         self.open_limit = 0
         """The part of ``limit`` that low and normal priority may use while slots are reserved."""
         self.api_bits = 0
-        """The APIs that its endpoints ever served, as bits; 0 if it never had an endpoint."""
+        """Bits of all APIs that its endpoints have ever served; 0 if it never had an endpoint."""
         self.ttft_s: float | None = None
         """Moving average of the time to first token."""
         self.service_time_s: float | None = None
@@ -268,16 +270,16 @@ class TierPool:
         return self.in_flight / self.limit if self.limit else 1.0
 
     def rate_per_s(self, priority: Priority) -> float | None:
-        """How many requests a second the tier finishes when all slots open to ``priority`` are taken, by
-        Little's law: slots over service time. None if that is unknown. Counting finished requests instead
-        would take an idle tier for a slow one."""
+        """How many requests per second the tier finishes when all slots open to ``priority`` are taken, by
+        Little's law: slots over service time. None if unknown. A count of finished requests would make an
+        idle tier look slow."""
         slots = self.limit if priority is Priority.HIGH else self.open_limit
         if self.service_time_s is None or not slots:
             return None
         return slots / max(self.service_time_s, 1e-6)
 
     def recount(self, reserved_ratio: float) -> None:
-        """Sum up the ready endpoints' requests and limits."""
+        """Sums up the ready endpoints' requests and limits."""
         ready = [load for load in self.loads if load.ready]
         self.in_flight = sum(load.in_flight for load in ready)
         self.limit = sum(load.limit for load in ready)
@@ -299,7 +301,7 @@ class EndpointTable:
         self.by_endpoint_id: dict[str, EndpointLoad] = {}
         self.shard: GatewayShard | None = None
         self.high_seen_s = -inf
-        """When the last request of high priority came; while that is recent, slots are reserved."""
+        """When the last high-priority request arrived; while that is recent, slots are reserved."""
 
     def apply(
         self,
@@ -308,8 +310,8 @@ class EndpointTable:
         shard: GatewayShard = GatewayShard(),
         others_in_flight: Mapping[str, int] | None = None,
     ) -> None:
-        """Replace the endpoints by a snapshot's. Processes that are still there keep what is known of their
-        load, a new generation starts afresh, endpoints of unknown tiers are left out.
+        """Replaces the endpoints by a snapshot's. The load of processes that are still there is preserved,
+        that of a new generation starts from zero, and endpoints of unknown tiers are left out.
 
         ``shard`` decides this gateway's share of every limit (:func:`shard_share`); ``others_in_flight`` is
         endpoint id → requests of the other gateways.
@@ -342,7 +344,7 @@ class EndpointTable:
             pool.recount(self.settings.reserved_ratio)
 
     def apply_snapshot(self, snapshot: ClusterSnapshot, gateway_id: str) -> None:
-        """Apply a snapshot, as merged by :func:`controlplane.core.cluster.snapshot.merge`: its endpoints,
+        """Applies a snapshot, as merged by :func:`controlplane.core.cluster.snapshot.merge`: its endpoints,
         this gateway's shard, and the other gateways' requests."""
         self.shard = gateway_shard(snapshot, gateway_id, self.shard)
         others: dict[str, int] = {}
@@ -358,13 +360,13 @@ class EndpointTable:
 
 
 def load_key(endpoint: Endpoint) -> str:
-    """The name of one engine process. A request excludes the processes that it tried, not the replicas, so
+    """Identifies one engine process. A request excludes the processes that it tried, not their replicas, so
     that it may go to the same replica again after a restart."""
     return f"{endpoint.endpoint_id}#{endpoint.generation}"
 
 
 def _mix(value: int) -> int:
-    """Spread the bits of a 32-bit checksum over 64 bits (the finaliser of SplitMix64)."""
+    """Spreads the bits of a 32-bit checksum over 64 bits (the finaliser of SplitMix64)."""
     value = (value + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF

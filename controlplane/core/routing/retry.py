@@ -15,10 +15,10 @@ class AttemptFailure(StrEnum):
     """How an attempt failed, as the gateway saw it."""
 
     REFUSED = "refused"
-    """No process listens there: the request never reached an engine."""
+    """No process listens at the address: the request never reached an engine."""
     CONNECT_TIMEOUT = "connect_timeout"
     RESET = "reset"
-    """The connection was lost before the answer's head."""
+    """The connection was lost before the response's headers."""
     UNAVAILABLE = "unavailable"
     """The engine answered 503."""
     BUSY = "busy"
@@ -27,9 +27,9 @@ class AttemptFailure(StrEnum):
     """The engine answered another 5xx."""
     FIRST_TOKEN_TIMEOUT = "first_token_timeout"  # noqa: S105 (no password)
     TOKEN_TIMEOUT = "token_timeout"  # noqa: S105
-    """The stream fell silent."""
+    """The stream stopped without an end."""
     CUT = "cut"
-    """The connection was lost before the answer was whole."""
+    """The connection was lost before the response was complete."""
     STREAM_ERROR = "stream_error"
     """The engine wrote an error into its stream."""
 
@@ -40,10 +40,10 @@ class FailureRule(NamedTuple):
     breaker_weight: int
     """For :meth:`RequestSlot.fail`; 0 means that the endpoint is not to blame."""
     lost: bool
-    """The engine is gone, so that at most the requests it had in flight are retried: a request's first such
-    retry needs no budget."""
+    """Whether the engine is gone. Then only the requests that it had in flight are retried, so a request's
+    first such retry needs no budget."""
     status: int
-    """For the client, if nothing was sent and nothing is left to try."""
+    """The client's status, if nothing was sent and nothing is left to try."""
     code: str
 
 
@@ -66,22 +66,23 @@ class RetrySettings:
     """How often requests are retried."""
 
     max_attempts: int = 3
-    """Attempts of one request that reached an engine, resumes included. This also stops a request that
-    crashes every engine it reaches."""
+    """Maximum number of a request's attempts that reach an engine, including resumes. This also stops a
+    request that crashes every engine it reaches."""
     max_refused: int = 10
-    """Further attempts that reached no engine: a node that is lost takes many endpoints at once, and a
-    request may try several of them before the gateway knows."""
+    """Maximum number of further attempts that reach no engine: when a node is lost, many endpoints are gone
+    at once, and a request may try several of them before the gateway knows."""
     budget_ratio: float = 0.2
-    """Retries per request that comes in, on average."""
+    """Retries per incoming request, on average."""
     budget_min_per_s: float = 10.0
-    """Retries a second that are allowed with any traffic."""
+    """Retries per second that are always allowed, even without traffic."""
     budget_burst: float = 100.0
     """Unused budget accumulates up to this many retries."""
     pause_s: float = 0.25
-    """Wait before the retry of a request that lost a second engine: what takes several engines down at once
-    is known a moment later, and then the request goes to an engine that is alive."""
+    """How long to wait before the retry of a request that lost a second engine. If a failure takes several
+    engines down at once, the gateway knows a moment later, and sends the request to an engine that is
+    alive."""
     min_left_s: float = 0.05
-    """With less time than this until the deadline there is no retry."""
+    """With less time than this before the deadline, there is no retry."""
 
 
 class RetryBudget:
@@ -96,12 +97,12 @@ class RetryBudget:
         self._at_s = now_s
 
     def on_request(self) -> None:
-        """A request came in."""
+        """Records that a request came in."""
         tokens = self.tokens + self.settings.budget_ratio
         self.tokens = tokens if tokens < self.settings.budget_burst else self.settings.budget_burst
 
     def spend(self, now_s: float) -> bool:
-        """Take one retry out of the budget; False if none is left."""
+        """Takes one retry out of the budget; False if none is left."""
         passed_s = max(0.0, now_s - self._at_s)
         self._at_s = max(now_s, self._at_s)
         self.tokens = min(self.settings.budget_burst, self.tokens + passed_s * self.settings.budget_min_per_s)
@@ -112,14 +113,14 @@ class RetryBudget:
 
 
 class RetryElsewhere(NamedTuple):
-    """Send the request to another endpoint, or, if a part of its stream was sent, resume it there."""
+    """Send the request to another endpoint; if a part of its stream was sent, resume it there."""
 
     pause_s: float = 0.0
-    """How long to wait before."""
+    """How long to wait before the attempt."""
 
 
 class GiveUp(NamedTuple):
-    """Answer the client with this status, or with an error event if bytes were sent."""
+    """Respond to the client with this status, or with an error event if bytes were sent."""
 
     status: int
     code: str
@@ -132,14 +133,14 @@ class FailedAttempt(NamedTuple):
     number: int
     """Attempts made so far, from 1."""
     sent: bool
-    """Bytes of the answer have reached the client."""
+    """Whether bytes of the response have reached the client."""
     deadline_s: float
     refused: int = 0
-    """Earlier attempts among them whose connection was refused."""
+    """Number of earlier attempts whose connection was refused."""
     losses: int = 0
-    """Earlier attempts among them that were lost with their engine."""
+    """Number of earlier attempts that were lost with their engine."""
     engine_status: int | None = None
-    """The status that the engine answered with, if it did."""
+    """The status of the engine's response, if there was one."""
 
 
 def next_step(
@@ -149,8 +150,8 @@ def next_step(
     budget: RetryBudget,
     now_s: float,
 ) -> RetryElsewhere | GiveUp:
-    """What to do about a failed attempt. Spends from ``budget`` unless it is the first time that the request
-    loses its engine, see :class:`FailureRule`."""
+    """What to do about a failed attempt. Spends from ``budget``, except the first time that the request loses
+    its engine (see :class:`FailureRule`)."""
     rule = RULES[failure]
     status = attempt.engine_status or rule.status
     refused = attempt.refused + (failure is AttemptFailure.REFUSED)
@@ -167,8 +168,8 @@ def next_step(
     free = rule.lost and attempt.losses == 0
     if not free and not budget.spend(now_s):
         return _given_up(attempt, rule, status, f"{failure}; the retry budget is used up")
-    again = rule.lost and attempt.losses > 0
-    pause_s = min(settings.pause_s, attempt.deadline_s - now_s - settings.min_left_s) if again else 0.0
+    lost_again = rule.lost and attempt.losses > 0
+    pause_s = min(settings.pause_s, attempt.deadline_s - now_s - settings.min_left_s) if lost_again else 0.0
     return RetryElsewhere(pause_s)
 
 

@@ -1,9 +1,9 @@
-"""Which endpoint a request goes to: filter, score, pick; and the reason for each endpoint that was left out.
+"""Which endpoint a request goes to (filter, score, pick), and why each other endpoint was left out.
 
-:func:`controlplane.core.routing.tier_table.resolve` says which tiers may serve a request,
+:func:`controlplane.core.routing.tier_table.resolve` determines which tiers may serve a request,
 :func:`choose_endpoint` chooses the endpoint. A request that waits in the queue keeps its route, and its
-endpoint is chosen when a slot frees. :func:`explain` says for every endpoint why it was left out or how it
-scored; it decides with the same code.
+endpoint is chosen when a slot becomes free. :func:`explain` uses the same code to show for every endpoint why
+it was left out or how it scored.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class RouteOutcome(StrEnum):
 
 
 class Overflow(StrEnum):
-    """Why a request goes to another tier than the one it was meant for."""
+    """Why a request goes to another tier than the one it asked for."""
 
     SPILL = "spill"
-    """That tier is full."""
+    """The tier it asked for is full."""
     BRIDGE = "bridge"
-    """That tier is down."""
+    """The tier it asked for is down."""
 
 
 _GONE: Final = frozenset({EndpointState.FAILED, EndpointState.STOPPED})
@@ -62,14 +62,14 @@ class RouteDecision(NamedTuple):
     load: EndpointLoad | None = None
     """The endpoint to send it to."""
     tiers: tuple[int, ...] = ()
-    """Ranks of all tiers that may serve it under the present load, in order of preference; empty if it goes
-    to a tier that was asked for."""
+    """Ranks of all tiers that may serve it under the current load, in order of preference; empty if it goes
+    to a tier it asked for."""
     refusal: RouteRefusal | None = None
     message: str = ""
     """For the client, if it is rejected."""
     overflow: Overflow | None = None
     wanted_tier: str = ""
-    """The tier that it was meant for, if ``overflow`` sends it to another one."""
+    """The tier it asked for, if ``overflow`` sends it to another one."""
 
 
 class ExplainedEndpoint(NamedTuple):
@@ -78,11 +78,11 @@ class ExplainedEndpoint(NamedTuple):
     endpoint_id: str
     tier: str
     left_out: tuple[str, ...]
-    """The reasons; empty if the endpoint can take the request."""
+    """Why it was left out; empty if the endpoint can take the request."""
     score: float | None
     scores: dict[str, float]
     home: bool
-    """The request's session or prefix belongs to this endpoint."""
+    """Whether the request's session or prefix belongs to this endpoint."""
 
 
 class RouteExplanation(NamedTuple):
@@ -96,8 +96,8 @@ class RouteExplanation(NamedTuple):
 def choose_endpoint(
     route: Route, request: RouteRequest, endpoint_table: EndpointTable, now_s: float, pick: int
 ) -> RouteDecision:
-    """The endpoint for a request whose tiers are known, or that it has to wait, or that it is rejected.
-    ``pick`` is a non-negative integer, another one for each call: the source of randomness."""
+    """Chooses an endpoint for a request whose tiers are known, or queues or rejects the request. ``pick``,
+    the source of randomness, is a non-negative integer that differs from call to call."""
     if route.refusal is not None:
         return RouteDecision(RouteOutcome.REJECT, "", "", refusal=route.refusal, message=route.message)
     needs = API_BITS[request.api]
@@ -134,8 +134,8 @@ def _reserved(pool: TierPool, request: RouteRequest, endpoint_table: EndpointTab
 def _fit(
     pool: TierPool, request: RouteRequest, endpoint_table: EndpointTable, now_s: float
 ) -> list[EndpointLoad]:
-    """The filters: the endpoints of a tier that can take the request now. :func:`_left_out` says the same in
-    words; a test makes sure that the two agree."""
+    """The filters: the endpoints of a tier that can take the request now. :func:`_left_out` gives the same
+    result as reasons; a test makes sure that the two agree."""
     if pool.in_flight >= pool.open_limit and (
         pool.in_flight >= pool.limit or _reserved(pool, request, endpoint_table, now_s)
     ):
@@ -189,8 +189,8 @@ def _down(route: Route, request: RouteRequest, endpoint_table: EndpointTable, no
 
 def _for_embeddings(route: Route, endpoint_table: EndpointTable) -> Route:
     """The route of a request for embeddings, which never spills or bridges: vectors of two models can't be
-    compared. ``auto`` means the tier that serves embeddings, by configuration and not by load: the one
-    hinted at, or else the cheapest."""
+    compared. ``auto`` means a tier that is configured to serve embeddings, whatever the load: the tier that
+    the request's hints name, or else the cheapest one."""
     order, reasons = route.order, route.reasons
     if route.auto:
         pools = endpoint_table.pools
@@ -251,7 +251,7 @@ def _overflow_or_wait(
 
 
 def _condition(pool: TierPool, request: RouteRequest, needs: int) -> str:
-    """In a word or two: why none of the tier's endpoints can be used."""
+    """In one to three words, why none of the tier's endpoints can be used."""
     if not pool.loads:
         return "has no endpoint"
     serving = [load for load in pool.loads if load.api_bits & needs]

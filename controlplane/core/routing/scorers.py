@@ -1,9 +1,9 @@
-"""Scorers, one function for each criterion, and the picker that compares two endpoints of a tier by them.
+"""Scorers, one function for each criterion, and the picker that compares two endpoints of a tier.
 
 A score is in [0, 1], 1 is best. The picker takes the better of two endpoints (M. Mitzenmacher, "The power of
-two choices in randomized load balancing", 2001): that spreads load nearly as evenly as taking the best of
-all, and gateways that share a slightly old view don't all choose the same endpoint. Randomness comes from the
-caller as ``pick``, a non-negative integer.
+two choices in randomized load balancing", 2001). This spreads load nearly as evenly as taking the best of
+all, and gateways with the same slightly outdated snapshot don't all choose the same endpoint. Randomness
+comes from the caller as ``pick``, a non-negative integer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Final
 from controlplane.core.routing.endpoint_table import EndpointLoad, LoadSettings
 
 NEUTRAL: Final = 0.5
-"""The score where nothing is known."""
+"""The score if nothing is known."""
 
 WEIGHTS: Final = {
     "in_flight": 3.0,
@@ -24,13 +24,13 @@ WEIGHTS: Final = {
     "alive": 8.0,
     "affinity": 3.0,
 }
-"""Weight of each scorer. Requests in flight are known exactly, so they weigh most of the measures of load. A
-half-alive endpoint loses against any other. Affinity weighs as much as requests in flight, but only without
-overload (:func:`affinity`)."""
+"""Weight of each scorer. Requests in flight are known exactly, so among the measures of load they weigh most.
+A half-alive endpoint loses against any other. Affinity weighs as much as requests in flight, but only for an
+endpoint without overload (:func:`affinity`)."""
 
 AFFINITY_KV_LIMIT_RATIO: Final = 0.9
 AFFINITY_EXCESS: Final = 1.25
-"""Affinity holds while the endpoint has at most this many times the tier's mean load, plus one (bounded
+"""Affinity applies while the endpoint has at most this many times the tier's mean load, plus one (bounded
 loads: V. Mirrokni, M. Thorup, M. Zadimoghaddam, "Consistent hashing with bounded loads", 2018)."""
 
 _W_IN_FLIGHT: Final = WEIGHTS["in_flight"]
@@ -43,7 +43,7 @@ _WEIGHT_SUM: Final = sum(WEIGHTS.values())
 
 
 def in_flight(load: EndpointLoad) -> float:
-    """The free share of the endpoint's slots, other gateways' requests included."""
+    """The free share of the endpoint's slots, counting the requests of all gateways."""
     limit = load.endpoint.concurrency_limit
     if limit <= 0:
         return 0.0
@@ -73,7 +73,7 @@ def kv_cache(load: EndpointLoad, now_s: float, settings: LoadSettings) -> float:
 
 
 def latency(load: EndpointLoad, now_s: float, settings: LoadSettings) -> float:
-    """Time to first token compared with the tier's usual one: equal is 1/2, much faster approaches 1."""
+    """Time to first token compared with the tier's: 1/2 if equal, approaching 1 if much faster."""
     own_s = load.ttft_s
     if own_s is None or load.pool is None or now_s - load.sampled_s > settings.latency_memory_s:
         return NEUTRAL
@@ -84,7 +84,8 @@ def latency(load: EndpointLoad, now_s: float, settings: LoadSettings) -> float:
 
 
 def alive(load: EndpointLoad, now_s: float, settings: LoadSettings) -> float:
-    """0 if the endpoint is suspected of being half-alive: it owes first tokens and is silent."""
+    """0 if the endpoint is suspected of being half-alive: requests wait for their first token, and it sends
+    nothing."""
     if not load.awaiting_first:
         return 1.0
     silent_s = now_s - load.last_sign_s
@@ -148,8 +149,8 @@ def total(load: EndpointLoad, now_s: float, settings: LoadSettings, at_home: boo
 def better_of_two(
     loads: Sequence[EndpointLoad], now_s: float, settings: LoadSettings, pick: int, key: int | None
 ) -> EndpointLoad:
-    """The picker: the better of two of ``loads``, which are not empty and can all take the request. With a
-    ``key``, one of the two is its home."""
+    """The picker: the better of two of ``loads``, of which there is at least one and which can all take the
+    request. With a ``key``, one of the two is the key's home."""
     count = len(loads)
     if count == 1:
         return loads[0]

@@ -1,10 +1,10 @@
-"""Which tiers a request may go to, and in which order: by what it asks for, whatever the load.
+"""Which tiers a request may go to, and in which order. This depends on the request only, not on the load.
 
 A :class:`TierTable` is built once from the configuration. :func:`resolve` turns a
 :class:`RouteRequest` into a :class:`Route`; :mod:`controlplane.core.routing.router` then chooses an
 endpoint. A tier's position in the table is its rank: 0 is the cheapest.
 
-Per-request values are named tuples: as immutable as a frozen dataclass, and made in a third of the time.
+Per-request values are named tuples: as immutable as frozen dataclasses, but created in a third of the time.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ DEFAULT_COMPLEXITIES: Final = {
     "balanced": Complexity.MODERATE,
     "capable": Complexity.COMPLEX,
 }
-"""The complexity that a tier of this name serves, unless its policy or another tier's says otherwise."""
+"""Tier name → the complexity it serves, unless its own or another tier's policy says otherwise."""
 
 DEFAULT_AGENT_TIERS: Final = {
     "customer_service": "customer_service",
     "technical": "technical_support",
     "general": "general_purpose",
 }
-"""Agent type → tier, where such a tier exists and no tier claims the agent type."""
+"""Agent type → tier, if that tier exists and no tier claims the agent type."""
 
 
 class OverflowDirection(StrEnum):
-    """Where requests meant for a tier may go when it can't serve them."""
+    """Where requests for a tier may go when it can't serve them."""
 
     UP = "up"
     """To more capable tiers."""
@@ -44,11 +44,11 @@ class OverflowDirection(StrEnum):
     """To cheaper tiers."""
     BOTH = "both"
     NONE = "none"
-    """Nowhere: they wait."""
+    """Nowhere: the requests wait."""
 
 
 class Api(StrEnum):
-    """Which API of an engine a request is for."""
+    """The API of an engine that a request uses."""
 
     CHAT = "chat"
     COMPLETIONS = "completions"
@@ -75,26 +75,26 @@ def api_bits(capabilities: Capabilities) -> int:
 
 @dataclass(frozen=True, slots=True)
 class TierPolicy:
-    """What routing needs to know of one tier."""
+    """What routing needs to know about one tier."""
 
     name: str
     model_id: str
     complexities: tuple[Complexity, ...] | None = None
-    """What it serves; None means by its name, see :data:`DEFAULT_COMPLEXITIES`."""
+    """The complexities it serves; None means those for its name, see :data:`DEFAULT_COMPLEXITIES`."""
     agent_types: tuple[str, ...] = ()
     spill: OverflowDirection = OverflowDirection.UP
-    """Where requests go when the tier is full. Up by default: under load an answer may cost more, but its
+    """Where requests go when the tier is full. Up by default: under load, a response may cost more, but its
     quality never drops unnoticed."""
     bridge: OverflowDirection | None = None
-    """Where requests go while no endpoint of the tier can take any. None means both ways, or nowhere if
-    ``spill`` is none. Overload passes in seconds, so waiting helps; a restart takes minutes, and then an
-    answer from a neighbour is better than none."""
+    """Where requests go while the tier is down: none of its endpoints can take any. None means up and down,
+    or nowhere if ``spill`` is none. Overload passes in seconds, so waiting helps; a restart takes minutes,
+    and then a response from another tier is better than none."""
     floor: str | None = None
-    """Requests meant for this tier never go to a tier below that one."""
+    """Requests for this tier never go to a tier below the one named here."""
 
 
 class RouteRequest(NamedTuple):
-    """What routing needs to know of a request."""
+    """What routing needs to know about a request."""
 
     model: str = AUTO
     """``auto``, a tier, or a model id."""
@@ -121,7 +121,7 @@ class RouteRefusal(StrEnum):
     UNKNOWN_TIER = "unknown_tier"
     """``min_tier`` names no tier."""
     BELOW_FLOOR = "below_floor"
-    """Every model asked for by name is under the quality floor."""
+    """Every model that the request names is below the quality floor."""
     NO_CAPABILITY = "no_capability"
     """No engine of the tiers asked for serves this API."""
     EXHAUSTED = "exhausted"
@@ -136,13 +136,13 @@ class Route(NamedTuple):
     order: tuple[int, ...]
     """Tiers asked for, in order of preference."""
     reasons: tuple[str, ...]
-    """Why each of ``order``: plain ASCII, for a header."""
+    """Why each tier of ``order`` is in it; plain ASCII, for a header."""
     spill: tuple[int, ...] = ()
-    """Tiers that may serve it when those are full."""
+    """Tiers that may serve it when those of ``order`` are full."""
     bridge: tuple[int, ...] = ()
-    """Tiers that may serve it when those are down, nearest first."""
+    """Tiers that may serve it when those of ``order`` are down, nearest first."""
     auto: bool = False
-    """The tier was chosen by tierplane, not by the client."""
+    """Whether tierplane chose the tier, not the client."""
     floor: int = 0
     refusal: RouteRefusal | None = None
     message: str = ""
@@ -151,8 +151,8 @@ class Route(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TierTable:
-    """The tiers, and all that can be computed of their routes before a request comes. Make it with
-    :meth:`build`."""
+    """The tiers, and everything about their routes that can be computed before a request arrives. Create it
+    with :meth:`build`."""
 
     policies: tuple[TierPolicy, ...]
     default: int
@@ -180,9 +180,9 @@ class TierTable:
             raise ValueError(f"'{AUTO}' can't be a tier's name: it means that tierplane chooses")
         for policy in policies:
             if policy.floor is not None and policy.floor not in rank_of:
-                raise ValueError(f"tier '{policy.name}': floor '{policy.floor}' is no tier")
+                raise ValueError(f"tier '{policy.name}': floor '{policy.floor}' is not a tier")
         if default_tier is not None and default_tier not in rank_of:
-            raise ValueError(f"default tier '{default_tier}' is no tier")
+            raise ValueError(f"default tier '{default_tier}' is not a tier")
         default = rank_of[default_tier] if default_tier is not None else rank_of.get("balanced", 0)
 
         models: dict[str, tuple[int, ...]] = {}
@@ -211,8 +211,8 @@ def resolve(request: RouteRequest, table: TierTable) -> Route:
     """Where a request may go.
 
     The first of these that the request has decides: the list ``models``, a tier or model id in ``model``,
-    ``complexity``, ``agent_type``; else the default tier. A request for a tier may spill as the tier's policy
-    says; one for a model id or a list of models goes nowhere else.
+    ``complexity``, ``agent_type``; else the default tier. A request for a tier may spill according to the
+    tier's policy; a request for a model id or a list of models goes nowhere else.
     """
     floor = 0
     if request.min_tier is not None:
@@ -225,16 +225,14 @@ def resolve(request: RouteRequest, table: TierTable) -> Route:
         floor = rank
     if request.models:
         return _from_list(request.models, floor, table)
-    auto = False
     model = request.model
-    if model != AUTO:
-        tier = table.rank_of.get(model)
-        if tier is None:
-            return _pinned(model, floor, table)
-        reason = "model=" + model
-    else:
-        auto = True
+    auto = model == AUTO
+    if auto:
         tier, reason = _hinted(request, table)
+    elif model in table.rank_of:
+        tier, reason = table.rank_of[model], "model=" + model
+    else:
+        return _pinned(model, floor, table)
     if tier < floor:
         tier = floor
         reason = f"{reason}, min_tier={table.policies[floor].name}"
@@ -320,7 +318,7 @@ def _neighbours(
     bridge = policy.bridge
     if bridge is None:
         bridge = OverflowDirection.NONE if policy.spill is OverflowDirection.NONE else OverflowDirection.BOTH
-    # Nearest first, and of two as near the more capable.
+    # Nearest first; of two equally near ones, the more capable.
     others = sorted(
         (other for other in range(len(policies)) if other != rank and other >= floor),
         key=lambda other: (abs(other - rank), -other),
@@ -338,9 +336,9 @@ def _leads(direction: OverflowDirection, rank: int, other: int) -> bool:
 
 
 def _complexity_map(policies: Sequence[TierPolicy], rank_of: dict[str, int]) -> dict[Complexity, int]:
-    """The tier of every complexity. One that no tier claims goes to the cheapest tier that claims a higher
-    one, or else to the most capable that claims a lower one: better too capable than too weak. If no tier
-    claims any, the tiers without agent types share them by rank."""
+    """The tier of every complexity. A complexity that no tier claims goes to the cheapest tier that claims a
+    higher one, or else to the most capable tier that claims a lower one: better too capable than too weak. If
+    no tier claims any, the tiers without agent types share them by rank."""
     claimed: dict[Complexity, int] = {}
     for rank, policy in enumerate(policies):
         for complexity in policy.complexities or ():

@@ -1,1 +1,1 @@
-"""GPUs of this machine through NVIDIA's management library."""
+"""Reads this machine's GPUs through NVIDIA's management library (NVML)."""

@@ -1,4 +1,4 @@
-"""NVML's return codes: a value, a missing reading with its reason, or a GPU or driver that is gone."""
+"""Calls of NVML, whose return codes become missing readings, or errors if the GPU or the driver is gone."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class DriverGoneError(Exception):
 
 
 def missing_for(what: str, error: pynvml.NVMLError) -> Missing:
-    """The missing reading of ``what`` after ``error``. Equal ones are the same object, to save memory."""
+    """The missing reading of ``what`` after ``error``. Equal readings are one object, to save memory."""
     key = (what, int(error.value))
     if key not in _missing:
         text = f"{what}: {error}"

@@ -30,7 +30,8 @@ _REJOIN_PAUSE_S: Final = 0.2
 
 
 class EventWatcher:
-    """Waits for events of all GPUs until it is stopped. Survives lost GPUs and a driver that goes away."""
+    """Waits for events of all GPUs until it is stopped. Continues after a GPU is lost or the driver is
+    gone."""
 
     def __init__(self, handler: EventHandler, *, wait_s: float = 1.0, retry_interval_s: float = 5.0) -> None:
         self._handler = handler
@@ -47,14 +48,14 @@ class EventWatcher:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread; takes up to ``wait_s``."""
+        """Stops the thread; takes up to ``wait_s``."""
         self._stopping.set()
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join(self._wait_ms / 1000 + 5)
 
     def refresh(self) -> None:
-        """Registers GPUs that are not watched yet, since the GPUs or the driver changed."""
+        """Starts watching further GPUs. Call it when the GPUs or the driver have changed."""
         self._wake.set()
 
     def _run(self) -> None:

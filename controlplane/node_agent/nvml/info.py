@@ -1,4 +1,4 @@
-"""The values of a GPU that rarely change: limits, worn memory, NVLinks, NUMA node, MIG mode."""
+"""The values of a GPU that rarely change: limits, remapped memory rows, NVLinks, NUMA node, MIG mode."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ _SWITCH_TYPE: Final = pynvml.NVML_NVLINK_DEVICE_TYPE_SWITCH
 
 
 def read_info(index: int, uuid: str, handle: Any, handles: Mapping[str, Any]) -> GpuInfo:
-    """Reads the slowly changing values of one GPU. ``handles`` are those of all GPUs that respond, by UUID.
+    """Reads the values of one GPU that rarely change. ``handles`` are those of all GPUs that respond, by
+    UUID.
 
     Raises GpuLostError or DriverGoneError.
     """
@@ -139,7 +140,7 @@ def _lowest_bit(words: Any) -> int | None:
 
 
 def _or_none(call: Callable[..., R], *args: object) -> R | None:
-    """The call's value; None if the driver fails at it, for details that may be left out."""
+    """The call's value; None if the call fails. For details that may be left out."""
     try:
         return call(*args)
     except pynvml.NVMLError:

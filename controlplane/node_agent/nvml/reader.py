@@ -1,11 +1,11 @@
 """Reads this machine's GPUs through the driver's NVML, using the ``nvidia-ml-py`` binding.
 
-:class:`GpuReader` returns one :class:`GpuSample` per GPU that it has ever seen, whatever happens: no driver,
-no permission, a GPU that fell off the bus, a function that the driver doesn't have, a driver that goes away
-and comes back. What can't be read is a missing reading with its reason. Nothing is decided here.
+:class:`GpuReader` returns one :class:`GpuSample` per GPU that it has ever seen, even if there is no driver or
+no permission, a GPU fell off the bus, the driver lacks a function, or the driver is unloaded and loaded
+again. A value that can't be read is a missing reading with its reason. Nothing is decided here.
 
-The list of GPUs and the values that rarely change (limits, worn memory, links, MIG mode) are read every
-``slow_interval_s``, everything else at each read.
+The list of GPUs and the values that rarely change (limits, remapped memory rows, links, MIG mode) are read
+every ``slow_interval_s``, everything else at each read.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _CLOSED: Final = Missing(Absence.NO_DRIVER, "not connected to the driver")
 
 @dataclass(slots=True)
 class _Slot:
-    """What the reader remembers of one GPU."""
+    """What the reader remembers about one GPU."""
 
     index: int
     info: GpuInfo
@@ -55,7 +55,7 @@ class _Slot:
     """None if the driver returned none at the last enumeration."""
     lost: str = ""
     """Why the GPU is lost; empty if it is not."""
-    lasting: dict[str, Missing] = field(default_factory=dict)
+    unavailable: dict[str, Missing] = field(default_factory=dict)
     """Readings that this driver can't provide; not requested again before the next enumeration."""
 
 
@@ -140,12 +140,12 @@ class GpuReader:
                 continue
             if isinstance(uuid, Missing):
                 self._unidentified[index] = _Slot(index, GpuInfo(uuid="", index=index))
-                self._unidentified[index].lasting["identity"] = uuid
+                self._unidentified[index].unavailable["identity"] = uuid
                 continue
             found.add(uuid)
             slot = self._slots.setdefault(uuid, _Slot(index, GpuInfo(uuid=uuid, index=index)))
             slot.index, slot.handle, slot.lost = index, handle, ""
-            slot.lasting.clear()
+            slot.unavailable.clear()
         self._mark_lost(found, lost_at)
         handles = {uuid: slot.handle for uuid, slot in self._slots.items() if slot.handle is not None}
         for uuid, handle in handles.items():
@@ -155,11 +155,11 @@ class GpuReader:
             except GpuLostError as lost:
                 slot.handle, slot.lost = None, str(lost)
                 continue
-            if info != slot.info:  # else the samples go on sharing the one instance
+            if info != slot.info:  # otherwise the samples continue to share one instance
                 slot.info = info
 
     def _mark_lost(self, found: set[str], lost_at: dict[int, str]) -> None:
-        """Marks every GPU that was not found as lost; one that was never identified has no UUID."""
+        """Marks every GPU that was not found as lost. A lost GPU that was never identified has no UUID."""
         for uuid, slot in self._slots.items():
             if uuid in found:
                 continue
@@ -181,7 +181,7 @@ class GpuReader:
         if slot.handle is None:
             if slot.lost:
                 return _absent(slot.info, GpuCondition.LOST, Missing(Absence.GPU_LOST, slot.lost))
-            why = slot.lasting.get("identity", NOT_SAMPLED)
+            why = slot.unavailable.get("identity", NOT_SAMPLED)
             return _absent(slot.info, GpuCondition.UNREADABLE, why)
         try:
             return self._read_values(slot, _Query(slot))
@@ -224,14 +224,14 @@ class GpuReader:
 
 
 class _Query:
-    """Calls the driver about one GPU, except for readings that it is known not to provide."""
+    """Reads values of one GPU from the driver, except those that the driver is known not to provide."""
 
     def __init__(self, slot: _Slot) -> None:
         self._slot = slot
         self.reset_required: Missing | None = None
 
     def __call__(self, what: str, call: Callable[..., T], *args: object) -> Reading[T]:
-        known = self._slot.lasting.get(what)
+        known = self._slot.unavailable.get(what)
         if known is not None:
             return known
         try:
@@ -243,7 +243,7 @@ class _Query:
             if missing.absence is Absence.NO_DRIVER:
                 raise DriverGoneError(missing) from error
             if error.value in LASTING_CODES:
-                self._slot.lasting[what] = missing
+                self._slot.unavailable[what] = missing
             if error.value == pynvml.NVML_ERROR_RESET_REQUIRED:
                 self.reset_required = missing
             return missing
@@ -268,7 +268,7 @@ def _absent(info: GpuInfo, condition: GpuCondition, why: Missing) -> GpuSample:
 
 
 def _memory(handle: Any) -> Any:
-    """Version 2 first. Drivers before 510 have only version 1."""
+    """Tries version 2 first; drivers before 510 have only version 1."""
     try:
         return pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
     except pynvml.NVMLError as error:
@@ -278,7 +278,7 @@ def _memory(handle: Any) -> Any:
 
 
 def _temperature(handle: Any) -> int:
-    """The first function is removed in CUDA 14; the second exists from driver 570 on."""
+    """Tries two functions: CUDA 14 removes the first one, and the second one exists from driver 570 on."""
     try:
         return int(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))
     except pynvml.NVMLError as error:

@@ -180,8 +180,8 @@ def test_a_model_in_two_tiers_and_resuming_with_the_same_model() -> None:
         ([], None, "at least one"),
         ([TierPolicy("a", "m"), TierPolicy("a", "n")], None, "same name"),
         ([TierPolicy("auto", "m")], None, "can't be a tier's name"),
-        ([TierPolicy("a", "m", floor="z")], None, "floor 'z' is no tier"),
-        ([TierPolicy("a", "m")], "z", "default tier 'z' is no tier"),
+        ([TierPolicy("a", "m", floor="z")], None, "floor 'z' is not a tier"),
+        ([TierPolicy("a", "m")], "z", "default tier 'z' is not a tier"),
     ],
 )
 def test_invalid_tables(policies: list[TierPolicy], default: str | None, says: str) -> None:
