@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from controlplane.core.gpus.leases import (
-    WHOLE_MILLI,
     GpuCapacity,
     GpuLease,
     GpuPart,
     LeaseOutcome,
     LeaseTable,
 )
+from controlplane.core.placement.gangs import WHOLE_MILLI
 
 UUIDS = tuple(f"GPU-{index}" for index in range(5))
 MEMORY = 100
