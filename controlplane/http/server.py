@@ -123,10 +123,9 @@ class HttpResponder:
             if finish:
                 self.finish()
             return
-        sized = ((len(piece), piece) for piece in pieces)
+        lines, short = _CHUNK_SIZE_LINES, _SHORT_CHUNK_BYTES
         chunks = [
-            _CHUNK_SIZE_LINES[size] + piece if size < _SHORT_CHUNK_BYTES else b"%x\r\n%b" % (size, piece)
-            for size, piece in sized
+            (lines[size] if (size := len(piece)) < short else b"%x\r\n" % size) + piece for piece in pieces
         ]
         chunks.append(b"0\r\n\r\n" if finish else b"")
         self._connection.write(b"\r\n".join(chunks))
