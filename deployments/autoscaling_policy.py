@@ -1,7 +1,7 @@
-"""Serve's autoscaling policy for every tier: the replicas that the controller's target asks for.
+"""Serve's autoscaling policy for every tier: the number of replicas in the controller's target.
 
-Serve copies a policy's module by value into its checkpoints. So state that can't be copied, or has to be
-shared, is not here but in :mod:`controlplane.controller.targets_client`.
+Serve copies a policy's module by value into its checkpoints. So state that can't be copied or must be shared
+is in :mod:`controlplane.controller.targets_client`.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class TargetPolicy:
 
 
 def autoscaling(tier: TierConfig, namespace: str) -> AutoscalingConfig:
-    """Serve's settings for a tier: it begins with the configured replicas, and may have up to its maximum
-    plus :data:`SURGE`, and none while it is drained."""
+    """Serve's settings for a tier: it starts with the configured replicas, may have up to its maximum plus
+    :data:`SURGE`, and has none while it is drained."""
     return AutoscalingConfig(
         min_replicas=0,
         initial_replicas=tier.replicas,

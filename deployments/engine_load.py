@@ -1,7 +1,7 @@
 """The engines' own load (queue and KV cache), which a gateway replica reads to choose between endpoints.
 
-This runs in the background; no request waits for it. If an engine can't be read, its last values stay, and
-routing gives them less weight as they age.
+This runs in the background; no request waits for it. If an engine can't be read, its last values remain
+until routing counts them as stale.
 """
 
 from __future__ import annotations

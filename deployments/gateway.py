@@ -1,8 +1,8 @@
 """The gateway as a Serve deployment: the REST interface on Serve's ingress and on a port of its own.
 
 A replica runs in one event loop (Serve's): the application, the gateway's own port, and background tasks that
-pull snapshots from the controller, report load to it, and read the engines' own load. All of it goes on while
-the controller is away.
+pull snapshots from the controller, report load to it, and read the engines' own load. Everything continues
+while the controller is unavailable.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from deployments.engine_load import watch_engines
 from deployments.ray_metrics import mirror_metrics
 
 MAX_ONGOING_REQUESTS = 10_000
-"""What Serve lets through to a replica: more than the gateway's own admission queue, which is the real
-limit."""
+"""Serve's limit of requests per replica. It exceeds that of the gateway's own admission queue, which is the
+real limit."""
 DRAIN_S = 60.0
 """How long a stopping gateway waits for its requests in flight."""
 DRAINING_REPORT_S = 0.25
@@ -59,7 +59,7 @@ class GatewayReplica:
         )
         self._gateway = Gateway(config, self._id)
         self._report_now = asyncio.Event()
-        # A tier without a replica sleeps: a request for it has to reach the controller at once.
+        # A request for a tier that is scaled to zero has to be reported to the controller at once.
         self._gateway.traffic.on_asleep = self._report_now.set
         if config.gateway.traces_endpoint:
             # Imported only where it is used: it takes a third of a second.

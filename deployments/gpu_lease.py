@@ -1,8 +1,8 @@
 """How a replica gets its GPUs: permission to start, and a lease of exact GPUs from the controller.
 
 Ray decides how many GPUs of a node a replica has, the controller decides which: healthy ones that no other
-replica holds, and linked ones for tensor parallelism. If the controller does not answer, the replica uses the
-GPUs that Ray assigned.
+replica holds, and linked ones for tensor parallelism. If the controller does not respond, the replica uses
+the GPUs that Ray assigned.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from controlplane.core.placement.gangs import GangShape
 from controlplane.errors import ControllerUnavailable, EngineError
 
 AWAY_LIMIT_S: Final = 5.0
-"""How long to wait for a controller that does not answer."""
+"""How long to wait for a controller that does not respond."""
 UNKNOWN_LIMIT_S: Final = 30.0
 """How long to wait for a controller that does not know the node's GPUs yet."""
 REFUSED_LIMIT_S: Final = 20.0
-"""How long to wait for a free GPU on this node; then the replica ends, and Serve starts another one, perhaps
+"""How long to wait for a free GPU on this node; then the replica stops, and Serve starts another one, perhaps
 on another node."""
 GENERATION: Final = 1
 """The lease's generation. A replica leases only once; a new replica is another holder."""
@@ -40,7 +40,8 @@ class EngineGpus:
 
 
 class GpuLeaseClient:
-    """Requests permission and a lease for one replica. ``show_wait`` gets a text about what it waits for."""
+    """Requests permission and a lease for one replica. ``show_wait`` is called with what the replica waits
+    for."""
 
     def __init__(
         self,
@@ -73,7 +74,8 @@ class GpuLeaseClient:
             await asyncio.sleep(permission.retry_after_s)
 
     async def lease(self, shape: GangShape, assigned: tuple[str, ...]) -> EngineGpus:
-        """Lease GPUs for ``shape``. ``assigned`` are the GPUs that Ray assigned, for when there is no lease.
+        """Leases GPUs for ``shape``. ``assigned`` are the GPUs that Ray assigned; they are used if there is
+        no lease.
 
         Raises EngineError if this node has no free GPUs for it.
         """
@@ -109,7 +111,7 @@ class GpuLeaseClient:
         return EngineGpus(assigned)
 
     async def _call(self, method: Method[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Call the controller; tries again for a short time while it is away."""
+        """Calls the controller; retries for a short time if it is unavailable."""
         deadline_s = time.monotonic() + AWAY_LIMIT_S
         while True:
             try:

@@ -1,7 +1,7 @@
 """The gateway's metrics copied to Ray metrics, for the Ray dashboard and its Prometheus.
 
-They are copied every few seconds; no request waits for it. Of a histogram only ``_sum`` and ``_count`` are
-copied: the buckets are at the gateway's own ``/metrics``.
+They are copied every few seconds; no request waits for that. Of a histogram, only ``_sum`` and ``_count`` are
+copied; the gateway's own ``/metrics`` has the buckets.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class MetricsMirror:
 
     def copy(self) -> None:
         """Update Ray's metrics to the registry's values. A series of a gauge that no longer exists is set to
-        0, because Ray would go on exporting its last value."""
+        0, because Ray would continue to export its last value."""
         before, self._shown = self._shown, {}
         for family in self._registry.collect():
             for sample in family.samples:

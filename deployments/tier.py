@@ -39,12 +39,12 @@ from deployments.gpu_lease import EngineGpus, GpuLeaseClient
 
 LOOPBACK = "127.0.0.1"
 ENGINE_STOP_S = 30.0
-"""How long Serve lets a replica take to end its engine, in addition to the drain."""
+"""How long a replica may take to stop its engine, in addition to the drain."""
 GATEWAYS_SILENT_S = 5.0
 """How long a draining replica waits until all gateways have reported their requests in flight. Then only the
 engine's own count is used."""
 CONSTRUCTOR_TRIES = 2
-"""The supervisor restarts engines itself; where it gives up, a new replica would not help."""
+"""Few, because the supervisor restarts engines; if it gives up, a new replica would not help."""
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -72,7 +72,7 @@ class TierReplica:
             tier=tier.name,
             replica=unique_id,
         )
-        # Ray sets it to the number of CPUs that it reserved, often 0, for libraries in its own workers.
+        # Ray sets this to the number of CPUs that it reserved, often 0, for libraries in its own workers.
         os.environ.pop("OMP_NUM_THREADS", None)
         if tier.pipeline_across_nodes:
             _prepare_for_ray_workers(runtime.gcs_address)
@@ -110,7 +110,7 @@ class TierReplica:
             if self._ending is not None:  # It was stopped before it served.
                 await self._end()
                 raise
-            # This process is about to end; the controller shows the failed endpoint with its diagnosis.
+            # This process is about to exit; the controller shows the failed endpoint with its diagnosis.
             supervisor, self._supervisor = self._supervisor, None
             if supervisor is None:
                 state = EndpointState.FAILED
@@ -128,7 +128,7 @@ class TierReplica:
         await self._lease_client.may_start()
         gpus = EngineGpus()
         if tier.gpus and not self._leases_gpus:
-            # Workers that vLLM starts on several nodes use the GPUs that Ray assigns: so must all others.
+            # Workers that vLLM starts on several nodes use the GPUs that Ray assigns, so all others must too.
             gpus = EngineGpus(_assigned_gpu_ids())
         elif tier.gpus:
             shape = await asyncio.to_thread(lease_shape, tier)
@@ -172,9 +172,9 @@ class TierReplica:
                         supervisor.restart(command.reason)
 
     async def _retire(self) -> None:
-        """Drain, end the engine, then this process. Serve replaces the replica if its target says so.
+        """Drains, stops the engine, then this process. Serve replaces the replica if its target requires one.
 
-        Serve notices at its next health check that an actor is gone. An actor that only reports to be
+        Serve notices at its next health check that an actor is gone. An actor that only reports itself
         unhealthy would hold its GPUs for three more checks.
         """
         await self._end()
@@ -185,7 +185,7 @@ class TierReplica:
         await self._end()
 
     async def _end(self) -> None:
-        """Drain and end the engine, once; a second call waits for the first."""
+        """Drains and stops the engine, once; a second call waits for the first."""
         if self._ending is None:
             self._ending = asyncio.create_task(self._end_engine())
         await asyncio.shield(self._ending)
@@ -207,8 +207,8 @@ class TierReplica:
         log.info("the replica has stopped", reason=reason)
 
     def _still_running(self) -> int:
-        """For the supervisor, in its thread: requests that gateways have in flight here. While that is
-        unknown: 1, and 0 after :data:`GATEWAYS_SILENT_S`."""
+        """Requests that gateways have in flight here; called in the supervisor's thread. While the number is
+        unknown, it counts as 1, after :data:`GATEWAYS_SILENT_S` as 0."""
         query = self._link.call_within(2.0, ControllerApi.still_running, self._base.endpoint_id)
         try:
             count = asyncio.run_coroutine_threadsafe(query, self._loop).result()
@@ -267,13 +267,13 @@ def _endpoint(base: Endpoint, status: EngineStatus) -> Endpoint:
 
 
 def _metric_names(tier: TierConfig) -> tuple[tuple[str, str], ...]:
-    """The metrics that the controller reads: signal and the engine's own name of it."""
+    """The metrics that the controller reads: pairs of a signal and the engine's own name for it."""
     names = asdict(engine_for(tier).metric_names)
     return tuple((signal, name) for signal, name in names.items() if name)
 
 
 def _engine_host(config: PlaneConfig) -> str:
-    """The address that engines listen on: every gateway can reach it, and no more hosts than necessary."""
+    """The address on which engines listen. Every gateway can reach it, and as few other hosts as possible."""
     if config.engine_host == "loopback" or (
         config.engine_host == "auto" and session.started_by_up(os.environ)
     ):
@@ -296,7 +296,7 @@ def _prepare_for_ray_workers(address: str) -> None:
 
 
 def _start_limit_s(tier: TierConfig) -> float:
-    """How long all starts that the supervisor may try can take together; it gives up before that."""
+    """Upper limit of the time for all starts that the supervisor may try; it gives up earlier."""
     if not engine_for(tier).has_process:
         return tier.startup_timeout_s
     return (tier.restart.max_restarts + 1) * (tier.startup_timeout_s + tier.restart.backoff_max_s)

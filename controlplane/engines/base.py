@@ -1,9 +1,9 @@
 """The interface of every kind of engine.
 
-An engine is described, not wrapped: its command line, how to see that it is ready, what it can do, what its
-metrics are called, and how to read its output when it fails.
-:mod:`controlplane.engines.supervision.supervisor` does the rest in the same way for all kinds. A new kind is
-one file here plus one entry in :mod:`controlplane.engines`.
+An engine is described, not wrapped: its command line, how to check that it is ready, its capabilities, the
+names of its metrics, and how to read its output when it fails. Everything else is the same for all kinds and
+done by :mod:`controlplane.engines.supervision.supervisor`. A new kind is one file here plus one entry in
+:mod:`controlplane.engines`.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ class Diagnosis:
     summary: str
     """One sentence for the operator: the cause and the remedy."""
     permanent: bool = False
-    """Starting the engine again would fail in the same way."""
+    """Whether starting the engine again would fail in the same way."""
     port_taken: bool = False
-    """Another process has taken the port; the engine may start on a different one."""
+    """Whether another process has taken the port, so that the engine may start on a different one."""
     last_lines: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class MetricNames:
-    """The engine's Prometheus names of the metrics that the control plane reads; empty: not available."""
+    """The engine's Prometheus names for the metrics that the control plane reads; empty if not available."""
 
     running: str = ""
     waiting: str = ""
@@ -70,7 +70,7 @@ class Engine(Protocol):
 
     kind: ClassVar[str]
     has_process: ClassVar[bool]
-    """False for an engine that runs elsewhere, which is neither started nor stopped here."""
+    """False for an engine that runs elsewhere, which tierplane neither starts nor stops."""
     ready_path: ClassVar[str]
     """A GET of this path, with the secret, returns 200 once the engine serves requests."""
     metrics_path: ClassVar[str]

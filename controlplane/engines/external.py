@@ -1,5 +1,4 @@
-"""Engine ``endpoint``: an OpenAI-compatible server that runs elsewhere and is neither started nor stopped
-here.
+"""Engine ``endpoint``: an OpenAI-compatible server elsewhere, which tierplane neither starts nor stops.
 
 Examples are Ollama, Foundry Local, vLLM on another machine, and a model in the cloud. It is ready when
 ``/v1/models`` responds. Its metrics are not read, because nothing is known about the software behind it.
@@ -18,7 +17,7 @@ from controlplane.errors import EngineStartError
 
 
 class ExternalEngine:
-    """A server at a URL, run by somebody else."""
+    """A server at a URL that tierplane does not run."""
 
     kind: ClassVar[str] = "endpoint"
     has_process: ClassVar[bool] = False

@@ -41,10 +41,10 @@ ALIASES = {
     "min-p": "sampling.min_p",
     "seed": "sampling.seed",
 }
-"""Flags of llama.cpp's command line → fields of its parameters. All other fields have only their own name."""
+"""Flags of llama.cpp's command line → fields of its parameters. Other fields are set by their own names."""
 
 OWN_FIELDS = frozenset({"api_keys", "hostnames", "port", "model_alias", "ssl_file_key", "ssl_file_cert"})
-"""Fields that tierplane sets and a tier may not."""
+"""Fields that only tierplane sets; a tier may not."""
 
 _PHASES = (
     (re.compile(r"loading model '"), "loading weights"),
@@ -110,7 +110,7 @@ class LlamaCppEngine:
                 "--params",
                 json.dumps(args),
             ),
-            # If it aborted, llama.cpp would start a debugger, where one is installed, for a backtrace.
+            # When llama.cpp aborts, it would start a debugger for a backtrace, if one is installed.
             env={"GGML_NO_BACKTRACE": "1", **tier.env, KEY_ENV: launch.secret},
         )
 

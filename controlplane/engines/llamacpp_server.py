@@ -66,7 +66,7 @@ def gguf_file(model: str) -> Path:
         raise UnusableSettings(
             f"there is no model at '{model}': llamacpp needs a local GGUF file, or a folder with one"
         )
-    # Of a split model, llama.cpp is given the first part and finds the others itself.
+    # For a split model, llama.cpp needs only the first part, and finds the others.
     files = sorted(
         file for file in path.glob("*.gguf") if "-of-" not in file.name or "-00001-of-" in file.name
     )

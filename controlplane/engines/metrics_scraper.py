@@ -25,7 +25,7 @@ from controlplane.http.fetch import MAX_PAGE_BYTES, fetch
 CONCURRENCY: Final = 32
 """Scrapes at the same time."""
 _LARGEST: Final = frozenset({"kv_usage_ratio"})
-"""Gauges of which the largest series counts (there is one per data-parallel rank) and not the sum."""
+"""Gauges whose largest series counts, not the sum; there is one series per data-parallel rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ def scrape_targets(
 
 
 class EngineScraper:
-    """Scrapes in the event loop in which it was entered (``async with``)."""
+    """Scrapes engines in the event loop in which it was entered with ``async with``."""
 
     def __init__(self, *, timeout_s: float = 2.0, max_bytes: int = MAX_PAGE_BYTES) -> None:
         self._timeout_s = timeout_s
@@ -137,7 +137,7 @@ def parse(target: ScrapeTarget, text: str, unix_s: float, scrape_s: float) -> En
 
 
 def _only(text: str, names: tuple[str, ...]) -> str:
-    """The lines of ``names``. The parser takes longer for one line than this takes for a page."""
+    """The lines of the metrics ``names``. The parser takes longer for one line than this takes for a page."""
     if not names:
         return ""
     return "\n".join(line for line in text.splitlines() if line.startswith(names)) + "\n"

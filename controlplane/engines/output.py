@@ -1,4 +1,4 @@
-"""Diagnoses from an engine's last lines of output, as far as several kinds of engine share them."""
+"""Diagnoses from an engine's last lines of output, for several kinds of engine."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def ending(exit_code: int | None) -> str:
 
 
 def last_error(what: str, lines: Sequence[str], exit_code: int | None) -> Diagnosis:
-    """How the process named ``what`` ended, and its last informative line: an exception if there is one, else
-    an error line, else (after a failure) any line."""
+    """The exit of the process named ``what``, and its last informative line: an exception if there is one,
+    else an error line, else (after a failure) any line."""
     informative = [plain(line) for line in lines if not _UNHELPFUL.search(line)]
     informative = [line for line in informative if line]
     cause = (

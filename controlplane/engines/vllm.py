@@ -32,7 +32,7 @@ _NO_NEGATION = frozenset(
         "headless",
     }
 )
-"""The boolean flags of vLLM without a ``--no-`` form: false means that the flag is left out."""
+"""Boolean flags of vLLM that have no ``--no-`` form: for false, the flag is left out."""
 
 _POOLING_TASKS = frozenset({"embed", "embedding", "pooling"})
 
@@ -185,7 +185,7 @@ _CAUSES: tuple[tuple[re.Pattern[str], str, bool], ...] = (
         True,
     ),
     (
-        # How pydantic reports an invalid value: the reason is on a line of its own.
+        # pydantic reports an invalid value with the reason on a separate line.
         re.compile(r"Value error, (?P<detail>.+?)(?: \[type=|$)"),
         "vLLM rejects its settings: {detail}; correct engine_args or env",
         True,
@@ -236,7 +236,7 @@ class VllmEngine:
         return Command(argv=tuple(argv), env=_environment(tier, launch))
 
     def capabilities(self, tier: TierConfig) -> Capabilities:
-        """Embeddings only for a pooling model; generation, not embeddings, for any other model."""
+        """For a pooling model, embeddings only; for any other model, everything except embeddings."""
         runner = str(tier.engine_args.get("runner") or "")
         task = str(tier.engine_args.get("task") or tier.engine_args.get("convert") or "")
         if runner == "pooling" or task in _POOLING_TASKS:

@@ -43,7 +43,7 @@ class ParserReport:
 
 
 def check_command_lines(command_lines: Sequence[Sequence[str]]) -> ParserReport:
-    """Let the installed vLLM parse each command line (the arguments after the module's name).
+    """Has the installed vLLM parse each command line (the arguments after the module's name).
 
     Blocks while vLLM is imported, 10 to 30 s. SetupError if vLLM is not installed or its parser is not found.
     """
@@ -80,7 +80,7 @@ def _new_parser() -> tuple[Any, Any]:
                 raise
             continue
         return cli_args.make_arg_parser(parser_class()), cli_args.validate_parsed_serve_args
-    raise ModuleNotFoundError("no vLLM with a parser at a known place")
+    raise ModuleNotFoundError("no vLLM with a parser in a known module")
 
 
 def _flags(parser: Any) -> list[str]:

@@ -1,7 +1,8 @@
 """The simulated engine's scheduler: which requests generate, which wait, and when each token is due.
 
-All of it runs in one event loop, without locks. A :class:`Generation` is the response to one request while it
-is generated. Its tokens go to a :class:`Sink`, which is the HTTP side; nothing here knows HTTP.
+Everything runs in one event loop, without locks. A :class:`Generation` is the response to one request while
+it is generated. Its tokens go to a :class:`Sink`, which belongs to the HTTP server; this module knows no
+HTTP.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ _TEXT_BYTES = {token: text.encode() for token, text in WORD_TEXT.items()}
 _BURST_TOKENS = 256
 """Tokens emitted together when the time between tokens is 0."""
 _MAX_LAG_S = 0.002
-"""Timers have millisecond resolution: a delay up to this is made up for at the next token, a longer one
+"""Timers have millisecond resolution. A delay up to this is compensated at the next token; a longer one
 shifts the schedule."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """Why a generation ended: ``stop`` (its natural end or a stop string) or ``length``."""
+    """Why a generation finished: ``stop`` (its natural end or a stop string) or ``length``."""
 
     reason: str
     stop_string: str | None = None
@@ -48,7 +49,7 @@ class Sink(Protocol):
 
 
 class GenerationRequest(NamedTuple):
-    """What to generate. A tuple because it is cheap to make, and each request makes one."""
+    """What to generate. A named tuple, because each request creates one and tuples are cheap to create."""
 
     prompt_ids: Sequence[int]
     max_tokens: int | None = None
@@ -125,7 +126,7 @@ class Generation:
     def _take_until_stop(
         self, ids: list[int], finish: Finish | None
     ) -> tuple[list[int], list[bytes], Finish | None]:
-        """Withhold as much text as may be the beginning of a stop string, as vLLM does."""
+        """Withholds text that may be the beginning of a stop string, as vLLM does."""
         texts: list[bytes] = []
         withheld_chars = max(len(stop) for stop in self._request.stop) - 1
         for index, token in enumerate(ids):
@@ -223,7 +224,7 @@ class BatchScheduler:
         return min(tokens / self.settings.kv_cache_tokens, 1.0)
 
     def fails_next(self) -> bool:
-        """Whether the next request is to fail, by ``error_rate``; counts the failure."""
+        """Decides by ``error_rate`` whether the next request fails; counts a failure."""
         rate = self.settings.error_rate
         if rate > 0 and self._random.random() < rate:
             self.counts.finished["error"] += 1
@@ -258,7 +259,8 @@ class BatchScheduler:
             self._step(generation)
 
     def change(self, settings: SimulatedSettings) -> None:
-        """Put settings in force, for running generations too; stalled ones continue unless still stalled."""
+        """Applies settings, also to running generations. Stalled ones continue unless the new settings stall
+        them."""
         self.settings = settings
         for generation in list(self._running):
             if generation.stalled:

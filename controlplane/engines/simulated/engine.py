@@ -1,8 +1,8 @@
 """Engine ``simulated``: a real HTTP server with a token timing model instead of a language model.
 
-Everything above an engine can be tested and load-tested with it. Nobody can mistake it for a model: every
-response has the header ``x-engine: simulated`` and ``"system_fingerprint": "simulated"``, its metric names
-begin with ``simulated:``, and its capabilities include ``simulated``.
+It serves to test and load-test everything above an engine. It can't be mistaken for a model: every response
+has the header ``x-engine: simulated`` and ``"system_fingerprint": "simulated"``, its metric names begin with
+``simulated:``, and its capabilities include ``simulated``.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ class SimulatedSettings(Strict):
     itl_ms: NonNegative = 0.0
     """Time between two tokens of a stream when it runs alone; 0 sends as fast as the machine can."""
     batch_slowdown: NonNegative = 0.0
-    """k in: time between tokens = itl_ms × (1 + k × (running − 1))."""
+    """The factor k in: time between tokens = itl_ms × (1 + k × (running − 1))."""
     max_running: Annotated[int, Field(ge=1)] = 256
     """Requests that generate at the same time; the rest wait in the queue."""
     tokens: Annotated[int, Field(ge=1)] = 128
-    """The length at which a generation ends by itself. ``max_tokens`` makes it shorter, ``ignore_eos`` and
-    ``min_tokens`` longer, as in vLLM."""
+    """The natural length of a generation. ``max_tokens`` makes it shorter, ``ignore_eos`` and ``min_tokens``
+    longer, as in vLLM."""
     prefill_tokens_per_s: NonNegative = 0.0
-    """Prompt tokens processed per second. The time this takes is added to ``ttft_ms``; with 0 it takes
-    none."""
+    """Prompt tokens processed per second. The time for the prompt is added to ``ttft_ms``; 0 means no
+    time."""
     jitter: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Each time is multiplied by a random number between 1 − jitter and 1 + jitter."""
     seed: int = 0
@@ -62,7 +62,8 @@ class SimulatedSettings(Strict):
     refuse: bool = False
     """The port is closed and open connections are reset."""
     hang: bool = False
-    """Connections are accepted but nothing is sent on any of them, running responses included."""
+    """Connections are accepted, but nothing is sent on any of them, not even the rest of running
+    responses."""
     hang_after_tokens: Annotated[int, Field(ge=0)] | None = None
     """Each response stalls after this many tokens; its connection stays open."""
     cut_after_tokens: Annotated[int, Field(ge=0)] | None = None
@@ -152,7 +153,7 @@ class SimulatedEngine:
         )
 
     def capabilities(self, tier: TierConfig) -> Capabilities:
-        """Everything that an engine can do."""
+        """All capabilities except tensor parallelism."""
         return Capabilities(
             resume_by_token_ids=True, embeddings=True, responses=True, messages=True, simulated=True
         )
@@ -163,5 +164,5 @@ class SimulatedEngine:
         return match["phase"] if match else None
 
     def diagnose(self, lines: Sequence[str], exit_code: int | None) -> Diagnosis:
-        """That the port was taken, or the last error line."""
+        """Whether the port was taken, else the last error line."""
         return port_taken(lines) or last_error("the simulated engine", lines, exit_code)

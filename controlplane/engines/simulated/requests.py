@@ -125,7 +125,7 @@ def _fields(body: bytes, model: str) -> dict[str, Any]:
 
 
 def _decode_leniently(body: bytes) -> Any:
-    """Decode what the strict decoder rejects and vLLM accepts, such as half of a surrogate pair."""
+    """Decodes JSON that the strict decoder rejects but vLLM accepts, such as half of a surrogate pair."""
     try:
         return json.loads(body)
     except ValueError as error:
@@ -133,8 +133,8 @@ def _decode_leniently(body: bytes) -> Any:
 
 
 def _prompt_ids(prompt: Any) -> list[int]:
-    """The ids of a prompt: a text is followed by the mark for generated text, a list of ids is used as it
-    is."""
+    """The ids of a prompt: a text is followed by the mark for generated text, a list of ids is used
+    unchanged."""
     if isinstance(prompt, str):
         return [*encode(prompt), ANSWER]
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):

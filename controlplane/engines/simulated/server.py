@@ -62,7 +62,7 @@ class SimulatedServer:
 
     @property
     def settings(self) -> SimulatedSettings:
-        """The settings now in force."""
+        """The current settings."""
         return self.scheduler.settings
 
     @property
@@ -75,7 +75,7 @@ class SimulatedServer:
         self._address = (host, await self.http.start(host, port))
 
     def apply(self, settings: SimulatedSettings, requested_by: HttpResponder | None = None) -> None:
-        """Put settings in force; ``refuse`` resets all connections but that of the request for it."""
+        """Applies settings; ``refuse`` resets all connections except that of the request that sets it."""
         before = self.settings
         if settings.exit_code is not None:
             self.loop.call_later(0.02, os._exit, settings.exit_code)
@@ -199,7 +199,7 @@ class GenerationResponse(ABC):
         self._changed: asyncio.Event | None = None
 
     async def until_ended(self, scheduler: BatchScheduler, generation: Generation) -> None:
-        """Wait until the response has ended; cancelled, free the generation's slot."""
+        """Waits until the response has ended; if cancelled, frees the generation's slot."""
         responder = self._responder
         self._changed = changed = asyncio.Event()
         try:
@@ -215,12 +215,12 @@ class GenerationResponse(ABC):
             scheduler.abort(generation)
 
     def truncate(self) -> None:
-        """End the response without its ending."""
+        """Breaks the response off before its end."""
         self._responder.truncate()
         self._wake()
 
     def _wake(self) -> None:
-        """Let :meth:`generate` see that the response has ended or that the client reads too slowly."""
+        """Lets :meth:`until_ended` see that the response has ended or that the client reads too slowly."""
         if self._changed is not None:
             self._changed.set()
 
@@ -269,7 +269,7 @@ class WholeResponse(GenerationResponse):
 
 
 async def serve(host: str, port: int, model: str, settings: SimulatedSettings) -> None:
-    """Load, listen, serve until SIGTERM or SIGINT."""
+    """Loads, listens, and serves until SIGTERM or SIGINT."""
     loop = asyncio.get_running_loop()
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -303,7 +303,7 @@ def main() -> None:
     )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one and prints it")
-    parser.add_argument("--model", default="simulated", help="the model id it answers to")
+    parser.add_argument("--model", default="simulated", help="the model id that it serves")
     parser.add_argument("--settings", default="{}", help="JSON of the timing model's settings")
     options = parser.parse_args()
     try:

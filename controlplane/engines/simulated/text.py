@@ -1,7 +1,7 @@
 """The simulated model's tokens: text ↔ ids, and the next token as a function of all ids before it.
 
-The next token depends only on the ids so far: a completion continued from ``prompt ids + generated ids``
-gives the same tokens as an undisturbed run. So tests can check, without a model, that a lost stream is
+The next token depends only on the ids before it, so a completion continued from ``prompt ids + generated
+ids`` has the same tokens as an undisturbed run. This lets tests check without a model that a lost stream is
 resumed correctly.
 
 Ids: 0 ends the generated text, 1 marks its beginning, 16… are the model's words (in small letters, then

@@ -1,1 +1,1 @@
-"""Keeps one engine process serving: start, readiness, restart with backoff, diagnosis, clean end."""
+"""Supervision of one engine process: start, readiness, restart with backoff, diagnosis, clean stop."""

@@ -25,10 +25,10 @@ class CommandInbox:
         self.reason = ""
         """The reason given with the last restart command."""
         self.draining = False
-        """The engine is draining: restart commands are ignored."""
+        """Whether the engine is draining; then restart commands are ignored."""
 
     def stop(self) -> None:
-        """Command the supervisor to stop the engine and end."""
+        """Commands the supervisor to stop the engine and itself."""
         self._stop.set()
 
     def restart(self, reason: str) -> None:

@@ -18,8 +18,8 @@ _ALIVE = (200, 404, 405)
 
 
 async def watch_address(tier: TierConfig, engine: Engine, board: StatusBoard, inbox: CommandInbox) -> None:
-    """Probe the tier's URL until the stop command. An unreachable server may appear later, so it is never
-    given up."""
+    """Probe the tier's URL until the stop command. An unreachable server may appear later, so the
+    supervisor never gives it up."""
     try:
         base_url, key = address_of(tier)
     except EngineStartError as error:

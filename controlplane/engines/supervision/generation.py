@@ -1,4 +1,4 @@
-"""One engine process under a supervisor, from resolving its model to the process's end."""
+"""Runs one engine process, from resolving its model until the process has stopped."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ from controlplane.http.fetch import Page, fetch
 
 _PROBE_FIRST_S = 0.05
 _PROBE_LONGEST_S = 0.5
-"""Time between two probes of an engine that starts; grows from the first value to the longest."""
+"""Time between two probes of a starting engine; grows from the first value to the longest."""
 _STARTING_PROBE_S = 2.0
 _PORT_TRIES = 10
 _HUNG_GRACE_S = 2.0
-"""How long a hung engine may take to end after SIGTERM."""
+"""How long a hung engine may take to exit after SIGTERM."""
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationEnd:
-    """How a generation ended: by a ``command``, or without one because it ended by itself or hung."""
+    """Why a generation ended: by a ``command``, or without one because the process exited or hung."""
 
     diagnosis: Diagnosis
     was_ready: bool = False
     command: SupervisorCommand | None = None
     grace_s: float = GRACE_S
-    """How long its process may take to end after SIGTERM."""
+    """How long its process may take to exit after SIGTERM."""
 
 
 @dataclass(slots=True)
@@ -162,7 +162,7 @@ class GenerationRunner:
         return process
 
     async def _watch(self, process: EngineProcess, reserved: socket) -> GenerationEnd:
-        """Watch the started process until it ends, hangs or a command ends it."""
+        """Watches the started process until it exits, hangs, or a command stops it."""
         tier = self.tier
         url = self.board.status.base_url + self.engine.ready_path
         ready = False
@@ -205,7 +205,8 @@ class GenerationRunner:
                     return GenerationEnd(self._startup_timeout(process, response), grace_s=_HUNG_GRACE_S)
 
     def _announce(self, end: GenerationEnd) -> None:
-        """Publish that the engine serves no more, before its process is ended, which may take seconds."""
+        """Publishes that the engine no longer serves, before its process is stopped, which may take
+        seconds."""
         if end.command is SupervisorCommand.STOP:
             self.board.publish(EndpointState.DRAINING, phase="stopping")
         elif end.was_ready:

@@ -1,4 +1,4 @@
-"""One engine process behind its reaper: starts it, reads its output, notices its end, ends it."""
+"""One engine process behind its reaper: starts it, reads its output, notices when it exits, stops it."""
 
 from __future__ import annotations
 
@@ -105,9 +105,9 @@ class EngineProcess:
     output: EngineOutput
     marker: str
     ended: asyncio.Event = field(default_factory=asyncio.Event)
-    """The engine's first process has ended, or its reaper was lost."""
+    """Set once the engine's first process has exited, or its reaper was lost."""
     gone: asyncio.Event = field(default_factory=asyncio.Event)
-    """All processes of the engine have ended."""
+    """Set once all processes of the engine have exited."""
     pid: int | None = None
     exit_code: int | None = None
     """Negative for a signal; None while it runs, or if the exit code is unknown."""
@@ -126,7 +126,7 @@ class EngineProcess:
                 await self.gone.wait()
 
     def kill(self) -> None:
-        """Kill all processes without waiting for their end; :attr:`gone` is set then."""
+        """Kills all processes without waiting; :attr:`gone` is set once they have exited."""
         self._signal(signal.SIGUSR1)
 
     def _signal(self, number: int) -> None:

@@ -43,7 +43,7 @@ class EngineStatus:
     started_unix_s: float = 0.0
     """When this generation's process started."""
     since_unix_s: float = 0.0
-    """When ``state`` began."""
+    """When ``state`` was entered."""
     diagnosis: str = ""
     """Why the last generation failed or the engine was given up; empty once the engine is ready."""
 

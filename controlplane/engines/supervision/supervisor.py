@@ -1,4 +1,4 @@
-"""Runs one engine: starts it, waits until it is ready, watches it, restarts it, ends it.
+"""Runs one engine: starts it, waits until it is ready, watches it, restarts it, stops it.
 
 Threads: an :class:`EngineSupervisor` has a thread with an event loop, which owns all of its state and forks
 the engine (the kernel ends the engine if that thread dies). The public methods may be called from any other
@@ -33,12 +33,12 @@ from controlplane.paths import run_dir
 _DRAIN_POLL_S = 0.2
 _METRICS_TIMEOUT_S = 2.0
 _DRAIN_SETTLED_S = 1.0
-"""An engine's gauges lag behind: it counts as idle once they have shown it idle for this long."""
-_ENDED = frozenset({EndpointState.READY, EndpointState.FAILED, EndpointState.STOPPED})
+"""An engine's gauges lag behind, so it counts as idle once they have shown no requests for this long."""
+_SETTLED = frozenset({EndpointState.READY, EndpointState.FAILED, EndpointState.STOPPED})
 
 
 class EngineSupervisor:
-    """Supervises the engine of one tier replica, from its start to its end."""
+    """Supervises the engine of one tier replica, from start to stop."""
 
     def __init__(
         self,
@@ -100,10 +100,10 @@ class EngineSupervisor:
         Raises EngineStartError: with the diagnosis if the engine was given up or stopped, with its phase if
         it is not ready after ``timeout_s``.
         """
-        status = self._board.wait_for(_ENDED, timeout_s)
+        status = self._board.wait_for(_SETTLED, timeout_s)
         if status.state is EndpointState.READY:
             return status
-        if status.state in _ENDED:
+        if status.state in _SETTLED:
             reason = status.diagnosis or "it was stopped"
             raise EngineStartError(f"tier '{self.tier.name}' can't be served: {reason}")
         earlier = f"; the previous attempt failed: {status.diagnosis}" if status.diagnosis else ""
@@ -143,7 +143,7 @@ class EngineSupervisor:
             self.stop()
 
     def stop(self) -> None:
-        """End all processes of the engine, then the supervisor's thread; returns when all have ended."""
+        """Stops all processes of the engine, then the supervisor's thread; returns when all have stopped."""
         if self._thread is None:
             self._board.publish(EndpointState.STOPPED)
             return
@@ -163,7 +163,7 @@ class EngineSupervisor:
 
     def _thread_main(self, running: Future[None]) -> None:
         try:
-            # Not the process's default kind of loop: this one works with pipes in any thread.
+            # Not the process's default event loop: this one supports pipes in any thread.
             with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
                 runner.run(self._main(running))
         except Exception as error:
@@ -292,7 +292,7 @@ class EngineSupervisor:
             return True
         self._inbox.draining = True
         self._board.publish(EndpointState.DRAINING, phase="finishing running requests")
-        # The caller's own count does not lag behind.
+        # The caller's own count does not lag behind the engine.
         settled_s = 0.0 if still_running else _DRAIN_SETTLED_S
         deadline_s = time.monotonic() + timeout_s
         idle_since_s: float | None = None
