@@ -426,15 +426,17 @@ def test_down_stops_an_up_that_was_killed() -> None:
         assert processes(plane_id) == []
 
 
-def test_on_a_ray_of_somebody_else_only_the_plane_is_stopped() -> None:
+def test_on_a_foreign_ray_only_the_plane_is_stopped() -> None:
     theirs = "theirs"
     with machine([tier("only")]) as place:
         other = Path(tempfile.mkdtemp(prefix="tp-ray-", dir="/tmp"))
         script = (
             "import os, time, psutil\n"
             "from controlplane.ray_cluster import session as r\n"
+            "from controlplane.ray_cluster.ports import Ports\n"
             f"record = r.RunRecord('{theirs}', 'x', ('x',), 'x', os.getpid(), 0.0, time.time(), True)\n"
-            "record = r.start(r.prepare(record), dashboard=False)\n"
+            "with Ports() as ports:\n"
+            "    record = r.start(r.prepare(record), ports, dashboard=False)\n"
             "print(record.ray_address, record.temp_dir)\n"
         )
         env = {**place.environment(), "TIERPLANE_RUN_DIR": str(other)}
