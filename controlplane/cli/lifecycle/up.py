@@ -362,7 +362,7 @@ def _report_ready(record: RunRecord, file: ServeFile, reporter: ProgressReporter
         lines.append(f"  the same on Serve's ingress  {record.ingress_url}/v1")
     if record.dashboard_url:
         token = Path(record.temp_dir) / "auth_token"
-        lines.append(f"  Ray's dashboard  {record.dashboard_url} (asks for the token in {token})")
+        lines.append(f"  Ray's dashboard  {record.dashboard_url} (its token is in {token})")
     lines += ["", curl_line(url, tier), "", openai_snippet(url, tier)]
     reporter.result(
         "ready",

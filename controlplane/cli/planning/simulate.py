@@ -183,7 +183,7 @@ def command(
     if cluster is not None and gpu is not None:
         raise click.UsageError("--gpu can't be combined with --cluster, which has the GPU models: remove one")
     if node_mtbf_hours is not None and cluster is None:
-        raise click.UsageError("--node-mtbf-hours: say which nodes there are, with --cluster")
+        raise click.UsageError("--node-mtbf-hours needs nodes: set --cluster too")
     plane = load_checked(config).plane
     nodes = load_cluster(cluster).to_nodes() if cluster is not None else None
     plane = _with_slo(plane, slo_ttft_ms, slo_itl_ms, attainment)
