@@ -1,7 +1,7 @@
-"""Dataclasses as JSON values for the store, and back by their annotations (msgspec).
+"""Converts dataclasses to JSON values for the store, and back according to their annotations (msgspec).
 
-A field that a stored value lacks gets its default, and unknown keys are ignored, so that a version which adds
-or drops a field still reads what another version wrote.
+A field that is missing in a stored value gets its default, and unknown keys are ignored. So a version that
+adds or drops a field can still read what another version wrote.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def to_value(item: object) -> Any:
 
 
 def shifted(item: D, shift_s: float, *names: str) -> D:
-    """A copy with ``shift_s`` added to the times of these names; a time that is None stays None."""
+    """A copy with ``shift_s`` added to the named fields, which are times; a time that is None stays None."""
     times = {name: getattr(item, name) for name in names}
     return replace(item, **{name: at_s + shift_s for name, at_s in times.items() if at_s is not None})
 
 
 class StoredState:
-    """What an earlier process stored, by key."""
+    """The values that an earlier process stored, by key."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self._values = values
@@ -43,12 +43,12 @@ class StoredState:
         """Entries that could not be read, each with the reason."""
 
     def get(self, key: str) -> Any:
-        """One value as it was stored; None if there is none."""
+        """The value stored under ``key``; None if there is none."""
         return self._values.get(key)
 
     def entries(self, prefix: str, kind: type[T]) -> dict[str, T]:
-        """The entries whose keys begin with ``prefix``, as ``kind``, by the rest of their keys. An entry that
-        can't be read is left out and added to :attr:`damaged`."""
+        """The entries whose keys begin with ``prefix``, converted to ``kind``, by their keys without the
+        prefix. An entry that can't be converted is left out and added to :attr:`damaged`."""
         found = {}
         for key, value in self._values.items():
             if not key.startswith(prefix):

@@ -60,7 +60,7 @@ Route = Callable[[Request, Responder], Awaitable[None]]
 
 
 class Gateway:
-    """Serves requests by the last snapshot that it was given. To be made in a running event loop."""
+    """Serves requests according to the latest snapshot applied. Create it inside a running event loop."""
 
     def __init__(self, config: PlaneConfig, gateway_id: str) -> None:
         self.config = config
@@ -69,7 +69,7 @@ class Gateway:
         self.started_unix_s = time.time()
         self.snapshot: ClusterSnapshot | None = None
         self.controller: ControllerQueries | None = None
-        """For pages that need the controller's answer, never for inference."""
+        """For pages whose data only the controller has; never used for inference."""
         settings = config.gateway
         tier_table = TierTable.build([tier_policy(tier) for tier in config.tiers], settings.default_tier)
         slos = {tier.name: tier.slo.slo() for tier in config.tiers}
@@ -108,7 +108,7 @@ class Gateway:
         self._servers: list[HttpServer] = []
         self._private_url = ""
         self.port = 0
-        """The own port, once :meth:`start` opened it."""
+        """The shared port; 0 until :meth:`start` opens it."""
         self._ticker: asyncio.Task[None] | None = None
         self._routes: dict[str, tuple[str, Route]] = {
             **dict.fromkeys(APIS, ("POST", self._infer)),
@@ -132,14 +132,14 @@ class Gateway:
             self.handle, max_body_bytes=settings.max_body_bytes, body_limit_setting=BODY_LIMIT_SETTING
         )
 
-    # -- life ------------------------------------------------------------------------------------
+    # -- life cycle ------------------------------------------------------------------------------
 
     async def start(self, host: str, port: int | None, node_address: str = "") -> None:
-        """Begin to tick and, unless ``port`` is None, listen on two ports: ``port``, which the gateway
-        replicas of this node share, and a private one at which the others read this replica's metrics. They
-        reach the private one at ``node_address`` if ``host`` is every address of the node.
+        """Start the periodic work and, unless ``port`` is None, listen on two ports.
 
-        Raises OSError if the port can't be opened.
+        The gateway replicas of a node share ``port``. A second, private port serves this replica's metrics to
+        the other replicas; its URL uses ``node_address`` if ``host`` stands for all addresses of the node.
+        Raises OSError if a port can't be opened.
         """
         if self._ticker is None:
             self._ticker = self.loop.create_task(self._tick())
@@ -155,8 +155,8 @@ class Gateway:
         private = HttpServer(self._private, max_body_bytes=1024)
         private_port = await private.start(host, 0)
         self._servers.append(private)
-        reached = node_address if host in EVERY_ADDRESS and node_address else host
-        self._private_url = f"http://{f'[{reached}]' if ':' in reached else reached}:{private_port}"
+        address = node_address if host in EVERY_ADDRESS and node_address else host
+        self._private_url = f"http://{f'[{address}]' if ':' in address else address}:{private_port}"
 
     def trace(self, tracing: Tracing) -> None:
         """Trace requests from now on. ``tracing`` is closed with the gateway."""
@@ -164,7 +164,7 @@ class Gateway:
         self.metrics.on_finished = tracing.end
 
     def apply(self, snapshot: ClusterSnapshot) -> None:
-        """Serve by a new snapshot from now on."""
+        """Serve according to this snapshot from now on; ignored if it is not newer than the current one."""
         merged = merge(self.snapshot, snapshot)
         if merged is self.snapshot:
             return
@@ -180,13 +180,14 @@ class Gateway:
     def observe(
         self, endpoint_id: str, generation: int, *, kv_usage_ratio: float | None, waiting: float | None
     ) -> None:
-        """Store an engine process's own metrics: used share of its KV cache, requests in its queue."""
+        """Store metrics that an engine process reports itself: the used share of its KV cache, and the number
+        of requests in its queue."""
         load = self.endpoint_table.by_endpoint_id.get(endpoint_id)
         if load is not None and load.endpoint.generation == generation:
             load.observe(monotonic(), kv_usage_ratio=kv_usage_ratio, waiting=waiting)
 
     def info(self) -> GatewayInfo:
-        """This replica's state, for the controller."""
+        """This replica's state, as reported to the controller."""
         loads = self.endpoint_table.by_endpoint_id.values()
         busy = tuple((load.endpoint.endpoint_id, load.in_flight) for load in loads if load.in_flight)
         return GatewayInfo(
@@ -201,7 +202,7 @@ class Gateway:
         )
 
     async def drain(self, timeout_s: float) -> None:
-        """Take no new connections, let running requests end, then close."""
+        """Accept no new connections, wait up to ``timeout_s`` for running requests to end, then close."""
         await asyncio.gather(*(server.drain(timeout_s) for server in self._servers))
         if self._ticker is not None:
             self._ticker.cancel()
@@ -371,7 +372,7 @@ def _outcome(status: int) -> RequestOutcome:
 
 
 def tier_policy(tier: TierConfig) -> TierPolicy:
-    """A configured tier as routing sees it."""
+    """What routing needs to know of a configured tier."""
     return TierPolicy(
         name=tier.name,
         model_id=tier.model_id,

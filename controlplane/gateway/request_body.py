@@ -1,4 +1,5 @@
-"""The few members of a request body that routing needs, and changing a body without touching the rest.
+"""Decodes the few members of a request body that routing needs, and rewrites a body without decoding the
+rest.
 
 A rewrite replaces or adds top-level members and copies all others byte for byte as the client sent them.
 """
@@ -13,9 +14,9 @@ import msgspec
 from controlplane.errors import BadRequest
 
 GATEWAY_FIELDS: Final = ("models",)
-"""Members that are for the gateway only and are not sent to engines."""
+"""Members that only the gateway uses; they are not sent to engines."""
 AFFINITY_MESSAGES: Final = 2
-"""How many messages from the start identify a conversation, for affinity."""
+"""For affinity, a conversation is identified by this many of its first messages."""
 
 
 class RequestBody(msgspec.Struct, gc=False):
@@ -69,8 +70,8 @@ def parse(body: bytes) -> RequestBody:
 
 
 def rewrite(body: bytes, **members: Any) -> bytes:
-    """The body with these top-level members set and those for the gateway removed. Raises
-    :class:`BadRequest`: here all names of members are decoded for the first time."""
+    """The body with these top-level members set and the :data:`GATEWAY_FIELDS` removed. Raises
+    :class:`BadRequest` for a malformed body: :func:`parse` did not decode every member."""
     try:
         values: dict[str, Any] = _members(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

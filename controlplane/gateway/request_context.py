@@ -25,9 +25,9 @@ APIS: Final = {
 """The routes that are relayed to engines."""
 
 StreamKind: TypeAlias = Literal["chat", "completion"]
-"""The streams that can be resumed."""
+"""The types of streams that can be resumed."""
 RESUME_KINDS: Final[dict[Api, StreamKind]] = {Api.CHAT: "chat", Api.COMPLETIONS: "completion"}
-"""The APIs whose streams can be resumed."""
+"""The APIs whose streams can be resumed, with the type of their streams."""
 
 _COMPLEXITIES: Final = {str(complexity): complexity for complexity in Complexity}
 _PRIORITIES: Final = {str(priority): priority for priority in Priority}
@@ -50,7 +50,8 @@ class RequestContext:
         fields = parse(request.body)
         self.request_id = request_id
         self.identity = request_id
-        """The value of ``x-request-id`` for engines, followed by the trace's header lines if there is one."""
+        """The value of ``x-request-id`` for engines; if the request is traced, followed by the trace's header
+        lines."""
         self.span: object = None
         """Set by :mod:`controlplane.gateway.telemetry.tracing`."""
         self.path = request.path
@@ -75,26 +76,27 @@ class RequestContext:
             prefix_key=None if session else fields.affinity_key(),
         )
         self.route: Route | None = None
-        """The tiers that may serve it; None until they were resolved."""
+        """The tiers that may serve the request; None until they are resolved."""
         self.decision: RouteDecision | None = None
-        """The routing decision for its latest attempt, or for what it waits for."""
+        """The routing decision for the latest attempt or, while the request is queued, the decision to queue
+        it."""
         self.tried: frozenset[str] = frozenset()
-        """``EndpointLoad.key`` of the endpoints that it tried."""
+        """``EndpointLoad.key`` of the endpoints that earlier attempts used."""
         self.attempts = 0
         self.refused = 0
         """Attempts whose connection was refused."""
         self.losses = 0
         """Attempts that were lost with their engine."""
         self.resumed = 0
-        """How often its stream was resumed."""
+        """How many times the stream was resumed."""
         self.first_byte_s = 0.0
         self.generated_tokens = 0
         self.gpu_s = 0.0
-        """GPU time of its attempts so far (device time where there is no GPU)."""
+        """GPU time of all attempts so far (device time on engines without a GPU)."""
 
     @property
     def tier(self) -> str:
-        """The tier that serves it, or that it waits for; empty before the first decision."""
+        """The tier that serves the request or for which it is queued; empty before the first decision."""
         return self.decision.tier if self.decision is not None else ""
 
     def body_for(self, load: EndpointLoad, *, token_ids: bool) -> bytes:
@@ -111,7 +113,7 @@ class RequestContext:
 
 
 def route_request(request: Request) -> RouteRequest:
-    """A request body as routing sees it, for ``POST /v1/route``."""
+    """The routing parameters of a request, for ``POST /v1/route``."""
     path = "/v1/chat/completions"
     return RequestContext(Request("POST", path, "", request.headers, request.body), "", 0.0, 1.0).request
 

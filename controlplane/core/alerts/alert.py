@@ -1,7 +1,7 @@
-"""Alert rules, alerts and silences: what each one holds, and when a value breaches or clears a rule.
+"""Data types of alert rules, alerts and silences, and when a value breaches or clears a rule.
 
-The rules themselves are in :mod:`controlplane.core.alerts.rules`; the life of an alert is
-:class:`~controlplane.core.alerts.table.AlertTable`'s.
+The rules themselves are in :mod:`controlplane.core.alerts.rules`, and the life cycle of an alert in
+:class:`~controlplane.core.alerts.table.AlertTable`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ class Severity(StrEnum):
 
     @property
     def rank(self) -> int:
-        """Larger is worse."""
+        """A larger rank is more severe."""
         return list(Severity).index(self)
 
 
 class AlertState(StrEnum):
-    """Where an alert is in its life."""
+    """The state of an alert in its life cycle."""
 
     PENDING = "pending"
     FIRING = "firing"
@@ -33,7 +33,7 @@ class AlertState(StrEnum):
 
 
 class SubjectType(StrEnum):
-    """What a rule is about."""
+    """The type of a rule's subjects."""
 
     TIER = "tier"
     GPU = "GPU"
@@ -73,7 +73,7 @@ class EvaluatedBy(StrEnum):
     PROGRAM = "program"
     """The controller only; Prometheus relays the controller's result."""
     PROMETHEUS = "prometheus"
-    """Prometheus only, for example that a gateway does not answer a scrape."""
+    """Prometheus only, for example whether a gateway responds to a scrape."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class Precondition:
 
     figure: str
     threshold: float
-    """The figure must be above it; with ``below``, below it."""
+    """The figure must be above this; with ``below``, below this."""
     below: bool = False
 
     def holds(self, value: float) -> bool:
@@ -92,18 +92,17 @@ class Precondition:
 
 @dataclass(frozen=True, slots=True)
 class AlertRule:
-    """When an alert fires and when it resolves. ``tierplane alerts rules --json`` prints the fields under
-    these names."""
+    """When an alert fires and when it resolves. ``tierplane alerts rules --json`` uses these field names."""
 
     name: str
     """The same in Prometheus."""
     severity: Severity
     threshold: float
-    """A value above it is a breach; with ``below``, a value below it."""
+    """A value above this is a breach; with ``below``, a value below this."""
     summary: str
     """With the placeholders ``{subject}``, ``{threshold}`` and ``{lasts}`` (``for_s`` as text)."""
     clear: float | None = None
-    """The value must come back to this for the alert to resolve; None: to the threshold."""
+    """The value must return to this for the alert to resolve; None means the threshold."""
     below: bool = False
     for_s: float = 60.0
     """How long a breach must last to fire, and how long the value must stay clear to resolve."""
@@ -117,7 +116,7 @@ class AlertRule:
     given: Precondition | None = None
     judge: EvaluatedBy = EvaluatedBy.BOTH
     fixed: bool = False
-    """The figure is yes or no, so the threshold can't be configured."""
+    """The threshold can't be configured, because it has only one meaningful value."""
 
     def breached(self, value: float) -> bool:
         """Whether the value is past the threshold."""
@@ -151,13 +150,14 @@ class Alert:
     since_s: float
     """When ``state`` was entered."""
     cleared_since_s: float | None = None
-    """Since when the value is clear without a break; the alert resolves ``for_s`` later."""
+    """Since when the value has been clear without interruption; the alert resolves ``for_s`` later. None if
+    it is not clear."""
     notified_s: float | None = None
-    """When the last notification was sent; None: none was."""
+    """When the last notification was sent; None if none was sent."""
     acknowledged: str = ""
     """Who acknowledged it; no more notifications are sent until it resolves."""
     detail: str = ""
-    """The cause, as far as it is known."""
+    """The cause, if it is known."""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -173,13 +173,13 @@ class Alert:
 
 @dataclass(frozen=True, slots=True)
 class Silence:
-    """No notifications are sent for alerts that match, until ``until_s``."""
+    """Suppresses notifications for matching alerts until ``until_s``."""
 
     until_s: float
     rule: str = ""
-    """Empty: every rule."""
+    """Empty means every rule."""
     subject: str = ""
-    """Empty: every subject."""
+    """Empty means every subject."""
     reason: str = ""
     by: str = ""
     number: int = 0

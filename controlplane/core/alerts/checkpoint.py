@@ -1,7 +1,7 @@
 """The alerts that survive a restart of the controller, as JSON values by key.
 
 Times are monotonic in memory and wall clock in the store; ``shift_s`` is wall clock less monotonic clock.
-Pending alerts are not stored: nothing is evaluated while the controller is away, so they begin again.
+Pending alerts are not stored: nothing is evaluated while the controller is down, so they begin again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _ALERT, _SILENCE = "alert/", "silence/"
 
 @dataclass(frozen=True, slots=True)
 class _StoredAlert:
-    """A firing alert; the names are those of the stored keys."""
+    """A firing alert; the field names are the keys in the store."""
 
     rule: str
     subject: str

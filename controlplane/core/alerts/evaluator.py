@@ -1,4 +1,5 @@
-"""Evaluates the alert rules of one plane: signals in, what fired or resolved and is to be notified out."""
+"""Evaluates the alert rules of one plane: takes signals, and returns which alerts fired, resolved or are due
+for a notification."""
 
 from __future__ import annotations
 
@@ -12,12 +13,12 @@ from controlplane.core.alerts.signals import AlertSignals
 from controlplane.core.alerts.table import AlertChanges, AlertTable, Observation
 
 GONE_AFTER_S: Final = 60.0
-"""A subject absent for this long is gone, and its alerts resolve. After a restart some subjects appear late,
-so it must not be shorter."""
+"""Alerts of a subject that has been absent for this long resolve. Not shorter, because after a restart some
+subjects appear late."""
 
 
 class AlertEvaluator:
-    """The rules as configured, and the table of alerts."""
+    """The configured rules and the table of alerts."""
 
     def __init__(self, changes: Mapping[str, RuleChange], repeat_s: float) -> None:
         self.rules: tuple[AlertRule, ...] = ()

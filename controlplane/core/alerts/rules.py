@@ -1,7 +1,7 @@
 """All alert rules; the only place where they are defined, for the controller and for Prometheus.
 
 The controller evaluates a rule's figure (:mod:`controlplane.core.alerts.signals`);
-:mod:`controlplane.monitoring.rules` adds the same figure in PromQL and takes everything else from here.
+:mod:`controlplane.monitoring.rules` adds the figure in PromQL and takes everything else from this module.
 ``controller.alerts.rules`` in the configuration changes thresholds for the controller only.
 """
 
@@ -193,7 +193,7 @@ class RuleChange:
 
 
 def rule_named(name: str) -> AlertRule | None:
-    """The rule with that name; case and the prefix ``Tierplane`` don't matter. None: there is none."""
+    """The rule with that name, or None; case and the prefix ``Tierplane`` don't matter."""
     short = name.lower().removeprefix(PREFIX.lower())
     return next((rule for rule in RULES if rule.name.lower() == PREFIX.lower() + short), None)
 

@@ -30,12 +30,12 @@ _NO: Final = known_now(0.0)
 
 @dataclass(frozen=True, slots=True)
 class AlertSignals:
-    """Some figures, which subjects exist, and causes."""
+    """Figures, the subjects that exist, and causes of values."""
 
     figures: Figures
     present: Mapping[SubjectType, Collection[str]] = field(default_factory=dict)
-    """All subjects of a type. Alerts of subjects missing here resolve; a type that is not a key is not
-    checked."""
+    """Type → all its subjects. Alerts of subjects that are missing here resolve, unless the type is not a
+    key."""
     details: Mapping[tuple[str, str], str] = field(default_factory=dict)
     """(figure, subject) → the cause of its value, as text."""
 
@@ -50,7 +50,7 @@ class LostNode:
 
 
 def merged(parts: Iterable[AlertSignals]) -> AlertSignals:
-    """All of them together; if two supply the same figure, the later one wins."""
+    """All parts together; if two have the same figure, the later one wins."""
     figures: dict[str, Mapping[str, Signal]] = {}
     present: dict[SubjectType, Collection[str]] = {}
     details: dict[tuple[str, str], str] = {}
@@ -68,7 +68,7 @@ def tier_signals(
     holds: Mapping[str, TierHold],
 ) -> AlertSignals:
     """Ready and missing replicas, slots in use, and holds. ``due`` is the number of replicas that each tier
-    must have now; ``in_flight`` is requests by endpoint, None while no gateway reports."""
+    must have now; ``in_flight`` is the number of requests by endpoint, None while no gateway reports."""
     ready = dict.fromkeys(due, 0)
     slots = dict.fromkeys(due, 0)
     busy = dict.fromkeys(due, 0)
@@ -126,8 +126,8 @@ def slo_signals(attainments: Mapping[str, Signal], targets: Mapping[str, float])
 
 
 def plane_signals(*, waiting: int | None, store_warning: str) -> AlertSignals:
-    """Requests in all gateways' queues (None: no gateway reports), and why the controller's state is not
-    saved (empty: it is)."""
+    """The requests in all gateways' queues, and whether the controller's state is saved. ``waiting`` is None
+    while no gateway reports; ``store_warning`` says why the state is not saved, and is empty if it is."""
     figures = {names.STORE_UNSAFE: {PLANE: known_now(bool(store_warning))}}
     if waiting is not None:
         figures[names.QUEUE_WAITING] = {PLANE: known_now(waiting)}
@@ -136,7 +136,7 @@ def plane_signals(*, waiting: int | None, store_warning: str) -> AlertSignals:
 
 
 def gpu_signals(fleet: GpuInventory, now_s: float) -> AlertSignals:
-    """Load, memory and temperature of every GPU, and which ones health checks took out of use."""
+    """Utilisation, memory and temperature of every GPU, and which GPUs health checks took out of use."""
     busy: dict[str, Signal] = {}
     memory: dict[str, Signal] = {}
     temperature: dict[str, Signal] = {}
@@ -162,8 +162,9 @@ def gpu_signals(fleet: GpuInventory, now_s: float) -> AlertSignals:
 def node_signals(
     fleet: GpuInventory, lost: Mapping[str, LostNode], missing: Mapping[str, int], now_s: float
 ) -> AlertSignals:
-    """How long each node's agent has been silent, and which nodes are lost. A lost node counts until every
-    tier that ran there has all its replicas again; ``missing`` is the replicas that each tier lacks."""
+    """How long each node's agent has been silent, and which nodes are lost. A node counts as lost until every
+    tier that ran on it has all its replicas again; ``missing`` is the number of replicas that each tier
+    lacks."""
     silent = {
         node_id: known_now(max(0.0, now_s - node.latest_s))
         for node_id, node in fleet.nodes.items()

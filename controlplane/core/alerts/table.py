@@ -1,10 +1,10 @@
 """All alerts of one plane: PENDING → FIRING → RESOLVED, and when a notification is due.
 
-As in Prometheus, an alert fires once the breach has lasted ``for_s`` without a break. Unlike there, it
-resolves only past a second threshold (``clear``), so that a value near the threshold does not fire again and
-again. A firing alert is notified at once and again every ``repeat_s``, unless it is acknowledged, silenced or
-already clear. A signal that is stale or missing neither fires nor resolves an alert.
-"""
+As in Prometheus, an alert fires once the breach has lasted ``for_s`` without interruption. Unlike in
+Prometheus, it resolves only past a second threshold (``clear``), so that a value near the threshold does not
+fire again and again. A firing alert is notified at once and again every ``repeat_s``, unless it is
+acknowledged, silenced or already clear. A signal that is stale or missing neither fires nor resolves an
+alert."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from controlplane.core.alerts.alert import Alert, AlertRule, AlertState, Silence
 from controlplane.core.telemetry.series import Signal
 
 MAX_ALERTS: Final = 10_000
-"""Alerts that a table holds; once it is full no new alert begins."""
+"""Maximum number of alerts in a table; while it is full, no new alert begins."""
 MAX_SILENCES: Final = 1_000
 
 
@@ -28,7 +28,7 @@ class Observation:
     subject: str
     signal: Signal
     precondition_met: bool = True
-    """False: the rule does not apply to the subject now, whatever the value."""
+    """False if the rule does not apply to the subject now, whatever the value."""
     detail: str = ""
 
 
@@ -39,8 +39,8 @@ class AlertChanges:
     fired: tuple[Alert, ...] = ()
     resolved: tuple[Alert, ...] = ()
     due: tuple[Alert, ...] = ()
-    """A notification must be sent now: the alert fired, is repeated (``notified_s`` is the last time) or
-    resolved."""
+    """Alerts for which a notification must be sent now, because they fired, are due again (``notified_s`` is
+    the last time), or resolved."""
 
 
 class AlertTable:
@@ -53,25 +53,26 @@ class AlertTable:
 
     @property
     def alerts(self) -> tuple[Alert, ...]:
-        """In the order in which they began."""
+        """All alerts, in the order in which they began."""
         return tuple(self._alerts.values())
 
     def contains(self, rule: str, subject: str) -> bool:
-        """Whether there is such an alert, pending or firing."""
+        """Whether an alert of this rule and subject is pending or firing."""
         return (rule, subject) in self._alerts
 
     @property
     def full(self) -> bool:
-        """No new alert can begin until one resolves."""
+        """Whether no new alert can begin until one resolves."""
         return len(self._alerts) >= MAX_ALERTS
 
     @property
     def silences(self) -> tuple[Silence, ...]:
-        """In the order of their numbers; expired ones are dropped by the next :meth:`observe`."""
+        """All silences, in the order of their numbers; expired ones are dropped by the next
+        :meth:`observe`."""
         return tuple(self._silences)
 
     def observe(self, observations: Iterable[Observation], now_s: float) -> AlertChanges:
-        """Take in one round of observations."""
+        """Apply one round of observations."""
         self._silences = [silence for silence in self._silences if now_s < silence.until_s]
         fired: list[Alert] = []
         resolved: list[Alert] = []
@@ -94,7 +95,7 @@ class AlertTable:
         return AlertChanges(tuple(fired), tuple(resolved), tuple(due))
 
     def end(self, keys: Collection[tuple[str, str]], reason: str, now_s: float) -> AlertChanges:
-        """Resolve these alerts although their value did not clear: their subject or rule is gone."""
+        """Resolve these alerts although their values did not clear, because their subject or rule is gone."""
         resolved = []
         for key in keys:
             alert = self._alerts.pop(key, None)
@@ -104,7 +105,7 @@ class AlertTable:
         return AlertChanges((), tuple(resolved), due)
 
     def acknowledge(self, rule: str, subject: str, by: str) -> bool:
-        """Send no more notifications for an alert until it resolves. False: no such alert is firing."""
+        """Send no more notifications for an alert until it resolves. False if no such alert is firing."""
         alert = self._alerts.get((rule, subject))
         if alert is None or alert.state is not AlertState.FIRING:
             return False
@@ -126,13 +127,13 @@ class AlertTable:
         return found
 
     def silenced_by(self, alert: Alert, now_s: float) -> Silence | None:
-        """Of the silences that cover the alert now, the one that lasts longest; None if none does."""
+        """The longest of the silences that cover the alert now; None if none does."""
         found = [silence for silence in self._silences if silence.covers(alert, now_s)]
         return max(found, key=lambda silence: silence.until_s, default=None)
 
     def restore(self, alerts: Iterable[Alert], silences: Iterable[Silence]) -> None:
-        """Take in what was firing or silenced before a restart. Pending alerts, and the time for which a
-        value had been clear, begin again: nothing was observed in between."""
+        """Restore the firing alerts and the silences from before a restart. Pending alerts, and the time for
+        which a value had been clear, begin again, because nothing was observed in between."""
         for alert in alerts:
             if alert.state is AlertState.FIRING and not self.full:
                 self._alerts[alert.key] = replace(alert, cleared_since_s=None)
@@ -140,7 +141,7 @@ class AlertTable:
         self._last_number = max([self._last_number, *(silence.number for silence in self._silences)])
 
     def _step(self, seen: Observation, value: float, now_s: float) -> Alert | None:
-        """The alert after this observation; None: there is none."""
+        """The alert after this observation; None if there is none."""
         key = seen.rule.name, seen.subject
         alert = self._alerts.get(key)
         breached = seen.precondition_met and seen.rule.breached(value)

@@ -1,4 +1,4 @@
-"""Alerts as they are shown: in the controller's responses, in snapshots and in webhooks."""
+"""Views of alerts, for the controller's responses, snapshots and webhooks."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from controlplane.core.alerts.alert import Alert, AlertState, Severity, SubjectT
 from controlplane.core.alerts.table import AlertTable
 
 MAX_IN_SNAPSHOT: Final = 500
-"""Alerts that a snapshot carries at most, the worst ones."""
+"""Maximum number of alerts in a snapshot; the worst ones are included."""
 
 
 @dataclass(frozen=True, slots=True)
 class FiringAlert:
-    """A firing alert as snapshots and ``GET /alerts`` carry it: without value and detail, which would make a
-    new snapshot at every evaluation."""
+    """A firing alert in snapshots and ``GET /alerts``; without value and detail, which would cause a new
+    snapshot at every evaluation."""
 
     rule: str
     severity: Severity
@@ -71,7 +71,7 @@ class WebhookView:
     name: str
     """Scheme and host; the rest of the URL may be secret."""
     delivered: int
-    """Messages that it accepted."""
+    """Messages that the webhook accepted."""
     failed: int
     """Messages given up after the last attempt."""
     dropped: int
@@ -79,7 +79,7 @@ class WebhookView:
     waiting: int
     """Alerts in the queue."""
     problem: str = ""
-    """Why the last delivery failed; empty: it did not."""
+    """Why the last delivery failed; empty if it succeeded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ class AlertsResponse:
 
 
 def view(alert: Alert, table: AlertTable, now_s: float, shift_s: float) -> AlertView:
-    """One alert; ``shift_s`` is wall clock less monotonic clock."""
+    """The view of one alert; ``shift_s`` is wall clock less monotonic clock."""
     rule = alert.rule
     silence = table.silenced_by(alert, now_s)
     return AlertView(
@@ -148,11 +148,11 @@ def silences(table: AlertTable, now_s: float, shift_s: float) -> tuple[SilenceVi
 
 
 class AlertTransition(StrEnum):
-    """What a notification says of its alert."""
+    """The event that a notification reports."""
 
     FIRING = "firing"
     REPEATED = "repeated"
-    """It is still firing."""
+    """The alert is still firing."""
     RESOLVED = "resolved"
 
 

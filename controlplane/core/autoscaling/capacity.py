@@ -1,11 +1,11 @@
-"""What one replica carries: tokens a second against batch size, learned while it runs.
+"""The capacity of one replica: how fast it generates at each batch size, learned while it runs.
 
 A busy engine spends each second on prompts and on decode steps:
 
     1 = P * c  +  (G / b) * a  +  G * d
 
 with P prompt tokens and G generated tokens a second, b sequences that decode at the same time, c seconds per
-prompt token, and a decode step of ``a + d * b`` seconds. (a, d, c) are estimated by recursive least squares
+prompt token, and ``a + d * b`` seconds per decode step. (a, d, c) are estimated by recursive least squares
 with forgetting (L. Ljung, "System Identification", 1999, ch. 11), starting from a prior (the roofline's
 figures) that measurements soon outweigh. With Little's law the rest has a closed form: at r requests a second
 with I prompt and O generated tokens
@@ -28,11 +28,11 @@ _PRIOR_SD: Final = 0.5
 _NOISE: Final = 0.1
 """Standard deviation of the equation's error for one pool of readings."""
 _POOL_S: Final = 60.0
-"""Readings are added up to this much busy time before they update the estimate. The equation is linear, so
-nothing is lost, and errors of short readings (a prompt counted in one that was computed before it) cancel
-out; in a regression they would bias all figures."""
+"""Readings are summed until they cover this much busy time, and then update the estimate. The equation is
+linear, so summing loses nothing. Errors of short readings (a prompt that was computed in one interval and
+counted in the next) cancel out; in a regression they would bias all parameters."""
 _LEAST: Final = 0.02
-"""No figure falls below this ratio of its prior: all three are times."""
+"""No parameter falls below this ratio of its prior, because all three are times and must stay positive."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class EngineSpeed:
     """How fast an engine is."""
 
     step_s: float
-    """The fixed part of a decode step: reading the weights, scheduling."""
+    """The fixed part of a decode step: reading the weights, and scheduling."""
     step_s_per_sequence: float
     prompt_s_per_token: float
 
@@ -76,19 +76,20 @@ def linear_speed(
 
 @dataclass(frozen=True, slots=True)
 class LatencyBounds:
-    """Bounds of the load of a replica."""
+    """Upper bounds on the load of one replica."""
 
     sequences: float
-    """At the same time: the tier's concurrency limit, or fewer if the KV cache holds fewer."""
+    """Sequences that run at the same time: the tier's concurrency limit, or fewer if the KV cache holds
+    fewer."""
     itl_s: float = math.inf
     """The time per token that the SLO requires."""
 
 
 class ReplicaCapacity:
-    """The speed of a tier's engines, and what follows from it."""
+    """Learns the speed of a tier's engines, and derives rates, latencies and replica counts from it."""
 
     def __init__(self, prior: EngineSpeed) -> None:
-        # In units of the prior, so that one variance is right for all three figures.
+        # Parameters are in units of their priors, so that one variance suits all three.
         self._scale = (prior.step_s, prior.step_s_per_sequence, prior.prompt_s_per_token)
         self._theta = [1.0, 1.0, 1.0]
         variance = _PRIOR_SD * _PRIOR_SD
@@ -98,7 +99,7 @@ class ReplicaCapacity:
         self._pool = [0.0] * 5
         """The three terms, busy time and whole time since the last update, summed over engines."""
         self.observed_s = 0.0
-        """Busy seconds that the estimate is based on."""
+        """Busy time on which the estimate is based."""
 
     @property
     def confidence(self) -> float:
@@ -149,10 +150,10 @@ class ReplicaCapacity:
         self.speed = self._estimate()
 
     def _keep_positive(self) -> None:
-        """Raise a figure that fell below its minimum to it, and adjust the others so that together they still
-        explain the measurements (projection: D. Simon, "Kalman filtering with state constraints", 2010). If
-        all batches have the same size, ``a`` and ``d`` can't be told apart: without this, one would grow
-        while the other falls below 0."""
+        """Raise each parameter that fell below its minimum to the minimum, and adjust the others so that all
+        three still explain the measurements (projection: D. Simon, "Kalman filtering with state constraints",
+        2010). If all batches have the same size, ``a`` and ``d`` can't be distinguished: without this, one
+        would grow while the other falls below 0."""
         for index in sorted(range(3), key=lambda i: self._theta[i]):
             short, variance = _LEAST - self._theta[index], self._cov[index][index]
             if short > 0 and variance > 0:
@@ -163,7 +164,7 @@ class ReplicaCapacity:
         return EngineSpeed(*(max(t, _LEAST) * s for t, s in zip(self._theta, self._scale, strict=True)))
 
     def batch(self, requests_per_s: float, request: RequestShape) -> float:
-        """Sequences that decode at the same time on a replica at that rate; infinity: it can't keep up."""
+        """Sequences that decode at the same time on a replica at that rate; infinity if it can't keep up."""
         speed = self.speed
         left = 1.0 - requests_per_s * _request_s(speed, request)
         if left <= 0:
@@ -189,7 +190,7 @@ class ReplicaCapacity:
         return sequences / busy if busy > 0 else math.inf
 
     def residence_s(self, requests_per_s: float, request: RequestShape) -> float:
-        """The mean time of a request at a replica that gets that rate (Little's law)."""
+        """The mean time that a request spends at a replica which serves that rate (Little's law)."""
         if requests_per_s <= 0:
             speed = self.speed
             return request.input_tokens * speed.prompt_s_per_token + request.output_tokens * (
@@ -198,7 +199,7 @@ class ReplicaCapacity:
         return self.batch(requests_per_s, request) / requests_per_s
 
     def replicas(self, requests_per_s: float, request: RequestShape, bounds: LatencyBounds) -> int:
-        """The smallest number of replicas that carries the rate inside the bounds."""
+        """The smallest number of replicas that can serve the rate within the bounds."""
         if requests_per_s <= 0:
             return 0
         each_per_s = self.requests_per_s(request, self.most_sequences(request, bounds))
@@ -206,5 +207,5 @@ class ReplicaCapacity:
 
 
 def _request_s(speed: EngineSpeed, request: RequestShape) -> float:
-    """The time of the engine that one request takes for itself."""
+    """The engine time that one request adds, apart from the fixed part of the steps."""
     return request.input_tokens * speed.prompt_s_per_token + request.output_tokens * speed.step_s_per_sequence

@@ -1,4 +1,4 @@
-"""How long replicas take to start on this cluster, measured on the last starts of each tier."""
+"""How long replicas take to start on this cluster, measured from the last starts of each tier."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Final
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
 
 MAX_STARTS: Final = 8
-"""Starts that are remembered per tier."""
+"""Starts that are stored per tier."""
 SCHEDULING_S: Final = 3.0
-"""From an order to the start of an engine: the part of a cold start that Serve and Ray take."""
+"""Time from ordering a replica to the start of its engine: the share of Serve and Ray in a cold start."""
 
 
 class ColdStarts:
@@ -20,11 +20,12 @@ class ColdStarts:
     def __init__(self) -> None:
         self._took_s: dict[str, deque[float]] = {}
         self._known: set[tuple[str, int]] = set()
-        """(endpoint, generation of its engine) that were seen ready."""
+        """(endpoint id, engine generation) of the engines that have been ready."""
 
     def learn(self, endpoints: Mapping[str, Endpoint]) -> None:
-        """Take in all endpoints, by id. Each engine process counts once; one that replaced another in the
-        same replica does not count, because model and GPU were already there."""
+        """Record the starts of engines that became ready; ``endpoints`` are all endpoints, by id. Each engine
+        process counts once. An engine that was restarted in the same replica does not count, because the
+        model and the GPU were already there."""
         for endpoint in endpoints.values():
             key = endpoint.endpoint_id, endpoint.generation
             if endpoint.state is not EndpointState.READY or key in self._known:
@@ -36,7 +37,8 @@ class ColdStarts:
         self._known = {key for key in self._known if key[0] in endpoints}
 
     def longest_s(self, tier: str) -> float | None:
-        """From an order until the replica serves: the longest of the last starts; None: none was seen."""
+        """The longest of the last starts, from ordering a replica until it serves; None if none was
+        measured."""
         seen = self._took_s.get(tier)
         return max(seen) + SCHEDULING_S if seen else None
 
@@ -45,6 +47,6 @@ class ColdStarts:
         return {tier: list(seen) for tier, seen in self._took_s.items()}
 
     def restore(self, values: Mapping[str, Sequence[float]]) -> None:
-        """Take in what was stored before a restart."""
+        """Restore the starts that were stored before a restart of the controller."""
         for tier, seen in values.items():
             self._took_s[tier] = deque(seen, maxlen=MAX_STARTS)

@@ -1,18 +1,18 @@
-"""The headroom that would have been best for the arrivals of the last hours.
+"""Finds the headroom that would have been best for the arrivals of the last hours.
 
-A forecast of ``x`` replicas (a real number) becomes ``ceil(factor * x)``, retained for a hold time. Which of
-several forecasts and which factor are right depends on the errors of the forecast, the burstiness of
-arrivals, how long a request may wait, and how coarse a fleet of few replicas is; no formula covers all of
-that. So every pair of a forecast and a factor is replayed against the actual arrivals: a fluid queue with the
-replicas that the pair would have had ready, given that they take a cold start. Each virtual queue counts the
-requests that would have waited too long for the SLO, and the replicas it would have used. The pair in use is
-the cheapest one with an acceptable ratio of misses. (Virtual queues that measure what another amount of a
-resource would do: C. Courcoubetis et al., "Admission control and routing in ATM networks using inferences
+A forecast of ``x`` replicas (a real number) becomes ``ceil(factor * x)`` replicas, retained for a hold time.
+The best forecast and the best factor depend on the errors of the forecast, the burstiness of arrivals, how
+long a request may wait, and how coarse a fleet of few replicas is; no formula covers all of that. So every
+pair of a forecast and a factor is replayed against the actual arrivals: a fluid queue is served by the
+replicas that the pair would have had ready after their cold starts. Each virtual queue counts the requests
+that would have waited too long for the SLO, and the replicas that would have been used. The cheapest pair
+with an acceptable ratio of misses is chosen. (Virtual queues that measure the effect of another amount of a
+resource: C. Courcoubetis et al., "Admission control and routing in ATM networks using inferences
 from measured buffer occupancy", 1995. Every tick evaluates every pair, so nothing has to be tried out on
 users.)
 
-A virtual queue says nothing about what has not happened yet. So each forecast has a prior factor, which
-counts as much as some minutes of traffic, and no factor is below a minimum.
+A virtual queue knows nothing about events that have not happened yet. So each forecast has a prior factor,
+which weighs as much as some minutes of traffic, and no factor is below a minimum.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 MOST_MISSED: Final = 0.25
-"""The ratio of misses in one tick is capped at this: a burst is over before replicas ordered for it are
-ready, so it says no more if everything misses than if a part does."""
+"""The ratio of misses in one tick is capped at this. A burst is over before replicas ordered for it are
+ready, so a tick in which all requests miss is no stronger evidence than one in which some do."""
 _STEP: Final = 0.05
 _FACTORS: Final[NDArray[np.float64]] = np.exp(_STEP * np.arange(-8, 13))
 """0.67 to 1.82."""
@@ -37,20 +37,22 @@ _FORGET_S: Final = 7200.0
 _PRIOR_STEP: Final = 0.1
 """In the prior, the ratio of misses falls to 1/e with this much more headroom (logarithm of the factor)."""
 _ABOVE_BEST: Final = 0.25
-"""If no pair meets the SLO: how much more than the best pair another may miss, in units of the allowed
-ratio."""
+"""If no pair meets the SLO, pairs that miss at most this much more than the best one are candidates too; in
+units of the allowed ratio."""
 _REACTION_S: Final = 20.0
-"""After this time a queue with too long waits would have been noticed and replicas ordered."""
+"""Time after which a queue whose requests wait too long would have been noticed and replicas ordered for
+it."""
 _RELIEVED_MISSED: Final = 0.02
-"""The ratio of misses of a pair whose replicas were ordered only because of its queue: they would be removed
-when the queue is gone, and it would come back."""
+"""The ratio of misses that is assumed for a pair whose replicas were ordered only because of its queue: once
+the queue is gone they would be removed, and the queue would come back."""
 _LONGEST_WAIT_S: Final = 60.0
-"""A virtual queue gets no longer than this beyond the patience: replicas would have been ordered for it."""
+"""The wait in a virtual queue exceeds the patience by at most this, because replicas would have been ordered
+for it."""
 
 
 @dataclass(frozen=True, slots=True)
 class ForecastPrior:
-    """What is assumed about one forecast before there is experience."""
+    """What is assumed about one forecast before measurements exist."""
 
     factor: float
     """With this factor the ratio of misses is assumed to be exactly the allowed one."""
@@ -60,17 +62,17 @@ class ForecastPrior:
 
 @dataclass(frozen=True, slots=True)
 class HeadroomChoice:
-    """The pair in use."""
+    """The chosen pair of a forecast and a factor."""
 
     forecast: int
     """The index of the forecast."""
     factor: float
     missing: float
-    """The ratio of requests that would have missed the SLO with it in the last tick."""
+    """The ratio of requests that would have missed the SLO with this pair in the last tick."""
 
 
 class SlidingMaximum:
-    """The maximum over a window that ends now."""
+    """The maximum of the values in a sliding window."""
 
     __slots__ = ("_entries",)
 
@@ -88,7 +90,7 @@ class SlidingMaximum:
             entries.popleft()
 
     def since(self, from_s: float) -> float:
-        """The maximum since ``from_s``; the newest value if all are older; 0 if there is none."""
+        """The maximum since ``from_s``; the newest value if all are older; 0 without values."""
         for at_s, value in self._entries:
             if at_s >= from_s:
                 return value
@@ -136,11 +138,10 @@ class VirtualQueues:
         cold_start_s: float,
         patience_s: float,
     ) -> None:
-        """Take in one tick: ``arrived`` requests needed ``work`` replica-seconds, and each of ``forecasts``
-        is the number of replicas needed one cold start from now. ``patience_s`` is how long a request may
-        wait.
+        """Evaluate one tick: ``arrived`` requests needed ``work`` replica-seconds, and each of ``forecasts``
+        is a number of replicas needed one cold start from now. ``patience_s`` is how long a request may wait.
 
-        ValueError: the number of forecasts is not that of the priors."""
+        ValueError if the number of forecasts differs from that of the priors."""
         oldest_s = now_s - self._hold_s
         for sliding, value in zip(self._ordered, forecasts, strict=True):
             sliding.push(now_s, value, oldest_s)
@@ -165,13 +166,14 @@ class VirtualQueues:
         limit = patience_s * count
         longest = (patience_s + max(cold_start_s, _LONGEST_WAIT_S)) * count
         after = np.clip(before + (work - count * interval_s), 0.0, longest)
-        # Once the replicas that were ordered because of the queue are ready, it is worked off; they remain
-        # while it would grow again without them.
+        # Once the replicas that were ordered because of the queue are ready, they empty it; they remain as
+        # long as the queue would grow again without them.
         self._late_s = np.where(after > limit, self._late_s + interval_s, 0.0)
         relieved = self._late_s > cold_start_s + _REACTION_S
         after = np.where(relieved, 0.0, after)
         self._backlog = after
-        # Over the tick the wait changes linearly from one value to the other; above the limit it is late.
+        # Over the tick the wait changes linearly from one value to the other; requests are late above the
+        # limit.
         low, high = np.minimum(before, after), np.maximum(before, after)
         late = high > limit
         share = np.where(late, (high - np.maximum(limit, low)) / np.maximum(high - low, 1e-12), 0.0)
@@ -183,8 +185,8 @@ class VirtualQueues:
         self._used = self._used * keep + used * interval_s
 
     def choose(self, allowed: float) -> HeadroomChoice:
-        """The cheapest pair with at most the ratio ``allowed`` of misses. If there is none, headroom does not
-        help, and it is the cheapest of the pairs that miss hardly more than the best."""
+        """The cheapest pair whose ratio of misses is at most ``allowed``. If there is none, headroom does not
+        help, and the cheapest of the pairs that miss hardly more than the best one is chosen."""
         missed = self._missed_ratios()
         limit = max(allowed, float(missed.min()) + _ABOVE_BEST * allowed)
         cost = self._used if self._warm else np.broadcast_to(_FACTORS, missed.shape)
@@ -197,7 +199,7 @@ class VirtualQueues:
         return HeadroomChoice(row, float(_FACTORS[column]), float(self._last[row, column]))
 
     def _missed_ratios(self) -> NDArray[np.float64]:
-        """Of each pair, the ratio of requests that would have missed the SLO, the prior included."""
+        """For each pair, the ratio of requests that would have missed the SLO, including the prior."""
         per_s = self._arrived / self._seen_s if self._seen_s > 0 else 1.0
         prior = self._prior_s * per_s
         missed: NDArray[np.float64] = self._missed + self._prior * prior

@@ -1,4 +1,4 @@
-"""What a scaling decision is made from, and what it says."""
+"""The input and the output of a scaling decision."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class TierObservation:
     """Replicas that are ordered, ready or not."""
     ready: int
     interval_s: float
-    """Time since the observation before."""
+    """Time since the previous observation."""
     arrivals: Signal
     """Requests that arrived for this tier in the interval, whatever their outcome."""
     in_flight: Signal
@@ -42,7 +42,7 @@ class TierObservation:
 
     @property
     def blind(self) -> str:
-        """The signals that are not fresh, of those that a scale-down needs; empty: all are fresh."""
+        """Which of the signals that a scale-down needs are not fresh, as text; empty if all are."""
         named = (("arrivals", self.arrivals), ("in flight", self.in_flight), ("queue", self.queued))
         return "; ".join(
             f"{name} {signal.freshness} ({signal.reason})" for name, signal in named if signal.fresh is None
@@ -59,7 +59,7 @@ class ScaleDirection(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ScalingDecision:
-    """A tier's target, and why."""
+    """A tier's target and its reason."""
 
     tier: str
     before: int
@@ -69,12 +69,12 @@ class ScalingDecision:
     requested: int
     """The target that the tier's policy asked for, before the GPU budget."""
     needed_per_s: float = 0.0
-    """Requests a second that ``requested`` replicas are to carry: all that they can, or less where only the
-    forecast needs that many."""
+    """Requests per second that ``requested`` replicas are to serve: their full capacity, or less if only the
+    forecast needs that many replicas."""
     lowest: int = 0
-    """The minimum that applies now."""
+    """The minimum number of replicas that applies now."""
     blind: bool = False
-    """A signal that it needs is not fresh."""
+    """A signal that a scale-down needs is not fresh."""
     forecast: Forecast | None = None
     confidence: float = 0.0
 

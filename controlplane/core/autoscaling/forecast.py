@@ -1,12 +1,11 @@
-"""The rate of arrivals when a replica that is ordered now will be ready, and its uncertainty.
+"""Forecasts the rate of arrivals at the time when a replica ordered now will be ready, with its uncertainty.
 
-An order depends on the rate in a window that begins one cold start from now. Several simple forecasters make
-a bid for it: recent means over several spans, a damped trend (E. Gardner, E. McKenzie, "Forecasting trends in
-time series", 1985), and the same time yesterday. Each bid is scored against the actual rate once its window
-has passed, and the bids are mixed with weights that fall exponentially with the recent loss (N. Cesa-Bianchi,
-G. Lugosi, "Prediction, Learning, and Games", 2006, ch. 2). The uncertainty is the spread of the mixture's own
-errors over the last hour, so it needs no assumption about the traffic.
-"""
+An order depends on the rate in a window that begins one cold start from now. Several simple forecasters bid
+for this rate: recent means over several spans, a damped trend (E. Gardner, E. McKenzie, "Forecasting trends
+in time series", 1985), and the same time yesterday. Each bid is scored against the actual rate once its
+window has passed, and the bids are mixed with weights that fall exponentially with the recent loss (N.
+Cesa-Bianchi, G. Lugosi, "Prediction, Learning, and Games", 2006, ch. 2). The uncertainty is the spread of the
+mixture's own errors over the last hour, so it needs no assumption about the traffic."""
 
 from __future__ import annotations
 
@@ -26,16 +25,16 @@ _RECENT_SPAN_S: Final = 6.0
 _BIDS: Final = len(_SPANS_S) + 2
 """The means, the trend and yesterday."""
 _MAX_DISPERSION: Final = 2.0
-"""The dispersion is capped at this when the certain part of a rush is estimated: the rush itself raises
-it."""
+"""The dispersion is capped at this when the certain part of a rush is estimated, because the rush itself
+raises the dispersion."""
 _ETA: Final = 6.0
 """How strongly the mixture prefers the better bids."""
 _FORGET_LOSS_S: Final = 900.0
-"""The time constant over which losses are forgotten; ten horizons if that is longer."""
+"""The time constant over which losses are forgotten, or ten horizons if that is longer."""
 _ERRORS: Final = 720
-"""Errors that the spread is computed from: an hour of ticks of 5 s."""
+"""Number of errors from which the spread is computed: an hour of ticks of 5 s."""
 _RECOMPUTE: Final = 12
-"""New errors after which the spread is computed again."""
+"""The spread is recomputed after this many new errors."""
 _HIGH: Final = 0.8
 _HIGH_Z: Final = 0.8416
 _LEAST_SPREAD: Final = 0.03
@@ -50,16 +49,16 @@ class Forecast:
 
     mean_per_s: float
     spread: float
-    """Of the logarithm of (actual rate / forecast): its 80th percentile divided by 0.84, which is the
-    standard deviation of a normal distribution; a single burst hardly changes it."""
+    """The 80th percentile of log(actual rate / forecast), divided by 0.84. For a normal distribution this is
+    the standard deviation, and a single burst hardly changes it."""
     surely_per_s: float
-    """The rate of the last seconds less two standard deviations: the part of it that is not chance."""
+    """The rate of the last seconds less two standard deviations: the part that is not due to chance."""
     lasting_per_s: float
-    """The mean of ten minutes."""
+    """The mean rate of the last ten minutes."""
     steady_per_s: float
-    """The mean of an hour."""
+    """The mean rate of the last hour."""
     scored: int
-    """Forecasts that were compared with the actual rate; if they are few, ``spread`` is mostly assumed."""
+    """Number of forecasts compared with the actual rate; if it is small, ``spread`` is mostly assumed."""
 
     @property
     def confidence(self) -> float:
@@ -69,7 +68,7 @@ class Forecast:
 
 
 class Forecaster:
-    """Forecasts from counts of arrivals, which must come in order of time."""
+    """Forecasts from counts of arrivals, which must be observed in order of time."""
 
     def __init__(self, horizon_s: float, window_s: float = 30.0) -> None:
         if horizon_s < 0 or window_s <= 0:
@@ -91,18 +90,18 @@ class Forecaster:
         self._total = 0.0
         self._last_s = -math.inf
         self._cumulative: deque[tuple[float, float]] = deque()
-        """(time, all arrivals until then), back to the window of the oldest pending forecast."""
+        """(time, total arrivals until then), back to the window of the oldest pending forecast."""
         self._pending: deque[tuple[float, tuple[float, ...], float]] = deque()
         """(made at, bids, mixture)."""
         self._mixture = 0.0
-        """At the last observation."""
+        """The mixture at the last observation."""
         self._yesterday: dict[int, float] = {}
         self._slot = (-1, 0.0, 0.0)
-        """The present slot: number, arrivals, seconds."""
+        """The current slot: number, arrivals, seconds."""
 
     def observe(self, at_s: float, arrivals: float, interval_s: float) -> None:
-        """Take in ``arrivals`` in the ``interval_s`` before ``at_s``; ignored unless ``at_s`` is later than
-        before."""
+        """Record ``arrivals`` in the ``interval_s`` before ``at_s``; ignored unless ``at_s`` is later than at
+        the previous call."""
         if interval_s <= 0 or at_s <= self._last_s:
             return
         rate = arrivals / interval_s
@@ -197,7 +196,7 @@ class Forecaster:
             made_s, bids, mixture = pending.popleft()
             begin_s = made_s + self.horizon_s
             actual = self._between(begin_s, begin_s + self.window_s) / self.window_s
-            # One request more or less is no error; this also bounds the logarithm on quiet tiers.
+            # A difference of one request is no error; this also bounds the logarithm on quiet tiers.
             floor = 1.0 / self.window_s
             keep_s = max(_FORGET_LOSS_S, 10 * self.horizon_s)
             share = -math.expm1(-interval_s / min(keep_s, max(self._seen_s, interval_s)))

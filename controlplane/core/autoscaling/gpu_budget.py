@@ -1,17 +1,17 @@
 """Divides GPUs among tiers that want more than there are: by priority, then by the gain of the next replica.
 
-Reserved replicas come first, even beyond the budget, and so do the running replicas of a tier's minimum: they
-have their GPUs, whatever else is missing. Then every tier gets its minimum, by priority. The rest goes
-replica by replica to the tier with the highest priority that still wants one; among equal priorities to the
+Reserved replicas and the running replicas of a tier's minimum come first, even beyond the budget, because
+they already have their GPUs. Then every tier gets its minimum, by priority. The rest goes replica by replica
+to the tier with the highest priority that still wants one, and among equal priorities to the tier with the
 largest gain per GPU. If the gains of a tier fall from replica to replica and all replicas have the same size,
 this greedy choice is optimal (M. Fox, "Discrete optimization via marginal analysis", 1966). A replica that
 already exists counts somewhat more than one that would have to start, so that small changes of the gains move
 nothing.
 
-A minimum for which there is no GPU is ordered nevertheless, for the tiers of the highest priority that lack
-theirs. It waits for a node to come back, or makes a cluster autoscaler add one. The minimums of other tiers
-are ordered once it runs, so that they can't take its GPUs.
-"""
+Tiers whose minimum is not running are short. Among these, the ones with the highest priority get their
+minimum even without free GPUs: the replicas wait for a node to come back, or make a cluster autoscaler add
+one. The minimums of the other short tiers are ordered once those replicas run, so that they can't take their
+GPUs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Final
 
 _EXISTING_FACTOR: Final = 1.25
-"""The gain of a replica that exists is multiplied by this: to move it costs a cold start."""
+"""The gain of an existing replica is multiplied by this, because replacing it costs a cold start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,26 +32,26 @@ class GpuDemand:
     """Its minimum."""
     wanted: int
     priority: int = 0
-    """Higher ones go first."""
+    """Tiers with a higher priority get GPUs first."""
     gains: tuple[float, ...] = ()
-    """For the first, second, … replica: the requests a second that meet the SLO because of it; 0 beyond the
-    last."""
+    """For the first, second, … replica: the requests per second that meet the SLO because of this replica; 0
+    beyond the last entry."""
     ordered: int = 0
-    """Replicas that it has now, ready or not."""
+    """Replicas that the tier has now, ready or not."""
     running: int = 0
-    """Replicas that serve: they have their GPUs."""
+    """Replicas that serve and so have their GPUs."""
     reserved: int = 0
-    """Replicas that it gets in any case: set by an operator, or those of a tier whose telemetry is not
-    fresh."""
+    """Replicas that the tier gets in any case: those set by an operator, or the present ones of a tier whose
+    telemetry is not fresh."""
 
     @property
     def floor(self) -> int:
-        """Its minimum, unless it wants less."""
+        """The tier's minimum, or ``wanted`` if that is less."""
         return min(self.lowest, self.wanted)
 
     @property
     def certain(self) -> int:
-        """What it gets even beyond the budget: reserved replicas, and the running ones of its minimum."""
+        """Replicas granted even beyond the budget: reserved ones, and the running ones of the minimum."""
         return max(min(self.reserved, self.wanted), min(self.running, self.floor))
 
     @property
@@ -68,13 +68,13 @@ class GpuDemand:
 
 
 def carried_gains(requests_per_s: float, each_per_s: float, wanted: int) -> tuple[float, ...]:
-    """The gains of a tier's replicas: each carries ``each_per_s`` until all requests are carried."""
+    """The gains of a tier's replicas: each serves ``each_per_s`` until all requests are served."""
     return tuple(min(each_per_s, max(0.0, requests_per_s - k * each_per_s)) for k in range(wanted))
 
 
 def share_gpus(demands: Sequence[GpuDemand], gpus: float) -> tuple[int, ...]:
-    """Replicas per tier, in the order of ``demands``. They use at most ``gpus`` in all, apart from what is
-    ``certain`` and the minimum of the tiers with the highest priority that lack theirs."""
+    """Replicas per tier, in the order of ``demands``. In total they use at most ``gpus``, apart from the
+    ``certain`` replicas, and from the minimums of the most important tiers whose minimum is not running."""
     granted = [demand.certain for demand in demands]
     left = gpus - sum(d.gpus_per_replica * count for d, count in zip(demands, granted, strict=True))
     by_priority = sorted(range(len(demands)), key=lambda index: -demands[index].priority)
@@ -84,7 +84,7 @@ def share_gpus(demands: Sequence[GpuDemand], gpus: float) -> tuple[int, ...]:
             granted[index] += 1
             left -= demand.gpus_per_replica
     while True:
-        # A tier without GPUs always fits, whatever the others took.
+        # A tier that needs no GPU always fits.
         candidates = [
             index
             for index in by_priority

@@ -1,11 +1,10 @@
 """The headroom of a tier above its forecast: the factor that would have met its SLO at the lowest cost.
 
 The factor, and the forecast that it applies to, come from the virtual queues of the last hours
-(:mod:`.counterfactuals`). The requests that actually missed their SLO correct it: it changes with the misses
-beyond the allowed ones (adaptive conformal inference: I. Gibbs, E. Candès, 2021), within narrow limits.
-Misses while no request waits have other causes than missing replicas (a prompt too long for the SLO, an
-engine that fails): they use up a part of the allowed misses, but do not raise the factor.
-"""
+(:mod:`.counterfactuals`). The requests that actually missed their SLO correct the factor: it changes with the
+misses beyond the allowed ones (adaptive conformal inference: I. Gibbs, E. Candès, 2021), within narrow
+limits. Misses while no request waits have other causes than missing replicas (a prompt too long for the SLO,
+an engine that fails): they use up part of the allowed misses, but do not raise the factor."""
 
 from __future__ import annotations
 
@@ -17,35 +16,37 @@ from typing import Final
 from controlplane.core.autoscaling.counterfactuals import MOST_MISSED, ForecastPrior, VirtualQueues
 
 _MARGIN: Final = 0.55
-"""The ratio of the allowed misses that is reserved: a fluid queue does not model that some requests are
-longer."""
+"""The share of the allowed misses that is reserved, because a fluid queue ignores that some requests are
+longer than others."""
 _LEAST_ALLOWED: Final = 0.15
-"""The ratio of the allowed misses that missing replicas may cause, however many have other causes."""
+"""The share of the allowed misses that missing replicas may always cause, however many misses have other
+causes."""
 _PRIOR_FACTORS: Final = (1.15, 1.2)
 """The prior factor of each forecast; the slower one needs more."""
 _GROWTH: Final = 0.05
-"""Added to it for a cold start of a minute: errors of a forecast grow with the root of the time ahead."""
+"""Added to the prior factor for a cold start of a minute; errors of a forecast grow with the square root of
+the time ahead."""
 _LEAST_GROWTH: Final = 0.06
-"""The load may grow by this ratio within a minute even if it never did."""
+"""The load may grow by this ratio within a minute even if it never has."""
 _PRIOR_LEAST_S: Final = 60.0
 _PRIOR_COLD_STARTS: Final = 3.0
 """A prior weighs as much as this many cold starts of traffic, plus a minute."""
 _DETECT_S: Final = 20.0
-"""From a rise of the load to an order."""
+"""Time from a rise of the load to the order of a replica."""
 _DECAY_S: Final = 3600.0
-"""The factor falls to 1/e in this time at most: without this, it would drop at once when a burst is
-forgotten."""
+"""The factor falls to 1/e in this time at the earliest; without this limit it would drop at once when a burst
+is forgotten."""
 _CORRECTION_GAIN: Final = 1e-4
-"""Change of the correction per second if the misses exceed the allowed ones by as many again."""
+"""Change of the correction per second while there are twice as many misses as allowed."""
 _CORRECTION_RANGE: Final = (-0.05, 0.2)
-"""Of the correction, a logarithm."""
+"""Range of the correction, which is a logarithm."""
 _MOST_OVER: Final = 5.0
 _MISS_SPAN_S: Final = 120.0
 _CALM_S: Final = 60.0
-"""A miss this long after the last queue was not caused by it."""
+"""A miss later than this after requests last waited was not caused by waiting."""
 _FORGET_OTHER_S: Final = 3600.0
 _OTHER_KNOWN: Final = 100.0
-"""Requests after which the measured ratio of misses with other causes has half its weight."""
+"""After this many requests the measured ratio of misses with other causes has half its final weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ class HeadroomTerms:
 
     @property
     def growth(self) -> float:
-        """How far the load may grow unforeseen until a new replica is ready, relative to its growth in a
+        """How much the load may grow unforeseen until a new replica is ready, relative to its growth in a
         minute."""
         return math.sqrt(self.cold_start_s / 60.0) * self.urgency
 
@@ -84,7 +85,7 @@ class HeadroomTerms:
 
 
 class Headroom:
-    """What one tier has learned of its headroom."""
+    """Learns the headroom of one tier."""
 
     def __init__(self, terms: HeadroomTerms) -> None:
         self._terms = terms
@@ -131,8 +132,9 @@ class Headroom:
         forecasts_per_s: Sequence[float],
         patience_s: float,
     ) -> None:
-        """Give the arrivals of a tick to the virtual queues. ``each_per_s`` is what one replica carries;
-        ``forecasts_per_s`` are the quick and the steady forecast; ``patience_s`` is the present one."""
+        """Pass the arrivals of a tick to the virtual queues. ``each_per_s`` is the rate that one replica can
+        serve, ``forecasts_per_s`` are the quick and the steady forecast, and ``patience_s`` is how long a
+        request can wait now."""
         self._queues.observe(
             now_s,
             interval_s,
@@ -153,7 +155,7 @@ class Headroom:
         queued: bool,
         expected_per_s: float,
     ) -> None:
-        """Take in the outcomes of a tick, and choose forecast and factor from everything observed so far."""
+        """Record the outcomes of a tick, and choose a forecast and a factor from all observations so far."""
         if queued:
             self._queued_s = now_s
         elif finished > 0 and now_s - self._queued_s > _CALM_S:

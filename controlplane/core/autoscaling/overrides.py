@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Override:
-    """A number of replicas set by an operator. The controller's store has the fields under these names."""
+    """A number of replicas set by an operator. The controller's store uses these field names as keys."""
 
     replicas: int
     reason: str
     until_unix_s: float | None = None
-    """None: until an operator ends it."""
+    """None means until an operator ends the override."""
 
 
 class Overrides:
@@ -24,18 +24,18 @@ class Overrides:
         self._set: dict[str, Override] = {}
 
     def set(self, tier: str, override: Override) -> bool:
-        """Set a tier's override. False: it is the same as before."""
+        """Set a tier's override. False if it is the same as before."""
         if self._set.get(tier) == override:
             return False
         self._set[tier] = override
         return True
 
     def end(self, tier: str) -> bool:
-        """End a tier's override. False: there is none."""
+        """End a tier's override. False if it has none."""
         return self._set.pop(tier, None) is not None
 
     def expire(self, unix_s: float) -> tuple[str, ...]:
-        """End the overrides whose time has passed; returns their tiers."""
+        """End the overrides whose time has passed. Returns their tiers."""
         expired = tuple(
             tier
             for tier, item in self._set.items()
@@ -54,5 +54,5 @@ class Overrides:
         return dict(self._set)
 
     def restore(self, overrides: Mapping[str, Override]) -> None:
-        """Take in the overrides from before a restart."""
+        """Restore the overrides from before a restart of the controller."""
         self._set.update(overrides)

@@ -1,15 +1,15 @@
-"""How many replicas a tier needs: from observations to a target, with every reason.
+"""Decides how many replicas a tier needs: from observations to a target with its reason.
 
 Each tier has a :class:`TierScaler`. Every tick it gets a :class:`TierObservation` and returns a
-:class:`ScalingDecision`; it neither measures nor acts. The tier needs the largest of
+:class:`ScalingDecision`; it neither measures nor acts. The tier needs the largest of three numbers:
 
 * the replicas for the load that is forecast for when a replica ordered now is ready (:mod:`.forecast`,
   :mod:`.capacity`),
 * the replicas for the queue that will be left by then,
 * the replicas for the requests in flight now.
 
-Which rate is used (the forecast or the mean of an hour), and the headroom above it, is what would have met
-the SLO at the lowest cost with the arrivals of the last hours (:mod:`.headroom`). A replica that is no longer
+The rate (the forecast or the mean of an hour) and the headroom above it are those that would have met the SLO
+at the lowest cost with the arrivals of the last hours (:mod:`.headroom`). A replica that is no longer
 needed is retained for as long as a new one would take to start (:mod:`.target_limits`).
 """
 
@@ -28,18 +28,18 @@ from controlplane.core.autoscaling.target_limits import WATCH_S, TargetLimits
 from controlplane.core.domain.request import RequestShape
 
 _RUSH_S: Final = 60.0
-"""How long a rate of the last seconds that exceeds the forecast is assumed to last."""
+"""A rate of the last seconds that exceeds the forecast is assumed to last this long."""
 _SETTLE_S: Final = 30.0
-"""A forecast from a shorter observation orders no replicas."""
+"""A forecast that is based on less time orders no replicas."""
 _COMPARED: Final = 60
-"""Forecasts that must have been compared with the actual rate before the forecast is trusted alone."""
+"""The forecast is trusted alone once this many forecasts were compared with the actual rate."""
 _SHAPE_SPAN_S: Final = 600.0
 _GUESS_WEIGHT: Final = 2.0
 """The assumed mean request weighs as much as this many measured ones."""
 _KNOWN_AFTER: Final = 20.0
-"""Measured requests after which the mean request is known well enough."""
+"""The mean request is known well enough after this many measured requests."""
 _DRAIN_S: Final = 30.0
-"""How long after the replicas ordered for it are ready a queue should be empty."""
+"""A queue should be empty this long after the replicas that were ordered for it are ready."""
 
 
 class TierScaler:
@@ -55,16 +55,16 @@ class TierScaler:
         self.headroom = Headroom(self._terms)
         self._limits = TargetLimits()
         self._active_s: float | None = None
-        """When there was a request last."""
+        """When there last was a request."""
 
     @property
     def bounds(self) -> LatencyBounds:
-        """The bounds of the load of one replica."""
+        """The upper bounds on the load of one replica."""
         return LatencyBounds(self.rule.sequences, self.rule.slo.itl_s)
 
     @property
     def each_per_s(self) -> float:
-        """The estimated rate of requests that one replica carries inside its bounds."""
+        """The estimated rate of requests that one replica can serve within its bounds."""
         request = self.mean_request
         return self.capacity.requests_per_s(request, self.capacity.most_sequences(request, self.bounds))
 
@@ -88,7 +88,7 @@ class TierScaler:
         self.headroom.adopt(self._terms)
 
     def decide(self, seen: TierObservation) -> ScalingDecision:
-        """Learn from the observation, and decide on a target."""
+        """Learn from the observation, and decide on a target with its reason."""
         forecast = self._learn(seen)
         self._limits.observe(seen)
         rule = self.rule
@@ -100,7 +100,7 @@ class TierScaler:
         else:
             needed, needed_per_s, reason = self._needed(seen, forecast)
             if lowest == 0 and needed <= 1:
-                # Between one replica and none the idle time decides, not the forecast.
+                # Whether the last replica stays depends on the idle time, not on the forecast.
                 needed = 0 if self._idle_long(seen) else 1
                 needed_per_s = needed * self.each_per_s
                 word = "no" if needed == 0 else "a"
@@ -169,7 +169,7 @@ class TierScaler:
         )
 
     def _needed(self, seen: TierObservation, forecast: Forecast) -> tuple[int, float, str]:
-        """The replicas that the tier needs, the rate of requests that they are to carry, and the reason."""
+        """The replicas that the tier needs, the rate of requests that they are to serve, and the reason."""
         rule = self.rule
         slots = self.capacity.most_sequences(self.mean_request, self.bounds)
         each_per_s = self.capacity.requests_per_s(self.mean_request, slots)
@@ -198,7 +198,7 @@ class TierScaler:
             by_queue = 1
         by_flight = math.ceil((seen.in_flight.value or 0.0) / slots - 1e-9)
         if self._measured_requests < _KNOWN_AFTER:
-            # What a replica carries is still assumed; that alone orders no replicas.
+            # The capacity of a replica is still an assumption, which alone orders no replicas.
             by_forecast = min(by_forecast, max(seen.target, by_queue, by_flight, 1))
         needed = max(by_forecast, by_queue, by_flight)
         needed_per_s = needed * each_per_s
@@ -224,9 +224,9 @@ _RATE_NAMES: Final = ("by the forecast or, if that is more, the mean of 10 min",
 
 
 def _rates(forecast: Forecast) -> tuple[float, float]:
-    """A rate that follows the load quickly, and one that is steady."""
+    """A rate that follows the load quickly, and a steady one."""
     quick = max(forecast.mean_per_s, forecast.lasting_per_s)
     if forecast.scored < _COMPARED:
-        # It is not known yet which bid is good for this tier, so the rate that is certain is used.
+        # It is not known yet which bids are good for this tier, so the rate that is certain is a minimum.
         quick = max(quick, forecast.surely_per_s)
     return quick, forecast.steady_per_s

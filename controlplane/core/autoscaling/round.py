@@ -2,8 +2,8 @@
 
 The live controller and the simulator call the same :class:`ScalingRound` once per tick. Each tier's
 :class:`~controlplane.core.autoscaling.policy.TierScaler` decides first; if the tiers together ask for more
-GPUs than there are, :func:`~controlplane.core.autoscaling.gpu_budget.share_gpus` divides them. A decision
-names both, so that it is clear why a tier did not grow.
+GPUs than there are, :func:`~controlplane.core.autoscaling.gpu_budget.share_gpus` divides them. The reason of
+a decision covers both steps, so that it is clear why a tier did not grow.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from controlplane.core.autoscaling.rule import ScalingRule
 
 
 class ScalingRound:
-    """The scaling of all tiers."""
+    """Scales all tiers."""
 
     def __init__(self, rules: Iterable[ScalingRule] = ()) -> None:
         self._scalers: dict[str, TierScaler] = {}
         self.configure(rules)
 
     def configure(self, rules: Iterable[ScalingRule]) -> None:
-        """Set the tiers. What was learned about a tier remains, unless its engines' assumed speed changed,
-        which means another model or GPU. Tiers without a rule are forgotten."""
+        """Replace the rules of all tiers. What was learned about a tier remains, unless the assumed speed of
+        its engines changed, which means another model or GPU. Tiers without a rule are removed."""
         scalers: dict[str, TierScaler] = {}
         for rule in rules:
             known = self._scalers.get(rule.tier)
@@ -38,14 +38,14 @@ class ScalingRound:
         self._scalers = scalers
 
     def scaler(self, tier: str) -> TierScaler:
-        """The tier's scaler. KeyError: it has no rule."""
+        """The tier's scaler. KeyError if the tier has no rule."""
         return self._scalers[tier]
 
     def decide(
         self, observations: Sequence[TierObservation], gpus: float | None = None
     ) -> tuple[ScalingDecision, ...]:
-        """A decision for each observation, in their order. ``gpus`` is what all tiers together may use; None
-        means the total is unknown, and no budget applies. KeyError: an observation of a tier without a rule.
+        """A decision for each observation, in their order. ``gpus`` is the number that all tiers together may
+        use; None means the total is unknown, and no budget applies. KeyError if a tier has no rule.
 
         Three things are granted first, even beyond the budget: the number that an operator set, the present
         replicas of a tier whose telemetry is not fresh, and the running replicas of a tier's minimum.

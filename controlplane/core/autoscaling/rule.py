@@ -1,4 +1,4 @@
-"""What the configuration says about a tier's scaling, and what is assumed of its engines and requests."""
+"""The configuration of a tier's scaling, and the assumptions about its engines and requests."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ class ScalingRule:
 
     tier: str
     prior: EngineSpeed
-    """The speed of its engines that is assumed until it is measured."""
+    """The speed of its engines, assumed until it is measured."""
     mean_request: RequestShape
-    """Assumed until requests were measured."""
+    """Assumed until requests are measured."""
     gpus_per_replica: float = 1.0
-    """0: it takes nothing from the GPU budget."""
+    """0 means that the tier takes nothing from the GPU budget."""
     priority: int = 0
     """If GPUs are short, tiers with a higher priority get theirs first."""
     min_replicas: int = 1
     max_replicas: int = 10
     step_up: int | None = None
-    """Replicas added at once at most; None: no limit."""
+    """Maximum number of replicas added at once; None means no limit."""
     step_down: int | None = None
-    """Replicas removed at once at most; None: no limit."""
+    """Maximum number of replicas removed at once; None means no limit."""
     cool_down_up_s: float = 0.0
     """Minimum time between two scale-ups."""
     cool_down_down_s: float = 0.0
     """Minimum time from any change of the target to a scale-down."""
     hold_s: float | None = None
-    """How long fewer replicas must be enough before some are removed; None: one cold start and the length of
-    the forecast window."""
+    """How long fewer replicas must suffice before some are removed; None means one cold start plus the length
+    of the forecast window."""
     cold_start_s: float = 60.0
-    """From the order of a replica until it can serve."""
+    """Time from ordering a replica until it can serve."""
     idle_to_zero_s: float = 600.0
-    """With ``min_replicas`` 0: after this time without requests the last replica is removed."""
+    """If ``min_replicas`` is 0, the last replica is removed after this time without requests."""
     tick_s: float = 5.0
     sequences: float = 10.0
     """Requests that one replica can run at the same time."""
@@ -49,7 +49,7 @@ class ScalingRule:
     @property
     def resolved_hold_s(self) -> float:
         """``hold_s``, or its default."""
-        # A replica must serve for a while after its cold start, or it was not worth starting.
+        # A replica that serves only briefly after its cold start was not worth starting.
         return self.cold_start_s + self.window_s if self.hold_s is None else self.hold_s
 
     @property

@@ -1,4 +1,4 @@
-"""Times of the week at which a tier has other bounds: known peaks and known quiet times."""
+"""Times of the week with other bounds on a tier's replicas, for known peaks and known quiet times."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ _CLOCK: Final = re.compile(r"^([01]\d|2[0-3]):([0-5]\d)$|^24:00$")
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Bounds from ``start_s`` to ``end_s`` on some days; an end before the start is on the next day."""
+    """Bounds that apply from ``start_s`` to ``end_s`` on some days; an end before the start is on the next
+    day."""
 
     start_s: int
     """Seconds after midnight."""
@@ -27,7 +28,7 @@ class Schedule:
     min_replicas: int | None = None
     max_replicas: int | None = None
     utc_offset_s: int = 0
-    """Offset of the local time that ``start_s`` and ``end_s`` are in."""
+    """Offset from UTC of the local time in which ``start_s`` and ``end_s`` are given."""
 
     def covers(self, unix_s: float) -> bool:
         """Whether the schedule applies at that moment."""
@@ -37,7 +38,7 @@ class Schedule:
 
 
 def clock_s(text: str) -> int:
-    """``"08:30"`` → seconds after midnight. ValueError: it is not a time of day."""
+    """``"08:30"`` → seconds after midnight. ValueError if the text is not a time of day."""
     if not _CLOCK.match(text):
         raise ValueError(f"'{text}' is not a time of day: write it as 08:30")
     hours, minutes = text.split(":")

@@ -1,4 +1,4 @@
-"""From the number of replicas that a tier needs to its target: bounds, hold time, cool-downs and steps."""
+"""Turns the number of replicas that a tier needs into a target: bounds, hold time, cool-downs and steps."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from controlplane.core.autoscaling.decision import TierObservation
 from controlplane.core.autoscaling.rule import ScalingRule
 
 WATCH_S: Final = 300.0
-"""No scale-down before a tier was observed for this long, unless ``hold_s`` is configured: a controller that
-has just started knows little."""
+"""A tier is not scaled down until it has been observed for this long, unless ``hold_s`` is configured: a
+controller that has just started knows little."""
 
 
 class TargetLimits:
-    """The limits of one tier's target, and the past that they depend on."""
+    """Limits one tier's target, and stores the history on which the limits depend."""
 
     def __init__(self) -> None:
         self._needed = SlidingMaximum()
         self._since_s: float | None = None
-        """When the first observation began."""
+        """Start of the first observed interval."""
         self._scaled_up_s = -math.inf
         self._scaled_down_s = -math.inf
         self._before: tuple[float, int] | None = None
-        """Time and target of the observation before."""
+        """Time and target of the previous observation."""
 
     def watched_s(self, now_s: float) -> float:
-        """For how long the tier has been observed."""
+        """How long the tier has been observed."""
         return 0.0 if self._since_s is None else now_s - self._since_s
 
     def observe(self, seen: TierObservation) -> None:
-        """Note a change of the target. Cool-downs run from changes that were carried out, whoever made them,
-        rather than from decisions."""
+        """Record whether the target changed. Cool-downs run from changes that were carried out, by the policy
+        or an operator, rather than from decisions."""
         if self._before is not None:
             at_s, target = self._before
             if seen.target > target:

@@ -1,8 +1,8 @@
-"""When recommendations are issued and when they are scored. The live controller and the simulator use the
-same :class:`Recommender`.
+"""When recommendations are issued and scored. The live controller and the simulator use the same
+:class:`Recommender`.
 
-Every ``interval_s`` all recommendations that apply are issued; between those times, only one for a tier that
-did not have that trouble at the update before. One that is still open is not issued again
+All recommendations that apply are issued every ``interval_s``; in between, only those that did not apply at
+the previous update. A recommendation that is still open is not issued again
 (:class:`~controlplane.core.recommendations.log.RecommendationLog`).
 """
 
@@ -23,7 +23,7 @@ class RecommendationRules:
     interval_s: float = 300.0
     """How often all recommendations that apply are issued."""
     score_after_s: float = 600.0
-    """How long after it was issued a recommendation is scored."""
+    """Time from issuing a recommendation to scoring it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Recommender:
 
     def __init__(self, log: RecommendationLog | None = None) -> None:
         self.log = log or RecommendationLog()
-        self._breaches: set[tuple[str, RecommendationKind]] = set()
+        self._previous: set[tuple[str, RecommendationKind]] = set()
         self._issued_s: float | None = None
 
     def update(
@@ -51,8 +51,8 @@ class Recommender:
         now_s: float,
         unix_s: float,
     ) -> RecommendationChanges:
-        """Score what is due, then issue what is new. ``gpus`` is what all tiers together may use; None means
-        the total is unknown, and then no tier lacks a free GPU."""
+        """Score the recommendations that are due, then issue new ones. ``gpus`` is the number that all tiers
+        together may use; None means the total is unknown, and GPUs are assumed to be free."""
         scored = self.log.score_due(tiers, unix_s, rules.score_after_s)
         free = None
         if gpus is not None:
@@ -61,6 +61,6 @@ class Recommender:
         due = self._issued_s is None or now_s - self._issued_s >= rules.interval_s
         if due:
             self._issued_s = now_s
-        new = [item for item in found if due or (item.instance, item.kind) not in self._breaches]
-        self._breaches = {(item.instance, item.kind) for item in found}
+        new = [item for item in found if due or (item.instance, item.kind) not in self._previous]
+        self._previous = {(item.instance, item.kind) for item in found}
         return RecommendationChanges(self.log.issue(new, tiers, unix_s), scored)

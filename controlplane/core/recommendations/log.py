@@ -1,7 +1,7 @@
-"""Which recommendations were issued, whether they were followed, and how well they turned out.
+"""Stores which recommendations were issued, whether they were followed, and how well they turned out.
 
-A recommendation is open until it is scored, and while it is open the same one is not issued again. Scoring
-needs fresh figures: without them it is postponed, up to :data:`PATIENCE` times the usual time, and then the
+A recommendation is open until it is scored; while it is open, the same one is not issued again. Scoring needs
+fresh figures: without them it is postponed, up to :data:`PATIENCE` times the usual time, and then the
 recommendation is closed without a score.
 """
 
@@ -22,12 +22,12 @@ from controlplane.core.recommendations.rules import (
 )
 
 MAX_RECOMMENDATIONS: Final = 200
-"""Recommendations that a log holds by default."""
+"""Maximum number of recommendations in a log, by default."""
 PATIENCE: Final = 3.0
 
 
 class IssuedRecommendation(msgspec.Struct, frozen=True, rename={"recommendation": "advice"}):
-    """A recommendation and its outcome. The controller's store has the same keys as the fields, except
+    """A recommendation and its outcome. The controller's store uses the field names as keys, except
     ``advice`` for ``recommendation``."""
 
     number: int
@@ -36,11 +36,11 @@ class IssuedRecommendation(msgspec.Struct, frozen=True, rename={"recommendation"
     replicas: int
     """Replicas that the tier had when it was issued."""
     again_unix_s: float
-    """When it last still applied."""
+    """When the recommendation last applied."""
     applied: bool | None = None
-    """Whether it was followed; None: it is open."""
+    """Whether it was followed; None while it is open."""
     score: Score | None = None
-    """None although ``applied`` is set: figures to score it by were missing."""
+    """None while it is open, or if figures that scoring needs were missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class TrackRecord:
     """Those that have a score."""
     right: int
     mean: float | None
-    """Mean score in [0, 1]; None: none has a score."""
+    """Mean score in [0, 1]; None if no recommendation has a score."""
 
 
 class RecommendationLog:
@@ -68,12 +68,12 @@ class RecommendationLog:
 
     @property
     def issued(self) -> tuple[IssuedRecommendation, ...]:
-        """Oldest first."""
+        """All recommendations in the log, oldest first."""
         return tuple(self._issued.values())
 
     @property
     def open(self) -> tuple[IssuedRecommendation, ...]:
-        """Those that have not been scored or closed, oldest first."""
+        """The recommendations that have not been scored or closed, oldest first."""
         return tuple(self._issued[number] for number in sorted(self._open.values()))
 
     def issue(
@@ -99,7 +99,7 @@ class RecommendationLog:
     def score_due(
         self, conditions: Mapping[str, TierCondition], unix_s: float, after_s: float
     ) -> tuple[IssuedRecommendation, ...]:
-        """Score the open recommendations that were issued at least ``after_s`` ago by the present condition
+        """Score the open recommendations that were issued at least ``after_s`` ago, by the present condition
         of their tiers, and return them."""
         closed = []
         for item in self.open:
@@ -125,7 +125,7 @@ class RecommendationLog:
         return TrackRecord(len(self._issued), len(scores), right, mean)
 
     def restore(self, items: Iterable[IssuedRecommendation]) -> None:
-        """Take in what was in the log before a restart."""
+        """Restore the recommendations from before a restart of the controller."""
         for item in sorted(items, key=lambda item: item.number):
             self._add(item)
             self._last_number = max(self._last_number, item.number)
@@ -145,7 +145,7 @@ def _key(recommendation: Recommendation) -> tuple[str, RecommendationKind]:
 
 
 def _followed(item: IssuedRecommendation, condition: TierCondition) -> bool:
-    """Whether the tier now is as it was recommended."""
+    """Whether the tier now is as the recommendation suggested."""
     recommendation = item.recommendation
     if recommendation.kind is RecommendationKind.SCALE_UP:
         return condition.gpus_per_replica > recommendation.gpus_per_replica

@@ -1,11 +1,10 @@
-"""Recommendations: what a tier lacks or has too much of, what to change, the predicted effect, and a
+"""Makes recommendations: what a tier lacks or has too much of, what to change, the predicted effect, and a
 confidence.
 
 :func:`recommend` evaluates the windowed signals of all tiers and makes at most one recommendation for each.
-Only fresh signals count: a stale or missing one breaches no threshold and never makes a tier idle. A
-recommendation records the breaches that it was made for, with their limits. :func:`score` rates the outcome,
-whether it was followed or not.
-"""
+Only fresh signals count: a stale or missing signal breaches no threshold and never makes a tier idle. A
+recommendation records the breaches that caused it, with their limits. :func:`score` rates the outcome,
+whether the recommendation was followed or not."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ GPU_LOAD: Final = "GPU utilisation"
 SLOT_LOAD: Final = "the used share of its slots"
 """Used in place of GPU utilisation for tiers without a GPU."""
 LATENCY_MS: Final = 3000.0
-"""The latency limit where neither a threshold nor the tier's SLO sets one."""
+"""The latency limit if neither a threshold nor the tier's SLO sets one."""
 _LATENCY_QUANTILE: Final = 0.95
 """The quantile of :attr:`TierCondition.latency_ms`."""
 _FAILING_CONFIDENCE: Final = 0.3
@@ -43,7 +42,7 @@ class RecommendationKind(StrEnum):
     """More replicas, to serve more requests."""
     SCALE_DOWN = "scale_down"
     REBALANCE = "rebalance"
-    """Take a replica from an idle tier, for a tier that needs its GPUs."""
+    """Take a replica from an idle tier and give its GPUs to a tier that needs them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +92,7 @@ class TierCondition:
     gpus_per_replica: float = 1.0
     tensor_parallel: int = 1
     gpu_ratio: Signal = _NOT_MEASURED
-    """Utilisation of its busiest GPU, or its stand-in."""
+    """Utilisation of its busiest GPU, or the used share of its slots for a tier without a GPU."""
     load_name: str = GPU_LOAD
     """What ``gpu_ratio`` measures."""
     memory_ratio: Signal = _NOT_MEASURED
@@ -110,7 +109,7 @@ class TierCondition:
     attainment: Signal = _NOT_MEASURED
     """Ratio of requests that met the SLO."""
     goal: float = 0.99
-    """The ratio that the SLO requires; less is a breach."""
+    """The ratio that the SLO requires; a lower attainment is a breach."""
     capacity: ReplicaCapacity | None = None
     mean_request: RequestShape | None = None
     bounds: LatencyBounds | None = None
@@ -118,35 +117,35 @@ class TierCondition:
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """The predicted effect of following a recommendation; None: no prediction."""
+    """The predicted effect of following a recommendation; None means no prediction."""
 
     latency_ms: float | None
     """The same percentile as :attr:`TierCondition.latency_ms`."""
     attainment: float | None
     gpus: float
-    """Additional GPUs; negative: GPUs freed."""
+    """Additional GPUs; negative if GPUs are freed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recommendation:
-    """One recommendation. The controller's store has the fields under these names."""
+    """One recommendation. The controller's store uses these field names as keys."""
 
     instance: str
     """The tier."""
     kind: RecommendationKind
     reasons: tuple[str, ...]
-    """Each with the value and its threshold."""
+    """Each has the value and its threshold."""
     suggestion: str
     effect: Effect
     confidence: float
     replicas: int
     """Replicas that the tier would have after following it."""
     latency_ms: float | None = None
-    """Measured when it was made."""
+    """The latency when the recommendation was made."""
     gpus_per_replica: float = 0.0
-    """When it was made."""
+    """GPUs of each replica when the recommendation was made."""
     named: tuple[Breach, ...] = ()
-    """The breaches that it was made for; empty if the tier was idle."""
+    """The breaches that caused it; empty if the tier was idle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,8 +176,8 @@ class _Breaches:
 
 
 def latency_limit_ms(slo: Slo | None) -> float:
-    """The limit of a tier's 95th latency percentile where no threshold is set. ``slo`` is the configured one;
-    None: none is configured, and then it is :data:`LATENCY_MS`.
+    """The limit of a tier's 95th latency percentile if no threshold is set. ``slo`` is the configured SLO;
+    without one the limit is :data:`LATENCY_MS`.
 
     The SLO's ``total_s`` is the limit only if at most 5 % of the requests may miss it; otherwise latency has
     no limit, and attainment shows whether the SLO is met.
@@ -191,8 +190,8 @@ def latency_limit_ms(slo: Slo | None) -> float:
 def recommend(
     tiers: Sequence[TierCondition], thresholds: Thresholds | None = None, free_gpus: float | None = None
 ) -> tuple[Recommendation, ...]:
-    """At most one recommendation for each tier. ``free_gpus`` None means unknown; then GPUs are assumed to be
-    free."""
+    """At most one recommendation for each tier. If ``free_gpus`` is None, the number is unknown, and GPUs are
+    assumed to be free."""
     limits = thresholds or Thresholds()
     idle = [tier for tier in tiers if _idle(tier, limits) and tier.replicas > tier.min_replicas]
     found: list[Recommendation] = []
@@ -217,11 +216,12 @@ def recommend(
 
 
 def score(recommendation: Recommendation, tier: TierCondition, *, applied: bool) -> Score | None:
-    """Rate a recommendation by the later condition of its tier. None: a figure that this needs is not fresh.
+    """Rate a recommendation by the later condition of its tier. None if a figure that this needs is not
+    fresh.
 
-    If it was applied: how close the prediction came. If not: whether the breaches it was made for still
-    exist, or the tier's attainment is below what its SLO requires (for scale-down: whether it is not).
-    """
+    If it was applied, the score is how close the prediction came. If not, it was right if the breaches that
+    caused it still exist or the tier's attainment is below what its SLO requires; a scale-down was right if
+    the attainment is not below that."""
     latency_ms, attainment = tier.latency_ms.fresh, tier.attainment.fresh
     if latency_ms is None or attainment is None:
         return None
@@ -254,7 +254,7 @@ def _score_not_applied(
 
 
 def _value(tier: TierCondition, figure: Figure) -> float | None:
-    """The figure's value; None: it is not fresh."""
+    """The figure's value; None if it is not fresh."""
     signal: Signal = getattr(tier, figure.value)
     return signal.fresh
 
@@ -296,7 +296,7 @@ def _breaches(tier: TierCondition, limits: Thresholds) -> _Breaches:
 
 
 def _only_busy(tier: TierCondition, breaches: _Breaches) -> str:
-    """Why a tier needs nothing although its GPUs are busy; empty: it has other trouble, too."""
+    """Why a tier needs nothing although its GPUs are busy; empty if other limits are breached as well."""
     if [breach.figure for breach in breaches.named] != [Figure.LOAD] or tier.queue.fresh != 0:
         return ""
     if tier.requests_per_s.fresh == 0:
@@ -320,9 +320,9 @@ def _idle(tier: TierCondition, limits: Thresholds) -> bool:
 def _effect(tier: TierCondition, replicas: int, gpus: float) -> Effect:
     """The prediction of the capacity model; attainment is the ratio of arrivals that find a free slot.
 
-    The model gives the mean time of a request at a replica, but the measured latency is a percentile. The
-    measured latency, less what the queue adds to it now (Little's law), is therefore scaled by the change of
-    the mean.
+    The model gives the mean time of a request at a replica, but the measured latency is a percentile.
+    Therefore the measured latency, less the present wait in the queue (Little's law), is scaled by the change
+    of the mean.
     """
     capacity, request, bounds, rate = tier.capacity, tier.mean_request, tier.bounds, tier.requests_per_s.fresh
     if capacity is None or request is None or bounds is None or rate is None or replicas < 1:
@@ -382,7 +382,7 @@ def _scale_up(tier: TierCondition, breaches: _Breaches) -> Recommendation:
         )
         gpus = tier.gpus_per_replica * tier.replicas
     latency = tier.latency_ms.fresh
-    # Twice the bandwidth reads the weights in half the time; all-reduces cost a part of the gain.
+    # Twice the bandwidth reads the weights in half the time; all-reduces cost part of the gain.
     faster = latency * 0.6 if latency is not None and tier.gpus_per_replica else None
     effect = Effect(faster, None, gpus)
     return _recommendation(

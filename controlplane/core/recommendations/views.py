@@ -1,4 +1,4 @@
-"""What is shown of scaling: targets with their reasons, recommendations, and how well those turned out."""
+"""The scaling report: targets with their reasons, recommendations, and how well those turned out."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class TierScalingView:
     replicas: int
     """Replicas that serve."""
     target: int
-    """Replicas that Serve is to run now."""
+    """Replicas that Serve should run now."""
     wanted: int
-    """Replicas that the policy decided on, inside bounds and GPU budget."""
+    """Replicas that the policy decided on, within the bounds and the GPU budget."""
     reason: str
     mode: str
     """``apply``, ``advise``, ``by hand``, or ``fixed``: no bounds are configured."""
     forecast_per_s: float | None
     each_per_s: float
-    """Requests a second that one replica is estimated to carry."""
+    """Requests per second that one replica can serve, estimated."""
     cold_start_s: float
     confidence: float
     override: Override | None = None
@@ -34,7 +34,7 @@ class TierScalingView:
 
 @dataclass(frozen=True, slots=True)
 class ScalingReport:
-    """Targets, recommendations, and how well those turned out."""
+    """Targets, recommendations, and how well the recommendations turned out."""
 
     mode: str
     tiers: tuple[TierScalingView, ...]
@@ -81,7 +81,7 @@ def effect_text(effect: Effect) -> str:
 
 
 def outcome_text(item: IssuedRecommendation) -> str:
-    """The outcome of a recommendation, as text; empty: it is open."""
+    """The outcome of a recommendation, as text; empty while it is open."""
     if item.applied is None:
         return ""
     done = "followed" if item.applied else "not followed"

@@ -1,7 +1,7 @@
-"""A plane's own traffic as windows, from the samples of each tier that are stored for reports.
+"""Recorded traffic of a plane as windows, from the samples of each tier that are stored for reports.
 
-A window has no single requests: only how many arrived for a tier in how many seconds, and the mean number of
-tokens of those that were answered. :mod:`controlplane.simulation.traces` generates requests from windows.
+A window has no individual requests: only how many arrived for a tier in how many seconds, and the mean number
+of tokens of those that were answered. :mod:`controlplane.simulation.traces` generates requests from windows.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import Final
 from controlplane.core.reports.report import ratio
 
 FIGURES: Final = ("counted_s", "arrived", "answered", "prompt_tokens", "generated_tokens")
-"""The fields of :class:`~controlplane.core.reports.report.ReportSample` that windows are made from."""
+"""The fields of :class:`~controlplane.core.reports.report.ReportSample` from which windows are computed."""
 COLUMNS: Final = ("start_s", "seconds", "tier", "requests", "input_tokens", "output_tokens")
 """The columns of a file of windows."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredPoint:
-    """A stored figure, added up over ``step_s``."""
+    """One stored figure, summed over ``step_s``."""
 
     at_s: int
-    """Wall clock: the beginning of the step, or the end of a sample if ``step_s`` is 1."""
+    """Wall clock at the beginning of the step, or at the end of a sample if ``step_s`` is 1."""
     step_s: int
     total: float
 
@@ -37,16 +37,17 @@ class RecordedWindow:
     tier: str
     requests: int
     input_tokens: float | None
-    """Mean per request; None: no request was ever answered."""
+    """Mean per request; None if no request was ever answered."""
     output_tokens: float | None
-    """Mean per request; None: as above."""
+    """Mean per request; None if no request was ever answered."""
 
 
 def traffic_windows(tier: str, figures: Mapping[str, Iterable[StoredPoint]]) -> list[RecordedWindow]:
-    """The tier's windows in order of time, without overlap; there is none while nothing was counted.
+    """The tier's windows in order of time, without overlap; times in which nothing was counted have no
+    window.
 
-    ``start_s`` is wall clock. A window covers the time that all gateways' counts cover of one stored point:
-    of a sample or, for older ones, of a minute or ten minutes.
+    ``start_s`` is wall clock. A window covers the part of one stored point that the counts of all gateways
+    cover. A point is one sample or, for older samples, a minute or ten minutes.
     """
     by_time = {
         name: {(point.at_s, point.step_s): point.total for point in figures.get(name, ())} for name in FIGURES

@@ -1,12 +1,12 @@
 """Reports on a window of time, per tier and endpoint: from samples to means, maxima and ratios.
 
-A sample is what one instance (a tier or an endpoint) did since the previous sample. It has two kinds of
-figures: :data:`SUMS`, which are added up, and :data:`GAUGES`, which are reported as mean and maximum. So the
-report is the same whether samples are added up in memory, or in a store that merges old points into wider
-ones.
+A sample describes the activity of one instance (a tier or an endpoint) since the previous sample. It has two
+kinds of figures: :data:`SUMS`, which are summed, and :data:`GAUGES`, which are reported as mean and maximum.
+So the report is the same whether samples are summed in memory, or in a store that merges old points into
+wider ones.
 
-A sample belongs to the window in which it ends. What was not measured is left out: an hour in which no
-gateway reported is not covered, rather than an hour without requests.
+A sample belongs to the window in which it ends. Times without measurements are left out: an hour in which no
+gateway reported counts as not covered, not as an hour without requests.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from enum import StrEnum
 from typing import Final
 
 MAX_WINDOW_MINUTES: Final = 30 * 24 * 60.0
-"""The store holds no older samples."""
+"""The store has no older samples."""
 MIN_WINDOW_MINUTES: Final = 1.0
 MAX_ENDPOINTS: Final = 1000
-"""Endpoints in one report, those with the most requests: over weeks there may have been very many."""
+"""Maximum number of endpoints in one report, because over weeks there may have been very many; those with the
+most requests are included."""
 TRACK_POINTS: Final = 120
-"""Points of a track at most, about."""
+"""Approximate maximum number of points in a track."""
 
 
 class InstanceKind(StrEnum):
@@ -34,7 +35,7 @@ class InstanceKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, order=True)
 class Instance:
-    """A tier or an endpoint that samples are taken of."""
+    """A tier or an endpoint of which samples are taken."""
 
     kind: InstanceKind
     tier: str
@@ -44,15 +45,15 @@ class Instance:
 
 @dataclass(frozen=True, slots=True)
 class ReportSample:
-    """What one instance did since the previous sample. None: not measured. The store names its series after
-    the fields."""
+    """The activity of one instance since the previous sample; None means not measured. The store names its
+    series after the fields."""
 
     watched_s: float = 0.0
-    """Seconds in which it was observed and was meant to serve."""
+    """Seconds in which the instance was observed and should have served."""
     up_s: float = 0.0
     """Part of ``watched_s`` during which it could serve."""
     counted_s: float = 0.0
-    """Seconds that the counts of all gateways cover; 0: nothing is known of requests."""
+    """Seconds that the counts of all gateways cover; 0 means that nothing is known about requests."""
     requests: float = 0.0
     """Requests that ended here without being cancelled: answered, failed or shed."""
     answered: float = 0.0
@@ -76,7 +77,8 @@ class ReportSample:
     gpu_s: float = 0.0
     """GPUs held × seconds."""
     queue: float | None = None
-    """Requests that wait for it: in the gateways (tiers only) and in engines that report it."""
+    """Requests that wait for the instance, in the gateways (tiers only) and in engines that report their
+    queue."""
     in_flight: float | None = None
     gpu_ratio: float | None = None
     """Mean utilisation of its GPUs; a shared GPU counts in full."""
@@ -94,14 +96,14 @@ _REPORTED_SUMS: Final = (
 
 @dataclass(slots=True)
 class Totals:
-    """Samples of one instance, added up."""
+    """The sums of one instance's samples."""
 
     sums: dict[str, float] = field(default_factory=dict)
     gauges: dict[str, tuple[float, float, float]] = field(default_factory=dict)
-    """Name → number of values, their sum, the highest."""
+    """Name → (number of values, sum, maximum)."""
 
     def add(self, name: str, count: float, total: float, high: float) -> None:
-        """Add values of one figure: their number, sum and maximum. ValueError: samples have no such
+        """Add values of one figure, given their number, sum and maximum. ValueError if samples have no such
         figure."""
         if name in GAUGES:
             known = self.gauges.get(name, (0.0, 0.0, high))
@@ -127,14 +129,14 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class InstanceReport:
-    """One tier or endpoint over the window. None: not measured, or there was no request. ``GET /report`` has
-    the fields under these names."""
+    """One tier or endpoint over the window. None means not measured, or without requests. ``GET /report``
+    uses these field names."""
 
     kind: InstanceKind
     tier: str
     instance: str
     gone: bool
-    """It no longer exists."""
+    """The instance no longer exists."""
     covered_s: float
     """Seconds of the window that the counts of all gateways cover; rates are per second of this time."""
     requests: float
@@ -145,9 +147,9 @@ class InstanceReport:
     queue_max: float | None
     in_flight_mean: float | None
     availability: float | None
-    """Ratio of the time in which it could serve: a tier with at least one ready endpoint, an endpoint that is
-    ready. The time of endpoints that drain, and of tiers whose desired number of replicas is 0, does not
-    count."""
+    """Share of the time in which the instance could serve: a tier with at least one ready endpoint, or an
+    endpoint that is ready. Times in which an endpoint drained, or a tier's desired number of replicas was 0,
+    don't count."""
     prompt_tokens: float
     generated_tokens: float
     errors: float
@@ -161,9 +163,9 @@ class InstanceReport:
     attainment: float | None
     """Ratio of ``judged`` that met the tier's SLO; tiers only."""
     slo_target: float | None
-    """The ratio that must meet it by the present configuration; tiers only."""
+    """The ratio that must meet the SLO according to the present configuration; tiers only."""
     slo_missed: bool | None
-    """``attainment`` is below ``slo_target``; None: one of them is None."""
+    """Whether ``attainment`` is below ``slo_target``; None if either is None."""
     gpu_ratio: float | None
     gpu_hours: float
     cost: float
@@ -198,13 +200,13 @@ class PlaneReport:
 
     from_unix_s: float
     until_unix_s: float
-    """When the newest sample was taken."""
+    """Time of the newest sample."""
     tiers: tuple[InstanceReport, ...]
     endpoints: tuple[InstanceReport, ...]
     tracks: tuple[Track, ...]
     cost_per_gpu_hour: float
     left_out: int = 0
-    """Endpoints beyond :data:`MAX_ENDPOINTS`."""
+    """Number of endpoints left out because of :data:`MAX_ENDPOINTS`."""
 
     @property
     def gpu_hours(self) -> float:
@@ -286,8 +288,8 @@ def plane_report(
     step_s: float,
     cost_per_gpu_hour: float = 0.0,
 ) -> PlaneReport:
-    """The report on the whole plane. ``tiers`` has the configured tiers in their order and the ratio of
-    requests that must meet the SLO; other tiers with samples follow. ``present`` are the endpoints that exist
+    """The report on the whole plane. ``tiers`` maps the configured tiers, in order, to the ratio of requests
+    that must meet the SLO; other tiers that have samples follow. ``present`` are the endpoints that exist
     now."""
     existing = set(present)
     order = {tier: index for index, tier in enumerate(tiers)}
@@ -318,8 +320,8 @@ def plane_report(
 
 
 def track_step_s(window_s: float) -> int:
-    """The length of a part of a window's track in whole seconds: at least 10, at most :data:`TRACK_POINTS`
-    parts."""
+    """The length in seconds of the parts of a window's track: at least 10, and long enough for about
+    :data:`TRACK_POINTS` parts."""
     return max(10, -(-int(window_s) // TRACK_POINTS))
 
 

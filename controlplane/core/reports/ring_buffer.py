@@ -1,8 +1,7 @@
-"""The last samples in memory: a bounded ring buffer that is fast to add up.
+"""The last samples, in a bounded ring buffer in memory that is fast to sum.
 
-The samples of one round are one immutable block, so another thread can add up a copy of the list while new
-rounds are added.
-"""
+The samples of one round are one immutable block, so another thread can sum a copy of the list while new
+rounds are added."""
 
 from __future__ import annotations
 
@@ -17,8 +16,8 @@ from numpy.typing import NDArray
 from controlplane.core.reports.report import GAUGES, SUMS, Instance, ReportSample, Totals
 
 MAX_ROWS: Final = 250_000
-"""Samples in memory, all instances together (40 MB). With very many instances it covers less time; the store
-has all samples."""
+"""Maximum number of samples in memory, for all instances together (40 MB). With very many instances the
+buffer covers less time; the store has all samples."""
 
 K = TypeVar("K", bound=Hashable)
 P = TypeVar("P", bound=Hashable)
@@ -32,7 +31,8 @@ class SampleRound:
     unix_s: int
     instances: tuple[Instance, ...]
     values: NDArray[np.float64]
-    """One row per instance, one column per name of :data:`SUMS` and :data:`GAUGES`; NaN: not measured."""
+    """One row per instance, one column per name of :data:`SUMS` and :data:`GAUGES`; NaN means not
+    measured."""
 
     @classmethod
     def of(cls, unix_s: int, samples: Mapping[Instance, ReportSample]) -> SampleRound:
@@ -52,7 +52,7 @@ class ReportRing:
 
     @property
     def rounds(self) -> tuple[SampleRound, ...]:
-        """Oldest first."""
+        """All rounds, oldest first."""
         return tuple(self._rounds)
 
     def add(self, new: SampleRound) -> None:
@@ -71,11 +71,11 @@ def tally(
     choose: Callable[[Instance], K | None],
     part: Callable[[SampleRound], int] = lambda _: 0,
 ) -> dict[tuple[K, int], Totals]:
-    """The samples of the rounds, added up by key and part: ``choose`` maps an instance to its key (None:
-    leave it out), and ``part`` maps a round to its part of the window."""
+    """The samples of the rounds, summed by key and part. ``choose`` maps an instance to its key, or to None
+    to leave it out; ``part`` maps a round to its part of the window."""
     keys: dict[K, int] = {}
     known: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
-    """By the identity of a round's instances: the chosen rows, and the number of each row's key."""
+    """id() of a round's instances → the chosen rows, and the number of each row's key."""
     values, numbers, parts = [], [], []
     for each in rounds:
         if id(each.instances) not in known:

@@ -1,9 +1,9 @@
 """Takes samples of each tier and endpoint from the controller's state.
 
-Every tick shows which ones can serve and which GPUs they hold; requests are the difference of the gateways'
-counts between two samples. While a gateway is silent no requests are counted; when it reports again they are
-counted for the whole time. What a lost gateway had not reported is lost, and the time since its last report
-is not covered. A controller that has just started has no counts to compare with.
+Every tick shows which instances can serve and which GPUs they hold. Requests are the difference of the
+gateways' counts between two samples. While a gateway is silent, no requests are counted; when it reports
+again, they are counted for the whole time. Counts that a lost gateway had not reported are lost, and the time
+since its last report is not covered. A controller that has just started has no counts for comparison.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ GAP_S: Final = 10.0
 
 @dataclass(frozen=True, slots=True)
 class SampledCluster:
-    """The controller's state that samples are taken of."""
+    """The part of the controller's state from which samples are taken."""
 
     endpoints: Mapping[str, Endpoint]
     desired: Mapping[str, int]
@@ -41,18 +41,18 @@ class SampledCluster:
 
 @dataclass(frozen=True, slots=True)
 class _CountedTraffic:
-    """What the gateways counted of all subjects."""
+    """The gateways' counts of all subjects."""
 
     over_s: float = 0.0
     """Seconds that the counts cover."""
     by_subject: Mapping[str, TrafficCounters] = field(default_factory=dict)
     has_gauges: bool = False
-    """Whether the requests that wait and are in flight now are known, too."""
+    """Whether the numbers of requests that wait and are in flight now are known as well."""
 
 
 @dataclass(slots=True)
 class _WatchedInstance:
-    """What the ticks since the last sample showed of one instance."""
+    """One instance's times, summed over the ticks since the last sample."""
 
     watched_s: float = 0.0
     up_s: float = 0.0
@@ -71,13 +71,13 @@ class ReportSampler:
         """Gateways seen since the last round that counted requests → when each last reported."""
 
     def reset(self) -> None:
-        """Start again: not all gateways and replicas are known, so there is nothing to compare later counts
-        with."""
+        """Start again. Call this while not all gateways and replicas are known, because later counts can't be
+        compared with such a state."""
         self._last_tick_s = self._base_s = None
         self._watched, self._reported_s = {}, {}
 
     def watch(self, cluster: SampledCluster, now_s: float) -> None:
-        """Note which endpoints can serve and which GPUs they hold."""
+        """Record which endpoints can serve and which GPUs they hold."""
         if self._base_s is None and cluster.demand.ledger.reported_s:
             self._count(self._subjects(cluster), cluster, now_s)
         self._reported_s.update(cluster.demand.ledger.reported_s)
@@ -136,12 +136,12 @@ class ReportSampler:
         return found
 
     def _subjects(self, cluster: SampledCluster) -> list[str]:
-        """The tiers and endpoints that requests are counted of."""
+        """The tiers and endpoints whose requests are counted."""
         tiers = dict.fromkeys((*cluster.desired, *(item.tier for item in cluster.endpoints.values())))
         return [*tiers, *cluster.endpoints]
 
     def _count(self, subjects: Collection[str], cluster: SampledCluster, now_s: float) -> _CountedTraffic:
-        """What was counted of each subject since the last round."""
+        """The counts of each subject since the last round."""
         ledger = cluster.demand.ledger
         reported_s = ledger.reported_s
         if any(now_s - at_s > SILENT_REPORTS * cluster.heartbeat_s for at_s in reported_s.values()):

@@ -1,1 +1,1 @@
-"""What gateways count, and the demand per tier that the controller derives from it."""
+"""The counters of gateways, and the demand per tier that the controller derives from them."""

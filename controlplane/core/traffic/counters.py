@@ -1,5 +1,5 @@
-"""What gateways count, and how the controller derives demand, outcomes and latencies per tier and endpoint
-from it.
+"""The counters of gateways, and how the controller derives demand, outcomes and latencies per tier and
+endpoint from them.
 
 A gateway's counters only grow (:class:`TrafficCounters`), so a lost report loses nothing: the next one
 includes it. The controller adds up what each gateway counted since its first report (:class:`TrafficLedger`),
@@ -28,7 +28,7 @@ _NO_COUNTS: Final = (0,) * len(LATENCY_BOUNDS_S)
 WINDOW_S: Final = 300.0
 """The default length of a window."""
 MAX_POINTS: Final = 240
-"""Readings that a window holds, approximately; closer ones are thinned out."""
+"""Approximate number of readings in a window; readings that are closer together are thinned out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +40,13 @@ class TrafficCounters:
     subject: str
     """A tier's name or an endpoint's id."""
     arrived: int = 0
-    """Requests meant for it, whatever their outcome."""
+    """Requests meant for this tier, whatever their outcome."""
     judged: int = 0
     """Part of ``arrived`` that counts for the SLO: neither invalid nor cancelled by the client."""
     missed: int = 0
     """Part of ``judged`` that missed the tier's SLO; failed and shed requests always do."""
     served_elsewhere: int = 0
-    """Requests meant for it that another tier served (spilled or bridged)."""
+    """Requests meant for this tier that another tier served (spilled or bridged)."""
     ok: int = 0
     failed: int = 0
     shed: int = 0
@@ -67,7 +67,7 @@ class TrafficCounters:
     in_flight: int = 0
     """Requests at the engines now; a gauge."""
     latency_max_s: float = 0.0
-    """Of the last 10 to 20 seconds; a gauge."""
+    """Maximum latency of the last 10 to 20 seconds; a gauge."""
 
     @property
     def served(self) -> int:
@@ -99,9 +99,9 @@ def since(later: TrafficCounters, earlier: TrafficCounters) -> TrafficCounters:
 
 
 def within_slo(slo: Slo, *, ttft_s: float | None, itl_s: float | None, total_s: float, tokens: int) -> bool:
-    """Whether a response met the SLO. ``ttft_s`` is None for one that was not streamed; it may take as long
-    as a streamed one that just meets the SLO. ``itl_s`` is the mean time per token after the first; None:
-    there was no second token."""
+    """Whether a response met the SLO. ``ttft_s`` is None for a response that was not streamed, which may take
+    as long as a streamed one that just meets the SLO. ``itl_s`` is the mean time per token after the first;
+    None if there was no second token."""
     if total_s > slo.total_s:
         return False
     if ttft_s is None:
@@ -110,7 +110,7 @@ def within_slo(slo: Slo, *, ttft_s: float | None, itl_s: float | None, total_s: 
 
 
 def quantile_s(counts: Sequence[int], quantile: float) -> float | None:
-    """A quantile in seconds of a histogram over :data:`LATENCY_BOUNDS_S`; None if it is empty."""
+    """A quantile in seconds of a histogram over :data:`LATENCY_BOUNDS_S`; None if the histogram is empty."""
     total = 0
     cumulative = []
     for count in counts:
@@ -124,12 +124,12 @@ class TrafficLedger:
 
     def __init__(self) -> None:
         self._last: dict[str, dict[str, TrafficCounters]] = {}
-        """Gateway → subject → its last reading."""
+        """Gateway → subject → last reading."""
         self._reported_s: dict[str, float] = {}
         self._sum: dict[str, TrafficCounters] = {}
 
     def observe(self, gateway_id: str, traffic: Iterable[TrafficCounters], now_s: float) -> None:
-        """Take in a gateway's report. What it counted before its first report to this ledger is not added."""
+        """Add a gateway's report. Counts from before its first report to this ledger are not added."""
         before = self._last.get(gateway_id)
         self._reported_s[gateway_id] = now_s
         readings = {item.subject: item for item in traffic}
@@ -147,7 +147,7 @@ class TrafficLedger:
         self._last[gateway_id] = readings
 
     def forget(self, gateway_id: str) -> None:
-        """Remove a gateway; what it counted remains in the sums."""
+        """Remove a gateway; its counts remain in the sums."""
         self._last.pop(gateway_id, None)
         self._reported_s.pop(gateway_id, None)
 
@@ -183,7 +183,7 @@ class TrafficLedger:
         return MappingProxyType(self._reported_s)
 
     def oldest_report_s(self) -> float | None:
-        """When the gateway that has been silent for longest last reported; None: there is no gateway."""
+        """The last report of the gateway that has been silent for longest; None without gateways."""
         return min(self._reported_s.values(), default=None)
 
 
@@ -200,8 +200,8 @@ class TrafficWindow:
         self._apart_s = window_s / MAX_POINTS
 
     def observe(self, reading: TrafficCounters, now_s: float) -> None:
-        """Add a reading of the ledger. If it counts less than the last one, the ledger started again, and so
-        does the window."""
+        """Add a reading of the ledger. If its counts are lower than the last ones, the ledger was restarted,
+        and the window starts again as well."""
         points = self._points
         if points and (reading.arrived < points[-1][1].arrived or reading.served < points[-1][1].served):
             points.clear()
@@ -218,8 +218,8 @@ class TrafficWindow:
         return len(self._points)
 
     def over_last(self, seconds: float) -> tuple[TrafficCounters, float] | None:
-        """What was counted in the last ``seconds``, and the seconds that this covers, as close as the
-        readings allow; None until there are two."""
+        """The counts of approximately the last ``seconds``, and the exact number of seconds that they cover;
+        None until there are two readings."""
         points = self._points
         if len(points) < 2:
             return None
@@ -233,8 +233,8 @@ class TrafficWindow:
 
 @dataclass(frozen=True, slots=True)
 class TierFigures:
-    """One tier's figures over the last minutes, for alerts and recommendations. Ratios and percentiles over
-    no request are MISSING."""
+    """One tier's figures over the last minutes, for alerts and recommendations. Ratios and percentiles are
+    MISSING if there was no request."""
 
     requests_per_s: Signal
     arrivals_per_s: Signal
@@ -258,8 +258,8 @@ def figures(
     limits: FreshnessLimits,
     span_s: float = WINDOW_S,
 ) -> TierFigures:
-    """The figures over ``span_s``, as fresh as the oldest of the gateways' last reports, from
-    ``reported_s``."""
+    """The figures over ``span_s``. They are as fresh as ``reported_s``, the oldest of the gateways' last
+    reports."""
     if reported_s is None:
         nothing = missing("no gateway has reported")
         return TierFigures(*(nothing,) * 10)

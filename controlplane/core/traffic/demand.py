@@ -15,11 +15,11 @@ from controlplane.core.traffic.counters import (
 )
 
 SILENT_REPORTS = 3
-"""After a gateway has missed this many reports, the figures of its traffic are STALE."""
+"""The figures of traffic are STALE once a gateway has missed this many reports."""
 
 
 class TierDemandTracker:
-    """Takes in the gateways' reports; :meth:`sample` adds a reading to each tier's window."""
+    """Adds up the gateways' reports; :meth:`sample` adds a reading to each tier's window."""
 
     def __init__(self) -> None:
         self.ledger = TrafficLedger()
@@ -33,11 +33,12 @@ class TierDemandTracker:
             window.set_length(self._window_s)
 
     def observe(self, gateway_id: str, traffic: Sequence[TrafficCounters], now_s: float) -> None:
-        """Take in a gateway's report."""
+        """Add a gateway's report."""
         self.ledger.observe(gateway_id, traffic, now_s)
 
     def sample(self, tiers: Collection[str], subjects: Collection[str], now_s: float) -> None:
-        """Add a reading of every tier; drop what is not about ``tiers`` or ``subjects`` (endpoints)."""
+        """Add a reading of every tier, and drop all data of other tiers and of endpoints not in
+        ``subjects``."""
         self.ledger.retain_subjects({*tiers, *subjects})
         for tier in self._windows.keys() - set(tiers):
             del self._windows[tier]
@@ -47,7 +48,7 @@ class TierDemandTracker:
 
     @staticmethod
     def limits(heartbeat_s: float) -> FreshnessLimits:
-        """How old a gateway's last report may be."""
+        """How old a gateway's last report may be until its figures are STALE, and then MISSING."""
         return FreshnessLimits(SILENT_REPORTS * heartbeat_s, 5 * SILENT_REPORTS * heartbeat_s)
 
     def figures(self, now_s: float, heartbeat_s: float, span_s: float = WINDOW_S) -> dict[str, TierFigures]:

@@ -1,6 +1,6 @@
 """``POST /chat`` and ``POST /batch``: a message in, a response out, for agents that don't use OpenAI's API.
 
-Both become chat completions and go through routing, admission and the relay like any other.
+The messages become chat completions and go through routing, admission and the relay like any other.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class _BatchRequest(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class CapturedResponse:
-    """A :class:`~controlplane.http.messages.Responder` that stores the response."""
+    """A :class:`~controlplane.http.messages.Responder` that stores the response in memory."""
 
     def __init__(self) -> None:
         self.status = 0
@@ -84,7 +84,7 @@ class CapturedResponse:
         """Do nothing: the body is complete."""
 
     def abort(self) -> None:
-        """The response stays incomplete."""
+        """Mark the response as incomplete."""
         self.gone = True
 
 
@@ -100,7 +100,7 @@ async def chat(complete: Complete, now_s: Callable[[], float], request: Request,
 
 
 async def batch(complete: Complete, now_s: Callable[[], float], request: Request, out: Responder) -> None:
-    """Answer ``POST /batch``: a list of ``/chat`` bodies, or ``{"requests": [...]}``.
+    """Handle ``POST /batch``: a list of ``/chat`` bodies, or ``{"requests": [...]}``.
 
     Every item gets a result with ``status`` ``ok`` or ``error``, in the order of the request. An item that
     fails or is malformed does not affect the others.

@@ -1,7 +1,8 @@
-"""Queries to the controller, for the pages whose data only it has: ``/report``, ``/gpus``,
+"""Queries to the controller for the pages whose data only the controller has: ``/report``, ``/gpus`` and
 ``/recommendations``.
 
-The gateway waits a few seconds for the result. Requests to models never wait for the controller.
+The gateway waits at most :data:`QUERY_TIMEOUT_S` for the result. Requests to models never wait for the
+controller.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ R = TypeVar("R")
 
 
 class ControllerQueries(Protocol):
-    """The controller's side of these pages. Each method raises a TierplaneError if it can't be reached."""
+    """What these pages need from the controller. Each method raises a TierplaneError if the controller can't
+    be reached."""
 
     async def plane_report(self, window_minutes: float) -> PlaneReport:
         """The report on all tiers and endpoints over the last ``window_minutes``."""
@@ -43,7 +45,8 @@ async def query_controller(
     *,
     timeout_s: float = QUERY_TIMEOUT_S,
 ) -> R:
-    """The controller's response. Raises ControllerUnreachable (503) if there is none within ``timeout_s``."""
+    """The controller's response to ``query``. Raises ControllerUnreachable (503) if none arrives within
+    ``timeout_s``."""
     if controller is None:
         raise ControllerUnreachable("this gateway has no controller", retry_after_s=RETRY_AFTER_S)
     try:

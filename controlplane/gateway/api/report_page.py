@@ -1,6 +1,6 @@
-"""A report as one HTML page with tables and plots, which loads nothing from the network.
+"""A report as a self-contained HTML page with tables and plots; the page loads nothing from the network.
 
-All names and texts in it are escaped. Plots are lines in SVG, with gaps where there is no data.
+All names and texts are escaped. Plots are SVG lines, with gaps where there is no data.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ h1{font-size:1.4em}h2{font-size:1.15em}.gone{opacity:.6}.missed{color:#c0392b;fo
 
 
 def parse_query(query: str) -> tuple[float, str]:
-    """``window_minutes`` and ``format`` in the query of ``/report``. Raises BadRequest for an invalid one."""
+    """``window_minutes`` and ``format`` from the query string of ``/report``. Raises BadRequest for invalid
+    values."""
     found = parse_qs(query, keep_blank_values=True)
     text = found.get("window_minutes", [f"{DEFAULT_MINUTES:g}"])[0]
     try:

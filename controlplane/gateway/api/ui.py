@@ -1,7 +1,7 @@
-"""``/ui``: one page that loads the gateway's JSON pages and shows them.
+"""``/ui``: a page that shows the data of the gateway's JSON pages.
 
-It loads nothing else. Its security policy allows its own script and style by their digests, so that no other
-script can run, even if a diagnosis or a name contains one.
+The page loads nothing else. Its Content-Security-Policy allows only its own script and style, by their
+digests, so no other script can run, even if a diagnosis or a name contains one.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def page() -> tuple[Headers, bytes]:
 
 
 def _digest(text: str, element: str) -> str:
-    """The digest of the page's only such element, as a Content-Security-Policy writes it."""
+    """The digest of the content of the page's only ``element``, in the syntax of a
+    Content-Security-Policy."""
     [inner] = re.findall(rf"<{element}>(.*?)</{element}>", text, re.DOTALL)
     return f"'sha256-{base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode()}'"

@@ -1,7 +1,7 @@
 """One attempt of a request at one endpoint: its slot, its connection, its time-outs, its GPU time.
 
-An attempt ends once, by :meth:`Attempt.succeed`, :meth:`Attempt.fail` or :meth:`Attempt.abandon`, and then
-gives everything back.
+An attempt ends once, by :meth:`Attempt.succeed`, :meth:`Attempt.fail` or :meth:`Attempt.abandon`, which
+release its slot and its connection.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ MAX_ERROR_BYTES: Final = 64 * 1024
 
 _STATUS_FAILURES: Final = {429: AttemptFailure.BUSY, 503: AttemptFailure.UNAVAILABLE}
 _KEY_REFUSED: Final = frozenset({401, 403})
-"""An engine that answers these does not accept the gateway's key, which is not the client's fault."""
+"""With these statuses an engine rejects the gateway's key, which is not the client's fault."""
 
 
 class Attempt:
-    """Begins with a slot that was taken for it."""
+    """One attempt; the caller has already taken ``slot`` for it."""
 
     __slots__ = (
         "_connection", "_context", "_meter_reading", "_on_released", "_timeouts", "_watched",
@@ -43,7 +43,7 @@ class Attempt:
         timeouts: TimeoutWatcher,
         on_released: Callable[[], None],
     ) -> None:
-        """``on_released`` is called when the attempt has given its slot back."""
+        """``on_released`` is called when the attempt has released its slot."""
         self._context = context
         self._on_released = on_released
         self._timeouts = timeouts
@@ -56,23 +56,23 @@ class Attempt:
         self.status = 0
         self.content_type = b""
         self.streaming = False
-        """The engine answers with a stream of events."""
+        """The response is a stream of events."""
         self.data = b""
         """The response's first events, or its whole body."""
         self.ids_added = False
-        """The engine was asked for token ids that the client did not ask for."""
+        """The gateway requested token ids that the client did not request."""
         self.ended = False
 
     @property
     def connection(self) -> UpstreamConnection:
-        """The connection, once :meth:`send` was called."""
+        """The connection. RuntimeError before :meth:`send`."""
         if self._connection is None:
             raise RuntimeError("nothing was sent yet")
         return self._connection
 
     async def send(self, path: str, body: bytes) -> None:
         """Send the request and wait for the head of the response. Raises :class:`UpstreamFailure` if the
-        engine can't be reached or its status is a failure that another engine may not have."""
+        engine can't be reached, or if another engine might not fail with the same status."""
         status = await self._post(path, body)
         if status >= 500 or status == 429 or status in _KEY_REFUSED:
             response = await self.read_all(MAX_ERROR_BYTES)
@@ -87,7 +87,7 @@ class Attempt:
     async def _post(self, path: str, body: bytes) -> int:
         """Send the request and return the status of the response.
 
-        A kept-alive connection that turns out to be closed is replaced once: the engine did not fail.
+        A keep-alive connection that turns out to be closed is replaced once, because the engine did not fail.
         """
         origin = self.upstream.origin
         request = origin.request("POST", path, self._context.identity, body)
@@ -124,7 +124,7 @@ class Attempt:
         return await connection.head()
 
     async def first_event(self) -> None:
-        """Read until the stream's first event is whole, into :attr:`data`."""
+        """Read into :attr:`data` until the stream's first event is complete."""
         data = await self.connection.read()
         while data and not events_end(data):
             more = await self.connection.read()
@@ -136,7 +136,7 @@ class Attempt:
         self.data = data
 
     async def read_all(self, limit_bytes: int) -> bytes:
-        """The whole body; one over ``limit_bytes`` is a failure."""
+        """The whole body. Raises :class:`UpstreamFailure` if it is larger than ``limit_bytes``."""
         connection = self.connection
         data = await connection.read()
         if connection.complete and not connection.pending:
@@ -149,19 +149,19 @@ class Attempt:
             size += len(data)
             if size > limit_bytes:
                 raise UpstreamFailure(
-                    AttemptFailure.SERVER_ERROR, f"the engine's answer is over {limit_bytes} bytes"
+                    AttemptFailure.SERVER_ERROR, f"the engine's response is over {limit_bytes} bytes"
                 )
         return b"".join(parts)
 
     def first_token(self) -> None:
-        """The first token came."""
+        """Record that the first token arrived."""
         if self._watched is not None and not self._watched.first_token_came:
             self._watched.first_token_came = True
             self.slot.first_token(monotonic())
 
     async def wait_for_client(self, out: Responder) -> None:
-        """Wait until the client has read what was written, up to the deadline: its slow reading occupies the
-        slot, but the engine is not to blame for it. Meanwhile the other time-outs are paused."""
+        """Wait until the client has read what was written, but not past the deadline. A client that reads
+        slowly occupies the slot through no fault of the engine, so the other time-outs are paused."""
         watched = self._watched
         if watched is not None:
             watched.paused = True
@@ -176,19 +176,20 @@ class Attempt:
                 watched.started_s = monotonic()
 
     def succeed(self) -> None:
-        """The response is whole."""
+        """End the attempt: the response is complete."""
         if not self.ended:
             self.slot.succeed(self._end())
             self._on_released()
 
     def fail(self, weight: int) -> None:
-        """The endpoint failed; ``weight`` as in :meth:`RequestSlot.fail`."""
+        """End the attempt: the endpoint failed. ``weight`` is that of :meth:`RequestSlot.fail`."""
         if not self.ended:
             self.slot.fail(self._end(), weight)
             self._on_released()
 
     def abandon(self) -> None:
-        """The response is no longer wanted: the client left, or another attempt was faster."""
+        """End the attempt: its response is no longer needed, because the client left or another attempt was
+        faster."""
         if not self.ended:
             self.slot.abandon(self._end())
             self._on_released()

@@ -1,4 +1,4 @@
-"""Beginning an attempt, accounting for it, and deciding what follows when it failed."""
+"""Begins attempts, accounts for them, and decides what follows a failed one."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from controlplane.gateway.request_context import RequestContext
 from controlplane.gateway.telemetry.accounting import UsageLedger
 from controlplane.gateway.telemetry.metrics import Metrics
 
-TOO_LATE: Final = "the request's deadline passed before its answer was complete"
+TOO_LATE: Final = "the request's deadline passed before its response was complete"
 
 
 class TokenCounts(NamedTuple):
-    """The tokens of a finished answer."""
+    """The tokens of a finished request."""
 
     prompt: int
     generated: int
@@ -62,7 +62,8 @@ class Attempts:
         self.budget = RetryBudget(self._settings, monotonic())
 
     def begin(self, context: RequestContext, started: Started) -> Attempt:
-        """The attempt that a slot was taken for. Raises ValueError if the endpoint's address is invalid."""
+        """Begin an attempt in a slot that was taken for it. Raises ValueError if the endpoint's address is
+        invalid."""
         slot = started.slot
         context.attempts += 1
         context.tried |= {slot.load.key}
@@ -92,8 +93,8 @@ class Attempts:
         self._metrics.endpoint_failures.labels(attempt.load.endpoint.tier, name).inc()
 
     async def retry_or_raise(self, context: RequestContext, failure: UpstreamFailure, *, sent: bool) -> None:
-        """Return when the next attempt is due; raise the client's error if there is to be none. ``sent``: a
-        part of the answer has reached the client."""
+        """Return when the next attempt is due, or raise the error for the client if no attempt follows.
+        ``sent`` means that part of the response has reached the client."""
         kind = failure.kind
         if kind is None:
             raise DeadlineExceeded(TOO_LATE)

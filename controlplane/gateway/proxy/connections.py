@@ -1,4 +1,4 @@
-"""The connections to the endpoints of the last snapshot, and the meters of their GPU time."""
+"""The connections to the endpoints of the latest snapshot, and the meters of their GPU time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MODEL_LIST_TIMEOUT_S: Final = 5.0
 
 
 class EndpointConnections:
-    """One engine process: its connections, and the meter of its GPU time."""
+    """The connections to one engine process, and the meter of its GPU time."""
 
     __slots__ = ("_max_model_len", "meter", "origin")
 
@@ -28,8 +28,8 @@ class EndpointConnections:
         self._max_model_len: int | None = None
 
     async def max_model_len(self, request_id: str) -> int | None:
-        """The engine's context length in tokens, from its model list; None if the list does not say. Only
-        asked for when a stream is resumed. Raises :class:`UpstreamFailure`."""
+        """The engine's context length in tokens, from its model list; None if the list does not contain it.
+        Read only when a stream is resumed. Raises :class:`UpstreamFailure`."""
         if self._max_model_len is None:
             self._max_model_len = await self._read_max_model_len(request_id)
         return self._max_model_len
@@ -62,14 +62,15 @@ class ConnectionTable:
         self._by_key: dict[str, EndpointConnections] = {}
 
     def to(self, load: EndpointLoad) -> EndpointConnections:
-        """The connections to an endpoint that routing chose. Raises ValueError if its address is none."""
+        """The connections to an endpoint that routing chose. Raises ValueError if its address is
+        invalid."""
         connections = self._by_key.get(load.key)
         if connections is None:
             connections = self._by_key[load.key] = self._new(load.endpoint)
         return connections
 
     def prune(self, endpoint_table: EndpointTable) -> None:
-        """Forget the processes that a new snapshot no longer has. Running requests to them go on."""
+        """Remove the processes that a new snapshot no longer lists. Requests running on them continue."""
         living = {load.key for load in endpoint_table.by_endpoint_id.values()}
         for key in [key for key in self._by_key if key not in living]:
             self._by_key.pop(key).origin.close()

@@ -1,7 +1,7 @@
-"""From a request to a slot of an endpoint: the core's dispatcher with futures for those that wait.
+"""Finds a slot at an endpoint for each request.
 
-:class:`controlplane.core.routing.dispatcher.Dispatcher` decides. Here a queued request becomes a future, a
-refusal becomes the HTTP error for the client, and both are counted.
+:class:`controlplane.core.routing.dispatcher.Dispatcher` makes the decisions. This module waits for queued
+requests with futures, turns refusals into HTTP errors, and counts both.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from controlplane.gateway.request_context import RequestContext
 from controlplane.gateway.telemetry.metrics import Metrics
 
 RETRY_AFTER_S: Final = 5.0
-"""``Retry-After`` where it is not known when an endpoint will be ready."""
+"""``Retry-After`` if it is unknown when an endpoint will be ready."""
 
 
 class RequestDispatch:
@@ -54,7 +54,7 @@ class RequestDispatch:
         return route
 
     async def start(self, context: RequestContext, route: Route) -> Started:
-        """A slot for the request's next attempt, after waiting in the queue for it if need be. Raises
+        """A slot for the request's next attempt. Waits in the queue if no slot is free. Raises
         :class:`RequestError` if the request is refused."""
         result = self._submit(context, route)
         if (
@@ -62,7 +62,7 @@ class RequestDispatch:
             and context.losses
             and result.decision.refusal is RouteRefusal.EXHAUSTED
         ):
-            # Every endpoint was tried, but engines were lost on the way: they come back, so wait for them.
+            # Every endpoint was tried, but some engines were lost meanwhile: they restart, so wait for them.
             context.tried = frozenset()
             result = self._submit(context, route)
         context.decision = result.decision
@@ -79,18 +79,18 @@ class RequestDispatch:
         return result
 
     def resume_route(self, tier: str) -> Route:
-        """The tiers at which a stream that ``tier`` began can be resumed."""
+        """The tiers that can resume a stream which ``tier`` began."""
         table = self._dispatcher.endpoint_table.tier_table
         return resume_route(table, table.rank_of[tier])
 
     def start_hedge(self, context: RequestContext, route: Route) -> Started | None:
-        """A slot for a second attempt beside the first, if one is free now: a hedge is not worth waiting
-        for."""
+        """A slot for a second attempt beside the first; None if none is free, because a hedge is not worth
+        waiting for."""
         request = context.request._replace(exclude=context.tried)
         return self._dispatcher.start_at_once(request, route, monotonic(), self._pick())
 
     def pump(self) -> None:
-        """Start the queued requests that can run; to be called when a slot was released."""
+        """Start the queued requests that can run. Call this when a slot was released."""
         if not self._dispatcher.queue:
             return
         now_s = monotonic()
@@ -107,7 +107,7 @@ class RequestDispatch:
                     waiting.set_result(started)
 
     def tick(self, now_s: float) -> None:
-        """Fail the queued requests that waited too long and start those that can run; to be called several
+        """Fail the queued requests that waited too long, and start those that can run. Call this several
         times a second."""
         queue = self._dispatcher.queue
         if not queue:
@@ -119,8 +119,8 @@ class RequestDispatch:
         self.pump()
 
     def on_snapshot(self) -> None:
-        """The endpoints changed: refuse queued requests that can't be served any more, start those that can
-        run now."""
+        """Refuse queued requests that no endpoint can serve any more, and start those that can run now. Call
+        this when the endpoints changed."""
         if not self._dispatcher.queue:
             return
         for ticket, decision in self._dispatcher.remove_unservable(monotonic(), self._pick()):

@@ -1,8 +1,9 @@
-"""A request's way from its arrival to the client's last byte; :meth:`Relay.serve` reads from top to bottom.
+"""Serves a request, from its arrival to the last byte that is sent to the client; start at
+:meth:`Relay.serve`.
 
-Nothing is sent to the client before an engine has begun to answer, so that any failure up to then is hidden
-by another attempt. After that a lost stream is resumed (:mod:`controlplane.gateway.proxy.resumption`). An
-answer that is not streamed is sent when it is complete, so it can be retried up to its last byte.
+Nothing is sent to the client before an engine has begun to respond, so another attempt can hide any failure
+up to then. After that, a lost stream is resumed (:mod:`controlplane.gateway.proxy.resumption`). A response
+that is not streamed is sent only when it is complete, so it can be retried up to its last byte.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from controlplane.http.messages import EVENT_STREAM, JSON_TYPE, Responder
 from controlplane.http.sse import events_end, has_end, has_error, is_end
 
 MAX_BODY_BYTES: Final = 256 * 1024 * 1024
-"""The largest answer that is not streamed."""
+"""The largest response that is not streamed."""
 PROMPT_IDS: Final = re.compile(rb'"prompt_token_ids":\[([0-9, ]*)\]')
 
 # Attribute look-ups on an enum class cost more than on a module.
@@ -66,8 +67,9 @@ class Relay:
         self._hedge_after_s = config.hedge_after_s
 
     async def serve(self, context: RequestContext, out: Responder) -> None:
-        """Answer a request. Raises :class:`RequestError` with what went wrong: for the client as the
-        response, or, if a part of the answer was sent, as an event that ends the stream."""
+        """Serve a request. Raises :class:`RequestError` if it fails; the caller sends this error to the
+        client as the response or, if part of the response was already sent, as an event that ends the
+        stream."""
         self._attempts.budget.on_request()
         route = self._dispatch.route(context)
         while True:
@@ -90,10 +92,10 @@ class Relay:
         else:
             self._whole(context, attempt, out)
 
-    # -- until an engine begins to answer --------------------------------------------------------
+    # -- until an engine begins to respond -------------------------------------------------------
 
     async def _open(self, context: RequestContext, attempt: Attempt) -> None:
-        """Send the request and wait for the first event of the stream, or for the whole answer."""
+        """Send the request and wait for the first event of the stream, or for the whole response."""
         attempt.ids_added = (
             context.stream
             and context.api in RESUME_KINDS
@@ -114,8 +116,8 @@ class Relay:
     async def _open_hedged(
         self, context: RequestContext, route: Route, attempt: Attempt, after_s: float
     ) -> Attempt:
-        """The attempt that begins to answer: the given one, or a second one that starts after ``after_s`` and
-        is faster."""
+        """The attempt whose response begins first: ``attempt``, or a second one that starts ``after_s``
+        later."""
         first = asyncio.ensure_future(self._open(context, attempt))
         try:
             await asyncio.wait((first,), timeout=after_s)
@@ -137,8 +139,8 @@ class Relay:
     async def _race(
         self, context: RequestContext, attempt: Attempt, first: asyncio.Future[None], hedge: Attempt
     ) -> Attempt:
-        """The one of two attempts of a request that answers first; the other one ends here. If both fail, the
-        failure of the first is raised."""
+        """The attempt whose response begins first; the other one is ended. If both fail, the failure of the
+        first attempt is raised."""
         second = asyncio.ensure_future(self._open(context, hedge))
         attempts = {first: attempt, second: hedge}
         winner: asyncio.Future[None] | None = None
@@ -162,10 +164,10 @@ class Relay:
                 elif task is not winner:
                     other.abandon()
 
-    # -- the answer ------------------------------------------------------------------------------
+    # -- the response ----------------------------------------------------------------------------
 
     def _whole(self, context: RequestContext, attempt: Attempt, out: Responder) -> None:
-        """Send an answer that is not streamed."""
+        """Send a response that is not streamed."""
         context.first_byte_s = monotonic()
         content_type = attempt.content_type or JSON_TYPE
         attempt.succeed()
@@ -219,7 +221,7 @@ class Relay:
             if not has_end(context.api, last):
                 attempt.abandon()
                 raise
-            # The client left at the last event, as many do; the end of the engine's body may come after it.
+            # Many clients close the connection at the last event, before the engine's body has ended.
         except BaseException:
             attempt.abandon()
             raise

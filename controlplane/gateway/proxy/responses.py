@@ -1,4 +1,4 @@
-"""What a client gets from the gateway itself besides the engine's bytes: headers and error events."""
+"""The headers and error events that the gateway adds to an engine's response."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ STREAM_HEADERS: Final[Headers] = [(b"cache-control", b"no-cache"), (b"x-accel-bu
 
 
 def response_headers(context: RequestContext) -> Headers:
-    """The headers of every response: the request's id, which tier served it and why, attempts over one."""
+    """The headers of every response: the request's id, the tier that served it with the reason, and the
+    number of attempts if there was more than one."""
     headers = [(b"x-request-id", context.request_id.encode("latin-1"))]
     if context.decision is not None:
         headers.append((b"x-tier", context.decision.tier.encode()))
@@ -25,9 +26,9 @@ def response_headers(context: RequestContext) -> Headers:
 
 
 def error_event(error: RequestError, api: Api) -> bytes:
-    """The event that tells a client that its stream ends here incomplete.
+    """The event that ends an incomplete stream.
 
-    No ``[DONE]`` follows: a client that overlooks the error must not take the stream for complete.
+    No ``[DONE]`` follows, so that a client which ignores the error doesn't take the stream for complete.
     """
     if api is Api.MESSAGES:
         value = {"type": "error", "error": {"type": "api_error", "message": error.message}}

@@ -1,17 +1,17 @@
 """Resuming a stream whose engine was lost, so that the client does not notice.
 
-As long as nothing goes wrong, a :class:`StreamRecorder` stores the raw bytes that were relayed, unparsed.
-When the engine is lost, they tell exactly which tokens the client has (:class:`SentSoFar`), :func:`plan`
-decides how to continue, and a :class:`Splice` turns another engine's stream into the rest of the first:
+A :class:`StreamRecorder` stores the raw bytes that were relayed, without parsing them. When the engine is
+lost, they show exactly which tokens the client has (:class:`SentSoFar`), :func:`plan` decides how to
+continue, and a :class:`Splice` turns another engine's stream into the rest of the first:
 
 * **continue**: ``POST /v1/completions`` with the prompt's token ids and the ids already sent. Exact for
   greedy decoding, where the next token depends only on the tokens before it.
-* **replay**: the request once more from its beginning, leaving out what the client has. For whatever depends
-  on more than the tokens before (a seeded sampler, stop strings that may span the loss, penalties on output
-  tokens).
+* **replay**: the request is sent again from its beginning, and what the client already has is left out. For
+  requests whose next token depends on more than the tokens before it (a seeded sampler, stop strings that may
+  span the loss, penalties on output tokens).
 
-In both, text that is generated a second time is compared with what was sent and left out; if it differs, the
-stream is not resumed.
+In both cases, text that is generated again is compared with the text that was sent, and left out. If they
+differ, the stream is not resumed.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ FOLD_BYTES: Final = 1024 * 1024
 """Raw bytes that a recorder stores before it folds them into token ids and text."""
 
 TOKEN_ID_MEMBERS: Final = re.compile(rb',"(?:prompt_)?token_ids":(?:\[[0-9, ]*\]|null)')
-"""The members that the gateway asked for. Inside a JSON string the quotes would be escaped, so this can't
-match text."""
+"""Matches the members that only the gateway requested. Inside a JSON string quotes are escaped, so this can't
+match generated text."""
 
 DONE: Final = b"data: [DONE]\n\n"
 
@@ -52,12 +52,12 @@ _UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, AttributeError, T
 
 
 class NotResumable(Exception):
-    """This stream can't be resumed; the text is the reason."""
+    """This stream can't be resumed; the message is the reason."""
 
 
 @dataclass(slots=True)
 class SentSoFar:
-    """What the client has of one stream."""
+    """What the client has received of one stream."""
 
     kind: StreamKind
     first: dict[str, Any] = field(default_factory=dict)
@@ -67,9 +67,10 @@ class SentSoFar:
     text: list[str] = field(default_factory=list)
     text_chars: int = 0
     covered_tokens: int = 0
-    """Tokens up to the last event with exactly one token and text: there text and token ids agree …"""
+    """Tokens up to the last event that had exactly one token and text; up to there, text and token ids are
+    known to agree."""
     covered_chars: int = 0
-    """… and this is the length of the text up to it."""
+    """Length of the text up to that event."""
     texted_tokens: int = 0
     """Tokens up to the last event with text."""
     finish_reason: str | None = None
@@ -83,7 +84,7 @@ class SentSoFar:
 
     @property
     def whole_text(self) -> str:
-        """All the text that the client has."""
+        """All the text that the client has received."""
         return "".join(self.text)
 
     def add_event(self, event: dict[str, Any]) -> None:
@@ -112,7 +113,7 @@ class SentSoFar:
     def add(
         self, token_ids: Sequence[int], text: str, finish_reason: str | None, others: dict[str, Any]
     ) -> None:
-        """Account for what one choice of an event brought: token ids, text, other content."""
+        """Account for the content of one choice of an event: token ids, text, and ``others``."""
         self.token_ids.extend(token_ids)
         if others:
             self.plain = False
@@ -125,14 +126,14 @@ class SentSoFar:
         self.finish_reason = finish_reason or self.finish_reason
 
     def rewind(self, tokens: int) -> None:
-        """Forget the token ids after the first ``tokens``, which are generated again. The text stays."""
+        """Drop the token ids after the first ``tokens``, because they are generated again. The text stays."""
         del self.token_ids[tokens:]
         if self.covered_tokens > tokens:
             self.covered_tokens = self.covered_chars = 0
 
 
 def _content(choice: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """An event's text, of whichever API, and the other content of its ``delta``."""
+    """The text of an event of either API, and the other content of its ``delta``."""
     delta = choice.get("delta") or {}
     others = {key: value for key, value in delta.items() if value and key not in ("role", "content")}
     return choice.get("text") or delta.get("content") or "", others
@@ -153,7 +154,7 @@ def events(data: bytes) -> Iterator[dict[str, Any] | None]:
 
 
 class StreamRecorder:
-    """Stores what was relayed of one stream, in case its engine is lost.
+    """Stores the relayed part of one stream, in case its engine is lost.
 
     Holds at most :data:`FOLD_BYTES` of raw bytes; older ones are folded into token ids and text.
     """
@@ -173,7 +174,7 @@ class StreamRecorder:
             self.sent()
 
     def sent(self) -> SentSoFar:
-        """What the client has so far."""
+        """What the client has received so far."""
         raw, self._raw, self._raw_bytes = self._raw, [], 0
         try:
             for event in events(b"".join(raw)):
@@ -188,22 +189,23 @@ class StreamRecorder:
 
 @dataclass(frozen=True, slots=True)
 class Continuation:
-    """How to continue a stream: what to send to the other engine, and what the client already has of its
-    answer."""
+    """How to continue a stream: the request for the other engine, and the part of its response that the
+    client already has."""
 
     method: Literal["continue", "replay", "finish"]
     path: str = ""
     body: dict[str, Any] = field(default_factory=dict)
     skip_text: str = ""
-    """Text at the start of the new stream that was sent before; it must come again."""
+    """Text that was already sent; the new stream must begin with it."""
     sent_tokens: int = 0
-    """Tokens of the answer that are part of the new request's prompt."""
+    """Generated tokens that are part of the new request's prompt."""
     needs_context_length: bool = False
-    """The client set no limit, so the engine's context length limits the answer: :meth:`limited`."""
+    """The client set no token limit, so the engine's context length limits the response; see
+    :meth:`limited`."""
 
     def limited(self, max_model_len: int | None) -> Continuation:
-        """The same with the tokens that are left in an engine's context length. Raises
-        :class:`NotResumable` if that is not known."""
+        """The same continuation, limited to the tokens that are left in the engine's context length. Raises
+        :class:`NotResumable` if ``max_model_len`` is None."""
         if max_model_len is None:
             raise NotResumable("the engine's context length is not known")
         left = max_model_len - len(self.body["prompt"])
@@ -267,10 +269,10 @@ def _continue(request: dict[str, Any], sent: SentSoFar, tokens: int, skip_text: 
 
 
 class Splice:
-    """Turns a resumed stream into the rest of the one that was begun.
+    """Turns another engine's stream into the rest of the interrupted one.
 
-    :meth:`feed` takes whole events of the other engine and returns what the client gets. ``sent`` is updated,
-    so that a second loss can be resumed, too.
+    :meth:`feed` takes whole events of the other engine and returns the bytes for the client. ``sent`` is
+    updated, so that the stream can also be resumed after a second loss.
     """
 
     def __init__(
@@ -287,7 +289,7 @@ class Splice:
             sent.rewind(continuation.sent_tokens)
 
     def feed(self, data: bytes) -> bytes:
-        """The client's share of whole events; raises :class:`NotResumable` if the text differs."""
+        """The bytes for the client from whole events. Raises :class:`NotResumable` if the text differs."""
         out: list[bytes] = []
         try:
             for event in events(data):
@@ -300,7 +302,7 @@ class Splice:
         return b"".join(out)
 
     def finish(self) -> bytes:
-        """The end of the stream, as far as the client does not have it."""
+        """The part of the stream's end that the client does not have yet."""
         sent = self._sent
         parts: list[bytes] = []
         if sent.finish_reason is None:
@@ -320,7 +322,9 @@ class Splice:
             raise NotResumable("the other engine answered with an error")
         sent.add_prompt(event)
         if event.get("usage") is not None and self._continuation.method == "replay":
-            self._engine_usage = event["usage"]  # a replay is a whole answer, so the engine counts it right
+            self._engine_usage = event[
+                "usage"
+            ]  # a replay is a complete response, so the engine's count is right
         for choice in event.get("choices") or ():
             text, others = _content(choice)
             finish_reason = choice.get("finish_reason")
@@ -332,7 +336,7 @@ class Splice:
                 yield self._shape(text, finish_reason, others, choice.get("stop_reason"))
 
     def _without_sent(self, text: str) -> str:
-        """The part of newly generated text that the client does not have."""
+        """The part of the newly generated text that the client does not have yet."""
         if not self._skip:
             return text
         length = min(len(self._skip), len(text))

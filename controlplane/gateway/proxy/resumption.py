@@ -1,5 +1,5 @@
-"""Continuing a stream whose engine was lost at another engine, as :mod:`controlplane.gateway.proxy.resume`
-plans it."""
+"""Continues a stream on another engine after its engine was lost, as planned by
+:mod:`controlplane.gateway.proxy.resume`."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Resumption:
         failure: UpstreamFailure,
         out: Responder,
     ) -> None:
-        """Continue a stream of ``tier`` that was lost by ``failure`` after a part of it was sent, or end it
+        """Continue a stream of ``tier`` that ``failure`` interrupted after part of it was sent, or end it
         with an error event. Raises :class:`DeadlineExceeded`."""
         route = self._dispatch.resume_route(tier)
         while True:
@@ -136,7 +136,7 @@ class Resumption:
                         await attempt.wait_for_client(out)
                     all_written = sent.done
         except asyncio.CancelledError:
-            if not all_written:  # otherwise the client left at the last event, as in Relay._stream
+            if not all_written:  # many clients leave at the last event, as in Relay._stream
                 raise
         if not sent.done:
             raise UpstreamFailure(AttemptFailure.CUT, "the stream ended before its end")
@@ -144,7 +144,7 @@ class Resumption:
     def _finish(
         self, context: RequestContext, continuation: Continuation, sent: SentSoFar, out: Responder
     ) -> None:
-        """Send the end of a stream of which the client has all tokens."""
+        """Send the end of a stream whose tokens the client already has."""
         out.write(Splice(continuation, sent, _stream_options(context)).finish())
         self._resumed(context, continuation, out)
 
@@ -155,7 +155,7 @@ class Resumption:
         self._metrics.finished(context, RequestOutcome.OK, "resumed", monotonic())
 
     def _refuse(self, context: RequestContext, failure: UpstreamFailure, reason: str, out: Responder) -> None:
-        """End a stream that is not resumed with an error event."""
+        """End the stream with an error event, because it can't be resumed."""
         self._metrics.resumes.labels("refused").inc()
         self._metrics.finished(context, RequestOutcome.FAILED, EndpointLost.code, monotonic())
         error = EndpointLost(

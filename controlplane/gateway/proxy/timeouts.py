@@ -1,9 +1,9 @@
-"""Time-outs of running attempts, by one sweep over all of them instead of a timer each.
+"""Time-outs of running attempts, checked by one sweep over all of them instead of one timer each.
 
-An attempt is failed when its deadline passes, when its first token or the next one is overdue, or when its
-engine is silent: the engine owes tokens and sends no byte on *any* request for much longer than it usually
-takes. The last finds engines that are half-alive (they answer health checks but give no tokens) without
-waiting for the limits that slow but healthy requests need.
+An attempt fails when its deadline passes, when its first or next token is overdue, or when its engine is
+silent: for much longer than usual, the engine has sent no byte for *any* of its running requests. Silence
+reveals engines that respond to health checks but generate no tokens, and does so before the limits that slow
+but healthy requests need.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from controlplane.gateway.proxy.upstream import UpstreamConnection
 
 SWEEP_S: Final = 0.1
 SILENCE_TTFTS: Final = 8.0
-"""An engine is silent after this many times its usual time to first token …"""
+"""An engine is silent after this many times its usual time to first token."""
 SILENCE_LATENCIES: Final = 4.0
-"""… and, for answers that are not streamed, this many times its usual latency."""
+"""For responses that are not streamed, it is silent only after this many times its usual latency as well."""
 SILENCE_PATIENCE: Final = 4.0
-"""Each further attempt of a request is given this many times as long as the one before."""
+"""Each further attempt of a request tolerates silence for this many times as long as the previous one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class AttemptTimeouts:
 
 
 class WatchedAttempt:
-    """What the sweep needs to know of one running attempt."""
+    """What the sweep needs to know about one running attempt."""
 
     __slots__ = (
         "attempt", "connection", "deadline_s", "first_token_came", "paused", "slot", "started_s",
@@ -58,10 +58,10 @@ class WatchedAttempt:
         self.started_s = started_s
         self.streaming = streaming
         self.attempt = attempt
-        """Which attempt of its request it is, from 1."""
+        """The number of this attempt of its request, from 1."""
         self.first_token_came = False
         self.paused = False
-        """The client does not read at present: only the deadline applies."""
+        """The client is not reading now, so only the deadline applies."""
 
 
 class TimeoutWatcher:
@@ -72,15 +72,15 @@ class TimeoutWatcher:
         self._attempts: set[WatchedAttempt] = set()
 
     def add(self, attempt: WatchedAttempt) -> None:
-        """The attempt began."""
+        """Watch an attempt that has begun."""
         self._attempts.add(attempt)
 
     def discard(self, attempt: WatchedAttempt) -> None:
-        """The attempt ended."""
+        """Stop watching an attempt that has ended."""
         self._attempts.discard(attempt)
 
     def sweep(self, now_s: float) -> None:
-        """Fail what is overdue; to be called every :data:`SWEEP_S`."""
+        """Fail the attempts that are overdue. Call this every :data:`SWEEP_S`."""
         attempts = list(self._attempts)
         for attempt in attempts:
             load = attempt.slot.load
@@ -97,8 +97,8 @@ class TimeoutWatcher:
         if not silent:
             return
         for attempt in attempts:
-            # An answer that is not streamed shows no sign of life before it is whole: once a stream has
-            # shown that the engine is silent, the shorter limit applies to it as well.
+            # A response that is not streamed sends no byte before it is complete. Once a stream has shown
+            # that the engine is silent, the shorter limit applies to such a response as well.
             suspect = attempt.slot.load in silent and not attempt.streaming and attempt.attempt == 1
             if suspect and self._is_silent(attempt, self._timeouts.silence_s, now_s):
                 self._fail_silent(attempt, now_s)
@@ -139,8 +139,8 @@ class TimeoutWatcher:
         )
 
     def _patience_s(self, attempt: WatchedAttempt) -> float:
-        """How much silence is too much. A request that met a silent engine before is given longer: if it is
-        slow by nature, it is so at every engine."""
+        """How long the engine may be silent. Later attempts of a request tolerate more silence, because a
+        request that is slow by nature is slow on every engine."""
         load = attempt.slot.load
         usual_s = SILENCE_TTFTS * (load.ttft_s or 0.0)
         if not attempt.streaming:
@@ -151,13 +151,13 @@ class TimeoutWatcher:
 
 
 def _silence_s(attempt: WatchedAttempt, now_s: float) -> float:
-    """For how long neither this attempt nor any other at its endpoint got a byte."""
+    """How long ago this attempt, or any other at its endpoint, last received a byte."""
     return now_s - max(attempt.slot.load.last_sign_s, attempt.connection.last_byte_s, attempt.started_s)
 
 
 def _has_alternative(load: EndpointLoad, now_s: float) -> bool:
-    """Whether another endpoint of the tier could take the request: without one there is no use in failing
-    the attempt."""
+    """Whether another endpoint of the tier could take the request; if not, failing the attempt would not
+    help."""
     pool = load.pool
     return pool is None or any(
         other is not load and other.ready and now_s >= other.breaker.blocked_until_s for other in pool.loads

@@ -1,10 +1,8 @@
-"""A minimal HTTP/1.1 client for the engines: one request at a time on keep-alive connections, bytes in and
-bytes out.
+"""A minimal HTTP/1.1 client for engines: keep-alive connections that carry one request at a time.
 
-A general HTTP client takes more time for a request than the rest of the relay; this one knows its peer (an
-engine that answers ``POST`` with JSON or a stream of events) and leaves out everything else. llhttp parses
-the responses (through httptools).
-"""
+A general HTTP client takes longer per request than the rest of the relay. This one supports only what engines
+need (``POST`` with a response of JSON or a stream of events). llhttp parses the responses (through
+httptools)."""
 
 from __future__ import annotations
 
@@ -29,12 +27,11 @@ MAX_IDLE_PER_ENDPOINT: Final = 256
 
 
 class UpstreamFailure(EngineError):
-    """A request to an engine failed: no complete response came, or one whose status is a failure.
+    """A request to an engine failed: its response was incomplete, or had a status that counts as a failure.
 
-    ``kind`` is None if only the request's deadline passed. ``stale`` means that a kept-alive connection
-    turned out to be closed, which says nothing about the engine. ``status`` is that of the engine's response,
-    if one came.
-    """
+    ``kind`` is None if only the request's deadline passed. ``stale`` means that a keep-alive connection
+    turned out to be closed, which says nothing about the engine. ``status`` is the status of the engine's
+    response, None if there was no response."""
 
     def __init__(
         self, kind: AttemptFailure | None, detail: str, *, stale: bool = False, status: int | None = None
@@ -50,7 +47,7 @@ class UpstreamConnection(asyncio.Protocol):
     """One TCP connection to an engine; carries one request at a time.
 
     For each request: :meth:`send`, ``await`` :meth:`head`, ``await`` :meth:`read` until it returns ``b""``.
-    Then the connection may be used again if it is :attr:`reusable`.
+    After that, the connection can carry another request if it is :attr:`reusable`.
     """
 
     __slots__ = (
@@ -104,7 +101,8 @@ class UpstreamConnection(asyncio.Protocol):
         return self.status
 
     async def read(self) -> bytes:
-        """All body bytes that came since the last call; ``b""`` once the response is complete."""
+        """All body bytes received since the last call; waits if there are none. ``b""`` once the response is
+        complete."""
         while not self._body:
             if self._complete:
                 return b""
@@ -129,17 +127,17 @@ class UpstreamConnection(asyncio.Protocol):
 
     @property
     def complete(self) -> bool:
-        """The whole response came."""
+        """The whole response was received."""
         return self._complete
 
     @property
     def pending(self) -> bool:
-        """Body bytes came that were not read yet."""
+        """Body bytes were received that :meth:`read` has not returned yet."""
         return bool(self._body)
 
     @property
     def reusable(self) -> bool:
-        """The last response is complete and the engine leaves the connection open."""
+        """The last response is complete and the engine keeps the connection open."""
         return self._complete and self._keep_alive and not self.closed
 
     def close(self) -> None:
@@ -276,15 +274,15 @@ class UpstreamOrigin:
         self._closed = False
 
     def request(self, method: str, path: str, identity: str, body: bytes) -> bytes:
-        """The bytes of a request; ``identity`` is that of a :class:`RequestContext`, or any request id."""
+        """The bytes of a request; ``identity`` is :attr:`RequestContext.identity`, or any request id."""
         start = f"{method} {self._prefix}{path}".encode("latin-1")
         lengths = f"x-request-id: {identity}\r\ncontent-length: {len(body)}\r\n\r\n".encode("latin-1")
         return b"".join((start, self._tail, lengths, body))
 
     async def acquire(self, *, fresh: bool = False, deadline_s: float = inf) -> UpstreamConnection:
-        """An open connection: an idle one if there is one and ``fresh`` is false, else a new one.
+        """An open connection: an idle one, or a new one if none is idle or ``fresh`` is true.
 
-        Raises :class:`UpstreamFailure` if none can be opened within ``connect_timeout_s``, or until
+        Raises :class:`UpstreamFailure` if no connection can be opened within ``connect_timeout_s`` or before
         ``deadline_s`` (monotonic).
         """
         while self._idle and not fresh:
@@ -293,7 +291,7 @@ class UpstreamOrigin:
                 return connection
         try:
             async with asyncio.timeout(min(self._connect_timeout_s, deadline_s - monotonic())):
-                _, made = await self._loop.create_connection(
+                _, connection = await self._loop.create_connection(
                     self._new, self._host, self._port, ssl=True if self._secure else None
                 )
         except TimeoutError:
@@ -303,17 +301,17 @@ class UpstreamOrigin:
             raise UpstreamFailure(AttemptFailure.CONNECT_TIMEOUT, detail) from None
         except OSError as error:
             raise UpstreamFailure(AttemptFailure.REFUSED, _reason(error)) from None
-        return made
+        return connection
 
     def release(self, connection: UpstreamConnection) -> None:
-        """Give a connection back after its request; it stays open if it can be used again."""
+        """Return a connection after its request; it stays open if it is reusable."""
         if connection.reusable and not self._closed and len(self._idle) < MAX_IDLE_PER_ENDPOINT:
             self._idle.append(connection)
         else:
             connection.close()
 
     def close(self) -> None:
-        """Close idle connections; running requests go on."""
+        """Close idle connections; running requests continue."""
         self._closed = True
         for connection in self._idle:
             connection.close()
@@ -324,7 +322,7 @@ class UpstreamOrigin:
 
 
 def _reason(error: OSError) -> str:
-    """Why no connection was made, without the address, as clients see the reason."""
+    """Why no connection was made; without the address, because clients see this text."""
     if error.errno is None or isinstance(error, socket.gaierror):
         return error.strerror or type(error).__name__
     return os.strerror(error.errno)

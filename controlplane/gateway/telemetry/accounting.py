@@ -1,4 +1,4 @@
-"""The GPU time that a request cost, and what it would have cost at the next tier.
+"""The GPU time that a request cost, and its estimated cost at the next tier.
 
 Requests that run at the same time share an engine's GPUs. They are charged by processor sharing: while ``n``
 requests run on an endpoint with ``g`` GPUs, each pays ``g / n`` GPU-seconds per second. There is one integral
@@ -21,7 +21,7 @@ SMOOTHING: Final = 0.05
 
 
 class EndpointPriceMeter:
-    """The integral over time of the price of running one request on an endpoint."""
+    """The integral over time of the GPU-seconds per second that one request on an endpoint pays."""
 
     __slots__ = ("_devices", "_price_s", "_running", "_since_s")
 
@@ -32,13 +32,13 @@ class EndpointPriceMeter:
         self._since_s = now_s
 
     def start(self, now_s: float) -> float:
-        """A request begins; returns the reading that :meth:`stop` needs."""
+        """A request begins. Returns the reading for :meth:`stop`."""
         self._advance(now_s)
         self._running += 1
         return self._price_s
 
     def stop(self, reading: float, now_s: float) -> float:
-        """A request ends; returns its GPU-seconds. ``reading`` is what :meth:`start` returned."""
+        """A request ends. Returns its GPU-seconds; ``reading`` is the value that :meth:`start` returned."""
         self._advance(now_s)
         self._running -= 1
         return self._price_s - reading
@@ -58,9 +58,11 @@ class Usage:
     generated_tokens: int = 0
     gpu_seconds: float = 0.0
     next_tier_gpu_seconds: float = 0.0
-    """What the same tokens would have cost at the next more capable tier, as far as that is known."""
+    """Estimated cost of the same tokens at the next more capable tier, over the requests for which it is
+    known."""
     unpriced_requests: int = 0
-    """Requests for which it is unknown, because there is no next tier or it has served no tokens yet."""
+    """Requests whose cost at the next tier is unknown: no such tier exists, or it has served no tokens
+    yet."""
 
     def add(self, prompt: int, generated: int, gpu_s: float, next_gpu_s: float | None) -> None:
         """Add one request."""
@@ -84,7 +86,7 @@ class UsageLedger:
         self._sessions: OrderedDict[str, Usage] = OrderedDict()
 
     def record(self, tier: str, session: str, prompt: int, generated: int, gpu_s: float) -> float | None:
-        """Add a finished request; returns what it would have cost at the next tier, None if unknown."""
+        """Add a finished request. Returns its estimated GPU-seconds at the next tier; None if unknown."""
         tokens = prompt + generated
         if tokens:
             rate = gpu_s / tokens

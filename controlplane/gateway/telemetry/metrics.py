@@ -1,12 +1,14 @@
 """The gateway's Prometheus metrics.
 
-Each gateway replica has a registry of its own. The replicas of a node share a port, so a scrape reaches any
-one of them: :func:`merge_expositions` merges the expositions of all, distinguished by the label ``gateway``.
+Each gateway replica has its own registry. The replicas of a node share a port, so a scrape reaches any one of
+them; :func:`merge_expositions` merges the expositions of all replicas and distinguishes them by the label
+``gateway``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Final, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -46,175 +48,131 @@ class Metrics:
 
     def __init__(self, traffic: TrafficCounter | None = None) -> None:
         self.traffic = traffic
-        self.registry = registry = CollectorRegistry()
-        self.requests = Counter(
+        self.registry = CollectorRegistry()
+        counter = partial(Counter, registry=self.registry)
+        gauge = partial(Gauge, registry=self.registry)
+        latency = partial(Histogram, buckets=LATENCY_BUCKETS_S, registry=self.registry)
+        self.requests = counter(
             "tierplane_requests",
             "Requests that have ended, by tier that served them, outcome (ok, client_error, failed, shed, "
             "cancelled) and reason.",
             ["tier", "outcome", "reason"],
-            registry=registry,
         )
-        self.total_s = Histogram(
-            "tierplane_request_seconds",
-            "Time from a request's arrival to the end of its response.",
-            ["tier"],
-            buckets=LATENCY_BUCKETS_S,
-            registry=registry,
+        self.total_s = latency(
+            "tierplane_request_seconds", "Time from a request's arrival to the end of its response.", ["tier"]
         )
-        self.ttft_s = Histogram(
+        self.ttft_s = latency(
             "tierplane_time_to_first_token_seconds",
             "Time from a request's arrival to the first byte of a streamed response.",
             ["tier"],
-            buckets=LATENCY_BUCKETS_S,
-            registry=registry,
         )
         self.itl_s = Histogram(
             "tierplane_inter_token_seconds",
             "Mean time between the events of a streamed response; one observation per stream.",
             ["tier"],
             buckets=TOKEN_BUCKETS_S,
-            registry=registry,
+            registry=self.registry,
         )
-        self.tokens = Counter(
-            "tierplane_tokens",
-            "Tokens of finished requests, by kind (prompt, generated).",
-            ["tier", "kind"],
-            registry=registry,
+        self.tokens = counter(
+            "tierplane_tokens", "Tokens of finished requests, by kind (prompt, generated).", ["tier", "kind"]
         )
-        self.gpu_s = Counter(
+        self.gpu_s = counter(
             "tierplane_gpu_seconds",
             "GPU time of requests, by processor sharing (device time for engines without a GPU).",
             ["tier"],
-            registry=registry,
         )
-        self.next_tier_gpu_s = Counter(
+        self.next_tier_gpu_s = counter(
             "tierplane_next_tier_gpu_seconds",
             "GPU time that the same tokens would have taken at the next more capable tier, where known.",
             ["tier"],
-            registry=registry,
         )
-        self.in_flight = Gauge(
-            "tierplane_in_flight_requests", "Requests at the engines now.", ["tier"], registry=registry
-        )
-        self.slots = Gauge(
+        self.in_flight = gauge("tierplane_in_flight_requests", "Requests at the engines now.", ["tier"])
+        self.slots = gauge(
             "tierplane_slots",
             "Requests that a gateway may have at a tier's engines at the same time.",
             ["tier"],
-            registry=registry,
         )
-        self.queued = Gauge(
-            "tierplane_queued_requests",
-            "Requests waiting for an engine now.",
-            ["priority"],
-            registry=registry,
-        )
-        self.queue_wait_s = Histogram(
+        self.queued = gauge("tierplane_queued_requests", "Requests waiting for an engine now.", ["priority"])
+        self.queue_wait_s = latency(
             "tierplane_queue_wait_seconds",
             "Time that requests waited for an engine; requests that did not wait are not counted.",
             ["priority"],
-            buckets=LATENCY_BUCKETS_S,
-            registry=registry,
         )
-        self.retries = Counter(
+        self.retries = counter(
             "tierplane_retries",
             "Attempts after the first, by tier and by the reason why the previous attempt failed.",
             ["tier", "reason"],
-            registry=registry,
         )
-        self.resumes = Counter(
+        self.resumes = counter(
             "tierplane_resumes",
             "Streams whose engine was lost, by how they were continued (continue, replay, finish, refused).",
             ["method"],
-            registry=registry,
         )
-        self.spills = Counter(
+        self.spills = counter(
             "tierplane_spills",
             "Requests served by a tier other than the intended one, by kind (spill, bridge).",
             ["from_tier", "to_tier", "kind"],
-            registry=registry,
         )
-        self.shed = Counter(
-            "tierplane_shed_requests",
-            "Requests that were not admitted, by reason.",
-            ["reason"],
-            registry=registry,
+        self.shed = counter(
+            "tierplane_shed_requests", "Requests that were not admitted, by reason.", ["reason"]
         )
-        self.endpoint_failures = Counter(
-            "tierplane_endpoint_failures",
-            "Attempts that failed at an endpoint, by kind.",
-            ["tier", "kind"],
-            registry=registry,
+        self.endpoint_failures = counter(
+            "tierplane_endpoint_failures", "Attempts that failed at an endpoint, by kind.", ["tier", "kind"]
         )
-        self.breaker_open = Gauge(
+        self.breaker_open = gauge(
             "tierplane_breaker_open",
             "1 while an endpoint's circuit breaker is open, 0.5 while it is half-open, 0 while it is closed.",
             ["tier", "endpoint"],
-            registry=registry,
         )
-        self.endpoints = Gauge(
-            "tierplane_endpoints", "Endpoints by tier and state.", ["tier", "state"], registry=registry
-        )
+        self.endpoints = gauge("tierplane_endpoints", "Endpoints by tier and state.", ["tier", "state"])
 
-        self.due = Gauge(
-            "tierplane_due_replicas",
-            "Replicas that a tier should have now: 0 while it is drained.",
-            ["tier"],
-            registry=registry,
+        self.due = gauge(
+            "tierplane_due_replicas", "Replicas that a tier should have now: 0 while it is drained.", ["tier"]
         )
-        self.alerts = Gauge(
+        self.alerts = gauge(
             "tierplane_alerts",
             "1 for each alert that is firing, as evaluated by the controller.",
             ["alert", "severity", "subject"],
-            registry=registry,
         )
-        self.slo_judged = Counter(
+        self.slo_judged = counter(
             "tierplane_slo_judged_requests",
             "Requests that count for the SLO of the tier for which they were intended.",
             ["tier"],
-            registry=registry,
         )
-        self.slo_missed = Counter(
+        self.slo_missed = counter(
             "tierplane_slo_missed_requests",
             "Requests counted in tierplane_slo_judged_requests that missed the SLO.",
             ["tier"],
-            registry=registry,
         )
-        self.slo_target = Gauge(
+        self.slo_target = gauge(
             "tierplane_slo_target_ratio",
             "The share of a tier's requests that must meet its SLO (slo.attainment).",
             ["tier"],
-            registry=registry,
         )
-        self.target_replicas = Gauge(
-            "tierplane_target_replicas", "Target number of replicas of a tier.", ["tier"], registry=registry
+        self.target_replicas = gauge(
+            "tierplane_target_replicas", "Target number of replicas of a tier.", ["tier"]
         )
-        self.wanted_replicas = Gauge(
+        self.wanted_replicas = gauge(
             "tierplane_wanted_replicas",
             "Replicas that the scaling policy computes, whether or not its decision is applied.",
             ["tier"],
-            registry=registry,
         )
-        self.forecast_per_s = Gauge(
+        self.forecast_per_s = gauge(
             "tierplane_forecast_requests_per_second",
             "Requests per second expected at the time when a replica started now would be ready.",
             ["tier"],
-            registry=registry,
         )
-        self.recommendation = Gauge(
+        self.recommendation = gauge(
             "tierplane_recommendation",
             "1 while a recommendation of this kind is active (scale_up, scale_out, scale_down, rebalance).",
             ["tier", "kind"],
-            registry=registry,
         )
-        self.hedges = Counter(
-            "tierplane_hedges",
-            "Hedged attempts, by whether they won against the first attempt.",
-            ["outcome"],
-            registry=registry,
+        self.hedges = counter(
+            "tierplane_hedges", "Hedged attempts, by whether they won against the first attempt.", ["outcome"]
         )
         self.on_finished: Callable[[RequestContext, RequestOutcome, str, float], None] | None = None
-        """Called for each request that has ended, with its context, outcome, reason and end (monotonic
-        seconds)."""
+        """Called for each request that has ended, with its context, outcome, reason and end time
+        (monotonic)."""
         self._per_tier: dict[str, _TierSeries] = {}
         self._outcomes: dict[tuple[str, RequestOutcome, str], Counter] = {}
         for tier, target in traffic.slo_targets.items() if traffic is not None else ():
@@ -268,7 +226,7 @@ class Metrics:
         return series
 
     def observe(self, endpoint_table: EndpointTable, queue: AdmissionQueue) -> None:
-        """Set the gauges of load to their present values; called when they are read."""
+        """Set the load gauges to their present values. Call this before they are read."""
         self.breaker_open.clear()
         self.endpoints.clear()
         for pool in endpoint_table.pools:
@@ -283,8 +241,8 @@ class Metrics:
             self.queued.labels(priority).set(queue.depth(priority))
 
     def observe_snapshot(self, snapshot: ClusterSnapshot | None, configured: Mapping[str, int]) -> None:
-        """Set the gauges of what the controller publishes. ``configured`` is tier → replicas, for tiers that
-        the snapshot does not mention."""
+        """Set the gauges of the data that the controller publishes. ``configured`` is tier → replicas; it is
+        used for tiers that the snapshot does not mention."""
         self.alerts.clear()
         for alert in snapshot.alerts if snapshot is not None else ():
             self.alerts.labels(alert.rule, alert.severity, alert.subject).set(1)

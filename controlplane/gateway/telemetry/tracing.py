@@ -29,10 +29,10 @@ class Tracing:
     """Starts, propagates and ends the spans of one gateway replica."""
 
     def __init__(self, exporter: SpanExporter, gateway_id: str, ratio: float = 1.0) -> None:
-        """``ratio`` is the share of traces that are recorded, of those that begin here. A trace that a client
-        began is recorded if the client records it."""
+        """``ratio`` is the share of the traces beginning here that are recorded. A trace that a client began
+        is recorded if the client records it."""
         resource = Resource.create({"service.name": "tierplane-gateway", "service.instance.id": gateway_id})
-        # shutdown_on_exit would delay the process's end if the collector is unreachable.
+        # shutdown_on_exit would delay the exit of the process if the collector is unreachable.
         self._provider = TracerProvider(
             sampler=ParentBased(TraceIdRatioBased(ratio)), resource=resource, shutdown_on_exit=False
         )
@@ -40,7 +40,7 @@ class Tracing:
         self._tracer = self._provider.get_tracer("tierplane")
 
     def begin(self, context: RequestContext, request: Request) -> None:
-        """Start the request's span; every attempt passes it on to the engine."""
+        """Start the request's span. Every attempt propagates it to the engine."""
         carrier = {}
         for name in ("traceparent", "tracestate"):
             value = request.header(name.encode())

@@ -18,7 +18,7 @@ from controlplane.core.traffic.counters import COUNTS, LATENCY_BOUNDS_S, Traffic
 from controlplane.gateway.request_context import RequestContext
 
 LARGEST_SLOT_S: Final = 10.0
-"""A largest latency is reported for this long, and up to twice as long."""
+"""A maximum latency is reported for at least this long, and at most twice as long."""
 
 
 # Attribute look-ups on an enum class cost more than on a module.
@@ -28,7 +28,7 @@ _SHED: Final = RequestOutcome.SHED
 _NOT_JUDGED: Final = frozenset({RequestOutcome.CLIENT_ERROR, RequestOutcome.CANCELLED})
 
 ASLEEP_INTERVAL_S: Final = 0.25
-"""``on_asleep`` is called at most once in this time."""
+"""Minimum time between two calls of ``on_asleep``."""
 
 
 def _do_nothing() -> None:
