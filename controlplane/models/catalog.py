@@ -21,7 +21,7 @@ BUNDLED_NAMES: Mapping[str, str] = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-
 
 
 def gpu_named(name: str) -> GpuModel:
-    """The GPU with that name, alias or driver name; otherwise SetupError, which lists the known names."""
+    """The GPU with that name, alias or driver name. SetupError with the known names if there is none."""
     gpu = find_gpu(gpu_table(), name)
     if gpu is None:
         known = ", ".join(entry.name for entry in gpu_table())
@@ -32,7 +32,8 @@ def gpu_named(name: str) -> GpuModel:
 @cache
 def known_models() -> tuple[Mapping[str, Any], ...]:
     """Every entry of ``controlplane/data/models.json``: name, config fields, published total."""
-    return tuple(_read("models.json")["models"])
+    text = (files("controlplane") / "data" / "models.json").read_text(encoding="utf-8")
+    return tuple(json.loads(text)["models"])
 
 
 def known_model(name: str) -> ModelSpec | None:
@@ -43,8 +44,3 @@ def known_model(name: str) -> ModelSpec | None:
         if wanted in {full, full.rsplit("/", 1)[-1]}:
             return parse_config(entry["config"], str(entry["name"]))
     return None
-
-
-def _read(name: str) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((files("controlplane") / "data" / name).read_text(encoding="utf-8"))
-    return loaded

@@ -1,4 +1,4 @@
-"""The architecture of a model that is given as a folder, GGUF file, hub id or bundled name.
+"""Loads the architecture of a model from a folder, a GGUF file, a hub id or the name of a bundled model.
 
 A hub id is looked up in the local hub cache, then in the table of well-known models, then on the hub (only
 ``config.json``, and only if ``HF_HUB_OFFLINE`` is not set). No weights are downloaded, and no code from the
@@ -39,13 +39,14 @@ class LoadedModel:
 
     spec: ModelSpec
     where: str
-    """Source of the architecture, for reports."""
+    """The source of the architecture, for reports."""
     stored_bytes: int = 0
-    """Tensors in the checkpoint's headers that the engine loads; 0 where no weights are on this machine."""
+    """Size of the tensors in the checkpoint's headers that the engine loads; 0 if no weights are on this
+    machine."""
     checks: tuple[str, ...] = ()
-    """How the sizes in the headers compare with the formula, in words."""
+    """Texts that compare the sizes in the headers with those computed from the configuration."""
     extra: MemoryTerm | None = None
-    """What the checkpoint contains beyond the formula."""
+    """Weights in the checkpoint that the configuration doesn't explain; None if there are none."""
 
 
 def load_model(source: str) -> LoadedModel:
@@ -78,7 +79,8 @@ def load_model(source: str) -> LoadedModel:
 
 
 def hub_cache_folder(hub_id: str) -> Path | None:
-    """The snapshot of a hub id in the local cache: that of ``main``, else the newest; None without any."""
+    """The snapshot of a hub id in the local cache: that of ``main``, else the newest one; None if there is
+    none."""
     home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
     root = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
     folder = root / f"models--{hub_id.replace('/', '--')}"
@@ -122,7 +124,8 @@ def _spec(config: Mapping[str, Any], name: str) -> ModelSpec:
 
 
 def _loaded_tensors(spec: ModelSpec, tensors: tuple[StoredTensor, ...]) -> list[StoredTensor]:
-    """The tensors that the engine loads: not a tied head, rotary buffers or layers past the last one."""
+    """The tensors that the engine loads: all except a tied head, rotary buffers, and layers past the last
+    one."""
     loaded = []
     for tensor in tensors:
         layer = _LAYER.search(tensor.name)
@@ -135,7 +138,7 @@ def _loaded_tensors(spec: ModelSpec, tensors: tuple[StoredTensor, ...]) -> list[
 
 
 def _checked(spec: ModelSpec, tensors: list[StoredTensor], where: str) -> LoadedModel:
-    """Compare the headers with the formula; what the formula doesn't explain becomes the extra term."""
+    """Compare the sizes in the headers with the formula's; a surplus becomes :attr:`LoadedModel.extra`."""
     elements = sum(tensor.elements for tensor in tensors)
     size = sum(tensor.size_bytes for tensor in tensors)
     if spec.quantization.quantized:

@@ -1,9 +1,9 @@
 """Names, types and sizes of a checkpoint's tensors, from the headers of its files: safetensors and GGUF.
 
-GGUF headers are not read with the ``gguf`` package, because its reader makes several array objects for each
-token of the vocabulary: for 152,000 tokens with their merges and 720 tensors version 0.19 takes 6 s of CPU
-time, the reader below 0.07 s. The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
-"""
+GGUF headers are not read with the ``gguf`` package, because its reader creates several array objects for each
+token of the vocabulary. For 152,000 tokens with their merges and 720 tensors, version 0.19 takes 6 s of CPU
+time, and the reader below takes 0.07 s. The format:
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md."""
 
 from __future__ import annotations
 
@@ -48,19 +48,19 @@ class GgufFile:
     """The header of a GGUF file."""
 
     metadata: dict[str, Any]
-    """Scalars and strings; for an array only its length."""
+    """Scalars and strings; an array is represented by its length."""
     tensors: tuple[StoredTensor, ...]
 
     @property
     def size_bytes(self) -> int:
-        """Of all tensors."""
+        """Size of all tensors."""
         return sum(tensor.size_bytes for tensor in self.tensors)
 
 
 @contextmanager
 def open_safetensors(path: Path) -> Iterator[safe_open]:
-    """The file, memory-mapped, so that only the header and the requested tensors are read. SetupError if the
-    header can't be read or doesn't match the file's size."""
+    """Open the file memory-mapped, so that only the header and the requested tensors are read. SetupError if
+    the header can't be read or doesn't match the file's size."""
     try:
         with safe_open(path, framework="numpy") as file:
             yield file

@@ -12,15 +12,16 @@ from prometheus_client import Counter, Gauge, Histogram
 from controlplane.gateway.telemetry.metrics import Metrics
 
 Kind = Literal["counter", "gauge", "histogram"]
+_KINDS: Final[Mapping[type, Kind]] = {Counter: "counter", Gauge: "gauge", Histogram: "histogram"}
 
 GATEWAY_LABEL: Final = "gateway"
-"""Every gateway exports the series of all gateways, so each series exists once per scraped gateway. This
-label identifies the gateway that a series is of; the copies must be removed before a sum."""
+"""Identifies the gateway that counted a series. Every gateway exports the series of all gateways, so each
+series exists once per scraped gateway, and the copies must be removed before a sum."""
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One metric. ``name`` is the one in queries: of a counter with ``_total``, of a histogram without
+    """One metric. ``name`` is the name in queries: a counter's ends in ``_total``, a histogram's has no
     ``_bucket``."""
 
     name: str
@@ -51,13 +52,7 @@ def metrics() -> Mapping[str, Metric]:
     for series in vars(Metrics()).values():
         if isinstance(series, Counter | Gauge | Histogram):
             (family,) = series.describe()
-            kind: Kind = (
-                "counter"
-                if isinstance(series, Counter)
-                else "gauge"
-                if isinstance(series, Gauge)
-                else "histogram"
-            )
+            kind = _KINDS[type(series)]
             name = f"{family.name}_total" if kind == "counter" else family.name
             labels = tuple(series._labelnames)
             found.append(Metric(name, kind, labels, family.documentation, "gateway"))

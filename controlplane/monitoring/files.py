@@ -1,4 +1,4 @@
-"""The files for Prometheus, Alertmanager, Grafana and Kubernetes, by path."""
+"""The configuration files for Prometheus, Alertmanager, Grafana and Kubernetes, by path."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ RAY_TARGETS: Final = "/tmp/ray/prom_metrics_service_discovery.json"  # noqa: S10
 def local_files(
     targets: Sequence[str], *, webhook: str = "", ray_targets: str = RAY_TARGETS, alertmanager: str = ""
 ) -> dict[str, str]:
-    """For Prometheus, Alertmanager and Grafana outside Kubernetes.
+    """Files for Prometheus, Alertmanager and Grafana outside Kubernetes.
 
-    ``targets`` are gateways as ``host:port``; one is enough, since each exports the series of all. Alerts go
-    to ``webhook`` through the Alertmanager at ``alertmanager`` (``host:port``).
-    """
+    ``targets`` are gateways as ``host:port``; one is enough, because each exports the series of all. Alerts
+    go to ``webhook`` through the Alertmanager at ``alertmanager`` (``host:port``)."""
     return {
         "prometheus.yml": _yaml(_prometheus(targets, ray_targets, alertmanager)),
         "rules.yml": _yaml(rule_groups()),

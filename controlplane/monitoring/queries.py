@@ -1,4 +1,4 @@
-"""PromQL built from metrics that exist; a wrong name or label is a ValueError."""
+"""PromQL queries, built from metrics that exist. ValueError if a name or a label is wrong."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ WINDOW = "5m"
 
 
 def total(name: str, by: Sequence[str] = (), **only: str) -> str:
-    """A gauge that each gateway has a part of: the sum over all gateways."""
+    """The sum of a gauge over all gateways, each of which reports its own part."""
     metric = _metric(name, "gauge")
     return _sum(by, _once(metric, _select(metric, name, only)), metric)
 
 
 def highest(name: str, by: Sequence[str] = (), **only: str) -> str:
-    """A gauge that every gateway reports for the whole plane: the maximum over all gateways."""
+    """The maximum over all gateways of a gauge that each reports for the whole plane."""
     metric = _metric(name, "gauge")
     _check(metric, by)
     return f"max by ({', '.join(by)}) ({_select(metric, name, only)})"

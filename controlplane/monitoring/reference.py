@@ -1,4 +1,4 @@
-"""The reference of all metrics, ``docs/reference/metrics.md``, from the catalog.
+"""Generates the reference of all metrics, ``docs/reference/metrics.md``, from the catalog.
 
 ``python -m controlplane.monitoring.reference`` writes it; `make docs` runs this, and a test compares the file
 with the metrics.
@@ -13,7 +13,7 @@ from typing import Final
 from controlplane.monitoring.catalog import GATEWAY_LABEL, Metric, metrics
 
 PAGE: Final = Path("docs/reference/metrics.md")
-"""Where the page is, from the repository's root."""
+"""The page's path in the repository."""
 
 _HEAD: Final = f"""\
 <!-- Written by `make docs` from controlplane/monitoring/catalog.py: change the metrics, not this page. -->
@@ -39,7 +39,7 @@ Ray's own agent exports these for each node, and the dashboards use them. They a
 
 
 def metrics_page() -> str:
-    """The whole page: one table for the gateways' metrics, one for those of Ray."""
+    """The whole page: a table of the gateways' metrics, and one of Ray's."""
     found = metrics().values()
     own = _table(metric for metric in found if metric.source == "gateway")
     of_ray = _table(metric for metric in found if metric.source == "ray")

@@ -33,7 +33,7 @@ class PrometheusAlert:
     severity: str
     expr: str
     lasts: str
-    """How long ``expr`` must be true before the alert fires, as Prometheus writes it."""
+    """How long ``expr`` must be true before the alert fires, in Prometheus' syntax."""
     summary: str
     action: str
 
@@ -113,8 +113,8 @@ FIGURES: Final[Mapping[str, str]] = {
 
 
 def prometheus_alert(rule: AlertRule) -> PrometheusAlert:
-    """The rule in PromQL. A rule that only the controller can evaluate is relayed: it has already waited
-    there, and fires while a gateway exports its alert."""
+    """The rule in PromQL. A rule that only the controller can evaluate is relayed: its alert fires without
+    further delay while a gateway exports it, because the controller has already waited ``for_s``."""
     if rule.judge is EvaluatedBy.PROGRAM:
         expr = f"{q.highest('tierplane_alerts', ['subject'], alert=rule.name)} == 1"
         if rule.kind is SubjectType.TIER:

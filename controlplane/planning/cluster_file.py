@@ -1,4 +1,4 @@
-"""A cluster described in a YAML file, to plan for machines that don't exist yet.
+"""Reads a cluster from a YAML file, to plan for machines that don't exist yet.
 
 node_types:
   - name: h100-8
@@ -57,7 +57,8 @@ class NodeType(Strict):
     """Of one machine, in any unit; `tierplane size` minimises it. By default each GPU counts 1."""
 
     def findings(self) -> list[ConfigFinding]:
-        """Machines with GPUs need a GPU model, and a model that isn't in the table needs its memory."""
+        """Check that machines with GPUs have a GPU model, and that a model outside the table has its
+        memory."""
         if self.gpus and not self.gpu:
             return [ConfigFinding(("gpu",), "missing", "name the GPU model of these machines", ("gpus",))]
         if self.gpus and self.gpu_memory_gib is None and find_gpu(gpu_table(), self.gpu) is None:
@@ -133,7 +134,7 @@ class ClusterFile(Strict):
     """The machines."""
 
     def findings(self) -> list[ConfigFinding]:
-        """Names are unique, and every node refers to a node type."""
+        """Check that names are unique, and that every node refers to a node type."""
         found = []
         types = [kind.name for kind in self.node_types]
         for i, name in enumerate(types):
@@ -154,7 +155,7 @@ class ClusterFile(Strict):
         return found
 
     def type_named(self, name: str) -> NodeType | None:
-        """The node type of that name; None if there is none."""
+        """The node type of that name, or None."""
         return next((kind for kind in self.node_types if kind.name == name), None)
 
     def to_nodes(self) -> tuple[Node, ...]:
@@ -173,11 +174,11 @@ def _numbered(group: Nodes) -> list[str]:
 
 
 _STAND_INS = {"node_types": [{"name": "stand-in", "cpus": 1, "memory_gib": 1.0}], "nodes": []}
-"""Replace invalid fields, so that the other fields can still be checked."""
+"""Valid values that replace invalid fields, so that the other fields can still be checked."""
 
 
 def load_cluster(path: Path) -> ClusterFile:
-    """Read a cluster file. ConfigError with every problem."""
+    """Read a cluster file. ConfigError that lists every problem."""
     file = read_yaml(path)
     problems = list(file.problems)
     for where, problem in collect(ClusterFile, file.values, _STAND_INS):

@@ -15,14 +15,14 @@ _CGROUP_STAT = Path("/sys/fs/cgroup/memory.stat")
 
 @dataclass(frozen=True, slots=True)
 class NodeMemory:
-    """Main memory of this machine, or of this process's container if that has less."""
+    """Main memory of this machine, or of this process's container if its limit is lower."""
 
     total_bytes: int
     available_bytes: int
 
 
 def packs_16_bit() -> bool:
-    """Whether oneDNN packs 16-bit matrices on this CPU: always, except on x86 without AVX-512."""
+    """Whether oneDNN packs 16-bit matrices on this CPU, which it does except on x86 without AVX-512."""
     if platform.machine() not in {"x86_64", "AMD64"}:
         return True
     try:
@@ -41,6 +41,6 @@ def node_memory() -> NodeMemory:
         stat = dict(line.split() for line in _CGROUP_STAT.read_text().splitlines())
     except (OSError, ValueError):
         return NodeMemory(total, available)
-    # The kernel can drop these pages of files, so they count as available.
+    # The kernel can drop these file pages, so they count as available.
     used -= int(stat.get("inactive_file", 0))
     return NodeMemory(min(total, limit), min(available, limit - used))

@@ -1,7 +1,7 @@
-"""The shape that a replica leases on its machine: for a shared GPU its share of the compute and of the
+"""Computes the shape that a replica leases on its machine; for a shared GPU, its shares of compute and
 memory.
 
-For a whole GPU no memory is accounted. On a shared one vLLM takes ``gpu-memory-utilization`` of the GPU's
+No memory is accounted for a whole GPU. On a shared GPU vLLM takes ``gpu-memory-utilization`` of the GPU's
 total memory, independent of its share of the compute; with ``kv-cache-memory-bytes`` it takes that amount
 plus the weights and overhead of the memory model.
 """

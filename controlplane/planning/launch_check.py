@@ -1,8 +1,9 @@
-"""Refuses a launch that can't fit, before the engine starts, with the figures and the smallest change.
+"""Refuses a launch that can't fit before the engine starts; the error has the figures and the smallest
+change.
 
 On GPUs only exact terms (weights, the KV cache of one full-length sequence, divisibility) refuse a launch; if
-it only fits without the estimated terms, that is logged, and the engine's own profile decides. Where memory
-is unknown (a model that isn't on this machine yet, a GPU that the driver doesn't show) nothing is refused.
+it fits only without the estimated terms, that is logged, and the engine's own profiling decides. If memory is
+unknown (a model that isn't on this machine yet, a GPU that the driver doesn't show) nothing is refused.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class LaunchCheck:
     checked: bool
     """False if memory could not be checked; ``text`` then says why."""
     text: str
-    """What was found, for the log."""
+    """The finding, for the log."""
 
 
 def launchable_model(
@@ -162,7 +163,7 @@ def _check_divisibility(loaded: LoadedModel, settings: EngineArgs) -> None:
 
 
 def gpu_samples(reader: GpuReader | None = None) -> tuple[GpuSample, ...]:
-    """The samples of this machine's GPUs, by ``reader`` or by a new one."""
+    """One sample of each of this machine's GPUs, read with ``reader`` or a temporary one."""
     if reader is not None:
         return reader.read()
     with contextlib.closing(GpuReader()) as own:
@@ -189,7 +190,8 @@ def identified_gpus(samples: Sequence[GpuSample]) -> list[tuple[GpuModel, GpuSam
 
 
 def _check_free(settings: EngineArgs, gpu: GpuModel, sample: GpuSample) -> None:
-    """EngineError if less is free than the engine's share of the GPU: vLLM would stop at once."""
+    """Raise EngineError if less memory is free than the engine's share of the GPU, because vLLM would
+    exit."""
     free = sample.memory_free_bytes
     if isinstance(free, Missing) or settings.kv_cache_bytes:
         return

@@ -1,7 +1,7 @@
-"""The running cluster: its nodes from Ray, their GPUs from the node agents, and the resources in use.
+"""Reads the running cluster: its nodes from Ray, their GPUs from the node agents, and the resources in use.
 
-If a node's agent doesn't respond, the node has as many GPUs as Ray counts, without links: plans then respect
-the number of GPUs but don't know NVLink.
+If a node's agent doesn't respond, the node gets as many GPUs as Ray counts, without links: plans then respect
+the number of GPUs but ignore NVLink.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class LiveCluster:
 
 
 def live_cluster(config: PlaneConfig) -> LiveCluster:
-    """The Ray cluster to which this process is connected, and the plane in the configuration's namespace.
+    """The Ray cluster to which this process is connected, with the replicas of the plane in the
+    configuration's namespace.
 
     Blocks for a few calls to Ray and one to each node's agent.
     """
@@ -140,7 +141,8 @@ def _replicas(
 
 
 def _gpu_groups(names: Mapping[str, str]) -> list[tuple[tuple[str, int], ...]]:
-    """(node, GPUs) of each placement group with GPUs. Every engine on several nodes has such a group."""
+    """The (node, GPUs) pairs of each placement group with GPUs. Every engine on several nodes has such a
+    group."""
     table: Mapping[str, Mapping[str, Any]] = placement_group_table()
     groups = []
     for group in table.values():
@@ -163,7 +165,7 @@ def _reserved(
 ) -> dict[str, ReservedResources] | None:
     """The reserved resources of each node, without GPUs that are reserved because they are out of use.
 
-    Ray has no public call for it; None if this version lacks the private one.
+    Ray has no public call for this; None if its version lacks the private one.
     """
     try:
         from ray._private.state import available_resources_per_node

@@ -1,6 +1,6 @@
-"""From tiers to gangs: what a replica of each tier needs, on the GPU models of a cluster.
+"""Turns tiers into gangs: the resources that a replica of each tier needs, on the GPU models of a cluster.
 
-The memory model determines which GPU models a replica fits and how much memory it needs at least on each. A
+The memory model determines which GPU models a replica fits and the minimum memory that it needs on each. A
 tier whose model can't be read is planned without memory, and a note says so.
 """
 
@@ -32,9 +32,9 @@ class TierGang:
     shape: GangShape | None
     """Of one replica; None if it runs outside the cluster or fits no known GPU model."""
     gpu_bytes: int = 0
-    """Memory that a replica needs at least on each of its GPUs; 0 if unknown."""
+    """Minimum memory that a replica needs on each of its GPUs; 0 if unknown."""
     unfit: tuple[tuple[str, str], ...] = ()
-    """(GPU model of the cluster that a replica doesn't fit, the reason with the remedy)."""
+    """(GPU model of the cluster that a replica doesn't fit, reason and remedy)."""
     notes: tuple[str, ...] = ()
 
     def gangs(self) -> tuple[Gang, ...]:
@@ -51,7 +51,7 @@ class TierGang:
 
 
 def tier_gangs(config: PlaneConfig, nodes: Sequence[Node]) -> tuple[TierGang, ...]:
-    """What each tier needs on ``nodes``, in the configuration's order."""
+    """The resources that each tier needs on ``nodes``, in the configuration's order."""
     models = {gpu.model: gpu.memory_bytes for node in nodes for gpu in node.gpus}
     largest_bytes = max((node.memory_bytes for node in nodes), default=0)
     return tuple(_tier_gang(tier, models, largest_bytes) for tier in config.tiers)
@@ -89,7 +89,7 @@ def _on_cpus(tier: TierConfig, loaded: LoadedModel, settings: EngineArgs, larges
         return TierGang(tier, _shape(tier, plan.least_bytes))
     unfit = (("the largest node's memory", f"{verdict.reason}. What would: {verdict.remedy}"),)
     if plan.least_bytes <= largest_bytes:
-        # Not for lack of memory: these settings would fail on any machine.
+        # Memory is not the reason: these settings would fail on any machine.
         return TierGang(tier, None, unfit=unfit)
     return TierGang(tier, _shape(tier, plan.least_bytes), unfit=unfit)
 
@@ -140,8 +140,8 @@ def _on_gpus(tier: TierConfig, loaded: LoadedModel, settings: EngineArgs, models
 
 
 def _share(tier: TierConfig, settings: EngineArgs) -> tuple[int, tuple[str, ...]]:
-    """The share of a GPU that a replica takes, in thousandths: that of the compute, or of the memory if that
-    is more; with notes for the user."""
+    """The share of a GPU that a replica takes, in thousandths, with notes for the user. It is the larger of
+    the shares of compute and memory."""
     share = tier.shape.milli_gpu
     if tier.gpu_share == 1 or settings.kv_cache_bytes:
         return share, ()
@@ -163,7 +163,7 @@ def _shape(tier: TierConfig, host_bytes: int = 0) -> GangShape:
 
 
 def _judge(loaded: LoadedModel, settings: EngineArgs, gpu: GpuModel) -> tuple[int, str]:
-    """(least bytes per GPU, ""), or (0, why it doesn't fit, with the remedy)."""
+    """(minimum bytes per GPU, ""), or (0, the reason why it doesn't fit, with the remedy)."""
     verdict = judge(plan_memory(loaded.spec, settings, gpu, loaded.extra))
     if isinstance(verdict, Unfit):
         return 0, f"{'; '.join(verdict.reasons)}. What would: {verdict.remedy}"

@@ -1,4 +1,4 @@
-"""The input of the memory model for a tier: its engine's settings, and its memory on a CPU."""
+"""The memory model's input for a tier (its engine's settings), and the tier's memory on CPUs."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Connects a configuration and a cluster file with the fleet sizing: its input, and its result as
-settings."""
+"""Turns a configuration and a cluster file into the input of fleet sizing, and its result into settings."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ class GpuFleet:
     priced: bool
     """Whether the cluster file gives the cost of machines."""
     unknown: tuple[str, ...] = ()
-    """GPU models that are not in the table, and whose speed is therefore unknown."""
+    """GPU models whose speed is unknown because they are not in the table."""
 
 
 def fleet_of(cluster: ClusterFile) -> GpuFleet:
@@ -82,7 +81,7 @@ def _need(tier: TierConfig) -> TierNeed:
 
 
 def settings_of(choice: TierChoice) -> dict[str, object]:
-    """The tier's settings that implement the choice."""
+    """The settings of the tier that implement the choice."""
     option = choice.option
     found: dict[str, object] = {
         "replicas": option.replicas,
@@ -97,8 +96,8 @@ def settings_of(choice: TierChoice) -> dict[str, object]:
 
 
 def checkpoint_note(choice: TierChoice) -> str:
-    """A note if the choice needs a quantised checkpoint: few formats are made by the engine while it
-    loads."""
+    """A note if the choice needs a quantised checkpoint, because engines can create only few formats while
+    loading; otherwise empty."""
     chosen = preset(choice.option.quantization)
     if not chosen.quantized or chosen.online:
         return ""

@@ -1,7 +1,6 @@
-"""The specification of each tier for the controller, with its scaling: settings, the assumed speed of its
-engines and the mean request. The controller replaces the last two by measurements
-(:mod:`controlplane.core.autoscaling.capacity`).
-"""
+"""Creates the specification of each tier for the controller: scaling settings, the assumed speed of its
+engines and the assumed mean request. The controller later replaces the assumptions by measurements
+(:mod:`controlplane.core.autoscaling.capacity`)."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ DEFAULT_REQUEST: Final = RequestShape(500.0, 200.0)
 FIRST_COLD_START_S: Final = 60.0
 """Assumed until a cold start has been measured, unless the configuration sets one."""
 DEFAULT_SPEED: Final = EngineSpeed(0.03, 0.001, 0.0005)
-"""Assumed if nothing is known of an engine: 30 ms per token, 2,000 prompt tokens per second."""
+"""Assumed if nothing is known about an engine: 30 ms per token, 2,000 prompt tokens per second."""
 
 
 def expected_request(tier: TierConfig) -> RequestShape:
@@ -38,15 +37,16 @@ def expected_request(tier: TierConfig) -> RequestShape:
 
 
 def plain_speed(itl_s: float, batch_slowdown: float) -> EngineSpeed:
-    """The speed of an engine whose step takes ``itl_s``, longer by the ratio ``batch_slowdown`` with each
-    further sequence."""
+    """The speed of an engine whose step takes ``itl_s`` for one sequence, and ``batch_slowdown`` times
+    ``itl_s`` more for each further sequence."""
     step_s = max(itl_s, 1e-6)
     return EngineSpeed(step_s, max(step_s * batch_slowdown, step_s * 1e-3), 1e-6)
 
 
 def gpu_priors(tier: TierConfig, request: RequestShape) -> tuple[tuple[str, EngineSpeed], ...]:
-    """(GPU model, speed by the roofline) of a ``vllm`` tier for each GPU model that it may run on: those of
-    ``gpu_models`` in their order, else all of the table. Empty if the model's configuration can't be read."""
+    """(GPU model, roofline speed) of a ``vllm`` tier for each GPU model on which it may run: those of
+    ``gpu_models`` in their order, or else all in the table. Empty if the model's configuration can't be
+    read."""
     if tier.engine != "vllm" or tier.device != "gpu":
         return ()
     found = []
@@ -63,9 +63,9 @@ def gpu_priors(tier: TierConfig, request: RequestShape) -> tuple[tuple[str, Engi
 
 
 def prior_speed(tier: TierConfig, by_gpu: Sequence[tuple[str, EngineSpeed]]) -> EngineSpeed:
-    """The assumed speed of the tier's engines: that of the timing model for engine ``simulated``, that of
-    the first of ``gpu_models`` (in ``by_gpu``), or a default, until the controller sees the GPUs of the
-    cluster."""
+    """The speed of the tier's engines that is assumed until the controller knows the GPUs of the cluster:
+    that of the timing model for engine ``simulated``, that of the first of ``gpu_models`` (in ``by_gpu``), or
+    a default."""
     if tier.engine == "simulated":
         settings = settings_of(tier)
         return plain_speed(settings.itl_ms / 1000, settings.batch_slowdown)

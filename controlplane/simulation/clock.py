@@ -1,4 +1,5 @@
-"""Virtual time: events in the order of their times, and those of equal times in the order of scheduling."""
+"""Virtual time. Events run in the order of their times; events at the same time in the order of
+scheduling."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Any
 
 
 class VirtualClock:
-    """Runs callbacks at their times, without waiting."""
+    """Runs callbacks in the order of their times, without waiting."""
 
     __slots__ = ("_events", "_sequence", "now_s")
 
@@ -19,7 +20,7 @@ class VirtualClock:
         self._sequence = 0
 
     def at(self, when_s: float, call: Callable[[Any], None], argument: Any = None) -> None:
-        """Schedule ``call(argument)`` at ``when_s``, or now if that has passed."""
+        """Schedule ``call(argument)`` at ``when_s``, or now if ``when_s`` has passed."""
         self._sequence += 1
         heappush(self._events, (when_s, self._sequence, call, argument))
 

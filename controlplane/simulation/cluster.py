@@ -1,4 +1,4 @@
-"""The machines that replicas run on: the production planner places replicas, and those without room wait.
+"""The machines on which replicas run. The production planner places replicas; those without room wait.
 
 The replicas at the beginning of a run are placed together, as by ``tierplane plan``; later ones are placed
 one by one when they are ordered. When resources become free, all waiting replicas are tried again, the
@@ -23,7 +23,7 @@ to the beginning of the run."""
 
 
 class Cluster:
-    """The nodes of a scenario and what runs on them. Without nodes there is always room."""
+    """The nodes of a scenario and the replicas on them. Without nodes there is always room."""
 
     def __init__(
         self, clock: VirtualClock, nodes: Sequence[Node] | None, expected: Iterable[GangShape] = ()
@@ -49,8 +49,8 @@ class Cluster:
 
     @property
     def gpus(self) -> float | None:
-        """GPUs that can be used now, as the controller counts them: 0 while all nodes with GPUs are lost,
-        None if no node has any."""
+        """Number of usable GPUs, as the controller counts them: 0 while all nodes with GPUs are lost, None if
+        no node has any."""
         return self._gpus
 
     @property
@@ -64,12 +64,12 @@ class Cluster:
         return self._planner.placements if self._planner is not None else ()
 
     def model_of(self, placement: Placement | None) -> str:
-        """The GPU model that a replica runs on; empty if it has no GPU or there are no nodes."""
+        """The GPU model on which a replica runs; empty if it has no GPU or there are no nodes."""
         uuids = placement.gpu_uuids if placement is not None else ()
         return self._model_of[uuids[0]] if uuids else ""
 
     def open(self) -> None:
-        """Place all replicas added so far together. The run begins."""
+        """Begin the run: place all replicas added so far together."""
         self._open = True
         added, self._waiting = self._waiting, {}
         placements: dict[str, Placement] = {}
@@ -88,7 +88,7 @@ class Cluster:
         """Place a replica and call ``on_placed``: at once, or as soon as there is room. ``gang`` has the
         replica's id, or is None for a replica outside the nodes, for which there is always room."""
         self._waiting[replica_id] = gang, on_placed
-        # Replicas that already wait come first.
+        # Replicas that are already waiting come first.
         if self._open and not self._retry_scheduled:
             self._try(replica_id)
 

@@ -1,12 +1,12 @@
 """A model of an engine with continuous batching: two or three events per request.
 
-All decoding sequences advance by one token per step, so an answer of n tokens that joins when the engine has
-made V steps is done at step V + n. A heap of these steps suffices; single tokens are not simulated. The
+All decoding sequences advance by one token per step, so a response of n tokens that joins when the engine has
+made V steps is done at step V + n. A heap of these final steps suffices; single tokens are not simulated. The
 duration of a step for the batch and its context comes from :class:`EngineTiming`. A prompt occupies the whole
 engine for its prefill time, which is close to chunked prefill, and each of its chunks carries one token for
 every decoding sequence. A sequence needs KV cache for its tokens; when the cache is full, the youngest
-sequence returns to the engine's queue and is computed again later, as in vLLM. Prefixes are cached by block
-and evicted least recently used first.
+sequence returns to the engine's queue and is computed again later, as in vLLM. Prefixes are cached by block,
+and the least recently used blocks are evicted first.
 
 Engine ``simulated`` works differently: prompts are processed in parallel, each slows the steps of the others
 like one more decoding sequence, and the KV cache is only a gauge.
@@ -39,7 +39,7 @@ class EngineTiming(Protocol):
 
     @property
     def kv_bound(self) -> bool:
-        """The KV cache limits the running sequences and caches prefixes; otherwise its use is only
+        """The KV cache limits the running sequences and caches prefixes; otherwise only its usage is
         measured."""
 
     def prompt_s(self, tokens: int) -> float:
@@ -106,7 +106,7 @@ class EngineJob:
         """Time of its first token."""
         self.generated_tokens = 0
         self.computed_tokens = 0
-        """Prompt tokens that were computed for it and not found in the prefix cache."""
+        """Prompt tokens that were computed, not found in the prefix cache."""
         self.joined_step = 0.0
         """The engine's step count when it joined the decoding sequences."""
 
@@ -161,7 +161,7 @@ class VirtualEngine:
         self._prefixes: OrderedDict[int, None] = OrderedDict()
         self.meter = EngineMeter()
         self._read_busy_s = 0.0
-        """Busy time of the meters that were read."""
+        """Busy time in the meters returned by :meth:`read`."""
 
     @property
     def running(self) -> int:
@@ -175,7 +175,7 @@ class VirtualEngine:
 
     @property
     def worked_s(self) -> float:
-        """How long it has worked since its start. Reading this changes nothing."""
+        """Busy time since the start of the engine. Reading this has no side effects."""
         since_s = self._clock.now_s - self._last_s if self.running else 0.0
         return self._read_busy_s + self.meter.busy_s + since_s
 
@@ -246,7 +246,7 @@ class VirtualEngine:
     def _fits(self, job: EngineJob) -> bool:
         if self.running >= self._max_sequences:
             return False
-        # An idle engine accepts any job, or one that is too large would wait for ever.
+        # An idle engine accepts any job; otherwise one that is too large would wait for ever.
         need = job.input_tokens + job.generated_tokens
         return not self.running or self._kv_used + need <= self._kv_limit
 

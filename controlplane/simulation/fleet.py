@@ -100,20 +100,19 @@ class TierFleet:
         """Replicas that occupy resources: starting, ready or draining."""
         self._most_placed = 0
         self._waited, self._waited_s, self._longest_wait_s = 0, 0.0, 0.0
-        """Of replicas that waited for room and no longer do."""
+        """Number, total wait and longest wait of the replicas that no longer wait for room."""
         self._ordering = False
         """:meth:`scale_to` is ordering replicas, and reports the change when it is done."""
 
     def begin(self, replicas: int) -> None:
-        """Order the replicas at the beginning of the run, which are ready when the cluster opens, if they
-        fit."""
+        """Order the first replicas of the run. If they fit, they are ready when the cluster opens."""
         self.target = replicas
         for _ in range(replicas):
             self._order()
 
     def scale_to(self, target: int) -> None:
-        """Order replicas, or drain surplus ones: first those that wait for room, then those that still start,
-        the youngest first, then those with the fewest requests."""
+        """Order replicas, or drain surplus ones: first those that wait for room, then starting ones, the
+        youngest first, then those with the fewest requests."""
         self.target = target
         active = [r for r in self.replicas.values() if r.endpoint.state is not EndpointState.DRAINING]
         if target > len(active):
@@ -160,7 +159,7 @@ class TierFleet:
         return (self._stopped_s + sum(now_s - at_s for at_s in since if at_s is not None)) / 3600
 
     def placement_record(self) -> PlacementRecord:
-        """Waits for room and GPUs in use so far."""
+        """How long replicas waited for room, and how many GPUs they used, so far."""
         now_s = self._clock.now_s
         waits_s = [now_s - each.ordered_s for each in self.replicas.values() if each.placed_s is None]
         shape = self.model.shape
@@ -174,8 +173,9 @@ class TierFleet:
         )
 
     def lose(self, replica_ids: Collection[str]) -> list[EngineJob]:
-        """Stop those of the replicas that belong to this tier, because their node failed. Returns the jobs of
-        their engines. The caller reports the change, and replaces the replicas with :meth:`scale_to`."""
+        """Stop those of the given replicas that belong to this tier, because their node failed. Returns the
+        jobs of their engines. The caller reports the change, and replaces the replicas with
+        :meth:`scale_to`."""
         lost: list[EngineJob] = []
         for replica in [each for name, each in self.replicas.items() if name in replica_ids]:
             self.failures += 1
@@ -223,7 +223,7 @@ class TierFleet:
         self._cluster.add(endpoint.endpoint_id, gang, partial(self._on_placed, replica))
 
     def _on_placed(self, replica: VirtualReplica, placement: Placement | None, ready: bool) -> None:
-        """The replica has its resources: it starts, or is ready at once."""
+        """Start a replica that has got its resources; if ``ready``, it is ready at once."""
         now_s = self._clock.now_s
         self.starts += 1
         self.placed += 1

@@ -1,4 +1,4 @@
-"""Settings of a simulation beyond the configuration and the trace."""
+"""Settings of a simulation that are in neither the configuration nor the trace."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Options:
     node_recovery_s: float = 600.0
     cost_per_gpu_hour: float = 0.0
     min_replicas: int | None = None
-    """None means that of the tier's ``scaling``, or 1."""
+    """None means the value of the tier's ``scaling``, or 1."""
     max_replicas: int | None = None
-    """None means that of the tier's ``scaling``, or 64."""
+    """None means the value of the tier's ``scaling``, or 64."""
     slo: Slo | None = None
     """None means each tier's own."""
     itl_s: float = 0.05

@@ -3,9 +3,8 @@
 The oracle knows every arrival, every length and the engines' true speed. For each slot of time it computes
 how many replicas the requests in flight need, orders them one cold start ahead, and retains a replica during
 a lull that is shorter than a new start would take. The only free parameter is a factor for fluctuations
-inside a slot: a search finds the smallest one that attains the goal in the simulation. The result is the best
-of this family of plans, not a proven optimum.
-"""
+within a slot; a search finds the smallest factor that attains the goal in the simulation. The result is the
+best of this family of plans, not a proven optimum."""
 
 from __future__ import annotations
 
@@ -72,8 +71,8 @@ def needed_replicas(arrivals: Sequence[Arrival], tier: TierScenario) -> list[flo
 
 
 def plan(needed: Sequence[float], factor: float, cold_start_s: float, lowest: int, highest: int) -> list[int]:
-    """Ordered replicas in each slot: the k-th while it is needed, during short lulls, and from one cold start
-    earlier."""
+    """Ordered replicas in each slot. The k-th replica is ordered one cold start before it is needed, and
+    retained during short lulls."""
     counts = [min(max(math.ceil(value * factor - 1e-9), lowest), highest) for value in needed]
     ahead = math.ceil(cold_start_s / SLOT_S)
     ordered = [0] * len(counts)
@@ -125,7 +124,7 @@ def beginning_with(scenario: Scenario, replicas: int) -> Scenario:
 
 
 def run_static(scenario: Scenario, arrivals: Sequence[Arrival], share: float = 1.0) -> SimulationResult:
-    """A run with the static peak, or ``share`` of it, of a scenario with one tier."""
+    """Run a scenario that has one tier with ``share`` of the static peak."""
     count = max(1, math.ceil(share * static_peak(arrivals, scenario.tiers[0]) - 1e-9))
     return replay(
         beginning_with(scenario, count), per_tier(lambda _: StaticPolicy(count)), arrivals, "static"
@@ -133,8 +132,8 @@ def run_static(scenario: Scenario, arrivals: Sequence[Arrival], share: float = 1
 
 
 def run_oracle(scenario: Scenario, arrivals: Sequence[Arrival], attainment: float) -> SimulationResult:
-    """A run of the cheapest plan found that attains the goal, for a scenario with one tier; if none attains
-    it, of the plan with the largest factor."""
+    """Run a scenario that has one tier with the cheapest plan that attains the goal or, if none does, with
+    the largest factor."""
     tier = scenario.tiers[0]
     needed = needed_replicas(arrivals, tier)
     low, high = _FACTORS

@@ -20,7 +20,7 @@ class OutageModel:
 
 
 class Outages:
-    """Fails each node by its own random sequence, so that one node doesn't affect another."""
+    """Fails each node according to its own random sequence, so that nodes don't affect each other."""
 
     def __init__(
         self,

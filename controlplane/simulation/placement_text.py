@@ -1,4 +1,4 @@
-"""The use of a simulated cluster in words."""
+"""Describes the usage of a simulated cluster as text."""
 
 from __future__ import annotations
 

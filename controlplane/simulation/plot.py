@@ -1,4 +1,4 @@
-"""The result of a run as a PNG file, and as an HTML page that needs no network."""
+"""Writes the result of a run as a PNG file, or as a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _ROWS: Final = 3
 _MOST_ROWS: Final = 200
-"""Rows of a table."""
+"""Maximum number of rows in a table."""
 _STYLE: Final = """
 body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0}td,th{padding:.2em .8em;border-bottom:1px solid #ddd}
@@ -35,7 +35,7 @@ def write_html(result: SimulationResult, path: Path) -> None:
 
 
 def page(result: SimulationResult) -> str:
-    """The HTML page; equal results give equal text."""
+    """The HTML page. Equal results give equal text."""
     head = (
         f"{result.requests} requests in {result.simulated_s / 3600:.2f} h, policy {result.policy}, seed "
         f"{result.seed}: {result.attainment:.2%} met the SLO with {result.gpu_hours:.2f} GPU hours"

@@ -9,7 +9,7 @@
 * ``kpa``: Knative's autoscaler on concurrency, with stable and panic windows.
 * ``serve``: Ray Serve's default policy, its own code, with the target set to 70 % of the concurrency limit.
 * ``serve-default``: the same with Serve's default target of 2 requests per replica.
-* ``oracle``: knows all arrivals in advance and the engines' true speed, see :mod:`.oracle`.
+* ``oracle``: knows all arrivals and the engines' true speed in advance, see :mod:`.oracle`.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ time, or of the concurrency limit."""
 
 @dataclass(frozen=True, slots=True)
 class PolicyInput:
-    """One tier's input of a scaling policy: tierplane's observation, and the signals of the other
-    policies."""
+    """The input of a scaling policy for one tier: tierplane's observation, and the signals that other
+    policies use."""
 
     observation: TierObservation
     unfinished: float
@@ -99,7 +99,8 @@ class OneTierPolicy(Protocol):
 
 
 class _PolicyPerTier:
-    """A separate policy for each tier. They ignore the GPU budget: replicas without room wait."""
+    """A separate policy for each tier. These policies ignore the GPU budget, so replicas without room
+    wait."""
 
     def __init__(self, policies: Sequence[OneTierPolicy]) -> None:
         self.period_s = min(policy.period_s for policy in policies)
@@ -115,7 +116,7 @@ class _PolicyPerTier:
 
 
 def per_tier(make: Callable[[TierScenario], OneTierPolicy]) -> MakePolicy:
-    """A policy that uses a separate one, made by ``make``, for each tier."""
+    """A policy that uses a separate policy for each tier, created by ``make``."""
     return lambda scenario: _PolicyPerTier([make(tier) for tier in scenario.tiers])
 
 
@@ -150,7 +151,7 @@ class HpaPolicy:
         now_s = tier.observation.now_s
         current, ready = tier.observation.target, max(tier.observation.ready, 1)
         ratio = self._metric(tier) / self._target
-        # For scaling up, pods that are not ready count as idle, so that they aren't multiplied again.
+        # When scaling up, pods that are not ready count as idle, so that they don't cause more pods.
         if ratio > 1.0:
             ratio = max(1.0, ratio * ready / max(current, 1))
             desired = current if ratio <= 1.1 else math.ceil(current * ratio - 1e-9)
@@ -190,7 +191,7 @@ class KpaPolicy:
         last = [value for at_s, value in self._recent if at_s > now_s - 6.0]
         panic = sum(last) / len(last)
         ready = max(tier.observation.ready, 1)
-        # At most 1000 times as many up, at most halved down.
+        # The target is at most 1000 times, and at least half, the number of ready replicas.
         stable_target = min(max(math.ceil(stable / self._target), ready // 2), 1000 * ready)
         panic_target = min(max(math.ceil(panic / self._target), ready // 2), 1000 * ready)
         if panic_target / ready >= 2.0:

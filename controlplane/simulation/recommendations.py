@@ -1,10 +1,10 @@
-"""The recommendations that would have been issued during a run: the production code on the simulation's
-figures.
+"""The recommendations that would have been issued during a run, computed by the production code from the
+simulation's figures.
 
 :data:`UPDATES` times per window the tiers' conditions are computed as in
 :mod:`controlplane.controller.scaling.conditions`: counts and latencies over the window; queue, requests in
-flight and KV cache usage at that time. There is no GPU to measure, so utilisation is the ratio of the
-window in which the busiest engine worked, and memory is missing. None of this affects the run.
+flight and KV cache usage at that time. There is no GPU to measure, so utilisation is the share of the window
+in which the busiest engine worked, and memory is missing. Recommendations don't affect the run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from controlplane.simulation.results import TierRecord
 from controlplane.simulation.scenario import RecommendationSettings, TierScenario
 
 MAX_RECOMMENDATIONS: Final = 1000
-"""Recommendations in a result, the last ones."""
+"""Maximum number of recommendations in a result; the last ones are included."""
 UPDATES: Final = 5
 """Updates per window. A live controller updates every tick, which here would take a fifth of the run's
 time."""
@@ -79,7 +79,7 @@ class _TierWindow:
         self._points = deque([_CountedPoint(0.0, 0, 0, 0, 0, 0, _NOTHING)], maxlen=UPDATES + 2)
 
     def condition(self, now_s: float) -> TierCondition:
-        """Its condition now."""
+        """The tier's condition now."""
         tier, points = self._tier, self._points
         while len(points) > 1 and points[1].at_s <= now_s - self._window_s + 1e-6:
             points.popleft()
@@ -98,7 +98,7 @@ class _TierWindow:
             self._kv_ratio(),
             self._scaler.mean_request,
         )
-        # Of an idle tier the condition doesn't change.
+        # The condition of an idle tier doesn't change.
         if figures != self._figures or now.answers > base.answers:
             self._figures = figures
             self._condition = self._computed(*figures)
@@ -161,7 +161,7 @@ class _TierWindow:
         found = []
         for name, worked_s in now.worked_s.items():
             ready_s = self._tier.fleet.replicas[name].ready_s
-            # Of an engine that started within the window, the time since then counts.
+            # If the engine started within the window, only the time since then counts.
             before_s = base.worked_s.get(name, 0.0) if ready_s <= base.at_s else 0.0
             alive_s = now.at_s - max(base.at_s, ready_s)
             if alive_s > 0:
@@ -198,7 +198,10 @@ class SimulatedRecommendations:
         self._recommender = Recommender(RecommendationLog(MAX_RECOMMENDATIONS))
         self._tiers = [
             _TierWindow(
-                tier, pool, learned(tier.scenario.policy.name) or _assumed(tier.scenario), settings.window_s
+                tier,
+                pool,
+                learned(tier.scenario.policy.name) or TierScaler(tier.scenario.rule),
+                settings.window_s,
             )
             for tier, pool in zip(tiers, pools, strict=True)
         ]
@@ -206,8 +209,8 @@ class SimulatedRecommendations:
         self._sum = 0.0
 
     def update(self, now_s: float, gpus: float | None) -> None:
-        """Call this every :attr:`every_s`. ``gpus`` is what all tiers together may use; None means the total
-        is unknown."""
+        """Call this every :attr:`every_s`. ``gpus`` is the number that all tiers together may use; None means
+        the total is unknown."""
         conditions = {tier.name: tier.condition(now_s) for tier in self._tiers}
         unix_s = self._start_unix_s + now_s
         changes = self._recommender.update(conditions, self._rules, gpus, now_s=now_s, unix_s=unix_s)
@@ -227,10 +230,6 @@ class SimulatedRecommendations:
         """How well all recommendations of the run turned out."""
         mean = self._sum / self._judged if self._judged else None
         return TrackRecord(self._count, self._judged, self._right, mean)
-
-
-def _assumed(scenario: TierScenario) -> TierScaler:
-    return TierScaler(scenario.rule)
 
 
 def _p95_ms(answers_s: array[float]) -> Signal:

@@ -20,7 +20,7 @@ class RequestInFlight:
         self.route_request = route_request
         self.route = route
         self.rank = route.order[0] if route.order else 0
-        """Rank of the tier for which it counts."""
+        """Rank of the tier for which the request counts."""
         self.arrived_s = now_s
         self.started_s: float | None = None
         self.first_token_s: float | None = None

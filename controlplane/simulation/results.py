@@ -85,7 +85,7 @@ class PlacementRecord:
     waited: int
     """Replicas that found no room when they were ordered."""
     waited_s: float
-    """Sum of their waits, each until there was room, the replica was cancelled, or the trace ended."""
+    """Sum of their waits, each until there was room, the replica was cancelled or the trace ended."""
     longest_wait_s: float
     waiting: int
     """Replicas that still waited when the trace ended."""
@@ -177,7 +177,7 @@ class SimulationResult:
     tiers: tuple[TierResult, ...]
     decisions: tuple[RecordedDecision, ...]
     """The first decisions that changed a target, or for which the budget withheld more replicas than in the
-    tier's decision before."""
+    tier's previous recorded decision."""
     decisions_total: int
     """Number of all such decisions."""
     recommendations: tuple[IssuedRecommendation, ...]

@@ -1,4 +1,4 @@
-"""What a simulation runs: tiers, their replicas and scaling, the machines and their failures."""
+"""The scenario of a simulation: tiers with their replicas and scaling, machines and their failures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from controlplane.simulation.outages import OutageModel
 
 @dataclass(frozen=True, slots=True)
 class RecommendationSettings:
-    """``controller.scaling``, the part about recommendations."""
+    """The settings of ``controller.scaling`` that concern recommendations."""
 
     rules: RecommendationRules = field(default_factory=RecommendationRules)
     window_s: float = 300.0
@@ -31,10 +31,10 @@ class TierScenario:
     replica: ReplicaModel
     rule: ScalingRule
     replicas: int = 1
-    """Ready when the trace begins."""
+    """Replicas that are ready when the trace begins."""
     tensor_parallel: int = 1
     latency_limit_ms: float = LATENCY_MS
-    """Above it a recommendation calls the tier slow, if no threshold is set."""
+    """The latency above which a recommendation calls the tier slow, if no threshold is set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Scenario:
     gpus: float | None = None
     """GPUs that all tiers together may use; None means those of ``nodes``."""
     nodes: tuple[Node, ...] | None = None
-    """Machines that replicas run on; None means that there is always room."""
+    """Machines on which replicas run; None means that there is always room."""
     outages: OutageModel | None = None
     """None means that no node fails."""
     seed: int = 0

@@ -1,4 +1,4 @@
-"""From a configuration to the scenario of a simulation."""
+"""Builds the scenario of a simulation from a configuration."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from controlplane.simulation.scenario import RecommendationSettings, Scenario, T
 from controlplane.simulation.tier_engines import TierEngines, anywhere, on_nodes
 
 MAX_REPLICAS: Final = 64
-"""Of a tier without ``scaling``."""
+"""Maximum number of replicas of a tier without ``scaling``."""
 
 
 def build_scenario(
@@ -30,7 +30,7 @@ def build_scenario(
 ) -> Scenario:
     """The scenario of a configuration.
 
-    ``request`` is the approximate mean request; ``nodes`` are the machines that replicas run on, None means
+    ``request`` is the approximate mean request. ``nodes`` are the machines on which replicas run; None means
     that there is always room. SetupError names the tier whose model doesn't fit the GPU, whose speed is
     unknown, or that doesn't fit the nodes.
     """

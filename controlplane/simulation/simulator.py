@@ -36,7 +36,7 @@ from controlplane.simulation.tier import SimulatedTier
 from controlplane.simulation.traces import Arrival
 
 MAX_DECISIONS: Final = 1000
-"""Decisions in a result."""
+"""Maximum number of decisions in a result."""
 _SAMPLES: Final = 600
 _SCRAPE_S: Final = 1.0
 """Interval at which the gateway gets the engines' metrics."""
@@ -46,8 +46,8 @@ class Simulator:
     """One run; call :meth:`run` once."""
 
     def __init__(self, scenario: Scenario, make_policy: MakePolicy, *, span_s: float = 0.0) -> None:
-        """``span_s`` is the approximate length of the trace and sets the interval of samples; with 0 it is a
-        minute."""
+        """``span_s`` is the approximate length of the trace, which determines the interval of samples; if it
+        is 0, the interval is a minute."""
         self.scenario = scenario
         self.clock = VirtualClock()
         policies = [tier.policy for tier in scenario.tiers]
@@ -189,7 +189,8 @@ class Simulator:
             complexity=arrival.complexity,
             priority=arrival.priority,
             session_key=arrival.session,
-            # Like the gateway's key: of the prompt's beginning, longer than what all prompts have in common.
+            # Like the gateway's key, from the beginning of the prompt, but longer than the common system
+            # prompt.
             prefix_key=hash(blocks[:2]) if blocks else None,
         )
         request = RequestInFlight(arrival, route_request, resolve(route_request, self.table), now_s)
@@ -275,7 +276,8 @@ class Simulator:
         self._pump()
 
     def _lost(self, job: EngineJob) -> None:
-        """The engine died: continue on another endpoint with the tokens that the client already has."""
+        """Continue a request whose engine died on another endpoint, with the tokens that the client already
+        has."""
         request: RequestInFlight = job.payload
         slot = request.slot
         assert slot is not None

@@ -16,7 +16,7 @@ _NO_END = missing("no request ended in the interval")
 
 
 class SimulatedTier:
-    """One tier of a run; the private counters are those since the last observation."""
+    """One tier of a run; the private counters count since the last observation."""
 
     def __init__(self, scenario: TierScenario, fleet: TierFleet) -> None:
         self.scenario = scenario
@@ -39,7 +39,7 @@ class SimulatedTier:
         self._arrived = self._ended = self._missed = 0
         self._answered = self._prompt_tokens = self._output_tokens = 0
         self._last_sample = (0.0, 0, 0, 0)
-        """Time, and requests that had arrived, met the SLO and ended by then."""
+        """Time of the last sample, and the requests that had arrived, met the SLO and ended by then."""
 
     def count_arrival(self, input_tokens: int, now_s: float) -> None:
         """Count a new request."""
@@ -51,7 +51,7 @@ class SimulatedTier:
     def count_answer(
         self, *, ttft_s: float, itl_s: float, total_s: float, output_tokens: int, computed_tokens: int
     ) -> None:
-        """Count a complete answer; call :meth:`count_end` afterwards."""
+        """Count a complete response; call :meth:`count_end` afterwards."""
         record = self.record
         record.ttft_s.append(ttft_s)
         record.itl_s.append(itl_s)
@@ -63,7 +63,7 @@ class SimulatedTier:
         self._output_tokens += output_tokens
 
     def count_end(self, now_s: float, *, within_slo: bool) -> None:
-        """Count the end of a request, with or without an answer."""
+        """Count the end of a request, with or without a response."""
         self._ended += 1
         self.ended_total += 1
         if within_slo:

@@ -38,11 +38,11 @@ class TierEngines:
 
     engine: EngineModel
     prior: EngineSpeed
-    """Speed that the scaler assumes at the beginning."""
+    """The speed that the scaler assumes at the beginning."""
     shape: GangShape | None = None
     """None means that there is always room."""
     engines: Mapping[str, EngineModel] = field(default_factory=dict)
-    """By GPU model, if the tier may run on several."""
+    """GPU model → engine, if the tier may run on several GPU models."""
 
 
 def anywhere(tier: TierConfig, options: Options, request: RequestShape) -> TierEngines:
@@ -107,7 +107,7 @@ def on_nodes(
 
 
 def _gpu_models(tier: TierConfig, shape: GangShape, nodes: Sequence[Node]) -> list[str]:
-    """GPU models that replicas may run on; the first is the one whose speed the scaler assumes."""
+    """GPU models on which replicas may run; the scaler assumes the speed of the first."""
     counts = Counter(
         gpu.model
         for node in nodes

@@ -1,5 +1,5 @@
-"""Recorded arrivals, read one by one: Azure's CSV, Mooncake's JSONL, ServeGen's windows, windows written by
-`tierplane trace`, or a plain CSV.
+"""Reads recorded arrivals one by one from several formats: Azure's CSV, Mooncake's JSONL, ServeGen's windows,
+windows written by `tierplane trace`, or a plain CSV.
 
 A plain CSV has the columns ``at_s``, ``input_tokens``, ``output_tokens`` and optionally ``tier``,
 ``complexity``, ``priority`` and ``session``. The format is recognised by the first line. Everything random
@@ -23,11 +23,11 @@ from controlplane.core.reports.recorded_traffic import RecordedWindow
 from controlplane.errors import SetupError
 
 _LENGTH_SIGMA: Final = 0.8
-"""Standard deviation of the logarithm of prompt lengths within a window; answer lengths are exponential. Both
-are assumptions, because the windows contain medians only."""
+"""Standard deviation of the logarithm of prompt lengths within a window; response lengths are exponential.
+Both are assumptions, because the windows contain only medians."""
 _LONGEST: Final = 8192
 _UNKNOWN_TOKENS: Final = (512.0, 128.0)
-"""Lengths of a prompt and an answer if a window doesn't give them."""
+"""Lengths of a prompt and a response if a window doesn't have them."""
 _MOST_IN_WINDOW: Final = 10_000_000
 
 
@@ -35,7 +35,7 @@ class Arrival(NamedTuple):
     """One request of a trace."""
 
     at_s: float
-    """Since the beginning of the trace."""
+    """Seconds since the beginning of the trace."""
     input_tokens: int
     output_tokens: int
     blocks: tuple[int, ...] | None = None
