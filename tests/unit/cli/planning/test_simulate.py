@@ -125,7 +125,7 @@ def test_a_gpu_tier_needs_a_gpu_model(trace: str) -> None:
         (["--mix", "simple=0"], "all shares are 0"),
         (["--min-replicas", "5", "--max-replicas", "2"], "--min-replicas"),
         (["--skip-hours", "9"], "no requests"),
-        (["--node-mtbf-hours", "9"], "with --cluster"),
+        (["--node-mtbf-hours", "9"], "needs nodes: set --cluster"),
         (["--gpu", "L4", "--cluster", CLUSTER], "--gpu can't be combined with --cluster"),
         (["--cluster", "nowhere.yaml"], "nowhere.yaml"),
     ],
