@@ -6,8 +6,8 @@ is no controller, holders continue with the GPUs they have.
 
 * A whole GPU is leased only if no other holder has a part of it. A share is a part of one GPU's compute (in
   thousandths) and of its memory.
-* A lease lasts while its holder reports. It may be reaped ``ttl_s`` after the last report; until then nobody
-  else gets its GPUs.
+* A lease lasts while its holder reports. It may be reaped ``ttl_s`` after the last report; until then no
+  other holder gets its GPUs.
 * Acquiring again with the same holder and generation returns the existing lease.
 """
 

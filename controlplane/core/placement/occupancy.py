@@ -32,7 +32,8 @@ class RunningReplica:
     gpu_uuids: tuple[str, ...] = ()
     """In the order of the ranks; empty if unknown."""
     gpus_by_node: tuple[tuple[str, int], ...] = ()
-    """(node, number of GPUs) if the engine reserved its GPUs itself, maybe on several nodes; else empty."""
+    """(node, number of GPUs) if the engine reserved its GPUs itself, possibly on several nodes; else
+    empty."""
     leaving: bool = False
     """Whether it is draining, so that its GPUs will soon be free."""
 

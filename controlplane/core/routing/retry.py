@@ -28,7 +28,7 @@ class AttemptFailure(StrEnum):
     FIRST_TOKEN_TIMEOUT = "first_token_timeout"  # noqa: S105 (no password)
     TOKEN_TIMEOUT = "token_timeout"  # noqa: S105
     """The stream stopped without an end."""
-    CUT = "cut"
+    TRUNCATED = "cut"
     """The connection was lost before the response was complete."""
     STREAM_ERROR = "stream_error"
     """The engine wrote an error into its stream."""
@@ -56,7 +56,7 @@ RULES: Final[dict[AttemptFailure, FailureRule]] = {
     AttemptFailure.SERVER_ERROR: FailureRule(1, False, 502, "engine_error"),
     AttemptFailure.FIRST_TOKEN_TIMEOUT: FailureRule(2, False, 504, "first_token_timeout"),
     AttemptFailure.TOKEN_TIMEOUT: FailureRule(2, True, 502, "endpoint_lost"),
-    AttemptFailure.CUT: FailureRule(1, True, 502, "endpoint_lost"),
+    AttemptFailure.TRUNCATED: FailureRule(1, True, 502, "endpoint_lost"),
     AttemptFailure.STREAM_ERROR: FailureRule(1, False, 502, "engine_error"),
 }
 

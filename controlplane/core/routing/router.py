@@ -173,7 +173,7 @@ def _left_out(
 
 
 def _down(route: Route, request: RouteRequest, endpoint_table: EndpointTable, now_s: float) -> bool:
-    """Whether no endpoint of the tiers asked for could serve the request even if a slot were free."""
+    """Whether no endpoint of the requested tiers could serve the request even if a slot were free."""
     needs = API_BITS[request.api]
     for rank in route.order:
         for load in endpoint_table.pools[rank].loads:
@@ -204,7 +204,7 @@ def _for_embeddings(route: Route, endpoint_table: EndpointTable) -> Route:
 def _overflow_or_wait(
     route: Route, request: RouteRequest, endpoint_table: EndpointTable, now_s: float, pick: int
 ) -> RouteDecision:
-    """The decision when no tier that was asked for has room: spill, bridge, queue or reject."""
+    """The decision when no requested tier has room: spill, bridge, queue or reject."""
     pools = endpoint_table.pools
     needs = API_BITS[request.api]
     wanted = pools[route.order[0]]

@@ -123,7 +123,7 @@ class RouteRefusal(StrEnum):
     BELOW_FLOOR = "below_floor"
     """Every model that the request names is below the quality floor."""
     NO_CAPABILITY = "no_capability"
-    """No engine of the tiers asked for serves this API."""
+    """No engine of the requested tiers serves this API."""
     EXHAUSTED = "exhausted"
     """Every endpoint that could serve it was tried already."""
     FAILED = "failed"
@@ -134,7 +134,7 @@ class Route(NamedTuple):
     """Where a request may go. Tiers are given by rank."""
 
     order: tuple[int, ...]
-    """Tiers asked for, in order of preference."""
+    """Requested tiers, in order of preference."""
     reasons: tuple[str, ...]
     """Why each tier of ``order`` is in it; plain ASCII, for a header."""
     spill: tuple[int, ...] = ()

@@ -4,7 +4,7 @@ Run as ``python -S -E reaper.py [options] -- command…`` (or with ``-m
 controlplane.engines.supervision.reaper``). It uses only the standard library, and starts in a few hundredths
 of a second.
 
-Who watches whom:
+How each process is watched:
 
 * The supervisor holds the write end of the reaper's standard input and never writes to it. When the
 supervisor ends for any reason, SIGKILL included, the reaper reads end of file and stops the engine.
@@ -18,7 +18,8 @@ engine has ended becomes the reaper's child. A process that has even left the se
 in its environment (:data:`MARKER`).
 
 Stopping: SIGTERM to the engine's process group and, after ``--grace-s``, SIGKILL to the whole family. SIGUSR1
-skips the wait. When the engine ends by itself, the rest of its family is ended too.
+skips the wait. If the engine's first process exits without a stop, the rest of its family is stopped in the
+same way.
 
 On ``--status-fd`` the reaper reports ``pid N`` once the engine has started, ``exit N`` when its first process
 has ended (negative for a signal), and ``gone`` when no process of it is left. The reaper's own exit code is
@@ -36,7 +37,7 @@ import sys
 import time
 
 MARKER = "TIERPLANE_ENGINE_ID"
-"""Environment variable that every process of an engine has."""
+"""Environment variable that all processes of an engine have."""
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -48,8 +49,8 @@ _GIVE_UP_S = 10.0
 
 
 class ProcessFamily:
-    """The living processes of one engine, found by session, by marker and by descent from those; with
-    ``adopts``, also every child of this process."""
+    """The living processes of one engine: those of its session, those with its marker, and their descendants;
+    with ``adopts``, also every child of this process."""
 
     def __init__(
         self, session: int, session_start: int, marker: str, *, adopts: bool, without: int = 0
@@ -225,12 +226,12 @@ class Reaper:
             os.close(leash_read)
             return pid, leash_write
         try:
-            # Not to get signals that are meant for the reaper, its process group or its terminal.
+            # So as not to receive the signals of the reaper, its process group or its terminal.
             os.setsid()
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
                 signal.signal(number, signal.SIG_IGN)
             signal.set_wakeup_fd(-1)
-            # Not to keep open the pipes whose end shows the supervisor that the reaper is gone.
+            # So as not to hold open the pipes whose closing shows the supervisor that the reaper is gone.
             nothing = os.open(os.devnull, os.O_RDWR)
             for fd in (0, 1, 2):
                 os.dup2(nothing, fd)
@@ -255,7 +256,7 @@ class Reaper:
             stop_requested = False
             for fd, _ in poll.poll(timeout_ms):
                 if fd == 0:
-                    # End of file; data would be just as wrong, because the supervisor never writes.
+                    # End of file. Data would also mean a fault, because the supervisor never writes.
                     stop_requested = True
                     poll.unregister(0)
                 else:
@@ -294,7 +295,7 @@ class Reaper:
                 self._report(f"exit {self._exit_code}")
 
     def _end(self, family: ProcessFamily, wake_read: int) -> None:
-        """End the processes that the engine left behind, and wait for their end."""
+        """Stops the processes that the engine left behind, and waits until they have exited."""
         started_s = time.monotonic()
         family.signal(signal.SIGTERM)
         wait_s = 0.005

@@ -132,7 +132,7 @@ class Attempt:
                 break
             data += more
         if not data:
-            raise UpstreamFailure(AttemptFailure.CUT, "the stream ended before its first event")
+            raise UpstreamFailure(AttemptFailure.TRUNCATED, "the stream ended before its first event")
         self.data = data
 
     async def read_all(self, limit_bytes: int) -> bytes:

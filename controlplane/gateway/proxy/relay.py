@@ -212,7 +212,7 @@ class Relay:
                     last = whole
                 data = await attempt.connection.read()
             if not is_end(context.api, last):
-                raise UpstreamFailure(AttemptFailure.CUT, "the stream ended before its end")
+                raise UpstreamFailure(AttemptFailure.TRUNCATED, "the stream ended before its end")
         except UpstreamFailure as failure:
             self._attempts.failed(attempt, failure)
             await self._resumption.resume(context, attempt.load.endpoint.tier, recorder, failure, out)

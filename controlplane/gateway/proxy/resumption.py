@@ -139,7 +139,7 @@ class Resumption:
             if not all_written:  # many clients leave at the last event, as in Relay._stream
                 raise
         if not sent.done:
-            raise UpstreamFailure(AttemptFailure.CUT, "the stream ended before its end")
+            raise UpstreamFailure(AttemptFailure.TRUNCATED, "the stream ended before its end")
 
     def _finish(
         self, context: RequestContext, continuation: Continuation, sent: SentSoFar, out: Responder

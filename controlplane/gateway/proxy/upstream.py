@@ -191,7 +191,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._wake()
 
     def _broken(self, detail: str) -> None:
-        self.fail(AttemptFailure.CUT if self._head_done else AttemptFailure.RESET, detail)
+        self.fail(AttemptFailure.TRUNCATED if self._head_done else AttemptFailure.RESET, detail)
 
     def eof_received(self) -> bool:
         """Called by the event loop: the engine closed its side."""
@@ -207,7 +207,7 @@ class UpstreamConnection(asyncio.Protocol):
             else:
                 reused_unanswered = self.requests_sent > 1 and self._head_bytes == 0
                 self._failure = UpstreamFailure(
-                    AttemptFailure.CUT if self._head_done else AttemptFailure.RESET,
+                    AttemptFailure.TRUNCATED if self._head_done else AttemptFailure.RESET,
                     "the engine closed the connection" if exc is None else str(exc),
                     stale=reused_unanswered,
                 )

@@ -78,7 +78,7 @@ def test_attempts_that_reached_no_engine_are_counted_apart() -> None:
 
 
 def test_attempts_are_bounded_for_streams_too() -> None:
-    step = next_step(AttemptFailure.CUT, STREAMING._replace(number=3), SETTINGS, budget(), NOW_S)
+    step = next_step(AttemptFailure.TRUNCATED, STREAMING._replace(number=3), SETTINGS, budget(), NOW_S)
     assert step == GiveUp(502, "endpoint_lost", "cut at the last of 3 attempts")
 
 
@@ -96,7 +96,7 @@ def test_attempts_are_bounded_for_streams_too() -> None:
     ],
 )
 def test_without_time_left_there_is_no_retry(attempt: FailedAttempt, expected: GiveUp) -> None:
-    assert next_step(AttemptFailure.CUT, attempt, SETTINGS, budget(), NOW_S) == expected
+    assert next_step(AttemptFailure.TRUNCATED, attempt, SETTINGS, budget(), NOW_S) == expected
 
 
 @pytest.mark.parametrize(
@@ -106,8 +106,8 @@ def test_without_time_left_there_is_no_retry(attempt: FailedAttempt, expected: G
         (AttemptFailure.FIRST_TOKEN_TIMEOUT, 0, False),
         (AttemptFailure.REFUSED, 0, True),
         (AttemptFailure.REFUSED, 1, False),
-        (AttemptFailure.CUT, 0, True),
-        (AttemptFailure.CUT, 1, False),
+        (AttemptFailure.TRUNCATED, 0, True),
+        (AttemptFailure.TRUNCATED, 1, False),
     ],
 )
 def test_without_budget_only_a_first_loss_is_retried(
@@ -122,11 +122,11 @@ def test_without_budget_only_a_first_loss_is_retried(
 @pytest.mark.parametrize(
     ("failure", "losses", "deadline_s", "pause_s"),
     [
-        (AttemptFailure.CUT, 0, 100.0, 0.0),
-        (AttemptFailure.CUT, 1, 100.0, SETTINGS.pause_s),
+        (AttemptFailure.TRUNCATED, 0, 100.0, 0.0),
+        (AttemptFailure.TRUNCATED, 1, 100.0, SETTINGS.pause_s),
         (AttemptFailure.REFUSED, 1, 100.0, SETTINGS.pause_s),
         (AttemptFailure.SERVER_ERROR, 1, 100.0, 0.0),
-        (AttemptFailure.CUT, 1, NOW_S + 0.15, 0.1),
+        (AttemptFailure.TRUNCATED, 1, NOW_S + 0.15, 0.1),
     ],
 )
 def test_a_request_that_loses_a_second_engine_pauses_inside_its_deadline(
@@ -155,7 +155,7 @@ def test_the_budget_is_a_share_of_the_traffic_and_a_rate_on_top() -> None:
 
 def test_a_first_loss_costs_no_budget() -> None:
     tokens = budget(2.0)
-    next_step(AttemptFailure.CUT, STREAMING, SETTINGS, tokens, NOW_S)
+    next_step(AttemptFailure.TRUNCATED, STREAMING, SETTINGS, tokens, NOW_S)
     assert tokens.tokens == 2.0
     next_step(AttemptFailure.SERVER_ERROR, FRESH, SETTINGS, tokens, NOW_S)
     assert tokens.tokens == 1.0
