@@ -109,6 +109,7 @@ def test_serves_loop_never_waits_for_the_controller(controller: Controller) -> N
 
 
 def test_one_thread_for_all_tiers_and_none_without_a_policy(controller: Controller) -> None:
+    until(lambda: not target_threads())  # the threads of earlier tests end a moment after their policies
     policies = [TargetPolicy(name, 1, "here") for name in ("a", "b", "c")]
     assert len(target_threads()) == 1
     assert len(policies) == 3
