@@ -18,8 +18,8 @@ engine has ended becomes the reaper's child. A process that has even left the se
 in its environment (:data:`MARKER`).
 
 Stopping: SIGTERM to the engine's process group and, after ``--grace-s``, SIGKILL to the whole family. SIGUSR1
-skips the wait. If the engine's first process exits without a stop, the rest of its family is stopped in the
-same way.
+skips the wait. If the engine's first process exits without a stop, the rest of its family gets SIGTERM and, a
+second later, SIGKILL.
 
 On ``--status-fd`` the reaper reports ``pid N`` once the engine has started, ``exit N`` when its first process
 has ended (negative for a signal), and ``gone`` when no process of it is left. The reaper's own exit code is
