@@ -1,6 +1,6 @@
 """One gateway replica: its routes, its life cycle, and its state from the last snapshot.
 
-The same handlers answer on Serve's ingress (:attr:`Gateway.app`) and on the gateway's own port
+The same handlers serve requests on Serve's ingress (:attr:`Gateway.app`) and on the gateway's own port
 (:meth:`Gateway.start`); all of it runs in one event loop. Nothing on a request's path calls Ray, the
 controller or a disk. A request for an engine goes through :mod:`controlplane.gateway.proxy`.
 """

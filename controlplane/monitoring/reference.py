@@ -20,21 +20,21 @@ _HEAD: Final = f"""\
 
 # Metrics
 
-`GET /metrics` answers in Prometheus' text format. Names are those of a query: a counter ends in `_total`, and
-a histogram has the series `_bucket`, `_sum` and `_count`.
+`GET /metrics` responds in Prometheus' text format. Names are those to use in queries: a counter ends in
+`_total`, and a histogram has the series `_bucket`, `_sum` and `_count`.
 
-Every gateway answers for all gateways, with a label `{GATEWAY_LABEL}` that identifies each. Scrape one, or
-scrape all and take `max by ({GATEWAY_LABEL}, …)` before a sum: otherwise each series counts once for every
+Every gateway exports the series of all gateways, and the label `{GATEWAY_LABEL}` identifies each. Scrape one,
+or scrape all and take `max by ({GATEWAY_LABEL}, …)` before a sum: otherwise each series counts once for every
 gateway that was scraped.
 
 [Alerts](../guide/alerts.md) and [monitoring](../guide/operating.md#monitoring) are built on these metrics.
 """
-_GATEWAY: Final = "## Of the gateways\n"
+_GATEWAY: Final = "## Gateway metrics\n"
 _RAY: Final = """\
-## Of Ray
+## Ray metrics
 
-Ray's own agent exports these for each node, and the dashboards use them. They are not part of the gateways'
-`/metrics`.
+Ray's own agent exports these metrics for each node, and the dashboards use them. The gateways' `/metrics`
+does not include them.
 """
 
 

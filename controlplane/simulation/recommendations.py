@@ -59,7 +59,7 @@ class _CountedPoint(NamedTuple):
     ended: int
     within_slo: int
     lost: int
-    answers: int
+    responses: int
     worked_s: Mapping[str, float]
     """Busy time of each engine, by endpoint id."""
 
@@ -91,7 +91,7 @@ class _TierWindow:
             now.ended - base.ended,
             now.within_slo - base.within_slo,
             now.lost - base.lost,
-            now.answers - base.answers,
+            now.responses - base.responses,
             tier.queued,
             len(tier.fleet.endpoints()),
             self._gpu_ratio(base, now) if tier.scenario.replica.gpus else self._slot_ratio(),
@@ -99,7 +99,7 @@ class _TierWindow:
             self._scaler.mean_request,
         )
         # The condition of an idle tier doesn't change.
-        if figures != self._figures or now.answers > base.answers:
+        if figures != self._figures or now.responses > base.responses:
             self._figures = figures
             self._condition = self._computed(*figures)
         return self._condition
@@ -111,7 +111,7 @@ class _TierWindow:
         ended: int,
         within_slo: int,
         lost: int,
-        answers: int,
+        responses: int,
         queued: int,
         replicas: int,
         load_ratio: float | None,
@@ -131,7 +131,7 @@ class _TierWindow:
             load_name=GPU_LOAD if gpus else SLOT_LOAD,
             memory_ratio=_NO_MEMORY,
             kv_ratio=_NOT_READY if kv_ratio is None else known_now(kv_ratio),
-            latency_ms=_p95_ms(total_s[len(total_s) - answers :]),
+            latency_ms=_p95_ms(total_s[len(total_s) - responses :]),
             latency_limit_ms=scenario.latency_limit_ms,
             queue=known_now(queued),
             error_ratio=known_now(lost / ended) if ended else _NO_END,
@@ -152,9 +152,9 @@ class _TierWindow:
                 for name, replica in tier.fleet.replicas.items()
                 if replica.engine is not None
             }
-        answers = len(record.total_s)
+        responses = len(record.total_s)
         return _CountedPoint(
-            now_s, record.arrived, tier.ended_total, record.within_slo, record.lost, answers, worked_s
+            now_s, record.arrived, tier.ended_total, record.within_slo, record.lost, responses, worked_s
         )
 
     def _gpu_ratio(self, base: _CountedPoint, now: _CountedPoint) -> float | None:
@@ -232,11 +232,11 @@ class SimulatedRecommendations:
         return TrackRecord(self._count, self._judged, self._right, mean)
 
 
-def _p95_ms(answers_s: array[float]) -> Signal:
-    count = len(answers_s)
+def _p95_ms(responses_s: array[float]) -> Signal:
+    count = len(responses_s)
     if not count:
         return _NO_END
     rank = math.ceil(0.95 * count) - 1
-    values = np.array(answers_s, np.float32)
+    values = np.array(responses_s, np.float32)
     values.partition(rank)
     return known_now(float(values[rank]) * 1000)

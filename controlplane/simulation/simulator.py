@@ -259,7 +259,7 @@ class Simulator:
         ttft_s = first_s - request.arrived_s
         itl_s = (now_s - first_s) / (output_tokens - 1) if output_tokens > 1 else 0.0
         total_s = now_s - request.arrived_s
-        tier.count_answer(
+        tier.count_response(
             ttft_s=ttft_s,
             itl_s=itl_s,
             total_s=total_s,

@@ -48,7 +48,7 @@ class SimulatedTier:
         self.record.prompt_tokens += input_tokens
         self._change_unfinished(+1, now_s)
 
-    def count_answer(
+    def count_response(
         self, *, ttft_s: float, itl_s: float, total_s: float, output_tokens: int, computed_tokens: int
     ) -> None:
         """Count a complete response; call :meth:`count_end` afterwards."""

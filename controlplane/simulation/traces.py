@@ -115,9 +115,9 @@ def _azure(path: Path, rng: random.Random, keep_ratio: float, _: tuple[float, fl
 
     def arrivals() -> Iterator[Arrival]:
         start_s: float | None = None
-        for stamp_s, prompt, answer in _rows(path, convert):
+        for stamp_s, prompt, output in _rows(path, convert):
             start_s = stamp_s if start_s is None else start_s
-            yield Arrival(stamp_s - start_s, prompt, answer)
+            yield Arrival(stamp_s - start_s, prompt, output)
 
     yield from _thin(arrivals(), rng, keep_ratio)
 
@@ -212,8 +212,8 @@ def _window_arrivals(
     at_s = rng.gammavariate(shape, scale) * rng.random()
     while at_s < length_s:
         prompt = int(min(max(rng.lognormvariate(mu_in, _LENGTH_SIGMA), 1.0), _LONGEST))
-        answer = int(min(max(rng.expovariate(1.0 / mean_out), 1.0), _LONGEST))
-        yield Arrival(window.start_s + at_s, prompt, answer)
+        output = int(min(max(rng.expovariate(1.0 / mean_out), 1.0), _LONGEST))
+        yield Arrival(window.start_s + at_s, prompt, output)
         at_s += rng.gammavariate(shape, scale)
 
 
@@ -253,9 +253,9 @@ def _recorded_arrivals(window: RecordedWindow, rng: random.Random) -> Iterator[A
     count = range(window.requests)
     times = sorted(window.start_s + window.seconds * rng.random() for _ in count)
     prompts = _with_mean([rng.lognormvariate(0.0, _LENGTH_SIGMA) for _ in count], window.input_tokens)
-    answers = _with_mean([rng.expovariate(1.0) for _ in count], window.output_tokens)
-    for at_s, prompt, answer in zip(times, prompts, answers, strict=True):
-        yield Arrival(at_s, prompt, answer, tier=window.tier)
+    outputs = _with_mean([rng.expovariate(1.0) for _ in count], window.output_tokens)
+    for at_s, prompt, output in zip(times, prompts, outputs, strict=True):
+        yield Arrival(at_s, prompt, output, tier=window.tier)
 
 
 def _with_mean(drawn: list[float], mean: float | None) -> Iterator[int]:

@@ -27,6 +27,7 @@ LATENCY_MS: Final = 3000.0
 """The latency limit if neither a threshold nor the tier's SLO sets one."""
 _LATENCY_QUANTILE: Final = 0.95
 """The quantile of :attr:`TierCondition.latency_ms`."""
+_MAX_CONFIDENCE: Final = 0.95
 _FAILING_CONFIDENCE: Final = 0.3
 """More replicas seldom fix errors."""
 _BUSY_CONFIDENCE: Final = 0.2
@@ -339,12 +340,6 @@ def _effect(tier: TierCondition, replicas: int, gpus: float) -> Effect:
     return Effect(max((latency - waits_ms) * then_s / now_s, then_s * 1000), carried, gpus)
 
 
-def _confidence(tier: TierCondition, breaches: int) -> float:
-    """Grows with the number of breaches and with how much of the engine's speed has been measured."""
-    measured = tier.capacity.confidence if tier.capacity is not None else 0.0
-    return min(0.95, 0.4 + 0.1 * breaches + 0.35 * measured)
-
-
 def _scale_out(tier: TierCondition, breaches: _Breaches) -> Recommendation:
     only_busy = _only_busy(tier, breaches)
     calm = (only_busy,) if only_busy else ()
@@ -360,10 +355,10 @@ def _scale_out(tier: TierCondition, breaches: _Breaches) -> Recommendation:
     if not more:
         suggestion = f"raise the most replicas it may have, {tier.max_replicas}: all of them are saturated"
     effect = _effect(tier, replicas, more * tier.gpus_per_replica)
-    found = _recommendation(
-        tier, RecommendationKind.SCALE_OUT, reasons, suggestion, effect, replicas, breaches.named
+    return _recommendation(
+        *(tier, RecommendationKind.SCALE_OUT, reasons, suggestion, effect, replicas, breaches.named),
+        max_confidence=_BUSY_CONFIDENCE if only_busy else _MAX_CONFIDENCE,
     )
-    return replace(found, confidence=min(found.confidence, _BUSY_CONFIDENCE)) if only_busy else found
 
 
 def _scale_up(tier: TierCondition, breaches: _Breaches) -> Recommendation:
@@ -395,10 +390,10 @@ def _replace_failing(tier: TierCondition, breaches: _Breaches) -> Recommendation
     suggestion = "look at the replicas' diagnoses first; one more replica takes over from those that fail"
     replicas = min(tier.replicas + 1, max(tier.max_replicas, tier.replicas))
     effect = Effect(None, None, (replicas - tier.replicas) * tier.gpus_per_replica)
-    found = _recommendation(
-        tier, RecommendationKind.SCALE_OUT, reasons, suggestion, effect, replicas, breaches.named
+    return _recommendation(
+        *(tier, RecommendationKind.SCALE_OUT, reasons, suggestion, effect, replicas, breaches.named),
+        max_confidence=_FAILING_CONFIDENCE,
     )
-    return replace(found, confidence=min(found.confidence, _FAILING_CONFIDENCE))
 
 
 def _scale_down(tier: TierCondition, limits: Thresholds) -> Recommendation:
@@ -433,15 +428,18 @@ def _recommendation(
     effect: Effect,
     replicas: int,
     named: Sequence[Breach] = (),
+    max_confidence: float = _MAX_CONFIDENCE,
 ) -> Recommendation:
-    confidence = _confidence(tier, len(reasons))
+    """The recommendation. Its confidence grows with the number of reasons, and with how much of the engine's
+    speed has been measured."""
+    measured = tier.capacity.confidence if tier.capacity is not None else 0.0
     return Recommendation(
         instance=tier.tier,
         kind=kind,
         reasons=reasons,
         suggestion=suggestion,
         effect=effect,
-        confidence=confidence,
+        confidence=min(max_confidence, 0.4 + 0.1 * len(reasons) + 0.35 * measured),
         replicas=replicas,
         latency_ms=tier.latency_ms.fresh,
         gpus_per_replica=tier.gpus_per_replica,
