@@ -35,7 +35,7 @@ class EngineGpus:
     """The GPUs that a replica's engine may use."""
 
     ids: tuple[str, ...] = ()
-    """Values for ``CUDA_VISIBLE_DEVICES``; empty: the environment stays as it is."""
+    """Values for ``CUDA_VISIBLE_DEVICES``; if empty, the environment is left unchanged."""
     lease: GpuLease | None = None
 
 

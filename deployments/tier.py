@@ -1,6 +1,6 @@
 """A tier as a Serve deployment: each replica supervises one engine process and reports it to the controller.
 
-Serve places replicas, counts them and replaces lost ones. No request goes through a replica: the gateway
+Serve starts replicas on nodes, counts them and replaces lost ones. No request goes through a replica: the gateway
 connects to the engine's own port.
 """
 
@@ -107,7 +107,7 @@ class TierReplica:
         try:
             await self._start(_engine_host(config), unique_id)
         except EngineError as error:
-            if self._ending is not None:  # It was stopped before it served.
+            if self._ending is not None:  # Serve stopped this replica before its engine was ready.
                 await self._end()
                 raise
             # This process is about to exit; the controller shows the failed endpoint with its diagnosis.

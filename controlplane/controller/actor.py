@@ -28,7 +28,7 @@ from controlplane.config.alerts import AlertsConfig
 from controlplane.config.scaling import ControllerScalingConfig
 from controlplane.controller.alert_delivery import AlertDelivery
 from controlplane.controller.alerting import Alerting
-from controlplane.controller.api import ControllerApi
+from controlplane.controller.api import ControllerApi, R
 from controlplane.controller.controller import GC_THRESHOLDS, Controller, ControllerRules
 from controlplane.controller.handle import CONTROLLER_NAME, ControllerHandle
 from controlplane.controller.loops import SCALING, ControlLoops
@@ -89,11 +89,12 @@ class ControllerActor:
             now_s=time.monotonic,
             unix_s=time.time,
             rules=controller_rules(config),
-            # Before a first controller there was none to report to: no process waits between two attempts.
+            # If no controller ran before, every process is still trying to reach one, and none is in the
+            # pause between two reports.
             settle_s=config.heartbeat_s * (WARMING_REPORTS if _restarted() else 1),
         )
         self._scaler = PlaneScaler(self._controller, config.scaling)
-        # Webhooks' secrets: Ray may have restarted this process on another node, with another environment.
+        # The webhooks' secrets are in the environment of the node on which Ray has (re)started this process.
         delivery = AlertDelivery(config.alerts.webhooks, os.environ, config.namespace)
         self._delivery = delivery
         self._alerting = Alerting(
@@ -198,23 +199,17 @@ class ControllerActor:
         self, holder: str, generation: int, node_id: str, shape: GangShape, tier: str = ""
     ) -> LeaseResponse:
         """See :meth:`Controller.lease_gpus`."""
-        response = self._controller.lease_gpus(holder, generation, node_id, shape, tier)
-        self._commit()
-        return response
+        return self._committed(self._controller.lease_gpus(holder, generation, node_id, shape, tier))
 
     async def restore_lease(
         self, holder: str, generation: int, node_id: str, parts: tuple[GpuPart, ...]
     ) -> LeaseResponse:
         """See :meth:`Controller.restore_lease`."""
-        response = self._controller.restore_lease(holder, generation, node_id, parts)
-        self._commit()
-        return response
+        return self._committed(self._controller.restore_lease(holder, generation, node_id, parts))
 
     async def release_lease(self, holder: str, generation: int | None = None) -> LeaseResponse:
         """See :meth:`Controller.release_lease`."""
-        response = self._controller.release_lease(holder, generation)
-        self._commit()
-        return response
+        return self._committed(self._controller.release_lease(holder, generation))
 
     async def may_start(self, tier: str) -> StartPermission:
         """See :meth:`Controller.may_start`."""
@@ -234,7 +229,7 @@ class ControllerActor:
         self, tier: str, replicas: int | None, for_s: float | None = None, reason: str = ""
     ) -> ActionResponse:
         """See :meth:`PlaneScaler.scale`."""
-        response = self._done(self._scaler.scale(tier, replicas, for_s, reason))
+        response = self._committed(self._scaler.scale(tier, replicas, for_s, reason))
         self._loops.run_soon(SCALING)
         return response
 
@@ -242,33 +237,33 @@ class ControllerActor:
 
     async def cordon(self, subject: str, reason: str = "") -> ActionResponse:
         """See :meth:`OperatorActions.cordon`."""
-        return self._done(self._controller.cordon(subject, reason))
+        return self._committed(self._controller.cordon(subject, reason))
 
     async def uncordon(self, subject: str, reason: str = "") -> ActionResponse:
         """See :meth:`OperatorActions.uncordon`."""
-        return self._done(self._controller.uncordon(subject, reason))
+        return self._committed(self._controller.uncordon(subject, reason))
 
     async def drain(self, subject: str, reason: str = "") -> ActionResponse:
         """See :meth:`OperatorActions.drain`."""
-        return self._done(self._controller.drain(subject, reason))
+        return self._committed(self._controller.drain(subject, reason))
 
     async def restart(self, subject: str, reason: str = "") -> ActionResponse:
         """See :meth:`OperatorActions.restart`."""
-        return self._done(self._controller.restart(subject, reason))
+        return self._committed(self._controller.restart(subject, reason))
 
     async def acknowledge_alert(self, rule: str, subject: str, by: str) -> ActionResponse:
         """See :meth:`Alerting.acknowledge`."""
-        return self._done(self._alerting.acknowledge(rule, subject, by))
+        return self._committed(self._alerting.acknowledge(rule, subject, by))
 
     async def silence_alerts(
         self, rule: str, subject: str, for_s: float, reason: str, by: str
     ) -> ActionResponse:
         """See :meth:`Alerting.silence`."""
-        return self._done(self._alerting.silence(rule, subject, for_s, reason=reason, by=by))
+        return self._committed(self._alerting.silence(rule, subject, for_s, reason=reason, by=by))
 
     async def unsilence_alerts(self, number: int, by: str) -> ActionResponse:
         """See :meth:`Alerting.unsilence`."""
-        return self._done(self._alerting.unsilence(number, by))
+        return self._committed(self._alerting.unsilence(number, by))
 
     # --- queries --------------------------------------------------------------------------------------------
 
@@ -309,13 +304,11 @@ class ControllerActor:
 
     # --- after a change -------------------------------------------------------------------------------------
 
-    def _done(self, response: ActionResponse) -> ActionResponse:
-        self._commit()
-        return response
-
-    def _commit(self) -> None:
+    def _committed(self, response: R) -> R:
+        """``response``, after the change that led to it was recorded and saved."""
         self._changed()
         self._saved.save_if_changed()
+        return response
 
     def _changed(self) -> None:
         """Record new events, and answer the long polls if there is a new snapshot."""
@@ -364,7 +357,7 @@ def get_or_create_controller(config: ControllerConfig) -> ControllerHandle:
         lifetime="detached",
         num_cpus=0,
         max_restarts=-1,
-        # A call that was lost with the process is made again by its caller, which knows that it was lost.
+        # If the process dies during a call, the caller gets an error and repeats the call itself.
         max_task_retries=0,
         # Each gateway holds one call open.
         max_concurrency=10_000,
@@ -375,6 +368,6 @@ def get_or_create_controller(config: ControllerConfig) -> ControllerHandle:
 def _restarted() -> bool:
     """Whether Ray has restarted this actor after its process died."""
     with warnings.catch_warnings():
-        # It is announced as deprecated, with nothing in its place.
+        # Ray has deprecated it without a replacement.
         warnings.simplefilter("ignore")
         return bool(ray.get_runtime_context().was_current_actor_reconstructed)

@@ -2,9 +2,9 @@
 ``controlplane/core/alerts/alerts.md``).
 
 Nothing here delays the control loop: :meth:`AlertDelivery.deliver` only puts notices into bounded queues, and
-each webhook has a task that posts what waits, in order. A message that is not accepted (no response, 429,
-5xx) is tried again, later each time; the log has what can't be delivered. Messages that wait survive the
-controller, so that each arrives at least once or is logged as given up.
+each webhook has a task that posts the queued alerts in order. A message that is not accepted (no response,
+429, 5xx) is tried again after ever longer pauses; alerts that can't be delivered are logged. Queued alerts
+survive a restart of the controller, so that each arrives at least once or is logged as given up.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from controlplane.core.json_values import StoredState
 log = structlog.stdlib.get_logger(__name__)
 
 VERSION: Final = 1
-"""Of the message format."""
+"""Version of the message format."""
 QUEUE_LIMIT: Final = 1000
-"""Alerts that may wait for one webhook; beyond that the oldest is dropped."""
+"""The most alerts that may wait for one webhook; beyond that the oldest is dropped."""
 BATCH: Final = 100
-"""Most alerts in one message."""
+"""The most alerts in one message."""
 MAX_PAUSE_S: Final = 60.0
 SIGNATURE: Final = "X-Tierplane-Signature"
 _KEY: Final = "webhook/"
-"""Beginning of the keys in a checkpoint."""
+"""Prefix of the keys in a checkpoint."""
 
 Item = dict[str, Any]
-"""An alert as it stands in a message."""
+"""An alert in a message."""
 
 
 def signature(secret: str, body: bytes, unix_s: int) -> str:
@@ -80,7 +80,7 @@ def item_of(notice: AlertNotice) -> Item:
 
 
 class AlertDelivery:
-    """For one event loop. ``environ`` has the secrets that the configuration names."""
+    """Owned by one event loop. ``environ`` contains the secrets that the configuration names."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class AlertDelivery:
         self._tasks = [asyncio.create_task(webhook.run()) for webhook in self._webhooks if webhook.usable]
 
     def configure(self, webhooks: Iterable[WebhookConfig]) -> None:
-        """Use other webhooks from now on. What waits for a URL that is still configured goes on waiting."""
+        """Use other webhooks from now on. Alerts for a URL that is still configured stay queued."""
         waiting = self.checkpoint()
         for task in self._tasks:
             task.cancel()
@@ -111,15 +111,15 @@ class AlertDelivery:
             self.start()
 
     async def close(self) -> None:
-        """Stop posting; what still waits is in :meth:`checkpoint`."""
+        """Stop posting; the alerts that are still queued are in :meth:`checkpoint`."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks = []
 
     def deliver(self, notices: Sequence[AlertNotice]) -> None:
-        """Write notices to the log, and queue them for each webhook whose least severity they reach. Returns
-        at once."""
+        """Write notices to the log, and queue them for each webhook whose minimum severity they reach.
+        Returns at once."""
         for notice in notices:
             _log(notice)
             item = item_of(notice)
@@ -133,11 +133,11 @@ class AlertDelivery:
         return tuple(webhook.view for webhook in self._webhooks)
 
     def checkpoint(self) -> dict[str, Any]:
-        """The alerts that wait, by webhook. Keys are hashes: a URL may be secret."""
+        """The queued alerts by webhook. Keys are hashes, because a URL may be secret."""
         return {_KEY + webhook.key: items for webhook in self._webhooks if (items := webhook.waiting())}
 
     def restore(self, stored: StoredState) -> None:
-        """Queue what a checkpoint holds, before everything else."""
+        """Put the alerts of a checkpoint at the front of the queues."""
         waiting = stored.entries(_KEY, list[Item])
         for webhook in self._webhooks:
             webhook.restore(waiting.get(webhook.key, ()))
@@ -151,7 +151,7 @@ class _DeliveryResult:
     retry: bool = False
     reason: str = ""
     after_s: float = 0.0
-    """The least pause that the receiver asked for."""
+    """The shortest pause before the next attempt that the receiver allows."""
 
 
 class _Webhook:
@@ -226,7 +226,7 @@ class _Webhook:
                 )
 
     async def run(self) -> None:
-        """Post what waits, until cancelled."""
+        """Post queued alerts until cancelled."""
         timeout = aiohttp.ClientTimeout(total=self._config.timeout_s)
         async with aiohttp.ClientSession(timeout=timeout, trust_env=False) as session:
             while True:
@@ -280,7 +280,7 @@ class _Webhook:
         except TimeoutError:
             return _DeliveryResult(False, True, f"no answer in {self._config.timeout_s:g} s")
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            # The error's text may hold the whole URL.
+            # The error's text may contain the whole URL, which may be secret.
             return _DeliveryResult(False, True, f"it can't be reached ({type(error).__name__})")
 
 

@@ -1,4 +1,4 @@
-"""The controller's alerts: signals from what it knows, the rules, notifications, and operators' silences.
+"""The controller's alerts: signals from its state, the rules, notifications, and operators' silences.
 
 Plain Python with the controller's clocks; :mod:`controlplane.controller.alert_delivery` sends notifications.
 """
@@ -103,7 +103,7 @@ class Alerting:
         return AlertsResponse(tuple(views), silences(table, now_s, shift_s), self._delivery.views)
 
     def _publish(self) -> None:
-        """Let snapshots carry what fires now."""
+        """Publish the firing alerts in snapshots."""
         controller = self._controller
         controller.publish_alerts(firing(self._table, controller.now_s(), controller.shift_s))
 
@@ -184,7 +184,7 @@ class Alerting:
         return checkpoint.to_values(self._table, self._controller.shift_s) | self._delivery.checkpoint()
 
     def restore(self, stored: StoredState) -> None:
-        """Take over a checkpoint."""
+        """Restore a checkpoint."""
         checkpoint.restore(stored, self._table, self._controller.shift_s)
         self._delivery.restore(stored)
         self._publish()

@@ -1,7 +1,7 @@
 """The replicas' and gateways' side of the controller (:mod:`controlplane.controller.actor`).
 
 No request waits for a call to the controller: replicas and gateways run the loops below as background tasks.
-While the controller is away, these wait, try again, and leave the state as the controller sent it last.
+While the controller is away, they retry, and their process goes on with the last state it received.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ log = structlog.stdlib.get_logger(__name__)
 
 
 class ControllerLink:
-    """Calls to the controller from one event loop. Finds or creates the controller, again after it was
-    lost."""
+    """Calls to the controller from one event loop. Finds or creates the controller at the first call, and
+    again after it was lost."""
 
     def __init__(self, config: ControllerConfig) -> None:
         self._config = config
@@ -60,7 +60,7 @@ class ControllerLink:
         """:meth:`call` with another timeout."""
         try:
             if self._handle is None:
-                # Looking an actor up asks Ray's head and blocks while that is away.
+                # Looking up an actor queries Ray's head, and blocks while the head is down.
                 self._handle = await asyncio.to_thread(get_or_create_controller, self._config)
             return await asyncio.wait_for(self._handle.call(method, *args, **kwargs), timeout_s)
         except ActorDiedError as error:
@@ -72,8 +72,8 @@ class ControllerLink:
             raise ControllerUnavailable(f"the controller can't be reached: {_brief(error)}") from error
 
     async def notify(self, method: Method[P, R], /, *args: P.args, **kwargs: P.kwargs) -> bool:
-        """Call a method if the controller is there, within :data:`LEAVING_TIMEOUT_S`; False if it is not. For
-        a process that is about to end."""
+        """Call a method within :data:`LEAVING_TIMEOUT_S`; False if the controller can't be reached. For a
+        process that is about to end."""
         try:
             await self.call_within(LEAVING_TIMEOUT_S, method, *args, **kwargs)
         except ControllerUnavailable as error:
@@ -107,8 +107,8 @@ class EndpointReporter:
         self._loop = asyncio.get_running_loop()
 
     def hold(self, lease: GpuLease) -> None:
-        """The endpoint holds this lease from now on. A restarted controller that does not know it gets it
-        reported."""
+        """The endpoint holds this lease from now on. It is reported to any controller that does not know it,
+        such as a restarted one."""
         self._lease = lease
 
     def update(self, endpoint: Endpoint) -> None:
@@ -147,7 +147,7 @@ class EndpointReporter:
 
 
 class RemoteController:
-    """What a gateway's pages ask the controller, over a link. Each raises ControllerUnavailable."""
+    """The controller's data for a gateway's pages. Each method raises ControllerUnavailable."""
 
     def __init__(self, link: ControllerLink) -> None:
         self._link = link
@@ -188,7 +188,7 @@ async def report_gateway(
         report_now.clear()
         known = await link.call(ControllerApi.gateway_report, info())
         declared = declared and known
-        if not declared:  # Also if only the declaration was lost after an earlier report.
+        if not declared:  # Also when an earlier report arrived but the declaration after it did not.
             await link.call(ControllerApi.declare, tiers, config.heartbeat_s, config.scaling, config.alerts)
             declared = True
 
@@ -201,7 +201,7 @@ async def report_gateway(
 async def pull_snapshots(link: ControllerLink, apply: Callable[[ClusterSnapshot], None]) -> NoReturn:
     """Pass each new snapshot to ``apply`` until cancelled.
 
-    The first snapshots of a restarted controller are incomplete; merging them is up to ``apply``
+    The first snapshots of a restarted controller are incomplete; ``apply`` has to merge them
     (:func:`controlplane.core.cluster.snapshot.merge`).
     """
     epoch, version = "", 0

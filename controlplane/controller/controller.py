@@ -57,11 +57,11 @@ GC_THRESHOLDS: Final = (50_000, 20, 1000)
 collection over the objects of a large fleet takes longer than a tick."""
 TARGET_TTL_S: Final = 30.0
 TARGET_TTL_REPORTS: Final = 10
-"""A target stays valid this long, or for this many report intervals, after it was fetched: a controller that
-was killed needs the time to come back and receive every report."""
+"""A fetched target stays valid this long, or for this many report intervals if that is longer: the time in
+which a killed controller restarts and receives every report."""
 MAX_LOST_NODES: Final = 100
 START_AGAIN_S: Final = 5.0
-"""When a replica of a held tier asks again whether it may start."""
+"""How long a replica of a held tier waits before it asks again whether it may start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ class Controller:
         self._settled_s = now_s() + (WARMING_REPORTS * heartbeat_s if settle_s is None else settle_s)
         self._ticked_s = now_s()
         self._shapes: dict[str, GangShape] = {}
-        """Lease holder → the shape that it asked for."""
+        """Lease holder → the shape that it requested."""
         self._alive_nodes: set[str] = set()
         self._lost_nodes: dict[str, LostNode] = {}
         self._failed: dict[str, int] = {}
@@ -130,7 +130,7 @@ class Controller:
         self.leases: Final = self._leases.leases
         """By holder, which is an endpoint id."""
         self.tier_holds: Final = MappingProxyType(self._in_progress.holds)
-        """Tiers of which nothing is started now."""
+        """By name: the tiers in which no replica may start now."""
         self.lost_nodes: Final = MappingProxyType(self._lost_nodes)
         """The last nodes that were lost with replicas on them."""
         self.engine_telemetry: Final = self._engines.telemetry
@@ -153,8 +153,8 @@ class Controller:
     @property
     def may_decide(self) -> bool:
         """Whether every process has had the time to report, and the configuration is known. Nothing is
-        decided before: without the configuration every tier would seem to want no replica, and a migrating
-        replica would end before the one that replaces it serves."""
+        decided before that: without the configuration every tier would appear to need no replica, and a
+        migrating replica would end before its replacement serves."""
         return self.settled and not self._registry.warming and self._registry.declared
 
     # --- the registry -------------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ class Controller:
         self.stopped = not self.gateways
 
     def observe_node(self, node_id: str, sample: NodeSample | None, events: Sequence[GpuEvent]) -> None:
-        """Take in what a node's agent sent."""
+        """Process an update from a node's agent."""
         for event in events:
             if event.kind in (GpuEventKind.XID, GpuEventKind.UNCORRECTED_ECC, GpuEventKind.LOST) or (
                 not event.gpu_uuid
@@ -222,8 +222,8 @@ class Controller:
             self.note(f"GPU {decision.after}", decision.uuid, f"{decision.rule}: {decision.reason}")
 
     def observe_nodes(self, alive: Collection[str]) -> None:
-        """Take in which nodes Ray has. Nodes that it had before and no longer has are lost; a node that was
-        never in ``alive`` may just have joined."""
+        """Process Ray's list of nodes. A node that was in it before and no longer is counts as lost; a node
+        that was never in it may just have joined."""
         lost = self._alive_nodes - set(alive)
         self._alive_nodes = set(alive)
         for node_id in sorted(lost):
@@ -238,13 +238,13 @@ class Controller:
                     self.release_lease(holder)
 
     def observe_engine(self, sample: EngineSample) -> None:
-        """Take in an engine's metrics."""
+        """Process an engine's metrics."""
         self._engines.observe(sample, self.now_s())
 
     def _reported(self, endpoint: Endpoint) -> bool:
-        """An endpoint has reported; False if it has no lease."""
+        """Record that an endpoint has reported; returns whether it has a lease."""
         name, generation = endpoint.endpoint_id, endpoint.generation
-        # Generation 0: no engine was started, because there was no GPU for it. That is no crash.
+        # Generation 0 means that no engine was started because it got no GPU, which is not a crash.
         if endpoint.state is EndpointState.FAILED and generation and self._failed.get(name) != generation:
             self._failed[name] = generation
             self._in_progress.record_failure(endpoint, self.now_s())
@@ -278,7 +278,7 @@ class Controller:
     def restore_lease(
         self, holder: str, generation: int, node_id: str, parts: Iterable[GpuPart]
     ) -> LeaseResponse:
-        """Take in the lease that a running replica holds. If it conflicts with another lease, it is refused,
+        """Record the lease that a running replica holds. If it conflicts with another lease, it is refused,
         and the replica has to leave."""
         response = self._allocator.restore(holder, generation, node_id, parts, self.now_s())
         if response.outcome is LeaseOutcome.REFUSED:
@@ -314,7 +314,7 @@ class Controller:
         return {spec.name: self._targets.base(spec, self.endpoints, self._in_progress) for spec in self.tiers}
 
     def due_replicas(self) -> dict[str, int]:
-        """Tier → replicas that should be there: :meth:`base_targets`, and 0 for a drained tier."""
+        """Tier → replicas that should run: as in :meth:`base_targets`, but 0 for a drained tier."""
         drained = {tier for tier, hold in self.tier_holds.items() if hold.must_leave}
         return {tier: 0 if tier in drained else count for tier, count in self.base_targets().items()}
 
@@ -343,7 +343,7 @@ class Controller:
     # --- queries ------------------------------------------------------------------------------------------
 
     def forget_lost_node(self, node_id: str) -> None:
-        """Everything that ran on a lost node was replaced."""
+        """Drop a lost node from :attr:`lost_nodes`: everything that ran on it was replaced."""
         self._lost_nodes.pop(node_id, None)
 
     def activity(self) -> Activity:
@@ -384,7 +384,7 @@ class Controller:
         return gpu_signals(self._inventory, now_s), nodes
 
     def sampled_cluster(self) -> SampledCluster:
-        """What report samples are taken from."""
+        """The state that samples for reports are taken from."""
         return SampledCluster(
             endpoints=self.endpoints,
             desired=self.base_targets(),
@@ -414,8 +414,8 @@ class Controller:
         return signal_of(value, reported_s, self.now_s(), limits, why)
 
     def requested(self, info: GatewayInfo) -> set[str]:
-        """Names in a gateway's report that requests wait or run for, or that more requests came for than in
-        its report before. To be called before the report is taken in."""
+        """Names in a gateway's report that have requests waiting or running, or received requests since the
+        gateway's previous report. Call this before :meth:`gateway_report`."""
         return {
             item.subject
             for item in info.traffic
@@ -453,9 +453,9 @@ class Controller:
         return tuple(done)
 
     def _expire(self, now_s: float) -> None:
-        """Drop endpoints, gateways, traffic counters and leases of those that no longer report."""
+        """Drop endpoints and gateways that no longer report, and their leases and traffic counters."""
         if now_s - self._ticked_s > 2 * self._heartbeat_s:
-            # The controller was not running, so that no report could arrive: no lease ends for that.
+            # The controller was not running, so no report could arrive: that must not end a lease.
             for holder in self.leases:
                 self._allocator.renew(holder, now_s)
         self._ticked_s = now_s
@@ -466,7 +466,7 @@ class Controller:
             self.note("lease ended", lease.holder, "its holder no longer reports")
 
     def _update_assumed_gpus(self, now_s: float) -> None:
-        """Let the scaling of each tier begin with the speed of the GPUs that are there."""
+        """Start the scaling of each tier from the speed of the GPUs that the cluster has."""
         changed = self._assumed_gpus.update(self.tiers, self.endpoints.values(), self._inventory, now_s)
         for tier, gpu in changed.items():
             if gpu:
@@ -498,8 +498,8 @@ class Controller:
         )
 
     def _drained_tiers(self) -> dict[str, str]:
-        """Tier → why all its replicas leave. Serve has to act on the target first: a replica that ended
-        earlier would be replaced, also by a Serve that was killed and comes back."""
+        """Tier → why all its replicas leave. Serve has to act on the new target first: it would replace a
+        replica that ends before that, even if Serve itself was killed and restarted."""
         return {
             tier: hold.reason
             for tier, hold in self.tier_holds.items()
@@ -520,12 +520,12 @@ class Controller:
         return self._checkpoint.values(self._inventory, self._leases, self._in_progress)
 
     def restore_gpus(self, stored: StoredState) -> None:
-        """Take over the health of GPUs from a checkpoint; valid on any cluster that these GPUs are in."""
+        """Restore the health of GPUs from a checkpoint; it is valid on any cluster that has these GPUs."""
         checkpoint.restore_gpus(stored, self._inventory, self.shift_s)
 
     def restore(self, stored: StoredState) -> None:
-        """Take over a checkpoint of the plane that still runs: leases, cordons and what is in progress. No
-        holder has to be waited for after that."""
+        """Restore leases, cordons and what is in progress from a checkpoint of the plane that still runs.
+        After that, leases are granted without waiting for every holder to report first."""
         checkpoint.restore_plane(
             stored, self._inventory, self._leases, self._in_progress, now_s=self.now_s(), shift_s=self.shift_s
         )

@@ -24,8 +24,8 @@ from controlplane.controller.scaling import PlaneScaler
 from controlplane.engines.metrics_scraper import EngineScraper, scrape_targets
 
 IDLE_EXIT_S: Final = 300.0
-"""A controller that has known no gateway and no living endpoint for this long ends: when a plane is gone,
-nothing of it stays behind."""
+"""A controller ends after it has had neither a gateway nor a living endpoint for this long, so that nothing
+of a deleted plane stays behind."""
 SAVE_INTERVAL_S: Final = 30.0
 """State that changes without an event, such as the progress of a GPU's recovery, is saved this often."""
 CORDONS_INTERVAL_S: Final = 30.0
@@ -116,7 +116,7 @@ class ControlLoops:
     # --- one round of each --------------------------------------------------------------------------------
 
     async def watch_nodes(self) -> None:
-        """See which nodes Ray has, and ask their agents for samples."""
+        """List Ray's nodes, and request samples from their agents."""
         alive = await self._nodes.poll()
         if alive is not None:
             self._ray_gpus = alive
@@ -125,7 +125,7 @@ class ControlLoops:
             self._on_change()
 
     async def tick(self) -> None:
-        """Decide, and carry the commands out."""
+        """Decide, and carry out the commands."""
         began_s = time.monotonic()
         self._controller.tick()
         self.tick_s = time.monotonic() - began_s
@@ -149,7 +149,7 @@ class ControlLoops:
         self._commit()
 
     async def apply_cordons(self) -> None:
-        """Take GPUs that are out of use out of Ray's own accounting."""
+        """Remove GPUs that are out of use from Ray's own accounting."""
         wanted = self._controller.gpus_out_of_use()
         now_s = time.monotonic()
         unchanged = wanted == self._cordons
@@ -168,11 +168,11 @@ class ControlLoops:
             self._commit()
 
     async def sample_reports(self) -> None:
-        """Record what reports are made of."""
+        """Record samples for reports."""
         self._reports.tick()
 
     async def save(self) -> None:
-        """Save the state also if there was no event."""
+        """Save the state, whether or not there was an event."""
         self._saved.save()
 
     def _commit(self) -> None:
@@ -186,14 +186,14 @@ class ControlLoops:
 
 @dataclass(frozen=True, slots=True)
 class PeriodicLoop:
-    """One loop. If a round fails, that is logged, and the next one comes at its time."""
+    """One loop. A failed round is logged; the next one begins on schedule."""
 
     name: str
     period_s: Callable[[ControlLoops], float]
     """From the beginning of one round to the next."""
     run: Callable[[ControlLoops], Awaitable[None]]
     changes: str
-    """What a round may change, as docs/architecture.md has it."""
+    """What a round may change, word for word as in docs/architecture.md."""
 
 
 TICK: Final = PeriodicLoop(

@@ -1,6 +1,6 @@
 """What operators can do: take a GPU, a node or a tier out of use, empty it, return it, restart engines.
 
-Every action may be repeated: what is so already is answered as UNCHANGED.
+Every action may be repeated; if it has no effect, the response is UNCHANGED.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ class Recorder:
                 return None
             self._lock_file = file
         except OSError as error:
-            # The store reports what is wrong with the folder, and tries again.
+            # The store reports the fault of the folder itself, and retries.
             log.warning("can't lock the store", path=str(path), error=str(error))
         return path
 
@@ -132,5 +132,5 @@ class Recorder:
                     compacted_s = time.monotonic()
                     self.store.compact(time.time())
             except Exception as error:
-                # Whatever happens, the controller goes on; the log has what was to be written.
+                # No error here may stop the controller; the log shows what was not written.
                 log.critical("could not be stored", write=repr(write)[:500], error=repr(error))

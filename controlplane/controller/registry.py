@@ -2,7 +2,7 @@
 
 All of it is soft state. Replicas and gateways report every ``heartbeat_s``; a new controller process starts
 empty with a new epoch, answers "unknown" to the first report of each endpoint, and so makes them all register
-again. Until they have had the time to, its snapshots are marked ``warming`` (see
+again. Until they have had time to register, its snapshots are marked ``warming`` (see
 :mod:`controlplane.core.cluster.snapshot`).
 
 Plain Python with two clocks; :mod:`controlplane.controller.actor` puts it into a Ray actor.
@@ -33,7 +33,7 @@ FAILED_SHOWN_S = 600.0
 MAX_EVENTS = 500
 """Events in :attr:`Registry.events`."""
 MAX_UNSAVED_EVENTS = 100_000
-"""Events that may wait for :meth:`Registry.take_events`."""
+"""The most events that may wait for :meth:`Registry.take_events`."""
 MAX_GONE = 1000
 """Ids of deregistered endpoints in a warming snapshot."""
 
@@ -102,7 +102,7 @@ class Registry:
             self._changed()
 
     def register(self, endpoint: Endpoint) -> None:
-        """Make an endpoint known; a known one is replaced."""
+        """Add an endpoint, or replace the one with the same id."""
         known = self._endpoints.get(endpoint.endpoint_id)
         self._reported(endpoint.endpoint_id)
         if known == endpoint:
@@ -112,7 +112,7 @@ class Registry:
             self.note("registered", endpoint.endpoint_id, _describe(endpoint), endpoint.tier)
 
     def report(self, endpoint: Endpoint) -> bool:
-        """Take in an endpoint's state; False if it is unknown here and has to register.
+        """Record an endpoint's state; False if the endpoint is unknown and has to register.
 
         A report of an older generation, or of a state that can't follow the known one, is refused: the
         registry stays as it was, and an event says so.
@@ -143,7 +143,7 @@ class Registry:
         self.drop(endpoint_id, "deregistered", reason)
 
     def gateway_report(self, info: GatewayInfo) -> bool:
-        """Take in a gateway's state; False if the gateway was unknown. It is known from then on."""
+        """Record a gateway's state; False if the gateway was unknown before this report."""
         new = info.gateway_id not in self._gateways
         self._reported(info.gateway_id)
         self._gateways[info.gateway_id] = replace(info, seen_unix_s=self._unix_s())
@@ -162,8 +162,8 @@ class Registry:
     def expire(self) -> None:
         """Drop every endpoint and gateway that has missed ``MISSED_REPORTS`` reports, and end the warming.
 
-        To be called about every report interval. If the controller itself was not running for longer than
-        that, no report could arrive: the gap is not counted.
+        Call this about once per report interval. After a much longer gap between two calls the controller
+        itself was not running, so no report could arrive: the gap is not counted.
         """
         now_s = self._now_s()
         gap_s = now_s - self._expired_s

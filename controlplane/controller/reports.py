@@ -1,8 +1,8 @@
-"""Reports on the plane: samples into memory and into the store, added up again on request.
+"""Reports on the plane: samples are recorded in memory and in the store, and added up on request.
 
-Memory has the last samples; the store has all of them, as points that get wider with age, and those of
-earlier controller processes. A report takes from the store what is older than the memory. It is made in a
-thread, and serves all requests until the next sample.
+Memory contains the last samples. The store contains all of them, including those of earlier controller
+processes, as points that get wider with age. A report takes samples from the store only where they are older
+than those in memory. It is made in a thread, and serves all requests until the next sample.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from controlplane.core.reports.ring_buffer import ReportRing, SampleRound, tally
 from controlplane.core.reports.sampler import ReportSampler
 
 PREFIX = "report/"
-"""Beginning of the names of reports' series in the store."""
+"""Prefix of the names of reports' series in the store."""
 MAX_CACHED = 16
 """Windows whose reports are cached until the next sample."""
 JOIN_SLACK_S = 60
@@ -195,8 +195,8 @@ def log_figures(tier: InstanceReport) -> dict[str, float]:
 
 
 def _memory_from_s(oldest_s: int, now_s: int) -> int:
-    """From when on samples are taken from memory: a point of the store that joins several samples must not
-    hold samples from both sides of it."""
+    """The time from which samples are taken from memory: it must not lie inside a point of the store that
+    joins several samples."""
     age_s = now_s - oldest_s + JOIN_SLACK_S
     step_s = next((step_s for step_s, max_age_s in STEPS if age_s < max_age_s), STEPS[-1][0])
     return -(-oldest_s // step_s) * step_s

@@ -1,4 +1,4 @@
-"""The controller's state and events on their way to the store, and the state back from it after a restart."""
+"""Saves the controller's state and events to the store, and restores the state after a restart."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ log = structlog.stdlib.get_logger(__name__)
 
 
 class SavedState:
-    """Nothing is saved before :meth:`observe_nodes` has shown whether the stored state is about the cluster
-    that runs: it would overwrite what may be needed."""
+    """Nothing is saved before :meth:`observe_nodes` has shown whether the stored state belongs to the running
+    cluster: saving would overwrite state that may still be needed."""
 
     def __init__(
         self,
@@ -49,17 +49,17 @@ class SavedState:
 
     @property
     def restored(self) -> bool:
-        """Whether the stored state was taken over as far as it is valid."""
+        """Whether the stored state was restored, as far as it is valid for this cluster."""
         return self._node_ids is not None
 
     def restore_gpus(self) -> None:
-        """Take over the health of GPUs, which is valid on any cluster that contains them."""
+        """Restore the health of GPUs, which is valid on any cluster that contains them."""
         stored = StoredState(self._recorder.state)
         self._controller.restore_gpus(stored)
         _warn_of_damage(stored)
 
     def observe_nodes(self, node_ids: Collection[str]) -> None:
-        """Ray has these nodes now. The first time, take over the stored state if it is about one of them."""
+        """Record Ray's nodes. The first call restores the stored state if its cluster had one of them."""
         first = self._node_ids is None
         self._node_ids = node_ids
         if first and set(node_ids) & set(self._recorder.state.get(_CLUSTER) or ()):
@@ -84,7 +84,7 @@ class SavedState:
             self.save()
 
     def save(self) -> None:
-        """Hand the whole state over to the recorder, which writes what changed."""
+        """Pass the whole state to the recorder, which writes what changed."""
         if self._node_ids is None:
             return
         self._recorder.save(

@@ -1,7 +1,7 @@
 """The controller's store on disk: state that survives a restart, an audit log, and history (SQLite, WAL).
 
 A full disk or a damaged file never stops the control plane: the store reports it (in the log, and in
-:attr:`Store.warning` until it is over), goes on in memory with the state and the last audit entries, and
+:attr:`Store.warning` while the fault lasts), goes on in memory with the state and the last audit entries, and
 writes them once the file can be written again. A damaged file is renamed and stays beside the new one.
 
 * State: JSON values by key, such as leases and GPU health. A copy is in memory, so that reading it is cheap.
@@ -334,7 +334,7 @@ class Store:
         """Write what happened while there was no file.
 
         A file that this object has written before has nothing newer than the memory. Another file may have an
-        earlier controller's state, which ours overrides, and audit entries, which ours come after.
+        earlier controller's state, which ours overrides, and audit entries, after which ours are numbered.
         """
         in_file = dict(database.execute("SELECT key, value FROM state"))
         [(last_seq,)] = database.execute("SELECT coalesce(max(seq), 0) FROM audit")

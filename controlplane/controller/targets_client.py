@@ -21,8 +21,8 @@ from controlplane.core.reconcile.replica_targets import TierTarget, desired_repl
 REFRESH_S: Final = 0.5
 CALL_TIMEOUT_S: Final = 5.0
 FIRST_LIMIT_S: Final = 30.0
-"""How long tiers stay as Serve has them while no target was fetched yet: Serve's own controller may have been
-killed during a migration, or while a tier is drained."""
+"""How long tiers keep their present replicas while no target was fetched yet: Serve's own controller may have
+been killed during a migration, or while a tier was drained."""
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -57,7 +57,7 @@ class Targets:
 
     @property
     def expected(self) -> bool:
-        """Whether nothing was fetched yet, and tiers still wait for it."""
+        """Whether tiers still wait for the first targets."""
         return time.monotonic() < self._expected_until_s
 
     def _run(self) -> None:
@@ -71,7 +71,7 @@ class Targets:
                 self._last = self._fetch()
                 self._expected_until_s = 0.0
                 failing = False
-            except Exception as error:  # Whatever it is, Serve's controller must go on.
+            except Exception as error:  # No error may stop Serve's controller.
                 if not failing:
                     log.info("no targets from the controller", reason=str(error).strip()[:300])
                 failing = True

@@ -50,7 +50,7 @@ def connect(address: str) -> None:
         return
     _check_that_ray_listens(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray warns about the number of CPUs; its messages to a driver don't belong on our users' terminal.
+    # Ray warns about the number of CPUs; our users should not see its messages to drivers.
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -147,7 +147,7 @@ def bind_failures(output: str) -> set[int]:
 
 
 def port_holders(ports: Iterable[int]) -> dict[int, list[int | None]]:
-    """The processes that have each of ``ports``, listening ones first; None stands for another user's."""
+    """The processes that have each of ``ports``, listening ones first; None means another user's."""
     wanted = set(ports)
     try:
         connections = psutil.net_connections("tcp")
@@ -158,7 +158,7 @@ def port_holders(ports: Iterable[int]) -> dict[int, list[int | None]]:
         for each in connections:
             if not each.laddr or each.laddr[1] not in wanted:
                 continue
-            # A socket that has no process and does not listen is the rest of a closed connection.
+            # A socket that has no process and does not listen is left over from a closed connection.
             if (each.status == psutil.CONN_LISTEN) is listening and (listening or each.pid is not None):
                 found.setdefault(each.laddr[1], []).append(each.pid)
     return found

@@ -1,5 +1,5 @@
-"""The Ray that ``tierplane up`` starts on this machine: started with the environment that the plane needs,
-found and stopped again without affecting any other Ray.
+"""The Ray that ``tierplane up`` starts on this machine: starts it with the environment that the plane needs,
+and finds and stops it without affecting any other Ray.
 
 It has its own ports and its own folder for sockets and logs. All its processes inherit
 ``TIERPLANE_PLANE_ID``, by which :func:`processes` finds them even if the process that started them has ended.

@@ -163,9 +163,9 @@ class World:
         self.started += 1
         name = f"{tier}-{self.started}"
         for node_id in self.nodes:
-            answer = self.controller.lease_gpus(name, 1, node_id, self.shape, tier)
-            if answer.outcome is LeaseOutcome.GRANTED:
-                assert answer.lease is not None
+            response = self.controller.lease_gpus(name, 1, node_id, self.shape, tier)
+            if response.outcome is LeaseOutcome.GRANTED:
+                assert response.lease is not None
                 endpoint = Endpoint(
                     endpoint_id=name,
                     tier=tier,
@@ -176,9 +176,9 @@ class World:
                     concurrency_limit=10,
                     generation=1,
                     node_id=node_id,
-                    gpu_uuids=answer.lease.gpu_uuids,
+                    gpu_uuids=response.lease.gpu_uuids,
                 )
-                replica = self.replicas[name] = Replica(endpoint, self.shape, answer.lease)
+                replica = self.replicas[name] = Replica(endpoint, self.shape, response.lease)
                 return replica
         return None
 
@@ -193,14 +193,14 @@ class World:
                 del self.replicas[name]
                 continue
             self._live(replica)
-            answer = self.controller.report(replica.endpoint)
-            if not answer.known:
+            response = self.controller.report(replica.endpoint)
+            if not response.known:
                 self.controller.register(replica.endpoint)
             lease = replica.lease
-            if lease is not None and not (answer.known and answer.lease_known):
+            if lease is not None and not (response.known and response.lease_known):
                 self.controller.restore_lease(lease.holder, lease.generation, lease.node_id, lease.parts)
-            for order in answer.commands if replica.obeys else ():
-                self._obey(replica, order.kind, order.generation)
+            for command in response.commands if replica.obeys else ():
+                self._obey(replica, command.kind, command.generation)
             if replica.endpoint.state is EndpointState.DRAINING:
                 replica.drains_in -= 1
                 if replica.drains_in < 0:

@@ -1,4 +1,4 @@
-"""The last minutes of every tier, as the recommendations' rules compare them."""
+"""The state of every tier over the last minutes, as input of the recommendation rules."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from controlplane.core.traffic.counters import TierFigures
 def conditions(
     controller: Controller, specs: Iterable[TierSpec], scalers: ScalingRound, window_s: float, now_s: float
 ) -> dict[str, TierCondition]:
-    """By tier, over ``window_s``. ``scalers`` has what was learned of each tier's engines."""
+    """By tier, over ``window_s``. ``scalers`` has what was learned about each tier's engines."""
     figures = controller.traffic_figures(window_s)
     return {spec.name: _condition(controller, spec, scalers, figures[spec.name], now_s) for spec in specs}
 

@@ -1,4 +1,4 @@
-"""What each tier did between two ticks: the input of the decision how many replicas it gets."""
+"""What each tier did between two ticks: the input of scaling decisions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from controlplane.core.traffic.counters import TrafficCounters, since
 
 
 class TierObserver:
-    """Remembers the counters of the tick before."""
+    """Compares the counters with those of the previous tick."""
 
     def __init__(self, controller: Controller) -> None:
         self._controller = controller
@@ -25,7 +25,7 @@ class TierObserver:
     def observe(
         self, specs: Iterable[TierSpec], overrides: Overrides, now_s: float, unix_s: float
     ) -> list[TierObservation]:
-        """All tiers that have replicas here, since the last call."""
+        """One observation per tier of ``specs``, about the time since the last call."""
         base_targets = self._controller.base_targets()
         interval_s = 0.0 if self._before_s is None else now_s - self._before_s
         counters = {spec.name: self._controller.traffic_counters(spec.name) for spec in specs}

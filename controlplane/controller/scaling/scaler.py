@@ -38,7 +38,7 @@ FORECAST_STEP: Final = 0.1
 """A forecast that changed by less than this share is not published again: each change is a new snapshot for
 every gateway."""
 _OVERRIDE, _RECOMMENDATION, _STARTS, _TARGET = "override/", "advice/", "starts/", "target/"
-"""Beginnings of keys in a checkpoint."""
+"""Prefixes of keys in a checkpoint."""
 
 
 class PlaneScaler:
@@ -53,7 +53,7 @@ class PlaneScaler:
         self._manual = ManualTargets(controller)
         self._observer = TierObserver(controller)
         self._reported: tuple[TierScaling, ...] = ()
-        """What snapshots say now."""
+        """What snapshots now say about scaling."""
         self._starts = ColdStarts()
         self._decisions: dict[str, ScalingDecision] = {}
         self._use(config)
@@ -78,8 +78,8 @@ class PlaneScaler:
         return self._manual.scale(name, replicas, for_s, reason)
 
     def wakes(self, info: GatewayInfo) -> bool:
-        """Whether a gateway's report, not taken in yet, asks for a tier that has no replica and is to have
-        none: then the next tick should be now."""
+        """Whether a gateway's report, not yet processed, has requests for a tier whose target is 0: then the
+        next tick should begin at once."""
         base_targets = self._controller.base_targets()
         return any(base_targets.get(name) == 0 for name in self._controller.requested(info))
 
@@ -113,7 +113,7 @@ class PlaneScaler:
         return plan.rule.cold_start_s if measured_s is None else measured_s
 
     def _gpu_total(self) -> float | None:
-        """What all tiers together may hold: as configured, or what can be used."""
+        """The GPUs that all tiers together may hold: as configured, or all that can be used."""
         return self.config.gpus if self.config.gpus is not None else self._controller.usable_gpus()
 
     def _publish(
@@ -226,7 +226,7 @@ class PlaneScaler:
         return state
 
     def restore(self, stored: StoredState) -> None:
-        """Take over a checkpoint; its targets are valid until new ones are decided."""
+        """Restore a checkpoint; its targets are valid until new ones are decided."""
         self._manual.overrides.restore(stored.entries(_OVERRIDE, Override))
         self.recommendations.restore(stored.entries(_RECOMMENDATION, IssuedRecommendation).values())
         self._starts.restore(stored.entries(_STARTS, list[float]))
@@ -238,7 +238,7 @@ class PlaneScaler:
 
 
 def _forecast(decision: ScalingDecision, before: float | None) -> float:
-    """Requests per second as snapshots say it: ``before``, unless the forecast differs clearly."""
+    """Requests per second to publish: ``before`` unless the forecast changed by a :data:`FORECAST_STEP`."""
     forecast = decision.forecast.mean_per_s if decision.forecast is not None else 0.0
     if before is not None and abs(forecast - before) <= FORECAST_STEP * max(forecast, before):
         return before

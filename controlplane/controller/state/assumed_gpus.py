@@ -14,7 +14,7 @@ from controlplane.core.gpus.inventory import GpuInventory
 from controlplane.core.telemetry.samples import Missing
 
 CHECK_INTERVAL_S: Final = 10.0
-"""How often the GPU models of the cluster are looked up again."""
+"""How often the GPU models of the cluster are read again."""
 
 
 class AssumedGpus:
@@ -22,19 +22,19 @@ class AssumedGpus:
 
     def __init__(self) -> None:
         self._by_tier: dict[str, str] = {}
-        """Empty: no model of known speed was seen yet."""
+        """Tier → GPU model; empty until a model of known speed is found."""
         self._checked_s = -CHECK_INTERVAL_S
 
     def applied(self, specs: Sequence[TierSpec]) -> list[TierSpec]:
-        """The tiers, each with the speed of its assumed GPU. Tiers that are not among them are forgotten."""
+        """The tiers, each with the speed of its assumed GPU. All other tiers are dropped."""
         self._by_tier = {spec.name: self._by_tier.get(spec.name, "") for spec in specs}
         return [assuming_gpu(spec, self._by_tier[spec.name]) for spec in specs]
 
     def update(
         self, specs: Sequence[TierSpec], endpoints: Iterable[Endpoint], inventory: GpuInventory, now_s: float
     ) -> dict[str, str]:
-        """Tier → the GPU model that it is assumed to run on from now on, where that changed. Looks at most
-        every :data:`CHECK_INTERVAL_S`."""
+        """Tier → the GPU model that it is assumed to run on from now on, where that changed. Checks at most
+        once per :data:`CHECK_INTERVAL_S`."""
         if now_s - self._checked_s < CHECK_INTERVAL_S:
             return {}
         self._checked_s = now_s

@@ -1,4 +1,4 @@
-"""What the controller knows of each engine from its metrics, and which engines are stalled."""
+"""The telemetry of each engine from its metrics, and which engines are stalled."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from controlplane.core.telemetry.stalled_engine import StalledEngine, StallRules
 LIMITS: Final = FreshnessLimits(stale_after_s=15.0, missing_after_s=60.0)
 """Engines are read every few seconds."""
 STALL_MEMORY_S: Final = 30.0
-"""An engine that was last found stalled longer ago than this no longer counts as stalled."""
+"""An engine counts as stalled for this long after the last sample that showed it stalled."""
 
 
 class EngineReadings:
@@ -29,7 +29,7 @@ class EngineReadings:
         self._stalled: dict[str, StalledEngine] = {}
 
     def observe(self, sample: EngineSample, now_s: float) -> None:
-        """Take in one sample."""
+        """Record one sample."""
         name = sample.endpoint_id
         telemetry = self._telemetry.setdefault(name, EngineTelemetry(LIMITS))
         telemetry.observe(sample, now_s)

@@ -1,7 +1,7 @@
 """Whether a replica that has to leave could start elsewhere first.
 
-A search costs up to 50 ms on 10,000 GPUs, so that at most one is made in a tick, and its result is used again
-for a while.
+A search costs up to 50 ms on 10,000 GPUs. So at most one is made per tick, and its result is reused for
+:data:`SEARCH_AGAIN_S`.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from controlplane.core.gpus.leases import LeaseTable
 from controlplane.core.placement.gangs import GangShape, Placement
 
 SEARCH_AGAIN_S: Final = 15.0
-"""How long the result of a search is used."""
+"""How long the result of a search is reused."""
 
 
 class MigrationRoom:
-    """Searches for GPUs elsewhere, and remembers what was found."""
+    """Searches for GPUs elsewhere, and caches the results."""
 
     def __init__(self, inventory: GpuInventory, leases: LeaseTable) -> None:
         self._inventory = inventory
         self._leases = leases
         self._found: dict[str, tuple[float, Placement | None]] = {}
-        """Endpoint id → when it was searched for, and where a replica like it would go."""
+        """Endpoint id → the time of the search, and where a replica like it would go."""
 
     def find(
         self,
@@ -35,8 +35,8 @@ class MigrationRoom:
         shapes: Mapping[str, GangShape],
         now_s: float,
     ) -> dict[str, str]:
-        """Endpoint id → where another replica like it would go, in words; empty: nowhere. Replicas that were
-        not searched for yet have no entry. ``shapes`` are what holders asked for."""
+        """Endpoint id → where another replica like it would go, in words; empty means nowhere. A replica
+        has no entry before the first search for it. ``shapes`` are those that holders requested."""
         searched = False
         found = {}
         for endpoint_id in sorted(leaving):

@@ -1,4 +1,4 @@
-"""GPUs and nodes out of use: what has to leave them, and how many GPUs can be used."""
+"""GPUs and nodes out of use: which replicas have to leave them, and how many GPUs can be used."""
 
 from __future__ import annotations
 

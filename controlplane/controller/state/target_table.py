@@ -1,4 +1,4 @@
-"""How many replicas each tier is to have: what scaling published, and when Serve fetched it."""
+"""How many replicas each tier should have: the published targets, and when Serve fetched them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from controlplane.core.reconcile.in_progress import InProgress
 from controlplane.core.reconcile.replica_targets import TierTarget
 
 SERVE_SILENT_S: Final = 5.0
-"""If Serve has not fetched targets for this long, it is taken to be away."""
+"""If Serve has not fetched targets for this long, it counts as down."""
 
 
 class TargetTable:
@@ -28,8 +28,8 @@ class TargetTable:
         self._fetched_s = self._fetched_before_s = -math.inf
         """When Serve fetched targets last, and the time before that."""
         self.apply_scaling = False
-        """Whether tiers that may scale follow what scaling publishes. Such a tier keeps the replicas that it
-        has until there is a target."""
+        """Whether tiers that may scale follow the published targets. Such a tier keeps its replicas until
+        there is a target."""
 
     def publish(self, targets: Mapping[str, TierTarget]) -> None:
         """Set how many replicas these tiers should have; migrations and holds are added on top."""
@@ -56,11 +56,11 @@ class TargetTable:
         return spec.replicas
 
     def fetched(self) -> None:
-        """Serve fetches targets now."""
+        """Record that Serve fetches targets now."""
         self._fetched_before_s, self._fetched_s = self._fetched_s, self._now_s()
 
     def serve_follows(self, since_s: float) -> bool:
-        """Whether Serve has acted on a target that holds since ``since_s``: it has fetched targets twice
-        since then (it acts before it fetches again), or it is away."""
+        """Whether Serve has acted on a target that has been in force since ``since_s``: it has fetched
+        targets twice since then (it acts before it fetches again), or it is down."""
         silent_s = self._now_s() - max(self._fetched_s, since_s)
         return self._fetched_before_s > since_s or silent_s > SERVE_SILENT_S

@@ -1,4 +1,4 @@
-"""Alerts on their way: signed, in order, again and again, bounded, never in the way."""
+"""Delivery of alerts: signed, in order, repeated after failures, bounded; it never blocks the controller."""
 
 from __future__ import annotations
 

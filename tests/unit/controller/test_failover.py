@@ -289,7 +289,7 @@ def engine_sample(world: World, name: str, running: float, tokens: float) -> Eng
 
 
 def hang(world: World, name: str, seconds: int, running: float = 3.0, tokens_per_s: float = 0.0) -> None:
-    """The engine's metrics stay the same for a while, in every process of it."""
+    """The metrics stay the same for a while, in every process of the engine."""
     for _ in range(seconds):
         world.step()
         if name in world.replicas:
@@ -353,8 +353,8 @@ def test_commands_are_repeated_until_they_are_carried_out() -> None:
     assert world.controller.restart(name, "").outcome == "unchanged"
     world.controller.tick()
     for _ in range(3):
-        [order] = world.controller.report(replica.endpoint).commands
-        assert (order.kind, order.generation) == (ReplicaCommandKind.RESTART, 1)
+        [command] = world.controller.report(replica.endpoint).commands
+        assert (command.kind, command.generation) == (ReplicaCommandKind.RESTART, 1)
     replica.obeys = True
     world.step(8)
     assert world.controller.report(replica.endpoint).commands == ()

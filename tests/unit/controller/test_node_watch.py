@@ -67,11 +67,11 @@ class Cluster:
             node_sample("n1", 1, 5000.0), GpuInfoCache("a", 1, ()), self.events, NOTHING_CACHED
         )
 
-    def watch(self, heard: dict[str, tuple[str, int]] | None = None) -> NodeWatch:
+    def watch(self, last_events: dict[str, tuple[str, int]] | None = None) -> NodeWatch:
         def on_update(node_id: str, sample: NodeSample | None, events: Sequence[GpuEvent]) -> None:
             self.received.append((node_id, sample, events))
 
-        return NodeWatch("tierplane", 1.0, on_update, heard or {})
+        return NodeWatch("tierplane", 1.0, on_update, last_events or {})
 
 
 async def poll(watch: NodeWatch) -> dict[str, int] | None:
@@ -164,10 +164,10 @@ class Gpus:
     def __init__(self, *uuids: str) -> None:
         self.samples = [gpu_sample(uuid, i) for i, uuid in enumerate(uuids)]
 
-    def change(self, place: int, **info: Any) -> None:
+    def change(self, number: int, **info: Any) -> None:
         """What rarely changes of a GPU has changed."""
-        sample = self.samples[place]
-        self.samples[place] = replace(sample, info=replace(sample.info, **info))
+        sample = self.samples[number]
+        self.samples[number] = replace(sample, info=replace(sample.info, **info))
 
     def read(self) -> tuple[GpuSample, ...]:
         return tuple(self.samples)

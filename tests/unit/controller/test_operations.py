@@ -302,7 +302,7 @@ def test_a_replica_that_claims_another_ones_gpu_has_to_retire() -> None:
     assert answer.outcome is LeaseOutcome.REFUSED
     made.controller.tick()
     made.controller.tick()
-    assert [order.kind for order in made.controller.report(other).commands] == ["retire"]
+    assert [command.kind for command in made.controller.report(other).commands] == ["retire"]
     assert made.holder_of(uuid) == (name,)
 
 

@@ -24,7 +24,7 @@ COST = 2.0
 
 
 class Plane:
-    """A controller of two replicas with a GPU each, a gateway that serves, and reports of it."""
+    """A controller of two replicas with a GPU each, a gateway that serves, and their reports."""
 
     def __init__(self, path: Path | None, **settings: Any) -> None:
         self.world = World({"n1": ["g0", "g1"]}, {"small": 2})

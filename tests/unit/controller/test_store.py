@@ -52,12 +52,12 @@ def test_committed_state_survives_kill_9(path: Path) -> None:
     """Committed state is there after kill -9, without a close."""
     script = (
         "import os, sys; from pathlib import Path; from controlplane.controller.store import Store\n"
-        "store = Store(Path(sys.argv[1])); store.put({'lease': 'kept'}); os.kill(os.getpid(), 9)"
+        "store = Store(Path(sys.argv[1])); store.put({'lease': 'stored'}); os.kill(os.getpid(), 9)"
     )
     done = subprocess.run([sys.executable, "-c", script, str(path)], check=False)
     assert done.returncode == -9
     with closing(Store(path)) as store:
-        assert (store.values().get("lease"), store.warning) == ("kept", "")
+        assert (store.values().get("lease"), store.warning) == ("stored", "")
 
 
 def test_history_becomes_wider_with_age(path: Path) -> None:
@@ -114,8 +114,8 @@ def garbage(path: Path) -> None:
 def torn(path: Path) -> None:
     """A database of which the middle was overwritten."""
     with closing(Store(path)) as store:
-        for place in range(2000):
-            store.audit(replace(ENTRY, tier="x" * 50, unix_s=place))
+        for number in range(2000):
+            store.audit(replace(ENTRY, tier="x" * 50, unix_s=number))
     raw = bytearray(path.read_bytes())
     raw[4096 : len(raw) - 4096] = b"\xa5" * (len(raw) - 8192)
     path.write_bytes(raw)
@@ -140,16 +140,16 @@ def test_a_file_that_is_damaged_while_it_is_used(path: Path, capsys: pytest.Capt
     clock = Clock()
     with closing(Store(path, retry_interval_s=30, clock=clock)) as store:
         store.put({"lease": "a"})
-        for place in range(500):
-            store.audit(replace(ENTRY, tier="x" * 200, unix_s=place))
+        for number in range(500):
+            store.audit(replace(ENTRY, tier="x" * 200, unix_s=number))
         with sqlite3.connect(path) as other:
             other.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         other.close()
         raw = bytearray(path.read_bytes())
         raw[:] = b"\xa5" * len(raw)
         path.write_bytes(raw)
-        for place in range(2000):
-            store.audit(replace(ENTRY, tier="y" * 200, unix_s=place))
+        for number in range(2000):
+            store.audit(replace(ENTRY, tier="y" * 200, unix_s=number))
             if store.warning:
                 break
         assert "in memory only" in store.warning
@@ -293,10 +293,10 @@ def test_threads_share_it(path: Path) -> None:
     with closing(Store(path)) as store:
 
         def work(name: str) -> None:
-            for place in range(50):
-                store.put({name: place})
+            for number in range(50):
+                store.put({name: number})
                 store.audit(replace(ENTRY, actor=name))
-                store.add_points(place, {name: 1.0})
+                store.add_points(number, {name: 1.0})
 
         threads = [threading.Thread(target=work, args=(name,)) for name in "abcd"]
         for thread in threads:
