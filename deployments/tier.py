@@ -1,7 +1,7 @@
 """A tier as a Serve deployment: each replica supervises one engine process and reports it to the controller.
 
-Serve starts replicas on nodes, counts them and replaces lost ones. No request goes through a replica: the gateway
-connects to the engine's own port.
+Serve puts replicas on nodes, counts them and replaces lost ones. No request goes through a replica: the
+gateway connects to the engine's own port.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class Replica:
 
 @dataclass
 class World:
-    """Ray, Serve and the nodes, as far as the controller sees them. One step is one second."""
+    """Ray, Serve and the nodes, as the controller sees them. One step is one second."""
 
     nodes: dict[str, list[str]]
     tiers: dict[str, int]
@@ -60,7 +60,7 @@ class World:
     clock: Clock = field(default_factory=Clock)
     replicas: dict[str, Replica] = field(default_factory=dict)
     samples: dict[str, dict[str, dict[str, object]]] = field(default_factory=dict)
-    """Node → GPU → its readings that are not as usual."""
+    """Node → GPU → its unusual readings."""
     silent: set[str] = field(default_factory=set)
     """Nodes whose agent sends nothing."""
     events: list[GpuEvent] = field(default_factory=list)
@@ -99,7 +99,7 @@ class World:
             self.declare()
 
     def restart_controller(self, *, same_cluster: bool, declared: bool = True) -> dict[str, Any]:
-        """The controller's process dies, and the next one takes over what was stored: all of it if
+        """The controller's process dies, and the next one restores what was stored: all of it if
         ``same_cluster``, else only the health of GPUs. Returns what was stored."""
         values = self.controller.checkpoint()
         stored = StoredState(values)
@@ -114,7 +114,7 @@ class World:
         return self.clock.s + self.shift_s
 
     def declare(self) -> None:
-        """What a gateway declares."""
+        """Declare the tiers, as a gateway does."""
         specs = [TierSpec(tier, "m", "simulated", count, 10) for tier, count in self.tiers.items()]
         self.controller.declare(specs, HEARTBEAT_S)
 
@@ -159,7 +159,7 @@ class World:
                     self.end(name)
 
     def start(self, tier: str) -> Replica | None:
-        """A new replica of the tier, where the controller leases it GPUs; None if nowhere."""
+        """Start a replica on the first node where the controller leases it GPUs; None if there is no such node."""
         self.started += 1
         name = f"{tier}-{self.started}"
         for node_id in self.nodes:
@@ -187,7 +187,7 @@ class World:
         self.controller.deregister(name, "ended")
 
     def report(self) -> None:
-        """Every replica reports, goes on with its life and obeys."""
+        """Every replica advances its life cycle, reports, and carries out its commands."""
         for name, replica in list(self.replicas.items()):
             if replica.endpoint.node_id not in self.nodes:
                 del self.replicas[name]
@@ -223,7 +223,7 @@ class World:
             )
 
     def step(self, count: int = 1) -> None:
-        """Seconds pass."""
+        """Let seconds pass."""
         for _ in range(count):
             self.clock.s += 1.0
             self.observe()
@@ -232,7 +232,7 @@ class World:
             self.serve()
 
     def settle(self) -> None:
-        """All replicas run, and the controller knows them."""
+        """Wait until all replicas run and the controller knows them."""
         self.step(12)
         assert not self.registry.warming
 

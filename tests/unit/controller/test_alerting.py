@@ -1,4 +1,4 @@
-"""The controller's alerts on a controller without Ray: figures, record, snapshots, operators, restarts."""
+"""The alerts of a controller without Ray: signals, audit log, snapshots, operators' actions, restarts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SPEC = TierSpec("small", "m", "simulated", 1, 10)
 
 
 class Rig:
-    """A world whose alerts are judged every second."""
+    """A world whose alerts are evaluated every second."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Rig:
         )
 
     def step(self, count: int = 1) -> list[str]:
-        """Seconds pass; the notifications meanwhile, as ``transition rule subject``."""
+        """Let seconds pass; returns the notifications as ``transition rule subject``."""
         notified: list[AlertNotice] = []
         for _ in range(count):
             self.world.step()
@@ -72,11 +72,11 @@ class Rig:
 
     @property
     def firing(self) -> list[AlertView]:
-        """What fires now."""
+        """The alerts that fire now."""
         return [each for each in self.alerting.response().alerts if each.state is AlertState.FIRING]
 
     def fail(self, tier: str = "small") -> None:
-        """No replica of the tier comes up any more."""
+        """From now on no replica of the tier becomes ready."""
         for replica in self.world.replicas.values():
             if replica.endpoint.tier == tier:
                 replica.starts_in = 10**6

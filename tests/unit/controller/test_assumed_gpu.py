@@ -1,4 +1,4 @@
-"""What a tier's engines are assumed to do at first: by the GPUs that are really there."""
+"""The speed that is first assumed for a tier's engines, from the GPUs that the cluster has."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_which_gpu_is_assumed(before: str, own: dict[str, int], there: dict[str,
 
 
 class Rig:
-    """Two nodes, one of L4 and a larger one of H100, as drivers call them."""
+    """Two nodes, one with L4 GPUs and a larger one with H100 GPUs, with their drivers' names."""
 
     def __init__(self) -> None:
         nodes = {"l": ["l0", "l1"], "h": ["h0", "h1", "h2", "h3"]}

@@ -1,4 +1,4 @@
-"""The store's format: state that an earlier version wrote is restored, and is written again as it was."""
+"""The store's format: state that an earlier version wrote is restored, and is written again unchanged."""
 
 from __future__ import annotations
 

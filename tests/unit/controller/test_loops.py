@@ -49,7 +49,7 @@ class Nodes(NodeWatch):
 
 
 class Rig:
-    """Loops that run every few milliseconds, on a controller whose clock stands still."""
+    """Loops that run every few milliseconds, on a controller whose clock does not advance."""
 
     def __init__(self, config: ControllerConfig) -> None:
         self.world = World({"n1": ["g0", "g1"]}, {"small": 1})

@@ -1,4 +1,4 @@
-"""Node agents are polled, and what happens when one does not respond."""
+"""Polling of node agents, including those that do not respond."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ class Gpus:
         self.samples = [gpu_sample(uuid, i) for i, uuid in enumerate(uuids)]
 
     def change(self, number: int, **info: Any) -> None:
-        """What rarely changes of a GPU has changed."""
+        """Change the info of one GPU."""
         sample = self.samples[number]
         self.samples[number] = replace(sample, info=replace(sample.info, **info))
 
@@ -201,7 +201,7 @@ class Wire:
         cluster.respond = self.update
 
     def restart(self) -> None:
-        """The agent's process is another one."""
+        """Replace the agent's process."""
         self.agent = NodeAgent("n1", self.gpus, NoEvents)
 
     async def update(self, *arguments: Any) -> NodeUpdate:
@@ -213,7 +213,7 @@ class Wire:
         return update
 
     async def receive(self, watch: NodeWatch) -> NodeSample:
-        """What the controller makes of the next answer: exactly what the agent took."""
+        """The controller's sample from the next response: exactly the one that the agent took."""
         await poll(watch)
         node_id, sample, _ = self.cluster.received[-1]
         assert sample is not None
@@ -221,7 +221,7 @@ class Wire:
         return sample
 
     def infos(self) -> tuple[GpuInfo, ...] | None:
-        """The infos that came along last."""
+        """The GPU infos in the last response."""
         infos = self.sent[-1].infos
         return None if infos is None else infos.gpus
 

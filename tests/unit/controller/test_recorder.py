@@ -1,4 +1,4 @@
-"""What the controller remembers: on a thread, over a restart, with a disk that fails."""
+"""What the recorder stores: in its thread, across a restart, and with a disk that fails."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def kinds(registry: Registry) -> list[str]:
 
 
 def pass_time(registry: Registry, clock: Clock, s: float) -> None:
-    """Time passes in steps of one heartbeat, as the actor's loop has it."""
+    """Time passes in steps of one heartbeat, as in the actor's loop."""
     end_s = clock.s + s
     while clock.s < end_s:
         clock.s = min(end_s, clock.s + HEARTBEAT_S)
@@ -51,7 +51,7 @@ def test_the_version_grows_with_changes_only() -> None:
     assert registry.version == version + 1
 
 
-def test_a_gateways_load_is_no_change_of_the_version_but_its_coming_and_going_is() -> None:
+def test_the_version_changes_when_a_gateway_comes_or_goes_but_not_with_its_load() -> None:
     registry, _ = make()
     assert not registry.gateway_report(GatewayInfo("g1", "n1", "http://127.0.0.1:8080"))
     version = registry.version

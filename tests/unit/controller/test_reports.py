@@ -1,4 +1,4 @@
-"""Reports from memory, from the store, and from both are the same, also after a restart."""
+"""Reports from memory, from the store and from both are equal, even after a restart."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Plane:
         self.start()
 
     def start(self, epoch: str = "e1") -> None:
-        """A controller process, with what is stored."""
+        """Start a controller process on the stored state."""
         self.world.start_controller(epoch)
         self.recorder = Recorder(self.path)
         self.reports = Reports(self.world.controller, self.recorder, self.settings, COST)
@@ -65,7 +65,7 @@ class Plane:
             self.step(requests=(second // 100) % 7)
 
     def written(self) -> None:
-        """All that was handed over is in the store."""
+        """Wait until everything queued is in the store."""
         self.recorder.save({"mark": self.world.clock.s})
         until(lambda: self.recorder.store.values().get("mark") == self.world.clock.s, every_s=0.002)
 
@@ -142,7 +142,7 @@ async def test_a_report_from_the_store_equals_one_from_memory_at_any_age(plane: 
 
 
 def replace_cache(reports: Reports) -> Reports:
-    """As if a sample had come."""
+    """Drop the cached reports, as a new sample does."""
     reports._cached = {}
     return reports
 

@@ -1,4 +1,4 @@
-"""The live half of scaling: from what a gateway counts to targets that Serve follows, without Ray."""
+"""Scaling in the controller without Ray: from a gateway's counters to targets that Serve follows."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Live:
         self.connect()
 
     def connect(self) -> None:
-        """To the world's controller, which may be a new one."""
+        """Attach scaling to the world's controller, which may be a new one."""
         self.world.controller.declare(self.specs, HEARTBEAT_S)
         self.scaling = PlaneScaler(self.world.controller, self.config)
 

@@ -112,7 +112,7 @@ def garbage(path: Path) -> None:
 
 
 def torn(path: Path) -> None:
-    """A database of which the middle was overwritten."""
+    """A database whose middle part was overwritten."""
     with closing(Store(path)) as store:
         for number in range(2000):
             store.audit(replace(ENTRY, tier="x" * 50, unix_s=number))
@@ -189,7 +189,7 @@ def test_a_folder_that_can_not_be_created(tmp_path: Path) -> None:
 
 
 def test_an_earlier_controllers_file_that_appears_late_is_merged(tmp_path: Path) -> None:
-    """What it holds is not overwritten by a controller that began without it."""
+    """A controller that started without the file does not overwrite its contents."""
     path = tmp_path / "store" / "db"
     with closing(Store(path)) as store:
         store.put({"lease/old": 1, "gpu": "old"})

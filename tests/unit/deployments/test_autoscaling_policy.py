@@ -29,7 +29,7 @@ def context(*running: str, target: int = 2) -> Any:
 
 
 class Controller:
-    """What the policy's thread fetches from."""
+    """The source from which the policy's thread fetches targets."""
 
     def __init__(self) -> None:
         self.targets: Mapping[str, TierTarget] = {}
@@ -47,7 +47,7 @@ class Controller:
 
 
 def target_threads() -> list[threading.Thread]:
-    """Those that policies which are gone may have left end soon."""
+    """The threads that fetch targets, without those of policies that no longer exist."""
     gc.collect()
     return [each for each in threading.enumerate() if each.name == "tierplane-targets"]
 

@@ -1,4 +1,4 @@
-"""How a replica comes to its GPUs, with a fake controller."""
+"""How a replica gets its GPUs, with a fake controller."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ AWAY = ControllerUnavailable("it is away")
 
 
 class Link(ControllerLink):
-    """Answers one after the other; the last one for good."""
+    """Returns the given responses in order, and the last one forever."""
 
     def __init__(self, *answers: Any) -> None:
         super().__init__(ControllerConfig())
@@ -47,7 +47,7 @@ class Link(ControllerLink):
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time passes as it is waited for."""
+    """A clock that a sleep advances at once."""
     now_s = [0.0]
 
     async def sleep(wait_s: float) -> None:

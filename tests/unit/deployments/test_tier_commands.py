@@ -20,7 +20,7 @@ from tests.support.endpoints import make_endpoint
 
 
 class Supervisor:
-    """An engine that does what it is commanded to do."""
+    """An engine that carries out every command."""
 
     def __init__(self, state: EndpointState = EndpointState.READY, generation: int = 3) -> None:
         self.status = EngineStatus(state=state, generation=generation)
@@ -60,7 +60,7 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 
 def replica(supervisor: Supervisor) -> tuple[Any, Link]:
-    """One whose engine is started. Serve's own part is left out."""
+    """A replica whose engine is started, without Serve."""
     made: Any = object.__new__(Bare)
     link = Link()
     made._tier = TierConfig(name="small", engine="simulated")
