@@ -159,7 +159,7 @@ class World:
                     self.end(name)
 
     def start(self, tier: str) -> Replica | None:
-        """Start a replica on the first node where the controller leases it GPUs; None if there is no such node."""
+        """Start a replica on the first node where the controller leases it GPUs; None if there is none."""
         self.started += 1
         name = f"{tier}-{self.started}"
         for node_id in self.nodes:
