@@ -70,7 +70,7 @@ class Fleet:
     readings: dict[str, list[tuple[GpuSample, ...]]] = field(default_factory=dict)
     replicas: dict[str, Endpoint] = field(default_factory=dict)
     known: dict[str, GpuInfoCache] = field(default_factory=dict)
-    """What the controller was told of each node's GPUs."""
+    """The last figures of each node's GPUs that the controller has."""
     registry: Registry = field(init=False)
     controller: Controller = field(init=False)
 
@@ -139,9 +139,9 @@ class Fleet:
         """The samples, as the controller has them of those answers."""
         found = []
         for answer in answers:
-            news: NodeUpdate = pickle.loads(answer)
-            assert news.sample is not None
-            found.append(whole_sample(news, self.known[news.sample.node_id]))
+            update: NodeUpdate = pickle.loads(answer)
+            assert update.sample is not None
+            found.append(whole_sample(update, self.known[update.sample.node_id]))
         return found
 
     def trouble(self) -> dict[str, GpuEvent]:
@@ -190,7 +190,7 @@ class Fleet:
         self.controller.register(self.replicas[name])
 
     def report(self) -> None:
-        """Every replica reports; one that is told to leaves, and another one starts."""
+        """Every replica reports; one that gets the command to retire leaves, and another one starts."""
         for name, endpoint in list(self.replicas.items()):
             answer = self.controller.report(endpoint)
             for order in answer.commands:

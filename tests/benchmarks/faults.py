@@ -29,7 +29,7 @@ class Fault:
     about: str
     strike: Callable[[Plane], Over]
     lasts_s: float = 0.0
-    """Set right by itself so long after."""
+    """Seconds until the fault ends without intervention; 0 if it does not."""
     kills_gateway: bool = False
 
 

@@ -26,12 +26,13 @@ from controlplane.errors import DeadlineExceeded
 
 Kind = Literal["stream", "post"]
 Fate = Literal["ok", "failed", "shed", "broken", "duplicated", "truncated", "wrong"]
-"""``failed``: the client was told so, by a status or an error event; ``shed``: by 408 or 429, or by an error
-event that its deadline passed. ``broken``: the connection was refused, or ended in the middle, which a client
-can see. ``duplicated``, ``truncated``, ``wrong``: the client was told that all is well, and it is not."""
+"""How a request ended for its client. ``failed``: with an error status or an error event. ``shed``: with 408
+or 429, or with an error event because its deadline passed. ``broken``: the connection was refused or ended
+early, which a client can see. ``duplicated``, ``truncated``, ``wrong``: the response looks complete, but it
+is not right."""
 
 REPEAT_CHARS = 24
-"""So long a piece of text that comes again is a repetition, not chance."""
+"""A piece of text of this length that occurs twice is a repetition, not chance."""
 
 
 @dataclass(slots=True)
@@ -120,8 +121,9 @@ def half_streamed(
 
 @asynccontextmanager
 async def session() -> AsyncIterator[aiohttp.ClientSession]:
-    """Connections enough for any load here. One is used once, as if each request were another client's: the
-    kernel then spreads them over the gateway replicas, and a leftover of a dead one fails nobody."""
+    """A session without a limit of connections. Each connection serves one request, as if each request came
+    from another client: the kernel then spreads them over the gateway replicas, and no request uses a
+    connection to a replica that has died."""
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
     timeout = aiohttp.ClientTimeout(total=120.0)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as http:

@@ -18,7 +18,7 @@ LOOK_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """So many requests a second for so long."""
+    """A constant rate of requests for some seconds."""
 
     per_s: float
     seconds: float

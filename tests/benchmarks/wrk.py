@@ -73,21 +73,23 @@ def require_wrk() -> str:
 
 
 def run(target: Target, workload: str, concurrency: int, seconds: float) -> Figures:
-    """Load ``target`` for so long; for longer, if it is so slow that not one answer was whole by then.
+    """Load ``target`` for ``seconds``, or longer if it is so slow that no response was complete by then.
 
-    Raises SetupError if an answer was no 200, a connection broke, or there is no answer after
-    :data:`LONGEST_S`.
+    Raises SetupError if a response had another status than 200, a connection broke, or no response was
+    complete within :data:`LONGEST_S`.
     """
-    told = _load(target, workload, concurrency, seconds)
-    while not (told["requests"] or told["bad"] or told["broken"]) and seconds < LONGEST_S:
+    counted = _load(target, workload, concurrency, seconds)
+    while not (counted["requests"] or counted["bad"] or counted["broken"]) and seconds < LONGEST_S:
         seconds = min(4 * seconds, LONGEST_S)
-        told = _load(target, workload, concurrency, seconds)
-    if told["bad"] or told["broken"] or not told["requests"]:
+        counted = _load(target, workload, concurrency, seconds)
+    if counted["bad"] or counted["broken"] or not counted["requests"]:
         raise SetupError(
-            f"{target.path}, {workload}, {concurrency} at a time: {told['bad']} answers were no 2xx and "
-            f"{told['broken']} connections failed, of {told['requests']} requests: no figure"
+            f"{target.path}, {workload}, {concurrency} at a time: {counted['bad']} answers were no 2xx and "
+            f"{counted['broken']} connections failed, of {counted['requests']} requests: no figure"
         )
-    return Figures(told["requests"] / told["us"] * 1e6, told["p50_us"] / 1e3, told["p99_us"] / 1e3)
+    return Figures(
+        counted["requests"] / counted["us"] * 1e6, counted["p50_us"] / 1e3, counted["p99_us"] / 1e3
+    )
 
 
 def _load(target: Target, workload: str, concurrency: int, seconds: float) -> dict[str, float]:
@@ -114,5 +116,5 @@ def _load(target: Target, workload: str, concurrency: int, seconds: float) -> di
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"requests"')]
     if done.returncode != 0 or not lines:
         raise SetupError(f"wrk failed on {target.path}: {(done.stdout + done.stderr).strip()[-500:]}")
-    told: dict[str, float] = json.loads(lines[-1])
-    return told
+    counted: dict[str, float] = json.loads(lines[-1])
+    return counted

@@ -279,7 +279,7 @@ def test_a_tier_that_is_down_rings_until_it_is_acknowledged_and_is_over_when_it_
     place, _ = up
     _, received = hook
 
-    def told() -> list[tuple[str, str, str]]:
+    def notifications() -> list[tuple[str, str, str]]:
         items = [item for _, body in received[heard:] for item in json.loads(body)["alerts"]]
         return [(item["event"], item["rule"], item["subject"]) for item in items]
 
@@ -303,14 +303,14 @@ def test_a_tier_that_is_down_rings_until_it_is_acknowledged_and_is_over_when_it_
     assert place.run("cordon", "lightweight", "--reason", "a test").returncode == 0
     for process in titled(place.record().plane_id, "ServeReplica:tierplane:lightweight"):
         process.kill()
-    until(lambda: ("firing", *down) in told(), 60)
+    until(lambda: ("firing", *down) in notifications(), 60)
     listed = json.loads(place.run("alerts", "--json").stdout)
     [alert] = [each for each in listed["alerts"] if each["rule"] == down[0]]
     assert (alert["state"], alert["severity"], alert["subject"]) == ("firing", "critical", "lightweight")
     assert listed["webhooks"][0]["delivered"] >= 1
     assert "TierDown" in place.run("alerts").stdout
     until(lambda: [each["subject"] for each in shown()] == ["lightweight"], 10)
-    until(lambda: ("repeated", *down) in told(), 20)
+    until(lambda: ("repeated", *down) in notifications(), 20)
     with urllib.request.urlopen(f"{place.url}/metrics", timeout=5) as answer:
         text = answer.read().decode()
     assert 'alert="TierplaneTierDown",severity="critical",subject="lightweight"} 1.0' in text
@@ -323,10 +323,10 @@ def test_a_tier_that_is_down_rings_until_it_is_acknowledged_and_is_over_when_it_
         process.kill()
     until(lambda: page()["known"] and page()["snapshot"]["epoch"] != epoch, 60)
     assert [(each["subject"], each["acknowledged"]) for each in shown()] == [("lightweight", "ada")]
-    count = len(told())
+    count = len(notifications())
     assert place.run("uncordon", "lightweight").returncode == 0
-    until(lambda: ("resolved", *down) in told(), 60)
-    assert told()[count:] == [("resolved", *down)], "not told again meanwhile"
+    until(lambda: ("resolved", *down) in notifications(), 60)
+    assert notifications()[count:] == [("resolved", *down)], "no further notification in between"
     until(lambda: shown() == [], 10)
     for signed, body in received:
         unix_s = signed.removeprefix("t=").partition(",")[0]

@@ -132,9 +132,9 @@ def program(name: str, folder: Path, *options: str) -> Iterator[None]:
 def query(prometheus: str, expr: str) -> list[Any]:
     url = f"http://{prometheus}/api/v1/query?{urllib.parse.urlencode({'query': expr})}"
     with urllib.request.urlopen(url, timeout=10) as answer:
-        told = json.load(answer)
-    assert told["status"] == "success", (expr, told)
-    result = told["data"]["result"]
+        response = json.load(answer)
+    assert response["status"] == "success", (expr, response)
+    result = response["data"]["result"]
     assert isinstance(result, list)
     return result
 

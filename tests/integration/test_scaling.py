@@ -121,8 +121,8 @@ def test_the_report_counts_what_was_asked(plane: Plane) -> None:
     served = sum(each["requests"] for each in mine)
     assert 0.95 * steady["requests"] <= served <= steady["requests"]
     assert any(track["points"] for track in report["tracks"])
-    told = program(plane, "report", "--window", "10")
-    assert told["tiers"][1]["requests"] == count
+    printed = program(plane, "report", "--window", "10")
+    assert printed["tiers"][1]["requests"] == count
 
 
 def events(plane: Plane) -> list[dict[str, Any]]:
@@ -159,9 +159,9 @@ def test_a_number_set_by_hand_wins_and_advice_is_shown(plane: Plane) -> None:
     answer = program(plane, "scale", STEADY, "2", "--for", "1h", "--reason", "a demonstration")
     assert answer["outcome"] == "done"
     until(lambda: len(plane.endpoints(STEADY)) == 2, 60, "two replicas")
-    told = plane.get("/recommendations")
-    assert told["mode"] == "apply"
-    steady = next(each for each in told["tiers"] if each["tier"] == STEADY)
+    printed = plane.get("/recommendations")
+    assert printed["mode"] == "apply"
+    steady = next(each for each in printed["tiers"] if each["tier"] == STEADY)
     assert (steady["mode"], steady["target"]) == ("by hand", 2)
     assert program(plane, "recommendations")["tiers"][1]["override"]["reason"] == "a demonstration"
     assert program(plane, "scale", STEADY, "auto")["outcome"] == "done"

@@ -14,9 +14,9 @@ from tests.support.gpu_cluster import GPUS, GpuCluster
 
 
 def timeline(*events: tuple[float, str, str]) -> Timeline:
-    told = Timeline(object.__new__(GpuCluster))
-    told.events = [{"unix_s": at, "kind": kind, "subject": subject} for at, kind, subject in events]
-    return told
+    recorded = Timeline(object.__new__(GpuCluster))
+    recorded.events = [{"unix_s": at, "kind": kind, "subject": subject} for at, kind, subject in events]
+    return recorded
 
 
 def test_a_scenario_that_is_not_known_is_refused() -> None:
@@ -51,6 +51,6 @@ def test_a_move_is_over_when_the_old_one_is_gone_and_another_serves(
 
 
 def test_the_first_event_of_a_kind_after_the_strike() -> None:
-    told = timeline((9.0, "xid", "g"), (10.5, "xid", "g"), (11.0, "xid", "g"))
-    assert told.first_s(10.0, lambda event: event["kind"] == "xid") == 0.5
-    assert told.first_s(10.0, lambda event: event["kind"] == "ready") is None
+    recorded = timeline((9.0, "xid", "g"), (10.5, "xid", "g"), (11.0, "xid", "g"))
+    assert recorded.first_s(10.0, lambda event: event["kind"] == "xid") == 0.5
+    assert recorded.first_s(10.0, lambda event: event["kind"] == "ready") is None

@@ -292,7 +292,7 @@ ADVANCE_MIGRATION: list[Case] = [
         [EndMigration("a", ELSEWHERE, "the replica no longer has to leave")],
     ),
     (
-        "a replica that was told to retire is not called back",
+        "a replica that got the command to retire is not called back",
         state(A, B, migrations=(migration("a", RETIRING, ago(9)),)),
         [],
     ),
@@ -302,7 +302,7 @@ ADVANCE_MIGRATION: list[Case] = [
         [advances("a", RETIRING, SETTLING, "the replica has ended")],
     ),
     (
-        "the migration settles, too, if the replica ended before it was told to retire",
+        "the migration also settles if the replica ended before it got the command to retire",
         state(replica("a", FAILED), B, leaving=("a",), migrations=(migration("a", ELSEWHERE, ago(9)),)),
         [advances("a", ELSEWHERE, SETTLING, "the replica has ended")],
     ),
