@@ -23,11 +23,10 @@ from typing import Any, ClassVar, Final, Protocol
 
 from controlplane.core.sizing.roofline import Roofline
 from controlplane.simulation.clock import VirtualClock
+from controlplane.simulation.trace_rows import BLOCK_TOKENS
 
 CHUNK_TOKENS: Final = 2048
 """Prompt tokens of one step (vLLM's ``max_num_batched_tokens`` for serving is 2048 or more)."""
-BLOCK_TOKENS: Final = 512
-"""Prompt tokens that one hash of a trace stands for (Mooncake)."""
 
 
 class EngineTiming(Protocol):

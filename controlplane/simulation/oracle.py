@@ -20,7 +20,7 @@ from controlplane.simulation.policies import PolicyInput, StaticPolicy, decision
 from controlplane.simulation.results import SimulationResult
 from controlplane.simulation.scenario import Scenario, TierScenario
 from controlplane.simulation.simulator import replay
-from controlplane.simulation.traces import Arrival
+from controlplane.simulation.trace_rows import Arrival
 
 SLOT_S: Final = 10.0
 """Width of the plan's slots of time."""

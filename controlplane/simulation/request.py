@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from controlplane.core.routing.endpoint_table import RequestSlot
 from controlplane.core.routing.tier_table import Route, RouteRequest
-from controlplane.simulation.traces import Arrival
+from controlplane.simulation.trace_rows import Arrival
 
 
 class RequestInFlight:

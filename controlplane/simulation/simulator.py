@@ -33,7 +33,7 @@ from controlplane.simulation.results import (
 )
 from controlplane.simulation.scenario import Scenario, TierScenario
 from controlplane.simulation.tier import SimulatedTier
-from controlplane.simulation.traces import Arrival
+from controlplane.simulation.trace_rows import Arrival
 
 MAX_DECISIONS: Final = 1000
 """Maximum number of decisions in a result."""

@@ -1,27 +1,37 @@
-"""Reads recorded arrivals one by one from several formats: Azure's CSV, Mooncake's JSONL, ServeGen's windows,
-windows written by `tierplane trace`, or a plain CSV.
+"""Reads recorded arrivals one by one: files with a row per request, and files with windows of time.
 
-A plain CSV has the columns ``at_s``, ``input_tokens``, ``output_tokens`` and optionally ``tier``,
-``complexity``, ``priority`` and ``session``. The format is recognised by the first line. Everything random
-(arrivals inside a window, lengths, thinning) is determined by the seed.
+:mod:`controlplane.simulation.trace_rows` reads the former: Azure's and BurstGPT's CSV, Mooncake's and
+Bailian's JSON lines, and any file whose fields have such names. The latter are ServeGen's windows and what
+``tierplane trace`` wrote. Everything random (arrivals inside a window, lengths, thinning) is determined by
+the seed.
 """
 
 from __future__ import annotations
 
 import csv
 import heapq
-import json
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping
-from datetime import datetime
+from importlib.resources import files
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TextIO
+from typing import Any, Final, NamedTuple
 
-from controlplane.core.domain.request import Complexity, Priority
 from controlplane.core.reports.recorded_traffic import RecordedWindow
 from controlplane.errors import SetupError
+from controlplane.simulation.trace_rows import (
+    Arrival,
+    TimeUnit,
+    TraceReport,
+    cells,
+    first_line,
+    is_request_table,
+    json_columns,
+    read_requests,
+)
 
+SAMPLE_TRACE: Final = Path(str(files("controlplane") / "data" / "sample_trace.csv"))
+"""A made-up hour of agents' requests: 60 sessions of some turns each, in which the prompt grows."""
 _LENGTH_SIGMA: Final = 0.8
 """Standard deviation of the logarithm of prompt lengths within a window; response lengths are exponential.
 Both are assumptions, because the windows contain only medians."""
@@ -31,69 +41,64 @@ _UNKNOWN_TOKENS: Final = (512.0, 128.0)
 _MOST_IN_WINDOW: Final = 10_000_000
 
 
-class Arrival(NamedTuple):
-    """One request of a trace."""
-
-    at_s: float
-    """Seconds since the beginning of the trace."""
-    input_tokens: int
-    output_tokens: int
-    blocks: tuple[int, ...] | None = None
-    """Hashes of the prompt's blocks, from the first one."""
-    tier: str = ""
-    complexity: Complexity | None = None
-    priority: Priority = Priority.NORMAL
-    session: int | None = None
-
-
 def read_trace(
-    path: Path, *, seed: int = 0, keep_ratio: float = 1.0, hours: float | None = None, skip_hours: float = 0.0
+    path: Path,
+    *,
+    seed: int = 0,
+    keep_ratio: float = 1.0,
+    hours: float | None = None,
+    skip_hours: float = 0.0,
+    time_unit: TimeUnit | None = None,
+    report: TraceReport | None = None,
 ) -> Iterator[Arrival]:
     """The arrivals of a file in the order of their times.
 
     With a ``keep_ratio`` below 1 each request is used with that probability. ``hours`` limits the length of
-    the part after ``skip_hours``. SetupError names the file and line that can't be read.
+    the part after ``skip_hours``. ``time_unit`` is what numbers in the time field of a row count, if the file
+    doesn't say. ``report`` is filled with how the file was read. SetupError names the file and line that
+    can't be read.
     """
     from_s = skip_hours * 3600
     until_s = math.inf if hours is None else from_s + hours * 3600
-    reader = _reader(path)
+    report = TraceReport() if report is None else report
     rng = random.Random(f"trace {seed}")
-    for arrival in reader(path, rng, keep_ratio, (from_s, until_s)):
+    for arrival in _arrivals(path, rng, keep_ratio, (from_s, until_s), time_unit, report):
         if arrival.at_s >= until_s:
             return
         if arrival.at_s >= from_s:
             yield arrival._replace(at_s=arrival.at_s - from_s) if from_s else arrival
 
 
-Reader = Callable[[Path, random.Random, float, tuple[float, float]], Iterator[Arrival]]
-
-
-def _reader(path: Path) -> Reader:
-    try:
-        with path.open(encoding="utf-8") as file:
-            first = file.readline().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SetupError(f"the trace {path} can't be read: {error}") from error
-    if first.startswith("{"):
-        return _mooncake
-    columns = set(first.split(","))
-    if {"TIMESTAMP", "ContextTokens", "GeneratedTokens"} <= columns:
-        return _azure
-    if {"window_start_s", "rate_rps"} <= columns:
-        return _servegen
-    if {"start_s", "seconds", "requests"} <= columns:
-        return _recorded
-    if {"at_s", "input_tokens", "output_tokens"} <= columns:
-        return _plain
+def _arrivals(
+    path: Path,
+    rng: random.Random,
+    keep_ratio: float,
+    span_s: tuple[float, float],
+    time_unit: TimeUnit | None,
+    report: TraceReport,
+) -> Iterator[Arrival]:
+    first = first_line(path)
+    as_json = first.startswith(("{", "["))
+    columns = json_columns(path, first) if as_json else cells(first)
+    if not as_json and {"window_start_s", "rate_rps"} <= set(columns):
+        report.read_as = "ServeGen's windows of rates"
+        return _servegen(path, rng, keep_ratio, span_s)
+    if not as_json and {"start_s", "seconds", "requests"} <= set(columns):
+        report.read_as = "windows of `tierplane trace`"
+        return _recorded(path, rng, keep_ratio, span_s)
+    if is_request_table(columns):
+        requests = read_requests(path, columns, time_unit=time_unit, report=report)
+        return _thin(requests, rng, keep_ratio)
     raise SetupError(
-        f"{path} is not a known trace format: give Azure's CSV (TIMESTAMP, ContextTokens, GeneratedTokens), "
-        "Mooncake's JSONL, ServeGen's windows (window_start_s, rate_rps, …), what `tierplane trace` "
-        "wrote, or a CSV with at_s, input_tokens, output_tokens"
+        f"{path} is not a known trace format; its fields are {', '.join(columns[:12]) or 'none'}. "
+        "Give a CSV or JSON lines with a time, prompt tokens and response tokens for each request, such as "
+        "at_s, input_tokens, output_tokens (or the fields of Azure's, BurstGPT's, Mooncake's or Bailian's "
+        "traces), ServeGen's windows (window_start_s, rate_rps, …), or what `tierplane trace` wrote"
     )
 
 
 def _rows(path: Path, convert: Callable[[Mapping[str, str]], Any]) -> Iterator[Any]:
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         for row in reader:
             try:
@@ -106,60 +111,6 @@ def _thin(arrivals: Iterator[Arrival], rng: random.Random, keep_ratio: float) ->
     for arrival in arrivals:
         if keep_ratio >= 1.0 or rng.random() < keep_ratio:
             yield arrival
-
-
-def _azure(path: Path, rng: random.Random, keep_ratio: float, _: tuple[float, float]) -> Iterator[Arrival]:
-    def convert(row: Mapping[str, str]) -> tuple[float, int, int]:
-        stamp = datetime.fromisoformat(row["TIMESTAMP"][:26] + "+00:00")
-        return stamp.timestamp(), int(row["ContextTokens"]), int(row["GeneratedTokens"])
-
-    def arrivals() -> Iterator[Arrival]:
-        start_s: float | None = None
-        for stamp_s, prompt, output in _rows(path, convert):
-            start_s = stamp_s if start_s is None else start_s
-            yield Arrival(stamp_s - start_s, prompt, output)
-
-    yield from _thin(arrivals(), rng, keep_ratio)
-
-
-def _mooncake(path: Path, rng: random.Random, keep_ratio: float, _: tuple[float, float]) -> Iterator[Arrival]:
-    def arrivals(file: TextIO) -> Iterator[Arrival]:
-        start_ms: float | None = None
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                stamp_ms = float(row["timestamp"])
-                start_ms = stamp_ms if start_ms is None else start_ms
-                blocks = tuple(int(block) for block in row.get("hash_ids", ()))
-                yield Arrival(
-                    (stamp_ms - start_ms) / 1000,
-                    int(row["input_length"]),
-                    int(row["output_length"]),
-                    blocks or None,
-                )
-            except (ValueError, TypeError, KeyError) as error:
-                raise SetupError(f"{path}, line {number}: {error}") from error
-
-    with path.open(encoding="utf-8") as file:
-        yield from _thin(arrivals(file), rng, keep_ratio)
-
-
-def _plain(path: Path, rng: random.Random, keep_ratio: float, _: tuple[float, float]) -> Iterator[Arrival]:
-    def convert(row: Mapping[str, str]) -> Arrival:
-        session = row.get("session")
-        return Arrival(
-            float(row["at_s"]),
-            int(row["input_tokens"]),
-            int(row["output_tokens"]),
-            tier=row.get("tier") or "",
-            complexity=Complexity(row["complexity"]) if row.get("complexity") else None,
-            priority=Priority(row["priority"]) if row.get("priority") else Priority.NORMAL,
-            session=int(session) if session else None,
-        )
-
-    yield from _thin(_rows(path, convert), rng, keep_ratio)
 
 
 class ServeGenWindow(NamedTuple):

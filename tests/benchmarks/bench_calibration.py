@@ -34,7 +34,7 @@ from controlplane.simulation.results import SimulationResult
 from controlplane.simulation.scenario import Scenario
 from controlplane.simulation.scenario_builder import build_scenario
 from controlplane.simulation.simulator import replay
-from controlplane.simulation.traces import Arrival
+from controlplane.simulation.trace_rows import Arrival
 from tests.benchmarks.load import percentile
 from tests.benchmarks.load_steps import Run, Step, run_steps
 from tests.support.plane import Plane, running

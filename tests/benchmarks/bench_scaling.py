@@ -32,7 +32,8 @@ from controlplane.simulation.results import SimulationResult
 from controlplane.simulation.scenario import Scenario
 from controlplane.simulation.scenario_builder import build_scenario
 from controlplane.simulation.simulator import replay
-from controlplane.simulation.traces import Arrival, read_trace
+from controlplane.simulation.trace_rows import Arrival
+from controlplane.simulation.traces import read_trace
 
 MODEL = "Qwen/Qwen3-8B"
 LIMIT = 16

@@ -22,7 +22,7 @@ from controlplane.simulation.outages import OutageModel
 from controlplane.simulation.policies import reactive_policy
 from controlplane.simulation.scenario import Scenario, TierScenario
 from controlplane.simulation.simulator import Simulator
-from controlplane.simulation.traces import Arrival
+from controlplane.simulation.trace_rows import Arrival
 
 GIB = 1024**3
 SHAPES = (

@@ -29,7 +29,8 @@ from controlplane.simulation.results import SimulationResult, hours_since_start
 from controlplane.simulation.scenario import Scenario
 from controlplane.simulation.scenario_builder import build_scenario
 from controlplane.simulation.simulator import Simulator
-from controlplane.simulation.traces import Arrival, read_trace
+from controlplane.simulation.trace_rows import Arrival, TimeUnit, TraceReport
+from controlplane.simulation.traces import SAMPLE_TRACE, read_trace
 
 _PEEK = 5000
 """The first requests of the trace, from which the mean request is computed."""
@@ -42,9 +43,13 @@ _SHOWN = 5
 @click.option(
     "--trace",
     required=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="The file with the arrivals.",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The file with the arrivals, or `sample` for a made-up hour of agents' requests.",
 )
+@click.option(
+    "--time-unit", type=click.Choice(["s", "ms", "us", "ns"]),
+    help="What the numbers in the trace's time field count, if nothing in the file says it.",
+)  # fmt: skip
 @click.option(
     "--config", required=True, type=click.Path(dir_okay=False), help="The configuration of the fleet."
 )
@@ -143,6 +148,7 @@ _SHOWN = 5
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
     trace: Path,
+    time_unit: TimeUnit | None,
     config: str,
     gpu: str | None,
     policy: str,
@@ -175,8 +181,9 @@ def command(
     simulated. With --cluster the production code also places replicas, on GPUs that the tiers share; a
     replica without room waits. The same seed gives the same output.
 
-    Traces: Azure's CSV, Mooncake's JSONL, ServeGen's windows, files of `tierplane trace`, or a CSV with the
-    columns at_s, input_tokens, output_tokens and optionally tier, complexity, priority, session.
+    Traces: a CSV or JSON lines with the fields at_s (or timestamp), input_tokens, output_tokens and
+    optionally tier, complexity, priority, session; Azure's, BurstGPT's, Mooncake's or Bailian's traces;
+    ServeGen's windows; files of `tierplane trace`.
     """
     if min_replicas is not None and max_replicas is not None and min_replicas > max_replicas:
         raise click.UsageError("--min-replicas is above --max-replicas: lower it, or raise --max-replicas")
@@ -204,9 +211,21 @@ def command(
     )
 
     shares = _shares(mix)
+    trace = _trace_file(trace)
+    report = TraceReport()
 
     def arrivals() -> Iterator[Arrival]:
-        read = read_trace(trace, seed=seed, keep_ratio=keep, hours=hours, skip_hours=skip_hours)
+        nonlocal report
+        report = TraceReport()
+        read = read_trace(
+            trace,
+            seed=seed,
+            keep_ratio=keep,
+            hours=hours,
+            skip_hours=skip_hours,
+            time_unit=time_unit,
+            report=report,
+        )
         return _checked(_mixed(read, shares, seed), plane, trace)
 
     scenario = _scenario(plane, options, arrivals, nodes)
@@ -225,8 +244,19 @@ def command(
         click.echo(json.dumps(result.as_json(), indent=2))
     else:
         _show(result)
+    for line in report.lines():
+        click.echo(line, err=True)
     rate = result.requests / took_s
     click.echo(f"{result.requests} requests simulated in {took_s:.1f} s: {rate:.0f} a second", err=True)
+
+
+def _trace_file(trace: Path) -> Path:
+    """The file that --trace names. Raises UsageError."""
+    if trace.is_file():
+        return trace
+    if str(trace) == "sample":
+        return SAMPLE_TRACE
+    raise click.UsageError(f"--trace: there is no file {trace}; `--trace sample` replays the sample trace")
 
 
 def _with_slo(

@@ -28,7 +28,7 @@ from controlplane.simulation.policies import MakePolicy, PolicyInput, decision, 
 from controlplane.simulation.results import ClusterResult, SimulationResult
 from controlplane.simulation.scenario import Scenario, TierScenario
 from controlplane.simulation.simulator import replay
-from controlplane.simulation.traces import Arrival
+from controlplane.simulation.trace_rows import Arrival
 from tests.support.nodes import plain_node
 
 COLD_S = 30.0

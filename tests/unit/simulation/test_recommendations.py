@@ -36,7 +36,7 @@ from controlplane.simulation.recommendations import UPDATES, SimulatedRecommenda
 from controlplane.simulation.results import START_UNIX_S, SimulationResult, TierRecord
 from controlplane.simulation.scenario import RecommendationSettings, Scenario, TierScenario
 from controlplane.simulation.simulator import replay
-from controlplane.simulation.traces import Arrival
+from controlplane.simulation.trace_rows import Arrival
 
 REQUEST = RequestShape(100.0, 50.0)
 PRIOR = EngineSpeed(0.02, 0.0002, 1e-6)

@@ -24,7 +24,7 @@ from controlplane.simulation.policies import NAMES, ServePolicy, StaticPolicy, p
 from controlplane.simulation.results import SimulationResult
 from controlplane.simulation.scenario import Scenario, TierScenario
 from controlplane.simulation.simulator import Simulator, replay
-from controlplane.simulation.traces import Arrival
+from controlplane.simulation.trace_rows import Arrival
 
 REQUEST = RequestShape(100.0, 50.0)
 PRIOR = EngineSpeed(0.02, 0.0002, 1e-6)

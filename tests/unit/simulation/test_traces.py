@@ -10,7 +10,8 @@ import pytest
 
 from controlplane.core.domain.request import Complexity, Priority
 from controlplane.errors import SetupError
-from controlplane.simulation.traces import read_trace
+from controlplane.simulation.trace_rows import TraceReport
+from controlplane.simulation.traces import SAMPLE_TRACE, read_trace
 
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:15:46.6805900,374,44
@@ -51,6 +52,116 @@ def test_mooncake(tmp_path: Path) -> None:
     first, second = read_trace(written(tmp_path, text))
     assert first.blocks == (0, 1, 2)
     assert (second.at_s, second.blocks) == (3.0, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "times"),
+    [
+        pytest.param(
+            "TIMESTAMP,ContextTokens,GeneratedTokens\n2024-05-10 00:00:00.009930+00:00,2162,5\n"
+            "2024-05-10 00:00:37+00:00,76,15\n",
+            [0.0, 36.99007],
+            id="a date on a whole second",
+        ),
+        pytest.param(
+            '\ufeff"Timestamp";"Request tokens";"Response tokens"\n"5";"472";"18"\n45;1087;230\n',
+            [0.0, 40.0],
+            id="BurstGPT, seconds, with a byte order mark, quotes and semicolons",
+        ),
+        pytest.param(
+            "".join(
+                f'{{"chat_id": {i}, "parent_chat_id": -1, "timestamp": {at}, "input_length": 100, '
+                f'"output_length": 10, "type": "text", "turn": 1, "hash_ids": [{i}]}}\n'
+                for i, at in enumerate((0.0, 900.25, 1800.5))
+            ),
+            [0.0, 900.25, 1800.5],
+            id="Bailian, seconds in Mooncake's fields",
+        ),
+        pytest.param(
+            "at_s,input_tokens,output_tokens\n1718000000,100,10\n1718000003,100,10\n",
+            [0.0, 3.0],
+            id="Unix time in seconds",
+        ),
+        pytest.param(
+            "output_tokens,arrival_time_ms,input_tokens\n1,1718000000000,2\n3,1718000001500,4\n",
+            [0.0, 1.5],
+            id="Unix time in milliseconds, columns in another order",
+        ),
+        pytest.param(
+            '[{"created": 1718000000, "prompt_tokens": 5, "completion_tokens": 6},'
+            ' {"created": 1718000002, "prompt_tokens": 5, "completion_tokens": 6}]',
+            [0.0, 2.0],
+            id="a JSON array",
+        ),
+        pytest.param(
+            '{"at_s": 0.5, "input_tokens": 5, "output_tokens": 6}\n'
+            '{"at_s": 1.25, "input_tokens": 5, "output_tokens": 6}\n',
+            [0.5, 1.25],
+            id="our own fields as JSON lines",
+        ),
+        pytest.param(
+            "time (ms)\tinput_len\toutput_len\n100\t5\t6\n350\t5\t6\n",
+            [0.0, 0.25],
+            id="tabs, unit in the name",
+        ),
+        pytest.param(
+            "at_s,input_tokens,output_tokens\n2,5,6\n1.5,5,6\n3,5,6\n",
+            [2.0, 2.0, 3.0],
+            id="a little out of order",
+        ),
+    ],
+)
+def test_a_trace_is_read_by_its_fields(tmp_path: Path, text: str, times: list[float]) -> None:
+    assert [a.at_s for a in read_trace(written(tmp_path, text))] == pytest.approx(times, abs=1e-4)
+
+
+def test_the_unit_of_a_time_can_be_given(tmp_path: Path) -> None:
+    path = written(tmp_path, "timestamp,prompt_tokens,completion_tokens\n1000,2,3\n4000,5,6\n")
+    assert [a.at_s for a in read_trace(path, time_unit="ms")] == [0.0, 3.0]
+    assert [a.at_s for a in read_trace(path, time_unit="s")] == [0.0, 3000.0]
+
+
+def test_skipped_rows_are_counted_with_their_reason(tmp_path: Path) -> None:
+    rows = [f"{i},10,5" for i in range(100)]
+    rows[40], rows[60], rows[61] = "40,10,0", "x,10,5", "61,1"
+    report = TraceReport()
+    path = written(tmp_path, "\n\nat_s,input_tokens,output_tokens\n" + "\n".join(rows) + "\n\n")
+    assert len(list(read_trace(path, report=report))) == 97
+    assert report.rows == 97
+    assert report.lines() == [
+        "the trace was read as seconds",
+        "1 row was skipped, line 44: the number of response tokens is not between 1 and 100000000",
+        "1 row was skipped, line 64: the time is neither a number nor a date",
+        "1 row was skipped, line 65: no field 'output_tokens'",
+    ]
+
+
+def test_small_blocks_are_joined_to_those_of_the_simulated_cache(tmp_path: Path) -> None:
+    def row(chat: int, hashes: list[int]) -> str:
+        return json.dumps(
+            {
+                "chat_id": chat,
+                "parent_chat_id": -1,
+                "timestamp": chat,
+                "input_length": 16 * len(hashes),
+                "output_length": 1,
+                "hash_ids": hashes,
+            }
+        )
+
+    path = written(tmp_path, row(0, list(range(70))) + "\n" + row(1, [*range(32), *range(100, 140)]))
+    first, second = (arrival.blocks or () for arrival in read_trace(path))
+    assert (len(first), len(second)) == (2, 2)
+    assert first[0] == second[0]
+    assert first[1] != second[1]
+
+
+def test_the_sample_trace_is_read_whole() -> None:
+    report = TraceReport()
+    arrivals = list(read_trace(SAMPLE_TRACE, report=report))
+    assert len(arrivals) == report.rows == 447
+    assert report.lines() == ["the trace was read as seconds"]
+    assert {a.complexity for a in arrivals} == set(Complexity)
 
 
 def test_plain(tmp_path: Path) -> None:
@@ -104,8 +215,14 @@ def test_thinning_uses_a_share_of_the_requests(tmp_path: Path) -> None:
         ("a,b,c\n1,2,3\n", "not a known trace"),
         ("", "not a known trace"),
         ("at_s,input_tokens,output_tokens\n1,2,x\n", "line 2"),
-        ('{"timestamp": 0}\n', "line 1"),
-        ('{"timestamp": 0, "input_length": 1, "output_length": 1}\nnonsense\n', "line 2"),
+        ('{"timestamp": 0}\n', "not a known trace"),
+        ('{"at_s": 0, "input_tokens": 1, "output_tokens": 1}\nnonsense\n', "line 2"),
+        ("at_s,input_tokens,output_tokens\n1,2,3\n2,-4,3\n", "between 1 and"),
+        ("at_s,input_tokens,output_tokens\n1,2,3\nnan,4,3\n", "not finite"),
+        ("at_s,input_tokens,output_tokens\n9000,2,3\n1,4,3\n", "sort the file"),
+        ("[1, 2]", "not a known trace"),
+        ("timestamp,prompt_tokens,completion_tokens\n1,2,3\n4,5,6\n", "--time-unit"),
+        ('{"timestamp": 0.5, "input_length": 1, "output_length": 1, "hash_ids": []}\n', "--time-unit"),
         ("at_s,input_tokens,output_tokens,priority\n1,2,3,urgent\n", "urgent"),
     ],
 )
