@@ -6,12 +6,12 @@ import pytest
 
 from controlplane.simulation.clock import VirtualClock
 from controlplane.simulation.engine import (
-    BLOCK_TOKENS,
     EngineJob,
     EngineTiming,
     SimulatedTiming,
     VirtualEngine,
 )
+from controlplane.simulation.trace_rows import BLOCK_TOKENS
 
 
 class Steady:
