@@ -131,9 +131,8 @@ class Relay:
                 context.decision = started.decision
             return winner
         finally:
-            if not first.done():
-                first.cancel()
-            elif not first.cancelled():
+            await _unwind(first)
+            if not first.cancelled():
                 first.exception()  # marks it as retrieved
 
     async def _race(
@@ -154,15 +153,19 @@ class Relay:
             self._metrics.hedges.labels("won" if winner is second else "lost").inc()
             return attempts[winner]
         finally:
-            for task, other in attempts.items():
-                if not task.done():
-                    task.cancel()
-                    other.abandon()
-                elif task is not winner and isinstance(failure := task.exception(), UpstreamFailure):
-                    if winner is not None or task is second:  # otherwise the caller accounts for it
-                        self._attempts.failed(other, failure)
-                elif task is not winner:
-                    other.abandon()
+            try:
+                await _unwind(*(task for task in attempts if task is not winner))
+            finally:
+                for task, other in attempts.items():
+                    if task is winner:
+                        continue
+                    if not task.done() or task.cancelled():
+                        other.abandon()
+                    elif isinstance(failure := task.exception(), UpstreamFailure):
+                        if winner is not None or task is second:  # otherwise the caller accounts for it
+                            self._attempts.failed(other, failure)
+                    else:
+                        other.abandon()
 
     # -- the response ----------------------------------------------------------------------------
 
@@ -245,6 +248,15 @@ def _count_tokens(body: bytes) -> TokenCounts:
     return TokenCounts(
         usage.prompt_tokens or usage.input_tokens, usage.completion_tokens or usage.output_tokens
     )
+
+
+async def _unwind(*tasks: asyncio.Future[None]) -> None:
+    """Cancel the tasks that still run, and wait until they have ended and use their connections no more."""
+    running = [task for task in tasks if not task.done()]
+    for task in running:
+        task.cancel()
+    if running:
+        await asyncio.wait(running)
 
 
 def _failure_of(task: asyncio.Future[None]) -> UpstreamFailure:

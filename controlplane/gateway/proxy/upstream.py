@@ -137,8 +137,8 @@ class UpstreamConnection(asyncio.Protocol):
 
     @property
     def reusable(self) -> bool:
-        """The last response is complete and the engine keeps the connection open."""
-        return self._complete and self._keep_alive and not self.closed
+        """The last response is complete, its bytes were read, and the engine keeps the connection open."""
+        return self._complete and self._keep_alive and not self.closed and not self._paused
 
     def close(self) -> None:
         """Close the connection; the engine aborts a request that is running on it."""
@@ -147,11 +147,13 @@ class UpstreamConnection(asyncio.Protocol):
             self._transport.abort()
 
     async def _wait(self) -> None:
-        self._waiter = self.loop.create_future()
+        waiter = self._waiter = self.loop.create_future()
         try:
-            await self._waiter
+            await waiter
         finally:
-            self._waiter = None
+            # A cancelled exchange may unwind after the connection has begun the next one.
+            if self._waiter is waiter:
+                self._waiter = None
 
     def _wake(self) -> None:
         waiter = self._waiter

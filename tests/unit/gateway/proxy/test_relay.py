@@ -9,6 +9,7 @@ import pytest
 
 from controlplane.core.cluster.snapshot import GatewayInfo
 from controlplane.core.domain.endpoint import EndpointState
+from controlplane.gateway.proxy.upstream import UpstreamConnection, UpstreamOrigin
 from tests.support.gateway import CHAT, chat_body, plane, running, scripted_engine, take
 from tests.support.waiting import until_async
 
@@ -314,6 +315,33 @@ async def test_a_hedge_replaces_a_slow_first_token() -> None:
             stream = await asyncio.wait_for(rig.stream(chat_body(f"n {i}", max_tokens=2)), 3)
             assert stream.done
         await until_async(lambda: rig.gateway.info().in_flight == 0)
+
+
+async def test_hedged_requests_on_few_connections_all_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    released_too_early = 0
+    release = UpstreamOrigin.release
+
+    def checked(origin: UpstreamOrigin, connection: UpstreamConnection) -> None:
+        nonlocal released_too_early
+        released_too_early += connection._waiter is not None
+        release(origin, connection)
+
+    monkeypatch.setattr(UpstreamOrigin, "release", checked)
+    config = plane(hedge_after_s=0.002, first_token_timeout_s=30, request_timeout_s=10)
+    async with running(config) as rig:
+        for name in ("a", "b"):
+            await rig.engine(name, ttft_ms=4, itl_ms=1, jitter=0.5, limit=64)
+
+        async def client(number: int) -> None:
+            for turn in range(10):
+                stream = await rig.stream(chat_body(f"n {number} {turn}", max_tokens=1))
+                assert stream.done
+
+        await asyncio.wait_for(asyncio.gather(*(client(number) for number in range(16))), 60)
+        await until_async(lambda: rig.gateway.info().in_flight == 0)
+        assert not rig.gateway._timeouts._attempts
+        assert rig.gateway.metrics.hedges.labels("won")._value.get() > 0
+    assert released_too_early == 0
 
 
 async def test_limits_are_shared_with_other_gateways() -> None:
