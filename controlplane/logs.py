@@ -7,6 +7,7 @@ each also write JSON to their own file in the run folder, which ``tierplane logs
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import logging.handlers
 import os
@@ -19,6 +20,8 @@ import structlog
 
 LOG_FILE_BYTES = 10 * 1024 * 1024
 ROTATED_LOG_FILES = 2
+KEPT_LOG_FILES = 100
+"""How many log files of processes that have ended are kept in a folder, with their older parts."""
 
 _PACKAGES = ("controlplane", "deployments")
 _HIDDEN_KEYS = frozenset({"secret", "api_key", "authorization", "token"})
@@ -59,6 +62,7 @@ def setup(
     handlers.append(stream)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
+        remove_old_files(file.parent)
         rotating = logging.handlers.RotatingFileHandler(
             file, maxBytes=LOG_FILE_BYTES, backupCount=ROTATED_LOG_FILES, encoding="utf-8"
         )
@@ -79,6 +83,35 @@ def resolve_format(log_format: LogFormat) -> Literal["json", "console"]:
     if log_format != "auto":
         return log_format
     return "console" if sys.stderr.isatty() else "json"
+
+
+def remove_old_files(folder: Path, keep: int = KEPT_LOG_FILES) -> None:
+    """Remove the oldest log files that no process has open, so that at most ``keep`` of those are left."""
+    with contextlib.suppress(OSError):
+        files = list(folder.glob("*.log"))
+        if len(files) <= keep:
+            return
+        in_use = open_files(folder)
+        ended = sorted((path for path in files if path not in in_use), key=lambda path: path.stat().st_mtime)
+        for path in ended[: max(0, len(ended) - keep)]:
+            for each in (path, *folder.glob(f"{path.name}.*")):
+                each.unlink(missing_ok=True)
+
+
+def open_files(folder: Path) -> set[Path]:
+    """The files in ``folder`` that a process of this user on this machine has open."""
+    real, found = folder.resolve(), set()
+    for process in Path("/proc").iterdir():
+        if not process.name.isdigit():
+            continue
+        # Processes of other users, and files and processes that are gone by now, are skipped.
+        with contextlib.suppress(OSError):
+            for number in os.listdir(process / "fd"):
+                with contextlib.suppress(OSError):
+                    target = Path(os.readlink(process / "fd" / number))
+                    if target.parent == real:
+                        found.add(folder / target.name)
+    return found
 
 
 def _formatter(log_format: Literal["json", "console"]) -> structlog.stdlib.ProcessorFormatter:

@@ -12,11 +12,22 @@ CACHE_DIR_VARIABLE = "TIERPLANE_CACHE_DIR"
 
 
 def run_dir() -> Path:
-    """The folder for the running plane's files (records, logs, locks); created for its owner only.
+    """The folder for the running plane's files (records, logs, store, locks). Only its owner has access, also
+    if the folder existed before.
 
-    ``TIERPLANE_RUN_DIR``, or ``tierplane/run`` in ``$XDG_CACHE_HOME``. Raises SetupError if that fails.
+    ``TIERPLANE_RUN_DIR``, or ``tierplane/run`` in ``$XDG_CACHE_HOME``. Raises SetupError if that fails, or if
+    another user owns the folder.
     """
-    return _folder(RUN_DIR_VARIABLE, "tierplane/run")
+    path = _folder(RUN_DIR_VARIABLE, "tierplane/run")
+    found = path.stat()
+    if found.st_uid != os.geteuid():
+        raise SetupError(
+            f"the folder {path} belongs to another user, who could read the plane's logs and replace its "
+            f"files; set {RUN_DIR_VARIABLE} to a folder of your own"
+        )
+    if found.st_mode & 0o077:
+        path.chmod(0o700)
+    return path
 
 
 def cache_dir() -> Path:

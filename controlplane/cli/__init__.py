@@ -6,13 +6,18 @@ So the table below repeats each command's one-line help; a test compares them.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib
+import os
 from typing import Any
 
 import click
 
 from controlplane import __version__
 from controlplane.errors import ConfigError, TierplaneError
+from controlplane.paths import run_dir
+from controlplane.terminal import printable
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "up": (
@@ -149,14 +154,45 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; one of tierplane's own errors ends it with a message instead of a traceback."""
+        """Run the command; one of tierplane's own errors, or a disk that takes no more, ends it with a
+        message instead of a traceback."""
         try:
             return super().invoke(ctx)
         except TierplaneError as error:
             if ctx.params.get("debug"):
                 raise
-            click.echo(f"{click.style('Error:', fg='red', bold=True)} {error}", err=True)
+            _show_error(str(error))
             ctx.exit(2 if isinstance(error, ConfigError) else 1)
+        except OSError as error:
+            message = unwritable(error)
+            if ctx.params.get("debug") or not message:
+                raise
+            _show_error(message)
+            ctx.exit(1)
+
+
+def unwritable(error: OSError) -> str:
+    """The message about a file that can't be written because the disk or the user's share of it is full, or
+    is read-only; empty for any other error."""
+    if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}:
+        return ""
+    what = f"can't write {error.filename}" if error.filename else "can't write a file"
+    return (
+        f"{what}: {os.strerror(error.errno)}; free space on the disks of the run folder ({_run_folder()}) "
+        "and of /tmp, or set TIERPLANE_RUN_DIR to a folder on another disk"
+    )
+
+
+def _run_folder() -> str:
+    try:
+        return str(run_dir())
+    except TierplaneError:
+        return "TIERPLANE_RUN_DIR"
+
+
+def _show_error(text: str) -> None:
+    with contextlib.suppress(OSError):  # standard error may be a file on the same full disk
+        click.echo(f"{click.style('Error:', fg='red', bold=True)} {printable(text)}", err=True)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

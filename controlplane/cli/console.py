@@ -1,11 +1,20 @@
-"""The console that commands print to, and durations as text."""
+"""The console that commands print to, and durations as text.
+
+Much of what commands print comes from engines, models, clients and operators. Everything that is printed as
+text goes through :func:`say` or :func:`stdout`, which remove control sequences; JSON escapes them.
+"""
 
 from __future__ import annotations
 
 import re
-from typing import Final
+from collections.abc import Iterable
+from typing import Any, Final
 
+import click
 from rich.console import Console
+from rich.segment import Segment
+
+from controlplane.terminal import printable
 
 PIPE_WIDTH: Final = 240
 """The width of output to a pipe or a file, in columns: wide enough that tables are not truncated."""
@@ -14,9 +23,23 @@ PIPE_WIDTH: Final = 240
 _UNITS_S: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
+class PrintableConsole(Console):
+    """A console that shows no control sequences but its own."""
+
+    def render(self, *args: Any, **kwargs: Any) -> Iterable[Segment]:
+        """The segments of a renderable, also of each cell of a table."""
+        for segment in super().render(*args, **kwargs):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print a line of text to standard output, or to standard error."""
+    click.echo(printable(text), err=err)
+
+
 def stdout() -> Console:
     """A console on standard output: as wide as the terminal, or ``PIPE_WIDTH`` columns without one."""
-    console = Console(highlight=False)
+    console = PrintableConsole(highlight=False)
     if not console.is_terminal:
         console.width = PIPE_WIDTH
     return console

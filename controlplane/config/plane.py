@@ -82,6 +82,10 @@ class TierConfig(Strict):
     For engine ``simulated``: the settings of the timing model."""
     env: dict[str, str] = Field(default_factory=dict)
     """Variables added to the environment of the engine process."""
+    pass_env: list[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]] = Field(default_factory=list)
+    """Names of variables that the engine process gets from the environment of its node. By default it gets
+    only what programs, accelerators and model libraries use (such as ``PATH``, ``CUDA_*``, ``HF_*`` and
+    ``VLLM_*``), so that model code can't read other secrets."""
     device: Literal["gpu", "cpu"] = "gpu"
     """Where a ``vllm`` engine runs. Other engines reserve no GPU, except a ``simulated`` one that asks for
     it in ``engine_args`` (``gpus: 1``)."""

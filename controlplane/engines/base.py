@@ -36,6 +36,9 @@ class Command:
 
     argv: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    pass_env: tuple[str, ...] = ()
+    """Variables that it gets from the supervisor's environment, in addition to those that every engine
+    gets."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,6 +112,7 @@ class LlamaCppEngine:
             ),
             # When llama.cpp aborts, it would start a debugger for a backtrace, if one is installed.
             env={"GGML_NO_BACKTRACE": "1", **tier.env, KEY_ENV: launch.secret},
+            pass_env=tuple(tier.pass_env),
         )
 
     def capabilities(self, tier: TierConfig) -> Capabilities:

@@ -233,7 +233,7 @@ class VllmEngine:
         if tier.trust_remote_code:
             argv.append("--trust-remote-code")
         argv += flags(_with_defaults(tier))
-        return Command(argv=tuple(argv), env=_environment(tier, launch))
+        return Command(argv=tuple(argv), env=_environment(tier, launch), pass_env=_passed(tier))
 
     def capabilities(self, tier: TierConfig) -> Capabilities:
         """For a pooling model, embeddings only; for any other model, everything except embeddings."""
@@ -311,6 +311,12 @@ def _with_defaults(tier: TierConfig) -> dict[str, ArgScalar | list[ArgScalar]]:
 def _unbound(world_size: int, cores: int) -> bool:
     """Whether a CPU engine's threads are scheduled freely instead of being bound to cores by vLLM."""
     return "VLLM_CPU_OMP_THREADS_BIND" not in os.environ and (world_size > 1 or cores <= 4)
+
+
+def _passed(tier: TierConfig) -> tuple[str, ...]:
+    """vLLM's own Ray workers need access to the cluster; no other engine gets it."""
+    ray = (name for name in os.environ if name.startswith("RAY_")) if tier.pipeline_across_nodes else ()
+    return (*tier.pass_env, *ray)
 
 
 def _environment(tier: TierConfig, launch: Launch) -> dict[str, str]:

@@ -7,8 +7,10 @@ It has its own ports and its own folder for sockets and logs. All its processes 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 import subprocess
@@ -31,6 +33,9 @@ START_TIMEOUT_S = 120.0
 OBJECT_STORE_BYTES = 128 * 1024 * 1024
 """Small, because neither tokens nor weights pass through Ray's object store."""
 DASHBOARD_PORT = 8265
+_MARKER_FILE = "tierplane-plane-id"
+"""In the folder of a Ray that we started. A folder without it is not removed, whatever the record says."""
+_PLANE_ID = re.compile(r"[0-9A-Za-z_-]{1,64}")
 SERVE_ENVIRONMENT: Final[Mapping[str, str]] = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
@@ -89,6 +94,8 @@ def load_record() -> RunRecord | None:
     path = record_path()
     try:
         values = json.loads(path.read_text())
+        if not _PLANE_ID.fullmatch(values["plane_id"]):
+            raise ValueError("plane_id is none of ours")
         return RunRecord(**{**values, "applications": tuple(values["applications"])})
     except FileNotFoundError:
         return None
@@ -155,6 +162,7 @@ def prepare(record: RunRecord) -> RunRecord:
     """Create the folder of the Ray for ``record``, with its token, and save the record."""
     # Ray and HAProxy create sockets in this folder, and a socket's path has at most 97 bytes.
     temp_dir = Path(tempfile.mkdtemp(prefix="plane-", dir="/tmp"))
+    (temp_dir / _MARKER_FILE).write_text(record.plane_id)
     record = replace(record, temp_dir=str(temp_dir))
     record.save()
     token = os.open(temp_dir / "auth_token", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -236,15 +244,30 @@ def processes(plane_id: str) -> list[psutil.Process]:
 
 
 def stop(record: RunRecord, *, grace_s: float = 3.0) -> int:
-    """Stop all processes of the plane, save Ray's last logs in the run folder and remove Ray's folder.
+    """Stop all processes of the plane, save Ray's last logs in the run folder and remove Ray's folder if it
+    is the one that :func:`prepare` created.
 
     Returns how many processes were stopped. Raises SetupError if one can't be stopped.
     """
     stopped = _stop_processes(record, grace_s)
-    if record.temp_dir:
-        _save_logs(Path(record.temp_dir))
-        shutil.rmtree(record.temp_dir, ignore_errors=True)
+    temp_dir = _own_folder(record)
+    if temp_dir is not None:
+        _save_logs(temp_dir)
+        shutil.rmtree(temp_dir, ignore_errors=True)
     return stopped
+
+
+def _own_folder(record: RunRecord) -> Path | None:
+    """The folder that :func:`prepare` created for this record, and nobody else; None if there is none."""
+    if not record.temp_dir:
+        return None
+    folder = Path(record.temp_dir)
+    try:
+        if folder.is_symlink() or folder.lstat().st_uid != os.geteuid():
+            return None
+        return folder if (folder / _MARKER_FILE).read_text() == record.plane_id else None
+    except (OSError, ValueError):
+        return None
 
 
 def clear(record: RunRecord) -> RunRecord:
@@ -254,10 +277,11 @@ def clear(record: RunRecord) -> RunRecord:
     a process can't be stopped.
     """
     _stop_processes(record, grace_s=3.0)
-    temp_dir = Path(record.temp_dir)
-    _save_logs(temp_dir)
-    for each in ("ray", "h"):
-        shutil.rmtree(temp_dir / each, ignore_errors=True)
+    temp_dir = _own_folder(record)
+    if temp_dir is not None:
+        _save_logs(temp_dir)
+        for each in ("ray", "h"):
+            shutil.rmtree(temp_dir / each, ignore_errors=True)
     record = replace(record, ray_address="", dashboard_url="")
     record.save()
     return record
@@ -305,7 +329,9 @@ def _save_logs(temp_dir: Path) -> None:
     if logs.is_dir():
         saved = run_dir() / "ray-logs"
         shutil.rmtree(saved, ignore_errors=True)
-        shutil.copytree(logs, saved, ignore_dangling_symlinks=True, dirs_exist_ok=True)
+        with contextlib.suppress(OSError):  # On a full disk the logs are lost, and the plane is stopped.
+            shutil.copytree(logs, saved, ignore_dangling_symlinks=True, dirs_exist_ok=True)
+            saved.chmod(0o700)
 
 
 def _signal(found: list[psutil.Process], stopped: set[int], how: Any) -> None:

@@ -21,6 +21,22 @@ def test_named_folders_are_created_for_their_owner_only(
     assert [stat.S_IMODE(path.stat().st_mode) for path in (run_dir(), cache_dir())] == [0o700, 0o700]
 
 
+def test_a_run_folder_that_existed_is_closed_to_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for mode in (0o755, 0o777, 0o710):
+        tmp_path.chmod(mode)
+        monkeypatch.setenv("TIERPLANE_RUN_DIR", str(tmp_path))
+        assert stat.S_IMODE(run_dir().stat().st_mode) == 0o700
+
+
+def test_the_run_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIERPLANE_RUN_DIR", str(tmp_path))
+    monkeypatch.setattr("os.geteuid", lambda: tmp_path.stat().st_uid + 1)
+    with pytest.raises(SetupError, match="belongs to another user"):
+        run_dir()
+
+
 @pytest.mark.parametrize(("xdg", "expected"), [("/x", "xdg"), ("relative", "home"), (None, "home")])
 def test_the_default_is_the_users_cache(
     xdg: str | None, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

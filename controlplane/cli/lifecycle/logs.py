@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import time
@@ -11,8 +12,13 @@ from typing import Any
 
 import click
 
-from controlplane.errors import SetupError
+from controlplane.cli.console import say
+from controlplane.config import load_plane
+from controlplane.errors import SetupError, TierplaneError
+from controlplane.logs import open_files
 from controlplane.paths import run_dir
+from controlplane.ray_cluster import session
+from controlplane.terminal import printable
 
 POLL_S = 0.3
 TAIL_BYTES = 1024 * 1024
@@ -27,29 +33,67 @@ _NOT_SHOWN = frozenset({"timestamp", "level", "event", "logger", "component"})
 @click.option(
     "--lines", "-n", default=50, show_default=True, help="How many last lines of each file to print."
 )
+@click.option("--previous", "-p", is_flag=True, help="Show the logs of replicas that have ended instead.")
 @click.option("--raw", is_flag=True, help="Print lines as they are in the file (JSON), without its name.")
-def command(names: tuple[str, ...], follow: bool, lines: int, raw: bool) -> None:
-    """Show the logs of the engines, the replicas, the gateway and the controller."""
+def command(names: tuple[str, ...], follow: bool, lines: int, previous: bool, raw: bool) -> None:
+    """Show the logs of the engines, the replicas, the gateway and the controller.
+
+    By default those of processes that run now; if none runs, those of the last ones.
+    """
     folder = run_dir() / "logs"
-    found = log_files(folder, names)
+    found = _chosen(folder, names, previous=previous)
     if not found and not follow:
-        wanted = f" of {', '.join(names)}" if names else ""
-        raise SetupError(
-            f"no logs{wanted} in {folder}: start a plane with `tierplane up`, or check the names"
-        )
+        raise SetupError(_nothing_found(folder, names, previous=previous))
     read: dict[Path, _Tail] = {}
     for path in found:
         read[path] = _Tail(path)
         for line in read[path].last(lines):
-            click.echo(_line_text(path, line, raw))
+            say(_line_text(path, line, raw))
+    old = set(log_files(folder, names)) - set(found)
     try:
         while follow:
             for path in log_files(folder, names):
-                for line in read.setdefault(path, _Tail(path)).new():
-                    click.echo(_line_text(path, line, raw))
+                if path not in old:
+                    for line in read.setdefault(path, _Tail(path)).new():
+                        say(_line_text(path, line, raw))
             time.sleep(POLL_S)
     except KeyboardInterrupt:
         return
+
+
+def _chosen(folder: Path, names: Sequence[str], *, previous: bool) -> list[Path]:
+    """The files of living processes, or with ``previous`` those of ended ones. If no process runs at all,
+    all files."""
+    files = log_files(folder, names)
+    living = open_files(folder) if files else set()
+    if not living:
+        return files
+    return [path for path in files if (path in living) != previous]
+
+
+def _nothing_found(folder: Path, names: Sequence[str], *, previous: bool) -> str:
+    wanted = f" of {', '.join(names)}" if names else ""
+    if not previous and log_files(folder, names):
+        return f"no process{wanted} runs: `tierplane logs --previous` shows the logs of those that have ended"
+    known = _known_names(folder)
+    close = [match for name in names for match in difflib.get_close_matches(name, known, n=1)]
+    if close:
+        return f"no logs{wanted} in {folder}: did you mean {' or '.join(close)}?"
+    hint = f"the names are {', '.join(known)}" if names and known else "start a plane with `tierplane up`"
+    return f"no logs{wanted} in {folder}: {hint}"
+
+
+def _known_names(folder: Path) -> list[str]:
+    """What may be named: the tiers of the running plane, if there is one, the gateway and the controller."""
+    try:
+        record = session.load_record()
+        tiers = [tier.name for tier in load_plane(record.config).plane.tiers] if record else []
+    except (TierplaneError, OSError):
+        tiers = []
+    if not tiers:
+        stems = {path.stem.removesuffix("-replica").removesuffix("-engine") for path in log_files(folder, ())}
+        tiers = sorted({stem.rpartition("-")[0] for stem in stems} - {"", "gateway"})
+    return [*tiers, "gateway", "controller"]
 
 
 def log_files(folder: Path, names: Sequence[str]) -> list[Path]:
@@ -87,7 +131,7 @@ def _value(value: Any) -> str:
 
 
 def _line_text(path: Path, line: str, raw: bool) -> str:
-    return line if raw else f"{path.stem} | {readable(line)}"
+    return printable(line if raw else f"{path.stem} | {readable(line)}")
 
 
 class _Tail:

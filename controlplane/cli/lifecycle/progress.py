@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-import click
 from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from controlplane.cli.console import stdout
+from controlplane.cli.console import say, stdout
 from controlplane.cli.lifecycle.tables import diagnosis_or_phase, progress_table, tier_json
 from controlplane.core.cluster.status import TierStatus
 from controlplane.core.domain.event import Event
@@ -84,7 +84,7 @@ class JsonProgress:
         """See :class:`ProgressReporter`."""
 
     def _write(self, event: str, **fields: Any) -> None:
-        click.echo(json.dumps({"event": event, **fields}))
+        _print(json.dumps({"event": event, **fields}))
 
 
 class LineProgress:
@@ -123,7 +123,7 @@ class LineProgress:
 
     def _line(self, text: str) -> None:
         self._printed_s = time.monotonic()
-        click.echo(text)
+        _print(text)
 
 
 class LiveProgress:
@@ -158,6 +158,22 @@ class LiveProgress:
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+
+def mute() -> None:
+    """Send all further output of this process to nowhere, once nobody can read it: a plane must be stopped in
+    order even if the terminal was closed or the disk is full."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for number in (1, 2):
+        os.dup2(nowhere, number)
+    os.close(nowhere)
+
+
+def _print(text: str) -> None:
+    try:
+        say(text)
+    except OSError:
+        mute()
 
 
 def _summary(tier: TierStatus) -> tuple[Any, ...]:

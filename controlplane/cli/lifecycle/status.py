@@ -67,7 +67,7 @@ def _watch(plane: PlaneAddress, as_json: bool) -> None:
         while True:
             click.echo(json.dumps(_as_json(*_query(plane))))
             time.sleep(REFRESH_S)
-    with Live(auto_refresh=False) as live:
+    with Live(console=stdout(), auto_refresh=False) as live:
         while True:
             live.update(_tables(*_query(plane), events=True), refresh=True)
             time.sleep(REFRESH_S)

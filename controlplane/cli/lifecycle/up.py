@@ -22,7 +22,7 @@ import psutil
 
 from controlplane.cli.checking.checks import CheckStatus, run_checks
 from controlplane.cli.checking.configuration import load_checked
-from controlplane.cli.lifecycle.progress import ProgressReporter, progress_reporter
+from controlplane.cli.lifecycle.progress import ProgressReporter, mute, progress_reporter
 from controlplane.cli.lifecycle.stopping import stop_plane
 from controlplane.config import ServeFile
 from controlplane.core.cluster.snapshot import ClusterSnapshot
@@ -49,7 +49,8 @@ _IRRELEVANT_WARNINGS = frozenset({"haproxy", f"port {session.DASHBOARD_PORT}"})
 
 
 class Interrupts:
-    """Counts Ctrl-C and SIGTERM: the first requests a stop, the second a stop without waiting."""
+    """Counts Ctrl-C, SIGTERM and SIGHUP (the terminal was closed): the first requests a stop, the second a
+    stop without waiting."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -58,6 +59,12 @@ class Interrupts:
         """Install the signal handlers; needed again after connecting to Ray, which installs its own."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as with nohup
+            signal.signal(signal.SIGHUP, self._on_hangup)
+
+    def _on_hangup(self, _: int, __: FrameType | None) -> None:
+        mute()
+        self.count += 1
 
     def _on_signal(self, _: int, __: FrameType | None) -> None:
         self.count += 1

@@ -11,6 +11,7 @@ from controlplane.cli.controller_access import PlaneAddress, connected, plane_op
 from controlplane.controller.api import ControllerApi
 from controlplane.core.domain.event import Event
 from controlplane.errors import SetupError
+from controlplane.terminal import printable
 
 POLL_S = 0.5
 UNREACHABLE_LIMIT_S = 60.0
@@ -59,7 +60,7 @@ def event_line(event: Event) -> str:
     """An event as a line of text."""
     clock = time.strftime("%H:%M:%S", time.localtime(event.unix_s))
     by = f" (by {event.actor})" if event.actor != "controller" else ""
-    return f"{clock}  {event.subject:<24}  {event.kind}{by}: {event.reason}"
+    return printable(f"{clock}  {event.subject:<24}  {event.kind}{by}: {event.reason}")
 
 
 def event_json(event: Event) -> str:

@@ -6,6 +6,7 @@ import json
 
 import click
 
+from controlplane.cli.console import say
 from controlplane.cli.controller_access import connected, plane_options
 from controlplane.controller.api import ControllerApi, Method
 from controlplane.core.reconcile.commands import ActionOutcome, ActionResponse
@@ -49,7 +50,7 @@ def show_response(response: ActionResponse, as_json: bool) -> None:
     else:
         unchanged = "nothing to do: " if response.outcome is ActionOutcome.UNCHANGED else ""
         names = f"{', '.join(response.subjects)}: " if unchanged and response.subjects else ""
-        click.echo(f"{unchanged}{names}{response.reason}")
+        say(f"{unchanged}{names}{response.reason}")
     if refused:
         raise SystemExit(1)
 

@@ -150,6 +150,7 @@ class SimulatedEngine:
                 settings.model_dump_json(exclude_defaults=True),
             ),
             env={**devices, **tier.env, KEY_ENV: launch.secret},
+            pass_env=tuple(tier.pass_env),
         )
 
     def capabilities(self, tier: TierConfig) -> Capabilities:

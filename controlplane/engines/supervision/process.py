@@ -17,6 +17,8 @@ from pathlib import Path
 
 from controlplane.engines.base import Command
 from controlplane.engines.supervision import reaper
+from controlplane.engines.supervision.environment import engine_environment
+from controlplane.terminal import printable
 
 GRACE_S = 8.0
 """Time between SIGTERM and SIGKILL."""
@@ -26,7 +28,6 @@ _REAPER_EXIT_S = 5.0
 _TAIL_LINES = 400
 _LINE_CHARS = 4000
 _BREAKS = re.compile(rb"\r\n|\n|\r")
-_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 class LogFile:
@@ -55,7 +56,8 @@ class LogFile:
 
 
 class EngineOutput:
-    """An engine's output as lines, without its secret and without colours; the last ones stay in memory."""
+    """An engine's output as lines, without its secret, colours and control sequences; the last ones stay in
+    memory."""
 
     def __init__(self, secret: str, log_file: LogFile | None, on_line: Callable[[str], None]) -> None:
         self._secret = secret
@@ -85,7 +87,7 @@ class EngineOutput:
             self._rest = b""
 
     def _line(self, raw: bytes) -> None:
-        text = _ESCAPES.sub("", raw.decode("utf-8", "replace")).rstrip()[:_LINE_CHARS]
+        text = printable(raw.decode("utf-8", "replace")).rstrip()[:_LINE_CHARS]
         if not text:
             return
         if self._secret:
@@ -200,7 +202,12 @@ async def start(command: Command, output: EngineOutput, marker: str) -> EnginePr
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **command.env, reaper.MARKER: marker},
+            env={
+                **engine_environment(os.environ, command.pass_env),
+                "PYTHONUNBUFFERED": "1",
+                **command.env,
+                reaper.MARKER: marker,
+            },
             pass_fds=(status_write,),
             start_new_session=True,
         )

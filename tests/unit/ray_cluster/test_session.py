@@ -1,3 +1,5 @@
+import errno
+import json
 import os
 import shutil
 import subprocess
@@ -61,6 +63,15 @@ def test_a_record_is_loaded_as_it_was_saved() -> None:
     assert session.load_record() == saved
 
 
+@pytest.mark.parametrize("plane_id", ["", "a b", "../x", 3, "x" * 65])
+def test_a_record_with_an_id_that_is_none_of_ours_stops_nothing(plane_id: object) -> None:
+    run_record("p1").save()
+    values = json.loads(session.record_path().read_text())
+    session.record_path().write_text(json.dumps({**values, "plane_id": plane_id}))
+    with pytest.raises(SetupError, match=r"up\.json can't be read"):
+        session.load_record()
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"plane_id": "x"}', '{"applications": []}'])
 def test_a_broken_record_is_an_error_that_names_the_file(text: str) -> None:
     session.record_path().write_text(text)
@@ -94,12 +105,44 @@ def test_stop_ends_only_our_processes_even_if_they_ignore_sigterm(spawn: Spawn, 
     logs = temp_dir / "ray" / "session_latest" / "logs"
     logs.mkdir(parents=True)
     (logs / "raylet.out").write_text("bye\n")
+    (temp_dir / "tierplane-plane-id").write_text("p1")
     assert session.stop(run_record("p1", temp_dir=str(temp_dir)), grace_s=0.5) == 2
     ours.wait(5)
     stubborn.wait(5)
     assert other.poll() is None
     assert not temp_dir.exists()
     assert (tmp_path / "ray-logs" / "raylet.out").read_text() == "bye\n"
+
+
+@pytest.mark.parametrize("mark", [None, "p2", ""])
+def test_stop_removes_no_folder_but_its_own(mark: str | None, tmp_path: Path) -> None:
+    folder = tmp_path / "somebody's"
+    (folder / "ray" / "session_latest" / "logs").mkdir(parents=True)
+    if mark is not None:
+        (folder / "tierplane-plane-id").write_text(mark)
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    for path in (folder, link):
+        session.stop(run_record("p1", temp_dir=str(path)))
+        session.clear(run_record("p1", temp_dir=str(path)))
+    (folder / "tierplane-plane-id").write_text("p1")
+    session.stop(run_record("p1", temp_dir=str(link)))
+    assert (folder / "ray" / "session_latest" / "logs").is_dir()
+    assert not (tmp_path / "ray-logs").exists()
+
+
+def test_a_full_disk_does_not_keep_a_plane_from_being_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temp_dir = Path(session.prepare(run_record("p1")).temp_dir)
+    (temp_dir / "ray" / "session_latest" / "logs").mkdir(parents=True)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copytree", full)
+    session.stop(run_record("p1", temp_dir=str(temp_dir)))
+    assert not temp_dir.exists()
 
 
 def test_stopping_twice_is_harmless() -> None:
@@ -202,7 +245,7 @@ def test_ray_starts_again_in_a_cleared_folder_with_the_same_token(
     ours = spawn(WAIT, "no-such-plane")
     cleared = session.clear(started)
     ours.wait(5)
-    assert [path.name for path in temp_dir.iterdir()] == ["auth_token"]
+    assert sorted(path.name for path in temp_dir.iterdir()) == ["auth_token", "tierplane-plane-id"]
     assert (cleared.ray_address, cleared.dashboard_url) == ("", "")
     assert session.load_record() == cleared
     with Ports() as ports:

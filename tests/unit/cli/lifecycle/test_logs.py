@@ -6,6 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from controlplane.cli.lifecycle.logs import command, log_files, readable
+from controlplane.logs import remove_old_files
 
 
 @pytest.fixture
@@ -53,6 +54,39 @@ def test_a_name_without_logs_is_an_error(folder: Path) -> None:
     result = CliRunner().invoke(command, ["capable"])
     assert result.exit_code != 0
     assert "no logs of capable" in str(result.exception)
+
+
+def test_living_replicas_by_default_and_ended_ones_on_request(folder: Path) -> None:
+    with (folder / "balanced-a1.log").open("a"), (folder / "controller.log").open("a"):
+        living = CliRunner().invoke(command, ["-n", "1"]).output
+        ended = CliRunner().invoke(command, ["-n", "1", "--previous"]).output
+        none = CliRunner().invoke(command, ["gateway"])
+    assert [line.split(" | ")[0] for line in living.splitlines()] == ["controller", "balanced-a1"]
+    assert [line.split(" | ")[0] for line in ended.splitlines()] == ["gateway-1", "balanced-a1-engine"]
+    assert "no process of gateway runs: `tierplane logs --previous`" in str(none.exception)
+
+
+def test_a_misspelled_tier_is_recognised(folder: Path) -> None:
+    assert "did you mean balanced?" in str(CliRunner().invoke(command, ["balancd"]).exception)
+
+
+def test_old_logs_of_ended_processes_are_removed(folder: Path) -> None:
+    (folder / "balanced-a1.log.1").write_text("older\n")
+    with (folder / "controller.log").open("a"):
+        remove_old_files(folder, keep=2)
+        kept = {path.name for path in folder.glob("*.log*")}
+    assert kept == {"controller.log", "balanced-a1.log", "balanced-a1.log.1", "balanced-a1-engine.log"}
+    remove_old_files(folder, keep=1)
+    assert {path.name for path in folder.glob("*.log*")} == {"balanced-a1-engine.log"}
+
+
+def test_control_sequences_in_a_log_are_not_printed(folder: Path) -> None:
+    event = json.dumps({"event": "failed", "reason": "\x1b]52;c;cHduZWQ=\x07"})
+    (folder / "controller.log").write_text(f"{event}\n\x1b]0;title\x07plain\n")
+    for flags in ([], ["--raw"]):
+        shown = CliRunner().invoke(command, ["controller", *flags]).output
+        assert "plain" in shown
+        assert "\x1b" not in shown
 
 
 def test_a_json_line_is_made_readable() -> None:

@@ -1,16 +1,20 @@
+import errno
 import json
 import os
+import resource
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
-from controlplane.cli import main
+from controlplane.cli import COMMANDS, main, unwritable
 from controlplane.cli.checking.configuration import load_checked
 from controlplane.cli.console import age
 from controlplane.cli.lifecycle.progress import JsonProgress, LineProgress
@@ -73,6 +77,80 @@ def test_an_invalid_configuration_exits_with_2_and_lists_every_problem(tmp_path:
     assert result.exit_code == 2
     assert "name" in result.output
     assert "engine" in result.output
+
+
+@pytest.mark.parametrize("command", ["up", "logs", "down", "monitoring"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS])
+def test_a_full_disk_is_a_message_with_a_remedy(
+    command: str, number: int, monkeypatch: pytest.MonkeyPatch, run_dir: Path
+) -> None:
+    def full() -> None:
+        raise OSError(number, os.strerror(number), str(run_dir / "up.json"))
+
+    monkeypatch.setitem(COMMANDS, command, (f"{__name__}:_full", ""))
+    monkeypatch.setattr(sys.modules[__name__], "_full", click.Command(command, callback=full), raising=False)
+    result = run(command)
+    assert result.exit_code == 1
+    assert f"{run_dir / 'up.json'}: {os.strerror(number)}; free space" in result.output
+
+
+def test_other_errors_of_files_are_not_blamed_on_the_disk() -> None:
+    assert unwritable(OSError(errno.EACCES, "no")) == ""
+
+
+def test_the_first_write_of_up_on_a_full_disk(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        path = config(tmp_path, free.getsockname()[1])
+    program = f"from controlplane.cli import main; main(['up', {str(path)!r}, '--no-checks'])"
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)),
+        check=False,
+    )
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    assert "free space" in ended.stderr
+
+
+def test_a_closed_terminal_asks_for_a_stop_in_order() -> None:
+    program = (
+        "import os, signal\n"
+        "from controlplane.cli.lifecycle.progress import LineProgress\n"
+        "from controlplane.cli.lifecycle.up import Interrupts\n"
+        "interrupts = Interrupts(); interrupts.install()\n"
+        "os.kill(os.getpid(), signal.SIGHUP)\n"
+        "os.write(2, b'unseen'); LineProgress().step('unseen')\n"
+        "os._exit(interrupts.count)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (1, b"", b"")
+
+
+def test_nohup_is_respected() -> None:
+    program = (
+        "import os, signal\n"
+        "from controlplane.cli.lifecycle.up import Interrupts\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "interrupts = Interrupts(); interrupts.install()\n"
+        "os.kill(os.getpid(), signal.SIGHUP)\n"
+        "os._exit(interrupts.count)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_progress_that_nobody_can_read_does_not_stop_the_command() -> None:
+    program = (
+        "import os\n"
+        "from controlplane.cli.lifecycle.progress import JsonProgress, LineProgress\n"
+        "read, write = os.pipe(); os.close(read); os.dup2(write, 1)\n"
+        "for progress in (LineProgress(), JsonProgress()):\n"
+        "    progress.step('one'); progress.step('two')\n"
+        "os._exit(7)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 7
 
 
 def test_up_is_refused_while_a_plane_is_up(tmp_path: Path) -> None:
