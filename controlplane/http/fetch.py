@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from typing import Final
 
 import aiohttp
+
+from controlplane.http.redirects import MAX_REDIRECTS, redirect_target
 
 _CHUNK_BYTES: Final = 65536
 MAX_PAGE_BYTES: Final = 4 * 1024 * 1024
@@ -38,8 +41,8 @@ async def fetch(
 ) -> Page:
     """GET ``url``, with ``secret`` as bearer token if it is not empty. Errors are returned, not raised.
 
-    Without a ``session``, the connection is a new one and is closed afterwards. Redirects are not followed,
-    because they would send the secret elsewhere.
+    Without a ``session``, the connection is a new one and is closed afterwards. Redirects are followed within
+    the same host only (:func:`redirect_target`), because they would send the secret elsewhere.
     """
     if session is None:
         async with aiohttp.ClientSession() as own_session:
@@ -47,15 +50,17 @@ async def fetch(
                 url, timeout_s=timeout_s, secret=secret, max_bytes=max_bytes, session=own_session
             )
     headers = {"Authorization": f"Bearer {secret}"} if secret else {}
-    timeout = aiohttp.ClientTimeout(total=timeout_s)
     try:
-        async with session.get(url, headers=headers, timeout=timeout, allow_redirects=False) as response:
-            body = bytearray()
-            async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
-                body += chunk
-                if len(body) > max_bytes:
-                    return Page(0, error=f"sent more than {max_bytes} bytes")
-            return Page(response.status, body.decode("utf-8", "replace"))
+        async with asyncio.timeout(timeout_s):
+            for _ in range(MAX_REDIRECTS + 1):
+                async with session.get(url, headers=headers, allow_redirects=False) as response:
+                    target = None
+                    if 300 <= response.status < 400:
+                        target = redirect_target(url, response.headers.get("location", ""))
+                    if target is None:
+                        return await _page(response, max_bytes)
+                    url = target
+        return Page(0, error=f"sent more than {MAX_REDIRECTS} redirects")
     except TimeoutError:
         return Page(0, error=f"no response within {timeout_s:g} s")
     except ConnectionRefusedError:
@@ -65,3 +70,12 @@ async def fetch(
         return Page(0, error="connection refused" if refused else f"can't connect: {error.os_error}")
     except (aiohttp.ClientError, OSError, ValueError) as error:
         return Page(0, error=f"{type(error).__name__}: {error}")
+
+
+async def _page(response: aiohttp.ClientResponse, max_bytes: int) -> Page:
+    body = bytearray()
+    async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
+        body += chunk
+        if len(body) > max_bytes:
+            return Page(0, error=f"sent more than {max_bytes} bytes")
+    return Page(response.status, body.decode("utf-8", "replace"))

@@ -15,9 +15,10 @@ from controlplane.core.routing.endpoint_table import EndpointLoad, RequestSlot
 from controlplane.core.routing.retry import AttemptFailure
 from controlplane.gateway.proxy.connections import EndpointConnections
 from controlplane.gateway.proxy.timeouts import TimeoutWatcher, WatchedAttempt
-from controlplane.gateway.proxy.upstream import UpstreamConnection, UpstreamFailure
+from controlplane.gateway.proxy.upstream import UpstreamConnection, UpstreamFailure, UpstreamOrigin
 from controlplane.gateway.request_context import RequestContext
 from controlplane.http.messages import EVENT_STREAM, Responder
+from controlplane.http.redirects import MAX_REDIRECTS
 from controlplane.http.sse import events_end
 
 MAX_ERROR_BYTES: Final = 64 * 1024
@@ -31,7 +32,7 @@ class Attempt:
     """One attempt; the caller has already taken ``slot`` for it."""
 
     __slots__ = (
-        "_connection", "_context", "_meter_reading", "_on_released", "_timeouts", "_watched",
+        "_connection", "_context", "_meter_reading", "_on_released", "_origin", "_timeouts", "_watched",
         "content_type", "data", "ended", "ids_added", "load", "slot", "status", "streaming", "upstream",
     )  # fmt: skip
 
@@ -53,6 +54,8 @@ class Attempt:
         self.slot = slot
         self.load: EndpointLoad = slot.load
         self.upstream = upstream
+        self._origin = upstream.origin
+        """Where the connection belongs: elsewhere than the endpoint's after a redirect to https."""
         self.status = 0
         self.content_type = b""
         self.streaming = False
@@ -91,26 +94,47 @@ class Attempt:
         """
         origin = self.upstream.origin
         request = origin.request("POST", path, self._context.identity, body)
-        deadline_s = self._context.deadline_s
-        connection = await origin.acquire(deadline_s=deadline_s)
-        try:
-            status = await self._head(connection, request)
-        except UpstreamFailure as failure:
-            if not failure.stale:
-                raise
-            connection = await origin.acquire(fresh=True, deadline_s=deadline_s)
-            status = await self._head(connection, request)
+        status = await self._exchange(origin, request)
+        if 300 <= status < 400:
+            status = await self._follow_redirects(path, body)
         self.status = status
-        for name, value in connection.headers:
+        for name, value in self.connection.headers:
             if name == b"content-type":
                 self.content_type = value
                 self.streaming = value.startswith(EVENT_STREAM) and status < 400
         return status
 
-    async def _head(self, connection: UpstreamConnection, request: bytes) -> int:
+    async def _exchange(self, origin: UpstreamOrigin, request: bytes) -> int:
+        """Send the request over a connection of ``origin`` and return the status of the response."""
+        deadline_s = self._context.deadline_s
+        connection = await origin.acquire(deadline_s=deadline_s)
+        try:
+            return await self._head(origin, connection, request)
+        except UpstreamFailure as failure:
+            if not failure.stale:
+                raise
+            connection = await origin.acquire(fresh=True, deadline_s=deadline_s)
+            return await self._head(origin, connection, request)
+
+    async def _follow_redirects(self, path: str, body: bytes) -> int:
+        """The status of the response to which the engine's redirects lead."""
+        path = self._origin.full_path(path)
+        for _ in range(MAX_REDIRECTS):
+            identity = self._context.identity
+            origin, path, request = self._origin.redirected(path, self.connection, identity, body)
+            status = await self._exchange(origin, request)
+            if not 300 <= status < 400:
+                return status
+        raise UpstreamFailure(
+            AttemptFailure.SERVER_ERROR, f"the engine answered with over {MAX_REDIRECTS} redirects"
+        )
+
+    async def _head(self, origin: UpstreamOrigin, connection: UpstreamConnection, request: bytes) -> int:
         if self._watched is not None:
             self._timeouts.discard(self._watched)
-        self._connection = connection
+        if self._connection is not None:
+            self._origin.release(self._connection)
+        self._origin, self._connection = origin, connection
         connection.send(request)
         self._watched = WatchedAttempt(
             connection,
@@ -201,7 +225,7 @@ class Attempt:
         if self._watched is not None:
             self._timeouts.discard(self._watched)
         if self._connection is not None:
-            self.upstream.origin.release(self._connection)
+            self._origin.release(self._connection)
         return now_s
 
 

@@ -19,11 +19,18 @@ import httptools
 
 from controlplane.core.routing.retry import AttemptFailure
 from controlplane.errors import EngineError
+from controlplane.http.decoding import Decoder, is_decodable
+from controlplane.http.redirects import redirect_target, shown_location
 
 HIGH_WATER_BYTES: Final = 256 * 1024
 """Unread bytes of one response at which reading from the engine pauses."""
 MAX_HEAD_BYTES: Final = 64 * 1024
+"""The largest status line and headers of a response, interim responses included; and the largest part of a
+response, once its body has begun, that is not body (chunk extensions, trailers)."""
 MAX_IDLE_PER_ENDPOINT: Final = 256
+
+
+_CODINGS: Final = frozenset({b"content-encoding", b"transfer-encoding"})
 
 
 class UpstreamFailure(EngineError):
@@ -51,9 +58,9 @@ class UpstreamConnection(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_body", "_buffered_bytes", "_complete", "_failure", "_head_bytes", "_head_done", "_keep_alive",
-        "_parser", "_paused", "_transport", "_waiter", "closed", "headers", "last_byte_s", "loop",
-        "requests_sent", "status",
+        "_body", "_buffered_bytes", "_complete", "_decoder", "_failure", "_head_bytes", "_head_done",
+        "_keep_alive", "_other_bytes", "_parser", "_paused", "_transport", "_unsupported", "_waiter",
+        "closed", "headers", "last_byte_s", "loop", "requests_sent", "status",
     )  # fmt: skip
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -68,8 +75,11 @@ class UpstreamConnection(asyncio.Protocol):
         self._body: deque[bytes] = deque()
         self._buffered_bytes = 0
         self._head_bytes = 0
+        self._other_bytes = 0
         self._head_done = False
         self._complete = False
+        self._decoder: Decoder | None = None
+        self._unsupported = ""
         self._keep_alive = False
         self._paused = False
         self._failure: UpstreamFailure | None = None
@@ -86,8 +96,10 @@ class UpstreamConnection(asyncio.Protocol):
         self.status = 0
         self.headers = []
         self._body.clear()
-        self._buffered_bytes = self._head_bytes = 0
+        self._buffered_bytes = self._head_bytes = self._other_bytes = 0
         self._head_done = self._complete = False
+        self._decoder = None
+        self._unsupported = ""
         self._failure = None
         self._parser = httptools.HttpResponseParser(self)
         transport.write(request)
@@ -101,22 +113,40 @@ class UpstreamConnection(asyncio.Protocol):
         return self.status
 
     async def read(self) -> bytes:
-        """All body bytes received since the last call; waits if there are none. ``b""`` once the response is
-        complete."""
-        while not self._body:
-            if self._complete:
-                return b""
-            if self._failure is not None:
-                raise self._failure
-            await self._wait()
-        body = self._body
-        data = body.popleft() if len(body) == 1 else b"".join(body)
-        body.clear()
-        self._buffered_bytes = 0
-        if self._paused and self._transport is not None:
-            self._paused = False
-            self._transport.resume_reading()
-        return data
+        """All body bytes received since the last call, decoded; waits if there are none. ``b""`` once the
+        response is complete."""
+        decoder = self._decoder
+        while True:
+            if decoder is not None and decoder.pending:
+                await asyncio.sleep(0)
+                if data := self._decoded(decoder, b""):
+                    return data
+                continue
+            while not self._body:
+                if self._failure is not None:
+                    raise self._failure
+                if self._complete:
+                    if decoder is not None and not decoder.complete:
+                        raise UpstreamFailure(AttemptFailure.TRUNCATED, "the compressed response is cut off")
+                    return b""
+                await self._wait()
+            body = self._body
+            data = body.popleft() if len(body) == 1 else b"".join(body)
+            body.clear()
+            self._buffered_bytes = 0
+            if self._paused and self._transport is not None:
+                self._paused = False
+                self._transport.resume_reading()
+            if decoder is None or (data := self._decoded(decoder, data)):
+                return data
+
+    def _decoded(self, decoder: Decoder, data: bytes) -> bytes:
+        try:
+            return decoder.feed(data)
+        except ValueError as error:
+            self.close()
+            detail = f"the engine's compressed response can't be decoded: {error}"
+            raise UpstreamFailure(AttemptFailure.SERVER_ERROR, detail) from None
 
     def fail(self, kind: AttemptFailure | None, detail: str) -> None:
         """End the request from outside (a time-out) and close the connection."""
@@ -132,8 +162,8 @@ class UpstreamConnection(asyncio.Protocol):
 
     @property
     def pending(self) -> bool:
-        """Body bytes were received that :meth:`read` has not returned yet."""
-        return bool(self._body)
+        """:meth:`read` still has something to say: body bytes, or that a compressed body is cut off."""
+        return bool(self._body) or (self._decoder is not None and not self._decoder.complete)
 
     @property
     def reusable(self) -> bool:
@@ -174,8 +204,8 @@ class UpstreamConnection(asyncio.Protocol):
         if parser is None or self._complete:
             self.close()  # unsolicited bytes: the connection can't be trusted
             return
-        if not self._head_done:
-            self._head_bytes += len(data)
+        in_head = not self._head_done
+        body_bytes = self._buffered_bytes
         try:
             parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -184,9 +214,22 @@ class UpstreamConnection(asyncio.Protocol):
         except httptools.HttpParserError as error:
             self._broken(f"the engine's response is not HTTP: {error}")
             return
-        if not self._head_done and self._head_bytes > MAX_HEAD_BYTES:
-            self._broken("the engine's headers are too large")
-            return
+        if in_head:
+            self._head_bytes += len(data)
+            if not self._head_done:
+                if self._head_bytes > MAX_HEAD_BYTES:
+                    self._broken("the engine's headers are too large")
+                return
+            if self._unsupported:
+                self._complete = False
+                self._body.clear()
+                self.fail(AttemptFailure.SERVER_ERROR, self._unsupported)
+                return
+        elif self._buffered_bytes == body_bytes and not self._complete:
+            self._other_bytes += len(data)
+            if self._other_bytes > MAX_HEAD_BYTES:
+                self._broken("the engine's trailers or chunk extensions are too large")
+                return
         if self._buffered_bytes > HIGH_WATER_BYTES and not self._paused and self._transport is not None:
             self._paused = True
             self._transport.pause_reading()
@@ -223,18 +266,42 @@ class UpstreamConnection(asyncio.Protocol):
 
     # -- llhttp's side ---------------------------------------------------------------------------
 
-    def on_header(self, name: bytes, value: bytes) -> None:
+    def on_message_begin(self) -> None:
         """Called by the parser."""
-        self.headers.append((name.lower(), value))
+        if self._complete:  # bytes behind the response: the connection can't be trusted
+            self.close()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Called by the parser, for trailers as well, which are ignored."""
+        if self._head_done:
+            return
+        name = name.lower()
+        self.headers.append((name, value))
+        if name in _CODINGS:
+            self._on_coding(name, value.strip().decode("latin-1").lower())
+
+    def _on_coding(self, name: bytes, coding: str) -> None:
+        if coding in ("", "identity") or (name == b"transfer-encoding" and coding == "chunked"):
+            return
+        if name == b"content-encoding" and is_decodable(coding) and self._decoder is None:
+            self._decoder = Decoder(coding)
+        else:
+            self._unsupported = (
+                f"the engine sent its response with {name.decode()} {coding[:40]!r}, which was not asked for "
+                "and is not supported"
+            )
 
     def on_headers_complete(self) -> None:
         """Called by the parser."""
         parser = self._parser
-        if parser is None:
+        if parser is None or self._head_done:
             return
         status = parser.get_status_code()
         if status < 200:
             self.headers = []
+            self._decoder = None
+            self._unsupported = "" if status >= 100 else f"the engine answered with status {status}"
+            self._head_done = status < 100
             return
         self.status = status
         self._keep_alive = parser.should_keep_alive()
@@ -242,8 +309,9 @@ class UpstreamConnection(asyncio.Protocol):
 
     def on_body(self, data: bytes) -> None:
         """Called by the parser, once per chunk."""
-        self._body.append(data)
-        self._buffered_bytes += len(data)
+        if not self._complete:
+            self._body.append(data)
+            self._buffered_bytes += len(data)
 
     def on_message_complete(self) -> None:
         """Called by the parser."""
@@ -255,8 +323,8 @@ class UpstreamOrigin:
     """The address of one engine process: its idle connections and the fixed part of every request to it."""
 
     __slots__ = (
-        "_closed", "_connect_timeout_s", "_host", "_idle", "_loop", "_port", "_prefix", "_secure",
-        "_tail",
+        "_base", "_closed", "_connect_timeout_s", "_host", "_idle", "_loop", "_port", "_prefix", "_secret",
+        "_secure", "_secure_origin", "_tail",
     )  # fmt: skip
 
     def __init__(
@@ -269,7 +337,14 @@ class UpstreamOrigin:
         self._prefix = parts.path.rstrip("/")
         authority = parts.netloc.rsplit("@", 1)[-1]
         key = f"authorization: Bearer {secret}\r\n" if secret else ""
-        self._tail = f" HTTP/1.1\r\nhost: {authority}\r\n{key}content-type: application/json\r\n".encode()
+        self._tail = (
+            f" HTTP/1.1\r\nhost: {authority}\r\n{key}accept-encoding: identity\r\n"
+            "content-type: application/json\r\n"
+        ).encode()
+        self._base = f"{parts.scheme}://{authority}"
+        self._secret = secret
+        self._secure_origin: UpstreamOrigin | None = None
+        """The same host with https, if a redirect led there."""
         self._connect_timeout_s = connect_timeout_s
         self._loop = loop
         self._idle: list[UpstreamConnection] = []
@@ -277,9 +352,43 @@ class UpstreamOrigin:
 
     def request(self, method: str, path: str, identity: str, body: bytes) -> bytes:
         """The bytes of a request; ``identity`` is :attr:`RequestContext.identity`, or any request id."""
-        start = f"{method} {self._prefix}{path}".encode("latin-1")
+        return self._request_to(f"{method} {self._prefix}{path}", identity, body)
+
+    def _request_to(self, start: str, identity: str, body: bytes) -> bytes:
         lengths = f"x-request-id: {identity}\r\ncontent-length: {len(body)}\r\n\r\n".encode("latin-1")
-        return b"".join((start, self._tail, lengths, body))
+        return b"".join((start.encode("latin-1"), self._tail, lengths, body))
+
+    def redirected(
+        self, path: str, connection: UpstreamConnection, identity: str, body: bytes
+    ) -> tuple[UpstreamOrigin, str, bytes]:
+        """Where the redirect leads that ``connection`` received for a POST to ``path``: the origin, the path
+        for the next redirect, and the bytes of the request. Only 307 and 308 keep the method and the body.
+        Raises :class:`UpstreamFailure` for a redirect that is not followed."""
+        location = next((value for name, value in connection.headers if name == b"location"), b"").decode(
+            "latin-1"
+        )
+        url = redirect_target(self._base + path, location) if connection.status in (307, 308) else None
+        if url is None:
+            raise UpstreamFailure(
+                AttemptFailure.SERVER_ERROR,
+                f"the engine answered with a redirect ({connection.status}) to {shown_location(location)}, "
+                "which is not followed: set the tier's url to the address that answers",
+            )
+        parts = urlsplit(url)
+        target = f"{parts.path}?{parts.query}" if parts.query else parts.path
+        origin = self
+        if parts.scheme == "https" and not self._secure:
+            base = f"https://{parts.netloc}"
+            if self._secure_origin is None or self._secure_origin._base != base:
+                self._secure_origin = UpstreamOrigin(
+                    base, self._secret, connect_timeout_s=self._connect_timeout_s, loop=self._loop
+                )
+            origin = self._secure_origin
+        return origin, target, origin._request_to(f"POST {target}", identity, body)
+
+    def full_path(self, path: str) -> str:
+        """The path at the host, for :meth:`redirected`."""
+        return self._prefix + path
 
     async def acquire(self, *, fresh: bool = False, deadline_s: float = inf) -> UpstreamConnection:
         """An open connection: an idle one, or a new one if none is idle or ``fresh`` is true.
@@ -318,6 +427,8 @@ class UpstreamOrigin:
         for connection in self._idle:
             connection.close()
         self._idle.clear()
+        if self._secure_origin is not None:
+            self._secure_origin.close()
 
     def _new(self) -> UpstreamConnection:
         return UpstreamConnection(self._loop)

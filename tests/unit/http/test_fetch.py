@@ -44,6 +44,29 @@ async def test_every_kind_of_body_is_read(response: bytes, status: int, body: st
 
 
 @pytest.mark.parametrize(
+    ("location", "status"), [("/there", 200), ("http://127.0.0.2/there", 307), ("", 307), ("/again", 0)]
+)
+async def test_redirects_are_followed_within_the_host(location: str, status: int) -> None:
+    async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        if head.startswith(b"GET /there "):
+            assert b"Authorization: Bearer key" in head
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nhi")
+        else:
+            writer.write(b"HTTP/1.1 307 X\r\nContent-Length: 0\r\nConnection: close\r\n")
+            writer.write(f"Location: {location}\r\n\r\n".encode() if location else b"\r\n")
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(client, "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        page = await fetch(f"http://127.0.0.1:{port}/x", secret="key", timeout_s=5)
+    assert page.status == status
+    assert bool(page.error) == (status == 0)
+
+
+@pytest.mark.parametrize(
     ("response", "hold", "expected"),
     [
         (b"", True, "no response within 0.2 s"),
