@@ -81,6 +81,7 @@ class TierReplica:
             tier=tier.name,
             model=tier.model if tier.engine == "endpoint" else tier.model_id,
             engine=tier.engine,
+            model_identity=tier.model_identity,
             base_url="",
             state=EndpointState.STARTING,
             concurrency_limit=tier.concurrency_limit,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from controlplane.config.loading import ServeFile, load_plane, parse_plane
+from controlplane.config.model_identity import BUNDLED_PREFIX
 from controlplane.config.plane import (
     BUNDLED_MODELS,
-    BUNDLED_PREFIX,
     IMPORT_PATH,
     ArgScalar,
     ControllerConfig,

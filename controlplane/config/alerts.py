@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from controlplane.config.addresses import EnvName, WebhookUrl
 from controlplane.config.strict import ConfigFinding, Strict
 from controlplane.core.alerts.alert import EvaluatedBy, Severity, Unit
 from controlplane.core.alerts.rules import BY_NAME, RuleChange, rule_named
@@ -16,9 +17,9 @@ SeverityName = Literal["info", "warning", "critical"]
 class WebhookConfig(Strict):
     """An address that alerts are posted to as JSON; see ``controlplane/core/alerts/alerts.md``."""
 
-    url: Annotated[str, Field(pattern=r"^https?://[^/\s]+(/\S*)?$")]
+    url: WebhookUrl
     """The address to post to. It may contain a secret: only its host appears in logs."""
-    secret_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
+    secret_env: EnvName | None = None
     """The environment variable, set on every node, that holds the secret for signing messages; without it
     messages are not signed."""
     min_severity: SeverityName = "warning"

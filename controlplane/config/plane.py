@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from math import ceil
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from controlplane.config.addresses import CollectorUrl, EnvName, ListeningHost, ServerUrl, StorePath
 from controlplane.config.alerts import AlertsConfig
 from controlplane.config.expected_load import ExpectedLoad
 from controlplane.config.gpu_models import gpu_model_findings, table_name
+from controlplane.config.model_identity import BUNDLED_PREFIX, is_local, model_identity, model_label
 from controlplane.config.profiles import PROFILES, Scenario, apply_plane_profile, apply_profile
 from controlplane.config.reports import ReportsConfig
 from controlplane.config.scaling import DEFAULT_MAX, ControllerScalingConfig, ScalingConfig, SloConfig
@@ -19,16 +21,29 @@ from controlplane.config.strict import ConfigFinding, FindingsError, Strict
 from controlplane.config.vllm_flags import vllm_flag_findings
 from controlplane.core.domain.request import Complexity
 from controlplane.core.placement.gangs import WHOLE_MILLI, GangShape
+from controlplane.core.routing.tier_table import OverflowDirection, TierPolicy, TierTable, name_problem
 
 IMPORT_PATH = "deployments.app:build"
 """The application builder that a Serve config file names to run tierplane."""
 
-BUNDLED_PREFIX = "bundled:"
 BUNDLED_MODELS = ("smollm2-135m",)
+
+
+def _not_reserved(owner: str) -> AfterValidator:
+    def check(value: str) -> str:
+        problem = name_problem(value, owner)
+        if problem:
+            raise FindingsError([ConfigFinding((), problem, "choose another name")])
+        return value
+
+    return AfterValidator(check)
+
 
 EngineKind = Literal["vllm", "llamacpp", "endpoint", "simulated"]
 ArgScalar = str | int | float | bool | None
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,39}$")]
+TierName = Annotated[Name, _not_reserved("tier")]
+ModelName = Annotated[str, Field(min_length=1, max_length=256), _not_reserved("model")]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -62,7 +77,7 @@ class RestartConfig(Strict):
 class TierConfig(Strict):
     """One tier: a model, the engine that serves it, and the requests that it is for."""
 
-    name: Name
+    name: TierName
     """The name that clients use as ``model``; lower-case letters, digits, ``-`` and ``_``."""
     model: Annotated[str, Field(min_length=1)] = ""
     """A hub id, a local folder or file, or ``bundled:smollm2-135m``. For engine ``endpoint``: the model
@@ -75,8 +90,10 @@ class TierConfig(Strict):
     draft_model: Annotated[str, Field(min_length=1)] | None = None
     """A small model with the same vocabulary that proposes tokens, for a ``profile`` with speculative
     decoding; without it tokens are proposed from the prompt (n-gram lookup)."""
-    served_model_name: str | None = None
-    """The model id that clients see and may request; by default the last part of ``model``."""
+    served_model_name: ModelName | None = None
+    """The model id that clients see and may request; by default the last part of ``model``. If two tiers with
+    different models have the same id, requests for it are refused, and clients name the tier or the whole
+    hub id."""
     engine_args: dict[str, ArgScalar | list[ArgScalar]] = Field(default_factory=dict)
     """The engine's own flags without the leading dashes: ``{max-model-len: 4096, enforce-eager: true}``.
     For engine ``simulated``: the settings of the timing model."""
@@ -128,9 +145,9 @@ class TierConfig(Strict):
     """The load that `tierplane size` chooses GPUs, parallelism, weight format and replicas for."""
     min_tier: Name | None = None
     """The lowest tier that may serve requests for this tier."""
-    url: str | None = None
-    """Engine ``endpoint`` only: the server's address, without ``/v1``."""
-    api_key_env: str | None = None
+    url: ServerUrl | None = None
+    """Engine ``endpoint`` only: the server's address, without ``/v1``, a query or a key."""
+    api_key_env: EnvName | None = None
     """Engine ``endpoint`` only: the environment variable that holds the server's API key."""
     trust_remote_code: bool = False
     """Run code from the model's repository. Enable it only for a repository that you trust."""
@@ -203,9 +220,6 @@ class TierConfig(Strict):
             if not self.url:
                 remedy = "set the server's address without /v1, such as http://127.0.0.1:11434"
                 return [ConfigFinding(("url",), "engine 'endpoint' needs it", remedy, ("engine",))]
-            if not re.match(r"^https?://[^/\s]+(/\S*)?$", self.url):
-                message = f"'{self.url}' is not an address"
-                return [ConfigFinding(("url",), message, "write it as http://host:port")]
             return []
         remedy = f"remove it, or use engine 'endpoint' instead of '{self.engine}'"
         return [
@@ -345,6 +359,30 @@ class TierConfig(Strict):
             return f"simulated-{self.name}"
         return self.model.removeprefix(BUNDLED_PREFIX).rstrip("/").rsplit("/", 1)[-1]
 
+    @property
+    def model_identity(self) -> str:
+        """Equal for tiers that serve the same model, see :mod:`controlplane.config.model_identity`."""
+        if not self.model:
+            return self.model_id
+        return model_identity(self.model, self.engine_args if self.engine in {"vllm", "llamacpp"} else {})
+
+    @property
+    def policy(self) -> TierPolicy:
+        """What routing needs to know of the tier."""
+        whole_name = bool(self.model) and self.served_model_name is None and not is_local(self.model)
+        return TierPolicy(
+            name=self.name,
+            model_id=self.model_id,
+            model_name=self.model if whole_name else "",
+            identity=self.model_identity,
+            label=model_label(self.model) or self.model_id,
+            complexities=tuple(self.complexities) if self.complexities is not None else None,
+            agent_types=tuple(self.agent_types),
+            spill=OverflowDirection(self.spill),
+            bridge=OverflowDirection(self.bridge) if self.bridge is not None else None,
+            floor=self.min_tier,
+        )
+
 
 class QueueConfig(Strict):
     """The queue of a gateway replica, where requests wait while all tiers that may serve them are full."""
@@ -376,7 +414,7 @@ class RetryConfig(Strict):
 class GatewayConfig(Strict):
     """The REST interface."""
 
-    host: str = "127.0.0.1"
+    host: ListeningHost = "127.0.0.1"
     """The address that the gateway's own port listens on; ``0.0.0.0`` to accept requests from other
     machines."""
     port: Port | Literal[0] = 8080
@@ -407,7 +445,7 @@ class GatewayConfig(Strict):
     hedge_after_s: Positive | None = None
     """Send the request to a second endpoint too if a stream has no first token after this long; off by
     default."""
-    traces_endpoint: Annotated[str, Field(pattern=r"^https?://\S+$")] | None = None
+    traces_endpoint: CollectorUrl | None = None
     """Where OpenTelemetry traces are sent, an OTLP/HTTP address such as ``http://127.0.0.1:4318/v1/traces``;
     off by default. An engine continues the traces with ``engine_args: {otlp-traces-endpoint: …}``."""
     traces_ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
@@ -431,7 +469,7 @@ class ControllerConfig(Strict):
     """How often each node's GPUs, CPUs, memory and disk are sampled."""
     engine_interval_s: Positive = 5.0
     """How often the controller reads each engine's own metrics."""
-    store_path: str = ""
+    store_path: StorePath = ""
     """The file for state that must survive a restart of the controller (leases, cordons, migrations, audit
     log, history); by default ``controller-NAMESPACE.sqlite`` in the run folder. With ``:memory:`` nothing is
     written."""
@@ -509,7 +547,16 @@ class PlaneConfig(Strict):
         if default and default not in first_by_name:
             remedy = f"known: {', '.join(first_by_name)}"
             found.append(ConfigFinding(("gateway", "default_tier"), f"no tier is named '{default}'", remedy))
+        if not found:
+            try:
+                self.route_table()
+            except ValueError as error:
+                found.append(ConfigFinding(("tiers",), str(error), "the gateway would not start"))
         return found
+
+    def route_table(self) -> TierTable:
+        """The tiers as the gateway routes to them. Raises ValueError as :meth:`TierTable.build` does."""
+        return TierTable.build([tier.policy for tier in self.tiers], self.gateway.default_tier)
 
     def tier(self, name: str) -> TierConfig:
         """The tier of that name; KeyError if there is none."""

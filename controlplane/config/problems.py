@@ -23,12 +23,12 @@ from controlplane.config.valid_rest import (
 from controlplane.errors import Problem
 
 _NAME_TEXT = "up to 40 lower-case letters, digits, '-' and '_', starting with a letter"
-_PATTERN_TEXTS = {
-    "^https?://": "an http:// or https:// address",
-    "^[A-Za-z_]": "the name of an environment variable",
-}
-"""How the regular expression of a setting begins → the values that it allows, for messages."""
+_MAY_BE_SECRET = re.compile(
+    r"(^|_|-)(env|url|endpoint|vars|host|password|passwd|secret|token|key|keys|headers)$"
+)
+"""Settings whose values are not repeated in messages: they are secret, or may be by mistake."""
 _NUMBER = re.compile(r"^[+-]?\d+(\.\d*)?([eE][+-]?\d+)?$")
+_SWITCH_WORDS = frozenset({"true", "false", "yes", "no", "on", "off", "y", "n"})
 _NO_VALUE = object()
 
 
@@ -141,9 +141,9 @@ def _message(items: Sequence[ErrorDetails], model: type[Strict], path: Path) -> 
         return f"unknown key '{path[-1]}'", _unknown_key_remedy(str(path[-1]), _model_at(model, path[:-1]))
     if "missing" in kinds:
         return "missing", _description(_model_at(model, path[:-1]), str(path[-1]))
-    shown = "" if "env" in path else f", not {_show(value)}"  # a value of an environment may be secret
+    shown = "" if is_secret(path) else f", not {_show(value)}"
     if "string_pattern_mismatch" in kinds:
-        return f"must be {_pattern_text(item)}{shown}", ""
+        return f"must be {_NAME_TEXT}{shown}", ""
     if kinds <= {"literal_error", "enum"}:
         allowed = [
             text.strip("'") for text in re.findall(r"'[^']*'|\d+", item.get("ctx", {}).get("expected", ""))
@@ -153,9 +153,9 @@ def _message(items: Sequence[ErrorDetails], model: type[Strict], path: Path) -> 
     return f"must be {wanted}{shown}", _type_remedy(kinds, value)
 
 
-def _pattern_text(item: ErrorDetails) -> str:
-    pattern = str(item.get("ctx", {}).get("pattern", ""))
-    return next((text for start, text in _PATTERN_TEXTS.items() if pattern.startswith(start)), _NAME_TEXT)
+def is_secret(path: Iterable[PathPart]) -> bool:
+    """Whether the value at ``path`` is not to be repeated, because it is or contains a secret."""
+    return any(isinstance(part, str) and _MAY_BE_SECRET.search(part.lower()) for part in path)
 
 
 def _wanted(item: ErrorDetails) -> str:
@@ -181,9 +181,9 @@ def _wanted(item: ErrorDetails) -> str:
 def _type_remedy(kinds: set[str], value: Any) -> str:
     number_wanted = kinds & {"int_type", "float_type"}
     if isinstance(value, str) and number_wanted and _NUMBER.match(value):
-        return "write 1.0e+6: YAML reads 1e6 as text" if "e" in value.lower() else "remove the quotes"
-    if isinstance(value, str) and "bool_type" in kinds and value.lower() in {"true", "false", "yes", "no"}:
-        return "remove the quotes and write true or false"
+        return "remove the quotes"
+    if isinstance(value, str) and "bool_type" in kinds and value.lower() in _SWITCH_WORDS:
+        return "write true or false, without quotes"
     if isinstance(value, bool | int | float) and "string_type" in kinds and len(kinds) == 1:
         return "put it in quotes"
     return ""

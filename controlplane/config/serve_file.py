@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from controlplane.config.addresses import ListeningHost
 from controlplane.config.plane import Port
 from controlplane.config.strict import Strict
 
@@ -17,7 +18,7 @@ from controlplane.config.strict import Strict
 class HttpOptions(Strict):
     """Serve's ingress, with Serve's defaults."""
 
-    host: str = "0.0.0.0"  # noqa: S104 - Serve's default; the files in configs/ set 127.0.0.1
+    host: ListeningHost = "0.0.0.0"  # noqa: S104 - Serve's default; the files in configs/ set 127.0.0.1
     port: Port = 8000
     root_path: Any = ""
     request_timeout_s: Any = None

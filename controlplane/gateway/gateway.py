@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from controlplane.config import PlaneConfig, TierConfig
+from controlplane.config import PlaneConfig
 from controlplane.core.admission.queue import AdmissionQueue, AdmissionSettings
 from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo, merge
 from controlplane.core.domain.endpoint import Endpoint
@@ -27,7 +27,6 @@ from controlplane.core.domain.request import RequestOutcome
 from controlplane.core.recommendations.views import as_json_value
 from controlplane.core.routing.dispatcher import Dispatcher
 from controlplane.core.routing.endpoint_table import EndpointTable, LoadSettings
-from controlplane.core.routing.tier_table import OverflowDirection, TierPolicy, TierTable
 from controlplane.errors import BadRequest, RequestError
 from controlplane.gateway.api import agents, pages, report_page, ui
 from controlplane.gateway.api.alert_page import alerts
@@ -71,7 +70,7 @@ class Gateway:
         self.controller: ControllerQueries | None = None
         """For pages whose data only the controller has; never used for inference."""
         settings = config.gateway
-        tier_table = TierTable.build([tier_policy(tier) for tier in config.tiers], settings.default_tier)
+        tier_table = config.route_table()
         slos = {tier.name: tier.slo.slo() for tier in config.tiers}
         self.traffic = TrafficCounter(tier_table, slos)
         self.metrics = Metrics(self.traffic)
@@ -369,16 +368,3 @@ def _outcome(status: int) -> RequestOutcome:
     if status in {408, 429}:
         return RequestOutcome.SHED
     return RequestOutcome.CLIENT_ERROR if status < 500 else RequestOutcome.FAILED
-
-
-def tier_policy(tier: TierConfig) -> TierPolicy:
-    """What routing needs to know of a configured tier."""
-    return TierPolicy(
-        name=tier.name,
-        model_id=tier.model_id,
-        complexities=tuple(tier.complexities) if tier.complexities is not None else None,
-        agent_types=tuple(tier.agent_types),
-        spill=OverflowDirection(tier.spill),
-        bridge=OverflowDirection(tier.bridge) if tier.bridge is not None else None,
-        floor=tier.min_tier,
-    )

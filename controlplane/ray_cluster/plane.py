@@ -9,11 +9,13 @@ import os
 import socket
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
+import yaml
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
@@ -27,6 +29,7 @@ from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.event import Event
 from controlplane.errors import SetupError
 from controlplane.node_agent.ray_actor import stop_node_agents
+from controlplane.paths import run_dir
 
 SERVE_NAMESPACE = "serve"
 CALL_TIMEOUT_S = 10.0
@@ -88,12 +91,23 @@ def disconnect() -> None:
         ray.shutdown()
 
 
-def deploy(config_path: Path, address: str) -> None:
-    """Do what ``serve run --non-blocking CONFIG`` does, in this process. Raises SetupError."""
+def deploy(config_path: Path, values: Mapping[str, Any], address: str) -> None:
+    """Do what ``serve run --non-blocking CONFIG`` does, in this process, with the ``values`` of CONFIG.
+
+    Serve gets a copy of the file, because it reads some words without quotes differently (``no``, ``0755``).
+    Raises SetupError.
+    """
     from ray.serve.scripts import cli as serve_cli
 
     output = io.StringIO()
-    arguments = ["run", "--non-blocking", "--address", address, str(config_path)]
+    copy = run_dir() / "serve.yaml"
+    try:
+        copy.unlink(missing_ok=True)
+        copy.touch(mode=0o600)
+        copy.write_text(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    except OSError as error:
+        raise SetupError(f"can't write {copy}: {error.strerror}; set TIERPLANE_RUN_DIR") from error
+    arguments = ["run", "--non-blocking", "--address", address, str(copy)]
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             serve_cli.main(args=arguments, standalone_mode=False)

@@ -12,7 +12,6 @@ from controlplane.core.domain.request import RequestShape
 from controlplane.core.placement.topology import Node
 from controlplane.core.recommendations.rules import latency_limit_ms
 from controlplane.core.routing.endpoint_table import LoadSettings
-from controlplane.gateway.gateway import tier_policy
 from controlplane.planning.tier_gangs import tier_gangs
 from controlplane.planning.tier_specs import scaling_plan
 from controlplane.simulation.fleet import ReplicaModel
@@ -97,7 +96,7 @@ def _tier(tier: TierConfig, engines: TierEngines, options: Options, request: Req
     )
     replicas = min(max(tier.replicas, rule.min_replicas), rule.max_replicas)
     return TierScenario(
-        *(tier_policy(tier), replica, rule, replicas),
+        *(tier.policy, replica, rule, replicas),
         tensor_parallel=plan.tensor_parallel,
         latency_limit_ms=plan.latency_limit_ms if options.slo is None else latency_limit_ms(options.slo),
     )

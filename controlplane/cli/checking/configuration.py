@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from controlplane.config import IMPORT_PATH, ServeFile, TierConfig, load_plane
+from controlplane.config import IMPORT_PATH, PlaneConfig, ServeFile, TierConfig, load_plane
 from controlplane.config.problems import path_text
 from controlplane.config.strict import PathPart
 from controlplane.config.yaml_file import read_yaml
+from controlplane.core.routing.tier_table import RESERVED, ambiguity
 from controlplane.engines import engine_for
 from controlplane.engines.base import Launch
 from controlplane.errors import ConfigError, Problem
@@ -60,6 +61,29 @@ def unset_variables(file: ServeFile, environ: Mapping[str, str]) -> list[Problem
         for where, name, consequence in found
         if not environ.get(name)
     ]
+
+
+def name_warnings(plane: PlaneConfig) -> list[Problem]:
+    """A problem for each model that can't be requested by its id: different models have the id, or a tier is
+    named so. Paths are relative to the plane's settings."""
+    table = plane.route_table()
+    remedy = "set served_model_name in one of the tiers, or let clients name the tier"
+    found = [
+        Problem(
+            f"tiers[{ranks[0]}]",
+            f"requests for '{name}' are refused, because different models are called so: "
+            f"{ambiguity(name, table)}",
+            remedy,
+        )
+        for name, ranks in table.ambiguous.items()
+    ]
+    for i, tier in enumerate(plane.tiers):
+        rank = table.rank_of.get(tier.model_id, i)
+        if tier.model_id in RESERVED or rank not in table.same_model[i]:
+            other = "tierplane chooses" if tier.model_id in RESERVED else "they go to the tier of that name"
+            message = f"requests for '{tier.model_id}' never mean the model of tier '{tier.name}': {other}"
+            found.append(Problem(f"tiers[{i}]", message, remedy))
+    return found
 
 
 def _args(file: ServeFile) -> tuple[PathPart, ...]:

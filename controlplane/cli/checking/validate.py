@@ -10,7 +10,7 @@ from typing import Any
 import click
 from rich.table import Table
 
-from controlplane.cli.checking.configuration import load_checked, unset_variables
+from controlplane.cli.checking.configuration import load_checked, name_warnings, unset_variables
 from controlplane.cli.console import stdout
 from controlplane.config import ServeFile, TierConfig
 from controlplane.errors import ConfigError, Problem
@@ -23,7 +23,8 @@ from controlplane.errors import ConfigError, Problem
 def command(ctx: click.Context, config: str, as_json: bool) -> None:
     """Check a configuration file and report all problems at once.
 
-    An environment variable that is missing on this machine is only a warning: the plane may run elsewhere.
+    An environment variable that is missing on this machine is only a warning, because the plane may run
+    elsewhere; so is a model id that different models have.
     """
     try:
         file = load_checked(config)
@@ -33,7 +34,7 @@ def command(ctx: click.Context, config: str, as_json: bool) -> None:
         problems = [asdict(problem) for problem in error.problems]
         click.echo(json.dumps({"ok": False, "config": config, "problems": problems}, indent=2))
         ctx.exit(2)
-    warnings = unset_variables(file, os.environ)
+    warnings = [*unset_variables(file, os.environ), *name_warnings(file.plane)]
     if as_json:
         found = {"problems": [], "warnings": [asdict(warning) for warning in warnings]}
         click.echo(json.dumps({"ok": True, "config": config, **found, **_summary(file)}, indent=2))

@@ -7,7 +7,6 @@ import shlex
 from typing import Any, get_args
 
 import click
-import yaml
 from rich.console import Console
 
 from controlplane.config import ArgScalar, TierConfig
@@ -15,6 +14,7 @@ from controlplane.config.loading import parse_plane
 from controlplane.config.outdated_flags import OUTDATED, MappedFlags, map_outdated
 from controlplane.config.profiles import Scenario
 from controlplane.config.vllm_flags import drift, installed_vllm, known_vllm_flags
+from controlplane.config.yaml_file import plain_value
 from controlplane.engines.base import Launch
 from controlplane.engines.vllm import VllmEngine
 from controlplane.engines.vllm_parser import check_command_lines
@@ -121,10 +121,10 @@ def _own_args(engine_args: tuple[str, ...], map_flags: bool) -> MappedFlags:
 
 
 def _scalar(text: str) -> ArgScalar:
-    """``4096`` → a number, ``true`` → True, ``null`` → None; JSON lists and objects stay text, because vLLM
-    takes them as text."""
-    value = yaml.safe_load(text)
-    return value if isinstance(value, str | int | float | bool) or value is None else text
+    """``4096`` → a number, ``true`` → True, ``null`` → None. Whatever would be written differently as a value
+    (``1e5`` in a revision, ``0.90``) stays the text that it is."""
+    value = plain_value(text)
+    return text if isinstance(value, int | float) and str(value) not in {text, text.title()} else value
 
 
 def _tier(settings: dict[str, Any]) -> TierConfig:

@@ -79,6 +79,8 @@ class Endpoint:
     """When ``state`` was entered."""
     restarts: int = 0
     diagnosis: str = ""
+    model_identity: str = ""
+    """Equal for endpoints that serve the same model; empty if it is not known."""
     metrics_path: str = ""
     """Path of the engine's metrics (Prometheus text) below ``base_url``; empty if it has none."""
     metric_names: tuple[tuple[str, str], ...] = ()

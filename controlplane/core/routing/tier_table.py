@@ -20,6 +20,13 @@ from controlplane.core.domain.request import Complexity, Priority
 AUTO: Final = "auto"
 """The model name that lets tierplane choose."""
 
+RESERVED: Final = {
+    AUTO: "it means that tierplane chooses",
+    "gateway": "it is the gateway's own name, in Serve and in `tierplane logs`",
+    "controller": "it is the controller's own name in `tierplane logs`",
+}
+"""Names that no tier or model can have → the reason."""
+
 DEFAULT_COMPLEXITIES: Final = {
     "lightweight": Complexity.SIMPLE,
     "balanced": Complexity.MODERATE,
@@ -33,6 +40,11 @@ DEFAULT_AGENT_TIERS: Final = {
     "general": "general_purpose",
 }
 """Agent type → tier, if that tier exists and no tier claims the agent type."""
+
+
+def name_problem(name: str, owner: str = "tier") -> str:
+    """Why no tier or model (``owner``) can have this name; "" if one can."""
+    return f"'{name}' can't be a {owner}'s name: {RESERVED[name]}" if name in RESERVED else ""
 
 
 class OverflowDirection(StrEnum):
@@ -79,6 +91,13 @@ class TierPolicy:
 
     name: str
     model_id: str
+    """The name by which clients ask for the model."""
+    model_name: str = ""
+    """The model's whole name (``organisation/name``), which clients may use too; "" if it has none."""
+    identity: str = ""
+    """Equal for tiers that serve the same model; by default ``model_id``."""
+    label: str = ""
+    """The model's name in messages; by default ``model_id``."""
     complexities: tuple[Complexity, ...] | None = None
     """The complexities it serves; None means those for its name, see :data:`DEFAULT_COMPLEXITIES`."""
     agent_types: tuple[str, ...] = ()
@@ -158,6 +177,11 @@ class TierTable:
     default: int
     rank_of: dict[str, int]
     tiers_of_model: dict[str, tuple[int, ...]]
+    """Name of a model → the tiers that serve it."""
+    ambiguous: dict[str, tuple[int, ...]]
+    """Name that different models have → the tiers that serve one of them."""
+    same_model: tuple[tuple[int, ...], ...]
+    """``same_model[rank]``: the tiers that serve the same model as that tier, itself included."""
     tier_of_complexity: dict[Complexity, int]
     tier_of_agent: dict[str, int]
     neighbours: tuple[tuple[tuple[tuple[int, ...], tuple[int, ...]], ...], ...]
@@ -176,8 +200,9 @@ class TierTable:
         rank_of = {policy.name: rank for rank, policy in enumerate(policies)}
         if len(rank_of) != len(policies):
             raise ValueError("two tiers have the same name")
-        if AUTO in rank_of:
-            raise ValueError(f"'{AUTO}' can't be a tier's name: it means that tierplane chooses")
+        for policy in policies:
+            if problem := name_problem(policy.name):
+                raise ValueError(problem)
         for policy in policies:
             if policy.floor is not None and policy.floor not in rank_of:
                 raise ValueError(f"tier '{policy.name}': floor '{policy.floor}' is not a tier")
@@ -185,16 +210,27 @@ class TierTable:
             raise ValueError(f"default tier '{default_tier}' is not a tier")
         default = rank_of[default_tier] if default_tier is not None else rank_of.get("balanced", 0)
 
-        models: dict[str, tuple[int, ...]] = {}
+        identities = [policy.identity or policy.model_id for policy in policies]
+        named: dict[str, tuple[int, ...]] = {}
         for rank, policy in enumerate(policies):
-            models[policy.model_id] = (*models.get(policy.model_id, ()), rank)
+            for name in dict.fromkeys((policy.model_id, policy.model_name)):
+                if name:
+                    named[name] = (*named.get(name, ()), rank)
+        ambiguous = {
+            name: ranks for name, ranks in named.items() if len({identities[rank] for rank in ranks}) > 1
+        }
 
         own_floor = tuple(rank_of[policy.floor] if policy.floor is not None else 0 for policy in policies)
         return cls(
             policies=tuple(policies),
             default=default,
             rank_of=rank_of,
-            tiers_of_model=models,
+            tiers_of_model={name: ranks for name, ranks in named.items() if name not in ambiguous},
+            ambiguous=ambiguous,
+            same_model=tuple(
+                tuple(rank for rank, other in enumerate(identities) if other == identity)
+                for identity in identities
+            ),
             tier_of_complexity=_complexity_map(policies, rank_of),
             tier_of_agent=_agent_map(policies, rank_of),
             neighbours=tuple(
@@ -205,6 +241,17 @@ class TierTable:
             ),
             own_floor=own_floor,
         )
+
+    def listed_models(self) -> dict[str, tuple[int, ...]]:
+        """One name of each model → its tiers: the model id, or the whole name if different models have the
+        id. A model that has no name of its own is missing: it is asked for by its tier."""
+        found: dict[str, tuple[int, ...]] = {}
+        for policy in self.policies:
+            for name in (policy.model_id, policy.model_name):
+                if name in self.tiers_of_model:
+                    found[name] = self.tiers_of_model[name]
+                    break
+        return found
 
 
 def resolve(request: RouteRequest, table: TierTable) -> Route:
@@ -243,8 +290,7 @@ def resolve(request: RouteRequest, table: TierTable) -> Route:
 def resume_route(table: TierTable, rank: int) -> Route:
     """The route of a stream that must be resumed by the model that began it: the tiers that serve the model
     of tier ``rank``, that tier first, and no others."""
-    others = table.tiers_of_model[table.policies[rank].model_id]
-    order = (rank, *(other for other in others if other != rank))
+    order = (rank, *(other for other in table.same_model[rank] if other != rank))
     return Route(order, ("resume",) * len(order))
 
 
@@ -263,7 +309,7 @@ def _hinted(request: RouteRequest, table: TierTable) -> tuple[int, str]:
 def _pinned(model: str, floor: int, table: TierTable) -> Route:
     tiers = table.tiers_of_model.get(model)
     if tiers is None:
-        return _unknown([model], table)
+        return _ambiguous(model, table) if model in table.ambiguous else _unknown([model], table)
     allowed = tuple(rank for rank in tiers if rank >= floor)
     if not allowed:
         return _refused(
@@ -282,6 +328,8 @@ def _from_list(models: tuple[str, ...], floor: int, table: TierTable) -> Route:
             tiers: tuple[int, ...] = (table.default,)
         elif model in table.rank_of:
             tiers = (table.rank_of[model],)
+        elif model in table.ambiguous:
+            return _ambiguous(model, table)
         else:
             tiers = table.tiers_of_model.get(model, ())
         known = known or bool(tiers)
@@ -300,10 +348,29 @@ def _from_list(models: tuple[str, ...], floor: int, table: TierTable) -> Route:
 
 
 def _unknown(models: Iterable[str], table: TierTable) -> Route:
-    names = [AUTO, *(policy.name for policy in table.policies), *table.tiers_of_model]
+    names = [AUTO, *(policy.name for policy in table.policies), *table.listed_models()]
     wanted = ", ".join(f"'{model}'" for model in models)
     return _refused(
         RouteRefusal.UNKNOWN_MODEL, f"no model {wanted}: there is {', '.join(dict.fromkeys(names))}"
+    )
+
+
+def ambiguity(name: str, table: TierTable) -> str:
+    """The different models that ``name`` may mean, with their tiers: ``orga/Llama (tier a), …``."""
+    tiers_of: dict[str, list[str]] = {}
+    for rank in table.ambiguous[name]:
+        policy = table.policies[rank]
+        tiers_of.setdefault(policy.identity or policy.model_id, []).append(policy.name)
+    labels = {
+        policy.identity or policy.model_id: policy.label or policy.model_id for policy in table.policies
+    }
+    return ", ".join(f"{labels[each]} (tier {', '.join(tiers)})" for each, tiers in tiers_of.items())
+
+
+def _ambiguous(model: str, table: TierTable) -> Route:
+    return _refused(
+        RouteRefusal.UNKNOWN_MODEL,
+        f"'{model}' is the name of different models: {ambiguity(model, table)}; ask for one of these tiers",
     )
 
 

@@ -43,7 +43,7 @@ def models(endpoint_table: EndpointTable, created_unix_s: int) -> dict[str, Any]
     data = [entry(AUTO, None, any(ready_of.values()))]
     data += [entry(policy.name, policy.name, ready_of[policy.name]) for policy in table.policies]
     known = {item["id"] for item in data}
-    for model, ranks in table.tiers_of_model.items():
+    for model, ranks in table.listed_models().items():
         if model not in known:
             names = [table.policies[rank].name for rank in ranks]
             data.append(entry(model, names[0], any(ready_of[name] for name in names)))

@@ -218,7 +218,7 @@ class Relay:
                 raise UpstreamFailure(AttemptFailure.TRUNCATED, "the stream ended before its end")
         except UpstreamFailure as failure:
             self._attempts.failed(attempt, failure)
-            await self._resumption.resume(context, attempt.load.endpoint.tier, recorder, failure, out)
+            await self._resumption.resume(context, attempt.load.endpoint, recorder, failure, out)
             return
         except asyncio.CancelledError:
             if not has_end(context.api, last):

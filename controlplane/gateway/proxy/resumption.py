@@ -8,6 +8,7 @@ from time import monotonic
 
 import msgspec
 
+from controlplane.core.domain.endpoint import Endpoint
 from controlplane.core.domain.request import RequestOutcome
 from controlplane.core.routing.retry import AttemptFailure
 from controlplane.errors import DeadlineExceeded, EndpointLost, RequestError
@@ -47,14 +48,14 @@ class Resumption:
     async def resume(
         self,
         context: RequestContext,
-        tier: str,
+        lost: Endpoint,
         recorder: StreamRecorder | None,
         failure: UpstreamFailure,
         out: Responder,
     ) -> None:
-        """Continue a stream of ``tier`` that ``failure`` interrupted after part of it was sent, or end it
+        """Continue a stream of ``lost`` that ``failure`` interrupted after part of it was sent, or end it
         with an error event. Raises :class:`DeadlineExceeded`."""
-        route = self._dispatch.resume_route(tier)
+        route = self._dispatch.resume_route(lost.tier)
         while True:
             if failure.kind is None:
                 raise DeadlineExceeded(TOO_LATE)
@@ -69,6 +70,9 @@ class Resumption:
                     return
                 await self._attempts.retry_or_raise(context, failure, sent=True)
                 attempt = self._attempts.begin(context, await self._dispatch.start(context, route))
+                if attempt.load.endpoint.model_identity != lost.model_identity:
+                    # While a configuration is rolled out, a tier may have replicas with two models.
+                    raise NotResumable("the other engine serves another model")
                 await self._continue(context, attempt, continuation, sent, out)
                 return
             except UpstreamFailure as another:

@@ -64,7 +64,7 @@ def test_all_mistakes_are_reported_at_once() -> None:
         "webhooks[1].min_severity",
         "rules.TierplaneGpuHot.for",
     }
-    assert found["webhooks[0].url"].message == "must be an http:// or https:// address, not 'ftp://x'"
+    assert found["webhooks[0].url"].message == "must be an http:// or https:// address"
     assert "name of an environment variable" in found["webhooks[1].secret_env"].message
     found = problems(
         {

@@ -103,7 +103,12 @@ def test_there_are_shipped_files() -> None:
         ({"tiers": [tier(replicas=1.5)]}, "tiers[0].replicas", "whole number, not 1.5", ""),
         ({"tiers": [tier(replicas=-1)]}, "tiers[0].replicas", "greater than or equal to 0, not -1", ""),
         ({"tiers": [tier(replicas=True)]}, "tiers[0].replicas", "whole number, not true", ""),
-        ({"tiers": [tier(drain_timeout_s="1e3")]}, "tiers[0].drain_timeout_s", "a number", "1.0e+6"),
+        (
+            {"tiers": [tier(drain_timeout_s="1e3")]},
+            "tiers[0].drain_timeout_s",
+            "a number",
+            "remove the quotes",
+        ),
         ({"tiers": [tier(drain_timeout_s=float("nan"))]}, "tiers[0].drain_timeout_s", "finite", ""),
         ({"tiers": [tier(trust_remote_code="yes")]}, "tiers[0].trust_remote_code", "true or false", "quotes"),
         ({"tiers": [tier(complexities=["simpel"])]}, "tiers[0].complexities[0]", "simple", "'simple'"),
@@ -127,7 +132,7 @@ def test_there_are_shipped_files() -> None:
         (
             {"tiers": [tier(engine="endpoint", model="m", url="x:1")]},
             "tiers[0].url",
-            "'x:1' is not an address",
+            "must be an http:// or https:// address",
             "http://",
         ),
         ({"tiers": [tier(engine="vllm")]}, "tiers[0].model", "missing", "bundled:smollm2-135m"),
@@ -169,8 +174,8 @@ def test_there_are_shipped_files() -> None:
         (
             {"tiers": [tier()], "gateway": {"traces_endpoint": "otlp"}},
             "gateway.traces_endpoint",
-            "must be an http:// or https:// address, not 'otlp'",
-            "",
+            "must be an http:// or https:// address",
+            "write it as",
         ),
         ({"tiers": [tier()], "gatway": {}}, "gatway", "unknown key", "did you mean 'gateway'"),
         ({"tiers": [tier()], "controller": 1}, "controller", "must be a mapping", ""),

@@ -256,3 +256,23 @@ def test_drift_shows_what_a_new_vllm_changes() -> None:
     )
     assert len(changed.profiles) == len(PROFILES)
     assert "no longer work" in str(changed)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    ["revision=0755123", "tokenizer-revision=1:30", "revision=1e5", "revision=no", "revision=2026-11-30"],
+)
+def test_values_of_the_command_line_stay_what_they_are(argument: str) -> None:
+    done = CliRunner().invoke(
+        command, ["a/b", "--scenario", "development", "--no-check", "--engine-arg", argument]
+    )
+    assert done.exit_code == 0, done.output
+    assert f"--{argument}" in done.stdout
+
+
+def test_a_template_on_the_command_line_is_text() -> None:
+    template = "chat-template={% for m in messages %}{{ m }}{% endfor %}"
+    done = CliRunner().invoke(
+        command, ["a/b", "--scenario", "development", "--no-check", "--json", "--engine-arg", template]
+    )
+    assert f"--{template}" in json.loads(done.stdout)["argv"]

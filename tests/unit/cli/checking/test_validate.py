@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -124,3 +125,42 @@ def test_doctor_warns_about_an_unset_variable(naming: str) -> None:
     assert check.message.startswith("applications[0].args.controller.alerts.webhooks[1].secret_env: ")
     assert "HOOK_SECRET" in check.remedy
     assert check_variables(file, {"FAR_KEY": "f4r", "HOOK_SECRET": "h00k"}) == []
+
+
+def _plane(tmp_path: Path, *tiers: Any, **rest: Any) -> str:
+    path = tmp_path / "plane.yaml"
+    application = {"import_path": "deployments.app:build", "args": {"tiers": tiers, **rest}}
+    path.write_text(json.dumps({"applications": [application]}))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "models", [("orga/Llama", "orgb/Llama"), ("/models/qwen/final", "/models/llama/final")]
+)
+def test_two_models_with_one_id_are_a_warning(tmp_path: Path, models: tuple[str, str]) -> None:
+    tiers = [{"name": n, "engine": "simulated", "model": m} for n, m in zip("ab", models, strict=True)]
+    code, out, _ = run(_plane(tmp_path, *tiers))
+    assert code == 0
+    assert "warning: tiers[0]" in out
+    assert "(tier b)" in out
+
+
+@pytest.mark.parametrize(
+    "tiers",
+    [
+        [{"name": "a", "engine": "simulated"}, {"name": "llama", "engine": "simulated", "model": "x/a"}],
+        [{"name": "a", "engine": "simulated", "model": "org/auto"}],
+    ],
+)
+def test_a_model_that_can_not_be_asked_for_by_its_id_is_a_warning(
+    tmp_path: Path, tiers: list[dict[str, Any]]
+) -> None:
+    code, out, _ = run(_plane(tmp_path, *tiers))
+    assert code == 0
+    assert "never mean the model" in out
+
+
+def test_a_tier_named_auto_is_refused(tmp_path: Path) -> None:
+    code, _, err = run(_plane(tmp_path, {"name": "auto", "engine": "simulated"}))
+    assert code == 2
+    assert "can't be a tier's name" in err
