@@ -9,10 +9,9 @@ import os
 import socket
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ray
 import yaml
@@ -21,6 +20,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 
+from controlplane.config.yaml_file import read_yaml
 from controlplane.controller.api import ControllerApi, Method, P, R
 from controlplane.controller.handle import find_controller
 from controlplane.controller.ray_cordons import release_all_gpus
@@ -91,11 +91,10 @@ def disconnect() -> None:
         ray.shutdown()
 
 
-def deploy(config_path: Path, values: Mapping[str, Any], address: str) -> None:
-    """Do what ``serve run --non-blocking CONFIG`` does, in this process, with the ``values`` of CONFIG.
+def deploy(config_path: Path, address: str) -> None:
+    """Do what ``serve run --non-blocking CONFIG`` does, in this process. Raises SetupError.
 
     Serve gets a copy of the file, because it reads some words without quotes differently (``no``, ``0755``).
-    Raises SetupError.
     """
     from ray.serve.scripts import cli as serve_cli
 
@@ -104,7 +103,8 @@ def deploy(config_path: Path, values: Mapping[str, Any], address: str) -> None:
     try:
         copy.unlink(missing_ok=True)
         copy.touch(mode=0o600)
-        copy.write_text(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        values = read_yaml(config_path).values
+        copy.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
     except OSError as error:
         raise SetupError(f"can't write {copy}: {error.strerror}; set TIERPLANE_RUN_DIR") from error
     arguments = ["run", "--non-blocking", "--address", address, str(copy)]

@@ -247,7 +247,7 @@ def _deploy(record: RunRecord, file: ServeFile, reporter: ProgressReporter, inte
         _check_no_other_applications(record)
     reporter.step(f"deploying {file.application}")
     try:
-        plane.deploy(file.path, file.raw, record.ray_address)
+        plane.deploy(Path(record.config), record.ray_address)
     except SetupError as error:
         if record.owns_ray and file.http_port in bind_failures(str(error)):
             raise _port_error(file.http_port, "http_options.port", file) from error
