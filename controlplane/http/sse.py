@@ -23,17 +23,21 @@ _LAST_EVENT: Final = {
 }
 _ERROR: Final = {Api.RESPONSES: b"event: error", Api.MESSAGES: b"event: error"}
 LINE_FEED: Final = 0x0A
+MAX_EVENT_BYTES: Final = 16 * 1024 * 1024
+"""The largest event of an engine's stream. The largest that engines send are a prompt's token ids and whole
+responses: megabytes."""
 _ERROR_DATA: Final = b'data: {"error"'
 _ERROR_LINE: Final = re.compile(rb"(?:^|\n)event: error")
 
 
 def events_end(data: bytes) -> int:
     """The offset after the last complete event in ``data``; 0 if there is none."""
-    end = data.rfind(b"\n\n")
-    if end >= 0:
-        return end + 2
-    end = data.rfind(b"\n\r\n")
-    return end + 3 if end >= 0 else 0
+    if data.endswith(b"\n\n"):
+        return len(data)
+    line_feeds, with_returns = data.rfind(b"\n\n"), data.rfind(b"\n\r\n")
+    if line_feeds > with_returns:
+        return line_feeds + 2
+    return with_returns + 3 if with_returns >= 0 else 0
 
 
 def has_end(api: Api, events: bytes) -> bool:
@@ -60,3 +64,48 @@ def has_error(api: Api, events: bytes) -> bool:
     if mark is None:
         return _ERROR_DATA in events
     return mark in events and _ERROR_LINE.search(events) is not None
+
+
+class EventTooLarge(Exception):
+    """An event of a stream is over :data:`MAX_EVENT_BYTES`."""
+
+    def __init__(self) -> None:
+        super().__init__(f"an event of the engine's stream is over {MAX_EVENT_BYTES} bytes")
+
+
+class EventBuffer:
+    """Cuts a stream into whole events, in time that is linear in its length. Holds at most
+    :data:`MAX_EVENT_BYTES` of the event that is not whole yet."""
+
+    __slots__ = ("_held",)
+
+    def __init__(self) -> None:
+        self._held = bytearray()
+
+    def feed(self, data: bytes) -> bytes:
+        """The events that ``data`` completes; ``b""`` if there are none. Raises :class:`EventTooLarge`."""
+        held = self._held
+        end = events_end(data)
+        if not held:
+            if end == len(data):
+                return data
+            if end:
+                held += data[end:]
+                return data[:end]
+        else:
+            if not end:  # it may lie across the seam
+                seam = bytes(held[-2:])
+                end = max(events_end(seam + data[:2]) - len(seam), 0)
+            if end:
+                whole = bytes(held) + data[:end]
+                self._held = bytearray(data[end:])
+                return whole
+        if len(held) + len(data) > MAX_EVENT_BYTES:
+            raise EventTooLarge
+        held += data
+        return b""
+
+    def rest(self) -> bytes:
+        """The bytes behind the last whole event; they are removed."""
+        rest, self._held = bytes(self._held), bytearray()
+        return rest

@@ -27,6 +27,10 @@ from controlplane.gateway.request_context import StreamKind
 
 FOLD_BYTES: Final = 1024 * 1024
 """Raw bytes that a recorder stores before it folds them into token ids and text."""
+MAX_TEXT_CHARS: Final = 4 * 1024 * 1024
+"""A stream of more text than this is not resumed, and its text is not stored."""
+MAX_TOKEN_IDS: Final = 2 * 1024 * 1024
+"""The same for token ids, of the prompt or generated."""
 
 TOKEN_ID_MEMBERS: Final = re.compile(rb',"(?:prompt_)?token_ids":(?:\[[0-9, ]*\]|null)')
 """Matches the members that only the gateway requested. Inside a JSON string quotes are escaped, so this can't
@@ -47,12 +51,95 @@ Policy = Literal["exact", "best_effort", "never"]
 
 _decode = msgspec.json.Decoder().decode
 _encode = msgspec.json.Encoder().encode
-_UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, AttributeError, TypeError)
-"""What reading an event raises if the event is malformed."""
+_WHOLE_NUMBER: Final = re.compile(r"\s*[+-]?[0-9]{1,18}\s*")
 
 
 class NotResumable(Exception):
     """This stream can't be resumed; the message is the reason."""
+
+
+class _WrongType(Exception):
+    """A member of an engine's event has another type than the API gives it."""
+
+
+_NOT_JSON: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+_UNREADABLE: Final = (*_NOT_JSON, _WrongType)
+"""What reading an event raises if the event is malformed."""
+
+
+# -- typed readers of what an engine sent ----------------------------------------------------------
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise _WrongType
+    return value
+
+
+def _objects(value: Any) -> list[dict[str, Any]]:
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise _WrongType
+    return value
+
+
+def _ids(value: Any) -> list[int]:
+    if value is None:
+        return []
+    if not isinstance(value, list) or len(value) > MAX_TOKEN_IDS:
+        raise _WrongType
+    if not all(type(item) is int and item >= 0 for item in value):
+        raise _WrongType
+    return value
+
+
+def _string(value: Any) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise _WrongType
+    return value
+
+
+# -- typed readers of what the client sent, as leniently as engines read it ------------------------
+
+
+def request_members(body: bytes) -> dict[str, Any]:
+    """The members of a request's body. Raises :class:`NotResumable`."""
+    try:
+        request = _decode(body)
+    except _NOT_JSON as error:
+        raise NotResumable(f"the request can't be read again: {error}") from None
+    if not isinstance(request, dict):
+        raise NotResumable("the request is no object")
+    return request
+
+
+def _whole_number(request: dict[str, Any], name: str) -> int | None:
+    """A member that is a whole number, also as ``"100"`` or ``100.0``; None if it is null or missing."""
+    value = request.get(name)
+    if value is None:
+        return None
+    if isinstance(value, str) and _WHOLE_NUMBER.fullmatch(value):
+        return int(value)
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+        return int(value)
+    raise NotResumable(f"'{name}' is not a whole number")
+
+
+def _number(request: dict[str, Any], name: str) -> float | None:
+    value = request.get(name)
+    if value is None:
+        return None
+    if isinstance(value, str | int | float):
+        try:
+            return float(value)
+        except (ValueError, OverflowError):
+            pass
+    raise NotResumable(f"'{name}' is not a number")
 
 
 @dataclass(slots=True)
@@ -79,6 +166,8 @@ class SentSoFar:
     """``[DONE]`` was sent."""
     readable: bool = True
     """False once an event was malformed."""
+    too_long: bool = False
+    """More was sent than is stored; only the stream's end is still followed."""
     plain: bool = True
     """Only text of one choice was sent: no tool calls, log-probabilities or reasoning."""
 
@@ -91,28 +180,26 @@ class SentSoFar:
         """Account for an event that was relayed."""
         if not self.first:
             self.first = {key: event[key] for key in ("id", "object", "created", "model") if key in event}
-        choices = event.get("choices") or ()
+        choices = _objects(event.get("choices"))
         if event.get("usage") is not None and not choices:
             self.usage_sent = True
-        self.add_prompt(event)
+        self.add_prompt(event, choices)
         for choice in choices:
             if choice.get("index", 0) != 0 or choice.get("logprobs") is not None:
                 self.plain = False
             text, others = _content(choice)
-            self.add(choice.get("token_ids") or (), text, choice.get("finish_reason"), others)
+            self.add(_ids(choice.get("token_ids")), text, _string(choice.get("finish_reason")), others)
 
-    def add_prompt(self, event: dict[str, Any]) -> None:
-        """Take the prompt's token ids from the first event that has them."""
+    def add_prompt(self, event: dict[str, Any], choices: list[dict[str, Any]]) -> None:
+        """Take the prompt's token ids from the first event that has them, itself or in its ``choices``."""
         if self.prompt_ids is None:
-            for holder in (event, *(event.get("choices") or ())):
+            for holder in (event, *choices):
                 ids = holder.get("prompt_token_ids")
                 if ids is not None:
-                    self.prompt_ids = list(ids)
+                    self.prompt_ids = _ids(ids)
                     return
 
-    def add(
-        self, token_ids: Sequence[int], text: str, finish_reason: str | None, others: dict[str, Any]
-    ) -> None:
+    def add(self, token_ids: Sequence[int], text: str, finish_reason: str, others: dict[str, Any]) -> None:
         """Account for the content of one choice of an event: token ids, text, and ``others``."""
         self.token_ids.extend(token_ids)
         if others:
@@ -125,6 +212,13 @@ class SentSoFar:
                 self.covered_tokens, self.covered_chars = len(self.token_ids), self.text_chars
         self.finish_reason = finish_reason or self.finish_reason
 
+    def drop_content(self) -> None:
+        """Drop the text and the token ids, because they became too many."""
+        self.too_long = True
+        self.token_ids = []
+        self.text = []
+        self.text_chars = self.covered_tokens = self.covered_chars = self.texted_tokens = 0
+
     def rewind(self, tokens: int) -> None:
         """Drop the token ids after the first ``tokens``, because they are generated again. The text stays."""
         del self.token_ids[tokens:]
@@ -133,10 +227,15 @@ class SentSoFar:
 
 
 def _content(choice: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The text of an event of either API, and the other content of its ``delta``."""
-    delta = choice.get("delta") or {}
+    """The text of an event of either API, and the other content of its ``delta``; that includes ``content``
+    that is not a string (Mistral and GLM send lists of parts)."""
+    delta = _object(choice.get("delta"))
     others = {key: value for key, value in delta.items() if value and key not in ("role", "content")}
-    return choice.get("text") or delta.get("content") or "", others
+    content = delta.get("content")
+    if content and not isinstance(content, str):
+        others["content"] = content
+        content = None
+    return _string(choice.get("text")) or content or "", others
 
 
 def events(data: bytes) -> Iterator[dict[str, Any] | None]:
@@ -156,7 +255,8 @@ def events(data: bytes) -> Iterator[dict[str, Any] | None]:
 class StreamRecorder:
     """Stores the relayed part of one stream, in case its engine is lost.
 
-    Holds at most :data:`FOLD_BYTES` of raw bytes; older ones are folded into token ids and text.
+    Holds at most :data:`FOLD_BYTES` of raw bytes and the last events; older ones are folded into token ids
+    and text, of which at most :data:`MAX_TOKEN_IDS` and :data:`MAX_TEXT_CHARS` are stored.
     """
 
     __slots__ = ("_raw", "_raw_bytes", "_sent")
@@ -184,6 +284,8 @@ class StreamRecorder:
                     self._sent.add_event(event)
         except _UNREADABLE:
             self._sent.readable = False
+        if self._sent.text_chars > MAX_TEXT_CHARS or len(self._sent.token_ids) > MAX_TOKEN_IDS:
+            self._sent.drop_content()
         return self._sent
 
 
@@ -223,16 +325,18 @@ def plan(body: bytes, sent: SentSoFar, policy: Policy) -> Continuation:
         return Continuation("finish")
     if not sent.readable:
         raise NotResumable("the engine's events can't be read")
-    request = _decode(body)
+    if sent.too_long:
+        raise NotResumable("too much of it was sent already")
+    request = request_members(body)
     if not sent.plain:
         raise NotResumable("tool calls, log-probabilities or reasoning were already sent")
     for name in ("n", "best_of"):
-        if request.get(name) not in (None, 1):
-            raise NotResumable(f"'{name}' is over 1")
+        if _whole_number(request, name) not in (None, 1):
+            raise NotResumable(f"'{name}' is not 1")
     if request.get("logprobs") or request.get("echo") or request.get("top_logprobs"):
         raise NotResumable("log-probabilities or an echo were asked for")
 
-    greedy = request.get("temperature") == 0
+    greedy = _number(request, "temperature") == 0
     seeded = request.get("seed") is not None
     depends_on_history = bool(
         request.get("stop")
@@ -257,7 +361,9 @@ def _continue(request: dict[str, Any], sent: SentSoFar, tokens: int, skip_text: 
     body = {key: value for key, value in request.items() if key not in _ONLY_CHAT}
     prompt = [*(sent.prompt_ids or ()), *sent.token_ids[:tokens]]
     body |= {"prompt": prompt, "stream": True, "return_token_ids": True}
-    limit = request.get("max_completion_tokens") or request.get("max_tokens")
+    limit = _whole_number(request, "max_completion_tokens")
+    if limit is None:
+        limit = _whole_number(request, "max_tokens")
     if limit is None and sent.kind == "completion":
         limit = 16  # the default of the API
     if limit is None:
@@ -318,22 +424,22 @@ class Splice:
 
     def _event(self, event: dict[str, Any]) -> Iterator[bytes]:
         sent = self._sent
-        if "error" in event:
+        if event.get("error"):
             raise NotResumable("the other engine answered with an error")
-        sent.add_prompt(event)
+        choices = _objects(event.get("choices"))
+        sent.add_prompt(event, choices)
         if event.get("usage") is not None and self._continuation.method == "replay":
-            self._engine_usage = event[
-                "usage"
-            ]  # a replay is a complete response, so the engine's count is right
-        for choice in event.get("choices") or ():
+            # A replay is a complete response, so the engine's count is right.
+            self._engine_usage = _object(event["usage"])
+        for choice in choices:
             text, others = _content(choice)
-            finish_reason = choice.get("finish_reason")
+            finish_reason = _string(choice.get("finish_reason"))
             text = self._without_sent(text)
             if finish_reason and self._skip:
                 raise NotResumable("the other engine's text ends before what was sent")
-            sent.add(choice.get("token_ids") or (), text, finish_reason, others)
+            sent.add(_ids(choice.get("token_ids")), text, finish_reason, others)
             if text or finish_reason or others:
-                yield self._shape(text, finish_reason, others, choice.get("stop_reason"))
+                yield self._shape(text, finish_reason or None, others, choice.get("stop_reason"))
 
     def _without_sent(self, text: str) -> str:
         """The part of the newly generated text that the client does not have yet."""

@@ -24,6 +24,7 @@ from controlplane.gateway.proxy.resume import (
     Splice,
     StreamRecorder,
     plan,
+    request_members,
 )
 from controlplane.gateway.proxy.upstream import UpstreamFailure
 from controlplane.gateway.request_context import RequestContext
@@ -187,6 +188,9 @@ async def _context_length(context: RequestContext, attempt: Attempt) -> int | No
 
 
 def _stream_options(context: RequestContext) -> dict[str, object] | None:
-    """The request's ``stream_options``."""
-    options = msgspec.json.decode(context.body).get("stream_options")
+    """The request's ``stream_options``; None if it has none or can't be read."""
+    try:
+        options = request_members(context.body).get("stream_options")
+    except NotResumable:
+        return None
     return options if isinstance(options, dict) else None

@@ -229,7 +229,7 @@ def test_greedy_continues_from_the_last_event_whose_text_and_ids_agree() -> None
         ({"temperature": 0.7}, "exact", "sampling without a seed"),
         ({"stop": ["x"]}, "best_effort", "sampling without a seed"),
         ({"temperature": 0}, "never", "never"),
-        ({"temperature": 0, "n": 2}, "best_effort", "'n' is over 1"),
+        ({"temperature": 0, "n": 2}, "best_effort", "'n' is not 1"),
         ({"temperature": 0, "logprobs": True}, "best_effort", "log-probabilities"),
     ],
 )
