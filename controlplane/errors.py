@@ -11,6 +11,8 @@
     └── RequestError               returned to a client as OpenAI-shaped JSON
         ├── BadRequest             400
         ├── UnknownModel           404
+        ├── UnknownRoute           404
+        ├── WrongMethod            405
         ├── DeadlineExceeded       408
         ├── PayloadTooLarge        413
         ├── TooManyRequests        429, with Retry-After
@@ -26,6 +28,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+SHOWN_CHARS = 80
+
+
+def shown(text: str, limit_chars: int = SHOWN_CHARS) -> str:
+    """A client's text for a message or a log: shortened, and with control characters and the like escaped."""
+    if len(text) > limit_chars:
+        text = text[: limit_chars - 1] + "…"
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 class TierplaneError(Exception):
@@ -120,6 +133,22 @@ class UnknownModel(RequestError):
     status = 404
     kind = "invalid_request_error"
     code = "model_not_found"
+
+
+class UnknownRoute(RequestError):
+    """There is no such route (404)."""
+
+    status = 404
+    kind = "invalid_request_error"
+    code = "unknown_url"
+
+
+class WrongMethod(RequestError):
+    """The route does not take this method (405)."""
+
+    status = 405
+    kind = "invalid_request_error"
+    code = "method_not_supported"
 
 
 class DeadlineExceeded(RequestError):

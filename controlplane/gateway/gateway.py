@@ -27,7 +27,7 @@ from controlplane.core.domain.request import RequestOutcome
 from controlplane.core.recommendations.views import as_json_value
 from controlplane.core.routing.dispatcher import Dispatcher
 from controlplane.core.routing.endpoint_table import EndpointTable, LoadSettings
-from controlplane.errors import BadRequest, RequestError
+from controlplane.errors import RequestError, UnknownRoute, WrongMethod, shown
 from controlplane.gateway.api import agents, pages, report_page, ui
 from controlplane.gateway.api.alert_page import alerts
 from controlplane.gateway.api.controller_queries import ControllerQueries, query_controller
@@ -42,7 +42,7 @@ from controlplane.gateway.telemetry.accounting import UsageLedger
 from controlplane.gateway.telemetry.metrics import Metrics, merge_expositions
 from controlplane.gateway.telemetry.traffic import TrafficCounter
 from controlplane.http.asgi import AsgiApp
-from controlplane.http.messages import Request, Responder, error_value, send_error, send_json
+from controlplane.http.messages import Request, Responder, send_error, send_json
 from controlplane.http.server import HttpServer
 
 if TYPE_CHECKING:
@@ -224,23 +224,19 @@ class Gateway:
     async def handle(self, request: Request, out: Responder) -> None:
         """Answer any request. Errors become responses; only cancellation is raised."""
         method, route = self._routes.get(request.path, ("", None))
-        if route is None:
-            value = error_value(BadRequest(f"there is no {request.path} here"))
-            send_json(out, value, 404)
-        elif request.method != method and not (method == "GET" and request.method == "HEAD"):
-            value = error_value(BadRequest(f"{request.path} takes {method}, not {request.method}"))
-            send_json(out, value, 405, [(b"allow", method.encode())])
-        else:
-            try:
-                await route(request, out)
-            except RequestError as error:
-                send_error(out, error)
-            except Exception:
-                log.exception("a request could not be handled", path=request.path)
-                if out.started:
-                    out.abort()
-                else:
-                    send_error(out, RequestError("an internal error of the gateway; see its log"))
+        try:
+            if route is None:
+                raise UnknownRoute(f"there is no {shown(request.path)} here; GET /openapi.json lists what is")
+            if request.method != method and not (method == "GET" and request.method == "HEAD"):
+                raise WrongMethod(f"{request.path} takes {method}, not {shown(request.method)}")
+            await route(request, out)
+        except RequestError as error:
+            headers = [(b"x-request-id", self._request_id(request).encode())]
+            if isinstance(error, WrongMethod):
+                headers.append((b"allow", b"GET, HEAD" if method == "GET" else method.encode()))
+            send_error(out, error, headers, request.path)
+        except Exception:
+            _internal_error(request, out, self._request_id(request))
 
     async def _infer(self, request: Request, out: Responder) -> None:
         request_id = self._request_id(request)
@@ -248,7 +244,7 @@ class Gateway:
         try:
             context = RequestContext(request, request_id, now_s, self.config.gateway.request_timeout_s)
         except RequestError as error:
-            send_error(out, error, [(b"x-request-id", request_id.encode())])
+            send_error(out, error, [(b"x-request-id", request_id.encode())], request.path)
             self.metrics.requests.labels("", RequestOutcome.CLIENT_ERROR, error.code).inc()
             return
         if self._tracing is not None:
@@ -261,13 +257,13 @@ class Gateway:
                 out.write(error_event(error, context.api))
                 out.finish()
             else:
-                send_error(out, error, response_headers(context))
+                send_error(out, error, response_headers(context), context.path)
         except asyncio.CancelledError:
             self.metrics.finished(context, RequestOutcome.CANCELLED, str(CLIENT_CLOSED_REQUEST), monotonic())
             raise
         except Exception:
             self.metrics.finished(context, RequestOutcome.FAILED, RequestError.code, monotonic())
-            raise
+            _internal_error(request, out, request_id)
 
     def _request_id(self, request: Request) -> str:
         given = request.header(b"x-request-id")
@@ -359,9 +355,19 @@ class Gateway:
     async def _private(self, request: Request, out: Responder) -> None:
         """Answer on the private port: this replica's own metrics, for other replicas to merge."""
         if request.path != "/metrics":
-            send_json(out, error_value(BadRequest("only /metrics is here")), 404)
+            send_error(out, UnknownRoute("only /metrics is here"))
             return
         out.send(200, [(b"content-type", b"text/plain")], self._own_metrics().encode())
+
+
+def _internal_error(request: Request, out: Responder, request_id: str) -> None:
+    """Log the exception that is being handled, and tell the client no more than the request's id."""
+    log.exception("a request could not be handled", path=shown(request.path), request_id=request_id)
+    if out.started:
+        out.abort()
+        return
+    text = f"an internal error of the gateway; its log says more about request {request_id}"
+    send_error(out, RequestError(text), [(b"x-request-id", request_id.encode())], request.path)
 
 
 def _outcome(status: int) -> RequestOutcome:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 from typing import Any, Final, Literal, TypeAlias
 
@@ -11,8 +12,15 @@ from controlplane.core.domain.request import Complexity, Priority
 from controlplane.core.routing.endpoint_table import EndpointLoad
 from controlplane.core.routing.router import RouteDecision
 from controlplane.core.routing.tier_table import AUTO, Api, Route, RouteRequest
-from controlplane.errors import BadRequest
-from controlplane.gateway.request_body import RequestBody, parse, rewrite
+from controlplane.errors import BadRequest, shown
+from controlplane.gateway.request_body import (
+    MAX_NAME_CHARS,
+    Metadata,
+    checked_name,
+    parse,
+    rewrite,
+    without_mark,
+)
 from controlplane.http.messages import Request
 
 APIS: Final = {
@@ -33,6 +41,7 @@ _COMPLEXITIES: Final = {str(complexity): complexity for complexity in Complexity
 _PRIORITIES: Final = {str(priority): priority for priority in Priority}
 _TRUE: Final = msgspec.Raw(b"true")
 MAX_REQUEST_ID: Final = 128
+MAX_NUMBER_CHARS: Final = 64
 MAX_TIMEOUT_S: Final = 24 * 3600.0
 
 
@@ -47,7 +56,8 @@ class RequestContext:
 
     def __init__(self, request: Request, request_id: str, now_s: float, default_timeout_s: float) -> None:
         """Raises :class:`BadRequest` that names the header or member that is wrong."""
-        fields = parse(request.body)
+        body = without_mark(request.body)
+        fields = parse(body)
         self.request_id = request_id
         self.identity = request_id
         """The value of ``x-request-id`` for engines; if the request is traced, followed by the trace's header
@@ -56,21 +66,22 @@ class RequestContext:
         """Set by :mod:`controlplane.gateway.telemetry.tracing`."""
         self.path = request.path
         self.api = APIS[request.path]
-        self.body = request.body
+        self.body = body
         self.fields = fields
         self.stream = bool(fields.stream)
         self.arrived_s = now_s
-        self.deadline_s = now_s + _timeout_s(request, fields, default_timeout_s)
-        self.caller = request.header(b"authorization")
-        session = _text(request, fields, b"x-session-id", "session_id")
+        self.deadline_s = now_s + _timeout_s(request, fields.metadata, default_timeout_s)
+        self.caller = _caller(request.header(b"authorization"))
+        hints = fields.metadata
+        session = _text(request, hints, b"x-session-id", "session_id")
         self.session = session
         self.request = RouteRequest(
-            model=fields.model or AUTO,
-            models=tuple(fields.models or ()),
-            complexity=_one_of(request, fields, b"x-complexity", "complexity", _COMPLEXITIES),
-            agent_type=_text(request, fields, b"x-agent-type", "agent_type") or None,
-            min_tier=_text(request, fields, b"x-min-tier", "min_tier") or None,
-            priority=_one_of(request, fields, b"x-priority", "priority", _PRIORITIES) or Priority.NORMAL,
+            model=checked_name(fields.model, "model") if fields.model else AUTO,
+            models=fields.model_names() if fields.models else (),
+            complexity=_one_of(request, hints, b"x-complexity", "complexity", _COMPLEXITIES),
+            agent_type=_text(request, hints, b"x-agent-type", "agent_type") or None,
+            min_tier=_text(request, hints, b"x-min-tier", "min_tier") or None,
+            priority=_one_of(request, hints, b"x-priority", "priority", _PRIORITIES) or Priority.NORMAL,
             api=self.api,
             session_key=_hash(session) if session else None,
             prefix_key=None if session else fields.affinity_key(),
@@ -107,7 +118,7 @@ class RequestContext:
             members["model"] = load.endpoint.model
         if token_ids:
             members["return_token_ids"] = _TRUE
-        if not members and self.fields.models is None:
+        if not members and not self.fields.models:
             return self.body
         return rewrite(self.body, **members)
 
@@ -122,40 +133,47 @@ def _hash(session: str) -> int:
     return zlib.crc32(session.encode())
 
 
-def _text(request: Request, fields: RequestBody, header: bytes, member: str) -> str:
+def _caller(key: str) -> str:
+    """What tells one caller from another: the key that it sent, or the digest of a long one."""
+    return key if len(key) <= MAX_NAME_CHARS else hashlib.sha256(key.encode()).hexdigest()
+
+
+def _text(request: Request, hints: Metadata | None, header: bytes, member: str) -> str:
     value = request.header(header)
     if value:
-        return value
-    hint = fields.hint(member)
-    if hint is None:
+        return checked_name(value, header.decode())
+    if hints is None:
         return ""
-    if not isinstance(hint, str):
-        raise BadRequest(f"metadata.{member} must be a string", param=f"metadata.{member}")
-    return hint
+    hint: str | None = getattr(hints, member)
+    return checked_name(hint, f"metadata.{member}") if hint else ""
 
 
-def _one_of(request: Request, fields: RequestBody, header: bytes, member: str, known: dict[str, Any]) -> Any:
-    value = _text(request, fields, header, member)
+def _one_of(
+    request: Request, hints: Metadata | None, header: bytes, member: str, known: dict[str, Any]
+) -> Any:
+    value = _text(request, hints, header, member)
     if not value:
         return None
     found = known.get(value.lower())
     if found is None:
         name = header.decode() if request.header(header) else f"metadata.{member}"
-        raise BadRequest(f"{name} must be one of {', '.join(known)}, not '{value[:40]}'", param=name)
+        raise BadRequest(f"{name} must be one of {', '.join(known)}, not '{shown(value, 40)}'", param=name)
     return found
 
 
-def _timeout_s(request: Request, fields: RequestBody, default_s: float) -> float:
+def _timeout_s(request: Request, hints: Metadata | None, default_s: float) -> float:
     name = "x-request-timeout-seconds"
-    value: Any = request.header(b"x-request-timeout-seconds")
+    value: float | str | None = request.header(b"x-request-timeout-seconds")
     if not value:
         name = "metadata.timeout"
-        value = fields.hint("timeout")
+        value = hints.timeout if hints is not None else None
         if value is None:
             return default_s
+    if isinstance(value, str):
+        value = value if len(value) <= MAX_NUMBER_CHARS else ""
     try:
-        timeout_s = 0.0 if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
+        timeout_s = float(value)
+    except ValueError:
         timeout_s = 0.0
     if not 0.0 < timeout_s <= MAX_TIMEOUT_S:
         raise BadRequest(f"{name} must be a number of seconds over 0 and up to {MAX_TIMEOUT_S:g}", param=name)

@@ -107,7 +107,8 @@ class AsgiApp:
         except _Disconnected:
             return
         if body is None:
-            send_error(response, payload_too_large(self._max_body_bytes, self._body_limit_setting))
+            error = payload_too_large(self._max_body_bytes, self._body_limit_setting)
+            send_error(response, error, path=scope["path"])
             await response.deliver()
             return
         root = scope.get("root_path", "")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Protocol
+from http import HTTPStatus
+from typing import Any, Final, Protocol
 
 import msgspec
 
@@ -18,6 +19,21 @@ Headers = list[tuple[bytes, bytes]]
 
 JSON_TYPE = b"application/json"
 EVENT_STREAM = b"text/event-stream"
+
+ANTHROPIC_PATH: Final = "/v1/messages"
+"""Paths that begin so belong to Anthropic's API."""
+SERVER_ERROR: Final = 500
+_ANTHROPIC_TYPES: Final = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
 
 _encode = msgspec.json.Encoder().encode
 
@@ -103,18 +119,41 @@ def send_json(responder: Responder, value: Any, status: int = 200, headers: Head
     responder.send(status, [(b"content-type", JSON_TYPE), *(headers or ())], json_bytes(value))
 
 
-def error_value(error: RequestError) -> dict[str, Any]:
-    """The OpenAI-shaped JSON of an error."""
-    return {"error": {"message": error.message, "type": error.kind, "param": error.param, "code": error.code}}
+def error_value(error: RequestError, path: str = "", request_id: str = "") -> dict[str, Any]:
+    """The JSON of an error: Anthropic-shaped under ``/v1/messages``, else OpenAI-shaped."""
+    if not path.startswith(ANTHROPIC_PATH):
+        openai = {"message": error.message, "type": error.kind, "param": error.param, "code": error.code}
+        return {"error": openai}
+    value: dict[str, Any] = {
+        "type": "error",
+        "error": {"type": anthropic_type(error.status), "message": error.message},
+    }
+    if request_id:
+        value["request_id"] = request_id
+    return value
+
+
+def anthropic_type(status: int) -> str:
+    """What Anthropic's API calls an error of this status."""
+    default = "invalid_request_error" if status < SERVER_ERROR else "api_error"
+    return _ANTHROPIC_TYPES.get(status, default)
 
 
 def error_headers(error: RequestError) -> Headers:
-    """The headers of an error response: ``Retry-After`` in whole seconds, rounded up, at least 1."""
-    if error.retry_after_s is None:
-        return []
-    return [(b"retry-after", str(max(1, math.ceil(error.retry_after_s))).encode())]
+    """The headers of an error response: ``Retry-After`` in whole seconds, rounded up, at least 1; and for a
+    missed deadline that it is not worth trying again, which the clients' libraries do after every 408."""
+    headers: Headers = []
+    if error.retry_after_s is not None:
+        headers.append((b"retry-after", str(max(1, math.ceil(error.retry_after_s))).encode()))
+    if error.status == HTTPStatus.REQUEST_TIMEOUT:
+        headers.append((b"x-should-retry", b"false"))
+    return headers
 
 
-def send_error(responder: Responder, error: RequestError, headers: Headers | None = None) -> None:
-    """Responds with an error."""
-    send_json(responder, error_value(error), error.status, [*error_headers(error), *(headers or ())])
+def send_error(
+    responder: Responder, error: RequestError, headers: Headers | None = None, path: str = ""
+) -> None:
+    """Responds with an error, in the shape of the API that ``path`` belongs to."""
+    ident = next((value.decode("latin-1") for name, value in headers or () if name == b"x-request-id"), "")
+    value = error_value(error, path, ident)
+    send_json(responder, value, error.status, [*error_headers(error), *(headers or ())])

@@ -410,7 +410,7 @@ class _ClientConnection(asyncio.Protocol):
             return
         response = HttpResponder(self, keep_alive=True, head_only=False, chunked=True)
         headers = [(b"content-type", JSON_TYPE), (b"connection", b"close"), *error_headers(error)]
-        response.send(error.status, headers, json_bytes(error_value(error)))
+        response.send(error.status, headers, json_bytes(error_value(error, self._url.decode("latin-1"))))
         transport.write_eof()
         self._loop.call_later(LINGER_S, self.abort)
 

@@ -9,16 +9,19 @@ Per-request values are named tuples: as immutable as frozen dataclasses, but cre
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, NamedTuple
 
 from controlplane.core.domain.endpoint import Capabilities
 from controlplane.core.domain.request import Complexity, Priority
+from controlplane.errors import shown
 
 AUTO: Final = "auto"
 """The model name that lets tierplane choose."""
+MAX_SHOWN: Final = 5
+"""How many of the unknown models of a request its error names."""
 
 RESERVED: Final = {
     AUTO: "it means that tierplane chooses",
@@ -267,7 +270,8 @@ def resolve(request: RouteRequest, table: TierTable) -> Route:
         if rank is None:
             known = ", ".join(policy.name for policy in table.policies)
             return _refused(
-                RouteRefusal.UNKNOWN_TIER, f"no tier '{request.min_tier}' for x-min-tier: there is {known}"
+                RouteRefusal.UNKNOWN_TIER,
+                f"no tier '{shown(request.min_tier)}' for x-min-tier: there is {known}",
             )
         floor = rank
     if request.models:
@@ -347,9 +351,11 @@ def _from_list(models: tuple[str, ...], floor: int, table: TierTable) -> Route:
     return Route(tuple(order), tuple(reasons), floor=floor)
 
 
-def _unknown(models: Iterable[str], table: TierTable) -> Route:
+def _unknown(models: Sequence[str], table: TierTable) -> Route:
     names = [AUTO, *(policy.name for policy in table.policies), *table.listed_models()]
-    wanted = ", ".join(f"'{model}'" for model in models)
+    wanted = ", ".join(f"'{shown(model)}'" for model in models[:MAX_SHOWN])
+    if len(models) > MAX_SHOWN:
+        wanted += f" and {len(models) - MAX_SHOWN} others"
     return _refused(
         RouteRefusal.UNKNOWN_MODEL, f"no model {wanted}: there is {', '.join(dict.fromkeys(names))}"
     )

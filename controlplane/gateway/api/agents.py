@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import msgspec
 
-from controlplane.errors import BadRequest, RequestError
+from controlplane.errors import BadRequest, EngineFailed, PayloadTooLarge, RequestError
+from controlplane.gateway.request_body import without_mark
+from controlplane.http.json_reader import InvalidJson, reader, utf8
 from controlplane.http.messages import (
     Headers,
     Request,
@@ -22,10 +24,12 @@ from controlplane.http.messages import (
     send_json,
 )
 
-_T = TypeVar("_T")
-
 MAX_BATCH: Final = 1000
 BATCH_CONCURRENCY: Final = 32
+MAX_BATCH_BYTES: Final = 64 * 1024 * 1024
+"""The most that the responses of one batch may have, all together."""
+CLIENT_ERROR: Final = 400
+NULL: Final = msgspec.Raw(b"null")
 
 
 class ChatRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -45,10 +49,6 @@ class ChatRequest(msgspec.Struct, forbid_unknown_fields=True):
     temperature: float | None = None
     id: str | int | None = None
     """Repeated in the response; ``/batch`` numbers items without one."""
-
-
-class _BatchRequest(msgspec.Struct, forbid_unknown_fields=True):
-    requests: list[msgspec.Raw]
 
 
 class CapturedResponse:
@@ -94,7 +94,10 @@ Complete = Callable[[Request, Responder], Awaitable[None]]
 
 async def chat(complete: Complete, now_s: Callable[[], float], request: Request, out: Responder) -> None:
     """Handle ``POST /chat``: ``{message, …}`` → ``{response, agent_used, processing_time, …}``."""
-    chat_request = _decode(request.body, ChatRequest)
+    try:
+        chat_request = _chat_request(without_mark(request.body))
+    except InvalidJson as error:
+        raise BadRequest(f"the request body {error}", param=error.member) from None
     status, value, headers = await _complete(complete, now_s, request, chat_request)
     send_json(out, value, status, headers)
 
@@ -105,23 +108,21 @@ async def batch(complete: Complete, now_s: Callable[[], float], request: Request
     Every item gets a result with ``status`` ``ok`` or ``error``, in the order of the request. An item that
     fails or is malformed does not affect the others.
     """
-    items = _batch_items(request.body)
+    items = _batch_items(request)
+    room = _Room(MAX_BATCH_BYTES)
     slots = asyncio.Semaphore(BATCH_CONCURRENCY)
     started_s = now_s()
 
     async def one(position: int, raw: msgspec.Raw) -> dict[str, Any]:
         try:
-            chat_request = msgspec.json.decode(raw, type=ChatRequest)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            invalid = BadRequest(f"item {position}: {error}")
-            return {
-                "id": _id_of(raw, position),
-                "status": "error",
-                "processing_time": 0.0,
-                **error_value(invalid),
-            }
+            chat_request = _chat_request(raw)
+        except InvalidJson as error:
+            refused = BadRequest(f"item {position} {error}", param=error.member)
+            return _failed(_id_of(raw, position), refused)
         async with slots:
-            status, value, _ = await _complete(complete, now_s, request, chat_request)
+            if room.used_up:
+                return _failed(chat_request.id if chat_request.id is not None else position, room.error())
+            status, value, _ = await _complete(complete, now_s, request, chat_request, room)
         value["id"] = chat_request.id if chat_request.id is not None else position
         value["status"] = "ok" if status < 400 else "error"
         return value
@@ -142,8 +143,38 @@ async def batch(complete: Complete, now_s: Callable[[], float], request: Request
     )
 
 
+def _failed(ident: str | int, error: RequestError) -> dict[str, Any]:
+    """The result of an item that was not sent."""
+    return {"id": ident, "status": "error", "processing_time": 0.0, **error_value(error)}
+
+
+class _Room:
+    """What the responses of one batch may take, so that a batch of long ones does not fill the memory."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = self._left_bytes = limit_bytes
+
+    @property
+    def used_up(self) -> bool:
+        return self._left_bytes < 0
+
+    def take(self, size_bytes: int) -> bool:
+        """Whether there is room for another response."""
+        self._left_bytes -= size_bytes
+        return not self.used_up
+
+    def error(self) -> RequestError:
+        return PayloadTooLarge(
+            f"the responses of this batch are over {self._limit_bytes} bytes: split it into several"
+        )
+
+
 async def _complete(
-    complete: Complete, now_s: Callable[[], float], request: Request, chat_request: ChatRequest
+    complete: Complete,
+    now_s: Callable[[], float],
+    request: Request,
+    chat_request: ChatRequest,
+    room: _Room | None = None,
 ) -> tuple[int, dict[str, Any], Headers]:
     started_s = now_s()
     captured = CapturedResponse()
@@ -151,25 +182,80 @@ async def _complete(
     value: dict[str, Any] = {}
     if chat_request.id is not None:
         value["id"] = chat_request.id
-    value["request_id"] = captured.headers.get(b"x-request-id", b"").decode()
-    value["agent_used"] = captured.headers.get(b"x-tier", b"").decode() or None
+    value["request_id"] = captured.headers.get(b"x-request-id", b"").decode("latin-1")
+    value["agent_used"] = captured.headers.get(b"x-tier", b"").decode("latin-1") or None
     value["processing_time"] = round(now_s() - started_s, 6)
+    if room is not None and not room.take(len(captured.body)):
+        error = room.error()
+        return error.status, {**value, **error_value(error)}, []
     try:
-        response = msgspec.json.decode(captured.body)
-        if captured.status < 400:
-            message = response["choices"][0]["message"]
-            value["response"] = message.get("content")
-            value["model"] = response.get("model")
-            value["usage"] = response.get("usage")
-            value["finish_reason"] = response["choices"][0].get("finish_reason")
+        utf8(captured.body)  # parts of it are repeated as they are
+        if captured.status < CLIENT_ERROR:
+            response = _completed(captured.body)
+            choice = response.choices.first
+            value["response"] = choice.message.content
+            value["model"] = response.model
+            value["usage"] = response.usage
+            value["finish_reason"] = choice.finish_reason
         else:
-            value["error"] = response.get("error", response)
-    except (msgspec.DecodeError, LookupError, AttributeError, TypeError):
-        invalid = RequestError("the engine's response can't be parsed")
-        return 502, {**value, **error_value(invalid)}, error_headers(invalid)
+            value["error"] = _refused(captured.body).error or msgspec.Raw(captured.body)
+    except InvalidJson as reason:
+        unreadable = EngineFailed(f"the engine's response {reason}")
+        return unreadable.status, {**value, **error_value(unreadable)}, error_headers(unreadable)
     passed_on: Headers = [(name, captured.headers[name]) for name in _PASSED_ON if name in captured.headers]
     return captured.status, value, passed_on
 
+
+class _Message(msgspec.Struct, gc=False):
+    content: msgspec.Raw = NULL
+
+
+class _Choice(msgspec.Struct, gc=False):
+    message: _Message
+    finish_reason: msgspec.Raw = NULL
+
+
+class _FirstChoice(msgspec.Struct, array_like=True, gc=False):
+    """A list whose first item is read and whose others are skipped."""
+
+    first: _Choice
+
+
+class _Completion(msgspec.Struct, gc=False):
+    """What is read of an engine's response; values that are passed on stay as they came."""
+
+    choices: _FirstChoice
+    model: msgspec.Raw = NULL
+    usage: msgspec.Raw = NULL
+
+
+class _Refusal(msgspec.Struct, gc=False):
+    error: msgspec.Raw = msgspec.Raw()
+
+
+class _Identified(msgspec.Struct, gc=False):
+    id: str | int | None = None
+
+
+_completed = reader(_Completion)
+_refused = reader(_Refusal)
+_identified = reader(_Identified)
+_chat_request = reader(ChatRequest)
+_Items = msgspec.defstruct(
+    "_Items",
+    [(f"item_{position}", msgspec.Raw, msgspec.Raw()) for position in range(MAX_BATCH + 1)],
+    array_like=True,
+    gc=False,
+)
+"""A list of which no more than this many items are read, whatever its length."""
+
+
+class _BatchRequest(msgspec.Struct, forbid_unknown_fields=True):
+    requests: _Items
+
+
+_list_of_items = reader(_Items)
+_object_of_items = reader(_BatchRequest)
 
 _PASSED_ON: Final = (b"retry-after", b"x-request-id", b"x-tier", b"x-tier-reason", b"x-attempts")
 
@@ -196,28 +282,23 @@ def _given(chat_request: ChatRequest, *names: str) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(chat_request, name)) is not None}
 
 
-def _batch_items(body: bytes) -> list[msgspec.Raw]:
-    start = body.lstrip()[:1]
-    items = _decode(body, _BatchRequest).requests if start == b"{" else _decode(body, list[msgspec.Raw])
-    if len(items) > MAX_BATCH:
-        raise BadRequest(
-            f"a batch may have {MAX_BATCH} items, this one has {len(items)}: split it into several"
-        )
-    return items
-
-
-def _decode(body: bytes, kind: type[_T]) -> _T:
+def _batch_items(request: Request) -> list[msgspec.Raw]:
+    body = without_mark(request.body)
+    in_object = body.lstrip()[:1] == b"{"
     try:
-        return msgspec.json.decode(body, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise BadRequest(f"the request body is invalid: {error}") from None
+        found = _object_of_items(body).requests if in_object else _list_of_items(body)
+    except InvalidJson as error:
+        raise BadRequest(f"the request body {error}", param=error.member) from None
+    items = [item for item in msgspec.structs.astuple(found) if item]
+    if len(items) > MAX_BATCH:
+        raise BadRequest(f"a batch may have {MAX_BATCH} items: split it into several")
+    return items
 
 
 def _id_of(raw: msgspec.Raw, position: int) -> Any:
     """The id of a malformed item if it can be read, else its position."""
     try:
-        value = msgspec.json.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+        found = _identified(raw).id
+    except InvalidJson:
         return position
-    found = value.get("id") if isinstance(value, dict) else None
-    return found if isinstance(found, str | int) else position
+    return position if found is None else found

@@ -101,8 +101,8 @@ class Relay:
             and context.api in RESUME_KINDS
             and attempt.load.endpoint.capabilities.resume_by_token_ids
             and self._resumable
-            and context.fields.return_token_ids is None
-            and context.fields.n in (None, 1)
+            and not context.fields.asks_token_ids
+            and context.fields.one_choice
         )
         await attempt.send(context.path, context.body_for(attempt.load, token_ids=attempt.ids_added))
         if attempt.streaming:

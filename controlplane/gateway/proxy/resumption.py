@@ -91,7 +91,7 @@ class Resumption:
                 raise
 
     def _plan(self, context: RequestContext, sent: SentSoFar) -> Continuation:
-        if context.fields.return_token_ids is not None:
+        if context.fields.asks_token_ids:
             raise NotResumable("the client asked for token ids itself")
         return plan(context.body, sent, self._policy)
 
