@@ -24,7 +24,8 @@ MAX_MEMBERS: Final = 1000
 """The most top-level members of a large body that has to be rewritten."""
 _MAX_MODELS_BYTES: Final = 8 * MAX_MODELS * MAX_NAME_CHARS
 _LARGE_BYTES: Final = 64 * 1024
-_ONE: Final = (b"1", b"null")
+_NULL: Final = b"null"
+_ONE: Final = (b"1", _NULL)
 
 
 class Metadata(msgspec.Struct, gc=False):
@@ -56,7 +57,7 @@ class RequestBody(msgspec.Struct, gc=False):
         raw = bytes(self.models)
         if len(raw) <= _MAX_MODELS_BYTES:
             try:
-                names = _names(raw) or ()
+                names = _names(raw) if raw != _NULL else []
             except InvalidJson as error:
                 raise BadRequest(f"models {error}", param="models") from None
             if len(names) <= MAX_MODELS:
@@ -71,7 +72,7 @@ class RequestBody(msgspec.Struct, gc=False):
     @property
     def asks_token_ids(self) -> bool:
         """Whether the client has set ``return_token_ids``, to whatever value."""
-        return bool(self.return_token_ids) and bytes(self.return_token_ids) != b"null"
+        return bool(self.return_token_ids) and bytes(self.return_token_ids) != _NULL
 
     def affinity_key(self) -> int | None:
         """A hash of what the requests of one conversation have in common: the first messages, or the start of
@@ -119,11 +120,11 @@ class _MemberCount:
         return _MemberName(name)
 
 
-def _large_members(body: bytes) -> dict[_MemberName, msgspec.Raw]:
+def _large_members(body: bytes) -> dict[str, msgspec.Raw]:
     """The members of a body in which there may be more than a dictionary should have."""
     counted = msgspec.json.Decoder(dict[_MemberName, msgspec.Raw], dec_hook=_MemberCount())
     try:
-        return counted.decode(body)
+        return dict(counted.decode(body).items())
     except _TooManyMembers:
         raise InvalidJson(f"has over {MAX_MEMBERS} members") from None
     except UNREADABLE as error:
@@ -133,7 +134,7 @@ def _large_members(body: bytes) -> dict[_MemberName, msgspec.Raw]:
 _body = msgspec.json.Decoder(RequestBody).decode
 _members = reader(dict[str, msgspec.Raw])
 _beginning = reader(_Beginning)
-_names = reader(list[str] | None)
+_names = reader(list[str])
 _encode = msgspec.json.Encoder().encode
 
 
@@ -168,8 +169,7 @@ def rewrite(body: bytes, **members: Any) -> bytes:
     """The body with these top-level members set and the :data:`GATEWAY_FIELDS` removed. Raises
     :class:`BadRequest` for a malformed body: :func:`parse` did not decode every member."""
     try:
-        values: dict[str, Any] = {}
-        values.update(_members(body) if len(body) <= _LARGE_BYTES else _large_members(body))
+        values: dict[str, Any] = _members(body) if len(body) <= _LARGE_BYTES else _large_members(body)
     except InvalidJson as error:
         raise BadRequest(f"the request body {error}") from None
     for name in GATEWAY_FIELDS:

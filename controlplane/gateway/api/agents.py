@@ -251,7 +251,7 @@ _Items = msgspec.defstruct(
 
 
 class _BatchRequest(msgspec.Struct, forbid_unknown_fields=True):
-    requests: _Items
+    requests: msgspec.Raw
 
 
 _list_of_items = reader(_Items)
@@ -286,7 +286,7 @@ def _batch_items(request: Request) -> list[msgspec.Raw]:
     body = without_mark(request.body)
     in_object = body.lstrip()[:1] == b"{"
     try:
-        found = _object_of_items(body).requests if in_object else _list_of_items(body)
+        found = _list_of_items(_object_of_items(body).requests if in_object else body)
     except InvalidJson as error:
         raise BadRequest(f"the request body {error}", param=error.member) from None
     items = [item for item in msgspec.structs.astuple(found) if item]
