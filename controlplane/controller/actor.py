@@ -98,7 +98,11 @@ class ControllerActor:
         delivery = AlertDelivery(config.alerts.webhooks, os.environ, config.namespace)
         self._delivery = delivery
         self._alerting = Alerting(
-            self._controller, config.alerts, delivery, store_warning=lambda: self._recorder.warning
+            self._controller,
+            config.alerts,
+            delivery,
+            store_warning=lambda: self._recorder.warning,
+            unreadable=lambda: self._recorder.unreadable,
         )
         self._reports = Reports(
             self._controller, self._recorder, config.reports, config.scaling.cost_per_gpu_hour

@@ -138,9 +138,15 @@ class AlertDelivery:
 
     def restore(self, stored: StoredState) -> None:
         """Put the alerts of a checkpoint at the front of the queues."""
-        waiting = stored.entries(_KEY, list[Item])
+        waiting = stored.entries(_KEY, list[Item], _with_ids)
         for webhook in self._webhooks:
             webhook.restore(waiting.get(webhook.key, ()))
+
+
+def _with_ids(items: list[Item]) -> list[Item]:
+    if not all(isinstance(item.get("id"), str) for item in items):
+        raise ValueError("an alert has no id")
+    return items
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ Plain Python with the controller's clocks; :mod:`controlplane.controller.alert_d
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from controlplane.config.alerts import AlertsConfig
@@ -42,7 +42,8 @@ FIRED, RESOLVED = "alert", "alert over"
 class Alerting:
     """Not safe for use by several threads; the controller's event loop owns it.
 
-    ``store_warning`` says why the controller's state would not survive a restart (empty: it would).
+    ``store_warning`` says why the controller's state would not survive a restart (empty: it would), and
+    ``unreadable`` names the values of the store that could not be read.
     """
 
     def __init__(
@@ -52,11 +53,13 @@ class Alerting:
         delivery: AlertDelivery,
         *,
         store_warning: Callable[[], str] = lambda: "",
+        unreadable: Callable[[], Sequence[str]] = tuple,
     ) -> None:
         self._controller = controller
         self.config = config
         self._delivery = delivery
         self._store_warning = store_warning
+        self._unreadable = unreadable
         self._was_full = False
         self._evaluator = AlertEvaluator(config.changes(), config.repeat_s)
         self._table = self._evaluator.table
@@ -185,7 +188,8 @@ class Alerting:
 
     def restore(self, stored: StoredState) -> None:
         """Restore a checkpoint."""
-        checkpoint.restore(stored, self._table, self._controller.shift_s)
+        controller = self._controller
+        checkpoint.restore(stored, self._table, controller.shift_s, controller.now_s(), MAX_SILENCE_S)
         self._delivery.restore(stored)
         self._publish()
 
@@ -219,7 +223,9 @@ class Alerting:
         return merged(
             (
                 tiers,
-                plane_signals(waiting=waiting, store_warning=self._store_warning()),
+                plane_signals(
+                    waiting=waiting, store_warning=self._store_warning(), unreadable=self._unreadable()
+                ),
                 *controller.alert_signals(missing),
             )
         )

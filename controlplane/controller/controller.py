@@ -526,8 +526,12 @@ class Controller:
     def restore(self, stored: StoredState) -> None:
         """Restore leases, cordons and what is in progress from a checkpoint of the plane that still runs.
         After that, leases are granted without waiting for every holder to report first."""
+        self.restore_orders(stored)
+        self._settled_s = self.now_s()
+        self.note("remembers", "controller", "leases, cordons and migrations from before the restart")
+
+    def restore_orders(self, stored: StoredState) -> None:
+        """Restore the same from a checkpoint that has only what operators ordered, while the plane runs."""
         checkpoint.restore_plane(
             stored, self._inventory, self._leases, self._in_progress, now_s=self.now_s(), shift_s=self.shift_s
         )
-        self._settled_s = self.now_s()
-        self.note("remembers", "controller", "leases, cordons and migrations from before the restart")

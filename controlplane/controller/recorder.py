@@ -8,14 +8,13 @@ history are dropped; state and audit entries never are.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import structlog
 
@@ -26,6 +25,10 @@ log = structlog.stdlib.get_logger(__name__)
 
 QUEUE_LIMIT = 1000
 COMPACT_INTERVAL_S = 300.0
+ASIDE_SHOWN_S = 86_400.0
+"""For how long an alert names a value that was put aside."""
+RETRY_POLL_S = 2.0
+"""How often the thread asks the store whether it is time to try a file again that could not be used."""
 CLOSE_TIMEOUT_S = 5.0
 
 
@@ -33,10 +36,11 @@ class Recorder:
     """One store and the thread that writes to it. With ``path`` None everything is in memory only."""
 
     def __init__(self, path: Path | None) -> None:
-        self._lock_file: IO[bytes] | None = None
-        self.store = Store(self._lock(path))
+        self.store = Store(path)
         self.state: Mapping[str, Any] = self.store.values()
         """The last saved state, written or queued."""
+        self._aside = {key: unix_s for key, unix_s, *_ in self.store.aside()}
+        """When a value was last put aside, by key."""
         self._queue: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         """What the thread is to call."""
         self._dropped = 0
@@ -60,6 +64,30 @@ class Recorder:
         if changed:
             self.state = dict(values)
             self._queue.put(partial(self.store.put, changed))
+
+    @property
+    def unreadable(self) -> tuple[str, ...]:
+        """Keys of values that were put aside within :data:`ASIDE_SHOWN_S`."""
+        since_unix_s = time.time() - ASIDE_SHOWN_S
+        return tuple(key for key, unix_s in self._aside.items() if unix_s > since_unix_s)
+
+    def put_aside(self, damaged: Mapping[str, str]) -> dict[str, str]:
+        """Move values that mean nothing out of the state; ``damaged`` has the reasons by key. Returns them
+        with those that the store itself has put aside since the last call."""
+        if damaged:
+            self.state = {key: value for key, value in self.state.items() if key not in damaged}
+            self._queue.put(partial(self.store.put_aside, dict(damaged)))
+        reasons = self.store.take_unreadable() | damaged
+        self._aside |= dict.fromkeys(reasons, time.time())
+        return reasons
+
+    def take_found_late(self) -> dict[str, Any]:
+        """See :meth:`Store.take_found_late`. The next :meth:`save` removes what is not in it from the
+        file."""
+        found = self.store.take_found_late()
+        if found:
+            self.state = {**found, **self.state}
+        return found
 
     def add_events(self, events: Sequence[Event]) -> None:
         """Add events to the audit log."""
@@ -91,41 +119,17 @@ class Recorder:
         self._queue.put(None)
         self._thread.join(CLOSE_TIMEOUT_S)
         self.store.close()
-        if self._lock_file is not None:
-            self._lock_file.close()
-
-    def _lock(self, path: Path | None) -> Path | None:
-        """Lock the path; None if another controller has locked it."""
-        if path is None:
-            return None
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = path.with_name(path.name + ".lock").open("ab")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                file.close()
-                log.critical(
-                    "another controller writes this store: state, audit log and history are in memory only",
-                    path=str(path),
-                    remedy="give each plane a controller.namespace or a controller.store_path of its own",
-                )
-                return None
-            self._lock_file = file
-        except OSError as error:
-            # The store reports the fault of the folder itself, and retries.
-            log.warning("can't lock the store", path=str(path), error=str(error))
-        return path
 
     def _run(self) -> None:
         compacted_s = time.monotonic()
         while True:
             write: Callable[[], object] | None = None
             with contextlib.suppress(queue.Empty):
-                write = self._queue.get(timeout=COMPACT_INTERVAL_S)
+                write = self._queue.get(timeout=RETRY_POLL_S)
                 if write is None:
                     return
             try:
+                self.store.retry()
                 if write is not None:
                     write()
                 if time.monotonic() - compacted_s > COMPACT_INTERVAL_S:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict
+from typing import Any
 
 import structlog
 
@@ -17,6 +18,8 @@ from controlplane.core.json_values import StoredState
 
 _CLUSTER, _LAST_EVENTS = "cluster", "heard"
 """Keys in the store besides those of the parts: ids of Ray's nodes, and the last event of each node agent."""
+_ORDERS = ("hold/", "node/", "override/", "silence/")
+"""Prefixes of what operators order."""
 _LOGGED = ("subject", "tier", "reason", "actor")
 """Fields of an event in the log."""
 
@@ -55,19 +58,51 @@ class SavedState:
     def restore_gpus(self) -> None:
         """Restore the health of GPUs, which is valid on any cluster that contains them."""
         stored = StoredState(self._recorder.state)
-        self._controller.restore_gpus(stored)
-        _warn_of_damage(stored)
+        for key, kind in ((_CLUSTER, list[str]), (_LAST_EVENTS, dict[str, tuple[str, int]])):
+            stored.value(key, kind)
+        self._restore(stored, [self._controller.restore_gpus])
 
     def observe_nodes(self, node_ids: Collection[str]) -> None:
         """Record Ray's nodes. The first call restores the stored state if its cluster had one of them."""
-        first = self._node_ids is None
-        self._node_ids = node_ids
-        if first and set(node_ids) & set(self._recorder.state.get(_CLUSTER) or ()):
+        if self._node_ids is None:
             stored = StoredState(self._recorder.state)
-            self._controller.restore(stored)
-            self._scaler.restore(stored)
-            self._alerting.restore(stored)
-            _warn_of_damage(stored)
+            if _stored_nodes(stored) & set(node_ids):
+                self._restore(
+                    stored, [self._controller.restore, self._scaler.restore, self._alerting.restore]
+                )
+            else:
+                self._put_aside(stored.damaged)
+        # Last: from here on the state is saved, which removes what was not restored.
+        self._node_ids = node_ids
+
+    def _restore(self, stored: StoredState, parts: Iterable[Callable[[StoredState], None]]) -> None:
+        """Restore each part by itself; what can't be read is put aside."""
+        for part in parts:
+            try:
+                part(stored)
+            except Exception as error:
+                # Whatever the store contains, it must not keep the controller from starting.
+                log.exception("a part of the stored state was not restored", error=repr(error))
+                self._controller.note("not restored", "controller", f"a part of the stored state: {error!r}")
+        self._put_aside(stored.damaged)
+
+    def _restore_late(self) -> None:
+        """Restore what operators had ordered, from a file that could be read only now. Everything else that
+        it has was decided anew in the meantime."""
+        mine = self._recorder.state.keys()
+        found = self._recorder.take_found_late()
+        orders = {key: value for key, value in found.items() if key.startswith(_ORDERS) and key not in mine}
+        if self._node_ids is None or not orders:
+            return
+        if _stored_nodes(StoredState(found)) & set(self._node_ids):
+            parts = [self._controller.restore_orders, self._scaler.restore, self._alerting.restore]
+            self._restore(StoredState(orders), parts)
+
+    def _put_aside(self, damaged: Mapping[str, str]) -> None:
+        """Say loudly what can't be read, and move it out of the state."""
+        for key, reason in self._recorder.put_aside(damaged).items():
+            log.error("a value of the store can't be read and is put aside", key=key, reason=reason)
+            self._controller.note("store value unreadable", key[:200], f"put aside: {reason[:200]}")
 
     def record_events(self) -> None:
         """Write new events to the log and the audit log."""
@@ -87,6 +122,8 @@ class SavedState:
         """Pass the whole state to the recorder, which writes what changed."""
         if self._node_ids is None:
             return
+        self._restore_late()
+        self._put_aside({})
         self._recorder.save(
             {
                 **self._controller.checkpoint(),
@@ -101,9 +138,11 @@ class SavedState:
 
 def stored_last_events(recorder: Recorder) -> dict[str, tuple[str, int]]:
     """Node id → epoch and number of the last event that an earlier process received from its agent."""
-    return {node: (epoch, seq) for node, (epoch, seq) in recorder.state.get(_LAST_EVENTS, {}).items()}
+    stored = StoredState(recorder.state).value(_LAST_EVENTS, dict[str, Any]) or {}
+    return StoredState(stored).entries("", tuple[str, int])
 
 
-def _warn_of_damage(stored: StoredState) -> None:
-    if stored.damaged:
-        log.warning("entries of the store can't be read and are dropped", entries=stored.damaged)
+def _stored_nodes(stored: StoredState) -> set[str]:
+    """The ids of the nodes of the stored cluster. If their list can't be read, the node agents' last events
+    name them, too."""
+    return set(stored.value(_CLUSTER, list[str]) or stored.value(_LAST_EVENTS, dict[str, Any]) or ())

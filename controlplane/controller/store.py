@@ -1,13 +1,15 @@
 """The controller's store on disk: state that survives a restart, an audit log, and history (SQLite, WAL).
 
-A full disk or a damaged file never stops the control plane: the store reports it (in the log, and in
-:attr:`Store.warning` while the fault lasts), goes on in memory with the state and the last audit entries, and
-writes them once the file can be written again. A damaged file is renamed and stays beside the new one.
+A full disk, a locked or a damaged file never stops the control plane: the store reports it (in the log, and
+in :attr:`Store.warning` while the fault lasts), goes on in memory with the state and the last audit entries,
+and writes them once the file can be written again (:mod:`controlplane.controller.store_file`). A value that
+can't be read is put aside in a table of its own, and every other value is used.
 
 * State: JSON values by key, such as leases and GPU health. A copy is in memory, so that reading it is cheap.
 * Audit log: what was done, when and why; entry numbers are never reused.
 * History: values by series. A point is the count, sum, minimum and maximum of one second's values; older
-  points are joined into minutes, then into ten minutes, then dropped (:data:`STEPS`).
+  points are joined into minutes, then into ten minutes, then dropped (:data:`STEPS`), by a clock that a wrong
+  wall clock moves only after :data:`CLOCK_DOUBT_S`.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from typing import Any, Final, TypeVar
 
 import structlog
 
+from controlplane.controller.store_file import StoreFile, in_memory, in_transaction, is_file_error
 from controlplane.core.domain.event import Event
 
 log = structlog.get_logger(__name__)
@@ -37,24 +40,20 @@ DAY_S: Final = 24 * HOUR_S
 STEPS: Final = ((1, HOUR_S), (60, 2 * DAY_S), (600, 30 * DAY_S))
 """For each width of history points in seconds: the age in seconds up to which points have that width. Points
 older than the last age are dropped."""
-
-_MIGRATIONS: Final = (
-    """
-    CREATE TABLE state (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-    CREATE TABLE audit (
-        seq INTEGER PRIMARY KEY, unix_s REAL NOT NULL, actor TEXT NOT NULL, action TEXT NOT NULL,
-        target TEXT NOT NULL, reason TEXT NOT NULL, detail TEXT NOT NULL
-    );
-    CREATE TABLE series (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
-    CREATE TABLE history (
-        series INTEGER NOT NULL, step_s INTEGER NOT NULL, at_s INTEGER NOT NULL,
-        count INTEGER NOT NULL, total REAL NOT NULL, low REAL NOT NULL, high REAL NOT NULL,
-        PRIMARY KEY (series, step_s, at_s)
-    ) WITHOUT ROWID;
-    CREATE INDEX history_by_age ON history (step_s, at_s);
-    """,
-)
-"""The scripts that lead to schema version 1, 2, …; a file's version is SQLite's ``user_version``."""
+CLOCK_STEP_S: Final = DAY_S
+"""A wall clock that is further than this from where it should be by the last compaction is in doubt."""
+CLOCK_DOUBT_S: Final = DAY_S
+"""A wall clock in doubt is believed after this long. Until then history ages by the clock from before."""
+MAX_VALUE_BYTES: Final = 16 * 1024 * 1024
+"""A longer value of the state is not read."""
+MAX_ASIDE: Final = 1000
+"""Values that are stored aside; past it the oldest are deleted."""
+MAX_ASIDE_BYTES: Final = 4096
+"""The part of such a value that is stored."""
+MAX_SEQ: Final = 2**53
+"""Audit entries with a larger number are damaged, and are deleted."""
+RETRY_INITIAL_S: Final = 2.0
+"""The first pause before the file is tried again; it doubles up to ``retry_interval_s``."""
 
 _ADD_POINT: Final = """
     INSERT INTO history VALUES (?, ?, ?, ?, ?, ?, ?)
@@ -85,6 +84,19 @@ class Point:
     mean: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Aside:
+    """A value of the state that can't be read."""
+
+    key: bytes
+    value: bytes
+    reason: str
+
+    @property
+    def name(self) -> str:
+        return self.key.decode("utf-8", "replace")
+
+
 class Store:
     """One controller's store; any thread may use it. With ``path`` None it is in memory only."""
 
@@ -110,22 +122,38 @@ class Store:
         """The number of the newest audit entry; 0 if there is none."""
         self._series: dict[str, int] = {}
         self._retry_s = float("inf")
+        self._retry_pause_s = min(RETRY_INITIAL_S, retry_interval_s)
         self._persistent = False
         self._known_file = False
         """Whether this object has written the file before."""
         self.warning = ""
         """Why what is stored now would not survive a restart; empty: it would."""
-        self._database = _in_memory()
-        if path is not None:
+        self._unreadable: dict[str, str] = {}
+        self._found_late: dict[str, Any] = {}
+        self._doubted_s: float | None = None
+        """Since when the wall clock has been in doubt."""
+        self._compacted: tuple[float, float] | None = None
+        """Trusted wall clock and ``clock`` at the last compaction."""
+        self._database = in_memory()
+        self._file = StoreFile(path) if path is not None else None
+        if self._file is not None:
             try:
-                self._attach(path)
-            except (sqlite3.Error, OSError, _NewerSchemaError) as error:
+                self._attach(self._file)
+            except Exception as error:
+                # Whatever the file contains, it must not keep the controller from starting.
                 self._detach(error)
 
     def close(self) -> None:
         """Close the file."""
         with self._lock:
             self._database.close()
+            if self._file is not None:
+                self._file.unlock()
+
+    def retry(self) -> None:
+        """Go back to the file if it is time to try it again. To be called every few seconds."""
+        with self._lock:
+            self._retry_file()
 
     # --- state -----------------------------------------------------------------------------------------
 
@@ -147,6 +175,38 @@ class Store:
                 else:
                     self._state[key] = text
             self._write(lambda database: _write_state(database, changed))
+
+    def take_unreadable(self) -> dict[str, str]:
+        """The values that were put aside since the last call: key → why it can't be read."""
+        with self._lock:
+            found, self._unreadable = self._unreadable, {}
+            return found
+
+    def take_found_late(self) -> dict[str, Any]:
+        """An earlier controller's values by key, from a file that could be read only after this controller
+        had begun without it; since the last call."""
+        with self._lock:
+            found, self._found_late = self._found_late, {}
+            return found
+
+    def put_aside(self, reasons: Mapping[str, str]) -> None:
+        """Move values that mean nothing to this version out of the state; ``reasons`` by key."""
+        with self._lock:
+            items = [
+                _Aside(key.encode(), self._state.pop(key).encode(), reason[:MAX_ASIDE_BYTES])
+                for key, reason in reasons.items()
+                if key in self._state
+            ]
+            self._write(lambda database: _write_aside(database, items))
+
+    def aside(self) -> list[tuple[str, float, str, bytes]]:
+        """The values that were put aside, oldest first: key, when, why, and its first bytes."""
+        with self._lock:
+            return self._read(
+                lambda database: database.execute(
+                    "SELECT key, unix_s, reason, value FROM aside ORDER BY number"
+                ).fetchall()
+            )
 
     # --- audit -----------------------------------------------------------------------------------------
 
@@ -174,8 +234,10 @@ class Store:
                 return [event for event in self._recent if event.number > number][:limit]
 
             def read(database: sqlite3.Connection) -> list[Event]:
+                # A damaged row is shown with what can be read of it.
                 rows = database.execute(
-                    "SELECT seq, unix_s, action, target, reason, detail, actor FROM audit"
+                    "SELECT seq, CAST(unix_s AS REAL), CAST(action AS TEXT), CAST(target AS TEXT),"
+                    " CAST(reason AS TEXT), CAST(detail AS TEXT), CAST(actor AS TEXT) FROM audit"
                     " WHERE seq > ? ORDER BY seq LIMIT ?",
                     (number, limit),
                 )
@@ -205,9 +267,10 @@ class Store:
 
         def read(database: sqlite3.Connection) -> list[Point]:
             rows = database.execute(
-                "SELECT at_s, step_s, count, total FROM history"
+                "SELECT at_s, step_s, count, CAST(total AS REAL) FROM history"
                 " JOIN series ON series.id = history.series"
-                " WHERE name = ? AND at_s >= ? AND at_s < ? ORDER BY at_s",
+                " WHERE name = ? AND at_s >= ? AND at_s < ? AND typeof(count) = 'integer' AND count > 0"
+                " ORDER BY at_s",
                 (series, since_unix_s, until_unix_s),
             )
             return [Point(at_s, step_s, count, total / count) for at_s, step_s, count, total in rows]
@@ -240,12 +303,19 @@ class Store:
 
     def compact(self, now_unix_s: float) -> None:
         """Join old points into wider ones, and drop the oldest points and audit entries. To be called every
-        few minutes."""
+        few minutes.
+
+        A clock that jumps ages nothing at once: until :data:`CLOCK_DOUBT_S` have passed, the clock of the
+        last compaction is used, advanced by the time that has passed since.
+        """
 
         def write(database: sqlite3.Connection) -> None:
+            trusted_s = self._trusted(database, now_unix_s)
+            database.execute("DELETE FROM clock")
+            database.execute("INSERT INTO clock VALUES (?)", (trusted_s,))
             for number, (step_s, max_age_s) in enumerate(STEPS):
                 wider_s = STEPS[number + 1][0] if number + 1 < len(STEPS) else step_s
-                before_s = int(now_unix_s - max_age_s) // wider_s * wider_s
+                before_s = int(trusted_s - max_age_s) // wider_s * wider_s
                 if wider_s != step_s:
                     database.execute(
                         "INSERT INTO history SELECT series, ?1, at_s / ?1 * ?1, sum(count), sum(total),"
@@ -274,24 +344,46 @@ class Store:
         with self._lock:
             self._write(write)
 
+    def _trusted(self, database: sqlite3.Connection, now_unix_s: float) -> float:
+        """The time by which history ages; see :meth:`compact`."""
+        now_s = self._clock()
+        if self._compacted is not None:
+            then_unix_s, then_s = self._compacted
+        else:
+            stored = database.execute("SELECT unix_s FROM clock").fetchone()
+            then_unix_s, then_s = (float(stored[0]) if stored else now_unix_s), now_s
+        expected_s = then_unix_s + now_s - then_s
+        if abs(now_unix_s - expected_s) <= CLOCK_STEP_S:
+            self._doubted_s, trusted_s = None, now_unix_s
+        else:
+            if self._doubted_s is None:
+                self._doubted_s = now_s
+                log.warning(
+                    "the wall clock has jumped: the history ages by the clock from before for a day",
+                    by_s=round(now_unix_s - expected_s),
+                )
+            trusted_s = now_unix_s if now_s - self._doubted_s >= CLOCK_DOUBT_S else expected_s
+        self._compacted = trusted_s, now_s
+        return trusted_s
+
     # --- the file --------------------------------------------------------------------------------------
 
     def _write(self, change: Callable[[sqlite3.Connection], None]) -> None:
         self._retry_file()
         try:
-            _in_transaction(self._database, change)
+            in_transaction(self._database, change)
         except sqlite3.Error as error:
             self._series.clear()
-            if not self._persistent or not _is_file_error(error):
+            if not self._persistent or not is_file_error(error):
                 raise
             self._detach(error)
-            _in_transaction(self._database, change)
+            in_transaction(self._database, change)
 
     def _read(self, query: Callable[[sqlite3.Connection], T]) -> T:
         try:
             return query(self._database)
         except sqlite3.Error as error:
-            if not self._persistent or not _is_file_error(error):
+            if not self._persistent or not is_file_error(error):
                 raise
             self._detach(error)
         return query(self._database)
@@ -305,19 +397,23 @@ class Store:
 
     def _retry_file(self) -> None:
         """Go back to the file if it is time to try again and it can be written."""
-        if self._path is None or self._persistent or self._clock() < self._retry_s:
+        if self._file is None or self._persistent or self._clock() < self._retry_s:
             return
         try:
-            self._attach(self._path)
-        except (sqlite3.Error, OSError, _NewerSchemaError) as error:
-            self._retry_s = self._clock() + self._retry_interval_s
+            self._attach(self._file)
+        except Exception as error:
+            self._plan_retry()
             log.critical("the store's file still can't be written", path=str(self._path), error=str(error))
 
-    def _attach(self, path: Path) -> None:
+    def _plan_retry(self) -> None:
+        self._retry_s = self._clock() + self._retry_pause_s
+        self._retry_pause_s = min(2 * self._retry_pause_s, self._retry_interval_s)
+
+    def _attach(self, file: StoreFile) -> None:
         """Open the file, and merge it with what is in memory; on an error nothing has changed."""
-        database = _open(path)
+        database = file.open()
         try:
-            _in_transaction(database, self._merge)
+            in_transaction(database, self._merge)
         except BaseException:
             self._series.clear()
             database.close()
@@ -326,8 +422,9 @@ class Store:
         self._database, self._persistent, self._known_file = database, True, True
         self._series.clear()
         self._unsaved.clear()
+        self._retry_pause_s = min(RETRY_INITIAL_S, self._retry_interval_s)
         if self.warning:
-            log.warning("the store's file can be written again", path=str(path))
+            log.warning("the store's file can be written again", path=str(self._path))
         self.warning = ""
 
     def _merge(self, database: sqlite3.Connection) -> None:
@@ -336,7 +433,10 @@ class Store:
         A file that this object has written before has nothing newer than the memory. Another file may have an
         earlier controller's state, which ours overrides, and audit entries, after which ours are numbered.
         """
-        in_file = dict(database.execute("SELECT key, value FROM state"))
+        in_file, unreadable = _read_state(database)
+        if unreadable:
+            _write_aside(database, unreadable)
+        database.execute("DELETE FROM audit WHERE seq > ?", (MAX_SEQ,))
         [(last_seq,)] = database.execute("SELECT coalesce(max(seq), 0) FROM audit")
         state = dict(self._state) if self._known_file else {**in_file, **self._state}
         _write_state(database, {key: None for key in in_file if key not in state})
@@ -351,6 +451,9 @@ class Store:
         names = dict(self._database.execute("SELECT id, name FROM series")) if not self._persistent else {}
         for series, *point in self._database.execute("SELECT * FROM history").fetchall() if names else ():
             database.execute(_ADD_POINT, (self._series_id(database, names[series]), *point))
+        if not self._known_file and self.warning:
+            self._found_late = {key: json.loads(text) for key, text in in_file.items()}
+        self._unreadable |= {item.name: item.reason for item in unreadable}
         self._state = state
         self._recent.clear()
         self._recent.extend(recent)
@@ -360,97 +463,55 @@ class Store:
         """Go on in memory, with the state and the last audit entries, and report it."""
         self.warning = (
             f"{self._path} can't be used ({error}): state, audit log and history are in memory only and "
-            "would be lost with the controller; free space or repair the file: it is tried again every "
-            f"{self._retry_interval_s:g} s"
+            "would be lost with the controller; free space, or repair or release the file: it is tried again "
+            f"at least every {self._retry_interval_s:g} s"
         )
         log.critical("the store has failed", path=str(self._path), error=str(error), remedy=self.warning)
         with contextlib.suppress(sqlite3.Error):
             self._database.close()
-        self._database, self._persistent = _in_memory(), False
+        self._database, self._persistent = in_memory(), False
         self._series.clear()
-        self._retry_s = self._clock() + self._retry_interval_s
+        self._plan_retry()
 
         def copy(database: sqlite3.Connection) -> None:
             _write_state(database, self._state)
             _write_audit(database, self._recent)
 
-        _in_transaction(self._database, copy)
+        in_transaction(self._database, copy)
 
 
-class _NewerSchemaError(Exception):
-    """The file was written by a newer version, and is not touched."""
+def _read_state(
+    database: sqlite3.Connection,
+) -> tuple[dict[str, str], list[_Aside]]:
+    """The state's values that are JSON, as text by key, and those that are not."""
+    texts: dict[str, str] = {}
+    unreadable: list[_Aside] = []
+    rows = database.execute(
+        "SELECT CAST(key AS BLOB), CASE WHEN length(CAST(value AS BLOB)) <= ?1 THEN CAST(value AS BLOB) END,"
+        " substr(CAST(value AS BLOB), 1, ?2) FROM state ORDER BY key",
+        (MAX_VALUE_BYTES, MAX_ASIDE_BYTES),
+    )
+    for key, raw, beginning in rows.fetchall():
+        try:
+            if raw is None:
+                raise ValueError(f"it has more than {MAX_VALUE_BYTES} bytes")
+            text = raw.decode()
+            json.loads(text)
+            texts[key.decode()] = text
+        except (ValueError, RecursionError) as error:
+            unreadable.append(_Aside(key, beginning or b"", f"no JSON: {error}"[:200]))
+    return texts, unreadable
 
 
-def _is_file_error(error: sqlite3.Error) -> bool:
-    """Whether the file is full, locked, damaged or unreadable; False for a wrong statement or value."""
-    own_faults = (sqlite3.ProgrammingError, sqlite3.IntegrityError, sqlite3.DataError, sqlite3.InterfaceError)
-    return not isinstance(error, own_faults)
-
-
-def _open(path: Path) -> sqlite3.Connection:
-    """The file's database with the newest schema; a damaged file is renamed, and a new one created."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        return _open_checked(path)
-    except sqlite3.DatabaseError as error:
-        if isinstance(error, sqlite3.OperationalError) or not path.exists():
-            raise
-        aside = path.with_name(f"{path.name}.broken-{time.strftime('%Y%m%dT%H%M%S')}")
-        path.rename(aside)
-        for suffix in ("-wal", "-shm"):
-            path.with_name(path.name + suffix).unlink(missing_ok=True)
-        log.critical(
-            "the store's file is damaged: a new one is created", renamed_to=str(aside), error=str(error)
+def _write_aside(database: sqlite3.Connection, items: Iterable[_Aside]) -> None:
+    """Move values out of the state; of each the first :data:`MAX_ASIDE_BYTES` are stored."""
+    for item in items:
+        database.execute("DELETE FROM state WHERE CAST(key AS BLOB) = ?", (item.key,))
+        database.execute(
+            "INSERT INTO aside (key, unix_s, reason, value) VALUES (?, ?, ?, ?)",
+            (item.name[:MAX_ASIDE_BYTES], time.time(), item.reason, item.value[:MAX_ASIDE_BYTES]),
         )
-    return _open_checked(path)
-
-
-def _open_checked(path: Path) -> sqlite3.Connection:
-    database = sqlite3.connect(path, timeout=2.0, isolation_level=None, check_same_thread=False)
-    try:
-        database.execute("PRAGMA journal_mode = WAL")
-        database.execute("PRAGMA synchronous = NORMAL")
-        [(result,)] = database.execute("PRAGMA quick_check(1)")
-        if result != "ok":
-            raise sqlite3.DatabaseError(result)
-        _migrate(database)
-    except BaseException:
-        database.close()
-        raise
-    return database
-
-
-def _in_memory() -> sqlite3.Connection:
-    database = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
-    _migrate(database)
-    return database
-
-
-def _migrate(database: sqlite3.Connection) -> None:
-    [(version,)] = database.execute("PRAGMA user_version")
-    if version > len(_MIGRATIONS):
-        raise _NewerSchemaError(
-            f"its schema has version {version}, this tierplane knows {len(_MIGRATIONS)}: use the newer one"
-        )
-    for number, script in enumerate(_MIGRATIONS[version:], start=version + 1):
-
-        def upgrade(db: sqlite3.Connection, script: str = script, number: int = number) -> None:
-            for statement in filter(str.strip, script.split(";")):
-                db.execute(statement)
-            db.execute(f"PRAGMA user_version = {number}")
-
-        _in_transaction(database, upgrade)
-
-
-def _in_transaction(database: sqlite3.Connection, change: Callable[[sqlite3.Connection], None]) -> None:
-    database.execute("BEGIN IMMEDIATE")
-    try:
-        change(database)
-        database.execute("COMMIT")
-    except BaseException:
-        with contextlib.suppress(sqlite3.Error):
-            database.execute("ROLLBACK")
-        raise
+    database.execute("DELETE FROM aside WHERE number <= (SELECT max(number) FROM aside) - ?", (MAX_ASIDE,))
 
 
 def _write_state(database: sqlite3.Connection, texts: Mapping[str, str | None]) -> None:

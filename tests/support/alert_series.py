@@ -194,6 +194,7 @@ CASES: Final[Mapping[str, AlertCases]] = {
     "TierplaneNodeLost": _relayed("TierplaneNodeLost", "node-1"),
     "TierplaneNodeSilent": _relayed("TierplaneNodeSilent", "node-1"),
     "TierplaneStoreUnsafe": _relayed("TierplaneStoreUnsafe", "plane"),
+    "TierplaneStoreUnreadable": _relayed("TierplaneStoreUnreadable", "plane"),
 }
 
 

@@ -34,6 +34,8 @@ from controlplane.core.reconcile.replica_targets import TierTarget
 
 TARGET_TTL_S: Final = 60.0
 """How long a published target is valid if no other follows. A tier that scales then stays as it is."""
+MAX_START_S: Final = 86_400.0
+"""A stored duration of a start that is longer is not believed."""
 FORECAST_STEP: Final = 0.1
 """A forecast that changed by less than this share is not published again: each change is a new snapshot for
 every gateway."""
@@ -227,14 +229,34 @@ class PlaneScaler:
 
     def restore(self, stored: StoredState) -> None:
         """Restore a checkpoint; its targets are valid until new ones are decided."""
-        self._manual.overrides.restore(stored.entries(_OVERRIDE, Override))
+        self._manual.overrides.restore(stored.entries(_OVERRIDE, Override, _positive))
         self.recommendations.restore(stored.entries(_RECOMMENDATION, IssuedRecommendation).values())
-        self._starts.restore(stored.entries(_STARTS, list[float]))
+        self._starts.restore(stored.entries(_STARTS, list[float], _durations))
         until_s = self._controller.unix_s() + TARGET_TTL_S
         reason = "as before the controller's restart"
         self._controller.publish(
-            {tier: TierTarget(count, reason, until_s) for tier, count in stored.entries(_TARGET, int).items()}
+            {
+                tier: TierTarget(count, reason, until_s)
+                for tier, count in stored.entries(_TARGET, int, _not_negative).items()
+            }
         )
+
+
+def _positive(override: Override) -> Override:
+    _not_negative(override.replicas)
+    return override
+
+
+def _not_negative(replicas: int) -> int:
+    if replicas < 0:
+        raise ValueError("a number of replicas is negative")
+    return replicas
+
+
+def _durations(seconds: list[float]) -> list[float]:
+    if not all(0 < each < MAX_START_S for each in seconds):
+        raise ValueError("a start took no time, or longer than a day")
+    return seconds
 
 
 def _forecast(decision: ScalingDecision, before: float | None) -> float:

@@ -8,6 +8,7 @@ holders have the usual time to report again.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from controlplane.core.gpus.health import GpuHealth
 from controlplane.core.gpus.inventory import GpuInventory, NodeHold
@@ -65,8 +66,8 @@ class CheckpointWriter:
 
 def restore_gpus(stored: StoredState, inventory: GpuInventory, shift_s: float) -> None:
     """Restore the health of GPUs, which is valid on any cluster that contains them."""
-    gpus = stored.entries(_GPU, _StoredGpu).values()
-    inventory.restore([(_shifted_health(gpu.health, -shift_s), gpu.must_leave) for gpu in gpus], {})
+    gpus = stored.entries(_GPU, _StoredGpu)
+    inventory.restore([(_shifted_health(gpu.health, -shift_s), gpu.must_leave) for gpu in gpus.values()], {})
 
 
 def restore_plane(
@@ -79,26 +80,63 @@ def restore_plane(
     shift_s: float,
 ) -> None:
     """Restore the rest, which is valid only while the stored cluster still runs."""
-    inventory.restore((), stored.entries(_NODE, NodeHold), has_reported_gpus=bool(stored.get(_COUNTED)))
+    inventory.restore(
+        (), stored.entries(_NODE, NodeHold), has_reported_gpus=bool(stored.value(_COUNTED, bool))
+    )
     leases.restore(
         GpuLease(
             holder, lease.generation, lease.node_id, tuple(GpuPart(*part) for part in lease.parts), now_s
         )
-        for holder, lease in stored.entries(_LEASE, _StoredLease).items()
+        for holder, lease in stored.entries(_LEASE, _StoredLease, _checked_lease).items()
     )
-    for name, migration in stored.entries(_MIGRATION, Migration).items():
-        in_progress.migrations[name] = shifted(migration, -shift_s, "since_s", "began_s")
-    for name, restart in stored.entries(_RESTART, Restart).items():
-        in_progress.restarts[name] = shifted(restart, -shift_s, "since_s")
+
+    def past(at_s: float) -> float:
+        # A clock that was wrong must not make a wait endless.
+        return min(at_s - shift_s, now_s)
+
+    in_progress.migrations.update(
+        {
+            name: replace(item, since_s=past(item.since_s), began_s=past(item.began_s))
+            for name, item in stored.entries(_MIGRATION, Migration, _named).items()
+        }
+    )
+    in_progress.restarts.update(
+        {
+            name: replace(item, since_s=past(item.since_s))
+            for name, item in stored.entries(_RESTART, Restart, _named).items()
+        }
+    )
     in_progress.drains.update(stored.entries(_DRAIN, str))
     for tier, hold in stored.entries(_HOLD, TierHold).items():
-        in_progress.holds[tier] = shifted(hold, -shift_s, "since_s", "until_s")
-    for tier, (count, at_s) in stored.entries(_HOLD_HISTORY, tuple[int, float]).items():
-        in_progress.hold_history[tier] = (count, at_s - shift_s)
+        until_s = None if hold.until_s is None else hold.until_s - shift_s
+        in_progress.holds[tier] = replace(hold, since_s=past(hold.since_s), until_s=until_s)
+    for tier, (count, at_s) in stored.entries(_HOLD_HISTORY, tuple[int, float], _counted).items():
+        in_progress.hold_history[tier] = (count, past(at_s))
     for tier, failures in stored.entries(_FAILURES, tuple[ReplicaFailure, ...]).items():
-        in_progress.failures[tier] = tuple(shifted(failure, -shift_s, "at_s") for failure in failures)
+        in_progress.failures[tier] = tuple(replace(item, at_s=past(item.at_s)) for item in failures)
     for name, times in stored.entries(_STALL_RESTARTS, tuple[float, ...]).items():
-        in_progress.stall_restarts[name] = tuple(at_s - shift_s for at_s in times)
+        in_progress.stall_restarts[name] = tuple(map(past, times))
+
+
+_Named = TypeVar("_Named", Migration, Restart)
+
+
+def _named(item: _Named) -> _Named:
+    if not item.endpoint_id or not item.tier:
+        raise ValueError("it names no endpoint or no tier")
+    return item
+
+
+def _counted(item: tuple[int, float]) -> tuple[int, float]:
+    if item[0] < 0:
+        raise ValueError("a count is negative")
+    return item
+
+
+def _checked_lease(lease: _StoredLease) -> _StoredLease:
+    if not lease.parts or any(milli <= 0 or memory < 0 for _, milli, memory in lease.parts):
+        raise ValueError("it leases no GPU, or less than nothing of one")
+    return lease
 
 
 def _lease_value(lease: GpuLease) -> Values:

@@ -47,7 +47,9 @@ class TargetTable:
         published = self._published.get(spec.name)
         scales = self.apply_scaling and spec.scaling is not None and spec.scaling.autoscaled
         if published is not None and (scales or published.valid_until_unix_s > self._unix_s()):
-            return published.replicas
+            # What was stored, or decided under another configuration, never exceeds what is configured now.
+            ceiling = published.replicas if spec.scaling is None else spec.scaling.ceiling
+            return min(published.replicas, ceiling)
         if scales:
             living = sum(
                 endpoint.tier == spec.name and endpoint.state not in ENDED for endpoint in endpoints.values()

@@ -6,7 +6,7 @@ Pending alerts are not stored: nothing is evaluated while the controller is down
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from controlplane.core.alerts.alert import Alert, AlertState, Silence
 from controlplane.core.alerts.rules import BY_NAME
@@ -51,16 +51,19 @@ def to_values(table: AlertTable, shift_s: float) -> Values:
     return values
 
 
-def restore(stored: StoredState, table: AlertTable, shift_s: float) -> None:
-    """Restore what :func:`to_values` wrote. Alerts of rules that no longer exist are dropped."""
+def restore(
+    stored: StoredState, table: AlertTable, shift_s: float, now_s: float, max_silence_s: float
+) -> None:
+    """Restore what :func:`to_values` wrote. Alerts of rules that no longer exist are dropped. No silence
+    lasts longer than ``max_silence_s``, even if a clock was wrong when it was stored."""
     alerts = [
         Alert(
             BY_NAME[item.rule],
             item.subject,
             AlertState.FIRING,
             item.value,
-            item.since_s - shift_s,
-            notified_s=None if item.told_s is None else item.told_s - shift_s,
+            min(item.since_s - shift_s, now_s),
+            notified_s=None if item.told_s is None else min(item.told_s - shift_s, now_s),
             acknowledged=item.acknowledged,
             detail=item.detail,
         )
@@ -70,5 +73,8 @@ def restore(stored: StoredState, table: AlertTable, shift_s: float) -> None:
     silences = stored.entries(_SILENCE, Silence).values()
     table.restore(
         sorted(alerts, key=lambda alert: alert.since_s),
-        [shifted(silence, -shift_s, "until_s") for silence in silences],
+        [
+            replace(silence, until_s=min(silence.until_s - shift_s, now_s + max_silence_s))
+            for silence in silences
+        ],
     )

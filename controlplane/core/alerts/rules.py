@@ -28,6 +28,7 @@ GPU_OUT_OF_USE: Final = "gpu/out_of_use"
 NODE_LOST: Final = "node/lost"
 NODE_SILENT: Final = "node/silent_s"
 STORE_UNSAFE: Final = "plane/store_unsafe"
+STORE_UNREADABLE: Final = "plane/store_unreadable"
 """Figures computed in :mod:`controlplane.core.alerts.signals`; those of a tier's traffic get their names in
 :func:`controlplane.core.traffic.counters.named`."""
 
@@ -175,6 +176,12 @@ RULES: Final = (
         "The controller's state is not saved and would be lost with it.",
         for_s=30, fixed=True, figure=STORE_UNSAFE, kind=SubjectType.PLANE, judge=EvaluatedBy.PROGRAM,
         action="Free disk space, or make controller.store_path writable; saving is retried automatically.",
+    ),
+    AlertRule(
+        "TierplaneStoreUnreadable", _WARNING, 0,
+        "Values of the controller's store can't be read and were put aside; all others are used.",
+        for_s=0, fixed=True, figure=STORE_UNREADABLE, kind=SubjectType.PLANE, judge=EvaluatedBy.PROGRAM,
+        action="Repeat what the named keys held: an operator's drain, silence or number. Ends after a day.",
     ),
 )  # fmt: skip
 

@@ -7,7 +7,7 @@ without a FRESH signal.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, TypeAlias
 
@@ -22,6 +22,8 @@ from controlplane.core.telemetry.series import Signal, known_now
 Figures: TypeAlias = Mapping[str, Mapping[str, Signal]]
 """Figure → subject → signal."""
 
+SHOWN_KEYS: Final = 5
+"""Keys of unreadable values that an alert names."""
 NODE_LOST_MIN_S: Final = 60.0
 """A lost node is reported for at least this long, even if its replicas were replaced sooner."""
 _YES: Final = known_now(1.0)
@@ -125,13 +127,20 @@ def slo_signals(attainments: Mapping[str, Signal], targets: Mapping[str, float])
     return AlertSignals({names.TIER_SLO_BURN: figures}, {}, details)
 
 
-def plane_signals(*, waiting: int | None, store_warning: str) -> AlertSignals:
-    """The requests in all gateways' queues, and whether the controller's state is saved. ``waiting`` is None
-    while no gateway reports; ``store_warning`` says why the state is not saved, and is empty if it is."""
-    figures = {names.STORE_UNSAFE: {PLANE: known_now(bool(store_warning))}}
+def plane_signals(*, waiting: int | None, store_warning: str, unreadable: Sequence[str] = ()) -> AlertSignals:
+    """The requests in all gateways' queues, and the state of the controller's store. ``waiting`` is None
+    while no gateway reports; ``store_warning`` says why the state is not saved, and is empty if it is;
+    ``unreadable`` are the keys of values that were put aside."""
+    figures = {
+        names.STORE_UNSAFE: {PLANE: known_now(bool(store_warning))},
+        names.STORE_UNREADABLE: {PLANE: known_now(len(unreadable))},
+    }
     if waiting is not None:
         figures[names.QUEUE_WAITING] = {PLANE: known_now(waiting)}
     details = {(names.STORE_UNSAFE, PLANE): store_warning} if store_warning else {}
+    if unreadable:
+        more = f" and {len(unreadable) - SHOWN_KEYS} more" if len(unreadable) > SHOWN_KEYS else ""
+        details[names.STORE_UNREADABLE, PLANE] = f"{', '.join(unreadable[:SHOWN_KEYS])}{more}"
     return AlertSignals(figures, {SubjectType.PLANE: (PLANE,)}, details)
 
 

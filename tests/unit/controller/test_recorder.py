@@ -44,7 +44,7 @@ def test_two_controllers_never_write_one_store(tmp_path: Path) -> None:
     with capture_logs() as logs:
         second = Recorder(tmp_path / "memory.sqlite")
     assert [line["log_level"] for line in logs] == ["critical"]
-    assert "another controller writes this store" in logs[0]["event"]
+    assert "another controller writes this store" in logs[0]["error"]
     second.save({"lease/b": 1})
     second.close()
     first.save({"lease/a": 1})

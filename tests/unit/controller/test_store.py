@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from controlplane.controller.store import DAY_S, Point, Store
+from controlplane.controller.store_file import MAX_BROKEN_FILES, StoreFile
 from controlplane.core.domain.event import Event
 
 ENTRY = Event(0, 1.0, kind="cordon", subject="GPU-a", reason="XID 79")
@@ -89,6 +90,43 @@ def test_history_becomes_wider_with_age(path: Path) -> None:
         assert store.summary("gpu", joined.unix_s, joined.unix_s + 60, 60) == [("gpu", 0, 3, 9.0, 5.0)]
 
 
+@pytest.mark.parametrize("jump_s", [10 * 365 * DAY_S, -10 * 365 * DAY_S, 40 * DAY_S])
+def test_a_clock_that_jumps_drops_no_history(path: Path, jump_s: int) -> None:
+    """Also if the process is restarted while the clock is wrong; a day later the clock is believed."""
+    now, clock = 1_800_000_000, Clock()
+    with closing(Store(path, clock=clock)) as store:
+        store.add_points(now - 20 * DAY_S, {"gpu": 1.0})
+        store.add_points(now - 10, {"gpu": 2.0})
+        store.compact(now)
+        clock.now_s = 300.0
+        store.add_points(now + 300 + jump_s, {"gpu": 3.0})
+        store.compact(now + 300 + jump_s)
+        assert len(store.history("gpu", 0, now)) == 2
+    with closing(Store(path, clock=clock)) as store:
+        store.compact(now + 600 + jump_s)
+        assert [point.step_s for point in store.history("gpu", 0, now)] == [600, 1]
+        clock.now_s += DAY_S / 2
+        store.compact(now + jump_s + DAY_S // 2)
+        assert len(store.history("gpu", 0, now)) == 2
+        store.compact(now + DAY_S // 2 + 300)
+        assert len(store.history("gpu", 0, now)) == 2, "the clock is right again"
+
+
+def test_a_clock_is_believed_after_a_day(path: Path) -> None:
+    """A plane that was stopped for two months drops its history once its clock was right for a day."""
+    now, clock = 1_800_000_000, Clock()
+    with closing(Store(path, clock=clock)) as store:
+        store.add_points(now - 10, {"gpu": 2.0})
+        store.compact(now)
+    later = now + 60 * DAY_S
+    with closing(Store(path, clock=clock)) as store:
+        store.compact(later)
+        assert store.history("gpu", 0, now)
+        clock.now_s += DAY_S + 1
+        store.compact(later + DAY_S + 1)
+        assert not store.history("gpu", 0, now)
+
+
 def test_old_audit_entries_are_dropped(path: Path) -> None:
     with closing(Store(path, max_audit_entries=5)) as store:
         for _ in range(12):
@@ -121,7 +159,29 @@ def torn(path: Path) -> None:
     path.write_bytes(raw)
 
 
-@pytest.mark.parametrize("break_it", [garbage, torn])
+def header(path: Path) -> None:
+    """A database whose first bytes were overwritten."""
+    torn(path)
+    raw = bytearray(path.read_bytes())
+    raw[:100] = b"\x00" * 100
+    path.write_bytes(raw)
+
+
+def cut(path: Path) -> None:
+    """A database of which half was written."""
+    with closing(Store(path)) as store:
+        for number in range(2000):
+            store.audit(replace(ENTRY, tier="x" * 50, unix_s=number))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def without_a_table(path: Path) -> None:
+    Store(path).close()
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("DROP TABLE state")
+
+
+@pytest.mark.parametrize("break_it", [garbage, torn, header, cut, without_a_table])
 def test_a_damaged_file_is_renamed(
     path: Path, break_it: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,6 +194,46 @@ def test_a_damaged_file_is_renamed(
     assert "broken" in capsys.readouterr().out
     with closing(Store(path)) as store:
         assert store.values().get("a") == 1
+
+
+def test_only_the_last_damaged_files_stay(path: Path) -> None:
+    for number in range(MAX_BROKEN_FILES + 2):
+        path.parent.mkdir(exist_ok=True)
+        path.with_name(f"{path.name}.broken-2020010{number}T000000").write_bytes(b"x")
+    path.write_bytes(b"this is no database")
+    with closing(Store(path)) as store:
+        assert store.warning == ""
+    assert len(list(path.parent.glob("store.sqlite.broken-*"))) == MAX_BROKEN_FILES
+
+
+def test_a_large_file_is_searched_for_damage_for_a_bounded_time(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(Store(path)) as store:
+        for number in range(3000):
+            store.audit(replace(ENTRY, tier="x" * 500, unix_s=number))
+    monkeypatch.setattr("controlplane.controller.store_file.CHECK_LIMIT_S", -1.0)
+    with closing(Store(path)) as store:
+        assert (store.warning, store.last_number) == ("", 3000)
+
+
+def test_a_file_that_fails_is_tried_again_with_growing_pauses(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    clock = Clock()
+    tries = []
+    with closing(Store(tmp_path / "file" / "db", retry_interval_s=8, clock=clock)) as store:
+        opened = StoreFile.open
+
+        def counted(file: StoreFile) -> sqlite3.Connection:
+            tries.append(clock.now_s)
+            return opened(file)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(StoreFile, "open", counted)
+            for second in range(40):
+                clock.now_s = second
+                store.retry()
+    assert tries == [2, 6, 14, 22, 30, 38]
 
 
 def test_a_file_that_is_damaged_while_it_is_used(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -220,7 +320,7 @@ def test_a_file_of_a_newer_schema_is_not_touched(path: Path) -> None:
     database.close()
     before = path.read_bytes()
     with closing(Store(path)) as store:
-        assert "its schema has version 99, this tierplane knows 1" in store.warning
+        assert "its schema has version 99, this tierplane knows 2" in store.warning
         store.put({"a": 1})
     assert path.read_bytes() == before
 
