@@ -77,7 +77,7 @@ class Recorder:
         if damaged:
             self.state = {key: value for key, value in self.state.items() if key not in damaged}
             self._queue.put(partial(self.store.put_aside, dict(damaged)))
-        reasons = self.store.take_unreadable() | damaged
+        reasons = self.store.take_unreadable() | dict(damaged)
         self._aside |= dict.fromkeys(reasons, time.time())
         return reasons
 

@@ -231,7 +231,8 @@ class PlaneScaler:
         """Restore a checkpoint; its targets are valid until new ones are decided."""
         self._manual.overrides.restore(stored.entries(_OVERRIDE, Override, _positive))
         self.recommendations.restore(stored.entries(_RECOMMENDATION, IssuedRecommendation).values())
-        self._starts.restore(stored.entries(_STARTS, list[float], _durations))
+        starts: dict[str, list[float]] = stored.entries(_STARTS, list[float], _durations)
+        self._starts.restore(starts)
         until_s = self._controller.unix_s() + TARGET_TTL_S
         reason = "as before the controller's restart"
         self._controller.publish(

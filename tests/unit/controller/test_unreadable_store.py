@@ -203,7 +203,7 @@ def changed(value: Any, path: tuple[Any, ...], bad: Any) -> Any:
 )
 def test_a_wrong_member_at_any_level_stops_nothing(path: Path, whole: dict[str, Any], key: str) -> None:
     """Every member at every level in turn becomes another type, or a number that nothing counts."""
-    bads = itertools.cycle((float("nan"), -1, None, "text", 10**400, [], {}))
+    bads: Iterator[Any] = itertools.cycle((float("nan"), -1, None, "text", 10**400, [], {}))
     for inside, bad in zip(leaves(STORED[key]), bads, strict=False):
         write(path, STORED | {key: changed(STORED[key], inside, bad)})
         with restarted(path) as plane:
