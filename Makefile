@@ -169,8 +169,9 @@ docs: env-dev ## Write docs/reference from the settings, the commands and the me
 monitoring: $(VENV)/.core ## Write k8s/components/monitoring from the metrics and rules
 	@$(VENV)/bin/tierplane monitoring k8s k8s/components/monitoring
 
-vllm-flags: env-cpu ## Write the list of vLLM's flags from the installed vLLM
+vllm-flags: env-cpu ## Write the lists of vLLM's flags and of models' defaults from the installed packages
 	$(PY) .locks/vllm_flags.py
+	$(PY) .locks/config_defaults.py
 
 clean: down ## Remove the environment and the files that checks and builds created
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -20,7 +20,6 @@ Manifest = dict[str, Any]
 
 USER_ID: Final = 1000
 """The user that the images in ``k8s/docker`` create."""
-SERVE_PORT: Final = 8000
 METRICS_PORT: Final = 6385
 AGENT_PORT: Final = 52365
 DASHBOARD_PORT: Final = 8265
@@ -80,8 +79,9 @@ def head_pod(config: PlaneConfig, overlay: Overlay) -> Manifest:
     return pod
 
 
-def gateway_pod(config: PlaneConfig, overlay: Overlay) -> Manifest:
-    """The pod of one gateway replica: ready when it can serve, and drained before it stops."""
+def gateway_pod(config: PlaneConfig, overlay: Overlay, serve_port: int) -> Manifest:
+    """The pod of one gateway replica: ready when it can serve, and drained before it stops. ``serve_port`` is
+    that of Serve's ingress."""
     port = config.gateway.port
     cpus = max(1, round(config.gateway.cpus))
     resources = {"cpu": str(cpus), "memory": "2Gi", "ephemeral-storage": "2Gi"}
@@ -89,7 +89,7 @@ def gateway_pod(config: PlaneConfig, overlay: Overlay) -> Manifest:
     pod = _pod("gateway", overlay, "ray-worker", resources, _env(config), grace_s=grace_s)
     container = pod["spec"]["containers"][0]
     container["ports"] = [
-        _port("http", port), _port("serve", SERVE_PORT), _port("metrics", METRICS_PORT),
+        _port("http", port), _port("serve", serve_port), _port("metrics", METRICS_PORT),
     ]  # fmt: skip
     container["readinessProbe"] = _probe("/health/ready", port, failures=2)
     # Kubernetes sends no new requests once the pod is deleted; requests in flight have this long to finish.
@@ -105,7 +105,9 @@ def gateway_pod(config: PlaneConfig, overlay: Overlay) -> Manifest:
     return pod
 
 
-def tier_pod(config: PlaneConfig, tier: TierConfig, need: PodNeed, overlay: Overlay) -> Manifest:
+def tier_pod(
+    config: PlaneConfig, tier: TierConfig, need: PodNeed, overlay: Overlay, serve_port: int
+) -> Manifest:
     """The pod of one tier's engines on the GPUs of one node, or on CPUs."""
     memory = mebibytes(need.memory_bytes)
     resources = {"cpu": str(need.cpus), "memory": memory, "ephemeral-storage": "16Gi"}
@@ -117,9 +119,9 @@ def tier_pod(config: PlaneConfig, tier: TierConfig, need: PodNeed, overlay: Over
     pod["metadata"]["labels"]["tierplane.io/tier"] = group_name(tier.name)
     pod["metadata"]["annotations"] = {"tierplane.io/memory-source": need.source}
     container = pod["spec"]["containers"][0]
-    container["ports"] = [_port("serve", SERVE_PORT), _port("metrics", METRICS_PORT)]
+    container["ports"] = [_port("serve", serve_port), _port("metrics", METRICS_PORT)]
     # Serve starts a proxy on this node once a replica runs on it.
-    container["readinessProbe"] = _probe("/-/healthz", SERVE_PORT, failures=2)
+    container["readinessProbe"] = _probe("/-/healthz", serve_port, failures=2)
     container["lifecycle"] = {"preStop": {"exec": {"command": ["sh", "-c", _drain(drain_s)]}}}
     if need.shared_bytes:
         _shared_memory(pod, need.shared_bytes)

@@ -155,7 +155,7 @@ def _gateway_group(file: ServeFile, overlay: Overlay) -> Manifest:
         **_size(gateway.replicas, gateway.replicas, overlay),
         # Room for the new gateway beside the old one while a configuration changes.
         "rayStartParams": start_params(ceil(2 * gateway.cpus), {GATEWAY_RESOURCE: 2}),
-        "template": gateway_pod(file.plane, overlay),
+        "template": gateway_pod(file.plane, overlay, file.http_port),
     }
 
 
@@ -169,7 +169,7 @@ def _tier_group(file: ServeFile, index: int, need: PodNeed, overlay: Overlay) ->
         "groupName": f"tier-{group_name(tier.name)}",
         **_size(pods, most, overlay, fewest=fewest),
         "rayStartParams": start_params(cpus, {tier_resource(tier.name): need.replicas}),
-        "template": tier_pod(file.plane, tier, need, overlay),
+        "template": tier_pod(file.plane, tier, need, overlay, file.http_port),
     }
 
 

@@ -99,16 +99,20 @@ def _gpu(tier: TierConfig, model: ModelSpec, settings: EngineArgs, overlay: Over
         )
     plan = plan_memory(model, settings, gpu_named(overlay.gpu))
     verdict = judge(plan)
+    unsure = [*model.guesses, *(f"the effect of --{flag} is not known" for flag in settings.unmodelled)]
+    source = f"memory model, weights on {overlay.gpu}"
     if isinstance(verdict, Unfit):
         reasons = "; ".join(verdict.reasons)
-        raise _problem(tier, "model", f"does not fit {overlay.gpu}: {reasons}", verdict.remedy)
+        if not unsure:
+            raise _problem(tier, "model", f"does not fit {overlay.gpu}: {reasons}", verdict.remedy)
+        source += f"; may not fit ({reasons}), but that is a guess: {'; '.join(unsure)}"
     engines = int(1 / tier.gpu_share) if settings.world_size == 1 else 1
     ranks = settings.world_size
     processes = API_SERVER_BYTES + ENGINE_CORE_BYTES + ranks * (WORKER_BYTES + CUDA_HOST_BYTES)
     shared = ranks * SHARED_BYTES
     memory = RAY_BYTES + engines * (processes + shared + _weights_bytes(plan))
     cpus = engines * (2 + ranks) + 1
-    return PodNeed(engines, gpus, cpus, memory, engines * shared, f"memory model, weights on {overlay.gpu}")
+    return PodNeed(engines, gpus, cpus, memory, engines * shared, source)
 
 
 def _weights_bytes(plan: MemoryPlan) -> int:

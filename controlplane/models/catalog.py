@@ -30,6 +30,14 @@ def gpu_named(name: str) -> GpuModel:
 
 
 @cache
+def config_defaults() -> Mapping[str, Mapping[str, Any]]:
+    """What a ``config.json`` may leave out, for each model type; ``make vllm-flags`` writes the table."""
+    text = (files("controlplane") / "data" / "config_defaults.json").read_text(encoding="utf-8")
+    found: Mapping[str, Mapping[str, Any]] = json.loads(text)["types"]
+    return found
+
+
+@cache
 def known_models() -> tuple[Mapping[str, Any], ...]:
     """Every entry of ``controlplane/data/models.json``: name, config fields, published total."""
     text = (files("controlplane") / "data" / "models.json").read_text(encoding="utf-8")
@@ -42,5 +50,5 @@ def known_model(name: str) -> ModelSpec | None:
     for entry in known_models():
         full = str(entry["name"]).lower()
         if wanted in {full, full.rsplit("/", 1)[-1]}:
-            return parse_config(entry["config"], str(entry["name"]))
+            return parse_config(entry["config"], str(entry["name"]), config_defaults())
     return None

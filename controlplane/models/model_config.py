@@ -25,7 +25,7 @@ from controlplane.core.sizing.hf_config import parse_config
 from controlplane.core.sizing.quantization import Quantization, Scheme
 from controlplane.core.sizing.weights import MemoryTerm, stages, weight_terms
 from controlplane.errors import SetupError
-from controlplane.models.catalog import BUNDLED_NAMES, known_model
+from controlplane.models.catalog import BUNDLED_NAMES, config_defaults, known_model
 from controlplane.models.weight_files import GgufFile, StoredTensor, read_gguf, safetensors_tensors
 
 HUB_TIMEOUT_S = 10.0
@@ -104,7 +104,7 @@ def _from_folder(folder: Path, name: str = "") -> LoadedModel:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise SetupError(f"{file} is not valid JSON ({error}): download it again") from error
-    spec = _spec(config, name or folder.name)
+    spec = _spec(_with_quantization(config, folder), name or folder.name)
     # Sharded checkpoints list their files; engines load no others from the folder.
     index = folder / "model.safetensors.index.json"
     paths = sorted(folder.glob("*.safetensors"))
@@ -116,10 +116,22 @@ def _from_folder(folder: Path, name: str = "") -> LoadedModel:
     return _checked(spec, _loaded_tensors(spec, safetensors_tensors(paths)), str(file))
 
 
+def _with_quantization(config: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
+    """The configuration with that of NVIDIA's ModelOpt, which older checkpoints have in a file of its own."""
+    file = folder / "hf_quant_config.json"
+    if not isinstance(config, Mapping) or config.get("quantization_config") or not file.is_file():
+        return config
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise SetupError(f"{file} is not valid JSON ({error}): download it again") from error
+    return {**config, "quantization_config": {"quant_method": "modelopt", **found}}
+
+
 def _spec(config: Mapping[str, Any], name: str) -> ModelSpec:
     try:
-        return parse_config(config, name)
-    except (ValueError, TypeError) as error:
+        return parse_config(config, name, config_defaults())
+    except (ValueError, TypeError, OverflowError) as error:
         raise SetupError(f"the configuration of '{name}' can't be used: {error}") from error
 
 

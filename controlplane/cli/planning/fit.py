@@ -177,7 +177,7 @@ def _summary(loaded: LoadedModel, plan: MemoryPlan) -> list[str]:
         f"{plan.gpu.name} x {plan.settings.world_size} (tensor parallel {plan.settings.tp}, pipeline "
         f"parallel {plan.settings.pp}), {plan.dtype}, "
         f"weights {plan.settings.weights_format(spec).label}, "
-        f"KV cache {plan.settings.kv_dtype or plan.dtype}",
+        f"KV cache {plan.settings.cached_dtype(spec) or plan.dtype}",
     ]
     lines += [f"note: {text}" for text in (*spec.notes, *loaded.checks)]
     lines += [f"note: the effect of --{flag} on memory is not counted" for flag in plan.settings.unmodelled]

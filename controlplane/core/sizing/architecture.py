@@ -105,7 +105,7 @@ class ModelSpec:
     vocab: int
     layers: tuple[LayerKind, ...]
     max_length: int
-    """``max_position_embeddings``."""
+    """Tokens of the longest sequence that the model was made for."""
     tied: bool = False
     """Input embedding and output head are one matrix."""
     dtype: str = "bfloat16"
@@ -123,6 +123,10 @@ class ModelSpec:
     moe: Moe | None = None
     mla: Mla | None = None
     quantization: Quantization = NONE
+    kv_dtype: str = ""
+    """The format of the KV cache that the checkpoint asks for; empty means the engine's dtype."""
+    default_length: int = 0
+    """Tokens of the longest sequence if no engine argument sets it; 0 means ``max_length``."""
     notes: tuple[str, ...] = ()
     """For the user: parts of the model that are not counted or were not read exactly."""
     guesses: tuple[str, ...] = ()

@@ -105,7 +105,7 @@ def plan_cpu_memory(
             tp=settings.tp,
             stage=stage.layers,
             block_tokens=settings.block_tokens(model),
-            kv_bytes=settings.kv_bytes(dtype),
+            kv_bytes=settings.kv_bytes(model, dtype),
             in_flight_tokens=settings.in_flight_tokens(model, None),
             hybrid=settings.hybrid_kv,
         )

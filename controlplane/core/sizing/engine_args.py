@@ -60,6 +60,8 @@ class EngineArgs:
     kv_dtype: str = ""
     max_length: int = 0
     """``max-model-len``; -1 means the longest that fits."""
+    any_length: bool = False
+    """Whether ``max_length`` may be more than the configuration allows, because an argument changes that."""
     max_sequences: int = 0
     max_batched_tokens: int = 0
     memory_ratio: float = DEFAULT_MEMORY_RATIO
@@ -88,7 +90,9 @@ class EngineArgs:
 
     def length(self, model: ModelSpec) -> int:
         """Tokens of the longest sequence that the engine accepts."""
-        return self.max_length if self.max_length > 0 else model.max_length
+        if self.max_length > 0:
+            return self.max_length
+        return (model.default_length if self.max_length == 0 else 0) or model.max_length
 
     def resolved_dtype(self, model: ModelSpec, default: str = "bfloat16") -> str:
         """The dtype that the engine computes in: ``auto`` downcasts a float32 checkpoint to ``default``."""
@@ -100,9 +104,16 @@ class EngineArgs:
             return "float16"
         return model.dtype
 
-    def kv_bytes(self, dtype: str) -> int:
+    def cached_dtype(self, model: ModelSpec) -> str:
+        """The format of the KV cache, if it isn't the dtype in which the engine computes: the argument's, or
+        with ``auto`` on a GPU the checkpoint's."""
+        if self.kv_dtype or self.device == "cpu":
+            return self.kv_dtype
+        return model.kv_dtype
+
+    def kv_bytes(self, model: ModelSpec, dtype: str) -> int:
         """Bytes of one cached value; ``dtype`` is the dtype in which the engine computes."""
-        return KV_DTYPE_BYTES[self.kv_dtype or dtype]
+        return KV_DTYPE_BYTES[self.cached_dtype(model) or dtype]
 
     def batch(self, model: ModelSpec, gpu: GpuModel | None) -> tuple[int, int]:
         """(maximum tokens, maximum sequences) of one step, by vLLM's defaults for the OpenAI server.
@@ -161,6 +172,7 @@ def parse_settings(
         dtype=_dtype(flags),
         quantization=_quantization(flags),
         kv_dtype=_kv_dtype(flags),
+        any_length=bool(flags.get("hf-overrides") or flags.get("rope-scaling")),
         max_length=_integer(flags, "max-model-len", 0),
         max_sequences=_integer(flags, "max-num-seqs", 0),
         max_batched_tokens=_integer(flags, "max-num-batched-tokens", 0),

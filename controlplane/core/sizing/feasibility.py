@@ -214,6 +214,14 @@ def _try(
     return None
 
 
+def _own_length(
+    model: ModelSpec, settings: EngineArgs, gpu: GpuModel, limits: FitLimits
+) -> Iterator[ChangedArgs]:
+    if settings.max_length > model.max_length and not settings.any_length:
+        change = SettingChange("max-model-len", str(settings.max_length), str(model.max_length))
+        yield change, replace(settings, max_length=model.max_length)
+
+
 def _dtype(
     _model: ModelSpec, settings: EngineArgs, gpu: GpuModel, _limits: FitLimits
 ) -> Iterator[ChangedArgs]:
@@ -264,17 +272,19 @@ def _shorter(
 
 
 def _plain_kv(
-    _model: ModelSpec, settings: EngineArgs, gpu: GpuModel, _limits: FitLimits
+    model: ModelSpec, settings: EngineArgs, gpu: GpuModel, _limits: FitLimits
 ) -> Iterator[ChangedArgs]:
-    if settings.kv_dtype.startswith("fp8") and not gpu.fp8_kv_cache:
-        yield SettingChange("kv-cache-dtype", settings.kv_dtype, "auto"), replace(settings, kv_dtype="")
+    if settings.cached_dtype(model).startswith("fp8") and not gpu.fp8_kv_cache:
+        after = settings.resolved_dtype(model, gpu.default_dtype) if model.kv_dtype else ""
+        change = SettingChange("kv-cache-dtype", settings.kv_dtype or "auto", after or "auto")
+        yield change, replace(settings, kv_dtype=after)
 
 
 def _fp8_kv(
     model: ModelSpec, settings: EngineArgs, gpu: GpuModel, _limits: FitLimits
 ) -> Iterator[ChangedArgs]:
     dtype = settings.resolved_dtype(model, gpu.default_dtype)
-    if gpu.fp8_kv_cache and settings.kv_bytes(dtype) > 1:
+    if gpu.fp8_kv_cache and settings.kv_bytes(model, dtype) > 1:
         yield (
             SettingChange("kv-cache-dtype", settings.kv_dtype or "auto", "fp8"),
             replace(settings, kv_dtype="fp8"),
@@ -316,6 +326,7 @@ def _pipeline_parallel(
 
 
 STEPS: tuple[Step, ...] = (
+    _own_length,
     _dtype,
     _plain_kv,
     _ratio,
@@ -327,6 +338,6 @@ STEPS: tuple[Step, ...] = (
     _pipeline_parallel,
     _quantize,
 )
-"""From the smallest change to the largest: a dtype and a KV cache format that the GPU supports, more of the
-GPU's memory, fewer sequences in a step, shorter requests, no CUDA graphs (slower), an fp8 KV cache, more
-GPUs, quantised weights."""
+"""From the smallest change to the largest: the length that the model was made for, a dtype and a KV cache
+format that the GPU supports, more of the GPU's memory, fewer sequences in a step, shorter requests, no CUDA
+graphs (slower), an fp8 KV cache, more GPUs, quantised weights."""

@@ -124,6 +124,7 @@ def plan_memory(
     """
     dtype = settings.resolved_dtype(model, gpu.default_dtype)
     problems = list(divisibility(model, settings))
+    problems += length_problems(model, settings)
     problems += _gpu_problems(model, settings, gpu, dtype)
     found = []
     for stage in stages(model, max(1, min(settings.pp, len(model.layers)))):
@@ -149,10 +150,18 @@ def _layout(
         tp=settings.tp,
         stage=stage.layers,
         block_tokens=settings.block_tokens(model),
-        kv_bytes=settings.kv_bytes(dtype),
+        kv_bytes=settings.kv_bytes(model, dtype),
         in_flight_tokens=settings.in_flight_tokens(model, gpu),
         hybrid=settings.hybrid_kv,
     )
+
+
+def length_problems(model: ModelSpec, settings: EngineArgs) -> list[str]:
+    """Why vLLM would refuse the length of the sequences, as messages."""
+    if settings.max_length <= model.max_length or settings.any_length:
+        return []
+    own = f"the model's own {model.max_length} tokens"
+    return [f"max-model-len {settings.max_length} is more than {own}: vLLM refuses it"]
 
 
 def _gpu_problems(model: ModelSpec, settings: EngineArgs, gpu: GpuModel, dtype: str) -> list[str]:
@@ -164,7 +173,7 @@ def _gpu_problems(model: ModelSpec, settings: EngineArgs, gpu: GpuModel, dtype: 
         wrong.append(why)
     if dtype == "bfloat16" and not gpu.bfloat16:
         wrong.append(f"bfloat16 needs compute capability 8.0; {gpu.name} has {gpu.capability / 10}")
-    if settings.kv_dtype.startswith("fp8") and not gpu.fp8_kv_cache:
+    if settings.cached_dtype(model).startswith("fp8") and not gpu.fp8_kv_cache:
         wrong.append(f"an fp8 KV cache needs compute capability 8.0; {gpu.name} has {gpu.capability / 10}")
     highest = 1 - CUDA_CONTEXT_BYTES / gpu.usable_bytes
     if settings.memory_ratio > highest and not settings.kv_cache_bytes:
@@ -240,7 +249,7 @@ def graph_sizes(tokens: int, sequences: int, capability: int = 80) -> tuple[int,
 
 def token_bytes(plan: MemoryPlan) -> int:
     """KV bytes of one token over all layers on one rank (all pipeline stages together)."""
-    return kv_bytes_per_token(plan.model, plan.settings.tp, plan.settings.kv_bytes(plan.dtype))
+    return kv_bytes_per_token(plan.model, plan.settings.tp, plan.settings.kv_bytes(plan.model, plan.dtype))
 
 
 def gib(size_bytes: float) -> str:

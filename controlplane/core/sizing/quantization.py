@@ -39,7 +39,15 @@ class Scheme(StrEnum):
     GPTQ = "gptq"
     """Packed integers with group scales: GPTQ, AutoRound, and compressed-tensors' wNa16."""
     BITSANDBYTES = "bitsandbytes"
+    NVFP4 = "nvfp4"
+    """4-bit floats with an fp8 scale for each group of 16 weights, and a float32 scale per matrix."""
+    MXFP4 = "mxfp4"
+    """4-bit floats with an 8-bit exponent for each group of 32 weights."""
+    MXFP8 = "mxfp8"
+    """8-bit floats with an 8-bit exponent for each group of 32 weights."""
     GGUF = "gguf"
+    MIXED = "mixed"
+    """Several formats, each for some modules: ``Quantization.parts``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +67,11 @@ class Quantization:
     lm_head: bool = False
     """Whether the output head is also quantised."""
     skipped: tuple[str, ...] = ()
-    """A matrix whose name contains one of these is not quantised."""
+    """Modules that are not quantised: parts of their names, or ``re:`` and a pattern for the start of the
+    full name."""
+    parts: tuple[tuple[tuple[str, ...], Quantization], ...] = ()
+    """For MIXED: modules, as in ``skipped`` or ``Linear`` for all, and their format. The first match
+    counts."""
     online: bool = False
     """Whether the engine quantises a full-precision checkpoint while loading it."""
 
@@ -75,6 +87,8 @@ class Quantization:
             return "none"
         if self.scheme is Scheme.GGUF:
             return f"gguf {self.gguf_type}"
+        if self.scheme is Scheme.MIXED:
+            return f"mixed: {', '.join(part.label for _, part in self.parts)}"
         group = f" g{self.group_size}" if self.group_size else ""
         return f"{self.scheme} {self.bits} bit{group}"
 
@@ -169,6 +183,12 @@ HARDWARE: dict[Scheme, Hardware] = {
     Scheme.AWQ: Hardware(75, 75, "vLLM 0.32 auto_awq get_min_capability"),
     Scheme.GPTQ: Hardware(60, 75, "vLLM 0.32 auto_gptq get_min_capability; Marlin from 7.5"),
     Scheme.BITSANDBYTES: Hardware(70, 70, "vLLM's bitsandbytes plug-in, BitsAndBytesConfig"),
+    Scheme.NVFP4: Hardware(
+        75, 100, "vLLM 0.32 CompressedTensorsW4A4Fp4.get_min_capability; Marlin below 10.0"
+    ),
+    Scheme.MXFP4: Hardware(80, 100, "vLLM 0.32 Mxfp4Config.get_min_capability; Marlin below 10.0"),
+    Scheme.MXFP8: Hardware(80, 100, "vLLM 0.32 ModelOptMxFp8Config.get_min_capability; Marlin below 10.0"),
+    Scheme.MIXED: Hardware(0, 0, "each of its formats"),
     Scheme.GGUF: Hardware(60, 60, "vLLM's GGUF plug-in, GGUFConfig; llama.cpp runs everywhere"),
 }
 
@@ -231,13 +251,22 @@ def matrix_bytes(quantization: Quantization, inputs: int, outputs: int, dtype_by
             return size
         case Scheme.BITSANDBYTES:
             return -(-weights * q.bits // 8) + -(-weights // BITSANDBYTES_BLOCK) * SCALE_BYTES
+        case Scheme.NVFP4 | Scheme.MXFP4 | Scheme.MXFP8:
+            size = -(-weights * q.bits // 8) + groups * outputs
+            return size + (SCALE_BYTES if q.scheme is Scheme.NVFP4 else 0)
         case Scheme.GGUF:
             return gguf_bytes(weights, q.gguf_type)
+        case Scheme.MIXED:
+            raise ValueError("a mixed format has no size of its own: use the format of the matrix's module")
 
 
 def runs_on(quantization: Quantization, capability: int) -> tuple[bool, str]:
     """Whether a GPU of ``capability`` (compute capability x 10) runs the format, and how it does or why
     not."""
+    for _, part in quantization.parts:
+        runs, why = runs_on(part, capability)
+        if not runs:
+            return runs, why
     need = HARDWARE[quantization.scheme]
     if capability < need.minimum:
         return False, (

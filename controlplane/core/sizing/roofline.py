@@ -193,7 +193,7 @@ def roofline(model: ModelSpec, settings: EngineArgs, gpu: GpuModel) -> Roofline:
         dense_bytes=dense,
         expert_bytes=experts,
         expert_ratio=moe.experts_per_token / moe.experts if moe else 1.0,
-        kv_bytes=page_bytes(model, settings.tp, 1, settings.kv_bytes(dtype)),
+        kv_bytes=page_bytes(model, settings.tp, 1, settings.kv_bytes(model, dtype)),
         layers=tuple(windows.items()),
         communication_s=fixed,
         communication_s_per_token=per_token,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from controlplane.core.sizing.architecture import LayerKind, Matrix, ModelSpec, Split
@@ -76,7 +78,7 @@ def _group_problems(model: ModelSpec, settings: EngineArgs) -> tuple[str, ...]:
     be."""
     quantization = settings.weights_format(model)
     group = quantization.group_size
-    if settings.tp == 1 or not group or quantization.scheme not in {Scheme.AWQ, Scheme.GPTQ, Scheme.FP8}:
+    if settings.tp == 1 or not group or quantization.scheme not in _GROUPED:
         return ()
     widths = {model.intermediate} if any(not kind.moe for kind in model.layers) else set()
     if model.moe and not settings.expert_parallel:
@@ -86,6 +88,10 @@ def _group_problems(model: ModelSpec, settings: EngineArgs) -> tuple[str, ...]:
         for width in sorted(widths)
         if width % settings.tp == 0 and (width // settings.tp) % group
     )
+
+
+_GROUPED = frozenset({Scheme.AWQ, Scheme.GPTQ, Scheme.FP8, Scheme.NVFP4, Scheme.MXFP4, Scheme.MXFP8})
+"""Formats in which rows of one group of weights can't be split over ranks."""
 
 
 def local_shape(model: ModelSpec, matrix: Matrix, settings: EngineArgs) -> tuple[int, int, int]:
@@ -116,9 +122,39 @@ def local_bytes(model: ModelSpec, matrix: Matrix, settings: EngineArgs, dtype: s
 
 
 def _format_of(matrix: Matrix, quantization: Quantization) -> Quantization:
-    if not matrix.quantizable or any(part in matrix.name for part in quantization.skipped):
+    if not matrix.quantizable or _names(quantization.skipped, matrix):
         return NONE
+    if quantization.scheme is Scheme.MIXED:
+        return next((part for names, part in quantization.parts if _names(names, matrix)), NONE)
     return quantization
+
+
+_FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"} | dict.fromkeys(
+    ("gate_proj", "up_proj"), "gate_up_proj"
+)
+"""Matrix → the matrix into which vLLM and some checkpoints join it."""
+
+
+def _names(modules: Sequence[str], matrix: Matrix) -> bool:
+    """Whether a list of modules names the matrix, by its class, a part of its name, or a pattern."""
+    path, _, last = matrix.name.rpartition(".")
+    path = path.replace("experts", "experts.0") or "self_attn"
+    full = "lm_head" if last == "lm_head" else f"model.layers.0.{path}.{last}"
+    names = (full, f"model.layers.0.{path}.{_FUSED.get(last, last)}", full.replace(".experts.0", ".experts"))
+    for module in modules:
+        if module.startswith("re:"):
+            if any(_matches(module.removeprefix("re:"), name) for name in names):
+                return True
+        elif module == "Linear" or any(f".{module}." in f".{name}." for name in names):
+            return True
+    return False
+
+
+def _matches(pattern: str, name: str) -> bool:
+    try:
+        return re.match(pattern, name) is not None
+    except re.error:
+        return False
 
 
 def weight_terms(

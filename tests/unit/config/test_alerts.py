@@ -96,7 +96,7 @@ def test_all_mistakes_are_reported_at_once() -> None:
 
 def test_on_kubernetes_every_pod_gets_the_webhooks_secrets() -> None:
     config = plane({"webhooks": [{"url": "https://x/y", "secret_env": "HOOK"}]})
-    for pod in (head_pod(config, OVERLAYS["dev-cpu"]), gateway_pod(config, OVERLAYS["dev-cpu"])):
+    for pod in (head_pod(config, OVERLAYS["dev-cpu"]), gateway_pod(config, OVERLAYS["dev-cpu"], 8000)):
         [container] = pod["spec"]["containers"]
         [found] = [each for each in container["env"] if each["name"] == "HOOK"]
         assert found["valueFrom"]["secretKeyRef"] == {"name": "tierplane-keys", "key": "HOOK"}

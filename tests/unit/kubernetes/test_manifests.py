@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -311,7 +312,7 @@ def may_reach(overlay: str, to: str, port: int, source: dict[str, str], namespac
     for policy in selecting:
         for rule in policy.get("ingress", []):
             ports = rule.get("ports")
-            if ports and not any(p["port"] <= port <= p.get("endPort", p["port"]) for p in ports):
+            if ports and not any(_allows(overlay, to, p, port) for p in ports):
                 continue
             for peer in rule["from"]:
                 wanted = peer.get("namespaceSelector", {}).get("matchLabels")
@@ -322,6 +323,17 @@ def may_reach(overlay: str, to: str, port: int, source: dict[str, str], namespac
                 if in_namespace and pod.items() <= source.items():
                     return True
     return False
+
+
+def _allows(overlay: str, to: str, allowed: Manifest, port: int) -> bool:
+    """Whether a policy's port, a range or the name of a container's port, is ``port``."""
+    first = allowed["port"]
+    if isinstance(first, str):
+        containers = [
+            c for t in pod_templates(overlay) if component(t) == to for c in t["spec"]["containers"]
+        ]
+        return any(p["name"] == first and p["containerPort"] == port for c in containers for p in c["ports"])
+    return bool(first <= port <= allowed.get("endPort", first))
 
 
 ENGINE_PORT = 40123
@@ -503,3 +515,38 @@ def test_tiers_share_the_gpus_that_pods_can_be_added_for(
     written = yaml.safe_load(text)["applications"][0]["args"]["controller"]["scaling"]
     assert written["mode"] == "apply"
     assert written.get("gpus") == gpus
+
+
+def test_the_ports_of_the_configuration_are_rendered(tmp_path: Path) -> None:
+    file = yaml.safe_load((ROOT / CONFIGS["production"]).read_text("utf-8"))
+    file["http_options"]["port"] = 9123
+    file["applications"][0]["args"]["gateway"] = {"port": 9124}
+    (tmp_path / "plane.yaml").write_text(yaml.safe_dump(file), "utf-8")
+    manifest = rayservice.render(load_plane(tmp_path / "plane.yaml"), OVERLAYS["production"])
+    found: dict[str, set[int]] = {}
+    for group in manifest["spec"]["rayClusterConfig"]["workerGroupSpecs"]:
+        (container,) = group["template"]["spec"]["containers"]
+        for port in container["ports"]:
+            found.setdefault(port["name"], set()).add(port["containerPort"])
+        found.setdefault("probe", set()).add(container["readinessProbe"]["httpGet"]["port"])
+    assert (found["serve"], found["http"], found["probe"]) == ({9123}, {9124}, {9123, 9124})
+
+
+def test_a_guess_refuses_nothing(tmp_path: Path) -> None:
+    model = {
+        "model_type": "not_yet_known",
+        "hidden_size": 8192,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "vocab_size": 128000,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(model), "utf-8")
+    file = yaml.safe_load((ROOT / CONFIGS["production"]).read_text("utf-8"))
+    file["applications"][0]["args"]["tiers"] = [{"name": "odd", "model": str(tmp_path)}]
+    (tmp_path / "plane.yaml").write_text(yaml.safe_dump(file), "utf-8")
+    manifest = rayservice.render(load_plane(tmp_path / "plane.yaml"), OVERLAYS["production"])
+    notes = [
+        group["template"]["metadata"].get("annotations", {}).get("tierplane.io/memory-source", "")
+        for group in manifest["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    ]
+    assert any("may not fit" in note and "'not_yet_known'" in note for note in notes)

@@ -150,7 +150,7 @@ def test_an_engine_gets_a_model_only_if_it_can_fit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "odd", [{"quantization_config": {"quant_method": "mxfp4"}}, {"model_type": "not_yet_known"}]
+    "odd", [{"quantization_config": {"quant_method": "quark"}}, {"model_type": "not_yet_known"}]
 )
 def test_a_model_whose_size_is_guessed_is_not_refused(tmp_path: Path, odd: dict[str, Any]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B | odd))

@@ -220,7 +220,7 @@ def test_arguments() -> None:
     assert settings.eager
     assert settings.expert_parallel
     assert settings.dtype == "float16"
-    assert settings.kv_bytes("float16") == 1
+    assert settings.kv_bytes(known("Qwen/Qwen3-8B"), "float16") == 1
     assert settings.unmodelled == ("speculative-config",)
 
 

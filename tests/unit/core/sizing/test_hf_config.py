@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from controlplane.core.sizing.hf_config import FAMILIES, parse_config, parse_quantization
+from controlplane.core.sizing.hf_config import FAMILIES, parse_config
 from controlplane.core.sizing.quantization import Scheme
+from controlplane.core.sizing.quantization_config import parse_quantization
 
 SMALL: dict[str, Any] = {
     "hidden_size": 256,
@@ -183,11 +184,12 @@ def test_an_unknown_family_says_how_it_was_read() -> None:
     ],
 )
 def test_quantization_configs(raw: dict[str, Any], scheme: Scheme, bits: int, group: int) -> None:
-    found, note = parse_quantization(raw)
-    assert (found.scheme, found.bits, found.group_size, note) == (scheme, bits, group, "")
+    found = parse_quantization(raw)
+    assert (found.weights.scheme, found.weights.bits, found.weights.group_size) == (scheme, bits, group)
+    assert (found.notes, found.guesses) == ((), ())
 
 
 def test_an_unknown_quantization_is_reported_and_not_guessed() -> None:
-    found, note = parse_quantization({"quant_method": "tomorrow"})
-    assert not found.quantized
-    assert "tomorrow" in note
+    found = parse_quantization({"quant_method": "tomorrow"})
+    assert not found.weights.quantized
+    assert "tomorrow" in found.guesses[0]
