@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 Config = Mapping[str, Any]
 
@@ -64,5 +64,5 @@ def _rope_type(rope: Config) -> str:
     return str(rope.get("rope_type") or rope.get("type") or "")
 
 
-def _positive(value: Any) -> bool:
+def _positive(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
