@@ -333,7 +333,7 @@ def _allows(overlay: str, to: str, allowed: Manifest, port: int) -> bool:
             c for t in pod_templates(overlay) if component(t) == to for c in t["spec"]["containers"]
         ]
         return any(p["name"] == first and p["containerPort"] == port for c in containers for p in c["ports"])
-    last: int = allowed.get("endPort", first)
+    last: int = allowed["endPort"] if "endPort" in allowed else first
     return bool(first <= port <= last)
 
 
