@@ -333,8 +333,7 @@ def _allows(overlay: str, to: str, allowed: Manifest, port: int) -> bool:
             c for t in pod_templates(overlay) if component(t) == to for c in t["spec"]["containers"]
         ]
         return any(p["name"] == first and p["containerPort"] == port for c in containers for p in c["ports"])
-    last: int = allowed["endPort"] if "endPort" in allowed else first
-    return bool(first <= port <= last)
+    return bool(first <= port <= int(allowed.get("endPort") or first))
 
 
 ENGINE_PORT = 40123
