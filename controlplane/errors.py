@@ -144,11 +144,16 @@ class UnknownRoute(RequestError):
 
 
 class WrongMethod(RequestError):
-    """The route does not take this method (405)."""
+    """The route takes ``method`` and not the request's (405)."""
 
     status = 405
     kind = "invalid_request_error"
     code = "method_not_supported"
+
+    def __init__(self, message: str, *, method: str) -> None:
+        super().__init__(message)
+        self.allow = "GET, HEAD" if method == "GET" else method
+        """The value of the header ``Allow``."""
 
 
 class DeadlineExceeded(RequestError):

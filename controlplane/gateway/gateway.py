@@ -12,7 +12,6 @@ import contextlib
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from time import monotonic
 from typing import TYPE_CHECKING, Final
@@ -31,6 +30,7 @@ from controlplane.errors import RequestError, UnknownRoute, WrongMethod, shown
 from controlplane.gateway.api import agents, pages, report_page, ui
 from controlplane.gateway.api.alert_page import alerts
 from controlplane.gateway.api.controller_queries import ControllerQueries, query_controller
+from controlplane.gateway.api.openapi import GatewayRoute, document
 from controlplane.gateway.proxy.attempts import Attempts
 from controlplane.gateway.proxy.connections import ConnectionTable
 from controlplane.gateway.proxy.dispatch import RequestDispatch
@@ -55,7 +55,17 @@ EVERY_ADDRESS: Final = frozenset({"0.0.0.0", "::", ""})  # noqa: S104 (recognise
 
 log = structlog.stdlib.get_logger(__name__)
 
-Route = Callable[[Request, Responder], Awaitable[None]]
+ONE_MODEL: Final = "/v1/models/{id}"
+_MODELS: Final = "/v1/models/"
+_SUMMARIES: Final = {
+    "/v1/chat/completions": "OpenAI's chat completions",
+    "/v1/completions": "OpenAI's completions",
+    "/v1/responses": "OpenAI's responses",
+    "/v1/messages": "Anthropic's messages",
+    "/v1/messages/count_tokens": "how many tokens a prompt of Anthropic's messages has",
+    "/v1/embeddings": "OpenAI's embeddings",
+}
+"""What :data:`APIS` are, which are relayed to an engine."""
 
 
 class Gateway:
@@ -109,24 +119,31 @@ class Gateway:
         self.port = 0
         """The shared port; 0 until :meth:`start` opens it."""
         self._ticker: asyncio.Task[None] | None = None
-        self._routes: dict[str, tuple[str, Route]] = {
-            **dict.fromkeys(APIS, ("POST", self._infer)),
-            "/v1/models": ("GET", self._models),
-            "/v1/route": ("POST", self._explain),
-            "/chat": ("POST", self._chat),
-            "/batch": ("POST", self._batch),
-            "/health": ("GET", self._health),
-            "/health/live": ("GET", self._live),
-            "/health/ready": ("GET", self._ready),
-            "/metrics": ("GET", self._metrics),
-            "/status": ("GET", self._status),
-            "/alerts": ("GET", self._alerts),
-            "/usage": ("GET", self._usage),
-            "/recommendations": ("GET", self._recommendations),
-            "/report": ("GET", self._report),
-            "/gpus": ("GET", self._gpus),
-            "/ui": ("GET", self._ui),
-        }
+        self.routes = [
+            *(GatewayRoute("POST", path, _SUMMARIES[path], self._infer) for path in APIS),
+            GatewayRoute("GET", "/v1/models", "auto, the tiers and the models behind them", self._models),
+            GatewayRoute("GET", ONE_MODEL, "one of them", self._model),
+            GatewayRoute("POST", "/v1/route", "where a request would go and why; not sent", self._explain),
+            GatewayRoute("POST", "/chat", "one message, one answer", self._chat),
+            GatewayRoute("POST", "/batch", "a list of such messages", self._batch),
+            GatewayRoute("GET", "/", "what is here; browsers are sent to /ui", self._root),
+            GatewayRoute("GET", "/health", "healthy, degraded or unhealthy, by tier", self._health),
+            GatewayRoute("GET", "/health/live", "200 while the gateway runs", self._live),
+            GatewayRoute("GET", "/health/ready", "200 if any endpoint is ready, else 503", self._ready),
+            GatewayRoute("GET", "/metrics", "Prometheus metrics of all gateway replicas", self._metrics),
+            GatewayRoute("GET", "/status", "endpoints and gateways", self._status),
+            GatewayRoute("GET", "/usage", "tokens and GPU time by tier or session", self._usage),
+            GatewayRoute("GET", "/alerts", "firing alerts", self._alerts),
+            GatewayRoute("GET", "/gpus", "each GPU, its health and its holders", self._gpus),
+            GatewayRoute(
+                "GET", "/recommendations", "targets of tiers, and recommendations", self._recommendations
+            ),
+            GatewayRoute("GET", "/report", "a report on a window of time", self._report),
+            GatewayRoute("GET", "/ui", "the plane in a browser", self._ui),
+            GatewayRoute("GET", "/openapi.json", "this description of the routes", self._openapi),
+        ]
+        """Every route; the documentation and ``/openapi.json`` list them."""
+        self._route_of = {route.path: route for route in self.routes}
         self.app = AsgiApp(
             self.handle, max_body_bytes=settings.max_body_bytes, body_limit_setting=BODY_LIMIT_SETTING
         )
@@ -223,20 +240,31 @@ class Gateway:
 
     async def handle(self, request: Request, out: Responder) -> None:
         """Answer any request. Errors become responses; only cancellation is raised."""
-        method, route = self._routes.get(request.path, ("", None))
+        route = self._route_of.get(request.path)
         try:
             if route is None:
-                raise UnknownRoute(f"there is no {shown(request.path)} here; GET /openapi.json lists what is")
+                route = self._other_route(request.path)
+            method = route.method
             if request.method != method and not (method == "GET" and request.method == "HEAD"):
-                raise WrongMethod(f"{request.path} takes {method}, not {shown(request.method)}")
-            await route(request, out)
+                raise WrongMethod(
+                    f"{shown(request.path)} takes {method}, not {shown(request.method)}", method=method
+                )
+            await route.handle(request, out)
         except RequestError as error:
             headers = [(b"x-request-id", self._request_id(request).encode())]
             if isinstance(error, WrongMethod):
-                headers.append((b"allow", b"GET, HEAD" if method == "GET" else method.encode()))
+                headers.append((b"allow", error.allow.encode()))
             send_error(out, error, headers, request.path)
         except Exception:
             _internal_error(request, out, self._request_id(request))
+
+    def _other_route(self, path: str) -> GatewayRoute:
+        """The route of a path that is not one of a fixed text. Raises :class:`UnknownRoute`."""
+        if path.startswith(_MODELS):
+            return self._route_of[ONE_MODEL]
+        begin = "/v1/" if path.startswith("/v1/") else "/"
+        there = ", ".join(known for known in self._route_of if known.startswith(begin))
+        raise UnknownRoute(f"there is no {shown(path)} here. There is: {there}")
 
     async def _infer(self, request: Request, out: Responder) -> None:
         request_id = self._request_id(request)
@@ -282,6 +310,19 @@ class Gateway:
 
     async def _models(self, request: Request, out: Responder) -> None:
         send_json(out, pages.models(self.endpoint_table, int(self.started_unix_s)))
+
+    async def _model(self, request: Request, out: Responder) -> None:
+        name = request.path.removeprefix(_MODELS)
+        send_json(out, pages.model(self.endpoint_table, int(self.started_unix_s), name))
+
+    async def _root(self, request: Request, out: Responder) -> None:
+        if "text/html" in request.header(b"accept"):
+            out.send(307, [(b"location", b"ui"), (b"vary", b"accept")], b"")
+        else:
+            send_json(out, pages.root(), 200, [(b"vary", b"accept")])
+
+    async def _openapi(self, request: Request, out: Responder) -> None:
+        send_json(out, document(self.routes))
 
     async def _explain(self, request: Request, out: Responder) -> None:
         send_json(out, pages.explain(request, self.endpoint_table, monotonic()))

@@ -28,6 +28,7 @@ APIS: Final = {
     "/v1/completions": Api.COMPLETIONS,
     "/v1/responses": Api.RESPONSES,
     "/v1/messages": Api.MESSAGES,
+    "/v1/messages/count_tokens": Api.MESSAGES,
     "/v1/embeddings": Api.EMBEDDINGS,
 }
 """The routes that are relayed to engines."""

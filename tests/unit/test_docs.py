@@ -220,7 +220,7 @@ def test_every_setting_and_metric_is_described() -> None:
 async def test_the_http_reference_has_every_route() -> None:
     text = (ROOT / "docs/reference/http.md").read_text("utf-8")
     gateway = Gateway(load_plane(CONFIGS / "simulated.yaml").plane, "g")
-    there = {f"{method} {path}" for path, (method, _) in gateway._routes.items()}
+    there = {f"{route.method} {route.path}" for route in gateway.routes}
     assert set(re.findall(r"^\| `((?:GET|POST) /[^`]*)`", text, re.MULTILINE)) == there
 
 

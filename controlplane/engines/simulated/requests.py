@@ -70,8 +70,7 @@ def parse(path: str, body: bytes, model: str, ident: str, settings: SimulatedSet
         limit = fields.get("max_output_tokens")
         wire_format = ResponsesFormat(ident, model, created, ids, request_fields=fields)
     elif path == "/v1/messages":
-        system = f"system: {_text(fields['system'])}\n" if fields.get("system") else ""
-        ids = [*encode(system + _conversation(fields.get("messages"))), ANSWER]
+        ids = _messages_ids(fields)
         limit = fields.get("max_tokens")
         wire_format = MessagesFormat(ident, model, created, ids)
     else:
@@ -88,6 +87,17 @@ def parse(path: str, body: bytes, model: str, ident: str, settings: SimulatedSet
         stop=_stop(fields.get("stop", fields.get("stop_sequences"))),
     )
     return ParsedRequest(generation, wire_format, stream)
+
+
+def token_count(body: bytes, model: str) -> bytes:
+    """The response body of ``/v1/messages/count_tokens``; raises InvalidRequest."""
+    return json.dumps({"input_tokens": len(_messages_ids(_fields(body, model)))}).encode()
+
+
+def _messages_ids(fields: dict[str, Any]) -> list[int]:
+    """The prompt of a request to ``/v1/messages``."""
+    system = f"system: {_text(fields['system'])}\n" if fields.get("system") else ""
+    return [*encode(system + _conversation(fields.get("messages"))), ANSWER]
 
 
 def embeddings(body: bytes, model: str, settings: SimulatedSettings) -> bytes:
@@ -114,7 +124,9 @@ def embeddings(body: bytes, model: str, settings: SimulatedSettings) -> bytes:
 def _fields(body: bytes, model: str) -> dict[str, Any]:
     try:
         fields = _decode(body)
-    except msgspec.DecodeError:
+    except RecursionError:
+        raise InvalidRequest("the body is nested too deep") from None
+    except (msgspec.DecodeError, UnicodeDecodeError):
         fields = _decode_leniently(body)
     if not isinstance(fields, dict):
         raise InvalidRequest("the body must be a JSON object")
@@ -128,7 +140,7 @@ def _decode_leniently(body: bytes) -> Any:
     """Decodes JSON that the strict decoder rejects but vLLM accepts, such as half of a surrogate pair."""
     try:
         return json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"the body is not JSON: {error}") from error
 
 

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 
 from controlplane.engines.simulated.batching import BatchScheduler, Finish, Generation, metrics_text
 from controlplane.engines.simulated.engine import FAULTS, KEY_ENV, SimulatedSettings
-from controlplane.engines.simulated.requests import InvalidRequest, embeddings, parse
+from controlplane.engines.simulated.requests import InvalidRequest, embeddings, parse, token_count
 from controlplane.engines.simulated.wire_formats import WireFormat
 from controlplane.http.messages import JSON_TYPE, Headers, Request
 from controlplane.http.server import HttpResponder, HttpServer
@@ -148,6 +148,9 @@ class SimulatedServer:
         try:
             if request.path == "/v1/embeddings":
                 responder.send(200, _JSON_HEADERS, embeddings(request.body, self.model, self.settings))
+                return None
+            if request.path == "/v1/messages/count_tokens":
+                responder.send(200, _JSON_HEADERS, token_count(request.body, self.model))
                 return None
             self._next_id += 1
             parsed = parse(request.path, request.body, self.model, f"sim{self._next_id:x}", self.settings)

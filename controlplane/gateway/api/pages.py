@@ -1,12 +1,13 @@
-"""JSON pages about the gateway and the tiers: ``/v1/models``, ``/v1/route``, ``/health``, ``/status``,
-``/usage``."""
+"""JSON pages about the gateway and the tiers: ``/``, ``/v1/models``, ``/v1/route``, ``/health``,
+``/status``, ``/usage``."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from typing import Any, Final
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, unquote
 
+from controlplane import __version__
 from controlplane.config import PlaneConfig
 from controlplane.core.admission.queue import AdmissionQueue
 from controlplane.core.cluster.snapshot import ClusterSnapshot
@@ -16,6 +17,7 @@ from controlplane.core.routing.endpoint_table import EndpointTable, TierPool
 from controlplane.core.routing.router import Overflow
 from controlplane.core.routing.router import explain as explain_route
 from controlplane.core.routing.tier_table import AUTO, TierTable
+from controlplane.errors import UnknownModel, shown
 from controlplane.gateway.request_context import route_request
 from controlplane.gateway.telemetry.accounting import Usage, UsageLedger
 from controlplane.http.fetch import fetch
@@ -28,26 +30,53 @@ MAX_FETCH_BYTES: Final = 8 * 1024 * 1024
 def models(endpoint_table: EndpointTable, created_unix_s: int) -> dict[str, Any]:
     """OpenAI's model list: ``auto``, the tiers and the models behind them."""
     table = endpoint_table.tier_table
-
-    def entry(name: str, tier: str | None, ready: bool) -> dict[str, Any]:
-        return {
-            "id": name,
-            "object": "model",
-            "created": created_unix_s,
-            "owned_by": "tierplane",
-            "tier": tier,
-            "ready": ready,
-        }
-
-    ready_of = {pool.name: any(load.ready for load in pool.loads) for pool in endpoint_table.pools}
-    data = [entry(AUTO, None, any(ready_of.values()))]
-    data += [entry(policy.name, policy.name, ready_of[policy.name]) for policy in table.policies]
-    known = {item["id"] for item in data}
-    for model, ranks in table.listed_models().items():
-        if model not in known:
-            names = [table.policies[rank].name for rank in ranks]
-            data.append(entry(model, names[0], any(ready_of[name] for name in names)))
+    names = [AUTO, *(policy.name for policy in table.policies), *table.listed_models()]
+    data = [_model_entry(endpoint_table, name, created_unix_s) for name in dict.fromkeys(names)]
     return {"object": "list", "data": data}
+
+
+def model(endpoint_table: EndpointTable, created_unix_s: int, name: str) -> dict[str, Any]:
+    """The entry of one model, whose ``name`` comes from an address. Raises :class:`UnknownModel`."""
+    table = endpoint_table.tier_table
+    for candidate in (name, unquote(name)):  # behind Serve's ingress it is already decoded
+        if candidate == AUTO or candidate in table.rank_of or candidate in table.tiers_of_model:
+            return _model_entry(endpoint_table, candidate, created_unix_s)
+    known = [AUTO, *(policy.name for policy in table.policies), *table.listed_models()]
+    text = f"no model '{shown(unquote(name))}': there is {', '.join(dict.fromkeys(known))}"
+    raise UnknownModel(text, param="model")
+
+
+def _model_entry(endpoint_table: EndpointTable, name: str, created_unix_s: int) -> dict[str, Any]:
+    """One model as OpenAI's list has it: ``auto``, a tier, or a model of one or several tiers."""
+    table = endpoint_table.tier_table
+    if name == AUTO:
+        tiers = list(table.rank_of)
+    elif name in table.rank_of:
+        tiers = [name]
+    else:
+        tiers = [table.policies[rank].name for rank in table.tiers_of_model[name]]
+    pools = [pool for pool in endpoint_table.pools if pool.name in tiers]
+    return {
+        "id": name,
+        "object": "model",
+        "created": created_unix_s,
+        "owned_by": "tierplane",
+        "tier": None if name == AUTO else tiers[0],
+        "ready": any(load.ready for pool in pools for load in pool.loads),
+    }
+
+
+def root() -> dict[str, Any]:
+    """What a client finds at ``/``."""
+    return {
+        "name": "tierplane",
+        "version": __version__,
+        "openai_base_url": "/v1",
+        "models": "/v1/models",
+        "health": "/health",
+        "ui": "/ui",
+        "openapi": "/openapi.json",
+    }
 
 
 def explain(request: Request, endpoint_table: EndpointTable, now_s: float) -> dict[str, Any]:
