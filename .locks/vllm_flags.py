@@ -1,4 +1,4 @@
-"""Writes the list of vLLM's flags that configurations are checked with, from the installed vLLM.
+"""Writes vLLM's flags and what they take, which configurations are checked with, from the installed vLLM.
 
 Run with ``make vllm-flags``; prints the differences from the previous list. See
 controlplane/config/vllm_flags.py.
@@ -17,4 +17,7 @@ LIST = Path(__file__).parents[1] / "controlplane" / "config" / "vllm_flags.json"
 if __name__ == "__main__":
     installed = check_command_lines([])
     print(drift(installed.version, installed.flags))
-    LIST.write_text(json.dumps({"vllm": installed.version, "flags": installed.flags}, indent=1) + "\n")
+    lines = ",\n".join(
+        f"  {json.dumps(flag)}: {json.dumps(installed.values[flag])}" for flag in installed.flags
+    )
+    LIST.write_text(f'{{\n "vllm": {json.dumps(installed.version)},\n "flags": {{\n{lines}\n }}\n}}\n')

@@ -19,6 +19,7 @@ from controlplane.config.reports import ReportsConfig
 from controlplane.config.scaling import DEFAULT_MAX, ControllerScalingConfig, ScalingConfig, SloConfig
 from controlplane.config.strict import ConfigFinding, FindingsError, Strict
 from controlplane.config.vllm_flags import vllm_flag_findings
+from controlplane.config.vllm_values import vllm_value_findings
 from controlplane.core.domain.request import Complexity
 from controlplane.core.placement.gangs import WHOLE_MILLI, GangShape
 from controlplane.core.routing.tier_table import OverflowDirection, TierPolicy, TierTable, name_problem
@@ -183,9 +184,13 @@ class TierConfig(Strict):
     @classmethod
     def _flags(cls, value: dict[str, Any]) -> dict[str, Any]:
         found = []
+        first: dict[str, str] = {}
         for flag in value:
             normal = flag.replace("_", "-")
-            if normal in _SET_BY_TIERPLANE:
+            if first.setdefault(normal, flag) != flag:
+                message = f"'{first[normal]}' is the same flag"
+                found.append(ConfigFinding((flag,), message, "remove one of the two"))
+            elif normal in _SET_BY_TIERPLANE:
                 remedy = _SET_BY_TIERPLANE[normal]
                 found.append(ConfigFinding((flag,), "this flag can't be set here", remedy))
             elif not _FLAG.match(normal):
@@ -212,7 +217,7 @@ class TierConfig(Strict):
             *self._profile_findings(),
         ]
         if self.engine == "vllm":
-            found += vllm_flag_findings(self.engine_args)
+            found += vllm_flag_findings(self.engine_args) + vllm_value_findings(self.engine_args)
         return found
 
     def _address_findings(self) -> list[ConfigFinding]:

@@ -141,7 +141,7 @@ def _message(items: Sequence[ErrorDetails], model: type[Strict], path: Path) -> 
         return f"unknown key '{path[-1]}'", _unknown_key_remedy(str(path[-1]), _model_at(model, path[:-1]))
     if "missing" in kinds:
         return "missing", _description(_model_at(model, path[:-1]), str(path[-1]))
-    shown = "" if is_secret(path) else f", not {_show(value)}"
+    shown = "" if is_secret(path) else f", not {shown_value(value)}"
     if "string_pattern_mismatch" in kinds:
         return f"must be {_NAME_TEXT}{shown}", ""
     if kinds <= {"literal_error", "enum"}:
@@ -231,13 +231,14 @@ def _any_of(texts: Sequence[str]) -> str:
     return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} or {texts[-1]}"
 
 
-def _show(value: Any) -> str:
+def shown_value(value: Any) -> str:
+    """A value in a message, shortened."""
     if value is None:
         return "nothing"
     if isinstance(value, Mapping):
         return "a mapping"
     if isinstance(value, list):
-        return "a list" if len(value) != 1 else f"a list of {_show(value[0])}"
+        return "a list" if len(value) != 1 else f"a list of {shown_value(value[0])}"
     text = str(value).lower() if isinstance(value, bool) else str(value)
     quoted = f"'{text}'" if isinstance(value, str) else text
     return quoted if len(quoted) <= 60 else f"{quoted[:57]}…'"

@@ -37,7 +37,9 @@ class Strict(BaseModel):
     A subclass overrides :meth:`findings` to check its fields against each other.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, hide_input_in_errors=True
+    )
 
     def findings(self) -> list[ConfigFinding]:
         """Problems between fields that are each valid."""

@@ -1,8 +1,8 @@
-"""The flags that vLLM has, so that a misspelt flag is found before an engine is started.
+"""The flags that vLLM has and what they take, so that mistakes are found before an engine is started.
 
-``vllm_flags.json`` lists the flags of the vLLM version named in it; ``make vllm-flags`` writes it from the
-installed vLLM's own argument parser. Another version may have other flags, so an unknown flag is an error
-only if the installed vLLM has the listed version, or no vLLM is installed.
+``vllm_flags.json`` lists them for the vLLM version named in it; ``make vllm-flags`` writes it from the
+installed vLLM's own argument parser. Another version may have other flags, so an unknown flag or value is an
+error only if the installed vLLM has the listed version, or no vLLM is installed.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import difflib
 import functools
 import importlib.metadata
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
+from typing import Any
 
 from controlplane.config.outdated_flags import OUTDATED
 from controlplane.config.profiles import PROFILES
@@ -23,7 +24,7 @@ from controlplane.config.strict import ConfigFinding
 def vllm_flag_findings(flags: Iterable[str]) -> list[ConfigFinding]:
     """A finding under ``engine_args`` for each of ``flags`` (without leading dashes) that vLLM lacks."""
     version, known = known_vllm_flags()
-    certain = installed_vllm() in (None, version)
+    certain = flags_are_certain()
     found = []
     for flag in flags:
         if flag.removeprefix("no-") in known:
@@ -44,8 +45,26 @@ def vllm_flag_findings(flags: Iterable[str]) -> list[ConfigFinding]:
 @functools.cache
 def known_vllm_flags() -> tuple[str, frozenset[str]]:
     """The vLLM version (major.minor) of the list, and its flags, without ``no-`` forms."""
-    data = json.loads(resources.files("controlplane.config").joinpath("vllm_flags.json").read_text("utf-8"))
+    data = _data()
     return data["vllm"], frozenset(data["flags"])
+
+
+def vllm_flag_values() -> Mapping[str, Mapping[str, Any]]:
+    """Flag → what it takes: ``kind`` (``switch``, ``on``, ``int``, ``size``, ``float``, ``text``, ``json``,
+    ``any``), ``choices``, bounds (``gt``, ``ge``, ``lt``, ``le``), ``many`` values, none (``bare``), or
+    ``optional``; or ``alias``, the flag's other name."""
+    values: Mapping[str, Mapping[str, Any]] = _data()["flags"]
+    return values
+
+
+@functools.cache
+def _data() -> Any:
+    return json.loads(resources.files("controlplane.config").joinpath("vllm_flags.json").read_text("utf-8"))
+
+
+def flags_are_certain() -> bool:
+    """Whether the engine's vLLM is the listed version, as far as this machine knows."""
+    return installed_vllm() in (None, known_vllm_flags()[0])
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,10 @@ _PARSERS = (
 """The modules with vLLM's server parser and with its parser class, for several versions, newest first."""
 
 
+_NOT_FLAGS = frozenset({"SpeculativeConfig", "DiffusionConfig", "WatermarkConfig", "ProfilerConfig"})
+"""Configuration classes whose settings are keys of a JSON flag, not flags."""
+
+
 @dataclass(frozen=True, slots=True)
 class ParserReport:
     """The installed vLLM's flags, and the errors it found."""
@@ -38,6 +42,8 @@ class ParserReport:
     """Its version as ``major.minor``."""
     flags: tuple[str, ...]
     """All flags of its server, without the leading dashes and without the ``no-`` forms."""
+    values: Mapping[str, Mapping[str, Any]]
+    """What each flag takes, as ``vllm_flags.json`` has it."""
     errors: tuple[str, ...]
     """For each command line, why it was rejected; "" if it was accepted."""
 
@@ -66,7 +72,7 @@ def check_command_lines(command_lines: Sequence[Sequence[str]]) -> ParserReport:
             f"vLLM's argument parser can't run ({last}): install vLLM with `make env EXTRA=cpu` or EXTRA=gpu"
         )
     report = json.loads(done.stdout.splitlines()[-1])
-    return ParserReport(report["version"], tuple(report["flags"]), tuple(report["errors"]))
+    return ParserReport(report["version"], tuple(report["flags"]), report["values"], tuple(report["errors"]))
 
 
 def _new_parser() -> tuple[Any, Any]:
@@ -88,6 +94,76 @@ def _flags(parser: Any) -> list[str]:
     return sorted(o for o in options if not o.startswith(("-", "no-")) and o != "help")
 
 
+def _values(parser: Any) -> dict[str, dict[str, Any]]:
+    """For each flag what it takes: its kind, its choices, its bounds, whether several values are allowed."""
+    bounds = _bounds()
+    found: dict[str, dict[str, Any]] = {}
+    for action in parser._actions:
+        names = [option[2:] for option in action.option_strings if option.startswith("--")]
+        names = [name for name in names if not name.startswith("no-")]
+        if not names or names[0] == "help":
+            continue
+        kind, optional = _kind(action)
+        value: dict[str, Any] = {"kind": kind}
+        if action.choices:
+            value["choices"] = sorted(str(choice) for choice in action.choices if choice is not None)
+        elif names[0] == "quantization":
+            value["choices"] = _quantizations()
+        value |= {"many": True} if action.nargs in {"+", "*"} else {}
+        value |= {"bare": True} if action.nargs == "?" else {}
+        value |= {"optional": True} if optional else {}
+        value |= bounds.get(names[0].replace("-", "_"), {})
+        found[names[0]] = value
+        found |= {alias: {"alias": names[0]} for alias in names[1:]}
+    return dict(sorted(found.items()))
+
+
+def _kind(action: Any) -> tuple[str, bool]:
+    """``switch`` (true or false), ``on`` (true only), ``int``, ``size`` (4096 or 4k), ``float``, ``json``,
+    ``text`` or ``any``; and whether an empty value or ``None`` means vLLM's default."""
+    if action.nargs == 0:
+        return ("switch" if type(action).__name__ == "BooleanOptionalAction" else "on"), False
+    convert, optional = action.type, False
+    while getattr(convert, "__name__", "") in {"_optional_type", "_parse_type"} and convert.__closure__:
+        optional = optional or convert.__name__ == "_optional_type"
+        convert = convert.__closure__[0].cell_contents
+    name = getattr(convert, "__name__", "")
+    kinds = {
+        "int": "int",
+        "float": "float",
+        "str": "text",
+        "loads": "json",
+        "parse_dataclass": "json",
+        "human_readable_int": "size",
+        "human_readable_int_or_auto": "size",
+    }
+    return kinds.get(name, "any"), optional
+
+
+def _bounds() -> dict[str, dict[str, float]]:
+    """Bounds of vLLM's settings, by name, where its configuration classes state them."""
+    found: dict[str, dict[str, float]] = {}
+    package = importlib.import_module("vllm.config")
+    classes = [each for each in vars(package).values() if isinstance(each, type)]
+    for each in classes:
+        if each.__name__ in _NOT_FLAGS:
+            continue
+        for name, info in getattr(each, "__pydantic_fields__", {}).items():
+            stated = {
+                bound: getattr(part, bound)
+                for part in info.metadata
+                for bound in ("gt", "ge", "lt", "le")
+                if getattr(part, bound, None) is not None
+            }
+            found |= {name: stated} if stated else {}
+    return found
+
+
+def _quantizations() -> list[str]:
+    module = importlib.import_module("vllm.model_executor.layers.quantization")
+    return sorted({*module.QUANTIZATION_METHODS, *module.DEPRECATED_QUANTIZATION_METHODS})
+
+
 def _error(parser: Any, check: Any, argv: list[str]) -> str:
     printed = io.StringIO()
     try:
@@ -106,7 +182,8 @@ def _main() -> None:
     parser, check = _new_parser()
     version = ".".join(importlib.import_module("vllm").__version__.split(".")[:2])
     errors = [_error(parser, check, line) for line in command_lines]
-    print(json.dumps({"version": version, "flags": _flags(parser), "errors": errors}))
+    report = {"version": version, "flags": _flags(parser), "values": _values(parser), "errors": errors}
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

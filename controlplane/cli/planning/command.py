@@ -106,6 +106,8 @@ def _own_args(engine_args: tuple[str, ...], map_flags: bool) -> MappedFlags:
     for text in engine_args:
         name, sign, value = text.partition("=")
         name = name.strip().removeprefix("--")
+        if name.replace("_", "-") in {given.replace("_", "-") for given in args}:
+            raise ConfigError([Problem(f"--engine-arg {name}", "is given twice", "give it once")])
         args[name] = _scalar(value) if sign else True
     if not map_flags:
         return MappedFlags(args, (), ())

@@ -202,9 +202,11 @@ def test_unknown_vllm_flags(flag: str, message: str, remedy: str) -> None:
     assert remedy in found[f"tiers[0].engine_args.{flag}"].remedy
 
 
-@pytest.mark.parametrize("flag", ["max-model-len", "max_model_len", "no-enable-prefix-caching"])
-def test_known_vllm_flags(flag: str) -> None:
-    parse_plane({"tiers": [tier(engine="vllm", model="m", engine_args={flag: 1})]})
+@pytest.mark.parametrize(
+    ("flag", "value"), [("max-model-len", 1), ("max_model_len", 1), ("no-enable-prefix-caching", True)]
+)
+def test_known_vllm_flags(flag: str, value: Any) -> None:
+    parse_plane({"tiers": [tier(engine="vllm", model="m", engine_args={flag: value})]})
 
 
 def test_everything_at_once() -> None:

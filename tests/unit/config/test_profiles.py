@@ -12,7 +12,7 @@ from controlplane.cli.planning.command import command
 from controlplane.config import TierConfig, load_plane, parse_plane
 from controlplane.config.outdated_flags import OUTDATED, map_outdated
 from controlplane.config.profiles import PROFILES, Scenario
-from controlplane.config.vllm_flags import drift, known_vllm_flags
+from controlplane.config.vllm_flags import drift, known_vllm_flags, vllm_flag_values
 from controlplane.core.sizing.engine_args import parse_settings
 from controlplane.core.sizing.feasibility import Fit, judge
 from controlplane.core.sizing.gpu_memory import plan_memory
@@ -243,6 +243,7 @@ def test_the_installed_vllm_accepts_every_scenario_and_has_the_listed_flags() ->
     assert all("unrecognized arguments" in error for error in report.errors[len(lines) :])
     changed = drift(report.version, report.flags)
     assert not changed, f"{changed}. Then: make vllm-flags"
+    assert report.values == vllm_flag_values(), "flags take other values. Then: make vllm-flags"
 
 
 def test_drift_shows_what_a_new_vllm_changes() -> None:
@@ -276,3 +277,9 @@ def test_a_template_on_the_command_line_is_text() -> None:
         command, ["a/b", "--scenario", "development", "--no-check", "--json", "--engine-arg", template]
     )
     assert f"--{template}" in json.loads(done.stdout)["argv"]
+
+
+def test_a_flag_given_twice_on_the_command_line_is_refused() -> None:
+    arguments = ["--engine-arg", "max-num-seqs=4", "--engine-arg", "max_num_seqs=5"]
+    done = CliRunner().invoke(command, ["a/b", "--scenario", "development", "--no-check", *arguments])
+    assert "is given twice" in str(done.exception)

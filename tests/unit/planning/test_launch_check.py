@@ -133,7 +133,7 @@ def test_an_unknown_model_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     found = check_launch(tier(), "someone/unknown-model")
     assert not found.checked
     assert "not checked" in found.text
-    assert not check_launch(tier(engine_args={"dtype": "odd"}), SMALL).checked
+    assert not check_launch(tier(engine_args={"kv-cache-dtype": "fp8_inc"}), SMALL).checked
     assert not check_launch(tier(engine="simulated"), SMALL).checked
 
 
