@@ -17,8 +17,10 @@
         ├── PayloadTooLarge        413
         ├── TooManyRequests        429, with Retry-After
         ├── EngineFailed           502, or the engine's own status
+        ├── EngineRefused          the status with which the engine rejected the request
         ├── EndpointLost           502
         ├── NoEndpoint             503, with Retry-After
+        ├── GatewayExhausted       503, with Retry-After
         └── ControllerUnreachable  503, with Retry-After; for operators' pages only, never for inference
 
 An infeasible placement, a full queue and a recommendation to do nothing are values, not errors.
@@ -105,12 +107,13 @@ class RequestError(TierplaneError):
 
     ``status`` is the HTTP status; ``kind``, ``code`` and ``param`` are OpenAI's ``error.type``,
     ``error.code`` and ``error.param``; ``retry_after_s`` becomes the ``Retry-After`` header (whole seconds,
-    rounded up).
+    rounded up). ``final`` becomes ``x-should-retry: false``, for statuses that SDKs would try again.
     """
 
     status: int = 500
     kind: str = "server_error"
     code: str = "internal_error"
+    final: bool = False
 
     def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
         super().__init__(message)
@@ -162,6 +165,7 @@ class DeadlineExceeded(RequestError):
     status = 408
     kind = "timeout_error"
     code = "deadline_exceeded"
+    final = True
 
 
 class PayloadTooLarge(RequestError):
@@ -187,10 +191,35 @@ class EngineFailed(RequestError):
     kind = "server_error"
     code = "engine_error"
 
-    def __init__(self, message: str, *, status: int = 502, code: str = "engine_error") -> None:
-        super().__init__(message)
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 502,
+        code: str = "engine_error",
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
         self.status = status
         self.code = code
+
+
+class EngineRefused(RequestError):
+    """An engine rejected the request, as any other would: the error is the request's. ``status`` is the
+    engine's own, and so are ``kind``, ``code`` and ``param`` as far as it gave them."""
+
+    status = 400
+    kind = "invalid_request_error"
+    code = "bad_request"
+    final = True
+
+    def __init__(
+        self, message: str, *, status: int, kind: str = "", code: str = "", param: str | None = None
+    ) -> None:
+        super().__init__(message, param=param)
+        self.status = status
+        self.kind = kind or type(self).kind
+        self.code = code or type(self).code
 
 
 class EndpointLost(RequestError):
@@ -207,6 +236,14 @@ class NoEndpoint(RequestError):
     status = 503
     kind = "server_error"
     code = "no_endpoint"
+
+
+class GatewayExhausted(RequestError):
+    """The gateway lacks file descriptors, ports or memory for another connection (503)."""
+
+    status = 503
+    kind = "server_error"
+    code = "gateway_exhausted"
 
 
 class ControllerUnreachable(RequestError):

@@ -26,7 +26,7 @@ from controlplane.core.domain.request import RequestOutcome
 from controlplane.core.recommendations.views import as_json_value
 from controlplane.core.routing.dispatcher import Dispatcher
 from controlplane.core.routing.endpoint_table import EndpointTable, LoadSettings
-from controlplane.errors import RequestError, UnknownRoute, WrongMethod, shown
+from controlplane.errors import EngineRefused, RequestError, UnknownRoute, WrongMethod, shown
 from controlplane.gateway.api import agents, pages, report_page, ui
 from controlplane.gateway.api.alert_page import alerts
 from controlplane.gateway.api.controller_queries import ControllerQueries, query_controller
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 _REQUEST_ID: Final = re.compile(rf"^[A-Za-z0-9._:-]{{1,{MAX_REQUEST_ID}}}$")
 CLIENT_CLOSED_REQUEST: Final = 499
+ENGINE_REFUSED: Final = "engine_refused"
 BODY_LIMIT_SETTING: Final = "gateway.max_body_bytes"
 EVERY_ADDRESS: Final = frozenset({"0.0.0.0", "::", ""})  # noqa: S104 (recognised, not bound)
 
@@ -280,7 +281,10 @@ class Gateway:
         try:
             await self._relay.serve(context, out)
         except RequestError as error:
-            self.metrics.finished(context, _outcome(error.status), error.code, monotonic())
+            refused = isinstance(error, EngineRefused)
+            outcome = RequestOutcome.CLIENT_ERROR if refused else _outcome(error.status)
+            reason = ENGINE_REFUSED if refused else error.code  # an engine's own codes are no labels
+            self.metrics.finished(context, outcome, reason, monotonic())
             if out.started:
                 out.write(error_event(error, context.api))
                 out.finish()

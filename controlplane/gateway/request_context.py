@@ -44,13 +44,15 @@ _TRUE: Final = msgspec.Raw(b"true")
 MAX_REQUEST_ID: Final = 128
 MAX_NUMBER_CHARS: Final = 64
 MAX_TIMEOUT_S: Final = 24 * 3600.0
+MIN_COMMENTS_S: Final = 0.1
 
 
 class RequestContext:
     """One request's parameters, and its state while it is served."""
 
     __slots__ = (
-        "api", "arrived_s", "attempts", "body", "caller", "deadline_s", "decision", "fields",
+        "accusations", "api", "arrived_s", "attempts", "body", "caller", "comments_s", "deadline_s",
+        "decision", "fields",
         "first_byte_s", "generated_tokens", "gpu_s", "identity", "losses", "path", "refused", "request",
         "request_id", "resumed", "route", "session", "span", "stream", "tried",
     )  # fmt: skip
@@ -72,6 +74,8 @@ class RequestContext:
         self.stream = bool(fields.stream)
         self.arrived_s = now_s
         self.deadline_s = now_s + _timeout_s(request, fields.metadata, default_timeout_s)
+        self.comments_s = _comments_s(request)
+        """How often comments are sent while its stream waits; 0 for never, None if the client did not say."""
         self.caller = _caller(request.header(b"authorization"))
         hints = fields.metadata
         session = _text(request, hints, b"x-session-id", "session_id")
@@ -99,6 +103,9 @@ class RequestContext:
         """Attempts whose connection was refused."""
         self.losses = 0
         """Attempts that were lost with their engine."""
+        self.accusations: list[Any] | None = None
+        """Failed attempts for which it is not known yet whether the endpoint or the request is to blame
+        (:mod:`controlplane.gateway.proxy.verdicts`)."""
         self.resumed = 0
         """How many times the stream was resumed."""
         self.first_byte_s = 0.0
@@ -160,6 +167,20 @@ def _one_of(
         name = header.decode() if request.header(header) else f"metadata.{member}"
         raise BadRequest(f"{name} must be one of {', '.join(known)}, not '{shown(value, 40)}'", param=name)
     return found
+
+
+def _comments_s(request: Request) -> float | None:
+    value = request.header(b"x-stream-comments")
+    if not value:
+        return None
+    try:
+        interval_s = float(value[:MAX_NUMBER_CHARS])
+    except ValueError:
+        interval_s = -1.0
+    if interval_s == 0.0 or MIN_COMMENTS_S <= interval_s <= MAX_TIMEOUT_S:
+        return interval_s
+    limits = f"from {MIN_COMMENTS_S:g} to {MAX_TIMEOUT_S:g}, or 0 for none"
+    raise BadRequest(f"x-stream-comments must be a number of seconds {limits}", param="x-stream-comments")
 
 
 def _timeout_s(request: Request, hints: Metadata | None, default_s: float) -> float:

@@ -140,13 +140,12 @@ def anthropic_type(status: int) -> str:
 
 
 def error_headers(error: RequestError) -> Headers:
-    """The headers of an error response: ``Retry-After`` in whole seconds, rounded up, at least 1; and for a
-    missed deadline that it is not worth trying again, which the clients' libraries do after every 408."""
-    headers: Headers = []
+    """The headers of an error response: ``Retry-After`` in whole seconds, rounded up, at least 1;
+    ``x-should-retry: false``, which the SDKs of OpenAI and Anthropic obey, if trying again would not help."""
+    final = error.final or error.status == HTTPStatus.REQUEST_TIMEOUT
+    headers: Headers = [(b"x-should-retry", b"false")] if final else []
     if error.retry_after_s is not None:
         headers.append((b"retry-after", str(max(1, math.ceil(error.retry_after_s))).encode()))
-    if error.status == HTTPStatus.REQUEST_TIMEOUT:
-        headers.append((b"x-should-retry", b"false"))
     return headers
 
 

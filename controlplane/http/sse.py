@@ -1,6 +1,6 @@
-"""Server-sent events, as far as a relay needs them: where an event ends, and which is the last or an error.
+"""Server-sent events, as far as a relay needs them: where an event ends, and which is the last.
 
-Engines end an event with ``\\n\\n`` or with ``\\r\\n\\r\\n``. The marks of an end and of an error are matched
+Engines end an event with ``\\n\\n`` or with ``\\r\\n\\r\\n``. The marks of an end are matched
 at the start of a line or together with their quotes. Within a JSON string both would be escaped, so generated
 text that contains such a mark does not match.
 """
@@ -21,13 +21,10 @@ _LAST_EVENT: Final = {
     Api.RESPONSES: re.compile(rb'"type": ?"response\.(?:completed|incomplete|failed)"'),
     Api.MESSAGES: re.compile(rb'"type": ?"message_stop"'),
 }
-_ERROR: Final = {Api.RESPONSES: b"event: error", Api.MESSAGES: b"event: error"}
 LINE_FEED: Final = 0x0A
 MAX_EVENT_BYTES: Final = 16 * 1024 * 1024
 """The largest event of an engine's stream. The largest that engines send are a prompt's token ids and whole
 responses: megabytes."""
-_ERROR_DATA: Final = b'data: {"error"'
-_ERROR_LINE: Final = re.compile(rb"(?:^|\n)event: error")
 
 
 def events_end(data: bytes) -> int:
@@ -56,14 +53,6 @@ def is_end(api: Api, last: bytes) -> bool:
     """Whether the last events of a stream show that it is complete. True for a route without such an
     event."""
     return api not in _LAST_EVENT or has_end(api, last)
-
-
-def has_error(api: Api, events: bytes) -> bool:
-    """Whether ``events`` include an error from the engine."""
-    mark = _ERROR.get(api)
-    if mark is None:
-        return _ERROR_DATA in events
-    return mark in events and _ERROR_LINE.search(events) is not None
 
 
 class EventTooLarge(Exception):

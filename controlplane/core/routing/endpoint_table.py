@@ -85,7 +85,11 @@ class EndpointLoad:
         "api_bits",
         "awaiting_first",
         "breaker",
+        "doubted_s",
+        "doubts",
         "endpoint",
+        "held_since_s",
+        "held_until_s",
         "in_flight",
         "key",
         "kv_usage_ratio",
@@ -95,6 +99,7 @@ class EndpointLoad:
         "observed_s",
         "others_in_flight",
         "pool",
+        "proved_s",
         "ready",
         "sampled_s",
         "seed",
@@ -133,6 +138,15 @@ class EndpointLoad:
         """Requests in the engine's own queue."""
         self.observed_s = -inf
         """When ``kv_usage_ratio`` and ``waiting`` were measured."""
+        self.held_until_s = -inf
+        """The engine asked for no more requests until then (429, 503, 529): others are preferred."""
+        self.held_since_s = -inf
+        self.proved_s = -inf
+        """When a check by the gateway itself last showed that the engine answers."""
+        self.doubts = 0
+        """Requests in a row that it refused as another endpoint did, with no answer in between."""
+        self.doubted_s = -inf
+        """When it refused the last of them."""
 
     def observe(self, now_s: float, *, kv_usage_ratio: float | None, waiting: float | None) -> None:
         """Stores the engine's own metrics as of ``now_s``; None for a metric that the engine does not
@@ -182,6 +196,8 @@ class RequestSlot:
             usual_s = pool.ttft_s
             pool.ttft_s = ttft_s if usual_s is None else usual_s + _POOL_ALPHA * (ttft_s - usual_s)
         load.breaker.success(now_s, self.probe)
+        if load.held_until_s > now_s and self.started_s > load.held_since_s:
+            load.held_until_s = now_s  # it takes requests again
 
     def succeed(self, now_s: float) -> None:
         """Records that the whole response arrived."""
@@ -198,15 +214,29 @@ class RequestSlot:
 
     def fail(self, now_s: float, weight: int = 1) -> None:
         """Records that the request failed. ``weight`` is that of :meth:`Breaker.failure`; 0 if it was not the
-        endpoint's fault (the request was invalid, or the engine is only busy)."""
+        endpoint's fault (the request was invalid, or the engine is only busy). That says nothing about
+        whether the engine can compute: an engine that rejects a request has not tried to."""
         if self.ended:
             return
         if weight:
             self.load.breaker.failure(now_s, self.probe, weight)
         else:
-            self.load.breaker.success(now_s, self.probe)
+            self.load.breaker.abandoned(now_s, self.probe)
             self.load.last_sign_s = now_s
         self._release(None)
+
+    def hold(self, now_s: float, hold_s: float) -> None:
+        """Records that the engine is too busy for the request: others are preferred for ``hold_s``."""
+        if not self.ended:
+            self.load.held_since_s, self.load.held_until_s = now_s, now_s + hold_s
+        self.fail(now_s, 0)
+
+    def end_unjudged(self, now_s: float) -> None:
+        """Records that the request failed, and that it is not known yet whether through the endpoint's fault.
+        Who finds out calls the breaker's ``failure`` or ``abandoned`` with :attr:`probe`."""
+        if not self.ended:
+            self.load.last_sign_s = now_s
+            self._release(None)
 
     def abandon(self, now_s: float) -> None:
         """Records that the client disconnected."""

@@ -20,11 +20,15 @@ class AttemptFailure(StrEnum):
     RESET = "reset"
     """The connection was lost before the response's headers."""
     UNAVAILABLE = "unavailable"
-    """The engine answered 503."""
+    """The engine answered 503 or 529, or 408: it works, but not for this request now."""
     BUSY = "busy"
     """The engine answered 429."""
     SERVER_ERROR = "server_error"
-    """The engine answered another 5xx."""
+    """The engine answered another 5xx, or something that is no answer."""
+    INVALID = "invalid"
+    """The engine wrote an error with a client's status into its stream: any engine would."""
+    GATEWAY = "gateway"
+    """The gateway itself lacks file descriptors, ports or memory for a connection."""
     FIRST_TOKEN_TIMEOUT = "first_token_timeout"  # noqa: S105 (no password)
     TOKEN_TIMEOUT = "token_timeout"  # noqa: S105
     """The stream stopped without an end."""
@@ -38,7 +42,9 @@ class FailureRule(NamedTuple):
     """What one kind of failure means."""
 
     breaker_weight: int
-    """For :meth:`RequestSlot.fail`; 0 means that the endpoint is not to blame."""
+    """For :meth:`RequestSlot.fail`; 0 means that the endpoint is not to blame. Whether it is to blame for
+    SERVER_ERROR and STREAM_ERROR may depend on what other engines say: see
+    :mod:`controlplane.gateway.proxy.verdicts`."""
     lost: bool
     """Whether the engine is gone. Then only the requests that it had in flight are retried, so a request's
     first such retry needs no budget."""
@@ -51,14 +57,19 @@ RULES: Final[dict[AttemptFailure, FailureRule]] = {
     AttemptFailure.REFUSED: FailureRule(3, True, 503, "no_endpoint"),
     AttemptFailure.CONNECT_TIMEOUT: FailureRule(2, True, 503, "no_endpoint"),
     AttemptFailure.RESET: FailureRule(1, True, 502, "endpoint_lost"),
-    AttemptFailure.UNAVAILABLE: FailureRule(1, False, 503, "no_endpoint"),
+    AttemptFailure.UNAVAILABLE: FailureRule(0, False, 503, "no_endpoint"),
     AttemptFailure.BUSY: FailureRule(0, False, 429, "queue_full"),
     AttemptFailure.SERVER_ERROR: FailureRule(1, False, 502, "engine_error"),
     AttemptFailure.FIRST_TOKEN_TIMEOUT: FailureRule(2, False, 504, "first_token_timeout"),
     AttemptFailure.TOKEN_TIMEOUT: FailureRule(2, True, 502, "endpoint_lost"),
     AttemptFailure.TRUNCATED: FailureRule(1, True, 502, "endpoint_lost"),
     AttemptFailure.STREAM_ERROR: FailureRule(1, False, 502, "engine_error"),
+    AttemptFailure.INVALID: FailureRule(0, False, 400, "bad_request"),
+    AttemptFailure.GATEWAY: FailureRule(0, False, 503, "gateway_exhausted"),
 }
+
+FINAL: Final = frozenset({AttemptFailure.INVALID, AttemptFailure.GATEWAY})
+"""Failures that another attempt would not mend."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +152,8 @@ class FailedAttempt(NamedTuple):
     """Number of earlier attempts that were lost with their engine."""
     engine_status: int | None = None
     """The status of the engine's response, if there was one."""
+    alike: bool = False
+    """An earlier attempt was refused alike by another endpoint, so the request is to blame."""
 
 
 def next_step(
@@ -154,6 +167,10 @@ def next_step(
     its engine (see :class:`FailureRule`)."""
     rule = RULES[failure]
     status = attempt.engine_status or rule.status
+    if failure in FINAL:
+        return _given_up(attempt, rule, status, str(failure))
+    if attempt.alike:
+        return _given_up(attempt, rule, status, "two endpoints refused the request alike")
     refused = attempt.refused + (failure is AttemptFailure.REFUSED)
     if refused > settings.max_refused:
         return _given_up(attempt, rule, status, f"{refused} connections were refused")

@@ -121,7 +121,9 @@ def has_room(route: Route, request: RouteRequest, endpoint_table: EndpointTable,
     if any(_fit(pools[rank], request, endpoint_table, now_s) for rank in route.order):
         return True
     others = route.bridge if _down(route, request, endpoint_table, now_s) else route.spill
-    return any(_fit(pools[rank], request, endpoint_table, now_s) for rank in others)
+    if any(_fit(pools[rank], request, endpoint_table, now_s) for rank in others):
+        return True
+    return bool(_held_fit(route, request, endpoint_table, now_s)[1])
 
 
 def _reserved(pool: TierPool, request: RouteRequest, endpoint_table: EndpointTable, now_s: float) -> bool:
@@ -149,8 +151,35 @@ def _fit(
         and load.ready
         and load.api_bits & needs
         and now_s >= load.breaker.blocked_until_s
+        and now_s >= load.held_until_s
         and load.key not in exclude
     ]
+
+
+def _held_fit(
+    route: Route, request: RouteRequest, endpoint_table: EndpointTable, now_s: float
+) -> tuple[int, list[EndpointLoad]]:
+    """The first requested tier, by rank, with endpoints that could take the request if they had not asked for
+    a pause, and these endpoints. Empty while any other endpoint of the requested tiers is usable: then the
+    request waits for that one."""
+    needs = API_BITS[request.api]
+    found: tuple[int, list[EndpointLoad]] = (0, [])
+    for rank in route.order:
+        pool = endpoint_table.pools[rank]
+        usable = [
+            load
+            for load in pool.loads
+            if load.ready
+            and load.api_bits & needs
+            and now_s >= load.breaker.blocked_until_s
+            and load.key not in request.exclude
+        ]
+        if any(now_s >= load.held_until_s for load in usable):
+            return 0, []
+        if found[1] or pool.in_flight >= pool.limit or _reserved(pool, request, endpoint_table, now_s):
+            continue
+        found = rank, [load for load in usable if load.in_flight < load.limit]
+    return found
 
 
 def _left_out(
@@ -163,6 +192,8 @@ def _left_out(
         yield f"does not serve {request.api}"
     if now_s < load.breaker.blocked_until_s:
         yield f"breaker {load.breaker.state} for {load.breaker.blocked_until_s - now_s:.1f} s"
+    if now_s < load.held_until_s:
+        yield f"it asked for no requests for {load.held_until_s - now_s:.1f} s more"
     if load.key in request.exclude:
         yield "already tried for this request"
     pool = load.pool
@@ -236,6 +267,11 @@ def _overflow_or_wait(
             overflow=Overflow.BRIDGE if down else Overflow.SPILL,
             wanted_tier=wanted.name,
         )
+    rank, best = _held_fit(route, request, endpoint_table, now_s)
+    if best:
+        load = min(best, key=lambda held: held.held_until_s)
+        reason = route.reasons[route.order.index(rank)]
+        return RouteDecision(_SEND, pools[rank].name, f"{reason}; {pools[rank].name} busy", load)
     refusal = _refusal(
         [pools[rank] for rank in route.order], [pools[rank] for rank in others], request, needs
     )

@@ -18,11 +18,12 @@ The life of a request, function by function:
    :meth:`~.attempt.Attempt.send` takes an idle connection (:class:`~.upstream.UpstreamOrigin`) or opens one,
    writes the request and waits for the response's head. :class:`~.timeouts.TimeoutWatcher` watches the
    attempt from here.
-5. ``Relay._open`` waits for the first event of a stream, or for a whole response that is not streamed; with
-   hedging, ``Relay._open_hedged`` races a second attempt against the first. A failure up to here is invisible
-   to the client: :meth:`~.attempts.Attempts.failed` releases the slot and reports the failure to the circuit
-   breaker, :func:`controlplane.core.routing.retry.next_step` decides whether
-   :meth:`~.attempts.Attempts.retry_or_raise` returns for another attempt, and ``serve`` goes back to step 3.
+5. ``Relay._open`` waits for the first token of a stream, or for a whole response that is not streamed
+   (:meth:`~.attempt.Attempt.receive`); with hedging, ``Relay._open_hedged`` races a second attempt against
+   the first. A failure up to here is invisible to the client: :meth:`~.attempts.Attempts.failed` releases the
+   slot and reports the failure to the circuit breaker, at once or after a verdict
+   (:class:`~.verdicts.Verdicts`), :func:`controlplane.core.routing.retry.next_step` decides whether
+   :meth:`~.attempts.Attempts.retry_or_raise` returns for another attempt, and step 3 follows again.
 6. ``Relay._whole`` sends a complete response; ``Relay._stream`` relays events as they come and records them
    (:class:`~.resume.StreamRecorder`). :meth:`~.attempt.Attempt.succeed` releases the slot and the connection,
    which starts queued requests; :meth:`~.attempts.Attempts.finished` accounts for tokens and GPU time, and

@@ -8,24 +8,41 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from time import monotonic
+from time import monotonic, time
 from typing import Final
 
 from controlplane.core.routing.endpoint_table import EndpointLoad, RequestSlot
 from controlplane.core.routing.retry import AttemptFailure
+from controlplane.core.routing.tier_table import Api
 from controlplane.gateway.proxy.connections import EndpointConnections
+from controlplane.gateway.proxy.engine_errors import (
+    BACK_PRESSURE,
+    NOT_THE_CLIENTS,
+    UNREACHABLE,
+    EngineErrorReport,
+    is_event_stream,
+    response_error,
+    retry_after_s,
+    stream_error,
+    whole_error,
+)
+from controlplane.gateway.proxy.first_token import MAX_PREAMBLE_BYTES, completed, has_content
 from controlplane.gateway.proxy.timeouts import TimeoutWatcher, WatchedAttempt
 from controlplane.gateway.proxy.upstream import UpstreamConnection, UpstreamFailure, UpstreamOrigin
 from controlplane.gateway.request_context import RequestContext
-from controlplane.http.messages import EVENT_STREAM, Responder
+from controlplane.http.messages import EVENT_STREAM, Headers, Responder
 from controlplane.http.redirects import MAX_REDIRECTS
 from controlplane.http.sse import events_end
 
 MAX_ERROR_BYTES: Final = 64 * 1024
+MAX_BODY_BYTES: Final = 256 * 1024 * 1024
+"""The largest response that is not streamed."""
+HOLD_S: Final = 1.0
+"""How long other endpoints are preferred to one that is too busy and does not say for how long."""
 
-_STATUS_FAILURES: Final = {429: AttemptFailure.BUSY, 503: AttemptFailure.UNAVAILABLE}
-_KEY_REFUSED: Final = frozenset({401, 403})
-"""With these statuses an engine rejects the gateway's key, which is not the client's fault."""
+_KEY_REFUSED: Final = frozenset({401, 402, 403, 407})
+"""With these statuses an engine rejects the gateway's key or account, which is not the client's fault."""
+_KEY_TEXT: Final = "the engine does not accept the gateway's key"
 
 
 class Attempt:
@@ -77,15 +94,62 @@ class Attempt:
         """Send the request and wait for the head of the response. Raises :class:`UpstreamFailure` if the
         engine can't be reached, or if another engine might not fail with the same status."""
         status = await self._post(path, body)
-        if status >= 500 or status == 429 or status in _KEY_REFUSED:
-            response = await self.read_all(MAX_ERROR_BYTES)
-            kind = _STATUS_FAILURES.get(status, AttemptFailure.SERVER_ERROR)
-            reason = (
-                "the engine does not accept the gateway's key"
-                if status in _KEY_REFUSED
-                else error_text(response)
-            )
-            raise UpstreamFailure(kind, f"{status}: {reason}", status=status if status >= 500 else None)
+        if status < 300 or (400 <= status < 500 and status not in NOT_THE_CLIENTS):
+            return
+        if status < 400:
+            raise UpstreamFailure(AttemptFailure.SERVER_ERROR, f"{status}: the engine redirects the request")
+        response = await self.read_all(MAX_ERROR_BYTES)
+        report = response_error(status, response)
+        raise reported_failure(report, AttemptFailure.SERVER_ERROR, self.connection.headers)
+
+    async def receive(self) -> None:
+        """Receive what shows that the engine answers, into :attr:`data`: the whole body or, of a stream, its
+        beginning up to the first event with content. Raises :class:`UpstreamFailure` if it is no answer."""
+        context = self._context
+        data = b""
+        if context.stream and not self.streaming and self.status < 400:
+            data = await self.connection.read()
+            self.streaming = is_event_stream(data)  # whatever the content type says
+        if self.streaming:
+            if not context.stream:
+                detail = "the engine answered with a stream, which was not asked for"
+                raise UpstreamFailure(AttemptFailure.SERVER_ERROR, detail)
+            await self._begin_stream(data)
+            return
+        self.data = data = data + await self.read_all(MAX_BODY_BYTES)
+        if self.status < 400 and (report := whole_error(data, self.content_type)) is not None:
+            raise reported_failure(report, AttemptFailure.SERVER_ERROR, self.connection.headers)
+        if self.status < 400 and context.stream and context.api is not Api.EMBEDDINGS:
+            raise UpstreamFailure(AttemptFailure.SERVER_ERROR, "the engine did not stream its answer")
+
+    async def _begin_stream(self, data: bytes) -> None:
+        """Read into :attr:`data` until the stream's first event with content is complete. How the events are
+        split into packets makes no difference."""
+        read = self.connection.read
+        api = self._context.api
+        checked = 0
+        data = data or await read()
+        data = data.removeprefix(b"\xef\xbb\xbf")
+        while True:
+            end = events_end(data)
+            if end > checked:
+                events = data[checked:end]
+                error = stream_error(events)
+                if has_content(api, events if error is None else events[: error.offset]):
+                    break
+                if error is not None:
+                    raise reported_failure(error.report, AttemptFailure.STREAM_ERROR, self.connection.headers)
+                checked = end
+                if end > MAX_PREAMBLE_BYTES:
+                    break
+            more = await read()
+            if not more:
+                if has_content(api, completed(data[checked:])):
+                    break  # the last event lacks its blank line
+                detail = "the stream ended before its first token" if data else "the stream is empty"
+                raise UpstreamFailure(AttemptFailure.TRUNCATED, detail)
+            data += more
+        self.data = data
 
     async def _post(self, path: str, body: bytes) -> int:
         """Send the request and return the status of the response.
@@ -101,7 +165,7 @@ class Attempt:
         for name, value in self.connection.headers:
             if name == b"content-type":
                 self.content_type = value
-                self.streaming = value.startswith(EVENT_STREAM) and status < 400
+                self.streaming = value[:17].lower() == EVENT_STREAM and status < 400
         return status
 
     async def _exchange(self, origin: UpstreamOrigin, request: bytes) -> int:
@@ -146,18 +210,6 @@ class Attempt:
         )
         self._timeouts.add(self._watched)
         return await connection.head()
-
-    async def first_event(self) -> None:
-        """Read into :attr:`data` until the stream's first event is complete."""
-        data = await self.connection.read()
-        while data and not events_end(data):
-            more = await self.connection.read()
-            if not more:
-                break
-            data += more
-        if not data:
-            raise UpstreamFailure(AttemptFailure.TRUNCATED, "the stream ended before its first event")
-        self.data = data
 
     async def read_all(self, limit_bytes: int) -> bytes:
         """The whole body. Raises :class:`UpstreamFailure` if it is larger than ``limit_bytes``."""
@@ -211,6 +263,29 @@ class Attempt:
             self.slot.fail(self._end(), weight)
             self._on_released()
 
+    def refuse(self) -> None:
+        """End the attempt: the engine rejected the request as invalid."""
+        self.fail(0)
+
+    def hold(self, hold_s: float) -> None:
+        """End the attempt: the endpoint is too busy for it, and other endpoints are preferred for
+        ``hold_s``."""
+        if not self.ended:
+            now_s = self._end()
+            self.slot.hold(now_s, hold_s)
+            self._on_released()
+
+    def end_unjudged(self) -> None:
+        """End the attempt: it failed, and it is not known yet whether through the endpoint's fault."""
+        if not self.ended:
+            self.slot.end_unjudged(self._end())
+            self._on_released()
+
+    @property
+    def context(self) -> RequestContext:
+        """The request."""
+        return self._context
+
     def abandon(self) -> None:
         """End the attempt: its response is no longer needed, because the client left or another attempt was
         faster."""
@@ -229,6 +304,26 @@ class Attempt:
         return now_s
 
 
-def error_text(response: bytes) -> str:
-    """The beginning of an engine's error response, for messages."""
-    return response[:300].decode("utf-8", "replace").strip()
+def reported_failure(report: EngineErrorReport, kind: AttemptFailure, headers: Headers) -> UpstreamFailure:
+    """The failure of an attempt to which the engine answered with this error. ``kind`` is that of an error
+    which is neither the client's nor back-pressure."""
+    status = report.status
+    text = f"{status}: {report.message}" if status else report.message
+    if report.by_client:
+        return UpstreamFailure(AttemptFailure.INVALID, report.message, status=status, report=report)
+    if status in _KEY_REFUSED:
+        return UpstreamFailure(AttemptFailure.SERVER_ERROR, f"{status}: {_KEY_TEXT}")
+    if status in BACK_PRESSURE:
+        return UpstreamFailure(
+            AttemptFailure.BUSY if status == 429 else AttemptFailure.UNAVAILABLE,
+            text,
+            status=status if status >= 500 else None,
+            retry_after_s=retry_after_s(headers, time()),
+        )
+    return UpstreamFailure(
+        kind,
+        text,
+        status=status if status >= 500 else None,
+        # Of an error without a status only its text is known, which may well be about the request.
+        report=report if status not in UNREACHABLE and not report.is_no_answer else None,
+    )

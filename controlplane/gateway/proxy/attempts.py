@@ -17,12 +17,13 @@ from controlplane.core.routing.retry import (
     RetrySettings,
     next_step,
 )
-from controlplane.errors import DeadlineExceeded
-from controlplane.gateway.proxy.attempt import Attempt
+from controlplane.errors import DeadlineExceeded, EngineRefused, RequestError
+from controlplane.gateway.proxy.attempt import HOLD_S, Attempt
 from controlplane.gateway.proxy.connections import ConnectionTable
 from controlplane.gateway.proxy.dispatch import RequestDispatch, give_up_error
 from controlplane.gateway.proxy.timeouts import TimeoutWatcher
 from controlplane.gateway.proxy.upstream import UpstreamFailure
+from controlplane.gateway.proxy.verdicts import Verdicts
 from controlplane.gateway.request_context import RequestContext
 from controlplane.gateway.telemetry.accounting import UsageLedger
 from controlplane.gateway.telemetry.metrics import Metrics
@@ -60,6 +61,7 @@ class Attempts:
             budget_min_per_s=config.retry.budget_min_per_s,
         )
         self.budget = RetryBudget(self._settings, monotonic())
+        self.verdicts = Verdicts(metrics)
 
     def begin(self, context: RequestContext, started: Started) -> Attempt:
         """Begin an attempt in a slot that was taken for it. Raises ValueError if the endpoint's address is
@@ -76,6 +78,8 @@ class Attempts:
 
     def finished(self, context: RequestContext, attempt: Attempt, tokens: TokenCounts) -> None:
         """Account for the tokens and the GPU time of a request whose last attempt succeeded."""
+        if context.accusations is not None:
+            self.verdicts.answered(context, attempt)
         tier = attempt.load.endpoint.tier
         next_gpu_s = self._ledger.record(
             tier, context.session, tokens.prompt, tokens.generated, context.gpu_s
@@ -87,6 +91,14 @@ class Attempts:
         kind = failure.kind
         if kind is None:  # the deadline passed, which says nothing about the endpoint
             attempt.abandon()
+        elif kind is AttemptFailure.GATEWAY:
+            attempt.abandon()
+            return  # nor does the gateway's own trouble
+        elif kind is AttemptFailure.BUSY or kind is AttemptFailure.UNAVAILABLE:
+            attempt.hold(HOLD_S if failure.retry_after_s is None else failure.retry_after_s)
+        elif failure.report is not None and kind is not AttemptFailure.INVALID:
+            self.verdicts.accuse(attempt, failure, kind)
+            return  # counted with the verdict
         else:
             attempt.fail(RULES[kind].breaker_weight)
         name = str(kind) if kind is not None else "deadline"
@@ -105,12 +117,53 @@ class Attempts:
             refused=context.refused,
             losses=context.losses,
             engine_status=failure.status,
+            alike=context.accusations is not None and self.verdicts.alike(context),
         )
         step = next_step(kind, attempt, self._settings, self.budget, monotonic())
         context.refused += kind is AttemptFailure.REFUSED
         context.losses += RULES[kind].lost
         if isinstance(step, GiveUp):
-            raise give_up_error(step, failure.detail)
-        self._metrics.retries.labels(context.tier, str(kind)).inc()
+            raise await self.last_error(context, failure, step, alike=attempt.alike)
+        if sent:
+            self.retried(context, context.tier, failure)
         if step.pause_s:
             await asyncio.sleep(step.pause_s)
+
+    def retried(self, context: RequestContext, tier: str, failure: UpstreamFailure) -> None:
+        """Count the attempt that follows a failure at ``tier``; if the request itself may be to blame for the
+        failure, only with the verdict."""
+        accusations = context.accusations
+        if accusations is not None and accusations[-1].failure is failure:
+            accusations[-1].retried_at = tier
+        else:
+            self._metrics.retries.labels(tier, str(failure.kind)).inc()
+
+    async def last_error(
+        self,
+        context: RequestContext,
+        failure: UpstreamFailure,
+        step: GiveUp | None = None,
+        *,
+        alike: bool = False,
+    ) -> RequestError:
+        """The client's error for a request that is given up after this failure. Without ``step``, no other
+        endpoint is left to try."""
+        kind = failure.kind
+        if kind is None:
+            return DeadlineExceeded(TOO_LATE)
+        report = failure.report
+        refused = kind is AttemptFailure.INVALID
+        if report is not None and not refused and context.accusations is not None:
+            refused = await self.verdicts.request_at_fault(context, alike=alike)
+        if refused and report is not None:
+            return EngineRefused(
+                report.message,
+                status=report.status or RULES[kind].status,
+                kind=report.kind,
+                code=report.code,
+                param=report.param,
+            )
+        if step is None:
+            rule = RULES[kind]
+            step = GiveUp(failure.status or rule.status, rule.code, f"{kind}, and no other endpoint is left")
+        return give_up_error(step, failure)

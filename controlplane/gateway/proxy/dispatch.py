@@ -12,7 +12,7 @@ from typing import Final
 
 from controlplane.core.admission.queue import Rejected, RejectReason, Ticket, TicketState
 from controlplane.core.routing.dispatcher import Dispatcher, DispatchRefused, Started, WaitsInQueue
-from controlplane.core.routing.retry import GiveUp
+from controlplane.core.routing.retry import AttemptFailure, GiveUp
 from controlplane.core.routing.router import RouteDecision
 from controlplane.core.routing.tier_table import Route, RouteRefusal, resolve, resume_route
 from controlplane.errors import (
@@ -20,16 +20,25 @@ from controlplane.errors import (
     DeadlineExceeded,
     EndpointLost,
     EngineFailed,
+    GatewayExhausted,
     NoEndpoint,
     RequestError,
     TooManyRequests,
     UnknownModel,
 )
+from controlplane.gateway.proxy.upstream import UpstreamFailure
 from controlplane.gateway.request_context import RequestContext
 from controlplane.gateway.telemetry.metrics import Metrics
 
 RETRY_AFTER_S: Final = 5.0
 """``Retry-After`` if it is unknown when an endpoint will be ready."""
+
+
+_EXHAUSTED: Final = RouteRefusal.EXHAUSTED
+
+
+class NothingLeft(NoEndpoint):
+    """Every endpoint that could serve the request was tried."""
 
 
 class RequestDispatch:
@@ -57,14 +66,12 @@ class RequestDispatch:
         """A slot for the request's next attempt. Waits in the queue if no slot is free. Raises
         :class:`RequestError` if the request is refused."""
         result = self._submit(context, route)
-        if (
-            isinstance(result, DispatchRefused)
-            and context.losses
-            and result.decision.refusal is RouteRefusal.EXHAUSTED
-        ):
+        if isinstance(result, DispatchRefused) and context.losses and result.decision.refusal is _EXHAUSTED:
             # Every endpoint was tried, but some engines were lost meanwhile: they restart, so wait for them.
             context.tried = frozenset()
             result = self._submit(context, route)
+        if isinstance(result, DispatchRefused) and context.attempts and result.decision.refusal is _EXHAUSTED:
+            raise NothingLeft(result.decision.message)  # the decision for the last attempt stays
         context.decision = result.decision
         if isinstance(result, WaitsInQueue):
             result = await self._wait(context, result)
@@ -182,18 +189,30 @@ class RequestDispatch:
         return TooManyRequests(reason, retry_after_s=rejected.retry_after_s)
 
 
-def give_up_error(step: GiveUp, detail: str) -> RequestError:
-    """The error of a request whose failed attempt is not retried."""
-    text = f"{step.reason}: {detail}" if detail else step.reason
+def give_up_error(step: GiveUp, failure: UpstreamFailure) -> RequestError:
+    """The error of a request whose failed attempt is not retried. ``Retry-After`` is the engine's own, if it
+    gave one."""
+    text = f"{step.reason}: {failure.detail}" if failure.detail else step.reason
+    retry_after_s = RETRY_AFTER_S if failure.retry_after_s is None else failure.retry_after_s
     if step.status == 408:
         return DeadlineExceeded(text)
+    if step.code == GatewayExhausted.code:
+        remedy = "raise its limit of open files, or add gateway replicas"
+        return GatewayExhausted(
+            f"the gateway can't open another connection: {failure.detail} ({remedy})", retry_after_s=1.0
+        )
     if step.status == 429:
-        return TooManyRequests(text, retry_after_s=RETRY_AFTER_S)
+        return TooManyRequests(text, retry_after_s=retry_after_s)
     if step.status == 503:
-        return NoEndpoint(text, retry_after_s=RETRY_AFTER_S)
+        return NoEndpoint(text, retry_after_s=retry_after_s)
     if step.code == EndpointLost.code:
         return EndpointLost(text)
-    return EngineFailed(text, status=step.status, code=step.code)
+    return EngineFailed(
+        text,
+        status=step.status,
+        code=step.code,
+        retry_after_s=retry_after_s if failure.kind is AttemptFailure.UNAVAILABLE else failure.retry_after_s,
+    )
 
 
 def _refusal_error(decision: RouteDecision) -> RequestError:

@@ -19,20 +19,22 @@ from controlplane.config import GatewayConfig
 from controlplane.core.domain.request import RequestOutcome
 from controlplane.core.routing.retry import AttemptFailure
 from controlplane.core.routing.tier_table import Route
-from controlplane.gateway.proxy.attempt import Attempt, error_text
+from controlplane.errors import EngineRefused
+from controlplane.gateway.proxy.attempt import Attempt, reported_failure
 from controlplane.gateway.proxy.attempts import Attempts, TokenCounts
-from controlplane.gateway.proxy.dispatch import RequestDispatch
+from controlplane.gateway.proxy.dispatch import NothingLeft, RequestDispatch
+from controlplane.gateway.proxy.engine_errors import response_error, stream_error
+from controlplane.gateway.proxy.first_token import completed, missing_end
 from controlplane.gateway.proxy.responses import STREAM_HEADERS, response_headers
 from controlplane.gateway.proxy.resume import TOKEN_ID_MEMBERS, StreamRecorder
 from controlplane.gateway.proxy.resumption import Resumption
 from controlplane.gateway.proxy.upstream import UpstreamFailure
+from controlplane.gateway.proxy.waiting_comments import WaitingComments
 from controlplane.gateway.request_context import RESUME_KINDS, RequestContext
 from controlplane.gateway.telemetry.metrics import Metrics
 from controlplane.http.messages import EVENT_STREAM, JSON_TYPE, Responder
-from controlplane.http.sse import events_end, has_end, has_error, is_end
+from controlplane.http.sse import events_end, has_end, is_end
 
-MAX_BODY_BYTES: Final = 256 * 1024 * 1024
-"""The largest response that is not streamed."""
 PROMPT_IDS: Final = re.compile(rb'"prompt_token_ids":\[([0-9, ]*)\]')
 
 # Attribute look-ups on an enum class cost more than on a module.
@@ -65,6 +67,7 @@ class Relay:
         self._resumption = Resumption(config.resume, dispatch, attempts, metrics)
         self._resumable = config.resume != "never"
         self._hedge_after_s = config.hedge_after_s
+        self._comments_s = config.stream_comments_s
 
     async def serve(self, context: RequestContext, out: Responder) -> None:
         """Serve a request. Raises :class:`RequestError` if it fails; the caller sends this error to the
@@ -72,27 +75,51 @@ class Relay:
         stream."""
         self._attempts.budget.on_request()
         route = self._dispatch.route(context)
+        comments_s = self._comments_s if context.comments_s is None else context.comments_s
+        comments = WaitingComments(context, out, comments_s) if comments_s and context.stream else None
+        try:
+            try:
+                attempt = await self._answering(context, route)
+            finally:
+                if comments is not None:
+                    comments.stop()
+            if attempt.streaming:
+                await self._stream(context, attempt, out)
+            else:
+                self._whole(context, attempt, out)
+        finally:
+            if context.accusations is not None:
+                self._attempts.verdicts.later(context)
+
+    # -- until an engine begins to respond -------------------------------------------------------
+
+    async def _answering(self, context: RequestContext, route: Route) -> Attempt:
+        """The attempt that answers the request."""
+        last: UpstreamFailure | None = None
+        last_tier = ""
         while True:
-            started = await self._dispatch.start(context, route)
+            try:
+                started = await self._dispatch.start(context, route)
+            except NothingLeft:
+                if last is None:
+                    raise
+                raise await self._attempts.last_error(context, last) from None
+            if last is not None:
+                self._attempts.retried(context, last_tier, last)
             attempt = self._attempts.begin(context, started)
             try:
                 if self._hedge_after_s is None or not context.stream:
                     await self._open(context, attempt)
                 else:
                     attempt = await self._open_hedged(context, route, attempt, self._hedge_after_s)
-                break
+                return attempt
             except UpstreamFailure as failure:
                 self._attempts.failed(attempt, failure)
                 await self._attempts.retry_or_raise(context, failure, sent=False)
+                last, last_tier = failure, attempt.load.endpoint.tier
             except BaseException:  # the client left, or an unforeseen error
                 attempt.abandon()
                 raise
-        if attempt.streaming:
-            await self._stream(context, attempt, out)
-        else:
-            self._whole(context, attempt, out)
-
-    # -- until an engine begins to respond -------------------------------------------------------
 
     async def _open(self, context: RequestContext, attempt: Attempt) -> None:
         """Send the request and wait for the first event of the stream, or for the whole response."""
@@ -105,13 +132,9 @@ class Relay:
             and context.fields.one_choice
         )
         await attempt.send(context.path, context.body_for(attempt.load, token_ids=attempt.ids_added))
-        if attempt.streaming:
-            await attempt.first_event()
-            if has_error(context.api, attempt.data):
-                raise UpstreamFailure(AttemptFailure.STREAM_ERROR, error_text(attempt.data))
-        else:
-            attempt.data = await attempt.read_all(MAX_BODY_BYTES)
-        attempt.first_token()
+        await attempt.receive()
+        if attempt.status < 400:
+            attempt.first_token()
 
     async def _open_hedged(
         self, context: RequestContext, route: Route, attempt: Attempt, after_s: float
@@ -170,19 +193,35 @@ class Relay:
     # -- the response ----------------------------------------------------------------------------
 
     def _whole(self, context: RequestContext, attempt: Attempt, out: Responder) -> None:
-        """Send a response that is not streamed."""
+        """Send a response that is not streamed. Raises :class:`EngineRefused` for an error that is not
+        JSON."""
         context.first_byte_s = monotonic()
+        if attempt.status >= 400:
+            self._refusal(context, attempt, out)
+            return
         content_type = attempt.content_type or JSON_TYPE
         attempt.succeed()
-        succeeded = attempt.status < 400
-        tokens = _count_tokens(attempt.data) if succeeded else TokenCounts(0, 0)
-        self._attempts.finished(context, attempt, tokens)
+        self._attempts.finished(context, attempt, _count_tokens(attempt.data))
         headers = [(b"content-type", content_type), *response_headers(context)]
-        if succeeded:
-            headers.append((b"x-gpu-seconds", b"%.6f" % context.gpu_s))
+        headers.append((b"x-gpu-seconds", b"%.6f" % context.gpu_s))
         out.send(attempt.status, headers, attempt.data)
-        outcome = _OK if succeeded else RequestOutcome.CLIENT_ERROR
-        self._metrics.finished(context, outcome, str(attempt.status), monotonic())
+        self._metrics.finished(context, _OK, str(attempt.status), monotonic())
+
+    def _refusal(self, context: RequestContext, attempt: Attempt, out: Responder) -> None:
+        """Send an error with which an engine rejected the request, as the engine wrote it if it is JSON. It
+        says nothing about the engine."""
+        attempt.refuse()
+        status = attempt.status
+        body = attempt.data
+        if out.started or body.strip()[:1] != b"{":
+            report = response_error(status, body)
+            raise EngineRefused(
+                report.message, status=status, kind=report.kind, code=report.code, param=report.param
+            )
+        headers = [(b"content-type", attempt.content_type or JSON_TYPE), *response_headers(context)]
+        headers.append((b"x-should-retry", b"false"))
+        out.send(status, headers, body)
+        self._metrics.finished(context, RequestOutcome.CLIENT_ERROR, str(status), monotonic())
 
     async def _stream(self, context: RequestContext, attempt: Attempt, out: Responder) -> None:
         """Send a stream event by event as it comes, and resume it if its engine is lost."""
@@ -190,9 +229,10 @@ class Relay:
         recorder = StreamRecorder(kind) if kind is not None and self._resumable else None
         strip = TOKEN_ID_MEMBERS.sub if attempt.ids_added else None
         started_s = context.first_byte_s = monotonic()
-        headers = [(b"content-type", EVENT_STREAM), *STREAM_HEADERS, *response_headers(context)]
-        out.start(attempt.status, headers)
-        carry = last = b""
+        if not out.started:
+            headers = [(b"content-type", EVENT_STREAM), *STREAM_HEADERS, *response_headers(context)]
+            out.start(attempt.status, headers)
+        carry = before = last = b""
         events = prompt = 0
         data = attempt.data
         if attempt.ids_added and (ids := PROMPT_IDS.search(data)) is not None:
@@ -204,31 +244,42 @@ class Relay:
                 end = events_end(data)
                 whole, carry = (data, b"") if end == len(data) else (data[:end], data[end:])
                 if end:
-                    if has_error(context.api, whole):
-                        raise UpstreamFailure(AttemptFailure.STREAM_ERROR, error_text(whole))
+                    error = stream_error(whole)
+                    if error is not None:
+                        whole = whole[: error.offset]
                     if recorder is not None:
                         recorder.add(whole)
                     events += whole.count(b'"token_ids":[') if attempt.ids_added else whole.count(b"data: {")
                     out.write(strip(b"", whole) if strip is not None else whole)
                     if out.congested:
                         await attempt.wait_for_client(out)
-                    last = whole
+                    if b"data:" in whole:  # not only a comment
+                        before, last = last, whole
+                    if error is not None:
+                        headers = attempt.connection.headers
+                        raise reported_failure(error.report, AttemptFailure.STREAM_ERROR, headers)
                 data = await attempt.connection.read()
-            if not is_end(context.api, last):
-                raise UpstreamFailure(AttemptFailure.TRUNCATED, "the stream ended before its end")
+                if not data and carry:  # the last event lacks its blank line
+                    data, carry = completed(carry), b""
+            if not is_end(context.api, before + last):
+                ending = missing_end(context.api, before + last)
+                if ending is None:
+                    raise UpstreamFailure(AttemptFailure.TRUNCATED, "the stream ended before its end")
+                out.write(ending)
         except UpstreamFailure as failure:
             self._attempts.failed(attempt, failure)
+            if failure.kind is AttemptFailure.INVALID:
+                raise await self._attempts.last_error(context, failure) from None
             await self._resumption.resume(context, attempt.load.endpoint, recorder, failure, out)
             return
         except asyncio.CancelledError:
-            if not has_end(context.api, last):
+            if not has_end(context.api, before + last):
                 attempt.abandon()
                 raise
             # Many clients close the connection at the last event, before the engine's body has ended.
         except BaseException:
             attempt.abandon()
             raise
-        out.write(carry)
         now_s = monotonic()
         attempt.succeed()
         out.finish()

@@ -12,9 +12,10 @@ from controlplane.core.domain.endpoint import Endpoint
 from controlplane.core.domain.request import RequestOutcome
 from controlplane.core.routing.retry import AttemptFailure
 from controlplane.errors import DeadlineExceeded, EndpointLost, RequestError
-from controlplane.gateway.proxy.attempt import Attempt, error_text
+from controlplane.gateway.proxy.attempt import Attempt, reported_failure
 from controlplane.gateway.proxy.attempts import TOO_LATE, Attempts, TokenCounts
 from controlplane.gateway.proxy.dispatch import RequestDispatch
+from controlplane.gateway.proxy.engine_errors import stream_error
 from controlplane.gateway.proxy.responses import error_event
 from controlplane.gateway.proxy.resume import (
     Continuation,
@@ -30,7 +31,7 @@ from controlplane.gateway.proxy.upstream import UpstreamFailure
 from controlplane.gateway.request_context import RequestContext
 from controlplane.gateway.telemetry.metrics import Metrics
 from controlplane.http.messages import Responder
-from controlplane.http.sse import events_end, has_error
+from controlplane.http.sse import events_end
 
 _encode = msgspec.json.Encoder().encode
 
@@ -134,8 +135,9 @@ class Resumption:
                 end = events_end(data)
                 whole, carry = data[:end], data[end:]
                 if whole:
-                    if has_error(context.api, whole):
-                        raise UpstreamFailure(AttemptFailure.STREAM_ERROR, error_text(whole))
+                    if (error := stream_error(whole)) is not None:
+                        headers = attempt.connection.headers
+                        raise reported_failure(error.report, AttemptFailure.STREAM_ERROR, headers)
                     out.write(splice.feed(whole))
                     if out.congested:
                         await attempt.wait_for_client(out)

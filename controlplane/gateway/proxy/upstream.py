@@ -7,7 +7,9 @@ httptools)."""
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
+import re
 import socket
 from collections import deque
 from math import inf
@@ -19,6 +21,7 @@ import httptools
 
 from controlplane.core.routing.retry import AttemptFailure
 from controlplane.errors import EngineError
+from controlplane.gateway.proxy.engine_errors import EngineErrorReport
 from controlplane.http.decoding import Decoder, is_decodable
 from controlplane.http.redirects import redirect_target, shown_location
 
@@ -28,6 +31,11 @@ MAX_HEAD_BYTES: Final = 64 * 1024
 """The largest status line and headers of a response, interim responses included; and the largest part of a
 response, once its body has begun, that is not body (chunk extensions, trailers)."""
 MAX_IDLE_PER_ENDPOINT: Final = 256
+_OWN_ERRORS: Final = frozenset({
+    errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM,
+})  # fmt: skip
+"""Why no socket could be made or bound: the gateway's own trouble, not the engine's."""
+_OWN_LOOKUP_ERRORS: Final = frozenset({socket.EAI_MEMORY, socket.EAI_SYSTEM})
 
 
 _CODINGS: Final = frozenset({b"content-encoding", b"transfer-encoding"})
@@ -37,17 +45,27 @@ class UpstreamFailure(EngineError):
     """A request to an engine failed: its response was incomplete, or had a status that counts as a failure.
 
     ``kind`` is None if only the request's deadline passed. ``stale`` means that a keep-alive connection
-    turned out to be closed, which says nothing about the engine. ``status`` is the status of the engine's
-    response, None if there was no response."""
+    turned out to be closed, which says nothing about the engine. ``status`` is the status for the client,
+    None if the engine gave none. ``report`` is the error that the engine reported, if the request itself may
+    be to blame for it; ``retry_after_s`` says when the engine wants to be asked again, if it did say."""
 
     def __init__(
-        self, kind: AttemptFailure | None, detail: str, *, stale: bool = False, status: int | None = None
+        self,
+        kind: AttemptFailure | None,
+        detail: str,
+        *,
+        stale: bool = False,
+        status: int | None = None,
+        report: EngineErrorReport | None = None,
+        retry_after_s: float | None = None,
     ) -> None:
         super().__init__(f"{kind or 'deadline'}: {detail}")
         self.kind = kind
         self.detail = detail
         self.stale = stale
         self.status = status
+        self.report = report
+        self.retry_after_s = retry_after_s
 
 
 class UpstreamConnection(asyncio.Protocol):
@@ -411,7 +429,8 @@ class UpstreamOrigin:
             detail = f"no connection after {self._connect_timeout_s:g} s"
             raise UpstreamFailure(AttemptFailure.CONNECT_TIMEOUT, detail) from None
         except OSError as error:
-            raise UpstreamFailure(AttemptFailure.REFUSED, _reason(error)) from None
+            kind = AttemptFailure.GATEWAY if own_trouble(error) else AttemptFailure.REFUSED
+            raise UpstreamFailure(kind, _reason(error)) from None
         return connection
 
     def release(self, connection: UpstreamConnection) -> None:
@@ -432,6 +451,17 @@ class UpstreamOrigin:
 
     def _new(self) -> UpstreamConnection:
         return UpstreamConnection(self._loop)
+
+
+def own_trouble(error: OSError) -> bool:
+    """Whether no connection was made because the gateway lacks file descriptors, ports or memory."""
+    if isinstance(error, socket.gaierror):
+        return error.errno in _OWN_LOOKUP_ERRORS
+    if error.errno is not None:
+        return error.errno in _OWN_ERRORS
+    # asyncio joins the errors of several addresses in one without a number
+    numbers = {int(number) for number in re.findall(r"\[Errno (\d+)\]", str(error))}
+    return bool(numbers) and numbers <= _OWN_ERRORS
 
 
 def _reason(error: OSError) -> str:

@@ -68,7 +68,8 @@ class _SubjectCounts:
         self.max_s = self.max_before_s = self.max_since_s = 0.0
 
     def served(self, context: RequestContext, outcome: RequestOutcome, total_s: float, now_s: float) -> None:
-        self.retried += max(0, context.attempts - 1)
+        if outcome is not RequestOutcome.CLIENT_ERROR:
+            self.retried += max(0, context.attempts - 1)
         if outcome is _OK:
             self.ok += 1
             self.resumed += context.resumed

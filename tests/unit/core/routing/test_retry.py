@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from controlplane.core.routing.retry import (
+    FINAL,
     RULES,
     AttemptFailure,
     FailedAttempt,
@@ -34,9 +35,31 @@ def test_every_failure_has_a_rule() -> None:
 
 
 @pytest.mark.parametrize("attempt", [FRESH, STREAMING])
-@pytest.mark.parametrize("failure", list(AttemptFailure))
+@pytest.mark.parametrize("failure", [failure for failure in AttemptFailure if failure not in FINAL])
 def test_a_first_failure_is_retried_elsewhere(failure: AttemptFailure, attempt: FailedAttempt) -> None:
     assert next_step(failure, attempt, SETTINGS, budget(), NOW_S) == RetryElsewhere()
+
+
+@pytest.mark.parametrize("failure", sorted(FINAL))
+def test_a_failure_that_no_other_endpoint_would_mend_is_final(failure: AttemptFailure) -> None:
+    tokens = budget()
+    step = next_step(failure, FRESH, SETTINGS, tokens, NOW_S)
+    assert isinstance(step, GiveUp)
+    assert step.code == RULES[failure].code
+    assert tokens.tokens == budget().tokens
+    assert RULES[failure].breaker_weight == 0
+
+
+def test_a_request_that_two_endpoints_refused_alike_is_not_tried_a_third_time() -> None:
+    failed = FRESH._replace(number=2, engine_status=500, alike=True)
+    step = next_step(AttemptFailure.SERVER_ERROR, failed, SETTINGS, budget(), NOW_S)
+    assert isinstance(step, GiveUp)
+    assert step.status == 500
+
+
+@pytest.mark.parametrize("failure", [AttemptFailure.BUSY, AttemptFailure.UNAVAILABLE])
+def test_back_pressure_opens_no_breaker(failure: AttemptFailure) -> None:
+    assert RULES[failure].breaker_weight == 0
 
 
 def test_giving_up_keeps_the_engines_own_status() -> None:
