@@ -25,6 +25,7 @@ from controlplane.controller.client import ControllerLink, EndpointReporter
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
 from controlplane.core.reconcile.commands import ReplicaCommand, ReplicaCommandKind
 from controlplane.engines import engine_for
+from controlplane.engines.cores import cores_for, usable_cores
 from controlplane.engines.supervision.status import EngineStatus
 from controlplane.engines.supervision.supervisor import EngineSupervisor
 from controlplane.errors import ControllerUnavailable, EngineError
@@ -60,6 +61,7 @@ class TierReplica:
 
     async def __init__(self, config: PlaneConfig, tier: TierConfig) -> None:  # type: ignore[misc]
         self._tier = tier
+        self._config = config
         self._leases_gpus = tier.gpus > 0 and not any(each.pipeline_across_nodes for each in config.tiers)
         self._loop = asyncio.get_running_loop()
         unique_id = serve.get_replica_context().replica_id.unique_id
@@ -142,6 +144,7 @@ class TierReplica:
             replica_id=unique_id,
             host=host,
             gpu_ids=gpus.ids,
+            cores=await asyncio.to_thread(_cores, tier, self._config),
             resolve_model=partial(launchable_model, tier, gpus.ids),
             on_change=lambda status: self._reporter.update(_endpoint(self._base, status)),
             log=log,
@@ -287,6 +290,13 @@ def _assigned_gpu_ids() -> tuple[str, ...]:
     """The GPUs that Ray assigned to this replica, as values for ``CUDA_VISIBLE_DEVICES``."""
     assigned: dict[str, Any] = ray.get_runtime_context().get_accelerator_ids()
     return tuple(str(each) for each in assigned.get("GPU", ()))
+
+
+def _cores(tier: TierConfig, config: PlaneConfig) -> int:
+    """The CPU cores of one engine of the tier on this machine, among the cluster's nodes that have CPUs."""
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    with_cpus = [node for node in nodes if node.get("Alive") and node.get("Resources", {}).get("CPU")]
+    return cores_for(tier, config, machine_cores=usable_cores(), nodes=max(1, len(with_cpus)))
 
 
 def _prepare_for_ray_workers(address: str) -> None:

@@ -28,6 +28,8 @@ class Launch:
     """The resolved model: a hub id or a local path."""
     gpu_ids: tuple[str, ...] = ()
     """Values for ``CUDA_VISIBLE_DEVICES`` (indices or UUIDs); if empty, the environment stays as it is."""
+    cores: int = 0
+    """CPU cores for this engine, which shares the machine with others; 0 if nothing is known about them."""
 
 
 @dataclass(frozen=True, slots=True)

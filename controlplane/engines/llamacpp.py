@@ -74,6 +74,20 @@ _OUT_OF_MEMORY = re.compile(
 )
 
 
+def slots(tier: TierConfig) -> tuple[int, int | None]:
+    """(slots, tokens of prompt and response together that a request may have in one of them).
+
+    llama.cpp divides ``ctx-size`` by the slots, unless they share it (``kv-unified``). The tokens are None if
+    ``ctx-size`` is not set: then the model's own context length is what is divided.
+    """
+    args = tier.engine_args
+    count = args.get("parallel", args.get("n-parallel")) or min(tier.concurrency_limit, 4)
+    context = args.get("ctx-size", args.get("n-ctx"))
+    if not isinstance(count, int) or not isinstance(context, int) or count < 1 or context < 1:
+        return (count if isinstance(count, int) and count > 0 else 1), None
+    return count, context if args.get("kv-unified") is True else context // count
+
+
 class LlamaCppEngine:
     """llama.cpp's OpenAI server."""
 
@@ -90,8 +104,10 @@ class LlamaCppEngine:
 
     def command(self, tier: TierConfig, launch: Launch) -> Command:
         """The server's command line. Unless ``parallel`` is set, it has as many slots as the tier's
-        ``concurrency_limit``, up to four."""
+        ``concurrency_limit``, up to four; unless ``threads`` is set, a thread for each of ``launch.cores``."""
         args = dict(tier.engine_args)
+        if launch.cores:
+            args.setdefault("threads", launch.cores)
         if not {"parallel", "n-parallel"} & args.keys():
             args["parallel"] = min(tier.concurrency_limit, 4)
         return Command(

@@ -21,6 +21,7 @@ from typing import ClassVar
 from controlplane.config import ArgScalar, TierConfig
 from controlplane.core.domain.endpoint import Capabilities
 from controlplane.engines.base import Command, Diagnosis, Launch, MetricNames
+from controlplane.engines.cores import usable_cores
 from controlplane.engines.output import find, last_error, plain, port_taken, tail
 
 _NO_NEGATION = frozenset(
@@ -232,7 +233,7 @@ class VllmEngine:
         ]
         if tier.trust_remote_code:
             argv.append("--trust-remote-code")
-        argv += flags(_with_defaults(tier))
+        argv += flags(_with_defaults(tier, launch))
         return Command(argv=tuple(argv), env=_environment(tier, launch), pass_env=_passed(tier))
 
     def capabilities(self, tier: TierConfig) -> Capabilities:
@@ -296,21 +297,29 @@ def _text(value: ArgScalar) -> str:
     return str(value)
 
 
-def _with_defaults(tier: TierConfig) -> dict[str, ArgScalar | list[ArgScalar]]:
+def _with_defaults(tier: TierConfig, launch: Launch) -> dict[str, ArgScalar | list[ArgScalar]]:
     args = dict(tier.engine_args)
     if tier.pipeline_across_nodes:
         args.setdefault("distributed-executor-backend", "ray")
     if tier.device == "cpu":
         args.setdefault("dtype", "float32")
         args.setdefault("enforce-eager", True)
-        if _unbound(tier.world_size, len(os.sched_getaffinity(0))) and tier.world_size == 1:
+        if tier.world_size == 1 and _unbound(1, *_cores(launch)):
             args.setdefault("distributed-executor-backend", "uni")
     return args
 
 
-def _unbound(world_size: int, cores: int) -> bool:
+def _cores(launch: Launch) -> tuple[int, bool]:
+    """The engine's share of the cores, and whether other engines have the rest."""
+    machine_cores = usable_cores()
+    cores = launch.cores or machine_cores
+    return cores, cores < machine_cores
+
+
+def _unbound(world_size: int, cores: int, shared: bool) -> bool:
     """Whether a CPU engine's threads are scheduled freely instead of being bound to cores by vLLM."""
-    return "VLLM_CPU_OMP_THREADS_BIND" not in os.environ and (world_size > 1 or cores <= 4)
+    free = world_size > 1 or cores <= 4 or shared
+    return free and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ
 
 
 def _passed(tier: TierConfig) -> tuple[str, ...]:
@@ -327,15 +336,16 @@ def _environment(tier: TierConfig, launch: Launch) -> dict[str, str]:
     if launch.gpu_ids:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(launch.gpu_ids)
     if tier.device == "cpu":
-        env |= _cpu_environment(tier.world_size, len(os.sched_getaffinity(0)))
+        env |= _cpu_environment(tier.world_size, *_cores(launch))
     return {**env, **tier.env, "VLLM_API_KEY": launch.secret}
 
 
-def _cpu_environment(world_size: int, cores: int) -> dict[str, str]:
+def _cpu_environment(world_size: int, cores: int, shared: bool = False) -> dict[str, str]:
     """KV cache space and thread binding of a CPU engine, where the environment does not set them.
 
-    vLLM's default binding (``auto``) needs a NUMA node per worker, and binds the engines of a small machine
-    to the same cores. With few cores per worker, the operating system schedules the threads instead.
+    vLLM's default binding (``auto``) needs a NUMA node per worker, and binds all engines of a machine to the
+    same cores. With few cores, or other engines on the machine, the operating system schedules the threads
+    instead, of which there are as many as the engine's share of the cores, less one for its API server.
 
     Binding is also why vLLM runs a CPU engine's only worker in a separate process, which imports everything
     once more (12 s of CPU time, 0.7 GB). Without binding that is unnecessary: with the variable below, vLLM
@@ -344,7 +354,7 @@ def _cpu_environment(world_size: int, cores: int) -> dict[str, str]:
     env: dict[str, str] = {}
     if not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         env["VLLM_CPU_KVCACHE_SPACE"] = "1"
-    if _unbound(world_size, cores):
+    if _unbound(world_size, cores, shared):
         if world_size == 1:
             env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"

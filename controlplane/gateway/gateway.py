@@ -26,6 +26,7 @@ from controlplane.core.domain.request import RequestOutcome
 from controlplane.core.recommendations.views import as_json_value
 from controlplane.core.routing.dispatcher import Dispatcher
 from controlplane.core.routing.endpoint_table import EndpointTable, LoadSettings
+from controlplane.engines.context import context_tokens
 from controlplane.errors import EngineRefused, RequestError, UnknownRoute, WrongMethod, shown
 from controlplane.gateway.api import agents, pages, report_page, ui
 from controlplane.gateway.api.alert_page import alerts
@@ -112,6 +113,7 @@ class Gateway:
             settings, self._dispatch, self._connections, self.metrics, self.ledger, self._timeouts
         )
         self._relay = Relay(settings, self._dispatch, attempts, self.metrics)
+        self._context_tokens = {tier.name: context_tokens(tier) for tier in config.tiers}
         self._tracing: Tracing | None = None
         self._request_ids = f"{secrets.token_hex(6)}-"
         self._request_count = 0
@@ -313,11 +315,11 @@ class Gateway:
         await agents.batch(self._infer, monotonic, request, out)
 
     async def _models(self, request: Request, out: Responder) -> None:
-        send_json(out, pages.models(self.endpoint_table, int(self.started_unix_s)))
+        send_json(out, pages.models(self.endpoint_table, int(self.started_unix_s), self._context_tokens))
 
     async def _model(self, request: Request, out: Responder) -> None:
         name = request.path.removeprefix(_MODELS)
-        send_json(out, pages.model(self.endpoint_table, int(self.started_unix_s), name))
+        send_json(out, pages.model(self.endpoint_table, int(self.started_unix_s), self._context_tokens, name))
 
     async def _root(self, request: Request, out: Responder) -> None:
         if "text/html" in request.header(b"accept"):

@@ -13,6 +13,7 @@ from rich.table import Table
 from controlplane.cli.checking.configuration import load_checked, name_warnings, unset_variables
 from controlplane.cli.console import stdout
 from controlplane.config import ServeFile, TierConfig
+from controlplane.engines.llamacpp import slots
 from controlplane.errors import ConfigError, Problem
 
 
@@ -82,6 +83,14 @@ def _show(file: ServeFile, warnings: list[Problem]) -> None:
     gateway = file.plane.gateway
     own_port = f"port {gateway.port}" if gateway.port else "no port of its own"
     console.print(f"Gateway: {own_port}; Serve's ingress: port {file.http_port}", highlight=False)
+    for tier in file.plane.tiers:
+        count, tokens = slots(tier) if tier.engine == "llamacpp" else (1, None)
+        if count > 1 and tokens is not None:
+            console.print(
+                f"Tier '{tier.name}': a request has {tokens} tokens for prompt and response, "
+                f"ctx-size divided by {count} slots (parallel)",
+                highlight=False,
+            )
     for warning in warnings:
         console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
     console.print(f"{file.path}: no problems", style="green", highlight=False)

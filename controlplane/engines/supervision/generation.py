@@ -55,6 +55,7 @@ class GenerationRunner:
     engine: Engine
     host: str
     gpu_ids: tuple[str, ...]
+    cores: int
     resolve_model: Callable[[str, Callable[[str], None]], str]
     board: StatusBoard
     inbox: CommandInbox
@@ -94,7 +95,7 @@ class GenerationRunner:
         secret = secrets.token_urlsafe(32)
         with reserve_port(self.host) as reserved:
             port = int(reserved.getsockname()[1])
-            launch = Launch(self.host, port, secret, self._model, self.gpu_ids)
+            launch = Launch(self.host, port, secret, self._model, self.gpu_ids, self.cores)
             command = self.engine.command(self.tier, launch)
             process = await self._start(command, launch)
             end = GenerationEnd(Diagnosis("the supervisor failed"))
@@ -158,7 +159,13 @@ class GenerationRunner:
             started_unix_s=time.time(),
         )
         process = await start(command, output, marker)
-        self.log.info("engine started", replica=self.replica_id, port=launch.port, generation=generation)
+        self.log.info(
+            "engine started",
+            replica=self.replica_id,
+            port=launch.port,
+            generation=generation,
+            cores=launch.cores or None,
+        )
         return process
 
     async def _watch(self, process: EngineProcess, reserved: socket) -> GenerationEnd:

@@ -47,6 +47,7 @@ class EngineSupervisor:
         replica_id: str,
         host: str = "127.0.0.1",
         gpu_ids: tuple[str, ...] = (),
+        cores: int = 0,
         resolve_model: Callable[[str, Callable[[str], None]], str],
         on_change: Callable[[EngineStatus], None],
         log: StructuredLog,
@@ -55,6 +56,7 @@ class EngineSupervisor:
         self.replica_id = replica_id
         self._host = host
         self._gpu_ids = gpu_ids
+        self._cores = cores
         self._resolve_model = resolve_model
         self._log = log
         self._engine = engine_for(tier)
@@ -209,6 +211,7 @@ class EngineSupervisor:
             engine=self._engine,
             host=self._host,
             gpu_ids=self._gpu_ids,
+            cores=self._cores,
             resolve_model=self._resolve_model,
             board=self._board,
             inbox=inbox,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Final
 from urllib.parse import parse_qs, unquote
@@ -27,26 +28,35 @@ FETCH_TIMEOUT_S: Final = 2.0
 MAX_FETCH_BYTES: Final = 8 * 1024 * 1024
 
 
-def models(endpoint_table: EndpointTable, created_unix_s: int) -> dict[str, Any]:
-    """OpenAI's model list: ``auto``, the tiers and the models behind them."""
+def models(
+    endpoint_table: EndpointTable, created_unix_s: int, context_tokens: Mapping[str, int | None]
+) -> dict[str, Any]:
+    """OpenAI's model list: ``auto``, the tiers and the models behind them. ``context_tokens`` has the tokens
+    of one request, by tier; ``max_model_len`` of a model that several tiers serve is the least of theirs."""
     table = endpoint_table.tier_table
     names = [AUTO, *(policy.name for policy in table.policies), *table.listed_models()]
-    data = [_model_entry(endpoint_table, name, created_unix_s) for name in dict.fromkeys(names)]
+    data = [
+        _model_entry(endpoint_table, name, created_unix_s, context_tokens) for name in dict.fromkeys(names)
+    ]
     return {"object": "list", "data": data}
 
 
-def model(endpoint_table: EndpointTable, created_unix_s: int, name: str) -> dict[str, Any]:
+def model(
+    endpoint_table: EndpointTable, created_unix_s: int, context_tokens: Mapping[str, int | None], name: str
+) -> dict[str, Any]:
     """The entry of one model, whose ``name`` comes from an address. Raises :class:`UnknownModel`."""
     table = endpoint_table.tier_table
     for candidate in (name, unquote(name)):  # behind Serve's ingress it is already decoded
         if candidate == AUTO or candidate in table.rank_of or candidate in table.tiers_of_model:
-            return _model_entry(endpoint_table, candidate, created_unix_s)
+            return _model_entry(endpoint_table, candidate, created_unix_s, context_tokens)
     known = [AUTO, *(policy.name for policy in table.policies), *table.listed_models()]
     text = f"no model '{shown(unquote(name))}': there is {', '.join(dict.fromkeys(known))}"
     raise UnknownModel(text, param="model")
 
 
-def _model_entry(endpoint_table: EndpointTable, name: str, created_unix_s: int) -> dict[str, Any]:
+def _model_entry(
+    endpoint_table: EndpointTable, name: str, created_unix_s: int, context_tokens: Mapping[str, int | None]
+) -> dict[str, Any]:
     """One model as OpenAI's list has it: ``auto``, a tier, or a model of one or several tiers."""
     table = endpoint_table.tier_table
     if name == AUTO:
@@ -56,6 +66,7 @@ def _model_entry(endpoint_table: EndpointTable, name: str, created_unix_s: int) 
     else:
         tiers = [table.policies[rank].name for rank in table.tiers_of_model[name]]
     pools = [pool for pool in endpoint_table.pools if pool.name in tiers]
+    limits = [limit for tier in tiers if (limit := context_tokens.get(tier)) is not None]
     return {
         "id": name,
         "object": "model",
@@ -63,6 +74,7 @@ def _model_entry(endpoint_table: EndpointTable, name: str, created_unix_s: int) 
         "owned_by": "tierplane",
         "tier": None if name == AUTO else tiers[0],
         "ready": any(load.ready for pool in pools for load in pool.loads),
+        "max_model_len": min(limits, default=None),
     }
 
 

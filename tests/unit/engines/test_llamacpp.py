@@ -38,6 +38,17 @@ def test_slots_follow_the_concurrency_limit_unless_named() -> None:
     assert params_of(engine_args={"n-parallel": 7}) == {"n-parallel": 7}
 
 
+def test_threads_are_the_share_of_the_cores_unless_named() -> None:
+    def threads(cores: int, **engine_args: Any) -> Any:
+        launch = Launch("127.0.0.1", 4000, "s3cret", "/m.gguf", cores=cores)
+        argv = ENGINE.command(tier(engine_args=engine_args), launch).argv
+        return json.loads(argv[argv.index("--params") + 1]).get("threads")
+
+    assert threads(3) == 3
+    assert threads(3, threads=2) == 2
+    assert threads(0) is None
+
+
 class Params(SimpleNamespace):
     """Fields like llama.cpp's, as strict about their kinds as the binding."""
 
