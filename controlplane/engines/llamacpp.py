@@ -104,7 +104,8 @@ class LlamaCppEngine:
 
     def command(self, tier: TierConfig, launch: Launch) -> Command:
         """The server's command line. Unless ``parallel`` is set, it has as many slots as the tier's
-        ``concurrency_limit``, up to four; unless ``threads`` is set, a thread for each of ``launch.cores``."""
+        ``concurrency_limit``, up to four; unless ``threads`` is set, one thread for each of
+        ``launch.cores``."""
         args = dict(tier.engine_args)
         if launch.cores:
             args.setdefault("threads", launch.cores)
