@@ -10,12 +10,16 @@
     ├── ControllerUnavailable      the controller can't be reached now; Ray restarts it
     └── RequestError               returned to a client as OpenAI-shaped JSON
         ├── BadRequest             400
+        ├── Forbidden              403, for a browser's page or a host name that is not allowed
         ├── UnknownModel           404
         ├── UnknownRoute           404
         ├── WrongMethod            405
         ├── DeadlineExceeded       408
+        ├── RequestTooSlow         408
         ├── PayloadTooLarge        413
+        ├── UnsupportedEncoding    415
         ├── TooManyRequests        429, with Retry-After
+        ├── UnknownMethod          501
         ├── EngineFailed           502, or the engine's own status
         ├── EngineRefused          the status with which the engine rejected the request
         ├── EndpointLost           502
@@ -130,6 +134,14 @@ class BadRequest(RequestError):
     code = "bad_request"
 
 
+class Forbidden(RequestError):
+    """A request that a page on another site, or one that has taken over a host name, may have sent (403)."""
+
+    status = 403
+    kind = "permission_error"
+    code = "forbidden"
+
+
 class UnknownModel(RequestError):
     """There is no tier or model of that name (404)."""
 
@@ -168,12 +180,36 @@ class DeadlineExceeded(RequestError):
     final = True
 
 
+class RequestTooSlow(RequestError):
+    """The client did not send its request in time (408)."""
+
+    status = 408
+    kind = "timeout_error"
+    code = "request_too_slow"
+
+
 class PayloadTooLarge(RequestError):
     """The body is larger than ``gateway.max_body_bytes`` (413)."""
 
     status = 413
     kind = "invalid_request_error"
     code = "payload_too_large"
+
+
+class UnsupportedEncoding(RequestError):
+    """The body's ``Content-Encoding`` is not one that the server decodes (415)."""
+
+    status = 415
+    kind = "invalid_request_error"
+    code = "unsupported_content_encoding"
+
+
+class UnknownMethod(RequestError):
+    """The server does not know the request's method (501)."""
+
+    status = 501
+    kind = "invalid_request_error"
+    code = "unknown_method"
 
 
 class TooManyRequests(RequestError):
@@ -239,7 +275,7 @@ class NoEndpoint(RequestError):
 
 
 class GatewayExhausted(RequestError):
-    """The gateway lacks file descriptors, ports or memory for another connection (503)."""
+    """The gateway lacks file descriptors, ports or memory for another connection or request (503)."""
 
     status = 503
     kind = "server_error"

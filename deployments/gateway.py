@@ -27,6 +27,7 @@ from controlplane.paths import run_dir
 from controlplane.planning.tier_specs import tier_specs
 from deployments.background import BackgroundTasks
 from deployments.engine_load import watch_engines
+from deployments.ingress import ignore_trailers
 from deployments.ray_metrics import mirror_metrics
 
 MAX_ONGOING_REQUESTS = 10_000
@@ -60,6 +61,7 @@ class GatewayReplica:
             component="gateway",
             gateway_id=self._id,
         )
+        ignore_trailers()  # Serve starts the ingress of this replica after its constructor
         self._gateway = Gateway(config, self._id)
         self._report_now = asyncio.Event()
         # A request for a tier that is scaled to zero has to be reported to the controller at once.

@@ -48,6 +48,10 @@ ModelName = Annotated[str, Field(min_length=1, max_length=256), _not_reserved("m
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Port = Annotated[int, Field(ge=1, le=65535)]
+HostName = Annotated[str, Field(pattern=r"^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)$", max_length=253)]
+Origin = Annotated[
+    str, Field(pattern=r"^(\*|null|[A-Za-z][A-Za-z0-9+.-]*://[A-Za-z0-9._\[\]:-]+)$", max_length=300)
+]
 
 _FLAG = re.compile(r"^[a-z][a-z0-9-]*$")
 _SET_BY_TIERPLANE = {
@@ -432,7 +436,18 @@ class GatewayConfig(Strict):
     """The tier of a request for ``auto`` that has no hint; by default ``balanced``, or else the first
     tier."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 16 * 1024 * 1024
-    """A longer request body is answered with 413."""
+    """A longer request body is answered with 413; for a compressed one, its decoded size counts."""
+    max_receiving_bytes: Annotated[int, Field(ge=1024)] = 128 * 1024 * 1024
+    """Bytes of all requests that a gateway replica is receiving at one time, and of compressed bodies that it
+    has decoded. Beyond it the largest unfinished requests are answered with 503."""
+    allowed_hosts: list[HostName] = Field(default_factory=list)
+    """Names in the ``Host`` header that are accepted, in any case and with any port. While ``host`` is a
+    loopback address, other names that could be someone's in the public DNS are refused with 403, against DNS
+    rebinding; IP addresses, names without a dot, ``*.localhost`` and ``*.internal`` need no entry. With
+    another ``host``, every name is accepted unless there are entries."""
+    cors_origins: list[Origin] = Field(default_factory=list)
+    """Origins of web pages that may use the gateway from a browser, such as ``https://chat.example.com``;
+    ``*`` for every page. Requests of other pages that do more than read are refused with 403."""
     request_timeout_s: Positive = 600.0
     """The deadline of a request that does not set one itself."""
     connect_timeout_s: Positive = 2.0
@@ -552,6 +567,10 @@ class PlaneConfig(Strict):
                 remedy = f"use one of: {', '.join(t.name for t in self.tiers[: i + 1])}"
                 message = f"'{tier.min_tier}' is not '{tier.name}' or a tier before it"
                 found.append(ConfigFinding(("tiers", i, "min_tier"), message, remedy))
+        if self.gateway.max_receiving_bytes < self.gateway.max_body_bytes:
+            message = f"{self.gateway.max_receiving_bytes} is less than one body may have"
+            remedy = f"raise it to gateway.max_body_bytes ({self.gateway.max_body_bytes}) or more"
+            found.append(ConfigFinding(("gateway", "max_receiving_bytes"), message, remedy))
         default = self.gateway.default_tier
         if default and default not in first_by_name:
             remedy = f"known: {', '.join(first_by_name)}"

@@ -42,7 +42,10 @@ from controlplane.gateway.request_context import APIS, MAX_REQUEST_ID, RequestCo
 from controlplane.gateway.telemetry.accounting import UsageLedger
 from controlplane.gateway.telemetry.metrics import Metrics, merge_expositions
 from controlplane.gateway.telemetry.traffic import TrafficCounter
+from controlplane.http.access import AccessRules, is_loopback
 from controlplane.http.asgi import AsgiApp
+from controlplane.http.intake import IntakeSettings
+from controlplane.http.limits import ReceivingBudget
 from controlplane.http.messages import Request, Responder, send_error, send_json
 from controlplane.http.server import HttpServer
 
@@ -147,9 +150,19 @@ class Gateway:
         ]
         """Every route; the documentation and ``/openapi.json`` list them."""
         self._route_of = {route.path: route for route in self.routes}
-        self.app = AsgiApp(
-            self.handle, max_body_bytes=settings.max_body_bytes, body_limit_setting=BODY_LIMIT_SETTING
-        )
+        receiving = ReceivingBudget(settings.max_receiving_bytes, "gateway.max_receiving_bytes")
+        self._intake: IntakeSettings = {
+            "max_body_bytes": settings.max_body_bytes,
+            "body_limit_setting": BODY_LIMIT_SETTING,
+            "access": AccessRules(
+                loopback_only=is_loopback(settings.host),
+                allowed_hosts=settings.allowed_hosts,
+                cors_origins=settings.cors_origins,
+            ),
+            "receiving": receiving,
+            "on_refused": self._on_refused,
+        }
+        self.app = AsgiApp(self.handle, **self._intake)
 
     # -- life cycle ------------------------------------------------------------------------------
 
@@ -164,11 +177,7 @@ class Gateway:
             self._ticker = self.loop.create_task(self._tick())
         if port is None:
             return
-        shared = HttpServer(
-            self.handle,
-            max_body_bytes=self.config.gateway.max_body_bytes,
-            body_limit_setting=BODY_LIMIT_SETTING,
-        )
+        shared = HttpServer(self.handle, **self._intake)
         self.port = await shared.start(host, port)
         self._servers.append(shared)
         private = HttpServer(self._private, max_body_bytes=1024)
@@ -298,6 +307,12 @@ class Gateway:
         except Exception:
             self.metrics.finished(context, RequestOutcome.FAILED, RequestError.code, monotonic())
             _internal_error(request, out, request_id)
+
+    def _on_refused(self, error: RequestError) -> None:
+        """Count a request that was refused before it reached a route: too long, too slow, not HTTP …"""
+        shed = error.status in {408, 503}
+        outcome = RequestOutcome.SHED if shed else RequestOutcome.CLIENT_ERROR
+        self.metrics.requests.labels("", outcome, error.code).inc()
 
     def _request_id(self, request: Request) -> str:
         given = request.header(b"x-request-id")

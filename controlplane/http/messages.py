@@ -36,10 +36,14 @@ _ANTHROPIC_TYPES: Final = {
 }
 
 _encode = msgspec.json.Encoder().encode
+_CONTROLS: Final = bytes([*range(32), 127])
+"""Characters that end a header or make it unreadable."""
+_BLANKS: Final = bytes(32 if i in _CONTROLS else i for i in range(256))
 
 
 class Request:
-    """One complete request. Names in ``headers`` are in lower case; a repeated header has its last value."""
+    """One complete request. ``path`` is without percent-encoding. Names in ``headers`` are in lower case, values
+    without blanks around them; a repeated header has its last value."""
 
     __slots__ = ("body", "headers", "method", "path", "query")
 
@@ -102,6 +106,23 @@ class Responder(Protocol):
 
 
 Handler = Callable[[Request, Responder], Awaitable[None]]
+
+
+def header_lines(headers: Headers) -> bytes:
+    """Headers as they are sent. Control characters, with which a name or value from elsewhere could begin a
+    header of its own, become blanks."""
+    parts: list[bytes] = []
+    for name, value in headers:
+        parts += (name, b": ", value, b"\r\n")
+    lines = b"".join(parts)
+    if len(lines.translate(None, _CONTROLS)) != len(lines) - 2 * len(headers):
+        return b"".join(b"%b: %b\r\n" % (name, value) for name, value in clean_headers(headers))
+    return lines
+
+
+def clean_headers(headers: Headers) -> Headers:
+    """Headers whose control characters are blanks."""
+    return [(name.translate(_BLANKS), value.translate(_BLANKS)) for name, value in headers]
 
 
 def payload_too_large(limit_bytes: int, setting: str) -> PayloadTooLarge:

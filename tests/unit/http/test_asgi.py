@@ -27,7 +27,7 @@ async def asgi(app: AsgiApp, path: str, body: bytes = b"", *, leave: bool = Fals
         "method": "POST",
         "path": path,
         "query_string": b"",
-        "headers": [],
+        "headers": [(b"host", b"h")],
         "root_path": "",
     }
     if leave:
@@ -71,7 +71,13 @@ async def test_asgi_hands_nothing_on_of_a_request_that_broke_off() -> None:
     async def send(_: object) -> None:
         raise AssertionError("the client has disconnected")
 
-    scope = {"type": "http", "method": "POST", "path": "/x", "headers": [], "query_string": b""}
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/x",
+        "headers": [(b"host", b"h")],
+        "query_string": b"",
+    }
     await AsgiApp(remember, max_body_bytes=10, body_limit_setting="limit")(scope, receive, send)
     assert not handled
 
@@ -92,7 +98,13 @@ async def test_asgi_leaves_no_task_behind_when_it_is_cancelled() -> None:
 
     sending = asyncio.Event()
     first: list[dict[str, object]] = [{"type": "http.request", "body": b"", "more_body": False}]
-    scope = {"type": "http", "method": "POST", "path": "/x", "headers": [], "query_string": b""}
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/x",
+        "headers": [(b"host", b"h")],
+        "query_string": b"",
+    }
     before = asyncio.all_tasks()
     running = asyncio.ensure_future(
         AsgiApp(slow, max_body_bytes=10, body_limit_setting="limit")(scope, receive, send)

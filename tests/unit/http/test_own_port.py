@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from controlplane.http.server import MAX_HEAD_BYTES, HttpServer
+from controlplane.http.limits import MAX_HEAD_BYTES
+from controlplane.http.server import HttpServer
 from tests.support.http_server import echo, serving, talk
 from tests.support.waiting import until_async
 

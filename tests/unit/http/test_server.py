@@ -8,9 +8,9 @@ from collections.abc import Awaitable
 
 import pytest
 
-from controlplane.http import server as server_module
+from controlplane.http.limits import MAX_HEAD_BYTES, ServerLimits
 from controlplane.http.messages import Request, Responder
-from controlplane.http.server import MAX_HEAD_BYTES, HttpResponder, HttpServer
+from controlplane.http.server import HttpResponder, HttpServer
 from tests.support.http_server import serving, talk
 from tests.support.waiting import loop_turns, until_async
 
@@ -68,11 +68,9 @@ async def test_a_drain_lets_a_response_go_out_complete() -> None:
         writer.close()
 
 
-async def test_a_client_that_takes_nothing_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "SWEEP_S", 0.05)
-    monkeypatch.setattr(server_module, "IDLE_TIMEOUT_S", 0.3)
-    monkeypatch.setattr(server_module, "STALL_TIMEOUT_S", 0.3)
-    async with serving(handler) as (server, port):
+async def test_a_client_that_takes_nothing_is_dropped() -> None:
+    limits = ServerLimits(sweep_s=0.05, idle_s=0.3, stall_s=0.3)
+    async with serving(handler, limits=limits) as (server, port):
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=4096)
         writer.write(b"GET /big HTTP/1.1\r\nhost: h\r\n\r\n")
         await reader.readexactly(100)
