@@ -42,8 +42,8 @@ _BLANKS: Final = bytes(32 if i in _CONTROLS else i for i in range(256))
 
 
 class Request:
-    """One complete request. ``path`` is without percent-encoding. Names in ``headers`` are in lower case, values
-    without blanks around them; a repeated header has its last value."""
+    """One complete request. ``path`` is without percent-encoding. Names in ``headers`` are in lower case,
+    values without blanks around them; a repeated header has its last value."""
 
     __slots__ = ("body", "headers", "method", "path", "query")
 
