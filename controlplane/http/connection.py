@@ -8,18 +8,16 @@ import socket
 from collections import deque
 from collections.abc import Awaitable
 from time import monotonic
-from typing import TYPE_CHECKING, Final, cast
+from typing import Final, Protocol, cast
 from urllib.parse import unquote
 
 import httptools
 
 from controlplane.errors import BadRequest, GatewayExhausted, RequestError, RequestTooSlow, UnknownMethod
-from controlplane.http.limits import RETRY_AFTER_S
+from controlplane.http.intake import Intake
+from controlplane.http.limits import RETRY_AFTER_S, ServerLimits
 from controlplane.http.messages import JSON_TYPE, Request, error_headers, error_value, json_bytes
 from controlplane.http.responder import HttpResponder
-
-if TYPE_CHECKING:
-    from controlplane.http.server import HttpServer
 
 FIRST_BYTE_S: Final = 0.25
 """While the server drains: how long a new connection may take to send its first byte before it is closed."""
@@ -33,10 +31,27 @@ _VERSIONS: Final = ("1.1", "1.0")
 _REQUEST_LINE: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+ \S+ HTTP/1\.[01]\r\n")
 
 
+class Listening(Protocol):
+    """The server that accepts connections."""
+
+    intake: Intake[HttpResponder]
+    limits: ServerLimits
+    loop: asyncio.AbstractEventLoop
+    draining: bool
+
+    def opened(self, connection: ClientConnection) -> None:
+        """Takes a new connection in."""
+        ...
+
+    def closed(self, connection: ClientConnection) -> None:
+        """Forgets a connection."""
+        ...
+
+
 class ClientConnection(asyncio.Protocol):
     """One client's connection. Its requests are handled in order, one at a time."""
 
-    def __init__(self, server: HttpServer) -> None:
+    def __init__(self, server: Listening) -> None:
         self._server = server
         self._intake = server.intake
         self._limits = server.limits
@@ -84,7 +99,7 @@ class ClientConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The client is gone: its handler is cancelled."""
         self.closed = True
-        self._server.connections.discard(self)
+        self._server.closed(self)
         self._release()
         self.resume_writing()
         if self._task is not None:

@@ -132,6 +132,10 @@ class HttpServer:
         if len(self.connections) > self._most_connections:
             self._make_room(connection)
 
+    def closed(self, connection: ClientConnection) -> None:
+        """Forgets a connection."""
+        self.connections.discard(connection)
+
     def _make_room(self, newest: ClientConnection | None = None) -> None:
         limit = self._most_connections
         now_s = monotonic()
