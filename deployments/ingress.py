@@ -21,4 +21,4 @@ class TrailerlessProtocol(HttpToolsProtocol):
 
 def ignore_trailers() -> None:
     """Let the servers that uvicorn starts in this process from now on ignore trailers."""
-    auto.AutoHTTPProtocol = TrailerlessProtocol  # type: ignore[misc]
+    auto.AutoHTTPProtocol = TrailerlessProtocol
