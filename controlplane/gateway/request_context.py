@@ -23,12 +23,13 @@ from controlplane.gateway.request_body import (
 )
 from controlplane.http.messages import Request
 
+COUNT_TOKENS: Final = "/v1/messages/count_tokens"
 APIS: Final = {
     "/v1/chat/completions": Api.CHAT,
     "/v1/completions": Api.COMPLETIONS,
     "/v1/responses": Api.RESPONSES,
     "/v1/messages": Api.MESSAGES,
-    "/v1/messages/count_tokens": Api.MESSAGES,
+    COUNT_TOKENS: Api.MESSAGES,
     "/v1/embeddings": Api.EMBEDDINGS,
 }
 """The routes that are relayed to engines."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from http import HTTPStatus
 from time import monotonic
 from typing import Final
 
@@ -18,7 +19,7 @@ import msgspec
 from controlplane.config import GatewayConfig
 from controlplane.core.domain.request import RequestOutcome
 from controlplane.core.routing.retry import AttemptFailure
-from controlplane.core.routing.tier_table import Route
+from controlplane.core.routing.tier_table import Api, Route
 from controlplane.errors import EngineRefused
 from controlplane.gateway.proxy.attempt import Attempt, reported_failure
 from controlplane.gateway.proxy.attempts import Attempts, TokenCounts
@@ -30,12 +31,14 @@ from controlplane.gateway.proxy.resume import TOKEN_ID_MEMBERS, StreamRecorder
 from controlplane.gateway.proxy.resumption import Resumption
 from controlplane.gateway.proxy.upstream import UpstreamFailure
 from controlplane.gateway.proxy.waiting_comments import WaitingComments
-from controlplane.gateway.request_context import RESUME_KINDS, RequestContext
+from controlplane.gateway.request_context import COUNT_TOKENS, RESUME_KINDS, RequestContext
 from controlplane.gateway.telemetry.metrics import Metrics
 from controlplane.http.messages import EVENT_STREAM, JSON_TYPE, Responder
 from controlplane.http.sse import events_end, has_end, is_end
 
 PROMPT_IDS: Final = re.compile(rb'"prompt_token_ids":\[([0-9, ]*)\]')
+
+_NO_SUCH_ROUTE: Final = frozenset({404, 405})
 
 # Attribute look-ups on an enum class cost more than on a module.
 _OK: Final = RequestOutcome.OK
@@ -208,12 +211,15 @@ class Relay:
         self._metrics.finished(context, _OK, str(attempt.status), monotonic())
 
     def _refusal(self, context: RequestContext, attempt: Attempt, out: Responder) -> None:
-        """Send an error with which an engine rejected the request, as the engine wrote it if it is JSON. It
-        says nothing about the engine."""
+        """Send an error with which an engine rejected the request, as the engine wrote it if it is JSON and
+        the API is OpenAI's; not every engine writes Anthropic's errors. It says nothing about the engine."""
         attempt.refuse()
         status = attempt.status
         body = attempt.data
-        if out.started or body.strip()[:1] != b"{":
+        if context.path == COUNT_TOKENS and status in _NO_SUCH_ROUTE:
+            text = f"the engine of tier '{context.tier}' does not count tokens"
+            raise EngineRefused(text, status=HTTPStatus.NOT_IMPLEMENTED)
+        if out.started or context.api is Api.MESSAGES or body.strip()[:1] != b"{":
             report = response_error(status, body)
             raise EngineRefused(
                 report.message, status=status, kind=report.kind, code=report.code, param=report.param

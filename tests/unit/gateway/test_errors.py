@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -14,6 +18,7 @@ from controlplane.http.messages import anthropic_type
 from tests.support.gateway import CHAT, chat_body, plane, running
 
 MESSAGES = "/v1/messages"
+INVALID = "invalid_request_error"
 DEEP = b'{"model":"auto","messages":[],"x":%b%b}'
 
 
@@ -62,6 +67,27 @@ async def test_no_name_is_repeated_for_each_endpoint() -> None:
             assert len(json.dumps(value)) < 4000
 
 
+@asynccontextmanager
+async def engine_that_answers(status: int, body: bytes) -> AsyncIterator[str]:
+    """The address of an engine that gives every request the same answer."""
+
+    async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", head)
+        await reader.readexactly(int(length[1]) if length else 0)
+        begin = b"HTTP/1.1 %d X\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+        writer.write(begin % (status, len(body)) + body)
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(respond, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+        await server.wait_closed()
+
+
 # -- shapes ----------------------------------------------------------------------------------------------
 
 
@@ -100,6 +126,43 @@ async def test_errors_of_messages_are_anthropics(
         assert value["error"]["message"]
         if status != 413:  # refused before it was a request
             assert value["request_id"] == head["x-request-id"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "kind", "says"),
+    [
+        (b'{"error":{"message":"too long","type":"BadRequestError","code":400}}', 400, INVALID, "too long"),
+        (
+            b'{"type":"error","error":{"type":"BadRequestError","message":"too long"}}',
+            400,
+            INVALID,
+            "too long",
+        ),
+        (b'{"detail":"no such thing"}', 422, INVALID, "no such thing"),
+        (b"<h1>Not Found</h1>", 404, "not_found_error", "Not Found"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_engines_own_error_is_anthropics_under_messages(
+    answer: bytes, status: int, kind: str, says: str, stream: bool
+) -> None:
+    async with engine_that_answers(status, answer) as url, running() as rig:
+        await rig.engine("a")
+        rig.change("a", base_url=url)
+        body = {"model": "auto", "max_tokens": 5, "messages": [], "stream": stream}
+        answered, head, value = await rig.post(MESSAGES, body)
+        assert (answered, value["type"], value["error"]["type"]) == (status, "error", kind)
+        assert says in value["error"]["message"]
+        assert value["request_id"] == head["x-request-id"]
+
+
+async def test_an_engine_that_can_not_count_tokens_is_named() -> None:
+    async with engine_that_answers(404, b'{"detail":"Not Found"}') as url, running() as rig:
+        await rig.engine("a")
+        rig.change("a", base_url=url)
+        status, head, value = await rig.post("/v1/messages/count_tokens", {"model": "auto", "messages": []})
+        assert (status, head["x-should-retry"]) == (501, "false")
+        assert "tier 'balanced' does not count tokens" in value["error"]["message"]
 
 
 async def test_a_plane_without_engines_is_overloaded_in_anthropics_words() -> None:
