@@ -4,34 +4,53 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import click
 
+from controlplane.cli import plane_http
+from controlplane.cli.plane_http import GatewayUnreachable
 from controlplane.controller.api import Method, P, R
 from controlplane.errors import SetupError
+from controlplane.gateway.api.operator_queries import ARGUMENTS
 from controlplane.ray_cluster import session
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-@dataclass(frozen=True, slots=True)
-class PlaneAddress:
-    """How to reach a running plane."""
+class PlaneAccess:
+    """Calls to the controller of a running plane: queries through a gateway, where one answers, else through
+    Ray, to which this connects only when it has to (it takes seconds). Use as a context manager."""
 
-    ray: str
-    """The address of its Ray."""
-    namespace: str
-    url: str = ""
-    """The address of its gateway; empty if unknown."""
+    def __init__(self, ray: str, namespace: str, url: str = "", *, ask_gateway: bool = False) -> None:
+        self.url = url
+        """The address of the plane's gateway; empty if unknown."""
+        self._ray = ray
+        self._namespace = namespace
+        self._ask_gateway = ask_gateway and bool(url)
+        self._open = ExitStack()
+        self._connected = False
+
+    def __enter__(self) -> PlaneAccess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
 
     def call(self, method: Method[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call a method of the controller. Raises SetupError if it does not answer."""
+        if self._ask_gateway and method.__name__ in ARGUMENTS:
+            try:
+                return plane_http.query(self.url, method, *args, **kwargs)
+            except GatewayUnreachable:
+                self._ask_gateway = False
         from controlplane.ray_cluster import plane
 
-        return plane.call_controller(self.namespace, self.ray, method, *args, **kwargs)
+        if not self._connected:
+            self._open.enter_context(connected_ray(self._ray))
+            self._connected = True
+        return plane.call_controller(self._namespace, self._ray, method, *args, **kwargs)
 
 
 def plane_options(command: F) -> F:
@@ -71,16 +90,17 @@ def connected_ray(address: str) -> Iterator[None]:
         plane.disconnect()
 
 
-@contextmanager
-def connected(address: str | None, namespace: str | None) -> Iterator[PlaneAddress]:
-    """Connect this process to the plane's Ray for the duration of the block. Raises SetupError."""
+def connected(address: str | None, namespace: str | None) -> PlaneAccess:
+    """Access to the plane that the options select. Raises SetupError if there is none."""
     ray = ray_address(address)
     if not ray:
         raise SetupError("no plane runs here: start one with `tierplane up`, or name its Ray with --address")
-    with connected_ray(ray):
-        record = session.load_record()
-        yield PlaneAddress(
-            ray,
-            namespace or (record.namespace if record else "tierplane"),
-            record.gateway_url or record.ingress_url if record else "",
-        )
+    record = session.load_record()
+    return PlaneAccess(
+        ray,
+        namespace or (record.namespace if record else "tierplane"),
+        record.gateway_url or record.ingress_url if record else "",
+        ask_gateway=record is not None
+        and ray == record.ray_address
+        and namespace in (None, record.namespace),
+    )

@@ -39,7 +39,6 @@ from controlplane.controller.registry import WARMING_REPORTS, Registry
 from controlplane.controller.reports import Reports
 from controlplane.controller.saved_state import SavedState, stored_last_events
 from controlplane.controller.scaling import PlaneScaler
-from controlplane.controller.store import Point
 from controlplane.core.alerts.views import AlertsResponse
 from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo
 from controlplane.core.cluster.tier_spec import TierSpec
@@ -54,6 +53,7 @@ from controlplane.core.reconcile.commands import ActionResponse, ReportResponse,
 from controlplane.core.reconcile.migrations import Activity
 from controlplane.core.reconcile.reconcile import ReconcileRules
 from controlplane.core.reconcile.replica_targets import TierTarget
+from controlplane.core.reports.recorded_traffic import Point
 from controlplane.core.reports.report import PlaneReport
 from controlplane.core.telemetry.stalled_engine import StallRules
 from controlplane.node_agent.ray_actor import stop_node_agents

@@ -7,11 +7,8 @@ remote call. :mod:`controlplane.controller.handle` makes the calls, typed by thi
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Mapping
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeAlias, TypeVar
 
-from controlplane.config.alerts import AlertsConfig
-from controlplane.config.scaling import ControllerScalingConfig
-from controlplane.controller.store import Point
 from controlplane.core.alerts.views import AlertsResponse
 from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo
 from controlplane.core.cluster.tier_spec import TierSpec
@@ -24,7 +21,12 @@ from controlplane.core.recommendations.views import ScalingReport
 from controlplane.core.reconcile.commands import ActionResponse, ReportResponse, StartPermission
 from controlplane.core.reconcile.migrations import Activity
 from controlplane.core.reconcile.replica_targets import TierTarget
+from controlplane.core.reports.recorded_traffic import Point
 from controlplane.core.reports.report import PlaneReport
+
+if TYPE_CHECKING:  # They take half a second to import, which commands that only query need not spend.
+    from controlplane.config.alerts import AlertsConfig
+    from controlplane.config.scaling import ControllerScalingConfig
 
 
 class ControllerApi(Protocol):

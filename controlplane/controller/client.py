@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable
-from typing import NoReturn
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, NoReturn
 
 import structlog
 from ray.exceptions import ActorDiedError, RayActorError, RayError
@@ -151,6 +151,10 @@ class RemoteController:
 
     def __init__(self, link: ControllerLink) -> None:
         self._link = link
+
+    async def query(self, name: str, arguments: Mapping[str, Any]) -> Any:
+        """The result of a query of :class:`ControllerApi` by its name."""
+        return await self._link.call(getattr(ControllerApi, name), **arguments)
 
     async def plane_report(self, window_minutes: float) -> PlaneReport:
         """See :meth:`ControllerApi.plane_report`."""

@@ -30,6 +30,7 @@ import structlog
 
 from controlplane.controller.store_file import StoreFile, in_memory, in_transaction, is_file_error
 from controlplane.core.domain.event import Event
+from controlplane.core.reports.recorded_traffic import Point
 
 log = structlog.get_logger(__name__)
 
@@ -72,16 +73,6 @@ _BY_PART: Final = f"""
     SELECT (at_s - ?1) / ?4 AS part, sum(count), sum(total), max(high) FROM history
     WHERE series = ?3 AND step_s IN ({_WIDTHS}) AND at_s >= ?1 AND at_s < ?2 GROUP BY part
 """  # noqa: S608 - only numbers from this module
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """The values of a series in the ``step_s`` seconds from ``unix_s``."""
-
-    unix_s: int
-    step_s: int
-    count: int
-    mean: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,12 +23,13 @@ from controlplane.core.admission.queue import AdmissionQueue, AdmissionSettings
 from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo, merge
 from controlplane.core.domain.endpoint import Endpoint
 from controlplane.core.domain.request import RequestOutcome
+from controlplane.core.json_values import to_value
 from controlplane.core.recommendations.views import as_json_value
 from controlplane.core.routing.dispatcher import Dispatcher
 from controlplane.core.routing.endpoint_table import EndpointTable, LoadSettings
 from controlplane.engines.context import context_tokens
 from controlplane.errors import EngineRefused, RequestError, UnknownRoute, WrongMethod, shown
-from controlplane.gateway.api import agents, pages, report_page, ui
+from controlplane.gateway.api import agents, operator_queries, pages, report_page, ui
 from controlplane.gateway.api.alert_page import alerts
 from controlplane.gateway.api.controller_queries import ControllerQueries, query_controller
 from controlplane.gateway.api.openapi import GatewayRoute, document
@@ -146,6 +147,10 @@ class Gateway:
             ),
             GatewayRoute("GET", "/report", "a report on a window of time", self._report),
             GatewayRoute("GET", "/ui", "the plane in a browser", self._ui),
+            *(
+                GatewayRoute("GET", f"{operator_queries.PREFIX}{name}", summary, self._plane)
+                for name, summary in operator_queries.SUMMARIES.items()
+            ),
             GatewayRoute("GET", "/openapi.json", "this description of the routes", self._openapi),
         ]
         """Every route; the documentation and ``/openapi.json`` list them."""
@@ -384,6 +389,12 @@ class Gateway:
     async def _gpus(self, request: Request, out: Responder) -> None:
         found = await query_controller(self.controller, lambda controller: controller.gpus())
         send_json(out, {"gpus": [asdict(gpu) for gpu in found]})
+
+    async def _plane(self, request: Request, out: Responder) -> None:
+        name = request.path.removeprefix(operator_queries.PREFIX)
+        arguments = operator_queries.parse_arguments(name, request.query)
+        found = await query_controller(self.controller, lambda controller: controller.query(name, arguments))
+        send_json(out, await asyncio.to_thread(to_value, found))
 
     async def _ui(self, request: Request, out: Responder) -> None:
         out.send(200, *ui.page())

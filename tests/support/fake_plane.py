@@ -11,7 +11,7 @@ import pytest
 
 
 class FakePlane:
-    """Stands for a :class:`~controlplane.cli.controller_access.PlaneAddress`.
+    """Stands for a :class:`~controlplane.cli.controller_access.PlaneAccess`.
 
     ``answers`` has the answer to each method by its name; ``answer`` makes those that are not there of the
     method's name and the arguments. ``calls`` is what was asked.

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.text import Text
 
 from controlplane.cli.console import stdout
-from controlplane.cli.controller_access import PlaneAddress, connected, plane_options
+from controlplane.cli.controller_access import PlaneAccess, connected, plane_options
 from controlplane.cli.lifecycle.activity import activity_json, activity_lines
 from controlplane.cli.lifecycle.tables import (
     gateway_table,
@@ -62,7 +62,7 @@ def command(as_json: bool, watch: bool, address: str | None, namespace: str | No
         raise SystemExit(3)
 
 
-def _watch(plane: PlaneAddress, as_json: bool) -> None:
+def _watch(plane: PlaneAccess, as_json: bool) -> None:
     if as_json:
         while True:
             click.echo(json.dumps(_as_json(*_query(plane))))
@@ -73,7 +73,7 @@ def _watch(plane: PlaneAddress, as_json: bool) -> None:
             time.sleep(REFRESH_S)
 
 
-def _query(plane: PlaneAddress) -> tuple[PlaneView, Activity]:
+def _query(plane: PlaneAccess) -> tuple[PlaneView, Activity]:
     from controlplane.ray_cluster.plane import PlaneView
 
     return PlaneView(*plane.call(ControllerApi.status)), plane.call(ControllerApi.activity)

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from controlplane.cli.console import age, parse_duration, stdout
-from controlplane.cli.controller_access import PlaneAddress, connected, plane_options
+from controlplane.cli.controller_access import PlaneAccess, connected, plane_options
 from controlplane.cli.operating.events import event_json, event_line
 from controlplane.cli.operating.operate import show_response
 from controlplane.controller.api import ControllerApi, Method, P
@@ -228,7 +228,7 @@ def _notification_state(alert: AlertView, unix_s: float) -> str:
     return ", ".join(parts)
 
 
-def _past(plane: PlaneAddress) -> list[Event]:
+def _past(plane: PlaneAccess) -> list[Event]:
     events = plane.call(ControllerApi.events, -1, _PAST_EVENTS)
     return [event for event in events if event.kind in _EVENT_KINDS]
 

@@ -7,7 +7,7 @@ import time
 
 import click
 
-from controlplane.cli.controller_access import PlaneAddress, connected, plane_options
+from controlplane.cli.controller_access import PlaneAccess, connected, plane_options
 from controlplane.controller.api import ControllerApi
 from controlplane.core.domain.event import Event
 from controlplane.errors import SetupError
@@ -42,7 +42,7 @@ def command(follow: bool, lines: int, as_json: bool, address: str | None, namesp
             return
 
 
-def _events_after(plane: PlaneAddress, after: int) -> tuple[Event, ...]:
+def _events_after(plane: PlaneAccess, after: int) -> tuple[Event, ...]:
     """The events after number ``after``; waits for a controller that is restarting. Raises SetupError."""
     deadline_s = time.monotonic() + UNREACHABLE_LIMIT_S
     while True:

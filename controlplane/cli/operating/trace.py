@@ -10,13 +10,13 @@ from typing import IO, Any
 
 import click
 
-from controlplane.cli.controller_access import PlaneAddress, connected, plane_options
+from controlplane.cli.controller_access import PlaneAccess, connected, plane_options
 from controlplane.controller.api import ControllerApi
 from controlplane.controller.reports import series_of
-from controlplane.controller.store import Point
 from controlplane.core.reports.recorded_traffic import (
     COLUMNS,
     FIGURES,
+    Point,
     RecordedWindow,
     StoredPoint,
     relative_to_first,
@@ -79,7 +79,7 @@ def command(hours: float, output: str, as_json: bool, address: str | None, names
         )
 
 
-def recorded(plane: PlaneAddress, hours: float) -> list[RecordedWindow]:
+def recorded(plane: PlaneAccess, hours: float) -> list[RecordedWindow]:
     """The windows of all tiers, with times relative to the start of the first window."""
     _, specs, _ = plane.call(ControllerApi.status)
     until_s = time.time() + _CLOCK_SKEW_S

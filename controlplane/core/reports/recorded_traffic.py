@@ -19,6 +19,16 @@ COLUMNS: Final = ("start_s", "seconds", "tier", "requests", "input_tokens", "out
 
 
 @dataclass(frozen=True, slots=True)
+class Point:
+    """The values of a stored series in the ``step_s`` seconds from ``unix_s``."""
+
+    unix_s: int
+    step_s: int
+    count: int
+    mean: float
+
+
+@dataclass(frozen=True, slots=True)
 class StoredPoint:
     """One stored figure, summed over ``step_s``."""
 

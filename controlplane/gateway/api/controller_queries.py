@@ -8,8 +8,8 @@ controller.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import Final, Protocol, TypeVar
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final, Protocol, TypeVar
 
 from controlplane.core.gpus.views import GpuView
 from controlplane.core.recommendations.views import ScalingReport
@@ -25,6 +25,11 @@ R = TypeVar("R")
 class ControllerQueries(Protocol):
     """What these pages need from the controller. Each method raises a TierplaneError if the controller can't
     be reached."""
+
+    async def query(self, name: str, arguments: Mapping[str, Any]) -> Any:
+        """The result of the controller's query ``name``, one of
+        :data:`controlplane.gateway.api.operator_queries.ARGUMENTS`."""
+        ...
 
     async def plane_report(self, window_minutes: float) -> PlaneReport:
         """The report on all tiers and endpoints over the last ``window_minutes``."""

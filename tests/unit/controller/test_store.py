@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from controlplane.controller.store import DAY_S, Point, Store
+from controlplane.controller.store import DAY_S, Store
 from controlplane.controller.store_file import MAX_BROKEN_FILES, StoreFile
 from controlplane.core.domain.event import Event
+from controlplane.core.reports.recorded_traffic import Point
 
 ENTRY = Event(0, 1.0, kind="cordon", subject="GPU-a", reason="XID 79")
 

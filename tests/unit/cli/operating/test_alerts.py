@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from controlplane.cli import main
-from controlplane.cli.controller_access import PlaneAddress
+from controlplane.cli.controller_access import PlaneAccess
 from controlplane.cli.lifecycle import status
 from controlplane.cli.operating import alerts
 from controlplane.core.alerts.alert import AlertState, Severity
@@ -160,11 +160,11 @@ def test_the_status_shows_the_most_severe_alert(monkeypatch: pytest.MonkeyPatch)
     plane = FakePlane(status=(snapshot, (), ()), activity=activity)
 
     @contextmanager
-    def connected(address: str | None, namespace: str | None) -> Iterator[PlaneAddress]:
-        yield PlaneAddress("ray", "tierplane")
+    def connected(address: str | None, namespace: str | None) -> Iterator[PlaneAccess]:
+        yield PlaneAccess("ray", "tierplane")
 
     monkeypatch.setattr(status, "connected", connected)
-    monkeypatch.setattr(PlaneAddress, "call", lambda _, *words: plane.call(*words))
+    monkeypatch.setattr(PlaneAccess, "call", lambda _, *words: plane.call(*words))
     shown = CliRunner().invoke(main, ["status"])
     assert "critical: Tier small has no ready endpoint." in shown.output
     value = json.loads(CliRunner().invoke(main, ["status", "--json"]).output)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import pytest
@@ -17,6 +17,9 @@ class Controller:
 
     def __init__(self, respond: Callable[..., Awaitable[Any]]) -> None:
         self._respond = respond
+
+    async def query(self, name: str, arguments: Mapping[str, Any]) -> Any:
+        return await getattr(self, name)(**arguments)
 
     async def plane_report(self, window_minutes: float) -> Any:
         return await self._respond("plane_report", window_minutes)

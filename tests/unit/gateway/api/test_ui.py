@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,9 @@ class Played:
     async def gpus(self) -> Any:
         return (gpu(),)
 
+    async def query(self, name: str, arguments: Mapping[str, Any]) -> Any:
+        return await getattr(self, name)(**arguments)
+
     async def plane_report(self, window_minutes: float) -> Any:
         return report()
 
@@ -88,6 +91,9 @@ class Away:
 
     async def gpus(self) -> Any:
         raise TierplaneError("the controller is gone")
+
+    async def query(self, name: str, arguments: Mapping[str, Any]) -> Any:
+        return await getattr(self, name)(**arguments)
 
     async def plane_report(self, window_minutes: float) -> Any:
         raise TierplaneError("the controller is gone")

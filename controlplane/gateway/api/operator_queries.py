@@ -1,0 +1,86 @@
+"""``GET /plane/…``: what the command line asks of the controller, through a gateway.
+
+A command that connects to Ray takes seconds before it can ask anything; a gateway is connected already.
+Only queries are here; what changes a plane needs Ray's token. Each result is the JSON of the value that
+:class:`~controlplane.controller.api.ControllerApi` returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Final
+from urllib.parse import parse_qsl
+
+import msgspec
+
+from controlplane.core.reports.report import MAX_WINDOW_MINUTES, MIN_WINDOW_MINUTES
+from controlplane.errors import BadRequest
+
+MOST_EVENTS: Final = 10_000
+MOST_SERIES: Final = 100
+PREFIX: Final = "/plane/"
+
+
+@dataclass(frozen=True, slots=True)
+class NoArguments:
+    """A query without arguments."""
+
+
+@dataclass(frozen=True, slots=True)
+class EventsArguments:
+    """Entries of the audit log after number ``after``; with a negative one the last ``limit``."""
+
+    after: int = 0
+    limit: Annotated[int, msgspec.Meta(ge=1, le=MOST_EVENTS)] = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class ReportArguments:
+    """A report over the minutes before now."""
+
+    window_minutes: Annotated[float, msgspec.Meta(ge=MIN_WINDOW_MINUTES, le=MAX_WINDOW_MINUTES)] = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryArguments:
+    """Stored points of series; in a URL, ``series`` is a list with commas."""
+
+    series: Annotated[tuple[str, ...], msgspec.Meta(max_length=MOST_SERIES)]
+    since_unix_s: float
+    until_unix_s: float
+
+
+ARGUMENTS: Final[Mapping[str, type[Any]]] = {
+    **dict.fromkeys(("status", "activity", "alerts", "gpus", "scaling"), NoArguments),
+    "events": EventsArguments,
+    "plane_report": ReportArguments,
+    "history": HistoryArguments,
+}
+"""Query → its arguments. The names are those of the controller's methods."""
+
+SUMMARIES: Final[Mapping[str, str]] = {
+    "status": "for the command line: the snapshot without secrets, the tiers, recent events",
+    "activity": "for the command line: migrations, restarts, holds and drains in progress",
+    "alerts": "for the command line: alerts, silences and webhook deliveries",
+    "gpus": "for the command line: GPUs, their health and their holders",
+    "scaling": "for the command line: targets and recommendations",
+    "events": "for the command line: the audit log",
+    "plane_report": "for the command line: a report on the minutes before now",
+    "history": "for the command line: stored points of series",
+}
+
+
+def parse_arguments(name: str, query: str) -> dict[str, Any]:
+    """The arguments of a query in a URL. Raises BadRequest that names what is wrong."""
+    values: dict[str, Any] = dict(parse_qsl(query, keep_blank_values=True, max_num_fields=20))
+    if name == "history":
+        values["series"] = [each for each in values.get("series", "").split(",") if each]
+    kind = ARGUMENTS[name]
+    unknown = set(values) - set(kind.__dataclass_fields__)
+    if unknown:
+        raise BadRequest(f"{PREFIX}{name} has no parameter {', '.join(sorted(unknown))}")
+    try:
+        return asdict(msgspec.convert(values, kind, strict=False))
+    except msgspec.ValidationError as error:
+        raise BadRequest(f"{PREFIX}{name}: {error}") from error
