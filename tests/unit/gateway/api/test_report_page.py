@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -90,6 +91,9 @@ async def test_the_route_queries_the_controller_and_responds_in_both_formats() -
 
     class Played:
         """A controller that has one report."""
+
+        async def query(self, name: str, arguments: Mapping[str, Any]) -> Any:
+            raise NotImplementedError
 
         async def plane_report(self, window_minutes: float) -> PlaneReport:
             windows.append(window_minutes)
