@@ -39,6 +39,18 @@ def _variable(value: str) -> str:
     return value
 
 
+def _variable_name(value: str) -> str:
+    if not _VARIABLE.fullmatch(value):
+        raise _fail("is not the name of an environment variable", "use letters, digits and '_'")
+    return value
+
+
+def _variable_value(value: str) -> str:
+    if "\0" in value:
+        raise _fail("can't be the value of a variable: it has a zero byte", "remove it")
+    return value
+
+
 def host_problem(host: str) -> str:
     """Why ``host`` can be no host name or IP address (without brackets); "" if it can."""
     if ":" in host or re.fullmatch(r"[\d.]+", host):
@@ -122,6 +134,10 @@ def _file(value: str) -> str:
 _Text = Annotated[str, Field(max_length=2048)]
 EnvName = Annotated[_Text, AfterValidator(_variable)]
 """The name of an environment variable that holds a secret."""
+VariableName = Annotated[str, AfterValidator(_variable_name)]
+"""The name of a variable that is set for an engine."""
+VariableValue = Annotated[str, AfterValidator(_variable_value)]
+"""Its value, which may be secret."""
 ListeningHost = Annotated[_Text, AfterValidator(_listening)]
 """An IP address or a host name to listen on."""
 ServerUrl = Annotated[_Text, AfterValidator(_server)]

@@ -10,10 +10,10 @@ from typing import Annotated, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from controlplane.config.plane import IMPORT_PATH, PlaneConfig, TierConfig
-from controlplane.config.problems import collect, path_text
+from controlplane.config.plane import IMPORT_PATH, GatewayConfig, PlaneConfig, TierConfig
+from controlplane.config.problems import collect, path_text, shown_value
 from controlplane.config.profiles import apply_plane_profile
-from controlplane.config.serve_file import ServeApplication, ServeSettings
+from controlplane.config.serve_file import HttpOptions, ServeApplication, ServeSettings
 from controlplane.config.strict import PathPart
 from controlplane.config.yaml_file import read_yaml
 from controlplane.errors import ConfigError, Problem
@@ -61,17 +61,13 @@ def load_plane(path: str | os.PathLike[str]) -> ServeFile:
         )
         if isinstance(application, Mapping) and "args" in application:
             found += _prefixed((*here, "args"), _plane_problems(application["args"]))
+        found += _port_problems(index, file.values, application)
     if found or file.problems:
         problems = [*file.problems, *_located(found, file.line)]
         raise ConfigError(sorted(problems, key=lambda problem: problem.line), str(path))
     settings = ServeSettings.model_validate(file.values)
     ours = ServeApplication.model_validate(application)
     plane = PlaneConfig.model_validate(ours.args)
-    if plane.gateway.port == settings.http_options.port:
-        where: _Path = ("applications", index or 0, "args", "gateway", "port")
-        message = f"http_options.port is {plane.gateway.port} too"
-        port_problem = Problem("", message, "choose another port for the gateway, or 0 to switch it off")
-        raise ConfigError(_located([(where, port_problem)], file.line), str(path))
     return ServeFile(
         path=Path(path),
         application=ours.name,
@@ -81,6 +77,22 @@ def load_plane(path: str | os.PathLike[str]) -> ServeFile:
         http_port=settings.http_options.port,
         raw=file.values,
     )
+
+
+def _port_problems(index: int, values: Any, application: Any) -> _Found:
+    """A problem if the gateway and Serve's ingress have the same port, given or by default."""
+
+    def port(holder: Any, part: str, default: int) -> Any:
+        here = holder.get(part) if isinstance(holder, Mapping) else None
+        return here.get("port", default) if isinstance(here, Mapping) else default
+
+    args = application.get("args") if isinstance(application, Mapping) else None
+    ingress = port(values, "http_options", HttpOptions().port)
+    if ingress != port(args, "gateway", GatewayConfig().port):
+        return []
+    message = f"http_options.port is {shown_value(ingress)} too"
+    where: _Path = ("applications", index, "args", "gateway", "port")
+    return [(where, Problem("", message, "choose another port for the gateway, or 0 to switch it off"))]
 
 
 def _our_application(values: Any, found: _Found) -> tuple[int | None, Any]:

@@ -9,7 +9,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from controlplane.config.addresses import CollectorUrl, EnvName, ListeningHost, ServerUrl, StorePath
+from controlplane.config.addresses import (
+    CollectorUrl,
+    EnvName,
+    ListeningHost,
+    ServerUrl,
+    StorePath,
+    VariableName,
+    VariableValue,
+)
 from controlplane.config.alerts import AlertsConfig
 from controlplane.config.expected_load import ExpectedLoad
 from controlplane.config.gpu_models import gpu_model_findings, table_name
@@ -102,9 +110,9 @@ class TierConfig(Strict):
     engine_args: dict[str, ArgScalar | list[ArgScalar]] = Field(default_factory=dict)
     """The engine's own flags without the leading dashes: ``{max-model-len: 4096, enforce-eager: true}``.
     For engine ``simulated``: the settings of the timing model."""
-    env: dict[str, str] = Field(default_factory=dict)
+    env: dict[VariableName, VariableValue] = Field(default_factory=dict)
     """Variables added to the environment of the engine process."""
-    pass_env: list[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]] = Field(default_factory=list)
+    pass_env: list[EnvName] = Field(default_factory=list)
     """Names of variables that the engine process gets from the environment of its node. By default it gets
     only what programs, accelerators and model libraries use (such as ``PATH``, ``CUDA_*``, ``HF_*`` and
     ``VLLM_*``), so that model code can't read other secrets."""
@@ -226,10 +234,17 @@ class TierConfig(Strict):
 
     def _address_findings(self) -> list[ConfigFinding]:
         if self.engine == "endpoint":
+            found = [
+                ConfigFinding(
+                    (key,), "engine 'endpoint' starts no process that could use it", "remove it", ("engine",)
+                )
+                for key in ("engine_args", "env", "pass_env")
+                if getattr(self, key)
+            ]
             if not self.url:
                 remedy = "set the server's address without /v1, such as http://127.0.0.1:11434"
-                return [ConfigFinding(("url",), "engine 'endpoint' needs it", remedy, ("engine",))]
-            return []
+                found.append(ConfigFinding(("url",), "engine 'endpoint' needs it", remedy, ("engine",)))
+            return found
         remedy = f"remove it, or use engine 'endpoint' instead of '{self.engine}'"
         return [
             ConfigFinding((key,), "only engine 'endpoint' has this setting", remedy, ("engine",))

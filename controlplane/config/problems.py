@@ -82,9 +82,10 @@ def _problems_of(
     for item in error.errors():
         cause = item.get("ctx", {}).get("error")
         if isinstance(cause, FindingsError):
-            problems += _from_findings(cause.findings, item["loc"], rest, removed)
-            if item["loc"]:
-                invalid += [rest.original(item["loc"] + finding.path) for finding in cause.findings]
+            where = item["loc"][:-1] if item["loc"][-1:] == ("[key]",) else item["loc"]
+            problems += _from_findings(cause.findings, where, rest, removed)
+            if where:
+                invalid += [rest.original(where + finding.path) for finding in cause.findings]
         else:
             path = rest.original(_real_path(item, rest.values))
             invalid += [path] if path else []

@@ -1,18 +1,26 @@
 """The part of a Serve config file around tierplane's own settings.
 
 Serve ignores unknown keys; here they are errors, because with a misspelt ``http_options`` Serve would
-silently listen on another port. Values that Serve checks when it starts are not checked here (``Any``).
+silently listen on another port. Values of type ``Any`` are checked with Serve's own schema, see
+``controlplane/cli/checking/serve_schema.py``.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from controlplane.config.addresses import ListeningHost
 from controlplane.config.plane import Port
-from controlplane.config.strict import Strict
+from controlplane.config.strict import ConfigFinding, FindingsError, Strict
+
+
+def _route_prefix(value: str) -> str:
+    if not value.startswith("/") or (value != "/" and value.endswith("/")) or set(value) & set("{} ?#"):
+        message = "must begin with '/' and not end with one, without braces, blanks, '?' and '#'"
+        raise FindingsError([ConfigFinding((), message, "write '/' or a path such as '/models'")])
+    return value
 
 
 class HttpOptions(Strict):
@@ -50,8 +58,8 @@ class ServeApplication(Strict):
     """deployments.app:build for tierplane's application."""
     args: Any
     """tierplane's settings: tiers, gateway, controller."""
-    name: str = "default"
-    route_prefix: str | None = "/"
+    name: Annotated[str, Field(min_length=1)] = "default"
+    route_prefix: Annotated[str, AfterValidator(_route_prefix)] | None = "/"
     runtime_env: Any = None
     host: Any = None
     port: Any = None

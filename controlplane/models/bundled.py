@@ -24,8 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from controlplane.config import BUNDLED_PREFIX, EngineKind
+from controlplane.config.model_identity import is_local
 from controlplane.errors import SetupError
-from controlplane.models.weight_files import open_safetensors
+from controlplane.models.weight_files import check_gguf, open_safetensors
 from controlplane.paths import cache_dir
 
 Progress = Callable[[str], None]
@@ -80,11 +81,31 @@ def resolve(model: str, engine: EngineKind | str, progress: Progress) -> str:
         return model
     if model.startswith(BUNDLED_PREFIX):
         return str(_bundled(model.removeprefix(BUNDLED_PREFIX), engine, progress))
-    if _looks_local(model):
+    return located(model, engine)
+
+
+def located(model: str, engine: EngineKind | str) -> str:
+    """A hub id unchanged, or the absolute path of the file or folder on this machine; downloads nothing.
+
+    Raises SetupError if ``engine`` can load nothing of that name.
+    """
+    if is_local(model):
         return str(_local(Path(model).expanduser().absolute(), engine))
     if not _HUB_ID.match(model):
         raise SetupError(f"'{model}' is neither a hub id (organisation/name) nor a path that exists")
     return model
+
+
+def check_loadable(model: str, engine: EngineKind | str) -> None:
+    """Raise SetupError if ``engine`` can't load ``model``, a hub id or a path on this machine: there are no
+    such files, or not of a model. Downloads nothing."""
+    if engine not in {"vllm", "llamacpp"} or model.startswith(BUNDLED_PREFIX):
+        return
+    where = located(model, engine)
+    if engine == "llamacpp":
+        if not is_local(model):
+            raise SetupError(f"engine 'llamacpp' needs a .gguf file on this machine, and '{model}' isn't one")
+        check_gguf(Path(where))
 
 
 def tensors_digest(path: Path) -> str:
@@ -100,10 +121,6 @@ def tensors_digest(path: Path) -> str:
             digest.update(json.dumps([name, tensor.get_dtype(), tensor.get_shape()]).encode())
             digest.update(file.get_tensor(name).data)
     return digest.hexdigest()
-
-
-def _looks_local(model: str) -> bool:
-    return model.startswith(("/", "./", "../", "~")) or model.endswith(".gguf") or Path(model).is_dir()
 
 
 def _local(path: Path, engine: str) -> Path:

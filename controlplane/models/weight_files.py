@@ -29,6 +29,7 @@ _GGUF_TYPES: dict[int, str] = {
 }  # fmt: skip
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 _MAX_ITEMS = 10_000_000
 _MAX_STRING_BYTES = 100 * 1024 * 1024
 
@@ -84,6 +85,29 @@ def _bits(dtype: str) -> int:
     """Bits of one element: the first number in the name of its type (8 in ``F8_E4M3``); 8 for ``BOOL``."""
     number = re.search(r"\d+", dtype)
     return int(number[0]) if number else 8
+
+
+def check_gguf(path: Path) -> None:
+    """Raise SetupError unless llama.cpp can begin to load ``path``: the first part of a GGUF model, with all
+    of its other parts beside it."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+    except OSError as error:
+        raise SetupError(f"{path} can't be read: {error.strerror}") from error
+    if start != b"GGUF":
+        pointer = start == b"vers"
+        what = "only a Git LFS pointer to the file" if pointer else "not a GGUF file"
+        raise SetupError(f"{path} is {what}: download the model again")
+    part = _PART.search(path.name)
+    if part is None:
+        return
+    if int(part[1]) != 1:
+        raise SetupError(f"{path} is part {int(part[1])} of a model: name its first part")
+    names = [f"{path.name[: part.start()]}-{n:05d}-of-{part[2]}.gguf" for n in range(1, int(part[2]) + 1)]
+    missing = [name for name in names if not (path.parent / name).is_file()]
+    if missing:
+        raise SetupError(f"{missing[0]} is missing beside {path}: download all {int(part[2])} parts")
 
 
 def read_gguf(path: Path) -> GgufFile:

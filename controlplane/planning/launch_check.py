@@ -51,6 +51,7 @@ def launchable_model(
     Blocks, and may download the model. Raises what :func:`controlplane.models.bundled.resolve` and
     :func:`check_launch` raise.
     """
+    bundled.check_loadable(model, tier.engine)
     resolved = bundled.resolve(model, tier.engine, progress)
     progress("checking that it fits")
     try:

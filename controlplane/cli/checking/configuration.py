@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from controlplane.cli.checking.serve_schema import serve_problems
 from controlplane.config import IMPORT_PATH, PlaneConfig, ServeFile, TierConfig, load_plane
 from controlplane.config.problems import path_text
 from controlplane.config.strict import PathPart
@@ -12,24 +13,34 @@ from controlplane.config.yaml_file import read_yaml
 from controlplane.core.routing.tier_table import RESERVED, ambiguity
 from controlplane.engines import engine_for
 from controlplane.engines.base import Launch
-from controlplane.errors import ConfigError, Problem
+from controlplane.engines.llamacpp_flags import llamacpp_findings
+from controlplane.errors import ConfigError, Problem, SetupError
+from controlplane.models.bundled import check_loadable
 
 
-def load_checked(path: str) -> ServeFile:
-    """Read ``path`` and have every tier's engine build its command line; nothing is started.
+def load_checked(path: str, *, here: bool = False) -> ServeFile:
+    """Read ``path`` and have every tier's engine check its settings; nothing is started.
 
-    Raises ConfigError with every problem.
+    ``here``: the engines are to run on this machine, so their models' files must be here. Raises ConfigError
+    with every problem.
     """
     file = load_plane(path)
     yaml = read_yaml(file.path)
     args = _args(file)
-    problems = []
+    problems = [
+        replace(problem, path=path_text(where), line=yaml.line(where))
+        for where, problem in serve_problems(file)
+    ]
     for i, tier in enumerate(file.plane.tiers):
         where = (*args, "tiers", i, "engine_args")
         for problem in _engine_problems(tier):
             inner = problem.path.partition("engine_args.")[2]
             path_here: tuple[PathPart, ...] = (*where, inner.replace("_", "-")) if inner else where
             problems.append(replace(problem, path=path_text(path_here), line=yaml.line(path_here)))
+        model_problem = _model_problem(tier) if here else ""
+        if model_problem:
+            path_here = (*args, "tiers", i, "model")
+            problems.append(Problem(path_text(path_here), model_problem, line=yaml.line(path_here)))
     if problems:
         raise ConfigError(problems, path)
     return file
@@ -101,4 +112,17 @@ def _engine_problems(tier: TierConfig) -> list[Problem]:
         engine.command(tier, launch)
     except ConfigError as error:
         return list(error.problems)
-    return []
+    if tier.engine != "llamacpp":
+        return []
+    return [
+        Problem(path_text(finding.path), finding.message, finding.remedy)
+        for finding in llamacpp_findings(tier)
+    ]
+
+
+def _model_problem(tier: TierConfig) -> str:
+    try:
+        check_loadable(tier.model, tier.engine)
+    except SetupError as error:
+        return str(error)
+    return ""

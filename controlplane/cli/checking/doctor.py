@@ -29,7 +29,7 @@ def command(ctx: click.Context, config: str | None, as_json: bool) -> None:
 
     Exit status 1 if a check fails.
     """
-    checks = run_checks(load_checked(config) if config else None)
+    checks = run_checks(load_checked(config, here=True) if config else None)
     failed = any(check.verdict is CheckStatus.FAIL for check in checks)
     if as_json:
         click.echo(json.dumps({"ok": not failed, "checks": [asdict(check) for check in checks]}, indent=2))

@@ -115,11 +115,11 @@ def command(
     down` does that.
     """
     reporter = progress_reporter(as_json=as_json)
-    file = load_checked(str(config))
+    named = address or os.environ.get("RAY_ADDRESS") or ""
+    file = load_checked(str(config), here=not named)
     interrupts = Interrupts()
     interrupts.install()
     with _only_one():
-        named = address or os.environ.get("RAY_ADDRESS") or ""
         record = _new_record(file, named)
         if record.owns_ray and not no_checks:
             _check_machine(file, reporter)
