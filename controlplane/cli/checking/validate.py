@@ -24,9 +24,9 @@ from controlplane.errors import ConfigError, Problem
 def command(ctx: click.Context, config: str, as_json: bool) -> None:
     """Check a configuration file and report all problems at once.
 
-    What `tierplane up` would refuse here is an error, by the same checks: also files of models that are not on
-    this machine. An environment variable that is missing on this machine is only a warning, because the plane may run
-    elsewhere; so is a model id that different models have.
+    What `tierplane up` would refuse here is an error, by the same checks: also files of models that are not
+    on this machine. An environment variable that is missing here is only a warning, because the plane may
+    run elsewhere; so is a model id that different models have.
     """
     try:
         file = load_checked(config, here=True)
