@@ -73,7 +73,9 @@ def item_of(notice: AlertNotice) -> Item:
         "summary": alert.summary,
         "detail": alert.detail,
         "action": alert.action,
+        "state": alert.state.value,
         "value": alert.value,
+        "current": alert.current,
         "threshold": alert.threshold,
         "since_unix_s": alert.since_unix_s,
     }

@@ -12,9 +12,9 @@ from controlplane.config.alerts import AlertsConfig
 from controlplane.controller.alert_delivery import AlertDelivery
 from controlplane.controller.controller import Controller
 from controlplane.core.alerts import checkpoint
-from controlplane.core.alerts.alert import Alert, AlertState, Silence, SubjectType
+from controlplane.core.alerts.alert import ACTIVE, Alert, Silence, SubjectType
 from controlplane.core.alerts.evaluator import AlertEvaluator
-from controlplane.core.alerts.rules import NODE_LOST, TIER_MISSING, rule_named
+from controlplane.core.alerts.rules import NODE_LOST, TIER_MISSING, TIER_SAMPLE, rule_named
 from controlplane.core.alerts.signals import AlertSignals, merged, plane_signals, slo_signals, tier_signals
 from controlplane.core.alerts.views import (
     AlertNotice,
@@ -118,9 +118,7 @@ class Alerting:
         if rule is None:
             return ActionResponse(ActionOutcome.UNKNOWN, _no_rule(name))
         of_rule = [
-            alert
-            for alert in self._table.alerts
-            if alert.rule.name == rule.name and alert.state is AlertState.FIRING
+            alert for alert in self._table.alerts if alert.rule.name == rule.name and alert.state in ACTIVE
         ]
         found = [alert for alert in of_rule if alert.subject == subject] or [
             alert for alert in of_rule if len(subject) >= MIN_PREFIX and alert.subject.startswith(subject)
@@ -201,7 +199,13 @@ class Alerting:
             spec.name: spec.attainment for spec in self._controller.tiers if spec.attainment is not None
         }
         attainments = {tier: each.attainment for tier, each in figures.items()}
-        return merged((AlertSignals(named(figures)), slo_signals(attainments, targets)))
+        samples = self._controller.traffic_samples(TRAFFIC_S)
+        return merged(
+            (
+                AlertSignals({**named(figures), TIER_SAMPLE: samples}),
+                slo_signals(attainments, targets),
+            )
+        )
 
     def _state_signals(self) -> AlertSignals:
         controller = self._controller

@@ -17,6 +17,7 @@ from controlplane.controller.registry import MISSED_REPORTS, WARMING_REPORTS, Re
 from controlplane.controller.state import checkpoint
 from controlplane.controller.state.assumed_gpus import AssumedGpus
 from controlplane.controller.state.engine_readings import EngineReadings
+from controlplane.controller.state.first_starts import FirstStarts, tier_notes
 from controlplane.controller.state.migration_room import MigrationRoom
 from controlplane.controller.state.out_of_use import out_of_use_now, usable_gpus
 from controlplane.controller.state.target_table import TargetTable
@@ -118,6 +119,7 @@ class Controller:
         """Lease holder → the shape that it requested."""
         self._alive_nodes: set[str] = set()
         self._lost_nodes: dict[str, LostNode] = {}
+        self._first_starts = FirstStarts()
         self._failed: dict[str, int] = {}
         """Endpoint id → the generation in which its replica gave up."""
 
@@ -237,6 +239,13 @@ class Controller:
                 if lease.node_id == node_id:
                     self.release_lease(holder)
 
+    def observe_processes(self, living: Collection[str]) -> None:
+        """See :meth:`Registry.observe_processes`. Leases of replicas whose process has ended are released."""
+        before = set(self.endpoints)
+        self._registry.observe_processes(living)
+        for endpoint_id in before - self.endpoints.keys():
+            self.release_lease(endpoint_id)
+
     def observe_engine(self, sample: EngineSample) -> None:
         """Process an engine's metrics."""
         self._engines.observe(sample, self.now_s())
@@ -314,9 +323,22 @@ class Controller:
         return {spec.name: self._targets.base(spec, self.endpoints, self._in_progress) for spec in self.tiers}
 
     def due_replicas(self) -> dict[str, int]:
-        """Tier → replicas that should run: as in :meth:`base_targets`, but 0 for a drained tier."""
+        """Tier → replicas that should run: as in :meth:`base_targets`, but 0 for a tier that is drained or
+        starts for the first time."""
         drained = {tier for tier, hold in self.tier_holds.items() if hold.must_leave}
-        return {tier: 0 if tier in drained else count for tier, count in self.base_targets().items()}
+        none_due = drained | self._first_starts.starting(self.tiers, self.endpoints, self.now_s()).keys()
+        return {tier: 0 if tier in none_due else count for tier, count in self.base_targets().items()}
+
+    def _publish_notes(self, now_s: float) -> None:
+        """Publish which tiers are drained, held, starting for the first time, or scaled to zero."""
+        targets = self.base_targets()
+        self._first_starts.observe(targets, self.endpoints, now_s)
+        starting = self._first_starts.starting(self.tiers, self.endpoints, now_s)
+        self._registry.publish_notes(
+            tier_notes(
+                self.tiers, targets, self.tier_holds, starting, self._first_starts.at_zero, self.shift_s
+            )
+        )
 
     def targets(self) -> dict[str, TierTarget]:
         """Tier → the target for Serve, which is the caller. Raises NotSettled while the controller may not
@@ -406,6 +428,11 @@ class Controller:
         """Every tier's traffic over the last ``span_s``, as of the last reading."""
         return self._traffic.figures(self.now_s(), self._heartbeat_s, span_s)
 
+    def traffic_samples(self, span_s: float) -> dict[str, Signal]:
+        """How many requests of each tier the ratios over the last ``span_s`` are made of; 0 if they did not
+        come in several minutes."""
+        return self._traffic.samples(self.now_s(), self._heartbeat_s, span_s)
+
     def traffic_signal(self, value: float) -> Signal:
         """A value from the counters with its freshness, which is that of the gateways' reports."""
         reported_s = self._traffic.ledger.oldest_report_s()
@@ -432,6 +459,7 @@ class Controller:
         self._expire(now_s)
         if not self.may_decide:
             return ()
+        self._drop_replaced()
         self._update_assumed_gpus(now_s)
         self._in_progress.prune(self.endpoints, now_s, self._rules.reconcile.hold_max_s)
         self._engines.keep_only(self.endpoints)
@@ -450,7 +478,16 @@ class Controller:
             if applied is not None:
                 self.note(applied.kind, applied.subject, applied.reason, applied.tier)
                 done.append(applied)
+        self._publish_notes(now_s)
         return tuple(done)
+
+    def _drop_replaced(self) -> None:
+        """Drop failed endpoints whose replicas have ended, of tiers that have all their replicas again."""
+        due = self.base_targets()
+        for tier in {item.tier for item in self.endpoints.values() if item.state is EndpointState.FAILED}:
+            serving = sum(item.state in SERVING for item in self.endpoints_of(tier))
+            if serving and serving >= due.get(tier, 0):
+                self._registry.drop_replaced(tier)
 
     def _expire(self, now_s: float) -> None:
         """Drop endpoints and gateways that no longer report, and their leases and traffic counters."""
@@ -517,7 +554,8 @@ class Controller:
 
     def checkpoint(self) -> dict[str, Any]:
         """What has to survive this process, as JSON values by key."""
-        return self._checkpoint.values(self._inventory, self._leases, self._in_progress)
+        values = self._checkpoint.values(self._inventory, self._leases, self._in_progress)
+        return values | self._first_starts.checkpoint()
 
     def restore_gpus(self, stored: StoredState) -> None:
         """Restore the health of GPUs from a checkpoint; it is valid on any cluster that has these GPUs."""
@@ -532,6 +570,7 @@ class Controller:
 
     def restore_orders(self, stored: StoredState) -> None:
         """Restore the same from a checkpoint that has only what operators ordered, while the plane runs."""
+        self._first_starts.restore(stored)
         checkpoint.restore_plane(
             stored, self._inventory, self._leases, self._in_progress, now_s=self.now_s(), shift_s=self.shift_s
         )

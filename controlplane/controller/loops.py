@@ -122,6 +122,8 @@ class ControlLoops:
             self._ray_gpus = alive
             self._saved.observe_nodes(alive.keys())
             self._controller.observe_nodes(alive.keys())
+            if self._nodes.living is not None:
+                self._controller.observe_processes(self._nodes.living)
             self._on_change()
 
     async def tick(self) -> None:
@@ -216,7 +218,8 @@ LOOPS: Final = (
         "nodes",
         lambda loops: loops.config.tick_interval_s,
         ControlLoops.watch_nodes,
-        "starts missing node agents; the health of GPUs, out of use or back; which nodes are lost",
+        "starts missing node agents; the health of GPUs, out of use or back; which nodes are lost; drops "
+        "endpoints and gateways whose processes have ended",
     ),
     TICK,
     PeriodicLoop(

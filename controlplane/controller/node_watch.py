@@ -15,9 +15,10 @@ from typing import Any
 import structlog
 from ray.exceptions import RayActorError, RayError
 
+from controlplane.controller.handle import CONTROLLER_NAME
 from controlplane.core.telemetry.node_updates import NOTHING_CACHED, GpuInfoCache, NodeUpdate, whole_sample
 from controlplane.core.telemetry.samples import GpuEvent, NodeSample
-from controlplane.node_agent.ray_actor import alive_nodes, ensure_node_agents
+from controlplane.node_agent.ray_actor import alive_nodes, ensure_node_agents, living_replicas
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -52,6 +53,9 @@ class NodeWatch:
         self._infos: dict[str, GpuInfoCache] = {}
         """Node id → what rarely changes of its GPUs, from its agent's last complete update."""
         self._alive: dict[str, int] = {}
+        self.living: frozenset[str] | None = None
+        """Unique ids of the Serve replicas whose processes live, by Ray's last list; None if there is none
+        yet."""
         self._listed_s = -math.inf
 
     async def poll(self) -> dict[str, int] | None:
@@ -74,6 +78,8 @@ class NodeWatch:
         if not alive:
             return
         self._listed_s = time.monotonic()
+        living = await asyncio.to_thread(living_replicas, CONTROLLER_NAME)
+        self.living = self.living if living is None else living
         self._agents = {node: agent for node, agent in self._agents.items() if node in alive}
         for by_node in (self.last_events, self._infos):
             for gone in by_node.keys() - alive.keys() - self._open.keys():

@@ -11,13 +11,13 @@ Plain Python with two clocks; :mod:`controlplane.controller.actor` puts it into 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Final
 
 from controlplane.core.alerts.views import FiringAlert
-from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo, TierScaling
+from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo, TierNote, TierScaling
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.endpoint import ENDED, Endpoint, EndpointState, check_transition
 from controlplane.core.domain.event import Event
@@ -30,6 +30,8 @@ WARMING_REPORTS = 3
 process that has started may not be reachable at once."""
 FAILED_SHOWN_S = 600.0
 """How long a failed endpoint stays listed after its last report, so that its diagnosis can be read."""
+SILENT_REPORTS = 3
+"""An endpoint that has missed this many reports is shown with the time of its last one."""
 MAX_EVENTS = 500
 """Events in :attr:`Registry.events`."""
 MAX_UNSAVED_EVENTS = 100_000
@@ -70,6 +72,10 @@ class Registry:
         self._reported_s: dict[str, float] = {}
         """Endpoint or gateway id → its last report."""
         self._gone: deque[str] = deque(maxlen=MAX_GONE)
+        self._notes: tuple[TierNote, ...] = ()
+        self._silent: tuple[tuple[str, float], ...] = ()
+        self._living: set[str] = set()
+        """Endpoint and gateway ids whose processes Ray has listed."""
         self._alerts: tuple[FiringAlert, ...] = ()
         self._due: tuple[tuple[str, int], ...] = ()
         self._draining: dict[str, int] = {}
@@ -100,6 +106,37 @@ class Registry:
         if (alerts, due) != (self._alerts, self._due):
             self._alerts, self._due = alerts, due
             self._changed()
+
+    def publish_notes(self, notes: tuple[TierNote, ...]) -> None:
+        """Set what snapshots say about tiers that are not simply on."""
+        if notes != self._notes:
+            self._notes = notes
+            self._changed()
+
+    def observe_processes(self, living: Collection[str]) -> None:
+        """Process Ray's list of the replicas whose processes live, by the unique ids that end the ids of
+        endpoints and gateways. Those that were in it and no longer are have certainly ended: they leave at
+        once, except that a failed endpoint stays listed with its diagnosis."""
+        for key in (*self._endpoints, *self._gateways):
+            if key.rpartition("-")[2] in living:
+                self._living.add(key)
+            elif key in self._living:
+                self._living.discard(key)
+                reason = "its process has ended"
+                endpoint = self._endpoints.get(key)
+                if endpoint is None or endpoint.state is not EndpointState.FAILED:
+                    self.drop(key, "lost", reason)
+                    self.gateway_gone(key, reason)
+        self._living &= self._endpoints.keys() | self._gateways.keys()
+
+    def drop_replaced(self, tier: str) -> None:
+        """Drop the tier's failed endpoints that no longer report: others serve in their place."""
+        silent_s = SILENT_REPORTS * self._heartbeat_s
+        for endpoint in list(self._endpoints.values()):
+            reported_s = self._reported_s.get(endpoint.endpoint_id, self._now_s())
+            ended = endpoint.state is EndpointState.FAILED and self._now_s() - reported_s > silent_s
+            if endpoint.tier == tier and ended:
+                self.drop(endpoint.endpoint_id, "dropped", "others serve in its place")
 
     def register(self, endpoint: Endpoint) -> None:
         """Add an endpoint, or replace the one with the same id."""
@@ -180,6 +217,7 @@ class Registry:
                 reason = f"no report for {silent_s:.1f} s"
                 self.drop(key, "dropped", reason)
                 self.gateway_gone(key, reason)
+        self._update_silent(now_s)
         first_s = self._first_report_s
         if self.warming and first_s is not None and now_s - first_s >= WARMING_REPORTS * self._heartbeat_s:
             self.warming = False
@@ -189,6 +227,18 @@ class Registry:
             self._empty_since_s = None
         elif self._empty_since_s is None:
             self._empty_since_s = now_s
+
+    def _update_silent(self, now_s: float) -> None:
+        late_s, shift_s = SILENT_REPORTS * self._heartbeat_s, self._unix_s() - now_s
+        before = dict(self._silent)
+        silent = tuple(
+            (key, before.get(key, at_s + shift_s))
+            for key in self._endpoints
+            if now_s - (at_s := self._reported_s.get(key, now_s)) > late_s
+        )
+        if silent != self._silent:
+            self._silent = silent
+            self._changed()
 
     def still_running(self, endpoint_id: str) -> int | None:
         """Requests that gateways have in flight at a draining endpoint; None if that is not known yet.
@@ -229,6 +279,8 @@ class Registry:
             scaling=self._scaling,
             alerts=self._alerts,
             due=self._due,
+            notes=self._notes,
+            silent=self._silent,
         )
 
     def note(

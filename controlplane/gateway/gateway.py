@@ -354,7 +354,7 @@ class Gateway:
         send_json(out, pages.explain(request, self.endpoint_table, monotonic()))
 
     async def _health(self, request: Request, out: Responder) -> None:
-        value = pages.health(self.config, self.endpoint_table, self.queue, self.snapshot)
+        value = pages.health(self.config, self.endpoint_table, self.queue, self.snapshot, time.time())
         send_json(out, value, 503 if value["status"] == "unhealthy" else 200)
 
     async def _live(self, request: Request, out: Responder) -> None:

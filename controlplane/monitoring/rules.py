@@ -92,6 +92,7 @@ FIGURES: Final[Mapping[str, str]] = {
     core.TIER_DUE: _DUE,
     core.TIER_READY: _READY_OR_0,
     core.TIER_MISSING: f"{_DUE} - {_READY_OR_0}",
+    core.TIER_SAMPLE: f"300 * {_ENDED}",
     core.TIER_SATURATION: "tier:tierplane_saturation:ratio",
     core.TIER_SLO_BURN: "tier:tierplane_slo_burn:ratio5m",
     "tier/failed_ratio": "tier:tierplane_failed:ratio5m",

@@ -25,6 +25,8 @@ DEFAULT_REQUEST: Final = RequestShape(500.0, 200.0)
 """The mean request of a tier without ``expected``."""
 FIRST_COLD_START_S: Final = 60.0
 """Assumed until a cold start has been measured, unless the configuration sets one."""
+EXPECTED_START_S: Final = {"simulated": 5.0, "endpoint": 5.0, "llamacpp": 30.0, "vllm": 120.0}
+"""How long an engine of each kind usually loads when the plane is started, without a download."""
 DEFAULT_SPEED: Final = EngineSpeed(0.03, 0.001, 0.0005)
 """Assumed if nothing is known about an engine: 30 ms per token, 2,000 prompt tokens per second."""
 
@@ -123,6 +125,8 @@ def tier_specs(config: PlaneConfig) -> tuple[TierSpec, ...]:
             tier.slo.attainment,
             # An external endpoint has no replicas to scale.
             None if tier.engine == "endpoint" else scaling_plan(tier, tick_s),
+            expected_start_s=EXPECTED_START_S.get(tier.engine, FIRST_COLD_START_S),
+            start_limit_s=tier.startup_timeout_s,
         )
         for tier in config.tiers
     )

@@ -10,17 +10,13 @@ from controlplane.core.reconcile.migrations import Activity
 
 
 def activity_lines(activity: Activity) -> list[Text]:
-    """One line for each action in progress and each held tier; empty if there are none."""
+    """One line for each action in progress; empty if there are none."""
     lines = []
     if activity.store_warning:
         lines.append(Text(f"the controller's store: {activity.store_warning}", style="bold red"))
     if not activity.settled:
         text = "the controller has just started and waits for reports from replicas and gateways"
         lines.append(Text(text, style="yellow"))
-    lines += [
-        Text(f"tier {tier} is {'drained' if hold.must_leave else 'held'}: {hold.reason}", style="red")
-        for tier, hold in activity.holds
-    ]
     lines += [
         Text(f"{move.endpoint_id} moves ({move.phase}): {move.reason}; {move.note}", style="yellow")
         for move in activity.migrations

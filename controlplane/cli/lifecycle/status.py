@@ -87,7 +87,7 @@ def _tables(view: PlaneView, activity: Activity, *, events: bool = False) -> Gro
     unix_s = view.snapshot.unix_s
     parts: list[Any] = [
         status_table(_tiers(view), unix_s),
-        *not_ready_lines(_tiers(view)),
+        *not_ready_lines(_tiers(view), unix_s),
         *activity_lines(activity),
         *firing_summary(view.snapshot.alerts),
         Text(),

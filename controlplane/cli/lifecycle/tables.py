@@ -19,6 +19,7 @@ _STYLES = {
     "restarting": "yellow",
     "waiting": "dim",
     "idle": "dim",
+    "drained": "cyan",
     "degraded": "yellow",
     "draining": "cyan",
     "failed": "bold red",
@@ -30,7 +31,7 @@ _WHOLE_COLUMNS = 6
 
 def diagnosis_or_phase(tier: TierStatus) -> str:
     """Why the tier failed or, if it has not failed, the phase that it is in."""
-    return tier.diagnosis or tier.phase
+    return tier.diagnosis or tier.phase or (tier.note.reason if tier.note is not None else "")
 
 
 def progress_table(tiers: Sequence[TierStatus], elapsed_s: float) -> Table:
@@ -89,15 +90,22 @@ def status_table(tiers: Sequence[TierStatus], unix_s: float) -> Table:
     return table
 
 
-def not_ready_lines(tiers: Sequence[TierStatus]) -> list[Text]:
-    """A line for each endpoint that is not ready: its phase, and why it is not ready."""
-    return [
-        Text(f"{item.endpoint.endpoint_id}: {text}", style=_STYLES.get(item.endpoint.state.value, ""))
-        for tier in tiers
-        for item in tier.endpoints
-        if item.endpoint.state != "ready"
-        and (text := "; ".join(filter(None, (item.endpoint.phase, item.endpoint.diagnosis))))
-    ]
+def not_ready_lines(tiers: Sequence[TierStatus], unix_s: float) -> list[Text]:
+    """A line for each tier that is drained, held, starting or at zero; for each endpoint that is not ready,
+    why it is not; and for each that has missed reports."""
+    lines = []
+    for tier in tiers:
+        if tier.note is not None:
+            text = f"tier {tier.name} is {tier.note.reason} ({age(unix_s - tier.note.since_unix_s)})"
+            lines.append(Text(text, style=_STYLES.get(tier.state, "")))
+        for item in tier.endpoints:
+            endpoint = item.endpoint
+            parts = [] if endpoint.state == "ready" else [endpoint.phase, endpoint.diagnosis]
+            if item.reported_unix_s is not None:
+                parts.append(f"no report for {age(unix_s - item.reported_unix_s)}")
+            if text := "; ".join(filter(None, parts)):
+                lines.append(Text(f"{endpoint.endpoint_id}: {text}", style=_STYLES[endpoint.state.value]))
+    return lines
 
 
 def gateway_table(gateways: Sequence[GatewayInfo], unix_s: float) -> Table:
@@ -128,6 +136,13 @@ def tier_json(tier: TierStatus, unix_s: float) -> dict[str, Any]:
         "restarts": tier.restarts,
         "phase": tier.phase,
         "diagnosis": tier.diagnosis,
+        "mode": None
+        if tier.note is None
+        else {
+            "mode": tier.note.mode.value,
+            "reason": tier.note.reason,
+            "since_unix_s": tier.note.since_unix_s,
+        },
         "endpoints": [_endpoint_json(item, unix_s) for item in tier.endpoints],
     }
 
@@ -160,6 +175,7 @@ def _endpoint_json(item: EndpointStatus, unix_s: float) -> dict[str, Any]:
         "actor_id": endpoint.actor_id,
         "gpus": list(endpoint.gpu_uuids),
         "age_s": round(unix_s - endpoint.since_unix_s, 1) if endpoint.since_unix_s else None,
+        "no_report_for_s": None if item.reported_unix_s is None else round(unix_s - item.reported_unix_s, 1),
         "in_flight": item.in_flight,
         "concurrency_limit": endpoint.concurrency_limit,
         "restarts": endpoint.restarts,

@@ -17,7 +17,7 @@ from controlplane.cli.controller_access import PlaneAccess, connected, plane_opt
 from controlplane.cli.operating.events import event_json, event_line
 from controlplane.cli.operating.operate import show_response
 from controlplane.controller.api import ControllerApi, Method, P
-from controlplane.core.alerts.alert import AlertState, EvaluatedBy, Unit, duration_text
+from controlplane.core.alerts.alert import ACTIVE, AlertState, EvaluatedBy, Unit, duration_text
 from controlplane.core.alerts.rules import BY_NAME, PREFIX, RULES
 from controlplane.core.alerts.views import AlertView, FiringAlert, SilenceView, WebhookView
 from controlplane.core.domain.event import Event
@@ -170,10 +170,11 @@ def alert_table(alerts: Sequence[AlertView], unix_s: float) -> Table:
         rule = BY_NAME.get(alert.rule)
         unit = rule.unit if rule is not None else Unit.COUNT
         sign = "<" if rule is not None and rule.below else ">"
+        recovering = alert.recovering_since_unix_s
         table.add_row(
             Text(alert.severity.value, style=_STYLES[alert.severity.value]),
             alert.state.value,
-            age(unix_s - alert.since_unix_s),
+            age(unix_s - (alert.since_unix_s if recovering is None else recovering)),
             alert.rule.removeprefix(PREFIX),
             alert.subject,
             unit.text(alert.value),
@@ -187,7 +188,7 @@ def action_lines(alerts: Sequence[AlertView]) -> list[Text]:
     """For each firing alert a line with its meaning and the first thing to do."""
     lines = []
     for alert in alerts:
-        if alert.state is not AlertState.FIRING:
+        if alert.state not in ACTIVE:
             continue
         detail = f" ({alert.detail})" if alert.detail else ""
         style = _STYLES[alert.severity.value]
@@ -200,7 +201,8 @@ def firing_summary(alerts: Sequence[FiringAlert]) -> list[Text]:
     if not alerts:
         return []
     worst, more = alerts[0], len(alerts) - 1
-    text = f"{worst.severity.value}: {worst.summary}"
+    recovering = " (recovering)" if worst.state is AlertState.RECOVERING else ""
+    text = f"{worst.severity.value}: {worst.summary}{recovering}"
     text += f" {more} more alert{'s' * (more != 1)}." if more else ""
     return [Text(f"{text} See `tierplane alerts`.", style=_STYLES[worst.severity.value])]
 
@@ -222,7 +224,14 @@ def webhook_line(webhook: WebhookView) -> str:
 
 
 def _notification_state(alert: AlertView, unix_s: float) -> str:
-    parts = [f"acknowledged by {alert.acknowledged}"] if alert.acknowledged else []
+    parts = []
+    if alert.state is AlertState.RECOVERING:
+        rule = BY_NAME.get(alert.rule)
+        unit = rule.unit if rule is not None else Unit.COUNT
+        parts.append("no longer applies" if alert.current is None else f"now {unit.text(alert.current)}")
+        parts.append(f"fired {age(unix_s - alert.since_unix_s)} ago")
+    if alert.acknowledged:
+        parts.append(f"acknowledged by {alert.acknowledged}")
     if alert.silenced_until_unix_s is not None:
         parts.append(f"silenced for {age(alert.silenced_until_unix_s - unix_s)}")
     return ", ".join(parts)

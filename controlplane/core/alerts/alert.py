@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Final
 
 
@@ -28,8 +29,24 @@ class AlertState(StrEnum):
     """The state of an alert in its life cycle."""
 
     PENDING = "pending"
+    """The value is past the threshold, but not yet for long enough."""
     FIRING = "firing"
+    RECOVERING = "recovering"
+    """It fires, but its value is past ``clear`` again; after the rule's duration it is resolved."""
     RESOLVED = "resolved"
+
+
+ALERT_TRANSITIONS: Final = MappingProxyType(
+    {
+        AlertState.PENDING: frozenset({AlertState.FIRING}),
+        AlertState.FIRING: frozenset({AlertState.RECOVERING, AlertState.RESOLVED}),
+        AlertState.RECOVERING: frozenset({AlertState.FIRING, AlertState.RESOLVED}),
+        AlertState.RESOLVED: frozenset(),
+    }
+)
+"""From each state, the states that an alert may enter next. A pending alert that clears is dropped."""
+ACTIVE: Final = frozenset({AlertState.FIRING, AlertState.RECOVERING})
+"""The states from firing until it is resolved."""
 
 
 class SubjectType(StrEnum):
@@ -147,11 +164,14 @@ class Alert:
     subject: str
     state: AlertState
     value: float
+    """The last value past the threshold."""
     since_s: float
-    """When ``state`` was entered."""
+    """When it became pending; from firing on, when it fired; once resolved, when it was resolved."""
     cleared_since_s: float | None = None
-    """Since when the value has been clear without interruption; the alert resolves ``for_s`` later. None if
-    it is not clear."""
+    """Since when it has been recovering without interruption; it resolves ``for_s`` later. None in every
+    other state."""
+    current: float | None = None
+    """The last value, which may be inside the limits; None if it does not apply any more."""
     notified_s: float | None = None
     """When the last notification was sent; None if none was sent."""
     acknowledged: str = ""

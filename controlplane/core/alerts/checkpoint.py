@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from controlplane.core.alerts.alert import Alert, AlertState, Silence
+from controlplane.core.alerts.alert import ACTIVE, Alert, AlertState, Silence
 from controlplane.core.alerts.rules import BY_NAME
 from controlplane.core.alerts.table import AlertTable
 from controlplane.core.json_values import StoredState, Values, shifted, to_value
@@ -34,7 +34,7 @@ def to_values(table: AlertTable, shift_s: float) -> Values:
     """Firing alerts and silences, by key."""
     values: Values = {}
     for alert in table.alerts:
-        if alert.state is AlertState.FIRING:
+        if alert.state in ACTIVE:
             name, subject = alert.key
             stored = _StoredAlert(
                 rule=name,

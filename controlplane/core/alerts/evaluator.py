@@ -11,6 +11,7 @@ from controlplane.core.alerts.alert import AlertRule, EvaluatedBy
 from controlplane.core.alerts.rules import RULES, RuleChange, changed
 from controlplane.core.alerts.signals import AlertSignals
 from controlplane.core.alerts.table import AlertChanges, AlertTable, Observation
+from controlplane.core.telemetry.series import known_now
 
 GONE_AFTER_S: Final = 60.0
 """Alerts of a subject that has been absent for this long resolve. Not shorter, because after a restart some
@@ -49,8 +50,9 @@ class AlertEvaluator:
             others = signals.figures.get(condition.figure, {}) if condition is not None else {}
             for subject, signal in signals.figures.get(rule.figure, {}).items():
                 value = signal.fresh
+                known = self.table.contains(rule.name, subject)
                 # Skips nearly all subjects, which matters with thousands of GPUs.
-                if value is None or not (rule.breached(value) or self.table.contains(rule.name, subject)):
+                if not known and (value is None or not rule.breached(value)):
                     continue
                 met = True
                 if condition is not None:
@@ -59,8 +61,12 @@ class AlertEvaluator:
                     if other_value is None:
                         continue
                     met = condition.holds(other_value)
+                if value is None and met:
+                    continue
+                # Without a value the rule no longer applies, such as a ratio of requests once none come.
+                judged = signal if value is not None else known_now(rule.threshold)
                 detail = signals.details.get((rule.figure, subject), "")
-                yield Observation(rule, subject, signal, met, detail)
+                yield Observation(rule, subject, judged, met, detail)
 
     def _switched_off(self) -> list[tuple[str, str]]:
         names = {rule.name for rule in self.rules}

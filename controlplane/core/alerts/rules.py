@@ -17,6 +17,7 @@ _CRITICAL, _WARNING, _INFO = Severity.CRITICAL, Severity.WARNING, Severity.INFO
 TIER_READY: Final = "tier/ready"
 TIER_DUE: Final = "tier/due"
 TIER_MISSING: Final = "tier/missing_replicas"
+TIER_SAMPLE: Final = "tier/sample_requests"
 TIER_HELD: Final = "tier/held"
 TIER_SATURATION: Final = "tier/saturation_ratio"
 TIER_SLO_BURN: Final = "tier/slo_burn"
@@ -31,6 +32,10 @@ STORE_UNSAFE: Final = "plane/store_unsafe"
 STORE_UNREADABLE: Final = "plane/store_unreadable"
 """Figures computed in :mod:`controlplane.core.alerts.signals`; those of a tier's traffic get their names in
 :func:`controlplane.core.traffic.counters.named`."""
+
+MIN_SAMPLE: Final = 10
+"""Ratios and percentiles of fewer requests in five minutes fire no alert."""
+ENOUGH_REQUESTS: Final = Precondition(TIER_SAMPLE, MIN_SAMPLE - 1)
 
 RULES: Final = (
     AlertRule(
@@ -68,19 +73,19 @@ RULES: Final = (
     AlertRule(
         "TierplaneRequestsFail", _CRITICAL, 0.1,
         "More than {threshold} of tier {subject}'s requests fail.",
-        clear=0.05, for_s=300, unit=Unit.RATIO, figure="tier/failed_ratio",
+        clear=0.05, for_s=300, unit=Unit.RATIO, figure="tier/failed_ratio", given=ENOUGH_REQUESTS,
         action="See the panel \"Failures by reason\", then `tierplane logs` of the tier.",
     ),
     AlertRule(
         "TierplaneSloMissed", _WARNING, 1,
         "Tier {subject} misses its SLO more than {threshold} as often as slo.attainment allows.",
-        clear=0.6, for_s=600, unit=Unit.TIMES, figure=TIER_SLO_BURN,
+        clear=0.6, for_s=600, unit=Unit.TIMES, figure=TIER_SLO_BURN, given=ENOUGH_REQUESTS,
         action="`tierplane alerts` shows whether requests fail, wait or are slow; add replicas if they wait.",
     ),
     AlertRule(
         "TierplaneFirstTokenSlow", _WARNING, 3,
         "5 % of tier {subject}'s streams wait more than {threshold} for the first token.",
-        clear=2.5, for_s=600, unit=Unit.SECONDS, figure="tier/ttft_p95_s",
+        clear=2.5, for_s=600, unit=Unit.SECONDS, figure="tier/ttft_p95_s", given=ENOUGH_REQUESTS,
         action="If the tier is saturated, add replicas; if not, tune prefill (max-num-batched-tokens).",
     ),
     AlertRule(
@@ -99,13 +104,13 @@ RULES: Final = (
     AlertRule(
         "TierplaneSheds", _WARNING, 0.01,
         "More than {threshold} of the requests for tier {subject} are rejected or expire in the queue.",
-        clear=0.005, for_s=300, unit=Unit.RATIO, figure="tier/shed_ratio",
+        clear=0.005, for_s=300, unit=Unit.RATIO, figure="tier/shed_ratio", given=ENOUGH_REQUESTS,
         action="The panel \"Shed by reason\" shows whether the queue is full or deadlines are too short.",
     ),
     AlertRule(
         "TierplaneRetriesMany", _WARNING, 0.2,
         "More than {threshold} of tier {subject}'s requests are retried.",
-        clear=0.15, for_s=600, unit=Unit.RATIO, figure="tier/retried_ratio",
+        clear=0.15, for_s=600, unit=Unit.RATIO, figure="tier/retried_ratio", given=ENOUGH_REQUESTS,
         action="The panel \"Failures at endpoints\" shows the tier and the kind of failure.",
     ),
     AlertRule(

@@ -1,4 +1,4 @@
-"""All alerts of one plane: PENDING → FIRING → RESOLVED, and when a notification is due.
+"""All alerts of one plane: PENDING → FIRING ⇄ RECOVERING → RESOLVED, and when a notification is due.
 
 As in Prometheus, an alert fires once the breach has lasted ``for_s`` without interruption. Unlike in
 Prometheus, it resolves only past a second threshold (``clear``), so that a value near the threshold does not
@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Final
 
-from controlplane.core.alerts.alert import Alert, AlertRule, AlertState, Silence
+from controlplane.core.alerts.alert import ACTIVE, Alert, AlertRule, AlertState, Silence
 from controlplane.core.telemetry.series import Signal
 
 MAX_ALERTS: Final = 10_000
@@ -90,7 +90,7 @@ class AlertTable:
                 fired.append(alert)
             if self._due(alert, now_s):
                 due.append(alert)
-                if alert.state is AlertState.FIRING:
+                if alert.state in ACTIVE:
                     self._alerts[alert.key] = replace(alert, notified_s=now_s)
         return AlertChanges(tuple(fired), tuple(resolved), tuple(due))
 
@@ -99,7 +99,7 @@ class AlertTable:
         resolved = []
         for key in keys:
             alert = self._alerts.pop(key, None)
-            if alert is not None and alert.state is AlertState.FIRING:
+            if alert is not None and alert.state in ACTIVE:
                 resolved.append(replace(alert, state=AlertState.RESOLVED, since_s=now_s, detail=reason))
         due = tuple(alert for alert in resolved if self._due(alert, now_s))
         return AlertChanges((), tuple(resolved), due)
@@ -107,7 +107,7 @@ class AlertTable:
     def acknowledge(self, rule: str, subject: str, by: str) -> bool:
         """Send no more notifications for an alert until it resolves. False if no such alert is firing."""
         alert = self._alerts.get((rule, subject))
-        if alert is None or alert.state is not AlertState.FIRING:
+        if alert is None or alert.state not in ACTIVE:
             return False
         self._alerts[alert.key] = replace(alert, acknowledged=by)
         return True
@@ -135,8 +135,8 @@ class AlertTable:
         """Restore the firing alerts and the silences from before a restart. Pending alerts, and the time for
         which a value had been clear, begin again, because nothing was observed in between."""
         for alert in alerts:
-            if alert.state is AlertState.FIRING and not self.full:
-                self._alerts[alert.key] = replace(alert, cleared_since_s=None)
+            if alert.state in ACTIVE and not self.full:
+                self._alerts[alert.key] = replace(alert, state=AlertState.FIRING, cleared_since_s=None)
         self._silences = sorted([*self._silences, *silences], key=lambda silence: silence.number)
         self._last_number = max([self._last_number, *(silence.number for silence in self._silences)])
 
@@ -149,7 +149,13 @@ class AlertTable:
             if not breached or self.full:
                 return None
             alert = Alert(seen.rule, seen.subject, AlertState.PENDING, value, now_s)
-        alert = replace(alert, rule=seen.rule, value=value, detail=seen.detail or alert.detail)
+        alert = replace(
+            alert,
+            rule=seen.rule,
+            value=value if breached else alert.value,
+            current=value if seen.precondition_met else None,
+            detail=(seen.detail if breached else "") or alert.detail,
+        )
         if alert.state is AlertState.PENDING:
             if not breached:
                 self._alerts.pop(key, None)
@@ -157,9 +163,9 @@ class AlertTable:
             if now_s - alert.since_s >= seen.rule.for_s:
                 alert = replace(alert, state=AlertState.FIRING, since_s=now_s)
         elif seen.precondition_met and not seen.rule.cleared(value):
-            alert = replace(alert, cleared_since_s=None)
+            alert = replace(alert, state=AlertState.FIRING, cleared_since_s=None)
         elif alert.cleared_since_s is None:
-            alert = replace(alert, cleared_since_s=now_s)
+            alert = replace(alert, state=AlertState.RECOVERING, cleared_since_s=now_s)
         if alert.cleared_since_s is not None and now_s - alert.cleared_since_s >= seen.rule.for_s:
             self._alerts.pop(key, None)
             # The cause no longer applies once the alert has resolved.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from controlplane.core.alerts.alert import Alert, AlertState, Severity, SubjectType
+from controlplane.core.alerts.alert import ACTIVE, Alert, AlertState, Severity, SubjectType
 from controlplane.core.alerts.table import AlertTable
 
 MAX_IN_SNAPSHOT: Final = 500
@@ -28,6 +28,8 @@ class FiringAlert:
     since_unix_s: float
     acknowledged: str = ""
     silenced: bool = False
+    state: AlertState = AlertState.FIRING
+    """FIRING or RECOVERING."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +46,17 @@ class AlertView:
     detail: str
     """The cause, if it is known."""
     value: float
+    """The last value past the threshold."""
     threshold: float
     since_unix_s: float
-    """When ``state`` was entered."""
+    """When it became pending; from firing on, when it fired; once resolved, when it was resolved."""
     acknowledged: str = ""
     """Who acknowledged it."""
     silenced_until_unix_s: float | None = None
+    current: float | None = None
+    """The value now, which is inside the limits while it is recovering; None if the rule does not apply
+    now."""
+    recovering_since_unix_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,19 +116,24 @@ def view(alert: Alert, table: AlertTable, now_s: float, shift_s: float) -> Alert
         since_unix_s=alert.since_s + shift_s,
         acknowledged=alert.acknowledged,
         silenced_until_unix_s=None if silence is None else silence.until_s + shift_s,
+        current=alert.current,
+        recovering_since_unix_s=(
+            alert.cleared_since_s + shift_s
+            if alert.state is AlertState.RECOVERING and alert.cleared_since_s is not None
+            else None
+        ),
     )
 
 
 def worst_first(views: Iterable[AlertView]) -> list[AlertView]:
-    """By severity; then firing before pending; then the oldest first."""
-    return sorted(
-        views, key=lambda each: (-each.severity.rank, each.state is AlertState.PENDING, each.since_unix_s)
-    )
+    """By severity; then firing, recovering, pending; then the oldest first."""
+    order = (AlertState.FIRING, AlertState.RECOVERING, AlertState.PENDING, AlertState.RESOLVED)
+    return sorted(views, key=lambda each: (-each.severity.rank, order.index(each.state), each.since_unix_s))
 
 
 def firing(table: AlertTable, now_s: float, shift_s: float) -> tuple[FiringAlert, ...]:
-    """The firing alerts for a snapshot, the worst first."""
-    views = [view(alert, table, now_s, shift_s) for alert in table.alerts if alert.state is AlertState.FIRING]
+    """The alerts that fire or recover, for a snapshot, the worst first."""
+    views = [view(alert, table, now_s, shift_s) for alert in table.alerts if alert.state in ACTIVE]
     return tuple(
         FiringAlert(
             rule=each.rule,
@@ -133,6 +145,7 @@ def firing(table: AlertTable, now_s: float, shift_s: float) -> tuple[FiringAlert
             since_unix_s=each.since_unix_s,
             acknowledged=each.acknowledged,
             silenced=each.silenced_until_unix_s is not None,
+            state=each.state,
         )
         for each in worst_first(views)[:MAX_IN_SNAPSHOT]
     )

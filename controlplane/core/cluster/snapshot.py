@@ -8,6 +8,7 @@ restart of the controller affects no request.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from enum import StrEnum
 
 from controlplane.core.alerts.views import FiringAlert
 from controlplane.core.domain.endpoint import Endpoint
@@ -47,6 +48,29 @@ class TierScaling:
     """The kind of the open recommendation; empty if there is none."""
 
 
+class TierMode(StrEnum):
+    """Why a tier has no replicas, or fewer than it should, although nothing is wrong with it."""
+
+    DRAINED = "drained"
+    """Its replicas leave and none is started, until an operator uncordons it."""
+    HELD = "held"
+    """No replica is started; those that run go on."""
+    STARTING = "starting"
+    """It has never served yet, and its replicas are starting."""
+    AT_ZERO = "scaled to zero"
+    """It has no replica until a request arrives or an operator sets a number."""
+
+
+@dataclass(frozen=True, slots=True)
+class TierNote:
+    """The mode of a tier that is not simply on."""
+
+    tier: str
+    mode: TierMode
+    reason: str
+    since_unix_s: float
+
+
 @dataclass(frozen=True, slots=True)
 class ClusterSnapshot:
     """What the controller knows at one moment.
@@ -68,7 +92,16 @@ class ClusterSnapshot:
     alerts: tuple[FiringAlert, ...] = ()
     """Firing alerts, the most severe first."""
     due: tuple[tuple[str, int], ...] = ()
-    """Tier → replicas that it must have now; 0 while it is drained by an operator."""
+    """Tier → replicas that it must have now; 0 while it is drained by an operator, or starts for the first
+    time."""
+    notes: tuple[TierNote, ...] = ()
+    """Tiers that are drained, held, starting for the first time, or scaled to zero."""
+    silent: tuple[tuple[str, float], ...] = ()
+    """Endpoint id → wall clock of its last report, of those that have missed reports."""
+
+    def note_of(self, tier: str) -> TierNote | None:
+        """The tier's mode; None if it is simply on."""
+        return next((note for note in self.notes if note.tier == tier), None)
 
     def target_replicas(self, tier: str, configured: int) -> int:
         """Target replicas of a tier; the ``configured`` number if it isn't scaled."""
@@ -97,5 +130,9 @@ def merge(old: ClusterSnapshot | None, new: ClusterSnapshot) -> ClusterSnapshot:
     known = {endpoint.endpoint_id for endpoint in new.endpoints} | set(new.gone)
     from_old = tuple(endpoint for endpoint in old.endpoints if endpoint.endpoint_id not in known)
     return replace(
-        new, endpoints=new.endpoints + from_old, alerts=new.alerts or old.alerts, due=new.due or old.due
+        new,
+        endpoints=new.endpoints + from_old,
+        alerts=new.alerts or old.alerts,
+        due=new.due or old.due,
+        notes=new.notes or old.notes,
     )

@@ -42,6 +42,10 @@ class TierSpec:
     """The share of requests that must be served within the SLO; None if not configured."""
     scaling: ScalingPlan | None = None
     """None if the tier runs elsewhere, without replicas in this cluster."""
+    expected_start_s: float = 60.0
+    """How long an engine of its kind usually loads when it starts for the first time."""
+    start_limit_s: float = 1800.0
+    """After this long a first start counts as failed."""
 
     @property
     def plan(self) -> ScalingPlan:

@@ -31,6 +31,9 @@ class RequestOutcome(StrEnum):
     """The request was invalid: a status from 400 to 499 other than 408 and 429."""
     SHED = "shed"
     """Not served in time: its deadline passed or the queue was full (408, 429)."""
+    DEADLINE = "deadline"
+    """Not answered within the client's own deadline (408), which was shorter than the tier's SLO promises: no
+    fault of the tier."""
     FAILED = "failed"
     """An engine or the gateway failed (5xx, or a stream that ended with an error)."""
     CANCELLED = "cancelled"

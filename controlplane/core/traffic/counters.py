@@ -230,6 +230,22 @@ class TrafficWindow:
             return None
         return since(last, base), last_s - at_s
 
+    def sample(self, seconds: float, min_minutes: int) -> int:
+        """Requests that ended in about the last ``seconds``; 0 if they ended in fewer than ``min_minutes``
+        different minutes."""
+        if not self._points:
+            return 0
+        since_s = self._points[-1][0] - seconds
+        minutes: set[int] = set()
+        before: TrafficCounters | None = None
+        total = 0
+        for at_s, reading in self._points:
+            if before is not None and at_s > since_s and reading.served > before.served:
+                total += reading.served - before.served
+                minutes.add(int(at_s // 60))
+            before = reading
+        return total if len(minutes) >= min_minutes else 0
+
 
 @dataclass(frozen=True, slots=True)
 class TierFigures:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Final
 
-from controlplane.core.telemetry.series import FreshnessLimits
+from controlplane.core.telemetry.series import FreshnessLimits, Signal, signal_of
 from controlplane.core.traffic.counters import (
     WINDOW_S,
     TierFigures,
@@ -14,6 +15,8 @@ from controlplane.core.traffic.counters import (
     figures,
 )
 
+SAMPLE_MINUTES: Final = 3
+"""Requests in fewer different minutes are no sample: one burst says little about a tier."""
 SILENT_REPORTS = 3
 """The figures of traffic are STALE once a gateway has missed this many reports."""
 
@@ -50,6 +53,15 @@ class TierDemandTracker:
     def limits(heartbeat_s: float) -> FreshnessLimits:
         """How old a gateway's last report may be until its figures are STALE, and then MISSING."""
         return FreshnessLimits(SILENT_REPORTS * heartbeat_s, 5 * SILENT_REPORTS * heartbeat_s)
+
+    def samples(self, now_s: float, heartbeat_s: float, span_s: float) -> dict[str, Signal]:
+        """The requests of each tier that ended in the last ``span_s``; 0 if they ended in fewer than
+        :data:`SAMPLE_MINUTES` different minutes."""
+        limits, reported_s = self.limits(heartbeat_s), self.ledger.oldest_report_s()
+        return {
+            tier: signal_of(window.sample(span_s, SAMPLE_MINUTES), reported_s, now_s, limits, "")
+            for tier, window in self._windows.items()
+        }
 
     def figures(self, now_s: float, heartbeat_s: float, span_s: float = WINDOW_S) -> dict[str, TierFigures]:
         """The figures of every tier over ``span_s``, or over the window if that is shorter, up to the last

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import Any, Final
 from urllib.parse import parse_qs, unquote
 
 from controlplane import __version__
 from controlplane.config import PlaneConfig
 from controlplane.core.admission.queue import AdmissionQueue
-from controlplane.core.cluster.snapshot import ClusterSnapshot
+from controlplane.core.cluster.snapshot import ClusterSnapshot, TierMode, TierNote
 from controlplane.core.domain.endpoint import EndpointState
 from controlplane.core.domain.request import Priority
 from controlplane.core.routing.endpoint_table import EndpointTable, TierPool
@@ -134,16 +135,22 @@ def health(
     endpoint_table: EndpointTable,
     queue: AdmissionQueue,
     snapshot: ClusterSnapshot | None,
+    unix_s: float,
 ) -> dict[str, Any]:
-    """``healthy``: every tier has all its replicas; ``unhealthy``: no tier has any; else ``degraded``."""
+    """``healthy``: every tier has all its replicas, or none on purpose; ``unhealthy``: no tier has any; else
+    ``degraded``. ``unix_s`` is the time now."""
+    silent = dict(snapshot.silent) if snapshot else {}
     tiers = {
         tier.name: _tier_health(
-            pool, snapshot.target_replicas(tier.name, tier.replicas) if snapshot else tier.replicas
+            pool,
+            snapshot.target_replicas(tier.name, tier.replicas) if snapshot else tier.replicas,
+            snapshot.note_of(tier.name) if snapshot else None,
+            {key: unix_s - reported_unix_s for key, reported_unix_s in silent.items()},
         )
         for tier, pool in zip(config.tiers, endpoint_table.pools, strict=True)
     }
     states = {value["status"] for value in tiers.values()}
-    if states <= {"healthy", "idle"}:
+    if states <= {"healthy", "idle", "drained"}:
         status = "healthy"
     elif states & {"healthy", "degraded"}:
         status = "degraded"
@@ -174,16 +181,30 @@ def _reasons(snapshot: ClusterSnapshot | None, tiers: dict[str, Any]) -> str:
     return "; ".join(f"{name}: {tier['why']}" for name, tier in tiers.items() if tier["why"])
 
 
-def _tier_health(pool: TierPool, target: int) -> dict[str, Any]:
+def _tier_health(
+    pool: TierPool, target: int, note: TierNote | None, silent_s: Mapping[str, float]
+) -> dict[str, Any]:
+    """``silent_s``: for how long each endpoint that has missed reports has not reported."""
     ready = sum(load.ready for load in pool.loads)
-    if ready >= target:
+    mode = note.mode if note is not None else None
+    if mode is TierMode.DRAINED:
+        status, target = "drained", 0
+    elif ready >= target:
         status = "healthy" if ready else "idle"
+    elif mode is TierMode.STARTING and not ready:
+        status = "starting"
     else:
         status = "degraded" if ready else "unhealthy"
     reasons = []
-    if not pool.loads and target:
+    if note is not None:
+        since = datetime.fromtimestamp(note.since_unix_s, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        reasons.append(f"{note.reason} (since {since})")
+    elif not pool.loads and target:
         reasons.append("no replica has reported yet")
     for load in pool.loads:
+        quiet_s = silent_s.get(load.endpoint.endpoint_id)
+        if quiet_s is not None:
+            reasons.append(f"{load.endpoint.endpoint_id} has not reported for {quiet_s:.0f} s")
         if not load.ready and load.endpoint.state is not EndpointState.STOPPED:
             detail = load.endpoint.diagnosis or load.endpoint.phase
             reasons.append(
@@ -215,17 +236,21 @@ def status(config: PlaneConfig, snapshot: ClusterSnapshot | None) -> dict[str, A
             "tiers": [tier.name for tier in config.tiers],
             "endpoints": [],
             "gateways": [],
+            "modes": [],
         }
     endpoints = []
+    silent = dict(snapshot.silent)
     for endpoint in snapshot.endpoints:
         value = asdict(endpoint)
         del value["secret"]
+        value["silent_since_unix_s"] = silent.get(endpoint.endpoint_id)
         endpoints.append(value)
     return {
         "snapshot": {"epoch": snapshot.epoch, "version": snapshot.version, "unix_s": snapshot.unix_s},
         "tiers": [tier.name for tier in config.tiers],
         "endpoints": endpoints,
         "gateways": [asdict(gateway) for gateway in snapshot.gateways],
+        "modes": [asdict(note) for note in snapshot.notes],
     }
 
 

@@ -18,6 +18,7 @@ from controlplane.core.cluster.snapshot import ClusterSnapshot
 from controlplane.core.domain.request import Priority, RequestOutcome
 from controlplane.core.routing.circuit_breaker import BreakerState
 from controlplane.core.routing.endpoint_table import EndpointTable
+from controlplane.errors import DeadlineExceeded
 from controlplane.gateway.request_context import RequestContext
 from controlplane.gateway.telemetry.traffic import TrafficCounter
 
@@ -29,6 +30,7 @@ TOKEN_BUCKETS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0
 
 # Attribute look-ups on an enum class cost more than on a module.
 _OK: Final = RequestOutcome.OK
+_TOO_LATE: Final = DeadlineExceeded.code
 _BREAKER_LEVELS: Final = {BreakerState.CLOSED: 0.0, BreakerState.HALF_OPEN: 0.5, BreakerState.OPEN: 1.0}
 
 
@@ -181,6 +183,8 @@ class Metrics:
     def finished(self, context: RequestContext, outcome: RequestOutcome, reason: str, now_s: float) -> None:
         """Count a request that has ended. ``reason`` is a detail of the outcome: an error's code, the HTTP
         status, ``stream`` or ``resumed``."""
+        if reason == _TOO_LATE and self.traffic is not None and self.traffic.had_too_little_time(context):
+            outcome = RequestOutcome.DEADLINE
         if self.on_finished is not None:
             self.on_finished(context, outcome, reason, now_s)
         judged = self.traffic.ended(context, outcome, now_s) if self.traffic is not None else None

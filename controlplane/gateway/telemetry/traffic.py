@@ -25,7 +25,9 @@ LARGEST_SLOT_S: Final = 10.0
 _OK: Final = RequestOutcome.OK
 _FAILED: Final = RequestOutcome.FAILED
 _SHED: Final = RequestOutcome.SHED
-_NOT_JUDGED: Final = frozenset({RequestOutcome.CLIENT_ERROR, RequestOutcome.CANCELLED})
+_NOT_JUDGED: Final = frozenset(
+    {RequestOutcome.CLIENT_ERROR, RequestOutcome.CANCELLED, RequestOutcome.DEADLINE}
+)
 
 ASLEEP_INTERVAL_S: Final = 0.25
 """Minimum time between two calls of ``on_asleep``."""
@@ -157,6 +159,15 @@ class TrafficCounter:
         missed = outcome is not _OK or not self._within_slo(context, intended, total_s)
         counts.missed += missed
         return intended, missed
+
+    def had_too_little_time(self, context: RequestContext) -> bool:
+        """Whether the request's own deadline allowed less time than the SLO of the tier for which it was
+        intended."""
+        if context.route is None or not context.route.order:
+            return False
+        slo = self._slos[self._names[context.route.order[0]]]
+        promised_s = min(slo.total_s, slo.ttft_s + slo.itl_s * max(context.generated_tokens - 1, 0))
+        return context.deadline_s - context.arrived_s < promised_s
 
     def _within_slo(self, context: RequestContext, tier: str, total_s: float) -> bool:
         tokens = context.generated_tokens

@@ -31,7 +31,6 @@ def test_actions_in_progress_are_shown_with_their_reasons() -> None:
     assert text.splitlines() == [
         "the controller's store: disk full",
         "the controller has just started and waits for reports from replicas and gateways",
-        "tier big is held: 3 replicas failed",
         "small-a moves (retiring): XID 79; enough other replicas serve",
         "small-c is being drained: looks odd",
         "small-b waits for its restart: asked to",

@@ -52,6 +52,7 @@ async def test_a_firing_alert_is_shown_until_it_is_resolved() -> None:
                 "since_unix_s": 1000.0,
                 "acknowledged": "ada",
                 "silenced": False,
+                "state": "firing",
             }
         ]
         line = 'alert="TierplaneTierDown",severity="critical",subject="balanced"} 1.0'
