@@ -51,6 +51,8 @@ def alive_nodes() -> dict[str, int]:
 def living_replicas(witness: str) -> frozenset[str] | None:
     """The unique ids of the Serve replicas whose processes live: the last part of their actors' names. None
     if Ray's list is not complete, which it is only with the actor named ``witness`` in it. Blocks."""
+    if not ray.is_initialized():
+        return None  # A call would start a cluster.
     names = {str(actor["name"]) for actor in ray.util.list_named_actors(all_namespaces=True)}
     if witness not in names:
         return None

@@ -101,6 +101,9 @@ def _slo(tier: str, target: str, missed: str) -> dict[str, str]:
     }
 
 
+_ENOUGH = _requests(RequestOutcome.OK, "0+60x60")
+"""Enough requests for a ratio to mean something."""
+
 CASES: Final[Mapping[str, AlertCases]] = {
     "TierplaneTierDown": AlertCases(
         PromtoolCase(_due(1) | _endpoint("failed")),
@@ -130,13 +133,17 @@ CASES: Final[Mapping[str, AlertCases]] = {
     ),
     # Of two tiers with the same misses, only the one with the stricter target fires.
     "TierplaneSloMissed": AlertCases(
-        PromtoolCase(_slo("balanced", "0.99", "0+3x60") | _slo("capable", "0.9", "0+3x60")),
-        PromtoolCase(_slo("balanced", "0.99", "0+0.3x60") | _slo("capable", "0.9", "0+5x60")),
+        PromtoolCase(_slo("balanced", "0.99", "0+3x60") | _slo("capable", "0.9", "0+3x60") | _ENOUGH),
+        PromtoolCase(_slo("balanced", "0.99", "0+0.3x60") | _slo("capable", "0.9", "0+5x60") | _ENOUGH),
         _TIER,
     ),
     "TierplaneFirstTokenSlow": AlertCases(
-        PromtoolCase(_buckets("tierplane_time_to_first_token_seconds", 'tier="balanced"', slow=True)),
-        PromtoolCase(_buckets("tierplane_time_to_first_token_seconds", 'tier="balanced"', slow=False)),
+        PromtoolCase(
+            _buckets("tierplane_time_to_first_token_seconds", 'tier="balanced"', slow=True) | _ENOUGH
+        ),
+        PromtoolCase(
+            _buckets("tierplane_time_to_first_token_seconds", 'tier="balanced"', slow=False) | _ENOUGH
+        ),
         _TIER,
     ),
     "TierplaneQueueLong": AlertCases(

@@ -57,7 +57,7 @@ class Metrics:
         self.requests = counter(
             "tierplane_requests",
             "Requests that have ended, by tier that served them, outcome (ok, client_error, failed, shed, "
-            "cancelled) and reason.",
+            "deadline, cancelled) and reason.",
             ["tier", "outcome", "reason"],
         )
         self.total_s = latency(

@@ -201,3 +201,49 @@ def test_requests_at_a_draining_endpoint_are_known_once_every_gateway_has_seen_i
     assert registry.still_running("balanced-1") == 2
     registry.gateway_gone("g1", "stopped")
     assert registry.still_running("balanced-1") == 0
+
+
+def test_an_endpoint_whose_process_has_ended_leaves_at_once() -> None:
+    """Only what Ray has listed before can be missed, and nothing is known without a list."""
+    registry, _ = make()
+    for name in ("balanced-1", "balanced-2", "balanced-new"):
+        registry.register(endpoint(name, EndpointState.READY))
+    registry.gateway_report(GatewayInfo("gateway-7", "n1", ""))
+    registry.observe_processes({"1", "2", "7"})
+    assert len(registry.endpoints) == 3
+    registry.observe_processes({"2"})
+    assert registry.endpoints.keys() == {"balanced-2", "balanced-new"}
+    assert registry.gateways == {}
+    assert kinds(registry)[-2:] == ["lost", "gateway gone"]
+    registry.observe_processes({"2", "new"})
+    registry.observe_processes({"2", "new"})
+    assert registry.endpoints.keys() == {"balanced-2", "balanced-new"}
+
+
+def test_a_failed_endpoint_keeps_its_diagnosis_until_it_was_replaced() -> None:
+    registry, clock = make()
+    registry.register(endpoint("balanced-1"))
+    registry.observe_processes({"1"})
+    registry.report(replace(endpoint("balanced-1", EndpointState.FAILED), diagnosis="no such model"))
+    registry.observe_processes(set())
+    pass_time(registry, clock, 60.0)
+    assert registry.endpoints["balanced-1"].diagnosis == "no such model"
+    registry.drop_replaced("other")
+    assert "balanced-1" in registry.endpoints
+    registry.drop_replaced("balanced")
+    assert "balanced-1" not in registry.endpoints
+
+
+def test_an_endpoint_that_misses_reports_is_shown_with_its_last_one() -> None:
+    registry, clock = make()
+    registry.register(endpoint("balanced-1"))
+    registry.register(endpoint("balanced-2"))
+    for _ in range(4):
+        pass_time(registry, clock, HEARTBEAT_S)
+        registry.report(endpoint("balanced-2"))
+    assert registry.snapshot(secrets=False).silent == (("balanced-1", 100.0),)
+    version = registry.version
+    registry.report(endpoint("balanced-1"))
+    registry.expire()
+    assert registry.snapshot(secrets=False).silent == ()
+    assert registry.version > version

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo
+from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo, TierMode, TierNote
 from controlplane.core.cluster.status import DEGRADED, IDLE, WAITING, tier_statuses
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
@@ -71,3 +71,28 @@ def test_tiers_are_in_the_configuration_s_order_and_unknown_ones_come_last() -> 
     tiers = tier_statuses(snapshot(stray), [first, SPEC])
     assert [tier.name for tier in tiers] == ["capable", "balanced", "old"]
     assert tiers[2].ready
+
+
+@pytest.mark.parametrize(
+    ("mode", "states", "state", "ready"),
+    [
+        (TierMode.DRAINED, (), "drained", True),
+        (TierMode.DRAINED, (S.DRAINING,), "draining", True),
+        (TierMode.STARTING, (), "starting", False),
+        (TierMode.STARTING, (S.STARTING,), "starting", False),
+        (TierMode.HELD, (S.READY, S.READY), "ready", True),
+    ],
+)
+def test_a_tier_that_is_not_simply_on_says_so(
+    mode: TierMode, states: tuple[EndpointState, ...], state: str, ready: bool
+) -> None:
+    note = TierNote("balanced", mode, f"{mode} by an operator: upgrade", 5.0)
+    endpoints = [make_endpoint(f"balanced-{i}", each) for i, each in enumerate(states)]
+    (tier,) = tier_statuses(replace(snapshot(*endpoints), notes=(note,)), [SPEC])
+    assert (tier.state, tier.ready, tier.note) == (state, ready, note)
+
+
+def test_an_endpoint_that_missed_reports_has_the_time_of_its_last() -> None:
+    silent = replace(snapshot(make_endpoint("balanced-1", S.READY)), silent=(("balanced-1", 7.0),))
+    (tier,) = tier_statuses(silent, [SPEC])
+    assert tier.endpoints[0].reported_unix_s == 7.0

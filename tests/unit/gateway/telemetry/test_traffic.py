@@ -90,3 +90,27 @@ async def test_waiting_requests_are_counted_for_the_intended_tier() -> None:
         await rig.engine("s1", "small", **FAST)
         assert (await waiting)[0] == 200
         assert (read(rig)["small"].waiting, read(rig)["small"].ok) == (0, 1)
+
+
+async def test_a_clients_own_short_deadline_is_no_fault_of_the_tier() -> None:
+    """One client gives every request 0.2 s, of a tier that promises a first token in a minute."""
+    tier = {"name": "slow", "slo": SloConfig(ttft_s=60.0, itl_s=60.0)}
+    async with running(plane(tier, retry={"max_attempts": 1})) as rig:
+        await rig.engine("slow-1", "slow", ttft_ms=60_000, itl_ms=1, tokens=4)
+        body = {**chat_body(), "model": "slow"}
+        status, _, _ = await rig.post(CHAT, body, x_request_timeout_seconds="0.2")
+        assert status == 408
+        found = read(rig)["slow"]
+        assert (found.arrived, found.judged, found.missed, found.failed, found.shed) == (1, 0, 0, 0, 0)
+        text = await (await rig.client.get(f"{rig.base}/metrics")).text()
+        assert 'outcome="deadline"' in text
+
+
+async def test_a_deadline_longer_than_the_slo_counts() -> None:
+    tier = {"name": "slow", "slo": SloConfig(ttft_s=0.01, itl_s=0.001)}
+    async with running(plane(tier, retry={"max_attempts": 1})) as rig:
+        await rig.engine("slow-1", "slow", ttft_ms=60_000, itl_ms=1, tokens=4)
+        body = {**chat_body(), "model": "slow"}
+        assert (await rig.post(CHAT, body, x_request_timeout_seconds="0.3"))[0] == 408
+        found = read(rig)["slow"]
+        assert (found.judged, found.missed) == (1, 1)
