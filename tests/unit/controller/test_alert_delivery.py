@@ -119,7 +119,9 @@ async def test_a_message_has_the_documented_format_and_a_valid_signature() -> No
         "summary": "Tier small has no ready endpoint.",
         "detail": "small-1 is failed",
         "action": "tierplane status says why.",
+        "state": "firing",
         "value": 0.0,
+        "current": None,
         "threshold": 1.0,
         "since_unix_s": 1000.0,
     }
