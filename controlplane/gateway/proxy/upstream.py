@@ -453,10 +453,19 @@ class UpstreamOrigin:
         return UpstreamConnection(self._loop)
 
 
+def _can_open() -> bool:
+    try:
+        socket.socket().close()
+    except OSError:
+        return False
+    return True
+
+
 def own_trouble(error: OSError) -> bool:
     """Whether no connection was made because the gateway lacks file descriptors, ports or memory."""
     if isinstance(error, socket.gaierror):
-        return error.errno in _OWN_LOOKUP_ERRORS
+        # without a descriptor the resolver can't read its files, and says that there is no such host
+        return error.errno in _OWN_LOOKUP_ERRORS or not _can_open()
     if error.errno is not None:
         return error.errno in _OWN_ERRORS
     # asyncio joins the errors of several addresses in one without a number
