@@ -133,9 +133,21 @@ class LlamaCppEngine:
         )
 
     def capabilities(self, tier: TierConfig) -> Capabilities:
-        """Chat, completions, responses and messages; embeddings if ``engine_args`` turns them on."""
-        embeds = any(tier.engine_args.get(name) is True for name in ("embeddings", "embedding"))
-        return Capabilities(embeddings=embeds, responses=True, messages=True)
+        """Chat, completions, responses and messages; embeddings if ``engine_args`` turns them on; images and
+        audio with a projector (``mmproj``); tools unless ``jinja`` is off."""
+        args = tier.engine_args
+        embeds = any(args.get(name) is True for name in ("embeddings", "embedding"))
+        sees = any(str(name).startswith("mmproj") and value for name, value in args.items())
+        tools = all(args.get(name) is not False for name in ("jinja", "use-jinja", "use_jinja"))
+        return Capabilities(
+            embeddings=embeds,
+            responses=True,
+            messages=True,
+            images=sees,
+            audio=sees,
+            video=False,
+            tools=tools,
+        )
 
     def phase(self, line: str) -> str | None:
         """The start-up phase that a log line of llama.cpp shows."""

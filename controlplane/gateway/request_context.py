@@ -21,6 +21,7 @@ from controlplane.gateway.request_body import (
     rewrite,
     without_mark,
 )
+from controlplane.gateway.request_inputs import inputs_of
 from controlplane.http.messages import Request
 
 COUNT_TOKENS: Final = "/v1/messages/count_tokens"
@@ -135,7 +136,8 @@ class RequestContext:
 def route_request(request: Request) -> RouteRequest:
     """The routing parameters of a request, for ``POST /v1/route``."""
     path = "/v1/chat/completions"
-    return RequestContext(Request("POST", path, "", request.headers, request.body), "", 0.0, 1.0).request
+    made = RequestContext(Request("POST", path, "", request.headers, request.body), "", 0.0, 1.0).request
+    return made._replace(inputs=inputs_of(request.body))
 
 
 def _hash(session: str) -> int:

@@ -15,7 +15,9 @@ from controlplane.core.routing.endpoint_table import EndpointTable, GatewayShard
 from controlplane.core.routing.router import Overflow, RouteOutcome, explain, has_room
 from controlplane.core.routing.scorers import home
 from controlplane.core.routing.tier_table import (
+    ALL_INPUTS,
     API_BITS,
+    INPUT_BITS,
     Api,
     OverflowDirection,
     RouteRequest,
@@ -30,7 +32,12 @@ NOW_S = 100.0
 NAMES = ("lightweight", "balanced", "capable")
 
 capabilities = st.builds(
-    Capabilities, embeddings=st.booleans(), responses=st.booleans(), messages=st.booleans()
+    Capabilities,
+    embeddings=st.booleans(),
+    responses=st.booleans(),
+    messages=st.booleans(),
+    images=st.booleans(),
+    tools=st.booleans(),
 )
 endpoints = st.builds(
     Endpoint,
@@ -70,13 +77,15 @@ requests = st.builds(
     api=st.sampled_from([Api.CHAT, Api.CHAT, *Api]),
     session_key=st.none() | st.integers(0, 2**64 - 1),
     prefix_key=st.none() | st.integers(0, 2**64 - 1),
+    inputs=st.sampled_from([0, 0, *INPUT_BITS.values(), ALL_INPUTS]),
     exclude=st.frozensets(st.integers(0, 9).map("endpoint-{}#1".format), max_size=4),
 )
 
 
 @st.composite
-def planes(draw: st.DrawFn) -> tuple[TierTable, EndpointTable]:
-    """A table and a fleet in any state of load and health."""
+def planes(draw: st.DrawFn, *, pauses: bool = False) -> tuple[TierTable, EndpointTable]:
+    """A table and a fleet in any state of load and health; with ``pauses``, endpoints may have asked for
+    one."""
     table = draw(tables)
     endpoint_table = EndpointTable(table)
     endpoint_table.apply(draw(endpoint_lists))
@@ -96,6 +105,8 @@ def planes(draw: st.DrawFn) -> tuple[TierTable, EndpointTable]:
             )
         load.ttft_s = draw(st.none() | st.floats(0.0, 9.0))
         load.sampled_s = NOW_S
+        if pauses and draw(st.booleans()):
+            load.held_until_s = NOW_S + draw(st.sampled_from([0.0, 5.0, 9.0]))
     if draw(st.booleans()):
         endpoint_table.high_seen_s = NOW_S
     return table, endpoint_table
@@ -106,7 +117,7 @@ def floor_of(request: RouteRequest, table: TierTable) -> int:
 
 
 @settings(max_examples=200, deadline=None)
-@given(planes(), requests, st.integers(0, 2**32))
+@given(planes(pauses=True), requests, st.integers(0, 2**32))
 def test_only_fit_endpoints_are_chosen(
     plane: tuple[TierTable, EndpointTable], request: RouteRequest, pick: int
 ) -> None:
@@ -124,6 +135,19 @@ def test_only_fit_endpoints_are_chosen(
     assert load.key not in request.exclude
     assert load.breaker.blocked_until_s <= NOW_S
     assert load.api_bits & API_BITS[request.api]
+    assert not request.inputs & ~load.api_bits
+    if load.held_until_s > NOW_S:
+        usable = [
+            other for other in endpoint_table.by_endpoint_id.values() if other.key not in request.exclude
+        ]
+        assert not any(
+            other.ready
+            and other.endpoint.tier == decision.tier
+            and other.api_bits & API_BITS[request.api]
+            and not request.inputs & ~other.api_bits
+            and max(other.held_until_s, other.breaker.blocked_until_s) <= NOW_S
+            for other in usable
+        ), "another one serves"
     assert load.endpoint.tier == decision.tier
     rank = table.rank_of[decision.tier]
     assert rank >= floor_of(request, table)
@@ -139,7 +163,7 @@ def test_only_fit_endpoints_are_chosen(
 
 
 @settings(max_examples=200, deadline=None)
-@given(planes(), requests, st.integers(0, 2**32))
+@given(planes(pauses=True), requests, st.integers(0, 2**32))
 def test_an_explanation_agrees_with_the_decision(
     plane: tuple[TierTable, EndpointTable], request: RouteRequest, pick: int
 ) -> None:

@@ -42,6 +42,11 @@ class Capabilities:
     """Serves ``/v1/responses``."""
     messages: bool = False
     """Serves ``/v1/messages``."""
+    images: bool = True
+    """Takes images. This and the next three are true also where it is not known: then the engine decides."""
+    audio: bool = True
+    video: bool = True
+    tools: bool = True
     tensor_parallel: bool = False
     simulated: bool = False
     """Its output comes from a timing model, not from a language model."""

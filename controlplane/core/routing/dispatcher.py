@@ -32,6 +32,7 @@ class LaneKey(NamedTuple):
     spill: tuple[int, ...]
     bridge: tuple[int, ...]
     api: Api
+    inputs: int
     exclude: frozenset[str]
     auto: bool
     floor: int
@@ -171,6 +172,7 @@ def lane_key(route: Route, request: RouteRequest) -> LaneKey:
         spill=route.spill,
         bridge=route.bridge,
         api=request.api,
+        inputs=request.inputs,
         exclude=request.exclude,
         auto=route.auto,
         floor=route.floor,
@@ -187,4 +189,4 @@ def _probe(lane: LaneKey, priority: Priority) -> tuple[Route, RouteRequest]:
         auto=lane.auto,
         floor=lane.floor,
     )
-    return route, RouteRequest(priority=priority, api=lane.api, exclude=lane.exclude)
+    return route, RouteRequest(priority=priority, api=lane.api, inputs=lane.inputs, exclude=lane.exclude)

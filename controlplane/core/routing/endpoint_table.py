@@ -18,7 +18,7 @@ from controlplane.core.cluster.snapshot import ClusterSnapshot
 from controlplane.core.domain.endpoint import Endpoint, EndpointState
 from controlplane.core.domain.request import Priority
 from controlplane.core.routing.circuit_breaker import Breaker, BreakerSettings
-from controlplane.core.routing.tier_table import TierTable, api_bits
+from controlplane.core.routing.tier_table import ALL_INPUTS, TierTable, api_bits
 
 _ALPHA: Final = 0.2
 """Weight of a new sample in an endpoint's moving averages."""
@@ -322,13 +322,15 @@ class TierPool:
 class EndpointTable:
     """All tiers' endpoints, as one gateway sees them."""
 
-    __slots__ = ("by_endpoint_id", "high_seen_s", "pools", "settings", "shard", "tier_table")
+    __slots__ = ("by_endpoint_id", "high_seen_s", "pools", "settings", "shard", "takes_all", "tier_table")
 
     def __init__(self, tier_table: TierTable, settings: LoadSettings | None = None) -> None:
         self.tier_table = tier_table
         self.settings = settings or LoadSettings()
         self.pools = tuple(TierPool(rank, policy.name) for rank, policy in enumerate(tier_table.policies))
         self.by_endpoint_id: dict[str, EndpointLoad] = {}
+        self.takes_all = True
+        """No endpoint is known to lack an input (:data:`INPUT_BITS`)."""
         self.shard: GatewayShard | None = None
         self.high_seen_s = -inf
         """When the last high-priority request arrived; while that is recent, slots are reserved."""
@@ -369,6 +371,7 @@ class EndpointTable:
             if after.get(endpoint_id) is not load:
                 load.pool = None
         self.by_endpoint_id = after
+        self.takes_all = all(load.api_bits & ALL_INPUTS == ALL_INPUTS for load in after.values())
         for pool, members in zip(self.pools, loads, strict=True):
             pool.loads = members
             pool.recount(self.settings.reserved_ratio)

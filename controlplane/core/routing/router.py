@@ -18,6 +18,7 @@ from controlplane.core.routing.endpoint_table import EndpointLoad, EndpointTable
 from controlplane.core.routing.scorers import better_of_two, home, scores, total
 from controlplane.core.routing.tier_table import (
     API_BITS,
+    INPUT_BITS,
     Api,
     Route,
     RouteRefusal,
@@ -100,8 +101,7 @@ def choose_endpoint(
     the source of randomness, is a non-negative integer that differs from call to call."""
     if route.refusal is not None:
         return RouteDecision(RouteOutcome.REJECT, "", "", refusal=route.refusal, message=route.message)
-    needs = API_BITS[request.api]
-    if needs == _EMBEDDINGS:
+    if request.api is Api.EMBEDDINGS:
         route = _for_embeddings(route, endpoint_table)
     pools = endpoint_table.pools
     for rank, reason in zip(route.order, route.reasons, strict=True):
@@ -142,14 +142,14 @@ def _fit(
         pool.in_flight >= pool.limit or _reserved(pool, request, endpoint_table, now_s)
     ):
         return []
-    needs = API_BITS[request.api]
+    needs = API_BITS[request.api] | request.inputs
     exclude = request.exclude
     return [
         load
         for load in pool.loads
         if load.in_flight < load.limit
         and load.ready
-        and load.api_bits & needs
+        and load.api_bits & needs == needs
         and now_s >= load.breaker.blocked_until_s
         and now_s >= load.held_until_s
         and load.key not in exclude
@@ -162,7 +162,7 @@ def _held_fit(
     """The first requested tier, by rank, with endpoints that could take the request if they had not asked for
     a pause, and these endpoints. Empty while any other endpoint of the requested tiers is usable: then the
     request waits for that one."""
-    needs = API_BITS[request.api]
+    needs = API_BITS[request.api] | request.inputs
     found: tuple[int, list[EndpointLoad]] = (0, [])
     for rank in route.order:
         pool = endpoint_table.pools[rank]
@@ -170,7 +170,7 @@ def _held_fit(
             load
             for load in pool.loads
             if load.ready
-            and load.api_bits & needs
+            and load.api_bits & needs == needs
             and now_s >= load.breaker.blocked_until_s
             and load.key not in request.exclude
         ]
@@ -182,17 +182,32 @@ def _held_fit(
     return found
 
 
+def _lacks(bits: int, request: RouteRequest) -> str:
+    """What an engine with these bits can't do for the request: ``does not serve responses``, ``does not take
+    images``. Empty if it lacks nothing."""
+    if not bits & API_BITS[request.api]:
+        return f"does not serve {request.api}"
+    lacking = request.inputs & ~bits
+    names = ", ".join(each for each, bit in INPUT_BITS.items() if bit & lacking)
+    return f"does not take {names}" if names else ""
+
+
 def _left_out(
-    load: EndpointLoad, request: RouteRequest, endpoint_table: EndpointTable, now_s: float
+    load: EndpointLoad,
+    request: RouteRequest,
+    endpoint_table: EndpointTable,
+    now_s: float,
+    *,
+    chosen: bool = False,
 ) -> Iterator[str]:
     if not load.ready:
         phase = f" ({load.endpoint.phase})" if load.endpoint.phase else ""
         yield f"{load.endpoint.state}{phase}"
-    if not load.api_bits & API_BITS[request.api]:
-        yield f"does not serve {request.api}"
+    if lacks := _lacks(load.api_bits, request):
+        yield lacks
     if now_s < load.breaker.blocked_until_s:
         yield f"breaker {load.breaker.state} for {load.breaker.blocked_until_s - now_s:.1f} s"
-    if now_s < load.held_until_s:
+    if now_s < load.held_until_s and not chosen:
         yield f"it asked for no requests for {load.held_until_s - now_s:.1f} s more"
     if load.key in request.exclude:
         yield "already tried for this request"
@@ -205,12 +220,12 @@ def _left_out(
 
 def _down(route: Route, request: RouteRequest, endpoint_table: EndpointTable, now_s: float) -> bool:
     """Whether no endpoint of the requested tiers could serve the request even if a slot were free."""
-    needs = API_BITS[request.api]
+    needs = API_BITS[request.api] | request.inputs
     for rank in route.order:
         for load in endpoint_table.pools[rank].loads:
             if (
                 load.ready
-                and load.api_bits & needs
+                and load.api_bits & needs == needs
                 and now_s >= load.breaker.blocked_until_s
                 and load.key not in request.exclude
             ):
@@ -237,7 +252,7 @@ def _overflow_or_wait(
 ) -> RouteDecision:
     """The decision when no requested tier has room: spill, bridge, queue or reject."""
     pools = endpoint_table.pools
-    needs = API_BITS[request.api]
+    needs = API_BITS[request.api] | request.inputs
     wanted = pools[route.order[0]]
     down = _down(route, request, endpoint_table, now_s)
     others = route.bridge if down else route.spill
@@ -290,9 +305,9 @@ def _condition(pool: TierPool, request: RouteRequest, needs: int) -> str:
     """In one to three words, why none of the tier's endpoints can be used."""
     if not pool.loads:
         return "has no endpoint"
-    serving = [load for load in pool.loads if load.api_bits & needs]
+    serving = [load for load in pool.loads if load.api_bits & needs == needs]
     if not serving:
-        return f"does not serve {request.api}"
+        return _lacks(pool.api_bits, request) or f"does not serve {request.api}"
     fresh = [load for load in serving if load.key not in request.exclude]
     if not fresh:
         return "tried"
@@ -309,11 +324,12 @@ def _refusal(
     """Why waiting for these tiers would not help, and the message for the client; None if it may help."""
     pools = wanted + others
     names = ", ".join(pool.name for pool in pools)
-    if all(pool.api_bits and not pool.api_bits & needs for pool in pools):
-        return RouteRefusal.NO_CAPABILITY, f"no engine of {names} serves {request.api}"
+    if all(pool.api_bits and pool.api_bits & needs != needs for pool in pools):
+        verb, _, what = _lacks(pools[0].api_bits, request).removeprefix("does not ").partition(" ")
+        return RouteRefusal.NO_CAPABILITY, f"no engine of {names} {verb}s {what}"
     if any(not pool.loads for pool in wanted):
         return None  # The tier may be starting its first endpoint.
-    serving = [load for pool in pools for load in pool.loads if load.api_bits & needs]
+    serving = [load for pool in pools for load in pool.loads if load.api_bits & needs == needs]
     living = [load for load in serving if load.endpoint.state not in _GONE]
     if not living:
         diagnosis = next((load.endpoint.diagnosis for load in serving if load.endpoint.diagnosis), "")
@@ -340,9 +356,9 @@ def explain(
         homed = fit[home(fit, key)] if fit and key is not None else None
         tier_reason = _tier_left_out(pool.rank, route, decision, tier_table)
         for load in pool.loads:
-            left_out = tuple(
-                reason for reason in (tier_reason, *_left_out(load, request, endpoint_table, now_s)) if reason
-            )
+            chosen = load is decision.load  # despite the pause that it asked for, if no other is left
+            reasons = _left_out(load, request, endpoint_table, now_s, chosen=chosen)
+            left_out = tuple(reason for reason in (tier_reason, *reasons) if reason)
             at_home = load is homed
             candidates.append(
                 ExplainedEndpoint(

@@ -72,13 +72,28 @@ class Api(StrEnum):
     MESSAGES = "messages"
 
 
+class Input(StrEnum):
+    """What a request may contain besides text."""
+
+    IMAGES = "images"
+    AUDIO = "audio"
+    VIDEO = "video"
+    TOOLS = "tools"
+
+
 API_BITS: Final[dict[Api, int]] = {api: 1 << index for index, api in enumerate(Api)}
+INPUT_BITS: Final[dict[Input, int]] = {each: 1 << index for index, each in enumerate(Input, len(API_BITS))}
+ALL_INPUTS: Final = sum(INPUT_BITS.values())
 _PLAIN_BITS: Final = API_BITS[Api.CHAT] | API_BITS[Api.COMPLETIONS]
 
 
 def api_bits(capabilities: Capabilities) -> int:
-    """The APIs that an engine serves, as bits of :data:`API_BITS`."""
+    """The APIs that an engine serves and the inputs that it takes, as bits of :data:`API_BITS` and
+    :data:`INPUT_BITS`."""
     bits = _PLAIN_BITS
+    for each, bit in INPUT_BITS.items():
+        if getattr(capabilities, each):
+            bits |= bit
     if capabilities.embeddings:
         bits |= API_BITS[Api.EMBEDDINGS]
     if capabilities.responses:
@@ -132,6 +147,8 @@ class RouteRequest(NamedTuple):
     """A hash of the session, so that its turns find their KV cache again."""
     prefix_key: int | None = None
     """A hash of the prompt's beginning; used when there is no session."""
+    inputs: int = 0
+    """What it contains besides text, as bits of :data:`INPUT_BITS`."""
     exclude: frozenset[str] = frozenset()
     """``EndpointLoad.key`` of the endpoints that were tried for this request."""
 
@@ -145,7 +162,8 @@ class RouteRefusal(StrEnum):
     BELOW_FLOOR = "below_floor"
     """Every model that the request names is below the quality floor."""
     NO_CAPABILITY = "no_capability"
-    """No engine of the requested tiers serves this API."""
+    """No engine of the requested tiers serves this API, or takes the request's images, audio, video or
+    tools."""
     EXHAUSTED = "exhausted"
     """Every endpoint that could serve it was tried already."""
     FAILED = "failed"

@@ -154,9 +154,16 @@ class SimulatedEngine:
         )
 
     def capabilities(self, tier: TierConfig) -> Capabilities:
-        """All capabilities except tensor parallelism."""
+        """All capabilities except tensor parallelism; of inputs, text and tools only."""
         return Capabilities(
-            resume_by_token_ids=True, embeddings=True, responses=True, messages=True, simulated=True
+            resume_by_token_ids=True,
+            embeddings=True,
+            responses=True,
+            messages=True,
+            images=False,
+            audio=False,
+            video=False,
+            simulated=True,
         )
 
     def phase(self, line: str) -> str | None:

@@ -28,6 +28,7 @@ from controlplane.errors import (
 )
 from controlplane.gateway.proxy.upstream import UpstreamFailure
 from controlplane.gateway.request_context import RequestContext
+from controlplane.gateway.request_inputs import first_part, inputs_of
 from controlplane.gateway.telemetry.metrics import Metrics
 
 RETRY_AFTER_S: Final = 5.0
@@ -56,6 +57,8 @@ class RequestDispatch:
     def route(self, context: RequestContext) -> Route:
         """The tiers that may serve a new request. Counts its arrival at the first of them."""
         table = self._dispatcher.endpoint_table
+        if not table.takes_all and (inputs := inputs_of(context.body)):
+            context.request = context.request._replace(inputs=inputs)
         route = context.route = resolve(context.request, table.tier_table)
         if self._traffic is not None and route.order:
             rank = route.order[0]
@@ -79,7 +82,7 @@ class RequestDispatch:
         elif isinstance(result, DispatchRefused):
             if result.rejected is not None:
                 raise self._rejection_error(result.rejected)
-            raise _refusal_error(result.decision)
+            raise self._refusal(context, route, result.decision)
         decision = result.decision
         if decision.overflow is not None:
             self._metrics.spills.labels(decision.wanted_tier, decision.tier, decision.overflow).inc()
@@ -176,6 +179,20 @@ class RequestDispatch:
         waiting = self._waiting[ticket]
         if not waiting.done():
             waiting.set_exception(error)
+
+    def _refusal(self, context: RequestContext, route: Route, decision: RouteDecision) -> RequestError:
+        """The error for a request that routing refuses; it names the part that no engine takes."""
+        error = _refusal_error(decision)
+        inputs = context.request.inputs
+        if decision.refusal is RouteRefusal.NO_CAPABILITY and inputs:
+            pools = self._dispatcher.endpoint_table.pools
+            lacking = inputs
+            for rank in route.order:
+                lacking &= ~pools[rank].api_bits
+            param = first_part(context.body, lacking or inputs)
+            if param is not None:
+                return BadRequest(f"{error.message}: see {param}", param=param)
+        return error
 
     def _rejection_error(self, rejected: Rejected) -> RequestError:
         self._metrics.shed.labels(rejected.reason).inc()

@@ -152,3 +152,18 @@ def test_diagnoses(lines: list[str], exit_code: int, expected: str, permanent: b
 )
 def test_phases(line: str, phase: str | None) -> None:
     assert ENGINE.phase(line) == phase
+
+
+@pytest.mark.parametrize(
+    ("args", "sees", "tools"),
+    [
+        ({}, False, True),
+        ({"mmproj": "/models/mmproj.gguf"}, True, True),
+        ({"mmproj": ""}, False, True),
+        ({"jinja": False}, False, False),
+    ],
+)
+def test_without_a_projector_it_takes_no_images(args: dict[str, Any], sees: bool, tools: bool) -> None:
+    tier = TierConfig.model_validate({"name": "small", "engine": "llamacpp", "model": "/m.gguf"})
+    found = ENGINE.capabilities(tier.model_copy(update={"engine_args": args}))
+    assert (found.images, found.audio, found.video, found.tools) == (sees, sees, False, tools)

@@ -9,8 +9,11 @@ import pytest
 from controlplane.core.domain.endpoint import Capabilities
 from controlplane.core.domain.request import Complexity
 from controlplane.core.routing.tier_table import (
+    ALL_INPUTS,
     API_BITS,
+    INPUT_BITS,
     Api,
+    Input,
     OverflowDirection,
     RouteRefusal,
     RouteRequest,
@@ -195,6 +198,8 @@ def test_the_first_tier_is_the_default_without_a_balanced_one() -> None:
 
 
 def test_capabilities_are_bits() -> None:
-    assert api_bits(Capabilities()) == API_BITS[Api.CHAT] | API_BITS[Api.COMPLETIONS]
+    assert api_bits(Capabilities()) == API_BITS[Api.CHAT] | API_BITS[Api.COMPLETIONS] | ALL_INPUTS
     everything = api_bits(Capabilities(embeddings=True, responses=True, messages=True))
-    assert everything == sum(API_BITS.values())
+    assert everything == sum(API_BITS.values()) + sum(INPUT_BITS.values())
+    no_images = api_bits(Capabilities(images=False))
+    assert api_bits(Capabilities()) - no_images == INPUT_BITS[Input.IMAGES]
