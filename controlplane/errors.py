@@ -254,8 +254,8 @@ class EngineRefused(RequestError):
     ) -> None:
         super().__init__(message, param=param)
         self.status = status
-        self.kind = kind or type(self).kind
-        self.code = code or type(self).code
+        self.kind = kind or (type(self) if status < RequestError.status else RequestError).kind
+        self.code = code or (type(self) if status < RequestError.status else EngineFailed).code
 
 
 class EndpointLost(RequestError):

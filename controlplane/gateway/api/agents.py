@@ -188,20 +188,22 @@ async def _complete(
     if room is not None and not room.take(len(captured.body)):
         error = room.error()
         return error.status, {**value, **error_value(error)}, []
+    failed = captured.status >= CLIENT_ERROR
     try:
         utf8(captured.body)  # parts of it are repeated as they are
-        if captured.status < CLIENT_ERROR:
+        if failed:
+            value["error"] = _refused(captured.body).error or msgspec.Raw(captured.body)
+        else:
             response = _completed(captured.body)
             choice = response.choices.first
             value["response"] = choice.message.content
             value["model"] = response.model
             value["usage"] = response.usage
             value["finish_reason"] = choice.finish_reason
-        else:
-            value["error"] = _refused(captured.body).error or msgspec.Raw(captured.body)
     except InvalidJson as reason:
-        unreadable = EngineFailed(f"the engine's response {reason}")
-        return unreadable.status, {**value, **error_value(unreadable)}, error_headers(unreadable)
+        status = captured.status if failed else EngineFailed.status
+        unreadable = EngineFailed(f"the engine's response {reason}", status=status)
+        return status, {**value, **error_value(unreadable)}, error_headers(unreadable)
     passed_on: Headers = [(name, captured.headers[name]) for name in _PASSED_ON if name in captured.headers]
     return captured.status, value, passed_on
 

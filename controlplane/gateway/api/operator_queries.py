@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import isfinite
 from typing import Annotated, Any, Final
 from urllib.parse import parse_qsl
 
 import msgspec
 
 from controlplane.core.reports.report import MAX_WINDOW_MINUTES, MIN_WINDOW_MINUTES
-from controlplane.errors import BadRequest
+from controlplane.errors import BadRequest, shown
 
 MOST_EVENTS: Final = 10_000
 MOST_SERIES: Final = 100
+MOST_PARAMETERS: Final = 20
 PREFIX: Final = "/plane/"
 
 
@@ -73,14 +75,22 @@ SUMMARIES: Final[Mapping[str, str]] = {
 
 def parse_arguments(name: str, query: str) -> dict[str, Any]:
     """The arguments of a query in a URL. Raises BadRequest that names what is wrong."""
-    values: dict[str, Any] = dict(parse_qsl(query, keep_blank_values=True, max_num_fields=20))
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, max_num_fields=MOST_PARAMETERS)
+    except ValueError:
+        raise BadRequest(f"{PREFIX}{name} takes at most {MOST_PARAMETERS} parameters") from None
+    values: dict[str, Any] = dict(pairs)
     if name == "history":
         values["series"] = [each for each in values.get("series", "").split(",") if each]
     kind = ARGUMENTS[name]
     unknown = set(values) - set(kind.__dataclass_fields__)
     if unknown:
-        raise BadRequest(f"{PREFIX}{name} has no parameter {', '.join(sorted(unknown))}")
+        raise BadRequest(f"{PREFIX}{name} has no parameter {shown(', '.join(sorted(unknown)))}")
     try:
-        return asdict(msgspec.convert(values, kind, strict=False))
+        arguments = asdict(msgspec.convert(values, kind, strict=False))
     except msgspec.ValidationError as error:
         raise BadRequest(f"{PREFIX}{name}: {error}") from error
+    for parameter, value in arguments.items():
+        if isinstance(value, float) and not isfinite(value):
+            raise BadRequest(f"{PREFIX}{name}: {parameter} must be a finite number", param=parameter)
+    return arguments

@@ -94,6 +94,23 @@ async def test_every_get_route_takes_head() -> None:
                 assert await response.read() == b""
 
 
+@pytest.mark.parametrize(
+    "query",
+    [
+        "session=%ff%00%1b", "session=" + "a" * 20_000, "window_minutes=nan", "window_minutes=1e400",
+        "window_minutes=" + "9" * 5000, "format=%1b]0;x", "=&&;;=%", "x=1&" * 5000,
+        "series=a&since_unix_s=nan&until_unix_s=inf", "after=1e400&limit=%1b", "%1b]0;x=1",
+    ],
+)  # fmt: skip
+async def test_no_query_is_an_internal_error(query: str) -> None:
+    async with running() as rig:
+        for route in rig.gateway.routes:
+            if route.method == "GET":
+                path = route.path.replace("{id}", "auto")
+                status, _, _ = await raw_get(rig, f"{path}?{query}")
+                assert status in {200, 400, 503}, path
+
+
 async def test_the_tokens_of_a_prompt_are_counted_by_the_engine() -> None:
     async with running() as rig:
         await rig.engine("a")

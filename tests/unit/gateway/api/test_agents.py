@@ -11,7 +11,7 @@ import pytest
 
 from controlplane.errors import BadRequest
 from controlplane.gateway.api import agents
-from controlplane.gateway.api.agents import MAX_BATCH, CapturedResponse, batch
+from controlplane.gateway.api.agents import MAX_BATCH, CapturedResponse, batch, chat
 from controlplane.http.messages import Request, Responder
 from tests.support.gateway import plane, running
 
@@ -85,6 +85,17 @@ async def test_an_unreadable_response_of_an_engine_fails_only_its_item(name: str
     assert [result["status"] for result in results] == ["ok", "error", "ok"]
     assert results[0]["response"] == "fine"
     assert results[1]["error"]["code"] == "engine_error"
+
+
+@pytest.mark.parametrize("name", ["not UTF-8", "nested too deep", "not JSON", "empty"])
+async def test_an_unreadable_error_of_an_engine_keeps_its_status(name: str) -> None:
+    async def complete(request: Request, out: Responder) -> None:
+        out.send(400, [], BAD_RESPONSES[name])
+
+    out = CapturedResponse()
+    await chat(complete, monotonic, Request("POST", "/chat", "", {}, b'{"message":"x"}'), out)
+    assert out.status == 400
+    assert json.loads(out.body)["error"]["message"]
 
 
 async def test_the_responses_of_a_batch_are_bounded_together(monkeypatch: pytest.MonkeyPatch) -> None:
