@@ -11,9 +11,11 @@ import click
 
 from controlplane.cli import plane_http
 from controlplane.cli.plane_http import GatewayUnreachable
-from controlplane.controller.api import Method, P, R
+from controlplane.controller.api import ControllerApi, Method, P, R
+from controlplane.controller.stored_plane import STORED_QUERIES, StoredPlane
 from controlplane.errors import SetupError
 from controlplane.gateway.api.operator_queries import ARGUMENTS
+from controlplane.paths import run_dir
 from controlplane.ray_cluster import session
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -21,9 +23,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 class PlaneAccess:
     """Calls to the controller of a running plane: queries through a gateway, where one answers, else through
-    Ray, to which this connects only when it has to (it takes seconds). Use as a context manager."""
+    Ray, to which this connects only when it has to (it takes seconds). Use as a context manager.
 
-    def __init__(self, ray: str, namespace: str, url: str = "", *, ask_gateway: bool = False) -> None:
+    What the store of the run folder can answer is answered from it if no plane runs."""
+
+    def __init__(
+        self, ray: str, namespace: str, url: str = "", *, ask_gateway: bool = False, ask_store: bool = False
+    ) -> None:
         self.url = url
         """The address of the plane's gateway; empty if unknown."""
         self._ray = ray
@@ -31,6 +37,8 @@ class PlaneAccess:
         self._ask_gateway = ask_gateway and bool(url)
         self._open = ExitStack()
         self._connected = False
+        self._ask_store = ask_store
+        self._store: StoredPlane | None = None
 
     def __enter__(self) -> PlaneAccess:
         return self
@@ -45,12 +53,45 @@ class PlaneAccess:
                 return plane_http.query(self.url, method, *args, **kwargs)
             except GatewayUnreachable:
                 self._ask_gateway = False
+        try:
+            return self._call_ray(method, *args, **kwargs)
+        except SetupError as error:
+            store = self._stored(str(error)) if method.__name__ in STORED_QUERIES else None
+            if store is None:
+                raise
+            return store.call(method, *args, **kwargs)
+
+    def tiers(self) -> tuple[str, ...]:
+        """The names of the tiers: of the running plane, or else those that have stored figures."""
+        try:
+            _, specs, _ = self.call(ControllerApi.status)
+        except SetupError as error:
+            store = self._stored(str(error))
+            if store is None:
+                raise
+            return store.tiers()
+        return tuple(spec.name for spec in specs)
+
+    def _call_ray(self, method: Method[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        if not self._ray:
+            raise SetupError(
+                "no plane runs here: start one with `tierplane up`, or name its Ray with --address"
+            )
         from controlplane.ray_cluster import plane
 
         if not self._connected:
             self._open.enter_context(connected_ray(self._ray))
             self._connected = True
         return plane.call_controller(self._namespace, self._ray, method, *args, **kwargs)
+
+    def _stored(self, why: str) -> StoredPlane | None:
+        """The store in the run folder, for a plane that does not run; None if there is none."""
+        if self._store is None and self._ask_store:
+            path = run_dir() / f"controller-{self._namespace}.sqlite"
+            if path.is_file():
+                self._store = self._open.enter_context(StoredPlane(path))
+                click.echo(f"{why}. Reading what was stored: {path}", err=True)
+        return self._store
 
 
 def plane_options(command: F) -> F:
@@ -91,15 +132,14 @@ def connected_ray(address: str) -> Iterator[None]:
 
 
 def connected(address: str | None, namespace: str | None) -> PlaneAccess:
-    """Access to the plane that the options select. Raises SetupError if there is none."""
+    """Access to the plane that the options select."""
     ray = ray_address(address)
-    if not ray:
-        raise SetupError("no plane runs here: start one with `tierplane up`, or name its Ray with --address")
     record = session.load_record()
     return PlaneAccess(
         ray,
         namespace or (record.namespace if record else "tierplane"),
         record.gateway_url or record.ingress_url if record else "",
+        ask_store=address is None,
         ask_gateway=record is not None
         and ray == record.ray_address
         and namespace in (None, record.namespace),

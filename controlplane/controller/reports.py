@@ -15,7 +15,8 @@ import structlog
 from controlplane.config.reports import ReportsConfig
 from controlplane.controller.controller import Controller
 from controlplane.controller.recorder import Recorder
-from controlplane.controller.store import STEPS
+from controlplane.controller.store_reads import STEPS
+from controlplane.controller.stored_figures import add_stored, series_of
 from controlplane.core.reports.report import (
     GAUGES,
     MAX_WINDOW_MINUTES,
@@ -33,8 +34,6 @@ from controlplane.core.reports.report import (
 from controlplane.core.reports.ring_buffer import ReportRing, SampleRound, tally
 from controlplane.core.reports.sampler import ReportSampler
 
-PREFIX = "report/"
-"""Prefix of the names of reports' series in the store."""
 MAX_CACHED = 16
 """Windows whose reports are cached until the next sample."""
 JOIN_SLACK_S = 60
@@ -130,18 +129,8 @@ class Reports:
         ).items():
             tracks.setdefault(tier, {})[part] = found
         if from_s < memory_s:
-            store = self._recorder.store
-            for kind, width_s in ((InstanceKind.TIER, step_s), (InstanceKind.ENDPOINT, int(window_s) + 1)):
-                for series, part, count, total, high in store.summary(
-                    f"{PREFIX}{kind}/", from_s, min(memory_s, until_s), width_s
-                ):
-                    instance, name = _parsed(series)
-                    if name not in SUMS and name not in GAUGES:
-                        continue  # another version wrote it
-                    totals.setdefault(instance, Totals()).add(name, count, total, high)
-                    if kind is InstanceKind.TIER:
-                        parts = tracks.setdefault(instance.tier, {})
-                        parts.setdefault(part, Totals()).add(name, count, total, high)
+            until = min(memory_s, until_s)
+            add_stored(self._recorder.store.summary, totals, tracks, from_s, until, step_s, int(window_s) + 1)
         return plane_report(
             totals,
             tracks,
@@ -200,17 +189,6 @@ def _memory_from_s(oldest_s: int, now_s: int) -> int:
     age_s = now_s - oldest_s + JOIN_SLACK_S
     step_s = next((step_s for step_s, max_age_s in STEPS if age_s < max_age_s), STEPS[-1][0])
     return -(-oldest_s // step_s) * step_s
-
-
-def series_of(instance: Instance, figure: str) -> str:
-    """The name in the store of one figure of an instance's samples."""
-    return f"{PREFIX}{instance.kind}/{instance.tier}/{instance.name}/{figure}"
-
-
-def _parsed(series: str) -> tuple[Instance, str]:
-    _, kind, tier, rest = series.split("/", 3)
-    name, _, figure = rest.rpartition("/")
-    return Instance(InstanceKind(kind), tier, name), figure
 
 
 def _tier_of(instance: Instance) -> str | None:

@@ -28,7 +28,9 @@ from typing import Any, Final, TypeVar
 
 import structlog
 
+from controlplane.controller import store_reads
 from controlplane.controller.store_file import StoreFile, in_memory, in_transaction, is_file_error
+from controlplane.controller.store_reads import DAY_S, STEPS
 from controlplane.core.domain.event import Event
 from controlplane.core.reports.recorded_traffic import Point
 
@@ -36,11 +38,6 @@ log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
-HOUR_S: Final = 3600
-DAY_S: Final = 24 * HOUR_S
-STEPS: Final = ((1, HOUR_S), (60, 2 * DAY_S), (600, 30 * DAY_S))
-"""For each width of history points in seconds: the age in seconds up to which points have that width. Points
-older than the last age are dropped."""
 CLOCK_STEP_S: Final = DAY_S
 """A wall clock that is further than this from where it should be by the last compaction is in doubt."""
 CLOCK_DOUBT_S: Final = DAY_S
@@ -62,17 +59,6 @@ _ADD_POINT: Final = """
         count = count + excluded.count, total = total + excluded.total,
         low = min(low, excluded.low), high = max(high, excluded.high)
 """
-
-_WIDTHS: Final = ", ".join(str(step_s) for step_s, _ in STEPS)
-_TOTAL: Final = f"""
-    SELECT name, 0, sum(count), sum(total), max(high)
-    FROM series CROSS JOIN history ON history.series = series.id
-    WHERE name >= ?3 AND name < ?4 AND step_s IN ({_WIDTHS}) AND at_s >= ?1 AND at_s < ?2 GROUP BY name
-"""  # noqa: S608 - only numbers from this module
-_BY_PART: Final = f"""
-    SELECT (at_s - ?1) / ?4 AS part, sum(count), sum(total), max(high) FROM history
-    WHERE series = ?3 AND step_s IN ({_WIDTHS}) AND at_s >= ?1 AND at_s < ?2 GROUP BY part
-"""  # noqa: S608 - only numbers from this module
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,18 +209,7 @@ class Store:
         with self._lock:
             if self._recent and number >= self._recent[0].number - 1:
                 return [event for event in self._recent if event.number > number][:limit]
-
-            def read(database: sqlite3.Connection) -> list[Event]:
-                # A damaged row is shown with what can be read of it.
-                rows = database.execute(
-                    "SELECT seq, CAST(unix_s AS REAL), CAST(action AS TEXT), CAST(target AS TEXT),"
-                    " CAST(reason AS TEXT), CAST(detail AS TEXT), CAST(actor AS TEXT) FROM audit"
-                    " WHERE seq > ? ORDER BY seq LIMIT ?",
-                    (number, limit),
-                )
-                return [Event(*row) for row in rows]
-
-            return self._read(read)
+            return self._read(lambda database: store_reads.audit_since(database, number, limit))
 
     # --- history ---------------------------------------------------------------------------------------
 
@@ -255,19 +230,10 @@ class Store:
 
     def history(self, series: str, since_unix_s: float, until_unix_s: float) -> list[Point]:
         """A series' points in [since, until), oldest first; older points are wider."""
-
-        def read(database: sqlite3.Connection) -> list[Point]:
-            rows = database.execute(
-                "SELECT at_s, step_s, count, CAST(total AS REAL) FROM history"
-                " JOIN series ON series.id = history.series"
-                " WHERE name = ? AND at_s >= ? AND at_s < ? AND typeof(count) = 'integer' AND count > 0"
-                " ORDER BY at_s",
-                (series, since_unix_s, until_unix_s),
-            )
-            return [Point(at_s, step_s, count, total / count) for at_s, step_s, count, total in rows]
-
         with self._lock:
-            return self._read(read)
+            return self._read(
+                lambda database: store_reads.history(database, series, since_unix_s, until_unix_s)
+            )
 
     def summary(
         self, prefix: str, since_unix_s: int, until_unix_s: int, step_s: int
@@ -275,22 +241,10 @@ class Store:
         """Every series whose name begins with ``prefix``, added up over parts of ``step_s`` seconds from
         ``since_unix_s``: name, number of the part, count of values, their sum, the largest. A point counts
         where it begins, which has to be in [since, until)."""
-
-        def read(database: sqlite3.Connection) -> list[tuple[str, int, int, float, float]]:
-            span = (since_unix_s, until_unix_s)
-            names = (prefix, prefix + chr(0x10FFFF))
-            if step_s >= until_unix_s - since_unix_s:
-                # In the order of the index, so that SQLite does not have to sort millions of points.
-                return database.execute(_TOTAL, (*span, *names)).fetchall()
-            series = database.execute("SELECT name, id FROM series WHERE name >= ? AND name < ?", names)
-            return [
-                (name, *row)
-                for name, number in series.fetchall()
-                for row in database.execute(_BY_PART, (*span, number, step_s))
-            ]
-
         with self._lock:
-            return self._read(read)
+            return self._read(
+                lambda database: store_reads.summary(database, prefix, since_unix_s, until_unix_s, step_s)
+            )
 
     def compact(self, now_unix_s: float) -> None:
         """Join old points into wider ones, and drop the oldest points and audit entries. To be called every

@@ -12,7 +12,7 @@ import click
 
 from controlplane.cli.controller_access import PlaneAccess, connected, plane_options
 from controlplane.controller.api import ControllerApi
-from controlplane.controller.reports import series_of
+from controlplane.controller.stored_figures import series_of
 from controlplane.core.reports.recorded_traffic import (
     COLUMNS,
     FIGURES,
@@ -81,16 +81,15 @@ def command(hours: float, output: str, as_json: bool, address: str | None, names
 
 def recorded(plane: PlaneAccess, hours: float) -> list[RecordedWindow]:
     """The windows of all tiers, with times relative to the start of the first window."""
-    _, specs, _ = plane.call(ControllerApi.status)
     until_s = time.time() + _CLOCK_SKEW_S
     since_s = until_s - _CLOCK_SKEW_S - hours * 3600
     windows: list[RecordedWindow] = []
-    for spec in specs:
-        tier = Instance(InstanceKind.TIER, spec.name, spec.name)
+    for name in plane.tiers():
+        tier = Instance(InstanceKind.TIER, name, name)
         series = {series_of(tier, figure): figure for figure in FIGURES}
         points = plane.call(ControllerApi.history, tuple(series), since_s, until_s)
         windows += traffic_windows(
-            spec.name, {series[name]: _stored_points(found) for name, found in points.items()}
+            name, {series[each]: _stored_points(found) for each, found in points.items()}
         )
     return relative_to_first(windows)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import json
 import time
@@ -21,7 +22,9 @@ from controlplane.config.reports import ReportsConfig
 from controlplane.controller.api import ControllerApi
 from controlplane.controller.recorder import Recorder
 from controlplane.controller.reports import Reports
+from controlplane.controller.store import Store
 from controlplane.core.cluster.snapshot import GatewayInfo
+from controlplane.core.domain.event import Event
 from controlplane.core.reports.recorded_traffic import COLUMNS
 from controlplane.core.traffic.counters import TrafficCounters
 from controlplane.simulation.traces import read_trace
@@ -76,9 +79,10 @@ class Plane:
         self.recorder.save({"mark": self.world.clock.s})
         until(lambda: self.recorder.store.values().get("mark") == self.world.clock.s, every_s=0.002)
 
+    def tiers(self) -> tuple[str, ...]:
+        return tuple(tier.name for tier in self.world.registry.tiers)
+
     def call(self, method: Callable[..., Any], *args: Any) -> Any:
-        if method is ControllerApi.status:
-            return None, self.world.registry.tiers, ()
         assert method is ControllerApi.history
         names, since_s, until_s = args
         return {name: self.recorder.store.history(name, since_s, until_s) for name in names}
@@ -206,3 +210,39 @@ def test_a_file_that_cannot_be_written_is_named(plane: Plane, tmp_path: Path) ->
     done = trace("--output", tmp_path / "no" / "own.csv")
     assert done.exit_code == 1
     assert "own.csv can't be written (No such file" in done.output
+
+
+def test_without_a_plane_the_trace_and_the_report_come_from_the_store(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    plane.step(90, lightweight=3, balanced=1)
+    running = CliRunner().invoke(main, ["trace", "--hours", "1"])
+    report = asyncio.run(plane.reports.report(60.0))
+    plane.written()
+    plane.recorder.close()
+    monkeypatch.undo()
+    monkeypatch.setenv("TIERPLANE_RUN_DIR", str(tmp_path))
+    plane.path.rename(tmp_path / "controller-tierplane.sqlite")
+    stored = CliRunner().invoke(main, ["trace", "--hours", "1"])
+    assert sorted(stored.stdout.splitlines()) == sorted(running.stdout.splitlines())
+    assert "Reading what was stored" in stored.stderr
+    shown = CliRunner().invoke(main, ["report", "--json"])
+    assert shown.exit_code == 0, shown.output
+    found = {tier["tier"]: tier["requests"] for tier in json.loads(shown.stdout)["tiers"]}
+    assert found == {tier.tier: tier.requests for tier in report.tiers}
+    refused = CliRunner().invoke(main, ["gpus"])
+    assert "no plane runs here" in refused.output
+
+
+def test_without_a_plane_the_events_come_from_the_store(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TIERPLANE_RUN_DIR", str(tmp_path))
+    store = Store(tmp_path / "controller-tierplane.sqlite")
+    for number in range(5):
+        store.audit(Event(0, 100.0 + number, "cordon", f"GPU-{number}", "hot", "", "ada"))
+    store.close()
+    shown = CliRunner().invoke(main, ["events", "-n", "2", "--json"])
+    assert [json.loads(line)["subject"] for line in shown.stdout.splitlines()] == ["GPU-3", "GPU-4"]
+    (tmp_path / "controller-tierplane.sqlite").write_bytes(b"no database" * 99)
+    assert "can't be read" in CliRunner().invoke(main, ["events"]).output
