@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from controlplane.controller.store import DAY_S, Store
+from controlplane.controller.store import Store
 from controlplane.controller.store_file import MAX_BROKEN_FILES, StoreFile
+from controlplane.controller.store_reads import DAY_S
 from controlplane.core.domain.event import Event
 from controlplane.core.reports.recorded_traffic import Point
 
