@@ -6,10 +6,8 @@ import contextlib
 import io
 import logging
 import os
-import socket
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,10 +28,11 @@ from controlplane.core.domain.event import Event
 from controlplane.errors import SetupError
 from controlplane.node_agent.ray_actor import stop_node_agents
 from controlplane.paths import run_dir
+from controlplane.ray_cluster import session
+from controlplane.ray_cluster.liveness import answers
 
 SERVE_NAMESPACE = "serve"
 CALL_TIMEOUT_S = 10.0
-CONNECT_TIMEOUT_S = 10.0
 
 _FAILED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY)
 
@@ -51,7 +50,7 @@ def connect(address: str) -> None:
     """Connect this process to a running Ray. Raises SetupError."""
     if ray.is_initialized():
         return
-    _check_that_ray_listens(address)
+    _check_that_ray_answers(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray warns about the number of CPUs; our users should not see its messages to drivers.
     try:
@@ -72,17 +71,16 @@ def connect(address: str) -> None:
     ray._private.worker._worker_logs_enabled = False
 
 
-def _check_that_ray_listens(address: str) -> None:
-    """Raise SetupError at once if the head is gone: Ray itself would try for a minute."""
+def _check_that_ray_answers(address: str) -> None:
+    """Raise SetupError soon if the head is gone or hangs: Ray itself would try for minutes."""
+    record = session.load_record()
+    if record is not None and record.ray_address == address and (reason := session.hung(record)):
+        raise SetupError(f"{reason}: `tierplane down` ends the plane even so")
     host, _, port = address.rpartition(":")
-    if not host or "/" in host or not port.isdecimal():
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
-    except OSError as error:
+    if host and "/" not in host and port.isdecimal() and not answers([(host.strip("[]"), int(port))]):
         raise SetupError(
-            f"no Ray answers at {address} ({error.strerror or error}): start one, or check the address"
-        ) from error
+            f"no Ray answers at {address}: start one, or check the address; if it runs, it hangs"
+        )
 
 
 def disconnect() -> None:
@@ -132,11 +130,8 @@ def application_failure(names: tuple[str, ...]) -> str:
     return ""
 
 
-def undeploy(names: tuple[str, ...], *, limit_s: float, on_wait: Callable[[], None]) -> bool:
-    """Delete the applications and let their replicas drain; False if some are left after ``limit_s``.
-
-    ``on_wait`` is called again and again while waiting; an exception from it ends the wait.
-    """
+def undeploy(names: tuple[str, ...], *, limit_s: float) -> bool:
+    """Delete the applications and let their replicas drain; False if some are left after ``limit_s``."""
     present = tuple(name for name in names if name in serve.status().applications)
     for name in present:
         serve.delete(name, _blocking=False)
@@ -144,7 +139,6 @@ def undeploy(names: tuple[str, ...], *, limit_s: float, on_wait: Callable[[], No
     while not serve.status().applications.keys().isdisjoint(present):
         if time.monotonic() - began_s > limit_s:
             return False
-        on_wait()
         time.sleep(0.2)
     return True
 

@@ -27,7 +27,7 @@ import psutil
 
 from controlplane.errors import SetupError
 from controlplane.paths import run_dir
-from controlplane.ray_cluster import haproxy_guard
+from controlplane.ray_cluster import haproxy_guard, liveness
 from controlplane.ray_cluster.ports import Ports, PortTaken
 
 PLANE_ID_VARIABLE = "TIERPLANE_PLANE_ID"
@@ -278,6 +278,11 @@ def processes(plane_id: str) -> list[psutil.Process]:
             for child in _children(process):
                 found.setdefault(child.pid, child)
     return [process for process in found.values() if _alive(process)]
+
+
+def hung(record: RunRecord) -> str:
+    """Which process of our own Ray hangs, as text; empty if none does. Takes at most a few seconds."""
+    return liveness.hung(processes(record.plane_id)) if record.owns_ray else ""
 
 
 def stop(record: RunRecord, *, grace_s: float = 3.0) -> int:

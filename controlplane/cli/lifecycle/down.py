@@ -9,13 +9,16 @@ import time
 import click
 
 from controlplane.cli.lifecycle.progress import ProgressReporter, progress_reporter
-from controlplane.cli.lifecycle.stopping import DRAIN_MARGIN_S, stop_plane
+from controlplane.cli.lifecycle.stopping import DRAIN_MARGIN_S, SHOWN_S, stop_plane
+from controlplane.cli.lifecycle.watched import leave
 from controlplane.config import load_plane
 from controlplane.errors import TierplaneError
 from controlplane.ray_cluster import session
 from controlplane.ray_cluster.session import RunRecord
 
 DEFAULT_DRAIN_S = 60.0
+HUNG_LIMIT_S = 15.0
+"""How long an `up` whose Ray hangs may take to stop before it is killed."""
 
 
 @click.command()
@@ -40,6 +43,7 @@ def command(now: bool, as_json: bool) -> None:
             reporter.result("stopped", "Stopped.", processes=0, ray_stopped=True)
             return
     stop_plane(record, reporter, drain_s=drain_s, stop_waiting=lambda: now)
+    leave(0)
 
 
 def drain_limit_s(record: RunRecord) -> float:
@@ -55,8 +59,15 @@ def _stop_foreground(record: RunRecord, reporter: ProgressReporter, limit_s: flo
     long."""
     reporter.step(f"asking `tierplane up` (process {record.up_pid}) to stop")
     os.kill(record.up_pid, signal.SIGTERM)
+    if session.hung(record):
+        limit_s = min(limit_s, HUNG_LIMIT_S)
     deadline_s = time.monotonic() + limit_s
+    shown_s = time.monotonic()
     while record.up_is_running() and time.monotonic() < deadline_s:
+        if time.monotonic() - shown_s > SHOWN_S:
+            shown_s = time.monotonic()
+            reporter.step(f"waiting for it to stop, at most {deadline_s - shown_s:.0f} s more")
         time.sleep(0.2)
     if record.up_is_running():
+        reporter.step("it did not stop in time and is killed")
         os.kill(record.up_pid, signal.SIGKILL)

@@ -10,12 +10,13 @@ import signal
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
 import click
 import psutil
@@ -24,6 +25,7 @@ from controlplane.cli.checking.checks import CheckStatus, run_checks
 from controlplane.cli.checking.configuration import load_checked
 from controlplane.cli.lifecycle.progress import ProgressReporter, mute, progress_reporter
 from controlplane.cli.lifecycle.stopping import stop_plane
+from controlplane.cli.lifecycle.watched import leave, watched
 from controlplane.config import ServeFile
 from controlplane.core.cluster.snapshot import ClusterSnapshot
 from controlplane.core.cluster.status import TierStatus, tier_statuses
@@ -34,12 +36,17 @@ from controlplane.ray_cluster import session
 from controlplane.ray_cluster.ports import Ports, PortTaken, bind_failures, port_holder, port_is_free
 from controlplane.ray_cluster.session import RunRecord
 
+T = TypeVar("T")
+
 POLL_S = 0.5
 SERVE_CHECK_S = 3.0
 DIAGNOSIS_WAIT_S = 5.0
 HTTP_TIMEOUT_S = 5.0
 START_TRIES = 3
 """How often Ray is started, with other ports each time, if another program takes one of its ports."""
+START_LIMIT_S = 300.0
+"""Connecting to Ray, and the deployment of the application without waiting for it, count as hung after this
+long."""
 LOST_AFTER_S = 30.0
 """In the foreground: a Ray that does not answer for this long counts as dead."""
 
@@ -139,16 +146,22 @@ def command(
             if isinstance(error, TierplaneError):
                 reporter.result("error", f"{error}\n", error=str(error))
             # After a failed start there are no requests worth waiting for.
-            stop_plane(session.load_record() or record, reporter, drain_s=5.0)
+            _stop(record, reporter, interrupts, drain_s=5.0)
             if isinstance(error, TierplaneError):
+                leave(1)
                 raise SystemExit(1) from error
             raise
-        stop_plane(
-            session.load_record() or record,
-            reporter,
-            drain_s=drain_s,
-            stop_waiting=lambda: interrupts.hurry_requested,
-        )
+        _stop(record, reporter, interrupts, drain_s=drain_s)
+    leave(0)
+
+
+def _stop(record: RunRecord, reporter: ProgressReporter, interrupts: Interrupts, *, drain_s: float) -> None:
+    stop_plane(
+        session.load_record() or record,
+        reporter,
+        drain_s=drain_s,
+        stop_waiting=lambda: interrupts.hurry_requested,
+    )
 
 
 def _new_record(file: ServeFile, address: str) -> RunRecord:
@@ -212,11 +225,10 @@ def deploy_on_own_ray(
         reporter.step("starting Ray")
         with Ports() as ports:
             try:
-                with ThreadPoolExecutor(1) as pool:
-                    starting = pool.submit(session.start, record, ports, dashboard=dashboard)
-                    # Takes seconds, which would add to the time of Ray's start otherwise.
-                    plane = importlib.import_module("controlplane.ray_cluster.plane")
-                    record = starting.result()
+                starting = ThreadPoolExecutor(1).submit(session.start, record, ports, dashboard=dashboard)
+                # Takes seconds, which would add to the time of Ray's start otherwise.
+                plane = importlib.import_module("controlplane.ray_cluster.plane")
+                record = _watched(interrupts, starting.result, START_LIMIT_S)
                 _check(interrupts)
                 try:
                     _deploy(record, file, reporter, interrupts)
@@ -241,19 +253,25 @@ def _deploy(record: RunRecord, file: ServeFile, reporter: ProgressReporter, inte
     file."""
     from controlplane.ray_cluster import plane
 
-    plane.connect(record.ray_address)
+    _watched(interrupts, lambda: plane.connect(record.ray_address), START_LIMIT_S)
     interrupts.install()
     if not record.owns_ray:
-        _check_no_other_applications(record)
+        _watched(interrupts, lambda: _check_no_other_applications(record), LOST_AFTER_S)
     reporter.step(f"deploying {file.application}")
     try:
-        plane.deploy(Path(record.config), record.ray_address)
+        _watched(interrupts, lambda: plane.deploy(Path(record.config), record.ray_address), START_LIMIT_S)
     except SetupError as error:
         if record.owns_ray and file.http_port in bind_failures(str(error)):
             raise _port_error(file.http_port, "http_options.port", file) from error
         raise
     interrupts.install()
     _check(interrupts)
+
+
+def _watched(interrupts: Interrupts, work: Callable[[], T], limit_s: float) -> T:
+    """Call Ray. Raises StopRequested as soon as the user requests a stop, whatever Ray does, and SetupError
+    after ``limit_s``."""
+    return watched(work, lambda: _check(interrupts), limit_s=limit_s)
 
 
 def _port_error(port: int, setting: str, file: ServeFile) -> SetupError:
@@ -281,7 +299,7 @@ def _wait_for_tiers(
     while True:
         _check(interrupts)
         now_s = time.monotonic()
-        view = plane.view(record.namespace)
+        view = _watched(interrupts, lambda: plane.view(record.namespace), LOST_AFTER_S)
         snapshot = view.snapshot if view else snapshot
         tiers = tier_statuses(snapshot, specs)
         reporter.progress(tiers, now_s - began_s)
@@ -290,7 +308,9 @@ def _wait_for_tiers(
             return
         if now_s - checked_s > SERVE_CHECK_S:
             checked_s = now_s
-            failure = plane.application_failure(record.applications)
+            failure = _watched(
+                interrupts, lambda: plane.application_failure(record.applications), LOST_AFTER_S
+            )
             if failure:
                 _raise_diagnosis(record, specs)
                 raise SetupError(f"Serve could not deploy the application:\n{failure}")
@@ -329,13 +349,13 @@ def _stay(record: RunRecord, reporter: ProgressReporter, interrupts: Interrupts)
     """Report events until the user requests a stop. Raises StopRequested, or SetupError if Ray is gone."""
     from controlplane.ray_cluster import plane
 
-    view = plane.view(record.namespace)
+    view = _watched(interrupts, lambda: plane.view(record.namespace), LOST_AFTER_S)
     seen = (view.snapshot.epoch, view.events[-1].number) if view and view.events else ("", 0)
     answered_s = time.monotonic()
     while True:
         _check(interrupts)
         time.sleep(POLL_S)
-        view = plane.view(record.namespace)
+        view = _watched(interrupts, lambda: plane.view(record.namespace), LOST_AFTER_S)
         if view is None:
             if time.monotonic() - answered_s > LOST_AFTER_S:
                 raise SetupError(
