@@ -28,6 +28,7 @@ from controlplane.planning.tier_specs import tier_specs
 from deployments.background import BackgroundTasks
 from deployments.engine_load import watch_engines
 from deployments.ingress import ignore_trailers
+from deployments.node_figures import watch_nodes
 from deployments.ray_metrics import mirror_metrics
 
 MAX_ONGOING_REQUESTS = 10_000
@@ -79,6 +80,7 @@ class GatewayReplica:
         self._tasks = BackgroundTasks(
             pull_snapshots(self._link, self._apply),
             watch_engines(self._gateway),
+            watch_nodes(self._gateway),
             mirror_metrics(self._gateway),
             report_gateway(
                 self._link,

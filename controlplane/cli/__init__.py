@@ -40,6 +40,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "controlplane.cli.operating.gpus:command",
         "Show every GPU: its health, its readings and the endpoints that use it.",
     ),
+    "nodes": (
+        "controlplane.cli.operating.nodes:command",
+        "Show every node: its CPUs, memory and disks, and how old the figures are.",
+    ),
     "events": (
         "controlplane.cli.operating.events:command",
         "Show the audit log: events of GPUs, nodes, tiers and endpoints, actions taken, and reasons.",

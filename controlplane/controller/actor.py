@@ -46,6 +46,7 @@ from controlplane.core.domain.endpoint import Endpoint
 from controlplane.core.domain.event import Event
 from controlplane.core.gpus.findings import GpuRules
 from controlplane.core.gpus.leases import GpuPart, LeaseResponse
+from controlplane.core.gpus.node_views import NodeView
 from controlplane.core.gpus.views import GpuView
 from controlplane.core.placement.gangs import GangShape
 from controlplane.core.recommendations.views import ScalingReport
@@ -279,6 +280,10 @@ class ControllerActor:
     async def gpus(self) -> tuple[GpuView, ...]:
         """See :meth:`Controller.gpus`."""
         return self._controller.gpus()
+
+    async def nodes(self) -> tuple[NodeView, ...]:
+        """See :meth:`Controller.nodes`."""
+        return self._controller.nodes()
 
     async def alerts(self) -> AlertsResponse:
         """See :meth:`Alerting.response`."""

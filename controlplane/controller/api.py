@@ -15,6 +15,7 @@ from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.endpoint import Endpoint
 from controlplane.core.domain.event import Event
 from controlplane.core.gpus.leases import GpuPart, LeaseResponse
+from controlplane.core.gpus.node_views import NodeView
 from controlplane.core.gpus.views import GpuView
 from controlplane.core.placement.gangs import GangShape
 from controlplane.core.recommendations.views import ScalingReport
@@ -151,6 +152,10 @@ class ControllerApi(Protocol):
 
     async def gpus(self) -> tuple[GpuView, ...]:
         """Every GPU with its health, lease holders and last readings."""
+        ...
+
+    async def nodes(self) -> tuple[NodeView, ...]:
+        """Every node with its CPUs, memory and disks."""
         ...
 
     async def alerts(self) -> AlertsResponse:

@@ -23,6 +23,7 @@ from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.endpoint import Endpoint
 from controlplane.core.gpus.leases import GpuLease, LeaseOutcome
+from controlplane.core.gpus.node_views import NodeView
 from controlplane.core.gpus.views import GpuView
 from controlplane.core.recommendations.views import ScalingReport
 from controlplane.core.reconcile.commands import ReplicaCommand
@@ -163,6 +164,10 @@ class RemoteController:
     async def gpus(self) -> tuple[GpuView, ...]:
         """See :meth:`ControllerApi.gpus`."""
         return await self._link.call(ControllerApi.gpus)
+
+    async def nodes(self) -> tuple[NodeView, ...]:
+        """See :meth:`ControllerApi.nodes`."""
+        return await self._link.call(ControllerApi.nodes)
 
     async def scaling(self) -> ScalingReport:
         """See :meth:`ControllerApi.scaling`."""

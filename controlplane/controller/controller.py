@@ -30,6 +30,7 @@ from controlplane.core.gpus.findings import GpuRules
 from controlplane.core.gpus.inventory import GpuInventory
 from controlplane.core.gpus.lease_allocator import LeaseAllocator
 from controlplane.core.gpus.leases import GpuPart, LeaseOutcome, LeaseResponse
+from controlplane.core.gpus.node_views import NodeView, node_views
 from controlplane.core.gpus.views import GpuView, gpu_views
 from controlplane.core.json_values import StoredState
 from controlplane.core.placement.gangs import GangShape
@@ -383,6 +384,10 @@ class Controller:
     def gpus(self) -> tuple[GpuView, ...]:
         """Every GPU."""
         return gpu_views(self._inventory, self._leases, now_s=self.now_s(), unix_s=self.unix_s())
+
+    def nodes(self) -> tuple[NodeView, ...]:
+        """Every node whose agent has reported."""
+        return node_views(self._inventory, now_s=self.now_s())
 
     def gpus_out_of_use(self) -> dict[str, str]:
         """UUID → node id of every GPU on which nothing may be started."""

@@ -142,6 +142,7 @@ class Gateway:
             GatewayRoute("GET", "/usage", "tokens and GPU time by tier or session", self._usage),
             GatewayRoute("GET", "/alerts", "firing alerts", self._alerts),
             GatewayRoute("GET", "/gpus", "each GPU, its health and its holders", self._gpus),
+            GatewayRoute("GET", "/nodes", "each node: CPUs, memory and disks", self._nodes),
             GatewayRoute(
                 "GET", "/recommendations", "targets of tiers, and recommendations", self._recommendations
             ),
@@ -395,6 +396,10 @@ class Gateway:
         arguments = operator_queries.parse_arguments(name, request.query)
         found = await query_controller(self.controller, lambda controller: controller.query(name, arguments))
         send_json(out, await asyncio.to_thread(to_value, found))
+
+    async def _nodes(self, request: Request, out: Responder) -> None:
+        found = await query_controller(self.controller, lambda controller: controller.nodes())
+        send_json(out, {"unix_s": time.time(), "nodes": [asdict(node) for node in found]})
 
     async def _ui(self, request: Request, out: Responder) -> None:
         out.send(200, *ui.page())

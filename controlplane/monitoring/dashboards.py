@@ -188,6 +188,43 @@ GPUS: Final = Dashboard(
             "GPU time on the next tier",
             {"{{tier}}": q.rate("tierplane_next_tier_gpu_seconds_total", ["tier"])},
         ),
+        Panel(
+            "Nodes: CPU",
+            {"{{node}}": q.highest("tierplane_node_cpu_ratio", ["node"])},
+            "percentunit",
+            about="Busy share of all CPUs of a node.",
+        ),
+        Panel(
+            "Nodes: memory in use",
+            {
+                "{{node}}": (
+                    f"1 - {q.highest('tierplane_node_memory_available_bytes', ['node'])}"
+                    f" / {q.highest('tierplane_node_memory_total_bytes', ['node'])}"
+                )
+            },
+            "percentunit",
+            limit=threshold("TierplaneNodeMemoryLow"),
+        ),
+        Panel(
+            "Nodes: disks in use",
+            {
+                "{{node}} {{path}}": (
+                    f"1 - {q.highest('tierplane_node_disk_free_bytes', ['node', 'path'])}"
+                    f" / {q.highest('tierplane_node_disk_total_bytes', ['node', 'path'])}"
+                )
+            },
+            "percentunit",
+            about="The file systems of the run folder, of temporary files and of models.",
+            limit=threshold("TierplaneNodeDiskFull"),
+        ),
+        Panel(
+            "Nodes: load, and age of the figures",
+            {
+                "{{node}} load": q.highest("tierplane_node_load_1m", ["node"]),
+                "{{node}} age in s": q.highest("tierplane_node_report_age_seconds", ["node"]),
+            },
+            about="Processes that run or wait for a CPU, over a minute.",
+        ),
     ),
 )
 

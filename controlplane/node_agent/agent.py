@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -26,6 +27,7 @@ import psutil
 from controlplane.core.telemetry.node_updates import GpuInfoCache, NodeUpdate, node_update
 from controlplane.core.telemetry.samples import (
     Absence,
+    DiskSample,
     GpuCondition,
     GpuEvent,
     GpuEventKind,
@@ -99,12 +101,12 @@ class NodeAgent:
         *,
         interval_s: float = 1.0,
         max_events: int = 1000,
-        disk_path: str = "/",
+        disk_paths: Sequence[str] = ("/",),
     ) -> None:
         self.node_id = node_id
         self.epoch = uuid.uuid4().hex
         self._interval_s = interval_s
-        self._disk_path = disk_path
+        self._disk_paths = tuple(disk_paths)
         self._boot_id = _boot_id()
         self._latest: NodeSample | None = None
         self._events: deque[GpuEvent] = deque(maxlen=max_events)
@@ -175,6 +177,7 @@ class NodeAgent:
         self._check_driver(driver)
         self._check_conditions(gpus)
         memory = _memory()
+        disks, disk_problem = _disks(self._disk_paths)
         self._sample_count += 1
         sample = NodeSample(
             node_id=self.node_id,
@@ -186,11 +189,14 @@ class NodeAgent:
             cpu_ratio=self._cpu_ratio(),
             memory_total_bytes=memory[0],
             memory_available_bytes=memory[1],
-            disk_free_bytes=_disk_free(self._disk_path),
+            disk_free_bytes=disks[0].free_bytes if disks else disk_problem,
             driver_version=driver,
             xid_watched_gpus=self._event_source.watched,
             gpus=gpus,
             cost_s=time.perf_counter() - started_s,
+            load_1m=_load_1m(),
+            disks=disks,
+            hostname=socket.gethostname(),
         )
         infos = tuple(gpu.info for gpu in gpus)
         with self._lock:
@@ -260,11 +266,26 @@ def _memory() -> tuple[Reading[int], Reading[int]]:
     return memory.total, memory.available
 
 
-def _disk_free(path: str) -> Reading[int]:
+def _disks(paths: Iterable[str]) -> tuple[tuple[DiskSample, ...], Missing]:
+    """The file systems of the folders that exist, each once; and why there is none, if there is none."""
+    found: dict[int, DiskSample] = {}
+    problem = Missing(Absence.ERROR, "disk: no folder is given")
+    for path in paths:
+        try:
+            device = os.stat(path).st_dev
+            if device not in found:
+                usage = psutil.disk_usage(path)
+                found[device] = DiskSample(path, usage.total, usage.free)
+        except OSError as error:
+            problem = Missing(Absence.ERROR, f"disk: {error}")
+    return tuple(found.values()), problem
+
+
+def _load_1m() -> Reading[float]:
     try:
-        return psutil.disk_usage(path).free
+        return os.getloadavg()[0]
     except OSError as error:
-        return Missing(Absence.ERROR, f"disk: {error}")
+        return Missing(Absence.ERROR, f"load: {error}")
 
 
 def _boot_id() -> str:

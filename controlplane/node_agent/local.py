@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
+import os
+import tempfile
+from pathlib import Path
 
 from controlplane.node_agent.agent import NodeAgent
 from controlplane.node_agent.nvml.events import EventWatcher
 from controlplane.node_agent.nvml.reader import GpuReader
+from controlplane.paths import run_dir
 
 
 def local_agent(
@@ -26,4 +30,14 @@ def local_agent(
         GpuReader(slow_interval_s=slow_interval_s, retry_interval_s=retry_interval_s),
         functools.partial(EventWatcher, retry_interval_s=retry_interval_s),
         interval_s=interval_s,
+        disk_paths=disk_paths(),
     )
+
+
+def disk_paths() -> tuple[str, ...]:
+    """The folders whose file systems may fill up: the run folder, temporary files, and models."""
+    run = run_dir()
+    models = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    folders = (run, Path(tempfile.gettempdir()), models)
+    # A folder that does not exist yet will be created on the file system of the nearest one above it.
+    return tuple(str(next(each for each in (path, *path.parents) if each.exists())) for path in folders)

@@ -200,6 +200,8 @@ CASES: Final[Mapping[str, AlertCases]] = {
     "TierplaneGpuOutOfUse": _relayed("TierplaneGpuOutOfUse", "GPU-1"),
     "TierplaneNodeLost": _relayed("TierplaneNodeLost", "node-1"),
     "TierplaneNodeSilent": _relayed("TierplaneNodeSilent", "node-1"),
+    "TierplaneNodeMemoryLow": _relayed("TierplaneNodeMemoryLow", "node-a"),
+    "TierplaneNodeDiskFull": _relayed("TierplaneNodeDiskFull", "node-a"),
     "TierplaneStoreUnsafe": _relayed("TierplaneStoreUnsafe", "plane"),
     "TierplaneStoreUnreadable": _relayed("TierplaneStoreUnreadable", "plane"),
 }

@@ -28,6 +28,8 @@ GPU_TEMPERATURE: Final = "gpu/temperature_c"
 GPU_OUT_OF_USE: Final = "gpu/out_of_use"
 NODE_LOST: Final = "node/lost"
 NODE_SILENT: Final = "node/silent_s"
+NODE_MEMORY: Final = "node/memory_used_ratio"
+NODE_DISK: Final = "node/disk_used_ratio"
 STORE_UNSAFE: Final = "plane/store_unsafe"
 STORE_UNREADABLE: Final = "plane/store_unreadable"
 """Figures computed in :mod:`controlplane.core.alerts.signals`; those of a tier's traffic get their names in
@@ -175,6 +177,20 @@ RULES: Final = (
         "The agent of node {subject} has not reported for more than {threshold}: its GPUs are not monitored.",
         for_s=60, unit=Unit.SECONDS, figure=NODE_SILENT, kind=SubjectType.NODE, judge=EvaluatedBy.PROGRAM,
         action="See `tierplane logs controller`; check whether the node is overloaded or its driver hangs.",
+    ),
+    AlertRule(
+        "TierplaneNodeMemoryLow", _WARNING, 0.95,
+        "More than {threshold} of node {subject}'s memory is in use.",
+        clear=0.92, for_s=300, unit=Unit.RATIO, figure=NODE_MEMORY, kind=SubjectType.NODE,
+        judge=EvaluatedBy.PROGRAM,
+        action="See `tierplane nodes`; the kernel may kill engines. Run fewer, or smaller models there.",
+    ),
+    AlertRule(
+        "TierplaneNodeDiskFull", _WARNING, 0.93,
+        "A file system of node {subject} is more than {threshold} full.",
+        clear=0.9, for_s=120, unit=Unit.RATIO, figure=NODE_DISK, kind=SubjectType.NODE,
+        judge=EvaluatedBy.PROGRAM,
+        action="See `tierplane nodes`; remove models or files that are no longer needed.",
     ),
     AlertRule(
         "TierplaneStoreUnsafe", _WARNING, 0,

@@ -16,12 +16,14 @@ from controlplane.core.alerts.alert import PLANE, SubjectType, Unit
 from controlplane.core.domain.endpoint import SERVING, Endpoint, EndpointState
 from controlplane.core.gpus.health import GpuHealth
 from controlplane.core.gpus.inventory import GpuInventory
+from controlplane.core.gpus.node_views import node_views
 from controlplane.core.reconcile.migrations import CONTROLLER, OPERATOR, TierHold
-from controlplane.core.telemetry.series import Signal, known_now
+from controlplane.core.telemetry.series import Freshness, Signal, known_now
 
 Figures: TypeAlias = Mapping[str, Mapping[str, Signal]]
 """Figure → subject → signal."""
 
+GIB: Final = 1024**3
 SHOWN_KEYS: Final = 5
 """Keys of unreadable values that an alert names."""
 NODE_LOST_MIN_S: Final = 60.0
@@ -189,7 +191,26 @@ def node_signals(
         (names.NODE_LOST, node_id): f"it had replicas of {', '.join(node.tiers)}"
         for node_id, node in lost.items()
     }
-    figures = {names.NODE_SILENT: silent, names.NODE_LOST: gone}
+    memory: dict[str, Signal] = {}
+    disk: dict[str, Signal] = {}
+    for node in node_views(fleet, now_s=now_s):
+        used = node.memory_used_ratio
+        if node.freshness is not Freshness.FRESH:
+            continue
+        if used is not None:
+            memory[node.node_id] = known_now(used)
+        if node.disks:
+            fullest = max(node.disks, key=lambda each: each.used_ratio)
+            disk[node.node_id] = known_now(fullest.used_ratio)
+            details[names.NODE_DISK, node.node_id] = (
+                f"{fullest.path} has {fullest.free_bytes / GIB:.1f} GiB left"
+            )
+    figures = {
+        names.NODE_SILENT: silent,
+        names.NODE_LOST: gone,
+        names.NODE_MEMORY: memory,
+        names.NODE_DISK: disk,
+    }
     return AlertSignals(figures, {SubjectType.NODE: {*silent, *gone}}, details)
 
 

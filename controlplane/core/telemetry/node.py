@@ -16,6 +16,7 @@ class NodeSignals:
     cpu_ratio: Signal
     memory_available_bytes: Signal
     disk_free_bytes: Signal
+    load_1m: Signal
 
 
 class NodeTelemetry:
@@ -26,6 +27,7 @@ class NodeTelemetry:
         self._cpu = GaugeSeries(newest_only)
         self._memory = GaugeSeries(newest_only)
         self._disk = GaugeSeries(newest_only)
+        self._load = GaugeSeries(newest_only)
         self.gpus = GpuTelemetry(limits)
         """The signals of the GPUs in the newest sample."""
         self.latest: NodeSample | None = None
@@ -43,10 +45,16 @@ class NodeTelemetry:
         self._cpu.observe(received_s, sample.cpu_ratio)
         self._memory.observe(received_s, sample.memory_available_bytes)
         self._disk.observe(received_s, sample.disk_free_bytes)
+        self._load.observe(received_s, sample.load_1m)
         self.gpus.observe(sample.gpus, received_s)
         self.latest, self.latest_s = sample, received_s
         return True
 
     def signals(self, now_s: float) -> NodeSignals:
         """The node at ``now_s``."""
-        return NodeSignals(self._cpu.latest(now_s), self._memory.latest(now_s), self._disk.latest(now_s))
+        return NodeSignals(
+            self._cpu.latest(now_s),
+            self._memory.latest(now_s),
+            self._disk.latest(now_s),
+            self._load.latest(now_s),
+        )

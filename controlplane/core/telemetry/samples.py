@@ -163,6 +163,17 @@ THROTTLE_REASONS = (
 
 
 @dataclass(frozen=True, slots=True)
+class DiskSample:
+    """One file system."""
+
+    path: str
+    """The folder for which it was measured."""
+    total_bytes: int
+    free_bytes: int
+    """What a process without special rights may still write."""
+
+
+@dataclass(frozen=True, slots=True)
 class NodeSample:
     """One node at one moment."""
 
@@ -179,6 +190,7 @@ class NodeSample:
     memory_total_bytes: Reading[int]
     memory_available_bytes: Reading[int]
     disk_free_bytes: Reading[int]
+    """Of the first of ``disks``."""
     driver_version: Reading[str]
     xid_watched_gpus: Reading[int] = NOT_SAMPLED
     """Number of GPUs whose XID events the driver reports to the agent."""
@@ -186,6 +198,11 @@ class NodeSample:
     """Every GPU that this agent has ever seen, by index; those that are gone as LOST or UNREADABLE."""
     cost_s: float = 0.0
     """How long it took to take this sample."""
+    load_1m: Reading[float] = NOT_SAMPLED
+    """Processes that run or wait for a CPU, averaged over the last minute."""
+    disks: tuple[DiskSample, ...] = ()
+    """The file systems of the run folder, of temporary files and of models, each once."""
+    hostname: str = ""
 
 
 class GpuEventKind(StrEnum):

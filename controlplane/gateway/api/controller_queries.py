@@ -1,5 +1,5 @@
-"""Queries to the controller for the pages whose data only the controller has: ``/report``, ``/gpus`` and
-``/recommendations``.
+"""Queries to the controller for the pages whose data only the controller has: ``/report``, ``/gpus``,
+``/nodes`` and ``/recommendations``.
 
 The gateway waits at most :data:`QUERY_TIMEOUT_S` for the result. Requests to models never wait for the
 controller.
@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, Protocol, TypeVar
 
+from controlplane.core.gpus.node_views import NodeView
 from controlplane.core.gpus.views import GpuView
 from controlplane.core.recommendations.views import ScalingReport
 from controlplane.core.reports.report import PlaneReport
@@ -37,6 +38,10 @@ class ControllerQueries(Protocol):
 
     async def gpus(self) -> tuple[GpuView, ...]:
         """Every GPU with its health, lease holders and last readings."""
+        ...
+
+    async def nodes(self) -> tuple[NodeView, ...]:
+        """Every node with its CPUs, memory and disks."""
         ...
 
     async def scaling(self) -> ScalingReport:

@@ -54,7 +54,7 @@ class HistoryArguments:
 
 
 ARGUMENTS: Final[Mapping[str, type[Any]]] = {
-    **dict.fromkeys(("status", "activity", "alerts", "gpus", "scaling"), NoArguments),
+    **dict.fromkeys(("status", "activity", "alerts", "gpus", "nodes", "scaling"), NoArguments),
     "events": EventsArguments,
     "plane_report": ReportArguments,
     "history": HistoryArguments,
@@ -66,6 +66,7 @@ SUMMARIES: Final[Mapping[str, str]] = {
     "activity": "for the command line: migrations, restarts, holds and drains in progress",
     "alerts": "for the command line: alerts, silences and webhook deliveries",
     "gpus": "for the command line: GPUs, their health and their holders",
+    "nodes": "for the command line: nodes with their CPUs, memory and disks",
     "scaling": "for the command line: targets and recommendations",
     "events": "for the command line: the audit log",
     "plane_report": "for the command line: a report on the minutes before now",

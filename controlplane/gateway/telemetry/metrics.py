@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from controlplane.core.admission.queue import AdmissionQueue
 from controlplane.core.cluster.snapshot import ClusterSnapshot
 from controlplane.core.domain.request import Priority, RequestOutcome
+from controlplane.core.gpus.node_views import NodeView
 from controlplane.core.routing.circuit_breaker import BreakerState
 from controlplane.core.routing.endpoint_table import EndpointTable
 from controlplane.errors import DeadlineExceeded
@@ -169,6 +170,27 @@ class Metrics:
             "1 while a recommendation of this kind is active (scale_up, scale_out, scale_down, rebalance).",
             ["tier", "kind"],
         )
+        self.node_cpu = gauge("tierplane_node_cpu_ratio", "Busy share of a node's CPUs, in [0, 1].", ["node"])
+        self.node_load = gauge(
+            "tierplane_node_load_1m",
+            "A node's processes that run or wait for a CPU, over a minute.",
+            ["node"],
+        )
+        self.node_memory_total = gauge("tierplane_node_memory_total_bytes", "A node's memory.", ["node"])
+        self.node_memory_available = gauge(
+            "tierplane_node_memory_available_bytes", "A node's memory that processes can still get.", ["node"]
+        )
+        self.node_disk_total = gauge(
+            "tierplane_node_disk_total_bytes",
+            "Size of a node's file system that has the run folder, temporary files or models.",
+            ["node", "path"],
+        )
+        self.node_disk_free = gauge(
+            "tierplane_node_disk_free_bytes", "Free space of that file system.", ["node", "path"]
+        )
+        self.node_age = gauge(
+            "tierplane_node_report_age_seconds", "Age of the node's figures above.", ["node"]
+        )
         self.hedges = counter(
             "tierplane_hedges", "Hedged attempts, by whether they won against the first attempt.", ["outcome"]
         )
@@ -179,6 +201,27 @@ class Metrics:
         self._outcomes: dict[tuple[str, RequestOutcome, str], Counter] = {}
         for tier, target in traffic.slo_targets.items() if traffic is not None else ():
             self.slo_target.labels(tier).set(target)
+
+    def observe_nodes(self, nodes: Iterable[NodeView]) -> None:
+        """Replace the figures of nodes. What is not known has no series."""
+        for series in (
+            *(self.node_cpu, self.node_load, self.node_memory_total, self.node_memory_available),
+            *(self.node_disk_total, self.node_disk_free, self.node_age),
+        ):
+            series.clear()
+        for node in nodes:
+            for gauge, value in (
+                (self.node_cpu, node.cpu_ratio),
+                (self.node_load, node.load_1m),
+                (self.node_memory_total, node.memory_total_bytes),
+                (self.node_memory_available, node.memory_available_bytes),
+                (self.node_age, node.age_s),
+            ):
+                if value is not None:
+                    gauge.labels(node.node_id).set(value)
+            for disk in node.disks:
+                self.node_disk_total.labels(node.node_id, disk.path).set(disk.total_bytes)
+                self.node_disk_free.labels(node.node_id, disk.path).set(disk.free_bytes)
 
     def finished(self, context: RequestContext, outcome: RequestOutcome, reason: str, now_s: float) -> None:
         """Count a request that has ended. ``reason`` is a detail of the outcome: an error's code, the HTTP

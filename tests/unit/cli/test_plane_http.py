@@ -43,6 +43,7 @@ def values() -> dict[str, Any]:
             (EVENT,),
         ),
         "gpus": controller.gpus(),
+        "nodes": controller.nodes(),
         "events": (EVENT,),
         "activity": controller.activity(),
         "alerts": AlertsResponse((), (), ()),
@@ -66,6 +67,9 @@ class Played:
     async def gpus(self) -> Any:
         raise NotImplementedError
 
+    async def nodes(self) -> Any:
+        raise NotImplementedError
+
     async def plane_report(self, window_minutes: float) -> Any:
         raise NotImplementedError
 
@@ -76,6 +80,7 @@ class Played:
 CALLS: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
     "status": (ControllerApi.status, (), {}),
     "gpus": (ControllerApi.gpus, (), {}),
+    "nodes": (ControllerApi.nodes, (), {}),
     "events": (ControllerApi.events, (-1, 50), {"after": -1, "limit": 50}),
     "activity": (ControllerApi.activity, (), {}),
     "alerts": (ControllerApi.alerts, (), {}),

@@ -9,6 +9,7 @@ import pytest
 
 from controlplane.core.telemetry.samples import Absence, GpuCondition, GpuEvent, GpuEventKind, Missing
 from controlplane.node_agent.agent import NodeAgent
+from controlplane.node_agent.local import disk_paths
 from controlplane.node_agent.nvml.events import EventWatcher
 from controlplane.node_agent.nvml.reader import GpuReader
 from tests.support.nvml_driver.children import Child
@@ -48,7 +49,7 @@ def kinds(events: list[GpuEvent]) -> list[tuple[GpuEventKind, str]]:
 
 
 def test_a_node_without_gpus() -> None:
-    agent = NodeAgent("node-a", GpuReader(), EventWatcher, disk_path="/no/such/folder")
+    agent = NodeAgent("node-a", GpuReader(), EventWatcher, disk_paths=["/no/such/folder"])
     first, second = agent.sample(), agent.sample()
     assert (first.node_id, first.epoch, first.gpus) == ("node-a", agent.epoch, ())
     assert isinstance(first.cpu_ratio, Missing)
@@ -61,6 +62,26 @@ def test_a_node_without_gpus() -> None:
     assert second.driver_version.absence is Absence.NO_DRIVER
     assert (first.seq, second.seq) == (1, 2)
     assert first.boot_id == second.boot_id != ""
+    assert isinstance(second.load_1m, float)
+    assert second.hostname
+
+
+def test_each_file_system_is_measured_once(tmp_path: Path) -> None:
+    """The first folder's file system comes first; one that does not exist is left out."""
+    paths = [str(tmp_path), "/no/such/folder", str(tmp_path), "/proc"]
+    sample = NodeAgent("node-a", GpuReader(), EventWatcher, disk_paths=paths).sample()
+    assert [disk.path for disk in sample.disks] == [str(tmp_path), "/proc"]
+    assert sample.disk_free_bytes == sample.disks[0].free_bytes
+    assert 0 < sample.disks[0].free_bytes <= sample.disks[0].total_bytes
+
+
+def test_the_folders_that_may_fill_up_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIERPLANE_RUN_DIR", str(tmp_path / "not" / "yet"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "models"))
+    run, temporary, models = disk_paths()
+    assert all(Path(path).exists() for path in (run, temporary, models))
+    assert run in (str(tmp_path), str(tmp_path / "not" / "yet"))
+    assert models == str(tmp_path)
 
 
 def test_xid_events_arrive_at_once_and_in_order(child: Child, driver: FakeDriver) -> None:

@@ -27,6 +27,9 @@ class Controller:
     async def gpus(self) -> Any:
         return await self._respond("gpus")
 
+    async def nodes(self) -> Any:
+        return await self._respond("nodes")
+
     async def scaling(self) -> Any:
         return await self._respond("scaling")
 

@@ -102,6 +102,9 @@ async def test_the_route_queries_the_controller_and_responds_in_both_formats() -
         async def gpus(self) -> Any:
             raise NotImplementedError
 
+        async def nodes(self) -> Any:
+            raise NotImplementedError
+
         async def scaling(self) -> Any:
             raise NotImplementedError
 

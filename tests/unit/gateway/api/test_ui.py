@@ -11,15 +11,18 @@ from typing import Any
 import pytest
 
 from controlplane.core.domain.endpoint import EndpointState
+from controlplane.core.gpus.node_views import DiskView, NodeView
 from controlplane.core.gpus.views import GpuView
 from controlplane.core.recommendations.log import TrackRecord
 from controlplane.core.recommendations.views import ScalingReport
 from controlplane.core.reports.report import Instance, InstanceKind, ReportSample, plane_report
 from controlplane.core.telemetry.series import Freshness
 from controlplane.errors import TierplaneError
+from deployments.node_figures import watch_nodes
 from tests.support.debian_tools import tool
 from tests.support.gateway import CHAT, Rig, chat_body, plane, running
 from tests.support.reports import added_up
+from tests.support.waiting import until_async
 
 EVIL = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
 BROWSER_S = 60.0
@@ -70,11 +73,30 @@ def report() -> Any:
     return plane_report({tier: found}, tracks, tiers={"balanced": 0.995}, present=[], **span)
 
 
+NODE = NodeView(
+    node_id="node-a",
+    hostname="host-a",
+    freshness=Freshness.FRESH,
+    age_s=1.0,
+    cordoned="",
+    cpu_count=8,
+    cpu_ratio=0.25,
+    load_1m=2.5,
+    memory_total_bytes=64 * 2**30,
+    memory_available_bytes=16 * 2**30,
+    disks=(DiskView("/run/tierplane", 100 * 2**30, 4 * 2**30),),
+    gpus=2,
+)
+
+
 class Played:
     """A controller with fixed data."""
 
     async def gpus(self) -> Any:
         return (gpu(),)
+
+    async def nodes(self) -> Any:
+        return (NODE,)
 
     async def query(self, name: str, arguments: Mapping[str, Any]) -> Any:
         return await getattr(self, name)(**arguments)
@@ -90,6 +112,9 @@ class Away:
     """A controller that can't be reached."""
 
     async def gpus(self) -> Any:
+        raise TierplaneError("the controller is gone")
+
+    async def nodes(self) -> Any:
         raise TierplaneError("the controller is gone")
 
     async def query(self, name: str, arguments: Mapping[str, Any]) -> Any:
@@ -110,12 +135,13 @@ async def test_the_page_shows_the_plane_and_runs_no_script_from_its_data(tmp_pat
         rig.change("capable-1", state=EndpointState.FAILED, diagnosis=EVIL)
         await rig.post(CHAT, chat_body(max_tokens=2))
         text = await seen(rig, tmp_path)
-        for name in ("tiers", "endpoints", "gpus", "recommendations", "report", "alerts"):
+        for name in ("tiers", "endpoints", "nodes", "gpus", "recommendations", "report", "alerts"):
             assert "hidden" not in section(text, name).partition(">")[0], name
     assert "degraded" in text.partition("</header>")[0]
     assert ">failed</span>" in section(text, "endpoints")
     assert "&lt;img src=x" in section(text, "endpoints")
     assert "57 %" in section(text, "gpus")
+    assert "/run/tierplane: 4 of 100" in section(text, "nodes")
     assert "1,234" in section(text, "report")
     assert section(text, "report").count("<path") == 2, "a line where two points follow each other …"
     assert section(text, "report").count("<circle") == 2, "… and a dot beyond the gap"
@@ -131,7 +157,7 @@ async def test_without_the_controller_the_page_says_what_is_unavailable(tmp_path
         await rig.engine("balanced-1")
         text = await seen(rig, tmp_path)
     assert ">healthy</span>" in section(text, "tiers")
-    for name in ("gpus", "recommendations", "report"):
+    for name in ("nodes", "gpus", "recommendations", "report"):
         assert "Unavailable: the controller is gone" in section(text, name)
 
 
@@ -163,3 +189,21 @@ async def test_the_page_is_only_read(method: str) -> None:
     async with running() as rig:
         async with rig.client.request(method, f"{rig.base}/ui") as response:
             assert response.status == 405
+
+
+async def test_nodes_are_returned_as_json_and_exported_as_metrics() -> None:
+    async with running() as rig:
+        assert (await rig.get("/nodes"))[0] == 503
+        rig.gateway.controller = Played()
+        status, value = await rig.get("/nodes")
+        assert (status, value["nodes"][0]["disks"][0]["free_bytes"]) == (200, 4 * 2**30)
+        assert value["unix_s"] > 0
+        watching = asyncio.create_task(watch_nodes(rig.gateway))
+        await until_async(lambda: "tierplane_node_cpu_ratio{" in rig.gateway.metrics.text())
+        watching.cancel()
+        async with rig.client.get(f"{rig.base}/metrics") as response:
+            text = await response.text()
+    assert 'node="node-a",path="/run/tierplane"} 4.294967296e+09' in text
+    assert re.search(r'tierplane_node_memory_available_bytes{.*node="node-a"} 1.7179869184e\+10', text)
+    rig.gateway.metrics.observe_nodes(())
+    assert "tierplane_node_cpu_ratio{" not in rig.gateway.metrics.text(), "what is not known has no series"
