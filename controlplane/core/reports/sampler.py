@@ -2,8 +2,9 @@
 
 Every tick shows which instances can serve and which GPUs they hold. Requests are the difference of the
 gateways' counts between two samples. While a gateway is silent, no requests are counted; when it reports
-again, they are counted for the whole time. Counts that a lost gateway had not reported are lost, and the time
-since its last report is not covered. A controller that has just started has no counts for comparison.
+again, they are counted for the whole time. What ended at an endpoint in its last moments is counted
+after it is gone. Counts that a lost gateway had not reported are lost, and the time since its last report is
+not covered. A controller that has just started has no counts for comparison.
 """
 
 from __future__ import annotations
@@ -65,6 +66,8 @@ class ReportSampler:
     def __init__(self) -> None:
         self._last_tick_s: float | None = None
         self._watched: dict[Instance, _WatchedInstance] = {}
+        self._endpoints: dict[str, Instance] = {}
+        """The endpoints whose requests are counted, those that are gone included."""
         self._base: dict[str, TrafficCounters] = {}
         self._base_s: float | None = None
         self._reported_s: dict[str, float] = {}
@@ -74,7 +77,7 @@ class ReportSampler:
         """Start again. Call this while not all gateways and replicas are known, because later counts can't be
         compared with such a state."""
         self._last_tick_s = self._base_s = None
-        self._watched, self._reported_s = {}, {}
+        self._watched, self._reported_s, self._endpoints = {}, {}, {}
 
     def watch(self, cluster: SampledCluster, now_s: float) -> None:
         """Record which endpoints can serve and which GPUs they hold."""
@@ -113,6 +116,10 @@ class ReportSampler:
         for endpoint in cluster.endpoints.values():
             members.setdefault(endpoint.tier, []).append(endpoint)
         counted = self._count(self._subjects(cluster), cluster, now_s)
+        for instance in self._endpoints.values():
+            count = counted.by_subject.get(instance.name)
+            if instance not in watched and count is not None and count.served:
+                watched[instance] = _WatchedInstance()
         found = {}
         for instance, seen in watched.items():
             is_tier = instance.kind is InstanceKind.TIER
@@ -137,8 +144,14 @@ class ReportSampler:
 
     def _subjects(self, cluster: SampledCluster) -> list[str]:
         """The tiers and endpoints whose requests are counted."""
+        ledger = cluster.demand.ledger
+        self._endpoints = {
+            name: instance
+            for name, instance in self._endpoints.items()
+            if name in cluster.endpoints or ledger.knows(name)
+        } | {name: _endpoint(endpoint) for name, endpoint in cluster.endpoints.items()}
         tiers = dict.fromkeys((*cluster.desired, *(item.tier for item in cluster.endpoints.values())))
-        return [*tiers, *cluster.endpoints]
+        return [*tiers, *self._endpoints]
 
     def _count(self, subjects: Collection[str], cluster: SampledCluster, now_s: float) -> _CountedTraffic:
         """The counts of each subject since the last round."""

@@ -27,6 +27,11 @@ LATENCY_BOUNDS_S: Final = (
 _NO_COUNTS: Final = (0,) * len(LATENCY_BOUNDS_S)
 WINDOW_S: Final = 300.0
 """The default length of a window."""
+KEEP_GONE_S: Final = 1500.0
+"""How long the counts of a subject that is gone are kept: gateways report its last requests only afterwards,
+and samples for reports are up to 600 s apart."""
+MAX_GONE: Final = 1000
+"""Subjects that are gone and whose counts are kept; beyond that, the first that went are dropped."""
 MAX_POINTS: Final = 240
 """Approximate number of readings in a window; readings that are closer together are thinned out."""
 
@@ -127,6 +132,8 @@ class TrafficLedger:
         """Gateway → subject → last reading."""
         self._reported_s: dict[str, float] = {}
         self._sum: dict[str, TrafficCounters] = {}
+        self._gone_s: dict[str, float] = {}
+        """Subject that is gone → since when, in this order."""
 
     def observe(self, gateway_id: str, traffic: Iterable[TrafficCounters], now_s: float) -> None:
         """Add a gateway's report. Counts from before its first report to this ledger are not added."""
@@ -156,11 +163,21 @@ class TrafficLedger:
         for gateway_id in self._last.keys() - set(gateway_ids):
             self.forget(gateway_id)
 
-    def retain_subjects(self, subjects: Iterable[str]) -> None:
-        """Drop the sums of all subjects except these."""
-        retained = set(subjects)
-        for subject in self._sum.keys() - retained:
-            del self._sum[subject]
+    def retain_subjects(self, subjects: Iterable[str], now_s: float) -> None:
+        """Drop the sums of all subjects except these and those that went less than :data:`KEEP_GONE_S` ago;
+        of the latter at most :data:`MAX_GONE` are kept."""
+        gone = self._sum.keys() - set(subjects)
+        self._gone_s = {name: at_s for name, at_s in self._gone_s.items() if name in gone}
+        for name in sorted(gone - self._gone_s.keys()):
+            self._gone_s[name] = now_s
+        excess = len(self._gone_s) - MAX_GONE
+        for number, (name, at_s) in enumerate(list(self._gone_s.items())):
+            if number < excess or now_s - at_s >= KEEP_GONE_S:
+                del self._gone_s[name], self._sum[name]
+
+    def knows(self, subject: str) -> bool:
+        """Whether something was counted for the subject, and is kept."""
+        return subject in self._sum
 
     def last_report(self, gateway_id: str, subject: str) -> TrafficCounters:
         """A gateway's last reading of a subject; zeros if there is none."""

@@ -19,7 +19,11 @@ from controlplane.gateway.request_context import RequestContext
 
 LARGEST_SLOT_S: Final = 10.0
 """A maximum latency is reported for at least this long, and at most twice as long."""
-
+KEEP_GONE_S: Final = 600.0
+"""The counts of an endpoint that is gone are reported for this long: its last requests end after it went, and
+reports may be lost."""
+MAX_GONE: Final = 256
+"""Endpoints that are gone and whose counts are reported; beyond that, the first that went are dropped."""
 
 # Attribute look-ups on an enum class cost more than on a module.
 _OK: Final = RequestOutcome.OK
@@ -115,6 +119,8 @@ class TrafficCounter:
         self._names = [policy.name for policy in table.policies]
         self._tiers = {name: _SubjectCounts() for name in self._names}
         self._endpoints: dict[str, _SubjectCounts] = {}
+        self._gone_s: dict[str, float] = {}
+        """Counted endpoint that is gone → since when, in this order."""
         self.on_asleep: Callable[[], None] = _do_nothing
         """Called when a request arrives for a tier without endpoints, at most every ``ASLEEP_INTERVAL_S``."""
         self._asleep_s = 0.0
@@ -190,7 +196,8 @@ class TrafficCounter:
         return found
 
     def read(self, endpoint_table: EndpointTable, queue: AdmissionQueue) -> tuple[TrafficCounters, ...]:
-        """The counters of every tier and of every endpoint in the table; removes those of other endpoints."""
+        """The counters of every tier, of every endpoint in the table, and of those that went less than
+        :data:`KEEP_GONE_S` ago."""
         now_s = monotonic()
         waiting = [0] * len(self._names)
         for ticket in queue.waiting():
@@ -200,10 +207,18 @@ class TrafficCounter:
             self._tiers[pool.name].reading(pool.name, waiting[pool.rank], pool.in_flight, now_s)
             for pool in endpoint_table.pools
         ]
-        for name in self._endpoints.keys() - endpoint_table.by_endpoint_id.keys():
-            del self._endpoints[name]
-        for name, load in endpoint_table.by_endpoint_id.items():
-            counts = self._endpoints.get(name)
-            if counts is not None:
-                found.append(counts.reading(name, 0, load.in_flight, now_s))
+        self._drop_gone(endpoint_table, now_s)
+        for name, counts in self._endpoints.items():
+            load = endpoint_table.by_endpoint_id.get(name)
+            found.append(counts.reading(name, 0, load.in_flight if load is not None else 0, now_s))
         return tuple(found)
+
+    def _drop_gone(self, endpoint_table: EndpointTable, now_s: float) -> None:
+        gone = self._endpoints.keys() - endpoint_table.by_endpoint_id.keys()
+        self._gone_s = {name: at_s for name, at_s in self._gone_s.items() if name in gone}
+        for name in sorted(gone - self._gone_s.keys()):
+            self._gone_s[name] = now_s
+        excess = len(self._gone_s) - MAX_GONE
+        for number, (name, at_s) in enumerate(list(self._gone_s.items())):
+            if number < excess or now_s - at_s >= KEEP_GONE_S:
+                del self._gone_s[name], self._endpoints[name]

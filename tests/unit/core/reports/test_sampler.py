@@ -14,7 +14,7 @@ from controlplane.core.reports.report import Instance, InstanceKind, ReportSampl
 from controlplane.core.reports.sampler import ReportSampler, SampledCluster
 from controlplane.core.telemetry.engine import EngineTelemetry
 from controlplane.core.telemetry.samples import Absence, EngineSample, Missing
-from controlplane.core.traffic.counters import TrafficCounters
+from controlplane.core.traffic.counters import KEEP_GONE_S, TrafficCounters
 from controlplane.core.traffic.demand import TierDemandTracker
 from tests.support.endpoints import make_endpoint
 from tests.support.samples import GIB, gpu_sample, node_sample
@@ -194,10 +194,37 @@ def test_a_ledger_that_dropped_a_subject_counts_it_from_zero() -> None:
     plane.serve(ok=50)
     plane.step(10)
     plane.sample()
-    plane.demand.ledger.retain_subjects([])
+    for at_s in (plane.now_s, plane.now_s + KEEP_GONE_S):
+        plane.demand.ledger.retain_subjects([], at_s)
     plane.serve(ok=2)
     plane.step(10)
     assert plane.sample()[TIER].requests == 2
+
+
+def test_what_ended_at_an_endpoint_in_its_last_moments_is_counted_after_it_is_gone() -> None:
+    """It goes between two samples, and the gateway reports its last requests once it is gone."""
+    plane = started()
+    plane.serve(ok=50)
+    plane.step(3)
+    plane.serve(ok=7)
+    del plane.endpoints["small-1"]
+    plane.demand.sample(["small"], plane.endpoints, plane.now_s)
+    plane.step(3)
+    first = plane.sample()
+    assert first[TIER].requests == first[instance("small-1")].requests == 57
+    plane.serve(ok=4)
+    plane.step(10)
+    plane.demand.sample(["small"], plane.endpoints, plane.now_s)
+    last = plane.sample()
+    assert last[TIER].requests == last[instance("small-1")].requests == 4
+    assert (last[instance("small-1")].watched_s, last[instance("small-1")].up_s) == (0, 0)
+    plane.step(10)
+    assert instance("small-1") not in plane.sample(), "nothing more ended there"
+    plane.now_s += KEEP_GONE_S
+    plane.demand.sample(["small"], plane.endpoints, plane.now_s)
+    assert not plane.demand.ledger.knows("small-1")
+    plane.sample()
+    assert not plane.sampler._endpoints
 
 
 def test_a_time_without_ticks_is_a_gap() -> None:

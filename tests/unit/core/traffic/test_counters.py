@@ -13,7 +13,9 @@ from controlplane.core.cluster.snapshot import GatewayInfo
 from controlplane.core.domain.slo import Slo
 from controlplane.core.telemetry.series import Freshness
 from controlplane.core.traffic.counters import (
+    KEEP_GONE_S,
     LATENCY_BOUNDS_S,
+    MAX_GONE,
     MAX_POINTS,
     TrafficCounters,
     TrafficLedger,
@@ -206,3 +208,16 @@ def test_differences_and_quantiles() -> None:
     assert since(counted(arrived=5, waiting=3), counted(arrived=2, waiting=9)) == counted(
         arrived=3, waiting=3
     )
+
+
+def test_the_counts_of_subjects_that_are_gone_are_kept_for_a_while_and_bounded() -> None:
+    ledger = TrafficLedger()
+    names = [f"small-{number}" for number in range(MAX_GONE + 5)]
+    for ok in (0, 3):
+        ledger.observe("g1", [TrafficCounters(name, ok=ok) for name in names], 0.0)
+    ledger.retain_subjects(names[:2], 0.0)
+    assert sum(ledger.knows(name) for name in names) == MAX_GONE + 2
+    ledger.observe("g1", [TrafficCounters(names[-1], ok=5)], 1.0)
+    assert ledger.reading(names[-1]).ok == 5
+    ledger.retain_subjects(names[:2], KEEP_GONE_S)
+    assert [name for name in names if ledger.knows(name)] == names[:2]

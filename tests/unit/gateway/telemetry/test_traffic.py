@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import pytest
+
 from controlplane.config.scaling import SloConfig
 from controlplane.core.traffic.counters import TrafficCounters
+from controlplane.gateway.telemetry import traffic
 from tests.support.gateway import CHAT, Rig, chat_body, plane, running
 from tests.support.waiting import until_async
 
@@ -33,9 +36,38 @@ async def test_responses_are_counted_for_their_tier_and_endpoint() -> None:
         assert 0 < tier.latency_max_s < tier.latency_s
         endpoint = found["b1"]
         assert (endpoint.arrived, endpoint.ok, endpoint.generated_tokens) == (0, 2, 18)
-        rig.endpoints.clear()
+
+
+async def test_the_last_requests_of_an_endpoint_that_is_gone_are_reported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with running() as rig:
+        await rig.engine("b1", **{**FAST, "itl_ms": 20})
+        await rig.post(CHAT, chat_body())
+        running_request = asyncio.ensure_future(rig.post(CHAT, chat_body()))
+        await until_async(lambda: rig.served_by("b1"))
+        del rig.endpoints["b1"]
         rig.publish()
-        assert "b1" not in read(rig), "an endpoint that is gone is forgotten"
+        assert read(rig)["b1"].ok == 1
+        await running_request
+        for _ in range(3):
+            assert read(rig)["b1"].ok == 2
+        monkeypatch.setattr(traffic, "KEEP_GONE_S", 0.0)
+        assert "b1" not in read(rig)
+
+
+async def test_the_endpoints_that_are_gone_and_still_reported_are_bounded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(traffic, "MAX_GONE", 2)
+    async with running() as rig:
+        for number in range(5):
+            await rig.engine(f"b{number}", **FAST)
+            await rig.post(CHAT, chat_body())
+            del rig.endpoints[f"b{number}"]
+            rig.publish()
+            read(rig)
+        assert set(read(rig)) == {"balanced", "b3", "b4"}
 
 
 async def test_a_request_served_by_another_tier_counts_for_the_intended_one() -> None:
