@@ -22,8 +22,14 @@ from controlplane.core.telemetry.engine import COUNTERS, GAUGES
 from controlplane.core.telemetry.samples import EngineSample
 from controlplane.http.fetch import MAX_PAGE_BYTES, fetch
 
+_UNREADABLE: Final = (ValueError, KeyError, IndexError, TypeError, AttributeError)
+"""What the parser raises for a page that is not Prometheus text."""
 CONCURRENCY: Final = 32
 """Scrapes at the same time."""
+MAX_VALUE: Final = 1e15
+"""Larger values, negative ones, infinity and NaN are ignored as if the engine had not sent them."""
+MAX_RATIO: Final = 1.01
+"""The same for ratios."""
 _LARGEST: Final = frozenset({"kv_usage_ratio"})
 """Gauges whose largest series counts, not the sum; there is one series per data-parallel rank."""
 
@@ -98,22 +104,23 @@ class EngineScraper:
             if page.ok:
                 try:
                     return parse(target, page.text, time.time(), scrape_s)
-                except (ValueError, KeyError) as problem:
+                except _UNREADABLE as problem:
                     error = f"{target.url} did not send Prometheus text: {problem}"
             return EngineSample(target.endpoint_id, target.generation, time.time(), scrape_s, error)
 
 
 def parse(target: ScrapeTarget, text: str, unix_s: float, scrape_s: float) -> EngineSample:
-    """Read the target's metrics from a page; ValueError if it is not Prometheus text.
+    """Read the target's metrics from a page; raises one of several errors if it is not Prometheus text.
 
     Series that differ only in labels (ranks, finish reasons, models of one process) are added up, except for
-    ``kv_usage_ratio``, where the largest counts. NaN values are ignored.
+    ``kv_usage_ratio``, where the largest counts. Values outside of 0 to :data:`MAX_VALUE` are ignored.
     """
     wanted = {name: signal for signal, name in target.names.items() if name}
     series: dict[str, list[float]] = {}
     for family in text_string_to_metric_families(_only(text, tuple(wanted))):
         for sample in family.samples:
-            if not math.isnan(sample.value):
+            limit = MAX_RATIO if wanted.get(sample.name) in _LARGEST else MAX_VALUE
+            if 0.0 <= sample.value <= limit:
                 series.setdefault(sample.name, []).append(sample.value)
     gauges, counters = [], []
     for name, signal in wanted.items():
@@ -144,10 +151,15 @@ def _only(text: str, names: tuple[str, ...]) -> str:
 
 
 def metric_sum(text: str, name: str) -> float | None:
-    """The sum of a metric's samples over all labels, in Prometheus' text format; None without samples."""
-    values = [
-        float(line.rsplit(" ", 1)[1])
-        for line in text.splitlines()
-        if line.startswith(name) and line[len(name) : len(name) + 1] in ("{", " ")
-    ]
+    """The sum of a metric's samples over all labels, in Prometheus' text format; None without samples. It
+    ignores the values that :func:`parse` ignores."""
+    values = []
+    for line in text.splitlines():
+        if line.startswith(name) and line[len(name) : len(name) + 1] in ("{", " "):
+            try:
+                value = float(line.rsplit(" ", 1)[1])
+            except ValueError:
+                continue
+            if 0.0 <= value <= MAX_VALUE:
+                values.append(value)
     return sum(values) if values else None

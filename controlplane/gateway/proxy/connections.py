@@ -12,9 +12,25 @@ from controlplane.config import PlaneConfig
 from controlplane.core.domain.endpoint import Endpoint
 from controlplane.core.routing.endpoint_table import EndpointLoad, EndpointTable
 from controlplane.gateway.proxy.upstream import UpstreamOrigin
+from controlplane.gateway.proxy.usage import whole_number
 from controlplane.gateway.telemetry.accounting import EndpointPriceMeter
+from controlplane.http.json_reader import InvalidJson, reader
 
 MODEL_LIST_TIMEOUT_S: Final = 5.0
+MAX_MODEL_LIST_BYTES: Final = 1024 * 1024
+MAX_CONTEXT_TOKENS: Final = 100_000_000
+"""An engine's context length over this is not believed."""
+
+
+class _ListedModel(msgspec.Struct, gc=False):
+    max_model_len: msgspec.Raw = msgspec.Raw()
+
+
+class _ModelList(msgspec.Struct, gc=False):
+    data: list[_ListedModel] = []
+
+
+_model_list = reader(_ModelList)
 
 
 class EndpointConnections:
@@ -38,14 +54,17 @@ class EndpointConnections:
         connection = await self.origin.acquire(fresh=True)
         try:
             connection.send(self.origin.request("GET", "/v1/models", request_id, b""))
+            body = bytearray()
             async with asyncio.timeout(MODEL_LIST_TIMEOUT_S):
                 await connection.head()
-                body = b""
                 while data := await connection.read():
                     body += data
-            length = msgspec.json.decode(body)["data"][0].get("max_model_len")
-            return length if isinstance(length, int) else None
-        except (TimeoutError, msgspec.DecodeError, LookupError, AttributeError, TypeError):
+                    if len(body) > MAX_MODEL_LIST_BYTES:
+                        return None
+            models = _model_list(bytes(body)).data
+            length = whole_number(models[0].max_model_len) if models else None
+            return length if length is not None and 0 < length <= MAX_CONTEXT_TOKENS else None
+        except (TimeoutError, InvalidJson):
             return None
         finally:
             connection.close()

@@ -13,7 +13,7 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from controlplane.engines.base import MetricNames
-from controlplane.engines.metrics_scraper import EngineScraper, ScrapeTarget, metric_sum
+from controlplane.engines.metrics_scraper import EngineScraper, ScrapeTarget, metric_sum, parse
 from tests.support.waiting import forever
 
 NAMES = asdict(
@@ -113,7 +113,9 @@ async def dripping(request: web.Request) -> web.StreamResponse:
     [
         pytest.param(responds(b"", status=503), "returned status 503", id="status"),
         pytest.param(
-            responds(b"", status=302, headers={"Location": "/"}), "returned status 302", id="redirect"
+            responds(b"", status=302, headers={"Location": "http://other.example/"}),
+            "returned status 302",
+            id="redirect",
         ),
         pytest.param(silent, "no response within 0.3 s", id="silent"),
         pytest.param(dripping, "no response within 0.3 s", id="endless"),
@@ -172,3 +174,43 @@ def test_metrics_are_summed_over_their_labels_and_not_mixed_up() -> None:
     assert metric_sum(text, "a") == 5.5
     assert metric_sum(text, "a_total") == 9
     assert metric_sum(text, "c") is None
+
+
+@pytest.mark.parametrize("value", ["NaN", "+Inf", "-Inf", "-1", "1e16", "1e308", "9" * 400])
+def test_values_that_can_not_be_right_are_ignored(value: str) -> None:
+    target = ScrapeTarget("small-1", 1, "http://x/metrics", NAMES)
+    text = (
+        f"vllm:num_requests_running {value}\nvllm:num_requests_waiting 2\nvllm:kv_cache_usage_perc {value}\n"
+        f'vllm:generation_tokens_total{{a="1"}} {value}\nvllm:generation_tokens_total{{a="2"}} 7\n'
+    )
+    sample = parse(target, text, 0.0, 0.0)
+    assert sample.gauges == (("waiting", 2.0),)
+    assert sample.counters == (("generation_tokens_total", 7.0),)
+    assert metric_sum(text, "vllm:num_requests_running") is None
+    assert metric_sum(text, "vllm:generation_tokens_total") == 7.0
+
+
+async def test_a_page_that_can_not_be_parsed_is_an_error_of_its_sample(
+    serve: Callable[[Handler], Awaitable[str]],
+) -> None:
+    texts = [
+        "vllm:num_requests_running",
+        "vllm:num_requests_running{",
+        'vllm:num_requests_running{a="',
+        "vllm:num_requests_running{a} 1",
+        "vllm:num_requests_running many",
+        "vllm:num_requests_running{} {} {}",
+        'vllm:num_requests_running{a="1"',
+        "vllm:num_requests_running\x00 1",
+    ]
+    left = list(texts)
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        return web.Response(text=left.pop())
+
+    target = ScrapeTarget("small-1", 1, await serve(handler), NAMES)
+    async with EngineScraper() as scraper:
+        for _ in texts:
+            sample = await scraper.scrape(target)
+            assert sample.error and not sample.gauges
+    assert metric_sum("x{} many\nx", "x") is None
