@@ -51,6 +51,7 @@ class RequestBody(msgspec.Struct, gc=False):
     prompt: msgspec.Raw = msgspec.Raw()
     n: msgspec.Raw = msgspec.Raw()
     return_token_ids: msgspec.Raw = msgspec.Raw()
+    stream_options: msgspec.Raw = msgspec.Raw()
 
     def model_names(self) -> tuple[str, ...]:
         """The names in ``models``. Raises :class:`BadRequest`."""

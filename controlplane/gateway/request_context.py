@@ -22,6 +22,7 @@ from controlplane.gateway.request_body import (
     without_mark,
 )
 from controlplane.gateway.request_inputs import inputs_of
+from controlplane.gateway.stream_usage import ask_usage, spliced
 from controlplane.http.messages import Request
 
 COUNT_TOKENS: Final = "/v1/messages/count_tokens"
@@ -120,16 +121,22 @@ class RequestContext:
         """The tier that serves the request or for which it is queued; empty before the first decision."""
         return self.decision.tier if self.decision is not None else ""
 
-    def body_for(self, load: EndpointLoad, *, token_ids: bool) -> bytes:
-        """The body for an endpoint: with the endpoint's model name, and ``return_token_ids`` if
-        ``token_ids``. Byte for byte what the client sent if nothing has to change."""
+    def body_for(self, load: EndpointLoad, *, token_ids: bool, usage: bool = False) -> bytes:
+        """The body for an endpoint: with the endpoint's model name, ``return_token_ids`` if ``token_ids``,
+        and ``stream_options`` that ask for usage if ``usage``. Byte for byte what the client sent if nothing
+        has to change."""
         members: dict[str, Any] = {}
         if self.fields.model != load.endpoint.model:
             members["model"] = load.endpoint.model
         if token_ids:
             members["return_token_ids"] = _TRUE
         if not members and not self.fields.models:
-            return self.body
+            if not usage:
+                return self.body
+            if not self.fields.stream_options:
+                return spliced(self.body)
+        if usage:
+            members["stream_options"] = ask_usage(self.fields.stream_options)
         return rewrite(self.body, **members)
 
 

@@ -32,7 +32,7 @@ from controlplane.gateway.proxy.upstream import UpstreamConnection, UpstreamFail
 from controlplane.gateway.request_context import RequestContext
 from controlplane.http.messages import EVENT_STREAM, Headers, Responder
 from controlplane.http.redirects import MAX_REDIRECTS
-from controlplane.http.sse import events_end
+from controlplane.http.sse import EventBuffer, EventTooLarge
 
 MAX_ERROR_BYTES: Final = 64 * 1024
 MAX_BODY_BYTES: Final = 256 * 1024 * 1024
@@ -40,6 +40,8 @@ MAX_BODY_BYTES: Final = 256 * 1024 * 1024
 HOLD_S: Final = 1.0
 """How long other endpoints are preferred to one that is too busy and does not say for how long."""
 
+_INVALID: Final = frozenset({400, 422})
+"""With these statuses engines reject a member of the request."""
 _KEY_REFUSED: Final = frozenset({401, 402, 403, 407})
 """With these statuses an engine rejects the gateway's key or account, which is not the client's fault."""
 _KEY_TEXT: Final = "the engine does not accept the gateway's key"
@@ -49,8 +51,9 @@ class Attempt:
     """One attempt; the caller has already taken ``slot`` for it."""
 
     __slots__ = (
-        "_connection", "_context", "_meter_reading", "_on_released", "_origin", "_timeouts", "_watched",
-        "content_type", "data", "ended", "ids_added", "load", "slot", "status", "streaming", "upstream",
+        "_connection", "_context", "_events", "_meter_reading", "_on_released", "_origin", "_timeouts",
+        "_watched", "content_type", "data", "ended", "ids_added", "load", "slot", "status", "streaming",
+        "upstream", "usage_added",
     )  # fmt: skip
 
     def __init__(
@@ -79,6 +82,9 @@ class Attempt:
         """The response is a stream of events."""
         self.data = b""
         """The response's first events, or its whole body."""
+        self._events = EventBuffer()
+        self.usage_added = False
+        """The gateway requested usage that the client did not request."""
         self.ids_added = False
         """The gateway requested token ids that the client did not request."""
         self.ended = False
@@ -96,8 +102,6 @@ class Attempt:
         status = await self._post(path, body)
         if status < 300 or (400 <= status < 500 and status not in NOT_THE_CLIENTS):
             return
-        if status < 400:
-            raise UpstreamFailure(AttemptFailure.SERVER_ERROR, f"{status}: the engine redirects the request")
         response = await self.read_all(MAX_ERROR_BYTES)
         report = response_error(status, response)
         raise reported_failure(report, AttemptFailure.SERVER_ERROR, self.connection.headers)
@@ -127,29 +131,60 @@ class Attempt:
         split into packets makes no difference."""
         read = self.connection.read
         api = self._context.api
-        checked = 0
-        data = data or await read()
-        data = data.removeprefix(b"\xef\xbb\xbf")
-        while True:
-            end = events_end(data)
-            if end > checked:
-                events = data[checked:end]
+        before = b""
+        data = (data or await read()).removeprefix(b"\xef\xbb\xbf")
+        is_empty = not data
+        while data:
+            events = self.whole_events(data)
+            if events:
                 error = stream_error(events)
                 if has_content(api, events if error is None else events[: error.offset]):
-                    break
+                    self.data = before + events
+                    return
                 if error is not None:
                     raise reported_failure(error.report, AttemptFailure.STREAM_ERROR, self.connection.headers)
-                checked = end
-                if end > MAX_PREAMBLE_BYTES:
-                    break
-            more = await read()
-            if not more:
-                if has_content(api, completed(data[checked:])):
-                    break  # the last event lacks its blank line
-                detail = "the stream ended before its first token" if data else "the stream is empty"
-                raise UpstreamFailure(AttemptFailure.TRUNCATED, detail)
-            data += more
-        self.data = data
+                before += events
+                if len(before) > MAX_PREAMBLE_BYTES:
+                    self.data = before
+                    return
+            data = await read()
+        last = self.last_event()
+        if not has_content(api, last):
+            detail = "the stream is empty" if is_empty else "the stream ended before its first token"
+            raise UpstreamFailure(AttemptFailure.TRUNCATED, detail)
+        self.data = before + last
+
+    def whole_events(self, data: bytes) -> bytes:
+        """The whole events of the stream that ``data``, its next bytes, completes; ``b""`` if there are none.
+        Raises :class:`UpstreamFailure` if an event is too large."""
+        try:
+            return self._events.feed(data)
+        except EventTooLarge as error:
+            raise UpstreamFailure(AttemptFailure.SERVER_ERROR, str(error)) from None
+
+    def last_event(self) -> bytes:
+        """At the end of the stream: its last event, if that lacks only its blank line; else ``b""``."""
+        return completed(self._events.rest())
+
+    async def send_asking_usage(self, path: str, asking: bytes, plain: Callable[[], bytes]) -> None:
+        """:meth:`send` with ``asking``, a body whose ``stream_options`` ask for usage. To an engine that
+        rejects them, send the body of ``plain`` instead, now and from now on."""
+        if self.upstream.refuses_usage:
+            await self.send(path, plain())
+            return
+        await self.send(path, asking)
+        self.usage_added = True
+        if self.status not in _INVALID:
+            return
+        error = await self.read_all(MAX_ERROR_BYTES)
+        if b"stream_options" not in error:
+            self.connection.unread(error)
+            return
+        self.usage_added = False
+        await self.send(path, plain())
+        # Otherwise the engine has only named what the client sent.
+        if self.status < 400 and not self._context.fields.stream_options:
+            self.upstream.refuses_usage = True
 
     async def _post(self, path: str, body: bytes) -> int:
         """Send the request and return the status of the response.

@@ -25,6 +25,7 @@ from controlplane.gateway.proxy.timeouts import TimeoutWatcher
 from controlplane.gateway.proxy.upstream import UpstreamFailure
 from controlplane.gateway.proxy.verdicts import Verdicts
 from controlplane.gateway.request_context import RequestContext
+from controlplane.gateway.stream_usage import ReportedUsage
 from controlplane.gateway.telemetry.accounting import UsageLedger
 from controlplane.gateway.telemetry.metrics import Metrics
 
@@ -36,6 +37,9 @@ class TokenCounts(NamedTuple):
 
     prompt: int
     generated: int
+
+
+NO_TOKENS: Final = TokenCounts(0, 0)
 
 
 class Attempts:
@@ -76,15 +80,29 @@ class Attempts:
             raise
         return Attempt(context, slot, upstream, self._timeouts, self._dispatch.pump)
 
-    def finished(self, context: RequestContext, attempt: Attempt, tokens: TokenCounts) -> None:
-        """Account for the tokens and the GPU time of a request whose last attempt succeeded."""
+    def finished(
+        self,
+        context: RequestContext,
+        attempt: Attempt,
+        usage: ReportedUsage,
+        estimate: TokenCounts = NO_TOKENS,
+    ) -> None:
+        """Account for the tokens and the GPU time of a request whose last attempt succeeded. ``estimate`` has
+        the tokens that the engine did not report."""
         if context.accusations is not None:
             self.verdicts.answered(context, attempt)
-        tier = attempt.load.endpoint.tier
-        next_gpu_s = self._ledger.record(
-            tier, context.session, tokens.prompt, tokens.generated, context.gpu_s
-        )
-        self._metrics.used(context, tier, tokens.prompt, tokens.generated, next_gpu_s)
+        self.count(context, attempt.load.endpoint.tier, usage, estimate)
+
+    def count(
+        self, context: RequestContext, tier: str, usage: ReportedUsage, estimate: TokenCounts = NO_TOKENS
+    ) -> None:
+        """Account for the tokens and the GPU time of a request that ``tier`` has served."""
+        if usage.wrong:
+            self._metrics.wrong_usage.labels(tier).inc()
+        prompt = estimate.prompt if usage.prompt is None else usage.prompt
+        generated = estimate.generated if usage.generated is None else usage.generated
+        next_gpu_s = self._ledger.record(tier, context.session, prompt, generated, context.gpu_s)
+        self._metrics.used(context, tier, prompt, generated, next_gpu_s)
 
     def failed(self, attempt: Attempt, failure: UpstreamFailure) -> None:
         """Account for a failed attempt and release its slot."""

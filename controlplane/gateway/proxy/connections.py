@@ -12,7 +12,7 @@ from controlplane.config import PlaneConfig
 from controlplane.core.domain.endpoint import Endpoint
 from controlplane.core.routing.endpoint_table import EndpointLoad, EndpointTable
 from controlplane.gateway.proxy.upstream import UpstreamOrigin
-from controlplane.gateway.proxy.usage import whole_number
+from controlplane.gateway.stream_usage import whole_number
 from controlplane.gateway.telemetry.accounting import EndpointPriceMeter
 from controlplane.http.json_reader import InvalidJson, reader
 
@@ -36,12 +36,14 @@ _model_list = reader(_ModelList)
 class EndpointConnections:
     """The connections to one engine process, and the meter of its GPU time."""
 
-    __slots__ = ("_max_model_len", "meter", "origin")
+    __slots__ = ("_max_model_len", "meter", "origin", "refuses_usage")
 
     def __init__(self, origin: UpstreamOrigin, gpus: float, now_s: float) -> None:
         self.origin = origin
         self.meter = EndpointPriceMeter(gpus, now_s)
         self._max_model_len: int | None = None
+        self.refuses_usage = False
+        """The engine rejects requests with ``stream_options``."""
 
     async def max_model_len(self, request_id: str) -> int | None:
         """The engine's context length in tokens, from its model list; None if the list does not contain it.

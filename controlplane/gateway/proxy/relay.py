@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import re
+from functools import partial
 from http import HTTPStatus
 from time import monotonic
 from typing import Final
-
-import msgspec
 
 from controlplane.config import GatewayConfig
 from controlplane.core.domain.request import RequestOutcome
@@ -25,16 +24,24 @@ from controlplane.gateway.proxy.attempt import Attempt, reported_failure
 from controlplane.gateway.proxy.attempts import Attempts, TokenCounts
 from controlplane.gateway.proxy.dispatch import NothingLeft, RequestDispatch
 from controlplane.gateway.proxy.engine_errors import response_error, stream_error
-from controlplane.gateway.proxy.first_token import completed, missing_end
+from controlplane.gateway.proxy.first_token import missing_end
 from controlplane.gateway.proxy.responses import STREAM_HEADERS, response_headers
 from controlplane.gateway.proxy.resume import TOKEN_ID_MEMBERS, StreamRecorder
 from controlplane.gateway.proxy.resumption import Resumption
 from controlplane.gateway.proxy.upstream import UpstreamFailure
 from controlplane.gateway.proxy.waiting_comments import WaitingComments
 from controlplane.gateway.request_context import COUNT_TOKENS, RESUME_KINDS, RequestContext
+from controlplane.gateway.stream_usage import (
+    USAGE_APIS,
+    USAGE_MARK,
+    StreamUsage,
+    asks_usage,
+    response_usage,
+    without_usage_events,
+)
 from controlplane.gateway.telemetry.metrics import Metrics
 from controlplane.http.messages import EVENT_STREAM, JSON_TYPE, Responder
-from controlplane.http.sse import events_end, has_end, is_end
+from controlplane.http.sse import has_end, is_end
 
 PROMPT_IDS: Final = re.compile(rb'"prompt_token_ids":\[([0-9, ]*)\]')
 
@@ -42,20 +49,6 @@ _NO_SUCH_ROUTE: Final = frozenset({404, 405})
 
 # Attribute look-ups on an enum class cost more than on a module.
 _OK: Final = RequestOutcome.OK
-
-
-class _ResponseUsage(msgspec.Struct, gc=False):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    input_tokens: int = 0
-    output_tokens: int = 0
-
-
-class _CountedResponse(msgspec.Struct, gc=False):
-    usage: _ResponseUsage | None = None
-
-
-_counted = msgspec.json.Decoder(_CountedResponse).decode
 
 
 class Relay:
@@ -134,7 +127,11 @@ class Relay:
             and not context.fields.asks_token_ids
             and context.fields.one_choice
         )
-        await attempt.send(context.path, context.body_for(attempt.load, token_ids=attempt.ids_added))
+        body = partial(context.body_for, attempt.load, token_ids=attempt.ids_added)
+        if context.stream and context.api in USAGE_APIS and not asks_usage(context.fields.stream_options):
+            await attempt.send_asking_usage(context.path, body(usage=True), body)
+        else:
+            await attempt.send(context.path, body())
         await attempt.receive()
         if attempt.status < 400:
             attempt.first_token()
@@ -204,7 +201,7 @@ class Relay:
             return
         content_type = attempt.content_type or JSON_TYPE
         attempt.succeed()
-        self._attempts.finished(context, attempt, _count_tokens(attempt.data))
+        self._attempts.finished(context, attempt, response_usage(attempt.data))
         headers = [(b"content-type", content_type), *response_headers(context)]
         headers.append((b"x-gpu-seconds", b"%.6f" % context.gpu_s))
         out.send(attempt.status, headers, attempt.data)
@@ -238,25 +235,27 @@ class Relay:
         if not out.started:
             headers = [(b"content-type", EVENT_STREAM), *STREAM_HEADERS, *response_headers(context)]
             out.start(attempt.status, headers)
-        carry = before = last = b""
+        before = last = b""
         events = prompt = 0
-        data = attempt.data
-        if attempt.ids_added and (ids := PROMPT_IDS.search(data)) is not None:
+        usage = StreamUsage()
+        whole = attempt.data
+        if attempt.ids_added and (ids := PROMPT_IDS.search(whole)) is not None:
             prompt = ids[1].count(b",") + 1
         try:
-            while data:
-                if carry:
-                    data = carry + data
-                end = events_end(data)
-                whole, carry = (data, b"") if end == len(data) else (data[:end], data[end:])
-                if end:
+            while True:
+                if whole:
                     error = stream_error(whole)
                     if error is not None:
                         whole = whole[: error.offset]
                     if recorder is not None:
                         recorder.add(whole)
-                    events += whole.count(b'"token_ids":[') if attempt.ids_added else whole.count(b"data: {")
-                    out.write(strip(b"", whole) if strip is not None else whole)
+                    shown = strip(b"", whole) if strip is not None else whole
+                    if USAGE_MARK in whole:
+                        usage.add(whole)
+                        if attempt.usage_added:
+                            shown = without_usage_events(shown)
+                    events += whole.count(b'"token_ids":[') if attempt.ids_added else shown.count(b"data: {")
+                    out.write(shown)
                     if out.congested:
                         await attempt.wait_for_client(out)
                     if b"data:" in whole:  # not only a comment
@@ -265,8 +264,9 @@ class Relay:
                         headers = attempt.connection.headers
                         raise reported_failure(error.report, AttemptFailure.STREAM_ERROR, headers)
                 data = await attempt.connection.read()
-                if not data and carry:  # the last event lacks its blank line
-                    data, carry = completed(carry), b""
+                whole = attempt.whole_events(data) if data else attempt.last_event()
+                if not data and not whole:
+                    break
             if not is_end(context.api, before + last):
                 ending = missing_end(context.api, before + last)
                 if ending is None:
@@ -291,20 +291,8 @@ class Relay:
         out.finish()
         if events > 1:
             self._metrics.itl_s.labels(context.tier).observe((now_s - started_s) / (events - 1))
-        self._attempts.finished(context, attempt, TokenCounts(prompt, events))
+        self._attempts.finished(context, attempt, usage.read(), TokenCounts(prompt, events))
         self._metrics.finished(context, _OK, "stream", now_s)
-
-
-def _count_tokens(body: bytes) -> TokenCounts:
-    try:
-        usage = _counted(body).usage
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        usage = None
-    if usage is None:
-        return TokenCounts(0, 0)
-    return TokenCounts(
-        usage.prompt_tokens or usage.input_tokens, usage.completion_tokens or usage.output_tokens
-    )
 
 
 async def _unwind(*tasks: asyncio.Future[None]) -> None:

@@ -24,6 +24,7 @@ from typing import Any, Final, Literal
 import msgspec
 
 from controlplane.gateway.request_context import StreamKind
+from controlplane.gateway.stream_usage import ReportedUsage, response_usage
 
 FOLD_BYTES: Final = 1024 * 1024
 """Raw bytes that a recorder stores before it folds them into token ids and text."""
@@ -161,6 +162,8 @@ class SentSoFar:
     texted_tokens: int = 0
     """Tokens up to the last event with text."""
     finish_reason: str | None = None
+    usage: dict[str, Any] | None = None
+    """The usage that the engine reported for the whole answer, if it did."""
     usage_sent: bool = False
     done: bool = False
     """``[DONE]`` was sent."""
@@ -181,8 +184,9 @@ class SentSoFar:
         if not self.first:
             self.first = {key: event[key] for key in ("id", "object", "created", "model") if key in event}
         choices = _objects(event.get("choices"))
-        if event.get("usage") is not None and not choices:
-            self.usage_sent = True
+        if event.get("usage") is not None:
+            self.usage = _object(event["usage"])
+            self.usage_sent = self.usage_sent or not choices
         self.add_prompt(event, choices)
         for choice in choices:
             if choice.get("index", 0) != 0 or choice.get("logprobs") is not None:
@@ -212,6 +216,12 @@ class SentSoFar:
                 self.covered_tokens, self.covered_chars = len(self.token_ids), self.text_chars
         self.finish_reason = finish_reason or self.finish_reason
 
+    def tokens(self) -> ReportedUsage:
+        """The tokens of the whole stream: as the engine reported them, or else those that were sent."""
+        if self.usage is not None:
+            return response_usage(_encode({"usage": self.usage}))
+        return ReportedUsage(len(self.prompt_ids or ()), len(self.token_ids) or len(self.text))
+
     def drop_content(self) -> None:
         """Drop the text and the token ids, because they became too many."""
         self.too_long = True
@@ -220,7 +230,9 @@ class SentSoFar:
         self.text_chars = self.covered_tokens = self.covered_chars = self.texted_tokens = 0
 
     def rewind(self, tokens: int) -> None:
-        """Drop the token ids after the first ``tokens``, because they are generated again. The text stays."""
+        """Drop the token ids after the first ``tokens``, because they are generated again. The text stays;
+        usage is that of the lost stream."""
+        self.usage = None
         del self.token_ids[tokens:]
         if self.covered_tokens > tokens:
             self.covered_tokens = self.covered_chars = 0
@@ -390,7 +402,6 @@ class Splice:
         self._include_usage = bool(options.get("include_usage"))
         self._each_usage = bool(options.get("continuous_usage_stats"))
         self._skip = continuation.skip_text
-        self._engine_usage: dict[str, Any] | None = None
         if continuation.method != "finish":
             sent.rewind(continuation.sent_tokens)
 
@@ -430,7 +441,7 @@ class Splice:
         sent.add_prompt(event, choices)
         if event.get("usage") is not None and self._continuation.method == "replay":
             # A replay is a complete response, so the engine's count is right.
-            self._engine_usage = _object(event["usage"])
+            sent.usage = _object(event["usage"])
         for choice in choices:
             text, others = _content(choice)
             finish_reason = _string(choice.get("finish_reason"))
@@ -472,8 +483,8 @@ class Splice:
         return sse_event(event)
 
     def _usage(self) -> dict[str, Any]:
-        if self._engine_usage is not None:
-            return self._engine_usage
+        if self._sent.usage is not None:
+            return self._sent.usage
         prompt, completion = len(self._sent.prompt_ids or ()), len(self._sent.token_ids)
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from time import monotonic
+from typing import Any
 
 import msgspec
 
@@ -13,7 +14,7 @@ from controlplane.core.domain.request import RequestOutcome
 from controlplane.core.routing.retry import AttemptFailure
 from controlplane.errors import DeadlineExceeded, EndpointLost, RequestError
 from controlplane.gateway.proxy.attempt import Attempt, reported_failure
-from controlplane.gateway.proxy.attempts import TOO_LATE, Attempts, TokenCounts
+from controlplane.gateway.proxy.attempts import TOO_LATE, Attempts
 from controlplane.gateway.proxy.dispatch import RequestDispatch
 from controlplane.gateway.proxy.engine_errors import stream_error
 from controlplane.gateway.proxy.responses import error_event
@@ -31,7 +32,6 @@ from controlplane.gateway.proxy.upstream import UpstreamFailure
 from controlplane.gateway.request_context import RequestContext
 from controlplane.gateway.telemetry.metrics import Metrics
 from controlplane.http.messages import Responder
-from controlplane.http.sse import events_end
 
 _encode = msgspec.json.Encoder().encode
 
@@ -111,29 +111,31 @@ class Resumption:
                 attempt.abandon()
                 self._finish(context, continuation, sent, out)
                 return
-        splice = Splice(continuation, sent, _stream_options(context))
-        await attempt.send(continuation.path, _body_for(attempt, continuation))
+        options = _stream_options(context)
+        splice = Splice(continuation, sent, options)
+        body = _body_for(attempt, continuation)
+        if continuation.method == "replay":
+            asking = {**body, "stream_options": {**(options or {}), "include_usage": True}}
+            await attempt.send_asking_usage(continuation.path, _encode(asking), lambda: _encode(body))
+        else:
+            await attempt.send(continuation.path, _encode(body))
         if 400 <= attempt.status < 500:
             raise NotResumable(f"the other engine answered {attempt.status}")
         if not attempt.streaming:
             raise UpstreamFailure(AttemptFailure.SERVER_ERROR, "the other engine did not stream")
         await self._relay(context, attempt, splice, sent, out)
         attempt.succeed()
-        tokens = TokenCounts(len(sent.prompt_ids or ()), len(sent.token_ids))
-        self._attempts.finished(context, attempt, tokens)
+        self._attempts.finished(context, attempt, sent.tokens())
         self._resumed(context, continuation, out)
 
     async def _relay(
         self, context: RequestContext, attempt: Attempt, splice: Splice, sent: SentSoFar, out: Responder
     ) -> None:
-        carry = b""
         all_written = False
         try:
             while data := await attempt.connection.read():
                 attempt.first_token()
-                data = carry + data
-                end = events_end(data)
-                whole, carry = data[:end], data[end:]
+                whole = attempt.whole_events(data)
                 if whole:
                     if (error := stream_error(whole)) is not None:
                         headers = attempt.connection.headers
@@ -142,6 +144,8 @@ class Resumption:
                     if out.congested:
                         await attempt.wait_for_client(out)
                     all_written = sent.done
+            if last := attempt.last_event():
+                out.write(splice.feed(last))
         except asyncio.CancelledError:
             if not all_written:  # many clients leave at the last event, as in Relay._stream
                 raise
@@ -153,6 +157,7 @@ class Resumption:
     ) -> None:
         """Send the end of a stream whose tokens the client already has."""
         out.write(Splice(continuation, sent, _stream_options(context)).finish())
+        self._attempts.count(context, context.tier, sent.tokens())
         self._resumed(context, continuation, out)
 
     def _resumed(self, context: RequestContext, continuation: Continuation, out: Responder) -> None:
@@ -172,14 +177,14 @@ class Resumption:
         out.finish()
 
 
-def _body_for(attempt: Attempt, continuation: Continuation) -> bytes:
+def _body_for(attempt: Attempt, continuation: Continuation) -> dict[str, Any]:
     """The request to the other engine."""
     endpoint = attempt.load.endpoint
     body = {**continuation.body, "model": endpoint.model}
     body.pop("models", None)
     if continuation.method == "replay" and endpoint.capabilities.resume_by_token_ids:
         body["return_token_ids"] = True
-    return _encode(body)
+    return body
 
 
 async def _context_length(context: RequestContext, attempt: Attempt) -> int | None:

@@ -158,6 +158,12 @@ class UpstreamConnection(asyncio.Protocol):
             if decoder is None or (data := self._decoded(decoder, data)):
                 return data
 
+    def unread(self, data: bytes) -> None:
+        """Have a complete body, that was read whole, read once more."""
+        self._decoder = None
+        if data:
+            self._body.append(data)
+
     def _decoded(self, decoder: Decoder, data: bytes) -> bytes:
         try:
             return decoder.feed(data)

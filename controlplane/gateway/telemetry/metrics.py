@@ -79,6 +79,12 @@ class Metrics:
         self.tokens = counter(
             "tierplane_tokens", "Tokens of finished requests, by kind (prompt, generated).", ["tier", "kind"]
         )
+        self.wrong_usage = counter(
+            "tierplane_wrong_usage",
+            "Responses whose usage can't be right: not a whole number of tokens, negative, over 10 million. "
+            "Such figures are not counted.",
+            ["tier"],
+        )
         self.gpu_s = counter(
             "tierplane_gpu_seconds",
             "GPU time of requests, by processor sharing (device time for engines without a GPU).",
