@@ -57,3 +57,16 @@ def _xdg_cache_home() -> Path:
     named = os.environ.get("XDG_CACHE_HOME")
     # The XDG specification requires relative paths to be ignored.
     return Path(named) if named and named.startswith("/") else Path.home() / ".cache"
+
+
+def in_checkout() -> bool:
+    """Whether tierplane runs from a checkout, where `make` installs what is missing."""
+    return (Path(__file__).parents[1] / "Makefile").is_file()
+
+
+def install_command(extra: str) -> str:
+    """The command that installs the packages of an extra: ``llamacpp``, ``cpu`` or ``gpu``."""
+    if in_checkout():
+        return f"make env EXTRA={extra}"
+    index = " --extra-index-url https://download.pytorch.org/whl/cpu" if extra == "cpu" else ""
+    return f"pip install 'tierplane[{extra}]'{index}"

@@ -20,6 +20,10 @@ from controlplane.paths import run_dir
 from controlplane.terminal import printable
 
 COMMANDS: dict[str, tuple[str, str]] = {
+    "init": (
+        "controlplane.cli.lifecycle.init:command",
+        "Write an example configuration to FILE.",
+    ),
     "up": (
         "controlplane.cli.lifecycle.up:command",
         "Start every tier of CONFIG and the gateway in front of them.",

