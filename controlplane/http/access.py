@@ -55,6 +55,11 @@ class AccessRules:
         self._every_origin = b"*" in self._origins
         self._good_hosts: set[bytes] = set()
 
+    @property
+    def remembered(self) -> int:
+        """How many ``Host`` headers are known to be acceptable."""
+        return len(self._good_hosts)
+
     def refusal(self, method: str, headers: Mapping[bytes, bytes]) -> RequestError | None:
         """Why the request is refused, or None. A missing ``Host`` is not judged here."""
         host = headers.get(b"host", b"")

@@ -390,6 +390,16 @@ class ClientConnection(asyncio.Protocol):
         """Bytes that were written and not sent yet."""
         return self._transport.get_write_buffer_size() if self._transport is not None else 0
 
+    @property
+    def received_bytes(self) -> int:
+        """Bytes of the body that is being received."""
+        return len(self._body)
+
+    @property
+    def waiting_requests(self) -> int:
+        """Complete requests that wait for the one before them."""
+        return len(self._ready)
+
     def idle(self, now_s: float) -> bool:
         """Whether no request is being handled or about to arrive: a client that has just connected will send
         one."""

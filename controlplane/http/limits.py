@@ -84,7 +84,7 @@ class ReceivingBudget:
         self.total_bytes = 0
         self._setting = setting
         self._bytes: dict[Unfinished, int] = {}
-        self._decoded_bytes = 0
+        self.decoded_bytes = 0
 
     def hold(self, request: Unfinished, size_bytes: int) -> None:
         """Counts ``size_bytes`` for this request, instead of what was counted for it before."""
@@ -100,13 +100,13 @@ class ReceivingBudget:
     def hold_decoded(self, size_bytes: int) -> None:
         """Counts the bytes that a compressed body has become, which may be a thousand times what was
         received. Raises :class:`GatewayExhausted` if there is no room for them."""
-        if self._decoded_bytes + size_bytes > self.limit_bytes:
+        if self.decoded_bytes + size_bytes > self.limit_bytes:
             raise self._exhausted()
-        self._decoded_bytes += size_bytes
+        self.decoded_bytes += size_bytes
 
     def release_decoded(self, size_bytes: int) -> None:
         """Counts these bytes no more."""
-        self._decoded_bytes -= size_bytes
+        self.decoded_bytes -= size_bytes
 
     def _exhausted(self) -> GatewayExhausted:
         message = f"request bodies of over {self.limit_bytes} bytes are being received ({self._setting})"
