@@ -5,10 +5,9 @@ All names and texts are escaped. Plots are SVG lines, with gaps where there is n
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
-from typing import Any, Final
+from typing import Final
 from urllib.parse import parse_qs
 
 from controlplane.core.reports.report import (
@@ -20,13 +19,12 @@ from controlplane.core.reports.report import (
     TrackPoint,
 )
 from controlplane.errors import BadRequest
+from controlplane.gateway.api import svg_plot
 
 CONTENT_SECURITY: Final = b"default-src 'none'; style-src 'unsafe-inline'"
 """The page may load nothing and run no script."""
 DEFAULT_MINUTES: Final = 60.0
 FORMATS: Final = ("json", "html")
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 520, 190, 56, 22, 12
-_COLOURS: Final = ("#3b6fd4", "#c2571a", "#2e8b57", "#8e44ad", "#b8860b", "#c0392b", "#16808a", "#666666")
 _STYLE: Final = """
 :root{color-scheme:light dark}
 body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:74em;padding:0 1em}
@@ -36,7 +34,13 @@ td:first-child,th:first-child,td:nth-child(2),th:nth-child(2){text-align:left}
 figure{display:inline-block;margin:0 1em 1em 0;max-width:100%}figcaption{font-weight:600}
 svg{max-width:100%;height:auto}svg text{fill:currentColor;font:11px system-ui,sans-serif}
 svg .grid{stroke:#8884}.key span{display:inline-block;width:.8em;height:.8em;margin:0 .3em 0 1em}
-h1{font-size:1.4em}h2{font-size:1.15em}.gone{opacity:.6}.missed{color:#c0392b;font-weight:600}"""
+h1{font-size:1.4em}h2{font-size:1.15em}.gone{opacity:.6}.missed{color:#c0392b;font-weight:600}
+@media(max-width:40em){body{margin:1em auto}figure{margin:0 0 1em}
+table,tbody,tr,td{display:block}tr:first-child{display:none}
+tr{border:1px solid #8884;border-radius:8px;padding:.4em .8em;margin:0 0 .8em}
+td,td:first-child,td:nth-child(2){display:flex;justify-content:space-between;text-align:right;
+border:0;padding:.1em 0}
+td::before{content:attr(data-head);opacity:.7;padding-right:1em}td:first-child{font-weight:600}td:empty{display:none}}"""
 
 
 def parse_query(query: str) -> tuple[float, str]:
@@ -62,7 +66,6 @@ def parse_query(query: str) -> tuple[float, str]:
 
 def page(report: PlaneReport) -> str:
     """The report as an HTML page."""
-    begin, end = (time.strftime("%Y-%m-%d %H:%M", time.gmtime(at)) for at in _span(report))
     cost = ""
     if report.cost_per_gpu_hour:
         cost = f", cost {report.cost:.2f} at {report.cost_per_gpu_hour:g} per GPU hour"
@@ -71,8 +74,8 @@ def page(report: PlaneReport) -> str:
         [
             "<!doctype html><html lang=en><meta charset=utf-8><title>tierplane report</title>",
             f"<meta name=viewport content='width=device-width'><style>{_STYLE}</style>",
-            f"<h1>Report on {minutes:.0f} minutes</h1>",
-            f"<p>{begin} to {end} UTC. {report.gpu_hours:.2f} GPU hours{cost}.</p>",
+            f"<h1>Report on {duration(minutes)}</h1>",
+            f"<p>{svg_plot.span_text(*_span(report))}. {report.gpu_hours:.2f} GPU hours{cost}.</p>",
             "<h2>Tiers</h2>",
             _table(report.tiers),
             _key([track.tier for track in report.tracks]),
@@ -87,6 +90,15 @@ def page(report: PlaneReport) -> str:
             "</html>",
         ]
     )
+
+
+def duration(minutes: float) -> str:
+    """A length of time in its largest unit that is whole, else in minutes."""
+    for size, unit in ((24 * 60, "day"), (60, "hour"), (1, "minute")):
+        if minutes >= size and minutes % size == 0:
+            count = round(minutes / size)
+            return f"{count} {unit}{'' if count == 1 else 's'}"
+    return f"{minutes:g} minutes"
 
 
 def row(item: InstanceReport) -> tuple[str, ...]:
@@ -155,51 +167,22 @@ def _table(items: Iterable[InstanceReport]) -> str:
 def _cells(item: InstanceReport) -> str:
     marked = OF_SLO if item.slo_missed else ()
     return "".join(
-        f"<td{' class=missed' if head in marked else ''}>{escape(cell)}"
+        f"<td data-head='{escape(head)}'{' class=missed' if head in marked else ''}>{escape(cell)}"
         for head, cell in zip(HEADS, row(item), strict=True)
     )
 
 
 def _key(tiers: Sequence[str]) -> str:
     parts = [
-        f"<span style='background:{_COLOURS[i % len(_COLOURS)]}'></span>{escape(tier)}"
+        f"<span style='background:{svg_plot.COLOURS[i % len(svg_plot.COLOURS)]}'></span>{escape(tier)}"
         for i, tier in enumerate(tiers)
     ]
     return f"<p class=key>{''.join(parts)}</p>"
 
 
 def _plot(title: str, report: PlaneReport, value: Callable[[TrackPoint], float | None]) -> str:
-    from_s, until_s = _span(report)
-    highest = max(
-        (found for track in report.tracks for point in track.points if (found := value(point)) is not None),
-        default=0.0,
-    )
-    highest = highest or 1.0
-
-    def x(unix_s: float) -> float:
-        return _LEFT + (_WIDTH - _LEFT - 8) * (unix_s - from_s) / max(until_s - from_s, 1.0)
-
-    def y(figure: float) -> float:
-        return _HEIGHT - _BOTTOM - (_HEIGHT - _BOTTOM - _TOP) * figure / highest
-
-    parts: list[Any] = []
-    for share in (0.0, 0.5, 1.0):
-        at = y(highest * share)
-        parts.append(f"<line class=grid x1={_LEFT} x2={_WIDTH - 8} y1={at:.1f} y2={at:.1f} />")
-        parts.append(f"<text x={_LEFT - 6} y={at + 4:.1f} text-anchor=end>{highest * share:.4g}</text>")
-    for unix_s, anchor in ((from_s, "start"), (until_s, "end")):
-        clock = time.strftime("%d. %H:%M", time.gmtime(unix_s))
-        parts.append(f"<text x={x(unix_s):.1f} y={_HEIGHT - 5} text-anchor={anchor}>{clock}</text>")
-    for number, track in enumerate(report.tracks):
-        colour = _COLOURS[number % len(_COLOURS)]
-        for line in _lines(track, value):
-            path = " ".join(f"{x(at):.1f},{y(figure):.1f}" for at, figure in line)
-            parts.append(f"<polyline fill=none stroke='{colour}' stroke-width=1.6 points='{path}' />")
-    return (
-        f"<figure><figcaption>{escape(title)}</figcaption>"
-        f"<svg viewBox='0 0 {_WIDTH} {_HEIGHT}' width={_WIDTH} height={_HEIGHT} role=img>"
-        f"{''.join(parts)}</svg></figure>"
-    )
+    curves = (svg_plot.Curve(_lines(track, value)) for track in report.tracks)
+    return svg_plot.plot(title, *_span(report), curves)
 
 
 def _lines(track: Track, value: Callable[[TrackPoint], float | None]) -> list[list[tuple[float, float]]]:
