@@ -57,15 +57,23 @@ class CapturedResponse:
     def __init__(self) -> None:
         self.status = 0
         self.headers: dict[bytes, bytes] = {}
-        self.body = b""
+        self._parts: list[bytes] = []
+        self._size_bytes = 0
         self.started = False
         self.gone = False
         self.congested = False
 
+    @property
+    def body(self) -> bytes:
+        """What was stored of the body."""
+        if len(self._parts) > 1:
+            self._parts = [b"".join(self._parts)]
+        return self._parts[0] if self._parts else b""
+
     def send(self, status: int, headers: Headers, body: bytes) -> None:
         """Store a whole response."""
         self.start(status, headers)
-        self.body = body
+        self._parts = [body]
 
     def start(self, status: int, headers: Headers) -> None:
         """Store the head."""
@@ -74,8 +82,10 @@ class CapturedResponse:
         self.headers = dict(headers)
 
     def write(self, data: bytes) -> None:
-        """Store a piece of the body."""
-        self.body += data
+        """Store a piece of the body; what is over :data:`MAX_BATCH_BYTES` is dropped."""
+        self._size_bytes += len(data)
+        if self._size_bytes <= MAX_BATCH_BYTES:
+            self._parts.append(data)
 
     async def drain(self) -> None:
         """Return at once: there is no client to wait for."""

@@ -93,3 +93,13 @@ def test_inputs_are_found_however_they_are_written() -> None:
     assert first_part(b"[1]", images) is None
     assert first_part(b'{"messages":[7,{"content":7},{"content":[7,{"type":7}]}]}', images) is None
     assert first_part(b" " * 2**20 + b"{}", images) is None
+
+
+@pytest.mark.parametrize("unit", [b'"type":"imag",', b'"type":', b'"tools":', b'{"type":"image"},'])
+def test_a_body_of_a_million_types_is_left_to_the_engine(unit: bytes) -> None:
+    assert inputs_of(b'"image" "audio" "video" "tools"' + unit * 1_000_000) == 0
+
+
+def test_a_long_body_of_few_types_is_looked_at() -> None:
+    text = b'{"type":"text","text":"%b"},{"type":"image"}' % (b"x" * 2_000_000)
+    assert inputs_of(text) == INPUT_BITS[Input.IMAGES]
