@@ -45,17 +45,23 @@ class ExternalEngine:
 def address_of(tier: TierConfig) -> tuple[str, str]:
     """The URL up to ``/v1``, without a trailing slash, and the API key to send there.
 
-    Raises EngineStartError if the tier has no URL, or if the environment variable for its key is not set.
+    Raises EngineStartError if the tier has no URL, or if the environment variable for its key is not set or
+    can't be sent.
     """
     if not tier.url:
         raise EngineStartError(f"tier '{tier.name}' needs 'url'")
     url = tier.url.rstrip("/").removesuffix("/v1")
     if not tier.api_key_env:
         return url, ""
-    key = os.environ.get(tier.api_key_env, "")
+    key = os.environ.get(tier.api_key_env, "").strip()
     if not key:
         raise EngineStartError(
             f"the environment variable {tier.api_key_env}, which holds the API key of tier '{tier.name}' "
             f"(api_key_env), is not set: set it where Ray is started"
+        )
+    if not (key.isascii() and key.isprintable()):
+        raise EngineStartError(
+            f"the value of the environment variable {tier.api_key_env} (api_key_env of tier '{tier.name}') "
+            "has characters that no HTTP header can have, such as a line break: remove them"
         )
     return url, key

@@ -21,7 +21,7 @@ import psutil
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from controlplane.cli.checking.configuration import unset_variables
+from controlplane.cli.checking.configuration import name_warnings, unset_variables
 from controlplane.config import BUNDLED_PREFIX, PlaneConfig, ServeFile, TierConfig
 from controlplane.core.telemetry.samples import GpuCondition, Missing
 from controlplane.errors import SetupError
@@ -88,7 +88,7 @@ def run_checks(file: ServeFile | None) -> list[Check]:
         *check_ports(file),
     ]
     if file:
-        checks += check_variables(file, os.environ)
+        checks += [*check_variables(file, os.environ), *check_names(file.plane)]
     if plane:
         checks.append(check_memory(needed_bytes(plane), psutil.virtual_memory().available))
     return [*checks, check_disk(plane), check_shared_memory(), check_open_files()]
@@ -282,6 +282,12 @@ def check_variables(file: ServeFile, environ: Mapping[str, str]) -> list[Check]:
     return [
         Check("variable", CheckStatus.WARN, f"{each.path}: {each.message}", each.remedy) for each in unset
     ]
+
+
+def check_names(plane: PlaneConfig) -> list[Check]:
+    """A warning for each model that clients can't ask for by its id."""
+    warnings = name_warnings(plane)
+    return [Check("name", CheckStatus.WARN, f"{each.path}: {each.message}", each.remedy) for each in warnings]
 
 
 def check_ports(file: ServeFile | None) -> list[Check]:

@@ -331,7 +331,7 @@ def _hinted(request: RouteRequest, table: TierTable) -> tuple[int, str]:
 def _pinned(model: str, floor: int, table: TierTable) -> Route:
     tiers = table.tiers_of_model.get(model)
     if tiers is None:
-        return _ambiguous(model, table) if model in table.ambiguous else _unknown([model], table)
+        return _unknown([model], table)
     allowed = tuple(rank for rank in tiers if rank >= floor)
     if not allowed:
         return _refused(
@@ -351,7 +351,7 @@ def _from_list(models: tuple[str, ...], floor: int, table: TierTable) -> Route:
         elif model in table.rank_of:
             tiers = (table.rank_of[model],)
         elif model in table.ambiguous:
-            return _ambiguous(model, table)
+            return _unknown([model], table)
         else:
             tiers = table.tiers_of_model.get(model, ())
         known = known or bool(tiers)
@@ -369,14 +369,21 @@ def _from_list(models: tuple[str, ...], floor: int, table: TierTable) -> Route:
     return Route(tuple(order), tuple(reasons), floor=floor)
 
 
-def _unknown(models: Sequence[str], table: TierTable) -> Route:
+def no_such_model(models: Sequence[str], table: TierTable) -> str:
+    """Why none of these names means one model: nothing has the name, or different models have it."""
+    for model in models:
+        if model in table.ambiguous:
+            named = ambiguity(model, table)
+            return f"'{model}' is the name of different models: {named}; ask for one of these tiers"
     names = [AUTO, *(policy.name for policy in table.policies), *table.listed_models()]
     wanted = ", ".join(f"'{shown(model)}'" for model in models[:MAX_SHOWN])
     if len(models) > MAX_SHOWN:
         wanted += f" and {len(models) - MAX_SHOWN} others"
-    return _refused(
-        RouteRefusal.UNKNOWN_MODEL, f"no model {wanted}: there is {', '.join(dict.fromkeys(names))}"
-    )
+    return f"no model {wanted}: there is {', '.join(dict.fromkeys(names))}"
+
+
+def _unknown(models: Sequence[str], table: TierTable) -> Route:
+    return _refused(RouteRefusal.UNKNOWN_MODEL, no_such_model(models, table))
 
 
 def ambiguity(name: str, table: TierTable) -> str:
@@ -389,13 +396,6 @@ def ambiguity(name: str, table: TierTable) -> str:
         policy.identity or policy.model_id: policy.label or policy.model_id for policy in table.policies
     }
     return ", ".join(f"{labels[each]} (tier {', '.join(tiers)})" for each, tiers in tiers_of.items())
-
-
-def _ambiguous(model: str, table: TierTable) -> Route:
-    return _refused(
-        RouteRefusal.UNKNOWN_MODEL,
-        f"'{model}' is the name of different models: {ambiguity(model, table)}; ask for one of these tiers",
-    )
 
 
 def _refused(refusal: RouteRefusal, message: str) -> Route:

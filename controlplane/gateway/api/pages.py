@@ -18,8 +18,8 @@ from controlplane.core.domain.request import Priority
 from controlplane.core.routing.endpoint_table import EndpointTable, TierPool
 from controlplane.core.routing.router import Overflow
 from controlplane.core.routing.router import explain as explain_route
-from controlplane.core.routing.tier_table import AUTO, TierTable
-from controlplane.errors import UnknownModel, shown
+from controlplane.core.routing.tier_table import AUTO, TierTable, no_such_model
+from controlplane.errors import UnknownModel
 from controlplane.gateway.request_context import route_request
 from controlplane.gateway.telemetry.accounting import Usage, UsageLedger
 from controlplane.http.fetch import fetch
@@ -50,9 +50,7 @@ def model(
     for candidate in (name, unquote(name)):  # behind Serve's ingress it is already decoded
         if candidate == AUTO or candidate in table.rank_of or candidate in table.tiers_of_model:
             return _model_entry(endpoint_table, candidate, created_unix_s, context_tokens)
-    known = [AUTO, *(policy.name for policy in table.policies), *table.listed_models()]
-    text = f"no model '{shown(unquote(name))}': there is {', '.join(dict.fromkeys(known))}"
-    raise UnknownModel(text, param="model")
+    raise UnknownModel(no_such_model([unquote(name)], table), param="model")
 
 
 def _model_entry(

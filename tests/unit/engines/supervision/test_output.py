@@ -102,3 +102,18 @@ def test_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         address_of(endpoint(api_key_env="FAR_KEY"))
     assert not ExternalEngine.has_process
+
+
+@pytest.mark.parametrize("key", ["a\r\nx-evil: 1", "a\nb", "käse", "a\x7f"])
+def test_a_key_that_no_header_can_have_is_refused_and_not_repeated(
+    key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAR_KEY", key)
+    with pytest.raises(EngineStartError, match="FAR_KEY") as caught:
+        address_of(endpoint(api_key_env="FAR_KEY"))
+    assert key not in str(caught.value)
+
+
+def test_a_line_break_behind_a_key_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAR_KEY", "k\n")
+    assert address_of(endpoint(api_key_env="FAR_KEY")) == ("http://x:1", "k")

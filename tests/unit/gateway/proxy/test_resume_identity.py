@@ -69,3 +69,6 @@ async def test_a_name_that_different_models_have_is_refused_with_both(body: dict
         assert (status, headers["x-tier"]) == (200, "b")
         _, listed = await rig.get("/v1/models")
         assert [each["id"] for each in listed["data"]] == ["auto", "a", "b", "orga/Llama", "orgb/Llama"]
+        status, answer = await rig.get("/v1/models/Llama")
+        assert status == 404
+        assert "orga/Llama (tier a), orgb/Llama (tier b)" in answer["error"]["message"]
