@@ -6,6 +6,8 @@ With ``device: cpu``, ``--dtype float32 --enforce-eager`` is added unless ``engi
 with bfloat16 and compilation, the CPU build of 0.32 generates nonsense and takes three times as long to
 start.
 
+Images, audio and video are taken as data URLs only, unless ``engine_args`` sets ``allowed-media-domains``.
+
 With ``pipeline_across_nodes``, vLLM's workers are Ray actors that vLLM places itself, on the cluster at
 ``RAY_ADDRESS``.
 """
@@ -34,6 +36,9 @@ _NO_NEGATION = frozenset(
     }
 )
 """Boolean flags of vLLM that have no ``--no-`` form: for false, the flag is left out."""
+
+NO_DOMAIN = "none.invalid"
+"""A host name that can't exist, because vLLM allows every host if its list is empty."""
 
 _POOLING_TASKS = frozenset({"embed", "embedding", "pooling"})
 
@@ -298,7 +303,8 @@ def _text(value: ArgScalar) -> str:
 
 
 def _with_defaults(tier: TierConfig, launch: Launch) -> dict[str, ArgScalar | list[ArgScalar]]:
-    args = dict(tier.engine_args)
+    # Otherwise clients could make the engine fetch any address that it can reach; null allows that.
+    args: dict[str, ArgScalar | list[ArgScalar]] = {"allowed-media-domains": [NO_DOMAIN], **tier.engine_args}
     if tier.pipeline_across_nodes:
         args.setdefault("distributed-executor-backend", "ray")
     if tier.device == "cpu":
@@ -330,7 +336,8 @@ def _passed(tier: TierConfig) -> tuple[str, ...]:
 
 def _environment(tier: TierConfig, launch: Launch) -> dict[str, str]:
     """vLLM's environment variables. The tier's own ``env`` overrides all of them but the secret."""
-    env = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    # An allowed host could send the engine on to one that is not.
+    env = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0"}
     if os.path.isdir(launch.model) or os.path.isfile(launch.model):
         env["HF_HUB_OFFLINE"] = "1"
     if launch.gpu_ids:

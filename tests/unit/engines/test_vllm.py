@@ -61,6 +61,16 @@ def test_the_command_line() -> None:
     assert "--dtype=float32" not in argv
 
 
+def test_clients_can_not_make_an_engine_fetch_any_address() -> None:
+    command = ENGINE.command(tier(), launch())
+    assert after(list(command.argv), "--allowed-media-domains") == "none.invalid"
+    assert command.env["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] == "0"
+    allowed = tier(engine_args={"allowed-media-domains": ["images.example"]})
+    assert after(list(ENGINE.command(allowed, launch()).argv), "--allowed-media-domains") == "images.example"
+    every = tier(engine_args={"allowed-media-domains": None})
+    assert "--allowed-media-domains" not in ENGINE.command(every, launch()).argv
+
+
 def test_the_secret_is_in_the_environment_only() -> None:
     command = ENGINE.command(tier(), launch())
     assert command.env["VLLM_API_KEY"] == "s3cret"

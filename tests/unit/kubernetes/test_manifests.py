@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import re
 import subprocess
@@ -377,9 +378,21 @@ def test_connections_are_denied_by_default(overlay: str) -> None:
     deny = of_kind(overlay, "NetworkPolicy")["deny-all"]["spec"]
     assert deny == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
     egress = of_kind(overlay, "NetworkPolicy")["egress"]["spec"]["egress"]
-    blocks = [peer["ipBlock"] for rule in egress for peer in rule["to"] if "ipBlock" in peer]
-    assert all("169.254.169.254/32" in block["except"] for block in blocks)
-    assert all(rule.get("ports") for rule in egress if any("ipBlock" in peer for peer in rule["to"]))
+    (outside,) = [rule for rule in egress if any("ipBlock" in peer for peer in rule["to"])]
+    (block,) = [peer["ipBlock"] for peer in outside["to"]]
+    closed = [ipaddress.ip_network(each) for each in block["except"]]
+    inside = ["10.1.2.3", "172.20.0.1", "192.168.1.1", "100.64.0.1", "169.254.169.254"]
+    assert all(any(ipaddress.ip_address(each) in network for network in closed) for each in inside)
+    assert not any(ipaddress.ip_address("8.8.8.8") in network for network in closed)
+    assert [each["port"] for each in outside["ports"]] == [443]
+
+
+@every_overlay
+def test_only_the_head_may_connect_to_kubernetes(overlay: str) -> None:
+    policy = of_kind(overlay, "NetworkPolicy")["egress-kubernetes"]["spec"]
+    assert policy["podSelector"]["matchLabels"] == pods.labels("head")
+    (rule,) = policy["egress"]
+    assert [peer["ipBlock"]["except"] for peer in rule["to"]] == [["169.254.169.254/32"]]
 
 
 def test_only_the_head_may_connect_to_redis() -> None:
