@@ -27,6 +27,7 @@ from controlplane.core.json_values import to_value
 from controlplane.core.recommendations.views import as_json_value
 from controlplane.core.routing.dispatcher import Dispatcher
 from controlplane.core.routing.endpoint_table import EndpointTable, LoadSettings
+from controlplane.core.routing.tier_table import Api
 from controlplane.engines.context import context_tokens
 from controlplane.errors import EngineRefused, RequestError, UnknownRoute, WrongMethod, shown
 from controlplane.gateway.api import agents, operator_queries, pages, report_page, ui
@@ -312,7 +313,7 @@ class Gateway:
             raise
         except Exception:
             self.metrics.finished(context, RequestOutcome.FAILED, RequestError.code, monotonic())
-            _internal_error(request, out, request_id)
+            _internal_error(request, out, request_id, context.api)
 
     def _on_refused(self, error: RequestError) -> None:
         """Count a request that was refused before it reached a route: too long, too slow, not HTTP …"""
@@ -438,14 +439,18 @@ class Gateway:
         out.send(200, [(b"content-type", b"text/plain")], self._own_metrics().encode())
 
 
-def _internal_error(request: Request, out: Responder, request_id: str) -> None:
-    """Log the exception that is being handled, and tell the client no more than the request's id."""
+def _internal_error(request: Request, out: Responder, request_id: str, api: Api | None = None) -> None:
+    """Log the exception that is being handled, and tell the client no more than the request's id; in a stream
+    of ``api`` by an event."""
     log.exception("a request could not be handled", path=shown(request.path), request_id=request_id)
-    if out.started:
+    error = RequestError(f"an internal error of the gateway; its log says more about request {request_id}")
+    if not out.started:
+        send_error(out, error, [(b"x-request-id", request_id.encode())], request.path)
+    elif api is None:
         out.abort()
-        return
-    text = f"an internal error of the gateway; its log says more about request {request_id}"
-    send_error(out, RequestError(text), [(b"x-request-id", request_id.encode())], request.path)
+    else:
+        out.write(error_event(error, api))
+        out.finish()
 
 
 def _outcome(status: int) -> RequestOutcome:

@@ -12,7 +12,8 @@ from typing import Any, Final
 import msgspec
 
 from controlplane.errors import BadRequest
-from controlplane.http.json_reader import UNREADABLE, InvalidJson, invalid, reader, utf8
+from controlplane.http import json_reader
+from controlplane.http.json_reader import UNREADABLE, InvalidJson, invalid, reader
 
 GATEWAY_FIELDS: Final = ("models",)
 """Members that only the gateway uses; they are not sent to engines."""
@@ -149,10 +150,11 @@ def parse(body: bytes) -> RequestBody:
 
 
 def without_mark(body: bytes) -> bytes:
-    """The body without a byte order mark, which some engines reject. Raises :class:`BadRequest` if it is not
-    UTF-8."""
+    """The body without a byte order mark, which some engines reject. Raises :class:`BadRequest` if it is
+    UTF-16 or UTF-32. Other bytes that are not UTF-8 are refused in the members that the gateway reads; in
+    those that it passes on they are the engine's to judge."""
     try:
-        return utf8(body)
+        return json_reader.without_mark(body)
     except InvalidJson as error:
         raise BadRequest(f"the request body {error}") from None
 

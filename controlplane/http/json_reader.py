@@ -67,18 +67,24 @@ def invalid(error: Exception, text: bytes) -> InvalidJson:
     return InvalidJson(f"is not JSON: {error}")
 
 
+def without_mark(text: bytes) -> bytes:
+    """``text`` without a byte order mark. Raises :class:`InvalidJson` if it is UTF-16 or UTF-32."""
+    if text.startswith(UTF8_BOM):
+        return text[len(UTF8_BOM) :]
+    if text.startswith(_WIDE_BOMS):
+        raise InvalidJson("is UTF-16, with a byte order mark: send UTF-8")
+    if b"\0" in text[:4]:
+        raise InvalidJson("is UTF-16 or UTF-32: send UTF-8")
+    return text
+
+
 def utf8(text: bytes) -> bytes:
     """``text`` without a byte order mark. Raises :class:`InvalidJson` if it is not UTF-8; the readers don't
     look at the bytes of the members that they skip."""
-    if text.startswith(UTF8_BOM):
-        text = text[len(UTF8_BOM) :]
+    text = without_mark(text)
     if not text.isascii():
         try:
             text.decode()
         except UnicodeDecodeError as error:
-            if text.startswith(_WIDE_BOMS):
-                raise InvalidJson("is UTF-16, with a byte order mark: send UTF-8") from None
             raise invalid(error, text) from None
-    elif b"\0" in text[:4]:
-        raise InvalidJson("is UTF-16 or UTF-32: send UTF-8")
     return text

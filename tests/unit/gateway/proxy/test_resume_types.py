@@ -199,3 +199,31 @@ async def test_a_lost_stream_never_ends_in_silence(body: dict[str, Any], sent: A
         got = await ending(rig, json.dumps(body).encode())
         assert got.startswith(b"data: ")
         assert said in got, got
+
+
+async def test_an_error_of_the_gateway_in_a_stream_ends_it_with_an_event(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("unforeseen")
+
+    monkeypatch.setattr(StreamRecorder, "add", broken)
+    data = sse(event(), event({"finish_reason": "stop"}))
+    whole = STREAM_HEAD + b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data)
+    async with running(plane()) as rig, raw_engine(lambda _: whole) as engine:
+        await attach(rig, engine)
+        got = await ending(rig, json.dumps(chat_body(stream=True)).encode())
+        assert b"an internal error of the gateway" in got and b"unforeseen" not in got
+        assert not rig.gateway.info().in_flight
+
+
+@pytest.mark.parametrize("finished", [True, False])
+async def test_a_request_with_text_that_is_not_utf8_is_finished_or_says_why(finished: bool) -> None:
+    body = b'{"stream":true,"temperature":0,"messages":[{"role":"user","content":"\xff\xfe"}]}'
+    data = sse(event({"finish_reason": "stop" if finished else None}))
+    cut = STREAM_HEAD + b"%x\r\n%b\r\n" % (len(data), data)
+    async with running(plane()) as rig, raw_engine(lambda _: cut, close=True) as engine:
+        await attach(rig, engine)
+        got = await ending(rig, body)
+        assert (b"data: [DONE]" in got) is finished
+        assert (b"the request can't be read again" in got) is not finished
