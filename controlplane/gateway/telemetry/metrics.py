@@ -66,7 +66,7 @@ class Metrics:
         )
         self.ttft_s = latency(
             "tierplane_time_to_first_token_seconds",
-            "Time from a request's arrival to the first byte of a streamed response.",
+            "Time from a request's arrival to the first token of a streamed response.",
             ["tier"],
         )
         self.itl_s = Histogram(
@@ -109,7 +109,8 @@ class Metrics:
         )
         self.retries = counter(
             "tierplane_retries",
-            "Attempts after the first, by tier and by the reason why the previous attempt failed.",
+            "Attempts after the first, by tier and by the reason why the previous attempt failed; those of "
+            "requests that were themselves to blame are not counted.",
             ["tier", "reason"],
         )
         self.resumes = counter(
@@ -126,7 +127,9 @@ class Metrics:
             "tierplane_shed_requests", "Requests that were not admitted, by reason.", ["reason"]
         )
         self.endpoint_failures = counter(
-            "tierplane_endpoint_failures", "Attempts that failed at an endpoint, by kind.", ["tier", "kind"]
+            "tierplane_endpoint_failures",
+            "Attempts that failed at an endpoint, by kind; request: the request itself was to blame.",
+            ["tier", "kind"],
         )
         self.breaker_open = gauge(
             "tierplane_breaker_open",

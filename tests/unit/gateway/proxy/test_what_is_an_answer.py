@@ -364,3 +364,23 @@ async def test_an_interval_that_is_none_is_a_bad_request(value: str) -> None:
     async with running() as rig:
         status, _, body = await rig.post(CHAT, chat_body(stream=True), x_stream_comments=value)
         assert (status, body["error"]["param"]) == (400, "x-stream-comments")
+
+
+async def test_comments_are_sent_on_serves_ingress_as_well() -> None:
+    async with running() as rig:
+        await rig.engine("a", ttft_ms=350)
+        body = json.dumps(chat_body(max_tokens=1, stream=True)).encode()
+        inbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        inbox.put_nowait({"type": "http.request", "body": body, "more_body": False})
+        sent: list[dict[str, Any]] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        headers = [(b"host", b"127.0.0.1"), (b"x-stream-comments", b"0.1")]
+        scope = {"type": "http", "method": "POST", "path": CHAT, "headers": headers}
+        await asyncio.wait_for(rig.gateway.app(scope, inbox.get, send), 5)
+        assert sent[0]["status"] == 200
+        pieces = [message["body"] for message in sent[1:] if message["body"]]
+        assert pieces[0] == b": waiting\n\n", "at once, not with what follows"
+        assert pieces[-1].endswith(DONE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import socket
@@ -484,3 +485,65 @@ async def test_a_deadline_that_passed_is_not_to_be_tried_again_by_an_sdk() -> No
         await rig.engine("a", hang=True)
         status, headers, _ = await rig.post(CHAT, chat_body(), x_request_timeout_seconds="0.2")
         assert (status, headers["x-should-retry"]) == (408, "false")
+
+
+# -- checks ----------------------------------------------------------------------------------------------
+
+
+def is_check(request: dict[str, Any]) -> bool:
+    return request.get("max_tokens") == 1 and "ping" in json.dumps(request)
+
+
+async def test_a_check_without_a_clear_result_blames_no_endpoint() -> None:
+    def script(request: dict[str, Any]) -> Answer:
+        return BUSY["429"] if is_check(request) else broken(request)
+
+    async with running() as rig, backend(rig, "a", script):
+        for _ in range(5):
+            assert (await rig.post(CHAT, chat_body()))[0] == 500
+        assert breakers(rig) == {BreakerState.CLOSED}
+        assert counters(rig).failed == 5, "nor is it known that the requests were to blame"
+
+
+async def test_requests_that_fail_together_share_one_check() -> None:
+    async with running() as rig, backend(rig, "a", broken) as a:
+        statuses = await asyncio.gather(*(rig.post(CHAT, chat_body(f"text {i}")) for i in range(8)))
+        assert {status for status, _, _ in statuses} <= {500, 503}
+        assert sum(is_check(request) for request in a.seen) <= 2
+        assert breakers(rig) == {BreakerState.OPEN}
+
+
+@pytest.mark.parametrize("bad", [{"tools": "all of them"}, {"stream": True, "user": "long"}])
+async def test_a_bad_request_as_a_breakers_probe_does_not_keep_others_out(bad: dict[str, Any]) -> None:
+    def script(request: dict[str, Any]) -> Answer:
+        if request.get("user") == "long":
+            return [STREAM_HEAD, TOO_LONG_EVENTS["chunk"].encode()]
+        return no_tool_text(request)
+
+    async with running() as rig, backend(rig, "a", script):
+        breaker = rig.gateway.endpoint_table.by_endpoint_id["a"].breaker
+        breaker.failure(asyncio.get_running_loop().time() - 1.05, weight=3)
+        assert (await rig.post(CHAT, chat_body(**bad)))[0] in {400, 500}
+        assert breaker.state is BreakerState.OPEN, "the bad request proved nothing"
+        assert (await rig.post(CHAT, chat_body()))[0] == 200
+        assert breaker.state is BreakerState.CLOSED
+
+
+async def test_a_client_that_leaves_before_the_verdict_leaves_nothing_behind() -> None:
+    checks: list[int] = []
+
+    def script(request: dict[str, Any]) -> Answer:
+        if is_check(request):
+            checks.append(1)
+            return [b"", response(200, b'{"choices":[]}')]
+        return broken(request)
+
+    async with running() as rig, backend(rig, "a", script):
+        leaving = asyncio.ensure_future(rig.post(CHAT, chat_body()))
+        await until_async(lambda: checks)
+        leaving.cancel()
+        await asyncio.gather(leaving, return_exceptions=True)
+        await until_async(lambda: not rig.gateway._relay._attempts.verdicts._checks)
+        await until_async(lambda: metric(rig, "tierplane_endpoint_failures_total", kind="request") == 1)
+        assert breakers(rig) == {BreakerState.CLOSED}
+        assert not rig.gateway.info().in_flight
