@@ -244,6 +244,7 @@ class Gateway:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._ticker
             self._ticker = None
+        self._relay.close()
         self._connections.close()
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close)

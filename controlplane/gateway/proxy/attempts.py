@@ -29,6 +29,9 @@ from controlplane.gateway.stream_usage import ReportedUsage
 from controlplane.gateway.telemetry.accounting import UsageLedger
 from controlplane.gateway.telemetry.metrics import Metrics
 
+ACCUSATIONS: Final = frozenset({AttemptFailure.SERVER_ERROR, AttemptFailure.STREAM_ERROR})
+"""Failures with an error of the engine's own, for which the request may be to blame: until its first token.
+An engine that fails after tokens has accepted the request."""
 TOO_LATE: Final = "the request's deadline passed before its response was complete"
 
 
@@ -114,7 +117,7 @@ class Attempts:
             return  # nor does the gateway's own trouble
         elif kind is AttemptFailure.BUSY or kind is AttemptFailure.UNAVAILABLE:
             attempt.hold(HOLD_S if failure.retry_after_s is None else failure.retry_after_s)
-        elif failure.report is not None and kind is not AttemptFailure.INVALID:
+        elif failure.report is not None and kind in ACCUSATIONS and not attempt.slot.first_token_came:
             self.verdicts.accuse(attempt, failure, kind)
             return  # counted with the verdict
         else:

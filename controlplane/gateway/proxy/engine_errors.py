@@ -155,7 +155,8 @@ def whole_error(body: bytes, content_type: bytes) -> EngineErrorReport | None:
             if content_type.lower().startswith((b"application/octet-stream", b"audio/", b"multipart/")):
                 return None
             return _no_answer(f"the engine's response is not JSON: {plain_text(text)}")
-    if b'"error"' not in body:
+    named = body.count(b'"error"')
+    if not named or named == body.count(b'"error":null') + body.count(b'"error": null'):
         return None
     try:
         return report_of(_decode(body))

@@ -87,6 +87,10 @@ class Relay:
             if context.accusations is not None:
                 self._attempts.verdicts.later(context)
 
+    def close(self) -> None:
+        """End the checks of engines that still run."""
+        self._attempts.verdicts.close()
+
     # -- until an engine begins to respond -------------------------------------------------------
 
     async def _answering(self, context: RequestContext, route: Route) -> Attempt:

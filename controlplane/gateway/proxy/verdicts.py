@@ -121,6 +121,11 @@ class Verdicts:
         for accusation in accusations or ():
             self._judge_later(accusation)
 
+    def close(self) -> None:
+        """End the checks."""
+        for check in list(self._checks.values()):
+            check.cancel()
+
     # -- checks ----------------------------------------------------------------------------------
 
     def check(self, accusation: Accusation) -> asyncio.Task[bool | None]:
@@ -173,9 +178,10 @@ class Verdicts:
             return True
         try:
             async with asyncio.timeout(max(0.0, deadline_s - monotonic())):
-                return await asyncio.shield(self.check(accusation))
+                done, _ = await asyncio.wait((check := self.check(accusation),))
         except TimeoutError:
             return None
+        return None if not done or check.cancelled() else check.result()
 
     def _judge_later(self, accusation: Accusation) -> None:
         if _works(accusation):

@@ -547,3 +547,14 @@ async def test_a_client_that_leaves_before_the_verdict_leaves_nothing_behind() -
         await until_async(lambda: metric(rig, "tierplane_endpoint_failures_total", kind="request") == 1)
         assert breakers(rig) == {BreakerState.CLOSED}
         assert not rig.gateway.info().in_flight
+
+
+async def test_an_engine_that_fails_every_stream_after_its_first_token_is_taken_out() -> None:
+    def script(request: dict[str, Any]) -> Answer:
+        error = b'data: {"error":{"message":"CUDA error","code":500}}\n\n'
+        return [STREAM_HEAD, ROLE, chunk("one"), error]
+
+    async with running() as rig, backend(rig, "a", script):
+        for i in range(10):
+            assert (await rig.stream(chat_body(f"text {i}"))).error is not None
+        assert breakers(rig) == {BreakerState.OPEN}
