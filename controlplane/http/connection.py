@@ -119,9 +119,11 @@ class ClientConnection(asyncio.Protocol):
         an answer to something that is sent to it shows which."""
         if not self.busy or self.closed or self._rejection is not None:
             return False
-        self._half_closed = True
         response = self._response
-        if response is not None and not response.started and response.chunked:
+        if response is not None and response.started:
+            return False  # nobody half-closes in the middle of a response: the client has left
+        self._half_closed = True
+        if response is not None and response.chunked:
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")  # a client that is gone answers with a reset
         self._loop.call_later(_HALF_CLOSED_CHECK_S, self.check_half_closed)
         return True
