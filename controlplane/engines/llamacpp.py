@@ -133,15 +133,15 @@ class LlamaCppEngine:
         )
 
     def capabilities(self, tier: TierConfig) -> Capabilities:
-        """Chat, completions, responses and messages; embeddings if ``engine_args`` turns them on; images and
-        audio with a projector (``mmproj``); tools unless ``jinja`` is off."""
+        """Chat, completions and messages; embeddings if ``engine_args`` turns them on; images and audio with
+        a projector (``mmproj``); tools unless ``jinja`` is off. Its ``/v1/responses`` is not used: its streams
+        lack members that clients read."""
         args = tier.engine_args
         embeds = any(args.get(name) is True for name in ("embeddings", "embedding"))
         sees = any(str(name).startswith("mmproj") and value for name, value in args.items())
         tools = all(args.get(name) is not False for name in ("jinja", "use-jinja", "use_jinja"))
         return Capabilities(
             embeddings=embeds,
-            responses=True,
             messages=True,
             images=sees,
             audio=sees,

@@ -30,7 +30,7 @@ from controlplane.core.routing.endpoint_table import EndpointTable, LoadSettings
 from controlplane.core.routing.tier_table import Api
 from controlplane.engines.context import context_tokens
 from controlplane.errors import EngineRefused, RequestError, UnknownRoute, WrongMethod, shown
-from controlplane.gateway.api import agents, operator_queries, pages, report_page, ui
+from controlplane.gateway.api import agents, operator_queries, pages, report_page, responses, ui
 from controlplane.gateway.api.alert_page import alerts
 from controlplane.gateway.api.controller_queries import ControllerQueries, query_controller
 from controlplane.gateway.api.openapi import GatewayRoute, document
@@ -128,7 +128,12 @@ class Gateway:
         """The shared port; 0 until :meth:`start` opens it."""
         self._ticker: asyncio.Task[None] | None = None
         self.routes = [
-            *(GatewayRoute("POST", path, _SUMMARIES[path], self._infer) for path in APIS),
+            *(
+                GatewayRoute(
+                    "POST", path, _SUMMARIES[path], self._responses if api == "responses" else self._infer
+                )
+                for path, api in APIS.items()
+            ),
             GatewayRoute("GET", "/v1/models", "auto, the tiers and the models behind them", self._models),
             GatewayRoute("GET", ONE_MODEL, "one of them", self._model),
             GatewayRoute("POST", "/v1/route", "where a request would go and why; not sent", self._explain),
@@ -315,6 +320,12 @@ class Gateway:
         except Exception:
             self.metrics.finished(context, RequestOutcome.FAILED, RequestError.code, monotonic())
             _internal_error(request, out, request_id, context.api)
+
+    async def _responses(self, request: Request, out: Responder) -> None:
+        if responses.needs_translation(self.endpoint_table, request):
+            await responses.serve_translated(self._infer, request, out)
+        else:
+            await self._infer(request, out)
 
     def _on_refused(self, error: RequestError) -> None:
         """Count a request that was refused before it reached a route: too long, too slow, not HTTP …"""

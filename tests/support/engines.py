@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -14,6 +17,7 @@ import psutil
 
 from controlplane.config import RestartConfig, TierConfig
 from controlplane.core.domain.endpoint import EndpointState
+from controlplane.engines.simulated.engine import KEY_ENV
 from controlplane.engines.supervision import reaper
 from controlplane.engines.supervision.status import EngineStatus
 from controlplane.engines.supervision.supervisor import EngineSupervisor
@@ -150,3 +154,56 @@ def events_of(text: str) -> list[dict[str, Any]]:
     """The JSON of each server-sent event, without ``[DONE]``."""
     lines = [line[6:] for line in text.splitlines() if line.startswith("data: ")]
     return [json.loads(line) for line in lines if line != "[DONE]"]
+
+
+class SimulatedServer:
+    """A process of the simulated engine, and its address."""
+
+    def __init__(self, secret: str = "s", **settings: Any) -> None:
+        self.secret = secret
+        self.popen = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "controlplane.engines.simulated.server",
+                "--model",
+                "m",
+                "--settings",
+                json.dumps(settings),
+            ],
+            stdout=subprocess.PIPE,
+            env={**os.environ, KEY_ENV: secret},
+        )
+        assert self.popen.stdout is not None
+        self.printed: list[str] = []
+        self.port = 0
+        for raw in self.popen.stdout:
+            self.printed.append(raw.decode().strip())
+            if "listening on" in self.printed[-1]:
+                self.port = int(self.printed[-1].rsplit(":", 1)[1])
+            if self.printed[-1] == "simulated: ready":
+                break
+
+    def post(self, path: str = "/v1/chat/completions", **body: Any) -> tuple[int, dict[str, str], str]:
+        body.setdefault("messages", [{"role": "user", "content": "hello"}])
+        return call(f"http://127.0.0.1:{self.port}{path}", self.secret, body)
+
+    def get(self, path: str, secret: str | None = None) -> tuple[int, dict[str, str], str]:
+        return call(f"http://127.0.0.1:{self.port}{path}", self.secret if secret is None else secret)
+
+    def knobs(self, **values: Any) -> Any:
+        status, _, text = call(f"http://127.0.0.1:{self.port}/simulated/knobs", self.secret, values)
+        assert status == 200, text
+        return json.loads(text)
+
+    def count(self, name: str, label: str = "") -> float:
+        return sum(
+            float(line.rsplit(" ", 1)[1])
+            for line in self.get("/metrics")[2].splitlines()
+            if line.startswith(f"simulated:{name}{{") and label in line
+        )
+
+    def close(self) -> int:
+        self.popen.terminate()
+        self.popen.communicate(timeout=10)
+        return self.popen.returncode

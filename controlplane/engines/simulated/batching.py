@@ -18,7 +18,15 @@ from time import monotonic
 from typing import NamedTuple, Protocol
 
 from controlplane.engines.simulated.engine import SimulatedSettings
-from controlplane.engines.simulated.text import END, WORD_TEXT, decode, digest, generated_length, next_tokens
+from controlplane.engines.simulated.text import (
+    ANSWER,
+    END,
+    WORD_TEXT,
+    decode,
+    digest,
+    generated_length,
+    next_tokens,
+)
 
 _TEXT_BYTES = {token: text.encode() for token, text in WORD_TEXT.items()}
 _BURST_TOKENS = 256
@@ -56,6 +64,8 @@ class GenerationRequest(NamedTuple):
     min_tokens: int = 0
     ignore_eos: bool = False
     stop: tuple[str, ...] = ()
+    script: tuple[bytes, ...] = ()
+    """The texts of the tokens, as the inside of JSON strings, if they are known; ``stop`` does not apply."""
 
 
 class Generation:
@@ -99,12 +109,14 @@ class Generation:
         self._previous = ids[-1] if ids else END
         room = max(settings.max_model_len - len(ids), 1)
         self._tokens_left = room if request.max_tokens is None else min(request.max_tokens, room)
-        natural = max(settings.tokens - generated_length(ids), request.min_tokens, 0)
-        self._natural_tokens_left = room + 1 if request.ignore_eos else natural
+        natural = len(request.script) or max(settings.tokens - generated_length(ids), request.min_tokens, 0)
+        self._natural_tokens_left = room + 1 if request.ignore_eos and not request.script else natural
         self._withheld = ""
 
     def take(self, count: int) -> tuple[list[int], list[bytes], Finish | None]:
         """The next tokens, at most ``count``, their texts, and why the generation ends if it does."""
+        if self._request.script:
+            return self._take_scripted(count)
         words = min(count, self._tokens_left, self._natural_tokens_left)
         ids, self._state = next_tokens(self._state, self._previous, words)
         self._tokens_left -= words
@@ -122,6 +134,18 @@ class Generation:
         if self._request.stop:
             return self._take_until_stop(ids, finish)
         return ids, [_TEXT_BYTES[token] for token in ids], finish
+
+    def _take_scripted(self, count: int) -> tuple[list[int], list[bytes], Finish | None]:
+        script = self._request.script
+        texts = list(script[self.emitted : self.emitted + min(count, self._tokens_left)])
+        self._tokens_left -= len(texts)
+        self.emitted += len(texts)
+        finish: Finish | None = None
+        if self.emitted == len(script):
+            finish = Finish("stop")
+        elif self._tokens_left == 0:
+            finish = Finish("length")
+        return [ANSWER] * len(texts), texts, finish
 
     def _take_until_stop(
         self, ids: list[int], finish: Finish | None

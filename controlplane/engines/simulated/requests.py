@@ -12,6 +12,18 @@ import msgspec
 
 from controlplane.engines.simulated.batching import GenerationRequest
 from controlplane.engines.simulated.engine import SimulatedSettings
+from controlplane.engines.simulated.script import (
+    Script,
+    UnusableSchema,
+    conversation_of,
+    script,
+    wish_of,
+)
+from controlplane.engines.simulated.scripted_formats import (
+    ScriptedChat,
+    ScriptedMessages,
+    ScriptedResponses,
+)
 from controlplane.engines.simulated.text import ANSWER, encode, vector
 from controlplane.engines.simulated.wire_formats import (
     ChatFormat,
@@ -22,6 +34,8 @@ from controlplane.engines.simulated.wire_formats import (
 )
 
 _decode: Final = msgspec.json.Decoder().decode
+_SCRIPTED: Final = frozenset({"tools", "response_format", "text", "output_config", "output_format"})
+"""Members whose requests may get a scripted response."""
 
 
 class InvalidRequest(Exception):
@@ -54,11 +68,19 @@ def parse(path: str, body: bytes, model: str, ident: str, settings: SimulatedSet
     include_usage = isinstance(options, dict) and options.get("include_usage") is True
     if fields.get("n", 1) not in (1, None):
         raise InvalidRequest("the simulated engine generates one choice per request: n must be 1")
+    scripted = _script(path, fields) if _SCRIPTED & fields.keys() else None
     wire_format: WireFormat
     if path == "/v1/chat/completions":
         ids = [*encode(_conversation(fields.get("messages"))), ANSWER]
         limit = fields.get("max_completion_tokens", fields.get("max_tokens"))
-        wire_format = ChatFormat(ident, model, created, ids, token_ids=token_ids, include_usage=include_usage)
+        if scripted is not None:
+            wire_format = ScriptedChat(
+                ident, model, created, ids, script=scripted, include_usage=include_usage
+            )
+        else:
+            wire_format = ChatFormat(
+                ident, model, created, ids, token_ids=token_ids, include_usage=include_usage
+            )
     elif path == "/v1/completions":
         ids = _prompt_ids(fields.get("prompt"))
         limit = fields.get("max_tokens", 16)
@@ -68,11 +90,19 @@ def parse(path: str, body: bytes, model: str, ident: str, settings: SimulatedSet
     elif path == "/v1/responses":
         ids = [*encode(_responses_input(fields)), ANSWER]
         limit = fields.get("max_output_tokens")
-        wire_format = ResponsesFormat(ident, model, created, ids, request_fields=fields)
+        if scripted is not None:
+            wire_format = ScriptedResponses(
+                ident, model, created, ids, request_fields=fields, script=scripted
+            )
+        else:
+            wire_format = ResponsesFormat(ident, model, created, ids, request_fields=fields)
     elif path == "/v1/messages":
         ids = _messages_ids(fields)
         limit = fields.get("max_tokens")
-        wire_format = MessagesFormat(ident, model, created, ids)
+        if scripted is not None:
+            wire_format = ScriptedMessages(ident, model, created, ids, script=scripted)
+        else:
+            wire_format = MessagesFormat(ident, model, created, ids)
     else:
         raise InvalidRequest(f"no route {path}", 404)
     if len(ids) >= settings.max_model_len:
@@ -85,6 +115,7 @@ def parse(path: str, body: bytes, model: str, ident: str, settings: SimulatedSet
         min_tokens=_integer(fields.get("min_tokens"), "min_tokens") or 0,
         ignore_eos=fields.get("ignore_eos") is True,
         stop=_stop(fields.get("stop", fields.get("stop_sequences"))),
+        script=() if scripted is None else _texts(scripted),
     )
     return ParsedRequest(generation, wire_format, stream)
 
@@ -98,6 +129,20 @@ def _messages_ids(fields: dict[str, Any]) -> list[int]:
     """The prompt of a request to ``/v1/messages``."""
     system = f"system: {_text(fields['system'])}\n" if fields.get("system") else ""
     return [*encode(system + _conversation(fields.get("messages"))), ANSWER]
+
+
+def _script(path: str, fields: dict[str, Any]) -> Script | None:
+    """The response to a request with tools or a schema, if it is not made-up words."""
+    if path == "/v1/completions":
+        return None
+    try:
+        return script(wish_of(path, fields), conversation_of(path, fields))
+    except UnusableSchema as error:
+        raise InvalidRequest(str(error)) from None
+
+
+def _texts(scripted: Script) -> tuple[bytes, ...]:
+    return tuple(json.dumps(piece)[1:-1].encode() for piece in scripted.pieces)
 
 
 def embeddings(body: bytes, model: str, settings: SimulatedSettings) -> bytes:

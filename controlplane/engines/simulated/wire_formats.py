@@ -281,10 +281,10 @@ class ResponsesFormat(WireFormat):
             "incomplete_details": {"reason": "max_output_tokens"} if truncated else None,
             "instructions": self._request_fields.get("instructions"),
             "metadata": {"engine": FINGERPRINT},
-            "parallel_tool_calls": True,
+            "parallel_tool_calls": self._request_fields.get("parallel_tool_calls") is not False,
             "temperature": self._request_fields.get("temperature", 1.0),
-            "tool_choice": "none",
-            "tools": [],
+            "tool_choice": self._request_fields.get("tool_choice") or "auto",
+            "tools": self._request_fields.get("tools") or [],
             "top_p": self._request_fields.get("top_p", 1.0),
             "max_output_tokens": self._request_fields.get("max_output_tokens"),
             "previous_response_id": None,
@@ -292,7 +292,7 @@ class ResponsesFormat(WireFormat):
             "usage": usage or None,
         }
 
-    def _event(self, name: str, **fields: Any) -> bytes:
+    def _event(self, name: str, /, **fields: Any) -> bytes:
         data = {**fields, "sequence_number": self._sequence, "type": name}
         self._sequence += 1
         return f"event: {name}\ndata: {json.dumps(data, separators=(',', ':'))}\n\n".encode()
@@ -305,8 +305,8 @@ class MessagesFormat(WireFormat):
         """The first events: vLLM's, in its order."""
         message = {**self._message([], None), "usage": self._counts(0)}
         return [
-            _messages_event("message_start", message=message),
-            _messages_event("content_block_start", content_block={"type": "text", "text": ""}, index=0),
+            messages_event("message_start", message=message),
+            messages_event("content_block_start", content_block={"type": "text", "text": ""}, index=0),
         ]
 
     def tokens(self, ids: Sequence[int], texts: Sequence[bytes], finish: Finish | None) -> list[bytes]:
@@ -322,9 +322,9 @@ class MessagesFormat(WireFormat):
         """The last events."""
         delta = {"stop_reason": _stop_reason(finish), "stop_sequence": finish.stop_string}
         return [
-            _messages_event("content_block_stop", index=0),
-            _messages_event("message_delta", delta=delta, usage=self._counts(count)),
-            _messages_event("message_stop"),
+            messages_event("content_block_stop", index=0),
+            messages_event("message_delta", delta=delta, usage=self._counts(count)),
+            messages_event("message_stop"),
         ]
 
     def whole(self, ids: Sequence[int], texts: Sequence[bytes], finish: Finish) -> bytes:
@@ -375,5 +375,6 @@ def _stop_reason(finish: Finish) -> str:
     return "max_tokens" if finish.reason == "length" else "end_turn"
 
 
-def _messages_event(name: str, **fields: Any) -> bytes:
+def messages_event(name: str, **fields: Any) -> bytes:
+    """One event of Anthropic's interface."""
     return f"event: {name}\ndata: {json.dumps({'type': name, **fields}, separators=(',', ':'))}\n\n".encode()

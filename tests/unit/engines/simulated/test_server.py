@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -14,76 +13,22 @@ from typing import Any
 
 import pytest
 
-from controlplane.engines.simulated.engine import KEY_ENV
 from controlplane.engines.simulated.text import END
-from tests.support.engines import call, events_of
+from tests.support.engines import SimulatedServer, call, events_of
 from tests.support.waiting import until
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 
 
-class Server:
-    """A server process and its address."""
-
-    def __init__(self, secret: str = "s", **settings: Any) -> None:
-        self.secret = secret
-        self.popen = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "controlplane.engines.simulated.server",
-                "--model",
-                "m",
-                "--settings",
-                json.dumps(settings),
-            ],
-            stdout=subprocess.PIPE,
-            env={**os.environ, KEY_ENV: secret},
-        )
-        assert self.popen.stdout is not None
-        self.printed: list[str] = []
-        self.port = 0
-        for raw in self.popen.stdout:
-            self.printed.append(raw.decode().strip())
-            if "listening on" in self.printed[-1]:
-                self.port = int(self.printed[-1].rsplit(":", 1)[1])
-            if self.printed[-1] == "simulated: ready":
-                break
-
-    def post(self, path: str = "/v1/chat/completions", **body: Any) -> tuple[int, dict[str, str], str]:
-        body.setdefault("messages", MESSAGES)
-        return call(f"http://127.0.0.1:{self.port}{path}", self.secret, body)
-
-    def get(self, path: str, secret: str | None = None) -> tuple[int, dict[str, str], str]:
-        return call(f"http://127.0.0.1:{self.port}{path}", self.secret if secret is None else secret)
-
-    def knobs(self, **values: Any) -> Any:
-        status, _, text = call(f"http://127.0.0.1:{self.port}/simulated/knobs", self.secret, values)
-        assert status == 200, text
-        return json.loads(text)
-
-    def count(self, name: str, label: str = "") -> float:
-        return sum(
-            float(line.rsplit(" ", 1)[1])
-            for line in self.get("/metrics")[2].splitlines()
-            if line.startswith(f"simulated:{name}{{") and label in line
-        )
-
-    def close(self) -> int:
-        self.popen.terminate()
-        self.popen.communicate(timeout=10)
-        return self.popen.returncode
-
-
-StartServer = Callable[..., Server]
+StartServer = Callable[..., SimulatedServer]
 
 
 @pytest.fixture
 def server() -> Iterator[StartServer]:
-    servers: list[Server] = []
+    servers: list[SimulatedServer] = []
 
-    def make(**settings: Any) -> Server:
-        servers.append(Server(**settings))
+    def make(**settings: Any) -> SimulatedServer:
+        servers.append(SimulatedServer(**settings))
         return servers[-1]
 
     yield make
@@ -174,26 +119,26 @@ def test_token_ids_are_returned_only_on_request(server: StartServer) -> None:
         ("/v1/nothing", {}, 404),
     ],
 )
-def test_bad_requests(server_shared: Server, path: str, body: Any, status: int) -> None:
+def test_bad_requests(server_shared: SimulatedServer, path: str, body: Any, status: int) -> None:
     returned, _, text = server_shared.post(path, **body)
     assert returned == status
     assert json.loads(text)["error"]["code"] == status
 
 
 @pytest.fixture(scope="module")
-def server_shared() -> Iterator[Server]:
-    sim = Server(max_model_len=100)
+def server_shared() -> Iterator[SimulatedServer]:
+    sim = SimulatedServer(max_model_len=100)
     yield sim
     sim.close()
 
 
-def test_a_prompt_that_is_too_long_is_refused(server_shared: Server) -> None:
+def test_a_prompt_that_is_too_long_is_refused(server_shared: SimulatedServer) -> None:
     status, _, text = server_shared.post(messages=[{"role": "user", "content": "x" * 1000}])
     assert status == 400
     assert "under 100" in text
 
 
-def test_bodies_that_are_no_json_and_requests_that_are_no_http(server_shared: Server) -> None:
+def test_bodies_that_are_no_json_and_requests_that_are_no_http(server_shared: SimulatedServer) -> None:
     connection = HTTPConnection("127.0.0.1", server_shared.port, timeout=10)
     connection.request("POST", "/v1/chat/completions", "{", {"authorization": "Bearer s"})
     assert connection.getresponse().status == 400
@@ -206,7 +151,7 @@ def test_bodies_that_are_no_json_and_requests_that_are_no_http(server_shared: Se
         assert response.startswith(b"HTTP/1.1 400")
 
 
-def test_requests_in_a_row_on_one_connection_are_answered_in_order(server_shared: Server) -> None:
+def test_requests_in_a_row_on_one_connection_are_answered_in_order(server_shared: SimulatedServer) -> None:
     request = raw_post(max_tokens=1)
     with socket.create_connection(("127.0.0.1", server_shared.port), timeout=10) as client:
         client.sendall(request + request + b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
@@ -217,7 +162,7 @@ def test_requests_in_a_row_on_one_connection_are_answered_in_order(server_shared
     assert response.index(b"chat.completion") < response.rindex(b"HTTP/1.1 200")
 
 
-def test_embeddings_in_both_encodings_are_the_same(server_shared: Server) -> None:
+def test_embeddings_in_both_encodings_are_the_same(server_shared: SimulatedServer) -> None:
     import base64
     import struct
 
