@@ -134,8 +134,8 @@ class LlamaCppEngine:
 
     def capabilities(self, tier: TierConfig) -> Capabilities:
         """Chat, completions and messages; embeddings if ``engine_args`` turns them on; images and audio with
-        a projector (``mmproj``); tools unless ``jinja`` is off. Its ``/v1/responses`` is not used: its streams
-        lack members that clients read."""
+        a projector (``mmproj``); tools unless ``jinja`` is off. Its ``/v1/responses`` is not used: what its
+        streams consist of lacks members that clients read."""
         args = tier.engine_args
         embeds = any(args.get(name) is True for name in ("embeddings", "embedding"))
         sees = any(str(name).startswith("mmproj") and value for name, value in args.items())
