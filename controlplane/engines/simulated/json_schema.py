@@ -59,7 +59,7 @@ class _Maker:
         self._text = text
         self._left = MAX_VALUES
         quoted: list[str] = ["".join(found) for found in _QUOTED.findall(text)]
-        self._words = quoted + _NAME.findall(text)
+        self._words: list[str] = quoted + _NAME.findall(text)
         self._numbers = [float(found) for found in _NUMBER.findall(text)]
 
     def value(self, schema: Schema, depth: int, name: str) -> Any:

@@ -82,7 +82,7 @@ def _one_of(items: Any) -> str:
 def _has(item: Any, char: str) -> bool:
     kind, value = str(item[0]), item[1]
     if kind == "LITERAL":
-        return ord(char) == value
+        return bool(ord(char) == value)
     if kind == "RANGE":
         return bool(value[0] <= ord(char) <= value[1])
     category = str(value).removeprefix("CATEGORY_").lower()
