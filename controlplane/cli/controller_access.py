@@ -77,11 +77,12 @@ class PlaneAccess:
             raise SetupError(
                 "no plane runs here: start one with `tierplane up`, or name its Ray with --address"
             )
-        from controlplane.ray_cluster import plane
-
         if not self._connected:
             self._open.enter_context(connected_ray(self._ray))
             self._connected = True
+        # Only now: it imports Ray, which reads its token when it is imported.
+        from controlplane.ray_cluster import plane
+
         return plane.call_controller(self._namespace, self._ray, method, *args, **kwargs)
 
     def _stored(self, why: str) -> StoredPlane | None:

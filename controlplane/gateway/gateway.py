@@ -23,7 +23,6 @@ from controlplane.core.admission.queue import AdmissionQueue, AdmissionSettings
 from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo, merge
 from controlplane.core.domain.endpoint import Endpoint
 from controlplane.core.domain.request import RequestOutcome
-from controlplane.core.json_values import to_value
 from controlplane.core.recommendations.views import as_json_value
 from controlplane.core.routing.dispatcher import Dispatcher
 from controlplane.core.routing.endpoint_table import EndpointTable, LoadSettings
@@ -408,7 +407,7 @@ class Gateway:
         name = request.path.removeprefix(operator_queries.PREFIX)
         arguments = operator_queries.parse_arguments(name, request.query)
         found = await query_controller(self.controller, lambda controller: controller.query(name, arguments))
-        send_json(out, await asyncio.to_thread(to_value, found))
+        send_json(out, await asyncio.to_thread(operator_queries.json_value, found))
 
     async def _nodes(self, request: Request, out: Responder) -> None:
         found = await query_controller(self.controller, lambda controller: controller.nodes())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import click
 from rich.console import Group
@@ -24,14 +24,23 @@ from controlplane.cli.lifecycle.tables import (
 )
 from controlplane.cli.operating.alerts import firing_summary
 from controlplane.controller.api import ControllerApi
+from controlplane.core.cluster.snapshot import ClusterSnapshot
 from controlplane.core.cluster.status import TierStatus, tier_statuses
+from controlplane.core.cluster.tier_spec import TierSpec
+from controlplane.core.domain.event import Event
 from controlplane.core.reconcile.migrations import Activity
-
-if TYPE_CHECKING:
-    from controlplane.ray_cluster.plane import PlaneView
 
 REFRESH_S = 1.0
 SHOWN_EVENTS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class ShownPlane:
+    """What the controller says about a plane."""
+
+    snapshot: ClusterSnapshot
+    tiers: tuple[TierSpec, ...]
+    events: tuple[Event, ...]
 
 
 @click.command()
@@ -73,17 +82,15 @@ def _watch(plane: PlaneAccess, as_json: bool) -> None:
             time.sleep(REFRESH_S)
 
 
-def _query(plane: PlaneAccess) -> tuple[PlaneView, Activity]:
-    from controlplane.ray_cluster.plane import PlaneView
-
-    return PlaneView(*plane.call(ControllerApi.status)), plane.call(ControllerApi.activity)
+def _query(plane: PlaneAccess) -> tuple[ShownPlane, Activity]:
+    return ShownPlane(*plane.call(ControllerApi.status)), plane.call(ControllerApi.activity)
 
 
-def _tiers(view: PlaneView) -> tuple[TierStatus, ...]:
+def _tiers(view: ShownPlane) -> tuple[TierStatus, ...]:
     return tier_statuses(view.snapshot, view.tiers)
 
 
-def _tables(view: PlaneView, activity: Activity, *, events: bool = False) -> Group:
+def _tables(view: ShownPlane, activity: Activity, *, events: bool = False) -> Group:
     unix_s = view.snapshot.unix_s
     parts: list[Any] = [
         status_table(_tiers(view), unix_s),
@@ -101,7 +108,7 @@ def _tables(view: PlaneView, activity: Activity, *, events: bool = False) -> Gro
     return Group(*parts)
 
 
-def _as_json(view: PlaneView, activity: Activity) -> dict[str, Any]:
+def _as_json(view: ShownPlane, activity: Activity) -> dict[str, Any]:
     unix_s = view.snapshot.unix_s
     return {
         "unix_s": unix_s,

@@ -7,6 +7,7 @@ Only queries are here; what changes a plane needs Ray's token. Each result is th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import isfinite
@@ -15,6 +16,7 @@ from urllib.parse import parse_qsl
 
 import msgspec
 
+from controlplane.core.json_values import to_value
 from controlplane.core.reports.report import MAX_WINDOW_MINUTES, MIN_WINDOW_MINUTES
 from controlplane.errors import BadRequest, shown
 
@@ -72,6 +74,20 @@ SUMMARIES: Final[Mapping[str, str]] = {
     "plane_report": "for the command line: a report on the minutes before now",
     "history": "for the command line: stored points of series",
 }
+
+
+def json_value(found: Any) -> Any:
+    """A result as JSON values. JSON has no infinite numbers, which an SLO without a limit has: they become
+    the strings ``inf`` and ``-inf``, which the command line reads as numbers again."""
+    return _finite(to_value(found))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def parse_arguments(name: str, query: str) -> dict[str, Any]:

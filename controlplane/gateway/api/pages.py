@@ -189,7 +189,7 @@ def _tier_health(
         status, target = "drained", 0
     elif ready >= target:
         status = "healthy" if ready else "idle"
-    elif mode is TierMode.STARTING and not ready:
+    elif not ready and (mode is TierMode.STARTING or _all_starting(pool)):
         status = "starting"
     else:
         status = "degraded" if ready else "unhealthy"
@@ -224,6 +224,12 @@ def _tier_health(
             for load in pool.loads
         ],
     }
+
+
+def _all_starting(pool: TierPool) -> bool:
+    """Whether the tier has endpoints, none of which has ever been ready."""
+    states = {load.endpoint.state for load in pool.loads}
+    return states == {EndpointState.STARTING}
 
 
 def status(config: PlaneConfig, snapshot: ClusterSnapshot | None) -> dict[str, Any]:

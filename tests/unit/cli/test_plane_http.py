@@ -16,8 +16,11 @@ from controlplane.cli.controller_access import PlaneAccess
 from controlplane.cli.plane_http import GatewayUnreachable
 from controlplane.controller.api import ControllerApi
 from controlplane.core.alerts.views import AlertsResponse
-from controlplane.core.cluster.tier_spec import TierSpec
+from controlplane.core.autoscaling.capacity import EngineSpeed
+from controlplane.core.autoscaling.rule import ScalingRule
+from controlplane.core.cluster.tier_spec import ScalingPlan, TierSpec
 from controlplane.core.domain.event import Event
+from controlplane.core.domain.request import RequestShape
 from controlplane.core.recommendations.log import TrackRecord
 from controlplane.core.recommendations.views import ScalingReport
 from controlplane.core.reports.recorded_traffic import Point
@@ -30,6 +33,12 @@ from tests.support.gateway import running
 EVENT = Event(7, 1.5, "cordon", "GPU-1", 'said "stop"', "balanced", "ada")
 
 
+PLAN = ScalingPlan(
+    ScalingRule("balanced", EngineSpeed(1e-2, 1e-3, 1e-4), RequestShape(10, 10)), autoscaled=True, ceiling=4
+)
+"""Its SLO has no limit for the whole response: an infinite number."""
+
+
 def values() -> dict[str, Any]:
     world = World({"n1": ["GPU-1", "GPU-2"]}, {"balanced": 1})
     for _ in range(8):
@@ -39,7 +48,7 @@ def values() -> dict[str, Any]:
     return {
         "status": (
             world.registry.snapshot(secrets=False),
-            (TierSpec("balanced", "m", "simulated", 2, 10),),
+            (TierSpec("balanced", "m", "simulated", 2, 10, scaling=PLAN),),
             (EVENT,),
         ),
         "gpus": controller.gpus(),
@@ -154,3 +163,21 @@ def test_commands_that_only_query_import_neither_ray_nor_the_configuration() -> 
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_ray_is_imported_only_after_its_token_is_in_the_environment() -> None:
+    """Ray reads its token when it is imported: a command that imports it earlier is refused by the plane."""
+    script = """
+import contextlib, sys
+from controlplane.cli import controller_access
+from controlplane.controller.api import ControllerApi
+
+def connect(address):
+    assert "ray" not in sys.modules
+    raise SystemExit(7)
+
+controller_access.connected_ray = connect
+controller_access.PlaneAccess("127.0.0.1:1", "tierplane").call(ControllerApi.drain, "small")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 7, done.stderr[-2000:]
