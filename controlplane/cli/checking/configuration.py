@@ -99,8 +99,12 @@ def name_warnings(plane: PlaneConfig) -> list[Problem]:
 
 def _args(file: ServeFile) -> tuple[PathPart, ...]:
     """The path of tierplane's settings in the file."""
-    applications = enumerate(file.raw["applications"])
-    return "applications", next(i for i, app in applications if app.get("import_path") == IMPORT_PATH), "args"
+    index = next(
+        i
+        for i, each in enumerate(file.raw["applications"])
+        if isinstance(each, Mapping) and each.get("import_path") == IMPORT_PATH
+    )
+    return "applications", index, "args"
 
 
 def _engine_problems(tier: TierConfig) -> list[Problem]:

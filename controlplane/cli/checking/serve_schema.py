@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
-from controlplane.config import ServeFile
+from controlplane.config import IMPORT_PATH, ServeFile
 from controlplane.config.strict import PathPart
 from controlplane.errors import Problem
 
@@ -63,7 +63,7 @@ def _deployment_problems(file: ServeFile) -> list[Located]:
     index, application = next(
         (i, each)
         for i, each in enumerate(file.raw["applications"])
-        if each.get("name", "default") == file.application
+        if isinstance(each, Mapping) and each.get("import_path") == IMPORT_PATH
     )
     known = ["gateway", *(tier.name for tier in file.plane.tiers)]
     found: list[Located] = []

@@ -187,3 +187,12 @@ def test_variables_of_an_engine(tmp_path: Path, settings: dict[str, Any], path: 
 def test_settings_that_an_endpoint_would_not_use(tmp_path: Path, settings: dict[str, Any]) -> None:
     tier = {"name": "a", "engine": "endpoint", "model": "m", "url": "http://h:1", **settings}
     assert list(problems(tmp_path, tier)) == list(settings)
+
+
+@pytest.mark.parametrize("other", ["text", None, 5, [], {}, {"import_path": 5}])
+def test_another_application_that_is_none(tmp_path: Path, other: Any) -> None:
+    path = tmp_path / "plane.yaml"
+    ours = {"import_path": "deployments.app:build", "args": {"tiers": [SIMULATED]}}
+    path.write_text(json.dumps({"applications": [other, ours]}))
+    with pytest.raises(ConfigError, match=r"applications\[0\].*Serve refuses it"):
+        load_checked(str(path))
