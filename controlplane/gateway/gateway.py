@@ -191,7 +191,7 @@ class Gateway:
         shared = HttpServer(self.handle, **self._intake)
         self.port = await shared.start(host, port)
         self._servers.append(shared)
-        private = HttpServer(self._private, max_body_bytes=1024)
+        private = HttpServer(self._private, max_body_bytes=1024, access=self._intake["access"])
         private_port = await private.start(host, 0)
         self._servers.append(private)
         address = node_address if host in EVERY_ADDRESS and node_address else host

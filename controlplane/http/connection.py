@@ -115,15 +115,20 @@ class ClientConnection(asyncio.Protocol):
             self._parse(data)
 
     def eof_received(self) -> bool:
-        """The client sends no more. It may still read the response to what it sent, or it may be gone: only
-        an answer to something that is sent to it shows which."""
-        if not self.busy or self.closed or self._rejection is not None:
-            return False
+        """The client sends no more. If it did so at once after its request, it may still read the response;
+        or it is gone, which only its answer to something that is sent to it shows. Once a response has begun,
+        it is taken for gone."""
         response = self._response
-        if response is not None and response.started:
-            return False  # nobody half-closes in the middle of a response: the client has left
+        if (
+            not self.busy
+            or self.closed
+            or self._rejection is not None
+            or response is None
+            or response.started
+        ):
+            return False
         self._half_closed = True
-        if response is not None and response.chunked:
+        if response.chunked:
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")  # a client that is gone answers with a reset
         self._loop.call_later(_HALF_CLOSED_CHECK_S, self.check_half_closed)
         return True

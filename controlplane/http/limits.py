@@ -20,7 +20,7 @@ that the next byte doesn't search for the largest again."""
 _CONNECTION_SHARE: Final = 3 / 4
 """Share of the process's file descriptors for clients; the others are for engines and the process itself."""
 _RESERVED_FILES: Final = 64
-_FEWEST_CONNECTIONS: Final = 16
+_FEWEST_CONNECTIONS: Final = 64
 _MOST_CONNECTIONS: Final = 65_536
 
 
@@ -51,7 +51,8 @@ class ServerLimits:
     sweep_s: float = 1.0
     """How often connections are checked against the limits of time."""
     connections: int | None = None
-    """Connections of a server; by default three quarters of the process's file descriptors, less 64."""
+    """Connections of a server; by default three quarters of the process's file descriptors, less 64, and at
+    least 64."""
 
     def most_connections(self) -> int:
         """The number of connections that may be open now."""

@@ -141,12 +141,12 @@ async def test_if_every_connection_is_busy_a_new_one_is_refused() -> None:
 async def test_a_lower_limit_of_file_descriptors_holds_for_open_connections() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     async with serving(echo, limits=ServerLimits(sweep_s=0.02)) as (server, port):
-        clients = [await asyncio.open_connection("127.0.0.1", port) for _ in range(40)]
-        await until_async(lambda: len(server.connections) == 40)
+        clients = [await asyncio.open_connection("127.0.0.1", port) for _ in range(100)]
+        await until_async(lambda: len(server.connections) == 100)
         try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (120, hard))
-            assert ServerLimits().most_connections() == 26
-            await until_async(lambda: len(server.connections) <= 26)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+            assert ServerLimits().most_connections() == 86
+            await until_async(lambda: len(server.connections) <= 86)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         for _, writer in clients:

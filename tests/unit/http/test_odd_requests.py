@@ -191,3 +191,22 @@ async def test_a_client_that_has_left_is_noticed_although_it_looks_half_closed()
         writer.close()
         await until_async(lambda: ended == ["/left"])
         await until_async(lambda: not server.connections)
+
+
+async def test_a_client_that_leaves_a_silent_stream_is_noticed() -> None:
+    ended: list[str] = []
+
+    async def stream(request: Request, out: Responder) -> None:
+        out.start(200, [])
+        out.write(b"first")
+        try:
+            await forever()
+        finally:
+            ended.append(request.path)
+
+    async with serving(stream) as (_, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /stream HTTP/1.1\r\nhost: h\r\n\r\n")
+        await reader.readuntil(b"first\r\n")
+        writer.close()
+        await until_async(lambda: ended == ["/stream"])
