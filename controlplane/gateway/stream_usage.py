@@ -25,7 +25,7 @@ USAGE_MARK: Final = b'"usage"'
 _WHOLE_NUMBER: Final = re.compile(rb"([0-9]{1,9})(?:\.0*)?")
 _OBJECT: Final = re.compile(rb'"usage"\s*:\s*\{')
 _NO_CHOICES: Final = re.compile(rb'"choices"\s*:\s*\[\s*\]')
-_EVENT: Final = re.compile(rb".*?(?:\n\n|\n\r\n|\Z)", re.DOTALL)
+_BLANK_LINES: Final = (b"\n\n", b"\n\r\n")
 _DATA: Final = re.compile(rb"^data:(.*)$", re.MULTILINE)
 _ASKED: Final = b',"stream_options":{"include_usage":true}}'
 _MISSING: Final = (b"", b"null")
@@ -129,13 +129,18 @@ class StreamUsage:
         the whole."""
         prompt = generated = None
         wrong = False
-        for found in _DATA.finditer(self._first + self._last):
-            data = found[1]
-            if USAGE_MARK in data:
-                usage = response_usage(data)
-                prompt = _larger(prompt, usage.prompt)
-                generated = _larger(generated, usage.generated)
-                wrong = wrong or usage.wrong
+        events = self._first + self._last
+        read_to = 0
+        for found in _OBJECT.finditer(events):
+            if found.start() < read_to:
+                continue
+            begin = events.rfind(b"\n", 0, found.start()) + 1
+            read_to = events.find(b"\n", found.start())
+            data = _DATA.match(events, begin, read_to)
+            usage = response_usage(data[1]) if data is not None else ReportedUsage()
+            prompt = _larger(prompt, usage.prompt)
+            generated = _larger(generated, usage.generated)
+            wrong = wrong or usage.wrong
         return ReportedUsage(prompt, generated, wrong)
 
 
@@ -171,9 +176,27 @@ def spliced(body: bytes) -> bytes:
 
 def without_usage_events(events: bytes) -> bytes:
     """Whole events without those that only carry usage."""
-    if _NO_CHOICES.search(events) is None:
-        return events
-    return b"".join(event for event in _EVENT.findall(events) if not _only_usage(event))
+    kept = []
+    kept_to = 0
+    for found in _NO_CHOICES.finditer(events):
+        begin, end = _bounds(events, found.start())
+        if begin >= kept_to and _only_usage(events[begin:end]):
+            kept.append(events[kept_to:begin])
+            kept_to = end
+    return b"".join((*kept, events[kept_to:])) if kept_to else events
+
+
+def _bounds(events: bytes, offset: int) -> tuple[int, int]:
+    """Where the event at ``offset`` begins and ends."""
+    begin = max(
+        (found + len(blank) for blank in _BLANK_LINES if (found := events.rfind(blank, 0, offset)) >= 0),
+        default=0,
+    )
+    end = min(
+        (found + len(blank) for blank in _BLANK_LINES if (found := events.find(blank, offset)) >= 0),
+        default=len(events),
+    )
+    return begin, end
 
 
 def _only_usage(event: bytes) -> bool:
