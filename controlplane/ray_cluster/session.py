@@ -247,8 +247,7 @@ def start(record: RunRecord, ports: Ports, *, dashboard: bool) -> RunRecord:
     # Checked even if Ray has started: it does not notice if its client server could not bind its port.
     check_ports(record, ports, done.stdout + done.stderr)
     if done.returncode != 0 or not address_file.exists():
-        output = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
-        raise SetupError(f"Ray could not be started:\n{output}")
+        raise SetupError(f"Ray could not be started:\n{_cause(done.stdout + done.stderr)}")
     record = replace(
         record,
         ray_address=address_file.read_text().strip(),
@@ -256,6 +255,18 @@ def start(record: RunRecord, ports: Ports, *, dashboard: bool) -> RunRecord:
     )
     record.save()
     return record
+
+
+def _cause(output: str) -> str:
+    """The last lines of a program's output without the lines of a traceback; with the remedy if its disk is
+    full."""
+    lines = [
+        line for line in output.strip().splitlines() if line.strip() and not line.startswith(("  ", "Trace"))
+    ]
+    text = "\n".join(lines[-5:])
+    if re.search(r"No space left on device|File too large|Disk quota exceeded", output):
+        text += "\nFree space in /tmp and in the run folder (TIERPLANE_RUN_DIR)."
+    return text
 
 
 def check_ports(record: RunRecord, ports: Ports, output: str = "") -> None:

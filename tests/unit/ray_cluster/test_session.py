@@ -234,6 +234,16 @@ def test_a_port_that_ray_can_not_bind_is_named(
         session.start(prepared, ports, dashboard=False)
 
 
+def test_a_ray_that_fails_is_no_traceback(
+    fake_ray: Callable[[str], list[list[str]]], prepared: RunRecord
+) -> None:
+    fake_ray("raise OSError(28, 'No space left on device')")
+    with Ports() as ports, pytest.raises(SetupError) as error:
+        session.start(prepared, ports, dashboard=False)
+    assert "OSError: [Errno 28] No space left on device\nFree space in /tmp" in str(error.value)
+    assert "Traceback" not in str(error.value)
+
+
 def test_ray_starts_again_in_a_cleared_folder_with_the_same_token(
     fake_ray: Callable[[str], list[list[str]]], prepared: RunRecord, spawn: Spawn
 ) -> None:
