@@ -8,7 +8,7 @@ import time
 import click
 from rich.table import Table
 
-from controlplane.cli.console import stdout
+from controlplane.cli.console import age, stdout
 from controlplane.cli.controller_access import connected, plane_options
 from controlplane.controller.api import ControllerApi
 from controlplane.core.recommendations.log import IssuedRecommendation
@@ -29,9 +29,14 @@ def command(scored: bool, as_json: bool, address: str | None, namespace: str | N
     console = stdout()
     if not scored:
         console.print(_targets(report))
-    shown = [item for item in report.recommendations if (item.applied is not None) == scored]
+    unix_s = report.unix_s or time.time()
+    shown = [
+        item
+        for item in report.recommendations
+        if (item.score is not None if scored else item.applies(unix_s))
+    ]
     if shown:
-        console.print(_recommendations(shown))
+        console.print(_recommendations(shown, unix_s))
     else:
         console.print(
             "no recommendation has been scored yet"
@@ -57,14 +62,15 @@ def _targets(report: ScalingReport) -> Table:
     return table
 
 
-def _recommendations(issued: list[IssuedRecommendation]) -> Table:
+def _recommendations(issued: list[IssuedRecommendation], unix_s: float) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for head in ("made", "tier", "recommendation", "predicted effect", "confidence", "outcome"):
+    for head in ("made", "", "tier", "recommendation", "predicted effect", "confidence", "outcome"):
         table.add_column(head, overflow="fold")
     for item in issued:
         recommendation = item.recommendation
         table.add_row(
-            time.strftime("%H:%M:%S", time.localtime(item.unix_s)),
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(item.unix_s)),
+            f"{age(unix_s - item.unix_s)} ago",
             recommendation.instance,
             f"{recommendation.kind}: {recommendation.suggestion} ({'; '.join(recommendation.reasons)})",
             effect_text(recommendation.effect),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Final
 
 from controlplane.controller.controller import Controller
 from controlplane.core.autoscaling.round import ScalingRound
@@ -13,13 +14,34 @@ from controlplane.core.recommendations.rules import GPU_LOAD, SLOT_LOAD, TierCon
 from controlplane.core.telemetry.series import Freshness, Signal, missing
 from controlplane.core.traffic.counters import TierFigures
 
+OBSERVED_WINDOWS: Final = 2.0
+"""A tier counts as idle only after it was observed with its replicas for this many windows."""
+
 
 def conditions(
-    controller: Controller, specs: Iterable[TierSpec], scalers: ScalingRound, window_s: float, now_s: float
+    controller: Controller,
+    specs: Iterable[TierSpec],
+    scalers: ScalingRound,
+    window_s: float,
+    now_s: float,
+    observed_since_s: float,
 ) -> dict[str, TierCondition]:
-    """By tier, over ``window_s``. ``scalers`` has what was learned about each tier's engines."""
+    """By tier, over ``window_s``. ``scalers`` has what was learned about each tier's engines;
+    ``observed_since_s`` is when the controller began to observe."""
     figures = controller.traffic_figures(window_s)
-    return {spec.name: _condition(controller, spec, scalers, figures[spec.name], now_s) for spec in specs}
+    found = {}
+    for spec in specs:
+        condition = _condition(controller, spec, scalers, figures[spec.name], now_s)
+        ages_s = [
+            controller.unix_s() - item.since_unix_s
+            for item in controller.endpoints_of(spec.name)
+            if item.state not in ENDED
+        ]
+        observed_s = min([now_s - observed_since_s, *ages_s])
+        found[spec.name] = replace(
+            condition, observed_s=observed_s, min_observed_s=OBSERVED_WINDOWS * window_s
+        )
+    return found
 
 
 def _condition(

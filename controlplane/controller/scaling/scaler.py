@@ -54,6 +54,8 @@ class PlaneScaler:
         self.recommendations: Final = self._recommender.log
         self._manual = ManualTargets(controller)
         self._observer = TierObserver(controller)
+        self._since_s = controller.now_s()
+        """When this controller began to observe."""
         self._reported: tuple[TierScaling, ...] = ()
         """What snapshots now say about scaling."""
         self._starts = ColdStarts()
@@ -139,7 +141,7 @@ class PlaneScaler:
     ) -> tuple[IssuedRecommendation, ...]:
         controller, config = self._controller, self.config
         changes = self._recommender.update(
-            conditions(controller, specs, self._round, config.window_s, now_s),
+            conditions(controller, specs, self._round, config.window_s, now_s, self._since_s),
             config.recommendation_rules(),
             self._gpu_total(),
             now_s=now_s,
@@ -157,8 +159,11 @@ class PlaneScaler:
 
     def _report_to_gateways(self) -> None:
         """Publish a new snapshot if the state of a tier's scaling has changed."""
+        unix_s = self._controller.unix_s()
         kinds = {
-            item.recommendation.instance: item.recommendation.kind.value for item in self.recommendations.open
+            item.recommendation.instance: item.recommendation.kind.value
+            for item in self.recommendations.open
+            if item.applies(unix_s)
         }
         base_targets = self._controller.base_targets()
         before = {item.tier: item.forecast_per_s for item in self._reported}
@@ -185,7 +190,9 @@ class PlaneScaler:
             if spec.scaling is not None
         )
         log = self.recommendations
-        return ScalingReport(self.config.mode, views, log.issued, log.record())
+        return ScalingReport(
+            self.config.mode, views, log.issued, log.record(), unix_s=self._controller.unix_s()
+        )
 
     def _view(self, spec: TierSpec, base_target: int) -> TierScalingView:
         decision, override = self._decisions.get(spec.name), self._manual.overrides.of(spec.name)

@@ -62,5 +62,6 @@ class Recommender:
         if due:
             self._issued_s = now_s
         new = [item for item in found if due or (item.instance, item.kind) not in self._previous]
+        self.log.renew(found, unix_s)
         self._previous = {(item.instance, item.kind) for item in found}
         return RecommendationChanges(self.log.issue(new, tiers, unix_s), scored)

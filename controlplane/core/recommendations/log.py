@@ -24,6 +24,10 @@ from controlplane.core.recommendations.rules import (
 MAX_RECOMMENDATIONS: Final = 200
 """Maximum number of recommendations in a log, by default."""
 PATIENCE: Final = 3.0
+STALE_S: Final = 120.0
+"""A recommendation that has not applied for this long is not shown as a current one."""
+RENEW_S: Final = 30.0
+"""The time at which a recommendation last applied is recorded this precisely."""
 
 
 class IssuedRecommendation(msgspec.Struct, frozen=True, rename={"recommendation": "advice"}):
@@ -41,6 +45,12 @@ class IssuedRecommendation(msgspec.Struct, frozen=True, rename={"recommendation"
     """Whether it was followed; None while it is open."""
     score: Score | None = None
     """None while it is open, or if figures that scoring needs were missing."""
+    ended: str = ""
+    """Why it was closed before it could be scored: another recommendation for the tier took its place."""
+
+    def applies(self, unix_s: float) -> bool:
+        """Whether it is open, and applied within the last :data:`STALE_S`."""
+        return self.applied is None and unix_s - self.again_unix_s <= STALE_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +95,7 @@ class RecommendationLog:
         """Add the recommendations, and return those that were not open already."""
         new = []
         for item in recommendations:
+            self._replace_others(item)
             known = self._open.get(_key(item))
             if known is not None:
                 self._issued[known] = msgspec.structs.replace(self._issued[known], again_unix_s=unix_s)
@@ -96,6 +107,23 @@ class RecommendationLog:
             new.append(issued)
         return tuple(new)
 
+    def renew(self, recommendations: Iterable[Recommendation], unix_s: float) -> None:
+        """Record that open recommendations apply now."""
+        for item in recommendations:
+            number = self._open.get(_key(item))
+            if number is not None and unix_s - self._issued[number].again_unix_s >= RENEW_S:
+                self._issued[number] = msgspec.structs.replace(self._issued[number], again_unix_s=unix_s)
+
+    def _replace_others(self, new: Recommendation) -> None:
+        """Close the tier's open recommendations of other kinds: there is one at a time for a tier."""
+        for key, number in list(self._open.items()):
+            if key[0] == new.instance and key[1] is not new.kind:
+                ended = f"replaced by {new.kind.value}"
+                self._issued[number] = msgspec.structs.replace(
+                    self._issued[number], applied=False, ended=ended
+                )
+                del self._open[key]
+
     def score_due(
         self, conditions: Mapping[str, TierCondition], unix_s: float, after_s: float
     ) -> tuple[IssuedRecommendation, ...]:
@@ -103,7 +131,8 @@ class RecommendationLog:
         of their tiers, and return them."""
         closed = []
         for item in self.open:
-            age_s = unix_s - item.unix_s
+            # A time in the future was recorded by a clock that was wrong.
+            age_s = unix_s - item.unix_s if item.unix_s <= unix_s else PATIENCE * after_s
             if age_s < after_s:
                 continue
             condition = conditions.get(item.recommendation.instance)

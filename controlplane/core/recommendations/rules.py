@@ -114,6 +114,10 @@ class TierCondition:
     capacity: ReplicaCapacity | None = None
     mean_request: RequestShape | None = None
     bounds: LatencyBounds | None = None
+    observed_s: float = math.inf
+    """How long the tier has been observed with the replicas that it has now."""
+    min_observed_s: float = 0.0
+    """Before that, a tier without requests does not count as idle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,7 +317,7 @@ def _count(replicas: int) -> str:
 
 def _idle(tier: TierCondition, limits: Thresholds) -> bool:
     gpu, rate, queue = tier.gpu_ratio.fresh, tier.requests_per_s.fresh, tier.queue.fresh
-    if gpu is None or rate is None or queue is None:
+    if gpu is None or rate is None or queue is None or tier.observed_s < tier.min_observed_s:
         return False
     return gpu < limits.idle_gpu_ratio and rate < limits.idle_requests_per_s and queue == 0
 

@@ -40,15 +40,25 @@ class ScalingReport:
     tiers: tuple[TierScalingView, ...]
     recommendations: tuple[IssuedRecommendation, ...]
     record: TrackRecord
+    unix_s: float = 0.0
+    """When the report was made."""
 
 
 def as_json_value(report: ScalingReport) -> dict[str, Any]:
-    """``{mode, tiers: [...], recommendations: [...], record: {...}}``, for ``/recommendations`` and
+    """``{unix_s, mode, tiers: [...], recommendations: [...], record: {...}}``, for ``/recommendations`` and
     ``--json``."""
     return {
+        "unix_s": report.unix_s,
         "mode": report.mode,
         "tiers": [asdict(tier) for tier in report.tiers],
-        "recommendations": [recommendation_as_json(item) for item in report.recommendations],
+        "recommendations": [
+            {
+                **recommendation_as_json(item),
+                "age_s": round(max(0.0, report.unix_s - item.unix_s), 1),
+                "applies": item.applies(report.unix_s),
+            }
+            for item in report.recommendations
+        ],
         "record": asdict(report.record),
     }
 
@@ -68,6 +78,7 @@ def recommendation_as_json(item: IssuedRecommendation) -> dict[str, Any]:
         "predicted": asdict(recommendation.effect),
         "confidence": recommendation.confidence,
         "applied": item.applied,
+        "ended": item.ended,
         "score": asdict(item.score) if item.score is not None else None,
     }
 
@@ -84,6 +95,8 @@ def outcome_text(item: IssuedRecommendation) -> str:
     """The outcome of a recommendation, as text; empty while it is open."""
     if item.applied is None:
         return ""
+    if item.ended:
+        return item.ended
     done = "followed" if item.applied else "not followed"
     score = "not measured" if item.score is None else f"{item.score.value:.2f}: {item.score.reason}"
     return f"{done}; {score}"

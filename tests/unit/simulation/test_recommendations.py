@@ -158,7 +158,9 @@ def test_thresholds_interval_and_times_are_the_settings() -> None:
     given = fixed(often, arrivals).recommendations
     assert given[0].unix_s == START_UNIX_S + 10.0
     assert given[1].unix_s - given[0].unix_s == 100.0
-    assert given[0].again_unix_s - given[0].unix_s == 50.0
+    assert 50.0 <= given[0].again_unix_s - given[0].unix_s < 100.0, (
+        "it still applied shortly before it was judged"
+    )
 
 
 def test_recommendations_do_not_affect_the_run() -> None:

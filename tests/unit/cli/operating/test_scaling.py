@@ -38,7 +38,9 @@ VIEW = TierScalingView("small", 2, 2, 3, "5 requests/s are forecast", "advise", 
 def plane(monkeypatch: pytest.MonkeyPatch) -> FakePlane:
     played = FakePlane(
         scale=ActionResponse(ActionOutcome.DONE, "tier small: 3 replicas", ("small",)),
-        scaling=ScalingReport("advise", (VIEW,), (OPEN, SCORED), TrackRecord(2, 1, 1, 0.8)),
+        scaling=ScalingReport(
+            "advise", (VIEW,), (OPEN, SCORED), TrackRecord(2, 1, 1, 0.8), unix_s=OPEN.again_unix_s + 60.0
+        ),
         plane_report=sample_report(),
     )
     played.connect(monkeypatch, scale, recommendations, report)

@@ -57,7 +57,7 @@ def test_what_still_applies_is_noted_every_interval_and_issued_again_once_scored
     run = Run()
     run.at(0.0, FULL)
     run.at(200.0, FULL)
-    assert run.log.issued[0].again_unix_s == 1000.0
+    assert run.log.issued[0].again_unix_s == 1200.0, "at every update, within half a minute"
     run.at(300.0, FULL)
     assert run.log.issued[0].again_unix_s == 1300.0
     assert run.at(599.0, FULL) == RecommendationChanges()
@@ -146,3 +146,29 @@ def test_a_log_is_restored_with_its_open_recommendations() -> None:
     later = Recommender(again)
     found = later.update({"small": FULL}, RULES, None, now_s=0.0, unix_s=1700.0)
     assert found == RecommendationChanges(), "what was open still is"
+
+
+def test_there_is_one_recommendation_at_a_time_for_a_tier() -> None:
+    run = Run()
+    assert run.kinds(0.0, FULL) == ["scale_out"]
+    assert run.kinds(5.0, SLOW) == ["scale_up"]
+    (first, second) = run.log.issued
+    assert (first.applied, first.ended) == (False, "replaced by scale_up")
+    assert run.log.open == (second,)
+
+
+def test_a_recommendation_that_no_longer_applies_is_no_current_one() -> None:
+    run = Run()
+    run.at(0.0, FULL)
+    (item,) = run.log.open
+    assert item.applies(1000.0 + 60.0)
+    assert not item.applies(1000.0 + 130.0)
+
+
+def test_a_tier_is_not_idle_seconds_after_a_start() -> None:
+    idle = replace(
+        CALM, replicas=2, gpu_ratio=known_now(0.0), requests_per_s=known_now(0.0), min_observed_s=600.0
+    )
+    run = Run()
+    assert run.kinds(0.0, replace(idle, observed_s=30.0)) == []
+    assert run.kinds(5.0, replace(idle, observed_s=601.0)) == ["scale_down"]
