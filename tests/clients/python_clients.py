@@ -1,8 +1,8 @@
 """The Python clients of the client table: each calls a gateway as its users do, and says what came of it.
 
 Run by :mod:`tests.clients` in an environment of its own, as ``python python_clients.py BASE_URL MODEL
-[CLIENT…]``; prints JSON, ``{client: {feature: "ok" or what went wrong}}``. The features: a stream, a loop with
-a tool and its result, structured output, and errors as the client's own types.
+[CLIENT…]``; prints JSON, ``{client: {feature: "ok" or what went wrong}}``. The features: a stream, a loop
+with a tool and its result, structured output, and errors as the client's own types.
 """
 
 from __future__ import annotations
