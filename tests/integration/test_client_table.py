@@ -21,7 +21,7 @@ async def test_every_client_works_with_streams_tools_structured_output_and_error
     capabilities: Capabilities,
 ) -> None:
     async with running() as rig:
-        await rig.engine("only", limit=64, ttft_ms=40)
+        await rig.engine("only", limit=64, ttft_ms=300)
         rig.change("only", capabilities=capabilities)
         program = str(ROOT / "tests" / "clients" / "python_clients.py")
         child = await asyncio.create_subprocess_exec(
