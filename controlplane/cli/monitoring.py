@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
 
 import click
 
 from controlplane.monitoring.files import HEADER, RAY_TARGETS, kubernetes_files, local_files
+from controlplane.ray_cluster import session
+
+DEFAULT_TARGET: Final = "127.0.0.1:8080"
 
 
 @click.group(name="monitoring")
@@ -17,8 +22,9 @@ def command() -> None:
 @command.command(name="local")
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.option(
-    "--target", "targets", multiple=True, metavar="HOST:PORT", default=("127.0.0.1:8080",), show_default=True,
-    help="A gateway; repeatable, but each gateway reports for all of them.",
+    "--target", "targets", multiple=True, metavar="HOST:PORT",
+    help="A gateway; by default that of the running plane, or 127.0.0.1:8080. Repeatable, but each gateway "
+    "reports for all of them.",
 )  # fmt: skip
 @click.option("--webhook", default="", metavar="URL", help="Where Alertmanager sends alerts.")
 @click.option(
@@ -26,16 +32,30 @@ def command() -> None:
     help="The Alertmanager that Prometheus sends alerts to.",
 )  # fmt: skip
 @click.option(
-    "--ray-targets", default=RAY_TARGETS, metavar="FILE", show_default=True,
-    help="The file in which Ray lists its metrics addresses.",
+    "--ray-targets", metavar="FILE",
+    help=f"The file in which Ray lists its metrics addresses; by default that of the running plane's Ray, or "
+    f"{RAY_TARGETS}.",
 )  # fmt: skip
 def local_command(
-    folder: Path, targets: tuple[str, ...], webhook: str, alertmanager: str, ray_targets: str
+    folder: Path, targets: tuple[str, ...], webhook: str, alertmanager: str, ray_targets: str | None
 ) -> None:
     """Write files for your own Prometheus, Alertmanager and Grafana to FOLDER.
 
-    Then run: prometheus --config.file FOLDER/prometheus.yml. Import FOLDER/dashboards/*.json in Grafana.
+    Then run: docker compose --project-directory FOLDER up, and open http://127.0.0.1:3000; Ray's dashboard
+    (tierplane up --dashboard) shows its metrics from there. Without containers:
+    prometheus --config.file FOLDER/prometheus.yml, and import FOLDER/dashboards/*.json in Grafana.
     """
+    record = session.load_record()
+    if not targets:
+        found = urlsplit(record.gateway_url or record.ingress_url).netloc if record else ""
+        targets = (found or DEFAULT_TARGET,)
+        click.echo(
+            f"gateway: {targets[0]} ({'the running plane' if found else 'no plane runs here'})", err=True
+        )
+    if ray_targets is None:
+        ray_targets = (
+            f"{record.temp_dir}/ray/{Path(RAY_TARGETS).name}" if record and record.temp_dir else RAY_TARGETS
+        )
     files = local_files(targets, webhook=webhook, alertmanager=alertmanager, ray_targets=ray_targets)
     write(folder, files, "local FOLDER")
 

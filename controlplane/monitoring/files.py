@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any, Final
 
 import yaml
@@ -17,19 +18,31 @@ RAY_TARGETS: Final = "/tmp/ray/prom_metrics_service_discovery.json"  # noqa: S10
 """The file in which Ray on this machine lists its metrics endpoints."""
 
 
+IMAGES: Final = {
+    "prometheus": "prom/prometheus:v3.5.0",
+    "alertmanager": "prom/alertmanager:v0.28.1",
+    "grafana": "grafana/grafana:12.1.1",
+}
+"""Images of the compose file."""
+PROMETHEUS_URL: Final = "http://127.0.0.1:9090"
+
+
 def local_files(
     targets: Sequence[str], *, webhook: str = "", ray_targets: str = RAY_TARGETS, alertmanager: str = ""
 ) -> dict[str, str]:
-    """Files for Prometheus, Alertmanager and Grafana outside Kubernetes.
+    """Files for Prometheus, Alertmanager and Grafana outside Kubernetes, and a compose file that runs them.
 
     ``targets`` are gateways as ``host:port``; one is enough, because each exports the series of all. Alerts
-    go to ``webhook`` through the Alertmanager at ``alertmanager`` (``host:port``)."""
+    go to ``webhook`` through the Alertmanager at ``alertmanager`` (``host:port``). ``ray_targets`` lies in
+    Ray's folder."""
     return {
         "prometheus.yml": _yaml(_prometheus(targets, ray_targets, alertmanager)),
         "rules.yml": _yaml(rule_groups()),
         "alertmanager.yml": _yaml(_alertmanager(webhook)),
         **{f"dashboards/{board.uid}.json": _json(grafana(board)) for board in DASHBOARDS},
-        "grafana/provisioning/dashboards.yml": _yaml(_provisioning()),
+        "grafana/provisioning/dashboards/tierplane.yml": _yaml(_provisioning()),
+        "grafana/provisioning/datasources/prometheus.yml": _yaml(_data_source()),
+        "compose.yaml": _yaml(_compose(ray_targets)),
     }
 
 
@@ -96,8 +109,86 @@ def _alertmanager(webhook: str) -> dict[str, Any]:
 
 
 def _provisioning() -> dict[str, Any]:
-    folder = {"name": "tierplane", "type": "file", "options": {"path": "/etc/grafana/dashboards"}}
-    return {"apiVersion": 1, "providers": [folder]}
+    folders = {"tierplane": "/etc/grafana/dashboards", "Ray": "/etc/grafana/ray-dashboards"}
+    return {
+        "apiVersion": 1,
+        "providers": [
+            {"name": name, "folder": name, "type": "file", "options": {"path": path}}
+            for name, path in folders.items()
+        ],
+    }
+
+
+def _data_source() -> dict[str, Any]:
+    """Ray's dashboards, and its dashboard's pages, expect a source of this name."""
+    source = {
+        "name": "Prometheus",
+        "type": "prometheus",
+        "access": "proxy",
+        "url": PROMETHEUS_URL,
+        "isDefault": True,
+    }
+    return {"apiVersion": 1, "datasources": [source]}
+
+
+def _compose(ray_targets: str) -> dict[str, Any]:
+    """Prometheus, Alertmanager and Grafana, on loopback only. Ray's dashboard shows Grafana's panels in
+    frames, so a viewer needs no password."""
+    ray = str(PurePosixPath(ray_targets).parent)
+
+    def service(name: str, volumes: Sequence[str], **more: Any) -> dict[str, Any]:
+        return {
+            "image": IMAGES[name],
+            "network_mode": "host",
+            "restart": "unless-stopped",
+            "volumes": volumes,
+            **more,
+        }
+
+    data = {name: {} for name in ("prometheus-data", "grafana-data")}
+    return {
+        "name": "tierplane-monitoring",
+        "services": {
+            "prometheus": service(
+                "prometheus",
+                [
+                    "./prometheus.yml:/etc/prometheus/prometheus.yml:ro",
+                    "./rules.yml:/etc/prometheus/rules.yml:ro",
+                    f"{ray}:{ray}:ro",
+                    "prometheus-data:/prometheus",
+                ],
+                command=[
+                    "--config.file=/etc/prometheus/prometheus.yml",
+                    "--web.listen-address=127.0.0.1:9090",
+                ],
+            ),
+            "alertmanager": service(
+                "alertmanager",
+                ["./alertmanager.yml:/etc/alertmanager/alertmanager.yml:ro"],
+                command=[
+                    "--config.file=/etc/alertmanager/alertmanager.yml",
+                    "--web.listen-address=127.0.0.1:9093",
+                    "--cluster.listen-address=",
+                ],
+            ),
+            "grafana": service(
+                "grafana",
+                [
+                    "./grafana/provisioning:/etc/grafana/provisioning:ro",
+                    "./dashboards:/etc/grafana/dashboards:ro",
+                    f"{ray}/session_latest/metrics/grafana/dashboards:/etc/grafana/ray-dashboards:ro",
+                    "grafana-data:/var/lib/grafana",
+                ],
+                environment={
+                    "GF_SERVER_HTTP_ADDR": "127.0.0.1",
+                    "GF_SECURITY_ALLOW_EMBEDDING": "true",
+                    "GF_AUTH_ANONYMOUS_ENABLED": "true",
+                    "GF_AUTH_ANONYMOUS_ORG_ROLE": "Viewer",
+                },
+            ),
+        },
+        "volumes": data,
+    }
 
 
 def _kustomization(boards: Sequence[str]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from controlplane.monitoring.files import kubernetes_files, local_files
 from tests.support.alert_series import CASES, rule_tests
 from tests.support.debian_tools import tool
 from tests.support.repository import ROOT
+from tests.support.run_record import run_record
 
 COMPONENT = ROOT / "k8s" / "components" / "monitoring"
 NAME = re.compile(r"\b(?:tier:|priority:)?(?:tierplane|ray)_[a-z0-9_:]+")
@@ -166,6 +167,37 @@ def test_local_files_are_valid_for_the_programs_that_read_them(tmp_path: Path) -
     assert "10.0.0.1:8080" in (tmp_path / "prometheus.yml").read_text()
     for board in DASHBOARDS:
         assert json.loads((tmp_path / "dashboards" / f"{board.uid}.json").read_text())["panels"]
+
+
+def test_the_files_are_for_the_running_plane(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIERPLANE_RUN_DIR", str(tmp_path / "run"))
+    (tmp_path / "run").mkdir()
+    assert (
+        "127.0.0.1:8080 (no plane runs here)" in CliRunner().invoke(command, ["local", str(tmp_path)]).stderr
+    )
+    record = run_record(gateway_url="http://127.0.0.1:8441", temp_dir="/tmp/plane-x")
+    record.save()
+    result = CliRunner().invoke(command, ["local", str(tmp_path)])
+    assert "127.0.0.1:8441 (the running plane)" in result.stderr
+    scraped = yaml.safe_load((tmp_path / "prometheus.yml").read_text())["scrape_configs"]
+    assert scraped[0]["static_configs"] == [{"targets": ["127.0.0.1:8441"]}]
+    assert scraped[1]["file_sd_configs"] == [
+        {"files": ["/tmp/plane-x/ray/prom_metrics_service_discovery.json"]}
+    ]
+
+
+def test_what_the_compose_file_mounts_is_written(tmp_path: Path) -> None:
+    files = local_files(["a:1"])
+    services = yaml.safe_load(files["compose.yaml"])["services"]
+    mounted = [each.split(":")[0] for service in services.values() for each in service["volumes"]]
+    ours = [each.removeprefix("./") for each in mounted if each.startswith("./")]
+    assert all(any(name == each or name.startswith(f"{each}/") for name in files) for each in ours)
+    provisioned = yaml.safe_load(files["grafana/provisioning/dashboards/tierplane.yml"])["providers"]
+    targets = {each.split(":")[1] for each in services["grafana"]["volumes"]}
+    assert {each["options"]["path"] for each in provisioned} <= targets
+    assert all("127.0.0.1" in str(service) for service in services.values())
+    (source,) = yaml.safe_load(files["grafana/provisioning/datasources/prometheus.yml"])["datasources"]
+    assert source["url"].removeprefix("http://") in str(services["prometheus"]["command"])
 
 
 def test_the_component_is_up_to_date() -> None:
