@@ -145,7 +145,7 @@ def _compose(ray_targets: str) -> dict[str, Any]:
             **more,
         }
 
-    data = {name: {} for name in ("prometheus-data", "grafana-data")}
+    data: dict[str, dict[str, Any]] = {name: {} for name in ("prometheus-data", "grafana-data")}
     return {
         "name": "tierplane-monitoring",
         "services": {
