@@ -82,6 +82,12 @@ GATEWAY: Final = Dashboard(
             "cps",
             about="How they were resumed; refused: they could not be.",
         ),
+        Panel(
+            "Impossible token counts",
+            {"{{tier}}": q.rate("tierplane_wrong_usage_total", ["tier"])},
+            "cps",
+            about="Responses whose token counts can't be right; they are not counted.",
+        ),
         Panel("Hedged requests", {"{{outcome}}": q.rate("tierplane_hedges_total", ["outcome"])}, "cps"),
         Panel(
             "Firing alerts",
