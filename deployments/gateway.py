@@ -89,6 +89,7 @@ class GatewayReplica:
                 self._info,
                 interval_s=self._report_interval_s,
                 report_now=self._report_now,
+                delivered=self._delivered,
             ),
         )
         log.info("gateway started", host=config.gateway.host, port=config.gateway.port)
@@ -116,6 +117,10 @@ class GatewayReplica:
         known = self._gateway.snapshot
         seen = (known.epoch, known.version) if known else ("", 0)
         return replace(self._gateway.info(), node_id=self._node_id, snapshot=seen)
+
+    def _delivered(self, info: GatewayInfo) -> None:
+        if info.ended is not None:
+            self._gateway.request_log.delivered(info.ended.number)
 
     def _report_interval_s(self) -> float:
         return DRAINING_REPORT_S if self._drains() else self._config.controller.heartbeat_s

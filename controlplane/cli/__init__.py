@@ -76,6 +76,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "controlplane.cli.operating.report:command",
         "Report on every tier and endpoint over the last minutes, hours or days.",
     ),
+    "requests": (
+        "controlplane.cli.operating.requests:command",
+        "Show single requests that have ended: where they were served, how fast, at what cost.",
+    ),
+    "sessions": (
+        "controlplane.cli.operating.requests:sessions",
+        "Show the sessions that cost most, or have most requests or tokens; whole hours are counted.",
+    ),
     "trace": (
         "controlplane.cli.operating.trace:command",
         "Export the plane's own traffic to a file that `tierplane simulate --trace` replays.",

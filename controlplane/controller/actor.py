@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from controlplane import logs
 from controlplane.config import ControllerConfig
 from controlplane.config.alerts import AlertsConfig
 from controlplane.config.scaling import ControllerScalingConfig
+from controlplane.controller import stored_requests
 from controlplane.controller.alert_delivery import AlertDelivery
 from controlplane.controller.alerting import Alerting
 from controlplane.controller.api import ControllerApi, R
@@ -57,6 +59,7 @@ from controlplane.core.reconcile.replica_targets import TierTarget
 from controlplane.core.reports.recorded_traffic import Point
 from controlplane.core.reports.report import PlaneReport
 from controlplane.core.telemetry.stalled_engine import StallRules
+from controlplane.core.traffic.request_log import RequestsView, SessionOrder, SessionsView
 from controlplane.node_agent.ray_actor import stop_node_agents
 from controlplane.paths import run_dir
 
@@ -172,9 +175,11 @@ class ControllerActor:
         self._changed()
 
     async def gateway_report(self, info: GatewayInfo) -> bool:
-        """See :meth:`Controller.gateway_report`."""
+        """See :meth:`Controller.gateway_report` and :meth:`Recorder.add_requests`."""
         if self._scaler.wakes(info):
             self._loops.run_soon(SCALING)
+        if info.ended is not None:
+            self._recorder.add_requests(info.gateway_id, info.ended)
         known = self._controller.gateway_report(info)
         self._changed()
         return known
@@ -305,6 +310,38 @@ class ControllerActor:
     async def plane_report(self, window_minutes: float = 60.0) -> PlaneReport:
         """See :meth:`Reports.report`."""
         return await self._reports.report(window_minutes)
+
+    async def requests(
+        self,
+        since_unix_s: float,
+        slow: bool = False,
+        failed: bool = False,
+        tier: str = "",
+        session: str = "",
+        limit: int = 50,
+    ) -> RequestsView:
+        """See :func:`stored_requests.requests`."""
+        query = partial(
+            stored_requests.requests,
+            since_unix_s=since_unix_s,
+            slow=slow,
+            failed=failed,
+            tier=tier,
+            session=session,
+            limit=limit,
+        )
+        found = await asyncio.to_thread(self._recorder.store.read, query)
+        return replace(found, cost_per_gpu_hour=self._config.scaling.cost_per_gpu_hour)
+
+    async def sessions(
+        self, since_unix_s: float, order: SessionOrder = SessionOrder.COST, limit: int = 20
+    ) -> SessionsView:
+        """See :func:`stored_requests.sessions`."""
+        query = partial(
+            stored_requests.sessions, since_unix_s=since_unix_s, order=SessionOrder(order), limit=limit
+        )
+        found = await asyncio.to_thread(self._recorder.store.read, query)
+        return replace(found, cost_per_gpu_hour=self._config.scaling.cost_per_gpu_hour)
 
     async def activity(self) -> Activity:
         """See :meth:`Controller.activity`."""

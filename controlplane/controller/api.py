@@ -24,6 +24,7 @@ from controlplane.core.reconcile.migrations import Activity
 from controlplane.core.reconcile.replica_targets import TierTarget
 from controlplane.core.reports.recorded_traffic import Point
 from controlplane.core.reports.report import PlaneReport
+from controlplane.core.traffic.request_log import RequestsView, SessionOrder, SessionsView
 
 if TYPE_CHECKING:  # They take half a second to import, which commands that only query need not spend.
     from controlplane.config.alerts import AlertsConfig
@@ -175,6 +176,24 @@ class ControllerApi(Protocol):
 
     async def plane_report(self, window_minutes: float = 60.0) -> PlaneReport:
         """What every tier and endpoint did in the last minutes. ValueError if the window is out of range."""
+        ...
+
+    async def requests(
+        self,
+        since_unix_s: float,
+        slow: bool = False,
+        failed: bool = False,
+        tier: str = "",
+        session: str = "",
+        limit: int = 50,
+    ) -> RequestsView:
+        """Logged requests that ended since then, the slowest or else the newest first."""
+        ...
+
+    async def sessions(
+        self, since_unix_s: float, order: SessionOrder = SessionOrder.COST, limit: int = 20
+    ) -> SessionsView:
+        """Sessions of the hours since then, the largest first."""
         ...
 
     async def activity(self) -> Activity:

@@ -182,11 +182,13 @@ async def report_gateway(
     *,
     interval_s: Callable[[], float],
     report_now: asyncio.Event,
+    delivered: Callable[[GatewayInfo], None] | None = None,
 ) -> NoReturn:
     """Report a gateway's load until cancelled, every ``interval_s`` and whenever ``report_now`` is set.
 
     To a controller that does not know the gateway, the configuration is declared too. ``specs`` returns its
-    tiers; it is called once, in a thread, and may block.
+    tiers; it is called once, in a thread, and may block. ``delivered`` is called with each report that has
+    arrived.
     """
 
     tiers = await asyncio.to_thread(specs)
@@ -195,7 +197,10 @@ async def report_gateway(
     async def report() -> None:
         nonlocal declared
         report_now.clear()
-        known = await link.call(ControllerApi.gateway_report, info())
+        sent = info()
+        known = await link.call(ControllerApi.gateway_report, sent)
+        if delivered is not None:
+            delivered(sent)
         declared = declared and known
         if not declared:  # Also when an earlier report arrived but the declaration after it did not.
             await link.call(ControllerApi.declare, tiers, config.heartbeat_s, config.scaling, config.alerts)

@@ -201,10 +201,11 @@ class Controller:
         self.release_lease(endpoint_id)
 
     def gateway_report(self, info: GatewayInfo) -> bool:
-        """See :meth:`Registry.gateway_report`. Traffic counters stay here: no snapshot carries them."""
+        """See :meth:`Registry.gateway_report`. Traffic counters and logged requests
+        stay here: no snapshot carries them."""
         self._traffic.observe(info.gateway_id, info.traffic, self.now_s())
         self.stopped = False
-        return self._registry.gateway_report(replace(info, traffic=()))
+        return self._registry.gateway_report(replace(info, traffic=(), ended=None))
 
     def gateway_gone(self, gateway_id: str, reason: str) -> None:
         """See :meth:`Registry.gateway_gone`."""

@@ -2,7 +2,7 @@
 
 The event loop only queues: a slow or full disk affects nothing else (see
 :class:`~controlplane.controller.store.Store`). While more than :data:`QUEUE_LIMIT` items wait, points of the
-history are dropped; state and audit entries never are.
+history and logged requests are dropped; state and audit entries never are.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import queue
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,11 +21,14 @@ import structlog
 
 from controlplane.controller.store import Store
 from controlplane.core.domain.event import Event
+from controlplane.core.traffic.request_log import RequestBatch
 
 log = structlog.stdlib.get_logger(__name__)
 
 QUEUE_LIMIT = 1000
 COMPACT_INTERVAL_S = 300.0
+MAX_GATEWAYS = 1000
+"""Gateways whose last batch of logged requests is remembered."""
 ASIDE_SHOWN_S = 86_400.0
 """For how long an alert names a value that was put aside."""
 RETRY_POLL_S = 2.0
@@ -44,6 +48,8 @@ class Recorder:
         self._queue: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         """What the thread is to call."""
         self._dropped = 0
+        self._batches: OrderedDict[str, int] = OrderedDict()
+        """The last batch of each gateway."""
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
         self._thread.start()
 
@@ -96,12 +102,28 @@ class Recorder:
 
     def add_points(self, unix_s: float, values: Mapping[str, float]) -> None:
         """Add one value to each of these series of the history."""
-        if self._queue.qsize() > QUEUE_LIMIT:
-            self._dropped += 1
-            if self._dropped == 1 or self._dropped % 1000 == 0:
-                log.warning("points of the history are dropped: the store is too slow", times=self._dropped)
+        if not self._drops():
+            self._queue.put(partial(self.store.add_points, unix_s, dict(values)))
+
+    def add_requests(self, gateway_id: str, batch: RequestBatch) -> None:
+        """Add what a gateway has logged; a batch that came before is ignored."""
+        if self._batches.get(gateway_id, 0) >= batch.number:
             return
-        self._queue.put(partial(self.store.add_points, unix_s, dict(values)))
+        self._batches[gateway_id] = batch.number
+        self._batches.move_to_end(gateway_id)
+        if len(self._batches) > MAX_GATEWAYS:
+            self._batches.popitem(last=False)
+        if batch.ended and not self._drops():
+            self._queue.put(partial(self.store.add_requests, batch))
+
+    def _drops(self) -> bool:
+        """Whether the queue is too long for more of the history."""
+        if self._queue.qsize() <= QUEUE_LIMIT:
+            return False
+        self._dropped += 1
+        if self._dropped == 1 or self._dropped % 1000 == 0:
+            log.warning("parts of the history are dropped: the store is too slow", times=self._dropped)
+        return True
 
     def events(self, after: int, limit: int) -> tuple[Event, ...]:
         """Up to ``limit`` entries of the audit log after number ``after``, oldest first; with a negative

@@ -7,6 +7,7 @@ can't be read is put aside in a table of its own, and every other value is used.
 
 * State: JSON values by key, such as leases and GPU health. A copy is in memory, so that reading it is cheap.
 * Audit log: what was done, when and why; entry numbers are never reused.
+* Log of requests: see :mod:`controlplane.controller.stored_requests`.
 * History: values by series. A point is the count, sum, minimum and maximum of one second's values; older
   points are joined into minutes, then into ten minutes, then dropped (:data:`STEPS`), by a clock that a wrong
   wall clock moves only after :data:`CLOCK_DOUBT_S`.
@@ -28,11 +29,12 @@ from typing import Any, Final, TypeVar
 
 import structlog
 
-from controlplane.controller import store_reads
+from controlplane.controller import store_reads, stored_requests
 from controlplane.controller.store_file import StoreFile, in_memory, in_transaction, is_file_error
 from controlplane.controller.store_reads import DAY_S, STEPS
 from controlplane.core.domain.event import Event
 from controlplane.core.reports.recorded_traffic import Point
+from controlplane.core.traffic.request_log import RequestBatch
 
 log = structlog.get_logger(__name__)
 
@@ -246,6 +248,19 @@ class Store:
                 lambda database: store_reads.summary(database, prefix, since_unix_s, until_unix_s, step_s)
             )
 
+    # --- log of requests -------------------------------------------------------------------------------
+
+    def add_requests(self, batch: RequestBatch) -> None:
+        """Add what a gateway has logged."""
+        with self._lock:
+            self._write(lambda database: stored_requests.write(database, batch))
+            self.add_points(batch.unix_s, {stored_requests.ENDED: batch.ended})
+
+    def read(self, query: Callable[[sqlite3.Connection], T]) -> T:
+        """The result of one of the queries of :mod:`controlplane.controller.stored_requests`."""
+        with self._lock:
+            return self._read(query)
+
     def compact(self, now_unix_s: float) -> None:
         """Join old points into wider ones, and drop the oldest points and audit entries. To be called every
         few minutes.
@@ -275,6 +290,8 @@ class Store:
             database.execute(
                 "DELETE FROM audit WHERE seq <= ?", (self.last_number - self._max_audit_entries,)
             )
+            most = stored_requests.MAX_REQUESTS if self._persistent else self._max_memory_points // 10
+            stored_requests.compact(database, trusted_s, most)
             if not self._persistent:
                 database.execute(
                     "DELETE FROM history WHERE (series, step_s, at_s) IN (SELECT series, step_s, at_s"
@@ -396,6 +413,8 @@ class Store:
         names = dict(self._database.execute("SELECT id, name FROM series")) if not self._persistent else {}
         for series, *point in self._database.execute("SELECT * FROM history").fetchall() if names else ():
             database.execute(_ADD_POINT, (self._series_id(database, names[series]), *point))
+        if not self._persistent:
+            stored_requests.copy(self._database, database)
         if not self._known_file and self.warning:
             self._found_late = {key: json.loads(text) for key, text in in_file.items()}
         self._unreadable |= {item.name: item.reason for item in unreadable}

@@ -12,6 +12,8 @@ from typing import IO, Final
 
 import structlog
 
+from controlplane.controller import stored_requests
+
 log = structlog.get_logger(__name__)
 
 CHECK_LIMIT_S: Final = 2.0
@@ -41,6 +43,7 @@ _MIGRATIONS: Final = (
     );
     CREATE TABLE clock (unix_s REAL NOT NULL);
     """,
+    stored_requests.TABLES,
 )
 """The scripts that lead to schema version 1, 2, …; a file's version is SQLite's ``user_version``."""
 _PROBES: Final = (
@@ -50,6 +53,8 @@ _PROBES: Final = (
     "SELECT series, step_s, at_s, count, total, low, high FROM history LIMIT 1",
     "SELECT number, key, unix_s, reason, value FROM aside LIMIT 1",
     "SELECT unix_s FROM clock LIMIT 1",
+    "SELECT number, unix_s, request_id, total_s, gpu_s FROM requests LIMIT 1",
+    "SELECT session, hour_s, requests, gpu_s, last_unix_s FROM sessions LIMIT 1",
 )
 """They succeed if the file has the tables of its version."""
 

@@ -1,4 +1,5 @@
-"""What the store's file tells while no plane runs: the audit log, reports and recorded traffic."""
+"""What the store's file tells while no plane runs: the audit log, reports, recorded traffic and
+the log of requests."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
-from controlplane.controller import store_reads
+from controlplane.controller import store_reads, stored_requests
 from controlplane.controller.api import Method, P, R
 from controlplane.controller.stored_figures import PREFIX, add_stored
 from controlplane.core.domain.event import Event
@@ -24,9 +25,10 @@ from controlplane.core.reports.report import (
     plane_report,
     track_step_s,
 )
+from controlplane.core.traffic.request_log import RequestsView, SessionOrder, SessionsView
 from controlplane.errors import SetupError
 
-STORED_QUERIES: Final = frozenset({"events", "history", "plane_report"})
+STORED_QUERIES: Final = frozenset({"events", "history", "plane_report", "requests", "sessions"})
 """Names of the queries that need no plane."""
 
 
@@ -71,6 +73,24 @@ class StoredPlane:
         return {
             name: store_reads.history(self._database, name, since_unix_s, until_unix_s) for name in series
         }
+
+    def requests(
+        self, since_unix_s: float, slow: bool, failed: bool, tier: str, session: str, limit: int
+    ) -> RequestsView:
+        """Logged requests, without a price."""
+        return stored_requests.requests(
+            self._database,
+            since_unix_s,
+            slow=slow,
+            failed=failed,
+            tier=tier,
+            session=session,
+            limit=limit,
+        )
+
+    def sessions(self, since_unix_s: float, order: SessionOrder, limit: int) -> SessionsView:
+        """The largest sessions, without a price."""
+        return stored_requests.sessions(self._database, since_unix_s, order, limit)
 
     def tiers(self) -> tuple[str, ...]:
         """The tiers with stored figures."""

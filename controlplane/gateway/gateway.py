@@ -42,6 +42,7 @@ from controlplane.gateway.proxy.timeouts import SWEEP_S, AttemptTimeouts, Timeou
 from controlplane.gateway.request_context import APIS, MAX_REQUEST_ID, RequestContext
 from controlplane.gateway.telemetry.accounting import UsageLedger
 from controlplane.gateway.telemetry.metrics import Metrics, merge_expositions
+from controlplane.gateway.telemetry.request_log import RequestLog
 from controlplane.gateway.telemetry.traffic import TrafficCounter
 from controlplane.http.access import AccessRules, is_loopback
 from controlplane.http.asgi import AsgiApp
@@ -90,6 +91,8 @@ class Gateway:
         slos = {tier.name: tier.slo.slo() for tier in config.tiers}
         self.traffic = TrafficCounter(tier_table, slos)
         self.metrics = Metrics(self.traffic)
+        self.request_log = RequestLog([policy.name for policy in tier_table.policies])
+        self.metrics.request_log = self.request_log
         self.endpoint_table = EndpointTable(
             tier_table, LoadSettings(reserved_ratio=settings.queue.reserved_ratio)
         )
@@ -238,6 +241,7 @@ class Gateway:
             in_flight_by_endpoint=busy,
             traffic=self.traffic.read(self.endpoint_table, self.queue),
             seen_unix_s=time.time(),
+            ended=self.request_log.batch(),
         )
 
     async def drain(self, timeout_s: float) -> None:

@@ -56,8 +56,9 @@ class RequestContext:
     __slots__ = (
         "accusations", "api", "arrived_s", "attempts", "body", "caller", "comments_s", "deadline_s",
         "decision", "fields",
-        "first_byte_s", "generated_tokens", "gpu_s", "identity", "losses", "path", "refused", "request",
-        "request_id", "resumed", "route", "session", "span", "stream", "tried",
+        "first_byte_s", "generated_tokens", "gpu_s", "identity", "losses", "path", "prompt_tokens",
+        "queued_s", "refused", "request", "request_id", "resumed", "route", "session", "span", "stream",
+        "tried",
     )  # fmt: skip
 
     def __init__(self, request: Request, request_id: str, now_s: float, default_timeout_s: float) -> None:
@@ -112,6 +113,9 @@ class RequestContext:
         self.resumed = 0
         """How many times the stream was resumed."""
         self.first_byte_s = 0.0
+        self.queued_s = 0.0
+        """How long it has waited in the queue."""
+        self.prompt_tokens = 0
         self.generated_tokens = 0
         self.gpu_s = 0.0
         """GPU time of all attempts so far (device time on engines without a GPU)."""

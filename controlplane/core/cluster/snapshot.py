@@ -13,6 +13,7 @@ from enum import StrEnum
 from controlplane.core.alerts.views import FiringAlert
 from controlplane.core.domain.endpoint import Endpoint
 from controlplane.core.traffic.counters import TrafficCounters
+from controlplane.core.traffic.request_log import RequestBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,8 @@ class GatewayInfo:
     snapshot: tuple[str, int] = ("", 0)
     """Epoch and version of the snapshot that it uses."""
     seen_unix_s: float = 0.0
+    ended: RequestBatch | None = None
+    """What it logs of requests that have ended. As ``traffic``, not in snapshots."""
 
 
 @dataclass(frozen=True, slots=True)

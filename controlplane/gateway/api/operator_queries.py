@@ -18,10 +18,12 @@ import msgspec
 
 from controlplane.core.json_values import to_value
 from controlplane.core.reports.report import MAX_WINDOW_MINUTES, MIN_WINDOW_MINUTES
+from controlplane.core.traffic.request_log import SessionOrder
 from controlplane.errors import BadRequest, shown
 
 MOST_EVENTS: Final = 10_000
 MOST_SERIES: Final = 100
+MOST_REQUESTS: Final = 1000
 MOST_PARAMETERS: Final = 20
 PREFIX: Final = "/plane/"
 
@@ -55,11 +57,34 @@ class HistoryArguments:
     until_unix_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class RequestsArguments:
+    """Logged requests that ended since then: the slowest or else the newest first."""
+
+    since_unix_s: float
+    slow: bool = False
+    failed: bool = False
+    tier: str = ""
+    session: str = ""
+    limit: Annotated[int, msgspec.Meta(ge=1, le=MOST_REQUESTS)] = 50
+
+
+@dataclass(frozen=True, slots=True)
+class SessionsArguments:
+    """Sessions of the hours since then, the largest first."""
+
+    since_unix_s: float
+    order: SessionOrder = SessionOrder.COST
+    limit: Annotated[int, msgspec.Meta(ge=1, le=MOST_REQUESTS)] = 20
+
+
 ARGUMENTS: Final[Mapping[str, type[Any]]] = {
     **dict.fromkeys(("status", "activity", "alerts", "gpus", "nodes", "scaling"), NoArguments),
     "events": EventsArguments,
     "plane_report": ReportArguments,
     "history": HistoryArguments,
+    "requests": RequestsArguments,
+    "sessions": SessionsArguments,
 }
 """Query → its arguments. The names are those of the controller's methods."""
 
@@ -73,6 +98,8 @@ SUMMARIES: Final[Mapping[str, str]] = {
     "events": "for the command line: the audit log",
     "plane_report": "for the command line: a report on the minutes before now",
     "history": "for the command line: stored points of series",
+    "requests": "for the command line: single requests that have ended, without content",
+    "sessions": "for the command line: requests, tokens and GPU time by session",
 }
 
 

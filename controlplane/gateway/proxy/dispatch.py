@@ -172,6 +172,7 @@ class RequestDispatch:
                 self.pump()
             raise
         finally:
+            context.queued_s += monotonic() - since_s
             del self._waiting[ticket]
             self._metrics.queue_wait_s.labels(context.request.priority).observe(monotonic() - since_s)
 

@@ -21,6 +21,7 @@ from controlplane.core.routing.circuit_breaker import BreakerState
 from controlplane.core.routing.endpoint_table import EndpointTable
 from controlplane.errors import DeadlineExceeded
 from controlplane.gateway.request_context import RequestContext
+from controlplane.gateway.telemetry.request_log import RequestLog
 from controlplane.gateway.telemetry.traffic import TrafficCounter
 
 LATENCY_BUCKETS_S: Final = (
@@ -206,6 +207,7 @@ class Metrics:
         self.on_finished: Callable[[RequestContext, RequestOutcome, str, float], None] | None = None
         """Called for each request that has ended, with its context, outcome, reason and end time
         (monotonic)."""
+        self.request_log: RequestLog | None = None
         self._per_tier: dict[str, _TierSeries] = {}
         self._outcomes: dict[tuple[str, RequestOutcome, str], Counter] = {}
         for tier, target in traffic.slo_targets.items() if traffic is not None else ():
@@ -239,6 +241,8 @@ class Metrics:
             outcome = RequestOutcome.DEADLINE
         if self.on_finished is not None:
             self.on_finished(context, outcome, reason, now_s)
+        if self.request_log is not None:
+            self.request_log.add(context, outcome, reason, now_s)
         judged = self.traffic.ended(context, outcome, now_s) if self.traffic is not None else None
         if judged is not None:
             self.slo_judged.labels(judged[0]).inc()
@@ -259,6 +263,7 @@ class Metrics:
         self, context: RequestContext, tier: str, prompt: int, generated: int, next_gpu_s: float | None
     ) -> None:
         """Count the tokens and the GPU time of a request, before :meth:`finished`."""
+        context.prompt_tokens = prompt
         if self.traffic is not None:
             self.traffic.used(context, tier, prompt, generated)
         series = self._series(tier)

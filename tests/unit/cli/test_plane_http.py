@@ -25,11 +25,41 @@ from controlplane.core.recommendations.log import TrackRecord
 from controlplane.core.recommendations.views import ScalingReport
 from controlplane.core.reports.recorded_traffic import Point
 from controlplane.core.reports.report import plane_report
+from controlplane.core.traffic.request_log import (
+    LoggedRequest,
+    RequestsView,
+    SessionOrder,
+    SessionsView,
+    SessionUsage,
+)
 from controlplane.errors import BadRequest, ControllerUnreachable, SetupError
 from controlplane.gateway.api.operator_queries import ARGUMENTS, parse_arguments
 from tests.support.controller import World
 from tests.support.gateway import running
 
+LOGGED = LoggedRequest(
+    *(
+        1.0,
+        "r",
+        "s",
+        "small",
+        "small",
+        "e",
+        "auto",
+        "chat",
+        True,
+        "ok",
+        "200",
+        1,
+        2,
+        0.1,
+        None,
+        1.0,
+        1,
+        0,
+        0.5,
+    ),
+)
 EVENT = Event(7, 1.5, "cordon", "GPU-1", 'said "stop"', "balanced", "ada")
 
 
@@ -59,6 +89,8 @@ def values() -> dict[str, Any]:
         "scaling": ScalingReport("advise", (), (), TrackRecord(0, 0, 0, None)),
         "plane_report": plane_report({}, {}, tiers={}, present=[], **span),
         "history": {"tier/balanced/arrived": [Point(60, 60, 3, 1.25)]},
+        "requests": RequestsView((LOGGED,), 5, 6, 7, 2.0),
+        "sessions": SessionsView((SessionUsage("s", 1, 0, 5, 6, 0.5, 9.0),), 1),
     }
 
 
@@ -99,6 +131,16 @@ CALLS: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
         ControllerApi.history,
         (("a", "b"), 1.0, 2.5),
         {"series": ("a", "b"), "since_unix_s": 1.0, "until_unix_s": 2.5},
+    ),
+    "requests": (
+        ControllerApi.requests,
+        (1.5, True, False, "a&b", "s=1", 7),
+        {"since_unix_s": 1.5, "slow": True, "failed": False, "tier": "a&b", "session": "s=1", "limit": 7},
+    ),
+    "sessions": (
+        ControllerApi.sessions,
+        (1.5, SessionOrder.TOKENS, 7),
+        {"since_unix_s": 1.5, "order": SessionOrder.TOKENS, "limit": 7},
     ),
 }
 

@@ -191,6 +191,31 @@ async def test_a_gateway_declares_again_if_only_the_declaration_was_lost() -> No
     assert link.calls.count("declare") == 2
 
 
+async def test_only_a_report_that_arrived_is_called_delivered() -> None:
+    link = DirectLink()
+    link.loses = ["gateway_report"]
+    made: list[GatewayInfo] = []
+    delivered: list[GatewayInfo] = []
+
+    def info() -> GatewayInfo:
+        made.append(GatewayInfo("g1", "n1", "", in_flight=len(made)))
+        return made[-1]
+
+    reporting = report_gateway(
+        link,
+        PLANE.controller,
+        specs,
+        info,
+        interval_s=lambda: 60.0,
+        report_now=asyncio.Event(),
+        delivered=delivered.append,
+    )
+    async with running(reporting):
+        await until_async(lambda: bool(delivered))
+    assert len(made) > 1
+    assert delivered == made[1:2]
+
+
 async def test_a_gateway_reports_at_once_when_asked_to() -> None:
     link = DirectLink()
     report_now = asyncio.Event()

@@ -1,0 +1,91 @@
+"""Tables that fit the terminal without truncating anything."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Final, TypeAlias
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+Cell: TypeAlias = str | Text
+
+_GAP: Final = 2
+
+
+class FittingTable:
+    """Rows in columns that are as wide as their contents.
+
+    Where they don't fit, columns leave the table: those in ``leave`` first, in this order, then the others
+    from right to left; the first column stays. What has left follows its row on indented lines, each value
+    with its column's name.
+    """
+
+    def __init__(
+        self,
+        *heads: str,
+        right: Collection[str] = (),
+        leave: Sequence[str] = (),
+        without_empty: Collection[str] = (),
+    ) -> None:
+        """``right``: columns that are aligned at the right; ``without_empty``: columns that are only there
+        if a row has something in them."""
+        self.heads = heads
+        self.rows: list[tuple[Text, ...]] = []
+        self._right = right
+        self._leave = leave
+        self._without_empty = without_empty
+
+    def add_row(self, *cells: Cell) -> None:
+        """Add a row with one cell for each column."""
+        if len(cells) != len(self.heads):
+            raise ValueError(f"{len(cells)} cells for {len(self.heads)} columns")
+        self.rows.append(tuple(cell if isinstance(cell, Text) else Text(cell) for cell in cells))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        there = [
+            number
+            for number, head in enumerate(self.heads)
+            if head not in self._without_empty or any(row[number].plain for row in self.rows)
+        ]
+        width = {
+            number: max(len(self.heads[number]), *(row[number].cell_len for row in self.rows), 0)
+            for number in there
+        }
+        shown = list(there)
+        for number in self._order(there):
+            if sum(width[each] + _GAP for each in shown) - _GAP <= options.max_width:
+                break
+            shown.remove(number)
+        details = [number for number in there if number not in shown]
+
+        def line(cells: Sequence[Text], style: str = "") -> Table:
+            table = Table(box=None, padding=(0, _GAP, 0, 0), show_header=False, pad_edge=False, style=style)
+            for number in shown:
+                right = self.heads[number] in self._right
+                table.add_column(
+                    justify="right" if right else "left",
+                    width=min(width[number], options.max_width),
+                    overflow="fold",
+                )
+            table.add_row(*(cells[number] for number in shown))
+            return table
+
+        yield line([Text(head) for head in self.heads], "bold")
+        for row in self.rows:
+            yield line(row)
+            parts = [self._detail(number, row[number]) for number in details if row[number].plain]
+            if parts:
+                yield Padding(Text(", ").join(parts), (0, 0, 0, _GAP))
+
+    def _order(self, there: Sequence[int]) -> list[int]:
+        """The columns in the order in which they leave."""
+        first = [self.heads.index(head) for head in self._leave]
+        order = [*first, *(number for number in reversed(there) if number not in first)]
+        return [number for number in order if number in there and number != there[0]]
+
+    def _detail(self, number: int, cell: Text) -> Text:
+        head = self.heads[number]
+        return Text.assemble((f"{head} ", "dim"), cell) if head else cell

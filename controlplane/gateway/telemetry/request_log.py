@@ -1,0 +1,184 @@
+"""What one gateway replica logs of single requests between two reports: a bounded part of them, and sums by
+session. No content of a request or a response is in it."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import deque
+from collections.abc import Sequence
+from heapq import heappush, heapreplace, nlargest
+from typing import Final
+
+from controlplane.core.domain.request import RequestOutcome
+from controlplane.core.traffic.request_log import LoggedRequest, RequestBatch, SessionUsage
+from controlplane.gateway.request_context import RequestContext
+
+MAX_REQUESTS: Final = 200
+"""Requests in one batch."""
+MAX_SESSIONS: Final = 2000
+"""Sessions that are counted one by one between two batches."""
+MAX_BATCH_SESSIONS: Final = 200
+"""Sessions in one batch, those with the most GPU time; the others are in its last item, without a name."""
+MAX_TEXT: Final = 128
+"""Characters of a name that a client gave."""
+
+_OK: Final = RequestOutcome.OK  # attribute look-ups on an enum class cost more than on a module
+
+_Entry = tuple[float, int, LoggedRequest]
+"""Total seconds, a number that no other entry has, the request."""
+
+
+class _TierRequests:
+    """The requests of one tier that are logged: the slowest, the last that failed, and some of the others."""
+
+    __slots__ = ("failed", "others", "sample", "slow", "stride")
+
+    def __init__(self, most: int) -> None:
+        self.slow: list[_Entry] = []
+        self.failed: deque[LoggedRequest] = deque(maxlen=most)
+        self.sample: list[LoggedRequest] = []
+        self.others = 0
+        self.stride = 1
+
+    def take_sample(self, request: LoggedRequest, most: int) -> None:
+        """Add one of the others. Once there are too many, every second is dropped, and only half as many are
+        taken from then on: what stays is spread evenly over the interval."""
+        self.sample.append(request)
+        if len(self.sample) > most:
+            del self.sample[1::2]
+            self.stride *= 2
+
+
+class _SessionSums:
+    __slots__ = ("failed", "generated", "gpu_s", "last_s", "prompt", "requests")
+
+    def __init__(self) -> None:
+        self.requests = self.failed = self.prompt = self.generated = 0
+        self.gpu_s = self.last_s = 0.0
+
+
+class RequestLog:
+    """Filled when requests end; :meth:`batch` is what the next report carries."""
+
+    def __init__(self, tiers: Sequence[str]) -> None:
+        self._names = tiers
+        self._most = max(1, MAX_REQUESTS // (3 * (len(tiers) + 1)))
+        """Of each tier and kind; requests that no tier took are one more tier."""
+        self._number = 0
+        self._pending: RequestBatch | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self._ended = 0
+        self._tiers: dict[str, _TierRequests] = {}
+        self._sessions: dict[str, _SessionSums] = {}
+
+    def add(self, context: RequestContext, outcome: RequestOutcome, reason: str, now_s: float) -> None:
+        """Log a request that has ended."""
+        self._ended += 1
+        if context.session:
+            self._count(context, outcome)
+        tier = context.tier
+        kept = self._tiers.get(tier)
+        if kept is None:
+            kept = self._tiers[tier] = _TierRequests(self._most)
+        if outcome is not _OK:
+            kept.failed.append(self._logged(context, outcome, reason, now_s))
+            return
+        total_s = now_s - context.arrived_s
+        if len(kept.slow) < self._most:
+            heappush(kept.slow, (total_s, self._ended, self._logged(context, outcome, reason, now_s)))
+            return
+        kept.others += 1
+        sampled = kept.others % kept.stride == 0
+        if total_s > kept.slow[0][0]:
+            entry = (total_s, self._ended, self._logged(context, outcome, reason, now_s))
+            _, _, faster = heapreplace(kept.slow, entry)
+            if sampled:
+                kept.take_sample(faster, self._most)
+        elif sampled:
+            kept.take_sample(self._logged(context, outcome, reason, now_s), self._most)
+
+    def batch(self) -> RequestBatch:
+        """What was logged since the last batch that was delivered before. Until :meth:`delivered` is called
+        it stays the same one, and what ends meanwhile waits for the next."""
+        if self._pending is None:
+            self._number += 1
+            requests = [
+                request
+                for kept in self._tiers.values()
+                for request in (*(entry[2] for entry in kept.slow), *kept.failed, *kept.sample)
+            ]
+            self._pending = RequestBatch(
+                self._number, time.time(), self._ended, tuple(requests[:MAX_REQUESTS]), self._session_usage()
+            )
+            self._begin()
+        return self._pending
+
+    def delivered(self, number: int) -> None:
+        """The batch of this number has arrived."""
+        if self._pending is not None and self._pending.number == number:
+            self._pending = None
+
+    def _count(self, context: RequestContext, outcome: RequestOutcome) -> None:
+        session = context.session
+        sums = self._sessions.get(session)
+        if sums is None:
+            if len(self._sessions) >= MAX_SESSIONS:
+                session = ""
+            sums = self._sessions.setdefault(session, _SessionSums())
+        sums.requests += 1
+        sums.failed += outcome is not _OK
+        sums.prompt += context.prompt_tokens
+        sums.generated += context.generated_tokens
+        sums.gpu_s += context.gpu_s
+        sums.last_s = time.time()
+
+    def _session_usage(self) -> tuple[SessionUsage, ...]:
+        rest = self._sessions.pop("", None) or _SessionSums()
+        named = nlargest(MAX_BATCH_SESSIONS, self._sessions.items(), key=lambda item: item[1].gpu_s)
+        for session, _ in named:
+            del self._sessions[session]
+        for sums in self._sessions.values():
+            for name in ("requests", "failed", "prompt", "generated", "gpu_s"):
+                setattr(rest, name, getattr(rest, name) + getattr(sums, name))
+            rest.last_s = max(rest.last_s, sums.last_s)
+        if rest.requests:
+            named.append(("", rest))
+        return tuple(
+            SessionUsage(_bounded(name), s.requests, s.failed, s.prompt, s.generated, s.gpu_s, s.last_s)
+            for name, s in named
+        )
+
+    def _logged(
+        self, context: RequestContext, outcome: RequestOutcome, reason: str, now_s: float
+    ) -> LoggedRequest:
+        route = context.route
+        load = context.decision.load if context.decision is not None else None
+        first_s = context.first_byte_s
+        return LoggedRequest(
+            unix_s=time.time(),
+            request_id=context.request_id,
+            session=_bounded(context.session),
+            asked=self._names[route.order[0]] if route is not None and route.order else "",
+            tier=context.tier,
+            endpoint=load.endpoint.endpoint_id if load is not None else "",
+            model=context.request.model[:MAX_TEXT],
+            api=context.api,
+            stream=context.stream,
+            outcome=outcome,
+            reason=reason,
+            prompt_tokens=context.prompt_tokens,
+            generated_tokens=context.generated_tokens,
+            queued_s=context.queued_s,
+            ttft_s=first_s - context.arrived_s if context.stream and first_s else None,
+            total_s=now_s - context.arrived_s,
+            attempts=context.attempts,
+            resumed=context.resumed,
+            gpu_s=context.gpu_s,
+        )
+
+
+def _bounded(session: str) -> str:
+    return session if len(session) <= MAX_TEXT else f"sha256:{hashlib.sha256(session.encode()).hexdigest()}"
