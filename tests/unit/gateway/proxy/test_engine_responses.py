@@ -146,11 +146,13 @@ async def test_a_compressed_stream_is_relayed_as_it_comes() -> None:
         (b"not gzip at all", b"content-encoding: gzip", "can't be decoded: not gzip"),
         (gzip.compress(BODY) + b"more", b"content-encoding: gzip", "can't be decoded: not gzip"),
         (zlib.compress(BODY) + b"more", b"content-encoding: deflate", "can't be decoded: more bytes"),
-        (gzip.compress(bytes(300 * 1024 * 1024), 1), b"content-encoding: gzip", "over 268435456 bytes"),
+        (b"bomb", b"content-encoding: gzip", "over 268435456 bytes"),
     ],
     ids=["br", "zstd", "twice", "cut", "plain", "gzip-more", "deflate-more", "bomb"],
 )  # fmt: skip
 async def test_a_response_that_can_not_be_decoded_is_a_failure(body: bytes, header: bytes, said: str) -> None:
+    if body == b"bomb":  # made here, because it takes a second
+        body = gzip.compress(bytes(300 * 1024 * 1024), 1)
     async with running(PLANE) as rig, raw_engine(lambda _: response(body, header)) as engine:
         await attach(rig, engine)
         code, _, value = await rig.post(CHAT, chat_body())
