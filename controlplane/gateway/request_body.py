@@ -168,11 +168,17 @@ def checked_name(name: str, source: str) -> str:
     return name
 
 
+def raw_members(body: bytes) -> dict[str, msgspec.Raw]:
+    """The top-level members of a body as the client wrote them. Raises :class:`InvalidJson`, also for a long
+    body of more than :data:`MAX_MEMBERS`."""
+    return _members(body) if len(body) <= _LARGE_BYTES else _large_members(body)
+
+
 def rewrite(body: bytes, **members: Any) -> bytes:
     """The body with these top-level members set and the :data:`GATEWAY_FIELDS` removed. Raises
     :class:`BadRequest` for a malformed body: :func:`parse` did not decode every member."""
     try:
-        values: dict[str, Any] = _members(body) if len(body) <= _LARGE_BYTES else _large_members(body)
+        values: dict[str, Any] = raw_members(body)
     except InvalidJson as error:
         raise BadRequest(f"the request body {error}") from None
     for name in GATEWAY_FIELDS:

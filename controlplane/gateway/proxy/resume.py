@@ -23,9 +23,13 @@ from typing import Any, Final, Literal
 
 import msgspec
 
+from controlplane.gateway.request_body import raw_members
 from controlplane.gateway.request_context import StreamKind
 from controlplane.gateway.stream_usage import ReportedUsage, response_usage
+from controlplane.http.json_reader import InvalidJson
 
+MAX_DECODED_BYTES: Final = 4096
+"""A member of a request that is longer than this is not decoded."""
 FOLD_BYTES: Final = 1024 * 1024
 """Raw bytes that a recorder stores before it folds them into token ids and text."""
 MAX_TEXT_CHARS: Final = 4 * 1024 * 1024
@@ -47,6 +51,12 @@ _ONLY_CHAT: Final = frozenset({
 })  # fmt: skip
 _PENALTIES: Final = ("presence_penalty", "frequency_penalty", "min_tokens", "logits_processors")
 _GUIDED: Final = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice")
+
+_DECIDING: Final = frozenset({
+    *_PENALTIES, *_GUIDED, "best_of", "echo", "logprobs", "max_completion_tokens", "max_tokens", "n", "seed",
+    "stop", "stream_options", "temperature", "tool_choice", "tools", "top_logprobs", "use_beam_search",
+})  # fmt: skip
+"""Members of a request that decide whether and how its stream is resumed."""
 
 Policy = Literal["exact", "best_effort", "never"]
 
@@ -109,14 +119,15 @@ def _string(value: Any) -> str:
 
 
 def request_members(body: bytes) -> dict[str, Any]:
-    """The members of a request's body. Raises :class:`NotResumable`."""
+    """The members of a request's body. Those that decide nothing here, and long ones, are not decoded: they
+    are only sent again. Raises :class:`NotResumable`."""
     try:
-        request = _decode(body)
-    except _NOT_JSON as error:
+        return {
+            name: _decode(value) if name in _DECIDING and len(bytes(value)) <= MAX_DECODED_BYTES else value
+            for name, value in raw_members(body).items()
+        }
+    except (InvalidJson, *_NOT_JSON) as error:
         raise NotResumable(f"the request can't be read again: {error}") from None
-    if not isinstance(request, dict):
-        raise NotResumable("the request is no object")
-    return request
 
 
 def _whole_number(request: dict[str, Any], name: str) -> int | None:

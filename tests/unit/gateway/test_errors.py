@@ -165,6 +165,16 @@ async def test_an_engine_that_can_not_count_tokens_is_named() -> None:
         assert "tier 'balanced' does not count tokens" in value["error"]["message"]
 
 
+async def test_an_engines_response_that_is_nested_too_deep_fails_no_batch() -> None:
+    deep = b'{"choices":[{"message":{"content":"x"}}],"y":%b%b}' % (b"[" * 1500, b"]" * 1500)
+    async with engine_that_answers(200, deep) as url, running() as rig:
+        await rig.engine("a")
+        rig.change("a", base_url=url)
+        status, _, value = await rig.post("/batch", [{"message": "x"}, {"messag": "x"}])
+        assert (status, value["failed"]) == (200, 2)
+        assert value["results"][0]["error"]["code"] == "engine_error"
+
+
 async def test_a_plane_without_engines_is_overloaded_in_anthropics_words() -> None:
     async with running() as rig:
         await rig.engine("a")
