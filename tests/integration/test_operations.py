@@ -155,6 +155,7 @@ def hurried(files: dict[str, str]) -> dict[str, str]:
 
 
 WITHOUT_FAULTS = {
+    "Impossible token counts",
     "Failures by reason", "Queued requests", "Time in the queue", "Shed by reason", "Retries by reason",
     "Streams that lost their engine", "Hedged requests", "Failures at endpoints",
     "Requests served by another tier", "GPU time on the next tier", "Scaling alerts", "Firing alerts",
