@@ -75,10 +75,11 @@ class FittingTable:
 
         yield line([Text(head) for head in self.heads], "bold")
         for row in self.rows:
-            yield line(row)
+            if any(row[number].plain for number in shown):
+                yield line(row)
             parts = [self._detail(number, row[number]) for number in details if row[number].plain]
-            if parts:
-                yield Padding(Text(", ").join(parts), (0, 0, 0, _GAP))
+            for packed in _packed(parts, options.max_width - _GAP):
+                yield Padding(packed, (0, 0, 0, _GAP))
 
     def _order(self, there: Sequence[int]) -> list[int]:
         """The columns in the order in which they leave."""
@@ -89,3 +90,14 @@ class FittingTable:
     def _detail(self, number: int, cell: Text) -> Text:
         head = self.heads[number]
         return Text.assemble((f"{head} ", "dim"), cell) if head else cell
+
+
+def _packed(parts: Sequence[Text], width: int) -> list[Text]:
+    """The parts on as few lines as possible; only a part that is wider than a line is broken."""
+    lines: list[Text] = []
+    for part in parts:
+        if lines and lines[-1].cell_len + part.cell_len + 2 <= width:
+            lines[-1] = Text(", ").join((lines[-1], part))
+        else:
+            lines.append(part)
+    return lines

@@ -8,10 +8,10 @@ from dataclasses import asdict
 from typing import Any
 
 import click
-from rich.table import Table
 
 from controlplane.cli.checking.configuration import load_checked, name_warnings, unset_variables
 from controlplane.cli.console import stdout
+from controlplane.cli.fitting_table import FittingTable
 from controlplane.config import ServeFile, TierConfig
 from controlplane.engines.llamacpp import slots
 from controlplane.errors import ConfigError, Problem
@@ -67,9 +67,11 @@ def _summary(file: ServeFile) -> dict[str, Any]:
 
 
 def _show(file: ServeFile, warnings: list[Problem]) -> None:
-    table = Table(box=None)
-    for title in ("tier", "engine", "model", "replicas", "GPUs", "requests at once"):
-        table.add_column(title, overflow="fold")
+    table = FittingTable(
+        *("tier", "engine", "model", "replicas", "GPUs", "requests at once"),
+        right=("replicas", "requests at once"),
+        leave=("model",),
+    )
     for tier in file.plane.tiers:
         table.add_row(
             tier.name,

@@ -151,7 +151,7 @@ class LiveProgress:
     def result(self, kind: str, text: str, **fields: Any) -> None:
         """See :class:`ProgressReporter`."""
         self.close()
-        self._console.print(Text(text))
+        self._console.print(Text(text), soft_wrap=True)  # commands in it are copied whole
 
     def close(self) -> None:
         """See :class:`ProgressReporter`."""

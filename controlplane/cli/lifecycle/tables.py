@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from controlplane.cli.console import age
+from controlplane.cli.fitting_table import FittingTable
 from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo
 from controlplane.core.cluster.status import EndpointStatus, TierStatus
 from controlplane.core.domain.endpoint import Endpoint
@@ -25,8 +26,6 @@ _STYLES = {
     "failed": "bold red",
     "stopped": "dim",
 }
-_WHOLE_COLUMNS = 6
-"""The first columns of the status table, which are never truncated."""
 
 
 def diagnosis_or_phase(tier: TierStatus) -> str:
@@ -37,9 +36,9 @@ def diagnosis_or_phase(tier: TierStatus) -> str:
 def progress_table(tiers: Sequence[TierStatus], elapsed_s: float) -> Table:
     """One row per tier while a plane starts."""
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=True, header_style="bold")
-    table.add_column("tier")
-    table.add_column("state", min_width=10)
-    table.add_column("ready", justify="right")
+    table.add_column("tier", no_wrap=True)
+    table.add_column("state", min_width=10, no_wrap=True)
+    table.add_column("ready", justify="right", no_wrap=True)
     table.add_column(f"{elapsed_s:5.1f} s", overflow="fold")
     for tier in tiers:
         table.add_row(
@@ -51,42 +50,29 @@ def progress_table(tiers: Sequence[TierStatus], elapsed_s: float) -> Table:
     return table
 
 
-def status_table(tiers: Sequence[TierStatus], unix_s: float) -> Table:
-    """One row per endpoint, grouped by tier; on a narrow terminal the last columns are truncated."""
-    rows: list[tuple[str, ...]] = []
+def status_table(tiers: Sequence[TierStatus], unix_s: float) -> FittingTable:
+    """One row per endpoint, grouped by tier."""
+    table = FittingTable(
+        *("tier", "state", "ready", "busy", "restarts", "age", "endpoint", "model", "address"),
+        right=("ready", "busy", "restarts", "age"),
+    )
     for tier in tiers:
         ready = f"{tier.replicas_ready}/{tier.replicas_wanted}"
         if not tier.endpoints:
-            rows.append((tier.name, tier.state, ready, "", "", "", "", tier.model, ""))
+            table.add_row(tier.name, _state(tier.state), ready, "", "", "", "", tier.model, "")
         for index, item in enumerate(tier.endpoints):
             endpoint = item.endpoint
-            rows.append(
-                (
-                    tier.name if index == 0 else "",
-                    endpoint.state.value,
-                    ready if index == 0 else "",
-                    f"{item.in_flight}/{endpoint.concurrency_limit}",
-                    str(endpoint.restarts),
-                    age(unix_s - endpoint.since_unix_s) if endpoint.since_unix_s else "",
-                    endpoint.endpoint_id,
-                    endpoint.model,
-                    endpoint.base_url,
-                )
+            table.add_row(
+                tier.name if index == 0 else "",
+                _state(endpoint.state.value),
+                ready if index == 0 else "",
+                f"{item.in_flight}/{endpoint.concurrency_limit}",
+                str(endpoint.restarts),
+                age(unix_s - endpoint.since_unix_s) if endpoint.since_unix_s else "",
+                endpoint.endpoint_id,
+                endpoint.model,
+                endpoint.base_url,
             )
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    heads = ("tier", "state", "ready", "busy", "restarts", "age", "endpoint", "model", "address")
-    for index, head in enumerate(heads):
-        width = max([len(head), *(len(row[index]) for row in rows)])
-        whole = index < _WHOLE_COLUMNS
-        table.add_column(
-            head,
-            no_wrap=True,
-            overflow="ellipsis",
-            justify="right" if head in {"ready", "busy", "restarts", "age"} else "left",
-            min_width=width if whole else 4,
-        )
-    for row in rows:
-        table.add_row(row[0], _state(row[1]), *row[2:])
     return table
 
 
@@ -108,11 +94,9 @@ def not_ready_lines(tiers: Sequence[TierStatus], unix_s: float) -> list[Text]:
     return lines
 
 
-def gateway_table(gateways: Sequence[GatewayInfo], unix_s: float) -> Table:
+def gateway_table(gateways: Sequence[GatewayInfo], unix_s: float) -> FittingTable:
     """One row per gateway."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for column in ("gateway", "in flight", "queued", "last report"):
-        table.add_column(column)
+    table = FittingTable("gateway", "in flight", "queued", "last report", right=("in flight", "queued"))
     for item in gateways:
         table.add_row(
             item.gateway_id,

@@ -139,7 +139,9 @@ def command(
         record.save()
         drain_s = max(tier.drain_timeout_s for tier in file.plane.tiers)
         try:
-            record = _start(record, file, reporter, interrupts, dashboard=dashboard, timeout_s=timeout_s)
+            record = _start(
+                record, file, reporter, interrupts, dashboard=dashboard, timeout_s=timeout_s, detach=detach
+            )
             if detach:
                 return
             _stay(record, reporter, interrupts)
@@ -217,6 +219,7 @@ def _start(
     *,
     dashboard: bool,
     timeout_s: float | None,
+    detach: bool,
 ) -> RunRecord:
     """Start Ray, deploy the application and wait for every tier. Raises TierplaneError or StopRequested."""
     began_s = time.monotonic()
@@ -231,7 +234,7 @@ def _start(
     ready_s = time.monotonic() - began_s
     record = replace(record, ready_unix_s=time.time())
     record.save()
-    _report_ready(record, file, reporter, ready_s)
+    _report_ready(record, file, reporter, ready_s, detach=detach)
     return record
 
 
@@ -390,7 +393,9 @@ def _stay(record: RunRecord, reporter: ProgressReporter, interrupts: Interrupts)
             seen = (view.snapshot.epoch, view.events[-1].number)
 
 
-def _report_ready(record: RunRecord, file: ServeFile, reporter: ProgressReporter, ready_s: float) -> None:
+def _report_ready(
+    record: RunRecord, file: ServeFile, reporter: ProgressReporter, ready_s: float, *, detach: bool
+) -> None:
     found = session.processes(record.plane_id) if record.owns_ray else []
     memory_bytes = session.memory_bytes(found)
     url = record.gateway_url or record.ingress_url
@@ -398,30 +403,35 @@ def _report_ready(record: RunRecord, file: ServeFile, reporter: ProgressReporter
         (each.name for each in file.plane.tiers if each.name == "balanced"), file.plane.tiers[0].name
     )
     memory = f", {memory_bytes / 2**30:.1f} GiB in {len(found)} processes" if found else ""
-    lines = [
-        f"All tiers are ready after {ready_s:.0f} s{memory}.",
-        "",
-        f"  OpenAI-compatible address  {url}/v1",
-    ]
-    if record.gateway_url:
-        lines.append(f"  the same on Serve's ingress  {record.ingress_url}/v1")
-    if record.dashboard_url:
-        token = Path(record.temp_dir) / "auth_token"
-        lines.append(f"  Ray's dashboard  {record.dashboard_url} (its token is in {token})")
-    lines += ["", curl_line(url, tier), "", openai_snippet(url, tier)]
+    heading = f"All tiers are ready after {ready_s:.0f} s{memory}."
     reporter.result(
         "ready",
-        "\n".join(lines),
+        f"{heading}\n\n{ready_text(record, tier, detach=detach)}",
         seconds=round(ready_s, 1),
         memory_bytes=memory_bytes,
         processes=len(found),
         url=f"{url}/v1",
+        ui_url=f"{url}/ui",
         gateway_url=record.gateway_url,
         ingress_url=record.ingress_url,
         dashboard_url=record.dashboard_url,
         curl=curl_line(url, tier),
         openai=openai_snippet(url, tier),
     )
+
+
+def ready_text(record: RunRecord, tier: str, *, detach: bool) -> str:
+    """Where the plane is, how to send it a request, and how to stop it."""
+    url = record.gateway_url or record.ingress_url
+    lines = [f"  OpenAI-compatible address  {url}/v1"]
+    if record.gateway_url:
+        lines.append(f"  the same on Serve's ingress  {record.ingress_url}/v1")
+    lines.append(f"  the plane in a browser  {url}/ui")
+    if record.dashboard_url:
+        token = Path(record.temp_dir) / "auth_token"
+        lines.append(f"  Ray's dashboard  {record.dashboard_url} (its token is in {token})")
+    lines.append(f"  to stop everything  {'`tierplane down`' if detach else 'Ctrl-C'}")
+    return "\n".join([*lines, "", curl_line(url, tier), "", openai_snippet(url, tier)])
 
 
 def curl_line(url: str, model: str) -> str:

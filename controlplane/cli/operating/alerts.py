@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 import click
-from rich.table import Table
 from rich.text import Text
 
 from controlplane.cli.console import age, parse_duration, stdout
 from controlplane.cli.controller_access import PlaneAccess, connected, plane_options
+from controlplane.cli.fitting_table import FittingTable
 from controlplane.cli.operating.events import event_json, event_line
 from controlplane.cli.operating.operate import show_response
 from controlplane.controller.api import ControllerApi, Method, P
@@ -134,9 +134,10 @@ def rules(as_json: bool) -> None:
         click.echo(json.dumps({"rules": [asdict(rule) for rule in RULES]}, indent=2))
         return
     console = stdout()
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for head in ("rule", "severity", "subject", "fires when", "for", "evaluated by"):
-        table.add_column(head, no_wrap=head != "fires when")
+    table = FittingTable(
+        *("rule", "severity", "subject", "fires when", "for", "evaluated by"),
+        leave=("fires when", "evaluated by"),
+    )
     judges = {
         EvaluatedBy.BOTH: "controller, Prometheus",
         EvaluatedBy.PROGRAM: "controller",
@@ -160,12 +161,13 @@ def rules(as_json: bool) -> None:
     console.print(table)
 
 
-def alert_table(alerts: Sequence[AlertView], unix_s: float) -> Table:
+def alert_table(alerts: Sequence[AlertView], unix_s: float) -> FittingTable:
     """One row per alert, the most severe first."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for head in ("severity", "state", "since", "alert", "subject", "value", "limit", ""):
-        right = head in {"since", "value", "limit"}
-        table.add_column(head, no_wrap=True, justify="right" if right else "left")
+    table = FittingTable(
+        *("severity", "state", "since", "alert", "subject", "value", "limit", ""),
+        right=("since", "value", "limit"),
+        leave=("", "limit", "value", "subject", "since"),
+    )
     for alert in alerts:
         rule = BY_NAME.get(alert.rule)
         unit = rule.unit if rule is not None else Unit.COUNT

@@ -8,9 +8,9 @@ import urllib.request
 from typing import Any, BinaryIO
 
 import click
-from rich.table import Table
 
 from controlplane.cli.console import stdout
+from controlplane.cli.fitting_table import FittingTable
 from controlplane.errors import SetupError
 from controlplane.ray_cluster import session
 
@@ -120,9 +120,7 @@ def _print(explanation: dict[str, Any]) -> None:
         console.print(f"  {'not below':<11} {tiers['floor']}", markup=False)
     if not explanation["endpoints"]:
         return
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for column in ("", "endpoint", "tier", "score", "reason"):
-        table.add_column(column, justify="right" if column == "score" else "left", overflow="fold")
+    table = FittingTable("", "endpoint", "tier", "score", "reason", right=("score",))
     for each in explanation["endpoints"]:
         chosen = each["endpoint"] == explanation["endpoint"]
         score = "" if each["score"] is None else f"{each['score']:.3f}"

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import click
-from rich.table import Table
 from rich.text import Text
 
 from controlplane.cli.console import age, stdout
 from controlplane.cli.controller_access import connected, plane_options
+from controlplane.cli.fitting_table import FittingTable
 from controlplane.controller.api import ControllerApi
 from controlplane.core.gpus.views import GpuHolder, GpuView
 from controlplane.core.placement.gangs import WHOLE_MILLI
@@ -40,11 +40,11 @@ def command(as_json: bool, address: str | None, namespace: str | None) -> None:
         console.print(line)
 
 
-def gpu_table(gpus: Sequence[GpuView]) -> Table:
+def gpu_table(gpus: Sequence[GpuView]) -> FittingTable:
     """One row per GPU, grouped by node. Unknown values are shown as a dash."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for head in ("node", "GPU", "uuid", "state", "busy", "memory", "°C", "W", "used by"):
-        table.add_column(head, no_wrap=True, justify="right" if head in {"busy", "°C", "W"} else "left")
+    table = FittingTable(
+        *("node", "GPU", "uuid", "state", "busy", "memory", "°C", "W", "used by"), right=("busy", "°C", "W")
+    )
     before = ""
     for gpu in gpus:
         state = "cordoned" if gpu.node_cordoned and gpu.state in _STYLES else gpu.state

@@ -8,11 +8,11 @@ from dataclasses import asdict
 from typing import Final
 
 import click
-from rich.table import Table
 from rich.text import Text
 
 from controlplane.cli.console import age, stdout
 from controlplane.cli.controller_access import connected, plane_options
+from controlplane.cli.fitting_table import FittingTable
 from controlplane.controller.api import ControllerApi
 from controlplane.core.alerts.rules import BY_NAME
 from controlplane.core.gpus.node_views import NodeView
@@ -45,11 +45,13 @@ def command(as_json: bool, address: str | None, namespace: str | None) -> None:
             console.print(Text(f"{node.node_id[:_SHOWN_ID]} is out of use: {node.cordoned}", style="yellow"))
 
 
-def node_table(nodes: Sequence[NodeView]) -> Table:
+def node_table(nodes: Sequence[NodeView]) -> FittingTable:
     """One row per node, and one more for each further file system. Unknown values are shown as a dash."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for head in ("node", "host", "CPUs", "busy", "load", "memory", "disk", "", "GPUs", "of"):
-        table.add_column(head, no_wrap=True, justify="right" if head in {"CPUs", "busy", "load"} else "left")
+    table = FittingTable(
+        *("node", "host", "CPUs", "busy", "load", "memory", "disk", "at", "GPUs", "measured"),
+        right=("CPUs", "busy", "load", "GPUs"),
+        leave=("at", "disk"),
+    )
     for node in nodes:
         used = node.memory_used_ratio
         old = node.age_s is None or node.age_s > _OLD_S

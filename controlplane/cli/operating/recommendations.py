@@ -6,10 +6,10 @@ import json
 import time
 
 import click
-from rich.table import Table
 
 from controlplane.cli.console import age, stdout
 from controlplane.cli.controller_access import connected, plane_options
+from controlplane.cli.fitting_table import FittingTable
 from controlplane.controller.api import ControllerApi
 from controlplane.core.recommendations.log import IssuedRecommendation
 from controlplane.core.recommendations.views import ScalingReport, as_json_value, effect_text, outcome_text
@@ -51,10 +51,11 @@ def command(scored: bool, as_json: bool, address: str | None, namespace: str | N
         )
 
 
-def _targets(report: ScalingReport) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for head in ("tier", "mode", "serving", "target", "wanted", "forecast", "capacity", "reason"):
-        table.add_column(head, overflow="fold" if head == "reason" else "ellipsis", no_wrap=head != "reason")
+def _targets(report: ScalingReport) -> FittingTable:
+    table = FittingTable(
+        *("tier", "mode", "serving", "target", "wanted", "forecast", "capacity", "reason"),
+        right=("serving", "target", "wanted", "forecast", "capacity"),
+    )
     for tier in report.tiers:
         forecast = "-" if tier.forecast_per_s is None else f"{tier.forecast_per_s:.2f}/s"
         numbers = (str(tier.replicas), str(tier.target), str(tier.wanted))
@@ -62,10 +63,11 @@ def _targets(report: ScalingReport) -> Table:
     return table
 
 
-def _recommendations(issued: list[IssuedRecommendation], unix_s: float) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for head in ("made", "", "tier", "recommendation", "predicted effect", "confidence", "outcome"):
-        table.add_column(head, overflow="fold")
+def _recommendations(issued: list[IssuedRecommendation], unix_s: float) -> FittingTable:
+    table = FittingTable(
+        *("made", "", "tier", "recommendation", "predicted effect", "confidence", "outcome"),
+        leave=("recommendation", "predicted effect", "outcome"),
+    )
     for item in issued:
         recommendation = item.recommendation
         table.add_row(

@@ -7,11 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import click
-from rich.table import Table
 from rich.text import Text
 
 from controlplane.cli.console import stdout
 from controlplane.cli.controller_access import connected, plane_options
+from controlplane.cli.fitting_table import FittingTable
 from controlplane.controller.api import ControllerApi
 from controlplane.core.reports.report import (
     MAX_WINDOW_MINUTES,
@@ -54,18 +54,16 @@ def command(
         console.print(f"written to {html}")
 
 
-def _table(items: tuple[InstanceReport, ...]) -> Table:
+def _table(items: tuple[InstanceReport, ...]) -> FittingTable:
     """One row per item; columns that are empty in all rows are left out."""
     rows = [row(item) for item in items]
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     shown = [
         number
         for number, head in enumerate(HEADS)
         if head in ("tier", "requests") or any(cells[number] not in ("", "-", "0", "0.00") for cells in rows)
     ]
-    for number in shown:
-        left = HEADS[number] in ("tier", "endpoint")
-        table.add_column(HEADS[number], justify="left" if left else "right", no_wrap=True)
+    heads = [HEADS[number] for number in shown]
+    table = FittingTable(*heads, right=[head for head in heads if head not in ("tier", "endpoint")])
     for item, cells in zip(items, rows, strict=True):
         marked = OF_SLO if item.slo_missed else ()
         table.add_row(

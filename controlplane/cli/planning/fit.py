@@ -9,6 +9,7 @@ import click
 from rich.table import Table
 
 from controlplane.cli.console import stdout
+from controlplane.cli.fitting_table import FittingTable
 from controlplane.core.sizing.architecture import plain_model
 from controlplane.core.sizing.engine_args import EngineArgs, parse_settings
 from controlplane.core.sizing.feasibility import Fit, FitLimits, Unfit, Verdict, judge
@@ -290,18 +291,8 @@ def _print_gpus(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"gpus": [_gpu_json(gpu) for gpu in rows]}, indent=2))
         return
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in (
-        "GPU",
-        "memory",
-        "usable",
-        "capability",
-        "GB/s",
-        "NVLink GB/s",
-        "16 bit TFLOPS",
-        "formats",
-    ):
-        table.add_column(column, overflow="fold")
+    numbers = ("memory", "usable", "capability", "GB/s", "NVLink GB/s", "16 bit TFLOPS")
+    table = FittingTable("GPU", *numbers, "formats", right=numbers)
     for gpu in rows:
         table.add_row(
             gpu.name,

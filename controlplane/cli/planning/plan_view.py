@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.table import Table
-
 from controlplane.cli.console import stdout
+from controlplane.cli.fitting_table import FittingTable
 from controlplane.core.placement.gangs import WHOLE_MILLI, GangShape, Placement, PlacementPlan
 from controlplane.core.placement.topology import Node
 from controlplane.core.placement.what_if import ClusterChange
@@ -94,8 +93,12 @@ def _difference_text(difference: ClusterChange) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _tier_table(result: PlanResult) -> Table:
-    table = Table("tier", "model", "replicas", "placed", "per replica", "at least per GPU")
+def _tier_table(result: PlanResult) -> FittingTable:
+    table = FittingTable(
+        *("tier", "model", "replicas", "placed", "per replica", "at least per GPU"),
+        right=("replicas", "placed", "at least per GPU"),
+        leave=("model",),
+    )
     for tier_gang in result.tiers:
         placed = sum(p.gang.tier == tier_gang.tier.name for p in result.plan.placements)
         table.add_row(
@@ -123,8 +126,8 @@ def _takes(shape: GangShape) -> str:
     return ", ".join(parts) or "no counted resource"
 
 
-def _placement_table(result: PlanResult) -> Table:
-    table = Table("replica", "node", "GPUs", "reason")
+def _placement_table(result: PlanResult) -> FittingTable:
+    table = FittingTable("replica", "node", "GPUs", "reason")
     for placement in result.plan.placements:
         endpoint = result.replica_of.get(placement.gang.gang_id, "") if placement.stays else ""
         table.add_row(

@@ -11,10 +11,10 @@ from itertools import islice
 from pathlib import Path
 
 import click
-from rich.table import Table
 
 from controlplane.cli.checking.configuration import load_checked
 from controlplane.cli.console import stdout
+from controlplane.cli.fitting_table import FittingTable
 from controlplane.config import PlaneConfig
 from controlplane.core.domain.request import Complexity
 from controlplane.core.placement.topology import Node
@@ -384,10 +384,8 @@ def _show(result: SimulationResult) -> None:
         f"{result.attainment:.2%} of {result.requests} requests met the SLO, "
         f"{result.gpu_hours:.2f} GPU hours"
     )
-    table = Table(
-        *("tier", "requests", "SLO met", "replica h", "GPU h", "queue", "first token", "total", "unserved"),
-        caption="times: 50th and 99th percentile in seconds; unserved: refused, expired or lost",
-    )
+    heads = ("tier", "requests", "SLO met", "replica h", "GPU h", "queue", "first token", "total", "unserved")
+    table = FittingTable(*heads, right=heads[1:], leave=("replica h", "GPU h"))
     for tier in result.tiers:
         data = tier.as_json()
         table.add_row(
@@ -400,6 +398,7 @@ def _show(result: SimulationResult) -> None:
             str(data["refused"] + data["expired"] + data["lost"]),
         )
     console.print(table)
+    console.print("times: 50th and 99th percentile in seconds; unserved: refused, expired or lost")
     for line in placement_lines(result):
         console.print(line, soft_wrap=True)
     if result.decisions:

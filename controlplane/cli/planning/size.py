@@ -9,10 +9,10 @@ from typing import Any
 
 import click
 import yaml
-from rich.table import Table
 
 from controlplane.cli.checking.configuration import load_checked
 from controlplane.cli.console import stdout
+from controlplane.cli.fitting_table import FittingTable
 from controlplane.core.placement.gangs import PlacementPlan
 from controlplane.core.sizing.fleet_sizing import (
     BASIS,
@@ -78,7 +78,10 @@ def _show(found: FleetSizing | NoFleetSizing, where: PlacementPlan | None, fleet
             for text in _main_reasons(ruled_out):
                 console.print(f"  {tier}: {text}", soft_wrap=True)
         return
-    table = Table("tier", "replicas", "GPU", "TP x PP", "format", "GPUs", "cost/h", "TTFT", "per token")
+    table = FittingTable(
+        *("tier", "replicas", "GPU", "TP x PP", "format", "GPUs", "cost/h", "TTFT", "per token"),
+        right=("replicas", "GPUs", "cost/h", "TTFT", "per token"),
+    )
     for choice in found.choices:
         option = choice.option
         table.add_row(

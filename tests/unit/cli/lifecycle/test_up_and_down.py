@@ -13,17 +13,19 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner, Result
+from rich.console import Console
 
 from controlplane.cli import COMMANDS, main, unwritable
 from controlplane.cli.checking.configuration import load_checked
 from controlplane.cli.console import age
-from controlplane.cli.lifecycle.progress import JsonProgress, LineProgress
+from controlplane.cli.lifecycle.progress import JsonProgress, LineProgress, LiveProgress
 from controlplane.cli.lifecycle.up import (
     START_TRIES,
     Interrupts,
     curl_line,
     deploy_on_own_ray,
     openai_snippet,
+    ready_text,
 )
 from controlplane.core.cluster.snapshot import ClusterSnapshot
 from controlplane.core.cluster.status import TierStatus, tier_statuses
@@ -288,6 +290,22 @@ def test_the_first_signal_requests_a_stop_and_the_second_to_hurry() -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_commands_of_up_are_never_wrapped_and_it_says_where_the_ui_is_and_how_to_stop() -> None:
+    record = run_record(
+        gateway_url="http://127.0.0.1:8080",
+        ingress_url="http://127.0.0.1:8000",
+        dashboard_url="http://h:8265",
+    )
+    console = Console(width=80, force_terminal=True, color_system=None)
+    with console.capture() as capture:
+        LiveProgress(console).result("ready", ready_text(record, "balanced", detach=False))
+    lines = capture.get().splitlines()
+    assert curl_line("http://127.0.0.1:8080", "balanced") in lines
+    assert any("http://127.0.0.1:8080/ui" in line for line in lines)
+    assert any("Ctrl-C" in line for line in lines)
+    assert "tierplane down" in ready_text(record, "balanced", detach=True)
 
 
 def test_the_examples_are_complete() -> None:
