@@ -44,6 +44,9 @@ RESUME_KINDS: Final[dict[Api, StreamKind]] = {Api.CHAT: "chat", Api.COMPLETIONS:
 _COMPLEXITIES: Final = {str(complexity): complexity for complexity in Complexity}
 _PRIORITIES: Final = {str(priority): priority for priority in Priority}
 _TRUE: Final = msgspec.Raw(b"true")
+_HINT_HEADERS: Final = frozenset(
+    {b"x-session-id", b"x-complexity", b"x-agent-type", b"x-min-tier", b"x-priority"}
+)
 MAX_REQUEST_ID: Final = 128
 MAX_NUMBER_CHARS: Final = 64
 MAX_TIMEOUT_S: Final = 24 * 3600.0
@@ -63,7 +66,9 @@ class RequestContext:
 
     def __init__(self, request: Request, request_id: str, now_s: float, default_timeout_s: float) -> None:
         """Raises :class:`BadRequest` that names the header or member that is wrong."""
-        body = without_mark(request.body)
+        body = request.body
+        if body[:1] != b"{" or b"\0" in body[:4]:  # the usual body has nothing to take away or to refuse
+            body = without_mark(body)
         fields = parse(body)
         self.request_id = request_id
         self.identity = request_id
@@ -78,23 +83,30 @@ class RequestContext:
         self.stream = bool(fields.stream)
         self.arrived_s = now_s
         self.deadline_s = now_s + _timeout_s(request, fields.metadata, default_timeout_s)
-        self.comments_s = _comments_s(request)
+        headers = request.headers
+        self.comments_s = _comments_s(request) if b"x-stream-comments" in headers else None
         """How often comments are sent while its stream waits; 0 for never, None if the client did not say."""
-        self.caller = _caller(request.header(b"authorization"))
+        self.caller = _caller(request.header(b"authorization")) if b"authorization" in headers else ""
         hints = fields.metadata
-        session = _text(request, hints, b"x-session-id", "session_id")
+        model = checked_name(fields.model, "model") if fields.model else AUTO
+        models = fields.model_names() if fields.models else ()
+        session = ""
+        if hints is None and _HINT_HEADERS.isdisjoint(headers):  # the usual case
+            self.request = RouteRequest(model, models, api=self.api, prefix_key=fields.affinity_key())
+        else:
+            session = _text(request, hints, b"x-session-id", "session_id")
+            self.request = RouteRequest(
+                model=model,
+                models=models,
+                complexity=_one_of(request, hints, b"x-complexity", "complexity", _COMPLEXITIES),
+                agent_type=_text(request, hints, b"x-agent-type", "agent_type") or None,
+                min_tier=_text(request, hints, b"x-min-tier", "min_tier") or None,
+                priority=_one_of(request, hints, b"x-priority", "priority", _PRIORITIES) or Priority.NORMAL,
+                api=self.api,
+                session_key=_hash(session) if session else None,
+                prefix_key=None if session else fields.affinity_key(),
+            )
         self.session = session
-        self.request = RouteRequest(
-            model=checked_name(fields.model, "model") if fields.model else AUTO,
-            models=fields.model_names() if fields.models else (),
-            complexity=_one_of(request, hints, b"x-complexity", "complexity", _COMPLEXITIES),
-            agent_type=_text(request, hints, b"x-agent-type", "agent_type") or None,
-            min_tier=_text(request, hints, b"x-min-tier", "min_tier") or None,
-            priority=_one_of(request, hints, b"x-priority", "priority", _PRIORITIES) or Priority.NORMAL,
-            api=self.api,
-            session_key=_hash(session) if session else None,
-            prefix_key=None if session else fields.affinity_key(),
-        )
         self.route: Route | None = None
         """The tiers that may serve the request; None until they are resolved."""
         self.decision: RouteDecision | None = None

@@ -8,12 +8,12 @@ the extra event out again for a client that did not.
 from __future__ import annotations
 
 import re
-from typing import Any, Final, NamedTuple
+from typing import Annotated, Any, Final, NamedTuple
 
 import msgspec
 
 from controlplane.core.routing.tier_table import Api
-from controlplane.http.json_reader import InvalidJson, reader
+from controlplane.http.json_reader import UNREADABLE, InvalidJson, reader
 
 MAX_TOKENS: Final = 10_000_000
 """More tokens of one request are not believed, nor negative or fractional ones: the count is then missing."""
@@ -66,6 +66,23 @@ class _StreamOptions(msgspec.Struct, gc=False):
     include_usage: msgspec.Raw = msgspec.Raw()
 
 
+_Tokens = Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)]
+
+
+class _PlainUsage(msgspec.Struct, gc=False):
+    prompt_tokens: _Tokens | None = None
+    completion_tokens: _Tokens | None = None
+    input_tokens: _Tokens | None = None
+    output_tokens: _Tokens | None = None
+
+
+class _PlainHolder(msgspec.Struct, gc=False):
+    """A response whose usage can be right; nearly every response."""
+
+    usage: _PlainUsage | None = None
+
+
+_plain = msgspec.json.Decoder(_PlainHolder).decode
 _holder = reader(_Holder)
 _usage = reader(_Usage)
 _usage_event = reader(_UsageEvent)
@@ -81,6 +98,19 @@ def whole_number(value: msgspec.Raw | bytes) -> int | None:
 
 def response_usage(body: bytes) -> ReportedUsage:
     """The usage of a whole response, or of one event's data. Never raises."""
+    try:
+        plain = _plain(body).usage
+    except UNREADABLE:
+        plain = None
+    if plain is not None:
+        prompt = plain.input_tokens if plain.prompt_tokens is None else plain.prompt_tokens
+        generated = plain.output_tokens if plain.completion_tokens is None else plain.completion_tokens
+        return ReportedUsage(prompt, generated)
+    return _unusual_usage(body)
+
+
+def _unusual_usage(body: bytes) -> ReportedUsage:
+    """The usage of a response that has none where most have it, or one that can't be right."""
     try:
         holder = _holder(body)
         if not holder.usage:

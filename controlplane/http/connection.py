@@ -7,6 +7,7 @@ import re
 import socket
 from collections import deque
 from collections.abc import Awaitable
+from functools import lru_cache
 from time import monotonic
 from typing import Final, Protocol, cast
 from urllib.parse import unquote
@@ -28,7 +29,20 @@ _TCP_CLOSE: Final = b"\7"
 _DECLINED: Final = frozenset({b"connection", b"upgrade", b"http2-settings", b"expect"})
 _OF_AN_UPGRADE: Final = frozenset({b"upgrade", b"http2-settings"})
 _VERSIONS: Final = ("1.1", "1.0")
+_SHORT_TARGET: Final = 128
 _REQUEST_LINE: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+ \S+ HTTP/1\.[01]\r\n")
+
+
+def _target(url: bytes) -> tuple[str, str]:
+    """The path, without percent-encoding, and the query of a request's address. Raises
+    :class:`httptools.HttpParserInvalidURLError`."""
+    parts = httptools.parse_url(url)
+    path = (parts.path or b"/").decode("latin-1")
+    return unquote(path) if "%" in path else path, (parts.query or b"").decode("latin-1")
+
+
+_known_target: Final = lru_cache(maxsize=256)(_target)
+""":func:`_target` for short addresses: nearly all requests have one of a few."""
 
 
 class Listening(Protocol):
@@ -288,25 +302,19 @@ class ClientConnection(asyncio.Protocol):
         parser = self._parser
         if self._rejection is not None or parser.should_upgrade():
             return
+        url = self._url
         try:
-            url = httptools.parse_url(self._url)
+            path, query = _known_target(url) if len(url) <= _SHORT_TARGET else _target(url)
         except httptools.HttpParserInvalidURLError:
             self._reject(BadRequest("the request's address can't be parsed"))
             return
-        headers, body = self._headers, self._body
-        path = (url.path or b"/").decode("latin-1")
-        request = Request(
-            self._method,
-            unquote(path) if "%" in path else path,
-            (url.query or b"").decode("latin-1"),
-            headers,
-            body if body.__class__ is bytes else bytes(body),
-        )
+        headers, body, method = self._headers, self._body, self._method
+        request = Request(method, path, query, headers, body if body.__class__ is bytes else bytes(body))
         self._body = b""
         response = HttpResponder(
             self,
             parser.should_keep_alive() and not self._server.draining,
-            self._method == "HEAD",
+            method == "HEAD",
             self._version != "1.0",
             self._intake.response_headers(headers) if b"origin" in headers else None,
         )

@@ -69,6 +69,16 @@ class RequestDispatch:
         """A slot for the request's next attempt. Waits in the queue if no slot is free. Raises
         :class:`RequestError` if the request is refused."""
         result = self._submit(context, route)
+        if not isinstance(result, Started):
+            result = await self._not_at_once(context, route, result)
+        context.decision = decision = result.decision
+        if decision.overflow is not None:
+            self._metrics.spills.labels(decision.wanted_tier, decision.tier, decision.overflow).inc()
+        return result
+
+    async def _not_at_once(
+        self, context: RequestContext, route: Route, result: Started | WaitsInQueue | DispatchRefused
+    ) -> Started:
         if isinstance(result, DispatchRefused) and context.losses and result.decision.refusal is _EXHAUSTED:
             # Every endpoint was tried, but some engines were lost meanwhile: they restart, so wait for them.
             context.tried = frozenset()
@@ -77,15 +87,11 @@ class RequestDispatch:
             raise NothingLeft(result.decision.message)  # the decision for the last attempt stays
         context.decision = result.decision
         if isinstance(result, WaitsInQueue):
-            result = await self._wait(context, result)
-            context.decision = result.decision
-        elif isinstance(result, DispatchRefused):
+            return await self._wait(context, result)
+        if isinstance(result, DispatchRefused):
             if result.rejected is not None:
                 raise self._rejection_error(result.rejected)
             raise self._refusal(context, route, result.decision)
-        decision = result.decision
-        if decision.overflow is not None:
-            self._metrics.spills.labels(decision.wanted_tier, decision.tier, decision.overflow).inc()
         return result
 
     def resume_route(self, tier: str) -> Route:

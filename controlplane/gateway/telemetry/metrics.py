@@ -45,6 +45,8 @@ class _TierSeries(NamedTuple):
     generated: Counter
     gpu_s: Counter
     next_gpu_s: Counter
+    slo_judged: Counter
+    slo_missed: Counter
 
 
 class Metrics:
@@ -245,8 +247,11 @@ class Metrics:
             self.request_log.add(context, outcome, reason, now_s)
         judged = self.traffic.ended(context, outcome, now_s) if self.traffic is not None else None
         if judged is not None:
-            self.slo_judged.labels(judged[0]).inc()
-            self.slo_missed.labels(judged[0]).inc(judged[1])
+            intended, missed = judged
+            judging = self._series(intended)
+            judging.slo_judged.inc()
+            if missed:
+                judging.slo_missed.inc()
         tier = context.tier
         key = (tier, outcome, reason)
         counter = self._outcomes.get(key)
@@ -283,6 +288,8 @@ class Metrics:
                 self.tokens.labels(tier, "generated"),
                 self.gpu_s.labels(tier),
                 self.next_tier_gpu_s.labels(tier),
+                self.slo_judged.labels(tier),
+                self.slo_missed.labels(tier),
             )
         return series
 
